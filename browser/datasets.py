@@ -25,6 +25,7 @@ from modules.console import count_of
 from modules.control_codes import escape_control_codes
 from modules.errors import OptionError
 from modules.installation import program_environment, program_words
+from modules.media.labels import label_of
 from modules.media.reading import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from modules.paths import is_on_foreign_share
 from modules.text_files import parse_json, parse_toml, read_text, real_path
@@ -201,7 +202,10 @@ def count_media(dataset: FoundDataset, is_open: Callable[[Path], bool]) -> Media
             continue
         with os.scandir(place) as entries:
             for entry in itertools.islice(entries, MOST_ENTRIES):
-                suffix = Path(entry.name).suffix.lower()
+                path = Path(entry.name)
+                suffix = path.suffix.lower()
+                if label_of(path.stem) is not None:
+                    continue
                 if suffix in IMAGE_SUFFIXES:
                     pictures.append(entry.path)
                 elif suffix in VIDEO_SUFFIXES:

@@ -28,6 +28,7 @@ from browser.runs import Runs
 from modules.atomic_write import explain_errors
 from modules.errors import MediaError, OptionError, OutputError, UserError
 from modules.media.decoding import ANIMATION_SUFFIXES
+from modules.media.labels import label_of
 from modules.media.opening import SOUND_SUFFIXES
 from modules.media.reading import IMAGE_SUFFIXES, VIDEO_SUFFIXES, image_size
 from modules.media.streams import source_info
@@ -56,9 +57,14 @@ def list_names(folder: Path) -> list[str]:
         names = [
             entry.name
             for _, entry in zip(range(MOST_ENTRIES), entries, strict=False)
-            if Path(entry.name).suffix.lower() in SHOWN | SOUND_SUFFIXES and entry.name[0] != "."
+            if _is_listed(Path(entry.name))
         ]
     return sorted(names)
+
+
+def _is_listed(path: Path) -> bool:
+    is_media = path.suffix.lower() in SHOWN | SOUND_SUFFIXES
+    return is_media and path.name[0] != "." and label_of(path.stem) is None
 
 
 def find_caption_file(folder: Path, name: str) -> Path:

@@ -13,6 +13,7 @@ from browser.described import is_described
 from browser.names import fold_name
 from browser.runs import Runs
 from modules.console import count_of
+from modules.media.labels import label_of
 from modules.media.opening import SOUND_SUFFIXES
 from modules.media.reading import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from modules.paths import without_quotes
@@ -100,6 +101,8 @@ def read_media_folder(folder: Path) -> MediaFolder | None:
     for name in entries:
         path = Path(name)
         suffix = path.suffix.lower()
+        if label_of(path.stem) is not None:
+            continue
         if suffix in IMAGE_SUFFIXES:
             names["picture"].append(name)
         elif suffix in VIDEO_SUFFIXES:

@@ -5,6 +5,7 @@ cache/: cache files: names, contents, and what they were made from
 caching/: the caching loop and its two halves
 config: read a dataset configuration to frozen tables
 config_keys: how keys and their values are read, and explained
+idle_keys: keys of subsets that act only with others
 options: options of all caching scripts, of Ray too
 other_trainers: translate data files of other trainers in messages
 scripts: make the caching scripts of a family

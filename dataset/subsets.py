@@ -84,6 +84,10 @@ def read_subsets(
             fields = _table_fields(values, subset.place, is_masked)
             table = DatasetTable(path, len(tables), "image", group=group, subset=subset.number, **fields)
             tables.append(table)
+    if tables:
+        from dataset.idle_keys import warn_idle  # only of this form
+
+        warn_idle(path, content, tables)
     for option in unused.values() if tables else ():
         logger.warning("%s is ignored because %s gives another value everywhere", option, path)
     return _with_cache_directories(tables)

@@ -40,6 +40,11 @@ class CaptionChanges:
     is_raw: bool = False  # sources have the text of a caption file as it stands, to be changed each time
 
     @property
+    def moves_parts(self) -> bool:
+        """Return whether parts of a caption are shuffled or left out, except for those that are kept."""
+        return self.shuffle or self.part_dropout_rate > 0 or self.warmup_step > 0
+
+    @property
     def varying_keys(self) -> tuple[str, ...]:
         """Return the given keys that make captions vary, so that embeddings cannot be cached.
 

@@ -182,7 +182,7 @@ def ask_http(
                 start,
                 end,
                 stamp or (version if start else None),  # the rest of a file need not say it again
-                answer.iter_content(PIECE),
+                _pieces_of(answer),
             )
     except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as error:
         # the library lets some through as they are: redirects to no address, chunks of negative length
@@ -191,6 +191,18 @@ def ask_http(
         # not its text: it may hold the address
         what = "connection broke" if isinstance(error, requests.RequestException) else "answer is malformed"
         raise BrokenTry(f"the {what} ({type(error).__name__})") from None
+
+
+def _pieces_of(answer: "requests.Response") -> Iterator[bytes]:
+    """Yield the data of an answer as they arrive: `iter_content` waits for whole pieces, for hours if a byte
+    comes every five seconds.
+    """
+    read = getattr(answer.raw, "read1", None)  # urllib3 has it since 2.1
+    if read is None:
+        yield from answer.iter_content(PIECE)
+        return
+    while piece := read(PIECE, decode_content=True):
+        yield piece
 
 
 def _check_answer(address: str, answer: "requests.Response") -> None:

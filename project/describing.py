@@ -28,7 +28,7 @@ from modules.paths import explain_missing, path_from, without_quotes
 from modules.text_files import real_path
 from project.choosing import ModelFacts
 from project.fitting import FP8, is_small, weight_options
-from project.media import CHECK_PAGE, FolderContent, Media, reference_of, why_unread
+from project.media import CHECK_PAGE, FolderContent, Media, is_narrow, reference_of, why_unread
 from project.options import RUN_FILE, NewOptions, find_models, times_of_steps
 from training.config_options import OTHERS_TABLE, toml_value
 
@@ -130,7 +130,10 @@ def _learned(model: ModelSet, media: list[Media]) -> list[Media]:
 
 
 def _middle_by_area(model: ModelSet, media: list[Media]) -> Media | None:
-    ranked = sorted(_learned(model, media), key=lambda item: _area(item.size))
+    learned = _learned(model, media)
+    # the shape of a panorama is that of no other file
+    usual = [item for item in learned if not is_narrow(item)] or learned
+    ranked = sorted(usual, key=lambda item: _area(item.size))
     return ranked[len(ranked) // 2] if ranked else None
 
 

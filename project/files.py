@@ -324,8 +324,9 @@ def _describe_captions(choice: describing.Choice) -> list[str]:
     lines = []
     empty = [item.path for item in choice.media if item.caption == ""]
     if empty:
-        meaning = f"{trigger} alone is learned of them" if trigger else "nothing is learned by name"
-        lines.append(f"{name_some(empty)}: an empty caption: {meaning}")
+        what = "an empty caption" if len(empty) == 1 else "empty captions"
+        meaning = f"only {trigger} is learned there" if trigger else "nothing is learned by name"
+        lines.append(f"{name_some(empty)}: {what}: {meaning}")
     by_trigger = _find_replaced_by_trigger(choice, bare)
     if by_trigger:
         names = name_some(by_trigger)

@@ -12,11 +12,12 @@ from typing import Literal
 
 from dataset.sources.captions import caption_path, describe_encoding, read_caption_file
 from dataset.sources.folders import ControlFolder, find_sound_beside
-from dataset.sources.left_out import FOLDERS_OF_RUNS, NO_MEDIA
+from dataset.sources.left_out import FOLDERS_OF_RUNS, NO_MEDIA, CaptionOwners
 from dataset.subsets import FolderName, read_folder_name
 from modules.console import count_of
 from modules.errors import DatasetError, MediaError
 from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
+from modules.media.labels import MASK_LABEL, label_of
 from modules.media.opening import SOUND_SUFFIXES, open_image
 from modules.media.reading import VIDEO_SUFFIXES, first_frame, image_size, image_suffixes
 from modules.media.remedies import remedy_of
@@ -43,6 +44,7 @@ REFERENCES = re.compile(
 )
 SHOWN = 3  # names in a line
 FEW_PIXELS = 256  # of the shorter side: less is enlarged, and its blur is learned
+FEW_MEDIA = 3  # fewer are said to be few
 LONG = 4  # sides of one picture
 MOST_FOLDERS = 1000  # that are looked into for media that are left out
 MOST_REPEATS = 1000  # in the name of a folder; larger numbers are years and the like
@@ -316,7 +318,8 @@ def _media_in(folder: Path) -> list[Path]:
 
 def _files_in(folder: Path, suffixes: frozenset[str]) -> list[Path]:
     with contextlib.suppress(OSError):
-        return [path for path in sorted(folder.iterdir()) if path.suffix.lower() in suffixes]
+        paths = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in suffixes]
+        return [path for path in paths if label_of(path.stem) is None]
     return []
 
 
@@ -394,21 +397,39 @@ def _list_media(place: Path, content: FolderContent, facts: ModelFacts) -> list[
         return []
     suffixes = _media_suffixes()
     media: list[Path] = []
+    labels: list[Path] = []
     other_files: dict[str, list[Path]] = {}  # by suffix
     for path in paths:
         if not _is_material(path):
             continue
         suffix = path.suffix.lower()
-        if suffix in suffixes:
+        if suffix in suffixes and label_of(path.stem) is not None:
+            labels.append(path)
+        elif suffix in suffixes:
             media.append(path)
         else:
             other_files.setdefault(suffix, []).append(path)
     _add_media(media, content, facts)
+    content.lines += _describe_labels(place, labels)
     sounds = [path for suffix in SOUND_SUFFIXES for path in other_files.get(suffix, [])]
     # folders and hidden files with the suffix of media count here, so that their captions have an owner
     with_captions = [path for path in paths if path.suffix.lower() in suffixes]
     content.lines += _describe_other_files(other_files, [*with_captions, *sounds], content)
     return sorted(sounds)
+
+
+def _describe_labels(place: Path, paths: Sequence[Path]) -> list[str]:
+    """Return lines about the files that OneTrainer lays next to the pictures of a folder."""
+    lines = []
+    masks = [path for path in paths if label_of(path.stem) == MASK_LABEL]
+    if masks:
+        text = f'masks are left out. mask_directory = "{place.as_posix()}" in dataset.toml takes them'
+        lines.append(f"{name_some(masks)}: {text}")
+    conditions = [path for path in paths if path not in masks]
+    if conditions:
+        text = "left out, conditioning images of OneTrainer. Move them into a folder control"
+        lines.append(f"{name_some(conditions)}: {text}")
+    return lines
 
 
 def _is_material(path: Path) -> bool:
@@ -453,7 +474,8 @@ def _describe_other_files(
         if suffix == content.captions.lower():
             ownerless = [path for path in paths if path not in owned_captions]
             if ownerless:
-                lines.append(_describe_ownerless(ownerless, content.captions))
+                owners = CaptionOwners(path.name for path in media)
+                lines.append(_describe_ownerless(ownerless, content.captions, owners))
             continue
         unread = [path for path in paths if path not in handled]
         if unread:
@@ -462,12 +484,15 @@ def _describe_other_files(
     return lines
 
 
-def _describe_ownerless(paths: Sequence[Path], suffix: str) -> str:
+def _describe_ownerless(paths: Sequence[Path], suffix: str, owners: CaptionOwners) -> str:
     """Return the line about caption files that belong to no file."""
-    rename = ""
-    if all(Path(path.stem).suffix.lower() in _media_suffixes() for path in paths):
-        rename = f", not cat.mp4{suffix}: rename them"
-    return f"{name_some(paths)}: captions of no file. That of cat.mp4 is cat{suffix}{rename}"
+    for path in paths:
+        owner = owners.find(path.stem)
+        if owner is not None:
+            right = caption_path(Path(owner), suffix)
+            hint = f"{path.name} seems to be that of {owner}: call it {right}"
+            return f"{name_some(paths)}: captions of no file. {hint}"
+    return f"{name_some(paths)}: captions of no file. That of cat.mp4 is cat{suffix}"
 
 
 def _why_left_out(paths: Sequence[Path], stems: set[str], captions: str) -> str:
@@ -709,6 +734,9 @@ def _describe_odd(content: FolderContent, facts: ModelFacts) -> list[str]:
     long_enough = [item for item in content.media if item.seconds is None or item.seconds >= least]
     visible = [item for item in long_enough if item.kind != "audio"]
     lines = _describe_sizes(visible)
+    if len(content.media) < FEW_MEDIA:
+        files = count_of(len(content.media), "file")
+        lines.append(f"{files} to learn from: few. Most is learned by heart; 10 to 30 are usual")
     pictures = [item.path for item in visible if item.kind == "image"]
     originals = [path for path in pictures if path not in content.first_frames]
     transparent = [path for path in originals if _is_transparent(path)]
@@ -727,10 +755,14 @@ def _describe_odd(content: FolderContent, facts: ModelFacts) -> list[str]:
     return lines + _describe_equal(content.media)
 
 
+def is_narrow(item: Media) -> bool:
+    return max(item.size) > LONG * min(item.size)
+
+
 def _describe_sizes(media: Sequence[Media]) -> list[str]:
     """Return lines about clips and pictures that are small or narrow."""
     tiny = [item.path for item in media if min(item.size) < FEW_PIXELS]
-    narrow = [item.path for item in media if max(item.size) > LONG * min(item.size)]
+    narrow = [item.path for item in media if is_narrow(item)]
     lines = []
     if tiny:
         lines.append(f"{name_some(tiny)}: tiny, below {FEW_PIXELS} pixels: their blur is learned")

@@ -85,6 +85,7 @@ FLOORS = {
         {"timestep_keys"},
         {"subset_options"},
         {"table"},
+        {"idle_keys"},
         {"subsets"},
         {"config"},
         {"options", "sources"},
@@ -103,6 +104,7 @@ FLOORS = {
         {"scripts"},
     ),
     "training": (
+        {"kohya_page"},
         {
             *{"config_options", "end_options", "learning_options", "noise_options", "run_options"},
             *{"other_families", "skip_options", "steps", "target_options", "trainable", "tread_options"},

@@ -12,6 +12,7 @@ experts: transformers of a run: dressed, which learns, which works
 following: command lines that can follow a training
 image_metadata: what files of image trainers say besides
 image_options: compose the options of image trainers
+kohya_page: keys in --config_file that no training script declares
 learning: load networks, make optimizer, put the run together
 learning_options: options of the trained part, its optimizer and rate
 loop: batches, loss, gradients, steps; then log, sample, save

@@ -9,8 +9,10 @@ micro-batch's number, as that of noise and timesteps.
 """
 
 import logging
+import os
 import random
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -29,10 +31,19 @@ from dataset.options import CachingInRunOptions, CachingOptions
 from dataset.sources.decoding import IMAGE_SPANS, DecodedMedia, decode_source
 from dataset.sources.fetching import fetch
 from dataset.sources.frames import shrink_mask
-from dataset.sources.listing import find_all_sources, require_captions
-from dataset.sources.media_source import MediaSource
+from dataset.sources.left_out import TableFolders
+from dataset.sources.listing import find_all_sources, require_captions, warn_unused
+from dataset.sources.media_source import LISTED, MediaSource
+from dataset.sources.remarks import (
+    NAMED,
+    find_caption_remarks,
+    find_media_remarks,
+    warn_cut_captions,
+    warn_of_remarks,
+    whole_texts,
+)
 from dataset.table import NO_AUGMENTATION, DatasetConfig, DatasetTable
-from modules.console import as_size
+from modules.console import as_size, quiet
 from modules.errors import DatasetError, OptionError
 from modules.media.buckets import Size
 from modules.media.reading import image_size
@@ -82,17 +93,17 @@ def prepare_sources(
     config: DatasetConfig,
     options: CachingInRunOptions | None,
     device: torch.device,
-    live: Collection[str] = (),
+    texts: LiveTexts | None = None,
     commands: CachingCommands = NO_COMMANDS,
 ) -> BatchSources:
     """Make the caches that the options ask for, and return the sources of batches.
 
-    options: None for a script that trains from caches alone. device: for encoding. live: see `plan_tables`.
-    commands: to show if a cache cannot be used.
+    options: None for a script that trains from caches alone. device: for encoding. texts: encoders that work
+    while training; their outputs are not cached. commands: to show if a cache cannot be used.
     All processes of a training call this, and share the work. Raises UserError if something cannot be cached
     in this way, or a file cannot be used.
     """
-    plans = plan_tables(family, config, options, live)
+    plans = plan_tables(family, config, options, () if texts is None else texts.keys)
     stores = open_stores(family, plans)
     if options is not None:
         _fill(family, config, plans, options=options, device=device, stores=stores)
@@ -105,7 +116,9 @@ def prepare_sources(
     if any(store.entries for store in memory_stores):
         size_bytes = sum(store.size_bytes for store in memory_stores)
         logger.info("Caches in host memory: %s. Batches are read by no other process.", as_size(size_bytes))
-    tables = list_live_tables(family.cache_tag, plans, needs_captions=bool(live))
+    tables = list_live_tables(family.cache_tag, plans, needs_captions=texts is not None)
+    if os.environ.get("RANK", "0") == "0":  # all processes have the same tables
+        _warn_of_live(family, config, tables, encoders=() if texts is None else texts.encoders)
     encoder = None
     if any(table.sizes is not None for table in tables.values()):
         logger.info("Pictures that change are encoded at each step: the VAE stays on the device.")
@@ -221,15 +234,19 @@ def list_live_tables(tag: str, plans: Sequence[TablePlan], needs_captions: bool)
     captions are missing, MediaError if the header of a picture cannot be read.
     """
     live_tables: dict[int, ItemKind] = {}
+    whole = DatasetConfig(plans[0].table.config_path, tuple(plan.table for plan in plans))
+    folders = TableFolders(whole)
     for plan in plans:
-        if plan.latents is not Where.LIVE and not needs_captions:
+        is_live = plan.latents is Where.LIVE
+        if not (is_live or needs_captions):
             continue
         config = DatasetConfig(plan.table.config_path, (plan.table,))
-        sources = find_all_sources(config, captions=needs_captions)
+        # caching in this run has described the others
+        with quiet() if plan.latents.is_made else nullcontext():
+            sources = find_all_sources(config, captions=needs_captions, folders=folders)
         if needs_captions:
             require_captions(sources)
         by_stem = {source.stem: source for source in sources}
-        is_live = plan.latents is Where.LIVE
         sizes = {stem: _size(source) for stem, source in by_stem.items()} if is_live else None
         live_tables[plan.table.index] = ItemKind(
             tag,
@@ -239,6 +256,35 @@ def list_live_tables(tag: str, plans: Sequence[TablePlan], needs_captions: bool)
             sources=by_stem,
         )
     return live_tables
+
+
+def _warn_of_live(
+    family: Caches, config: DatasetConfig, tables: LiveTables, encoders: Sequence[TextEncoder]
+) -> None:
+    """Log the remarks about pictures and captions that are encoded while training, as caching logs them.
+
+    encoders: of captions; nothing, if these are cached.
+    """
+    pictures: list[MediaSource] = []
+    lists: list[DatasetTable] = []
+    for table in config.datasets:
+        live = tables.get(table.index)
+        if live is not None and live.sizes is not None:
+            pictures += live.sources.values()
+            lists += [table] if table.directory is None else []
+    if lists:
+        warn_unused(DatasetConfig(config.path, tuple(lists)), pictures)
+    latent, fps = family.latent, family.defaults.fps
+    warn_of_remarks(find_media_remarks(pictures, latent, fps, family.can.rate), LISTED)
+    if not encoders:
+        return
+    sources = [source for live in tables.values() for source in live.sources.values()]
+    warn_of_remarks(find_caption_remarks(sources), NAMED)
+    captions = [
+        (source.caption_path or source.path, text) for source in sources for text in whole_texts(source)
+    ]
+    for text_encoder in encoders:
+        warn_cut_captions(text_encoder, captions)
 
 
 def _size(source: MediaSource) -> Size:
@@ -315,7 +361,7 @@ def _learns_in_spite_of_caches(
 
     learning: all text encoders. Raises OptionError if nothing else is trained.
     """
-    names = ", ".join(encoder.name for encoder in learning)
+    names = " and ".join(encoder.name for encoder in learning)
     switches = _switches(family, options)
     if any(switches.get(encoder.lora_prefix) for encoder in learning):
         logger.warning(
@@ -327,12 +373,12 @@ def _learns_in_spite_of_caches(
     # they do not learn because all texts are cached, as the guides' commands have it
     if options.parts is None or not options.parts.trains_dit:
         raise OptionError(
-            f"--cache_text_encoder_outputs: {names} is trained, so that its outputs change. Leave it out"
+            f"--cache_text_encoder_outputs: outputs of {names} change, as they are trained. Leave it out"
         )
     log = logger.info if options.parts.text_encoder_lr is None else logger.warning
     log(
-        "%s does not learn because --cache_text_encoder_outputs keeps its outputs: only the "
-        "transformer is trained, as with %s. To train both leave out the caches.",
+        "Text encoders do not learn (%s), because --cache_text_encoder_outputs keeps their outputs: only the "
+        "transformer is trained, as with %s. To train both, leave out the caches.",
         names,
         UNET_ONLY,
     )

@@ -43,8 +43,9 @@ class ConfigOptions(Options):
 def read_config_file(name: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
     """Read options from the TOML file `name` (".toml" may be left out), converted as the command line would.
 
-    Tables are flattened, except for `reelsmith`, which is not for training; the last of equal keys wins. A
-    key that is similar to no option is ignored with a warning: it may be another tool's. Raises UserError if
+    Tables are flattened, except for `reelsmith`, which is not for training; the last of equal keys wins. An
+    empty text is no value. A key that is similar to no option is ignored with a warning: it may be another
+    tool's. Raises UserError if
     the file is missing or is not TOML, OptionError if a key is a mistyped option, or if a value has a wrong
     type or is not one of the choices.
     """
@@ -56,7 +57,12 @@ def read_config_file(name: str, parser: argparse.ArgumentParser) -> dict[str, An
     tables = {name: value for name, value in _load(path).items() if name != OTHERS_TABLE}
     if isinstance(tables.get("datasets"), list):
         raise OptionError(f"{path} describes a data set: give it to --dataset_config, and options here")
-    for key, value in _flatten(tables):
+    from training.kohya_page import explain_key, is_of_kohya_page  # only with a file
+
+    flat = dict(_flatten(tables))
+    for key, value in flat.items():
+        if key in actions and _is_empty(value):
+            continue
         if key in actions:
             action = actions[key]
             if getattr(action, "reach", "") == STARTS["reach"]:
@@ -68,6 +74,10 @@ def read_config_file(name: str, parser: argparse.ArgumentParser) -> dict[str, An
             _check_log(path, action, values[action.dest])
             if isinstance(parser, Parser) and f"--{key}" in action.option_strings:
                 parser.typed_flags.setdefault(action.dest, f"--{key}")
+        elif is_of_kohya_page(key):
+            advice = explain_key(key, flat)
+            if advice is not None:
+                logger.warning(f"{path}: {key} is ignored: {advice}")
         else:
             close = difflib.get_close_matches(key, actions, n=1, cutoff=TYPING_MISTAKE)
             if close:
@@ -85,6 +95,11 @@ def _check_log(path: Path, action: argparse.Action, value: Any) -> None:
             f"only logs that end in {' or '.join(LOG_SUFFIXES)}. Rename it, or type --{action.dest} ... with "
             "the command"
         )
+
+
+def _is_empty(value: Any) -> bool:
+    """Return whether a value is an empty text, or a list of such, which pages write for "not given"."""
+    return value == "" or (isinstance(value, list) and value != [] and all(item == "" for item in value))
 
 
 def _actions_by_key(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:

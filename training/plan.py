@@ -217,7 +217,7 @@ def _find_sources(
         config,
         options.caching,
         device=device,
-        live=() if texts is None else texts.keys,
+        texts=texts,
         commands=commands,
     )
 

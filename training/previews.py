@@ -120,10 +120,16 @@ def _check(family: Family, options: TrainingOptions, commands: CachingCommands) 
         )
     else:  # some are yet to be encoded by the training itself
         result = check.check_caching(
-            family, config, workers, False, parts=[check.MEDIA], validation=validation
+            family,
+            config,
+            workers=workers,
+            skip_existing=False,
+            parts=[check.MEDIA],
+            validation=validation,
+            counters=counters,
         )
-        head = ("Where the training has them:", *findings.indent(_describe_plans(plans)))
-        result = replace(result, head=head, counters=counters)
+        lines = [*_describe_plans(plans), *counters.missing]
+        result = replace(result, head=("Where the training has them:", *findings.indent(lines)))
     lines = describe_run(options, num_validation=result.num_held)
     times = describe_times(options.timesteps, config.datasets)
     targets = describe_targets(options)

@@ -43,14 +43,15 @@ from dataset.caching.sound import HearingFamily, SoundWork
 from dataset.caching.text_plans import list_caption_files, plan_texts
 from dataset.config import DatasetConfig
 from dataset.options import CachingOptions, CheckPageOptions
-from dataset.sources.clock import find_other_lengths
-from dataset.sources.colours import find_colours, find_reordered
-from dataset.sources.companions import find_moving_references, refuse_companions
+from dataset.sources.colours import find_reordered
+from dataset.sources.companions import refuse_companions
 from dataset.sources.decoding import check_resolution, decode_source
 from dataset.sources.folders import log_lone_controls
-from dataset.sources.frames import find_far_rates, find_wrong_rates, media_table
+from dataset.sources.frames import find_wrong_rates, media_table
+from dataset.sources.left_out import TableFolders
 from dataset.sources.media_source import NO_REFERENCE, Fault
-from dataset.sources.references import find_equal_references, lack_references, reference_buckets
+from dataset.sources.references import lack_references, reference_buckets
+from dataset.sources.remarks import find_media_remarks
 from dataset.sources.sound import list_unheard
 from modules.bars import Bar
 from modules.console import count_of, count_words
@@ -148,22 +149,26 @@ def check_caching(
     verify: bool = False,
     parts: Sequence[str] = (MEDIA, LATENTS),
     validation: tuple[float, int] = (0.0, 0),
+    counters: Counters | None = None,
 ) -> CheckResult:
     """Report what caching would do. Nothing is encoded or written, and no encoder is loaded.
 
     verify: read all cache files again. parts: MEDIA checks the sources; those whose records are missing or
     outdated are decoded. LATENTS checks their caches; it needs a family made with the options of latent
     caching. TEXTS checks caches of captions, and captions longer than an encoder reads; without the encoders'
-    files only the captions. validation: share and seed for tables that do not give their own.
+    files only the captions. validation: share and seed for tables that do not give their own. counters: of
+    the text encoders of a training that encodes captions; None: TEXTS loads them.
     """
     scope = _Scope(media=MEDIA in parts, latents=LATENTS in parts, texts=TEXTS in parts)
-    counters = load_counters(family.text_encoders) if scope.texts else NO_COUNTERS
+    if counters is None:
+        counters = load_counters(family.text_encoders) if scope.texts else NO_COUNTERS
     identified = _identify(family, scope)
     stores = Stores(npz_names(family), skip_existing=skip_existing, verify=verify)
     recipe = _make_recipe(family, identified.media, stores, scope)
     tables = []
+    folders = TableFolders(config)
     for table in config.datasets:
-        findings = find_table(config, table)
+        findings = find_table(config, table, folders)
         _check_form(findings, family, scope)
         if scope.media and findings.sources:
             _check_media(findings, family, recipe, workers, with_latents=scope.latents)
@@ -172,7 +177,7 @@ def check_caching(
         if scope.texts or (findings.sources and identified.media):
             kind = "shards or folders are incomplete; caching repairs them"
             findings.remarks += [Fault(kind, line) for line in list_shard_faults(table)]
-        check_captions(findings, counters)
+        check_captions(findings, counters, are_cached=scope.texts)
         findings.title = f"{table.name}: {count_of(len(findings.sources), table.holds)}"
         if scope.media:
             findings.title += f", {count_of(findings.num_items, 'item')}"
@@ -275,13 +280,7 @@ def _check_media(
     except DatasetError as error:
         findings.unusable(error)
     findings.faults += find_wrong_rates(findings.sources)
-    if not recipe.has_rates:
-        findings.remarks += find_far_rates(findings.sources, recipe.fps)
-    findings.remarks += find_other_lengths(findings.sources, recipe.fps)
-    findings.remarks += find_equal_references(findings.sources)
-    findings.remarks += find_reordered(findings.sources)
-    findings.remarks += find_moving_references(findings.sources)
-    findings.remarks += find_colours(findings.sources, recipe.latent.keeps_alpha)
+    findings.remarks += find_media_remarks(findings.sources, recipe.latent, recipe.fps, recipe.has_rates)
 
 
 def _check_family(findings: TableFindings, family: Caches) -> None:
@@ -437,12 +436,13 @@ def check_training(
     encoders = SameEncoders(commands)
     head = (RECOGNISED, *indent([*files, *counters.missing]))
     tables = []
+    folders = TableFolders(config)
     for table in config.datasets:
         findings = TableFindings(table)
         items = [item for item in cached.items if item.table.index == table.index]
         _count_cached_items(findings, items, latent)
         _check_caches(findings, items, cached, latent=latent, encoders=encoders)
-        _compare_sources(config, findings, items, counters=counters, hears=sound is not None)
+        _compare_sources(config, findings, items, folders=folders, counters=counters, hears=sound is not None)
         is_held_back = ", for validation" if table.validation else ""
         findings.title = f"{table.name}: {len(items)} cached items{is_held_back}"
         tables.append(findings)
@@ -537,6 +537,7 @@ def _compare_sources(
     config: DatasetConfig,
     findings: TableFindings,
     items: Sequence[TrainingItem],
+    folders: TableFolders,
     counters: Counters,
     hears: bool,
 ) -> None:
@@ -546,7 +547,7 @@ def _compare_sources(
     if any(map(is_address, findings.table.tars or ())):  # listing them would download them
         findings.caches.append("its sources are not checked: they are in tars at addresses")
         return
-    listed = find_table(config, findings.table)
+    listed = find_table(config, findings.table, folders)
     if not listed.sources:
         findings.caches += [f"its sources are not checked: {fault.text}" for fault in listed.faults[:1]]
         return

@@ -15,10 +15,11 @@ from data_tools.report.looks import Look
 from dataset.batches.order import split_validation
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.options import GUESS
-from dataset.sources.captions import SHOWN, describe_cut, guess_captions, read_caption_file
-from dataset.sources.left_out import left_out_files, left_out_folders
+from dataset.sources.captions import SHOWN, guess_captions, read_caption_file
+from dataset.sources.left_out import TableFolders
 from dataset.sources.listing import find_encodings, find_sources, missing_captions
 from dataset.sources.media_source import Fault, MediaSource, list_faults
+from dataset.sources.remarks import find_caption_remarks, find_cut_captions
 from dataset.sources.unread import find_unread
 from modules.atomic_write import write_bytes, write_text
 from modules.console import as_size, count_of
@@ -232,10 +233,10 @@ def indent(lines: Iterable[str]) -> list[str]:
     return [f"  {line}" for line in lines]
 
 
-def find_table(config: DatasetConfig, table: DatasetTable) -> TableFindings:
+def find_table(config: DatasetConfig, table: DatasetTable, folders: TableFolders) -> TableFindings:
     """List the sources of a table with all faults of the listing, and the files next to them.
 
-    Remarks name unused files that look as if they were meant to be used.
+    folders: of all tables. Remarks name unused files that look as if they were meant to be used.
     """
     findings = TableFindings(table)
     try:
@@ -255,11 +256,12 @@ def find_table(config: DatasetConfig, table: DatasetTable) -> TableFindings:
     num_pairs = sum(source.worse is not None for source in findings.sources)
     if num_pairs:
         findings.caches.append(f"pairs of a better and a worse one: {num_pairs}")
-    left_out = left_out_files(config, table)
+    left_out = folders.left_out_files(table)
     if left_out is not None:
         findings.remarks.append(Fault("folders have files that are not used", left_out))
     if table is config.datasets[0]:
-        findings.remarks += [Fault("folders are not searched", line) for line in left_out_folders(config)]
+        lines = folders.left_out_folders(config.datasets)
+        findings.remarks += [Fault("folders are not searched", line) for line in lines]
     return findings
 
 
@@ -301,8 +303,13 @@ def load_counters(text_encoders: Callable[[], Sequence[TextEncoder]]) -> Counter
     return Counters(tuple(counters), tuple(missing))
 
 
-def check_captions(findings: TableFindings, counters: Counters = NO_COUNTERS) -> None:
-    """Add the faults of the captions of a table's sources, except for unreadable ones."""
+def check_captions(
+    findings: TableFindings, counters: Counters = NO_COUNTERS, are_cached: bool = True
+) -> None:
+    """Add the faults of the captions of a table's sources, except for unreadable ones.
+
+    are_cached: the outputs of text encoders are kept, so that their size is reported.
+    """
     missing = [source for source in findings.sources if source.caption is None and not is_unread(source)]
     for line, source in zip(missing_captions(missing), missing, strict=True):
         findings.faults.append(Fault(NO_CAPTION, line, source.stem))
@@ -310,26 +317,16 @@ def check_captions(findings: TableFindings, counters: Counters = NO_COUNTERS) ->
         if source.caption == "":
             place = source.caption_path or source.path
             findings.remarks.append(Fault("have an empty caption", str(place), source.stem))
-    if counters.by_name:
-        _count_tokens(findings, counters)
-
-
-def _count_tokens(findings: TableFindings, counters: Counters) -> None:
-    """Add the captions that an encoder cuts off, and how many bytes its caches take."""
-    sizes: dict[str, list[int]] = {}  # bytes of each caption, by the name of the encoder
-    for source in findings.sources:
-        place = source.caption_path or source.path
-        for caption in (source.caption or "", *source.more_captions):
-            for name, count in counters.count(caption):
-                sizes.setdefault(name, []).append(count.size_bytes)
-                if count.is_cut:
-                    kind = f"have a caption longer than {name} reads"
-                    findings.remarks.append(Fault(kind, describe_cut(place, name, count), source.stem))
+    findings.remarks += find_caption_remarks(findings.sources)
+    if not counters.by_name:
+        return
+    remarks, sizes_bytes = find_cut_captions(findings.sources, dict(counters.by_name))
+    findings.remarks += remarks
     references = ", more with what it sees of references" if findings.table.texts_see_references else ""
-    for name, sizes_bytes in sizes.items():
-        longest = max(sizes_bytes)
-        if longest:
-            total = as_size(sum(sizes_bytes))
+    for name, sizes in sizes_bytes.items():
+        longest = max(sizes)
+        if longest and are_cached:
+            total = as_size(sum(sizes))
             words = f"{total}, that of the longest caption {as_size(longest)}{references}"
             findings.caches.append(f"text caches of {name}: about {words}")
 

@@ -25,6 +25,7 @@ from dataset.config import DatasetConfig, DatasetTable, with_lengths, with_refer
 from dataset.sources.clock import find_other_lengths
 from dataset.sources.colours import find_colours, find_reordered
 from dataset.sources.decoding import check_resolution
+from dataset.sources.left_out import TableFolders
 from dataset.sources.media_source import Fault, MediaSource, Remote, list_faults
 from modules.atomic_write import write_text
 from modules.bars import Bar
@@ -59,7 +60,11 @@ def run_report(config: DatasetConfig, options: ReportOptions) -> None:
         config = with_references(config, ReferenceRules(options.references, options.pixel_step))
     if options.no_download:
         _refuse_remote_tars(config)
-    tables = [_measure_table(config, table, options, latent, workers=workers) for table in config.datasets]
+    folders = TableFolders(config)
+    tables = [
+        _measure_table(config, table, folders=folders, options=options, latent=latent, workers=workers)
+        for table in config.datasets
+    ]
     faults = [fault for findings in tables for fault in findings.faults]
     if not any(findings.sources for findings in tables):
         lines = (fault.text for fault in faults)
@@ -130,10 +135,15 @@ def _find_remarks(sources: Sequence[MediaSource], fps: float) -> list[Fault]:
 
 
 def _measure_table(
-    config: DatasetConfig, table: DatasetTable, options: ReportOptions, latent: LatentSpec, workers: int
+    config: DatasetConfig,
+    table: DatasetTable,
+    folders: TableFolders,
+    options: ReportOptions,
+    latent: LatentSpec,
+    workers: int,
 ) -> TableFindings:
     """Read all sources of a table once; with --no_decode headers only, and nothing is measured."""
-    findings = find_table(config, table)
+    findings = find_table(config, table, folders)
     if not findings.sources:
         return findings
     check_captions(findings)

@@ -441,7 +441,12 @@ def require_items(listing: FoundItems, commands: CachingCommands = NO_COMMANDS) 
         text_command = commands.text
         if listing.missing_empty:
             text_command += " --empty_prompt"
-        raise CacheError("\n  ".join([*faults, "Make the caches first:", commands.latents, text_command]))
+        needed = []
+        if listing.empty_tables or listing.silent is not None or listing.missing_sound:
+            needed.append(commands.latents)
+        if listing.empty_tables or listing.missing_text or listing.missing_empty:
+            needed.append(text_command)
+        raise CacheError("\n  ".join([*faults, "Make the caches first:", *needed]))
     _warn_left_out(listing, commands)
     num_items = count_of(len(listing.items), "item")
     num_tables = count_of(len(tables_of(listing.items)), "data set")

@@ -11,7 +11,6 @@ import itertools
 import logging
 import math
 import random
-import re
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -20,7 +19,7 @@ from typing import NamedTuple, TypeVar
 
 from dataset.batches.items import OfSource, TrainingItem, tables_of
 from dataset.cache.files import EMPTY
-from dataset.sources.captions import add_ends, join_parts, lines_of
+from dataset.sources.captions import complete_caption, join_parts, lines_of
 from dataset.sources.media_source import pause_collection
 from dataset.table import NO_AUGMENTATION, CaptionChanges, DatasetTable
 from modules.seeds import derive_seed
@@ -265,10 +264,6 @@ def _split_subsets(items: Sequence[S], fraction: float, seed: int) -> tuple[list
     return training, validation
 
 
-_WILDCARD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")  # {{ and }} stand for the braces themselves
-_BRACES = {"{{": "{", "}}": "}"}
-
-
 def changed_caption(
     caption: str,
     changes: CaptionChanges,
@@ -286,14 +281,15 @@ def changed_caption(
         return caption
     lines = lines_of(caption) or [""]
     text = generator.choice(lines) if changes.wildcards else lines[0]
-    text = add_ends(text, table)
+    prefix, suffix = table.caption_prefix, table.caption_suffix
     if changes.wildcards:
+        from dataset.sources.wildcards import fill_wildcards  # few tables have any
 
-        def fill_in(match: re.Match[str]) -> str:
-            return _BRACES.get(match[0]) or generator.choice((match[1] or "").split("|"))
-
-        text = _WILDCARD.sub(fill_in, text)
-    if not (changes.shuffle or changes.warmup_step or changes.part_dropout_rate):
+        prefix = fill_wildcards(prefix, generator).text
+        text = fill_wildcards(text, generator).text
+        suffix = fill_wildcards(suffix, generator).text
+    text = complete_caption(text, table.trigger_word, prefix, suffix)
+    if not changes.moves_parts:
         return join_parts(text, changes)
 
     # parts between the fixed ones are shuffled; parts beyond the warm-up, or dropped at random, are left out

@@ -34,7 +34,6 @@ from dataset.cache.files import (
 from dataset.cache.records import TextRecord, identify, record_metadata, require_finite, text_records
 from dataset.cache.store import Stores, may_be_mixed, npz_names, remove_caches
 from dataset.caching.prefetch import (
-    NAMED,
     CacheReport,
     Failure,
     Write,
@@ -52,15 +51,15 @@ from dataset.caching.text_plans import (
 )
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.options import CachingOptions
-from dataset.sources.captions import describe_cut
 from dataset.sources.decoding import DecodedMedia, decode_source
 from dataset.sources.listing import require_captions
 from dataset.sources.media_source import MediaSource
 from dataset.sources.references import explain_reference, hold_references
+from dataset.sources.remarks import NAMED, find_caption_remarks, warn_cut_captions, warn_of_remarks
 from dataset.subsets import refuse_changing
 from modules.bars import Bar
 from modules.console import count_of, show_box
-from modules.errors import CacheError, CheckpointError, MediaError
+from modules.errors import CacheError, MediaError
 from modules.media.colours import AS_SHOWN
 from modules.paths import path_exists
 
@@ -106,6 +105,7 @@ class TextWork:
         self.not_listed, self.whole_tables = listing.report, listing.complete_tables
         if any(source.caption is None for source in self._sources):
             require_captions(self._sources)
+        warn_of_remarks(find_caption_remarks(self._sources), NAMED)
         family.check_given_files()
         own_folders = [table for table in config.datasets if table.index not in stores.elsewhere]
         mixed = [table for table in own_folders if may_be_mixed(table)]
@@ -425,33 +425,6 @@ def _make_batches(files: Sequence[CaptionFile], size: int | None) -> list[TextBa
         batch_size = size or texts[0].table.batch_size
         batches += [texts[start : start + batch_size] for start in range(0, len(texts), batch_size)]
     return batches
-
-
-def warn_cut_captions(encoder: TextEncoder, captions: Sequence[tuple[Path | str, str]]) -> None:
-    """Warn about captions with more tokens than the encoder reads: their ends are not used.
-
-    captions: each with its place, for the message.
-    """
-    try:
-        count_tokens = encoder.token_counter()
-    except CheckpointError as error:
-        logger.info("tokens of the captions are not counted: %s", error)
-        return
-    number = 0
-    lines: list[str] = []
-    for place, caption in captions:
-        count = count_tokens(caption)
-        number += count.is_cut
-        if count.is_cut and len(lines) < NAMED:
-            lines.append(describe_cut(place, encoder.name, count))
-    if number:
-        logger.warning(
-            "%d of %d captions are longer than %s reads; the rest of them is not used. The first:\n  %s",
-            number,
-            len(captions),
-            encoder.name,
-            "\n  ".join(lines),
-        )
 
 
 def _join(old: Entry, new: Entry) -> Entry:

@@ -26,17 +26,15 @@ from dataset.caching.planning import Recipe, SourcePlan, plan_all
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.config_keys import IGNORE
 from dataset.options import CachingOptions
-from dataset.sources.clock import find_other_lengths
-from dataset.sources.colours import find_colours, find_reordered
 from dataset.sources.decoding import DecodedMedia, check_resolution
-from dataset.sources.frames import find_far_rates, find_wrong_rates, media_table
+from dataset.sources.frames import find_wrong_rates, media_table
 from dataset.sources.listing import warn_captions, warn_unused
-from dataset.sources.media_source import LISTED, Fault, FileIdentity, MediaSource, list_faults
+from dataset.sources.media_source import LISTED, Fault, FileIdentity, MediaSource
+from dataset.sources.remarks import find_media_remarks, warn_of_remarks
 from dataset.subsets import refuse_changing
 from modules.atomic_write import free_bytes
 from modules.bars import Bar
 from modules.console import Row, as_size, count_of, count_words, show_box
-from modules.control_codes import escape_control_codes
 from modules.devices import free_memory
 from modules.errors import DatasetError
 
@@ -235,17 +233,9 @@ class MediaWork:
         # source_fps decides, as a file's header may be wrong
         if any(table.stated_fps is not None for table in self._config.datasets):
             faults += find_wrong_rates(sources)
-        if not self._recipe.has_rates:
-            faults += find_far_rates(sources, self._recipe.fps)
-        faults += find_other_lengths(sources, self._recipe.fps)
-        faults += find_reordered(sources)
-        if any(source.references or source.control for source in sources):
-            from dataset.sources.companions import find_moving_references  # few tables have any
-
-            faults += find_moving_references(sources)
-        faults += find_colours(sources, self._family.latent.keeps_alpha)
-        if faults:
-            logger.warning("%s", escape_control_codes("\n".join(list_faults(faults, LISTED))))
+        recipe = self._recipe
+        faults += find_media_remarks(sources, recipe.latent, recipe.fps, recipe.has_rates)
+        warn_of_remarks(faults, LISTED)
 
     def remove_stale(
         self,

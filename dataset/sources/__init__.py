@@ -17,6 +17,7 @@ media_source: an image or clip, its names and faults
 pairs: the worse one of each pair, by its name
 parquet: bounded reading of Parquet files, files in columns
 references: reference pictures: which, how large, what is wrong
+remarks: about media and captions, in caching, training and --check
 rows: turn rows of lists and tables into sources
 shown: references that a row shows with its clip
 sound: the sound of clips: its file, seconds, faults
@@ -24,4 +25,5 @@ tables: sources of JSONL lists, tables and metadata JSON files
 tar_index: samples of a tar, kept for the next run
 tars: sources of tars, which are not unpacked
 unread: columns of lists and tables that nothing reads
+wildcards: choices in captions, drawn from the inside out
 """

@@ -114,7 +114,9 @@ def captions_in(text: str, table: DatasetTable) -> tuple[str, ...]:
         return complete_captions((lines_of(text) or [""]) if table.multi_caption else [text], table)
     if table.changes.is_raw:
         return (text,)
-    return (join_parts(add_ends(next(iter(lines_of(text)), ""), table), table.changes),)
+    first_line = next(iter(lines_of(text)), "")
+    (caption,) = complete_captions([first_line], table)
+    return (join_parts(caption, table.changes),)
 
 
 def first_and_more(
@@ -130,21 +132,18 @@ def first_and_more(
 
 
 def complete_captions(captions: Iterable[str], table: DatasetTable) -> tuple[str, ...]:
-    """Return captions with trigger word, prefix and suffix of their table; equal ones are listed once.
-
-    The form is "prefix trigger, caption suffix"; a caption that has the trigger word keeps it where it is.
-    """
-    if table.trigger_word:
-        captions = [add_trigger(caption, table.trigger_word) for caption in captions]
-    if table.caption_prefix or table.caption_suffix:
-        captions = [add_ends(caption, table) for caption in captions]
-    return tuple(dict.fromkeys(captions))
+    """Return captions with trigger word, prefix and suffix of their table; equal ones are listed once."""
+    prefix, suffix = table.caption_prefix, table.caption_suffix
+    completed = [complete_caption(caption, table.trigger_word, prefix, suffix) for caption in captions]
+    return tuple(dict.fromkeys(completed))
 
 
-def add_ends(caption: str, table: DatasetTable) -> str:
-    if not (table.caption_prefix or table.caption_suffix):
+def complete_caption(caption: str, trigger: str, prefix: str, suffix: str) -> str:
+    """Return "prefix trigger, caption suffix"; a caption that has the trigger word keeps it where it is."""
+    caption = add_trigger(caption, trigger)
+    if not (prefix or suffix):
         return caption
-    return " ".join(part for part in (table.caption_prefix, caption, table.caption_suffix) if part)
+    return " ".join(part for part in (prefix, caption, suffix) if part)
 
 
 def lines_of(text: str) -> list[str]:

@@ -16,6 +16,7 @@ from dataset.sources.media_source import Fault, MediaSource
 from modules.console import count_of
 from modules.errors import DatasetError, MediaError
 from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
+from modules.media.labels import MASK_LABEL, label_of, owner_of
 from modules.media.opening import SOUND_SUFFIXES, open_image
 from modules.media.reading import TIFF_SUFFIXES, TOOL_TAG, VIDEO_SUFFIXES, image_suffixes, read_tags
 from modules.paths import similar_path
@@ -180,10 +181,17 @@ def _find_companions(
 
 
 def _companions_by_stem(table: DatasetTable, what: str, folder: Path) -> dict[str, list[Path]]:
-    """Return the files of masks or of sound in a folder by their stems."""
+    """Return the files of masks or of sound in a folder by the stems of their media."""
     if what == "mask":
         entries = list_entries(folder, "mask_directory")
-        return files_by_stem(map(Path, entries), mask_suffixes(table.kind), table.kind == "video")
+        files = files_by_stem(map(Path, entries), mask_suffixes(table.kind), table.kind == "video")
+        # a picture is no mask of itself
+        is_apart = table.directory is None or folder_id(folder) != folder_id(table.directory)
+        masks: dict[str, list[Path]] = {}
+        for stem, paths in files.items():
+            if is_apart or label_of(stem) == MASK_LABEL:
+                masks.setdefault(owner_of(stem, MASK_LABEL), []).extend(paths)
+        return masks
     entries = list_entries(folder, "audio_directory")
     suffixes = SOUND_SUFFIXES | VIDEO_SUFFIXES
     if folder == table.directory:  # a clip is not a file beside itself
@@ -207,9 +215,9 @@ def _media_in(table: DatasetTable, faults: list[Fault]) -> list[Path]:
     media: list[Path] = []
     spare_files: list[Path] = []
     for entry, ending in zip(entries, endings, strict=True):
-        if ending in spare:
+        if ending in spare and label_of(split_name(entry.name)[0]) is None:
             spare_files.append(table.directory / entry.name)
-        if ending not in suffixes:
+        if ending not in suffixes or label_of(split_name(entry.name)[0]) is not None:
             continue
         path = table.directory / entry.name
         if is_file(entry):

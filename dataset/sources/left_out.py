@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from dataset.sources.folders import folder_id, is_file, list_entries, media_suff
 from dataset.sources.media_source import OF_SHARDS
 from modules.errors import MediaError
 from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
+from modules.media.labels import MASK_LABEL, label_of
 from modules.media.opening import SOUND_SUFFIXES
 from modules.media.remedies import remedy_of
 
@@ -20,30 +22,68 @@ LOOKED_INTO = 1000  # names of a folder inside a folder
 NO_MEDIA = {"prompts.txt", "check.html", "thumbs.db", "desktop.ini"}
 _USUAL = frozenset({".json", ".jsonl", ".toml", ".bak", ".npz", ".safetensors", ".ini", ".db", ".txt"})
 _USUAL |= {".caption", ".csv", ".tsv", ".parquet", ".md"}
+# usual suffixes of captions, in lower case
+CAPTION_ENDINGS = frozenset({".txt", ".caption", ".cap", ".tags", ".tag", ".text"})
 FOLDERS_OF_RUNS = {"cache", "output"}
 _KINDS = ("image", "video")
+_Named = tuple["os.DirEntry[str]", str, str]  # a file or folder, its stem and suffix
 
 
-def left_out_files(config: DatasetConfig, table: DatasetTable) -> str | None:
-    """Return a line with the number of unread files in a table's folder, by suffix; None if there are none,
-    or if an earlier table has the same folder. Files that are usual next to media are not counted.
+class TableFolders:
+    """The folders of all tables of a configuration; the real path of each is found once."""
 
-    Raises DatasetError if the folder cannot be listed.
-    """
-    if table.directory is None:
-        return None
-    place = folder_id(table.directory)
-    sharing = [other for other in config.datasets if other.directory and folder_id(other.directory) == place]
-    if sharing[0].index != table.index:
-        return None
-    has_companions = place in _other_folders(config)
-    rules = _UnreadRules.of(sharing, has_companions)
-    counts = _count_unread(table, table.directory, rules)
-    if not counts:
-        return None
-    number = sum(of_endings.total() for of_endings in counts.values())
-    verb = "file is" if number == 1 else "files are"
-    return f"{table.directory}: {number} {verb} not read: {_describe(counts)}"
+    def __init__(self, config: DatasetConfig) -> None:
+        self._ids: dict[int, str] = {}  # by index of the table
+        self._sharing: dict[str, list[DatasetTable]] = {}
+        for table in config.datasets:
+            if table.directory is not None:
+                place = folder_id(table.directory)
+                self._ids[table.index] = place
+                self._sharing.setdefault(place, []).append(table)
+        self._others = _other_folders(config)
+
+    def left_out_files(self, table: DatasetTable) -> str | None:
+        """Return a line with the number of unread files in a table's folder, by suffix; None if there are
+        none, or if an earlier table has the same folder. Files that are usual next to media are not counted.
+
+        Raises DatasetError if the folder cannot be listed.
+        """
+        place = self._ids.get(table.index)
+        if place is None or table.directory is None:
+            return None
+        sharing = self._sharing[place]
+        if sharing[0].index != table.index:
+            return None
+        with_masks = any(
+            other.mask_directory is not None and folder_id(other.mask_directory) == place for other in sharing
+        )
+        rules = _UnreadRules.of(sharing, has_companions=place in self._others, with_masks=with_masks)
+        counts = _count_unread(table, table.directory, rules)
+        if not counts:
+            return None
+        number = sum(of_endings.total() for of_endings in counts.values())
+        verb = "file is" if number == 1 else "files are"
+        return f"{table.directory}: {number} {verb} not read: {_describe(counts)}"
+
+    def left_out_folders(self, tables: Iterable[DatasetTable]) -> Iterator[str]:
+        """Yield a line for each folder inside a folder of the tables that holds its kind of media and is not
+        read.
+        """
+        used = self._others | {*self._sharing}
+        for table in tables:
+            if table.directory is None or not table.directory.is_dir():
+                continue
+            with os.scandir(table.directory) as entries:
+                folders = sorted(
+                    entry.path for entry in entries if entry.name[0] != "." and not is_file(entry)
+                )
+            for folder in folders:
+                if Path(folder).name in FOLDERS_OF_RUNS and (table.directory / "run.toml").exists():
+                    continue
+                suffixes = _all_suffixes([table.holds])
+                if folder_id(folder) not in used and _holds(folder, suffixes, used):
+                    unused = f"its {table.holds}s are not used: folders inside a folder are not searched"
+                    yield f"{folder}: {unused}. Give it a table"
 
 
 def _describe(counts: Mapping[str, Counter[str]]) -> str:
@@ -60,8 +100,16 @@ def _count_unread(table: DatasetTable, folder: Path, rules: "_UnreadRules") -> d
     # without a Path for each: there may be a million
     entries = [(entry, *split_name(entry.name)) for entry in list_entries(folder, table.name)]
     stems = {stem for _, stem, suffix in entries if suffix.lower() in rules.read}
-    counts: dict[str, Counter[str]] = {}
+    captions = _find_captions(table, entries, rules)
+    handled = {name for names in captions.values() for name in names}
+    counts = {why: Counter(split_name(name)[1] for name in names) for why, names in captions.items()}
     for entry, stem, suffix in entries:
+        if entry.name in handled:
+            continue
+        label = label_of(stem) if suffix.lower() in rules.pictures else None
+        if label is not None and label not in rules.read_labels:
+            counts.setdefault(_explain_label(label, folder), Counter())[f"{label}{suffix}"] += 1
+            continue
         if rules.is_expected(entry.name, suffix, has_media=stem in stems):
             continue
         ending = suffix.lower()
@@ -81,6 +129,77 @@ def _count_unread(table: DatasetTable, folder: Path, rules: "_UnreadRules") -> d
     return counts
 
 
+class CaptionOwners:
+    """The images or clips of a folder, by which a caption under another name finds the one that it is of."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        """names: of the files, with their suffixes."""
+        self._by_name: dict[str, str] = {}
+        self._by_stem: dict[str, str] = {}
+        for name in names:
+            self._by_name[_as_read(name)] = name
+            self._by_stem[_as_read(Path(name).stem)] = name
+
+    def find(self, stem: str) -> str | None:
+        """Return the file that a caption is probably of: its name differs in capitals, in the Unicode form of
+        its letters, or has the suffix of the file too (`cat.png.txt`). None if there is none.
+
+        stem: the name of the caption without its suffix.
+        """
+        key = _as_read(stem)
+        return self._by_name.get(key) or self._by_stem.get(key)
+
+
+def _as_read(name: str) -> str:
+    """Return a name in the form that is the same for all names that people read as equal."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+def _find_captions(
+    table: DatasetTable, entries: Sequence[_Named], rules: "_UnreadRules"
+) -> dict[str, list[str]]:
+    """Return the names of caption files that nothing reads, by what to do: those of media that have no other
+    caption, with another usual suffix or under another name.
+    """
+    if not rules.caption_suffixes:
+        return {}
+    names = {entry.name for entry, _, _ in entries}
+    owners = CaptionOwners(
+        entry.name
+        for entry, stem, suffix in entries
+        if suffix.lower() in rules.read
+        and label_of(stem) is None
+        and not any(f"{stem}{caption}" in names for caption in rules.caption_suffixes)
+    )
+    by_suffix: dict[str, list[str]] = {}
+    misnamed: list[tuple[str, str]] = []  # caption, and the media file that it is of
+    for entry, stem, suffix in entries:
+        if suffix.lower() not in rules.caption_endings | CAPTION_ENDINGS or entry.name.lower() in NO_MEDIA:
+            continue
+        owner = owners.find(stem)
+        if owner is None or not is_file(entry):
+            continue
+        if split_name(owner)[0] != stem:
+            misnamed.append((entry.name, owner))
+        elif suffix not in rules.caption_suffixes:
+            by_suffix.setdefault(suffix, []).append(entry.name)
+    found: dict[str, list[str]] = {}
+    for suffix, captions in by_suffix.items():
+        key = (
+            f"--caption_extension {suffix}"
+            if table.config_path.is_dir()
+            else f'caption_extension = "{suffix}"'
+        )
+        found[f"captions of {table.holds}s without another one, which {key} reads"] = captions
+    if misnamed:
+        caption, owner = misnamed[0]
+        wanted = f"{split_name(owner)[0]}{min(rules.caption_suffixes)}"
+        example = f"{caption} of {owner}, which reads {wanted}"
+        why = f"captions under another name than their {table.holds}: {example}; rename them"
+        found[why] = [name for name, _ in misnamed]
+    return found
+
+
 @dataclass(frozen=True)
 class _UnreadRules:
     """Which files of a folder are read, or usually are next to media."""
@@ -89,18 +208,27 @@ class _UnreadRules:
     read: frozenset[str]  # endings, in lower case
     caption_suffixes: set[str]  # as tables have them
     caption_endings: set[str]  # in lower case
+    pictures: frozenset[str]  # endings, in lower case
+    read_labels: frozenset[str]  # of files next to media
 
     @staticmethod
-    def of(tables: Sequence[DatasetTable], has_companions: bool) -> "_UnreadRules":
+    def of(tables: Sequence[DatasetTable], has_companions: bool, with_masks: bool) -> "_UnreadRules":
         """Return the rules of the tables that share a folder. has_companions: it also has masks, control
-        media or sound.
+        media or sound. with_masks: it has masks of OneTrainer, which the tables read.
         """
         kinds = {str(table.holds) for table in tables}
         captions = {table.caption_extension for table in tables if table.caption_extension}
         read = _all_suffixes(kinds)
         if has_companions:
             read |= SOUND_SUFFIXES | _all_suffixes(_KINDS)
-        return _UnreadRules(kinds, read, captions, {suffix.lower() for suffix in captions})
+        return _UnreadRules(
+            kinds,
+            read,
+            caption_suffixes=captions,
+            caption_endings={suffix.lower() for suffix in captions},
+            pictures=_all_suffixes(["image"]),
+            read_labels=frozenset({MASK_LABEL} if with_masks else ()),
+        )
 
     def is_expected(self, name: str, suffix: str, has_media: bool) -> bool:
         """Return whether a file is not media, but usual in such a folder. has_media: media with its stem are
@@ -144,6 +272,12 @@ def _is_still(path: Path) -> bool:
         return False
 
 
+def _explain_label(label: str, folder: Path) -> str:
+    if label == MASK_LABEL:
+        return f'masks of OneTrainer, which mask_directory = "{folder.as_posix()}" uses'
+    return "conditioning images of OneTrainer; models with control read them from a folder of their own"
+
+
 def _explain(ending: str, kinds: set[str]) -> str:
     for kind in _KINDS:
         if kind not in kinds and any(ending in suffixes for suffixes in media_suffixes(kind)):
@@ -174,24 +308,6 @@ def _describe_contents(folder: Path, suffixes: Sequence[str]) -> str:
         files = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in most_common)
         return f"it has {files}"
     return f"only folders, such as {folders[0]}" if folders else "it is empty"
-
-
-def left_out_folders(config: DatasetConfig) -> Iterator[str]:
-    """Yield a line for each folder inside a table's folder that holds its kind of media and is not read."""
-    used = _other_folders(config)
-    used |= {folder_id(table.directory) for table in config.datasets if table.directory}
-    for table in config.datasets:
-        if table.directory is None or not table.directory.is_dir():
-            continue
-        with os.scandir(table.directory) as entries:
-            folders = sorted(entry.path for entry in entries if entry.name[0] != "." and not is_file(entry))
-        for folder in folders:
-            if Path(folder).name in FOLDERS_OF_RUNS and (table.directory / "run.toml").exists():
-                continue
-            suffixes = _all_suffixes([table.holds])
-            if folder_id(folder) not in used and _holds(folder, suffixes, used):
-                unused = f"its {table.holds}s are not used: folders inside a folder are not searched"
-                yield f"{folder}: {unused}. Give it a table"
 
 
 def _holds(folder: str, suffixes: frozenset[str], used: set[str]) -> bool:

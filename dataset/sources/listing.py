@@ -14,7 +14,7 @@ from contract.rules import ShownMedium
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.sources.captions import NOT_UTF8, describe_encoding, explain_captions, read_caption
 from dataset.sources.folders import list_table_folder, log_lone_controls
-from dataset.sources.left_out import describe_entries, left_out_files, left_out_folders
+from dataset.sources.left_out import TableFolders, describe_entries
 from dataset.sources.media_source import (
     LISTED,
     NO_REFERENCE,
@@ -168,11 +168,15 @@ def warn_skipped(faults: Sequence[Fault]) -> None:
 
 
 def find_all_sources(
-    config: DatasetConfig, captions: bool = True, skipped: list[tuple[DatasetTable, Fault]] | None = None
+    config: DatasetConfig,
+    captions: bool = True,
+    skipped: list[tuple[DatasetTable, Fault]] | None = None,
+    folders: TableFolders | None = None,
 ) -> list[MediaSource]:
     """Return the sources of all tables, in order. Raises DatasetError with the faults of all tables.
 
     skipped: takes unreadable parts that are left out, with their table; without it there is a warning.
+    folders: of the whole configuration, if `config` has only some of its tables: the others read files too.
     """
     sources: list[MediaSource] = []
     problems = []
@@ -194,8 +198,9 @@ def find_all_sources(
     if remarks:
         logger.warning("%s", escape_control_codes("\n".join(remarks)))
     log_lone_controls(sources)
-    lines = [left_out_files(config, table) for table in config.datasets]
-    lines += left_out_folders(config)
+    folders = folders or TableFolders(config)
+    lines = [folders.left_out_files(table) for table in config.datasets]
+    lines += folders.left_out_folders(config.datasets)
     for line in filter(None, lines):
         logger.warning("%s", escape_control_codes(line))
     return sources

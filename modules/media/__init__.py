@@ -7,6 +7,7 @@ colours: pictures and frames as a viewer shows them
 companions: sound, subtitles and tags into another video
 decoding: decode videos and animations picture by picture
 encoding: encode pictures to a video stream
+labels: masks and conditions that OneTrainer lays next to pictures
 lengths: numbers of frames that clips of a model may have
 measures: brightness, sharpness, stillness, hashes, and cuts of scenes
 opening: open foreign images and videos safely; import PyAV

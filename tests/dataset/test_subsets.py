@@ -362,3 +362,29 @@ def test_noise_levels_are_those_of_all_subsets_of_a_dataset(tmp_path: Path) -> N
     )
     empty = text.replace("max_timestep = 500", "max_timestep = 50")
     assert "min_timestep = 100 is not below max_timestep = 50" in faults(tmp_path, empty)
+
+
+def test_keys_that_act_only_with_others_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    keys = "keep_tokens = 2\nprior_loss_weight = 0.5\ntoken_warmup_min = 1\n"
+    text = f'[general]\n{keys}[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = "FOLDER"\n'
+
+    load(tmp_path, text)
+    (said,) = caplog.messages
+    caplog.clear()
+    load(tmp_path, f'{text}shuffle_caption = true\n[[datasets.subsets]]\nimage_dir = "x"\nis_reg = true\n')
+
+    needed = "shuffle_caption, caption_tag_dropout_rate or token_warmup_step"
+    idle = f"keep_tokens (needs {needed}), prior_loss_weight (needs is_reg = true)"
+    assert said == f"{tmp_path / 'data.toml'}: without effect: {idle}"
+    assert caplog.messages == []
+
+
+def test_a_folder_that_is_a_subset_itself_is_told_from_one_with_subsets(tmp_path: Path) -> None:
+    place = tmp_path / "10_cat"
+    place.mkdir()
+    make_image(place / "a.png")
+
+    with pytest.raises(DatasetError) as caught:
+        folders_config(given("--train_data_dir", place, "--resolution", "64"))
+
+    assert str(caught.value).endswith(f"Give the folder that it is in: --train_data_dir {tmp_path}")

@@ -540,7 +540,7 @@ def test_copies_empty_captions_and_the_size_are_told(tmp_path: Path) -> None:
     said = new(tmp_path, "--trigger_word", "ohwx")
 
     assert "p0 (1).jpg = p0.jpg: equal copies, learned more often than others" in said
-    assert "p0 (1).jpg: an empty caption: ohwx alone is learned of them" in said
+    assert "p0 (1).jpg: an empty caption: only ohwx is learned there" in said
     assert "64x64: the size of a typical file, p1.jpg (64x64)" in said
 
 

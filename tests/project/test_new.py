@@ -167,7 +167,8 @@ def test_captions_of_other_names(end: str, found: int, tmp_path: Path) -> None:
     told = f"q0.txt: left out, captions are read from {end} files. Rename them"
     assert (told in said and 'caption_extension = ".txt"' in said) is (end == ".caption")
     assert "Thumbs" not in said
-    assert ("That of cat.mp4 is cat.txt, not cat.mp4.txt: rename them" in said) is (found == 0)
+    name, stem = photos[0].name, photos[0].stem
+    assert (f"{name}.txt seems to be that of {name}: call it {stem}.txt" in said) is (found == 0)
     table, other = load_dataset_config(tmp_path / "dataset.toml").datasets
     assert (table.caption_extension, table.class_tokens is None) == (end if found else ".txt", found == 3)
     assert (table.num_repeats, other.num_repeats) == (10, 1)

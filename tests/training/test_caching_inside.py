@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from contract.data import Batch
-from contract.rules import NpzFormat
+from contract.rules import CountTokens, NpzFormat, TokenCount
 from dataset.batches.finding import find_items, require_items
 from dataset.batches.items import TrainingItem
 from dataset.batches.order import split_validation
@@ -22,10 +22,11 @@ from modules.errors import DatasetError, OptionError
 from modules.installation import RUN_CHECKS, RUN_GOES_ON
 from modules.options import NoOptions
 from tests.dataset.toy_family import options as caching_options
-from tests.training.toy import same
+from tests.training.toy import ToyTextEncoder, same
 from tests.training.toy_images import LATENT, PictureFamily
 from training.caching_inside import Where, plan_tables, prepare_sources
 from training.data.feed import BatchSources
+from training.data.live import LiveTexts
 from training.image_options import ImageTrainerDefaults, read_image_training
 from training.options import TrainingOptions
 from training.plan import read_config
@@ -84,9 +85,10 @@ def cache(config: DatasetConfig) -> None:
     assert cache_texts(family(), config, caching_options()).written == 3
 
 
-def prepare(folder: Path, *arguments: object, live: tuple[str, ...] = ()) -> BatchSources:
-    options = read(folder, *arguments)
-    return prepare_sources(family(), read_config(options, PictureFamily()), options.caching, CPU, live)
+def prepare(folder: Path, *arguments: object, live: bool = False) -> BatchSources:
+    options, made = read(folder, *arguments), family()
+    texts = LiveTexts(made.text_encoders()) if live else None
+    return prepare_sources(made, read_config(options, PictureFamily()), options.caching, CPU, texts)
 
 
 def items_of(folder: Path, sources: BatchSources) -> list[TrainingItem]:
@@ -145,8 +147,8 @@ def test_the_command_writes_what_the_script_writes(tmp_path: Path) -> None:
             assert all(np.array_equal(one[key], other[key]) for key in told)
 
 
-@pytest.mark.parametrize("live", [(), ("letters",)])
-def test_a_removed_picture_is_not_trained(tmp_path: Path, live: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("live", [False, True])
+def test_a_removed_picture_is_not_trained(tmp_path: Path, live: bool) -> None:
     make(tmp_path)
     prepare(tmp_path, *TO_DISK)
     (tmp_path / "pictures/1.png").unlink()
@@ -228,7 +230,7 @@ def test_validated_pictures_are_not_changed(tmp_path: Path) -> None:
 def test_texts_that_are_not_cached_are_left_out_of_batches(tmp_path: Path) -> None:
     make(tmp_path, "shuffle_caption = true")
 
-    first = batches(tmp_path, prepare(tmp_path, "--cache_latents", live=("letters",)))[0]
+    first = batches(tmp_path, prepare(tmp_path, "--cache_latents", live=True))[0]
 
     assert set(first.tensors) == {"latents", "alpha_mask"}
     assert first.captions == ("a, b, c",)
@@ -272,3 +274,42 @@ def test_a_schedule_is_compared_with_the_steps_of_the_epochs(
     assert train_network(family(), read(tmp_path, "--max_train_epochs", 2, *long)) == 0
     with pytest.raises(OptionError, match=f"exceed the {STEPS} steps of the run"):
         train_network(family(), read(tmp_path, *long))
+
+
+class OneLetter(ToyTextEncoder):
+    """Reads one letter of a text."""
+
+    def token_counter(self) -> CountTokens:
+        return lambda text: TokenCount(text, len(text), 1, 1)
+
+
+@pytest.mark.parametrize("keys", ["", "shuffle_caption = true", "color_aug = true"])
+def test_texts_that_are_encoded_while_training_have_the_remarks_of_caching(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, keys: str
+) -> None:
+    make(tmp_path, keys)
+    (tmp_path / "pictures/1.txt").write_text("a {b|c}", encoding="utf-8")
+    options = read(tmp_path)
+    config = read_config(options, PictureFamily())
+
+    prepare_sources(family(), config, options.caching, CPU, LiveTexts([OneLetter()]))
+
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    cut = [text for text in warnings if text.startswith("3 of 3 captions are longer than letters reads")]
+    assert len(cut) == 1
+    assert "0.txt: 7 tokens, letters reads 1; lost: , b, c" in cut[0]
+    assert sum("{a|b}, which is learned as text" in text for text in warnings) == 1
+
+
+def test_pictures_that_are_encoded_while_training_have_the_remarks_of_caching(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make(tmp_path, "random_crop = true")
+    Image.new("RGBA", (48, 40), (200, 20, 20, 90)).save(tmp_path / "pictures/1.png")
+    options = read(tmp_path)
+    config = read_config(options, PictureFamily())
+    made = dataclasses.replace(family(), latent=dataclasses.replace(NPZ, masks_latents=False))
+
+    prepare_sources(made, config, options.caching, CPU)
+
+    assert sum("1 is transparent and filled with white" in text for text in caplog.messages) == 1

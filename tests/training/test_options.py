@@ -268,6 +268,39 @@ def test_a_key_of_another_tool_in_the_config_file_is_warned_about(
     assert "text_encoder_lr is ignored" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("line", "advice"),
+    [
+        ("loraplus_lr_ratio = 16", 'write network_args = ["loraplus_lr_ratio=16"]'),
+        ("lowvram = true", "blocks_to_swap and gradient_checkpointing save GPU memory"),
+        ("epoch = 4", "write max_train_epochs = 4"),
+        ('gpu_ids = "0"', "it is for accelerate launch"),
+        ("use_wandb = true", 'write log_with = "wandb"'),
+        ("lowvram = false", ""),
+        ('loraplus_lr_ratio = 4\nnetwork_args = ["loraplus_lr_ratio=4"]', ""),
+    ],
+)
+def test_keys_of_the_page_of_kohya_ss_are_explained(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, line: str, advice: str
+) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text(line, encoding="utf-8")
+
+    options("--config_file", str(file))
+
+    assert len(caplog.messages) == bool(advice)
+    assert advice in caplog.text
+
+
+def test_empty_texts_in_a_config_file_are_no_values(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "c.toml"
+    lines = 'sample_prompts = ""\nmax_train_steps = ""\nsave_state = ""\nlr_scheduler_args = [""]\n'
+    file.write_text(lines, encoding="utf-8")
+
+    assert options("--config_file", str(file)) == options()
+    assert not caplog.messages
+
+
 def test_a_text_as_seed_is_the_number_that_generation_makes_of_it(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,0 +1,58 @@
+"""Warn about keys of subsets that act only with others. Standard library only."""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dataset.subset_options import SUBSET_KEYS
+from dataset.table import DatasetTable, Table
+
+logger = logging.getLogger(__name__)
+
+_VARIES = "shuffle_caption, caption_tag_dropout_rate or token_warmup_step"
+_BUCKETS = "enable_bucket = true"
+# keys that act only with others -> those others
+_NEEDS: Mapping[str, str] = {
+    "min_bucket_reso": _BUCKETS,
+    "max_bucket_reso": _BUCKETS,
+    "bucket_reso_steps": _BUCKETS,
+    "bucket_no_upscale": _BUCKETS,
+    "keep_tokens": _VARIES,
+    "keep_tokens_separator": _VARIES,
+    "token_warmup_min": "token_warmup_step",
+    "prior_loss_weight": "is_reg = true",
+}
+
+
+def warn_idle(path: Path, content: Mapping[str, Any], tables: Sequence[DatasetTable]) -> None:
+    """Warn about keys of a file that act only with others, which no subset has."""
+    met = {
+        _BUCKETS: any(table.enable_bucket for table in tables),
+        _VARIES: any(table.changes.moves_parts for table in tables),
+        "token_warmup_step": any(table.changes.warmup_step > 0 for table in tables),
+        "is_reg = true": any(table.is_reg for table in tables),
+    }
+    values: dict[str, list[Any]] = {}
+    for level in _levels_of(content):
+        for name, value in level.items():
+            values.setdefault(name, []).append(value)
+    idle = [
+        f"{name} (needs {needed})"
+        for name, needed in _NEEDS.items()
+        if not met[needed] and any(value != SUBSET_KEYS[name].default for value in values.get(name, ()))
+    ]
+    if idle:
+        logger.warning("%s: without effect: %s", path, ", ".join(idle))
+
+
+def _levels_of(content: Mapping[str, Any]) -> Iterator[Table]:
+    """Yield the tables of a file in which keys of subsets may stand."""
+    general, entries = content.get("general"), content.get("datasets")
+    levels = [general, *(entries if isinstance(entries, list) else [])]
+    for level in levels:
+        if isinstance(level, dict):
+            yield level
+            subsets = level.get("subsets")
+            inner = subsets if isinstance(subsets, list) else []
+            yield from (subset for subset in inner if isinstance(subset, dict))

@@ -1,0 +1,160 @@
+"""Remarks about the media and captions of a dataset: the same in caching, in training and in --check."""
+
+import logging
+import random
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from contract.data import LatentSpec
+from contract.family import TextEncoder
+from contract.rules import CountTokens
+from dataset.sources.captions import SHOWN, complete_caption, describe_cut, join_parts, lines_of
+from dataset.sources.clock import find_other_lengths
+from dataset.sources.colours import find_colours, find_reordered
+from dataset.sources.frames import find_far_rates
+from dataset.sources.media_source import Fault, MediaSource, list_faults
+from dataset.sources.references import find_equal_references
+from dataset.sources.wildcards import fill_wildcards, has_choice
+from modules.control_codes import escape_control_codes
+from modules.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+NAMED = 3  # captions of one kind
+LONE_BRACE = "captions have a brace that belongs to no {a|b}, and learn it as text"
+NOT_DRAWN = (
+    "captions have {a|b}, which is learned as text: only enable_wildcard = true of a [[datasets.subsets]] "
+    "draws one of them"
+)
+BACKSLASH = (
+    "captions have a backslash before a bracket, which is learned; prompts in which brackets are weights "
+    "leave it out. Remove the backslashes"
+)
+_BACKSLASH = re.compile(r"\\[()\[\]]")
+
+
+# --- media
+# ------------------------------------------------------------------------------------------------------------
+
+
+def find_media_remarks(
+    sources: Sequence[MediaSource], latent: LatentSpec, fps: float, has_rates: bool
+) -> list[Fault]:
+    """Return remarks about the rates, lengths, order, references and colours of sources.
+
+    fps, has_rates: frames per second of the model, and whether it takes any rate.
+    """
+    remarks = [] if has_rates else find_far_rates(sources, fps)
+    remarks += find_other_lengths(sources, fps)
+    remarks += find_equal_references(sources)
+    remarks += find_reordered(sources)
+    if any(source.references or source.control for source in sources):
+        from dataset.sources.companions import find_moving_references  # few tables have any
+
+        remarks += find_moving_references(sources)
+    return remarks + find_colours(sources, latent.keeps_alpha)
+
+
+# --- captions
+# ------------------------------------------------------------------------------------------------------------
+
+
+def whole_texts(source: MediaSource) -> Iterator[str]:
+    """Yield the texts that the captions of a source become, without anything dropped or shuffled.
+
+    Of each choice `{a|b}` that is drawn while training, one is taken.
+    """
+    table = source.table
+    if source.caption is None:
+        return
+    if not table.changes.is_raw:
+        yield from (source.caption, *source.more_captions)
+        return
+    lines = lines_of(source.caption) or [""]
+    for line in lines if table.changes.wildcards else lines[:1]:
+        text = complete_caption(line, table.trigger_word, table.caption_prefix, table.caption_suffix)
+        if table.changes.wildcards:
+            text = fill_wildcards(text, random.Random(0)).text
+        yield join_parts(text, table.changes)
+
+
+def find_caption_remarks(sources: Iterable[MediaSource]) -> list[Fault]:
+    """Return remarks about marks in captions that are learned as text, and are hardly meant to be."""
+    remarks: list[Fault] = []
+    for source in sources:
+        kinds: dict[str, None] = {}
+        for caption in (source.caption or "", *source.more_captions):
+            kinds |= dict.fromkeys(_marks_in(caption, draws=source.table.changes.wildcards))
+        if kinds:
+            words = " ".join((source.caption or "").split())
+            shown = words if len(words) <= SHOWN else f"{words[:SHOWN]}..."
+            text = f"{source.caption_path or source.path}: {shown}"
+            remarks += [Fault(kind, text, source.stem) for kind in kinds]
+    return remarks
+
+
+def _marks_in(caption: str, draws: bool) -> Iterator[str]:
+    """Yield the kinds of remarks about a caption. draws: choices are drawn."""
+    if draws:
+        lines = lines_of(caption)
+        if any(fill_wildcards(line, random.Random(0)).has_lone_brace for line in lines):
+            yield LONE_BRACE
+    elif has_choice(caption):
+        yield NOT_DRAWN
+    if _BACKSLASH.search(caption):
+        yield BACKSLASH
+
+
+def find_cut_captions(
+    sources: Iterable[MediaSource], counters: Mapping[str, CountTokens]
+) -> tuple[list[Fault], dict[str, list[int]]]:
+    """Return a remark for each caption that an encoder cuts off, and the bytes of all text caches by encoder.
+
+    counters: by the names of the encoders.
+    """
+    remarks = []
+    sizes_bytes: dict[str, list[int]] = {}
+    for source in sources:
+        place = source.caption_path or source.path
+        for caption in whole_texts(source):
+            for name, count_tokens in counters.items():
+                count = count_tokens(caption)
+                sizes_bytes.setdefault(name, []).append(count.size_bytes)
+                if count.is_cut:
+                    kind = f"have a caption longer than {name} reads"
+                    remarks.append(Fault(kind, describe_cut(place, name, count), source.stem))
+    return remarks, sizes_bytes
+
+
+def warn_cut_captions(encoder: TextEncoder, captions: Sequence[tuple[Path | str, str]]) -> None:
+    """Warn about captions with more tokens than the encoder reads: their ends are not used.
+
+    captions: each with its place, for the message.
+    """
+    try:
+        count_tokens = encoder.token_counter()
+    except CheckpointError as error:
+        logger.info("tokens of the captions are not counted: %s", error)
+        return
+    number = 0
+    lines: list[str] = []
+    for place, caption in captions:
+        count = count_tokens(caption)
+        number += count.is_cut
+        if count.is_cut and len(lines) < NAMED:
+            lines.append(describe_cut(place, encoder.name, count))
+    if number:
+        logger.warning(
+            "%d of %d captions are longer than %s reads; the rest of them is not used. The first:\n  %s",
+            number,
+            len(captions),
+            encoder.name,
+            escape_control_codes("\n  ".join(lines)),
+        )
+
+
+def warn_of_remarks(remarks: Sequence[Fault], most: int) -> None:
+    """Log remarks as one warning. most: how many of each kind are named."""
+    if remarks:
+        logger.warning("%s", escape_control_codes("\n".join(list_faults(remarks, most))))

@@ -1,0 +1,81 @@
+"""Choices in captions: `a {red|blue} coat`, which enable_wildcard draws each time a picture is trained."""
+
+import random
+import re
+from dataclasses import dataclass, field
+
+_CHOICE = re.compile(r"\{[^{}]*\|[^{}]*\}")
+_BRACES = re.compile(r"(\{++|\}++)")
+_MOST_NESTED = 100  # choices in one another; a limit on time, which grows with its square
+_BAR = "\0"  # stands for a bar that is literal; no caption holds this character
+
+
+@dataclass
+class _OpenChoice:
+    """Braces that are opened at one place, and the text behind them so far, with its choices drawn."""
+
+    opened: int
+    pieces: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class FilledText:
+    """A caption with its choices drawn. has_lone_brace: a brace belongs to no choice, and stays as text."""
+
+    text: str
+    has_lone_brace: bool
+
+
+def fill_wildcards(text: str, generator: random.Random) -> FilledText:
+    """Draw one alternative of each `{a|b}`, from the inside out.
+
+    `{{` and `}}` stand for the braces themselves, as in sd-scripts, unless one of the two braces closes or
+    opens a choice around another one: `{{a|b} c|d}`, `{a|b {c|d}}`.
+    """
+    groups = [_OpenChoice(0)]  # the first is the text outside of all braces
+    lone_braces = 0
+    for piece in _BRACES.split(text):
+        if piece.startswith("{") and len(groups) > _MOST_NESTED:
+            lone_braces += 1
+            groups[-1].pieces.append(piece)
+        elif piece.startswith("{"):
+            groups.append(_OpenChoice(len(piece)))
+        elif piece.startswith("}"):
+            lone_braces += _close(groups, len(piece), generator)
+        else:
+            groups[-1].pieces.append(piece)
+    while len(groups) > 1:  # opened, and closed nowhere
+        group = groups.pop()
+        lone_braces += group.opened % 2
+        groups[-1].pieces += ["{" * _literal(group.opened), *group.pieces]
+    return FilledText("".join(groups[0].pieces).replace(_BAR, "|"), lone_braces > 0)
+
+
+def has_choice(text: str) -> bool:
+    return _CHOICE.search(text) is not None
+
+
+def _close(groups: list[_OpenChoice], closed: int, generator: random.Random) -> int:
+    """Draw the choices that `closed` braces at one place end. Return how many of these end none."""
+    while closed and len(groups) > 1:
+        group = groups[-1]
+        matched = min(group.opened, closed)
+        content = "".join(group.pieces)
+        if matched % 2:
+            content = generator.choice(content.split("|"))
+        else:
+            content = content.replace("|", _BAR)
+        pairs = matched // 2
+        group.pieces = ["{" * pairs, content, "}" * pairs]
+        group.opened -= matched
+        closed -= matched
+        if not group.opened:
+            groups.pop()
+            groups[-1].pieces += group.pieces
+    groups[-1].pieces.append("}" * _literal(closed))
+    return closed % 2
+
+
+def _literal(braces: int) -> int:
+    """Return how many braces a row of them stands for: every two for one, and a lone one for itself."""
+    return (braces + 1) // 2

@@ -1,0 +1,17 @@
+"""Files that OneTrainer lays next to a picture `cat.png`, which are no pictures to learn: its mask
+`cat-masklabel.png` and the image that it is made from, `cat-condlabel.png`. Standard library only.
+"""
+
+MASK_LABEL, CONDITION_LABEL = "-masklabel", "-condlabel"
+LABELS = (MASK_LABEL, CONDITION_LABEL)
+
+
+def label_of(stem: str) -> str | None:
+    """Return which label the name of a file ends in, without its suffix; None: it is a picture."""
+    lower = stem.lower()
+    return next((label for label in LABELS if lower.endswith(label) and len(lower) > len(label)), None)
+
+
+def owner_of(stem: str, label: str) -> str:
+    """Return the name of the picture that a file belongs to if its name ends in `label`; else the name."""
+    return stem[: -len(label)] if label_of(stem) == label else stem
