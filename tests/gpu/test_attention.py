@@ -142,8 +142,8 @@ def test_keys_that_stand_for_several(cuda: torch.device, dtype: torch.dtype, key
     """As the padding of texts, computed once: gradients too."""
     repeats, inputs = torch.tensor([1.0] * (keys - 1) + [473.0]), draw((2, 130, keys, 2, 128), dtype)
     expected = exact_with_gradients(inputs, repeats=repeats)
-    # one key has up to 98.7 % of a query's weight: gradients are what is left of the difference of the weighted
-    # mean from this key's share, and 16 bits round both (on an H200 2.7 % of 7 keys' gradients)
+    # one key has up to 98.7 % of a query's weight: gradients are what is left of the weighted
+    # mean without this key's share, and 16 bits round both (2.7 % with 7 keys on an H200)
     assert_near(attend_on(inputs, SDPA, cuda, repeats=repeats), expected, dtype, cancels=2)
 
 
