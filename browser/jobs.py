@@ -24,13 +24,13 @@ from modules.console import count_of
 from modules.control_codes import escape_control_codes, shorten_lines
 from modules.errors import OptionError, OutputError, UserError
 from modules.file_locks import only_one
-from modules.run_limits import limit_variables
+from modules.run_limits import QUEUE_FOLDER, limit_variables
 from modules.text_files import parse_json, read_text, real_path
 from training.reports.history import describe_process
 
 logger = logging.getLogger(__name__)
 
-FOLDER = "reelsmith-queue"
+FOLDER = QUEUE_FOLDER
 QUEUE = "queue.txt"
 STATE = "jobs.json"
 LOGS = "logs"
