@@ -54,8 +54,9 @@ KINDS: dict[str, Any] = {
     "worker": dict | None,
     "stops": int,
     "within": str,
+    "typed": str,
 }
-STORED = ("id", "line", "folder", "process", "stops", "within")  # in STATE
+STORED = ("id", "line", "folder", "process", "stops", "within", "typed")  # in STATE
 
 
 class StrangeJobsError(OutputError):
@@ -73,6 +74,7 @@ class Job:
     process: dict[str, Any] | None = None  # that waits for the job; None: not started
     stops: int = 0  # how often it was told to stop
     within: str = ""  # described folder whose limits it has, as one of its buttons wrote it; empty: no limits
+    typed: str = ""  # options that send something and that somebody typed, despite limits; blanks between
     place: int = -1  # index among the entries of the text file; -1: its line has been removed
     code: int | None = field(init=False)
     state: str = field(init=False)  # WAITING, or as the state of a run
@@ -110,8 +112,9 @@ class Job:
     def as_row(self) -> dict[str, Any]:
         """Return what is kept of the job."""
         row = {name: getattr(self, name) for name in STORED}
-        if not self.within:
-            del row["within"]
+        for name in ("within", "typed"):
+            if not row[name]:
+                del row[name]
         return row
 
     @property
@@ -182,7 +185,7 @@ class _Book:
     def count_waiting(self) -> "Counter[str]":
         """Return digests of the jobs that are to begin, with how often there is each."""
         return Counter(
-            short_digest(json.dumps([job.line, job.folder, job.within]), 16)
+            short_digest(json.dumps([job.line, job.folder, job.within, job.typed]), 16)
             for job in self.jobs
             if job.process is None
         )
@@ -241,25 +244,30 @@ class JobQueue:
         worker = self._read_book().worker
         return "elsewhere" if worker is not None and is_living(worker) is not False else ""
 
-    def add(self, words: Sequence[str], folder: Path, *, within: Path | None = None) -> int:
+    def add(
+        self, words: Sequence[str], folder: Path, *, within: Path | None = None, typed: Sequence[str] = ()
+    ) -> int:
         """Append a command of ours and return the number of its job.
 
-        folder: working folder of the command. within: as that of `Errands.start`. Raises OptionError if it is
-        no command of ours, OutputError if the queue cannot be written.
+        folder: working folder of the command. within, typed: as those of `Errands.start`. Raises OptionError
+        if it is no command of ours, OutputError if the queue cannot be written.
         """
         launch.find_program(words, folder)
         line = as_line(words)
         with self._change() as book:
             job = self._new_job(book, line, folder)
             job.within = "" if within is None else str(real_path(within))
+            job.typed = " ".join(typed)
             book.jobs.append(job)
             book.entries.append(f"{line}\n")
         return job.id
 
-    def add_and_begin(self, words: Sequence[str], folder: Path, *, within: Path | None = None) -> int:
+    def add_and_begin(
+        self, words: Sequence[str], folder: Path, *, within: Path | None = None, typed: Sequence[str] = ()
+    ) -> int:
         """Append a command as `add` does, and run the jobs unless the queue is paused with others in it."""
         others_wait = any(job.state == WAITING for job in self.jobs())
-        number = self.add(words, folder, within=within)
+        number = self.add(words, folder, within=within, typed=typed)
         if self.worker == "" and not others_wait:
             self.begin_work()
         return number
@@ -326,6 +334,7 @@ class JobQueue:
             book.wait_again(job, as_line(words))
             job.folder = str(real_path(folder))
             job.within = ""  # somebody has typed it
+            job.typed = ""
 
     @property
     def is_open(self) -> bool:
@@ -403,7 +412,7 @@ class JobQueue:
                 write_text(job.code_path, str(error.exit_code))
                 job.process = {}
                 return
-            limits = limit_variables([Path(job.within)]) if job.within else {}
+            limits = limit_variables([Path(job.within)], job.typed.split()) if job.within else {}
             self._child = launch.prepare_process(job.log, **limits)
             job.process = describe_process(self._child.pid)
         # only now, as its number is on disk: if this process is killed before, the job does not begin

@@ -10,6 +10,7 @@ from urllib.parse import urlencode
 import pytest
 from PIL import Image
 
+from browser.captioning import TYPED_OPTIONS, caption_words
 from browser.errands import Errands, errand_name
 from browser.jobs import WAITING, open_queue
 from browser.launch import check_options
@@ -311,3 +312,29 @@ def test_a_style_of_the_working_folder_draws_no_picture(folder: Path) -> None:
 
     assert run_python("-c", code, folder=folder, environment=variables).stdout == usual
     assert usual.lstrip("-").isdecimal()
+
+
+def test_pictures_go_only_to_a_server_that_was_typed(root: Path, folder: Path) -> None:
+    """A printed line that a button starts sends nothing; the address in the page's form was typed."""
+    (folder / "cat.txt").write_text("a cat", encoding="utf-8")
+    queue = open_queue(Runs((root,)), read_only=False)
+    errands = Errands(queue)
+    words = caption_words("http://127.0.0.1:9/v1 model", "", try_on=1)
+    name = errand_name("try", folder)
+
+    errands.start(name, words, folder, within=folder)
+    ended = errands.wait(name, SECONDS)
+    assert ended is not None
+    assert "--api_base: what a folder describes does not leave this machine" in ended.last_lines()
+
+    errands.start(name, words, folder, within=folder, typed=TYPED_OPTIONS)
+    ended = errands.wait(name, SECONDS)
+    assert ended is not None
+    assert "127.0.0.1:9" in ended.last_lines()
+    assert "does not leave this machine" not in ended.last_lines()
+
+    queue.add(words, folder, within=folder, typed=TYPED_OPTIONS)
+    job = open_queue(Runs((root,)), read_only=False).jobs()[0]
+    assert job.typed == "api_base"
+    queue.edit(job.id, job.line)
+    assert not queue.jobs()[0].typed
