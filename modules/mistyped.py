@@ -218,7 +218,7 @@ def _lines_with(name: str) -> list[list[str]]:
 def _pair_for(theirs: str, has: Collection[str]) -> list[str]:
     """Return two options that together mean what another script has as one; none if there are none."""
     pairs = [name.split("+") for names in _lines_with(theirs) for name in names if "+" in name]
-    return next((pair for pair in pairs if has >= {*pair}), [])
+    return next((pair for pair in pairs if all(name in has for name in pair)), [])
 
 
 def guess_option(flags: Flags, name: str) -> str:
