@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlencode
@@ -13,7 +15,7 @@ from PIL import Image
 from browser.captioning import TYPED_OPTIONS, caption_words
 from browser.errands import Errands, errand_name
 from browser.jobs import WAITING, open_queue
-from browser.launch import check_options
+from browser.launch import READ_OPTIONS, check_options
 from browser.queue_views import read_jobs
 from browser.runs import RUNNING, Runs
 from modules.errors import OptionError
@@ -338,3 +340,34 @@ def test_pictures_go_only_to_a_server_that_was_typed(root: Path, folder: Path) -
     assert job.typed == "api_base"
     queue.edit(job.id, job.line)
     assert not queue.jobs()[0].typed
+
+
+@pytest.mark.parametrize(
+    "deed",
+    [
+        "import socket; socket.getaddrinfo('localhost', 80)",
+        "import socket; socket.socket(2, 2).sendto(b'x', ('127.0.0.1', 9))",
+        "import socket; socket.socket().bind(('127.0.0.1', 0))",
+        "import os; os.chmod('mine', 0)",
+        "import os; os.utime('mine', (0, 0))",
+        "import os; os.rename('mine', 'other')",
+        "import shutil; shutil.move('mine', 'other')",
+        "import subprocess; subprocess.run(['true'])",
+    ],
+)
+def test_reading_options_ends_before_anything_is_done(deed: str, tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text(MINE, encoding="utf-8")
+    before = (tmp_path / "mine").stat()
+    script = tmp_path / "script.py"
+    script.write_text(f"{deed}\nraise SystemExit('it went on')\n", encoding="utf-8")
+
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", READ_OPTIONS, str(script)],
+        cwd=tmp_path,
+        capture_output=True,
+        encoding="utf-8",
+    )
+
+    assert (done.returncode, done.stderr) == (0, "")
+    after = (tmp_path / "mine").stat()
+    assert (after.st_mode, after.st_mtime_ns) == (before.st_mode, before.st_mtime_ns)
