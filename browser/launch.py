@@ -302,10 +302,12 @@ def _file_options() -> frozenset[str]:
 def _check_files(words: Sequence[str], folder: Path) -> None:
     """Raise OptionError for the first file that a command reads and that does not exist."""
     option = ""
+    written = "--config_file" if "--output_config" in words else ""
     for word in words:
         if word.startswith("--"):
             option, _, word = word.partition("=")
-        if option in _file_options() and FILE_NAME.fullmatch(word) and not (folder / word).exists():
+        is_read = option in _file_options() and option != written
+        if is_read and FILE_NAME.fullmatch(word) and not (folder / word).exists():
             raise OptionError(
                 f"{option} {shorten(word, 200)}: no such file in {folder}, where relative paths begin."
                 f"{explain_missing(folder / word)} Correct the path"

@@ -75,7 +75,7 @@ def is_living(process: Mapping[str, Any]) -> bool | None:
 
 
 def is_own_file(path: Path) -> bool:
-    """Return whether this user owns a file; on Windows, whether it is there. Others may write into a folder."""
+    """Return whether this user owns a file, as others may write into a folder; on Windows, if it is there."""
     try:
         status = path.lstat()
     except OSError:
