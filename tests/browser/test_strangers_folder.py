@@ -199,7 +199,10 @@ def test_a_line_of_the_memory_plan_has_the_limits_of_its_folder(
         ["flux_train_network.py", "--console_log_file", "{mine}/.bashrc"],
         ["flux_train_network.py", "--console_log_file", "{mine}/new.log"],
         ["flux_train_network.py", "--config_file", "new.toml", "--output_config"],
-        [*"gen_img.py --ckpt cache/dit.safetensors --prompt x --console_log_file".split(), "{mine}/.bashrc"],
+        [
+            *["gen_img.py", "--ckpt", "cache/dit.safetensors", "--prompt", "x", "--console_log_file"],
+            "{mine}/.bashrc",
+        ],
     ],
 )
 def test_checking_the_options_of_a_line_writes_nothing(words: list[str], folder: Path, root: Path) -> None:
