@@ -139,6 +139,11 @@ class Job:
             is_there = False
         return "" if is_there else f"{self.folder}: there is no such folder"
 
+    def refuse_moved_limits(self) -> None:
+        """Raise OptionError if a link has taken the place of the folder that the job may write into."""
+        if self.within and str(real_path(Path(self.within))) != self.within:
+            raise OptionError(f"{self.within} is a link to another place by now. Remove the link, then retry")
+
     @property
     def seconds(self) -> float:
         """Return how long the job has been running, or ran until its end."""
@@ -407,6 +412,7 @@ class JobQueue:
             job.log.parent.mkdir(exist_ok=True)
             try:
                 _, program = launch.find_program(job.words, Path(job.folder))
+                job.refuse_moved_limits()
             except OptionError as error:
                 append_text(job.log, f"{error}\n")
                 write_text(job.code_path, str(error.exit_code))

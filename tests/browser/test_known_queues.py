@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -112,6 +113,19 @@ def test_who_pauses_or_only_works_once_starts_no_later_server(queue: JobQueue) -
     typed.begin_work(stays_open=False)  # with --work
     typed.end_work()
     assert not reopen(JobQueue(queue.folder))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+def test_a_link_in_the_place_of_a_limited_folder_starts_nothing(queue: JobQueue, tmp_path: Path) -> None:
+    folder = tmp_path / "root" / "theirs"
+    folder.mkdir()
+    number = queue.add(OTHER, tmp_path, within=folder)
+    folder.rmdir()
+    folder.symlink_to(tmp_path)
+    queue.begin_work()
+    wait_for_states(queue, "finished", "died")
+    assert "is a link to another place by now" in queue.jobs()[-1].last_lines()
+    assert queue.jobs()[-1].id == number
 
 
 def test_without_a_place_to_remember_the_queue_stays_paused(
