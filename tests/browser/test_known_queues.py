@@ -5,6 +5,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,7 +40,7 @@ def test_a_queue_that_came_with_a_folder_stays_paused(tmp_path: Path) -> None:
     folder = tmp_path / "root" / "reelsmith-queue"
     folder.mkdir(parents=True)
     (folder / "queue.txt").write_text(f"{as_line(SHORT)}\n", encoding="utf-8")
-    book = {"last": 0, "worker": None, "open": True, "jobs": []}
+    book: dict[str, Any] = {"last": 0, "worker": None, "open": True, "jobs": []}
     (folder / "jobs.json").write_text(json.dumps(book), encoding="utf-8")
 
     assert not reopen(JobQueue(folder))
