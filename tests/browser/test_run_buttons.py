@@ -424,7 +424,7 @@ def test_the_end_is_told_only_if_somebody_wants_it(served: Served, tmp_path: Pat
         box = page.get_by_label("tell me when it ends")
         assert not box.is_checked()
         box.check()
-        assert "sound" in page.locator("#told_how").inner_text()
+        page.locator("#told_how").get_by_text("sound").wait_for()
         page.wait_for_timeout(500)
         shutil.rmtree(output)
         write_run(output, "own", kind="good")
