@@ -185,7 +185,10 @@ import builtins, os, runpy, sys
 sys.dont_write_bytecode = True
 writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 reaching = ("os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.symlink", "os.link", "os.truncate")
-reaching += ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "socket.connect")
+reaching += ("os.chmod", "os.chown", "os.utime", "os.kill", "signal.pthread_kill", "sqlite3.connect")
+reaching += ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty", "os.startfile")
+reaching += ("subprocess.Popen", "socket.connect", "socket.bind", "socket.sendto", "socket.getaddrinfo")
+reaching += ("socket.gethostbyname", "socket.gethostbyaddr", "webbrowser.open")
 def end_at_writing(event, facts):
     if event in reaching or event == "open" and isinstance(facts[2], int) and facts[2] & writing:
         os._exit(0)
@@ -299,10 +302,12 @@ def _file_options() -> frozenset[str]:
 def _check_files(words: Sequence[str], folder: Path) -> None:
     """Raise OptionError for the first file that a command reads and that does not exist."""
     option = ""
+    written = "--config_file" if "--output_config" in words else ""
     for word in words:
         if word.startswith("--"):
             option, _, word = word.partition("=")
-        if option in _file_options() and FILE_NAME.fullmatch(word) and not (folder / word).exists():
+        is_read = option in _file_options() and option != written
+        if is_read and FILE_NAME.fullmatch(word) and not (folder / word).exists():
             raise OptionError(
                 f"{option} {shorten(word, 200)}: no such file in {folder}, where relative paths begin."
                 f"{explain_missing(folder / word)} Correct the path"

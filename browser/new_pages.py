@@ -33,7 +33,7 @@ from browser.answers import (
 )
 from browser.beginnings import BUSY, CHECK, CHECKING, DESCRIBE, check_words, run_words
 from browser.bin_folder import FOLDER as BIN
-from browser.captioning import TRIED, caption_words, describe_engine, is_captioning, read_tries
+from browser.captioning import TRIED, TYPED_OPTIONS, caption_words, describe_engine, is_captioning, read_tries
 from browser.captions import mark_bytes
 from browser.datasets import find_places
 from browser.described import (
@@ -554,11 +554,11 @@ class NewPages:
         elif what == "try":
             words = caption_words(texts.get("engine", ""), texts.get("question", ""), TRIED)
             self.require_inside(folder)
-            errands.start(errand_name(TRY, folder), words, folder, within=folder)
+            errands.start(errand_name(TRY, folder), words, folder, within=folder, typed=TYPED_OPTIONS)
         elif what == "write":
             words = caption_words(texts.get("engine", ""), texts.get("question", ""))
             self.require_inside(folder)
-            self.site.queue.add_and_begin(words, folder, within=folder)
+            self.site.queue.add_and_begin(words, folder, within=folder, typed=TYPED_OPTIONS)
         elif what == "remedy":
             self.run_remedy(folder, texts.get("line", ""))
         elif what == REPAIR:

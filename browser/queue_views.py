@@ -63,7 +63,9 @@ class ComparePages:
                 comparison = compare.read_comparison(self.runs, form)
             for job in compare.plan_jobs(comparison, self.fill_cells(comparison)):
                 write_text(job.prompt_file, job.prompts)
-                self.queue.add(job.words, comparison.sources[0].working_folder)
+                # its options are from a history, which may be somebody else's
+                source = comparison.sources[0]
+                self.queue.add(job.words, source.working_folder, within=source.run.history.parent)
         except (OSError, UserError) as error:
             return self.answer(form, str(error))
         return RedirectResponse(f"/compare?{urlencode(form, doseq=True)}", 303)

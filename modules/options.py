@@ -51,6 +51,8 @@ APPENDS = {"reach": "appends"}  # likewise, at the end of what is there: from a 
 SENDS = {"reach": "sends"}  # something leaves this machine; in `run` only if it is typed
 # a file of settings for another library, which can say where to send what; in `run` only if it is typed
 CONFIGURES = {"reach": "configures"}
+# another program at an address, which can have this one run its code; only from a typed command line
+CONNECTS = {"reach": "connects"}
 STARTS = {"reach": "starts"}  # a program is started; only from a typed command line, never from a file
 IMPORTS_CLASS = {"reach": "imports class"}  # it names `package.module.Class`, whose module is imported
 IMPORTS_MODULE = {"reach": "imports module"}  # it names a module, which is imported
@@ -448,6 +450,8 @@ def _check_reach(record: Any, field: "dataclasses.Field[Any]") -> None:
             refuse_in_queue(name)
     elif reach == "starts" and is_given(record, field):
         refuse_starting(name)
+    elif reach == "connects" and is_given(record, field):
+        refuse_starting(name, "joins other programs, which may run code here")
 
 
 def _check_paths(record: Any, field: "dataclasses.Field[Any]") -> None:

@@ -262,7 +262,7 @@ def write_resumable(folder: Path, name: str, **told: object) -> None:
 def test_a_run_of_a_terminal_continues_with_its_own_command(
     served: Served, queue: JobQueue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("browser.queue_views.check_options", lambda words, folder, may_come: None)
+    monkeypatch.setattr("browser.queue_views.check_options", lambda words, folder, may_come, seconds: None)
     write_resumable(tmp_path / "other", "typed", changed=[["output_dir", str(tmp_path / "other")]])
     assert {"Continue", "Train on", "Remove"} <= buttons(served, "typed")
     assert press(served, "start", "typed").status == 200
@@ -424,7 +424,7 @@ def test_the_end_is_told_only_if_somebody_wants_it(served: Served, tmp_path: Pat
         box = page.get_by_label("tell me when it ends")
         assert not box.is_checked()
         box.check()
-        assert "sound" in page.locator("#told_how").inner_text()
+        page.locator("#told_how").get_by_text("sound").wait_for()
         page.wait_for_timeout(500)
         shutil.rmtree(output)
         write_run(output, "own", kind="good")
