@@ -21,6 +21,7 @@
     if (!tell.checked) how.textContent = "";
     else if (!("Notification" in window) || !isSecureContext) how.textContent = "by a sound: this browser shows notices of pages from localhost or https alone";
     else if (Notification.permission === "denied") how.textContent = "by a sound: notices of this page are switched off in the browser";
+    else if (Notification.permission === "default") how.textContent = "by a sound, and by a notice if the browser may show it";
     else how.textContent = "by a notice and a sound, while this page is open";
   }
 
@@ -80,6 +81,7 @@
   explain();
   tell.addEventListener("change", async () => {
     remember(tell.checked);
+    explain(); // some browsers never answer whether notices are wanted
     if (tell.checked && "Notification" in window && isSecureContext && Notification.permission === "default") await Notification.requestPermission();
     explain();
   });
