@@ -149,6 +149,13 @@ def find_program(words: Sequence[str], folder: Path) -> tuple[ScriptCommand, lis
     return command, [sys.executable, *launcher, *script, *script_words[num_words:]]
 
 
+def find_job_program(words: Sequence[str], folder: Path) -> list[str]:
+    """Return the program of a job. Raises OptionError as `find_program` and `refuse_endless` do."""
+    command, program = find_program(words, folder)
+    refuse_endless(command, words)
+    return program
+
+
 def _count_launcher_words(words: Sequence[str]) -> int:
     """Return how many words `accelerate launch` and its options take.
 
@@ -270,6 +277,8 @@ def refuse_endless(command: ScriptCommand, words: Sequence[str]) -> None:
 
     All jobs behind it would wait. words: of the line.
     """
+    if any(word in HELP for word in words):
+        return
     options = [word.partition("=")[0] for word in words if word.startswith("--")]
     if command.words[0] == "browser" and "--export" not in options:
         raise OptionError(

@@ -31,7 +31,7 @@ from browser.answers import (
     answer_unknown,
     read_query,
 )
-from browser.beginnings import BUSY, CHECK, CHECKING, DESCRIBE, check_words, run_words
+from browser.beginnings import CHECK, DESCRIBE, check_words, run_words
 from browser.bin_folder import FOLDER as BIN
 from browser.captioning import TRIED, caption_words, describe_engine, is_captioning, read_tries
 from browser.captions import mark_bytes
@@ -590,7 +590,7 @@ class NewPages:
         check_form(form)
         if mark and mark != mark_files(folder) and not self.is_as_shown(folder, shown):
             raise ChangedMeanwhileError
-        self.refuse_while_it_runs(folder)
+        self.site.beginnings.refuse_while_it_runs(folder)
         if read_media_folder(folder) is None and not any(path.is_dir() for path in folder.iterdir()):
             raise OptionError(f"{folder} has no clips, pictures or sounds. Drop some here first.")
         described, _ = self.try_read(folder)
@@ -603,16 +603,6 @@ class NewPages:
         self.site.errands.start(errand_name(kind, folder), plan.words, Path.cwd(), within=folder)
         return ""
 
-    def refuse_while_it_runs(self, folder: Path) -> None:
-        """Raise OptionError if a training of a folder runs: its files are not changed under it."""
-        for shown in self.site.beginnings.list_all():
-            is_of_folder = shown.plan is not None and shown.plan.folder == folder
-            if is_of_folder and shown.state.name in BUSY and shown.state.name != CHECKING:
-                raise OptionError(
-                    f"{shown.glance.name} is {shown.state.text}. It has read its files already, and would "
-                    "continue with others: stop it first, or wait until it has ended."
-                )
-
     def replace(self, folder: Path, mark: str) -> None:
         """Write the three files as the shown changes say; the old ones are copied into the bin first."""
         comparing = self.find_errand(COMPARE, folder)
@@ -620,7 +610,7 @@ class NewPages:
             raise OptionError("There are no changes to make (any more). Press Describe to see them.")
         if mark != mark_files(folder):
             raise ChangedMeanwhileError
-        self.refuse_while_it_runs(folder)
+        self.site.beginnings.refuse_while_it_runs(folder)
         kept = f"{folder.name} {time.strftime('%Y-%m-%d %H.%M.%S')}"
         keep_copies(folder, self.site.runs.find_top(folder) / BIN / "replaced" / kept)
         form = NewForm.of_words(shlex.split(comparing.line))

@@ -14,6 +14,7 @@ from urllib.parse import parse_qs, quote, urlencode, urlsplit
 import pytest
 from PIL import Image
 
+from browser.captions import mark_bytes
 from browser.described import FILES
 from browser.folders import list_media_folders
 from browser.runs import Runs
@@ -652,3 +653,30 @@ def test_describe_says_what_it_wrote_and_keeps_place_and_focus(served: Served, r
         page.get_by_label("Steps", exact=True).fill("301")
         assert page.locator("#written").text_content() == ""
         assert page.problems == []
+
+
+def test_no_button_changes_the_settings_of_a_running_training(served: Served, root: Path) -> None:
+    folder = describe_folder(root / "set")
+    run, dataset = folder / "run.toml", folder / "dataset.toml"
+    before = run.read_bytes(), dataset.read_bytes()
+    write_run(folder / "output", "own", kind=None)
+    forms = {
+        "settings/save": {
+            "part": "run.toml",
+            "text": run.read_text("utf-8").replace("steps = 10", "steps = 12"),
+        },
+        "settings/look": {"part": "dataset.toml", "text": f"{dataset.read_text('utf-8')}# x\n"},
+        "memory/switch": {"swap": "3", "size": "24"},
+        "samples/save": {"complete": "yes", "every": "7"},
+    }
+    for address, fields in forms.items():
+        of = run if fields.get("part") != "dataset.toml" else dataset
+        marks = {"have": mark_bytes(of.read_bytes()), "have run": mark_bytes(run.read_bytes())}
+        if address.startswith("samples"):
+            marks["have"] = mark_bytes((folder / "prompts.txt").read_bytes())
+        answer = post(served, address, folder=str(folder), **fields, **marks)
+        assert "stop it first, or wait until it has ended" in answer.text, address
+        assert (run.read_bytes(), dataset.read_bytes()) == before
+    prompts = {"part": "prompts.txt", "text": "another one\n"}
+    prompts["have"] = mark_bytes((folder / "prompts.txt").read_bytes())
+    assert "Saved into prompts.txt" in post(served, "settings/save", folder=str(folder), **prompts).text
