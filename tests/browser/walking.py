@@ -21,6 +21,7 @@ from browser import launch
 from browser.jobs import LOGS, WAITING, JobQueue
 from browser.making import ResultMaker
 from browser.runs import RUNNING
+from browser.server import COOKIE
 from modules.errors import OptionError
 from tests.browser.serving import Served
 from tests.chromium import read_page
@@ -183,6 +184,7 @@ class World:
     maker: ResultMaker
     texts: Sequence[str]  # that make sense in a field here: folders, files, command lines
     upload: Path  # a file to send
+    token: str  # of the server
     traces: list[str] = field(default_factory=list)  # tracebacks in the server's log
 
     def list_started(self) -> dict[str, tuple[list[str], str]]:
@@ -474,7 +476,8 @@ class Walk:
         number = len(self.clicks)
         due = [one for one in tab.ask("addresses") if self.answered.get(one, -STEADY) + STEADY <= number]
         for address in due[:MOST_ASKED]:
-            status = self.world.served.ask(address.removeprefix(self.world.served.url)).status
+            place = address.removeprefix(self.world.served.url)
+            status = self.world.served.ask(place, Cookie=f"{COOKIE}={self.world.token}").status
             if status in (200, 204, 303):
                 self.answered[address] = len(self.clicks)
             else:
