@@ -296,7 +296,10 @@ class GeneratePages:
             with self.site.runs.lock:
                 run_source = self.shelf.find_source(name)
             if run_source is None:
-                raise OptionError("This run has no command that generates (any more). Choose another model.")
+                raise OptionError(
+                    "This run is not there any more, or its history has no command of a script that this "
+                    "page drives. Choose a model."
+                )
             return recipe_of_run(run_source)
         family, _, task = name.partition(" ")
         model = find_model_set(family, task)

@@ -157,7 +157,7 @@ def find_draft(runs: Runs, query: Mapping[str, str]) -> Draft:
     if run is None:
         return Draft()
     with contextlib.suppress(OSError):
-        commands = runs.open(run).story.commands[int(place) :]
+        commands = runs.open(run).story.commands_in(run.history.parent)[int(place) :]
         if commands:
             return Draft(escape_control_codes(commands[0].bash), run)
     return Draft()

@@ -76,6 +76,14 @@
     isOld = false;
     look().catch(() => {});
   });
+  // A panel that closes takes the focus with its button: it goes back to the button that has opened it.
+  let opener = "";
+  document.addEventListener("htmx:before:request", ({ target }) => {
+    if (target.matches?.("#deeds form[hx-target='#panel']")) opener = target.querySelector("button").id;
+  });
+  document.addEventListener("htmx:after:swap", ({ target }) => {
+    if (target.id === "panel" && document.activeElement === document.body) document.getElementById(opener)?.focus({ preventScroll: true });
+  });
   if (!box() || !tell) return;
   tell.checked = isWanted();
   explain();
