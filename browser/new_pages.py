@@ -65,6 +65,7 @@ from browser.machine import CardReader
 from browser.model_table import (
     ModelRow,
     describe_file,
+    find_misfit,
     has_login,
     is_gated,
     list_licences,
@@ -668,7 +669,24 @@ class NewPages:
         """Say what the file of a model is, by its header."""
         option = request.query_params.get("option", "")
         text = "".join(form.get(f"file_{option}", ()))
-        return answer_template("new_file.html", "New", {"text": describe_file(text)})
+        chosen = NewForm.of_fields(form)
+        is_chosen = any((row.family, row.task) == (chosen.family, chosen.task) for row in find_models())
+        values = {"text": describe_file(text), "option": option, "asks": is_chosen and bool(text.strip())}
+        return answer_template("new_file.html", "New", values)
+
+    def look_whether_it_fits(self, request: Request, form: Form) -> Response:
+        """Say why the file of a model does not fit the chosen one, as `new` would."""
+        option = request.query_params.get("option", "")
+        chosen = NewForm.of_fields(form)
+        text = "".join(form.get(f"file_{option}", ()))
+        is_option = any(
+            f"--{option}" == part.option
+            for model in find_models()
+            if (model.family, model.task) == (chosen.family, chosen.task)
+            for part in model.components
+        )
+        reason = find_misfit(chosen.family, chosen.task, option, text) if is_option else ""
+        return answer_page(str(escape(reason)))
 
 
 def find_repair(folder: Path) -> list[str]:
@@ -718,6 +736,7 @@ def new_routes(site: Site) -> list[Route]:
         Route("/new/checked", pages.show_check),
         Route("/new/caption_line", pages.show_caption_line),
         Route("/new/file", answer_form(pages.look_at_file), methods=["POST"]),
+        Route("/new/fits", answer_form(pages.look_whether_it_fits), methods=["POST"]),
         Route(UPLOAD, pages.uploads.take, methods=["POST"]),
         *file_routes(pages.files),
         Route("/new/{what}", answer_form(pages.change), methods=["POST"]),

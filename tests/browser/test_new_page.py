@@ -17,7 +17,9 @@ from PIL import Image
 from browser.captions import mark_bytes
 from browser.described import FILES
 from browser.folders import list_media_folders
+from browser.model_table import find_misfit
 from browser.runs import Runs
+from pocket.measure import POCKET
 from tests.browser.described_folders import describe as describe_folder
 from tests.browser.serving import Answer, Served, python_of, serve_runs, write_run
 from tests.browser.test_accessible import assert_fits
@@ -680,3 +682,22 @@ def test_no_button_changes_the_settings_of_a_running_training(served: Served, ro
     prompts = {"part": "prompts.txt", "text": "another one\n"}
     prompts["have"] = mark_bytes((folder / "prompts.txt").read_bytes())
     assert "Saved into prompts.txt" in post(served, "settings/save", folder=str(folder), **prompts).text
+
+
+@pytest.mark.long
+def test_a_file_that_does_not_fit_is_said_before_describe(served: Served) -> None:
+    """By the check of `new` itself, which takes the same file of its own model."""
+    dit = str(POCKET / "dit.safetensors")
+    model = {"family": "wan", "task": "t2v-1.3B"}
+    for option, expected in (("vae", "is not a VAE of Wan2.1 or Wan2.2"), ("dit", ""), ("lora", "")):
+        fields = {**model, f"file_{option}": dit}
+        look = post(served, f"file?option={option}", **fields)
+        assert f'hx-post="/new/fits?option={option}"' in look.text
+        if option != "lora":
+            assert expected in find_misfit(**model, option=option, text=dit)  # which takes seconds once
+        said = post(served, f"fits?option={option}", **fields)
+        assert (said.status, expected in said.text, said.text == "") == (200, True, expected == "")
+    assert "/new/fits" not in post(served, "file?option=dit", file_dit=dit).text
+    assert "/new/fits" not in post(served, "file?option=dit", **model, file_dit="").text
+    gone = post(served, "fits?option=dit", **model, file_dit=f"{dit}.none")
+    assert gone.text == ""
