@@ -50,8 +50,10 @@
   document.addEventListener("click", ({ target }) => {
     if (target.matches(".take")) {
       change(find("family"), target.dataset.family);
-      takeTask(target.dataset.task);
-      find("task").scrollIntoView({ block: "center" });
+      takeTask(target.dataset.task).then(() => {
+        find("task").focus({ preventScroll: true }); // the table leads to the fields
+        find("task").scrollIntoView({ block: "center" });
+      });
     }
     if (target.matches(".take_name")) {
       change(find("name"), target.dataset.name);

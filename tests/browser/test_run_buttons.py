@@ -91,6 +91,11 @@ def test_a_run_that_no_form_can_be_filled_from_says_so(script: str, served: Serv
     assert "its history has no command of a script that this page drives" in form
     assert '<option value="" selected>choose …</option>' in form
     assert 'id="prompt"' not in form
+    origin = {"Origin": served.url, "Content_Type": "application/x-www-form-urlencoded"}
+    again = served.ask("/generate/form", "POST", "source=&draft=0123456789abcdef", **origin).text
+    assert re.findall('<pre id="command"[^>]*>(.*?)</pre>', form + again) == ["", ""]
+    made = served.ask("/generate/make", "POST", "source=&draft=0123456789abcdef", **origin)
+    assert (made.status, "Model: choose one." in made.text) == (422, True)
 
 
 @pytest.mark.parametrize(
