@@ -43,7 +43,8 @@ BUSY = (CHECKING, STARTING, DOWNLOADING, CACHING, LOADING, *DURING)  # a process
 # what a trace of `run` says that it does -> the state, and what is said of it
 STEPS = {
     "downloading the model": (DOWNLOADING, ""),
-    "checking the clips": (CHECKING, "the files"),
+    "checking the files": (CHECKING, "the files"),
+    "checking the clips": (CHECKING, "the files"),  # of older versions
     "checking the captions": (CHECKING, "the captions"),
     "caching latents": (CACHING, "latents"),
     "caching captions": (CACHING, "captions"),

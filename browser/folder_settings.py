@@ -58,7 +58,7 @@ class DraftChange:
     fault: str = ""  # why it cannot be saved
     said: str = ""  # after a press of its button
     text: str | None = None  # that was typed, of a file
-    note: str = ""  # why no script has checked it
+    note: str = ""  # of the script that has checked it, or why none has
 
 
 def plan_change(
@@ -80,7 +80,8 @@ def plan_change(
                 continue
             if draft.name != PROMPTS_FILE:
                 site.beginnings.refuse_while_it_runs(draft.path.parent)
-            change = replace(change, note=refuse_new_faults(draft, after, run.text))
+            note = refuse_new_faults(draft, after, run.text)
+            change = replace(change, note=" ".join(filter(None, (change.note, note))))
     except (ValueError, UserError) as error:
         return replace(change, fault=str(error))
     return change

@@ -304,12 +304,12 @@ class MemoryPages:
         if after == text:
             return ""
         self.site.beginnings.refuse_while_it_runs(folder)
-        refuse_new_faults(present, after, text)
+        note = refuse_new_faults(present, after, text)
         present.save(after)
         lines = {*text.splitlines()} ^ {*after.splitlines()}
         changed = [f"-{line}" for line in text.splitlines() if line in lines]
         changed += [f"+{line}" for line in after.splitlines() if line in lines]
-        return f"Saved into {RUN_FILE}: {'; '.join(changed)}"
+        return f"Saved into {RUN_FILE}: {'; '.join(changed)}. {note}".rstrip(". ")
 
     def plan(self, folder: Path, size: float) -> None:
         """Start the plan of a folder, in place of one that is running."""

@@ -245,8 +245,8 @@ def describe_difference(before: str, after: str) -> list[str]:
 def check_text(name: str, text: str, folder: Path, run_text: str) -> str:
     """Check one of the three files of a folder, before it is written, as the scripts will read it.
 
-    run_text: of the folder's run.toml. Return why no script has checked it; empty if it was. Raises UserError
-    or ValueError with the script's own message.
+    run_text: of the folder's run.toml. Return the script's warnings, or why no script has checked it; empty
+    without either. Raises UserError or ValueError with the script's own message.
     """
     reason = bad_character(text)
     if reason is not None:
@@ -263,13 +263,13 @@ def check_text(name: str, text: str, folder: Path, run_text: str) -> str:
         if not isinstance(content.get(TRAINING_TABLE), dict):
             raise ValueError(f"{RUN_FILE}: the table [{TRAINING_TABLE}] is missing")
         script = find_training_script(text)
-        _check_by_script(["python", script, "--config_file", name], name, text=text, folder=folder)
-    elif name == DATASET_FILE:
+        return _check_by_script(["python", script, "--config_file", name], name, text=text, folder=folder)
+    if name == DATASET_FILE:
         try:
             words = find_caching_words(run_text)
         except OptionError as error:
             return f"No script has checked {name}: {error}."
-        _check_by_script(words, name, text=text, folder=folder)
+        return _check_by_script(words, name, text=text, folder=folder)
     return ""
 
 
@@ -296,21 +296,27 @@ def find_caching_words(run_text: str) -> list[str]:
     raise OptionError(f"{RUN_FILE} names no script of ours that caches {DATASET_FILE}: {reason}")
 
 
-def _check_by_script(words: Sequence[str], name: str, text: str, folder: Path) -> None:
-    """Let a script read a text as its file of options. words: of its command, with the file's name."""
+def _check_by_script(words: Sequence[str], name: str, text: str, folder: Path) -> str:
+    """Let a script read a text as its file of options; return its warnings.
+
+    words: of its command, with the file's name.
+    """
     with temporary_folder() as temporary:
         path = temporary / name
         path.write_text(text, encoding="utf-8")
         try:
-            launch.check_options([str(path) if word == name else word for word in words], folder)
+            typed = [str(path) if word == name else word for word in words]
+            # the model may still have to be loaded, which Start does
+            warnings = launch.check_options(typed, folder, checks_files=False)
         except OptionError as error:
             raise OptionError(str(error).replace(str(path), name)) from None
+    return " ".join(warnings).replace(str(path), name)
 
 
 def refuse_new_faults(draft: DraftFile, after: str, run_text: str) -> str:
     """Raise UserError or ValueError if a changed file has a fault that it did not have before.
 
-    after: its text. run_text: of the folder's run.toml. Return why it was not checked, as `check_text`.
+    after: its text. run_text: of the folder's run.toml. Return what is to be said of it, as `check_text`.
     """
     folder = draft.path.parent
     try:
