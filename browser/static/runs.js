@@ -76,6 +76,23 @@
     isOld = false;
     look().catch(() => {});
   });
+  // Where Stop was, no other button comes: a second press would start something.
+  let stopEnd = null; // its lower edge on the page
+  const noteStop = () => {
+    const stop = document.getElementById("stop");
+    if (stop) stopEnd = stop.getBoundingClientRect().bottom + scrollY;
+    return stop;
+  };
+  noteStop();
+  document.addEventListener("htmx:before:swap", noteStop);
+  document.addEventListener("htmx:after:swap", () => {
+    const first = box()?.querySelector(".deed:not(.gap)");
+    if (noteStop() || stopEnd === null || !first) return;
+    const gap = box().querySelector(".gap") ?? Object.assign(document.createElement("p"), { className: "deed gap" });
+    first.before(gap);
+    gap.style.height = `${Math.max(stopEnd - gap.getBoundingClientRect().top - scrollY, 0)}px`;
+  });
+
   // A panel that closes takes the focus with its button: it goes back to the button that has opened it.
   let opener = "";
   document.addEventListener("htmx:before:request", ({ target }) => {

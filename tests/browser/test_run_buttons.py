@@ -458,6 +458,23 @@ def test_the_end_is_told_only_if_somebody_wants_it(served: Served, tmp_path: Pat
         wait_until(page, "document.title === 'own: finished'")
 
 
+@pytest.mark.parametrize("kind", ["good", ""])
+def test_no_button_comes_to_the_place_of_stop(kind: str, served: Served, tmp_path: Path) -> None:
+    output = tmp_path / "my clips" / "output"
+    write_generating_run(output, None)
+    with open_page(f"{served.url}{address_of(served)}", width=390) as page:
+        page.get_by_role("button", name="Stop").wait_for()
+        box = page.locator("#stop").bounding_box()
+        assert box is not None
+        shutil.rmtree(output)
+        write_generating_run(output, kind)
+        wait_until(page, "document.getElementById('stop') === null")
+        places = page.locator("#deeds button").all()
+        tops = [place.bounding_box()["y"] for place in places]
+        assert len(tops) > 2
+        assert min(tops) >= box["y"] + box["height"]
+
+
 def test_train_on_this_opens_new_for_a_dataset(served: Served, tmp_path: Path) -> None:
     served.ask("/")
     with open_page(f"{served.url}/datasets") as page:
