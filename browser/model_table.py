@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from project.options import find_models
 GATED = "asks to accept"  # words of the terms of a licence that a repository wants accepted on its own page
 MODEL_SUFFIXES = frozenset({".safetensors", ".gguf", ".pth", ".pt", ".bin", ".ckpt"})
 MISFIT_SECONDS = 120
+_ASKING = threading.Lock()  # one process at a time: each takes the memory of torch
 logger = logging.getLogger(__name__)
 SUGGESTED = 3  # rows of the table that are marked
 
@@ -173,7 +175,8 @@ def find_misfit(family: str, task: str, option: str, text: str) -> str:
         if not path.is_absolute() or not path.is_file() or path.suffix.lower() not in MODEL_SUFFIXES:
             return ""
         status = path.stat()
-        return _ask_misfit(family, task, option, str(path), status.st_mtime_ns, status.st_size)
+        with _ASKING:
+            return _ask_misfit(family, task, option, str(path), status.st_mtime_ns, status.st_size)
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
         logger.debug("%s", text, exc_info=error)
         return ""

@@ -671,7 +671,16 @@ class NewPages:
         text = "".join(form.get(f"file_{option}", ()))
         chosen = NewForm.of_fields(form)
         is_chosen = any((row.family, row.task) == (chosen.family, chosen.task) for row in find_models())
-        values = {"text": describe_file(text), "option": option, "asks": is_chosen and bool(text.strip())}
+        described, _ = self.try_read(find_folder(self.site.runs, chosen.folder))
+        known = NewForm() if described is None else self.form_of(described)
+        is_known = (known.family, known.task) == (chosen.family, chosen.task) and (
+            known.model_files.get(option) == chosen.model_files.get(option)
+        )  # `new` has checked it
+        values = {
+            "text": describe_file(text),
+            "option": option,
+            "asks": is_chosen and not is_known and bool(text.strip()),
+        }
         return answer_template("new_file.html", "New", values)
 
     def look_whether_it_fits(self, request: Request, form: Form) -> Response:

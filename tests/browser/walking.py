@@ -34,7 +34,7 @@ TEXTS = (
 )
 NUMBERS = ("", "0", "1", "2", "12", "20", "30", "48", "64", "-1", "1e9", "0.5", "999999999999", "many")
 QUIET_SECONDS = 0.15  # without a request, after which a page is at rest
-MOST_SECONDS = 30  # for a page to come to rest: scripts check the options of their commands
+MOST_SECONDS = 60  # for a page to come to rest: scripts check the options of their commands
 POLL_SECONDS = 12  # in which each page has asked for what is new
 CLICK_SECONDS = 3  # for a control to become one that can be pressed
 MOST_ASKED = 12  # addresses that are asked for at once
