@@ -33,6 +33,7 @@ from browser.settings_table import (
     SettingRow,
     apply_edits,
     describe_difference,
+    describe_following,
     field_of,
     find_training_script,
     list_rows,
@@ -80,8 +81,10 @@ def plan_change(
                 continue
             if draft.name != PROMPTS_FILE:
                 site.beginnings.refuse_while_it_runs(draft.path.parent)
-            note = refuse_new_faults(draft, after, run.text)
-            change = replace(change, note=" ".join(filter(None, (change.note, note))))
+            notes = [change.note, refuse_new_faults(draft, after, run.text)]
+            if draft.name == RUN_FILE:
+                notes.append(describe_following(draft.text, after))
+            change = replace(change, note=" ".join(filter(None, notes)))
     except (ValueError, UserError) as error:
         return replace(change, fault=str(error))
     return change

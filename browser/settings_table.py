@@ -19,7 +19,14 @@ import tomlkit
 from tomlkit.exceptions import TOMLKitError
 
 from browser import launch
-from browser.described import DATASET_FILE, PROMPTS_FILE, TRAINING_TABLE, DraftFile, edit_toml
+from browser.described import (
+    DATASET_FILE,
+    PROMPTS_FILE,
+    TRAINING_TABLE,
+    DraftFile,
+    change_steps,
+    edit_toml,
+)
 from generation.prompt_lines import numbered_lines
 from generation.sample_lines import parse_sample_line, read_all
 from modules.errors import OptionError, UserError
@@ -28,13 +35,14 @@ from modules.run_limits import temporary_folder
 from modules.text_files import bad_character, parse_toml
 from modules.version import VERSION
 from project.options import RUN_FILE
-from training.config_options import OTHERS_TABLE
+from training.config_options import OTHERS_TABLE, toml_value
 from training.end_options import ON_END
 
 HELP_SECONDS = 60
 TRAINS = ("train", "finetune")  # first words of the commands that train
 CACHES = "cache"  # likewise, of those that cache
 NUMBER = re.compile(r"[+-]?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
+STEPS = "max_train_steps"
 NOT_IN_FILE = {"config_file", "help", ON_END}  # the first two name the file itself; the last is only typed
 
 
@@ -234,6 +242,31 @@ def apply_edits(text: str, rows: Sequence[SettingRow], fields: Mapping[str, str]
             raise OptionError(f"{row.key} cannot hold {reason}")
         changes[row.key] = row.setting.convert(typed) if typed else None
     return edit_toml(text, changes)
+
+
+def describe_following(before: str, after: str) -> str:
+    """Return what `new` derives from the steps and does not follow them in a changed run.toml; else nothing.
+
+    before, after: texts of the file.
+    """
+    keys, changed = read_keys(before), read_keys(after)
+    steps = changed.get(STEPS)
+    if not isinstance(steps, int) or steps < 1 or steps == keys.get(STEPS):
+        return ""
+    derived = change_steps(keys, steps).changes
+    stays = {
+        name: value
+        for name, value in derived.items()
+        if value is not None and name != STEPS and changed.get(name) == keys.get(name)
+    }
+    if not stays:
+        return ""
+    now = ", ".join(f"{name} = {toml_value(keys[name])}" for name in stays)
+    wanted = ", ".join(f"{name} = {toml_value(value)}" for name, value in stays.items())
+    return (
+        f"{now}: as for the steps before. For {steps:,} steps `new` writes {wanted}. The field Steps, at the "
+        "top, changes them together."
+    )
 
 
 def describe_difference(before: str, after: str) -> list[str]:

@@ -172,6 +172,26 @@ def test_a_warning_of_the_script_is_said_with_what_is_saved(tmp_path: Path) -> N
     assert "learning_rate = 1" in (folder / "run.toml").read_text(encoding="utf-8")
 
 
+def test_what_follows_from_the_steps_is_named(tmp_path: Path) -> None:
+    folder = write_draft(tmp_path)
+    with serve_runs(tmp_path) as served:
+        told = html.unescape(send_table(served, folder, "save", max_train_steps="100").text)
+        assert "sample_every_n_steps = 200: as for the steps before. For 100 steps `new` writes" in told
+        assert "The field Steps, at the top, changes them together." in told
+        saved = (folder / "run.toml").read_text(encoding="utf-8")
+        assert "max_train_steps = 100\n" in saved
+        both = send_table(
+            served,
+            folder,
+            "look",
+            saved,
+            max_train_steps="300",
+            sample_every_n_steps="30",
+            learning_rate="0.001",
+        )
+        assert "as for the steps before" not in both.text
+
+
 def test_nothing_changed_is_said(tmp_path: Path) -> None:
     folder = write_draft(tmp_path)
     with serve_runs(tmp_path) as served:
