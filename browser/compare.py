@@ -27,6 +27,7 @@ from modules.pages.page import link
 from modules.text_files import read_text, real_path
 from training.reports.history import PageCommand, SampleRow, Story
 from training.reports.page import list_files
+from training.reports.present_files import present_commands
 from training.reports.sample_files import FOLDER as SAMPLES
 
 MOST_COLUMNS = 24
@@ -175,7 +176,7 @@ def read_source(runs: Runs, run: Glance) -> ComparableRun | None:
     """
     story = runs.open(run).story
     families = {entry.generation_script: name for name, entry in with_scripts().items()}
-    for typed in _read_commands(story.commands_in(run.history.parent), families):
+    for typed in _read_commands(present_commands(story, run.history.parent), families):
         return ComparableRun(
             run=run,
             story=story,

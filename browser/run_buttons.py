@@ -59,6 +59,7 @@ from modules.paths import expand_path
 from modules.text_files import read_content
 from project.options import RUN_FILE
 from training.reports.history import BEFORE_TRAINING, END, PageCommand, history_path
+from training.reports.present_files import present_commands
 from training.saving.files import Names, find_results
 
 PROMPT_FILES = (".txt",)  # endings of prompt files that are edited as text
@@ -240,7 +241,9 @@ class RunButtons:
     def find_resuming(self, run: Glance) -> tuple[int, PageCommand] | None:
         """Return the command of a history that continues its run, with its place among the commands."""
         with contextlib.suppress(OSError), self.site.runs.lock:
-            for place, command in enumerate(self.site.runs.open(run).story.commands_in(run.history.parent)):
+            for place, command in enumerate(
+                present_commands(self.site.runs.open(run).story, run.history.parent)
+            ):
                 is_again = run.name.endswith(BEFORE_TRAINING)
                 if (RESUME in command.bash or is_again) and not command.missing:
                     return place, command

@@ -10,15 +10,12 @@ import json
 import logging
 import math
 import re
-import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from contract.families import HIGH_NOISE, LOW_NOISE
 from modules.atomic_write import append_text, atomic_path, identify_machine, make_storable
-from modules.command import quote_for_powershell
 from modules.limits import MAX_LINE_CHARACTERS
 from modules.text_files import require_regular_file
 
@@ -234,62 +231,11 @@ class Story:
         _, _, newest = min(candidates)
         return newest
 
-    def commands_in(self, folder: Path) -> list[PageCommand]:
-        """Return the commands; a saved file that is gone since gives way to one of its kind that exists.
-
-        folder: of the run's files.
-        """
-        return [self._with_present_files(command, folder) for command in self.commands]
-
-    def _with_present_files(self, command: PageCommand, folder: Path) -> PageCommand:
-        start = self.start
-        base = Path(start.working_folder) if start is not None and start.working_folder else None
-        try:
-            words = shlex.split(command.bash)
-        except ValueError:  # an edited history
-            return command
-        notes = []
-        for place, word in enumerate(words):
-            path = Path(word)
-            if path.name not in self.saved or not (path.is_absolute() or base):
-                continue
-            if (base or folder) / path.parent != folder or (folder / path.name).exists():
-                continue
-            present = self._find_kin(path.name, folder)
-            if present is not None:
-                words[place] = str(path.with_name(present))
-                notes.append(f"{path.name} is not there any more: {present} takes its place.")
-        if not notes:
-            return command
-        note = " ".join([*dict.fromkeys(notes), command.note]).rstrip()
-        return replace(command, bash=shlex.join(words), powershell=quote_for_powershell(words), note=note)
-
-    def _find_kin(self, name: str, folder: Path) -> str | None:
-        """Return the file to take for one that is gone: of the best step, else of the highest.
-
-        It is an average, or of one transformer alone, if the lost file was.
-        """
-        best = self.best_file(folder)
-        best_step = None if best is None else self.saved[best]
-        candidates = [
-            (step != best_step, -step, len(candidate), candidate)
-            for candidate, step in self.saved.items()
-            if self.is_average(candidate) == self.is_average(name)
-            and _part_of(candidate) == _part_of(name)
-            and (folder / candidate).is_file()
-        ]
-        return min(candidates)[-1] if candidates else None
-
     def is_average(self, name: str) -> bool:
         """Return whether a saved file is the average (EMA) of another one: its loss was not measured."""
         # behind the mark may stand which transformer a file is for
         marks = AVERAGE_MARK.finditer(name)
         return any(f"{name[: mark.start()]}{name[mark.end() :]}" in self.saved for mark in marks)
-
-
-def _part_of(name: str) -> str:
-    """Return the transformer that a saved file is for, by its name; empty if it is for all."""
-    return next((part for part in (LOW_NOISE, HIGH_NOISE) if Path(name).stem.endswith(f"_{part}")), "")
 
 
 class History:

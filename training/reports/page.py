@@ -85,7 +85,7 @@ def page_values(
         "files": _files(story, folder, best),
         "advice": describe_best(story, best),
         "memory": story.memory,
-        "commands": story.commands_in(folder),
+        "commands": story.commands,
     }
 
 
