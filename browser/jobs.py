@@ -131,7 +131,7 @@ class Job:
         """Return why the line would be refused; empty if it is accepted."""
         folder = Path(self.folder)
         try:
-            launch.find_program(self.words, folder)
+            launch.find_job_program(self.words, folder)
             is_there = folder.is_dir()
         except OptionError as error:
             return str(error)
@@ -255,9 +255,9 @@ class JobQueue:
         """Append a command of ours and return the number of its job.
 
         folder: working folder of the command. within, typed: as those of `Errands.start`. Raises OptionError
-        if it is no command of ours, OutputError if the queue cannot be written.
+        if it is no command of ours or never ends, OutputError if the queue cannot be written.
         """
-        launch.find_program(words, folder)
+        launch.find_job_program(words, folder)
         line = as_line(words)
         with self._change() as book:
             job = self._new_job(book, line, folder)
@@ -411,7 +411,7 @@ class JobQueue:
                 return
             job.log.parent.mkdir(exist_ok=True)
             try:
-                _, program = launch.find_program(job.words, Path(job.folder))
+                program = launch.find_job_program(job.words, Path(job.folder))
                 job.refuse_moved_limits()
             except OptionError as error:
                 append_text(job.log, f"{error}\n")

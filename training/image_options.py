@@ -103,7 +103,9 @@ def read_image_training(
 class ImageModelOptions(Options, title="model"):
     """Files of the model, which fields of the families' records read."""
 
-    pretrained_model_name_or_path: Path | None = option("checkpoint of the transformer", often=True)
+    pretrained_model_name_or_path: Path | None = option(
+        "checkpoint of the model that is trained, with its transformer or U-Net", often=True
+    )
     vae: Path | None = option("checkpoint of the VAE")
 
 

@@ -28,7 +28,7 @@ from training.options import TrainingOptions
 from training.plan import TrainingPlan
 from training.resuming import listed_settings
 from training.saving import states
-from training.saving.files import Saver
+from training.saving.files import AVERAGE, Saver
 from training.training_run import TrainedModel
 
 if TYPE_CHECKING:  # it is loaded only if files are uploaded
@@ -78,14 +78,22 @@ def make_saver(
     if uploads is not None and is_first:
         from training.saving.hub import write_card  # only with uploads
 
-        card = write_card(
-            plan.names.name,
-            is_lora=options.network is not None,
-            release=plan.family.release,
-            metadata=_metadata_now(plan, next(iter(metadata.values()))),
-            prompts=[prompt for prompt in prompts if prompt],
-        )
-        uploads = replace(uploads, card=card)
+        metadata_of_card = _metadata_now(plan, next(iter(metadata.values())))
+
+        def make_card(path: Path) -> str | None:
+            stem = plan.names.stem_of(path)
+            if stem.endswith(AVERAGE):
+                return None
+            return write_card(
+                plan.names.name,
+                is_lora=options.network is not None,
+                release=plan.family.release,
+                metadata=metadata_of_card,
+                prompts=[prompt for prompt in prompts if prompt],
+                files=plan.names.files(stem),
+            )
+
+        uploads = replace(uploads, card=make_card)
 
     def write_state(folder: Path) -> None:
         if plan.splits_model:
