@@ -19,7 +19,7 @@ from tests.commands import ROOT, run_python
 from tests.data_tools.captions.making import run_server
 from tests.dataset.serving import serve
 from tests.faults.messages import succeed_here
-from tests.pages import Command, Shown, outputs_of, parse_command, read_page
+from tests.pages import Brought, Command, Shown, outputs_of, parse_command, read_page, sources_of
 from tests.test_command_line import parser_of
 from tests.test_imports import SCRIPTS, TOOLS
 from tests.tiny import picture_project
@@ -332,23 +332,20 @@ def test_commands_of_the_page_about_pictures_run(page: Path, tmp_path: Path) -> 
 
 
 READ = {"--dataset_config", "--from_file", "--sample_prompts", "--config_file"}  # options of small text files
-LINK = re.compile(r"\]\((\w+\.md)")
-# about datasets of every kind, whose files the reader has
-OWN_DATA = {"browser", "clusters", "dataset", "dataset_large", "dataset_tools", "recipes", "speed", "targets"}
 
 
-def unshown_files(text: str, linked: Sequence[str]) -> list[str]:
-    """The text files that a page's commands read, and that neither it nor, of a dataset, a linked page shows.
+def unshown_files(text: str, elsewhere: Sequence[str]) -> list[str]:
+    """The text files that a page's commands read, and that neither it nor, of a dataset, another page shows.
 
-    text: of the page. linked: of the pages that it links to.
+    text: of the page. elsewhere: of the pages whose files it says that it uses.
     """
-    by_name = {step.path: step for step in read_page(text) if isinstance(step, Shown)}
-    elsewhere = {step.path for other in linked for step in read_page(other) if isinstance(step, Shown)}
+    by_name = {step.path: step for step in read_page(text) if isinstance(step, Shown | Brought)}
+    datasets = {step.path for other in elsewhere for step in read_page(other) if isinstance(step, Shown)}
     missing = []
     for step in read_page(text):
         words = step.words if isinstance(step, Command) else ()
         for option, value in pairwise(words):
-            is_there = value in by_name or (option == "--dataset_config" and value in elsewhere)
+            is_there = value in by_name or (option == "--dataset_config" and value in datasets)
             if option in READ and not is_there and "/" not in value:
                 missing.append(f"{option} {value}")
     return missing
@@ -357,13 +354,16 @@ def unshown_files(text: str, linked: Sequence[str]) -> list[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_a_page_shows_the_text_files_that_its_commands_read(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    linked = [page.parent / name for name in LINK.findall(text)]
 
-    missing = unshown_files(text, [other.read_text(encoding="utf-8") for other in linked if other.exists()])
+    missing = unshown_files(text, [other.read_text(encoding="utf-8") for other in all_sources_of(text)])
 
-    if page.stem in OWN_DATA:
-        missing = [each for each in missing if not each.startswith("--dataset_config")]
     assert missing == []
+
+
+def all_sources_of(text: str) -> list[Path]:
+    """The pages whose files a page says that it uses, and theirs."""
+    pages = [ROOT / "docs" / f"{name}.md" for name in sources_of(text)]
+    return [*pages, *(other for page in pages for other in all_sources_of(page.read_text(encoding="utf-8")))]
 
 
 def test_a_file_that_no_page_shows_is_found() -> None:
