@@ -64,6 +64,7 @@ OF_OTHERS = {
     *("model_index.json", "tokenizer.json", "config.json"),
     *("ltx-2.3-22b-distilled-1.1.safetensors", "my.safetensors"),
 }
+OF_THE_GUIDES = {"image_dir", "conditioning_data_dir"}  # keys of folders
 NO_PATH = {*WRITTEN, "--prompt", "--api_base"}  # options
 FILES = [file for component in known_components().values() for file in component.files]
 RELEASED = {path for file in FILES for path in (file.name, file.file, Path(file.file).name)}
@@ -75,6 +76,7 @@ class Walk:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.wrong: list[str] = []
+        self.learned: set[str] = set()  # folders of data
         self.announced: list[str] = []  # named since the last block, and not there yet
 
     def exists(self, path: str) -> bool:
@@ -114,6 +116,8 @@ class Walk:
             place.mkdir(exist_ok=True)
 
     def show(self, shown: Shown) -> None:
+        if shown.path.endswith(".toml"):
+            self.learned |= {*_paths_of(shown)}
         missing = [path for path in _paths_of(shown) if not self.exists(path)]
         self.wrong += [f"{shown.path} has {path}, which nothing before it makes" for path in missing]
         self.write(shown.path, shown.text)
@@ -131,6 +135,8 @@ class Walk:
     def type(self, command: Command, is_typed: bool) -> None:
         missing = [path for path in _read_by(command, self.folder) if not any(self.folder.glob(path))]
         line = shlex.join(command.words)
+        outputs = {command.value(option) for option in ("--save_path", "--outdir", "--output_dir")}
+        self.wrong += [f"{path} is learned, and written to by: {line}" for path in outputs & self.learned]
         self.wrong += [f"{path} does not exist yet for: {line}" for path in missing]
         if is_typed and not missing:
             _take(command, self.folder)
@@ -142,8 +148,10 @@ def _paths_of(shown: Shown) -> Iterator[str]:
     """Yield the paths that a shown file has and that have to exist."""
     if shown.path.endswith(".toml"):
         for table in tomllib.loads(shown.text).get("datasets", ()):
-            keys = [key for key in table if key.endswith("_directory") and key != "cache_directory"]
-            yield from (table[key] for key in keys)
+            tables = [table, *table.get("subsets", ())]
+            for keys in tables:
+                names = [key for key in keys if key.endswith("_directory") and key != "cache_directory"]
+                yield from (keys[key] for key in (*names, *(OF_THE_GUIDES & keys.keys())))
     else:
         yield from (path for word in shown.text.split() for path in paths_in(word))
 
