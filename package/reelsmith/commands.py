@@ -149,11 +149,14 @@ def _explain_unknown(commands: Sequence[ScriptCommand], words: Sequence[str]) ->
         has_same_words = sorted(command.words) == sorted(typed.split())
         if has_same_words or command.script == script:
             near.append(command.name)
+    first, _, further = typed.partition(" ")  # `train wn`: a command of the same first word is nearer
+    kin = {" ".join(command.words[1:]): command.name for command in commands if command.words[0] == first}
+    near = near or [kin[after] for after in difflib.get_close_matches(further, kin, 1)]
+    if not near and words[0].lower() in _MEANT:
+        near = [_MEANT[words[0].lower()]]
     near = near or difflib.get_close_matches(typed, names, 1)
     near = near or difflib.get_close_matches(words[0], names, 1)
     hint = f" Did you mean {PROGRAM} {near[0]}?" if near else ""
-    if words[0].lower() in _MEANT:
-        hint = f" Did you mean {PROGRAM} {_MEANT[words[0].lower()]}?"
     return f"{typed or words[0]!r} is no command.{hint}"
 
 
