@@ -8,6 +8,7 @@ LTX-2       lora_unet_model_transformer_blocks_0_attn1_to_q.lora_down.weight (mu
 VideoX-Fun  lora_unet__blocks_0_self_attn_q.lora_down.weight
 DiffSynth   pipe.dit.blocks.0.self_attn.q.lora_A.default.weight
             blocks.0.attn.qkv_proj.lora_B.default.weight (MiniMax-H3, with the rows by head)
+ComfyUI     also diffusion_model.blocks.0.norm3.set_weight, which takes the place of the model's weight
 LightX2V    as other, with diffusion_model.blocks.0.norm3.diff   .diff_b   diffusion_model.blocks.0.diff_m
 U-Nets      unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight, also with
             attn1.processor.to_q_lora.down.weight (diffusers before PEFT); input_blocks_1_1_... in place of
@@ -23,7 +24,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from networks.deltas import DORA, DOWN, LORA, OFT, PARTS, ROWS, UP, Factors, height_of, size_of
+from networks.deltas import DORA, DOWN, LORA, OFT, PARTS, ROWS, SET, UP, Factors, height_of, size_of
 from networks.module_names import FAMILIES, alias, is_name, likely_families, sizes_fit
 from networks.names import layouts
 from networks.names.layouts import OF_CLIP, OF_LANGUAGE_MODEL, OF_LTX_FORK, OF_T5, OURS, FamilyNames
@@ -661,8 +662,9 @@ def _rows_and_columns(shapes: Shapes) -> Extent:
 
     Raises KeyError, ValueError or IndexError if the shapes are not factors of one change.
     """
-    if "diff" in shapes:
-        rows, *columns = shapes["diff"]
+    whole = shapes.get("diff", shapes.get(SET))
+    if whole is not None:
+        rows, *columns = whole
         return rows, columns
     if DOWN in shapes:
         return _extent_of_lora(shapes)

@@ -15,7 +15,6 @@ NOT_KNOWN = (
     "give a LoRA for this model."
 )
 _BUNDLE = "bundle_emb"  # bundle_emb.WORD.string_to_param.*, of the Web UI and OneTrainer
-_SET = "set_weight"
 _OF_WORDS = ("emb_params", _BUNDLE, "string_to_param")  # embeddings of words, in several programs' files
 # behind a module's path
 _IN_PEFT = re.compile(r"\.(?:base_layer|original_module|modules_to_save(?:\.[^.]+)?)$")
@@ -57,12 +56,6 @@ def kind_of_tensor(family: FamilyNames | None, key: str) -> UnusedKind:
         network = key[: key.index(start)] + start
         return UnusedKind(f"are of another network, {network}, and are ignored")
     module, dot, part = path.rpartition(".")
-    if part == _SET and module_names.is_name(module.replace(".", "_")):
-        return UnusedKind(
-            f"are weights that ComfyUI puts in place of the model's ({_SET}), and are ignored",
-            "it was made for a model with these weights. Put them into the model's file under its own names, "
-            "or use the file in ComfyUI.",
-        )
     if dot and module_names.is_name(module.replace(".", "_")):
         return UnusedKind(
             f"are parts of layers called {part}, which are not known here, and are ignored",

@@ -14,7 +14,17 @@ from modules.console import count_of, count_words, list_some
 from modules.errors import CheckpointError, OptionError
 from networks import key_formats
 from networks.alphas import FoundAlphas, read_alphas, unfold
-from networks.deltas import OFT, Factors, drop_unused_alphas, find_fault, group_by_module, rank_of, ungroup
+from networks.deltas import (
+    OFT,
+    SET,
+    Factors,
+    drop_replaced,
+    drop_unused_alphas,
+    find_fault,
+    group_by_module,
+    rank_of,
+    ungroup,
+)
 from networks.key_formats import NativeTensors
 from networks.leftovers import (
     kind_of_module,
@@ -53,7 +63,7 @@ _ORIGIN_KEYS = (
     "model_version",
 )
 # in a name of every kind of network that changes a model, read here or not
-_OF_NETWORKS = re.compile(r"lora|hada|lokr|oft|dora|vera|ia3|alpha|magnitude|diff(_[bm])?$|norm$")
+_OF_NETWORKS = re.compile(r"lora|hada|lokr|oft|dora|vera|ia3|alpha|magnitude|diff(_[bm])?$|set_weight$|norm$")
 A_FEW = 0.1  # up to this unused share of a file, a plain warning is enough
 
 
@@ -210,6 +220,14 @@ def _read_part(
     if is_own:
         tensors = unfold(tensors, metadata)
         texts = unfold(texts, metadata)
+    tensors, replaced = drop_replaced(tensors)
+    texts, replaced_texts = drop_replaced(texts)
+    if replaced or replaced_texts:
+        names = [*replaced, *replaced_texts]
+        logger.warning(
+            f"{path}: {SET} takes the place of the other parts of {count_of(len(names), 'weight')}, as in "
+            f"ComfyUI: {list_some(names, 2)}"
+        )
     metadata = {key: value for key, value in metadata.items() if key != FOLDED}
     native = replace(native, tensors=tensors, texts=texts)
     modules = group_by_module(tensors) | group_by_module(texts)
