@@ -25,7 +25,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from networks.deltas import DORA, DOWN, LORA, OFT, PARTS, ROWS, SET, UP, Factors, height_of, size_of
-from networks.module_names import FAMILIES, alias, is_name, likely_families, sizes_fit
+from networks.module_names import FAMILIES, alias, have_same_names, is_name, likely_families, sizes_fit
 from networks.names import layouts
 from networks.names.layouts import OF_CLIP, OF_LANGUAGE_MODEL, OF_LTX_FORK, OF_T5, OURS, FamilyNames
 from networks.names.texts import TEXT_PROJECTION
@@ -132,9 +132,14 @@ class NativeTensors:
     # our module -> its path as the file writes it, without the prefix: `blocks.0.attn1.to_q`
     paths: Mapping[str, str]
     stacked: Mapping[str, int]  # our module -> number of factors that were joined into its own
-    family: FamilyNames | None  # by the names
+    families: tuple[FamilyNames, ...]  # that names and sizes allow
     family_name: str | None  # the only family with names of this form
     unknown_names: str  # description of names that no known family has; else ""
+
+    @property
+    def family(self) -> FamilyNames | None:
+        """Return the family by the names; None if several are possible in which names mean different things."""
+        return self.families[0] if self.families and have_same_names(self.families) else None
 
 
 def to_native(
@@ -183,7 +188,7 @@ def to_native(
         clash=_find_clash(repeated, tensors),
         paths=in_dit.paths(),
         stacked=in_dit.counts(usual.stacked),
-        family=families[0] if families else None,
+        families=tuple(families),
         family_name=family_name or None,
         unknown_names="" if families else _unknown_names(places),
     )

@@ -1,7 +1,7 @@
 """Read LoRA files of any dialect, with strength and patterns; warn of parts that a model lacks."""
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from logging import getLogger
@@ -365,15 +365,25 @@ def _refuse_faulty(path: Path, modules: Mapping[str, Factors], unknown: Sequence
 
 
 def _named_twice(native: key_formats.NativeTensors) -> tuple[str, str] | None:
-    """Return two names in a file for one weight, or for a weight and a part of it; None if there are none."""
-    if native.family is None:
-        return None
-    for name, path in native.paths.items():
-        for relative in relatives(name.removeprefix(OURS), native.family):
-            part_path = native.paths.get(OURS + relative.name) if relative.is_part else None
+    """Return two names in a file for one weight, or for a weight and a part of it; None if there are none,
+    or if one of the families that are possible has them apart.
+    """
+    pairs: list[tuple[str, str]] = []
+    for family in native.families:
+        pair = next(_pairs_in(family, native.paths), None)
+        if pair is None:
+            return None
+        pairs.append(pair)
+    return pairs[0] if pairs else None
+
+
+def _pairs_in(family: FamilyNames, paths: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Yield the paths of a weight and of a part of it in a family. paths: `NativeTensors.paths`."""
+    for name, path in paths.items():
+        for relative in relatives(name.removeprefix(OURS), family):
+            part_path = paths.get(OURS + relative.name) if relative.is_part else None
             if part_path is not None:
-                return path, part_path
-    return None
+                yield path, part_path
 
 
 def _warn_of_unused(path: Path, native: NativeTensors, family: FamilyNames | None, total: int) -> None:
