@@ -138,7 +138,7 @@ class NativeTensors:
 
     @property
     def family(self) -> FamilyNames | None:
-        """Return the family by the names; None if several are possible in which names mean different things."""
+        """Return the family by the names; None if several are possible whose names mean different things."""
         return self.families[0] if self.families and have_same_names(self.families) else None
 
 
