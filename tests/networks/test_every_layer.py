@@ -1,18 +1,23 @@
 """Every layer of every model in every dialect: a LoRA of it is read under the name that the model knows."""
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from contract.loading import Placement
 from encoders.clip_layers import ClipText
+from minimax_h3.dit_checkpoints import load_dit
 from networks.deltas import group_by_module
 from networks.key_formats import families_of, to_native
 from networks.module_names import family_named
 from networks.names.layouts import OURS
 from networks.names.texts import published_path
+from tests.minimax_h3.tiny_dit import released, their_dit
 from tests.stable_diffusion.loaded import make_towers
 from tests.tiny.dits import DITS, TinyDit
 from tests.tiny.stable_diffusion import RELEASED_UNETS
@@ -59,6 +64,17 @@ def test_every_layer_of_a_transformer_is_read(tiny: TinyDit, dialect: str) -> No
     assert modules_of({**native.tensors, **native.texts}) == {
         OURS + path.replace(".", "_") for path in layers
     }
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_every_layer_of_minimax_h3_is_read(tmp_path: Path, dialect: str) -> None:
+    save_file(released(their_dit().state_dict()), tmp_path / "h3.safetensors")
+    layers = layers_of(load_dit(tmp_path / "h3.safetensors", Placement(torch.device("cpu"))))
+
+    native = to_native(write_lora(layers, DIALECTS[dialect]), "minimax_h3")
+
+    assert not native.unknown
+    assert modules_of(native.tensors) == {OURS + path.replace(".", "_") for path in layers}
 
 
 UNET_DIALECTS = {
