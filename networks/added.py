@@ -512,7 +512,7 @@ def fitting(lora: LoraFile, by_name: Mapping[str, ChangedPlace], option: str) ->
     absent = [name for name in stored if name not in by_name]
     modules = [name.removeprefix(OURS) for name in by_name]
     family = choose_family(modules)
-    if len(absent) == len(stored):
+    if len(absent) == len(stored) and not lora.may_lack(absent):
         raise _misfit(lora, absent, family, option)
     fitted: dict[str, Factors] = {}
     for name, factors in stored.items():

@@ -498,10 +498,12 @@ class LoraPatch:
                 continue  # it changes only text encoders
             if id(use) in self._narrower:
                 logger.warning(f"{path}: {self._narrower[id(use)]}; the rest is used without it")
-            if not used:
+            lacks_all = bool(keys) and not self._seen.intersection(keys)
+            if not used and not lacks_all:
                 logger.warning(f"{path} changes nothing, because its patterns leave no tensor that fits")
                 continue
-            logger.info(f"{path}: {len(used)} weights changed, multiplier {use.multiplier:g}")
+            if not lacks_all:
+                logger.info(f"{path}: {len(used)} weights changed, multiplier {use.multiplier:g}")
             if not self._is_masked and rule_of(use.lora.metadata) is not None:
                 logger.warning(f"{path} {MERGED}")
             warn_of_other_family(use.lora, family, self._modules)
@@ -523,7 +525,7 @@ class LoraPatch:
         """Raise CheckpointError if no part of a LoRA has a weight."""
         for use in self._uses:
             keys = self._keys(use)
-            if keys and not self._seen.intersection(keys):
+            if keys and not self._seen.intersection(keys) and not use.lora.may_lack(keys):
                 raise self._misfit(use.lora, keys)
 
     def _misfit(self, lora: LoraFile, keys: list[str]) -> CheckpointError:

@@ -147,6 +147,11 @@ def kind_of_text_module(name: str) -> UnusedKind:
     return UnusedKind(f": no text encoder that is known has layers of these names ({encoder})")
 
 
+def is_projection(names: Iterable[str]) -> bool:
+    """Return whether modules or weights of a text encoder are those of its projection alone."""
+    return all(module_of(name) == TEXT_PROJECTION for name in names)
+
+
 def without_numbers(module: str) -> str:
     return re.sub(r"\d+", "0", module)
 

@@ -27,6 +27,7 @@ from networks.deltas import (
 )
 from networks.key_formats import NativeTensors
 from networks.leftovers import (
+    is_projection,
     kind_of_module,
     kind_of_tensor,
     kind_of_text_module,
@@ -85,11 +86,18 @@ class LoraFile:
     unknown_names: str = ""  # description of its names, if no known model has them
     # prefix of the text encoder whose tensors these are, under the names of a transformer; "": of none
     encoder: str = ""
+    changes_others: bool = False  # of an encoder's part: the file changes other networks too
 
     @property
     def expert(self) -> str | None:
         """Return the expert it was trained for, by metadata or else name; FOR_BOTH; None if unknown."""
         return None if self.parts else expert_of(self.metadata, self.path)
+
+    def may_lack(self, names: Iterable[str]) -> bool:
+        """Return whether a network that lacks these modules, all that there are, is no misfit: a text encoder
+        without a projection, if the file changes other networks too.
+        """
+        return bool(self.encoder) and self.changes_others and is_projection(names)
 
     @property
     def has_frozen_norms(self) -> bool:
