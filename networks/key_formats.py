@@ -59,6 +59,8 @@ _BOTH_FURTHER = {
     form: EXPERT_STARTS[start] for start in _FURTHER for form in (start, start.replace(".", "_"))
 }
 _ALL_STARTS = {**_STARTS, **{start.replace(".", "_"): dialect for start, dialect in _STARTS.items()}}
+# of names with dots alone; underscored, the first one is ours
+_DOTTED_STARTS = {**_STARTS, **dict.fromkeys(("lora_unet.", "lora_transformer."), "OneTrainer")}
 _OF_TOOLS = tuple(start for start in _STARTS if start.endswith("_"))  # what follows has "_" for "."
 # names that begin so are named after whose these are, although the rest is taken off singly
 _SPECIAL = {OF_LTX_FORK: "musubi-tuner for LTX-2", "lora_unet__": "VideoX-Fun"}
@@ -571,13 +573,13 @@ def _without_starts(path: str) -> list[_Bare]:
     special = next((dialect for start, dialect in _SPECIAL.items() if path.startswith(start)), "")
     path = _WRAPPERS.sub("", path).rstrip("_.")
     stages = [_Bare(path, special)]
-    starts = _STARTS if "." in path and not path.startswith(_OF_TOOLS) else _ALL_STARTS
+    starts = _DOTTED_STARTS if "." in path and not path.startswith(_OF_TOOLS) else _ALL_STARTS
     while True:
         start = next((start for start in starts if path.startswith(start)), "")
         if not start:
             return stages
         path = path.removeprefix(start).lstrip("_")
-        stages.append(_Bare(path, stages[-1].dialect or _ALL_STARTS[start]))
+        stages.append(_Bare(path, stages[-1].dialect or starts[start]))
 
 
 def bare_path(path: str) -> str:

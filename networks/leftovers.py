@@ -51,16 +51,16 @@ def kind_of_tensor(family: FamilyNames | None, key: str) -> UnusedKind:
         return UnusedKind(f"are embeddings of words and are ignored{_about_word(path)}")
     if module_names.is_name(name):
         return _kind_of_weight(name, leaf)
-    if leaf and "." in path:
-        start = path.partition(".")[0]
-        network = key[: key.index(start)] + start
-        return UnusedKind(f"are of another network, {network}, and are ignored")
     module, dot, part = path.rpartition(".")
     if dot and module_names.is_name(module.replace(".", "_")):
         return UnusedKind(
             f"are parts of layers called {part}, which are not known here, and are ignored",
             f"what {part} does to a layer is not known here. Save the LoRA as a plain one with its program.",
         )
+    if leaf and dot:
+        start = path.partition(".")[0]
+        network = key[: key.index(start)] + start
+        return UnusedKind(f"are of another network, {network}, and are ignored")
     return UnusedKind("are no part of a LoRA and are ignored", NOT_KNOWN)
 
 

@@ -86,12 +86,18 @@ class LoraFile:
     unknown_names: str = ""  # description of its names, if no known model has them
     # prefix of the text encoder whose tensors these are, under the names of a transformer; "": of none
     encoder: str = ""
+    is_family_by_names: bool = False  # its metadata name no family, and the form of its names does
     changes_others: bool = False  # of an encoder's part: the file changes other networks too
 
     @property
     def expert(self) -> str | None:
         """Return the expert it was trained for, by metadata or else name; FOR_BOTH; None if unknown."""
         return None if self.parts else expert_of(self.metadata, self.path)
+
+    @property
+    def evidence(self) -> str:
+        """Return what names its family, for messages: "its metadata" or "its names"."""
+        return "its names" if self.is_family_by_names else "its metadata"
 
     def may_lack(self, names: Iterable[str]) -> bool:
         """Return whether a network that lacks these modules, all that there are, is no misfit: a text encoder
@@ -222,6 +228,7 @@ def _read_part(
     """
     if expert is not None:
         metadata = _metadata_of_expert(path, metadata, expert)
+    names_no_family = read_family(metadata) is None
     native, metadata = _recognise(path, stored, metadata, family=family, with_texts=with_texts)
     tensors = drop_unused_alphas(native.tensors)
     texts = drop_unused_alphas(native.texts)
@@ -268,6 +275,7 @@ def _read_part(
         dialect=native.dialect,
         text_tensors=texts,
         unknown_names=native.unknown_names,
+        is_family_by_names=names_no_family and native.family_name is not None,
     )
 
 
@@ -630,7 +638,7 @@ def warn_of_other_family(lora: LoraFile, model: FamilyNames | None, modules: Col
     if trained_family is None or trained_family is model or trained_family.name in model.takes:
         return
     logger.warning(
-        f"{lora.path} was trained for {trained_family.name}, as its metadata say, and is used on a "
+        f"{lora.path} was trained for {trained_family.name}, as {lora.evidence} say, and is used on a "
         f"{model.name} model. The names are the same, what it has learned is not: do not expect much of it."
     )
 

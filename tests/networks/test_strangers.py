@@ -453,6 +453,10 @@ def test_training_and_generation_read_the_alpha_of_the_header(tmp_path: Path) ->
             [f"diffusion_model.{PROJ}.reshape_weight"],
             "are parts of layers called reshape_weight, which are not",
         ),
+        (
+            [f"lora_unet_{PROJ.replace('.', '_')}.lora_gate.weight"],
+            "are parts of layers called lora_gate, which are not",
+        ),
         (["bundle_emb.word.string_to_param"], "are embeddings of words"),
         (
             ["bundle_emb.ohwx.string_to_param"],
