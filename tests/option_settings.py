@@ -330,6 +330,8 @@ SETTINGS: dict[str, Setting] = {
     "keyframe": Setting(("0:start.png",)),
     "duration": Setting(("0.9",)),
     # LTX-2
+    "ltx_mode": Setting(("av",)),
+    "generation.stg_mode": Setting(("audio",)),
     "first_frame_probability": Setting(("1",)),
     "shifted_logit_eps": Setting(("0.4",), also=STRETCHED),
     "shifted_logit_uniform_prob": Setting(("0.9",), also=STRETCHED),
