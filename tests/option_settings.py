@@ -269,6 +269,7 @@ SETTINGS: dict[str, Setting] = {
     "sample_solver": Setting(("heun",)),
     "max_embeddings_multiples": Setting(("2",), also=("--prompt", "a cat " * 60)),
     "image_path": Setting(("start.png",)),
+    "gen_img.clip_skip": Setting(("1",)),
     "no_half_vae": Setting(also=("--bf16",)),
     "gen_img.mask_path": Setting(("mask.png",), also=("--image_path", "start.png")),
     "guide_image_path": Setting(("start.png",)),

@@ -5,10 +5,11 @@ the option, a new line names it, or the command is refused with its name. All ot
 `tests/data/acts.toml`, each with the reason; an entry that acts by now fails the test, so that the list only
 becomes shorter.
 
-An option is the same in two scripts of a kind (caching of latents or texts, training, generation) if its name
-and help are equal. Each is tried with the first family that has it, in the order of `SWEPT`: Wan, which has
-most of those of video, and FLUX.1, which has those of picture trainers, come first; the others add their own.
-By default a tenth of the options of these two is tried, always the same ones; all of them are slow.
+An option is the same in two scripts of a kind (caching of latents or texts, training of networks or whole
+models, generation, `gen_img.py`) if its name and help are equal. Each is tried with the first family that has
+it, in the order of `SWEPT`: Wan, which has most of those of video, and FLUX.1, which has those of picture
+trainers, come first; the others add their own. By default a tenth of the options of these two is tried, always
+the same ones; all of them are slow.
 """
 
 import functools
@@ -100,8 +101,9 @@ def new_options() -> dict[tuple[str, str], list[str]]:
         for kind in KINDS:
             command = command_of(BY_NAME[name], kind)
             actions = options_of(command[0]) if command else []
-            new[name, kind] = [one.dest for one in actions if (kind, one.dest, one.help) not in seen]
-            seen |= {(kind, one.dest, one.help) for one in actions}
+            loop = TRAINING if kind == WHOLE else kind
+            new[name, kind] = [one.dest for one in actions if (loop, one.dest, one.help) not in seen]
+            seen |= {(loop, one.dest, one.help) for one in actions}
     return new
 
 
@@ -140,7 +142,7 @@ def setting_of(script: str, kind: str, dest: str) -> Setting:
     return next((SETTINGS[key] for key in keys if key in SETTINGS), Setting())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", (LATENTS, TEXTS, TRAINING, GENERATION))
 @pytest.mark.parametrize("name", FIRST)
 def test_a_tenth_of_the_options_act(name: str, kind: str, tmp_path: Path) -> None:
     options = new_options()[name, kind]
