@@ -8,8 +8,8 @@ becomes shorter.
 An option is the same in two scripts of a kind (caching of latents or texts, training of networks or whole
 models, generation, `gen_img.py`) if its name and help are equal. Each is tried with the first family that has
 it, in the order of `SWEPT`: Wan, which has most of those of video, and FLUX.1, which has those of picture
-trainers, come first; the others add their own. By default a tenth of the options of these two is tried, always
-the same ones; all of them are slow.
+trainers, come first; the others add their own. By default a tenth of the options of these two is tried, the
+same ones each time; all of them are slow.
 """
 
 import functools
@@ -142,7 +142,7 @@ def setting_of(script: str, kind: str, dest: str) -> Setting:
     return next((SETTINGS[key] for key in keys if key in SETTINGS), Setting())
 
 
-@pytest.mark.parametrize("kind", (LATENTS, TEXTS, TRAINING, GENERATION))
+@pytest.mark.parametrize("kind", [LATENTS, TEXTS, TRAINING, GENERATION])
 @pytest.mark.parametrize("name", FIRST)
 def test_a_tenth_of_the_options_act(name: str, kind: str, tmp_path: Path) -> None:
     options = new_options()[name, kind]
