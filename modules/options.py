@@ -381,8 +381,6 @@ def _warn_of_ignored(record: Any, field: "dataclasses.Field[Any]") -> None:
         if isinstance(value, (str, int, float)) and not isinstance(value, bool):
             option += f" {value}"
         reason = f"--{useful[0]} is not" if len(useful) == 1 else "none of --" + ", --".join(useful) + " is"
-        if field.metadata.get("hint"):  # why
-            reason = f"{field.metadata['hint']}, and {reason}"
         logger.warning("%s is ignored because %s given", option, reason)
 
 
