@@ -26,6 +26,7 @@ from running.run_blocks import stage_files_of
 from training import experts
 from training.data.feed import Feed, Randomness
 from training.data.table_times import times_by_group
+from training.features.composing import install_features
 from training.loss import LossRule, NoisyBatch
 from training.optimizers import stepping
 from training.optimizers.lr_schedule import make_lr_schedule
@@ -211,6 +212,7 @@ def make_run(
         requests=Requests(watched, sampler is not None, clock=clock),
         saver=saver,
         pairs=pairs,
+        hooks=install_features(options),
     )
 
 

@@ -117,8 +117,6 @@ def _optional_values(plan: TrainingPlan) -> dict[str, Any]:
         adapter = describe_adapter(frozen.training_adapter, frozen.training_adapter_multiplier)
         values["ss_training_adapter"] = adapter
     values |= _target_values(options)
-    if options.skip.flag is not None:
-        values |= {f"ss_{name}": value for name, value in asdict(options.skip).items()}
     if plan.progress.changes:
         values["ss_resume_changes"] = json.dumps(plan.progress.changes, ensure_ascii=False)
     return values

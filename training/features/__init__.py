@@ -1,0 +1,16 @@
+"""Features of training, each in one file that can be deleted together with its lines below.
+
+composing: what the phases of a run ask all features for
+contract: what a feature is, and the points of a run at which it acts
+skip: leave out steps that went wrong, and remember them
+"""
+
+from training.features.contract import Feature
+from training.features.skip import SKIP
+
+# in the order in which they act, one a line
+# fmt: off
+FEATURES: tuple[Feature, ...] = (
+    SKIP,
+)
+# fmt: on
