@@ -44,6 +44,5 @@ target_rules: records of the targets of a run
 targets/: what predictions are compared with, besides the clip
 trainable: the trained part: a LoRA, or the DiT
 training_run: the record that the training loop works with
-tread_options: options of tokens that pass by the middle blocks
 validation: loss of held-out items at fixed noise
 """

@@ -40,10 +40,9 @@ from training.config_options import (
 )
 from training.end_options import EndOptions
 from training.features.composing import find_record, options_at, refuse_combinations
-from training.features.contract import AT_WEIGHTS
+from training.features.contract import AT_LOSS, AT_WEIGHTS
 from training.saving.options import HubOptions, MetadataOptions, SavingOptions
 from training.target_options import GuidedTargetOptions
-from training.tread_options import TreadOptions
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +55,9 @@ MOST_RANK = 4096
 RANKED_NETWORKS = ("networks.lora", "networks.loha")
 
 if TYPE_CHECKING:  # records of what the list of features has
-    OptionsAtWeights = Options
+    OptionsAtLoss = OptionsAtWeights = Options
 else:
+    OptionsAtLoss = options_at(AT_LOSS)
     OptionsAtWeights = options_at(AT_WEIGHTS)
 
 
@@ -72,7 +72,7 @@ class TrainingOptions(Options):
     noise: noise_options.NoiseOptions = option(facts=HABIT)
     loss: noise_options.LossOptions = option(facts=HABIT)
     guided: GuidedTargetOptions = option(facts=HABIT)
-    tread: TreadOptions = option(facts=HABIT)
+    at_loss: OptionsAtLoss  # of features
     # None: the output is the velocity
     prediction: noise_options.PredictionOptions | None = option(facts=HABIT)
     network: NetworkOptions | None  # what learns: a network beside the DiT,
@@ -108,7 +108,6 @@ class TrainingOptions(Options):
         if self.is_fused:
             self._check_fused()
         self._check_targets()
-        self._check_tread()
         refuse_combinations(self)
         if self.timesteps.show_timesteps is not None:
             return
@@ -125,7 +124,7 @@ class TrainingOptions(Options):
 
     def of(self, kind: type[T]) -> T:
         """Return the options of a feature."""
-        return find_record((self.at_weights,), kind)
+        return find_record((self.at_loss, self.at_weights), kind)
 
     @property
     def only_shows(self) -> bool:
@@ -269,15 +268,6 @@ class TrainingOptions(Options):
             raise OptionError(
                 "--blank_prior_weight with --fused_backward_pass: the gradients of its two passes are added, "
                 "and fused gradients are freed at once. Leave out one of the two"
-            )
-
-    def _check_tread(self) -> None:
-        """Refuse what runs its blocks on tokens that --tread does not know of."""
-        parts = self.speed.sharding.context_parallel
-        if self.tread.tread is not None and parts > 1:
-            raise OptionError(
-                f"--tread {self.tread.tread:g} with --context_parallel {parts}: each process has some of the "
-                "tokens, and --tread leaves out tokens of the whole clip. Leave out one of the two"
             )
 
     def _check_fused(self) -> None:

@@ -1,13 +1,16 @@
 """What the phases of a run ask all features for. Standard library only."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from modules.options import HABIT, Options, option
 from training.features import FEATURES
-from training.features.contract import Feature, Hooks, OptionsOfRun
+from training.features.contract import Feature, Hooks, LearningPass, OptionsOfRun
 
 if TYPE_CHECKING:
+    from contract.family import Family
+    from training.loss import NoisyBatch
     from training.steps import Progress
 
 T = TypeVar("T")
@@ -36,6 +39,39 @@ def refuse_combinations(options: OptionsOfRun) -> None:
     for feature in active_features(options):
         if feature.refuse is not None:
             feature.refuse(options)
+
+
+def check_model(options: OptionsOfRun, family: "Family", count_blocks: Callable[[], Sequence[int]]) -> None:
+    """Raise OptionError for a model that a feature does not go with.
+
+    count_blocks: returns the numbers of blocks of each list; none: not known.
+    """
+    for feature in active_features(options):
+        if feature.check is not None:
+            feature.check(options.of(feature.options), family, count_blocks())
+
+
+def options_of_blocks() -> list[str]:
+    """Return the options that need the blocks of a transformer."""
+    return [name for feature in FEATURES for name in feature.of_blocks]
+
+
+def describe_features(options: OptionsOfRun) -> list[str]:
+    """Return the lines of features among the targets of a run."""
+    return [
+        feature.describe(options.of(feature.options))
+        for feature in active_features(options)
+        if feature.describe is not None
+    ]
+
+
+def rehearsed_passes(options: OptionsOfRun, noisy_batch: "NoisyBatch") -> list[LearningPass]:
+    """Return what passes with gradients run in while their memory is measured. noisy_batch: on the CPU."""
+    return [
+        feature.rehearse(options.of(feature.options), noisy_batch)
+        for feature in active_features(options)
+        if feature.rehearse is not None
+    ]
 
 
 def usual_habits() -> list[Options]:
@@ -67,8 +103,7 @@ def file_values(options: OptionsOfRun, progress: "Progress") -> dict[str, Any]:
 
 def result_rows(options: OptionsOfRun, progress: "Progress") -> list[tuple[str, str]]:
     """Return the lines of features in the box at the end of a run."""
-    features = active_features(options)
-    return [feature.result(progress) for feature in features if feature.result is not None]
+    return [feature.result(progress) for feature in active_features(options) if feature.result is not None]
 
 
 def bad_step_remedies() -> str:
@@ -76,10 +111,10 @@ def bad_step_remedies() -> str:
     return " ".join(feature.remedy_of_bad_step for feature in FEATURES if feature.remedy_of_bad_step)
 
 
-def install_features(options: OptionsOfRun) -> Hooks:
+def install_features(options: OptionsOfRun, progress: "Progress") -> Hooks:
     """Return the hooks of a run, with the functions of its features."""
     hooks = Hooks()
     for feature in active_features(options):
         if feature.install is not None:
-            feature.install(hooks)
+            feature.install(hooks, options, progress)
     return hooks

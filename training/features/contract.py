@@ -5,7 +5,8 @@ A feature is one light file, or one with a heavy half next to it, and its lines 
 feature: what a run asks all features for is in `composing.py`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -13,13 +14,17 @@ from modules.options import Options
 
 if TYPE_CHECKING:  # --help does without torch
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
 
+    from contract.family import Family
+    from modules.speed_options import TrainingSpeedOptions
+    from training.loss import NoisyBatch
     from training.steps import Progress, StepPlan
 
 T = TypeVar("T")
 
-AT_WEIGHTS = "weights"  # of `Feature.place`: in --help behind the options of saving and samples
+# of `Feature.place`: in --help behind the options of the loss; behind those of saving and samples
+AT_LOSS, AT_WEIGHTS = "loss", "weights"
 
 
 class OptionsOfRun(Protocol):
@@ -29,6 +34,9 @@ class OptionsOfRun(Protocol):
 
     @property
     def is_fused(self) -> bool: ...
+
+    @property
+    def speed(self) -> "TrainingSpeedOptions": ...
 
 
 class HookedRun(Protocol):
@@ -63,12 +71,15 @@ class GradientStep:
 
 
 BeforeStep = Callable[[HookedRun, GradientStep, "Tensor"], str]
+LearningPass = Callable[["nn.Module", "NoisyBatch"], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
 class Hooks:
     """The points of a run at which features act. At each, they act in the order of their list."""
 
+    # given the DiT and its batch: what a pass with gradients runs in
+    learning_pass: list[LearningPass] = field(default_factory=list)
     # given the norm of the gradients before clipping: why the step is not taken, as the history has it; ""
     # takes it. All processes answer alike. With such a hook each step waits for the device
     before_step: list[BeforeStep] = field(default_factory=list)
@@ -85,6 +96,12 @@ class Feature:
     facts: Mapping[str, Any] = field(default_factory=dict)  # of all its options: HABIT, FREE and the like
     # raises OptionError for options of others that do not go with it; asked only if it is on
     refuse: Callable[[OptionsOfRun], None] | None = None
+    # given its options, the model and the numbers of its blocks, which may be unknown: raises OptionError
+    check: Callable[[Any, "Family", Sequence[int]], None] | None = None
+    # its options that act between the blocks of a transformer: models without such blocks refuse them
+    of_blocks: tuple[str, ...] = ()
+    # given its options: its line among the targets in the box at the start of a run
+    describe: Callable[[Any], str] | None = None
     progress: type[Any] | None = None  # a dataclass: what it remembers in `Progress`, and in states
     # given its options and the run's progress: entries of each saved file, without the `ss_` of their names
     metadata: Callable[[Any, "Progress"], Mapping[str, Any]] | None = None
@@ -92,4 +109,7 @@ class Feature:
     result: Callable[["Progress"], tuple[str, str]] | None = None
     # a sentence for the error of a loss or norm that is NaN or infinite
     remedy_of_bad_step: str = ""
-    install: Callable[[Hooks], None] | None = None  # puts its functions into the hooks of a run
+    # puts its functions into the hooks of a run
+    install: Callable[[Hooks, OptionsOfRun, "Progress"], None] | None = None
+    # given its options and a batch: the passes with gradients of --plan, whose batch has no content
+    rehearse: Callable[[Any, "NoisyBatch"], LearningPass] | None = None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from modules.errors import OptionError
 from modules.options import HABIT, Options, option
-from training.features.contract import AT_WEIGHTS, Feature, GradientStep, OptionsOfRun, HookedRun
+from training.features.contract import AT_WEIGHTS, Feature, GradientStep, HookedRun, OptionsOfRun
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -194,5 +194,5 @@ SKIP = Feature(
     metadata=_metadata,
     result=lambda progress: ("skipped steps", str(progress.skipped)),
     remedy_of_bad_step=REMEDY,
-    install=lambda hooks: hooks.before_step.append(judge_step),
+    install=lambda hooks, options, progress: hooks.before_step.append(judge_step),
 )
