@@ -40,14 +40,13 @@ from training.config_options import (
 )
 from training.end_options import EndOptions
 from training.features.composing import find_record, options_at, refuse_combinations
-from training.features.contract import AT_LOSS, AT_WEIGHTS
+from training.features.contract import AT_LOSS, AT_WEIGHTS, T
 from training.saving.options import HubOptions, MetadataOptions, SavingOptions
 from training.target_options import GuidedTargetOptions
 
 logger = logging.getLogger(__name__)
 
 R = TypeVar("R", bound=Options)
-T = TypeVar("T")
 
 # near the width of the largest models, where a LoRA is larger than the weights that it changes
 MOST_RANK = 4096
@@ -55,7 +54,8 @@ MOST_RANK = 4096
 RANKED_NETWORKS = ("networks.lora", "networks.loha")
 
 if TYPE_CHECKING:  # records of what the list of features has
-    OptionsAtLoss = OptionsAtWeights = Options
+    OptionsAtLoss = Options
+    OptionsAtWeights = Options
 else:
     OptionsAtLoss = options_at(AT_LOSS)
     OptionsAtWeights = options_at(AT_WEIGHTS)

@@ -47,7 +47,7 @@ class Progress:
 
     def as_state(self) -> dict[str, Any]:
         """Return plain values, with those of features next to the run's own."""
-        values = asdict(replace(self, of_features={}, unclaimed={}))
+        values = asdict(replace(self, of_features={}, unclaimed={})) | self.unclaimed
         del values["of_features"], values["unclaimed"]
         for record in self.of_features.values():
             values |= asdict(record)

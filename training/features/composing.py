@@ -2,18 +2,16 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from modules.options import HABIT, Options, option
 from training.features import FEATURES
-from training.features.contract import Feature, Hooks, LearningPass, OptionsOfRun
+from training.features.contract import Feature, Hooks, LearningPass, OptionsOfRun, T
 
 if TYPE_CHECKING:
     from contract.family import Family
     from training.loss import NoisyBatch
     from training.steps import Progress
-
-T = TypeVar("T")
 
 
 def options_at(place: str) -> type[Options]:
