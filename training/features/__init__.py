@@ -1,7 +1,7 @@
 """Features of training, each in one file that can be deleted together with its lines below.
 
 composing: what the phases of a run ask all features for
-contract: what a feature is, and the points of a run at which it acts
+contract: what a feature is, and where it acts
 skip: leave out steps that went wrong, and remember them
 tread: let tokens pass by the middle blocks
 tread_routes: which tokens pass by the middle blocks
