@@ -99,6 +99,7 @@ def option(
     only_with: str | tuple[str, ...] = (),
     acts_if: Mapping[str, Callable[[Any], bool]] | None = None,
     refused: Mapping[str, str] | None = None,
+    known_as: tuple[str, ...] = (),
     facts: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Any:
@@ -115,9 +116,10 @@ def option(
     this one is ignored, with a warning. A usual value that is typed has a warning in both cases. acts_if:
     why it may do nothing -> whether the record lets it act.
     hint: follows the message on a wrong value, or on `needs` or `excludes` if nothing else limits the value;
-    of a `place` the text behind "Give". refused: values of `choices` -> why they are refused. facts: FREE,
-    NO_PIXELS and the like. settings: further ones of `add_argument`. In front of a record, `facts` hold for
-    all its options, and settings are those of `add_options`.
+    of a `place` the text behind "Give". refused: values of `choices` -> why they are refused. known_as: its
+    names in other programs, for the message on a name that no option has. facts: FREE, NO_PIXELS and the
+    like. settings: further ones of `add_argument`. In front of a record, `facts` hold for all its options,
+    and settings are those of `add_options`.
     """
     metadata: dict[str, Any] = {"least": least, "most": most, "above": above, "below": below}
     metadata |= {
@@ -142,6 +144,7 @@ def option(
         by_place=by_place,
         title=title,
         refused=refused or {},
+        known_as=known_as,
         settings=settings,
     )
     return dataclasses.field(metadata=metadata)
@@ -158,6 +161,7 @@ class Declared(NamedTuple):
     by_place: bool
     title: str
     refused: Mapping[str, str]
+    known_as: tuple[str, ...]
     settings: Mapping[str, Any]
 
 

@@ -16,6 +16,7 @@ from running.offload.block_swap import settle_all
 from running.offload.sharding import as_split
 from training.data.table_times import list_times
 from training.experts import expert_metadata
+from training.features.composing import file_values
 from training.metadata import continued_sizes, file_metadata, run_metadata
 from training.optimizers.optimizer import (
     finished_weights,
@@ -123,11 +124,12 @@ def _metadata_now(plan: TrainingPlan, of_run: Mapping[str, str]) -> dict[str, st
     """Return the metadata of a file that is saved now. of_run: entries that stay the same over the run."""
     progress, family = plan.progress, plan.family
     epoch = progress.epoch + (progress.position > 0 or progress.step == 0)
-    skips: dict[str, str] = {}
-    if plan.options.skip.flag is not None and not plan.options.metadata.no_metadata:
-        skips["ss_skipped_steps"] = str(progress.skipped)
+    of_features: dict[str, str] = {}
+    if not plan.options.metadata.no_metadata:
+        values = file_values(plan.options, progress)
+        of_features = {name: str(value) for name, value in values.items()}
     return file_metadata(
-        {**of_run, **skips},
+        {**of_run, **of_features},
         plan.options,
         family.metadata,
         step=progress.step,

@@ -21,11 +21,11 @@ from networks.options import NetworkOptions
 from networks.preference_options import PreferenceOptions
 from networks.slider_options import SliderOptions
 from networks.teacher_options import PriorOptions, TeacherOptions
-from running.routes import Route
+from running.routes import Route, routed
 from running.run_blocks import runner_of
 from tests.training import toy
 from tests.training.toy_images import train_image_toy, write_subset
-from training.checks import check_tread
+from training.features.tread import TreadOptions, check_tread
 from training.loss import MASK, LossRule, NoisyBatch, NoisySound
 from training.noise_options import L2, LossOptions, NoiseOptions
 from training.options import TrainingOptions
@@ -33,7 +33,6 @@ from training.target_options import GuidedTargetOptions
 from training.target_rules import Band, GuidedTarget, Preference, Targets, TeacherTarget
 from training.targets.passes import loss_passes
 from training.targets.sliders import Slider, SliderFile, SliderTarget, slider_passes
-from training.tread_options import NO_TREAD, TreadOptions
 
 # of a run: what a network learns towards, and which tokens take part
 TARGETS = (
@@ -206,7 +205,8 @@ def losses_of(names: tuple[str, ...], noisy_batch: NoisyBatch) -> Tensor:
         teach=lambda passes, told: passes.base(told),
     )
     if "tread" in names:
-        rule = replace(rule, route_of=lambda _: Route(0, -1, lambda grid: torch.zeros(1)))
+        route = Route(0, -1, lambda grid: torch.zeros(1))
+        rule = replace(rule, learning_pass=[lambda dit, _: routed(dit, route)])
     if "slider" in names:
         encoded = {text: {"letters": torch.full((1, 1), value)} for text, value in CAPTIONS.items()}
         target = SliderTarget(SliderFile(GUIDANCE, (SLIDER,)), encoded, frozenset({"letters"}))
@@ -381,7 +381,7 @@ def test_two_things_that_answer_one_question_are_refused_by_name(
     if names == ("tread", "sound"):
         hearing = SimpleNamespace(name="toy", can=Abilities(hear=True), dit=toy.ToyDit.spec)
         with pytest.raises(OptionError, match=message):
-            check_tread(hearing, replace(NO_TREAD, tread=0.5), (4,))  # type: ignore[arg-type]
+            check_tread(TreadOptions(tread=0.5), hearing, (4,))  # type: ignore[arg-type]
         return
     slider = tmp_path / "slider.toml"
     slider.write_text('[[sliders]]\npositive = "a"\nnegative = "b"\nneutral = "c"\n', encoding="utf-8")
@@ -407,7 +407,7 @@ WITHOUT_SAY = {
     | {"worse", "loss_weights"},  # of pairs; in the weights of a `NoisyBatch`
     NoisyBatch: {"batch", "noise", "sigmas", "timesteps", "levels", "expert", "number", "anchor_balance"},
     LossRule: {"options", "prediction", "as_base", "always_as_base", "targets", "teach", "other_passes"}
-    | {"in_lockstep", "route_of", "note_pairs", "seed_networks"},
+    | {"in_lockstep", "learning_pass", "note_pairs", "seed_networks"},
 }
 
 
