@@ -50,7 +50,7 @@ _TIMES = "--show_timesteps draws the distribution of timesteps."
 _ONE_FILE = "one LoRA file is saved, with the names of --lora_format; convert_lora.py makes others of it."
 FPS = 24.0  # of the release
 # what is for pictures, or between both streams
-_OF_PICTURES = (
+_OF_PICTURES = {
     "video_loss_weight",
     "independent_audio_timestep",
     "first_frame_probability",
@@ -64,9 +64,9 @@ _OF_PICTURES = (
     "audio_modality_scale",
     "video_rescale_scale",
     "image_crf",
-)
+}
 # what is for sound, or between both streams
-_OF_SOUND = (
+_OF_SOUND = {
     "audio_vae",
     "ltx2_audio_source",
     "ltx2_audio_dir",
@@ -76,7 +76,7 @@ _OF_SOUND = (
     "video_modality_scale",
     "audio_modality_scale",
     "audio_rescale_scale",
-)
+}
 DTYPES = {"bf16": "bfloat16", "fp16": "float16"}  # of --mixed_precision
 
 
