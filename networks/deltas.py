@@ -92,7 +92,7 @@ def drop_unused_alphas(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return usable
 
 
-def drop_replaced(tensors: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], list[str]]:
+def drop_replaced(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
     """Return the tensors without parts of weights that `set_weight` replaces, and their modules.
 
     As ComfyUI has it, only a bias keeps its change then.
