@@ -610,6 +610,14 @@ def test_a_folder_of_repeats_names_the_folder_around_it(tmp_path: Path) -> None:
     assert str(folder.parent) in str(error.value)
 
 
+def test_a_folder_around_that_of_the_folders_of_repeats_names_it(tmp_path: Path) -> None:
+    (tmp_path / "cat" / "train" / "10_ohwx cat").mkdir(parents=True)
+    (tmp_path / "cat" / "log").mkdir()
+    with pytest.raises(DatasetError) as error:
+        folders_config(SubsetOptions(train_data_dir=tmp_path / "cat", resolution="512"))
+    assert str(error.value).endswith(f"Give {tmp_path / 'cat' / 'train'}.")
+
+
 @pytest.mark.parametrize(("word", "meant"), [("models", "download --list"), ("gui", "browser")])
 def test_a_command_of_another_name_is_known(word: str, meant: str, tmp_path: Path) -> None:
     said = run_program(sys.executable, ROOT / "reelsmith.py", word, folder=tmp_path, check=False).stderr
