@@ -20,6 +20,7 @@ hub_login: whether there is a token, without its text
 inputs: take dropped pictures and clips, judged by content
 intentions: what a run.toml lets its run do
 jobs: command lines of a text file, run one after another
+known_queues: which jobs of a queue its user knows
 launch: a line to a program; its processes started, interrupted, outlasted
 lora_rows: LoRAs of runs that a model can take
 machine: line of each page: what runs, cards, free disk

@@ -43,7 +43,8 @@ BUSY = (CHECKING, STARTING, DOWNLOADING, CACHING, LOADING, *DURING)  # a process
 # what a trace of `run` says that it does -> the state, and what is said of it
 STEPS = {
     "downloading the model": (DOWNLOADING, ""),
-    "checking the clips": (CHECKING, "the files"),
+    "checking the files": (CHECKING, "the files"),
+    "checking the clips": (CHECKING, "the files"),  # of older versions
     "checking the captions": (CHECKING, "the captions"),
     "caching latents": (CACHING, "latents"),
     "caching captions": (CACHING, "captions"),
@@ -391,6 +392,16 @@ class Beginnings:
         """
         with self._only_one_starts():
             self._start(real_path(folder), words, is_read)
+
+    def refuse_while_it_runs(self, folder: Path) -> None:
+        """Raise OptionError if a training of a folder runs: its files are not changed under it."""
+        for shown in self.list_all():
+            is_of_folder = shown.plan is not None and shown.plan.folder == folder
+            if is_of_folder and shown.state.name in BUSY and shown.state.name != CHECKING:
+                raise OptionError(
+                    f"{shown.glance.name} is {shown.state.text}. It has read its files already, and would "
+                    "continue with others: stop it first, or wait until it has ended."
+                )
 
     def add_jobs(self, jobs: Sequence[tuple[Sequence[str], Path]]) -> None:
         """Put commands, each with its working folder, into the queue.

@@ -9,6 +9,7 @@ from modules.errors import OptionError
 from project.options import CAPTION_MODEL, CAPTION_MODEL_SIZE, WRITE_CAPTIONS
 
 TRIED = 3  # files of a try
+TYPED_OPTIONS = ("api_base",)  # those of the command that send something, to what is typed in the page's form
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ A row is a prompt with all its settings, a column a file at strength 1. A clip i
 import contextlib
 import re
 import shlex
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -25,8 +25,9 @@ from modules.installation import MOST_BEFORE
 from modules.media.reading import read_tags
 from modules.pages.page import link
 from modules.text_files import read_text, real_path
-from training.reports.history import SampleRow, Story
+from training.reports.history import PageCommand, SampleRow, Story
 from training.reports.page import list_files
+from training.reports.present_files import present_commands
 from training.reports.sample_files import FOLDER as SAMPLES
 
 MOST_COLUMNS = 24
@@ -175,7 +176,7 @@ def read_source(runs: Runs, run: Glance) -> ComparableRun | None:
     """
     story = runs.open(run).story
     families = {entry.generation_script: name for name, entry in with_scripts().items()}
-    for typed in _read_commands(story, families):
+    for typed in _read_commands(present_commands(story, run.history.parent), families):
         return ComparableRun(
             run=run,
             story=story,
@@ -195,9 +196,9 @@ class _TypedCommand(NamedTuple):
     missing: Sequence[str]  # words that the user has to replace
 
 
-def _read_commands(story: Story, scripts: Collection[str]) -> Iterator[_TypedCommand]:
+def _read_commands(commands: Iterable[PageCommand], scripts: Collection[str]) -> Iterator[_TypedCommand]:
     """Yield the commands of a history that run one of some scripts."""
-    for command in story.commands:
+    for command in commands:
         try:
             words = shlex.split(command.bash)
             missing = shlex.split(command.missing)

@@ -82,6 +82,11 @@ def answer_stamped(jpeg: bytes) -> Response:
     return Response(jpeg, media_type="image/jpeg", headers=headers)
 
 
+def answer_unreadable() -> Response:
+    """Return a drawing that says that a file cannot be read, for the place of its small picture."""
+    return Response(UNREADABLE, media_type="image/svg+xml", headers={"cache-control": "no-store"})
+
+
 def _has_words(file: File, words: Sequence[str]) -> bool:
     """Return whether all words are in the name or caption of a file."""
     if not words:
@@ -99,6 +104,11 @@ def _is_outdated(file: File) -> bool:
     return not states or any(state != "valid" for state in states)
 
 
+UNREADABLE = (
+    '<svg xmlns="http://www.w3.org/2000/svg" width="160" height="120"><rect width="160" height="120" '
+    'fill="#777"/><text x="80" y="65" fill="#fff" font-family="sans-serif" font-size="14" '
+    'text-anchor="middle">cannot be read</text></svg>'
+)
 MOST_COPIED = 1 << 28  # bytes of a file in a tar or a table of which a small picture is made
 
 
@@ -297,8 +307,8 @@ class DatasetPages:
                 return answer_gone()
             part = {"path": str(media.first)}
             picture = self.thumbnails.make(part, media.first.stat().st_mtime_ns)
-        except MediaError:
-            return answer_gone()
+        except (MediaError, StopIteration):
+            return answer_unreadable()
         return Response(picture, media_type="image/jpeg")
 
     def show_picture(self, dataset: FoundDataset, request: Request) -> Response:
@@ -316,7 +326,7 @@ class DatasetPages:
         try:
             picture = self.thumbnails.make(part, request.path_params["stamp"])
         except (MediaError, StopIteration):
-            return answer_gone()
+            return answer_unreadable()
         return answer_stamped(picture)
 
     def write(self, dataset: FoundDataset, request: Request, body: bytes) -> Response:

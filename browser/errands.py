@@ -58,11 +58,20 @@ class Errands:
         self.read_only = queue.read_only
         self._children: dict[str, subprocess.Popen[bytes]] = {}
 
-    def start(self, name: str, words: Sequence[str], folder: Path, *, within: Path | None = None) -> None:
+    def start(
+        self,
+        name: str,
+        words: Sequence[str],
+        folder: Path,
+        *,
+        within: Path | None = None,
+        typed: Sequence[str] = (),
+    ) -> None:
         """Start a command of ours, in place of what the errand of this name was before.
 
         folder: the working folder. within: a described folder, which may be somebody else's: the command has
-        the limits of its `run`. None for commands that are made of no words of a folder's files.
+        the limits of its `run`. None for commands that are made of no words of a folder's files. typed: names
+        of options that may send something despite the limits, because somebody has typed their values.
 
         Raises OptionError if it is no command of ours or the errand is still running, OutputError if its
         files cannot be written.
@@ -83,7 +92,7 @@ class Errands:
                 progress = log.with_suffix(".progress")  # of loops, for pages that show it
                 for path in (log, log.with_suffix(".code"), progress):
                     path.unlink(missing_ok=True)
-                variables = {PROGRESS: str(progress)} if within is None else limit_variables([within])
+                variables = {PROGRESS: str(progress)} if within is None else limit_variables([within], typed)
                 child = launch.prepare_process(log, **variables)
                 self._children[name] = child
                 record = {

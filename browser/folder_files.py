@@ -21,7 +21,7 @@ from browser.answers import GONE, NO_WRITING, answer_body, answer_gone, answer_j
 from browser.bin_folder import FOLDER as BIN
 from browser.bin_folder import rename_into
 from browser.captions import Captions, caption_values
-from browser.dataset_pages import Thumbnails, answer_stamped, read_part
+from browser.dataset_pages import Thumbnails, answer_stamped, answer_unreadable, read_part
 from browser.folders import MOST_ENTRIES, find_folder
 from browser.names import short_digest
 from browser.runs import Runs
@@ -308,7 +308,9 @@ class FolderFiles:
             if not is_media or not self.runs.is_inside(path):
                 return answer_gone()
             picture = self.thumbnails.make({"path": str(real_path(path))}, path.stat().st_mtime_ns)
-        except (OSError, ValueError, MediaError, StopIteration):
+        except (MediaError, StopIteration):
+            return answer_unreadable()
+        except (OSError, ValueError):
             return answer_gone()
         return answer_stamped(picture)
 

@@ -18,6 +18,7 @@ from browser.answers import Form, answer_form, answer_template, answer_unknown
 from browser.beginnings import DESCRIBE
 from browser.described import (
     FILES,
+    PROMPTS_FILE,
     ChangedMeanwhileError,
     DraftFile,
     is_described,
@@ -32,6 +33,7 @@ from browser.settings_table import (
     SettingRow,
     apply_edits,
     describe_difference,
+    describe_following,
     field_of,
     find_training_script,
     list_rows,
@@ -57,16 +59,17 @@ class DraftChange:
     fault: str = ""  # why it cannot be saved
     said: str = ""  # after a press of its button
     text: str | None = None  # that was typed, of a file
-    note: str = ""  # why no script has checked it
+    note: str = ""  # of the script that has checked it, or why none has
 
 
 def plan_change(
-    part: str, texts: Mapping[DraftFile, str], run: DraftFile, typed: str | None = None
+    site: Site, part: str, texts: Mapping[DraftFile, str], run: DraftFile, typed: str | None = None
 ) -> DraftChange:
     """Return what a form would save, after the scripts have checked it.
 
-    texts: the new text of each file. run: the folder's run.toml as it is. typed: the text of a file that was
-    typed as a whole.
+    A running training has read all files but the prompts, so these are not changed under it. texts: the new
+    text of each file. run: the folder's run.toml as it is. typed: the text of a file that was typed as a
+    whole.
     """
     difference: list[str] = []
     for draft, after in texts.items():
@@ -74,8 +77,14 @@ def plan_change(
     change = DraftChange(part, difference, text=typed)
     try:
         for draft, after in texts.items():
-            if after != draft.text:
-                change = replace(change, note=refuse_new_faults(draft, after, run.text))
+            if after == draft.text:
+                continue
+            if draft.name != PROMPTS_FILE:
+                site.beginnings.refuse_while_it_runs(draft.path.parent)
+            notes = [change.note, refuse_new_faults(draft, after, run.text)]
+            if draft.name == RUN_FILE:
+                notes.append(describe_following(draft.text, after))
+            change = replace(change, note=" ".join(filter(None, notes)))
     except (ValueError, UserError) as error:
         return replace(change, fault=str(error))
     return change
@@ -232,7 +241,7 @@ class FolderSettingsPages:
                 return self.answer_conflict(folder, part, present, fields)
             texts = {present: self.read_edited(part, present, fields)}
             typed = None if part == TABLE else texts[present]
-            change = plan_change(part, texts, read_file(self.site, folder, RUN_FILE), typed)
+            change = plan_change(self.site, part, texts, read_file(self.site, folder, RUN_FILE), typed)
             if what == "save":
                 change = save_change(change, texts)
         except ChangedMeanwhileError:

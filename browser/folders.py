@@ -17,6 +17,7 @@ from modules.media.labels import label_of
 from modules.media.opening import SOUND_SUFFIXES
 from modules.media.reading import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from modules.paths import without_quotes
+from modules.run_limits import QUEUE_FOLDER
 from modules.text_files import bad_character, real_path
 from training.reports.sample_files import FOLDER as SAMPLES
 
@@ -30,7 +31,7 @@ INSIDE = "img"  # folder of such folders, in that of a project
 PARTS = re.compile(rf"{INSIDE}|regs?|regulari[sz]ation([-_ ]?images?)?", re.IGNORECASE)  # of a project
 # folders that programs of ours write, as `fold_name` returns their names
 NOT_MEDIA = re.compile(
-    rf"\..*|{SAMPLES}|output|cache|generated|compare|reelsmith-queue|{BIN}|.*-state", re.DOTALL
+    rf"\..*|{SAMPLES}|output|cache|generated|compare|{QUEUE_FOLDER}|{BIN}|.*-state", re.DOTALL
 )
 
 

@@ -156,7 +156,8 @@ class GeneratePages:
             return self.answer_refilled(MakingForm.of_fields(fields), draft)
         if fields:
             form = MakingForm.of_fields(fields)
-            return self.answer(form, is_new="prompt" not in fields, draft=draft)
+            is_new = "prompt" not in fields and fields.get("source") != [""]  # as before one is chosen
+            return self.answer(form, is_new=is_new, draft=draft)
         stored = self.drafts.read(draft) or self.drafts.newest()
         if stored is None:
             return self.answer(MakingForm(), is_new=True)
@@ -181,7 +182,7 @@ class GeneratePages:
         recipe = None
         sources = self.list_sources()
         source = form.source
-        if not source and sources:
+        if not source and sources and is_new:
             source = self.first_source(sources)
         try:
             recipe = self.find_recipe(source) if source else None
@@ -291,12 +292,17 @@ class GeneratePages:
 
     def find_recipe(self, source: str) -> ModelRecipe:
         """Return the recipe of a source. Raises OptionError if there is none, OSError for a lost history."""
+        if not source:
+            raise OptionError("Model: choose one.")
         kind, _, name = source.partition(" ")
         if kind == "run":
             with self.site.runs.lock:
                 run_source = self.shelf.find_source(name)
             if run_source is None:
-                raise OptionError("This run has no command that generates (any more). Choose another model.")
+                raise OptionError(
+                    "This run is not there any more, or its history has no command of a script that this "
+                    "page drives. Choose a model."
+                )
             return recipe_of_run(run_source)
         family, _, task = name.partition(" ")
         model = find_model_set(family, task)

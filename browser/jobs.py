@@ -16,18 +16,21 @@ from pathlib import Path
 from typing import Any
 
 from browser import launch
+from browser.known_queues import KnownQueue, recall_queue, remember_queue
+from browser.names import short_digest
 from browser.runs import DIED, ELSEWHERE_SECONDS, FINISHED, RUNNING, STOPPED, Runs, is_living
 from modules.atomic_write import append_text, explain_errors, write_text
+from modules.console import count_of
 from modules.control_codes import escape_control_codes, shorten_lines
 from modules.errors import OptionError, OutputError, UserError
 from modules.file_locks import only_one
-from modules.run_limits import limit_variables
+from modules.run_limits import QUEUE_FOLDER, limit_variables
 from modules.text_files import parse_json, read_text, real_path
 from training.reports.history import describe_process
 
 logger = logging.getLogger(__name__)
 
-FOLDER = "reelsmith-queue"
+FOLDER = QUEUE_FOLDER
 QUEUE = "queue.txt"
 STATE = "jobs.json"
 LOGS = "logs"
@@ -51,9 +54,13 @@ KINDS: dict[str, Any] = {
     "worker": dict | None,
     "stops": int,
     "within": str,
-    "open": bool,
+    "typed": str,
 }
-STORED = ("id", "line", "folder", "process", "stops", "within")  # in STATE
+STORED = ("id", "line", "folder", "process", "stops", "within", "typed")  # in STATE
+
+
+class StrangeJobsError(OutputError):
+    """Jobs wait in a queue that its user has neither typed nor started."""
 
 
 @dataclass
@@ -67,6 +74,7 @@ class Job:
     process: dict[str, Any] | None = None  # that waits for the job; None: not started
     stops: int = 0  # how often it was told to stop
     within: str = ""  # described folder whose limits it has, as one of its buttons wrote it; empty: no limits
+    typed: str = ""  # options that send something and that somebody typed, despite limits; blanks between
     place: int = -1  # index among the entries of the text file; -1: its line has been removed
     code: int | None = field(init=False)
     state: str = field(init=False)  # WAITING, or as the state of a run
@@ -104,8 +112,9 @@ class Job:
     def as_row(self) -> dict[str, Any]:
         """Return what is kept of the job."""
         row = {name: getattr(self, name) for name in STORED}
-        if not self.within:
-            del row["within"]
+        for name in ("within", "typed"):
+            if not row[name]:
+                del row[name]
         return row
 
     @property
@@ -122,13 +131,18 @@ class Job:
         """Return why the line would be refused; empty if it is accepted."""
         folder = Path(self.folder)
         try:
-            launch.find_program(self.words, folder)
+            launch.find_job_program(self.words, folder)
             is_there = folder.is_dir()
         except OptionError as error:
             return str(error)
         except (OSError, ValueError):  # of a name that no folder can have
             is_there = False
         return "" if is_there else f"{self.folder}: there is no such folder"
+
+    def refuse_moved_limits(self) -> None:
+        """Raise OptionError if a link has taken the place of the folder that the job may write into."""
+        if self.within and str(real_path(Path(self.within))) != self.within:
+            raise OptionError(f"{self.within} is a link to another place by now. Remove the link, then retry")
 
     @property
     def seconds(self) -> float:
@@ -167,12 +181,19 @@ class _Book:
     jobs: list[Job]
     last: int  # number that was given to a job
     worker: dict[str, Any] | None  # process that runs the jobs
-    is_open: bool = False  # somebody has started it and not paused it since: the next server goes on
 
     def as_text(self) -> str:
         rows = [job.as_row() for job in self.jobs]
-        facts = {"last": self.last, "worker": self.worker, "open": self.is_open, "jobs": rows}
+        facts = {"last": self.last, "worker": self.worker, "jobs": rows}
         return json.dumps(facts, indent=1)
+
+    def count_waiting(self) -> "Counter[str]":
+        """Return digests of the jobs that are to begin, with how often there is each."""
+        return Counter(
+            short_digest(json.dumps([job.line, job.folder, job.within, job.typed]), 16)
+            for job in self.jobs
+            if job.process is None
+        )
 
     def find(self, number: int, *states: str) -> Job:
         """Return a job by its number. Raises OptionError if it does not exist or is in another state."""
@@ -211,6 +232,7 @@ class JobQueue:
         self.problem = ""  # why the last try to begin a job has failed
         # frees the card before a job starts; returns why it has to wait, else an empty text
         self.before_start: Callable[[], str] = lambda: ""
+        self._keeps_open = False  # it works, and the next server is to go on with what it has seen
         self._ended = threading.Event()
         self._worker: threading.Thread | None = None
         self._child: subprocess.Popen[bytes] | None = None
@@ -227,25 +249,30 @@ class JobQueue:
         worker = self._read_book().worker
         return "elsewhere" if worker is not None and is_living(worker) is not False else ""
 
-    def add(self, words: Sequence[str], folder: Path, *, within: Path | None = None) -> int:
+    def add(
+        self, words: Sequence[str], folder: Path, *, within: Path | None = None, typed: Sequence[str] = ()
+    ) -> int:
         """Append a command of ours and return the number of its job.
 
-        folder: working folder of the command. within: as that of `Errands.start`. Raises OptionError if it is
-        no command of ours, OutputError if the queue cannot be written.
+        folder: working folder of the command. within, typed: as those of `Errands.start`. Raises OptionError
+        if it is no command of ours or never ends, OutputError if the queue cannot be written.
         """
-        launch.find_program(words, folder)
+        launch.find_job_program(words, folder)
         line = as_line(words)
         with self._change() as book:
             job = self._new_job(book, line, folder)
             job.within = "" if within is None else str(real_path(within))
+            job.typed = " ".join(typed)
             book.jobs.append(job)
             book.entries.append(f"{line}\n")
         return job.id
 
-    def add_and_begin(self, words: Sequence[str], folder: Path, *, within: Path | None = None) -> int:
+    def add_and_begin(
+        self, words: Sequence[str], folder: Path, *, within: Path | None = None, typed: Sequence[str] = ()
+    ) -> int:
         """Append a command as `add` does, and run the jobs unless the queue is paused with others in it."""
         others_wait = any(job.state == WAITING for job in self.jobs())
-        number = self.add(words, folder, within=within)
+        number = self.add(words, folder, within=within, typed=typed)
         if self.worker == "" and not others_wait:
             self.begin_work()
         return number
@@ -312,27 +339,33 @@ class JobQueue:
             book.wait_again(job, as_line(words))
             job.folder = str(real_path(folder))
             job.within = ""  # somebody has typed it
+            job.typed = ""
 
     @property
     def is_open(self) -> bool:
-        """Return whether somebody has started the queue and not paused it since, also with another server."""
-        return self._read_book().is_open
+        """Return whether the user has started the queue here and not paused it since, with any server."""
+        known = recall_queue(self.folder)
+        return known is not None and known.is_open
 
-    def begin_work(self, stays_open: bool = True) -> None:
+    def begin_work(self, stays_open: bool = True, *, only_known: bool = False) -> None:
         """Run the jobs one after another, in a thread. Raises OutputError if another process does.
 
-        stays_open: the next server of these folders goes on with it.
+        stays_open: the next server of these folders goes on with it. only_known: raise StrangeJobsError if a
+        job waits that the user has neither typed nor started on a page.
         """
         if self._worker is not None:
             return
+        was_open = self.is_open
         stack = contextlib.ExitStack()
         with self._change() as book:
+            if only_known:
+                self._refuse_strange(book)
             try:
                 stack.enter_context(only_one(self.folder / ".worker.lock", waits=False))
             except BlockingIOError:
                 raise OutputError(f"another browser runs the jobs of {self.folder} already") from None
             book.worker = describe_process()
-            book.is_open = stays_open or book.is_open
+            self._keeps_open = stays_open or was_open
         self._ended.clear()
         self._worker = threading.Thread(target=self._work, args=(stack,), daemon=True)
         self._worker.start()
@@ -345,9 +378,12 @@ class JobQueue:
             return
         self._ended.set()
         worker.join()
+        self._keeps_open = False
         with self._change() as book:
             book.worker = None
-            book.is_open = book.is_open and not pauses
+            known = recall_queue(self.folder)
+            if pauses and known is not None:
+                remember_queue(self.folder, is_open=False, jobs=known.jobs.elements())
 
     def _work(self, lock: contextlib.ExitStack) -> None:
         with lock:
@@ -375,13 +411,14 @@ class JobQueue:
                 return
             job.log.parent.mkdir(exist_ok=True)
             try:
-                _, program = launch.find_program(job.words, Path(job.folder))
+                program = launch.find_job_program(job.words, Path(job.folder))
+                job.refuse_moved_limits()
             except OptionError as error:
                 append_text(job.log, f"{error}\n")
                 write_text(job.code_path, str(error.exit_code))
                 job.process = {}
                 return
-            limits = limit_variables([Path(job.within)]) if job.within else {}
+            limits = limit_variables([Path(job.within)], job.typed.split()) if job.within else {}
             self._child = launch.prepare_process(job.log, **limits)
             job.process = describe_process(self._child.pid)
         # only now, as its number is on disk: if this process is killed before, the job does not begin
@@ -406,11 +443,36 @@ class JobQueue:
             with only_one(self.folder / ".lock"):
                 book, stored_text = self._read_files()
                 entries = [*book.entries]
+                before = book.count_waiting()
                 yield book
                 if book.entries != entries:
                     write_text(self.folder / QUEUE, "".join(book.entries))
                 if book.as_text() != stored_text:
                     write_text(self.folder / STATE, book.as_text())
+                self._remember(book.count_waiting(), before)
+
+    def _remember(self, waiting: "Counter[str]", before: "Counter[str]") -> None:
+        """Remember the jobs that wait as far as the user knows them: those that were added with a button,
+        and those that came into the text file while a queue worked that the user had started.
+
+        waiting, before: after and before a change, as `_Book.count_waiting`.
+        """
+        known = recall_queue(self.folder)
+        earlier = KnownQueue(is_open=False, jobs=Counter()) if known is None else known
+        jobs = waiting if self._keeps_open else (earlier.jobs & waiting) + (waiting - before)
+        now = KnownQueue(is_open=earlier.is_open or self._keeps_open, jobs=jobs)
+        if now != earlier:
+            remember_queue(self.folder, now.is_open, now.jobs.elements())
+
+    def _refuse_strange(self, book: _Book) -> None:
+        """Raise StrangeJobsError if a job waits that the user does not know."""
+        known = recall_queue(self.folder)
+        strange = book.count_waiting() - (Counter() if known is None else known.jobs)
+        if strange:
+            raise StrangeJobsError(
+                f"The queue is paused: {count_of(strange.total(), 'line')} came into {self.folder / QUEUE} "
+                "while no page was open. Read the jobs that wait, then start the queue"
+            )
 
     def _read_files(self) -> tuple[_Book, str]:
         """Return the content of both files, and the text of STATE."""
@@ -419,7 +481,7 @@ class JobQueue:
             stored = parse_json(stored_text)
             _check_stored(stored)
             jobs = [self._job(**row) for row in stored["jobs"]]
-            book = _Book([], [], stored["last"], stored["worker"], is_open=stored.get("open", False))
+            book = _Book([], [], stored["last"], stored["worker"])
         except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
             path = self.folder / STATE
             raise OutputError(f"{path} is damaged ({error}). Remove it, and lines of jobs that ran") from None

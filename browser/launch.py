@@ -22,7 +22,7 @@ import psutil  # comes with accelerate
 from downloads.catalogue import model_sets
 from modules.atomic_write import write_text
 from modules.command import did_you_mean, message_of
-from modules.control_codes import shorten
+from modules.control_codes import escape_control_codes, shorten
 from modules.errors import OptionError, OutputError
 from modules.installation import (
     FROM_QUEUE,
@@ -149,6 +149,13 @@ def find_program(words: Sequence[str], folder: Path) -> tuple[ScriptCommand, lis
     return command, [sys.executable, *launcher, *script, *script_words[num_words:]]
 
 
+def find_job_program(words: Sequence[str], folder: Path) -> list[str]:
+    """Return the program of a job. Raises OptionError as `find_program` and `refuse_endless` do."""
+    command, program = find_program(words, folder)
+    refuse_endless(command, words)
+    return program
+
+
 def _count_launcher_words(words: Sequence[str]) -> int:
     """Return how many words `accelerate launch` and its options take.
 
@@ -185,7 +192,10 @@ import builtins, os, runpy, sys
 sys.dont_write_bytecode = True
 writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 reaching = ("os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.symlink", "os.link", "os.truncate")
-reaching += ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "socket.connect")
+reaching += ("os.chmod", "os.chown", "os.utime", "os.kill", "signal.pthread_kill", "sqlite3.connect")
+reaching += ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty", "os.startfile")
+reaching += ("subprocess.Popen", "socket.connect", "socket.bind", "socket.sendto", "socket.getaddrinfo")
+reaching += ("socket.gethostbyname", "socket.gethostbyaddr", "webbrowser.open")
 def end_at_writing(event, facts):
     if event in reaching or event == "open" and isinstance(facts[2], int) and facts[2] & writing:
         os._exit(0)
@@ -211,6 +221,7 @@ WITH_TORCH = (
 )
 # how the other scripts read their options: they end behind that if they are asked to
 ENDS_AFTER_OPTIONS = re.compile(r"\b(parse_options|plain_script)\(")
+WARNING = re.compile(r"^WARNING: (.+)$", re.MULTILINE)  # as scripts print them
 CHECK_SECONDS = 20
 HELP = ("-h", "--help")
 INTERACTIVE = "--interactive"
@@ -224,23 +235,28 @@ FILE_NAME = re.compile(r".*\.(safetensors|ckpt|pt|pth|gguf|png|jpe?g|webp|mp4|tx
 
 
 def check_options(
-    words: Sequence[str], folder: Path, may_come: bool = False, seconds: float = CHECK_SECONDS
-) -> None:
+    words: Sequence[str],
+    folder: Path,
+    may_come: bool = False,
+    seconds: float = CHECK_SECONDS,
+    checks_files: bool = True,
+) -> list[str]:
     """Raise OptionError, with the script's own message, if a command of ours refuses its options.
 
-    may_come: jobs before it may write the files that it reads, so they need not be there yet. seconds: that
-    the script may take; if it takes longer, nothing is said.
+    Return its warnings about them. may_come: jobs before it may write the files that it reads, so they need
+    not be there yet. seconds: that the script may take; if it takes longer, nothing is said. checks_files:
+    files that the words name, and that the script opens only later, have to be there.
     """
     command, (python, *program) = find_program(words, folder)
     if any(word in HELP for word in words):
-        return
+        return []
     refuse_endless(command, words)
     if command.words[0] == "run":
         _check_folder_of_run(program, folder)
     variables = {FROM_QUEUE: "1"}
     if command.words[0] not in WITH_TORCH:
         if not ENDS_AFTER_OPTIONS.search(command.path.read_text(encoding="utf-8")):
-            return
+            return []
         variables[ONLY_OPTIONS] = "1"
     if program[:3] == ACCELERATE:
         start = program_words(command.path.relative_to(ROOT))
@@ -258,11 +274,12 @@ def check_options(
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         logger.debug("%s", words, exc_info=error)  # it may run for all that is known
-        return
+        return []
     if process.returncode and not (may_come and NOT_THERE.search(process.stderr)):
         raise OptionError(message_of(process.stderr))
-    if not may_come:
+    if checks_files and not may_come:
         _check_files(words, folder)
+    return [escape_control_codes(text) for text in WARNING.findall(process.stderr)]
 
 
 def refuse_endless(command: ScriptCommand, words: Sequence[str]) -> None:
@@ -270,6 +287,8 @@ def refuse_endless(command: ScriptCommand, words: Sequence[str]) -> None:
 
     All jobs behind it would wait. words: of the line.
     """
+    if any(word in HELP for word in words):
+        return
     options = [word.partition("=")[0] for word in words if word.startswith("--")]
     if command.words[0] == "browser" and "--export" not in options:
         raise OptionError(
@@ -299,10 +318,12 @@ def _file_options() -> frozenset[str]:
 def _check_files(words: Sequence[str], folder: Path) -> None:
     """Raise OptionError for the first file that a command reads and that does not exist."""
     option = ""
+    written = "--config_file" if "--output_config" in words else ""
     for word in words:
         if word.startswith("--"):
             option, _, word = word.partition("=")
-        if option in _file_options() and FILE_NAME.fullmatch(word) and not (folder / word).exists():
+        is_read = option in _file_options() and option != written
+        if is_read and FILE_NAME.fullmatch(word) and not (folder / word).exists():
             raise OptionError(
                 f"{option} {shorten(word, 200)}: no such file in {folder}, where relative paths begin."
                 f"{explain_missing(folder / word)} Correct the path"

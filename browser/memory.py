@@ -303,12 +303,13 @@ class MemoryPages:
         after = edit_switches(text, switches, fields, names)
         if after == text:
             return ""
-        refuse_new_faults(present, after, text)
+        self.site.beginnings.refuse_while_it_runs(folder)
+        note = refuse_new_faults(present, after, text)
         present.save(after)
         lines = {*text.splitlines()} ^ {*after.splitlines()}
         changed = [f"-{line}" for line in text.splitlines() if line in lines]
         changed += [f"+{line}" for line in after.splitlines() if line in lines]
-        return f"Saved into {RUN_FILE}: {'; '.join(changed)}"
+        return f"Saved into {RUN_FILE}: {'; '.join(changed)}. {note}".rstrip(". ")
 
     def plan(self, folder: Path, size: float) -> None:
         """Start the plan of a folder, in place of one that is running."""

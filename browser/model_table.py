@@ -1,6 +1,11 @@
 """The table of models of the page New: what each makes, loads and fits; licences; what a file is."""
 
+import functools
+import logging
 import os
+import subprocess
+import sys
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +17,8 @@ from checkpoints.first_bytes import is_pointer_or_page
 from checkpoints.kinds import kind_of
 from downloads.catalogue import Component, Licence, ModelSet
 from downloads.listing import gigabytes, total_bytes
+from modules.control_codes import escape_control_codes
+from modules.installation import PREFIX, ROOT, program_environment
 from modules.paths import expand_path, without_quotes
 from modules.text_files import read_tensor_header
 from project.fitting import describe_fit, is_small, needs_picture, transformer_bytes
@@ -19,6 +26,9 @@ from project.options import find_models
 
 GATED = "asks to accept"  # words of the terms of a licence that a repository wants accepted on its own page
 MODEL_SUFFIXES = frozenset({".safetensors", ".gguf", ".pth", ".pt", ".bin", ".ckpt"})
+MISFIT_SECONDS = 120
+_ASKING = threading.Lock()  # one process at a time: each takes the memory of torch
+logger = logging.getLogger(__name__)
 SUGGESTED = 3  # rows of the table that are marked
 
 
@@ -153,6 +163,41 @@ def describe_file(text: str) -> str:
         return f"It is incomplete: it has {size_bytes:,} of {end:,} bytes. Download or copy it again."
     kind = kind_of(header.entries)
     return f"{kind or 'a file of no model that is known here'}, {gigabytes(size_bytes)}"
+
+
+def find_misfit(family: str, task: str, option: str, text: str) -> str:
+    """Return why a file does not fit an option of a model, as `new` says it; empty if it fits.
+
+    text: its path, as typed. Also empty for what `describe_file` refuses, and if it takes too long to tell.
+    """
+    try:
+        path = expand_path(without_quotes(text.strip()))
+        if not path.is_absolute() or not path.is_file() or path.suffix.lower() not in MODEL_SUFFIXES:
+            return ""
+        status = path.stat()
+        with _ASKING:
+            return _ask_misfit(family, task, option, str(path), status.st_mtime_ns, status.st_size)
+    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+        logger.debug("%s", text, exc_info=error)
+        return ""
+
+
+@functools.lru_cache(maxsize=256)
+def _ask_misfit(family: str, task: str, option: str, path: str, changed: int, size: int) -> str:
+    """Ask a process, as families load torch. changed, size: of the file, whose answers are kept."""
+    process = subprocess.run(
+        [sys.executable, "-m", f"{PREFIX}project.file_check", family, task, option, path],
+        cwd=ROOT,
+        env=program_environment(),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        timeout=MISFIT_SECONDS,
+    )
+    if process.returncode == 1 and process.stdout:
+        return escape_control_codes(process.stdout)
+    return ""
 
 
 def _find_end(entries: Mapping[str, Any]) -> int:

@@ -207,4 +207,4 @@ def list_key_changes(form: NewForm, before: NewForm, values: Mapping[str, Any]) 
     if form.steps == before.steps or not form.steps:
         return KeyChanges(changes)
     times = change_steps(values, read_steps(form.steps))
-    return KeyChanges(changes | times.changes, times.kept)
+    return KeyChanges({**changes, **times.changes}, times.kept)

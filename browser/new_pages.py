@@ -31,9 +31,9 @@ from browser.answers import (
     answer_unknown,
     read_query,
 )
-from browser.beginnings import BUSY, CHECK, CHECKING, DESCRIBE, check_words, run_words
+from browser.beginnings import CHECK, DESCRIBE, check_words, run_words
 from browser.bin_folder import FOLDER as BIN
-from browser.captioning import TRIED, caption_words, describe_engine, is_captioning, read_tries
+from browser.captioning import TRIED, TYPED_OPTIONS, caption_words, describe_engine, is_captioning, read_tries
 from browser.captions import mark_bytes
 from browser.datasets import find_places
 from browser.described import (
@@ -65,6 +65,7 @@ from browser.machine import CardReader
 from browser.model_table import (
     ModelRow,
     describe_file,
+    find_misfit,
     has_login,
     is_gated,
     list_licences,
@@ -554,11 +555,11 @@ class NewPages:
         elif what == "try":
             words = caption_words(texts.get("engine", ""), texts.get("question", ""), TRIED)
             self.require_inside(folder)
-            errands.start(errand_name(TRY, folder), words, folder, within=folder)
+            errands.start(errand_name(TRY, folder), words, folder, within=folder, typed=TYPED_OPTIONS)
         elif what == "write":
             words = caption_words(texts.get("engine", ""), texts.get("question", ""))
             self.require_inside(folder)
-            self.site.queue.add_and_begin(words, folder, within=folder)
+            self.site.queue.add_and_begin(words, folder, within=folder, typed=TYPED_OPTIONS)
         elif what == "remedy":
             self.run_remedy(folder, texts.get("line", ""))
         elif what == REPAIR:
@@ -590,7 +591,7 @@ class NewPages:
         check_form(form)
         if mark and mark != mark_files(folder) and not self.is_as_shown(folder, shown):
             raise ChangedMeanwhileError
-        self.refuse_while_it_runs(folder)
+        self.site.beginnings.refuse_while_it_runs(folder)
         if read_media_folder(folder) is None and not any(path.is_dir() for path in folder.iterdir()):
             raise OptionError(f"{folder} has no clips, pictures or sounds. Drop some here first.")
         described, _ = self.try_read(folder)
@@ -603,16 +604,6 @@ class NewPages:
         self.site.errands.start(errand_name(kind, folder), plan.words, Path.cwd(), within=folder)
         return ""
 
-    def refuse_while_it_runs(self, folder: Path) -> None:
-        """Raise OptionError if a training of a folder runs: its files are not changed under it."""
-        for shown in self.site.beginnings.list_all():
-            is_of_folder = shown.plan is not None and shown.plan.folder == folder
-            if is_of_folder and shown.state.name in BUSY and shown.state.name != CHECKING:
-                raise OptionError(
-                    f"{shown.glance.name} is {shown.state.text}. It has read its files already, and would "
-                    "continue with others: stop it first, or wait until it has ended."
-                )
-
     def replace(self, folder: Path, mark: str) -> None:
         """Write the three files as the shown changes say; the old ones are copied into the bin first."""
         comparing = self.find_errand(COMPARE, folder)
@@ -620,7 +611,7 @@ class NewPages:
             raise OptionError("There are no changes to make (any more). Press Describe to see them.")
         if mark != mark_files(folder):
             raise ChangedMeanwhileError
-        self.refuse_while_it_runs(folder)
+        self.site.beginnings.refuse_while_it_runs(folder)
         kept = f"{folder.name} {time.strftime('%Y-%m-%d %H.%M.%S')}"
         keep_copies(folder, self.site.runs.find_top(folder) / BIN / "replaced" / kept)
         form = NewForm.of_words(shlex.split(comparing.line))
@@ -678,7 +669,33 @@ class NewPages:
         """Say what the file of a model is, by its header."""
         option = request.query_params.get("option", "")
         text = "".join(form.get(f"file_{option}", ()))
-        return answer_template("new_file.html", "New", {"text": describe_file(text)})
+        chosen = NewForm.of_fields(form)
+        is_chosen = any((row.family, row.task) == (chosen.family, chosen.task) for row in find_models())
+        described, _ = self.try_read(find_folder(self.site.runs, chosen.folder))
+        known = NewForm() if described is None else self.form_of(described)
+        is_known = (known.family, known.task) == (chosen.family, chosen.task) and (
+            known.model_files.get(option) == chosen.model_files.get(option)
+        )  # `new` has checked it
+        values = {
+            "text": describe_file(text),
+            "option": option,
+            "asks": is_chosen and not is_known and bool(text.strip()),
+        }
+        return answer_template("new_file.html", "New", values)
+
+    def look_whether_it_fits(self, request: Request, form: Form) -> Response:
+        """Say why the file of a model does not fit the chosen one, as `new` would."""
+        option = request.query_params.get("option", "")
+        chosen = NewForm.of_fields(form)
+        text = "".join(form.get(f"file_{option}", ()))
+        is_option = any(
+            f"--{option}" == part.option
+            for model in find_models()
+            if (model.family, model.task) == (chosen.family, chosen.task)
+            for part in model.components
+        )
+        reason = find_misfit(chosen.family, chosen.task, option, text) if is_option else ""
+        return answer_page(str(escape(reason)))
 
 
 def find_repair(folder: Path) -> list[str]:
@@ -728,6 +745,7 @@ def new_routes(site: Site) -> list[Route]:
         Route("/new/checked", pages.show_check),
         Route("/new/caption_line", pages.show_caption_line),
         Route("/new/file", answer_form(pages.look_at_file), methods=["POST"]),
+        Route("/new/fits", answer_form(pages.look_whether_it_fits), methods=["POST"]),
         Route(UPLOAD, pages.uploads.take, methods=["POST"]),
         *file_routes(pages.files),
         Route("/new/{what}", answer_form(pages.change), methods=["POST"]),

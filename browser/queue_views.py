@@ -28,6 +28,7 @@ from modules.console import in_words
 from modules.control_codes import escape_control_codes
 from modules.errors import OptionError, UserError
 from modules.pages.page import render_page
+from training.reports.present_files import present_commands
 
 EXAMPLE = ["reelsmith run my_clips", "cd my_clips && " + as_typed(["python", "wan_train_network.py"])]
 SHORT_SECONDS = 60  # the output of a job that ran no longer is shown without a click
@@ -63,7 +64,9 @@ class ComparePages:
                 comparison = compare.read_comparison(self.runs, form)
             for job in compare.plan_jobs(comparison, self.fill_cells(comparison)):
                 write_text(job.prompt_file, job.prompts)
-                self.queue.add(job.words, comparison.sources[0].working_folder)
+                # its options are from a history, which may be somebody else's
+                source = comparison.sources[0]
+                self.queue.add(job.words, source.working_folder, within=source.run.history.parent)
         except (OSError, UserError) as error:
             return self.answer(form, str(error))
         return RedirectResponse(f"/compare?{urlencode(form, doseq=True)}", 303)
@@ -157,7 +160,7 @@ def find_draft(runs: Runs, query: Mapping[str, str]) -> Draft:
     if run is None:
         return Draft()
     with contextlib.suppress(OSError):
-        commands = runs.open(run).story.commands[int(place) :]
+        commands = present_commands(runs.open(run).story, run.history.parent)[int(place) :]
         if commands:
             return Draft(escape_control_codes(commands[0].bash), run)
     return Draft()

@@ -16,13 +16,14 @@ from browser.bin_folder import FOLDER as BIN
 from browser.names import short_digest
 from browser.recipes import RESULTS
 from browser.runs import Runs
+from modules.run_limits import QUEUE_FOLDER
 
 KINDS = {".png": "picture", ".mp4": "clip", ".mkv": "clip", ".wav": "sound"}  # by suffix
 DEEPEST = 8  # folders below a root
 MOST_FOLDERS = 50_000  # that are looked into
 MOST_RESULTS = 20_000  # the newest
 # folders that are not looked into
-CLOSED = {"sample", "cache", "compare", "node_modules", "reelsmith-queue", BIN}
+CLOSED = {"sample", "cache", "compare", "node_modules", QUEUE_FOLDER, BIN}
 LARGER = "_larger"  # behind the name of what was enlarged
 LAST_FRAME = "_last"  # as --save_last_frame calls it
 MADE_FROM = re.compile(rf"(.+?)(?:{LARGER}|{LAST_FRAME})(?:-\d+)?")

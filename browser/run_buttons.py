@@ -39,6 +39,7 @@ from browser.beginnings import (
 from browser.bin_folder import FOLDER as BIN
 from browser.bin_folder import BinFolder
 from browser.captions import CaptionConflictError, Captions, mark_bytes
+from browser.compare import read_source
 from browser.described import FILES, ChangedMeanwhileError, change_keys, change_steps, read_described
 from browser.errands import errand_name
 from browser.intentions import read_intentions, read_shown
@@ -58,6 +59,7 @@ from modules.paths import expand_path
 from modules.text_files import read_content
 from project.options import RUN_FILE
 from training.reports.history import BEFORE_TRAINING, END, PageCommand, history_path
+from training.reports.present_files import present_commands
 from training.saving.files import Names, find_results
 
 PROMPT_FILES = (".txt",)  # endings of prompt files that are edited as text
@@ -81,7 +83,8 @@ class Deeds:
     again: str = ""  # name of the next run
     folder: str = ""  # of Again with changes
     samples: str = ""  # file of the prompts
-    generate: bool = False
+    has_lora: bool = False  # that pictures can be made with
+    generate: bool = False  # its history has a command that the page Generate can fill its form from
     remove: str = ""
     read_line: str = ""  # address of the queue's page, where a command from elsewhere is read first
 
@@ -154,8 +157,9 @@ class RunButtons:
         deeds = Deeds(
             remove=f"moves its files into {BIN}",
             samples="" if prompts is None else str(prompts),
-            generate=has_lora(shown.glance),
         )
+        if has_lora(shown.glance):
+            deeds = replace(deeds, generate=self.generates(shown.glance), has_lora=True)
         if shown.state.is_active:
             return replace(deeds, stop=self.stop_command(shown))
         if shown.plan is None:
@@ -228,10 +232,18 @@ class RunButtons:
                     return candidate
         return None
 
+    def generates(self, run: Glance) -> bool:
+        """Return whether the page Generate can make something with the files of a run."""
+        with contextlib.suppress(OSError), self.site.runs.lock:
+            return read_source(self.site.runs, run) is not None
+        return False
+
     def find_resuming(self, run: Glance) -> tuple[int, PageCommand] | None:
         """Return the command of a history that continues its run, with its place among the commands."""
         with contextlib.suppress(OSError), self.site.runs.lock:
-            for place, command in enumerate(self.site.runs.open(run).story.commands):
+            for place, command in enumerate(
+                present_commands(self.site.runs.open(run).story, run.history.parent)
+            ):
                 is_again = run.name.endswith(BEFORE_TRAINING)
                 if (RESUME in command.bash or is_again) and not command.missing:
                     return place, command

@@ -6,6 +6,7 @@ import math
 import mmap
 import os
 import re
+import sys
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -73,6 +74,15 @@ def is_living(process: Mapping[str, Any]) -> bool | None:
         return False
 
 
+def is_own_file(path: Path) -> bool:
+    """Return whether this user owns a file, as others may write into a folder; on Windows, if it is there."""
+    try:
+        status = path.lstat()
+    except OSError:
+        return False
+    return sys.platform == "win32" or status.st_uid == os.getuid()
+
+
 @dataclass(frozen=True)
 class Glance:
     """Hold the facts that a list shows of a run."""
@@ -114,11 +124,11 @@ class Glance:
 
     @property
     def is_of_here(self) -> bool:
-        """Return whether this machine wrote the history, since its boot, into the folder where it lies.
+        """Return whether this user wrote the history, on this machine since its boot, where it lies.
 
         Commands of other machines may be somebody else's, or name files that are not here.
         """
-        if self.start is None or is_living(self.start.process) is None:
+        if self.start is None or is_living(self.start.process) is None or not is_own_file(self.history):
             return False
         typed = self.start.written_in or dict(self.start.changed).get("output_dir")
         if not typed:

@@ -293,7 +293,7 @@ class SamplePages:
                 raise ChangedMeanwhileError
             prompts_after = edit_prompts(prompts.text, fields, lambda text: self.check_picture(folder, text))
             texts = {prompts: prompts_after, run: edit_times(run.text, fields)}
-            change = plan_change("samples", texts, run)
+            change = plan_change(self.site, "samples", texts, run)
             if what == "save":
                 change = save_change(change, texts)
         except ChangedMeanwhileError:

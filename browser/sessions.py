@@ -11,7 +11,7 @@ from browser import launch
 from contract.families import with_scripts
 from modules.control_codes import shorten
 from modules.errors import OptionError
-from modules.run_limits import limit_variables
+from modules.run_limits import is_in_queue, limit_variables
 from modules.text_files import real_path
 from package.reelsmith.commands import ScriptCommand
 
@@ -38,12 +38,12 @@ def limit_session(result_folder: Path, wish_folder: Path, top: Path) -> dict[str
     """Return the variables for a process that may write below two folders alone, and sends nothing.
 
     result_folder: of its results. wish_folder: of the wishes, for previews. top: folder that is shown. Raises
-    OptionError if the results would lie outside of it.
+    OptionError if the results would lie outside of it, or in the folder of the queue.
     """
     try:
-        is_inside = real_path(result_folder).is_relative_to(real_path(top))
-    except ValueError:  # of a name that no folder can have
-        is_inside = False
-    if not is_inside:
-        raise OptionError(f"{shorten(str(result_folder), 200)} lies outside of {top}. Remove it")
+        inside = real_path(result_folder).relative_to(real_path(top))
+    except ValueError:  # outside, or of a name that no folder can have
+        raise OptionError(f"{shorten(str(result_folder), 200)} lies outside of {top}. Remove it") from None
+    if is_in_queue(inside):
+        raise OptionError(f"{shorten(str(inside), 200)}: no results go into the queue's folder. Remove it")
     return limit_variables((result_folder, wish_folder))

@@ -50,6 +50,7 @@ MEDIA = {key for name in PICTURES for key in FIELDS[name]}
 FILE_NAME = re.compile(
     r"[^\s/\\].*\.(safetensors|sft|pth?|bin|gguf|ckpt|png|jpe?g|webp|mp4|mkv|txt|json)", re.IGNORECASE
 )
+OPTION = re.compile(r"-(?!\.?\d)")  # what begins like that, and is no negative number, looks like an option
 OLD_NAMES = {"hunyuan": "hunyuan_video"}  # of families in metadata
 
 
@@ -242,6 +243,7 @@ def remake(
     line = _read_line(settings, recipe, seed, find_media)
     loras = []
     for lora in settings.loras:
+        _refuse_options(STRENGTHS, [lora.strength])
         path = find_lora(lora.name, recipe)
         if not lora.expert:
             loras.append(UsedLora(path, lora.strength))
@@ -306,8 +308,22 @@ def _set_option(fixed: dict[str, Any], flag: str, option: KnownOption, text: str
         return
     if option.num_words == 0:
         fixed[flag] = True
-    else:
-        fixed[flag] = [text] if option.num_words is None else shlex.split(text)
+        return
+    try:
+        typed = [text] if option.num_words is None else shlex.split(text)
+    except ValueError as error:  # an open quote
+        raise OptionError(f"It was made with {shorten(text, 200)} ({flag}): {error}.") from None
+    _refuse_options(flag, typed)
+    fixed[flag] = typed
+
+
+def _refuse_options(flag: str, words: Sequence[str]) -> None:
+    """Raise OptionError if a word of a file, behind a flag, would be read as an option of its own."""
+    for word in words:
+        if OPTION.match(word):
+            raise OptionError(
+                f"It was made with {flag} {shorten(word, 200)}, which begins as an option does."
+            )
 
 
 def _check_task(settings: ResultSettings, recipe: ModelRecipe, options: Mapping[str, KnownOption]) -> None:

@@ -19,7 +19,14 @@ import tomlkit
 from tomlkit.exceptions import TOMLKitError
 
 from browser import launch
-from browser.described import DATASET_FILE, PROMPTS_FILE, TRAINING_TABLE, DraftFile, edit_toml
+from browser.described import (
+    DATASET_FILE,
+    PROMPTS_FILE,
+    TRAINING_TABLE,
+    DraftFile,
+    change_steps,
+    edit_toml,
+)
 from generation.prompt_lines import numbered_lines
 from generation.sample_lines import parse_sample_line, read_all
 from modules.errors import OptionError, UserError
@@ -28,13 +35,14 @@ from modules.run_limits import temporary_folder
 from modules.text_files import bad_character, parse_toml
 from modules.version import VERSION
 from project.options import RUN_FILE
-from training.config_options import OTHERS_TABLE
+from training.config_options import OTHERS_TABLE, toml_value
 from training.end_options import ON_END
 
 HELP_SECONDS = 60
 TRAINS = ("train", "finetune")  # first words of the commands that train
 CACHES = "cache"  # likewise, of those that cache
 NUMBER = re.compile(r"[+-]?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
+STEPS = "max_train_steps"
 NOT_IN_FILE = {"config_file", "help", ON_END}  # the first two name the file itself; the last is only typed
 
 
@@ -236,6 +244,31 @@ def apply_edits(text: str, rows: Sequence[SettingRow], fields: Mapping[str, str]
     return edit_toml(text, changes)
 
 
+def describe_following(before: str, after: str) -> str:
+    """Return what `new` derives from the steps and does not follow them in a changed run.toml; else nothing.
+
+    before, after: texts of the file.
+    """
+    keys, changed = read_keys(before), read_keys(after)
+    steps = changed.get(STEPS)
+    if not isinstance(steps, int) or steps < 1 or steps == keys.get(STEPS):
+        return ""
+    derived = change_steps(keys, steps).changes
+    stays = {
+        name: value
+        for name, value in derived.items()
+        if value is not None and name != STEPS and changed.get(name) == keys.get(name)
+    }
+    if not stays:
+        return ""
+    now = ", ".join(f"{name} = {toml_value(keys[name])}" for name in stays)
+    wanted = ", ".join(f"{name} = {toml_value(value)}" for name, value in stays.items())
+    return (
+        f"{now}: as for the steps before. For {steps:,} steps `new` writes {wanted}. The field Steps, at the "
+        "top, changes them together."
+    )
+
+
 def describe_difference(before: str, after: str) -> list[str]:
     """Return the lines that go and come, marked with - and +."""
     lines = difflib.unified_diff(before.splitlines(), after.splitlines(), lineterm="", n=0)
@@ -245,8 +278,8 @@ def describe_difference(before: str, after: str) -> list[str]:
 def check_text(name: str, text: str, folder: Path, run_text: str) -> str:
     """Check one of the three files of a folder, before it is written, as the scripts will read it.
 
-    run_text: of the folder's run.toml. Return why no script has checked it; empty if it was. Raises UserError
-    or ValueError with the script's own message.
+    run_text: of the folder's run.toml. Return the script's warnings, or why no script has checked it; empty
+    without either. Raises UserError or ValueError with the script's own message.
     """
     reason = bad_character(text)
     if reason is not None:
@@ -263,13 +296,13 @@ def check_text(name: str, text: str, folder: Path, run_text: str) -> str:
         if not isinstance(content.get(TRAINING_TABLE), dict):
             raise ValueError(f"{RUN_FILE}: the table [{TRAINING_TABLE}] is missing")
         script = find_training_script(text)
-        _check_by_script(["python", script, "--config_file", name], name, text=text, folder=folder)
-    elif name == DATASET_FILE:
+        return _check_by_script(["python", script, "--config_file", name], name, text=text, folder=folder)
+    if name == DATASET_FILE:
         try:
             words = find_caching_words(run_text)
         except OptionError as error:
             return f"No script has checked {name}: {error}."
-        _check_by_script(words, name, text=text, folder=folder)
+        return _check_by_script(words, name, text=text, folder=folder)
     return ""
 
 
@@ -296,21 +329,27 @@ def find_caching_words(run_text: str) -> list[str]:
     raise OptionError(f"{RUN_FILE} names no script of ours that caches {DATASET_FILE}: {reason}")
 
 
-def _check_by_script(words: Sequence[str], name: str, text: str, folder: Path) -> None:
-    """Let a script read a text as its file of options. words: of its command, with the file's name."""
+def _check_by_script(words: Sequence[str], name: str, text: str, folder: Path) -> str:
+    """Let a script read a text as its file of options; return its warnings.
+
+    words: of its command, with the file's name.
+    """
     with temporary_folder() as temporary:
         path = temporary / name
         path.write_text(text, encoding="utf-8")
         try:
-            launch.check_options([str(path) if word == name else word for word in words], folder)
+            typed = [str(path) if word == name else word for word in words]
+            # the model may still have to be loaded, which Start does
+            warnings = launch.check_options(typed, folder, checks_files=False)
         except OptionError as error:
             raise OptionError(str(error).replace(str(path), name)) from None
+    return " ".join(warnings).replace(str(path), name)
 
 
 def refuse_new_faults(draft: DraftFile, after: str, run_text: str) -> str:
     """Raise UserError or ValueError if a changed file has a fault that it did not have before.
 
-    after: its text. run_text: of the folder's run.toml. Return why it was not checked, as `check_text`.
+    after: its text. run_text: of the folder's run.toml. Return what is to be said of it, as `check_text`.
     """
     folder = draft.path.parent
     try:

@@ -12,7 +12,7 @@ import webbrowser
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from browser.jobs import JobQueue, open_queue
+from browser.jobs import JobQueue, StrangeJobsError, open_queue
 from browser.options import USUAL_PORT, BrowserOptions
 from browser.qr_code import draw_code
 from browser.runs import RUNNING, Runs
@@ -97,11 +97,17 @@ def run_browser(options: BrowserOptions) -> None:
 
 
 def reopen(queue: JobQueue) -> bool:
-    """Start a queue that was open when its last server ended; return whether it was."""
+    """Start a queue that was open when its last server ended; return whether it was.
+
+    If other jobs have come into its files since, it stays paused, and says so.
+    """
     try:
         if queue.is_open:
-            queue.begin_work()
+            queue.begin_work(only_known=True)
             return True
+    except StrangeJobsError as error:
+        queue.problem = str(error)
+        logger.warning("%s", error)
     except OutputError as error:  # another server runs it, or its page says what is damaged
         logger.debug("the queue is not started: %s", error)
     return False

@@ -31,6 +31,7 @@ from training.reports.page import (
     page_values,
     write_training_page,
 )
+from training.reports.present_files import present_commands
 from training.reports.sample_files import FOLDER as SAMPLES
 from training.reports.sample_files import ClipStore
 
@@ -192,6 +193,7 @@ def run_page(
     now = LiveStanding.of(run, story, ended_at_once)
     start = now.shown.start
     values = page_values(run.history.parent, story, now.shown, load=linked_clip, most=MOST_SAMPLES)
+    values["commands"] = present_commands(story, run.history.parent)
     sample_names = [name for row in story.samples.values() for name in row.files.values()]
     values["live"] = {
         "id": run.id,

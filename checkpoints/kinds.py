@@ -115,14 +115,15 @@ OF_TOOLS: Marks = (
 )
 
 
-# a tensor of a LoRA, LoHa or LoKr of any program
+# a tensor of a LoRA, LoHa, LoKr or OFT of any program
 _OF_LORAS = re.compile(
-    r"[._](?:lora_(?:down|up|A|B|a|b)|lora\.(?:down|up)|hada_w1_a|lokr_w[12](?:_a)?)(?:[._]|$)"
+    r"[._](?:lora_(?:down|up|A|B|a|b)|lora\.(?:down|up)|hada_w1_a|lokr_w[12](?:_a)?|oft_R)(?:[._]|$)"
+    r"|\.(?:diff|diff_b|set_weight)$"  # of whole weights
 )
 
 
 def is_lora(names: Iterable[str]) -> bool:
-    """Return whether tensors of these names are those of a LoRA, LoHa or LoKr."""
+    """Return whether tensors of these names are those of a LoRA, LoHa, LoKr or OFT."""
     return any(_OF_LORAS.search(name) for name in names)
 
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 from contract.families import FAMILIES
 from modules.command import did_you_mean
 from modules.errors import OptionError
-from modules.options import KeyFile, Options, option, read_options
+from modules.options import CONNECTS, WRITES, KeyFile, Options, option, read_options
 from modules.parser import Parser, add_options, parse_spelled
 
 R = TypeVar("R", bound=Options)
@@ -274,6 +274,7 @@ class RayOptions(Options, title="cluster"):
         "default: start one of this machine alone",
         excludes="temp_dir",
         hint="--temp_dir is for a cluster that is started here",
+        facts=CONNECTS,
     )
     num_actors: int | None = option(
         "processes that encode; default: one for each GPU of the cluster, or a single one",
@@ -299,7 +300,8 @@ class RayOptions(Options, title="cluster"):
         most=MOST_SHARDS,
     )
     temp_dir: Path | None = option(
-        "where a cluster of this machine alone keeps its sockets and logs; a short path; default: Ray's own"
+        "where a cluster of this machine alone keeps its sockets and logs; a short path; default: Ray's own",
+        facts=WRITES,
     )
     command: tuple[str, ...] = option(
         "the caching command, without python: wan_cache_latents.py --dataset_config data.toml --vae VAE",

@@ -390,7 +390,7 @@ def decode_all(
     """
     paths: dict[str, Path] = {}
     tracks: Mapping[str, Track] = {}
-    if hears_sound(run.family):
+    if hears_sound(run.family) or run.options.output.save_audio is not None:  # or says that there is none
         jobs = {job.label: job for job in denoised}
         tracks = _decode_sound(run, jobs, failures)
         denoised = [job for job in jobs.values() if job.label not in failures.reasons]
@@ -458,9 +458,12 @@ def make_tracks(
 ) -> Mapping[str, Track]:
     """Return the tracks of clips that are written with sound. latents, note: see `decode_tracks`."""
     sounds = {label: sound for label, sound in latents.items() if sound is not None}
+    output = run.options.output
     if not sounds or not hears_sound(run.family):
+        if output.save_audio is not None:
+            logger.warning("--save_audio %s is ignored because nothing with sound is made", output.save_audio)
         return {}
-    if not run.options.output.writes_sound:
+    if not output.writes_sound:
         logger.info("The sound is left out because PNG files have none: --save_audio wav writes it")
         return {}
     return decode_tracks(run.family, sounds, run.session.device, note)

@@ -555,6 +555,7 @@ def _name_texts(conditions: Conditions, device: torch.device) -> dict[str, Tenso
 
 def family_for_latent_caching(options: Ltx2LatentCachingOptions) -> Ltx2:
     model = options.model
+    log_ignored(model.streams, options, options.vae, options.references)
     files = Ltx2Files(checkpoint=model.ltx2_checkpoint, streams=model.streams).add_vaes(options.vae)
     return Ltx2(files, references=rules_of(options.references))
 
@@ -570,8 +571,7 @@ def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
     files = files_of(options, options.model.streams)
     check_version(files, options)
     is_alone = not files.has_pictures  # pictures then hold a place, and the noise level goes by the sound
-    if is_alone:
-        log_ignored(options, options.references, options.guidance)
+    log_ignored(files.streams, options, options.vae, options.references, options.guidance)
     learning = rules.SoundLearning(
         options.video_loss_weight,
         options.audio_loss_weight,
@@ -607,8 +607,7 @@ def _training_references(options: Ltx2TrainingOptions) -> rules.ReferenceRules:
 def family_for_generation(options: Ltx2GenerationOptions) -> Ltx2:
     """Describe the family for ltx2_generate_video.py."""
     streams = (VIDEO,) if options.silent else options.streams
-    if VIDEO not in streams:
-        log_ignored(options, options.guidance)
+    log_ignored(streams, options, options.vae, options.guidance)
     return Ltx2(
         files_of(options, streams),
         options.guidance,

@@ -1,7 +1,7 @@
 """LTX-2's own options for caching, training and generation. Standard library only."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from logging import getLogger
 from pathlib import Path
@@ -65,6 +65,18 @@ _OF_PICTURES = (
     "video_rescale_scale",
     "image_crf",
 )
+# what is for sound, or between both streams
+_OF_SOUND = (
+    "audio_vae",
+    "ltx2_audio_source",
+    "ltx2_audio_dir",
+    "audio_loss_weight",
+    "independent_audio_timestep",
+    "audio_cfg_scale",
+    "video_modality_scale",
+    "audio_modality_scale",
+    "audio_rescale_scale",
+)
 DTYPES = {"bf16": "bfloat16", "fp16": "float16"}  # of --mixed_precision
 
 
@@ -90,15 +102,18 @@ def _version() -> Any:
     return not_needed("the file says which release it is.", type=str, default="2.3", metavar="VALUE")
 
 
-def log_ignored(*records: Options) -> None:
-    """Warn of given options that have no effect on sound alone."""
-    ignored = []
-    for record in records:
-        for field in fields(record):
-            if field.name in _OF_PICTURES and is_given(record, field):
-                ignored.append(f"--{option_name(field)}")
+def log_ignored(streams: Collection[str], *records: Options) -> None:
+    """Warn of given options of records that have no effect on pictures alone, or on sound alone."""
+    if VIDEO not in streams:
+        lacking, reason = _OF_PICTURES, "sound alone has no pictures"
+    elif AUDIO not in streams:
+        lacking, reason = _OF_SOUND, "pictures alone have no sound"
+    else:
+        return
+    given = [field for record in records for field in fields(record) if is_given(record, field)]
+    ignored = [f"--{option_name(field)}" for field in given if field.name in lacking]
     if ignored:
-        logger.warning("%s: ignored, because sound alone has no pictures", ", ".join(ignored))
+        logger.warning("%s: ignored, because %s", ", ".join(ignored), reason)
 
 
 class Ltx2LatentCachingOptions(Options, title=NAME):

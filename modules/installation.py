@@ -224,9 +224,11 @@ def refuses_code() -> str | None:
     return None
 
 
-def refuse_starting(option: str) -> None:
+def refuse_starting(option: str, deed: str = "starts a program") -> None:
     """Raise OptionError if the command of this program, with an option that starts another one, is from a
     file: of `run`, whose folder may be somebody else's, or of the browser's queue.
+
+    deed: what the option does, for the message.
     """
     if os.environ.get(RUN_GOES_ON):
         remedy = f"Leave it out of run.toml; or, if you want it, type --{option} behind `run FOLDER`"
@@ -234,7 +236,7 @@ def refuse_starting(option: str) -> None:
         remedy = "Leave it out of the job; or, if you want it, start the command in a terminal"
     else:
         return
-    raise OptionError(f"--{option} starts a program, and no file may do that, only who types it. {remedy}")
+    raise OptionError(f"--{option} {deed}, and no file may do that, only who types it. {remedy}")
 
 
 def refuse_in_queue(option: str) -> None:

@@ -81,11 +81,9 @@ timestep_focus: h3_timestep_focus_prob
 timestep_focus_range: h3_timestep_focus_min h3_timestep_focus_max
 mask_prior_weight: masked_prior_preservation_weight inverted_mask_prior inverted_mask_prior_multiplier
 blank_prior_weight: blank_prompt_preservation blank_prompt_preservation_multiplier
-tread: tread_config tread_ratio selection_ratio
 slider: slider_config leco concept_slider
 network_multiplier: slider_strength
 preference: dpo flow_dpo dpo_beta beta_dpo
-skip_spikes: skip_grad_norm
 W: width
 H: height
 renorm_cfg: rcfg
@@ -221,7 +219,7 @@ def _lines_with(name: str) -> list[list[str]]:
 def _pair_for(theirs: str, has: Collection[str]) -> list[str]:
     """Return two options that together mean what another script has as one; none if there are none."""
     pairs = [name.split("+") for names in _lines_with(theirs) for name in names if "+" in name]
-    return next((pair for pair in pairs if has >= {*pair}), [])
+    return next((pair for pair in pairs if all(name in has for name in pair)), [])
 
 
 def guess_option(flags: Flags, name: str) -> str:
@@ -243,7 +241,7 @@ def meant_elsewhere(flags: Flags, name: str, key_files: Iterable[KeyFile] = ()) 
     """
     name = name.replace("-", "_")
     options = {flag[2:].replace("-", "_"): flag[2:] for flag in flags if flag[:2] == "--"}
-    ours = options.get(ours_for(name, options))
+    ours = options.get(ours_for(name, options)) or _option_known_as(flags, name)
     if ours:
         return _suggest_option(flags, ours)
     pair = _pair_for(name, options.keys())
@@ -259,6 +257,14 @@ def meant_elsewhere(flags: Flags, name: str, key_files: Iterable[KeyFile] = ()) 
         if name in names.split():
             return f" Leave it out: {why}."
     return explain_role(flags, name)
+
+
+def _option_known_as(flags: Flags, theirs: str) -> str:
+    """Return the option whose declaration says that other programs call it `theirs`; "" if there is none."""
+    for flag, action in flags.items():
+        if flag[:2] == "--" and theirs in getattr(action, "known_as", ()):
+            return flag[2:]
+    return ""
 
 
 def _suggest_option(flags: Flags, name: str) -> str:

@@ -51,6 +51,8 @@ APPENDS = {"reach": "appends"}  # likewise, at the end of what is there: from a 
 SENDS = {"reach": "sends"}  # something leaves this machine; in `run` only if it is typed
 # a file of settings for another library, which can say where to send what; in `run` only if it is typed
 CONFIGURES = {"reach": "configures"}
+# another program at an address, which can have this one run its code; only from a typed command line
+CONNECTS = {"reach": "connects"}
 STARTS = {"reach": "starts"}  # a program is started; only from a typed command line, never from a file
 IMPORTS_CLASS = {"reach": "imports class"}  # it names `package.module.Class`, whose module is imported
 IMPORTS_MODULE = {"reach": "imports module"}  # it names a module, which is imported
@@ -97,6 +99,7 @@ def option(
     only_with: str | tuple[str, ...] = (),
     acts_if: Mapping[str, Callable[[Any], bool]] | None = None,
     refused: Mapping[str, str] | None = None,
+    known_as: tuple[str, ...] = (),
     facts: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Any:
@@ -113,9 +116,10 @@ def option(
     this one is ignored, with a warning. A usual value that is typed has a warning in both cases. acts_if:
     why it may do nothing -> whether the record lets it act.
     hint: follows the message on a wrong value, or on `needs` or `excludes` if nothing else limits the value;
-    of a `place` the text behind "Give". refused: values of `choices` -> why they are refused. facts: FREE,
-    NO_PIXELS and the like. settings: further ones of `add_argument`. In front of a record, `facts` hold for
-    all its options, and settings are those of `add_options`.
+    of a `place` the text behind "Give". refused: values of `choices` -> why they are refused. known_as: its
+    names in other programs, for the message on a name that no option has. facts: FREE, NO_PIXELS and the
+    like. settings: further ones of `add_argument`. In front of a record, `facts` hold for all its options,
+    and settings are those of `add_options`.
     """
     metadata: dict[str, Any] = {"least": least, "most": most, "above": above, "below": below}
     metadata |= {
@@ -140,6 +144,7 @@ def option(
         by_place=by_place,
         title=title,
         refused=refused or {},
+        known_as=known_as,
         settings=settings,
     )
     return dataclasses.field(metadata=metadata)
@@ -156,6 +161,7 @@ class Declared(NamedTuple):
     by_place: bool
     title: str
     refused: Mapping[str, str]
+    known_as: tuple[str, ...]
     settings: Mapping[str, Any]
 
 
@@ -379,8 +385,6 @@ def _warn_of_ignored(record: Any, field: "dataclasses.Field[Any]") -> None:
         if isinstance(value, (str, int, float)) and not isinstance(value, bool):
             option += f" {value}"
         reason = f"--{useful[0]} is not" if len(useful) == 1 else "none of --" + ", --".join(useful) + " is"
-        if field.metadata.get("hint"):  # why
-            reason = f"{field.metadata['hint']}, and {reason}"
         logger.warning("%s is ignored because %s given", option, reason)
 
 
@@ -448,6 +452,8 @@ def _check_reach(record: Any, field: "dataclasses.Field[Any]") -> None:
             refuse_in_queue(name)
     elif reach == "starts" and is_given(record, field):
         refuse_starting(name)
+    elif reach == "connects" and is_given(record, field):
+        refuse_starting(name, "joins other programs, which may run code here")
 
 
 def _check_paths(record: Any, field: "dataclasses.Field[Any]") -> None:

@@ -554,6 +554,7 @@ def _add_option(
     action.often = declared.often  # type: ignore[attr-defined]
     action.refused = refused  # type: ignore[attr-defined]
     action.by_place = declared.by_place  # type: ignore[attr-defined]
+    action.known_as = declared.known_as  # type: ignore[attr-defined]
     return action
 
 

@@ -19,8 +19,10 @@ ALIKE = 0.6  # of two names without their suffix; 1: equal
 MOST_OF_NAME, MOST_OF_PATH = 255, 4096  # bytes, characters; no file system takes more
 QUOTES = tuple("\"'`\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u00ab\u00bb")
 # the first mark of a pair, and what may end it
-_PAIRS = (('"', '"'), ("'", "'"), ("`", "`"), ("\u201c", "\u201d"), ("\u201e", "\u201c\u201d"))
-_PAIRS += (("\u2018", "\u2019"), ("\u201a", "\u2018\u2019"), ("\u00ab", "\u00bb"), ("\u00bb", "\u00ab"))
+_PAIRS = (
+    *(('"', '"'), ("'", "'"), ("`", "`"), ("\u201c", "\u201d"), ("\u201e", "\u201c\u201d")),
+    *(("\u2018", "\u2019"), ("\u201a", "\u2018\u2019"), ("\u00ab", "\u00bb"), ("\u00bb", "\u00ab")),
+)
 NOTHING = ("none", "null", "nil")  # as people write it; an option or a key is left out
 _HUB = re.compile(r"(?:hf|huggingface|hub):(?!\\)", re.IGNORECASE)
 _BACKSLASH = "\\"

@@ -24,6 +24,8 @@ OF_TRAINING = ("output_dir", "logging_dir", "log_with", "log_tracker_config", "h
 # option of a command -> the option of `run` that allows a folder of it to lie elsewhere
 ALLOWED_BY = {"output_dir": "output_dir", "logging_dir": "logging_dir", "to": "models"}
 ANY = "may_write"  # for all others
+# folder of the browser's queue, below a folder that it shows: its files say what is started
+QUEUE_FOLDER = "reelsmith-queue"
 
 
 def limit_variables(
@@ -92,8 +94,14 @@ def describe_outside(path: Path, option: str = "") -> str | None:
     if not text:
         return None
     place, folders = _resolved(os.path.abspath(path)), _folders(text)  # noqa: PTH100
-    if any(place.is_relative_to(folder) for folder in folders):
-        return None
+    inside = [place.relative_to(folder) for folder in folders if place.is_relative_to(folder)]
+    if inside:
+        if not all(map(is_in_queue, inside)):
+            return None
+        return (
+            f"{place} is in the folder of the browser's queue, whose files say what is started. Choose "
+            "another folder"
+        )
     where = f"{place} is outside of {folders[0]}, the only place where"
     if not os.environ.get(COMMAND):
         return (
@@ -102,6 +110,11 @@ def describe_outside(path: Path, option: str = "") -> str | None:
         )
     typed = _run_command(f"--{ALLOWED_BY.get(option, ANY)}", str(place))
     return f"{where} `run` writes unasked.\n  Correct it; or, if you want it there, type it: {typed}"
+
+
+def is_in_queue(path: Path) -> bool:
+    """Return whether a relative path leads into a folder of a queue, on disks that ignore capitals too."""
+    return any(part.casefold().rstrip(" .") == QUEUE_FOLDER for part in path.parts)
 
 
 def refuse_outside(option: str, path: Path) -> None:
@@ -113,7 +126,8 @@ def refuse_outside(option: str, path: Path) -> None:
 
 def refuse_writing(path: Path) -> None:
     """Raise OutputError if a run may not write this file or folder, as for a link that leads elsewhere."""
-    problem = describe_outside(path.parent)
+    # a link of this name is replaced or followed by the caller, a folder of the queue's name is not made
+    problem = describe_outside(path if is_in_queue(Path(path.name)) else path.parent)
     if problem is not None:
         raise OutputError(f"{path}: {problem}")
 

@@ -5,7 +5,7 @@ added: LoRAs around modules that act at times
 alphas: scales that are next to the tensors
 apply: put LoRAs into weights while they are loaded
 averaging: average saved files of a run after it
-cast_factors: factors of LoRAs in the dtype of autocast, once a pass
+cast_factors: factors of LoRAs in autocast's dtype, once a pass
 baking: plain LoRAs from LoHas, LoKrs and DoRAs
 block_numbers: ranks and rates by numbers of a model's blocks
 convert: LoRA files in another dialect; join, split experts

@@ -22,7 +22,7 @@ from modules.console import list_some
 from modules.errors import CheckpointError
 from networks import deltas, loading
 from networks.apply import changes_of
-from networks.deltas import CPU, DORA, DOWN, OF_BIAS, OF_LOW_RANK, OFT, ROWS, UP, Factors
+from networks.deltas import CPU, DORA, DOWN, OF_BIAS, OF_LOW_RANK, OFT, ROWS, SET, UP, Factors
 from networks.leftovers import text_side_of
 from networks.loading import LoraFile, LoraUse
 from networks.lora_products import add_product
@@ -125,6 +125,11 @@ class AddedPart:
         return bool(self._whole)
 
     @property
+    def sets_weight(self) -> bool:
+        """Return whether it takes the place of the weight and of earlier changes."""
+        return SET in self.factors
+
+    @property
     def turns_input(self) -> bool:
         """Return whether it is an OFT, which rotates the input of all outputs."""
         return OFT in self.factors and self.region is None and self.rows is None
@@ -135,17 +140,17 @@ class AddedPart:
         with torch.autocast(x.device.type, enabled=False):
             return turn(x, turns(self._angles, self.multiplier).to(x.dtype))
 
-    def add_to(self, out: Tensor, x: Tensor) -> Tensor:
+    def add_to(self, out: Tensor, x: Tensor, has_weight: bool = True) -> Tensor:
         """Add the LoRA's addition for input x to the output of a matrix or a convolution, and return it.
 
-        out: may be changed in place.
+        out: may be changed in place. has_weight: False adds the change of the bias alone.
         """
-        if self._adds_in_place(out):
+        if has_weight and self._adds_in_place(out):
             # the last product is added to `out` in place: one pass over it, not three
             down, *_, up = self._chain
             hidden = self._hidden(x, down).view(-1, len(down))
             return add_product(out, hidden, up.flatten(1).t())
-        added = self._weight_addition(out, x)
+        added = self._weight_addition(out, x) if has_weight else None
         if self._bias is not None:
             bias = (self._bias * self.multiplier).to(out.dtype)
             bias = bias if self.place.is_linear else bias[:, None, None]
@@ -179,13 +184,19 @@ class AddedPart:
         return self._apply(x.to(out.dtype), shaped)
 
     def changes(self) -> dict[str, Tensor]:
-        """Return the addends to the module's parameters, by their names, float32."""
+        """Return the addends to the module's parameters, by their names, float32; if it `sets_weight`, the
+        weight.
+        """
         device = self.place.parameter.device
         if self._angles is not None:
             return {
                 self.place.leaf: turned_weight(self.place.parameter, turns(self._angles, self.multiplier))
             }
-        changes = {self.place.leaf: self._delta(device) * self.multiplier} if self._whole else {}
+        changes: dict[str, Tensor] = {}
+        if self.sets_weight:
+            changes[self.place.leaf] = self._whole[SET].to(torch.float32)
+        elif self._whole:
+            changes[self.place.leaf] = self._delta(device) * self.multiplier
         return changes if self._bias is None else {**changes, "bias": self._bias * self.multiplier}
 
     def _delta(self, device: torch.device) -> Tensor:
@@ -290,6 +301,8 @@ class AddedLayer(nn.Module):
                 added = self._run_with([part], *inputs, **named) - plain
                 out = out + (added if part.region is None else part.region(added))
             return out
+        if any(part.sets_weight for part in active):
+            return self._run_set(active, inputs[0])
         x = inputs[0]
         rotations = [part for part in active if part.turns_input]
         if rotations and self._is_innermost:
@@ -308,6 +321,23 @@ class AddedLayer(nn.Module):
         """Return whether nothing else is around the frozen module, for which the input would change too."""
         return getattr(self._before, "__self__", None) is self._original[0]
 
+    def _run_set(self, parts: Sequence[AddedPart], x: Tensor) -> Tensor:
+        """Run a matrix or a convolution of which a part sets the weight; earlier parts keep their biases."""
+        plain = self._before(x)
+        out = plain.clone()
+        for index, part in enumerate(parts):
+            if not part.sets_weight:
+                out = part.add_to(out, x)
+                continue
+            changed = self._run_with([part], x)
+            if part.region is not None:
+                out = out + part.region(changed - plain)
+                continue
+            out = changed
+            for earlier in parts[:index]:
+                out = earlier.add_to(out, x, has_weight=False)
+        return out
+
     def _run_with(self, parts: Sequence[AddedPart], *inputs: Any, **named: Any) -> Tensor:
         """Run the module with changed weights, then put them back."""
         parameters = self._original[0]._parameters
@@ -315,14 +345,16 @@ class AddedLayer(nn.Module):
         # compute all changes from the original weights
         changes = [part.changes() for part in parts]
         try:
-            for change in changes:
+            for part, change in zip(parts, changes, strict=True):
                 for name, delta in change.items():
                     parameter = parameters[name]
                     assert parameter is not None
                     # a new parameter, not new data: the backward pass needs the changed values
                     weight = parameter.data
-                    changed = (weight.float() + delta.reshape(weight.shape)).to(weight.dtype)
-                    parameters[name] = nn.Parameter(changed, requires_grad=False)
+                    changed = delta.reshape(weight.shape)
+                    if name != self._place.leaf or not part.sets_weight:
+                        changed = changed + weight.float()
+                    parameters[name] = nn.Parameter(changed.to(weight.dtype), requires_grad=False)
             return self._before(*inputs, **named)
         finally:
             parameters.update(originals)
@@ -381,7 +413,11 @@ def add_loras(
         refuse_dora(use.lora, option)
         modules = fitting(use.lora, by_name, option)
         if is_compiled:
-            left_out = [name for name in modules if not by_name[name].adds_to_output]
+            left_out = [
+                name
+                for name, factors in modules.items()
+                if SET in factors or not by_name[name].adds_to_output
+            ]
             if left_out:
                 loading.warn_of_unused_parts(
                     use.lora.path,
@@ -476,7 +512,7 @@ def fitting(lora: LoraFile, by_name: Mapping[str, ChangedPlace], option: str) ->
     absent = [name for name in stored if name not in by_name]
     modules = [name.removeprefix(OURS) for name in by_name]
     family = choose_family(modules)
-    if len(absent) == len(stored):
+    if len(absent) == len(stored) and not lora.may_lack(absent):
         raise _misfit(lora, absent, family, option)
     fitted: dict[str, Factors] = {}
     for name, factors in stored.items():
@@ -529,6 +565,12 @@ def _fit_factors(lora: LoraFile, name: str, factors: Factors, place: ChangedPlac
     Raises CheckpointError if they do not fit the module.
     """
     weight = place.shaped
+    if SET in factors and place.leaf == "weight" and stored_in(place.module) is not None:
+        raise CheckpointError(
+            f"{option} {lora.path} sets the weight of {name}, which is kept in 8 or 4 bits here.\n"
+            "  Leave out the option that keeps it so, or merge the file into the model.",
+            lora.path,
+        )
     channels = deltas.other_channels(factors, weight) if place.path.endswith(FIRST_LAYERS) else None
     if channels is not None:
         logger.warning(f"{lora.path}: {channels}; the rest is used without it")

@@ -18,7 +18,7 @@ from checkpoints.opening import open_checkpoint
 from modules.console import list_some
 from modules.errors import CheckpointError
 from networks import deltas
-from networks.deltas import CPU, DORA, META, OFT, ROWS, Factors, has_input_magnitudes, other_channels
+from networks.deltas import CPU, DORA, META, OFT, ROWS, SET, Factors, has_input_magnitudes, other_channels
 from networks.key_formats import module_of_tensor
 from networks.leftovers import text_side_of
 from networks.loading import LoraFile, LoraUse, refuse_unknown, warn_of_absent, warn_of_other_family
@@ -56,9 +56,13 @@ class Change:
     turns: Tensor | None = None  # of an OFT, on the weight's device: see `networks.rotation`
 
     def delta(self, factors: Factors, device: torch.device) -> Tensor:
-        """Return the addition of the factors at multiplier 1, before DoRA's normalisation; float32."""
+        """Return the addition of the factors at multiplier 1, before DoRA's normalisation, or the weight
+        that they set; float32.
+        """
         if self.leaf == "bias":
             delta = deltas.bias_delta(factors, device)
+        elif SET in factors:
+            delta = factors[SET].to(device, torch.float32)
         else:
             delta = deltas.weight_delta(factors, device)
         assert delta is not None
@@ -195,10 +199,16 @@ class Change:
             whole_factors[DORA] = self.factors[DORA][rows]
         return replace(self, factors=whole_factors)
 
+    @property
+    def sets_weight(self) -> bool:
+        """Return whether it takes the place of the weight and of all earlier changes, as in ComfyUI."""
+        return SET in self.factors and self.leaf == "weight" and self.use.multiplier != 0
+
     def add_to(self, total: Tensor, block: slice | None, weight: Tensor) -> None:
         """Add the change to `total`, the float32 sum of changes for some rows of the parameter.
 
-        block: the rows, which may be every n-th; None: all. weight: these rows before any change.
+        block: the rows, which may be every n-th; None: all. weight: these rows before any change; a change
+        that `sets_weight` is written into it, float32.
         """
         if self.rows is not None:
             start = 0 if block is None else block.start
@@ -221,6 +231,11 @@ class Change:
         factors = self.factors
         if block is not None:  # a LoKr is never in blocks, see `_blocks`
             factors = deltas.rows_of(self.factors, block) or self.factors
+        if SET in factors and self.leaf == "weight":
+            if self.sets_weight:
+                weight.copy_(factors[SET].reshape(weight.shape))
+                total.zero_()
+            return
         delta = self.delta(factors, total.device)
         if DORA in factors and self.leaf == "weight":  # it depends on the weight
             delta = deltas.decompose(
@@ -283,7 +298,8 @@ def _blocks(weight: Tensor, changes: Sequence[Change]) -> list[slice] | list[Non
     if not changes or not weight.numel():
         return []
     step = max(1, _BLOCK_ELEMENTS * len(weight) // weight.numel()) if weight.ndim else 1
-    is_whole = weight.ndim == 0 or step >= len(weight)
+    sets_weight = any(change.sets_weight for change in changes)
+    is_whole = weight.ndim == 0 or step >= len(weight) or sets_weight
     if is_whole or any(deltas.rows_of(change.factors, slice(0, 1)) is None for change in changes):
         return [None]
     return [slice(start, min(start + step, len(weight))) for start in range(0, len(weight), step)]
@@ -304,10 +320,15 @@ def _sum_changes(
     return total
 
 
-def _round_into(weight: Tensor, total: Tensor, at_random: RandomRounding | None, start: int = 0) -> None:
-    """Add the sum of changes to these elements of a parameter. start: number of elements before them."""
+def _round_into(
+    weight: Tensor, base: Tensor, total: Tensor, at_random: RandomRounding | None, start: int = 0
+) -> None:
+    """Write the sum of base and changes into these elements of a parameter.
+
+    base: their values before the changes. start: number of elements before them.
+    """
     change = total.clone() if at_random is not None and weight.numel() <= SMALL_WEIGHT else None
-    total.add_(weight)
+    total.add_(base)
     if at_random is not None and change is not None and not start:
         at_random.round_small(total, change)
     elif at_random is not None:
@@ -320,7 +341,8 @@ class LoraPatch:
 
     W + multiplier * (alpha / rank) * up @ down, or W R(multiplier * Q)^T of an OFT, summed in float32 on the
     weight's device, rounded once to the weight's dtype, as `rounding` says. DoRA gives multiplier * (new
-    weight - W); the changes of several files all start from W. After loading, `check()` reports changes
+    weight - W); the changes of several files all start from W, which a file's `set_weight` replaces for
+    itself and later files. After loading, `check()` reports changes
     without a weight, and what rounding keeps.
     """
 
@@ -379,11 +401,15 @@ class LoraPatch:
             return weight
         dtype = narrow_dtype(weight.dtype, target)
         sample = None
-        if dtype is not None and self._rounding is not None and self._rounding.needs_samples:
+        base = weight
+        if any(change.sets_weight for change in changes):
+            base = weight.to(torch.float32, copy=True)
+        elif dtype is not None and self._rounding is not None and self._rounding.needs_samples:
             sample = SampledRows(weight)
         if blocks == [None]:
-            total = _sum_changes(changes, None, weight, sample)
-            _round_into(weight, total, self._rounding_of(name, weight.device, dtype, sample))
+            total = _sum_changes(changes, None, base, sample)
+            at_random = self._rounding_of(name, weight.device, dtype, sample)
+            _round_into(weight, base, total, at_random)
             return weight
         if sample is not None:
             _sum_changes(changes, sample.rows, weight[sample.rows], sample)
@@ -391,7 +417,8 @@ class LoraPatch:
         start = 0
         for rows in blocks:
             part = weight[rows]
-            _round_into(part, _sum_changes(changes, rows, part), at_random, start)
+            total = _sum_changes(changes, rows, part)
+            _round_into(part, part, total, at_random, start=start)
             start += part.numel()
         return weight
 
@@ -412,12 +439,13 @@ class LoraPatch:
 
     def leave_unmerged(self, name: str, shape: tuple[int, ...]) -> bool:
         """Record in `beside` the changes of a weight that stays in 8 or 4 bits. Return False, recording
-        nothing, if one must be merged: a DoRA depends on the weight, and a whole matrix is as large as it.
+        nothing, if one must be merged: a DoRA depends on the weight, a whole matrix is as large as it, and a
+        weight that is set takes its place.
 
         Raises CheckpointError if a LoRA has another size.
         """
         changes = self._fitting(name, torch.empty(1).expand(shape))  # this shape, without memory
-        if any(change.factors.keys() & {DORA, "diff"} for change in changes):
+        if any(change.factors.keys() & {DORA, "diff", SET} for change in changes):
             return False
         if changes:
             self.unmerged[name] = changes
@@ -470,10 +498,12 @@ class LoraPatch:
                 continue  # it changes only text encoders
             if id(use) in self._narrower:
                 logger.warning(f"{path}: {self._narrower[id(use)]}; the rest is used without it")
-            if not used:
+            lacks_all = bool(keys) and not self._seen.intersection(keys)
+            if not used and not lacks_all:
                 logger.warning(f"{path} changes nothing, because its patterns leave no tensor that fits")
                 continue
-            logger.info(f"{path}: {len(used)} weights changed, multiplier {use.multiplier:g}")
+            if not lacks_all:
+                logger.info(f"{path}: {len(used)} weights changed, multiplier {use.multiplier:g}")
             if not self._is_masked and rule_of(use.lora.metadata) is not None:
                 logger.warning(f"{path} {MERGED}")
             warn_of_other_family(use.lora, family, self._modules)
@@ -495,7 +525,7 @@ class LoraPatch:
         """Raise CheckpointError if no part of a LoRA has a weight."""
         for use in self._uses:
             keys = self._keys(use)
-            if keys and not self._seen.intersection(keys):
+            if keys and not self._seen.intersection(keys) and not use.lora.may_lack(keys):
                 raise self._misfit(use.lora, keys)
 
     def _misfit(self, lora: LoraFile, keys: list[str]) -> CheckpointError:

@@ -23,12 +23,13 @@ CPU, META = torch.device("cpu"), torch.device("meta")
 DOWN = "lora_down.weight"
 UP = "lora_up.weight"
 LORA = (DOWN, UP)
+SET = "set_weight"  # ComfyUI's: takes the place of the model's weight at any strength but 0
 # rows (first, last + 1) of the factors' change that are the module's: it is a part of a layer that other
 # programs join, and a LoKr has no factor with these rows. No file holds it.
 ROWS = "reelsmith_rows"
 PARTS = (
     *LORA,
-    "lora_mid.weight", "lora_up.bias", "alpha", "diff", "diff_b", "dora_scale",
+    "lora_mid.weight", "lora_up.bias", "alpha", "diff", "diff_b", SET, "dora_scale",
     "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2",
     "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2",
     "oft_R.weight",
@@ -40,7 +41,7 @@ OFT = "oft_R.weight"
 DORA = "dora_scale"
 OF_BIAS = {"diff_b": None, "lora_up.bias": None}.keys()  # in order of precedence
 OF_LOW_RANK = {"alpha", *LORA, *OF_BIAS}  # of plain LoRAs: two matrices change the weight
-_NO_MATRICES = {"alpha", "diff", DORA, ROWS, *OF_BIAS}
+_NO_MATRICES = {"alpha", "diff", SET, DORA, ROWS, *OF_BIAS}
 _PAIRS = (
     LORA,
     ("hada_w1_a", "hada_w1_b"),
@@ -91,6 +92,22 @@ def drop_unused_alphas(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return usable
 
 
+def drop_replaced(tensors: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], list[str]]:
+    """Return the tensors without parts of weights that `set_weight` replaces, and their modules.
+
+    As ComfyUI has it, only a bias keeps its change then.
+    """
+    kept: dict[str, Factors] = {}
+    replaced: list[str] = []
+    for module, factors in group_by_module(tensors).items():
+        if SET in factors and factors.keys() - {SET, *OF_BIAS}:
+            bias = bias_delta(factors, CPU)
+            factors = {SET: factors[SET]} if bias is None else {SET: factors[SET], "diff_b": bias}
+            replaced.append(module)
+        kept[module] = factors
+    return (ungroup(kept) if replaced else tensors), replaced
+
+
 def _is_number(alpha: Tensor | None) -> bool:
     return alpha is not None and alpha.numel() == 1 and math.isfinite(float(alpha))
 
@@ -113,7 +130,7 @@ def _find_absent_factor(factors: Factors) -> str | None:
     if OFT in factors and factors.keys() - {OFT, "alpha"}:
         others = ", ".join(factors.keys() - {OFT, "alpha"})
         return f"it has {others} next to a rotation ({OFT}), which is not supported"
-    if not factors.keys() & {*LORA, "diff", "diff_b", "hada_w1_a", "lokr_w1", "lokr_w1_a", OFT}:
+    if not factors.keys() & {*LORA, "diff", "diff_b", SET, "hada_w1_a", "lokr_w1", "lokr_w1_a", OFT}:
         return f"it has only {', '.join(factors)}"
     if "hada_w1_a" in factors and "hada_w2_a" not in factors:
         return "it has hada_w1_a but no hada_w2_a"
@@ -201,9 +218,9 @@ def size_of(factors: Factors) -> tuple[int, int] | None:
     shapes = {part: tuple(tensor.shape) for part, tensor in factors.items() if part in PARTS}
     if any(len(shape) != 2 for part, shape in shapes.items() if part not in _NO_MATRICES):
         return None
-    if "diff" in shapes:
-        shape = shapes["diff"]
-        return (shape[0], shape[1]) if len(shape) == 2 else None
+    whole = shapes.get("diff", shapes.get(SET))
+    if whole is not None:
+        return (whole[0], whole[1]) if len(whole) == 2 else None
     if DOWN in shapes and UP in shapes:
         return shapes[UP][0], shapes[DOWN][1]
     if "hada_w1_a" in shapes and "hada_w1_b" in shapes and "hada_t1" not in shapes:
@@ -286,7 +303,7 @@ def rows_of(factors: Factors, rows: slice | Tensor) -> Factors | None:
     if {"lokr_w1", "lokr_w1_a", ROWS} & factors.keys() or has_input_magnitudes(factors):
         return None
     cut = dict(factors)
-    for part in factors.keys() & {UP, "diff", "diff_b", "lora_up.bias", DORA}:
+    for part in factors.keys() & {UP, "diff", "diff_b", SET, "lora_up.bias", DORA}:
         cut[part] = factors[part][rows]
     for part, core in (("hada_w1_a", "hada_t1"), ("hada_w2_a", "hada_t2")):
         if part not in factors:
@@ -315,7 +332,8 @@ def weight_delta(factors: Factors, device: torch.device) -> Tensor | None:
     """Return the change of the module's weight at multiplier 1: out x in (x kernel), float32, a new
     tensor.
 
-    For DoRA this is the change before `decompose`. None if only the bias changes, and for an OFT.
+    For DoRA this is the change before `decompose`. None if only the bias changes, for an OFT, and for a
+    weight that is set.
     Raises RuntimeError if the factors do not match.
     """
     wide = {part: tensor.to(device, torch.float32) for part, tensor in factors.items() if part != ROWS}

@@ -8,6 +8,7 @@ LTX-2       lora_unet_model_transformer_blocks_0_attn1_to_q.lora_down.weight (mu
 VideoX-Fun  lora_unet__blocks_0_self_attn_q.lora_down.weight
 DiffSynth   pipe.dit.blocks.0.self_attn.q.lora_A.default.weight
             blocks.0.attn.qkv_proj.lora_B.default.weight (MiniMax-H3, with the rows by head)
+ComfyUI     also diffusion_model.blocks.0.norm3.set_weight, which takes the place of the model's weight
 LightX2V    as other, with diffusion_model.blocks.0.norm3.diff   .diff_b   diffusion_model.blocks.0.diff_m
 U-Nets      unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight, also with
             attn1.processor.to_q_lora.down.weight (diffusers before PEFT); input_blocks_1_1_... in place of
@@ -23,8 +24,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from networks.deltas import DORA, DOWN, LORA, OFT, PARTS, ROWS, UP, Factors, height_of, size_of
-from networks.module_names import FAMILIES, alias, is_name, likely_families, sizes_fit
+from networks.deltas import DORA, DOWN, LORA, OFT, PARTS, ROWS, SET, UP, Factors, height_of, size_of
+from networks.module_names import FAMILIES, alias, have_same_names, is_name, likely_families, sizes_fit
 from networks.names import layouts
 from networks.names.layouts import OF_CLIP, OF_LANGUAGE_MODEL, OF_LTX_FORK, OF_T5, OURS, FamilyNames
 from networks.names.texts import TEXT_PROJECTION
@@ -58,6 +59,8 @@ _BOTH_FURTHER = {
     form: EXPERT_STARTS[start] for start in _FURTHER for form in (start, start.replace(".", "_"))
 }
 _ALL_STARTS = {**_STARTS, **{start.replace(".", "_"): dialect for start, dialect in _STARTS.items()}}
+# of names with dots alone; underscored, the first one is ours
+_DOTTED_STARTS = {**_STARTS, **dict.fromkeys(("lora_unet.", "lora_transformer."), "OneTrainer")}
 _OF_TOOLS = tuple(start for start in _STARTS if start.endswith("_"))  # what follows has "_" for "."
 # names that begin so are named after whose these are, although the rest is taken off singly
 _SPECIAL = {OF_LTX_FORK: "musubi-tuner for LTX-2", "lora_unet__": "VideoX-Fun"}
@@ -131,9 +134,14 @@ class NativeTensors:
     # our module -> its path as the file writes it, without the prefix: `blocks.0.attn1.to_q`
     paths: Mapping[str, str]
     stacked: Mapping[str, int]  # our module -> number of factors that were joined into its own
-    family: FamilyNames | None  # by the names
+    families: tuple[FamilyNames, ...]  # that names and sizes allow
     family_name: str | None  # the only family with names of this form
     unknown_names: str  # description of names that no known family has; else ""
+
+    @property
+    def family(self) -> FamilyNames | None:
+        """Return the family by the names; None if several are possible whose names mean different things."""
+        return self.families[0] if self.families and have_same_names(self.families) else None
 
 
 def to_native(
@@ -182,7 +190,7 @@ def to_native(
         clash=_find_clash(repeated, tensors),
         paths=in_dit.paths(),
         stacked=in_dit.counts(usual.stacked),
-        family=families[0] if families else None,
+        families=tuple(families),
         family_name=family_name or None,
         unknown_names="" if families else _unknown_names(places),
     )
@@ -565,13 +573,13 @@ def _without_starts(path: str) -> list[_Bare]:
     special = next((dialect for start, dialect in _SPECIAL.items() if path.startswith(start)), "")
     path = _WRAPPERS.sub("", path).rstrip("_.")
     stages = [_Bare(path, special)]
-    starts = _STARTS if "." in path and not path.startswith(_OF_TOOLS) else _ALL_STARTS
+    starts = _DOTTED_STARTS if "." in path and not path.startswith(_OF_TOOLS) else _ALL_STARTS
     while True:
         start = next((start for start in starts if path.startswith(start)), "")
         if not start:
             return stages
         path = path.removeprefix(start).lstrip("_")
-        stages.append(_Bare(path, stages[-1].dialect or _ALL_STARTS[start]))
+        stages.append(_Bare(path, stages[-1].dialect or starts[start]))
 
 
 def bare_path(path: str) -> str:
@@ -661,8 +669,9 @@ def _rows_and_columns(shapes: Shapes) -> Extent:
 
     Raises KeyError, ValueError or IndexError if the shapes are not factors of one change.
     """
-    if "diff" in shapes:
-        rows, *columns = shapes["diff"]
+    whole = shapes.get("diff", shapes.get(SET))
+    if whole is not None:
+        rows, *columns = whole
         return rows, columns
     if DOWN in shapes:
         return _extent_of_lora(shapes)

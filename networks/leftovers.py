@@ -15,7 +15,6 @@ NOT_KNOWN = (
     "give a LoRA for this model."
 )
 _BUNDLE = "bundle_emb"  # bundle_emb.WORD.string_to_param.*, of the Web UI and OneTrainer
-_SET = "set_weight"
 _OF_WORDS = ("emb_params", _BUNDLE, "string_to_param")  # embeddings of words, in several programs' files
 # behind a module's path
 _IN_PEFT = re.compile(r"\.(?:base_layer|original_module|modules_to_save(?:\.[^.]+)?)$")
@@ -52,22 +51,16 @@ def kind_of_tensor(family: FamilyNames | None, key: str) -> UnusedKind:
         return UnusedKind(f"are embeddings of words and are ignored{_about_word(path)}")
     if module_names.is_name(name):
         return _kind_of_weight(name, leaf)
-    if leaf and "." in path:
-        start = path.partition(".")[0]
-        network = key[: key.index(start)] + start
-        return UnusedKind(f"are of another network, {network}, and are ignored")
     module, dot, part = path.rpartition(".")
-    if part == _SET and module_names.is_name(module.replace(".", "_")):
-        return UnusedKind(
-            f"are weights that ComfyUI puts in place of the model's ({_SET}), and are ignored",
-            "it was made for a model with these weights. Put them into the model's file under its own names, "
-            "or use the file in ComfyUI.",
-        )
     if dot and module_names.is_name(module.replace(".", "_")):
         return UnusedKind(
             f"are parts of layers called {part}, which are not known here, and are ignored",
             f"what {part} does to a layer is not known here. Save the LoRA as a plain one with its program.",
         )
+    if leaf and dot:
+        start = path.partition(".")[0]
+        network = key[: key.index(start)] + start
+        return UnusedKind(f"are of another network, {network}, and are ignored")
     return UnusedKind("are no part of a LoRA and are ignored", NOT_KNOWN)
 
 
@@ -152,6 +145,11 @@ def kind_of_text_module(name: str) -> UnusedKind:
     if path.startswith((OF_CLIP, OF_T5, OF_LANGUAGE_MODEL)):
         return UnusedKind(f": {encoder} of this model has no such layers")
     return UnusedKind(f": no text encoder that is known has layers of these names ({encoder})")
+
+
+def is_projection(names: Iterable[str]) -> bool:
+    """Return whether modules or weights of a text encoder are those of its projection alone."""
+    return all(module_of(name) == TEXT_PROJECTION for name in names)
 
 
 def without_numbers(module: str) -> str:

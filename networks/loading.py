@@ -1,7 +1,7 @@
 """Read LoRA files of any dialect, with strength and patterns; warn of parts that a model lacks."""
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from logging import getLogger
@@ -14,9 +14,20 @@ from modules.console import count_of, count_words, list_some
 from modules.errors import CheckpointError, OptionError
 from networks import key_formats
 from networks.alphas import FoundAlphas, read_alphas, unfold
-from networks.deltas import OFT, Factors, drop_unused_alphas, find_fault, group_by_module, rank_of, ungroup
+from networks.deltas import (
+    OFT,
+    SET,
+    Factors,
+    drop_replaced,
+    drop_unused_alphas,
+    find_fault,
+    group_by_module,
+    rank_of,
+    ungroup,
+)
 from networks.key_formats import NativeTensors
 from networks.leftovers import (
+    is_projection,
     kind_of_module,
     kind_of_tensor,
     kind_of_text_module,
@@ -53,7 +64,7 @@ _ORIGIN_KEYS = (
     "model_version",
 )
 # in a name of every kind of network that changes a model, read here or not
-_OF_NETWORKS = re.compile(r"lora|hada|lokr|oft|dora|vera|ia3|alpha|magnitude|diff(_[bm])?$|norm$")
+_OF_NETWORKS = re.compile(r"lora|hada|lokr|oft|dora|vera|ia3|alpha|magnitude|diff(_[bm])?$|set_weight$|norm$")
 A_FEW = 0.1  # up to this unused share of a file, a plain warning is enough
 
 
@@ -75,11 +86,24 @@ class LoraFile:
     unknown_names: str = ""  # description of its names, if no known model has them
     # prefix of the text encoder whose tensors these are, under the names of a transformer; "": of none
     encoder: str = ""
+    is_family_by_names: bool = False  # its metadata name no family, and the form of its names does
+    changes_others: bool = False  # of an encoder's part: the file changes other networks too
 
     @property
     def expert(self) -> str | None:
         """Return the expert it was trained for, by metadata or else name; FOR_BOTH; None if unknown."""
         return None if self.parts else expert_of(self.metadata, self.path)
+
+    @property
+    def evidence(self) -> str:
+        """Return what names its family, for messages: "its metadata" or "its names"."""
+        return "its names" if self.is_family_by_names else "its metadata"
+
+    def may_lack(self, names: Iterable[str]) -> bool:
+        """Return whether a network that lacks these modules, all that there are, is no misfit: a text encoder
+        without a projection, if the file changes other networks too.
+        """
+        return bool(self.encoder) and self.changes_others and is_projection(names)
 
     @property
     def has_frozen_norms(self) -> bool:
@@ -204,12 +228,21 @@ def _read_part(
     """
     if expert is not None:
         metadata = _metadata_of_expert(path, metadata, expert)
+    names_no_family = read_family(metadata) is None
     native, metadata = _recognise(path, stored, metadata, family=family, with_texts=with_texts)
     tensors = drop_unused_alphas(native.tensors)
     texts = drop_unused_alphas(native.texts)
     if is_own:
         tensors = unfold(tensors, metadata)
         texts = unfold(texts, metadata)
+    tensors, replaced = drop_replaced(tensors)
+    texts, replaced_texts = drop_replaced(texts)
+    if replaced or replaced_texts:
+        names = [*replaced, *replaced_texts]
+        logger.warning(
+            f"{path}: {SET} takes the place of the other parts of {count_of(len(names), 'weight')}, as in "
+            f"ComfyUI: {list_some(names, 2)}"
+        )
     metadata = {key: value for key, value in metadata.items() if key != FOLDED}
     native = replace(native, tensors=tensors, texts=texts)
     modules = group_by_module(tensors) | group_by_module(texts)
@@ -242,6 +275,7 @@ def _read_part(
         dialect=native.dialect,
         text_tensors=texts,
         unknown_names=native.unknown_names,
+        is_family_by_names=names_no_family and native.family_name is not None,
     )
 
 
@@ -347,15 +381,25 @@ def _refuse_faulty(path: Path, modules: Mapping[str, Factors], unknown: Sequence
 
 
 def _named_twice(native: key_formats.NativeTensors) -> tuple[str, str] | None:
-    """Return two names in a file for one weight, or for a weight and a part of it; None if there are none."""
-    if native.family is None:
-        return None
-    for name, path in native.paths.items():
-        for relative in relatives(name.removeprefix(OURS), native.family):
-            part_path = native.paths.get(OURS + relative.name) if relative.is_part else None
+    """Return two names in a file for one weight, or for a weight and a part of it; None if there are none,
+    or if one of the families that are possible has them apart.
+    """
+    pairs: list[tuple[str, str]] = []
+    for family in native.families:
+        pair = next(_pairs_in(family, native.paths), None)
+        if pair is None:
+            return None
+        pairs.append(pair)
+    return pairs[0] if pairs else None
+
+
+def _pairs_in(family: FamilyNames, paths: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Yield the paths of a weight and of a part of it in a family. paths: `NativeTensors.paths`."""
+    for name, path in paths.items():
+        for relative in relatives(name.removeprefix(OURS), family):
+            part_path = paths.get(OURS + relative.name) if relative.is_part else None
             if part_path is not None:
-                return path, part_path
-    return None
+                yield path, part_path
 
 
 def _warn_of_unused(path: Path, native: NativeTensors, family: FamilyNames | None, total: int) -> None:
@@ -594,7 +638,7 @@ def warn_of_other_family(lora: LoraFile, model: FamilyNames | None, modules: Col
     if trained_family is None or trained_family is model or trained_family.name in model.takes:
         return
     logger.warning(
-        f"{lora.path} was trained for {trained_family.name}, as its metadata say, and is used on a "
+        f"{lora.path} was trained for {trained_family.name}, as {lora.evidence} say, and is used on a "
         f"{model.name} model. The names are the same, what it has learned is not: do not expect much of it."
     )
 

@@ -422,6 +422,8 @@ def _whole_difference(placed: Sequence[PlacedFactors], height: int) -> Factors |
     placed: in the order of the rows.
     """
     parts = [part.factors for part in placed]
+    if any(deltas.SET in factors for factors in parts):
+        return f"{deltas.SET} is only for some of its rows"
     if any(deltas.has_input_magnitudes(factors) for factors in parts):
         return "its DoRA magnitudes are by input, so they belong to the parts"
     magnitudes = [factors[DORA] for factors in parts if DORA in factors]
@@ -452,7 +454,7 @@ def _place_rows(placed: Sequence[PlacedFactors], values: Sequence[Tensor | None]
 
 
 # of a layer's parts: what has the part's rows; everything else is the whole layer's
-_BY_ROWS = {UP, "diff", "diff_b", _BIAS, DORA, "hada_w1_a", "hada_w2_a", ROWS}
+_BY_ROWS = {UP, "diff", "diff_b", deltas.SET, _BIAS, DORA, "hada_w1_a", "hada_w2_a", ROWS}
 
 
 def _one_layer(parts: Sequence[Factors]) -> Factors | None:

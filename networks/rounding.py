@@ -238,6 +238,8 @@ class LoraRounding:
             return f"{typed} has no effect: the weights are in float32, which keeps LoRAs of any size"
         if self._rule == STOCHASTIC:
             return f"{self._num_narrow} weights are rounded at random, as {typed} says"
+        if self._rule == NEAREST and not self._losses:
+            return f"weights are rounded to the nearest, as {typed} says"
         shares = [_share_in_words(path, loss) for path, loss in self._losses.items()]
         keeps = list_some(shares, _NAMED_FILES)
         if self._rule == NEAREST:

@@ -47,7 +47,13 @@ def uses_for(
             # metadata that name the DiT, or how its ranks are masked
             about_dit = ("ss_base", "modelspec", "ss_network_args")
             metadata = {key: text for key, text in lora.metadata.items() if not key.startswith(about_dit)}
-            lora = replace(lora, tensors=tensors, metadata=metadata, encoder=prefix)
+            lora = replace(
+                lora,
+                tensors=tensors,
+                metadata=metadata,
+                encoder=prefix,
+                changes_others=bool(lora.tensors) or len(tensors) < len(texts),
+            )
         if lora.tensors:
             parts.append(replace(use, lora=lora))
     return parts

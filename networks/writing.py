@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from networks import deltas, module_names
-from networks.deltas import DORA, DOWN, LORA, OFT, UP, Factors, add_missing_alphas
+from networks.deltas import DORA, DOWN, LORA, OFT, SET, UP, Factors, add_missing_alphas
 from networks.key_formats import OTHER
 from networks.lora_products import diagonal_blocks, fused_heights
 from networks.module_names import alias, module_path, parts_of, to_alias
@@ -253,7 +253,7 @@ def _pieces(name: str, factors: Factors, family: FamilyNames) -> Pieces | str:
         return _cut(factors, [placed.path for placed in parts])
     if parts[0].part.index != SWAPPED or OFT in factors:  # the same rotation for rows in any order
         return {parts[0].path: factors}
-    by_rows = [factors[part] for part in (UP, "diff", "diff_b") if part in factors]
+    by_rows = [factors[part] for part in (UP, "diff", SET, "diff_b") if part in factors]
     height = len(by_rows[0]) if by_rows else 0
     if not height:
         return "it has no rows to swap"
@@ -289,8 +289,9 @@ def _size_to_cut(factors: Factors) -> tuple[int, int] | None:
     """Return rows and columns of a change that can be cut into parts; None for other factors."""
     if DOWN in factors and factors[UP].ndim == 2:
         return len(factors[UP]), factors[DOWN].shape[1]
-    if factors.keys() <= {"diff", "diff_b", "alpha"} and "diff" in factors and factors["diff"].ndim == 2:
-        return len(factors["diff"]), factors["diff"].shape[1]
+    whole = factors.get("diff", factors.get(SET))
+    if whole is not None and factors.keys() <= {"diff", SET, "diff_b", "alpha"} and whole.ndim == 2:
+        return len(whole), whole.shape[1]
     return None
 
 
@@ -309,8 +310,10 @@ def _cut_blocks(factors: Factors, blocks: Sequence[Tensor]) -> list[Factors]:
 
 
 def _changes_any(factors: Factors) -> bool:
-    """Return whether any value but those of the down factor and alpha differs from 0."""
-    return any(bool(tensor.any()) for part, tensor in factors.items() if part not in {DOWN, "alpha"})
+    """Return whether any value but those of the down factor and alpha differs from 0, or one is set."""
+    return SET in factors or any(
+        bool(tensor.any()) for part, tensor in factors.items() if part not in {DOWN, "alpha"}
+    )
 
 
 def in_target(

@@ -6,6 +6,7 @@ listed_captions: reads captions from lists beside the files
 choosing: spellings of models, the question asked, facts of families
 describing: the text of the three files
 files: writes them, and tells what was found
+file_check: checks one file of a model, for a page
 known: remembers which folders were described or read here
 options: options of new_project.py and run_project.py
 running: runs the commands of a described folder

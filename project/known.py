@@ -32,19 +32,19 @@ def remember_folder(folder: Path, models: Path | None = None) -> None:
     """
     facts = {"models": None if models is None else str(real_path(models))}
     with contextlib.suppress(OSError):
-        write_user_file(_name_of(folder), json.dumps(_identify(folder) | facts))
+        write_user_file(user_file_of("folders", folder), json.dumps(identify_folder(folder) | facts))
         return
     logger.debug("%s is not remembered", folder)
 
 
 def recall_folder(folder: Path) -> KnownFolder | None:
     """Return what was remembered of a folder; None if it is another one by now, or was never known."""
-    text = read_user_file(_name_of(folder))
+    text = read_user_file(user_file_of("folders", folder))
     if text is None:
         return None
     try:
         facts = parse_json(text)
-        if any(facts[name] != value for name, value in _identify(folder).items()):
+        if any(facts[name] != value for name, value in identify_folder(folder).items()):
             return None
         models = facts["models"]
         return KnownFolder(None if models is None else Path(models))
@@ -52,12 +52,13 @@ def recall_folder(folder: Path) -> KnownFolder | None:
         return None
 
 
-def _name_of(folder: Path) -> str:
+def user_file_of(kind: str, folder: Path) -> str:
+    """Return the name of the user's file about a folder. kind: of what is remembered."""
     text = os.path.normcase(real_path(folder))
-    return f"folders/{hashlib.sha256(os.fsencode(text)).hexdigest()[:32]}.json"
+    return f"{kind}/{hashlib.sha256(os.fsencode(text)).hexdigest()[:32]}.json"
 
 
-def _identify(folder: Path) -> dict[str, str | int]:
+def identify_folder(folder: Path) -> dict[str, str | int]:
     """Return what tells a folder from another one that takes its place. Raises OSError."""
     status = folder.stat()
     return {

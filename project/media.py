@@ -757,7 +757,7 @@ def _describe_odd(content: FolderContent, facts: ModelFacts) -> list[str]:
         if facts.pairs_sounds:
             silent = [path for path in silent if find_sound_beside(path) is None]
         if silent:
-            lines.append(f"{name_some(silent)}: without sound: learned silent")
+            lines.append(f"{name_some(silent)}: without sound: only the pictures are learned")
     return lines + _describe_equal(content.media)
 
 

@@ -26,7 +26,7 @@ SHOWN_EVERY = 2.0  # seconds between two lines about a progress
 # what a command of a run does, by the end of its script's name, and when it only checks
 STEPS = {
     "download": ("downloading the model",) * 2,
-    "_latents": ("caching latents", "checking the clips"),
+    "_latents": ("caching latents", "checking the files"),
     "_text_encoder_outputs": ("caching captions", "checking the captions"),
     "_train_network": (TRAINING,) * 2,
     "_train": (TRAINING,) * 2,

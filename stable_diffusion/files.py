@@ -102,6 +102,7 @@ def check_kind_flags(options: ModelOptions, kind: ModelKind) -> None:
 
 def identify(path: Path) -> str | None:
     """Describe a file or folder that is a checkpoint of this family; return None if it is not."""
+    kind: ModelKind | None
     try:
         if path.is_dir():
             what = "Stable Diffusion folder" if (path / "unet" / "config.json").is_file() else None

@@ -159,8 +159,8 @@ def check_kind(loras: Sequence[LoraFile], kind: ModelKind) -> None:
             )
         if family is not None and family.name != kind.name:
             logger.warning(
-                f"{lora.path} was trained for {kinds[family.name].words}, as its metadata say, and is used "
-                f"with {kind.words}: do not expect much of it"
+                f"{lora.path} was trained for {kinds[family.name].words}, as {lora.evidence} say, and is "
+                f"used with {kind.words}: do not expect much of it"
             )
 
 

@@ -41,7 +41,7 @@ class ModelOptions(Options, title="model"):
     )
     fp16: bool = option("compute in float16; else in float32", title=_SPEED, excludes="bf16", often=True)
     bf16: bool = option("compute in bfloat16; else in float32", title=_SPEED, often=True)
-    no_half_vae: bool = option("the VAE computes in float32", title=_SPEED)
+    no_half_vae: bool = option("the VAE computes in float32", title=_SPEED, only_with=("fp16", "bf16"))
     vae_slices: int | None = option("the VAE works in this many bands, to save memory", title=_SPEED, least=1)
     vae_batch_size: float | None = option(
         "pictures that the VAE takes at once; below 1: this share of --batch_size; usually all",

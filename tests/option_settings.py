@@ -22,6 +22,17 @@ NAG = ("--nag_scale", "5")
 SLG = ("--slg_mode", "original", "--slg_layers", "1")
 MAG = ("--magcache_mag_ratios", "1.0", "1.0", "1.0", "--magcache_retention_ratio", "0")
 TEA = ("--teacache_threshold", "10")
+VELOCITY = ("--v_parameterization",)
+TEXTS = ("--sample_prompts", "prompts.txt", "--sample_at_first")
+NETWORK = ("--network_module", "networks.lora", "--network_weights", LORA)
+HIGHRES = ("--highres_fix_scale", "0.5", "--W", "64", "--H", "64")
+SHRUNK = ("--ds_depth_1", "1", "--W", "64", "--H", "64")
+GRADUAL = ("--gradual_latent_timesteps", "900", "--W", "64", "--H", "64", "--steps", "6")
+GRADUAL += ("--sampler", "euler_a")
+H3_GUIDED = ("--h3_guidance_loss_scale", "3")
+H3_FOCUSED = ("--h3_timestep_focus_prob", "1", "--h3_timestep_focus_min", "0.1")
+H3_FOCUSED += ("--h3_timestep_focus_max", "0.9")
+STRETCHED = ("--shifted_logit_mode", "stretched")
 
 SETTINGS: dict[str, Setting] = {
     # caching
@@ -244,4 +255,106 @@ SETTINGS: dict[str, Setting] = {
     "train_data_dir": Setting(("empty", "--resolution", "32")),
     "fused_backward_pass": Setting(also=("--max_grad_norm", "0.001")),
     "use_8bit_adam": Setting(),
+    # Stable Diffusion
+    "noise_offset_random_strength": Setting(also=("--noise_offset", "0.5")),
+    "adaptive_noise_scale": Setting(also=("--noise_offset", "0.5")),
+    "multires_noise_iterations": Setting(("4",)),
+    "multires_noise_discount": Setting(also=("--multires_noise_iterations", "4")),
+    "scale_v_pred_loss_like_noise_pred": Setting(also=VELOCITY),
+    "training.zero_terminal_snr": Setting(also=VELOCITY),
+    "sample_sampler": Setting(("heun",), also=PROMPTS),
+    "texts.max_token_length": Setting(("150",)),
+    "training.max_token_length": Setting(("150",), also=TEXTS),
+    "training.clip_skip": Setting(("2",), also=TEXTS),
+    "sample_solver": Setting(("heun",)),
+    "max_embeddings_multiples": Setting(("2",), also=("--prompt", "a cat " * 60)),
+    "image_path": Setting(("start.png",)),
+    "gen_img.clip_skip": Setting(("1",)),
+    "no_half_vae": Setting(also=("--bf16",)),
+    "gen_img.mask_path": Setting(("mask.png",), also=("--image_path", "start.png")),
+    "guide_image_path": Setting(("start.png",)),
+    "gen_img.from_file": Setting(("lines.txt",)),
+    "gen_img.strength": Setting(also=("--image_path", "start.png")),
+    "images_per_prompt": Setting(("2",)),
+    "n_iter": Setting(("2",)),
+    "iter_same_seed": Setting(also=("--n_iter", "2", "--images_per_prompt", "2")),
+    "shuffle_prompts": Setting(also=("--from_file", "many.txt")),
+    "gen_img.batch_size": Setting(("2",), also=("--images_per_prompt", "2")),
+    "use_original_file_name": Setting(also=("--image_path", "start.png")),
+    "sampler": Setting(("heun",)),
+    "pyramid_noise_prob": Setting(("1", "--pyramid_noise_discount_range", "0.5", "0.9")),
+    "pyramid_noise_discount_range": Setting(
+        ("0.1", "0.2"), also=("--pyramid_noise_prob", "1", "--pyramid_noise_discount_range", "0.5", "0.9")
+    ),
+    "noise_offset_prob": Setting(("1", "--noise_offset_range", "0.1", "0.2")),
+    "noise_offset_range": Setting(
+        ("0.5", "0.9"), also=("--noise_offset_prob", "1", "--noise_offset_range", "0.1", "0.2")
+    ),
+    "gen_img.network_module": Setting(NETWORK),
+    "gen_img.network_weights": Setting(NETWORK),
+    "gen_img.network_mul": Setting(("0.5",), also=NETWORK),
+    "gen_img.network_args": Setting(("word=1",), also=NETWORK),
+    "network_show_meta": Setting(also=NETWORK),
+    "network_merge": Setting(also=NETWORK),
+    "network_merge_n_models": Setting(("1",), also=NETWORK),
+    "network_pre_calc": Setting(also=NETWORK),
+    "gen_img.lora_rounding": Setting(("nearest",), also=(*NETWORK, "--network_merge")),
+    "highres_fix_scale": Setting(("0.5",), also=("--W", "64", "--H", "64")),
+    "highres_fix_steps": Setting(("2",), also=HIGHRES),
+    "highres_fix_strength": Setting(also=HIGHRES),
+    "highres_fix_save_1st": Setting(also=HIGHRES),
+    "highres_fix_latents_upscaling": Setting(also=HIGHRES),
+    "ds_depth_1": Setting(("1",)),
+    "ds_timesteps_1": Setting(("900",), also=SHRUNK),
+    "ds_depth_2": Setting(("0",), also=SHRUNK),
+    "ds_timesteps_2": Setting(("900",), also=(*SHRUNK, "--ds_depth_2", "0")),
+    "ds_ratio": Setting(("0.25",), also=SHRUNK),
+    "gradual_latent_timesteps": Setting(("750",), also=("--W", "64", "--H", "64", "--sampler", "euler_a")),
+    "gradual_latent_ratio": Setting(("0.75",), also=GRADUAL),
+    "gradual_latent_ratio_step": Setting(("0.5",), also=GRADUAL),
+    "gradual_latent_every_n_steps": Setting(("1",), also=GRADUAL),
+    "gradual_latent_s_noise": Setting(also=GRADUAL),
+    "gradual_latent_unsharp_params": Setting(("3,0.5,0.5,1",), also=GRADUAL),
+    "console_log_file": Setting(("log.txt",)),
+    # MiniMax-H3
+    "h3_guidance_loss_scale": Setting(("3",)),
+    "h3_guidance_loss_scale_audio": Setting(("5",), also=H3_GUIDED),
+    "h3_guidance_loss_sigma_min": Setting(("0.9",), also=H3_GUIDED),
+    "h3_timestep_focus_prob": Setting(("1",)),
+    "h3_timestep_focus_min": Setting(("0.4",), also=H3_FOCUSED),
+    "h3_timestep_focus_max": Setting(("0.2",), also=H3_FOCUSED),
+    "h3_shift_video": Setting(("5",)),
+    "max_validation_items": Setting(("1",), also=VALIDATION),
+    "h3_fp8_quantization_mode": Setting(also=("--fp8_base", "--fp8_scaled")),
+    "ref": Setting(("start.png",)),
+    "reference_image": Setting(("start.png",)),
+    "keyframe": Setting(("0:start.png",)),
+    "duration": Setting(("0.9",)),
+    # LTX-2
+    "ltx_mode": Setting(("av",)),
+    "generation.stg_mode": Setting(("audio",)),
+    "first_frame_probability": Setting(("1",)),
+    "shifted_logit_eps": Setting(("0.4",), also=STRETCHED),
+    "shifted_logit_uniform_prob": Setting(("0.9",), also=STRETCHED),
+    "shifted_logit_shift": Setting(("3",)),
+    "lora_target_preset": Setting(("full",)),
+    **{
+        f"training.{name}": Setting(value, also=PROMPTS)
+        for name, value in {
+            **dict.fromkeys(("video_cfg_scale", "audio_cfg_scale", "stg_scale"), ("4",)),
+            **dict.fromkeys(("video_modality_scale", "audio_modality_scale"), ("2",)),
+            **dict.fromkeys(("rescale_scale", "video_rescale_scale", "audio_rescale_scale"), ("0.9",)),
+            "stg_blocks": ("1",),
+            "stg_mode": ("video",),
+            "sample_disable_audio": None,
+            "height": ("64",),
+            "width": ("64",),
+            "sample_num_frames": ("9",),
+        }.items()
+    },
+    **dict.fromkeys(("reference_image", "reference_video"), Setting(("start.png",))),
+    "drive_video": Setting(("clips/clip 0.mp4",)),
+    "frame_count": Setting(("17",)),
+    # the whole transformer
+    "trainable_modules": Setting(("attn",)),
 }

@@ -11,20 +11,30 @@ from downloads.catalogue import model_sets
 
 FILE = re.compile(r"\w[\w./ +-]*\.(?:html|jpg|jsonl?|mp[34]|npz|png|pth|safetensors|toml|txt|wav)")
 SPAN = re.compile(r"`([^`]+)`")
+PROGRAM = re.compile(r"python (?!-m pip )|accelerate launch (?!.* -m )|reelsmith ")
 PLACEHOLDER = re.compile(r"[A-Z]{3,}")  # FOLDER, MODEL_FILE
 FENCE = re.compile(r"^```(\w*)$")
-SHOWN = re.compile(r"# ([\w.-]+\.(?:toml|txt|json))$")  # the first line of a block: it is this file's content
+SHOWN = re.compile(
+    r"# ([\w./-]+\.(?:toml|txt|json|py))$"
+)  # the first line of a block: it is this file's content
+PICTURE = re.compile(r"--f (\w+)")  # in a prompt of gen_img.py
 LISTED = re.compile(r"(\S+(?: \S+)*?)  +\S")  # a line of a list of the reader's files: path, meaning
+# the pages whose files a page's commands use too
+SOURCES = re.compile(r"use the files of ((?:\[[\w.]+\]\(\w+\.md[\w#-]*\)(?:, | and )?)+)")
+LINK = re.compile(r"\]\((\w+)\.md")
 # options whose value is written, not read
 WRITTEN = frozenset(
     (
         *(
             "--dst_path",
+            "--export",
             "--html",
             "--outdir",
             "--output",
             "--output_dir",
             "--output_file",
+            "--output_high_noise",
+            "--json",
             "--save_merged_model",
         ),
         *("--save_merged_model", "--save_path", "--save_to", "--to"),
@@ -62,8 +72,9 @@ class Command:
         return [*self.words[self.words.index(self.script) + 1 :]]
 
     def value(self, option: str, default: str = "") -> str:
-        words = self.words
-        return words[words.index(option) + 1] if option in words else default
+        """Return the word behind an option, unless it is an option too."""
+        behind = self.words[self.words.index(option) + 1 :] if option in self.words else ()
+        return behind[0] if behind and not behind[0].startswith("--") else default
 
 
 @dataclass(frozen=True)
@@ -112,10 +123,8 @@ def _level(heading: str) -> int:
 
 def _read_block(kind: str, lines: Sequence[str]) -> Iterator[Step]:
     shown = SHOWN.match(lines[0])
-    if kind == "bash":
-        joined = "\n".join(lines).replace("\\\n", " ")
-        commands = [line.split("  #")[0].strip() for line in joined.splitlines()]
-        yield from (parse_command(line) for line in commands if line.startswith("python "))
+    if kind in ("bash", "sh"):
+        yield from (parse_command(line) for line in lines_of(lines) if PROGRAM.match(line))
     elif shown is not None:
         yield Shown(shown.group(1), "\n".join([*lines[1:], ""]))
     elif kind == "text":
@@ -123,9 +132,24 @@ def _read_block(kind: str, lines: Sequence[str]) -> Iterator[Step]:
         yield from (Brought(match.group(1)) for match in listed if match is not None)
 
 
+def lines_of(block: Sequence[str]) -> Iterator[str]:
+    """Yield the command lines of a block of the shell, without comments."""
+    for line in "\n".join(block).replace("\\\n", " ").splitlines():
+        command = re.split(r"(?:^|  +)#", line)[0].strip()
+        if command:
+            yield command
+
+
+def sources_of(text: str) -> list[str]:
+    """Return the names of the pages whose files a page says that its commands use."""
+    return [name for links in SOURCES.findall(" ".join(text.split())) for name in LINK.findall(links)]
+
+
 def parse_command(line: str) -> Command:
-    """Return a command line as words, `--option=value` as two."""
+    """Return a command line as words, `--option=value` as two, `reelsmith` as in a checkout."""
     words: list[str] = []
+    if line.startswith("reelsmith "):
+        line = line.replace("reelsmith", "python reelsmith.py", 1)
     for word in shlex.split(line):
         option, _, value = word.partition("=")
         words += [option, value] if value and word.startswith("--") else [word]
@@ -151,7 +175,11 @@ def outputs_of(command: Command, folder: Path) -> list[str]:
         return [f"{command.words[-1]}/blorp/dataset.toml"]
     script = command.script.rpartition("/")[2]
     if script == "download.py":
-        return [*_downloaded(command)]
+        return [] if "--list" in command.words else [*_downloaded(command)]
+    if script == "gen_img.py":
+        return [
+            f"{command.value('--outdir')}/{name}.png" for name in PICTURE.findall(command.value("--prompt"))
+        ]
     if script == "reelsmith.py":
         return [*_of_project(command.arguments, folder)]
     if "cache_" in script and "--dataset_config" in command.words:
@@ -159,18 +187,22 @@ def outputs_of(command: Command, folder: Path) -> list[str]:
     if "_train" in script and "--output_name" in command.words:
         name = f"{command.value('--output_dir')}/{command.value('--output_name')}"
         experts = ("_low_noise", "_high_noise") if "--lora_per_expert" in command.words else ("",)
-        return [f"{name}.html", *(f"{name}{expert}.safetensors" for expert in experts)]
+        return [
+            f"{name}.html",
+            f"{name}-history.jsonl",
+            *(f"{name}{expert}.safetensors" for expert in experts),
+        ]
     if script.endswith("_to_comfy.py"):  # from, to
         return [word for word in command.arguments if not word.startswith("--")][1:]
     options = WRITTEN - {"--html", "--output_dir", "--to"}
-    return [command.value(option) for option in sorted(options) if option in command.words]
+    return [*filter(None, (command.value(option) for option in sorted(options)))]
 
 
 def _downloaded(command: Command) -> Iterator[str]:
     family, task = command.value("--family"), command.value("--task")
     sets = [one for one in model_sets() if one.family == family and task in ("", one.task)]
     for component in (component for one in sets for component in one.components):
-        yield from (f"{command.value('--to')}/{file.name}" for file in component.files)
+        yield from (f"{command.value('--to', 'models')}/{file.name}" for file in component.files)
 
 
 def _of_project(arguments: Sequence[str], folder: Path) -> Iterator[str]:

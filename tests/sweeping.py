@@ -21,10 +21,12 @@ from typing import Any
 from unittest.mock import patch
 
 import av
+import numpy as np
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
 from modules.media.reading import read_image, read_tags, video_frames
+from modules.media.writing import write_png
 from modules.options import Options, hints_of, option_name
 from tests.commands import ROOT
 from tests.faults.messages import run_here
@@ -147,7 +149,10 @@ def write_project(family: TinyFamily, folder: Path, kind: str) -> None:
     (project / "end.py").write_text("open('ended', 'w').close()\n", encoding="utf-8")
     (project / "options.toml").write_text("network_alpha = 2\n", encoding="utf-8")
     (project / "slider.toml").write_text(SLIDER, encoding="utf-8")
+    (project / "cat.txt").write_text("a (cat:1.3) --n dull\n", encoding="utf-8")
     (project / "lines.txt").write_text("a dog --d 3\n", encoding="utf-8")
+    (project / "many.txt").write_text("".join(f"{number} dogs\n" for number in range(9)), encoding="utf-8")
+    write_png(project / "mask.png", np.pad(np.full((32, 16, 3), 255, np.uint8), ((0, 0), (0, 16), (0, 0))))
     models = [path for path in (project / "model").rglob("*.safetensors") if "dit" in path.name]
     if models:
         tensors = {name: 0.9 * tensor for name, tensor in load_file(models[0]).items()}
@@ -155,7 +160,9 @@ def write_project(family: TinyFamily, folder: Path, kind: str) -> None:
     project.rename(folder / CLEAN)
 
 
-LATENTS, TEXTS, TRAINING, GENERATION = "latents", "texts", "training", "generation"  # kinds of scripts
+# kinds of scripts
+LATENTS, TEXTS, TRAINING, GENERATION = "latents", "texts", "training", "generation"
+WHOLE, PICTURES = "whole training", "gen_img"
 SLIDER = """[[sliders]]
 positive = "a red square"
 negative = "a blue circle"

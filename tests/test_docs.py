@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+import tomllib
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +20,7 @@ from tests.commands import ROOT, run_python
 from tests.data_tools.captions.making import run_server
 from tests.dataset.serving import serve
 from tests.faults.messages import succeed_here
-from tests.pages import Command, Shown, outputs_of, parse_command, read_page
+from tests.pages import Brought, Command, Shown, outputs_of, parse_command, read_page, sources_of
 from tests.test_command_line import parser_of
 from tests.test_imports import SCRIPTS, TOOLS
 from tests.tiny import picture_project
@@ -44,11 +45,12 @@ from tests.tiny.wan_encoders import write_encoders
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # files that commands name (of datasets, prompts, code): blocks that begin with their name
-NAMED = re.compile(r"^```(?:toml|text|python)\n# (\w+\.(?:toml|txt|py))\n(.*?)^```", re.MULTILINE | re.DOTALL)
+NAMED = re.compile(
+    r"^```(?:toml|text|python)\n# ([\w/]+\.(?:toml|txt|py))\n(.*?)^```", re.MULTILINE | re.DOTALL
+)
 # they have tests of their own, or are running this one; RAY is slow
 RAY = "tools/cache_on_ray.py"
 PYTHON = re.compile(r"^```python\n(import ray\n.*?)^```", re.MULTILINE | re.DOTALL)
-ON_GPU = tuple(f"benchmarks/gpu.py --{what}" for what in ("check", "group", "output", "profile", "tables"))
 AGAIN = {"python reelsmith.py run clips"}  # starts a program for each step, as README's with --download does
 # how scripts begin
 OF_PICTURES = (
@@ -62,7 +64,8 @@ OF_PICTURES = (
     "qwen_image_21",
     "zimage",
 )
-NOT_HERE = ("quickstart.py", "run_tests.py", "tools/download.py", "tools/run_browser.py", RAY, *ON_GPU)
+EXEMPT = tomllib.loads((ROOT / "tests" / "data" / "page_blocks.toml").read_text(encoding="utf-8"))
+NOT_HERE = tuple(row["command"] for row in EXEMPT["not_run"])
 # appended to a script's words, so that the last value of an option wins
 GENERATION = "--video_size 32 32 --video_length 5 --infer_steps 2"
 # --overwrite: other commands of a page read what was laid out under the same name
@@ -114,6 +117,7 @@ LIGHTER = {  # what a page gives an option -> what runs on tiny models; appended
     "reelsmith.py new": "--max_train_steps 1 --memory 0",
     **dict.fromkeys(("--sample_two_stage", "--reference_video"), "--video_size 64 64"),
     "--post gimmvfi": "--video_size 128 128",  # it takes no smaller frames
+    "--tread 0.25": "--tread 0.5 --tread_blocks 0 1",  # of two blocks
     "gpu.py --dry": "--rows wan14b-bf16",
     # inductor is slow, and has its own tests
     "--compile_args inductor": "--compile_args eager default auto False",
@@ -145,19 +149,20 @@ video_directory = "clips"
 cache_directory = "cache"
 target_frames = [1, 5]
 """
-# what a page says -> what fits tiny clips
-TINY = {"resolution = [832, 480]": "resolution = [32, 32]", "target_frames = [25]": "target_frames = [5]"}
+# what a page says, as an expression -> what fits tiny clips
+TINY = {
+    r"^resolution = \[.*": "resolution = [32, 32]",
+    r"^target_frames = \[1, .*": "target_frames = [1, 5]",
+    r"^target_frames = \[[2-9].*": "target_frames = [5]",
+    r"^target_frames = \[1[0-9].*": "target_frames = [5]",
+    r"--w \d+ --h \d+ --f \d+": "--w 32 --h 32 --f 5",
+}
 SERVER = "http://localhost:8000/v1"  # as the pages name it
 # short ones for short clips
 SECTIONS = {"target_frames = [1, 5]": "target_frames = [5]\nfp_latent_window_size = 1"}
 SAMPLES = {
     "samples.txt": "a cat --i start.png --w 32 --h 32 --f 5 --d 1 --s 1\n",
     "pictures.txt": "a cat --i start.png --ci start.png --w 32 --h 32 --d 1 --s 1 --of no_post\n",
-}
-WILDCARDS = {
-    "color.txt": "# a comment\nred:2\nblue\n__metal__\n",
-    "metal.txt": "silver\n",
-    "animals/birds.txt": "sparrow\n",
 }
 # these change what a process computes with; other commands run in this process, which saves their start
 OWN_PROCESS = {
@@ -177,12 +182,12 @@ PICTURE_MODELS = {
     "ltx2": picture_project.lay_out_ltx_2,
 }
 SMALL = {  # what their dataset files say -> what fits tiny pictures
-    "resolution = 1024": f"resolution = {SIDE}\nmin_bucket_reso = 32\nbucket_reso_steps = 32",
-    "resolution = [1024, 1024]": f"resolution = [{SIDE}, {SIDE}]",
-    **dict.fromkeys(("resolution = [768, 512]", "resolution = [768, 448]"), f"resolution = [{SIDE}, {SIDE}]"),
-    **{"target_frames = [1, 49]": "target_frames = [1, 9]", "target_frames = [49]": "target_frames = [9]"},
-    "num_repeats = 4": "num_repeats = 1",
-    "--w 832 --h 1216": "--w 64 --h 96",
+    r"^resolution = 1024": f"resolution = {SIDE}\nmin_bucket_reso = 32\nbucket_reso_steps = 32",
+    r"^resolution = \[.*": f"resolution = [{SIDE}, {SIDE}]",
+    r"^target_frames = \[1, 49\]": "target_frames = [1, 9]",
+    r"^target_frames = \[49\]": "target_frames = [9]",
+    r"^num_repeats = 4": "num_repeats = 1",
+    r"--w 832 --h 1216": "--w 64 --h 96",
 }
 PRECISION = "--mixed_precision"
 USE_CPU = {"ACCELERATE_USE_CPU": "true"}  # as a launcher tells a training
@@ -267,8 +272,12 @@ def test_commands_of_the_page_run(page: Path, tmp_path: Path) -> None:
     lay_out_models(tmp_path / "models")
     write_clips(tmp_path / "clips", count=2)
     (tmp_path / "prompts.txt").write_text(PROMPTS, encoding="utf-8")
-    lay_out_datasets(tmp_path, in_sections="framepack" in page.stem or "one_frame" in page.stem)
+    in_sections = "framepack" in page.stem or "one_frame" in page.stem
+    lay_out_datasets(tmp_path, in_sections)
     lay_out_inputs(tmp_path)
+    if not in_sections:  # files of sections have sizes and places of their own
+        text = page.read_text(encoding="utf-8")
+        lay_out_named(tmp_path, [*reversed(all_sources_of(text)), page], TINY)
     if page.stem == "README":
         lay_out_flux(tmp_path / "models")
         lay_out_sdxl(tmp_path / "models")
@@ -286,8 +295,11 @@ def test_commands_of_the_page_run(page: Path, tmp_path: Path) -> None:
             for folder in ("control_masks", "references"):
                 (tmp_path / folder).mkdir(exist_ok=True)
                 write_image(tmp_path / folder / f"{clip.stem}.png", 48, 48)
-        lay_out_named(tmp_path, [page], TINY | {"[17, 49]": "[5]"})
     commands = commands_of(page)
+    if page.stem == "targets":
+        lay_out_targets(tmp_path)
+        run_for_z_image([command for command in commands if "zimage_" in command], tmp_path / "z image", page)
+        commands = [command for command in commands if "zimage_" not in command]
     if any("models/chat" in command for command in commands):
         write_chat_model(tmp_path / "models" / "chat")
     makes_caches = any("cache_latents.py" in command for command in commands)
@@ -332,23 +344,20 @@ def test_commands_of_the_page_about_pictures_run(page: Path, tmp_path: Path) -> 
 
 
 READ = {"--dataset_config", "--from_file", "--sample_prompts", "--config_file"}  # options of small text files
-LINK = re.compile(r"\]\((\w+\.md)")
-# about datasets of every kind, whose files the reader has
-OWN_DATA = {"browser", "clusters", "dataset", "dataset_large", "dataset_tools", "recipes", "speed", "targets"}
 
 
-def unshown_files(text: str, linked: Sequence[str]) -> list[str]:
-    """The text files that a page's commands read, and that neither it nor, of a dataset, a linked page shows.
+def unshown_files(text: str, elsewhere: Sequence[str]) -> list[str]:
+    """The text files that a page's commands read, and that neither it nor, of a dataset, another page shows.
 
-    text: of the page. linked: of the pages that it links to.
+    text: of the page. elsewhere: of the pages whose files it says that it uses.
     """
-    by_name = {step.path: step for step in read_page(text) if isinstance(step, Shown)}
-    elsewhere = {step.path for other in linked for step in read_page(other) if isinstance(step, Shown)}
+    by_name = {step.path: step for step in read_page(text) if isinstance(step, Shown | Brought)}
+    datasets = {step.path for other in elsewhere for step in read_page(other) if isinstance(step, Shown)}
     missing = []
     for step in read_page(text):
         words = step.words if isinstance(step, Command) else ()
         for option, value in pairwise(words):
-            is_there = value in by_name or (option == "--dataset_config" and value in elsewhere)
+            is_there = value in by_name or (option == "--dataset_config" and value in datasets)
             if option in READ and not is_there and "/" not in value:
                 missing.append(f"{option} {value}")
     return missing
@@ -357,13 +366,16 @@ def unshown_files(text: str, linked: Sequence[str]) -> list[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_a_page_shows_the_text_files_that_its_commands_read(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    linked = [page.parent / name for name in LINK.findall(text)]
 
-    missing = unshown_files(text, [other.read_text(encoding="utf-8") for other in linked if other.exists()])
+    missing = unshown_files(text, [other.read_text(encoding="utf-8") for other in all_sources_of(text)])
 
-    if page.stem in OWN_DATA:
-        missing = [each for each in missing if not each.startswith("--dataset_config")]
     assert missing == []
+
+
+def all_sources_of(text: str) -> list[Path]:
+    """The pages whose files a page says that it uses, and theirs."""
+    pages = [ROOT / "docs" / f"{name}.md" for name in sources_of(text)]
+    return [*pages, *(other for page in pages for other in all_sources_of(page.read_text(encoding="utf-8")))]
 
 
 def test_a_file_that_no_page_shows_is_found() -> None:
@@ -419,13 +431,33 @@ def lay_out_datasets(folder: Path, in_sections: bool) -> None:
 def lay_out_named(folder: Path, pages: Sequence[Path], instead: Mapping[str, str]) -> None:
     """The files that pages show with their names, for tiny clips and pictures.
 
-    instead: what replaces their words. The last page that shows a file counts.
+    instead: expressions, and what replaces them. The last page that shows a file counts.
     """
     text = "".join(page.read_text(encoding="utf-8") for page in pages)
     for name, block in NAMED.findall(text):
         for old, new in instead.items():
-            block = block.replace(old, new)
+            block = re.sub(old, new, block, flags=re.MULTILINE)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(block, encoding="utf-8")
+
+
+def lay_out_targets(folder: Path) -> None:
+    """What the page about targets brings for Wan2.1: clips and pictures of two kinds."""
+    write_clips(folder / "dances", count=1)
+    write_captioned_picture(folder / "portraits")
+
+
+def run_for_z_image(commands: Sequence[str], folder: Path, page: Path) -> None:
+    """Run the commands of a page for Z-Image with its own data set; first a LoRA of its base."""
+    picture_project.lay_out_z_image(folder / "models")
+    lay_out_pictures(folder)
+    for name in ("better", "worse"):
+        write_captioned_picture(folder / name)
+    z_image = ROOT / "docs" / "z_image.md"
+    lay_out_named(folder, [z_image, page], SMALL)
+    before = [one for one in commands_of(z_image) if "_cache_" in one or "my_z_lora" in one]
+    for command in [*(one.replace("my_z_lora", "base_lora") for one in before), *commands]:
+        run_in(folder, command, makes_caches=True, apart=False)
 
 
 def write_captioned_picture(folder: Path) -> None:
@@ -442,9 +474,6 @@ def lay_out_inputs(folder: Path) -> None:
     shutil.copy(folder / "clips" / "clip 0.mp4", folder / "cat.mp4")
     ignored = shutil.ignore_patterns("*.py", "__pycache__")
     shutil.copytree(ROOT / "pocket", folder / "pocket", ignore=ignored)
-    for name, text in WILDCARDS.items():
-        (folder / "wildcards" / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / "wildcards" / name).write_text(text, encoding="utf-8")
     for name in ("my_wan22_low_noise", "my_wan22_high_noise"):
         expert = "low" if "low" in name else "high"
         dit = folder / "models" / f"wan2.2_t2v_{expert}_noise_14B_fp16.safetensors"

@@ -5,10 +5,11 @@ the option, a new line names it, or the command is refused with its name. All ot
 `tests/data/acts.toml`, each with the reason; an entry that acts by now fails the test, so that the list only
 becomes shorter.
 
-An option is the same in two scripts of a kind (caching of latents or texts, training, generation) if its name
-and help are equal. Each is tried with the first family that has it, in the order of `SWEPT`: Wan, which has
-most of those of video, and FLUX.1, which has those of picture trainers, come first; the others add their own.
-By default a tenth of the options of these two is tried, always the same ones; all of them are slow.
+An option is the same in two scripts of a kind (caching of latents or texts, training of networks or whole
+models, generation, `gen_img.py`) if its name and help are equal. Each is tried with the first family that has
+it, in the order of `SWEPT`: Wan, which has most of those of video, and FLUX.1, which has those of picture
+trainers, come first; the others add their own. By default a tenth of the options of these two is tried, the
+same ones each time; all of them are slow.
 """
 
 import functools
@@ -25,11 +26,13 @@ from tests.sweeping import (
     GENERATION,
     LATENTS,
     METADATA,
+    PICTURES,
     REFUSES,
     SAYS,
     SILENT,
     TEXTS,
     TRAINING,
+    WHOLE,
     Setting,
     Swept,
     facts_of_option,
@@ -38,17 +41,36 @@ from tests.sweeping import (
     vary,
     write_project,
 )
-from tests.tiny.families import FAMILIES, TinyFamily, family_called
+from tests.tiny.families import FAMILIES, TinyFamily
+from tests.tiny.further_families import FURTHER
 from tests.tiny.runs import RUN
 
 FIRST = ("wan t2v-1.3B", "flux")
-SWEPT = (*FIRST, *(family.name for family in FAMILIES if family.name not in FIRST))
-KINDS = (LATENTS, TEXTS, TRAINING, GENERATION)
+BY_NAME = {family.name: family for family in (*FAMILIES, *FURTHER)}
+SWEPT = (*FIRST, *(name for name in BY_NAME if name not in FIRST))
+KINDS = (LATENTS, TEXTS, TRAINING, WHOLE, GENERATION, PICTURES)
 TRAIN = (*RUN, "--output_dir", "out")
 GENERATE = (
     *("--video_size", "32", "32", "--infer_steps", "3", "--guidance_scale", "3", "--seed", "7"),
     *("--prompt", "a cat", "--save_path", "videos", "--output_type"),
 )
+GEN_IMG_MODEL = "sdxl"
+GEN_IMG = ("gen_img.py", "--ckpt", "model/dit.safetensors", "--tokenizer_cache_dir", "tokenizers")
+GEN_IMG += (
+    "--device",
+    "cpu",
+    "--W",
+    "32",
+    "--H",
+    "32",
+    "--steps",
+    "3",
+    "--seed",
+    "7",
+    "--from_file",
+    "cat.txt",
+)
+GEN_IMG += ("--outdir", "videos")
 KNOWN: dict[str, dict[str, str]] = tomllib.loads(
     (Path(__file__).parent / "data" / "acts.toml").read_text(encoding="utf-8")
 )
@@ -59,9 +81,14 @@ def command_of(family: TinyFamily, kind: str) -> tuple[str, ...]:
     """The script of a family and the words of a run that is short."""
     if kind == TRAINING:
         return (*family.train, *TRAIN)
+    if kind == WHOLE:
+        models = family.train[1 : family.train.index("--network_module")] if family.train_whole else []
+        return (family.train_whole, *models, "--learning_rate", "1e-3", *TRAIN) if family.train_whole else ()
+    if kind == PICTURES:
+        return GEN_IMG if family.name == GEN_IMG_MODEL else ()
     if kind == GENERATION:
         form = "latent_images" if family.generate[0].endswith("image.py") else "both"
-        return (*family.generate, *GENERATE, form)
+        return (family.generate[0], *GENERATE, form, *family.generate[1:])
     return tuple(family.cache_latents if kind == LATENTS else family.cache_texts)
 
 
@@ -72,15 +99,17 @@ def new_options() -> dict[tuple[str, str], list[str]]:
     new: dict[tuple[str, str], list[str]] = {}
     for name in SWEPT:
         for kind in KINDS:
-            actions = options_of(command_of(family_called(name), kind)[0])
-            new[name, kind] = [one.dest for one in actions if (kind, one.dest, one.help) not in seen]
-            seen |= {(kind, one.dest, one.help) for one in actions}
+            command = command_of(BY_NAME[name], kind)
+            actions = options_of(command[0]) if command else []
+            loop = TRAINING if kind == WHOLE else kind
+            new[name, kind] = [one.dest for one in actions if (loop, one.dest, one.help) not in seen]
+            seen |= {(loop, one.dest, one.help) for one in actions}
     return new
 
 
 def sweep(name: str, kind: str, chosen: list[str], folder: Path) -> list[str]:
     """What is wrong with the chosen options of a family's script."""
-    family = family_called(name)
+    family = BY_NAME[name]
     script, *words = command_of(family, kind)
     write_project(family, folder, kind)
     swept = Swept(script, tuple(words), folder)
@@ -109,11 +138,11 @@ def is_known(key: str) -> bool:
 
 def setting_of(script: str, kind: str, dest: str) -> Setting:
     """The value of an option by script, by kind, or by name alone."""
-    keys = (f"{script}.{dest}", f"{kind}.{dest}", dest)
+    keys = (f"{script}.{dest}", f"{kind}.{dest}", *[f"{TRAINING}.{dest}"] * (kind == WHOLE), dest)
     return next((SETTINGS[key] for key in keys if key in SETTINGS), Setting())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [LATENTS, TEXTS, TRAINING, GENERATION])
 @pytest.mark.parametrize("name", FIRST)
 def test_a_tenth_of_the_options_act(name: str, kind: str, tmp_path: Path) -> None:
     options = new_options()[name, kind]
@@ -135,7 +164,7 @@ def test_every_option_acts(name: str, kind: str, tmp_path: Path) -> None:
 def test_each_entry_is_of_an_option() -> None:
     named = {f"{kind}.{dest}" for (_, kind), dests in new_options().items() for dest in dests}
     scripts = {
-        f"{command_of(family_called(name), kind)[0]}.{dest}"
+        f"{command_of(BY_NAME[name], kind)[0]}.{dest}"
         for (name, kind), dests in new_options().items()
         for dest in dests
     }

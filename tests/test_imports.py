@@ -107,12 +107,13 @@ FLOORS = {
         {"kohya_page"},
         {
             *{"config_options", "end_options", "learning_options", "noise_options", "run_options"},
-            *{"other_families", "skip_options", "steps", "target_options", "trainable", "tread_options"},
+            *{"other_families", "steps", "target_options", "trainable"},
         },
-        {"end_command", "processes", "reports", "skipping", "target_rules"},
+        {"bad_steps", "end_command", "processes", "reports", "target_rules"},
         {"loss", "saving"},
         {"data", "optimizers"},
         {"targets"},
+        {"features"},
         {"averages", "options", "samples"},
         {"caching_inside", "edited_prompts", "experts", "image_options", "target_costs"},
         {"checks", "resuming"},
@@ -157,6 +158,7 @@ _LIGHT = {
         "names/layouts",
     ),
     "post": ("chain_options",),
+    "training/features": ("composing", "contract", "skip", "tread"),
 }
 LIGHT_FILES = {f"{room}/{name}.py" for room, names in _LIGHT.items() for name in names}
 LIGHT_FILES |= {f"{folder.replace('.', '/')}/names.py" for folder in FOLDERS.values()}

@@ -1,6 +1,7 @@
 """From options to saved files: training; read run.py first, then loop.py.
 
 averages: the exponential moving average (EMA) of the trained weights
+bad_steps: the error for a step with NaN or infinite numbers
 caching_inside: caches made by the training command itself
 checks: check options and headers before gigabytes are loaded
 config_options: --config_file: options from a TOML file
@@ -9,6 +10,7 @@ edited_prompts: prompts of samples that are edited meanwhile
 end_command: start the command of --on_end
 end_options: --on_end: its words, and what is no command
 experts: transformers of a run: dressed, which learns, which works
+features/: what a run can do besides, each in one file
 following: command lines that can follow a training
 image_metadata: what files of image trainers say besides
 image_options: compose the options of image trainers
@@ -34,8 +36,6 @@ samples: samples while training, by the loops of generation
 saver: save files with metadata and states; restore a state
 saving/: models and states on disk and on the hub
 scripts: make the training scripts of a family
-skip_options: options of steps that are left out
-skipping: whether a step is taken
 steps: which micro-batches form which optimizer step
 summary: boxes of a run: plan and result
 target_costs: targets and passes of a run, in words
@@ -44,6 +44,5 @@ target_rules: records of the targets of a run
 targets/: what predictions are compared with, besides the clip
 trainable: the trained part: a LoRA, or the DiT
 training_run: the record that the training loop works with
-tread_options: options of tokens that pass by the middle blocks
 validation: loss of held-out items at fixed noise
 """

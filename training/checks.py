@@ -32,6 +32,7 @@ from running.offload.swap_plan import check_swap
 from training.data.live import LiveTexts
 from training.data.table_times import list_replaced
 from training.experts import TRAINING_ADAPTER, check_experts, network_for, read_adapter, read_use
+from training.features.composing import check_model
 from training.learning_options import FIND_RATE, PartsOptions
 from training.noise_options import NOTHING, WEIGHTS_OF_LOSS
 from training.optimizers.lr_schedule import make_lr_schedule
@@ -39,7 +40,6 @@ from training.optimizers.optimizer import check_rates, make_optimizer
 from training.options import RANKED_NETWORKS, TrainingOptions
 from training.other_families import NO_OTHERS, OtherFamilies, require_equal_shapes
 from training.run_options import MOST_STEPS
-from training.tread_options import TreadOptions
 
 if TYPE_CHECKING:  # only with LoRA files
     from networks.loading import LoraFile
@@ -70,7 +70,7 @@ def check_before_loading(family: Family, options: TrainingOptions, others: Other
     swap = options.speed.swap
     if counts and isinstance(swap.blocks_to_swap, int):
         check_swap(family.dit, swap.number, counts)
-    check_tread(family, options.tread, counts)
+    check_model(options, family, lambda: counts)
     check_schedule(options, options.loop.known_steps)
     with quiet():
         choose_lora_format(family, options)
@@ -80,35 +80,6 @@ def check_before_loading(family: Family, options: TrainingOptions, others: Other
     folder, name = options.saving.output_dir, options.saving.output_name
     if folder is not None and name is not None and folder.is_dir():
         check_space(folder / f"{name}.safetensors", _smallest_file(family, options))
-
-
-def check_tread(family: Family, options: TreadOptions, counts: Sequence[int]) -> None:
-    """Raise OptionError if blocks of the model cannot see a part of the tokens, or are too few.
-
-    counts: of the blocks of each list; empty: not known.
-    """
-    if options.tread is None:
-        return
-    name = f"--tread {options.tread:g}"
-    reason = ""
-    if family.can.hear:
-        reason = "its blocks have a second stream, the sound, which would need a choice of its own"
-    elif family.dit.side_list:
-        reason = "a second stream of blocks adds to all tokens of the first one"
-    elif family.dit.has_additions:
-        reason = "the ControlNet adds to all tokens behind each block"
-    if reason:
-        raise OptionError(f"{name}: the model {family.name} cannot leave out tokens: {reason}. Leave it out")
-    if not counts:
-        return
-    total = sum(counts)
-    first, last = (number + total if number < 0 else number for number in options.tread_blocks)
-    if not 0 <= first <= last < total:
-        numbers = " ".join(map(str, options.tread_blocks))
-        raise OptionError(
-            f"{name} with --tread_blocks {numbers}: the model {family.name} has {total} blocks, from 0 to "
-            f"{total - 1}, and these are {first} to {last}. Give two of them, the first not behind the last"
-        )
 
 
 def check_schedule(options: TrainingOptions, total_steps: int | None) -> None:

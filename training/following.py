@@ -19,7 +19,7 @@ from networks.options import NetworkOptions
 from training.options import ScriptOption, TrainingOptions
 from training.plan import TrainingPlan
 from training.reports.history import PageCommand
-from training.saving.files import Names, state_pattern
+from training.saving.files import AVERAGE, Names, state_pattern
 from training.saving.options import LATEST_ONLY
 
 if TYPE_CHECKING:  # it is loaded only if there are prompts
@@ -224,7 +224,7 @@ class NextSteps:
 
     def _trained_files(self, file: Path) -> tuple[list[Path], list[Path]]:
         """Return the files saved with one: of the expert for much noise, and of the others."""
-        suffix = "-ema" if self.options.average.sample_ema else ""  # what the samples show
+        suffix = AVERAGE if self.options.average.sample_ema else ""  # what the samples show
         files = [*self.names.files(self.names.stem_of(file) + suffix).values()]
         high_files = []
         other_files = []

@@ -19,6 +19,7 @@ from modules.option_values import to_path
 from modules.options import STARTS, Options, not_needed, option, read_options, unsupported
 from modules.parser import Parser, add_options, typed_names
 from training.config_options import write_config_file
+from training.features.composing import options_of_blocks
 from training.learning_options import PartsOptions
 from training.noise_options import RAW, WEIGHTINGS, PredictionOptions
 from training.options import (
@@ -103,7 +104,9 @@ def read_image_training(
 class ImageModelOptions(Options, title="model"):
     """Files of the model, which fields of the families' records read."""
 
-    pretrained_model_name_or_path: Path | None = option("checkpoint of the transformer", often=True)
+    pretrained_model_name_or_path: Path | None = option(
+        "checkpoint of the model that is trained, with its transformer or U-Net", often=True
+    )
     vae: Path | None = option("checkpoint of the VAE")
 
 
@@ -348,8 +351,8 @@ _refused_by_noise = {
     ),
     **dict.fromkeys(
         (
-            *("blocks_to_swap", "use_pinned_memory_for_block_swap", "img_in_txt_in_offloading", "tread"),
-            *("shard_base", "context_parallel"),
+            *("blocks_to_swap", "use_pinned_memory_for_block_swap", "img_in_txt_in_offloading"),
+            *("shard_base", "context_parallel", *options_of_blocks()),
         ),
         _OF_BLOCKS,
     ),

@@ -26,6 +26,7 @@ from running.run_blocks import stage_files_of
 from training import experts
 from training.data.feed import Feed, Randomness
 from training.data.table_times import times_by_group
+from training.features.composing import install_features
 from training.loss import LossRule, NoisyBatch
 from training.optimizers import stepping
 from training.optimizers.lr_schedule import make_lr_schedule
@@ -191,7 +192,9 @@ def make_run(
     is_main = plan.accelerator.is_main_process
     rule = _make_rule(model)
     validation = Validation(plan, rule) if plan.validation else None
-    rule = _add_targets(rule, model, slider)  # validation does without
+    hooks = install_features(options, plan.progress)
+    rule = replace(rule, learning_pass=hooks.learning_pass)  # validation does without, and without targets
+    rule = _add_targets(rule, model, slider)
     pairs = None
     if rule.targets.preference is not None:
         pairs = PairTally()
@@ -211,6 +214,7 @@ def make_run(
         requests=Requests(watched, sampler is not None, clock=clock),
         saver=saver,
         pairs=pairs,
+        hooks=hooks,
     )
 
 
@@ -229,10 +233,6 @@ def _make_rule(model: TrainedModel) -> LossRule:
 def _add_targets(rule: LossRule, model: TrainedModel, slider: "SliderTarget | None") -> LossRule:
     """Return the rule with all that predictions are compared with besides the clip."""
     plan, options = model.plan, model.plan.options
-    if options.tread.tread is not None:
-        from training.targets.routes import make_tread_rule
-
-        rule = replace(rule, route_of=make_tread_rule(options.tread, plan.progress.seed).route_of)
     targets = make_targets(options.guided, options.teacher, options.prior, options.preference)
     if targets == NO_TARGETS and slider is None:
         return rule

@@ -15,15 +15,16 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor
 from torch.nn import Parameter
 
 from contract.rules import SOUND_STREAM
-from modules.console import count_of
 from modules.devices import numbers_on
 from modules.errors import UserError
 from networks.adapter import ForeignNetwork, NormReport
+from training.bad_steps import explain_bad_step
+from training.features.composing import bad_step_remedies
+from training.features.contract import GradientStep
 from training.loss import NoisyBatch
 from training.optimizers.optimizer import evaluation
 from training.optimizers.stepping import StepAfterBackward
@@ -31,7 +32,6 @@ from training.processes import fill_missing_gradients, largest_of_processes, sum
 from training.reports.history import LOSS
 from training.reports.logs import WISHES, RowLayout, StepReport, name_rates
 from training.reports.pauses import SAMPLES, SAVING, VALIDATION
-from training.skipping import FATAL, NAMES, TAKEN, Skipping, describe_skip
 from training.targets.passes import loss_passes
 from training.trainable import seed_networks
 from training.training_run import SAMPLE, SAVE, STOP, TrainingRun
@@ -126,13 +126,13 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch
         row[WISHES] = numbers_on(run.device, numbers, torch.float32)
         unsplit = [parameter for parameter in reached if parameter not in trainable.split]
         row = sum_over_processes(unsplit, row)
-    judge = None
-    if run.skipping is not None:
-        judge = _StepJudge(run, run.skipping, row[0], keys=keys, kind=_find_kind(run, group))
-    norms = _step_weights(run, judge)
+    gate = None
+    if run.hooks.before_step:
+        gate = _StepGate(run, GradientStep(loss=row[0], keys=keys, kind=_find_kind(run, group)))
+    norms = _step_weights(run, gate)
     report = StepReport(run.progress.step + 1, rates, keys, _sizes_of(run, group))
-    if judge is not None:
-        report = replace(report, skipped=NAMES.get(judge.outcome, ""))
+    if gate is not None:
+        report = replace(report, skipped=gate.reason)
     previous = run.readings.push(report, torch.cat([row, *norms]))
     _note(run, previous)
     if is_alone:
@@ -176,44 +176,25 @@ def _read_wishes(run: TrainingRun) -> Wishes:
 
 
 @dataclass
-class _StepJudge:
-    """Decide whether a step is taken, once the norm of its gradients is known: see skipping.py.
-
-    All processes decide alike, and together.
-    """
+class _StepGate:
+    """Ask the run's hooks whether a step is taken, once the norm of its gradients is known."""
 
     run: TrainingRun
-    skipping: Skipping
-    loss: Tensor  # of the step: a number on the device
-    keys: tuple[str, ...]  # of the items of this process
-    kind: str  # of the step
-    outcome: int = TAKEN
+    step: GradientStep
+    reason: str = ""  # why the step is not taken; "": it is
 
     def allows(self, gradient_norm: Tensor) -> bool:
-        """Return whether the step is taken; log it if not.
-
-        Raises UserError if the loss or the norm is not finite in too many steps in a row.
-        """
-        run, skipping = self.run, self.skipping
-        loss = float(self.loss)
-        norm = float(gradient_norm)
-        limit = skipping.limit(self.kind)
-        outcome = skipping.judge(loss, norm, self.kind)
-        # cards of several kinds may differ in the last digits
-        self.outcome = largest_of_processes(outcome, run.steps.everyone, run.device)
-        step = run.progress.step + 1
-        if self.outcome == FATAL:
-            _note(run, run.readings.flush())
-            raise _explain_bad_step(step, loss, norm, self.keys, run.progress.bad_in_a_row)
-        is_new_level = skipping.note(self.outcome, norm, self.kind)
-        if self.outcome == TAKEN:
-            return True
-        keys = self.keys if run.steps.everyone == 1 else gather_object([*self.keys])
-        if run.plan.accelerator.is_main_process:
-            reason = describe_skip(self.outcome, loss, norm, limit, is_new_level)
-            items = ", ".join(dict.fromkeys(keys))
-            logger.warning("Step %d is skipped: %s Its items: %s", step, reason, items)
-        return False
+        """Return whether the step is taken, and count it if not."""
+        run = self.run
+        try:
+            reasons = (hook(run, self.step, gradient_norm) for hook in run.hooks.before_step)
+            self.reason = next(filter(None, reasons), "")
+        except UserError:
+            _note(run, run.readings.flush())  # the step before, whose numbers were not awaited
+            raise
+        if self.reason:
+            run.progress.skipped += 1
+        return not self.reason
 
 
 def _find_kind(run: TrainingRun, group: range) -> str:
@@ -231,26 +212,26 @@ def _find_kind(run: TrainingRun, group: range) -> str:
     return " ".join(words)
 
 
-def _step_weights(run: TrainingRun, judge: _StepJudge | None = None) -> list[Tensor]:
+def _step_weights(run: TrainingRun, gate: _StepGate | None = None) -> list[Tensor]:
     """Step the weights, their learning rates and their average.
 
-    judge: decides whether the step is taken; if not, the learning rates alone move on.
+    gate: decides whether the step is taken; if not, the learning rates alone move on.
 
     Returns the norms that end a row, 1-D each: those of --scale_weight_norms, if they are limited, and the
     norm of the gradients before clipping.
     """
     model = run.model
-    if judge is None:
+    if gate is None:
         gradient_norm = model.stepping.finish().detach().float()
     else:
         assert isinstance(model.stepping, StepAfterBackward)  # options refuse the other one
-        gradient_norm = model.stepping.finish(judge.allows).detach().float()
+        gradient_norm = model.stepping.finish(gate.allows).detach().float()
     model.schedule.step()
     model.optimizer.zero_grad(set_to_none=True)
     norms: list[Tensor] = []
     if model.trainable.max_norm is not None:
         norms.append(model.trainable.limit_norms(model.trainable.max_norm, run.device))
-    if model.average is not None and (judge is None or judge.outcome == TAKEN):
+    if model.average is not None and (gate is None or not gate.reason):
         model.average.after_step()
     return [*norms, gradient_norm.view(1)]
 
@@ -381,7 +362,7 @@ def _note(run: TrainingRun, step: StepReport | None) -> None:
     norm = step.row[-1]
     is_finite = math.isfinite(loss) and math.isfinite(norm)
     if not is_finite and not run.model.scaler.is_enabled() and not step.skipped:
-        raise _explain_bad_step(step.step, loss, norm, step.keys)
+        raise explain_bad_step(step.step, loss, norm, step.keys, remedy=bad_step_remedies())
     losses = run.progress.losses
     if math.isfinite(loss):  # a gradient scaler skips other steps until it has found its scale
         losses.append(loss)
@@ -400,23 +381,6 @@ def _note(run: TrainingRun, step: StepReport | None) -> None:
     )
     run.logs.step(report)
     run.reporter.note_step(report, run.logs.clock.left(report.step, run.steps.total_steps))
-
-
-def _explain_bad_step(step: int, loss: float, norm: float, keys: Sequence[str], before: int = 0) -> UserError:
-    """Return the error for a step whose loss or gradient norm is not finite.
-
-    keys: of the items of this process. before: how many such steps in a row were left out.
-    """
-    listed = ", ".join(keys)
-    items = f" The items of this process in that step: {listed}." if listed else ""
-    again = f" The {count_of(before, 'step')} before it went wrong too, and were skipped." if before else ""
-    return UserError(
-        f"step {step}: the loss is {loss}, the gradient norm {norm}; nothing of this step was "
-        f"saved.{items}{again}\n"
-        "  Lower --learning_rate, or look for a damaged clip among these items, and continue with "
-        "--resume latest-or-fail."
-        + ("" if before else " --skip_bad_steps 3 leaves out up to three such steps in a row.")
-    )
 
 
 def _mean_parts(parts: Sequence[str], row: Sequence[float]) -> dict[str, float]:

@@ -1,10 +1,10 @@
 """Flow-matching loss: add noise, predict the velocity, compare it with the true one."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,6 @@ from modules.flow.schedule import TRAIN_TIMESTEPS, add_noise
 from networks.rank_masks import set_levels
 from training.noise_options import ADDITIVE, L2, RAW, WITH_THRESHOLD, LossOptions
 from training.target_rules import NO_TARGETS, Targets
-
-if TYPE_CHECKING:  # loaded only if tokens are left out
-    from running.routes import Route
 
 Autocast = Callable[[], AbstractContextManager[object]]  # mixed precision around the network only
 DitOf = Callable[[int], nn.Module]  # index of an expert -> its network, ready to be called
@@ -125,8 +122,8 @@ class LossRule:
     # what replaces the usual passes, from `targets.passes.TrainingPasses` and a batch: errors of each stream
     other_passes: Callable[[Any, NoisyBatch], Iterator[tuple[Tensor, ...]]] | None = None
     in_lockstep: bool = False  # processes share a model, so that all run equal passes
-    # which tokens go through the middle blocks of passes that learn (`targets.routes`); None: all
-    route_of: "Callable[[NoisyBatch], Route] | None" = None
+    # what passes that learn run in, given the DiT and their batch
+    learning_pass: Sequence[Callable[[nn.Module, NoisyBatch], AbstractContextManager[None]]] = ()
     note_pairs: Callable[[Tensor], None] | None = None  # takes the numbers of pairs, for the logs
     seed_networks: Callable[[int], None] | None = None  # begins random numbers of networks: of a micro-batch
 

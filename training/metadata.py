@@ -117,8 +117,6 @@ def _optional_values(plan: TrainingPlan) -> dict[str, Any]:
         adapter = describe_adapter(frozen.training_adapter, frozen.training_adapter_multiplier)
         values["ss_training_adapter"] = adapter
     values |= _target_values(options)
-    if options.skip.flag is not None:
-        values |= {f"ss_{name}": value for name, value in asdict(options.skip).items()}
     if plan.progress.changes:
         values["ss_resume_changes"] = json.dumps(plan.progress.changes, ensure_ascii=False)
     return values
@@ -134,7 +132,7 @@ def _without_folders(value: Any) -> Any:
 def _target_values(options: TrainingOptions) -> dict[str, Any]:
     """Return the entries on the targets of a training, as far as they are given."""
     values: dict[str, Any] = {}
-    records = [options.guided, options.teacher, options.prior, options.tread, options.preference]
+    records = [options.guided, options.teacher, options.prior, options.preference]
     if options.network is not None:
         records.append(options.network.slider)
     for record in records:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from dataset.options import CachingInRunOptions
 from dataset.subset_options import SubsetOptions
@@ -39,10 +39,10 @@ from training.config_options import (
     read_config_file,
 )
 from training.end_options import EndOptions
+from training.features.composing import find_record, options_at, refuse_combinations
+from training.features.contract import AT_LOSS, AT_WEIGHTS, T
 from training.saving.options import HubOptions, MetadataOptions, SavingOptions
-from training.skip_options import SkipOptions
 from training.target_options import GuidedTargetOptions
-from training.tread_options import TreadOptions
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +52,13 @@ R = TypeVar("R", bound=Options)
 MOST_RANK = 4096
 # names of the networks whose size grows with the rank begin so; LoKr's whole matrix has a huge one
 RANKED_NETWORKS = ("networks.lora", "networks.loha")
+
+if TYPE_CHECKING:  # records of what the list of features has
+    OptionsAtLoss = Options
+    OptionsAtWeights = Options
+else:
+    OptionsAtLoss = options_at(AT_LOSS)
+    OptionsAtWeights = options_at(AT_WEIGHTS)
 
 
 class TrainingOptions(Options):
@@ -65,7 +72,7 @@ class TrainingOptions(Options):
     noise: noise_options.NoiseOptions = option(facts=HABIT)
     loss: noise_options.LossOptions = option(facts=HABIT)
     guided: GuidedTargetOptions = option(facts=HABIT)
-    tread: TreadOptions = option(facts=HABIT)
+    at_loss: OptionsAtLoss  # of features
     # None: the output is the velocity
     prediction: noise_options.PredictionOptions | None = option(facts=HABIT)
     network: NetworkOptions | None  # what learns: a network beside the DiT,
@@ -74,7 +81,7 @@ class TrainingOptions(Options):
     saving: SavingOptions = option(facts=FREE)
     samples: run_options.SampleOptions = option(facts=FREE)
     average: learning_options.AverageOptions = option(facts=FREE)
-    skip: SkipOptions = option(facts=HABIT)
+    at_weights: OptionsAtWeights  # of features
     logs: run_options.LogOptions = option(facts=FREE)
     end: EndOptions = option(facts=FREE)
     metadata: MetadataOptions = option(facts=FREE)
@@ -101,7 +108,7 @@ class TrainingOptions(Options):
         if self.is_fused:
             self._check_fused()
         self._check_targets()
-        self._check_tread()
+        refuse_combinations(self)
         if self.timesteps.show_timesteps is not None:
             return
         if self.subset is None or not self.subset.replaces_toml:
@@ -114,6 +121,10 @@ class TrainingOptions(Options):
             )
         if not self.only_shows:
             _ = self.saving.place  # raises OptionError
+
+    def of(self, kind: type[T]) -> T:
+        """Return the options of a feature."""
+        return find_record((self.at_loss, self.at_weights), kind)
 
     @property
     def only_shows(self) -> bool:
@@ -259,15 +270,6 @@ class TrainingOptions(Options):
                 "and fused gradients are freed at once. Leave out one of the two"
             )
 
-    def _check_tread(self) -> None:
-        """Refuse what runs its blocks on tokens that --tread does not know of."""
-        parts = self.speed.sharding.context_parallel
-        if self.tread.tread is not None and parts > 1:
-            raise OptionError(
-                f"--tread {self.tread.tread:g} with --context_parallel {parts}: each process has some of the "
-                "tokens, and --tread leaves out tokens of the whole clip. Leave out one of the two"
-            )
-
     def _check_fused(self) -> None:
         accumulation = self.loop.gradient_accumulation_steps
         if accumulation != 1:
@@ -280,11 +282,6 @@ class TrainingOptions(Options):
             raise OptionError(
                 "--fused_backward_pass with --mixed_precision fp16: whether fp16's scaled gradients "
                 "overflowed is known only after the whole backward pass. Use bf16 or no"
-            )
-        if self.skip.flag is not None:
-            raise OptionError(
-                f"{self.skip.flag} with --fused_backward_pass: weights are stepped inside the backward pass, "
-                "before the norm of all gradients is known. Leave out one of the two"
             )
         if self.network is not None and "ggpo_sigma" in self.network.arguments():
             raise OptionError(

@@ -29,11 +29,12 @@ from modules.errors import OptionError
 from modules.seeds import derive_seed
 from running.planning.device_memory import room_on
 from training.caching_inside import TablePlan, find_live_texts, list_live_tables, open_stores, plan_tables
-from training.checks import check_targets, check_tread, judge_rate
+from training.checks import check_targets, judge_rate
 from training.data.feed import BatchSources
 from training.data.live import LiveTexts
 from training.data.table_times import describe_times, group_tables
 from training.data.timesteps import Timesteps, draw, loss_weights
+from training.features.composing import check_model
 from training.loss import NoisyBatch
 from training.noise_options import NOTHING, NUM_TIMESTEPS, WEIGHTS_OF_LOSS, TimestepOptions
 from training.options import TrainingOptions
@@ -97,8 +98,7 @@ def _check(family: Family, options: TrainingOptions, commands: CachingCommands) 
     counters = findings.load_counters(family.text_encoders)
     texts = find_live_texts(family, options, config)
     check_targets(family, options, texts)
-    if options.tread.tread is not None:
-        check_tread(family, options.tread, family.block_counts() if family.dit_files else ())
+    check_model(options, family, lambda: family.block_counts() if family.dit_files else ())
     plans = plan_tables(family, config, options.caching, () if texts is None else texts.keys)
     seed = options.validation.validation_seed
     if seed is None:
@@ -175,7 +175,7 @@ def _plan(family: Family, options: TrainingOptions, commands: CachingCommands, o
     config = read_config(options, family)
     texts = find_live_texts(family, options, config)
     check_targets(family, options, texts)
-    check_tread(family, options.tread, family.block_counts())
+    check_model(options, family, family.block_counts)
     noisy_batch = _read_for_plan(family, options, commands, config=config, texts=texts)
     sample_files: Sequence[Path] = ()
     if others.sampling is not None and options.samples.are_made:

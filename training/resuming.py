@@ -22,16 +22,15 @@ from networks.options import DEFAULT_BLOCK, DEFAULT_RANK, NOTHING_FROZEN, OFT_MO
 from networks.slider_options import NO_SLIDER
 from networks.teacher_options import NO_PRIOR, NO_TEACHER
 from training.experts import TRAINING_ADAPTER, module_of
+from training.features.composing import claim_progress, usual_habits
 from training.optimizers.optimizer import PATHS
 from training.options import TrainingOptions
 from training.reports.logs import public_config
 from training.saving import states
 from training.saving.files import find_set_aside
 from training.saving.options import LATEST, LATEST_ONLY, SavingOptions
-from training.skip_options import NOTHING_SKIPPED
 from training.steps import Progress, StepPlan
 from training.target_options import NO_GUIDED_TARGET
-from training.tread_options import NO_TREAD
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +107,8 @@ def first_progress(
     A resumed run keeps its seed; if none is given, all processes share a random one.
     """
     if isinstance(saved, states.SavedState):
+        with states.one_error(saved.folder):
+            claim_progress(saved.progress)
         return saved.progress
     seed, session_id, started_at = broadcast_object_list(
         [secrets.randbelow(1 << 32), secrets.randbelow(1 << 32), time.time()]
@@ -116,7 +117,9 @@ def first_progress(
         seed = options.loop.seed
     else:
         logger.info("Using a random seed: --seed %d.", seed)
-    return Progress(seed=seed, session_id=session_id, started_at=started_at)
+    progress = Progress(seed=seed, session_id=session_id, started_at=started_at)
+    claim_progress(progress)
+    return progress
 
 
 def recorded_values(options: Any, *kinds: str) -> dict[str, Any]:
@@ -216,10 +219,10 @@ def check_resumable(
     }
     before = _resolve({**usual, **saved.identity})
     identity = _resolve(settings.identity)
-    # likewise of before there were targets, and steps could be left out
+    # likewise of before there were targets and features
     unsaid: dict[str, Any] = {}
-    of_targets = (NO_TEACHER, NO_PRIOR, NO_GUIDED_TARGET, NO_SLIDER, NO_TREAD)
-    for record in (NOTHING_FROZEN, *of_targets, NOTHING_SKIPPED):
+    of_targets = (NO_TEACHER, NO_PRIOR, NO_GUIDED_TARGET, NO_SLIDER)
+    for record in (NOTHING_FROZEN, *of_targets, *usual_habits()):
         unsaid |= {f"--{name}": value for name, value in public_config(record).items()}
     habits_before = {name: habits.get(name) and value for name, value in unsaid.items()} | dict(saved.habits)
     unknown = {*identity} - {*before} | {*habits} - {*habits_before}

@@ -16,6 +16,7 @@ from running.offload.block_swap import settle_all
 from running.offload.sharding import as_split
 from training.data.table_times import list_times
 from training.experts import expert_metadata
+from training.features.composing import file_values
 from training.metadata import continued_sizes, file_metadata, run_metadata
 from training.optimizers.optimizer import (
     finished_weights,
@@ -28,7 +29,7 @@ from training.options import TrainingOptions
 from training.plan import TrainingPlan
 from training.resuming import listed_settings
 from training.saving import states
-from training.saving.files import Saver
+from training.saving.files import AVERAGE, Saver
 from training.training_run import TrainedModel
 
 if TYPE_CHECKING:  # it is loaded only if files are uploaded
@@ -78,14 +79,22 @@ def make_saver(
     if uploads is not None and is_first:
         from training.saving.hub import write_card  # only with uploads
 
-        card = write_card(
-            plan.names.name,
-            is_lora=options.network is not None,
-            release=plan.family.release,
-            metadata=_metadata_now(plan, next(iter(metadata.values()))),
-            prompts=[prompt for prompt in prompts if prompt],
-        )
-        uploads = replace(uploads, card=card)
+        metadata_of_card = _metadata_now(plan, next(iter(metadata.values())))
+
+        def make_card(path: Path) -> str | None:
+            stem = plan.names.stem_of(path)
+            if stem.endswith(AVERAGE):
+                return None
+            return write_card(
+                plan.names.name,
+                is_lora=options.network is not None,
+                release=plan.family.release,
+                metadata=metadata_of_card,
+                prompts=[prompt for prompt in prompts if prompt],
+                files=plan.names.files(stem),
+            )
+
+        uploads = replace(uploads, card=make_card)
 
     def write_state(folder: Path) -> None:
         if plan.splits_model:
@@ -115,11 +124,12 @@ def _metadata_now(plan: TrainingPlan, of_run: Mapping[str, str]) -> dict[str, st
     """Return the metadata of a file that is saved now. of_run: entries that stay the same over the run."""
     progress, family = plan.progress, plan.family
     epoch = progress.epoch + (progress.position > 0 or progress.step == 0)
-    skips: dict[str, str] = {}
-    if plan.options.skip.flag is not None and not plan.options.metadata.no_metadata:
-        skips["ss_skipped_steps"] = str(progress.skipped)
+    of_features: dict[str, str] = {}
+    if not plan.options.metadata.no_metadata:
+        values = file_values(plan.options, progress)
+        of_features = {name: str(value) for name, value in values.items()}
     return file_metadata(
-        {**of_run, **skips},
+        {**of_run, **of_features},
         plan.options,
         family.metadata,
         step=progress.step,

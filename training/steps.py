@@ -8,8 +8,11 @@ model, run equal passes: a process without a micro-batch in the last step of an 
 micro-batch with weight 0. `Progress` says how far a run has come in its plan.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -30,11 +33,48 @@ class Progress:
     plan_position: int = 0
     plan_step: int = 0
     changes: list[str] = field(default_factory=list)  # what --resume_changed changed, in words
-    # of --skip_bad_steps and --skip_spikes, see skipping.py; `norms` and `spikes_in_a_row` by kind of step
     skipped: int = 0  # steps that were not taken
-    bad_in_a_row: int = 0  # the last of them
-    spikes_in_a_row: dict[str, int] = field(default_factory=dict)
-    norms: dict[str, list[float]] = field(default_factory=dict)  # of the last taken steps
+    of_features: dict[Any, Any] = field(default_factory=dict)  # what each remembers, by its dataclass
+    unclaimed: dict[str, Any] = field(default_factory=dict)  # of a state: values that none has taken yet
+
+    @classmethod
+    def of_state(cls, values: Mapping[str, Any]) -> "Progress":
+        """Return the progress that `as_state` recorded; what features remember waits for them."""
+        own = {field.name for field in fields(cls)} - {"of_features", "unclaimed"}
+        progress = cls(**{name: value for name, value in values.items() if name in own})
+        progress.unclaimed |= {name: value for name, value in values.items() if name not in own}
+        return progress
+
+    def as_state(self) -> dict[str, Any]:
+        """Return plain values, with those of features next to the run's own."""
+        values = asdict(replace(self, of_features={}, unclaimed={})) | self.unclaimed
+        del values["of_features"], values["unclaimed"]
+        for record in self.of_features.values():
+            values |= asdict(record)
+        return values
+
+    def of(self, kind: type[T]) -> T:
+        """Return what a feature remembers, a dataclass: as a state has it, or new. Raises TypeError for a
+        value of another type than its field.
+        """
+        if kind not in self.of_features:
+            names = [name for name in get_type_hints(kind) if name in self.unclaimed]
+            record = kind(**{name: self.unclaimed.pop(name) for name in names})
+            check_types(record)
+            self.of_features[kind] = record
+        return self.of_features[kind]
+
+
+def check_types(record: Any) -> None:
+    """Raise TypeError for a field of a dataclass whose value is not of its type: a state may be edited."""
+    for name, hint in get_type_hints(type(record)).items():
+        hints = get_args(hint) if type(None) in get_args(hint) else [hint]
+        kinds = [get_origin(item) or item for item in hints]
+        if float in kinds:
+            kinds.append(int)
+        value = getattr(record, name)
+        if Any not in kinds and not isinstance(value, tuple(kinds)):
+            raise TypeError(f"{name} is of the kind {type(value).__name__}")
 
 
 @dataclass

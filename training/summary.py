@@ -19,6 +19,7 @@ from networks.options import NetworkOptions
 from running.planning.device_memory import MemoryWatch
 from training.checks import judge_rate
 from training.data.table_times import describe_times
+from training.features.composing import result_rows
 from training.following import NextSteps, describe_elsewhere
 from training.metadata import continued_sizes
 from training.options import RANKED_NETWORKS, TrainingOptions
@@ -215,7 +216,7 @@ def show_end(run: TrainingRun, story: history.Story, following: NextSteps) -> No
     rows += [
         ("best by validation", describe_best(story, names.folder) if story.validations else None),
         ("steps", _describe_speed(run.logs.clock)),
-        ("skipped steps", str(run.progress.skipped) if run.skipping is not None else None),
+        *result_rows(run.options, run.progress),
         ("average loss", f"{sum(losses) / len(losses):.4g}" if losses else None),
         ("samples", str(samples) if has_samples else None),
         ("page", None if logs.no_page else str(page_path(names.folder, names.name))),

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from modules.console import count_of
 from networks.teacher_options import BASE, TeacherOptions
+from training.features.composing import describe_features
 from training.options import TrainingOptions
 
 # time of a pass without gradients as a share of one with: a LoRA's backward pass takes as long as the forward
@@ -56,13 +57,7 @@ def describe_targets(options: TrainingOptions) -> list[str]:
     passes = count_passes(options)
     if passes != StepPasses():
         lines.append(f"passes in a step: {passes.words}")
-    if options.tread.tread is not None:
-        first, last = options.tread.tread_blocks
-        lines.append(
-            f"{100 * options.tread.tread:g} % of the tokens pass by the blocks {first} to {last}, in passes "
-            "with gradients"
-        )
-    return lines
+    return lines + describe_features(options)
 
 
 def _list_targets(options: TrainingOptions) -> Iterator[str]:

@@ -26,6 +26,7 @@ from modules.devices import dtype_of
 from running.planning.device_memory import MemoryWatch
 from training.data.feed import Feed
 from training.experts import AUTOCAST, ExpertNetworks
+from training.features.contract import Hooks
 from training.loss import Autocast, LossRule
 from training.optimizers.lr_schedule import LrSchedule
 from training.optimizers.stepping import FusedBackward, StepAfterBackward
@@ -34,7 +35,6 @@ from training.plan import TrainingPlan
 from training.reports.logs import Logs, Readings
 from training.reports.reporter import RunReporter
 from training.saving.files import MinuteClock, Names, Saver
-from training.skipping import Skipping
 from training.steps import Progress, StepPlan
 from training.targets.preferences import PAIR_NUMBERS, PairTally
 from training.trainable import Trainable
@@ -198,6 +198,7 @@ class TrainingRun:
     saver: Saver | None  # None: another process saves
     pairs: PairTally | None = None  # with --preference: their numbers
     readings: Readings = field(default_factory=Readings)
+    hooks: Hooks = field(default_factory=Hooks)  # of the run's features
 
     @functools.cached_property
     def parameters(self) -> list[Parameter]:
@@ -228,14 +229,6 @@ class TrainingRun:
         """Return what has a sum and a count in the rows of steps: the parts, then the numbers of pairs."""
         return self.parts if self.pairs is None else (*self.parts, *PAIR_NUMBERS)
 
-    @functools.cached_property
-    def skipping(self) -> Skipping | None:
-        """Return what decides whether a step is taken; None: every step is."""
-        options = self.options.skip
-        if options.flag is None:
-            return None
-        return Skipping(options, self.progress, has_scaler=self.model.scaler.is_enabled())
-
     @property
     def plan(self) -> TrainingPlan:
         return self.model.plan
@@ -255,6 +248,15 @@ class TrainingRun:
     @property
     def progress(self) -> Progress:
         return self.model.plan.progress
+
+    @property
+    def is_main(self) -> bool:
+        return self.plan.accelerator.is_main_process
+
+    @property
+    def has_scaler(self) -> bool:
+        """Return whether gradients of fp16 are scaled: an infinite norm then lowers the scale."""
+        return self.model.scaler.is_enabled()
 
     @property
     def device(self) -> torch.device:

@@ -50,8 +50,10 @@
   document.addEventListener("click", ({ target }) => {
     if (target.matches(".take")) {
       change(find("family"), target.dataset.family);
-      takeTask(target.dataset.task);
-      find("task").scrollIntoView({ block: "center" });
+      takeTask(target.dataset.task).then(() => {
+        find("task").focus({ preventScroll: true }); // the table leads to the fields
+        find("task").scrollIntoView({ block: "center" });
+      });
     }
     if (target.matches(".take_name")) {
       change(find("name"), target.dataset.name);
@@ -103,9 +105,12 @@
     else find("said").textContent = "Save the captions that you have changed, then load this page again to see more.";
   }
 
-  // When the folder has been looked at, there is more on the page.
-  let wasLooking = find("progress").dataset.looking === "yes";
+  // When the folder has been looked at, there is more on the page; when a run has ended, a name is taken and speeds are known.
+  const isBusy = () => find("progress").hasAttribute("hx-get");
+  let wasLooking = find("progress").dataset.looking === "yes", wasBusy = isBusy();
   document.addEventListener("htmx:after:swap", () => {
+    if (wasBusy && !isBusy()) for (const id of ["free", "hours"]) htmx.trigger(find(id), "refresh");
+    wasBusy = isBusy();
     const isLooking = find("progress").dataset.looking === "yes";
     if (wasLooking && !isLooking) reload();
     wasLooking = isLooking;

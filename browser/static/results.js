@@ -274,7 +274,12 @@
   }
 
   document.getElementById("together").addEventListener("click", showTogether);
-  document.getElementById("apart").addEventListener("click", () => { chosen.clear(); showChosen(); });
+  document.getElementById("apart").addEventListener("click", () => {
+    const [first] = chosen.keys();
+    chosen.clear();
+    showChosen(); // hides this button, which had the focus
+    [...shelf.querySelectorAll(".plate")].find((plate) => plate.dataset.id === first)?.querySelector("[data-compare]")?.focus();
+  });
 
   document.body.addEventListener("results", () => goOn(0)); // what has just been made is shown at once
   const start = new URLSearchParams(location.search).get("from"); // of a link from another page

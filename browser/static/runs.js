@@ -21,6 +21,7 @@
     if (!tell.checked) how.textContent = "";
     else if (!("Notification" in window) || !isSecureContext) how.textContent = "by a sound: this browser shows notices of pages from localhost or https alone";
     else if (Notification.permission === "denied") how.textContent = "by a sound: notices of this page are switched off in the browser";
+    else if (Notification.permission === "default") how.textContent = "by a sound, and by a notice if the browser may show it";
     else how.textContent = "by a notice and a sound, while this page is open";
   }
 
@@ -75,11 +76,37 @@
     isOld = false;
     look().catch(() => {});
   });
+  // Where Stop was, no other button comes: a second press would start something.
+  let stopEnd = null; // its lower edge on the page
+  const noteStop = () => {
+    const stop = document.getElementById("stop");
+    if (stop) stopEnd = stop.getBoundingClientRect().bottom + scrollY;
+    return stop;
+  };
+  noteStop();
+  document.addEventListener("htmx:before:swap", noteStop);
+  document.addEventListener("htmx:after:swap", () => {
+    const first = box()?.querySelector(".deed:not(.gap)");
+    if (noteStop() || stopEnd === null || !first) return;
+    const gap = box().querySelector(".gap") ?? Object.assign(document.createElement("p"), { className: "deed gap" });
+    first.before(gap);
+    gap.style.height = `${Math.max(stopEnd - gap.getBoundingClientRect().top - scrollY, 0)}px`;
+  });
+
+  // A panel that closes takes the focus with its button: it goes back to the button that has opened it.
+  let opener = "";
+  document.addEventListener("htmx:before:request", ({ target }) => {
+    if (target.matches?.("#deeds form[hx-target='#panel']")) opener = target.querySelector("button").id;
+  });
+  document.addEventListener("htmx:after:swap", ({ target }) => {
+    if (target.id === "panel" && document.activeElement === document.body) document.getElementById(opener)?.focus({ preventScroll: true });
+  });
   if (!box() || !tell) return;
   tell.checked = isWanted();
   explain();
   tell.addEventListener("change", async () => {
     remember(tell.checked);
+    explain(); // some browsers never answer whether notices are wanted
     if (tell.checked && "Notification" in window && isSecureContext && Notification.permission === "default") await Notification.requestPermission();
     explain();
   });

@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 from dataset.config_keys import MOST_WORDS
 from dataset.options import DATASET_FILE
 from modules.errors import OptionError
-from modules.options import Options, option
+from modules.options import SENDS, Options, option
 from modules.text_files import bad_character
 
 MOST_FRAMES = 1024
@@ -37,6 +37,7 @@ class ApiOptions(Options, title="a server of your own, OpenAI-compatible"):
         "address of the server, such as http://localhost:8000/v1; frames are sent there as JPEG. A key, "
         "if the server wants one, is read from the environment variable OPENAI_API_KEY",
         needs="api_model",
+        facts=SENDS,
     )
     api_model: str | None = option("name of the model on the server", needs="api_base")
     api_workers: int | None = option("requests at a time; default: 4", least=1, most=256, needs="api_base")

@@ -563,6 +563,6 @@ def _compare_sources(
             findings.remarks.append(Fault(kind, str(source.path), source.stem))
     if hears and is_heard(findings.table):
         silent = {item.source_stem for item in items if not item.has_sound}
-        kind = "have sound that is not cached: learned silent until latents are cached again"
+        kind = "have sound that is not cached: only their pictures are learned until latents are cached again"
         unheard = list_unheard(findings.sources, silent)
         findings.remarks += [Fault(kind, str(path), path.stem) for path in unheard]

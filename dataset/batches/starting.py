@@ -231,7 +231,7 @@ def compare_sources(
         for names, problem, consequence in (
             (new, "no latents", "not cached, too short or unreadable: left out"),
             (gone, "caches but no file any more", "trained on until the caches are made again"),
-            (unheard, "sound that is not cached", "learned silent"),
+            (unheard, "sound that is not cached", "only their pictures are learned"),
         ):
             if names:
                 logger.warning(

@@ -119,7 +119,7 @@ def conclude(report: CacheReport, rows: Sequence[Row] = (), commands: Sequence[R
     for clips, level, remark in (
         (report.shortened, logging.WARNING, "give no item of some lengths"),
         (report.resized, logging.WARNING, SIZE_CHANGES),
-        (report.silent, logging.INFO, "have no sound, which is not learned"),
+        (report.silent, logging.INFO, "have no sound: only their pictures are learned"),
     ):
         if clips:
             logger.log(

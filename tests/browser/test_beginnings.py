@@ -107,7 +107,7 @@ def test_a_job_waits_at_its_place_in_a_queue_that_is_paused(tmp_path: Path) -> N
     [
         ("downloading the model: 11.2 GB of 34.8 GB", "downloading 11.2 of 34.8 GB"),
         ("downloading the model: 900 MB of 34.8 GB", "downloading 900 MB of 34.8 GB"),
-        ("checking the clips", "checking the files"),
+        ("checking the files", "checking the files"),
         ("caching latents: 40 of 120", "caching 40 of 120, latents"),
         ("caching captions", "caching captions"),
         ("caching captions: 5.1 GB of 11.4 GB", "caching captions, loading 5.1 of 11.4 GB"),
@@ -286,7 +286,7 @@ def test_a_run_that_ended_at_a_check_has_faults_and_a_trace_alone_tells_it(tmp_p
 
     shown = find(look(tmp_path))
 
-    assert (shown.state.name, shown.state.reason) == ("faults", "ended while checking the clips: exit code 1")
+    assert (shown.state.name, shown.state.reason) == ("faults", "ended while checking the files: exit code 1")
 
 
 def test_a_download_that_failed_tells_why_also_while_its_process_is_about_to_end(tmp_path: Path) -> None:

@@ -238,6 +238,12 @@ def test_clips_in_a_folder_that_is_a_link_are_neither_shown_nor_made(served: Ser
     assert [path.name for path in outside.iterdir()] == ["001_9_a_000000.png"]
 
 
+def test_the_options_of_a_history_have_the_limits_of_its_folder(served: Served, folder: Path) -> None:
+    assert make(served, (6,), more="a dog").status == 303
+    (job,) = JobQueue(folder.parent / "reelsmith-queue").jobs()
+    assert job.within == str(folder)
+
+
 @pytest.mark.slow
 def test_a_clip_of_the_pocket_model_is_made_by_the_queue(trained: Path, tmp_path: Path) -> None:  # noqa: F811
     folder, queue = trained.parent, JobQueue(tmp_path / "reelsmith-queue")

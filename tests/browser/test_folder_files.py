@@ -190,3 +190,13 @@ def test_a_small_picture_of_a_transparent_one_is_on_white(tmp_path: Path) -> Non
 
     small = Image.open(io.BytesIO(jpeg))
     assert (small.mode, small.getextrema()) == ("RGB", ((255, 255),) * 3)
+
+
+def test_a_picture_that_cannot_be_read_is_drawn_as_that(served: Served) -> None:
+    for path in ("set/d.png", "set/c.mp4"):
+        place = served.runs.roots[0] / path
+        place.write_bytes(b"nothing")
+        picture = served.ask(f"/new/picture?path={quote(str(place))}")
+        assert (picture.status, picture.headers["content-type"]) == (200, "image/svg+xml")
+        assert "cannot be read" in picture.text
+        assert picture.headers["cache-control"] == "no-store"

@@ -30,6 +30,7 @@ from browser.wishes import ENDED_MEANWHILE
 from modules.errors import OptionError
 from modules.media.writing import write_png
 from pocket.measure import POCKET
+from tests.browser.lasting import lasting  # noqa: F401  # a fixture
 from tests.browser.serving import Answer, Served, python_of, serve_runs, write_run
 from tests.browser.test_accessible import assert_fits, axe, list_faults  # noqa: F401  # a fixture
 from tests.browser.test_jobs import wait_for
@@ -732,9 +733,13 @@ def test_old_drafts_and_damaged_ones_are_left_out(served: Served, root: Path) ->
     assert served.ask(f"/generate?draft={44:016x}").status == 200
 
 
-def test_waiting_wishes_say_for_what_they_wait(served: Served, root: Path) -> None:
+def test_waiting_wishes_say_for_what_they_wait(
+    served: Served,
+    root: Path,
+    lasting: list[str],  # noqa: F811
+) -> None:
     queue = JobQueue(root / "reelsmith-queue")
-    number = queue.add(["python", "tools/run_browser.py", "."], root)
+    number = queue.add(lasting, root)
     queue.begin_work()
     try:
         wait_for(lambda: [job.state for job in queue.jobs()] == [RUNNING])

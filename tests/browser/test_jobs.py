@@ -24,13 +24,13 @@ from browser.runs import DIED, FINISHED, RUNNING, STOPPED
 from browser.start import reopen
 from modules.errors import OptionError, OutputError
 from pocket.measure import IN_FLOAT32, POCKET, model_options
+from tests.browser.lasting import lasting  # noqa: F401  # a fixture
 from tests.browser.serving import Served, serve_runs, write_run
 from tests.chromium import open_page, wait_until
 from tests.commands import QUIET, ROOT, assert_user_error, run_python
 from tests.pocket.test_training import cached  # noqa: F401  # a fixture
 
 SHORT = ["python", "tools/download.py", "--list"]
-LASTING = ["python", "tools/run_browser.py", "."]  # until Ctrl-C
 SECONDS = 300  # for what takes some, on a machine that is busy with other things
 
 
@@ -210,6 +210,20 @@ def test_what_cannot_end_or_begin_is_refused_when_it_is_added(line: str, said: s
     assert said in str(refusal.value)
 
 
+@pytest.mark.parametrize("line", ["reelsmith browser", "python wan_generate_video.py --interactive"])
+def test_a_line_by_hand_that_never_ends_does_not_begin(line: str, queue: JobQueue) -> None:
+    queue.folder.mkdir(parents=True)
+    (queue.folder / QUEUE).write_text(f"{line}\n{shlex.join(SHORT)}\n", encoding="utf-8")
+    with serve_runs(queue.folder.parent) as served:
+        assert "It will be refused: " in served.ask("/queue").text
+    queue.begin_work()
+    try:
+        refused, _ = wait_for_states(queue, DIED, FINISHED)
+    finally:
+        queue.end_work()
+    assert "a job has none" in refused.last_lines() or "all jobs behind it" in refused.last_lines()
+
+
 @pytest.mark.parametrize(
     "line",
     [
@@ -341,7 +355,7 @@ def start_browser(folder: Path) -> subprocess.Popen[str]:
     """Start a browser of its own that works through the queue of a folder."""
     command = [sys.executable, str(ROOT / "tools" / "run_browser.py"), str(folder), "--work"]
     browser = subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, **QUIET}
+        command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env={**QUIET, **os.environ}
     )
     assert browser.stdout is not None
     assert browser.stdout.readline().startswith("http://")
@@ -350,13 +364,13 @@ def start_browser(folder: Path) -> subprocess.Popen[str]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no signal of this kind")
-def test_a_queue_goes_on_after_its_browser_was_killed(queue: JobQueue) -> None:
-    for words in (SHORT, LASTING, SHORT):
+def test_a_queue_goes_on_after_its_browser_was_killed(queue: JobQueue, lasting: list[str]) -> None:  # noqa: F811
+    for words in (SHORT, lasting, SHORT):
         queue.add(words, ROOT)
     browser = start_browser(queue.folder.parent)
     try:
-        lasting = wait_for_states(queue, FINISHED, RUNNING, WAITING)[1]
-        wait_for(lambda: "http://" in lasting.last_lines(), lasting.last_lines)
+        job = wait_for_states(queue, FINISHED, RUNNING, WAITING)[1]
+        wait_for(lambda: "Apache-2.0" in job.last_lines(), job.last_lines)
         assert queue.worker == "elsewhere"
         with pytest.raises(OutputError, match="another browser"):
             queue.begin_work()
@@ -365,14 +379,14 @@ def test_a_queue_goes_on_after_its_browser_was_killed(queue: JobQueue) -> None:
     finally:
         browser.kill()
         browser.communicate()
-    assert (lasting.process or {})["number"] in psutil.pids()
+    assert (job.process or {})["number"] in psutil.pids()
     assert (states(queue), queue.worker) == ([FINISHED, RUNNING, WAITING], "")
 
     browser = start_browser(queue.folder.parent)
     try:
         time.sleep(2)
         assert states(queue) == [FINISHED, RUNNING, WAITING]
-        queue.stop(lasting.id)
+        queue.stop(job.id)
         wait_for_states(queue, FINISHED, STOPPED, FINISHED)
     finally:
         browser.send_signal(signal.SIGINT)

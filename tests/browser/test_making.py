@@ -26,6 +26,7 @@ from modules.atomic_write import identify_machine
 from modules.errors import OptionError, OutputError
 from modules.media.reading import read_tags, video_frames
 from pocket.measure import POCKET
+from tests.browser.lasting import lasting  # noqa: F401  # a fixture
 from tests.browser.test_jobs import SECONDS, wait_for
 from tests.commands import QUIET, ROOT, run_python
 from tests.tiny.flux import write_tiny_flux
@@ -245,11 +246,14 @@ def test_while_a_process_ends_slowly_the_page_answers(maker: ResultMaker, tmp_pa
 
 
 def test_a_job_of_the_queue_waits_for_the_wish_and_then_has_the_card(
-    queue: JobQueue, maker: ResultMaker, tmp_path: Path
+    queue: JobQueue,
+    maker: ResultMaker,
+    tmp_path: Path,
+    lasting: list[str],  # noqa: F811
 ) -> None:
     maker.add([wish(tmp_path, "slow"), wish(tmp_path, "next")])
     wait_for(lambda: maker.list_all()[0].done > 3)
-    job = queue.add(["python", "tools/run_browser.py", "."], tmp_path)  # until Ctrl-C
+    job = queue.add(lasting, tmp_path)
     queue.begin_work()
     try:
         reason = "the page Generate makes result 1: the job begins after it, or cancel it there"
@@ -269,7 +273,7 @@ def test_a_job_of_the_queue_waits_for_the_wish_and_then_has_the_card(
 def test_a_job_that_waits_in_a_paused_queue_holds_nothing_up(
     queue: JobQueue, maker: ResultMaker, tmp_path: Path
 ) -> None:
-    queue.add(["python", "tools/run_browser.py", "."], tmp_path)
+    queue.add(["python", "tools/download.py", "--list"], tmp_path)
     maker.add([wish(tmp_path)])
     wait_for_states(maker, FINISHED)
 

@@ -322,3 +322,16 @@ def test_load_downloads_what_is_missing_and_notes_its_progress(
     progress = read_progress(noted)
     assert progress is not None
     assert progress.done == progress.total
+
+
+def test_no_column_is_cut_off_on_a_phone(tmp_path: Path, models: Path) -> None:
+    with (
+        serve(tmp_path) as served,
+        open_page(f"{served.url}/models?family=wan&task=t2v-1.3B", width=390) as page,
+    ):
+        cells = page.evaluate(
+            "[...document.querySelectorAll('.parts td, .models td')].filter((one) => one.offsetWidth)"
+            ".map((one) => one.getBoundingClientRect().right)"
+        )
+    assert len(cells) > 100
+    assert max(cells) <= 390

@@ -14,9 +14,12 @@ from urllib.parse import parse_qs, quote, urlencode, urlsplit
 import pytest
 from PIL import Image
 
+from browser.captions import mark_bytes
 from browser.described import FILES
 from browser.folders import list_media_folders
+from browser.model_table import find_misfit
 from browser.runs import Runs
+from pocket.measure import POCKET
 from tests.browser.described_folders import describe as describe_folder
 from tests.browser.serving import Answer, Served, python_of, serve_runs, write_run
 from tests.browser.test_accessible import assert_fits
@@ -652,3 +655,49 @@ def test_describe_says_what_it_wrote_and_keeps_place_and_focus(served: Served, r
         page.get_by_label("Steps", exact=True).fill("301")
         assert page.locator("#written").text_content() == ""
         assert page.problems == []
+
+
+def test_no_button_changes_the_settings_of_a_running_training(served: Served, root: Path) -> None:
+    folder = describe_folder(root / "set")
+    run, dataset = folder / "run.toml", folder / "dataset.toml"
+    before = run.read_bytes(), dataset.read_bytes()
+    write_run(folder / "output", "own", kind=None)
+    forms = {
+        "settings/save": {
+            "part": "run.toml",
+            "text": run.read_text("utf-8").replace("steps = 10", "steps = 12"),
+        },
+        "settings/look": {"part": "dataset.toml", "text": f"{dataset.read_text('utf-8')}# x\n"},
+        "memory/switch": {"swap": "3", "size": "24"},
+        "samples/save": {"complete": "yes", "every": "7"},
+    }
+    for address, fields in forms.items():
+        of = run if fields.get("part") != "dataset.toml" else dataset
+        marks = {"have": mark_bytes(of.read_bytes()), "have run": mark_bytes(run.read_bytes())}
+        if address.startswith("samples"):
+            marks["have"] = mark_bytes((folder / "prompts.txt").read_bytes())
+        answer = post(served, address, folder=str(folder), **fields, **marks)
+        assert "stop it first, or wait until it has ended" in answer.text, address
+        assert (run.read_bytes(), dataset.read_bytes()) == before
+    prompts = {"part": "prompts.txt", "text": "another one\n"}
+    prompts["have"] = mark_bytes((folder / "prompts.txt").read_bytes())
+    assert "Saved into prompts.txt" in post(served, "settings/save", folder=str(folder), **prompts).text
+
+
+@pytest.mark.long
+def test_a_file_that_does_not_fit_is_said_before_describe(served: Served) -> None:
+    """By the check of `new` itself, which takes the same file of its own model."""
+    dit = str(POCKET / "dit.safetensors")
+    model = {"family": "wan", "task": "t2v-1.3B"}
+    for option, expected in (("vae", "is not a VAE of Wan2.1 or Wan2.2"), ("dit", ""), ("lora", "")):
+        fields = {**model, f"file_{option}": dit}
+        look = post(served, f"file?option={option}", **fields)
+        assert f'hx-post="/new/fits?option={option}"' in look.text
+        if option != "lora":
+            assert expected in find_misfit(**model, option=option, text=dit)  # which takes seconds once
+        said = post(served, f"fits?option={option}", **fields)
+        assert (said.status, expected in said.text, said.text == "") == (200, True, expected == "")
+    assert "/new/fits" not in post(served, "file?option=dit", file_dit=dit).text
+    assert "/new/fits" not in post(served, "file?option=dit", **model, file_dit="").text
+    gone = post(served, "fits?option=dit", **model, file_dit=f"{dit}.none")
+    assert gone.text == ""

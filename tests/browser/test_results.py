@@ -286,6 +286,29 @@ def test_a_hostile_file_names_no_folder(name: str) -> None:
         remade_of({**TAGS, f"bt_{name}": "/etc/passwd"}, recipe_of())
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("bt_exclude_patterns", "x --from_file prompts"),
+        ("bt_include_patterns", "x '--prompt_rewrite=y'"),
+        ("bt_teacache_coefficients", "1 -2.5 -h"),
+        ("bt_attn_mode", "--compile"),
+        ("bt_exclude_patterns", "x 'y"),
+        ("bt_lora_high_noise_0", "h.safetensors: --from_file"),
+        ("bt_lora_0", "h.safetensors: --from_file"),
+    ],
+)
+def test_a_hostile_file_adds_no_option(name: str, text: str) -> None:
+    with pytest.raises(OptionError, match="It was made with"):
+        remade_of({**TAGS, name: text}, recipe_of())
+
+
+def test_numbers_below_zero_of_a_file_are_kept() -> None:
+    remade = remade_of({**TAGS, "bt_teacache_coefficients": "1 -2.5 -.5"}, recipe_of())
+    place = remade.session.index("--teacache_coefficients")
+    assert remade.session[place + 1 : place + 4] == ["1", "-2.5", "-.5"]
+
+
 def test_pictures_that_it_began_from_and_loras_of_experts_are_named() -> None:
     tags = {**TAGS, "bt_image_path": "first.png", "bt_lora_high_noise_0": "h.safetensors: 0.5"}
     remade = remade_of(tags, recipe_of())

@@ -1,6 +1,7 @@
 """The buttons of a run: what they write, what they refuse, and that they say so where one clicked."""
 
 import html
+import json
 import os
 import re
 import shutil
@@ -71,6 +72,32 @@ def buttons(served: Served, name: str = "own") -> set[str]:
     return set(re.findall(r"<button[^>]*>([^<]*)<", page))
 
 
+def write_generating_run(output: Path, kind: str | None, script: str = "wan_generate_video.py") -> None:
+    """Write a run whose history has a command of a script that makes something with its file."""
+    path = write_run(output, "own", kind=kind)
+    line = f"python {script} --lora_weight {output.name}/own.safetensors --prompt x"
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": 6, "commands": [["Generate with it", line, line, "", ""]]}) + "\n")
+
+
+@pytest.mark.parametrize("script", ["gen_img.py", "none.py"])
+def test_a_run_that_no_form_can_be_filled_from_says_so(script: str, served: Served, tmp_path: Path) -> None:
+    write_generating_run(tmp_path / "my clips" / "output", "good", script)
+    page = served.ask(f"{address_of(served)}deeds").text
+    assert "Generate with it" not in page
+    assert "The page Generate cannot be filled from this run" in page
+    run = address_of(served).split("/")[2]
+    form = served.ask(f"/generate?run={run}").text
+    assert "its history has no command of a script that this page drives" in form
+    assert '<option value="" selected>choose …</option>' in form
+    assert 'id="prompt"' not in form
+    origin = {"Origin": served.url, "Content_Type": "application/x-www-form-urlencoded"}
+    again = served.ask("/generate/form", "POST", "source=&draft=0123456789abcdef", **origin).text
+    assert re.findall('<pre id="command"[^>]*>(.*?)</pre>', form + again) == ["", ""]
+    made = served.ask("/generate/make", "POST", "source=&draft=0123456789abcdef", **origin)
+    assert (made.status, "Model: choose one." in made.text) == (422, True)
+
+
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
@@ -84,7 +111,7 @@ def test_a_run_has_the_buttons_of_its_state(
     kind: str | None, expected: set[str], served: Served, tmp_path: Path
 ) -> None:
     if kind != "draft":
-        write_run(tmp_path / "my clips" / "output", "own", kind=kind)
+        write_generating_run(tmp_path / "my clips" / "output", kind)
     assert buttons(served) == expected
 
 
@@ -262,7 +289,7 @@ def write_resumable(folder: Path, name: str, **told: object) -> None:
 def test_a_run_of_a_terminal_continues_with_its_own_command(
     served: Served, queue: JobQueue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("browser.queue_views.check_options", lambda words, folder, may_come: None)
+    monkeypatch.setattr("browser.queue_views.check_options", lambda words, folder, may_come, seconds: None)
     write_resumable(tmp_path / "other", "typed", changed=[["output_dir", str(tmp_path / "other")]])
     assert {"Continue", "Train on", "Remove"} <= buttons(served, "typed")
     assert press(served, "start", "typed").status == 200
@@ -424,11 +451,28 @@ def test_the_end_is_told_only_if_somebody_wants_it(served: Served, tmp_path: Pat
         box = page.get_by_label("tell me when it ends")
         assert not box.is_checked()
         box.check()
-        assert "sound" in page.locator("#told_how").inner_text()
+        page.locator("#told_how").get_by_text("sound").wait_for()
         page.wait_for_timeout(500)
         shutil.rmtree(output)
         write_run(output, "own", kind="good")
         wait_until(page, "document.title === 'own: finished'")
+
+
+@pytest.mark.parametrize("kind", ["good", ""])
+def test_no_button_comes_to_the_place_of_stop(kind: str, served: Served, tmp_path: Path) -> None:
+    output = tmp_path / "my clips" / "output"
+    write_generating_run(output, None)
+    with open_page(f"{served.url}{address_of(served)}", width=390) as page:
+        page.get_by_role("button", name="Stop").wait_for()
+        box = page.locator("#stop").bounding_box()
+        assert box is not None
+        shutil.rmtree(output)
+        write_generating_run(output, kind)
+        wait_until(page, "document.getElementById('stop') === null")
+        places = page.locator("#deeds button").all()
+        tops = [place.bounding_box()["y"] for place in places]
+        assert len(tops) > 2
+        assert min(tops) >= box["y"] + box["height"]
 
 
 def test_train_on_this_opens_new_for_a_dataset(served: Served, tmp_path: Path) -> None:

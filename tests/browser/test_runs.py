@@ -111,6 +111,16 @@ def test_a_run_is_of_here_however_its_folder_was_typed(typed: str, tmp_path: Pat
     assert look(tmp_path)["x"].is_of_here
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="files have no owner's number there")
+def test_a_history_of_another_account_is_from_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_run(tmp_path / "output", changed=[["output_dir", "output"]])
+    assert look(tmp_path)["x"].is_of_here
+    monkeypatch.setattr("os.getuid", lambda: 4_000_000_000)
+    assert not look(tmp_path)["x"].is_of_here
+
+
 def test_a_resumed_run_is_running_again(tmp_path: Path) -> None:
     path = write_run(tmp_path, kind="")
     started = path.read_text(encoding="utf-8").splitlines()[1]

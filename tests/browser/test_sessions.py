@@ -68,6 +68,12 @@ def test_results_stay_below_the_folder_that_is_shown(place: str, tmp_path: Path)
         limit_session(path, top / "queue", top)
 
 
+@pytest.mark.parametrize("place", ["reelsmith-queue", "Reelsmith-Queue/logs", "a/../reelsmith-queue/x"])
+def test_no_results_go_among_the_files_of_the_queue(place: str, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="no results go into the queue's folder"):
+        limit_session(tmp_path / place, tmp_path / "reelsmith-queue" / "making", tmp_path)
+
+
 def test_a_session_may_write_its_results_and_previews(tmp_path: Path) -> None:
     variables = limit_session(tmp_path / "generated", tmp_path / "queue" / "making", tmp_path)
 

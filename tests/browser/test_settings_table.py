@@ -1,6 +1,7 @@
 """All settings of a folder: what is typed is checked by the script and written, and nothing else."""
 
 import contextlib
+import html
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -160,6 +161,35 @@ def test_a_button_saves_what_its_form_holds_at_once(tmp_path: Path) -> None:
     assert (folder / RUN_FILE).read_text(encoding="utf-8") == RUN.replace(
         "network_dim = 32", "network_dim = 16"
     )
+
+
+def test_a_warning_of_the_script_is_said_with_what_is_saved(tmp_path: Path) -> None:
+    folder = write_draft(tmp_path)
+    with serve_runs(tmp_path) as served:
+        assert "is very high" not in send_table(served, folder, "look", network_dim="8").text
+        answer = send_table(served, folder, "save", learning_rate="1")
+    assert "--learning_rate 1 is very high for AdamW" in html.unescape(answer.text)
+    assert "learning_rate = 1" in (folder / "run.toml").read_text(encoding="utf-8")
+
+
+def test_what_follows_from_the_steps_is_named(tmp_path: Path) -> None:
+    folder = write_draft(tmp_path)
+    with serve_runs(tmp_path) as served:
+        told = html.unescape(send_table(served, folder, "save", max_train_steps="100").text)
+        assert "sample_every_n_steps = 200: as for the steps before. For 100 steps `new` writes" in told
+        assert "The field Steps, at the top, changes them together." in told
+        saved = (folder / "run.toml").read_text(encoding="utf-8")
+        assert "max_train_steps = 100\n" in saved
+        both = send_table(
+            served,
+            folder,
+            "look",
+            saved,
+            max_train_steps="300",
+            sample_every_n_steps="30",
+            learning_rate="0.001",
+        )
+        assert "as for the steps before" not in both.text
 
 
 def test_nothing_changed_is_said(tmp_path: Path) -> None:

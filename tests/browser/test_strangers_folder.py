@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlencode
@@ -10,9 +12,10 @@ from urllib.parse import urlencode
 import pytest
 from PIL import Image
 
+from browser.captioning import TYPED_OPTIONS, caption_words
 from browser.errands import Errands, errand_name
 from browser.jobs import WAITING, open_queue
-from browser.launch import check_options
+from browser.launch import READ_OPTIONS, check_options
 from browser.queue_views import read_jobs
 from browser.runs import RUNNING, Runs
 from modules.errors import OptionError
@@ -196,7 +199,10 @@ def test_a_line_of_the_memory_plan_has_the_limits_of_its_folder(
         ["flux_train_network.py", "--console_log_file", "{mine}/.bashrc"],
         ["flux_train_network.py", "--console_log_file", "{mine}/new.log"],
         ["flux_train_network.py", "--config_file", "new.toml", "--output_config"],
-        ["gen_img.py", "--console_log_file", "{mine}/.bashrc"],
+        [
+            *["gen_img.py", "--ckpt", "cache/dit.safetensors", "--prompt", "x", "--console_log_file"],
+            "{mine}/.bashrc",
+        ],
     ],
 )
 def test_checking_the_options_of_a_line_writes_nothing(words: list[str], folder: Path, root: Path) -> None:
@@ -266,14 +272,14 @@ def test_checking_many_jobs_takes_no_more_time_than_all_may_take(monkeypatch: py
     given: list[float] = []
     now = [0.0]
 
-    def check(words: object, folder: object, seconds: float) -> None:
+    def check(words: object, folder: object, may_come: bool, seconds: float) -> None:
         given.append(seconds)
         now[0] += 11.0
 
     monkeypatch.setattr("browser.queue_views.check_options", check)
     monkeypatch.setattr("browser.queue_views.time.monotonic", lambda: now[0])
     lines = "\npython wan_train_network.py --seed 1" * 20
-    read_jobs(lines, None)
+    read_jobs(lines, None, may_come=False)
     assert given == [30.0, 19.0, 8.0]
 
 
@@ -293,7 +299,7 @@ def test_a_path_of_nobody_is_a_sentence_on_the_page(text: str, served: Served, r
 def test_new_says_that_there_is_no_such_user(folder: Path) -> None:
     words = ["new", str(folder), "--family", "flux", "--task", "dev", "--trigger_word", "x", "--overwrite"]
     done = run_script("reelsmith.py", *words, "--model_file", "ae=~nobody9/x", check=False)
-    assert "--model_file ae=~nobody9/x: there is no such user. Write the path out" in done.stderr
+    assert "--model_file ae '~nobody9/x': there is no such user. Write the path out" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -311,3 +317,60 @@ def test_a_style_of_the_working_folder_draws_no_picture(folder: Path) -> None:
 
     assert run_python("-c", code, folder=folder, environment=variables).stdout == usual
     assert usual.lstrip("-").isdecimal()
+
+
+def test_pictures_go_only_to_a_server_that_was_typed(root: Path, folder: Path) -> None:
+    """A printed line that a button starts sends nothing; the address in the page's form was typed."""
+    (folder / "cat.txt").write_text("a cat", encoding="utf-8")
+    queue = open_queue(Runs((root,)), read_only=False)
+    errands = Errands(queue)
+    words = caption_words("http://127.0.0.1:9/v1 model", "", try_on=1)
+    name = errand_name("try", folder)
+
+    errands.start(name, words, folder, within=folder)
+    ended = errands.wait(name, SECONDS)
+    assert ended is not None
+    assert "--api_base: what a folder describes does not leave this machine" in ended.last_lines()
+
+    errands.start(name, words, folder, within=folder, typed=TYPED_OPTIONS)
+    ended = errands.wait(name, SECONDS)
+    assert ended is not None
+    assert "127.0.0.1:9" in ended.last_lines()
+    assert "does not leave this machine" not in ended.last_lines()
+
+    queue.add(words, folder, within=folder, typed=TYPED_OPTIONS)
+    job = open_queue(Runs((root,)), read_only=False).jobs()[0]
+    assert job.typed == "api_base"
+    queue.edit(job.id, job.line)
+    assert not queue.jobs()[0].typed
+
+
+@pytest.mark.parametrize(
+    "deed",
+    [
+        "import socket; socket.getaddrinfo('localhost', 80)",
+        "import socket; socket.socket(2, 2).sendto(b'x', ('127.0.0.1', 9))",
+        "import socket; socket.socket().bind(('127.0.0.1', 0))",
+        "import os; os.chmod('mine', 0)",
+        "import os; os.utime('mine', (0, 0))",
+        "import os; os.rename('mine', 'other')",
+        "import shutil; shutil.move('mine', 'other')",
+        "import subprocess; subprocess.run(['true'])",
+    ],
+)
+def test_reading_options_ends_before_anything_is_done(deed: str, tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text(MINE, encoding="utf-8")
+    before = (tmp_path / "mine").stat()
+    script = tmp_path / "script.py"
+    script.write_text(f"{deed}\nraise SystemExit('it went on')\n", encoding="utf-8")
+
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", READ_OPTIONS, str(script)],
+        cwd=tmp_path,
+        capture_output=True,
+        encoding="utf-8",
+    )
+
+    assert (done.returncode, done.stderr) == (0, "")
+    after = (tmp_path / "mine").stat()
+    assert (after.st_mode, after.st_mtime_ns) == (before.st_mode, before.st_mtime_ns)

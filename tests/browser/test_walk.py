@@ -34,6 +34,7 @@ from tests.chromium import open_tabs
 from tests.commands import QUIET
 
 SEED = 20261127
+TOKEN = "walks-with-a-token-of-its-own"
 SEED_VARIABLE, CLICKS_VARIABLE = "REELSMITH_WALK_SEED", "REELSMITH_WALK"
 CLICKS, MANY_CLICKS = 20, 500
 MODEL_FILES = tuple(f"{name}={POCKET / name}.safetensors" for name in ("dit", "vae", "t5"))
@@ -74,8 +75,8 @@ def serve_world(root: Path, is_real: bool) -> Iterator[World]:
     write_png(upload, np.full((48, 64, 3), 30, np.uint8))
     texts = [*folders, *lines, str(root / "my clips" / "Bild ö 1.png"), "convert_lora.py --help"]
     try:
-        with serve_runs(root, queue=queue, maker=maker, models=root / "models") as served:
-            world = World(served, root, queue, maker, texts=texts, upload=upload)
+        with serve_runs(root, queue=queue, maker=maker, models=root / "models", token=TOKEN) as served:
+            world = World(served, root, queue, maker, texts=texts, upload=upload, token=TOKEN)
             with world.watch_log():
                 yield world
     finally:
@@ -103,7 +104,10 @@ def walk_pages(root: Path, count: int, seed: int, is_real: bool = False) -> None
     seed = int(os.environ.get(SEED_VARIABLE, seed))
     saved = os.environ.get(CLICKS_VARIABLE)
     clicks = read_clicks(Path(saved)) if saved else []
-    with serve_world(root, is_real) as world, open_tabs(world.served.url, 2, SCRIPT) as pages:
+    with (
+        serve_world(root, is_real) as world,
+        open_tabs(f"{world.served.url}/?token={TOKEN}", 2, SCRIPT) as pages,
+    ):
         walk = Walk(world, pages, seed)
         for number in range(len(clicks) or count):
             if clicks:

@@ -103,7 +103,7 @@ globalThis.walker = (() => {
       const post = one.getAttribute("hx-post"), address = post ?? one.getAttribute("hx-get");
       const body = new URLSearchParams(fields);
       const headers = { "HX-Request": "true" };
-      const answer = await (post ? fetch(address, { method: "POST", body, headers }) : fetch(`${address}?${body}`, { headers }));
+      const answer = await (post ? fetch(address, { method: "POST", body, headers }) : fetch(`${address}${address.includes("?") ? "&" : "?"}${body}`, { headers }));
       const page = new DOMParser().parseFromString(await answer.text(), "text/html");
       const own = one.hasAttribute("hx-select") ? page.querySelector(one.getAttribute("hx-select")) : page.body;
       if (!one.isConnected || !own) continue;

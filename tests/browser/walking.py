@@ -21,6 +21,7 @@ from browser import launch
 from browser.jobs import LOGS, WAITING, JobQueue
 from browser.making import ResultMaker
 from browser.runs import RUNNING
+from browser.server import COOKIE
 from modules.errors import OptionError
 from tests.browser.serving import Served
 from tests.chromium import read_page
@@ -33,7 +34,7 @@ TEXTS = (
 )
 NUMBERS = ("", "0", "1", "2", "12", "20", "30", "48", "64", "-1", "1e9", "0.5", "999999999999", "many")
 QUIET_SECONDS = 0.15  # without a request, after which a page is at rest
-MOST_SECONDS = 30  # for a page to come to rest: scripts check the options of their commands
+MOST_SECONDS = 60  # for a page to come to rest: scripts check the options of their commands
 POLL_SECONDS = 12  # in which each page has asked for what is new
 CLICK_SECONDS = 3  # for a control to become one that can be pressed
 MOST_ASKED = 12  # addresses that are asked for at once
@@ -183,6 +184,7 @@ class World:
     maker: ResultMaker
     texts: Sequence[str]  # that make sense in a field here: folders, files, command lines
     upload: Path  # a file to send
+    token: str  # of the server
     traces: list[str] = field(default_factory=list)  # tracebacks in the server's log
 
     def list_started(self) -> dict[str, tuple[list[str], str]]:
@@ -474,7 +476,8 @@ class Walk:
         number = len(self.clicks)
         due = [one for one in tab.ask("addresses") if self.answered.get(one, -STEADY) + STEADY <= number]
         for address in due[:MOST_ASKED]:
-            status = self.world.served.ask(address.removeprefix(self.world.served.url)).status
+            place = address.removeprefix(self.world.served.url)
+            status = self.world.served.ask(place, Cookie=f"{COOKIE}={self.world.token}").status
             if status in (200, 204, 303):
                 self.answered[address] = len(self.clicks)
             else:

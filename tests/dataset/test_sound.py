@@ -444,7 +444,7 @@ def test_sound_that_a_kill_left_out_is_told_of(tmp_path: Path, caplog: pytest.Lo
     write_media(tmp_path / "silent.mp4")
     config = make_set(tmp_path)
     cache(config)
-    said = "1 clip with sound that is not cached, such as {}: learned silent"
+    said = "1 clip with sound that is not cached, such as {}: only their pictures are learned"
 
     def told() -> tuple[bool, bool]:
         caplog.clear()

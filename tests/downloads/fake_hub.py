@@ -104,6 +104,8 @@ def serve() -> Iterator[FakeHub]:
                 if start >= len(data):
                     self._reply(416, b"")
                     return
+            # before the headers, after which the client may ask again, in another thread
+            end = start + hub.cuts.pop(0) if with_data and hub.cuts else len(data)
             stated = hub.states_range if with_data else None
             self.send_response(206 if start or stated is not None else 200)
             if start or stated is not None:
@@ -114,7 +116,6 @@ def serve() -> Iterator[FakeHub]:
             self.end_headers()
             if not with_data:
                 return
-            end = start + hub.cuts.pop(0) if hub.cuts else len(data)
             self.wfile.write(data[start:end])
             if end < len(data):
                 self.close_connection = True

@@ -153,6 +153,17 @@ def test_png_files_have_no_sound_and_one_note_says_so(
     assert make(model, tmp_path / "with", "--output_type", "images", "--save_audio", "wav") == ["1", "1.wav"]
 
 
+def test_a_file_of_sound_without_sound_is_told(
+    model: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = ["--save_audio", "wav", "--output_type", "images", "--video_length", "1"]
+
+    assert make(model, tmp_path, *words) == ["1"]
+
+    told = "--save_audio wav is ignored because nothing with sound is made"
+    assert [message for message in caplog.messages if "--save_audio" in message] == [told]
+
+
 def test_a_tool_on_frames_keeps_the_track(tmp_path: Path) -> None:
     post, _ = post_of(Larger(), Smoother())
     track = tone((2, 8, 320)).flatten(1).numpy(), RATE

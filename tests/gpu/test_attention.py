@@ -105,10 +105,12 @@ def attend_on(
     return [result.detach(), *(torch.autograd.grad(result, sources, gradient) if learns else ())]
 
 
-def assert_near(found: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype) -> None:
-    for ours, theirs, tolerance in zip(
-        found, expected, [FORWARD[dtype], *[BACKWARD[dtype]] * 3], strict=False
-    ):
+def assert_near(
+    found: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype, cancels: float = 1.0
+) -> None:
+    """cancels: how many times as large as usual errors of gradients may be."""
+    tolerances = [FORWARD[dtype], *[cancels * BACKWARD[dtype]] * 3]
+    for ours, theirs, tolerance in zip(found, expected, tolerances, strict=False):
         assert ours.dtype == dtype
         assert relative_error(ours, theirs) <= tolerance
 
@@ -140,7 +142,9 @@ def test_keys_that_stand_for_several(cuda: torch.device, dtype: torch.dtype, key
     """As the padding of texts, computed once: gradients too."""
     repeats, inputs = torch.tensor([1.0] * (keys - 1) + [473.0]), draw((2, 130, keys, 2, 128), dtype)
     expected = exact_with_gradients(inputs, repeats=repeats)
-    assert_near(attend_on(inputs, SDPA, cuda, repeats=repeats), expected, dtype)
+    # one key has up to 98.7 % of a query's weight: gradients are what is left of the weighted
+    # mean without this key's share, and 16 bits round both (2.7 % with 7 keys on an H200)
+    assert_near(attend_on(inputs, SDPA, cuda, repeats=repeats), expected, dtype, cancels=2)
 
 
 def test_gradients_with_a_bias_are_numbers_for_every_length(cuda: torch.device) -> None:

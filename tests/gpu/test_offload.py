@@ -312,7 +312,7 @@ def test_a_device_and_memory_for_copies_to_it_get_the_bytes_of_the_file(
     path = write_dit(tmp_path, tiny_state("t2v", dtype=torch.bfloat16, num_layers=3), dialect)
     poison(cuda, 1 << 24)
     expected = load_dit(path, Placement(torch.device("cpu"), compute_dtype=target)).state_dict()
-    for host in (None, host_weights(SwapPlan(DIT, 0), cuda, whole=True)):
+    for host in (None, host_weights(SwapPlan(DIT, 0), cuda, all_weights=True)):
         found = load_dit(path, Placement(cuda, compute_dtype=target, host=host)).state_dict()
         assert found.keys() == expected.keys()
         assert all(equal_bits(found[name], each) for name, each in expected.items())

@@ -266,12 +266,19 @@ def test_commands_that_follow_from_a_training_are_read_again() -> None:
     assert made.guidance.rescaling("audio") is None
 
 
-def test_options_for_pictures_are_told_where_sound_is_alone(caplog: pytest.LogCaptureFixture) -> None:
+def test_options_of_a_stream_that_is_not_made_are_told(caplog: pytest.LogCaptureFixture) -> None:
     guidance = Ltx2GuidanceOptions(video_cfg_scale=5.0, audio_cfg_scale=3.0)
-    log_ignored(guidance, Ltx2ReferenceOptions(reference_downscale=2))
+    records = guidance, Ltx2ReferenceOptions(reference_downscale=2)
+    log_ignored(["video", "audio"], *records)
+    assert not caplog.messages
 
-    told = "--video_cfg_scale, --reference_downscale: ignored, because sound alone has no pictures"
-    assert caplog.messages == [told]
+    log_ignored(["audio"], *records)
+    log_ignored(["video"], *records)
+
+    assert caplog.messages == [
+        "--video_cfg_scale, --reference_downscale: ignored, because sound alone has no pictures",
+        "--audio_cfg_scale: ignored, because pictures alone have no sound",
+    ]
 
 
 @pytest.mark.parametrize(

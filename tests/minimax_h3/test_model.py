@@ -232,3 +232,19 @@ def test_the_released_files_fit(tmp_path: Path, manifest: str) -> None:
     assert (config.dim, config.num_heads, config.num_layers, config.frequencies) == (5376, 56, 50, 16)
     assert config.table_rows == (1025 if "pruned" in manifest else 0)
     assert numpy.prod(dit.blocks[0].adaln_proj["linear"].weight.shape) == 96768 * config.time_dim
+
+
+@pytest.mark.parametrize("place", [0, 1], ids=["pictures", "sound"])
+def test_times_are_embedded_in_float32_where_the_model_computes_in_bf16(tmp_path: Path, place: int) -> None:
+    """Of 0.9009 bf16 makes 0.8984: the embedding is rounded, not the time."""
+    model = load(tmp_path).bfloat16()
+    times = [0.9009, 0.9009]
+    rounded = list(times)
+    rounded[place] = float(torch.tensor(times[place]).bfloat16())
+    assert rounded != times
+
+    with torch.no_grad():
+        exact = model(VIDEO.bfloat16(), HEARD.bfloat16(), (times[0], times[1]), TEXT.bfloat16())
+        other = model(VIDEO.bfloat16(), HEARD.bfloat16(), (rounded[0], rounded[1]), TEXT.bfloat16())
+
+    assert not torch.equal(exact[place], other[place])

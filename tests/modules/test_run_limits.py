@@ -46,6 +46,28 @@ WRITERS: list[Callable[[Path], object]] = [
 
 
 @pytest.mark.parametrize("write", WRITERS)
+@pytest.mark.parametrize(
+    "name", ["reelsmith-queue/queue.txt", "reelsmith-queue", "output/../Reelsmith-Queue/logs/1.log"]
+)
+def test_nothing_is_written_among_the_files_of_a_queue(
+    write: Callable[[Path], object], name: str, tmp_path: Path
+) -> None:
+    own = tmp_path / "reelsmith-queue" / "making"  # of the page, for its own process
+    own.mkdir(parents=True)
+    with limit_run([tmp_path]), pytest.raises(OutputError, match="whose files say what is started"):
+        write(tmp_path / name)
+    with limit_run([tmp_path, own]):
+        atomic_write.write_text(own / "1.json", "x")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["1.json", "making", "reelsmith-queue"]
+
+
+def test_an_option_names_no_folder_of_a_queue(tmp_path: Path) -> None:
+    for name in ("reelsmith-queue", "REELSMITH-QUEUE/logs", "reelsmith-queue./x"):
+        with limit_run([tmp_path]), pytest.raises(OptionError, match="whose files say what is started"):
+            refuse_outside("output_dir", tmp_path / name)
+
+
+@pytest.mark.parametrize("write", WRITERS)
 def test_nothing_is_written_through_a_link_that_leads_elsewhere(
     write: Callable[[Path], object], tmp_path: Path
 ) -> None:

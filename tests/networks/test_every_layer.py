@@ -1,18 +1,24 @@
 """Every layer of every model in every dialect: a LoRA of it is read under the name that the model knows."""
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from contract.loading import Placement
 from encoders.clip_layers import ClipText
+from minimax_h3.dit_checkpoints import load_dit
 from networks.deltas import group_by_module
 from networks.key_formats import families_of, to_native
+from networks.loading import read_lora, warn_of_other_family
 from networks.module_names import family_named
 from networks.names.layouts import OURS
 from networks.names.texts import published_path
+from tests.minimax_h3.tiny_dit import released, their_dit
 from tests.stable_diffusion.loaded import make_towers
 from tests.tiny.dits import DITS, TinyDit
 from tests.tiny.stable_diffusion import RELEASED_UNETS
@@ -59,6 +65,17 @@ def test_every_layer_of_a_transformer_is_read(tiny: TinyDit, dialect: str) -> No
     assert modules_of({**native.tensors, **native.texts}) == {
         OURS + path.replace(".", "_") for path in layers
     }
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_every_layer_of_minimax_h3_is_read(tmp_path: Path, dialect: str) -> None:
+    save_file(released(their_dit().state_dict()), tmp_path / "h3.safetensors")
+    layers = layers_of(load_dit(tmp_path / "h3.safetensors", Placement(torch.device("cpu"))))
+
+    native = to_native(write_lora(layers, DIALECTS[dialect]), "minimax_h3")
+
+    assert not native.unknown
+    assert modules_of(native.tensors) == {OURS + path.replace(".", "_") for path in layers}
 
 
 UNET_DIALECTS = {
@@ -134,3 +151,25 @@ def test_every_layer_of_a_text_encoder_is_read(kind: str, dialect: str, is_deep:
     assert not native.unknown
     assert not native.text_encoder
     assert modules_of(native.texts) == expected
+
+
+def test_a_family_by_names_is_not_said_to_be_in_the_metadata(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    aliased = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
+    tensors = {aliased + KOHYA[0]: torch.ones(1, 640), aliased + KOHYA[1]: torch.ones(640, 1)}
+    save_file(tensors, tmp_path / "lora.safetensors")
+
+    warn_of_other_family(read_lora(tmp_path / "lora.safetensors"), family_named("sd1"))
+
+    assert "was trained for sdxl, as its names say, and is used on a sd1 model" in caplog.text
+
+
+@pytest.mark.parametrize("start", ["lora_unet.", "lora_transformer."])
+def test_dotted_names_of_onetrainer_are_read(start: str) -> None:
+    layers = layers_of(DITS[0].make(2))
+
+    native = to_native(write_lora(layers, (lambda path: start + path, KOHYA)))
+
+    assert modules_of(native.tensors) == {OURS + path.replace(".", "_") for path in layers}
+    assert native.dialect == "OneTrainer"

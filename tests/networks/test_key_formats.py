@@ -229,6 +229,26 @@ def test_an_alpha_of_all_is_that_of_every_encoder_and_expert() -> None:
     assert all("alpha" in names for names in parts.values())
 
 
+@pytest.mark.parametrize(
+    ("module", "size", "families", "family"),
+    [
+        ("double_blocks.0.img_attn.proj", 3072, ["hunyuan_video", "flux"], None),
+        ("down_blocks.3.resnets.0.time_emb_proj", 1280, ["sd1", "sd2"], "sd1"),  # of the same names
+        ("single_blocks.0.linear2", 3072, ["hunyuan_video", "flux"], None),
+    ],
+)
+def test_no_family_is_taken_where_several_are_possible(
+    module: str, size: int, families: list[str], family: str | None
+) -> None:
+    down, up = torch.zeros(4, size), torch.zeros(size, 4)
+    if module.endswith("linear2"):
+        down = torch.zeros(4, 5 * size)
+    native = to_native({f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up})
+    names = [possible.name for possible in native.families]
+    assert [name for name in families if name in names] == families
+    assert (native.family and native.family.name) == family
+
+
 def test_what_has_no_form_in_the_other_dialect_is_named_with_its_reason() -> None:
     tensors = factors("lora_unet_blocks_0_ffn_0") | factors("lora_unet_blocks_0_unheard_of")
     lokr = {"lokr_w1": torch.ones(1, 1), "lokr_w2": torch.ones(3, 3)}

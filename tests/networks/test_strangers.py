@@ -453,13 +453,16 @@ def test_training_and_generation_read_the_alpha_of_the_header(tmp_path: Path) ->
             [f"diffusion_model.{PROJ}.reshape_weight"],
             "are parts of layers called reshape_weight, which are not",
         ),
+        (
+            [f"lora_unet_{PROJ.replace('.', '_')}.lora_gate.weight"],
+            "are parts of layers called lora_gate, which are not",
+        ),
         (["bundle_emb.word.string_to_param"], "are embeddings of words"),
         (
             ["bundle_emb.ohwx.string_to_param"],
             "so that ohwx means nothing in a prompt. Save its tensors as ohwx",
         ),
         (["bundle_emb.ohwx.clip_l"], "give that to gen_img.py --textual_inversion_embeddings"),
-        (["blocks.0.ffn.0.set_weight"], "weights that ComfyUI puts in place of the model's"),
         (
             ["img_encoder.x.lora_A.weight", "img_encoder.x.lora_B.weight"],
             "no known model has layers of these names",

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from modules.errors import CheckpointError
+from networks.added import fitting, places
 from networks.apply import LoraPatch
 from networks.loading import LoraUse, read_lora
 from networks.text_loras import WholePatch, for_encoders, uses_for
@@ -104,3 +106,35 @@ def test_what_an_encoder_lacks_is_called_by_its_own_name(
     assert "the first text encoder of this model has no such layers" in caplog.text
     assert deep in caplog.text
     assert "lora_unet" not in caplog.text
+
+
+class Encoder(nn.Module):
+    """Of a model that uses no projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text_model = nn.Linear(SIZE, SIZE)
+
+
+@pytest.mark.parametrize("way", ["merged", "added"])
+def test_a_projection_alone_that_an_encoder_lacks_is_a_warning(
+    tmp_path: Path, way: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The file's other parts act; a file of this part alone does nothing, and is refused."""
+
+    def put_in(use: LoraUse) -> None:
+        (part,) = uses_for([use], "lora_te1", SDXL)
+        if way == "added":
+            assert not fitting(part.lora, places(Encoder()), "--network_weights")
+            return
+        patch = LoraPatch([part])
+        patch.add_to("text_model.weight", torch.zeros(SIZE, SIZE))
+        patch.check()
+
+    use = write(tmp_path / "lora.safetensors", "lora_te1_text_projection")
+    put_in(use)
+    assert "they are the projection of the first text encoder, which this model does not use" in caplog.text
+
+    save_file(dict(use.lora.text_tensors), tmp_path / "alone.safetensors")
+    with pytest.raises(CheckpointError, match="lora_te1_text_projection"):
+        put_in(LoraUse(read_lora(tmp_path / "alone.safetensors", with_texts=True)))

@@ -392,7 +392,7 @@ def test_clips_that_are_too_short_for_a_model_say_nothing_of_the_others(tmp_path
     said = new(tmp_path, model="minimax_h3 t2va")
     assert "320x256: the size of a typical file, a.png" in said
     assert "too short for a clip of this model, which learns nothing" in said
-    assert "learned silent" not in said
+    assert "only the pictures are learned" not in said
     assert "tiny" not in said
 
 
@@ -636,7 +636,7 @@ def test_the_sound_file_of_a_clip_is_its_sound(tmp_path: Path) -> None:
     (tmp_path / "a" / "bell 0.wav").unlink()
     said = new(tmp_path / "a", "--overwrite", model="minimax_h3 t2va")
     assert "noise.wav: left out, this kind is not read" in said
-    assert "bell 0.mp4: without sound: learned silent" in said
+    assert "bell 0.mp4: without sound: only the pictures are learned" in said
     assert "bell 0.wav: left out" in new(write_again(tmp_path / "b"), model="ltx_2 av")
 
 

@@ -142,7 +142,7 @@ def test_what_is_left_out_or_odd_gets_a_line(tmp_path: Path) -> None:
         f"{folder}: 2 clips and 5 pictures. ",
         "cut.png: transparent in part",
         "small.png",
-        "clip 0.mp4: without sound: learned silent",
+        "clip 0.mp4: without sound: only the pictures are learned",
         "to download",
     ):
         assert line in said

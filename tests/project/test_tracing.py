@@ -28,7 +28,7 @@ def end_with(error: BaseException, folder: Path) -> None:
     ("words", "doing"),
     [
         (["python", "tools/download.py", "--family", "wan"], "downloading the model"),
-        (CHECK, "checking the clips"),
+        (CHECK, "checking the files"),
         (CHECK[:-1], "caching latents"),
         (["python", "krea2_cache_text_encoder_outputs.py"], "caching captions"),
         (TRAIN, "training"),
@@ -44,7 +44,7 @@ def test_a_run_that_checks_and_caches_is_listed_with_what_it_does(tmp_path: Path
         begin(trace, tmp_path)
         trace.note(CHECK)
         [run] = Runs([tmp_path]).list_all()
-        assert (run.name, run.state, run.doing) == ("clips.run", RUNNING, "checking the clips")
+        assert (run.name, run.state, run.doing) == ("clips.run", RUNNING, "checking the files")
         trace.note(CHECK[:-1])
         [run] = Runs([tmp_path]).list_all()
         assert run.doing == "caching latents"
@@ -54,9 +54,9 @@ def test_a_run_that_checks_and_caches_is_listed_with_what_it_does(tmp_path: Path
 @pytest.mark.parametrize(
     ("error", "state", "reason"),
     [
-        (SystemExit(1), DIED, "ended while checking the clips: exit code 1"),
-        (OptionError("--vae x is missing"), DIED, "ended while checking the clips: --vae x is missing"),
-        (KeyboardInterrupt(), STOPPED, "ended while checking the clips: it was stopped"),
+        (SystemExit(1), DIED, "ended while checking the files: exit code 1"),
+        (OptionError("--vae x is missing"), DIED, "ended while checking the files: --vae x is missing"),
+        (KeyboardInterrupt(), STOPPED, "ended while checking the files: it was stopped"),
     ],
 )
 def test_a_run_that_ended_at_a_check_leaves_a_trace(

@@ -227,3 +227,11 @@ def test_pictures_with_other_inputs_are_another_batch(change: dict[str, Any]) ->
     other = AskedPicture(**{**one.__dict__, **change})
     same = AskedPicture(**{**other.__dict__, **{key: type(value)(value) for key, value in change.items()}})
     assert [len(batch) for batch in batches([one, other, same], 4)] == [1, 2]
+
+
+def test_a_vae_in_float32_is_told_where_all_is(caplog: pytest.LogCaptureFixture) -> None:
+    options("--no_half_vae", "--fp16")
+    assert not caplog.messages
+
+    options("--no_half_vae")
+    assert caplog.messages == ["--no_half_vae is ignored because none of --fp16, --bf16 is given"]

@@ -115,6 +115,30 @@ def test_rotations_are_added_and_folded_in(fresh: Fresh, tmp_path: Path, words: 
     loaded.assert_same(loaded.results(model), loaded.results(wanted))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("words", [[], ["--network_pre_calc"], ["--network_merge"]])
+def test_weights_are_set_at_any_strength(fresh: Fresh, tmp_path: Path, words: list[str]) -> None:
+    """A matrix, a convolution and a norm of the U-Net, and a matrix of the text encoder."""
+    wanted, model, tensors = fresh(), fresh(), {}
+    modules = {
+        loaded.kohya_name(path, wanted.kind.name): module for path, module in wanted.unet.named_modules()
+    }
+    modules |= loaded.text_modules(wanted)
+    for number, (name, module) in enumerate(modules.items()):
+        if not name.endswith(("attn1_to_q", "norm2", "conv_in", "mlp_fc1")):
+            continue
+        values = 0.3 * torch.randn(module.weight.shape, generator=torch.Generator().manual_seed(number))
+        tensors[f"{name}.set_weight"] = values
+        module.weight.copy_(values)
+    endings = {name.removesuffix(".set_weight").rpartition("_")[2] for name in tensors}
+    assert endings == {"q", "norm2", "in", "fc1"}
+    save_file(tensors, tmp_path / "set.safetensors")
+
+    loaded.put_in(model, tmp_path / "set.safetensors", "--network_mul", 0.5, *words)
+
+    loaded.assert_same(loaded.results(model), loaded.results(wanted))
+
+
 @pytest.mark.long
 def test_the_first_files_are_merged_and_the_others_have_strengths(fresh: Fresh, tmp_path: Path) -> None:
     plain = fresh()

@@ -508,6 +508,6 @@ def write_deep(family: TinyFamily, folder: Path, clips: WriteClips = write_clips
         write_tiny_flux_3(folder / "model", mode_blocks=2, joint_blocks=6)
     elif family.name in writers:
         writers[family.name](folder / "model", num_layers=4)
-    else:
+    elif family.name.startswith("wan"):
         kind = "vace" if "vace" in family.name else "t2v"
         write_dit(folder / "model", tiny_state(kind, num_layers=4), name="dit")

@@ -1,6 +1,5 @@
 """Which tokens of a micro-batch go through the middle blocks."""
 
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,10 +10,9 @@ from torch import Tensor
 from contract.data import LOSS_MASK, Batch
 from contract.family import Abilities, DitSpec
 from modules.errors import OptionError
-from training.checks import check_tread
+from training.features.tread import TreadOptions, check_tread
+from training.features.tread_routes import choose_places
 from training.loss import MASK, NoisyBatch
-from training.targets.routes import choose_places
-from training.tread_options import NO_TREAD
 
 GRID = (2, 4, 4)
 LENGTH = 32
@@ -110,8 +108,7 @@ SIDE_STREAM = DitSpec(("blocks", "others"), side_list="others")
 def test_models_that_cannot_leave_out_tokens_are_refused(
     family: Any, counts: tuple[int, ...], message: str
 ) -> None:
-    options = replace(NO_TREAD, tread=0.25)
-    check_tread(family_with(), options, (4,))
-    check_tread(family, NO_TREAD, counts)
+    options = TreadOptions(tread=0.25)
+    check_tread(options, family_with(), (4,))
     with pytest.raises(OptionError, match=message):
-        check_tread(family, options, counts)
+        check_tread(options, family, counts)

@@ -28,14 +28,23 @@ from tests.tiny.families import FAMILIES, TinyFamily
 from tests.tiny.runs import make_project
 from tests.training import toy
 from training.data.feed import Randomness
+from training.features.skip import (
+    BAD,
+    FATAL,
+    LEAST,
+    MOST_SPIKES,
+    SPIKE,
+    TAKEN,
+    WINDOW,
+    SkipOptions,
+    Skipping,
+    SkipProgress,
+)
 from training.loop import take_step
 from training.optimizers.stepping import StepAfterBackward
 from training.reports.history import Story, parse_row
 from training.run import prepare_run
 from training.saving.states import SavedState, read_state
-from training.skip_options import SkipOptions
-from training.skipping import BAD, FATAL, LEAST, MOST_SPIKES, SPIKE, TAKEN, WINDOW, Skipping
-from training.steps import Progress
 
 Decide = Callable[[float, float, list[float]], bool]
 
@@ -167,8 +176,8 @@ def test_a_resumed_run_skips_the_same_steps_to_the_bit(tmp_path: Path) -> None:
         assert isinstance(state, SavedState)
         states.append(state.progress)
     assert states[0].skipped == states[1].skipped > 0
-    assert states[0].norms == states[1].norms
-    assert len(states[0].norms[""]) == 40 - states[0].skipped
+    assert states[0].of(SkipProgress).norms == states[1].of(SkipProgress).norms
+    assert len(states[0].of(SkipProgress).norms[""]) == 40 - states[0].skipped
 
 
 def test_a_skipped_step_changes_neither_weights_nor_average_nor_moments(tmp_path: Path) -> None:
@@ -209,7 +218,8 @@ def test_the_scale_of_fp16_stays_as_it_is(tmp_path: Path, bad: bool) -> None:
         run = replace(run, model=replace(run.model, scaler=scaler, stepping=stepping))
         with contextlib.closing(run.feed.start(0, 0)) as micro_batches:
             take_step(run, range(1), micro_batches)
-            assert run.progress.bad_in_a_row == run.progress.skipped == int(bad)
+            in_a_row = run.progress.of(SkipProgress).bad_in_a_row
+            assert in_a_row == run.progress.skipped == int(bad)
             assert scaler.get_scale() == scale
             run.progress.step += 1
             if bad:
@@ -218,7 +228,7 @@ def test_the_scale_of_fp16_stays_as_it_is(tmp_path: Path, bad: bool) -> None:
 
 
 def test_the_median_is_of_the_last_taken_steps_of_a_kind() -> None:
-    progress = Progress(seed=0, session_id=0, started_at=0)
+    progress = SkipProgress()
     skipping = Skipping(SkipOptions(skip_spikes=3.0), progress, has_scaler=False)
     for number in range(LEAST):
         assert skipping.judge(1.0, 1000.0, "low") == TAKEN
@@ -241,19 +251,18 @@ def test_norms_of_two_transformers_are_not_compared(tmp_path: Path) -> None:
 
     state = read_state(tmp_path / "output" / "x-state")
     assert isinstance(state, SavedState)
-    counts = {kind: len(norms) for kind, norms in state.progress.norms.items()}
+    counts = {kind: len(norms) for kind, norms in state.progress.of(SkipProgress).norms.items()}
     assert counts.keys() == {"low_noise", "high_noise"}
     assert sum(counts.values()) == 30 - state.progress.skipped
 
 
 def test_so_many_spikes_in_a_row_are_a_new_level() -> None:
-    progress = Progress(seed=0, session_id=0, started_at=0)
+    progress = SkipProgress()
     skipping = Skipping(SkipOptions(skip_spikes=3.0, skip_bad_steps=1), progress, has_scaler=False)
     for _ in range(LEAST):
         skipping.note(TAKEN, 1.0, "")
     levels = [skipping.note(skipping.judge(1.0, 10.0, ""), 10.0, "") for _ in range(MOST_SPIKES)]
     assert levels == [*[False] * (MOST_SPIKES - 1), True]
-    assert progress.skipped == MOST_SPIKES
     assert skipping.judge(1.0, 10.0, "") == TAKEN
     assert skipping.judge(math.nan, 1.0, "") == BAD
 

@@ -1,10 +1,12 @@
 """What the box at the start of a run and --check say of targets: the passes are those that run."""
 
 import logging
+import re
 from pathlib import Path
 
 import pytest
 
+from tests.commands import ROOT
 from tests.training import toy
 from tests.training.test_preferences import write_pairs
 from tests.training.test_sliders import FILE, write_slider
@@ -92,3 +94,26 @@ def test_bands_masks_and_tokens_are_described(tmp_path: Path) -> None:
         "passes in a step: 1 with gradients, 2 without: about 1.7 to 2.0 times a plain step",
         "25 % of the tokens pass by the blocks 2 to -2, in passes with gradients",
     ]
+
+
+ROW = re.compile(r"^\|[^|]*\| (?:.* and )?`--(\w+) ([^`|]*)`[^|]*\| ([^|]*?) \| (yes|no) \|$", re.MULTILINE)
+
+
+def test_the_table_of_the_page_has_the_times_that_the_box_tells(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "targets.md").read_text(encoding="utf-8")
+    rows = [match.groups() for match in ROW.finditer(page)]
+    assert len(rows) == 7
+    (tmp_path / "slider.toml").write_text(PLAIN_SLIDER, encoding="utf-8")
+
+    for option, rest, time, needs_empty in rows:
+        value = tmp_path / rest if option == "slider" else rest.split()[0]
+        lora = write_file(tmp_path, KINDS["LoRA"])
+        delta = ["--teacher_delta", "--teacher_lora", lora] if "--teacher_delta" in rest else []
+        options = toy.toy_options(tmp_path, f"--{option}", value, *delta)
+        low_high = re.search(r"about ([\d.]+ to [\d.]+) times", count_passes(options).words)
+        assert low_high is not None
+        assert time.startswith(low_high[1]), option
+        if option != "teacher":  # whose empty prompt is that of dropped captions
+            assert options.needs_empty_prompt == (needs_empty == "yes"), option
+    anchored = StepPasses(4, 4).words.partition("about ")[2].partition(" times")[0]
+    assert f"with an anchor {anchored}" in page

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
@@ -16,17 +16,23 @@ from contract.data import HAS_SOUND, SOUND, Batch, Conditions
 from contract.family import Abilities
 from contract.steps import NO_TWEAKS, Tweaks
 from modules.errors import OptionError
-from running.routes import Route
+from modules.options import Options
+from networks.options import NetworkOptions
+from networks.preference_options import PreferenceOptions
+from networks.slider_options import SliderOptions
+from networks.teacher_options import PriorOptions, TeacherOptions
+from running.routes import Route, routed
 from running.run_blocks import runner_of
 from tests.training import toy
 from tests.training.toy_images import train_image_toy, write_subset
-from training.checks import check_tread
+from training.features.tread import TreadOptions, check_tread
 from training.loss import MASK, LossRule, NoisyBatch, NoisySound
-from training.noise_options import L2, LossOptions
+from training.noise_options import L2, LossOptions, NoiseOptions
+from training.options import TrainingOptions
+from training.target_options import GuidedTargetOptions
 from training.target_rules import Band, GuidedTarget, Preference, Targets, TeacherTarget
 from training.targets.passes import loss_passes
 from training.targets.sliders import Slider, SliderFile, SliderTarget, slider_passes
-from training.tread_options import NO_TREAD
 
 # of a run: what a network learns towards, and which tokens take part
 TARGETS = (
@@ -119,9 +125,8 @@ class LinearFamily(toy.ToyFamily):
 
 def having(names: tuple[str, ...], name: str) -> tuple[bool, ...]:
     """Which of the four samples have it: with two things all four combinations are in the batch."""
-    if name not in names:
-        return (False,) * 4
-    return (True, True, False, False) if names.index(name) == 0 else (True, False, True, False)
+    patterns = ((True, True, False, False), (True, False, True, False), (True, False, False, True))
+    return patterns[names.index(name)] if name in names else (False,) * 4
 
 
 def make_batch(names: tuple[str, ...]) -> NoisyBatch:
@@ -200,7 +205,8 @@ def losses_of(names: tuple[str, ...], noisy_batch: NoisyBatch) -> Tensor:
         teach=lambda passes, told: passes.base(told),
     )
     if "tread" in names:
-        rule = replace(rule, route_of=lambda _: Route(0, -1, lambda grid: torch.zeros(1)))
+        route = Route(0, -1, lambda grid: torch.zeros(1))
+        rule = replace(rule, learning_pass=[lambda dit, _: routed(dit, route)])
     if "slider" in names:
         encoded = {text: {"letters": torch.full((1, 1), value)} for text, value in CAPTIONS.items()}
         target = SliderTarget(SliderFile(GUIDANCE, (SLIDER,)), encoded, frozenset({"letters"}))
@@ -343,6 +349,19 @@ def test_two_things_together_have_the_loss_of_both_formulas(names: tuple[str, ..
     torch.testing.assert_close(losses_of(names, noisy_batch), ByHand(names, noisy_batch).loss())
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_three_things_together_have_the_loss_of_all_formulas(name: str) -> None:
+    """Of three things some samples of the batch have all, and some only one."""
+    further = [names for names in COMPUTED if len(names) == 2 and name not in names]
+    for pair in further:
+        names = (name, *pair)
+        if any(two in REFUSED for two in itertools.permutations(names, 2)):
+            continue
+        noisy_batch = make_batch(names)
+        loss, expected = losses_of(names, noisy_batch), ByHand(names, noisy_batch).loss()
+        torch.testing.assert_close(loss, expected, msg=lambda text, names=names: f"{names}: {text}")
+
+
 @pytest.mark.parametrize("name", [name for name in ALL if name not in ("preference", "slider")])
 def test_preserved_samples_stay_with_the_base_model_whatever_else_is_asked(name: str) -> None:
     """Where all samples are preserved, a loss is only what the network does differently."""
@@ -362,7 +381,7 @@ def test_two_things_that_answer_one_question_are_refused_by_name(
     if names == ("tread", "sound"):
         hearing = SimpleNamespace(name="toy", can=Abilities(hear=True), dit=toy.ToyDit.spec)
         with pytest.raises(OptionError, match=message):
-            check_tread(hearing, replace(NO_TREAD, tread=0.5), (4,))  # type: ignore[arg-type]
+            check_tread(TreadOptions(tread=0.5), hearing, (4,))  # type: ignore[arg-type]
         return
     slider = tmp_path / "slider.toml"
     slider.write_text('[[sliders]]\npositive = "a"\nnegative = "b"\nneutral = "c"\n', encoding="utf-8")
@@ -388,7 +407,7 @@ WITHOUT_SAY = {
     | {"worse", "loss_weights"},  # of pairs; in the weights of a `NoisyBatch`
     NoisyBatch: {"batch", "noise", "sigmas", "timesteps", "levels", "expert", "number", "anchor_balance"},
     LossRule: {"options", "prediction", "as_base", "always_as_base", "targets", "teach", "other_passes"}
-    | {"in_lockstep", "route_of", "note_pairs", "seed_networks"},
+    | {"in_lockstep", "learning_pass", "note_pairs", "seed_networks"},
 }
 
 
@@ -396,6 +415,57 @@ WITHOUT_SAY = {
 def test_whatever_is_new_is_entered_here(record: Any) -> None:
     """A field that is neither in the table nor known to have no say in a loss needs its pairs by hand."""
     assert {field.name for field in fields(record)} - set(ALL) == WITHOUT_SAY[record]
+
+
+# of each record of options that a target has: its place in the table -> the options that belong to it
+OPTIONS_OF: dict[type[Options], dict[str, set[str]]] = {
+    GuidedTargetOptions: {
+        "guided": {"guided_target", "guided_target_min_timestep", "guided_target_sound"},
+    },
+    TeacherOptions: {
+        "teacher": {"teacher", "teacher_weight", "teacher_dit", "teacher_lora", "teacher_delta"}
+        | {"teacher_min_timestep", "teacher_max_timestep", "teacher_anchor_weight", "teacher_split"}
+        | {"teacher_size_weight", "teacher_colour_weight", "teacher_sees"},
+    },
+    PriorOptions: {
+        "mask_prior_weight": {"mask_prior_weight"},
+        "blank_prior_weight": {"blank_prior_weight"},
+    },
+    PreferenceOptions: {"preference": {"preference", "preference_data_weight"}},
+    SliderOptions: {"slider": {"slider"}},
+    TreadOptions: {"tread": {"tread", "tread_blocks"}},
+    NoiseOptions: {"perturbation": {"ip_noise_gamma", "ip_noise_gamma_random_strength"}},
+    LossOptions: {"loss_type": {"loss_type", "huber_schedule", "huber_c", "huber_scale"}},
+}
+# records of options that say nothing of what a network learns towards, or only how much a level counts
+OF_NO_TARGET = {
+    *("LoopOptions", "CheckPageOptions", "ValidationOptions", "OptimizerOptions", "LrScheduleOptions"),
+    *("TimestepOptions", "AcceleratorOptions", "SavingOptions", "SampleOptions", "PreviewOptions"),
+    *("AverageOptions", "SkipOptions", "LogOptions", "EndOptions", "MetadataOptions", "HubOptions"),
+    *("TrainingSpeedOptions", "TrainingAttentionOptions", "TrainingFp8Options", "SwapOptions"),
+    *("ShardingOptions", "TrainingCompileOptions", "PlanOptions", "FrozenModelOptions"),
+}
+
+
+def records_in(record: type[Options]) -> Iterator[type[Options]]:
+    """The records of options among the fields of one, and those among theirs."""
+    for kind in get_type_hints(record).values():
+        if isinstance(kind, type) and issubclass(kind, Options):
+            yield kind
+            yield from records_in(kind)
+
+
+@pytest.mark.parametrize("record", OPTIONS_OF, ids=lambda record: record.__name__)
+def test_a_new_option_of_a_target_is_entered_here(record: type[Options]) -> None:
+    entered = OPTIONS_OF[record]
+    assert set(entered) <= set(ALL)
+    assert {field.name for field in fields(record)} == set().union(*entered.values())
+
+
+def test_a_new_record_of_options_is_entered_here() -> None:
+    records = {*records_in(TrainingOptions), *records_in(NetworkOptions)}
+    assert set(OPTIONS_OF) <= records
+    assert {record.__name__ for record in records - set(OPTIONS_OF)} == OF_NO_TARGET
 
 
 def test_every_option_of_a_target_is_in_the_table(tmp_path: Path) -> None:

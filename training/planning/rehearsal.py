@@ -8,7 +8,7 @@ import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from networks.added import add_loras
 from running.planning import dry_run as dry
 from training.data.live import LiveTexts
 from training.experts import AUTOCAST, TRAINING_ADAPTER, dress, read_adapter
+from training.features.composing import rehearsed_passes
+from training.features.contract import LearningPass
 from training.loss import Autocast, LossRule, NoisyBatch, Trains
 from training.optimizers.optimizer import find_averaging, make_optimizer
 from training.optimizers.stepping import FusedBackward, ParameterSteps, StepAfterBackward, steps_alone
@@ -32,9 +34,6 @@ from training.target_rules import make_targets
 from training.targets.passes import teach_as_base, training_loss
 from training.targets.teachers import rehearse_change
 from training.trainable import train_dit
-
-if TYPE_CHECKING:  # only with --tread
-    from running.routes import Route
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +64,8 @@ class Rehearsal:
     texts: LiveTexts | None = None  # encoded in each step, without content
     # with --fused_backward_pass, once the optimizer has its states
     fused: FusedBackward | None = None
-    route_of: "Callable[[NoisyBatch], Route] | None" = None  # of --tread
+    # what passes with gradients run in, of features
+    learning_pass: Sequence[LearningPass] = ()
 
     @property
     def counts(self) -> dry.Counts:
@@ -103,7 +103,7 @@ class Rehearsal:
             ),
             teach=rehearse_change if self.options.teacher.teacher_delta else teach_as_base,
             in_lockstep=True,  # so that no level and no mask leaves out a pass
-            route_of=self.route_of,
+            learning_pass=self.learning_pass,
         )
         autocast = autocast_of(self.options, self.ledger.device)
         with self.ledger.guessing():  # families may read noise levels, whose values change no sizes
@@ -189,8 +189,8 @@ def rehearse(
         moments = rehearsal.measure_step()
         on_device = noisy_batch.moved(lambda tensor: stand_in_batch(tensor, ledger))
         measure = functools.partial(rehearsal.measure, on_device)
-        if options.tread.tread is not None:
-            rehearsal.route_of = _make_route(options, noisy_batch)
+        rehearsal.learning_pass = rehearsed_passes(options, noisy_batch)
+        if rehearsal.learning_pass:
             # some blocks see fewer tokens than others, so that few of them do not stand for all
             everything = measure(rehearsal.counts)
             moments |= watch(dit)(functools.partial(_as_measured, everything), rehearsal.counts)
@@ -202,28 +202,6 @@ def rehearse(
 def _as_measured(moments: Mapping[str, dry.Moment], _: dry.Counts) -> Mapping[str, dry.Moment]:
     """Return what a run with all blocks has shown, whatever number of blocks is asked for."""
     return moments
-
-
-def _make_route(options: TrainingOptions, noisy_batch: NoisyBatch) -> "Callable[[NoisyBatch], Route]":
-    """Return the route of --tread for a batch without content: as many tokens as for the batch itself.
-
-    noisy_batch: with its masks, on the CPU.
-    """
-    from running.routes import Route  # only with --tread
-    from training.targets.routes import choose_places
-
-    share = options.tread.tread
-    assert share is not None
-    first, last = options.tread.tread_blocks
-
-    def choose(grid: tuple[int, ...]) -> Tensor:
-        with disable_modes():
-            return choose_places(noisy_batch, grid, share=share, seed=0)
-
-    def route_of(_: NoisyBatch) -> Route:
-        return Route(first, last, choose)
-
-    return route_of
 
 
 def _add_adapters(family: Trains, options: TrainingOptions, dit: nn.Module, ledger: dry.Ledger) -> None:

@@ -3,6 +3,7 @@
 history: keep all reports of a run in lines
 logs: progress bar, TensorBoard and wandb
 page: one HTML page about a training
+present_files: let commands of a run name files that exist
 pauses: time steps and what interrupts them; slow steps
 reporter: pass a run's events to history and page
 sample_files: find a run's samples, draw sheets, fill the page's grid

@@ -34,6 +34,9 @@ class Publisher(Protocol):
     def publish_state(self, folder: Path) -> None: ...
 
 
+AVERAGE = "-ema"  # behind the stem of a file: the average of its weights
+
+
 @dataclass(frozen=True)
 class Names:
     """Make the names of files and state folders: `x-000001.safetensors`, `x-step00000020-state`."""
@@ -164,7 +167,7 @@ class Saver:
         state = self.names.folder / f"{stem}-state"
         kinds = {"": self.write_file}
         if self.write_average is not None:
-            kinds = {"-ema": self.write_average, **kinds}
+            kinds = {AVERAGE: self.write_average, **kinds}
         for mark, write in kinds.items():
             for part, path in self.names.files(f"{stem}{mark}").items():
                 write(part, path)

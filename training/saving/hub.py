@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from contract.families import HIGH_NOISE
 from contract.rules import ModelRelease
 from modules.control_codes import escape_control_codes
 from modules.errors import OptionError
@@ -56,11 +57,17 @@ OF_DATASETS = ("resolution", "target_frames", "frame_extraction", "num_repeats")
 
 
 def write_card(
-    name: str, is_lora: bool, release: ModelRelease, metadata: Mapping[str, str], prompts: Sequence[str] = ()
+    name: str,
+    is_lora: bool,
+    release: ModelRelease,
+    metadata: Mapping[str, str],
+    prompts: Sequence[str] = (),
+    files: Mapping[str, Path] | None = None,
 ) -> str:
     """Return the text of README.md. No text of a user can end the front matter, a block or the comment.
 
-    name: --output_name. metadata: of the trained file. prompts: of samples while training.
+    name: --output_name. metadata: of the trained file. prompts: of samples while training. files: that are
+    saved together, by the transformer that each is for; None: the file of the whole run.
     """
     spec = {key.removeprefix("modelspec."): text for key, text in metadata.items()}
     base = release.repositories[0]
@@ -78,7 +85,7 @@ def write_card(
     if words:
         lines += ["", f"Words that it was taught: {_escape(', '.join(words))}"]
     if is_lora:
-        lines += ["", "## Use", "", _as_block(f"--lora_weight {name}.safetensors --lora_multiplier 1.0")]
+        lines += ["", "## Use", "", _as_block(f"{_say_files(name, files)} --lora_multiplier 1.0")]
     settings = _list_settings(metadata, tables)
     if settings:
         lines += ["", "## Training", "", *map(_as_block, settings)]
@@ -87,6 +94,15 @@ def write_card(
     front_matter = _front_matter(is_lora, release, prompts, spec=spec, words=words)
     text = f"---\n{front_matter}---\n\n" + "\n".join(lines) + "\n\n"
     return f"{text}<!-- reelsmith card {_key(name)} {_digest(text)} -->\n"
+
+
+def _say_files(name: str, files: Mapping[str, Path] | None) -> str:
+    """Return the options of a command that takes the files of a card; see `write_card`."""
+    words = []
+    for part, path in (files or {"": Path(f"{name}.safetensors")}).items():
+        flag = f"--lora_weight_{HIGH_NOISE}" if part == HIGH_NOISE else "--lora_weight"
+        words.append(f"{flag} {path.name}")
+    return " ".join(words)
 
 
 def _list_settings(metadata: Mapping[str, str], tables: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -185,19 +201,20 @@ class Uploads:
     """Upload finished files and folders to the repository of --huggingface_repo_id.
 
     api: the client, `huggingface_hub.HfApi`. Uploads run one after the other, so that the repository is
-    created once. The model card is uploaded once a run, after the first file, if the repository has none or
-    an unchanged one of the same run.
+    created once. The model card, which names the newest file, is uploaded after each file, if the repository
+    has none or an unchanged one of the same run. card: makes it for a file; None: for those it does not name.
     """
 
     options: HubOptions
     api: Any
-    card: str | None = None
+    card: Callable[[Path], str | None] | None = None
     _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(max_workers=1))
     _sent_cards: set[str] = field(default_factory=set)
+    _refusals: list[str] = field(default_factory=list)  # why no card is sent any more
 
     def publish(self, path: Path) -> None:
         """Upload a file, and the model card; with --async_upload in the background."""
-        self._start_upload(path, self.card)
+        self._start_upload(path, None if self.card is None else self.card(path))
 
     def _start_upload(self, path: Path, card: str | None) -> None:
         if self.options.async_upload:
@@ -233,19 +250,21 @@ class Uploads:
     def _upload_card(self, card: str) -> None:
         """Upload the model card, unless the repository has a card that must be kept (`may_replace`)."""
         repo = self.options.huggingface_repo_id
-        if card in self._sent_cards:
+        if card in self._sent_cards or self._refusals:
             return
-        self._sent_cards.add(card)  # also if it fails: the files matter more than the card
+        self._sent_cards.add(card)
         where = {"repo_id": repo, "repo_type": "model"}
         try:
             if self.api.file_exists(filename=CARD, **where):
                 existing = Path(self.api.hf_hub_download(filename=CARD, **where)).read_text(encoding="utf-8")
                 if not may_replace(existing, card):
                     logger.info("%s keeps its own %s", repo, CARD)
+                    self._refusals.append(CARD)
                     return
             self.api.upload_file(path_or_fileobj=card.encode("utf-8"), path_in_repo=CARD, **where)
         except Exception as error:  # the files are there, so the run continues
             logger.warning("the model card was not uploaded to %s: %s", repo, error)
+            self._refusals.append(str(error))
             return
         logger.info("Uploaded the model card to %s", repo)
 

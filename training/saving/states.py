@@ -10,9 +10,9 @@ import json
 import logging
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -28,7 +28,7 @@ from modules.text_files import parse_json, read_text, require_regular_file
 from networks.names.layouts import OF_LTX_FORK, OURS
 from running.offload.sharding import is_split
 from training.saving.files import recover_states, state_pattern
-from training.steps import Progress
+from training.steps import Progress, check_types
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ def write_state(
     """
     content: dict[str, Any] = {
         "version": SPLIT_VERSION if add_files else VERSION,
-        "progress": asdict(state.progress),
+        "progress": state.progress.as_state(),
     }
     skipped = {"folder", "files", *content}
     content |= {name: value for name, value in vars(state).items() if name not in skipped}
@@ -150,9 +150,9 @@ def read_state(folder: Path) -> SavedState | ForeignState:
         content = _content(folder, is_checked=True)
         if "files" in content:
             _check_files(folder, content["files"])
-        state = SavedState(folder, Progress(**content.pop("progress")), **content)
-        _check_types(state)
-        _check_types(state.progress)
+        state = SavedState(folder, Progress.of_state(content.pop("progress")), **content)
+        check_types(state)
+        check_types(state.progress)
         progress = state.progress
         has_epochs = 0 <= progress.plan_epoch <= progress.epoch <= MOST
         has_steps = 0 <= progress.plan_step <= progress.step <= MOST
@@ -171,18 +171,6 @@ def _check_files(folder: Path, checksums: Mapping[str, int]) -> None:
     for name in checksums.keys() | present:
         if present.get(name) != checksums.get(name):
             raise ValueError(f"{name} is missing, or its checksum is not the one in {FILE}")
-
-
-def _check_types(record: SavedState | Progress) -> None:
-    """Raise TypeError for a field whose value is not of the declared type: a state may be edited."""
-    for name, hint in get_type_hints(type(record)).items():
-        hints = get_args(hint) if type(None) in get_args(hint) else [hint]
-        kinds = [get_origin(item) or item for item in hints]
-        if float in kinds:
-            kinds.append(int)
-        value = getattr(record, name)
-        if not isinstance(value, tuple(kinds)):
-            raise TypeError(f"{name} is of the kind {type(value).__name__}")
 
 
 @contextlib.contextmanager

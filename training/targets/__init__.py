@@ -4,6 +4,5 @@ errors: size and direction of two predictions, compared apart
 preferences: a better and a worse one of each pair
 passes: of a step: those that make targets, those that learn
 sliders: a file of captions to slide between, and its passes
-routes: which tokens of a batch pass by the middle blocks
 teachers: another frozen model as a teacher, with its LoRAs
 """

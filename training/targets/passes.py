@@ -6,6 +6,7 @@ whose level or mask makes a target void costs no pass; where processes share a m
 all run equal passes, and what is void is dropped.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -59,12 +60,10 @@ class TrainingPasses:
     rule: LossRule
 
     def learning(self, noisy_batch: NoisyBatch) -> Tensor:
-        """Return the prediction that is learned from; with --tread on a part of the tokens."""
-        if self.rule.route_of is None:
-            return self._predict(noisy_batch)
-        from running.routes import routed
-
-        with routed(self.dit, self.rule.route_of(noisy_batch)):
+        """Return the prediction that is learned from."""
+        with contextlib.ExitStack() as stack:
+            for enter in self.rule.learning_pass:
+                stack.enter_context(enter(self.dit, noisy_batch))
             return self._predict(noisy_batch)
 
     def _predict(self, noisy_batch: NoisyBatch) -> Tensor:

@@ -108,6 +108,13 @@ def test_hostile_text_stays_text() -> None:
     assert may_replace(card, card)
 
 
+def test_a_card_names_the_files_of_both_transformers() -> None:
+    files = {part: Path(f"x-000001_{part}.safetensors") for part in ("low_noise", "high_noise")}
+    line = "--lora_weight x-000001_low_noise.safetensors"
+    line += " --lora_weight_high_noise x-000001_high_noise.safetensors"
+    assert f"    {line} --lora_multiplier 1.0\n" in write_card("x", True, RELEASE, METADATA, files=files)
+
+
 @pytest.mark.parametrize(
     ("existing", "expected"),
     [
@@ -155,9 +162,14 @@ def uploads_to(folder: Path, api: FakeRepository, *more: str) -> Uploads:
     return make_uploads(toy_options(folder, "--huggingface_repo_id", "me/loras", *more).hub, api)
 
 
+def card_for(path: Path) -> str:
+    """Return the card that names a file."""
+    return write_card("my_cat", True, RELEASE, METADATA, files={"": path})
+
+
 def publish(folder: Path, api: FakeRepository, *more: str) -> FakeRepository:
     """Upload a file twice with its card."""
-    with contextlib.closing(replace(uploads_to(folder, api, *more), card=card_of())) as uploads:
+    with contextlib.closing(replace(uploads_to(folder, api, *more), card=card_for)) as uploads:
         for name in ("x-000001.safetensors", "x.safetensors"):
             uploads.publish(folder / name)
     return api
@@ -168,7 +180,12 @@ def test_a_repository_without_a_card_gets_one(tmp_path: Path, more: tuple[str, .
     api = publish(tmp_path, FakeRepository(), *more, "--huggingface_path_in_repo", "wan")
 
     assert sorted(api.uploaded) == ["README.md", "wan/x-000001.safetensors", "wan/x.safetensors"]
-    assert api.uploaded["README.md"] == card_of().encode()
+    assert api.uploaded["README.md"] == card_for(Path("x.safetensors")).encode()
+    assert b"--lora_weight x.safetensors " in api.uploaded["README.md"]
+    cards = [
+        facts["path_or_fileobj"] for name, facts in api.calls if facts.get("path_in_repo") == "README.md"
+    ]
+    assert cards == [card_for(Path(name)).encode() for name in ("x-000001.safetensors", "x.safetensors")]
 
 
 def test_a_users_own_card_is_kept(tmp_path: Path) -> None:

@@ -1,37 +1,12 @@
 """Which tokens of a micro-batch go through the middle blocks (--tread)."""
 # Letters: B batch, L tokens of the grid of a picture or video, K those that take part, F H W latents
 
-import functools
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_max_pool3d
 
 from modules.seeds import derive_seed
-from running.routes import Route
 from training.loss import NoisyBatch, place_weights
-from training.tread_options import TreadOptions
-
-
-@dataclass(frozen=True)
-class TreadRule:
-    """How tokens are left out of the middle blocks of each training pass."""
-
-    share: float  # of the tokens, 0..1, that are left out
-    first: int  # block, from 0; negative: from the end
-    last: int  # likewise; it belongs to the route
-    seed: int  # of the run
-
-    def route_of(self, noisy_batch: NoisyBatch) -> Route:
-        choose = functools.partial(choose_places, noisy_batch, share=self.share, seed=self.seed)
-        return Route(self.first, self.last, choose)
-
-
-def make_tread_rule(options: TreadOptions, seed: int) -> TreadRule:
-    assert options.tread is not None  # else there is no rule
-    first, last = options.tread_blocks
-    return TreadRule(options.tread, first, last, seed)
 
 
 def choose_places(noisy_batch: NoisyBatch, grid: tuple[int, ...], share: float, seed: int) -> Tensor:

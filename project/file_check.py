@@ -1,0 +1,31 @@
+"""Check one file of a model as `new` does: `python -m project.file_check FAMILY TASK OPTION PATH`.
+
+A page calls it in a process of its own, as families load torch. It prints why the file does not fit, or
+nothing.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from modules.errors import UserError
+from project.choosing import check_model_files
+from project.options import find_models
+
+
+def main(words: Sequence[str]) -> int:
+    """Print why a file does not fit; return 1 if it does not. words: family, task, option and path."""
+    family, task, option, path = words
+    for model in find_models():
+        if (model.family, model.task) == (family, task):
+            try:
+                check_model_files(model, {option: path})
+            except UserError as error:
+                sys.stdout.write(str(error))
+                return 1
+            return 0
+    sys.stdout.write(f"{family} {task}: there is no such model")
+    return 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

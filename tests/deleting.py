@@ -1,0 +1,108 @@
+"""Delete a feature of training in a copy of the tree: what is left has to work as before.
+
+python -m tests.deleting skip
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from training.features import FEATURES
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = ("training", "project", "browser")  # that may import a feature
+# imports every module of some rooms
+IMPORT_ALL = """
+import importlib, sys
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+"""
+# trains, and prints the checksum of all that the saved file holds but its date
+TRAIN = """
+import hashlib, sys
+from pathlib import Path
+from tests.training import toy
+folder = Path(sys.argv[1])
+toy.write_caches(folder)
+tensors = toy.train_toy(folder, "--no_metadata", "--max_train_steps", 5, "--network_dim", 4)
+metadata = toy.metadata_of(folder / "output" / "x.safetensors")
+del metadata["modelspec.date"]
+digest = hashlib.sha256(repr(sorted(metadata.items())).encode())
+for name, tensor in sorted(tensors.items()):
+    digest.update(name.encode() + tensor.numpy().tobytes())
+print(digest.hexdigest())
+"""
+
+
+def copy_tree(target: Path) -> None:
+    """Copy all files that git knows, or would take, into a new folder."""
+    words = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in listed.splitlines():
+        source = ROOT / name
+        if source.is_file() and source.suffix != ".safetensors":
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target / name)
+
+
+def delete_feature(tree: Path, name: str) -> list[str]:
+    """Delete the files of a feature, and its lines in the list. Returns the names of the deleted files."""
+    folder = tree / "training" / "features"
+    paths = [folder / f"{name}.py", *folder.glob(f"{name}_*.py")]
+    for path in paths:
+        path.unlink()
+    listing = folder / "__init__.py"
+    lines = listing.read_text(encoding="utf-8").splitlines(keepends=True)
+    named = re.compile(rf"from training\.features\.{name} |{name}: |    {name.upper()},$")
+    kept = [line for line in lines if not named.match(line)]
+    listing.write_text("".join(kept), encoding="utf-8", newline="\n")
+    return [path.name for path in paths]
+
+
+def find_faults(tree: Path) -> list[str]:
+    """Import all modules in a tree, ask each training script for its help; return what fails."""
+    names = [
+        path.relative_to(tree).with_suffix("").as_posix().replace("/", ".")
+        for room in ROOMS
+        for path in sorted((tree / room).rglob("*.py"))
+        if path.name != "__init__.py"
+    ]
+    commands = [[sys.executable, "-c", IMPORT_ALL, *names]]
+    commands += [[sys.executable, path.name, "--help"] for path in sorted(tree.glob("*train*.py"))]
+    faults = []
+    for command in commands:
+        done = subprocess.run(command, cwd=tree, capture_output=True, text=True, encoding="utf-8")
+        if done.returncode:
+            faults.append(f"{command[1:3]}: {done.stderr[-1000:]}")
+    return faults
+
+
+def train_in(tree: Path, folder: Path) -> str:
+    """Train the toy with the code of a tree; return the checksum of its LoRA."""
+    folder.mkdir(parents=True)
+    command = [sys.executable, "-c", TRAIN, str(folder)]
+    done = subprocess.run(command, cwd=tree, capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()[-1]
+
+
+def check_deletion(name: str, folder: Path) -> list[str]:
+    """Delete a feature in a copy below `folder`; return what does not work there as here."""
+    tree = folder / "tree"
+    copy_tree(tree)
+    delete_feature(tree, name)
+    faults = find_faults(tree)
+    if not faults and train_in(tree, folder / "without") != train_in(ROOT, folder / "with"):
+        faults.append("a plain training gives another LoRA")
+    return faults
+
+
+if __name__ == "__main__":
+    known = [feature.name for feature in FEATURES]
+    if len(sys.argv) != 2 or sys.argv[1] not in known:
+        sys.exit(f"Give one of: {' '.join(known)}")
+    with tempfile.TemporaryDirectory() as temporary:
+        sys.exit("\n".join(check_deletion(sys.argv[1], Path(temporary))) or 0)

@@ -1,0 +1,74 @@
+"""Features of training: each can be deleted, and no other part of a run names it."""
+
+from pathlib import Path
+
+import pytest
+
+from modules.errors import CheckpointError
+from tests import deleting
+from tests.training import toy
+from training.features import FEATURES
+from training.features.composing import claim_progress
+from training.features.skip import SkipProgress
+from training.resuming import first_progress
+from training.saving.states import SavedState, read_state
+from training.steps import Progress
+
+NAMES = [feature.name for feature in FEATURES]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_a_feature_can_be_deleted(tmp_path: Path, name: str) -> None:
+    assert deleting.check_deletion(name, tmp_path) == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_deletion_takes_away_files_and_lines(tmp_path: Path, name: str) -> None:
+    """Without this the test above could compare two trees that are the same."""
+    deleting.copy_tree(tmp_path)
+    before = (tmp_path / "training/features/__init__.py").read_text(encoding="utf-8")
+
+    assert f"{name}.py" in deleting.delete_feature(tmp_path, name)
+
+    after = (tmp_path / "training/features/__init__.py").read_text(encoding="utf-8")
+    assert len(before.splitlines()) - len(after.splitlines()) == 3
+    assert name.upper() not in after
+
+
+def make_progress() -> Progress:
+    return Progress(seed=1, session_id=2, started_at=3.0)
+
+
+def test_what_a_feature_remembers_is_next_to_the_progress_of_the_run_in_a_state() -> None:
+    progress = make_progress()
+    progress.of(SkipProgress).norms["low"] = [1.0, 2.0]
+
+    saved = progress.as_state()
+
+    assert saved["norms"] == {"low": [1.0, 2.0]}
+    assert saved["bad_in_a_row"] == 0
+    assert Progress.of_state(saved).of(SkipProgress) == progress.of(SkipProgress)
+
+
+def test_a_state_of_before_a_feature_begins_with_its_usual_values() -> None:
+    progress = Progress.of_state({"seed": 1, "session_id": 2, "started_at": 3.0, "step": 7})
+
+    claim_progress(progress)
+
+    assert progress.step == 7
+    assert progress.of(SkipProgress) == SkipProgress()
+
+
+@pytest.mark.parametrize("values", [{"norms": 5}, {"bad_in_a_row": "1"}, {"letters": 1}])
+def test_values_of_another_type_or_of_nobody_are_an_error_of_the_state(
+    tmp_path: Path, values: dict[str, object]
+) -> None:
+    toy.write_caches(tmp_path)
+    toy.train_toy(tmp_path, "--max_train_steps", 2, "--save_state")
+    state = read_state(tmp_path / "output" / "x-state")
+    assert isinstance(state, SavedState)
+    state.progress.unclaimed.update(values)
+
+    with pytest.raises(CheckpointError, match=next(iter(values))):
+        first_progress(toy.toy_options(tmp_path), state)

@@ -1,0 +1,25 @@
+"""The error for a step whose loss or gradient norm is NaN or infinite."""
+
+from collections.abc import Sequence
+
+from modules.console import count_of
+from modules.errors import UserError
+
+
+def explain_bad_step(
+    step: int, loss: float, norm: float, keys: Sequence[str], *, remedy: str = "", before: int = 0
+) -> UserError:
+    """Return the error for a step whose loss or gradient norm is not finite.
+
+    keys: of the items of this process. remedy: a sentence for the end. before: how many such steps in a row
+    were left out.
+    """
+    listed = ", ".join(keys)
+    items = f" The items of this process in that step: {listed}." if listed else ""
+    again = f" The {count_of(before, 'step')} before it went wrong too, and were skipped." if before else ""
+    return UserError(
+        f"step {step}: the loss is {loss}, the gradient norm {norm}; nothing of this step was "
+        f"saved.{items}{again}\n"
+        "  Lower --learning_rate, or look for a damaged clip among these items, and continue with "
+        f"--resume latest-or-fail. {remedy}".rstrip()
+    )

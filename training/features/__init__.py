@@ -1,0 +1,20 @@
+"""Features of training, each in one file that can be deleted together with its lines below.
+
+composing: what the phases of a run ask all features for
+contract: what a feature is, and where it acts
+skip: leave out steps that went wrong, and remember them
+tread: let tokens pass by the middle blocks
+tread_routes: which tokens pass by the middle blocks
+"""
+
+from training.features.contract import Feature
+from training.features.skip import SKIP
+from training.features.tread import TREAD
+
+# in the order in which they act, one a line
+# fmt: off
+FEATURES: tuple[Feature, ...] = (
+    TREAD,
+    SKIP,
+)
+# fmt: on

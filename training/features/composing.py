@@ -1,0 +1,118 @@
+"""What the phases of a run ask all features for. Standard library only."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from modules.options import HABIT, Options, option
+from training.features import FEATURES
+from training.features.contract import Feature, Hooks, LearningPass, OptionsOfRun, T
+
+if TYPE_CHECKING:
+    from contract.family import Family
+    from training.loss import NoisyBatch
+    from training.steps import Progress
+
+
+def options_at(place: str) -> type[Options]:
+    """Return a record with the options of the features of a place: a field for each, by its name."""
+    features = [feature for feature in FEATURES if feature.place == place]
+    content: dict[str, Any] = {feature.name: option(facts=feature.facts) for feature in features}
+    content["__annotations__"] = {feature.name: feature.options for feature in features}
+    return type("FeatureOptions", (Options,), content)
+
+
+def find_record(records: tuple[Options, ...], kind: type[T]) -> T:
+    """Return the options of a feature among what `options_at` returned."""
+    values = [getattr(record, field.name) for record in records for field in fields(record)]
+    return next(value for value in values if isinstance(value, kind))
+
+
+def active_features(options: OptionsOfRun) -> list[Feature]:
+    return [feature for feature in FEATURES if feature.is_on(options.of(feature.options))]
+
+
+def refuse_combinations(options: OptionsOfRun) -> None:
+    """Raise OptionError for options that a feature does not go with."""
+    for feature in active_features(options):
+        if feature.refuse is not None:
+            feature.refuse(options)
+
+
+def check_model(options: OptionsOfRun, family: "Family", count_blocks: Callable[[], Sequence[int]]) -> None:
+    """Raise OptionError for a model that a feature does not go with.
+
+    count_blocks: returns the numbers of blocks of each list; none: not known.
+    """
+    for feature in active_features(options):
+        if feature.check is not None:
+            feature.check(options.of(feature.options), family, count_blocks())
+
+
+def options_of_blocks() -> list[str]:
+    """Return the options that need the blocks of a transformer."""
+    return [name for feature in FEATURES for name in feature.of_blocks]
+
+
+def describe_features(options: OptionsOfRun) -> list[str]:
+    """Return the lines of features among the targets of a run."""
+    return [
+        feature.describe(options.of(feature.options))
+        for feature in active_features(options)
+        if feature.describe is not None
+    ]
+
+
+def rehearsed_passes(options: OptionsOfRun, noisy_batch: "NoisyBatch") -> list[LearningPass]:
+    """Return what passes with gradients run in while their memory is measured. noisy_batch: on the CPU."""
+    return [
+        feature.rehearse(options.of(feature.options), noisy_batch)
+        for feature in active_features(options)
+        if feature.rehearse is not None
+    ]
+
+
+def usual_habits() -> list[Options]:
+    """Return the usual options of the features that a resumed run may change.
+
+    States of before there was a feature do not say that it was off.
+    """
+    return [feature.options.usual() for feature in FEATURES if feature.facts == HABIT]
+
+
+def claim_progress(progress: "Progress") -> None:
+    """Give each feature what it remembered in a state. Raises TypeError for what belongs to none."""
+    for feature in FEATURES:
+        if feature.progress is not None:
+            progress.of(feature.progress)
+    if progress.unclaimed:
+        raise TypeError(f"its progress has {', '.join(sorted(progress.unclaimed))}, which nothing here reads")
+
+
+def file_values(options: OptionsOfRun, progress: "Progress") -> dict[str, Any]:
+    """Return the entries of features in the metadata of a file that is saved now."""
+    values: dict[str, Any] = {}
+    for feature in active_features(options):
+        if feature.metadata is not None:
+            entries = feature.metadata(options.of(feature.options), progress)
+            values |= {f"ss_{name}": value for name, value in entries.items()}
+    return values
+
+
+def result_rows(options: OptionsOfRun, progress: "Progress") -> list[tuple[str, str]]:
+    """Return the lines of features in the box at the end of a run."""
+    return [feature.result(progress) for feature in active_features(options) if feature.result is not None]
+
+
+def bad_step_remedies() -> str:
+    """Return what features can do about a loss or norm that is NaN or infinite, as sentences."""
+    return " ".join(feature.remedy_of_bad_step for feature in FEATURES if feature.remedy_of_bad_step)
+
+
+def install_features(options: OptionsOfRun, progress: "Progress") -> Hooks:
+    """Return the hooks of a run, with the functions of its features."""
+    hooks = Hooks()
+    for feature in active_features(options):
+        if feature.install is not None:
+            feature.install(hooks, options, progress)
+    return hooks

@@ -1,0 +1,115 @@
+"""What a feature of a training is: one record, of which each phase of a run reads its part.
+
+A feature is one light file, or one with a heavy half next to it, and its lines in
+`training/features/__init__.py`. Without these every script does all the rest as before. No phase names a
+feature: what a run asks all features for is in `composing.py`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from modules.options import Options
+
+if TYPE_CHECKING:  # --help does without torch
+    import torch
+    from torch import Tensor, nn
+
+    from contract.family import Family
+    from modules.speed_options import TrainingSpeedOptions
+    from training.loss import NoisyBatch
+    from training.steps import Progress, StepPlan
+
+T = TypeVar("T")
+
+# of `Feature.place`: in --help behind the options of the loss; behind those of saving and samples
+AT_LOSS, AT_WEIGHTS = "loss", "weights"
+
+
+class OptionsOfRun(Protocol):
+    """The options of a run, as far as features read them."""
+
+    def of(self, kind: type[T]) -> T: ...
+
+    @property
+    def is_fused(self) -> bool: ...
+
+    @property
+    def speed(self) -> "TrainingSpeedOptions": ...
+
+
+class HookedRun(Protocol):
+    """A run, as far as features use it."""
+
+    @property
+    def options(self) -> OptionsOfRun: ...
+
+    @property
+    def progress(self) -> "Progress": ...
+
+    @property
+    def steps(self) -> "StepPlan": ...
+
+    @property
+    def device(self) -> "torch.device": ...
+
+    @property
+    def is_main(self) -> bool: ...
+
+    @property
+    def has_scaler(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class GradientStep:
+    """A step whose gradients are summed, before the weights are stepped."""
+
+    loss: "Tensor"  # its mean: a number on the device
+    keys: tuple[str, ...]  # of the items of this process
+    kind: str  # its transformers, and whether it has sound: norms of different kinds are not compared
+
+
+BeforeStep = Callable[[HookedRun, GradientStep, "Tensor"], str]
+LearningPass = Callable[["nn.Module", "NoisyBatch"], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """The points of a run at which features act. At each, they act in the order of their list."""
+
+    # given the DiT and its batch: what a pass with gradients runs in
+    learning_pass: list[LearningPass] = field(default_factory=list)
+    # given the norm of the gradients before clipping: why the step is not taken, as the history has it; ""
+    # takes it. All processes answer alike. With such a hook each step waits for the device
+    before_step: list[BeforeStep] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Feature:
+    """A feature of a training. All but name, options, place and `is_on` may be left out."""
+
+    name: str
+    options: type[Options]  # declared in its file; parser, --config_file and --help are composed of the list
+    place: str  # of its options in --help
+    is_on: Callable[[Any], bool]  # given its options
+    facts: Mapping[str, Any] = field(default_factory=dict)  # of all its options: HABIT, FREE and the like
+    # raises OptionError for options of others that do not go with it; asked only if it is on
+    refuse: Callable[[OptionsOfRun], None] | None = None
+    # given its options, the model and the numbers of its blocks, which may be unknown: raises OptionError
+    check: Callable[[Any, "Family", Sequence[int]], None] | None = None
+    # its options that act between the blocks of a transformer: models without such blocks refuse them
+    of_blocks: tuple[str, ...] = ()
+    # given its options: its line among the targets in the box at the start of a run
+    describe: Callable[[Any], str] | None = None
+    progress: type[Any] | None = None  # a dataclass: what it remembers in `Progress`, and in states
+    # given its options and the run's progress: entries of each saved file, without the `ss_` of their names
+    metadata: Callable[[Any, "Progress"], Mapping[str, Any]] | None = None
+    # given the run's progress: its line in the box at the end of a run
+    result: Callable[["Progress"], tuple[str, str]] | None = None
+    # a sentence for the error of a loss or norm that is NaN or infinite
+    remedy_of_bad_step: str = ""
+    # puts its functions into the hooks of a run
+    install: Callable[[Hooks, OptionsOfRun, "Progress"], None] | None = None
+    # given its options and a batch: the passes with gradients of --plan, whose batch has no content
+    rehearse: Callable[[Any, "NoisyBatch"], LearningPass] | None = None

@@ -1,0 +1,198 @@
+"""Leave out steps that went wrong: --skip_bad_steps and --skip_spikes.
+
+The decision needs the loss and the norm of the gradients on the host before the weights are stepped, so that
+each step waits for the device. A run without these options does not wait, and has none of this.
+"""
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from modules.errors import OptionError
+from modules.options import HABIT, Options, option
+from training.features.contract import AT_WEIGHTS, Feature, GradientStep, HookedRun, OptionsOfRun
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from training.steps import Progress
+
+logger = logging.getLogger(__name__)
+
+MOST_FACTOR = 1_000_000.0  # beyond any spike
+TAKEN, BAD, SPIKE, FATAL = 0, 1, 2, 3  # outcomes; of several processes the largest counts
+NAMES = {BAD: "bad", SPIKE: "spike"}  # in the history
+WINDOW = 100  # norms of taken steps that the median is of
+LEAST = 20  # of them, before any step is a spike
+MOST_SPIKES = 20  # in a row; more of them are no spikes
+REMEDY = "--skip_bad_steps 3 leaves out up to three such steps in a row."  # of the error without it
+
+
+class SkipOptions(Options, title="steps that go wrong"):
+    """Which steps are left out."""
+
+    skip_bad_steps: int | None = option(
+        "leave out a step whose loss or gradient norm is NaN or infinite, at most N in a row; the next one "
+        "ends the run, as the first one does without this option",
+        least=1,
+        most=1_000_000,
+        metavar="N",
+        hint="leave it out to end the run at the first one",
+    )
+    skip_spikes: float | None = option(
+        "leave out a step whose gradient norm is above FACTOR times the median of the last 100 taken "
+        "steps, from the 21st step on",
+        above=1,
+        most=MOST_FACTOR,
+        metavar="FACTOR",
+        hint="5 to 10 are usual",
+        known_as=("skip_grad_norm",),
+    )
+
+
+@dataclass
+class SkipProgress:
+    """What is remembered of the steps of a run; `norms` and `spikes_in_a_row` by kind of step."""
+
+    bad_in_a_row: int = 0  # of the last steps
+    spikes_in_a_row: dict[str, int] = field(default_factory=dict)
+    norms: dict[str, list[float]] = field(default_factory=dict)  # of the last taken steps
+
+
+@dataclass(frozen=True)
+class Skipping:
+    """Judge the steps of a run by its options.
+
+    Steps of one kind are compared with each other: those of each transformer, and those with and without
+    sound, have norms of their own size.
+    """
+
+    options: SkipOptions
+    progress: SkipProgress
+    has_scaler: bool  # of fp16: a norm that is not finite is the scaler's matter, which lowers its scale
+
+    def judge(self, loss: float, norm: float, kind: str) -> int:
+        """Return what becomes of a step. loss: its mean. norm: of its gradients, before clipping.
+
+        Changes nothing: see `note`.
+        """
+        is_finite = math.isfinite(loss) and (math.isfinite(norm) or self.has_scaler)
+        if not is_finite:
+            is_allowed = self.progress.bad_in_a_row < (self.options.skip_bad_steps or 0)
+            return BAD if is_allowed else FATAL
+        limit = self.limit(kind)
+        return SPIKE if limit is not None and math.isfinite(norm) and norm > limit else TAKEN
+
+    def limit(self, kind: str) -> float | None:
+        """Return the norm above which a step of a kind is a spike; None if none is yet."""
+        from statistics import median  # --help does without
+
+        factor = self.options.skip_spikes
+        norms = self.progress.norms.get(kind, [])
+        if factor is None or len(norms) < LEAST:
+            return None
+        return factor * median(norms)
+
+    def note(self, outcome: int, norm: float, kind: str) -> bool:
+        """Remember what has become of a step: taken, bad or a spike.
+
+        Returns whether this is the last spike in a row that is left out: from the next step on the median
+        begins anew, because so many are a new level of the norms.
+        """
+        progress = self.progress
+        progress.bad_in_a_row = progress.bad_in_a_row + 1 if outcome == BAD else 0
+        if self.options.skip_spikes is None or outcome == BAD or not math.isfinite(norm):
+            return False
+        if outcome == TAKEN:
+            progress.spikes_in_a_row[kind] = 0
+            norms = progress.norms.setdefault(kind, [])
+            norms.append(norm)
+            del norms[:-WINDOW]
+            return False
+        count = progress.spikes_in_a_row.get(kind, 0) + 1
+        is_level = count >= MOST_SPIKES
+        progress.spikes_in_a_row[kind] = 0 if is_level else count
+        if is_level:
+            progress.norms[kind] = []
+        return is_level
+
+
+def judge_step(run: HookedRun, step: GradientStep, gradient_norm: "Tensor") -> str:
+    """Return why a step is not taken, as `NAMES` has it, and log it; "": it is taken.
+
+    All processes decide alike, and together. Raises UserError if the loss or the norm is not finite in too
+    many steps in a row.
+    """
+    from training.processes import largest_of_processes  # torch, as --help does without
+
+    progress = run.progress.of(SkipProgress)
+    skipping = Skipping(run.options.of(SkipOptions), progress, run.has_scaler)
+    loss = float(step.loss)
+    norm = float(gradient_norm)
+    limit = skipping.limit(step.kind)
+    # cards of several kinds may differ in the last digits
+    outcome = largest_of_processes(skipping.judge(loss, norm, step.kind), run.steps.everyone, run.device)
+    number = run.progress.step + 1
+    if outcome == FATAL:
+        from training.bad_steps import explain_bad_step  # only here
+
+        before = progress.bad_in_a_row
+        remedy = "" if before else REMEDY
+        raise explain_bad_step(number, loss, norm, step.keys, remedy=remedy, before=before)
+    is_new_level = skipping.note(outcome, norm, step.kind)
+    if outcome == TAKEN:
+        return ""
+    keys = step.keys
+    if run.steps.everyone > 1:
+        from accelerate.utils import gather_object  # only of several processes
+
+        keys = gather_object([*step.keys])
+    if run.is_main:
+        reason = describe_skip(outcome, loss, norm, limit, is_new_level)
+        items = ", ".join(dict.fromkeys(keys))
+        logger.warning("Step %d is skipped: %s Its items: %s", number, reason, items)
+    return NAMES[outcome]
+
+
+def describe_skip(
+    outcome: int, loss: float, norm: float, limit: float | None, is_new_level: bool = False
+) -> str:
+    """Return why a step is left out, as sentences. limit: of the norm. is_new_level: as `Skipping.note`."""
+    if outcome == BAD:
+        return f"the loss is {loss:.4g}, the gradient norm {norm:.4g}."
+    text = f"the gradient norm is {norm:.4g}"
+    if limit is not None:
+        text += f", above the limit of {limit:.4g} that --skip_spikes sets"
+    if is_new_level:
+        text += f". {MOST_SPIKES} in a row are no spikes: steps are taken again, and the median begins anew"
+    return f"{text}."
+
+
+def _refuse(options: OptionsOfRun) -> None:
+    if options.is_fused:
+        flag = "--skip_spikes" if options.of(SkipOptions).skip_bad_steps is None else "--skip_bad_steps"
+        raise OptionError(
+            f"{flag} with --fused_backward_pass: weights are stepped inside the backward pass, before the "
+            "norm of all gradients is known. Leave out one of the two"
+        )
+
+
+def _metadata(options: SkipOptions, progress: "Progress") -> Mapping[str, Any]:
+    return {**asdict(options), "skipped_steps": progress.skipped}
+
+
+SKIP = Feature(
+    name="skip",
+    options=SkipOptions,
+    place=AT_WEIGHTS,
+    is_on=lambda options: options != SkipOptions.usual(),
+    facts=HABIT,
+    refuse=_refuse,
+    progress=SkipProgress,
+    metadata=_metadata,
+    result=lambda progress: ("skipped steps", str(progress.skipped)),
+    remedy_of_bad_step=REMEDY,
+    install=lambda hooks, options, progress: hooks.before_step.append(judge_step),
+)
