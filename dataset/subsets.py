@@ -364,8 +364,18 @@ def _subsets(folder: Path, option: str, is_reg: bool) -> list[dict[str, Any]]:
             "a number of repeats are read from there."
         )
     if not subsets:
+        inner = [folder / name for name in sorted(names) if _has_repeats(folder / name)]
+        remedy = f"Give {' or '.join(map(str, inner))}." if inner else "Move the pictures into one."
         raise DatasetError(
             f"{option} {folder} has no folder whose name begins with a number of repeats, such as 10_cat. "
-            "Move the pictures into one."
+            f"{remedy}"
         )
     return subsets
+
+
+def _has_repeats(folder: Path) -> bool:
+    """Return whether a folder has one whose name begins with a number of repeats."""
+    try:
+        return any(entry.is_dir() and read_folder_name(entry.name) is not None for entry in folder.iterdir())
+    except OSError:  # such as one of another user
+        return False

@@ -75,6 +75,18 @@ def plain_name(text: str) -> str:
     return re.sub(r"[^a-z0-9]", "", text.lower())
 
 
+def is_task_spelling(text: str, task: str) -> bool:
+    """Return whether a text is a spelling of a task, which 1.4B is not of 14B."""
+    return plain_name(text) == plain_name(task) and not has_other_number(text, task)
+
+
+def has_other_number(text: str, task: str) -> bool:
+    """Return whether a text has a decimal number whose digits without the point are a number of a task."""
+    numbers = re.findall(r"\d+(?:\.\d+)?", task)
+    decimals = re.findall(r"\d+\.\d+", text)
+    return any(number.replace(".", "") in numbers for number in decimals if number not in numbers)
+
+
 def read_family(text: str, models: Sequence[ModelSet]) -> NamedModel:
     """Read the name of a family, and of a task if one is given, in any spelling.
 
@@ -128,7 +140,8 @@ def _read_exact_name(
         return NamedModel(by_spelling[plain], task=None)
     for model in models:
         spellings = [name for name, family in by_spelling.items() if family == model.family]
-        if plain in {plain_name(name + model.task) for name in spellings}:
+        is_named = plain in {plain_name(name + model.task) for name in spellings}
+        if is_named and not has_other_number(text, model.task):
             return NamedModel(model.family, model.task)
     for model in models:  # the catalogue has what most want first
         if plain in (plain_name(model.released_by), plain_name(PurePosixPath(model.released_by).name)):

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from downloads.catalogue import ModelSet, families, model_sets
-from downloads.naming import NamedModel, plain_name, read_family, refuse_made_from
+from downloads.naming import NamedModel, is_task_spelling, read_family, refuse_made_from
 from modules.command import did_you_mean
 from modules.errors import OptionError
 from modules.options import Options, option
@@ -70,9 +70,8 @@ class DownloadOptions(Options):
         named = self.named
         if named is None or self.task is None:
             return None if named is None else named.task
-        plain = plain_name(self.task)
         of_family = (model.task for model in model_sets() if model.family == named.family)
-        return next((task for task in of_family if plain_name(task) == plain), None)
+        return next((task for task in of_family if is_task_spelling(self.task, task)), None)
 
     def sets(self) -> list[ModelSet]:
         """Return the sets that the options name: one, or with --list also several."""

@@ -1,6 +1,7 @@
 """Make a `Request` from options, a prompt line and defaults; prepare it; make it a job of a run."""
 
 import logging
+import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,7 +27,7 @@ from generation.outputs import FrameTools
 from generation.prompt_lines import parse_generation_line, read_seed
 from generation.script_options import RequestOptions
 from generation.session import Session
-from modules.command import each_warning_once
+from modules.command import each_warning_once, one_line
 from modules.devices import Failures
 from modules.errors import CheckpointError, OptionError
 from modules.option_values import SEED_BITS, to_path
@@ -40,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 LorasInWords = Mapping[str, Sequence[tuple[str, float]]]  # file name and strength of each, by expert
+
+_LORA_TAG = re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>", re.IGNORECASE)
 
 TURN = 0.9  # share of a period that a slowed frequency covers over the length of the video
 
@@ -89,6 +92,7 @@ def make_request(
         )
     typed_texts: dict[str, str | None] = {name: line.get(name, getattr(options, name)) for name in TEXTS}
     texts = _expand(typed_texts, prompts, seed)
+    _warn_of_lora_tags(texts)
     solver = line.get("sample_solver", options.sample_solver)
     if solver not in options.solvers:
         raise OptionError(f"--sample_solver {solver} (in a prompt line): use {', '.join(options.solvers)}")
@@ -237,6 +241,16 @@ def prepare_line(family: Family, options: GenerationOptions, overrides: Mapping[
 
         check_step_cache(request.step_cache, prepared, family.dit)
     return _with_riflex(prepared, options.steadier)
+
+
+def _warn_of_lora_tags(texts: Mapping[str, str | None]) -> None:
+    """Warn of tags such as <lora:style:0.8>, which other programs take out of a prompt."""
+    for tag in _LORA_TAG.findall(" ".join(filter(None, texts.values()))):
+        logger.warning(
+            "%s in a prompt loads nothing and is read as words: remove it, and give the file to "
+            "--lora_weight and its strength to --lora_multiplier",
+            one_line(tag),
+        )
 
 
 def _warn_of_edit_loras(paths: Iterable[Path]) -> None:

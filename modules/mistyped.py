@@ -93,6 +93,8 @@ bf16: bfloat16
 fp16: float16 half
 fp32: float32
 vanilla: euler
+dpmsolver++: dpmpp dpm++ dpmpp_2m dpm++2m dpm++_2m dpmpp2m dpm_pp_2m dpmpp_2m_karras dpm++_2m_karras
+euler_a: euler_ancestral euler-a euler_ancestral_discrete
 flux_shift: flux
 adamw8bit: adamw_8bit
 """
@@ -106,6 +108,7 @@ image_size video_size H+W height+width image_height+image_width resolution size
 infer_steps steps
 guidance_scale scale guidance cfg_scale embedded_cfg_scale
 save_path outdir output_dir output
+ckpt pretrained_model_name_or_path
 dit ckpt ckpt_path pretrained_model_name_or_path ltx2_checkpoint dit_weight
 control_image_path ref reference_image vace_reference_image src_ref_images
 control_path src_video vace_video

@@ -23,7 +23,7 @@ from modules.command import (
     wants_colour,
 )
 from modules.errors import OptionError
-from modules.installation import HELP_AS_JSON, ONLY_OPTIONS
+from modules.installation import HELP_AS_JSON, ONLY_OPTIONS, find_script
 from modules.option_values import HEIGHT_WIDTH, JOINED, UNIT, height_width
 from modules.options import (
     TYPED,
@@ -258,7 +258,9 @@ class Parser(argparse.ArgumentParser):
             message = message.replace("\n", "\\n")
         message = plain_message(message, sys.argv)
         wait_for_first_process()
-        self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help lists all options\n")
+        script = find_script(self.prog) if self.prog.endswith(".py") else None
+        shown = self.prog if script is None else as_typed(["python", script.as_posix()])
+        self.exit(2, f"{self.prog}: error: {message}\n{shown} --help lists all options\n")
 
     def _help_of(self, name: str) -> str:
         """Return ": " and the help of an option, as argparse's message names it; "" if it has none."""
@@ -325,7 +327,7 @@ class Parser(argparse.ArgumentParser):
                 raise argparse.ArgumentError(action, f"{value}: {reason}. Use {', '.join(choices)}.")
             from modules.mistyped import ours_for  # likewise
 
-            ours = ours_for(str(value).lower(), choices)
+            ours = ours_for(str(value).lower().replace(" ", "_"), choices)
             near = f" Did you mean {ours}?" if ours else did_you_mean(str(value), choices)
             raise argparse.ArgumentError(action, f"{shown} is no choice. Use {', '.join(choices)}.{near}")
 

@@ -21,6 +21,8 @@ from downloads.listing import gigabytes, in_columns, total_bytes
 from downloads.naming import (
     NamedModel,
     families_of,
+    has_other_number,
+    is_task_spelling,
     page_of_control,
     plain_name,
     read_family,
@@ -388,12 +390,13 @@ def _read_tasks(text: str, tasks: Sequence[ModelSet]) -> list[ModelSet]:
     Raises OptionError if there is none, or if it is not clear.
     """
     plain = plain_name(text)
-    exact = [model for model in tasks if plain_name(model.task) == plain]
+    exact = [model for model in tasks if is_task_spelling(text, model.task)]
     if not exact and plain:
-        exact = [model for model in tasks if plain_name(_training_task(model)) == plain]
+        exact = [model for model in tasks if is_task_spelling(text, _training_task(model))]
     if exact:
         return exact
     near = [model for model in tasks if len(plain) > 1 and plain in plain_name(model.task)]
+    near = [model for model in near if not has_other_number(text, model.task)]
     if len(near) == 1:
         return near
     names = [model.task for model in tasks]

@@ -184,9 +184,18 @@ def count_frames(clip: Media, model: ModelSet) -> int:
 
 
 def typed_files(options: NewOptions) -> dict[str, str]:
-    """Return the paths that --model_file gives, as typed, by option."""
-    pairs = (typed.partition("=") for typed in options.model_files)
-    return {name: without_quotes(text.strip()) for name, _, text in pairs}
+    """Return the paths that --model_file gives, as typed, by option.
+
+    Raises OptionError if there are two for one option.
+    """
+    texts: dict[str, str] = {}
+    for typed in options.model_files:
+        name, _, text = typed.partition("=")
+        text = without_quotes(text.strip())
+        if texts.get(name, text) != text:
+            raise OptionError(f"--model_file {name}: {texts[name]} and {text} are given. Give one of them")
+        texts[name] = text
+    return texts
 
 
 def name_files(options: NewOptions, model: ModelSet) -> dict[str, str]:
@@ -198,7 +207,8 @@ def name_files(options: NewOptions, model: ModelSet) -> dict[str, str]:
     files = {name: options.models / part.path for name, part in parts.items()}
     for name, text in typed_files(options).items():
         if name not in files or not text:
-            raise OptionError(f"--model_file {name}={text}: give NAME=PATH with one of {', '.join(files)}")
+            typed = f"{name}={text}" if text else name
+            raise OptionError(f"--model_file {typed}: give NAME=PATH with one of {', '.join(files)} as NAME")
         files[name] = _require_typed_file(name, text, parts[name])
     # links are not followed: in the hub's cache the name that says what a file is belongs to the link
     return {name: path.absolute().as_posix() for name, path in files.items()}
@@ -354,13 +364,16 @@ def _choose_situations(captions: Sequence[str]) -> list[str]:
 
 
 def _sample_size(choice: Choice) -> str:
-    """Return the sample options for width, height and frames; for sounds their length alone."""
+    """Return the sample options for width, height and frames; for sounds their length alone, for models of
+    pictures no frames.
+    """
     if choice.is_of_sound:
         return f"--f {SOUND_FRAMES}"
     width, height = choice.size
     if choice.frames > 1:
         width, height = _within(choice.size, MOST_SAMPLED)
-    return f"--w {width} --h {height} --f {choice.frames}"
+    frames = f" --f {choice.frames}" if choice.model.data["frames"] > 1 else ""
+    return f"--w {width} --h {height}{frames}"
 
 
 def _find_subject(captions: Sequence[str]) -> str:

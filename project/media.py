@@ -23,6 +23,7 @@ from modules.media.reading import VIDEO_SUFFIXES, first_frame, image_size, image
 from modules.media.remedies import remedy_of
 from modules.media.samples import track_facts
 from modules.media.streams import source_info
+from modules.paths import path_from
 from modules.text_files import real_path
 from project.choosing import ModelFacts
 from project.listed_captions import ListedCaptions, read_lists
@@ -148,7 +149,7 @@ def _collect_media(
     start = len(content.lines)
     sounds: list[Path] = []
     for place in places.learned:
-        sounds += _list_media(place, content, facts)
+        sounds += _list_media(folder, place, content, facts)
         if place != folder:
             content.lines += _describe_deep(_unsorted_folders(place, places))
     _add_sounds(content, sounds, facts)
@@ -197,7 +198,7 @@ def _sort_folders(folder: Path, content: FolderContent) -> SortedFolders:
         if REFERENCES.fullmatch(kind):
             places.sources.append(place)
         elif kind in MASKS:
-            content.lines.append(f"{place}: masks are left out. mask_directory in dataset.toml takes them")
+            content.lines.append(f"{place}: {_explain_masks(folder, place)}")
         elif kind not in OWN_FOLDERS:
             candidates.append(place)
             candidates += [inner for inner in _folders(place) if _name_of(inner) is not None]
@@ -388,8 +389,8 @@ def _describe_deep(folders: Sequence[Path]) -> list[str]:
     return lines
 
 
-def _list_media(place: Path, content: FolderContent, facts: ModelFacts) -> list[Path]:
-    """Add the clips and pictures of a folder, and lines about its other files. Returns its sounds."""
+def _list_media(folder: Path, place: Path, content: FolderContent, facts: ModelFacts) -> list[Path]:
+    """Add the clips and pictures in a place of a folder, and lines about other files. Returns its sounds."""
     try:
         paths = sorted(place.iterdir())
     except OSError as error:
@@ -410,7 +411,7 @@ def _list_media(place: Path, content: FolderContent, facts: ModelFacts) -> list[
         else:
             other_files.setdefault(suffix, []).append(path)
     _add_media(media, content, facts)
-    content.lines += _describe_labels(place, labels)
+    content.lines += _describe_labels(folder, place, labels)
     sounds = [path for suffix in SOUND_SUFFIXES for path in other_files.get(suffix, [])]
     # folders and hidden files with the suffix of media count here, so that their captions have an owner
     with_captions = [path for path in paths if path.suffix.lower() in suffixes]
@@ -418,13 +419,18 @@ def _list_media(place: Path, content: FolderContent, facts: ModelFacts) -> list[
     return sorted(sounds)
 
 
-def _describe_labels(place: Path, paths: Sequence[Path]) -> list[str]:
-    """Return lines about the files that OneTrainer lays next to the pictures of a folder."""
+def _explain_masks(folder: Path, place: Path) -> str:
+    """Return what to write to use masks in a place. folder: the one that dataset.toml is in."""
+    inside = Path(path_from(real_path(folder), real_path(place))).as_posix()
+    return f'masks are left out. mask_directory = "{inside}" in dataset.toml, with their pictures, takes them'
+
+
+def _describe_labels(folder: Path, place: Path, paths: Sequence[Path]) -> list[str]:
+    """Return lines about the files that OneTrainer lays next to the pictures in a place of a folder."""
     lines = []
     masks = [path for path in paths if label_of(path.stem) == MASK_LABEL]
     if masks:
-        text = f'masks are left out. mask_directory = "{place.as_posix()}" in dataset.toml takes them'
-        lines.append(f"{name_some(masks)}: {text}")
+        lines.append(f"{name_some(masks)}: {_explain_masks(folder, place)}")
     conditions = [path for path in paths if path not in masks]
     if conditions:
         text = "left out, conditioning images of OneTrainer. Move them into a folder control"

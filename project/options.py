@@ -40,6 +40,16 @@ TRAINING_TABLE = KeyFile(
 )
 
 
+def _model_files() -> Collection[str]:
+    parts = (part for model in find_models() for part in model.components)
+    return dict.fromkeys(part.option.lstrip("-") for part in parts if part.option)
+
+
+MODEL_FILES = KeyFile(
+    _model_files, "It is a file of the model: give it to `new`, as --model_file {key}=FILE."
+)
+
+
 def find_models(fp8_encoders: bool = False) -> list[ModelSet]:
     """Return the models that a folder can be described for: all except those that need control clips."""
     sets = model_sets(fp8_encoders)
@@ -72,16 +82,17 @@ def check_trigger(word: str) -> None:
         )
 
 
-def _names() -> str:
-    parts = [part for model in find_models() for part in model.components]
-    options = dict.fromkeys(part.option for part in parts if part.option)
-    return ", ".join(name.lstrip("-") for name in options)
+def _options_of_new() -> Collection[str]:
+    return facts_of(NewOptions)
+
+
+OF_NEW = KeyFile(_options_of_new, "`new` has it, which describes the folder: type `new` again with --{key}.")
 
 
 class NewOptions(Options):
     """Content of the project files for a folder."""
 
-    key_files = (DATASET_FILE, TRAINING_TABLE)
+    key_files = (DATASET_FILE, MODEL_FILES, TRAINING_TABLE)
 
     folder: Path = option(
         "clips, pictures or both, with captions in .txt files; for models that edit, with a folder control "
@@ -101,7 +112,8 @@ class NewOptions(Options):
     )
     models: Path = option("folder that tools/download.py fills", default=MODELS)
     model_files: tuple[str, ...] = option(
-        f"file of a model in another place, such as dit=my.safetensors; once for each: {_names()}",
+        "file of a model in another place, such as dit=my.safetensors; once for each: "
+        + ", ".join(_model_files()),
         default=(),
         name="model_file",
         action="append",
@@ -128,7 +140,7 @@ class NewOptions(Options):
 class RunOptions(Options):
     """Which described folder to train on."""
 
-    key_files = (DATASET_FILE, TRAINING_TABLE)
+    key_files = (DATASET_FILE, MODEL_FILES, TRAINING_TABLE, OF_NEW)
 
     folder: Path = option("folder that `new` described", positional=True)
     download: bool = option("download the model, after its licences")

@@ -190,7 +190,9 @@ class StableDiffusion(ModelOfPictures):
         }
         paths = {"sd_model_name": self.files.ckpt, "vae_name": self.files.vae}
         names |= {key: path.name for key, path in paths.items() if path is not None}
-        return names if self.options is NO_OPTIONS else names | self._metadata_of_training
+        if self.options is NO_OPTIONS:  # of pictures: by the model's name its settings are read again
+            return names | {"model_type": kind.name}
+        return names | self._metadata_of_training
 
     @property
     def hashed_files(self) -> Mapping[str, Path]:

@@ -80,6 +80,15 @@ def test_an_option_of_another_script_gets_its_counterpart_or_no_guess(
         ("wan_generate_video.py", "stg_scale", "It belongs to other scripts, and nothing here"),
         ("convert_lora.py", "prompt", "It belongs to other scripts, and nothing here"),
         ("wan_generate_video.py", "promt", "Did you mean --prompt?"),
+        ("new_project.py", "dit", "It is a file of the model: give it to `new`, as --model_file dit=FILE."),
+        ("new_project.py", "ckpt", "It is a file of the model: give it to `new`, as --model_file ckpt=FILE."),
+        (
+            "new_project.py",
+            "pretrained_model_name_or_path",
+            "It is a file of the model: give it to `new`, as --model_file ckpt=FILE.",
+        ),
+        ("run_project.py", "vae", "It is a file of the model: give it to `new`, as --model_file vae=FILE."),
+        ("run_project.py", "family", "`new` has it, which describes the folder: type `new` again with"),
         ("wan_generate_video.py", "qwertz", "Leave it out."),
     ],
 )
@@ -87,3 +96,17 @@ def test_known_counterparts(script: str, typed: str, message: str, monkeypatch: 
     parser = parser_of(script, monkeypatch)
     assert isinstance(parser, Parser)
     assert f"Unknown option --{typed}. {message}" in parser._explain_unknown("", f"--{typed}")
+
+
+@pytest.mark.parametrize(
+    ("typed", "ours"),
+    [("dpm++_2m", "dpmsolver++"), ("DPM++ 2M Karras", "dpmsolver++"), ("euler_ancestral", "euler_a")],
+)
+def test_samplers_of_other_programs_get_their_counterpart(
+    typed: str, ours: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = Parser(prog="make.py")
+    parser.add_argument("--sampler", choices=["dpm_2", "dpmsolver++", "euler", "euler_a"])
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--sampler", typed])
+    assert f"Did you mean {ours}?" in capsys.readouterr().err

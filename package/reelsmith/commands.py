@@ -76,7 +76,7 @@ def find_commands(folder: Path) -> list[ScriptCommand]:
 def main() -> None:
     """Run the command that the words name; without a command, list all."""
     words = sys.argv[1:]
-    if words[:1] == ["help"] and len(words) > 1:
+    if words[:1] in (["help"], ["--help"], ["-h"]) and len(words) > 1:
         words = [*words[1:], "--help"]
     commands = find_commands(ROOT)
     command = _find_named(commands, words)
@@ -128,13 +128,16 @@ def _explain(commands: Sequence[ScriptCommand], words: Sequence[str]) -> None:
     raise SystemExit(2)
 
 
+SIMILAR = 0.75  # of a command that was mistyped and the intended one; 1: equal
+
 # what others call a command -> what to type
 _MEANT = {
     "models": "download --list",
     "list": "download --list",
     "train": "run FOLDER",
     "start": "run FOLDER",
-    "init": "new FOLDER",
+    **dict.fromkeys(("resume", "continue"), "run FOLDER"),
+    **dict.fromkeys(("init", "describe"), "new FOLDER"),
     **dict.fromkeys(("gui", "ui", "web", "webui", "page", "serve", "server"), "browser"),
 }
 
@@ -143,20 +146,30 @@ def _explain_unknown(commands: Sequence[ScriptCommand], words: Sequence[str]) ->
     """Return the message for words that begin no command, with the command that was probably meant."""
     typed = " ".join(word for word in words[:3] if not word.startswith("-"))
     script = Path(words[0]).name.removesuffix(".py")
-    names = [command.name for command in commands]
     near = []
     for command in commands:
-        has_same_words = sorted(command.words) == sorted(typed.split())
-        if has_same_words or command.script == script:
+        has_these_words = bool(typed) and {*typed.split()} <= {*command.words}
+        if has_these_words or command.script == script:
             near.append(command.name)
-    first, _, further = typed.partition(" ")  # `train wn`: a command of the same first word is nearer
-    kin = {" ".join(command.words[1:]): command.name for command in commands if command.words[0] == first}
-    near = near or [kin[after] for after in difflib.get_close_matches(further, kin, 1)]
-    if not near and words[0].lower() in _MEANT:
-        near = [_MEANT[words[0].lower()]]
-    near = near or difflib.get_close_matches(typed, names, 1)
-    near = near or difflib.get_close_matches(words[0], names, 1)
-    hint = f" Did you mean {PROGRAM} {near[0]}?" if near else ""
+    # a word that all names of a kind begin with makes none of them similar
+    of_kind = {
+        " ".join(command.words[1:]): command.name for command in commands if command.words[0] == words[0]
+    }
+    if not near and of_kind:
+        rest = typed.partition(" ")[2]
+        alike = difflib.get_close_matches(rest, of_kind, 1)
+        alike = alike or difflib.get_close_matches(rest.partition(" ")[0], of_kind, 1)
+        near = [of_kind[rest] for rest in alike]
+    elif not near:
+        names = [command.name for command in commands]
+        near = difflib.get_close_matches(typed, names, 1, SIMILAR)
+        kinds = [command.words[0] for command in commands]
+        near = near or difflib.get_close_matches(words[0], [*names, *kinds], 1)
+    hint = f" Did you mean {PROGRAM} {' or '.join(near)}?" if near else ""
+    if words[0].lower() in _MEANT and not (of_kind and near):
+        hint = f" Did you mean {PROGRAM} {_MEANT[words[0].lower()]}?"
+    if of_kind and not near:
+        hint += f" There are {', '.join(of_kind.values())}."
     return f"{typed or words[0]!r} is no command.{hint}"
 
 

@@ -294,3 +294,9 @@ def test_sample_lines_of_the_image_guides_are_read_as_measured() -> None:
             wanted["sample_steps"] = found["sample_steps"]
 
         assert found == wanted, line
+
+
+def test_a_tag_that_loads_a_lora_elsewhere_causes_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    make_request(OPTIONS, {"prompt": "a cat <lora:style:0.8>, 1 < 2 > 0"})
+    (record,) = caplog.records
+    assert record.getMessage().startswith("<lora:style:0.8> in a prompt loads nothing and is read as words")

@@ -55,6 +55,15 @@ def test_each_command_has_its_own_words_and_none_hides_another() -> None:
         ("mrege", "'mrege' is no command. Did you mean python reelsmith.py merge?"),
         ("./wan_train_network.py --task x", f"'./wan_train_network.py x' is no command. {MEANT}"),
         ("--task", "'--task' is no command."),
+        (
+            "train pony",
+            "'train pony' is no command. Did you mean python reelsmith.py run FOLDER? "
+            "There are train hv, train wan.",
+        ),
+        ("cache pony", "'cache pony' is no command. There are cache latents wan."),
+        ("cache wan", "'cache wan' is no command. Did you mean python reelsmith.py cache latents wan?"),
+        ("trian photos", "'trian photos' is no command. Did you mean python reelsmith.py train?"),
+        ("resume photos", "'resume photos' is no command. Did you mean python reelsmith.py run FOLDER?"),
         ("teapot --help", "'teapot' is no command."),
     ],
 )

@@ -136,7 +136,7 @@ def test_what_is_left_out_or_odd_gets_a_line(tmp_path: Path) -> None:
         "bell.wav: left out, this kind is not read; audio_directory in dataset.toml takes sounds",
         f"left out: {folder / 'empty.jpg'} is empty",
         f"{folder / 'c' / 'raw' / 'deep'}: left out because it is too deep",
-        f"{folder / 'masks'}: masks are left out",
+        f'{folder / "masks"}: masks are left out. mask_directory = "masks" in dataset.toml',
         f"{folder / 'output'}: left out. Runs write into a folder of this name",
         "scan.txt: captions of no file",
         f"{folder}: 2 clips and 5 pictures. ",
@@ -220,7 +220,7 @@ def test_prompts_are_as_the_page_recommends(tmp_path: Path) -> None:
         family, task = model.split()
         run_here("new_project.py", "set", "--family", family, "--task", task, "--overwrite", folder=tmp_path)
         (first, *_) = (tmp_path / "set" / "prompts.txt").read_text(encoding="utf-8").splitlines()
-        assert first == f"make it blue, in falling snow --w 288 --h 288 --f 1 {words} --d 1"
+        assert first == f"make it blue, in falling snow --w 288 --h 288 {words} --d 1"
     values = parse_toml((tmp_path / "set" / "run.toml").read_text(encoding="utf-8"))["training"]
     assert "validation_split" not in values  # of three pictures
 
@@ -292,3 +292,16 @@ def test_a_dry_run_shows_how_the_files_would_change_and_writes_nothing(tmp_path:
     assert {path: path.read_bytes() for path in (tmp_path / "set").iterdir()} == before
     said = run_script("new_project.py", *words, "--dry_run").stdout
     assert said.splitlines()[-1] == "Nothing is written: the three files would stay as they are."
+
+
+def test_masks_next_to_their_pictures_are_named_as_dataset_toml_takes_them(tmp_path: Path) -> None:
+    inner = tmp_path / "set" / "my cat"
+    write_photos(inner)
+    for picture in [*inner.glob("*.jpg")]:
+        Image.new("L", (300, 300), 255).save(picture.with_name(f"{picture.stem}-masklabel.png"))
+    said = run_script("new_project.py", tmp_path / "set", "--family", "lumina").stdout
+    assert 'masks are left out. mask_directory = "my cat" in dataset.toml' in said
+    path = tmp_path / "set" / "dataset.toml"
+    path.write_text(path.read_text(encoding="utf-8") + 'mask_directory = "my cat"\n', encoding="utf-8")
+    (table,) = load_dataset_config(path).datasets
+    assert table.mask_directory == table.directory

@@ -537,6 +537,9 @@ def test_what_does_not_fit_is_told(copied: Path, capfd: pytest.CaptureFixture[st
         ),
         ("--family lumina --model_file dit='missing.pt'", "there is no such file"),
         ("--family lumina --model_file dit=missing.pt", "dit=missing.pt: there is no such file"),
+        ("--family lumina --model_file my.pt", "--model_file my.pt: give NAME=PATH with one of dit, "),
+        ("--family lumina --model_file dit=a --model_file dit=b", "dit: a and b are given. Give one of them"),
+        ("--family wan --task t2v-1.4B", "--task t2v-1.4B: choose from t2v-1.3B, "),
         ("--family lumina --card 12", "--memory 12"),
         ("--family lumina --output_name ../x", "it holds a folder"),
         ("--family lumina --output_name CON", "on Windows CON is a device"),
@@ -607,8 +610,23 @@ def test_a_folder_of_repeats_names_the_folder_around_it(tmp_path: Path) -> None:
     assert str(folder.parent) in str(error.value)
 
 
+def test_a_folder_around_that_of_the_folders_of_repeats_names_it(tmp_path: Path) -> None:
+    (tmp_path / "cat" / "train" / "10_ohwx cat").mkdir(parents=True)
+    (tmp_path / "cat" / "log").mkdir()
+    with pytest.raises(DatasetError) as error:
+        folders_config(SubsetOptions(train_data_dir=tmp_path / "cat", resolution="512"))
+    assert str(error.value).endswith(f"Give {tmp_path / 'cat' / 'train'}.")
+
+
 @pytest.mark.parametrize(("word", "meant"), [("models", "download --list"), ("gui", "browser")])
 def test_a_command_of_another_name_is_known(word: str, meant: str, tmp_path: Path) -> None:
     said = run_program(sys.executable, ROOT / "reelsmith.py", word, folder=tmp_path, check=False).stderr
     assert f"'{word}' is no command. Did you mean " in said
     assert f"{meant}?" in said
+
+
+def test_the_list_of_options_is_named_by_a_command_that_any_folder_takes(tmp_path: Path) -> None:
+    words = [ROOT / "reelsmith.py", "new", "--famly", "wan"]
+    said = run_program(sys.executable, *words, folder=tmp_path, check=False).stderr
+    # without the checkout's path, which `run_program` takes away
+    assert said.strip().splitlines()[-1] == "python new_project.py --help lists all options"

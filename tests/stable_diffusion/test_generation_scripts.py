@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from browser.settings_of import read_settings
 from generation.options import read_generation
 from modules.errors import OptionError
 from stable_diffusion.samplers import SeenSolver, begin_sampling, make_scheduler
@@ -183,3 +184,13 @@ def test_the_clean_picture_is_predicted_from_noise_or_v(predicts_v: bool) -> Non
     scheduler = make_scheduler("ddim", predicts_v)
     solver = SeenSolver(begin_sampling(scheduler, 2, [torch.Generator()]), noisy, noise, predicts_v)
     torch.testing.assert_close(solver.clean(sigma, noisy, output), clean)
+
+
+@pytest.mark.parametrize(("script", "model", "family"), [(SD, "sd1", "sd1"), (XL, "sdxl", "sdxl")])
+def test_a_picture_says_how_it_was_made(folder: Path, script: str, model: str, family: str) -> None:
+    words = ["--steps", "1", "--seed", "5", "--prompt", "a cat", *SIZE, "--save_path", f"told {model}"]
+    generate(folder, script, model, *words)
+    (path,) = (folder / f"told {model}").glob("*.png")
+    settings = read_settings(path)
+    assert settings is not None
+    assert (settings.family, settings.get("prompt"), settings.get("seeds")) == (family, "a cat", "5")

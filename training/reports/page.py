@@ -81,6 +81,7 @@ def page_values(
         "written": f"{datetime.now():%Y-%m-%d %H:%M:%S}",
         "tiles": list_tiles(standing, story),
         "grid": grid,
+        "makes_samples": "sample_prompts" in dict(standing.start.changed),
         "charts": [draw_chart(chart) for chart in list_charts(story)],
         "files": _files(story, folder, best),
         "advice": describe_best(story, best),

@@ -385,3 +385,15 @@ def test_a_sample_of_sound_alone_is_drawn_by_how_far_it_swings(tmp_path: Path) -
     light = (picture[..., 0] > 200).mean(axis=0)  # of each moment
     assert light[:120].max() < 0.05
     assert 0.45 < light[140:250].min() < 0.55
+
+
+@pytest.mark.parametrize(("changed", "is_explained"), [((("sample_prompts", "p.txt"),), False), ((), True)])
+def test_only_a_run_without_prompts_says_how_to_get_samples(
+    changed: tuple[tuple[str, str], ...], is_explained: bool, tmp_path: Path
+) -> None:
+    history = History(tmp_path / "h.jsonl", 1)
+    stands = Standing(Start("toy", 100, changed), 0)
+    write_training_page(tmp_path / "x.html", history.path, Story.of(history.events), stands)
+    page = text_of((tmp_path / "x.html").read_text(encoding="utf-8"))
+    assert "No samples yet." in page
+    assert ("--sample_every_n_steps" in page) == is_explained
