@@ -19,6 +19,7 @@ from browser.jobs import JobQueue
 from tests.browser.serving import Served, serve_runs
 from tests.browser.test_run_buttons import address_of, write_resumable
 from tests.browser.test_safe_clicks import describe, list_children, save_picture, wait_for_children
+from tests.chromium import open_page, wait_until
 
 PRESSES = 12  # of each page
 
@@ -184,3 +185,11 @@ def test_of_two_changes_of_one_text_the_second_is_refused(root: Path) -> None:
 
     assert outcomes == ["written", "refused"]
     assert "max_train_steps = 7" in path.read_text(encoding="utf-8")
+
+
+def test_another_page_of_the_queue_no_longer_calls_it_empty(root: Path) -> None:
+    with serve_runs(root) as served, open_page(f"{served.url}/queue") as page:
+        assert "The queue is empty." in page.locator("#jobs").inner_text()
+        press(served, "/queue/add", line="convert_lora.py --help")
+        wait_until(page, "document.querySelector('.job') !== null")
+        assert "The queue is empty." not in page.locator("main").inner_text()
