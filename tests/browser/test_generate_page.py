@@ -415,7 +415,7 @@ def test_a_fault_is_shown_and_the_form_stays(served: Served, root: Path) -> None
         ({"count": "0"}, "How many 0: give a number from 1 to 64."),
         ({"count": "65"}, "How many 65"),
         ({"count": "1e2"}, "How many 1e2"),
-        ({"source": "run 0123456789abcdef"}, "This run has no command that generates"),
+        ({"source": "run 0123456789abcdef"}, "its history has no command of a script that this page drives"),
         ({"source": "model no such"}, "there is no such model"),
         ({"source": "model stable_diffusion 1.5-guided"}, "there is no such model"),
         ({"source": "model flux dev"}, "is missing: load the model first"),

@@ -387,4 +387,4 @@ def test_a_folder_that_is_a_subset_itself_is_told_from_one_with_subsets(tmp_path
     with pytest.raises(DatasetError) as caught:
         folders_config(given("--train_data_dir", place, "--resolution", "64"))
 
-    assert str(caught.value).endswith(f"Give the folder that it is in: --train_data_dir {tmp_path}")
+    assert f"{place}: give the folder around it, {tmp_path}. " in str(caught.value)

@@ -444,6 +444,7 @@ OF_NO_TARGET = {
     *("AverageOptions", "SkipOptions", "LogOptions", "EndOptions", "MetadataOptions", "HubOptions"),
     *("TrainingSpeedOptions", "TrainingAttentionOptions", "TrainingFp8Options", "SwapOptions"),
     *("ShardingOptions", "TrainingCompileOptions", "PlanOptions", "FrozenModelOptions"),
+    "FeatureOptions",
 }
 
 
