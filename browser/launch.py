@@ -215,10 +215,8 @@ else:
     runpy.run_path(sys.argv[0], run_name="__main__")
 """
 # commands that load torch next
-WITH_TORCH = (
-    *("train", "finetune", "cache", "generate", "compare", "gen-img", "gen-img-diffusers", "sdxl-gen-img"),
-    *("flux-minimal-inference", "hunyuan-image-minimal-inference", "lumina-minimal-inference"),
-)
+WITH_TORCH = ("train", "finetune", "cache", "generate", "compare", "gen-img-diffusers")
+WITH_TORCH_ENDS = ("gen-img", "minimal-inference")  # likewise, with a model before it
 # how the other scripts read their options: they end behind that if they are asked to
 ENDS_AFTER_OPTIONS = re.compile(r"\b(parse_options|plain_script)\(")
 WARNING = re.compile(r"^WARNING: (.+)$", re.MULTILINE)  # as scripts print them
@@ -254,7 +252,7 @@ def check_options(
     if command.words[0] == "run":
         _check_folder_of_run(program, folder)
     variables = {FROM_QUEUE: "1"}
-    if command.words[0] not in WITH_TORCH:
+    if command.words[0] not in WITH_TORCH and not command.words[0].endswith(WITH_TORCH_ENDS):
         if not ENDS_AFTER_OPTIONS.search(command.path.read_text(encoding="utf-8")):
             return []
         variables[ONLY_OPTIONS] = "1"

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from downloads.catalogue import Component, Licence, families, model_sets  # noqa: E402
-from downloads.listing import UNVERIFIED, describe_size, gigabytes, total_bytes  # noqa: E402
+from downloads.listing import UNVERIFIED, describe_size, describe_total  # noqa: E402
 from modules.parser import Parser  # noqa: E402
 
 PAGE = ROOT / "docs" / "models.md"
@@ -107,7 +107,7 @@ def models_tables() -> str:
         lines += [f"## {title}", "", f"`--family {family}`; how to use them: [{page}]({page})", ""]
         lines += ["| `--task` | what it does | released by | all files |", "|---|---|---|---|"]
         lines += [
-            f"| `{one.task}` | {one.about} | `{one.released_by}` | {gigabytes(total_bytes(one.components))} |"
+            f"| `{one.task}` | {one.about} | `{one.released_by}` | {describe_total(one.components)} |"
             for one in model_sets()
             if one.family == family
         ]

@@ -31,6 +31,13 @@ def total_bytes(components: Iterable[Component]) -> int:
     return sum(component.size_bytes or 0 for component in components)
 
 
+def describe_total(components: Sequence[Component]) -> str:
+    """Return the size of a task's files; a single one may be without a known size."""
+    if len(components) == 1:
+        return describe_size(components[0])
+    return gigabytes(total_bytes(components))
+
+
 def print_list(sets: Sequence[ModelSet], folder: Path) -> None:
     print_lines(describe_set(sets[0], folder) if len(sets) == 1 else describe_sets(sets))
 
@@ -54,7 +61,7 @@ def describe_set(model_set: ModelSet, folder: Path) -> list[str]:
         for component in model_set.components
     ]
     title = f"{model_set.family} {model_set.task}: {model_set.about}, released by {model_set.released_by}"
-    total = f"  together {gigabytes(total_bytes(model_set.components))}"
+    total = f"  together {describe_total(model_set.components)}"
     licences = describe_licences(model_set)
     if excludes_many(model_set):
         return [*licences, "", title, *in_columns(rows), total]
@@ -69,7 +76,7 @@ def excludes_many(model_set: ModelSet) -> bool:
 def describe_sets(sets: Iterable[ModelSet]) -> list[str]:
     rows = []
     for model in sets:
-        size = gigabytes(total_bytes(model.components))
+        size = describe_total(model.components)
         rows.append((model.family, model.task, size, model.about))
     command = as_typed(["python", "tools/download.py", "--family", "FAMILY", "--task", "TASK", "--list"])
     example = f"{command} shows the files of one"

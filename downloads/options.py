@@ -15,7 +15,7 @@ class DownloadOptions(Options):
     """Options of a download, or of a list of downloads."""
 
     family: str | None = option(
-        f"the kind of model: {', '.join(families())}; also with its task, as sdxl", by_place=True
+        f"the kind of model: {', '.join(families())}; also with its task, as krea2-turbo", by_place=True
     )
     task: str | None = option("which of the family's models, such as t2v-1.3B; --list shows them")
     to: Path = option("folder for the models", default=Path("models"), place="new folder")

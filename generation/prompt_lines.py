@@ -187,8 +187,10 @@ NAMED_OPTIONS: Mapping[str, LineOption] = {
 }
 
 
-# options that a line of some generation script has
+# options that a line of some generation script has, by name and by letter
 OF_ALL_SCRIPTS: Mapping[str, LineOption] = {
+    # a letter that means two things has the names of both
+    **{option.key: option for option in SECTIONED_GENERATION_OPTIONS.values()},
     **SECTIONED_GENERATION_OPTIONS,
     **IMAGE_GENERATION_OPTIONS,
     **EMBEDDED_GENERATION_OPTIONS,
@@ -200,6 +202,10 @@ def find_option(word: str, options: Mapping[str, LineOption]) -> LineOption | No
     if option is not None:
         return option
     by_name = {**NAMED_OPTIONS, **{option.key: option for option in options.values()}}
+    name = word.lower().replace("-", "_")
+    # an option of other scripts' lines is no other name of one here: seconds would be taken for frames
+    if name not in by_name and any(name == option.key for option in OF_ALL_SCRIPTS.values()):
+        return None
     key = key_of(word, by_name)
     return None if key is None else by_name[key]
 

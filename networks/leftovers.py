@@ -72,7 +72,8 @@ def _about_word(path: str) -> str:
     word = inner.partition(".")[0]
     return (
         f", so that {word} means nothing in a prompt. Save its tensors as {word}.safetensors under the name "
-        "emb_params (of SDXL clip_l and clip_g), and give that to gen_img.py --textual_inversion_embeddings"
+        "emb_params (clip_l and clip_g if there are two), and give that to "
+        "gen_img.py --textual_inversion_embeddings"
     )
 
 

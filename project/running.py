@@ -329,7 +329,7 @@ def _parse_project(folder: Path, tables: Mapping[str, Any], typed: Mapping[str, 
 
 def _model_metadata(values: Mapping[str, Any]) -> dict[str, str]:
     """Return the metadata of trained files that say which model options of a training name."""
-    names = ("network_module", "task", "model_version", "ltx2_mode")
+    names = ("network_module", "task", "model_version", "ltx_mode")
     return {f"ss_{name}": str(values[name]) for name in names if name in values}
 
 

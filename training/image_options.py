@@ -173,6 +173,7 @@ def _translate(args: argparse.Namespace) -> None:
                 f"--caption_extention {args.caption_extention} is --caption_extension, which is "
                 f"{args.caption_extension}: give one of them"
             )
+        logger.info("--caption_extention is read as --caption_extension")
         args.caption_extension = args.caption_extention
     if args.sample_every_n_epochs is not None and args.sample_every_n_steps is not None:
         logger.info("--sample_every_n_steps is ignored because --sample_every_n_epochs comes first.")

@@ -323,7 +323,11 @@ def test_two_stages_are_planned_compiled_and_previewed(
             ["--sample_two_stage", SPATIAL, "plain", "--distilled-lora", "a", "b"],
             "give a file, and a strength",
         ),
-        (["--sample_two_stage", SPATIAL, "plain", "--distilled-lora", "none"], "no such file"),
+        (["--sample_two_stage", SPATIAL, "plain", "--distilled-lora", "gone"], "gone: no such file"),
+        (
+            ["--sample_two_stage", SPATIAL, "plain", "--distilled-lora", "none"],
+            "none: this names nothing, and is taken for a path. Leave it out",
+        ),
         (
             ["--sample_two_stage", SPATIAL, "plain", "--lora_weight", "ic", "--lora_rounding", "nearest"],
             "is an IC-LoRA, which is added beside the weights",

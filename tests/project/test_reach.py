@@ -32,7 +32,7 @@ PLAIN = {
     *("caption_prefix", "caption_separator", "caption_suffix"),
     *("cfg_schedule", "compile_args", "compile_backend"),
     *("console_back", "custom_system_prompt", "device"),
-    *("dit_dtype", "exclude_patterns", "face_crop_aug_range"),
+    *("dit_dtype", "exclude_patterns", "face_crop_aug_range", "family"),
     *("huggingface_path_in_repo", "huggingface_repo_type", "huggingface_repo_visibility"),
     *("huggingface_token", "include_patterns", "keep_tokens_separator"),
     *("latent_paddings", "log_prefix", "log_tracker_name"),
@@ -88,8 +88,8 @@ def test_every_option_with_a_path_or_a_name_is_listed_for_what_it_reaches(
     reaches = {name: getattr(action, "reach", "") for name, action in found.items()}
     paths = {name for name, action in found.items() if action.metavar == METAVARS[Path]}
     by_reach = {
-        "Write": {name for name, reach in reaches.items() if reach == "writes"},
-        "Send": {name for name, reach in reaches.items() if reach == "sends"},
+        "Write": {name for name, reach in reaches.items() if reach in ("writes", "appends")},
+        "Send": {name for name, reach in reaches.items() if reach in ("sends", "configures")},
         "Start": {name for name, reach in reaches.items() if reach == STARTS["reach"]},
         "Import": {name for name, reach in reaches.items() if reach in IMPORTS},
     }

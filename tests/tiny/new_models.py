@@ -32,7 +32,6 @@ LTX_25 = {
     "ltx2_checkpoint": "ltx 2.3.safetensors",
     "ltx2_text_encoder_checkpoint": "text.safetensors",
     "ltx2_video_vae": "video vae.safetensors",
-    "ltx2_audio_vae": "audio vae.safetensors",
 }
 H3 = {
     "dit": "minimax_h3_fl2va_bf16.safetensors",
