@@ -4,19 +4,12 @@ The files of a queue prove nothing of that: they may have come with the folder, 
 page of this user was open.
 """
 
-import contextlib
-import json
-import logging
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from modules.text_files import parse_json
-from modules.user_files import read_user_file, write_user_file
-from project.known import identify_folder, user_file_of
-
-logger = logging.getLogger(__name__)
+from project.known import recall_facts, remember_facts
 
 KIND = "queues"
 
@@ -35,21 +28,13 @@ def remember_queue(folder: Path, is_open: bool, jobs: Iterable[str]) -> None:
     Without a place to keep it, a queue that was started stays paused after a restart.
     """
     facts = {"open": is_open, "jobs": sorted(jobs)}
-    with contextlib.suppress(OSError):
-        write_user_file(user_file_of(KIND, folder), json.dumps(identify_folder(folder) | facts))
-        return
-    logger.debug("%s is not remembered", folder)
+    remember_facts(KIND, folder, facts)
 
 
 def recall_queue(folder: Path) -> KnownQueue | None:
     """Return what was remembered of a queue; None if it is another one by now, or was never known."""
-    text = read_user_file(user_file_of(KIND, folder))
-    if text is None:
-        return None
     try:
-        facts = parse_json(text)
-        if any(facts[name] != value for name, value in identify_folder(folder).items()):
-            return None
+        facts = recall_facts(KIND, folder)
         return KnownQueue(facts["open"] is True, Counter(map(str, facts["jobs"])))
     except (OSError, ValueError, TypeError, LookupError):
         return None

@@ -8,13 +8,16 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from modules.text_files import parse_json, real_path
 from modules.user_files import read_user_file, write_user_file
 
 logger = logging.getLogger(__name__)
+KIND = "folders"
 
 
 @dataclass(frozen=True)
@@ -31,25 +34,38 @@ def remember_folder(folder: Path, models: Path | None = None) -> None:
     about again.
     """
     facts = {"models": None if models is None else str(real_path(models))}
-    with contextlib.suppress(OSError):
-        write_user_file(user_file_of("folders", folder), json.dumps(identify_folder(folder) | facts))
-        return
-    logger.debug("%s is not remembered", folder)
+    remember_facts(KIND, folder, facts)
 
 
 def recall_folder(folder: Path) -> KnownFolder | None:
     """Return what was remembered of a folder; None if it is another one by now, or was never known."""
-    text = read_user_file(user_file_of("folders", folder))
-    if text is None:
-        return None
     try:
-        facts = parse_json(text)
-        if any(facts[name] != value for name, value in identify_folder(folder).items()):
-            return None
+        facts = recall_facts(KIND, folder)
         models = facts["models"]
         return KnownFolder(None if models is None else Path(models))
     except (OSError, ValueError, TypeError, LookupError):
         return None
+
+
+def remember_facts(kind: str, folder: Path, facts: Mapping[str, Any]) -> None:
+    """Write the user's file about a folder, as far as there is a place for it. kind: as of `user_file_of`."""
+    with contextlib.suppress(OSError):
+        write_user_file(user_file_of(kind, folder), json.dumps({**identify_folder(folder), **facts}))
+        return
+    logger.debug("%s is not remembered", folder)
+
+
+def recall_facts(kind: str, folder: Path) -> Mapping[str, Any]:
+    """Return what the user's file about a folder says; nothing of another folder that has taken its place.
+
+    Raises OSError, ValueError, TypeError or LookupError for a folder or a file that cannot be read.
+    """
+    text = read_user_file(user_file_of(kind, folder))
+    if text is None:
+        return {}
+    facts: Mapping[str, Any] = parse_json(text)
+    is_same = all(facts[name] == value for name, value in identify_folder(folder).items())
+    return facts if is_same else {}
 
 
 def user_file_of(kind: str, folder: Path) -> str:
