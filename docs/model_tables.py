@@ -125,13 +125,13 @@ def models_tables() -> str:
     lines = [FIRST, "", "| model | `--family` | `--task` | what it does | released by | all files |"]
     lines.append("|---|---|---|---|---|---|")
     for family in families():
-        title, page = read_list()["family"][family]["title"], page_of(family)
-        lines += [
-            f"| [{title}]({page}) | `{family}` | `{one.task}` | {one.about} | `{one.released_by}` | "
-            f"{describe_total(one.components)} |"
-            for one in model_sets()
-            if one.family == family
-        ]
+        page = page_of(family)
+        named = f"[{read_list()['family'][family]['title']}]({page}) | `{family}`"
+        for one in model_sets():
+            if one.family == family:
+                total = describe_total(one.components)
+                lines.append(f"| {named} | `{one.task}` | {one.about} | `{one.released_by}` | {total} |")
+                named = " | "  # in the first row of a family alone
     lines.append("")
     lines += ["## Licences", "", "| licence | terms to know |", "|---|---|"]
     for licence in (Licence(**entry) for entry in read_list()["licence"].values()):
