@@ -17,6 +17,7 @@ from modules.parser import Parser  # noqa: E402
 
 PAGE = ROOT / "docs" / "models.md"
 FIRST = "## Models and tasks"  # from here on
+TOKENIZER = "its tokenizer"
 
 
 def main() -> None:
@@ -46,6 +47,8 @@ def family_table(family: str) -> list[str]:
     rows = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     tasks = {one.task for one in model_sets() if one.family == family}
     for component, needed_by in sorted(_components_of(family).items(), key=lambda item: _order(item[0])):
+        if component.role == TOKENIZER and component.option is None:  # docs/models.md says where scripts look
+            continue
         which = "" if tasks == set(needed_by) else f" ({', '.join(needed_by)})"
         rows.append(_row(f"{component.role}{which}", component))
     return rows
