@@ -269,7 +269,7 @@ def refuse_other_splits() -> None:
 
 
 def explain_compilation(error: Exception) -> str | None:
-    """Return what failed and what to do if an error comes from torch's or Triton's compiler; else None."""
+    """Return the cause and the remedy of an error of torch's or Triton's compiler; None for other errors."""
     if not is_of_compiler(error):
         return None
     summary, _, output = str(error).partition("Output:\n")
@@ -385,7 +385,7 @@ def quote_for_windows(words: Sequence[str]) -> str:
 
 
 def quote_for_powershell(words: Sequence[str]) -> str:
-    """Return a command as it is typed into PowerShell: inside single quotes only the quote is special."""
+    """Return a command quoted for PowerShell: inside single quotes only the quote is special."""
     return " ".join(
         word
         if PLAIN_IN_POWERSHELL.fullmatch(word)

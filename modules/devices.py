@@ -111,7 +111,7 @@ def send_ahead(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def pin(tensor: Tensor) -> Tensor:
-    """Copy a host tensor to page-locked memory; return it as it is if the driver refuses.
+    """Copy a host tensor to page-locked memory; return the tensor itself if the driver refuses.
 
     In that case a copy to a CUDA device makes the host wait.
     """

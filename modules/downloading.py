@@ -223,7 +223,10 @@ def _check_answer(address: str, answer: "requests.Response") -> None:
 
 
 def _first_byte(answer: "requests.Response", have: int) -> int:
-    """Return where an answer's data begin: after the `have` bytes that exist already, or at 0."""
+    """Return the offset of an answer's data in the file: `have`, the bytes that exist already, or 0.
+
+    Raises RefusedBySite if the answer begins elsewhere.
+    """
     if answer.status_code != 206:
         return 0
     sent = answer.headers.get("content-range", "")

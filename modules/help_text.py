@@ -162,7 +162,7 @@ def _first_clauses(text: str) -> str:
 
 
 def _default_of(action: argparse.Action) -> str:
-    """Return an option's default as it is typed; empty if it is not a value, or a long one."""
+    """Return an option's default as a user would type it; empty if it is not a value, or a long one."""
     default = action.default
     if isinstance(default, (list, tuple)):
         default = " ".join(map(str, default))

@@ -132,7 +132,7 @@ def code_transform(frame: Any) -> ImageCms.ImageCmsTransform | None:
 
 
 def look_at(path: Path, file: Image.Image) -> Colours:
-    """Return what an opened picture says of its colours. Pixels are read only if it may be transparent."""
+    """Return the facts about an opened picture's colours. Pixels are read only if it may be transparent."""
     _note_facts(file)
     profile = _profile_of(path, file)
     transform, fault = (None, None) if profile is None else _transform(profile)
@@ -159,7 +159,7 @@ def blend_on_white(frame: NDArray[Any]) -> NDArray[Any]:
 
 
 def _opacity(image: Image.Image) -> NDArray[np.uint8] | None:
-    """Return how opaque each pixel is, H W; None if nothing can be transparent."""
+    """Return the opacity of each pixel, H W from 0 to 255; None if nothing can be transparent."""
     key = image.info.get("transparency")
     if image.mode.startswith("I;16") and key is not None:
         return np.where(np.asarray(image) == key, 0, 255).astype(np.uint8)

@@ -56,7 +56,7 @@ _BY_EXIF = {
 
 
 def orientation_of(frame: Any) -> Orientation:
-    """Return how the display matrix of FFmpeg's frame turns and mirrors it.
+    """Return the turn and mirroring that the display matrix of FFmpeg's frame asks for.
 
     A matrix between two of the eight ways to lay a picture into a rectangle counts as the nearest of them;
     how much it enlarges does not count. Source: FFmpeg's libavutil/display.h.

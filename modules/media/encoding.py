@@ -126,7 +126,7 @@ def settle_codec(codec: str, width: int, height: int) -> str:
 
 
 def choose_codec(path: Path, codec: str) -> Codec:
-    """Return how to encode to `path`. Raises MediaError if the codec does not fit the suffix."""
+    """Return the codec for `path` by its name. Raises MediaError if it does not fit the suffix."""
     kind = _CODECS[codec]
     suffix = path.suffix.lower()
     if suffix not in kind.suffixes:
