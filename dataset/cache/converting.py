@@ -90,8 +90,8 @@ def files_to_shards(folder: Path, keep: bool = False, dry_run: bool = False) -> 
 def shards_to_files(folder: Path, keep: bool = False, dry_run: bool = False) -> Converted:
     """Write each entry of a folder's shards as a single file.
 
-    keep: leave the shards too. dry_run: change nothing. Raises CacheError if entries are damaged (the others
-    are written, and the shards are kept), OutputError if a file cannot be written.
+    keep: leave the shards too. dry_run: change nothing. Raises CacheError if entries are damaged (all other
+    entries are written, and the shards are kept), OutputError if a file cannot be written.
     """
     shards = ShardStore(folder)
     if not dry_run:

@@ -100,7 +100,7 @@ class SingleFiles:
         write_tensors(self.folder / name, tensors, metadata)
 
     def read_bytes(self, name: str) -> bytes:
-        """Read a file as it is. Raises CacheError if it cannot be read."""
+        """Read all bytes of a file. Raises CacheError if it cannot be read."""
         try:
             return (self.folder / name).read_bytes()
         except OSError as error:

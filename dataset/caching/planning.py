@@ -307,7 +307,7 @@ class Planning:
         return unknown
 
     def _recorded_clip(self) -> ClipFacts | None:
-        """Return what earlier runs found by decoding the source, if it has not changed since."""
+        """Return the facts that earlier runs found by decoding the source; None if it has changed since."""
         options = self.recipe.options(self.source)
         recorded: list[ClipFacts] = []
         for file in self.existing:

@@ -301,7 +301,7 @@ class TextWork:
         )
 
     def _frames_of(self, source: MediaSource | None) -> tuple[Tensor, ...]:
-        """Return a source's reference pictures as they are encoded, each H W C; (): encoders read them.
+        """Return a source's reference pictures as the VAE encodes them, each H W C; (): encoders read them.
 
         Raises MediaError if one cannot be used.
         """

@@ -101,7 +101,7 @@ def find_sound_beside(clip: Path) -> tuple[Path, None] | None:
 
 
 def _leave_out_bad_names(table: DatasetTable, paths: list[Path], faults: list[Fault]) -> list[Path]:
-    """Return the paths whose names are UTF-8; add a fault for each of the others."""
+    """Return the paths whose names are UTF-8; add a fault for each other path."""
     bad_names = {path for path in paths if not path.name.isascii() and bad_character(path.name)}
     if not bad_names:
         return paths
@@ -500,7 +500,7 @@ def _has_pages(path: Path) -> bool:
 
 
 def _explain(path: Path) -> str:
-    """Say why an entry named like a picture or clip is not a regular file."""
+    """Explain why an entry named like a picture or clip is not a regular file."""
     try:
         require_regular_file(path)
     except FileNotFoundError:
