@@ -183,7 +183,7 @@ def _sources(checkpoint: Checkpoint, header: DitHeader[H3Config]) -> Mapping[str
 
 
 def _stacks(checkpoint: Checkpoint, header: DitHeader[H3Config]) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Return what stacks the rows of the tensors that have them interleaved."""
+    """Return a function for each tensor with interleaved rows, by name, that stacks these rows."""
     if header.dialect != INTERLEAVED:
         return {}
     stack = functools.partial(stack_heads, head_width=header.config.head_width)
@@ -193,7 +193,7 @@ def _stacks(checkpoint: Checkpoint, header: DitHeader[H3Config]) -> dict[str, Ca
 
 @functools.cache
 def format_of(layout: str | None = None) -> DitFormat[H3Config, H3Model]:
-    """Return how transformer files are read. layout: see `read_header`."""
+    """Return the description by which transformer files are read. layout: see `read_header`."""
     return DitFormat(
         functools.partial(read_header, layout=layout),
         lambda header: f"{WHAT}, pruned" if header.config.table_rows else WHAT,

@@ -51,7 +51,7 @@ RELEASED = Preprocessing(pictures=Limits(65536, 16777216), clips=Limits(4096, 25
 
 
 def read_preprocessing(folders: Iterable[Path]) -> Preprocessing:
-    """Return what the preprocessor files say, each in the first folder that has it, else the released limits.
+    """Return the limits in the preprocessor files, from the first folder that has each, or the released ones.
 
     Raises CheckpointError if a file cannot be read.
     """
