@@ -294,7 +294,7 @@ def parse_words(
 
 
 def _spellings_by_key(words: Sequence[str], find: Callable[[str], LineOption | None]) -> dict[str, list[str]]:
-    """Return how each option of a line is spelled, in their order."""
+    """Return the spellings of each option of a line, in their order."""
     spellings: dict[str, list[str]] = {}
     for word in words:
         option = find(word)
@@ -304,7 +304,7 @@ def _spellings_by_key(words: Sequence[str], find: Callable[[str], LineOption | N
 
 
 def _find_odd_options(line: str, find: Callable[[str], LineOption | None]) -> list[str]:
-    """Return what is wrong with options that do not begin with two plain dashes."""
+    """Return a fault for each option that does not begin with two plain dashes."""
     return [
         f"{dash}{word} {value}: an option begins with two plain dashes. Write --{word}"
         for dash, word, value in _ODD_OPTION.findall(line)[:MAX_LINE_OPTIONS]

@@ -61,7 +61,7 @@ def _run_routed(inner: Runner, route: Route, dit: nn.Module, hidden: Hidden, twe
 
 
 class _Parting:
-    """The tokens of one forward pass that wait while the others are in the middle blocks."""
+    """The tokens of one forward pass that wait while the rest are in the middle blocks."""
 
     def __init__(self, route: Route, blocks: range) -> None:
         self._route = route

@@ -72,7 +72,7 @@ class ChosenLoras:
         return tuple(strength if index == part else 0.0 for index, strength in enumerate(strengths))
 
     def choose(self, multipliers: Multipliers | None, part: int | None = None) -> None:
-        """Let the LoRAs act with these strengths, see `settle`, until others are chosen."""
+        """Let the LoRAs act with these strengths, see `settle`, until the next choice."""
         strengths = self.settle(multipliers, part)
         if strengths != self._current:
             self._current = None  # Ctrl-C may leave some weights with other strengths

@@ -97,7 +97,7 @@ class ControlOptions(Options, title="ControlNet"):
 
 
 def read_preparation(text: str) -> tuple[int, int] | None:
-    """Read a value of --control_net_preps: None, or Canny's thresholds. Raises OptionError for others."""
+    """Read a value of --control_net_preps: None, or Canny's thresholds. Raises OptionError otherwise."""
     if text == "none":
         return None
     match = re.fullmatch(r"canny(?:_(\d{1,5})(?:_(\d{1,5}))?)?", text)

@@ -254,7 +254,7 @@ def _make_card(place: _CardPlace, drawing: _CardDrawing) -> Card:
 
 
 def choose_sources(tables: Sequence[TableFindings], most: int) -> list[list[int]]:
-    """Choose at most `most` sources: first with faults, then with remarks, then others, each evenly spaced.
+    """Choose at most `most` sources: first with faults, then with remarks, then the rest, each evenly spaced.
 
     Returns for each table the indices of its sources in this order.
     """

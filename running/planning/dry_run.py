@@ -222,7 +222,7 @@ class _ComputedPiece(NamedTuple):
 
 
 class OneOfManyPieces(TorchFunctionMode):
-    """While active, `compute_piece` computes one piece of each kind; for others it allocates their share."""
+    """While active, `compute_piece` computes one piece of each kind; for further ones it allocates space."""
 
     def __init__(self, ledger: Ledger) -> None:
         super().__init__()
