@@ -86,7 +86,7 @@ def main() -> None:
 
 
 def _list_checks(python: Path, typed: list[str], tier: list[str], is_fast: bool) -> list[Check]:
-    """Return what is run, in order. typed: arguments for pytest, with which nothing else is run."""
+    """Return the checks to run, in order. typed: arguments for pytest, with which nothing else is run."""
     workers = []
     if not any(argument.startswith("-n") for argument in typed):
         # neighbours mostly share what their file sets up

@@ -155,7 +155,7 @@ def rename_sources(
 
 
 def count(names: Iterable[str], start: str, path: Path | None = None) -> int:
-    """Return how many different beginnings of names match the pattern.
+    """Return the number of different beginnings of names that match the pattern.
 
     path: of the file, for the CheckpointError raised if there are more than any model has.
     """

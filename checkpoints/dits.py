@@ -65,7 +65,7 @@ class DitConfig(Protocol):
 
     @property
     def kind(self) -> str:
-        """Return what the model is conditioned on: t2v, i2v, ..."""
+        """Return the kind of conditioning: t2v, i2v, ..."""
 
 
 Config = TypeVar("Config", bound=DitConfig)

@@ -249,7 +249,7 @@ class _Header:
 
 
 def _packing_of(kind: Kind, shape: tuple[int, ...], own_shape: tuple[int, ...]) -> Packing:
-    """Return how a tensor is packed. shape: in the file. own_shape: in the model."""
+    """Return the packing of a tensor. shape: in the file. own_shape: in the model."""
     has_whole_rows = own_shape[-1] % kind.weights == 0  # then its own rows are rows of blocks too
     *ahead, columns = own_shape if has_whole_rows else shape
     rows = math.prod(ahead)

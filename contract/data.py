@@ -475,7 +475,7 @@ class SamplingDefaults:
 
 
 def weigh_rows(rows: Tensor | list[Tensor], weights: Sequence[float]) -> Tensor:
-    """Multiply the first rows by their weights; the others do not change.
+    """Multiply the first rows by their weights; the rest do not change.
 
     rows: L C or L n C, of one prompt. weights: of the prompt's tokens, at most L. The product is computed in
     float32 and rounded once, so that rows of weight 1 keep every bit.

@@ -87,7 +87,7 @@ class NoiseSpec:
         return torch.ones_like(shares) if self.table else shares
 
     def velocity(self, latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
-        """Return what `predict` is to return: shaped like `latents` and `noise`, B C F H W. sigmas: B."""
+        """Return the target of `predict`: shaped like `latents` and `noise`, B C F H W. sigmas: B."""
         if self.predicts_v:
             rows = (-1, *([1] * (latents.ndim - 1)))
             shares = self.data_shares(sigmas).view(rows)

@@ -123,7 +123,9 @@ AS_PLAIN = GuidanceRules()
 
 @dataclass(frozen=True)
 class ConsistencyRules:
-    """Which parts of an edited picture count as changed at each step; the others are set to the original."""
+    """Which parts of an edited picture count as changed at each step; all other parts are set to the
+    original.
+    """
 
     threshold: float  # mean difference over the channels of latents
     is_relative: bool = False  # the threshold is a share of the largest difference
@@ -278,7 +280,7 @@ CountTokens = Callable[[str], TokenCount]
 
 
 def kept_characters(ends: Sequence[int], most: int, length: int) -> int:
-    """Return how many of a text's `length` characters its first `most` tokens cover.
+    """Return the number of a text's `length` characters that its first `most` tokens cover.
 
     ends: for each token of the text, the position behind its last character.
     """

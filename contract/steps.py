@@ -96,7 +96,7 @@ class Tweaks:
 
     @property
     def leaves_out(self) -> bool:
-        """Return whether a part of the network is left out, so that the pass is weaker than others."""
+        """Return whether a part of the network is left out, so that the pass is weaker than usual."""
         return bool(self.skip_blocks or self.skip_self_attention or self.isolated)
 
     def rename_away(self, rename: Callable[[Conditions], Conditions]) -> "Tweaks":

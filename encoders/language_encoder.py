@@ -104,7 +104,7 @@ def read_qwen_tokenizer(files: TokenizerFiles, file: Path) -> Tokenizer:
 
 
 def qwen_tokenizer(option: str, repository: str) -> TokenizerSource:
-    """Return where a Qwen model's tokenizer may be. option: that names it. repository: on the hub."""
+    """Return the places in which a Qwen tokenizer is looked for. option: names it. repository: on the hub."""
     files = TokenizerFiles(
         option,
         names=("tokenizer.json", "vocab.json"),
@@ -448,7 +448,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         return PictureTokens(tokens, places, [])
 
     def _conditions(self, states: Tensor, mask: Tensor, length: int) -> dict[str, Tensor | list[Tensor]]:
-        """Return what a prompt gives: a state for each of its tokens, or all states if prompts are padded.
+        """Return a prompt's conditions: a state for each of its tokens, or all states if prompts are padded.
 
         length: of its tokens, with those that fill them up to a multiple.
         """

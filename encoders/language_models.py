@@ -479,7 +479,7 @@ def load_language_model(
 def streamed_layers(
     plan: LoadPlan[LanguageConfig], dtype: torch.dtype, form: str | None, room: int | None
 ) -> tuple[int, int]:
-    """Return how many layers have to stay in host memory, and the bytes of one.
+    """Return the number of layers that have to stay in host memory, and the bytes of one.
 
     dtype, form: of the weights on the device. room: bytes free there; None: enough for all.
     """

@@ -185,8 +185,8 @@ def read_pictures(
 ) -> ReadPictures:
     """Cut pictures into patches: sides become multiples of a token's, colours are normalised.
 
-    pictures: each H W 3 uint8 RGB. colours: by which, in place of the tower's own (`VisionTower.colours`).
-    Raises MediaError if one is 200 times as long as it is wide.
+    pictures: each H W 3 uint8 RGB. colours: mean and deviation, in place of the tower's own
+    (`VisionTower.colours`). Raises MediaError if one is 200 times as long as it is wide.
     """
     from PIL import Image
 

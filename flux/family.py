@@ -89,7 +89,7 @@ class Flux(ModelOfPictures):
     )
 
     def why_few_steps(self) -> str | None:
-        """Return what says that the transformer was distilled to few steps, as schnell."""
+        """Return the evidence that the transformer was distilled to few steps, as schnell was; or None."""
         if self.files.kind == configs.SCHNELL:
             return f"{self.files.dit_path} is FLUX.1 schnell"
         return super().why_few_steps()

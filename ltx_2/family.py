@@ -269,8 +269,8 @@ class Ltx2(Ltx2Media):
     ) -> LtxReferences:
         """Return the references as the network takes them.
 
-        references: clean latents. denoised: the same as they are denoised; None: they stay clean. strengths:
-        1 M, by which the video sees their tokens; without, all are seen.
+        references: clean latents. denoised: the same with the noise of the step; None: they stay clean.
+        strengths: 1 M, by which the video sees their tokens; without, all are seen.
         """
         return LtxReferences(
             references if denoised is None else denoised.noisy_like(references),

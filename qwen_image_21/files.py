@@ -116,7 +116,7 @@ def _header(checkpoint: Checkpoint, config_json: Path | None) -> DitHeader[QwenI
 
 
 def _read_config_json(path: Path) -> Mapping[str, Any]:
-    """Return what --dit_config states. Raises CheckpointError for a file of another model."""
+    """Return the settings in --dit_config. Raises CheckpointError for a file of another model."""
     try:
         settings = parse_json(read_text(path))
     except (OSError, ValueError) as error:

@@ -146,7 +146,7 @@ class WanTask:
 
     @property
     def side_step(self) -> int:
-        """Return what widths and heights are multiples of, in pixels."""
+        """Return the number of pixels that widths and heights are multiples of."""
         return 32 if self.kind == "ti2v" else 16
 
     @property

@@ -46,7 +46,7 @@ class StoredForm(Protocol):
         ...
 
     def empty(self, shape: Shape) -> "Stored":
-        """Return what `quantise` makes of a weight of this shape, on the meta device."""
+        """Return the form that `quantise` gives a weight of this shape, on the meta device."""
         ...
 
     def value(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:

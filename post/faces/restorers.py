@@ -273,7 +273,7 @@ class FacefixFiles(NamedTuple):
 def find_files(options: FacefixOptions) -> FacefixFiles:
     """Return the paths of the files. Raises CheckpointError if one is missing.
 
-    --model is the model or its folder; the others are next to it, unless --detection_model is a path.
+    --model is the model or its folder; the other files are next to it, unless --detection_model is a path.
     """
     mode = options.mode
     model = options.network.model
