@@ -37,7 +37,7 @@ class BinFolder:
         self.places = tuple(dict.fromkeys(places))
 
     def list_entries(self) -> list[BinEntry]:
-        """Return what was removed, the newest first."""
+        """Return the entries of the bin, the newest first."""
         entries = []
         for place in self.places:
             if place.is_symlink():

@@ -212,7 +212,7 @@ class FolderFiles:
         return all(word in text for word in words)
 
     def show(self, folder: Path, name: str) -> dict[str, Any]:
-        """Return what the page shows of a file."""
+        """Return the facts of a file that the page shows."""
         facts = self.facts(folder / name)
         suffix = Path(name).suffix.lower()
         is_seen = suffix in SHOWN and not facts.fault

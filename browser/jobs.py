@@ -110,7 +110,7 @@ class Job:
         return None
 
     def as_row(self) -> dict[str, Any]:
-        """Return what is kept of the job."""
+        """Return the values of the job that are stored."""
         row = {name: getattr(self, name) for name in STORED}
         for name in ("within", "typed"):
             if not row[name]:
@@ -128,7 +128,7 @@ class Job:
 
     @property
     def problem(self) -> str:
-        """Return why the line would be refused; empty if it is accepted."""
+        """Return the reason why the line would be refused; empty if it is accepted."""
         folder = Path(self.folder)
         try:
             launch.find_job_program(self.words, folder)
@@ -146,7 +146,7 @@ class Job:
 
     @property
     def seconds(self) -> float:
-        """Return how long the job has been running, or ran until its end."""
+        """Return the seconds for which the job has been running, or ran until its end."""
         end = time.time()
         if self.state != RUNNING:
             with contextlib.suppress(OSError):
@@ -155,7 +155,7 @@ class Job:
 
     @property
     def born(self) -> float:
-        """Return when the job began, in seconds since 1970; 0 if it has not, or its file is damaged."""
+        """Return the start of the job, in seconds since 1970; 0 before it, or if its file is damaged."""
         born = (self.process or {}).get("born")
         return float(born) if isinstance(born, (int, float)) and abs(born) < MOST_BORN else 0.0
 
@@ -270,7 +270,7 @@ class JobQueue:
     def add_and_begin(
         self, words: Sequence[str], folder: Path, *, within: Path | None = None, typed: Sequence[str] = ()
     ) -> int:
-        """Append a command as `add` does, and run the jobs unless the queue is paused with others in it."""
+        """Append a command as `add` does, and run the jobs unless the queue is paused and not empty."""
         others_wait = any(job.state == WAITING for job in self.jobs())
         number = self.add(words, folder, within=within, typed=typed)
         if self.worker == "" and not others_wait:
@@ -350,8 +350,8 @@ class JobQueue:
     def begin_work(self, stays_open: bool = True, *, only_known: bool = False) -> None:
         """Run the jobs one after another, in a thread. Raises OutputError if another process does.
 
-        stays_open: the next server of these folders goes on with it. only_known: raise StrangeJobsError if a
-        job waits that the user has neither typed nor started on a page.
+        stays_open: the next server of these folders continues it. only_known: raise StrangeJobsError if a job
+        waits that the user has neither typed nor started on a page.
         """
         if self._worker is not None:
             return

@@ -157,7 +157,7 @@ def find_job_program(words: Sequence[str], folder: Path) -> list[str]:
 
 
 def _count_launcher_words(words: Sequence[str]) -> int:
-    """Return how many words `accelerate launch` and its options take.
+    """Return the number of words that `accelerate launch` and its options take.
 
     Raises OptionError for options and values that reach beyond this machine, or that are unknown.
     """

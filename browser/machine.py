@@ -154,7 +154,7 @@ class MachineLine:
         return MachineFacts(self.list_running(), self.cards.read(), free, command)
 
     def list_running(self) -> list[RunningThing]:
-        """Return what runs on this machine: trainings, other jobs of the queue, results, downloads."""
+        """Return the processes on this machine: trainings, other jobs of the queue, results, downloads."""
         runs = [run for run in self.site.runs.list_all() if _is_running_here(run)]
         things = [_describe_run(run) for run in runs]
         things += self._list_jobs(runs)

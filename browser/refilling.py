@@ -147,7 +147,7 @@ SETTINGS = re.compile(r"(?:^|(?<=, ))([\w ]++): (\"(?:\\.|[^\"\\])*+\"|[^,]*+)(?
 
 
 def _read_parameters(text: str) -> FoundSettings:
-    """Return what AUTOMATIC1111's text says: prompt lines, a negative line, a line of settings."""
+    """Return the settings in AUTOMATIC1111's text: prompt lines, a negative line, a line of settings."""
     body, _, line = text.rpartition("\n")
     prompt, _, negative = body.partition("\nNegative prompt:")
     settings = dict(SETTINGS.findall(line))

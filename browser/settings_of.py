@@ -144,7 +144,7 @@ def settings_of_tags(tags: Mapping[str, str]) -> ResultSettings | None:
 
 
 def parse_tags(tags: Mapping[str, str]) -> ResultSettings:
-    """Return what of the texts of a file is ours, as `blissful_tuner/metadata.py` writes it."""
+    """Return our settings among a file's texts, as `blissful_tuner/metadata.py` writes them."""
     values = {}
     loras: dict[tuple[str, int], NamedLora] = {}
     done: dict[int, str] = {}
@@ -233,7 +233,7 @@ def remake(
     find_lora: Callable[[str, ModelRecipe], str],
     find_media: FindFile,
 ) -> Making:
-    """Return what makes the result of these settings with the model of a recipe.
+    """Return the making that repeats the result of these settings with the model of a recipe.
 
     seed: the one to take. Raises OptionError if the recipe has another model, or a file is not found.
     """

@@ -142,7 +142,7 @@ class LiveStanding:
     def of(cls, run: Glance, story: Story, ended_at_once: str = "") -> "LiveStanding":
         """Return the current standing of the run of a history.
 
-        ended_at_once: what is said of a run that the page has ended; empty for all others.
+        ended_at_once: the reason shown for a run that the page has ended; empty for all other runs.
         """
         # an older version's history has no start, and its page tells some of it
         start = story.start or Start(run.model, run.total_steps)
@@ -161,7 +161,7 @@ class LiveStanding:
 
 
 def _describe_time(run: Glance, story: Story, steps_left: int) -> str:
-    """Return what a running training does between two steps, or how long it takes until its end."""
+    """Return the work of a running training between two steps, or the time until its end, in words."""
     if story.doing:
         return f"· {story.doing}"
     if story.left:
