@@ -133,7 +133,9 @@ def _typed(check: Check) -> str:
 
 
 def _run_checks(checks: list[Check]) -> list[Check]:
-    """Run checks and return those that failed. The type checker, which uses one core, runs beside others."""
+    """Run checks and return those that failed. The type checker, which uses one core, runs next to other
+    checks.
+    """
     beside = [check for check in checks if check.command == TYPES]
     with tempfile.TemporaryFile() as output:
         processes = [_start(check, output) for check in beside]

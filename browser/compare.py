@@ -373,7 +373,7 @@ class ShownClip:
 
 
 class ClipKey(NamedTuple):
-    """What a made clip is found by."""
+    """Key by which a made clip is found."""
 
     prompt: str
     seed: str

@@ -255,8 +255,8 @@ def change_keys(path: Path, changes: Mapping[str, Any], have: str) -> None:
     """Set and remove options of the training in a run.toml, as `edit_toml` does.
 
     have: checksum (`mark_bytes`) of the content that the change was made for. Raises ChangedMeanwhileError if
-    the file has changed since, ValueError if it is no TOML or has no such table, OSError or OutputError if it
-    cannot be read or written.
+    the file has changed since, ValueError if it is not TOML or has no such table, OSError or OutputError if
+    it cannot be read or written.
     """
     draft = DraftFile(path, read_own(path))
     if draft.mark != have:

@@ -95,7 +95,7 @@ def list_uncaptioned(folder: Path, names: Sequence[str]) -> list[str]:
 class LeftOut:
     """Move files of a folder, with their captions, out of it into the bin of its root, and back.
 
-    It is no `BinFolder`: what that takes lies below the time at which it was taken, and no page gives it
+    It is not a `BinFolder`: what that takes lies below the time at which it was taken, and no page gives it
     back. These files lie below the name of their folder, whose page lists them. Both rename.
     """
 

@@ -52,7 +52,7 @@ TABLE = "table"  # the part of the page for the keys of run.toml; the others are
 
 @dataclass(frozen=True)
 class DraftChange:
-    """What a form would save of a part of the page."""
+    """Change that a form would save of a part of the page."""
 
     part: str  # TABLE or the name of a file
     difference: Sequence[str] = ()
@@ -109,7 +109,7 @@ def save_change(change: DraftChange, texts: Mapping[DraftFile, str]) -> DraftCha
 
 @dataclass(frozen=True)
 class SettingsView:
-    """What the template shows."""
+    """Values that the template shows."""
 
     folder: Path
     files: Mapping[str, DraftFile]

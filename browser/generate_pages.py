@@ -92,7 +92,7 @@ SEED_BITS = 32
 
 @dataclass(frozen=True)
 class MakingForm:
-    """What the fields of the page Generate hold."""
+    """Contents of the fields of the page Generate."""
 
     source: str = ""  # `run ID` or `model FAMILY TASK`
     texts: Mapping[str, str] = field(default_factory=dict)  # by the name of the field

@@ -16,7 +16,7 @@ KIND = "queues"
 
 @dataclass(frozen=True)
 class KnownQueue:
-    """What was remembered of a queue."""
+    """Remembered facts of a queue."""
 
     is_open: bool  # the user has started it, and not paused it since
     jobs: Counter[str]  # digests of the waiting jobs that the user knows

@@ -106,7 +106,7 @@ def read_cards(text: str) -> list[GraphicsCard]:
 
 @dataclass(frozen=True)
 class RunningThing:
-    """What runs now, and the page that shows it."""
+    """Something that runs now, in words, and the page that shows it."""
 
     text: str
     address: str
@@ -114,7 +114,7 @@ class RunningThing:
 
 @dataclass(frozen=True)
 class MachineFacts:
-    """What the line says."""
+    """Facts about this machine for the line on the page."""
 
     running: Sequence[RunningThing] = ()
     cards: Sequence[GraphicsCard] = ()

@@ -68,7 +68,7 @@ class PlannedPart:
 
 @dataclass(frozen=True)
 class ReadPlan:
-    """What a training script has planned: its largest phase by part."""
+    """Memory plan of a training script: its largest phase by part."""
 
     phase: PlannedPart
     parts: Sequence[PlannedPart]

@@ -118,7 +118,7 @@ MOST_OF_PAGE = 256 << 20  # bytes of check.html
 
 @dataclass(frozen=True)
 class DescribePlan:
-    """What the button Describe does, and how it is said next to it."""
+    """Effect of the button Describe, and the text next to it."""
 
     words: list[str]  # of the command; empty: keys of run.toml are changed
     changes: KeyChanges = KeyChanges({})  # of keys of run.toml

@@ -444,7 +444,7 @@ def _read_loras(by_key: Mapping[str, Sequence[str]], expert: str) -> list[UsedLo
 
 @dataclass(frozen=True)
 class Wish:
-    """What is to be made: a recipe, and what the fields hold."""
+    """Result to be made: a recipe, and the contents of the fields."""
 
     recipe: ModelRecipe
     prompt: str

@@ -25,7 +25,7 @@ NO_SETTINGS = (
 
 @dataclass(frozen=True)
 class FoundSettings:
-    """What a file says of how it was made."""
+    """Settings with which a file was made, as stated in it."""
 
     program: str  # that made it
     texts: Mapping[str, str] = field(default_factory=dict)  # by the key of an option; "prompt" among them

@@ -69,7 +69,7 @@ SHORT = 160  # characters of a prompt in the list
 
 
 class Read(NamedTuple):
-    """What was read of a file. problem: why nothing could be read."""
+    """Settings read from a file. problem: why nothing could be read."""
 
     settings: ResultSettings | None
     problem: str = ""
@@ -117,7 +117,7 @@ class SettingsCache:
 
 @dataclass(frozen=True)
 class ResultChoice:
-    """What the fields above the results hold."""
+    """Contents of the fields above the results, which choose among them."""
 
     words: Sequence[str] = ()  # all must be in the name or the prompts
     kind: str = ""
@@ -154,7 +154,7 @@ def _is_of_run(result: Result, settings: ResultSettings | None, run: Glance) -> 
 
 @dataclass(frozen=True)
 class Plate:
-    """What the page shows of a result."""
+    """Facts of a result that the page shows."""
 
     result: Result
     settings: ResultSettings | None
@@ -747,7 +747,8 @@ def add_line(path: Path, line: str, have: str) -> bool:
     """Add a line at the end of a prompt file; return False if the file has it already.
 
     have: checksum (`mark_bytes`) of the content that was shown. All other bytes stay. Raises
-    ChangedMeanwhileError if the file has changed since, ValueError if it is no UTF-8, OSError or OutputError.
+    ChangedMeanwhileError if the file has changed since, ValueError if it is not UTF-8, OSError or
+    OutputError.
     """
     content = _read_or_nothing(path)
     if mark_bytes(content) != have:

@@ -213,7 +213,7 @@ def describe_left(steps: int, seconds: float | None) -> str:
 
 
 class PageStatus(NamedTuple):
-    """What a page says of its run."""
+    """Facts about a run that its page states."""
 
     model: str
     ending: tuple[str, str] | None
@@ -373,7 +373,7 @@ class ListedFolder(NamedTuple):
 
 
 class ReadHistory(NamedTuple):
-    """What a list shows of a history, and the state of its file when that was read."""
+    """Facts of a history that a list shows, and the state of its file when they were read."""
 
     mark: tuple[int, int, int]
     run: Glance

@@ -148,7 +148,7 @@ def edit_prompts(text: str, fields: Mapping[str, str], check_picture: Any) -> st
 
 @dataclass(frozen=True)
 class _RowEdit:
-    """What was typed into a row."""
+    """Texts that were typed into a row."""
 
     number: int  # of the row on the page
     row: PromptRow  # as it was

@@ -64,7 +64,7 @@ class NamedLora(NamedTuple):
 
 @dataclass(frozen=True)
 class ResultSettings:
-    """What a file of ours says of how it was made."""
+    """Settings with which a file of ours was made, as stated in it."""
 
     values: Mapping[str, str]  # by the names of metadata, without their prefix
     loras: Sequence[NamedLora]
@@ -188,7 +188,7 @@ def _plain_name(name: str) -> str:
 
 
 class KnownOption(NamedTuple):
-    """An option of a generation script, as far as it is typed again."""
+    """Facts of a generation script's option that are needed to type it again."""
 
     flags: Sequence[str]
     num_words: Any  # `nargs`

@@ -234,8 +234,7 @@ def collect_news(
     """Return the facts that a run's page polls, with its curves if they have changed.
 
     query: `have`, the key of an earlier answer; `from` and `to`, the steps that are shown. ended_at_once: see
-    `LiveStanding.of`. Raises OSError if
-    the history cannot be read, ValueError if the steps are no numbers.
+    `LiveStanding.of`. Raises OSError if the history cannot be read, ValueError if the steps are not numbers.
     """
     history = runs.open(run)
     story = history.story
@@ -324,7 +323,7 @@ _FILE_LINK = re.compile(r'<a href="\./[^"]*">')
 
 
 def share_page(page: Path, copy: Path) -> None:
-    """Write a copy of a page without private facts and links. Raises UserError if it is no page of ours."""
+    """Write a copy of a page without private facts and links. Raises UserError if it is not one of ours."""
     try:
         require_regular_file(page)
         text = page.read_text(encoding="utf-8")

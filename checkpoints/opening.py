@@ -354,7 +354,7 @@ def refuse_quantised(checkpoint: Checkpoint) -> None:
 
 
 def _recognise(path: Path, places: Mapping[str, tuple[TensorFile, str]], files: Sequence[TensorFile]) -> str:
-    """Tell the files which tensors are packed weights; return why that cannot be told, else ""."""
+    """Tell the files which tensors are packed weights; return the reason if that cannot be known, else ""."""
     from checkpoints.marks import find_packed  # of no use to other files
 
     checkpoint = Checkpoint(path, places, files)

@@ -98,7 +98,7 @@ def name_text_and_mask(
 
 @dataclass(frozen=True)
 class MadeBy:
-    """What encoded a cache file, as its record says."""
+    """Encoder of a cache file, as its record states."""
 
     path: Path
     part: str  # LATENTS_MADE, SOUND_MADE, or the name of a text encoder
@@ -204,7 +204,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class MediaTable:
-    """What a dataset table says of its items, for families that need more than the clip or the picture."""
+    """Facts about the items of a dataset table, for families that need more than the clip or the picture."""
 
     name: str = ""  # for messages: "data.toml, [[datasets]] 2 (clips)"
     kind: str = "video"  # or "image"
@@ -289,8 +289,9 @@ class MomentsRules:
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """What one cache file holds: tensors without batch dimension, by their name without sizes and dtype
-    (`latents`, `clip`).
+    """Contents of one cache file.
+
+    tensors: without batch dimension, by their name without sizes and dtype (`latents`, `clip`).
     """
 
     tensors: Mapping[str, Tensor]

@@ -16,7 +16,7 @@ from modules.speed_options import SDPA, AttentionChoice, Quantisation
 
 @dataclass(frozen=True)
 class Packing:
-    """How a file stores a weight in another shape than its value's, or with companion tensors."""
+    """Form of a weight that a file stores in another shape than its value's, or with companion tensors."""
 
     shape: tuple[int, ...]  # of the tensor in the file
     companions: tuple[str, ...]  # what the names of its companions end in, in place of "weight"

@@ -123,8 +123,9 @@ AS_PLAIN = GuidanceRules()
 
 @dataclass(frozen=True)
 class ConsistencyRules:
-    """Which parts of an edited picture count as changed at each step; all other parts are set to the
-    original.
+    """Rules for the parts of an edited picture that count as changed at each step.
+
+    All other parts are set to the original.
     """
 
     threshold: float  # mean difference over the channels of latents
@@ -177,7 +178,7 @@ SOURCES = (VIDEO, IMAGE, LATENTS)  # a video starts from one of them at most
 
 @dataclass(frozen=True)
 class Source:
-    """What a request starts from, and how much of it is made new."""
+    """Starting point of a request, and the share of it that is made new."""
 
     option: str  # VIDEO, IMAGE or LATENTS
     path: Path
@@ -209,7 +210,7 @@ class Source:
 
 @dataclass(frozen=True)
 class SourceRules:
-    """How a family reads what a video starts from."""
+    """Rules by which a family reads the starting point of a video."""
 
     takes: tuple[str, ...]  # of VIDEO, IMAGE, LATENTS
     who: str  # that takes it, for messages: "--task t2v-14B"
@@ -337,7 +338,7 @@ INPUTS, FIRST_LAST, CLIP, SUBJECT = "inputs", "first_last", "clip", "subject"
 
 @dataclass(frozen=True)
 class SoundLearning:
-    """How a training weighs a clip's sound against its picture, and how noisy each is."""
+    """Weights of a clip's sound and picture in training, and their noise levels."""
 
     picture_weight: float = 1.0  # of the loss, of pictures without sound too
     sound_weight: float = 1.0
@@ -347,7 +348,7 @@ class SoundLearning:
 
 @dataclass(frozen=True)
 class ReferenceRules:
-    """How a family takes reference pictures: the control images of an item, or of a request.
+    """Rules by which a family takes reference pictures: the control images of an item, or of a request.
 
     Each picture has a size of its own: the target's, or as the keys of its table or `own_shape` say. If the
     family takes clips, only `most`, `clips` and the fields below `clips` count.

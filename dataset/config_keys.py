@@ -205,7 +205,7 @@ BOTH = ("image", "video")
 
 
 class Stale(enum.Flag):
-    """What becomes stale if a key gets another value. Each key has to state it, so that none is forgotten.
+    """Caches that become stale if a key gets another value. Each key states them, so that none is forgotten.
 
     Captions and pictures themselves are not meant: their contents are compared.
     """

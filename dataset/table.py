@@ -25,7 +25,7 @@ VIDEO, IMAGE = ("video",), ("image",)
 
 @dataclass(frozen=True)
 class CaptionChanges:
-    """How a caption is changed each time its picture is trained; its parts stand between separators."""
+    """Changes to a caption each time its picture is trained; its parts stand between separators."""
 
     shuffle: bool = False
     separator: str = ","
@@ -61,7 +61,7 @@ class CaptionChanges:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How a picture differs each time it is trained."""
+    """Changes to a picture each time it is trained."""
 
     flip: bool = False  # latents of both sides are cached
     color: bool = False  # hue and gamma

@@ -64,7 +64,7 @@ _OF_MANY = {"video", "image"}  # words that several models have in their names
 
 
 class NamedModel(NamedTuple):
-    """What the name of a model says."""
+    """Model that a name stands for."""
 
     family: str
     task: str | None  # None: it names the family alone

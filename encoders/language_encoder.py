@@ -125,7 +125,7 @@ def qwen3_chat(thinks: bool) -> tuple[str, str]:
 
 @dataclass(frozen=True, eq=False)  # one object for each release: it is a key
 class LanguageUse:
-    """How a family uses a language model: the text around prompts, and the states that it takes."""
+    """Settings of a family for a language model: the text around prompts, and the states that it takes."""
 
     name: str  # of the encoder, in messages and cache records
     states_key: str  # of the states in what `encode` returns
@@ -520,7 +520,7 @@ class LanguageModelFiles(TransformerFiles):
     @property
     @abstractmethod
     def text_use(self) -> LanguageUse:
-        """What is taken from the language model."""
+        """Return the settings of the family for its language model."""
 
     def add_text(self, options: TextEncoderOptions) -> Self:
         return replace(

@@ -170,7 +170,7 @@ class LanguageConfig:
 
 
 class RotaryConstants(NamedTuple):
-    """What a language model's tensors do not show: frequencies, the norms' epsilon, and further settings."""
+    """Settings of a language model that its tensors do not show: frequencies, the norms' epsilon and more."""
 
     theta: float  # base of the rotary frequencies
     eps: float

@@ -49,7 +49,7 @@ def read_within(path: Path, size: Size | None = None, *, area: int) -> Tensor:
 
 @dataclass(frozen=True)
 class PictureUse:
-    """How a family shows pictures to the encoder of its prompts."""
+    """Settings of a family for showing pictures to the encoder of its prompts."""
 
     text: str  # that stands for each in front of the prompt: {number} from 1, {tokens} of the picture
     token: str = "<|image_pad|>"

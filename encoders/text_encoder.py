@@ -73,7 +73,7 @@ class TextTokenizer:
 
 @dataclass(frozen=True)
 class TokenizerSource:
-    """Where the tokenizer of an encoder may be, and what is put around a text."""
+    """Places in which an encoder's tokenizer is looked for, and the tokens that are put around a text."""
 
     files: TokenizerFiles
     begin: str = ""  # put in front of a text, if the file leaves that to its reader

@@ -59,7 +59,7 @@ class FluxControl(nn.Module):
         """Return B L C for each block, double ones first; None where nothing is added.
 
         noisy, control: B Z 1 H W, latents in model space. timesteps: B, 0..1000. t5: B T D. pooled: B E.
-        guidance: B, not multiplied by 1000.
+        guidance: B, not scaled.
         """
         dtype = self.network.dtype
         device = noisy.device

@@ -22,7 +22,7 @@ SHRINKING = 0.995  # by which a picture is reduced until its canvas fits
 
 
 class Canvas(NamedTuple):
-    """Where a reference lies on its canvas. Sizes are (width, height)."""
+    """Canvas of a reference, which lies in its centre. Sizes are (width, height)."""
 
     picture: Size
     size: Size

@@ -199,7 +199,7 @@ def _serve(run: GenerationRun, values: Mapping[str, Any], answers: Answers, fail
 
 
 class DrivenRequest(NamedTuple):
-    """What is to be made: the values of a prompt line, and the strengths of the LoRAs by expert."""
+    """Request to make a result: the values of a prompt line, and the strengths of the LoRAs by expert."""
 
     values: Mapping[str, Any]
     strengths: Mapping[str, Sequence[float]]

@@ -54,7 +54,7 @@ class TimeModulation(nn.Module):
 
 @dataclass(frozen=True)
 class StreamInputs:
-    """What one stream of a forward pass starts from."""
+    """Inputs of one stream of a forward pass."""
 
     names: StreamNames
     latents: Tensor  # B Z F H W of a video, B Z M K of a sound

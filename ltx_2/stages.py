@@ -45,7 +45,7 @@ class StageLora:
 
 @dataclass(frozen=True)
 class TwoStages:
-    """How clips of a run are made in two stages."""
+    """Settings for making the clips of a run in two stages."""
 
     upscalers: Mapping[str, Path]  # by their options, in the order of their work
     steps: int  # of the second stage

@@ -49,7 +49,7 @@ SEED = 42  # as in the known tuner
 
 @dataclass(frozen=True)
 class H3Caching:
-    """How latents are cached."""
+    """Settings for caching latents."""
 
     task: str
     seed: int

@@ -115,7 +115,7 @@ def read_header(checkpoint: Checkpoint, layout: str | None) -> DitHeader[H3Confi
 def _stated_frequencies(checkpoint: Checkpoint) -> int | None:
     """Return the frequencies of positions on each axis that the config.json next to the file says, if any.
 
-    Raises CheckpointError if that is no whole number.
+    Raises CheckpointError if that is not a whole number.
     """
     path, settings = stated_settings(checkpoint, {DIFFUSERS_CLASS})
     frequencies = settings.get("rope_freq_dim")

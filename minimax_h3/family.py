@@ -113,7 +113,7 @@ USABLE = {**NO_MEDIA, "image_path": True, "end_image_path": True}
 
 @dataclass(frozen=True)
 class H3Request:
-    """What a clip is made from besides its text, and which pixels of it are read."""
+    """Media that a clip is made from besides its text, and the pixels of them that are read."""
 
     media: H3Media
     sources: H3Sources

@@ -32,7 +32,7 @@ class PictureGrid(NamedTuple):
 
 @dataclass(frozen=True)
 class PicturePlace:
-    """Where the tokens of a clip or a picture stand."""
+    """Position of the tokens of a clip or a picture."""
 
     grid: PictureGrid
     start: float  # on the clock of its first latent frame
@@ -40,7 +40,7 @@ class PicturePlace:
 
 @dataclass(frozen=True)
 class SoundPlace:
-    """Where the tokens of a sound stand: all latents of the left channel, then those of the right one."""
+    """Position of the tokens of a sound: all latents of the left channel, then those of the right one."""
 
     latents: int
     start: float

@@ -80,7 +80,7 @@ class PresentedPiece(NamedTuple):
 
 @dataclass(frozen=True)
 class Presentation:
-    """What stands in front of a prompt."""
+    """Texts and vision blocks in front of a prompt."""
 
     pieces: tuple[PresentedPiece, ...]
     pictures: ReadPictures  # of the vision blocks, in their order

@@ -89,7 +89,7 @@ def _separate_heads(stored: Mapping[str, TensorSource], head_width: int) -> Mapp
 
 @dataclass(frozen=True)
 class _StatedFacts:
-    """What config.json says besides the tensors; the release's where it says nothing."""
+    """Facts stated in config.json besides the tensors; where it states none, those of the release."""
 
     time_strides: tuple[int, ...] = ()
     space_strides: tuple[int, ...] = ()

@@ -30,7 +30,7 @@ MOST_ENLARGED = 1 << 24  # likewise, to which smaller pictures are enlarged
 
 @dataclass(frozen=True)
 class Limits:
-    """How pictures, or clips, are resized and normalised for the vision tower."""
+    """Limits for resizing and normalising pictures, or clips, for the vision tower."""
 
     fewest: int  # pixels of a picture, or of all frames of a clip; smaller ones are enlarged
     most: int  # larger ones are reduced

@@ -253,7 +253,7 @@ def _check_launcher() -> None:
 
 
 def refuse_other_splits() -> None:
-    """Raise OptionError if accelerate's launcher was told to split the model in a way of its own.
+    """Raise OptionError if accelerate's launcher is set to split the model in a way of its own.
 
     accelerate splits a model that a script hands to it; the loops here never do, so nothing would be split.
     """

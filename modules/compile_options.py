@@ -23,7 +23,7 @@ SWITCHES = {"true": True, "t": True, "1": True, "false": False, "f": False, "0":
 
 @dataclass(frozen=True)
 class Compilation:
-    """How blocks are compiled; imports nothing heavy, so that options can make it."""
+    """Settings for compiling blocks; imports nothing heavy, so that options can make it."""
 
     backend: str = INDUCTOR  # a name that torch knows
     mode: str = DEFAULT_MODE

@@ -146,7 +146,7 @@ def make_deterministic() -> None:
 def leave_cudnn_out(device: torch.device) -> None:
     """Make torch compute without cuDNN: on some GPUs, mostly of AMD, its convolutions are slow or fail.
 
-    Warns if the device is no CUDA device, which has no cuDNN.
+    Warns if the device is not a CUDA device, as it then has no cuDNN.
     """
     if acts_on_cuda("--disable_cudnn_backend", "convolutions", device):
         torch.backends.cudnn.enabled = False

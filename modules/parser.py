@@ -438,7 +438,7 @@ def add_options(
 
 
 class _ScriptChanges(NamedTuple):
-    """What a script changes of the options in its records, by public name; see `add_options`."""
+    """Changes of a script to the options in its records, by public name; see `add_options`."""
 
     without: Collection[str]
     defaults: Mapping[str, Any]

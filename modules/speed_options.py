@@ -192,7 +192,7 @@ def flag_of(mode: str, training: bool) -> str:
 
 @dataclass(frozen=True)
 class Quantisation:
-    """How weights are stored in 8 or 4 bits, and how layers compute with them."""
+    """Form of weights stored in 8 or 4 bits, and the arithmetic of the layers that use them."""
 
     # of fp8. cast: rounded as they are; tensor, rows: first divided by a scale, one per weight or one per row
     kind: str

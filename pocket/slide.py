@@ -43,7 +43,7 @@ PATCH = 2  # pixels around the middle of the thing whose colour is measured
 
 @dataclass(frozen=True)
 class Seen:
-    """What a clip shows."""
+    """Measurements of a clip."""
 
     redness: float  # red minus blue in the middle of the thing, -1..1, mean over frames; NaN: there is none
     shape: str | None
@@ -53,7 +53,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Row:
-    """What a strength does to all prompts."""
+    """Effect of a strength on all prompts."""
 
     strength: int
     redness: float  # mean over prompts

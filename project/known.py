@@ -22,7 +22,7 @@ KIND = "folders"
 
 @dataclass(frozen=True)
 class KnownFolder:
-    """What was remembered of a folder."""
+    """Remembered facts of a folder."""
 
     models: Path | None = None  # that its download fills, if `new` has described it; None: it was only read
 

@@ -502,7 +502,7 @@ def _describe_ownerless(paths: Sequence[Path], suffix: str, owners: CaptionOwner
 
 
 def _why_left_out(paths: Sequence[Path], stems: set[str], captions: str) -> str:
-    """Return the reason why files of one kind, which are no media, are left out."""
+    """Return the reason why files of one kind, which are not media, are left out."""
     if paths[0].suffix in (CAPTIONS, *OTHER_CAPTIONS) and stems & {path.stem for path in paths}:
         return (
             f"captions are read from {captions} files. Rename them, or in a folder of their own "

@@ -14,7 +14,7 @@ class Remembers(Protocol):
     """The attention of a block. It sets `remembered` for tokens that are to be remembered, and otherwise puts
     it next to the keys and values of its tokens.
 
-    It is no part of the record of tokens: a key or a number of each block there would have every block
+    It is not part of the record of tokens: a key or a number of each block there would have every block
     compiled anew.
     """
 

@@ -27,7 +27,7 @@ ChoosePlaces = Callable[[tuple[int, ...]], Tensor]
 
 @dataclass(frozen=True)
 class Route:
-    """Which blocks, and which tokens go through them."""
+    """Range of blocks, and the choice of the tokens that go through them."""
 
     first: int  # number of a block, from 0; negative: from the end
     last: int  # likewise; it belongs to the route

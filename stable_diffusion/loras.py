@@ -98,7 +98,7 @@ class _Target:
 def read_networks(options: AddedNetworkOptions) -> list[LoraFile]:
     """Read the files of `--network_weights`; show their metadata if the options ask for it.
 
-    Raises CheckpointError if one is not a LoRA, or for a model that is no Stable Diffusion.
+    Raises CheckpointError if one is not a LoRA, or for a model that is not Stable Diffusion.
     """
     loras = []
     for path in options.files:

@@ -21,7 +21,7 @@ VGG_LAYER, VGG_LAYERS = 20, 30  # the default: after conv4_2 and its ReLU; the l
 
 @dataclass(frozen=True)
 class ControlUse:
-    """How one ControlNet or ControlNet-LLLite is used."""
+    """Settings for one ControlNet or ControlNet-LLLite."""
 
     path: Path
     # edges of the guide image are drawn: where the grey image changes by more than the second number, or by

@@ -119,7 +119,7 @@ CHANNELS = 4  # of latents
 
 @dataclass(frozen=True, eq=False)
 class Beginning:
-    """Where the loop begins, and the sampler that it follows."""
+    """Latents with which the loop begins, and the sampler that it follows."""
 
     latents: Tensor  # B 4 1 h w, float32, as the sampler wants them at its first step
     sampler: SchedulerSolver
@@ -127,7 +127,7 @@ class Beginning:
 
 
 def is_masked(picture: AskedPicture) -> bool:
-    """Tell whether a picture is inpainted: a mask of a prompt with several parts shows their regions."""
+    """Return whether a picture is inpainted: a mask of a prompt with several parts shows their regions."""
     return picture.mask is not None and picture.settings.parts == 1
 
 

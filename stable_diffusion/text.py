@@ -55,7 +55,7 @@ class Texts:
         self._remembered = lru_cache(REMEMBERED)(self._encode)
 
     def chunks(self, text: str) -> int:
-        """Return the number of chunks of 75 tokens that a text takes, as far as it is read; at least 1."""
+        """Return the number of chunks of 75 tokens that are read of a text; at least 1."""
         return max(len(chunks) for chunks in self._chunks_of(text))
 
     def encode(self, text: str, chunks: int | None = None, networks: Hashable = None) -> TextState:

@@ -60,7 +60,7 @@ _KEYS = {1: (frozenset({STATES}),), 2: (frozenset({STATES_1}), frozenset({STATES
 
 @dataclass(frozen=True)
 class LoadedWords:
-    """What is loaded with the network of a text encoder."""
+    """Tokenizer and settings that are loaded with the network of a text encoder."""
 
     words: ClipWords
     pad: int
@@ -166,7 +166,7 @@ class TowerEncoder:
         return self._clip_skip or usual_layer(kind, missing_layers=1 if kind is SD2 else 0)
 
     def count_chunks(self, text: str) -> int:
-        """Return the number of chunks that a prompt with marks takes, as far as it is read; at least 1.
+        """Return the number of chunks that are read of a prompt with marks; at least 1.
 
         Raises CheckpointError or DownloadError if there is no tokenizer.
         """

@@ -283,7 +283,7 @@ def _parts_of_level(path: str, kind: str, count: int) -> list[tuple[str, int]]:
 
 @dataclass(frozen=True)
 class _Sides:
-    """How many blocks each side of a U-Net has, and which of them has the first number."""
+    """Numbers of blocks on each side of a U-Net, and the number of the first one."""
 
     first: int  # number of input_blocks.0
     down: int

@@ -151,7 +151,7 @@ class WanTask:
 
     @property
     def takes_image(self) -> bool:
-        """Tell whether the network's condition channels hold an image; such a task needs one."""
+        """Return whether the network's condition channels hold an image; such a task needs one."""
         return self.kind in {"i2v", "flf2v"}
 
     @property

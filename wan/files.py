@@ -176,7 +176,7 @@ PIPELINE_EXPERTS = {_OPTIONS[expert]: folder for folder, expert in WAN.experts}
 
 
 class WanRelease(NamedTuple):
-    """What a folder of a release has."""
+    """Files in a folder of a release, and the boundary of its experts."""
 
     files: dict[str, Path]  # by the names of `WanFiles`
     boundary: float | None = None  # of its experts, as a timestep; None: it says nothing

@@ -34,7 +34,7 @@ class WrittenClip:
 
 @dataclass(frozen=True)
 class CutRecord:
-    """How a source was cut, or is being cut."""
+    """Record of the cutting of a source, finished or not."""
 
     stem: str  # beginning of its clips' names
     source: str

@@ -158,7 +158,7 @@ def _write_page(path: Path, title: str, values: Mapping[str, Any], cards: Sequen
 
 @dataclass(frozen=True)
 class _CardDrawing:
-    """How the cards of a page are drawn."""
+    """Settings for drawing the cards of a page."""
 
     sizes: StripSize
     latent: LatentSpec

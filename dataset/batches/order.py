@@ -196,7 +196,8 @@ S = TypeVar("S", bound=OfSource)
 
 
 def split_validation(items: Sequence[S], fraction: float, seed: int = 0) -> tuple[list[S], list[S]]:
-    """Split into (training, validation): tables marked `validation`, and a fraction of the others' sources.
+    """Split into (training, validation): tables marked `validation`, and a fraction of the sources of all
+    other tables.
 
     Sources are chosen by name only: all crops of a clip, in all tables, are on one side. A fraction above 0
     takes at least one source and leaves at least one. Subsets of the image guides' form are split each by
@@ -325,7 +326,7 @@ def _split_parts(text: str, changes: CaptionChanges) -> tuple[list[str], list[st
 
 @dataclass(frozen=True)
 class RunPlace:
-    """Where in a run a micro-batch is."""
+    """Position of a micro-batch in a run."""
 
     seed: int  # of the run
     number: int  # of the micro-batch, in the whole run

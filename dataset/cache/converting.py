@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 class Converted(NamedTuple):
-    """What a conversion has done."""
+    """Result of a conversion."""
 
     copied: int  # entries
     unchanged: int  # entries that were in the new form already

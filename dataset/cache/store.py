@@ -192,7 +192,7 @@ def npz_names(family: Caches) -> NpzNames:
 
 
 class StorePair(NamedTuple):
-    """Where the entries of a table are."""
+    """Stores that hold the entries of a table."""
 
     latents: CacheStore
     texts: CacheStore

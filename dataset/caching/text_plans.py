@@ -30,7 +30,7 @@ Encoders = Sequence[tuple[TextEncoder, Mapping[str, str]]]
 
 
 class Sight(NamedTuple):
-    """What text encoders see of the item of a caption, besides reference pictures."""
+    """Parts of a caption's item that text encoders see, besides reference pictures."""
 
     clip: bool = False  # its frames
     media: bool = False  # the references of its row

@@ -312,7 +312,7 @@ class TextWork:
         return tuple(torch.from_numpy(frames[0]) for frames in media.control)
 
     def _decode(self, source: MediaSource) -> DecodedMedia:
-        """Read a source as it is encoded to latents. Raises MediaError if it cannot be used."""
+        """Read the pixels of a source that are encoded to latents. Raises MediaError if it cannot be used."""
         latent = self._family.latent
         return decode_source(
             source,

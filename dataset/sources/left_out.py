@@ -202,7 +202,7 @@ def _find_captions(
 
 @dataclass(frozen=True)
 class _UnreadRules:
-    """Which files of a folder are read, or usually are next to media."""
+    """Rules for the files of a folder that are read, or usually are next to media."""
 
     kinds: set[str]  # what the tables with the folder hold
     read: frozenset[str]  # endings, in lower case

@@ -130,7 +130,7 @@ def _lister(table: DatasetTable) -> Callable[[DatasetTable, list[Fault]], list[M
 
 
 class CompanionCounts(NamedTuple):
-    """What belongs to an image or clip besides its caption."""
+    """Companions of an image or clip besides its caption."""
 
     num_controls: int
     num_references: int

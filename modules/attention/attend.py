@@ -390,7 +390,7 @@ Steer = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class SecondText:
-    """Where a second text stands among the tokens, B L+T+T' ..., and how attention uses it."""
+    """Place of a second text among the tokens, B L+T+T' ..., and its use by attention."""
 
     before: int  # tokens of the picture, L
     count: int  # its own tokens, T'

@@ -22,7 +22,7 @@ _FACE = re.compile(r"_(\d+)_(\d+)_(\d+)_(\d+)$")
 
 @dataclass(frozen=True)
 class Face:
-    """Where a face is in a picture, in pixels."""
+    """Position and size of a face in a picture, in pixels."""
 
     x: int  # of its middle
     y: int

@@ -12,7 +12,7 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Fit:
-    """How to fit a picture to a bucket: resize to `resized`, then crop the bucket at `crop`."""
+    """Fit of a picture to a bucket: resize to `resized`, then crop the bucket at `crop`."""
 
     resized: Size
     crop: Size  # left, top

@@ -315,7 +315,8 @@ def _curve(info: dict[Any, Any]) -> list[int] | None:
 
 @functools.lru_cache(maxsize=64)
 def _make_profile(gamma: float | None, places: tuple[float, ...]) -> bytes | None:
-    """Return the ICC profile of gAMA (None: the curve of sRGB) and cHRM; None if the places are no triangle.
+    """Return the ICC profile of gAMA (None: the curve of sRGB) and cHRM; None if the places are not a
+    triangle.
 
     Source: ICC.1, 8.3.
     """
@@ -357,7 +358,7 @@ def _xyz(values: Any) -> bytes:
 
 
 def _colorants(places: tuple[float, ...]) -> Any:
-    """Return the primaries as columns of XYZ under D50, of cHRM's places; None if these are no triangle.
+    """Return the primaries as columns of XYZ under D50, of cHRM's places; None if these are not a triangle.
 
     places: x y of the white point, red, green and blue.
     """

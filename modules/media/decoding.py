@@ -27,7 +27,7 @@ TAIL = 64  # bytes; programs that fetch files may claim their whole length at on
 
 @dataclass(frozen=True)
 class Orientation:
-    """How a stored frame is turned and mirrored to be shown: transposed first, then mirrored."""
+    """Turn and mirroring of a stored frame for display: transposed first, then mirrored."""
 
     is_transposed: bool = False  # rows become columns
     flips_columns: bool = False  # left and right change places

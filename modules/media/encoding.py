@@ -57,7 +57,7 @@ def in_sixteen_bits(pixels: Pixels) -> NDArray[np.uint16]:
 
 @dataclass(frozen=True)
 class Codec:
-    """How one kind of video is encoded."""
+    """Settings for encoding one kind of video."""
 
     encoder: str
     pixel_format: str

@@ -29,7 +29,7 @@ _WITHOUT_TIMES = frozenset({"mp3", "aac", "ac3", "eac3", "dts", "truehd", "amr"}
 
 @dataclass(frozen=True)
 class TrackFacts:
-    """What the header of a file says of its sound; seconds count as in `read_track`."""
+    """Facts about a file's sound that its header states; seconds count as in `read_track`."""
 
     rate: int  # samples in a second
     channels: int

@@ -111,7 +111,7 @@ def ticks_per_second(rate: Fraction) -> int:
 
 
 class _PictureTime(NamedTuple):
-    """When a picture is shown, in ticks."""
+    """Time at which a picture is shown, in ticks."""
 
     start: int
     length: int

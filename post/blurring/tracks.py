@@ -22,7 +22,7 @@ GROWTH, MOST_GROWN = 0.02, 0.3  # of a box on each side, for each picture from w
 
 
 class Sighting(NamedTuple):
-    """Where something was found in a picture."""
+    """Place of something found in a picture."""
 
     number: int  # of the picture
     box: Box

@@ -38,7 +38,7 @@ _SAME = {"Cast", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Squeeze",
 
 
 class _Layout(NamedTuple):
-    """How a tensor's values are stored."""
+    """Layout of a tensor's stored values."""
 
     letter: str  # of `struct`, for values in _RAW
     field_number: int  # of values that are not in _RAW

@@ -44,7 +44,7 @@ class YoloLayout:
 
 
 class _Rows(NamedTuple):
-    """What a YOLO has found, in pixels of the square picture."""
+    """Findings of a YOLO, in pixels of the square picture."""
 
     boxes: Numbers  # N 4
     scores: Numbers  # N

@@ -134,7 +134,7 @@ def _read_rrdb(checkpoint: Checkpoint) -> LoadPlan[RrdbConfig]:
 
 
 def _rrdb_names(checkpoint: Checkpoint) -> Names:
-    """Return patterns that turn a file's names into ours. Raises CheckpointError if it is no upscaler."""
+    """Return patterns that turn a file's names into ours. Raises CheckpointError if it is not one."""
     names = checkpoint.tensors
     if "model.1.sub.0.RDB1.conv1.0.weight" in names:
         # the last layer's number shows the number of enlargements

@@ -38,7 +38,7 @@ AXES = ("data", "passes", "context")  # the last one changes fastest
 
 @dataclass(frozen=True)
 class ProcessGrid:
-    """How many processes share passes and tokens, and the place of this process among them."""
+    """Numbers of processes that share passes and tokens, and the place of this process among them."""
 
     rank: int  # of this process, from 0
     data: int  # groups of processes with micro-batches of their own (`ShardingOptions.groups_of`)

@@ -21,7 +21,7 @@ from running.offload.host_memory import HostTensors, Machine, allocate, machine_
 
 @dataclass(frozen=True)
 class ListPlan:
-    """How the blocks of one list share the device."""
+    """Division of the device's memory among the blocks of one list."""
 
     name: str  # of the nn.ModuleList
     num_blocks: int

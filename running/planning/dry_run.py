@@ -212,7 +212,7 @@ def modules_in(thing: object, depth: int = 4) -> Iterator[nn.Module]:
 
 
 class _ComputedPiece(NamedTuple):
-    """What the largest computed piece of a kind took."""
+    """Shape and memory of the largest computed piece of a kind."""
 
     shape: torch.Size
     result_shape: torch.Size
