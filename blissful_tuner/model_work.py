@@ -44,7 +44,7 @@ class Facts:
     files: tuple[Path, ...]
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
-    left_out: tuple[str, ...]  # beside the tensors of a torch file
+    left_out: tuple[str, ...]  # in addition to the tensors of a torch file
 
     @property
     def container(self) -> str:

@@ -322,7 +322,7 @@ class DatasetPages:
             return answer_gone()
         part = parts[number]
         if self.address(dataset, item, number, part) != request.url.path:
-            return answer_gone()  # it lies elsewhere, or is not what the page was told of
+            return answer_gone()  # it lies elsewhere, or is not what the page knows of
         try:
             picture = self.thumbnails.make(part, request.path_params["stamp"])
         except (MediaError, StopIteration):

@@ -72,7 +72,7 @@ class Job:
     folder: str  # that it runs in
     log: Path
     process: dict[str, Any] | None = None  # that waits for the job; None: not started
-    stops: int = 0  # how often it was told to stop
+    stops: int = 0  # how often a stop was asked for
     within: str = ""  # described folder whose limits it has, as one of its buttons wrote it; empty: no limits
     typed: str = ""  # options that send something and that somebody typed, despite limits; blanks between
     place: int = -1  # index among the entries of the text file; -1: its line has been removed
@@ -232,7 +232,7 @@ class JobQueue:
         self.problem = ""  # why the last try to begin a job has failed
         # frees the card before a job starts; returns why it has to wait, else an empty text
         self.before_start: Callable[[], str] = lambda: ""
-        self._keeps_open = False  # it works, and the next server is to go on with what it has seen
+        self._keeps_open = False  # it works, and the next server is to continue with what it has seen
         self._ended = threading.Event()
         self._worker: threading.Thread | None = None
         self._child: subprocess.Popen[bytes] | None = None

@@ -448,7 +448,7 @@ def write_code(path: Path, code: int) -> None:
     try:
         write_text(path, str(code))
     except OutputError:
-        with contextlib.suppress(OSError):  # then its state is told by its log and its history
+        with contextlib.suppress(OSError):  # then its log and its history show its state
             path.write_text(str(code), encoding="utf-8")
 
 

@@ -119,7 +119,7 @@ class MachineFacts:
     running: Sequence[RunningThing] = ()
     cards: Sequence[GraphicsCard] = ()
     free: str = ""  # of the disk of the first root
-    command: str = ""  # that starts the page again as it is
+    command: str = ""  # that starts the page again with the same options
 
 
 @dataclass

@@ -42,7 +42,7 @@ from training.reports.sample_files import FOLDER as SAMPLES
 
 RUNNING, FINISHED, STOPPED, DIED = STATES = ("running", "finished", "stopped", "died")
 ELSEWHERE_SECONDS = 300  # a run of another machine that has written nothing for so long has died
-SAME_SECONDS = 2.0  # the clock that a start is told by may have been set since
+SAME_SECONDS = 2.0  # the clock that dates a start may have been set since
 CONFIG = ".toml"  # of datasets
 DEEPEST = 12  # folders below a given one
 WHOLE = 32 << 10  # bytes of a history that is read whole

@@ -50,7 +50,7 @@ MEDIA = {key for name in PICTURES for key in FIELDS[name]}
 FILE_NAME = re.compile(
     r"[^\s/\\].*\.(safetensors|sft|pth?|bin|gguf|ckpt|png|jpe?g|webp|mp4|mkv|txt|json)", re.IGNORECASE
 )
-OPTION = re.compile(r"-(?!\.?\d)")  # what begins like that, and is no negative number, looks like an option
+OPTION = re.compile(r"-(?!\.?\d)")  # what begins so, and is not a negative number, looks like an option
 OLD_NAMES = {"hunyuan": "hunyuan_video"}  # of families in metadata
 
 

@@ -28,7 +28,7 @@ _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _TEXT, _LIST = 8, 9
 _MAX_AXES = 8
 # before a tensor's name: its shape in the model, if it lies in another one. Converters for ComfyUI store
-# layers whose rows are no multiple of 256 as rows of 256
+# layers whose rows are not a multiple of 256 as rows of 256
 _SHAPE_KEY = "comfy.gguf.orig_shape."
 
 _T5 = {

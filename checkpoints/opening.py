@@ -403,7 +403,7 @@ def _without_marked(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     return {name: info for name, info in tensors.items() if name not in marked}
 
 
-_TABLES = ("_ids", "_index", "_ind")  # ends of the names of whole numbers that networks have as they are
+_TABLES = ("_ids", "_index", "_ind")  # ends of the names of whole numbers that networks keep unchanged
 
 
 def _is_packed_weight(name: str, tensors: Mapping[str, TensorInfo]) -> bool:

@@ -24,7 +24,7 @@ Conditions = Mapping[str, Tensor | list[Tensor]]
 LOSS_MASK = "reelsmith_loss_mask"
 CONTROL_MASK = "vace_mask"  # uint8, 255 is made anew; for a clip without one, everything is
 
-# what a model can be told that a sample in training may lack (`Described.fuller`)
+# inputs of a model that a sample in training may lack (`Described.fuller`)
 CAPTION, FIRST_FRAME = "the caption before dropout", "the first frame"
 REFERENCE = "the reference pictures before dropout"
 # latents of a control video or a reference picture, in caches and conditions; of several with _0, _1, ...

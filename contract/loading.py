@@ -131,6 +131,6 @@ class Placement:
     # how the linear layers of the blocks are kept in 8 or 4 bits; None: as the file has them, fp8 in 16 bits
     quantisation: Quantisation | None = None
     host: HostPlace | None = None  # keeps some weights in host memory; None: all go to the device
-    blocks: BlockPlace | None = None  # takes each block when it is loaded; None: it stays as it is
+    blocks: BlockPlace | None = None  # takes each block when it is loaded; None: it stays unchanged
     # called before each tensor, instead of a progress bar; may raise to end the loading
     check: Callable[[], None] | None = None

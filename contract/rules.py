@@ -145,7 +145,7 @@ class NpzFormat:
 
     latents: str  # "_flux"
     texts: str  # "_flux_te"
-    # arrays of a text file that are no tensors of ours: name -> the value that a valid file has
+    # arrays of a text file that are not tensors of ours: name -> the value that a valid file has
     constants: Mapping[str, bool | int | float] = field(default_factory=dict)
     # arrays of a text file that are all zeros: name -> the array with as many rows, and the columns; "": one
     # row of so many numbers, without an axis for rows
@@ -316,7 +316,7 @@ class ShiftedLogit:
     mu grows with the tokens of a clip. Source: LTX-2's trainer, timestep_samplers.py.
     """
 
-    mus: tuple[float, float] = (0.95, 2.05)  # at 1024 and at 4096 tokens, on a line that goes on beyond
+    mus: tuple[float, float] = (0.95, 2.05)  # at 1024 and at 4096 tokens, on a line that continues beyond
     is_clamped: bool = False  # mu stays between the two
     is_stretched: bool = True  # nearly all draws fill 0..1: those of 0.5 % and 99.9 % become 0 and 1
     least: float = 1e-3  # smaller stretched draws are mirrored there

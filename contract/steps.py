@@ -180,7 +180,7 @@ class Section:
     stage: int = 0  # of `Prepared.stages`
     # a solver of the family's own; None: the one that the request names
     solver: "OwnSolver | None" = None
-    shown: int | None = None  # latent frames of the picture; those behind them are no part of the clip
+    shown: int | None = None  # latent frames of the picture; those behind them are not part of the clip
 
     @property
     def clean_streams(self) -> tuple[bool, bool]:

@@ -110,7 +110,7 @@ def qwen_tokenizer(option: str, repository: str) -> TokenizerSource:
         names=("tokenizer.json", "vocab.json"),
         folder="tokenizer",
         repository=repository,
-        # inside the encoder's folder; beside a file; beside text_encoder
+        # inside the encoder's folder; next to a file; next to text_encoder
         folders=(".", "qwen_3", "tokenizer", "../tokenizer"),
         token="<|im_start|>",
     )

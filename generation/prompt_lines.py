@@ -47,7 +47,7 @@ class LineOption:
 
     key: str
     read: Callable[[str], Value]
-    empty: tuple[str, ...] = ()  # texts that are no value, and may be meant
+    empty: tuple[str, ...] = ()  # texts that are not values, and may be meant
     repeats: bool = False  # each use adds to a list; otherwise the last one wins
     # keys of the command line that the option replaces, unless the line gives them too
     instead_of: tuple[str, ...] = ()
@@ -203,7 +203,7 @@ def find_option(word: str, options: Mapping[str, LineOption]) -> LineOption | No
         return option
     by_name = {**NAMED_OPTIONS, **{option.key: option for option in options.values()}}
     name = word.lower().replace("-", "_")
-    # an option of other scripts' lines is no other name of one here: seconds would be taken for frames
+    # an option of other scripts' lines is not another name of one here: seconds would be taken for frames
     if name not in by_name and any(name == option.key for option in OF_ALL_SCRIPTS.values()):
         return None
     key = key_of(word, by_name)

@@ -74,7 +74,7 @@ TOKENIZER = TokenizerFiles(
     names=("tokenizer.json", "vocab.json"),
     folder="tokenizer",
     repository="MiniMaxAI/MiniMax-H3",
-    # inside the encoder's folder; beside text_encoder; beside a single file
+    # inside the encoder's folder; next to text_encoder; next to a single file
     folders=(".", "tokenizer", "../tokenizer", "../processor"),
     token=OWN_TOKENS[0],
 )

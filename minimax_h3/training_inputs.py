@@ -158,7 +158,7 @@ def _check_shape(batch: Batch, key: str, found: Tensor, latents: Tensor) -> None
 
 def _whole_clip(tensors: Conditions, latents: Tensor) -> dict[str, Tensor]:
     """Return a clip as a reference for itself, with its sound if it has some."""
-    clip = tensors.get(TAUGHT, latents)  # noised, but for a check of caches
+    clip = tensors.get(TAUGHT, latents)  # noised, except for a check of caches
     assert isinstance(clip, Tensor)
     if clip.shape[2] == 1:
         return {reference_key(0, IMAGE): clip}

@@ -87,14 +87,14 @@ def wants_colour(stream: Any) -> bool:
         return False
     if os.name != "nt":
         return True
-    import ctypes  # only there: its console has to be told to understand ANSI codes
+    import ctypes  # only there: its console has to be set to understand ANSI codes
 
     kernel32 = ctypes.windll.kernel32  # type: ignore[attr-defined,unused-ignore]
     is_done = True
     for number in (-11, -12):  # standard output and error
         handle = kernel32.GetStdHandle(number)
         mode = ctypes.c_ulong()
-        if kernel32.GetConsoleMode(handle, ctypes.byref(mode)):  # else it is no console
+        if kernel32.GetConsoleMode(handle, ctypes.byref(mode)):  # else it is not a console
             is_done = bool(kernel32.SetConsoleMode(handle, mode.value | 4)) and is_done
     return is_done
 

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 NARROWEST, WIDEST = 40, 110  # columns of a box
 Row = tuple[str, str | None]
 SHOWN = 6  # names listed in a message
-MOST_SECONDS = 1e10  # that are told: 300 years; a file may say any number
+MOST_SECONDS = 1e10  # that are shown: 300 years; a file may say any number
 
 
 def show_box(title: str, rows: Iterable[Row], commands: Sequence[Row] = ()) -> None:

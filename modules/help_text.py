@@ -11,10 +11,10 @@ from typing import Any
 
 from modules.options import refusal_of
 
-SCREEN = 66  # lines; a help that is no longer is shown by -h too
+SCREEN = 66  # lines; a help of at most so many is shown by -h too
 FEWEST = 5  # options that make a short help
 COLUMN = 28  # where texts begin in the short help
-LONGEST_CHOICES = 24  # characters beside an option; more stand in its text
+LONGEST_CHOICES = 24  # characters next to an option; more stand in its text
 LONGEST_CLAUSE = 90  # characters of a text in the short help, if it can be cut
 LONGEST_DEFAULT = 80
 

@@ -100,7 +100,7 @@ class OtherProcesses:
             self._over.set()  # from here on this thread ends the process
             if not is_of_processes:
                 raise
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of a launcher that knows too: first this is told
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of a launcher that knows too: report first
             if not self._prints_error:
                 raise SystemExit(LostProcessError.exit_code) from None
             summary = shorten((str(error) or type(error).__name__).splitlines()[0], 160)
@@ -119,7 +119,7 @@ class OtherProcesses:
         """Read what another process sends until it is done or lost."""
         missed, unfinished = 0, b""
         link.settimeout(self._pace.beat)
-        # counted in waits, not by a clock: a group that is stopped as a whole, by Ctrl-Z, goes on afterwards
+        # counted in waits, not by a clock: a group that is stopped as a whole, by Ctrl-Z, continues later
         while missed * self._pace.beat < self._pace.silence:
             try:
                 received = link.recv(1024)

@@ -43,7 +43,7 @@ class FillIn(str):
 def check_characters(option: str, value: Any) -> None:
     texts = value if isinstance(value, (list, tuple)) else [value]
     for text in texts:
-        if isinstance(text, Path) and "\0" in str(text):  # other bytes that are no UTF-8 may be in a name
+        if isinstance(text, Path) and "\0" in str(text):  # other bytes that are not UTF-8 may be in a name
             raise OptionError(f"--{option} holds the character NUL (\\u0000), which no file's name can have")
         character = bad_character(text) if isinstance(text, str) else None
         if character is not None:

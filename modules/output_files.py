@@ -18,7 +18,7 @@ WINDOWS_DEVICE = re.compile(
     r"(con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³])\s*(\..*)?", re.IGNORECASE | re.DOTALL
 )
 WINDOWS_SIGNS = set('<>:"|?*')
-# of files that are no safetensors file
+# of files that are not safetensors files
 OTHER_KINDS = {
     ".pt", ".pth", ".bin", ".ckpt", ".gguf", ".onnx", ".txt", ".json", ".toml", ".zip", ".mp4", ".png",
 }  # fmt: skip

@@ -192,7 +192,7 @@ _SIGNATURES = re.compile(
     r"|key-pair-id|token|access_token|hdnts|hdnea|sig",
     re.IGNORECASE,
 )
-_AZURE = re.compile(r"s[eiprtv]|sr[ts]|spr|sip|sdd|sk(oid|tid|t|e|s|v)", re.IGNORECASE)  # only beside `sig`
+_AZURE = re.compile(r"s[eiprtv]|sr[ts]|spr|sip|sdd|sk(oid|tid|t|e|s|v)", re.IGNORECASE)  # only next to `sig`
 
 
 def is_address(text: str) -> bool:

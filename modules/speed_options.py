@@ -194,7 +194,7 @@ def flag_of(mode: str, training: bool) -> str:
 class Quantisation:
     """Form of weights stored in 8 or 4 bits, and the arithmetic of the layers that use them."""
 
-    # of fp8. cast: rounded as they are; tensor, rows: first divided by a scale, one per weight or one per row
+    # of fp8. cast: only rounded; tensor, rows: first divided by a scale, one per weight or one per row
     kind: str
     float32_scales: bool = False  # scales and quotients in float32 instead of the weight's dtype
     float32_linear: bool = False  # the layers compute in float32

@@ -25,7 +25,7 @@ class ControlUse:
 
     path: Path
     # edges of the guide image are drawn: where the grey image changes by more than the second number, or by
-    # more than the first next to such an edge; None: it is taken as it is
+    # more than the first next to such an edge; None: it is taken unchanged
     canny: tuple[int, int] | None
     multiplier: float
     ratio: float  # it acts in steps i of n (from 0) with i / n <= ratio

@@ -201,7 +201,7 @@ def _install(shrinking: _Shrinking, unet: Any) -> Iterator[Any]:
 # k-diffusion.
 SAMPLERS = ("euler_a", "k_euler_a")
 STEP = 8  # sides of latents that are still to grow are multiples of it, for the U-Net's halvings
-NEARLY = 1 - 1e-6  # a ratio that is 1 but for the rounding of its sum
+NEARLY = 1 - 1e-6  # a ratio that is 1 except for the rounding of its sum
 
 
 def size_at(full: Size, ratio: float) -> Size:

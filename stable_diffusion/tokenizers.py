@@ -198,7 +198,7 @@ def _split_at_marks(text: str) -> list[_Event]:
         else:
             bracket = opened[kind].pop()
             if mark["number"]:
-                # float() of too many digits is infinite, which is no weight
+                # float() of too many digits is infinite, which is not a weight
                 bracket.weight = _bounded(float(mark["number"]))
             events.append(_Bracket(kind, 1.0, closes=True))
     events.append(text[place:])

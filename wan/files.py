@@ -48,7 +48,7 @@ class WanFiles(TransformerFiles):
     t5_tokenizer: Path | None = None
     clip: Path | None = None
     dit_high_noise: Path | None = None
-    vace: Path | None = None  # blocks of VACE beside `dit`
+    vace: Path | None = None  # blocks of VACE next to `dit`
     vace_high_noise: Path | None = None
     vae_cache_cpu: bool = False
     t5_form: str | None = None

@@ -116,7 +116,7 @@ def _choose_latents(options: ReportOptions) -> LatentSpec:
 
 
 def _write_json(path: Path, numbers: Numbers, prints: bool) -> None:
-    # ASCII, so that no text from outside reaches a terminal as it is
+    # ASCII, so that no text from outside reaches a terminal unescaped
     text = json.dumps(numbers, indent=2) + "\n"
     if prints:
         sys.stdout.write(text)

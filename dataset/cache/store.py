@@ -179,7 +179,7 @@ def may_be_mixed(table: DatasetTable, names: Collection[str] | None = None) -> b
     `dataset.cache.form`. names: of its cache folder, if they have been listed.
     """
     folder = table.cache_directory
-    if table.cache_format != "files":  # npz may lie beside files of other forms, which other trainings use
+    if table.cache_format != "files":  # npz may lie next to files of other forms, which other trainings use
         return table.cache_format == "shards"
     names = os.listdir(folder) if names is None and folder.is_dir() else names or ()
     return any(map(OF_SHARDS.fullmatch, names))

@@ -84,7 +84,7 @@ def _note_facts(file: Image.Image) -> None:
     tile = getattr(file, "tile", None)
     key = file.info.get("transparency")
     raw = str(tile[0][3]) if tile else ""
-    if key is not None:  # Pillow leaves the transparent colour of a PNG as it is stored, and spreads pixels
+    if key is not None:  # Pillow leaves the transparent colour of a PNG as stored, and spreads pixels
         spread = {"L;2": 85, "L;4": 17}.get(raw, 1)
         file.info["transparency"] = key * spread if spread > 1 else key
         if raw == "RGB;16B":  # of pixels the higher bytes are read

@@ -48,7 +48,7 @@ MIDDLE_NAMES: Names = (
 SWINIR_NAME = "layers.0.residual_group.blocks.0.attn.relative_position_bias_table"
 BUFFERS = ("*.attn_mask", "*.relative_position_index")  # of SwinIR; computed here
 
-HAT_NAME = "layers.0.residual_group.overlap_attn.relative_position_bias_table"  # beside all of SwinIR's
+HAT_NAME = "layers.0.residual_group.overlap_attn.relative_position_bias_table"  # besides all of SwinIR's
 
 
 @dataclass(frozen=True)

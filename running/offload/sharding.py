@@ -113,7 +113,7 @@ class ShardedBlocks:
         from torch.distributed.fsdp import fully_shard
 
         # vectors stay whole: they are small, and each costs more to keep track of than its half. One goes
-        # with the weights, as gloo gathers weights in 8 bits only beside another dtype
+        # with the weights, as gloo gathers weights in 8 bits only together with another dtype
         vectors = [parameter for parameter in block.parameters() if parameter.ndim < 2]
         fully_shard(block, mesh=self._mesh, reshard_after_forward=True, ignored_params={*vectors[1:]})
 
