@@ -141,8 +141,8 @@ def test_many_quick_blocks_never_meet_weights_that_are_not_there(
 def test_weights_that_learn_are_copied_back(cuda: torch.device, deterministic: None, late: str) -> None:
     """Stepped inside the backward pass, read after `settle`.
 
-    Targets with two passes that learn refuse --fused_backward_pass: torch makes a new accumulator of gradients
-    for a weight that has changed its device, and each would step it.
+    Targets with two passes that learn refuse --fused_backward_pass: torch makes a new accumulator of
+    gradients for a weight that has changed its device, and each would step it.
     """
     results = []
     for blocks in (0, 4):
