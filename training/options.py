@@ -38,9 +38,8 @@ from training.config_options import (
     check_imports,
     read_config_file,
 )
-from training.end_options import EndOptions
 from training.features.composing import find_record, options_at, refuse_combinations
-from training.features.contract import AT_LOSS, AT_WEIGHTS, T
+from training.features.contract import AT_LOGS, AT_LOSS, AT_WEIGHTS, T
 from training.saving.options import HubOptions, MetadataOptions, SavingOptions
 from training.target_options import GuidedTargetOptions
 
@@ -56,9 +55,11 @@ RANKED_NETWORKS = ("networks.lora", "networks.loha")
 if TYPE_CHECKING:  # records of what the list of features has
     OptionsAtLoss = Options
     OptionsAtWeights = Options
+    OptionsAtLogs = Options
 else:
     OptionsAtLoss = options_at(AT_LOSS)
     OptionsAtWeights = options_at(AT_WEIGHTS)
+    OptionsAtLogs = options_at(AT_LOGS)
 
 
 class TrainingOptions(Options):
@@ -83,7 +84,7 @@ class TrainingOptions(Options):
     average: learning_options.AverageOptions = option(facts=FREE)
     at_weights: OptionsAtWeights  # of features
     logs: run_options.LogOptions = option(facts=FREE)
-    end: EndOptions = option(facts=FREE)
+    at_logs: OptionsAtLogs  # of features
     metadata: MetadataOptions = option(facts=FREE)
     hub: HubOptions = option(facts=FREE)
     speed: TrainingSpeedOptions
@@ -124,7 +125,7 @@ class TrainingOptions(Options):
 
     def of(self, kind: type[T]) -> T:
         """Return the options of a feature."""
-        return find_record((self.at_loss, self.at_weights), kind)
+        return find_record((self.at_loss, self.at_weights, self.at_logs), kind)
 
     @property
     def only_shows(self) -> bool:

@@ -19,7 +19,7 @@ from networks.options import NetworkOptions
 from running.planning.device_memory import MemoryWatch
 from training.checks import judge_rate
 from training.data.table_times import describe_times
-from training.features.composing import result_rows
+from training.features.composing import result_rows, start_rows
 from training.following import NextSteps, describe_elsewhere
 from training.metadata import continued_sizes
 from training.options import RANKED_NETWORKS, TrainingOptions
@@ -119,7 +119,7 @@ def _writing_rows(run: TrainingRun, parameters: Sequence[Tensor], dtype: torch.d
         ("disk", _describe_disk(plan, parameters, dtype)),
         ("folder", str(plan.names.folder)),
         ("page", None if options.logs.no_page else str(page)),
-        ("at the end", f"starts {options.end.words[0]}" if options.end.words else None),
+        *start_rows(options),
     ]
 
 

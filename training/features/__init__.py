@@ -2,12 +2,14 @@
 
 composing: what the phases of a run ask all features for
 contract: what a feature is, and where it acts
+on_end: start a command when the run is over
 skip: leave out steps that went wrong, and remember them
 tread: let tokens pass by the middle blocks
 tread_routes: which tokens pass by the middle blocks
 """
 
 from training.features.contract import Feature
+from training.features.on_end import ON_END
 from training.features.skip import SKIP
 from training.features.tread import TREAD
 
@@ -16,5 +18,6 @@ from training.features.tread import TREAD
 FEATURES: tuple[Feature, ...] = (
     TREAD,
     SKIP,
+    ON_END,
 )
 # fmt: on

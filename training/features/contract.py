@@ -19,12 +19,14 @@ if TYPE_CHECKING:  # --help does without torch
     from contract.family import Family
     from modules.speed_options import TrainingSpeedOptions
     from training.loss import NoisyBatch
+    from training.run_options import LogOptions, LoopOptions
+    from training.saving.options import SavingOptions
     from training.steps import Progress, StepPlan
 
 T = TypeVar("T")
 
-# of `Feature.place`: in --help behind the options of the loss; behind those of saving and samples
-AT_LOSS, AT_WEIGHTS = "loss", "weights"
+# of `Feature.place`: in --help behind the options of the loss; of saving and samples; of logs
+AT_LOSS, AT_WEIGHTS, AT_LOGS = "loss", "weights", "logs"
 
 
 class OptionsOfRun(Protocol):
@@ -36,7 +38,16 @@ class OptionsOfRun(Protocol):
     def is_fused(self) -> bool: ...
 
     @property
+    def loop(self) -> "LoopOptions": ...
+
+    @property
     def speed(self) -> "TrainingSpeedOptions": ...
+
+    @property
+    def saving(self) -> "SavingOptions": ...
+
+    @property
+    def logs(self) -> "LogOptions": ...
 
 
 class HookedRun(Protocol):
@@ -68,6 +79,18 @@ class GradientStep:
     loss: "Tensor"  # its mean: a number on the device
     keys: tuple[str, ...]  # of the items of this process
     kind: str  # its transformers, and whether it has sound: norms of different kinds are not compared
+
+
+@dataclass
+class RunEnd:
+    """How far a run has come, for features that act when it is over, whether or not it was put together."""
+
+    options: OptionsOfRun
+    is_due: bool = False  # features act in this process: the first one, once all have joined
+    progress: "Progress | None" = None  # None: there is no plan yet
+    total_steps: int | None = None  # None: not known yet
+    has_begun: bool = False  # a wrong option is an error of the run from here on
+    error: BaseException | None = None  # that has ended it
 
 
 BeforeStep = Callable[[HookedRun, GradientStep, "Tensor"], str]
@@ -102,6 +125,8 @@ class Feature:
     of_blocks: tuple[str, ...] = ()
     # given its options: its line among the targets in the box at the start of a run
     describe: Callable[[Any], str] | None = None
+    # likewise, its line behind all others
+    start_row: Callable[[Any], tuple[str, str]] | None = None
     progress: type[Any] | None = None  # a dataclass: what it remembers in `Progress`, and in states
     # given its options and the run's progress: entries of each saved file, without the `ss_` of their names
     metadata: Callable[[Any, "Progress"], Mapping[str, Any]] | None = None
@@ -111,5 +136,7 @@ class Feature:
     remedy_of_bad_step: str = ""
     # puts its functions into the hooks of a run
     install: Callable[[Hooks, OptionsOfRun, "Progress"], None] | None = None
+    # acts when the run is over, however that is; in the main process only
+    at_end: Callable[[RunEnd], None] | None = None
     # given its options and a batch: the passes with gradients of --plan, whose batch has no content
     rehearse: Callable[[Any, "NoisyBatch"], LearningPass] | None = None
