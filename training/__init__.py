@@ -1,6 +1,5 @@
 """From options to saved files: training; read run.py first, then loop.py.
 
-averages: the exponential moving average (EMA) of the trained weights
 bad_steps: the error for a step with NaN or infinite numbers
 caching_inside: caches made by the training command itself
 checks: check options and headers before gigabytes are loaded

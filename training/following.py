@@ -17,6 +17,7 @@ from modules.speed_options import say_for_generation
 from networks.module_names import read_family
 from networks.names.layouts import KNOWN, TRAINED_ON
 from networks.options import NetworkOptions
+from training.features.composing import sampled_average
 from training.options import ScriptOption, TrainingOptions
 from training.plan import TrainingPlan
 from training.reports.history import PageCommand
@@ -227,7 +228,7 @@ class NextSteps:
 
     def _trained_files(self, file: Path) -> tuple[list[Path], list[Path]]:
         """Return the files saved with one: of the expert for much noise, and of the others."""
-        suffix = AVERAGE if self.options.average.sample_ema else ""  # what the samples show
+        suffix = AVERAGE if sampled_average(self.options) else ""  # what the samples show
         files = [*self.names.files(self.names.stem_of(file) + suffix).values()]
         high_files = []
         other_files = []

@@ -81,7 +81,6 @@ class TrainingOptions(Options):
     accelerator: run_options.AcceleratorOptions = option(facts=HABIT)
     saving: SavingOptions = option(facts=FREE)
     samples: run_options.SampleOptions = option(facts=FREE)
-    average: learning_options.AverageOptions = option(facts=FREE)
     at_weights: OptionsAtWeights  # of features
     logs: run_options.LogOptions = option(facts=FREE)
     at_logs: OptionsAtLogs  # of features
@@ -218,11 +217,6 @@ class TrainingOptions(Options):
             raise OptionError(
                 f"{flags}: trained weights are kept in float32, or in bfloat16 with --full_bf16, because "
                 f"{stored.form} would lose the steps; leave it out, or train a LoRA"
-            )
-        if self.average.sample_ema:
-            raise OptionError(
-                "--sample_ema: the average of a whole model is in host memory. Leave it out, and generate "
-                "with the ...-ema.safetensors file"
             )
         swap = self.speed.swap
         if swap.blocks_to_swap and not options.fused_backward_pass:

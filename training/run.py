@@ -21,7 +21,7 @@ from modules.speed_options import SwapOptions
 from running.dressing import shared_blocks
 from running.planning.device_memory import MemoryWatch, too_little
 from training.checks import check_before_loading
-from training.features.composing import act_at_end, end_of_run
+from training.features.composing import act_at_end, end_of_run, sampled_average
 from training.features.contract import RunEnd
 from training.following import NextSteps, plan_next_steps
 from training.learning import load_model, make_run
@@ -230,8 +230,8 @@ def _make_sampler(plan: TrainingPlan) -> "Sampler | None":
     from training.samples import prepare_samples  # only with prompts
 
     weights = "".join(f" + {path.name}:{multiplier:g}" for path, multiplier in options.samples.loras())
-    if options.average.sample_ema:
-        weights = " (EMA)" + weights
+    if average := sampled_average(options):
+        weights = f" ({average}){weights}"
     sampler = prepare_samples(
         plan.sampled,
         prompts,

@@ -15,13 +15,17 @@ from modules.options import Options
 if TYPE_CHECKING:  # --help does without torch
     import torch
     from torch import Tensor, nn
+    from torch.optim import Optimizer
 
     from contract.family import Family
     from modules.speed_options import TrainingSpeedOptions
+    from training.learning_options import WholeDitOptions
     from training.loss import NoisyBatch
-    from training.run_options import LogOptions, LoopOptions
+    from training.run_options import LogOptions, LoopOptions, SampleOptions
     from training.saving.options import SavingOptions
+    from training.saving.states import SavedState
     from training.steps import Progress, StepPlan
+    from training.trainable import Trainable
 
 T = TypeVar("T")
 
@@ -44,7 +48,13 @@ class OptionsOfRun(Protocol):
     def speed(self) -> "TrainingSpeedOptions": ...
 
     @property
+    def whole_dit(self) -> "WholeDitOptions | None": ...
+
+    @property
     def saving(self) -> "SavingOptions": ...
+
+    @property
+    def samples(self) -> "SampleOptions": ...
 
     @property
     def logs(self) -> "LogOptions": ...
@@ -70,6 +80,47 @@ class HookedRun(Protocol):
 
     @property
     def has_scaler(self) -> bool: ...
+
+
+class Average(Protocol):
+    """An average of the trained weights that a run keeps: saved next to each file, and in states."""
+
+    steps: int  # that it covers
+
+    @property
+    def metadata(self) -> dict[str, str]: ...  # of its files
+
+    def begin(self) -> None: ...  # with the weights of now
+
+    def in_place(self) -> AbstractContextManager[None]: ...  # the parameters hold it during the block
+
+    def tensors(self) -> "dict[str, Tensor]": ...  # by weight name, not copied
+
+    def restore(self, saved: "SavedState") -> None: ...
+
+
+class HookedModel(Protocol):
+    """The loaded networks of a run with what is trained, before a state is restored."""
+
+    average: Average | None
+
+    @property
+    def options(self) -> OptionsOfRun: ...
+
+    @property
+    def hooks(self) -> "Hooks": ...
+
+    @property
+    def networks(self) -> "Sequence[nn.Module]": ...  # that are trained
+
+    @property
+    def trainable(self) -> "Trainable": ...
+
+    @property
+    def optimizer(self) -> "Optimizer": ...
+
+    @property
+    def takes_part_in_saving(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -101,11 +152,13 @@ LearningPass = Callable[["nn.Module", "NoisyBatch"], AbstractContextManager[None
 class Hooks:
     """The points of a run at which features act. At each, they act in the order of their list."""
 
+    after_load: list[Callable[[HookedModel], None]] = field(default_factory=list)
     # given the DiT and its batch: what a pass with gradients runs in
     learning_pass: list[LearningPass] = field(default_factory=list)
     # given the norm of the gradients before clipping: why the step is not taken, as the history has it; ""
     # takes it. All processes answer alike. With such a hook each step waits for the device
     before_step: list[BeforeStep] = field(default_factory=list)
+    after_step: list[Callable[[], None]] = field(default_factory=list)  # only of those that are taken
 
 
 @dataclass(frozen=True)
@@ -119,6 +172,8 @@ class Feature:
     facts: Mapping[str, Any] = field(default_factory=dict)  # of all its options: HABIT, FREE and the like
     # raises OptionError for options of others that do not go with it; asked only if it is on
     refuse: Callable[[OptionsOfRun], None] | None = None
+    # its options without effect together with those of others, by name -> why
+    idle: Callable[[OptionsOfRun], Mapping[str, str]] | None = None
     # given its options, the model and the numbers of its blocks, which may be unknown: raises OptionError
     check: Callable[[Any, "Family", Sequence[int]], None] | None = None
     # its options that act between the blocks of a transformer: models without such blocks refuse them
@@ -136,6 +191,8 @@ class Feature:
     remedy_of_bad_step: str = ""
     # puts its functions into the hooks of a run
     install: Callable[[Hooks, OptionsOfRun, "Progress"], None] | None = None
+    average: str = ""  # the short name of an average of the weights that it has the run keep
+    samples_average: Callable[[Any], bool] | None = None  # given its options: whether samples show it
     # acts when the run is over, however that is; in the main process only
     at_end: Callable[[RunEnd], None] | None = None
     # given its options and a batch: the passes with gradients of --plan, whose batch has no content
