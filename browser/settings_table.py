@@ -34,16 +34,15 @@ from modules.installation import HELP_AS_JSON, program_environment
 from modules.run_limits import temporary_folder
 from modules.text_files import bad_character, parse_toml
 from modules.version import VERSION
-from project.options import RUN_FILE
+from project.options import RUN_FILE, STARTING
 from training.config_options import OTHERS_TABLE, toml_value
-from training.end_options import ON_END
 
 HELP_SECONDS = 60
 TRAINS = ("train", "finetune")  # first words of the commands that train
 CACHES = "cache"  # likewise, of those that cache
 NUMBER = re.compile(r"[+-]?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
 STEPS = "max_train_steps"
-NOT_IN_FILE = {"config_file", "help", ON_END}  # the first two name the file itself; the last is only typed
+NOT_IN_FILE = {"config_file", "help", *STARTING}  # the first two name the file itself; others are only typed
 
 
 @dataclass(frozen=True)

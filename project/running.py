@@ -28,7 +28,7 @@ from modules.paths import expand_path, path_from
 from modules.run_limits import OF_TRAINING, describe_outside, limit_run, refuse_outside
 from modules.text_files import parse_toml, read_safetensors_texts, read_text, real_path
 from project.choosing import script_family
-from project.ending import describe_run
+from project.ending import EndCommand, describe_run
 from project.fitting import transformers_of
 from project.options import (
     CAPTION_MODEL,
@@ -41,7 +41,6 @@ from project.options import (
 )
 from project.tracing import RunTrace, trace_run
 from training.config_options import OTHERS_TABLE
-from training.end_command import EndCommand
 from training.reports.history import history_path
 from training.saving.states import find_latest
 
@@ -131,7 +130,6 @@ def _run_within_limits(options: RunOptions, project: Project, trace: RunTrace, e
             _print_command(words, project.folder)
         return
     again = ["run", str(project.folder), *options.words[2:]]
-    end.note_beginning()
     end.describe(partial(describe_run, project.output, project.name, project.steps, time.time()))
     trace.begin(again, output=project.output, name=project.name, steps=project.steps)
     left_out = _run_until_one_fails(commands, project, trace)
