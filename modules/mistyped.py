@@ -79,8 +79,6 @@ teacher_colour_weight: h3_teacher_loss_dc_weight
 teacher_anchor_weight: h3_teacher_preservation_weight
 timestep_focus: h3_timestep_focus_prob
 timestep_focus_range: h3_timestep_focus_min h3_timestep_focus_max
-mask_prior_weight: masked_prior_preservation_weight inverted_mask_prior inverted_mask_prior_multiplier
-blank_prior_weight: blank_prompt_preservation blank_prompt_preservation_multiplier
 slider: slider_config leco concept_slider
 network_multiplier: slider_strength
 preference: dpo flow_dpo dpo_beta beta_dpo

@@ -13,9 +13,7 @@ from modules.option_values import split_pairs
 from modules.options import FREE, HABIT, IDENTITY, IMPORTS_MODULE, Options, option
 from modules.paths import explain_missing
 from networks.names.layouts import COMFYUI, DIFFUSERS, KNOWN
-from networks.preference_options import PreferenceOptions
-from networks.slider_options import SliderOptions
-from networks.teacher_options import PriorOptions, TeacherOptions
+from networks.teacher_options import TeacherOptions
 
 logger = logging.getLogger(__name__)
 
@@ -151,9 +149,6 @@ class NetworkOptions(Options, title="network"):
     lora_rounding: str = lora_rounding_option(facts=HABIT)
     frozen: FrozenModelOptions
     teacher: TeacherOptions
-    prior: PriorOptions
-    slider: SliderOptions
-    preference: PreferenceOptions
 
     def __post_init__(self) -> None:
         self.arguments()

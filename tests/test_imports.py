@@ -159,7 +159,16 @@ _LIGHT = {
         "names/layouts",
     ),
     "post": ("chain_options",),
-    "training/features": ("composing", "contract", "ema", "on_end", "skip", "tread"),
+    "training/features": (
+        "blank_prior",
+        "composing",
+        "contract",
+        "ema",
+        "mask_prior",
+        "on_end",
+        "skip",
+        "tread",
+    ),
 }
 LIGHT_FILES = {f"{room}/{name}.py" for room, names in _LIGHT.items() for name in names}
 LIGHT_FILES |= {f"{folder.replace('.', '/')}/names.py" for folder in FOLDERS.values()}

@@ -37,7 +37,7 @@ from training.reports.reporter import RunReporter
 from training.saver import restore
 from training.saving.files import MinuteClock, Saver
 from training.saving.states import SavedState
-from training.target_rules import NO_TARGETS, make_targets
+from training.target_rules import make_targets
 from training.targets.passes import TrainingPasses, teach_as_base
 from training.targets.preferences import PairTally
 from training.trainable import (
@@ -221,12 +221,12 @@ def _make_rule(model: TrainedModel) -> LossRule:
 def _add_targets(rule: LossRule, model: TrainedModel, slider: "SliderTarget | None") -> LossRule:
     """Return the rule with all that predictions are compared with besides the clip."""
     plan, options = model.plan, model.plan.options
-    targets = make_targets(options.guided, options.teacher, options.prior, options.preference)
-    if targets == NO_TARGETS and slider is None:
-        return rule
+    targets = make_targets(options.guided, options.teacher, options.preference)
     return replace(
         rule,
         targets=targets,
+        compare=model.hooks.compare,
+        further_passes=model.hooks.further_passes,
         teach=_choose_teaching(model),
         in_lockstep=plan.steps.in_lockstep,
         seed_networks=functools.partial(

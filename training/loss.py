@@ -117,6 +117,10 @@ class LossRule:
     as_base: Autocast | None = None
     always_as_base: bool = False  # the base model is run for every batch: processes have to run equal passes
     targets: Targets = NO_TARGETS
+    # what predictions are compared with besides the clip, from `targets.passes.TrainingPasses` and a batch
+    compare: Sequence[Callable[[Any, NoisyBatch], Sequence[Any]]] = ()
+    # likewise, further passes with gradients: errors of each stream
+    further_passes: Sequence[Callable[[Any, NoisyBatch], Iterator[tuple[Tensor, ...]]]] = ()
     # what the teacher of `targets` predicts, from `targets.passes.TrainingPasses` and a batch
     teach: Callable[[Any, NoisyBatch], Tensor] | None = None
     # what replaces the usual passes, from `targets.passes.TrainingPasses` and a batch: errors of each stream

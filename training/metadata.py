@@ -132,7 +132,7 @@ def _without_folders(value: Any) -> Any:
 def _target_values(options: TrainingOptions) -> dict[str, Any]:
     """Return the entries on the targets of a training, as far as they are given."""
     values: dict[str, Any] = {}
-    records = [options.guided, options.teacher, options.prior, options.preference]
+    records = [options.guided, options.teacher, options.preference]
     if options.network is not None:
         records.append(options.network.slider)
     for record in records:

@@ -31,15 +31,22 @@ from modules.run_limits import is_limited
 from modules.speed_options import TrainingSpeedOptions
 from networks.options import NOTHING_FROZEN, FrozenModelOptions, NetworkOptions
 from networks.preference_options import NO_PREFERENCE, PreferenceOptions
-from networks.teacher_options import NO_PRIOR, NO_TEACHER, PriorOptions, TeacherOptions
+from networks.slider_options import SliderOptions
+from networks.teacher_options import NO_TEACHER, TeacherOptions
 from training import learning_options, noise_options, run_options
 from training.config_options import (
     ConfigOptions,
     check_imports,
     read_config_file,
 )
-from training.features.composing import find_record, options_at, refuse_combinations
-from training.features.contract import AT_LOGS, AT_LOSS, AT_WEIGHTS, T
+from training.features.composing import (
+    find_record,
+    need_empty_prompt,
+    options_at,
+    refuse_combinations,
+    typed_targets,
+)
+from training.features.contract import AT_LOGS, AT_LOSS, AT_NETWORK, AT_WEIGHTS, T
 from training.saving.options import HubOptions, MetadataOptions, SavingOptions
 from training.target_options import GuidedTargetOptions
 
@@ -53,13 +60,25 @@ MOST_RANK = 4096
 RANKED_NETWORKS = ("networks.lora", "networks.loha")
 
 if TYPE_CHECKING:  # records of what the list of features has
+    OptionsAtNetwork = Options
     OptionsAtLoss = Options
     OptionsAtWeights = Options
     OptionsAtLogs = Options
 else:
+    OptionsAtNetwork = options_at(AT_NETWORK)
     OptionsAtLoss = options_at(AT_LOSS)
     OptionsAtWeights = options_at(AT_WEIGHTS)
     OptionsAtLogs = options_at(AT_LOGS)
+
+NOT_AT_NETWORK = OptionsAtNetwork.usual()  # where there is no network
+
+
+class TrainedNetworkOptions(NetworkOptions, title="network"):
+    """Options of a network that is trained, with those of features that it has part in."""
+
+    at_network: OptionsAtNetwork
+    slider: SliderOptions
+    preference: PreferenceOptions
 
 
 class TrainingOptions(Options):
@@ -76,7 +95,7 @@ class TrainingOptions(Options):
     at_loss: OptionsAtLoss  # of features
     # None: the output is the velocity
     prediction: noise_options.PredictionOptions | None = option(facts=HABIT)
-    network: NetworkOptions | None  # what learns: a network beside the DiT,
+    network: TrainedNetworkOptions | None  # what learns: a network beside the DiT,
     whole_dit: learning_options.WholeDitOptions | None  # or the DiT itself; one of the two is given
     accelerator: run_options.AcceleratorOptions = option(facts=HABIT)
     saving: SavingOptions = option(facts=FREE)
@@ -124,7 +143,8 @@ class TrainingOptions(Options):
 
     def of(self, kind: type[T]) -> T:
         """Return the options of a feature."""
-        return find_record((self.at_loss, self.at_weights, self.at_logs), kind)
+        at_network = NOT_AT_NETWORK if self.network is None else self.network.at_network
+        return find_record((at_network, self.at_loss, self.at_weights, self.at_logs), kind)
 
     @property
     def only_shows(self) -> bool:
@@ -145,10 +165,6 @@ class TrainingOptions(Options):
         return NO_TEACHER if self.network is None else self.network.teacher
 
     @property
-    def prior(self) -> PriorOptions:
-        return NO_PRIOR if self.network is None else self.network.prior
-
-    @property
     def slider(self) -> Path | None:
         return None if self.network is None else self.network.slider.slider
 
@@ -162,21 +178,20 @@ class TrainingOptions(Options):
 
         --slider, which replaces them all, is not among them.
         """
-        values = {
-            "--guided_target": self.guided.guided_target,
-            "--teacher": self.teacher.teacher,
-            "--mask_prior_weight": self.prior.mask_prior_weight,
-            "--blank_prior_weight": self.prior.blank_prior_weight,
-            "--preference": self.preference.preference,
-        }
-        given = {name: value for name, value in values.items() if value is not None}
-        return [
-            f"{name} {value if isinstance(value, str) else f'{value:g}'}" for name, value in given.items()
-        ]
+        guided, preference = self.guided.guided_target, self.preference.preference
+        words = []
+        if guided is not None:
+            words.append(f"--guided_target {guided:g}")
+        if self.teacher.teacher is not None:
+            words.append(f"--teacher {self.teacher.teacher}")
+        words += typed_targets(self)
+        if preference is not None:
+            words.append(f"--preference {preference:g}")
+        return words
 
     @property
     def needs_empty_prompt(self) -> bool:
-        return self.guided.guided_target is not None or self.prior.blank_prior_weight is not None
+        return self.guided.guided_target is not None or need_empty_prompt(self)
 
     @property
     def is_for_images(self) -> bool:
@@ -232,7 +247,7 @@ class TrainingOptions(Options):
 
     def _check_targets(self) -> None:
         """Refuse targets that answer one question differently."""
-        guided, teacher, prior = self.guided, self.teacher, self.prior
+        guided, teacher = self.guided, self.teacher
         if guided.guided_target is not None and teacher.teacher is not None:
             raise OptionError(
                 f"--guided_target {guided.guided_target:g} and --teacher {teacher.teacher} are two answers "
@@ -258,11 +273,6 @@ class TrainingOptions(Options):
             raise OptionError(
                 f"--preference {self.preference.preference:g} and {targets[0]}: the loss of a pair has no "
                 "place for another target. Leave out one of the two"
-            )
-        if prior.blank_prior_weight is not None and self.is_fused:
-            raise OptionError(
-                "--blank_prior_weight with --fused_backward_pass: the gradients of its two passes are added, "
-                "and fused gradients are freed at once. Leave out one of the two"
             )
 
     def _check_fused(self) -> None:
@@ -355,7 +365,7 @@ def read_training(
     doc: str | None,
     record: type[R],
     argv: Sequence[str] | None,
-    learner: type[Options] = NetworkOptions,
+    learner: type[Options] = TrainedNetworkOptions,
     shared: Sequence[type[Options]] = (),
     changes: TrainerChanges = NO_CHANGES,
 ) -> tuple[TrainingOptions, R, list[ScriptOption]]:
@@ -395,15 +405,19 @@ def log_idle(args: argparse.Namespace, *records: Options) -> None:
 
 
 def training_parser(
-    doc: str | None, learner: type[Options] = NetworkOptions, **settings: Any
+    doc: str | None, learner: type[Options] = TrainedNetworkOptions, **settings: Any
 ) -> argparse.ArgumentParser:
     """Return a parser with all options that every family's training has.
 
-    doc: the script's docstring. learner: `NetworkOptions` or `WholeDitOptions`. settings: defaults and
+    doc: the script's docstring. learner: `TrainedNetworkOptions` or `WholeDitOptions`. settings: defaults and
     settings of the script, see `add_options`.
     """
     parser = Parser(description=doc)
-    add_options(parser, ConfigOptions, learner, TrainingOptions, **settings)
+    add_options(parser, ConfigOptions, learner, **settings)
+    if learner is learning_options.WholeDitOptions:
+        refused = dict.fromkeys(option_values(NOT_AT_NETWORK), learning_options.NO_FROZEN_MODEL)
+        add_options(parser, OptionsAtNetwork, refused=refused)
+    add_options(parser, TrainingOptions, **settings)
     return parser
 
 

@@ -35,6 +35,7 @@ from training.data.feed import BatchSources
 from training.data.live import LiveTexts
 from training.data.table_times import check_times, list_times
 from training.experts import check_computing, module_of, note_experts
+from training.features.composing import check_items
 from training.optimizers.stepping import check_fused_backward, check_split
 from training.options import TrainingOptions
 from training.other_families import NO_OTHERS, OtherFamilies
@@ -137,7 +138,7 @@ def make_plan(
     )
     training, validation = _split_items(options, config, items, progress.seed)
     _check_pairs(options, config, training, sources)
-    _check_masks(options, training, sources)
+    check_items(options, training, sources)
     if is_main:
         _warn_of_missing(options, config, [*training, *validation], sources)
     order = BatchOrder(training, progress.seed)
@@ -442,20 +443,6 @@ def _check_pairs(
     from dataset.batches.pairs import require_pairs  # only with --preference
 
     require_pairs(training, sources.stores, sources.encoders.commands)
-
-
-def _check_masks(options: TrainingOptions, training: Sequence[TrainingItem], sources: BatchSources) -> None:
-    """Raise OptionError for --mask_prior_weight if no item that is learned has a mask."""
-    weight = options.prior.mask_prior_weight
-    if weight is None:
-        return
-    from dataset.batches.pairs import has_masks  # only with this target
-
-    if not has_masks(training, sources.stores):
-        raise OptionError(
-            f"--mask_prior_weight {weight:g}: no item has a mask, so there is no place outside of one. Give "
-            "a table mask_directory or alpha_mask = true, and cache again, or leave the option out"
-        )
 
 
 def _warn_of_missing(

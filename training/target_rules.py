@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from networks.preference_options import PreferenceOptions
-from networks.teacher_options import PriorOptions, TeacherOptions
+from networks.teacher_options import TeacherOptions
 from training.target_options import GuidedTargetOptions
 
 THOUSAND = 1000
@@ -65,8 +65,6 @@ class Targets:
 
     guided: GuidedTarget | None = None
     teacher: TeacherTarget | None = None
-    mask_prior_weight: float = 0.0
-    blank_prior_weight: float = 0.0
     preference: Preference | None = None
 
 
@@ -76,15 +74,12 @@ NO_TARGETS = Targets()
 def make_targets(
     guided: GuidedTargetOptions,
     teacher: TeacherOptions,
-    prior: PriorOptions,
     preference: PreferenceOptions,
 ) -> Targets:
     """Return the targets that options ask for."""
     return Targets(
         guided=_make_guided(guided),
         teacher=_make_teacher(teacher),
-        mask_prior_weight=prior.mask_prior_weight or 0.0,
-        blank_prior_weight=prior.blank_prior_weight or 0.0,
         preference=_make_preference(preference),
     )
 

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch.nn.functional import mse_loss
 
 from contract.data import FIRST_FRAME, HAS_SOUND, Batch
 from tests.training import toy
+from training.features.blank_prior import blank_pass
 from training.loss import LossRule, NoisyBatch
 from training.target_rules import Band, GuidedTarget, Split, Targets, TeacherTarget
 from training.targets.errors import split_errors
@@ -141,7 +143,8 @@ def test_processes_that_share_a_model_run_the_base_model_for_every_batch(preserv
 
 
 def test_random_numbers_of_the_network_begin_anew_before_each_pass_that_learns() -> None:
-    step = Step(Targets(blank_prior_weight=0.5, guided=GuidedTarget(3.0, 3.0, 0.0)))
+    guided = Targets(guided=GuidedTarget(3.0, 3.0, 0.0))
+    step = Step(guided, further_passes=[partial(blank_pass, 0.5)])
     step.loss(make_batch(0.5))
     assert step.events == [BASE, RESTART, LEARNING, RESTART, RESTART, LEARNING]
 

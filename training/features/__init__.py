@@ -1,17 +1,21 @@
 """Features of training, each in one file that can be deleted together with its lines below.
 
+blank_prior: hold the network to the model for the empty prompt
 composing: what the phases of a run ask all features for
 contract: what a feature is, and where it acts
 ema: keep an average of the trained weights
 ema_weights: how this average is computed
+mask_prior: hold the network to the model outside masks
 on_end: start a command when the run is over
 skip: leave out steps that went wrong, and remember them
 tread: let tokens pass by the middle blocks
 tread_routes: which tokens pass by the middle blocks
 """
 
+from training.features.blank_prior import BLANK_PRIOR
 from training.features.contract import Feature
 from training.features.ema import EMA
+from training.features.mask_prior import MASK_PRIOR
 from training.features.on_end import ON_END
 from training.features.skip import SKIP
 from training.features.tread import TREAD
@@ -19,6 +23,8 @@ from training.features.tread import TREAD
 # in the order in which they act, one a line
 # fmt: off
 FEATURES: tuple[Feature, ...] = (
+    MASK_PRIOR,
+    BLANK_PRIOR,
     TREAD,
     EMA,
     SKIP,

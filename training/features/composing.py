@@ -7,10 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 from modules.options import HABIT, Options, option
 from training.features import FEATURES
-from training.features.contract import Feature, Hooks, LearningPass, OptionsOfRun, RunEnd, T
+from training.features.contract import (
+    Feature,
+    Hooks,
+    LearningPass,
+    OptionsOfRun,
+    RunEnd,
+    StepPasses,
+    T,
+)
 
 if TYPE_CHECKING:
     from contract.family import Family
+    from dataset.batches.items import TrainingItem
+    from training.data.feed import BatchSources
     from training.loss import NoisyBatch
     from training.steps import Progress
 
@@ -77,12 +87,39 @@ def options_of_blocks() -> list[str]:
     return [name for feature in FEATURES for name in feature.of_blocks]
 
 
-def describe_features(options: OptionsOfRun) -> list[str]:
-    """Return the lines of features among the targets of a run."""
+def typed_targets(options: OptionsOfRun) -> list[str]:
+    """Return the options of features that ask for a target besides the clip, as they are typed."""
+    return [
+        feature.target(options.of(feature.options))
+        for feature in active_features(options)
+        if feature.target is not None
+    ]
+
+
+def need_empty_prompt(options: OptionsOfRun) -> bool:
+    return any(feature.needs_empty_prompt for feature in active_features(options))
+
+
+def add_passes(usual: StepPasses, options: OptionsOfRun) -> StepPasses:
+    """Return the passes of a micro-batch, those of features included. usual: without these."""
+    for feature in active_features(options):
+        usual = usual.plus(feature.passes)
+    return usual
+
+
+def check_items(options: OptionsOfRun, items: "Sequence[TrainingItem]", sources: "BatchSources") -> None:
+    """Raise UserError for items to learn that a feature cannot use. sources: where they are read from."""
+    for feature in active_features(options):
+        if feature.check_items is not None:
+            feature.check_items(options.of(feature.options), items, sources)
+
+
+def describe_features(options: OptionsOfRun, are_targets: bool) -> list[str]:
+    """Return the lines of features among the targets of a run: of targets, or of all others."""
     return [
         feature.describe(options.of(feature.options))
         for feature in active_features(options)
-        if feature.describe is not None
+        if feature.describe is not None and (feature.target is not None) == are_targets
     ]
 
 

@@ -5,9 +5,9 @@ A feature is one light file, or one with a heavy half next to it, and its lines 
 feature: what a run asks all features for is in `composing.py`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from modules.options import Options
@@ -18,19 +18,51 @@ if TYPE_CHECKING:  # --help does without torch
     from torch.optim import Optimizer
 
     from contract.family import Family
+    from dataset.batches.items import TrainingItem
     from modules.speed_options import TrainingSpeedOptions
+    from training.data.feed import BatchSources
     from training.learning_options import WholeDitOptions
     from training.loss import NoisyBatch
     from training.run_options import LogOptions, LoopOptions, SampleOptions
     from training.saving.options import SavingOptions
     from training.saving.states import SavedState
     from training.steps import Progress, StepPlan
+    from training.targets.passes import Streams, TargetComparison, TrainingPasses
     from training.trainable import Trainable
 
 T = TypeVar("T")
 
-# of `Feature.place`: in --help behind the options of the loss; of saving and samples; of logs
-AT_LOSS, AT_WEIGHTS, AT_LOGS = "loss", "weights", "logs"
+# of `Feature.place`: in --help behind the options of the network, which whole models refuse; of the loss; of
+# saving and samples; of logs
+AT_NETWORK, AT_LOSS, AT_WEIGHTS, AT_LOGS = "network", "loss", "weights", "logs"
+
+# time of a pass without gradients as a share of one with: a LoRA's backward pass takes as long as the forward
+# pass; with checkpointed blocks, or if the model itself learns, twice as long
+SHARES = 1 / 3, 1 / 2
+
+
+@dataclass(frozen=True)
+class StepPasses:
+    """Count the passes of a micro-batch, at most."""
+
+    with_gradients: int = 1
+    without: int = 0
+    size: int = 1  # of a pass, in micro-batches
+
+    def plus(self, further: "StepPasses") -> "StepPasses":
+        return replace(
+            self,
+            with_gradients=self.with_gradients + further.with_gradients,
+            without=self.without + further.without,
+        )
+
+    @property
+    def words(self) -> str:
+        """Return the numbers, and the time of a step as a multiple of that of a plain one."""
+        low, high = (self.size * (self.with_gradients + share * self.without) for share in SHARES)
+        size = " of batches twice as large" if self.size > 1 else ""
+        counts = f"{self.with_gradients} with gradients, {self.without} without{size}"
+        return f"{counts}: about {low:.1f} to {high:.1f} times a plain step"
 
 
 class OptionsOfRun(Protocol):
@@ -146,6 +178,8 @@ class RunEnd:
 
 BeforeStep = Callable[[HookedRun, GradientStep, "Tensor"], str]
 LearningPass = Callable[["nn.Module", "NoisyBatch"], AbstractContextManager[None]]
+Compare = Callable[["TrainingPasses", "NoisyBatch"], "Sequence[TargetComparison]"]
+MorePasses = Callable[["TrainingPasses", "NoisyBatch"], "Iterator[Streams]"]
 
 
 @dataclass(frozen=True)
@@ -153,6 +187,10 @@ class Hooks:
     """The points of a run at which features act. At each, they act in the order of their list."""
 
     after_load: list[Callable[[HookedModel], None]] = field(default_factory=list)
+    # given the passes of a step and its batch: what the prediction is compared with besides the clip
+    compare: list[Compare] = field(default_factory=list)
+    # likewise: errors of each sample in passes with gradients that come before the usual one
+    further_passes: list[MorePasses] = field(default_factory=list)
     # given the DiT and its batch: what a pass with gradients runs in
     learning_pass: list[LearningPass] = field(default_factory=list)
     # given the norm of the gradients before clipping: why the step is not taken, as the history has it; ""
@@ -178,6 +216,12 @@ class Feature:
     check: Callable[[Any, "Family", Sequence[int]], None] | None = None
     # its options that act between the blocks of a transformer: models without such blocks refuse them
     of_blocks: tuple[str, ...] = ()
+    # given its options: those that ask for a target besides the clip, as they are typed
+    target: Callable[[Any], str] | None = None
+    passes: StepPasses = StepPasses(0)  # of its target, in addition to the usual ones
+    needs_empty_prompt: bool = False  # batches also have the conditions of the empty prompt
+    # given its options, the items to learn and where they are read from: raises UserError
+    check_items: "Callable[[Any, Sequence[TrainingItem], BatchSources], None] | None" = None
     # given its options: its line among the targets in the box at the start of a run
     describe: Callable[[Any], str] | None = None
     # likewise, its line behind all others

@@ -27,7 +27,6 @@ from training.loss import (
     per_sample,
     predict,
     sample_errors,
-    sample_errors_outside,
     split_streams,
 )
 from training.target_rules import EVEN_SPLIT, GuidedTarget, Preference, Split, TeacherTarget
@@ -118,8 +117,9 @@ def loss_passes(
     if rule.targets.preference is not None:
         yield (_measure_pairs(passes, noisy_batch, rule.targets.preference),)
         return
-    if rule.targets.blank_prior_weight:
-        yield _weighted(_measure_blank(passes, noisy_batch), noisy_batch)
+    for further_passes in rule.further_passes:
+        for errors in further_passes(passes, noisy_batch):
+            yield _weighted(errors, noisy_batch)
     yield _weighted(_measure(passes, noisy_batch), noisy_batch)
 
 
@@ -156,20 +156,7 @@ def _velocity(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:
     return noisy_batch.joint.join(target, sound_target)
 
 
-def _measure_blank(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Streams:
-    """Return the errors against the base model for the empty prompt, with the weight of this prior.
-
-    Masks are about the clip, so that all places count here.
-    """
-    blank = replace(noisy_batch, batch=noisy_batch.batch.with_empty_text())
-    target = passes.base(blank)
-    passes.restart(noisy_batch)
-    errors = measure_plainly(passes, passes.learning(blank), target, _without_masks(blank))
-    passes.restart(noisy_batch)
-    return tuple(passes.rule.targets.blank_prior_weight * error for error in errors)
-
-
-def _without_masks(noisy_batch: NoisyBatch) -> NoisyBatch:
+def without_masks(noisy_batch: NoisyBatch) -> NoisyBatch:
     """Return the batch with all places counting."""
     tensors = dict(noisy_batch.batch.tensors)
     tensors.pop(MASK, None)
@@ -198,8 +185,8 @@ def measure_streams(
 def _measure(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Streams:
     comparisons = [_compare_with_clip(passes, noisy_batch)]
     targets = passes.rule.targets
-    if targets.mask_prior_weight and (_has_mask(noisy_batch) or passes.rule.in_lockstep):
-        comparisons += _compare_outside_mask(passes, noisy_batch, targets.mask_prior_weight)
+    for compare in passes.rule.compare:
+        comparisons += compare(passes, noisy_batch)
     if targets.teacher is not None:
         comparisons += _compare_with_teacher(passes, noisy_batch, targets.teacher)
     output = passes.learning(noisy_batch)
@@ -307,22 +294,8 @@ def _above(levels: Sequence[float], lowest: float, keeps: Sequence[bool]) -> lis
     return [level >= lowest and not keep for level, keep in zip(levels, keeps, strict=True)]
 
 
-def _has_mask(noisy_batch: NoisyBatch) -> bool:
+def has_mask(noisy_batch: NoisyBatch) -> bool:
     return MASK in noisy_batch.batch.tensors or LOSS_MASK in noisy_batch.batch.tensors
-
-
-def _compare_outside_mask(
-    passes: TrainingPasses, noisy_batch: NoisyBatch, weight: float
-) -> list[TargetComparison]:
-    """Return the comparison with the base model where masks leave the picture out; none without masks."""
-    target = passes.base(noisy_batch)
-    if not _has_mask(noisy_batch):
-        return []
-
-    def measure(output: Tensor, target: Tensor, noisy_batch: NoisyBatch) -> Streams:
-        return sample_errors_outside(passes.family.noise, output - target, noisy_batch, passes.rule)
-
-    return [TargetComparison(target, measure, noisy_batch, weight)]
 
 
 def _compare_with_teacher(
