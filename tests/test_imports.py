@@ -166,6 +166,7 @@ _LIGHT = {
         "ema",
         "mask_prior",
         "on_end",
+        "output_preservation",
         "skip",
         "tread",
     ),

@@ -26,7 +26,7 @@ from running.run_blocks import stage_files_of
 from training import experts
 from training.data.feed import Feed, Randomness
 from training.data.table_times import times_by_group
-from training.features.composing import install_features
+from training.features.composing import install_features, need_base
 from training.loss import LossRule, NoisyBatch
 from training.optimizers import stepping
 from training.optimizers.lr_schedule import make_lr_schedule
@@ -209,12 +209,12 @@ def make_run(
 def _make_rule(model: TrainedModel) -> LossRule:
     """Return how predictions are judged, without targets besides the clip."""
     plan = model.plan
-    preserves = any(table.preserves_output for table in plan.config.datasets)
     return LossRule(
         plan.options.loss,
         plan.options.predicted,
         as_base=model.trainable.as_base if model.trainable.networks else None,
-        always_as_base=plan.steps.in_lockstep and preserves,
+        always_as_base=plan.steps.in_lockstep and need_base(plan.options, plan.config.datasets),
+        own_targets=model.hooks.own_targets,
     )
 
 

@@ -117,6 +117,8 @@ class LossRule:
     as_base: Autocast | None = None
     always_as_base: bool = False  # the base model is run for every batch: processes have to run equal passes
     targets: Targets = NO_TARGETS
+    # what takes the place of the velocity, from `targets.passes.TrainingPasses`, a batch and the velocity
+    own_targets: Sequence[Callable[[Any, NoisyBatch, Tensor], Tensor]] = ()
     # what predictions are compared with besides the clip, from `targets.passes.TrainingPasses` and a batch
     compare: Sequence[Callable[[Any, NoisyBatch], Sequence[Any]]] = ()
     # likewise, further passes with gradients: errors of each stream

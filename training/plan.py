@@ -35,7 +35,7 @@ from training.data.feed import BatchSources
 from training.data.live import LiveTexts
 from training.data.table_times import check_times, list_times
 from training.experts import check_computing, module_of, note_experts
-from training.features.composing import check_items
+from training.features.composing import check_items, check_tables
 from training.optimizers.stepping import check_fused_backward, check_split
 from training.options import TrainingOptions
 from training.other_families import NO_OTHERS, OtherFamilies
@@ -375,6 +375,7 @@ def _check_validating(options: ValidationOptions) -> None:
 
 def _check_tables(options: TrainingOptions, config: DatasetConfig) -> None:
     """Raise OptionError for keys of tables that ask for another target or strength than the options do."""
+    check_tables(options, config.datasets)
     preserving = next((table for table in config.datasets if table.preserves_output), None)
     if preserving is not None:
         _check_preserving(options, preserving)
@@ -407,11 +408,6 @@ def _check_batch_sizes(family: Family, config: DatasetConfig) -> None:
 def _check_preserving(options: TrainingOptions, table: DatasetTable) -> None:
     """Raise OptionError for what gives the clips of a table with diff_output_preservation another target."""
     key = f"{table.name}: diff_output_preservation"
-    if options.network is None:
-        raise OptionError(
-            f"{key} compares a LoRA with the model without it, and here the model itself is trained. Leave "
-            "it out"
-        )
     if options.preference.preference is not None:
         raise OptionError(
             f"{key} cannot be had with --preference, whose loss has no place for another target. Leave out "

@@ -14,6 +14,7 @@ from torch.nn.functional import mse_loss
 from contract.data import FIRST_FRAME, HAS_SOUND, Batch
 from tests.training import toy
 from training.features.blank_prior import blank_pass
+from training.features.output_preservation import preserve_output
 from training.loss import LossRule, NoisyBatch
 from training.target_rules import Band, GuidedTarget, Split, Targets, TeacherTarget
 from training.targets.errors import split_errors
@@ -129,7 +130,7 @@ def test_a_teacher_that_knows_the_first_frame_is_not_compared_there(
 @pytest.mark.parametrize("preserved", [(), (False, True)])
 def test_processes_that_share_a_model_run_the_base_model_for_every_batch(preserved: tuple[bool, ...]) -> None:
     """What no sample asks for is dropped."""
-    step = Step(Targets(), always_as_base=True)
+    step = Step(Targets(), always_as_base=True, own_targets=[preserve_output])
     noisy_batch = make_batch(0.5, 0.6)
     noisy_batch = replace(noisy_batch, batch=replace(noisy_batch.batch, preserved=preserved))
 

@@ -27,6 +27,7 @@ from tests.training import toy
 from tests.training.toy_images import train_image_toy, write_subset
 from training.features.blank_prior import BlankPriorOptions, blank_pass
 from training.features.mask_prior import MaskPriorOptions, compare_outside_masks
+from training.features.output_preservation import preserve_output
 from training.features.tread import TreadOptions, check_tread
 from training.loss import MASK, LossRule, NoisyBatch, NoisySound
 from training.noise_options import L2, LossOptions, NoiseOptions
@@ -202,6 +203,7 @@ def losses_of(names: tuple[str, ...], noisy_batch: NoisyBatch) -> Tensor:
         LossOptions.usual(loss_type="l1") if "loss_type" in names else L2,
         as_base=lambda: at_strength(0.0),
         targets=targets,
+        own_targets=[preserve_output],
         compare=[partial(compare_outside_masks, MASK_PRIOR)] if "mask_prior_weight" in names else (),
         further_passes=[partial(blank_pass, BLANK_PRIOR)] if "blank_prior_weight" in names else (),
         teach=lambda passes, told: passes.base(told),
@@ -409,7 +411,7 @@ WITHOUT_SAY = {
     | {"worse", "loss_weights"},  # of pairs; in the weights of a `NoisyBatch`
     NoisyBatch: {"batch", "noise", "sigmas", "timesteps", "levels", "expert", "number", "anchor_balance"},
     LossRule: {"options", "prediction", "as_base", "always_as_base", "targets", "teach", "other_passes"}
-    | {"compare", "further_passes"}  # functions of targets
+    | {"own_targets", "compare", "further_passes"}  # functions of targets
     | {"in_lockstep", "learning_pass", "note_pairs", "seed_networks"},
 }
 
@@ -445,7 +447,7 @@ OF_NO_TARGET = {
     *("EmaOptions", "SkipOptions", "LogOptions", "EndOptions", "MetadataOptions", "HubOptions"),
     *("TrainingSpeedOptions", "TrainingAttentionOptions", "TrainingFp8Options", "SwapOptions"),
     *("ShardingOptions", "TrainingCompileOptions", "PlanOptions", "FrozenModelOptions"),
-    "FeatureOptions",
+    *("FeatureOptions", "OutputPreservationOptions"),
 }
 
 

@@ -7,6 +7,7 @@ ema: keep an average of the trained weights
 ema_weights: how this average is computed
 mask_prior: hold the network to the model outside masks
 on_end: start a command when the run is over
+output_preservation: let samples of some tables stay as they are
 skip: leave out steps that went wrong, and remember them
 tread: let tokens pass by the middle blocks
 tread_routes: which tokens pass by the middle blocks
@@ -17,12 +18,14 @@ from training.features.contract import Feature
 from training.features.ema import EMA
 from training.features.mask_prior import MASK_PRIOR
 from training.features.on_end import ON_END
+from training.features.output_preservation import OUTPUT_PRESERVATION
 from training.features.skip import SKIP
 from training.features.tread import TREAD
 
 # in the order in which they act, one a line
 # fmt: off
 FEATURES: tuple[Feature, ...] = (
+    OUTPUT_PRESERVATION,
     MASK_PRIOR,
     BLANK_PRIOR,
     TREAD,

@@ -20,6 +20,7 @@ from training.features.contract import (
 if TYPE_CHECKING:
     from contract.family import Family
     from dataset.batches.items import TrainingItem
+    from dataset.table import DatasetTable
     from training.data.feed import BatchSources
     from training.loss import NoisyBatch
     from training.steps import Progress
@@ -105,6 +106,20 @@ def add_passes(usual: StepPasses, options: OptionsOfRun) -> StepPasses:
     for feature in active_features(options):
         usual = usual.plus(feature.passes)
     return usual
+
+
+def check_tables(options: OptionsOfRun, tables: "Sequence[DatasetTable]") -> None:
+    """Raise OptionError for keys of tables that a feature reads and that do not go with the options."""
+    for feature in active_features(options):
+        if feature.check_tables is not None:
+            feature.check_tables(options, tables)
+
+
+def need_base(options: OptionsOfRun, tables: "Sequence[DatasetTable]") -> bool:
+    """Return whether batches of the tables may need the model without the network."""
+    return any(
+        feature.needs_base is not None and feature.needs_base(tables) for feature in active_features(options)
+    )
 
 
 def check_items(options: OptionsOfRun, items: "Sequence[TrainingItem]", sources: "BatchSources") -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # --help does without torch
 
     from contract.family import Family
     from dataset.batches.items import TrainingItem
+    from dataset.table import DatasetTable
     from modules.speed_options import TrainingSpeedOptions
     from training.data.feed import BatchSources
     from training.learning_options import WholeDitOptions
@@ -178,6 +179,7 @@ class RunEnd:
 
 BeforeStep = Callable[[HookedRun, GradientStep, "Tensor"], str]
 LearningPass = Callable[["nn.Module", "NoisyBatch"], AbstractContextManager[None]]
+MakeTarget = Callable[["TrainingPasses", "NoisyBatch", "Tensor"], "Tensor"]
 Compare = Callable[["TrainingPasses", "NoisyBatch"], "Sequence[TargetComparison]"]
 MorePasses = Callable[["TrainingPasses", "NoisyBatch"], "Iterator[Streams]"]
 
@@ -187,6 +189,9 @@ class Hooks:
     """The points of a run at which features act. At each, they act in the order of their list."""
 
     after_load: list[Callable[[HookedModel], None]] = field(default_factory=list)
+    # given the passes of a step, its batch and the velocity: what samples are compared with in place of it,
+    # in validation too
+    own_targets: list[MakeTarget] = field(default_factory=list)
     # given the passes of a step and its batch: what the prediction is compared with besides the clip
     compare: list[Compare] = field(default_factory=list)
     # likewise: errors of each sample in passes with gradients that come before the usual one
@@ -219,6 +224,10 @@ class Feature:
     # given its options: those that ask for a target besides the clip, as they are typed
     target: Callable[[Any], str] | None = None
     passes: StepPasses = StepPasses(0)  # of its target, in addition to the usual ones
+    # given the tables of a run: raises OptionError for those that do not go with its options
+    check_tables: "Callable[[OptionsOfRun, Sequence[DatasetTable]], None] | None" = None
+    # given the tables of a run: whether batches of it need the model without the network
+    needs_base: "Callable[[Sequence[DatasetTable]], bool] | None" = None
     needs_empty_prompt: bool = False  # batches also have the conditions of the empty prompt
     # given its options, the items to learn and where they are read from: raises UserError
     check_items: "Callable[[Any, Sequence[TrainingItem], BatchSources], None] | None" = None

@@ -100,6 +100,7 @@ class Rehearsal:
             self.options.predicted,
             as_base=contextlib.nullcontext,
             targets=make_targets(self.options.guided, self.options.teacher, self.options.preference),
+            own_targets=hooks.own_targets,
             compare=hooks.compare,
             further_passes=hooks.further_passes,
             teach=rehearse_change if self.options.teacher.teacher_delta else teach_as_base,

@@ -216,14 +216,14 @@ def _compare_with_clip(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Targe
     """
     rule = passes.rule
     target = _velocity(passes, noisy_batch)
-    if any(noisy_batch.batch.preserved) or rule.always_as_base:
-        target = _replace_preserved(target, passes, noisy_batch)
+    for make_target in rule.own_targets:
+        target = make_target(passes, noisy_batch, target)
     if rule.targets.guided is not None:
         target = _guide(target, passes, noisy_batch, guided=rule.targets.guided)
     teacher = rule.targets.teacher
     weight: float | Tensor = 1.0
     if teacher is not None:
-        shares = [0.0 if preserved else teacher.weight for preserved in _preserved(noisy_batch)]
+        shares = [0.0 if preserved else teacher.weight for preserved in preserved_samples(noisy_batch)]
         weight = _weight_of_samples([1 - share for share in shares], target.device)
     return TargetComparison(target, functools.partial(measure_plainly, passes), noisy_batch, weight)
 
@@ -235,20 +235,7 @@ def measure_plainly(
     return sample_errors(passes.family.noise, output - target, noisy_batch, passes.rule)
 
 
-def _replace_preserved(velocity: Tensor, passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:
-    """Return the velocity, for samples in `preserved` replaced by the base model's prediction.
-
-    The model runs for every batch. A function of its own, so that its output is freed before the forward pass
-    with gradients.
-    """
-    base_output = passes.base(noisy_batch)
-    preserved = noisy_batch.batch.preserved
-    if not any(preserved):
-        return velocity
-    return _choose(preserved, base_output, velocity)
-
-
-def _choose(chosen: Sequence[bool], if_chosen: Tensor, otherwise: Tensor) -> Tensor:
+def choose(chosen: Sequence[bool], if_chosen: Tensor, otherwise: Tensor) -> Tensor:
     """Return one tensor or another for each sample, B ..."""
     mask = numbers_on(otherwise.device, chosen, torch.bool)
     return torch.where(per_sample(mask, otherwise), if_chosen, otherwise)
@@ -262,7 +249,9 @@ def _guide(velocity: Tensor, passes: TrainingPasses, noisy_batch: NoisyBatch, gu
     its own scale and its own levels.
     """
     is_empty = noisy_batch.batch.has_empty_text or (False,) * len(noisy_batch.batch)
-    keeps = [empty or preserved for empty, preserved in zip(is_empty, _preserved(noisy_batch), strict=True)]
+    keeps = [
+        empty or preserved for empty, preserved in zip(is_empty, preserved_samples(noisy_batch), strict=True)
+    ]
     uses_picture = _above(_levels_of(noisy_batch), guided.lowest_level, keeps)
     uses_sound: list[bool] = []
     if noisy_batch.sound is not None:
@@ -272,11 +261,11 @@ def _guide(velocity: Tensor, passes: TrainingPasses, noisy_batch: NoisyBatch, gu
     unprompted = passes.frozen(replace(noisy_batch, batch=noisy_batch.batch.with_empty_text()))
     passes.restart(noisy_batch)
     if noisy_batch.sound is None:
-        return _choose(uses_picture, unprompted + guided.scale * (velocity - unprompted), velocity)
+        return choose(uses_picture, unprompted + guided.scale * (velocity - unprompted), velocity)
     picture, sound = noisy_batch.joint.split(velocity)
     away, sound_away = noisy_batch.joint.split(unprompted)
-    picture = _choose(uses_picture, away + guided.scale * (picture - away), picture)
-    sound = _choose(uses_sound, sound_away + guided.sound_scale * (sound - sound_away), sound)
+    picture = choose(uses_picture, away + guided.scale * (picture - away), picture)
+    sound = choose(uses_sound, sound_away + guided.sound_scale * (sound - sound_away), sound)
     return noisy_batch.joint.join(picture, sound)
 
 
@@ -285,7 +274,7 @@ def _levels_of(noised: NoisyBatch | NoisySound) -> Sequence[float]:
     return noised.levels or noised.sigmas.tolist()
 
 
-def _preserved(noisy_batch: NoisyBatch) -> Sequence[bool]:
+def preserved_samples(noisy_batch: NoisyBatch) -> Sequence[bool]:
     """Return whether each sample is to stay as the base model predicts it."""
     return noisy_batch.batch.preserved or (False,) * len(noisy_batch.batch)
 
@@ -309,7 +298,7 @@ def _compare_with_teacher(
     full_batch = tell_teacher(passes.family, noisy_batch, teacher.view)
     band = teacher.band
     in_band = [band is None or band.holds(level) for level in _levels_of(noisy_batch)]
-    is_taught = [not preserved for preserved in _preserved(noisy_batch)]
+    is_taught = [not preserved for preserved in preserved_samples(noisy_batch)]
     is_inside = [taught and inside for taught, inside in zip(is_taught, in_band, strict=True)]
     is_outside = [taught and not inside for taught, inside in zip(is_taught, in_band, strict=True)]
     comparisons = []
