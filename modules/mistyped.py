@@ -67,9 +67,6 @@ fp8_text_encoder: fp8_vl fp8_llm
 batch_size: train_batch_size per_device_train_batch_size
 caption_dropout_rate: caption_dropout
 save_merged_model: out output output_path save_to
-guided_target: do_guidance_loss guidance_loss guidance_loss_target h3_guidance_loss_scale
-guided_target_sound: h3_guidance_loss_scale_audio
-guided_target_min_timestep: h3_guidance_loss_sigma_min
 teacher: teacher_matching h3_teacher_matching
 teacher_sees: h3_teacher_conditions
 teacher_max_timestep: h3_teacher_condition_sigma_max

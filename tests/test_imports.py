@@ -107,7 +107,7 @@ FLOORS = {
         {"kohya_page"},
         {
             *{"config_options", "learning_options", "noise_options", "run_options"},
-            *{"other_families", "steps", "target_options", "trainable"},
+            *{"other_families", "steps", "trainable"},
         },
         {"bad_steps", "processes", "reports", "run_end", "target_rules"},
         {"loss", "saving"},
@@ -164,6 +164,7 @@ _LIGHT = {
         "composing",
         "contract",
         "ema",
+        "guided",
         "mask_prior",
         "on_end",
         "output_preservation",

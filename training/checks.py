@@ -234,11 +234,6 @@ def check_targets(family: Family, options: TrainingOptions, texts: LiveTexts | N
     if options.slider is not None:
         check_slider(options.slider, texts)
     _check_preference(family, options)
-    if options.guided.guided_target_sound is not None and not hears_sound(family):
-        raise OptionError(
-            f"--guided_target_sound {options.guided.guided_target_sound:g}: the model {family.name} has no "
-            "sound. Leave it out"
-        )
 
 
 def check_slider(slider: Path, texts: LiveTexts | None) -> None:

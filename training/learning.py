@@ -221,10 +221,11 @@ def _make_rule(model: TrainedModel) -> LossRule:
 def _add_targets(rule: LossRule, model: TrainedModel, slider: "SliderTarget | None") -> LossRule:
     """Return the rule with all that predictions are compared with besides the clip."""
     plan, options = model.plan, model.plan.options
-    targets = make_targets(options.guided, options.teacher, options.preference)
+    targets = make_targets(options.teacher, options.preference)
     return replace(
         rule,
         targets=targets,
+        make_target=model.hooks.make_target,
         compare=model.hooks.compare,
         further_passes=model.hooks.further_passes,
         teach=_choose_teaching(model),

@@ -119,6 +119,7 @@ class LossRule:
     targets: Targets = NO_TARGETS
     # what takes the place of the velocity, from `targets.passes.TrainingPasses`, a batch and the velocity
     own_targets: Sequence[Callable[[Any, NoisyBatch, Tensor], Tensor]] = ()
+    make_target: Sequence[Callable[[Any, NoisyBatch, Tensor], Tensor]] = ()  # likewise, once those have acted
     # what predictions are compared with besides the clip, from `targets.passes.TrainingPasses` and a batch
     compare: Sequence[Callable[[Any, NoisyBatch], Sequence[Any]]] = ()
     # likewise, further passes with gradients: errors of each stream

@@ -48,7 +48,6 @@ from training.features.composing import (
 )
 from training.features.contract import AT_LOGS, AT_LOSS, AT_NETWORK, AT_WEIGHTS, T
 from training.saving.options import HubOptions, MetadataOptions, SavingOptions
-from training.target_options import GuidedTargetOptions
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +90,6 @@ class TrainingOptions(Options):
     timesteps: noise_options.TimestepOptions = option(facts=HABIT)
     noise: noise_options.NoiseOptions = option(facts=HABIT)
     loss: noise_options.LossOptions = option(facts=HABIT)
-    guided: GuidedTargetOptions = option(facts=HABIT)
     at_loss: OptionsAtLoss  # of features
     # None: the output is the velocity
     prediction: noise_options.PredictionOptions | None = option(facts=HABIT)
@@ -178,10 +176,8 @@ class TrainingOptions(Options):
 
         --slider, which replaces them all, is not among them.
         """
-        guided, preference = self.guided.guided_target, self.preference.preference
+        preference = self.preference.preference
         words = []
-        if guided is not None:
-            words.append(f"--guided_target {guided:g}")
         if self.teacher.teacher is not None:
             words.append(f"--teacher {self.teacher.teacher}")
         words += typed_targets(self)
@@ -191,7 +187,7 @@ class TrainingOptions(Options):
 
     @property
     def needs_empty_prompt(self) -> bool:
-        return self.guided.guided_target is not None or need_empty_prompt(self)
+        return need_empty_prompt(self)
 
     @property
     def is_for_images(self) -> bool:
@@ -247,12 +243,7 @@ class TrainingOptions(Options):
 
     def _check_targets(self) -> None:
         """Refuse targets that answer one question differently."""
-        guided, teacher = self.guided, self.teacher
-        if guided.guided_target is not None and teacher.teacher is not None:
-            raise OptionError(
-                f"--guided_target {guided.guided_target:g} and --teacher {teacher.teacher} are two answers "
-                "to one question: what to learn in place of the clip. Leave out one of the two"
-            )
+        teacher = self.teacher
         if teacher.teacher_split and self.loss.loss_type != "l2":
             raise OptionError(
                 f"--teacher_split with --loss_type {self.loss.loss_type}: size and direction are those of "

@@ -30,7 +30,6 @@ from training.saving import states
 from training.saving.files import find_set_aside
 from training.saving.options import LATEST, LATEST_ONLY, SavingOptions
 from training.steps import Progress, StepPlan
-from training.target_options import NO_GUIDED_TARGET
 
 logger = logging.getLogger(__name__)
 
@@ -221,7 +220,7 @@ def check_resumable(
     identity = _resolve(settings.identity)
     # likewise of before there were targets and features
     unsaid: dict[str, Any] = {}
-    of_targets = (NO_TEACHER, NO_GUIDED_TARGET, NO_SLIDER)
+    of_targets = (NO_TEACHER, NO_SLIDER)
     for record in (NOTHING_FROZEN, *of_targets, *usual_habits()):
         unsaid |= {f"--{name}": value for name, value in public_config(record).items()}
     habits_before = {name: habits.get(name) and value for name, value in unsaid.items()} | dict(saved.habits)

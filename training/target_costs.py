@@ -19,8 +19,6 @@ def count_passes(options: TrainingOptions) -> StepPasses:
     if options.preference.preference is not None:
         return StepPasses(1, 1, size=2)
     frozen = 0
-    if options.guided.guided_target is not None:
-        frozen += 1
     if options.teacher.teacher is not None:
         frozen += 3 if options.teacher.teacher_delta else 1
     return add_passes(StepPasses(without=frozen), options)
@@ -36,11 +34,7 @@ def describe_targets(options: TrainingOptions) -> list[str]:
 
 
 def _list_targets(options: TrainingOptions) -> Iterator[str]:
-    guided, preference = options.guided, options.preference
-    if guided.guided_target is not None:
-        lowest = guided.guided_target_min_timestep
-        above = f", from {lowest} thousandths of noise on" if lowest else ""
-        yield f"away from the prediction for the empty prompt, {guided.guided_target:g} times as far{above}"
+    preference = options.preference
     if options.teacher.teacher is not None:
         yield _describe_teacher(options.teacher)
     yield from describe_features(options, are_targets=True)

@@ -4,18 +4,8 @@ from dataclasses import dataclass
 
 from networks.preference_options import PreferenceOptions
 from networks.teacher_options import TeacherOptions
-from training.target_options import GuidedTargetOptions
 
 THOUSAND = 1000
-
-
-@dataclass(frozen=True)
-class GuidedTarget:
-    """The target u + scale * (v - u); u is the network's prediction for the empty prompt."""
-
-    scale: float
-    sound_scale: float
-    lowest_level: float  # share of noise, 0..1, from which on it is used
 
 
 @dataclass(frozen=True)
@@ -63,7 +53,6 @@ class Preference:
 class Targets:
     """All that a run compares with besides the clip itself."""
 
-    guided: GuidedTarget | None = None
     teacher: TeacherTarget | None = None
     preference: Preference | None = None
 
@@ -72,13 +61,11 @@ NO_TARGETS = Targets()
 
 
 def make_targets(
-    guided: GuidedTargetOptions,
     teacher: TeacherOptions,
     preference: PreferenceOptions,
 ) -> Targets:
     """Return the targets that options ask for."""
     return Targets(
-        guided=_make_guided(guided),
         teacher=_make_teacher(teacher),
         preference=_make_preference(preference),
     )
@@ -88,17 +75,6 @@ def _make_preference(options: PreferenceOptions) -> Preference | None:
     if options.preference is None:
         return None
     return Preference(options.preference, options.preference_data_weight)
-
-
-def _make_guided(options: GuidedTargetOptions) -> GuidedTarget | None:
-    scale = options.guided_target
-    if scale is None:
-        return None
-    return GuidedTarget(
-        scale=scale,
-        sound_scale=options.guided_target_sound or scale,
-        lowest_level=options.guided_target_min_timestep / THOUSAND,
-    )
 
 
 def _make_teacher(options: TeacherOptions) -> TeacherTarget | None:

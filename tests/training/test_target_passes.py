@@ -14,9 +14,10 @@ from torch.nn.functional import mse_loss
 from contract.data import FIRST_FRAME, HAS_SOUND, Batch
 from tests.training import toy
 from training.features.blank_prior import blank_pass
+from training.features.guided import GuidedTarget, guide
 from training.features.output_preservation import preserve_output
 from training.loss import LossRule, NoisyBatch
-from training.target_rules import Band, GuidedTarget, Split, Targets, TeacherTarget
+from training.target_rules import Band, Split, Targets, TeacherTarget
 from training.targets.errors import split_errors
 from training.targets.passes import TrainingPasses, loss_passes, tell_teacher
 from training.targets.preferences import add_streams, join_pairs
@@ -96,7 +97,8 @@ def velocity_of(noisy_batch: NoisyBatch) -> Tensor:
 
 
 def test_a_sample_at_the_lowest_level_is_guided() -> None:
-    step = Step(Targets(guided=GuidedTarget(scale=3.0, sound_scale=2.0, lowest_level=0.5)))
+    guided = GuidedTarget(scale=3.0, sound_scale=2.0, lowest_level=0.5)
+    step = Step(Targets(), make_target=[partial(guide, guided)])
     noisy_batch = make_batch(0.5, 0.499)
 
     away = step.predict(replace(noisy_batch, batch=noisy_batch.batch.with_empty_text()))
@@ -144,8 +146,8 @@ def test_processes_that_share_a_model_run_the_base_model_for_every_batch(preserv
 
 
 def test_random_numbers_of_the_network_begin_anew_before_each_pass_that_learns() -> None:
-    guided = Targets(guided=GuidedTarget(3.0, 3.0, 0.0))
-    step = Step(guided, further_passes=[partial(blank_pass, 0.5)])
+    guided = partial(guide, GuidedTarget(3.0, 3.0, 0.0))
+    step = Step(Targets(), make_target=[guided], further_passes=[partial(blank_pass, 0.5)])
     step.loss(make_batch(0.5))
     assert step.events == [BASE, RESTART, LEARNING, RESTART, RESTART, LEARNING]
 

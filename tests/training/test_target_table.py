@@ -26,14 +26,14 @@ from running.run_blocks import runner_of
 from tests.training import toy
 from tests.training.toy_images import train_image_toy, write_subset
 from training.features.blank_prior import BlankPriorOptions, blank_pass
+from training.features.guided import GuidedTarget, GuidedTargetOptions, guide
 from training.features.mask_prior import MaskPriorOptions, compare_outside_masks
 from training.features.output_preservation import preserve_output
 from training.features.tread import TreadOptions, check_tread
 from training.loss import MASK, LossRule, NoisyBatch, NoisySound
 from training.noise_options import L2, LossOptions, NoiseOptions
 from training.options import TrainedNetworkOptions, TrainingOptions
-from training.target_options import GuidedTargetOptions
-from training.target_rules import Band, GuidedTarget, Preference, Targets, TeacherTarget
+from training.target_rules import Band, Preference, Targets, TeacherTarget
 from training.targets.passes import loss_passes
 from training.targets.sliders import Slider, SliderFile, SliderTarget, slider_passes
 
@@ -195,7 +195,6 @@ def losses_of(names: tuple[str, ...], noisy_batch: NoisyBatch) -> Tensor:
 
     family = LinearFamily()
     targets = Targets(
-        guided=GUIDED if "guided" in names else None,
         teacher=TEACHER if "teacher" in names else None,
         preference=PREFERENCE if "preference" in names else None,
     )
@@ -204,6 +203,7 @@ def losses_of(names: tuple[str, ...], noisy_batch: NoisyBatch) -> Tensor:
         as_base=lambda: at_strength(0.0),
         targets=targets,
         own_targets=[preserve_output],
+        make_target=[partial(guide, GUIDED)] if "guided" in names else (),
         compare=[partial(compare_outside_masks, MASK_PRIOR)] if "mask_prior_weight" in names else (),
         further_passes=[partial(blank_pass, BLANK_PRIOR)] if "blank_prior_weight" in names else (),
         teach=lambda passes, told: passes.base(told),
@@ -411,7 +411,7 @@ WITHOUT_SAY = {
     | {"worse", "loss_weights"},  # of pairs; in the weights of a `NoisyBatch`
     NoisyBatch: {"batch", "noise", "sigmas", "timesteps", "levels", "expert", "number", "anchor_balance"},
     LossRule: {"options", "prediction", "as_base", "always_as_base", "targets", "teach", "other_passes"}
-    | {"own_targets", "compare", "further_passes"}  # functions of targets
+    | {"own_targets", "make_target", "compare", "further_passes"}  # functions of targets
     | {"in_lockstep", "learning_pass", "note_pairs", "seed_networks"},
 }
 

@@ -5,6 +5,7 @@ composing: what the phases of a run ask all features for
 contract: what a feature is, and where it acts
 ema: keep an average of the trained weights
 ema_weights: how this average is computed
+guided: learn away from what is predicted for the empty prompt
 mask_prior: hold the network to the model outside masks
 on_end: start a command when the run is over
 output_preservation: let samples of some tables stay as they are
@@ -16,6 +17,7 @@ tread_routes: which tokens pass by the middle blocks
 from training.features.blank_prior import BLANK_PRIOR
 from training.features.contract import Feature
 from training.features.ema import EMA
+from training.features.guided import GUIDED
 from training.features.mask_prior import MASK_PRIOR
 from training.features.on_end import ON_END
 from training.features.output_preservation import OUTPUT_PRESERVATION
@@ -26,6 +28,7 @@ from training.features.tread import TREAD
 # fmt: off
 FEATURES: tuple[Feature, ...] = (
     OUTPUT_PRESERVATION,
+    GUIDED,
     MASK_PRIOR,
     BLANK_PRIOR,
     TREAD,

@@ -97,6 +97,11 @@ def typed_targets(options: OptionsOfRun) -> list[str]:
     ]
 
 
+def keep_steps(options: OptionsOfRun) -> bool:
+    """Return whether what is learned towards keeps that a transformer was distilled for few steps."""
+    return any(feature.keeps_steps for feature in active_features(options))
+
+
 def need_empty_prompt(options: OptionsOfRun) -> bool:
     return any(feature.needs_empty_prompt for feature in active_features(options))
 

@@ -7,10 +7,11 @@ feature: what a run asks all features for is in `composing.py`.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from modules.options import Options
+from modules.options import Options, is_given, option_name
 
 if TYPE_CHECKING:  # --help does without torch
     import torch
@@ -21,6 +22,7 @@ if TYPE_CHECKING:  # --help does without torch
     from dataset.batches.items import TrainingItem
     from dataset.table import DatasetTable
     from modules.speed_options import TrainingSpeedOptions
+    from networks.teacher_options import TeacherOptions
     from training.data.feed import BatchSources
     from training.learning_options import WholeDitOptions
     from training.loss import NoisyBatch
@@ -90,7 +92,26 @@ class OptionsOfRun(Protocol):
     def samples(self) -> "SampleOptions": ...
 
     @property
+    def teacher(self) -> "TeacherOptions": ...
+
+    @property
     def logs(self) -> "LogOptions": ...
+
+
+def given_values(options: Options) -> dict[str, Any]:
+    """Return the options of a record that are given, by name, for the metadata of files."""
+    return {
+        option_name(declared): _without_folders(getattr(options, declared.name))
+        for declared in fields(options)
+        if is_given(options, declared)
+    }
+
+
+def _without_folders(value: Any) -> Any:
+    """Return a value with the names of files in place of their paths, which are nobody's business."""
+    if isinstance(value, tuple):
+        return " ".join(str(_without_folders(item)) for item in value)
+    return value.name if isinstance(value, Path) else value
 
 
 class HookedRun(Protocol):
@@ -192,6 +213,8 @@ class Hooks:
     # given the passes of a step, its batch and the velocity: what samples are compared with in place of it,
     # in validation too
     own_targets: list[MakeTarget] = field(default_factory=list)
+    # likewise, in training only, once those have acted
+    make_target: list[MakeTarget] = field(default_factory=list)
     # given the passes of a step and its batch: what the prediction is compared with besides the clip
     compare: list[Compare] = field(default_factory=list)
     # likewise: errors of each sample in passes with gradients that come before the usual one
@@ -228,6 +251,8 @@ class Feature:
     check_tables: "Callable[[OptionsOfRun, Sequence[DatasetTable]], None] | None" = None
     # given the tables of a run: whether batches of it need the model without the network
     needs_base: "Callable[[Sequence[DatasetTable]], bool] | None" = None
+    # what it learns towards keeps that a transformer was distilled for few steps
+    keeps_steps: bool = False
     needs_empty_prompt: bool = False  # batches also have the conditions of the empty prompt
     # given its options, the items to learn and where they are read from: raises UserError
     check_items: "Callable[[Any, Sequence[TrainingItem], BatchSources], None] | None" = None

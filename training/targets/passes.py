@@ -29,7 +29,7 @@ from training.loss import (
     sample_errors,
     split_streams,
 )
-from training.target_rules import EVEN_SPLIT, GuidedTarget, Preference, Split, TeacherTarget
+from training.target_rules import EVEN_SPLIT, Preference, Split, TeacherTarget
 from training.targets.errors import split_errors
 from training.targets.preferences import add_streams, compare_pairs, join_pairs
 
@@ -216,10 +216,8 @@ def _compare_with_clip(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Targe
     """
     rule = passes.rule
     target = _velocity(passes, noisy_batch)
-    for make_target in rule.own_targets:
+    for make_target in (*rule.own_targets, *rule.make_target):
         target = make_target(passes, noisy_batch, target)
-    if rule.targets.guided is not None:
-        target = _guide(target, passes, noisy_batch, guided=rule.targets.guided)
     teacher = rule.targets.teacher
     weight: float | Tensor = 1.0
     if teacher is not None:
@@ -241,35 +239,7 @@ def choose(chosen: Sequence[bool], if_chosen: Tensor, otherwise: Tensor) -> Tens
     return torch.where(per_sample(mask, otherwise), if_chosen, otherwise)
 
 
-def _guide(velocity: Tensor, passes: TrainingPasses, noisy_batch: NoisyBatch, guided: GuidedTarget) -> Tensor:
-    """Return u + scale * (velocity - u), where u is the network's prediction for the empty prompt.
-
-    Samples below the lowest level keep the velocity, and so do those whose text is the empty prompt already:
-    they would be pushed away from themselves. Preserved samples keep what they have in its place. Sound has
-    its own scale and its own levels.
-    """
-    is_empty = noisy_batch.batch.has_empty_text or (False,) * len(noisy_batch.batch)
-    keeps = [
-        empty or preserved for empty, preserved in zip(is_empty, preserved_samples(noisy_batch), strict=True)
-    ]
-    uses_picture = _above(_levels_of(noisy_batch), guided.lowest_level, keeps)
-    uses_sound: list[bool] = []
-    if noisy_batch.sound is not None:
-        uses_sound = _above(_levels_of(noisy_batch.sound), guided.lowest_level, keeps)
-    if not (any(uses_picture) or any(uses_sound) or passes.rule.in_lockstep):
-        return velocity
-    unprompted = passes.frozen(replace(noisy_batch, batch=noisy_batch.batch.with_empty_text()))
-    passes.restart(noisy_batch)
-    if noisy_batch.sound is None:
-        return choose(uses_picture, unprompted + guided.scale * (velocity - unprompted), velocity)
-    picture, sound = noisy_batch.joint.split(velocity)
-    away, sound_away = noisy_batch.joint.split(unprompted)
-    picture = choose(uses_picture, away + guided.scale * (picture - away), picture)
-    sound = choose(uses_sound, sound_away + guided.sound_scale * (sound - sound_away), sound)
-    return noisy_batch.joint.join(picture, sound)
-
-
-def _levels_of(noised: NoisyBatch | NoisySound) -> Sequence[float]:
+def levels_of(noised: NoisyBatch | NoisySound) -> Sequence[float]:
     """Return the share of noise of each sample, on the host."""
     return noised.levels or noised.sigmas.tolist()
 
@@ -277,10 +247,6 @@ def _levels_of(noised: NoisyBatch | NoisySound) -> Sequence[float]:
 def preserved_samples(noisy_batch: NoisyBatch) -> Sequence[bool]:
     """Return whether each sample is to stay as the base model predicts it."""
     return noisy_batch.batch.preserved or (False,) * len(noisy_batch.batch)
-
-
-def _above(levels: Sequence[float], lowest: float, keeps: Sequence[bool]) -> list[bool]:
-    return [level >= lowest and not keep for level, keep in zip(levels, keeps, strict=True)]
 
 
 def has_mask(noisy_batch: NoisyBatch) -> bool:
@@ -297,7 +263,7 @@ def _compare_with_teacher(
     assert teach is not None  # a rule with a teacher has it
     full_batch = tell_teacher(passes.family, noisy_batch, teacher.view)
     band = teacher.band
-    in_band = [band is None or band.holds(level) for level in _levels_of(noisy_batch)]
+    in_band = [band is None or band.holds(level) for level in levels_of(noisy_batch)]
     is_taught = [not preserved for preserved in preserved_samples(noisy_batch)]
     is_inside = [taught and inside for taught, inside in zip(is_taught, in_band, strict=True)]
     is_outside = [taught and not inside for taught, inside in zip(is_taught, in_band, strict=True)]
