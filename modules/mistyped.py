@@ -76,7 +76,6 @@ teacher_colour_weight: h3_teacher_loss_dc_weight
 teacher_anchor_weight: h3_teacher_preservation_weight
 timestep_focus: h3_timestep_focus_prob
 timestep_focus_range: h3_timestep_focus_min h3_timestep_focus_max
-slider: slider_config leco concept_slider
 network_multiplier: slider_strength
 preference: dpo flow_dpo dpo_beta beta_dpo
 W: width

@@ -46,7 +46,6 @@ rotation_files: which OFTs of PEFT are refused
 sdxl_merge_lora: command: merge LoRAs of Stable Diffusion checkpoints
 text_loras: LoRAs of text encoders, put into them
 preference_options: options of pairs, better and worse
-slider_options: options of sliders between captions
 teacher_options: options of frozen models that teach the network
 tool_options: options to merge, convert, average and extract LoRAs
 unmerged: LoRAs around layers in 8 or 4 bits, T-LoRAs

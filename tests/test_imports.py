@@ -169,6 +169,7 @@ _LIGHT = {
         "on_end",
         "output_preservation",
         "skip",
+        "slider",
         "tread",
     ),
 }

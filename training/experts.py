@@ -198,9 +198,8 @@ def _warn_of_few_steps(family: Family, options: TrainingOptions) -> None:
     # --base_weights counts as an adapter: a LoRA that undoes the distillation may be among them
     is_adapted = network is not None and (network.frozen.training_adapter or network.base_weights)
     # what these learn towards are predictions of models that keep their steps
-    keeps_steps = options.teacher.teacher == OTHER_DIT or options.slider is not None
+    keeps_steps = options.teacher.teacher == OTHER_DIT or keep_steps(options)
     keeps_steps |= options.teacher.teacher is not None and options.teacher.teacher_weight == 1
-    keeps_steps |= keep_steps(options)
     if is_adapted or keeps_steps or not knows_few_steps(family):
         return
     why = family.why_few_steps()

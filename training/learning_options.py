@@ -83,7 +83,6 @@ class WholeDitOptions(Options, title="full fine-tuning"):
     teacher_sees = unsupported(
         NO_FROZEN_MODEL, "what the teacher knows", choices=(INPUTS, FIRST_LAST, CLIP, SUBJECT)
     )
-    slider = unsupported(NO_FROZEN_MODEL, "captions of a slider", metavar="FILE")
     preference = unsupported(NO_FROZEN_MODEL, "learn from pairs", type=float)
     preference_data_weight = unsupported(NO_FROZEN_MODEL, "weight of the usual loss of pairs", type=float)
     base_weights = unsupported(_MERGED_BEFORE, "LoRA files in the transformer", nargs="*")

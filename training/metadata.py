@@ -125,8 +125,6 @@ def _target_values(options: TrainingOptions) -> dict[str, Any]:
     """Return the entries on the targets of a training, as far as they are given."""
     values: dict[str, Any] = {}
     records = [options.teacher, options.preference]
-    if options.network is not None:
-        records.append(options.network.slider)
     for record in records:
         values |= {f"ss_{name}": value for name, value in given_values(record).items()}
     if options.teacher.teacher is not None:

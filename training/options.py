@@ -5,7 +5,6 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from dataset.options import CachingInRunOptions
@@ -31,7 +30,6 @@ from modules.run_limits import is_limited
 from modules.speed_options import TrainingSpeedOptions
 from networks.options import NOTHING_FROZEN, FrozenModelOptions, NetworkOptions
 from networks.preference_options import NO_PREFERENCE, PreferenceOptions
-from networks.slider_options import SliderOptions
 from networks.teacher_options import NO_TEACHER, TeacherOptions
 from training import learning_options, noise_options, run_options
 from training.config_options import (
@@ -76,7 +74,6 @@ class TrainedNetworkOptions(NetworkOptions, title="network"):
     """Options of a network that is trained, with those of features that it has part in."""
 
     at_network: OptionsAtNetwork
-    slider: SliderOptions
     preference: PreferenceOptions
 
 
@@ -163,19 +160,12 @@ class TrainingOptions(Options):
         return NO_TEACHER if self.network is None else self.network.teacher
 
     @property
-    def slider(self) -> Path | None:
-        return None if self.network is None else self.network.slider.slider
-
-    @property
     def preference(self) -> PreferenceOptions:
         return NO_PREFERENCE if self.network is None else self.network.preference
 
     @property
     def typed_targets(self) -> list[str]:
-        """Return the given options of targets other than the clip, with their values; --preference is last.
-
-        --slider, which replaces them all, is not among them.
-        """
+        """Return the given options of targets besides the clip, as they are typed; --preference is last."""
         preference = self.preference.preference
         words = []
         if self.teacher.teacher is not None:
@@ -250,16 +240,6 @@ class TrainingOptions(Options):
                 "squared differences. Use --loss_type l2, or leave out --teacher_split"
             )
         targets = self.typed_targets
-        if self.slider is not None and targets:
-            raise OptionError(
-                f"--slider {self.slider} with {targets[0]}: a slider learns from its captions alone. Leave "
-                "out one of the two"
-            )
-        if self.slider is not None and self.is_fused:
-            raise OptionError(
-                "--slider with --fused_backward_pass: the gradients of its two strengths are added, and "
-                "fused gradients are freed at once. Leave out one of the two"
-            )
         if self.preference.preference is not None and len(targets) > 1:
             raise OptionError(
                 f"--preference {self.preference.preference:g} and {targets[0]}: the loss of a pair has no "

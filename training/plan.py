@@ -387,11 +387,6 @@ def _check_tables(options: TrainingOptions, config: DatasetConfig) -> None:
             f"{scaled.name}: network_multiplier is the strength of a LoRA, and here the model itself is "
             "trained. Leave it out"
         )
-    if options.slider is not None:
-        raise OptionError(
-            f"{scaled.name}: network_multiplier cannot be had with --slider {options.slider}, which learns "
-            "at the strengths 1 and -1. Leave out one of the two"
-        )
 
 
 def _check_batch_sizes(family: Family, config: DatasetConfig) -> None:
@@ -412,11 +407,6 @@ def _check_preserving(options: TrainingOptions, table: DatasetTable) -> None:
         raise OptionError(
             f"{key} cannot be had with --preference, whose loss has no place for another target. Leave out "
             "one of the two"
-        )
-    if options.slider is not None:
-        raise OptionError(
-            f"{key} cannot be had with --slider {options.slider}, which learns its own captions and "
-            "not those of the table. Leave it out; an anchor in the slider's file keeps what a caption makes"
         )
 
 

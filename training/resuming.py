@@ -19,7 +19,6 @@ from modules.errors import OptionError
 from modules.option_values import read_literals, to_path
 from modules.options import options_with
 from networks.options import DEFAULT_BLOCK, DEFAULT_RANK, NOTHING_FROZEN, OFT_MODULE
-from networks.slider_options import NO_SLIDER
 from networks.teacher_options import NO_TEACHER
 from training.experts import TRAINING_ADAPTER, module_of
 from training.features.composing import claim_progress, usual_habits
@@ -220,8 +219,7 @@ def check_resumable(
     identity = _resolve(settings.identity)
     # likewise of before there were targets and features
     unsaid: dict[str, Any] = {}
-    of_targets = (NO_TEACHER, NO_SLIDER)
-    for record in (NOTHING_FROZEN, *of_targets, *usual_habits()):
+    for record in (NOTHING_FROZEN, NO_TEACHER, *usual_habits()):
         unsaid |= {f"--{name}": value for name, value in public_config(record).items()}
     habits_before = {name: habits.get(name) and value for name, value in unsaid.items()} | dict(saved.habits)
     unknown = {*identity} - {*before} | {*habits} - {*habits_before}

@@ -10,12 +10,7 @@ from training.options import TrainingOptions
 
 
 def count_passes(options: TrainingOptions) -> StepPasses:
-    """Return the passes that the options ask for. Raises OptionError for a file of --slider with faults."""
-    if options.slider is not None:
-        from training.targets.sliders import read_sliders  # only with --slider
-
-        file = read_sliders(options.slider)
-        return StepPasses(4, 4) if file.has_anchors else StepPasses(2, 3)
+    """Return the passes that the options ask for. Raises OptionError for a file of them with faults."""
     if options.preference.preference is not None:
         return StepPasses(1, 1, size=2)
     frozen = 0
@@ -38,8 +33,6 @@ def _list_targets(options: TrainingOptions) -> Iterator[str]:
     if options.teacher.teacher is not None:
         yield _describe_teacher(options.teacher)
     yield from describe_features(options, are_targets=True)
-    if options.slider is not None:
-        yield f"captions of {options.slider} at strength 1 and -1"
     if preference.preference is not None:
         yield f"the better one of each pair, beta {preference.preference:g}"
 

@@ -19,7 +19,6 @@ from contract.steps import NO_TWEAKS, Tweaks
 from modules.errors import OptionError
 from modules.options import Options
 from networks.preference_options import PreferenceOptions
-from networks.slider_options import SliderOptions
 from networks.teacher_options import TeacherOptions
 from running.routes import Route, routed
 from running.run_blocks import runner_of
@@ -29,13 +28,14 @@ from training.features.blank_prior import BlankPriorOptions, blank_pass
 from training.features.guided import GuidedTarget, GuidedTargetOptions, guide
 from training.features.mask_prior import MaskPriorOptions, compare_outside_masks
 from training.features.output_preservation import preserve_output
+from training.features.slider import SliderOptions
+from training.features.slider_passes import Slider, SliderFile, SliderTarget, slider_passes
 from training.features.tread import TreadOptions, check_tread
 from training.loss import MASK, LossRule, NoisyBatch, NoisySound
 from training.noise_options import L2, LossOptions, NoiseOptions
 from training.options import TrainedNetworkOptions, TrainingOptions
 from training.target_rules import Band, Preference, Targets, TeacherTarget
 from training.targets.passes import loss_passes
-from training.targets.sliders import Slider, SliderFile, SliderTarget, slider_passes
 
 # of a run: what a network learns towards, and which tokens take part
 TARGETS = (
@@ -214,9 +214,7 @@ def losses_of(names: tuple[str, ...], noisy_batch: NoisyBatch) -> Tensor:
     if "slider" in names:
         encoded = {text: {"letters": torch.full((1, 1), value)} for text, value in CAPTIONS.items()}
         target = SliderTarget(SliderFile(GUIDANCE, (SLIDER,)), encoded, frozenset({"letters"}))
-        rule = replace(
-            rule, other_passes=lambda passes, batch: slider_passes(target, at_strength, passes, batch)
-        )
+        rule = replace(rule, other_passes=[partial(slider_passes, target, at_strength)])
     with at_strength(noisy_batch.batch.network_multiplier):
         passes = loss_passes(family, dit, noisy_batch, contextlib.nullcontext, rule)
         return sum((stream for streams in passes for stream in streams), torch.zeros(()))

@@ -10,6 +10,8 @@ mask_prior: hold the network to the model outside masks
 on_end: start a command when the run is over
 output_preservation: let samples of some tables stay as they are
 skip: leave out steps that went wrong, and remember them
+slider: slide between captions
+slider_passes: a file of captions to slide between, and its passes
 tread: let tokens pass by the middle blocks
 tread_routes: which tokens pass by the middle blocks
 """
@@ -22,6 +24,7 @@ from training.features.mask_prior import MASK_PRIOR
 from training.features.on_end import ON_END
 from training.features.output_preservation import OUTPUT_PRESERVATION
 from training.features.skip import SKIP
+from training.features.slider import SLIDER
 from training.features.tread import TREAD
 
 # in the order in which they act, one a line
@@ -31,6 +34,7 @@ FEATURES: tuple[Feature, ...] = (
     GUIDED,
     MASK_PRIOR,
     BLANK_PRIOR,
+    SLIDER,
     TREAD,
     EMA,
     SKIP,

@@ -68,7 +68,7 @@ BLANK_PRIOR = Feature(
     facts=HABIT,
     refuse=_refuse,
     target=lambda options: f"--blank_prior_weight {options.weight:g}",
-    passes=StepPasses(with_gradients=1, without=1),
+    passes=lambda options: StepPasses(with_gradients=1, without=1),
     needs_empty_prompt=True,
     describe=lambda options: (
         f"for the empty prompt as the model without the network, weight {options.weight:g}"

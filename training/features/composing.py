@@ -12,6 +12,7 @@ from training.features.contract import (
     Hooks,
     LearningPass,
     OptionsOfRun,
+    PlannedRun,
     RunEnd,
     StepPasses,
     T,
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from dataset.batches.items import TrainingItem
     from dataset.table import DatasetTable
     from training.data.feed import BatchSources
+    from training.data.live import LiveTexts
     from training.loss import NoisyBatch
     from training.steps import Progress
 
@@ -109,7 +111,8 @@ def need_empty_prompt(options: OptionsOfRun) -> bool:
 def add_passes(usual: StepPasses, options: OptionsOfRun) -> StepPasses:
     """Return the passes of a micro-batch, those of features included. usual: without these."""
     for feature in active_features(options):
-        usual = usual.plus(feature.passes)
+        if feature.passes is not None:
+            usual = usual.plus(feature.passes(options.of(feature.options)))
     return usual
 
 
@@ -127,6 +130,13 @@ def need_base(options: OptionsOfRun, tables: "Sequence[DatasetTable]") -> bool:
     )
 
 
+def check_texts(options: OptionsOfRun, texts: "LiveTexts | None") -> None:
+    """Raise OptionError for text encoders that a feature cannot use. texts: at work while training."""
+    for feature in active_features(options):
+        if feature.check_texts is not None:
+            feature.check_texts(options.of(feature.options), texts)
+
+
 def check_items(options: OptionsOfRun, items: "Sequence[TrainingItem]", sources: "BatchSources") -> None:
     """Raise UserError for items to learn that a feature cannot use. sources: where they are read from."""
     for feature in active_features(options):
@@ -139,7 +149,7 @@ def describe_features(options: OptionsOfRun, are_targets: bool) -> list[str]:
     return [
         feature.describe(options.of(feature.options))
         for feature in active_features(options)
-        if feature.describe is not None and (feature.target is not None) == are_targets
+        if feature.describe is not None and (feature.passes is not None) == are_targets
     ]
 
 
@@ -204,6 +214,14 @@ def install_features(options: OptionsOfRun, progress: "Progress") -> Hooks:
     for feature in active_features(options):
         if feature.install is not None:
             feature.install(hooks, options, progress)
+    return hooks
+
+
+def prepare_features(plan: PlannedRun) -> Hooks:
+    """Return the hooks of a run, once its features have done what comes before networks are loaded."""
+    hooks = install_features(plan.options, plan.progress)
+    for prepare in hooks.before_load:
+        prepare(plan)
     return hooks
 
 

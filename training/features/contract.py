@@ -15,6 +15,7 @@ from modules.options import Options, is_given, option_name
 
 if TYPE_CHECKING:  # --help does without torch
     import torch
+    from accelerate import Accelerator
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:  # --help does without torch
     from modules.speed_options import TrainingSpeedOptions
     from networks.teacher_options import TeacherOptions
     from training.data.feed import BatchSources
+    from training.data.live import LiveTexts
     from training.learning_options import WholeDitOptions
     from training.loss import NoisyBatch
     from training.run_options import LogOptions, LoopOptions, SampleOptions
@@ -95,6 +97,9 @@ class OptionsOfRun(Protocol):
     def teacher(self) -> "TeacherOptions": ...
 
     @property
+    def typed_targets(self) -> list[str]: ...
+
+    @property
     def logs(self) -> "LogOptions": ...
 
 
@@ -112,6 +117,22 @@ def _without_folders(value: Any) -> Any:
     if isinstance(value, tuple):
         return " ".join(str(_without_folders(item)) for item in value)
     return value.name if isinstance(value, Path) else value
+
+
+class PlannedRun(Protocol):
+    """A run before its networks are loaded, as far as features use it."""
+
+    @property
+    def family(self) -> "Family": ...
+
+    @property
+    def options(self) -> OptionsOfRun: ...
+
+    @property
+    def progress(self) -> "Progress": ...
+
+    @property
+    def accelerator(self) -> "Accelerator": ...
 
 
 class HookedRun(Protocol):
@@ -209,6 +230,7 @@ MorePasses = Callable[["TrainingPasses", "NoisyBatch"], "Iterator[Streams]"]
 class Hooks:
     """The points of a run at which features act. At each, they act in the order of their list."""
 
+    before_load: list[Callable[[PlannedRun], None]] = field(default_factory=list)  # texts are encoded here
     after_load: list[Callable[[HookedModel], None]] = field(default_factory=list)
     # given the passes of a step, its batch and the velocity: what samples are compared with in place of it,
     # in validation too
@@ -219,6 +241,7 @@ class Hooks:
     compare: list[Compare] = field(default_factory=list)
     # likewise: errors of each sample in passes with gradients that come before the usual one
     further_passes: list[MorePasses] = field(default_factory=list)
+    other_passes: list[MorePasses] = field(default_factory=list)  # likewise, in place of the usual one
     # given the DiT and its batch: what a pass with gradients runs in
     learning_pass: list[LearningPass] = field(default_factory=list)
     # given the norm of the gradients before clipping: why the step is not taken, as the history has it; ""
@@ -246,7 +269,8 @@ class Feature:
     of_blocks: tuple[str, ...] = ()
     # given its options: those that ask for a target besides the clip, as they are typed
     target: Callable[[Any], str] | None = None
-    passes: StepPasses = StepPasses(0)  # of its target, in addition to the usual ones
+    # given its options: the passes of its target, in addition to the usual ones
+    passes: Callable[[Any], StepPasses] | None = None
     # given the tables of a run: raises OptionError for those that do not go with its options
     check_tables: "Callable[[OptionsOfRun, Sequence[DatasetTable]], None] | None" = None
     # given the tables of a run: whether batches of it need the model without the network
@@ -254,6 +278,8 @@ class Feature:
     # what it learns towards keeps that a transformer was distilled for few steps
     keeps_steps: bool = False
     needs_empty_prompt: bool = False  # batches also have the conditions of the empty prompt
+    # given its options and the text encoders that work while training: raises OptionError
+    check_texts: "Callable[[Any, LiveTexts | None], None] | None" = None
     # given its options, the items to learn and where they are read from: raises UserError
     check_items: "Callable[[Any, Sequence[TrainingItem], BatchSources], None] | None" = None
     # given its options: its line among the targets in the box at the start of a run

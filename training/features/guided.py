@@ -32,10 +32,7 @@ class GuidedTargetOptions(Options, title="guided target"):
         most=MOST_GUIDANCE,
         metavar="SCALE",
         hint="3 to 4 are usual",
-        known_as=(
-            *("do_guidance_loss", "guidance_loss", "guidance_loss_target"),
-            "h3_guidance_loss_scale",
-        ),
+        known_as=("do_guidance_loss", "guidance_loss", "guidance_loss_target", "h3_guidance_loss_scale"),
         facts=HABIT,
     )
     guided_target_min_timestep: int = option(
@@ -152,7 +149,7 @@ GUIDED = Feature(
     refuse=_refuse,
     check=_check,
     target=lambda options: f"--guided_target {options.guided_target:g}",
-    passes=StepPasses(with_gradients=0, without=1),
+    passes=lambda options: StepPasses(with_gradients=0, without=1),
     needs_empty_prompt=True,
     keeps_steps=True,
     describe=_describe,

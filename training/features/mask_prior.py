@@ -87,7 +87,7 @@ MASK_PRIOR = Feature(
     is_on=lambda options: options.mask_prior_weight is not None,
     facts=HABIT,
     target=lambda options: f"--mask_prior_weight {options.weight:g}",
-    passes=StepPasses(with_gradients=0, without=1),
+    passes=lambda options: StepPasses(with_gradients=0, without=1),
     check_items=_require_masks,
     describe=lambda options: f"outside masks as the model without the network, weight {options.weight:g}",
     metadata=lambda options, progress: asdict(options),

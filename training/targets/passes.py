@@ -110,16 +110,14 @@ def loss_passes(
     state between two.
     """
     passes = _make_passes(family, dit, noisy_batch, autocast=autocast, rule=rule)
-    if rule.other_passes is not None:
-        for errors in rule.other_passes(passes, noisy_batch):
-            yield _weighted(errors, noisy_batch)
-        return
     if rule.targets.preference is not None:
         yield (_measure_pairs(passes, noisy_batch, rule.targets.preference),)
         return
-    for further_passes in rule.further_passes:
-        for errors in further_passes(passes, noisy_batch):
+    for more_passes in rule.other_passes or rule.further_passes:
+        for errors in more_passes(passes, noisy_batch):
             yield _weighted(errors, noisy_batch)
+    if rule.other_passes:
+        return
     yield _weighted(_measure(passes, noisy_batch), noisy_batch)
 
 
