@@ -55,7 +55,6 @@ FLUX_2 = FamilyNames(
     ),
     parameters=FLUX_NORMS,
     versions=("flux_2", "flux-2", "flux2", "flux.2"),
-    lokr_in_diffusers=True,
     sides=(
         ("_attn.qkv", 3, 1),
         ("_attn.proj", 1, 1),

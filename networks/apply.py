@@ -18,16 +18,16 @@ from checkpoints.opening import open_checkpoint
 from modules.console import list_some
 from modules.errors import CheckpointError
 from networks import deltas
-from networks.deltas import CPU, DORA, META, OFT, ROWS, SET, Factors, has_input_magnitudes, other_channels
+from networks.deltas import CPU, DORA, META, ROWS, SET, Factors, has_input_magnitudes, other_channels
 from networks.key_formats import module_of_tensor
+from networks.kinds.composing import is_rotating, rotating_kind, rotation_of
+from networks.kinds.contract import named
 from networks.leftovers import text_side_of
 from networks.loading import LoraFile, LoraUse, refuse_unknown, warn_of_absent, warn_of_other_family
 from networks.module_names import Relative, alias, choose_family, relatives
 from networks.names.layouts import FIRST_LAYERS, OURS
-from networks.options import NEAREST
 from networks.parts import FusedPiece, is_cut, join_rotations, part_rows, usual_rows
 from networks.rank_masks import MERGED, rule_of
-from networks.rotation import block_size_of, turned_weight, turns
 from networks.rounding import (
     SMALL_WEIGHT,
     LoraRounding,
@@ -36,6 +36,7 @@ from networks.rounding import (
     narrow_dtype,
     seed_of,
 )
+from networks.use_options import NEAREST
 from running.offload.sharding import gather_weight, set_weight
 
 logger = getLogger(__name__)
@@ -53,7 +54,7 @@ class Change:
     factors: Factors
     leaf: str = "weight"  # or bias
     rows: slice | None = None  # rows of the parameter that the LoRA is for; None: all
-    turns: Tensor | None = None  # of an OFT, on the weight's device: see `networks.rotation`
+    rotation: Tensor | None = None  # of a kind that rotates inputs, as `InputRotation.make` returns it
 
     def delta(self, factors: Factors, device: torch.device) -> Tensor:
         """Return the addition of the factors at multiplier 1, before DoRA's normalisation, or the weight
@@ -77,7 +78,7 @@ class Change:
         Raises CheckpointError if the shapes differ.
         """
         path = self.use.lora.path
-        if OFT in self.factors:
+        if is_rotating(self.factors):
             return self._fit_rotation(relative, weight, name, f"{option}{path} does not fit {model}")
         try:
             if ROWS in self.factors and has_input_magnitudes(self.factors):
@@ -96,35 +97,25 @@ class Change:
         return change
 
     def _fit_rotation(self, relative: Relative | None, weight: Tensor, name: str, misfit: str) -> "Change":
-        """Return the rotation of an OFT fitted to a weight, which all of its rows have, or those of a part.
+        """Return a rotation of inputs fitted to a weight, which all of its rows have, or those of a part.
 
         misfit: for messages, which file does not fit which model. Raises CheckpointError.
         """
         path = self.use.lora.path
-        num_blocks, columns = self.factors[OFT].shape
-        size = block_size_of(columns)
-        assert size is not None
-        if weight.ndim != 2:
-            raise CheckpointError(
-                f"{misfit}: {name} is no linear layer, and programs do not agree on what an OFT does with "
-                "others.\n  Give a file that rotates linear layers alone.",
-                path,
-            )
-        width = weight.shape[1]
-        is_shared = num_blocks == 1 and width % size == 0  # one rotation for all blocks
-        if num_blocks * size != width and not is_shared:
-            raise CheckpointError(
-                f"{misfit}: for {name} it rotates {num_blocks} blocks of {size} inputs, the model has "
-                f"{width} inputs.\n  Give an OFT that was trained for this model.",
-                path,
-            )
+        kind = rotating_kind(self.factors)
+        rotation = rotation_of(self.factors)
+        assert kind is not None
+        assert rotation is not None
+        reason = rotation.find_misfit(self.factors[rotation.part], weight, name)
+        if reason:
+            raise CheckpointError(f"{misfit}: {reason}", path)
         if relative is None or not relative.is_part:
             return self
         rows = usual_rows(relative.part, len(weight))
         if rows is None:
             raise CheckpointError(
                 f"{misfit}: {relative.name} is a part of {name}, whose {len(weight)} rows are not those of a "
-                "published model.\n  Give an OFT that was trained for this model.",
+                f"published model.\n  Give {named(kind)} that was trained for this model.",
                 path,
             )
         return self if rows == slice(0, len(weight)) else replace(self, rows=rows)
@@ -222,11 +213,12 @@ class Change:
             block = slice(offset + first * step, offset + end * step, step)
             total = total[first:end]
             weight = weight[first:end]
-        if OFT in self.factors:  # its multiplier is in the rotation
-            by = self.turns
-            if by is None:
-                by = turns(self.factors[OFT].to(total.device), self.use.multiplier)
-            total.add_(turned_weight(weight, by))
+        rotation = rotation_of(self.factors)
+        if rotation is not None:  # its multiplier is in the rotation
+            made = self.rotation
+            if made is None:
+                made = rotation.make(self.factors[rotation.part].to(total.device), self.use.multiplier)
+            total.add_(rotation.of_weight(weight, made))
             return
         factors = self.factors
         if block is not None:  # a LoKr is never in blocks, see `_blocks`
@@ -266,13 +258,13 @@ class FoundChange(NamedTuple):
 
 
 def _as_whole(found: Sequence[FoundChange]) -> list[FoundChange]:
-    """Return the changes of a parameter with one of an OFT for all of its parts, if these rotate alike.
+    """Return the changes of a parameter with one rotation for all of its parts, if these rotate alike.
 
-    Else the rows of each part have to be known, which an OFT does not show.
+    Else the rows of each part have to be known, which a rotation of inputs does not show.
     """
     pieces: dict[int, list[FusedPiece]] = {}  # by LoRA
     for key, change, relative in found:
-        if OFT in change.factors and relative is not None and relative.is_part:
+        if is_rotating(change.factors) and relative is not None and relative.is_part:
             pieces.setdefault(id(change.use), []).append(FusedPiece(key, relative.part, change.factors))
     alike = {use for use, parts in pieces.items() if not isinstance(join_rotations(parts), str)}
     joined: list[FoundChange] = []
@@ -339,7 +331,7 @@ def _round_into(
 class LoraPatch:
     """Add LoRAs to weights by name: `patch(name, weight) -> weight`, a `WeightPatch`.
 
-    W + multiplier * (alpha / rank) * up @ down, or W R(multiplier * Q)^T of an OFT, summed in float32 on the
+    W + multiplier * (alpha / rank) * up @ down, or W R^T of a rotation of inputs, summed in float32 on the
     weight's device, rounded once to the weight's dtype, as `rounding` says. DoRA gives multiplier * (new
     weight - W); the changes of several files all start from W, which a file's `set_weight` replaces for
     itself and later files. After loading, `check()` reports changes
@@ -456,7 +448,7 @@ class LoraPatch:
         changes = []
         found = self._find(name)
         for key, change, _ in found:
-            if OFT in change.factors:
+            if is_rotating(change.factors):
                 self._used[id(change.use)].add(key)
         for key, change, relative in _as_whole(found):
             channels = other_channels(change.factors, weight) if name.endswith(FIRST_LAYERS) else None
@@ -592,11 +584,13 @@ class LoraPatch:
 
 
 def _move_factors(change: Change, device: torch.device) -> Change:
-    """Return the change with its factors on a device, except alphas and rows, which the host reads; an OFT
-    with its rotation.
+    """Return the change with its factors on a device, except alphas and rows, which the host reads; one that
+    rotates inputs with its rotation.
     """
-    if OFT in change.factors:
-        return replace(change, turns=turns(change.factors[OFT].to(device), change.use.multiplier))
+    rotation = rotation_of(change.factors)
+    if rotation is not None:
+        values = change.factors[rotation.part].to(device)
+        return replace(change, rotation=rotation.make(values, change.use.multiplier))
     moved = dict(change.factors)
     for part, tensor in deltas.without_alpha(change.factors).items():
         if part != ROWS:

@@ -1,4 +1,4 @@
-"""Convert LoHas, LoKrs, DoRAs and OFTs to plain LoRAs, for tools that do not know these."""
+"""Convert networks of other kinds to plain LoRAs, for tools that do not know these."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,10 +20,13 @@ from modules.console import count_of
 from modules.errors import CheckpointError, OptionError
 from networks import deltas
 from networks.apply import Change
-from networks.deltas import CPU, DORA, DOWN, META, OFT, Factors, weight_delta, without_alpha
+from networks.deltas import CPU, DORA, DOWN, META, Factors, weight_delta, without_alpha
 from networks.extracting import decompose_change, lora_of_shape
 from networks.fused_rows import with_stacked_rows
 from networks.key_formats import module_of_tensor
+from networks.kinds import LORA
+from networks.kinds.composing import MARKS, NEEDING_WEIGHT, is_rotating, rotating_kind
+from networks.kinds.contract import MID, named
 from networks.loading import LoraFile, LoraUse
 from networks.lora_network import prefix_of
 from networks.metadata import DORA_FORM, FROZEN_NORMS
@@ -33,7 +36,7 @@ from networks.text_loras import is_whole, pieces_of
 from networks.writing import in_own_form
 
 logger = getLogger(__name__)
-OTHER_KINDS = {DORA, OFT, "hada_w1_a", "lokr_w1", "lokr_w1_a", "lora_mid.weight"}
+OTHER_KINDS = {DORA, MID, *(mark for mark, kind in MARKS.items() if kind is not LORA)}
 _PLAIN = "networks.lora"
 A_LOT = 0.1  # loss above which messages advise a higher rank
 
@@ -77,7 +80,7 @@ class Loss(NamedTuple):
 
 @torch.no_grad()
 def bake(lora: LoraFile, family: FamilyNames | None, baking: Baking) -> Baked:
-    """Replace each LoHa, LoKr, DoRA and OFT by the best LoRA of a given rank for its change at multiplier 1.
+    """Replace each module of another kind by the best LoRA of a given rank for its change at multiplier 1.
 
     Other modules do not change. Memory: the LoRA, and one weight with its change in float32. Raises
     OptionError if there is nothing to replace, or a DoRA without its model, CheckpointError if the model does
@@ -85,8 +88,8 @@ def bake(lora: LoraFile, family: FamilyNames | None, baking: Baking) -> Baked:
     """
     assert baking.rank is not None
     tensors = lora.tensors
-    if family is not None and any(name.endswith((DORA, OFT)) for name in tensors):
-        # a DoRA or OFT for parts of a fused weight becomes one for the whole weight, as the model has it
+    if family is not None and any(name.endswith((DORA, *NEEDING_WEIGHT)) for name in tensors):
+        # one for parts of a fused weight becomes one for the whole weight, as the model has it
         tensors = in_own_form(tensors, family)
     modules = deltas.group_by_module({**tensors, **lora.text_tensors})
     replaced = {name: factors for name, factors in modules.items() if factors.keys() & OTHER_KINDS}
@@ -94,9 +97,10 @@ def bake(lora: LoraFile, family: FamilyNames | None, baking: Baking) -> Baked:
         raise OptionError(
             f"--bake: {lora.path} has plain LoRAs alone, whose rank stays as it is. Leave --bake out"
         )
-    decomposed = [name for name, factors in replaced.items() if factors.keys() & {DORA, OFT}]
+    decomposed = [name for name, factors in replaced.items() if factors.keys() & {DORA, *NEEDING_WEIGHT}]
     if decomposed and not baking.models:
-        kind = "an OFT" if OFT in replaced[decomposed[0]] else "a DoRA"
+        rotating = rotating_kind(replaced[decomposed[0]])
+        kind = "a DoRA" if rotating is None else named(rotating)
         raise OptionError(
             f"--bake: {lora.path} is {kind} ({decomposed[0]}), whose change depends on the weights that it "
             "was trained for. Add --dit with the model's file; after it those of the text encoders that it "
@@ -233,8 +237,8 @@ def _as_lora(name: str, factors: Factors, change: Tensor, rank: int) -> tuple[di
 
 def _change(name: str, factors: Factors, lora: LoraFile, weights: Weights, device: torch.device) -> Tensor:
     """Return the addition of factors to their weight at multiplier 1, float32."""
-    rows: int | None = None  # an OFT does not show them
-    if OFT not in factors:
+    rows: int | None = None  # a rotation of inputs does not show them
+    if not is_rotating(factors):
         is_dora = DORA in factors
         delta = weight_delta(without_alpha(factors), META) if is_dora else weight_delta(factors, device)
         assert delta is not None
@@ -249,7 +253,7 @@ def _change(name: str, factors: Factors, lora: LoraFile, weights: Weights, devic
 
 
 def _weight_of(name: str, rows: int | None, lora: LoraFile, weights: Weights) -> tuple[Tensor, Path]:
-    """Return the weight that a module of a DoRA or OFT changes, and its file.
+    """Return the weight that a module changes, and its file.
 
     rows: of the weight; None: not known. Raises CheckpointError if it is missing.
     """

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from logging import getLogger
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from modules.console import list_some
 from modules.errors import OptionError
 from networks import deltas
 from networks.deltas import DOWN
+from networks.kinds.contract import TranslatedModules
 from networks.metadata import add_hashes
 from networks.module_names import read_family
 from networks.names.layouts import (
@@ -29,9 +30,6 @@ from networks.names.layouts import (
 )
 from networks.options import NetworkOptions
 from networks.own_kinds import OWN_MODULES
-
-if TYPE_CHECKING:  # most runs save the known names
-    from networks.writing import TranslatedModules
 
 logger = getLogger(__name__)
 
@@ -130,7 +128,7 @@ class LoraFormat:
             groups.setdefault(strength, {}).update(deltas.ungroup({name: factors}))
         return groups
 
-    def _convert_dit(self, tensors: Mapping[str, Tensor], is_folded: bool) -> "TranslatedModules":
+    def _convert_dit(self, tensors: Mapping[str, Tensor], is_folded: bool) -> TranslatedModules:
         """Return the tensors of a DiT. is_folded: fold alpha / rank into the factors."""
         from networks.writing import in_own_form, in_target  # most runs save the known names
 
@@ -207,20 +205,13 @@ def find_fault(
             f"convert the file afterwards (convert_lora.py --target {name})"
         )
     kind = own_module.kind
-    if name == COMFYUI and kind == "OFT":
-        return (
-            f"ComfyUI reads no OFT of this form. {_OTHERWISE}, and make a plain LoRA of it afterwards "
-            "(convert_lora.py --target other --bake 64 --dit MODEL)"
-        )
+    fault = "" if kind.fault_of_format is None else kind.fault_of_format(name, family)
+    if fault:
+        return fault
     if family is None:
         return f"no names of this model's layers are known there. {_OTHERWISE}"
     if name == COMFYUI:
         return _fault_in_comfyui(family, options)
-    if kind == "LoHa" or (kind == "LoKr" and not family.lokr_in_diffusers):
-        return (
-            f"diffusers reads no {kind} of this model. {_OTHERWISE}, and make a plain LoRA of it "
-            "afterwards (convert_lora.py --target diffusers --bake 64)"
-        )
     if options.decomposes and family.dora_not_in_diffusers:
         return (
             f"{family.dora_not_in_diffusers}. {_OTHERWISE}, and make a plain LoRA of it afterwards "

@@ -15,7 +15,6 @@ from modules.errors import CheckpointError, OptionError
 from networks import key_formats
 from networks.alphas import FoundAlphas, read_alphas, unfold
 from networks.deltas import (
-    OFT,
     SET,
     Factors,
     drop_replaced,
@@ -26,6 +25,8 @@ from networks.deltas import (
     ungroup,
 )
 from networks.key_formats import NativeTensors
+from networks.kinds import KINDS
+from networks.kinds.composing import kinds_in, list_additive, list_read_kinds
 from networks.leftovers import (
     is_projection,
     kind_of_module,
@@ -47,10 +48,10 @@ from networks.metadata import (
 )
 from networks.module_names import have_same_names, module_path, on_text_side, read_family, relatives
 from networks.names.layouts import FOLDED, FOR_BOTH, OURS, TRAINED_FOR, TRAINED_ON, FamilyNames
-from networks.options import UNTYPED, LoraPatternOptions
 from networks.parts import mend_split_alphas, stack_rows
 from networks.patterns import describe_unfit, in_any_spelling
 from networks.rank_masks import rule_of
+from networks.use_options import UNTYPED, LoraPatternOptions
 
 logger = getLogger(__name__)
 # metadata that may name a LoRA's needs, in the order in which `FamilyNames.refused` reads them
@@ -64,7 +65,12 @@ _ORIGIN_KEYS = (
     "model_version",
 )
 # in a name of every kind of network that changes a model, read here or not
-_OF_NETWORKS = re.compile(r"lora|hada|lokr|oft|dora|vera|ia3|alpha|magnitude|diff(_[bm])?$|set_weight$|norm$")
+_OF_NETWORKS = re.compile(
+    "|".join(
+        ["lora|vera|ia3|alpha|magnitude|diff(_[bm])?$|set_weight$|norm$"]
+        + [kind.word for kind in KINDS if kind.word]
+    )
+)
 A_FEW = 0.1  # up to this unused share of a file, a plain warning is enough
 
 
@@ -186,8 +192,7 @@ def read_lora(
     if kind is not None:
         raise CheckpointError(
             f"{path} is a network of the kind {kind[0]}, which is not supported: it has {kind[1]}.\n"
-            "  Supported are LoRA, DoRA, LoHa, LoKr, OFT (oft_R.weight) and whole differences of weights. "
-            "Give such a file.",
+            f"  Supported are {list_read_kinds()} and whole differences of weights. Give such a file.",
             path,
         )
     rule_of(metadata, path)  # a rule that cannot be read is refused here, before a model is loaded
@@ -247,10 +252,9 @@ def _read_part(
     native = replace(native, tensors=tensors, texts=texts)
     modules = group_by_module(tensors) | group_by_module(texts)
     _refuse_faulty(path, modules, native.unknown)
-    if any(OFT in factors for factors in modules.values()):
-        from networks.rotation_files import refuse_other_series  # only with an OFT
-
-        refuse_other_series(path)
+    for kind in KINDS:
+        if kind.check_file is not None and any(kind in kinds_in(factors) for factors in modules.values()):
+            kind.check_file(path)
     alphas = FoundAlphas({}, "")
     if any("alpha" not in factors and rank_of(factors) is not None for factors in modules.values()):
         alphas = read_alphas(
@@ -371,7 +375,7 @@ def _refuse_faulty(path: Path, modules: Mapping[str, Factors], unknown: Sequence
         if unknown and not factors.keys() - {"alpha"}:
             raise CheckpointError(
                 f"{path} cannot be used: its factors have names that are not known, such as "
-                f"{list_some(unknown, 2)}.\n  Give a LoRA, LoHa or LoKr as its program wrote it.",
+                f"{list_some(unknown, 2)}.\n  Give a {list_additive()} as its program wrote it.",
                 path,
             )
         raise CheckpointError(

@@ -64,6 +64,7 @@ class LoraLayer(nn.Module):
     """
 
     kind = "LoRA"
+    size_word = "rank"
     alpha: Tensor
     squares: Tensor  # of the norms of the frozen weight's rows, for DoRA
     lora_down: nn.Linear | nn.Conv2d

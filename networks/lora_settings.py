@@ -12,12 +12,18 @@ from functools import partial
 from logging import getLogger
 from typing import Any
 
+from torch import nn
+
 from modules.command import did_you_mean
 from modules.errors import OptionError
 from networks.block_numbers import KEYS, BlockSettings, read_blocks
+from networks.kinds.tlora import ALPHA as TLORA_ALPHA
+from networks.kinds.tlora import MIN_RANK as TLORA_MIN_RANK
+from networks.kinds.tlora import SWITCH as TLORA
 from networks.lora_layer import Dropouts
+from networks.lora_products import fused_heights
 from networks.names.layouts import LoraRules
-from networks.options import DEFAULT_RANK, TLORA, TLORA_ALPHA, TLORA_MIN_RANK
+from networks.options import DEFAULT_RANK
 from networks.patterns import NamePattern, describe_unfit, in_any_spelling
 from networks.rank_masks import RankRule
 
@@ -110,6 +116,26 @@ class LoraSettings:
     def has_convolutions(self) -> bool:
         """Return whether convolutions larger than 1 x 1 get a LoRA."""
         return self.conv_rank is not None or (self.blocks is not None and self.blocks.has_convolutions)
+
+    @property
+    def has_rank_dropout(self) -> bool:
+        return self.dropouts is not None and self.dropouts.rank > 0
+
+    @property
+    def ranks_by_pattern(self) -> list[int]:
+        return [int(rank) for _, rank in self.reg_ranks]
+
+    def heights_of(self, path: str, module: nn.Linear | nn.Conv2d) -> tuple[int, ...]:
+        """Return the rows of each part of a fused layer whose parts get their own factors; () for others."""
+        if not self.splits or self.rules is None or not isinstance(module, nn.Linear):
+            return ()
+        name = path.replace(".", "_")
+        num_parts = 0
+        for ending, count in self.rules.fused.items():
+            if name.endswith(ending.replace(".", "_")):
+                num_parts = count
+                break
+        return fused_heights(num_parts, module.out_features, module.in_features)
 
 
 def read_settings(

@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from checkpoints.opening import open_checkpoint
 from modules.errors import CheckpointError
 from modules.text_files import parse_json
-from networks.options import TLORA, TLORA_ALPHA, TLORA_MIN_RANK
+from networks.kinds.tlora import ALPHA as TLORA_ALPHA
+from networks.kinds.tlora import MIN_RANK as TLORA_MIN_RANK
+from networks.kinds.tlora import SWITCH as TLORA
 
 _MASKS = "_rank_masks"  # attribute of a network
 _ROUNDING = 1e-4  # (1 - 0.3) * 10 is a little less than 7 in float32

@@ -29,6 +29,7 @@ from networks.deltas import (
     size_of,
     strength,
 )
+from networks.kinds.composing import parts_by_rows
 from networks.module_names import count_parts
 
 _XLABS = re.compile(
@@ -174,7 +175,7 @@ def _fit_rows(factors: Factors, height: int) -> bool:
     """Return whether the factors that are cut by rows all have the rows of the whole layer."""
     if any(tensor.ndim == 0 for part, tensor in factors.items() if part != "alpha"):
         return False
-    by_rows = factors.keys() & {UP, "diff", SET, "hada_w1_a", "hada_w2_a", *OF_BIAS}
+    by_rows = (parts_by_rows(factors) or set()) | factors.keys() & {"diff", SET, *OF_BIAS}
     if DORA in factors and not has_input_magnitudes(factors):
         by_rows.add(DORA)
     return all(len(factors[part]) == height for part in by_rows)

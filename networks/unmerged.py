@@ -12,7 +12,6 @@ from torch import nn
 from modules.errors import CheckpointError
 from networks.added import AddedLayer, AddedPart, ChangedPlace, places
 from networks.apply import Change, LoraPatch
-from networks.deltas import OFT
 from networks.loading import LoraUse
 from networks.rank_masks import rule_of
 
@@ -30,7 +29,7 @@ def add_unmerged(
         parts = [AddedPart(place, change.factors, change.use.multiplier) for change in weight_changes]
         for part, change in zip(parts, weight_changes, strict=True):
             part.mask_ranks(dit, change.use.lora.metadata)
-            if OFT in change.factors:
+            if part.rotation is not None:
                 part.rows = change.rows
             elif change.rows is not None:  # add to some of the outputs only
                 around = (change.rows.start, height - change.rows.stop)

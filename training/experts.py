@@ -22,9 +22,10 @@ from modules.options import option_values
 from modules.speed_options import Quantisation
 from networks.adapter import OWN_NETWORKS
 from networks.names.layouts import EXPERT_VALUES, FOR_BOTH, TRAINED_EXPERT
-from networks.options import NetworkOptions, require_loras
+from networks.options import NetworkOptions
 from networks.own_kinds import OWN_MODULES
 from networks.teacher_options import OTHER_DIT
+from networks.use_options import require_loras
 from running import dressing
 from running.offload.swap_plan import HostWeights
 from running.offload.turns import HostCopy

@@ -32,12 +32,7 @@ DORA_ELSEWHERE = (
     "convert_lora.py --target other --dit MODEL wrote it. musubi-tuner and sd-scripts leave its magnitudes "
     "out: they need a plain LoRA."
 )
-OFT_ELSEWHERE = (
-    "PEFT reads an OFT as it is (convert_lora.py --target diffusers). ComfyUI and the known tuners do not: "
-    "they need a plain LoRA, which keeps only a part of the change."
-)
 COMFYUI_TOOL = "ComfyUI"
-FACTORED = ("networks.loha", "networks.lokr")  # which ComfyUI reads, but not the tools of `converted_for`
 STARTING = {"initial_step", "initial_epoch"}
 # options that make a sample; the values keep their names, except two
 SCALES = ("guidance_scale", f"guidance_scale_{HIGH_NOISE}")
@@ -57,7 +52,7 @@ def describe_elsewhere(network: NetworkOptions | None) -> str | None:
         from networks.rank_masks import ELSEWHERE  # only with a T-LoRA
 
         return ELSEWHERE
-    return OFT_ELSEWHERE if network.is_oft else None
+    return network.kind.elsewhere or None
 
 
 @dataclass(frozen=True)
@@ -108,7 +103,9 @@ class NextSteps:
                 generate = replace(generate, note=f"{generate.note} {file.name} is not saved yet.".lstrip())
             commands.append(generate)
         network = self.options.network
-        if network is not None and (network.decomposes or network.is_oft or self._needs_conversion(network)):
+        if network is not None and (
+            network.decomposes or network.kind.plain_title or self._needs_conversion(network)
+        ):
             files = self.names.files(self.names.stem_of(file)).values()
             commands += [self._convert(path) for path in files]
         return [*commands, _command("This run, as it was started", self._words())]
@@ -119,8 +116,8 @@ class NextSteps:
         has_known_names = lora_format is None or lora_format.name == KNOWN
         if not self.converted_for or has_known_names:
             return bool(self.converted_for)
-        # which ComfyUI alone reads under its names
-        return network.network_module in FACTORED and self.converted_for != COMFYUI_TOOL
+        # under its names
+        return network.kind.is_for_comfyui_alone and self.converted_for != COMFYUI_TOOL
 
     def _convert(self, file: Path) -> PageCommand:
         """Return the command that converts a file for other tools; a DoRA becomes a plain LoRA."""
@@ -133,12 +130,11 @@ class NextSteps:
         if network is not None and network.decomposes:
             title, ending, note = "Make a plain LoRA of the DoRA", "plain", DORA_ELSEWHERE
             words += ["--bake", str(BAKED_RANK), "--dit", self._dit_of(file)]
-        elif network is not None and network.is_oft:
-            title, ending, note = "Make a plain LoRA of the OFT", "plain", OFT_ELSEWHERE
+        elif network is not None and network.kind.plain_title:
+            title, ending, note = network.kind.plain_title, "plain", network.kind.elsewhere
             words += ["--bake", str(BAKED_RANK), "--dit", self._dit_of(file)]
         elif network is not None and self.converted_for != COMFYUI_TOOL:
-            is_factored = network.network_module in FACTORED
-            words += ["--bake", str(BAKED_RANK)] if is_factored else []
+            words += ["--bake", str(BAKED_RANK)] if network.kind.is_for_comfyui_alone else []
         output = file.with_name(f"{file.stem}_{ending}.safetensors")
         files = ["--input", str(file), "--output", str(output)]
         return _command(title, ["python", "convert_lora.py", *files, *words], note)

@@ -123,8 +123,6 @@ class FamilyNames:
     # whether ComfyUI reads LoRAs by underscored names, those of `aliases` among them: its paths differ from
     # ours in dots too
     underscored: bool = False
-    # whether diffusers reads LoKrs under the names that ComfyUI reads
-    lokr_in_diffusers: bool = False
     # whether our paths are those of diffusers; then `aliases` are another layout's
     is_as_in_diffusers: bool = False
     # names that every tool but diffusers gives to LoRAs for it: underscored ones, "ours" or "aliases"; ""
