@@ -39,7 +39,7 @@ own_kinds: our network modules by name, and their settings
 own_modules: networks of `--network_module networks.lora` and the like
 parts: LoRAs of split fused weights: split and join
 patterns: regular expressions for names of modules, with dots or underscores
-rank_masks: T-LoRA: ranks by the noise of each sample
+rank_masks: which ranks act, by the noise of each sample
 rewriting: arrangements of other programs into usual ones
 rounding: merged weights in 16 bits, nearest or at random
 sdxl_merge_lora: command: merge LoRAs of Stable Diffusion checkpoints
@@ -49,6 +49,6 @@ slider_options: options of sliders between captions
 teacher_options: options of frozen models that teach the network
 tool_options: options to merge, convert, average and extract LoRAs
 use_options: options to add LoRAs to a model
-unmerged: LoRAs around layers in 8 or 4 bits, T-LoRAs
+unmerged: LoRAs around layers in 8 or 4 bits, masked ones
 writing: write the dialects of ComfyUI and diffusers
 """

@@ -27,7 +27,7 @@ from networks.loading import LoraFile, LoraUse, refuse_unknown, warn_of_absent, 
 from networks.module_names import Relative, alias, choose_family, relatives
 from networks.names.layouts import FIRST_LAYERS, OURS
 from networks.parts import FusedPiece, is_cut, join_rotations, part_rows, usual_rows
-from networks.rank_masks import MERGED, rule_of
+from networks.rank_masks import rule_of
 from networks.rounding import (
     SMALL_WEIGHT,
     LoraRounding,
@@ -348,7 +348,7 @@ class LoraPatch:
     ) -> None:
         """parameter_names: of a file in another layout, such as that of diffusers. model: its file, for
         messages. rounding: of weights in 16 bits; None: to the nearest. is_masked: the changes are not
-        merged, so that the ranks of T-LoRAs are masked.
+        merged, so that ranks are masked by the noise.
         """
         self._is_masked = is_masked
         self._uses = tuple(uses)
@@ -496,8 +496,9 @@ class LoraPatch:
                 continue
             if not lacks_all:
                 logger.info(f"{path}: {len(used)} weights changed, multiplier {use.multiplier:g}")
-            if not self._is_masked and rule_of(use.lora.metadata) is not None:
-                logger.warning(f"{path} {MERGED}")
+            rule = rule_of(use.lora.metadata)
+            if not self._is_masked and rule is not None:
+                logger.warning(f"{path} {rule.kind.merged}")
             warn_of_other_family(use.lora, family, self._modules)
             absent = [key for key in keys if key not in self._seen]
             if absent:

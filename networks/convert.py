@@ -37,7 +37,7 @@ from networks.names.layouts import (
     FamilyNames,
 )
 from networks.parts import fuse
-from networks.rank_masks import ELSEWHERE, rule_of
+from networks.rank_masks import rule_of
 from networks.tool_options import (
     ComfyConvertOptions,
     ConvertOptions,
@@ -415,6 +415,8 @@ def _save(
         ("to", f"{output} ({as_size(output.stat().st_size)})"),
         ("tensors", f"{len(result.tensors)} written"),
         ("made plain", baked),
-        ("T-LoRA", ELSEWHERE if rule_of(result.metadata) is not None else None),
     ]
+    rule = rule_of(result.metadata)
+    if rule is not None:
+        rows.append((rule.kind.name, rule.kind.elsewhere))
     show_box("The LoRA is converted", rows)

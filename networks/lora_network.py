@@ -13,6 +13,7 @@ from modules.errors import CheckpointError
 from networks import deltas
 from networks.deltas import DOWN, UP, Factors, add_missing_alphas, group_by_module, ungroup
 from networks.kinds.composing import is_rotating
+from networks.kinds.contract import named
 from networks.lora_layer import DropoutSeed
 from networks.lora_products import mean_row_norm, row_strengths
 from networks.lora_settings import LoraSettings, find_by_pattern, log_overlaps
@@ -100,8 +101,8 @@ class OwnNetwork(nn.Module):
         file_rule = rule_of(lora.metadata)
         if file_rule is not None and file_rule != self.settings.rank_rule:
             logger.warning(
-                f"--network_weights {path} is a T-LoRA, and continues with other ranks at each level: give "
-                f"the --network_args that it was trained with, {file_rule.in_words()}"
+                f"--network_weights {path} is {named(file_rule.kind)}, and continues with other ranks at "
+                f"each level: give the --network_args that it was trained with, {file_rule.in_words()}"
             )
         # the network has only some modules: names known to the LoRA's family are taken to be of that family
         lora_family = read_family(lora.metadata)

@@ -7,9 +7,8 @@ from typing import Any
 from modules.option_values import split_pairs
 from modules.options import FREE, HABIT, IDENTITY, IMPORTS_MODULE, Options, option
 from networks.kinds import KINDS
-from networks.kinds.composing import kind_of_module
+from networks.kinds.composing import SWITCHES, kind_of_module
 from networks.kinds.contract import Kind, named
-from networks.kinds.tlora import SWITCH
 from networks.names.layouts import COMFYUI, DIFFUSERS, KNOWN
 from networks.preference_options import PreferenceOptions
 from networks.slider_options import SliderOptions
@@ -136,8 +135,10 @@ class NetworkOptions(Options, title="network"):
         return {key: value.strip() for key, value in split_pairs("--network_args", self.network_args).items()}
 
     @property
-    def is_tlora(self) -> bool:
-        return self.arguments().get(SWITCH, "").lower() == "true"
+    def variants(self) -> list[Kind]:
+        """Return the kinds that switches of --network_args ask for."""
+        arguments = self.arguments()
+        return [kind for switch, kind in SWITCHES.items() if arguments.get(switch, "").lower() == "true"]
 
     @property
     def kind(self) -> Kind:

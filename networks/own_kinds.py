@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from modules.errors import OptionError
-from networks.kinds import KINDS, LORA
+from networks.kinds import KINDS, LORA, composing
 from networks.kinds.contract import FOR_LORAS, Kind
 from networks.lora_settings import LoraSettings, read_settings
 from networks.module_names import FAMILIES
@@ -41,9 +41,7 @@ WITH_FILE = {
     "module_dropout",
     "verbose",
     "split_qkv",
-    "tlora",
-    "tlora_min_rank",
-    "tlora_alpha",
+    *composing.WITH_FILE,
     "network_reg_lrs",
     "ggpo_sigma",
     "ggpo_beta",

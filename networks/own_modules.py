@@ -14,7 +14,6 @@ from modules.console import list_some
 from modules.errors import CheckpointError, OptionError
 from networks.deltas import Factors, add_missing_alphas, group_by_module
 from networks.kinds.contract import Kind, LoraModule, Target
-from networks.kinds.tlora import SWITCH as TLORA
 from networks.lora_layer import LoraLayer
 from networks.lora_network import OwnNetwork
 from networks.lora_settings import LoraSettings, find_by_pattern, fit_patterns, log_overlaps
@@ -252,7 +251,7 @@ def build_network(
 
 
 def _mask_ranks(layers: Mapping[str, nn.Module], settings: LoraSettings, dit: nn.Module | None) -> None:
-    """Give the LoRAs of a DiT the masks of a T-LoRA; those of text encoders see no noise and have none.
+    """Give the LoRAs of a DiT the masks of their rule; those of text encoders see no noise and have none.
 
     Raises OptionError if only text encoders learn.
     """
@@ -260,8 +259,8 @@ def _mask_ranks(layers: Mapping[str, nn.Module], settings: LoraSettings, dit: nn
         return
     if dit is None:
         raise OptionError(
-            f"--network_args {TLORA}=True: the noise of a sample decides which ranks act, and text encoders, "
-            "which alone learn here, see none. Leave it out"
+            f"--network_args {settings.rank_rule.kind.switch}=True: the noise of a sample decides which "
+            "ranks act, and text encoders, which alone learn here, see none. Leave it out"
         )
     for name, layer in layers.items():
         if name.startswith(OURS) and isinstance(layer, LoraLayer):

@@ -48,11 +48,8 @@ def describe_elsewhere(network: NetworkOptions | None) -> str | None:
         return None
     if network.decomposes:
         return DORA_ELSEWHERE
-    if network.is_tlora:
-        from networks.rank_masks import ELSEWHERE  # only with a T-LoRA
-
-        return ELSEWHERE
-    return network.kind.elsewhere or None
+    words = (kind.elsewhere for kind in (*network.variants, network.kind))
+    return next(filter(None, words), None)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,9 @@ NEEDING_WEIGHT = tuple(mark for mark, kind in MARKS.items() if kind.needs_weight
 # beginnings of the names of modules whose files grow with --network_dim
 RANKED_NETWORKS = tuple(kind.network_module for kind in KINDS if kind.is_sized_by_rank)
 BY_MODULE = {kind.network_module: kind for kind in KINDS if kind.network_module}
+SWITCHES = {kind.switch: kind for kind in KINDS if kind.switch}  # arguments of a LoRA -> their kinds
+# arguments of LoRAs that act with --dim_from_weights
+WITH_FILE = {name for kind in KINDS if kind.is_with_file for name in (kind.switch, *kind.numbers)}
 OTHER_MODULES = {name: advice for kind in KINDS for name, advice in kind.other_modules.items()}
 
 

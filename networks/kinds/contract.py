@@ -66,6 +66,18 @@ class Settings(Protocol):
     def heights_of(self, path: str, module: LoraModule) -> tuple[int, ...]: ...
 
 
+class RankRule(Protocol):
+    """How many ranks of a LoRA act on a sample, by its level of noise. It can be compared and hashed."""
+
+    @property
+    def kind(self) -> "Kind": ...
+
+    def in_words(self) -> str: ...  # as --network_args has it
+
+    # numbers of active ranks, S. levels: S, shares of noise, 0 to 1
+    def active(self, rank: int, levels: "Tensor") -> "Tensor": ...
+
+
 @dataclass(frozen=True)
 class InputRotation:
     """What a kind does that rotates the input of layers, y = W (x R), in place of adding to their weights.
@@ -137,6 +149,15 @@ class Kind:
     is_for_texts: bool = True
     is_for_convolutions: bool = True
     other_modules: Mapping[str, str] = field(default_factory=dict)  # not built here -> what to use instead
+    # of a kind that arguments of a LoRA ask for: the switch, and numbers by type (whole ones from 1 on)
+    switch: str = ""
+    numbers: Mapping[str, type[int] | type[float]] = field(default_factory=dict)
+    is_with_file: bool = False  # whether these act with --dim_from_weights
+    # given the values of arguments and the rank; given metadata of a file and its path: which ranks act,
+    # None: all. Raise OptionError and CheckpointError
+    rule_of_arguments: "Callable[[Mapping[str, Any], int], RankRule | None] | None" = None
+    rule_of_file: "Callable[[Mapping[str, str], Path | None], RankRule | None] | None" = None
+    merged: str = ""  # what merging loses, as a sentence behind the file's path
     # takes its own arguments out of --network_args, and returns what `make_layers` needs of them
     read_arguments: Callable[[dict[str, Any]], Any] | None = None
     # given the settings, and whether some are of `FOR_LORAS`: raises OptionError

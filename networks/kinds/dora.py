@@ -13,4 +13,5 @@ DORA = Kind(
     name="DoRA",
     parts=(PART,),
     word="dora",
+    switch="dora_wd",
 )

@@ -35,7 +35,7 @@ if TYPE_CHECKING:  # --help does without torch
 CORE = "lokr_t2"
 MARKS = ("lokr_w1", "lokr_w1_a")
 FACTORS = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
-READ_BY_DIFFUSERS = ("flux_2", "z_image")  # families; under the names that ComfyUI reads
+NAME = "LoKr"
 _SWITCH = {"True": True, "true": True, "1": True, "False": False, "false": False, "0": False}
 
 
@@ -140,7 +140,7 @@ def _layer_of(module: LoraModule, path: str, factors: Factors, settings: Setting
 
 
 def _fault_of_format(name: str, family: "FamilyNames | None") -> str:
-    if name != DIFFUSERS or family is None or family.name in READ_BY_DIFFUSERS:
+    if name != DIFFUSERS or family is None or NAME in family.kinds_in_diffusers:
         return ""
     return (
         "diffusers reads no LoKr of this model. Use --lora_format known, and make a plain LoRA of it "
@@ -155,7 +155,7 @@ def _write_for_diffusers(modules: Mapping[str, Factors], family: "FamilyNames") 
     from networks.module_names import part_path
     from networks.names.layouts import OURS
 
-    if family.name not in READ_BY_DIFFUSERS:
+    if NAME not in family.kinds_in_diffusers:
         return None
     if not all(factors.keys() <= {"alpha", *FACTORS} for factors in modules.values()):
         return None
@@ -185,7 +185,7 @@ def _path_in_diffusers(name: str, factors: Factors, family: "FamilyNames", is_cu
 
 
 LOKR = Kind(
-    name="LoKr",
+    name=NAME,
     parts=(*FACTORS, CORE),
     marks=MARKS,
     pairs=(("lokr_w1_a", "lokr_w1_b"), ("lokr_w2_a", "lokr_w2_b")),

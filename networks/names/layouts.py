@@ -123,6 +123,8 @@ class FamilyNames:
     # whether ComfyUI reads LoRAs by underscored names, those of `aliases` among them: its paths differ from
     # ours in dots too
     underscored: bool = False
+    # kinds of networks besides LoRA that diffusers reads, under the names that ComfyUI reads
+    kinds_in_diffusers: tuple[str, ...] = ()
     # whether our paths are those of diffusers; then `aliases` are another layout's
     is_as_in_diffusers: bool = False
     # names that every tool but diffusers gives to LoRAs for it: underscored ones, "ours" or "aliases"; ""

@@ -15,8 +15,9 @@ from modules.errors import CheckpointError, OptionError
 from networks.added import add_loras
 from networks.apply import LoraPatch
 from networks.convert import convert_file
+from networks.kinds.tlora import RankRule
 from networks.loading import LoraUse, read_lora
-from networks.rank_masks import RankMask, RankRule, mask_for, parts_of_rank, rule_of, set_level, set_levels
+from networks.rank_masks import RankMask, mask_for, parts_of_rank, rule_of, set_level, set_levels
 from networks.unmerged import add_unmerged, masked_changes, split_masked
 from tests.networks.making import tiny_dit
 from tests.training import toy
