@@ -22,8 +22,8 @@ from modules.console import list_some
 from modules.errors import CheckpointError
 from networks import deltas, loading
 from networks.apply import changes_of
-from networks.deltas import CPU, DORA, DOWN, OF_BIAS, OF_LOW_RANK, ROWS, SET, UP, Factors
-from networks.kinds.composing import list_additive, rotation_of
+from networks.deltas import CPU, DOWN, OF_BIAS, OF_LOW_RANK, ROWS, SET, UP, Factors
+from networks.kinds.composing import MAGNITUDES, OF_MAGNITUDES, list_additive, load_decompose, rotation_of
 from networks.leftovers import text_side_of
 from networks.loading import LoraFile, LoraUse
 from networks.lora_products import add_product
@@ -82,11 +82,12 @@ class AddedPart:
     def __init__(
         self, place: ChangedPlace, factors: Factors, multiplier: float = 1.0, by_frozen_norms: bool = False
     ) -> None:
-        """factors: on the CPU. by_frozen_norms: see `deltas.decompose`."""
+        """factors: on the CPU. by_frozen_norms: see `NetworkKind.load_decompose`."""
         self.place = place
         self.factors = factors
         self.multiplier = multiplier
         self._by_frozen_norms = by_frozen_norms
+        self._decompose = load_decompose() if MAGNITUDES in factors else None
         # applied to the addition to the module's output before it is added; None: nothing
         self.region: Callable[[Tensor], Tensor] | None = None
         self.rank_mask: RankMask | None = None  # T-LoRA
@@ -204,9 +205,11 @@ class AddedPart:
     def _delta(self, device: torch.device) -> Tensor:
         delta = deltas.weight_delta(self._whole, device)
         assert delta is not None
-        if DORA not in self._whole:
+        if self._decompose is None:
             return delta
-        return deltas.decompose(self.place.parameter, delta, self._whole[DORA], self._by_frozen_norms)
+        weight = self.place.parameter
+        added: Tensor = self._decompose(weight, delta, self._whole[MAGNITUDES], self._by_frozen_norms)
+        return added
 
     def _low_rank(self, x: Tensor) -> Tensor:
         down, *middle, up = self._chain
@@ -407,12 +410,12 @@ def add_loras(
 
     is_compiled: blocks will be compiled; changes of norms are left out, because compiled code keeps its
     weights. option: the option with the files, for messages. Raises CheckpointError if a file does not fit
-    the model or is a DoRA.
+    the model or has magnitudes.
     """
     by_name = places(dit)
     parts: list[dict[str, AddedPart]] = []
     for use in uses:
-        refuse_dora(use.lora, option)
+        refuse_magnitudes(use.lora, option)
         modules = fitting(use.lora, by_name, option)
         if is_compiled:
             left_out = [
@@ -475,13 +478,15 @@ def attach_parts(
     return layers
 
 
-def refuse_dora(lora: LoraFile, option: str) -> None:
-    """Raise CheckpointError if a file is a DoRA, which cannot be added to other changes of the weights."""
-    decomposed = [name for name, factors in deltas.group_by_module(lora.tensors).items() if DORA in factors]
+def refuse_magnitudes(lora: LoraFile, option: str) -> None:
+    """Raise CheckpointError if a file has magnitudes, which other changes of the weights do not go with."""
+    decomposed = [
+        name for name, factors in deltas.group_by_module(lora.tensors).items() if MAGNITUDES in factors
+    ]
     if decomposed:
         raise CheckpointError(
-            f"{option} {lora.path} is a DoRA ({decomposed[0]}), which depends on the weights it was "
-            f"made for.\n  Give a {list_additive()}.",
+            f"{option} {lora.path} is a {OF_MAGNITUDES} ({decomposed[0]}), which depends on the weights it "
+            f"was made for.\n  Give a {list_additive()}.",
             lora.path,
         )
 

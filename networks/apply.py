@@ -18,9 +18,16 @@ from checkpoints.opening import open_checkpoint
 from modules.console import list_some
 from modules.errors import CheckpointError
 from networks import deltas
-from networks.deltas import CPU, DORA, META, ROWS, SET, Factors, has_input_magnitudes, other_channels
+from networks.deltas import CPU, META, ROWS, SET, Factors, has_input_magnitudes, other_channels
 from networks.key_formats import module_of_tensor
-from networks.kinds.composing import is_rotating, rotating_kind, rotation_of
+from networks.kinds.composing import (
+    MAGNITUDES,
+    OF_MAGNITUDES,
+    is_rotating,
+    load_decompose,
+    rotating_kind,
+    rotation_of,
+)
 from networks.kinds.contract import named
 from networks.leftovers import text_side_of
 from networks.loading import LoraFile, LoraUse, refuse_unknown, warn_of_absent, warn_of_other_family
@@ -42,7 +49,7 @@ from running.offload.sharding import gather_weight, set_weight
 logger = getLogger(__name__)
 # HunyuanVideo in diffusers' layout has no name that FramePack has not too; FramePack has more
 LIKELY_MODEL = "hunyuan_video"
-BY_INPUT = "DoRA magnitudes by input are of the whole weight, the model has parts of it"
+BY_INPUT = f"{OF_MAGNITUDES} magnitudes by input are of the whole weight, the model has parts of it"
 _BLOCK_ELEMENTS = 1 << 20  # elements of a weight that are changed at once: 4 MB in float32
 
 
@@ -57,7 +64,7 @@ class Change:
     rotation: Tensor | None = None  # of a kind that rotates inputs, as `InputRotation.make` returns it
 
     def delta(self, factors: Factors, device: torch.device) -> Tensor:
-        """Return the addition of the factors at multiplier 1, before DoRA's normalisation, or the weight
+        """Return the addition of the factors at multiplier 1, before magnitudes act, or the weight
         that they set; float32.
         """
         if self.leaf == "bias":
@@ -129,18 +136,18 @@ class Change:
             families = " or ".join(family.name for family in self.use.lora.families())
             kind = f" It is for {families}." if families else ""
             return f"{shape}, the model {expected}.{kind}\n  Give a LoRA that was trained for this model."
-        if DORA not in self.factors or self.leaf != "weight":
+        if MAGNITUDES not in self.factors or self.leaf != "weight":
             return ""
-        magnitudes = self.factors[DORA].numel()
+        magnitudes = self.factors[MAGNITUDES].numel()
         axis = 1 if has_input_magnitudes(self.factors) else 0
         if len(expected) > 1 and magnitudes == expected[axis]:
             return ""
-        return f"{magnitudes} DoRA magnitudes, the model {expected}."
+        return f"{magnitudes} {OF_MAGNITUDES} magnitudes, the model {expected}."
 
     def _joined(self, relative: Relative | None, weight: Tensor) -> "Change":
         """Return the change of the whole layer that this one is the first part of, if the weight has it all.
 
-        DoRA magnitudes by input need the norms of the whole layer. Raises RuntimeError if the weight is a
+        Magnitudes by input need the norms of the whole layer. Raises RuntimeError if the weight is a
         part of it.
         """
         size = deltas.size_of(self.factors)
@@ -186,8 +193,8 @@ class Change:
         # LoKr: computed whole, then cut
         delta = self.delta(self.factors, weight.device)
         whole_factors = {"diff": delta[rows]}
-        if DORA in self.factors:
-            whole_factors[DORA] = self.factors[DORA][rows]
+        if MAGNITUDES in self.factors:
+            whole_factors[MAGNITUDES] = self.factors[MAGNITUDES][rows]
         return replace(self, factors=whole_factors)
 
     @property
@@ -229,11 +236,11 @@ class Change:
                 total.zero_()
             return
         delta = self.delta(factors, total.device)
-        if DORA in factors and self.leaf == "weight":  # it depends on the weight
-            delta = deltas.decompose(
+        if MAGNITUDES in factors and self.leaf == "weight":  # it depends on the weight
+            delta = load_decompose()(
                 weight,
                 delta,
-                magnitudes=factors[DORA],
+                magnitudes=factors[MAGNITUDES],
                 by_frozen_norms=self.use.lora.has_frozen_norms,
             )
         total.add_(delta.reshape(total.shape), alpha=self.use.multiplier)
@@ -332,7 +339,7 @@ class LoraPatch:
     """Add LoRAs to weights by name: `patch(name, weight) -> weight`, a `WeightPatch`.
 
     W + multiplier * (alpha / rank) * up @ down, or W R^T of a rotation of inputs, summed in float32 on the
-    weight's device, rounded once to the weight's dtype, as `rounding` says. DoRA gives multiplier * (new
+    weight's device, rounded once to the weight's dtype, as `rounding` says. Magnitudes give multiplier * (new
     weight - W); the changes of several files all start from W, which a file's `set_weight` replaces for
     itself and later files. After loading, `check()` reports changes
     without a weight, and what rounding keeps.
@@ -431,13 +438,13 @@ class LoraPatch:
 
     def leave_unmerged(self, name: str, shape: tuple[int, ...]) -> bool:
         """Record in `beside` the changes of a weight that stays in 8 or 4 bits. Return False, recording
-        nothing, if one must be merged: a DoRA depends on the weight, a whole matrix is as large as it, and a
-        weight that is set takes its place.
+        nothing, if one must be merged: magnitudes depend on the weight, a whole matrix is as large as it, and
+        a weight that is set takes its place.
 
         Raises CheckpointError if a LoRA has another size.
         """
         changes = self._fitting(name, torch.empty(1).expand(shape))  # this shape, without memory
-        if any(change.factors.keys() & {DORA, "diff", SET} for change in changes):
+        if any(change.factors.keys() & {MAGNITUDES, "diff", SET} for change in changes):
             return False
         if changes:
             self.unmerged[name] = changes

@@ -18,12 +18,12 @@ from modules.errors import CheckpointError, OptionError
 from modules.output_files import refuse_replacing
 from networks import module_names
 from networks.alphas import without_alphas
-from networks.baking import OTHER_KINDS, Baked, Baking, bake, with_norms
-from networks.deltas import DORA, Factors, add_missing_alphas, group_by_module, ungroup
+from networks.baking import OTHER_KINDS, Baked, Baking, bake
+from networks.deltas import Factors, add_missing_alphas, group_by_module, ungroup
 from networks.formats import TARGETS
 from networks.key_formats import NETWORKS, can_be_for, dialect_in_words
 from networks.kinds import KINDS
-from networks.kinds.composing import is_rotating, kind_of_files
+from networks.kinds.composing import MAGNITUDES, is_rotating, kind_of_files
 from networks.loading import LoraFile, read_lora, warn_of_other_expert
 from networks.metadata import PARTS_METADATA, STALE, add_hashes
 from networks.names.layouts import (
@@ -56,7 +56,7 @@ class Conversion:
 
     target: str
     family: str | None = None  # the LoRA's family, if the user or a family's own script names it
-    baking: Baking | None = None  # how to convert other kinds to plain LoRAs, or DoRA magnitudes, first
+    baking: Baking | None = None  # how to convert other kinds to plain LoRAs, or magnitudes, first
 
 
 def convert(options: ConvertOptions) -> None:
@@ -206,7 +206,7 @@ def _unjoinable_factors(tensors: Mapping[str, Tensor]) -> dict[str, Factors]:
     """Return the LoHas and LoKrs of the modules that ComfyUI joins."""
     unjoinable: dict[str, Factors] = {}
     for name, factors in group_by_module(tensors).items():
-        is_other_kind = bool(factors.keys() & (OTHER_KINDS - {DORA}))
+        is_other_kind = bool(factors.keys() & (OTHER_KINDS - {MAGNITUDES}))
         if is_other_kind and module_names.is_stacked(name.removeprefix(OURS), Z_IMAGE):
             unjoinable[name] = factors
     return unjoinable
@@ -298,14 +298,16 @@ def _transferable(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def _prepare(lora: LoraFile, family: FamilyNames | None, how: Conversion) -> Baked:
-    """Return the LoRA converted to plain factors, or with DoRA magnitudes as the target expects them."""
+    """Return the LoRA converted to plain factors, or with magnitudes as the target expects them."""
     if how.baking is not None and how.baking.rank is not None:
         return bake(lora, family, how.baking)
     # files of FramePack are for diffusers
     in_diffusers = family is not None and family.is_as_in_diffusers and family.start == IN_DIFFUSERS
     is_for_comfyui = how.target == "other" and not in_diffusers
-    normed = with_norms(lora, family, baking=how.baking, are_frozen=is_for_comfyui, target=how.target)
-    return Baked(normed, "")
+    for kind in KINDS:
+        if kind.bring_norms is not None:
+            lora = kind.bring_norms(lora, family, how.baking, is_for_comfyui, how.target)
+    return Baked(lora, "")
 
 
 class ConvertedLora(NamedTuple):

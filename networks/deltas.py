@@ -1,8 +1,7 @@
 """Compute the change of a weight by the factors of a network of any kind, and check factors. The factors of a
 module are named by the ends of their tensor names in files.
 
-What differs between kinds is in `networks/kinds/`. Sources: LoRA, Hu et al. 2021, arXiv 2106.09685; DoRA, Liu
-et al. 2024, arXiv 2402.09353.
+What differs between kinds is in `networks/kinds/`. Source of LoRA: Hu et al. 2021, arXiv 2106.09685.
 """
 
 import contextlib
@@ -17,7 +16,7 @@ from checkpoints.finite import is_finite
 from contract.loading import TensorInfo
 from modules.devices import dtype_name
 from networks.kinds import KINDS, composing, contract
-from networks.kinds.composing import kinds_in, rotating_kind
+from networks.kinds.composing import MAGNITUDES, kinds_in, rotating_kind
 
 Factors = Mapping[str, Tensor]  # "lora_down.weight" -> tensor: the factors of one module
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -29,14 +28,12 @@ SET = "set_weight"  # ComfyUI's: takes the place of the model's weight at any st
 # programs join, and a LoKr has no factor with these rows. No file holds it.
 ROWS = "reelsmith_rows"
 PARTS = (*composing.PARTS, "alpha", "diff", "diff_b", SET, ROWS)
-# magnitudes: out x 1 (x 1 ...), one of each output, or 1 x in (x 1 ...), one of each input
-DORA = "dora_scale"
 OF_BIAS = {"diff_b": None, "lora_up.bias": None}.keys()  # in order of precedence
 OF_LOW_RANK = {"alpha", *LORA, *OF_BIAS}  # of plain LoRAs: two matrices change the weight
-_NO_MATRICES = {"alpha", "diff", SET, DORA, ROWS, *OF_BIAS}
+_NO_MATRICES = {"alpha", "diff", SET, MAGNITUDES, ROWS, *OF_BIAS}
 _WHOLE = {"diff", "diff_b", SET}  # whole differences, weights and biases
 # of networks that are products of factors: what is added but not trained: cores, magnitudes and whole changes
-UNTRAINED = {*composing.CORES, DORA, "diff", "diff_b"}
+UNTRAINED = {*composing.CORES, MAGNITUDES, "diff", "diff_b"}
 # by the name of a kind: the change of a weight by its factors in float32 and alpha / rank
 _CHANGES = {kind.name: kind.load_change() for kind in KINDS if kind.load_change is not None}
 
@@ -138,11 +135,6 @@ def _find_wrong_shape(factors: Factors) -> str | None:
         fault = None if kind.find_wrong_shape is None else kind.find_wrong_shape(factors)
         if fault is not None:
             return fault
-    if DORA not in factors:
-        return None
-    shape = factors[DORA].shape
-    if len(shape) < 2 or shape.numel() not in shape[:2]:
-        return f"its {DORA} has the shape {list(shape)}"
     return None
 
 
@@ -272,19 +264,19 @@ def fold_strength(factors: Factors) -> Factors:
 
 
 def has_input_magnitudes(factors: Factors) -> bool:
-    return DORA in factors and len(factors[DORA]) < factors[DORA].numel()
+    return MAGNITUDES in factors and len(factors[MAGNITUDES]) < factors[MAGNITUDES].numel()
 
 
 def rows_of(factors: Factors, rows: slice | Tensor) -> Factors | None:
     """Return factors for only these rows of the change, or None if that is impossible.
 
-    It is for kinds whose rows are not rows of a factor, such as LoKr, and for DoRA with magnitudes by input,
-    whose norms need all rows. rows: a slice, for views, or row numbers in any order.
+    It is for kinds whose rows are not rows of a factor, such as LoKr, and for magnitudes by input, whose
+    norms need all rows. rows: a slice, for views, or row numbers in any order.
     """
     if ROWS in factors or has_input_magnitudes(factors):
         return None
     cut = dict(factors)
-    for part in factors.keys() & {*_WHOLE, DORA}:
+    for part in factors.keys() & {*_WHOLE, MAGNITUDES}:
         cut[part] = factors[part][rows]
     for kind in composing.kinds_of_parts(factors):
         if kind.rows_of is None:
@@ -304,8 +296,8 @@ def part_of(factors: Factors, first: int, last: int) -> Factors:
     cut = rows_of(factors, slice(first, last))
     if cut is None:
         cut = {**factors, ROWS: torch.tensor([first, last])}
-        for part in factors.keys() & {DORA, *OF_BIAS}:
-            if part != DORA or not has_input_magnitudes(factors):
+        for part in factors.keys() & {MAGNITUDES, *OF_BIAS}:
+            if part != MAGNITUDES or not has_input_magnitudes(factors):
                 cut[part] = factors[part][first:last]
     # copies: files cannot hold tensors that share memory
     return {part: tensor.clone() for part, tensor in cut.items()}
@@ -315,7 +307,7 @@ def weight_delta(factors: Factors, device: torch.device) -> Tensor | None:
     """Return the change of the module's weight at multiplier 1: out x in (x kernel), float32, a new
     tensor.
 
-    For DoRA this is the change before `decompose`. None if only the bias changes, for a rotation of inputs,
+    With magnitudes this is the change before these. None if only the bias changes, for a rotation of inputs,
     and for a weight that is set.
     Raises RuntimeError if the factors do not match.
     """
@@ -355,29 +347,6 @@ def other_channels(factors: Factors, weight: Tensor) -> str | None:
     if delta.shape[0] != weight.shape[0] or delta.shape[2:] != weight.shape[2:]:
         return None
     return f"its first layer takes {delta.shape[1]} channels, the model's {weight.shape[1]}"
-
-
-def decompose(weight: Tensor, delta: Tensor, magnitudes: Tensor, by_frozen_norms: bool = False) -> Tensor:
-    """Return DoRA's addition to a weight at multiplier 1, float32.
-
-    The sum of weight and delta gets new norms, by output or by input: `magnitudes * sum / norm - weight`.
-    Multipliers scale this difference, so that 0 changes nothing. weight, delta: out x in (x kernel).
-    magnitudes: out x 1 (x 1 ...) or 1 x in (x 1 ...). by_frozen_norms: those by output are divided by the
-    norms of the weight alone, as ComfyUI does.
-    """
-    weight = weight.float()
-    magnitudes = magnitudes.to(weight.device, torch.float32)
-    changed = weight + delta.reshape(weight.shape)
-    axis = 1 if len(magnitudes) < magnitudes.numel() else 0  # 1: by input
-    norms = norms_of(weight if by_frozen_norms and not axis else changed, axis)
-    return changed.mul_(magnitudes.reshape(norms.shape) / norms).sub_(weight)
-
-
-def norms_of(weight: Tensor, axis: int = 0) -> Tensor:
-    """Return a weight's norms by output (axis 0) or input (axis 1), float32, never 0."""
-    summed_axes = [place for place in range(weight.ndim) if place != axis]
-    norms = torch.linalg.vector_norm(weight, dim=summed_axes, keepdim=True, dtype=torch.float32)
-    return norms + torch.finfo(torch.float32).eps  # as LyCORIS and ComfyUI have it
 
 
 def bias_delta(factors: Factors, device: torch.device) -> Tensor | None:

@@ -59,7 +59,7 @@ class Product:
 
     kind: str
     add: Callable[[Tensor, Factors, float], Tensor]  # x: ... in; the factors; a strength. Returns ... out
-    convolve: Callable[[Tensor, Factors, float, Geometry], Tensor]  # x: B in H W. Returns B out H' W'
+    convolve: Callable[..., Tensor]  # as `add`, and `geometry`. x: B in H W. Returns B out H' W'
     norm: Callable[[Factors], Tensor]  # of the change with alpha = rank: its Frobenius norm
     # sets a factor, given its name, as LyCORIS does: one of each layer is zero
     set_first_values: Callable[[str, nn.Parameter], None]

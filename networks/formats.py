@@ -205,39 +205,23 @@ def find_fault(
             f"convert the file afterwards (convert_lora.py --target {name})"
         )
     kind = own_module.kind
-    fault = "" if kind.fault_of_format is None else kind.fault_of_format(name, family)
+    fault = "" if kind.fault_of_format is None else kind.fault_of_format(name, family, bool(texts))
     if fault:
         return fault
     if family is None:
         return f"no names of this model's layers are known there. {_OTHERWISE}"
+    if name == COMFYUI and family.not_in_comfyui:
+        return f"{family.not_in_comfyui}. {_OTHERWISE} or diffusers"
+    for variant in options.variants:
+        fault = "" if variant.fault_of_format is None else variant.fault_of_format(name, family, bool(texts))
+        if fault:
+            return fault
     if name == COMFYUI:
-        return _fault_in_comfyui(family, options)
-    if options.decomposes and family.dora_not_in_diffusers:
-        return (
-            f"{family.dora_not_in_diffusers}. {_OTHERWISE}, and make a plain LoRA of it afterwards "
-            "(convert_lora.py --target diffusers --bake 64 --dit MODEL)"
-        )
-    if options.decomposes and texts:
-        return (
-            "diffusers loads no magnitudes of a DoRA into text encoders, which learn here. "
-            f"{_OTHERWISE}, or train the transformer alone (--network_train_unet_only)"
-        )
+        return None
     unread = [encoder for start, encoder in texts.items() if start not in family.texts_in_diffusers]
     if unread:
         return (
             f"diffusers' pipeline of this model loads no LoRA for the text encoder {unread[0]}, which learns "
             f"here. {_OTHERWISE}, or train the transformer alone (--network_train_unet_only)"
-        )
-    return None
-
-
-def _fault_in_comfyui(family: FamilyNames, options: NetworkOptions) -> str | None:
-    if family.not_in_comfyui:
-        return f"{family.not_in_comfyui}. {_OTHERWISE} or diffusers"
-    if options.decomposes:
-        return (
-            "ComfyUI divides the magnitudes of a DoRA by the norms of the model's own weights, and training "
-            f"by those of the changed weights. {_OTHERWISE}, and convert the file afterwards with the model "
-            f"(convert_lora.py --target {COMFYUI} --dit MODEL), which is exact"
         )
     return None

@@ -24,9 +24,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from networks.deltas import DORA, DOWN, LORA, PARTS, ROWS, SET, UP, Factors, height_of, size_of
+from networks.deltas import DOWN, LORA, PARTS, ROWS, SET, UP, Factors, height_of, size_of
 from networks.kinds import KINDS
-from networks.kinds.composing import kinds_in, usual_key
+from networks.kinds.composing import ENDS, is_flat, kinds_in, usual_key
 from networks.kinds.contract import Extent, Shapes
 from networks.module_names import FAMILIES, alias, have_same_names, is_name, likely_families, sizes_fit
 from networks.names import layouts
@@ -89,8 +89,7 @@ _OF_CLIP_ALONE = ("encoder_layers_", "embeddings_", "final_layer_norm")
 _BARE_TEXTS = ("text_model.encoder.", "encoder.block.")
 _OF_ALL = (*FamilyNames.encoders, ("lora_te2", OF_CLIP), ("lora_te", OF_LANGUAGE_MODEL))  # of no known family
 _ENDINGS = {
-    ".lora_magnitude_vector": DORA,  # PEFT
-    ".magnitude": DORA,  # ai-toolkit
+    **ENDS,
     ".w_norm": "diff",  # LyCORIS, of norms
     ".b_norm": "diff_b",
     **dict.fromkeys((".lora_alpha", ".network_alpha", ".lora.alpha"), "alpha"),
@@ -101,7 +100,6 @@ _ENDINGS = {
 _FACTOR = re.compile(
     r"\.lora(?:_linear_layer)?[._]?(?:lora_)?(?P<factor>[ABab]|down|up)(?:(?:\.[^.]+)*?(?P<leaf>\.weight|\.bias))?$"
 )
-_OF_ADAPTER = re.compile(r"(?<=\.lora_magnitude_vector)(\.[^.]+){1,2}$")
 # diffusers before PEFT: factors of the attention, not of its layers
 _PROCESSOR = re.compile(r"(\.processor)?\.to_(?P<layer>q|k|v|out)_lora\.(?P<factor>down|up)\.weight$")
 _LEAVES = ("weight", "bias")
@@ -312,9 +310,8 @@ def _rename(
 
 def _with_columns(key: str, tensor: Tensor) -> Tensor:
     """Return a tensor of a file, magnitudes as columns."""
-    if ".lora_magnitude_vector" not in key and not key.endswith(".magnitude"):
+    if not is_flat(key):
         return tensor
-    # PEFT's: out, of convolutions 1 x out x 1 x 1; LyCORIS' and ours: out x 1 (x 1 ...)
     inner_axes = max(tensor.ndim - 1, 1)
     return tensor.reshape(-1, *[1] * inner_axes)
 
@@ -556,7 +553,7 @@ def _our_factor(key: str) -> str:
     """Rename factors to ours: `x.lora_A.default.weight` -> `x.lora_down.weight`; drop names of adapters."""
     match = _FACTOR.search(key)
     if match is None:
-        return usual_key(_OF_ADAPTER.sub("", key))
+        return usual_key(key)
     is_down = match["factor"] in ("A", "a", "down")
     factor = LORA[0 if is_down else 1].partition(".")[0]
     return f"{key[: match.start()]}.{factor}{match['leaf'] or '.weight'}"

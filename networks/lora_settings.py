@@ -19,7 +19,7 @@ from modules.errors import OptionError
 from networks.block_numbers import KEYS, BlockSettings, read_blocks
 from networks.kinds import KINDS
 from networks.kinds.composing import SWITCHES
-from networks.kinds.contract import RankRule
+from networks.kinds.contract import NetworkKind, RankRule
 from networks.lora_layer import Dropouts
 from networks.lora_products import fused_heights
 from networks.names.layouts import LoraRules
@@ -96,7 +96,7 @@ class LoraSettings:
     exclude: tuple[Pattern, ...] = ()
     loraplus_lr_ratio: float | None = None
     loraplus_encoder_ratio: float | None = None
-    decomposes: bool = False  # DoRA
+    variants: tuple[NetworkKind, ...] = ()  # that switches ask for
     verbose: bool = False
     reg_ranks: ByPattern = ()
     reg_rates: ByPattern = ()
@@ -166,7 +166,7 @@ def read_settings(
         exclude=values.get("exclude_patterns", ()),
         loraplus_lr_ratio=values.get("loraplus_unet_lr_ratio", ratio),
         loraplus_encoder_ratio=values.get("loraplus_text_encoder_lr_ratio", ratio),
-        decomposes=values.get("dora_wd", False),
+        variants=tuple(kind for switch, kind in SWITCHES.items() if values.get(switch, False)),
         verbose=values.get("verbose", False),
         reg_ranks=values.get("network_reg_dims", ()),
         reg_rates=values.get("network_reg_lrs", ()),

@@ -21,8 +21,8 @@ from contract.rules import named_expert
 from modules.console import count_of
 from modules.errors import CheckpointError
 from modules.text_files import parse_json
-from networks.deltas import DORA, Factors, group_by_module, hollow, rank_of
-from networks.kinds.composing import MARKS, sizes_by_word
+from networks.deltas import Factors, group_by_module, hollow, rank_of
+from networks.kinds.composing import MAGNITUDES, MARKS, OF_MAGNITUDES, sizes_by_word
 from networks.module_names import read_family
 from networks.names.layouts import EXPERT_VALUES, FOR_BOTH, OURS, TRAINED_EXPERT
 
@@ -116,24 +116,6 @@ def save_network(
     save_tensors(path, tensors, add_hashes(tensors, metadata))
 
 
-# norms that a DoRA's magnitudes by output refer to: with this value those of the frozen weights, as in
-# ComfyUI, otherwise those of the changed weights. A public name: other tools write it too.
-DORA_FORM, FROZEN_NORMS = "ss_dora_scale_format", "comfy_weight_norm"
-_MUSUBI_MODULE = re.compile(r"(musubi_tuner\.)?networks\.lo(ra|kr)")
-
-
-def is_of_frozen_norms(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bool:
-    """Return whether a file in ComfyUI's dialect is an (unmarked) DoRA by musubi-tuner's fork for LTX-2.
-
-    It is known by its network module; our files name magnitudes alike, but also have a hash of the layout.
-    """
-    return (
-        any(name.endswith(DORA) for name in tensors)
-        and _MUSUBI_MODULE.match(metadata.get("ss_network_module", "")) is not None
-        and LAYOUT_KEY not in metadata
-    )
-
-
 LISTED = 8  # kinds of layers, ranks
 LARGEST = 4 << 30  # largest size of tensors, in bytes, to hash in memory
 
@@ -214,8 +196,8 @@ def _scales_in_words(modules: Mapping[str, Factors], alphas: Iterable[float]) ->
 def _kinds_in_words(modules: Mapping[str, Factors]) -> str:
     """Return the kinds of a network by the factors of its modules: `a LoHa and LoRA`."""
     parts = {part for factors in modules.values() for part in factors}
-    if DORA in parts:
-        return "a DoRA"
+    if MAGNITUDES in parts:
+        return f"a {OF_MAGNITUDES}"
     kinds = {kind.name: kind for mark, kind in MARKS.items() if mark in parts}
     if not kinds:
         return "a whole differences of weights"

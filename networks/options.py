@@ -8,7 +8,7 @@ from modules.option_values import split_pairs
 from modules.options import FREE, HABIT, IDENTITY, IMPORTS_MODULE, Options, option
 from networks.kinds import KINDS
 from networks.kinds.composing import SWITCHES, kind_of_module
-from networks.kinds.contract import Kind, named
+from networks.kinds.contract import NetworkKind, named
 from networks.names.layouts import COMFYUI, DIFFUSERS, KNOWN
 from networks.preference_options import PreferenceOptions
 from networks.slider_options import SliderOptions
@@ -135,15 +135,20 @@ class NetworkOptions(Options, title="network"):
         return {key: value.strip() for key, value in split_pairs("--network_args", self.network_args).items()}
 
     @property
-    def variants(self) -> list[Kind]:
+    def variants(self) -> list[NetworkKind]:
         """Return the kinds that switches of --network_args ask for."""
         arguments = self.arguments()
         return [kind for switch, kind in SWITCHES.items() if arguments.get(switch, "").lower() == "true"]
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> NetworkKind:
         """Return the kind that --network_module trains."""
         return kind_of_module(self.network_module)
+
+    @property
+    def kinds(self) -> list[NetworkKind]:
+        """Return the variants, and the kind that --network_module trains."""
+        return [*self.variants, self.kind]
 
     @property
     def rank(self) -> int:
@@ -152,7 +157,8 @@ class NetworkOptions(Options, title="network"):
 
     @property
     def decomposes(self) -> bool:
-        return self.arguments().get("dora_wd", "").lower() == "true"
+        """Return whether the norms of frozen weights are learned: these are to be as in the merged model."""
+        return any(kind.magnitudes for kind in self.variants)
 
     def base_multipliers(self, warns: bool = False) -> tuple[float, ...]:
         """Return one multiplier for each file of --base_weights, as `multipliers_for`."""

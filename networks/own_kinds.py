@@ -6,7 +6,7 @@ from typing import Any
 
 from modules.errors import OptionError
 from networks.kinds import KINDS, LORA, composing
-from networks.kinds.contract import FOR_LORAS, Kind
+from networks.kinds.contract import FOR_LORAS, NetworkKind
 from networks.lora_settings import LoraSettings, read_settings
 from networks.module_names import FAMILIES
 from networks.names.layouts import LoraRules
@@ -27,7 +27,7 @@ class OwnModule:
     """One of our network modules: a LoRA, or a network of another kind."""
 
     rules: LoraRules | None = None  # a family's arguments that choose among the modules of its `DitSpec`
-    kind: Kind = LORA
+    kind: NetworkKind = LORA
 
 
 OWN_MODULES = {
@@ -64,8 +64,7 @@ def read_own(name: str, typed: NetworkArguments) -> tuple[LoraSettings, Any]:
     settings = read_settings(rank, typed.alpha, typed.dropout, arguments=arguments, rules=module.rules)
     ratios = (settings.loraplus_lr_ratio, settings.loraplus_encoder_ratio)
     has_ratio = any(ratio is not None for ratio in ratios)
-    of_loras = any((settings.decomposes, settings.reg_rates, settings.perturbation, settings.rank_rule))
-    of_loras = of_loras or has_ratio
+    of_loras = any((settings.variants, settings.reg_rates, settings.perturbation, has_ratio))
     if kind.check_settings is not None:
         kind.check_settings(settings, of_loras)
     elif kind is not LORA and (of_loras or settings.dropouts is not None):

@@ -13,7 +13,7 @@ from checkpoints.opening import open_checkpoint
 from modules.console import list_some
 from modules.errors import CheckpointError, OptionError
 from networks.deltas import Factors, add_missing_alphas, group_by_module
-from networks.kinds.contract import Kind, LoraModule, Target
+from networks.kinds.contract import LoraModule, NetworkKind, Target
 from networks.lora_layer import LoraLayer
 from networks.lora_network import OwnNetwork
 from networks.lora_settings import LoraSettings, find_by_pattern, fit_patterns, log_overlaps
@@ -428,7 +428,7 @@ def _settings_with_file(name: str, typed: NetworkArguments) -> LoraSettings:
 
 
 def _layer_of(
-    kind: Kind, module: LoraModule, path: str, factors: Factors, settings: LoraSettings
+    kind: NetworkKind, module: LoraModule, path: str, factors: Factors, settings: LoraSettings
 ) -> nn.Module:
     """Return a layer of a network module with the rank and alpha of factors. Raises CheckpointError if these
     cannot be trained, or do not fit the layer.

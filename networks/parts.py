@@ -13,9 +13,11 @@ from torch import Tensor
 from checkpoints.dialects import stack_heads
 from modules.errors import CheckpointError
 from networks import deltas
-from networks.deltas import DORA, DOWN, LORA, ROWS, UP, Factors, strength
+from networks.deltas import DOWN, LORA, ROWS, UP, Factors, strength
 from networks.kinds.composing import (
+    MAGNITUDES,
     MARKS,
+    OF_MAGNITUDES,
     is_rotating,
     kind_with,
     parts_by_rows,
@@ -144,7 +146,7 @@ def _cut(factors: Factors, heights: Mapping[Relative, int | None]) -> dict[str, 
         shown = " + ".join(map(str, present.values()))
         return f"its {whole_height} rows are not those of its parts, which have {shown}"
     if deltas.has_input_magnitudes(factors):
-        return "its DoRA magnitudes are by input, so they belong to the whole weight"
+        return f"its {OF_MAGNITUDES} magnitudes are by input, so they belong to the whole weight"
     pieces: dict[str, Factors] = {}
     for relative, rows in places.items():
         piece = _part_of(factors, rows)
@@ -301,7 +303,7 @@ def _join(pieces: Sequence[FusedPiece], height: int, is_for_model: bool = False)
     places = [part_rows(piece.part, len(piece.factors[UP]), height) for piece in pieces]
     if isinstance(places[0], Tensor):  # with swapped halves
         swapped = deltas.rows_of(first.factors, places[0])
-        return "its DoRA magnitudes are by input" if swapped is None else swapped
+        return f"its {OF_MAGNITUDES} magnitudes are by input" if swapped is None else swapped
     slices = [place for place in places if isinstance(place, slice)]
     if len(slices) < len(places):
         return f"its parts do not fit into {height} rows"
@@ -327,8 +329,8 @@ def join_rotations(pieces: Sequence[FusedPiece]) -> Factors | str:
 
 
 def _is_low_rank_matrix(factors: Factors) -> bool:
-    """Return whether factors are those of a LoRA or DoRA for a matrix, without a core."""
-    further = set(factors) - {"alpha", *LORA, DORA, _BIAS}
+    """Return whether factors are those of a LoRA for a matrix, also with magnitudes, without a core."""
+    further = set(factors) - {"alpha", *LORA, MAGNITUDES, _BIAS}
     return not further and factors[UP].ndim == 2
 
 
@@ -339,13 +341,13 @@ def _in_order(pieces: Sequence[FusedPiece], slices: Sequence[slice]) -> list[Pla
 
 
 def _fault_of_magnitudes(parts: Sequence[Factors], height: int) -> str:
-    """Return the reason why the DoRA magnitudes of parts cannot be joined; "" if there is none."""
-    if not any(DORA in factors for factors in parts):
+    """Return the reason why the magnitudes of parts cannot be joined; "" if there is none."""
+    if not any(MAGNITUDES in factors for factors in parts):
         return ""
-    if any(DORA not in factors or deltas.has_input_magnitudes(factors) for factors in parts):
-        return "only DoRA magnitudes by output, for all of its rows, can be put together"
-    if sum(len(factors[DORA]) for factors in parts) != height:
-        return f"its parts have DoRA magnitudes for less than its {height} rows"
+    if any(MAGNITUDES not in factors or deltas.has_input_magnitudes(factors) for factors in parts):
+        return f"only {OF_MAGNITUDES} magnitudes by output, for all of its rows, can be put together"
+    if sum(len(factors[MAGNITUDES]) for factors in parts) != height:
+        return f"its parts have {OF_MAGNITUDES} magnitudes for less than its {height} rows"
     return ""
 
 
@@ -367,7 +369,7 @@ def _join_low_rank(placed: Sequence[PlacedFactors], height: int) -> Factors:
         DOWN: down,
         UP: _join_ups(placed, height, len(down), is_shared),
     }
-    for name in (DORA, _BIAS):
+    for name in (MAGNITUDES, _BIAS):
         if any(name in part.factors for part in placed):
             joined[name] = _stack_rows(placed, name, height)
     return joined
@@ -442,12 +444,12 @@ def _whole_difference(placed: Sequence[PlacedFactors], height: int) -> Factors |
     if any(deltas.SET in factors for factors in parts):
         return f"{deltas.SET} is only for some of its rows"
     if any(deltas.has_input_magnitudes(factors) for factors in parts):
-        return "its DoRA magnitudes are by input, so they belong to the parts"
-    magnitudes = [factors[DORA] for factors in parts if DORA in factors]
+        return f"its {OF_MAGNITUDES} magnitudes are by input, so they belong to the parts"
+    magnitudes = [factors[MAGNITUDES] for factors in parts if MAGNITUDES in factors]
     if magnitudes:
         covered = sum(part.rows.stop - part.rows.start for part in placed)
         if len(magnitudes) < len(parts) or covered < height:
-            return f"its parts have DoRA magnitudes for less than its {height} rows"
+            return f"its parts have {OF_MAGNITUDES} magnitudes for less than its {height} rows"
     changes = [deltas.weight_delta(factors, deltas.CPU) for factors in parts]
     inputs = {None if change is None else change.shape[1:] for change in changes}
     shape = inputs.pop()
@@ -455,7 +457,7 @@ def _whole_difference(placed: Sequence[PlacedFactors], height: int) -> Factors |
         return "its parts have different inputs"
     joined = {"diff": _place_rows(placed, changes, torch.zeros(height, *shape))}
     if magnitudes:
-        joined[DORA] = torch.cat(magnitudes)
+        joined[MAGNITUDES] = torch.cat(magnitudes)
     biases = [deltas.bias_delta(factors, deltas.CPU) for factors in parts]
     if any(bias is not None for bias in biases):
         joined["diff_b"] = _place_rows(placed, biases, torch.zeros(height))
@@ -478,11 +480,11 @@ def _one_layer(parts: Sequence[Factors]) -> Factors | None:
     if by_rows is None or any(part.keys() != names for part in parts):
         return None
     # what has the part's rows; everything else is the whole layer's
-    by_rows |= names & {"diff", "diff_b", deltas.SET, DORA}
+    by_rows |= names & {"diff", "diff_b", deltas.SET, MAGNITUDES}
     if deltas.has_input_magnitudes(first):
-        by_rows -= {DORA}
+        by_rows -= {MAGNITUDES}
     if ROWS in names:  # only magnitudes and biases have rows of the part
-        by_rows &= {DORA, *deltas.OF_BIAS}
+        by_rows &= {MAGNITUDES, *deltas.OF_BIAS}
         if not _cover_layer(parts):
             return None
     shared = names - by_rows - {ROWS}
@@ -506,7 +508,7 @@ def settle_rows(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Return a LoRA in which the parts of joined layers are forms that files have, without `ROWS`.
 
     Factors whose blocks of rows lie between the parts are cut (LoKr), others become whole differences, in the
-    dtype of their factors. Raises CheckpointError for DoRA magnitudes by input: they belong to the whole
+    dtype of their factors. Raises CheckpointError for magnitudes by input: they belong to the whole
     layer.
     """
     modules = deltas.group_by_module(tensors)
@@ -522,8 +524,9 @@ def _settle_part(name: str, factors: Factors) -> Factors:
     """Return the factors of a part of a joined layer without `ROWS`."""
     if deltas.has_input_magnitudes(factors):
         raise CheckpointError(
-            f"{name} is a part of a joined layer whose DoRA magnitudes are by input: they belong to the "
-            "whole layer, which this model has in parts.\n  Convert the file with the program that made it."
+            f"{name} is a part of a joined layer whose {OF_MAGNITUDES} magnitudes are by input: they belong "
+            "to the whole layer, which this model has in parts.\n"
+            "  Convert the file with the program that made it."
         )
     blocks = _cut_blocks(factors)
     if blocks is not None:
@@ -532,8 +535,8 @@ def _settle_part(name: str, factors: Factors) -> Factors:
     assert change is not None
     dtype = next(factors[part].dtype for part in factors if part in MARKS)
     settled: dict[str, Tensor] = {"diff": change.to(dtype).clone()}
-    if DORA in factors:
-        settled[DORA] = factors[DORA]
+    if MAGNITUDES in factors:
+        settled[MAGNITUDES] = factors[MAGNITUDES]
     bias = deltas.stored_bias(factors)
     if bias is not None:
         settled["diff_b"] = bias

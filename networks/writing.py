@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from networks import deltas, module_names
-from networks.deltas import DORA, DOWN, LORA, SET, UP, Factors, add_missing_alphas
+from networks.deltas import DOWN, LORA, SET, UP, Factors, add_missing_alphas
 from networks.key_formats import OTHER
 from networks.kinds import KINDS
-from networks.kinds.composing import is_rotating, kind_with, rotation_of
+from networks.kinds.composing import MAGNITUDES, OF_MAGNITUDES, is_rotating, kind_with, rotation_of
 from networks.kinds.contract import TranslatedModules
 from networks.lora_products import diagonal_blocks, fused_heights
 from networks.module_names import alias, module_path, parts_of, to_alias
@@ -32,9 +32,9 @@ def in_dialect(
     """Convert ours to the names of ComfyUI ("other") or diffusers: `diffusion_model.<path>.lora_A.weight`.
 
     Both factors are multiplied by sqrt(alpha / rank), alpha is left out; other kinds keep their factors and
-    alphas. Only ComfyUI reads these, except files of one kind that `Kind.write_for_diffusers` writes. A whole
-    difference of a matrix becomes a LoRA of full rank for diffusers, which is exact. Module paths come from
-    the list of the family's real modules.
+    alphas. Only ComfyUI reads these, except files of one kind that `NetworkKind.write_for_diffusers` writes.
+    A whole difference of a matrix becomes a LoRA of full rank for diffusers, which is exact. Module paths
+    come from the list of the family's real modules.
     start: of the names in diffusers, by the network of the pipeline.
 
     If diffusers splits the fused weights of a family, such as FLUX, the parts share the down factor, or have
@@ -144,7 +144,7 @@ def in_comfyui(factors: Factors) -> dict[str, Tensor]:
     """
     form = {part: tensor for part, tensor in factors.items() if part not in ("alpha", *deltas.OF_BIAS)}
     rank = deltas.rank_of(factors)
-    if form.keys() <= {*LORA, "diff", DORA}:
+    if form.keys() <= {*LORA, "diff", MAGNITUDES}:
         form = _fold(factors) | {part: tensor for part, tensor in form.items() if part not in LORA}
     elif rank is not None:
         form["alpha"] = torch.tensor(deltas.strength(factors) * rank)
@@ -159,21 +159,21 @@ def _in_diffusers(factors: Factors) -> Form:
     rotation = rotation_of(factors)
     if rotation is not None:
         return {rotation.part: factors[rotation.part]}
-    if factors.keys().isdisjoint({DOWN, DORA}) and "diff" in factors and factors["diff"].ndim == 2:
+    if factors.keys().isdisjoint({DOWN, MAGNITUDES}) and "diff" in factors and factors["diff"].ndim == 2:
         factors = _of_full_rank(factors)
-    if factors.keys() - deltas.OF_LOW_RANK - {DORA} or DOWN not in factors:
+    if factors.keys() - deltas.OF_LOW_RANK - {MAGNITUDES} or DOWN not in factors:
         parts = sorted(factors.keys() - {"alpha"})
         return f"{', '.join(parts)} has no form in this dialect"
     if deltas.has_input_magnitudes(factors):
-        return "its DoRA magnitudes are by input, diffusers has them by output"
+        return f"its {OF_MAGNITUDES} magnitudes are by input, diffusers has them by output"
     form = _fold(factors)
     bias = deltas.stored_bias(factors)
-    if bias is not None and DORA in factors:
-        return "it has a bias together with DoRA magnitudes, which has no form in that dialect"
+    if bias is not None and MAGNITUDES in factors:
+        return f"it has a bias together with {OF_MAGNITUDES} magnitudes, which has no form in that dialect"
     if bias is not None:
         form["lora_B.bias"] = bias
-    if DORA in factors:
-        magnitudes = factors[DORA]
+    if MAGNITUDES in factors:
+        magnitudes = factors[MAGNITUDES]
         kernel_axes = magnitudes.ndim - 2
         form["lora_magnitude_vector"] = magnitudes.flatten()
         if kernel_axes:

@@ -111,13 +111,13 @@ def _check_samples(family: Family, options: TrainingOptions) -> None:
             read_requests(family, samples.sample_prompts)
         if not samples.sample_lora:
             return
-        from networks.added import refuse_dora  # only with LoRA files
+        from networks.added import refuse_magnitudes  # only with LoRA files
         from networks.apply import check_loras_fit
 
         for expert, file in zip_longest(family.experts, family.dit_files):
             uses = [read_use(path, expert, strength) for path, strength in samples.loras()]
             for use in uses:
-                refuse_dora(use.lora, "--sample_lora")
+                refuse_magnitudes(use.lora, "--sample_lora")
             if uses and file is not None:
                 check_loras_fit(file, uses, family.file_beside(file))
 
@@ -190,9 +190,9 @@ def check_networks(family: Family, options: TrainingOptions) -> None:
                 uses.append(LoraUse(continued))
             adapter = read_adapter(options, expert, family.experts)
             if adapter is not None:
-                from networks.added import refuse_dora  # only with an adapter
+                from networks.added import refuse_magnitudes  # only with an adapter
 
-                refuse_dora(adapter.lora, TRAINING_ADAPTER)
+                refuse_magnitudes(adapter.lora, TRAINING_ADAPTER)
                 uses.append(adapter)
             if uses and file is not None:
                 from networks.apply import check_loras_fit  # only with LoRA files
@@ -327,14 +327,14 @@ def _check_teacher_loras(model: Family, options: TrainingOptions) -> None:
     """Raise CheckpointError if a file of --teacher_lora is no LoRA, or none for the model that teaches."""
     if not options.teacher.loras():
         return
-    from networks.added import refuse_dora  # only with LoRA files
+    from networks.added import refuse_magnitudes  # only with LoRA files
     from networks.apply import check_loras_fit
 
     (expert,) = model.experts
     with quiet():  # all warnings come again when they are added
         uses = [read_use(path, expert, multiplier) for path, multiplier in options.teacher.loras()]
         for use in uses:
-            refuse_dora(use.lora, "--teacher_lora")
+            refuse_magnitudes(use.lora, "--teacher_lora")
         if model.dit_files:
             file = model.dit_files[0]
             check_loras_fit(file, uses, model.file_beside(file))

@@ -13,6 +13,7 @@ from modules.installation import command_words
 from modules.limits import MAX_EXAMPLE_CHARACTERS
 from modules.option_values import FillIn, missing_words, option_words
 from modules.speed_options import say_for_generation
+from networks.kinds.contract import NetworkKind
 from networks.module_names import read_family
 from networks.names.layouts import KNOWN, TRAINED_ON
 from networks.options import NetworkOptions
@@ -26,12 +27,7 @@ if TYPE_CHECKING:  # it is loaded only if there are prompts
     from training.samples import Sampler
 
 RESUMING = {"resume", "resume_from_huggingface", "resume_changed", "max_train_steps", "max_train_epochs"}
-BAKED_RANK = 64  # of a plain LoRA made of a DoRA, which has full rank
-DORA_ELSEWHERE = (
-    "A DoRA acts as trained here and in diffusers. ComfyUI takes it 3 to 24 % differently, unless "
-    "convert_lora.py --target other --dit MODEL wrote it. musubi-tuner and sd-scripts leave its magnitudes "
-    "out: they need a plain LoRA."
-)
+BAKED_RANK = 64  # of a plain LoRA made of a network of full rank
 COMFYUI_TOOL = "ComfyUI"
 STARTING = {"initial_step", "initial_epoch"}
 # options that make a sample; the values keep their names, except two
@@ -46,10 +42,13 @@ def describe_elsewhere(network: NetworkOptions | None) -> str | None:
     """Return what other programs do with a file of this kind of network; None if they read it as it is."""
     if network is None:
         return None
-    if network.decomposes:
-        return DORA_ELSEWHERE
-    words = (kind.elsewhere for kind in (*network.variants, network.kind))
-    return next(filter(None, words), None)
+    return next((kind.elsewhere for kind in network.kinds if kind.elsewhere), None)
+
+
+def _plain_kind(network: NetworkOptions | None) -> NetworkKind | None:
+    """Return the kind of a network of which other programs need plain LoRAs; None if they do not."""
+    kinds = [] if network is None else network.kinds
+    return next((kind for kind in kinds if kind.plain_title), None)
 
 
 @dataclass(frozen=True)
@@ -100,9 +99,7 @@ class NextSteps:
                 generate = replace(generate, note=f"{generate.note} {file.name} is not saved yet.".lstrip())
             commands.append(generate)
         network = self.options.network
-        if network is not None and (
-            network.decomposes or network.kind.plain_title or self._needs_conversion(network)
-        ):
+        if network is not None and (_plain_kind(network) or self._needs_conversion(network)):
             files = self.names.files(self.names.stem_of(file)).values()
             commands += [self._convert(path) for path in files]
         return [*commands, _command("This run, as it was started", self._words())]
@@ -117,18 +114,16 @@ class NextSteps:
         return network.kind.is_for_comfyui_alone and self.converted_for != COMFYUI_TOOL
 
     def _convert(self, file: Path) -> PageCommand:
-        """Return the command that converts a file for other tools; a DoRA becomes a plain LoRA."""
+        """Return the command that converts a file for other tools; some kinds become plain LoRAs."""
         network = self.options.network
         ending = self.converted_for.lower()
         ending = ending if ending.isalpha() else "converted"
         title = f"Convert the LoRA for {self.converted_for}"
         note = ""
         words = ["--target", "other" if self.converted_for else "default"]
-        if network is not None and network.decomposes:
-            title, ending, note = "Make a plain LoRA of the DoRA", "plain", DORA_ELSEWHERE
-            words += ["--bake", str(BAKED_RANK), "--dit", self._dit_of(file)]
-        elif network is not None and network.kind.plain_title:
-            title, ending, note = network.kind.plain_title, "plain", network.kind.elsewhere
+        plain_kind = _plain_kind(network)
+        if plain_kind is not None:
+            title, ending, note = plain_kind.plain_title, "plain", plain_kind.elsewhere
             words += ["--bake", str(BAKED_RANK), "--dit", self._dit_of(file)]
         elif network is not None and self.converted_for != COMFYUI_TOOL:
             words += ["--bake", str(BAKED_RANK)] if network.kind.is_for_comfyui_alone else []

@@ -3,18 +3,21 @@
 composing: what tools and phases ask all kinds for
 contract: what a kind of network is
 dora: magnitudes of rows or columns
+dora_change: the change of a weight by a DoRA
+dora_files: magnitudes in ComfyUI's form, and back
+dora_layer: train magnitudes in the layer of a LoRA
 loha: element-wise products of two low-rank matrices
 loha_layer: the products of a LoHa, and its layer
 lokr: Kronecker products of two matrices
 lokr_layer: the products of a LoKr, and its layer
-lora: two low-rank matrices
-oft: rotated inputs
+lora: the product of two low-rank matrices
+oft: inputs that are rotated block by block
 oft_layer: the layer of an OFT
 oft_rotation: the rotations of an OFT
 tlora: ranks that act by the noise of each sample
 """
 
-from networks.kinds.contract import Kind
+from networks.kinds.contract import NetworkKind
 from networks.kinds.dora import DORA
 from networks.kinds.loha import LOHA
 from networks.kinds.lokr import LOKR
@@ -22,9 +25,11 @@ from networks.kinds.lora import LORA
 from networks.kinds.oft import OFT
 from networks.kinds.tlora import TLORA
 
+__all__ = ["KINDS", "LORA"]
+
 # in the order in which messages name them, one a line
 # fmt: off
-KINDS: tuple[Kind, ...] = (
+KINDS: tuple[NetworkKind, ...] = (
     LORA,
     DORA,
     LOHA,

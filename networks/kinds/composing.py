@@ -1,9 +1,10 @@
 """What the tools for networks and the phases of a training ask all kinds for. Standard library only."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
 
 from networks.kinds import KINDS, LORA
-from networks.kinds.contract import Factors, InputRotation, Kind
+from networks.kinds.contract import Factors, InputRotation, NetworkKind
 
 PARTS = tuple(part for kind in KINDS for part in kind.parts)
 MARKS = {mark: kind for kind in KINDS for mark in kind.marks}  # -> its kind
@@ -11,7 +12,12 @@ CORES = frozenset(core for kind in KINDS for core in kind.cores)
 RANK_PARTS = tuple(part for kind in KINDS for part in kind.rank_parts)
 PAIRS = tuple(pair for kind in KINDS for pair in kind.pairs)
 ROTATING = tuple(kind for kind in KINDS if kind.load_rotation is not None)
-NEEDING_WEIGHT = tuple(mark for mark, kind in MARKS.items() if kind.needs_weight)
+# the kind with magnitudes, its part ("": there is none) and its name
+MAGNITUDE_KIND = next((kind for kind in KINDS if kind.magnitudes), None)
+MAGNITUDES = "" if MAGNITUDE_KIND is None else MAGNITUDE_KIND.magnitudes
+OF_MAGNITUDES = "" if MAGNITUDE_KIND is None else MAGNITUDE_KIND.name
+NEEDING_WEIGHT = tuple(part for kind in KINDS if kind.needs_weight for part in kind.parts)
+ENDS = {end: part for kind in KINDS for end, part in kind.ends.items()}  # other programs' -> our parts
 # beginnings of the names of modules whose files grow with --network_dim
 RANKED_NETWORKS = tuple(kind.network_module for kind in KINDS if kind.is_sized_by_rank)
 BY_MODULE = {kind.network_module: kind for kind in KINDS if kind.network_module}
@@ -21,22 +27,22 @@ WITH_FILE = {name for kind in KINDS if kind.is_with_file for name in (kind.switc
 OTHER_MODULES = {name: advice for kind in KINDS for name, advice in kind.other_modules.items()}
 
 
-def kinds_in(parts: Collection[str]) -> list[Kind]:
+def kinds_in(parts: Collection[str]) -> list[NetworkKind]:
     """Return the kinds of which a module has parts, given the names of all of its parts."""
     return [kind for kind in KINDS if any(mark in parts for mark in kind.marks)]
 
 
-def kinds_of_parts(parts: Collection[str]) -> list[Kind]:
+def kinds_of_parts(parts: Collection[str]) -> list[NetworkKind]:
     """Return the kinds of which there is any part, as damaged modules have them too."""
     return [kind for kind in KINDS if any(part in parts for part in kind.parts)]
 
 
-def kind_with(parts: Collection[str], has: Callable[[Kind], object]) -> Kind | None:
+def kind_with(parts: Collection[str], has: Callable[[NetworkKind], object]) -> NetworkKind | None:
     """Return the first kind of a module's parts that has a property; None if there is none."""
     return next((kind for kind in kinds_in(parts) if has(kind)), None)
 
 
-def rotating_kind(parts: Collection[str]) -> Kind | None:
+def rotating_kind(parts: Collection[str]) -> NetworkKind | None:
     """Return the kind that rotates the inputs of a module; None for others."""
     return kind_with(parts, lambda kind: kind.load_rotation)
 
@@ -51,7 +57,7 @@ def rotation_of(parts: Collection[str]) -> InputRotation | None:
     return None if kind is None or kind.load_rotation is None else kind.load_rotation()
 
 
-def kind_of_files(names: Iterable[str], kinds: Iterable[Kind]) -> Kind | None:
+def kind_of_files(names: Iterable[str], kinds: Iterable[NetworkKind]) -> NetworkKind | None:
     """Return the first of some kinds of which a file has tensors, given their names."""
     names = tuple(names)
     return next((kind for kind in kinds if any(name.endswith(kind.marks) for name in names)), None)
@@ -68,6 +74,18 @@ def parts_by_rows(parts: Collection[str]) -> set[str] | None:
     return by_rows
 
 
+def load_decompose() -> Callable[..., Any]:
+    """Return the function for the addition of a module with magnitudes to its weight."""
+    assert MAGNITUDE_KIND is not None
+    assert MAGNITUDE_KIND.load_decompose is not None
+    return MAGNITUDE_KIND.load_decompose()
+
+
+def is_flat(key: str) -> bool:
+    """Return whether the tensor of this name in a file is to become a column."""
+    return any(kind.is_flat is not None and kind.is_flat(key) for kind in KINDS)
+
+
 def usual_key(key: str) -> str:
     """Return the name of a tensor in a file with our name of its part, if a kind knows another one."""
     for kind in KINDS:
@@ -76,7 +94,7 @@ def usual_key(key: str) -> str:
     return key
 
 
-def list_kinds(is_listed: Callable[[Kind], object], last: str = "or") -> str:
+def list_kinds(is_listed: Callable[[NetworkKind], object], last: str = "or") -> str:
     """Return the names of some kinds, as in "LoRA, LoHa or LoKr"."""
     *names, final = [kind.name for kind in KINDS if is_listed(kind)]
     return f"{', '.join(names)} {last} {final}" if names else final
@@ -94,7 +112,7 @@ def list_read_kinds() -> str:
     )
 
 
-def kind_of_module(name: str | None) -> Kind:
+def kind_of_module(name: str | None) -> NetworkKind:
     """Return the kind that a network module trains; other packages' modules count as LoRAs."""
     return BY_MODULE.get(name or "", LORA)
 
@@ -104,8 +122,9 @@ def sizes_by_word(modules: Iterable[Factors]) -> Mapping[str, list[int]]:
     modules = list(modules)
     sizes: dict[str, list[int]] = {}
     for kind in KINDS:
-        for factors in modules if kind.size_of is not None else ():
-            size = kind.size_of(factors)
-            if size is not None:
-                sizes.setdefault(kind.size_word, []).append(size)
+        if kind.size_of is None:
+            continue
+        of_kind = [size for size in map(kind.size_of, modules) if size is not None]
+        if of_kind:
+            sizes.setdefault(kind.size_word, []).extend(of_kind)
     return sizes

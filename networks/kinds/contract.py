@@ -24,6 +24,9 @@ Extent = tuple[int, Sequence[int]]  # rows of a weight, sizes along all further 
 # parts of a plain LoRA, which all tools know
 DOWN, UP = "lora_down.weight", "lora_up.weight"
 MID, BIAS = "lora_mid.weight", "lora_up.bias"
+# metadata: the norms that magnitudes by output refer to; with this value those of the frozen weights, as in
+# ComfyUI, otherwise those of the changed weights. A public name: other tools write it too.
+NORMS_FORM, FROZEN_NORMS = "ss_dora_scale_format", "comfy_weight_norm"
 # arguments of --network_args that other kinds do not have, as messages list them
 FOR_LORAS = ("dora_wd", "loraplus_...", "network_reg_lrs", "ggpo_...", "tlora")
 
@@ -55,7 +58,7 @@ class Settings(Protocol):
     def conv_rank(self) -> int | None: ...
 
     @property
-    def decomposes(self) -> bool: ...
+    def variants(self) -> Sequence["NetworkKind"]: ...
 
     @property
     def has_rank_dropout(self) -> bool: ...
@@ -70,7 +73,7 @@ class RankRule(Protocol):
     """How many ranks of a LoRA act on a sample, by its level of noise. It can be compared and hashed."""
 
     @property
-    def kind(self) -> "Kind": ...
+    def kind(self) -> "NetworkKind": ...
 
     def in_words(self) -> str: ...  # as --network_args has it
 
@@ -96,7 +99,7 @@ class InputRotation:
 
 
 @dataclass(frozen=True)
-class Kind:
+class NetworkKind:
     """A kind of network. All but the name may be left out."""
 
     name: str  # as in messages
@@ -107,6 +110,9 @@ class Kind:
     marks: tuple[str, ...] = ()  # each of its modules has one of these parts
     pairs: tuple[tuple[str, str], ...] = ()  # parts that need each other
     rank_parts: tuple[str, ...] = ()  # parts with the rank as first axis; the first that there is counts
+    # its part with a number for each output (out x 1 ...) or each input (1 x in ...) of the whole weight,
+    # which the sum of weight and change is normalised to. One kind has such a part
+    magnitudes: str = ""
     cores: tuple[str, ...] = ()  # parts of its tensor form, which no training here has
     # given the factors of a module: why they define no change, by what is missing, and by their shapes
     find_absent: "Callable[[Factors], str | None] | None" = None
@@ -118,6 +124,9 @@ class Kind:
     # returns a function: given factors in float32 and alpha / rank, the change, a new tensor
     load_change: "Callable[[], Callable[[Factors, float], Tensor]] | None" = None
     load_rotation: Callable[[], InputRotation] | None = None  # of a kind that rotates inputs
+    # returns a function: given weight, change and magnitudes, and whether these refer to the norms of the
+    # weight alone: the addition to the weight, float32
+    load_decompose: "Callable[[], Callable[..., Tensor]] | None" = None
     needs_weight: bool = False  # its change depends on the weight
     # given the names of parts: those whose first axis are the rows of the weight; None: it is another axis
     parts_by_rows: Callable[[Collection[str]], set[str] | None] | None = None
@@ -129,6 +138,13 @@ class Kind:
     # --- files: recognise and read
     starts: Mapping[str, str] = field(default_factory=dict)  # of names in files -> dialect
     word: str = ""  # in names of its tensors in any program's files: a regular expression
+    ends: Mapping[str, str] = field(default_factory=dict)  # ends of other programs' names -> our parts
+    # given a name in a file: whether its tensor is to become a column
+    is_flat: Callable[[str], bool] | None = None
+    # given tensors and metadata of a file of ComfyUI: whether it is of the form `FROZEN_NORMS`, unmarked
+    is_of_frozen_norms: Callable[[Mapping[str, Any], Mapping[str, str]], bool] | None = None
+    # brings magnitudes into the form of a target: see `dora_files.with_norms`
+    bring_norms: Callable[[Any, Any, Any, bool, str], Any] | None = None
     usual_key: Callable[[str], str] | None = None  # a name in a file -> with our name of the part
     unread: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # other forms, by ends of names
     read_form: str = ""  # the form that is read, if there are others
@@ -152,6 +168,7 @@ class Kind:
     # of a kind that arguments of a LoRA ask for: the switch, and numbers by type (whole ones from 1 on)
     switch: str = ""
     numbers: Mapping[str, type[int] | type[float]] = field(default_factory=dict)
+    extend_layer: "Callable[[Any], None] | None" = None  # changes the layer of a LoRA
     is_with_file: bool = False  # whether these act with --dim_from_weights
     # given the values of arguments and the rank; given metadata of a file and its path: which ranks act,
     # None: all. Raise OptionError and CheckpointError
@@ -168,8 +185,9 @@ class Kind:
     layer_of: "Callable[[LoraModule, str, Factors, Settings], nn.Module] | None" = None
 
     # --- other programs
-    # why files of a format cannot hold it, given the format's name and the family; "": they can
-    fault_of_format: "Callable[[str, FamilyNames | None], str] | None" = None
+    # why files of a format cannot hold it, given the format's name, the family and whether text encoders
+    # learn; "": they can
+    fault_of_format: "Callable[[str, FamilyNames | None, bool], str] | None" = None
     not_in_comfyui: str = ""  # why a module has no form there
     refusal_by_comfyui: str = ""  # of a whole file: the message behind its path
     # given modules under our names and their family: how diffusers reads a file of this kind alone, else None
@@ -182,5 +200,5 @@ class Kind:
     plain_title: str = ""  # of the command that makes plain LoRAs, if other programs need these
 
 
-def named(kind: Kind) -> str:
+def named(kind: NetworkKind) -> str:
     return f"{kind.article} {kind.name}"

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
-from networks.kinds.contract import Extent, Factors, Kind, LoraModule, Settings, Shapes, Target
+from networks.kinds.contract import Extent, Factors, LoraModule, NetworkKind, Settings, Shapes, Target
 from networks.names.layouts import DIFFUSERS
 
 if TYPE_CHECKING:  # --help does without torch
@@ -76,7 +76,7 @@ def _layer_of(module: LoraModule, path: str, factors: Factors, settings: Setting
     return layer_of(module, path, factors, PRODUCT)
 
 
-def _fault_of_format(name: str, family: "FamilyNames | None") -> str:
+def _fault_of_format(name: str, family: "FamilyNames | None", has_texts: bool) -> str:
     if name != DIFFUSERS or family is None:
         return ""
     return (
@@ -85,7 +85,7 @@ def _fault_of_format(name: str, family: "FamilyNames | None") -> str:
     )
 
 
-LOHA = Kind(
+LOHA = NetworkKind(
     name="LoHa",
     parts=("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", *CORES),
     marks=("hada_w1_a",),

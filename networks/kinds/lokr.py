@@ -16,8 +16,8 @@ from modules.errors import OptionError
 from networks.kinds.contract import (
     Extent,
     Factors,
-    Kind,
     LoraModule,
+    NetworkKind,
     Settings,
     Shapes,
     Target,
@@ -139,7 +139,7 @@ def _layer_of(module: LoraModule, path: str, factors: Factors, settings: Setting
     return layer_of(module, path, factors, PRODUCT)
 
 
-def _fault_of_format(name: str, family: "FamilyNames | None") -> str:
+def _fault_of_format(name: str, family: "FamilyNames | None", has_texts: bool) -> str:
     if name != DIFFUSERS or family is None or NAME in family.kinds_in_diffusers:
         return ""
     return (
@@ -184,7 +184,7 @@ def _path_in_diffusers(name: str, factors: Factors, family: "FamilyNames", is_cu
     return alone(path, factors, "diffusers has it in parts, as the file has other layers")
 
 
-LOKR = Kind(
+LOKR = NetworkKind(
     name=NAME,
     parts=(*FACTORS, CORE),
     marks=MARKS,

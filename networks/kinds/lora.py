@@ -13,8 +13,8 @@ from networks.kinds.contract import (
     UP,
     Extent,
     Factors,
-    Kind,
     LoraModule,
+    NetworkKind,
     Settings,
     Shapes,
     Target,
@@ -41,9 +41,11 @@ def _make_layers(targets: Mapping[str, Target], settings: Settings, own: Any) ->
 
     layers: dict[str, nn.Module] = {}
     for name, target in targets.items():
-        layers[name] = LoraLayer(
-            target.module, target.rank, target.alpha, decomposes=settings.decomposes, heights=target.heights
-        )
+        layer = LoraLayer(target.module, target.rank, target.alpha, heights=target.heights)
+        for variant in settings.variants:
+            if variant.extend_layer is not None:
+                variant.extend_layer(layer)
+        layers[name] = layer
     return layers
 
 
@@ -51,7 +53,8 @@ def _layer_of(module: LoraModule, path: str, factors: Factors, settings: Setting
     """Return a layer with the rank and alpha of factors; split if that is asked for and the up factor has
     blocks.
     """
-    from networks.deltas import DORA, rank_of  # torch
+    from networks.deltas import rank_of  # torch
+    from networks.kinds.composing import kinds_of_parts
     from networks.lora_layer import LoraLayer
     from networks.lora_products import diagonal_blocks
 
@@ -62,10 +65,14 @@ def _layer_of(module: LoraModule, path: str, factors: Factors, settings: Setting
     if heights and diagonal_blocks(factors[UP], heights) is not None:
         num_parts = len(heights)
         return LoraLayer(module, rank // num_parts, alpha / num_parts, heights=heights)
-    return LoraLayer(module, rank, alpha, DORA in factors)
+    layer = LoraLayer(module, rank, alpha)
+    for kind in kinds_of_parts(factors):
+        if kind.extend_layer is not None:
+            kind.extend_layer(layer)
+    return layer
 
 
-LORA = Kind(
+LORA = NetworkKind(
     name="LoRA",
     parts=(DOWN, UP, MID, BIAS),
     marks=(DOWN,),

@@ -17,8 +17,8 @@ from networks.kinds.contract import (
     FOR_LORAS,
     Factors,
     InputRotation,
-    Kind,
     LoraModule,
+    NetworkKind,
     Settings,
     Target,
     TranslatedModules,
@@ -186,7 +186,7 @@ def _layer_of(module: LoraModule, path: str, factors: Factors, settings: Setting
     return OftLayer(module, size)
 
 
-def _fault_of_format(name: str, family: "FamilyNames | None") -> str:
+def _fault_of_format(name: str, family: "FamilyNames | None", has_texts: bool) -> str:
     if name != COMFYUI:
         return ""
     return (
@@ -203,7 +203,7 @@ def _write_for_diffusers(modules: Mapping[str, Factors], family: "FamilyNames") 
     return write_pieces_for_diffusers(modules, family, IN_PEFT)
 
 
-OFT = Kind(
+OFT = NetworkKind(
     name="OFT",
     article="an",
     parts=(PART,),

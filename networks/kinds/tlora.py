@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from modules.errors import CheckpointError, OptionError
-from networks.kinds.contract import Kind
+from networks.kinds.contract import NetworkKind
 
 if TYPE_CHECKING:  # --help does without torch
     from pathlib import Path
@@ -26,14 +26,14 @@ _ROUNDING = 1e-4  # (1 - 0.3) * 10 is a little less than 7 in float32
 
 
 @dataclass(frozen=True)
-class RankRule:
+class TLoraRule:
     """How many ranks act: floor((1 - level)^power * (R - least)) + least."""
 
     least: int = 1  # at pure noise
     power: float = 1.0
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> NetworkKind:
         return TLORA
 
     def in_words(self) -> str:
@@ -47,13 +47,13 @@ class RankRule:
         return (shares * (rank - least) + _ROUNDING).floor() + least
 
 
-def _rule_of_arguments(values: Mapping[str, Any], rank: int) -> RankRule | None:
+def _rule_of_arguments(values: Mapping[str, Any], rank: int) -> TLoraRule | None:
     if not values.get(SWITCH, False):
         further = next((name for name in (MIN_RANK, ALPHA) if name in values), None)
         if further is not None:
             raise OptionError(f"--network_args {further} is for T-LoRA: add {SWITCH}=True, or leave it out")
         return None
-    usual = RankRule()
+    usual = TLoraRule()
     least = values.get(MIN_RANK, usual.least)
     if least > rank:
         raise OptionError(
@@ -66,10 +66,10 @@ def _rule_of_arguments(values: Mapping[str, Any], rank: int) -> RankRule | None:
             f"--network_args {ALPHA}=0: all ranks would act at all levels of noise. Give more than 0; "
             f"{usual.power:g} is usual"
         )
-    return RankRule(least, power)
+    return TLoraRule(least, power)
 
 
-def _rule_of_file(metadata: Mapping[str, str], path: "Path | None") -> RankRule | None:
+def _rule_of_file(metadata: Mapping[str, str], path: "Path | None") -> TLoraRule | None:
     """Return the rule in a file's metadata; None: all ranks act. Raises CheckpointError for wrong numbers."""
     text = metadata.get("ss_network_args", "")
     if SWITCH not in text:
@@ -82,13 +82,13 @@ def _rule_of_file(metadata: Mapping[str, str], path: "Path | None") -> RankRule 
         return None  # another program's, whose arguments may have any form
     if str(arguments.get(SWITCH, "")).lower() != "true":
         return None
-    usual = RankRule()
+    usual = TLoraRule()
     least_text = arguments.get(MIN_RANK, usual.least)
     power_text = arguments.get(ALPHA, usual.power)
     try:
-        rule = RankRule(int(least_text), float(power_text))
+        rule = TLoraRule(int(least_text), float(power_text))
     except (ValueError, TypeError, OverflowError):
-        rule = RankRule(0)
+        rule = TLoraRule(0)
     if rule.least < 1 or not 0 < rule.power < math.inf:
         raise CheckpointError(
             f"{path or 'a LoRA'}: its metadata say {SWITCH}=True with {MIN_RANK}={least_text!r} and "
@@ -98,7 +98,7 @@ def _rule_of_file(metadata: Mapping[str, str], path: "Path | None") -> RankRule 
     return rule
 
 
-TLORA = Kind(
+TLORA = NetworkKind(
     name="T-LoRA",
     switch=SWITCH,
     numbers={MIN_RANK: int, ALPHA: float},

@@ -18,7 +18,7 @@ from networks.apply import LoraPatch
 from networks.convert import convert_file
 from networks.deltas import weight_delta
 from networks.factored import FactoredLayer, Product
-from networks.kinds import loha_layer, lokr_layer
+from networks.kinds import dora_layer, loha_layer, lokr_layer
 from networks.kinds.loha import make_shapes as loha_shapes
 from networks.kinds.lokr import make_shapes as lokr_shapes
 from networks.kinds.lokr import split_size
@@ -96,7 +96,8 @@ def test_a_convolution_computes_with_the_changed_weight(kind: str, case: str) ->
     original = nn.Conv2d(weight[1], weight[0], weight[2:], **settings).requires_grad_(False)  # type: ignore[arg-type]
     layer: FactoredLayer | LoraLayer
     if kind == "DoRA":
-        layer = LoraLayer(original, 2, 0.7, decomposes=True)
+        layer = LoraLayer(original, 2, 0.7)
+        dora_layer.extend(layer)
         scale = 0.35
     else:
         shapes, rank = shapes_of(kind, weight)
