@@ -18,6 +18,7 @@ from dataset.options import CachingOptions
 from dataset.scripts import cache_family_latents
 from dataset.sources.media_source import Fault
 from downloads.listing import gigabytes, print_lines, total_bytes
+from downloads.options import leave_out
 from modules import installation
 from modules.command import INTERRUPTED, as_typed, message_of
 from modules.control_codes import shorten
@@ -388,7 +389,14 @@ def _download_size(words: Sequence[str]) -> str:
     typed = _typed_values(words)
     for model in find_models("--fp8_encoders" in words):
         if (model.family, model.task) == (typed.get("--family"), typed.get("--task")):
-            return f" ({gigabytes(total_bytes(model.components))} for the whole model)"
+            behind = itertools.dropwhile(lambda word: word != "--without", words)
+            names = itertools.takewhile(
+                lambda word: not word.startswith("--"), itertools.islice(behind, 1, None)
+            )
+            left_out = list(names)
+            parts = leave_out(model, left_out).components
+            what = "without the files that you have" if left_out else "for the whole model"
+            return f" ({gigabytes(total_bytes(parts))} {what})"
     return ""
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from browser.described import read_described
 from dataset.config import load_dataset_config
 from modules.parser import parse_options
 from modules.speed_options import PlanOptions
@@ -17,6 +18,8 @@ from tests.commands import run_script
 from tests.faults.messages import assert_one_message, run_here
 from tests.sound_media import Track, write_media
 from tests.tiny.project import write_clips
+from tests.tiny.stable_diffusion import write_tiny_stable_diffusion
+from training.config_options import OTHERS_TABLE
 
 EDIT = ["--family", "qwen", "--task", "edit-2511", "--memory", "24"]
 
@@ -305,3 +308,26 @@ def test_masks_next_to_their_pictures_are_named_as_dataset_toml_takes_them(tmp_p
     path.write_text(path.read_text(encoding="utf-8") + 'mask_directory = "my cat"\n', encoding="utf-8")
     (table,) = load_dataset_config(path).datasets
     assert table.mask_directory == table.directory
+
+
+def test_a_named_checkpoint_brings_its_own_vae_and_is_not_downloaded_again(tmp_path: Path) -> None:
+    write_photos(tmp_path / "p")
+    write_tiny_stable_diffusion(tmp_path / "own", "sdxl")
+    words = ["p", "--family", "sdxl", "--model_file", f"ckpt={tmp_path / 'own' / 'ckpt.safetensors'}"]
+
+    told = run_script("new_project.py", *words, folder=tmp_path)
+
+    run = parse_toml((tmp_path / "p" / "run.toml").read_text("utf-8"))
+    assert "--vae: the one inside" in told.stdout
+    assert "its files are there" in told.stdout
+    assert "vae" not in run["training"]
+    assert len(run[OTHERS_TABLE]["files"]) == 1
+    download, *others = run[OTHERS_TABLE]["commands"]
+    assert download[download.index("--without") + 1 :][:2] == ["ckpt", "vae"]
+    assert not any("--vae" in words for words in others)
+    described = read_described(tmp_path / "p")
+    assert [*described.model_files] == ["ckpt"]
+    vae = tmp_path / "own" / "vae.safetensors"
+    run_script("new_project.py", *words, "--model_file", f"vae={vae}", "--overwrite", folder=tmp_path)
+    run = parse_toml((tmp_path / "p" / "run.toml").read_text("utf-8"))
+    assert Path(run["training"]["vae"]) == vae
