@@ -30,7 +30,7 @@ from downloads.naming import (
 )
 from modules.command import did_you_mean
 from modules.errors import OptionError, UserError
-from modules.options import read_options
+from modules.options import facts_of, read_options
 from modules.output_files import ask_on_terminal, has_terminal
 from modules.parser import add_options
 from modules.speed_options import take_ae
@@ -41,6 +41,7 @@ from training.image_options import ImageModelOptions
 from training.options import training_parser
 
 T = TypeVar("T")
+DTYPE_OPTIONS = ("dit_dtype", "vae_dtype", "text_encoder_dtype")
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class ModelFacts:
     learns_sounds: bool  # it also learns sounds without clips
     regularises: bool  # it also learns regularisation pictures, of the class
     learns_alpha: bool  # it learns the transparency of pictures
+    # options for the dtype of a network, by the kind of the script that takes them, as `options_record` does
+    dtypes: Mapping[str, Sequence[str]]
     few_steps: FewSteps | None  # what to train instead, or with; None: it was not distilled to few steps
     contradiction: str | None  # how the name of its file contradicts the task
     family: Any  # the record, of a run that caches latents
@@ -92,10 +95,20 @@ def ask_family(model: ModelSet, files: Mapping[str, str] = MappingProxyType({}))
         learns_sounds="sound_alone" in model.data,
         regularises=bool(model.data.get("regularises")),
         learns_alpha=_learns_alpha(family),
+        dtypes=_dtype_options(model),
         few_steps=_few_steps(family, model, dits),
         contradiction=_contradiction(family, model, dits),
         family=family,
     )
+
+
+def _dtype_options(model: ModelSet) -> dict[str, list[str]]:
+    """Return the options for the dtypes of networks that the scripts of a model take, by kind of script."""
+    entry = with_scripts()[script_family(shlex.split(model.commands["latents"]))]
+    return {
+        kind: [name for name in DTYPE_OPTIONS if name in facts_of(entry.options_record(kind))]
+        for kind in ("LatentCaching", "TextCaching", "Training")
+    }
 
 
 def _learns_alpha(family: Any) -> bool:

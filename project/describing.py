@@ -17,6 +17,7 @@ from typing import Any
 from contract.requests import COUNTS, VALUES
 from downloads.catalogue import ModelSet
 from modules.control_codes import drop_control_codes
+from modules.devices import emulates_bfloat16
 from modules.errors import OptionError
 from modules.media.lengths import USUAL_LENGTHS, ClipLengths
 from modules.media.reading import first_frame, video_frames
@@ -32,6 +33,7 @@ from project.options import RUN_FILE, NewOptions, find_models, times_of_steps
 from training.config_options import OTHERS_TABLE, toml_value
 
 USUAL_SIDE, SIDE_STEP = 256, 64  # shortest side of pictures, and what sides are multiples of, in subsets
+FLOAT32 = "float32"
 SMALL = 16  # GiB: below, text encoders have 8 bits
 LARGE = 40  # GiB: from here on, clips are twice as long
 MOST_SAMPLED = 480 * 320  # pixels of a frame of a sample: samples are made often
@@ -83,6 +85,11 @@ class Choice:
     @property
     def is_of_sound(self) -> bool:
         return self.media[0].kind == "audio"
+
+    @property
+    def needs_float32(self) -> bool:
+        """Return whether the run is one of a CPU that computes bfloat16 many times slower than float32."""
+        return not self.memory and emulates_bfloat16()
 
     def inside(self, path: Path) -> str:
         return Path(path_from(self.folder, real_path(path))).as_posix()
@@ -410,6 +417,9 @@ def list_commands(choice: Choice) -> list[list[str]]:
     paths = {f"{{{name}}}": path for name, path in choice.files.items()}
     latents = [paths.get(word, word) for word in _words_of(choice, "latents")]
     texts = [paths.get(word, word) for word in _words_of(choice, "texts")]
+    if choice.needs_float32:
+        latents += [word for name in choice.facts.dtypes["LatentCaching"] for word in (f"--{name}", FLOAT32)]
+        texts += [word for name in choice.facts.dtypes["TextCaching"] for word in (f"--{name}", FLOAT32)]
     if choice.facts.few_steps is not None:  # so that each recommended target finds what it needs
         texts += [word for target in choice.facts.few_steps.targets for word in shlex.split(target.caching)]
     download = ["python", "tools/download.py", "--family", model.family, "--task", model.task]
@@ -480,6 +490,9 @@ def _model_values(choice: Choice) -> dict[str, Any]:
             values.pop(word.lstrip("-"), None)
         if values["optimizer_type"] == "adamw8bit":
             values["optimizer_type"] = "adamw"
+    if choice.needs_float32:
+        values["mixed_precision"] = "no"
+        values |= dict.fromkeys(choice.facts.dtypes["Training"], FLOAT32)
     trained = {word.strip("{}") for word in shlex.split(choice.model.commands["train"])}
     return values | {name: path for name, path in choice.files.items() if name not in trained}
 

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from browser.described import read_described
@@ -13,6 +14,7 @@ from modules.parser import parse_options
 from modules.speed_options import PlanOptions
 from modules.text_files import parse_toml
 from project import choosing
+from project.files import write_project
 from project.options import NewOptions, find_models
 from tests.commands import run_script
 from tests.faults.messages import assert_one_message, run_here
@@ -331,3 +333,31 @@ def test_a_named_checkpoint_brings_its_own_vae_and_is_not_downloaded_again(tmp_p
     run_script("new_project.py", *words, "--model_file", f"vae={vae}", "--overwrite", folder=tmp_path)
     run = parse_toml((tmp_path / "p" / "run.toml").read_text("utf-8"))
     assert Path(run["training"]["vae"]) == vae
+
+
+@pytest.mark.parametrize(("processor", "memory"), [("AVX2", "0"), ("AVX512", "0"), ("AVX2", "12")])
+@pytest.mark.parametrize("family", ["wan", "flux", "sdxl"])
+def test_a_cpu_that_is_slow_in_bfloat16_gets_float32_in_all_commands(
+    processor: str,
+    memory: str,
+    family: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: processor)
+    write_photos(tmp_path / "p")
+    task = {"wan": "t2v-1.3B", "flux": "dev", "sdxl": "xl"}[family]
+    words = [str(tmp_path / "p"), "--family", family, "--task", task, "--memory", memory]
+
+    write_project(parse_options("", words, NewOptions)[0])
+
+    run = parse_toml((tmp_path / "p" / "run.toml").read_text("utf-8"))
+    is_slow = (processor, memory) == ("AVX2", "0")
+    assert run["training"]["mixed_precision"] == ("no" if is_slow else "bf16")
+    assert (run["training"].get("dit_dtype") == "float32") == (is_slow and family != "sdxl")
+    _, check, _, latents, texts, _ = run[OTHERS_TABLE]["commands"]
+    for command in (check, latents):
+        assert ("--vae_dtype" in command) == (is_slow and family != "sdxl")
+    assert ("--text_encoder_dtype" in texts) == (is_slow and family != "wan")
+    assert ("slower than float32" in capsys.readouterr().out) == is_slow
