@@ -240,7 +240,7 @@ def _describe_choice(choice: describing.Choice, remarks: list[str]) -> list[str]
         lines.append(f"--{name}: the one inside {holder}. --model_file {name}=FILE takes another")
     if choice.needs_float32:
         lines.append(
-            "This processor computes bfloat16 many times slower than float32, so all networks are in float32, "
+            "This processor computes bfloat16 many times slower than float32, so all is in float32, "
             "which needs twice the memory. On a card, describe the folder again with --memory GIB --overwrite"
         )
     if choice.facts.contradiction:
