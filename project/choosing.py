@@ -412,6 +412,16 @@ def _read_tasks(text: str, tasks: Sequence[ModelSet]) -> list[ModelSet]:
     near = [model for model in near if not has_other_number(text, model.task)]
     if len(near) == 1:
         return near
+    script = _training_script(tasks[0])
+    alike = [model for model in find_models() if _training_script(model) == script]
+    others = [model for model in alike if is_task_spelling(text, model.task)]
+    if others:
+        families = dict.fromkeys(model.family for model in others)
+        names = [model.task for model in tasks]
+        raise OptionError(
+            f"--task {text} is one of --family {' or '.join(families)}; {tasks[0].family} has "
+            f"{', '.join(names)}"
+        )
     names = [model.task for model in tasks]
     hint = did_you_mean(text, names)
     if near:
@@ -423,6 +433,10 @@ def _read_tasks(text: str, tasks: Sequence[ModelSet]) -> list[ModelSet]:
 def _plain_task_names(model: ModelSet) -> set[str]:
     """Return the plain spellings of a task: its own, and that of its training script."""
     return {plain_name(model.task), plain_name(_training_task(model))}
+
+
+def _training_script(model: ModelSet) -> str:
+    return next(word for word in shlex.split(model.commands["train"]) if word.endswith(".py"))
 
 
 def _training_task(model: ModelSet) -> str:

@@ -20,7 +20,7 @@ from tests.commands import run_script
 from tests.faults.messages import assert_one_message, run_here
 from tests.sound_media import Track, write_media
 from tests.tiny.project import write_clips
-from tests.tiny.stable_diffusion import write_tiny_stable_diffusion
+from tests.tiny.stable_diffusion import write_sd1, write_tiny_stable_diffusion
 from training.config_options import OTHERS_TABLE
 
 EDIT = ["--family", "qwen", "--task", "edit-2511", "--memory", "24"]
@@ -361,3 +361,28 @@ def test_a_cpu_that_is_slow_in_bfloat16_gets_float32_in_all_commands(
         assert ("--vae_dtype" in command) == (is_slow and family != "sdxl")
     assert ("--text_encoder_dtype" in texts) == (is_slow and family != "wan")
     assert ("slower than float32" in capsys.readouterr().out) == is_slow
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "right"), [("wan", "ti2v-5B", "wan22"), ("wan22", "t2v-1.3B", "wan")]
+)
+def test_a_task_of_a_sister_family_names_it(family: str, task: str, right: str, tmp_path: Path) -> None:
+    write_photos(tmp_path / "p")
+
+    told = run_here("new_project.py", "p", "--family", family, "--task", task, folder=tmp_path)
+
+    assert told[0] != 0
+    assert f"--task {task} is one of --family {right}; {family} has " in told[1]
+
+
+def test_a_checkpoint_of_another_kind_names_its_scripts_and_its_family(tmp_path: Path) -> None:
+    write_photos(tmp_path / "p")
+    ckpt = write_sd1(tmp_path)
+
+    told = run_here(
+        "new_project.py", "p", "--family", "sdxl", "--model_file", f"ckpt={ckpt}", folder=tmp_path
+    )
+
+    assert (
+        "train_network.py and sd_generate_image.py; for `new` --family stable_diffusion --task 1.5" in told[1]
+    )
