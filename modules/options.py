@@ -568,6 +568,20 @@ def facts_of(cls: type) -> dict[str, dict[str, Any]]:
     return facts
 
 
+def in_one_spelling(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values of options with each in the spelling that stands for all of its meaning.
+
+    values: by public names. The fact `same_as` of an option has its other spellings and that one.
+    """
+    facts = facts_of(cls)
+    plain = dict(values)
+    for name, value in values.items():
+        same_as = facts.get(name, {}).get("same_as", {})
+        if isinstance(value, str):
+            plain[name] = same_as.get(value, value)
+    return plain
+
+
 def options_with(cls: type, fact: str, value: Any) -> tuple[str, ...]:
     return tuple(name for name, facts in facts_of(cls).items() if facts.get(fact) == value)
 

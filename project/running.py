@@ -24,6 +24,7 @@ from modules.command import INTERRUPTED, as_typed, message_of
 from modules.control_codes import shorten
 from modules.errors import OptionError
 from modules.option_values import option_words
+from modules.options import in_one_spelling
 from modules.output_files import check_output_name
 from modules.paths import expand_path, path_from
 from modules.run_limits import OF_TRAINING, describe_outside, limit_run, refuse_outside
@@ -306,7 +307,7 @@ def _parse_project(folder: Path, tables: Mapping[str, Any], typed: Mapping[str, 
     if values.get("logging_dir"):
         logs = expand_path(str(values["logging_dir"]), folder)
     files = [str(file) for file in project_table["files"]]
-    model = _model_metadata(values)
+    model = _model_metadata(values, commands)
     seed = int(values.get("validation_seed", values.get("seed", 0)))
     validation = float(values.get("validation_split", 0)), seed
     steps = None
@@ -328,10 +329,15 @@ def _parse_project(folder: Path, tables: Mapping[str, Any], typed: Mapping[str, 
     )
 
 
-def _model_metadata(values: Mapping[str, Any]) -> dict[str, str]:
+def _model_metadata(values: Mapping[str, Any], commands: Sequence[Sequence[str]]) -> dict[str, str]:
     """Return the metadata of trained files that say which model options of a training name."""
     names = ("network_module", "task", "model_version", "ltx_mode")
-    return {f"ss_{name}": str(values[name]) for name in names if name in values}
+    chosen = {name: str(values[name]) for name in names if name in values}
+    for words in commands:
+        with contextlib.suppress(KeyError, IndexError):
+            record = with_scripts()[script_family(words)].options_record("Training")
+            chosen = in_one_spelling(record, chosen)
+    return {f"ss_{name}": value for name, value in chosen.items()}
 
 
 def _report_trained(project: Project, options: RunOptions) -> bool:
