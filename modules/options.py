@@ -43,6 +43,7 @@ OF_DECODING = {"record": "decoding"}  # likewise; a run that only decodes says i
 # its value for this video, which a prompt line, an image or the task may decide
 OF_REQUEST = {"record": "request"}
 NO_PIXELS = {"record": "nothing"}  # nothing: it changes no pixel
+OF_SAMPLES = {"acts_on": "samples"}  # of a training: it acts on its samples alone
 OF_TYPING = {"typing": True}  # no value of an option: equal records may differ in it
 # What a value reaches outside of the program; a `place` says it of most paths (`reach_of`).
 # docs/new_and_run.md lists what of it a folder of somebody else may use.

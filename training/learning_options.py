@@ -17,6 +17,7 @@ from modules.options import (
     HABIT,
     IDENTITY,
     IMPORTS_CLASS,
+    OF_SAMPLES,
     Options,
     not_needed,
     option,
@@ -224,7 +225,9 @@ class AverageOptions(Options, title="average of the weights (EMA)"):
         least=1,
         acts_if={"there is no --ema_decay": lambda options: options.ema_decay is not None},
     )
-    sample_ema: bool = option("make samples with the average", needs="ema_decay", hint="0.999 is usual")
+    sample_ema: bool = option(
+        "make samples with the average", needs="ema_decay", hint="0.999 is usual", facts=OF_SAMPLES
+    )
 
 
 class PartsOptions(Options, title="what is trained"):
