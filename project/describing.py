@@ -29,7 +29,7 @@ from modules.text_files import real_path
 from project.choosing import ModelFacts
 from project.fitting import FP8, is_small, weight_options
 from project.media import CHECK_PAGE, FolderContent, Media, is_narrow, reference_of, why_unread
-from project.options import RUN_FILE, NewOptions, find_models, times_of_steps
+from project.options import RUN_FILE, NewOptions, times_of_steps
 from training.config_options import OTHERS_TABLE, toml_value
 
 USUAL_SIDE, SIDE_STEP = 256, 64  # shortest side of pictures, and what sides are multiples of, in subsets
@@ -85,6 +85,11 @@ class Choice:
     @property
     def is_of_sound(self) -> bool:
         return self.media[0].kind == "audio"
+
+    @property
+    def has_small_encoders(self) -> bool:
+        """Return whether text encoders in 8 bits are taken."""
+        return 0 < self.memory < SMALL
 
     @property
     def needs_float32(self) -> bool:
@@ -423,7 +428,7 @@ def list_commands(choice: Choice) -> list[list[str]]:
     if choice.facts.few_steps is not None:  # so that each recommended target finds what it needs
         texts += [word for target in choice.facts.few_steps.targets for word in shlex.split(target.caching)]
     download = ["python", "tools/download.py", "--family", model.family, "--task", model.task]
-    if model not in find_models():
+    if choice.has_small_encoders:
         download.append("--fp8_encoders")
     if choice.kept:
         download += ["--without", *choice.kept]

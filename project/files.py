@@ -119,7 +119,8 @@ def _gather_choice(options: NewOptions, model_choice: ModelChoice, memory: float
         model = _with_small_encoders(model)
     typed = typed_files(options)
     inside = find_inside(model, typed)
-    model = without_files(model, inside)
+    if inside:
+        model = without_files(model, inside)
     files = name_files(options, model)
     facts = ask_family(model, files)
     check_model_files(model, {name: files[name] for name in typed})

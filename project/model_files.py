@@ -21,6 +21,7 @@ def typed_files(options: NewOptions) -> dict[str, str]:
     texts: dict[str, str] = {}
     for typed in options.model_files:
         name, _, text = typed.partition("=")
+        name = name.strip().lstrip("-")
         text = without_quotes(text.strip())
         if texts.get(name, text) != text:
             raise OptionError(f"--model_file {name}: {texts[name]} and {text} are given. Give one of them")

@@ -315,7 +315,7 @@ def test_masks_next_to_their_pictures_are_named_as_dataset_toml_takes_them(tmp_p
 def test_a_named_checkpoint_brings_its_own_vae_and_is_not_downloaded_again(tmp_path: Path) -> None:
     write_photos(tmp_path / "p")
     write_tiny_stable_diffusion(tmp_path / "own", "sdxl")
-    words = ["p", "--family", "sdxl", "--model_file", f"ckpt={tmp_path / 'own' / 'ckpt.safetensors'}"]
+    words = ["p", "--family", "sdxl", "--model_file", f"--ckpt = {tmp_path / 'own' / 'ckpt.safetensors'}"]
 
     told = run_script("new_project.py", *words, folder=tmp_path)
 
@@ -325,6 +325,7 @@ def test_a_named_checkpoint_brings_its_own_vae_and_is_not_downloaded_again(tmp_p
     assert "vae" not in run["training"]
     assert len(run[OTHERS_TABLE]["files"]) == 1
     download, *others = run[OTHERS_TABLE]["commands"]
+    assert "--fp8_encoders" not in download
     assert download[download.index("--without") + 1 :][:2] == ["ckpt", "vae"]
     assert not any("--vae" in words for words in others)
     described = read_described(tmp_path / "p")
