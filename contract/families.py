@@ -243,13 +243,16 @@ def describe_scripts(family: str) -> str:
 
     entry = FAMILIES[family]
     training = f"{entry.training_script}.py"
+    described = [
+        model for model in model_sets() if "train" in model.commands and not model.data.get("control")
+    ]
     trained: dict[str, list[str]] = {}  # family of the catalogue -> its tasks, by its script
-    for model in model_sets():
-        if training in model.commands.get("train", "").split():
+    for model in described:
+        if training in model.commands["train"].split():
             trained.setdefault(model.family, []).append(model.task)
     calls = []
     for name, tasks in trained.items():
-        others = any(model.family == name and model.task not in tasks for model in model_sets())
+        others = any(model.family == name and model.task not in tasks for model in described)
         calls.append(f"--family {name}{f' --task {tasks[0]}' if others else ''}")
     in_new = f"; for `new` {' or '.join(calls)}" if calls else ""
     return f"Its scripts are {training} and {entry.generation_script}.py{in_new}"
