@@ -183,9 +183,7 @@ def _read_values(arguments: Mapping[str, Any], rules: LoraRules | None) -> dict[
             values[key] = value
     unknown = [key for key in texts if key not in readers]
     if "algo" in unknown:
-        kind = ALGORITHMS.get(
-            str(texts["algo"]).lower(), "one of networks.lora, networks.loha, networks.lokr"
-        )
+        kind = ALGORITHMS.get(str(texts["algo"]).lower(), "one of the modules in --help")
         raise OptionError(
             f"--network_args algo={texts['algo']}: algo is a setting of LyCORIS. Here --network_module says "
             f"the kind of network: give {kind}, and leave algo out"
