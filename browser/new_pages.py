@@ -466,7 +466,8 @@ class NewPages:
         }
         for model in find_models():
             if (model.family, model.task) == (described.family, described.task):
-                return list_missing(model, self.site.models, is_there)
+                missing = list_missing(model, self.site.models, is_there)
+                return [part for part in missing if (part.option or "").lstrip("-") in described.model_files]
         return []
 
     def run_words(self, described: DescribedFolder) -> list[str]:

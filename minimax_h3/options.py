@@ -17,6 +17,7 @@ from modules.options import (
     IDENTITY,
     OF_DECODING,
     OF_REQUEST,
+    OF_SAMPLES,
     Options,
     not_needed,
     of_request,
@@ -235,7 +236,7 @@ class H3TrainingOptions(H3ModelOptions, title=NAME):
     h3_allow_experimental_sample_duration: bool = option(
         f"also make samples of less than {LEAST_FRAMES} or more than {MOST_FRAMES} frames, for which the "
         "model was not trained",
-        facts=FREE,
+        facts={**FREE, **OF_SAMPLES},
     )
 
     def __post_init__(self) -> None:

@@ -43,6 +43,7 @@ OF_DECODING = {"record": "decoding"}  # likewise; a run that only decodes says i
 # its value for this video, which a prompt line, an image or the task may decide
 OF_REQUEST = {"record": "request"}
 NO_PIXELS = {"record": "nothing"}  # nothing: it changes no pixel
+OF_SAMPLES = {"acts_on": "samples"}  # of a training: it acts on its samples alone
 OF_TYPING = {"typing": True}  # no value of an option: equal records may differ in it
 # What a value reaches outside of the program; a `place` says it of most paths (`reach_of`).
 # docs/new_and_run.md lists what of it a folder of somebody else may use.
@@ -566,6 +567,20 @@ def facts_of(cls: type) -> dict[str, dict[str, Any]]:
         for name, facts_inside in inner.items():
             facts[name] = {**outer, **facts_inside}
     return facts
+
+
+def in_one_spelling(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values of options with each in the spelling that stands for all of its meaning.
+
+    values: by public names. The fact `same_as` of an option has its other spellings and that one.
+    """
+    facts = facts_of(cls)
+    plain = dict(values)
+    for name, value in values.items():
+        same_as = facts.get(name, {}).get("same_as", {})
+        if isinstance(value, str):
+            plain[name] = same_as.get(value, value)
+    return plain
 
 
 def options_with(cls: type, fact: str, value: Any) -> tuple[str, ...]:

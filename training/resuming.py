@@ -17,7 +17,7 @@ from contract.family import Family
 from dataset.batches.order import BatchOrder
 from modules.errors import OptionError
 from modules.option_values import read_literals, to_path
-from modules.options import options_with
+from modules.options import in_one_spelling, options_with
 from networks.options import DEFAULT_BLOCK, DEFAULT_RANK, NOTHING_FROZEN, OFT_MODULE
 from networks.slider_options import NO_SLIDER
 from networks.teacher_options import NO_PRIOR, NO_TEACHER
@@ -134,6 +134,7 @@ class RunSettings:
 
     identity: dict[str, Any]  # must be equal in a resumed run
     habits: dict[str, Any]  # may change, with a warning; models are given by file name
+    record: type  # of the family's own options
 
 
 def settings_of(
@@ -149,7 +150,7 @@ def settings_of(
     experts = [f"{expert.name or 'one'} from {expert.lowest:g}" for expert in family.experts]
     identity[TRANSFORMERS] = ", ".join(experts)
     identity[TRAINING_ADAPTER] = _adapter_with_content(options)
-    return RunSettings(identity, _habits_of(family, options, config))
+    return RunSettings(identity, _habits_of(family, options, config), type(family.options))
 
 
 def _habits_of(family: Family, options: TrainingOptions, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -217,8 +218,8 @@ def check_resumable(
         PER_EXPERT: settings.identity.get(PER_EXPERT) and False,
         TRAINING_ADAPTER: None,
     }
-    before = _resolve({**usual, **saved.identity})
-    identity = _resolve(settings.identity)
+    before = _resolve({**usual, **saved.identity}, settings.record)
+    identity = _resolve(settings.identity, settings.record)
     # likewise of before there were targets and features
     unsaid: dict[str, Any] = {}
     of_targets = (NO_TEACHER, NO_PRIOR, NO_GUIDED_TARGET, NO_SLIDER)
@@ -307,9 +308,16 @@ def take_over(changes: Mapping[str, str], progress: Progress, saved: states.Save
     progress.plan_step = progress.step
 
 
-def _resolve(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an identity in which settings of equal meaning are equal, however they were typed."""
-    resolved = dict(identity)
+def _resolve(identity: Mapping[str, Any], record: type) -> dict[str, Any]:
+    """Return an identity in which settings of equal meaning are equal, however they were typed.
+
+    record: of the family's own options.
+    """
+    by_name = {name.removeprefix("--"): value for name, value in identity.items() if name.startswith("--")}
+    resolved = {
+        **identity,
+        **{f"--{name}": value for name, value in in_one_spelling(record, by_name).items()},
+    }
     if "--optimizer_type" in resolved:
         name = str(resolved["--optimizer_type"])
         resolved["--optimizer_type"] = PATHS.get(name.lower(), name)
