@@ -6,10 +6,10 @@ the option, a new line names it, or the command is refused with its name. All ot
 becomes shorter.
 
 An option is the same in two scripts of a kind (caching of latents or texts, training of networks or whole
-models, generation, `gen_img.py`) if its name and help are equal. Each is tried with the first family that has
-it, in the order of `SWEPT`: Wan, which has most of those of video, and FLUX.1, which has those of picture
-trainers, come first; the others add their own. By default a tenth of the options of these two is tried, the
-same ones each time; all of them are slow.
+models, generation, `gen_img.py`) if its name and help are equal. Each is tried with the family that its
+setting names, else with the first that has it, in the order of `SWEPT`: Wan, which has most of those of
+video, and FLUX.1, which has those of picture trainers, come first; the others add their own. By default a tenth of
+the options of these two is tried, the same ones each time; all of them are slow.
 """
 
 import functools
@@ -101,10 +101,18 @@ def new_options() -> dict[tuple[str, str], list[str]]:
         for kind in KINDS:
             command = command_of(BY_NAME[name], kind)
             actions = options_of(command[0]) if command else []
+            actions = [one for one in actions if tried_with(name, kind, one.dest) == name]
             loop = TRAINING if kind == WHOLE else kind
             new[name, kind] = [one.dest for one in actions if (loop, one.dest, one.help) not in seen]
             seen |= {(loop, one.dest, one.help) for one in actions}
     return new
+
+
+def tried_with(name: str, kind: str, dest: str) -> str:
+    """The family that an option is tried with in place of another one of the same script."""
+    script = command_of(BY_NAME[name], kind)[0]
+    other = setting_of(script, kind, dest).family
+    return other if other and command_of(BY_NAME[other], kind)[0] == script else name
 
 
 def sweep(name: str, kind: str, chosen: list[str], folder: Path) -> list[str]:
@@ -170,3 +178,4 @@ def test_each_entry_is_of_an_option() -> None:
     }
 
     assert {key for entries in KNOWN.values() for key in entries} <= named | scripts
+    assert {key.rpartition(".")[2] for key in SETTINGS} <= {key.rpartition(".")[2] for key in named}
