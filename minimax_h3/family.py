@@ -386,9 +386,11 @@ class MiniMaxH3(OneTransformer):
                 f"--video_length {frames}: {NAME} makes {lengths} frames, or one. Give {remedy}"
             )
         if not self.any_length and not LEAST_FRAMES <= frames <= MOST_FRAMES:
+            is_sample = isinstance(self.options, H3TrainingOptions)
+            option = "h3_allow_experimental_sample_duration" if is_sample else "allow_experimental_duration"
             raise OptionError(
                 f"--video_length {frames}: {NAME} was trained with {LEAST_FRAMES} to {MOST_FRAMES} frames, 5 "
-                "to 15 seconds. Give --allow_experimental_duration to make other lengths"
+                f"to 15 seconds. Give --{option} to make other lengths"
             )
 
     def _check_media(self, request: Request, media: H3Media) -> None:

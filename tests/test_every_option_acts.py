@@ -8,8 +8,8 @@ becomes shorter.
 An option is the same in two scripts of a kind (caching of latents or texts, training of networks or whole
 models, generation, `gen_img.py`) if its name and help are equal. Each is tried with the family that its
 setting names, else with the first that has it, in the order of `SWEPT`: Wan, which has most of those of
-video, and FLUX.1, which has those of picture trainers, come first; the others add their own. By default a tenth of
-the options of these two is tried, the same ones each time; all of them are slow.
+video, and FLUX.1, which has those of picture trainers, come first; the others add their own. By default a
+tenth of the options of these two is tried, the same ones each time; all of them are slow.
 """
 
 import functools
@@ -74,6 +74,7 @@ GEN_IMG += ("--outdir", "videos")
 KNOWN: dict[str, dict[str, str]] = tomllib.loads(
     (Path(__file__).parent / "data" / "acts.toml").read_text(encoding="utf-8")
 )
+LISTED = {METADATA: "metadata", SILENT: "silent", FAILS: "fails"}  # verdicts that need an entry -> its table
 SEED, SHARE = 4, 10  # of the options that are tried by default: one of so many
 
 
@@ -130,8 +131,7 @@ def sweep(name: str, kind: str, chosen: list[str], folder: Path) -> list[str]:
         entry = next(
             (key for key in (f"{script}.{action.dest}", f"{kind}.{action.dest}") if is_known(key)), ""
         )
-        expected = KNOWN["metadata"] if verdict == METADATA else KNOWN["silent"] if verdict == SILENT else {}
-        if verdict in {FAILS, METADATA, SILENT} and entry not in expected:
+        if verdict in LISTED and entry not in KNOWN[LISTED[verdict]]:
             wrong.append(f"{script} --{action.dest}: {verdict} {shown}")
         elif entry and verdict in {ACTS, SAYS, REFUSES}:
             wrong.append(

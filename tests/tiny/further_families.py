@@ -66,7 +66,7 @@ def _minimax_h3() -> TinyFamily:
     return TinyFamily(
         name="minimax_h3",
         prepare=prepare,
-        cache_latents=["minimax_h3_cache_latents.py", *DATASET, *vaes, *short],
+        cache_latents=["minimax_h3_cache_latents.py", *DATASET, *vaes, *short, "--task", "fl2va"],
         cache_texts=["minimax_h3_cache_text_encoder_outputs.py", *DATASET, *texts]
         + ["--teacher_conditions", "first,last"],
         train=["minimax_h3_train_network.py", *models, *DATASET, "--mixed_precision", "no"]
