@@ -310,7 +310,7 @@ def translate(args: argparse.Namespace) -> None:
     args.typed_options = frozenset(typed)
     _choose_rank(args)
     _check_view(args)
-    _warn_of_clean_shares(args)
+    warn_of_clean_shares(args)
 
 
 USUAL: dict[str, Any] = {
@@ -417,7 +417,7 @@ def _choose_rank(args: argparse.Namespace) -> None:
         args.network_dim = args.network_alpha = RANK
 
 
-def _warn_of_clean_shares(args: argparse.Namespace) -> None:
+def warn_of_clean_shares(args: argparse.Namespace) -> None:
     """Warn of shares of noise in conditions that the clips of the task have not."""
     has_references = args.task == "ref2va" or args.h3_training_mode == "ref2va"
     has_pictures = has_references or args.task == "fl2va" or args.one_frame or args.teacher is not None

@@ -40,7 +40,6 @@ UNSIZED = ("--sample_prompts", "unsized.txt", "--sample_at_first", "--height", "
 UNSIZED += ("--sample_num_frames", "9")
 SPATIOTEMPORAL = ("--stg_scale", "2")
 SOUND = "ltx_2 with sound"
-LARGE = ("--control_image_path", "large.png", "large.png")
 APG = ("--guidance_scale", "5")
 BY_LINE = ("--from_file", "long.txt")
 STRETCHED = ("--shifted_logit_mode", "stretched")
@@ -416,7 +415,6 @@ SETTINGS: dict[str, Setting] = {
     "training.latent_window_size": Setting(also=PROMPTS),
     "fpack_generate_video.py.image_path": Setting(("mask.png",)),
     "training.no_resize_control": Setting(also=PROMPTS),
-    "flux_2_generate_image.py.no_resize_control": Setting(also=LARGE),
     "texts.model_version": Setting(("dev",)),
     "hunyuan_image_train_network.py.attn_mode": Setting(("xformers",)),
     "hunyuan_image_generate_image.py.video_size": Setting(("64", "64")),

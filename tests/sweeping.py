@@ -152,7 +152,6 @@ def write_project(family: TinyFamily, folder: Path, kind: str) -> None:
     (project / "many.txt").write_text("".join(f"{number} dogs\n" for number in range(9)), encoding="utf-8")
     for name, line in LINES.items():
         (project / name).write_text(f"{line}\n", encoding="utf-8")
-    write_png(project / "large.png", np.full((1040, 1024, 3), 90, np.uint8))
     write_png(project / "mask.png", np.pad(np.full((32, 16, 3), 255, np.uint8), ((0, 0), (0, 16), (0, 0))))
     models = [path for path in (project / "model").rglob("*.safetensors") if "dit" in path.name]
     if models:
