@@ -184,7 +184,7 @@ SETTINGS: dict[str, Setting] = {
     "plan": Setting(("24",)),
     "dit_dtype": Setting(("bfloat16",)),
     "rope_func": Setting(also=()),
-    "huggingface_repo_id": Setting(("owner/name",)),
+    "huggingface_repo_id": Setting(("owner/name",), shows="not uploaded to owner/name"),
     # generation
     "video_size": Setting(("48", "32")),
     "video_length": Setting(("9",)),

@@ -95,17 +95,22 @@ def command_of(family: TinyFamily, kind: str) -> tuple[str, ...]:
 
 @functools.cache
 def new_options() -> dict[tuple[str, str], list[str]]:
-    """The options that each family is the first to have in its script of a kind."""
+    """The options that each family is to be tried with in its script of a kind."""
+    owners: dict[tuple[str, str, str | None], str] = {}
     seen: set[tuple[str, str, str | None]] = set()
     new: dict[tuple[str, str], list[str]] = {}
     for name in SWEPT:
         for kind in KINDS:
             command = command_of(BY_NAME[name], kind)
-            actions = options_of(command[0]) if command else []
-            actions = [one for one in actions if tried_with(name, kind, one.dest) == name]
             loop = TRAINING if kind == WHOLE else kind
-            new[name, kind] = [one.dest for one in actions if (loop, one.dest, one.help) not in seen]
-            seen |= {(loop, one.dest, one.help) for one in actions}
+            own = {
+                (loop, one.dest, one.help): one.dest for one in (options_of(command[0]) if command else [])
+            }
+            for key, dest in own.items():
+                owners.setdefault(key, tried_with(name, kind, dest))
+            tried = [key for key in own if owners[key] == name and key not in seen]
+            new[name, kind] = [own[key] for key in tried]
+            seen.update(tried)
     return new
 
 
