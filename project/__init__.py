@@ -10,6 +10,6 @@ file_check: checks one file of a model, for a page
 known: remembers which folders were described or read here
 options: options of new_project.py and run_project.py
 running: runs the commands of a described folder
-ending: says how a run ended, to the command of --on_end
+ending: starts the command of --on_end, says how a run ended
 tracing: keeps a trace of a run for the browser
 """

@@ -28,7 +28,7 @@ from modules.paths import expand_path, path_from
 from modules.run_limits import OF_TRAINING, describe_outside, limit_run, refuse_outside
 from modules.text_files import parse_toml, read_safetensors_texts, read_text, real_path
 from project.choosing import script_family
-from project.ending import describe_run
+from project.ending import EndCommand, describe_run
 from project.fitting import transformers_of
 from project.options import (
     CAPTION_MODEL,
@@ -41,7 +41,6 @@ from project.options import (
 )
 from project.tracing import RunTrace, trace_run
 from training.config_options import OTHERS_TABLE
-from training.end_command import EndCommand
 from training.reports.history import history_path
 from training.saving.states import find_latest
 
@@ -131,7 +130,6 @@ def _run_within_limits(options: RunOptions, project: Project, trace: RunTrace, e
             _print_command(words, project.folder)
         return
     again = ["run", str(project.folder), *options.words[2:]]
-    end.note_beginning()
     end.describe(partial(describe_run, project.output, project.name, project.steps, time.time()))
     trace.begin(again, output=project.output, name=project.name, steps=project.steps)
     left_out = _run_until_one_fails(commands, project, trace)
@@ -364,7 +362,7 @@ def _report_trained(project: Project, options: RunOptions) -> bool:
 
 
 def _find_other_model(project: Project, metadata: Mapping[str, str]) -> str | None:
-    """Return what the metadata of a trained file say of a model that is not the project's; None: nothing."""
+    """Return the model that a trained file's metadata name if it is not the project's; None if it is."""
     released = {part.path.name for model in find_models() for part in transformers_of(model)}
     transformers = released & {Path(name).name for name in project.files}
     trained_name = metadata.get("ss_sd_model_name", "")
@@ -384,7 +382,7 @@ def _download_words(project: Project, models: Path) -> str:
 
 
 def _download_size(words: Sequence[str]) -> str:
-    """Return how large the model of a command that downloads is, in brackets; "" for an unknown model."""
+    """Return the size of the model that a command downloads, in brackets; "" for an unknown model."""
     typed = _typed_values(words)
     for model in find_models("--fp8_encoders" in words):
         if (model.family, model.task) == (typed.get("--family"), typed.get("--task")):

@@ -38,9 +38,8 @@ from training.config_options import (
     check_imports,
     read_config_file,
 )
-from training.end_options import EndOptions
 from training.features.composing import find_record, options_at, refuse_combinations
-from training.features.contract import AT_LOSS, AT_WEIGHTS, T
+from training.features.contract import AT_LOGS, AT_LOSS, AT_WEIGHTS, T
 from training.saving.options import HubOptions, MetadataOptions, SavingOptions
 from training.target_options import GuidedTargetOptions
 
@@ -56,9 +55,11 @@ RANKED_NETWORKS = ("networks.lora", "networks.loha")
 if TYPE_CHECKING:  # records of what the list of features has
     OptionsAtLoss = Options
     OptionsAtWeights = Options
+    OptionsAtLogs = Options
 else:
     OptionsAtLoss = options_at(AT_LOSS)
     OptionsAtWeights = options_at(AT_WEIGHTS)
+    OptionsAtLogs = options_at(AT_LOGS)
 
 
 class TrainingOptions(Options):
@@ -80,10 +81,9 @@ class TrainingOptions(Options):
     accelerator: run_options.AcceleratorOptions = option(facts=HABIT)
     saving: SavingOptions = option(facts=FREE)
     samples: run_options.SampleOptions = option(facts=FREE)
-    average: learning_options.AverageOptions = option(facts=FREE)
     at_weights: OptionsAtWeights  # of features
     logs: run_options.LogOptions = option(facts=FREE)
-    end: EndOptions = option(facts=FREE)
+    at_logs: OptionsAtLogs  # of features
     metadata: MetadataOptions = option(facts=FREE)
     hub: HubOptions = option(facts=FREE)
     speed: TrainingSpeedOptions
@@ -93,7 +93,8 @@ class TrainingOptions(Options):
     parts: learning_options.PartsOptions | None
     start: run_options.StartOptions | None = option(facts=FREE)
     subset: SubsetOptions | None = option(facts=FREE)  # the resulting tables are compared instead
-    typed_names: Mapping[str, str] = option(default={}, facts=FREE)  # no option: see `name_as_typed`
+    # no option: see `name_as_typed`
+    typed_names: Mapping[str, str] = option(default={}, facts={**FREE, **OF_TYPING})
     # no option: arguments of those that are typed, with their usual values too
     typed_options: frozenset[str] = option(default=frozenset(), facts={**FREE, **OF_TYPING})
     caching: CachingInRunOptions | None = option(facts=FREE)
@@ -124,7 +125,7 @@ class TrainingOptions(Options):
 
     def of(self, kind: type[T]) -> T:
         """Return the options of a feature."""
-        return find_record((self.at_loss, self.at_weights), kind)
+        return find_record((self.at_loss, self.at_weights, self.at_logs), kind)
 
     @property
     def only_shows(self) -> bool:
@@ -217,11 +218,6 @@ class TrainingOptions(Options):
             raise OptionError(
                 f"{flags}: trained weights are kept in float32, or in bfloat16 with --full_bf16, because "
                 f"{stored.form} would lose the steps; leave it out, or train a LoRA"
-            )
-        if self.average.sample_ema:
-            raise OptionError(
-                "--sample_ema: the average of a whole model is in host memory. Leave it out, and generate "
-                "with the ...-ema.safetensors file"
             )
         swap = self.speed.swap
         if swap.blocks_to_swap and not options.fused_backward_pass:

@@ -15,12 +15,14 @@ import torch
 from contract.family import Family
 from dataset.batches.items import NO_COMMANDS, CachingCommands
 from modules.installation import RUN_CHECKS, RUN_GOES_ON
-from modules.lost_processes import LostProcessError, OtherProcesses
+from modules.lost_processes import LostProcessError
 from modules.options import option_values
 from modules.speed_options import SwapOptions
 from running.dressing import shared_blocks
 from running.planning.device_memory import MemoryWatch, too_little
 from training.checks import check_before_loading
+from training.features.composing import act_at_end, end_of_run, sampled_average
+from training.features.contract import RunEnd
 from training.following import NextSteps, plan_next_steps
 from training.learning import load_model, make_run
 from training.loop import train
@@ -29,7 +31,6 @@ from training.other_families import NO_OTHERS, OtherFamilies
 from training.plan import TrainingPlan, join_processes, make_plan, read_config
 from training.reports.history import Story, read_session
 from training.reports.logs import TRACKER_NAME, Logs, public_config
-from training.reports.page import page_path
 from training.reports.pauses import StepClock
 from training.saver import file_dtype, make_saver
 from training.saving.files import set_aside
@@ -37,8 +38,7 @@ from training.saving.states import SavedState
 from training.summary import count_pauses, make_reporter, show_end, show_start, watch_run
 from training.training_run import TrainingRun
 
-if TYPE_CHECKING:  # loaded only with --on_end; if there are prompts; if files are uploaded
-    from training.end_command import EndCommand, RunFacts
+if TYPE_CHECKING:  # loaded only if there are prompts; if files are uploaded
     from training.samples import Sampler
     from training.saving.hub import Uploads
     from training.targets.sliders import SliderTarget
@@ -67,12 +67,10 @@ def train_network(
         from training.previews import show_preview  # trains nothing
 
         return show_preview(family, options, commands, others)
-    end = _make_end(options)
-    with end or contextlib.nullcontext():
+    with end_of_run(options) as end:
         try:
             with prepare_run(family, options, commands, follow=follow, others=others, end=end) as run:
-                if end is not None:
-                    end.note_beginning()
+                end.has_begun = True
                 train(run)
         except torch.OutOfMemoryError as error:
             raise too_little(
@@ -90,20 +88,21 @@ def prepare_run(
     commands: CachingCommands = NO_COMMANDS,
     follow: Callable[..., NextSteps] = plan_next_steps,
     others: OtherFamilies = NO_OTHERS,
-    end: "EndCommand | None" = None,
+    end: RunEnd | None = None,
 ) -> Iterator[TrainingRun]:
     """Load everything for a run; on exit, end logs and wait for uploads. Raises as `train_network`.
 
-    end: the command of --on_end.
+    end: notes how far the run has come.
     """
+    end = end or RunEnd(options)
     config = read_config(options, family)  # faults in it are reported before anything is started
     with contextlib.ExitStack() as stack:
         accelerator, processes = stack.enter_context(join_processes(family, options, config))
-        if end is not None and accelerator.is_main_process:
-            _prepare_end(end, options, processes)
+        end.is_due = accelerator.is_main_process
+        if processes is not None:
+            processes.at_end = lambda reason: act_at_end(end, LostProcessError(reason))
         plan = make_plan(family, options, commands, config=config, accelerator=accelerator, others=others)
-        if end is not None and accelerator.is_main_process:
-            end.describe(partial(_describe_run, options, plan))
+        end.progress, end.total_steps = plan.progress, plan.steps.total_steps
         # texts and images are encoded while there is no DiT
         sampler = _make_sampler(plan)
         slider = _encode_slider(plan)
@@ -151,40 +150,6 @@ def _encode_slider(plan: TrainingPlan) -> "SliderTarget | None":
     from training.targets.sliders import encode_sliders, read_sliders  # only with --slider
 
     return encode_sliders(plan.family, read_sliders(path), plan.accelerator.device)
-
-
-def _make_end(options: TrainingOptions) -> "EndCommand | None":
-    """Return the command to start when the run is over; None without --on_end."""
-    if not options.end.words:
-        return None
-    from training.end_command import EndCommand  # only with --on_end
-
-    return EndCommand(options.end.words)
-
-
-def _prepare_end(end: "EndCommand", options: TrainingOptions, processes: OtherProcesses | None) -> None:
-    """Have the command of --on_end started when the run ends, however that is."""
-    end.describe(partial(_describe_run, options, None))
-    if processes is not None:
-        processes.at_end = lambda reason: end.start(LostProcessError(reason))
-
-
-def _describe_run(options: TrainingOptions, plan: TrainingPlan | None) -> "RunFacts":
-    """Return what the command of --on_end can read about the run. plan: None, if it is not made yet."""
-    from training.end_command import RunFacts  # only with --on_end
-
-    folder, name = options.saving.place
-    page = page_path(folder, name)
-    step = 0 if plan is None else plan.progress.step
-    steps = options.loop.known_steps if plan is None else plan.steps.total_steps
-    return RunFacts(
-        folder=folder,
-        name=name,
-        step=step,
-        steps=steps,
-        is_finished=plan is not None and step >= plan.steps.total_steps,
-        page=page if not options.logs.no_page and page.is_file() else None,
-    )
 
 
 def _plan_memory(plan: TrainingPlan) -> tuple[SwapOptions, MemoryWatch | None]:
@@ -265,8 +230,8 @@ def _make_sampler(plan: TrainingPlan) -> "Sampler | None":
     from training.samples import prepare_samples  # only with prompts
 
     weights = "".join(f" + {path.name}:{multiplier:g}" for path, multiplier in options.samples.loras())
-    if options.average.sample_ema:
-        weights = " (EMA)" + weights
+    if average := sampled_average(options):
+        weights = f" ({average}){weights}"
     sampler = prepare_samples(
         plan.sampled,
         prompts,

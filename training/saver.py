@@ -55,7 +55,7 @@ def make_saver(
     plan, trainable = model.plan, model.trainable
     options, progress, average = plan.options, plan.progress, model.average
     is_first = plan.accelerator.is_main_process
-    if not (is_first or plan.splits_model):
+    if not model.takes_part_in_saving:
         return None
     dtype = file_dtype(options, model.dits.networks[0])
     of_run = run_metadata(plan, model.optimizer_name, model.schedule.name)

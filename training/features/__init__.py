@@ -2,12 +2,17 @@
 
 composing: what the phases of a run ask all features for
 contract: what a feature is, and where it acts
+ema: keep an average of the trained weights
+ema_weights: how this average is computed
+on_end: start a command when the run is over
 skip: leave out steps that went wrong, and remember them
 tread: let tokens pass by the middle blocks
 tread_routes: which tokens pass by the middle blocks
 """
 
 from training.features.contract import Feature
+from training.features.ema import EMA
+from training.features.on_end import ON_END
 from training.features.skip import SKIP
 from training.features.tread import TREAD
 
@@ -15,6 +20,8 @@ from training.features.tread import TREAD
 # fmt: off
 FEATURES: tuple[Feature, ...] = (
     TREAD,
+    EMA,
     SKIP,
+    ON_END,
 )
 # fmt: on

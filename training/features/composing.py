@@ -1,12 +1,13 @@
 """What the phases of a run ask all features for. Standard library only."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from modules.options import HABIT, Options, option
 from training.features import FEATURES
-from training.features.contract import Feature, Hooks, LearningPass, OptionsOfRun, T
+from training.features.contract import Feature, Hooks, LearningPass, OptionsOfRun, RunEnd, T
 
 if TYPE_CHECKING:
     from contract.family import Family
@@ -37,6 +38,28 @@ def refuse_combinations(options: OptionsOfRun) -> None:
     for feature in active_features(options):
         if feature.refuse is not None:
             feature.refuse(options)
+
+
+def idle_reasons(options: OptionsOfRun) -> dict[str, str]:
+    """Return the options of features that have no effect because of others, by name -> why."""
+    reasons: dict[str, str] = {}
+    for feature in FEATURES:
+        if feature.idle is not None:
+            reasons |= feature.idle(options)
+    return reasons
+
+
+def kept_average(options: OptionsOfRun) -> str:
+    """Return the short name of the average of the weights that a run keeps; "": it keeps none."""
+    return next((feature.average for feature in active_features(options) if feature.average), "")
+
+
+def sampled_average(options: OptionsOfRun) -> str:
+    """Return the short name of the average that samples show; "": they show the weights themselves."""
+    for feature in active_features(options):
+        if feature.samples_average is not None and feature.samples_average(options.of(feature.options)):
+            return feature.average
+    return ""
 
 
 def check_model(options: OptionsOfRun, family: "Family", count_blocks: Callable[[], Sequence[int]]) -> None:
@@ -99,6 +122,15 @@ def file_values(options: OptionsOfRun, progress: "Progress") -> dict[str, Any]:
     return values
 
 
+def start_rows(options: OptionsOfRun) -> list[tuple[str, str]]:
+    """Return the lines of features that end the box at the start of a run."""
+    return [
+        feature.start_row(options.of(feature.options))
+        for feature in active_features(options)
+        if feature.start_row is not None
+    ]
+
+
 def result_rows(options: OptionsOfRun, progress: "Progress") -> list[tuple[str, str]]:
     """Return the lines of features in the box at the end of a run."""
     return [feature.result(progress) for feature in active_features(options) if feature.result is not None]
@@ -116,3 +148,26 @@ def install_features(options: OptionsOfRun, progress: "Progress") -> Hooks:
         if feature.install is not None:
             feature.install(hooks, options, progress)
     return hooks
+
+
+@contextlib.contextmanager
+def end_of_run(options: OptionsOfRun) -> Iterator[RunEnd]:
+    """Have features act when the block ends. What is known of the run is noted in what this yields."""
+    end = RunEnd(options, total_steps=options.loop.known_steps)
+    try:
+        yield end
+    except BaseException as error:
+        act_at_end(end, error)
+        raise
+    act_at_end(end, None)
+
+
+def act_at_end(end: RunEnd, error: BaseException | None) -> None:
+    """Have features act on the end of a run, once. error: that has ended it."""
+    if not end.is_due:
+        return
+    end.is_due = False
+    end.error = error
+    for feature in active_features(end.options):
+        if feature.at_end is not None:
+            feature.at_end(end)
