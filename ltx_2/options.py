@@ -68,6 +68,7 @@ _OF_PICTURES = {
 }
 # what is for sound, or between both streams
 _OF_SOUND = {
+    "video_loss_weight",  # of the only loss
     "audio_vae",
     "ltx2_audio_source",
     "ltx2_audio_dir",
@@ -222,6 +223,7 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
         "if the file is another release than --ltx_version: off, warn or error",
         default="warn",
         choices=("off", "warn", "error"),
+        only_with="ltx_version",
         facts=FREE,
     )
     lora_target_preset: str = option(
@@ -392,9 +394,13 @@ def settle_generation(shared: T, own_options: Ltx2GenerationOptions) -> tuple[T,
             changes[name] = value
         if other_value is not None:
             typed_names[f"--{name}"] = f"--{other_name}"
+    if own_options.sample_audio_only:
+        typed_names["--ltx2_mode audio"] = "--sample_audio_only"
     kernels = _chosen_kernels(values, own_options)
     kernel = next(iter(kernels.values()), "torch")
     changes["attn_mode"] = kernel
+    for flag in _KERNELS.keys() & {name.removeprefix("--") for name in kernels}:
+        typed_names[f"--attn_mode {_KERNELS[flag]}"] = f"--{flag}"
     if kernels:
         changes["settings"] = {**values["settings"], "attn_mode": kernel}
     if own_options.height is not None:

@@ -93,7 +93,8 @@ class TrainingOptions(Options):
     parts: learning_options.PartsOptions | None
     start: run_options.StartOptions | None = option(facts=FREE)
     subset: SubsetOptions | None = option(facts=FREE)  # the resulting tables are compared instead
-    typed_names: Mapping[str, str] = option(default={}, facts=FREE)  # no option: see `name_as_typed`
+    # no option: see `name_as_typed`
+    typed_names: Mapping[str, str] = option(default={}, facts={**FREE, **OF_TYPING})
     # no option: arguments of those that are typed, with their usual values too
     typed_options: frozenset[str] = option(default=frozenset(), facts={**FREE, **OF_TYPING})
     caching: CachingInRunOptions | None = option(facts=FREE)
