@@ -1,6 +1,7 @@
 """The page that compares saved files: what it shows of each, and the clips that it has made."""
 
 import hashlib
+import re
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -92,6 +93,18 @@ def make(served: Served, *given: object, **more: object) -> Answer:
 
 def jobs(folder: Path) -> list[list[str]]:
     return [job.words for job in JobQueue(folder.parent / "reelsmith-queue").jobs()]
+
+
+def test_two_files_of_one_step_show_its_sample_in_places_of_their_own(served: Served, folder: Path) -> None:
+    history = History(history_path(folder, "x"), 1, 6)
+    history.add(4, saved="x-step4-last.safetensors")
+    history.flush()
+    (folder / "x-step4-last.safetensors").write_bytes(b"of the same step")
+
+    page = show(served, (4, "4-last"), prompt=PROMPTS[0])
+
+    ids = re.findall(r'<span id="([^"]+)" data-src="[^"]+x_4_0.png"', page)
+    assert len(ids) == len(set(ids)) == 2
 
 
 def test_samples_of_a_file_and_clips_of_its_content_are_shown_and_the_best_is_marked(

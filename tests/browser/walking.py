@@ -120,6 +120,7 @@ class Tab:
         self.number = number
         self.page = page
         self.under_way: set[Any] = set()
+        self.quiet_since = time.monotonic()  # the last request, answer or click
         self.bad: list[tuple[int, str, str]] = []  # status, method and address of a request
         self.dialogs = 0
         page.on("request", self._begin)
@@ -131,9 +132,12 @@ class Tab:
     def _begin(self, request: Any) -> None:
         if request.resource_type not in MEDIA:
             self.under_way.add(request)
+            self.quiet_since = time.monotonic()
 
     def _end(self, request: Any) -> None:
-        self.under_way.discard(request)
+        if request in self.under_way:
+            self.under_way.remove(request)
+            self.quiet_since = time.monotonic()
 
     def _note(self, response: Any) -> None:
         if response.status >= 400:
@@ -148,11 +152,12 @@ class Tab:
 
     def rest(self) -> None:
         """Wait until the page asks for nothing any more."""
-        quiet = 0.0
         end = time.monotonic() + MOST_SECONDS
-        while quiet < QUIET_SECONDS and time.monotonic() < end:
+        self.page.wait_for_timeout(1)  # takes what has come in
+        while self.under_way or time.monotonic() < self.quiet_since + QUIET_SECONDS:
+            if time.monotonic() > end:
+                break
             self.page.wait_for_timeout(30)
-            quiet = 0.0 if self.under_way else quiet + 0.03
         if self.under_way:
             late = [request.url for request in self.under_way]
             self.under_way.clear()
@@ -335,6 +340,7 @@ class Walk:
     def go_home(self, tab: Tab) -> None:
         """Leave a page without anything to press, such as a picture."""
         tab.page.goto(self.world.served.url)
+        tab.quiet_since = time.monotonic()
 
     def do(self, click: Click) -> bool:
         """Do a click and look at everything afterwards; return whether it was possible."""
@@ -351,6 +357,7 @@ class Walk:
         if not self.use(tab, element, click):
             return False
         self.clicks.append(click)
+        tab.quiet_since = time.monotonic()
         tab.rest()
         self.look_at_answers(tab)
         self.look_at_place(tab, click)
