@@ -701,3 +701,15 @@ def test_a_file_that_does_not_fit_is_said_before_describe(served: Served) -> Non
     assert "/new/fits" not in post(served, "file?option=dit", **model, file_dit="").text
     gone = post(served, "fits?option=dit", **model, file_dit=f"{dit}.none")
     assert gone.text == ""
+
+
+def test_what_a_model_file_is_stays_when_the_fields_around_it_are_read_later(served: Served) -> None:
+    query = urlencode({"family": "wan", "task": "t2v-1.3B", "file_vae": PARTS["vae"]})
+    with open_page(f"{served.url}/new?{query}") as page:
+        page.get_by_text("a Wan2.1 VAE (--vae)").wait_for()
+        page.route("**/new?**", lambda route: (page.wait_for_timeout(500), route.continue_()))
+        with page.expect_response(lambda answer: "/new?" in answer.url and "steps=7" in answer.url):
+            page.get_by_label("Steps").fill("7")
+            page.get_by_label("Steps").press("Tab")
+        page.wait_for_timeout(1500)
+        assert page.locator("#is_vae").inner_text().startswith("a Wan2.1 VAE (--vae)")

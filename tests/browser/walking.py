@@ -48,6 +48,7 @@ FREE_OPTIONS = (
     "--num_images",
     "--images_per_prompt",
 )  # drawn when pressed, or a count
+PRINTS = "--print_run"  # of a command that only prints
 REFUSED = (409, 422)  # statuses of a request that was refused, which the page then says
 GONE = re.compile("not there any more|renamed, moved or removed")
 
@@ -444,39 +445,46 @@ class Walk:
             return
         typed = [without_free(words) for words, _ in programs]
         for name, (program, _) in self.world.list_started().items():
-            if name not in before and without_free(program) not in typed:
+            is_read = PRINTS in program  # what a page has looked up for itself
+            if name not in before and not is_read and without_free(program) not in typed:
                 text = " ".join(without_free(program)[1:])
                 self.fault(f"{name} runs {text}, and the page showed {[' '.join(one[1:]) for one in typed]}")
 
     def look_when_settled(self) -> None:
         """What a page may learn with its next poll holds after that."""
         end = time.monotonic() + POLL_SECONDS
-        while faults := [*self.list_unsettled()]:
+        while next(self.list_unsettled(), None) is not None:
             if time.monotonic() > end:
-                self.faults += faults
+                self.faults += self.list_unsettled()
                 return
             for tab in self.tabs:
                 tab.page.wait_for_timeout(300)
                 tab.rest()
 
     def list_unsettled(self) -> Iterator[str]:
-        """Yield what differs between pages and server now."""
+        """Yield what differs between pages and server now, first what is found out soonest."""
         states = [job.state for job in self.world.queue.jobs()]
         for tab in self.tabs:
-            said = Said(tab.ask("says"), states)
-            place = f"tab {tab.number}, {said.page['address'][:80]}"
-            for name, applies in CONTRADICTIONS.items():
-                if applies(said):
-                    yield f"{place} says {name}: {said.page['messages']}"
-            if said.page["twice"]:
-                yield f"{place} has these twice: {said.page['twice']}"
-            reloaded = tab.ask("reloaded")
-            for name, texts in said.page["facts"].items():
-                if texts != reloaded[name]:
-                    yield f"{place}: {name} are {texts}, and {reloaded[name]} when it is loaded again"
+            yield from self.list_contradictions(tab, states)
+        for tab in self.tabs:
+            place = f"tab {tab.number}, {tab.page.url.removeprefix(self.world.served.url)[:80]}"
+            yield from (f"{place} names {text}" for text in self.list_missing(tab))
             for id, text, answer in tab.ask("compareAnswers"):
                 yield f"{place}: #{id} shows {text[-300:]!r}, and its fields mean {answer[-300:]!r}"
-            yield from (f"{place} names {text}" for text in self.list_missing(tab))
+
+    def list_contradictions(self, tab: Tab, states: Sequence[str]) -> Iterator[str]:
+        """Yield what a page says against itself, the states of the jobs, or its reloaded self."""
+        said = Said(tab.ask("says"), states)
+        place = f"tab {tab.number}, {said.page['address'][:80]}"
+        for name, applies in CONTRADICTIONS.items():
+            if applies(said):
+                yield f"{place} says {name}: {said.page['messages']}"
+        if said.page["twice"]:
+            yield f"{place} has these twice: {said.page['twice']}"
+        reloaded = tab.ask("reloaded")
+        for name, texts in said.page["facts"].items():
+            if texts != reloaded[name]:
+                yield f"{place}: {name} are {texts}, and {reloaded[name]} when it is loaded again"
 
     def list_missing(self, tab: Tab) -> Iterator[str]:
         """Yield the addresses and files that a page names and that are not there."""
