@@ -369,8 +369,8 @@ class ResultPages:
     def show_layout(self, request: Request) -> Response:
         """Return the days with the number of their results as JSON; 204 if nothing has changed.
 
-        query: that of `read_choice`; `have`, the mark of an earlier answer; `compared`, ids of results that the
-        page keeps, of which the answer names those that are gone.
+        query: that of `read_choice`; `have`, the mark of an earlier answer; `compared`, ids of results that
+        the page keeps, of which the answer names those that are gone.
         """
         query = request.query_params
         results, chosen, unread = self.choose(query)

@@ -38,6 +38,7 @@ MOST_SECONDS = 60  # for a page to come to rest: scripts check the options of th
 POLL_SECONDS = 12  # in which each page has asked for what is new
 CLICK_SECONDS = 3  # for a control to become one that can be pressed
 MOST_ASKED = 12  # addresses that are asked for at once
+TYPING_SECONDS = 0.35  # after which a page asks what its fields mean
 STEADY = 8  # clicks for which an address that has answered counts as there
 MOST_SHIFT = 60  # pixels that a page may move under its reader
 MEDIA = ("image", "media", "font")  # kinds of requests that a page need not wait for
@@ -275,6 +276,7 @@ class Walk:
         self.answered: dict[str, int] = {}  # address -> number of the click when it answered
         self.faults: list[str] = []
         self.place: Mapping[str, Any] = {}  # of the page, just before the click
+        self.shown: Sequence[str] = ()  # the commands beside what is used, just before
 
     # ---- drawing
 
@@ -350,7 +352,7 @@ class Walk:
         if element is None:
             return False
         before = self.world.list_started()
-        shown = tab.ask("commandsOf", click.key)
+        self.shown = tab.ask("commandsOf", click.key)
         others = [(other, other.ask("hold")) for other in self.tabs if other is not tab]
         for each in self.tabs:
             each.bad.clear()
@@ -366,7 +368,7 @@ class Walk:
             other.rest()
             self.compare_places(other, place, other.ask("place"), "while the other tab was used")
         if not click.key.startswith(("link", "nav")):  # a page may have something read when it is opened
-            self.look_at_started(shown, before)
+            self.look_at_started(self.shown, before)
         self.faults += [f"traceback: {trace}" for trace in self.world.take_tracebacks()]
         self.look_when_settled()
         return True
@@ -388,6 +390,10 @@ class Walk:
                 element.set_input_files(self.world.upload, timeout=limit)
             else:
                 element.fill(click.text, timeout=limit)
+                if click.enters:  # the command of what was typed is there
+                    tab.page.wait_for_timeout(TYPING_SECONDS * 1000)
+                    tab.rest()
+                    self.shown = tab.ask("commandsOf", click.key)
                 element.press("Enter" if click.enters else "Tab", timeout=limit)
         except Error:  # a poll has taken it away, or it lies below a dialog
             return False
