@@ -9,17 +9,19 @@
   // ---- who presses a button that goes away stays near it
   const CONTROLS = "a[href], button, input:not([type=hidden]), select, textarea, summary";
   const controlsOf = (part) => [...part.querySelectorAll(CONTROLS)].filter((one) => one.checkVisibility() && !one.disabled);
-  let focused = null, near = []; // what has the focus; the ids of the parts that it is in, with its place among their controls
+  let focused = null, near = []; // what has the focus; the parts that it is in, with its place among their controls
   document.addEventListener("htmx:before:swap", () => {
     focused = document.activeElement === document.body ? null : document.activeElement;
     near = [];
-    for (let part = focused?.closest("main [id]"); part; part = part.parentElement.closest("main [id]")) near.push([part.id, controlsOf(part).indexOf(focused)]);
+    for (let part = focused?.closest("main, main [id]"); part; part = part.parentElement.closest("main, main [id]")) {
+      near.push([part.id ? `#${CSS.escape(part.id)}` : "main", controlsOf(part).indexOf(focused)]);
+    }
   });
   document.addEventListener("htmx:after:swap", () => {
     if (!focused || document.activeElement !== document.body) return;
     if (focused.isConnected && focused.checkVisibility() && !focused.disabled) { focused.focus({ preventScroll: true }); return; } // it was moved
-    for (const [id, place] of near) {
-      const part = document.getElementById(id), controls = part ? controlsOf(part) : [];
+    for (const [selector, place] of near) {
+      const part = document.querySelector(selector), controls = part ? controlsOf(part) : [];
       if (controls.length) { controls[Math.min(Math.max(place, 0), controls.length - 1)].focus({ preventScroll: true }); return; }
     }
   });

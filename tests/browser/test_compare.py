@@ -300,3 +300,12 @@ def test_the_page_in_a_browser(axe: str, served: Served, folder: Path) -> None: 
         assert list_faults(page) == []
         assert page.problems == []
         assert shlex.join(jobs(folder)[0]).startswith("python tools/compare.py")
+
+
+def test_the_focus_stays_near_a_run_that_is_left_out(served: Served) -> None:
+    with open_page(f"{served.url}/compare?{form(served, (4,))}") as page:
+        page.evaluate("document.querySelectorAll('[name=file]').forEach((box) => { box.checked = false; })")
+        page.locator("input[name=run][type=checkbox]").focus()
+        page.keyboard.press("Space")
+        wait_until(page, "!document.querySelector('input[name=run][type=checkbox]')")
+        wait_until(page, "document.activeElement.closest('form.compare') !== null")
