@@ -441,7 +441,7 @@ OPTIONS_OF: dict[type[Options], dict[str, set[str]]] = {
 OF_NO_TARGET = {
     *("LoopOptions", "CheckPageOptions", "ValidationOptions", "OptimizerOptions", "LrScheduleOptions"),
     *("TimestepOptions", "AcceleratorOptions", "SavingOptions", "SampleOptions", "PreviewOptions"),
-    *("EmaOptions", "SkipOptions", "LogOptions", "EndOptions", "MetadataOptions", "HubOptions"),
+    *("EmaOptions", "SkipOptions", "LogOptions", "EndOptions", "MetadataOptions", "UploadOptions"),
     *("TrainingSpeedOptions", "TrainingAttentionOptions", "TrainingFp8Options", "SwapOptions"),
     *("ShardingOptions", "TrainingCompileOptions", "PlanOptions", "FrozenModelOptions"),
     "FeatureOptions",

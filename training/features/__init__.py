@@ -8,6 +8,9 @@ on_end: start a command when the run is over
 skip: leave out steps that went wrong, and remember them
 tread: let tokens pass by the middle blocks
 tread_routes: which tokens pass by the middle blocks
+uploads: send what is saved to the Hugging Face hub
+uploads_hub: the client of the hub, and the model card
+uploads_options: what is uploaded, and whether a state is there
 """
 
 from training.features.contract import Feature
@@ -15,6 +18,7 @@ from training.features.ema import EMA
 from training.features.on_end import ON_END
 from training.features.skip import SKIP
 from training.features.tread import TREAD
+from training.features.uploads import UPLOADS
 
 # in the order in which they act, one a line
 # fmt: off
@@ -23,5 +27,6 @@ FEATURES: tuple[Feature, ...] = (
     EMA,
     SKIP,
     ON_END,
+    UPLOADS,
 )
 # fmt: on

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modules.options import HABIT, Options, option
@@ -12,6 +13,7 @@ from training.features.contract import Feature, Hooks, LearningPass, OptionsOfRu
 if TYPE_CHECKING:
     from contract.family import Family
     from training.loss import NoisyBatch
+    from training.saving.files import Publisher
     from training.steps import Progress
 
 
@@ -60,6 +62,22 @@ def sampled_average(options: OptionsOfRun) -> str:
         if feature.samples_average is not None and feature.samples_average(options.of(feature.options)):
             return feature.average
     return ""
+
+
+def make_publisher(options: OptionsOfRun) -> "Publisher | None":
+    """Return what passes on the saved files of a run, if a feature does."""
+    for feature in active_features(options):
+        if feature.publisher is not None:
+            return feature.publisher(options.of(feature.options))
+    return None
+
+
+def fetch_state(options: OptionsOfRun, name: str, folder: Path) -> Path | None:
+    """Return the state that --resume names if a feature fetches it, else None. folder: to write it into."""
+    for feature in active_features(options):
+        if feature.fetch_state is not None:
+            return feature.fetch_state(options.of(feature.options), name, folder)
+    return None
 
 
 def check_model(options: OptionsOfRun, family: "Family", count_blocks: Callable[[], Sequence[int]]) -> None:

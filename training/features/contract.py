@@ -8,6 +8,7 @@ feature: what a run asks all features for is in `composing.py`.
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from modules.options import Options
@@ -22,6 +23,7 @@ if TYPE_CHECKING:  # --help does without torch
     from training.learning_options import WholeDitOptions
     from training.loss import NoisyBatch
     from training.run_options import LogOptions, LoopOptions, SampleOptions
+    from training.saving.files import Publisher
     from training.saving.options import SavingOptions
     from training.saving.states import SavedState
     from training.steps import Progress, StepPlan
@@ -29,8 +31,8 @@ if TYPE_CHECKING:  # --help does without torch
 
 T = TypeVar("T")
 
-# of `Feature.place`: in --help behind the options of the loss; of saving and samples; of logs
-AT_LOSS, AT_WEIGHTS, AT_LOGS = "loss", "weights", "logs"
+# of `Feature.place`: in --help behind the options of the loss; of saving and samples; of logs; of metadata
+AT_LOSS, AT_WEIGHTS, AT_LOGS, AT_METADATA = "loss", "weights", "logs", "metadata"
 
 
 class OptionsOfRun(Protocol):
@@ -193,6 +195,10 @@ class Feature:
     install: Callable[[Hooks, OptionsOfRun, "Progress"], None] | None = None
     average: str = ""  # the short name of an average of the weights that it has the run keep
     samples_average: Callable[[Any], bool] | None = None  # given its options: whether samples show it
+    # given its options: what passes on each saved file and state; None: nothing is passed on
+    publisher: "Callable[[Any], Publisher | None] | None" = None
+    # given its options, what --resume says, and a folder to write into: the state if it fetches it, else None
+    fetch_state: Callable[[Any, str, Path], Path | None] | None = None
     # acts when the run is over, however that is; in the main process only
     at_end: Callable[[RunEnd], None] | None = None
     # given its options and a batch: the passes with gradients of --plan, whose batch has no content
