@@ -39,7 +39,7 @@ from training.config_options import (
     read_config_file,
 )
 from training.features.composing import find_record, options_at, refuse_combinations
-from training.features.contract import AT_LOGS, AT_LOSS, AT_METADATA, AT_WEIGHTS, T
+from training.features.contract import AT_LOGS, AT_LOSS, AT_METADATA, AT_NOISE, AT_WEIGHTS, T
 from training.saving.options import MetadataOptions, SavingOptions
 from training.target_options import GuidedTargetOptions
 
@@ -53,11 +53,13 @@ MOST_RANK = 4096
 RANKED_NETWORKS = ("networks.lora", "networks.loha")
 
 if TYPE_CHECKING:  # records of what the list of features has
+    OptionsAtNoise = Options
     OptionsAtLoss = Options
     OptionsAtWeights = Options
     OptionsAtLogs = Options
     OptionsAtMetadata = Options
 else:
+    OptionsAtNoise = options_at(AT_NOISE)
     OptionsAtLoss = options_at(AT_LOSS)
     OptionsAtWeights = options_at(AT_WEIGHTS)
     OptionsAtLogs = options_at(AT_LOGS)
@@ -72,7 +74,7 @@ class TrainingOptions(Options):
     optimizer: learning_options.OptimizerOptions
     lr_schedule: learning_options.LrScheduleOptions = option(facts=HABIT)
     timesteps: noise_options.TimestepOptions = option(facts=HABIT)
-    noise: noise_options.NoiseOptions = option(facts=HABIT)
+    at_noise: OptionsAtNoise  # of features
     loss: noise_options.LossOptions = option(facts=HABIT)
     guided: GuidedTargetOptions = option(facts=HABIT)
     at_loss: OptionsAtLoss  # of features
@@ -120,7 +122,7 @@ class TrainingOptions(Options):
 
     def of(self, kind: type[T]) -> T:
         """Return the options of a feature."""
-        records = (self.at_loss, self.at_weights, self.at_logs, self.at_metadata)
+        records = (self.at_noise, self.at_loss, self.at_weights, self.at_logs, self.at_metadata)
         return find_record(records, kind)
 
     @property

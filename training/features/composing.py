@@ -133,9 +133,11 @@ def claim_progress(progress: "Progress") -> None:
 def file_values(options: OptionsOfRun, progress: "Progress") -> dict[str, Any]:
     """Return the entries of features in the metadata of a file that is saved now."""
     values: dict[str, Any] = {}
-    for feature in active_features(options):
-        if feature.metadata is not None:
-            entries = feature.metadata(options.of(feature.options), progress)
+    for feature in FEATURES:
+        own_options = options.of(feature.options)
+        is_recorded = feature.is_on(own_options) or (feature.images_record_it and options.is_for_images)
+        if feature.metadata is not None and is_recorded:
+            entries = feature.metadata(own_options, progress)
             values |= {f"ss_{name}": value for name, value in entries.items()}
     return values
 
