@@ -50,7 +50,7 @@ class MediaFolder:
 
     @property
     def problem(self) -> str:
-        """Return why no page can name the folder; empty if one can."""
+        """Return the reason why no page can name the folder; empty if one can."""
         reason = bad_character(str(self.path))
         return "" if reason is None else "Its name, or that of a folder around it, is not UTF-8: rename it."
 

@@ -41,10 +41,10 @@ class Intention:
 
 
 def read_intentions(folder: Path) -> list[Intention]:
-    """Return what the files of a described folder let a run do; what `new` does not write comes first.
+    """Return the acts that the files of a described folder let a run do; those unknown to `new` come first.
 
     What is beyond MOST_LINES is counted in a last line. Raises OSError if run.toml cannot be read, ValueError
-    if it is no TOML.
+    if it is not TOML.
     """
     tables = parse_toml(read_content(folder / RUN_FILE).decode())
     found = [

@@ -105,7 +105,7 @@ class TaskFiles:
         return [*words, "--fp8_encoders"] if self.in_fp8 else words
 
     def shown_download(self, models: Path) -> str:
-        """Return the command as it is typed."""
+        """Return the command to type."""
         return typed_anywhere(self.download_words(models))
 
 
@@ -115,7 +115,7 @@ def task_name(model: ModelSet) -> str:
 
 @functools.cache
 def _list_uses() -> dict[tuple[ReleasedFile, ...], tuple[str, ...]]:
-    """Return which tasks use each part, by its files, also with text encoders in 8 bits."""
+    """Return the tasks that use each part, by its files, also with text encoders in 8 bits."""
     uses: dict[tuple[ReleasedFile, ...], dict[str, None]] = {}
     for in_fp8 in (False, True):
         for model in model_sets(in_fp8):
@@ -308,7 +308,7 @@ class Download:
 
     @property
     def progress_words(self) -> str:
-        """Return how much has arrived: `, 3.1 of 11.2 GB`; empty if nothing is known."""
+        """Return the share that has arrived: `, 3.1 of 11.2 GB`; empty if nothing is known."""
         progress = read_progress(self.job.log.with_suffix(".progress"))
         if progress is None or not progress.total:
             return ""

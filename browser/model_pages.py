@@ -56,7 +56,7 @@ class Chosen:
 
 
 def open_bin(site: Site) -> BinFolder:
-    """Return the bin: in the first root; in others and the models folder for files of other disks."""
+    """Return the bin: in the first root; in other roots and the models folder for files of other disks."""
     return BinFolder(*(top / BIN for top in site.runs.tops), site.models.absolute() / BIN)
 
 

@@ -100,7 +100,7 @@ class SettingRow:
 
     @property
     def choices(self) -> list[str]:
-        """Return what can be chosen, with the present value; empty if it is typed."""
+        """Return the choices of a setting, with the present value; empty if it is typed."""
         if self.setting is None or self.setting.is_list:
             return []
         choices = ["true", "false"] if self.setting.kind == "switch" else list(self.setting.choices)
@@ -166,7 +166,7 @@ def read_keys(text: str) -> dict[str, Any]:
 
 
 def show_value(value: Any) -> str:
-    """Return a TOML value as it is typed into the table."""
+    """Return a TOML value as a user types it into the table."""
     if isinstance(value, list):
         return shlex.join(show_value(item) for item in value)
     if isinstance(value, str):
@@ -244,7 +244,7 @@ def apply_edits(text: str, rows: Sequence[SettingRow], fields: Mapping[str, str]
 
 
 def describe_following(before: str, after: str) -> str:
-    """Return what `new` derives from the steps and does not follow them in a changed run.toml; else nothing.
+    """Describe the values that `new` derives from the steps but a changed run.toml leaves; empty if none.
 
     before, after: texts of the file.
     """

@@ -203,7 +203,9 @@ def share_latents(name: str) -> frozenset[str]:
 
 @cache
 def family_marks() -> Marks:
-    """Return the marks of all families: tensors that only one has, then those that others may have too."""
+    """Return the marks of all families: tensors that only one has, then those that other families may have
+    too.
+    """
     read = read_names()
     marks = (mark for names in read for mark in names.MARKS)
     return (*marks, *(mark for names in read for mark in vars(names).get("SHARED_MARKS", ())))

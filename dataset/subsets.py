@@ -35,7 +35,7 @@ class FolderName:
 
 
 def read_folder_name(name: str) -> FolderName | None:
-    """Return what the name of a folder says to image trainers; None if it says nothing."""
+    """Return the repeats and words that image trainers read in a folder's name; None if it has none."""
     match = _NAME.fullmatch(name)
     if match is None or int(match[1]) == 0:
         return None
@@ -152,7 +152,7 @@ def _option_values(typed: SubsetOptions | None) -> dict[str, Any]:
 def _read_level(
     table: Table, where: str, problems: list[str], level: str, ignored: tuple[str, ...] = ()
 ) -> dict[str, Any]:
-    """Read the keys of one table. level: SUBSET, or DATASET for the others."""
+    """Read the keys of one table. level: SUBSET, or DATASET for tables above subsets."""
     tables = "[[datasets]] or [general]" if level == SUBSET else "[[datasets.subsets]]"
     misplaced = {
         name: f"is for {tables}; move it there"
@@ -332,7 +332,7 @@ def folders_config(typed: SubsetOptions) -> DatasetConfig:
 
 
 def _subsets(folder: Path, option: str, is_reg: bool) -> list[dict[str, Any]]:
-    """Return a subset for each folder whose name begins with a number of repeats; warn about the others."""
+    """Return a subset for each folder whose name begins with a number of repeats; warn about the rest."""
     try:
         with os.scandir(folder) as entries:
             names = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]

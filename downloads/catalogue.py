@@ -44,7 +44,7 @@ class Component:
     """One network or tokenizer that a task needs: a file, or the files of one folder."""
 
     role: str
-    option: str | None  # None: found beside the encoder
+    option: str | None  # None: found next to the encoder
     files: tuple[ReleasedFile, ...]
     tensor_bytes: int | None  # of its tensors, if the exact size is not known
     trained_bytes: int | None  # of the network that is trained, in 16 bits, if the file has others too

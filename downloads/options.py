@@ -57,7 +57,7 @@ class DownloadOptions(Options):
 
     @property
     def named(self) -> NamedModel | None:
-        """Return what --family names. Raises OptionError if that is nothing to download."""
+        """Return the model that --family names. Raises OptionError if that is nothing to download."""
         if self.family is None:
             return None
         named = read_family(self.family, model_sets())

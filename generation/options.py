@@ -295,7 +295,9 @@ class GenerationOptions(Options, title="run"):
         _ = self.axes  # raises OptionError
 
     def warn_of_ignored(self) -> None:
-        """Warn of options that have no effect with others; call it once, as records are made repeatedly."""
+        """Warn about options that have no effect with other options; call it once, as records are made
+        repeatedly.
+        """
         if self.request.prompt is not None and (self.from_file is not None or self.interactive):
             source = "--interactive" if self.interactive else "--from_file"
             logger.warning("--prompt is ignored because the prompts come from %s", source)

@@ -100,7 +100,7 @@ class Ltx2(Ltx2Media):
     sound_learning: rules.SoundLearning = rules.SoundLearning()
     size: tuple[int, int, int] = (768, 512, 121)  # width, height, frames where nothing is said
     image_crf: int | None = None  # H.264 quality at which the first image is seen; None: the release's
-    drive_video: Path | None = None  # of a generation: it stays as it is, and its sound is made
+    drive_video: Path | None = None  # of a generation: it stays unchanged, and its sound is made
     makes_sound: bool = True  # False: samples of a training with sound are silent
     stages: TwoStages | None = None
     options: Any = NO_OPTIONS  # of a training
@@ -269,8 +269,8 @@ class Ltx2(Ltx2Media):
     ) -> LtxReferences:
         """Return the references as the network takes them.
 
-        references: clean latents. denoised: the same as they are denoised; None: they stay clean. strengths:
-        1 M, by which the video sees their tokens; without, all are seen.
+        references: clean latents. denoised: the same with the noise of the step; None: they stay clean.
+        strengths: 1 M, by which the video sees their tokens; without, all are seen.
         """
         return LtxReferences(
             references if denoised is None else denoised.noisy_like(references),

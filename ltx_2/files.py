@@ -202,7 +202,7 @@ class Ltx2Files(TransformerFiles):
             )
 
     def sound_identity(self) -> dict[str, str]:
-        """Return what cached sound depends on besides the samples; the VAE is always in float32."""
+        """Return the facts, besides the samples, on which cached sound depends; the VAE is in float32."""
         return {"audio_vae": fingerprint(self.sound_path("audio_vae"))}
 
     def load_sound(self, device: torch.device, decodes: bool) -> tuple[SoundVae, Vocoder | None]:

@@ -113,7 +113,7 @@ USABLE = {**NO_MEDIA, "image_path": True, "end_image_path": True}
 
 @dataclass(frozen=True)
 class H3Request:
-    """What a clip is made from besides its text, and which pixels of it are read."""
+    """Media that a clip is made from besides its text, and the pixels of them that are read."""
 
     media: H3Media
     sources: H3Sources
@@ -209,7 +209,7 @@ class MiniMaxH3(OneTransformer):
         return replace(encoders, sound=self.files.load_sound(device))
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        """Return what caches hold: see caching.py."""
+        """Return the entries that caches hold: see caching.py."""
         assert self.caching is not None
         return self.caching.encode(self.files, encoders, media)
 
@@ -263,7 +263,7 @@ class MiniMaxH3(OneTransformer):
         return {**texts, **told_media(batch, self.files.task, latents), **self._shares()}
 
     def _shares(self) -> Conditions:
-        """Return what says how clean the conditions of a training are."""
+        """Return the condition with the shares of clean signal in a training; empty outside of one."""
         if not isinstance(self.options, H3TrainingOptions):
             return {}
         loss = self.options.loss
@@ -418,7 +418,7 @@ class MiniMaxH3(OneTransformer):
         return width, height, frames
 
     def _sources(self, media: H3Media, size: tuple[int, int], frames: int) -> H3Sources:
-        """Return which pixels of media are read. size: width and height of the clip."""
+        """Return the sources of the pixels that are read from media. size: width and height of the clip."""
         step = self.latent.pixel_step
         references: list[PictureSource | ClipSource | None] = []
         for reference in media.references:
@@ -530,7 +530,7 @@ def _with_presentation(prepared: Prepared, media: H3Media, sources: H3Sources) -
 
 
 def _metadata_of(media: H3Media) -> dict[str, str]:
-    """Return what files say of the media that they were made from."""
+    """Return the metadata with which files name the media that they were made from."""
     names = {"first_frame": media.first, "last_frame": media.last}
     metadata = {name: path.name for name, path in names.items() if path is not None}
     if media.controls:

@@ -111,7 +111,7 @@ def send_ahead(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def pin(tensor: Tensor) -> Tensor:
-    """Copy a host tensor to page-locked memory; return it as it is if the driver refuses.
+    """Copy a host tensor to page-locked memory; return the tensor itself if the driver refuses.
 
     In that case a copy to a CUDA device makes the host wait.
     """
@@ -146,7 +146,7 @@ def make_deterministic() -> None:
 def leave_cudnn_out(device: torch.device) -> None:
     """Make torch compute without cuDNN: on some GPUs, mostly of AMD, its convolutions are slow or fail.
 
-    Warns if the device is no CUDA device, which has no cuDNN.
+    Warns if the device is not a CUDA device, as it then has no cuDNN.
     """
     if acts_on_cuda("--disable_cudnn_backend", "convolutions", device):
         torch.backends.cudnn.enabled = False

@@ -79,7 +79,7 @@ def import_own(name: str) -> ModuleType:
 
 
 def own_name(name: str) -> str:
-    """Return the name to import a module by, ours or others': `tests.my_network`, `lycoris.kohya`."""
+    """Return the name to import a module by, of this project or not: `tests.my_network`, `lycoris.kohya`."""
     if not PREFIX or not re.fullmatch(r"\w+(\.\w+)*", name):
         return name
     file = ROOT.joinpath(*name.split("."))
@@ -198,7 +198,7 @@ def _remedy(missing: Sequence[str]) -> str:
 
 
 def describe_missing(error: ImportError) -> str:
-    """Return what an import lacks and, if it is a package, how to install it."""
+    """Return the module or package that an import lacks and, for a package, how to install it."""
     if not isinstance(error, ModuleNotFoundError) or not error.name:
         return str(error)
     package, _, inner = error.name.removeprefix(PREFIX).partition(".")
@@ -213,7 +213,7 @@ def describe_missing(error: ImportError) -> str:
 
 
 def refuses_code() -> str | None:
-    """Return why no code of the working folder may be run, and what to do; None if the user types commands.
+    """Return the reason why no code of the working folder may be run; None if the user types commands.
 
     For `run` and the queue the names come from a file that may be somebody else's.
     """

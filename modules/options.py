@@ -434,7 +434,7 @@ def _names_of_given(record: Any, names: Collection[str]) -> list[str]:
 
 
 def reach_of(facts: Mapping[str, Any]) -> str:
-    """Return how a value acts outside of the program, such as "writes"; "" if its facts do not say."""
+    """Return the effect of a value outside of the program, such as "writes"; "" if its facts state none."""
     return str(facts.get("reach", "writes" if facts.get("place") in MADE_PLACES else ""))
 
 

@@ -218,7 +218,7 @@ def _is_of_few_steps(family: Any, dit: Path) -> bool:
 
 
 def _contradiction(family: Any, model: ModelSet, dits: Sequence[Path]) -> str | None:
-    """Return how the name of a file contradicts the task that it is given for; None if it does not."""
+    """Return the contradiction between a file's name and the task it is given for; None if there is none."""
     if not knows_few_steps(family):
         return None
     for dit, released in zip(dits, _released_names(model), strict=False):
@@ -248,7 +248,7 @@ def _find_task_of(family: Any, model: ModelSet, kind: TransformerKind) -> str | 
 
 
 def describe_makes(model: ModelSet, facts: ModelFacts) -> str:
-    """Return what a model makes: `clips and sound`."""
+    """Return the kinds of results that a model makes: `clips and sound`."""
     if facts.needs_reference:
         kinds = ["edits"]
     else:
@@ -419,7 +419,7 @@ def _training_task(model: ModelSet) -> str:
 
 
 def _page_of_undescribed(plain: str, family: str) -> str:
-    """Return which page has a task of a family that `new` does not describe; "" if the text is none."""
+    """Return a hint at the page of a task that `new` does not describe; "" if the text is no such task."""
     for model in model_sets():
         if model.family == family and plain_name(model.task) == plain:
             return f" {model.task} is not described by `new`: see docs/{family_page(family)}."

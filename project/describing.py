@@ -97,7 +97,7 @@ def choose_size(model: ModelSet, media: list[Media]) -> tuple[int, int]:
 
 
 def explain_size(model: ModelSet, media: list[Media]) -> str:
-    """Return why `choose_size` chooses its size; "" for sounds, which have none."""
+    """Return the reason for the size that `choose_size` chooses; "" for sounds, which have none."""
     middle = _middle_by_area(model, media)
     if middle is None:
         return ""
@@ -146,7 +146,7 @@ def _within(size: tuple[int, int], area: int) -> tuple[int, int]:
 
 
 def choose_frames(model: ModelSet, media: list[Media], memory: float) -> int:
-    """Return how many frames to take of each clip: the usual number, or one that 3 of 4 clips reach."""
+    """Return the number of frames to take of each clip: the usual one, or one that 3 of 4 clips reach."""
     usual = model.data["frames"]
     lengths = lengths_of(model)
     timed = [item for item in media if item.seconds is not None and usual > 1]

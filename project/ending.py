@@ -40,7 +40,7 @@ class EndCommand:
 
 
 def describe_run(output: Path, name: str, steps: int | None, began: float) -> RunFacts:
-    """Return what is known of a run, from the files that its training has written.
+    """Return the known facts of a run, from the files that its training has written.
 
     output, name: of the training. steps: in total; None: not known. began: when the run began, in seconds
     since 1970. Older files are of an earlier run.

@@ -95,7 +95,7 @@ def write_project(options: NewOptions) -> None:
 
 
 def _describe_changes(texts: Mapping[Path, str]) -> list[str]:
-    """Return how files would change if they got these texts, as `diff -u` shows it."""
+    """Return the changes that these texts would make to files, as `diff -u` shows them."""
     lines: list[str] = []
     for path, text in texts.items():
         old = read_text(path) if path.exists() else ""
@@ -264,7 +264,7 @@ def _summarise(choice: describing.Choice) -> str:
 
 
 def _count_media(media: Sequence[Media]) -> str:
-    """Return how many files there are of each kind: `3 clips and 1 picture`."""
+    """Return the number of files of each kind, in words: `3 clips and 1 picture`."""
     counts = Counter[str](item.kind for item in media)
     texts = [count_of(counts[kind], word) for kind, word in KIND_WORDS.items() if counts[kind]]
     return " and ".join(texts)

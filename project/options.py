@@ -74,7 +74,7 @@ def times_of_steps(steps: int) -> dict[str, int]:
 
 
 def own_command(*words: str) -> str:
-    """Return a command of `reelsmith` as it is typed: `new` or `run`, and what follows."""
+    """Return a command of `reelsmith` to type: `new` or `run`, and what follows."""
     return as_typed(["python", FRONT_SCRIPT, *words])
 
 
@@ -203,7 +203,7 @@ class RunOptions(Options):
 
     @property
     def going_on(self) -> str:
-        """Return what to type after an interruption."""
+        """Return a note with the command that continues after an interruption."""
         return f"The same command continues: {own_command(*self.words)}"
 
 

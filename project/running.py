@@ -362,7 +362,7 @@ def _report_trained(project: Project, options: RunOptions) -> bool:
 
 
 def _find_other_model(project: Project, metadata: Mapping[str, str]) -> str | None:
-    """Return what the metadata of a trained file say of a model that is not the project's; None: nothing."""
+    """Return the model that a trained file's metadata name if it is not the project's; None if it is."""
     released = {part.path.name for model in find_models() for part in transformers_of(model)}
     transformers = released & {Path(name).name for name in project.files}
     trained_name = metadata.get("ss_sd_model_name", "")
@@ -382,7 +382,7 @@ def _download_words(project: Project, models: Path) -> str:
 
 
 def _download_size(words: Sequence[str]) -> str:
-    """Return how large the model of a command that downloads is, in brackets; "" for an unknown model."""
+    """Return the size of the model that a command downloads, in brackets; "" for an unknown model."""
     typed = _typed_values(words)
     for model in find_models("--fp8_encoders" in words):
         if (model.family, model.task) == (typed.get("--family"), typed.get("--task")):

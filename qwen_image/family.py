@@ -115,7 +115,7 @@ class QwenImage(ModelOfPictures):
 
     @property
     def media_identity(self) -> Mapping[str, str]:
-        """Return what cached latents depend on: the VAE, and its input's range, which once was 0..255."""
+        """Return the facts on which cached latents depend: the VAE and its input's range, formerly 0..255."""
         return {**super().media_identity, **PIXELS}
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:

@@ -70,7 +70,7 @@ class TrainingFiles:
 
     @cached_property
     def marks(self) -> Marks:
-        """Return which model the checkpoint is, by its header.
+        """Return the facts about the checkpoint's model, by its header.
 
         Raises CheckpointError if this script does not take it, OptionError if it contradicts --v2.
         """
@@ -283,7 +283,7 @@ def _parts_of_level(path: str, kind: str, count: int) -> list[tuple[str, int]]:
 
 @dataclass(frozen=True)
 class _Sides:
-    """How many blocks each side of a U-Net has, and which of them has the first number."""
+    """Numbers of blocks on each side of a U-Net, and the number of the first one."""
 
     first: int  # number of input_blocks.0
     down: int
@@ -314,7 +314,7 @@ def number_blocks(config: Mapping[str, Any]) -> NumberedBlocks:
     """Return the blocks of a U-Net by the numbers of known trainers, which are those of the released files.
 
     SDXL, of three levels, counts its inputs, then input blocks, the three parts of the middle, output blocks
-    and its outputs: 23. Of the others the middle is one block, and the first and the last are no numbers: 25.
+    and its outputs: 23. In other models the middle is one block, and inputs and outputs have no numbers: 25.
     """
     layers = _layers_of(config)
     blocks = sum(layers) + len(layers)  # the first convolution; a sampler after each level but the last

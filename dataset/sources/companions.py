@@ -73,7 +73,7 @@ def add_companions(table: DatasetTable, sources: list[MediaSource], faults: list
 
 
 def _explain_unpaired(table: DatasetTable, folder: Path, key: str, stems: Collection[str]) -> str:
-    """Say how files are named in a folder in which nothing fits."""
+    """Describe the names that files need in a folder in which nothing fits."""
     example = next(iter(sorted(stems)), "clip")
     text = (
         f"{folder} has nothing for any {table.kind}. Files and folders there are named like "
