@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,14 @@ def find_record(records: tuple[Options, ...], kind: type[T]) -> T:
 
 def active_features(options: OptionsOfRun) -> list[Feature]:
     return [feature for feature in FEATURES if feature.is_on(options.of(feature.options))]
+
+
+def _functions(
+    options: OptionsOfRun, of: Callable[[Feature], Callable[..., T] | None]
+) -> list[Callable[..., T]]:
+    """Return a function of each active feature that has it, with the feature's own options given."""
+    pairs = [(of(feature), options.of(feature.options)) for feature in active_features(options)]
+    return [partial(function, own_options) for function, own_options in pairs if function is not None]
 
 
 def refuse_combinations(options: OptionsOfRun) -> None:
@@ -66,18 +75,14 @@ def sampled_average(options: OptionsOfRun) -> str:
 
 def make_publisher(options: OptionsOfRun) -> "Publisher | None":
     """Return what passes on the saved files of a run, if a feature does."""
-    for feature in active_features(options):
-        if feature.publisher is not None:
-            return feature.publisher(options.of(feature.options))
-    return None
+    made = [make() for make in _functions(options, lambda feature: feature.publisher)]
+    return next(filter(None, made), None)
 
 
 def fetch_state(options: OptionsOfRun, name: str, folder: Path) -> Path | None:
     """Return the state that --resume names if a feature fetches it, else None. folder: to write it into."""
-    for feature in active_features(options):
-        if feature.fetch_state is not None:
-            return feature.fetch_state(options.of(feature.options), name, folder)
-    return None
+    fetched = [fetch(name, folder) for fetch in _functions(options, lambda feature: feature.fetch_state)]
+    return next(filter(None, fetched), None)
 
 
 def check_model(options: OptionsOfRun, family: "Family", count_blocks: Callable[[], Sequence[int]]) -> None:
@@ -85,9 +90,8 @@ def check_model(options: OptionsOfRun, family: "Family", count_blocks: Callable[
 
     count_blocks: returns the numbers of blocks of each list; none: not known.
     """
-    for feature in active_features(options):
-        if feature.check is not None:
-            feature.check(options.of(feature.options), family, count_blocks())
+    for check in _functions(options, lambda feature: feature.check):
+        check(family, count_blocks())
 
 
 def options_of_blocks() -> list[str]:
@@ -97,20 +101,12 @@ def options_of_blocks() -> list[str]:
 
 def describe_features(options: OptionsOfRun) -> list[str]:
     """Return the lines of features among the targets of a run."""
-    return [
-        feature.describe(options.of(feature.options))
-        for feature in active_features(options)
-        if feature.describe is not None
-    ]
+    return [describe() for describe in _functions(options, lambda feature: feature.describe)]
 
 
 def rehearsed_passes(options: OptionsOfRun, noisy_batch: "NoisyBatch") -> list[LearningPass]:
     """Return what passes with gradients run in while their memory is measured. noisy_batch: on the CPU."""
-    return [
-        feature.rehearse(options.of(feature.options), noisy_batch)
-        for feature in active_features(options)
-        if feature.rehearse is not None
-    ]
+    return [rehearse(noisy_batch) for rehearse in _functions(options, lambda feature: feature.rehearse)]
 
 
 def usual_habits() -> list[Options]:
@@ -144,11 +140,7 @@ def file_values(options: OptionsOfRun, progress: "Progress") -> dict[str, Any]:
 
 def start_rows(options: OptionsOfRun) -> list[tuple[str, str]]:
     """Return the lines of features that end the box at the start of a run."""
-    return [
-        feature.start_row(options.of(feature.options))
-        for feature in active_features(options)
-        if feature.start_row is not None
-    ]
+    return [make_row() for make_row in _functions(options, lambda feature: feature.start_row)]
 
 
 def result_rows(options: OptionsOfRun, progress: "Progress") -> list[tuple[str, str]]:
