@@ -56,7 +56,7 @@ def delete_feature(tree: Path, name: str) -> list[str]:
         path.unlink()
     listing = folder / "__init__.py"
     lines = listing.read_text(encoding="utf-8").splitlines(keepends=True)
-    named = re.compile(rf"from training\.features\.{name} |{name}: |    {name.upper()},$")
+    named = re.compile(rf"from training\.features\.{name} |{name}(_\w+)?: |    {name.upper()},$")
     kept = [line for line in lines if not named.match(line)]
     listing.write_text("".join(kept), encoding="utf-8", newline="\n")
     return [path.name for path in paths]

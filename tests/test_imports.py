@@ -159,7 +159,7 @@ _LIGHT = {
         "names/layouts",
     ),
     "post": ("chain_options",),
-    "training/features": ("composing", "contract", "ema", "on_end", "skip", "tread"),
+    "training/features": ("composing", "contract", "ema", "ip_noise", "on_end", "skip", "tread", "uploads"),
 }
 LIGHT_FILES = {f"{room}/{name}.py" for room, names in _LIGHT.items() for name in names}
 LIGHT_FILES |= {f"{folder.replace('.', '/')}/names.py" for folder in FOLDERS.values()}

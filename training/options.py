@@ -39,8 +39,8 @@ from training.config_options import (
     read_config_file,
 )
 from training.features.composing import find_record, options_at, refuse_combinations
-from training.features.contract import AT_LOGS, AT_LOSS, AT_WEIGHTS, T
-from training.saving.options import HubOptions, MetadataOptions, SavingOptions
+from training.features.contract import AT_LOGS, AT_LOSS, AT_METADATA, AT_NOISE, AT_WEIGHTS, T
+from training.saving.options import MetadataOptions, SavingOptions
 from training.target_options import GuidedTargetOptions
 
 logger = logging.getLogger(__name__)
@@ -53,13 +53,17 @@ MOST_RANK = 4096
 RANKED_NETWORKS = ("networks.lora", "networks.loha")
 
 if TYPE_CHECKING:  # records of what the list of features has
+    OptionsAtNoise = Options
     OptionsAtLoss = Options
     OptionsAtWeights = Options
     OptionsAtLogs = Options
+    OptionsAtMetadata = Options
 else:
+    OptionsAtNoise = options_at(AT_NOISE)
     OptionsAtLoss = options_at(AT_LOSS)
     OptionsAtWeights = options_at(AT_WEIGHTS)
     OptionsAtLogs = options_at(AT_LOGS)
+    OptionsAtMetadata = options_at(AT_METADATA)
 
 
 class TrainingOptions(Options):
@@ -70,7 +74,7 @@ class TrainingOptions(Options):
     optimizer: learning_options.OptimizerOptions
     lr_schedule: learning_options.LrScheduleOptions = option(facts=HABIT)
     timesteps: noise_options.TimestepOptions = option(facts=HABIT)
-    noise: noise_options.NoiseOptions = option(facts=HABIT)
+    at_noise: OptionsAtNoise  # of features
     loss: noise_options.LossOptions = option(facts=HABIT)
     guided: GuidedTargetOptions = option(facts=HABIT)
     at_loss: OptionsAtLoss  # of features
@@ -85,7 +89,7 @@ class TrainingOptions(Options):
     logs: run_options.LogOptions = option(facts=FREE)
     at_logs: OptionsAtLogs  # of features
     metadata: MetadataOptions = option(facts=FREE)
-    hub: HubOptions = option(facts=FREE)
+    at_metadata: OptionsAtMetadata  # of features
     speed: TrainingSpeedOptions
     # None: the script's models have one transformer
     experts: learning_options.ExpertTrainingOptions | None = option(facts=FREE)
@@ -114,18 +118,13 @@ class TrainingOptions(Options):
             return
         if self.subset is None or not self.subset.replaces_toml:
             require(self.loop.dataset_config, "--dataset_config", "a TOML file that describes the data sets")
-        if self.hub.resume_from_huggingface:
-            require(
-                self.saving.resume,
-                "--resume",
-                "--resume_from_huggingface resumes from owner/repo/path[:revision[:type]]",
-            )
         if not self.only_shows:
             _ = self.saving.place  # raises OptionError
 
     def of(self, kind: type[T]) -> T:
         """Return the options of a feature."""
-        return find_record((self.at_loss, self.at_weights, self.at_logs), kind)
+        records = (self.at_noise, self.at_loss, self.at_weights, self.at_logs, self.at_metadata)
+        return find_record(records, kind)
 
     @property
     def only_shows(self) -> bool:

@@ -22,7 +22,7 @@ from networks.options import DEFAULT_BLOCK, DEFAULT_RANK, NOTHING_FROZEN, OFT_MO
 from networks.slider_options import NO_SLIDER
 from networks.teacher_options import NO_PRIOR, NO_TEACHER
 from training.experts import TRAINING_ADAPTER, module_of
-from training.features.composing import claim_progress, usual_habits
+from training.features.composing import claim_progress, fetch_state, usual_habits
 from training.optimizers.optimizer import PATHS
 from training.options import TrainingOptions
 from training.reports.logs import public_config
@@ -57,18 +57,15 @@ def find_state(
     used.
     """
     saving = options.saving
-    if resume in {LATEST, LATEST_ONLY} and not options.hub.resume_from_huggingface:
+    folder = fetch_state(options, resume, saving.place[0] / "resumed")
+    if folder is None and resume in {LATEST, LATEST_ONLY}:
         # one process searches, and also cleans up after a kill
         latest = states.find_latest(*saving.place) if is_main_process else None
         (folder,) = broadcast_object_list([latest])
         if folder is None:
             _explain_no_state(resume, *saving.place)
             return None
-    elif options.hub.resume_from_huggingface:
-        from training.saving.hub import download_state  # only with a hub
-
-        folder = download_state(resume, options.hub.huggingface_token, saving.place[0] / "resumed")
-    else:
+    elif folder is None:
         folder = to_path("--resume", resume)
     logger.info("Resuming from %s", folder)
     return states.read_state(folder)

@@ -8,6 +8,7 @@ feature: what a run asks all features for is in `composing.py`.
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from modules.options import Options
@@ -22,6 +23,7 @@ if TYPE_CHECKING:  # --help does without torch
     from training.learning_options import WholeDitOptions
     from training.loss import NoisyBatch
     from training.run_options import LogOptions, LoopOptions, SampleOptions
+    from training.saving.files import Publisher
     from training.saving.options import SavingOptions
     from training.saving.states import SavedState
     from training.steps import Progress, StepPlan
@@ -29,8 +31,8 @@ if TYPE_CHECKING:  # --help does without torch
 
 T = TypeVar("T")
 
-# of `Feature.place`: in --help behind the options of the loss; of saving and samples; of logs
-AT_LOSS, AT_WEIGHTS, AT_LOGS = "loss", "weights", "logs"
+# of `Feature.place`: in --help behind the options of timesteps, loss, saving and samples, logs, metadata
+AT_NOISE, AT_LOSS, AT_WEIGHTS, AT_LOGS, AT_METADATA = "noise", "loss", "weights", "logs", "metadata"
 
 
 class OptionsOfRun(Protocol):
@@ -46,6 +48,9 @@ class OptionsOfRun(Protocol):
 
     @property
     def speed(self) -> "TrainingSpeedOptions": ...
+
+    @property
+    def is_for_images(self) -> bool: ...
 
     @property
     def whole_dit(self) -> "WholeDitOptions | None": ...
@@ -144,6 +149,7 @@ class RunEnd:
     error: BaseException | None = None  # that has ended it
 
 
+OnNoise = Callable[["torch.Size", int, int], "Tensor"]
 BeforeStep = Callable[[HookedRun, GradientStep, "Tensor"], str]
 LearningPass = Callable[["nn.Module", "NoisyBatch"], AbstractContextManager[None]]
 
@@ -152,6 +158,9 @@ LearningPass = Callable[["nn.Module", "NoisyBatch"], AbstractContextManager[None
 class Hooks:
     """The points of a run at which features act. At each, they act in the order of their list."""
 
+    # given the shape of latents, the seed of the run and the number of the micro-batch: further noise of the
+    # input, which is not to be predicted
+    on_noise: list[OnNoise] = field(default_factory=list)
     after_load: list[Callable[[HookedModel], None]] = field(default_factory=list)
     # given the DiT and its batch: what a pass with gradients runs in
     learning_pass: list[LearningPass] = field(default_factory=list)
@@ -185,6 +194,7 @@ class Feature:
     progress: type[Any] | None = None  # a dataclass: what it remembers in `Progress`, and in states
     # given its options and the run's progress: entries of each saved file, without the `ss_` of their names
     metadata: Callable[[Any, "Progress"], Mapping[str, Any]] | None = None
+    images_record_it: bool = False  # image trainers have these entries if it is off too
     # given the run's progress: its line in the box at the end of a run
     result: Callable[["Progress"], tuple[str, str]] | None = None
     # a sentence for the error of a loss or norm that is NaN or infinite
@@ -193,6 +203,10 @@ class Feature:
     install: Callable[[Hooks, OptionsOfRun, "Progress"], None] | None = None
     average: str = ""  # the short name of an average of the weights that it has the run keep
     samples_average: Callable[[Any], bool] | None = None  # given its options: whether samples show it
+    # given its options: what passes on each saved file and state; None: nothing is passed on
+    publisher: "Callable[[Any], Publisher | None] | None" = None
+    # given its options, what --resume says, and a folder to write into: the state if it fetches it, else None
+    fetch_state: Callable[[Any, str, Path], Path | None] | None = None
     # acts when the run is over, however that is; in the main process only
     at_end: Callable[[RunEnd], None] | None = None
     # given its options and a batch: the passes with gradients of --plan, whose batch has no content
