@@ -86,7 +86,7 @@ def main() -> None:
 
 
 def _list_checks(python: Path, typed: list[str], tier: list[str], is_fast: bool) -> list[Check]:
-    """Return what is run, in order. typed: arguments for pytest, with which nothing else is run."""
+    """Return the checks to run, in order. typed: arguments for pytest, with which nothing else is run."""
     workers = []
     if not any(argument.startswith("-n") for argument in typed):
         # neighbours mostly share what their file sets up
@@ -133,7 +133,9 @@ def _typed(check: Check) -> str:
 
 
 def _run_checks(checks: list[Check]) -> list[Check]:
-    """Run checks and return those that failed. The type checker, which uses one core, runs beside others."""
+    """Run checks and return those that failed. The type checker, which uses one core, runs next to other
+    checks.
+    """
     beside = [check for check in checks if check.command == TYPES]
     with tempfile.TemporaryFile() as output:
         processes = [_start(check, output) for check in beside]

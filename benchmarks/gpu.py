@@ -44,7 +44,7 @@ from benchmarks.gpu_results import (  # noqa: E402
 from benchmarks.gpu_rows import BY_NAME, CACHING, GENERATION, GROUPS, LOADING, TRAINING, Row, choose  # noqa: E402
 from benchmarks.gpu_tables import columns_of, head_line, line_of, table, write_tables  # noqa: E402
 
-DOCUMENTS = (ROOT / "docs" / "speed.md", ROOT / "benchmarks" / "README.md")
+DOCUMENTS = (ROOT / "benchmarks" / "RESULTS.md",)
 PATIENCE = 4.0  # times the expected seconds, after which a row is ended
 Child = Callable[[Row, Path, float], Any]
 
@@ -106,7 +106,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tables", type=Path, nargs="+", metavar="FILE.json", help="write the documents' tables"
     )
-    parser.add_argument("--documents", type=Path, nargs="+", help="in place of docs/speed.md and README.md")
+    parser.add_argument("--documents", type=Path, nargs="+", help="in place of benchmarks/RESULTS.md")
     parser.add_argument(
         "--folder", type=Path, help="where models' files go and stay; default: temporary folders"
     )

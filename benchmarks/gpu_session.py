@@ -47,7 +47,7 @@ SECONDS = 540.0
 CHECK_SHARE = 0.45  # of the seconds, at most, for the tests
 PROBE_SECONDS = 30.0  # a guess
 HEADS = 10.0  # seconds, a guess: the peaks of the device, and the first start of CUDA
-# rows whose figures stand in docs/speed.md: what is like them is known
+# rows whose figures stand in RESULTS.md: what is like them is known
 MEASURED = (
     *("wan14b-bf16-compiled", "wan14b-fp8-products-compiled", "flux-bf16-compiled", "qwen-image-bf16"),
     *("krea2-bf16", "ltx2.3-bf16", "flux-fp8-products-compiled", "wan14b-short-bf16-compiled"),

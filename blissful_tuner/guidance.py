@@ -486,7 +486,7 @@ def _name_scales(prepared: Prepared) -> dict[float, str]:
 
 
 def _low_scale_in_words(scale: float, off: float) -> str:
-    """Say what a guidance scale below `off`, the one that turns guidance off, does."""
+    """Describe the effect of a guidance scale below `off`, the one that turns guidance off."""
     weight = scale + 1 - off  # of the usual formula, in which 0 is the negative prompt alone
     effect = f"{scale:g} leaves the prompt out"
     if weight:
@@ -496,7 +496,7 @@ def _low_scale_in_words(scale: float, off: float) -> str:
 
 
 def why_none_skipped(options: GuidanceOptions, num_steps: int) -> str:
-    """Say why no pass skips the layers of --slg_layers although there is guidance."""
+    """Explain why no pass skips the layers of --slg_layers although there is guidance."""
     skipping = active_steps(options, num_steps)
     if options.slg_mode == "original" and options.slg_scale == 0:
         return "--slg_scale is 0"

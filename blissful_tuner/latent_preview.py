@@ -104,7 +104,7 @@ class LatentPreviews:
     folder: Path
     latent: LatentSpec
     device: torch.device
-    has_room: Callable[[int | None], bool]  # whether so many bytes of the device are free beside the network
+    has_room: Callable[[int | None], bool]  # whether the device has so many bytes free with the network on it
     vae: TinyVae | None = None
     _has_warned: bool = field(default=False, init=False)
     has_ended: bool = field(default=False, init=False)  # an error has ended the previews of this run

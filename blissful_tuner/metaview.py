@@ -114,7 +114,7 @@ def read_file_facts(path: Path) -> FileFacts:
 
 
 def as_json(files: Sequence[FileFacts], is_one: bool) -> Iterator[str]:
-    """Yield JSON in ASCII: names and values as they are stored."""
+    """Yield JSON in ASCII: names and values exactly as stored."""
     objects = []
     for facts in files:
         content: dict[str, object] = {"file": str(facts.path)}

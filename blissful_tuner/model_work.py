@@ -44,7 +44,7 @@ class Facts:
     files: tuple[Path, ...]
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
-    left_out: tuple[str, ...]  # beside the tensors of a torch file
+    left_out: tuple[str, ...]  # in addition to the tensors of a torch file
 
     @property
     def container(self) -> str:
@@ -237,7 +237,7 @@ def output_name(path: Path, in_shards: bool) -> Path:
 
 
 def _make_change(options: ModelUtilityOptions) -> changing.CheckpointChange:
-    """Return what the options change in a file."""
+    """Return the change to a file that the options ask for."""
     dtype = None if options.dtype is None else dtype_named(options.dtype, "--dtype")
     cast = _selection(options)
     written = changing.Selection(options.full_target_keys or (), options.full_exclude_keys or ())
@@ -275,7 +275,7 @@ def _show(options: ModelUtilityOptions, knowledge: Knowledge, checkpoint: Checkp
 
 
 def _identify(knowledge: Knowledge, checkpoint: Checkpoint) -> str:
-    """Return what a file is, in words."""
+    """Return the kind of model that a file holds, in words."""
     description = knowledge.describe_lora(checkpoint)
     if description is not None:
         return description

@@ -257,7 +257,7 @@ class SteadierOptions(Options, title="longer videos"):
     )
     # what the script's family has; no options
     riflex_frequencies: int = option(default=0, facts=NO_PIXELS)
-    riflex_beyond: int = option(default=0, facts=NO_PIXELS)  # frames: shorter videos are left as they are
+    riflex_beyond: int = option(default=0, facts=NO_PIXELS)  # frames: shorter videos are not changed
 
     def __post_init__(self) -> None:
         if not 0 <= self.riflex_index <= self.riflex_frequencies:

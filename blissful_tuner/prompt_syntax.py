@@ -209,7 +209,7 @@ def read_lines_of(path: Path, where: str) -> Lines:
 
 
 def _read_content(path: Path, where: str) -> str:
-    """Return the text of a file. Raises OptionError if it cannot be read, or is no clean UTF-8 text."""
+    """Return the text of a file. Raises OptionError if it cannot be read, or is not clean UTF-8 text."""
     try:
         content = read_text(path)
     except UnicodeDecodeError as error:
@@ -261,7 +261,7 @@ class _Group:
 
 
 class _Alternative(NamedTuple):
-    """Where an alternative is in the text, without its weight."""
+    """Span of an alternative in the text, without its weight."""
 
     start: int
     end: int

@@ -28,7 +28,7 @@ def answer_page(text: str, status: int = 200, headers: Mapping[str, str] | None 
 def answer_template(
     name: str, title: str, values: Mapping[str, Any], is_refused: bool = False, policy: str = POLICY
 ) -> Response:
-    """Return what a template of this folder makes of values. is_refused: the page says why a request was."""
+    """Return the page made from a template of this folder. is_refused: it explains a refused request."""
     return answer_page(render_page(HERE / name, title, values, policy), 422 if is_refused else 200)
 
 

@@ -128,7 +128,7 @@ class Plan:
 
     @property
     def glance(self) -> Glance:
-        """Return what a list shows of the run before it has a history."""
+        """Return the facts that a list shows of the run before it has a history."""
         return Glance(
             history=self.history,
             changed=self.changed,
@@ -209,7 +209,7 @@ class ShownRun:
 
     @property
     def ended_at_once(self) -> str:
-        """Return what is said of a run that the page has ended; empty for all others."""
+        """Return the reason shown for a run that the page has ended; empty for all other runs."""
         return self.state.reason if self.state.name == STOPPED and self.glance.state == DIED else ""
 
 
@@ -358,7 +358,7 @@ class Beginnings:
             return False
 
     def _find_state(self, plan: Plan, run: Glance | None, trace: Glance | None, job: Job | None) -> RunState:
-        """Return how a described folder's run stands: what works now first, then what ended last."""
+        """Return the state of a described folder's run: by what works now, else by what ended last."""
         is_asked = job is not None and job.state == RUNNING and job.stops > 0
         if run is not None and run.state == RUNNING:
             state = state_of_run(run)
@@ -516,7 +516,7 @@ def newest_job(jobs: Sequence[Job]) -> Job | None:
 
 
 def state_of_run(run: Glance) -> RunState:
-    """Return how a run with a history stands."""
+    """Return the state of a run with a history."""
     if run.state == RUNNING:
         state = state_of_trace(run) if run.name.endswith(BEFORE_TRAINING) else _state_of_doing(run.doing)
         return replace(state, is_asked=(run.history.parent / f"{run.name}.stop").exists())
@@ -540,7 +540,7 @@ def _state_of_doing(doing: str) -> RunState:
 
 
 def state_of_trace(trace: Glance) -> RunState:
-    """Return how a `run` stands that has not begun its training."""
+    """Return the state of a `run` that has not begun its training."""
     step, _, progress = trace.doing.partition(": ")
     if step not in STEPS:
         return RunState(STARTING, words=trace.doing)
@@ -556,7 +556,7 @@ def state_of_trace(trace: Glance) -> RunState:
 def _find_last_ending(
     plan: Plan, run: Glance | None, trace: Glance | None, job: Job | None, check: Job | None
 ) -> RunState:
-    """Return how a run stands on which nothing works: as what was last of its job, histories and check."""
+    """Return the state of a run on which nothing works: the latest of its job, histories and check."""
     candidates: list[tuple[float, RunState]] = [(0.0, RunState(DRAFT, reason=plan.problem))]
     histories = [history for history in (run, trace) if history is not None]
     for history in histories:
@@ -572,7 +572,7 @@ def _find_last_ending(
 
 
 def _state_of_running_job(job: Job, *histories: Glance | None) -> RunState:
-    """Return how a run stands whose job runs, and of whose histories none is being written."""
+    """Return the state of a run whose job runs while none of its histories is being written."""
     for history in histories:
         if history is not None and history.changed > job.born + SECOND:
             return _state_of_ended_run(history, job)  # its process is about to end
@@ -580,7 +580,7 @@ def _state_of_running_job(job: Job, *histories: Glance | None) -> RunState:
 
 
 def _state_of_ended_run(run: Glance, job: Job | None) -> RunState:
-    """Return how a run stands that has a history, with the job that has written it if there is one."""
+    """Return the state of a run that has a history. job: the latest of its folder; None without one."""
     state = state_of_run(run)
     if job is None or job.born > run.changed + SECOND:  # a later one
         return state
@@ -593,7 +593,7 @@ def _state_of_ended_run(run: Glance, job: Job | None) -> RunState:
 
 
 def explain_end_at_once(run: Glance) -> str:
-    """Return what is said of a run that a second Stop has ended, with where it continues."""
+    """Describe a run that a second Stop has ended, and where it continues."""
     if run.name.endswith(BEFORE_TRAINING):
         return "Ended at once from the page, before its training began. Continue begins where it was."
     states = state_pattern(run.name)
@@ -626,14 +626,14 @@ def _state_of_check(check: Job) -> RunState:
 
 
 def _state_of_job(job: Job) -> RunState:
-    """Return how a run stands whose job has ended before its training began."""
+    """Return the state of a run whose job has ended before its training began."""
     if job.state != DIED:
         return RunState(job.state, job=job)
     return RunState(DIED, reason=_explain(job, "It ended without a word."), job=job)
 
 
 def _explain(job: Job, otherwise: str) -> str:
-    """Return why a command has ended: its last error, or the signal that killed it."""
+    """Return the reason why a command has ended: its last error, or the signal that killed it."""
     lines = job.last_lines(READ_LINES)
     if job.code in KILLED:
         return "It was killed: memory ran out, or somebody ended it."

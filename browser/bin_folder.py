@@ -37,7 +37,7 @@ class BinFolder:
         self.places = tuple(dict.fromkeys(places))
 
     def list_entries(self) -> list[BinEntry]:
-        """Return what was removed, the newest first."""
+        """Return the entries of the bin, the newest first."""
         entries = []
         for place in self.places:
             if place.is_symlink():
@@ -149,7 +149,7 @@ def _free_name(path: Path) -> Path:
 
 
 def _remove_empty(folder: Path, end: Path) -> None:
-    """Remove a folder and those above it, below `end`, as long as they are empty."""
+    """Remove a folder and those above it, below `end`, while they are empty."""
     while folder != end and folder.is_relative_to(end):
         try:
             folder.rmdir()

@@ -46,7 +46,7 @@ def caption_words(engine: str, question: str, try_on: int | None = None) -> list
 
 
 def describe_engine(engine: str) -> str:
-    """Return what the usual model loads; "" for others, of which that is not known."""
+    """Return "on disk" or the size to load of the usual caption model; "" for other models."""
     if engine != CAPTION_MODEL:
         return ""
     from huggingface_hub import constants  # only for this page

@@ -165,7 +165,7 @@ def mark_bytes(content: bytes | None) -> str:
 
 
 def _only_one_writes(path: Path) -> AbstractContextManager[None]:
-    """Let one server at a time compare and write captions of a folder: another one's save is seen first."""
+    """Let one server at a time compare and write captions of a folder, so that it sees every save."""
     return only_one(path.with_name(LOCK))
 
 

@@ -78,7 +78,7 @@ class ComparableRun:
 
     @property
     def problem(self) -> str:
-        """Return why no clip can be made with this run's files; empty if clips can be made."""
+        """Return the reason why no clip can be made with this run's files; empty if clips can be made."""
         for name, words in self.options.items():
             is_missing = any(word in self.missing or PLACEHOLDER.fullmatch(word) for word in words)
             if is_missing and name not in REPLACED:
@@ -373,7 +373,7 @@ class ShownClip:
 
 
 class ClipKey(NamedTuple):
-    """What a made clip is found by."""
+    """Key by which a made clip is found."""
 
     prompt: str
     seed: str

@@ -70,7 +70,7 @@ def is_chosen(file: File, words: Sequence[str], only: str) -> bool:
 
 
 def read_part(query: Mapping[str, str]) -> slice:
-    """Return which files of a list a query asks for. Raises ValueError if `from` or `count` is no number."""
+    """Return the slice of a list that a query asks for. Raises ValueError for bad numbers."""
     first = max(0, int(query.get("from") or 0))
     count = min(max(0, int(query.get("count") or 0)), MOST_AT_ONCE)
     return slice(first, first + count)
@@ -322,7 +322,7 @@ class DatasetPages:
             return answer_gone()
         part = parts[number]
         if self.address(dataset, item, number, part) != request.url.path:
-            return answer_gone()  # it lies elsewhere, or is not what the page was told of
+            return answer_gone()  # it lies elsewhere, or is not what the page knows of
         try:
             picture = self.thumbnails.make(part, request.path_params["stamp"])
         except (MediaError, StopIteration):
@@ -348,12 +348,12 @@ class DatasetPages:
 
 
 def _count_by_filter(files: Collection[File]) -> dict[str, int]:
-    """Return how many files each filter of ONLY keeps."""
+    """Return the number of files that each filter of ONLY keeps."""
     return {name: sum(is_chosen(file, (), name) for file in files) for name in ONLY}
 
 
 def _count_items(files: Collection[File]) -> int:
-    """Return how many items a training makes of the files."""
+    """Return the number of items that a training makes of the files."""
     return sum(number for file in files for _, number in file["lengths"])
 
 

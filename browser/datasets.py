@@ -57,7 +57,7 @@ OF_RUNS = {
 
 @functools.cache
 def picture_families() -> frozenset[str]:
-    """Return what runs call the families that make no clips."""
+    """Return the names by which runs call the families that make no clips."""
     families = {f"{entry.training_script}.py": name for name, entry in with_scripts().items()}
     frames: dict[str, int] = {}
     for model in find_models():
@@ -69,7 +69,7 @@ def picture_families() -> frozenset[str]:
 
 
 def model_of_run(name: str) -> str:
-    """Return which of MODELS a run is of. name: what it calls its model."""
+    """Return the key of MODELS for a run. name: that of its model, as the run calls it."""
     usual = PICTURES if name in picture_families() else next(iter(MODELS))
     return OF_RUNS.get(name, usual)
 
@@ -321,7 +321,7 @@ class Datasets:
             return measured
 
     def glance(self, dataset: FoundDataset) -> tuple[MediaFiles, str]:
-        """Return what a dataset's folders have, and what is known of it in words. Measures nothing."""
+        """Return the media of a dataset's folders, and the known facts in words. Measures nothing."""
         try:
             if self.outside(dataset):
                 return MediaFiles(), "partly outside the folders that are shown"

@@ -66,7 +66,7 @@ class KeyChanges:
 
     @property
     def text(self) -> str:
-        """Return what is written: `run.toml: max_train_steps = 100`, and what stays."""
+        """Return the changed lines in words, `run.toml: max_train_steps = 100`, and the lines that stay."""
         said = [
             f"{name} is removed" if value is None else f"{name} = {toml_value(value)}"
             for name, value in self.changes.items()
@@ -177,7 +177,10 @@ def _name_model_files(family: str, task: str, paths: list[str]) -> dict[str, str
     """Return the files of a model by their options; `new` lists them in the order of the catalogue."""
     for model in find_models():
         if (model.family, model.task) == (family, task):
-            names = dict.fromkeys(part.option.lstrip("-") for part in model.components if part.option)
+            parts = [part for part in model.components if part.option]
+            if len(paths) < len(parts):  # a checkpoint has some inside
+                parts = [part for part in parts if part.inside is None]
+            names = dict.fromkeys((part.option or "").lstrip("-") for part in parts)
             return dict(zip(names, paths, strict=False))
     return {}
 
@@ -225,7 +228,7 @@ def tidy_lines(text: str) -> str:
 
 @dataclass(frozen=True)
 class DraftFile:
-    """A file of a described folder as it is now."""
+    """A file of a described folder in its current state."""
 
     path: Path
     content: bytes | None  # None: there is no such file
@@ -255,8 +258,8 @@ def change_keys(path: Path, changes: Mapping[str, Any], have: str) -> None:
     """Set and remove options of the training in a run.toml, as `edit_toml` does.
 
     have: checksum (`mark_bytes`) of the content that the change was made for. Raises ChangedMeanwhileError if
-    the file has changed since, ValueError if it is no TOML or has no such table, OSError or OutputError if it
-    cannot be read or written.
+    the file has changed since, ValueError if it is not TOML or has no such table, OSError or OutputError if
+    it cannot be read or written.
     """
     draft = DraftFile(path, read_own(path))
     if draft.mark != have:
@@ -281,7 +284,7 @@ def replace_content(path: Path, content: bytes, have: str) -> None:
 
 
 def edit_toml(text: str, changes: Mapping[str, Any]) -> str:
-    """Return a run.toml with options set, or removed by None; all else stays as it is written, comments too.
+    """Return a run.toml with options set, or removed by None; everything else stays as written, comments too.
 
     A key is changed in the table that has it, the last one if several do, as they only group keys. A new key
     goes to the end of TRAINING_TABLE. Raises ValueError; see `change_keys`.
@@ -322,7 +325,7 @@ def _list_holders(document: Any, name: str) -> list[Any]:
 
 
 def _append_key(table: Table, name: str, value: Any) -> None:
-    """Set a new key of a table behind its others, before the blank lines and comments at its end."""
+    """Set a new key at the end of a table, before the blank lines and comments at its end."""
     body = table.value.body
     tail = []
     while body and body[-1][0] is None:

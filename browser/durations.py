@@ -23,7 +23,7 @@ ACCUMULATION = "gradient_accumulation_steps"
 def describe_duration(
     runs: Runs, described: DescribedFolder, steps: int | None, cards: Collection[str] = ()
 ) -> str:
-    """Return how long so many steps of a described folder take; empty if no run here has measured it.
+    """Return the time that `steps` of a described folder take, in words; empty if no run here measured it.
 
     The run of its name counts first, then the latest finished run of the same model, with pictures and
     batches of the same size. cards: names of this machine's. A run of another machine says nothing.

@@ -73,7 +73,7 @@ class Errands:
         the limits of its `run`. None for commands that are made of no words of a folder's files. typed: names
         of options that may send something despite the limits, because somebody has typed their values.
 
-        Raises OptionError if it is no command of ours or the errand is still running, OutputError if its
+        Raises OptionError if it is not a command of ours or the errand is still running, OutputError if its
         files cannot be written.
         """
         if self.read_only:

@@ -95,7 +95,7 @@ def list_uncaptioned(folder: Path, names: Sequence[str]) -> list[str]:
 class LeftOut:
     """Move files of a folder, with their captions, out of it into the bin of its root, and back.
 
-    It is no `BinFolder`: what that takes lies below the time at which it was taken, and no page gives it
+    It is not a `BinFolder`: what that takes lies below the time at which it was taken, and no page gives it
     back. These files lie below the name of their folder, whose page lists them. Both rename.
     """
 
@@ -212,7 +212,7 @@ class FolderFiles:
         return all(word in text for word in words)
 
     def show(self, folder: Path, name: str) -> dict[str, Any]:
-        """Return what the page shows of a file."""
+        """Return the facts of a file that the page shows."""
         facts = self.facts(folder / name)
         suffix = Path(name).suffix.lower()
         is_seen = suffix in SHOWN and not facts.fault

@@ -52,7 +52,7 @@ TABLE = "table"  # the part of the page for the keys of run.toml; the others are
 
 @dataclass(frozen=True)
 class DraftChange:
-    """What a form would save of a part of the page."""
+    """Change that a form would save of a part of the page."""
 
     part: str  # TABLE or the name of a file
     difference: Sequence[str] = ()
@@ -65,10 +65,10 @@ class DraftChange:
 def plan_change(
     site: Site, part: str, texts: Mapping[DraftFile, str], run: DraftFile, typed: str | None = None
 ) -> DraftChange:
-    """Return what a form would save, after the scripts have checked it.
+    """Return the change that a form would save, after the scripts have checked it.
 
     A running training has read all files but the prompts, so these are not changed under it. texts: the new
-    text of each file. run: the folder's run.toml as it is. typed: the text of a file that was typed as a
+    text of each file. run: the folder's current run.toml. typed: the text of a file that was typed as a
     whole.
     """
     difference: list[str] = []
@@ -109,7 +109,7 @@ def save_change(change: DraftChange, texts: Mapping[DraftFile, str]) -> DraftCha
 
 @dataclass(frozen=True)
 class SettingsView:
-    """What the template shows."""
+    """Values that the template shows."""
 
     folder: Path
     files: Mapping[str, DraftFile]
@@ -216,7 +216,7 @@ class FolderSettingsPages:
         return [*(word for word in words if word != "--overwrite"), "--print_run"]
 
     def read_chosen_text(self, folder: Path) -> str | None:
-        """Return what `new` chose for a folder; None if that is not known (any more)."""
+        """Return the run.toml text that `new` chose for a folder; None if it is not known (any more)."""
         errand = self.site.errands.find(errand_name(CHOSEN, folder))
         if errand is None or errand.code != 0:
             return None
@@ -260,7 +260,7 @@ class FolderSettingsPages:
     def answer_conflict(
         self, folder: Path, part: str, present: DraftFile, fields: Mapping[str, str]
     ) -> Response:
-        """Return the page of the file as it is now, with what was typed for the earlier one."""
+        """Return the page of the current file, with the text that was typed for the earlier one."""
         typed = fields.get("text")
         base = fields.get("base", "")
         now = describe_difference(base, present.text)

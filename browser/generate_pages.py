@@ -92,7 +92,7 @@ SEED_BITS = 32
 
 @dataclass(frozen=True)
 class MakingForm:
-    """What the fields of the page Generate hold."""
+    """Contents of the fields of the page Generate."""
 
     source: str = ""  # `run ID` or `model FAMILY TASK`
     texts: Mapping[str, str] = field(default_factory=dict)  # by the name of the field
@@ -218,7 +218,7 @@ class GeneratePages:
         return answer_template("generate.html", "Generate", values, is_refused=error != "")
 
     def work_values(self) -> dict[str, object]:
-        """Return what the part of the page about wishes shows."""
+        """Return the values for the part of the page about wishes."""
         makings = self.maker.list_all()
         ended = [making for making in makings if is_told(making)][: -SHOWN_ENDED - 1 : -1]
         open_ones = [making for making in makings if making.state in ("running", "waiting")]
@@ -274,7 +274,7 @@ class GeneratePages:
     # --- sources
 
     def list_sources(self) -> dict[str, list[tuple[str, str]]]:
-        """Return what can be generated with, by the title of its group: values of the field, and names."""
+        """Return the runs and models to generate with, by title of their group: field values and names."""
         groups: dict[str, list[tuple[str, str]]] = {"Runs": [], "Models on disk": [], "Models to load": []}
         for run, label in self.shelf.refresh():
             groups["Runs"].append((f"run {run.id}", f"{label} (run)"))
@@ -323,7 +323,7 @@ class GeneratePages:
     # --- wishes
 
     def wish_of(self, recipe: ModelRecipe, form: MakingForm, rows: Sequence[LoraRow]) -> Wish:
-        """Return what a form asks for."""
+        """Return the wish that a form describes."""
         texts = {name: form.texts.get(name, "") for name in FIELDS if name not in ("seed", "references")}
         if "start" not in recipe.fields and "redraw" in recipe.fields and texts["start"].strip():
             texts["redraw"] = texts["redraw"] or texts["start"]  # of a result: start from this
@@ -465,7 +465,7 @@ class GeneratePages:
         return MakingForm(source, texts=texts, strengths=strengths, is_locked=bool(texts.get("seed")))
 
     def describe_filling(self, found: FoundSettings, form: MakingForm) -> str:
-        """Return what the form was filled with, and what of the file it could not take, in words."""
+        """Return the program whose settings fill the form, and the settings that do not fit, in words."""
         sentences = [f"Filled with the settings of a file that {found.program} made."]
         recipe = self.find_recipe(form.source)
         if not found.family:
@@ -498,7 +498,7 @@ class GeneratePages:
         return best[0]
 
     def _fit(self, found: FoundSettings, source: str) -> int:
-        """Return how well a source fits settings; below 0 if it does not."""
+        """Return a score for the fit of a source to settings; below 0 if it does not fit."""
         kind, _, name = source.partition(" ")
         if not found.family or (kind == "run" and self.shelf.family_of(name) != found.family):
             return -1
@@ -537,7 +537,7 @@ def is_told(making: Making) -> bool:
 
 
 def describe_ended(ended: Sequence[Making]) -> str:
-    """Return what the newest of some ended wishes came to, in words; empty without any."""
+    """Return the outcome of the newest of some ended wishes, in words; empty without any."""
     if not ended:
         return ""
     newest = ended[0]
@@ -546,7 +546,7 @@ def describe_ended(ended: Sequence[Making]) -> str:
 
 
 def loading_note(recipe: ModelRecipe | None) -> str:
-    """Return what has to be loaded before a recipe can be made; empty if nothing has."""
+    """Return a note on the files to load before a recipe can be made; empty if there are none."""
     if recipe is None or not recipe.missing:
         return ""
     if recipe.missing[0].startswith("--"):

@@ -28,7 +28,7 @@ def describe_login() -> str:
 
 
 def token_path() -> Path:
-    """Return where the hub's own program keeps its token."""
+    """Return the path of the token that the hub's own program keeps."""
     from huggingface_hub import constants  # takes a while to load
 
     return Path(constants.HF_TOKEN_PATH)

@@ -3,7 +3,7 @@
 `run` itself refuses what is marked as refused here, see `modules/run_limits.py`: the list only says it first.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,8 @@ from modules.command import as_typed
 from modules.paths import expand_path
 from modules.run_limits import ALLOWED_BY, ANY
 from modules.text_files import parse_toml, read_content, real_path
-from project.options import RUN_FILE
+from project.options import RUN_FILE, STARTING
 from training.config_options import OTHERS_TABLE, OUR_NETWORKS
-from training.end_options import ON_END
 from training.run_options import NEEDS_FOLDER
 
 # options that send something from this machine
@@ -26,7 +25,7 @@ SENDING = {
 }
 CODE = ("network_module",)  # options that load code
 WRITING = ("output_dir", "logging_dir")
-NOT_STARTED = f"`run` refuses it: --{ON_END} is only taken if it is typed"
+NOT_STARTED = "`run` refuses it: --{} is only taken if it is typed"
 CACHES = "cache_directory"  # ends the names of keys of a dataset
 MOST_LINES = 100
 MOST_SHOWN = 64 << 10  # bytes of a file
@@ -42,10 +41,10 @@ class Intention:
 
 
 def read_intentions(folder: Path) -> list[Intention]:
-    """Return what the files of a described folder let a run do; what `new` does not write comes first.
+    """Return the acts that the files of a described folder let a run do; those unknown to `new` come first.
 
     What is beyond MOST_LINES is counted in a last line. Raises OSError if run.toml cannot be read, ValueError
-    if it is no TOML.
+    if it is not TOML.
     """
     tables = parse_toml(read_content(folder / RUN_FILE).decode())
     found = [
@@ -139,15 +138,17 @@ def _list_code(tables: Mapping[str, Any]) -> Iterator[Intention]:
 
 
 def _list_starting(tables: Mapping[str, Any]) -> Iterator[Intention]:
-    command = _table(tables, TRAINING_TABLE).get(ON_END)
-    if command is not None:
-        yield Intention(f"starts {command}", note=NOT_STARTED, is_unusual=True)
+    values = _table(tables, TRAINING_TABLE)
+    for option in STARTING:
+        if values.get(option) is not None:
+            yield Intention(f"starts {values[option]}", note=NOT_STARTED.format(option), is_unusual=True)
 
 
-def _is_end_option(word: str) -> bool:
-    """Return whether a word of a command is --on_end, or a beginning of it that argparse takes too."""
-    flag = word.partition("=")[0]
-    return flag.startswith("--on") and f"--{ON_END}".startswith(flag)
+def _list_typed_only(words: Sequence[str]) -> list[str]:
+    """Return the options in a command that start a program. argparse takes the beginning of a name too."""
+    flags = [word.partition("=")[0] for word in words]
+    typed = [flag for flag in flags if len(flag) > len("--x")]  # one letter is not enough of a name
+    return [option for option in STARTING if any(f"--{option}".startswith(flag) for flag in typed)]
 
 
 def _list_commands(tables: Mapping[str, Any]) -> Iterator[Intention]:
@@ -155,5 +156,6 @@ def _list_commands(tables: Mapping[str, Any]) -> Iterator[Intention]:
     for number, words in enumerate(commands):
         texts = [str(word) for word in _list_of(words)]
         text = f"{'downloads with' if number == 0 else 'runs'} {as_typed(texts)}"
-        is_starting = any(map(_is_end_option, texts))
-        yield Intention(text, note=NOT_STARTED if is_starting else "", is_unusual=is_starting)
+        starting = _list_typed_only(texts)
+        note = NOT_STARTED.format(starting[0]) if starting else ""
+        yield Intention(text, note=note, is_unusual=bool(starting))

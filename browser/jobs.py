@@ -72,7 +72,7 @@ class Job:
     folder: str  # that it runs in
     log: Path
     process: dict[str, Any] | None = None  # that waits for the job; None: not started
-    stops: int = 0  # how often it was told to stop
+    stops: int = 0  # how often a stop was asked for
     within: str = ""  # described folder whose limits it has, as one of its buttons wrote it; empty: no limits
     typed: str = ""  # options that send something and that somebody typed, despite limits; blanks between
     place: int = -1  # index among the entries of the text file; -1: its line has been removed
@@ -110,7 +110,7 @@ class Job:
         return None
 
     def as_row(self) -> dict[str, Any]:
-        """Return what is kept of the job."""
+        """Return the values of the job that are stored."""
         row = {name: getattr(self, name) for name in STORED}
         for name in ("within", "typed"):
             if not row[name]:
@@ -128,7 +128,7 @@ class Job:
 
     @property
     def problem(self) -> str:
-        """Return why the line would be refused; empty if it is accepted."""
+        """Return the reason why the line would be refused; empty if it is accepted."""
         folder = Path(self.folder)
         try:
             launch.find_job_program(self.words, folder)
@@ -146,7 +146,7 @@ class Job:
 
     @property
     def seconds(self) -> float:
-        """Return how long the job has been running, or ran until its end."""
+        """Return the seconds for which the job has been running, or ran until its end."""
         end = time.time()
         if self.state != RUNNING:
             with contextlib.suppress(OSError):
@@ -155,7 +155,7 @@ class Job:
 
     @property
     def born(self) -> float:
-        """Return when the job began, in seconds since 1970; 0 if it has not, or its file is damaged."""
+        """Return the start of the job, in seconds since 1970; 0 before it, or if its file is damaged."""
         born = (self.process or {}).get("born")
         return float(born) if isinstance(born, (int, float)) and abs(born) < MOST_BORN else 0.0
 
@@ -232,7 +232,7 @@ class JobQueue:
         self.problem = ""  # why the last try to begin a job has failed
         # frees the card before a job starts; returns why it has to wait, else an empty text
         self.before_start: Callable[[], str] = lambda: ""
-        self._keeps_open = False  # it works, and the next server is to go on with what it has seen
+        self._keeps_open = False  # it works, and the next server is to continue with what it has seen
         self._ended = threading.Event()
         self._worker: threading.Thread | None = None
         self._child: subprocess.Popen[bytes] | None = None
@@ -255,7 +255,7 @@ class JobQueue:
         """Append a command of ours and return the number of its job.
 
         folder: working folder of the command. within, typed: as those of `Errands.start`. Raises OptionError
-        if it is no command of ours or never ends, OutputError if the queue cannot be written.
+        if it is not a command of ours or never ends, OutputError if the queue cannot be written.
         """
         launch.find_job_program(words, folder)
         line = as_line(words)
@@ -270,7 +270,7 @@ class JobQueue:
     def add_and_begin(
         self, words: Sequence[str], folder: Path, *, within: Path | None = None, typed: Sequence[str] = ()
     ) -> int:
-        """Append a command as `add` does, and run the jobs unless the queue is paused with others in it."""
+        """Append a command as `add` does, and run the jobs unless the queue is paused and not empty."""
         others_wait = any(job.state == WAITING for job in self.jobs())
         number = self.add(words, folder, within=within, typed=typed)
         if self.worker == "" and not others_wait:
@@ -350,8 +350,8 @@ class JobQueue:
     def begin_work(self, stays_open: bool = True, *, only_known: bool = False) -> None:
         """Run the jobs one after another, in a thread. Raises OutputError if another process does.
 
-        stays_open: the next server of these folders goes on with it. only_known: raise StrangeJobsError if a
-        job waits that the user has neither typed nor started on a page.
+        stays_open: the next server of these folders continues it. only_known: raise StrangeJobsError if a job
+        waits that the user has neither typed nor started on a page.
         """
         if self._worker is not None:
             return

@@ -16,7 +16,7 @@ KIND = "queues"
 
 @dataclass(frozen=True)
 class KnownQueue:
-    """What was remembered of a queue."""
+    """Remembered facts of a queue."""
 
     is_open: bool  # the user has started it, and not paused it since
     jobs: Counter[str]  # digests of the waiting jobs that the user knows
@@ -32,7 +32,7 @@ def remember_queue(folder: Path, is_open: bool, jobs: Iterable[str]) -> None:
 
 
 def recall_queue(folder: Path) -> KnownQueue | None:
-    """Return what was remembered of a queue; None if it is another one by now, or was never known."""
+    """Return the remembered facts of a queue; None if another queue is in its place, or none are known."""
     try:
         facts = recall_facts(KIND, folder)
         return KnownQueue(facts["open"] is True, Counter(map(str, facts["jobs"])))

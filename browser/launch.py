@@ -157,7 +157,7 @@ def find_job_program(words: Sequence[str], folder: Path) -> list[str]:
 
 
 def _count_launcher_words(words: Sequence[str]) -> int:
-    """Return how many words `accelerate launch` and its options take.
+    """Return the number of words that `accelerate launch` and its options take.
 
     Raises OptionError for options and values that reach beyond this machine, or that are unknown.
     """
@@ -448,7 +448,7 @@ def write_code(path: Path, code: int) -> None:
     try:
         write_text(path, str(code))
     except OutputError:
-        with contextlib.suppress(OSError):  # then its state is told by its log and its history
+        with contextlib.suppress(OSError):  # then its log and its history show its state
             path.write_text(str(code), encoding="utf-8")
 
 

@@ -106,7 +106,7 @@ def read_cards(text: str) -> list[GraphicsCard]:
 
 @dataclass(frozen=True)
 class RunningThing:
-    """What runs now, and the page that shows it."""
+    """Something that runs now, in words, and the page that shows it."""
 
     text: str
     address: str
@@ -114,12 +114,12 @@ class RunningThing:
 
 @dataclass(frozen=True)
 class MachineFacts:
-    """What the line says."""
+    """Facts about this machine for the line on the page."""
 
     running: Sequence[RunningThing] = ()
     cards: Sequence[GraphicsCard] = ()
     free: str = ""  # of the disk of the first root
-    command: str = ""  # that starts the page again as it is
+    command: str = ""  # that starts the page again with the same options
 
 
 @dataclass
@@ -154,7 +154,7 @@ class MachineLine:
         return MachineFacts(self.list_running(), self.cards.read(), free, command)
 
     def list_running(self) -> list[RunningThing]:
-        """Return what runs on this machine: trainings, other jobs of the queue, results, downloads."""
+        """Return the processes on this machine: trainings, other jobs of the queue, results, downloads."""
         runs = [run for run in self.site.runs.list_all() if _is_running_here(run)]
         things = [_describe_run(run) for run in runs]
         things += self._list_jobs(runs)

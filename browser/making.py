@@ -533,8 +533,8 @@ class ResultMaker:
     def _end_process(self, session: LoadedModel | None, patience: float = PATIENCE) -> None:
         """End a process: by the end of its input, after so many seconds by force.
 
-        Call it without the lock, which others need meanwhile. It returns once no process ends any more: two
-        models may not fit into the card.
+        Call it without the lock, which other threads need meanwhile. It returns once no process ends any
+        more: two models may not fit into the card.
         """
         with self._ending:
             if session is None:

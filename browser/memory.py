@@ -68,7 +68,7 @@ class PlannedPart:
 
 @dataclass(frozen=True)
 class ReadPlan:
-    """What a training script has planned: its largest phase by part."""
+    """Memory plan of a training script: its largest phase by part."""
 
     phase: PlannedPart
     parts: Sequence[PlannedPart]
@@ -97,7 +97,7 @@ class ReadPlan:
         return [(part, 100 * part.device / whole) for part in parts]
 
     def card_share(self, size: float) -> float:
-        """Return where the card ends on the bar, in percent."""
+        """Return the position on the bar at which the card ends, in percent."""
         needed = sum(part.device for part in self.parts) + self.of_cuda
         return 100 * size / max(size, needed)
 
@@ -253,7 +253,7 @@ class MemoryPages:
         return errand is not None and has_changed_since(errand, folder, (RUN_FILE, DATASET_FILE))
 
     def printed_lines(self, errand: Job | None, folder: Path) -> list[PrintedLine]:
-        """Return what an errand has printed; commands to make caches become lines of the queue."""
+        """Return the lines that an errand has printed; commands to make caches become lines of the queue."""
         if errand is None:
             return []
         lines = []

@@ -49,7 +49,7 @@ class ModelRow:
 
 
 def describe_kind(model: ModelSet) -> str:
-    """Return what a model makes, by the catalogue alone: `clips and sound`."""
+    """Return the kinds of results that a model makes, by the catalogue alone: `clips and sound`."""
     if needs_picture(model):
         return "edits"
     if model.data["frames"] == 1:
@@ -124,7 +124,7 @@ def has_login() -> bool:
 
 
 def describe_file(text: str) -> str:
-    """Return what a model file is, by its header: `the transformer of Wan2.1, 2.8 GB`.
+    """Return a description of a model file, by its header: `the transformer of Wan2.1, 2.8 GB`.
 
     text: its path, as typed.
     """
@@ -166,7 +166,7 @@ def describe_file(text: str) -> str:
 
 
 def find_misfit(family: str, task: str, option: str, text: str) -> str:
-    """Return why a file does not fit an option of a model, as `new` says it; empty if it fits.
+    """Return the reason why a file does not fit an option of a model, as `new` words it; empty if it fits.
 
     text: its path, as typed. Also empty for what `describe_file` refuses, and if it takes too long to tell.
     """

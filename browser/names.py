@@ -16,7 +16,7 @@ def short_digest(text: str | Path, num_bytes: int = 8) -> str:
 
 
 def number_names(name: str) -> Iterator[str]:
-    """Yield a name as it is, then with -2, -3, ... behind it."""
+    """Yield the name itself, then with -2, -3, ... behind it."""
     yield name
     for number in itertools.count(2):
         yield f"{name}-{number}"

@@ -24,7 +24,7 @@ OF_RUN_FILE = {"name": "Name", "steps": "Steps"}  # of those that are keys of ru
 
 @dataclass(frozen=True)
 class NewForm:
-    """What the fields of the page New hold."""
+    """Contents of the fields of the page New."""
 
     folder: str = ""
     family: str = ""
@@ -136,7 +136,7 @@ def check_form(form: NewForm) -> None:
 
 
 def read_steps(text: str) -> int:
-    """Return the number of steps in a field. Raises OptionError if it is no such number."""
+    """Return the number of steps in a field. Raises OptionError if it is not a valid number."""
     steps = parse_whole(text, MOST_STEPS)
     if steps is None:
         raise OptionError(

@@ -56,6 +56,7 @@ from browser.folders import (
     CHECK_PAGE,
     MediaFolder,
     find_folder,
+    find_typed,
     list_media_folders,
     read_media_folder,
 )
@@ -72,7 +73,7 @@ from browser.model_table import (
     list_missing,
     list_model_rows,
 )
-from browser.names import free_name
+from browser.names import free_name, short_digest
 from browser.new_form import (
     NewForm,
     check_form,
@@ -118,7 +119,7 @@ MOST_OF_PAGE = 256 << 20  # bytes of check.html
 
 @dataclass(frozen=True)
 class DescribePlan:
-    """What the button Describe does, and how it is said next to it."""
+    """Effect of the button Describe, and the text next to it."""
 
     words: list[str]  # of the command; empty: keys of run.toml are changed
     changes: KeyChanges = KeyChanges({})  # of keys of run.toml
@@ -238,7 +239,7 @@ class NewPages:
     def folder_values(
         self, folder: Path | None, content: MediaFolder | None, is_part: bool
     ) -> dict[str, Any]:
-        """Return what the page shows of the folders, and of the chosen one.
+        """Return the values for the page's part on the folders, and on the chosen one.
 
         content: of the chosen one. is_part: see `answer`.
         """
@@ -259,7 +260,7 @@ class NewPages:
         }
 
     def model_values(self, form: NewForm, content: MediaFolder | None) -> dict[str, Any]:
-        """Return what the page shows of the models, and of the chosen one. content: of the folder."""
+        """Return the values for the page's part on models and the chosen one. content: of the folder."""
         rows = list_model_rows(self.site.models, self.memory, content)
         chosen = next((row for row in rows if row.value == f"{form.family} {form.task}"), None)
         return {
@@ -275,7 +276,7 @@ class NewPages:
         return NewForm.of_described(described, self.site.models)
 
     def describe_duration(self, form: NewForm, described: DescribedFolder | None) -> str:
-        """Return how long the steps in the form take; empty if it is not known."""
+        """Return the time that the steps in the form take, in words; empty if it is not known."""
         if described is None or described.steps is None:
             return ""
         try:
@@ -285,7 +286,7 @@ class NewPages:
         return describe_duration(self.site.runs, described, steps, self.cards)
 
     def try_read(self, folder: Path | None) -> tuple[DescribedFolder | None, str]:
-        """Return what the files of a folder say, or None and why they cannot be read."""
+        """Return the contents of a folder's files, or None and the reason why they cannot be read."""
         if folder is None or not is_described(folder):
             return None, ""
         try:
@@ -294,7 +295,7 @@ class NewPages:
             return None, str(reason)
 
     def progress_values(self, folder: Path | None, described: DescribedFolder | None) -> dict[str, Any]:
-        """Return what the part of the page shows that changes while commands run."""
+        """Return the values for the part of the page that changes while commands run."""
         site = self.site
         errands = {kind: self.find_errand(kind, folder) for kind in ERRANDS}
         job = self.find_job(folder)
@@ -323,7 +324,7 @@ class NewPages:
         }
 
     def said_values(self, folder: Path | None, errands: Mapping[str, Job | None]) -> dict[str, Any]:
-        """Return what errands of a folder are and have said, by their kinds."""
+        """Return the errands of a folder and their printed lines, by kind."""
         names: list[str] = []
         if folder is not None:
             with contextlib.suppress(OSError):
@@ -336,6 +337,7 @@ class NewPages:
         repairing = errands[REPAIRING]
         return {
             "looking": looking,
+            "looked": _list_ended(errands[COMPARE], errands[DESCRIBE]),
             "looking_lines": read_said(looking, names),
             "comparing": comparing,
             "changes": read_changes(comparing),
@@ -349,7 +351,7 @@ class NewPages:
         }
 
     def loading_values(self, described: DescribedFolder | None) -> dict[str, Any]:
-        """Return what is to be loaded for a described folder: its size, its licences and the login."""
+        """Return the facts of files to load for a described folder: their size, licences and the login."""
         to_load = self.list_to_load_of(described)
         licences = list_licences(to_load)
         return {
@@ -419,19 +421,21 @@ class NewPages:
         return checking is not None and folder is not None and has_changed_since(checking, folder, FILES)
 
     def explain_folder(self, text: str) -> str:
-        """Return why a text names no folder that can be described here."""
+        """Return the reason why a text names no folder that can be described here."""
         roots = ", ".join(str(top) for top in self.site.runs.tops)
-        tops = self.site.runs.tops
-        with contextlib.suppress(OSError, ValueError, RuntimeError):
-            path = real_path(tops[0] / Path(text).expanduser())
-            # looking at a share of another machine would log in there
-            if path.anchor in {top.anchor for top in tops} and path.is_dir():
-                settings = SettingsPages(self.site)
-                command = settings.command_words(settings.find_worker(), further=[path])
-                return (
-                    f"{path} is outside of the folders of this page, {roots}. End the page, and start it "
-                    f"with that folder: {typed_anywhere(command, Path.cwd())}"
-                )
+        try:
+            path = find_typed(self.site.runs, text)
+        except (OSError, UnicodeError):
+            path = None
+        except ValueError as error:
+            return f"{text}: {error}."
+        if path is not None:
+            settings = SettingsPages(self.site)
+            command = settings.command_words(settings.find_worker(), further=[real_path(path)])
+            return (
+                f"{real_path(path)} is outside of the folders of this page, {roots}. End the page, and start "
+                f"it with that folder: {typed_anywhere(command, Path.cwd())}"
+            )
         return f"{text}: no such folder below {roots}. Choose one from the list, or drop files here."
 
     def find_errand(self, kind: str, folder: Path | None) -> Job | None:
@@ -466,7 +470,8 @@ class NewPages:
         }
         for model in find_models():
             if (model.family, model.task) == (described.family, described.task):
-                return list_missing(model, self.site.models, is_there)
+                missing = list_missing(model, self.site.models, is_there)
+                return [part for part in missing if (part.option or "").lstrip("-") in described.model_files]
         return []
 
     def run_words(self, described: DescribedFolder) -> list[str]:
@@ -480,7 +485,7 @@ class NewPages:
     def plan_or_none(
         self, form: NewForm, folder: Path | None, described: DescribedFolder | None
     ) -> DescribePlan:
-        """Return what Describe would do; for a form that is not complete, the command as far as it goes."""
+        """Return the plan of Describe; for a form that is not complete, the command as far as it goes."""
         with contextlib.suppress(UserError, ValueError):
             if folder is not None:
                 return self.plan_describe(form, folder, described)
@@ -488,7 +493,7 @@ class NewPages:
         return DescribePlan(new_words(form, self.site.models))
 
     def plan_describe(self, form: NewForm, folder: Path, described: DescribedFolder | None) -> DescribePlan:
-        """Return what Describe does for a folder.
+        """Return the plan of Describe for a folder.
 
         It has `new` describe a folder that is not yet. Of a described one it writes name and steps into
         run.toml if only these have changed, and else shows first how its files would change. Raises
@@ -666,7 +671,7 @@ class NewPages:
         self.site.errands.start(errand_name(REPAIRING, folder), words, folder, within=folder)
 
     def look_at_file(self, request: Request, form: Form) -> Response:
-        """Say what the file of a model is, by its header."""
+        """Describe the file of a model, by its header."""
         option = request.query_params.get("option", "")
         text = "".join(form.get(f"file_{option}", ()))
         chosen = NewForm.of_fields(form)
@@ -684,7 +689,7 @@ class NewPages:
         return answer_template("new_file.html", "New", values)
 
     def look_whether_it_fits(self, request: Request, form: Form) -> Response:
-        """Say why the file of a model does not fit the chosen one, as `new` would."""
+        """Explain why the file of a model does not fit the chosen one, as `new` would."""
         option = request.query_params.get("option", "")
         chosen = NewForm.of_fields(form)
         text = "".join(form.get(f"file_{option}", ()))
@@ -713,6 +718,12 @@ def find_free_name(output: Path, name: str) -> str:
     return free_name(output, name) if (output / f"{name}.safetensors").exists() else ""
 
 
+def _list_ended(*errands: Job | None) -> str:
+    """Return marks of the errands that have ended, with blanks between."""
+    ended = [errand.process for errand in errands if errand is not None and errand.state != RUNNING]
+    return " ".join(short_digest(repr(process)) for process in ended)
+
+
 def _free_name_of(form: NewForm, folder: Path | None, described: DescribedFolder | None) -> str:
     """Return another name if a LoRA of the name in a form is there; else nothing."""
     if folder is None:
@@ -729,7 +740,7 @@ def _file_options(row: ModelRow | None) -> list[str]:
 
 
 def list_commands(folder: Path | None) -> list[str]:
-    """Return the commands that the run of a described folder consists of, as they are typed."""
+    """Return the commands that the run of a described folder consists of, as a user would type them."""
     if folder is None:
         return []
     return [typed_anywhere(words, folder) for words in read_commands(folder)]

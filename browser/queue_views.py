@@ -118,7 +118,7 @@ class ComparePages:
 
 
 def count_missing(cells: Sequence[Sequence[compare.ShownClip]]) -> int:
-    """Return how many clips are not made, and by no job. Those without LoRA do not count."""
+    """Return the number of clips that are not made, and by no job. Those without LoRA do not count."""
     count = 0
     for _, *column_cells in cells:
         count += sum(not cell.href and not cell.is_asked for cell in column_cells)

@@ -163,7 +163,7 @@ class ModelRecipe:
         return list(self.keys)
 
     def default_of(self, name: str) -> str:
-        """Return what counts if a field is empty, in words; empty if only the model knows it.
+        """Return the value that counts if a field is empty, in words; empty if only the model knows it.
 
         A model's files say it before its task, and that before its script.
         """
@@ -204,7 +204,7 @@ class ModelRecipe:
 
     @property
     def side_step(self) -> int:
-        """Return what widths and heights are multiples of, in pixels."""
+        """Return the number of pixels that widths and heights are multiples of."""
         step: int = getattr(self._task, "side_step", self.defaults.side_step)
         return step
 
@@ -219,7 +219,7 @@ class ModelRecipe:
         return min(fits, key=lambda frames: abs(frames - value))
 
     def rule_of(self, name: str) -> str:
-        """Return which values of a field there are, in words, if not all within its limits."""
+        """Return the rule for a field's values, in words, if not all within its limits are allowed."""
         return f"a multiple of {self.side_step}" if name in SIDES else f"a length of {self.defaults.lengths}"
 
     @property
@@ -375,7 +375,7 @@ class _TypedOption:
 
     @property
     def is_fixed(self) -> bool:
-        """Return whether it stays as it is in all commands of the page."""
+        """Return whether it stays unchanged in all commands of the page."""
         is_shown = self.is_size or self.field is not None or self.key == "prompt"
         return not is_shown and self.key not in REPLACED
 
@@ -420,7 +420,7 @@ def _make_recipe(
 
 
 def _usual_texts(typed: Sequence[_TypedOption], defaults: ScriptDefaults) -> dict[str, str]:
-    """Return what the fields hold at first, by their names: what a command says, else the script's size."""
+    """Return the first texts of the fields, by name: those of a command, else the script's size."""
     height, width = (str(side) for side in defaults.size)
     usual = {"height": height, "width": width}
     for option in typed:
@@ -444,7 +444,7 @@ def _read_loras(by_key: Mapping[str, Sequence[str]], expert: str) -> list[UsedLo
 
 @dataclass(frozen=True)
 class Wish:
-    """What is to be made: a recipe, and what the fields hold."""
+    """Result to be made: a recipe, and the contents of the fields."""
 
     recipe: ModelRecipe
     prompt: str

@@ -25,7 +25,7 @@ NO_SETTINGS = (
 
 @dataclass(frozen=True)
 class FoundSettings:
-    """What a file says of how it was made."""
+    """Settings with which a file was made, as stated in it."""
 
     program: str  # that made it
     texts: Mapping[str, str] = field(default_factory=dict)  # by the key of an option; "prompt" among them
@@ -147,7 +147,7 @@ SETTINGS = re.compile(r"(?:^|(?<=, ))([\w ]++): (\"(?:\\.|[^\"\\])*+\"|[^,]*+)(?
 
 
 def _read_parameters(text: str) -> FoundSettings:
-    """Return what AUTOMATIC1111's text says: prompt lines, a negative line, a line of settings."""
+    """Return the settings in AUTOMATIC1111's text: prompt lines, a negative line, a line of settings."""
     body, _, line = text.rpartition("\n")
     prompt, _, negative = body.partition("\nNegative prompt:")
     settings = dict(SETTINGS.findall(line))

@@ -69,7 +69,7 @@ SHORT = 160  # characters of a prompt in the list
 
 
 class Read(NamedTuple):
-    """What was read of a file. problem: why nothing could be read."""
+    """Settings read from a file. problem: why nothing could be read."""
 
     settings: ResultSettings | None
     problem: str = ""
@@ -83,13 +83,13 @@ class SettingsCache:
         self._lock = threading.Lock()
 
     def peek(self, result: Result) -> Read | None:
-        """Return what was read of a file; None if it has not been read as it is now."""
+        """Return the facts that were read of a file; None if it has changed since, or was not read."""
         entry = self._read.get(result.path)
         mark = (result.changed, result.size_bytes)
         return entry[1] if entry is not None and entry[0] == mark else None
 
     def get(self, result: Result) -> Read:
-        """Return what a file holds, read now unless it was before."""
+        """Return the contents of a file, read now unless it was before."""
         read = self.peek(result)
         if read is not None:
             return read
@@ -117,7 +117,7 @@ class SettingsCache:
 
 @dataclass(frozen=True)
 class ResultChoice:
-    """What the fields above the results hold."""
+    """Contents of the fields above the results, which choose among them."""
 
     words: Sequence[str] = ()  # all must be in the name or the prompts
     kind: str = ""
@@ -154,7 +154,7 @@ def _is_of_run(result: Result, settings: ResultSettings | None, run: Glance) -> 
 
 @dataclass(frozen=True)
 class Plate:
-    """What the page shows of a result."""
+    """Facts of a result that the page shows."""
 
     result: Result
     settings: ResultSettings | None
@@ -179,7 +179,7 @@ class Plate:
 
     @property
     def job_text(self) -> str:
-        """Return what becomes of the larger one; empty if it was not asked for, or is there."""
+        """Return the state of the job for the larger one; empty if there is no job, or it has finished."""
         if self.job is None or self.job.state == FINISHED:
             return ""
         if self.job.state == DIED:
@@ -233,7 +233,7 @@ class Remaker:
         self.folders = folders
 
     def remake(self, result: Result, settings: ResultSettings, seed: str) -> Making:
-        """Return what makes a result again. seed: the one to take. Raises OptionError if nothing can."""
+        """Return the making that repeats a result. seed: the one to take. Raises OptionError if none can."""
         reasons = []
         save_path = str(self.site.runs.tops[0] / RESULTS)
         for candidate in self.list_candidates(result, settings):
@@ -253,7 +253,7 @@ class Remaker:
         raise OptionError(reasons[0])
 
     def list_candidates(self, result: Result, settings: ResultSettings) -> Iterator[Candidate]:
-        """Yield recipes of the family: of the run that the result is of, of others, of released models."""
+        """Yield recipes of the family: of the result's own run, of other runs, of released models."""
         names = {lora.name for lora in settings.loras}
 
         def rank(run: Glance) -> tuple[bool, bool, float]:
@@ -369,7 +369,8 @@ class ResultPages:
     def show_layout(self, request: Request) -> Response:
         """Return the days with the number of their results as JSON; 204 if nothing has changed.
 
-        query: that of `read_choice`, and `have`, the mark of an earlier answer.
+        query: that of `read_choice`; `have`, the mark of an earlier answer; `compared`, ids of results that
+        the page keeps, of which the answer names those that are gone.
         """
         query = request.query_params
         results, chosen, unread = self.choose(query)
@@ -383,6 +384,7 @@ class ResultPages:
             return Response(status_code=204)
         with self.site.runs.lock:
             runs = label_runs(self.site.runs.list_all())
+        ids = {result.id for result in results}
         answer = {
             "mark": mark,
             "part": PART,
@@ -392,6 +394,7 @@ class ResultPages:
             "days": days,
             "models": models,
             "runs": [[run.id, label] for run, label in runs],
+            "gone": [id for id in query.get("compared", "").split() if id not in ids],
         }
         return answer_json(answer)
 
@@ -457,7 +460,7 @@ class ResultPages:
         return settings
 
     def show_sheet(self, request: Request) -> Response:
-        """Return what a button shows before anything is done."""
+        """Return the sheet that a button opens before anything is done."""
         result = self.find(request)
         show = self.sheets.get(request.path_params["what"])
         if result is None or show is None:
@@ -619,7 +622,11 @@ class ResultPages:
         return answer_json({"path": str(result.path), "name": result.path.name})
 
     def write_last_frame(self, result: Result) -> Result:
-        """Return the last frame of a clip as a picture beside it. Raises MediaError or OutputError."""
+        """Write the last frame of a clip next to it, unless it is there already; return that picture.
+
+        Raises MediaError if there is no frame, OptionError if a link or a folder is in its place, OutputError
+        if it cannot be written.
+        """
         path = result.path.with_name(f"{result.path.stem}{LAST_FRAME}.png")
         if not path.is_file() or path.is_symlink() or path.stat().st_mtime < result.changed:
             if path.is_symlink() or path.is_dir():
@@ -743,7 +750,8 @@ def add_line(path: Path, line: str, have: str) -> bool:
     """Add a line at the end of a prompt file; return False if the file has it already.
 
     have: checksum (`mark_bytes`) of the content that was shown. All other bytes stay. Raises
-    ChangedMeanwhileError if the file has changed since, ValueError if it is no UTF-8, OSError or OutputError.
+    ChangedMeanwhileError if the file has changed since, ValueError if it is not UTF-8, OSError or
+    OutputError.
     """
     content = _read_or_nothing(path)
     if mark_bytes(content) != have:

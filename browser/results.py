@@ -165,7 +165,7 @@ def _read_entry(entry: "os.DirEntry[str]", earlier: _Entry | None) -> _Entry | N
 def _make_results(folder: Path, files: Sequence[_Entry]) -> list[Result]:
     """Return the results of a folder, with their times in the list: those made from another one follow it.
 
-    The last frame that is written beside a clip is none.
+    The last frame that is written next to a clip is no result.
     """
     names = [os.path.splitext(file.name) for file in files]  # noqa: PTH122
     times = {stem: file.changed for (stem, _), file in zip(names, files, strict=True)}

@@ -117,7 +117,7 @@ class RunButtons:
         return render_page(HERE / "beginning.html", shown.glance.name, values, POLICY)
 
     def render(self, shown: ShownRun) -> str:
-        """Return the buttons of a run, with what a page shows beside them."""
+        """Return the buttons of a run, with the texts that a page shows next to them."""
         return render_page(HERE / "deeds.html", shown.glance.name, self.values(shown))
 
     def values(self, shown: ShownRun) -> dict[str, Any]:
@@ -274,7 +274,7 @@ class RunButtons:
         return answer_gone() if shown is None else answer_page(self.render(shown))
 
     def show_standing(self, request: Request) -> Response:
-        """Return what a page asks for every few seconds."""
+        """Return the facts that a page asks for every few seconds."""
         shown = self.find(request)
         if shown is None:
             return answer_gone()
@@ -288,7 +288,7 @@ class RunButtons:
         )
 
     def show_panel(self, request: Request) -> Response:
-        """Return what a button opens: the prompts, what a removal takes, what a run.toml may do."""
+        """Return the panel that a button opens: the prompts, what a removal takes, what a run.toml may do."""
         shown = self.find(request)
         if shown is None:
             return answer_gone()
@@ -322,7 +322,7 @@ class RunButtons:
         return answer_template("panel.html", shown.glance.name, values, is_refused=error != "")
 
     def facts_of_plan(self, shown: ShownRun) -> dict[str, Any]:
-        """Return what a page shows of a run.toml before it is started."""
+        """Return the facts of a run.toml that a page shows before it is started."""
         if shown.plan is None:
             raise OptionError("There is no run.toml below the folders of this page.")
         path = shown.plan.folder / RUN_FILE
@@ -388,7 +388,7 @@ class RunButtons:
         return sorted(below)
 
     def list_trained(self, run: Glance) -> list[Path]:
-        """Return what a training has written: by its name, and what its history tells."""
+        """Return the files that a training has written: by its name, and by its history."""
         folder = run.history.parent
         results = list_results(folder, run.name.removesuffix(BEFORE_TRAINING))
         if run.history.exists() and not run.name.endswith(BEFORE_TRAINING):
@@ -550,7 +550,7 @@ def has_lora(run: Glance) -> bool:
 
 
 def list_results(folder: Path, name: str) -> list[Path]:
-    """Return what a training has written under a name, and the files that ask it for something."""
+    """Return the files that a training has written under a name, and the files that ask it for something."""
     results = find_results(Names(folder, name))
     asked = [folder / f"{name}.{kind}" for kind in ("sample", "save", "stop")]
     return [*results, *(path for path in asked if path.is_file())]

@@ -42,7 +42,7 @@ from training.reports.sample_files import FOLDER as SAMPLES
 
 RUNNING, FINISHED, STOPPED, DIED = STATES = ("running", "finished", "stopped", "died")
 ELSEWHERE_SECONDS = 300  # a run of another machine that has written nothing for so long has died
-SAME_SECONDS = 2.0  # the clock that a start is told by may have been set since
+SAME_SECONDS = 2.0  # the clock that dates a start may have been set since
 CONFIG = ".toml"  # of datasets
 DEEPEST = 12  # folders below a given one
 WHOLE = 32 << 10  # bytes of a history that is read whole
@@ -75,7 +75,7 @@ def is_living(process: Mapping[str, Any]) -> bool | None:
 
 
 def is_own_file(path: Path) -> bool:
-    """Return whether this user owns a file, as others may write into a folder; on Windows, if it is there."""
+    """Return whether this user owns a file, as a folder may be shared; on Windows, whether it exists."""
     try:
         status = path.lstat()
     except OSError:
@@ -213,7 +213,7 @@ def describe_left(steps: int, seconds: float | None) -> str:
 
 
 class PageStatus(NamedTuple):
-    """What a page says of its run."""
+    """Facts about a run that its page states."""
 
     model: str
     ending: tuple[str, str] | None
@@ -221,7 +221,7 @@ class PageStatus(NamedTuple):
 
 
 def read_page_status(history: Path) -> PageStatus | None:
-    """Return model, ending and total steps from the page beside a history of an older version."""
+    """Return model, ending and total steps from the page next to a history of an older version."""
     with contextlib.suppress(OSError), page_path(history.parent, history_name(history)).open("rb") as file:
         match = STATUS.search(file.read(32 << 10).decode("utf-8", "replace"))
         if match:
@@ -373,7 +373,7 @@ class ListedFolder(NamedTuple):
 
 
 class ReadHistory(NamedTuple):
-    """What a list shows of a history, and the state of its file when that was read."""
+    """Facts of a history that a list shows, and the state of its file when they were read."""
 
     mark: tuple[int, int, int]
     run: Glance
@@ -412,7 +412,7 @@ class Runs:
         return training is not None and training.run.changed >= run.changed
 
     def _read_history(self, path: Path) -> ReadHistory:
-        """Return what a list shows of a history, which is read only if it has changed."""
+        """Return the facts that a list shows of a history, which is read only if it has changed."""
         status = path.lstat()
         mark = status.st_mtime_ns, status.st_size, status.st_ino
         before = self._histories.get(str(path))

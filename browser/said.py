@@ -50,7 +50,7 @@ class SaidLine:
 
 
 def read_said(job: Job | None, names: Collection[str] = ()) -> list[SaidLine]:
-    """Return what a command has printed, line by line, without the changes of a --dry_run.
+    """Return the lines that a command has printed, without the changes of a --dry_run.
 
     names: of the files of its folder.
     """

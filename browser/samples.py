@@ -106,7 +106,7 @@ def read_rows(text: str) -> list[PromptRow]:
 def edit_line(line: str, prompt: str | None, changes: Mapping[str, str]) -> str:
     """Return a line with another prompt and other options; an empty text removes an option.
 
-    prompt: None leaves it as it is. changes: texts by the name of the field.
+    prompt: None leaves it unchanged. changes: texts by the name of the field.
     """
     present, parts = split_line(line)
     for name, text in changes.items():
@@ -148,7 +148,7 @@ def edit_prompts(text: str, fields: Mapping[str, str], check_picture: Any) -> st
 
 @dataclass(frozen=True)
 class _RowEdit:
-    """What was typed into a row."""
+    """Texts that were typed into a row."""
 
     number: int  # of the row on the page
     row: PromptRow  # as it was
@@ -165,7 +165,7 @@ class _RowEdit:
 
 
 def _read_edits(text: str, fields: Mapping[str, str]) -> list[_RowEdit]:
-    """Return what was typed into each row that a form has. text: of prompts.txt."""
+    """Return the edits of each row that a form has. text: of prompts.txt."""
     rows = {str(row.line): row for row in read_rows(text)}
     edits = []
     for number in range(1, MOST_ROWS + 1):

@@ -50,7 +50,7 @@ MEDIA = {key for name in PICTURES for key in FIELDS[name]}
 FILE_NAME = re.compile(
     r"[^\s/\\].*\.(safetensors|sft|pth?|bin|gguf|ckpt|png|jpe?g|webp|mp4|mkv|txt|json)", re.IGNORECASE
 )
-OPTION = re.compile(r"-(?!\.?\d)")  # what begins like that, and is no negative number, looks like an option
+OPTION = re.compile(r"-(?!\.?\d)")  # what begins so, and is not a negative number, looks like an option
 OLD_NAMES = {"hunyuan": "hunyuan_video"}  # of families in metadata
 
 
@@ -64,7 +64,7 @@ class NamedLora(NamedTuple):
 
 @dataclass(frozen=True)
 class ResultSettings:
-    """What a file of ours says of how it was made."""
+    """Settings with which a file of ours was made, as stated in it."""
 
     values: Mapping[str, str]  # by the names of metadata, without their prefix
     loras: Sequence[NamedLora]
@@ -144,7 +144,7 @@ def settings_of_tags(tags: Mapping[str, str]) -> ResultSettings | None:
 
 
 def parse_tags(tags: Mapping[str, str]) -> ResultSettings:
-    """Return what of the texts of a file is ours, as `blissful_tuner/metadata.py` writes it."""
+    """Return our settings among a file's texts, as `blissful_tuner/metadata.py` writes them."""
     values = {}
     loras: dict[tuple[str, int], NamedLora] = {}
     done: dict[int, str] = {}
@@ -188,7 +188,7 @@ def _plain_name(name: str) -> str:
 
 
 class KnownOption(NamedTuple):
-    """An option of a generation script, as far as it is typed again."""
+    """Facts of a generation script's option that are needed to type it again."""
 
     flags: Sequence[str]
     num_words: Any  # `nargs`
@@ -233,7 +233,7 @@ def remake(
     find_lora: Callable[[str, ModelRecipe], str],
     find_media: FindFile,
 ) -> Making:
-    """Return what makes the result of these settings with the model of a recipe.
+    """Return the making that repeats the result of these settings with the model of a recipe.
 
     seed: the one to take. Raises OptionError if the recipe has another model, or a file is not found.
     """

@@ -34,16 +34,15 @@ from modules.installation import HELP_AS_JSON, program_environment
 from modules.run_limits import temporary_folder
 from modules.text_files import bad_character, parse_toml
 from modules.version import VERSION
-from project.options import RUN_FILE
+from project.options import RUN_FILE, STARTING
 from training.config_options import OTHERS_TABLE, toml_value
-from training.end_options import ON_END
 
 HELP_SECONDS = 60
 TRAINS = ("train", "finetune")  # first words of the commands that train
 CACHES = "cache"  # likewise, of those that cache
 NUMBER = re.compile(r"[+-]?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
 STEPS = "max_train_steps"
-NOT_IN_FILE = {"config_file", "help", ON_END}  # the first two name the file itself; the last is only typed
+NOT_IN_FILE = {"config_file", "help", *STARTING}  # the first two name the file itself; others are only typed
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ class SettingRow:
 
     @property
     def choices(self) -> list[str]:
-        """Return what can be chosen, with the present value; empty if it is typed."""
+        """Return the choices of a setting, with the present value; empty if it is typed."""
         if self.setting is None or self.setting.is_list:
             return []
         choices = ["true", "false"] if self.setting.kind == "switch" else list(self.setting.choices)
@@ -167,7 +166,7 @@ def read_keys(text: str) -> dict[str, Any]:
 
 
 def show_value(value: Any) -> str:
-    """Return a TOML value as it is typed into the table."""
+    """Return a TOML value as a user types it into the table."""
     if isinstance(value, list):
         return shlex.join(show_value(item) for item in value)
     if isinstance(value, str):
@@ -245,7 +244,7 @@ def apply_edits(text: str, rows: Sequence[SettingRow], fields: Mapping[str, str]
 
 
 def describe_following(before: str, after: str) -> str:
-    """Return what `new` derives from the steps and does not follow them in a changed run.toml; else nothing.
+    """Describe the values that `new` derives from the steps but a changed run.toml leaves; empty if none.
 
     before, after: texts of the file.
     """

@@ -19,7 +19,7 @@ def typed_anywhere(words: Sequence[str], folder: Path | None = None) -> str:
 
 
 def cd_before(folder: Path | None, in_powershell: bool = False) -> str:
-    """Return what stands in front of a command line that is to run in a folder; nothing if that is None."""
+    """Return the words in front of a command line that is to run in a folder; empty if that is None."""
     if folder is None:
         return ""
     words = ["cd", str(folder.absolute())]

@@ -44,7 +44,7 @@ FORBIDDEN = re.compile(r'[\\/:*?"<>|\x00-\x1f\x7f]')
 
 @dataclass(frozen=True)
 class UploadLimits:
-    """How much may be dropped."""
+    """Limits on dropped files."""
 
     file_bytes: int = 8 << 30
     folder_bytes: int = 200 << 30  # of all files of a folder together

@@ -142,7 +142,7 @@ class LiveStanding:
     def of(cls, run: Glance, story: Story, ended_at_once: str = "") -> "LiveStanding":
         """Return the current standing of the run of a history.
 
-        ended_at_once: what is said of a run that the page has ended; empty for all others.
+        ended_at_once: the reason shown for a run that the page has ended; empty for all other runs.
         """
         # an older version's history has no start, and its page tells some of it
         start = story.start or Start(run.model, run.total_steps)
@@ -161,7 +161,7 @@ class LiveStanding:
 
 
 def _describe_time(run: Glance, story: Story, steps_left: int) -> str:
-    """Return what a running training does between two steps, or how long it takes until its end."""
+    """Return the work of a running training between two steps, or the time until its end, in words."""
     if story.doing:
         return f"· {story.doing}"
     if story.left:
@@ -234,8 +234,7 @@ def collect_news(
     """Return the facts that a run's page polls, with its curves if they have changed.
 
     query: `have`, the key of an earlier answer; `from` and `to`, the steps that are shown. ended_at_once: see
-    `LiveStanding.of`. Raises OSError if
-    the history cannot be read, ValueError if the steps are no numbers.
+    `LiveStanding.of`. Raises OSError if the history cannot be read, ValueError if the steps are not numbers.
     """
     history = runs.open(run)
     story = history.story
@@ -324,7 +323,7 @@ _FILE_LINK = re.compile(r'<a href="\./[^"]*">')
 
 
 def share_page(page: Path, copy: Path) -> None:
-    """Write a copy of a page without private facts and links. Raises UserError if it is no page of ours."""
+    """Write a copy of a page without private facts and links. Raises UserError if it is not one of ours."""
     try:
         require_regular_file(page)
         text = page.read_text(encoding="utf-8")

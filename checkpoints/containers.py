@@ -162,7 +162,7 @@ class SafetensorsFile(HeaderFile):
 
 
 def _check_places(places: Iterable[tuple[int, int, str]]) -> int:
-    """Return where the data end. Raises ValueError if a tensor does not begin where the one before ends.
+    """Return the end of the data. Raises ValueError if a tensor does not begin where the one before ends.
 
     places: first byte, end and name of each tensor.
     """
@@ -330,7 +330,7 @@ def _check_plain(content: Any, path: Path) -> None:
 
 
 def _special_kind(tensor: Tensor) -> str | None:
-    """Return what a tensor is that is not dense and plain; None for a plain one."""
+    """Return the kind of a tensor that is not dense and plain, in words; None for a plain one."""
     if tensor.is_nested:
         return "a nested tensor"
     if tensor.layout is not torch.strided:

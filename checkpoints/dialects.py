@@ -75,7 +75,7 @@ def load_planned(
     staying = find_stored_weights(
         linear, plan.sources, plan.checkpoint.tensors, form_is_given=form is not None
     )
-    if form is not None:  # embeddings and norms are not rounded; what the file has so stays as it is
+    if form is not None:  # embeddings and norms are not rounded; those that the file has rounded stay so
         _refuse_other_forms(plan, staying, form)
         stored_form = form_of(prepare(text_quantisation(form), device))
         stored = StoredLoading(stored_form, linear - staying, staying)
@@ -155,7 +155,7 @@ def rename_sources(
 
 
 def count(names: Iterable[str], start: str, path: Path | None = None) -> int:
-    """Return how many different beginnings of names match the pattern.
+    """Return the number of different beginnings of names that match the pattern.
 
     path: of the file, for the CheckpointError raised if there are more than any model has.
     """

@@ -65,7 +65,7 @@ class DitConfig(Protocol):
 
     @property
     def kind(self) -> str:
-        """Return what the model is conditioned on: t2v, i2v, ..."""
+        """Return the kind of conditioning: t2v, i2v, ..."""
 
 
 Config = TypeVar("Config", bound=DitConfig)
@@ -91,7 +91,7 @@ def _no_rows(*_: object) -> Mapping[str, Callable[[Tensor], Tensor]]:
 
 @dataclass(frozen=True)
 class DitFormat(Generic[Config, Dit]):
-    """How the transformer files of a family are recognised and read."""
+    """Description by which the transformer files of a family are recognised and read."""
 
     read_bare: Callable[[Checkpoint], DitHeader[Config]]  # of bare names; CheckpointError for another file
     describe: Callable[[DitHeader[Config]], str]  # for messages: "a FLUX.1 dev transformer"

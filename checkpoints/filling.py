@@ -267,7 +267,7 @@ class _Filling:
             self.scratch = torch.empty(size_bytes, dtype=torch.uint8)
 
     def _target_info(self, name: str) -> TensorInfo:
-        """Return dtype and shape of a tensor as it is kept."""
+        """Return dtype and shape of a tensor in the model."""
         if self._stored is not None and name in self._stored:
             weight = self._empty(name).weight
             return TensorInfo(weight.dtype, tuple(weight.shape))

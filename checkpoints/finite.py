@@ -10,7 +10,7 @@ from torch import Tensor
 
 from modules.errors import CheckpointError
 
-# fp8 has no minimum and maximum of its own: the lowest code without its sign bit that is no number
+# fp8 has no minimum and maximum of its own: the lowest code without its sign bit that is NaN
 _LOWEST_CODES = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C}
 _SIGN = 0x80
 

@@ -28,7 +28,7 @@ _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _TEXT, _LIST = 8, 9
 _MAX_AXES = 8
 # before a tensor's name: its shape in the model, if it lies in another one. Converters for ComfyUI store
-# layers whose rows are no multiple of 256 as rows of 256
+# layers whose rows are not a multiple of 256 as rows of 256
 _SHAPE_KEY = "comfy.gguf.orig_shape."
 
 _T5 = {
@@ -249,7 +249,7 @@ class _Header:
 
 
 def _packing_of(kind: Kind, shape: tuple[int, ...], own_shape: tuple[int, ...]) -> Packing:
-    """Return how a tensor is packed. shape: in the file. own_shape: in the model."""
+    """Return the packing of a tensor. shape: in the file. own_shape: in the model."""
     has_whole_rows = own_shape[-1] % kind.weights == 0  # then its own rows are rows of blocks too
     *ahead, columns = own_shape if has_whole_rows else shape
     rows = math.prod(ahead)

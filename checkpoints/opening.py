@@ -354,7 +354,7 @@ def refuse_quantised(checkpoint: Checkpoint) -> None:
 
 
 def _recognise(path: Path, places: Mapping[str, tuple[TensorFile, str]], files: Sequence[TensorFile]) -> str:
-    """Tell the files which tensors are packed weights; return why that cannot be told, else ""."""
+    """Tell the files which tensors are packed weights; return the reason if that cannot be known, else ""."""
     from checkpoints.marks import find_packed  # of no use to other files
 
     checkpoint = Checkpoint(path, places, files)
@@ -403,7 +403,7 @@ def _without_marked(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     return {name: info for name, info in tensors.items() if name not in marked}
 
 
-_TABLES = ("_ids", "_index", "_ind")  # ends of the names of whole numbers that networks have as they are
+_TABLES = ("_ids", "_index", "_ind")  # ends of the names of whole numbers that networks keep unchanged
 
 
 def _is_packed_weight(name: str, tensors: Mapping[str, TensorInfo]) -> bool:

@@ -72,7 +72,7 @@ _ARCHITECTURES = {
 
 @dataclass(frozen=True)
 class Recognised:
-    """What a file is, which of its weights to quantise, and the shapes of weights that may be padded."""
+    """Kind of a file, its weights to quantise, and the shapes of weights that may be padded."""
 
     what: str
     family: str | None  # None: a text encoder
@@ -262,7 +262,7 @@ def _write_marked(
 
 
 class _Rounding:
-    """How a layer is rounded, and what the file says of it."""
+    """Rounding of a layer, and the facts that the file states about it."""
 
     def __init__(self, form: str, shape: Shape) -> None:
         self.scale_shape: tuple[int, ...]

@@ -222,7 +222,7 @@ def _check(growth: float) -> None:
 
 
 def _growth(normaliser: Mapping[str, Any]) -> float:
-    """Return how many characters one may become at most; Unicode's own forms and unknown steps count as 1."""
+    """Return the most characters that one may become; Unicode's own forms and unknown steps count as 1."""
     match normaliser.get("type"):
         case "Sequence":
             product = 1.0

@@ -24,7 +24,7 @@ Conditions = Mapping[str, Tensor | list[Tensor]]
 LOSS_MASK = "reelsmith_loss_mask"
 CONTROL_MASK = "vace_mask"  # uint8, 255 is made anew; for a clip without one, everything is
 
-# what a model can be told that a sample in training may lack (`Described.fuller`)
+# inputs of a model that a sample in training may lack (`Described.fuller`)
 CAPTION, FIRST_FRAME = "the caption before dropout", "the first frame"
 REFERENCE = "the reference pictures before dropout"
 # latents of a control video or a reference picture, in caches and conditions; of several with _0, _1, ...
@@ -98,7 +98,7 @@ def name_text_and_mask(
 
 @dataclass(frozen=True)
 class MadeBy:
-    """What encoded a cache file, as its record says."""
+    """Encoder of a cache file, as its record states."""
 
     path: Path
     part: str  # LATENTS_MADE, SOUND_MADE, or the name of a text encoder
@@ -204,7 +204,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class MediaTable:
-    """What a dataset table says of its items, for families that need more than the clip or the picture."""
+    """Facts about the items of a dataset table, for families that need more than the clip or the picture."""
 
     name: str = ""  # for messages: "data.toml, [[datasets]] 2 (clips)"
     kind: str = "video"  # or "image"
@@ -289,8 +289,9 @@ class MomentsRules:
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """What one cache file holds: tensors without batch dimension, by their name without sizes and dtype
-    (`latents`, `clip`).
+    """Contents of one cache file.
+
+    tensors: without batch dimension, by their name without sizes and dtype (`latents`, `clip`).
     """
 
     tensors: Mapping[str, Tensor]
@@ -475,7 +476,7 @@ class SamplingDefaults:
 
 
 def weigh_rows(rows: Tensor | list[Tensor], weights: Sequence[float]) -> Tensor:
-    """Multiply the first rows by their weights; the others do not change.
+    """Multiply the first rows by their weights; the rest do not change.
 
     rows: L C or L n C, of one prompt. weights: of the prompt's tokens, at most L. The product is computed in
     float32 and rounded once, so that rows of weight 1 keep every bit.

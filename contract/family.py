@@ -87,7 +87,7 @@ class NoiseSpec:
         return torch.ones_like(shares) if self.table else shares
 
     def velocity(self, latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
-        """Return what `predict` is to return: shaped like `latents` and `noise`, B C F H W. sigmas: B."""
+        """Return the target of `predict`: shaped like `latents` and `noise`, B C F H W. sigmas: B."""
         if self.predicts_v:
             rows = (-1, *([1] * (latents.ndim - 1)))
             shares = self.data_shares(sigmas).view(rows)
@@ -125,7 +125,7 @@ class DitSpec:
     # the last of two lists, if its blocks are those of a second stream (`Hidden.side`): each runs before the
     # first of an equal share of the other list's blocks
     side_list: str = ""
-    has_additions: bool = False  # what is beside it, as a ControlNet, adds to all tokens (`Hidden.added`)
+    has_additions: bool = False  # what a ControlNet next to it adds to all tokens (`Hidden.added`)
     fp8_exclude: tuple[str, ...] = ()  # parts of parameter names never stored in fp8
     # the same for other forms, by the form's name, if it differs
     form_exclude: Mapping[str, tuple[str, ...]] = field(default_factory=dict, compare=False)
@@ -260,7 +260,7 @@ def has_text_side(encoder: TextEncoder) -> TypeGuard[EncoderWithSide]:
 class LayeredEncoder(TextEncoder, Protocol):
     """A text encoder that keeps some layers in host memory if a CUDA device has no room for all."""
 
-    def waiting_bytes(self, room: int) -> int: ...  # of these layers, beside so many free bytes
+    def waiting_bytes(self, room: int) -> int: ...  # of these layers, with so many free bytes
 
 
 def is_layered(encoder: TextEncoder) -> TypeGuard[LayeredEncoder]:
@@ -309,7 +309,7 @@ class Abilities:
     """Abilities that only some families have."""
 
     hear: bool = False  # it is a `HearsSound`: its clips can have sound, in some runs
-    rate: bool = False  # the model is told how many frames make a second, in runs without sound too
+    rate: bool = False  # the frame rate is an input of the model, in runs without sound too
     tell_few_steps: bool = False  # it is a `KnowsFewSteps`
     keep_time: bool = False  # without source_fps, clips are read by their times, as with source_fps = "auto"
     show_media: bool = False  # rows of lists have `references` (`MediaBatch.shown`)

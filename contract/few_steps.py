@@ -54,7 +54,7 @@ GUIDED = KeepingTarget(
 
 @dataclass(frozen=True)
 class FewSteps:
-    """How a model's few-step releases are named, and what to train instead of them or with them."""
+    """Names of a model's few-step releases, and what to train instead of them or with them."""
 
     # completes the warning: a sentence or two
     instead: str = (

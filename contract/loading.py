@@ -16,7 +16,7 @@ from modules.speed_options import SDPA, AttentionChoice, Quantisation
 
 @dataclass(frozen=True)
 class Packing:
-    """How a file stores a weight in another shape than its value's, or with companion tensors."""
+    """Form of a weight that a file stores in another shape than its value's, or with companion tensors."""
 
     shape: tuple[int, ...]  # of the tensor in the file
     companions: tuple[str, ...]  # what the names of its companions end in, in place of "weight"
@@ -131,6 +131,6 @@ class Placement:
     # how the linear layers of the blocks are kept in 8 or 4 bits; None: as the file has them, fp8 in 16 bits
     quantisation: Quantisation | None = None
     host: HostPlace | None = None  # keeps some weights in host memory; None: all go to the device
-    blocks: BlockPlace | None = None  # takes each block when it is loaded; None: it stays as it is
+    blocks: BlockPlace | None = None  # takes each block when it is loaded; None: it stays unchanged
     # called before each tensor, instead of a progress bar; may raise to end the loading
     check: Callable[[], None] | None = None

@@ -303,7 +303,7 @@ def check_opens(name: str, path: Path, is_image: bool) -> None:
 def check_frames(option: str, path: Path, needed: int) -> None:
     """Raise MediaError if a video or a folder of images has too few frames, or cannot be decoded so far.
 
-    option: as it is typed, for messages.
+    option: as the user typed it, for messages.
     """
     from modules.media.pixels import too_short
 
@@ -321,7 +321,7 @@ def count_frames_up_to(path: Path, most: int) -> int:
 
 
 def _identity(path: Path) -> tuple[int, int]:
-    """Return what changes with the content of a file: prompts of a file often share their pictures."""
+    """Return numbers that change with the content of a file: prompts of a file often share their pictures."""
     if not path.exists():
         return 0, 0
     status = path.stat()
@@ -432,7 +432,7 @@ def _check_texts(request: Request) -> None:
         "the prompt of --nag_prompt (--nag in a prompt line)": request.away_prompt,
     }
     for name, text in texts.items():
-        # bytes that are no UTF-8 reach Python as halves of characters, which no file can hold
+        # bytes that are not UTF-8 reach Python as halves of characters, which no file can hold
         character = bad_character(text or "")
         if character is not None:
             raise OptionError(

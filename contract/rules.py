@@ -123,7 +123,10 @@ AS_PLAIN = GuidanceRules()
 
 @dataclass(frozen=True)
 class ConsistencyRules:
-    """Which parts of an edited picture count as changed at each step; the others are set to the original."""
+    """Rules for the parts of an edited picture that count as changed at each step.
+
+    All other parts are set to the original.
+    """
 
     threshold: float  # mean difference over the channels of latents
     is_relative: bool = False  # the threshold is a share of the largest difference
@@ -142,7 +145,7 @@ class NpzFormat:
 
     latents: str  # "_flux"
     texts: str  # "_flux_te"
-    # arrays of a text file that are no tensors of ours: name -> the value that a valid file has
+    # arrays of a text file that are not tensors of ours: name -> the value that a valid file has
     constants: Mapping[str, bool | int | float] = field(default_factory=dict)
     # arrays of a text file that are all zeros: name -> the array with as many rows, and the columns; "": one
     # row of so many numbers, without an axis for rows
@@ -175,7 +178,7 @@ SOURCES = (VIDEO, IMAGE, LATENTS)  # a video starts from one of them at most
 
 @dataclass(frozen=True)
 class Source:
-    """What a request starts from, and how much of it is made new."""
+    """Starting point of a request, and the share of it that is made new."""
 
     option: str  # VIDEO, IMAGE or LATENTS
     path: Path
@@ -207,7 +210,7 @@ class Source:
 
 @dataclass(frozen=True)
 class SourceRules:
-    """How a family reads what a video starts from."""
+    """Rules by which a family reads the starting point of a video."""
 
     takes: tuple[str, ...]  # of VIDEO, IMAGE, LATENTS
     who: str  # that takes it, for messages: "--task t2v-14B"
@@ -278,7 +281,7 @@ CountTokens = Callable[[str], TokenCount]
 
 
 def kept_characters(ends: Sequence[int], most: int, length: int) -> int:
-    """Return how many of a text's `length` characters its first `most` tokens cover.
+    """Return the number of a text's `length` characters that its first `most` tokens cover.
 
     ends: for each token of the text, the position behind its last character.
     """
@@ -313,7 +316,7 @@ class ShiftedLogit:
     mu grows with the tokens of a clip. Source: LTX-2's trainer, timestep_samplers.py.
     """
 
-    mus: tuple[float, float] = (0.95, 2.05)  # at 1024 and at 4096 tokens, on a line that goes on beyond
+    mus: tuple[float, float] = (0.95, 2.05)  # at 1024 and at 4096 tokens, on a line that continues beyond
     is_clamped: bool = False  # mu stays between the two
     is_stretched: bool = True  # nearly all draws fill 0..1: those of 0.5 % and 99.9 % become 0 and 1
     least: float = 1e-3  # smaller stretched draws are mirrored there
@@ -335,7 +338,7 @@ INPUTS, FIRST_LAST, CLIP, SUBJECT = "inputs", "first_last", "clip", "subject"
 
 @dataclass(frozen=True)
 class SoundLearning:
-    """How a training weighs a clip's sound against its picture, and how noisy each is."""
+    """Weights of a clip's sound and picture in training, and their noise levels."""
 
     picture_weight: float = 1.0  # of the loss, of pictures without sound too
     sound_weight: float = 1.0
@@ -345,7 +348,7 @@ class SoundLearning:
 
 @dataclass(frozen=True)
 class ReferenceRules:
-    """How a family takes reference pictures: the control images of an item, or of a request.
+    """Rules by which a family takes reference pictures: the control images of an item, or of a request.
 
     Each picture has a size of its own: the target's, or as the keys of its table or `own_shape` say. If the
     family takes clips, only `most`, `clips` and the fields below `clips` count.

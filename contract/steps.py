@@ -96,7 +96,7 @@ class Tweaks:
 
     @property
     def leaves_out(self) -> bool:
-        """Return whether a part of the network is left out, so that the pass is weaker than others."""
+        """Return whether a part of the network is left out, so that the pass is weaker than usual."""
         return bool(self.skip_blocks or self.skip_self_attention or self.isolated)
 
     def rename_away(self, rename: Callable[[Conditions], Conditions]) -> "Tweaks":
@@ -180,7 +180,7 @@ class Section:
     stage: int = 0  # of `Prepared.stages`
     # a solver of the family's own; None: the one that the request names
     solver: "OwnSolver | None" = None
-    shown: int | None = None  # latent frames of the picture; those behind them are no part of the clip
+    shown: int | None = None  # latent frames of the picture; those behind them are not part of the clip
 
     @property
     def clean_streams(self) -> tuple[bool, bool]:

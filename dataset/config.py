@@ -147,7 +147,7 @@ def _check_cache_folders(tables: Sequence[DatasetTable], problems: list[str]) ->
 
 
 def _places_elsewhere(table: DatasetTable) -> list[str]:
-    """Return what is wrong with the folders that a table writes into."""
+    """Return the faults of the folders that a table writes into."""
     cache, downloads = table.cache_directory, table.download_directory
     problem = describe_outside(cache)
     if problem is not None:
@@ -422,7 +422,7 @@ def _find_source(entry: dict[str, Any], where: str, problems: list[str]) -> str 
 
 
 def _misplaced_keys(source_key: str, kind: str) -> dict[str, str]:
-    """Return why keys cannot stand in a table with this source, by key."""
+    """Return the reasons why keys cannot stand in a table with this source, by key."""
     misplaced = {}
     for name, key in KEYS.items():
         if kind not in key.kinds:
@@ -450,7 +450,7 @@ def _as_clips(entry: dict[str, Any], source: str, general: dict[str, Any]) -> di
 
 
 def _complete(fields: dict[str, Any], source_key: str, where: str, problems: list[str]) -> bool:
-    """Fill in fields that depend on others; return False, with a line in `problems`, if they conflict."""
+    """Complete the dependent fields; return False, with a line in `problems`, if they conflict."""
     if fields["jsonl_file"] and fields["control_directory"]:
         logger.warning(
             "%s: control_directory is ignored because a list itself names control files (control_path)", where
@@ -481,7 +481,7 @@ def _complete(fields: dict[str, Any], source_key: str, where: str, problems: lis
 
 
 def _find_conflict(fields: Mapping[str, Any], source_key: str) -> str | None:
-    """Say which fields of a table exclude each other, or which one is missing; None if all is well."""
+    """Return the conflict between fields of a table, or the field that is missing; None if there is none."""
     if not (fields["cache_directory"] or fields["directory"] or fields["cogvideox_root"]):
         return f"cache_directory is required with {source_key}"
     if fields["mask_directory"] and fields["jsonl_file"]:

@@ -205,7 +205,7 @@ BOTH = ("image", "video")
 
 
 class Stale(enum.Flag):
-    """What becomes stale if a key gets another value. Each key has to state it, so that none is forgotten.
+    """Caches that become stale if a key gets another value. Each key states them, so that none is forgotten.
 
     Captions and pictures themselves are not meant: their contents are compared.
     """
@@ -216,7 +216,7 @@ class Stale(enum.Flag):
     SECTIONS = enum.auto()  # latents of a family with sections
     REFERENCES = enum.auto()  # latents of pictures that have references
     TEXTS = enum.auto()  # the embeddings of captions
-    LEARNING = enum.auto()  # no cache, but a run that goes on from a state
+    LEARNING = enum.auto()  # no cache, but a run that continues from a state
 
 
 NOTHING, FRAMES, LATENTS, SECTIONS = Stale.NOTHING, Stale.FRAMES, Stale.LATENTS, Stale.SECTIONS

@@ -248,7 +248,7 @@ def read_latent_caching(
 def read_spelled_caching(
     description: str | None, record: type[R], argv: Sequence[str] | None
 ) -> tuple[CachingOptions, DebugOptions, R, Mapping[str, str]]:
-    """Return what `read_latent_caching` does, and how each given option was spelled, by public name."""
+    """Return the records of `read_latent_caching`, and the spelling of each given option by public name."""
     records, typed = parse_spelled(description, argv, CachingOptions, record, DebugOptions)
     caching, family_options, debug = records
     if debug.debug_mode is not None:

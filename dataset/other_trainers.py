@@ -35,7 +35,7 @@ def of_suffix(suffix: str) -> str:
 
 
 def hint_of(content: Any) -> str:
-    """Return which trainer's file this seems to be, and what to write in its place; "" if not known."""
+    """Return a hint at the trainer whose file this seems to be, and the keys to use; "" if not known."""
     keys: list[str] = []
     tables = content
     if isinstance(content, dict):

@@ -25,7 +25,7 @@ VIDEO, IMAGE = ("video",), ("image",)
 
 @dataclass(frozen=True)
 class CaptionChanges:
-    """How a caption is changed each time its picture is trained; its parts stand between separators."""
+    """Changes to a caption each time its picture is trained; its parts stand between separators."""
 
     shuffle: bool = False
     separator: str = ","
@@ -61,7 +61,7 @@ class CaptionChanges:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How a picture differs each time it is trained."""
+    """Changes to a picture each time it is trained."""
 
     flip: bool = False  # latents of both sides are cached
     color: bool = False  # hue and gamma
@@ -280,7 +280,7 @@ class DatasetTable:
 
     @property
     def control_count(self) -> int | None:
-        """Return how many control images an image has, if it has any; None: the number differs."""
+        """Return the number of control images of an image, if it has any; None: the number differs."""
         if not self.lists_controls:
             return 0
         if self.references is not None:
@@ -297,7 +297,7 @@ class DatasetTable:
         return self.references is not None and self.references.seen_by_text
 
     def seen_settings(self, bucket: Sequence[int]) -> dict[str, Any]:
-        """Return what decides how text encoders see reference pictures, if that is as they are encoded.
+        """Return the settings that decide how text encoders see reference pictures, if they see encoded ones.
 
         bucket: width and height of their item. The values are JSON.
         """
@@ -308,7 +308,7 @@ class DatasetTable:
     def sight_settings(
         self, sees_clip: bool, shown: Iterable[ShownMedium] | None, teacher_caption: str | None = None
     ) -> dict[str, Any]:
-        """Return what decides what text encoders see of a clip and of the references in its row.
+        """Return the settings that decide what text encoders see of a clip and of the references in its row.
 
         sees_clip: they see its frames. shown: the references, in their order; None: they see none of them.
         teacher_caption: of the row, with `shown`. The values are JSON.

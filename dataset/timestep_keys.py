@@ -24,7 +24,7 @@ TIMESTEP_KEYS = (*WINDOW_KEYS, SHIFT_KEY)
 
 
 def find_window_problem(values: Mapping[str, Any]) -> str | None:
-    """Return what is wrong with the window of a table, by its keys; None if nothing is."""
+    """Return the fault of a table's window of timesteps, by its keys; None if it has none."""
     low, high = (values[name] for name in WINDOW_KEYS)
     if low is None or high is None or low < high:
         return None
@@ -32,7 +32,10 @@ def find_window_problem(values: Mapping[str, Any]) -> str | None:
 
 
 def find_unused(stated: Mapping[str, Any]) -> str | None:
-    """Return why keys in a table that is only validated on have no effect. stated: the keys of the table."""
+    """Return the idle keys of a table that is only for validation, and the reason; None without such keys.
+
+    stated: the keys of the table.
+    """
     unused = [name for name in TIMESTEP_KEYS if name in stated]
     if not stated.get("validation") or not unused:
         return None

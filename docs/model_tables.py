@@ -1,8 +1,10 @@
-"""Renew the part of docs/models.md that lists files and licences: python docs/model_tables.py"""
+"""Renew the tables of models, files and licences in these pages: python docs/model_tables.py"""
 
 import os
+import re
 import sys
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,20 @@ from downloads.listing import UNVERIFIED, describe_size, describe_total  # noqa:
 from modules.parser import Parser  # noqa: E402
 
 PAGE = ROOT / "docs" / "models.md"
-FIRST = "## Wan2.1"  # from here on
+FIRST = "## Models and tasks"  # from here on
+TOKENIZER = "its tokenizer"
 
 
 def main() -> None:
     Parser(description=__doc__).parse_args()
     text = PAGE.read_text(encoding="utf-8")
     PAGE.write_text(text[: text.index(FIRST)] + models_tables(), encoding="utf-8")
+    by_page: dict[str, list[str]] = {}
+    for family in families():
+        by_page.setdefault(page_of(family), []).append(family)
+    for name, of_page in by_page.items():
+        page = PAGE.with_name(name)
+        page.write_text(renew_family_tables(page.read_text(encoding="utf-8"), of_page), encoding="utf-8")
 
 
 def read_list() -> dict[str, Any]:
@@ -38,9 +47,24 @@ def family_table(family: str) -> list[str]:
     rows = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     tasks = {one.task for one in model_sets() if one.family == family}
     for component, needed_by in sorted(_components_of(family).items(), key=lambda item: _order(item[0])):
+        if component.role == TOKENIZER and component.option is None:  # docs/models.md says where scripts look
+            continue
         which = "" if tasks == set(needed_by) else f" ({', '.join(needed_by)})"
         rows.append(_row(f"{component.role}{which}", component))
     return rows
+
+
+def renew_family_tables(text: str, of_page: Sequence[str]) -> str:
+    """Return a page with the tables of its families, which stand there in the order of the catalogue.
+
+    Raises ValueError if it has another number of such tables.
+    """
+    head = re.escape(family_table(of_page[0])[0])
+    parts = re.split(rf"^{head}\n(?:\|.*\n)*", text, flags=re.MULTILINE)
+    if len(parts) != len(of_page) + 1:
+        raise ValueError(f"{len(parts) - 1} tables of files for the families {', '.join(of_page)}")
+    tables = ["\n".join(family_table(family)) + "\n" for family in of_page]
+    return "".join(part + table for part, table in zip(parts, [*tables, ""], strict=True))
 
 
 def _components_of(family: str) -> dict[Component, list[str]]:
@@ -100,18 +124,18 @@ def _row(what: str, component: Component) -> str:
 
 
 def models_tables() -> str:
-    """Return the part of docs/models.md from the first family on: all files, and the licences."""
-    lines: list[str] = []
+    """Return the part of docs/models.md about all models: their tasks, and the licences."""
+    lines = [FIRST, "", "| model | `--family` | `--task` | what it does | released by | all files |"]
+    lines.append("|---|---|---|---|---|---|")
     for family in families():
-        title, page = read_list()["family"][family]["title"], page_of(family)
-        lines += [f"## {title}", "", f"`--family {family}`; how to use them: [{page}]({page})", ""]
-        lines += ["| `--task` | what it does | released by | all files |", "|---|---|---|---|"]
-        lines += [
-            f"| `{one.task}` | {one.about} | `{one.released_by}` | {describe_total(one.components)} |"
-            for one in model_sets()
-            if one.family == family
-        ]
-        lines += ["", *family_table(family), ""]
+        page = page_of(family)
+        named = f"[{read_list()['family'][family]['title']}]({page}) | `{family}`"
+        for one in model_sets():
+            if one.family == family:
+                total = describe_total(one.components)
+                lines.append(f"| {named} | `{one.task}` | {one.about} | `{one.released_by}` | {total} |")
+                named = " | "  # in the first row of a family alone
+    lines.append("")
     lines += ["## Licences", "", "| licence | terms to know |", "|---|---|"]
     for licence in (Licence(**entry) for entry in read_list()["licence"].values()):
         mark = "" if licence.verified else f" ({UNVERIFIED})"

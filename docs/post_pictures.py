@@ -125,7 +125,7 @@ def crowded(random: np.random.Generator) -> Frame:
 
 
 def repeating(network: RRDBNet) -> RRDBNet:
-    """Let a network begin by repeating pixels, beside random features: what is missing is learned faster."""
+    """Let a network begin by repeating pixels, next to random features: what is missing is learned faster."""
     with torch.no_grad():
         for convolution in (network.conv_first, network.conv_up1, network.conv_hr):
             passed = torch.nn.init.dirac_(torch.empty_like(convolution.weight))
@@ -246,7 +246,7 @@ def two_scenes() -> Iterator[Picture]:
 
 
 def interpolated(folder: Path, given: Sequence[Picture], threshold: str) -> list[Shown]:
-    """Return what the tool makes of pictures."""
+    """Return the pictures that the tool makes of given ones, each marked as kept, repeated or made."""
     words = ["GIMMVFI", "--model", str(write_gimm_r(folder / "gimm")), "--mode", "gimmvfi_r"]
     words += ["--factor", str(FACTOR), "--scene_threshold", threshold]
     stage = make_interpolation(read_tool(words, "--then")[1], CPU)

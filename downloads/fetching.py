@@ -205,7 +205,7 @@ def download_file(
 
 
 def partial_path(remote: RemoteFile, target: Path) -> Path:
-    """Return where the data of an unfinished download are; other versions of the file have another place."""
+    """Return the path for the data of an unfinished download; other versions of the file have another one."""
     version = remote.sha256 or remote.git_sha1 or f"{remote.size_bytes:x}"
     return target.with_name(f".{target.name}.{version[:12]}.part")
 
@@ -239,7 +239,7 @@ def find_damage(path: Path, remote: RemoteFile) -> str | None:
 
 
 def find_other_kind(path: Path, name: str) -> str | None:
-    """Return why a file is not of the kind that the suffix of `name` states; None if it is.
+    """Return the reason why a file is not of the kind that the suffix of `name` states; None if it is.
 
     Reads headers, and torch files without running code. Other suffixes are not checked.
     """

@@ -178,7 +178,7 @@ def find_on_modelscope(file: ReleasedFile, endpoint: str | None = None) -> Remot
 
 
 def _find_modelscope_entry(file: ReleasedFile, address: str, page: str) -> Mapping[str, str | int] | None:
-    """Return what ModelScope's list of a repository says of a file; None if the site does not have it.
+    """Return the entry of a file in ModelScope's list of a repository; None if the site does not have it.
 
     address: of the repository. page: for messages. Raises DownloadError if the site refuses the list.
     """

@@ -64,7 +64,7 @@ _OF_MANY = {"video", "image"}  # words that several models have in their names
 
 
 class NamedModel(NamedTuple):
-    """What the name of a model says."""
+    """Model that a name stands for."""
 
     family: str
     task: str | None  # None: it names the family alone
@@ -134,7 +134,7 @@ def _spell_families(names: Sequence[str]) -> dict[str, str]:
 def _read_exact_name(
     text: str, by_spelling: Mapping[str, str], models: Sequence[ModelSet]
 ) -> NamedModel | None:
-    """Return what a text names in full: a family, a family with its task, or a repository."""
+    """Return the model that a text names in full: a family, a family with its task, or a repository."""
     plain = plain_name(text)
     if plain in by_spelling:
         return NamedModel(by_spelling[plain], task=None)
@@ -225,7 +225,7 @@ def families_of(models: Sequence[ModelSet]) -> list[str]:
 
 
 def page_of_control(text: str) -> str:
-    """Return which page describes a model that learns from control clips; "" if the text names none."""
+    """Return a hint at the page of a model that learns from control clips; "" if the text names none."""
     plain = plain_name(text)
     for model in model_sets():
         if not model.data.get("control"):

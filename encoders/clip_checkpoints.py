@@ -32,7 +32,7 @@ _COMPUTED = ("embeddings.position_ids",)  # saved by old versions of transformer
 
 
 def clip_tokenizer_files(option: str, folders: tuple[str, ...]) -> TokenizerFiles:
-    """Return where CLIP's tokenizer may be. option, folders: `option` and `beside` of `TokenizerFiles`."""
+    """Return the places in which CLIP's tokenizer is looked for. option, folders: as in `TokenizerFiles`."""
     return TokenizerFiles(
         option=option,
         names=("tokenizer.json", "vocab.json"),

@@ -185,7 +185,7 @@ class OneTransformer:
         return (CAPTION,) if self.references is None else (CAPTION, REFERENCE)
 
     def why_few_steps(self) -> str | None:
-        """Return what says that a transformer was distilled to few steps; None if nothing does."""
+        """Return the evidence that a transformer was distilled to few steps; None if there is none."""
         for path in self.dit_files:
             verdict = judge_distillation(self.few_steps, path)
             if verdict is not None and verdict.is_distilled:

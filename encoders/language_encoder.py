@@ -104,13 +104,13 @@ def read_qwen_tokenizer(files: TokenizerFiles, file: Path) -> Tokenizer:
 
 
 def qwen_tokenizer(option: str, repository: str) -> TokenizerSource:
-    """Return where a Qwen model's tokenizer may be. option: that names it. repository: on the hub."""
+    """Return the places in which a Qwen tokenizer is looked for. option: names it. repository: on the hub."""
     files = TokenizerFiles(
         option,
         names=("tokenizer.json", "vocab.json"),
         folder="tokenizer",
         repository=repository,
-        # inside the encoder's folder; beside a file; beside text_encoder
+        # inside the encoder's folder; next to a file; next to text_encoder
         folders=(".", "qwen_3", "tokenizer", "../tokenizer"),
         token="<|im_start|>",
     )
@@ -125,7 +125,7 @@ def qwen3_chat(thinks: bool) -> tuple[str, str]:
 
 @dataclass(frozen=True, eq=False)  # one object for each release: it is a key
 class LanguageUse:
-    """How a family uses a language model: the text around prompts, and the states that it takes."""
+    """Settings of a family for a language model: the text around prompts, and the states that it takes."""
 
     name: str  # of the encoder, in messages and cache records
     states_key: str  # of the states in what `encode` returns
@@ -448,7 +448,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         return PictureTokens(tokens, places, [])
 
     def _conditions(self, states: Tensor, mask: Tensor, length: int) -> dict[str, Tensor | list[Tensor]]:
-        """Return what a prompt gives: a state for each of its tokens, or all states if prompts are padded.
+        """Return a prompt's conditions: a state for each of its tokens, or all states if prompts are padded.
 
         length: of its tokens, with those that fill them up to a multiple.
         """
@@ -520,7 +520,7 @@ class LanguageModelFiles(TransformerFiles):
     @property
     @abstractmethod
     def text_use(self) -> LanguageUse:
-        """What is taken from the language model."""
+        """Return the settings of the family for its language model."""
 
     def add_text(self, options: TextEncoderOptions) -> Self:
         return replace(

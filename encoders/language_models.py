@@ -32,7 +32,7 @@ from running.offload.swap_plan import SwapPlan, host_weights
 logger = logging.getLogger(__name__)
 
 SPEC = DitSpec(block_lists=("layers",))
-WORKING = 3 << 29  # bytes beside the weights while prompts of the usual length are read
+WORKING = 3 << 29  # bytes besides the weights while prompts of the usual length are read
 Q_BIAS, Q_NORM = "self_attn.q_proj.bias", "self_attn.q_norm.weight"
 FEED_NORM = "pre_feedforward_layernorm.weight"  # Gemma has it
 SCALAR = "layer_scalar"  # Gemma 4 has it
@@ -73,7 +73,7 @@ class LanguageModel:
     theta: float  # base of the rotary frequencies, if there is no config.json
     eps: float  # likewise
     head_width: int = 128  # likewise, if the tensors do not show it
-    marks: tuple[str, ...] = ()  # those of `_MARKS` that its layers have, and PLACES beside them
+    marks: tuple[str, ...] = ()  # those of `_MARKS` that its layers have, and PLACES next to them
     rope_types: tuple[str, ...] = ("default",)  # kinds of rotary frequencies that are plain ones for a text
     # sixteenths of the frequencies that are for time, rows and columns; None: text only
     grid_shares: tuple[int, int, int] | None = None
@@ -170,7 +170,7 @@ class LanguageConfig:
 
 
 class RotaryConstants(NamedTuple):
-    """What a language model's tensors do not show: frequencies, the norms' epsilon, and further settings."""
+    """Settings of a language model that its tensors do not show: frequencies, the norms' epsilon and more."""
 
     theta: float  # base of the rotary frequencies
     eps: float
@@ -479,7 +479,7 @@ def load_language_model(
 def streamed_layers(
     plan: LoadPlan[LanguageConfig], dtype: torch.dtype, form: str | None, room: int | None
 ) -> tuple[int, int]:
-    """Return how many layers have to stay in host memory, and the bytes of one.
+    """Return the number of layers that have to stay in host memory, and the bytes of one.
 
     dtype, form: of the weights on the device. room: bytes free there; None: enough for all.
     """

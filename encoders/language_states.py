@@ -53,7 +53,7 @@ def language_states(
 
 
 def _attention_masks(config: Any, tokens: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Return which keys each query attends to, B 1 L L: for all layers (FAR), or for each kind of layers.
+    """Return attention masks B 1 L L, queries by keys: for all layers (FAR), or for each kind of layers.
 
     tokens: B L C. mask: B L.
     """

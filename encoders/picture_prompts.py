@@ -49,7 +49,7 @@ def read_within(path: Path, size: Size | None = None, *, area: int) -> Tensor:
 
 @dataclass(frozen=True)
 class PictureUse:
-    """How a family shows pictures to the encoder of its prompts."""
+    """Settings of a family for showing pictures to the encoder of its prompts."""
 
     text: str  # that stands for each in front of the prompt: {number} from 1, {tokens} of the picture
     token: str = "<|image_pad|>"
@@ -185,8 +185,8 @@ def read_pictures(
 ) -> ReadPictures:
     """Cut pictures into patches: sides become multiples of a token's, colours are normalised.
 
-    pictures: each H W 3 uint8 RGB. colours: by which, in place of the tower's own (`VisionTower.colours`).
-    Raises MediaError if one is 200 times as long as it is wide.
+    pictures: each H W 3 uint8 RGB. colours: mean and deviation, in place of the tower's own
+    (`VisionTower.colours`). Raises MediaError if one is 200 times as long as it is wide.
     """
     from PIL import Image
 

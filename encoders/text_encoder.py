@@ -46,7 +46,7 @@ class Tokens(NamedTuple):
     places: list[Place]  # in the text; None for tokens that the tokenizer adds
 
     def behind(self, end: float = math.inf) -> int:
-        """Return how many end tokens a cut keeps: those from character `end` on, and added ones."""
+        """Return the number of end tokens that a cut keeps: those from character `end` on, and added ones."""
         last_places = itertools.takewhile(
             lambda place: place is None or place[0] >= end, reversed(self.places)
         )
@@ -73,7 +73,7 @@ class TextTokenizer:
 
 @dataclass(frozen=True)
 class TokenizerSource:
-    """Where the tokenizer of an encoder may be, and what is put around a text."""
+    """Places in which an encoder's tokenizer is looked for, and the tokens that are put around a text."""
 
     files: TokenizerFiles
     begin: str = ""  # put in front of a text, if the file leaves that to its reader
@@ -286,7 +286,7 @@ class FileTextEncoder(ABC, Generic[Network]):
     @property
     @abstractmethod
     def identity(self) -> Mapping[str, str]:
-        """Return what an output depends on in addition to the text. Reads a few MB.
+        """Return the facts on which an output depends in addition to the text. Reads a few MB.
 
         Raises CheckpointError if the file holds another model.
         """
@@ -381,7 +381,10 @@ class FileTextEncoder(ABC, Generic[Network]):
     def encode_written(
         self, written: Sequence[Written], compute: Callable[..., list[Conditions]]
     ) -> list[Conditions]:
-        """Return what `encode` returns. compute: `self.compute`, or the same with further inputs bound."""
+        """Return the conditions of prompts that are already written out, as `encode` does.
+
+        compute: `self.compute`, or the same with further inputs bound.
+        """
         if not written:
             return []
         network, tokenizer = self._loaded.get()

@@ -207,7 +207,7 @@ def sample_posterior(
 
     moments: B 2Z ... float32, means and logarithms of variances on the channel axis; overwritten. generators:
     one for each item; the noise is drawn in float32 on their device. limits: of the logarithms of variances;
-    None: they count as they are.
+    None: no limits.
     """
     mean, log_variance = moments.chunk(2, dim=1)
     if limits is not None:

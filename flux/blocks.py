@@ -46,7 +46,7 @@ class ModulationRows(nn.Module):
 
 
 def modulation_of(config: FluxConfig, kind: str, block: int = 0) -> HunyuanModulation | ModulationRows:
-    """Return what makes a block's modulation: a layer of its own, or its rows of Chroma's approximator.
+    """Return the module for a block's modulation: a layer of its own, or rows of Chroma's approximator.
 
     kind: single, picture or text (both of double blocks), or final; rows have this order, block by block.
     Source: the released code of Chroma.

@@ -59,7 +59,7 @@ class FluxControl(nn.Module):
         """Return B L C for each block, double ones first; None where nothing is added.
 
         noisy, control: B Z 1 H W, latents in model space. timesteps: B, 0..1000. t5: B T D. pooled: B E.
-        guidance: B, as it is asked for.
+        guidance: B, not scaled.
         """
         dtype = self.network.dtype
         device = noisy.device
@@ -87,7 +87,7 @@ class FluxControl(nn.Module):
 
 
 def _spread(output: list[Tensor] | None, blocks: int) -> list[Tensor | None]:
-    """Return what is added behind each block; one of the ControlNet's outputs serves several blocks."""
+    """Return the tensor to add behind each block; one output of the ControlNet serves several blocks."""
     if not output:
         return [None] * blocks
     span = math.ceil(blocks / len(output))

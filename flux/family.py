@@ -74,7 +74,7 @@ class Flux(ModelOfPictures):
     negative_is_empty: bool = True
     noise_dtype: torch.dtype | None = None
     options: Any = NO_OPTIONS  # of a training
-    controlnet: Path | None = None  # beside the transformer in training, which latents of caches are made for
+    controlnet: Path | None = None  # next to the transformer in training; cached latents are made for it
 
     name: str = field(default="flux", init=False)
     cache_tag: str = field(default="flux", init=False)
@@ -89,7 +89,7 @@ class Flux(ModelOfPictures):
     )
 
     def why_few_steps(self) -> str | None:
-        """Return what says that the transformer was distilled to few steps, as schnell."""
+        """Return the evidence that the transformer was distilled to few steps, as schnell was; or None."""
         if self.files.kind == configs.SCHNELL:
             return f"{self.files.dit_path} is FLUX.1 schnell"
         return super().why_few_steps()

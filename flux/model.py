@@ -39,7 +39,7 @@ class Approximator(nn.Module):
 
     @torch.no_grad()
     def forward(self, timesteps: Tensor, guidance: Tensor) -> Tensor:
-        """Return B M C float32. timesteps: B, 0..1000. guidance: B, as it is asked for."""
+        """Return B M C float32. timesteps: B, 0..1000. guidance: B, not scaled."""
         in_dim = self.config.in_dim
         batch = len(timesteps)
         number = torch.arange(self.rows, dtype=torch.float32, device=timesteps.device)
@@ -139,12 +139,12 @@ class FluxModel(BlockNetwork):
 
         noisy: B Z 1 H W, H and W even. timesteps: B, 0..1000. t5: B T text_dim, states of T5. t5_mask: B T, 1
         for real tokens, which come first; None: all count. Chroma keeps one token of padding more. pooled: B
-        pooled_dim, of CLIP-L; None for Chroma. guidance: B, as it is asked for; a model without guidance does
-        not look at it, None is 0. tweaks: ideas that change this call; their second text has the names t5,
+        pooled_dim, of CLIP-L; None for Chroma. guidance: B, not scaled; a model without guidance does not
+        look at it, None is 0. tweaks: ideas that change this call; their second text has the names t5,
         t5_mask and pooled. references: clean latents of pictures to edit (Kontext), each B Z 1 h w of its own
         size. control: latents of a control picture for the ControlNet, of the size of noisy. Raises
-        ValueError if sizes do not go together. References come behind the picture, a second text behind
-        the first one.
+        ValueError if sizes do not go together. References come behind the picture, a second text behind the
+        first one.
         """
         self._check([noisy, *references], t5, t5_mask)
         dtype = activation_dtype(noisy.device, self.compute_dtype)

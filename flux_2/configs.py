@@ -36,7 +36,7 @@ def count_latents(shape: Sequence[int]) -> int:
 
 
 def count_swapped(blocks: int) -> tuple[int, int]:
-    """Return how many double and single blocks leave the device; a single block is half as large.
+    """Return the numbers of double and single blocks that leave the device; a single block is half as large.
 
     klein 4B has five double blocks and swaps 13 at most; the others have eight. One of each list stays.
     """

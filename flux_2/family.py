@@ -75,7 +75,7 @@ class Flux2(pictures.ModelOfPictures):
     )
 
     def why_few_steps(self) -> str | None:
-        """Return what says that the transformer is klein: its release, or the name of its file."""
+        """Return the evidence that the transformer is klein: its release or its file name; or None."""
         version = self.files.version
         if version.is_distilled and version.defaults.embedded_guidance is None:
             return f"--model_version says {version.release.repositories[0]}"

@@ -219,10 +219,10 @@ class Flux2Model(BlockNetwork):
         """Return picture and text tokens, B L+T C, and the other inputs of the blocks.
 
         noisy: B Z 1 H W. timesteps: B, 0..1000. text: B T text_dim, states of the language model, padding
-        among them. guidance: B, as it is asked for; None leaves it out, and a model without guidance does not
-        look at it. tweaks: ideas that change this call; their second text has the name text. references:
-        clean latents of pictures to look at, each B Z 1 h w of its own size. Raises ValueError if sizes do
-        not fit. References come behind the picture, a second text behind the first one.
+        among them. guidance: B, not scaled; None leaves it out, and a model without guidance does not look at
+        it. tweaks: ideas that change this call; their second text has the name text. references: clean
+        latents of pictures to look at, each B Z 1 h w of its own size. Raises ValueError if sizes do not fit.
+        References come behind the picture, a second text behind the first one.
         """
         pictures = (noisy, *references)
         for latents in pictures:

@@ -34,7 +34,7 @@ _MISTRAL_FILES = TokenizerFiles(
     names=("tokenizer.json",),
     folder="tokenizer",
     repository="black-forest-labs/FLUX.2-dev",
-    # inside the encoder's folder; beside a single file; beside text_encoder (diffusers)
+    # inside the encoder's folder; next to a single file; next to text_encoder (diffusers)
     folders=(".", "mistral_3", "tokenizer", "../tokenizer"),
     token="[INST]",
 )

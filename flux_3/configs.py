@@ -48,7 +48,7 @@ class Flux3Config:
 
 
 def count_swapped(blocks: int) -> tuple[int, ...]:
-    """Return how many blocks of each list leave the device. All blocks are equally large.
+    """Return the number of blocks of each list that leave the device. All blocks are equally large.
 
     Joint blocks leave first. 26 of the released 28 may; behind them up to four of each list of five.
     """

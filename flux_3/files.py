@@ -39,7 +39,7 @@ DIALECTS = {
 }
 _BEFORE, _AFTER = qwen3_chat(thinks=True)  # the instruct model's template has no thoughts at all
 _SOURCE = qwen_tokenizer("--text_encoder_tokenizer", "Qwen/Qwen3-VL-4B-Instruct")
-# inside the encoder's folder; beside a file; beside text_encoder (diffusers)
+# inside the encoder's folder; next to a file; next to text_encoder (diffusers)
 BESIDE = (".", "qwen_3_vl", "tokenizer", "../tokenizer")
 FLUX_3_USE = LanguageUse(
     name="qwen3_vl",

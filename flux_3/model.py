@@ -122,7 +122,7 @@ class ParallelBlock(nn.Module):
         return in_own_dtype(projection, h).unflatten(-1, (self.num_heads, -1))
 
     def branch(self, h: Tensor, attended: Tensor) -> Tensor:
-        """Return what the block adds before its gate, B L C. h: its modulated input. attended: B L N D."""
+        """Return the block's residual before its gate, B L C. h: its modulated input. attended: B L N D."""
         output: Tensor = in_own_dtype(self.attn_out, attended.flatten(2)) + self.feed_forward(h)
         return output
 
@@ -132,7 +132,7 @@ class ParallelBlock(nn.Module):
 
 
 class ModeBlock(ParallelBlock):
-    """Block in which the tokens of one kind attend to each other; all others pass it by."""
+    """Block in which the tokens of one kind attend to each other; all other tokens pass it by."""
 
     def __init__(self, config: Flux3Config, mode: str) -> None:
         super().__init__(config)
@@ -250,7 +250,7 @@ class Flux3Text(NamedTuple):
     is_even: bool  # all tokens are real
 
     def lengths(self, before: int) -> Lengths | None:
-        """Return how many tokens are real, with so many in front of the text; None: all."""
+        """Return the numbers of real tokens, with `before` in front of the text; None: all are real."""
         if self.is_even:  # attention gets no mask
             return None
         return lengths_on([before + count for count in self.counts], self.states.device)

@@ -22,7 +22,7 @@ SHRINKING = 0.995  # by which a picture is reduced until its canvas fits
 
 
 class Canvas(NamedTuple):
-    """Where a reference lies on its canvas. Sizes are (width, height)."""
+    """Canvas of a reference, which lies in its centre. Sizes are (width, height)."""
 
     picture: Size
     size: Size
@@ -75,7 +75,7 @@ def read_on_canvas(path: Path, step: int) -> Tensor:
 
 
 def fit_among(path: Path, step: int) -> Fit:
-    """Return how one of several references is reduced and cut. Raises MediaError if it cannot be read."""
+    """Return the fit that reduces and crops one of several references. Raises MediaError if unreadable."""
     return fit_within(image_size(path), AMONG_SEVERAL, step)
 
 

@@ -144,7 +144,7 @@ class SiglipVision(nn.Module):
 
         Pillow resizes (bicubic, antialiased) in 8 bits, as the released model's processor does. torch's float
         kernel does not clamp between its two passes and is off by up to 21 of 255 steps on noise. Mean and
-        deviation are 0.5, which keeps -1..1 as it is.
+        deviation are 0.5, which keeps -1..1.
         """
         steps = ((pixels.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
         size = (self.image_size, self.image_size)

@@ -101,7 +101,7 @@ def read_alpha(path: Path, size: Size) -> Tensor | None:
     return latent_mask(image[..., 3].contiguous(), size[1], size[0]) if image.shape[2] == 4 else None
 
 
-# one frame: what is transparent counts as a mask, as in training, so its colours stay as they are
+# one frame: what is transparent counts as a mask, as in training, so its colours stay
 def _embeddings(encoders: MediaEncoders, path: Path, prepared: Prepared, on_white: bool = True) -> Tensor:
     pixels = image_pixels(path, prepared.width, prepared.height, on_white=on_white)
     return encoders.image_encoder.encode(rearrange(pixels, "b c 1 h w -> b c h w")).cpu()

@@ -231,7 +231,7 @@ class Order:
         return history
 
     def clean_latents(self, start: Tensor, history: Tensor) -> CleanLatents:
-        """Return what the next section sees."""
+        """Return the clean latents that the next section sees."""
         if self.in_front:
             near, half, quarter = history[:, :, :HISTORY].split([1, FRAMES_2X, FRAMES_4X], dim=2)
         else:

@@ -38,7 +38,7 @@ def hold_consistent(section: Section, latents: Tensor, schedule: Schedule, step:
 
 
 def find_changes(difference: Tensor, rules: ConsistencyRules) -> Tensor:
-    """Return where a picture is changed: B 1 F H W bool.
+    """Return a mask of the changed regions of a picture: B 1 F H W bool, True where changed.
 
     difference: B C F H W, to the reference with the same noise. It is blurred; the mean of its absolute value
     over the channels is compared with the threshold.

@@ -84,7 +84,7 @@ def keep_time(section: steps.Section, schedule: Schedule, index: int, velocity: 
     """Return the velocity of a step with which Euler moves the sound by its own noise levels.
 
     velocity: B N of a picture and its sound; anything else, and without a schedule of the sound, it is
-    returned as it is.
+    returned unchanged.
     """
     joint = section.tweaks.joint
     if joint is None or schedule.sound_sigmas is None:

@@ -311,7 +311,7 @@ def _log_preset(options: GenerationOptions, left_out: Sequence[str]) -> None:
 
 def _without(speed: GenerationSpeedOptions, name: str) -> GenerationSpeedOptions:
     changes: dict[str, Any] = {name: "torch" if name == "attn_mode" else False}
-    if name == "fp8_scaled":  # a file in fp8 stays as it is
+    if name == "fp8_scaled":  # a file in fp8 stays in fp8
         changes["fp8"] = True
     by_preset = tuple(option for option in speed.by_preset if option != name)
     return override_options(replace(speed, by_preset=by_preset), changes)

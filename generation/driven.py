@@ -123,7 +123,7 @@ def warnings_told(answers: Answers) -> Iterator[None]:
 
 
 def open_answers() -> TextIOWrapper:
-    """Return standard output as a stream of its own; what others print then goes to standard error."""
+    """Return standard output as a stream of its own; whatever else is printed then goes to standard error."""
     sys.stdout.flush()
     stream = TextIOWrapper(os.fdopen(os.dup(1), "wb"), encoding="utf-8", newline="\n")
     os.dup2(2, 1)
@@ -199,7 +199,7 @@ def _serve(run: GenerationRun, values: Mapping[str, Any], answers: Answers, fail
 
 
 class DrivenRequest(NamedTuple):
-    """What is to be made: the values of a prompt line, and the strengths of the LoRAs by expert."""
+    """Request to make a result: the values of a prompt line, and the strengths of the LoRAs by expert."""
 
     values: Mapping[str, Any]
     strengths: Mapping[str, Sequence[float]]

@@ -280,7 +280,7 @@ class DitTurns:
         self._ahead = ReadingAhead(coming, reading, stop)
 
     def _why_not_ahead(self, present: int) -> str:
-        """Return why the next expert is not read while this one works; "" if it can be."""
+        """Return the reason why the next expert is not read while this one works; "" if it can be."""
         if self.lazy:
             return ", as --lazy_loading asks"
         if self.device.type not in {"cpu", "cuda"}:  # a thread must not compute on others

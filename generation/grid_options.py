@@ -211,7 +211,7 @@ def family_of(path: Path, families: Mapping[str, Sequence[str]]) -> str:
     family_by_model: dict[str, str] = {}
     for family, models in families.items():
         family_by_model |= dict.fromkeys((family, *models), family)
-    for name in sorted(family_by_model, key=len, reverse=True):  # flux_kontext and flux_2 are no flux
+    for name in sorted(family_by_model, key=len, reverse=True):  # flux_kontext and flux_2 are not flux
         bare = name.replace("_", "")
         if bare in (letters if bare.isalpha() else words):
             return family_by_model[name]

@@ -40,7 +40,7 @@ def known_names(letters: Collection[str], keys: Collection[str], find: Callable[
 
 
 def suggest(word: str, letters: Collection[str], names: Collection[str]) -> str:
-    """Return what to write in place of an unknown option of a line: the nearest name, or all letters.
+    """Return the advice for an unknown option of a line: the nearest name, or all letters.
 
     letters: of the options that the line can have. names: see `known_names`.
     """

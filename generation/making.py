@@ -54,6 +54,12 @@ if TYPE_CHECKING:  # it is loaded only if prompts are rewritten
 
 logger = logging.getLogger(__name__)
 
+NOT_FINITE = (
+    "What the model made is NaN or infinite: nothing would be seen, and nothing is written. Usual causes: "
+    "--dit_dtype float16 (give bfloat16), a LoRA whose training diverged, a strength or a guidance that is "
+    "far too high"
+)
+
 
 def warn_of_unused_sources(
     options: SourceOptions, typed: Collection[str], jobs: Sequence[GenerationJob]
@@ -95,7 +101,23 @@ def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Fa
             folder=output.save_path,
             device=run.session.device,
         )
-    denoised = _encode_and_denoise(run, jobs, failures)
+    run.on_phase("reading the prompt")
+    texts = run.session.texts([wanted_texts(job.prepared, options.guidance) for job in jobs])
+    if any(needs_media(run.family, job.prepared) for job in jobs):
+        run.on_phase("reading the pictures")
+    inputs = encode_all_inputs(run, jobs, failures)
+    ready = [
+        Ready(job, job_texts, inputs[job.label])
+        for job, job_texts in zip(jobs, texts, strict=True)
+        if job.label in inputs
+    ]
+    denoised: list[GenerationJob] = []
+    if ready:
+        turns = plan_turns(run.family, [job.prepared for job, _, _ in ready])
+        run.on_phase("loading the transformer")
+        with run.session.dits.phase(turns) as dit_at:
+            denoised += denoise_all(run, ready, failures, [(ready, dit_at)])
+    del texts, inputs, ready  # pixels of clips need the memory
     clips: Mapping[str, Path] = {}
     if denoised and output.output_type not in UNDECODED:
         run.on_phase("decoding")
@@ -103,8 +125,9 @@ def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Fa
         clips = decode_all(run, denoised, failures, are_named)
     if not options.interactive:
         _show_end(run, denoised, clips, time.monotonic() - start, num_failed=len(failures.reasons))
-    if denoised:
-        _compare_memory(run)
+    if denoised and run.predicted is not None and run.session.device.type == "cuda":
+        predicted = max(run.predicted.most, run.session.dits.most_beside)
+        logger.info(comparison(predicted, torch.cuda.max_memory_allocated(run.session.device)))
     return clips
 
 
@@ -151,29 +174,6 @@ def _rewrite_prompts(
         free_memory(device)
 
 
-def _encode_and_denoise(
-    run: GenerationRun, jobs: Sequence[GenerationJob], failures: Failures
-) -> list[GenerationJob]:
-    """Return the jobs with their latents, without those that failed."""
-    session = run.session
-    run.on_phase("reading the prompt")
-    texts = session.texts([wanted_texts(job.prepared, run.options.guidance) for job in jobs])
-    if any(needs_media(run.family, job.prepared) for job in jobs):
-        run.on_phase("reading the pictures")
-    inputs = encode_all_inputs(run, jobs, failures)
-    ready = [
-        Ready(job, job_texts, inputs[job.label])
-        for job, job_texts in zip(jobs, texts, strict=True)
-        if job.label in inputs
-    ]
-    if not ready:
-        return []
-    turns = plan_turns(run.family, [job.prepared for job, _, _ in ready])
-    run.on_phase("loading the transformer")
-    with session.dits.phase(turns) as dit_at:
-        return list(denoise_all(run, ready, failures, [(ready, dit_at)]))
-
-
 def _show_end(
     run: GenerationRun,
     denoised: Sequence[GenerationJob],
@@ -188,14 +188,6 @@ def _show_end(
     paths += clips.values()
     if paths:
         show_end(paths, seconds, run.session.device, num_failed)
-
-
-def _compare_memory(run: GenerationRun) -> None:
-    """Log the predicted peak of device memory next to the measured one."""
-    session = run.session
-    if run.predicted is not None and session.device.type == "cuda":
-        predicted = max(run.predicted.most, session.dits.most_beside)
-        logger.info(comparison(predicted, torch.cuda.max_memory_allocated(session.device)))
 
 
 def encode_all_inputs(
@@ -242,15 +234,30 @@ def denoise_all(
     start = 0.0
     num_begun = 0
     for group, dit_at in networks:
-        for ready_job in group:
-            job = ready_job.job
+        for job, texts, job_inputs in group:
             with failures.note_errors(job.label, run.fatal):
                 start = start or time.monotonic()  # the first network is there
                 if len(requests) > 1:
                     log_turn(job.label, requests, num_begun, time.monotonic() - start)
                 num_begun += 1
                 with _stem_of(output, job) as stem:
-                    latents = _denoise_job(run, ready_job, dit_at, stem)
+                    with watch(run, job, stem) as (watchers, on_section):
+                        latents = make_latents(
+                            run.family,
+                            dit_at,
+                            job.prepared,
+                            texts,
+                            inputs=job_inputs,
+                            device=run.session.device,
+                            cpu_noise=run.options.cpu_noise,
+                            guidance_options=run.options.guidance,
+                            watchers=watchers,
+                            split=run.options.splits_guidance,
+                            on_section=on_section,
+                            run=run.run_passes,
+                        ).to(CPU)
+                    if not bool(is_finite(latents)):
+                        raise UserError(NOT_FINITE)
                     if output.output_type == NOTHING:
                         continue
                     denoised = _save_latents(run, job, latents, stem)
@@ -266,33 +273,6 @@ def _stem_of(output: OutputOptions, job: GenerationJob) -> AbstractContextManage
     if stem or output.output_type == NOTHING:
         return nullcontext(stem)
     return outputs.own_stem(output.save_path, name)
-
-
-def _denoise_job(run: GenerationRun, ready: Ready, dit_at: DitAt, stem: str) -> Tensor:
-    """Return the latents of a job on the CPU. Raises UserError if some are NaN or infinite."""
-    options = run.options
-    with watch(run, ready.job, stem) as (watchers, on_section):
-        latents = make_latents(
-            run.family,
-            dit_at,
-            ready.job.prepared,
-            ready.texts,
-            inputs=ready.inputs,
-            device=run.session.device,
-            cpu_noise=options.cpu_noise,
-            guidance_options=options.guidance,
-            watchers=watchers,
-            split=options.splits_guidance,
-            on_section=on_section,
-            run=run.run_passes,
-        ).to(CPU)
-    if not bool(is_finite(latents)):
-        raise UserError(
-            "What the model made is NaN or infinite: nothing would be seen, and nothing is "
-            "written. Usual causes: --dit_dtype float16 (give bfloat16), a LoRA whose "
-            "training diverged, a strength or a guidance that is far too high"
-        )
-    return latents
 
 
 def _save_latents(run: GenerationRun, job: GenerationJob, latents: Tensor, stem: str) -> GenerationJob:

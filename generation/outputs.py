@@ -93,7 +93,7 @@ def name_job(output: OutputOptions, when: datetime, seed: int, prompt: str) -> s
     """Name a job's output without suffix, as the script names its files."""
     if output.naming == "time":  # as the image guides' scripts do
         return f"{when:%Y%m%d_%H%M%S}"
-    if output.naming == "released":  # as HunyuanVideo's own does, but for characters that some disks refuse
+    if output.naming == "released":  # as HunyuanVideo's own does, without characters that some disks refuse
         allowed = re.sub(r'[\x00-\x1f<>:"/\\|?*]', "", prompt)
         start = allowed[:100].encode("utf-8")[:150].decode("utf-8", errors="ignore").strip(" .")
         return f"{when:%Y-%m-%d-%H-%M-%S}_seed{seed}_{start}"

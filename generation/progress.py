@@ -81,7 +81,7 @@ def show_start(
 
 
 def _count_latents(family: Family, request: Prepared) -> int:
-    """Return how many numbers the latents of a request have, those of its sound included."""
+    """Return the number of elements of a request's latents, those of its sound included."""
     if request.joint is not None:
         return prod(request.joint.picture) + prod(request.joint.sound)
     return prod(family.latent.shape(request.frames, request.height, request.width))
@@ -130,7 +130,7 @@ def experts_in_words(family: Family) -> list[str]:
 
 
 def turns_in_words(family: Family, prepared: Prepared) -> str:
-    """Return how many steps each expert makes, in their order."""
+    """Describe the schedule: solver, shift, and the number of steps of each expert, in their order."""
     runs = [
         (family.experts[expert], len([*run])) for expert, run in groupby(experts_by_step(family, prepared))
     ]

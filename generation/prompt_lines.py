@@ -47,7 +47,7 @@ class LineOption:
 
     key: str
     read: Callable[[str], Value]
-    empty: tuple[str, ...] = ()  # texts that are no value, and may be meant
+    empty: tuple[str, ...] = ()  # texts that are not values, and may be meant
     repeats: bool = False  # each use adds to a list; otherwise the last one wins
     # keys of the command line that the option replaces, unless the line gives them too
     instead_of: tuple[str, ...] = ()
@@ -203,7 +203,7 @@ def find_option(word: str, options: Mapping[str, LineOption]) -> LineOption | No
         return option
     by_name = {**NAMED_OPTIONS, **{option.key: option for option in options.values()}}
     name = word.lower().replace("-", "_")
-    # an option of other scripts' lines is no other name of one here: seconds would be taken for frames
+    # an option of other scripts' lines is not another name of one here: seconds would be taken for frames
     if name not in by_name and any(name == option.key for option in OF_ALL_SCRIPTS.values()):
         return None
     key = key_of(word, by_name)
@@ -294,7 +294,7 @@ def parse_words(
 
 
 def _spellings_by_key(words: Sequence[str], find: Callable[[str], LineOption | None]) -> dict[str, list[str]]:
-    """Return how each option of a line is spelled, in their order."""
+    """Return the spellings of each option of a line, in their order."""
     spellings: dict[str, list[str]] = {}
     for word in words:
         option = find(word)
@@ -304,7 +304,7 @@ def _spellings_by_key(words: Sequence[str], find: Callable[[str], LineOption | N
 
 
 def _find_odd_options(line: str, find: Callable[[str], LineOption | None]) -> list[str]:
-    """Return what is wrong with options that do not begin with two plain dashes."""
+    """Return a fault for each option that does not begin with two plain dashes."""
     return [
         f"{dash}{word} {value}: an option begins with two plain dashes. Write --{word}"
         for dash, word, value in _ODD_OPTION.findall(line)[:MAX_LINE_OPTIONS]

@@ -160,7 +160,10 @@ def read_sample_file(path: Path) -> str:
 
 
 def parse_sample_prompts(text: str, path: Path) -> list[dict[str, Any]]:
-    """Return what `read_sample_prompts` does, of the text of a file that has been read."""
+    """Return the prompts in a file's text, as `read_sample_prompts` does for a file.
+
+    Raises OptionError as it does.
+    """
     option = f"--sample_prompts {path}"
     suffix = path.suffix.lower()
     try:

@@ -282,7 +282,7 @@ class ScriptDefaults:
     output_types: tuple[str, ...] = ("video", "images", "latent", "both")  # the first is the default
     # rotary frequencies of the frames that --riflex_index counts; None: no such option
     riflex_frequencies: int | None = None
-    riflex_beyond: int = 0  # frames: videos of up to so many are left as they are
+    riflex_beyond: int = 0  # frames: videos of up to so many are not changed
     # videos are made section by section and can be watched while they grow; there is no --video_length
     in_sections: bool = False
     numbers_single: bool = False  # a single picture is NAME_000.png, never in a folder

@@ -104,7 +104,7 @@ class Session:
         return [gather_encoded(by_section, self._encoded) for by_section in prompts]
 
     def count_new(self, prompts: Iterable[Mapping[int, Prompts]]) -> int:
-        """Return how many texts `texts` would have to load encoders for."""
+        """Return the number of texts for which `texts` would have to load encoders."""
         return sum(text not in self._encoded for text in texts_of(prompts))
 
     def _make_text_encoders(self) -> Sequence[TextEncoder]:

@@ -174,7 +174,7 @@ def _blank_sheet(width: int, height: int) -> Image.Image:
 
 
 def _cell_sizes(grid: ClipGrid, frames: Sequence[Sequence[Frame | None]]) -> list[list[tuple[int, int]]]:
-    """Return width and height of each frame as it is drawn."""
+    """Return width and height of each frame in pixels of the sheet."""
     side = max(NARROWEST_CELL, min(grid.cell, WIDEST // len(grid.columns)))
     first_frame = next((frame for row in frames for frame in row if frame is not None), None)
     empty_size = (side, side) if first_frame is None else _fit(first_frame, side)
@@ -304,7 +304,7 @@ def _sheet_grid(axes: Sequence[Axis], paths: Mapping[Place, Path], prompt: str, 
 
 
 def _sheet_metadata(run: GenerationRun, cells: Cells, paths: Mapping[Place, Path]) -> dict[str, str]:
-    """Return what all cells share, the axes as --sheet takes them, and the file of each cell."""
+    """Return the metadata that all cells share, the axes as --sheet takes them, and the file of each cell."""
     by_cell = [run.metadata(cells[place].prepared) or {} for place in paths]
     metadata = {
         key: text

@@ -45,7 +45,7 @@ TOKENIZER = TokenizerSource(
         names=("tokenizer.json",),
         folder="",
         repository="Qwen/Qwen2.5-VL-7B-Instruct",
-        # inside the encoder's folder; beside a single file; beside text_encoder (diffusers)
+        # inside the encoder's folder; next to a single file; next to text_encoder (diffusers)
         folders=(".", "qwen_2.5_vl", "tokenizer", "../tokenizer"),
         token="<|im_start|>",
     ),
@@ -67,7 +67,7 @@ QWEN_USE = LanguageUse(
     at_once=1,
 )
 
-# in this order; an apostrophe is no mark, and a text ends on its line
+# in this order; an apostrophe is not a mark, and a text ends on its line
 _QUOTED = tuple(re.compile(f"{first}(.*?){last}") for first, last in ('""', "\u2018\u2019", "\u201c\u201d"))
 
 

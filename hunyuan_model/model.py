@@ -154,7 +154,7 @@ class HunyuanVideoModel(BlockNetwork):
 
 
 def rotary_widths(head_width: int) -> tuple[int, int, int]:
-    """Return how many of a head's channels encode frames (an eighth), rows and columns (7/16 each)."""
+    """Return the numbers of a head's channels for frames (an eighth), rows and columns (7/16 each)."""
     side = 7 * head_width // 16
     return head_width - 2 * side, side, side
 

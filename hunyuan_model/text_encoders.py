@@ -41,7 +41,7 @@ LLAMA_TOKENIZER = TokenizerSource(
         names=("tokenizer.json",),
         folder="tokenizer",
         repository="hunyuanvideo-community/HunyuanVideo",
-        # inside the encoder's folder (official); beside a single file; beside text_encoder (diffusers)
+        # inside the encoder's folder (official); next to a single file; next to text_encoder (diffusers)
         folders=(".", "llava_llama3", "tokenizer", "../tokenizer"),
         token="<|begin_of_text|>",
     ),

@@ -176,7 +176,7 @@ class HunyuanCausalConv(nn.Module):
         _repeat_borders(place.squeeze(2))
 
     def _source_frames(self, start: int, stop: int) -> list[int]:
-        """Return which frames of the clip the results `start` to `stop` see; the first one is repeated."""
+        """Return the indices of the frames that results `start` to `stop` see; the first one is repeated."""
         step = self.conv.stride[0]
         frames = range(start * step - KERNEL + 1, (stop - 1) * step + 1)
         return [-(-max(0, frame) // self.enlarge[0]) for frame in frames]

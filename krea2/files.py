@@ -146,7 +146,7 @@ read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMA
 
 
 class Krea2Release(NamedTuple):
-    """What a transformer is, if something shows it."""
+    """Release that a transformer belongs to, with the evidence."""
 
     is_turbo: bool  # False: raw
     source: str  # what says so

@@ -51,7 +51,7 @@ class LtxReferences:
 
 @dataclass(frozen=True)
 class CrossInputs:
-    """What a stream needs for the attention between the streams."""
+    """Inputs of a stream for the attention between the streams."""
 
     rotary: Tensor  # by time alone, L N D/2 2
     rows: Tensor  # B S 4 C float32: by its own time, scale and shift for either direction

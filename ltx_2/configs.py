@@ -140,7 +140,7 @@ class Ltx2Release:
     release: ModelRelease
     steps: int
     perturbed: int  # the block that guidance weakens
-    crf: int  # H.264 quality at which it is shown a first image; 0: as it is
+    crf: int  # H.264 quality at which it is shown a first image; 0: not compressed
 
 
 _LICENCE = ("LTX-2 Community License", "other", "https://github.com/Lightricks/LTX-2/blob/main/LICENSE")

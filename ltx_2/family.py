@@ -81,7 +81,7 @@ from modules.errors import DatasetError, OptionError
 from modules.media.pixels import image_pixels, to_pixels, video_pixels
 from modules.media.reading import is_still
 from modules.option_values import to_path
-from modules.options import NO_OPTIONS
+from modules.options import NO_OPTIONS, in_one_spelling
 
 FIRST = "first_latents"  # condition: clean latents of the given frames in front, B C F H W
 SOLVER = "euler-tenth"
@@ -100,7 +100,7 @@ class Ltx2(Ltx2Media):
     sound_learning: rules.SoundLearning = rules.SoundLearning()
     size: tuple[int, int, int] = (768, 512, 121)  # width, height, frames where nothing is said
     image_crf: int | None = None  # H.264 quality at which the first image is seen; None: the release's
-    drive_video: Path | None = None  # of a generation: it stays as it is, and its sound is made
+    drive_video: Path | None = None  # of a generation: it stays unchanged, and its sound is made
     makes_sound: bool = True  # False: samples of a training with sound are silent
     stages: TwoStages | None = None
     options: Any = NO_OPTIONS  # of a training
@@ -159,6 +159,8 @@ class Ltx2(Ltx2Media):
             "implementation": "https://github.com/Lightricks/LTX-2",
             "model_type": self.name,
         }
+        if isinstance(self.options, Ltx2TrainingOptions):
+            names |= in_one_spelling(Ltx2TrainingOptions, {"ltx_mode": self.options.model.ltx_mode})
         strategy = getattr(self.options, "ic_lora_strategy", None)
         preset = getattr(self.options, "lora_target_preset", None)
         is_v2v = "v2v" in (strategy, preset)
@@ -269,8 +271,8 @@ class Ltx2(Ltx2Media):
     ) -> LtxReferences:
         """Return the references as the network takes them.
 
-        references: clean latents. denoised: the same as they are denoised; None: they stay clean. strengths:
-        1 M, by which the video sees their tokens; without, all are seen.
+        references: clean latents. denoised: the same with the noise of the step; None: they stay clean.
+        strengths: 1 M, by which the video sees their tokens; without, all are seen.
         """
         return LtxReferences(
             references if denoised is None else denoised.noisy_like(references),

@@ -202,7 +202,7 @@ class Ltx2Files(TransformerFiles):
             )
 
     def sound_identity(self) -> dict[str, str]:
-        """Return what cached sound depends on besides the samples; the VAE is always in float32."""
+        """Return the facts, besides the samples, on which cached sound depends; the VAE is in float32."""
         return {"audio_vae": fingerprint(self.sound_path("audio_vae"))}
 
     def load_sound(self, device: torch.device, decodes: bool) -> tuple[SoundVae, Vocoder | None]:
@@ -336,7 +336,7 @@ def check_version(files: Ltx2Files, options: Ltx2TrainingOptions) -> None:
     typed = options.ltx_version or version
     message = f"--ltx_version {typed}: {files.dit_path} is of version {version}. Give --ltx_version {version}"
     if version != typed and options.ltx_version_check_mode == "error":
-        raise OptionError(message)
+        raise OptionError(f"{message}, or --ltx_version_check_mode warn")
     if version != typed and options.ltx_version_check_mode == "warn":
         logger.warning("%s", message)
 

@@ -114,7 +114,7 @@ def is_gemma_4(checkpoint: Checkpoint) -> bool:
 
 
 def wanted_gemma(checkpoint: Checkpoint) -> str | None:
-    """Return which Gemma a transformer was trained with; None if its file does not say."""
+    """Return the version of Gemma that a transformer was trained with; None if its file does not say."""
     return _version(checkpoint, OF_GEMMA_4)
 
 

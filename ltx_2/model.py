@@ -54,7 +54,7 @@ class TimeModulation(nn.Module):
 
 @dataclass(frozen=True)
 class StreamInputs:
-    """What one stream of a forward pass starts from."""
+    """Inputs of one stream of a forward pass."""
 
     names: StreamNames
     latents: Tensor  # B Z F H W of a video, B Z M K of a sound
@@ -69,7 +69,7 @@ class StreamInputs:
         return in_given_frames + sum(self.references.counts)
 
     def dim_references(self) -> tuple[Tensor, Tensor] | None:
-        """Return what dims the attention to references; None if nothing does."""
+        """Return further channels of queries and keys that dim references; None if nothing dims them."""
         strengths = self.references.strengths
         if strengths is None:
             return None
@@ -244,7 +244,7 @@ class LtxModel(nn.Module):
         return Hidden(tokens.join(parts), tokens)
 
     def _embed_stream(self, inputs: StreamInputs, texts: Sequence[Tensor], fps: Fps) -> Stream:
-        """Return what the blocks need for a stream, but not what it needs to see the other one.
+        """Return the inputs that the blocks need for a stream alone, without those for seeing the other one.
 
         texts: as attention sees them, each B T C.
         """
@@ -281,7 +281,7 @@ class LtxModel(nn.Module):
     def _embed_cross(
         self, inputs: StreamInputs, other_times: Tensor, influence: Tensor | None, fps: Fps
     ) -> CrossInputs:
-        """Return what a stream needs to see the other one.
+        """Return the inputs with which a stream sees the other one.
 
         Shifts and scales follow its own times, the gate the other stream's. influence: B bool, whether the
         other stream has any; None: it has.

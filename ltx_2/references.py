@@ -58,7 +58,7 @@ def thin_out(frames: Tensor, rules: ReferenceRules, frame_step: int) -> Tensor:
 
 
 def count_taken(frames: int, rules: ReferenceRules, frame_step: int) -> int:
-    """Return how many of this many frames of a reference are encoded; see `thin_out`."""
+    """Return the number of a reference's frames that are encoded, of `frames`; see `thin_out`."""
     count = 1 + len(range(1, frames, rules.time_factor))
     most = min(count, rules.frames or count)
     return (most - 1) // frame_step * frame_step + 1
@@ -238,7 +238,7 @@ def read_pixels(path: Path, size: tuple[int, int, int], rules: ReferenceRules, l
 
 
 def read_strengths(mask: Path, shown: Sequence[Tensor], rules: ReferenceRules, latent: LatentSpec) -> Tensor:
-    """Return how white a picture or clip is at the tokens of references: 1 M float32, 0..1.
+    """Return the whiteness of a picture or clip at the tokens of references: 1 M float32, 0..1.
 
     shown: pixels of the references, 1 3 f h w. Raises OptionError if a clip is shorter than one of them.
     """
@@ -268,8 +268,8 @@ def check_sides(width: int, height: int, rules: ReferenceRules) -> None:
     step = rules.step * rules.size_factor
     if width % step or height % step:
         raise OptionError(
-            f"--video_size {height} {width}: with references {rules.size_factor} times smaller, sides are "
-            f"multiples of {step}. Give such a size"
+            f"--video_size {height} {width}: with references {rules.size_factor} times smaller "
+            f"(--reference_downscale), sides are multiples of {step}. Give such a size"
         )
 
 
@@ -336,7 +336,7 @@ def rules_of(options: Ltx2ReferenceOptions | Ltx2GivenReferences) -> ReferenceRu
 
 
 def factor_metadata(rules: ReferenceRules) -> dict[str, str]:
-    """Return what a LoRA's metadata say of the references that it has learned, under all names."""
+    """Return the metadata that tell, under all known names, which references a LoRA has learned."""
     metadata = dict.fromkeys(SIZE_FACTOR, str(rules.size_factor))
     metadata |= dict.fromkeys(TIME_FACTOR, str(rules.time_factor))
     if rules.frames:

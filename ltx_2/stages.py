@@ -45,7 +45,7 @@ class StageLora:
 
 @dataclass(frozen=True)
 class TwoStages:
-    """How clips of a run are made in two stages."""
+    """Settings for making the clips of a run in two stages."""
 
     upscalers: Mapping[str, Path]  # by their options, in the order of their work
     steps: int  # of the second stage
@@ -69,8 +69,9 @@ class TwoStages:
         return metadata
 
     def growth(self, latent: LatentSpec) -> UpscalerGrowth:
-        """Return by how much the upscalers multiply frames and sides. Raises as `factors`, and OptionError if
-        a LoRA is an upscaler.
+        """Return the factors by which the upscalers multiply frames and sides.
+
+        Raises as `factors`, and OptionError if a LoRA is an upscaler.
         """
         for lora in self.loras:
             if read_once(require_file(lora.path, lora.option, "it is a LoRA"), is_upscaler):
@@ -160,7 +161,7 @@ class TwoStages:
 
 
 def two_stages(options: Ltx2StageOptions) -> TwoStages | None:
-    """Return how clips are made in two stages; None if they are made in one."""
+    """Return the settings by which clips are made in two stages; None if they are made in one."""
     if not options.sample_two_stage:
         return None
     upscalers = {}

@@ -130,7 +130,7 @@ TOKENIZER_FILES = TokenizerFiles(
     names=("tokenizer.json", "tokenizer.model"),
     folder="tokenizer",
     repository="Lightricks/LTX-2",
-    # google's folder; diffusers' text_encoder, with tokenizer beside it; beside a single file
+    # google's folder; diffusers' text_encoder, with tokenizer next to it; next to a single file
     folders=(".", "tokenizer", "../tokenizer"),
     token="<start_of_turn>",
 )

@@ -95,7 +95,7 @@ def _halves_fit(config: VideoVaeConfig) -> bool:
 
 
 class _NestedLevel(NamedTuple):
-    """Where a residual block or a resampling of diffusers' layout stands; sorted as the layers are."""
+    """Position of a residual block or a resampling of diffusers' layout; sorted as the layers are."""
 
     half: str  # encoder or decoder
     number: int  # of its level; that of the middle block is the last in the encoder, the first in the decoder

@@ -322,7 +322,7 @@ class VideoVaeDecoder(nn.Module):
         """Yield the pixels, B 3 T H W, of latent frames B Z 1 h w, in playing order.
 
         With a decoder that looks ahead the first come after about half a clip, and the last ones, when each
-        layer in turn is told that the clip has ended, a frame or two at a time: so no layer ever computes
+        layer in turn is notified of the end of the clip, a frame or two at a time: so no layer ever computes
         more frames at once than a latent frame makes.
         """
         layers = (self.conv_in, *_flat(self.up_blocks), self.conv_out)

@@ -83,7 +83,7 @@ GEMMA_FILES = TokenizerFiles(
     names=("tokenizer.json", "tokenizer.model"),
     folder="tokenizer",
     repository="Alpha-VLLM/Lumina-Image-2.0",
-    # beside a single file; diffusers pipelines, with text_encoder and tokenizer side by side; google's folder
+    # next to a single file; diffusers pipelines: text_encoder and tokenizer side by side; google's folder
     folders=("tokenizer", "../tokenizer", "."),
     token="<start_of_turn>",
 )

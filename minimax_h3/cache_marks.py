@@ -105,7 +105,7 @@ def _check_tags(key: str, tags: Tensor, rows: int, task: str) -> None:
 
 
 def teacher_texts(batch: Batch, conditions: str) -> tuple[list[Tensor], list[Tensor]]:
-    """Return what a teacher reads in place of the captions: states, each n C, and tags, each n.
+    """Return the text rows that a teacher reads in place of the captions: states, each n C, and tags, each n.
 
     conditions: a key of `TEACHER_ROWS`. Raises CacheError if the caches do not have these rows.
     """

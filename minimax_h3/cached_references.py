@@ -84,7 +84,7 @@ class ReferenceSizes:
     step: int
 
     def source_of(self, reference: H3Reference, frames: int) -> PictureSource | ClipSource | None:
-        """Return how the pixels of a reference are read; None: it is sound alone.
+        """Return the source from which a reference's pixels are read; None: it is sound alone.
 
         frames: of the clip that is made from it; 1: of a picture, for which reference clips keep their
         length. Raises OptionError for shapes that the model does not take.

@@ -134,7 +134,10 @@ class H3CachingEncoder(H3TextEncoder):
         return rows if dtype is None or not rows.is_floating_point() else rows.to(dtype)
 
     def _presented(self, prompt: Prompt) -> tuple[Shown, ...]:
-        """Return what the task shows in front of a caption."""
+        """Return the pictures, clips and sounds that the task shows in front of a caption.
+
+        Raises MediaError if the task is ref2va and the row has no references.
+        """
         if prompt.clip is None:
             return ()
         if self.task == KEYFRAMES:
@@ -196,7 +199,7 @@ def _keyframes(prompt: Prompt) -> list[Tensor]:
 
 @functools.cache  # a use is a key, by its identity
 def _use_with(blank: str) -> LanguageUse:
-    """Return how the text encoder is used where an empty prompt is written as `blank`."""
+    """Return the settings of the text encoder for an empty prompt that is written as `blank`."""
     return H3_USE if blank == BLANK else replace(H3_USE, blank=blank)
 
 

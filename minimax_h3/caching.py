@@ -49,7 +49,7 @@ SEED = 42  # as in the known tuner
 
 @dataclass(frozen=True)
 class H3Caching:
-    """How latents are cached."""
+    """Settings for caching latents."""
 
     task: str
     seed: int
@@ -64,7 +64,7 @@ class H3Caching:
 
     @property
     def identity(self) -> dict[str, str]:
-        """Return what latents depend on besides files and VAEs."""
+        """Return the settings, besides files and VAEs, on which latents depend."""
         identity = {**dict(self.stated), "one_frame": str(self.one_frame)}
         if self.task == REFERENCES:
             identity["reference_edges"] = " ".join(map(str, self.edges))
@@ -192,11 +192,11 @@ class H3Caching:
         return tensors
 
     def _target_index(self, media: MediaBatch) -> int:
-        """Return where a picture stands in time, in frames at 24 a second."""
+        """Return the position of a picture in time, in frames at 24 a second."""
         return (media.table.target_index or 0) if self.one_frame else 0
 
     def _place_tensors(self, vae: H3VideoVae, media: MediaBatch) -> dict[str, Tensor]:
-        """Return where a picture stands in time, and the latents and places of its control images."""
+        """Return the position of a picture in time, and the latents and positions of its control images."""
         tensors = {TARGET_INDEX: torch.tensor(self._target_index(media))}
         if not media.control:
             return tensors

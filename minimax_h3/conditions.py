@@ -85,7 +85,7 @@ def is_visual(key: str) -> bool:
 
 
 def in_order(keys: Iterable[str]) -> list[str]:
-    """Return the names of conditions among others: first and last frame, controls, references by number.
+    """Return those names that are conditions, sorted: first and last frame, controls, references by number.
 
     Noise is drawn in this order. A clip's sound stands before the clip.
     """
@@ -164,7 +164,7 @@ def place_conditions(conditions: Conditions, sample: int, num_text: int, target:
 
 
 def _control_starts(conditions: Conditions, sample: int, clock: float) -> list[float]:
-    """Return where the control pictures of a single picture stand."""
+    """Return the start times of the control pictures of a single picture, on the clock of the tokens."""
     indices = conditions.get(CONTROL_INDICES)
     if indices is None:
         return []

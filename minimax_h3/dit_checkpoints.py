@@ -115,7 +115,7 @@ def read_header(checkpoint: Checkpoint, layout: str | None) -> DitHeader[H3Confi
 def _stated_frequencies(checkpoint: Checkpoint) -> int | None:
     """Return the frequencies of positions on each axis that the config.json next to the file says, if any.
 
-    Raises CheckpointError if that is no whole number.
+    Raises CheckpointError if that is not a whole number.
     """
     path, settings = stated_settings(checkpoint, {DIFFUSERS_CLASS})
     frequencies = settings.get("rope_freq_dim")
@@ -183,7 +183,7 @@ def _sources(checkpoint: Checkpoint, header: DitHeader[H3Config]) -> Mapping[str
 
 
 def _stacks(checkpoint: Checkpoint, header: DitHeader[H3Config]) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Return what stacks the rows of the tensors that have them interleaved."""
+    """Return a function for each tensor with interleaved rows, by name, that stacks these rows."""
     if header.dialect != INTERLEAVED:
         return {}
     stack = functools.partial(stack_heads, head_width=header.config.head_width)
@@ -193,7 +193,7 @@ def _stacks(checkpoint: Checkpoint, header: DitHeader[H3Config]) -> dict[str, Ca
 
 @functools.cache
 def format_of(layout: str | None = None) -> DitFormat[H3Config, H3Model]:
-    """Return how transformer files are read. layout: see `read_header`."""
+    """Return the description by which transformer files are read. layout: see `read_header`."""
     return DitFormat(
         functools.partial(read_header, layout=layout),
         lambda header: f"{WHAT}, pruned" if header.config.table_rows else WHAT,

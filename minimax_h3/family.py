@@ -72,7 +72,7 @@ from minimax_h3.options import (
     check_ratio,
 )
 from minimax_h3.presentation import AUDIO, IMAGE, VIDEO
-from minimax_h3.reference_options import IMAGE_EDGE, OF_MEDIA, TASK, VIDEO_EDGE
+from minimax_h3.reference_options import IMAGE_EDGE, OF_MEDIA, TASK, VIDEO_EDGE, warn_of_edges
 from minimax_h3.reference_sound import read_reference_sound
 from minimax_h3.references import (
     ClipSource,
@@ -113,7 +113,7 @@ USABLE = {**NO_MEDIA, "image_path": True, "end_image_path": True}
 
 @dataclass(frozen=True)
 class H3Request:
-    """What a clip is made from besides its text, and which pixels of it are read."""
+    """Media that a clip is made from besides its text, and the pixels of them that are read."""
 
     media: H3Media
     sources: H3Sources
@@ -209,7 +209,7 @@ class MiniMaxH3(OneTransformer):
         return replace(encoders, sound=self.files.load_sound(device))
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        """Return what caches hold: see caching.py."""
+        """Return the entries that caches hold: see caching.py."""
         assert self.caching is not None
         return self.caching.encode(self.files, encoders, media)
 
@@ -263,7 +263,7 @@ class MiniMaxH3(OneTransformer):
         return {**texts, **told_media(batch, self.files.task, latents), **self._shares()}
 
     def _shares(self) -> Conditions:
-        """Return what says how clean the conditions of a training are."""
+        """Return the condition with the shares of clean signal in a training; empty outside of one."""
         if not isinstance(self.options, H3TrainingOptions):
             return {}
         loss = self.options.loss
@@ -360,6 +360,8 @@ class MiniMaxH3(OneTransformer):
         _, *picture = self.latent.shape(frames, height, width)
         channels, length, rows, columns = picture
         sources = self._sources(media, (width, height), frames)
+        if not media.references:
+            warn_of_edges(self.image_edge, self.video_edge, "there are no references")
         return replace(
             prepared,
             prompts={0: _with_presentation(prepared, media, sources)},
@@ -384,9 +386,11 @@ class MiniMaxH3(OneTransformer):
                 f"--video_length {frames}: {NAME} makes {lengths} frames, or one. Give {remedy}"
             )
         if not self.any_length and not LEAST_FRAMES <= frames <= MOST_FRAMES:
+            is_sample = isinstance(self.options, H3TrainingOptions)
+            option = "h3_allow_experimental_sample_duration" if is_sample else "allow_experimental_duration"
             raise OptionError(
                 f"--video_length {frames}: {NAME} was trained with {LEAST_FRAMES} to {MOST_FRAMES} frames, 5 "
-                "to 15 seconds. Give --allow_experimental_duration to make other lengths"
+                f"to 15 seconds. Give --{option} to make other lengths"
             )
 
     def _check_media(self, request: Request, media: H3Media) -> None:
@@ -418,7 +422,7 @@ class MiniMaxH3(OneTransformer):
         return width, height, frames
 
     def _sources(self, media: H3Media, size: tuple[int, int], frames: int) -> H3Sources:
-        """Return which pixels of media are read. size: width and height of the clip."""
+        """Return the sources of the pixels that are read from media. size: width and height of the clip."""
         step = self.latent.pixel_step
         references: list[PictureSource | ClipSource | None] = []
         for reference in media.references:
@@ -530,7 +534,7 @@ def _with_presentation(prepared: Prepared, media: H3Media, sources: H3Sources) -
 
 
 def _metadata_of(media: H3Media) -> dict[str, str]:
-    """Return what files say of the media that they were made from."""
+    """Return the metadata with which files name the media that they were made from."""
     names = {"first_frame": media.first, "last_frame": media.last}
     metadata = {name: path.name for name, path in names.items() if path is not None}
     if media.controls:

@@ -74,7 +74,7 @@ TOKENIZER = TokenizerFiles(
     names=("tokenizer.json", "vocab.json"),
     folder="tokenizer",
     repository="MiniMaxAI/MiniMax-H3",
-    # inside the encoder's folder; beside text_encoder; beside a single file
+    # inside the encoder's folder; next to text_encoder; next to a single file
     folders=(".", "tokenizer", "../tokenizer", "../processor"),
     token=OWN_TOKENS[0],
 )
@@ -111,7 +111,7 @@ class H3TextEncoder(LanguageModelEncoder):
             )
 
     def preprocessing(self) -> Preprocessing:
-        """Return how pictures and clips are resized: by the files next to tokenizer or encoder, if any."""
+        """Return the limits for resizing pictures and clips, read from files next to tokenizer or encoder."""
         folders = []
         tokenizer, _ = self.source.find(self.tokenizer, self.path)
         if tokenizer is not None:
@@ -228,7 +228,7 @@ class H3Files(LanguageModelFiles):
         return load_video_vae(self.vae_path, device, self.beside(self.vae_dtype), self.vae_tile or TILE)
 
     def vae_identity(self) -> dict[str, str]:
-        """Return what cached latents depend on besides pixels and sound; all is encoded in float32."""
+        """Return the facts, besides pixels and sound, on which latents depend; all is encoded in float32."""
         tile = self.vae_tile or TILE
         return {"vae": fingerprint(self.vae_path), "tile": str(tile), **self.sound_identity()}
 
@@ -269,7 +269,7 @@ class H3Files(LanguageModelFiles):
         return SoundSpec(RATE, CHANNELS, partial(sound_shape, channels), time_axis=2, is_inside=True)
 
     def sound_identity(self) -> dict[str, str]:
-        """Return what cached sound depends on besides the samples; the VAE is always in float32."""
+        """Return the facts, besides the samples, on which cached sound depends; the VAE is in float32."""
         return {"audio_vae": fingerprint(self.audio_vae_path)}
 
     def load_sound(self, device: torch.device) -> H3SoundVae:

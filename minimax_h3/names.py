@@ -78,7 +78,7 @@ MINIMAX_H3 = FamilyNames(
     numbered=(("token_refiner.blocks.{n}.", _ORDER), ("blocks.{n}.", _ORDER)),
     network_module="networks.lora_minimax_h3",
     more_starts=("transformer_ref.",),
-    # DiffSynth-Studio trains the release's shards as they are. Source: diffusers' loader of H3's LoRAs
+    # DiffSynth-Studio trains the release's shards unchanged. Source: diffusers' loader of H3's LoRAs
     rows_by_head=RowsByHead(r"\.lora_[AB]\.default\.", ".attn.qkv_proj", ".attn.q_norm", HEAD_WIDTH),
     refuses_strangers=True,
 )

@@ -32,7 +32,7 @@ class PictureGrid(NamedTuple):
 
 @dataclass(frozen=True)
 class PicturePlace:
-    """Where the tokens of a clip or a picture stand."""
+    """Position of the tokens of a clip or a picture."""
 
     grid: PictureGrid
     start: float  # on the clock of its first latent frame
@@ -40,7 +40,7 @@ class PicturePlace:
 
 @dataclass(frozen=True)
 class SoundPlace:
-    """Where the tokens of a sound stand: all latents of the left channel, then those of the right one."""
+    """Position of the tokens of a sound: all latents of the left channel, then those of the right one."""
 
     latents: int
     start: float
@@ -48,19 +48,19 @@ class SoundPlace:
 
 
 def spans(frames: int) -> Tensor:
-    """Return how long each of so many latent frames takes: frames, float64."""
+    """Return the duration of each of so many latent frames: frames, float64, in units of the clock."""
     pattern = [UNITS_A_FRAME * FRAMES_A_LATENT[index % len(FRAMES_A_LATENT)] for index in range(frames)]
     return torch.tensor(pattern, dtype=torch.float64)
 
 
 def last_frame_place(start: float, frames: int) -> float:
-    """Return where a keyframe at the end of so many latent frames stands, whose clock begins at `start`."""
+    """Return the clock time of a keyframe at the end of so many latent frames, which begin at `start`."""
     total = float(spans(frames).numpy().sum())  # in NumPy's order of sums, as released
     return start + total - UNITS_A_FRAME
 
 
 def clip_span(frames: int) -> float:
-    """Return how long a reference clip of so many latent frames takes, summed one after the other."""
+    """Return the duration of a reference clip of so many latent frames, summed one after the other."""
     return float(sum(spans(frames).tolist()))
 
 

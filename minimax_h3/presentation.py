@@ -80,7 +80,7 @@ class PresentedPiece(NamedTuple):
 
 @dataclass(frozen=True)
 class Presentation:
-    """What stands in front of a prompt."""
+    """Texts and vision blocks in front of a prompt."""
 
     pieces: tuple[PresentedPiece, ...]
     pictures: ReadPictures  # of the vision blocks, in their order
@@ -122,7 +122,7 @@ def present(
 
 
 def sample_clip(frames: int, at_once: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """Return which frames of a clip the encoder sees, and the second that stands for each group of them.
+    """Return the indices of the frames that the encoder sees, and the second of each group of them.
 
     frames: of the clip, at 24 a second. at_once: frames of a group; of the last one the last may be repeated.
     Raises MediaError if the clip has fewer than one group.

@@ -385,7 +385,7 @@ def _slot(number: int, fps: float) -> int:
 
 
 def keyframe_sources(paths: Sequence[Path], size: Size) -> list[PictureSource]:
-    """Return keyframes in the size of the clip: the first one is stretched, others cover it."""
+    """Return keyframes in the size of the clip: the first one is stretched, later ones cover it."""
     return [PictureSource(path, size, crops=number > 0) for number, path in enumerate(paths)]
 
 
@@ -434,7 +434,7 @@ class H3Sources:
     references: tuple[PictureSource | ClipSource | None, ...] = ()  # None: of sound
 
     def shown(self, references: Sequence[H3Reference]) -> tuple[Shown, ...]:
-        """Return what the text encoder sees."""
+        """Return the media that the text encoder sees: keyframes first, then references."""
         presented = [_show(IMAGE, source) for source in self.keyframes]
         for reference, source in zip(references, self.references, strict=True):
             has_sound = reference.sound is not None

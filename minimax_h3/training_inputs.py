@@ -44,7 +44,7 @@ class Clean(NamedTuple):
 
 
 def clean_shares(cond: Conditions) -> Clean:
-    """Return how clean the conditions of a pass are, as released if they do not say it."""
+    """Return the shares of clean signal in the conditions of a pass; the released ones if it states none."""
     shares = cond.get(CLEAN)
     if not isinstance(shares, Tensor):
         return Clean(PICTURES_LIE, 1.0)
@@ -92,12 +92,12 @@ def teacher_key(view: str) -> str:
 
 
 def _conditions_of(view: str) -> str:
-    """Return what --h3_teacher_conditions calls a view."""
+    """Return the value of --h3_teacher_conditions that names a view."""
     return next(name for name, known in VIEWS.items() if known == view)
 
 
 def told_media(batch: Batch, task: str, latents: Tensor) -> dict[str, Tensor]:
-    """Return the keyframes, references and places that the network is told, by their names in caches.
+    """Return the keyframes, references and places that the network is given, by their names in caches.
 
     batch: with what a teacher sees, if it is for one. latents: of the clip, in model space. Raises CacheError
     if caches lack some, or hold others than the network takes.
@@ -158,7 +158,7 @@ def _check_shape(batch: Batch, key: str, found: Tensor, latents: Tensor) -> None
 
 def _whole_clip(tensors: Conditions, latents: Tensor) -> dict[str, Tensor]:
     """Return a clip as a reference for itself, with its sound if it has some."""
-    clip = tensors.get(TAUGHT, latents)  # noised, but for a check of caches
+    clip = tensors.get(TAUGHT, latents)  # noised, except for a check of caches
     assert isinstance(clip, Tensor)
     if clip.shape[2] == 1:
         return {reference_key(0, IMAGE): clip}

@@ -89,7 +89,7 @@ def _separate_heads(stored: Mapping[str, TensorSource], head_width: int) -> Mapp
 
 @dataclass(frozen=True)
 class _StatedFacts:
-    """What config.json says besides the tensors; the release's where it says nothing."""
+    """Facts stated in config.json besides the tensors; where it states none, those of the release."""
 
     time_strides: tuple[int, ...] = ()
     space_strides: tuple[int, ...] = ()
@@ -115,7 +115,7 @@ _KEYS: Mapping[str, tuple[str, type]] = {
 
 
 def _stated_facts(checkpoint: Checkpoint) -> _StatedFacts:
-    """Return what config.json next to the file says. Raises CheckpointError if it cannot be used."""
+    """Return the facts in config.json next to the file. Raises CheckpointError if it cannot be used."""
     path, settings = stated_settings(checkpoint, {DIFFUSERS_CLASS})
     facts: dict[str, Any] = {}
     for key, (name, kind) in _KEYS.items():

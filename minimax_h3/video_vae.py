@@ -34,7 +34,7 @@ FLOAT32_ENDS = (".norm1.weight", ".norm2.weight", ".scale1", ".scale2", "norm_ou
 
 @dataclass(frozen=True)
 class TileRow:
-    """How an axis is cut into tiles of one size: where they begin, and what each shares with the next."""
+    """Tiles of one size along an axis: their first places, and the overlap of each with the next."""
 
     starts: tuple[int, ...]
     size: int

@@ -70,7 +70,7 @@ class H3VideoVaeConfig:
 
     @property
     def tail(self) -> int:
-        """Return how many frames of a video are behind its last whole clip."""
+        """Return the number of frames of a video behind its last whole clip."""
         return (self.clip_latents - self.dropped) * self.time_stride - self.first_padding
 
     @property

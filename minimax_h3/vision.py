@@ -30,7 +30,7 @@ MOST_ENLARGED = 1 << 24  # likewise, to which smaller pictures are enlarged
 
 @dataclass(frozen=True)
 class Limits:
-    """How pictures, or clips, are resized and normalised for the vision tower."""
+    """Limits for resizing and normalising pictures, or clips, for the vision tower."""
 
     fewest: int  # pixels of a picture, or of all frames of a clip; smaller ones are enlarged
     most: int  # larger ones are reduced
@@ -51,7 +51,7 @@ RELEASED = Preprocessing(pictures=Limits(65536, 16777216), clips=Limits(4096, 25
 
 
 def read_preprocessing(folders: Iterable[Path]) -> Preprocessing:
-    """Return what the preprocessor files say, each in the first folder that has it, else the released limits.
+    """Return the limits in the preprocessor files, from the first folder that has each, or the released ones.
 
     Raises CheckpointError if a file cannot be read.
     """

@@ -42,6 +42,7 @@ speed_options: options of attention, fp8, block swap, VAE, plan
 template_process: the program that renders one chat template
 text_encodings: guess the encoding of a file not in UTF-8
 text_files: text files that a user names, read safely
+typed_command: commands that are values of options: their words
 user_files: small files for this user, outside of their folders
 varints: read whole numbers of varying length
 version: the version of Reelsmith

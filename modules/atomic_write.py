@@ -306,9 +306,10 @@ def _mark_of_writer() -> str:
 
 
 def _least_age(writer: re.Match[str], older_seconds: float) -> float:
-    """Return how many seconds a leftover must be unchanged; `older_seconds` if its writer is unknown.
+    """Return the number of seconds for which a leftover must be unchanged before it may be removed.
 
-    writer: the match of a mark.
+    writer: the match of a mark. -inf if the process that wrote it has ended; `older_seconds` if it runs on
+    another machine or an unknown one.
     """
     is_ours = writer["machine"] is not None and int(writer["machine"], 16) == identify_machine()
     if not is_ours or os.name == "nt":  # asking by a signal would end the process there

@@ -105,7 +105,7 @@ class Bar(ExitStack):
 
 
 def _note_elsewhere() -> Callable[[float, float | None, str], None] | None:
-    """Return what notes a progress for the program that has started this one; None if it asks for none."""
+    """Return a function that reports progress to the program that started this one; None if unwanted."""
     if not os.environ.get(PROGRESS):
         return None
     from modules.progress import ProgressFile  # only from `run` or a page

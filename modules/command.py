@@ -87,14 +87,14 @@ def wants_colour(stream: Any) -> bool:
         return False
     if os.name != "nt":
         return True
-    import ctypes  # only there: its console has to be told to understand ANSI codes
+    import ctypes  # only there: its console has to be set to understand ANSI codes
 
     kernel32 = ctypes.windll.kernel32  # type: ignore[attr-defined,unused-ignore]
     is_done = True
     for number in (-11, -12):  # standard output and error
         handle = kernel32.GetStdHandle(number)
         mode = ctypes.c_ulong()
-        if kernel32.GetConsoleMode(handle, ctypes.byref(mode)):  # else it is no console
+        if kernel32.GetConsoleMode(handle, ctypes.byref(mode)):  # else it is not a console
             is_done = bool(kernel32.SetConsoleMode(handle, mode.value | 4)) and is_done
     return is_done
 
@@ -138,7 +138,7 @@ _TWICE = re.compile(rf"({_FLAG.pattern}) \(\1\)")
 def name_as_typed(names: Mapping[str, str]) -> Iterator[None]:
     """Name options in warnings and errors of the block as they were typed: --nf4 in place of --nf4_base.
 
-    names: flag -> the flag to show. Lines that hold a command are left unchanged.
+    names: flag, or flag and value -> the flag to show. Lines that hold a command are left unchanged.
     """
     if not names:
         yield
@@ -171,6 +171,8 @@ def respell_options(text: str, names: Mapping[str, str]) -> str:
     lines = []
     for line in text.split("\n"):
         if not _COMMAND.search(line):
+            for name in (name for name in names if " " in name):
+                line = re.sub(rf"{re.escape(name)}(?![\w-])", lambda _, shown=names[name]: shown, line)
             line = _FLAG.sub(lambda flag: names.get(flag[0], flag[0]), line)
             line = _TWICE.sub(r"\1", line)  # --dit (--dit)
         lines.append(line)
@@ -253,7 +255,7 @@ def _check_launcher() -> None:
 
 
 def refuse_other_splits() -> None:
-    """Raise OptionError if accelerate's launcher was told to split the model in a way of its own.
+    """Raise OptionError if accelerate's launcher is set to split the model in a way of its own.
 
     accelerate splits a model that a script hands to it; the loops here never do, so nothing would be split.
     """
@@ -269,7 +271,7 @@ def refuse_other_splits() -> None:
 
 
 def explain_compilation(error: Exception) -> str | None:
-    """Return what failed and what to do if an error comes from torch's or Triton's compiler; else None."""
+    """Return the cause and the remedy of an error of torch's or Triton's compiler; None for other errors."""
     if not is_of_compiler(error):
         return None
     summary, _, output = str(error).partition("Output:\n")
@@ -385,7 +387,7 @@ def quote_for_windows(words: Sequence[str]) -> str:
 
 
 def quote_for_powershell(words: Sequence[str]) -> str:
-    """Return a command as it is typed into PowerShell: inside single quotes only the quote is special."""
+    """Return a command quoted for PowerShell: inside single quotes only the quote is special."""
     return " ".join(
         word
         if PLAIN_IN_POWERSHELL.fullmatch(word)

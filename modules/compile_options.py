@@ -23,7 +23,7 @@ SWITCHES = {"true": True, "t": True, "1": True, "false": False, "f": False, "0":
 
 @dataclass(frozen=True)
 class Compilation:
-    """How blocks are compiled; imports nothing heavy, so that options can make it."""
+    """Settings for compiling blocks; imports nothing heavy, so that options can make it."""
 
     backend: str = INDUCTOR  # a name that torch knows
     mode: str = DEFAULT_MODE
@@ -106,7 +106,7 @@ class CompileOptions(Options):
     )
 
     def compilation(self, usual: tuple[str, ...]) -> Compilation:
-        """Return how blocks are compiled. usual: the default of --compile_args.
+        """Return the settings for compiling blocks. usual: the default of --compile_args.
 
         Raises OptionError if a word is unknown, or if two options say the same.
         """
@@ -181,7 +181,7 @@ class TrainingCompileOptions(CompileOptions):
 
     @property
     def choice(self) -> Compilation | None:
-        """Return how to compile the blocks; None: not at all."""
+        """Return the settings for compiling the blocks; None if they are not compiled."""
         if self.compile:
             return self.compilation(TRAINING_ARGS)
         backend = self.dynamo_backend.lower()

@@ -20,14 +20,14 @@ logger = logging.getLogger(__name__)
 NARROWEST, WIDEST = 40, 110  # columns of a box
 Row = tuple[str, str | None]
 SHOWN = 6  # names listed in a message
-MOST_SECONDS = 1e10  # that are told: 300 years; a file may say any number
+MOST_SECONDS = 1e10  # that are shown: 300 years; a file may say any number
 
 
 def show_box(title: str, rows: Iterable[Row], commands: Sequence[Row] = ()) -> None:
     """Log a box with one line per row: (label, text). Rows whose text is None or empty are left out.
 
     commands: (what it does, command) below the box, never wrapped, so that they can be copied. All texts are
-    shown as they are: markup is not interpreted and control codes are written out.
+    shown verbatim: markup is not interpreted and control codes are written out.
     """
     filled = [(escape_control_codes(label), escape_control_codes(text)) for label, text in rows if text]
     shown = ((escape_control_codes(what), escape_control_codes(text)) for what, text in commands if text)
@@ -44,7 +44,7 @@ def show_box(title: str, rows: Iterable[Row], commands: Sequence[Row] = ()) -> N
 
 
 def count_columns(text: str) -> int:
-    """Return how many columns of a terminal the text takes: East Asian characters take two, accents none."""
+    """Return the width of a text in terminal columns: East Asian characters take two, accents none."""
     return sum(
         2 if unicodedata.east_asian_width(char) in "FW" else int(not unicodedata.combining(char))
         for char in text

@@ -29,8 +29,8 @@ def drop_control_codes(text: str) -> str:
 def escape_control_codes(text: str) -> str:
     """Return the text with control codes written out (`\\x1b`, `\\u202e`), so that they reach no terminal.
 
-    Names, captions and metadata come from others' files: their codes could colour, move, hide or reorder what
-    is shown. Newlines and tabs stay, and letters of every language.
+    Names, captions and metadata come from other people's files: their codes could colour, move, hide or
+    reorder what is shown. Newlines and tabs stay, and letters of every language.
     """
     return _CODES.sub(_compute_plainly, text)
 

@@ -111,7 +111,7 @@ def send_ahead(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def pin(tensor: Tensor) -> Tensor:
-    """Copy a host tensor to page-locked memory; return it as it is if the driver refuses.
+    """Copy a host tensor to page-locked memory; return the tensor itself if the driver refuses.
 
     In that case a copy to a CUDA device makes the host wait.
     """
@@ -146,7 +146,7 @@ def make_deterministic() -> None:
 def leave_cudnn_out(device: torch.device) -> None:
     """Make torch compute without cuDNN: on some GPUs, mostly of AMD, its convolutions are slow or fail.
 
-    Warns if the device is no CUDA device, which has no cuDNN.
+    Warns if the device is not a CUDA device, as it then has no cuDNN.
     """
     if acts_on_cuda("--disable_cudnn_backend", "convolutions", device):
         torch.backends.cudnn.enabled = False
@@ -198,13 +198,20 @@ def dtype_of(dit: nn.Module) -> torch.dtype:
     return dtype if isinstance(dtype, torch.dtype) else next(dit.parameters()).dtype
 
 
+def emulates_bfloat16() -> bool:
+    """Return whether the CPU has no instructions for bfloat16.
+
+    There torch takes 7 to 90 times as long for matrix products as in float32, and 40 times for convolutions.
+    """
+    return torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
 def warn_if_emulated(device: torch.device, dtype: torch.dtype, what: str) -> None:
     """Log a warning if a network computes in bfloat16 on a CPU without instructions for it.
 
-    There torch takes 7 times as long for matrix products as in float32, and 40 times for convolutions.
     what: name of the network.
     """
-    if device.type == "cpu" and dtype == torch.bfloat16 and torch.backends.cpu.get_cpu_capability() == "AVX2":
+    if device.type == "cpu" and dtype == torch.bfloat16 and emulates_bfloat16():
         logger.warning(
             "%s computes in bfloat16, which this processor is very slow at; in float32 it takes a fraction "
             "of the time (--vae_dtype float32, --dit_dtype float32, --mixed_precision no)",

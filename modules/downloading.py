@@ -56,8 +56,8 @@ class Answer:
     """The answer of a site."""
 
     start: int  # place in the file of the first byte
-    size_bytes: int | None  # of the whole file; None: not told
-    version: str | None  # of the file; None: not told, so that a rest may be of another file
+    size_bytes: int | None  # of the whole file; None: not stated
+    version: str | None  # of the file; None: not stated, so that a rest may be of another file
     pieces: Iterator[bytes]
 
 
@@ -104,7 +104,7 @@ def receive(
             if error.from_start:
                 version = None
                 os.truncate(path, 0)
-            # what is sent again is not new, nor are a few bytes: a site could go on so without end
+            # what is sent again is not new, nor are a few bytes: a site could continue so without end
             have = path.stat().st_size
             if have >= most + PIECE:
                 failures = 0
@@ -185,7 +185,7 @@ def ask_http(
                 _pieces_of(answer),
             )
     except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as error:
-        # the library lets some through as they are: redirects to no address, chunks of negative length
+        # the library lets some through unchanged: redirects to no address, chunks of negative length
         if isinstance(error, (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema)):
             raise RefusedBySite("it is no address that can be asked for") from None
         # not its text: it may hold the address
@@ -223,7 +223,10 @@ def _check_answer(address: str, answer: "requests.Response") -> None:
 
 
 def _first_byte(answer: "requests.Response", have: int) -> int:
-    """Return where an answer's data begin: after the `have` bytes that exist already, or at 0."""
+    """Return the offset of an answer's data in the file: `have`, the bytes that exist already, or 0.
+
+    Raises RefusedBySite if the answer begins elsewhere.
+    """
     if answer.status_code != 206:
         return 0
     sent = answer.headers.get("content-range", "")

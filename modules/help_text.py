@@ -11,10 +11,10 @@ from typing import Any
 
 from modules.options import refusal_of
 
-SCREEN = 66  # lines; a help that is no longer is shown by -h too
+SCREEN = 66  # lines; a help of at most so many is shown by -h too
 FEWEST = 5  # options that make a short help
 COLUMN = 28  # where texts begin in the short help
-LONGEST_CHOICES = 24  # characters beside an option; more stand in its text
+LONGEST_CHOICES = 24  # characters next to an option; more stand in its text
 LONGEST_CLAUSE = 90  # characters of a text in the short help, if it can be cut
 LONGEST_DEFAULT = 80
 
@@ -162,7 +162,7 @@ def _first_clauses(text: str) -> str:
 
 
 def _default_of(action: argparse.Action) -> str:
-    """Return an option's default as it is typed; empty if it is not a value, or a long one."""
+    """Return an option's default as a user would type it; empty if it is not a value, or a long one."""
     default = action.default
     if isinstance(default, (list, tuple)):
         default = " ".join(map(str, default))

@@ -116,6 +116,6 @@ def _editable_folders() -> tuple[Path, ...]:
 
 @functools.cache
 def _required_packages() -> frozenset[str]:
-    """Return what requirements.txt asks for, as it is imported: the program itself takes it from anywhere."""
+    """Return the names under which the packages of requirements.txt are imported."""
     names = [requirement_name(line) for line in read_requirements()]
     return frozenset(IMPORTED_AS.get(name, name.replace("-", "_")) for name in names)

@@ -87,7 +87,7 @@ class OtherProcesses:
     def explain(self) -> Iterator[None]:
         """Raise LostProcessError in place of torch's error if another process was lost.
 
-        It is raised in one process of each machine; others raise SystemExit.
+        It is raised in one process of each machine; the other processes raise SystemExit.
         """
         try:
             yield
@@ -100,7 +100,7 @@ class OtherProcesses:
             self._over.set()  # from here on this thread ends the process
             if not is_of_processes:
                 raise
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of a launcher that knows too: first this is told
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of a launcher that knows too: report first
             if not self._prints_error:
                 raise SystemExit(LostProcessError.exit_code) from None
             summary = shorten((str(error) or type(error).__name__).splitlines()[0], 160)
@@ -119,7 +119,7 @@ class OtherProcesses:
         """Read what another process sends until it is done or lost."""
         missed, unfinished = 0, b""
         link.settimeout(self._pace.beat)
-        # counted in waits, not by a clock: a group that is stopped as a whole, by Ctrl-Z, goes on afterwards
+        # counted in waits, not by a clock: a group that is stopped as a whole, by Ctrl-Z, continues later
         while missed * self._pace.beat < self._pace.silence:
             try:
                 received = link.recv(1024)
@@ -165,7 +165,7 @@ class OtherProcesses:
         return local == int(is_lost)
 
     def _describe(self, tail: str = "") -> str:
-        """Return what happened, with `tail` behind it, and how to continue."""
+        """Return a message with the reason why the run stops, then `tail`, then the way to continue."""
         text = "another process of this run was lost: it was killed, or ended by an error"
         if self._lost is not None:
             lost, how = self._lost
@@ -222,7 +222,7 @@ def meet_anew(environment: MutableMapping[str, str] = os.environ) -> None:
 
 
 def _connect(rank: int, count: int, pace: Pace) -> dict[int, socket.socket]:
-    """Connect process 0 with all others; return the other ends by rank."""
+    """Connect process 0 with all other processes; return their ends by rank."""
     is_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(count)  # then no port is open to others
     host = "127.0.0.1" if is_one_machine else os.environ["MASTER_ADDR"]  # where torch's own store is, too
     store = distributed_c10d._get_default_store()

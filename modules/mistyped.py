@@ -223,9 +223,10 @@ def _pair_for(theirs: str, has: Collection[str]) -> list[str]:
 
 
 def guess_option(flags: Flags, name: str) -> str:
-    """Return what to do about a name that nothing is known of: the option that was mistyped, if there is one.
+    """Return the advice for an unknown option name: the option that was probably meant, or to leave it out.
 
-    An option of another script is no mistyped one: a name that only looks like it would mislead.
+    An option of another program is never taken for a mistyped one: a name that only looks alike would
+    mislead.
     """
     is_ours = f"--{name}" in flags  # with a single dash
     if not is_ours and name.replace("-", "_") in _NAMES.read_text(encoding="utf-8").split():
@@ -235,7 +236,7 @@ def guess_option(flags: Flags, name: str) -> str:
 
 
 def meant_elsewhere(flags: Flags, name: str, key_files: Iterable[KeyFile] = ()) -> str:
-    """Return what to write instead of an option of other programs or a key of a file; "" if unknown.
+    """Return the advice for a name of other programs or a key of a file; "" if it is unknown.
 
     key_files: the files whose keys may have been meant, the likeliest first.
     """
@@ -278,7 +279,7 @@ def _key_for(name: str, keys: Collection[str]) -> str:
 
 
 def explain_role(flags: Flags, name: str) -> str:
-    """Return what to give in place of another model's option for such a file; "" if there is none."""
+    """Return advice to use this model's options for a file in place of another model's; "" if none fit."""
     role = next((names.split() for names in _ROLES if _has_role(name, names.split())), [])
     takes_values = [flag for flag, action in flags.items() if action.nargs != 0]
     of_role = [flag for flag in takes_values if _has_role(flag.lstrip("-"), role)]

@@ -43,7 +43,7 @@ class FillIn(str):
 def check_characters(option: str, value: Any) -> None:
     texts = value if isinstance(value, (list, tuple)) else [value]
     for text in texts:
-        if isinstance(text, Path) and "\0" in str(text):  # other bytes that are no UTF-8 may be in a name
+        if isinstance(text, Path) and "\0" in str(text):  # other bytes that are not UTF-8 may be in a name
             raise OptionError(f"--{option} holds the character NUL (\\u0000), which no file's name can have")
         character = bad_character(text) if isinstance(text, str) else None
         if character is not None:
@@ -244,7 +244,7 @@ def _literal(text: str) -> Any:
 
 
 def text_to_seed(text: str, bits: int = SEED_BITS) -> int:
-    """Return the seed that a text stands for: a whole number as it is, other text hashed to `bits` bits.
+    """Return the seed that a text stands for: a whole number itself, other text hashed to `bits` bits.
 
     Raises ValueError for a number of more digits than any seed has.
     Source: the known tools; the measured values are in tests/golden/string_seeds.json.
@@ -292,7 +292,8 @@ def few_digits(text: str) -> int:
 
 
 def option_words(values: Mapping[str, Any]) -> list[str]:
-    """Return options as they are typed: True is a switch; None, False and an empty sequence leave one out.
+    """Return options as words of a command line: True is a switch; None, False and an empty sequence leave
+    one out.
 
     One text that begins with - goes behind an equals sign.
     """

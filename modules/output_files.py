@@ -18,7 +18,7 @@ WINDOWS_DEVICE = re.compile(
     r"(con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³])\s*(\..*)?", re.IGNORECASE | re.DOTALL
 )
 WINDOWS_SIGNS = set('<>:"|?*')
-# of files that are no safetensors file
+# of files that are not safetensors files
 OTHER_KINDS = {
     ".pt", ".pth", ".bin", ".ckpt", ".gguf", ".onnx", ".txt", ".json", ".toml", ".zip", ".mp4", ".png",
 }  # fmt: skip
@@ -28,7 +28,7 @@ def check_output_name(option: str, name: str, is_new: bool = True) -> None:
     """Raise OptionError if files and folders in one folder cannot have names that begin with this one.
 
     is_new: refuse also what Windows cannot have, on every machine: LoRAs and runs are copied from one to
-    another. A run that has begun under such a name goes on.
+    another. A run that has begun under such a name can continue.
     """
     size = len(name.encode("utf-8", "surrogateescape"))
     reason = ""
@@ -51,7 +51,7 @@ def check_output_name(option: str, name: str, is_new: bool = True) -> None:
 
 
 def _find_fault_on_windows(name: str) -> str:
-    """Return why files and folders on Windows cannot have a name; empty if they can."""
+    """Return the reason why files and folders on Windows cannot have a name; empty if they can."""
     signs = [sign for sign in name if sign in WINDOWS_SIGNS]
     if signs:
         return f"names on Windows cannot have the character {signs[0]}"
@@ -117,7 +117,7 @@ def ask_at_console(
     is_terminal: Callable[[], bool] = has_terminal,
     offers_name: bool = True,
 ) -> Answer | None:
-    """Ask whether to overwrite; return None without a terminal. No answer leaves files as they are.
+    """Ask whether to overwrite; return None without a terminal. An empty answer leaves the files untouched.
 
     offers_name: "free" can be answered, which is to find a free name.
     """

@@ -396,7 +396,7 @@ def parse_options(
 def parse_spelled(
     description: str | None, argv: Sequence[str] | None, *records: type[Options], **changes: Any
 ) -> tuple[list[Any], Mapping[str, str]]:
-    """Return what `parse_options` does, and how each given option was spelled, by public name."""
+    """Return the records of `parse_options`, and the spelling of each given option by public name."""
     parser = Parser(description=description)
     add_options(parser, *records, **changes)
     args = parser.parse_args(argv)
@@ -438,7 +438,7 @@ def add_options(
 
 
 class _ScriptChanges(NamedTuple):
-    """What a script changes of the options in its records, by public name; see `add_options`."""
+    """Changes of a script to the options in its records, by public name; see `add_options`."""
 
     without: Collection[str]
     defaults: Mapping[str, Any]

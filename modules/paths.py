@@ -110,11 +110,11 @@ def path_exists(path: Path) -> bool:
 
 
 def explain_path(text: str) -> str | None:
-    """Return why a path that names nothing is not a path, if it shows a usual mistake.
+    """Return the usual mistake that a path naming nothing shows; None if it shows none.
 
-    These are backslashes that a file's format took for control characters, an address, quotation marks, a
-    variable, a pattern and another system's path. The result follows the path in a message and ends without a
-    full stop.
+    Known mistakes are backslashes that a file's format took for control characters, an address, quotation
+    marks, a variable, a pattern and another system's path. The result follows the path in a message and ends
+    without a full stop.
     """
     if escaped := [character for character in dict.fromkeys(text) if character in _ESCAPES]:
         signs = ", ".join(_ESCAPES[character] for character in escaped)
@@ -192,7 +192,7 @@ _SIGNATURES = re.compile(
     r"|key-pair-id|token|access_token|hdnts|hdnea|sig",
     re.IGNORECASE,
 )
-_AZURE = re.compile(r"s[eiprtv]|sr[ts]|spr|sip|sdd|sk(oid|tid|t|e|s|v)", re.IGNORECASE)  # only beside `sig`
+_AZURE = re.compile(r"s[eiprtv]|sr[ts]|spr|sip|sdd|sk(oid|tid|t|e|s|v)", re.IGNORECASE)  # only next to `sig`
 
 
 def is_address(text: str) -> bool:

@@ -62,7 +62,7 @@ def int8_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def copy_each(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Copy tensors into others, whose dtypes may differ, with few kernels."""
+    """Copy tensors into target tensors, whose dtypes may differ, with few kernels."""
     torch._foreach_copy_(list(targets), list(sources))
 
 

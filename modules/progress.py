@@ -21,7 +21,7 @@ MOST_BYTES = 1000
 
 
 class NotedProgress(NamedTuple):
-    """How far a loop is. total: None if it is not known. unit: "B" for bytes, else of the items."""
+    """Progress of a loop. total: None if it is not known. unit: "B" for bytes, else of the items."""
 
     done: float
     total: float | None

@@ -82,8 +82,8 @@ def accepted_options(
 def repeat_given(options: Options, typed: Mapping[str, str] | None = None) -> list[RepeatedOption]:
     """Return the options of a record that differ from their defaults.
 
-    typed: spelling of the given options by public name; others are left out, as a script may have defaults
-    of its own. None: all are given.
+    typed: spelling of the given options by public name; options not in it are left out, as a script may have
+    defaults of its own. None: all are given.
     """
     accepted = accepted_options(type(options))
     return [

@@ -86,9 +86,9 @@ def is_limited() -> bool:
 
 
 def describe_outside(path: Path, option: str = "") -> str | None:
-    """Return why a run may not write below a path, and what to type; None if it may.
+    """Return the reason why a run may not write below a path, and the remedy; None if it may.
 
-    option: the one that holds the path.
+    option: the option that holds the path.
     """
     text = os.environ.get(FOLDERS)
     if not text:

@@ -192,9 +192,9 @@ def flag_of(mode: str, training: bool) -> str:
 
 @dataclass(frozen=True)
 class Quantisation:
-    """How weights are stored in 8 or 4 bits, and how layers compute with them."""
+    """Form of weights stored in 8 or 4 bits, and the arithmetic of the layers that use them."""
 
-    # of fp8. cast: rounded as they are; tensor, rows: first divided by a scale, one per weight or one per row
+    # of fp8. cast: only rounded; tensor, rows: first divided by a scale, one per weight or one per row
     kind: str
     float32_scales: bool = False  # scales and quotients in float32 instead of the weight's dtype
     float32_linear: bool = False  # the layers compute in float32
@@ -282,7 +282,7 @@ class GenerationFp8Options(Options):
 
     @property
     def quantisation(self) -> Quantisation | None:
-        """Return how weights are quantised; None: not at all. --fp8_scaled replaces --fp8."""
+        """Return the quantisation of the weights; None if there is none. --fp8_scaled replaces --fp8."""
         if self.convrot_int8:
             return Quantisation("rows", form="int8", asked_by="--convrot_int8")
         if self.nf4_base:
@@ -347,7 +347,7 @@ class SwapOptions(Options):
 
     @property
     def number(self) -> int:
-        """Return how many blocks to swap. Raises OptionError if the number is not chosen yet."""
+        """Return the number of blocks to swap. Raises OptionError if it is not chosen yet."""
         if isinstance(self.blocks_to_swap, str):
             raise OptionError(
                 "--blocks_to_swap auto: the number of blocks is not chosen yet. Give one, such as 20"
@@ -374,13 +374,13 @@ class ShardingOptions(Options):
 
     @property
     def shared_by(self) -> tuple[str, ...]:
-        """Return the options by which processes share something, as they are typed."""
+        """Return the options by which processes share something, as a user would type them."""
         shared = f"--context_parallel {self.context_parallel}"
         uses = {"--shard_base": self.shard_base, shared: self.context_parallel > 1}
         return tuple(name for name, is_given in uses.items() if is_given)
 
     def groups_of(self, processes: int, passes: int = 1) -> int:
-        """Return how many groups of processes have micro-batches of their own.
+        """Return the number of groups of processes that have micro-batches of their own.
 
         passes: processes that share the passes of a step. Raises OptionError if they cannot be grouped so.
         """
@@ -437,7 +437,7 @@ class PlanOptions(Options):
 
     @property
     def cards(self) -> tuple[int, float]:
-        """Return how many cards to plan for, and the GiB of each; 0 GiB: as much as this machine's card."""
+        """Return the number of cards to plan for and the GiB of each; 0 GiB: those of this machine's card."""
         count, _, size = (self.plan or "0").rpartition("x")
         return int(count or 1), float(size)
 

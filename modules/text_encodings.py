@@ -174,7 +174,7 @@ def _share_of_letters(text: str) -> float:
 
 
 def _score(text: str, encoding: str) -> float:
-    """Return how usual the characters beyond ASCII are: 1 and more for a text, below 0 for nonsense."""
+    """Return the plausibility of the characters beyond ASCII: 1 and more for a text, below 0 for nonsense."""
     padded = f" {text[:SCORED]} "
     points = [
         _points(padded[index - 1], char, padded[index + 1], encoding)

@@ -178,14 +178,10 @@ class LoraLayer(nn.Module):
     def _add_in_place(self, x: Tensor, dropouts: Dropouts | None) -> Tensor:
         """Return the output with the LoRA's products added to the tensors of the frozen module in place."""
         factors = self._factors_in(x.dtype)
-        if factors is None:
-            original_x, hidden = branch(x, self.lora_down.weight.to(x.dtype))
-            hidden = self._scaled(hidden, dropouts)
-            up = self.lora_up.weight.to(x.dtype)
-        else:
-            down, up = factors
-            original_x, hidden = branch(x, down)
-            hidden = self._masked(hidden, dropouts)
+        down, up = factors or (self.lora_down.weight.to(x.dtype), self.lora_up.weight.to(x.dtype))
+        original_x, hidden = branch(x, down)
+        # factors that were cast before have the scale
+        hidden = self._scaled(hidden, dropouts) if factors is None else self._masked(hidden, dropouts)
         heights = self.lora_up.heights if isinstance(self.lora_up, BlockUp) else ()
         saved = hold(hidden, up, heights)
         out = self._original_forward(original_x)

@@ -36,6 +36,16 @@ ByPattern = tuple[tuple[Pattern, float], ...]
 BlockNumbers = frozenset[int] | None  # numbers of blocks of one list; None: all
 
 
+# `algo` of LyCORIS -> the module of the same kind
+ALGORITHMS = {
+    "lora": "networks.lora",
+    "locon": "networks.lora",
+    "loha": "networks.loha",
+    "lokr": "networks.lokr",
+    "diag-oft": "networks.oft",
+}
+
+
 def readers_of(rules: LoraRules) -> dict[str, Reader]:
     """Return the readers of the arguments that only a family's module has."""
     readers: dict[str, Reader] = {argument: partial(_read_number, int) for argument, _ in rules.types}
@@ -197,6 +207,12 @@ def _read_values(arguments: Mapping[str, Any], rules: LoraRules | None) -> dict[
         if value is not None:
             values[key] = value
     unknown = [key for key in texts if key not in readers]
+    if "algo" in unknown:
+        kind = ALGORITHMS.get(str(texts["algo"]).lower(), "one of the modules in --help")
+        raise OptionError(
+            f"--network_args algo={texts['algo']}: algo is a setting of LyCORIS. Here --network_module says "
+            f"the kind of network: give {kind}, and leave algo out"
+        )
     if unknown:
         raise OptionError(
             f"--network_args {unknown[0]}: this network has no such setting."

@@ -50,7 +50,7 @@ THOUSAND = 1000
 
 @dataclass(frozen=True)
 class Settings:
-    """How much is made and learned."""
+    """Amounts to make and to learn."""
 
     folder: Path
     ways: int

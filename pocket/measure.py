@@ -98,7 +98,7 @@ def model_options(folder: Path) -> list[str]:
 
 
 def some_prompts(count: int, first_seed: int, concept: Concept | None = None) -> dict[int, Asked]:
-    """Return what to ask for, by seed. concept: its colour or form is in every prompt."""
+    """Return prompts to ask for, by seed. concept: its colour or form is in every prompt."""
     asked = {}
     for seed in range(first_seed, first_seed + count):
         random = np.random.default_rng(derive_seed("asked", seed))
@@ -114,7 +114,7 @@ def some_prompts(count: int, first_seed: int, concept: Concept | None = None) ->
 
 
 def read_verdicts(folder: Path) -> dict[int, Verdict]:
-    """Return what each clip in a folder shows, by the seed at the end of its name."""
+    """Return a verdict on each clip in a folder, by the seed at the end of its name."""
     found = {}
     for path in sorted(folder.glob("*.mp4")):
         seed = re.search(r"_(\d+)$", path.stem)
@@ -124,7 +124,7 @@ def read_verdicts(folder: Path) -> dict[int, Verdict]:
 
 
 def judge(asked: Mapping[int, Asked], verdicts: Mapping[int, Verdict]) -> Accuracy:
-    """Return how often the clips show what was asked for. Raises KeyError if a clip is missing."""
+    """Return the accuracy of clips against what was asked for. Raises KeyError if a clip is missing."""
     pairs = [(each, verdicts[seed]) for seed, each in asked.items()]
     rows = np.array(
         [(v.shape == a.shape, v.colour == a.colour, v.direction == a.direction) for a, v in pairs]

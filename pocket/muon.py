@@ -16,7 +16,9 @@ BETAS = (0.9, 0.98)
 
 
 class Muon(Optimizer):
-    """Take Muon's step for parameters of two or more axes (first axis by the rest), Adam's for all others."""
+    """Take Muon's step for parameters of two or more axes (first axis by the rest), Adam's for all other
+    ones.
+    """
 
     def __init__(self, params: Iterable[Any], lr: float = 1e-3) -> None:
         super().__init__(params, {"lr": lr})

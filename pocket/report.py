@@ -108,7 +108,7 @@ def judge(*rows: tuple[str, Sequence[GeneratedClip]]) -> Table:
 
 
 def describe_training(folder: Path, word: str) -> dict[str, Any]:
-    """Return what the report tells of a training: clips, losses, curves, samples."""
+    """Return the facts of a training for the report: clips, losses, curves, samples."""
     losses = read_scalars(folder / word / "logs", "loss/current")
     validation = read_scalars(folder / word / "logs", "validation/loss")
     every = len(losses) / max(len(validation) - 1, 1)  # the first is before training
@@ -142,7 +142,7 @@ def describe_training(folder: Path, word: str) -> dict[str, Any]:
 
 
 def show_footage(reconstructed: Path) -> Table:
-    """Return a table of real clips beside their reconstructions."""
+    """Return a table of real clips next to their reconstructions."""
     figures = json.loads((reconstructed / "psnr.json").read_text(encoding="utf-8"))
     return in_a_row(
         (name, reconstructed / f"{name}.mp4", f"{value:.1f} dB") for name, value in figures.items()

@@ -43,7 +43,7 @@ PATCH = 2  # pixels around the middle of the thing whose colour is measured
 
 @dataclass(frozen=True)
 class Seen:
-    """What a clip shows."""
+    """Measurements of a clip."""
 
     redness: float  # red minus blue in the middle of the thing, -1..1, mean over frames; NaN: there is none
     shape: str | None
@@ -53,7 +53,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Row:
-    """What a strength does to all prompts."""
+    """Effect of a strength on all prompts."""
 
     strength: int
     redness: float  # mean over prompts
@@ -135,7 +135,7 @@ def make(folder: Path, lora: Path, strength: int) -> None:
 
 
 def read_clips(folder: Path) -> list[Seen]:
-    """Return what the clips of a folder show, in the order of PROMPTS."""
+    """Return the measurements of a folder's clips, in the order of PROMPTS."""
     by_seed = {}
     for path in folder.glob("*.mp4"):
         seed = re.search(r"_(\d+)$", path.stem)
@@ -145,7 +145,7 @@ def read_clips(folder: Path) -> list[Seen]:
 
 
 def read_clip(clip: drawing.Clip) -> Seen:
-    """Return what a clip F H W 3 shows."""
+    """Return the redness, shape, direction and ground of a clip F H W 3."""
     verdict = look(clip)
     ground = np.median(clip.reshape(-1, 3).astype(np.float32), axis=0)
     values = []
@@ -160,7 +160,7 @@ def read_clip(clip: drawing.Clip) -> Seen:
 
 
 def summarise(seen: Mapping[int, Sequence[Seen]]) -> list[Row]:
-    """Return what each strength does, from -1 to 1."""
+    """Return the effect of each strength from -1 to 1, one row each."""
     rows = []
     for strength in STRENGTHS:
         clips = seen[strength]
@@ -179,7 +179,7 @@ def summarise(seen: Mapping[int, Sequence[Seen]]) -> list[Row]:
 
 
 def count_monotone(seen: Mapping[int, Sequence[Seen]]) -> int:
-    """Return for how many prompts redness rises from strength to strength."""
+    """Return the number of prompts for which redness rises from strength to strength."""
     triples = zip(*(seen[strength] for strength in STRENGTHS), strict=True)
     return sum(low.redness < usual.redness < high.redness for low, usual, high in triples)
 

@@ -58,7 +58,7 @@ SHARPEST = 0.1  # radians per token: slower turns say little about the distance 
 
 @dataclass(frozen=True)
 class Settings:
-    """How much is made and learned."""
+    """Amounts to make and to learn."""
 
     work: Path
     clips: int

@@ -131,7 +131,8 @@ def invented_word(random: np.random.Generator) -> str:
 
 
 def make_tokenizer(seed: int) -> Tokenizer:
-    """Make a lower-case tokenizer that keeps the captions' words whole and splits others down to letters.
+    """Make a lower-case tokenizer that keeps the captions' words whole and splits all other words down to
+    letters.
 
     The end token is last.
     """

@@ -47,9 +47,9 @@ class Stage(Protocol):
     def run(self, pictures: Iterator[Picture], clip: Clip) -> Iterator[Picture]:
         """Yield the results in playing order, with a bounded number of pictures in memory.
 
-        Pictures that a stage leaves as they are keep their pixels, whatever their dtype. Its summary of the
-        clip is logged when the last picture has gone through. Raises UserError if the result must not be
-        kept; nothing is written then.
+        Pictures that a stage does not change keep their pixels, whatever their dtype. Its summary of the clip
+        is logged when the last picture has gone through. Raises UserError if the result must not be kept;
+        nothing is written then.
         """
 
 

@@ -75,7 +75,7 @@ class UpscalerOptions(Options, title="upscaling"):
     network: ToolNetworkOptions = option(
         settings={"model": {"help": "a SwinIR, ESRGAN, BSRGAN or Real-ESRGAN file (.pth, .safetensors)"}}
     )
-    mode: str = option(  # only the output's name; the network is told from the file
+    mode: str = option(  # only the output's name; the network is recognised from the file
         "the kind of network", default="swinir", choices=("swinir", "esrgan")
     )
     scale: float = option("size of the result: width and height times this", default=2, above=0)

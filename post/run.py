@@ -56,7 +56,8 @@ def run_chain(chain: Chain, ask: Callable[[str], Answer | None] = ask_at_console
 
 
 def run_jobs(chain: Chain, jobs: Sequence[FileJob], stages: Sequence[NamedStage]) -> None:
-    """Work on the files in turn. If one of several fails, the failure is reported and the others continue.
+    """Work on the files in turn. If one of several fails, the failure is reported and the remaining ones
+    continue.
 
     Raises UserError at the end if one failed, with the exit code of the failures if all have the same.
     """

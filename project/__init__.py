@@ -4,12 +4,13 @@ fitting: sizes of models, and whether they fit a card
 media: looks at the folder
 listed_captions: reads captions from lists beside the files
 choosing: spellings of models, the question asked, facts of families
+model_files: files of a model, released or named
 describing: the text of the three files
 files: writes them, and tells what was found
 file_check: checks one file of a model, for a page
 known: remembers which folders were described or read here
 options: options of new_project.py and run_project.py
 running: runs the commands of a described folder
-ending: says how a run ended, to the command of --on_end
+ending: starts the command of --on_end, says how a run ended
 tracing: keeps a trace of a run for the browser
 """

@@ -1,18 +1,46 @@
-"""Say how a `run` of a described folder has ended, for the command of --on_end."""
+"""Start the command of --on_end when a `run` of a described folder is over, and say how it has ended."""
 
 import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import TracebackType
 
 from modules.text_files import real_path
-from training.end_command import RunFacts
+from project.options import ON_END
 from training.reports.history import History, Story, history_path, read_session
 from training.reports.page import page_path
+from training.run_end import RunFacts, start_command
 
 logger = logging.getLogger(__name__)
 
 
+class EndCommand:
+    """Start a command when the block ends, if `describe` was called in it.
+
+    An error of the block is passed on.
+    """
+
+    def __init__(self, words: Sequence[str]) -> None:
+        """words: of the command; none: nothing is started."""
+        self._words = words
+        self._facts: Callable[[], RunFacts] | None = None
+
+    def describe(self, facts: Callable[[], RunFacts]) -> None:
+        """Have the command started in the end, as the run begins. facts: of the run, as they are then."""
+        self._facts = facts
+
+    def __enter__(self) -> "EndCommand":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._words and self._facts is not None:
+            start_command(ON_END, self._words, self._facts(), error, has_begun=True)
+
+
 def describe_run(output: Path, name: str, steps: int | None, began: float) -> RunFacts:
-    """Return what is known of a run, from the files that its training has written.
+    """Return the known facts of a run, from the files that its training has written.
 
     output, name: of the training. steps: in total; None: not known. began: when the run began, in seconds
     since 1970. Older files are of an earlier run.

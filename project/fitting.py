@@ -9,7 +9,7 @@ from downloads.catalogue import Component, ModelSet
 
 SLOW = "Slow on a CPU"
 IN_USE = 2  # GiB of a card that the network itself cannot have: activations, LoRA, optimizer
-# GiB beside weights in int8: with less, docs/small_cards.md has nf4
+# GiB in addition to weights in int8: with less, docs/small_cards.md has nf4
 BESIDE_INT8 = 4.2
 INT8, NF4 = "--convrot_int8", "--nf4_base"
 FP8 = {"--fp8_base", "--fp8_scaled"}
@@ -17,7 +17,7 @@ FP8 = {"--fp8_base", "--fp8_scaled"}
 
 def needs_picture(model: ModelSet) -> bool:
     """Return whether the model's command to generate edits a picture."""
-    return "--control_image_path" in shlex.split(model.commands["generate"])
+    return "--control_image_path" in model.commands["generate"].split()
 
 
 def transformer_bytes(model: ModelSet) -> int:

@@ -22,7 +22,7 @@ KIND = "folders"
 
 @dataclass(frozen=True)
 class KnownFolder:
-    """What was remembered of a folder."""
+    """Remembered facts of a folder."""
 
     models: Path | None = None  # that its download fills, if `new` has described it; None: it was only read
 
@@ -38,7 +38,7 @@ def remember_folder(folder: Path, models: Path | None = None) -> None:
 
 
 def recall_folder(folder: Path) -> KnownFolder | None:
-    """Return what was remembered of a folder; None if it is another one by now, or was never known."""
+    """Return the remembered facts of a folder; None if another folder is in its place, or none are known."""
     try:
         facts = recall_facts(KIND, folder)
         models = facts["models"]
@@ -56,7 +56,7 @@ def remember_facts(kind: str, folder: Path, facts: Mapping[str, Any]) -> None:
 
 
 def recall_facts(kind: str, folder: Path) -> Mapping[str, Any]:
-    """Return what the user's file about a folder says; nothing of another folder that has taken its place.
+    """Return the facts in the user's file about a folder; empty if another folder has taken its place.
 
     Raises OSError, ValueError, TypeError or LookupError for a folder or a file that cannot be read.
     """
@@ -75,7 +75,7 @@ def user_file_of(kind: str, folder: Path) -> str:
 
 
 def identify_folder(folder: Path) -> dict[str, str | int]:
-    """Return what tells a folder from another one that takes its place. Raises OSError."""
+    """Return the numbers that tell a folder from another one in its place. Raises OSError."""
     status = folder.stat()
     return {
         "folder": os.path.normcase(real_path(folder)),

@@ -274,13 +274,13 @@ def _has_captioned_media(folder: Path) -> bool:
 
 
 def _name_of(folder: Path) -> FolderName | None:
-    """Return what the name of a folder says to image trainers, as in `10_ohwx man`."""
+    """Return the repeats and words in a folder's name (`10_ohwx man`, as image trainers); None if none."""
     name = read_folder_name(real_path(folder).name)
     return name if name is not None and name.repeats < MOST_REPEATS and name.words.strip() else None
 
 
 def _why_regularisation(place: Path, folder: Path, names: Mapping[Path, FolderName]) -> str | None:
-    """Return why a folder seems to hold regularisation pictures; None if it does not."""
+    """Return the reason to take a folder's pictures for regularisation; None if there is none."""
     if place == folder:
         return None
     for path in (place, place.parent):
@@ -420,7 +420,7 @@ def _list_media(folder: Path, place: Path, content: FolderContent, facts: ModelF
 
 
 def _explain_masks(folder: Path, place: Path) -> str:
-    """Return what to write to use masks in a place. folder: the one that dataset.toml is in."""
+    """Return the line that makes dataset.toml use the masks in a place. folder: that of dataset.toml."""
     inside = Path(path_from(real_path(folder), real_path(place))).as_posix()
     return f'masks are left out. mask_directory = "{inside}" in dataset.toml, with their pictures, takes them'
 
@@ -502,7 +502,7 @@ def _describe_ownerless(paths: Sequence[Path], suffix: str, owners: CaptionOwner
 
 
 def _why_left_out(paths: Sequence[Path], stems: set[str], captions: str) -> str:
-    """Return why files of one kind, which are no media, are left out."""
+    """Return the reason why files of one kind, which are not media, are left out."""
     if paths[0].suffix in (CAPTIONS, *OTHER_CAPTIONS) and stems & {path.stem for path in paths}:
         return (
             f"captions are read from {captions} files. Rename them, or in a folder of their own "
@@ -687,7 +687,7 @@ def reference_of(media: Media, source: Path) -> tuple[Path, ...]:
 
 
 def why_unread(path: Path) -> str:
-    """Return why a reference cannot be read; "" if it can."""
+    """Return the reason why a reference cannot be read; "" if it can."""
     try:
         image_size(path)
     except MediaError as error:

@@ -10,13 +10,24 @@ from modules.control_codes import escape_control_codes
 from modules.errors import OptionError
 from modules.installation import FRONT_SCRIPT
 from modules.option_values import gibibytes, option_words
-from modules.options import SECRET, STARTS, KeyFile, Options, facts_of, option, option_values, unsupported
+from modules.options import (
+    SECRET,
+    STARTS,
+    KeyFile,
+    Options,
+    facts_of,
+    option,
+    option_values,
+    options_with,
+    unsupported,
+)
 from modules.output_files import check_output_name
 from modules.text_files import bad_character
-from training.end_options import HELP, ON_END, read_command
+from modules.typed_command import AT_END, read_command
 from training.run_options import TRACKERS
 
 RUN_FILE = "run.toml"
+ON_END = "--on_end"
 MODELS = Path("models")  # of the working folder
 MOST_OF_WORD = 200  # characters of a trigger word
 # small, and of a kind that tools/caption_dataset.py is tested with
@@ -63,7 +74,7 @@ def times_of_steps(steps: int) -> dict[str, int]:
 
 
 def own_command(*words: str) -> str:
-    """Return a command of `reelsmith` as it is typed: `new` or `run`, and what follows."""
+    """Return a command of `reelsmith` to type: `new` or `run`, and what follows."""
     return as_typed(["python", FRONT_SCRIPT, *words])
 
 
@@ -168,7 +179,7 @@ class RunOptions(Options):
         place="new folder",
         action="extend",
     )
-    on_end: str | None = option(HELP, metavar="COMMAND", facts={**STARTS, **SECRET})
+    on_end: str | None = option(AT_END, metavar="COMMAND", facts={**STARTS, **SECRET})
     resume = unsupported("`run` continues by itself: type the same command again", nargs="?")
     dry_run: bool = option("print the commands, and run none")
     check: bool = option("check the folder and the options of its training, and end", excludes="dry_run")
@@ -179,12 +190,12 @@ class RunOptions(Options):
     @property
     def end_words(self) -> list[str]:
         """Return the words of the command to start at the end; none without --on_end."""
-        return [] if self.on_end is None else read_command(self.on_end)
+        return [] if self.on_end is None else read_command(ON_END, self.on_end)
 
     @property
     def words(self) -> list[str]:
         """Return the words behind `reelsmith` that run this again, as far as a file may keep them."""
-        unsaid = {"folder": None, "dry_run": None, "check": None, ON_END: None}
+        unsaid = {"folder": None, "dry_run": None, "check": None, **dict.fromkeys(STARTING)}
         if self.models == MODELS:
             unsaid["models"] = None
         typed = {f"--{name}": value for name, value in (option_values(self) | unsaid).items()}
@@ -192,5 +203,8 @@ class RunOptions(Options):
 
     @property
     def going_on(self) -> str:
-        """Return what to type after an interruption."""
+        """Return a note with the command that continues after an interruption."""
         return f"The same command continues: {own_command(*self.words)}"
+
+
+STARTING = options_with(RunOptions, "reach", STARTS["reach"])  # names of options that start a program

@@ -18,17 +18,19 @@ from dataset.options import CachingOptions
 from dataset.scripts import cache_family_latents
 from dataset.sources.media_source import Fault
 from downloads.listing import gigabytes, print_lines, total_bytes
+from downloads.options import leave_out
 from modules import installation
 from modules.command import INTERRUPTED, as_typed, message_of
 from modules.control_codes import shorten
 from modules.errors import OptionError
 from modules.option_values import option_words
+from modules.options import in_one_spelling
 from modules.output_files import check_output_name
 from modules.paths import expand_path, path_from
 from modules.run_limits import OF_TRAINING, describe_outside, limit_run, refuse_outside
 from modules.text_files import parse_toml, read_safetensors_texts, read_text, real_path
 from project.choosing import script_family
-from project.ending import describe_run
+from project.ending import EndCommand, describe_run
 from project.fitting import transformers_of
 from project.options import (
     CAPTION_MODEL,
@@ -41,7 +43,6 @@ from project.options import (
 )
 from project.tracing import RunTrace, trace_run
 from training.config_options import OTHERS_TABLE
-from training.end_command import EndCommand
 from training.reports.history import history_path
 from training.saving.states import find_latest
 
@@ -131,7 +132,6 @@ def _run_within_limits(options: RunOptions, project: Project, trace: RunTrace, e
             _print_command(words, project.folder)
         return
     again = ["run", str(project.folder), *options.words[2:]]
-    end.note_beginning()
     end.describe(partial(describe_run, project.output, project.name, project.steps, time.time()))
     trace.begin(again, output=project.output, name=project.name, steps=project.steps)
     left_out = _run_until_one_fails(commands, project, trace)
@@ -305,7 +305,7 @@ def _parse_project(folder: Path, tables: Mapping[str, Any], typed: Mapping[str, 
     if values.get("logging_dir"):
         logs = expand_path(str(values["logging_dir"]), folder)
     files = [str(file) for file in project_table["files"]]
-    model = _model_metadata(values)
+    model = _model_metadata(values, commands)
     seed = int(values.get("validation_seed", values.get("seed", 0)))
     validation = float(values.get("validation_split", 0)), seed
     steps = None
@@ -327,10 +327,15 @@ def _parse_project(folder: Path, tables: Mapping[str, Any], typed: Mapping[str, 
     )
 
 
-def _model_metadata(values: Mapping[str, Any]) -> dict[str, str]:
+def _model_metadata(values: Mapping[str, Any], commands: Sequence[Sequence[str]]) -> dict[str, str]:
     """Return the metadata of trained files that say which model options of a training name."""
     names = ("network_module", "task", "model_version", "ltx_mode")
-    return {f"ss_{name}": str(values[name]) for name in names if name in values}
+    chosen = {name: str(values[name]) for name in names if name in values}
+    for words in commands:
+        with contextlib.suppress(KeyError, IndexError):
+            record = with_scripts()[script_family(words)].options_record("Training")
+            chosen = in_one_spelling(record, chosen)
+    return {f"ss_{name}": value for name, value in chosen.items()}
 
 
 def _report_trained(project: Project, options: RunOptions) -> bool:
@@ -364,7 +369,7 @@ def _report_trained(project: Project, options: RunOptions) -> bool:
 
 
 def _find_other_model(project: Project, metadata: Mapping[str, str]) -> str | None:
-    """Return what the metadata of a trained file say of a model that is not the project's; None: nothing."""
+    """Return the model that a trained file's metadata name if it is not the project's; None if it is."""
     released = {part.path.name for model in find_models() for part in transformers_of(model)}
     transformers = released & {Path(name).name for name in project.files}
     trained_name = metadata.get("ss_sd_model_name", "")
@@ -384,11 +389,18 @@ def _download_words(project: Project, models: Path) -> str:
 
 
 def _download_size(words: Sequence[str]) -> str:
-    """Return how large the model of a command that downloads is, in brackets; "" for an unknown model."""
+    """Return the size of the model that a command downloads, in brackets; "" for an unknown model."""
     typed = _typed_values(words)
     for model in find_models("--fp8_encoders" in words):
         if (model.family, model.task) == (typed.get("--family"), typed.get("--task")):
-            return f" ({gigabytes(total_bytes(model.components))} for the whole model)"
+            behind = itertools.dropwhile(lambda word: word != "--without", words)
+            names = itertools.takewhile(
+                lambda word: not word.startswith("--"), itertools.islice(behind, 1, None)
+            )
+            left_out = list(names)
+            parts = leave_out(model, left_out).components
+            what = "without the files that you have" if left_out else "for the whole model"
+            return f" ({gigabytes(total_bytes(parts))} {what})"
     return ""
 
 

@@ -34,7 +34,7 @@ STEPS = {
 
 
 def describe_step(words: Sequence[str]) -> str:
-    """Return what a command of a run does: `caching latents`."""
+    """Return the action of a command of a run: `caching latents`."""
     script = Path("".join(words[1:2])).stem
     for end, (doing, checking) in STEPS.items():
         if script.endswith(end):

@@ -2,7 +2,7 @@
 
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -87,6 +87,8 @@ class QwenImage(ModelOfPictures):
     def cache_tag(self) -> str:
         return self.version.cache_tag
 
+    to_edit: ClassVar = "for edits, give --model_version edit-2511 or another one of edits; else remove them"
+
     @property
     def called(self) -> str:
         return self.version.called
@@ -115,7 +117,7 @@ class QwenImage(ModelOfPictures):
 
     @property
     def media_identity(self) -> Mapping[str, str]:
-        """Return what cached latents depend on: the VAE, and its input's range, which once was 0..255."""
+        """Return the facts on which cached latents depend: the VAE and its input's range, formerly 0..255."""
         return {**super().media_identity, **PIXELS}
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:

@@ -36,7 +36,7 @@ TOKENIZER = TokenizerFiles(
     names=("tokenizer.json", "vocab.json"),
     folder="",
     repository="Qwen/Qwen2.5-VL-7B-Instruct",
-    # inside the encoder's folder; beside a single file; beside text_encoder (diffusers)
+    # inside the encoder's folder; next to a single file; next to text_encoder (diffusers)
     folders=(".", "qwen_2.5_vl", "tokenizer", "../tokenizer"),
     token="<|im_start|>",
 )

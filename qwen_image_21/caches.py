@@ -28,8 +28,8 @@ BOTH_AGAIN = f"Cache again with {LATENTS_AGAIN} and {TEXTS_AGAIN}"
 def hash_pictures(pictures: Sequence[Tensor]) -> Tensor:
     """Return the SHA-256 of each picture: n 32 uint8, in their order.
 
-    pictures: each H W 4 or H W 3 uint8, as it is encoded; three channels are opaque. What is hashed is
-    `{W}x{H}:` and the bytes of the RGBA picture.
+    pictures: each H W 4 or H W 3 uint8, in the size that is encoded; three channels are opaque. What is
+    hashed is `{W}x{H}:` and the bytes of the RGBA picture.
     """
     digests = []
     for picture in pictures:

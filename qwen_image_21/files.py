@@ -116,7 +116,7 @@ def _header(checkpoint: Checkpoint, config_json: Path | None) -> DitHeader[QwenI
 
 
 def _read_config_json(path: Path) -> Mapping[str, Any]:
-    """Return what --dit_config states. Raises CheckpointError for a file of another model."""
+    """Return the settings in --dit_config. Raises CheckpointError for a file of another model."""
     try:
         settings = parse_json(read_text(path))
     except (OSError, ValueError) as error:
@@ -227,7 +227,7 @@ read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMA
 
 
 class Turbo(NamedTuple):
-    """What a transformer distilled to few steps is sampled with."""
+    """Sampling settings of a transformer distilled to few steps."""
 
     levels: tuple[float, ...]  # noise levels before the shift, without the 0 at the end
     source: str  # what says that it is Turbo
@@ -303,7 +303,7 @@ class QwenImage21Files(LanguageModelFiles):
         return load_vae(self.vae_path, device, self.beside(self.vae_dtype), tile=self.vae_tile)
 
     def check_vae(self) -> None:
-        """Raise CheckpointError if the file is no VAE of the model, or has other latents than --dit takes."""
+        """Raise CheckpointError if the file is not the model's VAE, or has other latents than --dit takes."""
         channels = read_vae_config(self.vae_path).latent_channels
         if self.dit is not None and self.dit_header().config.channels != channels:
             raise CheckpointError(

@@ -384,7 +384,7 @@ def _check_levels(checkpoint: Checkpoint, half: str, levels: Sequence[VaeLevel],
 def _read_statistics(checkpoint: Checkpoint, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return mean and deviation of the latents: those of config.json next to the file, else as released.
 
-    Raises CheckpointError if they are no numbers for each channel, or are missing for another number of
+    Raises CheckpointError if they are not numbers for each channel, or are missing for another number of
     channels than the released one.
     """
     path, settings = stated_settings(checkpoint, CLASSES)

@@ -27,7 +27,7 @@ class Finding:
 
 
 def examine(folder: Path) -> list[Finding]:
-    """Return what this environment has, a line each. folder: where models and caches would be written."""
+    """Return the findings about this environment, a line each. folder: of models and caches, for its disk."""
     python = f"{platform.python_version()} ({sys.executable}) on {platform.system()} {platform.machine()}"
     return [
         Finding("Python", python),

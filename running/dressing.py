@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # it is loaded only where processes share a model
 
 @dataclass(frozen=True)
 class Checkpointing:
-    """How blocks keep only their inputs until the backward pass."""
+    """Settings of blocks that keep only their inputs until the backward pass."""
 
     keeps_attention: bool = False
     inputs_on_host: bool = False

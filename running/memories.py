@@ -11,10 +11,10 @@ from running.run_blocks import Hidden, run_blocks
 
 
 class Remembers(Protocol):
-    """The attention of a block. It sets `remembered` for tokens that are to be remembered, and else puts it
-    beside the keys and values of its tokens.
+    """The attention of a block. It sets `remembered` for tokens that are to be remembered, and otherwise puts
+    it next to the keys and values of its tokens.
 
-    It is no part of the record of tokens: a key or a number of each block there would have every block
+    It is not part of the record of tokens: a key or a number of each block there would have every block
     compiled anew.
     """
 

@@ -27,7 +27,7 @@ ChoosePlaces = Callable[[tuple[int, ...]], Tensor]
 
 @dataclass(frozen=True)
 class Route:
-    """Which blocks, and which tokens go through them."""
+    """Range of blocks, and the choice of the tokens that go through them."""
 
     first: int  # number of a block, from 0; negative: from the end
     last: int  # likewise; it belongs to the route
@@ -61,7 +61,7 @@ def _run_routed(inner: Runner, route: Route, dit: nn.Module, hidden: Hidden, twe
 
 
 class _Parting:
-    """The tokens of one forward pass that wait while the others are in the middle blocks."""
+    """The tokens of one forward pass that wait while the rest are in the middle blocks."""
 
     def __init__(self, route: Route, blocks: range) -> None:
         self._route = route

@@ -73,7 +73,7 @@ def _draw(random: Random) -> int:
 
 
 def make_seeds(options: GenImgOptions, lines: Sequence[Line] | None) -> Seeds:
-    """Return where the seeds of a run come from. lines: all of them, None if they are not known yet."""
+    """Return the source of a run's seeds. lines: all of its lines, None if they are not known yet."""
     prompts = options.prompts
     seeds = Seeds(Random(prompts.seed))
     if lines is not None and len(lines) == 1 and prompts.n_iter == 1:

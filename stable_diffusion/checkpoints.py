@@ -85,7 +85,7 @@ UnetSizes = Mapping[str, Any]
 GROUPS = 32  # of all group norms, as released; cannot be read from the tensors
 SD1_HEADS = 8  # of each attention, as released
 HEAD_WIDTH = 64  # of the later kinds
-SIZE_NUMBERS = 6  # that SDXL is told: original size, crop, target size
+SIZE_NUMBERS = 6  # inputs of SDXL: original size, crop, target size
 USES = (4, 9)  # channels that the U-Net may take: of pictures, and of inpainting
 
 

@@ -200,7 +200,7 @@ class BatchGuides:
 
 
 def is_active(use: ControlUse, call: UnetCall) -> bool:
-    """Tell whether a model acts in the step of a call: it does in the first `ratio` of the steps."""
+    """Return whether a model acts in the step of a call: it does in the first `ratio` of the steps."""
     return call.step / call.num_steps <= use.ratio
 
 

@@ -114,7 +114,7 @@ def _read_control_net(
     path: Path, checkpoint: Checkpoint, unet: Mapping[str, Any], words: str
 ) -> LoadPlan[dict[str, Any]]:
     """Plan how to load an open file. path: as the user gave it."""
-    bare = checkpoint.without_prefix(PREFIX, others=("",))  # a whole model may be beside it
+    bare = checkpoint.without_prefix(PREFIX, others=("",))  # a whole model may be next to it
     _refuse_similar(bare)
     translate = name_translator(bare.tensors)
     sources = {}

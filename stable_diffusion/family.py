@@ -200,7 +200,7 @@ class StableDiffusion(ModelOfPictures):
 
     @property
     def _metadata_of_training(self) -> dict[str, str]:
-        """Return what known trainers write of a training under other names than those of our options."""
+        """Return the facts of a training that known trainers write under other names than our options'."""
         values = {
             "ss_v2": str(self.kind is SD2),
             "ss_clip_skip": str(self.clip_skip),

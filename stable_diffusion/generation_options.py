@@ -63,7 +63,7 @@ _LINE_OPTIONS: Mapping[str, LineOption] = {
 
 
 def script_defaults(side: int, side_step: int) -> ScriptDefaults:
-    """Return how a script has the shared options.
+    """Return a script's defaults and limits for the shared options.
 
     side: usual width and height of its pictures, in pixels. side_step: they are multiples of it.
     """

@@ -49,7 +49,7 @@ class LllitePart:
 
     @property
     def reduction(self) -> int:
-        """How many pixels of the guide become one token, in each direction."""
+        """Return the number of the guide's pixels that become one token, in each direction."""
         product = 1
         for _, stride in self.convolutions:
             product *= stride

@@ -72,7 +72,7 @@ class ChosenLoras:
         return tuple(strength if index == part else 0.0 for index, strength in enumerate(strengths))
 
     def choose(self, multipliers: Multipliers | None, part: int | None = None) -> None:
-        """Let the LoRAs act with these strengths, see `settle`, until others are chosen."""
+        """Let the LoRAs act with these strengths, see `settle`, until the next choice."""
         strengths = self.settle(multipliers, part)
         if strengths != self._current:
             self._current = None  # Ctrl-C may leave some weights with other strengths
@@ -98,7 +98,7 @@ class _Target:
 def read_networks(options: AddedNetworkOptions) -> list[LoraFile]:
     """Read the files of `--network_weights`; show their metadata if the options ask for it.
 
-    Raises CheckpointError if one is not a LoRA, or for a model that is no Stable Diffusion.
+    Raises CheckpointError if one is not a LoRA, or for a model that is not Stable Diffusion.
     """
     loras = []
     for path in options.files:

@@ -74,7 +74,7 @@ class Maker:
         start: contract.SecondStart | None = None,
         wants_images: bool = True,
     ) -> contract.Made:
-        """Make a batch. A picture does not depend on the others of its batch.
+        """Make a batch. A picture does not depend on the rest of its batch.
 
         pictures: all with equal settings. They are made in groups of equal text length and kinds of inputs,
         or one at a time if CLIP or VGG16 steers them. start: replaces the input images. Raises UserError.
@@ -293,6 +293,6 @@ def _paths_for_vision(pictures: Sequence[contract.AskedPicture]) -> list[Path]:
 
 
 def _pick(start: contract.SecondStart, places: Sequence[int]) -> contract.SecondStart:
-    """Return what the pictures at these places of the batch start from."""
+    """Return the start images or latents of the pictures at these places of the batch."""
     images = None if start.images is None else [start.images[place] for place in places]
     return contract.SecondStart(images, None if start.latents is None else start.latents[places])

@@ -21,11 +21,11 @@ VGG_LAYER, VGG_LAYERS = 20, 30  # the default: after conv4_2 and its ReLU; the l
 
 @dataclass(frozen=True)
 class ControlUse:
-    """How one ControlNet or ControlNet-LLLite is used."""
+    """Settings for one ControlNet or ControlNet-LLLite."""
 
     path: Path
     # edges of the guide image are drawn: where the grey image changes by more than the second number, or by
-    # more than the first next to such an edge; None: it is taken as it is
+    # more than the first next to such an edge; None: it is taken unchanged
     canny: tuple[int, int] | None
     multiplier: float
     ratio: float  # it acts in steps i of n (from 0) with i / n <= ratio
@@ -97,7 +97,7 @@ class ControlOptions(Options, title="ControlNet"):
 
 
 def read_preparation(text: str) -> tuple[int, int] | None:
-    """Read a value of --control_net_preps: None, or Canny's thresholds. Raises OptionError for others."""
+    """Read a value of --control_net_preps: None, or Canny's thresholds. Raises OptionError otherwise."""
     if text == "none":
         return None
     match = re.fullmatch(r"canny(?:_(\d{1,5})(?:_(\d{1,5}))?)?", text)

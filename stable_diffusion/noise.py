@@ -62,7 +62,7 @@ class VariedNoise:
 
 
 def vary_noise_by(options: VariedNoiseOptions) -> VariedNoise | None:
-    """Return what changes the noise as the options ask; None if nothing does."""
+    """Return the changes to the noise that the options ask for; None if they ask for none."""
     if options.noise_offset is None and not options.multires_noise_iterations:
         return None
     return VariedNoise(

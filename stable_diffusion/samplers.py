@@ -90,8 +90,8 @@ def make_scheduler(
 def _lms_coefficient(scheduler: Any, order: int, index: int, which: int) -> float:
     """Return the weight of the derivative `which` steps back (0: latest) in a multistep of that order.
 
-    It is the integral over the step of the polynomial that is 1 at that derivative's noise level and 0 at the
-    others'. Three Gauss points are exact, as the degree is at most 3.
+    It is the integral over the step of the polynomial that is 1 at that derivative's noise level and 0 at
+    those of the other derivatives. Three Gauss points are exact, as the degree is at most 3.
     """
     start, end = (float(scheduler.sigmas[place]) for place in (index, index + 1))
     levels = [float(scheduler.sigmas[index - back]) for back in range(order)]
@@ -199,7 +199,7 @@ class SchedulerSolver:
 
 
 def count_left_out(steps: int, strength: float | None) -> int | None:
-    """Return how many steps image to image leaves out; None without a picture.
+    """Return the number of steps that image to image leaves out; None without a picture.
 
     strength: the share of the steps to make; of less than one step none is made.
     """
@@ -244,7 +244,7 @@ class SeenSolver:
         return self.solver.schedule
 
     def begin(self, clean: Tensor) -> tuple[Tensor, int]:
-        """Return what denoising of a picture starts from, as the U-Net takes it, and its first step.
+        """Return the noisy latents that a picture starts from, as the U-Net takes them, and the first step.
 
         clean: its latents, 1 4 1 h w.
         """

@@ -93,7 +93,7 @@ def smaller_size(size: Size, ratio: float) -> Size:
 
 
 def resize_like(features: Tensor, size: Size) -> Tensor:
-    """Return features B C h w in that size, bicubic, in float32; as they are if they have it."""
+    """Return features B C h w in that size, bicubic, in float32; unchanged if they have it."""
     if tuple(features.shape[-2:]) == size:
         return features
     return interpolate(features.float(), size, mode="bicubic").to(features.dtype)
@@ -148,7 +148,7 @@ class _Shrinking:
         return make_smaller(args[0], self.shrink.ds_ratio), *args[1:]
 
     def enter_output(self, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        """Fit the features to an output block's first skip, and note the sizes of the others."""
+        """Fit the features to an output block's first skip, and note the sizes of the remaining ones."""
         if self.depth is None:
             return None
         self.skips = [_size(skip) for skip in reversed(kwargs["res_hidden_states_tuple"])]
@@ -201,7 +201,7 @@ def _install(shrinking: _Shrinking, unet: Any) -> Iterator[Any]:
 # k-diffusion.
 SAMPLERS = ("euler_a", "k_euler_a")
 STEP = 8  # sides of latents that are still to grow are multiples of it, for the U-Net's halvings
-NEARLY = 1 - 1e-6  # a ratio that is 1 but for the rounding of its sum
+NEARLY = 1 - 1e-6  # a ratio that is 1 except for the rounding of its sum
 
 
 def size_at(full: Size, ratio: float) -> Size:
@@ -251,6 +251,14 @@ def begin_small(
             f"latents of {sizes[0][1]} x {sizes[0][0]}. Give a smaller one, such as 3"
         )
     first = size_at(full, gradual.gradual_latent_ratio)
+    if first == full and gradual.gradual_latent_ratio < NEARLY:
+        logger.warning(
+            "--gradual_latent_timesteps (--glt) does nothing to %d x %d pixels: it begins with multiples of "
+            "%d pixels. Give larger --W and --H, or a smaller --gradual_latent_ratio",
+            full[1] * STRIDE,
+            full[0] * STRIDE,
+            STEP * STRIDE,
+        )
     last = sizes[-1] if sizes else first
     if last != full:
         logger.warning(
@@ -329,7 +337,7 @@ class GrowingSteps:
 
 
 def resize_latents(latents: Tensor, size: Size) -> Tensor:
-    """Return latents B C 1 h w in that size, bicubic; as they are if they have it."""
+    """Return latents B C 1 h w in that size, bicubic; unchanged if they have it."""
     if _size(latents) == size:
         return latents
     return interpolate(latents.squeeze(2), size, mode="bicubic").unsqueeze(2)

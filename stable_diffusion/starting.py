@@ -119,7 +119,7 @@ CHANNELS = 4  # of latents
 
 @dataclass(frozen=True, eq=False)
 class Beginning:
-    """Where the loop begins, and the sampler that it follows."""
+    """Latents with which the loop begins, and the sampler that it follows."""
 
     latents: Tensor  # B 4 1 h w, float32, as the sampler wants them at its first step
     sampler: SchedulerSolver
@@ -127,7 +127,7 @@ class Beginning:
 
 
 def is_masked(picture: AskedPicture) -> bool:
-    """Tell whether a picture is inpainted: a mask of a prompt with several parts shows their regions."""
+    """Return whether a picture is inpainted: a mask of a prompt with several parts shows their regions."""
     return picture.mask is not None and picture.settings.parts == 1
 
 
@@ -207,7 +207,7 @@ def begin(
 
 
 def _start_pixels(pictures: Sequence[AskedPicture], start: SecondStart | None) -> Tensor | None:
-    """Return what the pictures start from, B 3 H W; None if these are latents."""
+    """Return the images that the pictures start from, B 3 H W; None if they start from latents or noise."""
     images = None if start is None else start.images
     if start is None:
         images = [read_picture(picture.image) for picture in pictures if picture.image is not None]
@@ -295,7 +295,7 @@ def to_image(pixels: Tensor, label: str) -> Image.Image:
 
 
 def vae_batch(size: float | None, count: int) -> int:
-    """Return how many of `count` pictures the VAE takes at once. size: --vae_batch_size; None: all."""
+    """Return the number of pictures that the VAE takes at once. size: --vae_batch_size; None: all."""
     if size is None:
         return count
     return max(int(size * count if size < 1 else size), 1)

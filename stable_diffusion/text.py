@@ -55,7 +55,7 @@ class Texts:
         self._remembered = lru_cache(REMEMBERED)(self._encode)
 
     def chunks(self, text: str) -> int:
-        """Return how many chunks of 75 tokens a text takes, as far as it is read; at least 1."""
+        """Return the number of chunks of 75 tokens that are read of a text; at least 1."""
         return max(len(chunks) for chunks in self._chunks_of(text))
 
     def encode(self, text: str, chunks: int | None = None, networks: Hashable = None) -> TextState:
@@ -210,15 +210,15 @@ def check_layer(clip_skip: int | None, layers: int, kind: ModelKind) -> None:
 def _layer_of(tower: TextTower, kind: ModelKind, clip_skip: int | None) -> int:
     """Return the layer whose states are used, counted from the end of the tower's network.
 
-    --clip_skip counts in the network as it is loaded, as in the known script; its default counts in the
-    released one. So it is 1 for Stable Diffusion 2, which is loaded without OpenCLIP's last layer.
+    --clip_skip counts in the loaded network, as in the known script; its default counts in the released one.
+    So it is 1 for Stable Diffusion 2, which is loaded without OpenCLIP's last layer.
     """
     check_layer(clip_skip, tower.network.num_layers, kind)
     return usual_layer(kind, tower.missing_layers) if clip_skip is None else clip_skip
 
 
 def usual_layer(kind: ModelKind, missing_layers: int) -> int:
-    """Return the layer whose states are used, counted from the end of the network as it is loaded.
+    """Return the layer whose states are used, counted from the end of the loaded network.
 
     missing_layers: last ones that are not loaded.
     """

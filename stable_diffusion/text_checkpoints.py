@@ -44,7 +44,7 @@ _BESIDE_OPEN_CLIP = ("text_projection*", "logit_scale", "attn_mask")
 
 @dataclass(frozen=True)
 class TextPlan:
-    """How one text encoder is loaded."""
+    """Plan for loading one text encoder."""
 
     network: LoadPlan[ClipTextConfig]
     is_open_clip: bool  # else CLIP-L

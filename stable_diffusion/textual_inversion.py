@@ -259,7 +259,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
 
 
 def _describe(content: Mapping[str, Any]) -> str:
-    """Say what a file holds, for a message."""
+    """Describe the contents of a file, for a message."""
     if not content:
         return "it is empty"
     first_names = ", ".join(shorten(name, 60) for name in sorted(content)[:4])

@@ -52,7 +52,7 @@ def find_tokenizers(cache: Path | None, checkpoint: Path, are_open_clip: Sequenc
 def find_tokenizer_files(
     cache: Path | None, checkpoint: Path, are_open_clip: Sequence[bool]
 ) -> list[tuple[TokenizerFiles, Path | None]]:
-    """Return where the tokenizer of each text encoder may be, and its file; None: it is not here.
+    """Return the possible places of each text encoder's tokenizer, and its file; None: it is not here.
 
     Arguments and OptionError: as for `find_tokenizers`.
     """
@@ -198,7 +198,7 @@ def _split_at_marks(text: str) -> list[_Event]:
         else:
             bracket = opened[kind].pop()
             if mark["number"]:
-                # float() of too many digits is infinite, which is no weight
+                # float() of too many digits is infinite, which is not a weight
                 bracket.weight = _bounded(float(mark["number"]))
             events.append(_Bracket(kind, 1.0, closes=True))
     events.append(text[place:])

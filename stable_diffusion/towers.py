@@ -60,7 +60,7 @@ _KEYS = {1: (frozenset({STATES}),), 2: (frozenset({STATES_1}), frozenset({STATES
 
 @dataclass(frozen=True)
 class LoadedWords:
-    """What is loaded with the network of a text encoder."""
+    """Tokenizer and settings that are loaded with the network of a text encoder."""
 
     words: ClipWords
     pad: int
@@ -104,7 +104,7 @@ class TowerEncoder:
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """Return what an output depends on in addition to the text. Reads a few MB."""
+        """Return the facts on which an output depends in addition to the text. Reads a few MB."""
         with self.files.opened() as release:
             plan = release.texts[self._number]
             checkpoint = fingerprint(plan.network.checkpoint.path)
@@ -151,9 +151,7 @@ class TowerEncoder:
         with self.files.opened() as release:
             plan = release.texts[self._number]
             layer = self._layer_of(plan)
-            words = tokenizers.find_tokenizers(
-                self.files.tokenizer_cache_dir, self.files.path, [text.is_open_clip for text in release.texts]
-            )[self._number]
+            words = self.files.tokenizers[self._number]
             check_vocabulary(words, plan.network.config.vocabulary, self.files.path)
             network = self.files.load_text(plan, device)
         pad = OPEN_CLIP_PAD if plan.is_open_clip else words.end
@@ -166,7 +164,7 @@ class TowerEncoder:
         return self._clip_skip or usual_layer(kind, missing_layers=1 if kind is SD2 else 0)
 
     def count_chunks(self, text: str) -> int:
-        """Return how many chunks of tokens a prompt with marks takes, as far as it is read; at least 1.
+        """Return the number of chunks that are read of a prompt with marks; at least 1.
 
         Raises CheckpointError or DownloadError if there is no tokenizer.
         """
@@ -239,7 +237,7 @@ class TowerEncoder:
 
 
 def _find_cut(text: str, tokenize: Callable[[str], list[int]], most: int) -> int:
-    """Return how many characters of a text its first `most` tokens cover, in whole words."""
+    """Return the number of characters of a text that its first `most` tokens cover, in whole words."""
     ends = [match.end() for match in re.finditer(r"\S+", text)]
     number = bisect_right(ends, most, key=lambda end: len(tokenize(text[:end])))
     return ends[number - 1] if number else 0

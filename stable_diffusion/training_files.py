@@ -22,6 +22,7 @@ from checkpoints.model_files import require_file
 from checkpoints.opening import fingerprint, open_checkpoint
 from contract.family import DitSpec, NumberedBlocks
 from contract.loading import Placement
+from encoders.clip_l import ClipWords
 from encoders.clip_layers import ClipText, check_activation
 from encoders.tiles import sample_posterior
 from modules.devices import dtype_name
@@ -35,6 +36,7 @@ from stable_diffusion.files import Marks, read_marks
 from stable_diffusion.names import unet_blocks, unet_samplers
 from stable_diffusion.options import ModelOptions
 from stable_diffusion.text_checkpoints import TextPlan
+from stable_diffusion.tokenizers import find_tokenizers
 from stable_diffusion.training_options import CKPT
 
 TRAINED_BY = {
@@ -70,7 +72,7 @@ class TrainingFiles:
 
     @cached_property
     def marks(self) -> Marks:
-        """Return which model the checkpoint is, by its header.
+        """Return the facts about the checkpoint's model, by its header.
 
         Raises CheckpointError if this script does not take it, OptionError if it contradicts --v2.
         """
@@ -216,6 +218,13 @@ class TrainingFiles:
 
     # texts
 
+    @cached_property
+    def tokenizers(self) -> list[ClipWords]:
+        """Return the tokenizer of each text encoder, read once. Raises as `find_tokenizers`."""
+        with self.opened() as release:
+            are_open_clip = [text.is_open_clip for text in release.texts]
+        return find_tokenizers(self.tokenizer_cache_dir, self.path, are_open_clip)
+
     def load_text(self, plan: TextPlan, device: torch.device) -> ClipText:
         """Load a text encoder of an open checkpoint."""
         check_activation(plan.network.config, self.path, "CLIP has quick_gelu or gelu")
@@ -283,7 +292,7 @@ def _parts_of_level(path: str, kind: str, count: int) -> list[tuple[str, int]]:
 
 @dataclass(frozen=True)
 class _Sides:
-    """How many blocks each side of a U-Net has, and which of them has the first number."""
+    """Numbers of blocks on each side of a U-Net, and the number of the first one."""
 
     first: int  # number of input_blocks.0
     down: int
@@ -314,7 +323,7 @@ def number_blocks(config: Mapping[str, Any]) -> NumberedBlocks:
     """Return the blocks of a U-Net by the numbers of known trainers, which are those of the released files.
 
     SDXL, of three levels, counts its inputs, then input blocks, the three parts of the middle, output blocks
-    and its outputs: 23. Of the others the middle is one block, and the first and the last are no numbers: 25.
+    and its outputs: 23. In other models the middle is one block, and inputs and outputs have no numbers: 25.
     """
     layers = _layers_of(config)
     blocks = sum(layers) + len(layers)  # the first convolution; a sampler after each level but the last

@@ -11,7 +11,8 @@ from tests import chromium, long_tests, marks, their_frequencies
 
 their_frequencies.make_exact()
 
-FILES_BETWEEN = 10  # of tests, after which garbage older than a test is collected too
+objects_kept = pytest.StashKey[int]()  # after the last collection
+MOST_GARBAGE = 150_000  # objects, about 80 MB of small models
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -26,17 +27,25 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_runtest_protocol() -> Iterator[None]:
-    """Scripts collect garbage between their phases, which takes half a second a time once all libraries are
-    loaded.
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    """Leave what was there before a test and its fixtures, of any scope, out of its garbage collections.
 
-    What was there before a test and its fixtures, of any scope, is left out of that.
+    Scripts collect garbage between their phases, which takes half a second a time once all libraries are
+    loaded. No collection inside a test sees the models and pictures of earlier ones, so they are collected
+    here, between two files.
     """
     gc.freeze()
     try:
         return (yield)
     finally:
+        is_last = nextitem is None or nextitem.path != item.path
+        num_objects = gc.get_freeze_count() if is_last else 0  # it counts them one by one
         gc.unfreeze()
+        if num_objects > item.config.stash.get(objects_kept, 0) + MOST_GARBAGE:
+            gc.collect()
+            gc.freeze()
+            item.config.stash[objects_kept] = gc.get_freeze_count()
+            gc.unfreeze()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -79,23 +88,9 @@ def _user_files(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _old_garbage(files_done: list[None]) -> Iterator[None]:
-    yield
-    files_done.append(None)
-    if len(files_done) % FILES_BETWEEN == 0:
-        gc.collect()
-
-
-@pytest.fixture(autouse=True, scope="module")
 def _browser_of_the_file() -> Iterator[None]:
     yield
     chromium.end_browser()
-
-
-@pytest.fixture(scope="session")
-def files_done() -> list[None]:
-    """One entry for each file of tests that this process has ended."""
-    return []
 
 
 @pytest.fixture

@@ -208,10 +208,11 @@ def commands_of(page: Path) -> list[str]:
 
 
 def test_links_between_pages_lead_somewhere_and_the_index_names_every_page() -> None:
-    heads = {page: re.findall(r"^#+ (.*)", page.read_text(encoding="utf-8"), re.MULTILINE) for page in PAGES}
+    pages = [*PAGES, *(ROOT / "benchmarks").glob("*.md")]
+    heads = {page: re.findall(r"^#+ (.*)", page.read_text(encoding="utf-8"), re.MULTILINE) for page in pages}
     anchors = {page: [_anchor(head) for head in of_page] for page, of_page in heads.items()}
     broken, linked = [], set()
-    for page in PAGES:
+    for page in pages:
         for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
             name, _, anchor = link.partition("#")
             if ":" in name:

@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "downloads": GROUND,
     "project": GROUND | {"dataset", "data_tools.report", "downloads", "training"},
     "browser": GROUND
-    | {"training.reports", "training.config_options", "training.end_options", "training.run_options"}
+    | {"training.reports", "training.config_options", "training.run_options"}
     | {"downloads.catalogue", "downloads.listing"}
     | {
         "project.options",
@@ -60,7 +60,7 @@ FLOORS = {
         | {"private_torch"}
         | {"text_encodings", "varints", "version"},
         {"control_codes", "text_files"},
-        {"output_files", "paths", "run_limits", "user_files"},
+        {"output_files", "paths", "run_limits", "typed_command", "user_files"},
         {"atomic_write", "devices", "file_locks", "installation", "option_values"},
         {"installed", "options"},
         {"compile_options", "help_text", "repeated_options"},
@@ -106,15 +106,15 @@ FLOORS = {
     "training": (
         {"kohya_page"},
         {
-            *{"config_options", "end_options", "learning_options", "noise_options", "run_options"},
+            *{"config_options", "learning_options", "noise_options", "run_options"},
             *{"other_families", "steps", "target_options", "trainable"},
         },
-        {"bad_steps", "end_command", "processes", "reports", "target_rules"},
+        {"bad_steps", "processes", "reports", "run_end", "target_rules"},
         {"loss", "saving"},
         {"data", "optimizers"},
         {"targets"},
         {"features"},
-        {"averages", "options", "samples"},
+        {"options", "samples"},
         {"caching_inside", "edited_prompts", "experts", "image_options", "target_costs"},
         {"checks", "resuming"},
         {"plan"},
@@ -145,6 +145,7 @@ _LIGHT = {
             "script_words",
             "text_encodings",
             "text_files",
+            "typed_command",
         ),
         *("media/lengths", "version"),
     ),
@@ -162,7 +163,7 @@ _LIGHT = {
         "names/layouts",
     ),
     "post": ("chain_options",),
-    "training/features": ("composing", "contract", "skip", "tread"),
+    "training/features": ("composing", "contract", "ema", "ip_noise", "on_end", "skip", "tread", "uploads"),
 }
 LIGHT_FILES = {f"{room}/{name}.py" for room, names in _LIGHT.items() for name in names}
 LIGHT_FILES |= {f"{folder.replace('.', '/')}/names.py" for folder in FOLDERS.values()}

@@ -1,14 +1,11 @@
 """From options to saved files: training; read run.py first, then loop.py.
 
-averages: the exponential moving average (EMA) of the trained weights
 bad_steps: the error for a step with NaN or infinite numbers
 caching_inside: caches made by the training command itself
 checks: check options and headers before gigabytes are loaded
 config_options: --config_file: options from a TOML file
 data/: batches, noise and timesteps, prepared before they are needed
 edited_prompts: prompts of samples that are edited meanwhile
-end_command: start the command of --on_end
-end_options: --on_end: its words, and what is no command
 experts: transformers of a run: dressed, which learns, which works
 features/: what a run can do besides, each in one file
 following: command lines that can follow a training
@@ -31,10 +28,11 @@ processes: join processes, sum gradients, find a lost one
 reports/: what a run reports: logs, numbers, slow steps
 resuming: find a state to continue from, compare settings
 run: build a run from options, give it to the loop
+run_end: start a command when a run is over
 run_options: options of data, length, samples, logs, processes
 samples: samples while training, by the loops of generation
 saver: save files with metadata and states; restore a state
-saving/: models and states on disk and on the hub
+saving/: models and states on disk
 scripts: make the training scripts of a family
 steps: which micro-batches form which optimizer step
 summary: boxes of a run: plan and result

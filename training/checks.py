@@ -18,7 +18,7 @@ from dataset.table import DatasetTable
 from modules.atomic_write import check_space
 from modules.console import quiet
 from modules.errors import CheckpointError, OptionError
-from modules.options import argument_of, is_given, option_name, option_values
+from modules.options import argument_of, is_given, option_name, option_values, options_with
 from modules.speed_options import TRAINING_FLAGS
 from networks.adapter import check_network
 from networks.formats import LoraFormat, choose_format
@@ -33,7 +33,7 @@ from running.offload.swap_plan import check_swap
 from training.data.live import LiveTexts
 from training.data.table_times import list_replaced
 from training.experts import TRAINING_ADAPTER, check_experts, network_for, read_adapter, read_use
-from training.features.composing import check_model
+from training.features.composing import check_model, idle_reasons
 from training.learning_options import FIND_RATE, PartsOptions
 from training.noise_options import NOTHING, WEIGHTS_OF_LOSS
 from training.optimizers.lr_schedule import make_lr_schedule
@@ -379,12 +379,14 @@ def list_unused_options(
     takes_guidance: bool,
     shifts_table: bool,
     tables: Sequence[DatasetTable] = (),
+    family_options: Any = None,
 ) -> list[str]:
     """Return one line for each given option that has no effect together with the others.
 
     Most options declare this with `acts_if`; this adds those that depend on the model or on several records.
     takes_guidance: the model has an input for embedded guidance. shifts_table: see
-    `NoiseSpec.table_is_shifted`. tables: of the dataset, whose keys may replace options.
+    `NoiseSpec.table_is_shifted`. tables: of the dataset, whose keys may replace options. family_options: the
+    record of the model's own options.
     """
     shifts_table = shifts_table and options.timesteps.drawn_by[0] == "sigma"
     reasons = list_replaced(options.timesteps, tables, validates_between=options.is_for_images)
@@ -395,12 +397,22 @@ def list_unused_options(
             reasons["guidance_scale"] = "this model has no input for embedded guidance"
     if _replaces_rate(options.parts):
         reasons["learning_rate"] = "--unet_lr and --text_encoder_lr replace it"
-    if not options.samples.are_made:
-        reasons |= dict.fromkeys(("sample_lora", "preview_latent_every", "sample_ema"), "no samples are made")
+    reasons |= _without_samples(options, options)
+    reasons |= idle_reasons(options)
     lines = [*_list_idle_weighting(options), *_list_idle(options, reasons, options.typed_options)]
+    if is_dataclass(family_options):
+        lines += _list_idle(family_options, _without_samples(options, family_options), options.typed_options)
     values = option_values(options.speed.attention)
     flags = [flag for flag in TRAINING_FLAGS.values() if values[flag.removeprefix("--")]]
     return [*lines, *(f"{flag} has no effect: {flags[0]} comes first." for flag in flags[1:])]
+
+
+def _without_samples(options: TrainingOptions, record: Any) -> dict[str, str]:
+    """Return the options of a record that act on samples alone, with the reason, in a run that makes none."""
+    if options.samples.are_made:
+        return {}
+    reason = "no samples are made, as --sample_prompts is not given"
+    return dict.fromkeys(options_with(type(record), "acts_on", "samples"), reason)
 
 
 def _replaces_rate(parts: PartsOptions | None) -> bool:

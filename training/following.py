@@ -12,11 +12,13 @@ from modules.command import quote_for_powershell
 from modules.installation import command_words
 from modules.limits import MAX_EXAMPLE_CHARACTERS
 from modules.option_values import FillIn, missing_words, option_words
+from modules.options import STARTS, option_values, options_with
 from modules.speed_options import say_for_generation
 from networks.kinds.contract import NetworkKind
 from networks.module_names import read_family
 from networks.names.layouts import KNOWN, TRAINED_ON
 from networks.options import NetworkOptions
+from training.features.composing import sampled_average
 from training.options import ScriptOption, TrainingOptions
 from training.plan import TrainingPlan
 from training.reports.history import PageCommand
@@ -90,8 +92,10 @@ class NextSteps:
         file = saved or [*self.names.files(self.names.name).values()][0]
         resume = self._resume(is_finished)
         here = f"Commands here are typed in the folder {Path.cwd()}."
-        if self.options.end.words:
-            here += " --on_end is written into no file: add it if you want it again."
+        values = option_values(self.options)
+        for name in options_with(type(self.options), "reach", STARTS["reach"]):
+            if values[name] is not None:
+                here += f" --{name} is written into no file: add it if you want it again."
         commands = [replace(resume, note=" ".join(filter(None, (resume.note, here))))]
         if self.generation is not None:
             generate = self._generate(self.generation, file)
@@ -212,7 +216,7 @@ class NextSteps:
 
     def _trained_files(self, file: Path) -> tuple[list[Path], list[Path]]:
         """Return the files saved with one: of the expert for much noise, and of the others."""
-        suffix = AVERAGE if self.options.average.sample_ema else ""  # what the samples show
+        suffix = AVERAGE if sampled_average(self.options) else ""  # what the samples show
         files = [*self.names.files(self.names.stem_of(file) + suffix).values()]
         high_files = []
         other_files = []

@@ -53,13 +53,12 @@ from training.trainable import (
 from training.training_run import Requests, TrainedModel, TrainingRun, trigger_paths
 from training.validation import Validation
 
-if TYPE_CHECKING:  # loaded only where processes share a model, with LoRA files, with an average, with prompts
+if TYPE_CHECKING:  # loaded only where processes share a model, with LoRA files, with prompts
     from networks.added import AddedLoras
     from networks.apply import LoraPatch
     from networks.loading import LoraUse
     from running.offload.sharding import ShardedBlocks
     from running.offload.swap_plan import HostWeights
-    from training.averages import WeightAverage
     from training.samples import Sampler
     from training.targets.sliders import SliderTarget
     from training.targets.teachers import TeacherModel
@@ -92,9 +91,11 @@ def load_model(plan: TrainingPlan, swap: SwapOptions) -> TrainedModel:
         optimizer_name=optimizer_name,
         schedule=schedule,
         scaler=scaler,
-        average=_make_average(plan, networks.dits.networks, trainable, optimizer),
         stepping=_make_stepping(plan, trainable, optimizer, scaler),
+        hooks=install_features(plan.options, plan.progress),
     )
+    for hook in model.hooks.after_load:
+        hook(model)
     for adapter in model.dits.loras:
         adapter.place_on(accelerator.device, model.compute_dtype)
     if model.teacher is not None:
@@ -164,19 +165,6 @@ def _make_optimizer(plan: TrainingPlan, trainable: Trainable) -> tuple[Optimizer
     return make_optimizer(options, trainable.groups)
 
 
-def _make_average(
-    plan: TrainingPlan, networks: Sequence[nn.Module], trainable: Trainable, optimizer: Optimizer
-) -> "WeightAverage | None":
-    """Begin the average of --ema_decay. networks: those that are trained."""
-    options = plan.options.average
-    if options.ema_decay is None:
-        return None
-    from training.averages import make_average  # only with --ema_decay
-
-    keeps = plan.accelerator.is_main_process or plan.splits_model
-    return make_average(options, networks, trainable=trainable, optimizer=optimizer, keeps=keeps)
-
-
 def make_run(
     model: TrainedModel,
     sampler: "Sampler | None",
@@ -192,8 +180,9 @@ def make_run(
     is_main = plan.accelerator.is_main_process
     rule = _make_rule(model)
     validation = Validation(plan, rule) if plan.validation else None
-    hooks = install_features(options, plan.progress)
-    rule = replace(rule, learning_pass=hooks.learning_pass)  # validation does without, and without targets
+    rule = replace(
+        rule, learning_pass=model.hooks.learning_pass
+    )  # validation does without, and without targets
     rule = _add_targets(rule, model, slider)
     pairs = None
     if rule.targets.preference is not None:
@@ -204,7 +193,7 @@ def make_run(
     clock = MinuteClock(minutes) if is_main and minutes is not None else None
     return TrainingRun(
         model=model,
-        feed=_make_feed(plan),
+        feed=_make_feed(model),
         rule=rule,
         validation=validation,
         sampler=sampler,
@@ -214,7 +203,6 @@ def make_run(
         requests=Requests(watched, sampler is not None, clock=clock),
         saver=saver,
         pairs=pairs,
-        hooks=hooks,
     )
 
 
@@ -266,8 +254,9 @@ def _choose_teaching(model: TrainedModel) -> Callable[[TrainingPasses, NoisyBatc
     return functools.partial(teach, model.teacher)
 
 
-def _make_feed(plan: TrainingPlan) -> Feed:
+def _make_feed(model: TrainedModel) -> Feed:
     """Return what prepares the micro-batches of this process."""
+    plan = model.plan
     options, family, accelerator = plan.options, plan.family, plan.accelerator
     randomness = Randomness(
         options.timesteps,
@@ -275,7 +264,7 @@ def _make_feed(plan: TrainingPlan) -> Feed:
         noise=family.noise,
         latent=family.latent,
         experts=tuple(family.experts),
-        perturbation=options.noise,
+        on_noise=tuple(model.hooks.on_noise),
         weighted_by=options.weighted_by,
         sound=family.sound_learning if hears_sound(family) else None,
         teacher_band=options.teacher.band,

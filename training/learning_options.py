@@ -207,26 +207,6 @@ class OptimizerOptions(Options, title="optimizer"):
         return read_literals("--optimizer_args", self.optimizer_args) if self.optimizer_args else {}
 
 
-class AverageOptions(Options, title="average of the weights (EMA)"):
-    """Options of the average that a run keeps next to its weights."""
-
-    ema_decay: float | None = option(
-        "keep an exponential moving average of the trained weights with this decay per step (0.999) and "
-        "save it as OUTPUT_NAME...-ema.safetensors next to each file",
-        above=0,
-        below=1,
-        hint="such as 0.999",
-    )
-    ema_update_every: int = option(
-        "update the average every N steps, with the decay of N steps: for a whole model, whose average "
-        "is in host memory",
-        default=1,
-        least=1,
-        acts_if={"there is no --ema_decay": lambda options: options.ema_decay is not None},
-    )
-    sample_ema: bool = option("make samples with the average", needs="ema_decay", hint="0.999 is usual")
-
-
 class PartsOptions(Options, title="what is trained"):
     """Networks that get a LoRA: the DiT, the text encoders, or both; and their learning rates."""
 

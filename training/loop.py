@@ -23,7 +23,7 @@ from modules.devices import numbers_on
 from modules.errors import UserError
 from networks.adapter import ForeignNetwork, NormReport
 from training.bad_steps import explain_bad_step
-from training.features.composing import bad_step_remedies
+from training.features.composing import bad_step_remedies, sampled_average
 from training.features.contract import GradientStep
 from training.loss import NoisyBatch
 from training.optimizers.optimizer import evaluation
@@ -127,7 +127,7 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch
         unsplit = [parameter for parameter in reached if parameter not in trainable.split]
         row = sum_over_processes(unsplit, row)
     gate = None
-    if run.hooks.before_step:
+    if model.hooks.before_step:
         gate = _StepGate(run, GradientStep(loss=row[0], keys=keys, kind=_find_kind(run, group)))
     norms = _step_weights(run, gate)
     report = StepReport(run.progress.step + 1, rates, keys, _sizes_of(run, group))
@@ -187,7 +187,7 @@ class _StepGate:
         """Return whether the step is taken, and count it if not."""
         run = self.run
         try:
-            reasons = (hook(run, self.step, gradient_norm) for hook in run.hooks.before_step)
+            reasons = (hook(run, self.step, gradient_norm) for hook in run.model.hooks.before_step)
             self.reason = next(filter(None, reasons), "")
         except UserError:
             _note(run, run.readings.flush())  # the step before, whose numbers were not awaited
@@ -213,7 +213,7 @@ def _find_kind(run: TrainingRun, group: range) -> str:
 
 
 def _step_weights(run: TrainingRun, gate: _StepGate | None = None) -> list[Tensor]:
-    """Step the weights, their learning rates and their average.
+    """Step the weights and their learning rates, and let features act.
 
     gate: decides whether the step is taken; if not, the learning rates alone move on.
 
@@ -231,8 +231,9 @@ def _step_weights(run: TrainingRun, gate: _StepGate | None = None) -> list[Tenso
     norms: list[Tensor] = []
     if model.trainable.max_norm is not None:
         norms.append(model.trainable.limit_norms(model.trainable.max_norm, run.device))
-    if model.average is not None and (gate is None or not gate.reason):
-        model.average.after_step()
+    if gate is None or not gate.reason:
+        for hook in model.hooks.after_step:
+            hook()
     return [*norms, gradient_norm.view(1)]
 
 
@@ -547,11 +548,11 @@ def _make_samples(run: TrainingRun, sampler: "Sampler") -> bool:
 
 @contextlib.contextmanager
 def _as_sampled(run: TrainingRun) -> Iterator[None]:
-    """Use --sample_lora, and with --sample_ema the averaged weights, during the block."""
+    """Use --sample_lora, and the average of the weights if it is sampled, during the block."""
     with contextlib.ExitStack() as stack:
         for loras in run.model.sample_dits.loras:
             stack.enter_context(loras.switched_on(run.device, run.model.compute_dtype))
-        if run.options.average.sample_ema and run.model.average is not None:
+        if run.model.average is not None and sampled_average(run.options):
             stack.enter_context(run.model.average.in_place())
         yield
 

@@ -110,8 +110,6 @@ def _optional_values(plan: TrainingPlan) -> dict[str, Any]:
         values |= {f"ss_{name}": value for name, value in asdict(options.loss).items()}
     if options.parts is not None and options.prediction is not None:
         values |= image_values(plan, options.parts, options.prediction)
-    elif options.noise.ip_noise_gamma:
-        values |= {f"ss_{name}": value for name, value in asdict(options.noise).items()}
     if options.timesteps.timestep_focus is not None:
         values["ss_timestep_focus"] = options.timesteps.timestep_focus
         values["ss_timestep_focus_range"] = " ".join(map(str, options.timesteps.timestep_focus_range))

@@ -39,10 +39,9 @@ from training.config_options import (
     check_imports,
     read_config_file,
 )
-from training.end_options import EndOptions
 from training.features.composing import find_record, options_at, refuse_combinations
-from training.features.contract import AT_LOSS, AT_WEIGHTS, T
-from training.saving.options import HubOptions, MetadataOptions, SavingOptions
+from training.features.contract import AT_LOGS, AT_LOSS, AT_METADATA, AT_NOISE, AT_WEIGHTS, T
+from training.saving.options import MetadataOptions, SavingOptions
 from training.target_options import GuidedTargetOptions
 
 logger = logging.getLogger(__name__)
@@ -53,11 +52,17 @@ R = TypeVar("R", bound=Options)
 MOST_RANK = 4096
 
 if TYPE_CHECKING:  # records of what the list of features has
+    OptionsAtNoise = Options
     OptionsAtLoss = Options
     OptionsAtWeights = Options
+    OptionsAtLogs = Options
+    OptionsAtMetadata = Options
 else:
+    OptionsAtNoise = options_at(AT_NOISE)
     OptionsAtLoss = options_at(AT_LOSS)
     OptionsAtWeights = options_at(AT_WEIGHTS)
+    OptionsAtLogs = options_at(AT_LOGS)
+    OptionsAtMetadata = options_at(AT_METADATA)
 
 
 class TrainingOptions(Options):
@@ -68,7 +73,7 @@ class TrainingOptions(Options):
     optimizer: learning_options.OptimizerOptions
     lr_schedule: learning_options.LrScheduleOptions = option(facts=HABIT)
     timesteps: noise_options.TimestepOptions = option(facts=HABIT)
-    noise: noise_options.NoiseOptions = option(facts=HABIT)
+    at_noise: OptionsAtNoise  # of features
     loss: noise_options.LossOptions = option(facts=HABIT)
     guided: GuidedTargetOptions = option(facts=HABIT)
     at_loss: OptionsAtLoss  # of features
@@ -79,12 +84,11 @@ class TrainingOptions(Options):
     accelerator: run_options.AcceleratorOptions = option(facts=HABIT)
     saving: SavingOptions = option(facts=FREE)
     samples: run_options.SampleOptions = option(facts=FREE)
-    average: learning_options.AverageOptions = option(facts=FREE)
     at_weights: OptionsAtWeights  # of features
     logs: run_options.LogOptions = option(facts=FREE)
-    end: EndOptions = option(facts=FREE)
+    at_logs: OptionsAtLogs  # of features
     metadata: MetadataOptions = option(facts=FREE)
-    hub: HubOptions = option(facts=FREE)
+    at_metadata: OptionsAtMetadata  # of features
     speed: TrainingSpeedOptions
     # None: the script's models have one transformer
     experts: learning_options.ExpertTrainingOptions | None = option(facts=FREE)
@@ -92,7 +96,8 @@ class TrainingOptions(Options):
     parts: learning_options.PartsOptions | None
     start: run_options.StartOptions | None = option(facts=FREE)
     subset: SubsetOptions | None = option(facts=FREE)  # the resulting tables are compared instead
-    typed_names: Mapping[str, str] = option(default={}, facts=FREE)  # no option: see `name_as_typed`
+    # no option: see `name_as_typed`
+    typed_names: Mapping[str, str] = option(default={}, facts={**FREE, **OF_TYPING})
     # no option: arguments of those that are typed, with their usual values too
     typed_options: frozenset[str] = option(default=frozenset(), facts={**FREE, **OF_TYPING})
     caching: CachingInRunOptions | None = option(facts=FREE)
@@ -112,18 +117,13 @@ class TrainingOptions(Options):
             return
         if self.subset is None or not self.subset.replaces_toml:
             require(self.loop.dataset_config, "--dataset_config", "a TOML file that describes the data sets")
-        if self.hub.resume_from_huggingface:
-            require(
-                self.saving.resume,
-                "--resume",
-                "--resume_from_huggingface resumes from owner/repo/path[:revision[:type]]",
-            )
         if not self.only_shows:
             _ = self.saving.place  # raises OptionError
 
     def of(self, kind: type[T]) -> T:
         """Return the options of a feature."""
-        return find_record((self.at_loss, self.at_weights), kind)
+        records = (self.at_noise, self.at_loss, self.at_weights, self.at_logs, self.at_metadata)
+        return find_record(records, kind)
 
     @property
     def only_shows(self) -> bool:
@@ -216,11 +216,6 @@ class TrainingOptions(Options):
             raise OptionError(
                 f"{flags}: trained weights are kept in float32, or in bfloat16 with --full_bf16, because "
                 f"{stored.form} would lose the steps; leave it out, or train a LoRA"
-            )
-        if self.average.sample_ema:
-            raise OptionError(
-                "--sample_ema: the average of a whole model is in host memory. Leave it out, and generate "
-                "with the ...-ema.safetensors file"
             )
         swap = self.speed.swap
         if swap.blocks_to_swap and not options.fused_backward_pass:

@@ -15,12 +15,14 @@ import torch
 from contract.family import Family
 from dataset.batches.items import NO_COMMANDS, CachingCommands
 from modules.installation import RUN_CHECKS, RUN_GOES_ON
-from modules.lost_processes import LostProcessError, OtherProcesses
+from modules.lost_processes import LostProcessError
 from modules.options import option_values
 from modules.speed_options import SwapOptions
 from running.dressing import shared_blocks
 from running.planning.device_memory import MemoryWatch, too_little
 from training.checks import check_before_loading
+from training.features.composing import act_at_end, end_of_run, make_publisher, sampled_average
+from training.features.contract import RunEnd
 from training.following import NextSteps, plan_next_steps
 from training.learning import load_model, make_run
 from training.loop import train
@@ -29,7 +31,6 @@ from training.other_families import NO_OTHERS, OtherFamilies
 from training.plan import TrainingPlan, join_processes, make_plan, read_config
 from training.reports.history import Story, read_session
 from training.reports.logs import TRACKER_NAME, Logs, public_config
-from training.reports.page import page_path
 from training.reports.pauses import StepClock
 from training.saver import file_dtype, make_saver
 from training.saving.files import set_aside
@@ -37,10 +38,8 @@ from training.saving.states import SavedState
 from training.summary import count_pauses, make_reporter, show_end, show_start, watch_run
 from training.training_run import TrainingRun
 
-if TYPE_CHECKING:  # loaded only with --on_end; if there are prompts; if files are uploaded
-    from training.end_command import EndCommand, RunFacts
+if TYPE_CHECKING:  # loaded only if there are prompts
     from training.samples import Sampler
-    from training.saving.hub import Uploads
     from training.targets.sliders import SliderTarget
 
 logger = logging.getLogger(__name__)
@@ -67,12 +66,10 @@ def train_network(
         from training.previews import show_preview  # trains nothing
 
         return show_preview(family, options, commands, others)
-    end = _make_end(options)
-    with end or contextlib.nullcontext():
+    with end_of_run(options) as end:
         try:
             with prepare_run(family, options, commands, follow=follow, others=others, end=end) as run:
-                if end is not None:
-                    end.note_beginning()
+                end.has_begun = True
                 train(run)
         except torch.OutOfMemoryError as error:
             raise too_little(
@@ -90,20 +87,21 @@ def prepare_run(
     commands: CachingCommands = NO_COMMANDS,
     follow: Callable[..., NextSteps] = plan_next_steps,
     others: OtherFamilies = NO_OTHERS,
-    end: "EndCommand | None" = None,
+    end: RunEnd | None = None,
 ) -> Iterator[TrainingRun]:
     """Load everything for a run; on exit, end logs and wait for uploads. Raises as `train_network`.
 
-    end: the command of --on_end.
+    end: notes how far the run has come.
     """
+    end = end or RunEnd(options)
     config = read_config(options, family)  # faults in it are reported before anything is started
     with contextlib.ExitStack() as stack:
         accelerator, processes = stack.enter_context(join_processes(family, options, config))
-        if end is not None and accelerator.is_main_process:
-            _prepare_end(end, options, processes)
+        end.is_due = accelerator.is_main_process
+        if processes is not None:
+            processes.at_end = lambda reason: act_at_end(end, LostProcessError(reason))
         plan = make_plan(family, options, commands, config=config, accelerator=accelerator, others=others)
-        if end is not None and accelerator.is_main_process:
-            end.describe(partial(_describe_run, options, plan))
+        end.progress, end.total_steps = plan.progress, plan.steps.total_steps
         # texts and images are encoded while there is no DiT
         sampler = _make_sampler(plan)
         slider = _encode_slider(plan)
@@ -121,11 +119,11 @@ def prepare_run(
         # nothing can be missing any more
         _set_earlier_aside(plan, reporter.history.path)
         accelerator.wait_for_everyone()  # before any writes samples there
-        uploads = _make_uploads(options)
+        publisher = make_publisher(options)
         prompts = () if sampler is None else sampler.prompts
         saver = make_saver(
             model,
-            uploads,
+            publisher,
             prompts,
             note_saved=reporter.note_saved,
             note_removed=reporter.note_files,
@@ -133,7 +131,7 @@ def prepare_run(
         run = make_run(
             model, sampler, memory=memory, logs=logs, reporter=reporter, saver=saver, slider=slider
         )
-        closing = contextlib.closing(uploads) if uploads is not None else contextlib.nullcontext()
+        closing = contextlib.closing(publisher) if publisher is not None else contextlib.nullcontext()
         with closing, logs, reporter:
             show_start(run, file_dtype(options, model.dits.networks[0]))
             with contextlib.nullcontext() if processes is None else processes.explain():
@@ -153,40 +151,6 @@ def _encode_slider(plan: TrainingPlan) -> "SliderTarget | None":
     return encode_sliders(plan.family, read_sliders(path), plan.accelerator.device)
 
 
-def _make_end(options: TrainingOptions) -> "EndCommand | None":
-    """Return the command to start when the run is over; None without --on_end."""
-    if not options.end.words:
-        return None
-    from training.end_command import EndCommand  # only with --on_end
-
-    return EndCommand(options.end.words)
-
-
-def _prepare_end(end: "EndCommand", options: TrainingOptions, processes: OtherProcesses | None) -> None:
-    """Have the command of --on_end started when the run ends, however that is."""
-    end.describe(partial(_describe_run, options, None))
-    if processes is not None:
-        processes.at_end = lambda reason: end.start(LostProcessError(reason))
-
-
-def _describe_run(options: TrainingOptions, plan: TrainingPlan | None) -> "RunFacts":
-    """Return what the command of --on_end can read about the run. plan: None, if it is not made yet."""
-    from training.end_command import RunFacts  # only with --on_end
-
-    folder, name = options.saving.place
-    page = page_path(folder, name)
-    step = 0 if plan is None else plan.progress.step
-    steps = options.loop.known_steps if plan is None else plan.steps.total_steps
-    return RunFacts(
-        folder=folder,
-        name=name,
-        step=step,
-        steps=steps,
-        is_finished=plan is not None and step >= plan.steps.total_steps,
-        page=page if not options.logs.no_page and page.is_file() else None,
-    )
-
-
 def _plan_memory(plan: TrainingPlan) -> tuple[SwapOptions, MemoryWatch | None]:
     """Return the swap with auto resolved, and what watches the device's memory; None for other devices."""
     swap = plan.options.speed.swap
@@ -195,15 +159,6 @@ def _plan_memory(plan: TrainingPlan) -> tuple[SwapOptions, MemoryWatch | None]:
     from training.planning.memory import prepare_memory  # others need no planner
 
     return prepare_memory(plan)
-
-
-def _make_uploads(options: TrainingOptions) -> "Uploads | None":
-    """Return what uploads to the hub; None without --huggingface_repo_id."""
-    if options.hub.huggingface_repo_id is None:
-        return None
-    from training.saving.hub import make_uploads  # only with uploads
-
-    return make_uploads(options.hub)
 
 
 def _make_logs(plan: TrainingPlan, swap: SwapOptions) -> Logs:
@@ -265,8 +220,8 @@ def _make_sampler(plan: TrainingPlan) -> "Sampler | None":
     from training.samples import prepare_samples  # only with prompts
 
     weights = "".join(f" + {path.name}:{multiplier:g}" for path, multiplier in options.samples.loras())
-    if options.average.sample_ema:
-        weights = " (EMA)" + weights
+    if average := sampled_average(options):
+        weights = f" ({average}){weights}"
     sampler = prepare_samples(
         plan.sampled,
         prompts,

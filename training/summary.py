@@ -20,7 +20,7 @@ from networks.options import NetworkOptions
 from running.planning.device_memory import MemoryWatch
 from training.checks import judge_rate
 from training.data.table_times import describe_times
-from training.features.composing import result_rows
+from training.features.composing import kept_average, result_rows, start_rows
 from training.following import NextSteps, describe_elsewhere
 from training.metadata import continued_sizes
 from training.options import TrainingOptions
@@ -69,7 +69,7 @@ def count_saves(
 def saved_bytes(
     parameters: Sequence[Tensor], dtype: torch.dtype | None, has_average: bool = False
 ) -> tuple[int, int]:
-    """Return the bytes of one model, with its average (EMA), and of one state.
+    """Return the bytes of one model, with its average, and of one state.
 
     parameters: the trained ones. dtype: of saved models; None: unchanged.
     """
@@ -120,7 +120,7 @@ def _writing_rows(run: TrainingRun, parameters: Sequence[Tensor], dtype: torch.d
         ("disk", _describe_disk(plan, parameters, dtype)),
         ("folder", str(plan.names.folder)),
         ("page", None if options.logs.no_page else str(page)),
-        ("at the end", f"starts {options.end.words[0]}" if options.end.words else None),
+        *start_rows(options),
     ]
 
 
@@ -144,7 +144,7 @@ def _describe_data(plan: TrainingPlan) -> str:
 def _describe_disk(plan: TrainingPlan, parameters: Sequence[Tensor], dtype: torch.dtype | None) -> str:
     """Return the room that the run's files need. parameters: the trained ones. dtype: see `show_start`."""
     counts = count_saves(plan.saving, plan.steps, plan.progress.step, plan.progress.epoch)
-    has_average = plan.options.average.ema_decay is not None
+    has_average = bool(kept_average(plan.options))
     return disk_needed(plan.names.folder, counts, saved_bytes(parameters, dtype, has_average))
 
 

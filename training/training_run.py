@@ -9,7 +9,7 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -26,7 +26,7 @@ from modules.devices import dtype_of
 from running.planning.device_memory import MemoryWatch
 from training.data.feed import Feed
 from training.experts import AUTOCAST, ExpertNetworks
-from training.features.contract import Hooks
+from training.features.contract import Average, Hooks
 from training.loss import Autocast, LossRule
 from training.optimizers.lr_schedule import LrSchedule
 from training.optimizers.stepping import FusedBackward, StepAfterBackward
@@ -40,7 +40,6 @@ from training.targets.preferences import PAIR_NUMBERS, PairTally
 from training.trainable import Trainable
 
 if TYPE_CHECKING:  # loaded where they are made
-    from training.averages import WeightAverage
     from training.samples import Sampler
     from training.targets.teachers import TeacherModel
     from training.validation import Validation
@@ -153,9 +152,9 @@ class Requests:
                 self._passed[path] = changed
 
 
-@dataclass(frozen=True)
+@dataclass
 class TrainedModel:
-    """Hold the loaded networks of a plan with the optimizer, its schedule and the average of the weights."""
+    """Hold the loaded networks of a plan with the optimizer, its schedule and what features add."""
 
     plan: TrainingPlan
     dits: ExpertNetworks  # of the experts that are trained
@@ -167,12 +166,26 @@ class TrainedModel:
     schedule: LrSchedule
     scaler: torch.amp.GradScaler  # of fp16 gradients; off for others
     stepping: StepAfterBackward | FusedBackward
-    average: "WeightAverage | None"  # of the trained weights; None without --ema_decay
+    hooks: Hooks  # of the run's features
+    average: Average | None = None  # of the trained weights; None: no feature keeps one
 
     @property
     def compute_dtype(self) -> torch.dtype:
         precision = self.plan.options.accelerator.mixed_precision
         return AUTOCAST.get(precision, dtype_of(self.dits.networks[0]))
+
+    @property
+    def options(self) -> TrainingOptions:
+        return self.plan.options
+
+    @property
+    def networks(self) -> Sequence[nn.Module]:
+        """Return the networks of the experts that are trained."""
+        return self.dits.networks
+
+    @property
+    def takes_part_in_saving(self) -> bool:
+        return self.plan.accelerator.is_main_process or self.plan.splits_model
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
@@ -198,7 +211,6 @@ class TrainingRun:
     saver: Saver | None  # None: another process saves
     pairs: PairTally | None = None  # with --preference: their numbers
     readings: Readings = field(default_factory=Readings)
-    hooks: Hooks = field(default_factory=Hooks)  # of the run's features
 
     @functools.cached_property
     def parameters(self) -> list[Parameter]:

@@ -146,12 +146,12 @@ class WanTask:
 
     @property
     def side_step(self) -> int:
-        """Return what widths and heights are multiples of, in pixels."""
+        """Return the number of pixels that widths and heights are multiples of."""
         return 32 if self.kind == "ti2v" else 16
 
     @property
     def takes_image(self) -> bool:
-        """Tell whether the network's condition channels hold an image; such a task needs one."""
+        """Return whether the network's condition channels hold an image; such a task needs one."""
         return self.kind in {"i2v", "flf2v"}
 
     @property

@@ -125,7 +125,7 @@ class Wan(OneTransformer):
 
     @property
     def references(self) -> ReferenceRules | None:
-        """Return how items' references are cached and learned; those of requests are in `wan.vace`."""
+        """Return the rules for cached references; None if there are none. Requests' are in `wan.vace`."""
         return VACE_REFERENCES if VACE in (self.image_kind, self.files.task.kind) else None
 
     @property

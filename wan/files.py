@@ -48,7 +48,7 @@ class WanFiles(TransformerFiles):
     t5_tokenizer: Path | None = None
     clip: Path | None = None
     dit_high_noise: Path | None = None
-    vace: Path | None = None  # blocks of VACE beside `dit`
+    vace: Path | None = None  # blocks of VACE next to `dit`
     vace_high_noise: Path | None = None
     vae_cache_cpu: bool = False
     t5_form: str | None = None
@@ -176,7 +176,7 @@ PIPELINE_EXPERTS = {_OPTIONS[expert]: folder for folder, expert in WAN.experts}
 
 
 class WanRelease(NamedTuple):
-    """What a folder of a release has."""
+    """Files in a folder of a release, and the boundary of its experts."""
 
     files: dict[str, Path]  # by the names of `WanFiles`
     boundary: float | None = None  # of its experts, as a timestep; None: it says nothing

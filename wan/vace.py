@@ -34,7 +34,7 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # a mask that is one hold
 
 @dataclass(frozen=True)
 class VaceRequest:
-    """What a request asks of VACE besides its video and its references."""
+    """Inputs of VACE for a request, besides its video and its references."""
 
     mask: Path | None
     scales: tuple[float, ...]  # of the hints, one a layer

@@ -55,7 +55,7 @@ class WanVaceModel(WanModel):
     ) -> Hidden:
         """Embed as `WanModel.embed`. control: B vace_dim F H W, of the noisy latents' size; None: no hints.
 
-        hint_scales: B layers; None: hints are added as they are.
+        hint_scales: B layers; None: hints are added at full strength.
         """
         hidden = super().embed(*inputs, **named_inputs)
         if control is not None:

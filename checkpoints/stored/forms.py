@@ -36,7 +36,7 @@ class StoredForm(Protocol):
     def how(self) -> str: ...  # for the log: "in fp8 with a scale per row"
 
     @property
-    def companions(self) -> tuple[str, ...]: ...  # names of the buffers beside the weight
+    def companions(self) -> tuple[str, ...]: ...  # names of the buffers next to the weight
 
     @property
     def stays(self) -> bool: ...  # whether layers keep a file's weights so without an option that asks for it
@@ -46,7 +46,7 @@ class StoredForm(Protocol):
         ...
 
     def empty(self, shape: Shape) -> "Stored":
-        """Return what `quantise` makes of a weight of this shape, on the meta device."""
+        """Return the form that `quantise` gives a weight of this shape, on the meta device."""
         ...
 
     def value(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:

@@ -70,7 +70,7 @@ class RowForm:
         return Stored(self, (count, stored.shape[1]), tuple(parts))
 
     def join(self, parts: Sequence[Stored]) -> Stored | None:
-        """Stack the rows; None if a companion is for all rows of a part, or others lack it."""
+        """Stack the rows; None if a companion is for all rows of a part, or other parts lack it."""
         columns = [[part.tensors[index] for part in parts] for index in range(1 + len(self.companions))]
         joined: list[Tensor | None] = []
         for column in columns:

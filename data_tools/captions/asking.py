@@ -35,7 +35,7 @@ _MOST_CHARACTERS = MAX_CAPTION_BYTES // 4  # in UTF-8 a character has up to four
 
 
 class NoCaptionError(Exception):
-    """The reason why an image or clip gets no caption. The run continues with the others."""
+    """The reason why an image or clip gets no caption. The run continues with the next one."""
 
     def __init__(self, reason: str, server_failed: bool = False) -> None:
         """server_failed: the server gave no answer in repeated attempts."""

@@ -54,7 +54,7 @@ class CaptionList:
     """A JSONL list whose captions are written one by one; the file is complete at any moment.
 
     Only changed lines are rewritten, and they keep their other values. If the file has changed on disk, it is
-    read again first, so that others' edits stay.
+    read again first, so that edits by other programs stay.
     """
 
     def __init__(self, table: DatasetTable) -> None:
@@ -103,7 +103,7 @@ class CaptionList:
         return {} if number is None else parse_json(self._lines[number].strip("\ufeff"))
 
     def write(self, changes: Mapping[str, Change], is_foreign: bool) -> int:
-        """Write values into lines, except lines that others have changed meanwhile; return how many.
+        """Write values into lines, except lines that have changed on disk meanwhile; return their number.
 
         changes: (old values, new values) by the path in the line. is_foreign: a person wrote the replaced
         values; then the first write of a run keeps the old list as .bak. Raises OutputError.
@@ -403,7 +403,7 @@ def plan_captions(
 
 
 def _reason_to_make(place: CaptionPlace, record: MadeCaptions, options: CaptioningOptions) -> str | None:
-    """Return why a caption is to be made; None if it stays."""
+    """Return the reason to make a caption; None if the present one stays."""
     if not place.has_caption:
         return MISSING
     if place.caption is None:  # not read, or a line with a list of captions, which a person wrote

@@ -190,7 +190,7 @@ def _show_start(
 
 
 def _load_answerer(options: CaptioningOptions) -> Answerer:
-    """Return what answers: the local model, which is loaded, or a server."""
+    """Return the function that answers: of the local model, which is loaded, or of a server."""
     if options.api.api_base is None:
         return load_model(options.model, options.ask).answer
     return ApiServer(options.api, options.ask).answer

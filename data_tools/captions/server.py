@@ -213,7 +213,7 @@ class ApiServer:
         raise NoCaptionError(f"the server answers {status}: {message}")
 
     def _connection_error(self, error: BaseException) -> UserError | _TryAgain:
-        """Return what to raise if a connection fails: a server that never answered is not there."""
+        """Return the exception for a failed connection: a server that never answered is not there."""
         cause = error
         while cause.__context__ is not None:  # the innermost error is the system's
             cause = cause.__context__

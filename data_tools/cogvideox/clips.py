@@ -188,7 +188,7 @@ def write_media(item: PreparedItem, frames: NDArray[np.uint8], fps: int, moments
 
     frames: F H W 3. Raises OutputError, or CacheError if a value is NaN.
     """
-    item.facts.unlink(missing_ok=True)  # first: a kill must not leave old facts beside new files
+    item.facts.unlink(missing_ok=True)  # first: a kill must not leave old facts next to new files
     write_video(item.file(VIDEOS), list(frames), fps)
     write_png(item.file(IMAGES), frames[0])
     for kind, tensor in ((MOMENTS, moments.of_clip), (IMAGE_MOMENTS, moments.of_first_frame)):

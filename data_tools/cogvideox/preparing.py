@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 def prepare(options: PrepareOptions) -> None:
     """Prepare missing files, write the lists, and show the results.
 
-    A clip that cannot be read does not stop the others; it is reported at the end. Raises DatasetError if the
+    A clip that cannot be read does not stop the run; it is reported at the end. Raises DatasetError if the
     data cannot be used or a clip failed, OptionError if the folder was made with other settings,
     CheckpointError if a model cannot be loaded, OutputError if a file cannot be written; in processes other
     than the main one, SystemExit if a clip failed.
@@ -147,7 +147,7 @@ def usable_shape(shape: ShapeOptions, maker: PipelineNetworks | None) -> ShapeOp
 
 
 def _settle(options: PrepareOptions, maker: PipelineNetworks | None) -> None:
-    """Record the settings of the folder. Raises OptionError if it was begun with others."""
+    """Record the settings of the folder. Raises OptionError if it was begun with different ones."""
     settings = dataclasses.asdict(options.shape)
     for name, value in settings.items():
         if isinstance(value, tuple):

@@ -189,7 +189,7 @@ def _is_long_enough(look: VideoLook, first: int, end: int, lengths: LengthOption
 
 
 def _look_reason(look: VideoLook, first: int, end: int, choice: ChoiceOptions) -> str:
-    """Return why a clip is left out for its content; empty if it is kept."""
+    """Return the reason why a clip is left out for its content; empty if it is kept."""
     samples = look.samples_between(first, end)
     if not samples:
         return ""

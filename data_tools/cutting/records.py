@@ -19,7 +19,7 @@ from modules.limits import MAX_METADATA_BYTES
 from modules.options import option_values
 from modules.text_files import parse_json, read_lines, read_text
 
-MARK = ".split_video"  # folder of the records, beside the clips
+MARK = ".split_video"  # folder of the records, next to the clips
 VERSION = 1
 
 
@@ -34,7 +34,7 @@ class WrittenClip:
 
 @dataclass(frozen=True)
 class CutRecord:
-    """How a source was cut, or is being cut."""
+    """Record of the cutting of a source, finished or not."""
 
     stem: str  # beginning of its clips' names
     source: str
@@ -132,7 +132,7 @@ def _parse_record(text: str) -> CutRecord:
 def write_record(output: Path, record: CutRecord) -> None:
     """Write a record, completely or not at all. Raises OutputError."""
     content = {"version": VERSION, **asdict(record)}
-    # in ASCII: a path may hold bytes that are no text
+    # in ASCII: a path may hold bytes that are not text
     write_text(output / MARK / f"{record.stem}.json", json.dumps(content) + "\n")
 
 

@@ -126,7 +126,7 @@ class OwnDetector:
                 and not self._differ(jump.before, now)
             )
             if is_flash:
-                self._jump = None  # the scene goes on
+                self._jump = None  # the scene continues
             else:
                 self._confirm()
                 self._jump = _Jump(number, before)

@@ -197,7 +197,7 @@ def check_caching(
 
 
 def _make_recipe(family: Caches, identity: Mapping[str, str], stores: Stores, scope: _Scope) -> Recipe:
-    """Return how caching would make latents. identity: of the media encoders."""
+    """Return the recipe by which caching would make latents. identity: of the media encoders."""
 
     def sections(table: MediaTable, frames: int) -> int | None:
         # whether images are taken alone is an option of latent caching

@@ -150,7 +150,7 @@ class CheckResult:
 
     @property
     def num_held(self) -> int:
-        """Return how many items are kept for validation."""
+        """Return the number of items that are kept for validation."""
         return sum(findings.held_back.total() for findings in self.tables)
 
     @property
@@ -266,7 +266,7 @@ def find_table(config: DatasetConfig, table: DatasetTable, folders: TableFolders
 
 
 def _add_references(findings: TableFindings) -> None:
-    """Add how many reference pictures images have, and a remark for each image without one among others."""
+    """Count the reference pictures of images; remark on each image without one if other images have some."""
     counts = count_references(findings.sources)
     if not counts:
         return

@@ -387,7 +387,7 @@ def _small_colours(frame: Frame) -> bytes:
     return np.asarray(small, np.uint8).tobytes()
 
 
-# --- the reference pictures of an image, beside the image itself
+# --- the reference pictures of an image, next to the image itself
 # ------------------------------------------------------------------------------------------------------------
 
 

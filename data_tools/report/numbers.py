@@ -90,7 +90,7 @@ def collect_numbers(
 
 
 def _count_buckets(tables: Sequence[TableFindings]) -> list[Numbers]:
-    """Return how many items of all tables have each size, ascending."""
+    """Return the number of items of each size in all tables, ascending by size."""
     sizes: Counter[tuple[int, int, int]] = Counter()
     for findings in tables:
         for bucket, count in findings.buckets.items():
@@ -232,14 +232,14 @@ def _distributions(looks: Sequence[Look]) -> Numbers:
 
 
 def _count_resolutions(looks: Sequence[Look]) -> list[Numbers]:
-    """Return how many sources have each size, the most frequent first."""
+    """Return the number of sources of each size, the most frequent first."""
     sizes = Counter(look.size for look in looks if look.size is not None and look.problem is None)
     by_frequency = sorted(sizes.items(), key=lambda item: (-item[1], item[0]))
     return [{"width": width, "height": height, "count": count} for (width, height), count in by_frequency]
 
 
 def _count_sound(looks: Sequence[Look]) -> Numbers:
-    """Return how many clips have sound, and the forms of their tracks."""
+    """Return the number of clips with and without sound, and the forms of their tracks."""
     sounds = [look.sound for look in looks if look.sound is not None]
     tracks = [sound.track for sound in sounds if sound.track is not None]
     return {
@@ -273,10 +273,11 @@ def summarise(values: Sequence[float]) -> Numbers | None:
 
 
 def count_bins(values: Sequence[float]) -> list[Numbers]:
-    """Return a histogram: `from` (included), `to` (not included but in the last bin) and `count` of each bin.
+    """Return a histogram: `from` (included), `to` (not included except in the last bin) and `count` of each
+    bin.
 
     All bins have one width (1, 2 or 5 times a power of ten), and there are at most about 16. A few far larger
-    values share the last bin, so that they do not squeeze the others into one.
+    values share the last bin, so that they do not squeeze the rest into one.
     """
     if not len(values):
         return []

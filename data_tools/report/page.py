@@ -158,7 +158,7 @@ def _write_page(path: Path, title: str, values: Mapping[str, Any], cards: Sequen
 
 @dataclass(frozen=True)
 class _CardDrawing:
-    """How the cards of a page are drawn."""
+    """Settings for drawing the cards of a page."""
 
     sizes: StripSize
     latent: LatentSpec
@@ -254,7 +254,7 @@ def _make_card(place: _CardPlace, drawing: _CardDrawing) -> Card:
 
 
 def choose_sources(tables: Sequence[TableFindings], most: int) -> list[list[int]]:
-    """Choose at most `most` sources: first with faults, then with remarks, then others, each evenly spaced.
+    """Choose at most `most` sources: first with faults, then with remarks, then the rest, each evenly spaced.
 
     Returns for each table the indices of its sources in this order.
     """

@@ -116,7 +116,7 @@ def _choose_latents(options: ReportOptions) -> LatentSpec:
 
 
 def _write_json(path: Path, numbers: Numbers, prints: bool) -> None:
-    # ASCII, so that no text from outside reaches a terminal as it is
+    # ASCII, so that no text from outside reaches a terminal unescaped
     text = json.dumps(numbers, indent=2) + "\n"
     if prints:
         sys.stdout.write(text)
@@ -197,7 +197,7 @@ def _add_look(findings: TableFindings, source: MediaSource, look: Look) -> None:
 
 
 def _remarks_of(look: Look) -> dict[str, str | None]:
-    """Return what is remarkable about a source by the kind of remark; None where nothing is."""
+    """Return the remarks on a source by their kind; None for kinds that do not apply."""
     remarks = {
         "give no item": look.none,
         "give no item of some lengths": look.short,
@@ -365,7 +365,7 @@ def _centre(pictures: NDArray[np.float32]) -> _Centred:
 
 
 def _match_contrast(pictures: NDArray[np.float32], copies: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """Return which of `copies` (N K C) are `pictures` (1 K C) at another brightness and contrast."""
+    """Return N bool: which `copies` (N K C) are `pictures` (1 K C) at other brightness and contrast."""
     first = _centre(pictures)
     second = _centre(copies)
     # least squares: the one of less contrast is `gain` times the other, and a rest

@@ -66,7 +66,7 @@ def listen(source: MediaSource) -> Heard:
 
 
 def _list_misfits(track: TrackFacts, seconds: float | None) -> list[str]:
-    """Return how a track of sound does not fit its clip. seconds: of the clip; None: unknown."""
+    """Return the misfits of a track of sound with its clip. seconds: of the clip; None: unknown."""
     misfits = []
     if track.start > FITS:
         misfits.append(f"begins {float(track.start):.2f} s late")

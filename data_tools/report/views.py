@@ -109,7 +109,7 @@ def _log_item(media: DecodedMedia, span: Span) -> None:
 
 
 def _choose_way(debug: DebugOptions, folder: Path) -> str:
-    """Return how to show items, and log where."""
+    """Return the way to show items, and log the place."""
     if debug.debug_mode == "video":
         logger.info("writing clips to %s", folder)
     if debug.debug_mode != "image":

@@ -86,7 +86,7 @@ def other_space(channels: int, latent: data.LatentSpec) -> str:
 def text_faults(
     item: TrainingItem, number: int, records: Mapping[str, TextRecord], is_shared: bool, checks: CacheChecks
 ) -> Iterator[str]:
-    """Yield how the table or the caption file has changed since a caption was encoded.
+    """Yield the changes of the table or the caption file since a caption was encoded.
 
     is_shared: another program may have made the cache, which keeps no record.
     """
@@ -119,7 +119,7 @@ def text_faults(
 
 
 def _sight_now(item: TrainingItem, recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what text encoders would see of an item now, of what settings of a record say that they saw.
+    """Return the current values of those settings of a record that say what text encoders see of an item.
 
     If the sources are gone, its media are those of the record.
     """
@@ -135,7 +135,7 @@ def _sight_now(item: TrainingItem, recorded: Mapping[str, Any]) -> dict[str, Any
 def _caption_faults(
     path: Path, number: int, record: TextRecord, table: DatasetTable, checks: CacheChecks
 ) -> Iterator[str]:
-    """Yield how a caption in a file has changed, unless the file was written after the start of the run."""
+    """Yield a fault if the caption in a file has changed, unless since the start of the run."""
     text = read_caption(path)
     if text is None:
         return
@@ -164,7 +164,7 @@ def latent_faults(
     checks: CacheChecks,
     is_shared: bool,
 ) -> Iterator[str]:
-    """Yield why cached latents are not what the table and the model ask for.
+    """Yield the reasons why cached latents are not what the table and the model ask for.
 
     record: None if it has none. is_shared: another program may have made them.
     """
@@ -263,7 +263,7 @@ def _companion_faults(
 def _option_faults(
     item: TrainingItem, tensors: Iterable[str], record: LatentRecord, latent: data.LatentSpec
 ) -> Iterator[str]:
-    """Yield which keys of the table have other values than those that latents were made with."""
+    """Yield the keys of the table whose values differ from those that the latents were made with."""
     table, options = item.table, record.options
     bucket = bucket_of(table, tuple(options["size"]), latent.pixel_step, item.latent_path)
     if tuple(options["bucket"]) != bucket:
@@ -274,7 +274,7 @@ def _option_faults(
 def _key_faults(
     table: DatasetTable, tensors: Iterable[str], options: Mapping[str, Any], latent: data.LatentSpec
 ) -> Iterator[str]:
-    """Yield which keys of sections, references and their factors have changed. options: recorded ones."""
+    """Yield the changed keys of sections, references and their factors. options: recorded ones."""
     sections = _recorded(options, SECTIONS)
     changed = options_difference(sections, table.changed(SECTIONS), latent)
     if changed is not None:
@@ -290,7 +290,7 @@ def _key_faults(
 
 
 def _factor_faults(recorded: Sequence[int], factors_now: Sequence[int]) -> Iterator[str]:
-    """Yield how the factors of a clip's references have changed. recorded: their number, then the factors."""
+    """Yield a fault if the factors of a clip's references have changed. recorded: count, then factors."""
     _, *factors = recorded
     if factors != [*factors_now]:
         yield (
@@ -317,7 +317,7 @@ def sound_faults(
     checks: CacheChecks,
     is_shared: bool,
 ) -> Iterator[str]:
-    """Yield why cached latents of sound are not what the table and the model ask for."""
+    """Yield the reasons why cached latents of sound are not what the table and the model ask for."""
     table = item.table
     shape = tuple(tensors[data.SOUND].shape)
     if item.sound and shape != item.sound:
@@ -334,7 +334,7 @@ def sound_faults(
 def _source_faults(
     item: TrainingItem, folders: Sequence[Path | None], record: LatentRecord, checks: CacheChecks
 ) -> Iterator[str]:
-    """Yield how the sources of an item differ from its record. folders: of each file in the record."""
+    """Yield the differences between an item's sources and its record. folders: of each file in the record."""
     table = item.table
     rate = record.options.get("source_fps")
     if table.kind == "video" and rate != table.source_fps:
@@ -346,8 +346,9 @@ def _source_faults(
 
 
 def _reference_faults(item: TrainingItem, tensors: Iterable[str]) -> Iterator[str]:
-    """Yield why latents of reference pictures are not what a table asks for. Deleted picture files are not a
-    fault; pictures that a list no longer names are one.
+    """Yield the reasons why latents of reference pictures are not what a table asks for.
+
+    Deleted picture files are not a fault; pictures that a list no longer names are one.
     """
     table, rules = item.table, item.table.references
     if table.clip_references is not None and table.directory is not None:
@@ -387,7 +388,7 @@ def _count_unmirrored(tensors: Iterable[str], start: str) -> int:
 
 
 def _references_now(item: TrainingItem) -> int | None:
-    """Return how many reference pictures an item has, even if the model takes fewer; None: not known."""
+    """Return the number of an item's reference pictures, even if the model takes fewer; None: not known."""
     if item.table.directory is not None and item.table.control_directory is None:
         return None
     companions = _companions_now(item)

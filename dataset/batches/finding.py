@@ -471,7 +471,7 @@ def _refuse_unfinished(listing: FoundItems, commands: CachingCommands) -> None:
 
 
 def _explain_empty(table: DatasetTable) -> str:
-    """Say why a table may have no latent cache."""
+    """Explain why a table may have no latent cache."""
     names = [] if table.cache_format == "npz" else sorted(open_store(table).names())
     of_any_model = next(filter(_LATENTS_OF_ANY.search, names), None)
     problem = f"{table.name}: no latent cache in {table.cache_directory}"

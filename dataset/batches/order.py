@@ -97,7 +97,7 @@ class BatchOrder:
         return epoch * self.num_items + self._starts[index]
 
     def group_items_before(self, epoch: int, index: int) -> int:
-        """Return how many items of a batch's group of tables the run trains before it; see `batch_group`."""
+        """Return the number of items that the run trains before a batch, in its group; see `batch_group`."""
         batches = self.epoch(epoch)
         if not self._group_starts:
             counts: Counter[int] = Counter()
@@ -110,7 +110,7 @@ class BatchOrder:
 
 
 def repeat_regularisation(repeats: Sequence[int], learned: int) -> list[int]:
-    """Return how often each regularisation image is trained, so that they are as many as those learned.
+    """Return the repeats in an epoch of each regularisation image, which sum to at least `learned`.
 
     repeats: of the images' tables, in order. Images are taken with their repeats until there are enough; the
     rest is left out. If all together are too few, they are repeated from the first on, one at a time.
@@ -158,7 +158,7 @@ class _Pool(NamedTuple):
 
 
 def _count_repeats(items: Sequence[TrainingItem]) -> list[int]:
-    """Return how often each item is trained in an epoch."""
+    """Return the number of times that each item is trained in an epoch."""
     counts = [item.table.num_repeats for item in items]
     for group in {item.table.batch_group for item in items if item.table.is_reg}:
         regularisation: list[int] = []  # places of the images
@@ -196,11 +196,12 @@ S = TypeVar("S", bound=OfSource)
 
 
 def split_validation(items: Sequence[S], fraction: float, seed: int = 0) -> tuple[list[S], list[S]]:
-    """Split into (training, validation): tables marked `validation`, and a fraction of the others' sources.
+    """Split into (training, validation): tables marked `validation`, and a fraction of the sources of all
+    other tables.
 
     Sources are chosen by name only: all crops of a clip, in all tables, are on one side. A fraction above 0
     takes at least one source and leaves at least one. Subsets of the image guides' form are split each by
-    itself, by their own fraction and seed if they say any. seed: chooses for those that do not.
+    itself, by their own fraction and seed if they state any. seed: chooses for those that do not.
     """
     if any(item.table.group is not None for item in items):
         return _split_subsets(items, fraction, seed)
@@ -325,7 +326,7 @@ def _split_parts(text: str, changes: CaptionChanges) -> tuple[list[str], list[st
 
 @dataclass(frozen=True)
 class RunPlace:
-    """Where in a run a micro-batch is."""
+    """Position of a micro-batch in a run."""
 
     seed: int  # of the run
     number: int  # of the micro-batch, in the whole run
@@ -336,11 +337,11 @@ class RunPlace:
 def choose_captions(
     items: Sequence[TrainingItem], seed: int, number: int, epoch: int = 0, drops: bool = True
 ) -> tuple[int, ...]:
-    """Return for each item which of its captions is used, from 0, or EMPTY.
+    """Return for each item the number of the caption that is used, from 0, or EMPTY.
 
     number: of the micro-batch, in the whole run. epoch: from 0. EMPTY is chosen with the table's
     caption_dropout_rate, and in epochs whose captions are all empty; captions are equally likely.
-    drops: if False, no caption is dropped; the choice of the others stays the same.
+    drops: if False, no caption is dropped; the choice of all other captions stays the same.
     """
     chosen = []
     for place, item in enumerate(items):

@@ -104,7 +104,7 @@ def read_batch(
 def _list_makers(
     media: Sequence["_Part"], texts: Sequence["_Part"], further_texts: Sequence["_Part"]
 ) -> tuple[data.MadeBy, ...]:
-    """Return what made the parts of a batch: of each item its media and its text, then further texts."""
+    """Return the makers of the parts of a batch: of each item its media and its text, then further texts."""
     makers: list[data.MadeBy] = []
     for of_media, of_text in zip(media, texts, strict=True):
         makers += (*of_media.made_by, *of_text.made_by)
@@ -168,7 +168,7 @@ def _join_media_and_texts(
 
 
 def _count_windows(item: TrainingItem, record: LatentRecord, lengths: ClipLengths) -> int:
-    """Return how many windows of its clip a record says there are; 0 if that is not known."""
+    """Return the number of windows of an item's clip by its record; 0 if that is not known."""
     table, clip = item.table, record.clip
     if table.load_tensors or clip is None or record.parts > 1:
         return 0
@@ -329,7 +329,7 @@ class _Reader:
     def _origin_of(
         self, item: TrainingItem, path: Path, part: str, tensors: Mapping[str, Tensor], record: LatentRecord
     ) -> data.MadeBy:
-        """Return what made a cache of media, and whether it may be of an earlier version."""
+        """Return the facts about what made a cache of media, which may be of an earlier version."""
         is_video = item.table.kind == "video"
         has_companions = any(name.startswith((data.CONTROL, data.LOSS_MASK)) for name in tensors)
         is_older = is_video and record.as_shown < AS_SHOWN

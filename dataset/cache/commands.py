@@ -127,7 +127,7 @@ def _is_valid(value: Any, option: AcceptedOption) -> bool:
 
 
 def _find_path(text: str, folder: Path) -> Path | None:
-    """Return a path that was typed in a folder as it is typed here; None if there is no such file."""
+    """Return the path of an existing file that was named relative to `folder`; None if there is none."""
     path = Path(text)
     if not path.is_absolute() and folder != real_path(Path.cwd()):
         path = folder / path
@@ -169,7 +169,7 @@ def _as_json(value: Any) -> Any:
 
 
 def _read_families(folder: Path) -> dict[str, Any]:
-    """Return what a cache folder remembers by family; nothing if the file is missing or damaged."""
+    """Return the commands that a cache folder remembers by family; empty if its file is unreadable."""
     try:
         content = parse_json(read_text(folder / NAME, MOST_BYTES))
     except (OSError, ValueError):

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 class Converted(NamedTuple):
-    """What a conversion has done."""
+    """Result of a conversion."""
 
     copied: int  # entries
     unchanged: int  # entries that were in the new form already
@@ -90,8 +90,8 @@ def files_to_shards(folder: Path, keep: bool = False, dry_run: bool = False) -> 
 def shards_to_files(folder: Path, keep: bool = False, dry_run: bool = False) -> Converted:
     """Write each entry of a folder's shards as a single file.
 
-    keep: leave the shards too. dry_run: change nothing. Raises CacheError if entries are damaged (the others
-    are written, and the shards are kept), OutputError if a file cannot be written.
+    keep: leave the shards too. dry_run: change nothing. Raises CacheError if entries are damaged (all other
+    entries are written, and the shards are kept), OutputError if a file cannot be written.
     """
     shards = ShardStore(folder)
     if not dry_run:

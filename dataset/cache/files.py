@@ -31,7 +31,7 @@ PART = ".part"  # behind the name of a text cache that some of the text encoders
 VARIABLE = "varlen_"  # before the key of a tensor whose length differs per item
 
 FLIPPED = "_flipped"  # behind the key of mirrored latents
-SOUND_LENGTH = "audio_lengths"  # beside the latents of sound: their T; other programs read it
+SOUND_LENGTH = "audio_lengths"  # next to the latents of sound: their T; other programs read it
 EMPTY = -1  # instead of the number of a caption: the empty prompt
 
 Grid = tuple[int, int, int]  # F, H, W of latents

@@ -20,7 +20,7 @@ def require_form(tables: Iterable[DatasetTable], tag: str) -> None:
 
 
 def list_shard_faults(table: DatasetTable) -> list[str]:
-    """Return what is wrong with the shards of a table, if it has any."""
+    """Return the faults of a table's shards, if it has any."""
     if table.cache_format != "shards":
         return []
     from dataset.cache.shards import shard_faults  # only with shards

@@ -328,7 +328,9 @@ class CacheChecks:
     checked: set[tuple[int, str]] = field(default_factory=set)
 
     def add(self, table: int, key: str) -> None:
-        """Remember an item that passed; if there are too many, the others are forgotten and checked again."""
+        """Remember an item that passed; if there are too many, the older ones are forgotten and checked
+        again.
+        """
         if len(self.checked) >= self.most_checked:
             self.checked.clear()
         self.checked.add((table, key))

@@ -227,8 +227,9 @@ def shard_faults(folder: Path) -> list[str]:
 def merge_shards(folder: Path, shard_bytes: int = SHARD_BYTES, with_tars: bool = False) -> None:
     """Put a folder in order: at most one small shard, and none that is unfinished or damaged.
 
-    One process at a time does this. Shards that others write are left alone. with_tars: turn those of
-    earlier versions into SQLite files. Raises OutputError if there is no room for it; nothing is lost then.
+    One process at a time does this. Shards that other processes are writing are left alone. with_tars: turn
+    those of earlier versions into SQLite files. Raises OutputError if there is no room for it; nothing is
+    lost then.
     """
     if not folder.is_dir():
         return

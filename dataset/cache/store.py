@@ -100,7 +100,7 @@ class SingleFiles:
         write_tensors(self.folder / name, tensors, metadata)
 
     def read_bytes(self, name: str) -> bytes:
-        """Read a file as it is. Raises CacheError if it cannot be read."""
+        """Read all bytes of a file. Raises CacheError if it cannot be read."""
         try:
             return (self.folder / name).read_bytes()
         except OSError as error:
@@ -179,7 +179,7 @@ def may_be_mixed(table: DatasetTable, names: Collection[str] | None = None) -> b
     `dataset.cache.form`. names: of its cache folder, if they have been listed.
     """
     folder = table.cache_directory
-    if table.cache_format != "files":  # npz may lie beside files of other forms, which other trainings use
+    if table.cache_format != "files":  # npz may lie next to files of other forms, which other trainings use
         return table.cache_format == "shards"
     names = os.listdir(folder) if names is None and folder.is_dir() else names or ()
     return any(map(OF_SHARDS.fullmatch, names))
@@ -192,7 +192,7 @@ def npz_names(family: Caches) -> NpzNames:
 
 
 class StorePair(NamedTuple):
-    """Where the entries of a table are."""
+    """Stores that hold the entries of a table."""
 
     latents: CacheStore
     texts: CacheStore

@@ -218,7 +218,7 @@ def read_embeds(file: CaptionFile, encoder: TextEncoder, identity: Mapping[str, 
 def _stated_shapes(
     note: Path, file: CaptionFile, encoder: TextEncoder, identity: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Return what the note on embeddings says of the encoder's tensors, by key.
+    """Return the shapes of the encoder's tensors, by key, as stated in the note on the embeddings.
 
     Raises _UnfitEmbeds if they are of another encoder or caption, or if there is no such note.
     """

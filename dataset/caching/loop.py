@@ -51,7 +51,7 @@ class NextCommand:
 
     @property
     def advice(self) -> str:
-        """Return what to replace in the command; "" if it is complete."""
+        """Return a note on the words to fill in before the command is typed; "" if it is complete."""
         missing = missing_words(self.words)
         names = " and ".join(missing)
         paths = "that path" if len(missing) == 1 else "those paths"
@@ -116,10 +116,10 @@ def join_processes(device: str | None) -> Iterator[Share]:
 def cache(
     kind: str, family: Caches, config: DatasetConfig, options: CachingOptions, stores: Stores | None = None
 ) -> CacheReport:
-    """Encode what has no valid cache, in all processes of a launcher together; then remove stale files.
+    """Encode all sources without a valid cache, in all processes of a launcher; then remove stale files.
 
     kind: LATENTS or TEXTS. stores: where caches are kept, if not where the tables say. A source that cannot
-    be read becomes a failure of the report and does not stop the others. Encoders are loaded only if there is
+    be read becomes a failure of the report and does not stop the run. Encoders are loaded only if there is
     something to encode. A text cache is written when all of its encoders have run; until then there is a
     `.part`, which a later run continues. Raises DatasetError if the dataset cannot be used or a caption is
     missing, CheckpointError if an encoder cannot be loaded, OutputError if a file cannot be written.

@@ -62,7 +62,7 @@ class OtherKind(CacheError):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How this run makes latents: everything that caches depend on besides the sources and their tables."""
+    """Settings of this run on which cached latents depend, besides the sources and their tables."""
 
     tag: str  # in file names
     encoder: Mapping[str, str]
@@ -186,7 +186,7 @@ def plan_all(
 
 @dataclass
 class _Comparison:
-    """What the comparison of a source with its files has found so far."""
+    """Findings so far of the comparison of a source with its files."""
 
     valid: set[str] = field(default_factory=set)  # files
     foreign: int = 0  # how many of them have no record
@@ -307,7 +307,7 @@ class Planning:
         return unknown
 
     def _recorded_clip(self) -> ClipFacts | None:
-        """Return what earlier runs found by decoding the source, if it has not changed since."""
+        """Return the facts that earlier runs found by decoding the source; None if it has changed since."""
         options = self.recipe.options(self.source)
         recorded: list[ClipFacts] = []
         for file in self.existing:

@@ -170,7 +170,7 @@ class SoundWork:
         return SoundPlan(source, tuple(valid), foreign, tuple(missing))
 
     def count_valid(self, source: MediaSource, files: Collection[str]) -> int:
-        """Return how many of a clip's latents have a valid entry of sound. files: names of the latents."""
+        """Return the number of a clip's latents with a valid entry of sound. files: names of the latents."""
         items = self._items_of(frozenset((source.table.index, file) for file in files))
         names = items.get((source.table.index, source.stem), ())
         return len(self.plan(source, names, self._stores.verify).kept)

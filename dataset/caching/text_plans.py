@@ -30,7 +30,7 @@ Encoders = Sequence[tuple[TextEncoder, Mapping[str, str]]]
 
 
 class Sight(NamedTuple):
-    """What text encoders see of the item of a caption, besides reference pictures."""
+    """Parts of a caption's item that text encoders see, besides reference pictures."""
 
     clip: bool = False  # its frames
     media: bool = False  # the references of its row
@@ -162,7 +162,7 @@ def _seen_files(source: MediaSource, sight: Sight) -> tuple[tuple[Path, Origin |
 
 
 def _seen_settings(source: MediaSource) -> dict[str, Any]:
-    """Return what decides how text encoders see a source's reference pictures, by its header.
+    """Return the settings that decide how text encoders see a source's reference pictures, by its header.
 
     Of a source that has to be downloaded, and of one that cannot be read, the size is not known.
     """

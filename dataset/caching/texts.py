@@ -301,7 +301,7 @@ class TextWork:
         )
 
     def _frames_of(self, source: MediaSource | None) -> tuple[Tensor, ...]:
-        """Return a source's reference pictures as they are encoded, each H W C; (): encoders read them.
+        """Return a source's reference pictures as the VAE encodes them, each H W C; (): encoders read them.
 
         Raises MediaError if one cannot be used.
         """
@@ -312,7 +312,7 @@ class TextWork:
         return tuple(torch.from_numpy(frames[0]) for frames in media.control)
 
     def _decode(self, source: MediaSource) -> DecodedMedia:
-        """Read a source as it is encoded to latents. Raises MediaError if it cannot be used."""
+        """Read the pixels of a source that are encoded to latents. Raises MediaError if it cannot be used."""
         latent = self._family.latent
         return decode_source(
             source,

@@ -186,8 +186,8 @@ class MediaWork:
     def encode(self, pieces: Sequence[MediaSource], who: str | None) -> prefetch.CacheReport:
         """Encode every item of some sources that has no valid entry.
 
-        A source that cannot be read becomes a failure of the report and does not stop the others. who: name
-        of this share of the work, for progress bars; None: show none. Raises CheckpointError if an encoder
+        A source that cannot be read becomes a failure of the report and does not stop the run. who: name of
+        this share of the work, for progress bars; None: show none. Raises CheckpointError if an encoder
         cannot be loaded, OutputError if an entry cannot be written.
         """
         workers = prefetch.workers_of(self._options)

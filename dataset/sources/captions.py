@@ -105,7 +105,7 @@ def describe_encoding(path: Path, text: str, encoding: str) -> str:
 
 
 def captions_in(text: str, table: DatasetTable) -> tuple[str, ...]:
-    """Return the captions in the text of a caption file, as they are encoded; at least one.
+    """Return the captions in the text of a caption file, ready to be encoded; at least one.
 
     With multi_caption each line that is not empty is a caption. In a table of image trainers there is one:
     the first line, or, if captions vary, the whole text, which `dataset.batches.order` then changes.
@@ -122,7 +122,7 @@ def captions_in(text: str, table: DatasetTable) -> tuple[str, ...]:
 def first_and_more(
     captions: tuple[str, ...] | None, where: Path | str | None
 ) -> tuple[str | None, tuple[str, ...]]:
-    """Split captions into the first and the others. Raises DatasetError if there are too many."""
+    """Split captions into the first and the remaining ones. Raises DatasetError if there are too many."""
     if captions and len(captions) > MAX_CAPTIONS:
         raise DatasetError(
             f"{where}: {len(captions)} captions, at most {MAX_CAPTIONS} are used. With multi_caption = true "

@@ -84,7 +84,7 @@ def read_moments(path: Path, latent: LatentSpec) -> Tensor:
 
 
 def explain_channels(channels: int, latent: LatentSpec) -> str:
-    """Say which channels the model needs. channels: those that there are."""
+    """Describe the channels that the model needs. channels: those of the file."""
     plain = " These look like latents, not like moments." if channels == latent.channels else ""
     return (
         f"this model's VAE has {2 * latent.channels}, a mean and a variance for each of {latent.channels}."
@@ -318,7 +318,7 @@ class _TensorFolder(NamedTuple):
 
 
 def _find_tensors(row: CogRow, folders: dict[str, _TensorFolder], faults: list[Fault]) -> GivenTensors | None:
-    """Return the computed tensors' files for X/videos/NAME.mp4: X/video_latents/NAME.pt and others.
+    """Return the computed tensors' files for X/videos/NAME.mp4: X/video_latents/NAME.pt and so on.
 
     Without a folder of embeddings, captions are encoded as always. folders: by X, those that are known. Adds
     to `faults` and returns None if a file is missing.

@@ -87,7 +87,7 @@ def _otherwise(parts: Sequence[tuple[Path, bool]], as_shown: int) -> str | None:
 
 
 def _formerly_ignored(colours: Colours, keeps_transparent: bool, had_profiles: bool) -> str | None:
-    """Say what of a file's colours an earlier version ignored; None if nothing.
+    """Name the part of a file's colours that an earlier version ignored; None if there is none.
 
     keeps_transparent: the colours of transparent pixels are used. had_profiles: the version read profiles.
     """
@@ -133,7 +133,7 @@ def find_colours(sources: Sequence[MediaSource], keeps_alpha: bool = False) -> l
 
 
 def _describe(colours: Colours, keeps_transparency: bool) -> dict[str, str]:
-    """Return what the pixel values of a file do not tell: the kind of remark, and a text behind the path."""
+    """Return remarks on the colours of a file: its kind, and a text behind the path."""
     remarks = {}
     if colours.is_transparent and not keeps_transparency:
         remarks["are transparent and filled with white"] = ""

@@ -73,7 +73,7 @@ def add_companions(table: DatasetTable, sources: list[MediaSource], faults: list
 
 
 def _explain_unpaired(table: DatasetTable, folder: Path, key: str, stems: Collection[str]) -> str:
-    """Say how files are named in a folder in which nothing fits."""
+    """Describe the names that files need in a folder in which nothing fits."""
     example = next(iter(sorted(stems)), "clip")
     text = (
         f"{folder} has nothing for any {table.kind}. Files and folders there are named like "
@@ -211,7 +211,7 @@ def read_companions(
     if bucket[0] % step or bucket[1] % step:
         raise MediaError(
             f"{here.path}: it has {bucket[0]}x{bucket[1]} pixels; with references {factor} times smaller "
-            f"sides are multiples of {step}. Choose another resolution"
+            f"(--reference_downscale) sides are multiples of {step}. Choose another resolution"
         )
     small = bucket[0] // factor, bucket[1] // factor
     changes: list[str] = []

@@ -119,7 +119,7 @@ class DecodedMedia:
 
     @property
     def group(self) -> tuple[object, ...]:
-        """Return what items of a batch must have in common: their table, and the shapes of stacked arrays."""
+        """Return the key that items of a batch share: their table, and the shapes of stacked arrays."""
         counts = len(self.control), len(self.references), self.worse is not None
         sound = () if self.sound is None else (self.sound.shape,)
         return (self.source.table.index, counts, *(array.shape for array in self.arrays), *sound)
@@ -391,7 +391,7 @@ def _read_worse(source: MediaSource, size: Size, place: Callable[[Frame], Frame]
 
 
 def _draw_crop(source: MediaSource, size: Size, fit: Fit, numbers: random.Random) -> Fit:
-    """Return how a picture is cropped this time. fit: how it is cropped without augmentation."""
+    """Return the crop of a picture for this time. fit: its crop without augmentation."""
     changes = source.table.augmentation
     if changes.face_crop_range is not None:
         face = face_in_name(source.stem)
@@ -466,7 +466,7 @@ def source_frames(source: MediaSource, fps: float) -> Iterator[Frame]:
 
 
 def fit_of(table: DatasetTable, size: Size, step: int, path: Path | None = None) -> Fit:
-    """Return how an image of `size` is resized and cropped to its bucket. Raises as `bucket_of` does."""
+    """Return the resizing and the crop of an image of `size` to its bucket. Raises as `bucket_of` does."""
     bucket = bucket_of(table, size, step, path)
     rule = table.buckets
     if rule is None:

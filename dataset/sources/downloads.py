@@ -35,7 +35,7 @@ HTTP = frozenset({"http", "https"})
 
 @lru_cache(maxsize=256)
 def protocol_problem(protocol: str) -> str | None:
-    """Return why addresses of a protocol cannot be read, and the package to install; None if they can."""
+    """Return the reason why addresses of a protocol cannot be read, with the remedy; None if they can."""
     if protocol in HTTP:
         return None
     try:

@@ -101,7 +101,7 @@ def find_sound_beside(clip: Path) -> tuple[Path, None] | None:
 
 
 def _leave_out_bad_names(table: DatasetTable, paths: list[Path], faults: list[Fault]) -> list[Path]:
-    """Return the paths whose names are UTF-8; add a fault for each of the others."""
+    """Return the paths whose names are UTF-8; add a fault for each other path."""
     bad_names = {path for path in paths if not path.name.isascii() and bad_character(path.name)}
     if not bad_names:
         return paths
@@ -185,7 +185,7 @@ def _companions_by_stem(table: DatasetTable, what: str, folder: Path) -> dict[st
     if what == "mask":
         entries = list_entries(folder, "mask_directory")
         files = files_by_stem(map(Path, entries), mask_suffixes(table.kind), table.kind == "video")
-        # a picture is no mask of itself
+        # a picture is not a mask of itself
         is_apart = table.directory is None or folder_id(folder) != folder_id(table.directory)
         masks: dict[str, list[Path]] = {}
         for stem, paths in files.items():
@@ -194,7 +194,7 @@ def _companions_by_stem(table: DatasetTable, what: str, folder: Path) -> dict[st
         return masks
     entries = list_entries(folder, "audio_directory")
     suffixes = SOUND_SUFFIXES | VIDEO_SUFFIXES
-    if folder == table.directory:  # a clip is not a file beside itself
+    if folder == table.directory:  # a clip is not a file next to itself
         suffixes = SOUND_SUFFIXES
     return files_by_stem(map(Path, entries), suffixes, False)
 
@@ -500,7 +500,7 @@ def _has_pages(path: Path) -> bool:
 
 
 def _explain(path: Path) -> str:
-    """Say why an entry named like a picture or clip is not a regular file."""
+    """Explain why an entry named like a picture or clip is not a regular file."""
     try:
         require_regular_file(path)
     except FileNotFoundError:

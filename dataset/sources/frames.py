@@ -54,7 +54,7 @@ def spans(table: DatasetTable, kept_frames: int, lengths: ClipLengths = USUAL_LE
 
 
 def _starts(table: DatasetTable, target: int, last: int) -> Iterable[int]:
-    """Return where spans of `target` frames begin. last: the last frame at which one can."""
+    """Return the first frames of spans of `target` frames. last: the last frame at which one can begin."""
     match table.frame_extraction:
         case "head":
             return (0,)
@@ -71,7 +71,7 @@ def _starts(table: DatasetTable, target: int, last: int) -> Iterable[int]:
 
 
 def describe_short(table: DatasetTable, clip_spans: Collection[Span], kept_frames: int) -> str | None:
-    """Say for which target_frames a clip with these spans is too short; None if for none, or for all."""
+    """Name the target_frames for which a clip with these spans is too short; None if for none, or for all."""
     if not clip_spans or table.kind == "image" or table.frame_extraction == "full":
         return None
     lengths = {length for _, length in clip_spans}
@@ -82,7 +82,7 @@ def describe_short(table: DatasetTable, clip_spans: Collection[Span], kept_frame
 
 
 def frames_wanted(table: DatasetTable) -> int | None:
-    """Return how many kept frames are enough, so that decoding can stop; None if all are needed."""
+    """Return the number of kept frames after which decoding can stop; None if all are needed."""
     if table.frame_extraction == "head":
         return max(table.target_frames)
     return table.max_frames if table.frame_extraction == "full" else None
@@ -143,7 +143,7 @@ def keep_pattern(source_fps: float | None, target_fps: float) -> Iterator[bool]:
 
 
 def resample_indices(num_frames: int, source_fps: float | None, target_fps: float) -> tuple[int, ...]:
-    """Return which of `num_frames` decoded frames are kept."""
+    """Return the indices of the frames that are kept, of `num_frames` decoded frames."""
     return tuple(
         index
         for index, keep in zip(range(num_frames), keep_pattern(source_fps, target_fps), strict=False)

@@ -202,7 +202,7 @@ def _find_captions(
 
 @dataclass(frozen=True)
 class _UnreadRules:
-    """Which files of a folder are read, or usually are next to media."""
+    """Rules for the files of a folder that are read, or usually are next to media."""
 
     kinds: set[str]  # what the tables with the folder hold
     read: frozenset[str]  # endings, in lower case
@@ -301,7 +301,7 @@ def describe_entries(table: DatasetTable) -> str:
 
 
 def _describe_contents(folder: Path, suffixes: Sequence[str]) -> str:
-    """Say what is in a folder. suffixes: of its files."""
+    """Describe the contents of a folder. suffixes: of its files."""
     folders = [path.name for path in folder.iterdir() if path.is_dir()]
     if suffixes:
         most_common = Counter(suffixes).most_common(3)

@@ -130,7 +130,7 @@ def _lister(table: DatasetTable) -> Callable[[DatasetTable, list[Fault]], list[M
 
 
 class CompanionCounts(NamedTuple):
-    """What belongs to an image or clip besides its caption."""
+    """Companions of an image or clip besides its caption."""
 
     num_controls: int
     num_references: int
@@ -176,7 +176,8 @@ def find_all_sources(
     """Return the sources of all tables, in order. Raises DatasetError with the faults of all tables.
 
     skipped: takes unreadable parts that are left out, with their table; without it there is a warning.
-    folders: of the whole configuration, if `config` has only some of its tables: the others read files too.
+    folders: of the whole configuration, if `config` has only some of its tables: its other tables read files
+    too.
     """
     sources: list[MediaSource] = []
     problems = []
@@ -237,7 +238,7 @@ def missing_captions(sources: Iterable[MediaSource]) -> list[str]:
 
 
 def _caption_place(source: MediaSource) -> str:
-    """Say where a caption was looked for."""
+    """Describe the place where a caption was looked for."""
     table = source.table
     if source.caption_path is not None:
         hint = ", and no class_tokens in its table" if table.group is not None else ""

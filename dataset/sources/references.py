@@ -57,7 +57,7 @@ def _is_equal(source: MediaSource) -> bool:
 def limit_references(table: DatasetTable, sources: list[MediaSource]) -> list[MediaSource]:
     """Return sources with at most as many reference pictures as the model takes.
 
-    Warns of those with more, and of those without any while others have some.
+    Warns about sources with more, and about sources without any if other sources have some.
     """
     assert table.references is not None
     if not any(source.control for source in sources):
@@ -158,7 +158,7 @@ def explain_reference(source: MediaSource, error: Exception) -> MediaError:
 
 
 def fit_reference(table: DatasetTable, size: Size, path: Path, bucket: Size | None = None) -> Fit | None:
-    """Return how a reference picture of `size` is resized and cropped; None: like its image.
+    """Return the resizing and the crop of a reference picture of `size`; None: like its image.
 
     bucket: of the image; None: not known yet. What keeps its size loses pixels at the right and below only,
     as in other tuners' caches. Raises MediaError if it is too small, DatasetError if control_resolution is.

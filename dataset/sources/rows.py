@@ -120,7 +120,7 @@ class RowReader:
         return _Media((path, remote), stem=stem, identity=address_identity(text))
 
     def _hint_of_list(self, values: Mapping[str, Any]) -> str:
-        """Say what a line without a path should hold, and who takes it as it is."""
+        """Return a hint at the keys that a line without a path lacks, or the option that takes such lines."""
         name = self.path_column
         if f"{name}_0" in values:
             return f", and {name}_0, {name}_1, ... are layers of Qwen-Image-Layered, which is not supported"
@@ -201,7 +201,7 @@ class RowReader:
         return download, media_source.Remote(text)
 
     def _address_problem(self, address: str, protocol: str) -> str | None:
-        """Say why an address is not followed; None if it is."""
+        """Return the reason why an address is not followed; None if it is."""
         if not self.table.allow_urls:
             return "addresses are read only with allow_urls = true in the table"
         if "::" in address.split("/", 1)[0]:

@@ -87,8 +87,10 @@ def sounds_of(here: MediaSource, spans: Sequence[Span], fps: float, spec: SoundS
 
 
 def count_frames(path: Path, fps: float) -> int:
-    """Return how many frames a clip as long as a sound has. Raises MediaError if there is no sound, if it is
-    shorter than a frame, or if the file does not state its length.
+    """Return the number of frames of a clip that is as long as a sound.
+
+    Raises MediaError if there is no sound, if it is shorter than a frame, or if the file does not state its
+    length.
     """
     facts = track_facts(path)
     if facts is None or facts.end is None:

@@ -185,7 +185,7 @@ def _refuse_compressed(file: BinaryIO, tar: Path) -> None:
 
 
 def _describe_damage(damage: TarDamage, groups: dict[str, _Group], last: str) -> str:
-    """Say what of a damaged tar is used. The last group is removed, unless it seems to be complete."""
+    """Describe the usable part of a damaged tar. The last group is removed unless it seems complete."""
     group = groups.pop(last, {})
     lost = f"{last} and what follows"
     # complete if it has the same kinds of files as another

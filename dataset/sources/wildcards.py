@@ -77,5 +77,5 @@ def _close(groups: list[_OpenChoice], closed: int, generator: random.Random) -> 
 
 
 def _literal(braces: int) -> int:
-    """Return how many braces a row of them stands for: every two for one, and a lone one for itself."""
+    """Return the number of braces that a row of them stands for: two stand for one, a lone one for itself."""
     return (braces + 1) // 2

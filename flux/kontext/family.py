@@ -87,7 +87,7 @@ class KontextFiles(FluxFiles):
         )
 
     def dit_header(self) -> DitHeader[FluxConfig]:
-        """Read dimensions, dialect and dtype of the file. Raises OptionError if it is no FLUX.1 dev."""
+        """Read dimensions, dialect and dtype of the file. Raises OptionError if it is not FLUX.1 dev."""
         header = super().dit_header()
         if header.config.kind != DEV:
             raise OptionError(

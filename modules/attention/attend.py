@@ -330,9 +330,9 @@ def check_backend(
 def refusal(
     package: Backend, capability: tuple[int, int] | None, dtype: Callable[[], torch.dtype], training: bool
 ) -> str | None:
-    """Return why a package cannot do a run even if installed, as words to follow "--flag"; None if it can.
+    """Return the reason why a package cannot serve a run, worded to follow "--flag"; None if it can.
 
-    package: the back end that needs it. capability: None without a CUDA device.
+    package: the back end that needs it; it need not be installed. capability: None without a CUDA device.
     """
     if training and not package.learns:
         return "has no backward pass, so nothing would be learned: it is for generation only."
@@ -390,7 +390,7 @@ Steer = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class SecondText:
-    """Where a second text stands among the tokens, B L+T+T' ..., and how attention uses it."""
+    """Place of a second text among the tokens, B L+T+T' ..., and its use by attention."""
 
     before: int  # tokens of the picture, L
     count: int  # its own tokens, T'

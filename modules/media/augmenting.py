@@ -22,7 +22,7 @@ _FACE = re.compile(r"_(\d+)_(\d+)_(\d+)_(\d+)$")
 
 @dataclass(frozen=True)
 class Face:
-    """Where a face is in a picture, in pixels."""
+    """Position and size of a face in a picture, in pixels."""
 
     x: int  # of its middle
     y: int
@@ -68,7 +68,7 @@ def fit_face(
     numbers: random.Random,
     anywhere: bool = False,
 ) -> Fit:
-    """Return how to crop a picture around a face.
+    """Return the scale and crop of a picture around a face.
 
     The number of faces that fit along the bucket's short side is drawn between `sides`. The picture covers
     the bucket, and is not enlarged just to reach that number. The face is in the middle, or with `anywhere`
@@ -81,7 +81,7 @@ def fit_face(
     resized = (max(bucket[0], round(size[0] * scale)), max(bucket[1], round(size[1] * scale)))
 
     def start(middle: float, length: float, axis: int) -> int:
-        """Return where the crop begins on an axis. middle, length: of the resized face."""
+        """Return the first pixel of the crop on an axis. middle, length: of the resized face."""
         part = bucket[axis]
         place = middle - part / 2
         if anywhere and length < part:

@@ -12,7 +12,7 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Fit:
-    """How to fit a picture to a bucket: resize to `resized`, then crop the bucket at `crop`."""
+    """Fit of a picture to a bucket: resize to `resized`, then crop the bucket at `crop`."""
 
     resized: Size
     crop: Size  # left, top
@@ -57,7 +57,7 @@ def choose_bucket(size: Size, sizes: tuple[Size, ...], area: int, step: int, no_
 
 
 def fit_cover(size: Size, bucket: Size) -> Fit:
-    """Return how to scale `size` until it just covers `bucket`, and crop the centre."""
+    """Return the fit that scales `size` until it just covers `bucket`, and crops the centre."""
     if size == bucket:
         return Fit(size, (0, 0), bucket, "none")
     scale = max(bucket[0] / size[0], bucket[1] / size[1])
@@ -67,7 +67,7 @@ def fit_cover(size: Size, bucket: Size) -> Fit:
 
 
 def fit_within(size: Size, area: int | None, step: int) -> Fit:
-    """Return how to reduce a picture to at most `area` pixels, keeping its shape, and crop its centre.
+    """Return the fit that reduces a picture to at most `area` pixels, keeps its shape and crops its centre.
 
     area: None keeps the size. step: sides become multiples of this.
     """
@@ -112,11 +112,11 @@ def choose_image_bucket(size: Size, sizes: Sequence[Size]) -> Size:
 
 
 def fit_without_enlarging(size: Size, area: int, step: int) -> Fit:
-    """Return how a picture fits a bucket of its own: above `area` pixels it is shrunk to about that, else it
-    keeps its size; the bucket is that size rounded down to multiples of `step`.
+    """Return the fit of a picture to a bucket of its own size, rounded down to multiples of `step`.
 
-    Of the two sizes of about that area in which one side is a multiple of `step`, the one is taken whose
-    other side loses less. Raises ValueError if a side is shorter than `step`.
+    A picture above `area` pixels is first shrunk to about that area. Of the two sizes of about that area in
+    which one side is a multiple of `step`, the one is taken whose other side loses less. Raises ValueError if
+    a side is shorter than `step`.
     """
     width, height = size
     resized = size if width * height <= area else _shrink(size, area, step)
@@ -130,9 +130,10 @@ def fit_without_enlarging(size: Size, area: int, step: int) -> Fit:
 
 
 def fit_like(fit: Fit, size: Size, like: Size) -> Fit:
-    """Return how a picture fits the bucket of the one it belongs to, whose size is `like`, whose fit `fit`.
+    """Return the fit of a picture that belongs to another one, whose size is `like` and whose fit is `fit`.
 
-    With the same proportions, to within 2 %, it is on the other exactly; else it covers the bucket.
+    With the same proportions, to within 2 %, it is resized and cropped exactly as that picture; otherwise it
+    covers the same bucket.
     """
     if size == like:
         return fit

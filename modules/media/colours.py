@@ -84,7 +84,7 @@ def _note_facts(file: Image.Image) -> None:
     tile = getattr(file, "tile", None)
     key = file.info.get("transparency")
     raw = str(tile[0][3]) if tile else ""
-    if key is not None:  # Pillow leaves the transparent colour of a PNG as it is stored, and spreads pixels
+    if key is not None:  # Pillow leaves the transparent colour of a PNG as stored, and spreads pixels
         spread = {"L;2": 85, "L;4": 17}.get(raw, 1)
         file.info["transparency"] = key * spread if spread > 1 else key
         if raw == "RGB;16B":  # of pixels the higher bytes are read
@@ -132,7 +132,7 @@ def code_transform(frame: Any) -> ImageCms.ImageCmsTransform | None:
 
 
 def look_at(path: Path, file: Image.Image) -> Colours:
-    """Return what an opened picture says of its colours. Pixels are read only if it may be transparent."""
+    """Return the facts about an opened picture's colours. Pixels are read only if it may be transparent."""
     _note_facts(file)
     profile = _profile_of(path, file)
     transform, fault = (None, None) if profile is None else _transform(profile)
@@ -159,7 +159,7 @@ def blend_on_white(frame: NDArray[Any]) -> NDArray[Any]:
 
 
 def _opacity(image: Image.Image) -> NDArray[np.uint8] | None:
-    """Return how opaque each pixel is, H W; None if nothing can be transparent."""
+    """Return the opacity of each pixel, H W from 0 to 255; None if nothing can be transparent."""
     key = image.info.get("transparency")
     if image.mode.startswith("I;16") and key is not None:
         return np.where(np.asarray(image) == key, 0, 255).astype(np.uint8)
@@ -315,7 +315,8 @@ def _curve(info: dict[Any, Any]) -> list[int] | None:
 
 @functools.lru_cache(maxsize=64)
 def _make_profile(gamma: float | None, places: tuple[float, ...]) -> bytes | None:
-    """Return the ICC profile of gAMA (None: the curve of sRGB) and cHRM; None if the places are no triangle.
+    """Return the ICC profile of gAMA (None: the curve of sRGB) and cHRM; None if the places are not a
+    triangle.
 
     Source: ICC.1, 8.3.
     """
@@ -357,7 +358,7 @@ def _xyz(values: Any) -> bytes:
 
 
 def _colorants(places: tuple[float, ...]) -> Any:
-    """Return the primaries as columns of XYZ under D50, of cHRM's places; None if these are no triangle.
+    """Return the primaries as columns of XYZ under D50, of cHRM's places; None if these are not a triangle.
 
     places: x y of the white point, red, green and blue.
     """

@@ -27,7 +27,7 @@ TAIL = 64  # bytes; programs that fetch files may claim their whole length at on
 
 @dataclass(frozen=True)
 class Orientation:
-    """How a stored frame is turned and mirrored to be shown: transposed first, then mirrored."""
+    """Turn and mirroring of a stored frame for display: transposed first, then mirrored."""
 
     is_transposed: bool = False  # rows become columns
     flips_columns: bool = False  # left and right change places
@@ -56,7 +56,7 @@ _BY_EXIF = {
 
 
 def orientation_of(frame: Any) -> Orientation:
-    """Return how the display matrix of FFmpeg's frame turns and mirrors it.
+    """Return the turn and mirroring that the display matrix of FFmpeg's frame asks for.
 
     A matrix between two of the eight ways to lay a picture into a rectangle counts as the nearest of them;
     how much it enlarges does not count. Source: FFmpeg's libavutil/display.h.

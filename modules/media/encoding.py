@@ -57,7 +57,7 @@ def in_sixteen_bits(pixels: Pixels) -> NDArray[np.uint16]:
 
 @dataclass(frozen=True)
 class Codec:
-    """How one kind of video is encoded."""
+    """Settings for encoding one kind of video."""
 
     encoder: str
     pixel_format: str
@@ -126,7 +126,7 @@ def settle_codec(codec: str, width: int, height: int) -> str:
 
 
 def choose_codec(path: Path, codec: str) -> Codec:
-    """Return how to encode to `path`. Raises MediaError if the codec does not fit the suffix."""
+    """Return the codec for `path` by its name. Raises MediaError if it does not fit the suffix."""
     kind = _CODECS[codec]
     suffix = path.suffix.lower()
     if suffix not in kind.suffixes:

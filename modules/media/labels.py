@@ -7,7 +7,7 @@ LABELS = (MASK_LABEL, CONDITION_LABEL)
 
 
 def label_of(stem: str) -> str | None:
-    """Return which label the name of a file ends in, without its suffix; None: it is a picture."""
+    """Return the label that a file's name, without suffix, ends in; None: it is a picture."""
     lower = stem.lower()
     return next((label for label in LABELS if lower.endswith(label) and len(lower) > len(label)), None)
 

@@ -15,7 +15,7 @@ class ClipLengths:
 
     @property
     def shortest(self) -> int:
-        """Return the length of the shortest clip that is no picture."""
+        """Return the length of the shortest clip of more than one frame."""
         return self.first if self.first > 1 else self.first + self.step
 
     def fit(self, frames: int) -> int:

@@ -81,7 +81,7 @@ def is_static(frames: Sequence[Frame], threshold: float = STATIC_CHANGE) -> bool
 
 
 def sharpness(frame: Frame) -> float:
-    """Return how sharp the sharpest quarter of a frame is; 0 for a frame without structure.
+    """Return the sharpness of the sharpest quarter of a frame; 0 for a frame without structure.
 
     The frame is reduced to 512 pixels on its longer side (a smaller one keeps its size). Then
     mean(L^2 in the sharpest quarter of 8 x 8 tiles) / variance of the luma, where L is the Laplacian of the
@@ -109,8 +109,9 @@ def is_flat(frame: Frame) -> bool:
 def perceptual_hash(frame: Frame) -> int:
     """Return a hash of 63 bits that copies nearly share: rescaled, recompressed, brighter or darker ones.
 
-    The luma is reduced to 32 x 32 and transformed by a DCT; each of its 8 x 8 lowest terms but the constant
-    one gives a bit: whether it is above their median. Mirrored pictures differ. A flat frame gives 0.
+    The luma is reduced to 32 x 32 and transformed by a DCT; each of its 8 x 8 lowest terms except the
+    constant one gives a bit: whether it is above their median. Mirrored pictures differ. A flat frame gives
+    0.
     Source: Zauner 2010, "Implementation and Benchmarking of Perceptual Image Hash Functions", section 3.2.1;
     it leaves out the terms that are constant in one direction, which we keep: stripes have no others.
     """

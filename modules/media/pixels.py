@@ -118,7 +118,7 @@ def video_pixels(
     """Read the first frames of a video or image folder, scaled to cover: 1 3 F+E H W float32 in -1..1.
 
     option: "--video_path", for messages. end_frames (E): further frames for an end image; at least one of
-    them must exist, and the last existing one is repeated for the others.
+    them must exist, and the last existing one is repeated for the missing ones.
     Raises MediaError if the video is too short.
     """
     from modules.media.reading import FrameSizes, media_colours, resize_cover, video_frames

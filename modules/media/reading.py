@@ -133,7 +133,7 @@ def join_alpha(colours: Frame, alpha: NDArray[np.uint8] | None) -> Frame:
 
 
 def media_colours(path: Path) -> Colours:
-    """Return what an image, a clip or a folder of images says of its colours; a clip by its first frame.
+    """Return the facts about the colours of an image, a clip (by its first frame) or a folder of images.
 
     Animated GIF and WebP files never count as transparent: they are laid on white. Raises MediaError if it
     cannot be read.
@@ -249,7 +249,7 @@ def fit_frame(frame: Frame, fit: Fit, place: tuple[float, float] | None = None) 
 def resize_frame(frame: Frame, size: Size, interpolation: str) -> Frame:
     """Resize a frame to exactly `size`, without keeping its proportions.
 
-    interpolation: "none" if it has that size; of Pillow "lanczos" and "box", of OpenCV the others in
+    interpolation: "none" if it has that size; of Pillow "lanczos" and "box", of OpenCV those in
     OPENCV_METHODS.
     """
     if interpolation == "none":
@@ -326,7 +326,7 @@ class FrameSizes:
         self.change: str | None = None  # "64x32, from frame 9 on 32x64": the first change
 
     def watch(self, frames: Iterable[Frame]) -> Iterator[Frame]:
-        """Yield the frames as they are, H W C."""
+        """Yield the frames unchanged, H W C."""
         first: Size | None = None
         for number, frame in enumerate(frames, 1):
             size = frame.shape[1], frame.shape[0]

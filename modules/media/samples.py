@@ -29,7 +29,7 @@ _WITHOUT_TIMES = frozenset({"mp3", "aac", "ac3", "eac3", "dts", "truehd", "amr"}
 
 @dataclass(frozen=True)
 class TrackFacts:
-    """What the header of a file says of its sound; seconds count as in `read_track`."""
+    """Facts about a file's sound that its header states; seconds count as in `read_track`."""
 
     rate: int  # samples in a second
     channels: int
@@ -66,7 +66,7 @@ def read_track(path: Path, start: Fraction, count: int, rate: int, channels: int
 
     start: seconds from the first picture of the file; without pictures, from its first sound. Before the
     sound begins, after it ends and in gaps of its times, samples are 0. A single channel is copied to all
-    channels; others are mixed as FFmpeg does; loudness is left alone. Of several tracks FFmpeg chooses the
+    channels; several are mixed as FFmpeg does; loudness is left alone. Of several tracks FFmpeg chooses the
     default one, or the best. Returns None if there is no track. Raises MediaError if the file cannot be read,
     or its sound is damaged.
     """

@@ -145,7 +145,7 @@ def _timed(path: Path, deep: bool) -> Iterator[Picture]:
 
 
 def _end_of(container: Any, stream: Any) -> Fraction | None:
-    """Return when the last picture ends, on the file's clock, if it can be known.
+    """Return the time at which the last picture ends, on the file's clock; None if it cannot be known.
 
     Files keep no duration of the last picture, or that of the one stored last.
     """
@@ -183,7 +183,7 @@ class Clock:
         self._shift = Fraction(0)
 
     def place(self, time: Fraction | None) -> Fraction:
-        """Return when the next picture is shown. time: by the file, None if it does not say."""
+        """Return the time at which the next picture is shown. time: by the file, None if it has none."""
         if time is None:
             time = self._previous + self._step - self._shift
         if self._origin is None:
@@ -209,7 +209,7 @@ class Clock:
         return nearest if near <= max(self._tolerance, START_TOLERANCE) else time
 
     def duration(self, seconds: Fraction | None) -> Fraction:
-        """Return how long a picture is shown, if no other follows it. seconds: by the file."""
+        """Return the seconds for which a picture is shown, if no other follows it. seconds: by the file."""
         if seconds is None or abs(seconds - self._step) <= self._tolerance:
             return self._step
         return seconds

@@ -111,7 +111,7 @@ def ticks_per_second(rate: Fraction) -> int:
 
 
 class _PictureTime(NamedTuple):
-    """When a picture is shown, in ticks."""
+    """Time at which a picture is shown, in ticks."""
 
     start: int
     length: int
@@ -264,14 +264,14 @@ def write_shown(
     """Encode pictures, each at its own time, to `path` (.mp4, .mkv or .mov), completely or not at all.
 
     frames: read one at a time; 8 and 16 bits may be mixed. Their times rise. rate: pictures a second if they
-    come evenly; places n / rate are kept exactly, others to a twentieth of a millisecond, in .mkv to half of
-    one. codec, crf, preset, bit_rate: see `write_video`. companions_of: a video whose sound, subtitles,
-    attachments, chapters and tags go into this one as they are; parts that the format cannot hold are logged.
-    covers: whether its cover pictures go too, and whatever else may show the old pictures. section_of: a part
-    of a video whose sound goes into this one, in place of all that. track: generated sound, likewise. tags:
-    see `write_video`; they replace the video's own. Raises MediaError if there is no frame, the codec does
-    not fit the suffix or the pictures, or their size changes; ValueError if their times do not rise;
-    OutputError if the file cannot be written.
+    come evenly; places n / rate are kept exactly, other times to a twentieth of a millisecond, in .mkv to
+    half of one. codec, crf, preset, bit_rate: see `write_video`. companions_of: a video whose sound,
+    subtitles, attachments, chapters and tags are copied into this one without re-encoding; parts that the
+    format cannot hold are logged. covers: whether its cover pictures go too, and whatever else may show the
+    old pictures. section_of: a part of a video whose sound goes into this one, in place of all that. track:
+    generated sound, likewise. tags: see `write_video`; they replace the video's own. Raises MediaError if
+    there is no frame, the codec does not fit the suffix or the pictures, or their size changes; ValueError if
+    their times do not rise; OutputError if the file cannot be written.
     """
     kind = encoding.choose_codec(path, codec)
     remaining = iter(frames)
@@ -373,7 +373,7 @@ def _open_writers(
 
 
 def encode_segment(frames: Iterable[Frame], fps: float) -> bytes:
-    """Encode frames quickly to an .mp4 in memory, stored in playing order, to be joined with others."""
+    """Encode frames quickly to an .mp4 in memory, stored in playing order, to be joined with further ones."""
     remaining = iter(frames)
     first = next(remaining)
     file = io.BytesIO()

@@ -22,7 +22,7 @@ GROWTH, MOST_GROWN = 0.02, 0.3  # of a box on each side, for each picture from w
 
 
 class Sighting(NamedTuple):
-    """Where something was found in a picture."""
+    """Place of something found in a picture."""
 
     number: int  # of the picture
     box: Box
@@ -139,7 +139,7 @@ def _closeness(track: Track, boxes: Numbers, index: int) -> Numbers:
 
 
 def _nearness(track: Track, boxes: Numbers, index: int) -> Numbers:
-    """Return how near boxes are to a track's last or expected place, 0..1; 0 if they are too far."""
+    """Return the nearness of boxes to a track's last or expected place, 0..1; 0 if they are too far."""
     longer_sides = (boxes[:, 2:] - boxes[:, :2]).max(axis=1)
     reach = REACH * np.maximum(_longer(track.last.box), longer_sides)
     centres = (boxes[:, :2] + boxes[:, 2:]) / 2

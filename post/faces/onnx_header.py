@@ -38,7 +38,7 @@ _SAME = {"Cast", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Squeeze",
 
 
 class _Layout(NamedTuple):
-    """How a tensor's values are stored."""
+    """Layout of a tensor's stored values."""
 
     letter: str  # of `struct`, for values in _RAW
     field_number: int  # of values that are not in _RAW
@@ -256,7 +256,7 @@ def _stored_size(tensor: _Parts) -> int:
 
 
 def _layout_of(tensor: _Parts) -> _Layout | None:
-    """Return how a tensor's values are stored; None if they cannot be sizes."""
+    """Return the layout of a tensor's stored values; None if they cannot be sizes."""
     dtype = next((number for number in tensor[_DTYPE] if isinstance(number, int)), 0)
     return _LAYOUTS.get(dtype)
 

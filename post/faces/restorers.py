@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 CLASSES = 19
 # in the order of CelebAMask-HQ: skin, nose, glasses, eyes, brows, ears, mouth, lips, hair; 15 is ear rings.
-# Background, hat, necklace, neck and clothes stay as they are.
+# Background, hat, necklace, neck and clothes stay unchanged.
 OF_THE_FACE = (*range(1, 14), 15)
 FILES = "parsing_parsenet.pth"
 UNUSED = ("out_img_conv.*", "*.num_batches_tracked")  # what the network learned with
@@ -273,7 +273,7 @@ class FacefixFiles(NamedTuple):
 def find_files(options: FacefixOptions) -> FacefixFiles:
     """Return the paths of the files. Raises CheckpointError if one is missing.
 
-    --model is the model or its folder; the others are next to it, unless --detection_model is a path.
+    --model is the model or its folder; the other files are next to it, unless --detection_model is a path.
     """
     mode = options.mode
     model = options.network.model

@@ -44,7 +44,7 @@ class YoloLayout:
 
 
 class _Rows(NamedTuple):
-    """What a YOLO has found, in pixels of the square picture."""
+    """Findings of a YOLO, in pixels of the square picture."""
 
     boxes: Numbers  # N 4
     scores: Numbers  # N
@@ -274,7 +274,7 @@ class YuNetDetector:
         return [_read_row(row, scale) for row in best_first]
 
     def _factor(self, height: int, width: int) -> float:
-        """Return how much a picture is scaled down for the search."""
+        """Return the factor by which a picture is scaled down for the search."""
         factor = 1.0 if self.side is None else min(1.0, self.side / max(height, width))
         if self.canvas is not None:
             factor = min(factor, self.canvas[0] / width, self.canvas[1] / height)

@@ -349,7 +349,7 @@ def _load_flowformer(checkpoint: Checkpoint, device: torch.device) -> tuple[Raft
 def _plan_gimm(checkpoint: Checkpoint, kind: str, settings: ModeSettings) -> LoadPlan[GimmConfig]:
     """Plan how to load the main file of a mode. Raises CheckpointError if it is of the other mode."""
     plan = read_gimm(checkpoint)
-    # it projects the features of RAFT, and takes FlowFormer's as they are
+    # it projects the features of RAFT, and takes FlowFormer's unchanged
     if bool(plan.config.synthesis.projections) != (kind == WITH_RAFT):
         mode = WITH_FLOWFORMER if kind == WITH_RAFT else WITH_RAFT
         path = checkpoint.path

@@ -137,7 +137,7 @@ class MemoryDecoder(nn.Module):
         return upsample_flow(places - start, 0.25 * block.mask(hidden))
 
     def _recall(self, near: Tensor, places: Tensor, keys_and_values: Any) -> Tensor:
-        """Return what the memory holds about each place, 1 . H W. near: the costs around the places."""
+        """Return the features of each place from memory, 1 . H W. near: the costs around the places."""
         query = self.flow_token_encoder(near)
         code = flowformer_memory.position_code(_rows(places), query.shape[1])
         attend = self.decoder_layer["cross_attend"]

@@ -39,7 +39,7 @@ DEVICE_BYTES = 1 << 27  # large enough for a GPU to have all its cores at work
 
 
 def rows_of_part(bytes_each: int, device: torch.device, part_bytes: int | None = None) -> int:
-    """Return how many rows to compute at once.
+    """Return the number of rows to compute at once.
 
     bytes_each: memory to compute one row. part_bytes: limit for all rows; None: the best for the device.
     """

@@ -136,7 +136,7 @@ def _leaky(x: Tensor) -> Tensor:
 # Letters: C channels, H W height and width of the pictures, K blends
 
 PER_BLEND = 8  # channels of the last layer for each of K blends: two flows, a mask, three colours
-FLOWS, PICTURES = 4, 12  # channels: flows to both pictures; both pictures as they are, and warped
+FLOWS, PICTURES = 4, 12  # channels: flows to both pictures; both pictures unchanged, and warped
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ MIDDLE_NAMES: Names = (
 SWINIR_NAME = "layers.0.residual_group.blocks.0.attn.relative_position_bias_table"
 BUFFERS = ("*.attn_mask", "*.relative_position_index")  # of SwinIR; computed here
 
-HAT_NAME = "layers.0.residual_group.overlap_attn.relative_position_bias_table"  # beside all of SwinIR's
+HAT_NAME = "layers.0.residual_group.overlap_attn.relative_position_bias_table"  # besides all of SwinIR's
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def _read_rrdb(checkpoint: Checkpoint) -> LoadPlan[RrdbConfig]:
 
 
 def _rrdb_names(checkpoint: Checkpoint) -> Names:
-    """Return how the names of a file become ours. Raises CheckpointError if it is not an upscaler."""
+    """Return patterns that turn a file's names into ours. Raises CheckpointError if it is not one."""
     names = checkpoint.tensors
     if "model.1.sub.0.RDB1.conv1.0.weight" in names:
         # the last layer's number shows the number of enlargements

@@ -164,7 +164,7 @@ class ResidualGroup(nn.Module):
 
 
 def apart(window: int, rows: int, columns: int, bias: Tensor) -> Tensor:
-    """Return the bias (heads N N) with the last `rows` and `columns` of a window masked from the others."""
+    """Return the bias (heads N N) with the last `rows` and `columns` of a window masked from the rest."""
     if not rows and not columns:
         return bias
     place = torch.arange(window, device=bias.device)

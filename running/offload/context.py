@@ -38,7 +38,7 @@ AXES = ("data", "passes", "context")  # the last one changes fastest
 
 @dataclass(frozen=True)
 class ProcessGrid:
-    """How many processes share passes and tokens, and the place of this process among them."""
+    """Numbers of processes that share passes and tokens, and the place of this process among them."""
 
     rank: int  # of this process, from 0
     data: int  # groups of processes with micro-batches of their own (`ShardingOptions.groups_of`)
@@ -47,12 +47,12 @@ class ProcessGrid:
 
     @property
     def pass_rank(self) -> int:
-        """Return which part of the passes of a step this process runs."""
+        """Return the index of the part of a step's passes that this process runs."""
         return self.rank // self.context % self.passes
 
     @property
     def context_rank(self) -> int:
-        """Return which part of a clip's tokens this process has."""
+        """Return the index of the part of a clip's tokens that this process has."""
         return self.rank % self.context
 
 
@@ -123,7 +123,7 @@ class TokenPart:
 
     @property
     def size(self) -> int:
-        """Return how many tokens each part has, except for the last ones, which may be shorter."""
+        """Return the number of tokens of each part, except for the last ones, which may be shorter."""
         return -(-self.length // self.count)
 
     @property

@@ -97,7 +97,7 @@ def _warn_of_unlocked(size: int, total: int) -> None:
 
 
 def _lay_out(sizes: Sequence[int]) -> tuple[list[int], list[range]]:
-    """Return where tensors of these sizes begin, and the pieces in which the memory is locked.
+    """Return the offsets in bytes of tensors of these sizes, and the pieces in which the memory is locked.
 
     No tensor is in two pieces, as a copy may not cross their border, and no page does.
     """
@@ -132,7 +132,7 @@ def _private(size: int) -> mmap.mmap:
 def _share(size: int, machine: Machine) -> mmap.mmap | None:
     """Map memory shared by a machine's processes; None if they cannot share, so that each needs its own.
 
-    The first process makes a file without a name; the others open it through its list of open files.
+    The first process makes a file without a name; the other processes open it through its list of open files.
     """
     descriptor = None
     if machine.rank == 0 and hasattr(os, "memfd_create"):
@@ -253,7 +253,7 @@ class Transfer:
         """Have computation that is queued from now on start after that moment."""
 
     def finish(self) -> None:
-        """Return when all copies are done."""
+        """Wait until all copies are done."""
 
 
 class CudaTransfer(Transfer):

@@ -113,7 +113,7 @@ class ShardedBlocks:
         from torch.distributed.fsdp import fully_shard
 
         # vectors stay whole: they are small, and each costs more to keep track of than its half. One goes
-        # with the weights, as gloo gathers weights in 8 bits only beside another dtype
+        # with the weights, as gloo gathers weights in 8 bits only together with another dtype
         vectors = [parameter for parameter in block.parameters() if parameter.ndim < 2]
         fully_shard(block, mesh=self._mesh, reshard_after_forward=True, ignored_params={*vectors[1:]})
 
@@ -149,8 +149,8 @@ def _blocks_of(network: nn.Module) -> dict[str, nn.Module]:
 def _run_all(inner: Runner, dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
     """Run the blocks by the runner that was set before; with gradients, they go back through every block.
 
-    Otherwise, if dropout left a block without gradients in one process only, the others would gather it
-    alone.
+    Otherwise, if dropout left a block without gradients in one process only, the other processes would gather
+    it alone.
     """
     if torch.is_grad_enabled() and not hidden.x.requires_grad:
         hidden.x = hidden.x.detach().requires_grad_()

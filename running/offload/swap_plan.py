@@ -21,7 +21,7 @@ from running.offload.host_memory import HostTensors, Machine, allocate, machine_
 
 @dataclass(frozen=True)
 class ListPlan:
-    """How the blocks of one list share the device."""
+    """Division of the device's memory among the blocks of one list."""
 
     name: str  # of the nn.ModuleList
     num_blocks: int
@@ -61,7 +61,7 @@ def _fits(num_blocks: Sequence[int], swapped: Sequence[int], unswapped: int) -> 
 
 
 def _most_of(num_blocks: int, unswapped: int) -> int:
-    """Return how many blocks of a list can be swapped."""
+    """Return the largest number of blocks of a list that can be swapped."""
     return max(num_blocks - unswapped, 1 if num_blocks > 1 else 0)
 
 
@@ -98,7 +98,7 @@ class SwapPlan:
 
 
 def check_swap(spec: DitSpec, blocks: int, totals: Sequence[int]) -> Sequence[int]:
-    """Return how many blocks of each list are swapped. totals: how many there are.
+    """Return the number of blocks of each list that are swapped. totals: the numbers of all blocks.
 
     Raises OptionError if the network has too few, or if none of its blocks can be swapped.
     """

@@ -26,7 +26,7 @@ EXCHANGED = 3  # tensors of an attention: one is in order for the others, one is
 
 @dataclass(frozen=True)
 class Division:
-    """How processes, each with a card, divide a step."""
+    """Division of a step among processes, each with a card."""
 
     processes: int
     shards: bool = False  # the weights of the blocks: --shard_base

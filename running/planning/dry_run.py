@@ -212,7 +212,7 @@ def modules_in(thing: object, depth: int = 4) -> Iterator[nn.Module]:
 
 
 class _ComputedPiece(NamedTuple):
-    """What the largest computed piece of a kind took."""
+    """Shape and memory of the largest computed piece of a kind."""
 
     shape: torch.Size
     result_shape: torch.Size
@@ -222,7 +222,7 @@ class _ComputedPiece(NamedTuple):
 
 
 class OneOfManyPieces(TorchFunctionMode):
-    """While active, `compute_piece` computes one piece of each kind; for others it allocates their share."""
+    """While active, `compute_piece` computes one piece of each kind; for further ones it allocates space."""
 
     def __init__(self, ledger: Ledger) -> None:
         super().__init__()

@@ -126,7 +126,7 @@ GATHERED = 3  # blocks: one computes, one is gathered, and the buffer that it is
 
 
 def sharing_processes(speed: TrainingSpeedOptions | GenerationSpeedOptions) -> int:
-    """Return how many processes share the transformer; without a launcher --plan's cards, or two."""
+    """Return the number of processes that share the transformer; --plan without a launcher: at least 2."""
     if not speed.sharding.shard_base:
         return 1
     launched = launched_processes()
@@ -273,7 +273,7 @@ def smallest_swap(prediction: Swappable, usable: int) -> int | None:
 
 
 def swap_for(prediction: Swappable, swap: SwapOptions, room: Room | None) -> tuple[int, str | None]:
-    """Return how many blocks to swap, and the reason if --blocks_to_swap is `auto`.
+    """Return the number of blocks to swap, and the reason if --blocks_to_swap is `auto`.
 
     With `auto` the number is the smallest that fits the room, the largest if none fits, and 0 without a
     room. Raises OptionError if there are too few blocks.

@@ -60,7 +60,7 @@ def with_division(speed: Speed, division: Division) -> Speed:
 
 
 def find_ways(rehearsed: Rehearsed, cards: int, room: Room, is_training: bool) -> Iterator[Way]:
-    """Yield the ways to use equal cards, first the one that waits least for others. room: of each card."""
+    """Yield the ways to use equal cards, first the one with the least waiting. room: of each card."""
     for division in _divisions(cards, is_training):
         words = ("--shard_base",) * division.shards
         if division.context > 1:

@@ -304,9 +304,9 @@ def test_fp8_must_be_faster_at_equal_loss(changes: dict[str, Any], verdict: str,
 def test_tables_are_written_between_the_marks_of_the_documents_and_nowhere_else(tmp_path: Path) -> None:
     results = Results(HEAD, path=tmp_path / "gpu.json")
     results.note("wan14b-bf16", row())
-    documents = [tmp_path / name for name in ("speed.md", "README.md")]
-    shutil.copy(ROOT / "docs" / "speed.md", documents[0])
-    shutil.copy(ROOT / "benchmarks" / "README.md", documents[1])
+    documents = [tmp_path / name for name in ("RESULTS.md", "copy.md")]
+    for document in documents:
+        shutil.copy(ROOT / "benchmarks" / "RESULTS.md", document)
     before = [path.read_text(encoding="utf-8") for path in documents]
     words = ["--tables", str(tmp_path / "gpu.json"), "--documents", *map(str, documents)]
 

@@ -14,7 +14,7 @@ import pytest
 
 from contract.families import FOLDERS, with_scripts
 from dataset.options import CachingOptions, read_latent_caching
-from docs.model_tables import FIRST, family_table, models_tables, page_of
+from docs.model_tables import FIRST, family_table, models_tables, page_of, renew_family_tables
 from downloads.catalogue import ModelSet, ReleasedFile, download_hint, families, known_components, model_sets
 from downloads.listing import describe_set
 from downloads.options import DownloadOptions
@@ -155,9 +155,10 @@ def test_the_pages_have_the_tables_of_the_files() -> None:
 
     assert page[page.index(FIRST) :] == models_tables()
     for family in families():
-        assert "\n".join(family_table(family)) in (ROOT / "docs" / page_of(family)).read_text(
-            encoding="utf-8"
-        )
+        text = (ROOT / "docs" / page_of(family)).read_text(encoding="utf-8")
+        assert "\n".join(family_table(family)) in text
+        of_page = [one for one in families() if page_of(one) == page_of(family)]
+        assert renew_family_tables(text, of_page) == text
 
 
 ELSEWHERE = {
@@ -288,3 +289,21 @@ def test_trainings_ask_for_the_names_of_comfyui_where_it_reads_no_others() -> No
 
 def test_a_family_with_one_task_needs_no_task() -> None:
     assert parse_options("", ["--family", "hunyuan_video"], DownloadOptions)[0].task is None
+
+
+def test_a_download_without_some_files_lists_loads_and_types_the_others(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = parse_options(
+        "", ["--family", "wan", "--task", "t2v-1.3B", "--without", "dit", "--t5"[2:]], DownloadOptions
+    )[0]
+
+    (model,) = options.sets()
+
+    assert [part.option for part in model.components if part.option] == ["--vae"]
+    training = next(text for text in model.typed_commands(Path("m")) if "train_network" in text)
+    assert "--dit DIT_FILE" in training
+    with pytest.raises(UserError, match=r"--without vea: wan t2v-1.3B has dit, vae, t5\. Did you mean vae\?"):
+        parse_options("", ["--family", "wan", "--task", "t2v-1.3B", "--without", "vea"], DownloadOptions)[
+            0
+        ].sets()

@@ -17,8 +17,8 @@ from running.offload.block_swap import swap_of
 from tests.modules.fake_device import FakeDevice
 from tests.modules.swap_cases import CASES, gradients, learner
 from tests.training import toy
-from training.averages import make_average
-from training.learning_options import AverageOptions, WholeDitOptions
+from training.features.ema_weights import make_average
+from training.learning_options import WholeDitOptions
 from training.metadata import file_metadata, run_metadata
 from training.options import TrainingOptions, read_arguments, training_parser
 from training.saving.states import SavedState, read_state, write_state
@@ -200,7 +200,7 @@ def test_the_average_of_a_lora_leaves_swapped_blocks_where_they_are() -> None:
         modules={"network": network}, groups=[{"params": parameters}], group_names=("unet",), writes={}
     )
     optimizer = torch.optim.SGD(parameters, 0.1)
-    average = make_average(AverageOptions.usual(ema_decay=0.5), [dit], trainable, optimizer, keeps=True)
+    average = make_average(0.5, 1, dits=[dit], trainable=trainable, optimizer=optimizer, keeps=True)
     assert average is not None
     swap = swap_of(dit)
     assert swap is not None

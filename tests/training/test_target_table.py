@@ -25,9 +25,10 @@ from running.routes import Route, routed
 from running.run_blocks import runner_of
 from tests.training import toy
 from tests.training.toy_images import train_image_toy, write_subset
+from training.features.ip_noise import IpNoiseOptions
 from training.features.tread import TreadOptions, check_tread
 from training.loss import MASK, LossRule, NoisyBatch, NoisySound
-from training.noise_options import L2, LossOptions, NoiseOptions
+from training.noise_options import L2, LossOptions
 from training.options import TrainingOptions
 from training.target_options import GuidedTargetOptions
 from training.target_rules import Band, GuidedTarget, Preference, Targets, TeacherTarget
@@ -434,14 +435,14 @@ OPTIONS_OF: dict[type[Options], dict[str, set[str]]] = {
     PreferenceOptions: {"preference": {"preference", "preference_data_weight"}},
     SliderOptions: {"slider": {"slider"}},
     TreadOptions: {"tread": {"tread", "tread_blocks"}},
-    NoiseOptions: {"perturbation": {"ip_noise_gamma", "ip_noise_gamma_random_strength"}},
+    IpNoiseOptions: {"perturbation": {"ip_noise_gamma", "ip_noise_gamma_random_strength"}},
     LossOptions: {"loss_type": {"loss_type", "huber_schedule", "huber_c", "huber_scale"}},
 }
 # records of options that say nothing of what a network learns towards, or only how much a level counts
 OF_NO_TARGET = {
     *("LoopOptions", "CheckPageOptions", "ValidationOptions", "OptimizerOptions", "LrScheduleOptions"),
     *("TimestepOptions", "AcceleratorOptions", "SavingOptions", "SampleOptions", "PreviewOptions"),
-    *("AverageOptions", "SkipOptions", "LogOptions", "EndOptions", "MetadataOptions", "HubOptions"),
+    *("EmaOptions", "SkipOptions", "LogOptions", "EndOptions", "MetadataOptions", "UploadOptions"),
     *("TrainingSpeedOptions", "TrainingAttentionOptions", "TrainingFp8Options", "SwapOptions"),
     *("ShardingOptions", "TrainingCompileOptions", "PlanOptions", "FrozenModelOptions"),
     "FeatureOptions",

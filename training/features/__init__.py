@@ -2,19 +2,34 @@
 
 composing: what the phases of a run ask all features for
 contract: what a feature is, and where it acts
+ema: keep an average of the trained weights
+ema_weights: how this average is computed
+ip_noise: mix in further noise, which is not to be predicted
+on_end: start a command when the run is over
 skip: leave out steps that went wrong, and remember them
 tread: let tokens pass by the middle blocks
 tread_routes: which tokens pass by the middle blocks
+uploads: send what is saved to the Hugging Face hub
+uploads_hub: the client of the hub, and the model card
+uploads_options: what is uploaded, and whether a state is there
 """
 
 from training.features.contract import Feature
+from training.features.ema import EMA
+from training.features.ip_noise import IP_NOISE
+from training.features.on_end import ON_END
 from training.features.skip import SKIP
 from training.features.tread import TREAD
+from training.features.uploads import UPLOADS
 
 # in the order in which they act, one a line
 # fmt: off
 FEATURES: tuple[Feature, ...] = (
+    IP_NOISE,
     TREAD,
+    EMA,
     SKIP,
+    ON_END,
+    UPLOADS,
 )
 # fmt: on

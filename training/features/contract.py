@@ -8,6 +8,7 @@ feature: what a run asks all features for is in `composing.py`.
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from modules.options import Options
@@ -15,16 +16,23 @@ from modules.options import Options
 if TYPE_CHECKING:  # --help does without torch
     import torch
     from torch import Tensor, nn
+    from torch.optim import Optimizer
 
     from contract.family import Family
     from modules.speed_options import TrainingSpeedOptions
+    from training.learning_options import WholeDitOptions
     from training.loss import NoisyBatch
+    from training.run_options import LogOptions, LoopOptions, SampleOptions
+    from training.saving.files import Publisher
+    from training.saving.options import SavingOptions
+    from training.saving.states import SavedState
     from training.steps import Progress, StepPlan
+    from training.trainable import Trainable
 
 T = TypeVar("T")
 
-# of `Feature.place`: in --help behind the options of the loss; behind those of saving and samples
-AT_LOSS, AT_WEIGHTS = "loss", "weights"
+# of `Feature.place`: in --help behind the options of timesteps, loss, saving and samples, logs, metadata
+AT_NOISE, AT_LOSS, AT_WEIGHTS, AT_LOGS, AT_METADATA = "noise", "loss", "weights", "logs", "metadata"
 
 
 class OptionsOfRun(Protocol):
@@ -36,7 +44,25 @@ class OptionsOfRun(Protocol):
     def is_fused(self) -> bool: ...
 
     @property
+    def loop(self) -> "LoopOptions": ...
+
+    @property
     def speed(self) -> "TrainingSpeedOptions": ...
+
+    @property
+    def is_for_images(self) -> bool: ...
+
+    @property
+    def whole_dit(self) -> "WholeDitOptions | None": ...
+
+    @property
+    def saving(self) -> "SavingOptions": ...
+
+    @property
+    def samples(self) -> "SampleOptions": ...
+
+    @property
+    def logs(self) -> "LogOptions": ...
 
 
 class HookedRun(Protocol):
@@ -61,6 +87,47 @@ class HookedRun(Protocol):
     def has_scaler(self) -> bool: ...
 
 
+class Average(Protocol):
+    """An average of the trained weights that a run keeps: saved next to each file, and in states."""
+
+    steps: int  # that it covers
+
+    @property
+    def metadata(self) -> dict[str, str]: ...  # of its files
+
+    def begin(self) -> None: ...  # with the weights of now
+
+    def in_place(self) -> AbstractContextManager[None]: ...  # the parameters hold it during the block
+
+    def tensors(self) -> "dict[str, Tensor]": ...  # by weight name, not copied
+
+    def restore(self, saved: "SavedState") -> None: ...
+
+
+class HookedModel(Protocol):
+    """The loaded networks of a run with what is trained, before a state is restored."""
+
+    average: Average | None
+
+    @property
+    def options(self) -> OptionsOfRun: ...
+
+    @property
+    def hooks(self) -> "Hooks": ...
+
+    @property
+    def networks(self) -> "Sequence[nn.Module]": ...  # that are trained
+
+    @property
+    def trainable(self) -> "Trainable": ...
+
+    @property
+    def optimizer(self) -> "Optimizer": ...
+
+    @property
+    def takes_part_in_saving(self) -> bool: ...
+
+
 @dataclass(frozen=True)
 class GradientStep:
     """A step whose gradients are summed, before the weights are stepped."""
@@ -70,6 +137,19 @@ class GradientStep:
     kind: str  # its transformers, and whether it has sound: norms of different kinds are not compared
 
 
+@dataclass
+class RunEnd:
+    """How far a run has come, for features that act when it is over, whether or not it was put together."""
+
+    options: OptionsOfRun
+    is_due: bool = False  # features act in this process: the first one, once all have joined
+    progress: "Progress | None" = None  # None: there is no plan yet
+    total_steps: int | None = None  # None: not known yet
+    has_begun: bool = False  # a wrong option is an error of the run from here on
+    error: BaseException | None = None  # that has ended it
+
+
+OnNoise = Callable[["torch.Size", int, int], "Tensor"]
 BeforeStep = Callable[[HookedRun, GradientStep, "Tensor"], str]
 LearningPass = Callable[["nn.Module", "NoisyBatch"], AbstractContextManager[None]]
 
@@ -78,11 +158,16 @@ LearningPass = Callable[["nn.Module", "NoisyBatch"], AbstractContextManager[None
 class Hooks:
     """The points of a run at which features act. At each, they act in the order of their list."""
 
+    # given the shape of latents, the seed of the run and the number of the micro-batch: further noise of the
+    # input, which is not to be predicted
+    on_noise: list[OnNoise] = field(default_factory=list)
+    after_load: list[Callable[[HookedModel], None]] = field(default_factory=list)
     # given the DiT and its batch: what a pass with gradients runs in
     learning_pass: list[LearningPass] = field(default_factory=list)
     # given the norm of the gradients before clipping: why the step is not taken, as the history has it; ""
     # takes it. All processes answer alike. With such a hook each step waits for the device
     before_step: list[BeforeStep] = field(default_factory=list)
+    after_step: list[Callable[[], None]] = field(default_factory=list)  # only of those that are taken
 
 
 @dataclass(frozen=True)
@@ -96,20 +181,33 @@ class Feature:
     facts: Mapping[str, Any] = field(default_factory=dict)  # of all its options: HABIT, FREE and the like
     # raises OptionError for options of others that do not go with it; asked only if it is on
     refuse: Callable[[OptionsOfRun], None] | None = None
+    # its options without effect together with those of others, by name -> why
+    idle: Callable[[OptionsOfRun], Mapping[str, str]] | None = None
     # given its options, the model and the numbers of its blocks, which may be unknown: raises OptionError
     check: Callable[[Any, "Family", Sequence[int]], None] | None = None
     # its options that act between the blocks of a transformer: models without such blocks refuse them
     of_blocks: tuple[str, ...] = ()
     # given its options: its line among the targets in the box at the start of a run
     describe: Callable[[Any], str] | None = None
+    # likewise, its line behind all others
+    start_row: Callable[[Any], tuple[str, str]] | None = None
     progress: type[Any] | None = None  # a dataclass: what it remembers in `Progress`, and in states
     # given its options and the run's progress: entries of each saved file, without the `ss_` of their names
     metadata: Callable[[Any, "Progress"], Mapping[str, Any]] | None = None
+    images_record_it: bool = False  # image trainers have these entries if it is off too
     # given the run's progress: its line in the box at the end of a run
     result: Callable[["Progress"], tuple[str, str]] | None = None
     # a sentence for the error of a loss or norm that is NaN or infinite
     remedy_of_bad_step: str = ""
     # puts its functions into the hooks of a run
     install: Callable[[Hooks, OptionsOfRun, "Progress"], None] | None = None
+    average: str = ""  # the short name of an average of the weights that it has the run keep
+    samples_average: Callable[[Any], bool] | None = None  # given its options: whether samples show it
+    # given its options: what passes on each saved file and state; None: nothing is passed on
+    publisher: "Callable[[Any], Publisher | None] | None" = None
+    # given its options, what --resume says, and a folder to write into: the state if it fetches it, else None
+    fetch_state: Callable[[Any, str, Path], Path | None] | None = None
+    # acts when the run is over, however that is; in the main process only
+    at_end: Callable[[RunEnd], None] | None = None
     # given its options and a batch: the passes with gradients of --plan, whose batch has no content
     rehearse: Callable[[Any, "NoisyBatch"], LearningPass] | None = None

@@ -29,11 +29,13 @@ from running.planning.device_memory import MemoryWatch, Room, host_room, room_on
 from training.data.feed import BatchSources, Randomness
 from training.data.live import LiveTexts
 from training.experts import placement_of
+from training.features.composing import install_features, kept_average
 from training.loss import NoisyBatch, Trains
 from training.options import TrainingOptions
 from training.plan import TrainingPlan
 from training.planning.rehearsal import STEP, rehearse
 from training.processes import largest_of_processes
+from training.steps import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +58,7 @@ class StepPrediction:
     swaps: Sequence[memory_plan.Swapped]  # by --blocks_to_swap, from 0 to the most that can be
     block_weights: tuple[memory_plan.BlockWeights, ...]
     workspace: memory_plan.MemoryPart
-    average: int = 0  # bytes of a whole model's average (EMA) in host memory
+    average: int = 0  # bytes of a whole model's average in host memory
     further: int = 0  # transformers that are trained, each like the one that was rehearsed
     sampled: int = 0  # transformers that only samples need
     has_teacher: bool = False  # another transformer teaches, of the size of the trained one
@@ -86,7 +88,8 @@ class StepPrediction:
             teaching = moment.get(dry.WEIGHTS, 0) - swap.saved
             parts.append(memory_plan.MemoryPart("the teacher's transformer", teaching, swap.host))
         if self.average:
-            parts.append(memory_plan.MemoryPart("average of the weights (EMA)", 0, self.average))
+            name = f"average of the weights ({kept_average(self.options)})"
+            parts.append(memory_plan.MemoryPart(name, 0, self.average))
         return memory_plan.Phase(f"training step, {self.batch}", (*parts, self.workspace))
 
     def _further_transformers(self, weights: int, swap: memory_plan.Swapped) -> memory_plan.MemoryPart:
@@ -182,9 +185,9 @@ def predict(
 
 
 def _average_bytes(options: TrainingOptions, dit: nn.Module) -> int:
-    """Return the bytes of a whole model's average (EMA) in host memory; 0 without one."""
+    """Return the bytes of a whole model's average in host memory; 0 without one."""
     whole_dit = options.whole_dit
-    if whole_dit is None or options.average.ema_decay is None:
+    if whole_dit is None or not kept_average(options):
         return 0
     parts = whole_dit.name_parts
     learning = [
@@ -234,7 +237,7 @@ def read_largest(
         options.timesteps,
         0,
         noise,
-        perturbation=options.noise,
+        on_noise=install_features(options, Progress(0, 0, 0.0)).on_noise,
         sound=SoundLearning(),
         teacher_view=options.teacher.view,
     )

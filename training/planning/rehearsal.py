@@ -22,7 +22,7 @@ from networks.added import add_loras
 from running.planning import dry_run as dry
 from training.data.live import LiveTexts
 from training.experts import AUTOCAST, TRAINING_ADAPTER, dress, read_adapter
-from training.features.composing import rehearsed_passes
+from training.features.composing import kept_average, rehearsed_passes
 from training.features.contract import LearningPass
 from training.loss import Autocast, LossRule, NoisyBatch, Trains
 from training.optimizers.optimizer import find_averaging, make_optimizer
@@ -59,7 +59,7 @@ class Rehearsal:
     parameters: list[Parameter]
     optimizer: Optimizer
     steps: ParameterSteps | None  # of single weights
-    states: list[Tensor]  # stand-ins for the average (EMA), and for states that a rehearsal cannot make
+    states: list[Tensor]  # stand-ins for the average, and for states that a rehearsal cannot make
     blocks: Mapping[str, list[nn.Module]]  # all, by the name of their list
     texts: LiveTexts | None = None  # encoded in each step, without content
     # with --fused_backward_pass, once the optimizer has its states
@@ -253,7 +253,7 @@ def dress_trainable(
             lambda weight: None if weight.grad is None else ledger.see(weight.grad, dry.GRADIENTS)
         )
     average: list[Tensor] = []
-    if options.average.ema_decay is not None and options.whole_dit is None:
+    if kept_average(options) and options.whole_dit is None:
         with ledger.allocating(dry.NETWORK):
             average = [parameter.new_empty(parameter.shape, dtype=torch.float32) for parameter in parameters]
     return Rehearsal(

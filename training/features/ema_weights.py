@@ -18,7 +18,6 @@ from modules.errors import OptionError
 from modules.private_torch import lerp_each
 from running.offload.block_swap import settle_all
 from running.offload.sharding import as_split
-from training.learning_options import AverageOptions
 from training.optimizers.optimizer import find_averaging
 from training.saving.states import AVERAGE, SavedState
 from training.trainable import Trainable
@@ -30,13 +29,13 @@ class WeightAverage:
     """Keeps the average of a run's trained weights."""
 
     def __init__(
-        self, options: AverageOptions, dits: Sequence[nn.Module], trainable: Trainable, on_host: bool
+        self, decay: float, every: int, *, dits: Sequence[nn.Module], trainable: Trainable, on_host: bool
     ) -> None:
-        """Begin with the current weights. dits: those that are trained whole; their weights may be swapped.
+        """Begin with the current weights. decay, every: of --ema_decay and --ema_update_every.
+        dits: those that are trained whole; their weights may be swapped.
         on_host: keep the average in host memory, as for a whole model.
         """
-        self.decay = options.ema_decay or 0.0
-        self.every = options.ema_update_every
+        self.decay, self.every = decay, every
         self.on_host = on_host
         self._dits, self._parameters, self._split = dits, trainable.parameters, trainable.split
         names = trainable.names
@@ -106,7 +105,9 @@ class WeightAverage:
 
 
 def make_average(
-    options: AverageOptions,
+    decay: float,
+    every: int,
+    *,
     dits: Sequence[nn.Module],
     trainable: Trainable,
     optimizer: Optimizer,
@@ -119,11 +120,10 @@ def make_average(
     """
     if find_averaging(optimizer) is not None:
         raise OptionError(
-            f"--ema_decay {options.ema_decay}: {type(optimizer).__name__} saves an average already. "
-            "Leave it out"
+            f"--ema_decay {decay}: {type(optimizer).__name__} saves an average already. Leave it out"
         )
     is_whole = any(module in dits for module in trainable.modules.values())
     if is_whole and not keeps:
         return None
     # a LoRA is never swapped: to settle the weights below it would empty the swap's slots after each step
-    return WeightAverage(options, dits if is_whole else (), trainable, on_host=is_whole)
+    return WeightAverage(decay, every, dits=dits if is_whole else (), trainable=trainable, on_host=is_whole)

@@ -14,14 +14,16 @@ import pytest
 from modules.errors import OptionError, UserError
 from modules.installation import FROM_QUEUE, RUN_GOES_ON
 from modules.run_limits import limit_run
+from modules.typed_command import read_command
 from tests.commands import assert_user_error, run_in_processes, run_script
 from tests.tiny.families import FAMILIES
 from tests.tiny.runs import RUN, TinyProject, make_project
 from tests.training import toy
-from training.end_command import EndCommand, RunFacts
-from training.end_options import EndOptions, read_command
+from training.features.composing import act_at_end, end_of_run
+from training.features.on_end import EndOptions
 from training.options import read_arguments
 from training.run import train_network
+from training.run_end import RunFacts, start_command
 
 # appends what it was started with to a file
 SCRIPT = """
@@ -122,10 +124,10 @@ def test_a_command_that_fails_or_does_not_end_is_a_warning(
 ) -> None:
     facts = RunFacts(tmp_path, "x", step=1, steps=1, is_finished=True, page=None)
     for code in ("raise SystemExit(3)", "import time; time.sleep(20)"):
-        with EndCommand([sys.executable, "-c", code], patience=0.5 if "time" in code else 60) as end:
-            end.describe(lambda: facts)
-    with EndCommand([str(tmp_path / "gone")]) as end:
-        end.describe(lambda: facts)
+        words = [sys.executable, "-c", code]
+        patience = 0.5 if "time" in code else 60
+        start_command("--on_end", words, facts, None, has_begun=True, patience=patience)
+    start_command("--on_end", [str(tmp_path / "gone")], facts, None, has_begun=True)
 
     failed, alone, gone = [record.getMessage() for record in caplog.records if record.levelno > logging.INFO]
     assert "failed with exit code 3" in failed
@@ -134,12 +136,12 @@ def test_a_command_that_fails_or_does_not_end_is_a_warning(
 
 
 def test_it_starts_once_whoever_asks(tmp_path: Path) -> None:
-    words = shlex.split(command(tmp_path))
-    facts = RunFacts(tmp_path, "x", step=1, steps=None, is_finished=False, page=None)
+    options = toy.toy_options(tmp_path, "--on_end", command(tmp_path), "--max_train_epochs", 2)
 
-    with EndCommand(words) as end:
-        end.describe(lambda: facts)
-        end.start(UserError("process 1 was lost"))
+    with end_of_run(options) as end:
+        act_at_end(end, UserError("the processes have not joined yet"))
+        end.is_due = True
+        act_at_end(end, UserError("process 1 was lost"))
 
     (told,) = said(tmp_path)
     assert told["REELSMITH_ERROR"] == "process 1 was lost"
@@ -179,7 +181,7 @@ def test_what_cannot_be_started_is_refused_when_it_is_typed(
 
 @pytest.mark.skipif(os.name == "nt", reason="commands of a Unix shell")
 def test_a_shell_can_be_given_its_own_line() -> None:
-    assert read_command("sh -c 'echo $REELSMITH_STATE > file; true'")[2].startswith("echo")
+    assert read_command("--on_end", "sh -c 'echo $REELSMITH_STATE > file; true'")[2].startswith("echo")
 
 
 def test_no_file_starts_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,18 +1,16 @@
-"""Start the command of --on_end when a run is over, and wait a little for it."""
+"""Start a command when a run is over, with what it can read about the run, and wait a little for it."""
 
 import logging
 import os
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 from modules.command import INTERRUPTED, LAUNCHED
 from modules.console import count_of
 from modules.control_codes import escape_control_codes, shorten
 from modules.errors import OptionError, UserError
-from training.end_options import ON_END
 
 logger = logging.getLogger(__name__)
 
@@ -36,46 +34,25 @@ class RunFacts:
     error: str = ""  # of a program that the run has started
 
 
-class EndCommand:
-    """Start a command when the block ends, once, if `describe` was called in it.
+def start_command(
+    option: str,
+    words: Sequence[str],
+    facts: RunFacts,
+    error: BaseException | None,
+    *,
+    has_begun: bool,
+    patience: float = PATIENCE,
+) -> None:
+    """Start the command of an option when a run is over, and wait for it; log a warning if it fails.
 
-    An error of the block is passed on, and nothing that the command does changes how this program ends.
+    Nothing that the command does changes how this program ends. option: its flag. error: that ended the run.
+    has_begun: the run itself has; before that, wrong options start nothing, as somebody has just typed them.
+    patience: seconds to wait for its end.
     """
-
-    def __init__(self, words: Sequence[str], patience: float = PATIENCE) -> None:
-        """words: of the command; none: nothing is started. patience: seconds to wait for its end."""
-        self._words = words
-        self._patience = patience
-        self._facts: Callable[[], RunFacts] | None = None
-        self._has_begun = False
-
-    def describe(self, facts: Callable[[], RunFacts]) -> None:
-        """Have the command started in the end, by this process. facts: of the run, as they are then."""
-        self._facts = facts
-
-    def note_beginning(self) -> None:
-        """Note that the run has begun: from here on a wrong option is an error of the run."""
-        self._has_begun = True
-
-    def __enter__(self) -> "EndCommand":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.start(error)
-
-    def start(self, error: BaseException | None) -> None:
-        """Start the command, and wait for it, unless it was started before. error: that ended the run."""
-        describe_run = self._facts
-        self._facts = None
-        if not self._words or describe_run is None:
-            return
-        code = exit_code_of(error)
-        if code == OptionError.exit_code and not self._has_begun:
-            return  # wrong options: somebody has just typed them
-        variables = _variables(describe_run(), code, error)
-        _start_program(self._words, variables, self._patience)
+    code = exit_code_of(error)
+    if code == OptionError.exit_code and not has_begun:
+        return
+    _start_program(option, words, _variables(facts, code, error), patience)
 
 
 def exit_code_of(error: BaseException | None) -> int:
@@ -115,7 +92,7 @@ def _variables(facts: RunFacts, code: int, error: BaseException | None) -> dict[
     }
 
 
-def _start_program(words: Sequence[str], variables: dict[str, str], patience: float) -> None:
+def _start_program(option: str, words: Sequence[str], variables: dict[str, str], patience: float) -> None:
     """Start a program without a shell, and wait for it for some seconds. Warns if it fails."""
     inherited = {
         name: value
@@ -123,24 +100,24 @@ def _start_program(words: Sequence[str], variables: dict[str, str], patience: fl
         if name not in LAUNCHED and not name.startswith(OF_LAUNCHERS)
     }
     program = words[0]  # the words behind it may hold a key
-    logger.info("--%s: starting %s.", ON_END, program)
+    logger.info("%s: starting %s.", option, program)
     try:
         process = subprocess.Popen(words, env={**inherited, **variables}, stdin=subprocess.DEVNULL)
     except OSError as error:
-        logger.warning("--%s: %s cannot be started: %s", ON_END, program, error.strerror or error)
+        logger.warning("%s: %s cannot be started: %s", option, program, error.strerror or error)
         return
     try:
         code = process.wait(patience)
     except subprocess.TimeoutExpired:
         seconds = count_of(round(patience), "second")
-        logger.warning("--%s: %s still runs after %s. It is left alone.", ON_END, program, seconds)
+        logger.warning("%s: %s still runs after %s. It is left alone.", option, program, seconds)
     except KeyboardInterrupt:
-        logger.warning("--%s: %s is not waited for any longer.", ON_END, program)
+        logger.warning("%s: %s is not waited for any longer.", option, program)
     else:
         if code:
             logger.warning(
-                "--%s: %s has failed with exit code %d. The run itself is not affected.",
-                ON_END,
+                "%s: %s has failed with exit code %d. The run itself is not affected.",
+                option,
                 program,
                 code,
             )

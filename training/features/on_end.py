@@ -1,0 +1,56 @@
+"""Start a command when a training is over: --on_end.
+
+How it is read is in `modules/typed_command.py`, how it is started in `training/run_end.py`: `run` has such an
+option too, for the whole of its commands.
+"""
+
+from modules.options import FREE, SECRET, STARTS, Options, option
+from modules.typed_command import AT_END, read_command
+from training.features.contract import AT_LOGS, Feature, RunEnd
+
+FLAG = "--on_end"
+
+
+class EndOptions(Options, title="at the end"):
+    """What is started when a training is over."""
+
+    on_end: str | None = option(AT_END, metavar="COMMAND", facts={**STARTS, **SECRET})
+
+    def __post_init__(self) -> None:
+        _ = self.words  # raises OptionError
+
+    @property
+    def words(self) -> list[str]:
+        """Return the words of the command; none without --on_end."""
+        return [] if self.on_end is None else read_command(FLAG, self.on_end)
+
+
+def start_at_end(end: RunEnd) -> None:
+    """Start the command, with what is known of the run."""
+    from training.reports.page import page_path  # only with --on_end, as what starts programs
+    from training.run_end import RunFacts, start_command
+
+    options, progress = end.options, end.progress
+    folder, name = options.saving.place
+    page = page_path(folder, name)
+    step = 0 if progress is None else progress.step
+    facts = RunFacts(
+        folder=folder,
+        name=name,
+        step=step,
+        steps=end.total_steps,
+        is_finished=progress is not None and end.total_steps is not None and step >= end.total_steps,
+        page=page if not options.logs.no_page and page.is_file() else None,
+    )
+    start_command(FLAG, options.of(EndOptions).words, facts, end.error, has_begun=end.has_begun)
+
+
+ON_END = Feature(
+    name="on_end",
+    options=EndOptions,
+    place=AT_LOGS,
+    is_on=lambda options: options.on_end is not None,
+    facts=FREE,
+    start_row=lambda options: ("at the end", f"starts {options.words[0]}"),
+    at_end=start_at_end,
+)
