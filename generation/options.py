@@ -46,7 +46,7 @@ from modules.options import (
 from modules.parser import Parser, add_options, refuse_unsupported, typed_names
 from modules.paths import path_exists
 from modules.speed_options import GenerationSpeedOptions
-from networks.options import (
+from networks.use_options import (
     LoraOptions,
     LoraPatternOptions,
     lora_rounding_option,

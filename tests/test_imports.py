@@ -154,6 +154,10 @@ _LIGHT = {
     "frame_pack": ("options",),
     "generation": ("prompt_lines",),
     "networks": (
+        *(
+            f"kinds/{name}"
+            for name in ("composing", "contract", "dora", "loha", "lokr", "lora", "oft", "tlora")
+        ),
         "multipliers",
         "teacher_options",
         "names/layouts",

@@ -21,10 +21,11 @@ from modules.errors import CheckpointError, OptionError
 from modules.options import argument_of, is_given, option_name, option_values, options_with
 from modules.speed_options import TRAINING_FLAGS
 from networks.adapter import check_network
-from networks.deltas import OFT
 from networks.formats import LoraFormat, choose_format
+from networks.kinds.composing import RANKED_NETWORKS, ROTATING, kind_of_files
+from networks.kinds.contract import named
 from networks.lora_settings import REG_RATES, read_rates
-from networks.options import OFT_MODULE, NetworkOptions
+from networks.options import NetworkOptions
 from networks.own_kinds import OWN_MODULES
 from networks.own_modules import smallest_lora_bytes
 from networks.teacher_options import BASE, OTHER_DIT, TeacherOptions
@@ -37,7 +38,7 @@ from training.learning_options import FIND_RATE, PartsOptions
 from training.noise_options import NOTHING, WEIGHTS_OF_LOSS
 from training.optimizers.lr_schedule import make_lr_schedule
 from training.optimizers.optimizer import check_rates, make_optimizer
-from training.options import RANKED_NETWORKS, TrainingOptions
+from training.options import TrainingOptions
 from training.other_families import NO_OTHERS, OtherFamilies, require_equal_shapes
 from training.run_options import MOST_STEPS
 
@@ -110,13 +111,13 @@ def _check_samples(family: Family, options: TrainingOptions) -> None:
             read_requests(family, samples.sample_prompts)
         if not samples.sample_lora:
             return
-        from networks.added import refuse_dora  # only with LoRA files
+        from networks.added import refuse_magnitudes  # only with LoRA files
         from networks.apply import check_loras_fit
 
         for expert, file in zip_longest(family.experts, family.dit_files):
             uses = [read_use(path, expert, strength) for path, strength in samples.loras()]
             for use in uses:
-                refuse_dora(use.lora, "--sample_lora")
+                refuse_magnitudes(use.lora, "--sample_lora")
             if uses and file is not None:
                 check_loras_fit(file, uses, family.file_beside(file))
 
@@ -189,9 +190,9 @@ def check_networks(family: Family, options: TrainingOptions) -> None:
                 uses.append(LoraUse(continued))
             adapter = read_adapter(options, expert, family.experts)
             if adapter is not None:
-                from networks.added import refuse_dora  # only with an adapter
+                from networks.added import refuse_magnitudes  # only with an adapter
 
-                refuse_dora(adapter.lora, TRAINING_ADAPTER)
+                refuse_magnitudes(adapter.lora, TRAINING_ADAPTER)
                 uses.append(adapter)
             if uses and file is not None:
                 from networks.apply import check_loras_fit  # only with LoRA files
@@ -200,16 +201,23 @@ def check_networks(family: Family, options: TrainingOptions) -> None:
 
 
 def _check_kind(lora: "LoraFile", network: NetworkOptions) -> None:
-    """Raise OptionError if a file of --network_weights is an OFT and the network none, or the reverse."""
-    is_oft = any(name.endswith(OFT) for name in lora.tensors)
-    if is_oft == network.is_oft:
+    """Raise OptionError if a file of --network_weights rotates inputs and the network does not, or the
+    reverse.
+    """
+    in_file = kind_of_files(lora.tensors, ROTATING)
+    trained = network.kind if network.kind in ROTATING else None
+    if in_file is trained:
         return
     name = f"--network_weights {network.network_weights}"
-    if is_oft:
-        raise OptionError(f"{name} is an OFT: it is trained on with --network_module {OFT_MODULE}. Give that")
+    if in_file is not None:
+        raise OptionError(
+            f"{name} is {named(in_file)}: it is trained on with --network_module {in_file.network_module}. "
+            "Give that"
+        )
+    assert trained is not None
     raise OptionError(
-        f"{name} is no OFT, so that --network_module {OFT_MODULE} cannot train it on. Leave the module out, "
-        "or give the one that made the file"
+        f"{name} is no {trained.name}, so that --network_module {trained.network_module} cannot train it on. "
+        "Leave the module out, or give the one that made the file"
     )
 
 
@@ -319,14 +327,14 @@ def _check_teacher_loras(model: Family, options: TrainingOptions) -> None:
     """Raise CheckpointError if a file of --teacher_lora is no LoRA, or none for the model that teaches."""
     if not options.teacher.loras():
         return
-    from networks.added import refuse_dora  # only with LoRA files
+    from networks.added import refuse_magnitudes  # only with LoRA files
     from networks.apply import check_loras_fit
 
     (expert,) = model.experts
     with quiet():  # all warnings come again when they are added
         uses = [read_use(path, expert, multiplier) for path, multiplier in options.teacher.loras()]
         for use in uses:
-            refuse_dora(use.lora, "--teacher_lora")
+            refuse_magnitudes(use.lora, "--teacher_lora")
         if model.dit_files:
             file = model.dit_files[0]
             check_loras_fit(file, uses, model.file_beside(file))

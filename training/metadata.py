@@ -44,7 +44,9 @@ def continued_sizes(model: TrainedModel, part: str) -> dict[str, str]:
         return {}
     ranks, alphas = model.trainable.sizes(part)
     rank = network.rank
-    if not starts and (network.is_oft or (rank in ranks and (network.network_alpha or rank) in alphas)):
+    if not starts and (
+        not network.kind.has_alpha or (rank in ranks and (network.network_alpha or rank) in alphas)
+    ):
         return {}
     sizes: dict[str, list[int] | list[float]] = {"ss_network_dim": ranks, "ss_network_alpha": alphas}
     return {
@@ -95,7 +97,7 @@ def run_metadata(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[
 
 
 def _alpha_in_words(network: NetworkOptions) -> str | float | None:
-    if network.is_oft:
+    if not network.kind.has_alpha:
         return None
     return "Dynamic" if network.dim_from_weights else network.network_alpha
 

@@ -29,6 +29,7 @@ from modules.options import (
 from modules.parser import Parser, add_options, refuse_unsupported, typed_names
 from modules.run_limits import is_limited
 from modules.speed_options import TrainingSpeedOptions
+from networks.kinds.composing import RANKED_NETWORKS
 from networks.options import NOTHING_FROZEN, FrozenModelOptions, NetworkOptions
 from networks.preference_options import NO_PREFERENCE, PreferenceOptions
 from networks.teacher_options import NO_PRIOR, NO_TEACHER, PriorOptions, TeacherOptions
@@ -49,8 +50,6 @@ R = TypeVar("R", bound=Options)
 
 # near the width of the largest models, where a LoRA is larger than the weights that it changes
 MOST_RANK = 4096
-# names of the networks whose size grows with the rank begin so; LoKr's whole matrix has a huge one
-RANKED_NETWORKS = ("networks.lora", "networks.loha")
 
 if TYPE_CHECKING:  # records of what the list of features has
     OptionsAtNoise = Options

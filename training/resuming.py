@@ -18,7 +18,8 @@ from dataset.batches.order import BatchOrder
 from modules.errors import OptionError
 from modules.option_values import read_literals, to_path
 from modules.options import in_one_spelling, options_with
-from networks.options import DEFAULT_BLOCK, DEFAULT_RANK, NOTHING_FROZEN, OFT_MODULE
+from networks.kinds.composing import kind_of_module
+from networks.options import DEFAULT_RANK, NOTHING_FROZEN
 from networks.slider_options import NO_SLIDER
 from networks.teacher_options import NO_PRIOR, NO_TEACHER
 from training.experts import TRAINING_ADAPTER, module_of
@@ -322,8 +323,8 @@ def _resolve(identity: Mapping[str, Any], record: type) -> dict[str, Any]:
         if option in resolved:
             resolved[option] = _resolve_pairs(option, str(resolved[option]))
     if resolved.get("--network_dim") == str(None):
-        is_oft = resolved.get("--network_module") == OFT_MODULE
-        resolved["--network_dim"] = DEFAULT_BLOCK if is_oft else DEFAULT_RANK
+        kind = kind_of_module(resolved.get("--network_module"))
+        resolved["--network_dim"] = kind.default_size or DEFAULT_RANK
     if resolved.get("--network_alpha") == 0:
         resolved["--network_alpha"] = resolved.get("--network_dim")
     return resolved
