@@ -171,8 +171,9 @@ def respell_options(text: str, names: Mapping[str, str]) -> str:
     lines = []
     for line in text.split("\n"):
         if not _COMMAND.search(line):
-            for name in (name for name in names if " " in name):
-                line = re.sub(rf"{re.escape(name)}(?![\w-])", lambda _, shown=names[name]: shown, line)
+            for name, shown in names.items():
+                if " " in name:
+                    line = re.sub(rf"{re.escape(name)}(?![\w-])", shown, line)
             line = _FLAG.sub(lambda flag: names.get(flag[0], flag[0]), line)
             line = _TWICE.sub(r"\1", line)  # --dit (--dit)
         lines.append(line)

@@ -33,7 +33,7 @@ from running.offload.swap_plan import check_swap
 from training.data.live import LiveTexts
 from training.data.table_times import list_replaced
 from training.experts import TRAINING_ADAPTER, check_experts, network_for, read_adapter, read_use
-from training.features.composing import check_model, idle_reasons
+from training.features.composing import check_model
 from training.learning_options import FIND_RATE, PartsOptions
 from training.noise_options import NOTHING, WEIGHTS_OF_LOSS
 from training.optimizers.lr_schedule import make_lr_schedule
@@ -398,7 +398,6 @@ def list_unused_options(
     if _replaces_rate(options.parts):
         reasons["learning_rate"] = "--unet_lr and --text_encoder_lr replace it"
     reasons |= _without_samples(options, options)
-    reasons |= idle_reasons(options)
     lines = [*_list_idle_weighting(options), *_list_idle(options, reasons, options.typed_options)]
     if is_dataclass(family_options):
         lines += _list_idle(family_options, _without_samples(options, family_options), options.typed_options)

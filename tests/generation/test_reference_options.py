@@ -39,7 +39,8 @@ def test_options_for_references_do_nothing_without_them_and_say_so(
     names = ", ".join(word.partition("=")[0] for word in words)
 
     with caplog.at_level(logging.WARNING):
-        prepare_line(ToyFamily(), options, {})
+        toy: Any = ToyFamily()
+        prepare_line(toy, options, {})
     said = [f"{names}: ignored, as there is no picture to edit (--control_image_path)"] if words else []
     assert caplog.messages == said
 
@@ -57,5 +58,6 @@ def test_options_for_references_are_not_remarked_on_if_there_is_one(
         return replace(prepared, request=replace(request, control_images=(Path("a.png"),)))
 
     monkeypatch.setattr(ToyFamily, "prepare", with_picture)
-    prepare_line(ToyFamily(), options, {})
+    toy: Any = ToyFamily()
+    prepare_line(toy, options, {})
     assert not caplog.messages

@@ -68,6 +68,7 @@ def test_a_usual_command_is_told_nothing(tmp_path: Path) -> None:
             "--huggingface_path_in_repo, --huggingface_token",
         ),
         ("--guidance_scale 6", "--guidance_scale"),
+        ("--ema_decay 0.9 --sample_ema", "--sample_ema"),
         ("--fp8_base --upcast_quantization", "--upcast_quantization"),
         ("--fp8_base --fp8_scaled --upcast_quantization", ""),
         # usual values do as little, if they are typed

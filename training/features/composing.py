@@ -51,15 +51,6 @@ def refuse_combinations(options: OptionsOfRun) -> None:
             feature.refuse(options)
 
 
-def idle_reasons(options: OptionsOfRun) -> dict[str, str]:
-    """Return the options of features that have no effect because of others, by name -> why."""
-    reasons: dict[str, str] = {}
-    for feature in FEATURES:
-        if feature.idle is not None:
-            reasons |= feature.idle(options)
-    return reasons
-
-
 def kept_average(options: OptionsOfRun) -> str:
     """Return the short name of the average of the weights that a run keeps; "": it keeps none."""
     return next((feature.average for feature in active_features(options) if feature.average), "")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # --help does without torch
     from modules.speed_options import TrainingSpeedOptions
     from training.learning_options import WholeDitOptions
     from training.loss import NoisyBatch
-    from training.run_options import LogOptions, LoopOptions, SampleOptions
+    from training.run_options import LogOptions, LoopOptions
     from training.saving.files import Publisher
     from training.saving.options import SavingOptions
     from training.saving.states import SavedState
@@ -57,9 +57,6 @@ class OptionsOfRun(Protocol):
 
     @property
     def saving(self) -> "SavingOptions": ...
-
-    @property
-    def samples(self) -> "SampleOptions": ...
 
     @property
     def logs(self) -> "LogOptions": ...
@@ -181,8 +178,6 @@ class Feature:
     facts: Mapping[str, Any] = field(default_factory=dict)  # of all its options: HABIT, FREE and the like
     # raises OptionError for options of others that do not go with it; asked only if it is on
     refuse: Callable[[OptionsOfRun], None] | None = None
-    # its options without effect together with those of others, by name -> why
-    idle: Callable[[OptionsOfRun], Mapping[str, str]] | None = None
     # given its options, the model and the numbers of its blocks, which may be unknown: raises OptionError
     check: Callable[[Any, "Family", Sequence[int]], None] | None = None
     # its options that act between the blocks of a transformer: models without such blocks refuse them
