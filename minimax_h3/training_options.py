@@ -349,7 +349,8 @@ def _translate_guidance(args: argparse.Namespace, shared: Shared) -> None:
         name = "--h3_guidance_loss_sigma_min"
         lowest = in_thousandths(name, args.h3_guidance_loss_sigma_min)
         shared["guided_target_min_timestep"] = name, lowest
-    is_needed = scale or args.guided_target or args.blank_prior_weight
+    shared_scales = [getattr(args, name, None) for name in ("guided_target", "blank_prior_weight")]
+    is_needed = scale or any(shared_scales)
     if args.h3_guidance_loss_uncond_cache is not None and not is_needed:
         raise OptionError(
             f"--h3_guidance_loss_uncond_cache {args.h3_guidance_loss_uncond_cache}: it is for "

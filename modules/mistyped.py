@@ -67,9 +67,6 @@ fp8_text_encoder: fp8_vl fp8_llm
 batch_size: train_batch_size per_device_train_batch_size
 caption_dropout_rate: caption_dropout
 save_merged_model: out output output_path save_to
-guided_target: do_guidance_loss guidance_loss guidance_loss_target h3_guidance_loss_scale
-guided_target_sound: h3_guidance_loss_scale_audio
-guided_target_min_timestep: h3_guidance_loss_sigma_min
 teacher: teacher_matching h3_teacher_matching
 teacher_sees: h3_teacher_conditions
 teacher_max_timestep: h3_teacher_condition_sigma_max
@@ -79,9 +76,6 @@ teacher_colour_weight: h3_teacher_loss_dc_weight
 teacher_anchor_weight: h3_teacher_preservation_weight
 timestep_focus: h3_timestep_focus_prob
 timestep_focus_range: h3_timestep_focus_min h3_timestep_focus_max
-mask_prior_weight: masked_prior_preservation_weight inverted_mask_prior inverted_mask_prior_multiplier
-blank_prior_weight: blank_prompt_preservation blank_prompt_preservation_multiplier
-slider: slider_config leco concept_slider
 network_multiplier: slider_strength
 preference: dpo flow_dpo dpo_beta beta_dpo
 W: width

@@ -10,9 +10,7 @@ from networks.kinds import KINDS
 from networks.kinds.composing import SWITCHES, kind_of_module
 from networks.kinds.contract import NetworkKind, named
 from networks.names.layouts import COMFYUI, DIFFUSERS, KNOWN
-from networks.preference_options import PreferenceOptions
-from networks.slider_options import SliderOptions
-from networks.teacher_options import PriorOptions, TeacherOptions
+from networks.teacher_options import TeacherOptions
 from networks.use_options import MOST_MULTIPLIER, lora_rounding_option, multipliers_for
 
 DEFAULT_RANK = 4
@@ -121,9 +119,6 @@ class NetworkOptions(Options, title="network"):
     lora_rounding: str = lora_rounding_option(facts=HABIT)
     frozen: FrozenModelOptions
     teacher: TeacherOptions
-    prior: PriorOptions
-    slider: SliderOptions
-    preference: PreferenceOptions
 
     def __post_init__(self) -> None:
         self.arguments()

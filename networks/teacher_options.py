@@ -1,7 +1,4 @@
-"""Options of what a frozen model teaches the network, and of what the network keeps of it.
-
-Standard library only.
-"""
+"""Options of what a frozen model teaches the network. Standard library only."""
 
 from pathlib import Path
 
@@ -147,25 +144,4 @@ class TeacherOptions(Options, title="teacher"):
         return None if self.teacher is None or band == (0, NUM_TIMESTEPS) else band
 
 
-class PriorOptions(Options, title="what the model keeps"):
-    """How strongly the network is held to the predictions of the model without it."""
-
-    mask_prior_weight: float | None = option(
-        "where a mask leaves out parts of a picture or clip, compare the network there with the model "
-        "without it, with this weight. One more pass in a step with masks, without gradients",
-        above=0,
-        most=100,
-        hint="0.5 to 1 are usual",
-        facts=HABIT,
-    )
-    blank_prior_weight: float | None = option(
-        "also compare the network with the model without it for the empty prompt, with this weight: keeps "
-        "what the model makes without a prompt. Two more passes in each step, one of them with gradients",
-        above=0,
-        most=100,
-        hint="0.5 to 1 are usual",
-        facts=HABIT,
-    )
-
-
-NO_TEACHER, NO_PRIOR = TeacherOptions.usual(), PriorOptions.usual()
+NO_TEACHER = TeacherOptions.usual()

@@ -107,7 +107,7 @@ FLOORS = {
         {"kohya_page"},
         {
             *{"config_options", "learning_options", "noise_options", "run_options"},
-            *{"other_families", "steps", "target_options", "trainable"},
+            *{"other_families", "steps", "trainable"},
         },
         {"bad_steps", "processes", "reports", "run_end", "target_rules"},
         {"loss", "saving"},
@@ -163,7 +163,21 @@ _LIGHT = {
         "names/layouts",
     ),
     "post": ("chain_options",),
-    "training/features": ("composing", "contract", "ema", "ip_noise", "on_end", "skip", "tread", "uploads"),
+    "training/features": (
+        "blank_prior",
+        "composing",
+        "contract",
+        "ema",
+        "guided",
+        "ip_noise",
+        "mask_prior",
+        "on_end",
+        "output_preservation",
+        "skip",
+        "slider",
+        "tread",
+        "uploads",
+    ),
 }
 LIGHT_FILES = {f"{room}/{name}.py" for room, names in _LIGHT.items() for name in names}
 LIGHT_FILES |= {f"{folder.replace('.', '/')}/names.py" for folder in FOLDERS.values()}

@@ -6,7 +6,6 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from itertools import zip_longest
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,7 +32,7 @@ from running.offload.swap_plan import check_swap
 from training.data.live import LiveTexts
 from training.data.table_times import list_replaced
 from training.experts import TRAINING_ADAPTER, check_experts, network_for, read_adapter, read_use
-from training.features.composing import check_model
+from training.features.composing import check_model, check_texts
 from training.learning_options import FIND_RATE, PartsOptions
 from training.noise_options import NOTHING, WEIGHTS_OF_LOSS
 from training.optimizers.lr_schedule import make_lr_schedule
@@ -239,28 +238,8 @@ def check_targets(family: Family, options: TrainingOptions, texts: LiveTexts | N
     """Raise OptionError for targets that the family, or the way its texts are encoded, cannot serve."""
     if options.teacher.teacher is not None:
         check_teacher(family, options.teacher, texts)
-    if options.slider is not None:
-        check_slider(options.slider, texts)
+    check_texts(options, texts)
     _check_preference(family, options)
-    if options.guided.guided_target_sound is not None and not hears_sound(family):
-        raise OptionError(
-            f"--guided_target_sound {options.guided.guided_target_sound:g}: the model {family.name} has no "
-            "sound. Leave it out"
-        )
-
-
-def check_slider(slider: Path, texts: LiveTexts | None) -> None:
-    """Raise OptionError if a file of --slider cannot be read, or if text encoders learn."""
-    from training.targets.sliders import read_sliders  # only with --slider
-
-    read_sliders(slider)
-    if texts is not None and texts.learning:
-        names = " and ".join(encoder.name for encoder in texts.learning)
-        raise OptionError(
-            f"--slider {slider}: its captions are encoded before the training, and here {names} learns. "
-            "Train the transformer alone (--network_train_unet_only)"
-        )
-    logger.info("The captions of the dataset are not used: --slider %s has its own.", slider)
 
 
 def _check_preference(family: Family, options: TrainingOptions) -> None:

@@ -31,6 +31,7 @@ from running import dressing
 from running.offload.swap_plan import HostWeights
 from running.offload.turns import HostCopy
 from training.data.timesteps import levels_reached
+from training.features.composing import keep_steps
 from training.noise_options import NUM_TIMESTEPS, TimestepOptions
 from training.options import TrainingOptions
 from training.run_options import LoopOptions
@@ -200,9 +201,8 @@ def _warn_of_few_steps(family: Family, options: TrainingOptions) -> None:
     # --base_weights counts as an adapter: a LoRA that undoes the distillation may be among them
     is_adapted = network is not None and (network.frozen.training_adapter or network.base_weights)
     # what these learn towards are predictions of models that keep their steps
-    keeps_steps = options.teacher.teacher == OTHER_DIT or options.slider is not None
+    keeps_steps = options.teacher.teacher == OTHER_DIT or keep_steps(options)
     keeps_steps |= options.teacher.teacher is not None and options.teacher.teacher_weight == 1
-    keeps_steps |= options.guided.guided_target is not None  # what was distilled into it counts in the target
     if is_adapted or keeps_steps or not knows_few_steps(family):
         return
     why = family.why_few_steps()

@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -26,7 +26,8 @@ from running.run_blocks import stage_files_of
 from training import experts
 from training.data.feed import Feed, Randomness
 from training.data.table_times import times_by_group
-from training.features.composing import install_features
+from training.features.composing import need_base
+from training.features.contract import Hooks
 from training.loss import LossRule, NoisyBatch
 from training.optimizers import stepping
 from training.optimizers.lr_schedule import make_lr_schedule
@@ -37,7 +38,7 @@ from training.reports.reporter import RunReporter
 from training.saver import restore
 from training.saving.files import MinuteClock, Saver
 from training.saving.states import SavedState
-from training.target_rules import NO_TARGETS, make_targets
+from training.target_rules import make_targets
 from training.targets.passes import TrainingPasses, teach_as_base
 from training.targets.preferences import PairTally
 from training.trainable import (
@@ -60,13 +61,12 @@ if TYPE_CHECKING:  # loaded only where processes share a model, with LoRA files,
     from running.offload.sharding import ShardedBlocks
     from running.offload.swap_plan import HostWeights
     from training.samples import Sampler
-    from training.targets.sliders import SliderTarget
     from training.targets.teachers import TeacherModel
 
 logger = logging.getLogger(__name__)
 
 
-def load_model(plan: TrainingPlan, swap: SwapOptions) -> TrainedModel:
+def load_model(plan: TrainingPlan, swap: SwapOptions, hooks: Hooks) -> TrainedModel:
     """Load the networks with their trained part, make its optimizer, and restore the state of --resume.
 
     swap: the plan's, with auto resolved. The text encoders that stay are loaded already; those that learn get
@@ -92,7 +92,7 @@ def load_model(plan: TrainingPlan, swap: SwapOptions) -> TrainedModel:
         schedule=schedule,
         scaler=scaler,
         stepping=_make_stepping(plan, trainable, optimizer, scaler),
-        hooks=install_features(plan.options, plan.progress),
+        hooks=hooks,
     )
     for hook in model.hooks.after_load:
         hook(model)
@@ -172,7 +172,6 @@ def make_run(
     logs: Logs,
     reporter: RunReporter,
     saver: Saver | None,
-    slider: "SliderTarget | None" = None,
 ) -> TrainingRun:
     """Put the run together: what feeds the loop, judges its batches, and hears requests from outside."""
     plan = model.plan
@@ -183,7 +182,7 @@ def make_run(
     rule = replace(
         rule, learning_pass=model.hooks.learning_pass
     )  # validation does without, and without targets
-    rule = _add_targets(rule, model, slider)
+    rule = _add_targets(rule, model)
     pairs = None
     if rule.targets.preference is not None:
         pairs = PairTally()
@@ -209,39 +208,32 @@ def make_run(
 def _make_rule(model: TrainedModel) -> LossRule:
     """Return how predictions are judged, without targets besides the clip."""
     plan = model.plan
-    preserves = any(table.preserves_output for table in plan.config.datasets)
     return LossRule(
         plan.options.loss,
         plan.options.predicted,
         as_base=model.trainable.as_base if model.trainable.networks else None,
-        always_as_base=plan.steps.in_lockstep and preserves,
+        always_as_base=plan.steps.in_lockstep and need_base(plan.options, plan.config.datasets),
+        own_targets=model.hooks.own_targets,
     )
 
 
-def _add_targets(rule: LossRule, model: TrainedModel, slider: "SliderTarget | None") -> LossRule:
+def _add_targets(rule: LossRule, model: TrainedModel) -> LossRule:
     """Return the rule with all that predictions are compared with besides the clip."""
     plan, options = model.plan, model.plan.options
-    targets = make_targets(options.guided, options.teacher, options.prior, options.preference)
-    if targets == NO_TARGETS and slider is None:
-        return rule
+    targets = make_targets(options.teacher, options.preference)
     return replace(
         rule,
         targets=targets,
+        make_target=model.hooks.make_target,
+        compare=model.hooks.compare,
+        further_passes=model.hooks.further_passes,
         teach=_choose_teaching(model),
         in_lockstep=plan.steps.in_lockstep,
         seed_networks=functools.partial(
             seed_networks, model.trainable, plan.progress.seed, device=plan.accelerator.device
         ),
-        other_passes=None if slider is None else _passes_of_slider(model, slider),
+        other_passes=model.hooks.other_passes,
     )
-
-
-def _passes_of_slider(
-    model: TrainedModel, slider: "SliderTarget"
-) -> Callable[[TrainingPasses, NoisyBatch], Iterator[tuple[Tensor, ...]]]:
-    from training.targets.sliders import slider_passes  # only with --slider
-
-    return functools.partial(slider_passes, slider, model.trainable.at_strength)
 
 
 def _choose_teaching(model: TrainedModel) -> Callable[[TrainingPasses, NoisyBatch], Tensor]:

@@ -29,7 +29,7 @@ from networks.use_options import multipliers_for
 logger = logging.getLogger(__name__)
 
 EVERYTHING = "."  # occurs in every name
-_NOTHING_FROZEN = (
+NO_FROZEN_MODEL = (
     "the model itself is trained, so that there is no frozen one to add a LoRA to, or to learn from. Train a "
     "LoRA instead"
 )
@@ -67,29 +67,24 @@ class WholeDitOptions(Options, title="full fine-tuning"):
         "keep the weights in fp16",
     )
 
-    training_adapter = unsupported(_NOTHING_FROZEN, "LoRA in training steps only", metavar="FILE")
-    training_adapter_multiplier = unsupported(_NOTHING_FROZEN, "its strength", type=float)
-    teacher = unsupported(_NOTHING_FROZEN, "a frozen model as a teacher", choices=(BASE, OTHER_DIT))
-    teacher_weight = unsupported(_NOTHING_FROZEN, "its share in the loss", type=float)
-    teacher_dit = unsupported(_NOTHING_FROZEN, "transformer that teaches", metavar="FILE")
-    teacher_lora = unsupported(_NOTHING_FROZEN, "LoRA files of the teacher", nargs="*")
-    teacher_delta = unsupported(_NOTHING_FROZEN, "teach only what these LoRAs change")
-    teacher_min_timestep = unsupported(_NOTHING_FROZEN, "lower bound of the teacher", type=int)
-    teacher_max_timestep = unsupported(_NOTHING_FROZEN, "upper bound of the teacher", type=int)
-    teacher_anchor_weight = unsupported(_NOTHING_FROZEN, "factor outside these bounds", type=float)
-    teacher_split = unsupported(_NOTHING_FROZEN, "compare size and direction apart")
-    teacher_size_weight = unsupported(_NOTHING_FROZEN, "weight of the size", type=float)
-    teacher_colour_weight = unsupported(_NOTHING_FROZEN, "weight of the colour", type=float)
+    training_adapter = unsupported(NO_FROZEN_MODEL, "LoRA in training steps only", metavar="FILE")
+    training_adapter_multiplier = unsupported(NO_FROZEN_MODEL, "its strength", type=float)
+    teacher = unsupported(NO_FROZEN_MODEL, "a frozen model as a teacher", choices=(BASE, OTHER_DIT))
+    teacher_weight = unsupported(NO_FROZEN_MODEL, "its share in the loss", type=float)
+    teacher_dit = unsupported(NO_FROZEN_MODEL, "transformer that teaches", metavar="FILE")
+    teacher_lora = unsupported(NO_FROZEN_MODEL, "LoRA files of the teacher", nargs="*")
+    teacher_delta = unsupported(NO_FROZEN_MODEL, "teach only what these LoRAs change")
+    teacher_min_timestep = unsupported(NO_FROZEN_MODEL, "lower bound of the teacher", type=int)
+    teacher_max_timestep = unsupported(NO_FROZEN_MODEL, "upper bound of the teacher", type=int)
+    teacher_anchor_weight = unsupported(NO_FROZEN_MODEL, "factor outside these bounds", type=float)
+    teacher_split = unsupported(NO_FROZEN_MODEL, "compare size and direction apart")
+    teacher_size_weight = unsupported(NO_FROZEN_MODEL, "weight of the size", type=float)
+    teacher_colour_weight = unsupported(NO_FROZEN_MODEL, "weight of the colour", type=float)
     teacher_sees = unsupported(
-        _NOTHING_FROZEN, "what the teacher knows", choices=(INPUTS, FIRST_LAST, CLIP, SUBJECT)
+        NO_FROZEN_MODEL, "what the teacher knows", choices=(INPUTS, FIRST_LAST, CLIP, SUBJECT)
     )
-    slider = unsupported(_NOTHING_FROZEN, "captions of a slider", metavar="FILE")
-    mask_prior_weight = unsupported(_NOTHING_FROZEN, "weight of the frozen model outside masks", type=float)
-    blank_prior_weight = unsupported(
-        _NOTHING_FROZEN, "weight of the frozen model for the empty prompt", type=float
-    )
-    preference = unsupported(_NOTHING_FROZEN, "learn from pairs", type=float)
-    preference_data_weight = unsupported(_NOTHING_FROZEN, "weight of the usual loss of pairs", type=float)
+    preference = unsupported(NO_FROZEN_MODEL, "learn from pairs", type=float)
+    preference_data_weight = unsupported(NO_FROZEN_MODEL, "weight of the usual loss of pairs", type=float)
     base_weights = unsupported(_MERGED_BEFORE, "LoRA files in the transformer", nargs="*")
     base_weights_multiplier = unsupported(_MERGED_BEFORE, "their strengths", type=float, nargs="*")
     network_weights = unsupported(_MERGED_BEFORE, "LoRA file to start from", type=str)

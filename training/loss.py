@@ -117,10 +117,18 @@ class LossRule:
     as_base: Autocast | None = None
     always_as_base: bool = False  # the base model is run for every batch: processes have to run equal passes
     targets: Targets = NO_TARGETS
+    # what takes the place of the velocity, from `targets.passes.TrainingPasses`, a batch and the velocity
+    own_targets: Sequence[Callable[[Any, NoisyBatch, Tensor], Tensor]] = ()
+    make_target: Sequence[Callable[[Any, NoisyBatch, Tensor], Tensor]] = ()  # likewise, once those have acted
+    # what predictions are compared with besides the clip, from `targets.passes.TrainingPasses` and a batch
+    compare: Sequence[Callable[[Any, NoisyBatch], Sequence[Any]]] = ()
+    # likewise, further passes with gradients: errors of each stream
+    further_passes: Sequence[Callable[[Any, NoisyBatch], Iterator[tuple[Tensor, ...]]]] = ()
+    other_passes: Sequence[
+        Callable[[Any, NoisyBatch], Iterator[tuple[Tensor, ...]]]
+    ] = ()  # that replace the usual
     # what the teacher of `targets` predicts, from `targets.passes.TrainingPasses` and a batch
     teach: Callable[[Any, NoisyBatch], Tensor] | None = None
-    # what replaces the usual passes, from `targets.passes.TrainingPasses` and a batch: errors of each stream
-    other_passes: Callable[[Any, NoisyBatch], Iterator[tuple[Tensor, ...]]] | None = None
     in_lockstep: bool = False  # processes share a model, so that all run equal passes
     # what passes that learn run in, given the DiT and their batch
     learning_pass: Sequence[Callable[[nn.Module, NoisyBatch], AbstractContextManager[None]]] = ()

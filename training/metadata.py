@@ -6,19 +6,18 @@ All values are text; missing ones are "None".
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from checkpoints.file_hashes import short_hash, whole_hash
 from contract.family import Family
 from dataset.table import DatasetTable
 from modules.atomic_write import make_storable
-from modules.options import is_given, option_name
 from networks.names.layouts import TRAINED_FOR
 from networks.options import NetworkOptions
 from training.data.table_times import list_times
+from training.features.contract import given_values
 from training.image_metadata import image_values
 from training.noise_options import L2
 from training.optimizers.lr_schedule import count_steps
@@ -122,24 +121,12 @@ def _optional_values(plan: TrainingPlan) -> dict[str, Any]:
     return values
 
 
-def _without_folders(value: Any) -> Any:
-    """Return a value with the names of files in place of their paths, which are nobody's business."""
-    if isinstance(value, tuple):
-        return " ".join(str(_without_folders(item)) for item in value)
-    return value.name if isinstance(value, Path) else value
-
-
 def _target_values(options: TrainingOptions) -> dict[str, Any]:
     """Return the entries on the targets of a training, as far as they are given."""
     values: dict[str, Any] = {}
-    records = [options.guided, options.teacher, options.prior, options.preference]
-    if options.network is not None:
-        records.append(options.network.slider)
+    records = [options.teacher, options.preference]
     for record in records:
-        for field in fields(record):
-            if is_given(record, field):
-                name = option_name(field)
-                values[f"ss_{name}"] = _without_folders(getattr(record, field.name))
+        values |= {f"ss_{name}": value for name, value in given_values(record).items()}
     if options.teacher.teacher is not None:
         values["ss_teacher_weight"] = options.teacher.teacher_weight
     return values

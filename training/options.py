@@ -5,7 +5,6 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from dataset.options import CachingInRunOptions
@@ -32,17 +31,30 @@ from modules.speed_options import TrainingSpeedOptions
 from networks.kinds.composing import RANKED_NETWORKS
 from networks.options import NOTHING_FROZEN, FrozenModelOptions, NetworkOptions
 from networks.preference_options import NO_PREFERENCE, PreferenceOptions
-from networks.teacher_options import NO_PRIOR, NO_TEACHER, PriorOptions, TeacherOptions
+from networks.teacher_options import NO_TEACHER, TeacherOptions
 from training import learning_options, noise_options, run_options
 from training.config_options import (
     ConfigOptions,
     check_imports,
     read_config_file,
 )
-from training.features.composing import find_record, options_at, refuse_combinations
-from training.features.contract import AT_LOGS, AT_LOSS, AT_METADATA, AT_NOISE, AT_WEIGHTS, T
+from training.features.composing import (
+    find_record,
+    need_empty_prompt,
+    options_at,
+    refuse_combinations,
+    typed_targets,
+)
+from training.features.contract import (
+    AT_LOGS,
+    AT_LOSS,
+    AT_METADATA,
+    AT_NETWORK,
+    AT_NOISE,
+    AT_WEIGHTS,
+    T,
+)
 from training.saving.options import MetadataOptions, SavingOptions
-from training.target_options import GuidedTargetOptions
 
 logger = logging.getLogger(__name__)
 
@@ -52,17 +64,28 @@ R = TypeVar("R", bound=Options)
 MOST_RANK = 4096
 
 if TYPE_CHECKING:  # records of what the list of features has
+    OptionsAtNetwork = Options
     OptionsAtNoise = Options
     OptionsAtLoss = Options
     OptionsAtWeights = Options
     OptionsAtLogs = Options
     OptionsAtMetadata = Options
 else:
+    OptionsAtNetwork = options_at(AT_NETWORK)
     OptionsAtNoise = options_at(AT_NOISE)
     OptionsAtLoss = options_at(AT_LOSS)
     OptionsAtWeights = options_at(AT_WEIGHTS)
     OptionsAtLogs = options_at(AT_LOGS)
     OptionsAtMetadata = options_at(AT_METADATA)
+
+NOT_AT_NETWORK = OptionsAtNetwork.usual()  # where there is no network
+
+
+class TrainedNetworkOptions(NetworkOptions, title="network"):
+    """Options of a network that is trained, with those of features that it has part in."""
+
+    at_network: OptionsAtNetwork
+    preference: PreferenceOptions
 
 
 class TrainingOptions(Options):
@@ -75,11 +98,10 @@ class TrainingOptions(Options):
     timesteps: noise_options.TimestepOptions = option(facts=HABIT)
     at_noise: OptionsAtNoise  # of features
     loss: noise_options.LossOptions = option(facts=HABIT)
-    guided: GuidedTargetOptions = option(facts=HABIT)
     at_loss: OptionsAtLoss  # of features
     # None: the output is the velocity
     prediction: noise_options.PredictionOptions | None = option(facts=HABIT)
-    network: NetworkOptions | None  # what learns: a network beside the DiT,
+    network: TrainedNetworkOptions | None  # what learns: a network beside the DiT,
     whole_dit: learning_options.WholeDitOptions | None  # or the DiT itself; one of the two is given
     accelerator: run_options.AcceleratorOptions = option(facts=HABIT)
     saving: SavingOptions = option(facts=FREE)
@@ -122,7 +144,15 @@ class TrainingOptions(Options):
 
     def of(self, kind: type[T]) -> T:
         """Return the options of a feature."""
-        records = (self.at_noise, self.at_loss, self.at_weights, self.at_logs, self.at_metadata)
+        at_network = NOT_AT_NETWORK if self.network is None else self.network.at_network
+        records = (
+            at_network,
+            self.at_noise,
+            self.at_loss,
+            self.at_weights,
+            self.at_logs,
+            self.at_metadata,
+        )
         return find_record(records, kind)
 
     @property
@@ -144,38 +174,24 @@ class TrainingOptions(Options):
         return NO_TEACHER if self.network is None else self.network.teacher
 
     @property
-    def prior(self) -> PriorOptions:
-        return NO_PRIOR if self.network is None else self.network.prior
-
-    @property
-    def slider(self) -> Path | None:
-        return None if self.network is None else self.network.slider.slider
-
-    @property
     def preference(self) -> PreferenceOptions:
         return NO_PREFERENCE if self.network is None else self.network.preference
 
     @property
     def typed_targets(self) -> list[str]:
-        """Return the given options of targets other than the clip, with their values; --preference is last.
-
-        --slider, which replaces them all, is not among them.
-        """
-        values = {
-            "--guided_target": self.guided.guided_target,
-            "--teacher": self.teacher.teacher,
-            "--mask_prior_weight": self.prior.mask_prior_weight,
-            "--blank_prior_weight": self.prior.blank_prior_weight,
-            "--preference": self.preference.preference,
-        }
-        given = {name: value for name, value in values.items() if value is not None}
-        return [
-            f"{name} {value if isinstance(value, str) else f'{value:g}'}" for name, value in given.items()
-        ]
+        """Return the given options of targets besides the clip, as they are typed; --preference is last."""
+        preference = self.preference.preference
+        words = []
+        if self.teacher.teacher is not None:
+            words.append(f"--teacher {self.teacher.teacher}")
+        words += typed_targets(self)
+        if preference is not None:
+            words.append(f"--preference {preference:g}")
+        return words
 
     @property
     def needs_empty_prompt(self) -> bool:
-        return self.guided.guided_target is not None or self.prior.blank_prior_weight is not None
+        return need_empty_prompt(self)
 
     @property
     def is_for_images(self) -> bool:
@@ -231,37 +247,17 @@ class TrainingOptions(Options):
 
     def _check_targets(self) -> None:
         """Refuse targets that answer one question differently."""
-        guided, teacher, prior = self.guided, self.teacher, self.prior
-        if guided.guided_target is not None and teacher.teacher is not None:
-            raise OptionError(
-                f"--guided_target {guided.guided_target:g} and --teacher {teacher.teacher} are two answers "
-                "to one question: what to learn in place of the clip. Leave out one of the two"
-            )
+        teacher = self.teacher
         if teacher.teacher_split and self.loss.loss_type != "l2":
             raise OptionError(
                 f"--teacher_split with --loss_type {self.loss.loss_type}: size and direction are those of "
                 "squared differences. Use --loss_type l2, or leave out --teacher_split"
             )
         targets = self.typed_targets
-        if self.slider is not None and targets:
-            raise OptionError(
-                f"--slider {self.slider} with {targets[0]}: a slider learns from its captions alone. Leave "
-                "out one of the two"
-            )
-        if self.slider is not None and self.is_fused:
-            raise OptionError(
-                "--slider with --fused_backward_pass: the gradients of its two strengths are added, and "
-                "fused gradients are freed at once. Leave out one of the two"
-            )
         if self.preference.preference is not None and len(targets) > 1:
             raise OptionError(
                 f"--preference {self.preference.preference:g} and {targets[0]}: the loss of a pair has no "
                 "place for another target. Leave out one of the two"
-            )
-        if prior.blank_prior_weight is not None and self.is_fused:
-            raise OptionError(
-                "--blank_prior_weight with --fused_backward_pass: the gradients of its two passes are added, "
-                "and fused gradients are freed at once. Leave out one of the two"
             )
 
     def _check_fused(self) -> None:
@@ -354,7 +350,7 @@ def read_training(
     doc: str | None,
     record: type[R],
     argv: Sequence[str] | None,
-    learner: type[Options] = NetworkOptions,
+    learner: type[Options] = TrainedNetworkOptions,
     shared: Sequence[type[Options]] = (),
     changes: TrainerChanges = NO_CHANGES,
 ) -> tuple[TrainingOptions, R, list[ScriptOption]]:
@@ -394,15 +390,19 @@ def log_idle(args: argparse.Namespace, *records: Options) -> None:
 
 
 def training_parser(
-    doc: str | None, learner: type[Options] = NetworkOptions, **settings: Any
+    doc: str | None, learner: type[Options] = TrainedNetworkOptions, **settings: Any
 ) -> argparse.ArgumentParser:
     """Return a parser with all options that every family's training has.
 
-    doc: the script's docstring. learner: `NetworkOptions` or `WholeDitOptions`. settings: defaults and
+    doc: the script's docstring. learner: `TrainedNetworkOptions` or `WholeDitOptions`. settings: defaults and
     settings of the script, see `add_options`.
     """
     parser = Parser(description=doc)
-    add_options(parser, ConfigOptions, learner, TrainingOptions, **settings)
+    add_options(parser, ConfigOptions, learner, **settings)
+    if learner is learning_options.WholeDitOptions:
+        refused = dict.fromkeys(option_values(NOT_AT_NETWORK), learning_options.NO_FROZEN_MODEL)
+        add_options(parser, OptionsAtNetwork, refused=refused)
+    add_options(parser, TrainingOptions, **settings)
     return parser
 
 

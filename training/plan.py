@@ -35,6 +35,7 @@ from training.data.feed import BatchSources
 from training.data.live import LiveTexts
 from training.data.table_times import check_times, list_times
 from training.experts import check_computing, module_of, note_experts
+from training.features.composing import check_items, check_tables
 from training.optimizers.stepping import check_fused_backward, check_split
 from training.options import TrainingOptions
 from training.other_families import NO_OTHERS, OtherFamilies
@@ -137,7 +138,7 @@ def make_plan(
     )
     training, validation = _split_items(options, config, items, progress.seed)
     _check_pairs(options, config, training, sources)
-    _check_masks(options, training, sources)
+    check_items(options, training, sources)
     if is_main:
         _warn_of_missing(options, config, [*training, *validation], sources)
     order = BatchOrder(training, progress.seed)
@@ -378,6 +379,7 @@ def _check_validating(options: ValidationOptions) -> None:
 
 def _check_tables(options: TrainingOptions, config: DatasetConfig) -> None:
     """Raise OptionError for keys of tables that ask for another target or strength than the options do."""
+    check_tables(options, config.datasets)
     preserving = next((table for table in config.datasets if table.preserves_output), None)
     if preserving is not None:
         _check_preserving(options, preserving)
@@ -388,11 +390,6 @@ def _check_tables(options: TrainingOptions, config: DatasetConfig) -> None:
         raise OptionError(
             f"{scaled.name}: network_multiplier is the strength of a LoRA, and here the model itself is "
             "trained. Leave it out"
-        )
-    if options.slider is not None:
-        raise OptionError(
-            f"{scaled.name}: network_multiplier cannot be had with --slider {options.slider}, which learns "
-            "at the strengths 1 and -1. Leave out one of the two"
         )
 
 
@@ -410,20 +407,10 @@ def _check_batch_sizes(family: Family, config: DatasetConfig) -> None:
 def _check_preserving(options: TrainingOptions, table: DatasetTable) -> None:
     """Raise OptionError for what gives the clips of a table with diff_output_preservation another target."""
     key = f"{table.name}: diff_output_preservation"
-    if options.network is None:
-        raise OptionError(
-            f"{key} compares a LoRA with the model without it, and here the model itself is trained. Leave "
-            "it out"
-        )
     if options.preference.preference is not None:
         raise OptionError(
             f"{key} cannot be had with --preference, whose loss has no place for another target. Leave out "
             "one of the two"
-        )
-    if options.slider is not None:
-        raise OptionError(
-            f"{key} cannot be had with --slider {options.slider}, which learns its own captions and "
-            "not those of the table. Leave it out; an anchor in the slider's file keeps what a caption makes"
         )
 
 
@@ -446,20 +433,6 @@ def _check_pairs(
     from dataset.batches.pairs import require_pairs  # only with --preference
 
     require_pairs(training, sources.stores, sources.encoders.commands)
-
-
-def _check_masks(options: TrainingOptions, training: Sequence[TrainingItem], sources: BatchSources) -> None:
-    """Raise OptionError for --mask_prior_weight if no item that is learned has a mask."""
-    weight = options.prior.mask_prior_weight
-    if weight is None:
-        return
-    from dataset.batches.pairs import has_masks  # only with this target
-
-    if not has_masks(training, sources.stores):
-        raise OptionError(
-            f"--mask_prior_weight {weight:g}: no item has a mask, so there is no place outside of one. Give "
-            "a table mask_directory or alpha_mask = true, and cache again, or leave the option out"
-        )
 
 
 def _warn_of_missing(

@@ -20,8 +20,7 @@ from modules.option_values import read_literals, to_path
 from modules.options import in_one_spelling, options_with
 from networks.kinds.composing import kind_of_module
 from networks.options import DEFAULT_RANK, NOTHING_FROZEN
-from networks.slider_options import NO_SLIDER
-from networks.teacher_options import NO_PRIOR, NO_TEACHER
+from networks.teacher_options import NO_TEACHER
 from training.experts import TRAINING_ADAPTER, module_of
 from training.features.composing import claim_progress, fetch_state, usual_habits
 from training.optimizers.optimizer import PATHS
@@ -31,7 +30,6 @@ from training.saving import states
 from training.saving.files import find_set_aside
 from training.saving.options import LATEST, LATEST_ONLY, SavingOptions
 from training.steps import Progress, StepPlan
-from training.target_options import NO_GUIDED_TARGET
 
 logger = logging.getLogger(__name__)
 
@@ -220,8 +218,7 @@ def check_resumable(
     identity = _resolve(settings.identity, settings.record)
     # likewise of before there were targets and features
     unsaid: dict[str, Any] = {}
-    of_targets = (NO_TEACHER, NO_PRIOR, NO_GUIDED_TARGET, NO_SLIDER)
-    for record in (NOTHING_FROZEN, *of_targets, *usual_habits()):
+    for record in (NOTHING_FROZEN, NO_TEACHER, *usual_habits()):
         unsaid |= {f"--{name}": value for name, value in public_config(record).items()}
     habits_before = {name: habits.get(name) and value for name, value in unsaid.items()} | dict(saved.habits)
     unknown = {*identity} - {*before} | {*habits} - {*habits_before}

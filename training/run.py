@@ -21,7 +21,13 @@ from modules.speed_options import SwapOptions
 from running.dressing import shared_blocks
 from running.planning.device_memory import MemoryWatch, too_little
 from training.checks import check_before_loading
-from training.features.composing import act_at_end, end_of_run, make_publisher, sampled_average
+from training.features.composing import (
+    act_at_end,
+    end_of_run,
+    make_publisher,
+    prepare_features,
+    sampled_average,
+)
 from training.features.contract import RunEnd
 from training.following import NextSteps, plan_next_steps
 from training.learning import load_model, make_run
@@ -40,7 +46,6 @@ from training.training_run import TrainingRun
 
 if TYPE_CHECKING:  # loaded only if there are prompts
     from training.samples import Sampler
-    from training.targets.sliders import SliderTarget
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +109,7 @@ def prepare_run(
         end.progress, end.total_steps = plan.progress, plan.steps.total_steps
         # texts and images are encoded while there is no DiT
         sampler = _make_sampler(plan)
-        slider = _encode_slider(plan)
+        hooks = prepare_features(plan)
         following = follow(plan, sampler)
         if processes is not None:
             processes.advice = following.after_loss
@@ -115,7 +120,7 @@ def prepare_run(
             stack.callback(plan.texts.free)
         logs = _make_logs(plan, swap)
         reporter = make_reporter(plan, following, memory)
-        model = load_model(plan, swap)
+        model = load_model(plan, swap, hooks)
         # nothing can be missing any more
         _set_earlier_aside(plan, reporter.history.path)
         accelerator.wait_for_everyone()  # before any writes samples there
@@ -128,9 +133,7 @@ def prepare_run(
             note_saved=reporter.note_saved,
             note_removed=reporter.note_files,
         )
-        run = make_run(
-            model, sampler, memory=memory, logs=logs, reporter=reporter, saver=saver, slider=slider
-        )
+        run = make_run(model, sampler, memory=memory, logs=logs, reporter=reporter, saver=saver)
         closing = contextlib.closing(publisher) if publisher is not None else contextlib.nullcontext()
         with closing, logs, reporter:
             show_start(run, file_dtype(options, model.dits.networks[0]))
@@ -139,16 +142,6 @@ def prepare_run(
             accelerator.wait_for_everyone()
         if accelerator.is_main_process and plan.progress.step >= plan.steps.total_steps:
             show_end(run, Story.of(reporter.history.events), following)
-
-
-def _encode_slider(plan: TrainingPlan) -> "SliderTarget | None":
-    """Encode the captions of --slider."""
-    path = plan.options.slider
-    if path is None:
-        return None
-    from training.targets.sliders import encode_sliders, read_sliders  # only with --slider
-
-    return encode_sliders(plan.family, read_sliders(path), plan.accelerator.device)
 
 
 def _plan_memory(plan: TrainingPlan) -> tuple[SwapOptions, MemoryWatch | None]:

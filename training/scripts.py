@@ -11,10 +11,15 @@ from modules.errors import UserError
 from modules.installation import import_own
 from modules.options import Options, option_values
 from modules.speed_options import refuse_for_whole
-from networks.options import NetworkOptions
 from training.learning_options import WholeDitOptions
 from training.noise_options import SAMPLERS
-from training.options import NO_CHANGES, TrainerChanges, TrainingOptions, read_training
+from training.options import (
+    NO_CHANGES,
+    TrainedNetworkOptions,
+    TrainerChanges,
+    TrainingOptions,
+    read_training,
+)
 
 if TYPE_CHECKING:
     from contract.family import Family
@@ -40,7 +45,7 @@ def training_script(
     do not fit. samplers: choices of --timestep_sampling for video. changes: of shared options, for video.
     """
     entry = FAMILIES[family]
-    learner = WholeDitOptions if whole_dit else NetworkOptions
+    learner = WholeDitOptions if whole_dit else TrainedNetworkOptions
     sampling = {"choices": samplers, **changes.settings.get("timestep_sampling", {})}
     changes = replace(changes, settings={**changes.settings, "timestep_sampling": sampling})
 

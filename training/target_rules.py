@@ -3,19 +3,9 @@
 from dataclasses import dataclass
 
 from networks.preference_options import PreferenceOptions
-from networks.teacher_options import PriorOptions, TeacherOptions
-from training.target_options import GuidedTargetOptions
+from networks.teacher_options import TeacherOptions
 
 THOUSAND = 1000
-
-
-@dataclass(frozen=True)
-class GuidedTarget:
-    """The target u + scale * (v - u); u is the network's prediction for the empty prompt."""
-
-    scale: float
-    sound_scale: float
-    lowest_level: float  # share of noise, 0..1, from which on it is used
 
 
 @dataclass(frozen=True)
@@ -63,10 +53,7 @@ class Preference:
 class Targets:
     """All that a run compares with besides the clip itself."""
 
-    guided: GuidedTarget | None = None
     teacher: TeacherTarget | None = None
-    mask_prior_weight: float = 0.0
-    blank_prior_weight: float = 0.0
     preference: Preference | None = None
 
 
@@ -74,17 +61,12 @@ NO_TARGETS = Targets()
 
 
 def make_targets(
-    guided: GuidedTargetOptions,
     teacher: TeacherOptions,
-    prior: PriorOptions,
     preference: PreferenceOptions,
 ) -> Targets:
     """Return the targets that options ask for."""
     return Targets(
-        guided=_make_guided(guided),
         teacher=_make_teacher(teacher),
-        mask_prior_weight=prior.mask_prior_weight or 0.0,
-        blank_prior_weight=prior.blank_prior_weight or 0.0,
         preference=_make_preference(preference),
     )
 
@@ -93,17 +75,6 @@ def _make_preference(options: PreferenceOptions) -> Preference | None:
     if options.preference is None:
         return None
     return Preference(options.preference, options.preference_data_weight)
-
-
-def _make_guided(options: GuidedTargetOptions) -> GuidedTarget | None:
-    scale = options.guided_target
-    if scale is None:
-        return None
-    return GuidedTarget(
-        scale=scale,
-        sound_scale=options.guided_target_sound or scale,
-        lowest_level=options.guided_target_min_timestep / THOUSAND,
-    )
 
 
 def _make_teacher(options: TeacherOptions) -> TeacherTarget | None:

@@ -24,6 +24,7 @@ from modules.options import read_options
 from modules.parser import add_options
 from tests.golden_cases import read_case
 from tests.training.toy import LATENT, ToyFamily, record_encoders, toy_options, train_toy, write_caches
+from training.features.output_preservation import preserve_output
 from training.loss import PLAIN_LOSS, LossRule, NoisyBatch, compared, element_errors, find_thresholds
 from training.noise_options import PREDICTIONS, LossOptions
 from training.run import prepare_run
@@ -219,7 +220,12 @@ def test_preserved_samples_and_a_teachers_share_are_compared_with_the_base_model
     batch, dit = with_batch(noisy_batch(), preserved=(False, True)), Constant()
 
     teacher = TeacherTarget(teacher_weight) if teacher_weight else None
-    rule = LossRule(as_base=lambda: saying(dit, 0.25), targets=Targets(teacher=teacher), teach=teach_as_base)
+    rule = LossRule(
+        as_base=lambda: saying(dit, 0.25),
+        targets=Targets(teacher=teacher),
+        teach=teach_as_base,
+        own_targets=[preserve_output],
+    )
     errors = errors_of(batch, dit, rule=rule)
 
     assert errors.tolist() == expected

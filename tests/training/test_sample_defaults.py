@@ -14,14 +14,13 @@ from contract.families import FAMILIES as ENTRIES
 from contract.requests import Prepared
 from generation.request import prepare_line
 from krea2.family import family_for_samples
-from networks.options import NetworkOptions
 from tests.tiny.families import FAMILIES, OUTPUT, family_called
 from tests.tiny.flux import write_tiny_flux
 from tests.tiny.krea2 import tiny_state, write_dit
 from tests.tiny.project import write_clips, write_image
 from training.following import say_sample
 from training.image_options import read_image_training
-from training.options import read_training
+from training.options import TrainedNetworkOptions, read_training
 from training.samples import read_requests, sample_values, warn_of_unread
 
 MEDIA = ("image_path", "end_image_path", "control_path", "control_images", "extra")
@@ -117,7 +116,7 @@ def training_of(words: list[str]) -> tuple[Any, Any, Any]:
     if hasattr(module, "DEFAULTS"):
         _, own, _ = read_image_training(None, record, module.DEFAULTS, argv)
     else:
-        _, own, _ = read_training(None, record, argv, NetworkOptions)
+        _, own, _ = read_training(None, record, argv, TrainedNetworkOptions)
     return entry, entry.make_family("training", own), own
 
 

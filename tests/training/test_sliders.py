@@ -11,9 +11,9 @@ from torch.nn.functional import mse_loss
 from modules.errors import DatasetError, OptionError
 from tests.training import toy
 from tests.training.test_targets import Step, write_project
+from training.features.slider_passes import read_sliders
 from training.run import prepare_run
 from training.targets.passes import loss_passes
-from training.targets.sliders import read_sliders
 
 pytestmark = pytest.mark.usefixtures("nothing_compiled")
 

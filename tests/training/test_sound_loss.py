@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,9 +17,10 @@ from contract.steps import NO_TWEAKS, Tweaks
 from tests.training.toy import LATENT, ToyFamily
 from training.data.feed import Randomness
 from training.data.timesteps import draw
+from training.features.guided import GuidedTarget, guide
 from training.loss import PLAIN_LOSS, LossRule, NoisyBatch
 from training.noise_options import SHIFTED_LOGIT, TimestepOptions
-from training.target_rules import GuidedTarget, Split, Targets, TeacherTarget
+from training.target_rules import Split, Targets, TeacherTarget
 from training.targets.passes import measure_streams, teach_as_base, training_loss
 
 JOINT = Joint((2, 3, 2, 2), (2, 4, 3))
@@ -118,7 +120,7 @@ def test_a_guided_target_has_a_scale_for_each_stream_and_the_levels_of_each() ->
     assert noisy.sound is not None
     noisy = replace(noisy, batch=replace(noisy.batch, empty_text={"letters": [torch.zeros(1, 1)] * 2}))
     lowest = min(noisy.levels) + 1e-3  # one picture is below it
-    rule = LossRule(targets=Targets(guided=GuidedTarget(3.0, 2.0, lowest)))
+    rule = LossRule(make_target=[partial(guide, GuidedTarget(3.0, 2.0, lowest))])
 
     streams = measure_streams(Hearing(), nn.Identity(), noisy, nullcontext, rule)
 

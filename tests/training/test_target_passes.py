@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,12 +13,15 @@ from torch.nn.functional import mse_loss
 
 from contract.data import FIRST_FRAME, HAS_SOUND, Batch
 from tests.training import toy
+from training.features.blank_prior import blank_pass
+from training.features.guided import GuidedTarget, guide
+from training.features.output_preservation import preserve_output
+from training.features.slider_passes import Slider, SliderFile, SliderTarget, slider_passes
 from training.loss import LossRule, NoisyBatch
-from training.target_rules import Band, GuidedTarget, Split, Targets, TeacherTarget
+from training.target_rules import Band, Split, Targets, TeacherTarget
 from training.targets.errors import split_errors
 from training.targets.passes import TrainingPasses, loss_passes, tell_teacher
 from training.targets.preferences import add_streams, join_pairs
-from training.targets.sliders import Slider, SliderFile, SliderTarget, slider_passes
 
 RESTART, BASE, LEARNING = "restart", "base", "learning"
 
@@ -93,7 +97,8 @@ def velocity_of(noisy_batch: NoisyBatch) -> Tensor:
 
 
 def test_a_sample_at_the_lowest_level_is_guided() -> None:
-    step = Step(Targets(guided=GuidedTarget(scale=3.0, sound_scale=2.0, lowest_level=0.5)))
+    guided = GuidedTarget(scale=3.0, sound_scale=2.0, lowest_level=0.5)
+    step = Step(Targets(), make_target=[partial(guide, guided)])
     noisy_batch = make_batch(0.5, 0.499)
 
     away = step.predict(replace(noisy_batch, batch=noisy_batch.batch.with_empty_text()))
@@ -127,7 +132,7 @@ def test_a_teacher_that_knows_the_first_frame_is_not_compared_there(
 @pytest.mark.parametrize("preserved", [(), (False, True)])
 def test_processes_that_share_a_model_run_the_base_model_for_every_batch(preserved: tuple[bool, ...]) -> None:
     """What no sample asks for is dropped."""
-    step = Step(Targets(), always_as_base=True)
+    step = Step(Targets(), always_as_base=True, own_targets=[preserve_output])
     noisy_batch = make_batch(0.5, 0.6)
     noisy_batch = replace(noisy_batch, batch=replace(noisy_batch.batch, preserved=preserved))
 
@@ -141,7 +146,8 @@ def test_processes_that_share_a_model_run_the_base_model_for_every_batch(preserv
 
 
 def test_random_numbers_of_the_network_begin_anew_before_each_pass_that_learns() -> None:
-    step = Step(Targets(blank_prior_weight=0.5, guided=GuidedTarget(3.0, 3.0, 0.0)))
+    guided = partial(guide, GuidedTarget(3.0, 3.0, 0.0))
+    step = Step(Targets(), make_target=[guided], further_passes=[partial(blank_pass, 0.5)])
     step.loss(make_batch(0.5))
     assert step.events == [BASE, RESTART, LEARNING, RESTART, RESTART, LEARNING]
 

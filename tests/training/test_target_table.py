@@ -4,6 +4,7 @@ import contextlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_type_hints
@@ -17,23 +18,25 @@ from contract.family import Abilities
 from contract.steps import NO_TWEAKS, Tweaks
 from modules.errors import OptionError
 from modules.options import Options
-from networks.options import NetworkOptions
 from networks.preference_options import PreferenceOptions
-from networks.slider_options import SliderOptions
-from networks.teacher_options import PriorOptions, TeacherOptions
+from networks.teacher_options import TeacherOptions
 from running.routes import Route, routed
 from running.run_blocks import runner_of
 from tests.training import toy
 from tests.training.toy_images import train_image_toy, write_subset
+from training.features.blank_prior import BlankPriorOptions, blank_pass
+from training.features.guided import GuidedTarget, GuidedTargetOptions, guide
 from training.features.ip_noise import IpNoiseOptions
+from training.features.mask_prior import MaskPriorOptions, compare_outside_masks
+from training.features.output_preservation import preserve_output
+from training.features.slider import SliderOptions
+from training.features.slider_passes import Slider, SliderFile, SliderTarget, slider_passes
 from training.features.tread import TreadOptions, check_tread
 from training.loss import MASK, LossRule, NoisyBatch, NoisySound
 from training.noise_options import L2, LossOptions
-from training.options import TrainingOptions
-from training.target_options import GuidedTargetOptions
-from training.target_rules import Band, GuidedTarget, Preference, Targets, TeacherTarget
+from training.options import TrainedNetworkOptions, TrainingOptions
+from training.target_rules import Band, Preference, Targets, TeacherTarget
 from training.targets.passes import loss_passes
-from training.targets.sliders import Slider, SliderFile, SliderTarget, slider_passes
 
 # of a run: what a network learns towards, and which tokens take part
 TARGETS = (
@@ -193,16 +196,17 @@ def losses_of(names: tuple[str, ...], noisy_batch: NoisyBatch) -> Tensor:
 
     family = LinearFamily()
     targets = Targets(
-        guided=GUIDED if "guided" in names else None,
         teacher=TEACHER if "teacher" in names else None,
-        mask_prior_weight=MASK_PRIOR if "mask_prior_weight" in names else 0.0,
-        blank_prior_weight=BLANK_PRIOR if "blank_prior_weight" in names else 0.0,
         preference=PREFERENCE if "preference" in names else None,
     )
     rule = LossRule(
         LossOptions.usual(loss_type="l1") if "loss_type" in names else L2,
         as_base=lambda: at_strength(0.0),
         targets=targets,
+        own_targets=[preserve_output],
+        make_target=[partial(guide, GUIDED)] if "guided" in names else (),
+        compare=[partial(compare_outside_masks, MASK_PRIOR)] if "mask_prior_weight" in names else (),
+        further_passes=[partial(blank_pass, BLANK_PRIOR)] if "blank_prior_weight" in names else (),
         teach=lambda passes, told: passes.base(told),
     )
     if "tread" in names:
@@ -211,9 +215,7 @@ def losses_of(names: tuple[str, ...], noisy_batch: NoisyBatch) -> Tensor:
     if "slider" in names:
         encoded = {text: {"letters": torch.full((1, 1), value)} for text, value in CAPTIONS.items()}
         target = SliderTarget(SliderFile(GUIDANCE, (SLIDER,)), encoded, frozenset({"letters"}))
-        rule = replace(
-            rule, other_passes=lambda passes, batch: slider_passes(target, at_strength, passes, batch)
-        )
+        rule = replace(rule, other_passes=[partial(slider_passes, target, at_strength)])
     with at_strength(noisy_batch.batch.network_multiplier):
         passes = loss_passes(family, dit, noisy_batch, contextlib.nullcontext, rule)
         return sum((stream for streams in passes for stream in streams), torch.zeros(()))
@@ -408,6 +410,7 @@ WITHOUT_SAY = {
     | {"worse", "loss_weights"},  # of pairs; in the weights of a `NoisyBatch`
     NoisyBatch: {"batch", "noise", "sigmas", "timesteps", "levels", "expert", "number", "anchor_balance"},
     LossRule: {"options", "prediction", "as_base", "always_as_base", "targets", "teach", "other_passes"}
+    | {"own_targets", "make_target", "compare", "further_passes"}  # functions of targets
     | {"in_lockstep", "learning_pass", "note_pairs", "seed_networks"},
 }
 
@@ -428,10 +431,8 @@ OPTIONS_OF: dict[type[Options], dict[str, set[str]]] = {
         | {"teacher_min_timestep", "teacher_max_timestep", "teacher_anchor_weight", "teacher_split"}
         | {"teacher_size_weight", "teacher_colour_weight", "teacher_sees"},
     },
-    PriorOptions: {
-        "mask_prior_weight": {"mask_prior_weight"},
-        "blank_prior_weight": {"blank_prior_weight"},
-    },
+    MaskPriorOptions: {"mask_prior_weight": {"mask_prior_weight"}},
+    BlankPriorOptions: {"blank_prior_weight": {"blank_prior_weight"}},
     PreferenceOptions: {"preference": {"preference", "preference_data_weight"}},
     SliderOptions: {"slider": {"slider"}},
     TreadOptions: {"tread": {"tread", "tread_blocks"}},
@@ -445,7 +446,7 @@ OF_NO_TARGET = {
     *("EmaOptions", "SkipOptions", "LogOptions", "EndOptions", "MetadataOptions", "UploadOptions"),
     *("TrainingSpeedOptions", "TrainingAttentionOptions", "TrainingFp8Options", "SwapOptions"),
     *("ShardingOptions", "TrainingCompileOptions", "PlanOptions", "FrozenModelOptions"),
-    "FeatureOptions",
+    *("FeatureOptions", "OutputPreservationOptions"),
 }
 
 
@@ -465,7 +466,7 @@ def test_a_new_option_of_a_target_is_entered_here(record: type[Options]) -> None
 
 
 def test_a_new_record_of_options_is_entered_here() -> None:
-    records = {*records_in(TrainingOptions), *records_in(NetworkOptions)}
+    records = {*records_in(TrainingOptions), *records_in(TrainedNetworkOptions)}
     assert set(OPTIONS_OF) <= records
     assert {record.__name__ for record in records - set(OPTIONS_OF)} == OF_NO_TARGET
 

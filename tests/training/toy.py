@@ -35,11 +35,16 @@ from dataset.cache.records import TextRecord, record_metadata
 from modules.errors import OptionError
 from modules.options import NO_OPTIONS, read_options
 from modules.parser import add_options
-from networks.options import NetworkOptions
 from training.following import plan_next_steps
 from training.learning_options import ExpertTrainingOptions, WholeDitOptions
 from training.loss import Trains
-from training.options import TrainingOptions, list_script_options, read_arguments, training_parser
+from training.options import (
+    TrainedNetworkOptions,
+    TrainingOptions,
+    list_script_options,
+    read_arguments,
+    training_parser,
+)
 from training.run import train_network
 from training.saving.states import SavedState, read_state
 
@@ -286,7 +291,7 @@ def toy_options(
 
 
 def toy_parser(whole_dit: bool) -> argparse.ArgumentParser:
-    parser = training_parser("", WholeDitOptions if whole_dit else NetworkOptions)
+    parser = training_parser("", WholeDitOptions if whole_dit else TrainedNetworkOptions)
     add_options(parser, ExpertTrainingOptions)
     return parser
 

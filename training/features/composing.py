@@ -9,10 +9,23 @@ from typing import TYPE_CHECKING, Any
 
 from modules.options import HABIT, Options, option
 from training.features import FEATURES
-from training.features.contract import Feature, Hooks, LearningPass, OptionsOfRun, RunEnd, T
+from training.features.contract import (
+    Feature,
+    Hooks,
+    LearningPass,
+    OptionsOfRun,
+    PlannedRun,
+    RunEnd,
+    StepPasses,
+    T,
+)
 
 if TYPE_CHECKING:
     from contract.family import Family
+    from dataset.batches.items import TrainingItem
+    from dataset.table import DatasetTable
+    from training.data.feed import BatchSources
+    from training.data.live import LiveTexts
     from training.loss import NoisyBatch
     from training.saving.files import Publisher
     from training.steps import Progress
@@ -90,9 +103,67 @@ def options_of_blocks() -> list[str]:
     return [name for feature in FEATURES for name in feature.of_blocks]
 
 
-def describe_features(options: OptionsOfRun) -> list[str]:
-    """Return the lines of features among the targets of a run."""
-    return [describe() for describe in _functions(options, lambda feature: feature.describe)]
+def typed_targets(options: OptionsOfRun) -> list[str]:
+    """Return the options of features that ask for a target besides the clip, as they are typed."""
+    return [
+        feature.target(options.of(feature.options))
+        for feature in active_features(options)
+        if feature.target is not None
+    ]
+
+
+def keep_steps(options: OptionsOfRun) -> bool:
+    """Return whether what is learned towards keeps that a transformer was distilled for few steps."""
+    return any(feature.keeps_steps for feature in active_features(options))
+
+
+def need_empty_prompt(options: OptionsOfRun) -> bool:
+    return any(feature.needs_empty_prompt for feature in active_features(options))
+
+
+def add_passes(usual: StepPasses, options: OptionsOfRun) -> StepPasses:
+    """Return the passes of a micro-batch, those of features included. usual: without these."""
+    for feature in active_features(options):
+        if feature.passes is not None:
+            usual = usual.plus(feature.passes(options.of(feature.options)))
+    return usual
+
+
+def check_tables(options: OptionsOfRun, tables: "Sequence[DatasetTable]") -> None:
+    """Raise OptionError for keys of tables that a feature reads and that do not go with the options."""
+    for feature in active_features(options):
+        if feature.check_tables is not None:
+            feature.check_tables(options, tables)
+
+
+def need_base(options: OptionsOfRun, tables: "Sequence[DatasetTable]") -> bool:
+    """Return whether batches of the tables may need the model without the network."""
+    return any(
+        feature.needs_base is not None and feature.needs_base(tables) for feature in active_features(options)
+    )
+
+
+def check_texts(options: OptionsOfRun, texts: "LiveTexts | None") -> None:
+    """Raise OptionError for text encoders that a feature cannot use. texts: at work while training."""
+    for feature in active_features(options):
+        if feature.check_texts is not None:
+            feature.check_texts(options.of(feature.options), texts)
+
+
+def check_items(options: OptionsOfRun, items: "Sequence[TrainingItem]", sources: "BatchSources") -> None:
+    """Raise UserError for items to learn that a feature cannot use. sources: where they are read from."""
+    for feature in active_features(options):
+        if feature.check_items is not None:
+            feature.check_items(options.of(feature.options), items, sources)
+
+
+def describe_features(options: OptionsOfRun, are_targets: bool) -> list[str]:
+    """Return the lines of features among the targets of a run: of targets, or of all others."""
+    return [
+        feature.describe(options.of(feature.options))
+        for feature in active_features(options)
+        if feature.describe is not None and (feature.passes is not None) == are_targets
+    ]
 
 
 def rehearsed_passes(options: OptionsOfRun, noisy_batch: "NoisyBatch") -> list[LearningPass]:
@@ -150,6 +221,14 @@ def install_features(options: OptionsOfRun, progress: "Progress") -> Hooks:
     for feature in active_features(options):
         if feature.install is not None:
             feature.install(hooks, options, progress)
+    return hooks
+
+
+def prepare_features(plan: PlannedRun) -> Hooks:
+    """Return the hooks of a run, once its features have done what comes before networks are loaded."""
+    hooks = install_features(plan.options, plan.progress)
+    for prepare in hooks.before_load:
+        prepare(plan)
     return hooks
 
 

@@ -5,21 +5,27 @@ A feature is one light file, or one with a heavy half next to it, and its lines 
 feature: what a run asks all features for is in `composing.py`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from modules.options import Options
+from modules.options import Options, is_given, option_name
 
 if TYPE_CHECKING:  # --help does without torch
     import torch
+    from accelerate import Accelerator
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
     from contract.family import Family
+    from dataset.batches.items import TrainingItem
+    from dataset.table import DatasetTable
     from modules.speed_options import TrainingSpeedOptions
+    from networks.teacher_options import TeacherOptions
+    from training.data.feed import BatchSources
+    from training.data.live import LiveTexts
     from training.learning_options import WholeDitOptions
     from training.loss import NoisyBatch
     from training.run_options import LogOptions, LoopOptions
@@ -27,12 +33,43 @@ if TYPE_CHECKING:  # --help does without torch
     from training.saving.options import SavingOptions
     from training.saving.states import SavedState
     from training.steps import Progress, StepPlan
+    from training.targets.passes import Streams, TargetComparison, TrainingPasses
     from training.trainable import Trainable
 
 T = TypeVar("T")
 
-# of `Feature.place`: in --help behind the options of timesteps, loss, saving and samples, logs, metadata
-AT_NOISE, AT_LOSS, AT_WEIGHTS, AT_LOGS, AT_METADATA = "noise", "loss", "weights", "logs", "metadata"
+# of `Feature.place`: in --help behind the options of the network, which whole models refuse; of timesteps; of
+# the loss; of saving and samples; of logs; of metadata
+AT_NETWORK, AT_NOISE, AT_LOSS = "network", "noise", "loss"
+AT_WEIGHTS, AT_LOGS, AT_METADATA = "weights", "logs", "metadata"
+
+# time of a pass without gradients as a share of one with: a LoRA's backward pass takes as long as the forward
+# pass; with checkpointed blocks, or if the model itself learns, twice as long
+SHARES = 1 / 3, 1 / 2
+
+
+@dataclass(frozen=True)
+class StepPasses:
+    """Count the passes of a micro-batch, at most."""
+
+    with_gradients: int = 1
+    without: int = 0
+    size: int = 1  # of a pass, in micro-batches
+
+    def plus(self, further: "StepPasses") -> "StepPasses":
+        return replace(
+            self,
+            with_gradients=self.with_gradients + further.with_gradients,
+            without=self.without + further.without,
+        )
+
+    @property
+    def words(self) -> str:
+        """Return the numbers, and the time of a step as a multiple of that of a plain one."""
+        low, high = (self.size * (self.with_gradients + share * self.without) for share in SHARES)
+        size = " of batches twice as large" if self.size > 1 else ""
+        counts = f"{self.with_gradients} with gradients, {self.without} without{size}"
+        return f"{counts}: about {low:.1f} to {high:.1f} times a plain step"
 
 
 class OptionsOfRun(Protocol):
@@ -59,7 +96,45 @@ class OptionsOfRun(Protocol):
     def saving(self) -> "SavingOptions": ...
 
     @property
+    def teacher(self) -> "TeacherOptions": ...
+
+    @property
+    def typed_targets(self) -> list[str]: ...
+
+    @property
     def logs(self) -> "LogOptions": ...
+
+
+def given_values(options: Options) -> dict[str, Any]:
+    """Return the options of a record that are given, by name, for the metadata of files."""
+    return {
+        option_name(declared): _without_folders(getattr(options, declared.name))
+        for declared in fields(options)
+        if is_given(options, declared)
+    }
+
+
+def _without_folders(value: Any) -> Any:
+    """Return a value with the names of files in place of their paths, which are nobody's business."""
+    if isinstance(value, tuple):
+        return " ".join(str(_without_folders(item)) for item in value)
+    return value.name if isinstance(value, Path) else value
+
+
+class PlannedRun(Protocol):
+    """A run before its networks are loaded, as far as features use it."""
+
+    @property
+    def family(self) -> "Family": ...
+
+    @property
+    def options(self) -> OptionsOfRun: ...
+
+    @property
+    def progress(self) -> "Progress": ...
+
+    @property
+    def accelerator(self) -> "Accelerator": ...
 
 
 class HookedRun(Protocol):
@@ -149,6 +224,9 @@ class RunEnd:
 OnNoise = Callable[["torch.Size", int, int], "Tensor"]
 BeforeStep = Callable[[HookedRun, GradientStep, "Tensor"], str]
 LearningPass = Callable[["nn.Module", "NoisyBatch"], AbstractContextManager[None]]
+MakeTarget = Callable[["TrainingPasses", "NoisyBatch", "Tensor"], "Tensor"]
+Compare = Callable[["TrainingPasses", "NoisyBatch"], "Sequence[TargetComparison]"]
+MorePasses = Callable[["TrainingPasses", "NoisyBatch"], "Iterator[Streams]"]
 
 
 @dataclass(frozen=True)
@@ -158,7 +236,18 @@ class Hooks:
     # given the shape of latents, the seed of the run and the number of the micro-batch: further noise of the
     # input, which is not to be predicted
     on_noise: list[OnNoise] = field(default_factory=list)
+    before_load: list[Callable[[PlannedRun], None]] = field(default_factory=list)  # texts are encoded here
     after_load: list[Callable[[HookedModel], None]] = field(default_factory=list)
+    # given the passes of a step, its batch and the velocity: what samples are compared with in place of it,
+    # in validation too
+    own_targets: list[MakeTarget] = field(default_factory=list)
+    # likewise, in training only, once those have acted
+    make_target: list[MakeTarget] = field(default_factory=list)
+    # given the passes of a step and its batch: what the prediction is compared with besides the clip
+    compare: list[Compare] = field(default_factory=list)
+    # likewise: errors of each sample in passes with gradients that come before the usual one
+    further_passes: list[MorePasses] = field(default_factory=list)
+    other_passes: list[MorePasses] = field(default_factory=list)  # likewise, in place of the usual one
     # given the DiT and its batch: what a pass with gradients runs in
     learning_pass: list[LearningPass] = field(default_factory=list)
     # given the norm of the gradients before clipping: why the step is not taken, as the history has it; ""
@@ -182,6 +271,21 @@ class Feature:
     check: Callable[[Any, "Family", Sequence[int]], None] | None = None
     # its options that act between the blocks of a transformer: models without such blocks refuse them
     of_blocks: tuple[str, ...] = ()
+    # given its options: those that ask for a target besides the clip, as they are typed
+    target: Callable[[Any], str] | None = None
+    # given its options: the passes of its target, in addition to the usual ones
+    passes: Callable[[Any], StepPasses] | None = None
+    # given the tables of a run: raises OptionError for those that do not go with its options
+    check_tables: "Callable[[OptionsOfRun, Sequence[DatasetTable]], None] | None" = None
+    # given the tables of a run: whether batches of it need the model without the network
+    needs_base: "Callable[[Sequence[DatasetTable]], bool] | None" = None
+    # what it learns towards keeps that a transformer was distilled for few steps
+    keeps_steps: bool = False
+    needs_empty_prompt: bool = False  # batches also have the conditions of the empty prompt
+    # given its options and the text encoders that work while training: raises OptionError
+    check_texts: "Callable[[Any, LiveTexts | None], None] | None" = None
+    # given its options, the items to learn and where they are read from: raises UserError
+    check_items: "Callable[[Any, Sequence[TrainingItem], BatchSources], None] | None" = None
     # given its options: its line among the targets in the box at the start of a run
     describe: Callable[[Any], str] | None = None
     # likewise, its line behind all others

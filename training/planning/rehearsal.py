@@ -22,7 +22,7 @@ from networks.added import add_loras
 from running.planning import dry_run as dry
 from training.data.live import LiveTexts
 from training.experts import AUTOCAST, TRAINING_ADAPTER, dress, read_adapter
-from training.features.composing import kept_average, rehearsed_passes
+from training.features.composing import install_features, kept_average, rehearsed_passes
 from training.features.contract import LearningPass
 from training.loss import Autocast, LossRule, NoisyBatch, Trains
 from training.optimizers.optimizer import find_averaging, make_optimizer
@@ -94,13 +94,16 @@ class Rehearsal:
                 batch = self.texts.add_to(noisy_batch.batch)
             noisy_batch = replace(noisy_batch, batch=batch).to(self.ledger.device)
         self.ledger.enter("forward outside the blocks")
+        hooks = install_features(self.options, Progress(0, 0, 0.0))
         rule = LossRule(
             self.options.loss,
             self.options.predicted,
             as_base=contextlib.nullcontext,
-            targets=make_targets(
-                self.options.guided, self.options.teacher, self.options.prior, self.options.preference
-            ),
+            targets=make_targets(self.options.teacher, self.options.preference),
+            own_targets=hooks.own_targets,
+            make_target=hooks.make_target,
+            compare=hooks.compare,
+            further_passes=hooks.further_passes,
             teach=rehearse_change if self.options.teacher.teacher_delta else teach_as_base,
             in_lockstep=True,  # so that no level and no mask leaves out a pass
             learning_pass=self.learning_pass,

@@ -3,6 +3,5 @@
 errors: size and direction of two predictions, compared apart
 preferences: a better and a worse one of each pair
 passes: of a step: those that make targets, those that learn
-sliders: a file of captions to slide between, and its passes
 teachers: another frozen model as a teacher, with its LoRAs
 """

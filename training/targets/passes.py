@@ -27,10 +27,9 @@ from training.loss import (
     per_sample,
     predict,
     sample_errors,
-    sample_errors_outside,
     split_streams,
 )
-from training.target_rules import EVEN_SPLIT, GuidedTarget, Preference, Split, TeacherTarget
+from training.target_rules import EVEN_SPLIT, Preference, Split, TeacherTarget
 from training.targets.errors import split_errors
 from training.targets.preferences import add_streams, compare_pairs, join_pairs
 
@@ -111,15 +110,14 @@ def loss_passes(
     state between two.
     """
     passes = _make_passes(family, dit, noisy_batch, autocast=autocast, rule=rule)
-    if rule.other_passes is not None:
-        for errors in rule.other_passes(passes, noisy_batch):
-            yield _weighted(errors, noisy_batch)
-        return
     if rule.targets.preference is not None:
         yield (_measure_pairs(passes, noisy_batch, rule.targets.preference),)
         return
-    if rule.targets.blank_prior_weight:
-        yield _weighted(_measure_blank(passes, noisy_batch), noisy_batch)
+    for more_passes in rule.other_passes or rule.further_passes:
+        for errors in more_passes(passes, noisy_batch):
+            yield _weighted(errors, noisy_batch)
+    if rule.other_passes:
+        return
     yield _weighted(_measure(passes, noisy_batch), noisy_batch)
 
 
@@ -156,20 +154,7 @@ def _velocity(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:
     return noisy_batch.joint.join(target, sound_target)
 
 
-def _measure_blank(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Streams:
-    """Return the errors against the base model for the empty prompt, with the weight of this prior.
-
-    Masks are about the clip, so that all places count here.
-    """
-    blank = replace(noisy_batch, batch=noisy_batch.batch.with_empty_text())
-    target = passes.base(blank)
-    passes.restart(noisy_batch)
-    errors = measure_plainly(passes, passes.learning(blank), target, _without_masks(blank))
-    passes.restart(noisy_batch)
-    return tuple(passes.rule.targets.blank_prior_weight * error for error in errors)
-
-
-def _without_masks(noisy_batch: NoisyBatch) -> NoisyBatch:
+def without_masks(noisy_batch: NoisyBatch) -> NoisyBatch:
     """Return the batch with all places counting."""
     tensors = dict(noisy_batch.batch.tensors)
     tensors.pop(MASK, None)
@@ -198,8 +183,8 @@ def measure_streams(
 def _measure(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Streams:
     comparisons = [_compare_with_clip(passes, noisy_batch)]
     targets = passes.rule.targets
-    if targets.mask_prior_weight and (_has_mask(noisy_batch) or passes.rule.in_lockstep):
-        comparisons += _compare_outside_mask(passes, noisy_batch, targets.mask_prior_weight)
+    for compare in passes.rule.compare:
+        comparisons += compare(passes, noisy_batch)
     if targets.teacher is not None:
         comparisons += _compare_with_teacher(passes, noisy_batch, targets.teacher)
     output = passes.learning(noisy_batch)
@@ -229,14 +214,12 @@ def _compare_with_clip(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Targe
     """
     rule = passes.rule
     target = _velocity(passes, noisy_batch)
-    if any(noisy_batch.batch.preserved) or rule.always_as_base:
-        target = _replace_preserved(target, passes, noisy_batch)
-    if rule.targets.guided is not None:
-        target = _guide(target, passes, noisy_batch, guided=rule.targets.guided)
+    for make_target in (*rule.own_targets, *rule.make_target):
+        target = make_target(passes, noisy_batch, target)
     teacher = rule.targets.teacher
     weight: float | Tensor = 1.0
     if teacher is not None:
-        shares = [0.0 if preserved else teacher.weight for preserved in _preserved(noisy_batch)]
+        shares = [0.0 if preserved else teacher.weight for preserved in preserved_samples(noisy_batch)]
         weight = _weight_of_samples([1 - share for share in shares], target.device)
     return TargetComparison(target, functools.partial(measure_plainly, passes), noisy_batch, weight)
 
@@ -248,81 +231,24 @@ def measure_plainly(
     return sample_errors(passes.family.noise, output - target, noisy_batch, passes.rule)
 
 
-def _replace_preserved(velocity: Tensor, passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:
-    """Return the velocity, for samples in `preserved` replaced by the base model's prediction.
-
-    The model runs for every batch. A function of its own, so that its output is freed before the forward pass
-    with gradients.
-    """
-    base_output = passes.base(noisy_batch)
-    preserved = noisy_batch.batch.preserved
-    if not any(preserved):
-        return velocity
-    return _choose(preserved, base_output, velocity)
-
-
-def _choose(chosen: Sequence[bool], if_chosen: Tensor, otherwise: Tensor) -> Tensor:
+def choose(chosen: Sequence[bool], if_chosen: Tensor, otherwise: Tensor) -> Tensor:
     """Return one tensor or another for each sample, B ..."""
     mask = numbers_on(otherwise.device, chosen, torch.bool)
     return torch.where(per_sample(mask, otherwise), if_chosen, otherwise)
 
 
-def _guide(velocity: Tensor, passes: TrainingPasses, noisy_batch: NoisyBatch, guided: GuidedTarget) -> Tensor:
-    """Return u + scale * (velocity - u), where u is the network's prediction for the empty prompt.
-
-    Samples below the lowest level keep the velocity, and so do those whose text is the empty prompt already:
-    they would be pushed away from themselves. Preserved samples keep what they have in its place. Sound has
-    its own scale and its own levels.
-    """
-    is_empty = noisy_batch.batch.has_empty_text or (False,) * len(noisy_batch.batch)
-    keeps = [empty or preserved for empty, preserved in zip(is_empty, _preserved(noisy_batch), strict=True)]
-    uses_picture = _above(_levels_of(noisy_batch), guided.lowest_level, keeps)
-    uses_sound: list[bool] = []
-    if noisy_batch.sound is not None:
-        uses_sound = _above(_levels_of(noisy_batch.sound), guided.lowest_level, keeps)
-    if not (any(uses_picture) or any(uses_sound) or passes.rule.in_lockstep):
-        return velocity
-    unprompted = passes.frozen(replace(noisy_batch, batch=noisy_batch.batch.with_empty_text()))
-    passes.restart(noisy_batch)
-    if noisy_batch.sound is None:
-        return _choose(uses_picture, unprompted + guided.scale * (velocity - unprompted), velocity)
-    picture, sound = noisy_batch.joint.split(velocity)
-    away, sound_away = noisy_batch.joint.split(unprompted)
-    picture = _choose(uses_picture, away + guided.scale * (picture - away), picture)
-    sound = _choose(uses_sound, sound_away + guided.sound_scale * (sound - sound_away), sound)
-    return noisy_batch.joint.join(picture, sound)
-
-
-def _levels_of(noised: NoisyBatch | NoisySound) -> Sequence[float]:
+def levels_of(noised: NoisyBatch | NoisySound) -> Sequence[float]:
     """Return the share of noise of each sample, on the host."""
     return noised.levels or noised.sigmas.tolist()
 
 
-def _preserved(noisy_batch: NoisyBatch) -> Sequence[bool]:
+def preserved_samples(noisy_batch: NoisyBatch) -> Sequence[bool]:
     """Return whether each sample is to stay as the base model predicts it."""
     return noisy_batch.batch.preserved or (False,) * len(noisy_batch.batch)
 
 
-def _above(levels: Sequence[float], lowest: float, keeps: Sequence[bool]) -> list[bool]:
-    return [level >= lowest and not keep for level, keep in zip(levels, keeps, strict=True)]
-
-
-def _has_mask(noisy_batch: NoisyBatch) -> bool:
+def has_mask(noisy_batch: NoisyBatch) -> bool:
     return MASK in noisy_batch.batch.tensors or LOSS_MASK in noisy_batch.batch.tensors
-
-
-def _compare_outside_mask(
-    passes: TrainingPasses, noisy_batch: NoisyBatch, weight: float
-) -> list[TargetComparison]:
-    """Return the comparison with the base model where masks leave the picture out; none without masks."""
-    target = passes.base(noisy_batch)
-    if not _has_mask(noisy_batch):
-        return []
-
-    def measure(output: Tensor, target: Tensor, noisy_batch: NoisyBatch) -> Streams:
-        return sample_errors_outside(passes.family.noise, output - target, noisy_batch, passes.rule)
-
-    return [TargetComparison(target, measure, noisy_batch, weight)]
 
 
 def _compare_with_teacher(
@@ -335,8 +261,8 @@ def _compare_with_teacher(
     assert teach is not None  # a rule with a teacher has it
     full_batch = tell_teacher(passes.family, noisy_batch, teacher.view)
     band = teacher.band
-    in_band = [band is None or band.holds(level) for level in _levels_of(noisy_batch)]
-    is_taught = [not preserved for preserved in _preserved(noisy_batch)]
+    in_band = [band is None or band.holds(level) for level in levels_of(noisy_batch)]
+    is_taught = [not preserved for preserved in preserved_samples(noisy_batch)]
     is_inside = [taught and inside for taught, inside in zip(is_taught, in_band, strict=True)]
     is_outside = [taught and not inside for taught, inside in zip(is_taught, in_band, strict=True)]
     comparisons = []

@@ -1,0 +1,158 @@
+"""Learn away from what the network predicts for the empty prompt: --guided_target."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+from modules.errors import OptionError
+from modules.options import HABIT, Options, option
+from training.features.contract import AT_LOSS, Feature, Hooks, OptionsOfRun, StepPasses, given_values
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from contract.family import Family
+    from training.loss import NoisyBatch
+    from training.steps import Progress
+    from training.targets.passes import TrainingPasses
+
+MOST_GUIDANCE = 20
+THOUSAND = 1000
+
+
+class GuidedTargetOptions(Options, title="guided target"):
+    """How far the target is moved away from what the network predicts without a prompt."""
+
+    guided_target: float | None = option(
+        "learn towards u + SCALE * (v - u), where v is the usual target and u what the network predicts for "
+        "the empty prompt: for models that were distilled with guidance. One more pass in each step, without "
+        "gradients",
+        above=1,
+        most=MOST_GUIDANCE,
+        metavar="SCALE",
+        hint="3 to 4 are usual",
+        known_as=("do_guidance_loss", "guidance_loss", "guidance_loss_target", "h3_guidance_loss_scale"),
+        facts=HABIT,
+    )
+    guided_target_min_timestep: int = option(
+        "noise, in thousandths, below which --guided_target is not used",
+        default=0,
+        least=0,
+        most=THOUSAND,
+        needs="guided_target",
+        hint="0 uses it everywhere",
+        known_as=("h3_guidance_loss_sigma_min",),
+        facts=HABIT,
+    )
+    guided_target_sound: float | None = option(
+        "SCALE of --guided_target for the sound of clips; default: that of the picture",
+        above=1,
+        most=MOST_GUIDANCE,
+        needs="guided_target",
+        hint="3 to 4 are usual",
+        known_as=("h3_guidance_loss_scale_audio",),
+        facts=HABIT,
+    )
+
+
+@dataclass(frozen=True)
+class GuidedTarget:
+    """The target u + scale * (v - u); u is the network's prediction for the empty prompt."""
+
+    scale: float
+    sound_scale: float
+    lowest_level: float  # share of noise, 0..1, from which on it is used
+
+
+def make_guided(options: GuidedTargetOptions) -> GuidedTarget:
+    scale = options.guided_target
+    assert scale is not None  # the feature is on
+    return GuidedTarget(
+        scale=scale,
+        sound_scale=options.guided_target_sound or scale,
+        lowest_level=options.guided_target_min_timestep / THOUSAND,
+    )
+
+
+def guide(
+    guided: GuidedTarget, passes: "TrainingPasses", noisy_batch: "NoisyBatch", velocity: "Tensor"
+) -> "Tensor":
+    """Return u + scale * (velocity - u), where u is the network's prediction for the empty prompt.
+
+    Samples below the lowest level keep the velocity, and so do those whose text is the empty prompt already:
+    they would be pushed away from themselves. Preserved samples keep what they have in its place. Sound has
+    its own scale and its own levels.
+    """
+    from training.targets.passes import choose, levels_of, preserved_samples  # torch: only with this target
+
+    batch = noisy_batch.batch
+    is_empty = batch.has_empty_text or (False,) * len(batch)
+    keeps = [empty or kept for empty, kept in zip(is_empty, preserved_samples(noisy_batch), strict=True)]
+    uses_picture = _above(levels_of(noisy_batch), guided.lowest_level, keeps)
+    uses_sound: list[bool] = []
+    if noisy_batch.sound is not None:
+        uses_sound = _above(levels_of(noisy_batch.sound), guided.lowest_level, keeps)
+    if not (any(uses_picture) or any(uses_sound) or passes.rule.in_lockstep):
+        return velocity
+    unprompted = passes.frozen(replace(noisy_batch, batch=batch.with_empty_text()))
+    passes.restart(noisy_batch)
+    if noisy_batch.sound is None:
+        return choose(uses_picture, unprompted + guided.scale * (velocity - unprompted), velocity)
+    picture, sound = noisy_batch.joint.split(velocity)
+    away, sound_away = noisy_batch.joint.split(unprompted)
+    picture = choose(uses_picture, away + guided.scale * (picture - away), picture)
+    sound = choose(uses_sound, sound_away + guided.sound_scale * (sound - sound_away), sound)
+    return noisy_batch.joint.join(picture, sound)
+
+
+def _above(levels: Sequence[float], lowest: float, keeps: Sequence[bool]) -> list[bool]:
+    return [level >= lowest and not keep for level, keep in zip(levels, keeps, strict=True)]
+
+
+def _refuse(options: OptionsOfRun) -> None:
+    teacher = options.teacher.teacher
+    if teacher is not None:
+        scale = options.of(GuidedTargetOptions).guided_target
+        raise OptionError(
+            f"--guided_target {scale:g} and --teacher {teacher} are two answers to one question: what to "
+            "learn in place of the clip. Leave out one of the two"
+        )
+
+
+def _check(options: GuidedTargetOptions, family: "Family", counts: Sequence[int]) -> None:
+    from contract.family import hears_sound  # torch, as --help does without
+
+    if options.guided_target_sound is not None and not hears_sound(family):
+        raise OptionError(
+            f"--guided_target_sound {options.guided_target_sound:g}: the model {family.name} has no sound. "
+            "Leave it out"
+        )
+
+
+def _describe(options: GuidedTargetOptions) -> str:
+    lowest = options.guided_target_min_timestep
+    above = f", from {lowest} thousandths of noise on" if lowest else ""
+    return f"away from the prediction for the empty prompt, {options.guided_target:g} times as far{above}"
+
+
+def _install(hooks: Hooks, options: OptionsOfRun, progress: "Progress") -> None:
+    hooks.make_target.append(partial(guide, make_guided(options.of(GuidedTargetOptions))))
+
+
+GUIDED = Feature(
+    name="guided",
+    options=GuidedTargetOptions,
+    place=AT_LOSS,
+    is_on=lambda options: options.guided_target is not None,
+    facts=HABIT,
+    refuse=_refuse,
+    check=_check,
+    target=lambda options: f"--guided_target {options.guided_target:g}",
+    passes=lambda options: StepPasses(with_gradients=0, without=1),
+    needs_empty_prompt=True,
+    keeps_steps=True,
+    describe=_describe,
+    metadata=lambda options, progress: given_values(options),
+    install=_install,
+)

@@ -1,0 +1,95 @@
+"""Hold the network to the model without it where masks leave a picture or clip out: --mask_prior_weight."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import TYPE_CHECKING
+
+from modules.errors import OptionError
+from modules.options import HABIT, Options, option
+from training.features.contract import AT_NETWORK, Feature, Hooks, OptionsOfRun, StepPasses
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dataset.batches.items import TrainingItem
+    from training.data.feed import BatchSources
+    from training.loss import NoisyBatch
+    from training.steps import Progress
+    from training.targets.passes import Streams, TargetComparison, TrainingPasses
+
+
+class MaskPriorOptions(Options, title="what the model keeps"):
+    """How strongly the network is held to the predictions of the model without it, outside masks."""
+
+    mask_prior_weight: float | None = option(
+        "where a mask leaves out parts of a picture or clip, compare the network there with the model "
+        "without it, with this weight. One more pass in a step with masks, without gradients",
+        above=0,
+        most=100,
+        hint="0.5 to 1 are usual",
+        known_as=(
+            "masked_prior_preservation_weight",
+            "inverted_mask_prior",
+            "inverted_mask_prior_multiplier",
+        ),
+        facts=HABIT,
+    )
+
+    @property
+    def weight(self) -> float:
+        return self.mask_prior_weight or 0.0
+
+
+def _require_masks(
+    options: MaskPriorOptions, training: "Sequence[TrainingItem]", sources: "BatchSources"
+) -> None:
+    """Raise OptionError if no item that is learned has a mask."""
+    from dataset.batches.pairs import has_masks  # only with this target
+
+    if not has_masks(training, sources.stores):
+        raise OptionError(
+            f"--mask_prior_weight {options.weight:g}: no item has a mask, so there is no place outside of "
+            "one. Give a table mask_directory or alpha_mask = true, and cache again, or leave the option out"
+        )
+
+
+def compare_outside_masks(
+    weight: float, passes: "TrainingPasses", noisy_batch: "NoisyBatch"
+) -> "list[TargetComparison]":
+    """Return the comparison with the base model where masks leave the picture out; none without masks."""
+    from training.targets.passes import TargetComparison, has_mask  # torch: only with --mask_prior_weight
+
+    if not (has_mask(noisy_batch) or passes.rule.in_lockstep):
+        return []
+    target = passes.base(noisy_batch)
+    if not has_mask(noisy_batch):
+        return []
+    return [TargetComparison(target, partial(_measure_outside, passes), noisy_batch, weight)]
+
+
+def _measure_outside(
+    passes: "TrainingPasses", output: "Tensor", target: "Tensor", noisy_batch: "NoisyBatch"
+) -> "Streams":
+    from training.loss import sample_errors_outside  # torch, as above
+
+    return sample_errors_outside(passes.family.noise, output - target, noisy_batch, passes.rule)
+
+
+def _install(hooks: Hooks, options: OptionsOfRun, progress: "Progress") -> None:
+    hooks.compare.append(partial(compare_outside_masks, options.of(MaskPriorOptions).weight))
+
+
+MASK_PRIOR = Feature(
+    name="mask_prior",
+    options=MaskPriorOptions,
+    place=AT_NETWORK,
+    is_on=lambda options: options.mask_prior_weight is not None,
+    facts=HABIT,
+    target=lambda options: f"--mask_prior_weight {options.weight:g}",
+    passes=lambda options: StepPasses(with_gradients=0, without=1),
+    check_items=_require_masks,
+    describe=lambda options: f"outside masks as the model without the network, weight {options.weight:g}",
+    metadata=lambda options, progress: asdict(options),
+    install=_install,
+)
