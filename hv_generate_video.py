@@ -3,6 +3,7 @@
 All options: python hv_generate_video.py --help
 """
 
+import logging
 from dataclasses import replace
 
 import modules.interpreter  # noqa: F401
@@ -12,6 +13,8 @@ from generation.prompt_lines import EMBEDDED_GENERATION_OPTIONS
 from generation.script_options import ScriptDefaults
 from generation.scripts import generation_script
 from hunyuan_model.options import HunyuanGenerationOptions
+
+logger = logging.getLogger(__name__)
 
 DEFAULTS = ScriptDefaults(
     splits_attention=True,
@@ -38,8 +41,10 @@ def settle(
     options: GenerationOptions, family_options: HunyuanGenerationOptions
 ) -> tuple[GenerationOptions, HunyuanGenerationOptions]:
     """Make --exclude_single_blocks a pattern of the LoRAs."""
-    if family_options.exclude_single_blocks:
-        files = len(options.lora.lora_weight or ())
+    files = len(options.lora.lora_weight or ())
+    if family_options.exclude_single_blocks and not files:
+        logger.warning("--exclude_single_blocks is ignored because --lora_weight is not given")
+    elif family_options.exclude_single_blocks:
         patterns = options.lora_patterns.also_excluding("single_(transformer_)?blocks", files)
         options = replace(options, lora_patterns=patterns)
     return options, family_options

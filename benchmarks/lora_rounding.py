@@ -21,8 +21,8 @@ from torch import Tensor  # noqa: E402
 
 from networks.apply import LoraPatch  # noqa: E402
 from networks.loading import LoraFile, LoraUse  # noqa: E402
-from networks.options import NEAREST, STOCHASTIC  # noqa: E402
 from networks.rounding import LoraRounding  # noqa: E402
+from networks.use_options import NEAREST, STOCHASTIC  # noqa: E402
 
 AIM = 0.01  # most distance of the kept share from 1
 CHANGES = 0.01, 0.003, 0.001, 0.0003  # of a weight's size

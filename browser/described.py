@@ -177,7 +177,10 @@ def _name_model_files(family: str, task: str, paths: list[str]) -> dict[str, str
     """Return the files of a model by their options; `new` lists them in the order of the catalogue."""
     for model in find_models():
         if (model.family, model.task) == (family, task):
-            names = dict.fromkeys(part.option.lstrip("-") for part in model.components if part.option)
+            parts = [part for part in model.components if part.option]
+            if len(paths) < len(parts):  # a checkpoint has some inside
+                parts = [part for part in parts if part.inside is None]
+            names = dict.fromkeys((part.option or "").lstrip("-") for part in parts)
             return dict(zip(names, paths, strict=False))
     return {}
 

@@ -16,7 +16,7 @@ from modules.console import count_of
 from modules.media.labels import label_of
 from modules.media.opening import SOUND_SUFFIXES
 from modules.media.reading import IMAGE_SUFFIXES, VIDEO_SUFFIXES
-from modules.paths import without_quotes
+from modules.paths import expand_path
 from modules.run_limits import QUEUE_FOLDER
 from modules.text_files import bad_character, real_path
 from training.reports.sample_files import FOLDER as SAMPLES
@@ -167,17 +167,26 @@ def find_folder(runs: Runs, text: str) -> Path | None:
 
     text: an absolute path, or one that begins in the first root.
     """
-    if not text.strip() or "\0" in text:
-        return None
     try:
-        path = runs.tops[0] / Path(without_quotes(text.strip())).expanduser()
-        # looking at a share of another machine would log in there
-        is_of_here = path.anchor in {top.anchor for top in runs.tops}
-        if not is_of_here or not path.is_dir() or not runs.is_below(path):
+        path = find_typed(runs, text)
+        if path is None or not runs.is_below(path):
             return None
-    except (OSError, ValueError, RuntimeError):  # RuntimeError: the home folder of nobody
+    except (OSError, ValueError):
         return None
     return real_path(path)
+
+
+def find_typed(runs: Runs, text: str) -> Path | None:
+    """Return the path of an existing folder, wherever it is; None for any other text.
+
+    text: as in `find_folder`. Raises ValueError, saying why, if no folder can have that name, and OSError.
+    """
+    if not text.strip():
+        return None
+    path = expand_path(text.strip(), runs.tops[0])
+    # looking at a share of another machine would log in there
+    is_of_here = path.anchor in {top.anchor for top in runs.tops}
+    return path if is_of_here and path.is_dir() else None
 
 
 def is_closed(runs: Runs, folder: Path) -> bool:

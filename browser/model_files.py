@@ -8,7 +8,7 @@ import functools
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from browser.bin_folder import FOLDER as BIN
@@ -124,26 +124,36 @@ def _list_uses() -> dict[tuple[ReleasedFile, ...], tuple[str, ...]]:
     return {files: tuple(names) for files, names in uses.items()}
 
 
-def list_tasks(models: Path, in_fp8: bool = False) -> list[TaskFiles]:
-    """Return all tasks of the catalogue, with what of them is in the models folder."""
-    parts: dict[tuple[ReleasedFile, ...], ModelPart] = {}  # many tasks share one
-    tasks = []
+KnownParts = dict[tuple[ReleasedFile, ...], ModelPart]  # parts that have been read, by their files
+
+
+def list_tasks(models: Path, in_fp8: bool = False, known: KnownParts | None = None) -> list[TaskFiles]:
+    """Return all tasks of the catalogue, with what of them is in the models folder.
+
+    known: parts that are not read again; those that are read are added.
+    """
+    known = {} if known is None else known  # many tasks share a part
+    return [_read_task(model, models, in_fp8, known) for model in model_sets(in_fp8)]
+
+
+def find_task(
+    models: Path, family: str, task: str, in_fp8: bool = False, known: KnownParts | None = None
+) -> TaskFiles | None:
+    """Return a task by its names; None if the catalogue has no such task. known: as in `list_tasks`."""
+    known = {} if known is None else known
     for model in model_sets(in_fp8):
-        own_parts = []
-        for component in model.components:
-            if component.files not in parts:
-                parts[component.files] = read_part(component, models)
-            own_parts.append(parts[component.files])
-        tasks.append(TaskFiles(model, tuple(own_parts), in_fp8))
-    return tasks
-
-
-def find_task(models: Path, family: str, task: str, in_fp8: bool = False) -> TaskFiles | None:
-    """Return a task by its names; None if the catalogue has no such task."""
-    for files in list_tasks(models, in_fp8):
-        if (files.model.family, files.model.task) == (family, task):
-            return files
+        if (model.family, model.task) == (family, task):
+            return _read_task(model, models, in_fp8, known)
     return None
+
+
+def _read_task(model: ModelSet, models: Path, in_fp8: bool, known: KnownParts) -> TaskFiles:
+    parts = []
+    for component in model.components:
+        if component.files not in known:
+            known[component.files] = read_part(component, models)
+        parts.append(replace(known[component.files], component=component))  # families name options otherwise
+    return TaskFiles(model, tuple(parts), in_fp8)
 
 
 def read_part(component: Component, models: Path) -> ModelPart:
@@ -191,11 +201,11 @@ def _partial_paths(component: Component, models: Path) -> list[Path]:
     return paths
 
 
-def list_parts_on_disk(models: Path) -> list[ModelPart]:
-    """Return all parts of which something is on disk, the largest first."""
-    parts: dict[tuple[ReleasedFile, ...], ModelPart] = {}
+def list_parts_on_disk(models: Path, known: KnownParts) -> list[ModelPart]:
+    """Return all parts of which something is on disk, the largest first. known: as in `list_tasks`."""
+    parts: KnownParts = {}
     for in_fp8 in (False, True):
-        for files in list_tasks(models, in_fp8):
+        for files in list_tasks(models, in_fp8, known):
             parts |= {part.component.files: part for part in files.parts if part.size_bytes}
     return sorted(parts.values(), key=lambda part: -part.size_bytes)
 
@@ -333,6 +343,8 @@ def find_download(errands: Errands, files: TaskFiles, models: Path) -> Download 
 def list_downloads(errands: Errands, models: Path) -> list[Download]:
     """Return the downloads of this models folder, running ones first."""
     names = _list_logs(errands)
+    if not names:
+        return []
     downloads = []
     for model in model_sets():
         name = download_name(models, model.family, model.task)

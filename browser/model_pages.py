@@ -14,7 +14,7 @@ from browser.bin_folder import FOLDER as BIN
 from browser.bin_folder import BinFolder
 from browser.hub_login import describe_login
 from browser.model_files import (
-    ModelPart,
+    KnownParts,
     TaskFiles,
     download_name,
     find_download,
@@ -79,11 +79,12 @@ class ModelPages:
         """
         site = self.site
         models = site.models
-        tasks = list_tasks(models)
-        files = find_task(models, chosen.family, chosen.task, chosen.in_fp8) if chosen.family else None
+        known: KnownParts = {}  # each part is looked for on disk once
+        tasks = list_tasks(models, known=known)
+        files = find_task(models, chosen.family, chosen.task, chosen.in_fp8, known) if chosen.family else None
         if chosen.family and files is None:
             error = error or f"{chosen.family} {chosen.task}: the list of models has no such task."
-        on_disk = list_parts_on_disk(models)
+        on_disk = list_parts_on_disk(models, known)
         places = [place / moved for place in open_bin(site).places]
         values = {
             "tasks": tasks,
@@ -98,7 +99,7 @@ class ModelPages:
             "downloads": list_downloads(site.errands, models),
             "removable": [] if files is None else [part for part in files.parts if part.size_bytes],
             "is_removing": is_removing,
-            "shared_with": self.shared_with,
+            "sharing": {} if files is None else _find_sharing(files, list_tasks(models, files.in_fp8, known)),
             "on_disk": on_disk,
             "total": gigabytes(sum(part.size_bytes for part in on_disk)),
             "unknown": list_unknown_files(models),
@@ -119,11 +120,6 @@ class ModelPages:
             return gigabytes(free_bytes(self.site.models.absolute()))
         except OSError:
             return "an unknown number of GB"
-
-    def shared_with(self, files: TaskFiles, part: ModelPart) -> list[str]:
-        """Return the other tasks that use a part and are on disk whole."""
-        complete = {other.name for other in list_tasks(self.site.models, files.in_fp8) if other.is_there}
-        return [name for name in part.tasks if name != files.name and name in complete]
 
     def change(self, request: Request, form: Form) -> Response:
         """Do what a button asks for, and show the page again."""
@@ -174,6 +170,12 @@ class ModelPages:
 def _is_whole(files: TaskFiles) -> bool:
     """Return whether nothing is to be loaded, as far as sizes tell."""
     return files.is_there and not any(part.has_other_size for part in files.parts)
+
+
+def _find_sharing(files: TaskFiles, tasks: Sequence[TaskFiles]) -> dict[str, list[str]]:
+    """Return the other tasks that use each part of a task, by its path, and are on disk whole."""
+    complete = {task.name for task in tasks if task.is_there and task.name != files.name}
+    return {part.path: [name for name in part.tasks if name in complete] for part in files.parts}
 
 
 def _has_smaller(files: TaskFiles) -> bool:

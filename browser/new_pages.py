@@ -56,6 +56,7 @@ from browser.folders import (
     CHECK_PAGE,
     MediaFolder,
     find_folder,
+    find_typed,
     list_media_folders,
     read_media_folder,
 )
@@ -72,7 +73,7 @@ from browser.model_table import (
     list_missing,
     list_model_rows,
 )
-from browser.names import free_name
+from browser.names import free_name, short_digest
 from browser.new_form import (
     NewForm,
     check_form,
@@ -336,6 +337,7 @@ class NewPages:
         repairing = errands[REPAIRING]
         return {
             "looking": looking,
+            "looked": _list_ended(errands[COMPARE], errands[DESCRIBE]),
             "looking_lines": read_said(looking, names),
             "comparing": comparing,
             "changes": read_changes(comparing),
@@ -421,17 +423,19 @@ class NewPages:
     def explain_folder(self, text: str) -> str:
         """Return the reason why a text names no folder that can be described here."""
         roots = ", ".join(str(top) for top in self.site.runs.tops)
-        tops = self.site.runs.tops
-        with contextlib.suppress(OSError, ValueError, RuntimeError):
-            path = real_path(tops[0] / Path(text).expanduser())
-            # looking at a share of another machine would log in there
-            if path.anchor in {top.anchor for top in tops} and path.is_dir():
-                settings = SettingsPages(self.site)
-                command = settings.command_words(settings.find_worker(), further=[path])
-                return (
-                    f"{path} is outside of the folders of this page, {roots}. End the page, and start it "
-                    f"with that folder: {typed_anywhere(command, Path.cwd())}"
-                )
+        try:
+            path = find_typed(self.site.runs, text)
+        except (OSError, UnicodeError):
+            path = None
+        except ValueError as error:
+            return f"{text}: {error}."
+        if path is not None:
+            settings = SettingsPages(self.site)
+            command = settings.command_words(settings.find_worker(), further=[real_path(path)])
+            return (
+                f"{real_path(path)} is outside of the folders of this page, {roots}. End the page, and start "
+                f"it with that folder: {typed_anywhere(command, Path.cwd())}"
+            )
         return f"{text}: no such folder below {roots}. Choose one from the list, or drop files here."
 
     def find_errand(self, kind: str, folder: Path | None) -> Job | None:
@@ -466,7 +470,8 @@ class NewPages:
         }
         for model in find_models():
             if (model.family, model.task) == (described.family, described.task):
-                return list_missing(model, self.site.models, is_there)
+                missing = list_missing(model, self.site.models, is_there)
+                return [part for part in missing if (part.option or "").lstrip("-") in described.model_files]
         return []
 
     def run_words(self, described: DescribedFolder) -> list[str]:
@@ -711,6 +716,12 @@ def find_repair(folder: Path) -> list[str]:
 def find_free_name(output: Path, name: str) -> str:
     """Return another name for a LoRA if one of this name is in a folder; else nothing."""
     return free_name(output, name) if (output / f"{name}.safetensors").exists() else ""
+
+
+def _list_ended(*errands: Job | None) -> str:
+    """Return marks of the errands that have ended, with blanks between."""
+    ended = [errand.process for errand in errands if errand is not None and errand.state != RUNNING]
+    return " ".join(short_digest(repr(process)) for process in ended)
 
 
 def _free_name_of(form: NewForm, folder: Path | None, described: DescribedFolder | None) -> str:

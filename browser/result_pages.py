@@ -369,7 +369,8 @@ class ResultPages:
     def show_layout(self, request: Request) -> Response:
         """Return the days with the number of their results as JSON; 204 if nothing has changed.
 
-        query: that of `read_choice`, and `have`, the mark of an earlier answer.
+        query: that of `read_choice`; `have`, the mark of an earlier answer; `compared`, ids of results that
+        the page keeps, of which the answer names those that are gone.
         """
         query = request.query_params
         results, chosen, unread = self.choose(query)
@@ -383,6 +384,7 @@ class ResultPages:
             return Response(status_code=204)
         with self.site.runs.lock:
             runs = label_runs(self.site.runs.list_all())
+        ids = {result.id for result in results}
         answer = {
             "mark": mark,
             "part": PART,
@@ -392,6 +394,7 @@ class ResultPages:
             "days": days,
             "models": models,
             "runs": [[run.id, label] for run, label in runs],
+            "gone": [id for id in query.get("compared", "").split() if id not in ids],
         }
         return answer_json(answer)
 

@@ -312,6 +312,11 @@ def explain_error(request: Request, error: Exception) -> Response:
     return PlainTextResponse(str(error), 500 if request.method == "GET" else 422)
 
 
+def explain_address(request: Request, error: Exception) -> Response:
+    """Return the response to an address that no page has."""
+    return answer_gone_page(request)
+
+
 def make_app(
     runs: Runs,
     host: str = "localhost",
@@ -365,6 +370,7 @@ def make_app(
     ]
     machine = socket.gethostname().lower()
     names = frozenset({"localhost", host.lower(), machine, f"{machine}.local"})
-    app = Starlette(routes=routes, exception_handlers={UserError: explain_error, OSError: explain_error})
+    handlers = {UserError: explain_error, OSError: explain_error, 404: explain_address}
+    app = Starlette(routes=routes, exception_handlers=handlers)
     app.router.redirect_slashes = False  # to an address that the request's host would be a part of
     return Gate(app, names, token, read_only, ticket)

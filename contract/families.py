@@ -228,11 +228,36 @@ def identify(path: Path) -> str | None:
         except CheckpointError:
             return None
     # Wan's, the last, recognises files of no family too
-    for entry in filter(lambda entry: entry.own_files, reversed(list(FAMILIES.values()))):
-        hint_of_family: str | None = import_own(f"{entry.room}.files").identify(path)
-        if hint_of_family is not None:
-            return hint_of_family
+    for name in reversed(list(FAMILIES)):
+        entry = FAMILIES[name]
+        if not entry.own_files:
+            continue
+        hint: str | None = import_own(f"{entry.room}.files").identify(path)
+        if hint is not None:
+            is_of_family = entry.script and hint.startswith("it is ")
+            return f"{hint}. {describe_scripts(name)}" if is_of_family else hint
     return None
+
+
+def describe_scripts(family: str) -> str:
+    """Return which scripts train and generate with a family's models, and how `new` calls these models."""
+    from downloads.catalogue import model_sets  # only for hints
+
+    entry = FAMILIES[family]
+    training = f"{entry.training_script}.py"
+    described = [
+        model for model in model_sets() if "train" in model.commands and not model.data.get("control")
+    ]
+    trained: dict[str, list[str]] = {}  # family of the catalogue -> its tasks, by its script
+    for model in described:
+        if training in model.commands["train"].split():
+            trained.setdefault(model.family, []).append(model.task)
+    calls = []
+    for name, tasks in trained.items():
+        others = any(model.family == name and model.task not in tasks for model in described)
+        calls.append(f"--family {name}{f' --task {tasks[0]}' if others else ''}")
+    in_new = f"; for `new` {' or '.join(calls)}" if calls else ""
+    return f"Its scripts are {training} and {entry.generation_script}.py{in_new}"
 
 
 class Script(partial[None]):

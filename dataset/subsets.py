@@ -321,7 +321,7 @@ def folders_config(typed: SubsetOptions) -> DatasetConfig:
             }
         ]
     else:
-        subsets = _subsets(folder, "--train_data_dir", is_reg=False)
+        subsets = _subsets(folder, "--train_data_dir", is_reg=False, known=typed.reg_data_dir)
         if typed.reg_data_dir is not None:
             subsets += _subsets(typed.reg_data_dir, "--reg_data_dir", is_reg=True)
     problems: list[str] = []
@@ -331,8 +331,12 @@ def folders_config(typed: SubsetOptions) -> DatasetConfig:
     return DatasetConfig(folder, tables)
 
 
-def _subsets(folder: Path, option: str, is_reg: bool) -> list[dict[str, Any]]:
-    """Return a subset for each folder whose name begins with a number of repeats; warn about the rest."""
+def _subsets(folder: Path, option: str, is_reg: bool, known: Path | None = None) -> list[dict[str, Any]]:
+    """Return a subset for each folder whose name begins with a number of repeats; warn about others with
+    pictures.
+
+    known: a folder that another option reads.
+    """
     try:
         with os.scandir(folder) as entries:
             names = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
@@ -342,13 +346,9 @@ def _subsets(folder: Path, option: str, is_reg: bool) -> list[dict[str, Any]]:
     for name in sorted(names):
         meaning = read_folder_name(name)
         if meaning is None:
-            match = _NAME.fullmatch(name)
-            logger.warning(
-                "%s: %s is left out because its name does not begin with a number of repeats, such as 10_%s",
-                option,
-                folder / name,
-                match[2] if match else name,
-            )
+            place = folder / name
+            if known is None or real_path(place) != real_path(known):
+                _warn_left_out(place, option)
             continue
         subsets.append(
             {
@@ -371,6 +371,33 @@ def _subsets(folder: Path, option: str, is_reg: bool) -> list[dict[str, Any]]:
             f"{remedy}"
         )
     return subsets
+
+
+def _warn_left_out(folder: Path, option: str) -> None:
+    """Warn that a folder is left out, if it has pictures, or folders that say how often each is repeated."""
+    if _has_repeats(folder):
+        logger.warning(
+            "%s: %s is left out because its name does not begin with a number of repeats. If the folders in "
+            "it hold regularisation pictures, add --reg_data_dir %s",
+            option,
+            folder,
+            folder,
+        )
+        return
+    from modules.media.reading import IMAGE_SUFFIXES  # loads decoders; only such folders need it
+
+    try:
+        has_pictures = any(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.iterdir())
+    except OSError:  # such as one of another user
+        has_pictures = True
+    if has_pictures:
+        match = _NAME.fullmatch(folder.name)
+        logger.warning(
+            "%s: %s is left out because its name does not begin with a number of repeats, such as 10_%s",
+            option,
+            folder,
+            match[2] if match else folder.name,
+        )
 
 
 def _has_repeats(folder: Path) -> bool:

@@ -40,6 +40,15 @@ class ReleasedFile:
 
 
 @dataclass(frozen=True)
+class Inside:
+    """Where another file of a model may have a network of its own."""
+
+    option: str  # of that file
+    tensors: str  # what their names begin with, in a single file
+    folder: str  # that has them, in a folder
+
+
+@dataclass(frozen=True)
 class Component:
     """One network or tokenizer that a task needs: a file, or the files of one folder."""
 
@@ -49,6 +58,7 @@ class Component:
     tensor_bytes: int | None  # of its tensors, if the exact size is not known
     trained_bytes: int | None  # of the network that is trained, in 16 bits, if the file has others too
     in_fp8: str | None  # name of the same component in 8 bits
+    inside: Inside | None = None  # where a file of the user's own may have it already
 
     @property
     def path(self) -> PurePosixPath:
@@ -79,7 +89,10 @@ class ModelSet:
     usual: Mapping[str, Any]  # what counts where nothing is said, by fields of a form; see catalogue.toml
 
     def typed_commands(self, folder: Path) -> list[str]:
-        """Return the commands for files below `folder`, as a user types them."""
+        """Return the commands for files below `folder`, as a user types them.
+
+        A file that is none of the components is called after its option: DIT_FILE.
+        """
         paths = {}
         for component in self.components:
             if component.option is not None:
@@ -87,7 +100,10 @@ class ModelSet:
                 paths[placeholder] = str(folder / component.path)
         typed = []
         for command in self.commands.values():
-            words = [paths.get(word, word) for word in shlex.split(command)]
+            words = []
+            for word in shlex.split(command):
+                is_missing = word.startswith("{") and word not in paths
+                words.append(f"{word.strip('{}').upper()}_FILE" if is_missing else paths.get(word, word))
             typed.append(as_typed(words))
         return typed
 
@@ -141,6 +157,7 @@ def known_components() -> dict[str, Component]:
             tensor_bytes=entry.get("tensors"),
             trained_bytes=entry.get("trained"),
             in_fp8=entry.get("fp8"),
+            inside=Inside(**entry["inside"]) if "inside" in entry else None,
         )
     return components
 

@@ -1,5 +1,7 @@
 """Options of tools/download.py. Standard library only."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from downloads.catalogue import ModelSet, families, model_sets
@@ -34,6 +36,12 @@ class DownloadOptions(Options):
     )
     verify: bool = option(
         "also compare the SHA-256 of files that are there; those of downloaded files always are"
+    )
+    without: tuple[str, ...] = option(
+        "files that are not downloaded, by the options that take them, such as dit vae: you have others",
+        default=(),
+        nargs="+",
+        metavar="NAME",
     )
     accept_changed: bool = option(
         "take files that the repository has replaced since this program's list was made, by others of "
@@ -74,10 +82,28 @@ class DownloadOptions(Options):
         return next((task for task in of_family if is_task_spelling(self.task, task)), None)
 
     def sets(self) -> list[ModelSet]:
-        """Return the sets that the options name: one, or with --list also several."""
+        """Return the sets that the options name, without files of --without; with --list also several.
+
+        Raises OptionError if --without names no file of a set.
+        """
         family = None if self.named is None else self.named.family
         return [
-            model
+            leave_out(model, self.without)
             for model in model_sets(self.fp8_encoders)
             if family in (None, model.family) and self._task in (None, model.task)
         ]
+
+
+def leave_out(model: ModelSet, names: Sequence[str]) -> ModelSet:
+    """Return a model without the files of some options. Raises OptionError if there is no such option."""
+    options = [part.option.lstrip("-") for part in model.components if part.option]
+    flags = []
+    for name in names:
+        plain = name.lstrip("-")
+        if plain not in options:
+            raise OptionError(
+                f"--without {name}: {model.family} {model.task} has {', '.join(options)}."
+                f"{did_you_mean(plain, options)}"
+            )
+        flags.append(f"--{plain}")
+    return replace(model, components=tuple(part for part in model.components if part.option not in flags))

@@ -55,7 +55,7 @@ FLUX_2 = FamilyNames(
     ),
     parameters=FLUX_NORMS,
     versions=("flux_2", "flux-2", "flux2", "flux.2"),
-    lokr_in_diffusers=True,
+    kinds_in_diffusers=("LoKr",),
     sides=(
         ("_attn.qkv", 3, 1),
         ("_attn.proj", 1, 1),

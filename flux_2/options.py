@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.option_values import FillIn
-from modules.options import FREE, HABIT, IDENTITY, OF_DECODING, OF_REQUEST, Options, option
+from modules.options import FREE, HABIT, IDENTITY, OF_DECODING, OF_REFERENCES, OF_REQUEST, Options, option
 from modules.speed_options import TextEncoderOptions, VaeOptions, dit_dtype_option
 
 NAME = "FLUX.2"
@@ -69,7 +69,7 @@ class Flux2GenerationOptions(Options, title=NAME):
     vae: Flux2VaeOptions = option(facts=OF_DECODING)
     text: Flux2TextOptions
     model_version: str = _version()
-    no_resize_control: bool = option(_OWN_SIZE, facts=OF_REQUEST)
+    no_resize_control: bool = option(_OWN_SIZE, facts={**OF_REQUEST, **OF_REFERENCES})
 
 
 def caching_options(options: Flux2TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -159,6 +159,10 @@ class FramePackVideoOptions(Options, title="length and images of a video"):
 
     def __post_init__(self) -> None:
         parse_entries(self.image_path or "", "--image_path")
+        if self.video_sections is not None and self.video_seconds != USUAL_SECONDS:
+            logger.warning(
+                "--video_seconds %g is ignored because --video_sections is given", self.video_seconds
+            )
         if self.one_frame_inference is not None and not self.one_frame_inference.strip():
             raise OptionError(
                 "--one_frame_inference is empty: give default for an image, or places such as "

@@ -26,7 +26,7 @@ from modules.errors import OptionError
 from modules.options import override_options
 from modules.speed_options import GenerationSpeedOptions, Quantisation
 from networks.names.layouts import FOR_BOTH
-from networks.options import multipliers_for
+from networks.use_options import multipliers_for
 from running.dressing import dress, share_tokens, shared_blocks, swapped_weights
 from running.offload.swap_plan import HostWeights
 from running.run_blocks import stage_files_of

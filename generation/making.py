@@ -124,12 +124,7 @@ def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Fa
         are_named = len(denoised) > 1 or options.interactive
         clips = decode_all(run, denoised, failures, are_named)
     if not options.interactive:
-        paths: list[Path] = []  # latents first
-        if output.output_type in LATENT_OUTPUTS:
-            paths += [job.latent_path for job in denoised if job.latent_path is not None]
-        paths += clips.values()
-        if paths:
-            show_end(paths, time.monotonic() - start, run.session.device, len(failures.reasons))
+        _show_end(run, denoised, clips, time.monotonic() - start, num_failed=len(failures.reasons))
     if denoised and run.predicted is not None and run.session.device.type == "cuda":
         predicted = max(run.predicted.most, run.session.dits.most_beside)
         logger.info(comparison(predicted, torch.cuda.max_memory_allocated(run.session.device)))
@@ -177,6 +172,22 @@ def _rewrite_prompts(
         else:
             rewriter.free()
         free_memory(device)
+
+
+def _show_end(
+    run: GenerationRun,
+    denoised: Sequence[GenerationJob],
+    clips: Mapping[str, Path],
+    seconds: float,
+    num_failed: int,
+) -> None:
+    """Show the files that were made, latents first, if there are any."""
+    paths: list[Path] = []
+    if run.options.output.output_type in LATENT_OUTPUTS:
+        paths = [job.latent_path for job in denoised if job.latent_path is not None]
+    paths += clips.values()
+    if paths:
+        show_end(paths, seconds, run.session.device, num_failed)
 
 
 def encode_all_inputs(

@@ -32,10 +32,12 @@ from modules.errors import OptionError
 from modules.options import (
     NO_PIXELS,
     OF_DECODING,
+    OF_REFERENCES,
     OF_REQUEST,
     OF_TYPING,
     Options,
     facts_of,
+    given_with,
     not_needed,
     option,
     option_values,
@@ -44,7 +46,7 @@ from modules.options import (
 from modules.parser import Parser, add_options, refuse_unsupported, typed_names
 from modules.paths import path_exists
 from modules.speed_options import GenerationSpeedOptions
-from networks.options import (
+from networks.use_options import (
     LoraOptions,
     LoraPatternOptions,
     lora_rounding_option,
@@ -190,6 +192,8 @@ class GenerationOptions(Options, title="run"):
     settings: Mapping[str, Any] = option(default={})
     decoding_options: frozenset[str] = option(default=frozenset())  # which of all say how latents are decoded
     typed_names: Mapping[str, str] = option(default={}, facts=NO_PIXELS)  # see `name_as_typed`
+    # options given that do nothing without reference pictures
+    of_references: tuple[str, ...] = option(default=(), facts=NO_PIXELS)
     # arguments of the options that are typed, with their usual values too
     typed_options: frozenset[str] = option(default=frozenset(), facts={**NO_PIXELS, **OF_TYPING})
 
@@ -338,7 +342,13 @@ def read_generation(
     recorded = _choose_recorded(parser, args, facts)
     settings = {name: value for name, value in values.items() if name in recorded}
     output = options.output.in_folder() if options.output.names_file else options.output
-    options = replace(options, settings=settings, decoding_options=decoding_options, output=output)
+    options = replace(
+        options,
+        settings=settings,
+        decoding_options=decoding_options,
+        of_references=given_with(family_options, OF_REFERENCES),
+        output=output,
+    )
     return options, family_options
 
 

@@ -226,6 +226,9 @@ def prepare_line(family: Family, options: GenerationOptions, overrides: Mapping[
     prepared = family.prepare(request)
     if family.references is not None and not family.references.clips and not request.control_images:
         _warn_of_edit_loras(options.lora.lora_weight or ())
+    if options.of_references and not prepared.request.control_images:
+        names = ", ".join(f"--{name}" for name in options.of_references)
+        logger.warning("%s: ignored, as there is no picture to edit (--control_image_path)", names)
     if prepared.request.source is not None:
         from blissful_tuner.video_to_video import begin_late  # only with a source
 

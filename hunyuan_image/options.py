@@ -9,6 +9,7 @@ from typing import Any
 from modules.errors import OptionError
 from modules.option_values import FillIn
 from modules.options import FREE, NO_PIXELS, OF_DECODING, Options, option
+from modules.parser import typed_names
 from modules.speed_options import (
     GENERATION_VALUES,
     TRAINING_FLAGS,
@@ -148,8 +149,9 @@ def translate_training(args: argparse.Namespace) -> None:
     Raises OptionError if only text encoders are to be trained, as this model's cannot be.
     """
     if args.attn_mode is not None:
-        flag = TRAINING_FLAGS[GENERATION_VALUES[args.attn_mode]].removeprefix("--")
-        setattr(args, flag, True)
+        flag = TRAINING_FLAGS[GENERATION_VALUES[args.attn_mode]]
+        setattr(args, flag.removeprefix("--"), True)
+        args.typed_names = {**typed_names(args), flag: f"--attn_mode {args.attn_mode}"}
     if args.network_train_text_encoder_only:
         raise OptionError(
             f"--network_train_text_encoder_only: the text encoders of {NAME}, a language model of 7 bn "

@@ -9,7 +9,16 @@ from typing import Any
 
 from modules.errors import OptionError
 from modules.option_values import FillIn
-from modules.options import FREE, HABIT, OF_REQUEST, Options, not_needed, of_request, option
+from modules.options import (
+    FREE,
+    HABIT,
+    OF_REFERENCES,
+    OF_REQUEST,
+    Options,
+    not_needed,
+    of_request,
+    option,
+)
 from modules.speed_options import TextEncoderOptions, dit_dtype_option, fp8_text_option
 from modules.text_files import texts_of_files
 from qwen_image.options import QwenImageVaeOptions
@@ -125,9 +134,10 @@ class Krea2GenerationOptions(Krea2ModelOptions, title=NAME):
         facts=of_request("y2"),
     )
     kv_cache: bool = option(
-        f"{_ALONE}, for LoRAs of edits that were trained with --kv_cache", facts=OF_REQUEST
+        f"{_ALONE}, for LoRAs of edits that were trained with --kv_cache",
+        facts={**OF_REQUEST, **OF_REFERENCES},
     )
-    match_target_res: bool = option(_MATCH, facts=OF_REQUEST)
+    match_target_res: bool = option(_MATCH, facts={**OF_REQUEST, **OF_REFERENCES})
     edit = not_needed("--control_image_path alone makes it an edit.")
 
     def __post_init__(self) -> None:

@@ -81,7 +81,7 @@ from modules.errors import DatasetError, OptionError
 from modules.media.pixels import image_pixels, to_pixels, video_pixels
 from modules.media.reading import is_still
 from modules.option_values import to_path
-from modules.options import NO_OPTIONS
+from modules.options import NO_OPTIONS, in_one_spelling
 
 FIRST = "first_latents"  # condition: clean latents of the given frames in front, B C F H W
 SOLVER = "euler-tenth"
@@ -159,6 +159,8 @@ class Ltx2(Ltx2Media):
             "implementation": "https://github.com/Lightricks/LTX-2",
             "model_type": self.name,
         }
+        if isinstance(self.options, Ltx2TrainingOptions):
+            names |= in_one_spelling(Ltx2TrainingOptions, {"ltx_mode": self.options.model.ltx_mode})
         strategy = getattr(self.options, "ic_lora_strategy", None)
         preset = getattr(self.options, "lora_target_preset", None)
         is_v2v = "v2v" in (strategy, preset)

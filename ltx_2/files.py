@@ -336,7 +336,7 @@ def check_version(files: Ltx2Files, options: Ltx2TrainingOptions) -> None:
     typed = options.ltx_version or version
     message = f"--ltx_version {typed}: {files.dit_path} is of version {version}. Give --ltx_version {version}"
     if version != typed and options.ltx_version_check_mode == "error":
-        raise OptionError(message)
+        raise OptionError(f"{message}, or --ltx_version_check_mode warn")
     if version != typed and options.ltx_version_check_mode == "warn":
         logger.warning("%s", message)
 

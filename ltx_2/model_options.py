@@ -43,7 +43,7 @@ class Ltx2ModelOptions(Options):
         flags=("--ltx2_mode",),
         default="v",
         choices=tuple(MODES),
-        facts=IDENTITY,
+        facts={**IDENTITY, "same_as": {"video": "v", "va": "av", "audio": "a"}},
         often=True,
     )
 

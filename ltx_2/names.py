@@ -116,7 +116,7 @@ LTX_2 = FamilyNames(
     converted_for="diffusers, LTX-2's own pipelines and musubi-tuner's fork",
     # the names of its official code, which ComfyUI, diffusers and the fork of musubi-tuner read, too
     usual_format=COMFYUI,
-    dora_not_in_diffusers="diffusers leaves the magnitudes of LTX-2's DoRAs out",
+    not_in_diffusers=(("DoRA", "diffusers leaves the magnitudes of LTX-2's DoRAs out"),),
     versions=("ltx2", "ltx-2", "ltx_2"),
     release_pattern=r"(?:architecture=ltx-|model_version=)(\d\.\d)",
     newest=("2.5", "keyframes_abs_pos_embedding"),

@@ -26,6 +26,7 @@ from modules.options import (
     HABIT,
     IDENTITY,
     NO_PIXELS,
+    OF_SAMPLES,
     Options,
     is_given,
     not_needed,
@@ -67,6 +68,7 @@ _OF_PICTURES = {
 }
 # what is for sound, or between both streams
 _OF_SOUND = {
+    "video_loss_weight",  # of the only loss
     "audio_vae",
     "ltx2_audio_source",
     "ltx2_audio_dir",
@@ -80,8 +82,8 @@ _OF_SOUND = {
 DTYPES = {"bf16": "bfloat16", "fp16": "float16"}  # of --mixed_precision
 
 
-def _silent() -> Any:
-    return option("make no sound, also with --ltx2_mode av", name="sample_disable_audio")
+def _silent(facts: Mapping[str, Any] | None = None) -> Any:
+    return option("make no sound, also with --ltx2_mode av", name="sample_disable_audio", facts=facts)
 
 
 def _given_first() -> Any:
@@ -221,6 +223,7 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
         "if the file is another release than --ltx_version: off, warn or error",
         default="warn",
         choices=("off", "warn", "error"),
+        only_with="ltx_version",
         facts=FREE,
     )
     lora_target_preset: str = option(
@@ -258,9 +261,13 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
         most=1,
         facts=HABIT,
     )
-    height: int = option("height of samples, if their line gives none", default=512, least=1, facts=FREE)
-    width: int = option("width of samples, likewise", default=768, least=1, facts=FREE)
-    sample_num_frames: int = option("frames of samples, likewise: 8n + 1", default=41, least=1, facts=FREE)
+    height: int = option(
+        "height of samples, if their line gives none", default=512, least=1, facts={**FREE, **OF_SAMPLES}
+    )
+    width: int = option("width of samples, likewise", default=768, least=1, facts={**FREE, **OF_SAMPLES})
+    sample_num_frames: int = option(
+        "frames of samples, likewise: 8n + 1", default=41, least=1, facts={**FREE, **OF_SAMPLES}
+    )
     references: Ltx2ReferenceOptions = option(facts=HABIT)
     ic_lora_strategy: str = _strategy(
         "what references are: auto and v2v: clips or pictures, of tables with reference_directory; none: "
@@ -270,9 +277,9 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
     ic_lora_ref_probability: float = option(
         "share of batches that see their references", default=1.0, least=0, most=1, facts=HABIT
     )
-    guidance: Ltx2GuidanceOptions = option(facts=FREE)
-    stages: Ltx2StageOptions = option(facts=FREE)
-    silent: bool = _silent()
+    guidance: Ltx2GuidanceOptions = option(facts={**FREE, **OF_SAMPLES})
+    stages: Ltx2StageOptions = option(facts={**FREE, **OF_SAMPLES})
+    silent: bool = _silent(OF_SAMPLES)
     sample_i2v_token_timestep_mask = _given_first()
     log_timestep_distribution_tensorboard = not_needed(_TIMES, action="store_true", default=True)
     disable_timestep_distribution_tensorboard = not_needed(
@@ -387,9 +394,13 @@ def settle_generation(shared: T, own_options: Ltx2GenerationOptions) -> tuple[T,
             changes[name] = value
         if other_value is not None:
             typed_names[f"--{name}"] = f"--{other_name}"
+    if own_options.sample_audio_only:
+        typed_names["--ltx2_mode audio"] = "--sample_audio_only"
     kernels = _chosen_kernels(values, own_options)
     kernel = next(iter(kernels.values()), "torch")
     changes["attn_mode"] = kernel
+    for flag in _KERNELS.keys() & {name.removeprefix("--") for name in kernels}:
+        typed_names[f"--attn_mode {_KERNELS[flag]}"] = f"--{flag}"
     if kernels:
         changes["settings"] = {**values["settings"], "attn_mode": kernel}
     if own_options.height is not None:

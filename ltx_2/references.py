@@ -268,8 +268,8 @@ def check_sides(width: int, height: int, rules: ReferenceRules) -> None:
     step = rules.step * rules.size_factor
     if width % step or height % step:
         raise OptionError(
-            f"--video_size {height} {width}: with references {rules.size_factor} times smaller, sides are "
-            f"multiples of {step}. Give such a size"
+            f"--video_size {height} {width}: with references {rules.size_factor} times smaller "
+            f"(--reference_downscale), sides are multiples of {step}. Give such a size"
         )
 
 

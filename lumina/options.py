@@ -8,6 +8,7 @@ from typing import Any
 from modules.errors import OptionError
 from modules.option_values import FillIn
 from modules.options import FREE, OF_DECODING, Options, not_needed, of_request, option
+from modules.parser import typed_names
 from modules.speed_options import AE, AE_HELP, VaeOptions, dit_dtype_option, take_ae
 
 MAX_TOKENS = 256  # of a caption, with the system prompt, where nothing is said
@@ -124,7 +125,9 @@ def translate_training(args: argparse.Namespace) -> None:
             "--use_sage_attn: SageAttention has no backward pass, so nothing would be learned: it is for "
             "generation only. Use --use_flash_attn, or leave it out"
         )
-    args.flash_attn = args.flash_attn or args.use_flash_attn
+    if args.use_flash_attn and not args.flash_attn:
+        args.flash_attn = True
+        args.typed_names = {**typed_names(args), "--flash_attn": "--use_flash_attn"}
     take_ae(args)
 
 

@@ -72,7 +72,7 @@ from minimax_h3.options import (
     check_ratio,
 )
 from minimax_h3.presentation import AUDIO, IMAGE, VIDEO
-from minimax_h3.reference_options import IMAGE_EDGE, OF_MEDIA, TASK, VIDEO_EDGE
+from minimax_h3.reference_options import IMAGE_EDGE, OF_MEDIA, TASK, VIDEO_EDGE, warn_of_edges
 from minimax_h3.reference_sound import read_reference_sound
 from minimax_h3.references import (
     ClipSource,
@@ -360,6 +360,8 @@ class MiniMaxH3(OneTransformer):
         _, *picture = self.latent.shape(frames, height, width)
         channels, length, rows, columns = picture
         sources = self._sources(media, (width, height), frames)
+        if not media.references:
+            warn_of_edges(self.image_edge, self.video_edge, "there are no references")
         return replace(
             prepared,
             prompts={0: _with_presentation(prepared, media, sources)},
@@ -384,9 +386,11 @@ class MiniMaxH3(OneTransformer):
                 f"--video_length {frames}: {NAME} makes {lengths} frames, or one. Give {remedy}"
             )
         if not self.any_length and not LEAST_FRAMES <= frames <= MOST_FRAMES:
+            is_sample = isinstance(self.options, H3TrainingOptions)
+            option = "h3_allow_experimental_sample_duration" if is_sample else "allow_experimental_duration"
             raise OptionError(
                 f"--video_length {frames}: {NAME} was trained with {LEAST_FRAMES} to {MOST_FRAMES} frames, 5 "
-                "to 15 seconds. Give --allow_experimental_duration to make other lengths"
+                f"to 15 seconds. Give --{option} to make other lengths"
             )
 
     def _check_media(self, request: Request, media: H3Media) -> None:

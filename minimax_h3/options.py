@@ -7,7 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from minimax_h3.reference_options import IMAGE_EDGE, MOST_EDGE, TASK, TOKEN, VIDEO_EDGE, H3MediaOptions
+from minimax_h3.reference_options import (
+    IMAGE_EDGE,
+    MOST_EDGE,
+    TASK,
+    TOKEN,
+    VIDEO_EDGE,
+    H3MediaOptions,
+    warn_of_edges,
+)
 from minimax_h3.training_options import H3LossOptions, H3RefusedOptions, H3TargetOptions
 from modules.errors import OptionError
 from modules.option_values import FillIn
@@ -17,6 +25,7 @@ from modules.options import (
     IDENTITY,
     OF_DECODING,
     OF_REQUEST,
+    OF_SAMPLES,
     Options,
     not_needed,
     of_request,
@@ -155,6 +164,9 @@ class H3TextCachingOptions(Options, title=NAME):
                 f"--teacher_conditions {self.teacher_conditions} and --task {self.task}: what learns from a "
                 "teacher reads the caption alone. Give --task t2va, or leave the teacher out"
             )
+        if self.task != "ref2va" and self.teacher_conditions != "subject_ref":
+            edges = self.reference_image_short_edge, self.reference_video_short_edge
+            warn_of_edges(*edges, "it is for the references of --task ref2va")
         if not self.uncond_text:
             raise OptionError("--uncond_text: an empty text has no states. Give at least a space")
 
@@ -203,6 +215,9 @@ class H3LatentCachingOptions(Options, title=NAME):
     )
 
     def __post_init__(self) -> None:
+        if self.task != "ref2va":
+            edges = self.reference_image_short_edge, self.reference_video_short_edge
+            warn_of_edges(*edges, "it is for the references of --task ref2va")
         if self.vae.file.vae_dtype not in (None, "float32", "fp32"):
             logger.warning(
                 "--vae_dtype %s: ignored, because the VAE of %s encodes in float32 alone",
@@ -235,7 +250,7 @@ class H3TrainingOptions(H3ModelOptions, title=NAME):
     h3_allow_experimental_sample_duration: bool = option(
         f"also make samples of less than {LEAST_FRAMES} or more than {MOST_FRAMES} frames, for which the "
         "model was not trained",
-        facts=FREE,
+        facts={**FREE, **OF_SAMPLES},
     )
 
     def __post_init__(self) -> None:

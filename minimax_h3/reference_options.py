@@ -1,9 +1,12 @@
 """Options of keyframes, references and single pictures. Standard library only."""
 
+import logging
 from collections.abc import Mapping
 
 from modules.errors import OptionError
 from modules.options import OF_REQUEST, Options, of_request, option
+
+logger = logging.getLogger(__name__)
 
 IMAGE_EDGE, VIDEO_EDGE = 2048, 768  # pixels of the short side of references, as released
 TOKEN = 32  # pixels along the side of a token
@@ -82,6 +85,17 @@ class H3MediaOptions(Options, title="keyframes and references"):
         most=MOST_EDGE,
         facts=OF_REQUEST,
     )
+
+
+def warn_of_edges(image_edge: int, video_edge: int, why: str) -> None:
+    """Warn of sizes of references that are given where there are no references. why: ends the line."""
+    edges = {
+        "reference_image_short_edge": (image_edge, IMAGE_EDGE),
+        "reference_video_short_edge": (video_edge, VIDEO_EDGE),
+    }
+    for name, (edge, usual) in edges.items():
+        if edge != usual:
+            logger.warning("--%s %d is ignored because %s", name, edge, why)
 
 
 def split_ref(text: str) -> tuple[str, Mapping[str, str]]:

@@ -4,6 +4,7 @@ Standard library only.
 """
 
 import argparse
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 from contract.rules import CLIP, FIRST_LAST, INPUTS, SUBJECT
 from modules.errors import OptionError
 from modules.options import FREE, HABIT, Options, not_needed, option, unsupported
+
+logger = logging.getLogger(__name__)
 
 THOUSAND = 1000
 RANK = 16  # of a LoRA, and its alpha, where neither is given
@@ -307,6 +310,7 @@ def translate(args: argparse.Namespace) -> None:
     args.typed_options = frozenset(typed)
     _choose_rank(args)
     _check_view(args)
+    warn_of_clean_shares(args)
 
 
 USUAL: dict[str, Any] = {
@@ -412,6 +416,19 @@ def _choose_rank(args: argparse.Namespace) -> None:
     has_alpha = args.network_alpha != 1 or "network_alpha" in args.typed_options
     if args.network_dim is None and is_lora and not args.dim_from_weights and not has_alpha:
         args.network_dim = args.network_alpha = RANK
+
+
+def warn_of_clean_shares(args: argparse.Namespace) -> None:
+    """Warn of shares of noise in conditions that the clips of the task have not."""
+    has_references = args.task == "ref2va" or args.h3_training_mode == "ref2va"
+    has_pictures = has_references or args.task == "fl2va" or args.one_frame or args.teacher is not None
+    has_conditions = {"h3_visual_cond_clean": has_pictures, "h3_audio_cond_clean": has_references}
+    has_conditions["h3_audio_cond_clean"] |= args.teacher is not None
+    for name, is_used in has_conditions.items():
+        usual = getattr(H3LossOptions.usual(), name)
+        if not is_used and (getattr(args, name) != usual or name in args.typed_options):
+            task = args.task or "t2va"
+            logger.warning("--%s is ignored because clips of --task %s have no such conditions", name, task)
 
 
 def _check_view(args: argparse.Namespace) -> None:

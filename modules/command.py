@@ -138,7 +138,7 @@ _TWICE = re.compile(rf"({_FLAG.pattern}) \(\1\)")
 def name_as_typed(names: Mapping[str, str]) -> Iterator[None]:
     """Name options in warnings and errors of the block as they were typed: --nf4 in place of --nf4_base.
 
-    names: flag -> the flag to show. Lines that hold a command are left unchanged.
+    names: flag, or flag and value -> the flag to show. Lines that hold a command are left unchanged.
     """
     if not names:
         yield
@@ -171,6 +171,9 @@ def respell_options(text: str, names: Mapping[str, str]) -> str:
     lines = []
     for line in text.split("\n"):
         if not _COMMAND.search(line):
+            for name, shown in names.items():
+                if " " in name:
+                    line = re.sub(rf"{re.escape(name)}(?![\w-])", shown, line)
             line = _FLAG.sub(lambda flag: names.get(flag[0], flag[0]), line)
             line = _TWICE.sub(r"\1", line)  # --dit (--dit)
         lines.append(line)

@@ -251,6 +251,19 @@ def refuse_in_queue(option: str) -> None:
         )
 
 
+def refuse_standard_module(option: str, name: str, module: str) -> None:
+    """Raise OptionError if a module that an option names is of Python's standard library: such a module has
+    nothing that an option could want, and some act when they are imported (antigravity opens a browser).
+
+    name: what the user gave to the option.
+    """
+    if module.split(".")[0] in sys.stdlib_module_names:
+        raise OptionError(
+            f"{option} {name}: {module} is a module of Python's standard library, which has nothing for this "
+            "option and is not imported. Give a module of an installed package, or a file of your own"
+        )
+
+
 def import_user_module(option: str, name: str, example: str, remedy: str) -> ModuleType:
     """Import a module by the name that a user gave to an option. The working folder is searched too, if the
     user has typed the name (`refuses_code`).
@@ -260,6 +273,7 @@ def import_user_module(option: str, name: str, example: str, remedy: str) -> Mod
     """
     if not all(part.isidentifier() for part in name.split(".")):
         raise OptionError(f"{option} {name} is not an import path. Write package.module, as {example}.")
+    refuse_standard_module(option, name, name)
     here = str(Path.cwd())
     reason = refuses_code()
     if reason is None and here not in sys.path:

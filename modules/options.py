@@ -43,6 +43,8 @@ OF_DECODING = {"record": "decoding"}  # likewise; a run that only decodes says i
 # its value for this video, which a prompt line, an image or the task may decide
 OF_REQUEST = {"record": "request"}
 NO_PIXELS = {"record": "nothing"}  # nothing: it changes no pixel
+OF_SAMPLES = {"acts_on": "samples"}  # of a training: it acts on its samples alone
+OF_REFERENCES = {"of_references": True}  # in a generation it does something only to reference pictures
 OF_TYPING = {"typing": True}  # no value of an option: equal records may differ in it
 # What a value reaches outside of the program; a `place` says it of most paths (`reach_of`).
 # docs/new_and_run.md lists what of it a folder of somebody else may use.
@@ -568,8 +570,34 @@ def facts_of(cls: type) -> dict[str, dict[str, Any]]:
     return facts
 
 
+def in_one_spelling(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values of options with each in the spelling that stands for all of its meaning.
+
+    values: by public names. The fact `same_as` of an option has its other spellings and that one.
+    """
+    facts = facts_of(cls)
+    plain = dict(values)
+    for name, value in values.items():
+        same_as = facts.get(name, {}).get("same_as", {})
+        if isinstance(value, str):
+            plain[name] = same_as.get(value, value)
+    return plain
+
+
 def options_with(cls: type, fact: str, value: Any) -> tuple[str, ...]:
     return tuple(name for name, facts in facts_of(cls).items() if facts.get(fact) == value)
+
+
+def given_with(record: Any, fact: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the options of a record that have a fact and are given, by public name, of records in it too."""
+    names: list[str] = []
+    for field in dataclasses.fields(record):
+        value = getattr(record, field.name)
+        if dataclasses.is_dataclass(value):
+            names += given_with(value, fact)
+        elif field.metadata.items() >= fact.items() and is_given(record, field):
+            names.append(option_name(field))
+    return tuple(names)
 
 
 def record_of(hint: Any) -> Any:

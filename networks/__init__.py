@@ -6,21 +6,23 @@ alphas: scales that are next to the tensors
 apply: put LoRAs into weights while they are loaded
 averaging: average saved files of a run after it
 cast_factors: factors of LoRAs in autocast's dtype, once a pass
-baking: plain LoRAs from LoHas, LoKrs and DoRAs
+baking: plain LoRAs from networks of other kinds
 block_numbers: ranks and rates by numbers of a model's blocks
 convert: LoRA files in another dialect; join, split experts
 convert_flux_lora: command: FLUX.1 LoRAs between sd-scripts' and diffusers' names
 convert_hunyuan_image_lora_to_comfy: command: HunyuanImage-2.1 LoRAs to ComfyUI's names, or back
 convert_z_image_lora_to_comfy: command: Z-Image LoRAs to ComfyUI's names, or back
-deltas: what a LoRA, LoHa or LoKr adds to a weight
+deltas: what the factors of a module add to a weight
 extract_lora_from_models: command: a LoRA from any fine-tuned model
 extracting: the low-rank change of a fine-tuned model
-factored: layers of LoHa and LoKr: products of factors
+factored: the layer of networks that are products of factors
+factored_networks: build such layers, also like those of files
 flux_extract_lora: command: a LoRA from a fine-tuned FLUX.1 or Chroma
 flux_merge_lora: command: merge LoRAs of FLUX.1 or Chroma
 fused_rows: rows of fused weights, stacked or interleaved by head
 formats: names of the files that a training saves
 key_formats: dialects of tensor names: recognise, bring into ours
+kinds/: each kind of network: LoRA, DoRA, LoHa, LoKr, OFT, T-LoRA
 leftovers: what a LoRA file holds that is not used
 loading: read LoRA files of any dialect, with strength and patterns
 lora_layer: one LoRA layer: its addition and its dropouts
@@ -32,22 +34,20 @@ metadata: experts, checksums and description of files
 module_names: modules by their names in LoRA files
 multipliers: LoRA files with a number behind a colon
 names/: module names of each family in every layout
-oft_layer: the layer of an OFT: a rotated input
-options: options to train and to use LoRAs
-own_kinds: our network modules by name, their kinds and settings
+options: options to train a network
+own_kinds: our network modules by name, and their settings
 own_modules: networks of `--network_module networks.lora` and the like
 parts: LoRAs of split fused weights: split and join
 patterns: regular expressions for names of modules, with dots or underscores
-rank_masks: T-LoRA: ranks by the noise of each sample
+rank_masks: which ranks act, by the noise of each sample
 rewriting: arrangements of other programs into usual ones
 rounding: merged weights in 16 bits, nearest or at random
-rotation: the rotations of an OFT
-rotation_files: which OFTs of PEFT are refused
 sdxl_merge_lora: command: merge LoRAs of Stable Diffusion checkpoints
 text_loras: LoRAs of text encoders, put into them
 preference_options: options of pairs, better and worse
 teacher_options: options of frozen models that teach the network
 tool_options: options to merge, convert, average and extract LoRAs
-unmerged: LoRAs around layers in 8 or 4 bits, T-LoRAs
+use_options: options to add LoRAs to a model
+unmerged: LoRAs around layers in 8 or 4 bits, masked ones
 writing: write the dialects of ComfyUI and diffusers
 """

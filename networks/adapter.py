@@ -22,8 +22,9 @@ from modules.errors import CheckpointError, OptionError
 from modules.installation import import_user_module
 from modules.seeds import derive_seed
 from networks.cast_factors import cast_before_pass
+from networks.kinds.composing import OTHER_MODULES
 from networks.lora_network import OwnNetwork, rename_texts
-from networks.options import DEFAULT_RANK, OFT_MODULE, NetworkOptions
+from networks.options import DEFAULT_RANK, NetworkOptions
 from networks.own_kinds import OWN_MODULES, NetworkArguments, read_own
 from networks.own_modules import build_from_tensors, build_network, check_blocks
 
@@ -31,10 +32,9 @@ logger = getLogger(__name__)
 
 # network modules of sd-scripts that there are not here, and what to use in their place
 _NOT_BUILT = {
-    "networks.oft_v2": f"this form of OFT is {OFT_MODULE} here. Give that",
     "networks.dylora": "DyLoRA, which learns all ranks at once, is not built. Use networks.lora",
     "networks.lora_fa": "LoRA-FA, whose down factors are not trained, is not built. Use networks.lora",
-    "networks.boft": f"BOFT is not built: no program but sd-scripts reads its files. Use {OFT_MODULE}",
+    **OTHER_MODULES,
 }
 OWN_NETWORKS = "Use --lora_per_expert to train one for each"
 
@@ -218,7 +218,7 @@ def check_network(
             check_blocks(settings, depths)
         if settings.blocks is not None:
             settings.blocks.fit(numbered)
-        if name == OFT_MODULE and options.scale_weight_norms is not None:
+        if not OWN_MODULES[name].kind.has_norms and options.scale_weight_norms is not None:
             raise OptionError(
                 f"--scale_weight_norms cannot be used with --network_module {name}: a rotation has no norm "
                 "to scale down, and keeps the norms of the weights. Leave it out"

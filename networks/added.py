@@ -22,7 +22,8 @@ from modules.console import list_some
 from modules.errors import CheckpointError
 from networks import deltas, loading
 from networks.apply import changes_of
-from networks.deltas import CPU, DORA, DOWN, OF_BIAS, OF_LOW_RANK, OFT, ROWS, SET, UP, Factors
+from networks.deltas import CPU, DOWN, OF_BIAS, OF_LOW_RANK, ROWS, SET, UP, Factors
+from networks.kinds.composing import MAGNITUDES, OF_MAGNITUDES, list_additive, load_decompose, rotation_of
 from networks.leftovers import text_side_of
 from networks.loading import LoraFile, LoraUse
 from networks.lora_products import add_product
@@ -30,7 +31,6 @@ from networks.module_names import choose_family
 from networks.names.layouts import FIRST_LAYERS, OURS, FamilyNames
 from networks.parts import for_model
 from networks.rank_masks import RankMask, mask_for, parts_of_rank, rule_of
-from networks.rotation import turn, turned_weight, turns
 from running.run_blocks import stage_files_of
 
 logger = getLogger(__name__)
@@ -82,16 +82,18 @@ class AddedPart:
     def __init__(
         self, place: ChangedPlace, factors: Factors, multiplier: float = 1.0, by_frozen_norms: bool = False
     ) -> None:
-        """factors: on the CPU. by_frozen_norms: see `deltas.decompose`."""
+        """factors: on the CPU. by_frozen_norms: see `NetworkKind.load_decompose`."""
         self.place = place
         self.factors = factors
         self.multiplier = multiplier
         self._by_frozen_norms = by_frozen_norms
+        self._decompose = load_decompose() if MAGNITUDES in factors else None
         # applied to the addition to the module's output before it is added; None: nothing
         self.region: Callable[[Tensor], Tensor] | None = None
         self.rank_mask: RankMask | None = None  # T-LoRA
-        self.rows: slice | None = None  # outputs that an OFT's rotation is for; None: all
-        self._angles: Tensor | None = None  # the values of an OFT, float32
+        self.rotation = rotation_of(factors)
+        self.rows: slice | None = None  # outputs that the rotation is for; None: all
+        self._angles: Tensor | None = None  # the values of the rotation, float32
         self._chain: list[Tensor] = []  # the low-rank factors in the order in which they act
         self._whole: dict[str, Tensor] = {}  # all other factors
         self._bias: Tensor | None = None
@@ -100,8 +102,8 @@ class AddedPart:
         """Copy the factors to the device, the low-rank ones in the dtype to compute in."""
         self.release()
         factors = self.factors
-        if OFT in factors:
-            self._angles = factors[OFT].to(device, torch.float32)
+        if self.rotation is not None:
+            self._angles = factors[self.rotation.part].to(device, torch.float32)
             return
         is_low_rank = DOWN in factors and not factors.keys() - OF_LOW_RANK - {_MID}
         if self.place.adds_to_output and is_low_rank:
@@ -131,14 +133,16 @@ class AddedPart:
 
     @property
     def turns_input(self) -> bool:
-        """Return whether it is an OFT, which rotates the input of all outputs."""
-        return OFT in self.factors and self.region is None and self.rows is None
+        """Return whether it rotates the input of all outputs."""
+        return self.rotation is not None and self.region is None and self.rows is None
 
     def turned(self, x: Tensor) -> Tensor:
-        """Return the change of the input x, ... in, by an OFT's rotation."""
+        """Return the change of the input x, ... in, by the rotation."""
+        assert self.rotation is not None
         assert self._angles is not None
         with torch.autocast(x.device.type, enabled=False):
-            return turn(x, turns(self._angles, self.multiplier).to(x.dtype))
+            made = self.rotation.make(self._angles, self.multiplier)
+            return self.rotation.of_input(x, made.to(x.dtype))
 
     def add_to(self, out: Tensor, x: Tensor, has_weight: bool = True) -> Tensor:
         """Add the LoRA's addition for input x to the output of a matrix or a convolution, and return it.
@@ -188,10 +192,9 @@ class AddedPart:
         weight.
         """
         device = self.place.parameter.device
-        if self._angles is not None:
-            return {
-                self.place.leaf: turned_weight(self.place.parameter, turns(self._angles, self.multiplier))
-            }
+        if self.rotation is not None and self._angles is not None:
+            made = self.rotation.make(self._angles, self.multiplier)
+            return {self.place.leaf: self.rotation.of_weight(self.place.parameter, made)}
         changes: dict[str, Tensor] = {}
         if self.sets_weight:
             changes[self.place.leaf] = self._whole[SET].to(torch.float32)
@@ -202,9 +205,11 @@ class AddedPart:
     def _delta(self, device: torch.device) -> Tensor:
         delta = deltas.weight_delta(self._whole, device)
         assert delta is not None
-        if DORA not in self._whole:
+        if self._decompose is None:
             return delta
-        return deltas.decompose(self.place.parameter, delta, self._whole[DORA], self._by_frozen_norms)
+        weight = self.place.parameter
+        added: Tensor = self._decompose(weight, delta, self._whole[MAGNITUDES], self._by_frozen_norms)
+        return added
 
     def _low_rank(self, x: Tensor) -> Tensor:
         down, *middle, up = self._chain
@@ -405,12 +410,12 @@ def add_loras(
 
     is_compiled: blocks will be compiled; changes of norms are left out, because compiled code keeps its
     weights. option: the option with the files, for messages. Raises CheckpointError if a file does not fit
-    the model or is a DoRA.
+    the model or has magnitudes.
     """
     by_name = places(dit)
     parts: list[dict[str, AddedPart]] = []
     for use in uses:
-        refuse_dora(use.lora, option)
+        refuse_magnitudes(use.lora, option)
         modules = fitting(use.lora, by_name, option)
         if is_compiled:
             left_out = [
@@ -473,13 +478,15 @@ def attach_parts(
     return layers
 
 
-def refuse_dora(lora: LoraFile, option: str) -> None:
-    """Raise CheckpointError if a file is a DoRA, which cannot be added to other changes of the weights."""
-    decomposed = [name for name, factors in deltas.group_by_module(lora.tensors).items() if DORA in factors]
+def refuse_magnitudes(lora: LoraFile, option: str) -> None:
+    """Raise CheckpointError if a file has magnitudes, which other changes of the weights do not go with."""
+    decomposed = [
+        name for name, factors in deltas.group_by_module(lora.tensors).items() if MAGNITUDES in factors
+    ]
     if decomposed:
         raise CheckpointError(
-            f"{option} {lora.path} is a DoRA ({decomposed[0]}), which depends on the weights it was "
-            "made for.\n  Give a LoRA, LoHa or LoKr.",
+            f"{option} {lora.path} is a {OF_MAGNITUDES} ({decomposed[0]}), which depends on the weights it "
+            f"was made for.\n  Give a {list_additive()}.",
             lora.path,
         )
 

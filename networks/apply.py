@@ -18,16 +18,23 @@ from checkpoints.opening import open_checkpoint
 from modules.console import list_some
 from modules.errors import CheckpointError
 from networks import deltas
-from networks.deltas import CPU, DORA, META, OFT, ROWS, SET, Factors, has_input_magnitudes, other_channels
+from networks.deltas import CPU, META, ROWS, SET, Factors, has_input_magnitudes, other_channels
 from networks.key_formats import module_of_tensor
+from networks.kinds.composing import (
+    MAGNITUDES,
+    OF_MAGNITUDES,
+    is_rotating,
+    load_decompose,
+    rotating_kind,
+    rotation_of,
+)
+from networks.kinds.contract import named
 from networks.leftovers import text_side_of
 from networks.loading import LoraFile, LoraUse, refuse_unknown, warn_of_absent, warn_of_other_family
 from networks.module_names import Relative, alias, choose_family, relatives
 from networks.names.layouts import FIRST_LAYERS, OURS
-from networks.options import NEAREST
 from networks.parts import FusedPiece, is_cut, join_rotations, part_rows, usual_rows
-from networks.rank_masks import MERGED, rule_of
-from networks.rotation import block_size_of, turned_weight, turns
+from networks.rank_masks import rule_of
 from networks.rounding import (
     SMALL_WEIGHT,
     LoraRounding,
@@ -36,12 +43,13 @@ from networks.rounding import (
     narrow_dtype,
     seed_of,
 )
+from networks.use_options import NEAREST
 from running.offload.sharding import gather_weight, set_weight
 
 logger = getLogger(__name__)
 # HunyuanVideo in diffusers' layout has no name that FramePack has not too; FramePack has more
 LIKELY_MODEL = "hunyuan_video"
-BY_INPUT = "DoRA magnitudes by input are of the whole weight, the model has parts of it"
+BY_INPUT = f"{OF_MAGNITUDES} magnitudes by input are of the whole weight, the model has parts of it"
 _BLOCK_ELEMENTS = 1 << 20  # elements of a weight that are changed at once: 4 MB in float32
 
 
@@ -53,10 +61,10 @@ class Change:
     factors: Factors
     leaf: str = "weight"  # or bias
     rows: slice | None = None  # rows of the parameter that the LoRA is for; None: all
-    turns: Tensor | None = None  # of an OFT, on the weight's device: see `networks.rotation`
+    rotation: Tensor | None = None  # of a kind that rotates inputs, as `InputRotation.make` returns it
 
     def delta(self, factors: Factors, device: torch.device) -> Tensor:
-        """Return the addition of the factors at multiplier 1, before DoRA's normalisation, or the weight
+        """Return the addition of the factors at multiplier 1, before magnitudes act, or the weight
         that they set; float32.
         """
         if self.leaf == "bias":
@@ -77,7 +85,7 @@ class Change:
         Raises CheckpointError if the shapes differ.
         """
         path = self.use.lora.path
-        if OFT in self.factors:
+        if is_rotating(self.factors):
             return self._fit_rotation(relative, weight, name, f"{option}{path} does not fit {model}")
         try:
             if ROWS in self.factors and has_input_magnitudes(self.factors):
@@ -96,35 +104,25 @@ class Change:
         return change
 
     def _fit_rotation(self, relative: Relative | None, weight: Tensor, name: str, misfit: str) -> "Change":
-        """Return the rotation of an OFT fitted to a weight, which all of its rows have, or those of a part.
+        """Return a rotation of inputs fitted to a weight, which all of its rows have, or those of a part.
 
         misfit: for messages, which file does not fit which model. Raises CheckpointError.
         """
         path = self.use.lora.path
-        num_blocks, columns = self.factors[OFT].shape
-        size = block_size_of(columns)
-        assert size is not None
-        if weight.ndim != 2:
-            raise CheckpointError(
-                f"{misfit}: {name} is no linear layer, and programs do not agree on what an OFT does with "
-                "others.\n  Give a file that rotates linear layers alone.",
-                path,
-            )
-        width = weight.shape[1]
-        is_shared = num_blocks == 1 and width % size == 0  # one rotation for all blocks
-        if num_blocks * size != width and not is_shared:
-            raise CheckpointError(
-                f"{misfit}: for {name} it rotates {num_blocks} blocks of {size} inputs, the model has "
-                f"{width} inputs.\n  Give an OFT that was trained for this model.",
-                path,
-            )
+        kind = rotating_kind(self.factors)
+        rotation = rotation_of(self.factors)
+        assert kind is not None
+        assert rotation is not None
+        reason = rotation.find_misfit(self.factors[rotation.part], weight, name)
+        if reason:
+            raise CheckpointError(f"{misfit}: {reason}", path)
         if relative is None or not relative.is_part:
             return self
         rows = usual_rows(relative.part, len(weight))
         if rows is None:
             raise CheckpointError(
                 f"{misfit}: {relative.name} is a part of {name}, whose {len(weight)} rows are not those of a "
-                "published model.\n  Give an OFT that was trained for this model.",
+                f"published model.\n  Give {named(kind)} that was trained for this model.",
                 path,
             )
         return self if rows == slice(0, len(weight)) else replace(self, rows=rows)
@@ -138,18 +136,18 @@ class Change:
             families = " or ".join(family.name for family in self.use.lora.families())
             kind = f" It is for {families}." if families else ""
             return f"{shape}, the model {expected}.{kind}\n  Give a LoRA that was trained for this model."
-        if DORA not in self.factors or self.leaf != "weight":
+        if MAGNITUDES not in self.factors or self.leaf != "weight":
             return ""
-        magnitudes = self.factors[DORA].numel()
+        magnitudes = self.factors[MAGNITUDES].numel()
         axis = 1 if has_input_magnitudes(self.factors) else 0
         if len(expected) > 1 and magnitudes == expected[axis]:
             return ""
-        return f"{magnitudes} DoRA magnitudes, the model {expected}."
+        return f"{magnitudes} {OF_MAGNITUDES} magnitudes, the model {expected}."
 
     def _joined(self, relative: Relative | None, weight: Tensor) -> "Change":
         """Return the change of the whole layer that this one is the first part of, if the weight has it all.
 
-        DoRA magnitudes by input need the norms of the whole layer. Raises RuntimeError if the weight is a
+        Magnitudes by input need the norms of the whole layer. Raises RuntimeError if the weight is a
         part of it.
         """
         size = deltas.size_of(self.factors)
@@ -195,8 +193,8 @@ class Change:
         # LoKr: computed whole, then cut
         delta = self.delta(self.factors, weight.device)
         whole_factors = {"diff": delta[rows]}
-        if DORA in self.factors:
-            whole_factors[DORA] = self.factors[DORA][rows]
+        if MAGNITUDES in self.factors:
+            whole_factors[MAGNITUDES] = self.factors[MAGNITUDES][rows]
         return replace(self, factors=whole_factors)
 
     @property
@@ -222,11 +220,12 @@ class Change:
             block = slice(offset + first * step, offset + end * step, step)
             total = total[first:end]
             weight = weight[first:end]
-        if OFT in self.factors:  # its multiplier is in the rotation
-            by = self.turns
-            if by is None:
-                by = turns(self.factors[OFT].to(total.device), self.use.multiplier)
-            total.add_(turned_weight(weight, by))
+        rotation = rotation_of(self.factors)
+        if rotation is not None:  # its multiplier is in the rotation
+            made = self.rotation
+            if made is None:
+                made = rotation.make(self.factors[rotation.part].to(total.device), self.use.multiplier)
+            total.add_(rotation.of_weight(weight, made))
             return
         factors = self.factors
         if block is not None:  # a LoKr is never in blocks, see `_blocks`
@@ -237,11 +236,11 @@ class Change:
                 total.zero_()
             return
         delta = self.delta(factors, total.device)
-        if DORA in factors and self.leaf == "weight":  # it depends on the weight
-            delta = deltas.decompose(
+        if MAGNITUDES in factors and self.leaf == "weight":  # it depends on the weight
+            delta = load_decompose()(
                 weight,
                 delta,
-                magnitudes=factors[DORA],
+                magnitudes=factors[MAGNITUDES],
                 by_frozen_norms=self.use.lora.has_frozen_norms,
             )
         total.add_(delta.reshape(total.shape), alpha=self.use.multiplier)
@@ -266,13 +265,13 @@ class FoundChange(NamedTuple):
 
 
 def _as_whole(found: Sequence[FoundChange]) -> list[FoundChange]:
-    """Return the changes of a parameter with one of an OFT for all of its parts, if these rotate alike.
+    """Return the changes of a parameter with one rotation for all of its parts, if these rotate alike.
 
-    Else the rows of each part have to be known, which an OFT does not show.
+    Else the rows of each part have to be known, which a rotation of inputs does not show.
     """
     pieces: dict[int, list[FusedPiece]] = {}  # by LoRA
     for key, change, relative in found:
-        if OFT in change.factors and relative is not None and relative.is_part:
+        if is_rotating(change.factors) and relative is not None and relative.is_part:
             pieces.setdefault(id(change.use), []).append(FusedPiece(key, relative.part, change.factors))
     alike = {use for use, parts in pieces.items() if not isinstance(join_rotations(parts), str)}
     joined: list[FoundChange] = []
@@ -339,8 +338,8 @@ def _round_into(
 class LoraPatch:
     """Add LoRAs to weights by name: `patch(name, weight) -> weight`, a `WeightPatch`.
 
-    W + multiplier * (alpha / rank) * up @ down, or W R(multiplier * Q)^T of an OFT, summed in float32 on the
-    weight's device, rounded once to the weight's dtype, as `rounding` says. DoRA gives multiplier * (new
+    W + multiplier * (alpha / rank) * up @ down, or W R^T of a rotation of inputs, summed in float32 on the
+    weight's device, rounded once to the weight's dtype, as `rounding` says. Magnitudes give multiplier * (new
     weight - W); the changes of several files all start from W, which a file's `set_weight` replaces for
     itself and later files. After loading, `check()` reports changes
     without a weight, and what rounding keeps.
@@ -356,7 +355,7 @@ class LoraPatch:
     ) -> None:
         """parameter_names: of a file in another layout, such as that of diffusers. model: its file, for
         messages. rounding: of weights in 16 bits; None: to the nearest. is_masked: the changes are not
-        merged, so that the ranks of T-LoRAs are masked.
+        merged, so that ranks are masked by the noise.
         """
         self._is_masked = is_masked
         self._uses = tuple(uses)
@@ -439,13 +438,13 @@ class LoraPatch:
 
     def leave_unmerged(self, name: str, shape: tuple[int, ...]) -> bool:
         """Record in `beside` the changes of a weight that stays in 8 or 4 bits. Return False, recording
-        nothing, if one must be merged: a DoRA depends on the weight, a whole matrix is as large as it, and a
-        weight that is set takes its place.
+        nothing, if one must be merged: magnitudes depend on the weight, a whole matrix is as large as it, and
+        a weight that is set takes its place.
 
         Raises CheckpointError if a LoRA has another size.
         """
         changes = self._fitting(name, torch.empty(1).expand(shape))  # this shape, without memory
-        if any(change.factors.keys() & {DORA, "diff", SET} for change in changes):
+        if any(change.factors.keys() & {MAGNITUDES, "diff", SET} for change in changes):
             return False
         if changes:
             self.unmerged[name] = changes
@@ -456,7 +455,7 @@ class LoraPatch:
         changes = []
         found = self._find(name)
         for key, change, _ in found:
-            if OFT in change.factors:
+            if is_rotating(change.factors):
                 self._used[id(change.use)].add(key)
         for key, change, relative in _as_whole(found):
             channels = other_channels(change.factors, weight) if name.endswith(FIRST_LAYERS) else None
@@ -504,8 +503,9 @@ class LoraPatch:
                 continue
             if not lacks_all:
                 logger.info(f"{path}: {len(used)} weights changed, multiplier {use.multiplier:g}")
-            if not self._is_masked and rule_of(use.lora.metadata) is not None:
-                logger.warning(f"{path} {MERGED}")
+            rule = rule_of(use.lora.metadata)
+            if not self._is_masked and rule is not None:
+                logger.warning(f"{path} {rule.kind.merged}")
             warn_of_other_family(use.lora, family, self._modules)
             absent = [key for key in keys if key not in self._seen]
             if absent:
@@ -592,11 +592,13 @@ class LoraPatch:
 
 
 def _move_factors(change: Change, device: torch.device) -> Change:
-    """Return the change with its factors on a device, except alphas and rows, which the host reads; an OFT
-    with its rotation.
+    """Return the change with its factors on a device, except alphas and rows, which the host reads; one that
+    rotates inputs with its rotation.
     """
-    if OFT in change.factors:
-        return replace(change, turns=turns(change.factors[OFT].to(device), change.use.multiplier))
+    rotation = rotation_of(change.factors)
+    if rotation is not None:
+        values = change.factors[rotation.part].to(device)
+        return replace(change, rotation=rotation.make(values, change.use.multiplier))
     moved = dict(change.factors)
     for part, tensor in deltas.without_alpha(change.factors).items():
         if part != ROWS:

@@ -1,4 +1,4 @@
-"""Convert LoHas, LoKrs, DoRAs and OFTs to plain LoRAs, for tools that do not know these."""
+"""Convert networks of other kinds to plain LoRAs, for tools that do not know these."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,29 +20,31 @@ from modules.console import count_of
 from modules.errors import CheckpointError, OptionError
 from networks import deltas
 from networks.apply import Change
-from networks.deltas import CPU, DORA, DOWN, META, OFT, Factors, weight_delta, without_alpha
+from networks.deltas import CPU, DOWN, META, Factors, weight_delta, without_alpha
 from networks.extracting import decompose_change, lora_of_shape
 from networks.fused_rows import with_stacked_rows
 from networks.key_formats import module_of_tensor
+from networks.kinds import LORA
+from networks.kinds.composing import MAGNITUDES, MARKS, NEEDING_WEIGHT, is_rotating, kinds_of_parts
+from networks.kinds.contract import MID, NORMS_FORM, named
 from networks.loading import LoraFile, LoraUse
 from networks.lora_network import prefix_of
-from networks.metadata import DORA_FORM, FROZEN_NORMS
 from networks.module_names import alias
 from networks.names.layouts import OURS, SWAPPED, FamilyNames, joined_tensors, tensor_patterns
 from networks.text_loras import is_whole, pieces_of
 from networks.writing import in_own_form
 
 logger = getLogger(__name__)
-OTHER_KINDS = {DORA, OFT, "hada_w1_a", "lokr_w1", "lokr_w1_a", "lora_mid.weight"}
+OTHER_KINDS = {MAGNITUDES, MID, *(mark for mark, kind in MARKS.items() if kind is not LORA)}
 _PLAIN = "networks.lora"
 A_LOT = 0.1  # loss above which messages advise a higher rank
 
 
 @dataclass(frozen=True)
 class Baking:
-    """Settings of the conversion: the rank of plain LoRAs, and the model that a DoRA was trained for.
+    """Settings of the conversion: the rank of plain LoRAs, and the model that a network was trained for.
 
-    Without a rank, DoRAs stay DoRAs, and only the norms that their magnitudes refer to change.
+    Without a rank kinds stay as they are, and only the norms that magnitudes refer to change.
     """
 
     rank: int | None
@@ -77,16 +79,16 @@ class Loss(NamedTuple):
 
 @torch.no_grad()
 def bake(lora: LoraFile, family: FamilyNames | None, baking: Baking) -> Baked:
-    """Replace each LoHa, LoKr, DoRA and OFT by the best LoRA of a given rank for its change at multiplier 1.
+    """Replace each module of another kind by the best LoRA of a given rank for its change at multiplier 1.
 
     Other modules do not change. Memory: the LoRA, and one weight with its change in float32. Raises
-    OptionError if there is nothing to replace, or a DoRA without its model, CheckpointError if the model does
-    not fit.
+    OptionError if there is nothing to replace, or a kind that needs its model without it, CheckpointError if
+    the model does not fit.
     """
     assert baking.rank is not None
     tensors = lora.tensors
-    if family is not None and any(name.endswith((DORA, OFT)) for name in tensors):
-        # a DoRA or OFT for parts of a fused weight becomes one for the whole weight, as the model has it
+    if family is not None and any(name.endswith(NEEDING_WEIGHT) for name in tensors):
+        # one for parts of a fused weight becomes one for the whole weight, as the model has it
         tensors = in_own_form(tensors, family)
     modules = deltas.group_by_module({**tensors, **lora.text_tensors})
     replaced = {name: factors for name, factors in modules.items() if factors.keys() & OTHER_KINDS}
@@ -94,16 +96,16 @@ def bake(lora: LoraFile, family: FamilyNames | None, baking: Baking) -> Baked:
         raise OptionError(
             f"--bake: {lora.path} has plain LoRAs alone, whose rank stays as it is. Leave --bake out"
         )
-    decomposed = [name for name, factors in replaced.items() if factors.keys() & {DORA, OFT}]
+    decomposed = [name for name, factors in replaced.items() if factors.keys() & set(NEEDING_WEIGHT)]
     if decomposed and not baking.models:
-        kind = "an OFT" if OFT in replaced[decomposed[0]] else "a DoRA"
+        kind = next(kind for kind in kinds_of_parts(replaced[decomposed[0]]) if kind.needs_weight)
         raise OptionError(
-            f"--bake: {lora.path} is {kind} ({decomposed[0]}), whose change depends on the weights that it "
-            "was trained for. Add --dit with the model's file; after it those of the text encoders that it "
-            "changes"
+            f"--bake: {lora.path} is {named(kind)} ({decomposed[0]}), whose change depends on the weights "
+            "that it was trained for. Add --dit with the model's file; after it those of the text encoders "
+            "that it changes"
         )
     losses: dict[str, Loss] = {}
-    with _open_weights(baking.models if decomposed else (), family) as weights:
+    with open_weights(baking.models if decomposed else (), family) as weights:
         for name, factors in replaced.items():
             change = _change(
                 name,
@@ -115,7 +117,7 @@ def bake(lora: LoraFile, family: FamilyNames | None, baking: Baking) -> Baked:
             modules[name], losses[name] = _as_lora(name, factors, change, baking.rank)
     metadata = _metadata_of_plain(lora.metadata, modules)
     words = _in_words(losses, len(modules), baking.rank)
-    return Baked(_replace_factors(lora, modules, metadata), words)
+    return Baked(replace_factors(lora, modules, metadata), words)
 
 
 def _metadata_of_plain(metadata: Mapping[str, str], modules: Mapping[str, Factors]) -> dict[str, str]:
@@ -130,80 +132,11 @@ def _metadata_of_plain(metadata: Mapping[str, str], modules: Mapping[str, Factor
         "ss_network_alpha": shown,
         "ss_network_args": "{}",
     }
-    plain.pop(DORA_FORM, None)
+    plain.pop(NORMS_FORM, None)
     return plain
 
 
-@torch.no_grad()
-def with_norms(
-    lora: LoraFile, family: FamilyNames | None, baking: Baking | None, are_frozen: bool, target: str
-) -> LoraFile:
-    """Convert a DoRA's magnitudes by output to division by the norms of the frozen weights, as in ComfyUI, or
-    of the changed weights (`are_frozen` = False). Other LoRAs are returned unchanged.
-
-    m' = m * |W| / |W + dW|, row by row, is exact; the metadata are marked. target: for messages.
-    Raises OptionError if a model is given for nothing, CheckpointError if one is missing or does not fit.
-    """
-    tensors = {**lora.tensors, **lora.text_tensors}
-    magnitudes = [tensor for name, tensor in tensors.items() if name.endswith(DORA)]
-    is_dora = any(len(tensor) == tensor.numel() for tensor in magnitudes)
-    is_same_form = lora.has_frozen_norms == are_frozen
-    if not is_dora or is_same_form:
-        if baking is None:
-            return lora
-        state = "no DoRA by output" if not is_dora else "a DoRA of this form already"
-        raise OptionError(
-            f"--dit: {lora.path} is {state}, so that --target {target} needs no model. Leave --dit out"
-        )
-    if baking is not None:
-        return _with_norms(lora, family, baking, are_frozen)
-    if target == "default":
-        return lora
-    if lora.has_frozen_norms:
-        raise CheckpointError(
-            f"{lora.path} is a DoRA in ComfyUI's form, which other programs read differently.\n"
-            "  Add --dit with the model's file; after it those of the text encoders that it changes.",
-            lora.path,
-        )
-    logger.warning(
-        f"{lora.path} is a DoRA: ComfyUI divides its magnitudes by other norms, which makes it 3 to 24 % "
-        "different there. Add --dit with the model that it was trained for: then it is exact"
-    )
-    return lora
-
-
-def _with_norms(lora: LoraFile, family: FamilyNames | None, baking: Baking, are_frozen: bool) -> LoraFile:
-    """Return a DoRA with magnitudes for the norms of the frozen weights, or of the changed ones."""
-    tensors = lora.tensors if family is None else in_own_form(lora.tensors, family)
-    modules = deltas.group_by_module({**tensors, **lora.text_tensors})
-    with _open_weights(baking.models, family) as weights:
-        for name, factors in modules.items():
-            if DORA not in factors or deltas.has_input_magnitudes(factors):
-                continue
-            ratio = _ratio_of_norms(name, factors, lora=lora, weights=weights, device=baking.device)
-            magnitudes = factors[DORA].float().reshape(ratio.shape)
-            # float32: rounding to 16 bits here would add a loss
-            modules[name] = {**factors, DORA: magnitudes * ratio if are_frozen else magnitudes / ratio}
-    metadata = {key: value for key, value in lora.metadata.items() if key != DORA_FORM}
-    if are_frozen:
-        metadata[DORA_FORM] = FROZEN_NORMS
-    return _replace_factors(lora, modules, metadata)
-
-
-def _ratio_of_norms(
-    name: str, factors: Factors, lora: LoraFile, weights: Weights, device: torch.device
-) -> Tensor:
-    """Return the norms of the frozen weight divided by those of the changed one, by output, on the CPU."""
-    change = weight_delta(factors, device)
-    assert change is not None
-    weight, path = _weight_of(name, len(change), lora, weights)
-    Change(LoraUse(lora), factors).fit(None, weight, name, str(path))
-    frozen = weight.to(device, torch.float32)
-    changed = frozen + change.reshape(frozen.shape)
-    return (deltas.norms_of(frozen) / deltas.norms_of(changed)).cpu()
-
-
-def _replace_factors(lora: LoraFile, modules: Mapping[str, Factors], metadata: Mapping[str, str]) -> LoraFile:
+def replace_factors(lora: LoraFile, modules: Mapping[str, Factors], metadata: Mapping[str, str]) -> LoraFile:
     """Return the LoRA with other factors, of the DiT and of text encoders, and other metadata."""
     texts = {name: factors for name, factors in modules.items() if not name.startswith(OURS)}
     in_dit = {name: factors for name, factors in modules.items() if name.startswith(OURS)}
@@ -233,23 +166,25 @@ def _as_lora(name: str, factors: Factors, change: Tensor, rank: int) -> tuple[di
 
 def _change(name: str, factors: Factors, lora: LoraFile, weights: Weights, device: torch.device) -> Tensor:
     """Return the addition of factors to their weight at multiplier 1, float32."""
-    rows: int | None = None  # an OFT does not show them
-    if OFT not in factors:
-        is_dora = DORA in factors
-        delta = weight_delta(without_alpha(factors), META) if is_dora else weight_delta(factors, device)
+    rows: int | None = None  # a rotation of inputs does not show them
+    if not is_rotating(factors):
+        has_magnitudes = MAGNITUDES in factors
+        delta = (
+            weight_delta(without_alpha(factors), META) if has_magnitudes else weight_delta(factors, device)
+        )
         assert delta is not None
-        if not is_dora:
+        if not has_magnitudes:
             return delta
         rows = len(delta)
-    weight, path = _weight_of(name, rows, lora, weights)
+    weight, path = weight_of(name, rows, lora, weights)
     change = Change(LoraUse(lora), factors).fit(None, weight, name, str(path))
     total = torch.zeros(weight.shape, device=device)
     change.add_to(total, None, weight.to(device))
     return total
 
 
-def _weight_of(name: str, rows: int | None, lora: LoraFile, weights: Weights) -> tuple[Tensor, Path]:
-    """Return the weight that a module of a DoRA or OFT changes, and its file.
+def weight_of(name: str, rows: int | None, lora: LoraFile, weights: Weights) -> tuple[Tensor, Path]:
+    """Return the weight that a module changes, and its file.
 
     rows: of the weight; None: not known. Raises CheckpointError if it is missing.
     """
@@ -268,7 +203,7 @@ def _weight_of(name: str, rows: int | None, lora: LoraFile, weights: Weights) ->
 
 
 @contextmanager
-def _open_weights(paths: Sequence[Path], family: FamilyNames | None) -> Iterator[Weights]:
+def open_weights(paths: Sequence[Path], family: FamilyNames | None) -> Iterator[Weights]:
     """Open model files of any layout; only their headers are read."""
     weights: dict[str, list[StoredWeight]] = {}
     with ExitStack() as stack:

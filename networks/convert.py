@@ -18,10 +18,12 @@ from modules.errors import CheckpointError, OptionError
 from modules.output_files import refuse_replacing
 from networks import module_names
 from networks.alphas import without_alphas
-from networks.baking import OTHER_KINDS, Baked, Baking, bake, with_norms
-from networks.deltas import DORA, OFT, Factors, add_missing_alphas, group_by_module, ungroup
+from networks.baking import OTHER_KINDS, Baked, Baking, bake
+from networks.deltas import Factors, add_missing_alphas, group_by_module, ungroup
 from networks.formats import TARGETS
 from networks.key_formats import NETWORKS, can_be_for, dialect_in_words
+from networks.kinds import KINDS
+from networks.kinds.composing import MAGNITUDES, is_rotating, kind_of_files
 from networks.loading import LoraFile, read_lora, warn_of_other_expert
 from networks.metadata import PARTS_METADATA, STALE, add_hashes
 from networks.names.layouts import (
@@ -35,7 +37,7 @@ from networks.names.layouts import (
     FamilyNames,
 )
 from networks.parts import fuse
-from networks.rank_masks import ELSEWHERE, rule_of
+from networks.rank_masks import rule_of
 from networks.tool_options import (
     ComfyConvertOptions,
     ConvertOptions,
@@ -54,7 +56,7 @@ class Conversion:
 
     target: str
     family: str | None = None  # the LoRA's family, if the user or a family's own script names it
-    baking: Baking | None = None  # how to convert other kinds to plain LoRAs, or DoRA magnitudes, first
+    baking: Baking | None = None  # how to convert other kinds to plain LoRAs, or magnitudes, first
 
 
 def convert(options: ConvertOptions) -> None:
@@ -129,7 +131,7 @@ def convert_hunyuan_image(options: ComfyConvertOptions) -> None:
         metadata[LORA_FORMAT] = KNOWN if options.reverse else COMFYUI
     rename = module_names.alias if options.reverse else module_names.to_alias
     if not options.reverse:
-        _refuse_rotations(source, stored)
+        _refuse_for_comfyui(source, stored)
     renamed = rename_to_aliases(stored, HUNYUAN_IMAGE, rename)
     if renamed.keys() == stored.keys():
         direction = "ComfyUI's names to ours" if options.reverse else "our names to ComfyUI's"
@@ -160,7 +162,7 @@ def convert_z_image(options: ZImageConvertOptions) -> None:
     lora = read_lora(source, family=Z_IMAGE.name)
     _family_of(lora, Z_IMAGE.name)
     if not options.reverse:
-        _refuse_rotations(source, lora.tensors)
+        _refuse_for_comfyui(source, lora.tensors)
     metadata = {key: value for key, value in lora.metadata.items() if key != LORA_FORMAT}
     tensors: Mapping[str, Tensor] = add_missing_alphas(take_apart(lora.tensors, Z_IMAGE))
     if options.reverse:
@@ -193,21 +195,18 @@ def convert_z_image(options: ZImageConvertOptions) -> None:
     )
 
 
-def _refuse_rotations(source: Path, tensors: Iterable[str]) -> None:
-    """Raise CheckpointError if a file that is to be converted for ComfyUI is an OFT. tensors: their names."""
-    if any(name.endswith(OFT) for name in tensors):
-        raise CheckpointError(
-            f"{source} is an OFT, and ComfyUI reads none of this form.\n"
-            "  Make a plain LoRA of it: convert_lora.py --target other --bake 64 --dit MODEL.",
-            source,
-        )
+def _refuse_for_comfyui(source: Path, names: Iterable[str]) -> None:
+    """Raise CheckpointError if ComfyUI reads no file of this kind. names: of its tensors."""
+    kind = kind_of_files(names, [kind for kind in KINDS if kind.refusal_by_comfyui])
+    if kind is not None:
+        raise CheckpointError(f"{source} {kind.refusal_by_comfyui}", source)
 
 
 def _unjoinable_factors(tensors: Mapping[str, Tensor]) -> dict[str, Factors]:
     """Return the LoHas and LoKrs of the modules that ComfyUI joins."""
     unjoinable: dict[str, Factors] = {}
     for name, factors in group_by_module(tensors).items():
-        is_other_kind = bool(factors.keys() & (OTHER_KINDS - {DORA}))
+        is_other_kind = bool(factors.keys() & (OTHER_KINDS - {MAGNITUDES}))
         if is_other_kind and module_names.is_stacked(name.removeprefix(OURS), Z_IMAGE):
             unjoinable[name] = factors
     return unjoinable
@@ -255,12 +254,9 @@ def _convert_one(lora: LoraFile, output: Path, how: Conversion) -> None:
 def _convert_parts(parts: Mapping[str, LoraFile], output: Path, how: Conversion) -> None:
     """Write one file of diffusers' dialect with a LoRA for each expert. parts: by expert."""
     for lora in parts.values():
-        if how.baking is None and any(OFT in factors for factors in lora.modules().values()):
-            raise OptionError(
-                "--target diffusers writes an OFT as PEFT has it, for one network, and there is no form for "
-                "two experts. Take one with --expert high_noise or low_noise, or write two files with "
-                "--output_high_noise"
-            )
+        kind = kind_of_files(lora.tensors, [kind for kind in KINDS if kind.no_two_experts])
+        if how.baking is None and kind is not None:
+            raise OptionError(kind.no_two_experts)
     families = {expert: _family_of(lora, how.family) for expert, lora in parts.items()}
     prepared = {expert: _prepare(lora, families[expert], how) for expert, lora in parts.items()}
     starts = {expert: start for start, expert in NETWORKS.items()}
@@ -302,14 +298,16 @@ def _transferable(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def _prepare(lora: LoraFile, family: FamilyNames | None, how: Conversion) -> Baked:
-    """Return the LoRA converted to plain factors, or with DoRA magnitudes as the target expects them."""
+    """Return the LoRA converted to plain factors, or with magnitudes as the target expects them."""
     if how.baking is not None and how.baking.rank is not None:
         return bake(lora, family, how.baking)
     # files of FramePack are for diffusers
     in_diffusers = family is not None and family.is_as_in_diffusers and family.start == IN_DIFFUSERS
     is_for_comfyui = how.target == "other" and not in_diffusers
-    normed = with_norms(lora, family, baking=how.baking, are_frozen=is_for_comfyui, target=how.target)
-    return Baked(normed, "")
+    for kind in KINDS:
+        if kind.bring_norms is not None:
+            lora = kind.bring_norms(lora, family, how.baking, is_for_comfyui, how.target)
+    return Baked(lora, "")
 
 
 class ConvertedLora(NamedTuple):
@@ -338,7 +336,7 @@ def converted(
         modules = group_by_module(native)
         is_other_kind = any(OTHER_KINDS & modules[name].keys() for name in written.left_out)
         remedy = "\n  --bake RANK makes plain LoRAs of them." if is_other_kind else ""
-        if any(OFT in modules[name] for name in written.left_out):
+        if any(is_rotating(modules[name]) for name in written.left_out):
             remedy = "\n  --bake RANK --dit MODEL makes plain LoRAs of them, with some loss."
     left_out = {**written.left_out, **left_out_texts}
     if left_out and not written.tensors and not texts:
@@ -419,6 +417,8 @@ def _save(
         ("to", f"{output} ({as_size(output.stat().st_size)})"),
         ("tensors", f"{len(result.tensors)} written"),
         ("made plain", baked),
-        ("T-LoRA", ELSEWHERE if rule_of(result.metadata) is not None else None),
     ]
+    rule = rule_of(result.metadata)
+    if rule is not None:
+        rows.append((rule.kind.name, rule.kind.elsewhere))
     show_box("The LoRA is converted", rows)

@@ -1,10 +1,10 @@
-"""Compute the change of a weight by a LoRA, LoHa or LoKr, and check factors, also those of an OFT. The
-factors of a module are named by the ends of their tensor names in files.
+"""Compute the change of a weight by the factors of a network of any kind, and check factors. The factors of a
+module are named by the ends of their tensor names in files.
 
-Sources: LoRA, Hu et al. 2021, arXiv 2106.09685; LoHa and LoKr, also in their tensor forms, Yeh et al. 2023,
-arXiv 2309.14859; DoRA, Liu et al. 2024, arXiv 2402.09353.
+What differs between kinds is in `networks/kinds/`. Source of LoRA: Hu et al. 2021, arXiv 2106.09685.
 """
 
+import contextlib
 import functools
 import math
 from collections.abc import Mapping, Sequence
@@ -15,40 +15,27 @@ from torch import Tensor
 from checkpoints.finite import is_finite
 from contract.loading import TensorInfo
 from modules.devices import dtype_name
-from networks.rotation import block_size_of
+from networks.kinds import KINDS, composing, contract
+from networks.kinds.composing import MAGNITUDES, kinds_in, rotating_kind
 
 Factors = Mapping[str, Tensor]  # "lora_down.weight" -> tensor: the factors of one module
 CPU, META = torch.device("cpu"), torch.device("meta")
 
-DOWN = "lora_down.weight"
-UP = "lora_up.weight"
+DOWN, UP = contract.DOWN, contract.UP
 LORA = (DOWN, UP)
 SET = "set_weight"  # ComfyUI's: takes the place of the model's weight at any strength but 0
 # rows (first, last + 1) of the factors' change that are the module's: it is a part of a layer that other
 # programs join, and a LoKr has no factor with these rows. No file holds it.
 ROWS = "reelsmith_rows"
-PARTS = (
-    *LORA,
-    "lora_mid.weight", "lora_up.bias", "alpha", "diff", "diff_b", SET, "dora_scale",
-    "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2",
-    "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2",
-    "oft_R.weight",
-    ROWS,
-)  # fmt: skip
-# values of an OFT's rotations, blocks x b(b-1)/2; what they change depends on the weight: `networks.rotation`
-OFT = "oft_R.weight"
-# magnitudes: out x 1 (x 1 ...), one of each output, or 1 x in (x 1 ...), one of each input
-DORA = "dora_scale"
+PARTS = (*composing.PARTS, "alpha", "diff", "diff_b", SET, ROWS)
 OF_BIAS = {"diff_b": None, "lora_up.bias": None}.keys()  # in order of precedence
 OF_LOW_RANK = {"alpha", *LORA, *OF_BIAS}  # of plain LoRAs: two matrices change the weight
-_NO_MATRICES = {"alpha", "diff", SET, DORA, ROWS, *OF_BIAS}
-_PAIRS = (
-    LORA,
-    ("hada_w1_a", "hada_w1_b"),
-    ("hada_w2_a", "hada_w2_b"),
-    ("lokr_w1_a", "lokr_w1_b"),
-    ("lokr_w2_a", "lokr_w2_b"),
-)
+_NO_MATRICES = {"alpha", "diff", SET, MAGNITUDES, ROWS, *OF_BIAS}
+_WHOLE = {"diff", "diff_b", SET}  # whole differences, weights and biases
+# of networks that are products of factors: what is added but not trained: cores, magnitudes and whole changes
+UNTRAINED = {*composing.CORES, MAGNITUDES, "diff", "diff_b"}
+# by the name of a kind: the change of a weight by its factors in float32 and alpha / rank
+_CHANGES = {kind.name: kind.load_change() for kind in KINDS if kind.load_change is not None}
 
 
 def group_by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -122,20 +109,21 @@ def find_fault(factors: Factors) -> str | None:
 
 
 def _find_absent_factor(factors: Factors) -> str | None:
-    for first, second in _PAIRS:
+    for first, second in composing.PAIRS:
         if first in factors and second not in factors:
             return f"it has {first} but no {second}"
         if second in factors and first not in factors:
             return f"it has {second} but no {first}"
-    if OFT in factors and factors.keys() - {OFT, "alpha"}:
-        others = ", ".join(factors.keys() - {OFT, "alpha"})
-        return f"it has {others} next to a rotation ({OFT}), which is not supported"
-    if not factors.keys() & {*LORA, "diff", "diff_b", SET, "hada_w1_a", "lokr_w1", "lokr_w1_a", OFT}:
+    rotating = rotating_kind(factors)
+    others = [part for part in factors if rotating is not None and part not in (*rotating.parts, "alpha")]
+    if rotating is not None and others:
+        return f"it has {', '.join(others)} next to a rotation ({rotating.parts[0]}), which is not supported"
+    if not factors.keys() & {*composing.MARKS, *_WHOLE}:
         return f"it has only {', '.join(factors)}"
-    if "hada_w1_a" in factors and "hada_w2_a" not in factors:
-        return "it has hada_w1_a but no hada_w2_a"
-    if factors.keys() & {"lokr_w1", "lokr_w1_a"} and not factors.keys() & {"lokr_w2", "lokr_w2_a"}:
-        return "it has lokr_w1 but no lokr_w2"
+    for kind in kinds_in(factors):
+        fault = None if kind.find_absent is None else kind.find_absent(factors)
+        if fault is not None:
+            return fault
     return None
 
 
@@ -143,13 +131,10 @@ def _find_wrong_shape(factors: Factors) -> str | None:
     for part, tensor in factors.items():
         if part not in _NO_MATRICES and (tensor.ndim < 2 or not tensor.numel()):
             return f"its {part} has the shape {list(tensor.shape)}"
-    if OFT in factors and (factors[OFT].ndim != 2 or block_size_of(factors[OFT].shape[1]) is None):
-        return f"its {OFT} has the shape {list(factors[OFT].shape)}, of which no block has so many values"
-    if DORA not in factors:
-        return None
-    shape = factors[DORA].shape
-    if len(shape) < 2 or shape.numel() not in shape[:2]:
-        return f"its {DORA} has the shape {list(shape)}"
+    for kind in KINDS:
+        fault = None if kind.find_wrong_shape is None else kind.find_wrong_shape(factors)
+        if fault is not None:
+            return fault
     return None
 
 
@@ -186,26 +171,23 @@ def _find_mismatch(factors: Factors) -> str | None:
 
 def rank_of(factors: Factors) -> int | None:
     """Return the rank of the factors; None for whole matrices and single numbers."""
-    for part in ("lora_down.weight", "hada_w1_b", "lokr_w2_b", "lokr_w1_b"):
+    for part in composing.RANK_PARTS:
         if part in factors and factors[part].ndim:
             return int(factors[part].shape[0])
     return None
 
 
-def block_of(factors: Factors) -> int | None:
-    """Return the block size of an OFT's rotations; None for other kinds."""
-    return block_size_of(factors[OFT].shape[1]) if OFT in factors and factors[OFT].ndim == 2 else None
-
-
 def sizes_of(files: Sequence[Mapping[str, Tensor]]) -> tuple[list[int], list[float]]:
-    """Return the distinct ranks and alphas of the modules that have a rank, sorted; block sizes of an OFT."""
+    """Return the distinct ranks and alphas of the modules that have a rank, sorted; of a kind without ranks
+    its sizes.
+    """
     ranks: set[int] = set()
     alphas: set[float] = set()
     for tensors in files:
-        for factors in group_by_module(tensors).values():
-            block = block_of(factors)
-            if block is not None:
-                ranks.add(block)
+        modules = group_by_module(tensors).values()
+        for sizes in composing.sizes_by_word(modules).values():
+            ranks.update(sizes)
+        for factors in modules:
             rank = rank_of(factors)
             if rank:
                 ranks.add(rank)
@@ -221,24 +203,15 @@ def size_of(factors: Factors) -> tuple[int, int] | None:
     whole = shapes.get("diff", shapes.get(SET))
     if whole is not None:
         return (whole[0], whole[1]) if len(whole) == 2 else None
-    if DOWN in shapes and UP in shapes:
-        return shapes[UP][0], shapes[DOWN][1]
-    if "hada_w1_a" in shapes and "hada_w1_b" in shapes and "hada_t1" not in shapes:
-        return shapes["hada_w1_a"][0], shapes["hada_w1_b"][1]
-    first = _shape_of_lokr(shapes, "lokr_w1")
-    second = _shape_of_lokr(shapes, "lokr_w2")
-    if first is None or second is None or "lokr_t2" in shapes:
+    if not composing.CORES.isdisjoint(shapes):
         return None
-    return first[0] * second[0], first[1] * second[1]
-
-
-def _shape_of_lokr(shapes: Mapping[str, tuple[int, ...]], name: str) -> tuple[int, ...] | None:
-    """Return the shape of one of the two matrices of a LoKr, which may have two factors."""
-    if name in shapes:
-        return shapes[name]
-    left = shapes.get(f"{name}_a")
-    right = shapes.get(f"{name}_b")
-    return None if left is None or right is None else (left[0], right[1])
+    for kind in kinds_in(shapes):
+        if kind.extent is None:
+            continue
+        with contextlib.suppress(KeyError):  # without one of its factors
+            rows, columns = kind.extent(shapes)
+            return rows, math.prod(columns)
+    return None
 
 
 def height_of(factors: Factors) -> int | None:
@@ -291,25 +264,27 @@ def fold_strength(factors: Factors) -> Factors:
 
 
 def has_input_magnitudes(factors: Factors) -> bool:
-    return DORA in factors and len(factors[DORA]) < factors[DORA].numel()
+    return MAGNITUDES in factors and len(factors[MAGNITUDES]) < factors[MAGNITUDES].numel()
 
 
 def rows_of(factors: Factors, rows: slice | Tensor) -> Factors | None:
     """Return factors for only these rows of the change, or None if that is impossible.
 
-    It is for LoKr, whose rows are not rows of a factor, and for DoRA with magnitudes by input, whose norms
-    need all rows. rows: a slice, for views, or row numbers in any order.
+    It is for kinds whose rows are not rows of a factor, such as LoKr, and for magnitudes by input, whose
+    norms need all rows. rows: a slice, for views, or row numbers in any order.
     """
-    if {"lokr_w1", "lokr_w1_a", ROWS} & factors.keys() or has_input_magnitudes(factors):
+    if ROWS in factors or has_input_magnitudes(factors):
         return None
     cut = dict(factors)
-    for part in factors.keys() & {UP, "diff", "diff_b", SET, "lora_up.bias", DORA}:
+    for part in factors.keys() & {*_WHOLE, MAGNITUDES}:
         cut[part] = factors[part][rows]
-    for part, core in (("hada_w1_a", "hada_t1"), ("hada_w2_a", "hada_t2")):
-        if part not in factors:
+    for kind in composing.kinds_of_parts(factors):
+        if kind.rows_of is None:
             continue
-        # if there is a core it is stored r x out
-        cut[part] = factors[part][:, rows] if core in factors else factors[part][rows]
+        of_kind = kind.rows_of(factors, rows)
+        if of_kind is None:
+            return None
+        cut |= of_kind
     return cut
 
 
@@ -321,8 +296,8 @@ def part_of(factors: Factors, first: int, last: int) -> Factors:
     cut = rows_of(factors, slice(first, last))
     if cut is None:
         cut = {**factors, ROWS: torch.tensor([first, last])}
-        for part in factors.keys() & {DORA, *OF_BIAS}:
-            if part != DORA or not has_input_magnitudes(factors):
+        for part in factors.keys() & {MAGNITUDES, *OF_BIAS}:
+            if part != MAGNITUDES or not has_input_magnitudes(factors):
                 cut[part] = factors[part][first:last]
     # copies: files cannot hold tensors that share memory
     return {part: tensor.clone() for part, tensor in cut.items()}
@@ -332,8 +307,8 @@ def weight_delta(factors: Factors, device: torch.device) -> Tensor | None:
     """Return the change of the module's weight at multiplier 1: out x in (x kernel), float32, a new
     tensor.
 
-    For DoRA this is the change before `decompose`. None if only the bias changes, for an OFT, and for a
-    weight that is set.
+    With magnitudes this is the change before these. None if only the bias changes, for a rotation of inputs,
+    and for a weight that is set.
     Raises RuntimeError if the factors do not match.
     """
     wide = {part: tensor.to(device, torch.float32) for part, tensor in factors.items() if part != ROWS}
@@ -343,10 +318,9 @@ def weight_delta(factors: Factors, device: torch.device) -> Tensor | None:
         changes.append(wide["diff"].clone())
     if DOWN in wide:
         changes.append(_lora_delta(wide, scale))
-    if "hada_w1_a" in wide:
-        changes.append(_loha_delta(wide, scale))
-    if "lokr_w1" in wide or "lokr_w1_a" in wide:
-        changes.append(_lokr_delta(wide, scale))
+    for kind in kinds_in(wide):
+        if kind.name in _CHANGES:
+            changes.append(_CHANGES[kind.name](wide, scale))
     if not changes:
         return None
     total = functools.reduce(Tensor.add_, changes)
@@ -361,24 +335,6 @@ def _lora_delta(factors: Factors, scale: float) -> Tensor:
     return (up.flatten(1) @ down.flatten(1)).unflatten(1, down.shape[1:])
 
 
-def _loha_delta(factors: Factors, scale: float) -> Tensor:
-    first = _product(factors["hada_w1_a"] * scale, factors["hada_w1_b"], factors.get("hada_t1"))
-    second = _product(factors["hada_w2_a"], factors["hada_w2_b"], factors.get("hada_t2"))
-    return first.mul_(second)
-
-
-def _lokr_delta(factors: Factors, scale: float) -> Tensor:
-    first = factors.get("lokr_w1")
-    if first is None:
-        first = factors["lokr_w1_a"] @ factors["lokr_w1_b"]
-    second = factors.get("lokr_w2")
-    if second is None:
-        second = _product(factors["lokr_w2_a"], factors["lokr_w2_b"], factors.get("lokr_t2"))
-    kernel_axes = second.ndim - first.ndim
-    shaped = (first * scale).reshape(*first.shape, *[1] * kernel_axes)
-    return torch.kron(shaped, second.contiguous())
-
-
 def other_channels(factors: Factors, weight: Tensor) -> str | None:
     """Describe factors for a first layer that differs from this weight only in its input channels.
 
@@ -391,29 +347,6 @@ def other_channels(factors: Factors, weight: Tensor) -> str | None:
     if delta.shape[0] != weight.shape[0] or delta.shape[2:] != weight.shape[2:]:
         return None
     return f"its first layer takes {delta.shape[1]} channels, the model's {weight.shape[1]}"
-
-
-def decompose(weight: Tensor, delta: Tensor, magnitudes: Tensor, by_frozen_norms: bool = False) -> Tensor:
-    """Return DoRA's addition to a weight at multiplier 1, float32.
-
-    The sum of weight and delta gets new norms, by output or by input: `magnitudes * sum / norm - weight`.
-    Multipliers scale this difference, so that 0 changes nothing. weight, delta: out x in (x kernel).
-    magnitudes: out x 1 (x 1 ...) or 1 x in (x 1 ...). by_frozen_norms: those by output are divided by the
-    norms of the weight alone, as ComfyUI does.
-    """
-    weight = weight.float()
-    magnitudes = magnitudes.to(weight.device, torch.float32)
-    changed = weight + delta.reshape(weight.shape)
-    axis = 1 if len(magnitudes) < magnitudes.numel() else 0  # 1: by input
-    norms = norms_of(weight if by_frozen_norms and not axis else changed, axis)
-    return changed.mul_(magnitudes.reshape(norms.shape) / norms).sub_(weight)
-
-
-def norms_of(weight: Tensor, axis: int = 0) -> Tensor:
-    """Return a weight's norms by output (axis 0) or input (axis 1), float32, never 0."""
-    summed_axes = [place for place in range(weight.ndim) if place != axis]
-    norms = torch.linalg.vector_norm(weight, dim=summed_axes, keepdim=True, dtype=torch.float32)
-    return norms + torch.finfo(torch.float32).eps  # as LyCORIS and ComfyUI have it
 
 
 def bias_delta(factors: Factors, device: torch.device) -> Tensor | None:
@@ -432,10 +365,3 @@ def stored_bias(factors: Factors) -> Tensor | None:
         return None
     part = next(part for part in OF_BIAS if part in factors)
     return bias.to(factors[part].dtype)
-
-
-def _product(a: Tensor, b: Tensor, core: Tensor | None) -> Tensor:
-    """Return a @ b; with a core r x r x kernel, b acts on its axis 1 and a (stored r x out) on its axis 0."""
-    if core is None:
-        return a @ b
-    return torch.einsum("p q ..., p o, q i -> o i ...", core, a, b)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from logging import getLogger
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from modules.console import list_some
 from modules.errors import OptionError
 from networks import deltas
 from networks.deltas import DOWN
+from networks.kinds.contract import TranslatedModules
 from networks.metadata import add_hashes
 from networks.module_names import read_family
 from networks.names.layouts import (
@@ -29,9 +30,6 @@ from networks.names.layouts import (
 )
 from networks.options import NetworkOptions
 from networks.own_kinds import OWN_MODULES
-
-if TYPE_CHECKING:  # most runs save the known names
-    from networks.writing import TranslatedModules
 
 logger = getLogger(__name__)
 
@@ -130,7 +128,7 @@ class LoraFormat:
             groups.setdefault(strength, {}).update(deltas.ungroup({name: factors}))
         return groups
 
-    def _convert_dit(self, tensors: Mapping[str, Tensor], is_folded: bool) -> "TranslatedModules":
+    def _convert_dit(self, tensors: Mapping[str, Tensor], is_folded: bool) -> TranslatedModules:
         """Return the tensors of a DiT. is_folded: fold alpha / rank into the factors."""
         from networks.writing import in_own_form, in_target  # most runs save the known names
 
@@ -207,46 +205,23 @@ def find_fault(
             f"convert the file afterwards (convert_lora.py --target {name})"
         )
     kind = own_module.kind
-    if name == COMFYUI and kind == "OFT":
-        return (
-            f"ComfyUI reads no OFT of this form. {_OTHERWISE}, and make a plain LoRA of it afterwards "
-            "(convert_lora.py --target other --bake 64 --dit MODEL)"
-        )
+    fault = "" if kind.fault_of_format is None else kind.fault_of_format(name, family, bool(texts))
+    if fault:
+        return fault
     if family is None:
         return f"no names of this model's layers are known there. {_OTHERWISE}"
+    if name == COMFYUI and family.not_in_comfyui:
+        return f"{family.not_in_comfyui}. {_OTHERWISE} or diffusers"
+    for variant in options.variants:
+        fault = "" if variant.fault_of_format is None else variant.fault_of_format(name, family, bool(texts))
+        if fault:
+            return fault
     if name == COMFYUI:
-        return _fault_in_comfyui(family, options)
-    if kind == "LoHa" or (kind == "LoKr" and not family.lokr_in_diffusers):
-        return (
-            f"diffusers reads no {kind} of this model. {_OTHERWISE}, and make a plain LoRA of it "
-            "afterwards (convert_lora.py --target diffusers --bake 64)"
-        )
-    if options.decomposes and family.dora_not_in_diffusers:
-        return (
-            f"{family.dora_not_in_diffusers}. {_OTHERWISE}, and make a plain LoRA of it afterwards "
-            "(convert_lora.py --target diffusers --bake 64 --dit MODEL)"
-        )
-    if options.decomposes and texts:
-        return (
-            "diffusers loads no magnitudes of a DoRA into text encoders, which learn here. "
-            f"{_OTHERWISE}, or train the transformer alone (--network_train_unet_only)"
-        )
+        return None
     unread = [encoder for start, encoder in texts.items() if start not in family.texts_in_diffusers]
     if unread:
         return (
             f"diffusers' pipeline of this model loads no LoRA for the text encoder {unread[0]}, which learns "
             f"here. {_OTHERWISE}, or train the transformer alone (--network_train_unet_only)"
-        )
-    return None
-
-
-def _fault_in_comfyui(family: FamilyNames, options: NetworkOptions) -> str | None:
-    if family.not_in_comfyui:
-        return f"{family.not_in_comfyui}. {_OTHERWISE} or diffusers"
-    if options.decomposes:
-        return (
-            "ComfyUI divides the magnitudes of a DoRA by the norms of the model's own weights, and training "
-            f"by those of the changed weights. {_OTHERWISE}, and convert the file afterwards with the model "
-            f"(convert_lora.py --target {COMFYUI} --dit MODEL), which is exact"
         )
     return None

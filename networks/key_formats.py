@@ -24,7 +24,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from networks.deltas import DORA, DOWN, LORA, OFT, PARTS, ROWS, SET, UP, Factors, height_of, size_of
+from networks.deltas import DOWN, LORA, PARTS, ROWS, SET, UP, Factors, height_of, size_of
+from networks.kinds import KINDS
+from networks.kinds.composing import ENDS, is_flat, kinds_in, usual_key
+from networks.kinds.contract import Extent, Shapes
 from networks.module_names import FAMILIES, alias, have_same_names, is_name, likely_families, sizes_fit
 from networks.names import layouts
 from networks.names.layouts import OF_CLIP, OF_LANGUAGE_MODEL, OF_LTX_FORK, OF_T5, OURS, FamilyNames
@@ -43,7 +46,7 @@ _FURTHER = tuple(start for start in EXPERT_STARTS if start != layouts.IN_DIFFUSE
 # names without dots they have "_" for "."
 _STARTS = {
     OURS: "ours",
-    "oft_unet_": "ours",  # sd-scripts
+    **{start: dialect for kind in KINDS for start, dialect in kind.starts.items()},
     "lycoris_": "LyCORIS",
     "lora_transformer_": "OneTrainer",
     "lora_transformer-": "InvokeAI",
@@ -86,8 +89,7 @@ _OF_CLIP_ALONE = ("encoder_layers_", "embeddings_", "final_layer_norm")
 _BARE_TEXTS = ("text_model.encoder.", "encoder.block.")
 _OF_ALL = (*FamilyNames.encoders, ("lora_te2", OF_CLIP), ("lora_te", OF_LANGUAGE_MODEL))  # of no known family
 _ENDINGS = {
-    ".lora_magnitude_vector": DORA,  # PEFT
-    ".magnitude": DORA,  # ai-toolkit
+    **ENDS,
     ".w_norm": "diff",  # LyCORIS, of norms
     ".b_norm": "diff_b",
     **dict.fromkeys((".lora_alpha", ".network_alpha", ".lora.alpha"), "alpha"),
@@ -98,8 +100,6 @@ _ENDINGS = {
 _FACTOR = re.compile(
     r"\.lora(?:_linear_layer)?[._]?(?:lora_)?(?P<factor>[ABab]|down|up)(?:(?:\.[^.]+)*?(?P<leaf>\.weight|\.bias))?$"
 )
-_OF_ADAPTER = re.compile(r"(?<=\.lora_magnitude_vector)(\.[^.]+){1,2}$")
-_ROTATION = re.compile(r"\.oft_R(?:\.[^.]+)*$")  # PEFT's `.oft_R.default.weight`, with any name
 # diffusers before PEFT: factors of the attention, not of its layers
 _PROCESSOR = re.compile(r"(\.processor)?\.to_(?P<layer>q|k|v|out)_lora\.(?P<factor>down|up)\.weight$")
 _LEAVES = ("weight", "bias")
@@ -109,8 +109,7 @@ _BY_LENGTH = sorted(_ENDINGS, key=len, reverse=True)
 # endings of other kinds of networks, whose change is not a sum of matrices to add to a weight
 _OTHER_KINDS = {
     "GLoRA": (".a1.weight", ".a2.weight", ".b1.weight", ".b2.weight"),
-    # sd-scripts' networks.oft and LyCORIS' diag-oft, which rotate outputs; PEFT before 0.16
-    "OFT in an older form than oft_R.weight": (".oft_blocks", ".oft_diag", ".oft_r"),
+    **{form: endings for kind in KINDS for form, endings in kind.unread.items()},
     "BOFT": (".boft_R", ".boft_s"),
     "(IA)3": (".on_input", ".ia3_l"),
     "LoRA as nunchaku packs it": tuple(
@@ -311,9 +310,8 @@ def _rename(
 
 def _with_columns(key: str, tensor: Tensor) -> Tensor:
     """Return a tensor of a file, magnitudes as columns."""
-    if ".lora_magnitude_vector" not in key and not key.endswith(".magnitude"):
+    if not is_flat(key):
         return tensor
-    # PEFT's: out, of convolutions 1 x out x 1 x 1; LyCORIS' and ours: out x 1 (x 1 ...)
     inner_axes = max(tensor.ndim - 1, 1)
     return tensor.reshape(-1, *[1] * inner_axes)
 
@@ -555,7 +553,7 @@ def _our_factor(key: str) -> str:
     """Rename factors to ours: `x.lora_A.default.weight` -> `x.lora_down.weight`; drop names of adapters."""
     match = _FACTOR.search(key)
     if match is None:
-        return _ROTATION.sub(f".{OFT}", _OF_ADAPTER.sub("", key))
+        return usual_key(key)
     is_down = match["factor"] in ("A", "a", "down")
     factor = LORA[0 if is_down else 1].partition(".")[0]
     return f"{key[: match.start()]}.{factor}{match['leaf'] or '.weight'}"
@@ -660,10 +658,6 @@ def _size_of(factors: Factors) -> tuple[int, int] | None:
     return (rows, width) if rows and columns and width else None
 
 
-Shapes = Mapping[str, tuple[int, ...]]  # of factors
-Extent = tuple[int, Sequence[int]]  # rows, sizes along all further axes
-
-
 def _rows_and_columns(shapes: Shapes) -> Extent:
     """Return the extent of a weight's change.
 
@@ -673,38 +667,12 @@ def _rows_and_columns(shapes: Shapes) -> Extent:
     if whole is not None:
         rows, *columns = whole
         return rows, columns
-    if DOWN in shapes:
-        return _extent_of_lora(shapes)
-    if "hada_w1_a" in shapes:
-        return _extent_of_loha(shapes)
-    return _extent_of_lokr(shapes)
-
-
-def _extent_of_lora(shapes: Shapes) -> Extent:
-    rank, *columns = shapes[DOWN]
-    rows, inner, *_ = shapes[UP]
-    kernel = shapes.get("lora_mid.weight", ())[2:]
-    return rows if rank == inner else 0, [*columns, *kernel]
-
-
-def _extent_of_loha(shapes: Shapes) -> Extent:
-    kernel = shapes.get("hada_t1", ())[2:]
-    # with a core it is stored r x out
-    rows_axis = 1 if "hada_t1" in shapes else 0
-    return shapes["hada_w1_a"][rows_axis], [shapes["hada_w1_b"][1], *kernel]
-
-
-def _extent_of_lokr(shapes: Shapes) -> Extent:
-    first = shapes.get("lokr_w1")
-    if not first:
-        first = (shapes["lokr_w1_a"][0], shapes["lokr_w1_b"][1])
-    second = shapes.get("lokr_w2")
-    if second is None:
-        kernel = shapes.get("lokr_t2", ())[2:]
-        # with a core it is stored r x out
-        rows_axis = 1 if shapes.get("lokr_t2") else 0
-        second = (shapes["lokr_w2_a"][rows_axis], shapes["lokr_w2_b"][1], *kernel)
-    return first[0] * second[0], [*first[1:], *second[1:]]
+    if DOWN in shapes and shapes[DOWN][0] != shapes[UP][1]:
+        raise ValueError("factors of different ranks")
+    for kind in kinds_in(shapes):
+        if kind.extent is not None:
+            return kind.extent(shapes)
+    raise KeyError("no factors of a change")
 
 
 def family_by_text_width(modules: Mapping[str, Factors]) -> FamilyNames | None:

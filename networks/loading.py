@@ -15,7 +15,6 @@ from modules.errors import CheckpointError, OptionError
 from networks import key_formats
 from networks.alphas import FoundAlphas, read_alphas, unfold
 from networks.deltas import (
-    OFT,
     SET,
     Factors,
     drop_replaced,
@@ -26,6 +25,9 @@ from networks.deltas import (
     ungroup,
 )
 from networks.key_formats import NativeTensors
+from networks.kinds import KINDS
+from networks.kinds.composing import OF_MAGNITUDES, kinds_in, list_additive, list_read_kinds
+from networks.kinds.contract import FROZEN_NORMS, NORMS_FORM
 from networks.leftovers import (
     is_projection,
     kind_of_module,
@@ -35,22 +37,19 @@ from networks.leftovers import (
     without_numbers,
 )
 from networks.metadata import (
-    DORA_FORM,
-    FROZEN_NORMS,
     LAYOUT_KEY,
     expert_of,
     in_words,
     is_damaged,
-    is_of_frozen_norms,
     layout_hash,
     metadata_of,
 )
 from networks.module_names import have_same_names, module_path, on_text_side, read_family, relatives
 from networks.names.layouts import FOLDED, FOR_BOTH, OURS, TRAINED_FOR, TRAINED_ON, FamilyNames
-from networks.options import UNTYPED, LoraPatternOptions
 from networks.parts import mend_split_alphas, stack_rows
 from networks.patterns import describe_unfit, in_any_spelling
 from networks.rank_masks import rule_of
+from networks.use_options import UNTYPED, LoraPatternOptions
 
 logger = getLogger(__name__)
 # metadata that may name a LoRA's needs, in the order in which `FamilyNames.refused` reads them
@@ -64,13 +63,18 @@ _ORIGIN_KEYS = (
     "model_version",
 )
 # in a name of every kind of network that changes a model, read here or not
-_OF_NETWORKS = re.compile(r"lora|hada|lokr|oft|dora|vera|ia3|alpha|magnitude|diff(_[bm])?$|set_weight$|norm$")
+_OF_NETWORKS = re.compile(
+    "|".join(
+        ["lora|vera|ia3|alpha|magnitude|diff(_[bm])?$|set_weight$|norm$"]
+        + [kind.word for kind in KINDS if kind.word]
+    )
+)
 A_FEW = 0.1  # up to this unused share of a file, a plain warning is enough
 
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A LoRA, DoRA, LoHa, LoKr or OFT under our names, on the CPU, in the dtype of the file.
+    """A network of any kind under our names, on the CPU, in the dtype of the file.
 
     Names are as `lora_unet_blocks_0_self_attn_q.lora_down.weight`. A file that holds a LoRA for each expert
     of a model has them as `parts`, and no tensors of its own: `for_expert` returns one of them.
@@ -107,8 +111,8 @@ class LoraFile:
 
     @property
     def has_frozen_norms(self) -> bool:
-        """Return whether DoRA magnitudes by output refer to the norms of the frozen weights."""
-        return self.metadata.get(DORA_FORM) == FROZEN_NORMS
+        """Return whether magnitudes by output refer to the norms of the frozen weights."""
+        return self.metadata.get(NORMS_FORM) == FROZEN_NORMS
 
     def for_expert(self, expert: str | None) -> "LoraFile":
         """Return the part for an expert if the file has parts, else the file itself.
@@ -186,8 +190,7 @@ def read_lora(
     if kind is not None:
         raise CheckpointError(
             f"{path} is a network of the kind {kind[0]}, which is not supported: it has {kind[1]}.\n"
-            "  Supported are LoRA, DoRA, LoHa, LoKr, OFT (oft_R.weight) and whole differences of weights. "
-            "Give such a file.",
+            f"  Supported are {list_read_kinds()} and whole differences of weights. Give such a file.",
             path,
         )
     rule_of(metadata, path)  # a rule that cannot be read is refused here, before a model is loaded
@@ -247,10 +250,7 @@ def _read_part(
     native = replace(native, tensors=tensors, texts=texts)
     modules = group_by_module(tensors) | group_by_module(texts)
     _refuse_faulty(path, modules, native.unknown)
-    if any(OFT in factors for factors in modules.values()):
-        from networks.rotation_files import refuse_other_series  # only with an OFT
-
-        refuse_other_series(path)
+    _refuse_other_forms(path, modules)
     alphas = FoundAlphas({}, "")
     if any("alpha" not in factors and rank_of(factors) is not None for factors in modules.values()):
         alphas = read_alphas(
@@ -279,6 +279,13 @@ def _read_part(
     )
 
 
+def _refuse_other_forms(path: Path, modules: Mapping[str, Factors]) -> None:
+    """Raise CheckpointError for a file of a kind that is to be read otherwise."""
+    for kind in KINDS:
+        if kind.check_file is not None and any(kind in kinds_in(factors) for factors in modules.values()):
+            kind.check_file(path)
+
+
 def _recognise(
     path: Path,
     stored: Mapping[str, Tensor],
@@ -295,9 +302,11 @@ def _recognise(
     native = key_formats.to_native(stored, hint, with_texts)
     if trained_family is None and native.family_name is not None:
         metadata = {**metadata, TRAINED_ON: native.family_name}
-    if native.dialect == "other" and is_of_frozen_norms(native.tensors, metadata):
-        metadata = {**metadata, DORA_FORM: FROZEN_NORMS}
-        logger.info(f"{path}: its DoRA magnitudes are in ComfyUI's form, as its writer has them there")
+    if native.dialect == "other" and _is_of_frozen_norms(native.tensors, metadata):
+        metadata = {**metadata, NORMS_FORM: FROZEN_NORMS}
+        logger.info(
+            f"{path}: its {OF_MAGNITUDES} magnitudes are in ComfyUI's form, as its writer has them there"
+        )
     if not native.tensors and not native.texts:
         raise _no_lora(path, stored)
     if native.family is not None and native.family.refuses_strangers:
@@ -307,6 +316,12 @@ def _recognise(
     if native.text_encoder or native.repeated or native.unknown:
         _warn_of_unused(path, native, trained_family or native.family, len(stored))
     return native, metadata
+
+
+def _is_of_frozen_norms(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bool:
+    return any(
+        kind.is_of_frozen_norms is not None and kind.is_of_frozen_norms(tensors, metadata) for kind in KINDS
+    )
 
 
 def _metadata_of_expert(path: Path, metadata: Mapping[str, str], expert: str) -> dict[str, str]:
@@ -371,7 +386,7 @@ def _refuse_faulty(path: Path, modules: Mapping[str, Factors], unknown: Sequence
         if unknown and not factors.keys() - {"alpha"}:
             raise CheckpointError(
                 f"{path} cannot be used: its factors have names that are not known, such as "
-                f"{list_some(unknown, 2)}.\n  Give a LoRA, LoHa or LoKr as its program wrote it.",
+                f"{list_some(unknown, 2)}.\n  Give a {list_additive()} as its program wrote it.",
                 path,
             )
         raise CheckpointError(

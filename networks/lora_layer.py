@@ -1,6 +1,6 @@
 """One LoRA layer: its addition to the output of a frozen Linear or Conv2d, and its dropouts.
 
-Sources: LoRA, Hu et al. 2021, arXiv 2106.09685; DoRA, Liu et al. 2024, arXiv 2402.09353.
+Source: Hu et al. 2021, arXiv 2106.09685.
 """
 # Letters: B batch, L tokens, R rank
 
@@ -13,12 +13,11 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from checkpoints.stored.forms import value_of
 from modules.devices import numbers_on
 from modules.seeds import derive_seed
 from networks.lora_products import BlockUp, add_up, branch, hold, perturbed
 from networks.rank_masks import RankMask
-from running.offload.sharding import TOKEN_PART, gather_weight
+from running.offload.sharding import TOKEN_PART
 
 _32_BITS = 0xFFFFFFFF
 KINDS = ("neuron", "rank", "module")
@@ -64,8 +63,8 @@ class LoraLayer(nn.Module):
     """
 
     kind = "LoRA"
+    size_word = "rank"
     alpha: Tensor
-    squares: Tensor  # of the norms of the frozen weight's rows, for DoRA
     lora_down: nn.Linear | nn.Conv2d
     lora_up: nn.Linear | nn.Conv2d | BlockUp
 
@@ -74,13 +73,11 @@ class LoraLayer(nn.Module):
         original: nn.Linear | nn.Conv2d,
         rank: int,
         alpha: float,
-        decomposes: bool = False,
         heights: Sequence[int] = (),
     ) -> None:
-        """alpha: 0 means rank. decomposes: also train the norms of the weight's rows (DoRA).
-
-        heights: rows of the parts of a fused weight; each part gets factors of its own, of this rank and
-        alpha. Rank and alpha of the whole are theirs times the parts, so that alpha / rank stays.
+        """alpha: 0 means rank. heights: rows of the parts of a fused weight; each part gets factors of its
+        own, of this rank and alpha. Rank and alpha of the whole are theirs times the parts, so that
+        alpha / rank stays.
         Initial values come from torch's global CPU generator, as in the LoRA modules of other tools.
         """
         super().__init__()
@@ -94,14 +91,9 @@ class LoraLayer(nn.Module):
         self.rank = rank
         self.multiplier = 1.0
         self.joins_from = JOINS_FROM
-        # the norms of the weight's rows: out x 1, of a convolution out x 1 x 1 x 1
-        self.dora_scale: nn.Parameter | None = None
-        if decomposes:
-            weight = value_of(original, gather_weight(original.weight))
-            rows = weight.detach().flatten(1)
-            norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).cpu()
-            self.dora_scale = nn.Parameter(norms.view(-1, *[1] * (weight.ndim - 1)))
-            self.register_buffer("squares", norms.square(), persistent=False)
+        # in place of adding, from the layer, the outputs of the frozen module and of the LoRA, and the dtype
+        # of the module's input: the output. Of kinds with magnitudes
+        self.combine: Callable[[Any, Tensor, Tensor, torch.dtype], Tensor] | None = None
         self.dropouts: Dropouts | None = None
         self.rank_mask: RankMask | None = None  # T-LoRA
         self.seed = DropoutSeed()
@@ -148,7 +140,7 @@ class LoraLayer(nn.Module):
         else:
             out = self._original_forward(x)
             added = self._added(x.to(dtype), dropouts).to(out.dtype)
-            total = out + added if self.dora_scale is None else self._decompose(out, added, input_dtype)
+            total = out + added if self.combine is None else self.combine(self, out, added, input_dtype)
         if self.training and self.noise_of is not None:
             noise = self._noise(x.to(dtype), *self.noise_of)
             total = total + noise.to(total.dtype)
@@ -186,18 +178,18 @@ class LoraLayer(nn.Module):
     def _add_in_place(self, x: Tensor, dropouts: Dropouts | None) -> Tensor:
         """Return the output with the LoRA's products added to the tensors of the frozen module in place."""
         factors = self._factors_in(x.dtype)
-        if factors is None:
-            original_x, hidden = branch(x, self.lora_down.weight.to(x.dtype))
-            hidden = self._scaled(hidden, dropouts)
-            up = self.lora_up.weight.to(x.dtype)
-        else:
-            down, up = factors
-            original_x, hidden = branch(x, down)
-            hidden = self._masked(hidden, dropouts)
+        down, up = factors or (self.lora_down.weight.to(x.dtype), self.lora_up.weight.to(x.dtype))
+        original_x, hidden = branch(x, down)
+        # factors that were cast before have the scale
+        hidden = self._scaled(hidden, dropouts) if factors is None else self._masked(hidden, dropouts)
         heights = self.lora_up.heights if isinstance(self.lora_up, BlockUp) else ()
         saved = hold(hidden, up, heights)
         out = self._original_forward(original_x)
         return add_up(out.to(x.dtype), hidden, up, heights=heights, saved=saved).to(out.dtype)
+
+    def run_frozen(self, x: Tensor) -> Tensor:
+        """Return the output of the frozen module alone."""
+        return self._original_forward(x)
 
     @property
     def original(self) -> nn.Linear | nn.Conv2d:
@@ -229,14 +221,14 @@ class LoraLayer(nn.Module):
     def _joins(self, x: Tensor, dtype: torch.dtype) -> bool:
         """Return whether the LoRA's products are added to the tensors of the frozen module in place.
 
-        Compiled code fuses separate operations by itself; DoRA uses both outputs more than once. dtype: of
-        the products.
+        Compiled code fuses separate operations by itself; `combine` uses both outputs more than once. dtype:
+        of the products.
         """
         original = self._original[0]
         if torch.compiler.is_compiling() or not isinstance(original, nn.Linear) or x.dtype != dtype:
             return False
         largest = x.numel() // original.in_features * max(original.in_features, original.out_features)
-        return self.dora_scale is None and largest >= self.joins_from
+        return self.combine is None and largest >= self.joins_from
 
     def _scaled(self, hidden: Tensor, dropouts: Dropouts | None) -> Tensor:
         """Return hidden (... R, a small tensor) times multiplier and scale, masked."""
@@ -255,50 +247,6 @@ class LoraLayer(nn.Module):
             axes[rank_axis] = self.rank
             hidden = self._mask(hidden, "rank", axes, dropouts.rank)
         return hidden
-
-    def _decompose(self, out: Tensor, added: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the output of the DoRA weight `magnitude * (W + change) / norm(W + change)`.
-
-        out, added: outputs of the frozen module and of the LoRA, ... out or B out H W. dtype: of the module's
-        input.
-        Gradients treat the norm as a constant: Liu et al. 2024, arXiv 2402.09353, section 4.3.
-        """
-        assert self.dora_scale is not None
-        ratio = self.dora_scale.flatten() / self._row_norms(dtype)
-        bias = self._original[0].bias
-        if isinstance(self._original[0], nn.Conv2d):
-            ratio = ratio.view(-1, 1, 1)
-            bias = None if bias is None else bias.view(-1, 1, 1)
-        plain = out if bias is None else out - bias.to(out.dtype)
-        return out + plain * (self.multiplier * (ratio - 1)).to(out.dtype) + added * ratio.to(out.dtype)
-
-    @torch.no_grad()
-    def _row_norms(self, dtype: torch.dtype) -> Tensor:
-        """Return the norms of the rows of W + change, float32, from products no wider than the rank.
-
-        |w + s b A|^2 = |w|^2 + 2 s b (A w) + s^2 b (A A^T) b^T. dtype: of the module's input.
-        """
-        down = self.lora_down.weight.flatten(1)
-        up = self.lora_up.weight.flatten(1)
-        products = self._frozen_products(down, dtype)
-        with torch.autocast(down.device.type, enabled=False):
-            mixed = (up * products.T).sum(1)
-            of_change = ((up @ (down @ down.T)) * up).sum(1)
-            squares = self.squares + 2 * self.scale * mixed + self.scale**2 * of_change
-            return squares.clamp(min=0).sqrt() + torch.finfo(torch.float32).eps  # as LyCORIS has it
-
-    def _frozen_products(self, down: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return A w^T, R out, float32. down: R in, of a convolution R in * kernel. dtype: to compute in.
-
-        Of a linear layer it comes from the frozen module's forward, so that its weight may be stored in any
-        way.
-        """
-        original = self._original[0]
-        if isinstance(original, nn.Conv2d):
-            rows = gather_weight(original.weight).flatten(1)
-            return (down.to(rows.dtype) @ rows.T).float()
-        products = self._original_forward(down.to(dtype)).float()
-        return products if original.bias is None else products - original.bias.float()
 
     def seed_of(self, kind: str) -> int:
         """Return the seed of a mask; processes that share tokens share masks of modules and ranks only."""

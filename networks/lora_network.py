@@ -1,4 +1,4 @@
-"""The network that a training optimises: LoRA, LoHa, LoKr or OFT in a DiT, LoRAs in text encoders too."""
+"""The network that a training optimises: layers of a kind in a DiT, and in text encoders too."""
 
 from collections.abc import Collection, Mapping, Sequence
 from logging import getLogger
@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from modules.console import count_of, list_some
 from modules.errors import CheckpointError
 from networks import deltas
-from networks.deltas import DOWN, OFT, UP, Factors, add_missing_alphas, group_by_module, ungroup
+from networks.deltas import DOWN, UP, Factors, add_missing_alphas, group_by_module, ungroup
+from networks.kinds.composing import is_rotating
+from networks.kinds.contract import named
 from networks.lora_layer import DropoutSeed
 from networks.lora_products import mean_row_norm, row_strengths
 from networks.lora_settings import LoraSettings, find_by_pattern, log_overlaps
@@ -29,7 +31,7 @@ class OwnNetwork(nn.Module):
     """Layers of a model by our names. The state dict has the tensors of a LoRA file in our dialect."""
 
     def __init__(self, layers: Mapping[str, Any], settings: LoraSettings) -> None:
-        """layers: each has `attach`, `norm`, `shrink`, a `rank` and a `multiplier`."""
+        """layers: each has `attach`, `norm`, `shrink`, its `kind`, `rank`, `size_word` and `multiplier`."""
         super().__init__()
         self.settings = settings
         self.names = list(layers)
@@ -47,10 +49,9 @@ class OwnNetwork(nn.Module):
         if settings.perturbation is not None:
             self._prepare_noise(layers)
         ranks = sorted({layer.rank for layer in self.layers})
-        kind = self.layers[0].kind
+        first = self.layers[0]
         shown = list_some([str(rank) for rank in ranks])
-        size = "block size" if kind == "OFT" else "rank"
-        logger.info(f"{kind} on {count_of(len(self.layers), 'module')}, {size} {shown}")
+        logger.info(f"{first.kind} on {count_of(len(self.layers), 'module')}, {first.size_word} {shown}")
 
     def _prepare_noise(self, layers: Mapping[str, Any]) -> None:
         """Give each layer of a Linear the buffer with the strength of LoRA-GGPO's noise on its weight."""
@@ -100,8 +101,8 @@ class OwnNetwork(nn.Module):
         file_rule = rule_of(lora.metadata)
         if file_rule is not None and file_rule != self.settings.rank_rule:
             logger.warning(
-                f"--network_weights {path} is a T-LoRA, and continues with other ranks at each level: give "
-                f"the --network_args that it was trained with, {file_rule.in_words()}"
+                f"--network_weights {path} is {named(file_rule.kind)}, and continues with other ranks at "
+                f"each level: give the --network_args that it was trained with, {file_rule.in_words()}"
             )
         # the network has only some modules: names known to the LoRA's family are taken to be of that family
         lora_family = read_family(lora.metadata)
@@ -255,7 +256,7 @@ def _factors_for_network(lora: "LoraFile", here: Mapping[str, Factors]) -> dict[
     from networks.parts import for_model  # only for --network_weights
 
     heights = {name: len(factors[UP]) for name, factors in here.items() if UP in factors}
-    heights |= {name: 1 for name, factors in here.items() if OFT in factors}  # any: it rotates all rows
+    heights |= {name: 1 for name, factors in here.items() if is_rotating(factors)}  # any: it rotates all rows
     texts = rename_texts(lora.text_tensors, {prefix_of(name) for name in here})
     tensors = for_model({**lora.tensors, **texts}, heights.get)
     return group_by_module(add_missing_alphas(tensors))

@@ -12,14 +12,19 @@ from functools import partial
 from logging import getLogger
 from typing import Any
 
+from torch import nn
+
 from modules.command import did_you_mean
 from modules.errors import OptionError
 from networks.block_numbers import KEYS, BlockSettings, read_blocks
+from networks.kinds import KINDS
+from networks.kinds.composing import SWITCHES
+from networks.kinds.contract import NetworkKind, RankRule
 from networks.lora_layer import Dropouts
+from networks.lora_products import fused_heights
 from networks.names.layouts import LoraRules
-from networks.options import DEFAULT_RANK, TLORA, TLORA_ALPHA, TLORA_MIN_RANK
+from networks.options import DEFAULT_RANK
 from networks.patterns import NamePattern, describe_unfit, in_any_spelling
-from networks.rank_masks import RankRule
 
 logger = getLogger(__name__)
 Words = tuple[str, ...]  # all of them are parts of a module's path
@@ -29,6 +34,16 @@ Pattern = re.Pattern[str] | NamePattern
 # searched in names of modules; the last that fits counts
 ByPattern = tuple[tuple[Pattern, float], ...]
 BlockNumbers = frozenset[int] | None  # numbers of blocks of one list; None: all
+
+
+# `algo` of LyCORIS -> the module of the same kind
+ALGORITHMS = {
+    "lora": "networks.lora",
+    "locon": "networks.lora",
+    "loha": "networks.loha",
+    "lokr": "networks.lokr",
+    "diag-oft": "networks.oft",
+}
 
 
 def readers_of(rules: LoraRules) -> dict[str, Reader]:
@@ -91,12 +106,12 @@ class LoraSettings:
     exclude: tuple[Pattern, ...] = ()
     loraplus_lr_ratio: float | None = None
     loraplus_encoder_ratio: float | None = None
-    decomposes: bool = False  # DoRA
+    variants: tuple[NetworkKind, ...] = ()  # that switches ask for
     verbose: bool = False
     reg_ranks: ByPattern = ()
     reg_rates: ByPattern = ()
     perturbation: tuple[float, float] | None = None  # LoRA-GGPO: sigma and beta
-    rank_rule: RankRule | None = None  # T-LoRA
+    rank_rule: RankRule | None = None  # which ranks act, by the noise
     rules: LoraRules | None = None  # of the family's module
     type_ranks: Mapping[str, int] = field(default_factory=dict)  # by the argument of a type
     train_blocks: str | None = None
@@ -110,6 +125,26 @@ class LoraSettings:
     def has_convolutions(self) -> bool:
         """Return whether convolutions larger than 1 x 1 get a LoRA."""
         return self.conv_rank is not None or (self.blocks is not None and self.blocks.has_convolutions)
+
+    @property
+    def has_rank_dropout(self) -> bool:
+        return self.dropouts is not None and self.dropouts.rank > 0
+
+    @property
+    def ranks_by_pattern(self) -> list[int]:
+        return [int(rank) for _, rank in self.reg_ranks]
+
+    def heights_of(self, path: str, module: nn.Linear | nn.Conv2d) -> tuple[int, ...]:
+        """Return the rows of each part of a fused layer whose parts get their own factors; () for others."""
+        if not self.splits or self.rules is None or not isinstance(module, nn.Linear):
+            return ()
+        name = path.replace(".", "_")
+        num_parts = 0
+        for ending, count in self.rules.fused.items():
+            if name.endswith(ending.replace(".", "_")):
+                num_parts = count
+                break
+        return fused_heights(num_parts, module.out_features, module.in_features)
 
 
 def read_settings(
@@ -141,7 +176,7 @@ def read_settings(
         exclude=values.get("exclude_patterns", ()),
         loraplus_lr_ratio=values.get("loraplus_unet_lr_ratio", ratio),
         loraplus_encoder_ratio=values.get("loraplus_text_encoder_lr_ratio", ratio),
-        decomposes=values.get("dora_wd", False),
+        variants=tuple(kind for switch, kind in SWITCHES.items() if values.get(switch, False)),
         verbose=values.get("verbose", False),
         reg_ranks=values.get("network_reg_dims", ()),
         reg_rates=values.get("network_reg_lrs", ()),
@@ -172,6 +207,12 @@ def _read_values(arguments: Mapping[str, Any], rules: LoraRules | None) -> dict[
         if value is not None:
             values[key] = value
     unknown = [key for key in texts if key not in readers]
+    if "algo" in unknown:
+        kind = ALGORITHMS.get(str(texts["algo"]).lower(), "one of the modules in --help")
+        raise OptionError(
+            f"--network_args algo={texts['algo']}: algo is a setting of LyCORIS. Here --network_module says "
+            f"the kind of network: give {kind}, and leave algo out"
+        )
     if unknown:
         raise OptionError(
             f"--network_args {unknown[0]}: this network has no such setting."
@@ -183,7 +224,7 @@ def _read_values(arguments: Mapping[str, Any], rules: LoraRules | None) -> dict[
             "ggpo_beta=0.01"
         )
     exclusive = [
-        name for name in ("split_qkv", "ggpo_sigma", "dora_wd", TLORA) if values.get(name, False) is not False
+        name for name in ("split_qkv", "ggpo_sigma", *SWITCHES) if values.get(name, False) is not False
     ]
     if len(exclusive) > 1:
         raise OptionError(
@@ -193,26 +234,9 @@ def _read_values(arguments: Mapping[str, Any], rules: LoraRules | None) -> dict[
 
 
 def _read_rank_rule(values: Mapping[str, Any], rank: int) -> RankRule | None:
-    """Return the rule of a T-LoRA; None if it is none. Raises OptionError."""
-    if not values.get(TLORA, False):
-        further = next((name for name in (TLORA_MIN_RANK, TLORA_ALPHA) if name in values), None)
-        if further is not None:
-            raise OptionError(f"--network_args {further} is for T-LoRA: add {TLORA}=True, or leave it out")
-        return None
-    usual = RankRule()
-    least = values.get(TLORA_MIN_RANK, usual.least)
-    if least > rank:
-        raise OptionError(
-            f"--network_args {TLORA_MIN_RANK}={least}: the rank is {rank}, and at least so many ranks would "
-            f"act at all levels of noise. Give less than --network_dim, such as {usual.least}"
-        )
-    power = values.get(TLORA_ALPHA, usual.power)
-    if not power:
-        raise OptionError(
-            f"--network_args {TLORA_ALPHA}=0: all ranks would act at all levels of noise. Give more than 0; "
-            f"{usual.power:g} is usual"
-        )
-    return RankRule(least, power)
+    """Return which ranks act; None: all. Raises OptionError."""
+    rules = (kind.rule_of_arguments(values, rank) for kind in KINDS if kind.rule_of_arguments is not None)
+    return next((rule for rule in rules if rule is not None), None)
 
 
 def _dropouts(neuron_dropout: float | None, values: Mapping[str, Any]) -> Dropouts | None:
@@ -375,6 +399,17 @@ def read_rates(argument: str, text: Any) -> ByPattern:
     return _read_pairs(float, argument, text)
 
 
+def _readers_with_numbers() -> dict[str, Reader]:
+    """Return the readers of the switches of kinds that have numbers too, and of these."""
+    readers: dict[str, Reader] = {}
+    for kind in SWITCHES.values():
+        if kind.numbers:
+            readers[kind.switch] = _read_switch
+        for name, number_type in kind.numbers.items():
+            readers[name] = partial(_read_number, number_type, least=1 if number_type is int else 0)
+    return readers
+
+
 _SHARE = partial(_read_number, float, below=1)
 _RATIO = partial(_read_number, float)
 _READERS: Mapping[str, Reader] = {
@@ -388,7 +423,7 @@ _READERS: Mapping[str, Reader] = {
     **dict.fromkeys(("include_patterns", "exclude_patterns"), _read_patterns),
     "network_reg_dims": partial(_read_pairs, int),
     REG_RATES: read_rates,
-    **dict.fromkeys(("dora_wd", "verbose", TLORA), _read_switch),
-    TLORA_MIN_RANK: partial(_read_number, int, least=1),
-    TLORA_ALPHA: _RATIO,
+    **dict.fromkeys([kind.switch for kind in SWITCHES.values() if not kind.numbers], _read_switch),
+    "verbose": _read_switch,
+    **_readers_with_numbers(),
 }

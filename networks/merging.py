@@ -35,11 +35,11 @@ from networks.lora_network import prefix_of
 from networks.metadata import add_hashes
 from networks.module_names import family_named, read_family
 from networks.names.layouts import FIRST_LAYERS, TRAINED_ON, FamilyNames
-from networks.options import NEAREST
-from networks.rank_masks import MERGED, rule_of
+from networks.rank_masks import rule_of
 from networks.rounding import LoraRounding
 from networks.text_loras import WholePatch, for_encoders, is_whole, uses_for
 from networks.tool_options import FluxMergeOptions, MergeOptions, WholeMergeOptions
+from networks.use_options import NEAREST
 from networks.writing import in_own_form, rename_to_aliases
 
 logger = getLogger(__name__)
@@ -364,8 +364,9 @@ def _add_up(
     """
     _refuse_other_families([use.lora for use in uses])
     for use in uses:
-        if rule_of(use.lora.metadata) is not None:
-            logger.warning(f"{use.lora.path} {MERGED}")
+        rule = rule_of(use.lora.metadata)
+        if rule is not None:
+            logger.warning(f"{use.lora.path} {rule.kind.merged}")
     merged: dict[str, Tensor] = {}
     for name, summands in _summands(uses).items():
         total = _sum(name, summands, device)

@@ -21,7 +21,8 @@ from contract.rules import named_expert
 from modules.console import count_of
 from modules.errors import CheckpointError
 from modules.text_files import parse_json
-from networks.deltas import DORA, OFT, Factors, block_of, group_by_module, hollow, rank_of
+from networks.deltas import Factors, group_by_module, hollow, rank_of
+from networks.kinds.composing import MAGNITUDES, MARKS, OF_MAGNITUDES, sizes_by_word
 from networks.module_names import read_family
 from networks.names.layouts import EXPERT_VALUES, FOR_BOTH, OURS, TRAINED_EXPERT
 
@@ -115,32 +116,6 @@ def save_network(
     save_tensors(path, tensors, add_hashes(tensors, metadata))
 
 
-# norms that a DoRA's magnitudes by output refer to: with this value those of the frozen weights, as in
-# ComfyUI, otherwise those of the changed weights. A public name: other tools write it too.
-DORA_FORM, FROZEN_NORMS = "ss_dora_scale_format", "comfy_weight_norm"
-_MUSUBI_MODULE = re.compile(r"(musubi_tuner\.)?networks\.lo(ra|kr)")
-
-
-def is_of_frozen_norms(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bool:
-    """Return whether a file in ComfyUI's dialect is an (unmarked) DoRA by musubi-tuner's fork for LTX-2.
-
-    It is known by its network module; our files name magnitudes alike, but also have a hash of the layout.
-    """
-    return (
-        any(name.endswith(DORA) for name in tensors)
-        and _MUSUBI_MODULE.match(metadata.get("ss_network_module", "")) is not None
-        and LAYOUT_KEY not in metadata
-    )
-
-
-KINDS = {
-    "hada_w1_a": "LoHa",
-    "lokr_w1": "LoKr",
-    "lokr_w1_a": "LoKr",
-    DORA: "DoRA",
-    OFT: "OFT",
-    "lora_down.weight": "LoRA",
-}
 LISTED = 8  # kinds of layers, ranks
 LARGEST = 4 << 30  # largest size of tensors, in bytes, to hash in memory
 
@@ -195,9 +170,8 @@ def _describe_part(checkpoint: Checkpoint, names: list[str], part: str | None) -
     dialect = key_formats.dialect_in_words(native.dialect)
     alphas = _stored_alphas(checkpoint, names) | _alphas_of_settings(checkpoint, native, part)
     kinds = _kinds_in_words(modules)
-    article = "an" if kinds.startswith("OFT") else "a"
     words = [
-        f"{article} {kinds}{model}, {dialect}",
+        f"{kinds}{model}, {dialect}",
         *_scales_in_words(modules, alphas),
         f"{count_of(len(modules), 'layer')}: {_layers_in_words(modules)}",
     ]
@@ -214,19 +188,20 @@ def _scales_in_words(modules: Mapping[str, Factors], alphas: Iterable[float]) ->
     ranks = Counter(rank for rank in map(rank_of, modules.values()) if rank is not None)
     # infinite alphas belong to whole matrices, which are not scaled
     finite = Counter(filter(math.isfinite, alphas))
-    blocks = Counter(size for size in map(block_of, modules.values()) if size is not None)
-    in_words = (of_numbers("rank", ranks), of_numbers("block size", blocks), of_numbers("alpha", finite))
+    sizes = [of_numbers(word, Counter(numbers)) for word, numbers in sizes_by_word(modules.values()).items()]
+    in_words = (of_numbers("rank", ranks), *sizes, of_numbers("alpha", finite))
     return [words for words in in_words if words]
 
 
 def _kinds_in_words(modules: Mapping[str, Factors]) -> str:
-    """Return the kinds of a network by the factors of its modules: `LoHa and LoRA`."""
-    kinds: set[str] = set()
-    for factors in modules.values():
-        kinds.update(name for part, name in KINDS.items() if part in factors)
-    if "DoRA" in kinds:
-        return "DoRA"
-    return " and ".join(sorted(kinds)) or "whole differences of weights"
+    """Return the kinds of a network by the factors of its modules: `a LoHa and LoRA`."""
+    parts = {part for factors in modules.values() for part in factors}
+    if MAGNITUDES in parts:
+        return f"a {OF_MAGNITUDES}"
+    kinds = {kind.name: kind for mark, kind in MARKS.items() if mark in parts}
+    if not kinds:
+        return "a whole differences of weights"
+    return f"{kinds[min(kinds)].article} {' and '.join(sorted(kinds))}"
 
 
 def _layers_in_words(modules: Iterable[str]) -> str:

@@ -1,57 +1,29 @@
-"""Options to train a LoRA network, and to add LoRAs to a model. Standard library only."""
+"""Options to train a network. Standard library only."""
 
-import logging
-import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from modules.errors import OptionError
 from modules.option_values import split_pairs
 from modules.options import FREE, HABIT, IDENTITY, IMPORTS_MODULE, Options, option
-from modules.paths import explain_missing
+from networks.kinds import KINDS
+from networks.kinds.composing import SWITCHES, kind_of_module
+from networks.kinds.contract import NetworkKind, named
 from networks.names.layouts import COMFYUI, DIFFUSERS, KNOWN
 from networks.teacher_options import TeacherOptions
+from networks.use_options import MOST_MULTIPLIER, lora_rounding_option, multipliers_for
 
-logger = logging.getLogger(__name__)
-
-MOST_MULTIPLIER = 1000  # of a LoRA; 0 to 2 are usual
-
-# how the sum of a weight and its LoRAs becomes a number of 16 bits
-AUTO, NEAREST, STOCHASTIC = "auto", "nearest", "stochastic"
-
-
-def lora_rounding_option(
-    needs: str | tuple[str, ...] = (), title: str = "", facts: Mapping[str, Any] | None = None
-) -> Any:
-    """Return the field of --lora_rounding. Arguments: as `option` has them."""
-    return option(
-        "rounding of 16-bit weights after LoRAs are merged: stochastic is at random, which keeps small "
-        "LoRAs; auto: so where the nearest loses over 1 %%",
-        default=AUTO,
-        choices=(AUTO, NEAREST, STOCHASTIC),
-        needs=needs,
-        title=title,
-        facts=facts,
-    )
-
-
-def require_loras(rounding: str, files: Iterable[Sequence[Path] | None], option: str) -> None:
-    """Raise OptionError if --lora_rounding is given, and no LoRA is merged. option: that names LoRAs."""
-    if rounding != AUTO and not any(files):
-        raise OptionError(
-            f"--lora_rounding {rounding} needs {option}: it says how LoRAs are merged. Give both, "
-            "or leave it out"
-        )
-
-
-OFT_MODULE = "networks.oft"
-# keys of --network_args of a T-LoRA: see `networks.rank_masks`
-TLORA, TLORA_MIN_RANK, TLORA_ALPHA = "tlora", "tlora_min_rank", "tlora_alpha"
 DEFAULT_RANK = 4
-DEFAULT_BLOCK = 32  # values that an OFT rotates together, as in PEFT and OneTrainer
+_MODULES = [
+    f"{kind.network_module} ({kind.module_note})" if kind.module_note else kind.network_module
+    for kind in KINDS
+    if kind.network_module
+]
+_DROPOUTS = "".join(f"; {kind.dropout_note}" for kind in KINDS if kind.dropout_note)
+# reasons why --network_alpha does nothing, by kind
+_WITHOUT_ALPHA: Mapping[str, Any] = {
+    f"{named(kind)} has no alpha": lambda typed: typed.kind.has_alpha for kind in KINDS if not kind.has_alpha
+}
 
 
 class FrozenModelOptions(Options, title="frozen model"):
@@ -81,8 +53,7 @@ class NetworkOptions(Options, title="network"):
     """Options of the network that `--network_module` builds and trains."""
 
     network_module: str | None = option(
-        "module that builds the network: networks.lora, networks.loha, networks.lokr, networks.oft (its "
-        "--network_dim is the number of values in a block, 32 by default), or another package's, such as "
+        f"module that builds the network: {', '.join(_MODULES)}, or another package's, such as "
         "lycoris.kohya; default: the family's LoRA",
         often=True,
         facts={**IDENTITY, **IMPORTS_MODULE},
@@ -103,14 +74,13 @@ class NetworkOptions(Options, title="network"):
         hint="0 means alpha = rank",
         acts_if={
             "the alphas in the file of --network_weights count": lambda typed: typed.network_weights is None,
-            "an OFT has no alpha": lambda typed: not typed.is_oft,
+            **_WITHOUT_ALPHA,
         },
         often=True,
         facts=IDENTITY,
     )
     network_dropout: float | None = option(
-        "share of the values between the two factors that is set to zero during training; of an OFT the "
-        "share of blocks that do not rotate",
+        f"share of the values between the two factors that is set to zero during training{_DROPOUTS}",
         least=0,
         below=1,
         facts=HABIT,
@@ -160,112 +130,32 @@ class NetworkOptions(Options, title="network"):
         return {key: value.strip() for key, value in split_pairs("--network_args", self.network_args).items()}
 
     @property
-    def is_tlora(self) -> bool:
-        return self.arguments().get(TLORA, "").lower() == "true"
+    def variants(self) -> list[NetworkKind]:
+        """Return the kinds that switches of --network_args ask for."""
+        arguments = self.arguments()
+        return [kind for switch, kind in SWITCHES.items() if arguments.get(switch, "").lower() == "true"]
 
     @property
-    def is_oft(self) -> bool:
-        return self.network_module == OFT_MODULE
+    def kind(self) -> NetworkKind:
+        """Return the kind that --network_module trains."""
+        return kind_of_module(self.network_module)
+
+    @property
+    def kinds(self) -> list[NetworkKind]:
+        """Return the variants, and the kind that --network_module trains."""
+        return [*self.variants, self.kind]
 
     @property
     def rank(self) -> int:
-        """Return --network_dim, or what it is by default; of an OFT it is the block size."""
-        return self.network_dim or (DEFAULT_BLOCK if self.is_oft else DEFAULT_RANK)
+        """Return --network_dim, or what it is by default; of some kinds it is another size than a rank."""
+        return self.network_dim or self.kind.default_size or DEFAULT_RANK
 
     @property
     def decomposes(self) -> bool:
-        return self.arguments().get("dora_wd", "").lower() == "true"
+        """Return whether the norms of frozen weights are learned: these are to be as in the merged model."""
+        return any(kind.magnitudes for kind in self.variants)
 
     def base_multipliers(self, warns: bool = False) -> tuple[float, ...]:
         """Return one multiplier for each file of --base_weights, as `multipliers_for`."""
         multipliers = self.base_weights_multiplier or ()
         return multipliers_for(self.base_weights or (), multipliers, "--base_weights_multiplier", warns)
-
-
-class LoraOptions(Options):
-    """LoRA files to add to a model."""
-
-    lora_weight: tuple[Path, ...] | None = option(
-        "LoRA files to add to the model (LoRA, LoHa, LoKr or OFT, any dialect)", place="there", often=True
-    )
-    lora_multiplier: tuple[float, ...] = option(
-        "strength of each file of --lora_weight; missing ones are 1",
-        default=(1.0,),
-        only_with="lora_weight",
-        often=True,
-    )
-
-    def __post_init__(self) -> None:
-        self.multipliers(warns=True)
-
-    def multipliers(self, warns: bool = False) -> tuple[float, ...]:
-        return multipliers_for(self.lora_weight or (), self.lora_multiplier, "--lora_multiplier", warns)
-
-
-PATTERN = (
-    "regular expression per --lora_weight, searched in tensor names such as "
-    "lora_unet_blocks_9_cross_attn_k.lora_up.weight"
-)
-
-
-UNTYPED = "(?#of another option)"  # before a part of a pattern: it may fit nothing
-
-
-class LoraPatternOptions(Options):
-    """Which parts of each LoRA file are used: one regular expression per file, searched in tensor names."""
-
-    include_patterns: tuple[str, ...] | None = option(f"use only tensors that match: one {PATTERN}")
-    exclude_patterns: tuple[str, ...] | None = option(f"leave out tensors that match: one {PATTERN}")
-
-    def __post_init__(self) -> None:
-        for name in ("include_patterns", "exclude_patterns"):
-            for pattern in getattr(self, name) or ():
-                try:
-                    re.compile(pattern)
-                except re.error as error:
-                    raise OptionError(f"--{name} {pattern!r} is not a regular expression: {error}") from None
-
-    def also_excluding(self, pattern: str, files: int) -> "LoraPatternOptions":
-        """Return these options with `pattern`, which the user did not type, also excluded from each file."""
-        typed = self.exclude_patterns or ()
-        num_untyped = max(files - len(typed), 0)
-        patterns = [f"(?:{typed_pattern})|{UNTYPED}{pattern}" for typed_pattern in typed]
-        patterns += [f"{UNTYPED}{pattern}"] * num_untyped
-        return replace(self, exclude_patterns=tuple(patterns))
-
-
-def require_files(option: str, paths: Sequence[Path], folders: str | None = None) -> None:
-    """Raise OptionError for the first path that does not exist, before anything heavy is loaded.
-
-    folders: advice for users who give a folder; if set, folders are refused too.
-    """
-    for path in paths:
-        if not path.exists():
-            raise OptionError(
-                f"{option} {path}: no such file.{explain_missing(path)} Give the path of an existing one"
-            )
-        if folders is not None and path.is_dir():
-            inside = next((file.name for file in sorted(path.glob("*.safetensors"))), None)
-            example = f", such as {path / inside}" if inside is not None else f" ({folders})"
-            raise OptionError(f"{option} {path}: is a folder. Give the files in it{example}")
-
-
-def multipliers_for(
-    files: Sequence[Path], multipliers: Sequence[float], option: str, warns: bool = False
-) -> tuple[float, ...]:
-    """Return one multiplier per file: the given ones, then 1.0.
-
-    warns: log multipliers without a file, unless there are no files, when they may be the default. Raises
-    OptionError if a multiplier is infinite or NaN.
-    """
-    surplus = multipliers[len(files) :] if files and warns else ()
-    if surplus:
-        numbers = " ".join(f"{value:g}" for value in surplus)
-        number_of_files = "is 1 file" if len(files) == 1 else f"are {len(files)} files"
-        logger.warning("%s: %s is ignored because there %s", option, numbers, number_of_files)
-    for value in multipliers:
-        if not math.isfinite(value):
-            raise OptionError(f"{option} {value}: give a finite number")
-        if abs(value) > MOST_MULTIPLIER:
-            raise OptionError(f"{option} {value:g}: give at most {MOST_MULTIPLIER}; 0 to 2 are usual")
-    return (*multipliers[: len(files)], *(1.0 for _ in files[len(multipliers) :]))

@@ -1,61 +1,29 @@
 """Build the networks that `--network_module networks.lora_wan` and the like name."""
 
-import math
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from logging import getLogger
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from checkpoints.opening import open_checkpoint
-from modules.console import count_of, list_some
+from modules.console import list_some
 from modules.errors import CheckpointError, OptionError
-from networks.deltas import (
-    DORA,
-    META,
-    OFT,
-    UP,
-    Factors,
-    add_missing_alphas,
-    block_of,
-    group_by_module,
-    rank_of,
-    weight_delta,
-    without_alpha,
-)
-from networks.factored import FactoredLayer, MakeShapes
+from networks.deltas import Factors, add_missing_alphas, group_by_module
+from networks.kinds.contract import LoraModule, NetworkKind, Target
 from networks.lora_layer import LoraLayer
 from networks.lora_network import OwnNetwork
-from networks.lora_products import diagonal_blocks, fused_heights
 from networks.lora_settings import LoraSettings, find_by_pattern, fit_patterns, log_overlaps
 from networks.names.layouts import OURS
 from networks.names.texts import published_path
-from networks.options import OFT_MODULE, TLORA
 from networks.own_kinds import OWN_MODULES, WITH_FILE, NetworkArguments, read_own
 from networks.rank_masks import mask_for
-from networks.rotation import fit_block_size
 from running.run_blocks import spec_of
 
-if TYPE_CHECKING:  # only for an OFT
-    from networks.oft_layer import OftLayer
 logger = getLogger(__name__)
-LoraModule = nn.Linear | nn.Conv2d
-# of a LoHa or LoKr, what is added but not trained: cores, magnitudes and whole changes
-_UNTRAINED = {"hada_t1", "hada_t2", "lokr_t2", DORA, "diff", "diff_b"}
-
-
-class Target(NamedTuple):
-    """A module that gets a LoRA."""
-
-    module: LoraModule
-    rank: int
-    alpha: float
-    heights: tuple[int, ...]  # of parts that get factors of their own
-    rate_factor: float = 1.0  # on its learning rate
 
 
 class PlacedModule(NamedTuple):
@@ -149,7 +117,7 @@ def _choose(
                 module=module,
                 rank=size.rank,
                 alpha=size.alpha,
-                heights=_heights(path, module, settings),
+                heights=settings.heights_of(path, module),
                 rate_factor=1.0 if settings.blocks is None else settings.blocks.factor_of(path),
             )
     if settings.reg_ranks:
@@ -242,7 +210,7 @@ def build_network(
     that are not default and not left out by `typed.arguments` are added, with their own rank and alpha.
     Raises OptionError for wrong settings, or if no module is left.
     """
-    settings, make_shapes = read_own(name, typed)
+    settings, own = read_own(name, typed)
     learning = {
         prefix: encoder for prefix, encoder in encoders.items() if prefix not in settings.encoders_off
     }
@@ -253,7 +221,7 @@ def build_network(
             modules += [(start, path) for path, _ in candidates]
         settings = fit_patterns(settings, modules)
     kind = OWN_MODULES[name].kind
-    if kind == "OFT":
+    if not kind.is_for_texts:
         learning = {}
         in_texts = {}
     targets: dict[str, Target] = {}
@@ -263,12 +231,8 @@ def build_network(
     text_settings = replace(settings, rules=None, splits=False, blocks=None)
     for start, candidates in in_texts.items():
         targets |= _choose(candidates, text_settings, start)
-    if kind == "LoRA":
-        layers = _lora_layers(targets, settings.decomposes)
-    elif kind == "OFT":
-        layers = _oft_layers(targets)
-    else:
-        layers = _factored_layers(targets, make_shapes)
+    assert kind.make_layers is not None
+    layers = kind.make_layers(targets, settings, own)
     if begun:
         by_name = _layers_by_name(dit, learning)
         joining = _joining_layers(
@@ -287,7 +251,7 @@ def build_network(
 
 
 def _mask_ranks(layers: Mapping[str, nn.Module], settings: LoraSettings, dit: nn.Module | None) -> None:
-    """Give the LoRAs of a DiT the masks of a T-LoRA; those of text encoders see no noise and have none.
+    """Give the LoRAs of a DiT the masks of their rule; those of text encoders see no noise and have none.
 
     Raises OptionError if only text encoders learn.
     """
@@ -295,71 +259,12 @@ def _mask_ranks(layers: Mapping[str, nn.Module], settings: LoraSettings, dit: nn
         return
     if dit is None:
         raise OptionError(
-            f"--network_args {TLORA}=True: the noise of a sample decides which ranks act, and text encoders, "
-            "which alone learn here, see none. Leave it out"
+            f"--network_args {settings.rank_rule.kind.switch}=True: the noise of a sample decides which "
+            "ranks act, and text encoders, which alone learn here, see none. Leave it out"
         )
     for name, layer in layers.items():
         if name.startswith(OURS) and isinstance(layer, LoraLayer):
             layer.rank_mask = mask_for(dit, settings.rank_rule, layer.rank)
-
-
-def _lora_layers(targets: Mapping[str, Target], decomposes: bool) -> dict[str, nn.Module]:
-    """Build the layers of a LoRA network. decomposes: DoRA."""
-    layers: dict[str, nn.Module] = {}
-    for name, target in targets.items():
-        layers[name] = LoraLayer(
-            target.module, target.rank, target.alpha, decomposes=decomposes, heights=target.heights
-        )
-    return layers
-
-
-def _factored_layers(targets: Mapping[str, Target], make_shapes: MakeShapes) -> dict[str, nn.Module]:
-    """Build the layers of a LoHa or LoKr network. make_shapes: returns the shapes of their factors."""
-    layers: dict[str, nn.Module] = {}
-    for name, target in targets.items():
-        module = target.module
-        shapes = make_shapes(_shape_of(module), target.rank)
-        layers[name] = FactoredLayer(module, shapes, target.rank, target.alpha)
-    return layers
-
-
-def _shape_of(module: LoraModule) -> tuple[int, ...]:
-    """Return the shape of a module's weight, which may be stored in another one: out in (kernel)."""
-    if isinstance(module, nn.Linear):
-        return module.out_features, module.in_features
-    return tuple(module.weight.shape)
-
-
-def _oft_layers(targets: Mapping[str, Target]) -> dict[str, nn.Module]:
-    """Build the layers of an OFT network; log block sizes that do not divide the inputs of a layer.
-
-    Raises OptionError if no layer is left.
-    """
-    from networks.oft_layer import OftLayer  # only for an OFT
-
-    layers: dict[str, nn.Module] = {}
-    changed: Counter[str] = Counter()
-    for name, target in targets.items():
-        module = target.module
-        if not isinstance(module, nn.Linear):
-            continue
-        size = fit_block_size(module.in_features, target.rank)
-        if size is None:
-            changed[f"{module.in_features} inputs: no rotation"] += 1
-            continue
-        if size != target.rank:
-            changed[f"{module.in_features} inputs: {size} in place of {target.rank}"] += 1
-        layers[name] = OftLayer(module, size)
-    if changed:
-        lines = [f"{words} ({count_of(count, 'layer')})" for words, count in sorted(changed.items())]
-        logger.info(
-            f"block sizes that do not divide a layer's inputs become the nearest that do. {'; '.join(lines)}"
-        )
-    if not layers:
-        raise OptionError(
-            f"--network_module {OFT_MODULE}: the model has no linear layer left that could be rotated"
-        )
-    return layers
 
 
 def _joining_layers(
@@ -375,13 +280,13 @@ def _joining_layers(
     """
     joining: dict[str, nn.Module] = {}
     for path, factors in _factors_for(by_name, begun).items():
-        is_of_kind = any(part in factors for part in OWN_MODULES[name].first)
+        is_of_kind = any(part in factors for part in OWN_MODULES[name].kind.marks)
         if path not in by_name or path in layers or not is_of_kind:
             continue
         placed = by_name[path]
         if not _is_left_out(placed, path, settings):
             joining[path] = _layer_of(
-                name,
+                OWN_MODULES[name].kind,
                 placed.module,
                 path=path,
                 factors=factors,
@@ -464,23 +369,23 @@ def build_from_tensors(
     tensors: under our names. Of `typed` only dropout and arguments count. Modules that the model does not
     have are logged. Raises CheckpointError if nothing fits, or if the file holds another kind of network.
     """
-    own_module = OWN_MODULES[name]
+    kind = OWN_MODULES[name].kind
     settings = _settings_with_file(name, typed)
     by_name = _layers_by_name(dit, encoders)
     layers: dict[str, nn.Module] = {}
     absent: list[str] = []
     for path, factors in _factors_for(by_name, tensors).items():
-        if not any(part in factors for part in own_module.first):
+        if not any(part in factors for part in kind.marks):
             raise CheckpointError(
                 f"--dim_from_weights: {path} has {', '.join(factors)}, which is another kind of network.\n"
                 "  Give the --network_module that the file was trained with."
             )
         module = by_name[path].module if path in by_name else None
-        if module is None or (own_module.kind == "OFT" and not isinstance(module, nn.Linear)):
+        if module is None or not (kind.is_for_convolutions or isinstance(module, nn.Linear)):
             absent.append(path)
         else:
             layers[path] = _layer_of(
-                name,
+                kind,
                 module,
                 path=path,
                 factors=factors,
@@ -523,71 +428,13 @@ def _settings_with_file(name: str, typed: NetworkArguments) -> LoraSettings:
 
 
 def _layer_of(
-    name: str, module: LoraModule, path: str, factors: Factors, settings: LoraSettings
-) -> "LoraLayer | FactoredLayer | OftLayer":
-    """Return a layer of a network module with the rank and alpha of factors; split if that is asked for and
-    the up factor has blocks. Raises CheckpointError if factors of a LoHa or LoKr cannot be trained, or those
-    of an OFT do not fit the layer.
+    kind: NetworkKind, module: LoraModule, path: str, factors: Factors, settings: LoraSettings
+) -> nn.Module:
+    """Return a layer of a network module with the rank and alpha of factors. Raises CheckpointError if these
+    cannot be trained, or do not fit the layer.
     """
-    if OWN_MODULES[name].kind == "OFT":
-        return _oft_layer_of(module, path, factors)
-    if OWN_MODULES[name].kind != "LoRA":
-        return _factored_layer_of(module, path, factors)
-    rank = rank_of(factors)
-    assert rank is not None
-    alpha = float(factors["alpha"])
-    heights = _heights(path, module, settings)
-    if heights and diagonal_blocks(factors[UP], heights) is not None:
-        num_parts = len(heights)
-        return LoraLayer(module, rank // num_parts, alpha / num_parts, heights=heights)
-    return LoraLayer(module, rank, alpha, DORA in factors)
-
-
-def _oft_layer_of(module: LoraModule, path: str, factors: Factors) -> "OftLayer":
-    """Return a layer of an OFT. Raises CheckpointError if its blocks are not those of the layer's inputs."""
-    from networks.oft_layer import OftLayer  # only for an OFT
-
-    size = block_of(factors)
-    if not isinstance(module, nn.Linear) or size is None or len(factors[OFT]) * size != module.in_features:
-        raise CheckpointError(
-            f"--dim_from_weights: {path} has {OFT} {list(factors[OFT].shape)}, which are not the blocks of "
-            "this layer's inputs, and only those can be trained"
-        )
-    return OftLayer(module, size)
-
-
-def _factored_layer_of(module: LoraModule, path: str, factors: Factors) -> FactoredLayer:
-    """Return a layer of a LoHa or LoKr.
-
-    Raises CheckpointError if its factors are not for the module's weight, or have a core (LyCORIS'
-    use_tucker) or magnitudes, which are not trained here.
-    """
-    sized = without_alpha(factors)
-    shapes = {part: tuple(tensor.shape) for part, tensor in sized.items()}
-    shape = _shape_of(module)
-    delta = None if _UNTRAINED & shapes.keys() else weight_delta(sized, META)
-    if delta is None or delta.shape not in (shape, (shape[0], math.prod(shape[1:]))):
-        raise CheckpointError(
-            f"--dim_from_weights: {path} has {shapes}, with which this layer of {list(shape)} cannot be "
-            "trained"
-        )
-    rank = rank_of(factors)
-    if rank and "alpha" in factors:
-        return FactoredLayer(module, shapes, rank, float(factors["alpha"]))
-    return FactoredLayer(module, shapes, rank or 1, rank or 1)
-
-
-def _heights(path: str, module: LoraModule, settings: LoraSettings) -> tuple[int, ...]:
-    """Return the rows of each part of a fused layer whose parts get their own factors; () for others."""
-    if not settings.splits or settings.rules is None or not isinstance(module, nn.Linear):
-        return ()
-    name = path.replace(".", "_")
-    num_parts = 0
-    for ending, count in settings.rules.fused.items():
-        if name.endswith(ending.replace(".", "_")):
-            num_parts = count
-            break
-    return fused_heights(num_parts, module.out_features, module.in_features)
+    assert kind.layer_of is not None
+    return kind.layer_of(module, path, factors, settings)
 
 
 def smallest_lora_bytes(model: Path, rank: int) -> int:

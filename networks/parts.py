@@ -13,7 +13,18 @@ from torch import Tensor
 from checkpoints.dialects import stack_heads
 from modules.errors import CheckpointError
 from networks import deltas
-from networks.deltas import DORA, DOWN, LORA, OFT, ROWS, UP, Factors, strength
+from networks.deltas import DOWN, LORA, ROWS, UP, Factors, strength
+from networks.kinds.composing import (
+    MAGNITUDES,
+    MARKS,
+    OF_MAGNITUDES,
+    is_rotating,
+    kind_with,
+    parts_by_rows,
+    rotating_kind,
+    rotation_of,
+)
+from networks.kinds.contract import named
 from networks.lora_products import diagonal_blocks, fused_heights
 from networks.module_names import FAMILIES, Relative, relatives
 from networks.names.layouts import BEFORE_REST, OURS, REST, SWAPPED, FamilyNames, WeightPart
@@ -57,8 +68,8 @@ def usual_rows(part: WeightPart, whole_height: int) -> slice | None:
     """Return the rows of a part in a fused weight of which the parts have the heights of published models;
     None if they do not fit.
 
-    It is for an OFT, whose tensors do not show how many rows a module has. Halves may be swapped: the
-    rotation of the input is the same for all rows.
+    It is for rotations of inputs, whose tensors do not show how many rows a module has. Halves may be
+    swapped: the rotation is the same for all rows.
     """
     if not is_cut(part):
         return slice(0, whole_height)
@@ -122,7 +133,7 @@ def _heights_of_parts(
 def _cut(factors: Factors, heights: Mapping[Relative, int | None]) -> dict[str, Factors] | str:
     """Return the factors of each part that has a height, or the reason why there are none."""
     present = {relative: rows for relative, rows in heights.items() if rows is not None}
-    if OFT in factors:  # a rotation of the input, which all parts have
+    if is_rotating(factors):  # the input of all parts
         return {OURS + relative.name: factors for relative in present}
     whole_height = _height_to_cut(factors)
     if whole_height is None:
@@ -135,14 +146,20 @@ def _cut(factors: Factors, heights: Mapping[Relative, int | None]) -> dict[str, 
         shown = " + ".join(map(str, present.values()))
         return f"its {whole_height} rows are not those of its parts, which have {shown}"
     if deltas.has_input_magnitudes(factors):
-        return "its DoRA magnitudes are by input, so they belong to the whole weight"
+        return f"its {OF_MAGNITUDES} magnitudes are by input, so they belong to the whole weight"
     pieces: dict[str, Factors] = {}
     for relative, rows in places.items():
         piece = _part_of(factors, rows)
         if piece is None:
-            return "its halves are to be swapped, which a LoKr has no form for"
+            return f"its halves are to be swapped, which {_name_indivisible(factors)} has no form for"
         pieces[OURS + relative.name] = piece
     return pieces
+
+
+def _name_indivisible(factors: Factors) -> str:
+    """Return the kind of factors that have no rows of their change: "a LoKr"."""
+    kind = kind_with(factors, lambda kind: kind.blocks_of)
+    return "this network" if kind is None else named(kind)
 
 
 def _height_to_cut(factors: Factors) -> int | None:
@@ -279,14 +296,14 @@ def _join(pieces: Sequence[FusedPiece], height: int, is_for_model: bool = False)
     first = pieces[0]
     if first.part.index is None and len(pieces) == 1:
         return first.factors
-    if any(OFT in piece.factors for piece in pieces):
+    if any(is_rotating(piece.factors) for piece in pieces):
         return join_rotations(pieces)
     if not all(_is_low_rank_matrix(piece.factors) for piece in pieces):
         return _join_others(pieces, height, is_for_model)
     places = [part_rows(piece.part, len(piece.factors[UP]), height) for piece in pieces]
     if isinstance(places[0], Tensor):  # with swapped halves
         swapped = deltas.rows_of(first.factors, places[0])
-        return "its DoRA magnitudes are by input" if swapped is None else swapped
+        return f"its {OF_MAGNITUDES} magnitudes are by input" if swapped is None else swapped
     slices = [place for place in places if isinstance(place, slice)]
     if len(slices) < len(places):
         return f"its parts do not fit into {height} rows"
@@ -302,16 +319,18 @@ def join_rotations(pieces: Sequence[FusedPiece]) -> Factors | str:
     siblings = _siblings(first.part.ours, {first.part.theirs})
     joined_paths = {piece.part.theirs for piece in pieces}
     if is_cut(first.part) and any(is_cut(part) and part.theirs not in joined_paths for part in siblings):
-        return "an OFT rotates only some of its parts"
-    values = [piece.factors[OFT] for piece in pieces if OFT in piece.factors]
+        kind = next(filter(None, (rotating_kind(piece.factors) for piece in pieces)))
+        return f"{named(kind)} rotates only some of its parts"
+    rotations = [(piece.factors, rotation_of(piece.factors)) for piece in pieces]
+    values = [factors[rotation.part] for factors, rotation in rotations if rotation is not None]
     if len(values) < len(pieces) or not all(torch.equal(value, values[0]) for value in values):
         return "its parts are rotated differently"
     return first.factors
 
 
 def _is_low_rank_matrix(factors: Factors) -> bool:
-    """Return whether factors are those of a LoRA or DoRA for a matrix, without a core."""
-    further = set(factors) - {"alpha", *LORA, DORA, _BIAS}
+    """Return whether factors are those of a LoRA for a matrix, also with magnitudes, without a core."""
+    further = set(factors) - {"alpha", *LORA, MAGNITUDES, _BIAS}
     return not further and factors[UP].ndim == 2
 
 
@@ -322,13 +341,13 @@ def _in_order(pieces: Sequence[FusedPiece], slices: Sequence[slice]) -> list[Pla
 
 
 def _fault_of_magnitudes(parts: Sequence[Factors], height: int) -> str:
-    """Return the reason why the DoRA magnitudes of parts cannot be joined; "" if there is none."""
-    if not any(DORA in factors for factors in parts):
+    """Return the reason why the magnitudes of parts cannot be joined; "" if there is none."""
+    if not any(MAGNITUDES in factors for factors in parts):
         return ""
-    if any(DORA not in factors or deltas.has_input_magnitudes(factors) for factors in parts):
-        return "only DoRA magnitudes by output, for all of its rows, can be put together"
-    if sum(len(factors[DORA]) for factors in parts) != height:
-        return f"its parts have DoRA magnitudes for less than its {height} rows"
+    if any(MAGNITUDES not in factors or deltas.has_input_magnitudes(factors) for factors in parts):
+        return f"only {OF_MAGNITUDES} magnitudes by output, for all of its rows, can be put together"
+    if sum(len(factors[MAGNITUDES]) for factors in parts) != height:
+        return f"its parts have {OF_MAGNITUDES} magnitudes for less than its {height} rows"
     return ""
 
 
@@ -350,7 +369,7 @@ def _join_low_rank(placed: Sequence[PlacedFactors], height: int) -> Factors:
         DOWN: down,
         UP: _join_ups(placed, height, len(down), is_shared),
     }
-    for name in (DORA, _BIAS):
+    for name in (MAGNITUDES, _BIAS):
         if any(name in part.factors for part in placed):
             joined[name] = _stack_rows(placed, name, height)
     return joined
@@ -425,12 +444,12 @@ def _whole_difference(placed: Sequence[PlacedFactors], height: int) -> Factors |
     if any(deltas.SET in factors for factors in parts):
         return f"{deltas.SET} is only for some of its rows"
     if any(deltas.has_input_magnitudes(factors) for factors in parts):
-        return "its DoRA magnitudes are by input, so they belong to the parts"
-    magnitudes = [factors[DORA] for factors in parts if DORA in factors]
+        return f"its {OF_MAGNITUDES} magnitudes are by input, so they belong to the parts"
+    magnitudes = [factors[MAGNITUDES] for factors in parts if MAGNITUDES in factors]
     if magnitudes:
         covered = sum(part.rows.stop - part.rows.start for part in placed)
         if len(magnitudes) < len(parts) or covered < height:
-            return f"its parts have DoRA magnitudes for less than its {height} rows"
+            return f"its parts have {OF_MAGNITUDES} magnitudes for less than its {height} rows"
     changes = [deltas.weight_delta(factors, deltas.CPU) for factors in parts]
     inputs = {None if change is None else change.shape[1:] for change in changes}
     shape = inputs.pop()
@@ -438,7 +457,7 @@ def _whole_difference(placed: Sequence[PlacedFactors], height: int) -> Factors |
         return "its parts have different inputs"
     joined = {"diff": _place_rows(placed, changes, torch.zeros(height, *shape))}
     if magnitudes:
-        joined[DORA] = torch.cat(magnitudes)
+        joined[MAGNITUDES] = torch.cat(magnitudes)
     biases = [deltas.bias_delta(factors, deltas.CPU) for factors in parts]
     if any(bias is not None for bias in biases):
         joined["diff_b"] = _place_rows(placed, biases, torch.zeros(height))
@@ -453,21 +472,19 @@ def _place_rows(placed: Sequence[PlacedFactors], values: Sequence[Tensor | None]
     return total
 
 
-# of a layer's parts: what has the part's rows; everything else is the whole layer's
-_BY_ROWS = {UP, "diff", "diff_b", deltas.SET, _BIAS, DORA, "hada_w1_a", "hada_w2_a", ROWS}
-
-
 def _one_layer(parts: Sequence[Factors]) -> Factors | None:
     """Return the factors of a layer that was taken apart into these parts, by rows; None if it was not."""
     first = parts[0]
     names = first.keys()
-    if any(part.keys() != names for part in parts) or names & {"hada_t1", "hada_t2"}:
+    by_rows = parts_by_rows(names)
+    if by_rows is None or any(part.keys() != names for part in parts):
         return None
-    by_rows = names & _BY_ROWS - {ROWS}
+    # what has the part's rows; everything else is the whole layer's
+    by_rows |= names & {"diff", "diff_b", deltas.SET, MAGNITUDES}
     if deltas.has_input_magnitudes(first):
-        by_rows -= {DORA}
+        by_rows -= {MAGNITUDES}
     if ROWS in names:  # only magnitudes and biases have rows of the part
-        by_rows &= {DORA, *deltas.OF_BIAS}
+        by_rows &= {MAGNITUDES, *deltas.OF_BIAS}
         if not _cover_layer(parts):
             return None
     shared = names - by_rows - {ROWS}
@@ -490,8 +507,9 @@ def _cover_layer(parts: Sequence[Factors]) -> bool:
 def settle_rows(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Return a LoRA in which the parts of joined layers are forms that files have, without `ROWS`.
 
-    A LoKr whose blocks lie between the parts is cut, another becomes whole differences, in the dtype of its
-    factors. Raises CheckpointError for DoRA magnitudes by input: they belong to the whole layer.
+    Factors whose blocks of rows lie between the parts are cut (LoKr), others become whole differences, in the
+    dtype of their factors. Raises CheckpointError for magnitudes by input: they belong to the whole
+    layer.
     """
     modules = deltas.group_by_module(tensors)
     if not any(ROWS in factors for factors in modules.values()):
@@ -506,38 +524,35 @@ def _settle_part(name: str, factors: Factors) -> Factors:
     """Return the factors of a part of a joined layer without `ROWS`."""
     if deltas.has_input_magnitudes(factors):
         raise CheckpointError(
-            f"{name} is a part of a joined layer whose DoRA magnitudes are by input: they belong to the "
-            "whole layer, which this model has in parts.\n  Convert the file with the program that made it."
+            f"{name} is a part of a joined layer whose {OF_MAGNITUDES} magnitudes are by input: they belong "
+            "to the whole layer, which this model has in parts.\n"
+            "  Convert the file with the program that made it."
         )
-    cut_lokr = _cut_lokr(factors)
-    if cut_lokr is not None:
-        return cut_lokr
+    blocks = _cut_blocks(factors)
+    if blocks is not None:
+        return blocks
     change = deltas.weight_delta(factors, deltas.CPU)
     assert change is not None
-    dtype = next(factors[part].dtype for part in factors if part.startswith(("lokr_w1", "lora_down")))
+    dtype = next(factors[part].dtype for part in factors if part in MARKS)
     settled: dict[str, Tensor] = {"diff": change.to(dtype).clone()}
-    if DORA in factors:
-        settled[DORA] = factors[DORA]
+    if MAGNITUDES in factors:
+        settled[MAGNITUDES] = factors[MAGNITUDES]
     bias = deltas.stored_bias(factors)
     if bias is not None:
         settled["diff_b"] = bias
     return settled
 
 
-def _cut_lokr(factors: Factors) -> Factors | None:
-    """Return a LoKr of the rows in `ROWS`; None if they are not whole blocks of the product."""
+def _cut_blocks(factors: Factors) -> Factors | None:
+    """Return factors of the rows in `ROWS`; None if they are not whole blocks of rows of their product."""
     start, stop = deltas.rows_in(factors)
-    first = next((part for part in ("lokr_w1", "lokr_w1_a") if part in factors), None)
     size = deltas.size_of(factors)
     assert size is not None
-    if first is None:
+    kind = kind_with(factors, lambda kind: kind.blocks_of)
+    if kind is None or kind.blocks_of is None:
         return None
-    block = size[0] // len(factors[first])  # rows of the second matrix
-    if start % block or stop % block:
-        return None
-    lokr = {part: tensor for part, tensor in factors.items() if part != ROWS}
-    lokr[first] = factors[first][start // block : stop // block].clone()
-    return lokr
+    whole = {part: tensor for part, tensor in factors.items() if part != ROWS}
+    return kind.blocks_of(whole, size[0], start, stop)
 
 
 def stack_rows(

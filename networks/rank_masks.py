@@ -1,17 +1,12 @@
-"""T-LoRA: the noisier a sample is, the fewer ranks of a LoRA act on it.
+"""Mask ranks of LoRAs by the noise of each sample, as some kinds are trained (T-LoRA).
 
-A LoRA that sees much noise learns the few pictures by heart first, so at high levels only its first ranks
-act. The file is an ordinary LoRA; its metadata say with which rule it was trained. Loops set the levels of a
-pass with `set_levels` before it, and they stay until the next pass: recomputing a checkpointed block in the
-backward pass has the masks of its forward pass.
-
-Source: Soboleva et al. 2025, arXiv 2507.05964.
+The metadata of a file say with which rule it was trained. Loops set the levels of a pass with `set_levels`
+before it, and they stay until the next pass: recomputing a checkpointed block in the backward pass has the
+masks of its forward pass.
 """
 # Letters: S samples, R rank
 
-import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,30 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from checkpoints.opening import open_checkpoint
-from modules.errors import CheckpointError
-from modules.text_files import parse_json
-from networks.options import TLORA, TLORA_ALPHA, TLORA_MIN_RANK
+from networks.kinds import KINDS
+from networks.kinds.contract import RankRule
 
 _MASKS = "_rank_masks"  # attribute of a network
-_ROUNDING = 1e-4  # (1 - 0.3) * 10 is a little less than 7 in float32
-
-
-@dataclass(frozen=True)
-class RankRule:
-    """How many ranks act: floor((1 - level)^power * (R - least)) + least."""
-
-    least: int = 1  # at pure noise
-    power: float = 1.0
-
-    def in_words(self) -> str:
-        """Return the rule as --network_args has it."""
-        return f"{TLORA}=True {TLORA_MIN_RANK}={self.least} {TLORA_ALPHA}={self.power:g}"
-
-    def active(self, rank: int, levels: Tensor) -> Tensor:
-        """Return the number of active ranks of each sample, S. levels: S, shares of noise, 0 to 1."""
-        least = min(self.least, rank)
-        shares = (1 - levels.float()).clamp(0, 1) ** self.power
-        return (shares * (rank - least) + _ROUNDING).floor() + least
 
 
 class RankMask:
@@ -106,29 +81,8 @@ def rule_of(metadata: Mapping[str, str], path: Path | None = None) -> RankRule |
 
     path: of the file, for messages. Raises CheckpointError if its numbers cannot be read.
     """
-    text = metadata.get("ss_network_args", "")
-    if TLORA not in text:
-        return None
-    try:
-        arguments = dict(parse_json(text))
-    except (ValueError, TypeError, RecursionError):
-        return None  # another program's, whose arguments may have any form
-    if str(arguments.get(TLORA, "")).lower() != "true":
-        return None
-    usual = RankRule()
-    least_text = arguments.get(TLORA_MIN_RANK, usual.least)
-    power_text = arguments.get(TLORA_ALPHA, usual.power)
-    try:
-        rule = RankRule(int(least_text), float(power_text))
-    except (ValueError, TypeError, OverflowError):
-        rule = RankRule(0)
-    if rule.least < 1 or not 0 < rule.power < math.inf:
-        raise CheckpointError(
-            f"{path or 'a LoRA'}: its metadata say {TLORA}=True with {TLORA_MIN_RANK}={least_text!r} and "
-            f"{TLORA_ALPHA}={power_text!r}, which are no rank from 1 and no number above 0. Copy it again.",
-            path,
-        )
-    return rule
+    rules = (kind.rule_of_file(metadata, path) for kind in KINDS if kind.rule_of_file is not None)
+    return next((rule for rule in rules if rule is not None), None)
 
 
 def parts_of_rank(metadata: Mapping[str, str], rank: int) -> int:
@@ -141,13 +95,6 @@ def parts_of_rank(metadata: Mapping[str, str], rank: int) -> int:
     if not trained.isdecimal() or int(trained) < 1 or "_dim" in arguments or rank % int(trained):
         return 1
     return rank // int(trained)
-
-
-MERGED = "was trained with T-LoRA: merged, all of its ranks act at every level of noise, unlike in training"
-ELSEWHERE = (
-    "A T-LoRA acts as trained in the scripts here, which read its rule and mask its ranks at each step. "
-    "Other programs have no mask, and merging has none either: all ranks act at every level of noise."
-)
 
 
 def has_rule(paths: Iterable[Path]) -> bool:

@@ -6,7 +6,7 @@ XLabs      double_blocks.0.processor.qkv_lora1.down.weight (lora1: picture, lora
 numbered   lora_unet_double_blocks_0_img_attn_qkv.lora_down.0.weight, .1., .2. (sd-scripts' split_dims): for
            the parts of a joined layer; also ..._qkv.0.lora_down.weight
 fused      transformer_blocks.0.attn.to_qkv.lora_A.weight (diffusers' `fuse_qkv_projections`, as SimpleTuner
-           trains): for to_q, to_k and to_v; also to_added_qkv, to_kv; LoRA, LoHa, LoKr and DoRA
+           trains): for to_q, to_k and to_v; also to_added_qkv, to_kv; of all kinds
 """
 
 import re
@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from networks.deltas import (
-    DORA,
     DOWN,
     LORA,
     OF_BIAS,
@@ -29,6 +28,7 @@ from networks.deltas import (
     size_of,
     strength,
 )
+from networks.kinds.composing import ENDS, MAGNITUDES, parts_by_rows, usual_key
 from networks.module_names import count_parts
 
 _XLABS = re.compile(
@@ -174,16 +174,17 @@ def _fit_rows(factors: Factors, height: int) -> bool:
     """Return whether the factors that are cut by rows all have the rows of the whole layer."""
     if any(tensor.ndim == 0 for part, tensor in factors.items() if part != "alpha"):
         return False
-    by_rows = factors.keys() & {UP, "diff", SET, "hada_w1_a", "hada_w2_a", *OF_BIAS}
-    if DORA in factors and not has_input_magnitudes(factors):
-        by_rows.add(DORA)
+    by_rows = (parts_by_rows(factors) or set()) | factors.keys() & {"diff", SET, *OF_BIAS}
+    if MAGNITUDES in factors and not has_input_magnitudes(factors):
+        by_rows.add(MAGNITUDES)
     return all(len(factors[part]) == height for part in by_rows)
 
 
 def _usual_end(end: str) -> str:
-    """Return our name for what follows a module in a key: DoRA magnitudes and biases have several."""
-    if end.startswith("lora_magnitude_vector") or end == "magnitude":
-        return DORA
+    """Return our name for what follows a module in a key: magnitudes and biases have several."""
+    part = ENDS.get(usual_key(f".{end}"))
+    if part is not None:
+        return part
     match = _FACTOR.match(end)
     is_bias = match is not None and end.endswith(".bias") and _FACTORS[match["factor"]] == UP
     return "lora_up.bias" if is_bias else end
@@ -191,7 +192,7 @@ def _usual_end(end: str) -> str:
 
 def _as_column(part: str, tensor: Tensor) -> Tensor:
     """Return magnitudes as out x 1, as PEFT has them in one axis."""
-    return tensor.view(-1, 1) if part == DORA and tensor.ndim == 1 else tensor
+    return tensor.view(-1, 1) if part == MAGNITUDES and tensor.ndim == 1 else tensor
 
 
 def _put_together(tensors: Mapping[str, Tensor]) -> Rewritten:

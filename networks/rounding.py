@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from modules.console import list_some
-from networks.options import AUTO, NEAREST, STOCHASTIC
+from networks.use_options import AUTO, NEAREST, STOCHASTIC
 
 logger = getLogger(__name__)
 

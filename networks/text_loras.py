@@ -18,8 +18,8 @@ from networks.loading import LoraUse, on_side
 from networks.lora_network import prefix_of, rename_texts
 from networks.names.layouts import OURS
 from networks.names.texts import TEXT_PROJECTION, open_clip_names, published_parameter
-from networks.options import NEAREST
 from networks.rounding import LoraRounding
+from networks.use_options import NEAREST
 
 logger = getLogger(__name__)
 

@@ -9,7 +9,7 @@ from modules.options import Options, not_needed, option, unsupported
 from modules.output_files import check_output_file, refuse_replacing
 from modules.paths import explain_missing, sort_by_numbers
 from modules.text_files import real_path
-from networks.options import (
+from networks.use_options import (
     LoraOptions,
     lora_rounding_option,
     multipliers_for,

@@ -1,5 +1,5 @@
-"""Put LoRAs round layers that stay in 8 or 4 bits, and T-LoRAs round all layers, because the noise of each
-step masks their ranks. All other LoRAs are merged.
+"""Put LoRAs round layers that stay in 8 or 4 bits, and those whose ranks the noise of each step masks round
+all layers. All other LoRAs are merged.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +12,7 @@ from torch import nn
 from modules.errors import CheckpointError
 from networks.added import AddedLayer, AddedPart, ChangedPlace, places
 from networks.apply import Change, LoraPatch
-from networks.deltas import OFT
+from networks.kinds.contract import named
 from networks.loading import LoraUse
 from networks.rank_masks import rule_of
 
@@ -30,7 +30,7 @@ def add_unmerged(
         parts = [AddedPart(place, change.factors, change.use.multiplier) for change in weight_changes]
         for part, change in zip(parts, weight_changes, strict=True):
             part.mask_ranks(dit, change.use.lora.metadata)
-            if OFT in change.factors:
+            if part.rotation is not None:
                 part.rows = change.rows
             elif change.rows is not None:  # add to some of the outputs only
                 around = (change.rows.start, height - change.rows.stop)
@@ -61,9 +61,12 @@ def masked_changes(dit: nn.Module, uses: Sequence[LoraUse]) -> Mapping[str, Sequ
         if not patch.touches(name):
             continue
         if not place.adds_to_output or not patch.leave_unmerged(name, tuple(place.shaped.shape)):
+            rule = rule_of(uses[0].lora.metadata)
+            assert rule is not None  # else it is merged
             raise CheckpointError(
-                f"{uses[0].lora.path} says that it is a T-LoRA, and has more for {name} than two factors "
-                "of a layer, which no mask of ranks is for.\n  Give the file as the training wrote it.",
+                f"{uses[0].lora.path} says that it is {named(rule.kind)}, and has more for {name} than two "
+                "factors of a layer, which no mask of ranks is for.\n"
+                "  Give the file as the training wrote it.",
                 uses[0].lora.path,
             )
     patch.check()

@@ -4,14 +4,16 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from logging import getLogger
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from networks import deltas, module_names
-from networks.deltas import DORA, DOWN, LORA, OFT, SET, UP, Factors, add_missing_alphas
+from networks.deltas import DOWN, LORA, SET, UP, Factors, add_missing_alphas
 from networks.key_formats import OTHER
+from networks.kinds import KINDS
+from networks.kinds.composing import MAGNITUDES, OF_MAGNITUDES, is_rotating, kind_with, rotation_of
+from networks.kinds.contract import TranslatedModules
 from networks.lora_products import diagonal_blocks, fused_heights
 from networks.module_names import alias, module_path, parts_of, to_alias
 from networks.names.layouts import IN_COMFYUI, IN_DIFFUSERS, OURS, SWAPPED, UNET_IN_DIFFUSERS, FamilyNames
@@ -19,19 +21,9 @@ from networks.names.texts import diffusers_path_of_text
 from networks.parts import fuse, settle_rows
 
 logger = getLogger(__name__)
-_NO_OFT = "ComfyUI reads no OFT of this form: its own rotates the outputs of a layer"
 _UNKNOWN = "no known model has a module with this name"
-_OF_LOKR = {"alpha", *(f"lokr_w{number}{end}" for number in "12" for end in ("", "_a", "_b"))}
 Pieces = Mapping[str, Factors]  # path in the other dialect -> factors
-IN_PEFT = "base_model.model."  # PEFT loads OFTs, the pipelines of diffusers do not
 Form = dict[str, Tensor] | str  # tensors of a module by the ends of their names, or why there are none
-
-
-class TranslatedModules(NamedTuple):
-    """A LoRA in another dialect, and the modules that have no form there, each with the reason."""
-
-    tensors: dict[str, Tensor]
-    left_out: dict[str, str]
 
 
 def in_dialect(
@@ -39,10 +31,10 @@ def in_dialect(
 ) -> TranslatedModules:
     """Convert ours to the names of ComfyUI ("other") or diffusers: `diffusion_model.<path>.lora_A.weight`.
 
-    Both factors are multiplied by sqrt(alpha / rank), alpha is left out; LoHa and LoKr keep their factors and
-    alphas. Only ComfyUI reads these, except LoKrs of two families: diffusers takes files with LoKrs only,
-    under ComfyUI's names. A whole difference of a matrix becomes a LoRA of full rank for
-    diffusers, which is exact. Module paths come from the list of the family's real modules.
+    Both factors are multiplied by sqrt(alpha / rank), alpha is left out; other kinds keep their factors and
+    alphas. Only ComfyUI reads these, except files of one kind that `NetworkKind.write_for_diffusers` writes.
+    A whole difference of a matrix becomes a LoRA of full rank for diffusers, which is exact. Module paths
+    come from the list of the family's real modules.
     start: of the names in diffusers, by the network of the pipeline.
 
     If diffusers splits the fused weights of a family, such as FLUX, the parts share the down factor, or have
@@ -52,14 +44,16 @@ def in_dialect(
     modules = deltas.group_by_module(tensors)
     if family is None:
         return TranslatedModules({}, dict.fromkeys(modules, _UNKNOWN))
-    if target == "diffusers" and family.lokr_in_diffusers and all(map(_is_lokr, modules.values())):
-        return _lokrs_in_diffusers(tensors, family)
-    if target == "diffusers" and all(OFT in factors for factors in modules.values()):
-        return _write(tensors, IN_PEFT, lambda name, factors: _pieces(name, factors, family), _in_diffusers)
+    for kind in KINDS if target == "diffusers" else ():
+        written_alone = None
+        if kind.write_for_diffusers is not None:
+            written_alone = kind.write_for_diffusers(modules, family)
+        if written_alone is not None:
+            return written_alone
     if target == "diffusers" or (family.is_as_in_diffusers and family.start != IN_COMFYUI):
         prefix = UNET_IN_DIFFUSERS if family.start == UNET_IN_DIFFUSERS else start
         form_of = _in_toolkit if family.parts else _in_diffusers
-        return _write(tensors, prefix, lambda name, factors: _pieces(name, factors, family), form_of)
+        return write_modules(modules, prefix, lambda name, factors: _pieces(name, factors, family), form_of)
     # plain LoRAs of weights that diffusers splits are written as for diffusers
     is_cut = family.parts and family.start == IN_DIFFUSERS
     plain: dict[str, Factors] = {}
@@ -70,42 +64,20 @@ def in_dialect(
     written = in_dialect(deltas.ungroup(plain), family, "diffusers")
     for name in written.left_out:
         remaining[name] = plain[name]
-    as_ours = _write(
-        deltas.ungroup(remaining),
+    as_ours = write_modules(
+        remaining,
         OTHER,
-        lambda name, factors: _alone(module_path(name, family), factors),
-        _in_comfyui,
+        lambda name, factors: alone(module_path(name, family), factors),
+        in_comfyui,
     )
     return TranslatedModules({**written.tensors, **as_ours.tensors}, as_ours.left_out)
 
 
-def _lokrs_in_diffusers(tensors: Mapping[str, Tensor], family: FamilyNames) -> TranslatedModules:
-    """Return LoKrs in the form that diffusers reads, as ComfyUI does."""
-    # names of diffusers' own layout have no prefix, and all must be of one layout
-    names = deltas.group_by_module(tensors)
-    is_cut = any(module_names.part_path(name.removeprefix(OURS), family) for name in names)
-    return _write(
-        tensors,
-        "" if is_cut else OTHER,
-        lambda name, factors: _lokr_path(name, factors, family, is_cut),
-        _in_comfyui,
-    )
-
-
-def _is_lokr(factors: Factors) -> bool:
-    """Return whether diffusers can read the factors as a LoKr: no core, magnitudes or biases."""
-    return factors.keys() <= _OF_LOKR
-
-
-def _lokr_path(name: str, factors: Factors, family: FamilyNames, is_cut: bool) -> Pieces | str:
-    """Return a LoKr by its path, or why there is none. is_cut: the file has layers of diffusers' layout."""
-    parts = parts_of(name, family)
-    if any(placed.part.index == SWAPPED for placed in parts):
-        return "its halves are in the other order in diffusers, which does not swap those of a LoKr"
-    if not is_cut:
-        return _alone(module_path(name, family), factors)
-    path = parts[0].path if len(parts) == 1 else module_names.part_path(name, family)
-    return _alone(path, factors, "diffusers has it in parts, as the file has other layers")
+def write_pieces_for_diffusers(
+    modules: Mapping[str, Factors], family: FamilyNames, start: str
+) -> TranslatedModules:
+    """Return modules cut as diffusers has them. start: of the names."""
+    return write_modules(modules, start, lambda name, factors: _pieces(name, factors, family), _in_diffusers)
 
 
 def texts_to_diffusers(tensors: Mapping[str, Tensor]) -> TranslatedModules:
@@ -115,15 +87,15 @@ def texts_to_diffusers(tensors: Mapping[str, Tensor]) -> TranslatedModules:
     left out.
     """
     reason = "diffusers has no such text encoder"
-    return _write(
-        tensors,
+    return write_modules(
+        deltas.group_by_module(tensors),
         "",
-        lambda name, factors: _alone(diffusers_path_of_text(name), factors, reason),
+        lambda name, factors: alone(diffusers_path_of_text(name), factors, reason),
         _in_toolkit,
     )
 
 
-def _alone(path: str | None, factors: Factors, reason: str = _UNKNOWN) -> Pieces | str:
+def alone(path: str | None, factors: Factors, reason: str = _UNKNOWN) -> Pieces | str:
     """Return the factors of a module that is whole in the other dialect.
 
     reason: why it has no path, if so.
@@ -131,8 +103,8 @@ def _alone(path: str | None, factors: Factors, reason: str = _UNKNOWN) -> Pieces
     return reason if path is None else {path: factors}
 
 
-def _write(
-    tensors: Mapping[str, Tensor],
+def write_modules(
+    modules: Mapping[str, Factors],
     start: str,
     pieces_of: Callable[[str, Factors], Pieces | str],
     form_of: Callable[[Factors], Form],
@@ -142,7 +114,7 @@ def _write(
     """
     written: dict[str, Tensor] = {}
     left_out: dict[str, str] = {}
-    for name, factors in deltas.group_by_module(tensors).items():
+    for name, factors in modules.items():
         pieces = pieces_of(name.removeprefix(OURS), factors)
         if isinstance(pieces, str):
             left_out[name] = pieces
@@ -165,14 +137,14 @@ def _write(
     return TranslatedModules(written, left_out)
 
 
-def _in_comfyui(factors: Factors) -> dict[str, Tensor]:
+def in_comfyui(factors: Factors) -> dict[str, Tensor]:
     """Return the tensors of a module as ComfyUI reads them.
 
     Biases are whole differences there. An alpha of 0 means the rank, and is written so.
     """
     form = {part: tensor for part, tensor in factors.items() if part not in ("alpha", *deltas.OF_BIAS)}
     rank = deltas.rank_of(factors)
-    if form.keys() <= {*LORA, "diff", DORA}:
+    if form.keys() <= {*LORA, "diff", MAGNITUDES}:
         form = _fold(factors) | {part: tensor for part, tensor in form.items() if part not in LORA}
     elif rank is not None:
         form["alpha"] = torch.tensor(deltas.strength(factors) * rank)
@@ -184,23 +156,24 @@ def _in_comfyui(factors: Factors) -> dict[str, Tensor]:
 
 def _in_diffusers(factors: Factors) -> Form:
     """Return the tensors of a module as diffusers and PEFT read them, or why there are none."""
-    if OFT in factors:
-        return {OFT: factors[OFT]}
-    if factors.keys().isdisjoint({DOWN, DORA}) and "diff" in factors and factors["diff"].ndim == 2:
+    rotation = rotation_of(factors)
+    if rotation is not None:
+        return {rotation.part: factors[rotation.part]}
+    if factors.keys().isdisjoint({DOWN, MAGNITUDES}) and "diff" in factors and factors["diff"].ndim == 2:
         factors = _of_full_rank(factors)
-    if factors.keys() - deltas.OF_LOW_RANK - {DORA} or DOWN not in factors:
+    if factors.keys() - deltas.OF_LOW_RANK - {MAGNITUDES} or DOWN not in factors:
         parts = sorted(factors.keys() - {"alpha"})
         return f"{', '.join(parts)} has no form in this dialect"
     if deltas.has_input_magnitudes(factors):
-        return "its DoRA magnitudes are by input, diffusers has them by output"
+        return f"its {OF_MAGNITUDES} magnitudes are by input, diffusers has them by output"
     form = _fold(factors)
     bias = deltas.stored_bias(factors)
-    if bias is not None and DORA in factors:
-        return "it has a bias together with DoRA magnitudes, which has no form in that dialect"
+    if bias is not None and MAGNITUDES in factors:
+        return f"it has a bias together with {OF_MAGNITUDES} magnitudes, which has no form in that dialect"
     if bias is not None:
         form["lora_B.bias"] = bias
-    if DORA in factors:
-        magnitudes = factors[DORA]
+    if MAGNITUDES in factors:
+        magnitudes = factors[MAGNITUDES]
         kernel_axes = magnitudes.ndim - 2
         form["lora_magnitude_vector"] = magnitudes.flatten()
         if kernel_axes:
@@ -251,7 +224,7 @@ def _pieces(name: str, factors: Factors, family: FamilyNames) -> Pieces | str:
         return {path: factors}  # the same in both layouts
     if len(parts) > 1:
         return _cut(factors, [placed.path for placed in parts])
-    if parts[0].part.index != SWAPPED or OFT in factors:  # the same rotation for rows in any order
+    if parts[0].part.index != SWAPPED or is_rotating(factors):  # the same rotation for rows in any order
         return {parts[0].path: factors}
     by_rows = [factors[part] for part in (UP, "diff", SET, "diff_b") if part in factors]
     height = len(by_rows[0]) if by_rows else 0
@@ -263,9 +236,10 @@ def _pieces(name: str, factors: Factors, family: FamilyNames) -> Pieces | str:
 
 def _cut(factors: Factors, paths: list[str]) -> Pieces | str:
     """Return the factors of each part of a fused weight, or why there are none. paths: of the parts."""
-    if OFT in factors:
+    rotation = rotation_of(factors)
+    if rotation is not None:
         # copies: files cannot hold tensors that share memory
-        return {path: {OFT: factors[OFT].clone()} for path in paths}
+        return {path: {rotation.part: factors[rotation.part].clone()} for path in paths}
     size = _size_to_cut(factors)
     if size is None:
         return "only plain LoRAs and whole differences can be cut into the parts of a weight"
@@ -323,11 +297,15 @@ def in_target(
 
     native: on the family's own modules, see `in_own_form`. start: as for `in_dialect`.
     """
-    rotations = [name for name, factors in deltas.group_by_module(native).items() if OFT in factors]
-    if target == "other" and rotations:
-        rest = {name: tensor for name, tensor in native.items() if name.partition(".")[0] not in rotations}
+    without_form: dict[str, str] = {}
+    for name, factors in deltas.group_by_module(native).items() if target == "other" else ():
+        kind = kind_with(factors, lambda kind: kind.not_in_comfyui)
+        if kind is not None:
+            without_form[name] = kind.not_in_comfyui
+    if without_form:
+        rest = {name: tensor for name, tensor in native.items() if name.partition(".")[0] not in without_form}
         written = in_target(rest, family, target, start)
-        return TranslatedModules(written.tensors, written.left_out | dict.fromkeys(rotations, _NO_OFT))
+        return TranslatedModules(written.tensors, written.left_out | without_form)
     names = "" if family is None or target == "diffusers" else family.always_underscored
     if target == "other" and family is not None and family.underscored:
         names = "aliases"

@@ -30,7 +30,7 @@ from downloads.naming import (
 )
 from modules.command import did_you_mean
 from modules.errors import OptionError, UserError
-from modules.options import read_options
+from modules.options import facts_of, read_options
 from modules.output_files import ask_on_terminal, has_terminal
 from modules.parser import add_options
 from modules.speed_options import take_ae
@@ -41,6 +41,7 @@ from training.image_options import ImageModelOptions
 from training.options import training_parser
 
 T = TypeVar("T")
+DTYPE_OPTIONS = ("dit_dtype", "vae_dtype", "text_encoder_dtype")
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class ModelFacts:
     learns_sounds: bool  # it also learns sounds without clips
     regularises: bool  # it also learns regularisation pictures, of the class
     learns_alpha: bool  # it learns the transparency of pictures
+    # options for the dtype of a network, by the kind of the script that takes them, as `options_record` does
+    dtypes: Mapping[str, Sequence[str]]
     few_steps: FewSteps | None  # what to train instead, or with; None: it was not distilled to few steps
     contradiction: str | None  # how the name of its file contradicts the task
     family: Any  # the record, of a run that caches latents
@@ -92,10 +95,20 @@ def ask_family(model: ModelSet, files: Mapping[str, str] = MappingProxyType({}))
         learns_sounds="sound_alone" in model.data,
         regularises=bool(model.data.get("regularises")),
         learns_alpha=_learns_alpha(family),
+        dtypes=_dtype_options(model),
         few_steps=_few_steps(family, model, dits),
         contradiction=_contradiction(family, model, dits),
         family=family,
     )
+
+
+def _dtype_options(model: ModelSet) -> dict[str, list[str]]:
+    """Return the options for the dtypes of networks that the scripts of a model take, by kind of script."""
+    entry = with_scripts()[script_family(shlex.split(model.commands["latents"]))]
+    return {
+        kind: [name for name in DTYPE_OPTIONS if name in facts_of(entry.options_record(kind))]
+        for kind in ("LatentCaching", "TextCaching", "Training")
+    }
 
 
 def _learns_alpha(family: Any) -> bool:
@@ -399,6 +412,16 @@ def _read_tasks(text: str, tasks: Sequence[ModelSet]) -> list[ModelSet]:
     near = [model for model in near if not has_other_number(text, model.task)]
     if len(near) == 1:
         return near
+    script = _training_script(tasks[0])
+    alike = [model for model in find_models() if _training_script(model) == script]
+    others = [model for model in alike if is_task_spelling(text, model.task)]
+    if others:
+        families = dict.fromkeys(model.family for model in others)
+        names = [model.task for model in tasks]
+        raise OptionError(
+            f"--task {text} is one of --family {' or '.join(families)}; {tasks[0].family} has "
+            f"{', '.join(names)}"
+        )
     names = [model.task for model in tasks]
     hint = did_you_mean(text, names)
     if near:
@@ -410,6 +433,10 @@ def _read_tasks(text: str, tasks: Sequence[ModelSet]) -> list[ModelSet]:
 def _plain_task_names(model: ModelSet) -> set[str]:
     """Return the plain spellings of a task: its own, and that of its training script."""
     return {plain_name(model.task), plain_name(_training_task(model))}
+
+
+def _training_script(model: ModelSet) -> str:
+    return next(word for word in shlex.split(model.commands["train"]) if word.endswith(".py"))
 
 
 def _training_task(model: ModelSet) -> str:

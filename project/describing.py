@@ -14,25 +14,26 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
-from checkpoints.opening import checkpoint_paths
 from contract.requests import COUNTS, VALUES
-from downloads.catalogue import Component, ModelSet
+from downloads.catalogue import ModelSet
 from modules.control_codes import drop_control_codes
+from modules.devices import emulates_bfloat16
 from modules.errors import OptionError
 from modules.media.lengths import USUAL_LENGTHS, ClipLengths
 from modules.media.reading import first_frame, video_frames
 from modules.media.writing import write_png
-from modules.option_values import as_shape, to_path
+from modules.option_values import as_shape
 from modules.output_files import is_windows_device
-from modules.paths import explain_missing, path_from, without_quotes
+from modules.paths import path_from
 from modules.text_files import real_path
 from project.choosing import ModelFacts
 from project.fitting import FP8, is_small, weight_options
 from project.media import CHECK_PAGE, FolderContent, Media, is_narrow, reference_of, why_unread
-from project.options import RUN_FILE, NewOptions, find_models, times_of_steps
+from project.options import RUN_FILE, NewOptions, times_of_steps
 from training.config_options import OTHERS_TABLE, toml_value
 
 USUAL_SIDE, SIDE_STEP = 256, 64  # shortest side of pictures, and what sides are multiples of, in subsets
+FLOAT32 = "float32"
 SMALL = 16  # GiB: below, text encoders have 8 bits
 LARGE = 40  # GiB: from here on, clips are twice as long
 MOST_SAMPLED = 480 * 320  # pixels of a frame of a sample: samples are made often
@@ -65,6 +66,8 @@ class Choice:
     size: tuple[int, int]  # width, height
     frames: int  # of a clip; 1: pictures only
     files: dict[str, str]  # of the model, by option
+    held: Mapping[str, str]  # option of a network that a named file has -> that file
+    kept: Sequence[str]  # options of files that are not downloaded: named ones, and those inside
     trigger: str | None
 
     @property
@@ -82,6 +85,16 @@ class Choice:
     @property
     def is_of_sound(self) -> bool:
         return self.media[0].kind == "audio"
+
+    @property
+    def has_small_encoders(self) -> bool:
+        """Return whether text encoders in 8 bits are taken."""
+        return 0 < self.memory < SMALL
+
+    @property
+    def needs_float32(self) -> bool:
+        """Return whether the run is one of a CPU that computes bfloat16 many times slower than float32."""
+        return not self.memory and emulates_bfloat16()
 
     def inside(self, path: Path) -> str:
         return Path(path_from(self.folder, real_path(path))).as_posix()
@@ -181,52 +194,6 @@ def is_too_short(item: Media, model: ModelSet) -> bool:
 
 def count_frames(clip: Media, model: ModelSet) -> int:
     return int((clip.seconds or 0) * model.data["fps"])
-
-
-def typed_files(options: NewOptions) -> dict[str, str]:
-    """Return the paths that --model_file gives, as typed, by option.
-
-    Raises OptionError if there are two for one option.
-    """
-    texts: dict[str, str] = {}
-    for typed in options.model_files:
-        name, _, text = typed.partition("=")
-        text = without_quotes(text.strip())
-        if texts.get(name, text) != text:
-            raise OptionError(f"--model_file {name}: {texts[name]} and {text} are given. Give one of them")
-        texts[name] = text
-    return texts
-
-
-def name_files(options: NewOptions, model: ModelSet) -> dict[str, str]:
-    """Return the path of each file of the model by its option.
-
-    Raises OptionError if a file is given for an unknown option, or does not exist.
-    """
-    parts = {part.option.lstrip("-"): part for part in model.components if part.option}
-    files = {name: options.models / part.path for name, part in parts.items()}
-    for name, text in typed_files(options).items():
-        if name not in files or not text:
-            typed = f"{name}={text}" if text else name
-            raise OptionError(f"--model_file {typed}: give NAME=PATH with one of {', '.join(files)} as NAME")
-        files[name] = _require_typed_file(name, text, parts[name])
-    # links are not followed: in the hub's cache the name that says what a file is belongs to the link
-    return {name: path.absolute().as_posix() for name, path in files.items()}
-
-
-def _require_typed_file(name: str, text: str, part: Component) -> Path:
-    """Return the path that --model_file gives. Raises OptionError if there is no such file."""
-    path = to_path(f"--model_file {name}", text)
-    if not path.exists():
-        raise OptionError(
-            f"--model_file {name}={text}: there is no such file.{explain_missing(path)} Correct the path, or "
-            "leave it out to take the file that tools/download.py brings"
-        )
-    names = {Path(file.name).name for file in part.files}
-    is_of_part = any((path / file).is_file() for file in names)  # such as a tokenizer, which has no weights
-    if path.is_dir() and not is_of_part and not any(path.glob("*/*.safetensors")):
-        checkpoint_paths(path)  # raises if no file of it is the one
-    return path
 
 
 def describe_dataset(choice: Choice) -> str:
@@ -455,11 +422,16 @@ def list_commands(choice: Choice) -> list[list[str]]:
     paths = {f"{{{name}}}": path for name, path in choice.files.items()}
     latents = [paths.get(word, word) for word in _words_of(choice, "latents")]
     texts = [paths.get(word, word) for word in _words_of(choice, "texts")]
+    if choice.needs_float32:
+        latents += [word for name in choice.facts.dtypes["LatentCaching"] for word in (f"--{name}", FLOAT32)]
+        texts += [word for name in choice.facts.dtypes["TextCaching"] for word in (f"--{name}", FLOAT32)]
     if choice.facts.few_steps is not None:  # so that each recommended target finds what it needs
         texts += [word for target in choice.facts.few_steps.targets for word in shlex.split(target.caching)]
     download = ["python", "tools/download.py", "--family", model.family, "--task", model.task]
-    if model not in find_models():
+    if choice.has_small_encoders:
         download.append("--fp8_encoders")
+    if choice.kept:
+        download += ["--without", *choice.kept]
     download += ["--to", str(real_path(choice.options.models))]
     script = next(word for word in shlex.split(model.commands["train"]) if word.endswith(".py"))
     return [
@@ -523,6 +495,9 @@ def _model_values(choice: Choice) -> dict[str, Any]:
             values.pop(word.lstrip("-"), None)
         if values["optimizer_type"] == "adamw8bit":
             values["optimizer_type"] = "adamw"
+    if choice.needs_float32:
+        values["mixed_precision"] = "no"
+        values |= dict.fromkeys(choice.facts.dtypes["Training"], FLOAT32)
     trained = {word.strip("{}") for word in shlex.split(choice.model.commands["train"])}
     return values | {name: path for name, path in choice.files.items() if name not in trained}
 

@@ -7,7 +7,8 @@ nothing.
 import sys
 from collections.abc import Sequence
 
-from modules.errors import UserError
+from contract.families import identify
+from modules.errors import CheckpointError, UserError
 from project.choosing import check_model_files
 from project.options import find_models
 
@@ -19,6 +20,10 @@ def main(words: Sequence[str]) -> int:
         if (model.family, model.task) == (family, task):
             try:
                 check_model_files(model, {option: path})
+            except CheckpointError as error:
+                hint = None if error.path is None else identify(error.path)
+                sys.stdout.write("\n".join(filter(None, (str(error), hint))))
+                return 1
             except UserError as error:
                 sys.stdout.write(str(error))
                 return 1

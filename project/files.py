@@ -31,6 +31,7 @@ from project.choosing import (
 from project.fitting import describe_fit, find_memory, needs_picture
 from project.known import remember_folder
 from project.media import WRITTEN, FolderContent, Media, collect_content, name_some
+from project.model_files import find_inside, name_files, typed_files, without_files
 from project.options import (
     CAPTION_MODEL,
     CAPTION_MODEL_SIZE,
@@ -116,10 +117,13 @@ def _gather_choice(options: NewOptions, model_choice: ModelChoice, memory: float
     model = model_choice.model
     if 0 < memory < describing.SMALL:
         model = _with_small_encoders(model)
-    files = describing.name_files(options, model)
+    typed = typed_files(options)
+    inside = find_inside(model, typed)
+    if inside:
+        model = without_files(model, inside)
+    files = name_files(options, model)
     facts = ask_family(model, files)
-    named_files = {name: files[name] for name in describing.typed_files(options)}
-    check_model_files(model, named_files)
+    check_model_files(model, {name: files[name] for name in typed})
     content = _collect_content(options, model, facts)
     return describing.Choice(
         options=options,
@@ -130,6 +134,8 @@ def _gather_choice(options: NewOptions, model_choice: ModelChoice, memory: float
         size=describing.choose_size(model, content.media),
         frames=describing.choose_frames(model, content.media, memory),
         files=files,
+        held=inside,
+        kept=[*typed, *inside],
         trigger=model_choice.trigger,
     )
 
@@ -231,6 +237,13 @@ def _describe_choice(choice: describing.Choice, remarks: list[str]) -> list[str]
     if reason:
         lines.append(f"{choice.size[0]}x{choice.size[1]}: {reason}")
     lines.append(_describe_model(choice))
+    for name, holder in choice.held.items():
+        lines.append(f"--{name}: the one inside {holder}. --model_file {name}=FILE takes another")
+    if choice.needs_float32:
+        lines.append(
+            "This processor computes bfloat16 many times slower than float32, so all is in float32, "
+            "which needs twice the memory. On a card, describe the folder again with --memory GIB --overwrite"
+        )
     if choice.facts.contradiction:
         lines.append(choice.facts.contradiction)
     few_steps = choice.facts.few_steps

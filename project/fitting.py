@@ -17,7 +17,7 @@ FP8 = {"--fp8_base", "--fp8_scaled"}
 
 def needs_picture(model: ModelSet) -> bool:
     """Return whether the model's command to generate edits a picture."""
-    return "--control_image_path" in shlex.split(model.commands["generate"])
+    return "--control_image_path" in model.commands["generate"].split()
 
 
 def transformer_bytes(model: ModelSet) -> int:

@@ -18,11 +18,13 @@ from dataset.options import CachingOptions
 from dataset.scripts import cache_family_latents
 from dataset.sources.media_source import Fault
 from downloads.listing import gigabytes, print_lines, total_bytes
+from downloads.options import leave_out
 from modules import installation
 from modules.command import INTERRUPTED, as_typed, message_of
 from modules.control_codes import shorten
 from modules.errors import OptionError
 from modules.option_values import option_words
+from modules.options import in_one_spelling
 from modules.output_files import check_output_name
 from modules.paths import expand_path, path_from
 from modules.run_limits import OF_TRAINING, describe_outside, limit_run, refuse_outside
@@ -303,7 +305,7 @@ def _parse_project(folder: Path, tables: Mapping[str, Any], typed: Mapping[str, 
     if values.get("logging_dir"):
         logs = expand_path(str(values["logging_dir"]), folder)
     files = [str(file) for file in project_table["files"]]
-    model = _model_metadata(values)
+    model = _model_metadata(values, commands)
     seed = int(values.get("validation_seed", values.get("seed", 0)))
     validation = float(values.get("validation_split", 0)), seed
     steps = None
@@ -325,10 +327,15 @@ def _parse_project(folder: Path, tables: Mapping[str, Any], typed: Mapping[str, 
     )
 
 
-def _model_metadata(values: Mapping[str, Any]) -> dict[str, str]:
+def _model_metadata(values: Mapping[str, Any], commands: Sequence[Sequence[str]]) -> dict[str, str]:
     """Return the metadata of trained files that say which model options of a training name."""
     names = ("network_module", "task", "model_version", "ltx_mode")
-    return {f"ss_{name}": str(values[name]) for name in names if name in values}
+    chosen = {name: str(values[name]) for name in names if name in values}
+    for words in commands:
+        with contextlib.suppress(KeyError, IndexError):
+            record = with_scripts()[script_family(words)].options_record("Training")
+            chosen = in_one_spelling(record, chosen)
+    return {f"ss_{name}": value for name, value in chosen.items()}
 
 
 def _report_trained(project: Project, options: RunOptions) -> bool:
@@ -386,7 +393,14 @@ def _download_size(words: Sequence[str]) -> str:
     typed = _typed_values(words)
     for model in find_models("--fp8_encoders" in words):
         if (model.family, model.task) == (typed.get("--family"), typed.get("--task")):
-            return f" ({gigabytes(total_bytes(model.components))} for the whole model)"
+            behind = itertools.dropwhile(lambda word: word != "--without", words)
+            names = itertools.takewhile(
+                lambda word: not word.startswith("--"), itertools.islice(behind, 1, None)
+            )
+            left_out = list(names)
+            parts = leave_out(model, left_out).components
+            what = "without the files that you have" if left_out else "for the whole model"
+            return f" ({gigabytes(total_bytes(parts))} {what})"
     return ""
 
 

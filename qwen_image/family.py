@@ -2,7 +2,7 @@
 
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -86,6 +86,8 @@ class QwenImage(ModelOfPictures):
     @property
     def cache_tag(self) -> str:
         return self.version.cache_tag
+
+    to_edit: ClassVar = "for edits, give --model_version edit-2511 or another one of edits; else remove them"
 
     @property
     def called(self) -> str:

@@ -12,6 +12,7 @@ from modules.options import (
     HABIT,
     NO_PIXELS,
     OF_DECODING,
+    OF_REFERENCES,
     Options,
     not_needed,
     of_request,
@@ -106,12 +107,13 @@ class QwenImageReferenceOptions(Options, title="pictures to edit"):
         "resize the pictures to about a megapixel in their own shape, as the model was trained (for the text "
         "encoder smaller, from edit-2509 on); default: their own size, cut to multiples of 16",
         excludes="resize_control_to_image_size",
+        facts=OF_REFERENCES,
     )
     resize_control_to_image_size: bool = option(
-        "resize the pictures to the size of the result, and crop them"
+        "resize the pictures to the size of the result, and crop them", facts=OF_REFERENCES
     )
     append_original_name: bool = option(
-        "add the name of the first picture to that of the result", facts=NO_PIXELS
+        "add the name of the first picture to that of the result", facts={**NO_PIXELS, **OF_REFERENCES}
     )
     mask_path: str | None = option(
         "a picture that is white where the first one is changed; the rest of it stays as it is. That picture "
@@ -126,6 +128,7 @@ class QwenImageReferenceOptions(Options, title="pictures to edit"):
         above=0,
         below=math.inf,
         hint="such as 0.05",
+        facts=OF_REFERENCES,
     )
     rcm_relative_threshold: bool = option(
         "count --rcm_threshold in shares of the largest difference of the step; 0.1 to 0.5 is then usual",

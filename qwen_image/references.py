@@ -99,8 +99,6 @@ def add_pictures(prepared: Prepared, options: QwenImageReferenceOptions) -> Prep
             )
         check_mask(to_path(f"--{MASK}", mask), bool(paths))
     if not paths:
-        if options is not AS_TRAINED:  # nobody typed those of a training
-            _warn_of_unused(options)
         return prepared
     target = (prepared.width, prepared.height) if options.resize_control_to_image_size else None
     if mask is not None or rcm:
@@ -123,19 +121,6 @@ def check_equal_size(option: str, path: Path, size: Size, prepared: Prepared) ->
             f"{prepared.width} x {prepared.height}: they must be equal. Give --image_size {height} "
             f"{width}, or --resize_control_to_image_size"
         )
-
-
-def _warn_of_unused(options: QwenImageReferenceOptions) -> None:
-    """Warn of options that have no effect without a picture to edit."""
-    switches = {
-        "resize_control_to_official_size": options.resize_control_to_official_size,
-        "resize_control_to_image_size": options.resize_control_to_image_size,
-        "append_original_name": options.append_original_name,
-        "rcm_threshold": options.rcm_threshold is not None,
-    }
-    unused = ", ".join(f"--{name}" for name, is_typed in switches.items() if is_typed)
-    if unused:
-        logger.warning("%s: ignored, as there is no picture to edit (--control_image_path)", unused)
 
 
 def check_mask(path: Path, has_picture: bool) -> None:

@@ -6,7 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from modules.option_values import FillIn
-from modules.options import FREE, OF_DECODING, OF_REQUEST, Options, not_needed, of_request, option
+from modules.options import (
+    FREE,
+    OF_DECODING,
+    OF_REFERENCES,
+    OF_REQUEST,
+    Options,
+    not_needed,
+    of_request,
+    option,
+)
 from modules.speed_options import TextEncoderOptions, VaeOptions, dit_dtype_option, fp8_text_option
 from qwen_image.options import MASK
 
@@ -74,11 +83,13 @@ class QwenImage21ReferenceOptions(Options, title="pictures to edit"):
 
     resize_control_to_image_size: bool = option(
         "resize the pictures to the size of the result, and crop them; default: to about a megapixel in "
-        "their own shape, as the model was trained"
+        "their own shape, as the model was trained",
+        facts=OF_REFERENCES,
     )
     resize_control_to_official_size: bool = option(
         "resize the pictures to about a megapixel, which is the default",
         excludes="resize_control_to_image_size",
+        facts=OF_REFERENCES,
     )
     mask_path: Path | None = option(
         "a picture that is white where the first one is changed; the rest of it stays as it is. That picture "

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from checkpoints.kinds import kind_of
 from checkpoints.opening import open_checkpoint
-from modules.command import as_typed
+from contract.families import describe_scripts
 from modules.errors import CheckpointError, OptionError
 from stable_diffusion.contract import SD1, SD2, SDXL, ModelKind
 from stable_diffusion.options import ModelOptions
@@ -114,9 +114,8 @@ def identify(path: Path) -> str | None:
             what = None if kind is None or other_model is not None else f"{kind.words} checkpoint"
     except (CheckpointError, OSError):
         return None
-    is_xl = kind is SDXL
-    command = as_typed(["python", f"{'sdxl' if is_xl else 'sd'}_generate_image.py", "--ckpt", str(path)])
-    return None if what is None else f"it is a {what}: {command}"
+    family = "sdxl" if kind is SDXL else "sd1"
+    return None if what is None else f"it is a {what}. {describe_scripts(family)}"
 
 
 def _kind_of(names: Iterable[str]) -> ModelKind | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from modules.errors import OptionError
 from modules.options import Options, option
-from networks.options import lora_rounding_option, multipliers_for
+from networks.use_options import lora_rounding_option, multipliers_for
 
 # of known scripts, for files that say themselves what they are; our own modules are read in the same way
 KNOWN_MODULES = (

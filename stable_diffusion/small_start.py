@@ -251,6 +251,14 @@ def begin_small(
             f"latents of {sizes[0][1]} x {sizes[0][0]}. Give a smaller one, such as 3"
         )
     first = size_at(full, gradual.gradual_latent_ratio)
+    if first == full and gradual.gradual_latent_ratio < NEARLY:
+        logger.warning(
+            "--gradual_latent_timesteps (--glt) does nothing to %d x %d pixels: it begins with multiples of "
+            "%d pixels. Give larger --W and --H, or a smaller --gradual_latent_ratio",
+            full[1] * STRIDE,
+            full[0] * STRIDE,
+            STEP * STRIDE,
+        )
     last = sizes[-1] if sizes else first
     if last != full:
         logger.warning(

@@ -151,9 +151,7 @@ class TowerEncoder:
         with self.files.opened() as release:
             plan = release.texts[self._number]
             layer = self._layer_of(plan)
-            words = tokenizers.find_tokenizers(
-                self.files.tokenizer_cache_dir, self.files.path, [text.is_open_clip for text in release.texts]
-            )[self._number]
+            words = self.files.tokenizers[self._number]
             check_vocabulary(words, plan.network.config.vocabulary, self.files.path)
             network = self.files.load_text(plan, device)
         pad = OPEN_CLIP_PAD if plan.is_open_clip else words.end

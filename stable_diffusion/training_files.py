@@ -22,6 +22,7 @@ from checkpoints.model_files import require_file
 from checkpoints.opening import fingerprint, open_checkpoint
 from contract.family import DitSpec, NumberedBlocks
 from contract.loading import Placement
+from encoders.clip_l import ClipWords
 from encoders.clip_layers import ClipText, check_activation
 from encoders.tiles import sample_posterior
 from modules.devices import dtype_name
@@ -35,6 +36,7 @@ from stable_diffusion.files import Marks, read_marks
 from stable_diffusion.names import unet_blocks, unet_samplers
 from stable_diffusion.options import ModelOptions
 from stable_diffusion.text_checkpoints import TextPlan
+from stable_diffusion.tokenizers import find_tokenizers
 from stable_diffusion.training_options import CKPT
 
 TRAINED_BY = {
@@ -215,6 +217,13 @@ class TrainingFiles:
         return DiffusersVae(vae)
 
     # texts
+
+    @cached_property
+    def tokenizers(self) -> list[ClipWords]:
+        """Return the tokenizer of each text encoder, read once. Raises as `find_tokenizers`."""
+        with self.opened() as release:
+            are_open_clip = [text.is_open_clip for text in release.texts]
+        return find_tokenizers(self.tokenizer_cache_dir, self.path, are_open_clip)
 
     def load_text(self, plan: TextPlan, device: torch.device) -> ClipText:
         """Load a text encoder of an open checkpoint."""

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.option_values import FillIn
-from modules.options import FREE, HABIT, IDENTITY, Options, not_needed, option
+from modules.options import FREE, HABIT, IDENTITY, OF_SAMPLES, Options, not_needed, option
 from stable_diffusion.sampling_options import SAMPLERS
 
 CKPT = "--pretrained_model_name_or_path"
@@ -108,7 +108,10 @@ class StableDiffusionTrainingOptions(Options, title="Stable Diffusion"):
         "train the last timestep on noise alone; for models that predict v", facts=HABIT
     )
     sample_sampler: str = option(
-        "how samples are made, as gen_img.py --sampler", default=USUAL_SAMPLER, choices=SAMPLERS, facts=FREE
+        "how samples are made, as gen_img.py --sampler",
+        default=USUAL_SAMPLER,
+        choices=SAMPLERS,
+        facts={**FREE, **OF_SAMPLES},
     )
     varied_noise: VariedNoiseOptions = option(facts=HABIT)
     loss_weights: LossWeightOptions = option(facts=HABIT)

@@ -43,12 +43,17 @@ def open_page(place: Path | str, width: int = 1280, height: int = 900, **look: s
 def open_tabs(url: str, count: int, script: Path) -> Iterator[list[Any]]:
     """Yield as many tabs of one browser, each with this address open and `problems` as of `open_page`.
 
+    Each is in a window of its own: one behind another would be drawn once a second, and clicks wait for that.
     script: runs in each page before its own scripts. Dialogs are left to the caller.
     """
     context = _start().new_context(viewport={"width": 1280, "height": 900})
     context.add_init_script(path=script)
     try:
-        tabs = [context.new_page() for _ in range(count)]
+        tabs = [context.new_page()]
+        for _ in range(count - 1):
+            with tabs[0].expect_popup() as popup:
+                tabs[0].evaluate("void open('about:blank', '', 'popup,noopener,width=1280,height=900')")
+            tabs.append(popup.value)
         for page in tabs:
             _note_problems(page, url)
             page.goto(url)

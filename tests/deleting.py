@@ -1,4 +1,5 @@
-"""Delete a feature of training in a copy of the tree: what is left has to work as before.
+"""Delete a feature of training, or a kind of network, in a copy of the tree: what is left has to work as
+before.
 
 python -m tests.deleting skip
 """
@@ -10,10 +11,19 @@ import sys
 import tempfile
 from pathlib import Path
 
+from networks.kinds import KINDS
+from networks.kinds.lora import LORA
 from training.features import FEATURES
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("training", "project", "browser")  # that may import a feature
+# what can be deleted -> the folder with its file and the list
+FOLDERS = {feature.name: "training/features" for feature in FEATURES}
+FOLDERS |= {kind.name.lower().replace("-", ""): "networks/kinds" for kind in KINDS if kind is not LORA}
+# rooms that may import what is in a folder
+ROOMS = {
+    "training/features": ("training", "project", "browser"),
+    "networks/kinds": ("networks", "generation", "stable_diffusion", "training", "project", "browser"),
+}
 # imports every module of some rooms
 IMPORT_ALL = """
 import importlib, sys
@@ -48,30 +58,34 @@ def copy_tree(target: Path) -> None:
             shutil.copyfile(source, target / name)
 
 
-def delete_feature(tree: Path, name: str) -> list[str]:
-    """Delete the files of a feature, and its lines in the list. Returns the names of the deleted files."""
-    folder = tree / "training" / "features"
+def delete_from(tree: Path, name: str) -> list[str]:
+    """Delete the files of a feature or kind, and its lines in the list. Returns the names of the files."""
+    folder = tree / FOLDERS[name]
+    room = FOLDERS[name].replace("/", r"\.")
     paths = [folder / f"{name}.py", *folder.glob(f"{name}_*.py")]
     for path in paths:
         path.unlink()
     listing = folder / "__init__.py"
     lines = listing.read_text(encoding="utf-8").splitlines(keepends=True)
-    named = re.compile(rf"from training\.features\.{name} |{name}: |    {name.upper()},$")
+    named = re.compile(rf"from {room}\.{name} |{name}(_\w+)?: |    {name.upper()},$")
     kept = [line for line in lines if not named.match(line)]
     listing.write_text("".join(kept), encoding="utf-8", newline="\n")
     return [path.name for path in paths]
 
 
-def find_faults(tree: Path) -> list[str]:
-    """Import all modules in a tree, ask each training script for its help; return what fails."""
+def find_faults(tree: Path, folder: str) -> list[str]:
+    """Import all modules in a tree, ask each script that trains or uses networks for its help; return what
+    fails. folder: in which something was deleted.
+    """
     names = [
         path.relative_to(tree).with_suffix("").as_posix().replace("/", ".")
-        for room in ROOMS
+        for room in ROOMS[folder]
         for path in sorted((tree / room).rglob("*.py"))
         if path.name != "__init__.py"
     ]
     commands = [[sys.executable, "-c", IMPORT_ALL, *names]]
-    commands += [[sys.executable, path.name, "--help"] for path in sorted(tree.glob("*train*.py"))]
+    scripts = {*tree.glob("*train*.py"), *tree.glob("*lora*.py"), *tree.glob("*_generate_*.py")}
+    commands += [[sys.executable, path.name, "--help"] for path in sorted(scripts)]
     faults = []
     for command in commands:
         done = subprocess.run(command, cwd=tree, capture_output=True, text=True, encoding="utf-8")
@@ -90,19 +104,18 @@ def train_in(tree: Path, folder: Path) -> str:
 
 
 def check_deletion(name: str, folder: Path) -> list[str]:
-    """Delete a feature in a copy below `folder`; return what does not work there as here."""
+    """Delete a feature or kind in a copy below `folder`; return what does not work there as here."""
     tree = folder / "tree"
     copy_tree(tree)
-    delete_feature(tree, name)
-    faults = find_faults(tree)
+    delete_from(tree, name)
+    faults = find_faults(tree, FOLDERS[name])
     if not faults and train_in(tree, folder / "without") != train_in(ROOT, folder / "with"):
         faults.append("a plain training gives another LoRA")
     return faults
 
 
 if __name__ == "__main__":
-    known = [feature.name for feature in FEATURES]
-    if len(sys.argv) != 2 or sys.argv[1] not in known:
-        sys.exit(f"Give one of: {' '.join(known)}")
+    if len(sys.argv) != 2 or sys.argv[1] not in FOLDERS:
+        sys.exit(f"Give one of: {' '.join(FOLDERS)}")
     with tempfile.TemporaryDirectory() as temporary:
         sys.exit("\n".join(check_deletion(sys.argv[1], Path(temporary))) or 0)

@@ -27,11 +27,21 @@ TEXTS = ("--sample_prompts", "prompts.txt", "--sample_at_first")
 NETWORK = ("--network_module", "networks.lora", "--network_weights", LORA)
 HIGHRES = ("--highres_fix_scale", "0.5", "--W", "64", "--H", "64")
 SHRUNK = ("--ds_depth_1", "1", "--W", "64", "--H", "64")
-GRADUAL = ("--gradual_latent_timesteps", "900", "--W", "64", "--H", "64", "--steps", "6")
+GRADUAL = ("--gradual_latent_timesteps", "900", "--W", "128", "--H", "128", "--steps", "6")
 GRADUAL += ("--sampler", "euler_a")
 H3_GUIDED = ("--h3_guidance_loss_scale", "3")
-H3_FOCUSED = ("--h3_timestep_focus_prob", "1", "--h3_timestep_focus_min", "0.1")
+H3_FOCUSED = ("--h3_timestep_focus_prob", "0.5", "--h3_timestep_focus_min", "0.1")
 H3_FOCUSED += ("--h3_timestep_focus_max", "0.9")
+H3_MATCHED = ("--h3_teacher_matching",)
+H3_REFERENCE = ("--dit", "model/minimax_h3_ref2va_bf16.safetensors", "--reference_image", "start.png")
+H3_REFERENCE += ("--reference_image_short_edge", "32")
+H3_VIDEO = (*H3_REFERENCE[:2], "--reference_video", "clips/clip 0.mkv", "--reference_video_short_edge", "32")
+UNSIZED = ("--sample_prompts", "unsized.txt", "--sample_at_first", "--height", "32", "--width", "32")
+UNSIZED += ("--sample_num_frames", "9")
+SPATIOTEMPORAL = ("--stg_scale", "2")
+SOUND = "ltx_2 with sound"
+APG = ("--guidance_scale", "5")
+BY_LINE = ("--from_file", "long.txt")
 STRETCHED = ("--shifted_logit_mode", "stretched")
 
 SETTINGS: dict[str, Setting] = {
@@ -174,7 +184,7 @@ SETTINGS: dict[str, Setting] = {
     "plan": Setting(("24",)),
     "dit_dtype": Setting(("bfloat16",)),
     "rope_func": Setting(also=()),
-    "huggingface_repo_id": Setting(("owner/name",)),
+    "huggingface_repo_id": Setting(("owner/name",), shows="not uploaded to owner/name"),
     # generation
     "video_size": Setting(("48", "32")),
     "video_length": Setting(("9",)),
@@ -187,7 +197,7 @@ SETTINGS: dict[str, Setting] = {
     "i2i_path": Setting(("start.png",), also=("--video_length", "1")),
     "from_latent": Setting(("junk.bin",)),
     "v2v_denoise": Setting(("0.9",), also=("--video_path", "clips/clip 0.mp4")),
-    "v2v_noise_mode": Setting(also=("--denoise_strength", "0.9", "--video_path", "clips/clip 0.mp4")),
+    "v2v_noise_mode": Setting(also=("--denoise_strength", "0.7", "--video_path", "clips/clip 0.mp4")),
     "v2v_pad_mode": Setting(also=("--video_path", "clips/clip 0.mp4", "--video_length", "17")),
     "v2v_extra_noise": Setting(also=("--video_path", "clips/clip 0.mp4")),
     "i2_extra_noise": Setting(also=("--i2i_path", "start.png", "--video_length", "1")),
@@ -265,7 +275,7 @@ SETTINGS: dict[str, Setting] = {
     "sample_sampler": Setting(("heun",), also=PROMPTS),
     "texts.max_token_length": Setting(("150",)),
     "training.max_token_length": Setting(("150",), also=TEXTS),
-    "training.clip_skip": Setting(("2",), also=TEXTS),
+    "training.clip_skip": Setting(("2",), also=(*TEXTS, "--skip_cache_check")),
     "sample_solver": Setting(("heun",)),
     "max_embeddings_multiples": Setting(("2",), also=("--prompt", "a cat " * 60)),
     "image_path": Setting(("start.png",)),
@@ -274,6 +284,7 @@ SETTINGS: dict[str, Setting] = {
     "gen_img.mask_path": Setting(("mask.png",), also=("--image_path", "start.png")),
     "guide_image_path": Setting(("start.png",)),
     "gen_img.from_file": Setting(("lines.txt",)),
+    "gen_img.max_embeddings_multiples": Setting(("2",), also=BY_LINE),
     "gen_img.strength": Setting(also=("--image_path", "start.png")),
     "images_per_prompt": Setting(("2",)),
     "n_iter": Setting(("2",)),
@@ -294,7 +305,8 @@ SETTINGS: dict[str, Setting] = {
     "gen_img.network_weights": Setting(NETWORK),
     "gen_img.network_mul": Setting(("0.5",), also=NETWORK),
     "gen_img.network_args": Setting(("word=1",), also=NETWORK),
-    "network_show_meta": Setting(also=NETWORK),
+    "network_show_meta": Setting(also=NETWORK, shows="says of itself"),
+    "clip_guidance_scale": Setting(("1", "--clip_guidance_model", "empty")),
     "network_merge": Setting(also=NETWORK),
     "network_merge_n_models": Setting(("1",), also=NETWORK),
     "network_pre_calc": Setting(also=NETWORK),
@@ -309,7 +321,9 @@ SETTINGS: dict[str, Setting] = {
     "ds_depth_2": Setting(("0",), also=SHRUNK),
     "ds_timesteps_2": Setting(("900",), also=(*SHRUNK, "--ds_depth_2", "0")),
     "ds_ratio": Setting(("0.25",), also=SHRUNK),
-    "gradual_latent_timesteps": Setting(("750",), also=("--W", "64", "--H", "64", "--sampler", "euler_a")),
+    "gradual_latent_timesteps": Setting(
+        ("750",), also=("--W", "128", "--H", "128", "--sampler", "euler_a", "--steps", "6")
+    ),
     "gradual_latent_ratio": Setting(("0.75",), also=GRADUAL),
     "gradual_latent_ratio_step": Setting(("0.5",), also=GRADUAL),
     "gradual_latent_every_n_steps": Setting(("1",), also=GRADUAL),
@@ -320,20 +334,52 @@ SETTINGS: dict[str, Setting] = {
     "h3_guidance_loss_scale": Setting(("3",)),
     "h3_guidance_loss_scale_audio": Setting(("5",), also=H3_GUIDED),
     "h3_guidance_loss_sigma_min": Setting(("0.9",), also=H3_GUIDED),
-    "h3_timestep_focus_prob": Setting(("1",)),
+    "h3_timestep_focus_prob": Setting(("0.5",)),
+    "h3_qkv_layout": Setting(("interleaved",)),
+    "h3_visual_cond_clean": Setting(("0.5",)),
+    "text_encoder_quantization": Setting(("int8",)),
+    "training.text_encoder_quantization": Setting(("int8",), also=PROMPTS),
+    "h3_audio_cond_clean": Setting(("0.5",)),
+    **dict.fromkeys(
+        (
+            "h3_teacher_conditions",
+            "h3_teacher_condition_sigma_max",
+            "h3_teacher_loss_dc_weight",
+            "h3_teacher_loss_mag_weight",
+            "h3_teacher_preservation_weight",
+        ),
+        Setting(also=H3_MATCHED),
+    ),
+    "h3_allow_experimental_sample_duration": Setting(also=PROMPTS),
+    "texts.teacher_conditions": Setting(("ref",)),
+    "minimax_h3_cache_latents.py.task": Setting(("t2va",)),
+    "minimax_h3_cache_text_encoder_outputs.py.task": Setting(("fl2va", "--teacher_conditions", "first,last")),
+    "minimax_h3_generate_video.py.reference_image": Setting((*H3_REFERENCE[3:], *H3_REFERENCE[:2])),
+    "minimax_h3_generate_video.py.reference_video": Setting((*H3_VIDEO[3:], *H3_REFERENCE[:2])),
+    "minimax_h3_generate_video.py.reference_image_short_edge": Setting(("64",), also=H3_REFERENCE),
+    "minimax_h3_generate_video.py.reference_video_short_edge": Setting(("64",), also=H3_VIDEO),
     "h3_timestep_focus_min": Setting(("0.4",), also=H3_FOCUSED),
     "h3_timestep_focus_max": Setting(("0.2",), also=H3_FOCUSED),
     "h3_shift_video": Setting(("5",)),
     "max_validation_items": Setting(("1",), also=VALIDATION),
     "h3_fp8_quantization_mode": Setting(also=("--fp8_base", "--fp8_scaled")),
-    "ref": Setting(("start.png",)),
+    "ref": Setting((*H3_REFERENCE[3:], *H3_REFERENCE[:2])),
     "reference_image": Setting(("start.png",)),
     "keyframe": Setting(("0:start.png",)),
     "duration": Setting(("0.9",)),
     # LTX-2
     "ltx_mode": Setting(("av",)),
     "generation.stg_mode": Setting(("audio",)),
-    "first_frame_probability": Setting(("1",)),
+    "ltx2_first_frame_conditioning_p": Setting(("1",)),
+    "ltx_version_check_mode": Setting(("error",), also=("--ltx_version", "2.0")),
+    "ltx2_checkpoint": Setting(family=SOUND),
+    "ltx2_train_network.py.video_loss_weight": Setting(("5",), family=SOUND),
+    "ltx2_train_network.py.audio_loss_weight": Setting(("5",), family=SOUND),
+    "ic_lora_ref_probability": Setting(("0",)),
+    "sample_audio_only": Setting(),
+    "ltx2_generate_video.py.sample_disable_audio": Setting(family=SOUND),
+    "ltx2_generate_video.py.reference_image": Setting(("mask.png",)),
+    "generation.discrete_flow_shift": Setting(("7",)),
     "shifted_logit_eps": Setting(("0.4",), also=STRETCHED),
     "shifted_logit_uniform_prob": Setting(("0.9",), also=STRETCHED),
     "shifted_logit_shift": Setting(("3",)),
@@ -345,16 +391,60 @@ SETTINGS: dict[str, Setting] = {
             **dict.fromkeys(("video_modality_scale", "audio_modality_scale"), ("2",)),
             **dict.fromkeys(("rescale_scale", "video_rescale_scale", "audio_rescale_scale"), ("0.9",)),
             "stg_blocks": ("1",),
-            "stg_mode": ("video",),
-            "sample_disable_audio": None,
-            "height": ("64",),
-            "width": ("64",),
-            "sample_num_frames": ("9",),
+            "gemma_root": ("empty",),
+            "gemma_safetensors": ("junk.bin",),
+            "ltx2_text_encoder_checkpoint": ("junk.bin",),
         }.items()
     },
+    "training.sample_disable_audio": Setting(also=PROMPTS, family=SOUND),
+    "training.stg_mode": Setting(("audio",), also=(*PROMPTS, *SPATIOTEMPORAL)),
+    "training.height": Setting(("64",), also=UNSIZED),
+    "training.width": Setting(("64",), also=UNSIZED),
+    "training.sample_num_frames": Setting(("17",), also=UNSIZED),
     **dict.fromkeys(("reference_image", "reference_video"), Setting(("start.png",))),
     "drive_video": Setting(("clips/clip 0.mp4",)),
     "frame_count": Setting(("17",)),
+    # other families
+    "hv_generate_video.py.v2v_pad_mode": Setting(
+        ("end", "--video_length", "17"), also=("--video_path", "clips/clip 0.mp4")
+    ),
+    "hv_generate_video.py.riflex_index": Setting(("1",)),
+    "hv_generate_video.py.scheduler": Setting(("dpm++",)),
+    "exclude_single_blocks": Setting(also=GIVEN_LORA),
+    "te_multiplier": Setting(("2", "1")),
+    "training.latent_window_size": Setting(also=PROMPTS),
+    "fpack_generate_video.py.image_path": Setting(("mask.png",)),
+    "training.no_resize_control": Setting(also=PROMPTS),
+    "texts.model_version": Setting(("dev",)),
+    "hunyuan_image_train_network.py.attn_mode": Setting(("xformers",)),
+    "hunyuan_image_generate_image.py.video_size": Setting(("64", "64")),
+    "qwen_image_21_generate_image.py.video_size": Setting(("64", "64")),
+    "apg_start_step_general": Setting(("0",), also=APG),
+    "apg_start_step_ocr": Setting(("0",), also=(*APG, "--prompt", 'a sign "hi"')),
+    "guidance_rescale_apg": Setting(("1",), also=(*APG, "--apg_start_step_general", "0")),
+    "cfg_trunc_ratio": Setting(("0.1",)),
+    **{
+        f"{script}.{name}": Setting(family=family)
+        for script, family, names in (
+            ("qwen_image_cache_latents.py", "qwen_image edit-2511", ("model_version",)),
+            ("qwen_image_train_network.py", "qwen_image edit-2511", ("model_version", "edit", "edit_plus")),
+            ("qwen_image_generate_image.py", "qwen_image edit-2511", ("model_version", "edit", "edit_plus")),
+            (
+                "qwen_image_cache_text_encoder_outputs.py",
+                "qwen_image edit-2511",
+                ("model_version", "edit", "edit_plus"),
+            ),
+            ("krea2_cache_latents.py", "krea2 edit", ("match_target_res",)),
+            ("krea2_train_network.py", "krea2 edit", ("edit", "kv_cache", "match_target_res")),
+            ("krea2_generate_image.py", "krea2 edit", ("kv_cache", "match_target_res")),
+            (
+                "qwen_image_21_generate_image.py",
+                "qwen_image_21 edit",
+                ("resize_control_to_image_size", "resize_control_to_official_size"),
+            ),
+        )
+        for name in names
+    },
     # the whole transformer
     "trainable_modules": Setting(("attn",)),
 }

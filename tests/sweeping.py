@@ -41,7 +41,7 @@ _TIMES = re.compile(r"\d{8}-\d{6}|\d{4}-\d\d-\d\d[ T_-]\d\d[:_-]?\d\d[:_-]?\d\d|
 # parts of files that repeat the command, or say when they were made
 _REPEATING = (".reelsmith_commands.json@", "history.jsonl@", ".started.", ".commands", ".seconds")
 _REPEATING += ("@modelspec.date", "@ss_training_started_at", "@ss_training_finished_at", "@ss_session_id")
-_REPEATING += ("@sshs_model_hash", "@sshs_legacy_hash", "@modelspec.hash_sha256")
+_REPEATING += ("creation_timestamp", "@sshs_model_hash", "@sshs_legacy_hash", "@modelspec.hash_sha256")
 _SAID = {"memory", "message", "doing", "level"}  # in lines of a history that repeat the log
 
 
@@ -149,9 +149,9 @@ def write_project(family: TinyFamily, folder: Path, kind: str) -> None:
     (project / "end.py").write_text("open('ended', 'w').close()\n", encoding="utf-8")
     (project / "options.toml").write_text("network_alpha = 2\n", encoding="utf-8")
     (project / "slider.toml").write_text(SLIDER, encoding="utf-8")
-    (project / "cat.txt").write_text("a (cat:1.3) --n dull\n", encoding="utf-8")
-    (project / "lines.txt").write_text("a dog --d 3\n", encoding="utf-8")
     (project / "many.txt").write_text("".join(f"{number} dogs\n" for number in range(9)), encoding="utf-8")
+    for name, line in LINES.items():
+        (project / name).write_text(f"{line}\n", encoding="utf-8")
     write_png(project / "mask.png", np.pad(np.full((32, 16, 3), 255, np.uint8), ((0, 0), (0, 16), (0, 0))))
     models = [path for path in (project / "model").rglob("*.safetensors") if "dit" in path.name]
     if models:
@@ -160,6 +160,13 @@ def write_project(family: TinyFamily, folder: Path, kind: str) -> None:
     project.rename(folder / CLEAN)
 
 
+# files of one prompt line
+LINES = {
+    "cat.txt": "a (cat:1.3) --n dull",
+    "lines.txt": "a dog --d 3",
+    "long.txt": "a cat " * 60,
+    "unsized.txt": "a cat --d 7 --s 2",
+}
 # kinds of scripts
 LATENTS, TEXTS, TRAINING, GENERATION = "latents", "texts", "training", "generation"
 WHOLE, PICTURES = "whole training", "gen_img"
@@ -307,6 +314,7 @@ class Setting:
     value: Words | None = None  # its words
     also: Words = ()  # further options of both commands
     shows: str = ""  # what the option has the script say
+    family: str = ""  # the name of the tiny family that it is tried with; "": the first that has it
 
 
 def vary(words: Words, action: argparse.Action, facts: Facts, setting: Setting) -> Variation:
@@ -340,7 +348,7 @@ def other_value(action: argparse.Action, facts: Facts, given: Words | None) -> W
     old = given or _words(action.default)
     count = action.nargs if isinstance(action.nargs, int) else 1
     if action.choices is not None:
-        others = [str(one) for one in action.choices if (str(one),) != old and str(one) not in ("auto",)]
+        others = sorted(map(str, action.choices), key=lambda one: (one in old, one == "auto"))
         return (others[0],) * count
     place = facts.get("place")
     if place in ("folder",):

@@ -175,7 +175,11 @@ def test_every_layout_gives_the_same_weights_and_dimensions(tmp_path: Path, name
 
     assert read_once(path, kind.checkpoints.read_dit_header).config == kind.config
     torch.testing.assert_close(dict(loaded), state, rtol=0, atol=0)
-    assert families.identify(path) == kind.said
+    said, _, scripts = str(families.identify(path)).partition(". Its scripts are ")
+    assert said == kind.said
+    assert "_train" in scripts
+    assert "_generate_" in scripts
+    assert "--family" in scripts
 
 
 FP8_FILES = {

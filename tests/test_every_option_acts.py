@@ -6,10 +6,10 @@ the option, a new line names it, or the command is refused with its name. All ot
 becomes shorter.
 
 An option is the same in two scripts of a kind (caching of latents or texts, training of networks or whole
-models, generation, `gen_img.py`) if its name and help are equal. Each is tried with the first family that has
-it, in the order of `SWEPT`: Wan, which has most of those of video, and FLUX.1, which has those of picture
-trainers, come first; the others add their own. By default a tenth of the options of these two is tried, the
-same ones each time; all of them are slow.
+models, generation, `gen_img.py`) if its name and help are equal. Each is tried with the family that its
+setting names, else with the first that has it, in the order of `SWEPT`: Wan, which has most of those of
+video, and FLUX.1, which has those of picture trainers, come first; the others add their own. By default a
+tenth of the options of these two is tried, the same ones each time; all of them are slow.
 """
 
 import functools
@@ -74,6 +74,7 @@ GEN_IMG += ("--outdir", "videos")
 KNOWN: dict[str, dict[str, str]] = tomllib.loads(
     (Path(__file__).parent / "data" / "acts.toml").read_text(encoding="utf-8")
 )
+LISTED = {METADATA: "metadata", SILENT: "silent", FAILS: "fails"}  # verdicts that need an entry -> its table
 SEED, SHARE = 4, 10  # of the options that are tried by default: one of so many
 
 
@@ -94,17 +95,30 @@ def command_of(family: TinyFamily, kind: str) -> tuple[str, ...]:
 
 @functools.cache
 def new_options() -> dict[tuple[str, str], list[str]]:
-    """The options that each family is the first to have in its script of a kind."""
+    """The options that each family is to be tried with in its script of a kind."""
+    owners: dict[tuple[str, str, str | None], str] = {}
     seen: set[tuple[str, str, str | None]] = set()
     new: dict[tuple[str, str], list[str]] = {}
     for name in SWEPT:
         for kind in KINDS:
             command = command_of(BY_NAME[name], kind)
-            actions = options_of(command[0]) if command else []
             loop = TRAINING if kind == WHOLE else kind
-            new[name, kind] = [one.dest for one in actions if (loop, one.dest, one.help) not in seen]
-            seen |= {(loop, one.dest, one.help) for one in actions}
+            own = {
+                (loop, one.dest, one.help): one.dest for one in (options_of(command[0]) if command else [])
+            }
+            for key, dest in own.items():
+                owners.setdefault(key, tried_with(name, kind, dest))
+            tried = [key for key in own if owners[key] == name and key not in seen]
+            new[name, kind] = [own[key] for key in tried]
+            seen.update(tried)
     return new
+
+
+def tried_with(name: str, kind: str, dest: str) -> str:
+    """The family that an option is tried with in place of another one of the same script."""
+    script = command_of(BY_NAME[name], kind)[0]
+    other = setting_of(script, kind, dest).family
+    return other if other and command_of(BY_NAME[other], kind)[0] == script else name
 
 
 def sweep(name: str, kind: str, chosen: list[str], folder: Path) -> list[str]:
@@ -122,8 +136,7 @@ def sweep(name: str, kind: str, chosen: list[str], folder: Path) -> list[str]:
         entry = next(
             (key for key in (f"{script}.{action.dest}", f"{kind}.{action.dest}") if is_known(key)), ""
         )
-        expected = KNOWN["metadata"] if verdict == METADATA else KNOWN["silent"] if verdict == SILENT else {}
-        if verdict in {FAILS, METADATA, SILENT} and entry not in expected:
+        if verdict in LISTED and entry not in KNOWN[LISTED[verdict]]:
             wrong.append(f"{script} --{action.dest}: {verdict} {shown}")
         elif entry and verdict in {ACTS, SAYS, REFUSES}:
             wrong.append(
@@ -170,3 +183,4 @@ def test_each_entry_is_of_an_option() -> None:
     }
 
     assert {key for entries in KNOWN.values() for key in entries} <= named | scripts
+    assert {key.rpartition(".")[2] for key in SETTINGS} <= {key.rpartition(".")[2] for key in named}

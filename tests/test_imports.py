@@ -154,6 +154,10 @@ _LIGHT = {
     "frame_pack": ("options",),
     "generation": ("prompt_lines",),
     "networks": (
+        *(
+            f"kinds/{name}"
+            for name in ("composing", "contract", "dora", "loha", "lokr", "lora", "oft", "tlora")
+        ),
         "multipliers",
         "teacher_options",
         "names/layouts",
@@ -165,12 +169,14 @@ _LIGHT = {
         "contract",
         "ema",
         "guided",
+        "ip_noise",
         "mask_prior",
         "on_end",
         "output_preservation",
         "skip",
         "slider",
         "tread",
+        "uploads",
     ),
 }
 LIGHT_FILES = {f"{room}/{name}.py" for room, names in _LIGHT.items() for name in names}

@@ -32,7 +32,7 @@ run_end: start a command when a run is over
 run_options: options of data, length, samples, logs, processes
 samples: samples while training, by the loops of generation
 saver: save files with metadata and states; restore a state
-saving/: models and states on disk and on the hub
+saving/: models and states on disk
 scripts: make the training scripts of a family
 steps: which micro-batches form which optimizer step
 summary: boxes of a run: plan and result

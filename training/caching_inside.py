@@ -48,6 +48,7 @@ from modules.errors import DatasetError, OptionError
 from modules.media.buckets import Size
 from modules.media.reading import image_size
 from modules.seeds import derive_seed
+from networks.kinds.composing import list_kinds
 from networks.own_kinds import OWN_MODULES
 from training.data.feed import BatchSources
 from training.data.live import LiveTexts
@@ -409,10 +410,10 @@ def _learning(
     options.parts.text_rates(len(able), options.optimizer.learning_rate)  # too many are refused here
     name = options.network.network_module or family.lora_module
     known_module = OWN_MODULES.get(name)
-    if able and known_module is not None and known_module.kind == "OFT":
+    if able and known_module is not None and not known_module.kind.is_for_texts:
         raise OptionError(
-            f"--network_module {name} has no part for text encoders: add {UNET_ONLY}, or use a LoRA, LoHa or "
-            "LoKr"
+            f"--network_module {name} has no part for text encoders: add {UNET_ONLY}, or use a "
+            f"{list_kinds(lambda kind: kind.network_module and kind.is_for_texts)}"
         )
     switches = _switches(family, options)
     learning = [encoder for encoder in able if switches.get(encoder.lora_prefix, True)]

@@ -17,13 +17,14 @@ from dataset.table import DatasetTable
 from modules.atomic_write import check_space
 from modules.console import quiet
 from modules.errors import CheckpointError, OptionError
-from modules.options import argument_of, is_given, option_name, option_values
+from modules.options import argument_of, is_given, option_name, option_values, options_with
 from modules.speed_options import TRAINING_FLAGS
 from networks.adapter import check_network
-from networks.deltas import OFT
 from networks.formats import LoraFormat, choose_format
+from networks.kinds.composing import RANKED_NETWORKS, ROTATING, kind_of_files
+from networks.kinds.contract import named
 from networks.lora_settings import REG_RATES, read_rates
-from networks.options import OFT_MODULE, NetworkOptions
+from networks.options import NetworkOptions
 from networks.own_kinds import OWN_MODULES
 from networks.own_modules import smallest_lora_bytes
 from networks.teacher_options import BASE, OTHER_DIT, TeacherOptions
@@ -31,12 +32,12 @@ from running.offload.swap_plan import check_swap
 from training.data.live import LiveTexts
 from training.data.table_times import list_replaced
 from training.experts import TRAINING_ADAPTER, check_experts, network_for, read_adapter, read_use
-from training.features.composing import check_model, check_texts, idle_reasons
+from training.features.composing import check_model, check_texts
 from training.learning_options import FIND_RATE, PartsOptions
 from training.noise_options import NOTHING, WEIGHTS_OF_LOSS
 from training.optimizers.lr_schedule import make_lr_schedule
 from training.optimizers.optimizer import check_rates, make_optimizer
-from training.options import RANKED_NETWORKS, TrainingOptions
+from training.options import TrainingOptions
 from training.other_families import NO_OTHERS, OtherFamilies, require_equal_shapes
 from training.run_options import MOST_STEPS
 
@@ -109,13 +110,13 @@ def _check_samples(family: Family, options: TrainingOptions) -> None:
             read_requests(family, samples.sample_prompts)
         if not samples.sample_lora:
             return
-        from networks.added import refuse_dora  # only with LoRA files
+        from networks.added import refuse_magnitudes  # only with LoRA files
         from networks.apply import check_loras_fit
 
         for expert, file in zip_longest(family.experts, family.dit_files):
             uses = [read_use(path, expert, strength) for path, strength in samples.loras()]
             for use in uses:
-                refuse_dora(use.lora, "--sample_lora")
+                refuse_magnitudes(use.lora, "--sample_lora")
             if uses and file is not None:
                 check_loras_fit(file, uses, family.file_beside(file))
 
@@ -188,9 +189,9 @@ def check_networks(family: Family, options: TrainingOptions) -> None:
                 uses.append(LoraUse(continued))
             adapter = read_adapter(options, expert, family.experts)
             if adapter is not None:
-                from networks.added import refuse_dora  # only with an adapter
+                from networks.added import refuse_magnitudes  # only with an adapter
 
-                refuse_dora(adapter.lora, TRAINING_ADAPTER)
+                refuse_magnitudes(adapter.lora, TRAINING_ADAPTER)
                 uses.append(adapter)
             if uses and file is not None:
                 from networks.apply import check_loras_fit  # only with LoRA files
@@ -199,16 +200,23 @@ def check_networks(family: Family, options: TrainingOptions) -> None:
 
 
 def _check_kind(lora: "LoraFile", network: NetworkOptions) -> None:
-    """Raise OptionError if a file of --network_weights is an OFT and the network none, or the reverse."""
-    is_oft = any(name.endswith(OFT) for name in lora.tensors)
-    if is_oft == network.is_oft:
+    """Raise OptionError if a file of --network_weights rotates inputs and the network does not, or the
+    reverse.
+    """
+    in_file = kind_of_files(lora.tensors, ROTATING)
+    trained = network.kind if network.kind in ROTATING else None
+    if in_file is trained:
         return
     name = f"--network_weights {network.network_weights}"
-    if is_oft:
-        raise OptionError(f"{name} is an OFT: it is trained on with --network_module {OFT_MODULE}. Give that")
+    if in_file is not None:
+        raise OptionError(
+            f"{name} is {named(in_file)}: it is trained on with --network_module {in_file.network_module}. "
+            "Give that"
+        )
+    assert trained is not None
     raise OptionError(
-        f"{name} is no OFT, so that --network_module {OFT_MODULE} cannot train it on. Leave the module out, "
-        "or give the one that made the file"
+        f"{name} is no {trained.name}, so that --network_module {trained.network_module} cannot train it on. "
+        "Leave the module out, or give the one that made the file"
     )
 
 
@@ -298,14 +306,14 @@ def _check_teacher_loras(model: Family, options: TrainingOptions) -> None:
     """Raise CheckpointError if a file of --teacher_lora is no LoRA, or none for the model that teaches."""
     if not options.teacher.loras():
         return
-    from networks.added import refuse_dora  # only with LoRA files
+    from networks.added import refuse_magnitudes  # only with LoRA files
     from networks.apply import check_loras_fit
 
     (expert,) = model.experts
     with quiet():  # all warnings come again when they are added
         uses = [read_use(path, expert, multiplier) for path, multiplier in options.teacher.loras()]
         for use in uses:
-            refuse_dora(use.lora, "--teacher_lora")
+            refuse_magnitudes(use.lora, "--teacher_lora")
         if model.dit_files:
             file = model.dit_files[0]
             check_loras_fit(file, uses, model.file_beside(file))
@@ -350,12 +358,14 @@ def list_unused_options(
     takes_guidance: bool,
     shifts_table: bool,
     tables: Sequence[DatasetTable] = (),
+    family_options: Any = None,
 ) -> list[str]:
     """Return one line for each given option that has no effect together with the others.
 
     Most options declare this with `acts_if`; this adds those that depend on the model or on several records.
     takes_guidance: the model has an input for embedded guidance. shifts_table: see
-    `NoiseSpec.table_is_shifted`. tables: of the dataset, whose keys may replace options.
+    `NoiseSpec.table_is_shifted`. tables: of the dataset, whose keys may replace options. family_options: the
+    record of the model's own options.
     """
     shifts_table = shifts_table and options.timesteps.drawn_by[0] == "sigma"
     reasons = list_replaced(options.timesteps, tables, validates_between=options.is_for_images)
@@ -366,13 +376,21 @@ def list_unused_options(
             reasons["guidance_scale"] = "this model has no input for embedded guidance"
     if _replaces_rate(options.parts):
         reasons["learning_rate"] = "--unet_lr and --text_encoder_lr replace it"
-    if not options.samples.are_made:
-        reasons |= dict.fromkeys(("sample_lora", "preview_latent_every"), "no samples are made")
-    reasons |= idle_reasons(options)
+    reasons |= _without_samples(options, options)
     lines = [*_list_idle_weighting(options), *_list_idle(options, reasons, options.typed_options)]
+    if is_dataclass(family_options):
+        lines += _list_idle(family_options, _without_samples(options, family_options), options.typed_options)
     values = option_values(options.speed.attention)
     flags = [flag for flag in TRAINING_FLAGS.values() if values[flag.removeprefix("--")]]
     return [*lines, *(f"{flag} has no effect: {flags[0]} comes first." for flag in flags[1:])]
+
+
+def _without_samples(options: TrainingOptions, record: Any) -> dict[str, str]:
+    """Return the options of a record that act on samples alone, with the reason, in a run that makes none."""
+    if options.samples.are_made:
+        return {}
+    reason = "no samples are made, as --sample_prompts is not given"
+    return dict.fromkeys(options_with(type(record), "acts_on", "samples"), reason)
 
 
 def _replaces_rate(parts: PartsOptions | None) -> bool:

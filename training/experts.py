@@ -21,10 +21,12 @@ from modules.errors import OptionError
 from modules.options import option_values
 from modules.speed_options import Quantisation
 from networks.adapter import OWN_NETWORKS
+from networks.kinds.contract import named
 from networks.names.layouts import EXPERT_VALUES, FOR_BOTH, TRAINED_EXPERT
-from networks.options import NetworkOptions, require_loras
+from networks.options import NetworkOptions
 from networks.own_kinds import OWN_MODULES
 from networks.teacher_options import OTHER_DIT
+from networks.use_options import require_loras
 from running import dressing
 from running.offload.swap_plan import HostWeights
 from running.offload.turns import HostCopy
@@ -152,9 +154,10 @@ def check_experts(family: Family, options: TrainingOptions) -> None:
                 "to take ranks and alphas of the second network from"
             )
     elif network is not None and len(experts) > 1 and network.decomposes:
+        kind = next(kind for kind in network.variants if kind.magnitudes)
         raise OptionError(
-            "--network_args dora_wd=True: a DoRA learns the norms of a transformer's weights, so that two "
-            f"transformers cannot share one. {OWN_NETWORKS}"
+            f"--network_args {kind.switch}=True: {named(kind)} learns the norms of a transformer's weights, "
+            f"so that two transformers cannot share one. {OWN_NETWORKS}"
         )
 
 

@@ -14,6 +14,7 @@ from modules.limits import MAX_EXAMPLE_CHARACTERS
 from modules.option_values import FillIn, missing_words, option_words
 from modules.options import STARTS, option_values, options_with
 from modules.speed_options import say_for_generation
+from networks.kinds.contract import NetworkKind
 from networks.module_names import read_family
 from networks.names.layouts import KNOWN, TRAINED_ON
 from networks.options import NetworkOptions
@@ -28,18 +29,8 @@ if TYPE_CHECKING:  # it is loaded only if there are prompts
     from training.samples import Sampler
 
 RESUMING = {"resume", "resume_from_huggingface", "resume_changed", "max_train_steps", "max_train_epochs"}
-BAKED_RANK = 64  # of a plain LoRA made of a DoRA, which has full rank
-DORA_ELSEWHERE = (
-    "A DoRA acts as trained here and in diffusers. ComfyUI takes it 3 to 24 % differently, unless "
-    "convert_lora.py --target other --dit MODEL wrote it. musubi-tuner and sd-scripts leave its magnitudes "
-    "out: they need a plain LoRA."
-)
-OFT_ELSEWHERE = (
-    "PEFT reads an OFT as it is (convert_lora.py --target diffusers). ComfyUI and the known tuners do not: "
-    "they need a plain LoRA, which keeps only a part of the change."
-)
+BAKED_RANK = 64  # of a plain LoRA made of a network of full rank
 COMFYUI_TOOL = "ComfyUI"
-FACTORED = ("networks.loha", "networks.lokr")  # which ComfyUI reads, but not the tools of `converted_for`
 STARTING = {"initial_step", "initial_epoch"}
 # options that make a sample; the values keep their names, except two
 SCALES = ("guidance_scale", f"guidance_scale_{HIGH_NOISE}")
@@ -53,13 +44,13 @@ def describe_elsewhere(network: NetworkOptions | None) -> str | None:
     """Return what other programs do with a file of this kind of network; None if they read it as it is."""
     if network is None:
         return None
-    if network.decomposes:
-        return DORA_ELSEWHERE
-    if network.is_tlora:
-        from networks.rank_masks import ELSEWHERE  # only with a T-LoRA
+    return next((kind.elsewhere for kind in network.kinds if kind.elsewhere), None)
 
-        return ELSEWHERE
-    return OFT_ELSEWHERE if network.is_oft else None
+
+def _plain_kind(network: NetworkOptions | None) -> NetworkKind | None:
+    """Return the kind of a network of which other programs need plain LoRAs; None if they do not."""
+    kinds = [] if network is None else network.kinds
+    return next((kind for kind in kinds if kind.plain_title), None)
 
 
 @dataclass(frozen=True)
@@ -112,7 +103,7 @@ class NextSteps:
                 generate = replace(generate, note=f"{generate.note} {file.name} is not saved yet.".lstrip())
             commands.append(generate)
         network = self.options.network
-        if network is not None and (network.decomposes or network.is_oft or self._needs_conversion(network)):
+        if network is not None and (_plain_kind(network) or self._needs_conversion(network)):
             files = self.names.files(self.names.stem_of(file)).values()
             commands += [self._convert(path) for path in files]
         return [*commands, _command("This run, as it was started", self._words())]
@@ -123,26 +114,23 @@ class NextSteps:
         has_known_names = lora_format is None or lora_format.name == KNOWN
         if not self.converted_for or has_known_names:
             return bool(self.converted_for)
-        # which ComfyUI alone reads under its names
-        return network.network_module in FACTORED and self.converted_for != COMFYUI_TOOL
+        # under its names
+        return network.kind.is_for_comfyui_alone and self.converted_for != COMFYUI_TOOL
 
     def _convert(self, file: Path) -> PageCommand:
-        """Return the command that converts a file for other tools; a DoRA becomes a plain LoRA."""
+        """Return the command that converts a file for other tools; some kinds become plain LoRAs."""
         network = self.options.network
         ending = self.converted_for.lower()
         ending = ending if ending.isalpha() else "converted"
         title = f"Convert the LoRA for {self.converted_for}"
         note = ""
         words = ["--target", "other" if self.converted_for else "default"]
-        if network is not None and network.decomposes:
-            title, ending, note = "Make a plain LoRA of the DoRA", "plain", DORA_ELSEWHERE
-            words += ["--bake", str(BAKED_RANK), "--dit", self._dit_of(file)]
-        elif network is not None and network.is_oft:
-            title, ending, note = "Make a plain LoRA of the OFT", "plain", OFT_ELSEWHERE
+        plain_kind = _plain_kind(network)
+        if plain_kind is not None:
+            title, ending, note = plain_kind.plain_title, "plain", plain_kind.elsewhere
             words += ["--bake", str(BAKED_RANK), "--dit", self._dit_of(file)]
         elif network is not None and self.converted_for != COMFYUI_TOOL:
-            is_factored = network.network_module in FACTORED
-            words += ["--bake", str(BAKED_RANK)] if is_factored else []
+            words += ["--bake", str(BAKED_RANK)] if network.kind.is_for_comfyui_alone else []
         output = file.with_name(f"{file.stem}_{ending}.safetensors")
         files = ["--input", str(file), "--output", str(output)]
         return _command(title, ["python", "convert_lora.py", *files, *words], note)

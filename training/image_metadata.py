@@ -32,8 +32,6 @@ def image_values(plan: TrainingPlan, parts: PartsOptions, prediction: Prediction
     tables = _tables_with_items(plan.config.datasets, items)
     tags = count_tags(items)
     values: dict[str, Any] = {
-        "ip_noise_gamma": options.noise.ip_noise_gamma,
-        "ip_noise_gamma_random_strength": options.noise.ip_noise_gamma_random_strength,
         "fp8_base_unet": options.speed.fp8.fp8_base,  # text encoders have an option of their own
         "unet_lr": options.optimizer.learning_rate if parts.unet_lr is None else parts.unet_lr,
         "text_encoder_lr": _text_rates_as_known(parts),

@@ -163,8 +163,12 @@ def _translate(args: argparse.Namespace) -> None:
                     "is given too: give one of them"
                 )
             args.optimizer_type = optimizer
+    names = dict(typed_names(args))
     for other_name, name in SWITCHES.items():
-        setattr(args, name, getattr(args, name) or getattr(args, other_name))
+        if getattr(args, other_name) and not getattr(args, name):
+            setattr(args, name, True)
+            names[f"--{name}"] = f"--{other_name}"
+    args.typed_names = names
     args.fp8_base = args.fp8_base or args.fp8_scaled
     if args.caption_extention is not None:
         usual = SubsetOptions.usual().caption_extension

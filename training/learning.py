@@ -192,7 +192,7 @@ def make_run(
     clock = MinuteClock(minutes) if is_main and minutes is not None else None
     return TrainingRun(
         model=model,
-        feed=_make_feed(plan),
+        feed=_make_feed(model),
         rule=rule,
         validation=validation,
         sampler=sampler,
@@ -246,8 +246,9 @@ def _choose_teaching(model: TrainedModel) -> Callable[[TrainingPasses, NoisyBatc
     return functools.partial(teach, model.teacher)
 
 
-def _make_feed(plan: TrainingPlan) -> Feed:
+def _make_feed(model: TrainedModel) -> Feed:
     """Return what prepares the micro-batches of this process."""
+    plan = model.plan
     options, family, accelerator = plan.options, plan.family, plan.accelerator
     randomness = Randomness(
         options.timesteps,
@@ -255,7 +256,7 @@ def _make_feed(plan: TrainingPlan) -> Feed:
         noise=family.noise,
         latent=family.latent,
         experts=tuple(family.experts),
-        perturbation=options.noise,
+        on_noise=tuple(model.hooks.on_noise),
         weighted_by=options.weighted_by,
         sound=family.sound_learning if hears_sound(family) else None,
         teacher_band=options.teacher.band,

@@ -23,8 +23,8 @@ from modules.options import (
     unsupported,
 )
 from networks.names.layouts import COMFYUI, DIFFUSERS, KNOWN
-from networks.options import multipliers_for
 from networks.teacher_options import BASE, OTHER_DIT
+from networks.use_options import multipliers_for
 
 logger = logging.getLogger(__name__)
 

@@ -43,7 +43,9 @@ def continued_sizes(model: TrainedModel, part: str) -> dict[str, str]:
         return {}
     ranks, alphas = model.trainable.sizes(part)
     rank = network.rank
-    if not starts and (network.is_oft or (rank in ranks and (network.network_alpha or rank) in alphas)):
+    if not starts and (
+        not network.kind.has_alpha or (rank in ranks and (network.network_alpha or rank) in alphas)
+    ):
         return {}
     sizes: dict[str, list[int] | list[float]] = {"ss_network_dim": ranks, "ss_network_alpha": alphas}
     return {
@@ -94,7 +96,7 @@ def run_metadata(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[
 
 
 def _alpha_in_words(network: NetworkOptions) -> str | float | None:
-    if network.is_oft:
+    if not network.kind.has_alpha:
         return None
     return "Dynamic" if network.dim_from_weights else network.network_alpha
 
@@ -107,8 +109,6 @@ def _optional_values(plan: TrainingPlan) -> dict[str, Any]:
         values |= {f"ss_{name}": value for name, value in asdict(options.loss).items()}
     if options.parts is not None and options.prediction is not None:
         values |= image_values(plan, options.parts, options.prediction)
-    elif options.noise.ip_noise_gamma:
-        values |= {f"ss_{name}": value for name, value in asdict(options.noise).items()}
     if options.timesteps.timestep_focus is not None:
         values["ss_timestep_focus"] = options.timesteps.timestep_focus
         values["ss_timestep_focus_range"] = " ".join(map(str, options.timesteps.timestep_focus_range))

@@ -180,24 +180,6 @@ class TimestepOptions(Options, title="timesteps and loss weights"):
         return NUM_TIMESTEPS if self.max_timestep is None else self.max_timestep
 
 
-class NoiseOptions(Options, title="noise"):
-    """Additions to the noise in the latents, which the model does not have to predict."""
-
-    ip_noise_gamma: float | None = option(
-        "input perturbation: this share of further noise is mixed in, which the model does not have to "
-        "predict; 0.1 is usual (arXiv 2301.11706)",
-        least=0,
-        most=10,
-        hint="0.1 is usual",
-    )
-    ip_noise_gamma_random_strength: bool = option(
-        "draw the share for each sample, from 0 to --ip_noise_gamma", needs="ip_noise_gamma"
-    )
-
-
-PLAIN_NOISE = NoiseOptions.usual()
-
-
 RAW, ADDITIVE, SIGMA_SCALED = "raw", "additive", "sigma_scaled"
 PREDICTIONS = (RAW, ADDITIVE, SIGMA_SCALED)
 # by what --weighting_scheme weights the loss: the timestep as a whole number, the exact share of noise

@@ -28,6 +28,7 @@ from modules.options import (
 from modules.parser import Parser, add_options, refuse_unsupported, typed_names
 from modules.run_limits import is_limited
 from modules.speed_options import TrainingSpeedOptions
+from networks.kinds.composing import RANKED_NETWORKS
 from networks.options import NOTHING_FROZEN, FrozenModelOptions, NetworkOptions
 from networks.preference_options import NO_PREFERENCE, PreferenceOptions
 from networks.teacher_options import NO_TEACHER, TeacherOptions
@@ -44,8 +45,16 @@ from training.features.composing import (
     refuse_combinations,
     typed_targets,
 )
-from training.features.contract import AT_LOGS, AT_LOSS, AT_NETWORK, AT_WEIGHTS, T
-from training.saving.options import HubOptions, MetadataOptions, SavingOptions
+from training.features.contract import (
+    AT_LOGS,
+    AT_LOSS,
+    AT_METADATA,
+    AT_NETWORK,
+    AT_NOISE,
+    AT_WEIGHTS,
+    T,
+)
+from training.saving.options import MetadataOptions, SavingOptions
 
 logger = logging.getLogger(__name__)
 
@@ -53,19 +62,21 @@ R = TypeVar("R", bound=Options)
 
 # near the width of the largest models, where a LoRA is larger than the weights that it changes
 MOST_RANK = 4096
-# names of the networks whose size grows with the rank begin so; LoKr's whole matrix has a huge one
-RANKED_NETWORKS = ("networks.lora", "networks.loha")
 
 if TYPE_CHECKING:  # records of what the list of features has
     OptionsAtNetwork = Options
+    OptionsAtNoise = Options
     OptionsAtLoss = Options
     OptionsAtWeights = Options
     OptionsAtLogs = Options
+    OptionsAtMetadata = Options
 else:
     OptionsAtNetwork = options_at(AT_NETWORK)
+    OptionsAtNoise = options_at(AT_NOISE)
     OptionsAtLoss = options_at(AT_LOSS)
     OptionsAtWeights = options_at(AT_WEIGHTS)
     OptionsAtLogs = options_at(AT_LOGS)
+    OptionsAtMetadata = options_at(AT_METADATA)
 
 NOT_AT_NETWORK = OptionsAtNetwork.usual()  # where there is no network
 
@@ -85,7 +96,7 @@ class TrainingOptions(Options):
     optimizer: learning_options.OptimizerOptions
     lr_schedule: learning_options.LrScheduleOptions = option(facts=HABIT)
     timesteps: noise_options.TimestepOptions = option(facts=HABIT)
-    noise: noise_options.NoiseOptions = option(facts=HABIT)
+    at_noise: OptionsAtNoise  # of features
     loss: noise_options.LossOptions = option(facts=HABIT)
     at_loss: OptionsAtLoss  # of features
     # None: the output is the velocity
@@ -99,7 +110,7 @@ class TrainingOptions(Options):
     logs: run_options.LogOptions = option(facts=FREE)
     at_logs: OptionsAtLogs  # of features
     metadata: MetadataOptions = option(facts=FREE)
-    hub: HubOptions = option(facts=FREE)
+    at_metadata: OptionsAtMetadata  # of features
     speed: TrainingSpeedOptions
     # None: the script's models have one transformer
     experts: learning_options.ExpertTrainingOptions | None = option(facts=FREE)
@@ -107,7 +118,8 @@ class TrainingOptions(Options):
     parts: learning_options.PartsOptions | None
     start: run_options.StartOptions | None = option(facts=FREE)
     subset: SubsetOptions | None = option(facts=FREE)  # the resulting tables are compared instead
-    typed_names: Mapping[str, str] = option(default={}, facts=FREE)  # no option: see `name_as_typed`
+    # no option: see `name_as_typed`
+    typed_names: Mapping[str, str] = option(default={}, facts={**FREE, **OF_TYPING})
     # no option: arguments of those that are typed, with their usual values too
     typed_options: frozenset[str] = option(default=frozenset(), facts={**FREE, **OF_TYPING})
     caching: CachingInRunOptions | None = option(facts=FREE)
@@ -127,19 +139,21 @@ class TrainingOptions(Options):
             return
         if self.subset is None or not self.subset.replaces_toml:
             require(self.loop.dataset_config, "--dataset_config", "a TOML file that describes the data sets")
-        if self.hub.resume_from_huggingface:
-            require(
-                self.saving.resume,
-                "--resume",
-                "--resume_from_huggingface resumes from owner/repo/path[:revision[:type]]",
-            )
         if not self.only_shows:
             _ = self.saving.place  # raises OptionError
 
     def of(self, kind: type[T]) -> T:
         """Return the options of a feature."""
         at_network = NOT_AT_NETWORK if self.network is None else self.network.at_network
-        return find_record((at_network, self.at_loss, self.at_weights, self.at_logs), kind)
+        records = (
+            at_network,
+            self.at_noise,
+            self.at_loss,
+            self.at_weights,
+            self.at_logs,
+            self.at_metadata,
+        )
+        return find_record(records, kind)
 
     @property
     def only_shows(self) -> bool:

@@ -245,7 +245,11 @@ def join_processes(
     else:
         takes_guidance = family.defaults.embedded_guidance is not None
         lines = list_unused_options(
-            options, takes_guidance, family.noise.table_is_shifted, tables=config.datasets
+            options,
+            takes_guidance,
+            family.noise.table_is_shifted,
+            tables=config.datasets,
+            family_options=family.options,
         )
         for line in lines:
             logger.warning(line)

@@ -17,11 +17,12 @@ from contract.family import Family
 from dataset.batches.order import BatchOrder
 from modules.errors import OptionError
 from modules.option_values import read_literals, to_path
-from modules.options import options_with
-from networks.options import DEFAULT_BLOCK, DEFAULT_RANK, NOTHING_FROZEN, OFT_MODULE
+from modules.options import in_one_spelling, options_with
+from networks.kinds.composing import kind_of_module
+from networks.options import DEFAULT_RANK, NOTHING_FROZEN
 from networks.teacher_options import NO_TEACHER
 from training.experts import TRAINING_ADAPTER, module_of
-from training.features.composing import claim_progress, usual_habits
+from training.features.composing import claim_progress, fetch_state, usual_habits
 from training.optimizers.optimizer import PATHS
 from training.options import TrainingOptions
 from training.reports.logs import public_config
@@ -55,18 +56,15 @@ def find_state(
     used.
     """
     saving = options.saving
-    if resume in {LATEST, LATEST_ONLY} and not options.hub.resume_from_huggingface:
+    folder = fetch_state(options, resume, saving.place[0] / "resumed")
+    if folder is None and resume in {LATEST, LATEST_ONLY}:
         # one process searches, and also cleans up after a kill
         latest = states.find_latest(*saving.place) if is_main_process else None
         (folder,) = broadcast_object_list([latest])
         if folder is None:
             _explain_no_state(resume, *saving.place)
             return None
-    elif options.hub.resume_from_huggingface:
-        from training.saving.hub import download_state  # only with a hub
-
-        folder = download_state(resume, options.hub.huggingface_token, saving.place[0] / "resumed")
-    else:
+    elif folder is None:
         folder = to_path("--resume", resume)
     logger.info("Resuming from %s", folder)
     return states.read_state(folder)
@@ -132,6 +130,7 @@ class RunSettings:
 
     identity: dict[str, Any]  # must be equal in a resumed run
     habits: dict[str, Any]  # may change, with a warning; models are given by file name
+    record: type  # of the family's own options
 
 
 def settings_of(
@@ -147,7 +146,7 @@ def settings_of(
     experts = [f"{expert.name or 'one'} from {expert.lowest:g}" for expert in family.experts]
     identity[TRANSFORMERS] = ", ".join(experts)
     identity[TRAINING_ADAPTER] = _adapter_with_content(options)
-    return RunSettings(identity, _habits_of(family, options, config))
+    return RunSettings(identity, _habits_of(family, options, config), type(family.options))
 
 
 def _habits_of(family: Family, options: TrainingOptions, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -215,8 +214,8 @@ def check_resumable(
         PER_EXPERT: settings.identity.get(PER_EXPERT) and False,
         TRAINING_ADAPTER: None,
     }
-    before = _resolve({**usual, **saved.identity})
-    identity = _resolve(settings.identity)
+    before = _resolve({**usual, **saved.identity}, settings.record)
+    identity = _resolve(settings.identity, settings.record)
     # likewise of before there were targets and features
     unsaid: dict[str, Any] = {}
     for record in (NOTHING_FROZEN, NO_TEACHER, *usual_habits()):
@@ -304,9 +303,16 @@ def take_over(changes: Mapping[str, str], progress: Progress, saved: states.Save
     progress.plan_step = progress.step
 
 
-def _resolve(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an identity in which settings of equal meaning are equal, however they were typed."""
-    resolved = dict(identity)
+def _resolve(identity: Mapping[str, Any], record: type) -> dict[str, Any]:
+    """Return an identity in which settings of equal meaning are equal, however they were typed.
+
+    record: of the family's own options.
+    """
+    by_name = {name.removeprefix("--"): value for name, value in identity.items() if name.startswith("--")}
+    resolved = {
+        **identity,
+        **{f"--{name}": value for name, value in in_one_spelling(record, by_name).items()},
+    }
     if "--optimizer_type" in resolved:
         name = str(resolved["--optimizer_type"])
         resolved["--optimizer_type"] = PATHS.get(name.lower(), name)
@@ -314,8 +320,8 @@ def _resolve(identity: Mapping[str, Any]) -> dict[str, Any]:
         if option in resolved:
             resolved[option] = _resolve_pairs(option, str(resolved[option]))
     if resolved.get("--network_dim") == str(None):
-        is_oft = resolved.get("--network_module") == OFT_MODULE
-        resolved["--network_dim"] = DEFAULT_BLOCK if is_oft else DEFAULT_RANK
+        kind = kind_of_module(resolved.get("--network_module"))
+        resolved["--network_dim"] = kind.default_size or DEFAULT_RANK
     if resolved.get("--network_alpha") == 0:
         resolved["--network_alpha"] = resolved.get("--network_dim")
     return resolved

@@ -21,7 +21,13 @@ from modules.speed_options import SwapOptions
 from running.dressing import shared_blocks
 from running.planning.device_memory import MemoryWatch, too_little
 from training.checks import check_before_loading
-from training.features.composing import act_at_end, end_of_run, prepare_features, sampled_average
+from training.features.composing import (
+    act_at_end,
+    end_of_run,
+    make_publisher,
+    prepare_features,
+    sampled_average,
+)
 from training.features.contract import RunEnd
 from training.following import NextSteps, plan_next_steps
 from training.learning import load_model, make_run
@@ -38,9 +44,8 @@ from training.saving.states import SavedState
 from training.summary import count_pauses, make_reporter, show_end, show_start, watch_run
 from training.training_run import TrainingRun
 
-if TYPE_CHECKING:  # loaded only if there are prompts; if files are uploaded
+if TYPE_CHECKING:  # loaded only if there are prompts
     from training.samples import Sampler
-    from training.saving.hub import Uploads
 
 logger = logging.getLogger(__name__)
 
@@ -119,17 +124,17 @@ def prepare_run(
         # nothing can be missing any more
         _set_earlier_aside(plan, reporter.history.path)
         accelerator.wait_for_everyone()  # before any writes samples there
-        uploads = _make_uploads(options)
+        publisher = make_publisher(options)
         prompts = () if sampler is None else sampler.prompts
         saver = make_saver(
             model,
-            uploads,
+            publisher,
             prompts,
             note_saved=reporter.note_saved,
             note_removed=reporter.note_files,
         )
         run = make_run(model, sampler, memory=memory, logs=logs, reporter=reporter, saver=saver)
-        closing = contextlib.closing(uploads) if uploads is not None else contextlib.nullcontext()
+        closing = contextlib.closing(publisher) if publisher is not None else contextlib.nullcontext()
         with closing, logs, reporter:
             show_start(run, file_dtype(options, model.dits.networks[0]))
             with contextlib.nullcontext() if processes is None else processes.explain():
@@ -147,15 +152,6 @@ def _plan_memory(plan: TrainingPlan) -> tuple[SwapOptions, MemoryWatch | None]:
     from training.planning.memory import prepare_memory  # others need no planner
 
     return prepare_memory(plan)
-
-
-def _make_uploads(options: TrainingOptions) -> "Uploads | None":
-    """Return what uploads to the hub; None without --huggingface_repo_id."""
-    if options.hub.huggingface_repo_id is None:
-        return None
-    from training.saving.hub import make_uploads  # only with uploads
-
-    return make_uploads(options.hub)
 
 
 def _make_logs(plan: TrainingPlan, swap: SwapOptions) -> Logs:

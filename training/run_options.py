@@ -9,7 +9,7 @@ from blissful_tuner.options import PreviewOptions
 from dataset.options import DATASET_FILE, CheckPageOptions
 from modules.errors import OptionError
 from modules.option_values import text_to_seed
-from modules.options import CONFIGURES, FREE, HABIT, SECRET, Options, not_needed, option
+from modules.options import CONFIGURES, FREE, HABIT, OF_SAMPLES, SECRET, Options, not_needed, option
 from modules.run_limits import refuse_sending
 from networks.multipliers import files_with_multipliers
 
@@ -191,8 +191,9 @@ class SampleOptions(Options, title="samples while training"):
         "LoRA files that samples use in addition to the trained network, e.g. distill.safetensors:0.8 for "
         "samples of 4 steps; neither trained nor saved",
         metavar="FILE[:MULTIPLIER]",
+        facts=OF_SAMPLES,
     )
-    preview: PreviewOptions  # of samples while they are made
+    preview: PreviewOptions = option(facts=OF_SAMPLES)  # while they are made
 
     def __post_init__(self) -> None:
         if self.is_timed and self.sample_prompts is None:

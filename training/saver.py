@@ -2,10 +2,9 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +28,8 @@ from training.options import TrainingOptions
 from training.plan import TrainingPlan
 from training.resuming import listed_settings
 from training.saving import states
-from training.saving.files import AVERAGE, Saver
+from training.saving.files import PublishedRun, Publisher, Saver
 from training.training_run import TrainedModel
-
-if TYPE_CHECKING:  # it is loaded only if files are uploaded
-    from training.saving.hub import Uploads
 
 logger = logging.getLogger(__name__)
 
@@ -42,14 +38,14 @@ RATES = ("lr", "initial_lr")  # what a schedule sets in a group of the optimizer
 
 def make_saver(
     model: TrainedModel,
-    uploads: "Uploads | None",
+    publisher: Publisher | None,
     prompts: Sequence[str],
     note_saved: Callable[[Sequence[Path], int], None],
     note_removed: Callable[[], None],
 ) -> Saver | None:
     """Make the saver in the main process, and remove files that it no longer keeps; else return None.
 
-    uploads: None without a repository. prompts: of the samples, for the card. note_saved: gets the files of
+    publisher: passes on what is saved. prompts: of the samples, for it. note_saved: gets the files of
     each save, and the step. note_removed: is called after older files were removed.
     """
     plan, trainable = model.plan, model.trainable
@@ -76,25 +72,15 @@ def make_saver(
             of_average = {} if options.metadata.no_metadata else average.metadata
             trainable.writes[part](path, dtype, _metadata_now(plan, metadata[part]) | of_average)
 
-    if uploads is not None and is_first:
-        from training.saving.hub import write_card  # only with uploads
-
-        metadata_of_card = _metadata_now(plan, next(iter(metadata.values())))
-
-        def make_card(path: Path) -> str | None:
-            stem = plan.names.stem_of(path)
-            if stem.endswith(AVERAGE):
-                return None
-            return write_card(
-                plan.names.name,
-                is_lora=options.network is not None,
-                release=plan.family.release,
-                metadata=metadata_of_card,
-                prompts=[prompt for prompt in prompts if prompt],
-                files=plan.names.files(stem),
-            )
-
-        uploads = replace(uploads, card=make_card)
+    if publisher is not None and is_first:
+        published = PublishedRun(
+            names=plan.names,
+            is_lora=options.network is not None,
+            release=plan.family.release,
+            metadata=_metadata_now(plan, next(iter(metadata.values()))),
+            prompts=[prompt for prompt in prompts if prompt],
+        )
+        publisher = publisher.about(published)
 
     def write_state(folder: Path) -> None:
         if plan.splits_model:
@@ -109,7 +95,7 @@ def make_saver(
         plan.names,
         write_file=write_file,
         write_state=write_state,
-        publisher=uploads,
+        publisher=publisher,
         write_average=None if average is None else write_average,
         is_main=is_first,
         note_saved=lambda paths: note_saved(paths, progress.step),

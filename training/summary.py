@@ -14,6 +14,7 @@ from modules.console import Row, as_size, count_of, in_words, show_box
 from modules.devices import gib, host_peak, peak_in_words
 from modules.installation import RUN_GOES_ON
 from modules.text_files import real_path
+from networks.kinds.composing import RANKED_NETWORKS
 from networks.metadata import of_numbers
 from networks.options import NetworkOptions
 from running.planning.device_memory import MemoryWatch
@@ -22,7 +23,7 @@ from training.data.table_times import describe_times
 from training.features.composing import kept_average, result_rows, start_rows
 from training.following import NextSteps, describe_elsewhere
 from training.metadata import continued_sizes
-from training.options import RANKED_NETWORKS, TrainingOptions
+from training.options import TrainingOptions
 from training.plan import TrainingPlan
 from training.reports import history
 from training.reports.page import page_path
@@ -159,7 +160,7 @@ def _describe_learner(plan: TrainingPlan, sizes: tuple[Sequence[int], Sequence[f
     if network is None:
         parts = whole_dit.name_parts if whole_dit is not None else ()
         return f"of the model: {' '.join(parts)}" if parts else "the whole model"
-    word = "block size" if network.is_oft else "rank"
+    word = network.kind.size_word
     if sizes is None:
         return f"{plan.network_module}, {word} {network.rank}"
     ranks, _ = sizes

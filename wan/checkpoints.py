@@ -79,9 +79,11 @@ def check_task(header: DitHeader[WanConfig], task: WanTask, path: Path, option: 
     option: the option that named the file.
     """
     if header.config.kind != task.model_kind:
+        versions = dict.fromkeys(f"Wan{TASKS[name].version}" for name in _fitting(header))
         raise CheckpointError(
             f"{path} does not fit --task {task.name}:\n"
-            f"  {_difference(header.config, task)} The file looks like {_names_of(header)}.\n"
+            f"  {_difference(header.config, task)} The file looks like {_names_of(header)} of "
+            f"{' or '.join(versions)}.\n"
             f"  Use --task {_names_of(header)}, or give a {KIND_WORDS[task.model_kind]} checkpoint to "
             f"{option}.",
             path,

@@ -14,6 +14,7 @@ from modules.options import (
     NO_PIXELS,
     OF_DECODING,
     OF_REQUEST,
+    OF_SAMPLES,
     Options,
     not_needed,
     of_request,
@@ -184,7 +185,7 @@ class WanTrainingOptions(WanModelOptions, title="Wan"):
     sample_dit_other: Path | None = option(
         "training one transformer of a model with two: the file of the other one, for samples only. It "
         "is not trained and gets only the LoRAs of --sample_lora; both wait in host memory",
-        facts=FREE,
+        facts={**FREE, **OF_SAMPLES},
     )
     first_frame_probability: float | None = option(
         "ti2v-5B: share of the batches of clips that are trained from image to video, with the first frame "

@@ -49,7 +49,7 @@ Z_IMAGE = FamilyNames(
         *with_endings("", "t_embedder.mlp.0 t_embedder.mlp.2 cap_embedder.0 cap_embedder.1"),
     ),
     converted_for="ComfyUI",
-    lokr_in_diffusers=True,
+    kinds_in_diffusers=("LoKr",),
     is_as_in_diffusers=True,
     versions=("z_image", "z-image", "zimage"),
     sides=((".qkv", 3, 1), *((f".to_{x}", 1, 1) for x in ("q", "k", "v", "out.0")), *LUMINA_SIDES),

@@ -143,11 +143,6 @@ document.addEventListener("click", async (event) => {
   if (event.target.id === "close") $("beside").close();
 });
 
-document.addEventListener("click", (event) => {
-  const said = event.target.closest("[data-confirm]")?.dataset.confirm;
-  if (said && !confirm(said)) { event.preventDefault(); event.stopImmediatePropagation(); }
-}, true);
-
 document.addEventListener("change", (event) => {
   if (["left", "right"].includes(event.target.id)) showPair();
   if (event.target.matches("select[name=run]")) event.target.form.requestSubmit(); // of Compare
@@ -319,22 +314,6 @@ async function goOn(wait) {
   }, wait);
 }
 
-// ---- who presses a button that goes away stays near it
-const controlsOf = (part) => all("a[href], button, input:not([type=hidden]), select, textarea, summary", part).filter((one) => one.checkVisibility() && !one.disabled);
-let focused = null, near = []; // what has the focus; the ids of the parts that it is in, with its place among their controls
-document.addEventListener("htmx:before:swap", () => {
-  focused = document.activeElement === document.body ? null : document.activeElement;
-  near = [];
-  for (let part = focused?.closest("main [id]"); part; part = part.parentElement.closest("main [id]")) near.push([part.id, controlsOf(part).indexOf(focused)]);
-});
-document.addEventListener("htmx:after:swap", () => {
-  if (!focused || focused.isConnected || document.activeElement !== document.body) return;
-  for (const [id, place] of near) {
-    const controls = $(id) ? controlsOf($(id)) : [];
-    if (controls.length) { controls[Math.min(Math.max(place, 0), controls.length - 1)].focus({ preventScroll: true }); return; }
-  }
-});
-
 let wasAdded = false; // a line to the queue, which the swap that follows shows
 document.addEventListener("htmx:after:swap", () => {
   watch();
@@ -372,11 +351,6 @@ document.addEventListener("htmx:after:request", ({ target, detail }) => {
   }
 });
 document.addEventListener("visibilitychange", () => { if (!document.hidden) ask().catch(() => {}); });
-// a page that nobody sees asks for nothing again; what was pressed or typed is still sent
-document.addEventListener("htmx:before:request", (event) => {
-  const isRepeated = event.detail.ctx.request.method === "GET" && event.target.closest?.("[hx-trigger*='every']");
-  if (document.hidden && isRepeated) event.preventDefault();
-});
 watch();
 showNewest();
 setPlaying(playing);

@@ -105,15 +105,15 @@
     else find("said").textContent = "Save the captions that you have changed, then load this page again to see more.";
   }
 
-  // When the folder has been looked at, there is more on the page; when a run has ended, a name is taken and speeds are known.
-  const isBusy = () => find("progress").hasAttribute("hx-get");
-  let wasLooking = find("progress").dataset.looking === "yes", wasBusy = isBusy();
+  // When the folder has been looked at, from this page or another one, there is more on the page; when a run has ended, a name is taken and speeds are known.
+  const isBusy = () => find("progress").dataset.busy === "yes";
+  let { looked } = find("progress").dataset, wasBusy = isBusy();
   document.addEventListener("htmx:after:swap", () => {
     if (wasBusy && !isBusy()) for (const id of ["free", "hours"]) htmx.trigger(find(id), "refresh");
     wasBusy = isBusy();
-    const isLooking = find("progress").dataset.looking === "yes";
-    if (wasLooking && !isLooking) reload();
-    wasLooking = isLooking;
+    const now = find("progress").dataset.looked;
+    if (now.split(" ").some((mark) => !looked.includes(mark))) reload();
+    looked = now;
   });
 
   // ---- files are sent one after another; a folder that is dropped is opened, those in it are not

@@ -15,11 +15,13 @@
   const watcher = watchParts(load, "700px", 80);
 
   async function look() {
-    const answer = await fetch(`${address}?${query({ have: mark })}`);
+    const answer = await fetch(`${address}?${query({ have: mark, compared: [...chosen.keys()].join(" ") })}`);
     if (answer.status === 204) return 3000;
     if (!answer.ok) return 8000;
     const news = await answer.json();
     if (news.mark !== mark) lay(news);
+    for (const id of news.gone) chosen.delete(id);
+    if (news.gone.length) showChosen();
     mark = news.mark;
     return news.unread ? 300 : 3000;
   }
@@ -257,12 +259,17 @@
     if (chosen.size > 1 && chosen.has(id)) showTogether();
   }
 
-  function showChosen() {
+  // near: id of the result that gets the focus if the button that has it goes away.
+  function showChosen(near = "") {
     for (const button of shelf.querySelectorAll("[data-compare]")) button.setAttribute("aria-pressed", chosen.has(button.closest(".plate").dataset.id));
-    const bar = document.getElementById("compared");
+    const bar = document.getElementById("compared"), focused = bar.contains(document.activeElement) ? document.activeElement : null;
     bar.hidden = !chosen.size;
     bar.querySelector("span").textContent = chosen.size === 1 ? "1 is chosen: press compare at another one" : `${chosen.size} are chosen`;
     document.getElementById("together").hidden = chosen.size < 2;
+    if (!focused || focused.checkVisibility()) return;
+    const plate = [...shelf.querySelectorAll(".plate")].find(({ dataset }) => dataset.id === near);
+    const others = [document.getElementById("apart"), plate?.querySelector("[data-compare]"), form.elements.find];
+    others.find((one) => one?.checkVisibility()).focus({ preventScroll: true });
   }
 
   function showTogether() {
@@ -277,8 +284,7 @@
   document.getElementById("apart").addEventListener("click", () => {
     const [first] = chosen.keys();
     chosen.clear();
-    showChosen(); // hides this button, which had the focus
-    [...shelf.querySelectorAll(".plate")].find((plate) => plate.dataset.id === first)?.querySelector("[data-compare]")?.focus();
+    showChosen(first);
   });
 
   document.body.addEventListener("results", () => goOn(0)); // what has just been made is shown at once

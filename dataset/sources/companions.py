@@ -211,7 +211,7 @@ def read_companions(
     if bucket[0] % step or bucket[1] % step:
         raise MediaError(
             f"{here.path}: it has {bucket[0]}x{bucket[1]} pixels; with references {factor} times smaller "
-            f"sides are multiples of {step}. Choose another resolution"
+            f"(--reference_downscale) sides are multiples of {step}. Choose another resolution"
         )
     small = bucket[0] // factor, bucket[1] // factor
     changes: list[str] = []

@@ -117,14 +117,14 @@ class FamilyNames:
     converted_for: str = ""
     usual_format: str = KNOWN  # of the files that a training saves, without --lora_format
     not_in_comfyui: str = ""  # why ComfyUI reads no LoRA for it; "": it does
-    dora_not_in_diffusers: str = ""  # why diffusers does not read its DoRAs; "": it does
+    not_in_diffusers: tuple[tuple[str, str], ...] = ()  # (kind of networks, why diffusers does not read it)
     # starts of the names of the text encoders that diffusers' pipelines take LoRAs for
     texts_in_diffusers: tuple[str, ...] = ()
     # whether ComfyUI reads LoRAs by underscored names, those of `aliases` among them: its paths differ from
     # ours in dots too
     underscored: bool = False
-    # whether diffusers reads LoKrs under the names that ComfyUI reads
-    lokr_in_diffusers: bool = False
+    # kinds of networks besides LoRA that diffusers reads, under the names that ComfyUI reads
+    kinds_in_diffusers: tuple[str, ...] = ()
     # whether our paths are those of diffusers; then `aliases` are another layout's
     is_as_in_diffusers: bool = False
     # names that every tool but diffusers gives to LoRAs for it: underscored ones, "ours" or "aliases"; ""

@@ -1,6 +1,7 @@
 """The page that compares saved files: what it shows of each, and the clips that it has made."""
 
 import hashlib
+import re
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -92,6 +93,18 @@ def make(served: Served, *given: object, **more: object) -> Answer:
 
 def jobs(folder: Path) -> list[list[str]]:
     return [job.words for job in JobQueue(folder.parent / "reelsmith-queue").jobs()]
+
+
+def test_two_files_of_one_step_show_its_sample_in_places_of_their_own(served: Served, folder: Path) -> None:
+    history = History(history_path(folder, "x"), 1, 6)
+    history.add(4, saved="x-step4-last.safetensors")
+    history.flush()
+    (folder / "x-step4-last.safetensors").write_bytes(b"of the same step")
+
+    page = show(served, (4, "4-last"), prompt=PROMPTS[0])
+
+    ids = re.findall(r'<span id="([^"]+)" data-src="[^"]+x_4_0.png"', page)
+    assert len(ids) == len(set(ids)) == 2
 
 
 def test_samples_of_a_file_and_clips_of_its_content_are_shown_and_the_best_is_marked(
@@ -287,3 +300,12 @@ def test_the_page_in_a_browser(axe: str, served: Served, folder: Path) -> None: 
         assert list_faults(page) == []
         assert page.problems == []
         assert shlex.join(jobs(folder)[0]).startswith("python tools/compare.py")
+
+
+def test_the_focus_stays_near_a_run_that_is_left_out(served: Served) -> None:
+    with open_page(f"{served.url}/compare?{form(served, (4,))}") as page:
+        page.evaluate("document.querySelectorAll('[name=file]').forEach((box) => { box.checked = false; })")
+        page.locator("input[name=run][type=checkbox]").focus()
+        page.keyboard.press("Space")
+        wait_until(page, "!document.querySelector('input[name=run][type=checkbox]')")
+        wait_until(page, "document.activeElement.closest('form.compare') !== null")

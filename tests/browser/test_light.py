@@ -1,8 +1,10 @@
 """The server stays light: no page loads torch, and a page that nobody sees asks for nothing."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
@@ -42,12 +44,18 @@ def test_serving_every_page_loads_no_torch(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("address", ["/", "/generate", "/queue", "/models"])
-def test_a_hidden_page_asks_for_nothing(tmp_path: Path, address: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["", "generate", "queue", "models", "new", "folder", "datasets", "dataset", "run"]
+)
+def test_a_hidden_page_asks_for_nothing(tmp_path: Path, name: str) -> None:
     write_run(tmp_path, "x", 4, None)
+    save_picture(tmp_path / "described" / "0.png")
+    describe(tmp_path / "described")
     with serve_runs(tmp_path) as served, open_page(served.url) as page:
-        if page.goto(served.url + address).status == 404:
-            return
+        places = {"folder": f"new?folder={quote(str(tmp_path / 'described'))}", "run": served.of("x")[1:]}
+        if name == "dataset":
+            [places[name]] = set(re.findall(r'href="/(datasets?/[^"]+)"', served.ask("/datasets").text))
+        assert page.goto(f"{served.url}/{places.get(name, name)}").status == 200
         page.wait_for_timeout(1000)
         page.evaluate("Object.defineProperty(document, 'hidden', {get: () => true})")
         page.wait_for_timeout(1500)  # what was asked for before has come

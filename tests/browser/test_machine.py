@@ -131,9 +131,10 @@ def test_a_damaged_queue_does_not_hide_the_rest(tmp_path: Path) -> None:
         assert "free" in served.ask("/machine").text
 
 
-def test_a_server_that_does_not_answer_any_more_is_said(tmp_path: Path) -> None:
+@pytest.mark.parametrize("address", ["/new", "/datasets"])
+def test_a_server_that_does_not_answer_any_more_is_said(tmp_path: Path, address: str) -> None:
     write_run(tmp_path, "y", 4, None)
-    with serve_runs(tmp_path) as served, open_page(f"{served.url}/new") as page:
+    with serve_runs(tmp_path) as served, open_page(f"{served.url}{address}") as page:
         wait_until(page, "document.querySelector('#machine a') !== null")
         page.route("**/machine", lambda route: route.abort())
         wait_until(page, "document.getElementById('machine').textContent.includes('does not answer')")

@@ -9,6 +9,7 @@ from urllib.parse import urlencode
 
 import pytest
 
+from browser import model_files
 from browser.bin_folder import BinFolder
 from browser.jobs import Job
 from browser.model_files import Download, find_task, list_tasks, list_unknown_files, read_part, remove_parts
@@ -99,6 +100,34 @@ def test_two_parts_in_one_folder_are_two(models: Path) -> None:
         write_sparse(models / file.name, file.size_bytes or 1000)
 
     assert [find_task(models, "tools", f"gimmvfi_{kind}").is_there for kind in "fr"] == [True, False]  # type: ignore[union-attr]
+
+
+def test_a_part_that_families_share_has_the_option_of_each(tmp_path: Path, models: Path) -> None:
+    vae = known_components()["flux_ae"]
+    options = {
+        task.name: part.component.option
+        for task in list_tasks(models)
+        for part in task.parts
+        if part.component.files == vae.files
+    }
+    assert options["z_image turbo"] == "--vae"
+    assert options["flux dev"] == "--ae"
+    with serve(tmp_path) as served:
+        row = served.ask("/models?family=flux&task=dev").text.partition(str(vae.path))[2]
+    assert row.partition("</tr>")[0].partition('class="nowrap">')[2].startswith("--ae<")
+
+
+def test_the_page_looks_for_each_part_once(
+    tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = []
+    monkeypatch.setattr(
+        model_files, "read_part", lambda one, folder: parts.append(one.files) or read_part(one, folder)
+    )
+    with serve(tmp_path) as served:
+        served.ask(f"/models?{urlencode({**TASK, 'ask': 'remove'})}")
+    assert parts
+    assert len(parts) == len(set(parts))
 
 
 def test_files_that_no_part_knows_are_listed_the_largest_first(models: Path) -> None:

@@ -625,10 +625,12 @@ def test_a_path_in_quotes_is_taken(served: Served, root: Path) -> None:
 def test_a_folder_outside_is_named_with_the_command_that_includes_it(served: Served, root: Path) -> None:
     outside = root.parent / "else where"
     outside.mkdir()
-    said = html.unescape(text_of(served.ask(f"/new?folder={quote(str(outside))}")))
-    assert f"{outside} is outside of the folders of this page" in said
+    for typed in (f'"{outside}"', str(outside)):
+        said = html.unescape(text_of(served.ask(f"/new?folder={quote(typed)}")))
+        assert f"{outside} is outside of the folders of this page" in said
     assert re.search(rf"run_browser\.py'? {re.escape(str(root))} '{re.escape(str(outside))}'", said)
     assert "no such folder" in text_of(served.ask(f"/new?folder={quote(str(outside / 'none'))}"))
+    assert "there is no such user" in text_of(served.ask("/new?folder=~nobody-of-this-name/x"))
 
 
 def test_files_of_a_running_training_are_not_changed(served: Served, root: Path) -> None:
@@ -701,3 +703,29 @@ def test_a_file_that_does_not_fit_is_said_before_describe(served: Served) -> Non
     assert "/new/fits" not in post(served, "file?option=dit", **model, file_dit="").text
     gone = post(served, "fits?option=dit", **model, file_dit=f"{dit}.none")
     assert gone.text == ""
+
+
+def test_what_a_model_file_is_stays_when_the_fields_around_it_are_read_later(served: Served) -> None:
+    query = urlencode({"family": "wan", "task": "t2v-1.3B", "file_vae": PARTS["vae"]})
+    with open_page(f"{served.url}/new?{query}") as page:
+        page.get_by_text("a Wan2.1 VAE (--vae)").wait_for()
+        page.route("**/new?**", lambda route: (page.wait_for_timeout(500), route.continue_()))
+        with page.expect_response(lambda answer: "/new?" in answer.url and "steps=7" in answer.url):
+            page.get_by_label("Steps").fill("7")
+            page.get_by_label("Steps").press("Tab")
+        page.wait_for_timeout(1500)
+        assert page.locator("#is_vae").inner_text().startswith("a Wan2.1 VAE (--vae)")
+
+
+@pytest.mark.slow
+def test_a_page_that_does_nothing_follows_what_another_one_does(served: Served, root: Path) -> None:
+    """Else its button would show the command for a folder that is not described yet, and run another."""
+    folder = root / "set"
+    write_pictures(folder, 2, captions=True)
+    with open_page(f"{served.url}/new?{urlencode({'folder': str(folder)})}") as page:
+        page.wait_for_timeout(1500)
+        assert "--dry_run" not in page.locator("#command").inner_text()
+        describe(served, folder)
+        page.get_by_text("Train on it").wait_for(timeout=20 * SECONDS)
+        wait_until(page, f"document.getElementById('steps').value === '{FIELDS['steps']}'")  # loaded again
+        assert page.get_by_label("Task").input_value() == FIELDS["task"]

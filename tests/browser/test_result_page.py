@@ -166,6 +166,22 @@ def test_chosen_ones_are_laid_over_each_other(page: Any) -> None:
     assert page.problems == []
 
 
+def test_what_is_chosen_and_goes_is_not_chosen_any_more(page: Any, root: Path) -> None:
+    press(page, "b.png", "compare")
+    page.get_by_label("Find results").fill("dog")
+    wait_until(page, "!document.querySelector('[data-name=\"b.png\"]')")
+    assert page.locator("#compared").is_visible()
+    page.get_by_role("button", name="choose none").click()
+    wait_until(page, "document.activeElement.name === 'find'")  # its plate is not there
+
+    page.get_by_label("Find results").fill("")
+    press(page, "b.png", "compare")
+    page.get_by_role("button", name="choose none").focus()
+    (root / "generated" / "b.png").unlink()
+    page.locator("#compared").wait_for(state="hidden")
+    assert page.evaluate("document.activeElement.name") == "find"
+
+
 def test_start_from_this_fills_the_form(page: Any, root: Path) -> None:
     press(page, "b.png", "start from this")
     path = str(root / "generated" / "b.png")

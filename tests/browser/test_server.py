@@ -313,3 +313,12 @@ def test_damaged_and_vanishing_runs_are_answered_without_a_fault(tmp_path: Path)
         for rest in ("", "news", "ask"):
             assert served.ask(f"{address}{rest}").status in (404, 405)
         assert served.ask("/").status == 200
+
+
+def test_an_address_that_no_page_has_is_answered_with_a_page_and_links(tmp_path: Path) -> None:
+    with serve_runs(tmp_path) as served:
+        answer = served.ask("/nopage")
+
+        assert answer.status == 404
+        assert "It is not there" in answer.text
+        assert 'href="/new"' in answer.text

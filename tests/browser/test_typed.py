@@ -61,24 +61,7 @@ def test_the_shown_commands_of_a_folder_run_in_a_terminal_elsewhere(tmp_path: Pa
     assert [*elsewhere.iterdir()] == []
 
 
-def test_the_command_that_writes_captions_follows_what_is_typed(tmp_path: Path) -> None:
-    folder = tmp_path / "roots" / "my set"
-    write_pictures(folder, 2)
-    with serve_runs(tmp_path / "roots") as served:
-        describe(served, folder)
-        with open_page(f"{served.url}/new?{urlencode({'folder': str(folder)})}") as page:
-            page.get_by_text("Let a model write them").click()
-            page.get_by_label("Question").fill("What <b>is</b> it?")
-            wait_until(page, "document.querySelector('#caption_line').textContent.includes('What')")
-            line = page.locator("#caption_line").inner_text()
-            assert line.startswith(f"cd '{folder}' && {python_of('tools/caption_dataset.py')} ")
-            assert line.endswith("--prompt 'What <b>is</b> it?'")
-            page.get_by_label("Written by").fill("http://localhost:1")
-            wait_until(page, "document.querySelector('#caption_line').textContent.includes('blank')")
-            assert page.problems == []
-
-
-def test_a_try_of_captions_has_its_own_command_beside_it(tmp_path: Path) -> None:
+def test_the_commands_that_write_and_try_captions_follow_what_is_typed(tmp_path: Path) -> None:
     folder = tmp_path / "roots" / "my set"
     write_pictures(folder, 2)
     with serve_runs(tmp_path / "roots") as served:
@@ -86,7 +69,13 @@ def test_a_try_of_captions_has_its_own_command_beside_it(tmp_path: Path) -> None
         with open_page(f"{served.url}/new?{urlencode({'folder': str(folder)})}") as page:
             page.get_by_text("Let a model write them").click()
             assert page.locator("#try_line").inner_text().endswith(" --try_on 3")
-            page.get_by_label("Question").fill("What is it?")
+            page.get_by_label("Question").fill("What <b>is</b> it?")
+            wait_until(page, "document.querySelector('#caption_line').textContent.includes('What')")
+            line = page.locator("#caption_line").inner_text()
+            assert line.startswith(f"cd '{folder}' && {python_of('tools/caption_dataset.py')} ")
+            assert line.endswith("--prompt 'What <b>is</b> it?'")
             wait_until(page, "document.querySelector('#try_line').textContent.includes('What')")
-            line = page.locator("#try_line").inner_text()
-            assert line == f"{page.locator('#caption_line').inner_text()} --try_on 3"
+            assert page.locator("#try_line").inner_text() == f"{line} --try_on 3"
+            page.get_by_label("Written by").fill("http://localhost:1")
+            wait_until(page, "document.querySelector('#caption_line').textContent.includes('blank')")
+            assert page.problems == []

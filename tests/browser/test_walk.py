@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
@@ -30,7 +31,7 @@ from tests.browser.serving import serve_runs, write_run
 from tests.browser.test_making import start_fake
 from tests.browser.test_safe_clicks import describe as describe_pocket
 from tests.browser.walking import SCRIPT, Walk, World, read_clicks
-from tests.chromium import open_tabs
+from tests.chromium import open_page, open_tabs, wait_until
 from tests.commands import QUIET
 
 SEED = 20261127
@@ -131,3 +132,26 @@ def test_a_walk_meets_nothing_wrong(tmp_path: Path) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_a_long_walk_meets_nothing_wrong(tmp_path: Path, seed: int) -> None:
     walk_pages(tmp_path / "über uns", MANY_CLICKS, seed)
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("stand_ins")
+def test_the_focus_stays_near_when_a_check_begins_and_ends(tmp_path: Path) -> None:
+    """Enter twice does not end what it has begun; who has the focus on a button that goes away keeps it."""
+    folder = quote(str(tmp_path / "root" / "from elsewhere"))
+    words = "document.activeElement.textContent"
+    with (
+        serve_world(tmp_path / "root", is_real=False) as world,
+        open_page(f"{world.served.url}/?token={TOKEN}") as page,
+    ):
+        page.goto(f"{world.served.url}/new?folder={folder}")
+        page.get_by_role("button", name="Check", exact=True).press("Enter")
+        page.get_by_role("button", name="End it").wait_for()
+        assert page.evaluate(words) == "Check"
+        page.get_by_text("no fault").or_(page.get_by_text("faults: a run would stop")).wait_for()
+        assert page.evaluate(words) == "Check"
+
+        page.get_by_role("button", name="Check", exact=True).press("Enter")
+        page.get_by_role("button", name="End it").focus()
+        page.get_by_role("button", name="End it").wait_for(state="detached")
+        wait_until(page, "document.activeElement.closest('#progress') !== null")

@@ -94,22 +94,23 @@ globalThis.walker = (() => {
 
   // Texts that a page asks for anew when its fields change, with what the server answers to the fields as they are now.
   async function compareAnswers() {
-    const different = [];
-    for (const one of document.querySelectorAll("[hx-include][hx-trigger*='from:']")) {
-      const target = one.getAttribute("hx-target");
-      if (!one.checkVisibility() || (target && target !== `#${one.id}`) || !one.id) continue;
-      const fields = new FormData();
-      for (const field of document.querySelectorAll(one.getAttribute("hx-include"))) addField(fields, field);
-      const post = one.getAttribute("hx-post"), address = post ?? one.getAttribute("hx-get");
-      const body = new URLSearchParams(fields);
-      const headers = { "HX-Request": "true" };
-      const answer = await (post ? fetch(address, { method: "POST", body, headers }) : fetch(`${address}${address.includes("?") ? "&" : "?"}${body}`, { headers }));
-      const page = new DOMParser().parseFromString(await answer.text(), "text/html");
-      const own = one.hasAttribute("hx-select") ? page.querySelector(one.getAttribute("hx-select")) : page.body;
-      if (!one.isConnected || !own) continue;
-      if (textOf(own) !== textOf(one)) different.push([one.id, textOf(one), textOf(own)]);
-    }
-    return different;
+    const parts = [...document.querySelectorAll("[hx-include][hx-trigger*='from:']")];
+    return (await Promise.all(parts.map(compareAnswer))).filter(Boolean);
+  }
+
+  async function compareAnswer(one) {
+    const target = one.getAttribute("hx-target");
+    if (!one.checkVisibility() || (target && target !== `#${one.id}`) || !one.id) return null;
+    const fields = new FormData();
+    for (const field of document.querySelectorAll(one.getAttribute("hx-include"))) addField(fields, field);
+    const post = one.getAttribute("hx-post"), address = post ?? one.getAttribute("hx-get");
+    const body = new URLSearchParams(fields);
+    const headers = { "HX-Request": "true" };
+    const answer = await (post ? fetch(address, { method: "POST", body, headers }) : fetch(`${address}${address.includes("?") ? "&" : "?"}${body}`, { headers }));
+    const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+    const own = one.hasAttribute("hx-select") ? page.querySelector(one.getAttribute("hx-select")) : page.body;
+    if (!one.isConnected || !own || textOf(own) === textOf(one)) return null;
+    return [one.id, textOf(one), textOf(own)];
   }
 
   // Without the parts that are filled by requests of their own.

@@ -38,6 +38,7 @@ MOST_SECONDS = 60  # for a page to come to rest: scripts check the options of th
 POLL_SECONDS = 12  # in which each page has asked for what is new
 CLICK_SECONDS = 3  # for a control to become one that can be pressed
 MOST_ASKED = 12  # addresses that are asked for at once
+TYPING_SECONDS = 0.35  # after which a page asks what its fields mean
 STEADY = 8  # clicks for which an address that has answered counts as there
 MOST_SHIFT = 60  # pixels that a page may move under its reader
 MEDIA = ("image", "media", "font")  # kinds of requests that a page need not wait for
@@ -48,6 +49,7 @@ FREE_OPTIONS = (
     "--num_images",
     "--images_per_prompt",
 )  # drawn when pressed, or a count
+PRINTS = "--print_run"  # of a command that only prints
 REFUSED = (409, 422)  # statuses of a request that was refused, which the page then says
 GONE = re.compile("not there any more|renamed, moved or removed")
 
@@ -120,6 +122,7 @@ class Tab:
         self.number = number
         self.page = page
         self.under_way: set[Any] = set()
+        self.quiet_since = time.monotonic()  # the last request, answer or click
         self.bad: list[tuple[int, str, str]] = []  # status, method and address of a request
         self.dialogs = 0
         page.on("request", self._begin)
@@ -131,9 +134,12 @@ class Tab:
     def _begin(self, request: Any) -> None:
         if request.resource_type not in MEDIA:
             self.under_way.add(request)
+            self.quiet_since = time.monotonic()
 
     def _end(self, request: Any) -> None:
-        self.under_way.discard(request)
+        if request in self.under_way:
+            self.under_way.remove(request)
+            self.quiet_since = time.monotonic()
 
     def _note(self, response: Any) -> None:
         if response.status >= 400:
@@ -148,11 +154,12 @@ class Tab:
 
     def rest(self) -> None:
         """Wait until the page asks for nothing any more."""
-        quiet = 0.0
         end = time.monotonic() + MOST_SECONDS
-        while quiet < QUIET_SECONDS and time.monotonic() < end:
+        self.page.wait_for_timeout(1)  # takes what has come in
+        while self.under_way or time.monotonic() < self.quiet_since + QUIET_SECONDS:
+            if time.monotonic() > end:
+                break
             self.page.wait_for_timeout(30)
-            quiet = 0.0 if self.under_way else quiet + 0.03
         if self.under_way:
             late = [request.url for request in self.under_way]
             self.under_way.clear()
@@ -269,6 +276,7 @@ class Walk:
         self.answered: dict[str, int] = {}  # address -> number of the click when it answered
         self.faults: list[str] = []
         self.place: Mapping[str, Any] = {}  # of the page, just before the click
+        self.shown: Sequence[str] = ()  # the commands beside what is used, just before
 
     # ---- drawing
 
@@ -335,6 +343,7 @@ class Walk:
     def go_home(self, tab: Tab) -> None:
         """Leave a page without anything to press, such as a picture."""
         tab.page.goto(self.world.served.url)
+        tab.quiet_since = time.monotonic()
 
     def do(self, click: Click) -> bool:
         """Do a click and look at everything afterwards; return whether it was possible."""
@@ -343,7 +352,7 @@ class Walk:
         if element is None:
             return False
         before = self.world.list_started()
-        shown = tab.ask("commandsOf", click.key)
+        self.shown = tab.ask("commandsOf", click.key)
         others = [(other, other.ask("hold")) for other in self.tabs if other is not tab]
         for each in self.tabs:
             each.bad.clear()
@@ -351,6 +360,7 @@ class Walk:
         if not self.use(tab, element, click):
             return False
         self.clicks.append(click)
+        tab.quiet_since = time.monotonic()
         tab.rest()
         self.look_at_answers(tab)
         self.look_at_place(tab, click)
@@ -358,7 +368,7 @@ class Walk:
             other.rest()
             self.compare_places(other, place, other.ask("place"), "while the other tab was used")
         if not click.key.startswith(("link", "nav")):  # a page may have something read when it is opened
-            self.look_at_started(shown, before)
+            self.look_at_started(self.shown, before)
         self.faults += [f"traceback: {trace}" for trace in self.world.take_tracebacks()]
         self.look_when_settled()
         return True
@@ -380,6 +390,10 @@ class Walk:
                 element.set_input_files(self.world.upload, timeout=limit)
             else:
                 element.fill(click.text, timeout=limit)
+                if click.enters:  # the command of what was typed is there
+                    tab.page.wait_for_timeout(TYPING_SECONDS * 1000)
+                    tab.rest()
+                    self.shown = tab.ask("commandsOf", click.key)
                 element.press("Enter" if click.enters else "Tab", timeout=limit)
         except Error:  # a poll has taken it away, or it lies below a dialog
             return False
@@ -437,39 +451,46 @@ class Walk:
             return
         typed = [without_free(words) for words, _ in programs]
         for name, (program, _) in self.world.list_started().items():
-            if name not in before and without_free(program) not in typed:
+            is_read = PRINTS in program  # what a page has looked up for itself
+            if name not in before and not is_read and without_free(program) not in typed:
                 text = " ".join(without_free(program)[1:])
                 self.fault(f"{name} runs {text}, and the page showed {[' '.join(one[1:]) for one in typed]}")
 
     def look_when_settled(self) -> None:
         """What a page may learn with its next poll holds after that."""
         end = time.monotonic() + POLL_SECONDS
-        while faults := [*self.list_unsettled()]:
+        while next(self.list_unsettled(), None) is not None:
             if time.monotonic() > end:
-                self.faults += faults
+                self.faults += self.list_unsettled()
                 return
             for tab in self.tabs:
                 tab.page.wait_for_timeout(300)
                 tab.rest()
 
     def list_unsettled(self) -> Iterator[str]:
-        """Yield what differs between pages and server now."""
+        """Yield what differs between pages and server now, first what is found out soonest."""
         states = [job.state for job in self.world.queue.jobs()]
         for tab in self.tabs:
-            said = Said(tab.ask("says"), states)
-            place = f"tab {tab.number}, {said.page['address'][:80]}"
-            for name, applies in CONTRADICTIONS.items():
-                if applies(said):
-                    yield f"{place} says {name}: {said.page['messages']}"
-            if said.page["twice"]:
-                yield f"{place} has these twice: {said.page['twice']}"
-            reloaded = tab.ask("reloaded")
-            for name, texts in said.page["facts"].items():
-                if texts != reloaded[name]:
-                    yield f"{place}: {name} are {texts}, and {reloaded[name]} when it is loaded again"
+            yield from self.list_contradictions(tab, states)
+        for tab in self.tabs:
+            place = f"tab {tab.number}, {tab.page.url.removeprefix(self.world.served.url)[:80]}"
+            yield from (f"{place} names {text}" for text in self.list_missing(tab))
             for id, text, answer in tab.ask("compareAnswers"):
                 yield f"{place}: #{id} shows {text[-300:]!r}, and its fields mean {answer[-300:]!r}"
-            yield from (f"{place} names {text}" for text in self.list_missing(tab))
+
+    def list_contradictions(self, tab: Tab, states: Sequence[str]) -> Iterator[str]:
+        """Yield what a page says against itself, the states of the jobs, or its reloaded self."""
+        said = Said(tab.ask("says"), states)
+        place = f"tab {tab.number}, {said.page['address'][:80]}"
+        for name, applies in CONTRADICTIONS.items():
+            if applies(said):
+                yield f"{place} says {name}: {said.page['messages']}"
+        if said.page["twice"]:
+            yield f"{place} has these twice: {said.page['twice']}"
+        reloaded = tab.ask("reloaded")
+        for name, texts in said.page["facts"].items():
+            if texts != reloaded[name]:
+                yield f"{place}: {name} are {texts}, and {reloaded[name]} when it is loaded again"
 
     def list_missing(self, tab: Tab) -> Iterator[str]:
         """Yield the addresses and files that a page names and that are not there."""

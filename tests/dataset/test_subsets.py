@@ -388,3 +388,21 @@ def test_a_folder_that_is_a_subset_itself_is_told_from_one_with_subsets(tmp_path
         folders_config(given("--train_data_dir", place, "--resolution", "64"))
 
     assert f"{place}: give the folder around it, {tmp_path}. " in str(caught.value)
+
+
+def test_only_folders_with_pictures_that_nothing_reads_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train = pictures_in(
+        tmp_path, "10_cat/a.png", "reg/1_cat/b.png", "spare/c.png", "cache/images/10_cat/d.png"
+    )
+    (train / "output").mkdir()
+    words = ("--train_data_dir", train, "--resolution", "512")
+
+    folders_config(given(*words, "--reg_data_dir", train / "reg"))
+    assert [record.args[1].name for record in caplog.records] == ["spare"]
+    caplog.clear()
+
+    folders_config(given(*words))
+    assert [record.args[1].name for record in caplog.records] == ["reg", "spare"]
+    assert f"add --reg_data_dir {train / 'reg'}" in caplog.text

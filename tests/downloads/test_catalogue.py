@@ -289,3 +289,21 @@ def test_trainings_ask_for_the_names_of_comfyui_where_it_reads_no_others() -> No
 
 def test_a_family_with_one_task_needs_no_task() -> None:
     assert parse_options("", ["--family", "hunyuan_video"], DownloadOptions)[0].task is None
+
+
+def test_a_download_without_some_files_lists_loads_and_types_the_others(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = parse_options(
+        "", ["--family", "wan", "--task", "t2v-1.3B", "--without", "dit", "--t5"[2:]], DownloadOptions
+    )[0]
+
+    (model,) = options.sets()
+
+    assert [part.option for part in model.components if part.option] == ["--vae"]
+    training = next(text for text in model.typed_commands(Path("m")) if "train_network" in text)
+    assert "--dit DIT_FILE" in training
+    with pytest.raises(UserError, match=r"--without vea: wan t2v-1.3B has dit, vae, t5\. Did you mean vae\?"):
+        parse_options("", ["--family", "wan", "--task", "t2v-1.3B", "--without", "vea"], DownloadOptions)[
+            0
+        ].sets()

@@ -21,7 +21,7 @@ from encoders.tiles import posterior_generator
 from frame_pack.family import LATENT, FramePack, family_for_generation, family_for_training
 from frame_pack.files import FramePackFiles
 from frame_pack.inputs import one_frame_inputs, video_inputs
-from frame_pack.options import FramePackGenerationOptions, FramePackTrainingOptions
+from frame_pack.options import FramePackGenerationOptions, FramePackTrainingOptions, FramePackVideoOptions
 from frame_pack.requests import FramePackRequest, prepare_request
 from hunyuan_model.spec import LATENT as VAE_LATENT
 from modules.errors import OptionError
@@ -228,6 +228,13 @@ def test_a_video_does_not_take_the_shape_of_its_image(
     prepared = settle(picture, width=64, height=64, takes_shape=True)
     assert (prepared.width, prepared.height) == (64, 64)
     assert "--one_frame_auto_resize is ignored because a video is made" in caplog.text
+
+
+def test_a_length_that_another_one_replaces_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    FramePackVideoOptions(video_sections=2)
+    assert not caplog.messages
+    FramePackVideoOptions(video_sections=2, video_seconds=2.5)
+    assert caplog.messages == ["--video_seconds 2.5 is ignored because --video_sections is given"]
 
 
 FOUR = {"video_sections": "4"}

@@ -22,7 +22,7 @@ from modules.media.writing import write_video
 from networks.apply import LoraPatch
 from networks.loading import LoraUse, read_lora
 from networks.merging import merge_into_file
-from networks.options import LoraOptions, LoraPatternOptions
+from networks.use_options import LoraOptions, LoraPatternOptions
 from tests.generation.guided import Script, is_finite
 from tests.tiny.project import moving_square, write_lora
 from tests.tiny.wan import TinyWan, write_tiny_wan

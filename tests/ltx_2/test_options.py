@@ -279,6 +279,30 @@ def test_options_of_a_stream_that_is_not_made_are_told(caplog: pytest.LogCapture
         "--video_cfg_scale, --reference_downscale: ignored, because sound alone has no pictures",
         "--audio_cfg_scale: ignored, because pictures alone have no sound",
     ]
+    caplog.clear()
+    log_ignored(["video"], read_own("ltx2_train_network", "--video_loss_weight", "5"))
+    read_own("ltx2_train_network", "--ltx_version_check_mode", "error")
+    assert caplog.messages == [
+        "--video_loss_weight: ignored, because pictures alone have no sound",
+        "--ltx_version_check_mode error is ignored because --ltx_version is not given",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (("--flash_attn",), {"--attn_mode flash": "--flash_attn"}),
+        (("--sage_attn",), {"--attn_mode sageattn": "--sage_attn"}),
+        (("--sample_audio_only",), {"--ltx2_mode audio": "--sample_audio_only"}),
+        (("--attn_mode", "flash"), {}),
+    ],
+)
+def test_messages_name_what_was_typed_for_an_option_and_its_value(
+    words: tuple[str, ...], names: dict[str, str]
+) -> None:
+    argv = ["--save_path", "out", "--prompt", "a", *words]
+    options, _ = settle_generation(*read_generation(None, DEFAULTS, Ltx2GenerationOptions, argv))
+    assert {name: shown for name, shown in options.typed_names.items() if " " in name} == names
 
 
 @pytest.mark.parametrize(

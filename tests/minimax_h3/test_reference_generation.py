@@ -240,6 +240,9 @@ def test_prompt_lines_cannot_ask_for_guidance(
     prepared = model.prepare(request)
     assert prepared.request.negative_prompt is None
     assert "--negative_prompt (--n) has no effect" in caplog.text
+    assert "short_edge" not in caplog.text
+    replace(model, image_edge=64).prepare(request)
+    assert "--reference_image_short_edge 64 is ignored because there are no references" in caplog.text
     with pytest.raises(OptionError, match=r"--l\) 3: the guidance of MiniMax-H3 is built in"):
         model.prepare(replace(request, guidance_scale=3.0))
 

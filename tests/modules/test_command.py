@@ -157,7 +157,7 @@ SHOWN = r"a\x1b[2Jb\x1b]0;title\x07c\x9bd\re\x7f \u202egpj.exe\u202c \u2066x\ud8
 
 def test_options_are_named_as_they_were_typed_and_commands_stay(caplog: pytest.LogCaptureFixture) -> None:
     root = logging.getLogger()
-    names = {"--nf4_base": "--nf4", "--control_path": "--src_video"}
+    names = {"--nf4_base": "--nf4", "--control_path": "--src_video", "--attn_mode flash": "--flash_attn"}
     shown = io.StringIO()
     handler = logging.StreamHandler(shown)
     root.addHandler(handler)
@@ -165,6 +165,7 @@ def test_options_are_named_as_they_were_typed_and_commands_stay(caplog: pytest.L
         with name_as_typed(names):
             root.warning("--nf4_base_x %s: --nf4_base is not --control_path.", "a")
             root.warning("no\n  python krea2_train_network.py --nf4_base")
+            root.warning("--attn_mode flash, --attn_mode flash3")
         with pytest.raises(OptionError, match="^--src_video nix.mp4: --nf4 has"), name_as_typed(names):
             raise OptionError("--control_path nix.mp4: --nf4_base has")
         root.warning("--nf4_base")
@@ -175,6 +176,7 @@ def test_options_are_named_as_they_were_typed_and_commands_stay(caplog: pytest.L
         "--nf4_base_x a: --nf4 is not --src_video.",
         "no",
         "  python krea2_train_network.py --nf4_base",
+        "--flash_attn, --attn_mode flash3",
         "--nf4_base",
     ]
 

@@ -22,8 +22,9 @@ from networks.convert import convert_file
 from networks.loading import LoraUse, read_lora
 from networks.lora_network import OwnNetwork
 from networks.metadata import describe_lora, save_network
-from networks.options import LoraOptions, NetworkOptions
+from networks.options import NetworkOptions
 from networks.text_loras import TextLoras
+from networks.use_options import LoraOptions
 from tests.flux.making import tiny_model
 from tests.networks.making import inputs, tiny_dit, wan_network
 from tests.tiny.loras import make_lora

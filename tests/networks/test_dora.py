@@ -17,7 +17,9 @@ from modules.errors import CheckpointError
 from modules.speed_options import Quantisation
 from networks.apply import LoraPatch
 from networks.convert import convert_file
-from networks.deltas import decompose, find_fault, weight_delta
+from networks.deltas import find_fault, weight_delta
+from networks.kinds.dora_change import decompose
+from networks.kinds.dora_layer import extend
 from networks.loading import LoraFile, LoraUse, read_lora
 from networks.lora_layer import LoraLayer
 from tests.hunyuan_model import making as hunyuan
@@ -178,8 +180,9 @@ def random_layer(bias: bool = True, form: StoredForm | None = None) -> tuple[nn.
         stored = form.quantise(weight)
         attach(original, stored)
         weight = stored.value()
-    layer = LoraLayer(original, 3, 1.5, decomposes=True)
-    assert layer.dora_scale is not None
+    layer = LoraLayer(original, 3, 1.5)
+    extend(layer)
+    assert isinstance(layer.dora_scale, nn.Parameter)
     nn.init.normal_(layer.lora_up.weight)
     layer.dora_scale.data *= 1 + 0.3 * torch.rand(24, 1)
     return original, weight, layer
@@ -216,7 +219,7 @@ def test_gradients_are_those_with_the_norm_as_a_constant() -> None:
 
     whole = weight + layer.scale * layer.lora_up.weight @ layer.lora_down.weight
     norm = torch.linalg.vector_norm(whole.detach(), dim=1, keepdim=True)
-    assert layer.dora_scale is not None
+    assert isinstance(layer.dora_scale, nn.Parameter)
     out = nn.functional.linear(x, layer.dora_scale * whole / norm, original.bias)
     for mine, theirs in zip(found, torch.autograd.grad((out * seen).sum(), leaves), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)

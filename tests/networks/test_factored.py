@@ -1,6 +1,7 @@
 """LoHa, LoKr and distilled LoRAs: what they add, their gradients, files that load elsewhere."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,11 @@ from networks.added import add_loras
 from networks.apply import LoraPatch
 from networks.convert import convert_file
 from networks.deltas import weight_delta
-from networks.factored import FactoredLayer, loha_shapes, lokr_shapes, split_size
+from networks.factored import FactoredLayer, Product
+from networks.kinds import dora_layer, loha_layer, lokr_layer
+from networks.kinds.loha import make_shapes as loha_shapes
+from networks.kinds.lokr import make_shapes as lokr_shapes
+from networks.kinds.lokr import split_size
 from networks.loading import LoraUse, read_lora
 from networks.lora_layer import LoraLayer
 from tests.networks.making import inputs, tiny_dit
@@ -63,6 +68,10 @@ IN_LYCORIS = {
 }
 
 
+def product_of(shapes: Mapping[str, tuple[int, ...]]) -> Product:
+    return loha_layer.PRODUCT if "hada_w1_a" in shapes else lokr_layer.PRODUCT
+
+
 def shapes_of(kind: str, weight: tuple[int, ...]) -> tuple[Any, int]:
     """Factors of a kind for a weight, and their rank."""
     if kind == "LoHa":
@@ -87,13 +96,14 @@ def test_a_convolution_computes_with_the_changed_weight(kind: str, case: str) ->
     original = nn.Conv2d(weight[1], weight[0], weight[2:], **settings).requires_grad_(False)  # type: ignore[arg-type]
     layer: FactoredLayer | LoraLayer
     if kind == "DoRA":
-        layer = LoraLayer(original, 2, 0.7, decomposes=True)
+        layer = LoraLayer(original, 2, 0.7)
+        dora_layer.extend(layer)
         scale = 0.35
     else:
         shapes, rank = shapes_of(kind, weight)
         if case == "3x3":
             assert shapes == IN_LYCORIS[kind]
-        layer = FactoredLayer(original, shapes, rank, 0.7)
+        layer = FactoredLayer(original, shapes, rank, 0.7, product_of(shapes))
         scale = 1.0 if kind == "LoKr whole" or {"lokr_w1", "lokr_w2"} <= shapes.keys() else 0.7 / rank
     for parameter in layer.parameters():
         nn.init.normal_(parameter)
@@ -147,7 +157,7 @@ def random_layer(kind: str, alpha: float = 0.7) -> tuple[nn.Linear, FactoredLaye
     out_features, in_features = size_of(shapes)
     rank = {"LoKr": 1, "LoKr by 2": 1, "LoKr whole": 64}.get(kind, 2)
     original = nn.Linear(in_features, out_features).requires_grad_(False)
-    layer = FactoredLayer(original, shapes, rank, alpha)
+    layer = FactoredLayer(original, shapes, rank, alpha, product_of(shapes))
     for parameter in layer.parameters():
         nn.init.normal_(parameter)
     return original, layer

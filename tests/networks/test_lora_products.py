@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from checkpoints.stored.forms import attach
 from checkpoints.stored.fp8 import Fp8
 from modules.speed_options import Quantisation
+from networks.kinds.dora_layer import extend
 from networks.lora_layer import Dropouts, LoraLayer
 from networks.lora_products import add_up, branch, hold
 from tests.fp8_reference import emulated_product
@@ -135,7 +136,11 @@ def test_whatever_else_a_layer_does_is_done_in_place_too(kind: str, recomputes: 
     original = nn.Linear(16, 24).requires_grad_(False)
     heights = (8, 10, 6) if kind == "parts" else ()
     count = 2 if kind.startswith("two") else 1
-    loras = nn.ModuleList(LoraLayer(original, 4, 2.0, kind == "dora", heights) for _ in range(count))
+    loras = nn.ModuleList(LoraLayer(original, 4, 2.0, heights) for _ in range(count))
+    if kind == "dora":
+        for layer in loras:
+            assert isinstance(layer, LoraLayer)
+            extend(layer)
     randomize(loras)
     strengths = nn.Module()
     strengths.register_buffer("noise", torch.rand(24))

@@ -15,7 +15,7 @@ from networks.deltas import group_by_module, weight_delta
 from networks.loading import LoraFile, LoraUse, lora_uses, read_lora
 from networks.lora_network import OwnNetwork
 from networks.metadata import save_network
-from networks.options import LoraOptions, LoraPatternOptions
+from networks.use_options import LoraOptions, LoraPatternOptions
 from tests.golden_cases import read_case
 from tests.networks.making import golden_dit, golden_lora
 from tests.networks.test_lora_image_families import skeleton

@@ -19,10 +19,11 @@ from modules.errors import CheckpointError, OptionError
 from networks.added import AddedLayer, AddedPart, ChangedPlace, add_loras
 from networks.apply import LoraPatch
 from networks.convert import convert_file
+from networks.kinds.oft import fit_block_size
+from networks.kinds.oft_layer import OftLayer
+from networks.kinds.oft_rotation import block_size_of, turned_weight, turns
 from networks.loading import LoraUse, read_lora
 from networks.metadata import describe_lora
-from networks.oft_layer import OftLayer
-from networks.rotation import block_size_of, fit_block_size, turned_weight, turns
 from tests.networks.making import inputs, tiny_dit
 from tests.tiny.loras import lora_like, unused
 from tests.tiny.wan_dit import tiny_state, write_dit

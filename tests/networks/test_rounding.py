@@ -19,9 +19,9 @@ from modules.errors import OptionError
 from networks import flux_merge_lora, sdxl_merge_lora
 from networks.apply import LoraPatch, OriginalWeights
 from networks.loading import LoraFile, LoraUse, read_lora
-from networks.options import AUTO, NEAREST, STOCHASTIC
 from networks.rounding import METADATA_KEY, MOST_METADATA, LoraRounding, RandomRounding, narrow_dtype
 from networks.text_loras import TextLoras
+from networks.use_options import AUTO, NEAREST, STOCHASTIC
 from tests.tiny.wan import TinyWan, write_tiny_wan
 from tests.training import toy
 from wan.checkpoints import load_dit

@@ -14,8 +14,8 @@ from modules.errors import CheckpointError
 from networks.added import add_loras
 from networks.apply import LoraPatch
 from networks.loading import LoraFile, LoraUse, read_lora
-from networks.options import AUTO, STOCHASTIC
 from networks.rounding import LoraRounding
+from networks.use_options import AUTO, STOCHASTIC
 
 WIDTH = 8
 QKV, PROJ = "double_blocks.0.img_attn.qkv", "double_blocks.0.img_attn.proj"

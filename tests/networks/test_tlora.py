@@ -15,8 +15,9 @@ from modules.errors import CheckpointError, OptionError
 from networks.added import add_loras
 from networks.apply import LoraPatch
 from networks.convert import convert_file
+from networks.kinds.tlora import TLoraRule
 from networks.loading import LoraUse, read_lora
-from networks.rank_masks import RankMask, RankRule, mask_for, parts_of_rank, rule_of, set_level, set_levels
+from networks.rank_masks import RankMask, mask_for, parts_of_rank, rule_of, set_level, set_levels
 from networks.unmerged import add_unmerged, masked_changes, split_masked
 from tests.networks.making import tiny_dit
 from tests.training import toy
@@ -32,27 +33,27 @@ TLORA = ["--network_dim", 4, "--network_args", *RULE]
 @pytest.mark.parametrize(
     ("rule", "level", "wanted"),
     [
-        (RankRule(1, 1), 1.0, 1),
-        (RankRule(1, 1), 0.0, 16),
-        (RankRule(1, 1), 0.5, 8),  # floor(7.5) + 1
-        (RankRule(4, 2), 0.5, 7),  # floor(12 / 4) + 4
-        (RankRule(6, 1), 0.3, 13),  # floor(0.7 * 10) + 6, although 0.7 is a little less in float32
-        (RankRule(40, 1), 0.9, 16),
+        (TLoraRule(1, 1), 1.0, 1),
+        (TLoraRule(1, 1), 0.0, 16),
+        (TLoraRule(1, 1), 0.5, 8),  # floor(7.5) + 1
+        (TLoraRule(4, 2), 0.5, 7),  # floor(12 / 4) + 4
+        (TLoraRule(6, 1), 0.3, 13),  # floor(0.7 * 10) + 6, although 0.7 is a little less in float32
+        (TLoraRule(40, 1), 0.9, 16),
     ],
 )
-def test_the_number_of_active_ranks_follows_the_formula(rule: RankRule, level: float, wanted: int) -> None:
+def test_the_number_of_active_ranks_follows_the_formula(rule: TLoraRule, level: float, wanted: int) -> None:
     assert rule.active(16, torch.tensor([level])).tolist() == [wanted]
 
 
 def test_each_sample_has_its_own_mask() -> None:
-    mask = RankMask(RankRule(1, 1), 4)
+    mask = RankMask(TLoraRule(1, 1), 4)
     mask.set_levels(torch.tensor([0.0, 1.0]))
     assert mask.apply(torch.ones(2, 3, 4)).sum(-1).tolist() == [[4] * 3, [1] * 3]
     assert mask.apply(torch.ones(4, 4)).sum(-1).tolist() == [4, 4, 1, 1]  # two rows of each sample
     assert mask.apply(torch.ones(2, 4, 5, 5), 1).sum(1)[:, 0, 0].tolist() == [4, 1]
     with pytest.raises(AssertionError, match="3 rows are not those of 2 samples"):
         mask.apply(torch.ones(3, 4))
-    joined = RankMask(RankRule(1, 1), 6, num_parts=3)
+    joined = RankMask(TLoraRule(1, 1), 6, num_parts=3)
     joined.set_levels(torch.tensor([1.0]))
     assert joined.apply(torch.ones(5, 6))[0].tolist() == [1, 0, 1, 0, 1, 0]
 
@@ -61,7 +62,7 @@ def test_levels_of_a_network_without_masks_cost_nothing() -> None:
     set_levels(nn.Linear(1, 1), torch.zeros(1))
     set_level(nn.Linear(1, 1), 0.5, CPU)
     network = nn.Linear(1, 1)
-    assert mask_for(network, RankRule(), 4) is mask_for(network, RankRule(), 4)
+    assert mask_for(network, TLoraRule(), 4) is mask_for(network, TLoraRule(), 4)
 
 
 def masked_by_hand(x: Tensor, layer: Any, levels: Tensor) -> Tensor:
@@ -121,7 +122,7 @@ def test_the_file_is_a_lora_that_says_its_rule(tmp_path: Path, caplog: pytest.Lo
     assert tensors.keys() == plain.keys()
     assert not toy.same(tensors, plain)
     metadata = toy.metadata_of(tmp_path / "output" / "x.safetensors")
-    assert rule_of(metadata) == RankRule(1, 2)
+    assert rule_of(metadata) == TLoraRule(1, 2)
     assert rule_of(toy.metadata_of(tmp_path / "output" / "plain.safetensors")) is None
 
 
@@ -148,6 +149,8 @@ def test_a_killed_run_ends_with_equal_bytes(tmp_path: Path) -> None:
         (["--network_args", "tlora=True", "tlora_alpha=0"], "tlora_alpha=0: all ranks would act"),
         (["--network_args", "tlora=yes"], "give True or False"),
         (["--network_args", "t_lora=True"], "no such setting"),
+        (["--network_args", "algo=lokr"], "give networks.lokr, and leave algo out"),
+        (["--network_args", "algo=full"], "give one of the modules in --help"),
     ],
 )
 def test_mistakes_are_refused(tmp_path: Path, given: list[object], words: str) -> None:
@@ -215,12 +218,12 @@ def test_merging_says_that_it_has_no_mask(tmp_path: Path, caplog: pytest.LogCapt
     [
         ("{}", None),
         ('{"tlora": "False"}', None),
-        ('{"tlora": "true"}', RankRule(1, 1)),
-        ('{"tlora": true, "tlora_min_rank": 3}', RankRule(3, 1)),
+        ('{"tlora": "true"}', TLoraRule(1, 1)),
+        ('{"tlora": true, "tlora_min_rank": 3}', TLoraRule(3, 1)),
         ("tlora: no JSON", None),
     ],
 )
-def test_the_rule_is_read_from_metadata(arguments: str, rule: RankRule | None) -> None:
+def test_the_rule_is_read_from_metadata(arguments: str, rule: TLoraRule | None) -> None:
     assert rule_of({"ss_network_args": arguments}) == rule
 
 
@@ -247,5 +250,5 @@ def test_converted_files_keep_the_rule(tmp_path: Path, caplog: pytest.LogCapture
         convert_file(path, tmp_path / "other.safetensors", "other")
     assert load_file(tmp_path / "other.safetensors")
     with safe_open(tmp_path / "other.safetensors", "pt") as file:
-        assert rule_of(file.metadata()) == RankRule(1, 2)
+        assert rule_of(file.metadata()) == TLoraRule(1, 2)
     assert "A T-LoRA acts as trained in the scripts here" in " ".join(caplog.text.split())

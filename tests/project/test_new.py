@@ -5,18 +5,23 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
+from browser.described import read_described
 from dataset.config import load_dataset_config
 from modules.parser import parse_options
 from modules.speed_options import PlanOptions
 from modules.text_files import parse_toml
 from project import choosing
+from project.files import write_project
 from project.options import NewOptions, find_models
 from tests.commands import run_script
 from tests.faults.messages import assert_one_message, run_here
 from tests.sound_media import Track, write_media
 from tests.tiny.project import write_clips
+from tests.tiny.stable_diffusion import write_sd1, write_tiny_stable_diffusion
+from training.config_options import OTHERS_TABLE
 
 EDIT = ["--family", "qwen", "--task", "edit-2511", "--memory", "24"]
 
@@ -305,3 +310,80 @@ def test_masks_next_to_their_pictures_are_named_as_dataset_toml_takes_them(tmp_p
     path.write_text(path.read_text(encoding="utf-8") + 'mask_directory = "my cat"\n', encoding="utf-8")
     (table,) = load_dataset_config(path).datasets
     assert table.mask_directory == table.directory
+
+
+def test_a_named_checkpoint_brings_its_own_vae_and_is_not_downloaded_again(tmp_path: Path) -> None:
+    write_photos(tmp_path / "p")
+    write_tiny_stable_diffusion(tmp_path / "own", "sdxl")
+    words = ["p", "--family", "sdxl", "--model_file", f"--ckpt = {tmp_path / 'own' / 'ckpt.safetensors'}"]
+
+    told = run_script("new_project.py", *words, folder=tmp_path)
+
+    run = parse_toml((tmp_path / "p" / "run.toml").read_text("utf-8"))
+    assert "--vae: the one inside" in told.stdout
+    assert "its files are there" in told.stdout
+    assert "vae" not in run["training"]
+    assert len(run[OTHERS_TABLE]["files"]) == 1
+    download, *others = run[OTHERS_TABLE]["commands"]
+    assert "--fp8_encoders" not in download
+    assert download[download.index("--without") + 1 :][:2] == ["ckpt", "vae"]
+    assert not any("--vae" in words for words in others)
+    described = read_described(tmp_path / "p")
+    assert [*described.model_files] == ["ckpt"]
+    vae = tmp_path / "own" / "vae.safetensors"
+    run_script("new_project.py", *words, "--model_file", f"vae={vae}", "--overwrite", folder=tmp_path)
+    run = parse_toml((tmp_path / "p" / "run.toml").read_text("utf-8"))
+    assert Path(run["training"]["vae"]) == vae
+
+
+@pytest.mark.parametrize(("processor", "memory"), [("AVX2", "0"), ("AVX512", "0"), ("AVX2", "12")])
+@pytest.mark.parametrize("family", ["wan", "flux", "sdxl"])
+def test_a_cpu_that_is_slow_in_bfloat16_gets_float32_in_all_commands(
+    processor: str,
+    memory: str,
+    family: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: processor)
+    write_photos(tmp_path / "p")
+    task = {"wan": "t2v-1.3B", "flux": "dev", "sdxl": "xl"}[family]
+    words = [str(tmp_path / "p"), "--family", family, "--task", task, "--memory", memory]
+
+    write_project(parse_options("", words, NewOptions)[0])
+
+    run = parse_toml((tmp_path / "p" / "run.toml").read_text("utf-8"))
+    is_slow = (processor, memory) == ("AVX2", "0")
+    assert run["training"]["mixed_precision"] == ("no" if is_slow else "bf16")
+    assert (run["training"].get("dit_dtype") == "float32") == (is_slow and family != "sdxl")
+    _, check, _, latents, texts, _ = run[OTHERS_TABLE]["commands"]
+    for command in (check, latents):
+        assert ("--vae_dtype" in command) == (is_slow and family != "sdxl")
+    assert ("--text_encoder_dtype" in texts) == (is_slow and family != "wan")
+    assert ("slower than float32" in capsys.readouterr().out) == is_slow
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "right"), [("wan", "ti2v-5B", "wan22"), ("wan22", "t2v-1.3B", "wan")]
+)
+def test_a_task_of_a_sister_family_names_it(family: str, task: str, right: str, tmp_path: Path) -> None:
+    write_photos(tmp_path / "p")
+
+    told = run_here("new_project.py", "p", "--family", family, "--task", task, folder=tmp_path)
+
+    assert told[0] != 0
+    assert f"--task {task} is one of --family {right}; {family} has " in told[1]
+
+
+def test_a_checkpoint_of_another_kind_names_its_scripts_and_its_family(tmp_path: Path) -> None:
+    write_photos(tmp_path / "p")
+    ckpt = write_sd1(tmp_path)
+
+    told = run_here(
+        "new_project.py", "p", "--family", "sdxl", "--model_file", f"ckpt={ckpt}", folder=tmp_path
+    )
+
+    assert (
+        "train_network.py and sd_generate_image.py; for `new` --family stable_diffusion --task 1.5" in told[1]
+    )

@@ -34,7 +34,7 @@ from networks.adapter import import_network_module
 from networks.loading import read_lora
 from project import running
 from project.options import RunOptions, find_models
-from project.running import MediaCheck, _check_media, run_command
+from project.running import MediaCheck, _check_media, _model_metadata, run_command
 from stable_diffusion.lines import import_prompter
 from tests.commands import QUIET, ROOT, run_program, run_script
 from tests.faults.messages import assert_one_message, run_here, succeed_here
@@ -630,3 +630,12 @@ def test_the_list_of_options_is_named_by_a_command_that_any_folder_takes(tmp_pat
     said = run_program(sys.executable, *words, folder=tmp_path, check=False).stderr
     # without the checkout's path, which `run_program` takes away
     assert said.strip().splitlines()[-1] == "python new_project.py --help lists all options"
+
+
+@pytest.mark.parametrize(("typed", "trained"), [("video", "v"), ("v", "v"), ("va", "av")])
+def test_a_mode_in_another_spelling_is_no_other_model(typed: str, trained: str) -> None:
+    commands = [["python", "ltx2_cache_latents.py"], ["python", "ltx2_train_network.py"]]
+
+    metadata = _model_metadata({"ltx_mode": typed}, commands)
+
+    assert metadata == {"ss_ltx_mode": trained}

@@ -73,8 +73,6 @@ def test_a_request_without_a_picture_is_told_and_no_option_that_nobody_typed(
     prepare(of_training)
     assert "Qwen-Image-Edit-2509 edits pictures, and 'a hat' names none" in caplog.text
     assert "ignored" not in caplog.text
-    prepare(family_of(files, resize_control_to_official_size=True))
-    assert "--resize_control_to_official_size: ignored" in caplog.text
     caplog.clear()
     prepare(family_of(files, "original"))
     assert not caplog.text
@@ -152,14 +150,11 @@ def test_what_stays_needs_a_picture_of_the_size_of_the_result(files: TinyModel, 
         prepare(family_of(files), tmp_path / "a.png", width=64, height=48, extra=mask)
 
 
-def test_what_holds_to_a_picture_is_not_ignored_in_silence(
-    files: TinyModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_holds_to_a_picture_is_not_ignored_in_silence(files: TinyModel, tmp_path: Path) -> None:
     write_image(tmp_path / "a.png", 64, 48)
     (tmp_path / "text.png").write_text("a cat", encoding="utf-8")
     sized: dict[str, Any] = {"width": 64, "height": 48}
     masked = {"extra": {"mask_path": str(tmp_path / "a.png")}, **sized}
-    given = {"rcm_threshold": 0.1, "append_original_name": True, "resize_control_to_image_size": True}
 
     for version in VERSIONS:
         with pytest.raises(OptionError, match=r"--mask_path .*a.png: there is no picture to keep. Give"):
@@ -169,9 +164,6 @@ def test_what_holds_to_a_picture_is_not_ignored_in_silence(
     masked["extra"] = {"mask_path": str(tmp_path / "text.png")}
     with pytest.raises(OptionError, match=r"--mask_path: .*text.png is no image.*Give an image file"):
         prepare(family_of(files), tmp_path / "a.png", **masked)
-    assert "ignored" not in caplog.text
-    prepare(family_of(files, **given), **sized)
-    assert "--resize_control_to_image_size, --append_original_name, --rcm_threshold: ignored" in caplog.text
 
 
 def test_a_mask_is_white_where_the_picture_changes(tmp_path: Path) -> None:

@@ -146,8 +146,10 @@ def test_what_a_folder_lacks_is_named(kind: str, missing: str, said: str, tmp_pa
 def test_a_hint_to_users_of_other_scripts_says_which_takes_the_file(tmp_path: Path) -> None:
     file, folder = tiny.write_sdxl(tmp_path), tiny.write_folder("sd1", tmp_path / "sd1")
 
-    command = f"python sdxl_generate_image.py --ckpt {file}"
-    assert families.identify(file) == f"it is a Stable Diffusion XL checkpoint: {command}"
+    scripts = (
+        "sdxl_train_network.py and sdxl_generate_image.py; for `new` --family stable_diffusion --task xl"
+    )
+    assert families.identify(file) == f"it is a Stable Diffusion XL checkpoint. Its scripts are {scripts}"
     assert "sd_generate_image.py" in str(families.identify(folder))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from modules.errors import CheckpointError, OptionError
 from networks.added import AddedPart
-from networks.rotation import turned_weight, turns
+from networks.kinds.oft_rotation import turned_weight, turns
 from stable_diffusion.contract import SD1, Model
 from stable_diffusion.loras import ChosenLoras, check_kind, read_networks
 from stable_diffusion.network_options import AddedNetworkOptions

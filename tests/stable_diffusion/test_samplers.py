@@ -176,6 +176,15 @@ def sampled(
     return samples
 
 
+def test_pictures_that_cannot_begin_smaller_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    inner = begin_sampling(make_scheduler("euler_a", False), GROWING, generators(5))
+    small, _ = begin_small(start([5])[..., :8, :8], inner, GRADUAL)
+
+    assert small.shape[-2:] == (8, 8)
+    (told,) = caplog.messages
+    assert told.startswith("--gradual_latent_timesteps (--glt) does nothing to 64 x 64 pixels")
+
+
 def computed(gradual: GradualLatentOptions, velocity: bool = False) -> list[Tensor]:
     """The same in plain words, without a solver or a plan."""
     scheduler: Any = make_scheduler("euler_a", velocity)

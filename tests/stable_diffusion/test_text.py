@@ -16,13 +16,17 @@ from checkpoints.dialects import load_planned
 from checkpoints.opening import open_checkpoint
 from encoders.clip_layers import ClipText
 from modules.errors import OptionError
+from modules.parser import parse_options
 from stable_diffusion.contract import Model
+from stable_diffusion.sdxl.family import family_for_text_caching
+from stable_diffusion.sdxl.options import SdxlTextCachingOptions
 from stable_diffusion.text import Texts
 from stable_diffusion.text_checkpoints import read_folder_text
 from stable_diffusion.tokenizers import MOST, Part, cut_into_chunks, cut_text, parse_weights
 from tests.stable_diffusion.loaded import load, make_towers, options
 from tests.tiny import stable_diffusion as tiny
 from tests.tiny.hunyuan_encoders import save
+from tests.tiny.stable_diffusion import tokenizer_folder, write_sdxl
 
 CPU = torch.device("cpu")
 KINDS = ("sd1", "sd2", "sdxl")
@@ -280,3 +284,20 @@ def test_break_and_the_75th_token_end_a_chunk(text: str, expected: list[int]) ->
 )
 def test_what_is_cut_is_named(text: str, most: int, rest: str) -> None:
     assert cut_text(parse_weights(text), tokenize, most) == rest
+
+
+def test_the_tokenizer_of_each_encoder_is_read_and_logged_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = write_sdxl(tmp_path)
+    cache = tokenizer_folder(tmp_path / "tokenizers")
+    words = ["--ckpt", str(model), "--tokenizer_cache_dir", str(cache)]
+    options = parse_options("", words, SdxlTextCachingOptions)[0]
+    caplog.set_level(logging.INFO)
+
+    for encoder in family_for_text_caching(options).text_encoders():
+        encoder.load(torch.device("cpu"))
+
+    lines = [record.getMessage() for record in caplog.records if "tokenizer: " in record.getMessage()]
+    assert len(lines) == 2
+    assert len({*lines}) == 2

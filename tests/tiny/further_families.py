@@ -1,8 +1,10 @@
 """Families that come with pieces of their own, as `tests/test_every_option_acts.py` drives them."""
 
+import shutil
 from pathlib import Path
 
 from modules.media.writing import write_video
+from tests.minimax_h3.test_caching import tone
 from tests.tiny.families import DATASET, PRECISE, Command, TinyFamily, WriteClips
 from tests.tiny.minimax_h3 import write_tiny_h3
 from tests.tiny.project import moving_square, write_clips, write_image, write_plain_pictures
@@ -41,12 +43,14 @@ def _minimax_h3() -> TinyFamily:
     """MiniMax-H3 from texts, whose guidance is built in."""
 
     def prepare(folder: Path, clips: WriteClips = write_clips) -> None:
-        write_tiny_h3(folder / "model")
+        files = write_tiny_h3(folder / "model")
+        shutil.copy(files.dit, files.dit.with_name("minimax_h3_ref2va_bf16.safetensors"))
         (folder / "clips").mkdir()
         for number in range(4):
             path = folder / "clips" / f"clip {number}.mkv"
             frames = moving_square(H3_FRAMES + 2, 32, 32, seed=number)
-            write_video(path, frames, 24, crf=1, preset="ultrafast")
+            track = None if number % 2 else tone()
+            write_video(path, frames, 24, crf=1, preset="ultrafast", track=track)
             path.with_suffix(".txt").write_text(f"square {number} moves", encoding="utf-8")
         lines = ["[[datasets]]", 'video_directory = "clips"', 'cache_directory = "cache"']
         lines += ['caption_extension = ".txt"', "resolution = [32, 32]", f"target_frames = [{H3_FRAMES}]"]
@@ -62,8 +66,9 @@ def _minimax_h3() -> TinyFamily:
     return TinyFamily(
         name="minimax_h3",
         prepare=prepare,
-        cache_latents=["minimax_h3_cache_latents.py", *DATASET, *vaes, *short],
-        cache_texts=["minimax_h3_cache_text_encoder_outputs.py", *DATASET, *texts],
+        cache_latents=["minimax_h3_cache_latents.py", *DATASET, *vaes, *short, "--task", "fl2va"],
+        cache_texts=["minimax_h3_cache_text_encoder_outputs.py", *DATASET, *texts]
+        + ["--teacher_conditions", "first,last"],
         train=["minimax_h3_train_network.py", *models, *DATASET, "--mixed_precision", "no"]
         + ["--h3_allow_experimental_sample_duration", "--network_dim", "4", "--learning_rate", "1e-2"],
         generate=["minimax_h3_generate_video.py", *models, *short, "--guidance_scale", "1"]

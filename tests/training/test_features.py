@@ -1,4 +1,4 @@
-"""Features of training: each can be deleted, and no other part of a run names it."""
+"""Features of training and kinds of networks: each can be deleted, and no other part names it."""
 
 from pathlib import Path
 
@@ -7,19 +7,18 @@ import pytest
 from modules.errors import CheckpointError
 from tests import deleting
 from tests.training import toy
-from training.features import FEATURES
 from training.features.composing import claim_progress
 from training.features.skip import SkipProgress
 from training.resuming import first_progress
 from training.saving.states import SavedState, read_state
 from training.steps import Progress
 
-NAMES = [feature.name for feature in FEATURES]
+NAMES = list(deleting.FOLDERS)  # of features, and of kinds of networks
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_a_feature_can_be_deleted(tmp_path: Path, name: str) -> None:
+def test_a_feature_or_a_kind_of_network_can_be_deleted(tmp_path: Path, name: str) -> None:
     assert deleting.check_deletion(name, tmp_path) == []
 
 
@@ -27,12 +26,15 @@ def test_a_feature_can_be_deleted(tmp_path: Path, name: str) -> None:
 def test_a_deletion_takes_away_files_and_lines(tmp_path: Path, name: str) -> None:
     """Without this the test above could compare two trees that are the same."""
     deleting.copy_tree(tmp_path)
-    before = (tmp_path / "training/features/__init__.py").read_text(encoding="utf-8")
+    listing = tmp_path / deleting.FOLDERS[name] / "__init__.py"
+    before = listing.read_text(encoding="utf-8")
 
-    assert f"{name}.py" in deleting.delete_feature(tmp_path, name)
+    deleted = deleting.delete_from(tmp_path, name)
 
-    after = (tmp_path / "training/features/__init__.py").read_text(encoding="utf-8")
-    assert len(before.splitlines()) - len(after.splitlines()) == 3
+    assert f"{name}.py" in deleted
+    after = listing.read_text(encoding="utf-8")
+    # the import and the line of the list, and one in the docstring for each file
+    assert len(before.splitlines()) - len(after.splitlines()) == 2 + len(deleted)
     assert name.upper() not in after
 
 

@@ -298,6 +298,7 @@ def test_another_name_is_the_option_that_it_stands_for(argv: str, same_as: str) 
         ("--v2", "--v2 is refused: it is for the text encoders of Stable Diffusion"),
         ("--vae ae.safetensors", "--vae is refused: the autoencoder is given to --ae"),
         ("--use_8bit_adam --optimizer_type Lion", "--use_8bit_adam is --optimizer_type AdamW8bit"),
+        ("--cpu_offload_checkpointing", "--cpu_offload_checkpointing needs --gradient_checkpointing"),
         ("--fused_backward_pass --gradient_accumulation_steps 2", "--fused_backward_pass with"),
         ("--fused_backward_pass --blank_prior_weight 1", "--blank_prior_weight with --fused_backward_pass"),
         ("--fused_backward_pass --slider PROMPTS", "--slider with --fused_backward_pass"),

@@ -9,8 +9,9 @@ from contract.family import FLOW, NoiseSpec
 from frame_pack.options import FramePackTrainingOptions
 from hunyuan_model.options import HunyuanTrainingOptions
 from modules.errors import OptionError, UserError
+from modules.installation import import_own
 from modules.options import facts_of, read_options
-from modules.parser import add_options
+from modules.parser import add_options, parse_options
 from tests.training.toy import toy_options
 from training.checks import list_unused_options
 from training.learning_options import ExpertTrainingOptions
@@ -67,6 +68,7 @@ def test_a_usual_command_is_told_nothing(tmp_path: Path) -> None:
             "--huggingface_path_in_repo, --huggingface_token",
         ),
         ("--guidance_scale 6", "--guidance_scale"),
+        ("--ema_decay 0.9 --sample_ema", "--sample_ema"),
         ("--fp8_base --upcast_quantization", "--upcast_quantization"),
         ("--fp8_base --fp8_scaled --upcast_quantization", ""),
         # usual values do as little, if they are typed
@@ -340,3 +342,39 @@ def test_an_option_in_two_records_is_judged_alike() -> None:
     for record in OWN:
         for name, facts in facts_of(record).items():
             assert name not in shared or shared[name]["resume"] == facts["resume"], name
+
+
+@pytest.mark.parametrize(
+    ("room", "record", "words", "expected"),
+    [
+        (
+            "ltx_2",
+            "Ltx2TrainingOptions",
+            "--stg_scale 1 --height 256 --video_cfg_scale 3",
+            "height stg_scale video_cfg_scale",
+        ),
+        ("ltx_2", "Ltx2TrainingOptions", "--sample_disable_audio --ltx2_mode av", "sample_disable_audio"),
+        ("stable_diffusion.sdxl", "SdxlTrainingOptions", "--sample_sampler euler_a", "sample_sampler"),
+    ],
+)
+def test_options_of_a_family_that_act_on_samples_alone_say_that_none_are_made(
+    room: str, record: str, words: str, expected: str, tmp_path: Path
+) -> None:
+    family_options = parse_options("", words.split(), getattr(import_own(f"{room}.options"), record))[0]
+    (tmp_path / "prompts.txt").write_text("a cat", encoding="utf-8")
+    silent, sampling = (
+        toy_options(tmp_path),
+        toy_options(tmp_path, "--sample_prompts", str(tmp_path / "prompts.txt")),
+    )
+
+    lines = list_unused_options(silent, False, False, family_options=family_options)
+
+    assert sorted(line.partition(" ")[0] for line in lines) == sorted(
+        f"--{name}" for name in expected.split()
+    )
+    assert all("no samples are made" in line for line in lines)
+    assert list_unused_options(sampling, False, False, family_options=family_options) == []
+
+
+def test_previews_without_samples_say_so(tmp_path: Path) -> None:
+    assert named(tmp_path, "--preview_latent_every 5") == {"--preview_latent_every"}

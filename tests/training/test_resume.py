@@ -17,12 +17,13 @@ from safetensors.torch import load_file, save_file
 
 from dataset.batches.items import ItemKind, TrainingItem
 from dataset.batches.order import BatchOrder
+from ltx_2.options import Ltx2TrainingOptions
 from modules.errors import CheckpointError, OptionError
 from modules.options import FREE, HABIT, IDENTITY
 from tests.commands import ROOT, run_python
 from tests.dataset.making import make_table
 from tests.training import toy
-from training.resuming import epoch_digest
+from training.resuming import _resolve, epoch_digest
 from training.run import train_network
 from training.saving.states import SavedState, read_state
 
@@ -350,3 +351,12 @@ def train_in_two_processes(
     script = ROOT / "tests" / "training" / "train_toy.py"
     environment = {"PYTHONPATH": str(ROOT), **environment}
     run_python(*launch.split(), script, folder, *arguments, environment=environment)
+
+
+def test_a_respelled_value_of_the_same_meaning_resumes() -> None:
+    saved, same, other = ({"--ltx_mode": mode, "--seed": 3} for mode in ("video", "v", "av"))
+
+    before = _resolve(saved, Ltx2TrainingOptions)
+
+    assert before == _resolve(same, Ltx2TrainingOptions)
+    assert before != _resolve(other, Ltx2TrainingOptions)

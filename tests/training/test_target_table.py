@@ -26,13 +26,14 @@ from tests.training import toy
 from tests.training.toy_images import train_image_toy, write_subset
 from training.features.blank_prior import BlankPriorOptions, blank_pass
 from training.features.guided import GuidedTarget, GuidedTargetOptions, guide
+from training.features.ip_noise import IpNoiseOptions
 from training.features.mask_prior import MaskPriorOptions, compare_outside_masks
 from training.features.output_preservation import preserve_output
 from training.features.slider import SliderOptions
 from training.features.slider_passes import Slider, SliderFile, SliderTarget, slider_passes
 from training.features.tread import TreadOptions, check_tread
 from training.loss import MASK, LossRule, NoisyBatch, NoisySound
-from training.noise_options import L2, LossOptions, NoiseOptions
+from training.noise_options import L2, LossOptions
 from training.options import TrainedNetworkOptions, TrainingOptions
 from training.target_rules import Band, Preference, Targets, TeacherTarget
 from training.targets.passes import loss_passes
@@ -435,14 +436,14 @@ OPTIONS_OF: dict[type[Options], dict[str, set[str]]] = {
     PreferenceOptions: {"preference": {"preference", "preference_data_weight"}},
     SliderOptions: {"slider": {"slider"}},
     TreadOptions: {"tread": {"tread", "tread_blocks"}},
-    NoiseOptions: {"perturbation": {"ip_noise_gamma", "ip_noise_gamma_random_strength"}},
+    IpNoiseOptions: {"perturbation": {"ip_noise_gamma", "ip_noise_gamma_random_strength"}},
     LossOptions: {"loss_type": {"loss_type", "huber_schedule", "huber_c", "huber_scale"}},
 }
 # records of options that say nothing of what a network learns towards, or only how much a level counts
 OF_NO_TARGET = {
     *("LoopOptions", "CheckPageOptions", "ValidationOptions", "OptimizerOptions", "LrScheduleOptions"),
     *("TimestepOptions", "AcceleratorOptions", "SavingOptions", "SampleOptions", "PreviewOptions"),
-    *("EmaOptions", "SkipOptions", "LogOptions", "EndOptions", "MetadataOptions", "HubOptions"),
+    *("EmaOptions", "SkipOptions", "LogOptions", "EndOptions", "MetadataOptions", "UploadOptions"),
     *("TrainingSpeedOptions", "TrainingAttentionOptions", "TrainingFp8Options", "SwapOptions"),
     *("ShardingOptions", "TrainingCompileOptions", "PlanOptions", "FrozenModelOptions"),
     *("FeatureOptions", "OutputPreservationOptions"),

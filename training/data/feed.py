@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.synchronize import Event
 from typing import Protocol
@@ -42,7 +42,7 @@ from modules.errors import UserError
 from modules.seeds import derive_seed
 from training.data.timesteps import Timesteps, draw, find_shift, loss_weights, times_of_sound
 from training.loss import NoisyBatch, NoisySound
-from training.noise_options import NOTHING, PLAIN_NOISE, SIGMA, TIMESTEP, NoiseOptions, TimestepOptions
+from training.noise_options import NOTHING, SIGMA, TIMESTEP, TimestepOptions
 from training.steps import StepPlan
 
 Key = tuple[int, int]  # epoch, micro-batch in it
@@ -156,7 +156,8 @@ class Randomness:
     noise: NoiseSpec = FLOW
     latent: LatentSpec | None = None  # only `NoiseSpec.vary` asks for it
     experts: tuple[Expert, ...] = ONE_EXPERT
-    perturbation: NoiseOptions = PLAIN_NOISE
+    # given shape, seed and number of a micro-batch: further noise of the input
+    on_noise: Sequence[Callable[[torch.Size, int, int], Tensor]] = ()
     weighted_by: str = TIMESTEP  # timestep or sigma: what --weighting_scheme computes the loss weight from
     sound: SoundLearning | None = None  # None: the family has no sound
     teacher_band: tuple[int, int] | None = None  # of --teacher, in thousandths of noise; None: all levels
@@ -251,18 +252,10 @@ class Randomness:
         )
 
     def _perturb(self, shape: torch.Size, number: int) -> Tensor | None:
-        """Draw further noise of the input; None without --ip_noise_gamma.
-
-        Source: Ning et al. 2023, arXiv 2301.11706.
-        """
-        gamma = self.perturbation.ip_noise_gamma
-        if not gamma:
+        """Draw further noise of the input; None if nothing adds some."""
+        if not self.on_noise:
             return None
-        generator = seed_generator(self.seed, "input perturbation", number)
-        perturbation = gamma * torch.randn(shape, generator=generator)
-        if self.perturbation.ip_noise_gamma_random_strength:
-            perturbation *= torch.rand((shape[0], *([1] * (len(shape) - 1))), generator=generator)
-        return perturbation
+        return functools.reduce(torch.add, (draw(shape, self.seed, number) for draw in self.on_noise))
 
     def _weigh(self, batch: Batch, times: Timesteps) -> Tensor:
         """Return the factors on the samples' losses: B."""

@@ -6,6 +6,7 @@ contract: what a feature is, and where it acts
 ema: keep an average of the trained weights
 ema_weights: how this average is computed
 guided: learn away from what is predicted for the empty prompt
+ip_noise: mix in further noise, which is not to be predicted
 mask_prior: hold the network to the model outside masks
 on_end: start a command when the run is over
 output_preservation: let samples of some tables stay as they are
@@ -14,22 +15,28 @@ slider: slide between the captions of a file
 slider_passes: a file of captions to slide between, and its passes
 tread: let tokens pass by the middle blocks
 tread_routes: which tokens pass by the middle blocks
+uploads: send what is saved to the Hugging Face hub
+uploads_hub: the client of the hub, and the model card
+uploads_options: what is uploaded, and whether a state is there
 """
 
 from training.features.blank_prior import BLANK_PRIOR
 from training.features.contract import Feature
 from training.features.ema import EMA
 from training.features.guided import GUIDED
+from training.features.ip_noise import IP_NOISE
 from training.features.mask_prior import MASK_PRIOR
 from training.features.on_end import ON_END
 from training.features.output_preservation import OUTPUT_PRESERVATION
 from training.features.skip import SKIP
 from training.features.slider import SLIDER
 from training.features.tread import TREAD
+from training.features.uploads import UPLOADS
 
 # in the order in which they act, one a line
 # fmt: off
 FEATURES: tuple[Feature, ...] = (
+    IP_NOISE,
     OUTPUT_PRESERVATION,
     GUIDED,
     MASK_PRIOR,
@@ -39,5 +46,6 @@ FEATURES: tuple[Feature, ...] = (
     EMA,
     SKIP,
     ON_END,
+    UPLOADS,
 )
 # fmt: on

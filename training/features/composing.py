@@ -3,6 +3,8 @@
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modules.options import HABIT, Options, option
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from training.data.feed import BatchSources
     from training.data.live import LiveTexts
     from training.loss import NoisyBatch
+    from training.saving.files import Publisher
     from training.steps import Progress
 
 
@@ -46,20 +49,19 @@ def active_features(options: OptionsOfRun) -> list[Feature]:
     return [feature for feature in FEATURES if feature.is_on(options.of(feature.options))]
 
 
+def _functions(
+    options: OptionsOfRun, of: Callable[[Feature], Callable[..., T] | None]
+) -> list[Callable[..., T]]:
+    """Return a function of each active feature that has it, with the feature's own options given."""
+    pairs = [(of(feature), options.of(feature.options)) for feature in active_features(options)]
+    return [partial(function, own_options) for function, own_options in pairs if function is not None]
+
+
 def refuse_combinations(options: OptionsOfRun) -> None:
     """Raise OptionError for options that a feature does not go with."""
     for feature in active_features(options):
         if feature.refuse is not None:
             feature.refuse(options)
-
-
-def idle_reasons(options: OptionsOfRun) -> dict[str, str]:
-    """Return the options of features that have no effect because of others, by name -> why."""
-    reasons: dict[str, str] = {}
-    for feature in FEATURES:
-        if feature.idle is not None:
-            reasons |= feature.idle(options)
-    return reasons
 
 
 def kept_average(options: OptionsOfRun) -> str:
@@ -75,14 +77,25 @@ def sampled_average(options: OptionsOfRun) -> str:
     return ""
 
 
+def make_publisher(options: OptionsOfRun) -> "Publisher | None":
+    """Return what passes on the saved files of a run, if a feature does."""
+    made = [make() for make in _functions(options, lambda feature: feature.publisher)]
+    return next(filter(None, made), None)
+
+
+def fetch_state(options: OptionsOfRun, name: str, folder: Path) -> Path | None:
+    """Return the state that --resume names if a feature fetches it, else None. folder: to write it into."""
+    fetched = [fetch(name, folder) for fetch in _functions(options, lambda feature: feature.fetch_state)]
+    return next(filter(None, fetched), None)
+
+
 def check_model(options: OptionsOfRun, family: "Family", count_blocks: Callable[[], Sequence[int]]) -> None:
     """Raise OptionError for a model that a feature does not go with.
 
     count_blocks: returns the numbers of blocks of each list; none: not known.
     """
-    for feature in active_features(options):
-        if feature.check is not None:
-            feature.check(options.of(feature.options), family, count_blocks())
+    for check in _functions(options, lambda feature: feature.check):
+        check(family, count_blocks())
 
 
 def options_of_blocks() -> list[str]:
@@ -155,11 +168,7 @@ def describe_features(options: OptionsOfRun, are_targets: bool) -> list[str]:
 
 def rehearsed_passes(options: OptionsOfRun, noisy_batch: "NoisyBatch") -> list[LearningPass]:
     """Return what passes with gradients run in while their memory is measured. noisy_batch: on the CPU."""
-    return [
-        feature.rehearse(options.of(feature.options), noisy_batch)
-        for feature in active_features(options)
-        if feature.rehearse is not None
-    ]
+    return [rehearse(noisy_batch) for rehearse in _functions(options, lambda feature: feature.rehearse)]
 
 
 def usual_habits() -> list[Options]:
@@ -182,20 +191,18 @@ def claim_progress(progress: "Progress") -> None:
 def file_values(options: OptionsOfRun, progress: "Progress") -> dict[str, Any]:
     """Return the entries of features in the metadata of a file that is saved now."""
     values: dict[str, Any] = {}
-    for feature in active_features(options):
-        if feature.metadata is not None:
-            entries = feature.metadata(options.of(feature.options), progress)
+    for feature in FEATURES:
+        own_options = options.of(feature.options)
+        is_recorded = feature.is_on(own_options) or (feature.images_record_it and options.is_for_images)
+        if feature.metadata is not None and is_recorded:
+            entries = feature.metadata(own_options, progress)
             values |= {f"ss_{name}": value for name, value in entries.items()}
     return values
 
 
 def start_rows(options: OptionsOfRun) -> list[tuple[str, str]]:
     """Return the lines of features that end the box at the start of a run."""
-    return [
-        feature.start_row(options.of(feature.options))
-        for feature in active_features(options)
-        if feature.start_row is not None
-    ]
+    return [make_row() for make_row in _functions(options, lambda feature: feature.start_row)]
 
 
 def result_rows(options: OptionsOfRun, progress: "Progress") -> list[tuple[str, str]]:

@@ -28,7 +28,8 @@ if TYPE_CHECKING:  # --help does without torch
     from training.data.live import LiveTexts
     from training.learning_options import WholeDitOptions
     from training.loss import NoisyBatch
-    from training.run_options import LogOptions, LoopOptions, SampleOptions
+    from training.run_options import LogOptions, LoopOptions
+    from training.saving.files import Publisher
     from training.saving.options import SavingOptions
     from training.saving.states import SavedState
     from training.steps import Progress, StepPlan
@@ -37,9 +38,10 @@ if TYPE_CHECKING:  # --help does without torch
 
 T = TypeVar("T")
 
-# of `Feature.place`: in --help behind the options of the network, which whole models refuse; of the loss; of
-# saving and samples; of logs
-AT_NETWORK, AT_LOSS, AT_WEIGHTS, AT_LOGS = "network", "loss", "weights", "logs"
+# of `Feature.place`: in --help behind the options of the network, which whole models refuse; of timesteps; of
+# the loss; of saving and samples; of logs; of metadata
+AT_NETWORK, AT_NOISE, AT_LOSS = "network", "noise", "loss"
+AT_WEIGHTS, AT_LOGS, AT_METADATA = "weights", "logs", "metadata"
 
 # time of a pass without gradients as a share of one with: a LoRA's backward pass takes as long as the forward
 # pass; with checkpointed blocks, or if the model itself learns, twice as long
@@ -85,13 +87,13 @@ class OptionsOfRun(Protocol):
     def speed(self) -> "TrainingSpeedOptions": ...
 
     @property
+    def is_for_images(self) -> bool: ...
+
+    @property
     def whole_dit(self) -> "WholeDitOptions | None": ...
 
     @property
     def saving(self) -> "SavingOptions": ...
-
-    @property
-    def samples(self) -> "SampleOptions": ...
 
     @property
     def teacher(self) -> "TeacherOptions": ...
@@ -219,6 +221,7 @@ class RunEnd:
     error: BaseException | None = None  # that has ended it
 
 
+OnNoise = Callable[["torch.Size", int, int], "Tensor"]
 BeforeStep = Callable[[HookedRun, GradientStep, "Tensor"], str]
 LearningPass = Callable[["nn.Module", "NoisyBatch"], AbstractContextManager[None]]
 MakeTarget = Callable[["TrainingPasses", "NoisyBatch", "Tensor"], "Tensor"]
@@ -230,6 +233,9 @@ MorePasses = Callable[["TrainingPasses", "NoisyBatch"], "Iterator[Streams]"]
 class Hooks:
     """The points of a run at which features act. At each, they act in the order of their list."""
 
+    # given the shape of latents, the seed of the run and the number of the micro-batch: further noise of the
+    # input, which is not to be predicted
+    on_noise: list[OnNoise] = field(default_factory=list)
     before_load: list[Callable[[PlannedRun], None]] = field(default_factory=list)  # texts are encoded here
     after_load: list[Callable[[HookedModel], None]] = field(default_factory=list)
     # given the passes of a step, its batch and the velocity: what samples are compared with in place of it,
@@ -261,8 +267,6 @@ class Feature:
     facts: Mapping[str, Any] = field(default_factory=dict)  # of all its options: HABIT, FREE and the like
     # raises OptionError for options of others that do not go with it; asked only if it is on
     refuse: Callable[[OptionsOfRun], None] | None = None
-    # its options without effect together with those of others, by name -> why
-    idle: Callable[[OptionsOfRun], Mapping[str, str]] | None = None
     # given its options, the model and the numbers of its blocks, which may be unknown: raises OptionError
     check: Callable[[Any, "Family", Sequence[int]], None] | None = None
     # its options that act between the blocks of a transformer: models without such blocks refuse them
@@ -289,6 +293,7 @@ class Feature:
     progress: type[Any] | None = None  # a dataclass: what it remembers in `Progress`, and in states
     # given its options and the run's progress: entries of each saved file, without the `ss_` of their names
     metadata: Callable[[Any, "Progress"], Mapping[str, Any]] | None = None
+    images_record_it: bool = False  # image trainers have these entries if it is off too
     # given the run's progress: its line in the box at the end of a run
     result: Callable[["Progress"], tuple[str, str]] | None = None
     # a sentence for the error of a loss or norm that is NaN or infinite
@@ -297,6 +302,10 @@ class Feature:
     install: Callable[[Hooks, OptionsOfRun, "Progress"], None] | None = None
     average: str = ""  # the short name of an average of the weights that it has the run keep
     samples_average: Callable[[Any], bool] | None = None  # given its options: whether samples show it
+    # given its options: what passes on each saved file and state; None: nothing is passed on
+    publisher: "Callable[[Any], Publisher | None] | None" = None
+    # given its options, what --resume says, and a folder to write into: the state if it fetches it, else None
+    fetch_state: Callable[[Any, str, Path], Path | None] | None = None
     # acts when the run is over, however that is; in the main process only
     at_end: Callable[[RunEnd], None] | None = None
     # given its options and a batch: the passes with gradients of --plan, whose batch has no content

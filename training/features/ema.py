@@ -3,10 +3,8 @@
 How it is computed is in `ema_weights.py`. It is saved next to each file, and in states.
 """
 
-from collections.abc import Mapping
-
 from modules.errors import OptionError
-from modules.options import FREE, Options, option
+from modules.options import FREE, OF_SAMPLES, Options, option
 from training.features.contract import AT_WEIGHTS, Feature, HookedModel, OptionsOfRun
 
 
@@ -27,7 +25,9 @@ class EmaOptions(Options, title="average of the weights (EMA)"):
         least=1,
         acts_if={"there is no --ema_decay": lambda options: options.ema_decay is not None},
     )
-    sample_ema: bool = option("make samples with the average", needs="ema_decay", hint="0.999 is usual")
+    sample_ema: bool = option(
+        "make samples with the average", needs="ema_decay", hint="0.999 is usual", facts=OF_SAMPLES
+    )
 
 
 def _refuse(options: OptionsOfRun) -> None:
@@ -36,10 +36,6 @@ def _refuse(options: OptionsOfRun) -> None:
             "--sample_ema: the average of a whole model is in host memory. Leave it out, and generate "
             "with the ...-ema.safetensors file"
         )
-
-
-def _idle(options: OptionsOfRun) -> Mapping[str, str]:
-    return {} if options.samples.are_made else {"sample_ema": "no samples are made"}
 
 
 def _keep_average(model: HookedModel) -> None:
@@ -67,7 +63,6 @@ EMA = Feature(
     is_on=lambda options: options.ema_decay is not None,
     facts=FREE,
     refuse=_refuse,
-    idle=_idle,
     average="EMA",
     samples_average=lambda options: options.sample_ema,
     install=lambda hooks, options, progress: hooks.after_load.append(_keep_average),

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from modules.command import did_you_mean
 from modules.console import quiet
 from modules.errors import CheckpointError, OptionError
-from modules.installation import describe_missing
+from modules.installation import describe_missing, refuse_standard_module
 from training.learning_options import OptimizerOptions
 from training.saving.states import plain_state
 
@@ -193,6 +193,7 @@ def import_object(option: str, name: str, module: str, attribute: str) -> Any:
     """
     if not all(part.isidentifier() for part in (*module.split("."), attribute)):
         raise OptionError(f"{option} {name}: is not an import path. Write package.module.Class")
+    refuse_standard_module(option, name, module)
     try:
         return getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as error:

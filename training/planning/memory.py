@@ -29,12 +29,13 @@ from running.planning.device_memory import MemoryWatch, Room, host_room, room_on
 from training.data.feed import BatchSources, Randomness
 from training.data.live import LiveTexts
 from training.experts import placement_of
-from training.features.composing import kept_average
+from training.features.composing import install_features, kept_average
 from training.loss import NoisyBatch, Trains
 from training.options import TrainingOptions
 from training.plan import TrainingPlan
 from training.planning.rehearsal import STEP, rehearse
 from training.processes import largest_of_processes
+from training.steps import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -236,7 +237,7 @@ def read_largest(
         options.timesteps,
         0,
         noise,
-        perturbation=options.noise,
+        on_noise=install_features(options, Progress(0, 0, 0.0)).on_noise,
         sound=SoundLearning(),
         teacher_view=options.teacher.view,
     )

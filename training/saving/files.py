@@ -6,12 +6,13 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 
+from contract.rules import ModelRelease
 from modules.atomic_write import make_folder, recover_folder
 from modules.console import count_of
 from modules.errors import OutputError
@@ -24,14 +25,6 @@ from training.saving.options import SavingOptions
 logger = logging.getLogger(__name__)
 
 WriteFile = Callable[[str, Path], None]  # what ends the file's name, see `Names.parts`; the file
-
-
-class Publisher(Protocol):
-    """Functions that pass on what is saved, as `training.saving.hub.Uploads` does."""
-
-    def publish(self, path: Path) -> None: ...
-
-    def publish_state(self, folder: Path) -> None: ...
 
 
 AVERAGE = "-ema"  # behind the stem of a file: the average of its weights
@@ -59,6 +52,29 @@ class Names:
     @property
     def pattern(self) -> str:
         return r"(?:-ema)?" + (f"_(?:{'|'.join(self.parts)})" if self.parts else "") + r"\.safetensors"
+
+
+@dataclass(frozen=True)
+class PublishedRun:
+    """What those who pass on files can say of the run."""
+
+    names: Names
+    is_lora: bool
+    release: ModelRelease  # of the model
+    metadata: Mapping[str, str]  # of a file that is saved now
+    prompts: Sequence[str]  # of samples
+
+
+class Publisher(Protocol):
+    """Functions that pass on what is saved."""
+
+    def about(self, run: PublishedRun) -> "Publisher": ...  # one that can say this of the run
+
+    def publish(self, path: Path) -> None: ...
+
+    def publish_state(self, folder: Path) -> None: ...
+
+    def close(self) -> None: ...  # waits for what is still on its way
 
 
 @dataclass

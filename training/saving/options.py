@@ -8,7 +8,7 @@ from typing import Any
 
 from modules.errors import OptionError
 from modules.option_values import require
-from modules.options import SECRET, SENDS, Options, option
+from modules.options import Options, option
 from modules.output_files import check_output_name
 
 SAVE_PRECISIONS = ("float", "fp32", "fp16", "bf16")
@@ -124,40 +124,6 @@ class SavingOptions(Options, title="saving"):
     def __post_init__(self) -> None:
         if self.output_name is not None:
             check_output_name("--output_name", self.output_name, is_new=self.resume is None)
-
-
-_NOT_UPLOADED = "nothing is uploaded without --huggingface_repo_id"
-_IF_UPLOADED = {_NOT_UPLOADED: lambda options: options.huggingface_repo_id is not None}
-
-
-class HubOptions(Options, title="Hugging Face hub"):
-    """Options of upload to and resume from the Hugging Face hub."""
-
-    huggingface_repo_id: str | None = option(
-        "upload each saved file to this repository (owner/name); it gets a model card if it has none",
-        facts=SENDS,
-    )
-    huggingface_repo_type: str | None = option(
-        "model (when not given), dataset or space", one_of=("model", "dataset", "space"), acts_if=_IF_UPLOADED
-    )
-    huggingface_path_in_repo: str | None = option("folder in the repository", acts_if=_IF_UPLOADED)
-    huggingface_token: str | None = option(
-        "access token; the one stored on this machine when not given",
-        acts_if={
-            _NOT_UPLOADED: lambda options: (
-                options.huggingface_repo_id is not None or options.resume_from_huggingface
-            ),
-        },
-        facts=SECRET,
-    )
-    huggingface_repo_visibility: str | None = option(
-        "public, else a new repository is private", one_of=("public", "private"), acts_if=_IF_UPLOADED
-    )
-    save_state_to_huggingface: bool = option("upload state folders as well", needs="huggingface_repo_id")
-    resume_from_huggingface: bool = option("--resume names owner/repo/path[:revision[:type]]", facts=SENDS)
-    async_upload: bool = option(
-        "upload while training continues; only the final upload is waited for", needs="huggingface_repo_id"
-    )
 
 
 class MetadataOptions(Options, title="metadata of saved files"):

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import sys
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from modules.errors import CheckpointError, OptionError
+from modules.installation import import_user_module
 from modules.parser import parse_options
 from training.learning_options import LrScheduleOptions, OptimizerOptions
 from training.optimizers.lr_schedule import LrSchedule, make_lr_schedule
@@ -122,9 +124,8 @@ def test_a_state_of_another_kind_of_schedule_is_refused() -> None:
         (" polynomial --lr_scheduler_args power=x", "--lr_scheduler_args power=x: give a number"),
         ("_type nowhere.CosineLR", "the package nowhere is not installed"),
         ("_type ReduceLROnPlateau", "use a curve"),
-        ("_type builtins.dict", "is not a learning-rate scheduler"),
+        ("_type builtins.dict", "builtins is a module of Python's standard library"),
         ("_type torch.optim.AdamW", "is not a learning-rate scheduler"),
-        ("_type builtins.id", "is not a learning-rate scheduler"),
         ("_type torch.save", "is not a learning-rate scheduler"),
         ("_type ..os", "..os: is not an import path"),
         ("_type ChainedScheduler", "refuses --lr_scheduler_args"),
@@ -220,10 +221,14 @@ def test_arguments_reach_the_optimizer_and_its_description_and_groups_keep_their
         ("torch.optim.Fast", (), "cannot be imported"),
         ("AdamW", ("speed=3",), "--optimizer_args speed=3"),
         ("AdamW", ("betas=2",), "--optimizer_args betas=2"),
-        ("builtins.dict", (), "--optimizer_type builtins.dict: is not an optimizer class"),
+        (
+            "builtins.dict",
+            (),
+            "builtins is a module of Python's standard library",
+        ),
         ("torch.nn.Linear", (), "is not an optimizer class"),
         ("torch.optim.Optimizer", (), "with --optimizer_args"),
-        ("math.sqrt", (), "is not an optimizer class"),
+        ("antigravity.fly", (), "which has nothing for this option and is not imported"),
         ("..os", (), "--optimizer_type ..os: is not an import path"),
         (".", (), "unknown. Use one of"),
         ("os.", (), "is not an import path"),
@@ -301,3 +306,14 @@ def test_an_optimizer_of_one_rate_is_refused_by_the_options_that_give_several(
 
     check_rates(given, {"--learning_rate": 0.05})
     check_rates(OptimizerOptions.usual(learning_rate=0.05), rates)
+
+
+def test_a_standard_module_is_not_imported_for_an_option() -> None:
+    assert "antigravity" not in sys.modules
+
+    with pytest.raises(OptionError, match="standard library"):
+        make("antigravity.Adam")
+    with pytest.raises(OptionError, match="standard library"):
+        import_user_module("--network_module", "antigravity", "networks.lora_wan", "")
+
+    assert "antigravity" not in sys.modules

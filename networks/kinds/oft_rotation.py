@@ -1,4 +1,5 @@
-"""Compute the rotations of an OFT, which turns the inputs of frozen layers, block by block.
+"""Compute the rotations of an OFT, which turns the inputs of frozen layers, block by block: the heavy half of
+`oft.py`.
 
 A layer computes y = W (x R) + bias. Its input is cut into blocks of b values, and each block has a rotation
 of its own, which is made from a skew-symmetric matrix Q. W stays as it is, however it is stored, and the
@@ -19,16 +20,6 @@ def block_size_of(columns: int) -> int | None:
     """Return b for the b (b - 1) / 2 values of a block; None if no b has that many."""
     size = (1 + math.isqrt(1 + 8 * columns)) // 2
     return size if columns and size * (size - 1) // 2 == columns else None
-
-
-def fit_block_size(width: int, size: int) -> int | None:
-    """Return the divisor of a width that is nearest to a block size, the smaller one of two; None if there is
-    none from 2 on.
-
-    Source: OneTrainer, modules/module/LoRAModule.py, which chooses so.
-    """
-    divisors = [number for number in range(2, width + 1) if width % number == 0]
-    return min(divisors, key=lambda number: (abs(number - size), number), default=None)
 
 
 def turns(values: Tensor, strength: float = 1.0) -> Tensor:
@@ -64,3 +55,23 @@ def turn(x: Tensor, by: Tensor) -> Tensor:
 def turned_weight(weight: Tensor, by: Tensor) -> Tensor:
     """Return the change W (R^T - I) of a weight, out x in, float32."""
     return turn(weight.float(), by.float().transpose(1, 2))
+
+
+def find_misfit(values: Tensor, weight: Tensor, name: str) -> str:
+    """Return why rotations do not fit a weight, as the end of a sentence; "" if they do."""
+    num_blocks, columns = values.shape
+    size = block_size_of(columns)
+    assert size is not None
+    if weight.ndim != 2:
+        return (
+            f"{name} is no linear layer, and programs do not agree on what an OFT does with others.\n"
+            "  Give a file that rotates linear layers alone."
+        )
+    width = weight.shape[1]
+    is_shared = num_blocks == 1 and width % size == 0  # one rotation for all blocks
+    if num_blocks * size == width or is_shared:
+        return ""
+    return (
+        f"for {name} it rotates {num_blocks} blocks of {size} inputs, the model has {width} inputs.\n"
+        "  Give an OFT that was trained for this model."
+    )

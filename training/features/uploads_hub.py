@@ -11,7 +11,8 @@ import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from contract.families import HIGH_NOISE
 from contract.rules import ModelRelease
 from modules.control_codes import escape_control_codes
 from modules.errors import OptionError
-from training.saving.options import HubOptions
+from training.features.uploads_options import UploadOptions
+from training.saving.files import AVERAGE, PublishedRun
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +96,21 @@ def write_card(
     front_matter = _front_matter(is_lora, release, prompts, spec=spec, words=words)
     text = f"---\n{front_matter}---\n\n" + "\n".join(lines) + "\n\n"
     return f"{text}<!-- reelsmith card {_key(name)} {_digest(text)} -->\n"
+
+
+def card_of(run: PublishedRun, path: Path) -> str | None:
+    """Return the card that names a file of a run; None for an average of the weights."""
+    stem = run.names.stem_of(path)
+    if stem.endswith(AVERAGE):
+        return None
+    return write_card(
+        run.names.name,
+        is_lora=run.is_lora,
+        release=run.release,
+        metadata=run.metadata,
+        prompts=run.prompts,
+        files=run.names.files(stem),
+    )
 
 
 def _say_files(name: str, files: Mapping[str, Path] | None) -> str:
@@ -205,12 +222,16 @@ class Uploads:
     has none or an unchanged one of the same run. card: makes it for a file; None: for those it does not name.
     """
 
-    options: HubOptions
+    options: UploadOptions
     api: Any
     card: Callable[[Path], str | None] | None = None
     _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(max_workers=1))
     _sent_cards: set[str] = field(default_factory=set)
     _refusals: list[str] = field(default_factory=list)  # why no card is sent any more
+
+    def about(self, run: PublishedRun) -> "Uploads":
+        """Return the same uploads with the model card of a run."""
+        return replace(self, card=partial(card_of, run))
 
     def publish(self, path: Path) -> None:
         """Upload a file, and the model card; with --async_upload in the background."""
@@ -269,7 +290,7 @@ class Uploads:
         logger.info("Uploaded the model card to %s", repo)
 
 
-def make_uploads(options: HubOptions, make_api: Callable[..., Any] | None = None) -> Uploads:
+def make_uploads(options: UploadOptions, make_api: Callable[..., Any] | None = None) -> Uploads:
     """Return the uploads of a run. Raises OptionError if the client library is missing."""
     return Uploads(options, (make_api or hub().HfApi)(token=options.huggingface_token))
 

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from networks.kinds.oft_rotation import turn, turns
 from networks.lora_layer import KINDS, Dropouts, DropoutSeed, Halves, halves, keep_mask
-from networks.rotation import turn, turns
 
 
 class Rotation(nn.Module):
@@ -25,6 +25,7 @@ class OftLayer(nn.Module):
     """
 
     kind = "OFT"
+    size_word = "block size"
 
     def __init__(self, original: nn.Linear, size: int) -> None:
         """size: of a block; it divides the number of inputs."""

@@ -12,7 +12,8 @@ import yaml
 from contract.rules import ModelRelease
 from modules.errors import OptionError
 from tests.training.toy import metadata_of, toy_options, train_toy, write_caches
-from training.saving.hub import Uploads, download_state, make_uploads, may_replace, write_card
+from training.features.uploads_hub import Uploads, download_state, make_uploads, may_replace, write_card
+from training.features.uploads_options import UploadOptions
 
 RELEASE = ModelRelease(("Wan-AI/Wan2.1-T2V-1.3B",), "Apache-2.0", "apache-2.0", "https://example.org/apache")
 METADATA = {
@@ -159,7 +160,9 @@ class FakeRepository:
 
 
 def uploads_to(folder: Path, api: FakeRepository, *more: str) -> Uploads:
-    return make_uploads(toy_options(folder, "--huggingface_repo_id", "me/loras", *more).hub, api)
+    return make_uploads(
+        toy_options(folder, "--huggingface_repo_id", "me/loras", *more).of(UploadOptions), api
+    )
 
 
 def card_for(path: Path) -> str:

@@ -1,0 +1,34 @@
+"use strict";
+// What every page needs whose parts are replaced: questions before a button acts, the focus, and rest while nobody looks.
+{
+  document.addEventListener("click", (event) => {
+    const said = event.target.closest("[data-confirm]")?.dataset.confirm;
+    if (said && !confirm(said)) { event.preventDefault(); event.stopImmediatePropagation(); }
+  }, true);
+
+  // ---- who presses a button that goes away stays near it
+  const CONTROLS = "a[href], button, input:not([type=hidden]), select, textarea, summary";
+  const controlsOf = (part) => [...part.querySelectorAll(CONTROLS)].filter((one) => one.checkVisibility() && !one.disabled);
+  let focused = null, near = []; // what has the focus; the parts that it is in, with its place among their controls
+  document.addEventListener("htmx:before:swap", () => {
+    focused = document.activeElement === document.body ? null : document.activeElement;
+    near = [];
+    for (let part = focused?.closest("main, main [id]"); part; part = part.parentElement.closest("main, main [id]")) {
+      near.push([part.id ? `#${CSS.escape(part.id)}` : "main", controlsOf(part).indexOf(focused)]);
+    }
+  });
+  document.addEventListener("htmx:after:swap", () => {
+    if (!focused || document.activeElement !== document.body) return;
+    if (focused.isConnected && focused.checkVisibility() && !focused.disabled) { focused.focus({ preventScroll: true }); return; } // it was moved
+    for (const [selector, place] of near) {
+      const part = document.querySelector(selector), controls = part ? controlsOf(part) : [];
+      if (controls.length) { controls[Math.min(Math.max(place, 0), controls.length - 1)].focus({ preventScroll: true }); return; }
+    }
+  });
+
+  // ---- a page that nobody sees asks for nothing again; what was pressed or typed is still sent
+  document.addEventListener("htmx:before:request", (event) => {
+    const isRepeated = event.detail.ctx.request.method === "GET" && event.target.closest?.("[hx-trigger*='every']");
+    if (document.hidden && isRepeated) event.preventDefault();
+  });
+}

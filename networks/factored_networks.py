@@ -1,0 +1,51 @@
+"""Build the layers of networks whose change of a weight is a product of factors: LoHa, LoKr."""
+
+import math
+from collections.abc import Mapping
+
+from torch import nn
+
+from modules.errors import CheckpointError
+from networks.deltas import META, UNTRAINED, Factors, rank_of, weight_delta, without_alpha
+from networks.factored import Factored, FactoredLayer, MakeShapes, Product
+from networks.kinds.contract import Target
+
+
+def make_layers(
+    targets: Mapping[str, Target], make_shapes: MakeShapes, product: Product
+) -> dict[str, nn.Module]:
+    layers: dict[str, nn.Module] = {}
+    for name, target in targets.items():
+        module = target.module
+        shapes = make_shapes(_shape_of(module), target.rank)
+        layers[name] = FactoredLayer(module, shapes, target.rank, target.alpha, product)
+    return layers
+
+
+def _shape_of(module: Factored) -> tuple[int, ...]:
+    """Return the shape of a module's weight, which may be stored in another one: out in (kernel)."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    return tuple(module.weight.shape)
+
+
+def layer_of(module: Factored, path: str, factors: Factors, product: Product) -> FactoredLayer:
+    """Return a layer with the rank and alpha of a file's factors.
+
+    Raises CheckpointError if its factors are not for the module's weight, or have a core (LyCORIS'
+    use_tucker) or magnitudes, which are not trained here.
+    """
+    sized = without_alpha(factors)
+    shapes = {part: tuple(tensor.shape) for part, tensor in sized.items()}
+    shape = _shape_of(module)
+    delta = None if UNTRAINED & shapes.keys() else weight_delta(sized, META)
+    if delta is None or delta.shape not in (shape, (shape[0], math.prod(shape[1:]))):
+        raise CheckpointError(
+            f"--dim_from_weights: {path} has {shapes}, with which this layer of {list(shape)} cannot be "
+            "trained"
+        )
+    rank = rank_of(factors)
+    alpha: float = rank or 1
+    if rank and "alpha" in factors:
+        alpha = float(factors["alpha"])
+    return FactoredLayer(module, shapes, rank or 1, alpha, product)

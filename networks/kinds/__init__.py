@@ -1,0 +1,40 @@
+"""Kinds of networks, each in one file that can be deleted together with its lines below; but LoRA.
+
+composing: what tools and phases ask all kinds for
+contract: what a kind of network is
+dora: magnitudes of rows or columns
+dora_change: the change of a weight by a DoRA
+dora_files: magnitudes in ComfyUI's form, and back
+dora_layer: train magnitudes in the layer of a LoRA
+loha: element-wise products of two low-rank matrices
+loha_layer: the products of a LoHa, and its layer
+lokr: Kronecker products of two matrices
+lokr_layer: the products of a LoKr, and its layer
+lora: the product of two low-rank matrices
+oft: inputs that are rotated block by block
+oft_layer: the layer of an OFT
+oft_rotation: the rotations of an OFT
+tlora: ranks that act by the noise of each sample
+"""
+
+from networks.kinds.contract import NetworkKind
+from networks.kinds.dora import DORA
+from networks.kinds.loha import LOHA
+from networks.kinds.lokr import LOKR
+from networks.kinds.lora import LORA
+from networks.kinds.oft import OFT
+from networks.kinds.tlora import TLORA
+
+__all__ = ["KINDS", "LORA"]
+
+# in the order in which messages name them, one a line
+# fmt: off
+KINDS: tuple[NetworkKind, ...] = (
+    LORA,
+    DORA,
+    LOHA,
+    LOKR,
+    OFT,
+    TLORA,
+)
+# fmt: on

@@ -1,0 +1,89 @@
+"""Bring the magnitudes of DoRAs into ComfyUI's form, and back: a heavy half of `dora.py`."""
+
+from logging import getLogger
+
+import torch
+from torch import Tensor
+
+from modules.errors import CheckpointError, OptionError
+from networks import deltas
+from networks.apply import Change
+from networks.baking import Baking, Weights, open_weights, replace_factors, weight_of
+from networks.deltas import Factors, weight_delta
+from networks.kinds.contract import FROZEN_NORMS, NORMS_FORM
+from networks.kinds.dora_change import norms_of
+from networks.loading import LoraFile, LoraUse
+from networks.names.layouts import FamilyNames
+from networks.writing import in_own_form
+
+logger = getLogger(__name__)
+PART = "dora_scale"
+
+
+@torch.no_grad()
+def with_norms(
+    lora: LoraFile, family: FamilyNames | None, baking: Baking | None, are_frozen: bool, target: str
+) -> LoraFile:
+    """Convert a DoRA's magnitudes by output to division by the norms of the frozen weights, as in ComfyUI, or
+    of the changed weights (`are_frozen` = False). Other LoRAs are returned unchanged.
+
+    m' = m * |W| / |W + dW|, row by row, is exact; the metadata are marked. target: for messages.
+    Raises OptionError if a model is given for nothing, CheckpointError if one is missing or does not fit.
+    """
+    tensors = {**lora.tensors, **lora.text_tensors}
+    magnitudes = [tensor for name, tensor in tensors.items() if name.endswith(PART)]
+    is_dora = any(len(tensor) == tensor.numel() for tensor in magnitudes)
+    is_same_form = lora.has_frozen_norms == are_frozen
+    if not is_dora or is_same_form:
+        if baking is None:
+            return lora
+        state = "no DoRA by output" if not is_dora else "a DoRA of this form already"
+        raise OptionError(
+            f"--dit: {lora.path} is {state}, so that --target {target} needs no model. Leave --dit out"
+        )
+    if baking is not None:
+        return _with_norms(lora, family, baking, are_frozen)
+    if target == "default":
+        return lora
+    if lora.has_frozen_norms:
+        raise CheckpointError(
+            f"{lora.path} is a DoRA in ComfyUI's form, which other programs read differently.\n"
+            "  Add --dit with the model's file; after it those of the text encoders that it changes.",
+            lora.path,
+        )
+    logger.warning(
+        f"{lora.path} is a DoRA: ComfyUI divides its magnitudes by other norms, which makes it 3 to 24 % "
+        "different there. Add --dit with the model that it was trained for: then it is exact"
+    )
+    return lora
+
+
+def _with_norms(lora: LoraFile, family: FamilyNames | None, baking: Baking, are_frozen: bool) -> LoraFile:
+    """Return a DoRA with magnitudes for the norms of the frozen weights, or of the changed ones."""
+    tensors = lora.tensors if family is None else in_own_form(lora.tensors, family)
+    modules = deltas.group_by_module({**tensors, **lora.text_tensors})
+    with open_weights(baking.models, family) as weights:
+        for name, factors in modules.items():
+            if PART not in factors or deltas.has_input_magnitudes(factors):
+                continue
+            ratio = _ratio_of_norms(name, factors, lora=lora, weights=weights, device=baking.device)
+            magnitudes = factors[PART].float().reshape(ratio.shape)
+            # float32: rounding to 16 bits here would add a loss
+            modules[name] = {**factors, PART: magnitudes * ratio if are_frozen else magnitudes / ratio}
+    metadata = {key: value for key, value in lora.metadata.items() if key != NORMS_FORM}
+    if are_frozen:
+        metadata[NORMS_FORM] = FROZEN_NORMS
+    return replace_factors(lora, modules, metadata)
+
+
+def _ratio_of_norms(
+    name: str, factors: Factors, lora: LoraFile, weights: Weights, device: torch.device
+) -> Tensor:
+    """Return the norms of the frozen weight divided by those of the changed one, by output, on the CPU."""
+    change = weight_delta(factors, device)
+    assert change is not None
+    weight, path = weight_of(name, len(change), lora, weights)
+    Change(LoraUse(lora), factors).fit(None, weight, name, str(path))
+    frozen = weight.to(device, torch.float32)
+    changed = frozen + change.reshape(frozen.shape)
+    return (norms_of(frozen) / norms_of(changed)).cpu()

@@ -1,0 +1,69 @@
+"""Train magnitudes in the layer of a LoRA: a heavy half of `dora.py`."""
+
+import torch
+from torch import Tensor, nn
+
+from checkpoints.stored.forms import value_of
+from networks.lora_layer import LoraLayer
+from running.offload.sharding import gather_weight
+
+
+def extend(layer: LoraLayer) -> None:
+    """Give a layer magnitudes, which begin as the norms of the frozen weight's rows."""
+    original = layer.original
+    weight = value_of(original, gather_weight(original.weight))
+    rows = weight.detach().flatten(1)
+    norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).cpu()
+    # out x 1, of a convolution out x 1 x 1 x 1
+    layer.dora_scale = nn.Parameter(norms.view(-1, *[1] * (weight.ndim - 1)))
+    layer.register_buffer("squares", norms.square(), persistent=False)
+    layer.combine = decompose
+
+
+def decompose(layer: LoraLayer, out: Tensor, added: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the output of the DoRA weight `magnitude * (W + change) / norm(W + change)`.
+
+    out, added: outputs of the frozen module and of the LoRA, ... out or B out H W. dtype: of the module's
+    input.
+    Gradients treat the norm as a constant: Liu et al. 2024, arXiv 2402.09353, section 4.3.
+    """
+    magnitudes = layer.dora_scale
+    assert isinstance(magnitudes, Tensor)
+    ratio = magnitudes.flatten() / _row_norms(layer, dtype)
+    bias = layer.original.bias
+    if isinstance(layer.original, nn.Conv2d):
+        ratio = ratio.view(-1, 1, 1)
+        bias = None if bias is None else bias.view(-1, 1, 1)
+    plain = out if bias is None else out - bias.to(out.dtype)
+    return out + plain * (layer.multiplier * (ratio - 1)).to(out.dtype) + added * ratio.to(out.dtype)
+
+
+@torch.no_grad()
+def _row_norms(layer: LoraLayer, dtype: torch.dtype) -> Tensor:
+    """Return the norms of the rows of W + change, float32, from products no wider than the rank.
+
+    |w + s b A|^2 = |w|^2 + 2 s b (A w) + s^2 b (A A^T) b^T. dtype: of the module's input.
+    """
+    of_frozen = layer.squares
+    assert isinstance(of_frozen, Tensor)
+    down = layer.lora_down.weight.flatten(1)
+    up = layer.lora_up.weight.flatten(1)
+    products = _frozen_products(layer, down, dtype)
+    with torch.autocast(down.device.type, enabled=False):
+        mixed = (up * products.T).sum(1)
+        of_change = ((up @ (down @ down.T)) * up).sum(1)
+        squares = of_frozen + 2 * layer.scale * mixed + layer.scale**2 * of_change
+        return squares.clamp(min=0).sqrt() + torch.finfo(torch.float32).eps  # as LyCORIS has it
+
+
+def _frozen_products(layer: LoraLayer, down: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return A w^T, R out, float32. down: R in, of a convolution R in * kernel. dtype: to compute in.
+
+    Of a linear layer it comes from the frozen module's forward, so that its weight may be stored in any way.
+    """
+    original = layer.original
+    if isinstance(original, nn.Conv2d):
+        rows = gather_weight(original.weight).flatten(1)
+        return (down.to(rows.dtype) @ rows.T).float()
+    products = layer.run_frozen(down.to(dtype)).float()
+    return products if original.bias is None else products - original.bias.float()

@@ -1,0 +1,107 @@
+"""LoHa: the change of a weight is (w1_a w1_b) * (w2_a w2_b), element by element.
+
+`loha_layer.py` computes with the factors, and has the layer that is trained. Factors have the names and
+shapes of LyCORIS' files; there may be cores (hada_t1, hada_t2), with which nothing is trained here.
+Source: Yeh et al. 2023, arXiv 2309.14859.
+"""
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from typing import TYPE_CHECKING, Any
+
+from networks.kinds.contract import Extent, Factors, LoraModule, NetworkKind, Settings, Shapes, Target
+from networks.names.layouts import DIFFUSERS
+
+if TYPE_CHECKING:  # --help does without torch
+    from torch import Tensor, nn
+
+    from networks.factored import FactoredLayer
+    from networks.names.layouts import FamilyNames
+
+# (left factor, right factor, core) of each matrix
+MATRICES = (("hada_w1_a", "hada_w1_b", "hada_t1"), ("hada_w2_a", "hada_w2_b", "hada_t2"))
+CORES = ("hada_t1", "hada_t2")
+
+
+def make_shapes(weight: tuple[int, ...], rank: int) -> Shapes:
+    """Return the shapes of the factors. weight: out in (kernel)."""
+    left = (weight[0], rank)
+    right = (rank, math.prod(weight[1:]))
+    return {"hada_w1_a": left, "hada_w1_b": right, "hada_w2_a": left, "hada_w2_b": right}
+
+
+def _extent(shapes: Shapes) -> Extent:
+    kernel = shapes.get("hada_t1", ())[2:]
+    # with a core it is stored r x out
+    rows_axis = 1 if "hada_t1" in shapes else 0
+    return shapes["hada_w1_a"][rows_axis], [shapes["hada_w1_b"][1], *kernel]
+
+
+def _load_change() -> "Callable[[Factors, float], Tensor]":
+    from networks.kinds.loha_layer import change  # torch
+
+    return change
+
+
+def _find_absent(factors: Factors) -> str | None:
+    return "it has hada_w1_a but no hada_w2_a" if "hada_w2_a" not in factors else None
+
+
+def _parts_by_rows(parts: Collection[str]) -> set[str] | None:
+    if not set(CORES).isdisjoint(parts):
+        return None
+    return {"hada_w1_a", "hada_w2_a"} & set(parts)
+
+
+def _rows_of(factors: Factors, rows: "slice | Tensor") -> Factors:
+    cut: dict[str, Tensor] = {}
+    for left, _, core in MATRICES:
+        if left in factors:
+            # with a core it is stored r x out
+            cut[left] = factors[left][:, rows] if core in factors else factors[left][rows]
+    return cut
+
+
+def _make_layers(targets: Mapping[str, Target], settings: Settings, own: Any) -> "dict[str, nn.Module]":
+    from networks.factored_networks import make_layers  # torch
+    from networks.kinds.loha_layer import PRODUCT
+
+    return make_layers(targets, make_shapes, PRODUCT)
+
+
+def _layer_of(module: LoraModule, path: str, factors: Factors, settings: Settings) -> "FactoredLayer":
+    from networks.factored_networks import layer_of  # torch
+    from networks.kinds.loha_layer import PRODUCT
+
+    return layer_of(module, path, factors, PRODUCT)
+
+
+def _fault_of_format(name: str, family: "FamilyNames | None", has_texts: bool) -> str:
+    if name != DIFFUSERS or family is None:
+        return ""
+    return (
+        "diffusers reads no LoHa of this model. Use --lora_format known, and make a plain LoRA of it "
+        "afterwards (convert_lora.py --target diffusers --bake 64)"
+    )
+
+
+LOHA = NetworkKind(
+    name="LoHa",
+    parts=("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", *CORES),
+    marks=("hada_w1_a",),
+    pairs=(("hada_w1_a", "hada_w1_b"), ("hada_w2_a", "hada_w2_b")),
+    rank_parts=("hada_w1_b",),
+    cores=CORES,
+    find_absent=_find_absent,
+    extent=_extent,
+    load_change=_load_change,
+    parts_by_rows=_parts_by_rows,
+    rows_of=_rows_of,
+    word="hada",
+    network_module="networks.loha",
+    is_sized_by_rank=True,
+    make_layers=_make_layers,
+    layer_of=_layer_of,
+    fault_of_format=_fault_of_format,
+    is_for_comfyui_alone=True,
+)

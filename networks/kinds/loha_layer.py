@@ -1,0 +1,110 @@
+"""The products of a LoHa's factors, and the layer that is trained: the heavy half of `loha.py`."""
+# Letters: R rank; B pictures, H W their size
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+
+from networks.factored import Geometry, Product, product_with_core
+from networks.kinds.contract import Shapes
+
+
+def change(factors: Mapping[str, Tensor], scale: float) -> Tensor:
+    """Return the change of a weight, out x in (x kernel), a new tensor."""
+    first = product_with_core(factors["hada_w1_a"] * scale, factors["hada_w1_b"], factors.get("hada_t1"))
+    second = product_with_core(factors["hada_w2_a"], factors["hada_w2_b"], factors.get("hada_t2"))
+    return first.mul_(second)
+
+
+def add_loha(x: Tensor, factors: Mapping[str, Tensor], strength: float) -> Tensor:
+    """Return x @ ((w1_a w1_b) * (w2_a w2_b))^T. x: ... in. Returns ... out."""
+    w1_a = (factors["hada_w1_a"] * strength).to(x.dtype)
+    w1_b = factors["hada_w1_b"].to(x.dtype)
+    w2_a = factors["hada_w2_a"].to(x.dtype)
+    w2_b = factors["hada_w2_b"].to(x.dtype)
+    result: Tensor = _HadamardLinear.apply(x, w1_a, w1_b, w2_a, w2_b)
+    return result
+
+
+class _HadamardLinear(torch.autograd.Function):
+    """Save only the factors for the backward pass, not the three matrices of the weight's size."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2_b: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w1_a, w1_b, w2_a, w2_b)
+        return functional.linear(x, (w1_a @ w1_b).mul_(w2_a @ w2_b))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        x, w1_a, w1_b, w2_a, w2_b = ctx.saved_tensors
+        first = w1_a @ w1_b  # out in
+        second = w2_a @ w2_b
+        of_x = gradient @ (first * second) if ctx.needs_input_grad[0] else None
+        of_weight = gradient.flatten(0, -2).T @ x.flatten(0, -2)  # out in
+        of_first = of_weight * second
+        of_second = of_weight * first
+        return of_x, of_first @ w1_b.T, w1_a.T @ of_first, of_second @ w2_b.T, w2_a.T @ of_second
+
+
+def convolve_loha(x: Tensor, factors: Mapping[str, Tensor], strength: float, geometry: Geometry) -> Tensor:
+    """Return the convolution of x with (w1_a w1_b) * (w2_a w2_b). x: B in H W. Returns B out H' W'."""
+    w1_a = (factors["hada_w1_a"] * strength).to(x.dtype)
+    w1_b = factors["hada_w1_b"].to(x.dtype)
+    w2_a = factors["hada_w2_a"].to(x.dtype)
+    w2_b = factors["hada_w2_b"].to(x.dtype)
+    result: Tensor = _HadamardConvolution.apply(geometry, x, w1_a, w1_b, w2_a, w2_b)
+    return result
+
+
+class _HadamardConvolution(torch.autograd.Function):
+    """As `_HadamardLinear`, for a convolution."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, geometry: Geometry, x: Tensor, w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2_b: Tensor
+    ) -> Tensor:
+        ctx.geometry = geometry
+        ctx.save_for_backward(x, w1_a, w1_b, w2_a, w2_b)
+        return geometry.convolve(x, (w1_a @ w1_b).mul_(w2_a @ w2_b))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        x, w1_a, w1_b, w2_a, w2_b = ctx.saved_tensors
+        first = w1_a @ w1_b  # out in*kernel
+        second = w2_a @ w2_b
+        of_x, of_weight = ctx.geometry.gradients(x, first * second, gradient, ctx.needs_input_grad[1])
+        of_first = of_weight * second
+        of_second = of_weight * first
+        return None, of_x, of_first @ w1_b.T, w1_a.T @ of_first, of_second @ w2_b.T, w2_a.T @ of_second
+
+
+def _norm(factors: Mapping[str, Tensor]) -> Tensor:
+    first = factors["hada_w1_a"] @ factors["hada_w1_b"]
+    second = factors["hada_w2_a"] @ factors["hada_w2_b"]
+    return torch.linalg.vector_norm(first * second)
+
+
+def _set_first_values(name: str, weight: nn.Parameter) -> None:
+    if name == "hada_w2_a":
+        nn.init.zeros_(weight)
+    else:
+        nn.init.normal_(weight, std=0.1 if name == "hada_w1_a" else 1.0)
+
+
+def _is_scaled(shapes: Shapes) -> bool:
+    return True
+
+
+PRODUCT = Product(
+    kind="LoHa",
+    add=add_loha,
+    convolve=convolve_loha,
+    norm=_norm,
+    set_first_values=_set_first_values,
+    is_scaled=_is_scaled,
+)

@@ -1,0 +1,208 @@
+"""LoKr: the change of a weight is the Kronecker product of a small and a large matrix, kron(w1, w2).
+
+`lokr_layer.py` computes with the factors, and has the layer that is trained. Factors have the names and
+shapes of LyCORIS' files: each matrix is whole, or the product of two; the large one may have a core
+(lokr_t2), with which nothing is trained here.
+Source: Yeh et al. 2023, arXiv 2309.14859.
+"""
+# Letters: out = l * k and in = m * n, the sizes that are split
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from modules.errors import OptionError
+from networks.kinds.contract import (
+    Extent,
+    Factors,
+    LoraModule,
+    NetworkKind,
+    Settings,
+    Shapes,
+    Target,
+    TranslatedModules,
+)
+from networks.names.layouts import DIFFUSERS
+
+if TYPE_CHECKING:  # --help does without torch
+    from torch import Tensor, nn
+
+    from networks.factored import FactoredLayer, MakeShapes
+    from networks.names.layouts import FamilyNames
+    from networks.writing import Pieces
+
+CORE = "lokr_t2"
+MARKS = ("lokr_w1", "lokr_w1_a")
+FACTORS = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
+NAME = "LoKr"
+_SWITCH = {"True": True, "true": True, "1": True, "False": False, "false": False, "0": False}
+
+
+def make_shapes(weight: tuple[int, ...], rank: int, factor: int = -1, decompose_both: bool = False) -> Shapes:
+    """Return the shapes of the factors; matrices up to twice the rank (larger side) stay whole.
+
+    weight: out in (kernel). factor: see `split_size`. decompose_both: the small matrix gets two factors too,
+    if that makes it smaller.
+    """
+    kernel = weight[2:]
+    l, k = split_size(weight[0], factor)  # noqa: E741
+    m, n = split_size(weight[1], factor)
+    first: Shapes = {"lokr_w1": (l, m)}
+    if decompose_both and rank < max(l, m) / 2:
+        first = {"lokr_w1_a": (l, rank), "lokr_w1_b": (rank, m)}
+    if rank < max(k, n) / 2:
+        return {**first, "lokr_w2_a": (k, rank), "lokr_w2_b": (rank, n * math.prod(kernel))}
+    return {**first, "lokr_w2": (k, n, *kernel)}
+
+
+def split_size(size: int, factor: int) -> tuple[int, int]:
+    """Return two numbers whose product is `size`, the smaller one first.
+
+    factor: one of the two if it divides the size, else the smaller one is the largest divisor up to it. -1:
+    as equal as possible.
+    """
+    if factor > 0 and size % factor == 0:
+        return min(factor, size // factor), max(factor, size // factor)
+    most = math.isqrt(size) if factor < 1 else min(factor, math.isqrt(size))
+    small = next(number for number in range(most, 0, -1) if size % number == 0)
+    return small, size // small
+
+
+def _extent(shapes: Shapes) -> Extent:
+    first = shapes.get("lokr_w1")
+    if not first:
+        first = (shapes["lokr_w1_a"][0], shapes["lokr_w1_b"][1])
+    second = shapes.get("lokr_w2")
+    if second is None:
+        kernel = shapes.get(CORE, ())[2:]
+        # with a core it is stored r x out
+        rows_axis = 1 if shapes.get(CORE) else 0
+        second = (shapes["lokr_w2_a"][rows_axis], shapes["lokr_w2_b"][1], *kernel)
+    return first[0] * second[0], [*first[1:], *second[1:]]
+
+
+def _load_change() -> "Callable[[Factors, float], Tensor]":
+    from networks.kinds.lokr_layer import change  # torch
+
+    return change
+
+
+def _find_absent(factors: Factors) -> str | None:
+    return None if factors.keys() & {"lokr_w2", "lokr_w2_a"} else "it has lokr_w1 but no lokr_w2"
+
+
+def _blocks_of(factors: Factors, height: int, start: int, stop: int) -> Factors | None:
+    """Return a LoKr of these rows of its change; None if they are not whole blocks of the product."""
+    first = next(part for part in MARKS if part in factors)
+    block = height // len(factors[first])  # rows of the second matrix
+    if start % block or stop % block:
+        return None
+    return {**factors, first: factors[first][start // block : stop // block].clone()}
+
+
+def _read_arguments(arguments: dict[str, Any]) -> "MakeShapes":
+    """Return the function for the shapes of factors.
+
+    `factor=8` splits sizes into 8 and the remaining factor (-1, the default: as equal as can be);
+    `decompose_both=True` gives the smaller matrix two factors too. A `--network_dim` of half the larger
+    matrix's side or more keeps that matrix whole. Raises OptionError for wrong arguments.
+    """
+    factor = arguments.pop("factor", -1)
+    decompose_both = str(arguments.pop("decompose_both", False))
+    try:
+        size = int(factor)
+    except ValueError:
+        size = 0
+    if size < 1 and size != -1:
+        raise OptionError(
+            f"--network_args factor={factor}: give a whole number from 1, or -1 for equal parts"
+        )
+    if decompose_both not in _SWITCH:
+        raise OptionError(f"--network_args decompose_both={decompose_both}: give True or False")
+    return functools.partial(make_shapes, factor=size, decompose_both=_SWITCH[decompose_both])
+
+
+def _make_layers(
+    targets: Mapping[str, Target], settings: Settings, own: "MakeShapes"
+) -> "dict[str, nn.Module]":
+    from networks.factored_networks import make_layers  # torch
+    from networks.kinds.lokr_layer import PRODUCT
+
+    return make_layers(targets, own, PRODUCT)
+
+
+def _layer_of(module: LoraModule, path: str, factors: Factors, settings: Settings) -> "FactoredLayer":
+    from networks.factored_networks import layer_of  # torch
+    from networks.kinds.lokr_layer import PRODUCT
+
+    return layer_of(module, path, factors, PRODUCT)
+
+
+def _fault_of_format(name: str, family: "FamilyNames | None", has_texts: bool) -> str:
+    if name != DIFFUSERS or family is None or NAME in family.kinds_in_diffusers:
+        return ""
+    return (
+        "diffusers reads no LoKr of this model. Use --lora_format known, and make a plain LoRA of it "
+        "afterwards (convert_lora.py --target diffusers --bake 64)"
+    )
+
+
+def _write_for_diffusers(modules: Mapping[str, Factors], family: "FamilyNames") -> TranslatedModules | None:
+    """Return LoKrs without core, magnitudes or biases in the form that diffusers reads, as ComfyUI does."""
+    from networks import writing  # only if a file is written
+    from networks.key_formats import OTHER
+    from networks.module_names import part_path
+    from networks.names.layouts import OURS
+
+    if NAME not in family.kinds_in_diffusers:
+        return None
+    if not all(factors.keys() <= {"alpha", *FACTORS} for factors in modules.values()):
+        return None
+    # names of diffusers' own layout have no prefix, and all must be of one layout
+    is_cut = any(part_path(name.removeprefix(OURS), family) for name in modules)
+    return writing.write_modules(
+        modules,
+        "" if is_cut else OTHER,
+        lambda name, factors: _path_in_diffusers(name, factors, family, is_cut),
+        writing.in_comfyui,
+    )
+
+
+def _path_in_diffusers(name: str, factors: Factors, family: "FamilyNames", is_cut: bool) -> "Pieces | str":
+    """Return a LoKr by its path, or why there is none. is_cut: the file has layers of diffusers' layout."""
+    from networks import module_names
+    from networks.names.layouts import SWAPPED
+    from networks.writing import alone
+
+    parts = module_names.parts_of(name, family)
+    if any(placed.part.index == SWAPPED for placed in parts):
+        return "its halves are in the other order in diffusers, which does not swap those of a LoKr"
+    if not is_cut:
+        return alone(module_names.module_path(name, family), factors)
+    path = parts[0].path if len(parts) == 1 else module_names.part_path(name, family)
+    return alone(path, factors, "diffusers has it in parts, as the file has other layers")
+
+
+LOKR = NetworkKind(
+    name=NAME,
+    parts=(*FACTORS, CORE),
+    marks=MARKS,
+    pairs=(("lokr_w1_a", "lokr_w1_b"), ("lokr_w2_a", "lokr_w2_b")),
+    rank_parts=("lokr_w2_b", "lokr_w1_b"),
+    cores=(CORE,),
+    find_absent=_find_absent,
+    extent=_extent,
+    load_change=_load_change,
+    parts_by_rows=lambda parts: set(),
+    rows_of=lambda factors, rows: None if factors.keys() & set(MARKS) else {},  # no factor has its rows
+    blocks_of=_blocks_of,
+    word="lokr",
+    network_module="networks.lokr",
+    read_arguments=_read_arguments,
+    make_layers=_make_layers,
+    layer_of=_layer_of,
+    fault_of_format=_fault_of_format,
+    write_for_diffusers=_write_for_diffusers,
+    is_for_comfyui_alone=True,
+)

@@ -1,0 +1,89 @@
+"""The products of a LoKr's factors, and the layer that is trained: the heavy half of `lokr.py`."""
+# Letters: R rank; out = l * k and in = m * n, the sizes that are split; B pictures, H W their size
+
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+
+from networks.factored import Geometry, Product, product_with_core
+from networks.kinds.contract import Shapes
+
+
+def change(factors: Mapping[str, Tensor], scale: float) -> Tensor:
+    """Return the change of a weight, out x in (x kernel), a new tensor."""
+    first = factors.get("lokr_w1")
+    if first is None:
+        first = factors["lokr_w1_a"] @ factors["lokr_w1_b"]
+    second = factors.get("lokr_w2")
+    if second is None:
+        second = product_with_core(factors["lokr_w2_a"], factors["lokr_w2_b"], factors.get("lokr_t2"))
+    kernel_axes = second.ndim - first.ndim
+    shaped = (first * scale).reshape(*first.shape, *[1] * kernel_axes)
+    return torch.kron(shaped, second.contiguous())
+
+
+def add_lokr(x: Tensor, factors: Mapping[str, Tensor], strength: float) -> Tensor:
+    """Return x @ kron(w1, w2)^T without forming the product. x: ... m*n. Returns ... l*k."""
+    first = _parts(factors, "lokr_w1")
+    second = _parts(factors, "lokr_w2")
+    width = second[0].shape[1]  # n
+    hidden = x.unflatten(-1, (x.shape[-1] // width, width))
+    for factor in second:
+        hidden = functional.linear(hidden, factor.to(x.dtype))
+    hidden = hidden.transpose(-1, -2)  # ... k m
+    for factor in (first[0] * strength, *first[1:]):
+        hidden = functional.linear(hidden, factor.to(x.dtype))
+    return hidden.transpose(-1, -2).flatten(-2)
+
+
+def convolve_lokr(x: Tensor, factors: Mapping[str, Tensor], strength: float, geometry: Geometry) -> Tensor:
+    """Return the convolution of x with kron(w1, w2) without forming it. x: B m*n H W. Returns B l*k H' W'."""
+    first = _parts(factors, "lokr_w1")
+    second = _parts(factors, "lokr_w2")
+    m = first[0].shape[1]
+    hidden = x.unflatten(1, (m, x.shape[1] // m)).flatten(0, 1)  # B*m n H W
+    hidden = geometry.convolve(hidden, second[0].to(x.dtype))
+    for factor in second[1:]:
+        hidden = functional.conv2d(hidden, factor.to(x.dtype)[:, :, None, None])
+    hidden = hidden.unflatten(0, (len(x), m))  # B m k H' W'
+    for factor in (first[0] * strength, *first[1:]):
+        hidden = torch.einsum("l m, b m k h w -> b l k h w", factor.to(x.dtype), hidden)
+    return hidden.flatten(1, 2)
+
+
+def _norm(factors: Mapping[str, Tensor]) -> Tensor:
+    first_norm = torch.linalg.vector_norm(_whole(factors, "lokr_w1"))
+    second_norm = torch.linalg.vector_norm(_whole(factors, "lokr_w2"))
+    return first_norm * second_norm
+
+
+def _set_first_values(name: str, weight: nn.Parameter) -> None:
+    if name in ("lokr_w2", "lokr_w2_b"):  # the large matrix, whole or in two factors
+        nn.init.zeros_(weight)
+    else:
+        nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+
+
+def _is_scaled(shapes: Shapes) -> bool:
+    return not {"lokr_w1", "lokr_w2"} <= shapes.keys()  # two whole matrices are not scaled
+
+
+def _parts(factors: Mapping[str, Tensor], name: str) -> list[Tensor]:
+    return [factors[name]] if name in factors else [factors[f"{name}_b"], factors[f"{name}_a"]]
+
+
+def _whole(factors: Mapping[str, Tensor], name: str) -> Tensor:
+    return factors[name] if name in factors else factors[f"{name}_a"] @ factors[f"{name}_b"]
+
+
+PRODUCT = Product(
+    kind="LoKr",
+    add=add_lokr,
+    convolve=convolve_lokr,
+    norm=_norm,
+    set_first_values=_set_first_values,
+    is_scaled=_is_scaled,
+)

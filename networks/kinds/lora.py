@@ -1,0 +1,88 @@
+"""LoRA: the change of a weight is the product of two low-rank matrices. Its layer: `networks/lora_layer.py`.
+
+Source: Hu et al. 2021, arXiv 2106.09685.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from networks.kinds.contract import (
+    BIAS,
+    DOWN,
+    MID,
+    UP,
+    Extent,
+    Factors,
+    LoraModule,
+    NetworkKind,
+    Settings,
+    Shapes,
+    Target,
+)
+
+if TYPE_CHECKING:  # --help does without torch
+    from torch import Tensor, nn
+
+    from networks.lora_layer import LoraLayer
+
+
+def _extent(shapes: Shapes) -> Extent:
+    _, *columns = shapes[DOWN]
+    kernel = shapes.get(MID, ())[2:]
+    return shapes[UP][0], [*columns, *kernel]
+
+
+def _rows_of(factors: Factors, rows: "slice | Tensor") -> Factors:
+    return {part: factors[part][rows] for part in (UP, BIAS) if part in factors}
+
+
+def _make_layers(targets: Mapping[str, Target], settings: Settings, own: Any) -> "dict[str, nn.Module]":
+    from networks.lora_layer import LoraLayer  # torch
+
+    layers: dict[str, nn.Module] = {}
+    for name, target in targets.items():
+        layer = LoraLayer(target.module, target.rank, target.alpha, heights=target.heights)
+        for variant in settings.variants:
+            if variant.extend_layer is not None:
+                variant.extend_layer(layer)
+        layers[name] = layer
+    return layers
+
+
+def _layer_of(module: LoraModule, path: str, factors: Factors, settings: Settings) -> "LoraLayer":
+    """Return a layer with the rank and alpha of factors; split if that is asked for and the up factor has
+    blocks.
+    """
+    from networks.deltas import rank_of  # torch
+    from networks.kinds.composing import kinds_of_parts
+    from networks.lora_layer import LoraLayer
+    from networks.lora_products import diagonal_blocks
+
+    rank = rank_of(factors)
+    assert rank is not None
+    alpha = float(factors["alpha"])
+    heights = settings.heights_of(path, module)
+    if heights and diagonal_blocks(factors[UP], heights) is not None:
+        num_parts = len(heights)
+        return LoraLayer(module, rank // num_parts, alpha / num_parts, heights=heights)
+    layer = LoraLayer(module, rank, alpha)
+    for kind in kinds_of_parts(factors):
+        if kind.extend_layer is not None:
+            kind.extend_layer(layer)
+    return layer
+
+
+LORA = NetworkKind(
+    name="LoRA",
+    parts=(DOWN, UP, MID, BIAS),
+    marks=(DOWN,),
+    pairs=((DOWN, UP),),
+    rank_parts=(DOWN,),
+    extent=_extent,
+    parts_by_rows=lambda parts: {UP, BIAS} & set(parts),
+    rows_of=_rows_of,
+    network_module="networks.lora",
+    is_sized_by_rank=True,
+    make_layers=_make_layers,
+    layer_of=_layer_of,
+)

@@ -1,0 +1,115 @@
+"""T-LoRA: the noisier a sample is, the fewer ranks of a LoRA act on it.
+
+A LoRA that sees much noise learns the few pictures by heart first, so at high levels only its first ranks
+act. The file is an ordinary LoRA; its metadata say with which rule it was trained. `networks/rank_masks.py`
+masks the ranks in each pass.
+Source: Soboleva et al. 2025, arXiv 2507.05964.
+"""
+# Letters: S samples, R rank
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from modules.errors import CheckpointError, OptionError
+from networks.kinds.contract import NetworkKind
+
+if TYPE_CHECKING:  # --help does without torch
+    from pathlib import Path
+
+    from torch import Tensor
+
+# keys of --network_args
+SWITCH, MIN_RANK, ALPHA = "tlora", "tlora_min_rank", "tlora_alpha"
+_ROUNDING = 1e-4  # (1 - 0.3) * 10 is a little less than 7 in float32
+
+
+@dataclass(frozen=True)
+class TLoraRule:
+    """How many ranks act: floor((1 - level)^power * (R - least)) + least."""
+
+    least: int = 1  # at pure noise
+    power: float = 1.0
+
+    @property
+    def kind(self) -> NetworkKind:
+        return TLORA
+
+    def in_words(self) -> str:
+        """Return the rule as --network_args has it."""
+        return f"{SWITCH}=True {MIN_RANK}={self.least} {ALPHA}={self.power:g}"
+
+    def active(self, rank: int, levels: "Tensor") -> "Tensor":
+        """Return the number of active ranks of each sample, S. levels: S, shares of noise, 0 to 1."""
+        least = min(self.least, rank)
+        shares = (1 - levels.float()).clamp(0, 1) ** self.power
+        return (shares * (rank - least) + _ROUNDING).floor() + least
+
+
+def _rule_of_arguments(values: Mapping[str, Any], rank: int) -> TLoraRule | None:
+    if not values.get(SWITCH, False):
+        further = next((name for name in (MIN_RANK, ALPHA) if name in values), None)
+        if further is not None:
+            raise OptionError(f"--network_args {further} is for T-LoRA: add {SWITCH}=True, or leave it out")
+        return None
+    usual = TLoraRule()
+    least = values.get(MIN_RANK, usual.least)
+    if least > rank:
+        raise OptionError(
+            f"--network_args {MIN_RANK}={least}: the rank is {rank}, and at least so many ranks would "
+            f"act at all levels of noise. Give less than --network_dim, such as {usual.least}"
+        )
+    power = values.get(ALPHA, usual.power)
+    if not power:
+        raise OptionError(
+            f"--network_args {ALPHA}=0: all ranks would act at all levels of noise. Give more than 0; "
+            f"{usual.power:g} is usual"
+        )
+    return TLoraRule(least, power)
+
+
+def _rule_of_file(metadata: Mapping[str, str], path: "Path | None") -> TLoraRule | None:
+    """Return the rule in a file's metadata; None: all ranks act. Raises CheckpointError for wrong numbers."""
+    text = metadata.get("ss_network_args", "")
+    if SWITCH not in text:
+        return None
+    from modules.text_files import parse_json  # only of files with such arguments
+
+    try:
+        arguments = dict(parse_json(text))
+    except (ValueError, TypeError, RecursionError):
+        return None  # another program's, whose arguments may have any form
+    if str(arguments.get(SWITCH, "")).lower() != "true":
+        return None
+    usual = TLoraRule()
+    least_text = arguments.get(MIN_RANK, usual.least)
+    power_text = arguments.get(ALPHA, usual.power)
+    try:
+        rule = TLoraRule(int(least_text), float(power_text))
+    except (ValueError, TypeError, OverflowError):
+        rule = TLoraRule(0)
+    if rule.least < 1 or not 0 < rule.power < math.inf:
+        raise CheckpointError(
+            f"{path or 'a LoRA'}: its metadata say {SWITCH}=True with {MIN_RANK}={least_text!r} and "
+            f"{ALPHA}={power_text!r}, which are no rank from 1 and no number above 0. Copy it again.",
+            path,
+        )
+    return rule
+
+
+TLORA = NetworkKind(
+    name="T-LoRA",
+    switch=SWITCH,
+    numbers={MIN_RANK: int, ALPHA: float},
+    is_with_file=True,
+    rule_of_arguments=_rule_of_arguments,
+    rule_of_file=_rule_of_file,
+    merged=(
+        "was trained with T-LoRA: merged, all of its ranks act at every level of noise, unlike in training"
+    ),
+    elsewhere=(
+        "A T-LoRA acts as trained in the scripts here, which read its rule and mask its ranks at each step. "
+        "Other programs have no mask, and merging has none either: all ranks act at every level of noise."
+    ),
+)

@@ -1,0 +1,136 @@
+"""Options to use LoRAs: to add files to a model, and to say how they are merged. Standard library only."""
+
+import logging
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from modules.errors import OptionError
+from modules.options import Options, option
+from modules.paths import explain_missing
+from networks.kinds.composing import list_kinds
+
+logger = logging.getLogger(__name__)
+
+MOST_MULTIPLIER = 1000  # of a LoRA; 0 to 2 are usual
+
+# how the sum of a weight and its LoRAs becomes a number of 16 bits
+AUTO, NEAREST, STOCHASTIC = "auto", "nearest", "stochastic"
+
+
+def lora_rounding_option(
+    needs: str | tuple[str, ...] = (), title: str = "", facts: Mapping[str, Any] | None = None
+) -> Any:
+    """Return the field of --lora_rounding. Arguments: as `option` has them."""
+    return option(
+        "rounding of 16-bit weights after LoRAs are merged: stochastic is at random, which keeps small "
+        "LoRAs; auto: so where the nearest loses over 1 %%",
+        default=AUTO,
+        choices=(AUTO, NEAREST, STOCHASTIC),
+        needs=needs,
+        title=title,
+        facts=facts,
+    )
+
+
+def require_loras(rounding: str, files: Iterable[Sequence[Path] | None], option: str) -> None:
+    """Raise OptionError if --lora_rounding is given, and no LoRA is merged. option: that names LoRAs."""
+    if rounding != AUTO and not any(files):
+        raise OptionError(
+            f"--lora_rounding {rounding} needs {option}: it says how LoRAs are merged. Give both, "
+            "or leave it out"
+        )
+
+
+class LoraOptions(Options):
+    """LoRA files to add to a model."""
+
+    lora_weight: tuple[Path, ...] | None = option(
+        f"LoRA files to add to the model ({list_kinds(lambda kind: kind.network_module)}, any dialect)",
+        place="there",
+        often=True,
+    )
+    lora_multiplier: tuple[float, ...] = option(
+        "strength of each file of --lora_weight; missing ones are 1",
+        default=(1.0,),
+        only_with="lora_weight",
+        often=True,
+    )
+
+    def __post_init__(self) -> None:
+        self.multipliers(warns=True)
+
+    def multipliers(self, warns: bool = False) -> tuple[float, ...]:
+        return multipliers_for(self.lora_weight or (), self.lora_multiplier, "--lora_multiplier", warns)
+
+
+PATTERN = (
+    "regular expression per --lora_weight, searched in tensor names such as "
+    "lora_unet_blocks_9_cross_attn_k.lora_up.weight"
+)
+
+
+UNTYPED = "(?#of another option)"  # before a part of a pattern: it may fit nothing
+
+
+class LoraPatternOptions(Options):
+    """Which parts of each LoRA file are used: one regular expression per file, searched in tensor names."""
+
+    include_patterns: tuple[str, ...] | None = option(f"use only tensors that match: one {PATTERN}")
+    exclude_patterns: tuple[str, ...] | None = option(f"leave out tensors that match: one {PATTERN}")
+
+    def __post_init__(self) -> None:
+        for name in ("include_patterns", "exclude_patterns"):
+            for pattern in getattr(self, name) or ():
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise OptionError(f"--{name} {pattern!r} is not a regular expression: {error}") from None
+
+    def also_excluding(self, pattern: str, files: int) -> "LoraPatternOptions":
+        """Return these options with `pattern`, which the user did not type, also excluded from each file."""
+        typed = self.exclude_patterns or ()
+        num_untyped = max(files - len(typed), 0)
+        patterns = [f"(?:{typed_pattern})|{UNTYPED}{pattern}" for typed_pattern in typed]
+        patterns += [f"{UNTYPED}{pattern}"] * num_untyped
+        return replace(self, exclude_patterns=tuple(patterns))
+
+
+def require_files(option: str, paths: Sequence[Path], folders: str | None = None) -> None:
+    """Raise OptionError for the first path that does not exist, before anything heavy is loaded.
+
+    folders: advice for users who give a folder; if set, folders are refused too.
+    """
+    for path in paths:
+        if not path.exists():
+            raise OptionError(
+                f"{option} {path}: no such file.{explain_missing(path)} Give the path of an existing one"
+            )
+        if folders is not None and path.is_dir():
+            inside = next((file.name for file in sorted(path.glob("*.safetensors"))), None)
+            example = f", such as {path / inside}" if inside is not None else f" ({folders})"
+            raise OptionError(f"{option} {path}: is a folder. Give the files in it{example}")
+
+
+def multipliers_for(
+    files: Sequence[Path], multipliers: Sequence[float], option: str, warns: bool = False
+) -> tuple[float, ...]:
+    """Return one multiplier per file: the given ones, then 1.0.
+
+    warns: log multipliers without a file, unless there are no files, when they may be the default. Raises
+    OptionError if a multiplier is infinite or NaN.
+    """
+    surplus = multipliers[len(files) :] if files and warns else ()
+    if surplus:
+        numbers = " ".join(f"{value:g}" for value in surplus)
+        number_of_files = "is 1 file" if len(files) == 1 else f"are {len(files)} files"
+        logger.warning("%s: %s is ignored because there %s", option, numbers, number_of_files)
+    for value in multipliers:
+        if not math.isfinite(value):
+            raise OptionError(f"{option} {value}: give a finite number")
+        if abs(value) > MOST_MULTIPLIER:
+            raise OptionError(f"{option} {value:g}: give at most {MOST_MULTIPLIER}; 0 to 2 are usual")
+    return (*multipliers[: len(files)], *(1.0 for _ in files[len(multipliers) :]))

@@ -1,0 +1,101 @@
+"""The files of a model: released ones, those that --model_file names, and what a checkpoint has inside."""
+
+import shlex
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from checkpoints.opening import checkpoint_paths, open_checkpoint
+from downloads.catalogue import Component, Inside, ModelSet
+from modules.errors import CheckpointError, OptionError
+from modules.option_values import to_path
+from modules.paths import explain_missing, without_quotes
+from project.options import NewOptions
+
+
+def typed_files(options: NewOptions) -> dict[str, str]:
+    """Return the paths that --model_file gives, as typed, by option.
+
+    Raises OptionError if there are two for one option.
+    """
+    texts: dict[str, str] = {}
+    for typed in options.model_files:
+        name, _, text = typed.partition("=")
+        name = name.strip().lstrip("-")
+        text = without_quotes(text.strip())
+        if texts.get(name, text) != text:
+            raise OptionError(f"--model_file {name}: {texts[name]} and {text} are given. Give one of them")
+        texts[name] = text
+    return texts
+
+
+def name_files(options: NewOptions, model: ModelSet) -> dict[str, str]:
+    """Return the path of each file of the model by its option.
+
+    Raises OptionError if a file is given for an unknown option, or does not exist.
+    """
+    parts = {part.option.lstrip("-"): part for part in model.components if part.option}
+    files = {name: options.models / part.path for name, part in parts.items()}
+    for name, text in typed_files(options).items():
+        if name not in files or not text:
+            typed = f"{name}={text}" if text else name
+            raise OptionError(f"--model_file {typed}: give NAME=PATH with one of {', '.join(files)} as NAME")
+        files[name] = _require_typed_file(name, text, parts[name])
+    # links are not followed: in the hub's cache the name that says what a file is belongs to the link
+    return {name: path.absolute().as_posix() for name, path in files.items()}
+
+
+def _require_typed_file(name: str, text: str, part: Component) -> Path:
+    """Return the path that --model_file gives. Raises OptionError if there is no such file."""
+    path = to_path(f"--model_file {name}", text)
+    if not path.exists():
+        raise OptionError(
+            f"--model_file {name}={text}: there is no such file.{explain_missing(path)} Correct the path, or "
+            "leave it out to take the file that tools/download.py brings"
+        )
+    names = {Path(file.name).name for file in part.files}
+    is_of_part = any((path / file).is_file() for file in names)  # such as a tokenizer, which has no weights
+    if path.is_dir() and not is_of_part and not any(path.glob("*/*.safetensors")):
+        checkpoint_paths(path)  # raises if no file of it is the one
+    return path
+
+
+def find_inside(model: ModelSet, typed: Mapping[str, str]) -> dict[str, str]:
+    """Return the networks that a named file of the model has too, unless a file is named for them.
+
+    typed: as `typed_files` returns them. The result has that file, as typed, by the network's option.
+    """
+    holders = {}
+    for part in model.components:
+        if part.option is None or part.inside is None or part.option.lstrip("-") in typed:
+            continue
+        text = typed.get(part.inside.option.lstrip("-"))
+        if text and _has_inside(to_path(part.inside.option, text), part.inside):
+            holders[part.option.lstrip("-")] = text
+    return holders
+
+
+def _has_inside(path: Path, inside: Inside) -> bool:
+    if path.is_dir():
+        return (path / inside.folder).is_dir()
+    try:
+        with open_checkpoint(path) as checkpoint:
+            return any(name.startswith(inside.tensors) for name in checkpoint.tensors)
+    except CheckpointError:
+        return False  # what is wrong with it is said where it is checked
+
+
+def without_files(model: ModelSet, names: Collection[str]) -> ModelSet:
+    """Return a model without some of its files, which its commands do not name then. names: of options."""
+    placeholders = {f"{{{name}}}" for name in names}
+    commands = {}
+    for step, command in model.commands.items():
+        words: list[str] = []
+        for word in shlex.split(command):
+            if word in placeholders:
+                words.pop()  # its option
+            else:
+                words.append(word)
+        commands[step] = shlex.join(words)
+    parts = tuple(part for part in model.components if (part.option or "").lstrip("-") not in names)
+    return replace(model, commands=commands, components=parts)

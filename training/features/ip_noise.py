@@ -1,0 +1,66 @@
+"""Mix further noise into the input, which the model does not have to predict: --ip_noise_gamma.
+
+Source: Ning et al. 2023, arXiv 2301.11706.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from modules.options import HABIT, Options, option
+from training.features.contract import AT_NOISE, Feature, Hooks, OptionsOfRun
+
+if TYPE_CHECKING:
+    import torch
+
+    from training.steps import Progress
+
+
+class IpNoiseOptions(Options, title="noise"):
+    """How much further noise there is in the latents."""
+
+    ip_noise_gamma: float | None = option(
+        "input perturbation: this share of further noise is mixed in, which the model does not have to "
+        "predict; 0.1 is usual (arXiv 2301.11706)",
+        least=0,
+        most=10,
+        hint="0.1 is usual",
+    )
+    ip_noise_gamma_random_strength: bool = option(
+        "draw the share for each sample, from 0 to --ip_noise_gamma", needs="ip_noise_gamma"
+    )
+
+
+def draw_perturbation(options: IpNoiseOptions, shape: "torch.Size", seed: int, number: int) -> "torch.Tensor":
+    """Draw the further noise of micro-batch `number`. seed: of the run."""
+    import torch  # --help does without
+
+    from training.data.feed import seed_generator
+
+    assert options.ip_noise_gamma is not None  # the feature is on
+    generator = seed_generator(seed, "input perturbation", number)
+    perturbation = options.ip_noise_gamma * torch.randn(shape, generator=generator)
+    if options.ip_noise_gamma_random_strength:
+        perturbation *= torch.rand((shape[0], *([1] * (len(shape) - 1))), generator=generator)
+    return perturbation
+
+
+def _install(hooks: Hooks, options: OptionsOfRun, progress: "Progress") -> None:
+    hooks.on_noise.append(partial(draw_perturbation, options.of(IpNoiseOptions)))
+
+
+def _metadata(options: IpNoiseOptions, _: "Progress") -> Mapping[str, Any]:
+    return asdict(options)
+
+
+IP_NOISE = Feature(
+    name="ip_noise",
+    options=IpNoiseOptions,
+    place=AT_NOISE,
+    is_on=lambda options: bool(options.ip_noise_gamma),
+    facts=HABIT,
+    metadata=_metadata,
+    images_record_it=True,
+    install=_install,
+)
