@@ -11,7 +11,7 @@ mask_prior: hold the network to the model outside masks
 on_end: start a command when the run is over
 output_preservation: let samples of some tables stay as they are
 skip: leave out steps that went wrong, and remember them
-slider: slide between captions
+slider: slide between the captions of a file
 slider_passes: a file of captions to slide between, and its passes
 tread: let tokens pass by the middle blocks
 tread_routes: which tokens pass by the middle blocks
