@@ -128,7 +128,7 @@ class Change:
         return self if rows == slice(0, len(weight)) else replace(self, rows=rows)
 
     def _fault(self, shape: list[int], expected: list[int]) -> str:
-        """Return why the change does not fit, as in "it has ..."; "" if it fits.
+        """Return the reason why the change does not fit, as in "it has ..."; "" if it fits.
 
         shape: of the change. expected: shape of the rows of the parameter that it is for.
         """
@@ -424,7 +424,7 @@ class LoraPatch:
     def _rounding_of(
         self, name: str, device: torch.device, dtype: torch.dtype | None, sample: SampledRows | None
     ) -> RandomRounding | None:
-        """Return how a parameter is rounded at random; None: to the nearest.
+        """Return the random rounding of a parameter; None: it is rounded to the nearest.
 
         dtype, sample: see `LoraRounding.choose_random`.
         """

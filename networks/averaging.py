@@ -190,7 +190,7 @@ def _refuse_other_network(file: Checkpoint, first: Checkpoint) -> None:
 
 
 def _how_to_agree(file: Checkpoint, first: Checkpoint) -> str:
-    """Return what to do about a file that has other names or sizes than the first one."""
+    """Return the remedy for a file that has other names or sizes than the first one."""
     file_format = file.metadata.get(LORA_FORMAT, KNOWN)
     first_format = first.metadata.get(LORA_FORMAT, KNOWN)
     if file_format == first_format or first_format not in _TARGETS:

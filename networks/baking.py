@@ -229,7 +229,7 @@ def _weights_of_texts(checkpoint: Checkpoint) -> Iterator[tuple[str, StoredWeigh
 
 
 def _weights_of_dit(checkpoint: Checkpoint, family: FamilyNames | None) -> Iterator[tuple[str, StoredWeight]]:
-    """Yield how our tensors are made from a file's, for the names in the family's lists."""
+    """Yield the names of our tensors, and their sources in a file, by the names in the family's lists."""
     bare = bare_names(checkpoint)
     sources = plain_sources(bare)
     if family is not None:

@@ -153,7 +153,9 @@ def _find_wrong_value(factors: Factors) -> str | None:
 
 
 def _find_mismatch(factors: Factors) -> str | None:
-    """Return why the factors have no product; the size of the weight is known only with the model."""
+    """Return the reason why the factors have no product; None if they have. The weight's size is known only
+    with the model.
+    """
     sized = without_alpha(factors)
     shown = ", ".join(f"{part} {list(tensor.shape)}" for part, tensor in sized.items())
     try:

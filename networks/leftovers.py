@@ -65,7 +65,7 @@ def kind_of_tensor(family: FamilyNames | None, key: str) -> UnusedKind:
 
 
 def _about_word(path: str) -> str:
-    """Return what to do about the embedding of a word in a LoRA file; "" if the path names no word."""
+    """Return the advice for the embedding of a word in a LoRA file; "" if the path names no word."""
     start, _, inner = path.partition(".")
     if start != _BUNDLE or not inner:
         return ""
@@ -177,6 +177,8 @@ def lacking(names: Iterable[str], weights: Collection[str], model: FamilyNames |
 
 
 def text_side_of(names: Iterable[str]) -> str:
-    """Return what a LoRA's modules or weights belong to if all load with the text encoder; else ""."""
+    """Return the part of a model that all modules or weights of a LoRA belong to if it loads with the text
+    encoder; else "".
+    """
     words = {module_names.on_text_side(module_of(name)) for name in names}
     return words.pop() if len(words) == 1 else ""

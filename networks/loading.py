@@ -100,7 +100,7 @@ class LoraFile:
 
     @property
     def evidence(self) -> str:
-        """Return what names its family, for messages: "its metadata" or "its names"."""
+        """Return the evidence for its family, for messages: "its metadata" or "its names"."""
         return "its names" if self.is_family_by_names else "its metadata"
 
     def may_lack(self, names: Iterable[str]) -> bool:

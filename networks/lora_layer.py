@@ -159,7 +159,7 @@ class LoraLayer(nn.Module):
         return perturbed(x, getattr(strengths, name), self.seed.derive(self.index, "noise"))
 
     def _added(self, x: Tensor, dropouts: Dropouts | None) -> Tensor:
-        """Return what the LoRA adds. x: ... in, or B in H W, in the dtype of the products."""
+        """Return the addition by the LoRA. x: ... in, or B in H W, in the dtype of the products."""
         factors = self._factors_in(x.dtype)
         if factors is None:
             return self.lora_up(self._scaled(self.lora_down(x), dropouts))

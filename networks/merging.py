@@ -299,7 +299,9 @@ def merge_into_file(
 def _make_patch(
     uses: Sequence[LoraUse], checkpoint: Checkpoint, model: Path, rounding: LoraRounding
 ) -> LoraPatch | WholePatch:
-    """Return what adds the LoRAs to the weights of a file: of one network, or of a whole checkpoint."""
+    """Return the patch that adds the LoRAs to the weights of a file: of one network, or of a whole
+    checkpoint.
+    """
     if is_whole(checkpoint.tensors):
         return WholePatch(uses, checkpoint.tensors, model, rounding)
     for_encoders(uses, str(model), prefixes=())

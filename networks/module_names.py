@@ -34,7 +34,7 @@ def choose_family(names: Iterable[str], hint: str | None = None) -> FamilyNames 
 
 
 def _count_modules(names: Iterable[str], family: FamilyNames) -> int:
-    """Return how many of the names are those of a family's modules, not only aliases."""
+    """Return the number of names that are a family's modules, not only aliases."""
     modules = _tables(family).ours
     return sum(modules.find(name) is not None for name in names)
 
@@ -108,7 +108,7 @@ _CONTRADICTS, _IN_PROPORTION, _AS_RELEASED, _COMPLETE = range(4)
 
 
 def _agreement(family: FamilyNames, names: Sequence[str], sizes: Mapping[str, tuple[int, int]]) -> int:
-    """Return how well sizes of modules and block numbers in names agree with a family's released models."""
+    """Return the level of agreement between module sizes and block numbers, and a family's released models."""
     rules = list(_rules(family, sizes))
     numbers = _block_numbers(family, names)
     level = _CONTRADICTS
@@ -125,7 +125,9 @@ def _agreement(family: FamilyNames, names: Sequence[str], sizes: Mapping[str, tu
 
 
 def _agreement_of_numbers(numbers: Mapping[str, set[int]], depths: Mapping[str, int]) -> int:
-    """Return how well numbers of blocks agree with a released model. depths: its number of blocks by list."""
+    """Return the level of agreement between block numbers and a released model. depths: its number of blocks
+    by list.
+    """
     for name, blocks in numbers.items():
         if name in depths and max(blocks) >= depths[name]:
             return _CONTRADICTS
@@ -209,7 +211,9 @@ def is_optional(name: str, family: FamilyNames) -> bool:
 
 @cache
 def on_text_side(name: str) -> str:
-    """Return what an underscored name belongs to if it is loaded with the text encoder; "" otherwise."""
+    """Return the part of a model that an underscored name belongs to if it is loaded with the text encoder;
+    else "".
+    """
     for family in FAMILIES:
         starts = tuple(start.replace(".", "_") for start in family.text_side)
         if name.startswith(starts):
@@ -271,7 +275,9 @@ def _all_names() -> frozenset[str]:
 
 
 def count_parts(path: str) -> set[int]:
-    """Return how many parts a fused layer has in layouts that split it; `path` may have prefixes."""
+    """Return the possible numbers of parts of a fused layer in layouts that split it; `path` may have
+    prefixes.
+    """
     name = path.replace(".", "_")
     names = [name, *(name[place + 1 :] for place, letter in enumerate(name) if letter == "_")]
     counts = {len(parts_of(name, family)) for family in FAMILIES for name in names}

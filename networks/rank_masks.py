@@ -86,7 +86,8 @@ def rule_of(metadata: Mapping[str, str], path: Path | None = None) -> RankRule |
 
 
 def parts_of_rank(metadata: Mapping[str, str], rank: int) -> int:
-    """Return how many LoRAs of the trained rank were joined to one of this rank, as those of q, k and v are.
+    """Return the number of LoRAs of the trained rank that were joined to one of this rank, as those of q, k
+    and v are.
 
     Where modules have ranks of their own it is 1: these files are joined nowhere here.
     """

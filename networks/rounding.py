@@ -90,7 +90,7 @@ class SampledRows:
         self._total = total.clone()
 
     def losses(self, dtype: torch.dtype) -> dict[Path, RoundingLoss]:
-        """Return what rounding the weight to the nearest numbers of a dtype loses of each file."""
+        """Return the share of each file that rounding the weight to the nearest numbers of a dtype loses."""
         exact = self.weight + self._total
         error = exact.to(dtype).float() - exact
         sums = []
@@ -161,7 +161,9 @@ class RandomRounding:
 
 
 def _shift_of_small(values: Tensor) -> Tensor:
-    """Return what moves small values to where the distances are the same, and those of all dropped bits."""
+    """Return the shift that moves small values to where the distances are equal, and those of all dropped
+    bits.
+    """
     is_small = values.abs() < _SMALLEST_FP16
     return torch.copysign(is_small * _SMALLEST_FP16, values)
 
@@ -219,7 +221,7 @@ class LoraRounding:
         return is_random
 
     def at_random(self, dtype: torch.dtype, device: torch.device, seed: bytes) -> RandomRounding:
-        """Return how a weight is rounded at random. seed: of `seed_of`."""
+        """Return the random rounding of a weight. seed: of `seed_of`."""
         key = dtype, device
         if key not in self._noise:
             generator = torch.Generator().manual_seed(_DROPPED_BITS[dtype])
@@ -230,7 +232,9 @@ class LoraRounding:
         return RandomRounding(dtype, seed, self._noise[key])
 
     def words(self) -> str:
-        """Return how the weights since the last report are rounded, and what that keeps; "" without news."""
+        """Return the rounding of the weights since the last report, and its effect, in words; "" without
+        news.
+        """
         if not self._num_changed or (self._rule == AUTO and not self._num_random):
             return ""
         typed = f"--lora_rounding {self._rule}"
@@ -251,7 +255,7 @@ class LoraRounding:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """Return what the metadata of a merged file say; {} if all weights are rounded to the nearest."""
+        """Return the metadata on rounding for a merged file; {} if all weights are rounded to the nearest."""
         return {METADATA_KEY: self.words()[:MOST_METADATA]} if self._num_random else {}
 
     def report(self, num_unmerged: int = 0) -> None:

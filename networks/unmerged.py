@@ -51,7 +51,7 @@ def split_masked(uses: Iterable[LoraUse]) -> tuple[list[LoraUse], list[LoraUse]]
 
 
 def masked_changes(dit: nn.Module, uses: Sequence[LoraUse]) -> Mapping[str, Sequence[Change]]:
-    """Return what T-LoRAs change in a loaded network, for `add_unmerged`; warn of parts that it lacks.
+    """Return the changes by T-LoRAs in a loaded network, for `add_unmerged`; warn of parts that it lacks.
 
     Raises CheckpointError if a file does not fit, or changes more than the weights of layers.
     """

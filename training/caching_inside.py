@@ -215,7 +215,7 @@ def open_stores(family: Caches, plans: Sequence[TablePlan]) -> Stores:
 
 
 def stores_for_plan(plan: TablePlan, names: NpzNames) -> StorePair:
-    """Return where the latents and the texts of a table are."""
+    """Return the stores that hold the latents and the texts of a table."""
     table = plan.table
 
     def place(where: Where) -> CacheStore:

@@ -296,7 +296,7 @@ AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}  # of --mixed_precisi
 def placement_of(
     options: TrainingOptions, device: torch.device, quantisation: Quantisation | None
 ) -> Placement:
-    """Return where the DiT goes and its dtype.
+    """Return the device and the dtype of the DiT.
 
     A frozen DiT keeps the file's dtype; a trained one is kept in bf16 (--full_bf16) or float32.
     """

@@ -41,7 +41,7 @@ Generation = Callable[[Mapping[str, Any]], Sequence[str]]
 
 
 def describe_elsewhere(network: NetworkOptions | None) -> str | None:
-    """Return what other programs do with a file of this kind of network; None if they read it as it is."""
+    """Return the effect of such a network's file in other programs; None if they read it unchanged."""
     if network is None:
         return None
     return next((kind.elsewhere for kind in network.kinds if kind.elsewhere), None)
@@ -250,7 +250,7 @@ class NextSteps:
 
 
 def _file_index(files: Sequence[Path], expert: int) -> int:
-    """Return which of a run's files an expert is in: all are in the only one, if there is one."""
+    """Return the index of the run's file that an expert is in: 0 if there is only one."""
     return expert if len(files) > 1 else 0
 
 

@@ -86,7 +86,8 @@ def _text_rates_as_known(parts: PartsOptions) -> float | list[float] | None:
 
 
 def count_tags(items: Iterable[TrainingItem]) -> dict[str, dict[str, int]]:
-    """Return how often each part of a caption between commas occurs, by the names of the items' folders.
+    """Return the number of captions with each tag (a part between commas), by the names of the items'
+    folders.
 
     Captions are counted once, without repeats; those that are not there, as with copied caches, not at all.
     Of a folder with more parts than MOST_TAGS, only the most frequent ones: they are in a file's header.

@@ -34,7 +34,7 @@ def is_of_kohya_page(key: str) -> bool:
 
 
 def explain_key(key: str, values: Mapping[str, Any]) -> str | None:
-    """Return what to do instead of a key of the page; None if its value says nothing, or network_args say the
+    """Return the advice for a key of the page; None if its value has no effect, or network_args state the
     same.
 
     values: all keys of the file.

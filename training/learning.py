@@ -206,7 +206,7 @@ def make_run(
 
 
 def _make_rule(model: TrainedModel) -> LossRule:
-    """Return how predictions are judged, without targets besides the clip."""
+    """Return the rule by which predictions are judged, without targets besides the clip."""
     plan = model.plan
     return LossRule(
         plan.options.loss,
@@ -237,7 +237,7 @@ def _add_targets(rule: LossRule, model: TrainedModel) -> LossRule:
 
 
 def _choose_teaching(model: TrainedModel) -> Callable[[TrainingPasses, NoisyBatch], Tensor]:
-    """Return what the teacher of --teacher predicts."""
+    """Return the function that computes the prediction of the teacher of --teacher."""
     if model.teacher is None:
         return teach_as_base
     from training.targets.teachers import teach_as_model, teach_change  # only with --teacher dit
@@ -247,7 +247,7 @@ def _choose_teaching(model: TrainedModel) -> Callable[[TrainingPasses, NoisyBatc
 
 
 def _make_feed(model: TrainedModel) -> Feed:
-    """Return what prepares the micro-batches of this process."""
+    """Return the feed that prepares the micro-batches of this process."""
     plan = model.plan
     options, family, accelerator = plan.options, plan.family, plan.accelerator
     randomness = Randomness(
@@ -556,7 +556,7 @@ class Learners:
 def _make_stepping(
     plan: TrainingPlan, trainable: Trainable, optimizer: Optimizer, scaler: torch.amp.GradScaler
 ) -> stepping.StepAfterBackward | stepping.FusedBackward:
-    """Return how weights are stepped: all at once, one by one, or inside the backward pass."""
+    """Return the way in which weights are stepped: all at once, one by one, or inside the backward pass."""
     options, max_norm = plan.options, plan.options.optimizer.max_grad_norm
     whole_dit, split = options.whole_dit, trainable.split
     kind = type(optimizer)

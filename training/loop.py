@@ -167,7 +167,9 @@ def _find_reached(run: TrainingRun, group: range) -> list[Parameter]:
 
 
 def _read_wishes(run: TrainingRun) -> Wishes:
-    """Return what the clock and the files ask this process for. A file may also ask to end the run."""
+    """Return the saves and samples that the clock and the files ask this process for. A file may also ask to
+    end the run.
+    """
     requests = run.requests
     if requests.asks_for(STOP):
         requests.finish(STOP)  # at once: the run that goes on from here was not asked

@@ -213,7 +213,7 @@ def sample_errors(
 
 
 def place_weights(batch: Batch, errors: Tensor) -> Tensor | None:
-    """Return how much each place counts, B 1 F H W or B 1 1 H W; None without masks. errors: B C F H W."""
+    """Return the weight of each place, B 1 F H W or B 1 1 H W; None without masks. errors: B C F H W."""
     picture_mask, clip_mask = batch.tensors.get(MASK), batch.tensors.get(LOSS_MASK)
     weights: Tensor | None = None
     if isinstance(picture_mask, Tensor):  # averaged over the area of each latent

@@ -208,7 +208,7 @@ def _find_sources(
     texts: LiveTexts | None,
     commands: CachingCommands,
 ) -> BatchSources:
-    """Return where the parts of batches are read from that `texts` does not encode."""
+    """Return the sources of those parts of batches that `texts` does not encode."""
     if not _may_encode(options, config):
         return BatchSources(family.latent, SameEncoders(commands), stores=Stores(npz_names(family)))
     from training.caching_inside import prepare_sources  # most runs read caches alone

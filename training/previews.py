@@ -307,7 +307,7 @@ def timestep_statistics(
     noise: NoiseSpec = FLOW,
     experts: Sequence[Expert] = ONE_EXPERT,
 ) -> tuple[Tensor, Tensor]:
-    """Return how often each of 1000 timesteps is drawn, and the loss weight of each."""
+    """Return the number of draws of each of 1000 timesteps, and the loss weight of each."""
     counts = torch.zeros(NUM_TIMESTEPS, dtype=torch.float64)
     # all batches together have this distribution, whichever expert each of them goes to
     lowest_expert = [min(experts, key=lambda expert: expert.lowest)]

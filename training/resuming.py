@@ -98,7 +98,7 @@ def _explain_no_state(resume: str, folder: Path, name: str) -> None:
 def first_progress(
     options: TrainingOptions, saved: states.SavedState | states.ForeignState | None
 ) -> Progress:
-    """Return where the run begins.
+    """Return the progress at which the run begins.
 
     A resumed run keeps its seed; if none is given, all processes share a random one.
     """

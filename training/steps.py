@@ -54,8 +54,9 @@ class Progress:
         return values
 
     def of(self, kind: type[T]) -> T:
-        """Return what a feature remembers, a dataclass: as a state has it, or new. Raises TypeError for a
-        value of another type than its field.
+        """Return the remembered values of a feature, a dataclass: those of a state, or new ones.
+
+        Raises TypeError for a value of another type than its field.
         """
         if kind not in self.of_features:
             names = [name for name in get_type_hints(kind) if name in self.unclaimed]

@@ -45,7 +45,7 @@ SPARE = 1.05  # a disk with less room than this times what the run will write is
 def count_saves(
     options: SavingOptions, plan: StepPlan, first_step: int, first_epoch: int = 0
 ) -> tuple[int, int]:
-    """Return how many models and states are on disk when a run is over. Saves by the clock are left out.
+    """Return the numbers of models and states on disk when a run is over. Saves by the clock are left out.
 
     first_step: only saves after this step count. first_epoch: the first epoch that is not finished then.
     """
@@ -149,13 +149,15 @@ def _describe_disk(plan: TrainingPlan, parameters: Sequence[Tensor], dtype: torc
 
 
 def _describe_model(plan: TrainingPlan) -> str:
-    """Return what the metadata of the family says of the model."""
+    """Return the model's facts in the metadata of the family, in words."""
     starts = ("architecture", "task", "sd_model_name")
     return ", ".join(text for name, text in plan.family.metadata.items() if text and name.startswith(starts))
 
 
 def _describe_learner(plan: TrainingPlan, sizes: tuple[Sequence[int], Sequence[float]] | None) -> str:
-    """Return what is trained: a network with its rank, or which parts of the model. sizes: of a file."""
+    """Return the trained network with its rank, or the trained parts of the model, in words. sizes: of a
+    file.
+    """
     network, whole_dit = plan.options.network, plan.options.whole_dit
     if network is None:
         parts = whole_dit.name_parts if whole_dit is not None else ()
@@ -304,7 +306,7 @@ def next_samples(options: SampleOptions, plan: StepPlan, step: int, epoch: int) 
 def count_pauses(
     options: TrainingOptions, saving: SavingOptions, plan: StepPlan, *, validates: bool, step: int, epoch: int
 ) -> dict[str, int]:
-    """Return how many pauses of each kind come after a step. epoch: whole epochs done by then."""
+    """Return the number of pauses of each kind after a step. epoch: whole epochs done by then."""
     samples, validation = options.samples, options.validation
     total, epochs = plan.total_steps, plan.num_epochs
 

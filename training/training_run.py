@@ -238,7 +238,9 @@ class TrainingRun:
 
     @functools.cached_property
     def row_numbers(self) -> tuple[str, ...]:
-        """Return what has a sum and a count in the rows of steps: the parts, then the numbers of pairs."""
+        """Return the names of the values with a sum and a count in the rows of steps: the parts, then the
+        numbers of pairs.
+        """
         return self.parts if self.pairs is None else (*self.parts, *PAIR_NUMBERS)
 
     @property
@@ -272,7 +274,7 @@ class TrainingRun:
 
     @property
     def device(self) -> torch.device:
-        """Return where steps are computed; swapped weights may be elsewhere."""
+        """Return the device on which steps are computed; swapped weights may be elsewhere."""
         return self.model.plan.accelerator.device
 
     @property

@@ -211,7 +211,7 @@ class Randomness:
         return replace(batch, tensors=self.noise.vary_inputs(batch.tensors, self.teacher_view, generator))
 
     def _balance_anchor(self, shape: Sequence[int], expert: int) -> float:
-        """Return what makes up for a focus outside the band of a teacher."""
+        """Return the factor that compensates for --timestep_focus outside of a teacher's band."""
         if self.teacher_band is None or self.timesteps.timestep_focus is None:
             return 1.0
         from training.data.focus import find_balance  # only with both
@@ -283,7 +283,7 @@ class Randomness:
 
 
 def draw_given_frames(spec: NoiseSpec, frames: int, *stream: int | str) -> int:
-    """Return how many latent frames in front of a batch stay clean: the first one, or none.
+    """Return the number of latent frames in front of a batch that stay clean: 1 or 0.
 
     frames: of the latents; a picture is never given. stream: seed of the draw.
     """

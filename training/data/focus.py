@@ -41,7 +41,7 @@ def find_balance(
     flow_shift: float = 1.0,
     expert: Expert = ONE_EXPERT[0],
 ) -> FocusBalance:
-    """Return what makes up for --timestep_focus inside and outside of a band of noise levels.
+    """Return the factors that compensate for --timestep_focus inside and outside of a band of noise levels.
 
     low, high: the ends of the band, in thousandths of noise of the sample as it is trained. flow_shift: of
     the batch, see `find_shift`. expert: whose levels are trained, if not all are.

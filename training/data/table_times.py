@@ -143,7 +143,7 @@ def describe_times(options: TimestepOptions, tables: Sequence[DatasetTable]) -> 
 def list_replaced(
     options: TimestepOptions, tables: Sequence[DatasetTable], validates_between: bool = False
 ) -> dict[str, str]:
-    """Return why options of timesteps have no effect, by their names.
+    """Return the reasons why options of timesteps have no effect, by their names.
 
     validates_between: a validation measures between --min_timestep and --max_timestep.
     """

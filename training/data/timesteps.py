@@ -280,8 +280,9 @@ def times_of_sound(times: Timesteps, noise: NoiseSpec) -> Timesteps:
 
 
 def is_in_range(options: TimestepOptions, shares: Tensor, noise: NoiseSpec = FLOW) -> Tensor:
-    """Return which shares lie between --min_timestep and --max_timestep: B bool. For the sampler `sigma`
-    these bounds count from the noisy end.
+    """Return a mask of the shares between --min_timestep and --max_timestep: B bool.
+
+    For the sampler `sigma` these bounds count from the noisy end.
     """
     shares = shares.float().double()
     if options.timestep_sampling == "sigma":

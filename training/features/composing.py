@@ -167,7 +167,9 @@ def describe_features(options: OptionsOfRun, are_targets: bool) -> list[str]:
 
 
 def rehearsed_passes(options: OptionsOfRun, noisy_batch: "NoisyBatch") -> list[LearningPass]:
-    """Return what passes with gradients run in while their memory is measured. noisy_batch: on the CPU."""
+    """Return the contexts in which passes with gradients run while their memory is measured. noisy_batch: on
+    the CPU.
+    """
     return [rehearse(noisy_batch) for rehearse in _functions(options, lambda feature: feature.rehearse)]
 
 
@@ -211,7 +213,7 @@ def result_rows(options: OptionsOfRun, progress: "Progress") -> list[tuple[str, 
 
 
 def bad_step_remedies() -> str:
-    """Return what features can do about a loss or norm that is NaN or infinite, as sentences."""
+    """Return the remedies of features for a loss or norm that is NaN or infinite, as sentences."""
     return " ".join(feature.remedy_of_bad_step for feature in FEATURES if feature.remedy_of_bad_step)
 
 

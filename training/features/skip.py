@@ -74,7 +74,8 @@ class Skipping:
     has_scaler: bool  # of fp16: a norm that is not finite is the scaler's matter, which lowers its scale
 
     def judge(self, loss: float, norm: float, kind: str) -> int:
-        """Return what becomes of a step. loss: its mean. norm: of its gradients, before clipping.
+        """Return the outcome of a step: TAKEN, SPIKE, BAD or FATAL. loss: its mean. norm: of its gradients,
+        before clipping.
 
         Changes nothing: see `note`.
         """
@@ -120,7 +121,7 @@ class Skipping:
 
 
 def judge_step(run: HookedRun, step: GradientStep, gradient_norm: "Tensor") -> str:
-    """Return why a step is not taken, as `NAMES` has it, and log it; "": it is taken.
+    """Return the reason why a step is not taken, a name of `NAMES`, and log it; "": it is taken.
 
     All processes decide alike, and together. Raises UserError if the loss or the norm is not finite in too
     many steps in a row.
@@ -159,7 +160,9 @@ def judge_step(run: HookedRun, step: GradientStep, gradient_norm: "Tensor") -> s
 def describe_skip(
     outcome: int, loss: float, norm: float, limit: float | None, is_new_level: bool = False
 ) -> str:
-    """Return why a step is left out, as sentences. limit: of the norm. is_new_level: as `Skipping.note`."""
+    """Return the reason why a step is left out, as sentences. limit: of the norm. is_new_level: as
+    `Skipping.note`.
+    """
     if outcome == BAD:
         return f"the loss is {loss:.4g}, the gradient norm {norm:.4g}."
     text = f"the gradient norm is {norm:.4g}"

@@ -108,7 +108,9 @@ def _metadata(options: TreadOptions, _: "Progress") -> Mapping[str, Any]:
 def _pass_by(
     options: TreadOptions, choose: "Callable[[NoisyBatch, tuple[int, ...]], Tensor]"
 ) -> LearningPass:
-    """Return what lets tokens pass by the middle blocks of a pass. choose: the places that take part."""
+    """Return the context in which tokens pass by the middle blocks. choose: returns the places that take
+    part.
+    """
     from functools import partial
 
     from running.routes import Route, routed  # torch: only with --tread

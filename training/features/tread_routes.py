@@ -35,7 +35,7 @@ def _given_tokens(noisy_batch: NoisyBatch, sizes: tuple[int, ...]) -> int:
 
 
 def _needed(noisy_batch: NoisyBatch, sizes: tuple[int, ...]) -> Tensor:
-    """Return which tokens take part in any case, B L on the CPU."""
+    """Return a mask of the tokens that take part in any case, B L bool on the CPU."""
     needed = torch.zeros(len(noisy_batch.noise), sizes[0] * sizes[1] * sizes[2], dtype=torch.bool)
     weights = place_weights(noisy_batch.batch, noisy_batch.noise)
     if weights is not None:

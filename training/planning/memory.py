@@ -276,7 +276,7 @@ def plan_one_card(
 
 
 def _host_remark(options: TrainingOptions, needed: int, free: int) -> str:
-    """Return how to need less host memory, in bytes, for transformers that take turns."""
+    """Return advice to need less host memory, for transformers that take turns. needed, free: bytes."""
     remedy = "train one transformer at a time, and make no samples by both"
     if options.speed.fp8.quantisation is None:
         remedy = f"--fp8_base --fp8_scaled halves that. Or {remedy}"
@@ -368,7 +368,8 @@ def cheaper(options: TrainingOptions, further: int = 0) -> list[tuple[str, Train
 
 
 def smaller(latent: LatentSpec, before: StepPrediction, room: Room) -> list[str]:
-    """Return how far the batch, the clip or the picture has to shrink if all other savings do not suffice.
+    """Return the size to which the batch, the clip or the picture has to shrink if all other savings do not
+    suffice.
 
     Stops at the first that fits. before: the prediction with all other savings.
     """

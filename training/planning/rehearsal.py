@@ -203,7 +203,7 @@ def rehearse(
 
 
 def _as_measured(moments: Mapping[str, dry.Moment], _: dry.Counts) -> Mapping[str, dry.Moment]:
-    """Return what a run with all blocks has shown, whatever number of blocks is asked for."""
+    """Return the measured moments of a run with all blocks, for any number of blocks."""
     return moments
 
 
@@ -276,7 +276,7 @@ def dress_trainable(
 def _single_steps(
     options: TrainingOptions, optimizer: Optimizer, parameters: Sequence[Parameter]
 ) -> ParameterSteps | None:
-    """Return what steps single weights; None if all are stepped at once."""
+    """Return the steps of single weights; None if all are stepped at once."""
     whole_dit = options.whole_dit
     is_stepped_alone = whole_dit is not None and (whole_dit.full_bf16 or whole_dit.fused_backward_pass)
     if not (is_stepped_alone and steps_alone(type(optimizer))):

@@ -62,12 +62,12 @@ class RowLayout:
 
     @property
     def part_losses(self) -> slice:
-        """Return where the sums of the parts' losses are."""
+        """Return the slice with the sums of the parts' losses."""
         return slice(WISHES.stop, WISHES.stop + self.num_parts)
 
     @property
     def part_counts(self) -> slice:
-        """Return where the counts of the parts' micro-batches are."""
+        """Return the slice with the counts of the parts' micro-batches."""
         return slice(WISHES.stop + self.num_parts, WISHES.stop + 2 * self.num_parts)
 
     @property

@@ -81,7 +81,7 @@ class RunReporter:
 
     @property
     def path(self) -> Path:
-        """Return where the page is written."""
+        """Return the path of the page."""
         return page_path(self.folder, self.name)
 
     def __enter__(self) -> "RunReporter":

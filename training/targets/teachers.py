@@ -42,7 +42,7 @@ class TeacherModel:
 
 
 def teach_as_model(teacher: TeacherModel, passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:
-    """Return what the teacher predicts with its LoRAs."""
+    """Return the prediction of the teacher with its LoRAs."""
     return teacher.predict(passes, noisy_batch, has_loras=True)
 
 
