@@ -20,11 +20,10 @@ from torch.distributed.run import get_args_parser
 from contract.families import FAMILIES
 from dataset.options import CachingOptions, read_latent_caching
 from modules.parser import parse_options
-from networks.options import NetworkOptions
 from tests.commands import QUIET, ROOT
 from tests.faults.messages import succeed_here
 from tests.tiny.project import lay_out_models, write_clips
-from training.options import read_training
+from training.options import TrainedNetworkOptions, read_training
 
 FOLDER = ROOT / "docs" / "clusters"
 FILES = sorted(path.name for path in FOLDER.iterdir())
@@ -89,7 +88,7 @@ def test_recipes_of_trainings_give_options_that_torchrun_and_the_script_have(
     assert launch.training_script == "wan_train_network.py"
     monkeypatch.chdir(lay_out_files(tmp_path))
     options, *_ = read_training(
-        None, WAN.options_record("Training"), launch.training_script_args, NetworkOptions, ()
+        None, WAN.options_record("Training"), launch.training_script_args, TrainedNetworkOptions, ()
     )
     assert (options.saving.resume, options.saving.save_state) == ("latest", True)
 

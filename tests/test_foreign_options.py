@@ -1,6 +1,7 @@
 """Every option of every script, typed into each other one: the right counterpart, or none and no guess."""
 
 import re
+from collections.abc import Collection
 
 import pytest
 
@@ -35,12 +36,12 @@ def test_the_list_of_names_is_that_of_the_scripts() -> None:
     assert mistyped._NAMES.read_text(encoding="utf-8") == collect_names()
 
 
-def means_the_same(typed: str, ours: str) -> bool:
-    """Whether a table says so: names that share letters are in none."""
+def means_the_same(typed: str, ours: str, known_as: Collection[str]) -> bool:
+    """Whether a table or the option says so: names that share letters are in none."""
     theirs = (line.partition(":") for line in mistyped._THEIRS.splitlines())
     lines = ("+".join(line.split()).split("+") for line in mistyped._SAME.splitlines())
     is_theirs = any(name == ours and typed in names.split() for name, _, names in theirs)
-    return is_theirs or any(typed in line and ours in line for line in lines)
+    return typed in known_as or is_theirs or any(typed in line and ours in line for line in lines)
 
 
 @pytest.mark.long
@@ -60,8 +61,9 @@ def test_an_option_of_another_script_gets_its_counterpart_or_no_guess(
             continue  # an option of its own, or the beginning of one, as argparse takes it
         guess = GUESS.search(message)
         if guess:
-            assert means_the_same(name, guess[1].replace("-", "_")), message
-            assert f"--{guess[1]}" in parser._option_string_actions
+            action = parser._option_string_actions[f"--{guess[1]}"]
+            known_as = getattr(action, "known_as", ())
+            assert means_the_same(name, guess[1].replace("-", "_"), known_as), message
         else:
             assert message.startswith(REASONS) or any(key in message for key in keys), message
 

@@ -491,7 +491,12 @@ def test_sides_that_references_cannot_have_are_told_with_the_clip(project: tuple
 
     code, said = run_here("ltx2_cache_latents.py", *words, folder=folder)
 
-    assert_one_message(code, said, "a.mp4: it has 64x64 pixels", "4 times smaller sides are multiples of 128")
+    assert_one_message(
+        code,
+        said,
+        "a.mp4: it has 64x64 pixels",
+        "4 times smaller (--reference_downscale) sides are multiples",
+    )
 
 
 @pytest.mark.slow
