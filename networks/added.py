@@ -170,7 +170,7 @@ class AddedPart:
         return is_product and not is_recorded and out.dtype == self._chain[-1].dtype
 
     def _weight_addition(self, out: Tensor, x: Tensor) -> Tensor | None:
-        """Return the addition to the output by the change of the weight; None if the weight does not change."""
+        """Return the addition to the output by the change of the weight; None if it does not change."""
         if self._angles is not None:
             added = frozen_product(self.place.module, self.turned(x)).to(out.dtype)
             if self.rows is None:

@@ -195,7 +195,7 @@ def choose_format(
 def find_fault(
     name: str, family: FamilyNames | None, options: NetworkOptions, module: str, texts: Mapping[str, str]
 ) -> str | None:
-    """Return the reason why a format cannot hold a network; None if it can. Arguments as for `choose_format`."""
+    """Return the reason why a format cannot hold a network, or None. Arguments: see `choose_format`."""
     if name == KNOWN:
         return None
     own_module = OWN_MODULES.get(module)

@@ -108,7 +108,7 @@ _CONTRADICTS, _IN_PROPORTION, _AS_RELEASED, _COMPLETE = range(4)
 
 
 def _agreement(family: FamilyNames, names: Sequence[str], sizes: Mapping[str, tuple[int, int]]) -> int:
-    """Return the level of agreement between module sizes and block numbers, and a family's released models."""
+    """Return the agreement of module sizes and block numbers with a family's released models."""
     rules = list(_rules(family, sizes))
     numbers = _block_numbers(family, names)
     level = _CONTRADICTS

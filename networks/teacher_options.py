@@ -130,7 +130,7 @@ class TeacherOptions(Options, title="teacher"):
 
     @property
     def view(self) -> str:
-        """Return the conditions that the teacher sees in addition to the cached ones; "" if there are none."""
+        """Return the conditions that the teacher sees besides the cached ones; "" if there are none."""
         return "" if self.teacher is None or self.teacher_sees == INPUTS else self.teacher_sees
 
     def loras(self) -> list[tuple[Path, float]]:
