@@ -38,19 +38,16 @@
     field.dispatchEvent(new Event("change", { bubbles: true }));
   };
 
-  // The tasks of a model come from the server: the task is taken once it is there.
-  const takeTask = async (task) => {
-    for (let tries = 0; tries < 100; tries += 1) {
-      if ([...find("task").options].some(({ value }) => value === task)) return change(find("task"), task);
-      await new Promise((done) => setTimeout(done, 50));
-    }
-    return undefined;
+  // The tasks of a model come from the server: one of them is taken once they are there. Another model may have one of the same name.
+  const take = async (family, task) => {
+    if (find("family").value !== family) change(find("family"), family);
+    for (let tries = 0; tries < 100 && find("task").dataset.family !== family; tries += 1) await new Promise((done) => setTimeout(done, 50));
+    if (find("task").dataset.family === family) change(find("task"), task);
   };
 
   document.addEventListener("click", ({ target }) => {
     if (target.matches(".take")) {
-      change(find("family"), target.dataset.family);
-      takeTask(target.dataset.task).then(() => {
+      take(target.dataset.family, target.dataset.task).then(() => {
         find("task").focus({ preventScroll: true }); // the table leads to the fields
         find("task").scrollIntoView({ block: "center" });
       });

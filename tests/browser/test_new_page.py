@@ -503,6 +503,19 @@ def test_a_lora_of_that_name_is_not_trained_over(served: Served, root: Path) -> 
     assert "Take set-2" in typed
 
 
+def test_a_task_of_the_table_is_taken_where_both_models_have_one_of_its_name(served: Served) -> None:
+    with open_page(f"{served.url}/new?family=ltx_25&task=v") as page:
+        page.locator("#table summary").click()
+        for task in ("av", "v"):  # of another model, then of the same
+            page.locator(f'.take[data-family="ltx_2"][data-task="{task}"]').click()
+            command = f"--family ltx_2 --task {task}"
+            page.wait_for_function(
+                "words => document.getElementById('command').textContent.includes(words)", arg=command
+            )
+            page.wait_for_load_state("networkidle")
+            assert page.locator("#task").input_value() == task
+
+
 def test_nothing_is_written_where_one_may_only_look(root: Path) -> None:
     write_pictures(root / "set", 2)
     with serve_runs(root, read_only=True) as served:
