@@ -386,6 +386,8 @@ class Walk:
                 element.click(timeout=limit)
             elif kind == "select":
                 element.select_option(value=click.text, timeout=limit)
+                tab.rest()  # a choice that begins something at once shows its command then
+                self.shown = [*self.shown, *tab.ask("commandsOf", click.key)]
             elif kind == "file":
                 element.set_input_files(self.world.upload, timeout=limit)
             else:
