@@ -19,13 +19,16 @@ def change(factors: Mapping[str, Tensor], scale: float) -> Tensor:
     return first.mul_(second)
 
 
+def _matrices(factors: Mapping[str, Tensor], strength: float, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Return w1_a, w1_b, w2_a and w2_b in a dtype, the first one times the strength."""
+    w1_a = (factors["hada_w1_a"] * strength).to(dtype)
+    return w1_a, *(factors[name].to(dtype) for name in ("hada_w1_b", "hada_w2_a", "hada_w2_b"))
+
+
 def add_loha(x: Tensor, factors: Mapping[str, Tensor], strength: float) -> Tensor:
     """Return x @ ((w1_a w1_b) * (w2_a w2_b))^T. x: ... in. Returns ... out."""
-    w1_a = (factors["hada_w1_a"] * strength).to(x.dtype)
-    w1_b = factors["hada_w1_b"].to(x.dtype)
-    w2_a = factors["hada_w2_a"].to(x.dtype)
-    w2_b = factors["hada_w2_b"].to(x.dtype)
-    result: Tensor = _HadamardLinear.apply(x, w1_a, w1_b, w2_a, w2_b)
+    matrices = _matrices(factors, strength, x.dtype)
+    result: Tensor = _HadamardLinear.apply(x, *matrices)
     return result
 
 
@@ -52,11 +55,8 @@ class _HadamardLinear(torch.autograd.Function):
 
 def convolve_loha(x: Tensor, factors: Mapping[str, Tensor], strength: float, geometry: Geometry) -> Tensor:
     """Return the convolution of x with (w1_a w1_b) * (w2_a w2_b). x: B in H W. Returns B out H' W'."""
-    w1_a = (factors["hada_w1_a"] * strength).to(x.dtype)
-    w1_b = factors["hada_w1_b"].to(x.dtype)
-    w2_a = factors["hada_w2_a"].to(x.dtype)
-    w2_b = factors["hada_w2_b"].to(x.dtype)
-    result: Tensor = _HadamardConvolution.apply(geometry, x, w1_a, w1_b, w2_a, w2_b)
+    matrices = _matrices(factors, strength, x.dtype)
+    result: Tensor = _HadamardConvolution.apply(geometry, x, *matrices)
     return result
 
 

@@ -105,11 +105,7 @@ def options_of_blocks() -> list[str]:
 
 def typed_targets(options: OptionsOfRun) -> list[str]:
     """Return the options of features that ask for a target besides the clip, as they are typed."""
-    return [
-        feature.target(options.of(feature.options))
-        for feature in active_features(options)
-        if feature.target is not None
-    ]
+    return [describe() for describe in _functions(options, lambda feature: feature.target)]
 
 
 def keep_steps(options: OptionsOfRun) -> bool:
@@ -123,9 +119,8 @@ def need_empty_prompt(options: OptionsOfRun) -> bool:
 
 def add_passes(usual: StepPasses, options: OptionsOfRun) -> StepPasses:
     """Return the passes of a micro-batch, those of features included. usual: without these."""
-    for feature in active_features(options):
-        if feature.passes is not None:
-            usual = usual.plus(feature.passes(options.of(feature.options)))
+    for count_passes in _functions(options, lambda feature: feature.passes):
+        usual = usual.plus(count_passes())
     return usual
 
 
@@ -145,16 +140,14 @@ def need_base(options: OptionsOfRun, tables: "Sequence[DatasetTable]") -> bool:
 
 def check_texts(options: OptionsOfRun, texts: "LiveTexts | None") -> None:
     """Raise OptionError for text encoders that a feature cannot use. texts: at work while training."""
-    for feature in active_features(options):
-        if feature.check_texts is not None:
-            feature.check_texts(options.of(feature.options), texts)
+    for check in _functions(options, lambda feature: feature.check_texts):
+        check(texts)
 
 
 def check_items(options: OptionsOfRun, items: "Sequence[TrainingItem]", sources: "BatchSources") -> None:
     """Raise UserError for items to learn that a feature cannot use. sources: where they are read from."""
-    for feature in active_features(options):
-        if feature.check_items is not None:
-            feature.check_items(options.of(feature.options), items, sources)
+    for check in _functions(options, lambda feature: feature.check_items):
+        check(items, sources)
 
 
 def describe_features(options: OptionsOfRun, are_targets: bool) -> list[str]:
