@@ -40,6 +40,9 @@ own_modules: networks of `--network_module networks.lora` and the like
 parts: LoRAs of split fused weights: split and join
 patterns: regular expressions for names of modules, with dots or underscores
 rank_masks: which ranks act, by the noise of each sample
+resize_lora: command: fewer ranks for a LoRA
+resize_options: options of this command
+resizing: the best factors of a smaller rank
 rewriting: arrangements of other programs into usual ones
 rounding: merged weights in 16 bits, nearest or at random
 sdxl_merge_lora: command: merge LoRAs of Stable Diffusion checkpoints

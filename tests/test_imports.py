@@ -204,7 +204,8 @@ _TOOLS = {
     ),
     "networks": (
         *("convert_flux_lora", "convert_hunyuan_image_lora_to_comfy", "convert_z_image_lora_to_comfy"),
-        *("extract_lora_from_models", "flux_extract_lora", "flux_merge_lora", "sdxl_merge_lora"),
+        *("extract_lora_from_models", "flux_extract_lora", "flux_merge_lora", "resize_lora"),
+        "sdxl_merge_lora",
     ),
 }
 MOST_READ = 41_200  # lines that a training of caches reads at its start, without the family's
