@@ -1,6 +1,7 @@
 """The page: set up, start and watch trainings, generate, models, datasets and a queue, as files and commands.
 
 answers: pages, JSON, refusals; bodies and forms of requests
+background_jobs: commands for a page, next to the queue
 beginnings: how a run stands from its draft on
 bin_folder: what pages have removed, until it is emptied
 captioning: a model writes captions; a try on a few
@@ -11,7 +12,6 @@ datasets: find datasets, measure them in another process
 described: read a described folder, and change its keys
 durations: how long steps take, as earlier runs measured
 drafts: what is typed into the form Generate, in files
-errands: commands for a page, next to the queue
 folder_files: rows of a folder, captions, files left out
 folder_settings: show, check and save the settings of a folder
 folders: folders below the roots that hold media

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from browser.background_jobs import BackgroundJobs, name_background_job
 from browser.described import DATASET_FILE, TRAINING_TABLE, DescribedFolder, read_described, refuse_share
-from browser.errands import Errands, errand_name
 from browser.jobs import QUEUE, WAITING, Job, JobQueue, as_line
 from browser.names import short_digest
 from browser.runs import DIED, FINISHED, RUNNING, STOPPED, Glance, Runs
@@ -31,7 +31,7 @@ from training.config_options import OTHERS_TABLE
 from training.reports.history import BEFORE_TRAINING, history_path
 from training.saving.files import state_pattern
 
-DESCRIBE = "describe"  # kinds of errands
+DESCRIBE = "describe"  # kinds of background jobs
 CHECK = "check"
 DRAFT, CHECKING, FAULTS, STARTING = "draft", "checking", "faults", "starting"
 DOWNLOADING, CACHING, LOADING = "downloading", "caching", "loading"
@@ -68,7 +68,7 @@ class RunState:
     words: str = ""  # what is said behind it: `40 of 120`
     reason: str = ""  # why it ended, or cannot begin
     job: Job | None = None  # of the queue, that is or was this run
-    errand: Job | None = None  # a check of its folder
+    background_job: Job | None = None  # a check of its folder
     is_asked: bool = False  # to stop
     is_paused: bool = False  # it waits in a queue that begins no job
 
@@ -93,7 +93,7 @@ class RunState:
     @property
     def last_lines(self) -> str:
         """Return the last lines that its command has printed; empty if it is not known where."""
-        source = self.errand if self.errand is not None else self.job
+        source = self.background_job if self.background_job is not None else self.job
         return "" if source is None else source.last_lines(SAID_LINES)
 
 
@@ -224,10 +224,10 @@ class WaitingJobs:
 class Beginnings:
     """Find drafts below the roots, and tell how all runs stand."""
 
-    def __init__(self, runs: Runs, queue: JobQueue, errands: Errands) -> None:
+    def __init__(self, runs: Runs, queue: JobQueue, background_jobs: BackgroundJobs) -> None:
         self.runs = runs
         self.queue = queue
-        self.errands = errands
+        self.background_jobs = background_jobs
         self._plans: dict[Path, tuple[tuple[int, int, int], Plan | None]] = {}
 
     # ---- what there is
@@ -369,9 +369,9 @@ class Beginnings:
             return _state_of_running_job(job, run, trace)
         if job is not None and job.state == WAITING:
             return RunState(WAITING, job=job)
-        check = self.errands.find(errand_name(CHECK, plan.folder))
+        check = self.background_jobs.find(name_background_job(CHECK, plan.folder))
         if check is not None and check.state == RUNNING:
-            return RunState(CHECKING, errand=check)
+            return RunState(CHECKING, background_job=check)
         return _find_last_ending(plan, run, trace, job=job, check=check)
 
     # ---- starting
@@ -438,7 +438,7 @@ class Beginnings:
                     f"of {plan.name}, and start it there."
                 )
             shown = self.find(plan.id)  # a job whose training has ended is about to end
-            if shown is not None and shown.state.is_active and shown.state.errand is None:
+            if shown is not None and shown.state.is_active and shown.state.background_job is None:
                 raise OptionError(f"It runs already: it is {shown.state.text}.")
         if is_read and recall_folder(folder) is None:
             remember_folder(folder)
@@ -619,10 +619,10 @@ def _ended_alone(job: Job, plan: Plan, histories: Sequence[Glance]) -> bool:
 
 def _state_of_check(check: Job) -> RunState:
     if check.code == 0:
-        return RunState(DRAFT, words="checked, no fault", errand=check)
+        return RunState(DRAFT, words="checked, no fault", background_job=check)
     if check.state == STOPPED:
-        return RunState(DRAFT, words="its check was stopped", errand=check)
-    return RunState(FAULTS, reason=_explain(check, "The check found faults."), errand=check)
+        return RunState(DRAFT, words="its check was stopped", background_job=check)
+    return RunState(FAULTS, reason=_explain(check, "The check found faults."), background_job=check)
 
 
 def _state_of_job(job: Job) -> RunState:

@@ -254,8 +254,8 @@ class JobQueue:
     ) -> int:
         """Append a command of ours and return the number of its job.
 
-        folder: working folder of the command. within, typed: as those of `Errands.start`. Raises OptionError
-        if it is not a command of ours or never ends, OutputError if the queue cannot be written.
+        folder: working folder of the command. within, typed: as those of `BackgroundJobs.start`. Raises
+        OptionError if it is not a command of ours or never ends, OutputError if the queue cannot be written.
         """
         launch.find_job_program(words, folder)
         line = as_line(words)

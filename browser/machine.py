@@ -162,7 +162,7 @@ class MachineLine:
         if making is not None:
             steps = f", step {making.done} of {making.steps}" if making.steps else ""
             things.append(RunningThing(f"making with {making.title}{steps}", "/generate"))
-        for download in list_downloads(self.site.errands, self.site.models):
+        for download in list_downloads(self.site.background_jobs, self.site.models):
             if download.state == RUNNING:
                 words = f"loading {download.family} {download.task}{download.progress_words}"
                 things.append(RunningThing(words, "/models#loading"))

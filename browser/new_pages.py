@@ -31,6 +31,7 @@ from browser.answers import (
     answer_unknown,
     read_query,
 )
+from browser.background_jobs import has_changed_since, name_background_job
 from browser.beginnings import CHECK, DESCRIBE, check_words, run_words
 from browser.bin_folder import FOLDER as BIN
 from browser.captioning import TRIED, TYPED_OPTIONS, caption_words, describe_engine, is_captioning, read_tries
@@ -50,7 +51,6 @@ from browser.described import (
     read_described,
 )
 from browser.durations import describe_duration
-from browser.errands import errand_name, has_changed_since
 from browser.folder_files import FolderFiles, file_routes, list_names, picture_address
 from browser.folders import (
     CHECK_PAGE,
@@ -100,10 +100,10 @@ from modules.text_files import read_content, real_path
 from project.fitting import find_memory
 from project.options import CAPTION_MODEL, RUN_FILE, find_models
 
-COMPARE = "compare"  # kind of errand: shows how the files of a described folder would change
+COMPARE = "compare"  # kind of background job: shows how the files of a described folder would change
 TRY = "try"  # captions of a few files
 REPAIRING = "repair"
-ERRANDS = (DESCRIBE, COMPARE, CHECK, TRY, REPAIRING)
+BACKGROUND_KINDS = (DESCRIBE, COMPARE, CHECK, TRY, REPAIRING)
 WHOLE_PAGE = ("describe", "replace", "keep")  # what changes more than the part that shows progress
 SAID = "x-reelsmith-said"  # header of an answer that opens the page again: what was done
 PART = 24  # folders of the list that are shown at once
@@ -173,18 +173,18 @@ class NewPages:
         folder = find_folder(self.site.runs, folder_text)
         if folder is None:
             return NewForm(folder=folder_text)
-        comparing = self.find_errand(COMPARE, folder)
+        comparing = self.find_background_job(COMPARE, folder)
         if comparing is not None and self.is_pending(comparing, folder):
             return NewForm.of_words(shlex.split(comparing.line))
-        errand = self.find_errand(DESCRIBE, folder)
-        is_failed = errand is not None and errand.state not in (RUNNING,) and errand.code != 0
+        job = self.find_background_job(DESCRIBE, folder)
+        is_failed = job is not None and job.state not in (RUNNING,) and job.code != 0
         if is_described(folder) and not is_failed:
             try:
                 return self.form_of(read_described(folder))
             except (OSError, ValueError):
                 return NewForm(folder=str(folder))
-        if errand is not None:
-            return NewForm.of_words(shlex.split(errand.line))
+        if job is not None:
+            return NewForm.of_words(shlex.split(job.line))
         return NewForm(folder=str(folder), name=self.suggest_name(folder))
 
     def is_as_shown(self, folder: Path, shown: str) -> bool:
@@ -297,17 +297,17 @@ class NewPages:
     def progress_values(self, folder: Path | None, described: DescribedFolder | None) -> dict[str, Any]:
         """Return the values for the part of the page that changes while commands run."""
         site = self.site
-        errands = {kind: self.find_errand(kind, folder) for kind in ERRANDS}
+        background_jobs = {kind: self.find_background_job(kind, folder) for kind in BACKGROUND_KINDS}
         job = self.find_job(folder)
         captioning = self.find_captioning(folder)
-        works = [errand is not None and errand.state == RUNNING for errand in errands.values()]
+        works = [job is not None and job.state == RUNNING for job in background_jobs.values()]
         works += [entry is not None and entry.state in (WAITING, RUNNING) for entry in (job, captioning)]
         return {
-            **self.said_values(folder, errands),
+            **self.said_values(folder, background_jobs),
             **self.loading_values(described),
             "folder": folder,
             "described": described,
-            "tries": [] if folder is None else read_tries(errands[TRY], folder),
+            "tries": [] if folder is None else read_tries(background_jobs[TRY], folder),
             "repair_line": self.repair_line(folder),
             "commands": list_commands(folder),
             "run_command": "" if described is None else typed_anywhere(self.run_words(described)),
@@ -323,21 +323,21 @@ class NewPages:
             "refused": "",
         }
 
-    def said_values(self, folder: Path | None, errands: Mapping[str, Job | None]) -> dict[str, Any]:
-        """Return the errands of a folder and their printed lines, by kind."""
+    def said_values(self, folder: Path | None, background_jobs: Mapping[str, Job | None]) -> dict[str, Any]:
+        """Return the background jobs of a folder and their printed lines, by kind."""
         names: list[str] = []
         if folder is not None:
             with contextlib.suppress(OSError):
                 names = list_names(folder)
-        comparing = errands[COMPARE]
+        comparing = background_jobs[COMPARE]
         if folder is not None and comparing is not None and not self.is_pending(comparing, folder):
             comparing = None
-        looking = comparing or errands[DESCRIBE]
-        checking = errands[CHECK]
-        repairing = errands[REPAIRING]
+        looking = comparing or background_jobs[DESCRIBE]
+        checking = background_jobs[CHECK]
+        repairing = background_jobs[REPAIRING]
         return {
             "looking": looking,
-            "looked": _list_ended(errands[COMPARE], errands[DESCRIBE]),
+            "looked": _list_ended(background_jobs[COMPARE], background_jobs[DESCRIBE]),
             "looking_lines": read_said(looking, names),
             "comparing": comparing,
             "changes": read_changes(comparing),
@@ -345,7 +345,7 @@ class NewPages:
             "checking_lines": read_said(checking, names),
             "check_page": self.find_check_page(folder),
             "is_check_old": self.is_check_old(checking, folder),
-            "trying": errands[TRY],
+            "trying": background_jobs[TRY],
             "repairing": repairing,
             "repair_lines": [line for line in read_said(repairing, names) if line.is_of_repair],
         }
@@ -438,8 +438,8 @@ class NewPages:
             )
         return f"{text}: no such folder below {roots}. Choose one from the list, or drop files here."
 
-    def find_errand(self, kind: str, folder: Path | None) -> Job | None:
-        return None if folder is None else self.site.errands.find(errand_name(kind, folder))
+    def find_background_job(self, kind: str, folder: Path | None) -> Job | None:
+        return None if folder is None else self.site.background_jobs.find(name_background_job(kind, folder))
 
     def find_job(self, folder: Path | None) -> Job | None:
         """Return the newest job of the queue that runs a folder; None if there is none."""
@@ -543,24 +543,26 @@ class NewPages:
         Raises UserError, OSError or ValueError if it cannot be done, ChangedMeanwhileError if the files are
         not what the page was made from.
         """
-        errands = self.site.errands
+        background_jobs = self.site.background_jobs
         if what == "replace":
             self.replace(folder, texts.get("mark", ""))
         elif what == "keep":
-            errands.forget(errand_name(COMPARE, folder))
+            background_jobs.forget(name_background_job(COMPARE, folder))
         elif what == "check":
             self.refuse_unwritten(folder, sent, texts.get("shown", ""))
-            errands.start(errand_name(CHECK, folder), check_words(folder), Path.cwd())
+            background_jobs.start(name_background_job(CHECK, folder), check_words(folder), Path.cwd())
         elif what == "stop":
-            for kind in ERRANDS:
-                errands.stop(errand_name(kind, folder))
+            for kind in BACKGROUND_KINDS:
+                background_jobs.stop(name_background_job(kind, folder))
         elif what == "start":
             self.refuse_unwritten(folder, sent, texts.get("shown", ""))
             self.start(folder, has_accepted=bool(texts.get("accept")))
         elif what == "try":
             words = caption_words(texts.get("engine", ""), texts.get("question", ""), TRIED)
             self.require_inside(folder)
-            errands.start(errand_name(TRY, folder), words, folder, within=folder, typed=TYPED_OPTIONS)
+            background_jobs.start(
+                name_background_job(TRY, folder), words, folder, within=folder, typed=TYPED_OPTIONS
+            )
         elif what == "write":
             words = caption_words(texts.get("engine", ""), texts.get("question", ""))
             self.require_inside(folder)
@@ -606,12 +608,14 @@ class NewPages:
             change_keys(folder / RUN_FILE, plan.changes.changes, have)
             return f"Written into {plan.changes.text}."
         kind = COMPARE if plan.compares else DESCRIBE
-        self.site.errands.start(errand_name(kind, folder), plan.words, Path.cwd(), within=folder)
+        self.site.background_jobs.start(
+            name_background_job(kind, folder), plan.words, Path.cwd(), within=folder
+        )
         return ""
 
     def replace(self, folder: Path, mark: str) -> None:
         """Write the three files as the shown changes say; the old ones are copied into the bin first."""
-        comparing = self.find_errand(COMPARE, folder)
+        comparing = self.find_background_job(COMPARE, folder)
         if comparing is None or comparing.state == RUNNING or not self.is_pending(comparing, folder):
             raise OptionError("There are no changes to make (any more). Press Describe to see them.")
         if mark != mark_files(folder):
@@ -621,8 +625,10 @@ class NewPages:
         keep_copies(folder, self.site.runs.find_top(folder) / BIN / "replaced" / kept)
         form = NewForm.of_words(shlex.split(comparing.line))
         words = new_words(form, self.site.models, overwrite=True)
-        self.site.errands.start(errand_name(DESCRIBE, folder), words, Path.cwd(), within=folder)
-        self.site.errands.forget(errand_name(COMPARE, folder))
+        self.site.background_jobs.start(
+            name_background_job(DESCRIBE, folder), words, Path.cwd(), within=folder
+        )
+        self.site.background_jobs.forget(name_background_job(COMPARE, folder))
 
     def start(self, folder: Path, has_accepted: bool) -> None:
         """Put the run of a folder into the queue, and start the queue unless other jobs wait in it."""
@@ -647,14 +653,16 @@ class NewPages:
         kinds = (COMPARE, DESCRIBE, CHECK)
         lines: list[SaidLine] = []
         for kind in kinds:
-            lines += read_said(self.find_errand(kind, folder))
+            lines += read_said(self.find_background_job(kind, folder))
         words = find_command(lines, line)
         if words is None:
             raise OptionError("This command is not one that was printed for this folder (any more).")
         self.require_inside(folder)
         command, _ = find_program(words, folder)
         if command.words[0] == "cache":
-            self.site.errands.start(errand_name(REPAIRING, folder), words, folder, within=folder)
+            self.site.background_jobs.start(
+                name_background_job(REPAIRING, folder), words, folder, within=folder
+            )
         else:
             self.site.queue.add_and_begin(words, folder, within=folder)
 
@@ -668,7 +676,7 @@ class NewPages:
         self.require_inside(folder)
         if encoding:
             words = [*words, encoding]
-        self.site.errands.start(errand_name(REPAIRING, folder), words, folder, within=folder)
+        self.site.background_jobs.start(name_background_job(REPAIRING, folder), words, folder, within=folder)
 
     def look_at_file(self, request: Request, form: Form) -> Response:
         """Describe the file of a model, by its header."""
@@ -718,9 +726,9 @@ def find_free_name(output: Path, name: str) -> str:
     return free_name(output, name) if (output / f"{name}.safetensors").exists() else ""
 
 
-def _list_ended(*errands: Job | None) -> str:
-    """Return marks of the errands that have ended, with blanks between."""
-    ended = [errand.process for errand in errands if errand is not None and errand.state != RUNNING]
+def _list_ended(*background_jobs: Job | None) -> str:
+    """Return marks of the background jobs that have ended, with blanks between."""
+    ended = [job.process for job in background_jobs if job is not None and job.state != RUNNING]
     return " ".join(short_digest(repr(process)) for process in ended)
 
 

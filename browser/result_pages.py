@@ -28,11 +28,11 @@ from browser.answers import (
     answer_template,
     answer_unknown,
 )
+from browser.background_jobs import name_background_job
 from browser.bin_folder import FOLDER as BIN
 from browser.bin_folder import BinFolder
 from browser.captions import mark_bytes
 from browser.described import PROMPTS_FILE, ChangedMeanwhileError, read_described
-from browser.errands import errand_name
 from browser.folders import list_media_folders
 from browser.jobs import WAITING, Job
 from browser.names import number_names, short_digest
@@ -60,7 +60,7 @@ READ_SECONDS = 0.3  # in which settings are read for one answer, of files that w
 MOST_READ = 50_000  # results whose settings are in memory
 SEED_BITS = 32
 TOOL = "blissful_tuner/upscaler.py"
-LOAD = "upscaler"  # kind of an errand
+LOAD = "upscaler"  # kind of a background job
 FACTOR = 2  # by which width and height grow
 UPSCALERS = "upscalers"  # folder in that of the models
 NETWORKS = (".pth", ".safetensors")
@@ -564,7 +564,7 @@ class ResultPages:
             for model in model_sets()
             if "upscale" in model.commands
         ]
-        loading = self.site.errands.find(errand_name(LOAD, self.site.models))
+        loading = self.site.background_jobs.find(name_background_job(LOAD, self.site.models))
         options = [(network, typed_anywhere(self.larger_words(result, network))) for network in networks]
         return self.answer_sheet(
             "larger",
@@ -588,8 +588,8 @@ class ResultPages:
         task = "".join(form.get("task", ()))
         for model in model_sets():
             if model.task == task and "upscale" in model.commands:
-                name = errand_name(LOAD, self.site.models)
-                self.site.errands.start(name, self.load_words(model), Path.cwd())
+                name = name_background_job(LOAD, self.site.models)
+                self.site.background_jobs.start(name, self.load_words(model), Path.cwd())
                 return self.show_larger(result, "")
         return self.show_larger(result, "Choose a file to load.")
 

@@ -22,6 +22,7 @@ from browser.answers import (
     answer_said,
     answer_template,
 )
+from browser.background_jobs import name_background_job
 from browser.beginnings import (
     BUSY,
     CHECK,
@@ -41,7 +42,6 @@ from browser.bin_folder import BinFolder
 from browser.captions import CaptionConflictError, Captions, mark_bytes
 from browser.compare import read_source
 from browser.described import FILES, ChangedMeanwhileError, change_keys, change_steps, read_described
-from browser.errands import errand_name
 from browser.intentions import read_intentions, read_shown
 from browser.jobs import ENDED, QUEUE, WAITING, Job
 from browser.names import free_name, short_digest
@@ -212,7 +212,7 @@ class RunButtons:
 
     def stop_command(self, shown: ShownRun) -> str:
         state, run = shown.state, shown.glance
-        if state.errand is not None:
+        if state.background_job is not None:
             return "ends the check"
         if state.name == WAITING and state.job is not None:
             return f"takes job {state.job.id} out of {QUEUE}"
@@ -501,7 +501,7 @@ class RunButtons:
         if shown.plan is None:
             raise OptionError("There is no described folder to check.")
         folder = shown.plan.folder
-        self.site.errands.start(errand_name(CHECK, folder), check_words(folder), Path.cwd())
+        self.site.background_jobs.start(name_background_job(CHECK, folder), check_words(folder), Path.cwd())
         return ""
 
     def stop(self, shown: ShownRun, _: Form) -> str:
@@ -509,8 +509,8 @@ class RunButtons:
         state, run = shown.state, shown.glance
         if not state.is_active:
             raise OptionError(f"It does not run: it is {state.text}.")
-        if state.name == CHECKING and state.errand is not None and shown.plan is not None:
-            self.site.errands.stop(errand_name(CHECK, shown.plan.folder))
+        if state.name == CHECKING and state.background_job is not None and shown.plan is not None:
+            self.site.background_jobs.stop(name_background_job(CHECK, shown.plan.folder))
             return "Its check was ended."
         if state.name == WAITING and state.job is not None:
             self.site.queue.remove(state.job.id)

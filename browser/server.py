@@ -28,8 +28,8 @@ from browser.answers import (
     answer_json,
     answer_page,
 )
+from browser.background_jobs import BackgroundJobs
 from browser.dataset_pages import dataset_routes
-from browser.errands import Errands
 from browser.folder_settings import FolderSettingsPages, folder_routes
 from browser.generate_pages import generate_routes
 from browser.inputs import MOST_BYTES as MOST_OF_INPUT
@@ -338,7 +338,7 @@ def make_app(
     site = Site(
         runs,
         queue,
-        Errands(queue),
+        BackgroundJobs(queue),
         maker or ResultMaker(queue),
         models=models,
         notes=notes,

@@ -4,8 +4,8 @@ import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from browser.background_jobs import BackgroundJobs
 from browser.beginnings import Beginnings
-from browser.errands import Errands
 from browser.jobs import JobQueue
 from browser.making import ResultMaker
 from browser.runs import Runs
@@ -20,7 +20,7 @@ class Site:
 
     runs: Runs
     queue: JobQueue
-    errands: Errands
+    background_jobs: BackgroundJobs
     maker: ResultMaker
     models: Path = MODELS  # folder of the models' files
     notes: FileNotes = field(default_factory=FileNotes)
@@ -28,7 +28,7 @@ class Site:
 
     @functools.cached_property
     def beginnings(self) -> Beginnings:
-        return Beginnings(self.runs, self.queue, self.errands)
+        return Beginnings(self.runs, self.queue, self.background_jobs)
 
     @property
     def read_only(self) -> bool:

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from browser.background_jobs import BackgroundJobs
 from browser.beginnings import Beginnings, ShownRun
-from browser.errands import Errands
 from browser.jobs import open_queue
 from browser.runs import Runs
 from project.known import remember_folder
@@ -58,7 +58,7 @@ def describe(folder: Path, name: str = "own", steps: int = 10, is_known: bool = 
 def look(*roots: Path) -> Beginnings:
     runs = Runs(roots)
     queue = open_queue(runs, read_only=False)
-    return Beginnings(runs, queue, Errands(queue))
+    return Beginnings(runs, queue, BackgroundJobs(queue))
 
 
 def find(beginnings: Beginnings, name: str = "own") -> ShownRun:

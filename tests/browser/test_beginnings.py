@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from browser.background_jobs import name_background_job
 from browser.beginnings import state_of_trace, words_of_plan
-from browser.errands import errand_name
 from browser.intentions import read_intentions
 from browser.jobs import JobQueue
 from browser.names import free_name
@@ -257,7 +257,7 @@ def test_faults_of_a_check_are_a_state_with_its_last_lines(tmp_path: Path) -> No
     folder = describe(tmp_path / "clips")
     set_back(folder)
     beginnings = look(tmp_path)
-    name = errand_name("check", folder)
+    name = name_background_job("check", folder)
     log = beginnings.queue.folder / "logs" / f"{name}.log"
     log.parent.mkdir(parents=True)
     process = {**describe_process(), "born": round(time.time())}
@@ -428,13 +428,13 @@ def test_a_foreign_run_toml_types_no_path_of_its_own(place: str, tmp_path: Path)
 
 
 def test_what_a_folder_brings_along_makes_it_no_known_one(tmp_path: Path) -> None:
-    """A queue with its run, the errand that described it, and a history: they may all be from elsewhere."""
+    """A queue with its run, the job that described it, and a history: they may all be from elsewhere."""
     folder = describe(tmp_path / "clips", is_known=False)
     beginnings = look(tmp_path)
     beginnings.queue.add(["reelsmith", "run", str(folder)], tmp_path)
     queue = beginnings.queue.folder
     (queue / "logs").mkdir(exist_ok=True)
-    name = errand_name("describe", folder)
+    name = name_background_job("describe", folder)
     record = {"line": f"reelsmith new {folder}", "folder": str(tmp_path), "process": {}, "stops": 0}
     (queue / "logs" / f"{name}.json").write_text(json.dumps(record), encoding="utf-8")
     (queue / "logs" / f"{name}.code").write_text("0", encoding="utf-8")

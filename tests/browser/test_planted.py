@@ -1,4 +1,4 @@
-"""Files of a stranger in a root, records of the queue, of errands and wishes, and drafts, start nothing."""
+"""Records of the queue, of background jobs and wishes, and drafts: files of a stranger start nothing."""
 
 import json
 import os
@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 
-from browser.errands import errand_name
+from browser.background_jobs import name_background_job
 from browser.jobs import FOLDER as QUEUE_FOLDER
 from browser.runs import Runs
 from browser.server import make_app
@@ -187,7 +187,7 @@ def damaged(content: str) -> list[bytes]:
 
 
 @pytest.mark.slow_cases("checks")
-@pytest.mark.parametrize("kind", ["wishes", "errands", "checks", "jobs", "lines", "drafts"])
+@pytest.mark.parametrize("kind", ["wishes", "background jobs", "checks", "jobs", "lines", "drafts"])
 def test_damaged_files_break_no_page(root: Path, tmp_path: Path, kind: str) -> None:
     queue = root / QUEUE_FOLDER
     (queue / "logs").mkdir(parents=True)
@@ -198,8 +198,8 @@ def test_damaged_files_break_no_page(root: Path, tmp_path: Path, kind: str) -> N
         words = ["python", "evil.py"]
         texts = damaged(json.dumps(wish(1, words, root, state="died", reason="it died")))
         contents = [(queue / "making" / f"{place}.json", text) for place, text in enumerate(texts, 1)]
-    elif kind in ("errands", "checks"):
-        name = queue / "logs" / f"{errand_name('describe', root / 'described')}.json"
+    elif kind in ("background jobs", "checks"):
+        name = queue / "logs" / f"{name_background_job('describe', root / 'described')}.json"
         line = row["line"] if kind == "checks" else "reelsmith new x 'y"
         contents = [(name, text) for text in damaged(json.dumps(row | {"line": line}))]
     elif kind == "jobs":
@@ -290,7 +290,7 @@ def test_a_planted_record_ends_no_other_process(root: Path, bystander: psutil.Po
     logs.mkdir(parents=True)
     process = {"machine": 1, "number": bystander.pid, "born": round(bystander.create_time())}
     for kind in ("describe", "check"):
-        name = errand_name(kind, root / "described")
+        name = name_background_job(kind, root / "described")
         line = "reelsmith new x" if kind == "describe" else "reelsmith run x --check"
         row = {"line": line, "folder": str(root), "process": process, "stops": 0}
         (logs / f"{name}.json").write_text(json.dumps(row), encoding="utf-8")
@@ -328,7 +328,7 @@ def test_links_in_the_folder_of_the_queue_write_and_show_nothing(root: Path, tmp
     names = ["queue.txt", "jobs.json", "logs/1.log", "logs/1.code", "making/making.log", "making/1.json"]
     names += ["making/session.json", "making/.lock", ".lock"]
     for kind in ("describe", "check"):
-        name = errand_name(kind, root / "described")
+        name = name_background_job(kind, root / "described")
         names += [f"logs/{name}.{end}" for end in ("log", "json", "code")]
     for name in names:
         (queue / name).parent.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ from PIL import Image
 from starlette.applications import Starlette
 from starlette.routing import Route
 
-from browser.errands import Errands
+from browser.background_jobs import BackgroundJobs
 from browser.jobs import open_queue
 from browser.making import ResultMaker
 from browser.queue_views import QueuePages
@@ -563,5 +563,5 @@ def test_the_documentation_has_each_button_that_a_page_looks_up(address: str, ro
     rows = read_rows(read_page())
     runs = Runs((root,))
     queue = open_queue(runs, read_only=True)
-    site = Site(runs, queue, Errands(queue), ResultMaker(queue))
+    site = Site(runs, queue, BackgroundJobs(queue), ResultMaker(queue))
     assert set(BUTTONS[address](site)) <= rows[address]
