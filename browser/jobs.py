@@ -34,7 +34,7 @@ FOLDER = QUEUE_FOLDER
 QUEUE = "queue.txt"
 STATE = "jobs.json"
 LOGS = "logs"
-WISHES = "making"  # folder of the page Generate
+RENDER_FOLDER = "making"  # folder of the page Generate
 WAITING = "waiting"
 ENDED = (FINISHED, STOPPED, DIED)
 MOST_OF_CODE = 100  # bytes that are read of the file with an exit code
@@ -583,7 +583,7 @@ def _folder_of(line: str) -> Path:
 def open_queue(runs: Runs, read_only: bool) -> JobQueue:
     """Return the queue of the first folder. Raises OutputError if its folders are links to other places."""
     folder = runs.tops[0] / FOLDER
-    for place in (folder, folder / LOGS, folder / WISHES):
+    for place in (folder, folder / LOGS, folder / RENDER_FOLDER):
         refuse_link(place)
     return JobQueue(folder, read_only)
 

@@ -158,10 +158,10 @@ class MachineLine:
         runs = [run for run in self.site.runs.list_all() if _is_running_here(run)]
         things = [_describe_run(run) for run in runs]
         things += self._list_jobs(runs)
-        making = self.site.maker.current
-        if making is not None:
-            steps = f", step {making.done} of {making.steps}" if making.steps else ""
-            things.append(RunningThing(f"making with {making.title}{steps}", "/generate"))
+        render_job = self.site.render_worker.current
+        if render_job is not None:
+            steps = f", step {render_job.done} of {render_job.steps}" if render_job.steps else ""
+            things.append(RunningThing(f"making with {render_job.title}{steps}", "/generate"))
         for download in list_downloads(self.site.background_jobs, self.site.models):
             if download.state == RUNNING:
                 words = f"loading {download.family} {download.task}{download.progress_words}"

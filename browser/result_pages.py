@@ -37,13 +37,13 @@ from browser.folders import list_media_folders
 from browser.jobs import WAITING, Job
 from browser.names import number_names, short_digest
 from browser.recipes import RESULTS, ModelRecipe, is_driven, recipe_of_model, recipe_of_run
+from browser.render_queue import RenderJob
 from browser.results import LARGER, LAST_FRAME, Result, ResultFolders
 from browser.runs import DIED, FINISHED, RUNNING, Glance
 from browser.settings_of import PREFIX, ResultSettings, read_settings, remake, sample_line
 from browser.site import Site
 from browser.typed import typed_anywhere
 from browser.views import label_runs
-from browser.wishes import Making
 from contract.families import with_scripts
 from downloads.catalogue import ModelSet, model_sets
 from downloads.listing import gigabytes, total_bytes
@@ -232,8 +232,8 @@ class Remaker:
         self.site = site
         self.folders = folders
 
-    def remake(self, result: Result, settings: ResultSettings, seed: str) -> Making:
-        """Return the making that repeats a result. seed: the one to take. Raises OptionError if none can."""
+    def remake(self, result: Result, settings: ResultSettings, seed: str) -> RenderJob:
+        """Return the job that repeats a result. seed: the one to take. Raises OptionError if none can."""
         reasons = []
         save_path = str(self.site.runs.tops[0] / RESULTS)
         for candidate in self.list_candidates(result, settings):
@@ -282,10 +282,10 @@ class Remaker:
         for lora in recipe.loras:
             if Path(lora.path).name == name and (recipe.folder / lora.path).is_file():
                 return lora.path
-        making = self.find_making(result)
-        if making is not None:
-            for word in making.session:
-                if Path(word).name == name and Path(making.folder, word).is_file():
+        render_job = self.find_render_job(result)
+        if render_job is not None:
+            for word in render_job.session:
+                if Path(word).name == name and Path(render_job.folder, word).is_file():
                     return word
         with self.site.runs.lock:
             runs = self.site.runs.list_all()
@@ -297,22 +297,22 @@ class Remaker:
 
     def find_media(self, name: str, result: Result) -> str:
         """Return the path of a picture or clip that a result began from. Raises OptionError."""
-        making = self.find_making(result)
-        if making is not None:
-            for value in making.request.get("options", {}).values():
+        render_job = self.find_render_job(result)
+        if render_job is not None:
+            for value in render_job.request.get("options", {}).values():
                 for text in value if isinstance(value, list) else [value]:
-                    if Path(str(text)).name == name and Path(making.folder, str(text)).is_file():
+                    if Path(str(text)).name == name and Path(render_job.folder, str(text)).is_file():
                         return str(text)
         for candidate in self.folders.list_all():
             if candidate.path.name == name:
                 return str(candidate.path)
         raise OptionError(f"{name}, which it began from, is not among the results. Choose it in the form.")
 
-    def find_making(self, result: Result) -> Making | None:
-        """Return the wish of the page that has made a result; None if it was made elsewhere."""
-        for making in reversed(self.site.maker.list_all()):
-            if making.file == str(result.path):
-                return making
+    def find_render_job(self, result: Result) -> RenderJob | None:
+        """Return the render job of the page that has made a result; None if it was made elsewhere."""
+        for render_job in reversed(self.site.render_worker.list_all()):
+            if render_job.file == str(result.path):
+                return render_job
         return None
 
 
@@ -522,19 +522,19 @@ class ResultPages:
 
     def make_again(self, result: Result, _: Form) -> Response:
         settings = self.require_settings(result)
-        return self.add_making(result, settings, settings.get("seeds"))
+        return self.add_render_job(result, settings, settings.get("seeds"))
 
     def make_other(self, result: Result, _: Form) -> Response:
-        return self.add_making(result, self.require_settings(result), str(secrets.randbits(SEED_BITS)))
+        return self.add_render_job(result, self.require_settings(result), str(secrets.randbits(SEED_BITS)))
 
-    def add_making(self, result: Result, settings: ResultSettings, seed: str) -> Response:
-        """Give the wish of a result to the maker. Raises OptionError or OutputError if it takes none."""
+    def add_render_job(self, result: Result, settings: ResultSettings, seed: str) -> Response:
+        """Let a result be made again. Raises OptionError or OutputError if it takes none."""
         remade = self.remaker.remake(result, settings, seed)
         missing = [word for word in _list_files(remade) if not Path(remade.folder, word).exists()]
         if missing:
             raise OptionError(f"{missing[0]} is missing: load the model first (Models).")
 
-        [number] = self.site.maker.add([remade])
+        [number] = self.site.render_worker.add([remade])
         return answer_said(f"It waits above as {number}, with seed {seed}.")
 
     # --- larger
@@ -720,7 +720,7 @@ class ResultPages:
             return answer_said(str(error), is_refused=True)
 
 
-def _list_files(remade: Making) -> list[str]:
+def _list_files(remade: RenderJob) -> list[str]:
     """Return the words of a session that name files of a model."""
     words = remade.session
     return [word for word in words if Path(word).suffix in (".safetensors", ".pth", ".gguf", ".sft")]

@@ -35,11 +35,11 @@ from browser.generate_pages import generate_routes
 from browser.inputs import MOST_BYTES as MOST_OF_INPUT
 from browser.jobs import JobQueue, open_queue
 from browser.machine import machine_routes
-from browser.making import ResultMaker
 from browser.memory import MemoryPages
 from browser.model_pages import model_routes
 from browser.new_pages import new_routes
 from browser.queue_views import compare_routes, queue_routes
+from browser.render_worker import RenderWorker
 from browser.result_pages import result_routes
 from browser.run_buttons import RunButtons, run_button_routes
 from browser.runs import DIED, RUNNING, Glance, Runs
@@ -325,13 +325,14 @@ def make_app(
     queue: JobQueue | None = None,
     models: Path = MODELS,
     settings: ServerSettings | None = None,
-    maker: ResultMaker | None = None,
+    render_worker: RenderWorker | None = None,
     ticket: Ticket | None = None,
 ) -> ASGIApp:
     """Return the application. host: its name in requests, besides IP addresses and this machine's name.
 
     queue: None means the one of `open_queue`. models: folder of the models' files. settings: for the page
-    that shows them. maker: of the page Generate; None means one for the queue. ticket: opens the page once.
+    that shows them. render_worker: of the page Generate; None means one for the queue. ticket: opens the page
+    once.
     """
     notes = FileNotes()
     queue = queue or open_queue(runs, read_only)
@@ -339,7 +340,7 @@ def make_app(
         runs,
         queue,
         BackgroundJobs(queue),
-        maker or ResultMaker(queue),
+        render_worker or RenderWorker(queue),
         models=models,
         notes=notes,
         settings=settings or ServerSettings(),

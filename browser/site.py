@@ -7,7 +7,7 @@ from pathlib import Path
 from browser.background_jobs import BackgroundJobs
 from browser.beginnings import Beginnings
 from browser.jobs import JobQueue
-from browser.making import ResultMaker
+from browser.render_worker import RenderWorker
 from browser.runs import Runs
 from browser.settings import ServerSettings
 from browser.views import FileNotes
@@ -21,7 +21,7 @@ class Site:
     runs: Runs
     queue: JobQueue
     background_jobs: BackgroundJobs
-    maker: ResultMaker
+    render_worker: RenderWorker
     models: Path = MODELS  # folder of the models' files
     notes: FileNotes = field(default_factory=FileNotes)
     settings: ServerSettings = field(default_factory=ServerSettings)

@@ -1,4 +1,4 @@
-"""The page Generate: its form, dropped files, wishes in Chromium, and what it refuses."""
+"""The page Generate: its form, dropped files, render jobs in Chromium, and what it refuses."""
 
 import contextlib
 import html
@@ -23,10 +23,10 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
 from browser.jobs import WAITING, JobQueue
-from browser.making import ResultMaker
 from browser.refilling import read_found
+from browser.render_queue import ENDED_MEANWHILE
+from browser.render_worker import RenderWorker
 from browser.runs import FINISHED, RUNNING, STOPPED, Runs
-from browser.wishes import ENDED_MEANWHILE
 from modules.errors import OptionError
 from modules.media.writing import write_png
 from pocket.measure import POCKET
@@ -34,7 +34,7 @@ from tests.browser.lasting import lasting  # noqa: F401  # a fixture
 from tests.browser.serving import Answer, Served, python_of, serve_runs, write_run
 from tests.browser.test_accessible import assert_fits, axe, list_faults  # noqa: F401  # a fixture
 from tests.browser.test_jobs import wait_for
-from tests.browser.test_making import start_fake
+from tests.browser.test_render_worker import start_fake
 from tests.chromium import open_page, wait_until
 from tests.commands import QUIET, ROOT
 from training.reports.history import History, history_path
@@ -79,12 +79,12 @@ def root(tmp_path: Path) -> Path:
 def serve(root: Path, **options: Any) -> Iterator[Served]:
     """Serve the page with a process that only seems to make pictures."""
     queue = JobQueue(root / "reelsmith-queue", bool(options.get("read_only")))
-    maker = ResultMaker(queue, start_fake)
+    worker = RenderWorker(queue, start_fake)
     try:
-        with serve_runs(root, queue=queue, maker=maker, **options) as served:
+        with serve_runs(root, queue=queue, render_worker=worker, **options) as served:
             yield served
     finally:
-        maker.close()
+        worker.close()
 
 
 @pytest.fixture
@@ -120,13 +120,13 @@ def send(served: Served, what: str, path: Path, name: str = "") -> Answer:
         return Answer(answer.status, dict(answer.getheaders()), answer.read())
 
 
-def wishes(root: Path) -> list[dict[str, Any]]:
+def requests(root: Path) -> list[dict[str, Any]]:
     files = (root / "reelsmith-queue" / "making").glob("[0-9]*.json")
     return [json.loads(path.read_text()) for path in sorted(files, key=lambda path: int(path.stem))]
 
 
 def states(root: Path) -> list[str]:
-    return [wish["state"] for wish in wishes(root)]
+    return [request["state"] for request in requests(root)]
 
 
 def said(answer: Answer) -> str:
@@ -269,7 +269,7 @@ def test_a_prompt_of_20000_characters_is_made_and_kept(served: Served, root: Pat
 
     assert (answer.status, said(answer)) == (200, "")
     wait_for(lambda: states(root) == [FINISHED], lambda: str(states(root)))
-    assert [wish["request"]["prompt"] for wish in wishes(root)] == [text.strip()]
+    assert [request["request"]["prompt"] for request in requests(root)] == [text.strip()]
     assert text.strip() in served.ask(f"/generate?draft={draft}").text
     with open_page(f"{served.url}/generate?draft={draft}", width=360) as page:
         assert page.get_by_label("Prompt").input_value() == text
@@ -314,7 +314,7 @@ def test_no_label_holds_another_one(served: Served) -> None:
                 assert [other for other in words if word in other] == [word]
 
 
-# --- wishes
+# --- render jobs
 
 
 def test_make_makes_what_the_form_says(served: Served, root: Path) -> None:
@@ -324,10 +324,10 @@ def test_make_makes_what_the_form_says(served: Served, root: Path) -> None:
         page.get_by_label("How many").fill("2")
         page.get_by_role("button", name="Make", exact=True).click()
         wait_for(lambda: states(root) == [FINISHED] * 2, lambda: page.locator("#said").inner_text())
-        assert [wish["request"]["options"]["seed"] for wish in wishes(root)] == ["7", "8"]
-        assert wishes(root)[0]["request"]["prompt"] == PROMPT
-        assert wishes(root)[0]["request"]["strengths"] == {"": ["0.8"]}
-        assert "--seed" in wishes(root)[0]["command"]
+        assert [request["request"]["options"]["seed"] for request in requests(root)] == ["7", "8"]
+        assert requests(root)[0]["request"]["prompt"] == PROMPT
+        assert requests(root)[0]["request"]["strengths"] == {"": ["0.8"]}
+        assert "--seed" in requests(root)[0]["command"]
         wait_until(page, "document.querySelector('#work').textContent.includes('x stays loaded')")
         assert page.get_by_label("Prompt").input_value() == PROMPT
         page.get_by_role("button", name="Free the card").click()
@@ -367,11 +367,11 @@ def test_four_seeds_follow_one_another(served: Served, root: Path) -> None:
     with open_page(f"{served.url}/generate?run={run_id(served)}") as page:
         page.get_by_role("button", name="Make with four seeds").click()
         wait_for(lambda: states(root) == [FINISHED] * 4)
-        seeds = [int(wish["request"]["options"]["seed"]) for wish in wishes(root)]
+        seeds = [int(request["request"]["options"]["seed"]) for request in requests(root)]
         assert seeds == [*range(seeds[0], seeds[0] + 4)]
 
 
-def test_a_wish_is_watched_cancelled_and_made_again(served: Served, root: Path) -> None:
+def test_a_render_job_is_watched_cancelled_and_made_again(served: Served, root: Path) -> None:
     with open_page(f"{served.url}/generate?run={run_id(served)}") as page:
         page.get_by_label("Prompt").fill("slow")
         page.get_by_role("button", name="Make", exact=True).click()
@@ -423,7 +423,7 @@ def test_a_fault_is_shown_and_the_form_stays(served: Served, root: Path) -> None
         ({"redraw": "../secret.png"}, "Redraw ../secret.png: there is no such file."),
     ],
 )
-def test_wishes_that_cannot_be_made_are_refused(
+def test_render_jobs_that_cannot_be_made_are_refused(
     served: Served, root: Path, changes: dict[str, str], message: str
 ) -> None:
     answer = post(served, "make", fields_of(served, **changes))
@@ -471,7 +471,7 @@ def test_a_file_that_is_gone_is_said(served: Served, root: Path) -> None:
     assert "is not there any more" in said(answer)
 
 
-def test_numbers_of_wishes_that_are_not_there_are_refused(served: Served) -> None:
+def test_numbers_of_render_jobs_that_are_not_there_are_refused(served: Served) -> None:
     for what in ("cancel", "again", "remove"):
         assert post(served, what, {"id": "99"}).status == 422
         assert post(served, what, {"id": "../1"}).status == 404
@@ -733,7 +733,7 @@ def test_old_drafts_and_damaged_ones_are_left_out(served: Served, root: Path) ->
     assert served.ask(f"/generate?draft={44:016x}").status == 200
 
 
-def test_waiting_wishes_say_for_what_they_wait(
+def test_waiting_render_jobs_say_for_what_they_wait(
     served: Served,
     root: Path,
     lasting: list[str],  # noqa: F811
@@ -797,12 +797,12 @@ def serve_alone(root: Path) -> Iterator[tuple["subprocess.Popen[str]", Served]]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="it has no such signal")
-def test_a_killed_server_loses_no_wish_and_leaves_no_process(root: Path) -> None:
+def test_a_killed_server_loses_no_render_job_and_leaves_no_process(root: Path) -> None:
     with serve_alone(root) as (server, served):
         fields = fields_of(served, steps="400", prompt="a red square")
         assert post(served, "make", fields).status == 200
         assert post(served, "make", {**fields, "steps": "2"}).status == 200
-        wait_for(lambda: wishes(root)[0]["done"] > 0, lambda: str(wishes(root)))
+        wait_for(lambda: requests(root)[0]["done"] > 0, lambda: str(requests(root)))
         session = json.loads((root / "reelsmith-queue" / "making" / "session.json").read_text())
         server.kill()
         server.wait()
@@ -810,12 +810,12 @@ def test_a_killed_server_loses_no_wish_and_leaves_no_process(root: Path) -> None
         wait_for(lambda: not psutil.pid_exists(session["process"]["number"]))
     with serve_alone(root) as (_, served):
         assert ENDED_MEANWHILE in html.unescape(served.ask("/generate").text)
-        wait_for(lambda: states(root)[1] == FINISHED, lambda: str(wishes(root)))
-        assert Path(wishes(root)[1]["file"]).is_file()
+        wait_for(lambda: states(root)[1] == FINISHED, lambda: str(requests(root)))
+        assert Path(requests(root)[1]["file"]).is_file()
         assert post(served, "again", {"id": "1"}).status == 200
-        wait_for(lambda: wishes(root)[0]["done"] > 0, lambda: str(wishes(root)))
+        wait_for(lambda: requests(root)[0]["done"] > 0, lambda: str(requests(root)))
         assert post(served, "cancel", {"id": "1"}).status == 200
-        wait_for(lambda: states(root) == [STOPPED, FINISHED], lambda: str(wishes(root)))
+        wait_for(lambda: states(root) == [STOPPED, FINISHED], lambda: str(requests(root)))
         made = sorted(path.suffix for path in (root / "generated").iterdir())
         assert made == [".mp4"]
 

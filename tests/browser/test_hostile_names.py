@@ -84,7 +84,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def write_records(root: Path) -> None:
-    """Write what the queue, background jobs and wishes say of themselves."""
+    """Write what the queue, background jobs and render jobs say of themselves."""
     logs = root / QUEUE_FOLDER / "logs"
     logs.mkdir(parents=True)
     process = describe_process()

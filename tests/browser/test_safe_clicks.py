@@ -27,8 +27,8 @@ from starlette.routing import Route
 
 from browser.background_jobs import BackgroundJobs
 from browser.jobs import open_queue
-from browser.making import ResultMaker
 from browser.queue_views import QueuePages
+from browser.render_worker import RenderWorker
 from browser.result_pages import ResultPages
 from browser.run_buttons import RunButtons
 from browser.runs import Runs
@@ -563,5 +563,5 @@ def test_the_documentation_has_each_button_that_a_page_looks_up(address: str, ro
     rows = read_rows(read_page())
     runs = Runs((root,))
     queue = open_queue(runs, read_only=True)
-    site = Site(runs, queue, BackgroundJobs(queue), ResultMaker(queue))
+    site = Site(runs, queue, BackgroundJobs(queue), RenderWorker(queue))
     assert set(BUTTONS[address](site)) <= rows[address]
