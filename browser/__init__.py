@@ -2,7 +2,7 @@
 
 answers: pages, JSON, refusals; bodies and forms of requests
 background_jobs: commands for a page, next to the queue
-beginnings: how a run stands from its draft on
+run_start: state of a run from its draft on, its start
 bin_folder: what pages have removed, until it is emptied
 captioning: a model writes captions; a try on a few
 captions: write caption files, undo, refuse to overwrite others
@@ -42,7 +42,7 @@ render_worker: make results with a model that stays loaded
 result_pages: results of Generate part by part, their buttons
 results: find results of all days, remove them
 run_buttons: the buttons of a run and what they do
-runs: find runs by their histories, tell each at a glance
+runs: find runs by their histories, tell each at a summary
 said: printed lines, with their files and a remedy
 samples: rows of prompts.txt, and how often they are made
 server: routes, and what a request must have to pass

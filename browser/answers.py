@@ -14,7 +14,7 @@ from browser.views import HERE, POLICY
 from modules.pages.page import render_page
 
 Form = dict[str, list[str]]
-GONE = "It is not there (any more)."
+NOT_FOUND = "It is not there (any more)."
 NO_WRITING = "The server was started with --read_only."
 # what trainings write for a page to show; a history from elsewhere may name pages, scripts and drawings too
 SHOWN = {".png": "image/png", ".mp4": "video/mp4", ".wav": "audio/wav"}
@@ -60,15 +60,15 @@ def answer_move(address: str) -> Response:
     return Response(headers={"hx-redirect": address})
 
 
-def answer_gone() -> Response:
-    return PlainTextResponse(GONE, 404)
+def answer_not_found() -> Response:
+    return PlainTextResponse(NOT_FOUND, 404)
 
 
-def answer_gone_page(request: Request) -> Response:
+def answer_not_found_page(request: Request) -> Response:
     """Return the page for an address that leads nowhere any more, with links; for a part of a page a text."""
     if "hx-request" in request.headers:
-        return answer_gone()
-    page = render_page(HERE / "gone.html", "Not there", {"said": GONE}, POLICY)
+        return answer_not_found()
+    page = render_page(HERE / "not_found.html", "Not there", {"said": NOT_FOUND}, POLICY)
     return answer_page(page, 404)
 
 

@@ -16,7 +16,6 @@ from starlette.routing import Route
 
 from browser.answers import Form, answer_form, answer_template, answer_unknown
 from browser.background_jobs import name_background_job
-from browser.beginnings import DESCRIBE
 from browser.described import (
     FILES,
     PROMPTS_FILE,
@@ -28,6 +27,7 @@ from browser.described import (
 )
 from browser.folders import find_folder
 from browser.new_form import NewForm, new_words
+from browser.run_start import DESCRIBE
 from browser.runs import RUNNING
 from browser.settings_table import (
     SettingRow,
@@ -80,7 +80,7 @@ def plan_change(
             if after == draft.text:
                 continue
             if draft.name != PROMPTS_FILE:
-                site.beginnings.refuse_while_it_runs(draft.path.parent)
+                site.tracked_runs.refuse_while_it_runs(draft.path.parent)
             notes = [change.note, refuse_new_faults(draft, after, run.text)]
             if draft.name == RUN_FILE:
                 notes.append(describe_following(draft.text, after))

@@ -14,8 +14,8 @@ from browser import launch
 from browser.answers import (
     Form,
     answer_form,
-    answer_gone,
     answer_json,
+    answer_not_found,
     answer_template,
     answer_unknown,
     read_query,
@@ -270,7 +270,7 @@ class GeneratePages:
         kinds = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp", ".mp4": "video/mp4"}
         kind = kinds.get(path.suffix)
         if kind is None or path.parent != self.inputs.folder or not self.site.runs.is_inside(path):
-            return answer_gone()
+            return answer_not_found()
         return FileResponse(path, media_type=kind)
 
     # --- sources

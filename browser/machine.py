@@ -13,11 +13,11 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from browser.answers import answer_template
-from browser.beginnings import state_of_trace
 from browser.jobs import WAITING
 from browser.model_files import list_downloads
 from browser.queue_views import is_of
-from browser.runs import RUNNING, Glance, is_living
+from browser.run_start import read_trace_state
+from browser.runs import RUNNING, RunSummary, is_living
 from browser.settings_page import SettingsPages
 from browser.site import Site
 from browser.typed import typed_anywhere
@@ -168,7 +168,7 @@ class MachineLine:
                 things.append(RunningThing(words, "/models#loading"))
         return things
 
-    def _list_jobs(self, runs: Sequence[Glance]) -> list[RunningThing]:
+    def _list_jobs(self, runs: Sequence[RunSummary]) -> list[RunningThing]:
         """Return the running jobs that have no run of their own, and how many jobs a paused queue holds."""
         queue = self.site.queue
         try:
@@ -187,14 +187,14 @@ class MachineLine:
         return things
 
 
-def _is_running_here(run: Glance) -> bool:
+def _is_running_here(run: RunSummary) -> bool:
     return run.state == RUNNING and run.start is not None and bool(is_living(run.start.process))
 
 
-def _describe_run(run: Glance) -> RunningThing:
+def _describe_run(run: RunSummary) -> RunningThing:
     words = _cut(run.name.removesuffix(BEFORE_TRAINING))
     if run.name.endswith(BEFORE_TRAINING):
-        return RunningThing(f"{words}, {state_of_trace(run).text}", f"/run/{run.id}/")
+        return RunningThing(f"{words}, {read_trace_state(run).text}", f"/run/{run.id}/")
     if run.step or not run.doing:
         words += f", step {run.step:,} of {run.total_steps:,}"
     if run.doing:

@@ -303,7 +303,7 @@ class MemoryPages:
         after = edit_switches(text, switches, fields, names)
         if after == text:
             return ""
-        self.site.beginnings.refuse_while_it_runs(folder)
+        self.site.tracked_runs.refuse_while_it_runs(folder)
         note = refuse_new_faults(present, after, text)
         present.save(after)
         lines = {*text.splitlines()} ^ {*after.splitlines()}

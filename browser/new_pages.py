@@ -24,15 +24,14 @@ from starlette.routing import Route
 from browser.answers import (
     Form,
     answer_form,
-    answer_gone,
     answer_move,
+    answer_not_found,
     answer_page,
     answer_template,
     answer_unknown,
     read_query,
 )
 from browser.background_jobs import has_changed_since, name_background_job
-from browser.beginnings import CHECK, DESCRIBE, check_words, run_words
 from browser.bin_folder import FOLDER as BIN
 from browser.captioning import TRIED, TYPED_OPTIONS, caption_words, describe_engine, is_captioning, read_tries
 from browser.captions import mark_bytes
@@ -83,6 +82,7 @@ from browser.new_form import (
     new_words,
     read_steps,
 )
+from browser.run_start import CHECK, DESCRIBE, check_words, run_words
 from browser.runs import RUNNING
 from browser.said import REPAIR, SaidLine, find_command, read_changes, read_said
 from browser.settings_page import SettingsPages
@@ -365,7 +365,7 @@ class NewPages:
         """Return the part of the page that changes while commands run."""
         folder = find_folder(self.site.runs, request.query_params.get("folder", ""))
         if folder is None:
-            return answer_gone()
+            return answer_not_found()
         return self.answer_progress(folder)
 
     def answer_progress(self, folder: Path, refused: str = "") -> Response:
@@ -404,11 +404,11 @@ class NewPages:
         folder = find_folder(self.site.runs, request.query_params.get("folder", ""))
         path = self.find_check_page(folder)
         if path is None:
-            return answer_gone()
+            return answer_not_found()
         try:
             content = read_content(path, MOST_OF_PAGE)
         except OSError:
-            return answer_gone()
+            return answer_not_found()
         headers = {"content-security-policy": CHECK_POLICY}
         return Response(content, media_type="text/html; charset=utf-8", headers=headers)
 
@@ -443,7 +443,7 @@ class NewPages:
 
     def find_job(self, folder: Path | None) -> Job | None:
         """Return the newest job of the queue that runs a folder; None if there is none."""
-        return None if folder is None else self.site.beginnings.find_job(folder)
+        return None if folder is None else self.site.tracked_runs.find_job(folder)
 
     def find_captioning(self, folder: Path | None) -> Job | None:
         """Return the newest job of the queue that writes captions in a folder; None if there is none."""
@@ -598,7 +598,7 @@ class NewPages:
         check_form(form)
         if mark and mark != mark_files(folder) and not self.is_as_shown(folder, shown):
             raise ChangedMeanwhileError
-        self.site.beginnings.refuse_while_it_runs(folder)
+        self.site.tracked_runs.refuse_while_it_runs(folder)
         if read_media_folder(folder) is None and not any(path.is_dir() for path in folder.iterdir()):
             raise OptionError(f"{folder} has no clips, pictures or sounds. Drop some here first.")
         described, _ = self.try_read(folder)
@@ -620,7 +620,7 @@ class NewPages:
             raise OptionError("There are no changes to make (any more). Press Describe to see them.")
         if mark != mark_files(folder):
             raise ChangedMeanwhileError
-        self.site.beginnings.refuse_while_it_runs(folder)
+        self.site.tracked_runs.refuse_while_it_runs(folder)
         kept = f"{folder.name} {time.strftime('%Y-%m-%d %H.%M.%S')}"
         keep_copies(folder, self.site.runs.find_top(folder) / BIN / "replaced" / kept)
         form = NewForm.of_words(shlex.split(comparing.line))
@@ -637,7 +637,7 @@ class NewPages:
         words = self.run_words(read_described(folder))
         if "--download" in words and not has_accepted:
             raise OptionError("Its model is to be loaded: read the licences next to Start, and accept them.")
-        self.site.beginnings.start(folder, words)
+        self.site.tracked_runs.start(folder, words)
 
     def require_inside(self, folder: Path) -> None:
         """Raise OptionError if the dataset of a folder names files outside the roots."""

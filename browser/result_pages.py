@@ -22,8 +22,8 @@ from browser.answers import (
     Form,
     answer_file,
     answer_form,
-    answer_gone,
     answer_json,
+    answer_not_found,
     answer_said,
     answer_template,
     answer_unknown,
@@ -39,7 +39,7 @@ from browser.names import number_names, short_digest
 from browser.recipes import RESULTS, ModelRecipe, is_driven, recipe_of_model, recipe_of_run
 from browser.render_queue import RenderJob
 from browser.results import LARGER, LAST_FRAME, Result, ResultFolders
-from browser.runs import DIED, FINISHED, RUNNING, Glance
+from browser.runs import DIED, FINISHED, RUNNING, RunSummary
 from browser.settings_of import PREFIX, ResultSettings, read_settings, remake, sample_line
 from browser.site import Site
 from browser.typed import typed_anywhere
@@ -122,7 +122,7 @@ class ResultChoice:
     words: Sequence[str] = ()  # all must be in the name or the prompts
     kind: str = ""
     model: str = ""
-    run: Glance | None = None
+    run: RunSummary | None = None
 
     def needs_settings(self) -> bool:
         return bool(self.words or self.model or self.run)
@@ -143,7 +143,7 @@ class ResultChoice:
         return all(word in text for word in self.words)
 
 
-def _is_of_run(result: Result, settings: ResultSettings | None, run: Glance) -> bool:
+def _is_of_run(result: Result, settings: ResultSettings | None, run: RunSummary) -> bool:
     """Return whether a result lies in the folder of a run, or was made with one of its files."""
     if result.path.is_relative_to(run.history.parent):
         return True
@@ -222,7 +222,7 @@ class Candidate(NamedTuple):
     """A recipe that may be that of a result, and the run that it is from, if it is one."""
 
     recipe: ModelRecipe
-    run: Glance | None
+    run: RunSummary | None
 
 
 class Remaker:
@@ -256,7 +256,7 @@ class Remaker:
         """Yield recipes of the family: of the result's own run, of other runs, of released models."""
         names = {lora.name for lora in settings.loras}
 
-        def rank(run: Glance) -> tuple[bool, bool, float]:
+        def rank(run: RunSummary) -> tuple[bool, bool, float]:
             folder = run.history.parent
             has_lora = any((folder / name).is_file() for name in names)
             return not result.path.is_relative_to(folder), not has_lora, -run.changed
@@ -449,7 +449,7 @@ class ResultPages:
         id, _, suffix = request.path_params["name"].partition(".")
         result = self.folders.find(id)
         if result is None or f".{suffix}" != result.path.suffix.lower():
-            return answer_gone()
+            return answer_not_found()
         return answer_file(result.path)
 
     def require_settings(self, result: Result) -> ResultSettings:
@@ -464,7 +464,7 @@ class ResultPages:
         result = self.find(request)
         show = self.sheets.get(request.path_params["what"])
         if result is None or show is None:
-            return answer_gone()
+            return answer_not_found()
         return show(result, "")
 
     def answer_sheet(self, what: str, result: Result, error: str = "", **values: Any) -> Response:
@@ -482,7 +482,7 @@ class ResultPages:
         """Return the command that each button of a result types, as JSON."""
         result = self.find(request)
         if result is None:
-            return answer_gone()
+            return answer_not_found()
         commands = {"other": "", "again": ""}
         try:
             settings = self.require_settings(result)

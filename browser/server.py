@@ -23,9 +23,9 @@ from browser.answers import (
     Form,
     answer_file,
     answer_form,
-    answer_gone,
-    answer_gone_page,
     answer_json,
+    answer_not_found,
+    answer_not_found_page,
     answer_page,
 )
 from browser.background_jobs import BackgroundJobs
@@ -42,7 +42,7 @@ from browser.queue_views import compare_routes, queue_routes
 from browser.render_worker import RenderWorker
 from browser.result_pages import result_routes
 from browser.run_buttons import RunButtons, run_button_routes
-from browser.runs import DIED, RUNNING, Glance, Runs
+from browser.runs import DIED, RUNNING, Runs, RunSummary
 from browser.samples import SamplePages
 from browser.settings import ServerSettings
 from browser.settings_page import settings_routes
@@ -217,10 +217,10 @@ class RunPages:
         self.runs = site.runs
         self.notes = site.notes
         self.queue = site.queue
-        self.beginnings = site.beginnings
+        self.tracked_runs = site.tracked_runs
         self.buttons = buttons
 
-    def find(self, request: Request) -> Glance | None:
+    def find(self, request: Request) -> RunSummary | None:
         return self.runs.find(request.path_params["id"])
 
     def find_file(self, request: Request) -> Path | None:
@@ -228,7 +228,7 @@ class RunPages:
         return None if run is None else file_of(self.runs, run, request.path_params["name"])
 
     def show_list(self, request: Request) -> Response:
-        found_runs = self.beginnings.list_all()
+        found_runs = self.tracked_runs.list_all()
         query = request.query_params
         mark = f'"{mark_list(found_runs, query)}"'
         if request.headers.get("if-none-match") == mark:
@@ -237,25 +237,25 @@ class RunPages:
         return answer_page(page, headers={"etag": mark})
 
     def show_run(self, request: Request) -> Response:
-        shown = self.beginnings.find(request.path_params["id"])
+        shown = self.tracked_runs.find(request.path_params["id"])
         if shown is None:
-            return answer_gone_page(request)
-        run = shown.glance
+            return answer_not_found_page(request)
+        run = shown.summary
         if not run.history.exists():
             return answer_page(self.buttons.show_page(shown))
-        plan = self.beginnings.find_plan_of(run)
+        plan = self.tracked_runs.find_plan(run)
         if plan is not None and plan.id != run.id:  # what `run` did before its training
             return RedirectResponse(f"/run/{plan.id}/", 303)
         is_paused = False
         with contextlib.suppress(UserError):  # the page of the queue tells it
             is_paused = self.queue.worker == ""
-        deeds = self.buttons.render(shown)
+        actions = self.buttons.render(shown)
         page = run_page(
             self.runs,
             run,
             can_write=not self.queue.read_only,
             is_paused=is_paused,
-            deeds=deeds,
+            actions=actions,
             ended_at_once=shown.ended_at_once,
         )
         return answer_page(page)
@@ -263,9 +263,9 @@ class RunPages:
     def show_news(self, request: Request) -> Response:
         run = self.find(request)
         if run is None:
-            return answer_gone()
+            return answer_not_found()
         try:
-            shown = self.beginnings.find(run.id) if run.state == DIED else None
+            shown = self.tracked_runs.find(run.id) if run.state == DIED else None
             said = "" if shown is None else shown.ended_at_once
             return answer_json(collect_news(self.runs, run, request.query_params, said))
         except ValueError:
@@ -274,18 +274,18 @@ class RunPages:
     def show_about(self, request: Request) -> Response:
         with self.runs.lock:
             path = self.find_file(request)
-        return answer_gone() if path is None else answer_page(self.notes.describe(path))  # takes a while
+        return answer_not_found() if path is None else answer_page(self.notes.describe(path))  # takes a while
 
     def show_file(self, request: Request) -> Response:
         path = self.find_file(request)
-        return answer_gone() if path is None else answer_file(path)
+        return answer_not_found() if path is None else answer_file(path)
 
     def ask(self, request: Request, form: Form) -> Response:
         with self.runs.lock:
             run = self.find(request)
         kind = "".join(form.get("what", ()))
         if run is None or kind not in KINDS:
-            return answer_gone()
+            return answer_not_found()
         if run.state != RUNNING or run.start is None or not run.start.listens:
             return PlainTextResponse("Only a running training can be asked.", 409)
         (run.history.parent / f"{run.name}.{kind}").touch()
@@ -293,7 +293,7 @@ class RunPages:
 
     def show_static(self, request: Request) -> Response:
         path = STATIC.get(request.path_params["name"])
-        return answer_gone() if path is None else FileResponse(path)
+        return answer_not_found() if path is None else FileResponse(path)
 
     def lock(self, show: Callable[[Request], Response]) -> Callable[[Request], Response]:
         """Return a handler that calls `show` under the runs' lock."""
@@ -308,13 +308,13 @@ class RunPages:
 def explain_error(request: Request, error: Exception) -> Response:
     """Return the response to a request that a damaged or vanished file ends, with the remedy."""
     if not isinstance(error, UserError):
-        return answer_gone()
+        return answer_not_found()
     return PlainTextResponse(str(error), 500 if request.method == "GET" else 422)
 
 
 def explain_address(request: Request, error: Exception) -> Response:
     """Return the response to an address that no page has."""
-    return answer_gone_page(request)
+    return answer_not_found_page(request)
 
 
 def make_app(
@@ -365,7 +365,7 @@ def make_app(
         Route("/run/{id}/about/{name:path}", pages.show_about),
         *run_button_routes(buttons),
         Route("/run/{id}/{name:path}", pages.lock(pages.show_file)),
-        *queue_routes(runs, queue, site.beginnings),
+        *queue_routes(runs, queue, site.tracked_runs),
         *compare_routes(runs, notes, queue),
         *dataset_routes(runs, read_only),
     ]

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from browser.background_jobs import BackgroundJobs
-from browser.beginnings import Beginnings
 from browser.jobs import JobQueue
 from browser.render_worker import RenderWorker
+from browser.run_start import TrackedRuns
 from browser.runs import Runs
 from browser.settings import ServerSettings
 from browser.views import FileNotes
@@ -27,8 +27,8 @@ class Site:
     settings: ServerSettings = field(default_factory=ServerSettings)
 
     @functools.cached_property
-    def beginnings(self) -> Beginnings:
-        return Beginnings(self.runs, self.queue, self.background_jobs)
+    def tracked_runs(self) -> TrackedRuns:
+        return TrackedRuns(self.runs, self.queue, self.background_jobs)
 
     @property
     def read_only(self) -> bool:

@@ -163,14 +163,14 @@ def test_train_on_changes_the_steps_and_what_follows_and_starts(
     write_run(tmp_path / "my clips" / "output", "own", steps=10, kind="good")
     path = describe(tmp_path / "my clips", save_every_n_steps=10, sample_every_n_steps=3) / "run.toml"
     before = path.read_text(encoding="utf-8")
-    deeds = served.ask(f"{address_of(served)}deeds")
-    assert 'value="20"' in deeds.text
+    actions = served.ask(f"{address_of(served)}deeds")
+    assert 'value="20"' in actions.text
     path.write_text(before.replace("# mine", "# changed"), encoding="utf-8")
-    answer = press(served, "train_on", steps="3000", have=mark_in(deeds))
+    answer = press(served, "train_on", steps="3000", have=mark_in(actions))
     assert (answer.status, "changed meanwhile" in answer.text) == (422, True)
     path.write_text(before, encoding="utf-8")
 
-    said = press(served, "train_on", steps="3000", have=mark_in(deeds)).text
+    said = press(served, "train_on", steps="3000", have=mark_in(actions)).text
 
     assert "to 3,000 steps. Written into run.toml: max_train_steps = 3000, save_every_n_steps = 300" in said
     assert "sample_every_n_steps = 3 stays, as typed by hand" in said
@@ -182,8 +182,8 @@ def test_train_on_changes_the_steps_and_what_follows_and_starts(
 
 def test_again_opens_new_with_the_form_filled_and_another_name(served: Served, tmp_path: Path) -> None:
     write_run(tmp_path / "my clips" / "output", "own", kind="good")
-    deeds = served.ask(f"{address_of(served)}deeds").text
-    fields = dict(re.findall(r'name="(folder|name)" value="([^"]*)"', deeds))
+    actions = served.ask(f"{address_of(served)}deeds").text
+    fields = dict(re.findall(r'name="(folder|name)" value="([^"]*)"', actions))
     assert fields == {"folder": str(tmp_path / "my clips"), "name": "own-2"}
     page = served.ask(f"/new?{urlencode(fields)}").text
     assert 'name="name" value="own-2"' in page

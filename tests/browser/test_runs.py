@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from browser.options import BrowserOptions
-from browser.runs import DIED, ELSEWHERE_SECONDS, FINISHED, RUNNING, STOPPED, Runs, read_glance
+from browser.runs import DIED, ELSEWHERE_SECONDS, FINISHED, RUNNING, STOPPED, Runs, read_run_summary
 from browser.start import run_browser
 from browser.views import LiveStanding, select_runs, share_page
 from modules.errors import OptionError
@@ -137,7 +137,7 @@ def test_a_history_that_was_emptied_since_it_was_looked_at_is_read_as_it_is(tmp_
     status = path.stat()
     path.write_bytes(b"")
 
-    assert read_glance(path, status).step == 0
+    assert read_run_summary(path, status).step == 0
 
 
 def test_a_page_is_made_anew_if_something_came_between_it_and_its_first_question(tmp_path: Path) -> None:

@@ -554,7 +554,7 @@ def test_the_documentation_says_of_each_address_what_it_may_do(root: Path) -> No
 BUTTONS: dict[str, Callable[[Site], Collection[str]]] = {  # of pages that look a word up
     "POST /results/{id}/{what}": lambda site: ResultPages(site).changes,
     "POST /run/{id}/do/{what}": lambda site: {**RunButtons(site).actions, "remove": None},
-    "POST /queue/{what}": lambda site: QueuePages(site.runs, site.queue, site.beginnings).changes,
+    "POST /queue/{what}": lambda site: QueuePages(site.runs, site.queue, site.tracked_runs).changes,
 }
 
 

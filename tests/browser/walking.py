@@ -51,7 +51,7 @@ FREE_OPTIONS = (
 )  # drawn when pressed, or a count
 PRINTS = "--print_run"  # of a command that only prints
 REFUSED = (409, 422)  # statuses of a request that was refused, which the page then says
-GONE = re.compile("not there any more|renamed, moved or removed")
+NOT_FOUND = re.compile("not there any more|renamed, moved or removed")
 
 
 @dataclass(frozen=True)
@@ -412,7 +412,7 @@ class Walk:
             said = each.ask("says") if each.bad else {}
             for status, method, address in each.bad:
                 is_told = status in REFUSED and each is tab and said["messages"]
-                is_gone = status == 404 and GONE.search(said["text"])
+                is_gone = status == 404 and NOT_FOUND.search(said["text"])
                 if not is_told and not is_gone:
                     self.fault(f"{status} to {method} {address} in tab {each.number}")
             for problem in each.page.problems:
