@@ -17,8 +17,8 @@ from markupsafe import Markup
 
 from browser.jobs import WAITING, JobQueue
 from browser.names import short_digest
+from browser.run_views import COMPARED, COMPARED_FOLDER, FileNotes
 from browser.runs import RUNNING, Runs, RunSummary
-from browser.views import COMPARED, COMPARED_FOLDER, FileNotes
 from contract.families import HIGH_NOISE, LOW_NOISE, with_scripts
 from modules.errors import OptionError, UserError
 from modules.installation import MOST_BEFORE

@@ -15,7 +15,11 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from browser.answers import (
+from browser.captions import Captions, caption_values
+from browser.command_lines import format_command
+from browser.datasets import MODELS, Datasets, File, FoundDataset, Measured
+from browser.options import PROJECT_CONFIG
+from browser.responses import (
     NO_WRITING,
     NOT_FOUND,
     answer_body,
@@ -24,11 +28,7 @@ from browser.answers import (
     answer_not_found_page,
     answer_template,
 )
-from browser.captions import Captions, caption_values
-from browser.datasets import MODELS, Datasets, File, FoundDataset, Measured
-from browser.options import PROJECT_CONFIG
 from browser.runs import Runs
-from browser.typed import typed_anywhere
 from modules.errors import MediaError
 from modules.media.reading import first_frame
 from modules.pages.page import reduce_frame
@@ -197,7 +197,7 @@ class DatasetPages:
     def _describe_outside(self, folders: Sequence[Path]) -> dict[str, str]:
         """Return the state of a dataset of which folders are missing on the command line, which has them."""
         names = [str(folder) for folder in dict.fromkeys([*self.runs.tops, *folders])]
-        return {"state": "outside", "command": typed_anywhere(["python", "tools/run_browser.py", *names])}
+        return {"state": "outside", "command": format_command(["python", "tools/run_browser.py", *names])}
 
     def show(self, dataset: FoundDataset, id: str, file: File) -> dict[str, Any]:
         """Return the JSON values that the page shows of a file, with its current caption."""

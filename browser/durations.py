@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from browser.described import DATASET_FILE, DescribedFolder
+from browser.described_folder import DATASET_FILE, DescribedFolder
 from browser.runs import FINISHED, Runs, RunSummary, is_living, read_run_summary
 from modules.console import count_of
 from modules.errors import UserError

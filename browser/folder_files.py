@@ -17,13 +17,13 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from browser.answers import NO_WRITING, NOT_FOUND, answer_body, answer_json, answer_not_found
 from browser.bin_folder import FOLDER as BIN
 from browser.bin_folder import rename_into
 from browser.captions import Captions, caption_values
 from browser.dataset_pages import Thumbnails, answer_stamped, answer_unreadable, read_part
 from browser.folders import MOST_ENTRIES, find_folder
 from browser.names import short_digest
+from browser.responses import NO_WRITING, NOT_FOUND, answer_body, answer_json, answer_not_found
 from browser.runs import Runs
 from modules.atomic_write import explain_errors
 from modules.errors import MediaError, OptionError, OutputError, UserError

@@ -14,9 +14,8 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from browser.answers import Form, answer_form, answer_template, answer_unknown
 from browser.background_jobs import name_background_job
-from browser.described import (
+from browser.described_folder import (
     FILES,
     PROMPTS_FILE,
     ChangedMeanwhileError,
@@ -27,6 +26,7 @@ from browser.described import (
 )
 from browser.folders import find_folder
 from browser.new_form import NewForm, new_words
+from browser.responses import Form, answer_form, answer_template, answer_unknown
 from browser.run_start import DESCRIBE
 from browser.runs import RUNNING
 from browser.settings_table import (
@@ -57,7 +57,7 @@ class DraftChange:
     part: str  # TABLE or the name of a file
     difference: Sequence[str] = ()
     fault: str = ""  # why it cannot be saved
-    said: str = ""  # after a press of its button
+    message: str = ""  # after a press of its button
     text: str | None = None  # that was typed, of a file
     note: str = ""  # of the script that has checked it, or why none has
 
@@ -99,12 +99,12 @@ def save_change(change: DraftChange, texts: Mapping[DraftFile, str]) -> DraftCha
         return change
     changed = {draft: after for draft, after in texts.items() if after != draft.text}
     if not changed:
-        return DraftChange(part=change.part, said="Nothing is changed.")
+        return DraftChange(part=change.part, message="Nothing is changed.")
     for draft, after in changed.items():
         draft.save(after)
     names = " and ".join(draft.name for draft in changed)
-    said = f"Saved into {names}: {'; '.join(change.difference)}"
-    return DraftChange(part=change.part, said=said, note=change.note)
+    message = f"Saved into {names}: {'; '.join(change.difference)}"
+    return DraftChange(part=change.part, message=message, note=change.note)
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ class FolderSettingsPages:
             "can_write": not self.site.read_only,
             "table_part": TABLE,
         }
-        return answer_template("settings_table.html", RUN_FILE, values, is_refused)
+        return answer_template("folder_settings.html", RUN_FILE, values, is_refused)
 
     def view(self, folder: Path, change: DraftChange) -> SettingsView:
         chosen = self.read_chosen_text(folder)

@@ -11,19 +11,12 @@ from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
 from browser import launch
-from browser.answers import (
-    Form,
-    answer_form,
-    answer_json,
-    answer_not_found,
-    answer_template,
-    answer_unknown,
-    read_query,
-)
+from browser.command_lines import format_command
 from browser.drafts import Drafts
+from browser.dropped_settings import DroppedSettings, read_dropped_settings
 from browser.inputs import FOLDER as INPUTS
 from browser.inputs import InputFolder
-from browser.lora_rows import BOTH, LoraRow, RunShelf, check_family, chosen_at_first, usual_expert
+from browser.lora_rows import BOTH, LoraRow, RunLoras, check_family, chosen_at_first, usual_expert
 from browser.recipes import (
     FIELDS,
     PICTURES,
@@ -37,11 +30,18 @@ from browser.recipes import (
     recipe_of_model,
     recipe_of_run,
 )
-from browser.refilling import FoundSettings, read_found
 from browser.render_queue import RenderJob
 from browser.render_worker import IDLE_SECONDS
+from browser.responses import (
+    Form,
+    answer_form,
+    answer_json,
+    answer_not_found,
+    answer_template,
+    answer_unknown,
+    read_query,
+)
 from browser.site import Site
-from browser.typed import typed_anywhere
 from contract.families import HIGH_NOISE, LOW_NOISE
 from downloads.catalogue import model_sets
 from modules.control_codes import shorten
@@ -132,7 +132,7 @@ class GeneratePages:
     def __init__(self, site: Site) -> None:
         self.site = site
         self.render_worker = site.render_worker
-        self.shelf = RunShelf(site.runs)
+        self.run_loras = RunLoras(site.runs)
         self.drafts = Drafts(self.render_worker.folder)
         self.models = [model for model in model_sets() if is_driven(model)]
 
@@ -161,7 +161,9 @@ class GeneratePages:
         stored = self.drafts.read(draft) or self.drafts.newest()
         if stored is None:
             return self.answer(GenerateForm(), is_new=True)
-        return self.answer(GenerateForm.of_fields(stored), draft=draft, said="".join(stored.get("note", ())))
+        return self.answer(
+            GenerateForm.of_fields(stored), draft=draft, message="".join(stored.get("note", ()))
+        )
 
     def answer_refilled(self, form: GenerateForm, draft: str) -> Response:
         """Return the page with the form for the source that was chosen in it."""
@@ -171,7 +173,7 @@ class GeneratePages:
             return self.answer(form, str(reason), draft=draft)
 
     def answer(
-        self, form: GenerateForm, error: str = "", is_new: bool = False, draft: str = "", said: str = ""
+        self, form: GenerateForm, error: str = "", is_new: bool = False, draft: str = "", message: str = ""
     ) -> Response:
         """Return the page with a filled form.
 
@@ -189,7 +191,7 @@ class GeneratePages:
         except (UserError, OSError) as reason:
             problem = problem or str(reason)
         form = replace(form, source=source)
-        rows = [] if recipe is None else self.shelf.list_rows(recipe)
+        rows = [] if recipe is None else self.run_loras.list_rows(recipe)
         if recipe is not None and is_new:
             form = usual_form(source, recipe, rows)
         render_request = None if recipe is None else self.make_render_request(recipe, form, rows)
@@ -205,15 +207,15 @@ class GeneratePages:
             "sources": sources,
             "rows": [row for row in rows if not row.reason or row.path in form.strengths],
             "other_rows": [row for row in rows if row.reason and row.path not in form.strengths],
-            "foreign_rows": [] if recipe is None else self.shelf.list_of_other_families(recipe),
+            "foreign_rows": [] if recipe is None else self.run_loras.list_of_other_families(recipe),
             "usual_expert": lambda row: usual_expert(row, recipe.folder) if recipe else BOTH,
             "command": "" if render_request is None else self.command_of(render_request, form),
             "draft": draft or self.drafts.new_name(),
             "loading_note": loading_note(recipe),
             **self.work_values(),
             "can_write": not self.site.read_only,
-            "said": problem,
-            "note": said,
+            "message": problem,
+            "note": message,
         }
         return answer_template("generate.html", "Generate", values, is_refused=error != "")
 
@@ -249,7 +251,7 @@ class GeneratePages:
 
     def answer_work(self, error: str = "") -> Response:
         """Return the part of the page about render jobs, with a message."""
-        values = {**self.work_values(), "can_write": not self.site.read_only, "said": error}
+        values = {**self.work_values(), "can_write": not self.site.read_only, "message": error}
         return answer_template("generate_work.html", "Generate", values, is_refused=error != "")
 
     def show_preview(self, request: Request) -> Response:
@@ -278,7 +280,7 @@ class GeneratePages:
     def list_sources(self) -> dict[str, list[tuple[str, str]]]:
         """Return the runs and models to generate with, by title of their group: field values and names."""
         groups: dict[str, list[tuple[str, str]]] = {"Runs": [], "Models on disk": [], "Models to load": []}
-        for run, label in self.shelf.refresh():
+        for run, label in self.run_loras.refresh():
             groups["Runs"].append((f"run {run.id}", f"{label} (run)"))
         for model in self.models:
             paths = [self.site.models / part.path for part in model.components if part.option]
@@ -299,7 +301,7 @@ class GeneratePages:
         kind, _, name = source.partition(" ")
         if kind == "run":
             with self.site.runs.lock:
-                run_source = self.shelf.find_source(name)
+                run_source = self.run_loras.find_source(name)
             if run_source is None:
                 raise OptionError(
                     "This run is not there any more, or its history has no command of a script that this "
@@ -315,7 +317,7 @@ class GeneratePages:
     def refill(self, form: GenerateForm) -> GenerateForm:
         """Return the form for another source: what was written and the seed stay, the rest is its own."""
         recipe = self.find_recipe(form.source)
-        usual = usual_form(form.source, recipe, self.shelf.list_rows(recipe))
+        usual = usual_form(form.source, recipe, self.run_loras.list_rows(recipe))
         texts = dict(usual.texts)
         for name in ("prompt", "negative", "seed"):
             if form.texts.get(name, "").strip():
@@ -352,7 +354,7 @@ class GeneratePages:
         words = render_request.command(form.texts.get("seed", "").strip())
         if form.count.strip() not in ("", "1"):
             words += [flag_of("num_videos", render_request.recipe.defaults), form.count.strip()]
-        return typed_anywhere(words, render_request.recipe.folder)
+        return format_command(words, render_request.recipe.folder)
 
     def change(self, request: Request, fields: Form) -> Response:
         """Do what a button asks for."""
@@ -398,8 +400,8 @@ class GeneratePages:
     def make(self, form: GenerateForm) -> None:
         """Note the render jobs of a form. Raises OptionError if they cannot be made."""
         recipe = self.find_recipe(form.source)
-        self.shelf.refresh()
-        rows = self.shelf.list_rows(recipe)
+        self.run_loras.refresh()
+        rows = self.run_loras.list_rows(recipe)
         paths = {row.path for row in rows}
         for path in form.strengths:
             if path not in paths:
@@ -453,18 +455,18 @@ class GeneratePages:
             tags = read_tags_of(path, Path(name).suffix)
         finally:
             path.unlink(missing_ok=True)
-        found = read_found(tags)
+        found = read_dropped_settings(tags)
         form = self.form_of_settings(found)
         draft = self.drafts.new_name()
         self.drafts.write(draft, {**form.as_fields(), "note": [self.describe_filling(found, form)]})
         return answer_json({"address": f"/generate?draft={draft}"})
 
-    def form_of_settings(self, found: FoundSettings) -> GenerateForm:
+    def form_of_settings(self, found: DroppedSettings) -> GenerateForm:
         """Return the form for settings of a file. Raises OptionError if there is no model for it."""
         sources = self.list_sources()
         source = self._source_for(found, sources) or self.first_source(sources)
         recipe = self.find_recipe(source)
-        rows = self.shelf.list_rows(recipe)
+        rows = self.run_loras.list_rows(recipe)
         strengths: dict[str, str] = {}
         for row in rows:
             names = row.names & found.loras.keys()
@@ -473,7 +475,7 @@ class GeneratePages:
         texts = {**usual_form(source, recipe, []).texts, **found.fields(recipe)}
         return GenerateForm(source, texts=texts, strengths=strengths, is_locked=bool(texts.get("seed")))
 
-    def describe_filling(self, found: FoundSettings, form: GenerateForm) -> str:
+    def describe_filling(self, found: DroppedSettings, form: GenerateForm) -> str:
         """Return the program whose settings fill the form, and the settings that do not fit, in words."""
         sentences = [f"Filled with the settings of a file that {found.program} made."]
         recipe = self.find_recipe(form.source)
@@ -482,7 +484,7 @@ class GeneratePages:
         elif self._fit(found, form.source) < 0:
             name = f"{found.model} {found.task}".strip()
             sentences.append(f"Its model, {name}, is not among the models here: choose one.")
-        rows = self.shelf.list_rows(recipe)
+        rows = self.run_loras.list_rows(recipe)
         chosen = {name for row in rows if row.path in form.strengths for name in row.names}
         sentences += [f"{name}, a LoRA of it, is not here." for name in found.loras if name not in chosen]
         sentences += [
@@ -493,7 +495,7 @@ class GeneratePages:
         ]
         return " ".join(sentences)
 
-    def _source_for(self, found: FoundSettings, sources: Mapping[str, Sequence[tuple[str, str]]]) -> str:
+    def _source_for(self, found: DroppedSettings, sources: Mapping[str, Sequence[tuple[str, str]]]) -> str:
         """Return the source whose model is the one of a file; empty if there is none.
 
         Of several the one with the LoRAs counts, then a run, then a model on disk.
@@ -506,10 +508,10 @@ class GeneratePages:
                     best = (value, points)
         return best[0]
 
-    def _fit(self, found: FoundSettings, source: str) -> int:
+    def _fit(self, found: DroppedSettings, source: str) -> int:
         """Return a score for the fit of a source to settings; below 0 if it does not fit."""
         kind, _, name = source.partition(" ")
-        if not found.family or (kind == "run" and self.shelf.family_of(name) != found.family):
+        if not found.family or (kind == "run" and self.run_loras.family_of(name) != found.family):
             return -1
         try:
             recipe = self.find_recipe(source)
@@ -522,7 +524,7 @@ class GeneratePages:
             return -1
         names = {Path(lora.path).name for lora in recipe.loras}
         if kind == "run":
-            names |= self.shelf.names_of(name)
+            names |= self.run_loras.names_of(name)
         has_files = kind == "run" or not recipe.missing
         has_task = kind == "model" and found.task in source.split()
         return 4 * sum(lora in names for lora in found.loras) + 2 * has_files + has_task

@@ -7,8 +7,8 @@ from pathlib import Path
 from browser import compare
 from browser.compare import ComparableRun
 from browser.recipes import ModelRecipe, UsedLora
+from browser.run_views import label_runs
 from browser.runs import Runs, RunSummary
-from browser.views import label_runs
 from contract.families import FOLDERS, HIGH_NOISE, LOW_NOISE
 from modules.errors import OptionError
 from modules.installation import import_own
@@ -69,7 +69,7 @@ class LoraRow:
         return used
 
 
-class RunShelf:
+class RunLoras:
     """Remember which runs have a command that generates, and their files, until the runs change."""
 
     def __init__(self, runs: Runs) -> None:

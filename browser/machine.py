@@ -12,15 +12,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from browser.answers import answer_template
+from browser.command_lines import format_command
 from browser.jobs import WAITING
 from browser.model_files import list_downloads
 from browser.queue_views import is_of
+from browser.responses import answer_template
 from browser.run_start import read_trace_state
 from browser.runs import RUNNING, RunSummary, is_living
 from browser.settings_page import SettingsPages
 from browser.site import Site
-from browser.typed import typed_anywhere
 from downloads.listing import gigabytes
 from modules.atomic_write import free_bytes
 from modules.errors import UserError
@@ -150,7 +150,7 @@ class MachineLine:
         except OSError:
             free = ""
         settings = SettingsPages(self.site)
-        command = typed_anywhere(settings.command_words(settings.find_worker()), Path.cwd())
+        command = format_command(settings.command_words(settings.find_worker()), Path.cwd())
         return MachineFacts(self.list_running(), self.cards.read(), free, command)
 
     def list_running(self) -> list[RunningThing]:

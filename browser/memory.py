@@ -14,9 +14,9 @@ from typing import Any
 import tomlkit
 from starlette.responses import Response
 
-from browser.answers import answer_template, answer_unknown
 from browser.background_jobs import has_changed_since, name_background_job
-from browser.described import (
+from browser.command_lines import format_command
+from browser.described_folder import (
     DATASET_FILE,
     ChangedMeanwhileError,
     DescribedFolder,
@@ -27,10 +27,10 @@ from browser.described import (
 from browser.durations import describe_duration
 from browser.folder_settings import read_file
 from browser.jobs import Job
+from browser.responses import answer_template, answer_unknown
 from browser.runs import RUNNING
 from browser.settings_table import NUMBER, find_training_script, read_settings, refuse_new_faults
 from browser.site import Site
-from browser.typed import typed_anywhere
 from modules.errors import OptionError, UserError
 from modules.text_files import read_text
 from project.fitting import find_memory
@@ -226,7 +226,7 @@ class MemoryPages:
             "sizes": sorted({*SIZES, size, *([card] if card else [])}),
             "missing": self.list_missing(described),
             "duration": describe_duration(self.site.runs, described, described.steps),
-            "command": typed_anywhere(self.plan_words(file, size), folder),
+            "command": format_command(self.plan_words(file, size), folder),
             "can_write": not self.site.read_only,
             "fault": fault,
             "done": done,

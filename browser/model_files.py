@@ -14,9 +14,9 @@ from pathlib import Path
 from browser.background_jobs import BackgroundJobs, name_background_job
 from browser.bin_folder import FOLDER as BIN
 from browser.bin_folder import BinFolder
+from browser.command_lines import format_command
 from browser.jobs import Job
 from browser.runs import RUNNING
-from browser.typed import typed_anywhere
 from downloads.catalogue import Component, Licence, ModelSet, ReleasedFile, family_title, model_sets
 from downloads.listing import gigabytes, total_bytes
 from modules.errors import OptionError, OutputError
@@ -106,7 +106,7 @@ class TaskFiles:
 
     def shown_download(self, models: Path) -> str:
         """Return the command to type."""
-        return typed_anywhere(self.download_words(models))
+        return format_command(self.download_words(models))
 
 
 def task_name(model: ModelSet) -> str:

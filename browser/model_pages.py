@@ -9,7 +9,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from browser.answers import Form, answer_form, answer_move, answer_template, answer_unknown, read_query
 from browser.bin_folder import FOLDER as BIN
 from browser.bin_folder import BinFolder
 from browser.hub_login import describe_login
@@ -25,6 +24,7 @@ from browser.model_files import (
     list_unknown_files,
     remove_parts,
 )
+from browser.responses import Form, answer_form, answer_move, answer_template, answer_unknown, read_query
 from browser.runs import RUNNING
 from browser.site import Site
 from downloads.listing import UNVERIFIED, gigabytes
@@ -111,7 +111,7 @@ class ModelPages:
             "free": self.describe_free(),
             "login": describe_login(),
             "can_write": not site.read_only,
-            "said": error,
+            "message": error,
         }
         return answer_template("models.html", "Models", values, is_refused=error != "")
 

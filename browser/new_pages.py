@@ -21,22 +21,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from browser.answers import (
-    Form,
-    answer_form,
-    answer_move,
-    answer_not_found,
-    answer_page,
-    answer_template,
-    answer_unknown,
-    read_query,
-)
 from browser.background_jobs import has_changed_since, name_background_job
 from browser.bin_folder import FOLDER as BIN
 from browser.captioning import TRIED, TYPED_OPTIONS, caption_words, describe_engine, is_captioning, read_tries
 from browser.captions import mark_bytes
+from browser.command_lines import format_command
+from browser.command_output import REPAIR, OutputLine, find_command, read_changes, read_output_lines
 from browser.datasets import find_places
-from browser.described import (
+from browser.described_folder import (
     DATASET_FILE,
     FILES,
     ChangedMeanwhileError,
@@ -82,15 +74,23 @@ from browser.new_form import (
     new_words,
     read_steps,
 )
+from browser.responses import (
+    Form,
+    answer_form,
+    answer_move,
+    answer_not_found,
+    answer_page,
+    answer_template,
+    answer_unknown,
+    read_query,
+)
 from browser.run_start import CHECK, DESCRIBE, check_words, run_words
+from browser.run_views import POLICY
 from browser.runs import RUNNING
-from browser.said import REPAIR, SaidLine, find_command, read_changes, read_said
 from browser.settings_page import SettingsPages
 from browser.site import Site
-from browser.typed import typed_anywhere
 from browser.uploads import ADDRESS as UPLOAD
 from browser.uploads import FileUploads, name_of_day
-from browser.views import POLICY
 from downloads.catalogue import Component
 from downloads.listing import gigabytes, total_bytes
 from modules.errors import OptionError, UserError
@@ -105,7 +105,7 @@ TRY = "try"  # captions of a few files
 REPAIRING = "repair"
 BACKGROUND_KINDS = (DESCRIBE, COMPARE, CHECK, TRY, REPAIRING)
 WHOLE_PAGE = ("describe", "replace", "keep")  # what changes more than the part that shows progress
-SAID = "x-reelsmith-said"  # header of an answer that opens the page again: what was done
+MESSAGE_HEADER = "x-reelsmith-said"  # header of an answer that opens the page again: what was done
 PART = 24  # folders of the list that are shown at once
 # the page shows check.html of the folder in a frame
 PAGE_POLICY = f"{POLICY}; frame-src 'self'"
@@ -129,7 +129,7 @@ class DescribePlan:
     def text(self) -> str:
         if self.changes.changes:
             return self.changes.text
-        return typed_anywhere(self.words)
+        return format_command(self.words)
 
 
 class NewPages:
@@ -227,9 +227,9 @@ class NewPages:
             "engine": CAPTION_MODEL,
             "engine_size": describe_engine(CAPTION_MODEL),
             "tried": TRIED,
-            "caption_line": typed_anywhere(caption_words("", ""), folder),
-            "try_line": typed_anywhere(caption_words("", "", TRIED), folder),
-            "said": problem,
+            "caption_line": format_command(caption_words("", ""), folder),
+            "try_line": format_command(caption_words("", "", TRIED), folder),
+            "message": problem,
             "refused": error if folder is None else "",  # of a button whose folder is gone
         }
         response = answer_template("new.html", "New", values, is_refused=error != "", policy=PAGE_POLICY)
@@ -303,15 +303,15 @@ class NewPages:
         works = [job is not None and job.state == RUNNING for job in background_jobs.values()]
         works += [entry is not None and entry.state in (WAITING, RUNNING) for entry in (job, captioning)]
         return {
-            **self.said_values(folder, background_jobs),
+            **self.output_values(folder, background_jobs),
             **self.loading_values(described),
             "folder": folder,
             "described": described,
             "tries": [] if folder is None else read_tries(background_jobs[TRY], folder),
             "repair_line": self.repair_line(folder),
             "commands": list_commands(folder),
-            "run_command": "" if described is None else typed_anywhere(self.run_words(described)),
-            "check_command": "" if folder is None else typed_anywhere(check_words(folder)),
+            "run_command": "" if described is None else format_command(self.run_words(described)),
+            "check_command": "" if folder is None else format_command(check_words(folder)),
             "job": job,
             "run_address": self.find_run(described),
             "captioning": captioning,
@@ -323,7 +323,7 @@ class NewPages:
             "refused": "",
         }
 
-    def said_values(self, folder: Path | None, background_jobs: Mapping[str, Job | None]) -> dict[str, Any]:
+    def output_values(self, folder: Path | None, background_jobs: Mapping[str, Job | None]) -> dict[str, Any]:
         """Return the background jobs of a folder and their printed lines, by kind."""
         names: list[str] = []
         if folder is not None:
@@ -338,16 +338,16 @@ class NewPages:
         return {
             "looking": looking,
             "looked": _list_ended(background_jobs[COMPARE], background_jobs[DESCRIBE]),
-            "looking_lines": read_said(looking, names),
+            "looking_lines": read_output_lines(looking, names),
             "comparing": comparing,
             "changes": read_changes(comparing),
             "checking": checking,
-            "checking_lines": read_said(checking, names),
+            "checking_lines": read_output_lines(checking, names),
             "check_page": self.find_check_page(folder),
             "is_check_old": self.is_check_old(checking, folder),
             "trying": background_jobs[TRY],
             "repairing": repairing,
-            "repair_lines": [line for line in read_said(repairing, names) if line.is_of_repair],
+            "repair_lines": [line for line in read_output_lines(repairing, names) if line.is_about_repair],
         }
 
     def loading_values(self, described: DescribedFolder | None) -> dict[str, Any]:
@@ -381,7 +381,7 @@ class NewPages:
         try:
             count = TRIED if "tries" in query else None
             words = caption_words(query.get("engine", ""), query.get("question", ""), count)
-            text = typed_anywhere(words, folder)
+            text = format_command(words, folder)
         except OptionError as error:
             text = str(error)
         return answer_page(str(escape(text)))
@@ -434,7 +434,7 @@ class NewPages:
             command = settings.command_words(settings.find_worker(), further=[real_path(path)])
             return (
                 f"{real_path(path)} is outside of the folders of this page, {roots}. End the page, and start "
-                f"it with that folder: {typed_anywhere(command, Path.cwd())}"
+                f"it with that folder: {format_command(command, Path.cwd())}"
             )
         return f"{text}: no such folder below {roots}. Choose one from the list, or drop files here."
 
@@ -480,7 +480,7 @@ class NewPages:
     def repair_line(self, folder: Path | None) -> str:
         """Return the command that converts captions of a folder to UTF-8; empty if there is none."""
         words = [] if folder is None else find_repair(folder)
-        return typed_anywhere(words) if words else ""
+        return format_command(words) if words else ""
 
     def plan_or_none(
         self, form: NewForm, folder: Path | None, described: DescribedFolder | None
@@ -518,10 +518,12 @@ class NewPages:
         if folder is None:
             return self.answer(sent, self.explain_folder(sent.folder) if sent.folder else "Choose a folder.")
         texts = {name: "".join(values) for name, values in form.items()}
-        said = ""
+        message = ""
         try:
             if what == "describe":
-                said = self.describe(folder, sent, mark=texts.get("mark", ""), shown=texts.get("shown", ""))
+                message = self.describe(
+                    folder, sent, mark=texts.get("mark", ""), shown=texts.get("shown", "")
+                )
             elif not self.carry_out(what, folder, sent, texts):
                 return answer_unknown()
             problem = ""
@@ -534,7 +536,7 @@ class NewPages:
         if problem:
             return self.answer(sent if what == "describe" else self.read_form(str(folder)), problem)
         response = answer_move(f"/new?{encode_address({'folder': str(folder)})}")
-        response.headers[SAID] = quote(said)
+        response.headers[MESSAGE_HEADER] = quote(message)
         return response
 
     def carry_out(self, what: str, folder: Path, sent: NewForm, texts: Mapping[str, str]) -> bool:
@@ -651,9 +653,9 @@ class NewPages:
     def run_remedy(self, folder: Path, line: str) -> None:
         """Run a command that `new` or `run --check` has printed for this folder."""
         kinds = (COMPARE, DESCRIBE, CHECK)
-        lines: list[SaidLine] = []
+        lines: list[OutputLine] = []
         for kind in kinds:
-            lines += read_said(self.find_background_job(kind, folder))
+            lines += read_output_lines(self.find_background_job(kind, folder))
         words = find_command(lines, line)
         if words is None:
             raise OptionError("This command is not one that was printed for this folder (any more).")
@@ -751,7 +753,7 @@ def list_commands(folder: Path | None) -> list[str]:
     """Return the commands that the run of a described folder consists of, as a user would type them."""
     if folder is None:
         return []
-    return [typed_anywhere(words, folder) for words in read_commands(folder)]
+    return [format_command(words, folder) for words in read_commands(folder)]
 
 
 def new_routes(site: Site) -> list[Route]:

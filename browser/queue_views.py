@@ -14,14 +14,14 @@ from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 from browser import compare
-from browser.answers import Form, answer_form, answer_page, answer_unknown, read_query
+from browser.command_lines import format_command
 from browser.folders import find_folder
 from browser.jobs import ENDED, ENTRY, QUEUE, WAITING, Job, JobQueue, is_to_come
 from browser.launch import check_options, command_part, find_program, split_folder, split_words
+from browser.responses import Form, answer_form, answer_page, answer_unknown, read_query
 from browser.run_start import TrackedRuns
+from browser.run_views import HERE, PLAYED, POLICY, FileNotes
 from browser.runs import RUNNING, Runs, RunSummary, is_living
-from browser.typed import typed_anywhere
-from browser.views import HERE, PLAYED, POLICY, FileNotes
 from modules.atomic_write import write_text
 from modules.command import as_typed
 from modules.console import in_words
@@ -107,12 +107,12 @@ class ComparePages:
             "missing": count_missing(cells),
             "plays": any(cell.href.endswith(PLAYED) for cells_of_row in cells for cell in cells_of_row),
             "commands": [
-                typed_anywhere(job.words, comparison.sources[0].working_folder)
+                format_command(job.words, comparison.sources[0].working_folder)
                 for job in compare.plan_jobs(comparison, cells)
             ],
             "is_of_here": all(source.run.is_of_here for source in comparison.sources),
             "can_write": not self.queue.read_only,
-            "said": error,
+            "message": error,
         }
         return render_page(HERE / "compare.html", "Compare", values, POLICY)
 
@@ -250,7 +250,7 @@ class QueuePages:
             "ended": sorted(ended, key=when_begun, reverse=True),
             "worker": worker,
             "can_write": not self.queue.read_only,
-            "said": error or self.queue.problem,
+            "message": error or self.queue.problem,
             "file": self.queue.folder / QUEUE,
             "in_words": in_words,
             "draft": draft.line,

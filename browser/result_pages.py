@@ -18,32 +18,32 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from browser import compare
-from browser.answers import (
-    Form,
-    answer_file,
-    answer_form,
-    answer_json,
-    answer_not_found,
-    answer_said,
-    answer_template,
-    answer_unknown,
-)
 from browser.background_jobs import name_background_job
 from browser.bin_folder import FOLDER as BIN
 from browser.bin_folder import BinFolder
 from browser.captions import mark_bytes
-from browser.described import PROMPTS_FILE, ChangedMeanwhileError, read_described
+from browser.command_lines import format_command
+from browser.described_folder import PROMPTS_FILE, ChangedMeanwhileError, read_described
 from browser.folders import list_media_folders
 from browser.jobs import WAITING, Job
 from browser.names import number_names, short_digest
 from browser.recipes import RESULTS, ModelRecipe, is_driven, recipe_of_model, recipe_of_run
 from browser.render_queue import RenderJob
+from browser.responses import (
+    Form,
+    answer_file,
+    answer_form,
+    answer_json,
+    answer_message,
+    answer_not_found,
+    answer_template,
+    answer_unknown,
+)
+from browser.result_settings import PREFIX, ResultSettings, read_settings, remake, sample_line
 from browser.results import LARGER, LAST_FRAME, Result, ResultFolders
+from browser.run_views import label_runs
 from browser.runs import DIED, FINISHED, RUNNING, RunSummary
-from browser.settings_of import PREFIX, ResultSettings, read_settings, remake, sample_line
 from browser.site import Site
-from browser.typed import typed_anywhere
-from browser.views import label_runs
 from contract.families import with_scripts
 from downloads.catalogue import ModelSet, model_sets
 from downloads.listing import gigabytes, total_bytes
@@ -68,7 +68,7 @@ MOST_OF_PROMPTS = 1 << 20  # bytes of a prompt file
 SHORT = 160  # characters of a prompt in the list
 
 
-class Read(NamedTuple):
+class ReadSettings(NamedTuple):
     """Settings read from a file. problem: why nothing could be read."""
 
     settings: ResultSettings | None
@@ -79,25 +79,25 @@ class SettingsCache:
     """Read the settings of files, each once until it changes."""
 
     def __init__(self) -> None:
-        self._read: OrderedDict[Path, tuple[tuple[float, int], Read]] = OrderedDict()
+        self._read: OrderedDict[Path, tuple[tuple[float, int], ReadSettings]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def peek(self, result: Result) -> Read | None:
+    def find_read(self, result: Result) -> ReadSettings | None:
         """Return the facts that were read of a file; None if it has changed since, or was not read."""
         entry = self._read.get(result.path)
         mark = (result.changed, result.size_bytes)
         return entry[1] if entry is not None and entry[0] == mark else None
 
-    def get(self, result: Result) -> Read:
+    def get(self, result: Result) -> ReadSettings:
         """Return the contents of a file, read now unless it was before."""
-        read = self.peek(result)
+        read = self.find_read(result)
         if read is not None:
             return read
         try:
             settings = read_settings(result.path)
-            read = Read(None if settings is None else settings.shortened())
+            read = ReadSettings(None if settings is None else settings.shortened())
         except (MediaError, OSError, ValueError) as error:
-            read = Read(None, str(error))
+            read = ReadSettings(None, str(error))
         with self._lock:
             self._read[result.path] = ((result.changed, result.size_bytes), read)
             while len(self._read) > MOST_READ:
@@ -107,7 +107,7 @@ class SettingsCache:
     def read_some(self, results: Sequence[Result], seconds: float) -> int:
         """Read files for so many seconds; return how many are not read yet."""
         end = time.monotonic() + seconds
-        unread = [result for result in results if self.peek(result) is None]
+        unread = [result for result in results if self.find_read(result) is None]
         for place, result in enumerate(unread):
             if time.monotonic() > end:
                 return len(unread) - place
@@ -127,7 +127,7 @@ class ResultChoice:
     def needs_settings(self) -> bool:
         return bool(self.words or self.model or self.run)
 
-    def keeps(self, result: Result, settings: ResultSettings | None) -> bool:
+    def accepts(self, result: Result, settings: ResultSettings | None) -> bool:
         """Return whether a result is shown."""
         if self.kind and result.kind != self.kind:
             return False
@@ -153,7 +153,7 @@ def _is_of_run(result: Result, settings: ResultSettings | None, run: RunSummary)
 
 
 @dataclass(frozen=True)
-class Plate:
+class ResultTile:
     """Facts of a result that the page shows."""
 
     result: Result
@@ -359,10 +359,10 @@ class ResultPages:
         unread = self.cache.read_some(results, READ_SECONDS)
         chosen = []
         for result in results:
-            read = self.cache.peek(result)
+            read = self.cache.find_read(result)
             if read is None and choice.needs_settings():
                 continue
-            if choice.keeps(result, None if read is None else read.settings):
+            if choice.accepts(result, None if read is None else read.settings):
                 chosen.append(result)
         return results, chosen, unread
 
@@ -402,13 +402,13 @@ class ResultPages:
         """Return the models of all results that have been read."""
         models = set()
         for result in results:
-            read = self.cache.peek(result)
+            read = self.cache.find_read(result)
             if read is not None and read.settings is not None:
                 models.add(read.settings.model)
         return sorted(models)
 
     def show_part(self, request: Request) -> Response:
-        """Return the plates of some results. query: that of `read_choice`, and `from` and `count`."""
+        """Return the tiles of some results. query: that of `read_choice`, and `from` and `count`."""
         query = request.query_params
         texts = (query.get("from", ""), query.get("count", ""))
         if not all(text.isdecimal() and len(text) < 9 for text in texts):
@@ -417,16 +417,16 @@ class ResultPages:
         count = min(int(texts[1]), 2 * PART)
         _, chosen, _ = self.choose(query)
         jobs = self.find_larger()
-        plates = []
+        tiles = []
         for result in chosen[first : first + count]:
             read = self.cache.get(result)
             job = jobs.get(str(result.path))
-            plates.append(Plate(result, read.settings, problem=read.problem, job=job))
-        return self.answer_plates(plates)
+            tiles.append(ResultTile(result, read.settings, problem=read.problem, job=job))
+        return self.answer_tiles(tiles)
 
-    def answer_plates(self, plates: Sequence[Plate]) -> Response:
-        values = {"plates": plates, "can_write": not self.site.read_only}
-        return answer_template("plates.html", "Results", values)
+    def answer_tiles(self, tiles: Sequence[ResultTile]) -> Response:
+        values = {"tiles": tiles, "can_write": not self.site.read_only}
+        return answer_template("result_tiles.html", "Results", values)
 
     def find_larger(self) -> dict[str, Job]:
         """Return the newest job of the queue that enlarges each file, by its path."""
@@ -473,7 +473,7 @@ class ResultPages:
             "what": what,
             "result": result,
             "can_write": not self.site.read_only,
-            "said": error,
+            "message": error,
             **values,
         }
         return answer_template("result_sheet.html", result.path.name, shown, is_refused=error != "")
@@ -487,14 +487,14 @@ class ResultPages:
         try:
             settings = self.require_settings(result)
             remade = self.remaker.remake(result, settings, settings.get("seeds"))
-            commands["again"] = typed_anywhere(remade.command, Path(remade.folder))
+            commands["again"] = format_command(remade.command, Path(remade.folder))
             remade = self.remaker.remake(result, settings, "SEED")
-            commands["other"] = typed_anywhere(remade.command, Path(remade.folder))
+            commands["other"] = format_command(remade.command, Path(remade.folder))
         except (UserError, OSError) as error:
             commands |= dict.fromkeys(("again", "other"), str(error))
         networks = self.list_networks()
         if networks:
-            commands["larger"] = typed_anywhere(self.larger_words(result, networks[0]))
+            commands["larger"] = format_command(self.larger_words(result, networks[0]))
         return answer_json(commands)
 
     def show_settings(self, result: Result, error: str) -> Response:
@@ -511,7 +511,7 @@ class ResultPages:
                 rows = settings.rows()
                 done = settings.done
                 remade = self.remaker.remake(result, settings, settings.get("seeds"))
-                command = typed_anywhere(remade.command, Path(remade.folder))
+                command = format_command(remade.command, Path(remade.folder))
         except (UserError, OSError) as reason:
             problem = problem or str(reason)
         return self.answer_sheet(
@@ -535,7 +535,7 @@ class ResultPages:
             raise OptionError(f"{missing[0]} is missing: load the model first (Models).")
 
         [number] = self.site.render_worker.add([remade])
-        return answer_said(f"It waits above as {number}, with seed {seed}.")
+        return answer_message(f"It waits above as {number}, with seed {seed}.")
 
     # --- larger
 
@@ -560,12 +560,12 @@ class ResultPages:
     def show_larger(self, result: Result, error: str) -> Response:
         networks = self.list_networks()
         to_load = [
-            (model, gigabytes(total_bytes(model.components)), typed_anywhere(self.load_words(model)))
+            (model, gigabytes(total_bytes(model.components)), format_command(self.load_words(model)))
             for model in model_sets()
             if "upscale" in model.commands
         ]
         loading = self.site.background_jobs.find(name_background_job(LOAD, self.site.models))
-        options = [(network, typed_anywhere(self.larger_words(result, network))) for network in networks]
+        options = [(network, format_command(self.larger_words(result, network))) for network in networks]
         return self.answer_sheet(
             "larger",
             result,
@@ -713,11 +713,11 @@ class ResultPages:
         if change is None:
             return answer_unknown()
         if result is None:
-            return answer_said("This file is not there any more.", is_refused=True)
+            return answer_message("This file is not there any more.", is_refused=True)
         try:
             return change(result, form)
         except (UserError, OSError, ValueError) as error:
-            return answer_said(str(error), is_refused=True)
+            return answer_message(str(error), is_refused=True)
 
 
 def _list_files(remade: RenderJob) -> list[str]:

@@ -12,27 +12,28 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from browser.answers import (
-    Form,
-    answer_form,
-    answer_json,
-    answer_move,
-    answer_not_found,
-    answer_page,
-    answer_said,
-    answer_template,
-)
 from browser.background_jobs import name_background_job
 from browser.bin_folder import FOLDER as BIN
 from browser.bin_folder import BinFolder
 from browser.captions import CaptionConflictError, Captions, mark_bytes
+from browser.command_lines import format_cd, format_command, format_move
 from browser.compare import read_source
-from browser.described import FILES, ChangedMeanwhileError, change_keys, change_steps, read_described
-from browser.intentions import read_intentions, read_shown
+from browser.described_folder import FILES, ChangedMeanwhileError, change_keys, change_steps, read_described
 from browser.jobs import ENDED, QUEUE, WAITING, Job
 from browser.names import free_name, short_digest
 from browser.new_form import read_steps
+from browser.permissions import read_permissions, read_shown_text
 from browser.queue_views import is_of, read_jobs
+from browser.responses import (
+    Form,
+    answer_form,
+    answer_json,
+    answer_message,
+    answer_move,
+    answer_not_found,
+    answer_page,
+    answer_template,
+)
 from browser.run_start import (
     BUSY,
     CHECK,
@@ -47,10 +48,9 @@ from browser.run_start import (
     is_run_of_folder,
     mark_state,
 )
+from browser.run_views import HERE, POLICY
 from browser.runs import DIED, FINISHED, RUNNING, STOPPED, RunSummary
 from browser.site import Site
-from browser.typed import cd_before, typed_anywhere, typed_move
-from browser.views import HERE, POLICY
 from modules.command import as_typed
 from modules.console import as_size, count_of
 from modules.errors import OptionError, UserError
@@ -171,12 +171,12 @@ class RunButtons:
         run = shown.summary
         has_run = run.history.exists()
         is_draft = shown.state.name == DRAFT
-        typed = typed_anywhere(find_start_words(plan, self.site.models))
+        typed = format_command(find_start_words(plan, self.site.models))
         actions = replace(actions, folder=str(plan.folder), is_known=self.tracked_runs.is_known(plan))
         if shown.state.name != FINISHED:
             actions = replace(actions, start=typed, start_label="Start" if is_draft else "Continue")
         if shown.state.name in (DRAFT, FAULTS):
-            actions = replace(actions, check=typed_anywhere(check_words(plan.folder)))
+            actions = replace(actions, check=format_command(check_words(plan.folder)))
         if has_run and plan.steps:
             actions = replace(
                 actions,
@@ -195,7 +195,7 @@ class RunButtons:
         if command is None:
             return actions
         place, page_command = command
-        typed = f"{cd_before(run.working_folder)}{page_command.bash}"
+        typed = f"{format_cd(run.working_folder)}{page_command.bash}"
         if not run.is_of_here:
             return replace(actions, read_line=f"/queue?run={run.id}&command={place}#words")
         if shown.state.name != FINISHED:
@@ -208,7 +208,7 @@ class RunButtons:
     def work_command(self) -> str:
         """Return the command that starts a page which runs the jobs of the queue."""
         folders = [str(top) for top in self.site.runs.tops]
-        return typed_anywhere(["python", "tools/run_browser.py", *folders, "--work"])
+        return format_command(["python", "tools/run_browser.py", *folders, "--work"])
 
     def stop_command(self, shown: ShownRun) -> str:
         state, run = shown.state, shown.summary
@@ -301,7 +301,7 @@ class RunButtons:
             "id": shown.summary.id,
             "name": shown.summary.name,
             "state": shown.state,
-            "said": error,
+            "message": error,
             "what": what,
             "can_write": not self.site.read_only,
             "mine": "",
@@ -316,7 +316,7 @@ class RunButtons:
             else:
                 return answer_not_found()
         except (OptionError, OSError, ValueError) as problem:
-            values["said"] = error or str(problem)
+            values["message"] = error or str(problem)
             values["what"] = ""
         values |= facts or {}
         return answer_template("panel.html", shown.summary.name, values, is_refused=error != "")
@@ -327,11 +327,11 @@ class RunButtons:
             raise OptionError("There is no run.toml below the folders of this page.")
         path = shown.plan.folder / RUN_FILE
         return {
-            "intentions": read_intentions(shown.plan.folder),
+            "permissions": read_permissions(shown.plan.folder),
             "path": path,
-            "text": read_shown(path),
+            "text": read_shown_text(path),
             "have": mark_bytes(read_content(path)),
-            "command": typed_anywhere(find_start_words(shown.plan, self.site.models)),
+            "command": format_command(find_start_words(shown.plan, self.site.models)),
             "is_known": self.tracked_runs.is_known(shown.plan),
         }
 
@@ -358,7 +358,7 @@ class RunButtons:
             "size": as_size(sum(sizes.values())),
             "have": mark_removed(paths),
             "bin": place,
-            "command": typed_move(paths, place / name) if len(paths) <= MOST_LISTED else "",
+            "command": format_move(paths, place / name) if len(paths) <= MOST_LISTED else "",
             "is_draft": not shown.summary.history.exists(),
         }
 
@@ -433,17 +433,17 @@ class RunButtons:
         if what not in self.actions:
             return answer_not_found()
         try:
-            said = self.actions[what](shown, form)
+            message = self.actions[what](shown, form)
         except CaptionConflictError:
             mine = "".join(form.get("text", ())).replace("\r\n", "\n")
             error = "The file has changed since this page read it. Nothing was written."
             return self.answer_panel(shown, "prompts", error, {"mine": mine})
         except ChangedMeanwhileError:
             text = f"{RUN_FILE} has changed meanwhile. Nothing was written: look at it again."
-            return answer_said(text, is_refused=True)
+            return answer_message(text, is_refused=True)
         except (UserError, OSError, ValueError) as error:
-            return answer_said(str(error), is_refused=True)
-        return answer_said(said)
+            return answer_message(str(error), is_refused=True)
+        return answer_message(message)
 
     def start(self, shown: ShownRun, form: Form) -> str:
         """Start a run, or continue it. The form has the mark of a run.toml that was read."""

@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from browser.background_jobs import BackgroundJobs, name_background_job
-from browser.described import DATASET_FILE, TRAINING_TABLE, DescribedFolder, read_described, refuse_share
+from browser.described_folder import (
+    DATASET_FILE,
+    TRAINING_TABLE,
+    DescribedFolder,
+    read_described,
+    refuse_share,
+)
 from browser.jobs import QUEUE, WAITING, Job, JobQueue, as_line
 from browser.names import short_digest
 from browser.runs import DIED, FINISHED, RUNNING, STOPPED, Runs, RunSummary

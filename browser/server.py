@@ -18,16 +18,6 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from browser import uploads
-from browser.answers import (
-    NO_WRITING,
-    Form,
-    answer_file,
-    answer_form,
-    answer_json,
-    answer_not_found,
-    answer_not_found_page,
-    answer_page,
-)
 from browser.background_jobs import BackgroundJobs
 from browser.dataset_pages import dataset_routes
 from browser.folder_settings import FolderSettingsPages, folder_routes
@@ -40,15 +30,25 @@ from browser.model_pages import model_routes
 from browser.new_pages import new_routes
 from browser.queue_views import compare_routes, queue_routes
 from browser.render_worker import RenderWorker
+from browser.responses import (
+    NO_WRITING,
+    Form,
+    answer_file,
+    answer_form,
+    answer_json,
+    answer_not_found,
+    answer_not_found_page,
+    answer_page,
+)
 from browser.result_pages import result_routes
 from browser.run_buttons import RunButtons, run_button_routes
+from browser.run_views import HERE, POLICY, FileNotes, collect_news, file_of, list_page, mark_list, run_page
 from browser.runs import DIED, RUNNING, Runs, RunSummary
 from browser.samples import SamplePages
 from browser.settings import ServerSettings
 from browser.settings_page import settings_routes
 from browser.site import Site
 from browser.tokens import Ticket
-from browser.views import HERE, POLICY, FileNotes, collect_news, file_of, list_page, mark_list, run_page
 from modules.errors import UserError
 from modules.pages.page import HERE as PAGES
 from project.options import MODELS
@@ -266,8 +266,8 @@ class RunPages:
             return answer_not_found()
         try:
             shown = self.tracked_runs.find(run.id) if run.state == DIED else None
-            said = "" if shown is None else shown.ended_at_once
-            return answer_json(collect_news(self.runs, run, request.query_params, said))
+            message = "" if shown is None else shown.ended_at_once
+            return answer_json(collect_news(self.runs, run, request.query_params, message))
         except ValueError:
             return PlainTextResponse("from and to are numbers of steps.", 400)
 

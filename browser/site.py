@@ -8,9 +8,9 @@ from browser.background_jobs import BackgroundJobs
 from browser.jobs import JobQueue
 from browser.render_worker import RenderWorker
 from browser.run_start import TrackedRuns
+from browser.run_views import FileNotes
 from browser.runs import Runs
 from browser.settings import ServerSettings
-from browser.views import FileNotes
 from project.options import MODELS
 
 

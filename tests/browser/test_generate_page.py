@@ -22,8 +22,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
+from browser.dropped_settings import read_dropped_settings
 from browser.jobs import WAITING, JobQueue
-from browser.refilling import read_found
 from browser.render_queue import ENDED_MEANWHILE
 from browser.render_worker import RenderWorker
 from browser.runs import FINISHED, RUNNING, STOPPED, Runs
@@ -129,7 +129,7 @@ def states(root: Path) -> list[str]:
     return [request["state"] for request in requests(root)]
 
 
-def said(answer: Answer) -> str:
+def message(answer: Answer) -> str:
     text = answer.text.split('id="said"')[1].split(">", 1)[1].split("</p>")[0]
     return re.sub("<!--.*?-->", "", text)
 
@@ -267,7 +267,7 @@ def test_a_prompt_of_20000_characters_is_made_and_kept(served: Served, root: Pat
 
     answer = post(served, "make", fields)
 
-    assert (answer.status, said(answer)) == (200, "")
+    assert (answer.status, message(answer)) == (200, "")
     wait_for(lambda: states(root) == [FINISHED], lambda: str(states(root)))
     assert [request["request"]["prompt"] for request in requests(root)] == [text.strip()]
     assert text.strip() in served.ask(f"/generate?draft={draft}").text
@@ -281,7 +281,7 @@ def test_a_longer_prompt_is_refused_by_its_label(served: Served, root: Path) -> 
     for name, label in {"prompt": "Prompt", "negative": "Negative"}.items():
         answer = post(served, "make", fields_of(served, **{name: "ü" * 30_001}))
         assert answer.status == 422
-        assert said(answer).startswith(f"{label} has 30,001 characters: 30,000 are the most")
+        assert message(answer).startswith(f"{label} has 30,001 characters: 30,000 are the most")
     assert states(root) == []
 
 
@@ -428,7 +428,7 @@ def test_render_jobs_that_cannot_be_made_are_refused(
 ) -> None:
     answer = post(served, "make", fields_of(served, **changes))
     assert answer.status == 422
-    assert message in said(answer)
+    assert message in message(answer)
     assert states(root) == []
 
 
@@ -440,7 +440,7 @@ def test_what_the_script_refuses_is_refused_with_its_words(served: Served, root:
     (root / "a.txt").write_text("a dog")
     answer = post(served, "make", fields_of(served, prompt=str(root / "a.txt")))
     assert answer.status == 422
-    assert "is a file. For the prompts in it give --from_file" in said(answer)
+    assert "is a file. For the prompts in it give --from_file" in message(answer)
 
 
 def test_no_picture_outside_the_folders_is_read(served: Served, root: Path) -> None:
@@ -450,7 +450,7 @@ def test_no_picture_outside_the_folders_is_read(served: Served, root: Path) -> N
     for path in (secret, link, root / ".." / "secret.png"):
         answer = post(served, "make", fields_of(served, redraw=str(path)))
         assert answer.status == 422
-        assert "is outside the folders that this page shows" in said(answer)
+        assert "is outside the folders that this page shows" in message(answer)
 
 
 def test_a_lora_of_another_family_is_refused_by_its_header(root: Path) -> None:
@@ -459,7 +459,7 @@ def test_a_lora_of_another_family_is_refused_by_its_header(root: Path) -> None:
         path = str(root / "other" / "y-step2.safetensors")
         answer = post(served, "make", fields_of(served, lora=path, **{f"strength {path}": "1"}))
         assert answer.status == 422
-        assert "y-step2.safetensors is a LoRA of flux, and this model is of wan." in said(answer)
+        assert "y-step2.safetensors is a LoRA of flux, and this model is of wan." in message(answer)
 
 
 def test_a_file_that_is_gone_is_said(served: Served, root: Path) -> None:
@@ -468,7 +468,7 @@ def test_a_file_that_is_gone_is_said(served: Served, root: Path) -> None:
     path.unlink()
     answer = post(served, "make", fields_of(served, lora=str(path), **{f"strength {path}": "1"}))
     assert answer.status == 422
-    assert "is not there any more" in said(answer)
+    assert "is not there any more" in message(answer)
 
 
 def test_numbers_of_render_jobs_that_are_not_there_are_refused(served: Served) -> None:
@@ -637,13 +637,15 @@ EXPECTED |= {"guidance_scale": "7.5", "video_size_width": "640", "video_size_hei
 
 
 def test_prompts_of_other_programs_are_read_where_they_are_plain() -> None:
-    found = read_found({"prompt": json.dumps(GRAPH), "workflow": "{}"})
+    found = read_dropped_settings({"prompt": json.dumps(GRAPH), "workflow": "{}"})
     assert (found.program, dict(found.texts)) == ("ComfyUI", EXPECTED)
-    found = read_found({"comment": json.dumps({"prompt": json.dumps(GRAPH), "workflow": {}})})  # of a clip
+    found = read_dropped_settings(
+        {"comment": json.dumps({"prompt": json.dumps(GRAPH), "workflow": {}})}
+    )  # of a clip
     assert found.texts["prompt"] == "a cat"
     text = "a cat,\nsitting\nNegative prompt: blurry\nSteps: 20, Sampler: Euler a, CFG scale: 7.5, Seed: 5, "
     text += 'Size: 640x512, Model: "a, b"'
-    found = read_found({"parameters": text})
+    found = read_dropped_settings({"parameters": text})
     assert dict(found.texts) == EXPECTED | {"prompt": "a cat,\nsitting"}
 
 
@@ -661,7 +663,7 @@ def test_prompts_of_other_programs_are_read_where_they_are_plain() -> None:
 )
 def test_files_without_plain_settings_say_so(tags: dict[str, str]) -> None:
     with pytest.raises(OptionError, match="It holds"):
-        read_found(tags)
+        read_dropped_settings(tags)
 
 
 def test_a_picture_of_comfyui_fills_the_form(served: Served, tmp_path: Path) -> None:

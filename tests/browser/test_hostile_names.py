@@ -93,8 +93,8 @@ def write_records(root: Path) -> None:
         line = "reelsmith new x" if kind == "describe" else "reelsmith run x --check"
         row = {"line": line, "folder": EVIL, "process": process | {"born": 1}, "stops": 0}
         (logs / f"{name}.json").write_text(json.dumps(row), encoding="utf-8")
-        said = f"{EVIL}\n  reelsmith run '{EVIL[:20]}\n  python {EVIL}\n{NAME}.png: {EVIL}\n"
-        (logs / f"{name}.log").write_text(said, encoding="utf-8")
+        message = f"{EVIL}\n  reelsmith run '{EVIL[:20]}\n  python {EVIL}\n{NAME}.png: {EVIL}\n"
+        (logs / f"{name}.log").write_text(message, encoding="utf-8")
         (logs / f"{name}.code").write_text("1", encoding="utf-8")
     (logs.parent / "queue.txt").write_text(f"{EVIL}\npython {EVIL}\n# {EVIL}\n", encoding="utf-8")
     (logs / "1.log").write_text(EVIL, encoding="utf-8")

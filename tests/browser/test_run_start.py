@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from browser.background_jobs import name_background_job
-from browser.intentions import read_intentions
 from browser.jobs import JobQueue
 from browser.names import free_name
+from browser.permissions import read_permissions
 from browser.run_start import find_start_words, read_trace_state
 from browser.runs import read_run_summary
 from modules.errors import OptionError
@@ -462,15 +462,15 @@ def test_what_a_foreign_file_does_first_cannot_be_hidden_behind_what_is_usual(tm
     tables = '[[datasets]]\nimage_directory = "."\ncache_directory = "cache"\n' * 150
     (folder / "dataset.toml").write_text(tables, encoding="utf-8")
 
-    intentions = read_intentions(folder)
+    permissions = read_permissions(folder)
 
-    assert [one.is_unusual for one in intentions[:3]] == [True, True, False]
-    assert {one.text for one in intentions[:2]} == {
+    assert [one.is_unusual for one in permissions[:3]] == [True, True, False]
+    assert {one.text for one in permissions[:2]} == {
         "loads the code evil.code",
         "uploads the trained files to evil/repository",
     }
-    assert len(intentions) == 101
-    assert intentions[-1].text.startswith("and 56 more that are not listed, 0 of them unusual")
+    assert len(permissions) == 101
+    assert permissions[-1].text.startswith("and 56 more that are not listed, 0 of them unusual")
 
 
 def test_more_unusual_things_than_fit_are_counted(tmp_path: Path) -> None:
@@ -478,14 +478,14 @@ def test_more_unusual_things_than_fit_are_counted(tmp_path: Path) -> None:
     tables = '[[datasets]]\nimage_directory = "."\ncache_directory = "/evil"\n' * 150
     (folder / "dataset.toml").write_text(tables, encoding="utf-8")
 
-    last = read_intentions(folder)[-1]
+    last = read_permissions(folder)[-1]
 
     assert last.is_unusual
     assert last.text.startswith("and 54 more that are not listed, 50 of them unusual")
 
 
 @pytest.mark.parametrize(
-    ("states", "said"),
+    ("states", "message"),
     [
         (("own-step00000004-state", "own-step00000005-state"), "continues from step 5."),
         (("own-000002-state",), "continues from its last state, own-000002-state."),
@@ -493,7 +493,7 @@ def test_more_unusual_things_than_fit_are_counted(tmp_path: Path) -> None:
     ],
 )
 def test_a_run_that_a_second_stop_has_ended_is_stopped(
-    states: tuple[str, ...], said: str, tmp_path: Path
+    states: tuple[str, ...], message: str, tmp_path: Path
 ) -> None:
     folder = describe(tmp_path / "clips")
     set_back(folder)
@@ -510,7 +510,7 @@ def test_a_run_that_a_second_stop_has_ended_is_stopped(
 
     assert shown.state.name == "stopped"
     assert shown.state.reason.startswith("Ended at once from the page after step 6")
-    assert shown.state.reason.endswith(said)
+    assert shown.state.reason.endswith(message)
     with serve_runs(tmp_path) as served:
         page = served.ask(f"/run/{shown.summary.id}/").text
     assert "Ended at once from the page after step 6" in page

@@ -31,10 +31,10 @@ from browser.queue_views import QueuePages
 from browser.render_worker import RenderWorker
 from browser.result_pages import ResultPages
 from browser.run_buttons import RunButtons
+from browser.run_views import HERE
 from browser.runs import Runs
 from browser.server import MOST_BYTES, Gate, make_app
 from browser.site import Site
-from browser.views import HERE
 from project.options import NewOptions
 from tests import warm_processes
 from tests.browser.serving import Served, serve_runs, write_run

@@ -13,7 +13,7 @@ pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 from browser import captions
 from browser.background_jobs import name_background_job
 from browser.captions import CaptionConflictError, Captions, mark_bytes
-from browser.described import ChangedMeanwhileError, change_keys
+from browser.described_folder import ChangedMeanwhileError, change_keys
 from browser.jobs import FOLDER as QUEUE_FOLDER
 from browser.jobs import JobQueue
 from tests.browser.serving import Served, serve_runs

@@ -13,10 +13,10 @@ from typing import Any
 
 from markupsafe import Markup
 
+from browser.command_lines import format_cd
 from browser.names import short_digest
 from browser.run_start import BUSY, STATES, RunState, ShownRun, read_run_state
 from browser.runs import DIED, RUNNING, STOPPED, Runs, RunSummary, describe_left, find_state, mean_of
-from browser.typed import cd_before
 from modules.atomic_write import write_text
 from modules.control_codes import escape_control_codes, shorten
 from modules.errors import OptionError, UserError
@@ -207,8 +207,8 @@ def run_page(
         "is_paused": is_paused,
         "actions": Markup(actions),
         "is_of_here": run.is_of_here,
-        "cd": cd_before(run.working_folder),
-        "cd_powershell": cd_before(run.working_folder, in_powershell=True),
+        "cd": format_cd(run.working_folder),
+        "cd_powershell": format_cd(run.working_folder, in_powershell=True),
         "others": _list_other_runs(runs, run),
         "messages": story.messages[-MOST_MESSAGES:],
     }
