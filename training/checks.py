@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import Parameter
 
-from contract.family import Family, LearningEncoder, hears_sound, sound_of
+from contract.family import Family, LearningEncoder
 from contract.rules import INPUTS
 from dataset.table import DatasetTable
 from modules.atomic_write import check_space
@@ -239,20 +239,6 @@ def check_targets(family: Family, options: TrainingOptions, texts: LiveTexts | N
     if options.teacher.teacher is not None:
         check_teacher(family, options.teacher, texts)
     check_texts(options, texts)
-    _check_preference(family, options)
-
-
-def _check_preference(family: Family, options: TrainingOptions) -> None:
-    """Raise OptionError for --preference where pairs of pictures have nothing to say."""
-    beta = options.preference.preference
-    sound = sound_of(family)
-    if beta is None or sound is None:
-        return
-    if sound.is_alone or (hears_sound(family) and family.sound_learning.given):
-        raise OptionError(
-            f"--preference {beta:g}: pairs are of pictures, and here one stream alone is learned. Leave "
-            "it out"
-        )
 
 
 def check_other_teacher(family: Family, options: TrainingOptions, teacher: Family | None) -> None:

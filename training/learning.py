@@ -26,8 +26,8 @@ from running.run_blocks import stage_files_of
 from training import experts
 from training.data.feed import Feed, Randomness
 from training.data.table_times import times_by_group
-from training.features.composing import need_base
-from training.features.contract import Hooks
+from training.features.composing import need, need_base
+from training.features.contract import EMPTY_PROMPT, WORSE_ONES, Hooks
 from training.loss import LossRule, NoisyBatch
 from training.optimizers import stepping
 from training.optimizers.lr_schedule import make_lr_schedule
@@ -40,7 +40,6 @@ from training.saving.files import MinuteClock, Saver
 from training.saving.states import SavedState
 from training.target_rules import make_targets
 from training.targets.passes import TrainingPasses, teach_as_base
-from training.targets.preferences import PairTally
 from training.trainable import (
     Rates,
     Trainable,
@@ -183,10 +182,6 @@ def make_run(
         rule, learning_pass=model.hooks.learning_pass
     )  # validation does without, and without targets
     rule = _add_targets(rule, model)
-    pairs = None
-    if rule.targets.preference is not None:
-        pairs = PairTally()
-        rule = replace(rule, note_pairs=pairs.add)
     minutes = plan.saving.save_every_n_minutes
     watched = trigger_paths(plan.names, options.samples.sample_now) if is_main else {}
     clock = MinuteClock(minutes) if is_main and minutes is not None else None
@@ -201,7 +196,6 @@ def make_run(
         reporter=reporter,
         requests=Requests(watched, sampler is not None, clock=clock),
         saver=saver,
-        pairs=pairs,
     )
 
 
@@ -220,7 +214,7 @@ def _make_rule(model: TrainedModel) -> LossRule:
 def _add_targets(rule: LossRule, model: TrainedModel) -> LossRule:
     """Return the rule with all that predictions are compared with besides the clip."""
     plan, options = model.plan, model.plan.options
-    targets = make_targets(options.teacher, options.preference)
+    targets = make_targets(options.teacher)
     return replace(
         rule,
         targets=targets,
@@ -271,9 +265,9 @@ def _make_feed(model: TrainedModel) -> Feed:
         workers=options.loop.max_data_loader_n_workers,
         pin_memory=accelerator.device.type == "cuda",
         reads_dropped=options.teacher.teacher is not None and CAPTION in family.fuller,
-        reads_empty=options.needs_empty_prompt,
+        reads_empty=need(options, EMPTY_PROMPT),
         table_times=times_by_group(options.timesteps, plan.config.datasets),
-        reads_worse=options.preference.preference is not None,
+        reads_worse=need(options, WORSE_ONES),
     )
 
 

@@ -83,8 +83,6 @@ class WholeDitOptions(Options, title="full fine-tuning"):
     teacher_sees = unsupported(
         NO_FROZEN_MODEL, "what the teacher knows", choices=(INPUTS, FIRST_LAST, CLIP, SUBJECT)
     )
-    preference = unsupported(NO_FROZEN_MODEL, "learn from pairs", type=float)
-    preference_data_weight = unsupported(NO_FROZEN_MODEL, "weight of the usual loss of pairs", type=float)
     base_weights = unsupported(_MERGED_BEFORE, "LoRA files in the transformer", nargs="*")
     base_weights_multiplier = unsupported(_MERGED_BEFORE, "their strengths", type=float, nargs="*")
     network_weights = unsupported(_MERGED_BEFORE, "LoRA file to start from", type=str)

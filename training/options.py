@@ -30,7 +30,6 @@ from modules.run_limits import is_limited
 from modules.speed_options import TrainingSpeedOptions
 from networks.kinds.composing import RANKED_NETWORKS
 from networks.options import NOTHING_FROZEN, FrozenModelOptions, NetworkOptions
-from networks.preference_options import NO_PREFERENCE, PreferenceOptions
 from networks.teacher_options import NO_TEACHER, TeacherOptions
 from training import learning_options, noise_options, run_options
 from training.config_options import (
@@ -40,7 +39,6 @@ from training.config_options import (
 )
 from training.features.composing import (
     find_record,
-    need_empty_prompt,
     options_at,
     refuse_combinations,
     typed_targets,
@@ -85,7 +83,6 @@ class TrainedNetworkOptions(NetworkOptions, title="network"):
     """Options of a network that is trained, with those of features that it has part in."""
 
     at_network: OptionsAtNetwork
-    preference: PreferenceOptions
 
 
 class TrainingOptions(Options):
@@ -174,24 +171,13 @@ class TrainingOptions(Options):
         return NO_TEACHER if self.network is None else self.network.teacher
 
     @property
-    def preference(self) -> PreferenceOptions:
-        return NO_PREFERENCE if self.network is None else self.network.preference
-
-    @property
     def typed_targets(self) -> list[str]:
-        """Return the given options of targets besides the clip, as they are typed; --preference is last."""
-        preference = self.preference.preference
+        """Return the given options of targets besides the clip, as they are typed."""
         words = []
         if self.teacher.teacher is not None:
             words.append(f"--teacher {self.teacher.teacher}")
         words += typed_targets(self)
-        if preference is not None:
-            words.append(f"--preference {preference:g}")
         return words
-
-    @property
-    def needs_empty_prompt(self) -> bool:
-        return need_empty_prompt(self)
 
     @property
     def is_for_images(self) -> bool:
@@ -252,12 +238,6 @@ class TrainingOptions(Options):
             raise OptionError(
                 f"--teacher_split with --loss_type {self.loss.loss_type}: size and direction are those of "
                 "squared differences. Use --loss_type l2, or leave out --teacher_split"
-            )
-        targets = self.typed_targets
-        if self.preference.preference is not None and len(targets) > 1:
-            raise OptionError(
-                f"--preference {self.preference.preference:g} and {targets[0]}: the loss of a pair has no "
-                "place for another target. Leave out one of the two"
             )
 
     def _check_fused(self) -> None:

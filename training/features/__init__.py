@@ -10,6 +10,8 @@ ip_noise: mix in further noise, which is not to be predicted
 mask_prior: hold the network to the model outside masks
 on_end: start a command when the run is over
 output_preservation: let samples of some tables stay as they are
+preference: learn from pairs of a better and a worse one
+preference_pairs: the loss of such pairs
 skip: leave out steps that went wrong, and remember them
 slider: slide between the captions of a file
 slider_passes: a file of captions to slide between, and its passes
@@ -28,6 +30,7 @@ from training.features.ip_noise import IP_NOISE
 from training.features.mask_prior import MASK_PRIOR
 from training.features.on_end import ON_END
 from training.features.output_preservation import OUTPUT_PRESERVATION
+from training.features.preference import PREFERENCE
 from training.features.skip import SKIP
 from training.features.slider import SLIDER
 from training.features.tread import TREAD
@@ -42,6 +45,7 @@ FEATURES: tuple[Feature, ...] = (
     MASK_PRIOR,
     BLANK_PRIOR,
     SLIDER,
+    PREFERENCE,
     TREAD,
     EMA,
     SKIP,
