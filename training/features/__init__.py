@@ -17,6 +17,7 @@ slider: slide between the captions of a file
 slider_passes: a file of captions to slide between, and its passes
 tread: let tokens pass by the middle blocks
 tread_routes: which tokens pass by the middle blocks
+trackers: send numbers and samples to TensorBoard, wandb and others
 uploads: send what is saved to the Hugging Face hub
 uploads_hub: the client of the hub, and the model card
 uploads_options: what is uploaded, and whether a state is there
@@ -33,6 +34,7 @@ from training.features.output_preservation import OUTPUT_PRESERVATION
 from training.features.preference import PREFERENCE
 from training.features.skip import SKIP
 from training.features.slider import SLIDER
+from training.features.trackers import TRACKERS
 from training.features.tread import TREAD
 from training.features.uploads import UPLOADS
 
@@ -49,6 +51,7 @@ FEATURES: tuple[Feature, ...] = (
     TREAD,
     EMA,
     SKIP,
+    TRACKERS,
     ON_END,
     UPLOADS,
 )
