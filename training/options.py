@@ -43,6 +43,7 @@ from training.features.composing import (
     need_empty_prompt,
     options_at,
     refuse_combinations,
+    refused_for_whole,
     typed_targets,
 )
 from training.features.contract import (
@@ -405,8 +406,7 @@ def training_parser(
     parser = Parser(description=doc)
     add_options(parser, ConfigOptions, learner, **settings)
     if learner is learning_options.WholeDitOptions:
-        refused = dict.fromkeys(option_values(NOT_AT_NETWORK), learning_options.NO_FROZEN_MODEL)
-        add_options(parser, OptionsAtNetwork, refused=refused)
+        add_options(parser, OptionsAtNetwork, refused=refused_for_whole())
     add_options(parser, TrainingOptions, **settings)
     return parser
 
