@@ -31,8 +31,8 @@ from networks.teacher_options import BASE, OTHER_DIT, TeacherOptions
 from running.offload.swap_plan import check_swap
 from training.data.live import LiveTexts
 from training.data.table_times import list_replaced
-from training.experts import TRAINING_ADAPTER, check_experts, network_for, read_adapter, read_use
-from training.features.composing import check_model, check_texts
+from training.experts import TRAINING_ADAPTER, check_experts, network_for, read_adapter
+from training.features.composing import check_model, check_texts, merged_loras
 from training.learning_options import FIND_RATE, PartsOptions
 from training.noise_options import NOTHING, WEIGHTS_OF_LOSS
 from training.optimizers.lr_schedule import make_lr_schedule
@@ -112,9 +112,10 @@ def _check_samples(family: Family, options: TrainingOptions) -> None:
             return
         from networks.added import refuse_magnitudes  # only with LoRA files
         from networks.apply import check_loras_fit
+        from networks.loading import read_use
 
         for expert, file in zip_longest(family.experts, family.dit_files):
-            uses = [read_use(path, expert, strength) for path, strength in samples.loras()]
+            uses = [read_use(path, expert.name, strength) for path, strength in samples.loras()]
             for use in uses:
                 refuse_magnitudes(use.lora, "--sample_lora")
             if uses and file is not None:
@@ -177,10 +178,9 @@ def check_networks(family: Family, options: TrainingOptions) -> None:
                 f"--network_module {module} is for another model than this script trains. Give "
                 f"{family.lora_module}, or leave the option out"
             )
-        files = zip(network.base_weights or (), network.base_multipliers(), strict=True)
         with quiet():  # all warnings come again when it is made
             check_network(network, module, depths, family.dit.numbered)
-            uses = [read_use(path, expert, multiplier) for path, multiplier in files]
+            uses = [*merged_loras(options, expert).uses]
             if network.network_weights is not None and known_module is not None:
                 from networks.loading import LoraUse, read_lora  # only with LoRA files
 
@@ -294,10 +294,11 @@ def _check_teacher_loras(model: Family, options: TrainingOptions) -> None:
         return
     from networks.added import refuse_magnitudes  # only with LoRA files
     from networks.apply import check_loras_fit
+    from networks.loading import read_use
 
     (expert,) = model.experts
     with quiet():  # all warnings come again when they are added
-        uses = [read_use(path, expert, multiplier) for path, multiplier in options.teacher.loras()]
+        uses = [read_use(path, expert.name, multiplier) for path, multiplier in options.teacher.loras()]
         for use in uses:
             refuse_magnitudes(use.lora, "--teacher_lora")
         if model.dit_files:

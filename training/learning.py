@@ -26,7 +26,7 @@ from running.run_blocks import stage_files_of
 from training import experts
 from training.data.feed import Feed, Randomness
 from training.data.table_times import times_by_group
-from training.features.composing import need, need_base
+from training.features.composing import merged_loras, need, need_base
 from training.features.contract import EMPTY_PROMPT, WORSE_ONES, Hooks
 from training.loss import LossRule, NoisyBatch
 from training.optimizers import stepping
@@ -315,7 +315,7 @@ class Loading:
         return alternates or self.samples_with_others
 
     def load(self, family: Family, index: int) -> UndressedNetwork:
-        """Load the network of an expert, frozen, merging --base_weights while loading, but for a teacher.
+        """Load the network of an expert, frozen, with what is merged into it, but for a teacher.
 
         A network to train gets the training dtype. Its trained part is added before it is dressed.
         """
@@ -327,7 +327,7 @@ class Loading:
         patch: LoraPatch | None = None
         masked: Sequence[LoraUse] = ()
         if family is not plan.teacher:
-            patch, masked = self._read_base_weights(network_options, expert)
+            patch, masked = self._read_merged(network_options, expert)
         placement = experts.placement_of(options, device, plan.quantisation)
         # a DoRA learns the norms of the weights, which include merged LoRAs
         must_merge = network_options is not None and network_options.decomposes
@@ -354,26 +354,23 @@ class Loading:
             shares.split(dit)
         return UndressedNetwork(dit, family, index, host=host, shares=shares)
 
-    def _read_base_weights(
+    def _read_merged(
         self, network: NetworkOptions | None, expert: Expert
     ) -> "tuple[LoraPatch | None, Sequence[LoraUse]]":
-        """Read --base_weights for an expert. Return what merges them, None if nothing does, and the T-LoRAs,
+        """Read LoRAs to merge for an expert. Return what merges them, None if nothing does, and the T-LoRAs,
         which are put round layers.
         """
-        if network is None:
+        loras = merged_loras(self.plan.options, expert)
+        if network is None or not loras.uses:
             return None, ()
-        files = zip(network.base_weights or (), network.base_multipliers(), strict=True)
-        loras = [experts.read_use(path, expert, multiplier) for path, multiplier in files]
-        if not loras:
-            return None, ()
-        from networks.apply import LoraPatch  # only with --base_weights
+        from networks.apply import LoraPatch  # only with LoRAs to merge
         from networks.rounding import LoraRounding
         from networks.unmerged import split_masked
 
-        merged, masked = (loras, []) if network.decomposes else split_masked(loras)
+        merged, masked = (loras.uses, []) if network.decomposes else split_masked(loras.uses)
         if not merged:
             return None, masked
-        return LoraPatch(merged, rounding=LoraRounding(network.lora_rounding)), masked
+        return LoraPatch(merged, rounding=LoraRounding(loras.rounding)), masked
 
     def load_teacher(self, trained: nn.Module) -> "TeacherModel":
         """Load the model of --teacher dit with its LoRAs, or take the trained one, which has them already."""
@@ -396,11 +393,12 @@ class Loading:
 
     def _add_teacher_loras(self, network: UndressedNetwork) -> "AddedLoras":
         from networks.added import add_loras  # only with such a teacher
+        from networks.loading import read_use
 
         options = self.plan.options
         is_compiled = options.speed.compilation.choice is not None
         uses = [
-            experts.read_use(path, network.expert, multiplier) for path, multiplier in options.teacher.loras()
+            read_use(path, network.expert.name, multiplier) for path, multiplier in options.teacher.loras()
         ]
         return add_loras(network.dit, uses, is_compiled, "--teacher_lora")
 
@@ -451,11 +449,12 @@ class Loading:
         if adapter is None and not sample_files and not has_stages:
             return
         from networks.added import add_loras, add_stage_loras  # only with LoRA files
+        from networks.loading import read_use
 
         if adapter is not None:
             self.adapters.append(add_loras(dit, [adapter], is_compiled, experts.TRAINING_ADAPTER))
         if sample_files:
-            loras = [experts.read_use(path, expert, multiplier) for path, multiplier in sample_files]
+            loras = [read_use(path, expert.name, multiplier) for path, multiplier in sample_files]
             self.sample_loras.append(add_loras(dit, loras, is_compiled))
         if has_stages:
             add_stage_loras(dit, is_compiled)

@@ -41,6 +41,7 @@ from training.features.composing import (
     find_record,
     options_at,
     refuse_combinations,
+    refused_for_whole,
     typed_targets,
 )
 from training.features.contract import (
@@ -385,8 +386,7 @@ def training_parser(
     parser = Parser(description=doc)
     add_options(parser, ConfigOptions, learner, **settings)
     if learner is learning_options.WholeDitOptions:
-        refused = dict.fromkeys(option_values(NOT_AT_NETWORK), learning_options.NO_FROZEN_MODEL)
-        add_options(parser, OptionsAtNetwork, refused=refused)
+        add_options(parser, OptionsAtNetwork, refused=refused_for_whole())
     add_options(parser, TrainingOptions, **settings)
     return parser
 

@@ -1,5 +1,6 @@
 """Features of training, each in one file that can be deleted together with its lines below.
 
+base_weights: merge LoRAs into the transformers before
 blank_prior: hold the network to the model for the empty prompt
 composing: what the phases of a run ask all features for
 contract: what a feature is, and where it acts
@@ -23,6 +24,7 @@ uploads_hub: the client of the hub, and the model card
 uploads_options: what is uploaded, and whether a state is there
 """
 
+from training.features.base_weights import BASE_WEIGHTS
 from training.features.blank_prior import BLANK_PRIOR
 from training.features.contract import Feature
 from training.features.ema import EMA
@@ -41,6 +43,7 @@ from training.features.uploads import UPLOADS
 # in the order in which they act, one a line
 # fmt: off
 FEATURES: tuple[Feature, ...] = (
+    BASE_WEIGHTS,
     IP_NOISE,
     OUTPUT_PRESERVATION,
     GUIDED,

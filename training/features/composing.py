@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 from modules.options import HABIT, Options, facts_of, option, reach_of
 from training.features import FEATURES
 from training.features.contract import (
+    AT_NETWORK,
     Feature,
     Hooks,
     LearningPass,
+    MergedLoras,
     OptionsOfRun,
     PlannedRun,
     RunEnd,
@@ -22,6 +24,7 @@ from training.features.contract import (
 
 if TYPE_CHECKING:
     from contract.family import Family
+    from contract.rules import Expert
     from dataset.batches.items import TrainingItem
     from dataset.table import DatasetTable
     from training.data.feed import BatchSources
@@ -91,6 +94,41 @@ def options_reaching(*reaches: str) -> dict[str, Mapping[str, Any]]:
     for feature in FEATURES:
         of_features |= facts_of(feature.options)
     return {name: facts for name, facts in of_features.items() if reach_of(facts) in reaches}
+
+
+def options_by_expert() -> list[type[Options]]:
+    """Return the records of features for the second of two transformers."""
+    return [feature.options_by_expert for feature in FEATURES if feature.options_by_expert is not None]
+
+
+def refused_for_whole() -> dict[str, str]:
+    """Return the reasons why whole models refuse the options of a network's features, by option."""
+    return {
+        name: feature.why_not_whole
+        for feature in FEATURES
+        if feature.place == AT_NETWORK
+        for name in facts_of(feature.options)
+    }
+
+
+def merged_loras(options: OptionsOfRun, expert: "Expert") -> MergedLoras:
+    """Read what a feature has merged into a transformer while it is loaded."""
+    read = [merge(expert) for merge in _functions(options, lambda feature: feature.merged)]
+    return next(iter(read), MergedLoras())
+
+
+def may_undo_distillation(options: OptionsOfRun) -> bool:
+    """Return whether what is merged may undo that a transformer was distilled for few steps."""
+    return any(undoes() for undoes in _functions(options, lambda feature: feature.undoes_distillation))
+
+
+def own_habits(options: OptionsOfRun) -> dict[str, Any]:
+    """Return further settings of features, on or off, that a resumed run may change."""
+    habits: dict[str, Any] = {}
+    for feature in FEATURES:
+        if feature.habits is not None:
+            habits |= feature.habits(options.of(feature.options))
+    return habits
 
 
 def options_of_run() -> type[Options]:

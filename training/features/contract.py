@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from modules.options import Options, is_given, option_name
+from training.learning_options import NO_FROZEN_MODEL
 
 if TYPE_CHECKING:  # --help does without torch
     import torch
@@ -20,10 +21,12 @@ if TYPE_CHECKING:  # --help does without torch
     from torch.optim import Optimizer
 
     from contract.family import Family
+    from contract.rules import Expert
     from dataset.batches.items import TrainingItem
     from dataset.table import DatasetTable
     from modules.pages.charts import Chart
     from modules.speed_options import TrainingSpeedOptions
+    from networks.loading import LoraUse
     from networks.teacher_options import TeacherOptions
     from training.data.feed import BatchSources
     from training.data.live import LiveTexts
@@ -208,6 +211,14 @@ class HookedModel(Protocol):
 
 
 @dataclass(frozen=True)
+class MergedLoras:
+    """LoRAs that are merged into a transformer while it is loaded."""
+
+    uses: "Sequence[LoraUse]" = ()
+    rounding: str = "auto"  # a value of --lora_rounding
+
+
+@dataclass(frozen=True)
 class GradientStep:
     """A step whose gradients are summed, before the weights are stepped."""
 
@@ -288,6 +299,8 @@ class Feature:
     place: str  # of its options in --help
     is_on: Callable[[Any], bool]  # given its options
     facts: Mapping[str, Any] = field(default_factory=dict)  # of all its options: HABIT, FREE and the like
+    options_by_expert: type[Options] | None = None  # those for the second of two transformers
+    why_not_whole: str = NO_FROZEN_MODEL  # why whole models refuse options of AT_NETWORK
     options_of_run: type[Options] | None = None  # those that `run` has too, and hands to its training
     # raises OptionError for options of others that do not go with it; asked only if it is on
     refuse: Callable[[OptionsOfRun], None] | None = None
@@ -315,6 +328,12 @@ class Feature:
     check_items: "Callable[[Any, Sequence[TrainingItem], BatchSources], None] | None" = None
     # given the items to learn, if it is off: logs which parts of them are for it alone
     note_unused: "Callable[[Sequence[TrainingItem]], None] | None" = None
+    # given its options and a transformer: what is merged into this one, frozen or not, while it is loaded
+    merged: "Callable[[Any, Expert], MergedLoras] | None" = None
+    # given its options: whether that may undo that a transformer was distilled for few steps
+    undoes_distillation: Callable[[Any], bool] | None = None
+    # given its options: further settings that a resumed run may change, in words, by name
+    habits: Callable[[Any], Mapping[str, Any]] | None = None
     # given its options: its line among the targets in the box at the start of a run
     describe: Callable[[Any], str] | None = None
     # likewise, its line behind all others
