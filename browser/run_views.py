@@ -22,6 +22,7 @@ from modules.control_codes import escape_control_codes, shorten
 from modules.errors import OptionError, UserError
 from modules.pages.page import END, PRIVATE, link, render_page
 from modules.text_files import read_safetensors_texts, require_regular_file
+from training.features.composing import parts_of_page
 from training.reports.history import SHOWN, Points, Start, Story
 from training.reports.page import (
     TEMPLATE,
@@ -192,7 +193,9 @@ def run_page(
     story = runs.open(run).story
     now = LiveStanding.of(run, story, ended_at_once)
     start = now.shown.start
-    values = page_values(run.history.parent, story, now.shown, load=linked_clip, most=MOST_SAMPLES)
+    values = page_values(
+        run.history.parent, story, now.shown, load=linked_clip, most=MOST_SAMPLES, parts=parts_of_page()
+    )
     values["commands"] = present_commands(story, run.history.parent)
     sample_names = [name for row in story.samples.values() for name in row.files.values()]
     values["live"] = {
@@ -252,9 +255,9 @@ def collect_news(
         "name": run.name,
     }
     if query.get("have") != key:
-        charts = list_charts(_narrow(story, low, high), MOST_POINTS)
+        charts = list_charts(_narrow(story, low, high), parts_of_page(), most=MOST_POINTS)
         news["charts"] = [asdict(chart) for chart in charts]
-        news["tiles"] = list_tiles(now.shown, story)
+        news["tiles"] = list_tiles(now.shown, story, parts_of_page())
     return news
 
 
@@ -273,7 +276,7 @@ def _narrow(story: Story, low: float, high: float) -> Story:
         validations={step: loss for step, loss in story.validations.items() if low <= step <= high},
         rates={name: cut(points) for name, points in story.rates.items()},
         experts={name: cut(points) for name, points in story.experts.items()},
-        pairs={name: cut(points) for name, points in story.pairs.items()},
+        numbers={name: cut(points) for name, points in story.numbers.items()},
         bands={name: cut(points) for name, points in story.bands.items()},
     )
 
@@ -357,5 +360,5 @@ def export_run(runs: Runs, path: Path) -> None:
         raise OptionError(f"{run.history} cannot be read: {error.strerror}") from None
     clips = ClipStore(run.history.parent / SAMPLES)
     standing = LiveStanding.of(run, story).shown
-    write_training_page(path, run.history, story, standing, load=clips.for_page())
+    write_training_page(path, run.history, story, standing, load=clips.for_page(), parts=parts_of_page())
     share_page(path, path)  # it is made to be given away: no folder of this machine is named

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import Parameter
 
-from contract.family import Family, LearningEncoder, hears_sound, sound_of
+from contract.family import Family, LearningEncoder
 from contract.rules import INPUTS
 from dataset.table import DatasetTable
 from modules.atomic_write import check_space
@@ -31,8 +31,8 @@ from networks.teacher_options import BASE, OTHER_DIT, TeacherOptions
 from running.offload.swap_plan import check_swap
 from training.data.live import LiveTexts
 from training.data.table_times import list_replaced
-from training.experts import TRAINING_ADAPTER, check_experts, network_for, read_adapter, read_use
-from training.features.composing import check_model, check_texts
+from training.experts import TRAINING_ADAPTER, check_experts, network_for, read_adapter
+from training.features.composing import check_model, check_texts, merged_loras
 from training.learning_options import FIND_RATE, PartsOptions
 from training.noise_options import NOTHING, WEIGHTS_OF_LOSS
 from training.optimizers.lr_schedule import make_lr_schedule
@@ -112,9 +112,10 @@ def _check_samples(family: Family, options: TrainingOptions) -> None:
             return
         from networks.added import refuse_magnitudes  # only with LoRA files
         from networks.apply import check_loras_fit
+        from networks.loading import read_use
 
         for expert, file in zip_longest(family.experts, family.dit_files):
-            uses = [read_use(path, expert, strength) for path, strength in samples.loras()]
+            uses = [read_use(path, expert.name, strength) for path, strength in samples.loras()]
             for use in uses:
                 refuse_magnitudes(use.lora, "--sample_lora")
             if uses and file is not None:
@@ -177,10 +178,9 @@ def check_networks(family: Family, options: TrainingOptions) -> None:
                 f"--network_module {module} is for another model than this script trains. Give "
                 f"{family.lora_module}, or leave the option out"
             )
-        files = zip(network.base_weights or (), network.base_multipliers(), strict=True)
         with quiet():  # all warnings come again when it is made
             check_network(network, module, depths, family.dit.numbered)
-            uses = [read_use(path, expert, multiplier) for path, multiplier in files]
+            uses = [*merged_loras(options, expert).uses]
             if network.network_weights is not None and known_module is not None:
                 from networks.loading import LoraUse, read_lora  # only with LoRA files
 
@@ -239,20 +239,6 @@ def check_targets(family: Family, options: TrainingOptions, texts: LiveTexts | N
     if options.teacher.teacher is not None:
         check_teacher(family, options.teacher, texts)
     check_texts(options, texts)
-    _check_preference(family, options)
-
-
-def _check_preference(family: Family, options: TrainingOptions) -> None:
-    """Raise OptionError for --preference where pairs of pictures have nothing to say."""
-    beta = options.preference.preference
-    sound = sound_of(family)
-    if beta is None or sound is None:
-        return
-    if sound.is_alone or (hears_sound(family) and family.sound_learning.given):
-        raise OptionError(
-            f"--preference {beta:g}: pairs are of pictures, and here one stream alone is learned. Leave "
-            "it out"
-        )
 
 
 def check_other_teacher(family: Family, options: TrainingOptions, teacher: Family | None) -> None:
@@ -308,10 +294,11 @@ def _check_teacher_loras(model: Family, options: TrainingOptions) -> None:
         return
     from networks.added import refuse_magnitudes  # only with LoRA files
     from networks.apply import check_loras_fit
+    from networks.loading import read_use
 
     (expert,) = model.experts
     with quiet():  # all warnings come again when they are added
-        uses = [read_use(path, expert, multiplier) for path, multiplier in options.teacher.loras()]
+        uses = [read_use(path, expert.name, multiplier) for path, multiplier in options.teacher.loras()]
         for use in uses:
             refuse_magnitudes(use.lora, "--teacher_lora")
         if model.dit_files:

@@ -30,7 +30,6 @@ from modules.run_limits import is_limited
 from modules.speed_options import TrainingSpeedOptions
 from networks.kinds.composing import RANKED_NETWORKS
 from networks.options import NOTHING_FROZEN, FrozenModelOptions, NetworkOptions
-from networks.preference_options import NO_PREFERENCE, PreferenceOptions
 from networks.teacher_options import NO_TEACHER, TeacherOptions
 from training import learning_options, noise_options, run_options
 from training.config_options import (
@@ -40,9 +39,9 @@ from training.config_options import (
 )
 from training.features.composing import (
     find_record,
-    need_empty_prompt,
     options_at,
     refuse_combinations,
+    refused_for_whole,
     typed_targets,
 )
 from training.features.contract import (
@@ -88,7 +87,6 @@ class TrainedNetworkOptions(NetworkOptions, title="network"):
     """Options of a network that is trained, with those of features that it has part in."""
 
     at_network: OptionsAtNetwork
-    preference: PreferenceOptions
 
 
 class TrainingOptions(Options):
@@ -179,24 +177,13 @@ class TrainingOptions(Options):
         return NO_TEACHER if self.network is None else self.network.teacher
 
     @property
-    def preference(self) -> PreferenceOptions:
-        return NO_PREFERENCE if self.network is None else self.network.preference
-
-    @property
     def typed_targets(self) -> list[str]:
-        """Return the given options of targets besides the clip, as they are typed; --preference is last."""
-        preference = self.preference.preference
+        """Return the given options of targets besides the clip, as they are typed."""
         words = []
         if self.teacher.teacher is not None:
             words.append(f"--teacher {self.teacher.teacher}")
         words += typed_targets(self)
-        if preference is not None:
-            words.append(f"--preference {preference:g}")
         return words
-
-    @property
-    def needs_empty_prompt(self) -> bool:
-        return need_empty_prompt(self)
 
     @property
     def is_for_images(self) -> bool:
@@ -257,12 +244,6 @@ class TrainingOptions(Options):
             raise OptionError(
                 f"--teacher_split with --loss_type {self.loss.loss_type}: size and direction are those of "
                 "squared differences. Use --loss_type l2, or leave out --teacher_split"
-            )
-        targets = self.typed_targets
-        if self.preference.preference is not None and len(targets) > 1:
-            raise OptionError(
-                f"--preference {self.preference.preference:g} and {targets[0]}: the loss of a pair has no "
-                "place for another target. Leave out one of the two"
             )
 
     def _check_fused(self) -> None:
@@ -405,8 +386,7 @@ def training_parser(
     parser = Parser(description=doc)
     add_options(parser, ConfigOptions, learner, **settings)
     if learner is learning_options.WholeDitOptions:
-        refused = dict.fromkeys(option_values(NOT_AT_NETWORK), learning_options.NO_FROZEN_MODEL)
-        add_options(parser, OptionsAtNetwork, refused=refused)
+        add_options(parser, OptionsAtNetwork, refused=refused_for_whole())
     add_options(parser, TrainingOptions, **settings)
     return parser
 

@@ -15,7 +15,7 @@ from dataset.batches.finding import find_items, learn_no_references, require_ite
 from dataset.batches.items import CachingCommands, TrainingItem
 from dataset.batches.order import BatchOrder, split_validation
 from dataset.cache.store import Stores, npz_names
-from dataset.config import DatasetConfig, DatasetTable, for_family, load_dataset_config, with_empty_prompts
+from dataset.config import DatasetConfig, for_family, load_dataset_config, with_empty_prompts
 from dataset.sources.media_source import NO_REFERENCE
 from dataset.subsets import folders_config
 from modules.errors import DatasetError, OptionError, OutputError
@@ -35,7 +35,8 @@ from training.data.feed import BatchSources
 from training.data.live import LiveTexts
 from training.data.table_times import check_times, list_times
 from training.experts import check_computing, module_of, note_experts
-from training.features.composing import check_items, check_start, check_tables
+from training.features.composing import check_items, check_start, check_tables, need, note_unused
+from training.features.contract import EMPTY_PROMPT
 from training.optimizers.stepping import check_fused_backward, check_split
 from training.options import TrainingOptions
 from training.other_families import NO_OTHERS, OtherFamilies
@@ -124,7 +125,7 @@ def make_plan(
         texts=texts,
         commands=commands,
     )
-    if options.needs_empty_prompt and brings_empty_text(family):
+    if need(options, EMPTY_PROMPT) and brings_empty_text(family):
         sources = replace(sources, empty_text=family.empty_text())
     items = _find_items(
         family,
@@ -136,8 +137,8 @@ def make_plan(
         trusts_caches=options.caching is not None and options.caching.skip_cache_check,
     )
     training, validation = _split_items(options, config, items, progress.seed)
-    _check_pairs(options, config, training, sources)
     check_items(options, training, sources)
+    note_unused(options, training)
     if is_main:
         _warn_of_missing(options, config, [*training, *validation], sources)
     order = BatchOrder(training, progress.seed)
@@ -296,7 +297,7 @@ def read_config(options: TrainingOptions, family: Family) -> DatasetConfig:
             logger.warning("--train_data_dir is ignored because --dataset_config %s describes the data", path)
         path = require(path, "--dataset_config", "the clips to train on")
         config = load_dataset_config(path, subset)
-    if options.needs_empty_prompt and not (brings_empty_text(family) and family.empty_text()):
+    if need(options, EMPTY_PROMPT) and not (brings_empty_text(family) and family.empty_text()):
         config = with_empty_prompts(config)
     check_times(options.timesteps, config.datasets, family)
     return for_family(config, family)
@@ -379,9 +380,6 @@ def _check_validating(options: ValidationOptions) -> None:
 def _check_tables(options: TrainingOptions, config: DatasetConfig) -> None:
     """Raise OptionError for keys of tables that ask for another target or strength than the options do."""
     check_tables(options, config.datasets)
-    preserving = next((table for table in config.datasets if table.preserves_output), None)
-    if preserving is not None:
-        _check_preserving(options, preserving)
     scaled = next((table for table in config.datasets if table.network_multiplier != 1), None)
     if scaled is None:
         return
@@ -403,35 +401,10 @@ def _check_batch_sizes(family: Family, config: DatasetConfig) -> None:
         )
 
 
-def _check_preserving(options: TrainingOptions, table: DatasetTable) -> None:
-    """Raise OptionError for what gives the clips of a table with diff_output_preservation another target."""
-    key = f"{table.name}: diff_output_preservation"
-    if options.preference.preference is not None:
-        raise OptionError(
-            f"{key} cannot be had with --preference, whose loss has no place for another target. Leave out "
-            "one of the two"
-        )
-
-
 def _own_encoders(family: Family) -> dict[str, Mapping[str, str]]:
     """Return the identities of a model's text encoders by name, if its checkpoint has them."""
     encoders = family.text_encoders() if family.can.bring_texts else []
     return {encoder.name: encoder.identity for encoder in encoders}
-
-
-def _check_pairs(
-    options: TrainingOptions, config: DatasetConfig, training: Sequence[TrainingItem], sources: BatchSources
-) -> None:
-    """Raise UserError if items are no pairs, for --preference; say so if pairs are not used."""
-    if options.preference.preference is None:
-        if any(table.worse_directory is not None for table in config.datasets):
-            from dataset.batches.pairs import note_unused_pairs  # only with pairs
-
-            note_unused_pairs(training)
-        return
-    from dataset.batches.pairs import require_pairs  # only with --preference
-
-    require_pairs(training, sources.stores, sources.encoders.commands)
 
 
 def _warn_of_missing(
