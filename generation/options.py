@@ -45,7 +45,6 @@ from modules.options import (
 )
 from modules.parser import Parser, add_options, refuse_unsupported, typed_names
 from modules.paths import path_exists
-from modules.speed_options import GenerationSpeedOptions
 from networks.use_options import (
     LoraOptions,
     LoraPatternOptions,
@@ -54,6 +53,8 @@ from networks.use_options import (
     require_files,
     require_loras,
 )
+from running.options import GenerationSpeedOptions
+from running.ways.composing import passes_option
 
 
 class ExpertOptions(Options, title="two experts"):
@@ -199,7 +200,7 @@ class GenerationOptions(Options, title="run"):
 
     @property
     def splits_guidance(self) -> bool:
-        return self.split_uncond or self.speed.attention.split_attn or self.speed.cfg_parallel
+        return self.split_uncond or self.speed.attention.split_attn or bool(passes_option(self.speed))
 
     @property
     def axes(self) -> tuple[Axis, ...]:

@@ -445,7 +445,14 @@ OF_NO_TARGET = {
     *("TimestepOptions", "AcceleratorOptions", "SavingOptions", "SampleOptions", "PreviewOptions"),
     *("EmaOptions", "SkipOptions", "LogOptions", "EndOptions", "MetadataOptions", "UploadOptions"),
     *("TrainingSpeedOptions", "TrainingAttentionOptions", "TrainingFp8Options", "SwapOptions"),
-    *("ShardingOptions", "TrainingCompileOptions", "PlanOptions", "FrozenModelOptions"),
+    *(
+        "WayOptions",
+        "ShardBaseOptions",
+        "ContextParallelOptions",
+        "TrainingCompileOptions",
+        "PlanOptions",
+        "FrozenModelOptions",
+    ),
     *("FeatureOptions", "OutputPreservationOptions"),
 }
 

@@ -22,8 +22,8 @@ if TYPE_CHECKING:  # --help does without torch
     from contract.family import Family
     from dataset.batches.items import TrainingItem
     from dataset.table import DatasetTable
-    from modules.speed_options import TrainingSpeedOptions
     from networks.teacher_options import TeacherOptions
+    from running.options import TrainingSpeedOptions
     from training.data.feed import BatchSources
     from training.data.live import LiveTexts
     from training.learning_options import WholeDitOptions
