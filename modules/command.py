@@ -266,7 +266,7 @@ def explain_compilation(error: Exception) -> str | None:
 
 
 def _folder_with_blank(command: str) -> str | None:
-    """Return the folder of torch or of its compiled code that has a blank and is in a compiler's command.
+    """Return a folder of torch or of its compiled code whose path has a blank and is in a failed command.
 
     torch does not quote paths there, so that the compiler reads such a path as two.
     """

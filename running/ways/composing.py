@@ -191,9 +191,9 @@ def list_shared_things() -> str:
 
 
 def refuse_other_splits() -> None:
-    """Raise OptionError if accelerate's launcher is set to split the model in a way of its own.
+    """Raise OptionError if accelerate's launcher is configured to split the model by itself.
 
-    accelerate splits a model that a script hands to it; the loops here never do, so nothing would be split.
+    accelerate splits a model that a script hands to it. The loops here never do, so nothing would be split.
     """
     answers = Counter(variable for way in WAYS for variable in way.replaces)
     # what several ways answer is last, as it is set together with one of the others
