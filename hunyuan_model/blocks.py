@@ -71,8 +71,7 @@ class HunyuanTokens:
 
     @property
     def split(self) -> int:
-        """Return the negative index at which the second text begins in x and in the texts; 0: no second one.
-        """
+        """Return the negative index at which the second text begins in x and in the texts; 0: no second one."""
         if self.second is None:
             return 0
         if self.part is None:

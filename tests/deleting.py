@@ -62,7 +62,7 @@ def copy_tree(target: Path) -> None:
 
 
 def delete_from(tree: Path, name: str) -> list[str]:
-    """Delete the files of a feature, kind or way, and its lines in the list. Returns the names of the files."""
+    """Delete the files of a feature, kind or way and its lines in the list; return the names of the files."""
     folder = tree / FOLDERS[name]
     room = FOLDERS[name].replace("/", r"\.")
     paths = [folder / f"{name}.py", *folder.glob(f"{name}_*.py")]

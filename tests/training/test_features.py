@@ -1,4 +1,4 @@
-"""Features of training, kinds of networks and ways to run: each can be deleted, and no other part names it."""
+"""Features of training, kinds of networks, ways to run: each can be deleted, and no other part names it."""
 
 from pathlib import Path
 
