@@ -226,6 +226,29 @@ _INT8 = (
 _NF4 = "keep the linear layers of the model's blocks in 4 bits (nf4): a quarter of bf16's memory, less exact"
 
 
+@dataclass(frozen=True)
+class BaseForm:
+    """A form in which frozen weights can be kept; its arithmetic is in `checkpoints/stored/`."""
+
+    name: str  # of its file there
+    switches: tuple[str, ...]  # options of a training that ask for it; in generation --fp8 is --fp8_base
+    rounds_in_one_way: bool = True  # so layers of a file that are in it are those that rounding would make
+
+
+# in the order of their sizes
+BASE_FORMS = (
+    BaseForm("fp8", ("fp8_base", "fp8_scaled"), rounds_in_one_way=False),
+    BaseForm("int8", ("convrot_int8",)),
+    BaseForm("nf4", ("nf4_base",)),
+)
+# options of a generation that take the place of --fp8_scaled: --fp8 rounds to fp8 too, the others do not
+TO_OTHER_FORMS = {name for form in BASE_FORMS if form.rounds_in_one_way for name in form.switches}
+IN_PLACE_OF_SCALED = {"fp8", *TO_OTHER_FORMS}
+# for a line of advice with fp8 that is not enough
+SMALL_FORMS = "; in place of fp8 --convrot_int8 is as small, --nf4_base (in generation --nf4) half of it"
+SMALLER_WEIGHTS = "fp8 or nf4"  # in advice
+
+
 class TrainingFp8Options(Options):
     """How training stores the frozen model."""
 
@@ -259,6 +282,17 @@ class TrainingFp8Options(Options):
             return None
         kind = "rows" if self.fp8_scaled else "cast"
         return Quantisation(kind, float32_scales=self.upcast_quantization, fp8_matmul=self.fp8_fast)
+
+    def say_for_generation(self) -> dict[str, bool]:
+        """Return the options of generation for the same form, by flag: a LoRA learned to correct it."""
+        return {
+            "--fp8": self.fp8_base and not self.fp8_scaled,
+            "--fp8_scaled": self.fp8_scaled,
+            "--fp8_fast": self.fp8_fast,
+            "--upcast_quantization": self.fp8_scaled and self.upcast_quantization,
+            "--convrot_int8": self.convrot_int8,
+            "--nf4": self.nf4_base,
+        }
 
 
 class GenerationFp8Options(Options):

@@ -173,21 +173,13 @@ Speed = TypeVar("Speed", TrainingSpeedOptions, GenerationSpeedOptions)
 
 
 def say_for_generation(speed: TrainingSpeedOptions) -> dict[str, Any]:
-    """Return the options of generation that keep the model as a training did, by flag.
-
-    The form of the weights is that of the training, whose LoRA learned to correct it.
-    """
-    fp8, swap = speed.fp8, speed.swap
+    """Return the options of generation that keep the model as a training did, by flag."""
+    swap = speed.swap
     mode = speed.attention.choice.mode
     ring = swap.block_swap_ring_size
     return {
         "--attn_mode": None if mode == SDPA.mode else flag_of(mode, training=False).split()[1],
-        "--fp8": fp8.fp8_base and not fp8.fp8_scaled,
-        "--fp8_scaled": fp8.fp8_scaled,
-        "--fp8_fast": fp8.fp8_fast,
-        "--upcast_quantization": fp8.fp8_scaled and fp8.upcast_quantization,
-        "--convrot_int8": fp8.convrot_int8,
-        "--nf4": fp8.nf4_base,
+        **speed.fp8.say_for_generation(),
         "--blocks_to_swap": swap.blocks_to_swap or None,
         "--img_in_txt_in_offloading": swap.img_in_txt_in_offloading,
         "--block_swap_ring_size": None if ring == SLOTS else ring,

@@ -14,6 +14,7 @@ from contract.family import DitSpec
 from modules.control_codes import escape_control_codes
 from modules.devices import GIB, gib
 from modules.errors import MemoryPlanError, OptionError, UserError
+from modules.speed_options import SMALL_FORMS
 from running.offload.joining import launched_processes
 from running.offload.swap_plan import SwapPlan, big_weights, most_blocks
 from running.options import (
@@ -352,10 +353,6 @@ def resolve_swap(
         logger.info(reason)
         speed = set_blocks_to_swap(speed, blocks)
     return speed, prediction
-
-
-# for a line of advice with fp8 that is not enough
-SMALL_FORMS = "; in place of fp8 --convrot_int8 is as small, --nf4_base (in generation --nf4) half of it"
 
 
 def advise(
