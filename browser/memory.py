@@ -32,6 +32,7 @@ from browser.runs import RUNNING
 from browser.settings_table import NUMBER, find_training_script, read_settings, refuse_new_faults
 from browser.site import Site
 from modules.errors import OptionError, UserError
+from modules.speed_options import BASE_FORMS
 from modules.text_files import read_text
 from project.fitting import find_memory
 from project.options import RUN_FILE
@@ -44,11 +45,7 @@ TABLE_HEAD = re.compile(r"GiB +device +host")
 PART = re.compile(r"( *)(.*?) {2,}(\d+\.\d+)")
 OF_CUDA = re.compile(r"about (\d+\.\d+) of CUDA itself")
 # the forms of the transformer's weights, and the switches of each
-WEIGHTS = {
-    "fp8": ("fp8_base", "fp8_scaled"),
-    "int8": ("convrot_int8",),
-    "nf4": ("nf4_base",),
-}
+WEIGHTS = {form.name: form.switches for form in BASE_FORMS}
 CHECKPOINTING = {
     "recomputed": ("gradient_checkpointing",),
     "offloaded": ("gradient_checkpointing", "gradient_checkpointing_cpu_offload"),

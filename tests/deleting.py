@@ -1,5 +1,5 @@
-"""Delete a feature of training, or a kind of network, in a copy of the tree: what is left has to work as
-before.
+"""Delete a feature of training, a kind of network or a way to run in a copy of the tree: what is left has to
+work as before.
 
 python -m tests.deleting skip
 """
@@ -13,16 +13,19 @@ from pathlib import Path
 
 from networks.kinds import KINDS
 from networks.kinds.lora import LORA
+from running.ways import WAYS
 from training.features import FEATURES
 
 ROOT = Path(__file__).resolve().parent.parent
 # what can be deleted -> the folder with its file and the list
 FOLDERS = {feature.name: "training/features" for feature in FEATURES}
 FOLDERS |= {kind.name.lower().replace("-", ""): "networks/kinds" for kind in KINDS if kind is not LORA}
+FOLDERS |= {way.name: "running/ways" for way in WAYS}
 # rooms that may import what is in a folder
 ROOMS = {
     "training/features": ("training", "project", "browser"),
     "networks/kinds": ("networks", "generation", "stable_diffusion", "training", "project", "browser"),
+    "running/ways": ("running", "generation", "stable_diffusion", "minimax_h3", "training", "browser"),
 }
 # imports every module of some rooms
 IMPORT_ALL = """
@@ -59,7 +62,7 @@ def copy_tree(target: Path) -> None:
 
 
 def delete_from(tree: Path, name: str) -> list[str]:
-    """Delete the files of a feature or kind, and its lines in the list. Returns the names of the files."""
+    """Delete the files of a feature, kind or way and its lines in the list; return the names of the files."""
     folder = tree / FOLDERS[name]
     room = FOLDERS[name].replace("/", r"\.")
     paths = [folder / f"{name}.py", *folder.glob(f"{name}_*.py")]
@@ -104,7 +107,7 @@ def train_in(tree: Path, folder: Path) -> str:
 
 
 def check_deletion(name: str, folder: Path) -> list[str]:
-    """Delete a feature or kind in a copy below `folder`; return what does not work there as here."""
+    """Delete a feature, kind or way in a copy below `folder`; return what does not work there as here."""
     tree = folder / "tree"
     copy_tree(tree)
     delete_from(tree, name)

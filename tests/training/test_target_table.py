@@ -447,7 +447,14 @@ OF_NO_TARGET = {
     *("EmaOptions", "SkipOptions", "LogOptions", "EndOptions", "MetadataOptions", "UploadOptions"),
     *("TrackerOptions", "BaseWeightsOptions", "HighNoiseBaseOptions"),
     *("TrainingSpeedOptions", "TrainingAttentionOptions", "TrainingFp8Options", "SwapOptions"),
-    *("ShardingOptions", "TrainingCompileOptions", "PlanOptions", "FrozenModelOptions"),
+    *(
+        "WayOptions",
+        "ShardBaseOptions",
+        "ContextParallelOptions",
+        "TrainingCompileOptions",
+        "PlanOptions",
+        "FrozenModelOptions",
+    ),
     *("FeatureOptions", "OutputPreservationOptions"),
 }
 

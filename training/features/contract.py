@@ -25,9 +25,9 @@ if TYPE_CHECKING:  # --help does without torch
     from dataset.batches.items import TrainingItem
     from dataset.table import DatasetTable
     from modules.pages.charts import Chart
-    from modules.speed_options import TrainingSpeedOptions
     from networks.loading import LoraUse
     from networks.teacher_options import TeacherOptions
+    from running.options import TrainingSpeedOptions
     from training.data.feed import BatchSources
     from training.data.live import LiveTexts
     from training.learning_options import WholeDitOptions

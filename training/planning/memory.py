@@ -22,7 +22,7 @@ from dataset.cache.records import CacheChecks
 from modules.console import quiet
 from modules.devices import gib
 from modules.options import override_options
-from modules.speed_options import SwapOptions
+from running.options import SwapOptions
 from running.planning import dry_run as dry
 from running.planning import memory_plan
 from running.planning.device_memory import MemoryWatch, Room, host_room, room_on
