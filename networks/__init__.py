@@ -21,7 +21,7 @@ flux_extract_lora: command: a LoRA from a fine-tuned FLUX.1 or Chroma
 flux_merge_lora: command: merge LoRAs of FLUX.1 or Chroma
 fused_rows: rows of fused weights, stacked or interleaved by head
 formats: names of the files that a training saves
-key_formats: dialects of tensor names: recognise, bring into ours
+key_formats: bring files of any dialect under our names
 kinds/: each kind of network: LoRA, DoRA, LoHa, LoKr, OFT, T-LoRA
 leftovers: what a LoRA file holds that is not used
 loading: read LoRA files of any dialect, with strength and patterns
@@ -46,6 +46,7 @@ resizing: the best factors of a smaller rank
 rewriting: arrangements of other programs into usual ones
 rounding: merged weights in 16 bits, nearest or at random
 sdxl_merge_lora: command: merge LoRAs of Stable Diffusion checkpoints
+tensor_names: dialects: what stands before and behind modules' paths
 text_loras: LoRAs of text encoders, put into them
 teacher_options: options of frozen models that teach the network
 tool_options: options to merge, convert, average and extract LoRAs
