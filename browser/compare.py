@@ -17,8 +17,8 @@ from markupsafe import Markup
 
 from browser.jobs import WAITING, JobQueue
 from browser.names import short_digest
-from browser.runs import RUNNING, Glance, Runs
-from browser.views import COMPARED, COMPARED_FOLDER, FileNotes
+from browser.run_views import COMPARED, COMPARED_FOLDER, FileNotes
+from browser.runs import RUNNING, Runs, RunSummary
 from contract.families import HIGH_NOISE, LOW_NOISE, with_scripts
 from modules.errors import OptionError, UserError
 from modules.installation import MOST_BEFORE
@@ -57,7 +57,7 @@ SETTINGS = (
 class ComparableRun:
     """Hold a run whose files can be compared, with the options that generate with its models."""
 
-    run: Glance
+    run: RunSummary
     story: Story
     family: str  # as tools/compare.py calls it
     options: Mapping[str, Sequence[str]]  # name -> the words that follow
@@ -169,7 +169,7 @@ class Comparison:
     problem: str = ""
 
 
-def read_source(runs: Runs, run: Glance) -> ComparableRun | None:
+def read_source(runs: Runs, run: RunSummary) -> ComparableRun | None:
     """Return a run for comparison; None if its history names no command that generates.
 
     Raises OSError if its history cannot be read.
@@ -212,7 +212,7 @@ def _read_commands(commands: Iterable[PageCommand], scripts: Collection[str]) ->
                 break
 
 
-def working_folder(run: Glance, options: Mapping[str, Sequence[str]]) -> Path:
+def working_folder(run: RunSummary, options: Mapping[str, Sequence[str]]) -> Path:
     """Return the folder in which a run's command was typed: the one in its history, else the one that its
     output option shows, else the browser's own.
     """

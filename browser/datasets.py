@@ -19,7 +19,7 @@ from typing import Any
 
 from browser.names import short_digest
 from browser.options import PROJECT_CONFIG
-from browser.runs import CONFIG, Glance, Runs
+from browser.runs import CONFIG, Runs, RunSummary
 from contract.families import with_scripts
 from modules.console import count_of
 from modules.control_codes import escape_control_codes
@@ -169,7 +169,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class MediaFiles:
-    """Hold what the folders of a dataset have at a glance, before anything is measured."""
+    """Hold what the folders of a dataset have at a summary, before anything is measured."""
 
     pictures: int = 0
     clips: int = 0
@@ -320,7 +320,7 @@ class Datasets:
                 self.start(dataset)
             return measured
 
-    def glance(self, dataset: FoundDataset) -> tuple[MediaFiles, str]:
+    def describe(self, dataset: FoundDataset) -> tuple[MediaFiles, str]:
         """Return the media of a dataset's folders, and the known facts in words. Measures nothing."""
         try:
             if self.outside(dataset):
@@ -489,7 +489,7 @@ def _join_paths(file: File, folder: Path) -> None:
             file[name] = str(folder / file[name])
 
 
-def _locate(typed: str, run: Glance) -> tuple[Path, Path]:
+def _locate(typed: str, run: RunSummary) -> tuple[Path, Path]:
     """Return the working folder of a run, and the path of its --dataset_config.
 
     The history of an older version does not tell the working folder: the run folder's parents are tried, the

@@ -14,9 +14,8 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from browser.answers import Form, answer_form, answer_template, answer_unknown
-from browser.beginnings import DESCRIBE
-from browser.described import (
+from browser.background_jobs import name_background_job
+from browser.described_folder import (
     FILES,
     PROMPTS_FILE,
     ChangedMeanwhileError,
@@ -25,9 +24,10 @@ from browser.described import (
     read_described,
     tidy_lines,
 )
-from browser.errands import errand_name
 from browser.folders import find_folder
 from browser.new_form import NewForm, new_words
+from browser.responses import Form, answer_form, answer_template, answer_unknown
+from browser.run_start import DESCRIBE
 from browser.runs import RUNNING
 from browser.settings_table import (
     SettingRow,
@@ -46,7 +46,7 @@ from modules.errors import OptionError, UserError
 from modules.text_files import read_content, read_text
 from project.options import RUN_FILE
 
-CHOSEN = "chosen"  # kind of the errand that makes run.toml again
+CHOSEN = "chosen"  # kind of the background job that makes run.toml again
 TABLE = "table"  # the part of the page for the keys of run.toml; the others are files
 
 
@@ -57,7 +57,7 @@ class DraftChange:
     part: str  # TABLE or the name of a file
     difference: Sequence[str] = ()
     fault: str = ""  # why it cannot be saved
-    said: str = ""  # after a press of its button
+    message: str = ""  # after a press of its button
     text: str | None = None  # that was typed, of a file
     note: str = ""  # of the script that has checked it, or why none has
 
@@ -80,7 +80,7 @@ def plan_change(
             if after == draft.text:
                 continue
             if draft.name != PROMPTS_FILE:
-                site.beginnings.refuse_while_it_runs(draft.path.parent)
+                site.tracked_runs.refuse_while_it_runs(draft.path.parent)
             notes = [change.note, refuse_new_faults(draft, after, run.text)]
             if draft.name == RUN_FILE:
                 notes.append(describe_following(draft.text, after))
@@ -99,12 +99,12 @@ def save_change(change: DraftChange, texts: Mapping[DraftFile, str]) -> DraftCha
         return change
     changed = {draft: after for draft, after in texts.items() if after != draft.text}
     if not changed:
-        return DraftChange(part=change.part, said="Nothing is changed.")
+        return DraftChange(part=change.part, message="Nothing is changed.")
     for draft, after in changed.items():
         draft.save(after)
     names = " and ".join(draft.name for draft in changed)
-    said = f"Saved into {names}: {'; '.join(change.difference)}"
-    return DraftChange(part=change.part, said=said, note=change.note)
+    message = f"Saved into {names}: {'; '.join(change.difference)}"
+    return DraftChange(part=change.part, message=message, note=change.note)
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ class FolderSettingsPages:
             "can_write": not self.site.read_only,
             "table_part": TABLE,
         }
-        return answer_template("settings_table.html", RUN_FILE, values, is_refused)
+        return answer_template("folder_settings.html", RUN_FILE, values, is_refused)
 
     def view(self, folder: Path, change: DraftChange) -> SettingsView:
         chosen = self.read_chosen_text(folder)
@@ -184,15 +184,15 @@ class FolderSettingsPages:
             rows = self.read_rows(files[RUN_FILE].text, chosen)
         except (OSError, ValueError, UserError) as error:
             problem = str(error)
-        errand = self.site.errands.find(errand_name(CHOSEN, folder))
-        is_failed = errand is not None and errand.state != RUNNING and errand.code != 0
+        job = self.site.background_jobs.find(name_background_job(CHOSEN, folder))
+        is_failed = job is not None and job.state != RUNNING and job.code != 0
         return SettingsView(
             folder=folder,
             files=files,
             rows=rows,
             is_chosen_known=chosen is not None,
-            is_asking=errand is not None and errand.state == RUNNING,
-            chosen_problem=errand.last_lines(3) if errand is not None and is_failed else "",
+            is_asking=job is not None and job.state == RUNNING,
+            chosen_problem=job.last_lines(3) if job is not None and is_failed else "",
             problem=problem,
             change=change,
         )
@@ -208,22 +208,22 @@ class FolderSettingsPages:
         """
         described = read_described(folder)
         words = new_words(NewForm.of_described(described, self.site.models), self.site.models)
-        errand = self.site.errands.find(errand_name(DESCRIBE, folder))
-        if errand is not None and errand.code == 0:
-            typed = NewForm.of_words(shlex.split(errand.line))
+        job = self.site.background_jobs.find(name_background_job(DESCRIBE, folder))
+        if job is not None and job.code == 0:
+            typed = NewForm.of_words(shlex.split(job.line))
             if (typed.family, typed.task) == (described.family, described.task):
-                words = shlex.split(errand.line)
+                words = shlex.split(job.line)
         return [*(word for word in words if word != "--overwrite"), "--print_run"]
 
     def read_chosen_text(self, folder: Path) -> str | None:
         """Return the run.toml text that `new` chose for a folder; None if it is not known (any more)."""
-        errand = self.site.errands.find(errand_name(CHOSEN, folder))
-        if errand is None or errand.code != 0:
+        job = self.site.background_jobs.find(name_background_job(CHOSEN, folder))
+        if job is None or job.code != 0:
             return None
         try:
-            if errand.words != self.chosen_words(folder):
+            if job.words != self.chosen_words(folder):
                 return None
-            return read_chosen(read_text(errand.log))
+            return read_chosen(read_text(job.log))
         except (OSError, ValueError, UserError):
             return None
 
@@ -282,9 +282,11 @@ class FolderSettingsPages:
         """Start the process that makes run.toml again."""
         try:
             words = self.chosen_words(folder)
-            errand = self.site.errands.find(errand_name(CHOSEN, folder))
-            if errand is None or errand.words != words or errand.state != RUNNING:
-                self.site.errands.start(errand_name(CHOSEN, folder), words, Path.cwd(), within=folder)
+            job = self.site.background_jobs.find(name_background_job(CHOSEN, folder))
+            if job is None or job.words != words or job.state != RUNNING:
+                self.site.background_jobs.start(
+                    name_background_job(CHOSEN, folder), words, Path.cwd(), within=folder
+                )
         except (OSError, ValueError, UserError) as error:
             return self.answer(folder, is_refused=True, chosen_problem=str(error))
         return self.answer(folder)

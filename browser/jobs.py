@@ -34,7 +34,7 @@ FOLDER = QUEUE_FOLDER
 QUEUE = "queue.txt"
 STATE = "jobs.json"
 LOGS = "logs"
-WISHES = "making"  # folder of the page Generate
+RENDER_FOLDER = "making"  # folder of the page Generate
 WAITING = "waiting"
 ENDED = (FINISHED, STOPPED, DIED)
 MOST_OF_CODE = 100  # bytes that are read of the file with an exit code
@@ -254,8 +254,8 @@ class JobQueue:
     ) -> int:
         """Append a command of ours and return the number of its job.
 
-        folder: working folder of the command. within, typed: as those of `Errands.start`. Raises OptionError
-        if it is not a command of ours or never ends, OutputError if the queue cannot be written.
+        folder: working folder of the command. within, typed: as those of `BackgroundJobs.start`. Raises
+        OptionError if it is not a command of ours or never ends, OutputError if the queue cannot be written.
         """
         launch.find_job_program(words, folder)
         line = as_line(words)
@@ -583,7 +583,7 @@ def _folder_of(line: str) -> Path:
 def open_queue(runs: Runs, read_only: bool) -> JobQueue:
     """Return the queue of the first folder. Raises OutputError if its folders are links to other places."""
     folder = runs.tops[0] / FOLDER
-    for place in (folder, folder / LOGS, folder / WISHES):
+    for place in (folder, folder / LOGS, folder / RENDER_FOLDER):
         refuse_link(place)
     return JobQueue(folder, read_only)
 

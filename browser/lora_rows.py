@@ -7,8 +7,8 @@ from pathlib import Path
 from browser import compare
 from browser.compare import ComparableRun
 from browser.recipes import ModelRecipe, UsedLora
-from browser.runs import Glance, Runs
-from browser.views import label_runs
+from browser.run_views import label_runs
+from browser.runs import Runs, RunSummary
 from contract.families import FOLDERS, HIGH_NOISE, LOW_NOISE
 from modules.errors import OptionError
 from modules.installation import import_own
@@ -69,14 +69,14 @@ class LoraRow:
         return used
 
 
-class RunShelf:
+class RunLoras:
     """Remember which runs have a command that generates, and their files, until the runs change."""
 
     def __init__(self, runs: Runs) -> None:
         self.runs = runs
         self._rows: dict[str, tuple[float, str, list[LoraRow]]] = {}  # by id: time, family, rows
 
-    def refresh(self) -> list[tuple[Glance, str]]:
+    def refresh(self) -> list[tuple[RunSummary, str]]:
         """Read runs that have changed; return those that generate, with their labels, the newest first."""
         with self.runs.lock:
             labelled = label_runs(self.runs.list_all())
@@ -89,7 +89,7 @@ class RunShelf:
             self._rows = rows
         return [(run, label) for run, label in labelled if rows[run.id][1]]
 
-    def _read(self, run: Glance, label: str) -> tuple[str, list[LoraRow]]:
+    def _read(self, run: RunSummary, label: str) -> tuple[str, list[LoraRow]]:
         """Return the family of a run and its rows; no family if it has no command that generates."""
         try:
             source = compare.read_source(self.runs, run)

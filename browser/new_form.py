@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from browser.described import DescribedFolder, KeyChanges, change_steps
+from browser.described_folder import DescribedFolder, KeyChanges, change_steps
 from modules.control_codes import shorten
 from modules.errors import OptionError
 from modules.option_values import option_words

@@ -14,14 +14,14 @@ from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 from browser import compare
-from browser.answers import Form, answer_form, answer_page, answer_unknown, read_query
-from browser.beginnings import Beginnings
+from browser.command_lines import format_command
 from browser.folders import find_folder
 from browser.jobs import ENDED, ENTRY, QUEUE, WAITING, Job, JobQueue, is_to_come
 from browser.launch import check_options, command_part, find_program, split_folder, split_words
-from browser.runs import RUNNING, Glance, Runs, is_living
-from browser.typed import typed_anywhere
-from browser.views import HERE, PLAYED, POLICY, FileNotes
+from browser.responses import Form, answer_form, answer_page, answer_unknown, read_query
+from browser.run_start import TrackedRuns
+from browser.run_views import HERE, PLAYED, POLICY, FileNotes
+from browser.runs import RUNNING, Runs, RunSummary, is_living
 from modules.atomic_write import write_text
 from modules.command import as_typed
 from modules.console import in_words
@@ -89,7 +89,7 @@ class ComparePages:
     def fill_cells(self, comparison: compare.Comparison) -> list[list[compare.ShownClip]]:
         return compare.fill_cells(comparison, self.notes, compare.find_queued_clips(self.queue))
 
-    def page(self, comparison: compare.Comparison, runs: Sequence[Glance], error: str) -> str:
+    def page(self, comparison: compare.Comparison, runs: Sequence[RunSummary], error: str) -> str:
         """Return the page of a comparison. runs: all that there are.
 
         Raises UserError if the queue cannot be read, OSError if a file vanishes.
@@ -107,12 +107,12 @@ class ComparePages:
             "missing": count_missing(cells),
             "plays": any(cell.href.endswith(PLAYED) for cells_of_row in cells for cell in cells_of_row),
             "commands": [
-                typed_anywhere(job.words, comparison.sources[0].working_folder)
+                format_command(job.words, comparison.sources[0].working_folder)
                 for job in compare.plan_jobs(comparison, cells)
             ],
             "is_of_here": all(source.run.is_of_here for source in comparison.sources),
             "can_write": not self.queue.read_only,
-            "said": error,
+            "message": error,
         }
         return render_page(HERE / "compare.html", "Compare", values, POLICY)
 
@@ -125,7 +125,7 @@ def count_missing(cells: Sequence[Sequence[compare.ShownClip]]) -> int:
     return count
 
 
-def is_of(run: Glance, job: Job) -> bool:
+def is_of(run: RunSummary, job: Job) -> bool:
     """Return whether a job's process has started this running training."""
     if run.state != RUNNING or run.start is None or not job.process or not is_living(run.start.process):
         return False
@@ -143,7 +143,7 @@ class Draft(NamedTuple):
     """A command for the user to edit, and the run that it is from."""
 
     line: str = ""
-    run: Glance | None = None
+    run: RunSummary | None = None
 
 
 def find_draft(runs: Runs, query: Mapping[str, str]) -> Draft:
@@ -166,7 +166,7 @@ def find_draft(runs: Runs, query: Mapping[str, str]) -> Draft:
     return Draft()
 
 
-def read_jobs(text: str, run: Glance | None, may_come: bool) -> list[tuple[list[str], Path]]:
+def read_jobs(text: str, run: RunSummary | None, may_come: bool) -> list[tuple[list[str], Path]]:
     """Return the words and the folder of each command in a text; all are checked before the first is added.
 
     run: the run that the commands are from, if any. may_come: jobs before them may write what they read; so
@@ -198,9 +198,9 @@ def read_jobs(text: str, run: Glance | None, may_come: bool) -> list[tuple[list[
     return jobs
 
 
-def queue_routes(runs: Runs, queue: JobQueue, beginnings: Beginnings) -> list[Route]:
+def queue_routes(runs: Runs, queue: JobQueue, tracked_runs: TrackedRuns) -> list[Route]:
     """Return the routes of the queue."""
-    pages = QueuePages(runs, queue, beginnings)
+    pages = QueuePages(runs, queue, tracked_runs)
     return [
         Route("/queue", pages.show),
         Route("/queue/{what}", answer_form(pages.change), methods=["POST"]),
@@ -210,10 +210,10 @@ def queue_routes(runs: Runs, queue: JobQueue, beginnings: Beginnings) -> list[Ro
 class QueuePages:
     """Show the queue, and handle its buttons."""
 
-    def __init__(self, runs: Runs, queue: JobQueue, beginnings: Beginnings) -> None:
+    def __init__(self, runs: Runs, queue: JobQueue, tracked_runs: TrackedRuns) -> None:
         self.runs = runs
         self.queue = queue
-        self.beginnings = beginnings
+        self.tracked_runs = tracked_runs
         self.changes: dict[str, Callable[[int], None]] = {
             "up": lambda number: queue.move(number, -1),
             "down": lambda number: queue.move(number, 1),
@@ -240,7 +240,7 @@ class QueuePages:
         with self.runs.lock:
             trainings = self.find_trainings(running)
             draft = find_draft(self.runs, query)
-        shown_runs = self.beginnings.states_of_jobs(jobs)
+        shown_runs = self.tracked_runs.find_job_states(jobs)
         worker = self.queue.worker
         values = {
             "running": running,
@@ -250,7 +250,7 @@ class QueuePages:
             "ended": sorted(ended, key=when_begun, reverse=True),
             "worker": worker,
             "can_write": not self.queue.read_only,
-            "said": error or self.queue.problem,
+            "message": error or self.queue.problem,
             "file": self.queue.folder / QUEUE,
             "in_words": in_words,
             "draft": draft.line,
@@ -262,7 +262,7 @@ class QueuePages:
         }
         return render_page(HERE / "queue.html", "Queue", values, POLICY)
 
-    def find_trainings(self, jobs: Sequence[Job]) -> dict[int, Glance]:
+    def find_trainings(self, jobs: Sequence[Job]) -> dict[int, RunSummary]:
         """Return the running training of each job that has started one, by the job's number."""
         trainings = {}
         for run in self.runs.list_all():

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from browser.compare import PLACEHOLDER, ComparableRun, group_options
-from browser.wishes import Making
+from browser.render_queue import RenderJob
 from contract.families import HIGH_NOISE, with_scripts
 from downloads.catalogue import ModelSet, model_sets
 from generation.options import request_extras
@@ -443,7 +443,7 @@ def _read_loras(by_key: Mapping[str, Sequence[str]], expert: str) -> list[UsedLo
 
 
 @dataclass(frozen=True)
-class Wish:
+class RenderRequest:
     """Result to be made: a recipe, and the contents of the fields."""
 
     recipe: ModelRecipe
@@ -593,9 +593,9 @@ class Wish:
         save_flag = flag_of("save_path", defaults)
         return ["python", recipe.script, *_as_words(options), save_flag, self.save_path]
 
-    def as_making(self, seed: str) -> Making:
+    def as_render_job(self, seed: str) -> RenderJob:
         """Return the record of one result that is to be made."""
-        return Making(
+        return RenderJob(
             id=0,
             title=self.recipe.title,
             session=self.session_words,

@@ -13,12 +13,12 @@ from typing import Any
 
 from starlette.responses import Response
 
-from browser.answers import answer_template, answer_unknown
-from browser.described import PROMPTS_FILE, ChangedMeanwhileError, DraftFile, edit_toml, read_described
+from browser.described_folder import PROMPTS_FILE, ChangedMeanwhileError, DraftFile, edit_toml, read_described
 from browser.folder_settings import DraftChange, plan_change, read_file, require_whole, save_change
 from browser.folders import is_written
 from browser.new_form import MOST_STEPS, parse_whole
 from browser.recipes import is_driven, recipe_of_model
+from browser.responses import answer_template, answer_unknown
 from browser.settings_table import describe_difference, read_keys
 from browser.site import Site
 from downloads.catalogue import ModelSet

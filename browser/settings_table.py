@@ -19,7 +19,7 @@ import tomlkit
 from tomlkit.exceptions import TOMLKitError
 
 from browser import launch
-from browser.described import (
+from browser.described_folder import (
     DATASET_FILE,
     PROMPTS_FILE,
     TRAINING_TABLE,

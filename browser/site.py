@@ -4,13 +4,13 @@ import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from browser.beginnings import Beginnings
-from browser.errands import Errands
+from browser.background_jobs import BackgroundJobs
 from browser.jobs import JobQueue
-from browser.making import ResultMaker
+from browser.render_worker import RenderWorker
+from browser.run_start import TrackedRuns
+from browser.run_views import FileNotes
 from browser.runs import Runs
 from browser.settings import ServerSettings
-from browser.views import FileNotes
 from project.options import MODELS
 
 
@@ -20,15 +20,15 @@ class Site:
 
     runs: Runs
     queue: JobQueue
-    errands: Errands
-    maker: ResultMaker
+    background_jobs: BackgroundJobs
+    render_worker: RenderWorker
     models: Path = MODELS  # folder of the models' files
     notes: FileNotes = field(default_factory=FileNotes)
     settings: ServerSettings = field(default_factory=ServerSettings)
 
     @functools.cached_property
-    def beginnings(self) -> Beginnings:
-        return Beginnings(self.runs, self.queue, self.errands)
+    def tracked_runs(self) -> TrackedRuns:
+        return TrackedRuns(self.runs, self.queue, self.background_jobs)
 
     @property
     def read_only(self) -> bool:

@@ -42,7 +42,7 @@ def run_browser(options: BrowserOptions) -> None:
     places = choose_places(options, Path.cwd(), ROOT)
     runs = Runs(places.folders)
     if options.export is not None:
-        from browser.views import export_run
+        from browser.run_views import export_run
 
         export_run(runs, options.export)
         logger.info("wrote %s", options.export)

@@ -180,7 +180,7 @@ def test_only_accelerates_options_of_one_machine_are_taken(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ("reelsmith browser", "browser runs until somebody ends it"),
         ("python tools/run_browser.py x --work", "browser runs until somebody ends it"),
@@ -203,11 +203,13 @@ def test_only_accelerates_options_of_one_machine_are_taken(tmp_path: Path) -> No
         ),
     ],
 )
-def test_what_cannot_end_or_begin_is_refused_when_it_is_added(line: str, said: str, tmp_path: Path) -> None:
+def test_what_cannot_end_or_begin_is_refused_when_it_is_added(
+    line: str, message: str, tmp_path: Path
+) -> None:
     (tmp_path / "clips").mkdir()
     with pytest.raises(OptionError) as refusal:
         check_options(split_words(line), tmp_path)
-    assert said in str(refusal.value)
+    assert message in str(refusal.value)
 
 
 @pytest.mark.parametrize("line", ["reelsmith browser", "python wan_generate_video.py --interactive"])
@@ -295,8 +297,8 @@ def test_no_module_is_taken_from_the_folder_of_a_job(line: str, tmp_path: Path) 
 
 def test_pages_refuse_and_show_lines_that_are_no_jobs(tmp_path: Path) -> None:
     with serve_runs(tmp_path) as served:
-        said = served.ask("/queue/add", "POST", urlencode({"line": "bash x"}), Origin=served.url)
-        assert (said.status, "&#39;bash&#39; is no command" in said.text) == (422, True)
+        message = served.ask("/queue/add", "POST", urlencode({"line": "bash x"}), Origin=served.url)
+        assert (message.status, "&#39;bash&#39; is no command" in message.text) == (422, True)
         assert not (tmp_path / "reelsmith-queue" / QUEUE).exists()
         (tmp_path / "reelsmith-queue").mkdir(exist_ok=True)
         (tmp_path / "reelsmith-queue" / QUEUE).write_text("bash x\n", encoding="utf-8")
@@ -439,7 +441,7 @@ def test_a_damaged_list_is_named(queue: JobQueue) -> None:
     "wan_generate_video.py --save_path x --prompt a --infer_steps x---infer_steps",
 )
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ("python wan_train_network.py --dataset_confg x.toml", "Did you mean --dataset_config?"),
         (
@@ -449,15 +451,15 @@ def test_a_damaged_list_is_named(queue: JobQueue) -> None:
         ("wan_generate_video.py --save_path x --prompt a --infer_steps x", "--infer_steps"),
     ],
 )
-def test_options_are_checked_when_a_line_is_added_or_edited(line: str, said: str, queue: JobQueue) -> None:
+def test_options_are_checked_when_a_line_is_added_or_edited(line: str, message: str, queue: JobQueue) -> None:
     queue.folder.parent.mkdir()
     with serve_runs(queue.folder.parent) as served:
         answer = served.ask("/queue/add", "POST", urlencode({"line": line}), Origin=served.url)
-        assert (answer.status, said in answer.text, "Traceback" in answer.text) == (422, True, False)
+        assert (answer.status, message in answer.text, "Traceback" in answer.text) == (422, True, False)
         assert queue.jobs() == []
         queue.add(["convert_lora.py", "--input", "x"], ROOT)
         answer = served.ask("/queue/edit", "POST", urlencode({"id": 1, "line": line}), Origin=served.url)
-        assert (answer.status, said in answer.text) == (422, True)
+        assert (answer.status, message in answer.text) == (422, True)
         assert ask(served, "edit", id=1, line="python merge_lora.py --help") == 303
         assert [job.line for job in queue.jobs()] == ["python merge_lora.py --help"]
         assert ask(served, "edit", id="1" * 5000, line="python merge_lora.py --help") == 404

@@ -234,10 +234,10 @@ def test_a_plan_of_the_pocket_model_becomes_a_bar(tmp_path: Path) -> None:
     with serve_runs(tmp_path) as served, open_page(f"{served.url}/new?folder={quote(str(folder))}") as page:
         wait_until(page, "document.querySelector('#memory-form') !== null")
         page.get_by_role("button", name="Plan", exact=True).click()
-        said = wait_for_plan(page)
-        assert "Make the caches first" in said
+        message = wait_for_plan(page)
+        assert "Make the caches first" in message
         caching = f"cd {shlex.quote(str(folder))} && python"
-        assert said.count(caching) == 3  # two commands for caches, and that of the plan
+        assert message.count(caching) == 3  # two commands for caches, and that of the plan
         make_caches(folder, files)
         page.get_by_label("Card of").select_option("12")
         wait_for_plan(page, "of 12 GiB")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from browser.captioning import caption_words
-from browser.described import change_steps
+from browser.described_folder import change_steps
 from browser.new_form import NewForm, check_form, list_key_changes, new_words, read_steps
 from browser.new_pages import find_free_name
 from modules.errors import OptionError

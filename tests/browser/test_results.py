@@ -19,12 +19,11 @@ from safetensors.numpy import save_file
 from browser.bin_folder import FOLDER as BIN
 from browser.bin_folder import BinFolder
 from browser.captions import mark_bytes
-from browser.described import ChangedMeanwhileError
+from browser.described_folder import ChangedMeanwhileError
 from browser.recipes import ModelRecipe, find_model_set, recipe_of_model
+from browser.render_queue import RenderJob
 from browser.result_pages import add_line, name_day
-from browser.results import MADE_FROM, ResultFolders
-from browser.runs import Runs
-from browser.settings_of import (
+from browser.result_settings import (
     ResultSettings,
     find_family,
     read_settings,
@@ -32,7 +31,8 @@ from browser.settings_of import (
     sample_line,
     settings_of_tags,
 )
-from browser.wishes import Making
+from browser.results import MADE_FROM, ResultFolders
+from browser.runs import Runs
 from contract.families import with_scripts
 from modules.errors import OptionError
 from modules.media.reading import read_image, read_tags, video_frames
@@ -182,7 +182,7 @@ def recipe_of(**changes: Any) -> ModelRecipe:
     )
 
 
-def remade_of(tags: Mapping[str, str], recipe: ModelRecipe, seed: str = "7") -> Making:
+def remade_of(tags: Mapping[str, str], recipe: ModelRecipe, seed: str = "7") -> RenderJob:
     settings = settings_of_tags(tags)
     assert settings is not None
     return remake(

@@ -40,11 +40,11 @@ def test_it_prints_an_address_that_answers_and_ends_with_ctrl_c(tmp_path: Path) 
         with opener.open(bare, timeout=30) as answer:
             assert "<h2>x</h2>" in answer.read().decode()
         os.kill(process.pid, signal.SIGINT)
-        said = process.communicate(timeout=30)
+        message = process.communicate(timeout=30)
     finally:
         process.kill()
     assert process.returncode == 0
-    assert "1 run, 0 running. Ctrl-C ends this page" in said[1]
+    assert "1 run, 0 running. Ctrl-C ends this page" in message[1]
 
 
 def test_a_port_that_is_taken_is_refused_with_a_free_one_and_the_usual_one_is_kept_if_it_can_be() -> None:
@@ -63,7 +63,7 @@ def test_a_port_that_is_taken_is_refused_with_a_free_one_and_the_usual_one_is_ke
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["page.html"], "is a file: give a folder with runs in it"),
         (["--host", "0.0.0.0"], "secrets.token_urlsafe"),
@@ -74,13 +74,13 @@ def test_a_port_that_is_taken_is_refused_with_a_free_one_and_the_usual_one_is_ke
     ],
 )
 def test_refusals_say_what_to_give(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], said: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("page.html").write_text("", encoding="utf-8")
     Path("short.txt").write_text("a b", encoding="utf-8")
 
-    with pytest.raises(OptionError, match=re.escape(said)):
+    with pytest.raises(OptionError, match=re.escape(message)):
         parse_options("", words, BrowserOptions)[0].read_token()
 
 
@@ -175,7 +175,7 @@ def test_a_file_to_double_click_has_three_lines_and_starts_the_browser(name: str
 
 
 def test_the_browser_never_loads_torch() -> None:
-    code = "import browser.server, browser.start, browser.views, sys; print('torch' in sys.modules)"
+    code = "import browser.server, browser.start, browser.run_views, sys; print('torch' in sys.modules)"
 
     assert run_python("-c", code, folder=ROOT).stdout == "False\n"
 

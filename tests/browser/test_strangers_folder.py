@@ -12,8 +12,8 @@ from urllib.parse import urlencode
 import pytest
 from PIL import Image
 
+from browser.background_jobs import BackgroundJobs, name_background_job
 from browser.captioning import TYPED_OPTIONS, caption_words
-from browser.errands import Errands, errand_name
 from browser.jobs import WAITING, open_queue
 from browser.launch import READ_OPTIONS, check_options
 from browser.queue_views import read_jobs
@@ -75,12 +75,12 @@ def outside(root: Path) -> dict[str, bytes]:
 
 
 def wait_for_end(root: Path, kind: str, folder: Path) -> str:
-    """Wait until an errand has ended, and return what it has printed."""
-    errands = Errands(open_queue(Runs([root]), read_only=False))
-    errand = errands.wait(errand_name(kind, folder), SECONDS)
-    assert errand is not None
-    assert errand.state != RUNNING
-    return errand.last_lines(100)
+    """Wait until a background job has ended, and return what it has printed."""
+    background_jobs = BackgroundJobs(open_queue(Runs([root]), read_only=False))
+    job = background_jobs.wait(name_background_job(kind, folder), SECONDS)
+    assert job is not None
+    assert job.state != RUNNING
+    return job.last_lines(100)
 
 
 PLACES = {
@@ -323,17 +323,17 @@ def test_pictures_go_only_to_a_server_that_was_typed(root: Path, folder: Path) -
     """A printed line that a button starts sends nothing; the address in the page's form was typed."""
     (folder / "cat.txt").write_text("a cat", encoding="utf-8")
     queue = open_queue(Runs((root,)), read_only=False)
-    errands = Errands(queue)
+    background_jobs = BackgroundJobs(queue)
     words = caption_words("http://127.0.0.1:9/v1 model", "", try_on=1)
-    name = errand_name("try", folder)
+    name = name_background_job("try", folder)
 
-    errands.start(name, words, folder, within=folder)
-    ended = errands.wait(name, SECONDS)
+    background_jobs.start(name, words, folder, within=folder)
+    ended = background_jobs.wait(name, SECONDS)
     assert ended is not None
     assert "--api_base: what a folder describes does not leave this machine" in ended.last_lines()
 
-    errands.start(name, words, folder, within=folder, typed=TYPED_OPTIONS)
-    ended = errands.wait(name, SECONDS)
+    background_jobs.start(name, words, folder, within=folder, typed=TYPED_OPTIONS)
+    ended = background_jobs.wait(name, SECONDS)
     assert ended is not None
     assert "127.0.0.1:9" in ended.last_lines()
     assert "does not leave this machine" not in ended.last_lines()

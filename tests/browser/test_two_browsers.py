@@ -11,9 +11,9 @@ import pytest
 pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 
 from browser import captions
+from browser.background_jobs import name_background_job
 from browser.captions import CaptionConflictError, Captions, mark_bytes
-from browser.described import ChangedMeanwhileError, change_keys
-from browser.errands import errand_name
+from browser.described_folder import ChangedMeanwhileError, change_keys
 from browser.jobs import FOLDER as QUEUE_FOLDER
 from browser.jobs import JobQueue
 from tests.browser.serving import Served, serve_runs
@@ -87,7 +87,7 @@ def test_a_check_that_is_pressed_on_two_pages_runs_once(root: Path, servers: tup
     )
 
     assert sorted(statuses) == [200, 422, 422, 422]
-    name = errand_name("check", root / "described")
+    name = name_background_job("check", root / "described")
     assert len(list((root / QUEUE_FOLDER / "logs").glob(f"{name}.json"))) == 1
     for served in servers:
         assert "checking" in served.ask("/new?folder=described").text

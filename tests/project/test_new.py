@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from browser.described import read_described
+from browser.described_folder import read_described
 from dataset.config import load_dataset_config
 from modules.parser import parse_options
 from modules.speed_options import PlanOptions

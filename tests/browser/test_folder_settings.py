@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 
 from browser.captions import mark_bytes
-from browser.described import FILES, ChangedMeanwhileError, change_keys, edit_toml
+from browser.described_folder import FILES, ChangedMeanwhileError, change_keys, edit_toml
 from browser.settings_table import (
     apply_edits,
     check_text,

@@ -13,10 +13,10 @@ from typing import Any
 
 from markupsafe import Markup
 
-from browser.beginnings import BUSY, STATES, RunState, ShownRun, state_of_run
+from browser.command_lines import format_cd
 from browser.names import short_digest
-from browser.runs import DIED, RUNNING, STOPPED, Glance, Runs, describe_left, find_state, mean_of
-from browser.typed import cd_before
+from browser.run_start import BUSY, STATES, RunState, ShownRun, read_run_state
+from browser.runs import DIED, RUNNING, STOPPED, Runs, RunSummary, describe_left, find_state, mean_of
 from modules.atomic_write import write_text
 from modules.control_codes import escape_control_codes, shorten
 from modules.errors import OptionError, UserError
@@ -62,8 +62,8 @@ SORTS = {
 
 
 def select_runs(
-    runs: Sequence[Glance], query: Mapping[str, str], states: Mapping[str, RunState] | None = None
-) -> list[Glance]:
+    runs: Sequence[RunSummary], query: Mapping[str, str], states: Mapping[str, RunState] | None = None
+) -> list[RunSummary]:
     """Filter and sort the runs for a list. query: text, family, state and sort. states: by the run's id."""
     words = query.get("text", "").lower().split()
     chosen = []
@@ -73,7 +73,7 @@ def select_runs(
             continue
         if query.get("family") not in (None, "", run.model):
             continue
-        state = (states or {}).get(run.id) or state_of_run(run)
+        state = (states or {}).get(run.id) or read_run_state(run)
         is_running = query.get("state") == RUNNING and state.name in BUSY
         if is_running or query.get("state") in (None, "", state.name):
             chosen.append(run)
@@ -83,7 +83,7 @@ def select_runs(
 def mark_list(runs: Sequence[ShownRun], query: Mapping[str, str]) -> str:
     """Return a text that changes with what a list of runs shows."""
     states = [
-        (one.glance.id, one.glance.changed, one.state.text, one.state.reason, one.state.is_asked)
+        (one.summary.id, one.summary.changed, one.state.text, one.state.reason, one.state.is_asked)
         for one in runs
     ]
     return short_digest(repr((states, sorted(query.items()))), 12)
@@ -93,8 +93,8 @@ def list_page(
     shown_runs: Sequence[ShownRun], roots: Sequence[Path], query: Mapping[str, str], can_write: bool = True
 ) -> str:
     """Return the page of all runs. roots: the folders that they were found in."""
-    runs = [one.glance for one in shown_runs]
-    states_of_runs = {one.glance.id: one.state for one in shown_runs}
+    runs = [one.summary for one in shown_runs]
+    states_of_runs = {one.summary.id: one.state for one in shown_runs}
     chosen = select_runs(runs, query, states_of_runs)
     shown = chosen if query.get("all") else chosen[:MOST_RUNS]
     families = sorted({run.model for run in runs if run.model})
@@ -118,7 +118,7 @@ def list_page(
     return render_page(HERE / "runs.html", "Runs", values, POLICY)
 
 
-def label_runs(runs: Sequence[Glance]) -> list[tuple[Glance, str]]:
+def label_runs(runs: Sequence[RunSummary]) -> list[tuple[RunSummary, str]]:
     """Return each run with its label: the name, with the folder if several runs have that name."""
     counts = Counter(run.name for run in runs)
     labelled = []
@@ -139,7 +139,7 @@ class LiveStanding:
     left: str  # words on the time left
 
     @classmethod
-    def of(cls, run: Glance, story: Story, ended_at_once: str = "") -> "LiveStanding":
+    def of(cls, run: RunSummary, story: Story, ended_at_once: str = "") -> "LiveStanding":
         """Return the current standing of the run of a history.
 
         ended_at_once: the reason shown for a run that the page has ended; empty for all other runs.
@@ -160,7 +160,7 @@ class LiveStanding:
         return cls(Standing(start, step, text, kind), state, words)
 
 
-def _describe_time(run: Glance, story: Story, steps_left: int) -> str:
+def _describe_time(run: RunSummary, story: Story, steps_left: int) -> str:
     """Return the work of a running training between two steps, or the time until its end, in words."""
     if story.doing:
         return f"· {story.doing}"
@@ -178,15 +178,15 @@ def linked_clip(name: str, prompt: str, step: int, _: bool) -> Markup:
 
 def run_page(
     runs: Runs,
-    run: Glance,
+    run: RunSummary,
     can_write: bool,
     is_paused: bool = False,
-    deeds: Markup | str = "",
+    actions: Markup | str = "",
     ended_at_once: str = "",
 ) -> str:
     """Return the page of a run.
 
-    is_paused: no job of the queue begins. deeds: HTML of its buttons. ended_at_once: see `LiveStanding.of`.
+    is_paused: no job of the queue begins. actions: HTML of its buttons. ended_at_once: see `LiveStanding.of`.
     Raises OSError if its history cannot be read.
     """
     story = runs.open(run).story
@@ -205,17 +205,17 @@ def run_page(
         "can_queue": can_write,
         "plays": any(name.endswith(PLAYED) for name in sample_names),
         "is_paused": is_paused,
-        "deeds": Markup(deeds),
+        "actions": Markup(actions),
         "is_of_here": run.is_of_here,
-        "cd": cd_before(run.working_folder),
-        "cd_powershell": cd_before(run.working_folder, in_powershell=True),
+        "cd": format_cd(run.working_folder),
+        "cd_powershell": format_cd(run.working_folder, in_powershell=True),
         "others": _list_other_runs(runs, run),
         "messages": story.messages[-MOST_MESSAGES:],
     }
     return render_page(TEMPLATE, run.name, values, POLICY)
 
 
-def _list_other_runs(runs: Runs, run: Glance) -> list[tuple[str, str]]:
+def _list_other_runs(runs: Runs, run: RunSummary) -> list[tuple[str, str]]:
     """Return the id and label of each run except one."""
     labelled = label_runs(runs.list_all())
     return [(candidate.id, label) for candidate, label in labelled if candidate.id != run.id]
@@ -229,7 +229,7 @@ def mark_page(story: Story, now: LiveStanding) -> str:
 
 
 def collect_news(
-    runs: Runs, run: Glance, query: Mapping[str, str], ended_at_once: str = ""
+    runs: Runs, run: RunSummary, query: Mapping[str, str], ended_at_once: str = ""
 ) -> dict[str, Any]:
     """Return the facts that a run's page polls, with its curves if they have changed.
 
@@ -278,7 +278,7 @@ def _narrow(story: Story, low: float, high: float) -> Story:
     )
 
 
-def file_of(runs: Runs, run: Glance, name: str) -> Path | None:
+def file_of(runs: Runs, run: RunSummary, name: str) -> Path | None:
     """Return the path of a file that a page links (a saved file, a sample, a clip); None for other names."""
     story = runs.open(run).story
     folder = run.history.parent

@@ -11,11 +11,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from browser.described import DATASET_FILE, TRAINING_TABLE, DescribedFolder, read_described, refuse_share
-from browser.errands import Errands, errand_name
+from browser.background_jobs import BackgroundJobs, name_background_job
+from browser.described_folder import (
+    DATASET_FILE,
+    TRAINING_TABLE,
+    DescribedFolder,
+    read_described,
+    refuse_share,
+)
 from browser.jobs import QUEUE, WAITING, Job, JobQueue, as_line
 from browser.names import short_digest
-from browser.runs import DIED, FINISHED, RUNNING, STOPPED, Glance, Runs
+from browser.runs import DIED, FINISHED, RUNNING, STOPPED, Runs, RunSummary
 from contract.families import with_scripts
 from modules.atomic_write import SPARE_BYTES, explain_errors, free_bytes
 from modules.command import message_of
@@ -31,7 +37,7 @@ from training.config_options import OTHERS_TABLE
 from training.reports.history import BEFORE_TRAINING, history_path
 from training.saving.files import state_pattern
 
-DESCRIBE = "describe"  # kinds of errands
+DESCRIBE = "describe"  # kinds of background jobs
 CHECK = "check"
 DRAFT, CHECKING, FAULTS, STARTING = "draft", "checking", "faults", "starting"
 DOWNLOADING, CACHING, LOADING = "downloading", "caching", "loading"
@@ -54,7 +60,7 @@ SAMPLE = re.compile(r"sample (\d+ of \d+)(.*)", re.DOTALL)
 BYTES = re.compile(r"([\d.,]+) (\w+) of ([\d.,]+) \2")  # `11.2 GB of 34.8 GB`
 KILLED = (9, -9, 137)  # exit codes after SIGKILL
 UNWRITTEN = (1, 120)  # exit codes of Python after an error, also one while its last words are written
-SAID_LINES = 12  # of a log, on a page
+SHOWN_LINES = 12  # of a log, on a page
 READ_LINES = 60  # in which the reason of an end is looked for
 MOST_OF_REASON = 600  # characters
 SECOND = 1.0  # a process' birth is rounded
@@ -68,7 +74,7 @@ class RunState:
     words: str = ""  # what is said behind it: `40 of 120`
     reason: str = ""  # why it ended, or cannot begin
     job: Job | None = None  # of the queue, that is or was this run
-    errand: Job | None = None  # a check of its folder
+    background_job: Job | None = None  # a check of its folder
     is_asked: bool = False  # to stop
     is_paused: bool = False  # it waits in a queue that begins no job
 
@@ -93,12 +99,12 @@ class RunState:
     @property
     def last_lines(self) -> str:
         """Return the last lines that its command has printed; empty if it is not known where."""
-        source = self.errand if self.errand is not None else self.job
-        return "" if source is None else source.last_lines(SAID_LINES)
+        source = self.background_job if self.background_job is not None else self.job
+        return "" if source is None else source.last_lines(SHOWN_LINES)
 
 
 @dataclass(frozen=True)
-class Plan:
+class PlannedRun:
     """Hold what the run.toml of a described folder says of its run."""
 
     folder: Path
@@ -111,11 +117,11 @@ class Plan:
 
     @property
     def id(self) -> str:
-        return self.glance.id
+        return self.summary.id
 
     @property
     def name(self) -> str:
-        return self.glance.name
+        return self.summary.name
 
     @property
     def output(self) -> Path:
@@ -127,9 +133,9 @@ class Plan:
         return history_path(self.output, f"{self.name}{BEFORE_TRAINING}")
 
     @property
-    def glance(self) -> Glance:
+    def summary(self) -> RunSummary:
         """Return the facts that a list shows of the run before it has a history."""
-        return Glance(
+        return RunSummary(
             history=self.history,
             changed=self.changed,
             start=None,
@@ -144,7 +150,7 @@ class Plan:
         )
 
 
-def read_plan(path: Path, changed: float) -> Plan | None:
+def read_plan(path: Path, changed: float) -> PlannedRun | None:
     """Read a run.toml; None if it is another program's.
 
     changed: when it was. Raises OSError if it cannot be read.
@@ -155,7 +161,7 @@ def read_plan(path: Path, changed: float) -> Plan | None:
     except ValueError as error:
         if not (folder / DATASET_FILE).is_file():
             return None
-        return Plan(folder, _usual_history(folder), changed, problem=f"{path}: {error}")
+        return PlannedRun(folder, _find_usual_history(folder), changed, problem=f"{path}: {error}")
     if OTHERS_TABLE not in tables:
         return None
     try:
@@ -163,14 +169,14 @@ def read_plan(path: Path, changed: float) -> Plan | None:
     except (OptionError, ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         problem = f"{path} is not as `new` writes it ({reason})"
-        return Plan(folder, _usual_history(folder), changed, problem=problem)
+        return PlannedRun(folder, _find_usual_history(folder), changed, problem=problem)
 
 
-def _usual_history(folder: Path) -> Path:
+def _find_usual_history(folder: Path) -> Path:
     return history_path(folder / "output", folder.name)
 
 
-def _parse_plan(folder: Path, tables: Mapping[str, Any], changed: float) -> Plan:
+def _parse_plan(folder: Path, tables: Mapping[str, Any], changed: float) -> PlannedRun:
     values = tables[TRAINING_TABLE]
     name = str(values["output_name"])
     check_output_name("output_name", name, is_new=False)
@@ -180,17 +186,17 @@ def _parse_plan(folder: Path, tables: Mapping[str, Any], changed: float) -> Plan
     prompts = values.get("sample_prompts")
     for text in (str(values["output_dir"]), str(prompts or "")):
         refuse_share(text, folder)
-    return Plan(
+    return PlannedRun(
         folder=folder,
         history=history_path(real_path(expand_path(str(values["output_dir"]), folder)), name),
         changed=changed,
-        model=_family_of(map(str, commands[-1])) or typed.get("--family", ""),
+        model=_read_family(map(str, commands[-1])) or typed.get("--family", ""),
         steps=0 if "max_train_epochs" in values else int(values.get("max_train_steps", 0)),
         prompts=None if prompts is None else expand_path(str(prompts), folder),
     )
 
 
-def _family_of(words: Iterable[str]) -> str:
+def _read_family(words: Iterable[str]) -> str:
     """Return the family of a command that trains, by which its runs are listed too; "" if it is none.
 
     The catalogue's families are finer, or coarser: `wan22`, `stable_diffusion`.
@@ -203,14 +209,14 @@ def _family_of(words: Iterable[str]) -> str:
 class ShownRun:
     """Hold a run and how it stands."""
 
-    glance: Glance
+    summary: RunSummary
     state: RunState
-    plan: Plan | None = None  # of the described folder that it can be started from
+    plan: PlannedRun | None = None  # of the described folder that it can be started from
 
     @property
     def ended_at_once(self) -> str:
         """Return the reason shown for a run that the page has ended; empty for all other runs."""
-        return self.state.reason if self.state.name == STOPPED and self.glance.state == DIED else ""
+        return self.state.reason if self.state.name == STOPPED and self.summary.state == DIED else ""
 
 
 @dataclass(frozen=True)
@@ -221,22 +227,22 @@ class WaitingJobs:
     is_paused: bool  # no job begins
 
 
-class Beginnings:
+class TrackedRuns:
     """Find drafts below the roots, and tell how all runs stand."""
 
-    def __init__(self, runs: Runs, queue: JobQueue, errands: Errands) -> None:
+    def __init__(self, runs: Runs, queue: JobQueue, background_jobs: BackgroundJobs) -> None:
         self.runs = runs
         self.queue = queue
-        self.errands = errands
-        self._plans: dict[Path, tuple[tuple[int, int, int], Plan | None]] = {}
+        self.background_jobs = background_jobs
+        self._plans: dict[Path, tuple[tuple[int, int, int], PlannedRun | None]] = {}
 
     # ---- what there is
 
-    def list_plans(self) -> list[Plan]:
+    def list_plans(self) -> list[PlannedRun]:
         """Return the described folders below the roots. Call it after the runs were listed."""
         with self.runs.lock:
             plans = {}
-            known: dict[Path, tuple[tuple[int, int, int], Plan | None]] = {}
+            known: dict[Path, tuple[tuple[int, int, int], PlannedRun | None]] = {}
             for path in self.runs.configs():
                 if path.name == RUN_FILE and path not in known:
                     with contextlib.suppress(OSError):
@@ -247,7 +253,7 @@ class Beginnings:
                     plans[plan.history] = plan
             return list(plans.values())
 
-    def _read_plan(self, path: Path) -> tuple[tuple[int, int, int], Plan | None]:
+    def _read_plan(self, path: Path) -> tuple[tuple[int, int, int], PlannedRun | None]:
         """Return a plan with the state of its file; the file is read only if it has changed."""
         status = path.lstat()
         mark = status.st_mtime_ns, status.st_size, status.st_ino
@@ -256,7 +262,7 @@ class Beginnings:
             return before
         return mark, read_plan(path, status.st_mtime)
 
-    def find_plan_of(self, run: Glance) -> Plan | None:
+    def find_plan(self, run: RunSummary) -> PlannedRun | None:
         """Return the described folder that a run can be started from again; None if there is none."""
         plans = self.list_plans()
         return next((plan for plan in plans if run.history in (plan.history, plan.trace)), None)
@@ -274,8 +280,8 @@ class Beginnings:
             run = found.pop(plan.history, None)
             trace = found.pop(plan.trace, None)
             shown.append(self._show(plan, run, trace, by_folder.get(plan.folder, ()), waiting))
-        shown += [ShownRun(run, state_of_run(run)) for run in found.values()]
-        return sorted(shown, key=lambda one: -one.glance.changed)
+        shown += [ShownRun(run, read_run_state(run)) for run in found.values()]
+        return sorted(shown, key=lambda one: -one.summary.changed)
 
     def find(self, id: str) -> ShownRun | None:
         """Return the run or draft of this id; None if there is none."""
@@ -287,12 +293,12 @@ class Beginnings:
             if plan is not None:
                 trace = next((one for one in found if one.history == plan.trace), None)
         if plan is None:
-            return None if run is None else ShownRun(run, state_of_run(run))
+            return None if run is None else ShownRun(run, read_run_state(run))
         jobs = self._list_jobs()
-        of_folder = [job for job in jobs if runs_folder(job, plan.folder)]
+        of_folder = [job for job in jobs if is_run_of_folder(job, plan.folder)]
         return self._show(plan, run, trace, of_folder, self._list_waiting(jobs))
 
-    def states_of_jobs(self, jobs: Sequence[Job]) -> dict[int, ShownRun]:
+    def find_job_states(self, jobs: Sequence[Job]) -> dict[int, ShownRun]:
         """Return the run of each job that waits or runs and is a `run` of a described folder, by number."""
         shown = {}
         for one in self.list_all():
@@ -310,7 +316,7 @@ class Beginnings:
 
     def find_job(self, folder: Path) -> Job | None:
         """Return the job of the queue that runs a folder, or ran it last; None if there is none."""
-        return newest_job([job for job in self._list_jobs() if runs_folder(job, folder)])
+        return newest_job([job for job in self._list_jobs() if is_run_of_folder(job, folder)])
 
     # ---- how a run stands
 
@@ -320,9 +326,9 @@ class Beginnings:
 
     def _show(
         self,
-        plan: Plan,
-        run: Glance | None,
-        trace: Glance | None,
+        plan: PlannedRun,
+        run: RunSummary | None,
+        trace: RunSummary | None,
         of_folder: Sequence[Job],
         waiting: WaitingJobs,
     ) -> ShownRun:
@@ -348,8 +354,8 @@ class Beginnings:
         if state.name == WAITING:
             with contextlib.suppress(OSError):
                 changed = max(changed, (self.queue.folder / QUEUE).stat().st_mtime)
-        glance = plan.glance if run is None else run
-        return ShownRun(replace(glance, changed=changed), state, plan)
+        summary = plan.summary if run is None else run
+        return ShownRun(replace(summary, changed=changed), state, plan)
 
     def _is_paused(self) -> bool:
         try:
@@ -357,26 +363,28 @@ class Beginnings:
         except UserError:
             return False
 
-    def _find_state(self, plan: Plan, run: Glance | None, trace: Glance | None, job: Job | None) -> RunState:
+    def _find_state(
+        self, plan: PlannedRun, run: RunSummary | None, trace: RunSummary | None, job: Job | None
+    ) -> RunState:
         """Return the state of a described folder's run: by what works now, else by what ended last."""
         is_asked = job is not None and job.state == RUNNING and job.stops > 0
         if run is not None and run.state == RUNNING:
-            state = state_of_run(run)
+            state = read_run_state(run)
             return replace(state, job=job, is_asked=state.is_asked or is_asked)
         if trace is not None and trace.state == RUNNING:
-            return replace(state_of_trace(trace), job=job, is_asked=is_asked)
+            return replace(read_trace_state(trace), job=job, is_asked=is_asked)
         if job is not None and job.state == RUNNING:
-            return _state_of_running_job(job, run, trace)
+            return _find_running_job_state(job, run, trace)
         if job is not None and job.state == WAITING:
             return RunState(WAITING, job=job)
-        check = self.errands.find(errand_name(CHECK, plan.folder))
+        check = self.background_jobs.find(name_background_job(CHECK, plan.folder))
         if check is not None and check.state == RUNNING:
-            return RunState(CHECKING, errand=check)
+            return RunState(CHECKING, background_job=check)
         return _find_last_ending(plan, run, trace, job=job, check=check)
 
     # ---- starting
 
-    def is_known(self, plan: Plan) -> bool:
+    def is_known(self, plan: PlannedRun) -> bool:
         """Return whether the user has described or read a folder here; else it may be somebody else's.
 
         Nothing below the roots counts, neither its histories nor the queue: that may all be from elsewhere.
@@ -399,7 +407,7 @@ class Beginnings:
             is_of_folder = shown.plan is not None and shown.plan.folder == folder
             if is_of_folder and shown.state.name in BUSY and shown.state.name != CHECKING:
                 raise OptionError(
-                    f"{shown.glance.name} is {shown.state.text}. It has read its files already, and would "
+                    f"{shown.summary.name} is {shown.state.text}. It has read its files already, and would "
                     "continue with others: stop it first, or wait until it has ended."
                 )
 
@@ -425,7 +433,7 @@ class Beginnings:
 
     def _start(self, folder: Path, words: Sequence[str], is_read: bool) -> None:
         """Do what `start` does, while nobody else starts a run of this queue."""
-        jobs = [job for job in self._list_jobs() if runs_folder(job, folder)]
+        jobs = [job for job in self._list_jobs() if is_run_of_folder(job, folder)]
         if any(job.state == WAITING for job in jobs):
             raise OptionError("It is in the queue already.")
         with self.runs.lock:
@@ -438,7 +446,7 @@ class Beginnings:
                     f"of {plan.name}, and start it there."
                 )
             shown = self.find(plan.id)  # a job whose training has ended is about to end
-            if shown is not None and shown.state.is_active and shown.state.errand is None:
+            if shown is not None and shown.state.is_active and shown.state.background_job is None:
                 raise OptionError(f"It runs already: it is {shown.state.text}.")
         if is_read and recall_folder(folder) is None:
             remember_folder(folder)
@@ -465,7 +473,7 @@ def check_words(folder: Path) -> list[str]:
     return ["reelsmith", "run", str(folder), "--check"]
 
 
-def words_of_plan(plan: Plan, models: Path) -> list[str]:
+def find_start_words(plan: PlannedRun, models: Path) -> list[str]:
     """Return the command that starts a plan, also of a run.toml that `new` has not written."""
     try:
         return run_words(read_described(plan.folder), models)
@@ -473,7 +481,7 @@ def words_of_plan(plan: Plan, models: Path) -> list[str]:
         return ["reelsmith", "run", str(plan.folder)]
 
 
-def find_folder_of(job: Job) -> Path | None:
+def find_run_folder(job: Job) -> Path | None:
     """Return the real path of the folder that a job is a `run` of; None for other jobs, and for its check."""
     try:
         words = job.words
@@ -495,15 +503,15 @@ def group_jobs(jobs: Sequence[Job]) -> dict[Path, list[Job]]:
     """Return the jobs that run each folder."""
     by_folder: dict[Path, list[Job]] = {}
     for job in jobs:
-        folder = find_folder_of(job)
+        folder = find_run_folder(job)
         if folder is not None:
             by_folder.setdefault(folder, []).append(job)
     return by_folder
 
 
-def runs_folder(job: Job, folder: Path) -> bool:
+def is_run_of_folder(job: Job, folder: Path) -> bool:
     """Return whether a job is a `run` of a folder, and not only its check."""
-    return find_folder_of(job) == folder
+    return find_run_folder(job) == folder
 
 
 def newest_job(jobs: Sequence[Job]) -> Job | None:
@@ -515,10 +523,12 @@ def newest_job(jobs: Sequence[Job]) -> Job | None:
     return max(jobs, key=lambda job: (job.born, job.id), default=None)
 
 
-def state_of_run(run: Glance) -> RunState:
+def read_run_state(run: RunSummary) -> RunState:
     """Return the state of a run with a history."""
     if run.state == RUNNING:
-        state = state_of_trace(run) if run.name.endswith(BEFORE_TRAINING) else _state_of_doing(run.doing)
+        state = (
+            read_trace_state(run) if run.name.endswith(BEFORE_TRAINING) else _read_training_state(run.doing)
+        )
         return replace(state, is_asked=(run.history.parent / f"{run.name}.stop").exists())
     if run.state == DIED:
         reason = f"It ended after step {run.step:,} without a word: it was killed, or the machine went off."
@@ -529,7 +539,7 @@ def state_of_run(run: Glance) -> RunState:
     return RunState(run.state)
 
 
-def _state_of_doing(doing: str) -> RunState:
+def _read_training_state(doing: str) -> RunState:
     """Return the state of a running training. doing: what it does between two steps, see `History`."""
     sample = SAMPLE.fullmatch(doing)
     if sample is not None:
@@ -539,7 +549,7 @@ def _state_of_doing(doing: str) -> RunState:
     return RunState(TRAINING, words=doing)
 
 
-def state_of_trace(trace: Glance) -> RunState:
+def read_trace_state(trace: RunSummary) -> RunState:
     """Return the state of a `run` that has not begun its training."""
     step, _, progress = trace.doing.partition(": ")
     if step not in STEPS:
@@ -554,34 +564,34 @@ def state_of_trace(trace: Glance) -> RunState:
 
 
 def _find_last_ending(
-    plan: Plan, run: Glance | None, trace: Glance | None, job: Job | None, check: Job | None
+    plan: PlannedRun, run: RunSummary | None, trace: RunSummary | None, job: Job | None, check: Job | None
 ) -> RunState:
     """Return the state of a run on which nothing works: the latest of its job, histories and check."""
     candidates: list[tuple[float, RunState]] = [(0.0, RunState(DRAFT, reason=plan.problem))]
     histories = [history for history in (run, trace) if history is not None]
     for history in histories:
-        candidates.append((history.changed, _state_of_ended_run(history, job)))
-    if job is not None and _ended_alone(job, plan, histories):
-        candidates.append((job.born + job.seconds, _state_of_job(job)))
+        candidates.append((history.changed, _read_ended_run_state(history, job)))
+    if job is not None and _has_no_history(job, plan, histories):
+        candidates.append((job.born + job.seconds, _read_job_state(job)))
     if check is not None and check.born + SECOND >= plan.changed:
-        candidates.append((check.born + check.seconds, _state_of_check(check)))
+        candidates.append((check.born + check.seconds, _read_check_state(check)))
     _, latest = max(candidates, key=lambda candidate: candidate[0])
     if latest.name == DRAFT and run is not None:
-        return state_of_run(run)
+        return read_run_state(run)
     return latest
 
 
-def _state_of_running_job(job: Job, *histories: Glance | None) -> RunState:
+def _find_running_job_state(job: Job, *histories: RunSummary | None) -> RunState:
     """Return the state of a run whose job runs while none of its histories is being written."""
     for history in histories:
         if history is not None and history.changed > job.born + SECOND:
-            return _state_of_ended_run(history, job)  # its process is about to end
+            return _read_ended_run_state(history, job)  # its process is about to end
     return RunState(STARTING, words=job.last_lines(1), job=job, is_asked=job.stops > 0)
 
 
-def _state_of_ended_run(run: Glance, job: Job | None) -> RunState:
+def _read_ended_run_state(run: RunSummary, job: Job | None) -> RunState:
     """Return the state of a run that has a history. job: the latest of its folder; None without one."""
-    state = state_of_run(run)
+    state = read_run_state(run)
     if job is None or job.born > run.changed + SECOND:  # a later one
         return state
     is_silent = run.ending is None or run.name.endswith(BEFORE_TRAINING)
@@ -592,7 +602,7 @@ def _state_of_ended_run(run: Glance, job: Job | None) -> RunState:
     return replace(state, job=job)
 
 
-def explain_end_at_once(run: Glance) -> str:
+def explain_end_at_once(run: RunSummary) -> str:
     """Describe a run that a second Stop has ended, and where it continues."""
     if run.name.endswith(BEFORE_TRAINING):
         return "Ended at once from the page, before its training began. Continue begins where it was."
@@ -609,7 +619,7 @@ def explain_end_at_once(run: Glance) -> str:
     return f"{text}; continues from {place}."
 
 
-def _ended_alone(job: Job, plan: Plan, histories: Sequence[Glance]) -> bool:
+def _has_no_history(job: Job, plan: PlannedRun, histories: Sequence[RunSummary]) -> bool:
     """Return whether a job has written no history, so that only its own end tells of the run."""
     # a job of before run.toml was changed may be of another name
     if not histories and job.born + SECOND < plan.changed:
@@ -617,15 +627,15 @@ def _ended_alone(job: Job, plan: Plan, histories: Sequence[Glance]) -> bool:
     return all(history.changed + SECOND < job.born for history in histories)
 
 
-def _state_of_check(check: Job) -> RunState:
+def _read_check_state(check: Job) -> RunState:
     if check.code == 0:
-        return RunState(DRAFT, words="checked, no fault", errand=check)
+        return RunState(DRAFT, words="checked, no fault", background_job=check)
     if check.state == STOPPED:
-        return RunState(DRAFT, words="its check was stopped", errand=check)
-    return RunState(FAULTS, reason=_explain(check, "The check found faults."), errand=check)
+        return RunState(DRAFT, words="its check was stopped", background_job=check)
+    return RunState(FAULTS, reason=_explain(check, "The check found faults."), background_job=check)
 
 
-def _state_of_job(job: Job) -> RunState:
+def _read_job_state(job: Job) -> RunState:
     """Return the state of a run whose job has ended before its training began."""
     if job.state != DIED:
         return RunState(job.state, job=job)

@@ -31,15 +31,15 @@ LOOKED_EVERY = 0.1  # seconds
 MOST_OF_RECORD = 1 << 17  # bytes
 
 
-def errand_name(kind: str, folder: Path) -> str:
-    """Return the name of the errand of a kind in a folder. There is one of each."""
+def name_background_job(kind: str, folder: Path) -> str:
+    """Return the name of the background job of a kind in a folder. There is one of each."""
     return f"{kind}-{short_digest(real_path(folder))}"
 
 
-def has_changed_since(errand: Job, folder: Path, names: Sequence[str]) -> bool:
-    """Return whether one of some files of a folder has changed since an errand was started."""
+def has_changed_since(job: Job, folder: Path, names: Sequence[str]) -> bool:
+    """Return whether one of some files of a folder has changed since a background job was started."""
     try:
-        began = errand.log.with_suffix(".json").stat().st_mtime_ns
+        began = job.log.with_suffix(".json").stat().st_mtime_ns
     except OSError:
         return True
     for name in names:
@@ -49,7 +49,7 @@ def has_changed_since(errand: Job, folder: Path, names: Sequence[str]) -> bool:
     return False
 
 
-class Errands:
+class BackgroundJobs:
     """Start commands in processes of their own, and read their state and what they have printed."""
 
     def __init__(self, queue: JobQueue) -> None:
@@ -67,14 +67,14 @@ class Errands:
         within: Path | None = None,
         typed: Sequence[str] = (),
     ) -> None:
-        """Start a command of ours, in place of what the errand of this name was before.
+        """Start a command of ours, in place of what the background job of this name was before.
 
         folder: the working folder. within: a described folder, which may be somebody else's: the command has
         the limits of its `run`. None for commands that are made of no words of a folder's files. typed: names
         of options that may send something despite the limits, because somebody has typed their values.
 
-        Raises OptionError if it is not a command of ours or the errand is still running, OutputError if its
-        files cannot be written.
+        Raises OptionError if it is not a command of ours or the background job is still running, OutputError
+        if its files cannot be written.
         """
         if self.read_only:
             raise OutputError("the browser was started with --read_only")
@@ -105,7 +105,7 @@ class Errands:
         launch.send_job(child, program, str(folder), log.with_suffix(".code"))
 
     def find(self, name: str) -> Job | None:
-        """Return an errand with its present state; None if there is none, or its record is damaged."""
+        """Return a background job with its present state; None if there is none, or its record is damaged."""
         child = self._children.get(name)
         if child is not None and child.poll() is not None:
             del self._children[name]
@@ -122,43 +122,43 @@ class Errands:
         return Job(id=0, log=self._log(name), **{key: record[key] for key in STORED})
 
     def wait(self, name: str, seconds: float) -> Job | None:
-        """Return an errand when it has ended, or after so many seconds."""
+        """Return a background job when it has ended, or after so many seconds."""
         end = time.monotonic() + seconds
         while True:
-            errand = self.find(name)
-            if errand is None or errand.state != RUNNING or time.monotonic() > end:
-                return errand
+            job = self.find(name)
+            if job is None or job.state != RUNNING or time.monotonic() > end:
+                return job
             time.sleep(LOOKED_EVERY)
 
     def stop(self, name: str) -> None:
-        """End a running errand at once, with all processes that it has started.
+        """End a running background job at once, with all processes that it has started.
 
         Raises OutputError if it runs on another machine.
         """
-        errand = self.find(name)
-        if errand is None or errand.state != RUNNING or not errand.process:
+        job = self.find(name)
+        if job is None or job.state != RUNNING or not job.process:
             return
-        is_alive = is_living(errand.process)
+        is_alive = is_living(job.process)
         if is_alive is None:  # its number is that of another process here
             raise OutputError("it runs on another machine. Stop it from there")
         if not is_alive:  # it has just ended
             return
         with explain_errors(self._record(name)):
-            append_text(errand.log, "It was stopped.\n")
-            record = {key: getattr(errand, key) for key in STORED} | {"stops": 1}
+            append_text(job.log, "It was stopped.\n")
+            record = {key: getattr(job, key) for key in STORED} | {"stops": 1}
             write_text(self._record(name), json.dumps(record))
-        launch.kill_processes(errand.process["number"])
+        launch.kill_processes(job.process["number"])
 
     def forget(self, name: str) -> None:
-        """Remove what is known of an errand that has ended."""
-        errand = self.find(name)
-        if errand is not None and errand.state != RUNNING and not self.read_only:
+        """Remove what is known of a background job that has ended."""
+        job = self.find(name)
+        if job is not None and job.state != RUNNING and not self.read_only:
             with explain_errors(self._record(name)):
                 self._record(name).unlink(missing_ok=True)
 
     def _log(self, name: str) -> Path:
         if not NAME.fullmatch(name):
-            raise OptionError(f"{name!r} names no errand")
+            raise OptionError(f"{name!r} names no background job")
         return self.folder / f"{name}.log"
 
     def _record(self, name: str) -> Path:

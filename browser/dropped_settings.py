@@ -1,7 +1,7 @@
 """Read how a file was made, to fill the form Generate with it: files of ours, and prompts of other programs.
 
-Ours are read as their results are (`settings_of.py`). Pictures of ComfyUI hold their graph, those of the web
-UI of AUTOMATIC1111 a text; of these the prompt and plain numbers are taken.
+Ours are read as their results are (`result_settings.py`). Pictures of ComfyUI hold their graph, those of the
+web UI of AUTOMATIC1111 a text; of these the prompt and plain numbers are taken.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from browser.recipes import PICTURES, ModelRecipe, float_or_one
-from browser.settings_of import KEYS, ResultSettings, find_family, parse_tags
+from browser.result_settings import KEYS, ResultSettings, find_family, parse_tags
 from modules.errors import OptionError
 from modules.text_files import parse_json
 
@@ -24,7 +24,7 @@ NO_SETTINGS = (
 
 
 @dataclass(frozen=True)
-class FoundSettings:
+class DroppedSettings:
     """Settings with which a file was made, as stated in it."""
 
     program: str  # that made it
@@ -48,7 +48,7 @@ class FoundSettings:
         return texts
 
 
-def read_found(tags: Mapping[str, str]) -> FoundSettings:
+def read_dropped_settings(tags: Mapping[str, str]) -> DroppedSettings:
     """Return the settings in the texts of a file. Raises OptionError if there are none."""
     ours = parse_tags(tags)
     if "prompt" in ours.values:
@@ -63,11 +63,11 @@ def read_found(tags: Mapping[str, str]) -> FoundSettings:
     raise OptionError(NO_SETTINGS)
 
 
-def _read_ours(settings: ResultSettings) -> FoundSettings:
+def _read_ours(settings: ResultSettings) -> DroppedSettings:
     texts = {KEYS.get(name, name): text for name, text in settings.values.items()}
     if texts.get("video_length") == "1":
         del texts["video_length"]
-    return FoundSettings(
+    return DroppedSettings(
         program="Reelsmith",
         texts=texts,
         model=settings.get("model_type"),
@@ -98,7 +98,7 @@ def _read_graph(text: str) -> dict[str, Any]:
     return {}
 
 
-def _read_comfyui(graph: Mapping[str, Any]) -> FoundSettings:
+def _read_comfyui(graph: Mapping[str, Any]) -> DroppedSettings:
     """Return prompts and numbers of the first sampler of a graph. Raises OptionError if it names no text."""
     for node in graph.values():
         inputs = node.get("inputs")
@@ -117,7 +117,7 @@ def _read_comfyui(graph: Mapping[str, Any]) -> FoundSettings:
         for name, key in {"width": "video_size_width", "height": "video_size_height"}.items():
             if isinstance(sizes, dict) and isinstance(sizes.get(name), int):
                 texts[key] = str(sizes[name])
-        return FoundSettings(program="ComfyUI", texts={key: text for key, text in texts.items() if text})
+        return DroppedSettings(program="ComfyUI", texts={key: text for key, text in texts.items() if text})
     raise OptionError(
         "It holds a graph of ComfyUI in which no prompt can be found plainly: copy it from there."
     )
@@ -146,7 +146,7 @@ FOLLOWED = ("text", "clip_l", "t5xxl", "conditioning", "positive", "value", "str
 SETTINGS = re.compile(r"(?:^|(?<=, ))([\w ]++): (\"(?:\\.|[^\"\\])*+\"|[^,]*+)(?:, |$)")
 
 
-def _read_parameters(text: str) -> FoundSettings:
+def _read_parameters(text: str) -> DroppedSettings:
     """Return the settings in AUTOMATIC1111's text: prompt lines, a negative line, a line of settings."""
     body, _, line = text.rpartition("\n")
     prompt, _, negative = body.partition("\nNegative prompt:")
@@ -159,6 +159,6 @@ def _read_parameters(text: str) -> FoundSettings:
     size = re.fullmatch(r"(\d+)x(\d+)", settings.get("Size", ""))
     if size:
         texts |= {"video_size_width": size[1], "video_size_height": size[2]}
-    return FoundSettings(
+    return DroppedSettings(
         program="AUTOMATIC1111's web UI", texts={key: text for key, text in texts.items() if text}
     )

@@ -8,23 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from browser.described import DATASET_FILE, TRAINING_TABLE, refuse_share
+from browser.described_folder import DATASET_FILE, TRAINING_TABLE, refuse_share
 from modules.command import as_typed
 from modules.paths import expand_path
 from modules.run_limits import ALLOWED_BY, ANY
 from modules.text_files import parse_toml, read_content, real_path
 from project.options import RUN_FILE, STARTING
 from training.config_options import OTHERS_TABLE, OUR_NETWORKS
-from training.run_options import NEEDS_FOLDER
+from training.features.composing import options_reaching
 
-# options that send something from this machine
-SENDING = {
-    "huggingface_repo_id": "uploads the trained files to {}",
-    "log_tracker_config": "has its trackers read {}",
-    "resume_from_huggingface": "downloads a state from {}",
-}
 CODE = ("network_module",)  # options that load code
-WRITING = ("output_dir", "logging_dir")
 NOT_STARTED = "`run` refuses it: --{} is only taken if it is typed"
 CACHES = "cache_directory"  # ends the names of keys of a dataset
 MOST_LINES = 100
@@ -32,7 +25,7 @@ MOST_SHOWN = 64 << 10  # bytes of a file
 
 
 @dataclass(frozen=True)
-class Intention:
+class Permission:
     """Something that a run does, and what to know of it."""
 
     text: str
@@ -40,7 +33,7 @@ class Intention:
     is_unusual: bool = False  # `new` writes no such thing
 
 
-def read_intentions(folder: Path) -> list[Intention]:
+def read_permissions(folder: Path) -> list[Permission]:
     """Return the acts that the files of a described folder let a run do; those unknown to `new` come first.
 
     What is beyond MOST_LINES is counted in a last line. Raises OSError if run.toml cannot be read, ValueError
@@ -55,16 +48,16 @@ def read_intentions(folder: Path) -> list[Intention]:
         *_list_starting(tables),
         *_list_commands(tables),
     ]
-    found.sort(key=lambda intention: not intention.is_unusual)
+    found.sort(key=lambda permission: not permission.is_unusual)
     hidden = found[MOST_LINES:]
     if not hidden:
         return found
-    num_unusual = sum(intention.is_unusual for intention in hidden)
+    num_unusual = sum(permission.is_unusual for permission in hidden)
     text = f"and {len(hidden):,} more that are not listed, {num_unusual:,} of them unusual: read the files"
-    return [*found[:MOST_LINES], Intention(text, is_unusual=num_unusual > 0)]
+    return [*found[:MOST_LINES], Permission(text, is_unusual=num_unusual > 0)]
 
 
-def read_shown(path: Path) -> str:
+def read_shown_text(path: Path) -> str:
     """Return the text of a file for reading; its first part if it is long. Raises OSError."""
     content = read_content(path)
     text = content[:MOST_SHOWN].decode("utf-8", "replace")
@@ -76,32 +69,32 @@ def _table(tables: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return table if isinstance(table, dict) else {}
 
 
-def _describe_place(folder: Path, option: str, text: str) -> Intention:
+def _describe_place(folder: Path, option: str, text: str) -> Permission:
     try:
         refuse_share(text, folder)
         place = real_path(expand_path(text, folder))
     except ValueError as error:
-        return Intention(f"--{option} {text}: {error}", is_unusual=True)
+        return Permission(f"--{option} {text}: {error}", is_unusual=True)
     if place.is_relative_to(folder):
-        return Intention(f"writes into {place}")
+        return Permission(f"writes into {place}")
     allowing = ALLOWED_BY.get(option, ANY)
     note = f"outside of {folder}: `run` refuses it unless --{allowing} is typed"
-    return Intention(f"writes into {place}", note=note, is_unusual=True)
+    return Permission(f"writes into {place}", note=note, is_unusual=True)
 
 
-def _list_writing(folder: Path, tables: Mapping[str, Any]) -> Iterator[Intention]:
+def _list_writing(folder: Path, tables: Mapping[str, Any]) -> Iterator[Permission]:
     values = _table(tables, TRAINING_TABLE)
-    for option in WRITING:
+    for option in ("output_dir", *options_reaching("writes")):
         if option in values:
             yield _describe_place(folder, option, str(values[option]))
 
 
-def _list_caches(folder: Path) -> Iterator[Intention]:
+def _list_caches(folder: Path) -> Iterator[Permission]:
     """Yield the folders that the caches of a dataset are written into."""
     try:
         dataset = parse_toml(read_content(folder / DATASET_FILE).decode())
     except (OSError, ValueError) as error:
-        yield Intention(f"{folder / DATASET_FILE} cannot be read: {error}", is_unusual=True)
+        yield Permission(f"{folder / DATASET_FILE} cannot be read: {error}", is_unusual=True)
         return
     tables = [dataset.get("general"), *_list_of(dataset.get("datasets"))]
     for table in tables:
@@ -115,33 +108,30 @@ def _list_of(value: object) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def _list_sending(tables: Mapping[str, Any]) -> Iterator[Intention]:
+def _list_sending(tables: Mapping[str, Any]) -> Iterator[Permission]:
     values = _table(tables, TRAINING_TABLE)
-    for option, words in SENDING.items():
-        if values.get(option):
-            note = f"`run` refuses it unless --{option} is typed"
-            yield Intention(words.format(values[option]), note=note, is_unusual=True)
-    tracker = values.get("log_with")
-    if tracker:
-        is_local = tracker in NEEDS_FOLDER
-        note = "" if is_local else "`run` refuses it unless --log_with is typed"
-        yield Intention(f"gives its losses to {tracker}", note=note, is_unusual=not is_local)
+    for option, facts in options_reaching("sends", "configures").items():
+        value = values.get(option)
+        if value:
+            stays = value in facts.get("stays", ())
+            note = "" if stays else f"`run` refuses it unless --{option} is typed"
+            yield Permission(facts["permission"].format(value), note=note, is_unusual=not stays)
 
 
-def _list_code(tables: Mapping[str, Any]) -> Iterator[Intention]:
+def _list_code(tables: Mapping[str, Any]) -> Iterator[Permission]:
     values = _table(tables, TRAINING_TABLE)
     for option in CODE:
         name = str(values.get(option, ""))
         if name and not name.startswith(OUR_NETWORKS):
             note = "no code of this program: `run` refuses it"
-            yield Intention(f"loads the code {name}", note=note, is_unusual=True)
+            yield Permission(f"loads the code {name}", note=note, is_unusual=True)
 
 
-def _list_starting(tables: Mapping[str, Any]) -> Iterator[Intention]:
+def _list_starting(tables: Mapping[str, Any]) -> Iterator[Permission]:
     values = _table(tables, TRAINING_TABLE)
     for option in STARTING:
         if values.get(option) is not None:
-            yield Intention(f"starts {values[option]}", note=NOT_STARTED.format(option), is_unusual=True)
+            yield Permission(f"starts {values[option]}", note=NOT_STARTED.format(option), is_unusual=True)
 
 
 def _list_typed_only(words: Sequence[str]) -> list[str]:
@@ -151,11 +141,11 @@ def _list_typed_only(words: Sequence[str]) -> list[str]:
     return [option for option in STARTING if any(f"--{option}".startswith(flag) for flag in typed)]
 
 
-def _list_commands(tables: Mapping[str, Any]) -> Iterator[Intention]:
+def _list_commands(tables: Mapping[str, Any]) -> Iterator[Permission]:
     commands = _list_of(_table(tables, OTHERS_TABLE).get("commands"))
     for number, words in enumerate(commands):
         texts = [str(word) for word in _list_of(words)]
         text = f"{'downloads with' if number == 0 else 'runs'} {as_typed(texts)}"
         starting = _list_typed_only(texts)
         note = NOT_STARTED.format(starting[0]) if starting else ""
-        yield Intention(text, note=note, is_unusual=bool(starting))
+        yield Permission(text, note=note, is_unusual=bool(starting))

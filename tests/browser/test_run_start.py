@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from browser.beginnings import state_of_trace, words_of_plan
-from browser.errands import errand_name
-from browser.intentions import read_intentions
+from browser.background_jobs import name_background_job
 from browser.jobs import JobQueue
 from browser.names import free_name
-from browser.runs import read_glance
+from browser.permissions import read_permissions
+from browser.run_start import find_start_words, read_trace_state
+from browser.runs import read_run_summary
 from modules.errors import OptionError
 from project.options import MODELS
 from tests.browser.described_folders import describe, find, look, state, trace
@@ -56,19 +56,19 @@ def test_a_draft_has_the_family_of_the_run_that_it_becomes(tmp_path: Path) -> No
     path = folder / "run.toml"
     text = path.read_text(encoding="utf-8").replace("wan_train_network", "sdxl_train_network")
     path.write_text(text.replace('"wan"', '"stable_diffusion"'), encoding="utf-8")
-    assert find(look(tmp_path)).glance.model == "sdxl"
+    assert find(look(tmp_path)).summary.model == "sdxl"
 
 
 def test_a_described_folder_is_a_draft_with_the_address_of_its_training(tmp_path: Path) -> None:
     folder = describe(tmp_path / "my clips", steps=2000)
-    beginnings = look(tmp_path)
-    shown = find(beginnings)
-    assert (shown.state.text, shown.glance.model, shown.glance.total_steps) == ("draft", "wan", 2000)
+    tracked_runs = look(tmp_path)
+    shown = find(tracked_runs)
+    assert (shown.state.text, shown.summary.model, shown.summary.total_steps) == ("draft", "wan", 2000)
 
     write_run(folder / "output", "own", kind="good")
 
-    assert find(beginnings).glance.id == shown.glance.id
-    assert state(beginnings) == "finished"
+    assert find(tracked_runs).summary.id == shown.summary.id
+    assert state(tracked_runs) == "finished"
 
 
 @pytest.mark.parametrize(
@@ -91,15 +91,17 @@ def test_a_run_toml_that_cannot_be_used_says_why(content: str, reason: str | Non
 
 def test_a_job_waits_at_its_place_in_a_queue_that_is_paused(tmp_path: Path) -> None:
     folder = describe(tmp_path / "clips")
-    beginnings = look(tmp_path)
-    beginnings.queue.add(["python", "tools/download.py", "--list"], tmp_path)
-    beginnings.queue.add(["reelsmith", "run", str(folder)], tmp_path)
+    tracked_runs = look(tmp_path)
+    tracked_runs.queue.add(["python", "tools/download.py", "--list"], tmp_path)
+    tracked_runs.queue.add(["reelsmith", "run", str(folder)], tmp_path)
 
-    shown = find(beginnings)
+    shown = find(tracked_runs)
 
     assert shown.state.text == "waiting, place 2 in the queue, which is paused"
     assert shown.state.is_paused
-    assert [one.glance.name for one in beginnings.states_of_jobs(beginnings.queue.jobs()).values()] == ["own"]
+    assert [one.summary.name for one in tracked_runs.find_job_states(tracked_runs.queue.jobs()).values()] == [
+        "own"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -123,9 +125,9 @@ def test_what_run_does_before_its_training_is_a_state(doing: str, text: str, tmp
     begun._history.flush()
     path = history_path(folder / "output", "own.run")
 
-    assert state_of_trace(read_glance(path, path.stat())).text == text
+    assert read_trace_state(read_run_summary(path, path.stat())).text == text
     assert state(look(tmp_path)) == text
-    assert [shown.glance.name for shown in look(tmp_path).list_all()] == ["own"]
+    assert [shown.summary.name for shown in look(tmp_path).list_all()] == ["own"]
 
 
 @pytest.mark.parametrize(
@@ -150,33 +152,33 @@ def test_what_a_training_does_between_two_steps_is_a_state(doing: str, text: str
 def test_a_run_that_is_started_again_waits_before_it_is_what_it_was(tmp_path: Path) -> None:
     folder = describe(tmp_path / "clips")
     write_run(folder / "output", "own", kind="")
-    beginnings = look(tmp_path)
-    assert state(beginnings) == "stopped"
-    beginnings.queue.add(["reelsmith", "run", str(folder)], tmp_path)
-    assert state(beginnings).startswith("waiting, place 1")
-    beginnings.queue.remove(1)
-    assert state(beginnings) == "stopped"
+    tracked_runs = look(tmp_path)
+    assert state(tracked_runs) == "stopped"
+    tracked_runs.queue.add(["reelsmith", "run", str(folder)], tmp_path)
+    assert state(tracked_runs).startswith("waiting, place 1")
+    tracked_runs.queue.remove(1)
+    assert state(tracked_runs) == "stopped"
 
 
 def test_a_run_is_continued_while_the_job_of_its_stopped_training_is_about_to_end(tmp_path: Path) -> None:
     folder = describe(tmp_path / "clips")
-    beginnings = look(tmp_path)
-    beginnings.queue.begin_work = lambda: None  # type: ignore[method-assign]
+    tracked_runs = look(tmp_path)
+    tracked_runs.queue.begin_work = lambda: None  # type: ignore[method-assign]
     words = ["reelsmith", "run", str(folder)]
-    beginnings.start(folder, words)
-    set_job(beginnings.queue, None)
+    tracked_runs.start(folder, words)
+    set_job(tracked_runs.queue, None)
     with pytest.raises(OptionError, match="It runs already: it is starting"):
-        beginnings.start(folder, words)
+        tracked_runs.start(folder, words)
     history = write_run(folder / "output", "own", kind="")
     later = time.time() + 5
     os.utime(history, (later, later))
-    assert state(beginnings) == "stopped"
+    assert state(tracked_runs) == "stopped"
 
-    beginnings.start(folder, words)
+    tracked_runs.start(folder, words)
 
-    assert state(beginnings).startswith("waiting, place 1")
+    assert state(tracked_runs).startswith("waiting, place 1")
     with pytest.raises(OptionError, match="in the queue already"):
-        beginnings.start(folder, words)
+        tracked_runs.start(folder, words)
 
 
 DIED = "OptionError: dit.safetensors is missing. Add --download"
@@ -197,11 +199,11 @@ def test_a_job_that_ended_before_its_training_says_why(
 ) -> None:
     folder = describe(tmp_path / "clips")
     set_back(folder)
-    beginnings = look(tmp_path)
-    beginnings.queue.add(["reelsmith", "run", str(folder)], tmp_path)
-    set_job(beginnings.queue, code, printed)
+    tracked_runs = look(tmp_path)
+    tracked_runs.queue.add(["reelsmith", "run", str(folder)], tmp_path)
+    set_job(tracked_runs.queue, code, printed)
 
-    shown = find(beginnings)
+    shown = find(tracked_runs)
 
     assert (shown.state.name, shown.state.reason) == (name, reason)
     assert shown.state.last_lines == printed.strip()
@@ -209,12 +211,12 @@ def test_a_job_that_ended_before_its_training_says_why(
 
 def test_a_job_that_waits_says_why_it_cannot_begin(tmp_path: Path) -> None:
     folder = describe(tmp_path / "clips")
-    beginnings = look(tmp_path)
-    beginnings.queue.add(["reelsmith", "run", str(folder)], tmp_path)
-    beginnings.queue.problem = "x/jobs.json: the disk has 0.0 MB free"
-    assert find(beginnings).state.reason == ""  # it is paused: that is why
-    beginnings.queue._worker = threading.current_thread()
-    assert find(beginnings).state.reason == "x/jobs.json: the disk has 0.0 MB free"
+    tracked_runs = look(tmp_path)
+    tracked_runs.queue.add(["reelsmith", "run", str(folder)], tmp_path)
+    tracked_runs.queue.problem = "x/jobs.json: the disk has 0.0 MB free"
+    assert find(tracked_runs).state.reason == ""  # it is paused: that is why
+    tracked_runs.queue._worker = threading.current_thread()
+    assert find(tracked_runs).state.reason == "x/jobs.json: the disk has 0.0 MB free"
 
 
 def test_a_full_disk_that_took_the_last_words_is_named(
@@ -222,12 +224,12 @@ def test_a_full_disk_that_took_the_last_words_is_named(
 ) -> None:
     folder = describe(tmp_path / "clips")
     set_back(folder)
-    beginnings = look(tmp_path)
-    beginnings.queue.add(["reelsmith", "run", str(folder)], tmp_path)
-    set_job(beginnings.queue, 1, "In the folder x:\n")
-    monkeypatch.setattr("browser.beginnings.free_bytes", lambda folder: 4096)
-    logs = beginnings.queue.folder / "logs"
-    assert find(beginnings).state.reason == (
+    tracked_runs = look(tmp_path)
+    tracked_runs.queue.add(["reelsmith", "run", str(folder)], tmp_path)
+    set_job(tracked_runs.queue, 1, "In the folder x:\n")
+    monkeypatch.setattr("browser.run_start.free_bytes", lambda folder: 4096)
+    logs = tracked_runs.queue.folder / "logs"
+    assert find(tracked_runs).state.reason == (
         f"The disk of {logs} is full: it could not write why it ended. Free some space, and start it again; "
         "what it has saved is used."
     )
@@ -236,29 +238,29 @@ def test_a_full_disk_that_took_the_last_words_is_named(
 def test_a_killed_process_is_named_and_a_changed_run_toml_is_a_draft_again(tmp_path: Path) -> None:
     folder = describe(tmp_path / "clips")
     set_back(folder)
-    beginnings = look(tmp_path)
-    beginnings.queue.add(["reelsmith", "run", str(folder)], tmp_path)
-    set_job(beginnings.queue, None)
-    assert state(beginnings).startswith("starting")
-    path = beginnings.queue.folder / "jobs.json"
+    tracked_runs = look(tmp_path)
+    tracked_runs.queue.add(["reelsmith", "run", str(folder)], tmp_path)
+    set_job(tracked_runs.queue, None)
+    assert state(tracked_runs).startswith("starting")
+    path = tracked_runs.queue.folder / "jobs.json"
     stored = json.loads(path.read_text(encoding="utf-8"))
     stored["jobs"][0]["process"] = {**describe_process(), "born": round(time.time()), "number": 2**22 + 1}
     path.write_text(json.dumps(stored), encoding="utf-8")
-    assert find(beginnings).state.reason.startswith("Its process has ended without a word")
+    assert find(tracked_runs).state.reason.startswith("Its process has ended without a word")
 
     describe(folder, steps=20)
     later = time.time() + 5
     os.utime(folder / "run.toml", (later, later))
 
-    assert state(beginnings) == "draft"
+    assert state(tracked_runs) == "draft"
 
 
 def test_faults_of_a_check_are_a_state_with_its_last_lines(tmp_path: Path) -> None:
     folder = describe(tmp_path / "clips")
     set_back(folder)
-    beginnings = look(tmp_path)
-    name = errand_name("check", folder)
-    log = beginnings.queue.folder / "logs" / f"{name}.log"
+    tracked_runs = look(tmp_path)
+    name = name_background_job("check", folder)
+    log = tracked_runs.queue.folder / "logs" / f"{name}.log"
     log.parent.mkdir(parents=True)
     process = {**describe_process(), "born": round(time.time())}
     record = {
@@ -270,12 +272,12 @@ def test_faults_of_a_check_are_a_state_with_its_last_lines(tmp_path: Path) -> No
     log.with_suffix(".json").write_text(json.dumps(record), encoding="utf-8")
     log.write_text("3 captions are empty\n", encoding="utf-8")
     log.with_suffix(".code").write_text("1", encoding="utf-8")
-    shown = find(beginnings)
+    shown = find(tracked_runs)
     assert (shown.state.name, shown.state.last_lines) == ("faults", "3 captions are empty")
 
     log.with_suffix(".code").write_text("0", encoding="utf-8")
 
-    assert state(beginnings) == "draft, checked, no fault"
+    assert state(tracked_runs) == "draft, checked, no fault"
 
 
 def test_a_run_that_ended_at_a_check_has_faults_and_a_trace_alone_tells_it(tmp_path: Path) -> None:
@@ -292,9 +294,11 @@ def test_a_run_that_ended_at_a_check_has_faults_and_a_trace_alone_tells_it(tmp_p
 def test_a_download_that_failed_tells_why_also_while_its_process_is_about_to_end(tmp_path: Path) -> None:
     folder = describe(tmp_path / "clips")
     set_back(folder)
-    beginnings = look(tmp_path)
-    beginnings.queue.add(["reelsmith", "run", str(folder)], tmp_path)
-    set_job(beginnings.queue, None, "DownloadError: https://hub/x cannot be reached (Connection refused).\n")
+    tracked_runs = look(tmp_path)
+    tracked_runs.queue.add(["reelsmith", "run", str(folder)], tmp_path)
+    set_job(
+        tracked_runs.queue, None, "DownloadError: https://hub/x cannot be reached (Connection refused).\n"
+    )
     history = History(history_path(folder / "output", f"own{BEFORE_TRAINING}"), 1)
     started: dict[str, Any] = {
         "model": "",
@@ -309,7 +313,7 @@ def test_a_download_that_failed_tells_why_also_while_its_process_is_about_to_end
     history.flush()
     os.utime(history.path, (later, later))
 
-    shown = find(beginnings)
+    shown = find(tracked_runs)
 
     assert shown.state.job is not None
     assert shown.state.job.state == "running"
@@ -349,31 +353,31 @@ def test_a_further_run_gets_a_name_that_no_run_has(
 
 def test_a_foreign_run_toml_is_not_started_before_it_was_read(tmp_path: Path) -> None:
     folder = describe(tmp_path / "clips", is_known=False)
-    beginnings = look(tmp_path)
+    tracked_runs = look(tmp_path)
     words = ["reelsmith", "run", str(folder)]
     with pytest.raises(OptionError, match="comes from elsewhere"):
-        beginnings.start(folder, words)
-    assert beginnings.queue.jobs() == []
-    beginnings.queue.begin_work = lambda: None  # type: ignore[method-assign]
+        tracked_runs.start(folder, words)
+    assert tracked_runs.queue.jobs() == []
+    tracked_runs.queue.begin_work = lambda: None  # type: ignore[method-assign]
 
-    beginnings.start(folder, words, is_read=True)
+    tracked_runs.start(folder, words, is_read=True)
 
-    assert [job.line for job in beginnings.queue.jobs()] == [f"reelsmith run {folder}"]
+    assert [job.line for job in tracked_runs.queue.jobs()] == [f"reelsmith run {folder}"]
     with pytest.raises(OptionError, match="in the queue already"):
-        beginnings.start(folder, words)
+        tracked_runs.start(folder, words)
 
 
 def test_start_starts_a_paused_queue_unless_others_wait_in_it(tmp_path: Path) -> None:
     folder = describe(tmp_path / "clips")
     begun = []
-    beginnings = look(tmp_path)
-    beginnings.queue.begin_work = lambda: begun.append(1)  # type: ignore[method-assign,func-returns-value]
-    beginnings.start(folder, ["reelsmith", "run", str(folder)])
+    tracked_runs = look(tmp_path)
+    tracked_runs.queue.begin_work = lambda: begun.append(1)  # type: ignore[method-assign,func-returns-value]
+    tracked_runs.start(folder, ["reelsmith", "run", str(folder)])
     assert begun == [1]
-    beginnings.queue.remove(1)
-    beginnings.queue.add(["python", "tools/download.py", "--list"], tmp_path)
+    tracked_runs.queue.remove(1)
+    tracked_runs.queue.add(["python", "tools/download.py", "--list"], tmp_path)
 
-    beginnings.start(folder, ["reelsmith", "run", str(folder)])
+    tracked_runs.start(folder, ["reelsmith", "run", str(folder)])
 
     assert begun == [1]
 
@@ -412,29 +416,29 @@ def test_a_foreign_run_toml_types_no_path_of_its_own(place: str, tmp_path: Path)
     to = {"absolute": str(tmp_path / "elsewhere"), "own": str(folder / "m")}.get(place, place)
     text = (folder / "run.toml").read_text(encoding="utf-8")
     (folder / "run.toml").write_text(text.replace(str(tmp_path / "models"), to), encoding="utf-8")
-    beginnings = look(tmp_path)
-    beginnings.queue.begin_work = lambda: None  # type: ignore[method-assign]
-    plan = find(beginnings).plan
+    tracked_runs = look(tmp_path)
+    tracked_runs.queue.begin_work = lambda: None  # type: ignore[method-assign]
+    plan = find(tracked_runs).plan
     assert plan is not None
-    words = words_of_plan(plan, MODELS)
+    words = find_start_words(plan, MODELS)
     assert words == ["reelsmith", "run", str(folder), "--download"]
     with pytest.raises(OptionError, match="comes from elsewhere"):
-        beginnings.start(folder, words)
+        tracked_runs.start(folder, words)
 
-    beginnings.start(folder, words, is_read=True)
+    tracked_runs.start(folder, words, is_read=True)
 
-    assert words_of_plan(plan, MODELS) == words
-    assert beginnings.is_known(plan)
+    assert find_start_words(plan, MODELS) == words
+    assert tracked_runs.is_known(plan)
 
 
 def test_what_a_folder_brings_along_makes_it_no_known_one(tmp_path: Path) -> None:
-    """A queue with its run, the errand that described it, and a history: they may all be from elsewhere."""
+    """A queue with its run, the job that described it, and a history: they may all be from elsewhere."""
     folder = describe(tmp_path / "clips", is_known=False)
-    beginnings = look(tmp_path)
-    beginnings.queue.add(["reelsmith", "run", str(folder)], tmp_path)
-    queue = beginnings.queue.folder
+    tracked_runs = look(tmp_path)
+    tracked_runs.queue.add(["reelsmith", "run", str(folder)], tmp_path)
+    queue = tracked_runs.queue.folder
     (queue / "logs").mkdir(exist_ok=True)
-    name = errand_name("describe", folder)
+    name = name_background_job("describe", folder)
     record = {"line": f"reelsmith new {folder}", "folder": str(tmp_path), "process": {}, "stops": 0}
     (queue / "logs" / f"{name}.json").write_text(json.dumps(record), encoding="utf-8")
     (queue / "logs" / f"{name}.code").write_text("0", encoding="utf-8")
@@ -445,10 +449,10 @@ def test_what_a_folder_brings_along_makes_it_no_known_one(tmp_path: Path) -> Non
     history.add(0, started={**started, "process": describe_process()})
     history.add(3, ended="finished", kind="good")
     history.flush()
-    plan = find(beginnings).plan
+    plan = find(tracked_runs).plan
     assert plan is not None
 
-    assert not beginnings.is_known(plan)
+    assert not tracked_runs.is_known(plan)
 
 
 def test_what_a_foreign_file_does_first_cannot_be_hidden_behind_what_is_usual(tmp_path: Path) -> None:
@@ -458,15 +462,15 @@ def test_what_a_foreign_file_does_first_cannot_be_hidden_behind_what_is_usual(tm
     tables = '[[datasets]]\nimage_directory = "."\ncache_directory = "cache"\n' * 150
     (folder / "dataset.toml").write_text(tables, encoding="utf-8")
 
-    intentions = read_intentions(folder)
+    permissions = read_permissions(folder)
 
-    assert [one.is_unusual for one in intentions[:3]] == [True, True, False]
-    assert {one.text for one in intentions[:2]} == {
+    assert [one.is_unusual for one in permissions[:3]] == [True, True, False]
+    assert {one.text for one in permissions[:2]} == {
         "loads the code evil.code",
         "uploads the trained files to evil/repository",
     }
-    assert len(intentions) == 101
-    assert intentions[-1].text.startswith("and 56 more that are not listed, 0 of them unusual")
+    assert len(permissions) == 101
+    assert permissions[-1].text.startswith("and 56 more that are not listed, 0 of them unusual")
 
 
 def test_more_unusual_things_than_fit_are_counted(tmp_path: Path) -> None:
@@ -474,14 +478,14 @@ def test_more_unusual_things_than_fit_are_counted(tmp_path: Path) -> None:
     tables = '[[datasets]]\nimage_directory = "."\ncache_directory = "/evil"\n' * 150
     (folder / "dataset.toml").write_text(tables, encoding="utf-8")
 
-    last = read_intentions(folder)[-1]
+    last = read_permissions(folder)[-1]
 
     assert last.is_unusual
     assert last.text.startswith("and 54 more that are not listed, 50 of them unusual")
 
 
 @pytest.mark.parametrize(
-    ("states", "said"),
+    ("states", "message"),
     [
         (("own-step00000004-state", "own-step00000005-state"), "continues from step 5."),
         (("own-000002-state",), "continues from its last state, own-000002-state."),
@@ -489,7 +493,7 @@ def test_more_unusual_things_than_fit_are_counted(tmp_path: Path) -> None:
     ],
 )
 def test_a_run_that_a_second_stop_has_ended_is_stopped(
-    states: tuple[str, ...], said: str, tmp_path: Path
+    states: tuple[str, ...], message: str, tmp_path: Path
 ) -> None:
     folder = describe(tmp_path / "clips")
     set_back(folder)
@@ -497,17 +501,17 @@ def test_a_run_that_a_second_stop_has_ended_is_stopped(
     write_run(folder / "output", "own", steps=6, kind=None, process=dead)
     for name in states:
         (folder / "output" / name).mkdir()
-    beginnings = look(tmp_path)
-    assert find(beginnings).state.name == "died"
-    beginnings.queue.add(["reelsmith", "run", str(folder)], tmp_path)
-    set_job(beginnings.queue, -9, stops=2)
+    tracked_runs = look(tmp_path)
+    assert find(tracked_runs).state.name == "died"
+    tracked_runs.queue.add(["reelsmith", "run", str(folder)], tmp_path)
+    set_job(tracked_runs.queue, -9, stops=2)
 
-    shown = find(beginnings)
+    shown = find(tracked_runs)
 
     assert shown.state.name == "stopped"
     assert shown.state.reason.startswith("Ended at once from the page after step 6")
-    assert shown.state.reason.endswith(said)
+    assert shown.state.reason.endswith(message)
     with serve_runs(tmp_path) as served:
-        page = served.ask(f"/run/{shown.glance.id}/").text
+        page = served.ask(f"/run/{shown.summary.id}/").text
     assert "Ended at once from the page after step 6" in page
     assert "without a word" not in page

@@ -67,7 +67,7 @@ class KeyChanges:
     @property
     def text(self) -> str:
         """Return the changed lines in words, `run.toml: max_train_steps = 100`, and the lines that stay."""
-        said = [
+        lines = [
             f"{name} is removed" if value is None else f"{name} = {toml_value(value)}"
             for name, value in self.changes.items()
         ]
@@ -75,7 +75,7 @@ class KeyChanges:
         stays = (
             f". {', '.join(kept)} {'stay' if len(kept) > 1 else 'stays'}, as typed by hand" if kept else ""
         )
-        return f"{RUN_FILE}: {', '.join(said)}{stays}"
+        return f"{RUN_FILE}: {', '.join(lines)}{stays}"
 
 
 def change_steps(values: Mapping[str, Any], steps: int) -> KeyChanges:
@@ -103,7 +103,7 @@ def is_described(folder: Path) -> bool:
     return (folder / RUN_FILE).is_file()
 
 
-def read_own(path: Path) -> bytes:
+def read_own_file(path: Path) -> bytes:
     """Return the bytes of a file of a described folder.
 
     Raises OSError if it cannot be read, or is a link that leads out of the folder: a folder of somebody else
@@ -119,7 +119,7 @@ def mark_files(folder: Path) -> str:
     marks = []
     for name in FILES:
         try:
-            marks.append(mark_bytes(read_own(folder / name)))
+            marks.append(mark_bytes(read_own_file(folder / name)))
         except FileNotFoundError:
             marks.append("")
         except OSError:  # no file, or one that may not be read
@@ -133,7 +133,7 @@ def read_described(folder: Path) -> DescribedFolder:
     Raises OSError if a file cannot be read, ValueError if it is not as `new` writes it.
     """
     mark = mark_files(folder)
-    run = parse_toml(read_own(folder / RUN_FILE).decode())
+    run = parse_toml(read_own_file(folder / RUN_FILE).decode())
     try:
         values = dict(run[TRAINING_TABLE])
         project = run[OTHERS_TABLE]
@@ -167,7 +167,7 @@ def refuse_share(text: str, folder: Path) -> None:
 
 def _read_trigger(folder: Path) -> str:
     try:
-        general = parse_toml(read_own(folder / DATASET_FILE).decode()).get("general", {})
+        general = parse_toml(read_own_file(folder / DATASET_FILE).decode()).get("general", {})
     except FileNotFoundError:
         return ""
     return str(general.get("trigger_word", "")) if isinstance(general, dict) else ""
@@ -261,7 +261,7 @@ def change_keys(path: Path, changes: Mapping[str, Any], have: str) -> None:
     the file has changed since, ValueError if it is not TOML or has no such table, OSError or OutputError if
     it cannot be read or written.
     """
-    draft = DraftFile(path, read_own(path))
+    draft = DraftFile(path, read_own_file(path))
     if draft.mark != have:
         raise ChangedMeanwhileError
     draft.save(edit_toml(draft.text, changes))

@@ -1,4 +1,4 @@
-"""Read the settings of a result from its file, and turn them back into the wish that makes it.
+"""Read the settings of a result from its file, and turn them back into the render job that makes it.
 
 A file holds names of files without their folders. Which model and which LoRA they are is looked up among the
 runs and the released models; where nothing fits, nothing is made with another file instead.
@@ -19,11 +19,11 @@ from browser.recipes import (
     SIZES,
     STRENGTHS,
     ModelRecipe,
+    RenderRequest,
     UsedLora,
-    Wish,
     type_options,
 )
-from browser.wishes import Making
+from browser.render_queue import RenderJob
 from contract.families import HIGH_NOISE, with_scripts
 from generation.options import GenerationOptions, generation_parser
 from generation.prompt_lines import find_option, read_path
@@ -38,7 +38,7 @@ PREFIX = "bt_"
 NOT_SET = "N/A"
 MOST_KEPT = 4000  # characters of a text that a list keeps
 MOST_TAGS = 400  # of a file that are looked at
-MOST_TYPED = 1 << 16  # characters of all texts of a wish
+MOST_TYPED = 1 << 16  # characters of all texts of a render job
 LORA_TAG = re.compile(rf"lora(?:_({HIGH_NOISE}))?_(\d{{1,3}})")
 LORA_TEXT = re.compile(r"(.+): (\S+)", re.DOTALL)
 # tags that say nothing of how pixels are made, or that are read elsewhere
@@ -232,8 +232,8 @@ def remake(
     save_path: str,
     find_lora: Callable[[str, ModelRecipe], str],
     find_media: FindFile,
-) -> Making:
-    """Return the making that repeats the result of these settings with the model of a recipe.
+) -> RenderJob:
+    """Return the render job that repeats the result of these settings with the model of a recipe.
 
     seed: the one to take. Raises OptionError if the recipe has another model, or a file is not found.
     """
@@ -251,14 +251,16 @@ def remake(
         for flag, word in ((LORA, path), (STRENGTHS, lora.strength)):
             fixed.setdefault(f"{flag}_{lora.expert}", []).append(word)
     prompt = settings.get("prompt")
-    wish = Wish(replace(recipe, fixed=fixed), prompt=prompt, texts={}, loras=loras, save_path=save_path)
-    request = wish.request("")
+    render_request = RenderRequest(
+        replace(recipe, fixed=fixed), prompt=prompt, texts={}, loras=loras, save_path=save_path
+    )
+    request = render_request.request("")
     request["options"] = {**request["options"], **line}
     typed = {**fixed, **type_options(line, recipe.defaults)}
     for flag in (f"--{name}" for name in ("num_videos", "num_images")):
         typed.pop(flag, None)
-    as_typed = replace(wish, recipe=replace(recipe, fixed=typed))
-    return replace(wish.as_making(""), request=request, command=as_typed.command(""))
+    as_typed = replace(render_request, recipe=replace(recipe, fixed=typed))
+    return replace(render_request.as_render_job(""), request=request, command=as_typed.command(""))
 
 
 def _fix_options(settings: ResultSettings, recipe: ModelRecipe) -> dict[str, Any]:

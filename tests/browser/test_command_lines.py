@@ -10,7 +10,7 @@ from urllib.parse import urlencode
 
 import pytest
 
-from browser.typed import cd_before, typed_anywhere
+from browser.command_lines import format_cd, format_command
 from tests.browser.serving import python_of, serve_runs
 from tests.browser.test_new_page import describe, write_pictures
 from tests.chromium import open_page, wait_until
@@ -31,15 +31,15 @@ from tests.commands import QUIET, ROOT
     ],
 )
 def test_a_command_has_the_path_of_its_script(words: list[str], line: str) -> None:
-    assert typed_anywhere(words) == line
-    assert typed_anywhere(words, Path("/my set")) == f"cd '/my set' && {line}"
+    assert format_command(words) == line
+    assert format_command(words, Path("/my set")) == f"cd '/my set' && {line}"
 
 
 def test_a_folder_stands_before_a_command_of_relative_paths() -> None:
-    assert cd_before(None) == ""
-    assert cd_before(Path("/it's")) == "cd '/it'\"'\"'s' && "
-    assert cd_before(Path("/it's"), in_powershell=True) == "cd '/it''s'; "
-    assert cd_before(Path("set")) == f"cd {shlex.quote(str(Path.cwd() / 'set'))} && "
+    assert format_cd(None) == ""
+    assert format_cd(Path("/it's")) == "cd '/it'\"'\"'s' && "
+    assert format_cd(Path("/it's"), in_powershell=True) == "cd '/it''s'; "
+    assert format_cd(Path("set")) == f"cd {shlex.quote(str(Path.cwd() / 'set'))} && "
 
 
 @pytest.mark.slow

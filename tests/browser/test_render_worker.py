@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from browser.jobs import WAITING, JobQueue
-from browser.making import LOADING, ResultMaker
-from browser.recipes import ModelRecipe, UsedLora, Wish
+from browser.recipes import ModelRecipe, RenderRequest, UsedLora
+from browser.render_queue import ENDED_MEANWHILE, RenderJob, RenderQueue
+from browser.render_worker import LOADING, RenderWorker
 from browser.runs import DIED, FINISHED, RUNNING, STOPPED
-from browser.wishes import ENDED_MEANWHILE, Making, WishStore
 from contract.families import HIGH_NOISE
 from modules.atomic_write import identify_machine
 from modules.errors import OptionError, OutputError
@@ -33,7 +33,7 @@ from tests.tiny.flux import write_tiny_flux
 from tests.tiny.wan import write_tiny_wan
 
 FAKE = Path(__file__).with_name("fake_driven.py")
-MakeMaker = Callable[..., ResultMaker]
+MakeWorker = Callable[..., RenderWorker]
 
 
 def start_fake(words: Sequence[str], folder: Path) -> tuple[object, list[str]]:
@@ -48,15 +48,15 @@ def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> JobQueue:
 
 
 @pytest.fixture
-def maker(queue: JobQueue) -> Iterator[ResultMaker]:
-    maker = ResultMaker(queue, start_fake)
-    yield maker
-    maker.close()
+def worker(queue: JobQueue) -> Iterator[RenderWorker]:
+    worker = RenderWorker(queue, start_fake)
+    yield worker
+    worker.close()
 
 
-def wish(tmp_path: Path, prompt: str = "a cat", *words: str) -> Making:
+def request(tmp_path: Path, prompt: str = "a cat", *words: str) -> RenderJob:
     save_path = str(tmp_path / "generated")
-    return Making(
+    return RenderJob(
         id=0,
         title="fake",
         session=[*words, "--save_path", save_path],
@@ -68,115 +68,118 @@ def wish(tmp_path: Path, prompt: str = "a cat", *words: str) -> Making:
     )
 
 
-def states(maker: ResultMaker) -> list[str]:
-    return [making.state for making in maker.list_all()]
+def states(worker: RenderWorker) -> list[str]:
+    return [making.state for making in worker.list_all()]
 
 
-def wait_for_states(maker: ResultMaker, *expected: str) -> list[Making]:
-    wait_for(lambda: states(maker) == [*expected], lambda: str(maker.list_all()))
-    return maker.list_all()
+def wait_for_states(worker: RenderWorker, *expected: str) -> list[RenderJob]:
+    wait_for(lambda: states(worker) == [*expected], lambda: str(worker.list_all()))
+    return worker.list_all()
 
 
-def test_one_process_makes_all_wishes_in_their_order(maker: ResultMaker, tmp_path: Path) -> None:
-    assert maker.add([wish(tmp_path, "first", "--noisy"), wish(tmp_path, "second", "--noisy")]) == [1, 2]
-    first, second = wait_for_states(maker, FINISHED, FINISHED)
+def test_one_process_makes_all_render_jobs_in_their_order(worker: RenderWorker, tmp_path: Path) -> None:
+    assert worker.add([request(tmp_path, "first", "--noisy"), request(tmp_path, "second", "--noisy")]) == [
+        1,
+        2,
+    ]
+    first, second = wait_for_states(worker, FINISHED, FINISHED)
     assert [Path(first.file).name, Path(second.file).name] == ["0.png", "1.png"]
     assert json.loads(Path(second.file).read_text())["prompt"] == "second"
-    assert maker.session is not None
-    number = maker.session.process.pid
-    maker.add([wish(tmp_path, "third", "--noisy")])
-    wait_for_states(maker, FINISHED, FINISHED, FINISHED)
-    assert maker.session.process.pid == number
-    assert maker.loaded == "fake"
+    assert worker.session is not None
+    number = worker.session.process.pid
+    worker.add([request(tmp_path, "third", "--noisy")])
+    wait_for_states(worker, FINISHED, FINISHED, FINISHED)
+    assert worker.session.process.pid == number
+    assert worker.loaded == "fake"
 
 
-def test_a_wish_that_could_not_be_read_again_is_refused(maker: ResultMaker, tmp_path: Path) -> None:
+def test_a_render_job_that_could_not_be_read_again_is_refused(worker: RenderWorker, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="a wish of 3,000,.* bytes: 2,097,152 are the most"):
-        maker.add([wish(tmp_path), wish(tmp_path, "x" * 3_000_000)])
-    assert maker.list_all() == []
+        worker.add([request(tmp_path), request(tmp_path, "x" * 3_000_000)])
+    assert worker.list_all() == []
 
 
-def test_another_model_takes_the_place_of_the_loaded_one(maker: ResultMaker, tmp_path: Path) -> None:
-    maker.add([wish(tmp_path, "first")])
-    wait_for_states(maker, FINISHED)
-    assert maker.session is not None
-    process = maker.session.process
-    maker.add([wish(tmp_path, "second", "--noisy")])
-    wait_for_states(maker, FINISHED, FINISHED)
+def test_another_model_takes_the_place_of_the_loaded_one(worker: RenderWorker, tmp_path: Path) -> None:
+    worker.add([request(tmp_path, "first")])
+    wait_for_states(worker, FINISHED)
+    assert worker.session is not None
+    process = worker.session.process
+    worker.add([request(tmp_path, "second", "--noisy")])
+    wait_for_states(worker, FINISHED, FINISHED)
     assert process.poll() == 0
-    assert maker.session.process.pid != process.pid
+    assert worker.session.process.pid != process.pid
 
 
-def test_a_wish_tells_its_steps_and_shows_a_preview_that_goes_with_it(
-    maker: ResultMaker, tmp_path: Path
+def test_a_render_job_tells_its_steps_and_shows_a_preview_that_goes_with_it(
+    worker: RenderWorker, tmp_path: Path
 ) -> None:
-    maker.add([wish(tmp_path, "slow")])
-    wait_for(lambda: maker.list_all()[0].done > 3)
-    making = maker.list_all()[0]
+    worker.add([request(tmp_path, "slow")])
+    wait_for(lambda: worker.list_all()[0].done > 3)
+    making = worker.list_all()[0]
     assert (making.state, making.doing, making.steps) == (RUNNING, "denoising", 3)
-    assert maker.preview is not None
-    assert maker.preview.read_bytes() == b"a preview"
+    assert worker.preview is not None
+    assert worker.preview.read_bytes() == b"a preview"
     # another server sees it too
-    wait_for(lambda: WishStore(maker.folder).list_all()[0].done > 3)
-    maker.cancel(1)
-    wait_for_states(maker, STOPPED)
-    wait_for(lambda: maker.preview is None)
-    assert not (maker.folder / "preview" / "latent_preview.png").exists()
+    wait_for(lambda: RenderQueue(worker.folder).list_all()[0].done > 3)
+    worker.cancel(1)
+    wait_for_states(worker, STOPPED)
+    wait_for(lambda: worker.preview is None)
+    assert not (worker.folder / "preview" / "latent_preview.png").exists()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="there the process is killed")
-def test_a_cancelled_wish_leaves_the_model_loaded_and_can_be_made_again(
-    maker: ResultMaker, tmp_path: Path
+def test_a_cancelled_render_job_leaves_the_model_loaded_and_can_be_made_again(
+    worker: RenderWorker, tmp_path: Path
 ) -> None:
-    maker.add([wish(tmp_path, "slow")])
-    wait_for(lambda: maker.list_all()[0].done > 3)
-    assert maker.session is not None
-    process = maker.session.process
-    maker.cancel(1)
-    wait_for_states(maker, STOPPED)
+    worker.add([request(tmp_path, "slow")])
+    wait_for(lambda: worker.list_all()[0].done > 3)
+    assert worker.session is not None
+    process = worker.session.process
+    worker.cancel(1)
+    wait_for_states(worker, STOPPED)
     assert process.poll() is None
     with pytest.raises(OptionError, match="no wish 1 that is waiting"):
-        maker.cancel(1)
-    maker.add([wish(tmp_path, "quick")])
-    wait_for_states(maker, STOPPED, FINISHED)
-    maker.again(1)
-    wait_for(lambda: maker.list_all()[0].done > 3)
-    assert maker.session.process.pid == process.pid
-    maker.cancel(1)
-    wait_for_states(maker, STOPPED, FINISHED)
+        worker.cancel(1)
+    worker.add([request(tmp_path, "quick")])
+    wait_for_states(worker, STOPPED, FINISHED)
+    worker.again(1)
+    wait_for(lambda: worker.list_all()[0].done > 3)
+    assert worker.session.process.pid == process.pid
+    worker.cancel(1)
+    wait_for_states(worker, STOPPED, FINISHED)
 
 
-def test_a_wish_that_heeds_no_interrupt_ends_with_its_process_the_second_time(
-    maker: ResultMaker, tmp_path: Path
+def test_a_render_job_that_heeds_no_interrupt_ends_with_its_process_the_second_time(
+    worker: RenderWorker, tmp_path: Path
 ) -> None:
-    maker.add([wish(tmp_path, "stubborn"), wish(tmp_path, "next")])
-    wait_for(lambda: maker.list_all()[0].done > 3)
-    maker.cancel(1)
-    wait_for(lambda: "once more" in maker.list_all()[0].doing)
-    assert states(maker) == [RUNNING, WAITING]
-    maker.cancel(1)
-    wait_for_states(maker, STOPPED, FINISHED)
+    worker.add([request(tmp_path, "stubborn"), request(tmp_path, "next")])
+    wait_for(lambda: worker.list_all()[0].done > 3)
+    worker.cancel(1)
+    wait_for(lambda: "once more" in worker.list_all()[0].doing)
+    assert states(worker) == [RUNNING, WAITING]
+    worker.cancel(1)
+    wait_for_states(worker, STOPPED, FINISHED)
 
 
-def test_a_wish_is_cancelled_while_its_model_is_loaded(maker: ResultMaker, tmp_path: Path) -> None:
-    maker.add([wish(tmp_path, "a cat", "--dull"), wish(tmp_path, "next")])
-    wait_for(lambda: maker.session is not None)
-    assert maker.list_all()[0].doing == LOADING
-    assert maker.loaded == ""
-    maker.cancel(1)
-    wait_for_states(maker, STOPPED, FINISHED)
+def test_a_render_job_is_cancelled_while_its_model_is_loaded(worker: RenderWorker, tmp_path: Path) -> None:
+    worker.add([request(tmp_path, "a cat", "--dull"), request(tmp_path, "next")])
+    wait_for(lambda: worker.session is not None)
+    assert worker.list_all()[0].doing == LOADING
+    assert worker.loaded == ""
+    worker.cancel(1)
+    wait_for_states(worker, STOPPED, FINISHED)
 
 
-def test_a_waiting_wish_is_taken_back(maker: ResultMaker, tmp_path: Path) -> None:
-    maker.add([wish(tmp_path, "slow"), wish(tmp_path, "never")])
-    wait_for(lambda: maker.list_all()[0].done > 3)
-    maker.cancel(2)
-    maker.cancel(1)
-    wait_for_states(maker, STOPPED, STOPPED)
-    maker.remove(2)
-    assert [making.id for making in maker.list_all()] == [1]
+def test_a_waiting_render_job_is_taken_back(worker: RenderWorker, tmp_path: Path) -> None:
+    worker.add([request(tmp_path, "slow"), request(tmp_path, "never")])
+    wait_for(lambda: worker.list_all()[0].done > 3)
+    worker.cancel(2)
+    worker.cancel(1)
+    wait_for_states(worker, STOPPED, STOPPED)
+    worker.remove(2)
+    assert [making.id for making in worker.list_all()] == [1]
     with pytest.raises(OptionError, match="no wish 2 that has ended"):
-        maker.remove(2)
+        worker.remove(2)
 
 
 @pytest.mark.parametrize(
@@ -188,111 +191,111 @@ def test_a_waiting_wish_is_taken_back(maker: ResultMaker, tmp_path: Path) -> Non
         ("forget", (), "the process has ended without a word"),
     ],
 )
-def test_a_wish_that_fails_says_why_and_the_next_is_made(
-    maker: ResultMaker, tmp_path: Path, prompt: str, words: Sequence[str], reason: str
+def test_a_render_job_that_fails_says_why_and_the_next_is_made(
+    worker: RenderWorker, tmp_path: Path, prompt: str, words: Sequence[str], reason: str
 ) -> None:
-    maker.add([wish(tmp_path, prompt, *words), wish(tmp_path, "next")])
-    died, _ = wait_for_states(maker, DIED, FINISHED)
+    worker.add([request(tmp_path, prompt, *words), request(tmp_path, "next")])
+    died, _ = wait_for_states(worker, DIED, FINISHED)
     assert died.reason == reason
 
 
 @pytest.mark.skipif(os.name == "nt", reason="it has no such signal")
-def test_a_killed_process_is_called_so_and_its_wish_can_be_made_again(
-    maker: ResultMaker, tmp_path: Path
+def test_a_killed_process_is_called_so_and_its_render_job_can_be_made_again(
+    worker: RenderWorker, tmp_path: Path
 ) -> None:
-    maker.add([wish(tmp_path, "slow")])
-    wait_for(lambda: maker.list_all()[0].done > 3)
-    assert maker.session is not None
-    os.kill(maker.session.process.pid, signal.SIGKILL)
-    (died,) = wait_for_states(maker, DIED)
+    worker.add([request(tmp_path, "slow")])
+    wait_for(lambda: worker.list_all()[0].done > 3)
+    assert worker.session is not None
+    os.kill(worker.session.process.pid, signal.SIGKILL)
+    (died,) = wait_for_states(worker, DIED)
     assert died.reason.startswith("the process was killed. Often the machine had too little memory")
-    maker.again(1)
-    wait_for(lambda: maker.list_all()[0].done > 3)
-    maker.cancel(1)
-    wait_for_states(maker, STOPPED)
+    worker.again(1)
+    wait_for(lambda: worker.list_all()[0].done > 3)
+    worker.cancel(1)
+    wait_for_states(worker, STOPPED)
 
 
-def test_the_model_is_freed_when_it_is_idle_and_on_demand(maker: ResultMaker, tmp_path: Path) -> None:
-    maker.idle_seconds = 0.2
-    maker.add([wish(tmp_path)])
-    wait_for_states(maker, FINISHED)
-    wait_for(lambda: maker.session is None)
-    maker.idle_seconds = 600
-    maker.add([wish(tmp_path, "slow")])
-    wait_for(lambda: maker.list_all()[1].done > 3)
+def test_the_model_is_freed_when_it_is_idle_and_on_demand(worker: RenderWorker, tmp_path: Path) -> None:
+    worker.idle_seconds = 0.2
+    worker.add([request(tmp_path)])
+    wait_for_states(worker, FINISHED)
+    wait_for(lambda: worker.session is None)
+    worker.idle_seconds = 600
+    worker.add([request(tmp_path, "slow")])
+    wait_for(lambda: worker.list_all()[1].done > 3)
     with pytest.raises(OptionError, match="wish 2 is being made"):
-        maker.free()
-    maker.cancel(2)
-    wait_for_states(maker, FINISHED, STOPPED)
-    maker.free()
-    assert maker.loaded == ""
+        worker.free()
+    worker.cancel(2)
+    wait_for_states(worker, FINISHED, STOPPED)
+    worker.free()
+    assert worker.loaded == ""
 
 
-def test_while_a_process_ends_slowly_the_page_answers(maker: ResultMaker, tmp_path: Path) -> None:
-    maker.add([wish(tmp_path, "a cat", "--lingering")])
-    wait_for_states(maker, FINISHED)
-    ending = threading.Thread(target=maker.free)
+def test_while_a_process_ends_slowly_the_page_answers(worker: RenderWorker, tmp_path: Path) -> None:
+    worker.add([request(tmp_path, "a cat", "--lingering")])
+    wait_for_states(worker, FINISHED)
+    ending = threading.Thread(target=worker.free)
     begun = time.monotonic()
     ending.start()
-    wait_for(lambda: maker.session is None)
+    wait_for(lambda: worker.session is None)
 
-    maker.add([wish(tmp_path, "next")])
-    maker.cancel(2)
+    worker.add([request(tmp_path, "next")])
+    worker.cancel(2)
     took = time.monotonic() - begun
-    assert (maker.loaded, ending.is_alive()) == ("", True)
+    assert (worker.loaded, ending.is_alive()) == ("", True)
     ending.join()
 
     assert took < time.monotonic() - begun - 2
 
 
-def test_a_job_of_the_queue_waits_for_the_wish_and_then_has_the_card(
+def test_a_job_of_the_queue_waits_for_the_render_job_and_then_has_the_card(
     queue: JobQueue,
-    maker: ResultMaker,
+    worker: RenderWorker,
     tmp_path: Path,
     lasting: list[str],  # noqa: F811
 ) -> None:
-    maker.add([wish(tmp_path, "slow"), wish(tmp_path, "next")])
-    wait_for(lambda: maker.list_all()[0].done > 3)
+    worker.add([request(tmp_path, "slow"), request(tmp_path, "next")])
+    wait_for(lambda: worker.list_all()[0].done > 3)
     job = queue.add(lasting, tmp_path)
     queue.begin_work()
     try:
         reason = "the page Generate makes result 1: the job begins after it, or cancel it there"
         wait_for(lambda: queue.problem == reason, lambda: queue.problem)
         assert [each.state for each in queue.jobs()] == [WAITING]
-        maker.cancel(1)
+        worker.cancel(1)
         wait_for(lambda: [each.state for each in queue.jobs()] == [RUNNING])
-        assert maker.session is None
-        wait_for(lambda: maker.waits_for == f"job {job} of the queue runs", lambda: maker.waits_for)
-        assert states(maker) == [STOPPED, WAITING]
+        assert worker.session is None
+        wait_for(lambda: worker.waits_for == f"job {job} of the queue runs", lambda: worker.waits_for)
+        assert states(worker) == [STOPPED, WAITING]
         queue.stop(job)
-        wait_for_states(maker, STOPPED, FINISHED)
+        wait_for_states(worker, STOPPED, FINISHED)
     finally:
         queue.end_work()
 
 
 def test_a_job_that_waits_in_a_paused_queue_holds_nothing_up(
-    queue: JobQueue, maker: ResultMaker, tmp_path: Path
+    queue: JobQueue, worker: RenderWorker, tmp_path: Path
 ) -> None:
     queue.add(["python", "tools/download.py", "--list"], tmp_path)
-    maker.add([wish(tmp_path)])
-    wait_for_states(maker, FINISHED)
+    worker.add([request(tmp_path)])
+    wait_for_states(worker, FINISHED)
 
 
-def test_wishes_outlive_their_server_and_what_it_made_has_died(queue: JobQueue, tmp_path: Path) -> None:
-    store = WishStore(queue.folder / "making")
-    store.add([wish(tmp_path, "made"), wish(tmp_path, "waits")])
+def test_render_jobs_outlive_their_server_and_what_it_made_has_died(queue: JobQueue, tmp_path: Path) -> None:
+    store = RenderQueue(queue.folder / "making")
+    store.add([request(tmp_path, "made"), request(tmp_path, "waits")])
     child = psutil.Popen([sys.executable, "-c", ""])
     child.wait()
     ended = {"machine": identify_machine(), "number": child.pid, "born": 1}
     store.change(1, [WAITING], state=RUNNING, process=ended)
-    maker = ResultMaker(queue, start_fake)
+    worker = RenderWorker(queue, start_fake)
     try:
-        lost, _ = wait_for_states(maker, DIED, FINISHED)
+        lost, _ = wait_for_states(worker, DIED, FINISHED)
         assert lost.reason == ENDED_MEANWHILE
-        maker.again(1)
-        wait_for_states(maker, FINISHED, FINISHED)
+        worker.again(1)
+        wait_for_states(worker, FINISHED, FINISHED)
     finally:
-        maker.close()
+        worker.close()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="it has no such signal")
@@ -307,7 +310,7 @@ def test_a_process_that_a_killed_server_has_left_is_ended(queue: JobQueue, tmp_p
         folder = queue.folder / "making"
         folder.mkdir(parents=True)
         (folder / "session.json").write_text(json.dumps(row))
-        ResultMaker(queue, start_fake).close()
+        RenderWorker(queue, start_fake).close()
         assert left.wait(SECONDS) == -signal.SIGKILL
         assert not (folder / "session.json").exists()
     finally:
@@ -315,73 +318,75 @@ def test_a_process_that_a_killed_server_has_left_is_ended(queue: JobQueue, tmp_p
             left.kill()
 
 
-def test_of_two_servers_one_makes_the_wishes_of_both(
-    queue: JobQueue, maker: ResultMaker, tmp_path: Path
+def test_of_two_servers_one_makes_the_render_jobs_of_both(
+    queue: JobQueue, worker: RenderWorker, tmp_path: Path
 ) -> None:
-    other = ResultMaker(JobQueue(queue.folder), start_fake)
+    other = RenderWorker(JobQueue(queue.folder), start_fake)
     try:
-        maker.add([wish(tmp_path, "slow")])
-        wait_for(lambda: maker.list_all()[0].done > 3)
-        assert other.add([wish(tmp_path, "of the other")]) == [2]
+        worker.add([request(tmp_path, "slow")])
+        wait_for(lambda: worker.list_all()[0].done > 3)
+        assert other.add([request(tmp_path, "of the other")]) == [2]
         wait_for(lambda: "another server" in other.problem, lambda: other.problem)
         assert states(other) == [RUNNING, WAITING]
         assert other.make_room()
         other.cancel(1)  # the server that makes it stops it
         wait_for_states(other, STOPPED, FINISHED)
         assert other.session is None
-        assert maker.list_all()[1].file == other.list_all()[1].file
+        assert worker.list_all()[1].file == other.list_all()[1].file
     finally:
         other.close()
 
 
-def test_ending_the_server_ends_the_process_and_keeps_the_wishes(queue: JobQueue, tmp_path: Path) -> None:
-    maker = ResultMaker(queue, start_fake)
-    maker.add([wish(tmp_path, "slow"), wish(tmp_path, "waits")])
-    wait_for(lambda: maker.list_all()[0].done > 3)
-    assert maker.session is not None
-    process = maker.session.process
-    maker.close()
+def test_ending_the_server_ends_the_process_and_keeps_the_render_jobs(
+    queue: JobQueue, tmp_path: Path
+) -> None:
+    worker = RenderWorker(queue, start_fake)
+    worker.add([request(tmp_path, "slow"), request(tmp_path, "waits")])
+    wait_for(lambda: worker.list_all()[0].done > 3)
+    assert worker.session is not None
+    process = worker.session.process
+    worker.close()
     assert process.poll() is not None
-    stored = WishStore(queue.folder / "making").list_all()
+    stored = RenderQueue(queue.folder / "making").list_all()
     assert [making.state for making in stored] == [STOPPED, WAITING]
 
 
 def test_a_read_only_server_makes_nothing(queue: JobQueue, tmp_path: Path) -> None:
-    WishStore(queue.folder / "making").add([wish(tmp_path)])
-    maker = ResultMaker(JobQueue(queue.folder, read_only=True), start_fake)
+    RenderQueue(queue.folder / "making").add([request(tmp_path)])
+    worker = RenderWorker(JobQueue(queue.folder, read_only=True), start_fake)
     with pytest.raises(OutputError, match="--read_only"):
-        maker.add([wish(tmp_path)])
+        worker.add([request(tmp_path)])
     time.sleep(0.5)
-    assert states(maker) == [WAITING]
+    assert states(worker) == [WAITING]
 
 
 @pytest.mark.parametrize(
     "content", [b"", b"{}", b"[1]", b"\xff", b'{"id": 1, "state": "running"}', b"[" * 9999, b'{"id": "1"}']
 )
-def test_a_damaged_wish_is_left_out(
-    queue: JobQueue, maker: ResultMaker, tmp_path: Path, content: bytes
+def test_a_damaged_render_job_is_left_out(
+    queue: JobQueue, worker: RenderWorker, tmp_path: Path, content: bytes
 ) -> None:
-    maker.add([wish(tmp_path)])
-    wait_for_states(maker, FINISHED)
-    (maker.folder / "2.json").write_bytes(content)
-    assert states(maker) == [FINISHED]
-    assert maker.add([wish(tmp_path)])[0] >= 2
+    worker.add([request(tmp_path)])
+    wait_for_states(worker, FINISHED)
+    (worker.folder / "2.json").write_bytes(content)
+    assert states(worker) == [FINISHED]
+    assert worker.add([request(tmp_path)])[0] >= 2
 
 
-def test_too_many_wishes_are_refused(maker: ResultMaker, tmp_path: Path) -> None:
+def test_too_many_render_jobs_are_refused(worker: RenderWorker, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="200 are the most"):
-        maker.add([wish(tmp_path)] * 201)
-    assert states(maker) == []
+        worker.add([request(tmp_path)] * 201)
+    assert states(worker) == []
 
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="everything may be written there")
 def test_a_folder_that_cannot_be_written_is_named(
-    queue: JobQueue, maker: ResultMaker, tmp_path: Path
+    queue: JobQueue, worker: RenderWorker, tmp_path: Path
 ) -> None:
     tmp_path.chmod(0o500)
     try:
         with pytest.raises(OutputError, match="cannot be written"):
-            maker.add([wish(tmp_path)])
+            worker.add([request(tmp_path)])
     finally:
         tmp_path.chmod(0o700)
 
@@ -413,7 +418,7 @@ def recipe_of(words: Sequence[str], family: str, folder: Path) -> ModelRecipe:
     return ModelRecipe(title="tiny", family=family, fixed=fixed, usual={}, folder=folder)
 
 
-def pocket_wishes(folder: Path) -> list[Wish]:
+def pocket_requests(folder: Path) -> list[RenderRequest]:
     """A LoRA with two strengths, a negative text, another prompt in between."""
     words = ["--task", "t2v-1.3B", "--flow_shift", "3", "--dit_dtype", "float32", "--output_type", "both"]
     for name in ("dit", "vae", "t5"):
@@ -421,7 +426,7 @@ def pocket_wishes(folder: Path) -> list[Wish]:
     lora = write_lora(folder / "one.safetensors", POCKET / "dit.safetensors", "blocks.0.self_attn.q", 1)
     second = write_lora(folder / "two.safetensors", POCKET / "dit.safetensors", "blocks.1.ffn.0", 2)
     texts = {"width": "64", "height": "64", "frames": "5", "steps": "3", "guidance": "3", "negative": "blue"}
-    first = Wish(
+    first = RenderRequest(
         recipe=recipe_of(words, "wan", folder),
         prompt='a red square ü --x "quoted"\nmoves right',
         texts=texts,
@@ -435,37 +440,41 @@ def pocket_wishes(folder: Path) -> list[Wish]:
     return [first, other, stronger, first]
 
 
-def two_expert_wishes(folder: Path) -> list[Wish]:
+def two_expert_requests(folder: Path) -> list[RenderRequest]:
     files = write_tiny_wan(folder / "models", experts=2)
     assert files.dit_high_noise is not None
     words = ["--task", "t2v-A14B", "--output_type", "both", "--device", "cpu", *files.models]
     low = write_lora(folder / "low.safetensors", files.dit, "blocks.0.self_attn.q", 1)
     high = write_lora(folder / "high.safetensors", files.dit_high_noise, "blocks.0.ffn.0", 2)
     texts = {"width": "48", "height": "32", "frames": "5", "steps": "4", "guidance": "2", "high_cfg": "3"}
-    wish = Wish(
+    request = RenderRequest(
         recipe=recipe_of(words, "wan", folder),
         prompt="a cat",
         texts=texts,
         loras=[UsedLora(low, "0.5"), UsedLora(high, "1.5", HIGH_NOISE)],
         save_path=str(folder / "session"),
     )
-    return [wish, replace(wish, loras=[UsedLora(low, "0.5"), UsedLora(high, "0.2", HIGH_NOISE)]), wish]
+    return [
+        request,
+        replace(request, loras=[UsedLora(low, "0.5"), UsedLora(high, "0.2", HIGH_NOISE)]),
+        request,
+    ]
 
 
-def flux_wishes(folder: Path) -> list[Wish]:
+def flux_requests(folder: Path) -> list[RenderRequest]:
     """Pictures, with guidance that is fed into the model and a negative text that needs the other kind."""
     files = write_tiny_flux(folder / "models")
     words = ["--device", "cpu", "--output_type", "latent_images", *files.models]
     lora = write_lora(folder / "one.safetensors", files.dit, "double_blocks.0.img_attn.proj", 1)
     texts = {"width": "64", "height": "48", "steps": "2", "guidance": "2.5", "cfg": "3", "negative": "grey"}
-    wish = Wish(
+    request = RenderRequest(
         recipe=recipe_of(words, "flux", folder),
         prompt="a cat",
         texts=texts,
         loras=[UsedLora(lora, "0.7")],
         save_path=str(folder / "session"),
     )
-    return [wish, replace(wish, prompt="a dog", texts={**texts, "cfg": "", "negative": ""}), wish]
+    return [request, replace(request, prompt="a dog", texts={**texts, "cfg": "", "negative": ""}), request]
 
 
 def read_made(folder: Path) -> tuple[dict[str, torch.Tensor], list[bytes], dict[str, str]]:
@@ -487,19 +496,19 @@ def read_frames(path: Path) -> list[object]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make_wishes", [pocket_wishes, two_expert_wishes, flux_wishes])
+@pytest.mark.parametrize("make_requests", [pocket_requests, two_expert_requests, flux_requests])
 def test_results_equal_those_of_the_command_line_to_the_bit(
-    queue: JobQueue, tmp_path: Path, make_wishes: Callable[[Path], list[Wish]]
+    queue: JobQueue, tmp_path: Path, make_requests: Callable[[Path], list[RenderRequest]]
 ) -> None:
     """Also after another prompt, and with other strengths, in the same session."""
-    maker = ResultMaker(queue)
+    worker = RenderWorker(queue)
     try:
-        for place, each in enumerate(make_wishes(tmp_path)):
+        for place, each in enumerate(make_requests(tmp_path)):
             each.check()
             folder = Path(each.save_path)
-            making = each.as_making("7")
-            maker.add([making])
-            wait_for_states(maker, *[FINISHED] * (place + 1))
+            making = each.as_render_job("7")
+            worker.add([making])
+            wait_for_states(worker, *[FINISHED] * (place + 1))
             of_session = read_made(folder)
             for path in sorted(folder.rglob("*"), reverse=True):
                 path.unlink() if path.is_file() else path.rmdir()
@@ -514,4 +523,4 @@ def test_results_equal_those_of_the_command_line_to_the_bit(
             assert of_session[1] == frames
             assert of_session[2] == tags
     finally:
-        maker.close()
+        worker.close()

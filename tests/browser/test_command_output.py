@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from browser.command_output import find_command, read_changes, read_output_lines
 from browser.jobs import Job
-from browser.said import find_command, read_changes, read_said
 
 NAMES = ["a.png", "aa.png", "b c.mp4", "bad.png"]
 
@@ -37,16 +37,16 @@ def job(folder: Path, text: str) -> Job:
 def test_lines_have_files_and_remedies(
     line: str, names: tuple[str, ...], remedy: str, left_out: tuple[str, ...] | None, tmp_path: Path
 ) -> None:
-    [said] = read_said(job(tmp_path, f"{line}\n"), NAMES)
+    [message] = read_output_lines(job(tmp_path, f"{line}\n"), NAMES)
 
-    assert (said.text, said.names, said.remedy) == (line.strip(), names, remedy)
+    assert (message.text, message.names, message.remedy) == (line.strip(), names, remedy)
     if left_out is not None:
-        assert said.left_out == left_out
+        assert message.left_out == left_out
 
 
 def test_only_a_printed_command_can_be_run(tmp_path: Path) -> None:
     text = "x\n  python tools/a.py 'b c'\n  reelsmith new x --trigger_word WORD --overwrite\n"
-    lines = read_said(job(tmp_path, text))
+    lines = read_output_lines(job(tmp_path, text))
     assert find_command(lines, "python tools/a.py 'b c'") == ["python", "tools/a.py", "b c"]
     assert find_command(lines, "python tools/a.py") is None
     assert find_command(lines, "x") is None
@@ -56,8 +56,8 @@ def test_only_a_printed_command_can_be_run(tmp_path: Path) -> None:
 
 def test_changes_are_told_from_what_is_said(tmp_path: Path) -> None:
     log = job(tmp_path, "a line\n--- run.toml\n+++ run.toml as it would be\n@@ -1 +1 @@\n-a\n+b\n")
-    assert [line.text for line in read_said(log)] == ["a line"]
+    assert [line.text for line in read_output_lines(log)] == ["a line"]
     assert read_changes(log)[0] == "--- run.toml"
     assert read_changes(log)[-2:] == ["-a", "+b"]
     assert read_changes(None) == []
-    assert read_said(None) == []
+    assert read_output_lines(None) == []

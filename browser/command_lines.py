@@ -8,17 +8,17 @@ from modules.command import quote_for_powershell, quote_for_shell
 from modules.installation import FRONT_SCRIPT, MOST_BEFORE, PREFIX, ROOT, command_words, find_script
 
 
-def typed_anywhere(words: Sequence[str], folder: Path | None = None) -> str:
+def format_command(words: Sequence[str], folder: Path | None = None) -> str:
     """Return a command line for a terminal that is in any folder.
 
     words: of a command of this program. In a checkout, which has no program `reelsmith`, they get the path of
     the script. folder: that the command's relative paths begin in; None: it has none.
     """
-    line = quote_for_shell(command_words(words) if PREFIX else _with_path_of_script(words))
-    return f"{cd_before(folder)}{line}"
+    line = quote_for_shell(command_words(words) if PREFIX else _add_script_path(words))
+    return f"{format_cd(folder)}{line}"
 
 
-def cd_before(folder: Path | None, in_powershell: bool = False) -> str:
+def format_cd(folder: Path | None, in_powershell: bool = False) -> str:
     """Return the words in front of a command line that is to run in a folder; empty if that is None."""
     if folder is None:
         return ""
@@ -26,7 +26,7 @@ def cd_before(folder: Path | None, in_powershell: bool = False) -> str:
     return f"{quote_for_powershell(words)}; " if in_powershell else f"{quote_for_shell(words)} && "
 
 
-def typed_move(paths: Sequence[Path], folder: Path) -> str:
+def format_move(paths: Sequence[Path], folder: Path) -> str:
     """Return a command line that moves files into a new folder, for a terminal in any folder."""
     sources = [str(path.absolute()) for path in paths]
     target = str(folder.absolute())
@@ -37,7 +37,7 @@ def typed_move(paths: Sequence[Path], folder: Path) -> str:
     return f"{quote_for_shell(['mkdir', '-p', target])} && {quote_for_shell(['mv', *sources, target])}"
 
 
-def _with_path_of_script(words: Sequence[str]) -> list[str]:
+def _add_script_path(words: Sequence[str]) -> list[str]:
     """Return the words of a command with the full path of its script, as a checkout has it."""
     words = list(words)
     if words[:1] == ["reelsmith"]:

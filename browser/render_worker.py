@@ -2,7 +2,7 @@
 
 One process of a generation script with --interactive makes the results (`generation/driven.py`). It ends when
 another model is asked for, when it has been idle for a while, and when a job of the queue waits for the card.
-Of several servers of one folder, one at a time makes the wishes (`browser/wishes.py`) of all.
+Of several servers of one folder, one at a time makes the render jobs (`browser/render_queue.py`) of all.
 """
 
 import atexit
@@ -22,9 +22,9 @@ from typing import Any
 
 from browser import launch
 from browser.jobs import WAITING, Job, JobQueue, refuse_link
+from browser.render_queue import RenderJob, RenderQueue
 from browser.runs import DIED, FINISHED, RUNNING, STOPPED, is_living
 from browser.sessions import find_session, limit_session
-from browser.wishes import Making, WishStore
 from modules.atomic_write import explain_errors, write_text
 from modules.command import message_of
 from modules.control_codes import escape_control_codes, shorten_lines
@@ -44,15 +44,15 @@ SESSION = "session.json"  # names the process with the model
 IDLE_SECONDS = 600.0  # after which a model is freed
 LOOKED_EVERY = 0.2  # seconds, at what a process answers
 QUEUE_LOOKED_EVERY = 1.0
-WRITTEN_EVERY = 1.0  # the steps of a wish, for other servers
-RETRIED_EVERY = 2.0  # after an error, or while another server makes the wishes
+WRITTEN_EVERY = 1.0  # the steps of a render job, for other servers
+RETRIED_EVERY = 2.0  # after an error, or while another server makes the render jobs
 PATIENCE = 20.0  # seconds for a process to end by itself
 PATIENCE_AT_END = 5.0  # the same, when the server ends
 MOST_OF_SESSION = 1000  # bytes
 TAIL = 64 << 10  # bytes at the end of the log that are searched for an error
 LAST_LINES = 12
 MOST_OF_LINE = 500
-MOST_OF_WARNINGS = 4000  # characters that are kept of a wish
+MOST_OF_WARNINGS = 4000  # characters that are kept of a render job
 LOADING = "loading the model"
 FindProgram = Callable[[Sequence[str], Path], tuple[object, list[str]]]
 ENDS = ("state", "reason", "file", "process", "doing", "done", "steps", "last_lines", "warnings")
@@ -99,8 +99,8 @@ class LoadedModel:
         return None
 
 
-class ResultMaker:
-    """Note the wishes of a server's page Generate, and make them in a thread."""
+class RenderWorker:
+    """Note the render jobs of a server's page Generate, and make them in a thread."""
 
     def __init__(self, queue: JobQueue, find_program: FindProgram = find_session) -> None:
         """find_program: returns what the words of a session start in a folder, as `find_session`."""
@@ -109,39 +109,39 @@ class ResultMaker:
         self.idle_seconds = IDLE_SECONDS
         self.folder = queue.folder / FOLDER
         self.read_only = queue.read_only
-        self.store = WishStore(self.folder)
+        self.store = RenderQueue(self.folder)
         self.session: LoadedModel | None = None
-        self.problem = ""  # why wishes wait although nothing is made
+        self.problem = ""  # why render jobs wait although nothing is made
         self.waits_for = ""  # the same, if it is as it should be
-        self._current: Making | None = None
+        self._current: RenderJob | None = None
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._ending = threading.Lock()  # of a process; taken before the other lock, never after it
         self._thread: threading.Thread | None = None
         self._is_ended = False
         self._cancels = 0  # of the one that is being made
-        self._unsaved: dict[int, Making] = {}  # ended, but not yet written: the disk was full
+        self._unsaved: dict[int, RenderJob] = {}  # ended, but not yet written: the disk was full
         if not self.read_only:
             self._end_orphan()
             queue.before_start = self.make_room
             atexit.register(self.close)
-            if any(making.state == WAITING for making in self.store.list_all()):
+            if any(render_job.state == WAITING for render_job in self.store.list_all()):
                 self._begin()
 
-    def list_all(self) -> list[Making]:
-        """Return all wishes, the oldest first."""
+    def list_all(self) -> list[RenderJob]:
+        """Return all render jobs, the oldest first."""
         current = self._current
         newer = dict(self._unsaved)
         if current is not None and current.state == RUNNING:  # else its file or `_unsaved` says more
             newer[current.id] = current
-        return [newer.get(making.id, making) for making in self.store.list_all()]
+        return [newer.get(render_job.id, render_job) for render_job in self.store.list_all()]
 
-    def find(self, number: int) -> Making | None:
-        return next((making for making in self.list_all() if making.id == number), None)
+    def find(self, number: int) -> RenderJob | None:
+        return next((render_job for render_job in self.list_all() if render_job.id == number), None)
 
     @property
-    def current(self) -> Making | None:
-        return next((making for making in self.list_all() if making.state == RUNNING), None)
+    def current(self) -> RenderJob | None:
+        return next((render_job for render_job in self.list_all() if render_job.state == RUNNING), None)
 
     @property
     def loaded(self) -> str:
@@ -159,24 +159,24 @@ class ResultMaker:
     def _preview_paths(self) -> list[Path]:
         return [self.folder / PREVIEWS / name for name in PREVIEW_NAMES]
 
-    def add(self, wishes: Sequence[Making]) -> list[int]:
-        """Note wishes; return their numbers. Raises OptionError if too many wait, OutputError if it fails."""
+    def add(self, new_jobs: Sequence[RenderJob]) -> list[int]:
+        """Note jobs; return their numbers. Raises OptionError if too many wait, OutputError if it fails."""
         if self.read_only:
             raise OutputError(NO_WRITING)
-        numbers = self.store.add(wishes)
+        numbers = self.store.add(new_jobs)
         self._begin()
         return numbers
 
     def cancel(self, number: int) -> None:
-        """Take a waiting wish back, or stop the one that is being made; the second time, end its process.
+        """Take a waiting job back, or stop the one that is being made; the second time, end its process.
 
         Raises OptionError if it neither waits nor is made.
         """
         with self._lock:
             current = self._current
             if current is None or current.id != number or current.state != RUNNING:
-                making = self.store.find(number)
-                if making is not None and making.state == RUNNING:  # by another server
+                render_job = self.store.find(number)
+                if render_job is not None and render_job.state == RUNNING:  # by another server
                     self.store.ask_to_cancel(number)
                 else:
                     self.store.change(number, [WAITING], state=STOPPED)
@@ -192,7 +192,7 @@ class ResultMaker:
                 session.process.send_signal(signal.SIGINT)
 
     def again(self, number: int) -> None:
-        """Let a wish that was stopped or died wait again. Raises OptionError for another."""
+        """Let a render job that was stopped or died wait again. Raises OptionError for another."""
         changes: dict[str, Any] = {
             "reason": "",
             "last_lines": "",
@@ -205,7 +205,7 @@ class ResultMaker:
         self._begin()
 
     def remove(self, number: int) -> None:
-        """Forget a wish that has ended; its result stays."""
+        """Forget a render job that has ended; its result stays."""
         self.store.remove(number)
 
     def free(self) -> None:
@@ -228,7 +228,7 @@ class ResultMaker:
         with self._lock:
             if self.session is None:
                 self._end_orphan()
-        if any(making.state == RUNNING for making in self.list_all()):
+        if any(render_job.state == RUNNING for render_job in self.list_all()):
             return f"{GENERATE} of another server makes a result: the job begins after it"
         if self._is_loaded_elsewhere():
             return f"{GENERATE} of another server still holds its model: the job begins when that has ended"
@@ -263,7 +263,7 @@ class ResultMaker:
             self._changed.notify_all()
 
     def _work(self) -> None:
-        """Make all wishes, until none waits and no model is loaded."""
+        """Make all render jobs, until none waits and no model is loaded."""
         with contextlib.ExitStack() as stack:
             has_lock = False
             while not self._is_ended:
@@ -302,23 +302,23 @@ class ResultMaker:
             return True
 
     def _has_waiting(self) -> bool:
-        return any(making.state == WAITING for making in self.store.list_all())
+        return any(render_job.state == WAITING for render_job in self.store.list_all())
 
     def _turn(self) -> bool:
-        """Make the next wish; return whether there was one. A model that is not needed is freed."""
+        """Make the next render job; return whether there was one. A model that is not needed is freed."""
         self._save_ends()
         blocking = self._find_blocking_job()
         self._free_if_unneeded(blocking is not None)
-        making = None if blocking is not None else self._take_next()
-        if making is None:
+        render_job = None if blocking is not None else self._take_next()
+        if render_job is None:
             return False
         self.problem = ""
         try:
-            self._make(making)
+            self._make(render_job)
         except (UserError, OSError, ValueError) as error:
-            logger.debug("%s", making.command, exc_info=error)
-            self._end_making(making, DIED, str(error))
-            # what it still answers would be taken for answers to the next wish
+            logger.debug("%s", render_job.command, exc_info=error)
+            self._end_render_job(render_job, DIED, str(error))
+            # what it still answers would be taken for answers to the next render job
             self._end_process(self._take_session())
         finally:
             self._remove_previews()
@@ -353,147 +353,152 @@ class ResultMaker:
             session = self._take_session()
         self._end_process(session)
 
-    def _take_next(self) -> Making | None:
-        """Return the wish to make now, marked as running; None if none waits."""
+    def _take_next(self) -> RenderJob | None:
+        """Return the render job to make now, marked as running; None if none waits."""
         with self._lock:
-            for making in self.store.list_all():
-                if making.state != WAITING:
+            for render_job in self.store.list_all():
+                if render_job.state != WAITING:
                     continue
                 with contextlib.suppress(OptionError):  # it was cancelled just now
-                    self.store.take_cancel(making.id)
+                    self.store.take_cancel(render_job.id)
                     self._cancels = 0
                     self._current = self.store.change(
-                        making.id, [WAITING], state=RUNNING, process=describe_process(), doing=LOADING, done=0
+                        render_job.id,
+                        [WAITING],
+                        state=RUNNING,
+                        process=describe_process(),
+                        doing=LOADING,
+                        done=0,
                     )
                     return self._current
         return None
 
-    def _make(self, making: Making) -> None:
-        """Make one wish, and note how it ends."""
-        session = self._open_session(making)
+    def _make(self, render_job: RenderJob) -> None:
+        """Make one render job, and note how it ends."""
+        session = self._open_session(render_job)
         if session is None:
             return
-        self._send(session, making)
+        self._send(session, render_job)
         written = time.monotonic()
         while True:
-            answer = self._wait_for_answer(session, making)
+            answer = self._wait_for_answer(session, render_job)
             if answer is None:
-                self._note_lost(session, making)
+                self._note_lost(session, render_job)
                 return
             if answer.get("event") == "ready":
                 break
-            self._follow(making, answer)
-            if time.monotonic() - written > WRITTEN_EVERY and making.state == RUNNING:
+            self._follow(render_job, answer)
+            if time.monotonic() - written > WRITTEN_EVERY and render_job.state == RUNNING:
                 written = time.monotonic()
-                values = {"doing": making.doing, "done": making.done, "steps": making.steps}
+                values = {"doing": render_job.doing, "done": render_job.done, "steps": render_job.steps}
                 with contextlib.suppress(UserError):  # what it ends with is what counts
-                    self.store.change(making.id, [RUNNING], **values)
+                    self.store.change(render_job.id, [RUNNING], **values)
         session.used = time.monotonic()
-        if making.state == RUNNING and making.file:
-            self._end_making(making, FINISHED)
-        elif making.state == RUNNING:
-            self._end_making(making, DIED, self.last_words())
+        if render_job.state == RUNNING and render_job.file:
+            self._end_render_job(render_job, FINISHED)
+        elif render_job.state == RUNNING:
+            self._end_render_job(render_job, DIED, self.last_words())
 
-    def _follow(self, making: Making, answer: dict[str, Any]) -> None:
-        """Note an answer that comes while a wish is made."""
+    def _follow(self, render_job: RenderJob, answer: dict[str, Any]) -> None:
+        """Note an answer that comes while a render job is made."""
         event = answer.get("event")
         is_cancelled = self._cancels > 0
         if event == "begun":
-            making.steps = int(answer["steps"])
+            render_job.steps = int(answer["steps"])
         elif event == "phase" and not is_cancelled:
-            making.doing = str(answer["what"])
-        elif event == "warned" and len(making.warnings) < MOST_OF_WARNINGS:
-            making.warnings = f"{making.warnings}\n{answer['text']}".strip()
+            render_job.doing = str(answer["what"])
+        elif event == "warned" and len(render_job.warnings) < MOST_OF_WARNINGS:
+            render_job.warnings = f"{render_job.warnings}\n{answer['text']}".strip()
         elif event == "step":
-            making.done = int(answer["done"])
-            making.steps = int(answer.get("steps", making.steps))
+            render_job.done = int(answer["done"])
+            render_job.steps = int(answer.get("steps", render_job.steps))
             if not is_cancelled:
-                making.doing = "denoising"
+                render_job.doing = "denoising"
         elif event == "made":
-            making.file = str(answer["file"])
+            render_job.file = str(answer["file"])
         elif event == "failed":
-            self._end_making(making, DIED, str(answer["reason"]))
+            self._end_render_job(render_job, DIED, str(answer["reason"]))
         elif event == "cancelled":
-            self._end_making(making, FINISHED if making.file else STOPPED)
+            self._end_render_job(render_job, FINISHED if render_job.file else STOPPED)
 
-    def _wait_for_answer(self, session: LoadedModel, making: Making) -> dict[str, Any] | None:
+    def _wait_for_answer(self, session: LoadedModel, render_job: RenderJob) -> dict[str, Any] | None:
         """Return the next answer of a process; None if it has ended."""
         while True:
-            if self.store.take_cancel(making.id):  # before each answer: quick steps leave no pause
-                self.cancel(making.id)
+            if self.store.take_cancel(render_job.id):  # before each answer: quick steps leave no pause
+                self.cancel(render_job.id)
             answer = session.next_answer(LOOKED_EVERY)
             if answer is not None:
                 return answer
             if not session.is_alive:
                 return session.next_answer(LOOKED_EVERY)  # it may have answered just before
 
-    def _note_lost(self, session: LoadedModel, making: Making) -> None:
-        """Note that a process has ended while it made a wish."""
+    def _note_lost(self, session: LoadedModel, render_job: RenderJob) -> None:
+        """Note that a process has ended while it made a render job."""
         session.process.wait()
         if self._cancels:
-            self._end_making(making, STOPPED)
+            self._end_render_job(render_job, STOPPED)
         elif self._is_ended:
-            self._end_making(making, STOPPED, "the page's server was ended")
+            self._end_render_job(render_job, STOPPED, "the page's server was ended")
         else:
             is_killed = session.process.returncode == -getattr(signal, "SIGKILL", 9)
-            self._end_making(making, DIED, KILLED if is_killed else self.last_words())
+            self._end_render_job(render_job, DIED, KILLED if is_killed else self.last_words())
         self._end_process(self._take_session())
 
-    def _end_making(self, making: Making, state: str, reason: str = "") -> None:
+    def _end_render_job(self, render_job: RenderJob, state: str, reason: str = "") -> None:
         with self._lock:
-            if making.state != RUNNING:
+            if render_job.state != RUNNING:
                 return
-            making.state = state
-            making.reason = reason
-            making.doing = ""
-            making.process = None
-            making.last_lines = self._last_lines() if state == DIED else ""
-            self._unsaved[making.id] = making
+            render_job.state = state
+            render_job.reason = reason
+            render_job.doing = ""
+            render_job.process = None
+            render_job.last_lines = self._last_lines() if state == DIED else ""
+            self._unsaved[render_job.id] = render_job
         with contextlib.suppress(OutputError):  # it is tried again in the next turn, which says why
             self._save_ends()
 
     def _save_ends(self) -> None:
-        """Write how wishes have ended. Raises OutputError if that fails; it is tried again."""
+        """Write how render jobs have ended. Raises OutputError if that fails; it is tried again."""
         with self._lock:
-            for number, making in list(self._unsaved.items()):
-                values = {name: getattr(making, name) for name in ENDS}
+            for number, render_job in list(self._unsaved.items()):
+                values = {name: getattr(render_job, name) for name in ENDS}
                 with contextlib.suppress(OptionError):  # its file is gone
                     self.store.change(number, [RUNNING], **values)
                 del self._unsaved[number]
 
-    def _open_session(self, making: Making) -> LoadedModel | None:
-        """Return a process with the model of a wish, that waits for a request; loads it if need be.
+    def _open_session(self, render_job: RenderJob) -> LoadedModel | None:
+        """Return a process with the model of a render job, that waits for a request; loads it if need be.
 
         None if that fails, which is noted.
         """
         with self._lock:
             session = self.session
-            is_same = session is not None and session.words == making.session
+            is_same = session is not None and session.words == render_job.session
             if session is not None and session.is_alive and session.is_ready and is_same:
                 return session
             session = self._take_session()
         self._end_process(session)
         with self._lock:
             if self._cancels or self._is_ended:
-                self._end_making(making, STOPPED)
+                self._end_render_job(render_job, STOPPED)
                 return None
-            session = self.session = self._start_session(making)
-        answer = self._wait_for_answer(session, making)
+            session = self.session = self._start_session(render_job)
+        answer = self._wait_for_answer(session, render_job)
         if answer is None or answer.get("event") != "ready":
-            self._note_lost(session, making)
+            self._note_lost(session, render_job)
             return None
         session.is_ready = True
         if self._cancels:
-            self._end_making(making, STOPPED)
+            self._end_render_job(render_job, STOPPED)
             return None
         return session
 
-    def _start_session(self, making: Making) -> LoadedModel:
-        folder = Path(making.folder)
+    def _start_session(self, render_job: RenderJob) -> LoadedModel:
+        folder = Path(render_job.folder)
         if not folder.is_dir():
             raise OptionError(f"{folder}: the folder of this command is gone")
-        _, program = self.find_program(making.session, folder)
-        limits = limit_session(Path(making.save_path), self.folder, self.queue.folder.parent)
+        _, program = self.find_program(render_job.session, folder)
+        limits = limit_session(Path(render_job.save_path), self.folder, self.queue.folder.parent)
         refuse_link(self.folder)
         (self.folder / LOG).unlink(missing_ok=True)  # it may be a link
         variables = {FROM_QUEUE: "1", DRIVEN: str(self.folder.absolute() / PREVIEWS), "PYTHONUTF8": "1"}
@@ -510,21 +515,21 @@ class ResultMaker:
                 start_new_session=True,
                 creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
             )
-        session = LoadedModel(making.session, making.title, process)
+        session = LoadedModel(render_job.session, render_job.title, process)
         session.start_reading()
         row = {"server": describe_process(), "process": describe_process(process.pid)}
         with contextlib.suppress(OutputError):  # then only a killed server's process stays until it notices
             write_text(self.folder / SESSION, json.dumps(row))
         return session
 
-    def _send(self, session: LoadedModel, making: Making) -> None:
+    def _send(self, session: LoadedModel, render_job: RenderJob) -> None:
         assert session.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it has ended: no answer will come
-            session.process.stdin.write(json.dumps(making.request) + "\n")
+            session.process.stdin.write(json.dumps(render_job.request) + "\n")
             session.process.stdin.flush()
 
     def _take_session(self) -> LoadedModel | None:
-        """Return the process, which the caller ends: from now on there is none for wishes."""
+        """Return the process, which the caller ends: from now on there is none for render jobs."""
         with self._lock:
             session = self.session
             self.session = None

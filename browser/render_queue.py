@@ -1,7 +1,7 @@
-"""Keep the wishes of the page Generate in files, one for each result, for all servers of a folder.
+"""Keep the render jobs of the page Generate in files, one for each result, for all servers of a folder.
 
-A wish says how a result is made and what has become of it. The files are the truth: a page, the server and
-the machine may be started again, and two servers may serve one folder.
+A render job says how a result is made and what has become of it. The files are the truth: a page, the server
+and the machine may be started again, and two servers may serve one folder.
 """
 
 import contextlib
@@ -22,16 +22,16 @@ from modules.file_locks import only_one
 from modules.text_files import parse_json, read_text
 
 NAME = re.compile(r"(\d{1,9})\.json")
-CANCELS = "{}.cancel"  # name of the file that asks the server that makes a wish to stop
-MOST_OF_WISH = 2 << 20  # bytes of a file; it has the prompt three times
+CANCELS = "{}.cancel"  # name of the file that asks the server that makes a render job to stop
+MOST_OF_RENDER_JOB = 2 << 20  # bytes of a file; it has the prompt three times
 MOST_WAITING = 200
 MOST_ENDED = 300  # older ones are forgotten; their results stay
 ENDED_MEANWHILE = "the page's server was ended meanwhile"
 
 
 @dataclass
-class Making:
-    """A wish for one result: how it is made, and what has become of it."""
+class RenderJob:
+    """A render job for one result: how it is made, and what has become of it."""
 
     id: int  # 0: it is not noted yet
     title: str  # of the model
@@ -86,93 +86,93 @@ LATER: dict[str, Any] = {"warnings": ""}  # files of earlier versions have none
 STATES = (WAITING, RUNNING, FINISHED, STOPPED, DIED)
 
 
-class WishStore:
-    """Read and write the wishes of a folder. Each change is made with the lock of the folder."""
+class RenderQueue:
+    """Read and write the jobs of a folder. Each change is made with the lock of the folder."""
 
     def __init__(self, folder: Path) -> None:
-        """folder: made when the first wish is noted."""
+        """folder: made when the first render job is noted."""
         self.folder = folder
         self._lock = threading.RLock()
         # by number: mark of the file, and its content
-        self._read: dict[int, tuple[tuple[int, int, int], Making]] = {}
+        self._read: dict[int, tuple[tuple[int, int, int], RenderJob]] = {}
 
-    def list_all(self) -> list[Making]:
-        """Return all wishes, the oldest first. Those of a server that has ended have died with it."""
+    def list_all(self) -> list[RenderJob]:
+        """Return all render jobs, the oldest first. Those of a server that has ended have died with it."""
         with self._lock:
             seen = {}
             with contextlib.suppress(OSError), os.scandir(self.folder) as entries:
                 for entry in entries:
                     match = NAME.fullmatch(entry.name)
                     if match is not None:
-                        making = self._read_entry(int(match[1]), Path(entry.path))
-                        if making is not None:
-                            seen[int(match[1])] = making
+                        job = self._read_entry(int(match[1]), Path(entry.path))
+                        if job is not None:
+                            seen[int(match[1])] = job
             for number in self._read.keys() - seen.keys():
                 del self._read[number]
             return [_with_living_server(seen[number]) for number in sorted(seen)]
 
-    def find(self, number: int) -> Making | None:
+    def find(self, number: int) -> RenderJob | None:
         with self._lock:
-            making = self._read_entry(number, self._path(number))
-        return None if making is None else _with_living_server(making)
+            job = self._read_entry(number, self._path(number))
+        return None if job is None else _with_living_server(job)
 
-    def add(self, wishes: Sequence[Making]) -> list[int]:
-        """Note wishes, each with a number of its own; return their numbers.
+    def add(self, new_jobs: Sequence[RenderJob]) -> list[int]:
+        """Note render jobs, each with a number of its own; return their numbers.
 
         Raises OptionError if too many wait, OutputError if they cannot be written.
         """
         with self._change():
-            makings = self.list_all()
-            waiting = sum(making.state == WAITING for making in makings)
-            if waiting + len(wishes) > MOST_WAITING:
+            jobs = self.list_all()
+            waiting = sum(job.state == WAITING for job in jobs)
+            if waiting + len(new_jobs) > MOST_WAITING:
                 raise OptionError(f"{waiting} are waiting: {MOST_WAITING} are the most")
             numbers: list[int] = []
             try:
-                for wish in wishes:
-                    number = max([0, *(making.id for making in makings), *numbers]) + 1
-                    self._write(replace(wish, id=number))
+                for new_job in new_jobs:
+                    number = max([0, *(job.id for job in jobs), *numbers]) + 1
+                    self._write(replace(new_job, id=number))
                     numbers.append(number)
             except (OptionError, OutputError):  # all or none
                 for number in numbers:
                     self._path(number).unlink(missing_ok=True)
                 raise
-            self._forget(makings)
+            self._forget(jobs)
         return numbers
 
-    def _forget(self, makings: Sequence[Making]) -> None:
-        ended = [making.id for making in makings if making.state not in (WAITING, RUNNING)]
+    def _forget(self, jobs: Sequence[RenderJob]) -> None:
+        ended = [job.id for job in jobs if job.state not in (WAITING, RUNNING)]
         for number in ended[:-MOST_ENDED]:
             self._path(number).unlink(missing_ok=True)
 
-    def change(self, number: int, states: Sequence[str], **values: Any) -> Making:
-        """Set values of a wish that is in one of these states, and return it.
+    def change(self, number: int, states: Sequence[str], **values: Any) -> RenderJob:
+        """Set values of a render job that is in one of these states, and return it.
 
         Raises OptionError if it is in another or not there, OutputError if it cannot be written.
         """
         with self._change():
-            making = self.find(number)
-            if making is None or making.state not in states:
+            job = self.find(number)
+            if job is None or job.state not in states:
                 raise OptionError(f"there is no wish {number} that is {' or '.join(states)} (any more)")
             for name, value in values.items():
-                setattr(making, name, value)
-            self._write(making)
-            return making
+                setattr(job, name, value)
+            self._write(job)
+            return job
 
     def remove(self, number: int) -> None:
-        """Forget a wish that has ended; its result stays. Raises as `change`."""
+        """Forget a render job that has ended; its result stays. Raises as `change`."""
         with self._change():
-            making = self.find(number)
-            if making is None or making.state in (WAITING, RUNNING):
+            job = self.find(number)
+            if job is None or job.state in (WAITING, RUNNING):
                 raise OptionError(f"there is no wish {number} that has ended (any more)")
             self._path(number).unlink(missing_ok=True)
 
     def ask_to_cancel(self, number: int) -> None:
-        """Ask the server that makes a wish, which may be another one, to stop it."""
+        """Ask the server that makes a render job, which may be another one, to stop it."""
         with explain_errors(self._cancel_path(number)):
             self._cancel_path(number).touch()
 
     def take_cancel(self, number: int) -> bool:
-        """Return whether it was asked to stop a wish, once."""
+        """Return whether it was asked to stop a render job, once."""
         try:
             self._cancel_path(number).unlink()
         except OSError:
@@ -194,37 +194,37 @@ class WishStore:
     def _cancel_path(self, number: int) -> Path:
         return self.folder / CANCELS.format(number)
 
-    def _write(self, making: Making) -> None:
-        text = json.dumps({name: getattr(making, name) for name in KINDS})
-        if len(text) > MOST_OF_WISH:  # it would not be read again
-            raise OptionError(f"a wish of {len(text):,} bytes: {MOST_OF_WISH:,} are the most")
-        write_text(self._path(making.id), text)
+    def _write(self, job: RenderJob) -> None:
+        text = json.dumps({name: getattr(job, name) for name in KINDS})
+        if len(text) > MOST_OF_RENDER_JOB:  # it would not be read again
+            raise OptionError(f"a wish of {len(text):,} bytes: {MOST_OF_RENDER_JOB:,} are the most")
+        write_text(self._path(job.id), text)
 
-    def _read_entry(self, number: int, path: Path) -> Making | None:
-        """Return the wish in a file; None if it is damaged or gone."""
+    def _read_entry(self, number: int, path: Path) -> RenderJob | None:
+        """Return the render job in a file; None if it is damaged or gone."""
         try:
             status = path.stat()
             mark = (status.st_mtime_ns, status.st_size, status.st_ino)
             if number in self._read and self._read[number][0] == mark:
                 stored = self._read[number][1]
-                return Making(**{name: getattr(stored, name) for name in KINDS})
-            row = {**LATER, **parse_json(read_text(path, MOST_OF_WISH))}
+                return RenderJob(**{name: getattr(stored, name) for name in KINDS})
+            row = {**LATER, **parse_json(read_text(path, MOST_OF_RENDER_JOB))}
             for name, kind in KINDS.items():
                 if not isinstance(row[name], kind):
                     raise TypeError(f"{name} is {row[name]!r}")
-            making = Making(**{name: row[name] for name in KINDS})
+            job = RenderJob(**{name: row[name] for name in KINDS})
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return None
-        if making.id != number or making.state not in STATES:
+        if job.id != number or job.state not in STATES:
             return None
-        self._read[number] = (mark, making)
-        return Making(**{name: getattr(making, name) for name in KINDS})
+        self._read[number] = (mark, job)
+        return RenderJob(**{name: getattr(job, name) for name in KINDS})
 
 
-def _with_living_server(making: Making) -> Making:
-    """Return a wish, died if the server that made it has ended."""
-    is_lost = not making.process or is_living(making.process) is False
-    if making.state == RUNNING and is_lost:
-        making.state = DIED
-        making.reason = ENDED_MEANWHILE
-    return making
+def _with_living_server(job: RenderJob) -> RenderJob:
+    """Return a render job, died if the server that made it has ended."""
+    is_lost = not job.process or is_living(job.process) is False
+    if job.state == RUNNING and is_lost:
+        job.state = DIED
+        job.reason = ENDED_MEANWHILE
+    return job

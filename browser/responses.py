@@ -10,11 +10,11 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, PlainTextResponse, Response
 
-from browser.views import HERE, POLICY
+from browser.run_views import HERE, POLICY
 from modules.pages.page import render_page
 
 Form = dict[str, list[str]]
-GONE = "It is not there (any more)."
+NOT_FOUND = "It is not there (any more)."
 NO_WRITING = "The server was started with --read_only."
 # what trainings write for a page to show; a history from elsewhere may name pages, scripts and drawings too
 SHOWN = {".png": "image/png", ".mp4": "video/mp4", ".wav": "audio/wav"}
@@ -32,9 +32,9 @@ def answer_template(
     return answer_page(render_page(HERE / name, title, values, policy), 422 if is_refused else 200)
 
 
-def answer_said(text: str, is_refused: bool = False) -> Response:
+def answer_message(text: str, is_refused: bool = False) -> Response:
     """Return a short message for the line next to a button. is_refused: it says why nothing was done."""
-    return answer_template("said.html", "", {"said": text, "is_bad": is_refused}, is_refused)
+    return answer_template("message.html", "", {"message": text, "is_bad": is_refused}, is_refused)
 
 
 def answer_json(value: Any, status: int = 200) -> Response:
@@ -60,15 +60,15 @@ def answer_move(address: str) -> Response:
     return Response(headers={"hx-redirect": address})
 
 
-def answer_gone() -> Response:
-    return PlainTextResponse(GONE, 404)
+def answer_not_found() -> Response:
+    return PlainTextResponse(NOT_FOUND, 404)
 
 
-def answer_gone_page(request: Request) -> Response:
+def answer_not_found_page(request: Request) -> Response:
     """Return the page for an address that leads nowhere any more, with links; for a part of a page a text."""
     if "hx-request" in request.headers:
-        return answer_gone()
-    page = render_page(HERE / "gone.html", "Not there", {"said": GONE}, POLICY)
+        return answer_not_found()
+    page = render_page(HERE / "not_found.html", "Not there", {"message": NOT_FOUND}, POLICY)
     return answer_page(page, 404)
 
 

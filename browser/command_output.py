@@ -23,7 +23,7 @@ CONVERTED = ("to UTF-8", "now UTF-8", ": left as it is")  # of lines of --repair
 
 
 @dataclass(frozen=True)
-class SaidLine:
+class OutputLine:
     """A line that a command has printed, and what its button does."""
 
     text: str
@@ -39,7 +39,7 @@ class SaidLine:
         return self.remedy == RUN or self.needs_word
 
     @property
-    def is_of_repair(self) -> bool:
+    def is_about_repair(self) -> bool:
         """Return whether it says which captions were converted, and which were not."""
         return bool(self.encoding) or any(words in self.text for words in CONVERTED)
 
@@ -49,14 +49,14 @@ class SaidLine:
         return self.names[1:] if COPIES in self.text else self.names
 
 
-def read_said(job: Job | None, names: Collection[str] = ()) -> list[SaidLine]:
+def read_output_lines(job: Job | None, names: Collection[str] = ()) -> list[OutputLine]:
     """Return the lines that a command has printed, without the changes of a --dry_run.
 
     names: of the files of its folder.
     """
     if job is None:
         return []
-    lines: list[SaidLine] = []
+    lines: list[OutputLine] = []
     for line in job.last_lines(MOST_LINES).splitlines():
         if DIFF.match(line):
             break
@@ -66,22 +66,22 @@ def read_said(job: Job | None, names: Collection[str] = ()) -> list[SaidLine]:
     return lines
 
 
-def _read_line(line: str, names: Collection[str]) -> SaidLine:
+def _read_line(line: str, names: Collection[str]) -> OutputLine:
     text = line.strip()
     if line.startswith("  ") and text.startswith(("python ", "reelsmith ")):
         needs_word = "--trigger_word WORD" in text
-        return SaidLine(text, remedy="" if needs_word else RUN, needs_word=needs_word)
+        return OutputLine(text, remedy="" if needs_word else RUN, needs_word=needs_word)
     found_names = _find_names(text, names)
     is_fault = text.startswith("left out: ") or "Something is wrong" in text
     named = NAMED_ENCODING.search(text)
     if named is not None and named[1] in NAMES:
-        return SaidLine(text, found_names, remedy=REPAIR, encoding=named[1])
+        return OutputLine(text, found_names, remedy=REPAIR, encoding=named[1])
     if "not UTF-8" in text:
-        return SaidLine(text, found_names, remedy=REPAIR)
+        return OutputLine(text, found_names, remedy=REPAIR)
     is_unreadable = any(words in text for words in UNREADABLE) or text in names
     if (is_unreadable and len(found_names) == 1) or (COPIES in text and len(found_names) > 1):
-        return SaidLine(text, found_names, remedy=OUT, is_fault=is_fault)
-    return SaidLine(text, found_names, is_fault=is_fault)
+        return OutputLine(text, found_names, remedy=OUT, is_fault=is_fault)
+    return OutputLine(text, found_names, is_fault=is_fault)
 
 
 def _find_names(text: str, names: Collection[str]) -> tuple[str, ...]:
@@ -109,7 +109,7 @@ def read_changes(job: Job | None) -> list[str]:
     return []
 
 
-def find_command(lines: Sequence[SaidLine], text: str) -> list[str] | None:
+def find_command(lines: Sequence[OutputLine], text: str) -> list[str] | None:
     """Return the words of a command if it is one that was printed; None for any other text."""
     if not any(line.remedy == RUN and line.text == text for line in lines):
         return None
