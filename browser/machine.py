@@ -15,7 +15,7 @@ from starlette.routing import Route
 from browser.command_lines import format_command
 from browser.jobs import WAITING
 from browser.model_files import list_downloads
-from browser.queue_views import is_of
+from browser.queue_pages import is_of
 from browser.responses import answer_template
 from browser.run_start import read_trace_state
 from browser.runs import RUNNING, RunSummary, is_living

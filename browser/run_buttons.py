@@ -23,7 +23,7 @@ from browser.jobs import ENDED, QUEUE, WAITING, Job
 from browser.names import free_name, short_digest
 from browser.new_form import read_steps
 from browser.permissions import read_permissions, read_shown_text
-from browser.queue_views import is_of, read_jobs
+from browser.queue_pages import is_of, read_jobs
 from browser.responses import (
     Form,
     answer_form,

@@ -14,12 +14,19 @@ from typing import Any
 from starlette.responses import Response
 
 from browser.described_folder import PROMPTS_FILE, ChangedMeanwhileError, DraftFile, edit_toml, read_described
-from browser.folder_settings import DraftChange, plan_change, read_file, require_whole, save_change
+from browser.draft_changes import (
+    DraftChange,
+    describe_difference,
+    plan_change,
+    read_draft_file,
+    read_keys,
+    require_whole,
+    save_change,
+)
 from browser.folders import is_written
 from browser.new_form import MOST_STEPS, parse_whole
 from browser.recipes import is_driven, recipe_of_model
 from browser.responses import answer_template, answer_unknown
-from browser.settings_table import describe_difference, read_keys
 from browser.site import Site
 from downloads.catalogue import ModelSet
 from generation.prompt_lines import is_blank
@@ -238,14 +245,14 @@ class SamplePages:
 
     def read_drafts(self, folder: Path) -> tuple[DraftFile, DraftFile]:
         """Read prompts.txt and run.toml. Raises OptionError if the run's prompts are in another file."""
-        run = read_file(self.site, folder, RUN_FILE)
+        run = read_draft_file(self.site, folder, RUN_FILE)
         name = str(read_keys(run.text).get(PROMPTS, PROMPTS_FILE))
         if name != PROMPTS_FILE:
             raise OptionError(
                 f"The prompts are in {name} ({PROMPTS} of {RUN_FILE}), which is edited elsewhere. With "
                 f'{PROMPTS} = "{PROMPTS_FILE}" they are edited here.'
             )
-        return read_file(self.site, folder, PROMPTS_FILE), run
+        return read_draft_file(self.site, folder, PROMPTS_FILE), run
 
     def answer(
         self, folder: Path, change: DraftChange | None = None, num_rows: int = 0, is_refused: bool = False

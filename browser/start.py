@@ -16,7 +16,7 @@ from browser.jobs import JobQueue, StrangeJobsError, open_queue
 from browser.options import USUAL_PORT, BrowserOptions
 from browser.qr_code import draw_code
 from browser.runs import RUNNING, Runs
-from browser.settings import ServerSettings
+from browser.site import ServerSettings
 from browser.tokens import PageToken, Ticket, choose_token
 from modules.console import count_of
 from modules.errors import OutputError

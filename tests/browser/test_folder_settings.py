@@ -14,16 +14,8 @@ pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 
 from browser.captions import mark_bytes
 from browser.described_folder import FILES, ChangedMeanwhileError, change_keys, edit_toml
-from browser.settings_table import (
-    apply_edits,
-    check_text,
-    describe_difference,
-    field_of,
-    find_caching_words,
-    list_rows,
-    read_chosen,
-    read_settings,
-)
+from browser.draft_changes import check_text, describe_difference, find_caching_words
+from browser.folder_settings import apply_edits, field_of, list_rows, read_chosen, read_settings
 from modules.errors import OptionError
 from tests.browser.drafts import DATASET, PROMPTS, RUN, write_draft
 from tests.browser.serving import Answer, Served, serve_runs

@@ -15,7 +15,7 @@ import pytest
 from browser.bin_folder import BinFolder
 from browser.options import BrowserOptions
 from browser.qr_code import code_cells, code_svg
-from browser.settings import ServerSettings
+from browser.site import ServerSettings
 from browser.tokens import PageToken
 from modules.errors import OptionError, OutputError
 from modules.parser import parse_options

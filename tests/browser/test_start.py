@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 from browser.options import USUAL_PORT, BrowserOptions
+from browser.qr_code import draw_code
 from browser.runs import Runs
-from browser.start import choose_places, draw_code, open_socket, opens_page
+from browser.start import choose_places, open_socket, opens_page
 from modules.errors import OptionError, OutputError
 from modules.parser import parse_options
 from tests.browser.serving import serve_runs, write_run
