@@ -36,7 +36,7 @@ from browser.draft_changes import (
     require_whole,
     save_change,
 )
-from browser.new_form import NewForm, new_words
+from browser.new_form import NewForm, make_new_words
 from browser.responses import answer_template, answer_unknown
 from browser.run_start import DESCRIBE
 from browser.runs import RUNNING
@@ -196,7 +196,7 @@ def _show_chosen(values: Mapping[str, Any] | None, key: str) -> str | None:
     return show_value(values[key]) if key in values else ""
 
 
-def field_of(key: str) -> str:
+def name_field(key: str) -> str:
     """Return the name of the field of a row."""
     return f"set {key}"
 
@@ -210,7 +210,7 @@ def apply_edits(text: str, rows: Sequence[SettingRow], fields: Mapping[str, str]
     for row in rows:
         if row.setting is None or not row.is_simple:
             continue
-        typed = fields.get(field_of(row.key), "").strip()
+        typed = fields.get(name_field(row.key), "").strip()
         if typed == row.text:
             continue
         reason = bad_character(typed)
@@ -271,7 +271,7 @@ class FolderSettingsPages:
         view = self.view(folder, change or DraftChange(part=""))
         values = {
             "view": replace(view, chosen_problem=chosen_problem or view.chosen_problem),
-            "field_of": field_of,
+            "name_field": name_field,
             "can_write": not self.site.read_only,
             "table_part": TABLE,
         }
@@ -310,7 +310,7 @@ class FolderSettingsPages:
         since.
         """
         described = read_described(folder)
-        words = new_words(NewForm.of_described(described, self.site.models), self.site.models)
+        words = make_new_words(NewForm.of_described(described, self.site.models), self.site.models)
         job = self.site.background_jobs.find(name_background_job(DESCRIBE, folder))
         if job is not None and job.code == 0:
             typed = NewForm.of_words(shlex.split(job.line))

@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 from browser import compare
 from browser.folders import find_folder
-from browser.jobs import ENDED, ENTRY, QUEUE, WAITING, Job, JobQueue, is_to_come
+from browser.jobs import ENDED, ENTRY, QUEUE, WAITING, Job, JobQueue, may_still_write
 from browser.launch import check_options, command_part, find_program, split_folder, split_words
 from browser.responses import Form, answer_form, answer_page, answer_unknown
 from browser.run_start import TrackedRuns
@@ -34,7 +34,7 @@ MOST_ADDED = 40  # jobs, at once
 CHECK_SECONDS = 30.0  # for the options of all of them
 
 
-def is_of(run: RunSummary, job: Job) -> bool:
+def is_started_by(run: RunSummary, job: Job) -> bool:
     """Return whether a job's process has started this running training."""
     if run.state != RUNNING or run.start is None or not job.process or not is_living(run.start.process):
         return False
@@ -44,7 +44,7 @@ def is_of(run: RunSummary, job: Job) -> bool:
     return False
 
 
-def when_begun(job: Job) -> tuple[float, int]:
+def order_by_begin(job: Job) -> tuple[float, int]:
     return job.born, job.id
 
 
@@ -156,7 +156,7 @@ class QueuePages:
             "trainings": trainings,
             "shown_runs": shown_runs,
             "waiting": [job for job in jobs if job.state == WAITING],
-            "ended": sorted(ended, key=when_begun, reverse=True),
+            "ended": sorted(ended, key=order_by_begin, reverse=True),
             "worker": worker,
             "can_write": not self.queue.read_only,
             "message": error or self.queue.problem,
@@ -176,7 +176,7 @@ class QueuePages:
         trainings = {}
         for run in self.runs.list_all():
             for job in jobs:
-                if is_of(run, job):
+                if is_started_by(run, job):
                     trainings[job.id] = run
         return trainings
 
@@ -210,7 +210,7 @@ class QueuePages:
             limits = find_folder(self.runs, within)
             if within and limits is None:
                 raise OptionError(f"{within}: there is no such folder below those that are shown.")
-            may_come = any(map(is_to_come, self.queue.jobs()))
+            may_come = any(map(may_still_write, self.queue.jobs()))
             for words, folder in read_jobs(line, run, may_come):
                 self.queue.add(words, folder, within=limits)
         elif not NUMBER.fullmatch(number):

@@ -25,7 +25,7 @@ from browser.draft_changes import (
 )
 from browser.folders import is_written
 from browser.new_form import MOST_STEPS, parse_whole
-from browser.recipes import is_driven, recipe_of_model
+from browser.recipes import is_driven, make_model_recipe
 from browser.responses import answer_template, answer_unknown
 from browser.site import Site
 from downloads.catalogue import ModelSet
@@ -83,7 +83,7 @@ def split_line(line: str) -> tuple[str, list[str]]:
     return prompt, options
 
 
-def _key_of(part: str) -> str:
+def _find_key(part: str) -> str:
     """Return the key of an option of a line; "" for an unknown one."""
     option = find_sample_option(part.partition(" ")[0])
     return "" if option is None else option.key
@@ -96,7 +96,7 @@ def read_row(number: int, line: str) -> PromptRow:
     texts: dict[str, str] = {}
     more = []
     for part in parts:
-        name = fields.get(_key_of(part))
+        name = fields.get(_find_key(part))
         if name is None:
             more.append(f"--{part.strip()}")
         else:
@@ -118,7 +118,7 @@ def edit_line(line: str, prompt: str | None, changes: Mapping[str, str]) -> str:
     present, parts = split_line(line)
     for name, text in changes.items():
         key, letters = FIELDS[name]
-        places = [index for index, part in enumerate(parts) if _key_of(part) == key]
+        places = [index for index, part in enumerate(parts) if _find_key(part) == key]
         if text and places:
             word = parts[places[-1]].partition(" ")[0]
             parts[places[-1]] = f"{word} {text}"
@@ -335,7 +335,7 @@ def choose_number_fields(model: ModelSet | None, rows: Sequence[PromptRow]) -> l
         fields.add("frames")
     has_embedded = False
     if is_driven(model):
-        keys = recipe_of_model(model, Path(), Path()).keys
+        keys = make_model_recipe(model, Path(), Path()).keys
         has_embedded = keys.get("guidance") == "embedded_cfg_scale"
     fields.add("embedded guidance" if has_embedded else "guidance")
     return [name for name in OF_NUMBERS if name in OF_ALL_MODELS | fields]

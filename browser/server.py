@@ -44,7 +44,16 @@ from browser.responses import (
 )
 from browser.result_pages import result_routes
 from browser.run_buttons import RunButtons, run_button_routes
-from browser.run_views import HERE, POLICY, FileNotes, collect_news, file_of, list_page, mark_list, run_page
+from browser.run_views import (
+    HERE,
+    POLICY,
+    FileNotes,
+    collect_news,
+    find_run_file,
+    list_page,
+    mark_list,
+    run_page,
+)
 from browser.runs import DIED, RUNNING, Runs, RunSummary
 from browser.samples import SamplePages
 from browser.settings_page import settings_routes
@@ -226,7 +235,7 @@ class RunPages:
 
     def find_file(self, request: Request) -> Path | None:
         run = self.find(request)
-        return None if run is None else file_of(self.runs, run, request.path_params["name"])
+        return None if run is None else find_run_file(self.runs, run, request.path_params["name"])
 
     def show_list(self, request: Request) -> Response:
         found_runs = self.tracked_runs.list_all()
