@@ -457,7 +457,10 @@ def _warn_of_unused_options(
 
 
 def warn_of_low_scales(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) -> None:
-    """Warn about guidance scales below the one that turns guidance off, which other programs count from 0."""
+    """Warn about guidance scales below the one that turns guidance off.
+
+    Other programs count from 0, so their scales are 1 lower than ours.
+    """
     off = prepared.rules.off_at
     scheduled = guidance_scales(prepared, options) if prepared.request.cfg_schedule else []
     named = _name_scales(prepared)
@@ -486,7 +489,7 @@ def _name_scales(prepared: Prepared) -> dict[float, str]:
 
 
 def _low_scale_in_words(scale: float, off: float) -> str:
-    """Describe the effect of a guidance scale below `off`, the one that turns guidance off."""
+    """Describe the effect of a guidance scale below `off`, the scale that turns guidance off."""
     weight = scale + 1 - off  # of the usual formula, in which 0 is the negative prompt alone
     effect = f"{scale:g} leaves the prompt out"
     if weight:
@@ -496,7 +499,7 @@ def _low_scale_in_words(scale: float, off: float) -> str:
 
 
 def why_none_skipped(options: GuidanceOptions, num_steps: int) -> str:
-    """Explain why no pass skips the layers of --slg_layers although there is guidance."""
+    """Explain that no pass skips the layers of --slg_layers although there is guidance."""
     skipping = active_steps(options, num_steps)
     if options.slg_mode == "original" and options.slg_scale == 0:
         return "--slg_scale is 0"

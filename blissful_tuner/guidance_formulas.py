@@ -25,9 +25,9 @@ RunPasses = Callable[[Calls, Predict, Section], Made]
 
 @dataclass(frozen=True)
 class Pass:
-    """A pass of the network: which of a section's conditions it takes, with which tweaks.
+    """A pass of the network: the conditions of a section that it takes, and its tweaks.
 
-    Tweaks are equal only to themselves: stages that share a pass must share its tweaks.
+    Tweaks are compared by identity: stages that share a pass must share its tweaks.
     """
 
     text: Literal["positive", "negative", "blank"]

@@ -110,8 +110,8 @@ class LatentPreviews:
     has_ended: bool = field(default=False, init=False)  # an error has ended the previews of this run
 
     def take(self, latents: Tensor, fps: float) -> Shot | None:
-        """Start a preview of latents (1 C F h w in model space): do the device's part, and return the rest as
-        a `Shot`.
+        """Start a preview of latents (1 C F h w in model space): do the part that runs on the device, and
+        return a `Shot` for the rest.
 
         None if no preview is possible.
         """
@@ -155,7 +155,7 @@ class LatentPreviews:
 
     @contextmanager
     def optional(self) -> Iterator[None]:
-        """Turn an error of the block into a warning, the first one.
+        """Turn an error of the block into a warning, once.
 
         A file that cannot be written is tried again the next time; any other error ends the previews.
         """

@@ -50,7 +50,7 @@ def output_metadata(
     created: datetime | None = None,
     experts: Sequence[Expert] = ONE_EXPERT,
 ) -> dict[str, str]:
-    """Return the metadata of one output: all that its pixels depend on; of files only the names, without
+    """Return the metadata of one output: everything that its pixels depend on. Files are named without
     folders.
 
     model: `Family.metadata`. loras: by expert, "" for those that have no LoRAs of their own, file name and
@@ -90,7 +90,7 @@ def output_metadata(
 
 
 def _describe_experts(prepared: Prepared, experts: Sequence[Expert]) -> dict[str, object]:
-    """Return the guidance scales of further experts, and where they begin."""
+    """Return the guidance scales of the further experts, and the timesteps at which they begin."""
     values: dict[str, object] = {}
     for name, scale in prepared.request.expert_guidance.items():
         values[f"guidance_scale_{name}"] = scale
@@ -134,7 +134,7 @@ def read_decoded_metadata(
 ) -> dict[str, str]:
     """Return the metadata of pixels decoded from a latent file: its own, and this run's decoding options.
 
-    of_decoding: the options that say how latents are decoded.
+    of_decoding: names of the options that affect the decoding of latents.
     """
     replaced = {*of_decoding, "fps"}
     texts = {name: text for name, text in saved.items() if name.removeprefix("bt_") not in replaced}
@@ -246,7 +246,7 @@ def frame_rate_in(metadata: Mapping[str, str]) -> float | None:
 
 
 def shown_in(metadata: Mapping[str, str]) -> Box | None:
-    """Return the stored part of the decoded pixels that is the result; None: all of them."""
+    """Return the stored region of the decoded pixels that is the result; None if it is all of them."""
     text = value_in(metadata, SHOWN) or ""
     if not re.fullmatch(r"[0-9]{1,5}( [0-9]{1,5}){3}", text):
         return None

@@ -86,7 +86,7 @@ class Drawing:
         return unescape(text) if self.options.prompt_alternatives else text
 
     def _draw(self, key: str, where: str, keys: tuple[str, ...]) -> str:
-        """Return a line of a wildcard with everything drawn. keys: of the wildcards that led to this one."""
+        """Return a random line of a wildcard, itself expanded. keys: wildcards that led to this one."""
         self._check_draws(key, where, keys)
         lines = self._lines_of(key, where)
         index = self._choose(lines.sums)
@@ -225,7 +225,9 @@ def _read_content(path: Path, where: str) -> str:
 
 
 def _parse_line(line: str) -> tuple[str, float]:
-    """Return the text of a line without its quotation marks, and the weight behind its last colon, else 1."""
+    """Split a line into its text, without quotation marks, and the weight after its last colon, 1 if there is
+    none.
+    """
     text = line.strip()
     weight = 1.0
     before, colon, number = text.rpartition(":")
@@ -406,9 +408,10 @@ def _weight_of(inside: str) -> tuple[str, float] | None:
 
 
 def weigh_all(by_section: Mapping[int, Prompts]) -> dict[int, Prompts]:
-    """Return the texts of all sections without marks, with the weights that the marks gave.
+    """Return the texts of all sections without marks, with the weights that the marks set.
 
-    The second text loses its marks too, but gets no weights: CLIP, which reads it, makes one vector of it.
+    The second text loses its marks too, but gets no weights, because CLIP, which reads it, makes a single
+    vector of it.
     """
 
     def weigh(prompt: Prompt) -> Prompt:

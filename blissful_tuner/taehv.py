@@ -83,7 +83,9 @@ class TaehvConfig:
 
     @property
     def frames(self) -> int:
-        """Return the frames made from one latent frame. From the first latent frame only the last is used."""
+        """Return the number of frames for each latent frame. Of the first latent frame's only the last is
+        used.
+        """
         return prod(self.strides)
 
 
@@ -266,7 +268,7 @@ def _load(plan: LoadPlan[TaehvConfig], device: torch.device, dtype: torch.dtype)
 
 
 def dtype_on(device: torch.device) -> torch.dtype:
-    """Return the dtype to decode with: float32 on the CPU, else float16, which is exact enough."""
+    """Return the dtype to decode with: float32 on a CPU, else float16, which is exact enough for previews."""
     return torch.float32 if device.type == "cpu" else torch.float16
 
 

@@ -15,16 +15,9 @@ from modules.run_limits import ALLOWED_BY, ANY
 from modules.text_files import parse_toml, read_content, real_path
 from project.options import RUN_FILE, STARTING
 from training.config_options import OTHERS_TABLE, OUR_NETWORKS
-from training.run_options import NEEDS_FOLDER
+from training.features.composing import options_reaching
 
-# options that send something from this machine
-SENDING = {
-    "huggingface_repo_id": "uploads the trained files to {}",
-    "log_tracker_config": "has its trackers read {}",
-    "resume_from_huggingface": "downloads a state from {}",
-}
 CODE = ("network_module",)  # options that load code
-WRITING = ("output_dir", "logging_dir")
 NOT_STARTED = "`run` refuses it: --{} is only taken if it is typed"
 CACHES = "cache_directory"  # ends the names of keys of a dataset
 MOST_LINES = 100
@@ -91,7 +84,7 @@ def _describe_place(folder: Path, option: str, text: str) -> Permission:
 
 def _list_writing(folder: Path, tables: Mapping[str, Any]) -> Iterator[Permission]:
     values = _table(tables, TRAINING_TABLE)
-    for option in WRITING:
+    for option in ("output_dir", *options_reaching("writes")):
         if option in values:
             yield _describe_place(folder, option, str(values[option]))
 
@@ -117,15 +110,12 @@ def _as_list(value: object) -> list[Any]:
 
 def _list_sending(tables: Mapping[str, Any]) -> Iterator[Permission]:
     values = _table(tables, TRAINING_TABLE)
-    for option, words in SENDING.items():
-        if values.get(option):
-            note = f"`run` refuses it unless --{option} is typed"
-            yield Permission(words.format(values[option]), note=note, is_unusual=True)
-    tracker = values.get("log_with")
-    if tracker:
-        is_local = tracker in NEEDS_FOLDER
-        note = "" if is_local else "`run` refuses it unless --log_with is typed"
-        yield Permission(f"gives its losses to {tracker}", note=note, is_unusual=not is_local)
+    for option, facts in options_reaching("sends", "configures").items():
+        value = values.get(option)
+        if value:
+            stays = value in facts.get("stays", ())
+            note = "" if stays else f"`run` refuses it unless --{option} is typed"
+            yield Permission(facts["permission"].format(value), note=note, is_unusual=not stays)
 
 
 def _list_code(tables: Mapping[str, Any]) -> Iterator[Permission]:

@@ -175,7 +175,7 @@ def _check_pairs(
 
 
 def _plan_names(names: Sequence[str], change: CheckpointChange) -> dict[str, str]:
-    """Return the old name of each new one. Raises OptionError if two tensors would have one name."""
+    """Map each new tensor name to the old one. Raises OptionError if two tensors would have one name."""
     old_names: dict[str, str] = {}
     for name in names:
         new_name = rename(name, change)
@@ -237,7 +237,7 @@ def _as_dtype(
 def _metadata(
     checkpoint: Checkpoint, change: CheckpointChange, unscaled: set[str], stale: Sequence[str]
 ) -> tuple[dict[str, str], list[str]]:
-    """Return the metadata of the new file, and notes on what of the old one is left out."""
+    """Return the metadata of the new file, and notes on the old metadata that are left out."""
     metadata = {}
     notes = []
     for key, text in checkpoint.metadata.items():

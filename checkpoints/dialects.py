@@ -62,10 +62,9 @@ def load_planned(
 
     build: makes the network from the plan's dimensions; called on the meta device. dtype, what: as for
     `load_module`; a single dtype is used for all tensors. form: the module of `checkpoints.stored` in whose
-    form linear layers are kept; None: as the file has them, but fp8 multiplied out. host: as for
-    `load_module`.
-    blocks: takes each block when it is loaded. Raises CheckpointError as `load_module`, and if the file has
-    another form.
+    form linear layers are kept; None: the file's form, except that fp8 is dequantised. host: as for
+    `load_module`. blocks: takes each block when it is loaded. Raises CheckpointError as `load_module`, and if
+    the file has another form.
     """
     with on_meta_device():
         network = build(plan.config)
@@ -282,7 +281,7 @@ def stack_heads(rows: Tensor, head_width: int) -> Tensor:
 
 
 def joined_shapes(shapes: Mapping[str, tuple[int, ...]], table: Names) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of our tensors from those of a file's, as `join_parts` makes them."""
+    """Return the shapes that `join_parts` gives our tensors, from the shapes in the file."""
     joined: dict[str, tuple[int, ...]] = {}
     for theirs, shape in shapes.items():
         name = translate_name(theirs, table).partition("#")[0]
@@ -338,7 +337,7 @@ def cut_parts(stored: Mapping[str, TensorSource], cuts: Cuts) -> dict[str, Tenso
 
 
 def parted_shapes(shapes: Mapping[str, tuple[int, ...]], cuts: Cuts) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of our tensors from those of a file's, as `cut_parts` makes them."""
+    """Return the shapes that `cut_parts` gives our tensors, from the shapes in the file."""
     shapes_of_parts: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
         parts = _parts_in(name, cuts) if shape else ()

@@ -91,7 +91,7 @@ def _no_rows(*_: object) -> Mapping[str, Callable[[Tensor], Tensor]]:
 
 @dataclass(frozen=True)
 class DitFormat(Generic[Config, Dit]):
-    """Description by which the transformer files of a family are recognised and read."""
+    """Description of a family's transformer files: how to recognise and read them."""
 
     read_bare: Callable[[Checkpoint], DitHeader[Config]]  # of bare names; CheckpointError for another file
     describe: Callable[[DitHeader[Config]], str]  # for messages: "a FLUX.1 dev transformer"

@@ -95,7 +95,10 @@ class GgufFile(HeaderFile):
         return name
 
     def _place_tensors(self, starts: Mapping[str, int], data: int, size: int) -> None:
-        """Note where tensors are, which may not overlap. starts: from `data` on, where the header ends."""
+        """Compute the position of each tensor in the file, and check that none overlap.
+
+        starts: offsets from `data`, the end of the header. size: of the file.
+        """
         places = []
         for name, start in starts.items():
             self._places[name] = data + start

@@ -43,7 +43,7 @@ _SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suff
 
 
 class Checkpoint(contextlib.ExitStack):
-    """List the named tensors of one or several files without reading them. Use it as a context manager."""
+    """The tensors of one or several files, by name, without reading them. Use it as a context manager."""
 
     def __init__(
         self,
@@ -95,10 +95,11 @@ class Checkpoint(contextlib.ExitStack):
             raise CheckpointError(why, self.path) from error
 
     def without_prefix(self, *prefixes: str, others: Sequence[str] = ()) -> "Checkpoint":
-        """Return the same tensors without prefixes: each is cut off in turn if every name begins with it.
+        """Return the same tensors without prefixes. Each prefix is removed in turn if all names begin with
+        it.
 
-        others: name prefixes of other networks in an all-in-one file; these names are left out once a prefix
-        was found. The files stay shared: close one of the two.
+        others: prefixes of other networks in an all-in-one file; their tensors are dropped once a prefix was
+        removed. The files stay shared: close one of the two.
         """
         places = self._places
         for prefix in prefixes:
@@ -109,7 +110,7 @@ class Checkpoint(contextlib.ExitStack):
         return Checkpoint(self.path, places, self._files, self.refusal)
 
     def starting_with(self, *prefixes: str) -> "Checkpoint":
-        """Return the tensors whose names begin with one of these; the files stay shared."""
+        """Return only the tensors whose names begin with one of these prefixes; the files stay shared."""
         places = {name: place for name, place in self._places.items() if name.startswith(prefixes)}
         return Checkpoint(self.path, places, self._files, self.refusal)
 
@@ -354,7 +355,7 @@ def refuse_quantised(checkpoint: Checkpoint) -> None:
 
 
 def _recognise(path: Path, places: Mapping[str, tuple[TensorFile, str]], files: Sequence[TensorFile]) -> str:
-    """Tell the files which tensors are packed weights; return the reason if that cannot be known, else ""."""
+    """Register the packed weights with their files. Returns the reason if a packing is not known, else ""."""
     from checkpoints.marks import find_packed  # of no use to other files
 
     checkpoint = Checkpoint(path, places, files)
@@ -407,7 +408,7 @@ _TABLES = ("_ids", "_index", "_ind")  # ends of the names of whole numbers that 
 
 
 def _is_packed_weight(name: str, tensors: Mapping[str, TensorInfo]) -> bool:
-    """Return whether a tensor of unknown name takes the place of a layer's weight, in packed numbers."""
+    """Return whether a tensor of unknown name is the packed weight of a layer."""
     info = tensors[name]
     layer, inside, _ = name.partition(".weight.")  # blocks.0.q.weight.data
     if not inside:

@@ -16,7 +16,7 @@ from modules.speed_options import SDPA, AttentionChoice, Quantisation
 
 @dataclass(frozen=True)
 class Packing:
-    """Form of a weight that a file stores in another shape than its value's, or with companion tensors."""
+    """How a file packs a weight: in another shape than its value has, or with companion tensors."""
 
     shape: tuple[int, ...]  # of the tensor in the file
     companions: tuple[str, ...]  # what the names of its companions end in, in place of "weight"
@@ -114,7 +114,7 @@ class BlockPlace(Protocol):
 
 @dataclass(frozen=True)
 class Placement:
-    """Hold where and how a network is loaded."""
+    """Where a network is loaded, and in which form."""
 
     device: torch.device
     # None: as the file stores it (fp8 files: upcast to the compute dtype)

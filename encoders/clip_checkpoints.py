@@ -32,7 +32,7 @@ _COMPUTED = ("embeddings.position_ids",)  # saved by old versions of transformer
 
 
 def clip_tokenizer_files(option: str, folders: tuple[str, ...]) -> TokenizerFiles:
-    """Return the places in which CLIP's tokenizer is looked for. option, folders: as in `TokenizerFiles`."""
+    """Return the places to look for CLIP's tokenizer. option, folders: as in `TokenizerFiles`."""
     return TokenizerFiles(
         option=option,
         names=("tokenizer.json", "vocab.json"),

@@ -109,9 +109,9 @@ CLIP_L = ClipUse()
 
 
 class PooledClip(FileTextEncoder[ClipText]):
-    """CLIP-L. Each prompt gives one vector, of its second text if it has one (--prompt_2).
+    """CLIP-L. Each prompt gives one vector, computed from its second text if it has one (--prompt_2).
 
-    Weights of a prompt's parts do not count: the vector is the state of the text's end, not of its tokens.
+    Weights of parts of a prompt have no effect, because the vector is the state of the end token.
     """
 
     most = CLIP_TOKENS

@@ -104,7 +104,9 @@ def read_qwen_tokenizer(files: TokenizerFiles, file: Path) -> Tokenizer:
 
 
 def qwen_tokenizer(option: str, repository: str) -> TokenizerSource:
-    """Return the places in which a Qwen tokenizer is looked for. option: names it. repository: on the hub."""
+    """Return the places to look for a Qwen tokenizer. option: the option that names it. repository: on the
+    hub.
+    """
     files = TokenizerFiles(
         option,
         names=("tokenizer.json", "vocab.json"),
@@ -380,10 +382,10 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
     def _part_pictures(
         self, tokenizer: TextTokenizer, states: Tensor, ids: Sequence[int], sides: Sequence[tuple[int, int]]
     ) -> dict[str, Tensor | list[Tensor]]:
-        """Return a prompt's states without those of its pictures, and the places and sizes of these.
+        """Split a prompt's states: return those of its words, and the places and sizes of its pictures.
 
-        states: of its tokens, L C, perhaps with padding behind. ids: L. sides: rows and columns of tokens of
-        each picture.
+        states: of the prompt's tokens, L C, possibly with padding after them. ids: L. sides: rows and columns
+        of tokens of each picture.
         """
         use = self.use
         assert use.pictures is not None
@@ -448,9 +450,9 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         return PictureTokens(tokens, places, [])
 
     def _conditions(self, states: Tensor, mask: Tensor, length: int) -> dict[str, Tensor | list[Tensor]]:
-        """Return a prompt's conditions: a state for each of its tokens, or all states if prompts are padded.
+        """Return a prompt's conditions: the states of its tokens, or of all rows if prompts are padded.
 
-        length: of its tokens, with those that fill them up to a multiple.
+        length: number of its tokens, including the filling up to a multiple.
         """
         use = self.use
         if use.pad is not None and not use.pads_to:

@@ -148,7 +148,7 @@ QWEN3_VL = LanguageModel(
 
 @dataclass(frozen=True)
 class LanguageConfig:
-    """Dimensions of a language model, and how much of it is run."""
+    """Dimensions of a language model, and the number of its layers that are run."""
 
     vocabulary: int
     dim: int
@@ -260,7 +260,7 @@ def _unused_names(config: LanguageConfig, all_layers: int) -> tuple[str, ...]:
 
 
 def _usual_width(config_json: Mapping[str, Any], model: LanguageModel) -> int:
-    """Return the width of a head by the config.json, else that of the released model."""
+    """Return the width of a head as config.json states it, else that of the released model."""
     width = config_json.get("head_dim")
     return width if isinstance(width, int) and width > 0 else model.head_width
 
@@ -302,7 +302,7 @@ def _layers_before(state: int, all_layers: int, path: Path, model: LanguageModel
 
 
 def _marks_of(network: Checkpoint, file: Checkpoint) -> tuple[str, ...]:
-    """Return the marks of a network's layers, and PLACES if its file has them next to it."""
+    """Return the names of tensors that mark a network's layers, with PLACES if the file has them as well."""
     marks = [mark for mark in _MARKS if f"layers.0.{mark}" in network.tensors]
     if any(name.endswith(PLACES) for name in file.tensors):
         marks.append(PLACES)
@@ -479,7 +479,7 @@ def load_language_model(
 def streamed_layers(
     plan: LoadPlan[LanguageConfig], dtype: torch.dtype, form: str | None, room: int | None
 ) -> tuple[int, int]:
-    """Return the number of layers that have to stay in host memory, and the bytes of one.
+    """Return the number of layers that have to stay in host memory, and the size of one layer in bytes.
 
     dtype, form: of the weights on the device. room: bytes free there; None: enough for all.
     """

@@ -96,7 +96,8 @@ class Flux(ModelOfPictures):
 
     @property
     def latent(self) -> LatentSpec:
-        """Return the latent space, whose npz caches of texts say whether T5 left the padding out.
+        """Return the latent space, with npz caches of texts that record whether attention in T5 left the
+        padding out.
 
         They always have a pooled text, zeros if the model takes none.
         """

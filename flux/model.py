@@ -74,7 +74,7 @@ class FluxFinalLayer(HunyuanFinalLayer):
 class FluxModel(BlockNetwork):
     """Predict the velocity of noisy latents of a picture from states of T5 and a vector of CLIP-L.
 
-    Without references, a second text, a ControlNet and code that stands around the blocks; Chroma has the
+    Simplified, without references, a second text, a ControlNet and the code around the blocks; Chroma has the
     modulations of all blocks from `distilled_guidance_layer` instead:
 
         picture = img_in(patches of noisy)                                  # B L C
@@ -140,11 +140,10 @@ class FluxModel(BlockNetwork):
         noisy: B Z 1 H W, H and W even. timesteps: B, 0..1000. t5: B T text_dim, states of T5. t5_mask: B T, 1
         for real tokens, which come first; None: all count. Chroma keeps one token of padding more. pooled: B
         pooled_dim, of CLIP-L; None for Chroma. guidance: B, not scaled; a model without guidance does not
-        look at it, None is 0. tweaks: ideas that change this call; their second text has the names t5,
-        t5_mask and pooled. references: clean latents of pictures to edit (Kontext), each B Z 1 h w of its own
-        size. control: latents of a control picture for the ControlNet, of the size of noisy. Raises
-        ValueError if sizes do not go together. References come behind the picture, a second text behind the
-        first one.
+        look at it, None is 0. tweaks: changes to this call; their second text has arguments named t5, t5_mask
+        and pooled. references: clean latents of pictures to edit (Kontext), each B Z 1 h w of its own size.
+        control: latents of a control picture for the ControlNet, of the size of noisy. Raises ValueError if
+        sizes do not go together. References come behind the picture, a second text behind the first one.
         """
         self._check([noisy, *references], t5, t5_mask)
         dtype = activation_dtype(noisy.device, self.compute_dtype)

@@ -87,7 +87,7 @@ class Flux2(pictures.ModelOfPictures):
 
     @property
     def same_latents(self) -> frozenset[str]:
-        """Return all releases, and families with their autoencoder."""
+        """Return the names of all releases, and of the other families that share FLUX.2's autoencoder."""
         return frozenset(version.name for version in VERSIONS.values()) | share_latents("flux_2")
 
     @property

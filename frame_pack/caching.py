@@ -165,8 +165,8 @@ def clip_sections(latents: Tensor, features: Tensor, order: Order, window: int) 
 def picture_entries(encoders: MediaEncoders, media: MediaBatch, switches: OneFrame) -> list[list[CacheEntry]]:
     """Return one entry for every image: its latents as the target, those of its control images before it.
 
-    Each image is encoded alone. Latents are 0 where their image is transparent. switches: which black frames
-    are added; indices come from the table.
+    Each image is encoded alone. Latents are 0 where their image is transparent. switches: the black frames to
+    add; the indices come from the table.
     """
     table = media.table
     settings = replace(

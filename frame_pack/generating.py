@@ -78,7 +78,9 @@ def video_sections(
 
 
 def _newest(order: Order, history: Tensor, window: int, number: int) -> Piece:
-    """Return the newest section with its neighbour, so that their transition is as in the finished video."""
+    """Return the newest section together with its neighbour, so that the transition is as in the finished
+    video.
+    """
     # in playing order, the start image comes before the first section
     first = window if order.in_front else window + 1
     length = 2 * window if number else first

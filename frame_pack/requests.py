@@ -105,7 +105,7 @@ def prepare_request(
 
 
 def _size_like(images: Sequence[Path], width: int, height: int, step: int) -> tuple[int, int]:
-    """Return the bucket of a dataset of this resolution that the first image would be put into."""
+    """Return the bucket, of a dataset with this resolution, to which the first image would be assigned."""
     from modules.media.reading import image_size  # only for single pictures
 
     buckets = bucket_sizes(width, height, step)
@@ -137,7 +137,9 @@ def _prompts_of(request: requests.Request, sections: int, is_picture: bool) -> l
 
 
 def _with_media(request: requests.Request, is_f1: bool, is_picture: bool) -> requests.Request:
-    """Leave out unusable media with a warning. Raises OptionError if one that is given cannot be opened."""
+    """Return the request without unusable media, with a warning. Raises OptionError if a file cannot be
+    opened.
+    """
     why_not = "--f1 generates a video from its start" if is_f1 else "a single picture has no end"
     request = requests.keep_usable_media(request, {"end_image_path": not is_f1 and not is_picture}, why_not)
     if request.end_image_path is not None:

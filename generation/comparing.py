@@ -130,7 +130,7 @@ def _make_run(family: Family, options: GenerationOptions, device: torch.device) 
 def _make_columns(
     run: GenerationRun, variants: Sequence[Variant], jobs: Sequence[GenerationJob]
 ) -> list[Column]:
-    """Make the job of each clip. Columns of equal labels have the same clips, those of the last one."""
+    """Make the job of each clip. Columns with equal labels share the clips of the last such column."""
     cells_by_label: dict[str, list[Cell]] = {}
     for variant in variants:
         clips = [make_cell(run, variant, job, line) for line, job in enumerate(jobs, 1)]
@@ -176,7 +176,7 @@ def _missing_cells(options: GenerationOptions, columns: Sequence[Column]) -> lis
 def _show_start(
     run: GenerationRun, jobs: Sequence[GenerationJob], columns: Sequence[Column], missing: Sequence[Column]
 ) -> None:
-    """Show what is compared, and how many of the clips are finished already."""
+    """Show the columns that are compared, and the number of clips that are already finished."""
     total = len(columns) * len(jobs)
     num_missing = sum(len(cells) for _, cells in missing)
     finished = f", {total - num_missing} of them made before" if num_missing < total else ""
@@ -309,7 +309,7 @@ def _is_own(options: GenerationOptions, cell: GenerationJob) -> bool:
 
 
 def _making_settings(tags: Mapping[str, str]) -> dict[str, str]:
-    """Return the metadata that say how a clip was made, without the time."""
+    """Return the metadata of a clip that record how it was made, except the time."""
     return {
         name: text
         for name, text in tags.items()
@@ -357,7 +357,7 @@ def networks_with(
     """Yield the clips of each column with the networks that have its LoRAs.
 
     A network is loaded once and its weights are changed. It is loaded again for each column only if its
-    weights are in 8 bits, swapped or compiled, or if there are several experts: copies of the original
+    weights are stored in 8 bits, swapped or compiled, or if there are several experts: copies of the original
     weights would then double the host memory.
     """
     speed = run.options.speed

@@ -81,9 +81,9 @@ def denoise(
 
 
 def keep_time(section: steps.Section, schedule: Schedule, index: int, velocity: Tensor) -> Tensor:
-    """Return the velocity of a step with which Euler moves the sound by its own noise levels.
+    """Return the velocity of a step, rescaled so that Euler moves the sound by the sound's own noise levels.
 
-    velocity: B N of a picture and its sound; anything else, and without a schedule of the sound, it is
+    velocity: B N of a picture and its sound. Without sound, or without a schedule for it, the velocity is
     returned unchanged.
     """
     joint = section.tweaks.joint
@@ -319,9 +319,9 @@ def sections_of(
 def _start_of(
     section: steps.Section, prepared: Prepared, schedule: Schedule, extra_noise: SeededNoise | None
 ) -> tuple[Tensor, int]:
-    """Return the latents that denoising of a section starts from, and its first step.
+    """Return the latents from which denoising of a section starts, and the first step to run.
 
-    They are noise, or the section of a source video with noise on it.
+    The latents are pure noise, or the section of a source video with noise added.
     """
     source = prepared.request.source
     if section.source is None or source is None:

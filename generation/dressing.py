@@ -111,7 +111,7 @@ class DitLoader:
 
     @staticmethod
     def _split(uses: "Sequence[LoraUse]") -> "tuple[list[LoraUse], list[LoraUse]]":
-        """Return the LoRAs to merge into a transformer, and the T-LoRAs, which are put round its layers."""
+        """Return the LoRAs to merge into a transformer, and the T-LoRAs, which wrap its layers instead."""
         if not uses:
             return [], []
         from networks.loading import on_side  # only with LoRAs
@@ -295,7 +295,7 @@ def _checks_of_preset(
 
 
 def _log_preset(options: GenerationOptions, left_out: Sequence[str]) -> None:
-    """Log what --optimized sets, what is unavailable here, and what the user gave instead."""
+    """Log what --optimized sets, what is unavailable here, and the options that the user set differently."""
     speed = options.speed
     values = dict.fromkeys(speed.by_preset, True) | dict(options.settings)
     used = [as_typed(values, name) for name in speed.by_preset if name not in left_out]

@@ -146,8 +146,8 @@ def all_requests(family: Family, options: GenerationOptions) -> list[Prepared]:
 def largest_of(family: Family, requests: Sequence[Prepared]) -> list[Prepared]:
     """Return the requests that no other request exceeds in frame size, number of frames and references.
 
-    Usually there is one. Only a rehearsal shows which one needs most memory: a longer video made in sections
-    needs no more.
+    Usually there is one. If several are left, only a rehearsal shows which needs most memory: a longer video
+    made in sections may need no more than a short one.
     """
     # of equal ones the last that has something to encode
     sizes: dict[tuple[int, int, int], Prepared] = {}

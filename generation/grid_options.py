@@ -28,7 +28,7 @@ REFUSED = {
 
 @dataclass(frozen=True)
 class Axis:
-    """One option and its values, as typed and as read."""
+    """An option and its values, as typed and as read."""
 
     name: str  # on the command line: guidance_scale
     option: LineOption
@@ -41,7 +41,7 @@ class Axis:
 
 
 class SheetOptions(Options, title="comparison sheet"):
-    """Content of a comparison sheet. None: none is asked for."""
+    """Content of a comparison sheet. None: no sheet is made."""
 
     sheet: tuple[str, ...] | None = option(
         "make one labelled grid of all values of one or two options of a prompt line: --sheet seed=1,2,3 "
@@ -127,7 +127,7 @@ def cells_of(
 ) -> Iterator[tuple[tuple[int, ...], dict[str, Any]]]:
     """Yield the place of each cell (index of its value on each axis) and its prompt line, row by row.
 
-    line: values of the prompt line; values of the axes replace them.
+    line: values of the prompt line, which the values of the axes override.
     """
     axis_keys = {axis.option.key for axis in axes}
     for row_first in product(*(range(len(axis.texts)) for axis in reversed(axes))):

@@ -132,7 +132,9 @@ def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Fa
 
 
 def _warn_of_passes(run: GenerationRun, jobs: Sequence[GenerationJob]) -> None:
-    """Warn if the passes of guidance are not batched or shared between processes as the options say."""
+    """Warn if the passes of guidance cannot be batched, or shared between processes, although the options ask
+    for it.
+    """
     options = run.options
     # attention that takes one sample at a time forces what was not asked for
     forces_split = options.speed.attention.split_attn and not options.split_uncond
@@ -265,7 +267,7 @@ def denoise_all(
 
 
 def _stem_of(output: OutputOptions, job: GenerationJob) -> AbstractContextManager[str]:
-    """Reserve the name of a job's files while it is denoised, unless the name is given."""
+    """Reserve the name of a job's files while it is denoised; a name that the user chose needs none."""
     begun = datetime.now()
     name = outputs.name_job(output, begun, job.prepared.seed, job.prepared.request.prompt)
     name += job.prepared.name_end

@@ -294,7 +294,9 @@ def _work_between_steps(
 def heaviest_step(
     prepared: Prepared, options: GenerationOptions, experts: Sequence[Expert], noisy: Tensor
 ) -> Step:
-    """Find a step that takes most memory: the one with most passes in a batch, then with most passes."""
+    """Find the step that takes most memory: the one with the most passes in one batch, then with the most
+    passes.
+    """
     candidates = []
     for expert, plans in zip(experts, plan_steps(prepared, options.guidance), strict=True):
         for index, plan in enumerate(plans):

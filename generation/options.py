@@ -57,7 +57,7 @@ from networks.use_options import (
 
 
 class ExpertOptions(Options, title="two experts"):
-    """The LoRAs of the expert for much noise, and how the experts take turns."""
+    """The LoRAs of the expert for much noise, and the way in which the experts alternate."""
 
     lora_weight_high_noise: tuple[Path, ...] | None = option(
         "LoRA files for --dit_high_noise; those of --lora_weight are for --dit. --include_patterns and "
@@ -282,7 +282,7 @@ class GenerationOptions(Options, title="run"):
                 )
 
     def _check_sheet(self) -> None:
-        """Raise OptionError if there is nothing that a sheet could show, or if its axes cannot be read."""
+        """Raise OptionError if a sheet would have nothing to show, or if its axes cannot be read."""
         conflicts = {
             "--latent_path": bool(self.latent_path),
             "--save_merged_model": self.save_merged_model is not None,
@@ -364,7 +364,7 @@ def request_extras(record: type[Any]) -> dict[str, str]:
 def _choose_recorded(
     parser: argparse.ArgumentParser, args: argparse.Namespace, facts: Mapping[str, Mapping[str, Any]]
 ) -> set[str]:
-    """Return the options that metadata record: what was typed, without what they have elsewhere, or never."""
+    """Return the options that metadata record: the typed ones, except those recorded elsewhere or never."""
     recorded = {
         action.dest
         for action in parser._actions

@@ -257,7 +257,7 @@ def _warn_of_lora_tags(texts: Mapping[str, str | None]) -> None:
 
 
 def _warn_of_edit_loras(paths: Iterable[Path]) -> None:
-    """Warn of LoRAs that learned edits of pictures, for a request without a picture."""
+    """Warn of LoRAs that were trained to edit pictures, if a request has no picture."""
     for path, option in find_edit_loras(paths):
         logger.warning(
             "%s learned edits of pictures%s, and there is no picture: the result is made from the text "
@@ -312,7 +312,7 @@ class GenerationJob:
 
 @dataclass(frozen=True)
 class GenerationRun:
-    """Family, options and session that every mode works with."""
+    """The family, options and session that all modes of generation work with."""
 
     family: Family
     options: GenerationOptions

@@ -89,7 +89,9 @@ def write_grids(folder: Path, stem: str, grid: ClipGrid, title: str) -> list[Pat
 
 
 def _cells(columns: Sequence[str], row: Row, is_lower: bool) -> Iterator[Mapping[str, str]]:
-    """Yield the cells of a row on the page. is_lower: without the first, which the row above has."""
+    """Yield the cells of a row on the page. is_lower: leave out the first cell, which the row above already
+    shows.
+    """
     cells = list(zip(columns, row.paths, row.commands, strict=True))
     for column, path, command in cells[1:] if is_lower else cells:
         assert path is not None  # a page shows finished comparisons only
@@ -230,7 +232,9 @@ Cells = Mapping[Place, GenerationJob]  # of one sheet, without cells that cannot
 
 
 def make_sheets(run: GenerationRun, lines: Mapping[str, str | None], failures: Failures) -> int:
-    """Make a sheet of each prompt line, and return the number of cells. lines: as for `of_each_line`."""
+    """Make a sheet of each prompt line, and return the number of cells. lines: prompt lines by their labels,
+    as in `of_each_line`.
+    """
     sheets = of_each_line(run, lines, failures, partial(lay_out, failures=failures))
     jobs = [job for cells in sheets.values() for job in cells.values()]
     clips = make_outputs(run, jobs, failures) if jobs else {}

@@ -52,7 +52,7 @@ class GlyphEmbedding(nn.Module):
 class HunyuanImageModel(BlockNetwork):
     """Predict the velocity of a noisy latent picture from the states of its two texts.
 
-    Without a second text and code that stands around the blocks:
+    Simplified, without a second text and the code around the blocks:
 
         picture = img_in(noisy)                                             # B L C
         text = join(byt5_in(glyphs), txt_in(text))                          # B J C
@@ -101,9 +101,9 @@ class HunyuanImageModel(BlockNetwork):
 
         noisy: B in_dim H W. timesteps: B, 0..1000. text: B T text_dim, states of the language model. glyphs:
         B G glyph_dim, states of the glyph encoder. text_mask: B T, glyph_mask: B G, true or 1 for real
-        tokens, which come first; a picture without glyphs has none. tweaks: ideas that change this call;
-        their second text has the names of these four arguments; it comes behind the first one. Raises
-        ValueError if sizes do not fit.
+        tokens, which come first; a picture without glyphs has none. tweaks: changes to this call; their
+        second text has arguments named of these four arguments, and its tokens follow the first text's.
+        Raises ValueError if sizes do not fit.
         """
         if noisy.shape[1] != self.config.in_dim:
             raise ValueError(f"{noisy.shape[1]} input channels, the model takes {self.config.in_dim}")

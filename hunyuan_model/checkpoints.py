@@ -173,7 +173,7 @@ def _has_refiner(names: Iterable[str]) -> bool:
 
 
 def _relative(checkpoint: Checkpoint) -> str | None:
-    """Return the name of a model whose blocks have these names but which needs other inputs."""
+    """Return the name of a related model with blocks of the same names but other inputs; None for others."""
     names = checkpoint.tensors
     patches = names.get("img_in.proj.weight")
     for mark, name in (

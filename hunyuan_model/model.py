@@ -55,7 +55,7 @@ class HunyuanFinalLayer(nn.Module):
 class HunyuanVideoModel(BlockNetwork):
     """Predict the velocity of noisy video latents from two text encodings.
 
-    Variants also take guidance and a first frame. Without a second text and code that stands around the
+    Variants also take guidance and a first frame. Simplified, without a second text and the code around the
     blocks:
 
         video = img_in(noisy)                                               # B L C
@@ -112,9 +112,9 @@ class HunyuanVideoModel(BlockNetwork):
         ones, zeros after it. timesteps: B, 0..1000. llama: B T text_dim, states of the language model.
         llama_mask: B T, true or 1 for real tokens, which come first. clip_l: B pooled_dim. guidance: B, the
         number as the model was trained with it (1000 times the scale in generation); a model without guidance
-        embedding does not look at it. tweaks: ideas that change this call; their second text has the names
-        llama, llama_mask and clip_l; it comes behind the first one. Raises ValueError if sizes do not go
-        together.
+        embedding does not look at it. tweaks: changes to this call; their second text has arguments named
+        llama, llama_mask and clip_l, and its tokens follow the first text's. Raises ValueError if sizes do
+        not go together.
         """
         if noisy.shape[1] != self.config.in_dim:
             raise ValueError(f"{noisy.shape[1]} input channels, the model takes {self.config.in_dim}")

@@ -134,7 +134,8 @@ FRAMEPACK_REFINER = (
 
 
 def multiply_text(dit: nn.Module, refiner: tuple[str, str], llm: float, clip: float) -> None:
-    """Scale the outputs of the token refiner from now on. refiner: one of the constants above.
+    """Scale the outputs of the token refiner from now on. refiner: name of the refiner, one of the constants
+    above.
 
     llm: factor for the output of each refiner block; as blocks follow one another, the factors multiply.
     clip: factor for the vector of the text's mean from which the gates are made. Despite the option's name

@@ -168,7 +168,7 @@ class TextBlock(StreamBlock):
 
 
 class TextFusion(nn.Module):
-    """Make one state of each token's several, then let tokens attend to each other."""
+    """Merge the several states of each token into one, then let tokens attend to each other."""
 
     def __init__(self, config: Krea2Config) -> None:
         super().__init__()
@@ -262,7 +262,7 @@ class Krea2Text(NamedTuple):
 class Krea2Model(BlockNetwork):
     """Predict the velocity of noisy latents of a picture from several states of Qwen3-VL for each token.
 
-    Without references, a second text and code that stands around the blocks:
+    Simplified, without references, a second text and the code around the blocks:
 
         x = cat([first(patches of noisy), txtmlp(txtfusion(text))])        # B L+T C
         time = tmlp(sinusoid(timesteps))                                   # B C
@@ -359,10 +359,10 @@ class Krea2Model(BlockNetwork):
         """Return the tokens of references, picture and text, B R+L+T C, and the other inputs of the blocks.
 
         noisy: B Z 1 H W. timesteps: B, 0..1000. text: B T n text_dim, states of the language model.
-        text_mask: B T, true or 1 for real tokens, which come first. tweaks: ideas that change this call;
-        their second text has the names text and text_mask; it comes behind the first one. references: clean
-        latents of pictures to edit, each B Z 1 h w of its own size. isolated: these attend to each other
-        alone. Raises ValueError if sizes do not fit.
+        text_mask: B T, true or 1 for real tokens, which come first. tweaks: changes to this call; their
+        second text has arguments named text and text_mask, and its tokens follow the first text's.
+        references: clean latents of pictures to edit, each B Z 1 h w of its own size. isolated: these attend
+        to each other alone. Raises ValueError if sizes do not fit.
         """
         if text_mask.shape != text.shape[:2]:
             raise ValueError(f"a text mask of {tuple(text_mask.shape)} for text of {tuple(text.shape)}")
@@ -438,7 +438,9 @@ class Krea2Model(BlockNetwork):
         return in_own_dtype(self.first, patches)
 
     def embed_time(self, timesteps: Tensor) -> Tensor:
-        """Return the rows that modulate all blocks, and the embedded time behind them: B -> B 7 C float32."""
+        """Return the modulation of all blocks and the embedded time that it is computed from: B -> B 7 C
+        float32.
+        """
         waves = sinusoid(timesteps, self.config.freq_dim, torch.float32)
         time = run_float32(self.tmlp[2], gelu(run_float32(self.tmlp[0], waves)))
         rows = in_own_dtype(self.tproj[1], gelu(time)).float()
@@ -462,8 +464,8 @@ class Krea2Model(BlockNetwork):
     def _make_table(self, layout: Krea2Layout, /, *, device: torch.device) -> Tensor:
         """Return (cosine, sine) pairs of all tokens, R+L+T 1 D/2 2 float32, from float64 angles.
 
-        A picture's token stands at (0, row, column), that of a reference at (its number from 1, row, column),
-        each token of a text at (0, 0, 0).
+        Positions: tokens of the picture (0, row, column), of reference k (from 1) (k, row, column), of texts
+        (0, 0, 0).
         """
         widths, theta = self.config.rotary_widths, self.config.rope_theta
         grids = [Grid((1, *grid), first=number) for number, grid in enumerate(layout.references, 1)]

@@ -271,8 +271,8 @@ class Ltx2(Ltx2Media):
     ) -> LtxReferences:
         """Return the references as the network takes them.
 
-        references: clean latents. denoised: the same with the noise of the step; None: they stay clean.
-        strengths: 1 M, by which the video sees their tokens; without, all are seen.
+        references: clean latents. denoised: the references with the noise of the step; None: they stay clean.
+        strengths: 1 M, of the video's attention to each of their tokens; None: full strength.
         """
         return LtxReferences(
             references if denoised is None else denoised.noisy_like(references),
@@ -342,7 +342,7 @@ class Ltx2(Ltx2Media):
             check_opens("drive_video", self.drive_video, is_image=False)
 
     def _joint_of(self, prepared: Prepared) -> Joint | None:
-        """Return the shapes of picture and sound; None if no sound is made. A single picture has none."""
+        """Return the joint shape of picture and sound; None if no sound is made, as for a single picture."""
         sound = self.sound
         is_alone = not self.files.has_pictures
         if sound is None or not self.makes_sound or (prepared.frames <= 1 and not is_alone):
@@ -459,7 +459,7 @@ class Ltx2(Ltx2Media):
         return {FIRST: vae.encode(pixels.to(vae.device)).float().cpu(), **conditions}
 
     def _encode_references(self, vae: Any, prepared: Prepared) -> dict[str, Tensor]:
-        """Return the latents of references, and by which strengths the video sees their tokens."""
+        """Return the latents of references, and the strengths with which the video attends to them."""
         reference_rules = self.references
         if not prepared.family_record or reference_rules is None:
             return {}

@@ -377,7 +377,7 @@ _KERNELS = {"flash_attn": "flash", "flash3": "flash3", "sage_attn": "sageattn", 
 
 
 def settle_generation(shared: T, own_options: Ltx2GenerationOptions) -> tuple[T, Ltx2GenerationOptions]:
-    """Move options that the known script names otherwise into the shared record; return both records.
+    """Move options that have other names in the official script into the shared record; return both records.
 
     Raises OptionError if an option is given under both names, with two values.
     """
@@ -429,7 +429,9 @@ def _chosen_kernels(values: Mapping[str, Any], own_options: Ltx2GenerationOption
 
 
 def _one_of(name: str, ours: Any, theirs: Any, other_name: str = "mixed_precision") -> Any:
-    """Return the value that is given, None if neither is. Raises OptionError if both are, and differ."""
+    """Return the one value of two that is given; None if neither is. Raises OptionError if both are given and
+    differ.
+    """
     if None not in (ours, theirs) and ours != theirs:
         raise OptionError(f"--{name} {ours} and --{other_name} {theirs} mean the same: give one of them")
     return theirs if ours is None else ours

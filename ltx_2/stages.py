@@ -96,7 +96,7 @@ class TwoStages:
         )
 
     def split(self, prepared: Prepared, latent: LatentSpec, dtype: torch.dtype) -> Prepared:
-        """Return the request of a clip as one in two stages. dtype: of the upscalers."""
+        """Split the request of a clip into one for each stage. dtype: of the upscalers."""
         request = prepared.request
         if request.source is not None:
             raise OptionError(
@@ -161,7 +161,7 @@ class TwoStages:
 
 
 def two_stages(options: Ltx2StageOptions) -> TwoStages | None:
-    """Return the settings by which clips are made in two stages; None if they are made in one."""
+    """Return the settings for clips in two stages; None if the options ask for one stage."""
     if not options.sample_two_stage:
         return None
     upscalers = {}

@@ -35,7 +35,7 @@ class TokenLayout(NamedTuple):
 class LuminaModel(BlockNetwork):
     """Predict the direction from noise to data of noisy latents of pictures, from a caption's states.
 
-    Without a second caption and code that stands around the blocks:
+    Simplified, without a second caption and the code around the blocks:
 
         time = t_embedder(times)                                            # B time_dim
         text = cap_embedder(caption)                                        # B T C
@@ -89,9 +89,9 @@ class LuminaModel(BlockNetwork):
         """Return refined image and caption tokens, B L+T C, and the other inputs of the blocks.
 
         noisy: B in_dim H W. times: B, 0 (noise) to 1 (picture). caption: B T text_dim, states of the language
-        model. caption_mask: B T, true or 1 for real tokens, which come first. tweaks: ideas that change this
-        call; their second text has the names caption and caption_mask; it comes behind the first one. Raises
-        ValueError if sizes do not go together.
+        model. caption_mask: B T, true or 1 for real tokens, which come first. tweaks: changes to this call;
+        their second text has arguments named caption and caption_mask, and its tokens follow the first
+        text's. Raises ValueError if sizes do not go together.
         """
         self._check_sizes(noisy, caption, caption_mask)
         patch = self.config.patch_size

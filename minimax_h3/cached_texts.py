@@ -49,14 +49,14 @@ detailed_description:
 
 
 def describe_copy(caption: str) -> str:
-    """Return a caption for a teacher that has the clip and its sound as references: it has to copy them."""
+    """Return the caption for a teacher that has the clip and its sound as references and has to copy them."""
     return _COPIED + caption
 
 
 def describe_subjects(caption: str, pictures: int, is_still: bool) -> str:
-    """Return a caption for a teacher that has pictures of its subjects: it takes their looks, and no more.
+    """Return the caption for a teacher that has pictures of the subjects and copies only their looks.
 
-    pictures: of a subject each. is_still: of a single picture.
+    pictures: of a subject each. is_still: the item is a single picture.
     """
     numbers = range(1, pictures + 1)
     subjects = " and ".join(f"<Subject {number}>" for number in numbers)
@@ -78,7 +78,7 @@ def describe_subjects(caption: str, pictures: int, is_still: bool) -> str:
 
 
 class H3CachingEncoder(H3TextEncoder):
-    """The text encoder of one task, whose states are cached. Set its fields before it is used."""
+    """The text encoder that caches the states for one task. Set its fields before it is used."""
 
     task = "t2va"
     teacher: str | None = None  # a key of `TEACHER_ROWS`, whose rows it adds
@@ -115,9 +115,10 @@ class H3CachingEncoder(H3TextEncoder):
         check_marks(path, metadata, self.task)
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
-        """Encode as `H3TextEncoder.encode`, with what the task shows, and with the rows of the teacher.
+        """Encode as `H3TextEncoder.encode`, with the media of the task, and with the rows that a teacher
+        reads.
 
-        The empty prompt stands alone, without either. Raises MediaError if something cannot be shown.
+        The empty prompt is encoded without both. Raises MediaError if something cannot be shown.
         """
         return [self._encode_item(prompt) for prompt in prompts]
 

@@ -125,7 +125,7 @@ class H3Caching:
             )
 
     def _check_length(self, frames: int, name: str, error: type[DatasetError] | type[MediaError]) -> None:
-        """Raise an error for the length of a clip for which the model was not trained."""
+        """Raise DatasetError or MediaError for a clip whose length the model was not trained for."""
         if not self.any_length and not LEAST_FRAMES <= frames <= MOST_FRAMES:
             raise error(
                 f"{name}: clips of {frames} frames: {NAME} was trained with {LEAST_FRAMES} to {MOST_FRAMES} "

@@ -301,7 +301,9 @@ class MiniMaxH3(OneTransformer):
         return torch.cat(velocities)
 
     def _place_conditions(self, cond: Conditions, sample: int, pictures: Tensor) -> H3Placement:
-        """Return keyframes and references of a sample, on the device, and where its clock starts."""
+        """Place keyframes and references of a sample on the clock; return them, and the time at which its
+        clip starts.
+        """
         placement = place_conditions(cond, sample, len(cond[KEY][sample]), grid_of(pictures))
         shares = clean_shares(cond)
         placed = []
@@ -514,7 +516,7 @@ class MiniMaxH3(OneTransformer):
 
 
 def _clip_of(frames: Tensor) -> Tensor:
-    """Return pixels, F H W 3 uint8, as the VAE takes them: 1 3 F H W."""
+    """Convert pixels, F H W 3 uint8, to the VAE's input, 1 3 F H W."""
     return byte_clips(frames.unsqueeze(0))
 
 
@@ -534,7 +536,7 @@ def _with_presentation(prepared: Prepared, media: H3Media, sources: H3Sources) -
 
 
 def _metadata_of(media: H3Media) -> dict[str, str]:
-    """Return the metadata with which files name the media that they were made from."""
+    """Return the metadata that name the media from which a clip was made."""
     names = {"first_frame": media.first, "last_frame": media.last}
     metadata = {name: path.name for name, path in names.items() if path is not None}
     if media.controls:

@@ -160,7 +160,7 @@ class H3TextEncoder(LanguageModelEncoder):
     def _tokens_of(
         self, pieces: Sequence[PresentedPiece], tokenizer: TextTokenizer
     ) -> tuple[list[int], list[int]]:
-        """Return the tokens of what is shown in front of a prompt, and the tag of each."""
+        """Return the tokens of the media in front of a prompt, and the tag of each token."""
         begin = self.find_token(tokenizer, BEGIN)
         pad = self.find_token(tokenizer, PAD)
         end = self.find_token(tokenizer, END)
@@ -238,7 +238,7 @@ class H3Files(LanguageModelFiles):
 
     @property
     def latent(self) -> LatentSpec:
-        """Return the latent space of the video VAE, that of the release without its file."""
+        """Return the latent space of the video VAE; without its file, the release's."""
         try:
             config: H3VideoVaeConfig = read_once(self.vae_path, _read_video_vae)
         except (OptionError, OSError):

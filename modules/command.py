@@ -256,9 +256,9 @@ def _check_launcher() -> None:
 
 
 def refuse_other_splits() -> None:
-    """Raise OptionError if accelerate's launcher is set to split the model in a way of its own.
+    """Raise OptionError if accelerate's launcher is configured to split the model by itself.
 
-    accelerate splits a model that a script hands to it; the loops here never do, so nothing would be split.
+    accelerate splits a model that a script hands to it. The loops here never do, so nothing would be split.
     """
     for variable, (name, ours) in OTHER_SPLITS.items():
         value = os.environ.get(variable, "0").lower()
@@ -293,7 +293,7 @@ def explain_compilation(error: Exception) -> str | None:
 
 
 def _folder_with_blank(command: str) -> str | None:
-    """Return the folder of torch or of its compiled code that has a blank and is in a compiler's command.
+    """Return a folder of torch or of its compiled code whose path has a blank and is in a failed command.
 
     torch does not quote paths there, so that the compiler reads such a path as two.
     """

@@ -50,7 +50,10 @@ OF_TYPING = {"typing": True}  # no value of an option: equal records may differ 
 # docs/new_and_run.md lists what of it a folder of somebody else may use.
 WRITES = {"reach": "writes"}  # something is written there; in `run` only below its folders
 APPENDS = {"reach": "appends"}  # likewise, at the end of what is there: from a file only to a log
-SENDS = {"reach": "sends"}  # something leaves this machine; in `run` only if it is typed
+# something leaves this machine; in `run` only if it is typed. Fact `stays`: values that send nothing;
+# fact `intention`: what any other does
+SENDS = {"reach": "sends"}
+OF_RUN = {"of_run": True}  # an option of a training that `run` has too, and hands to it
 # a file of settings for another library, which can say where to send what; in `run` only if it is typed
 CONFIGURES = {"reach": "configures"}
 # another program at an address, which can have this one run its code; only from a typed command line
@@ -273,7 +276,7 @@ def _values(record: Options) -> dict[str, Any]:
 
 
 class NoOptions(Options):
-    """The option record of a family that has no options of its own."""
+    """The option record of a family without options of its own."""
 
 
 NO_OPTIONS = NoOptions()
@@ -391,10 +394,11 @@ def _warn_of_ignored(record: Any, field: "dataclasses.Field[Any]") -> None:
 
 
 def _tell_idle(record: Any, typed: Collection[str]) -> None:
-    """Warn of options that are typed with their usual values and do nothing, as another one is not given.
+    """Warn of options that are typed with their default values and have no effect, as another option is
+    missing.
 
-    With other values `_check_facts` refuses them or says so. These change nothing, and commands of other
-    programs name them. typed: arguments.
+    Other values are refused or reported by `_check_facts`. Default values change nothing, and commands of
+    other programs contain them. typed: names of the typed arguments.
     """
     for field in dataclasses.fields(record):
         if argument_of(field) not in typed or is_given(record, field):
@@ -406,9 +410,10 @@ def _tell_idle(record: Any, typed: Collection[str]) -> None:
 
 
 def list_idle(record: Any, written: Collection[str]) -> list[str]:
-    """Return options with their usual values that do nothing, by public name, as another one is not given.
+    """Return the public names of options with default values that have no effect, as another option is
+    missing.
 
-    written: arguments of the options that somebody wrote down.
+    written: names of the arguments that the user wrote.
     """
     idle = []
     for field in dataclasses.fields(record):
@@ -436,12 +441,12 @@ def _names_of_given(record: Any, names: Collection[str]) -> list[str]:
 
 
 def reach_of(facts: Mapping[str, Any]) -> str:
-    """Return the effect of a value outside of the program, such as "writes"; "" if its facts state none."""
+    """Return the effect of an option beyond this program, such as "writes" or "sends"; "" if it has none."""
     return str(facts.get("reach", "writes" if facts.get("place") in MADE_PLACES else ""))
 
 
 def _check_reach(record: Any, field: "dataclasses.Field[Any]") -> None:
-    """Raise OptionError if the value of a field reaches further than a run of a described folder may."""
+    """Raise OptionError if an option has effects that a run of somebody else's folder must not have."""
     value = getattr(record, field.name)
     reach = reach_of(field.metadata)
     name = option_name(field)
@@ -449,7 +454,8 @@ def _check_reach(record: Any, field: "dataclasses.Field[Any]") -> None:
         for path in _paths(value):
             refuse_outside(name, path)
     elif reach in ("sends", "configures") and is_given(record, field):
-        refuse_sending(name, value)
+        if value not in field.metadata.get("stays", ()):
+            refuse_sending(name, value, is_of_run=field.metadata.items() >= OF_RUN.items())
         if reach == "configures":
             refuse_in_queue(name)
     elif reach == "starts" and is_given(record, field):
@@ -571,9 +577,9 @@ def facts_of(cls: type) -> dict[str, dict[str, Any]]:
 
 
 def in_one_spelling(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values of options with each in the spelling that stands for all of its meaning.
+    """Return the values with synonyms replaced, such as "va" with "av", so that equal meanings compare equal.
 
-    values: by public names. The fact `same_as` of an option has its other spellings and that one.
+    values: by public names. The fact `same_as` of an option maps each synonym to the value that replaces it.
     """
     facts = facts_of(cls)
     plain = dict(values)
@@ -589,7 +595,7 @@ def options_with(cls: type, fact: str, value: Any) -> tuple[str, ...]:
 
 
 def given_with(record: Any, fact: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the options of a record that have a fact and are given, by public name, of records in it too."""
+    """Return the public names of a record's given options with a fact, nested records included."""
     names: list[str] = []
     for field in dataclasses.fields(record):
         value = getattr(record, field.name)

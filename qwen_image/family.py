@@ -117,7 +117,9 @@ class QwenImage(ModelOfPictures):
 
     @property
     def media_identity(self) -> Mapping[str, str]:
-        """Return the facts on which cached latents depend: the VAE and its input's range, formerly 0..255."""
+        """Return the facts on which cached latents depend: the VAE and the range of its input, which was
+        0..255 in earlier versions.
+        """
         return {**super().media_identity, **PIXELS}
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
@@ -140,7 +142,7 @@ class QwenImage(ModelOfPictures):
         return {KEY: batch.tensors[KEY], **references_of(batch, LATENT.channels, PATCH, LATENTS_AGAIN)}
 
     def _check_cache(self, cache: MadeBy) -> None:
-        """Raise CacheError if a cache is of another release. Those of other tools have no records."""
+        """Raise CacheError if a cache was made for another release. Other tools do not record it."""
         if cache.part == LATENTS_MADE and not PIXELS.items() <= cache.encoder.items():
             raise CacheError(
                 f"{cache.path}: an earlier version encoded these latents from pixels of a wrong range. "

@@ -56,7 +56,7 @@ class QwenTokens(blocks.TokensWithTurnedText):
 
     @property
     def clean(self) -> int:
-        """Negative index at which the tokens of clean references begin among those of pictures."""
+        """Return the negative index, among the picture tokens, at which those of clean references begin."""
         return -self.rotary_of_clean.shape[-4] or blocks.NOWHERE
 
 
@@ -149,7 +149,7 @@ class LastNorm(nn.Module):
 class QwenImageModel(BlockNetwork):
     """Predict the velocity of noisy latents of a picture from states of Qwen2.5-VL.
 
-    Without references, a second text and code that stands around the blocks:
+    Simplified, without references, a second text and the code around the blocks:
 
         picture = img_in(patches of noisy)                                  # B L C
         text = txt_in(txt_norm(text))                                       # B T C
@@ -192,9 +192,9 @@ class QwenImageModel(BlockNetwork):
         """Return picture and text tokens, B L+T C, and the other inputs of the blocks.
 
         noisy: B Z 1 H W. timesteps: B, 0..1000. text: B T text_dim, states of the language model. text_mask:
-        B T, true or 1 for real tokens, which come first. tweaks: ideas that change this call; their second
-        text has the names text and text_mask. references: clean latents of pictures to edit, each B Z 1 h w
-        of its own size. clean_references: modulate their tokens with time 0, not with that of the picture.
+        B T, true or 1 for real tokens, which come first. tweaks: changes to this call; their second text has
+        arguments named text and text_mask. references: clean latents of pictures to edit, each B Z 1 h w of
+        its own size. clean_references: modulate their tokens with time 0, not with that of the picture.
         References come behind the picture, a second text behind the first one. Raises ValueError if sizes do
         not fit.
         """

@@ -159,7 +159,7 @@ def read_anchor(prepared: Prepared, latents: Tensor, options: QwenImageReference
 
 
 def read_mask(path: Path, size: Size, latent_step: int) -> Tensor:
-    """Read a mask of what is changed: 1 1 1 h w float32, 1 where the file is white, else 0.
+    """Read a mask of the region to change: 1 1 1 h w float32, 1 where the file is white, else 0.
 
     size: width and height of the picture, which the mask is stretched to. Raises MediaError if it cannot be
     read.

@@ -93,7 +93,9 @@ MOST_LEVELS = 1000
 
 
 def _header(checkpoint: Checkpoint, config_json: Path | None) -> DitHeader[QwenImage21Config]:
-    """Read a file's header. config_json: of --dit_config; None: the one next to the file, if there is one."""
+    """Read a file's header. config_json: path given by --dit_config; None: the one next to the file, if there
+    is one.
+    """
     names = checkpoint.tensors
     has_modulation = "modulation.1.weight" in names and "transformer_blocks.0.img_mod.1.weight" not in names
     if MARK not in names or not has_modulation:
@@ -234,10 +236,10 @@ class Turbo(NamedTuple):
 
 
 def find_turbo(dit: Path | None) -> Turbo | None:
-    """Return the noise levels of Turbo, and what says that a transformer is Turbo; None if it is not.
+    """Return the noise levels of Turbo, and the evidence that a transformer is Turbo; None if it is not.
 
-    That is `sample_sigmas` of the release's model_index.json, else the nearest name, as in `FewSteps.judge`.
-    Raises CheckpointError if model_index.json cannot be used.
+    The evidence is `sample_sigmas` of the release's model_index.json, else the nearest name, as in
+    `FewSteps.judge`. Raises CheckpointError if model_index.json cannot be used.
     """
     if dit is None:
         return None
@@ -314,7 +316,7 @@ class QwenImage21Files(LanguageModelFiles):
 
     @property
     def channels(self) -> int | None:
-        """Return the channels of latents by the files that are given; None if none is."""
+        """Return the number of latent channels of the given files; None if no file is given."""
         if self.dit is not None:
             channels: int = self.dit_header().config.channels
             return channels

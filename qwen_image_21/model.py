@@ -55,7 +55,7 @@ Grid = tuple[int, int]  # rows and columns of a picture's tokens
 
 
 class Segment(NamedTuple):
-    """Tokens of a prefix that see each other alike."""
+    """Tokens of a prefix that attend to the same tokens."""
 
     start: int  # in the prefix
     end: int
@@ -120,7 +120,9 @@ class QwenImage21Tokens:
         return replace(self, part=part, split=part.of_first(self.picture))
 
     def of(self, kept: Tensor, num_left_out: int) -> Self:
-        """Return the inputs for some tokens of x. kept: B K, their rising places; all of the prefix stay."""
+        """Return the inputs for some tokens of x. kept: B K, positions of the kept tokens, ascending; none of
+        the prefix is left out.
+        """
         picture = self.picture - num_left_out
         return replace(
             self, picture=picture, split=picture, rotary=take_rows(self.rotary, kept, num_left_out)
@@ -128,7 +130,7 @@ class QwenImage21Tokens:
 
 
 class QwenImage21Attention(nn.Module):
-    """Attention of a picture to all tokens, and of the prefix to what stands before each of its tokens."""
+    """Attention of a picture to all tokens; tokens of the prefix attend to earlier tokens only."""
 
     def __init__(self, config: QwenImage21Config) -> None:
         super().__init__()
@@ -174,7 +176,7 @@ class QwenImage21Attention(nn.Module):
         tokens: QwenImage21Tokens,
         segments: Sequence[Sequence[Segment]],
     ) -> Tensor:
-        """Return the attention of a picture and its prefix, B L+P N D. heads: not rotated yet."""
+        """Return the attention of a picture and its prefix, B L+P N D. heads: before rotation."""
         query, key, value = heads
         query = rotate(query, rotary)
         key = rotate(key, rotary)
@@ -231,7 +233,7 @@ class QwenImage21FeedForward(nn.Module):
 
 
 class QwenImage21Block(nn.Module):
-    """Attention and feed-forward, each behind a norm; all blocks share what modulates them."""
+    """Attention and feed-forward, each after a norm. All blocks share the same modulation."""
 
     def __init__(self, config: QwenImage21Config) -> None:
         super().__init__()
@@ -327,7 +329,7 @@ class PrefixTokens(NamedTuple):
 class QwenImage21Model(BlockNetwork):
     """Predict the velocity of noisy latents of a picture from states of Qwen3-VL and reference pictures.
 
-    Without references, a second text and code that stands around the blocks:
+    Simplified, without references, a second text and the code around the blocks:
 
         x = cat([img_in(noisy), txt_in(text)])                              # B L+T C
         time = time_text_embed(timesteps), time0 = time_text_embed(0)       # each B C
@@ -408,8 +410,8 @@ class QwenImage21Model(BlockNetwork):
 
         noisy: B Z 1 H W. timesteps: B, 0..1000. text: B T text_dim, states of the language model. text_mask:
         B T, true or 1 for real tokens, which come first. slots: B n, on the host: before which token of its
-        text each reference stands, rising. tweaks: ideas that change this call; their second text has the
-        names text, text_mask and slots. references: clean latents of n pictures to edit, each B Z 1 h w of
+        text each reference stands, rising. tweaks: changes to this call; their second text has arguments
+        named text, text_mask and slots. references: clean latents of n pictures to edit, each B Z 1 h w of
         its own size. is_remembered: leave the prefix out, whose keys and values the blocks have. Raises
         ValueError if sizes do not fit.
         """
@@ -558,7 +560,7 @@ def segments_of(prefixes: Sequence[Prefix]) -> tuple[tuple[Segment, ...], ...]:
 def prefixes_of(text_mask: Tensor, slots: Tensor, references: Sequence[Tensor]) -> tuple[Prefix, ...]:
     """Return the order of text and references in each sample.
 
-    Inputs: as of `QwenImage21Model.embed`. Raises ValueError if the slots are not those of the references.
+    Arguments as in `QwenImage21Model.embed`. Raises ValueError if the slots do not match the references.
     """
     grids = tuple((latents.shape[-2], latents.shape[-1]) for latents in references)
     prefixes = []

@@ -150,7 +150,7 @@ def read_unet(checkpoint: Checkpoint, kind: ModelKind, pooled: int) -> dialects.
 
 
 def _last_attention(sources: Mapping[str, TensorSource], depths: UnetDepths) -> str | None:
-    """Return the path of the first attention in the last level on the way down that has one.
+    """Return the path of the first attention in the deepest level of the down path that has one.
 
     None if there is none, or none in the middle.
     """
@@ -268,7 +268,7 @@ def read_vae(checkpoint: Checkpoint, option: str, latent_scale: float) -> dialec
 
 
 def vae_sources(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, TensorSource]]:
-    """Return the VAE's part of a file, and how its tensors are made, by diffusers' names."""
+    """Return the VAE's part of a file, and the sources of its tensors by diffusers' names."""
     prefix = ""
     for vae_prefix in (VAE, "vae."):
         if any(name.startswith(vae_prefix) for name in checkpoint.tensors):
@@ -294,7 +294,7 @@ def vae_sources(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, TensorSou
 
 
 def _names_in_diffusers(sources: Mapping[str, TensorSource]) -> dict[str, str]:
-    """Return diffusers' names by the released ones, for tensors that its loader of single files knows."""
+    """Map released names to diffusers' names, for the tensors that its single-file loader knows."""
     levels = [""] * dialects.count(sources, r"decoder\.up\.\d+")
     if not levels:
         return {}
@@ -321,7 +321,7 @@ def _as_matrix(weight: Tensor) -> Tensor:
 # Only the workspace of the convolutions shrinks; norms and attention see the whole picture, so that the
 # result is that without bands, except for the order of sums in the convolution itself.
 def band_convolutions(network: nn.Module, bands: int) -> None:
-    """Let all convolutions of a network that look beyond one pixel work in bands, at most this many."""
+    """Let convolutions of a network with kernels above 1x1 compute in at most `bands` bands of rows."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1):
             module.forward = _Bands(module, bands)  # type: ignore[method-assign, assignment]

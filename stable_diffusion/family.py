@@ -323,9 +323,9 @@ class StableDiffusion(ModelOfPictures):
         return replace(prepared, prompts=marked)
 
     def _marked(self, texts: Prompts, has_negative: bool) -> Prompts:
-        """Return texts in which brackets are weights, with as many chunks as the longest takes.
+        """Return texts whose brackets are weights, all with the number of chunks that the longest takes.
 
-        has_negative: guidance leads away from the negative text, which else does not count.
+        has_negative: guidance uses the negative text; otherwise its length is ignored.
         """
         read = [texts.positive.text]
         if has_negative and texts.negative is not None:
@@ -370,7 +370,7 @@ class StableDiffusion(ModelOfPictures):
         return (yield replace(section, solver=solver))
 
     def _begin(self, prepared: Prepared) -> SeenSolver:
-        """Return the solver of a picture with the noise that it begins with."""
+        """Return the solver of a picture, with its start noise."""
         generator = torch.Generator().manual_seed(prepared.seed)
         source = prepared.request.source
         predicts_v = self.noise.predicts_v

@@ -57,7 +57,7 @@ class LllitePart:
 
 
 class LlliteModule(nn.Module):
-    """Changes the input of one layer. Attribute names are those of the files."""
+    """Change the input of one layer. Attribute names are those of the files."""
 
     def __init__(self, part: LllitePart) -> None:
         super().__init__()
@@ -192,7 +192,7 @@ class Lllites:
             return call
 
         def changed_by(number: int, module: LlliteModule) -> Callable[..., tuple[Any, ...] | None]:
-            """Return the hook of a layer, which changes its input."""
+            """Return a hook that changes the input of a layer."""
 
             def change(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
                 images = acting[number] if acting else None

@@ -113,7 +113,7 @@ def load_release(options: ModelOptions, release: OpenedCheckpoint, device: torch
 
 
 def _set_computation(options: ModelOptions, unet: Any, vae: Any) -> None:
-    """Set options that change the computation of networks without changing their weights."""
+    """Set options that change how networks compute, without changing their weights."""
     if options.xformers or options.diffusers_xformers:
         unet.set_attn_processor(XFormersAttnProcessor())  # diffusers' own choice else: torch's
     if options.diffusers_xformers:
@@ -228,7 +228,7 @@ def _pooled(texts: tuple[TextPlan, ...]) -> int:
 
 
 def _check_together(release: OpenedCheckpoint) -> None:
-    """Raise CheckpointError if the U-Net takes other channels than a sampler gives, or other text states."""
+    """Raise CheckpointError if the U-Net does not fit the samplers' channels or the text encoders' states."""
     config = release.unet.config
     path = release.path
     channels = config.get("in_channels", 4)

@@ -101,7 +101,7 @@ def resize_like(features: Tensor, size: Size) -> Tensor:
 
 @dataclass(eq=False)
 class _Shrinking:
-    """An `Idea` that decides before each call what Deep Shrink's hooks in the U-Net do."""
+    """An `Idea` that decides before each call whether Deep Shrink's hooks in the U-Net act."""
 
     shrink: DeepShrinkOptions
     blocks: Sequence[nn.Module]
@@ -213,9 +213,9 @@ def size_at(full: Size, ratio: float) -> Size:
 
 
 def plan_growth(timesteps: Sequence[float], gradual: GradualLatentOptions) -> dict[int, float]:
-    """Return the size ratio that each growing step enlarges to, by the step's index in `timesteps`.
+    """Map the index of each step that enlarges the latents to the size ratio after it.
 
-    timesteps: those of the steps to make, falling.
+    timesteps: of the steps to make, falling; indices count in them.
     """
     growth: dict[int, float] = {}
     ratio = gradual.gradual_latent_ratio
@@ -233,10 +233,10 @@ def plan_growth(timesteps: Sequence[float], gradual: GradualLatentOptions) -> di
 def begin_small(
     latents: Tensor, sampler: SchedulerSolver, gradual: GradualLatentOptions
 ) -> tuple[Tensor, SchedulerSolver]:
-    """Return the start latents, B C 1 h w, at their first size, and the sampler that makes them grow.
+    """Return the start latents, B C 1 h w, at their first size, and the sampler that enlarges them later.
 
-    If no step is made, neither changes. Raises OptionError if the blur of an unsharp mask is larger
-    than the latents.
+    If no step is made, both are returned unchanged. Raises OptionError if the blur of an unsharp mask is
+    larger than the latents.
     """
     if sampler.first >= sampler.schedule.num_steps:
         return latents, sampler

@@ -117,7 +117,9 @@ def _learn(tower: TextTower, words: Sequence[LearnedWord], index: int) -> TextTo
 
 
 def _derived_names(words: Sequence[LearnedWord], ids: Mapping[str, list[int]]) -> dict[str, list[int]]:
-    """Return further names and their ids: those of each word's single vectors, and those in the files."""
+    """Return the derived names and their ids: names of each word's single vectors, and the names in the
+    files.
+    """
     derived: dict[str, list[int]] = {}
     for word in words:
         word_ids = ids[word.word]

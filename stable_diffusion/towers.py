@@ -164,7 +164,7 @@ class TowerEncoder:
         return self._clip_skip or usual_layer(kind, missing_layers=1 if kind is SD2 else 0)
 
     def count_chunks(self, text: str) -> int:
-        """Return the number of chunks that are read of a prompt with marks; at least 1.
+        """Return the number of chunks to read for a prompt with marks; at least 1.
 
         Raises CheckpointError or DownloadError if there is no tokenizer.
         """
@@ -218,7 +218,7 @@ class TowerEncoder:
         return network.states(ids, loaded.layer, final_norm=not is_xl, ends=ends)
 
     def _chunks_of(self, prompt: Prompt, loaded: LoadedWords) -> list[Chunk]:
-        """Return the chunks of a text with the weights of their tokens, filled up with empty ones."""
+        """Return the chunks of a text with the weights of their tokens, padded with empty chunks."""
         count = self._chunks if prompt.marked_chunks is None else prompt.marked_chunks
         if prompt.marked_chunks is None:
             chunks = cut_into_chunks([Part(prompt.text)], loaded.words.tokenize)

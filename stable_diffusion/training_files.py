@@ -292,7 +292,7 @@ def _parts_of_level(path: str, kind: str, count: int) -> list[tuple[str, int]]:
 
 @dataclass(frozen=True)
 class _Sides:
-    """Numbers of blocks on each side of a U-Net, and the number of the first one."""
+    """Number of blocks on each side of a U-Net, and the number of the first block."""
 
     first: int  # number of input_blocks.0
     down: int
@@ -308,7 +308,7 @@ class _Sides:
         return self.first_middle + self.middle
 
     def number_of(self, released: str) -> int:
-        """Return the number of a block of the released files, such as output_blocks.3.0."""
+        """Return the trainers' number of a block, named as in released files, such as output_blocks.3.0."""
         side, place, *_ = released.split(".")
         starts = {
             "input_blocks": self.first,

@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "downloads": GROUND,
     "project": GROUND | {"dataset", "data_tools.report", "downloads", "training"},
     "browser": GROUND
-    | {"training.reports", "training.config_options", "training.run_options"}
+    | {"training.reports", "training.config_options", "training.features.composing"}
     | {"downloads.catalogue", "downloads.listing"}
     | {
         "project.options",

@@ -507,7 +507,7 @@ def _sample(run: TrainingRun) -> None:
             progress.step,
             progress.sample_pending,
             prompts=run.sampler.prompts,
-            trackers=run.logs.trackers,
+            recorders=run.logs.recorders if run.is_main else (),
         )
     progress.sample_pending = ""
     progress.sampled_step = progress.step

@@ -46,6 +46,7 @@ from training.features.composing import (
     typed_targets,
 )
 from training.features.contract import (
+    AT_ENDING,
     AT_LOGS,
     AT_LOSS,
     AT_METADATA,
@@ -69,6 +70,7 @@ if TYPE_CHECKING:  # records of what the list of features has
     OptionsAtLoss = Options
     OptionsAtWeights = Options
     OptionsAtLogs = Options
+    OptionsAtEnding = Options
     OptionsAtMetadata = Options
 else:
     OptionsAtNetwork = options_at(AT_NETWORK)
@@ -76,6 +78,7 @@ else:
     OptionsAtLoss = options_at(AT_LOSS)
     OptionsAtWeights = options_at(AT_WEIGHTS)
     OptionsAtLogs = options_at(AT_LOGS)
+    OptionsAtEnding = options_at(AT_ENDING)
     OptionsAtMetadata = options_at(AT_METADATA)
 
 NOT_AT_NETWORK = OptionsAtNetwork.usual()  # where there is no network
@@ -107,8 +110,9 @@ class TrainingOptions(Options):
     saving: SavingOptions = option(facts=FREE)
     samples: run_options.SampleOptions = option(facts=FREE)
     at_weights: OptionsAtWeights  # of features
-    logs: run_options.LogOptions = option(facts=FREE)
     at_logs: OptionsAtLogs  # of features
+    logs: run_options.LogOptions = option(facts=FREE)
+    at_ending: OptionsAtEnding  # of features
     metadata: MetadataOptions = option(facts=FREE)
     at_metadata: OptionsAtMetadata  # of features
     speed: TrainingSpeedOptions
@@ -151,6 +155,7 @@ class TrainingOptions(Options):
             self.at_loss,
             self.at_weights,
             self.at_logs,
+            self.at_ending,
             self.at_metadata,
         )
         return find_record(records, kind)
@@ -416,8 +421,8 @@ def _refuse_unseen_sending(parser: argparse.ArgumentParser, values: Mapping[str,
         return
     for action in parser._actions:
         value = values.get(action.dest)
-        is_remote = action.dest == "log_with" and value not in run_options.NEEDS_FOLDER
-        if value and (is_remote or getattr(action, "reach", "") in (SENDS["reach"], CONFIGURES["reach"])):
+        is_sending = getattr(action, "reach", "") in (SENDS["reach"], CONFIGURES["reach"])
+        if is_sending and value and value not in action.stays:  # type: ignore[attr-defined]
             raise OptionError(
                 f"{place}: {action.dest} = {value!r} would send data from this machine, which a job does "
                 f"only if its line says so. Leave it out there, or write --{action.dest} into the line"

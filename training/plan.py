@@ -35,12 +35,11 @@ from training.data.feed import BatchSources
 from training.data.live import LiveTexts
 from training.data.table_times import check_times, list_times
 from training.experts import check_computing, module_of, note_experts
-from training.features.composing import check_items, check_tables
+from training.features.composing import check_items, check_start, check_tables
 from training.optimizers.stepping import check_fused_backward, check_split
 from training.options import TrainingOptions
 from training.other_families import NO_OTHERS, OtherFamilies
 from training.processes import make_accelerator
-from training.reports.logs import check_trackers
 from training.resuming import (
     RunSettings,
     check_resumable,
@@ -227,14 +226,14 @@ def _find_sources(
 def join_processes(
     family: Family, options: TrainingOptions, config: DatasetConfig
 ) -> Iterator[tuple[Accelerator, OtherProcesses | None]]:
-    """Start trackers and processes, and check the options against the device.
+    """Start processes, and check the options against the device.
 
     Yields the accelerator, and `OtherProcesses`, which is None for a single process.
 
     During the block no other run can take the name of this one, and the processes watch each other.
     """
-    check_trackers(options.logs)
-    accelerator = make_accelerator(options.accelerator, options.logs)
+    check_start(options)
+    accelerator = make_accelerator(options.accelerator)
     if options.speed.sharding.shard_base and accelerator.num_processes == 1:
         logger.warning(
             "--shard_base has no effect with one process, which holds the whole model. Use accelerate launch "

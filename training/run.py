@@ -28,7 +28,7 @@ from training.features.composing import (
     prepare_features,
     sampled_average,
 )
-from training.features.contract import RunEnd
+from training.features.contract import Hooks, RunEnd
 from training.following import NextSteps, plan_next_steps
 from training.learning import load_model, make_run
 from training.loop import train
@@ -36,7 +36,7 @@ from training.options import TrainingOptions
 from training.other_families import NO_OTHERS, OtherFamilies
 from training.plan import TrainingPlan, join_processes, make_plan, read_config
 from training.reports.history import Story, read_session
-from training.reports.logs import TRACKER_NAME, Logs, public_config
+from training.reports.logs import Logs
 from training.reports.pauses import StepClock
 from training.saver import file_dtype, make_saver
 from training.saving.files import set_aside
@@ -118,7 +118,7 @@ def prepare_run(
             blocks = shared_blocks(options.speed.sharding, accelerator.device)
             plan.texts.load(accelerator.device, blocks)
             stack.callback(plan.texts.free)
-        logs = _make_logs(plan, swap)
+        logs = _make_logs(plan, swap, hooks)
         reporter = make_reporter(plan, following, memory)
         model = load_model(plan, swap, hooks)
         # nothing can be missing any more
@@ -154,7 +154,7 @@ def _plan_memory(plan: TrainingPlan) -> tuple[SwapOptions, MemoryWatch | None]:
     return prepare_memory(plan)
 
 
-def _make_logs(plan: TrainingPlan, swap: SwapOptions) -> Logs:
+def _make_logs(plan: TrainingPlan, swap: SwapOptions, hooks: Hooks) -> Logs:
     options, progress = plan.options, plan.progress
 
     def pauses_after(step: int) -> dict[str, int]:
@@ -169,11 +169,9 @@ def _make_logs(plan: TrainingPlan, swap: SwapOptions) -> Logs:
 
     return Logs(
         plan.accelerator,
-        options.logs,
         plan.steps.total_steps,
         first_step=progress.step,
-        config=public_config(options, plan.saving, swap) if options.logs.log_config else {},
-        tracker_name=TRACKER_NAME if options.whole_dit is None else f"{plan.family.name}_ft",
+        recorders=[make(plan, (options, plan.saving, swap)) for make in hooks.recorders],
         extras=partial(watch_run, plan),
         clock=StepClock(pauses_after),
     )

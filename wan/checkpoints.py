@@ -74,7 +74,7 @@ def identify(path: Path) -> str | None:
 
 
 def check_task(header: DitHeader[WanConfig], task: WanTask, path: Path, option: str = "--dit") -> None:
-    """Raise CheckpointError if a file is another kind of model than --task says; its size may differ.
+    """Raise CheckpointError if a file is another kind of model than --task says. Its size may differ.
 
     option: the option that named the file.
     """
@@ -93,7 +93,7 @@ def check_task(header: DitHeader[WanConfig], task: WanTask, path: Path, option: 
 def note_task(
     header: DitHeader[WanConfig], task: WanTask, path: Path, target: torch.dtype | None = None
 ) -> None:
-    """Log if --task alone decides a file's kind, or if its size differs from the released checkpoint.
+    """Log that only --task tells a file's kind, or that its size differs from the released checkpoint.
 
     target: its compute dtype; warns if a large file stays in float32, as released for A14B.
     """

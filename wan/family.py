@@ -125,7 +125,9 @@ class Wan(OneTransformer):
 
     @property
     def references(self) -> ReferenceRules | None:
-        """Return the rules for cached references; None if there are none. Requests' are in `wan.vace`."""
+        """Return the rules for references in caches; None if there are none. `wan.vace` checks those of a
+        request.
+        """
         return VACE_REFERENCES if VACE in (self.image_kind, self.files.task.kind) else None
 
     @property
@@ -134,7 +136,7 @@ class Wan(OneTransformer):
 
     @property
     def experts(self) -> tuple[Expert, ...]:
-        """Return the given transformers: --dit alone serves all noise levels."""
+        """Return the transformers that are given. --dit alone serves all noise levels."""
         if self.files.dit_high_noise is None or self.boundary is None:
             return ONE_EXPERT
         both = _experts(self.boundary)

@@ -58,7 +58,7 @@ class WanFiles(TransformerFiles):
 
     @property
     def dits(self) -> tuple[Path, ...]:
-        """Return the given transformer files, little noise first. --dit is needed if the other is missing."""
+        """Return the transformer files: low noise first. --dit is required if the other one is missing."""
         if self.dit_high_noise is None:
             return (self.dit_path,)
         high = require_file(self.dit_high_noise, "--dit_high_noise", "the transformer for much noise")
@@ -101,7 +101,7 @@ class WanFiles(TransformerFiles):
     def dit_header(self, dit: Path | None = None) -> DitHeader[WanConfig]:
         """Read variant, dialect and dtype of a transformer file, with VACE's blocks from their own file.
 
-        dit: None takes the first one: experts are alike.
+        dit: None takes the first one, as all experts have the same dimensions.
         """
         dit = self.dits[0] if dit is None else dit
         header = read_once(dit, read_dit_header)
@@ -185,8 +185,8 @@ class WanRelease(NamedTuple):
 def read_release(folder: Path, latent: LatentSpec) -> WanRelease:
     """Find the parts of an official release, or of a pipeline of diffusers. Loads nothing.
 
-    latent: of the model; it decides which VAE fits. Raises OptionError if the folder is missing,
-    CheckpointError if its index cannot be read.
+    latent: the model's latent space, which decides the VAE to look for. Raises OptionError if the folder is
+    missing, CheckpointError if its index cannot be read.
     """
     if not folder.is_dir():
         raise OptionError(
@@ -362,7 +362,7 @@ def boundary_of(
 
 
 def caching_files(options: WanLatentCachingOptions) -> tuple[WanFiles, str | None]:
-    """Return the files with a task whose latents the VAE makes, and the kind of condition to cache.
+    """Return the files, set to a task whose latents fit the VAE, and the kind of condition to cache.
 
     The kind is i2v, flf2v, vace or one_frame; None for text-to-video caches. Raises OptionError for switches
     that do not apply to those latents.

@@ -93,7 +93,7 @@ def read_vae(
 
 
 def _is_of_clips(checkpoint: Checkpoint) -> bool:
-    """Return whether convolutions have an axis of time. Those of Qwen-Image-2.1's VAE have none."""
+    """Return whether convolutions have a time axis. Those of Qwen-Image-2.1's VAE have none."""
     convolution = checkpoint.tensors.get("quant_conv.weight")
     return convolution is not None and len(convolution.shape) != 4
 
@@ -147,7 +147,9 @@ def _translate(name: str, number: Callable[[_Layer], str]) -> str:
 def _layers(
     shape: Callable[[str], tuple[int, ...]], names: Collection[str], start: str
 ) -> tuple[VaeLayer, ...]:
-    """Read the layers of a list; those of Wan2.2 are stages, which hold a list of the same name."""
+    """Read the layers of a list. The entries of Wan2.2's lists are stages, which hold a list of the same
+    name.
+    """
     layers: list[VaeLayer] = []
     for index in range(count(names, rf"{re.escape(start)}\.\d+")):
         name = f"{start}.{index}"

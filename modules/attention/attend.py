@@ -65,7 +65,9 @@ def unpack(packed: Tensor, lengths: Lengths, length: int) -> Tensor:
 
 
 def _fill_up(samples: Sequence[Tensor], length: int) -> Tensor:
-    """Pad samples (n N D) to one B `length` N D. One concatenation, so that real tokens are copied once."""
+    """Pad samples, each n N D, to a batch B `length` N D. Uses one concatenation, so that tokens are copied
+    once.
+    """
     pieces = []
     for sample in samples:
         padding = sample.new_zeros(length - len(sample), *sample.shape[1:])
@@ -390,7 +392,7 @@ Steer = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class SecondText:
-    """Place of a second text among the tokens, B L+T+T' ..., and its use by attention."""
+    """The position of a second text among the tokens, B L+T+T' ..., and its use by attention."""
 
     before: int  # tokens of the picture, L
     count: int  # its own tokens, T'

@@ -167,7 +167,7 @@ class UniPC:
         return _move(here, following, self.corrected, now.x0, change=self._change(following))
 
     def _change(self, following: "_Level", after: "_Prediction | None" = None) -> Tensor | float:
-        """Return the change of the prediction over the step from the last one's level to `following`.
+        """Return the change of the prediction over a step from the level of the last one to `following`.
 
         after: the prediction at `following`, if it is known. The change is a weighted sum of the other
         predictions' differences to the last one. Predictions at pure noise are left out: they are infinitely

@@ -34,7 +34,7 @@ class Slow:
 
 
 class Grid(NamedTuple):
-    """Counted positions of a grid's tokens: the key of its table."""
+    """The positions of a grid of tokens, as the key of its cached table."""
 
     sizes: tuple[int, ...]  # frames, rows, columns
     slow: Slow | None = None  # of the frames
@@ -45,8 +45,8 @@ class Grid(NamedTuple):
 def angles_at(positions: Tensor, width: int, theta: float = THETA, slow: Slow | None = None) -> Tensor:
     """Return the angles of any positions on an axis: n -> n x width/2, in their dtype.
 
-    width: channels that belong to the axis, even. slow: one frequency in place of the trained one. Raises
-    ValueError if the axis lacks that frequency.
+    width: channels that belong to the axis, even. slow: index and value of a frequency that replaces the
+    trained one. Raises ValueError if the axis lacks that frequency.
     """
     frequencies = theta ** -(torch.arange(0, width, 2, dtype=positions.dtype) / width)
     if slow is not None:
@@ -123,7 +123,7 @@ def table_maker(
 
 
 def joined_tables(make: TableMaker[Grid]) -> TableMaker[tuple[Grid, ...]]:
-    """Return a function that makes the table of several grids, whose tokens are one behind the other."""
+    """Return a function that makes the table of several grids whose tokens follow one another."""
 
     def of(grids: tuple[Grid, ...], /, *, device: torch.device) -> Tensor:
         return torch.cat([make(grid, device=device) for grid in grids])
@@ -166,8 +166,8 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 def take_rows(table: Tensor, kept: Tensor, num_left_out: int) -> Tensor:
     """Return the rotations of some tokens: B K' 1 D/2 2.
 
-    table: L 1 D/2 2 or B L 1 D/2 2, of the first L tokens. kept: B K rising places among all tokens, of whose
-    first L `num_left_out` are missing.
+    table: L 1 D/2 2 or B L 1 D/2 2, of the first L tokens. kept: B K, positions of the kept tokens,
+    ascending. `num_left_out` of the first L tokens are not kept.
     """
     places = kept[:, : table.shape[-4] - num_left_out]
     if table.ndim == 4:

@@ -80,7 +80,7 @@ def upright(file: Image.Image) -> Image.Image:
 
 
 def _note_facts(file: Image.Image) -> None:
-    """Note in `info` what Pillow leaves out, before pixels are read."""
+    """Add to `info` the facts that Pillow ignores or misreads, before it reads the pixels."""
     tile = getattr(file, "tile", None)
     key = file.info.get("transparency")
     raw = str(tile[0][3]) if tile else ""
@@ -169,7 +169,7 @@ def _opacity(image: Image.Image) -> NDArray[np.uint8] | None:
 
 
 def _srgb(path: Path, image: Image.Image) -> NDArray[np.uint8]:
-    """Return the colours of a picture as sRGB, H W 3, whatever is transparent."""
+    """Return the colours of a picture as sRGB, H W 3, also below transparent pixels."""
     if image.mode.startswith("I;16"):  # Pillow would clip 16 bit grey instead of scaling it
         info = image.info
         grey = (np.asarray(image) >> 8).astype(np.uint8)
@@ -198,7 +198,7 @@ def _in_mode(image: Image.Image, mode: str) -> Image.Image:
 
 
 def _profile_of(path: Path, image: Image.Image) -> _Profile | None:
-    """Return the profile of a picture, or one made of its chunks; None if neither says anything."""
+    """Return the ICC profile of a picture, or one made from its PNG chunks; None if it has neither."""
     if image.mode == "LAB":  # which Pillow converts to sRGB
         return None
     primaries, transfer = image.info.get(_CICP, (0, 0))
@@ -264,7 +264,7 @@ def _changes_nothing(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
 
 
 def _gamma(info: dict[Any, Any]) -> float | None:
-    """Return the exponent of a PNG's chunk gAMA; None if there is none that counts."""
+    """Return the exponent of a PNG's gAMA chunk; None if there is none, or if another chunk overrides it."""
     gamma = info.get("gamma")
     return None if not gamma or gamma <= 0 or "srgb" in info or _CICP in info else float(gamma)
 
@@ -315,7 +315,7 @@ def _curve(info: dict[Any, Any]) -> list[int] | None:
 
 @functools.lru_cache(maxsize=64)
 def _make_profile(gamma: float | None, places: tuple[float, ...]) -> bytes | None:
-    """Return the ICC profile of gAMA (None: the curve of sRGB) and cHRM; None if the places are not a
+    """Make an ICC profile from gAMA (None: the curve of sRGB) and cHRM; None if the primaries are not a
     triangle.
 
     Source: ICC.1, 8.3.
@@ -358,7 +358,7 @@ def _xyz(values: Any) -> bytes:
 
 
 def _colorants(places: tuple[float, ...]) -> Any:
-    """Return the primaries as columns of XYZ under D50, of cHRM's places; None if these are not a triangle.
+    """Return the primaries of a cHRM chunk as columns of XYZ under D50; None if they are not a triangle.
 
     places: x y of the white point, red, green and blue.
     """

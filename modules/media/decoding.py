@@ -35,7 +35,7 @@ class Orientation:
 
     @property
     def is_mirrored(self) -> bool:
-        """Return whether turning alone does not show the frame as it should be."""
+        """Return whether the stored frame is a mirror image, so that turning alone cannot correct it."""
         return self.is_transposed ^ self.flips_columns ^ self.flips_rows
 
 
@@ -58,8 +58,8 @@ _BY_EXIF = {
 def orientation_of(frame: Any) -> Orientation:
     """Return the turn and mirroring that the display matrix of FFmpeg's frame asks for.
 
-    A matrix between two of the eight ways to lay a picture into a rectangle counts as the nearest of them;
-    how much it enlarges does not count. Source: FFmpeg's libavutil/display.h.
+    Any other angle is rounded to the nearest of the eight orientations, and scaling is ignored. Source:
+    FFmpeg's libavutil/display.h.
     """
     stored = frame.side_data.get(_DISPLAY_MATRIX)
     if stored is None:
@@ -73,7 +73,7 @@ def orientation_of(frame: Any) -> Orientation:
 
 @dataclass(frozen=True, slots=True)
 class TimedFrame:
-    """FFmpeg's frame, the second from which it is shown, and how it is laid to be shown."""
+    """A frame of FFmpeg with the second at which it is shown and its orientation."""
 
     frame: Any
     start: float
@@ -226,7 +226,7 @@ def _matroska_size(path: Path) -> int:
 
 
 def stated_end(container: Any, stream: Any) -> Fraction | None:
-    """Return the second at which a stream of a Matroska file ends by its tags; None if they do not say."""
+    """Return the second at which a stream of a Matroska file ends, as its tags state; None if they do not."""
     match = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
     if "matroska" not in container.format.name or match is None:
         return None

@@ -183,7 +183,9 @@ class Clock:
         self._shift = Fraction(0)
 
     def place(self, time: Fraction | None) -> Fraction:
-        """Return the time at which the next picture is shown. time: by the file, None if it has none."""
+        """Return the time at which the next picture is shown. time: as the file states it, None if it states
+        none.
+        """
         if time is None:
             time = self._previous + self._step - self._shift
         if self._origin is None:
@@ -216,7 +218,7 @@ class Clock:
 
 
 def _plain_rate(stream: Any) -> Fraction:
-    """Return the average pictures a second; a usual rate in place of one that is a little off it."""
+    """Return the average number of pictures a second, rounded to a usual rate if it is very close to one."""
     average = stream.average_rate or stream.base_rate
     if not average or average < 0:
         return USUAL_RATE

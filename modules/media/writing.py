@@ -39,7 +39,7 @@ class VideoSection:
 
 
 class SectionSound:
-    """The sound of a section, encoded as far as the new video has grown."""
+    """The sound of a section of a video, encoded up to the time that the new video has reached."""
 
     def __init__(self, section: VideoSection, source: Any) -> None:
         """source: the opened file."""
@@ -62,7 +62,7 @@ class SectionSound:
         self._packets = self._encoded(sound.index, stream)
 
     def write(self, target: Any, seconds: Fraction | None) -> None:
-        """Write everything before the given second of the new file; None: the whole rest."""
+        """Write the sound before the given second of the new file; None: all of the rest."""
         while True:
             if self._waiting is None:
                 self._waiting = next(self._packets, None)
@@ -348,10 +348,11 @@ def _open_writers(
     rate: Fraction,
     covers: bool,
 ) -> Iterator[tuple["TrackSound | Companions | SectionSound | None", "Companions | None"]]:
-    """Yield the writer of the other streams, and the same again if it copies a whole video.
+    """Yield the writer of all streams other than pictures, and again the same object if it copies a whole
+    video, else None.
 
-    It writes a generated track, or streams of a video that is opened here. None: there is neither, or the
-    video is a GIF or WebP animation.
+    The writer adds a generated track, or streams of a video that is opened here. Both are None if there is
+    neither, or if the video is a GIF or WebP animation.
     """
     path = video if section is None else section.path
     if generated is not None:

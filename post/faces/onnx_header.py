@@ -247,7 +247,9 @@ class _Checks:
 
 
 def _stored_size(tensor: _Parts) -> int:
-    """Return the bytes of a tensor's values in the file; a number of its own counts as one."""
+    """Return the size of a tensor's values in the file, in bytes; a number in a field of its own counts as
+    one.
+    """
     size = 0
     for field_number in _VALUES:
         for value in tensor[field_number]:
@@ -326,7 +328,7 @@ def _numbers(values: Iterable[_Value]) -> list[int]:
 
 
 def _product(sizes: Iterable[float]) -> float:
-    """Multiply sizes; skip those that stand for the end of an axis or count from the end."""
+    """Multiply sizes, skipping special values that mean the end of an axis or a count from the end."""
     return math.prod(max(1, size) for size in sizes if size < 2**63 - 1)
 
 

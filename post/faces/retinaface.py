@@ -72,7 +72,7 @@ class Pyramid(nn.Module):
 
 
 class Context(nn.Module):
-    """Join features of 3x3, 5x5 and 7x7 places; the larger ones by several 3x3 convolutions."""
+    """Concatenate features of 3x3, 5x5 and 7x7 neighbourhoods, the larger ones by several convolutions."""
 
     def __init__(self, width: int, slope: float) -> None:
         super().__init__()

@@ -322,7 +322,7 @@ def load_yunet(path: Path, content: bytes, header: OnnxHeader, side: int | None)
 
 
 def _canvas_in_file(header: OnnxHeader) -> tuple[int, int] | None:
-    """Return the width and height that a file is made for; None if any will do."""
+    """Return the width and height that a file requires; None if it takes any."""
     shape = next(iter(header.inputs.values()), ())
     if len(shape) != 4:
         return None

@@ -15,6 +15,7 @@ slider: slide between the captions of a file
 slider_passes: a file of captions to slide between, and its passes
 tread: let tokens pass by the middle blocks
 tread_routes: which tokens pass by the middle blocks
+trackers: send numbers and samples to TensorBoard, wandb and others
 uploads: send what is saved to the Hugging Face hub
 uploads_hub: the client of the hub, and the model card
 uploads_options: what is uploaded, and whether a state is there
@@ -30,6 +31,7 @@ from training.features.on_end import ON_END
 from training.features.output_preservation import OUTPUT_PRESERVATION
 from training.features.skip import SKIP
 from training.features.slider import SLIDER
+from training.features.trackers import TRACKERS
 from training.features.tread import TREAD
 from training.features.uploads import UPLOADS
 
@@ -45,6 +47,7 @@ FEATURES: tuple[Feature, ...] = (
     TREAD,
     EMA,
     SKIP,
+    TRACKERS,
     ON_END,
     UPLOADS,
 )

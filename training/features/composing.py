@@ -1,13 +1,13 @@
 """What the phases of a run ask all features for. Standard library only."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modules.options import HABIT, Options, option
+from modules.options import HABIT, Options, facts_of, option, reach_of
 from training.features import FEATURES
 from training.features.contract import (
     Feature,
@@ -31,11 +31,25 @@ if TYPE_CHECKING:
     from training.steps import Progress
 
 
+NO_FACTS: Mapping[str, Mapping[str, Any]] = {}
+
+
 def options_at(place: str) -> type[Options]:
     """Return a record with the options of the features of a place: a field for each, by its name."""
     features = [feature for feature in FEATURES if feature.place == place]
-    content: dict[str, Any] = {feature.name: option(facts=feature.facts) for feature in features}
-    content["__annotations__"] = {feature.name: feature.options for feature in features}
+    return _join_records(
+        {feature.name: feature.options for feature in features},
+        {feature.name: feature.facts for feature in features},
+    )
+
+
+def _join_records(
+    records: Mapping[str, type[Options] | None], facts: Mapping[str, Mapping[str, Any]] = NO_FACTS
+) -> type[Options]:
+    """Return a record with a field for each of these records, with its facts; None is left out."""
+    kinds = {name: kind for name, kind in records.items() if kind is not None}
+    content: dict[str, Any] = {name: option(facts=facts.get(name)) for name in kinds}
+    content["__annotations__"] = kinds
     return type("FeatureOptions", (Options,), content)
 
 
@@ -62,6 +76,25 @@ def refuse_combinations(options: OptionsOfRun) -> None:
     for feature in active_features(options):
         if feature.refuse is not None:
             feature.refuse(options)
+
+
+def check_start(options: OptionsOfRun) -> None:
+    """Raise UserError for a package or file that a feature needs and that is missing."""
+    for check in _functions(options, lambda feature: feature.check_start):
+        check()
+
+
+def options_reaching(*reaches: str) -> dict[str, Mapping[str, Any]]:
+    """Return the facts of the options of features that reach out of the program in these ways, by name."""
+    of_features: dict[str, Mapping[str, Any]] = {}
+    for feature in FEATURES:
+        of_features |= facts_of(feature.options)
+    return {name: facts for name, facts in of_features.items() if reach_of(facts) in reaches}
+
+
+def options_of_run() -> type[Options]:
+    """Return a record with the options of features that `run` has too."""
+    return _join_records({feature.name: feature.options_of_run for feature in FEATURES})
 
 
 def kept_average(options: OptionsOfRun) -> str:
@@ -203,6 +236,12 @@ def start_rows(options: OptionsOfRun) -> list[tuple[str, str]]:
 def result_rows(options: OptionsOfRun, progress: "Progress") -> list[tuple[str, str]]:
     """Return the lines of features in the box at the end of a run."""
     return [feature.result(progress) for feature in active_features(options) if feature.result is not None]
+
+
+def commands_at_end(options: OptionsOfRun) -> list[tuple[str, Sequence[str]]]:
+    """Return the commands of features that may follow a finished run, in words, with their headings."""
+    commands = [make() for make in _functions(options, lambda feature: feature.command_at_end)]
+    return [command for command in commands if command is not None]
 
 
 def bad_step_remedies() -> str:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # --help does without torch
     from training.data.live import LiveTexts
     from training.learning_options import WholeDitOptions
     from training.loss import NoisyBatch
+    from training.reports.logs import Recorder
     from training.run_options import LogOptions, LoopOptions
     from training.saving.files import Publisher
     from training.saving.options import SavingOptions
@@ -39,9 +40,9 @@ if TYPE_CHECKING:  # --help does without torch
 T = TypeVar("T")
 
 # of `Feature.place`: in --help behind the options of the network, which whole models refuse; of timesteps; of
-# the loss; of saving and samples; of logs; of metadata
+# the loss; of saving and samples; before those of the page; behind them; of metadata
 AT_NETWORK, AT_NOISE, AT_LOSS = "network", "noise", "loss"
-AT_WEIGHTS, AT_LOGS, AT_METADATA = "weights", "logs", "metadata"
+AT_WEIGHTS, AT_LOGS, AT_ENDING, AT_METADATA = "weights", "logs", "ending", "metadata"
 
 # time of a pass without gradients as a share of one with: a LoRA's backward pass takes as long as the forward
 # pass; with checkpointed blocks, or if the model itself learns, twice as long
@@ -237,6 +238,8 @@ class Hooks:
     # input, which is not to be predicted
     on_noise: list[OnNoise] = field(default_factory=list)
     before_load: list[Callable[[PlannedRun], None]] = field(default_factory=list)  # texts are encoded here
+    # given the records of all options, as they are resolved: entered before the first step
+    recorders: list[Callable[[PlannedRun, Sequence[Any]], "Recorder"]] = field(default_factory=list)
     after_load: list[Callable[[HookedModel], None]] = field(default_factory=list)
     # given the passes of a step, its batch and the velocity: what samples are compared with in place of it,
     # in validation too
@@ -265,8 +268,11 @@ class Feature:
     place: str  # of its options in --help
     is_on: Callable[[Any], bool]  # given its options
     facts: Mapping[str, Any] = field(default_factory=dict)  # of all its options: HABIT, FREE and the like
+    options_of_run: type[Options] | None = None  # those that `run` has too, and hands to its training
     # raises OptionError for options of others that do not go with it; asked only if it is on
     refuse: Callable[[OptionsOfRun], None] | None = None
+    # given its options, before processes are joined: raises UserError for a package or file that is missing
+    check_start: Callable[[Any], None] | None = None
     # given its options, the model and the numbers of its blocks, which may be unknown: raises OptionError
     check: Callable[[Any, "Family", Sequence[int]], None] | None = None
     # its options that act between the blocks of a transformer: models without such blocks refuse them
@@ -296,6 +302,8 @@ class Feature:
     images_record_it: bool = False  # image trainers have these entries if it is off too
     # given the run's progress: its line in the box at the end of a run
     result: Callable[["Progress"], tuple[str, str]] | None = None
+    # given its options: a command that may follow a finished run, in words, with its heading
+    command_at_end: Callable[[Any], tuple[str, Sequence[str]] | None] | None = None
     # a sentence for the error of a loss or norm that is NaN or infinite
     remedy_of_bad_step: str = ""
     # puts its functions into the hooks of a run

@@ -6,8 +6,6 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 from urllib.parse import unquote, urlparse
 
 import numpy as np
@@ -31,7 +29,6 @@ from training.reports.sample_files import (
     TITLE_SIZE,
     choose_columns,
     find_samples,
-    log_samples,
     read_reduced,
     write_sheet,
 )
@@ -354,24 +351,6 @@ def test_samples_go_to_tensorboard_with_and_without_a_page(tmp_path: Path, sampl
         images = accumulator.Images("samples/00")
         assert [image.step for image in images] == [3, 6]
         assert (images[0].width, images[0].height) == (3 * 32 + 2 * 4, 32)
-
-
-def test_wandb_gets_files_with_their_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sent: list[tuple[dict[str, Any], int]] = []
-
-    def media(kind: str) -> Any:
-        return lambda path, **settings: (kind, path, settings)
-
-    package = SimpleNamespace(Video=media("video"), Image=media("image"))
-    monkeypatch.setitem(sys.modules, "wandb", package)  # type: ignore[arg-type]
-    tracker: Any = SimpleNamespace(name="wandb", log=lambda values, step: sent.append((values, step)))
-    files = {0: tmp_path / "a.mp4", 1: tmp_path / "b.png"}
-
-    log_samples([tracker], 5, files, {}, {0: "a cat", 1: "a dog"})
-
-    video = ("video", str(files[0]), {"caption": "a cat", "format": "mp4"})
-    image = ("image", str(files[1]), {"caption": "a dog"})
-    assert sent == [({"samples/00": video, "samples/01": image}, 5)]
 
 
 def test_a_sample_of_sound_alone_is_drawn_by_how_far_it_swings(tmp_path: Path) -> None:
