@@ -37,7 +37,7 @@ IGNORED = ("*.num_batches_tracked", "g_filter", f"{ESTIMATOR}*")  # g_filter is 
 PROJECTIONS = ("amt_second_last_cproj", "amt_last_cproj", "amt_fproj")
 
 Shape = Callable[..., tuple[int, ...]]  # of `shapes_of`
-Of = Callable[[str], tuple[int, ...]]  # name of a convolution -> shape of its weight
+WeightShape = Callable[[str], tuple[int, ...]]  # name of a convolution -> shape of its weight
 
 
 def read_gimm(checkpoint: Checkpoint) -> LoadPlan[GimmConfig]:
@@ -75,7 +75,7 @@ def _our_name(name: str) -> str:
     return f"synthesis.{name}" if name.startswith("amt_") else f"motion.{name}"
 
 
-def _read_motion(names: Iterable[str], shape: Shape, of: Of) -> MotionConfig:
+def _read_motion(names: Iterable[str], shape: Shape, weight_shape: WeightShape) -> MotionConfig:
     layers = count((f"{name}." for name in names), r"hyponet\.params_dict\.linear_wb\d+")
     widths = tuple(shape(f"hyponet.params_dict.linear_wb{layer}", 2)[1] for layer in range(layers))
     encoder_blocks = count(names, r"cnn_encoder\.\d+\.layers")
@@ -90,7 +90,7 @@ def _read_motion(names: Iterable[str], shape: Shape, of: Of) -> MotionConfig:
     )
 
 
-def _read_synthesis(names: Container[str], of: Of) -> SynthesisConfig:
+def _read_synthesis(names: Container[str], weight_shape: WeightShape) -> SynthesisConfig:
     first = _decoder("amt_init_decoder", 1, weight_shape)
     last = _decoder("amt_final_decoder", 2, weight_shape)
     projections = []
@@ -110,7 +110,7 @@ def _read_synthesis(names: Container[str], of: Of) -> SynthesisConfig:
     )
 
 
-def _decoder(name: str, doublings: int, of: Of) -> RefinementConfig:
+def _decoder(name: str, doublings: int, weight_shape: WeightShape) -> RefinementConfig:
     entry = weight_shape(f"{name}.convblock.0.0")
     return RefinementConfig(
         doublings=doublings,
@@ -125,7 +125,7 @@ def _decoder(name: str, doublings: int, of: Of) -> RefinementConfig:
     )
 
 
-def _update(name: str, of: Of) -> UpdateConfig:
+def _update(name: str, weight_shape: WeightShape) -> UpdateConfig:
     return UpdateConfig(
         correlation=(weight_shape(f"{name}.convc1")[0], weight_shape(f"{name}.convc2")[0]),
         flow=(weight_shape(f"{name}.convf1")[0], weight_shape(f"{name}.convf2")[0]),
