@@ -72,7 +72,7 @@ def make_guidance(
         plan = plan_at(step)
         if not plan.passes:
             return torch.zeros_like(step.noisy)
-        steered = steering.tweaks_of(section)
+        steered = steering.make_tweaks(section)
         calls: dict[Tweaks, dict[int, Conditions]] = {}
         # by pass: its tweaks and conditions. Passes in which both are the same are computed once
         keys: dict[Pass, tuple[Tweaks, int]] = {}
@@ -99,7 +99,7 @@ class _Steering:
         self._section: Section | None = None
         self._tweaks = NO_TWEAKS
 
-    def tweaks_of(self, section: Section) -> Tweaks:
+    def make_tweaks(self, section: Section) -> Tweaks:
         """Return the tweaks of a section, whose conditions are on the device by now."""
         if section is not self._section:
             self._section = section

@@ -154,7 +154,7 @@ logger = logging.getLogger(__name__)
 LORA_OPTIONS = {"": "--lora_weight", HIGH_NOISE: "--lora_weight_high_noise"}
 
 
-def loras_of(options: GenerationOptions) -> dict[str, list[tuple[Path, float]]]:
+def list_loras(options: GenerationOptions) -> dict[str, list[tuple[Path, float]]]:
     """Return the LoRA files with their strengths, by the expert of their option."""
     files = options.experts.lora_weight_high_noise or ()
     high = multipliers_for(files, options.experts.lora_multiplier_high_noise, "--lora_multiplier_high_noise")
@@ -177,7 +177,7 @@ def expert_loras(
     the files of --lora_weight, then of --lora_weight_high_noise. Raises OptionError if LoRAs are given for an
     expert that is not given, and as `read_lora`.
     """
-    files_by_key = loras_of(options)
+    files_by_key = list_loras(options)
     files = [*chain(*files_by_key.values())]
     patterns = options.lora_patterns
     if not (files or patterns.include_patterns or patterns.exclude_patterns):

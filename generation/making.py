@@ -243,7 +243,7 @@ def denoise_all(
                 if len(requests) > 1:
                     log_turn(job.label, requests, num_begun, time.monotonic() - start)
                 num_begun += 1
-                with _stem_of(output, job) as stem:
+                with _reserve_stem(output, job) as stem:
                     with watch(run, job, stem) as (watchers, on_section):
                         latents = make_latents(
                             run.family,
@@ -267,7 +267,7 @@ def denoise_all(
                 yield denoised
 
 
-def _stem_of(output: OutputOptions, job: GenerationJob) -> AbstractContextManager[str]:
+def _reserve_stem(output: OutputOptions, job: GenerationJob) -> AbstractContextManager[str]:
     """Reserve the name of a job's files while it is denoised; a name that the user chose needs none."""
     begun = datetime.now()
     name = outputs.name_job(output, begun, job.prepared.seed, job.prepared.request.prompt)

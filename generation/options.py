@@ -37,7 +37,7 @@ from modules.options import (
     OF_TYPING,
     Options,
     facts_of,
-    given_with,
+    list_given_with,
     not_needed,
     option,
     option_values,
@@ -348,7 +348,7 @@ def read_generation(
         options,
         settings=settings,
         decoding_options=decoding_options,
-        of_references=given_with(family_options, OF_REFERENCES),
+        of_references=list_given_with(family_options, OF_REFERENCES),
         output=output,
     )
     return options, family_options

@@ -21,7 +21,7 @@ from contract.family import Family
 from contract.requests import Prepared, Request, check_values
 from contract.rules import SOURCES, Source
 from contract.steps import RunPasses, Watcher
-from generation.dressing import loras_of
+from generation.dressing import list_loras
 from generation.options import GenerationOptions
 from generation.outputs import FrameTools
 from generation.prompt_lines import parse_generation_line, read_seed
@@ -357,8 +357,8 @@ class GenerationRun:
 
     @property
     def loras(self) -> LorasInWords:
-        """Return the file name and the strength of each LoRA, by expert as `loras_of` names them."""
-        loras = loras_of(self.options).items()
+        """Return the file name and the strength of each LoRA, by expert as `list_loras` names them."""
+        loras = list_loras(self.options).items()
         return {expert: [(path.name, strength) for path, strength in files] for expert, files in loras}
 
     def read_line(self, line: str, where: str = "the prompt line") -> Mapping[str, Any]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from blissful_tuner.metadata import frame_rate_in, read_decoded_metadata, seed_in, shown_in
+from blissful_tuner.metadata import read_decoded_metadata, read_frame_rate, read_shown, read_stored_seed
 from contract.data import MediaEncoders
 from contract.families import HIGH_NOISE
 from contract.family import Family, hears_sound
@@ -27,7 +27,7 @@ from generation.dressing import (
     dit_loader,
     expert_loras,
     leave_out_missing,
-    loras_of,
+    list_loras,
 )
 from generation.experts import DitTurns
 from generation.making import decode, make_outputs, make_tracks
@@ -112,9 +112,9 @@ def _decode_file(
     fps = options.request.fps
     default_fps = run.family.defaults.fps
     if fps in (None, default_fps):  # --fps is not given
-        fps = frame_rate_in(saved.metadata) or default_fps
+        fps = read_frame_rate(saved.metadata) or default_fps
     metadata = read_decoded_metadata(saved.metadata, options.settings, options.decoding_options, fps)
-    name = output_stem(datetime.now(), seed_in(saved.metadata), path, start=output.name_start)
+    name = output_stem(datetime.now(), read_stored_seed(saved.metadata), path, start=output.name_start)
     with own_stem(output.save_path, name, SUFFIXES[1:]) as stem:  # the latents have it already
         return save_pixels(
             output,
@@ -132,7 +132,7 @@ def _shown_part(family: Family, path: Path, saved: "SavedLatents") -> Box | None
 
     Raises CheckpointError if the file has fewer pixels.
     """
-    box = shown_in(saved.metadata)
+    box = read_shown(saved.metadata)
     if box is None:
         return None
     *_, rows, columns = saved.latents.shape
@@ -349,11 +349,11 @@ def with_strengths(run: GenerationRun, text: str | None) -> GenerationRun:
 def change_strengths(run: GenerationRun, strengths: Mapping[str, Sequence[float]]) -> GenerationRun:
     """Return the run with these strengths of its LoRAs; if they change, its networks are freed and read anew.
 
-    strengths: by expert, as `loras_of` names them: a number for each file. Raises OptionError if a number is
+    strengths: by expert, as in `list_loras`: a number for each file. Raises OptionError if a number is
     missing or not finite.
     """
     options = run.options
-    present = {expert: [strength for _, strength in loras] for expert, loras in loras_of(options).items()}
+    present = {expert: [strength for _, strength in loras] for expert, loras in list_loras(options).items()}
     changed = {**present, **{expert: list(numbers) for expert, numbers in strengths.items()}}
     if changed == present:
         return run

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modules.options import HABIT, Options, facts_of, option, reach_of
+from modules.options import HABIT, Options, facts_of, find_reach, option
 from training.features import FEATURES
 from training.features.contract import (
     AT_NETWORK,
@@ -93,7 +93,7 @@ def options_reaching(*reaches: str) -> dict[str, Mapping[str, Any]]:
     of_features: dict[str, Mapping[str, Any]] = {}
     for feature in FEATURES:
         of_features |= facts_of(feature.options)
-    return {name: facts for name, facts in of_features.items() if reach_of(facts) in reaches}
+    return {name: facts for name, facts in of_features.items() if find_reach(facts) in reaches}
 
 
 def options_by_expert() -> list[type[Options]]:
