@@ -41,7 +41,7 @@ from browser.run_start import (
     DRAFT,
     FAULTS,
     TRAINING,
-    PlannedRun,
+    FolderPlan,
     ShownRun,
     find_start_words,
     is_run_of_folder,
@@ -166,7 +166,7 @@ class RunButtons:
             return self.add_history_actions(actions, shown)
         return self.add_plan_actions(actions, shown, shown.plan)
 
-    def add_plan_actions(self, actions: RunActions, shown: ShownRun, plan: PlannedRun) -> RunActions:
+    def add_plan_actions(self, actions: RunActions, shown: ShownRun, plan: FolderPlan) -> RunActions:
         """Add the buttons of a run that can be started from its described folder."""
         run = shown.summary
         has_run = run.history.exists()
