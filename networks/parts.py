@@ -135,10 +135,15 @@ def _cut(factors: Factors, heights: Mapping[Relative, int | None]) -> dict[str, 
     present = {relative: rows for relative, rows in heights.items() if rows is not None}
     if is_rotating(factors):  # the input of all parts
         return {OURS + relative.name: factors for relative in present}
-    whole_height = _height_to_cut(factors)
-    if whole_height is None:
+    size = deltas.size_of(factors)
+    if size is None and UP not in factors:
         return "its change is no matrix"
-    places = _places_of_parts(present, whole_height)
+    whole_height = len(factors[UP]) if size is None else size[0]
+    places: dict[Relative, slice | Tensor] = {}
+    for relative, height in present.items():
+        place = part_rows(relative.part, height, whole_height)
+        if place is not None:
+            places[relative] = place
     fits = len(places) == len(present)
     if len(present) == len(heights):  # all parts
         fits = fits and sum(present.values()) == whole_height
@@ -151,33 +156,11 @@ def _cut(factors: Factors, heights: Mapping[Relative, int | None]) -> dict[str, 
     for relative, rows in places.items():
         piece = _part_of(factors, rows)
         if piece is None:
-            return f"its halves are to be swapped, which {_name_indivisible(factors)} has no form for"
+            kind = kind_with(factors, lambda kind: kind.blocks_of)
+            what = "this network" if kind is None else named(kind)
+            return f"its halves are to be swapped, which {what} has no form for"
         pieces[OURS + relative.name] = piece
     return pieces
-
-
-def _name_indivisible(factors: Factors) -> str:
-    """Return the kind of factors that have no rows of their change: "a LoKr"."""
-    kind = kind_with(factors, lambda kind: kind.blocks_of)
-    return "this network" if kind is None else named(kind)
-
-
-def _height_to_cut(factors: Factors) -> int | None:
-    """Return the rows of a change; None if it is not a matrix."""
-    size = deltas.size_of(factors)
-    if size is not None:
-        return size[0]
-    return len(factors[UP]) if UP in factors else None
-
-
-def _places_of_parts(heights: Mapping[Relative, int], whole_height: int) -> dict[Relative, slice | Tensor]:
-    """Return the rows of each part in the whole weight, without parts whose rows do not fit."""
-    places: dict[Relative, slice | Tensor] = {}
-    for relative, height in heights.items():
-        rows = part_rows(relative.part, height, whole_height)
-        if rows is not None:
-            places[relative] = rows
-    return places
 
 
 def _part_of(factors: Factors, rows: slice | Tensor) -> Factors | None:
@@ -485,7 +468,8 @@ def _one_layer(parts: Sequence[Factors]) -> Factors | None:
         by_rows -= {MAGNITUDES}
     if ROWS in names:  # only magnitudes and biases have rows of the part
         by_rows &= {MAGNITUDES, *deltas.OF_BIAS}
-        if not _cover_layer(parts):
+        size = deltas.size_of(first)
+        if size is None or not _are_gapless([deltas.rows_in(part) for part in parts], size[0]):
             return None
     shared = names - by_rows - {ROWS}
     for name in shared:
@@ -495,13 +479,6 @@ def _one_layer(parts: Sequence[Factors]) -> Factors | None:
     for name in by_rows:
         layer[name] = torch.cat([part[name] for part in parts])
     return layer
-
-
-def _cover_layer(parts: Sequence[Factors]) -> bool:
-    """Return whether the rows of parts, by `ROWS`, are those of the whole layer, in order, without gaps."""
-    size = deltas.size_of(parts[0])
-    ranges = [deltas.rows_in(part) for part in parts]
-    return size is not None and _are_gapless(ranges, size[0])
 
 
 def settle_rows(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -572,8 +549,9 @@ def stack_rows(
         height = deltas.height_of(factors) if name.endswith(ending) else None
         if height is None:
             continue
-        fits = height % (3 * rule.head_width) == 0
-        stacked = deltas.rows_of(factors, _order_of_rows(height, rule.head_width)) if fits else None
+        stacked = None
+        if height % (3 * rule.head_width) == 0:
+            stacked = deltas.rows_of(factors, stack_heads(torch.arange(height), rule.head_width))
         if stacked is None:
             raise CheckpointError(
                 f"{path} cannot be used: {name} has {height} rows, and its program has them by head, "
@@ -583,11 +561,6 @@ def stack_rows(
             )
         modules[name] = dict(stacked)
     return deltas.ungroup(modules)
-
-
-def _order_of_rows(height: int, head_width: int) -> Tensor:
-    """Return the place by head, [q0 k0 v0, q1 k1 v1, ...], of each row of [q; k; v]."""
-    return stack_heads(torch.arange(height), head_width)
 
 
 def mend_split_alphas(
@@ -609,16 +582,12 @@ def mend_split_alphas(
         alpha = factors["alpha"]
         if f"{float(alpha):g}" != trained_alpha:
             continue
-        heights = fused_heights(_count_parts(name), len(up), down.shape[1])
+        parts = [relative.part for relative in relatives(name.removeprefix(OURS)) if relative.is_part]
+        num_parts = len({part.index for part in parts} - {None, SWAPPED})  # each with some of its rows
+        heights = fused_heights(num_parts, len(up), down.shape[1])
         if heights and diagonal_blocks(up, heights) is not None:
             mended[f"{name}.alpha"] = alpha * len(heights)
             changed += 1
     if changed:
         logger.info(f"{path}: the alphas of {changed} modules with split factors are set right")
     return mended
-
-
-def _count_parts(name: str) -> int:
-    """Return the number of parts, each with some of its rows, that other layouts make of a module."""
-    parts = [relative.part for relative in relatives(name.removeprefix(OURS)) if relative.is_part]
-    return len({part.index for part in parts} - {None, SWAPPED})
