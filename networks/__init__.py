@@ -40,12 +40,14 @@ own_modules: networks of `--network_module networks.lora` and the like
 parts: LoRAs of split fused weights: split and join
 patterns: regular expressions for names of modules, with dots or underscores
 rank_masks: which ranks act, by the noise of each sample
+resize_lora: command: fewer ranks for a LoRA
+resize_options: options of this command
+resizing: the best factors of a smaller rank
 rewriting: arrangements of other programs into usual ones
 rounding: merged weights in 16 bits, nearest or at random
 sdxl_merge_lora: command: merge LoRAs of Stable Diffusion checkpoints
 tensor_names: dialects: what stands before and behind modules' paths
 text_loras: LoRAs of text encoders, put into them
-preference_options: options of pairs, better and worse
 teacher_options: options of frozen models that teach the network
 tool_options: options to merge, convert, average and extract LoRAs
 use_options: options to add LoRAs to a model

@@ -652,6 +652,13 @@ def warn_of_other_family(lora: LoraFile, model: FamilyNames | None, modules: Col
     )
 
 
+def read_use(path: Path, expert: str, multiplier: float) -> LoraUse:
+    """Read a file's LoRA for an expert, which may be one of several. Warns if it is for another expert."""
+    lora = read_lora(path, by_expert=True).for_expert(expert)
+    warn_of_other_expert(lora, expert)
+    return LoraUse(lora, multiplier)
+
+
 def warn_of_other_expert(lora: LoraFile, expert: str | None) -> None:
     """Warn if a LoRA was trained for another expert than the one it is added to.
 

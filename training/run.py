@@ -17,9 +17,9 @@ from dataset.batches.items import NO_COMMANDS, CachingCommands
 from modules.installation import RUN_CHECKS, RUN_GOES_ON
 from modules.lost_processes import LostProcessError
 from modules.options import option_values
-from modules.speed_options import SwapOptions
-from running.dressing import shared_blocks
+from running.options import SwapOptions
 from running.planning.device_memory import MemoryWatch, too_little
+from running.ways.composing import make_block_place
 from training.checks import check_before_loading
 from training.features.composing import (
     act_at_end,
@@ -28,7 +28,7 @@ from training.features.composing import (
     prepare_features,
     sampled_average,
 )
-from training.features.contract import RunEnd
+from training.features.contract import Hooks, RunEnd
 from training.following import NextSteps, plan_next_steps
 from training.learning import load_model, make_run
 from training.loop import train
@@ -36,7 +36,7 @@ from training.options import TrainingOptions
 from training.other_families import NO_OTHERS, OtherFamilies
 from training.plan import TrainingPlan, join_processes, make_plan, read_config
 from training.reports.history import Story, read_session
-from training.reports.logs import TRACKER_NAME, Logs, public_config
+from training.reports.logs import Logs
 from training.reports.pauses import StepClock
 from training.saver import file_dtype, make_saver
 from training.saving.files import set_aside
@@ -115,10 +115,10 @@ def prepare_run(
             processes.advice = following.after_loss
         swap, memory = _plan_memory(plan)
         if plan.texts is not None:
-            blocks = shared_blocks(options.speed.sharding, accelerator.device)
+            blocks = make_block_place(options.speed, accelerator.device)
             plan.texts.load(accelerator.device, blocks)
             stack.callback(plan.texts.free)
-        logs = _make_logs(plan, swap)
+        logs = _make_logs(plan, swap, hooks)
         reporter = make_reporter(plan, following, memory)
         model = load_model(plan, swap, hooks)
         # nothing can be missing any more
@@ -154,7 +154,7 @@ def _plan_memory(plan: TrainingPlan) -> tuple[SwapOptions, MemoryWatch | None]:
     return prepare_memory(plan)
 
 
-def _make_logs(plan: TrainingPlan, swap: SwapOptions) -> Logs:
+def _make_logs(plan: TrainingPlan, swap: SwapOptions, hooks: Hooks) -> Logs:
     options, progress = plan.options, plan.progress
 
     def pauses_after(step: int) -> dict[str, int]:
@@ -169,11 +169,9 @@ def _make_logs(plan: TrainingPlan, swap: SwapOptions) -> Logs:
 
     return Logs(
         plan.accelerator,
-        options.logs,
         plan.steps.total_steps,
         first_step=progress.step,
-        config=public_config(options, plan.saving, swap) if options.logs.log_config else {},
-        tracker_name=TRACKER_NAME if options.whole_dit is None else f"{plan.family.name}_ft",
+        recorders=[make(plan, (options, plan.saving, swap)) for make in hooks.recorders],
         extras=partial(watch_run, plan),
         clock=StepClock(pauses_after),
     )
@@ -227,7 +225,7 @@ def _make_sampler(plan: TrainingPlan) -> "Sampler | None":
         weights=weights,
         preview=options.samples.preview,
         together=plan.steps.works_together,
-        blocks=shared_blocks(options.speed.sharding, accelerator.device),
+        blocks=make_block_place(options.speed, accelerator.device),
     )
     if plan.texts and plan.texts.learning:
         return replace(sampler, renew=plan.texts.renew)

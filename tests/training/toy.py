@@ -30,11 +30,12 @@ from contract.loading import Placement
 from contract.requests import Prepared, Prompt, Request, settle, size_of
 from contract.rules import ONE_EXPERT, CountTokens, Expert, ModelRelease, ReferenceRules, TokenCount
 from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
-from dataset.cache.files import checksum, read_entry, write_tensors
 from dataset.cache.records import TextRecord, record_metadata
+from dataset.cache_files import checksum, read_entry, write_tensors
 from modules.errors import OptionError
 from modules.options import NO_OPTIONS, read_options
 from modules.parser import add_options
+from training.features.composing import options_by_expert
 from training.following import plan_next_steps
 from training.learning_options import ExpertTrainingOptions, WholeDitOptions
 from training.loss import Trains
@@ -292,7 +293,7 @@ def toy_options(
 
 def toy_parser(whole_dit: bool) -> argparse.ArgumentParser:
     parser = training_parser("", WholeDitOptions if whole_dit else TrainedNetworkOptions)
-    add_options(parser, ExpertTrainingOptions)
+    add_options(parser, ExpertTrainingOptions, *options_by_expert())
     return parser
 
 
