@@ -107,9 +107,7 @@ class LoraFormat:
                 written |= text.tensors
                 left_out |= text.left_out
                 _note_strength(strengths, text.tensors, deltas.strength(text_factors))
-        # what was folded into the factors of a rank, if it is one number
-        single = {rank: min(values) for rank, values in strengths.items() if len(values) == 1}
-        return Formatted(written, {FOLDED: json.dumps(single)} if single else {}, left_out)
+        return Formatted(written, _metadata_of_strengths(strengths), left_out)
 
     def _under_known_names(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return tensors under ours, or under the aliases that every tool gives to the family's LoRAs."""
@@ -155,6 +153,12 @@ def _note_strength(
     for name, tensor in written.items():
         if name.endswith(PEFT_ENDS[DOWN]):
             strengths.setdefault(len(tensor), set()).add(strength)
+
+
+def _metadata_of_strengths(strengths: Mapping[int, set[float]]) -> dict[str, str]:
+    """Return the metadata about the alpha / rank that was folded into factors of a rank, if it is one."""
+    single = {rank: min(values) for rank, values in strengths.items() if len(values) == 1}
+    return {FOLDED: json.dumps(single)} if single else {}
 
 
 def _on_cpu(network: nn.Module) -> dict[str, Tensor]:

@@ -147,10 +147,14 @@ class LoraLayer(nn.Module):
             noise = perturbed(x.to(dtype), getattr(strengths, name), seed)
             total = total + noise.to(total.dtype)
         if drops_after and dropouts and dropouts.module > 0:
-            assert self.seed_table is not None
-            is_dropped = self.seed_table[KINDS.index("module"), 0] < dropouts.module * (_32_BITS + 1)
-            return torch.where(is_dropped, out, total)
+            return self._without_dropped(out, total, dropouts.module)
         return total
+
+    def _without_dropped(self, out: Tensor, total: Tensor, share: float) -> Tensor:
+        """Return `out`, of the frozen module, if the table of seeds drops the whole LoRA, else `total`."""
+        assert self.seed_table is not None
+        is_dropped = self.seed_table[KINDS.index("module"), 0] < share * (_32_BITS + 1)
+        return torch.where(is_dropped, out, total)
 
     def _added(self, x: Tensor, dropouts: Dropouts | None) -> Tensor:
         """Return the addition by the LoRA. x: ... in, or B in H W, in the dtype of the products."""

@@ -135,15 +135,10 @@ def _cut(factors: Factors, heights: Mapping[Relative, int | None]) -> dict[str, 
     present = {relative: rows for relative, rows in heights.items() if rows is not None}
     if is_rotating(factors):  # the input of all parts
         return {OURS + relative.name: factors for relative in present}
-    size = deltas.size_of(factors)
-    if size is None and UP not in factors:
+    whole_height = _height_to_cut(factors)
+    if whole_height is None:
         return "its change is no matrix"
-    whole_height = len(factors[UP]) if size is None else size[0]
-    places: dict[Relative, slice | Tensor] = {}
-    for relative, height in present.items():
-        place = part_rows(relative.part, height, whole_height)
-        if place is not None:
-            places[relative] = place
+    places = _places_of_parts(present, whole_height)
     fits = len(places) == len(present)
     if len(present) == len(heights):  # all parts
         fits = fits and sum(present.values()) == whole_height
@@ -156,11 +151,33 @@ def _cut(factors: Factors, heights: Mapping[Relative, int | None]) -> dict[str, 
     for relative, rows in places.items():
         piece = _part_of(factors, rows)
         if piece is None:
-            kind = kind_with(factors, lambda kind: kind.blocks_of)
-            what = "this network" if kind is None else named(kind)
-            return f"its halves are to be swapped, which {what} has no form for"
+            return f"its halves are to be swapped, which {_name_indivisible(factors)} has no form for"
         pieces[OURS + relative.name] = piece
     return pieces
+
+
+def _name_indivisible(factors: Factors) -> str:
+    """Return the kind of factors that have no rows of their change: "a LoKr"."""
+    kind = kind_with(factors, lambda kind: kind.blocks_of)
+    return "this network" if kind is None else named(kind)
+
+
+def _height_to_cut(factors: Factors) -> int | None:
+    """Return the rows of a change; None if it is not a matrix."""
+    size = deltas.size_of(factors)
+    if size is not None:
+        return size[0]
+    return len(factors[UP]) if UP in factors else None
+
+
+def _places_of_parts(heights: Mapping[Relative, int], whole_height: int) -> dict[Relative, slice | Tensor]:
+    """Return the rows of each part in the whole weight, without parts whose rows do not fit."""
+    places: dict[Relative, slice | Tensor] = {}
+    for relative, height in heights.items():
+        rows = part_rows(relative.part, height, whole_height)
+        if rows is not None:
+            places[relative] = rows
+    return places
 
 
 def _part_of(factors: Factors, rows: slice | Tensor) -> Factors | None:

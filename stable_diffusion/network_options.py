@@ -14,9 +14,11 @@ NOT_READ = {"networks.boft": "BOFT", "networks.control_net_lllite": "a ControlNe
 # of known scripts, for files that say themselves what they are; our own modules are read in the same way
 KNOWN_MODULES = (
     *BY_MODULE,
-    *("networks.lora_fa", "networks.dylora"),
+    "networks.lora_fa",
+    "networks.dylora",
     *(name for name in OTHER_MODULES if name not in NOT_READ),
-    *("lycoris", "lycoris.kohya"),
+    "lycoris",
+    "lycoris.kohya",
 )
 LOW, HIGH = 63, 191  # thresholds of "canny" alone
 VGG_LAYER, VGG_LAYERS = 20, 30  # the default: after conv4_2 and its ReLU; the last one is a pooling
