@@ -16,12 +16,13 @@ from markupsafe import Markup
 from browser.command_lines import format_cd
 from browser.names import short_digest
 from browser.run_start import BUSY, STATES, RunState, ShownRun, read_run_state
-from browser.runs import DIED, RUNNING, STOPPED, Runs, RunSummary, describe_left, find_state, mean_of
+from browser.runs import DIED, RUNNING, STOPPED, Runs, RunSummary, compute_mean, describe_left, find_state
 from modules.atomic_write import write_text
 from modules.control_codes import escape_control_codes, shorten
 from modules.errors import OptionError, UserError
 from modules.pages.page import END, PRIVATE, link, render_page
 from modules.text_files import read_safetensors_texts, require_regular_file
+from training.features.composing import parts_of_page
 from training.reports.history import SHOWN, Points, Start, Story
 from training.reports.page import (
     TEMPLATE,
@@ -167,7 +168,7 @@ def _describe_time(run: RunSummary, story: Story, steps_left: int) -> str:
     if story.left:
         return f"· {run.left} left"
     seconds = [number for number in story.seconds.values() if number is not None][-SHOWN:]
-    left = describe_left(steps_left, mean_of(seconds) if seconds else None)
+    left = describe_left(steps_left, compute_mean(seconds) if seconds else None)
     return f"· {left} left" if left else ""
 
 
@@ -192,7 +193,9 @@ def run_page(
     story = runs.open(run).story
     now = LiveStanding.of(run, story, ended_at_once)
     start = now.shown.start
-    values = page_values(run.history.parent, story, now.shown, load=linked_clip, most=MOST_SAMPLES)
+    values = page_values(
+        run.history.parent, story, now.shown, load=linked_clip, most=MOST_SAMPLES, parts=parts_of_page()
+    )
     values["commands"] = present_commands(story, run.history.parent)
     sample_names = [name for row in story.samples.values() for name in row.files.values()]
     values["live"] = {
@@ -252,9 +255,9 @@ def collect_news(
         "name": run.name,
     }
     if query.get("have") != key:
-        charts = list_charts(_narrow(story, low, high), MOST_POINTS)
+        charts = list_charts(_narrow(story, low, high), parts_of_page(), most=MOST_POINTS)
         news["charts"] = [asdict(chart) for chart in charts]
-        news["tiles"] = list_tiles(now.shown, story)
+        news["tiles"] = list_tiles(now.shown, story, parts_of_page())
     return news
 
 
@@ -273,12 +276,12 @@ def _narrow(story: Story, low: float, high: float) -> Story:
         validations={step: loss for step, loss in story.validations.items() if low <= step <= high},
         rates={name: cut(points) for name, points in story.rates.items()},
         experts={name: cut(points) for name, points in story.experts.items()},
-        pairs={name: cut(points) for name, points in story.pairs.items()},
+        numbers={name: cut(points) for name, points in story.numbers.items()},
         bands={name: cut(points) for name, points in story.bands.items()},
     )
 
 
-def file_of(runs: Runs, run: RunSummary, name: str) -> Path | None:
+def find_run_file(runs: Runs, run: RunSummary, name: str) -> Path | None:
     """Return the path of a file that a page links (a saved file, a sample, a clip); None for other names."""
     story = runs.open(run).story
     folder = run.history.parent
@@ -357,5 +360,5 @@ def export_run(runs: Runs, path: Path) -> None:
         raise OptionError(f"{run.history} cannot be read: {error.strerror}") from None
     clips = ClipStore(run.history.parent / SAMPLES)
     standing = LiveStanding.of(run, story).shown
-    write_training_page(path, run.history, story, standing, load=clips.for_page())
+    write_training_page(path, run.history, story, standing, load=clips.for_page(), parts=parts_of_page())
     share_page(path, path)  # it is made to be given away: no folder of this machine is named

@@ -49,6 +49,7 @@ from networks.names.layouts import FOLDED, FOR_BOTH, OURS, TRAINED_FOR, TRAINED_
 from networks.parts import mend_split_alphas, stack_rows
 from networks.patterns import describe_unfit, in_any_spelling
 from networks.rank_masks import rule_of
+from networks.tensor_names import dialect_in_words
 from networks.use_options import UNTYPED, LoraPatternOptions
 
 logger = getLogger(__name__)
@@ -366,7 +367,7 @@ def _part_in_words(
     of_texts = f" and {num_texts} of text encoders" if num_texts else ""
     words = [
         f"{count_of(len(group_by_module(native.tensors)), 'module')}{of_texts}",
-        key_formats.dialect_in_words(native.dialect),
+        dialect_in_words(native.dialect),
     ]
     if alphas.words:
         words.append(alphas.words)
@@ -656,6 +657,13 @@ def warn_of_other_family(lora: LoraFile, model: FamilyNames | None, modules: Col
         f"{lora.path} was trained for {trained_family.name}, as {lora.evidence} say, and is used on a "
         f"{model.name} model. The names are the same, what it has learned is not: do not expect much of it."
     )
+
+
+def read_use(path: Path, expert: str, multiplier: float) -> LoraUse:
+    """Read a file's LoRA for an expert, which may be one of several. Warns if it is for another expert."""
+    lora = read_lora(path, by_expert=True).for_expert(expert)
+    warn_of_other_expert(lora, expert)
+    return LoraUse(lora, multiplier)
 
 
 def warn_of_other_expert(lora: LoraFile, expert: str | None) -> None:

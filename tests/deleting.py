@@ -1,5 +1,5 @@
-"""Delete a feature of training, a kind of network or a form of data in a copy of the tree: what is left has
-to work as before.
+"""Delete a feature of training, a kind of network, a way to run or a form of data in a copy of the tree: what
+is left has to work as before.
 
 python -m tests.deleting skip
 """
@@ -15,12 +15,14 @@ from dataset.forms import FOLDER, FORMS, JSONL
 from dataset.forms.metadata import METADATA
 from networks.kinds import KINDS
 from networks.kinds.lora import LORA
+from running.ways import WAYS
 from training.features import FEATURES
 
 ROOT = Path(__file__).resolve().parent.parent
 # what can be deleted -> the folder with its file and the list
 FOLDERS = {feature.name: "training/features" for feature in FEATURES}
 FOLDERS |= {kind.name.lower().replace("-", ""): "networks/kinds" for kind in KINDS if kind is not LORA}
+FOLDERS |= {way.name: "running/ways" for way in WAYS}
 FOLDERS |= {form.name.lower(): "dataset/forms" for form in FORMS if form not in (FOLDER, JSONL, METADATA)}
 # what writes a form, and is of no use without it
 WRITERS = {"cogvideox": ("data_tools/cogvideox", "tools/prepare_dataset.py", "prepare_dataset.py")}
@@ -28,6 +30,7 @@ WRITERS = {"cogvideox": ("data_tools/cogvideox", "tools/prepare_dataset.py", "pr
 ROOMS = {
     "training/features": ("training", "project", "browser"),
     "networks/kinds": ("networks", "generation", "stable_diffusion", "training", "project", "browser"),
+    "running/ways": ("running", "generation", "stable_diffusion", "minimax_h3", "training", "browser"),
     "dataset/forms": ("dataset", "data_tools", "training", "project", "browser"),
 }
 # imports every module of some rooms
@@ -65,7 +68,7 @@ def copy_tree(target: Path) -> None:
 
 
 def delete_from(tree: Path, name: str) -> list[str]:
-    """Delete the files of a feature, kind or form, and its lines in the list; return the names of these."""
+    """Delete the files of one of FOLDERS and its lines in the list; return the names of the files."""
     folder = tree / FOLDERS[name]
     room = FOLDERS[name].replace("/", r"\.")
     paths = [folder / f"{name}.py", *folder.glob(f"{name}_*.py")]
@@ -116,7 +119,7 @@ def train_in(tree: Path, folder: Path) -> str:
 
 
 def check_deletion(name: str, folder: Path) -> list[str]:
-    """Delete a feature, kind or form in a copy below `folder`; return what does not work there as here."""
+    """Delete one of FOLDERS in a copy below `folder`; return what does not work there as here."""
     tree = folder / "tree"
     copy_tree(tree)
     delete_from(tree, name)

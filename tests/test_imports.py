@@ -77,6 +77,8 @@ FLOORS = {
         {"compile", "run_blocks"},
         {"memories", "routes"},
         {"offload"},
+        {"ways"},
+        {"options"},
         {"doctor", "dressing", "planning", "step_cache"},
     ),
     "dataset": (
@@ -179,6 +181,7 @@ _LIGHT = {
         "names/layouts",
     ),
     "post": ("chain_options",),
+    "running/ways": ("cfg_parallel", "composing", "context_parallel", "contract", "shard_base"),
     "training/features": (
         "blank_prior",
         "composing",
@@ -220,11 +223,12 @@ _TOOLS = {
     ),
     "networks": (
         *("convert_flux_lora", "convert_hunyuan_image_lora_to_comfy", "convert_z_image_lora_to_comfy"),
-        *("extract_lora_from_models", "flux_extract_lora", "flux_merge_lora", "sdxl_merge_lora"),
+        *("extract_lora_from_models", "flux_extract_lora", "flux_merge_lora", "resize_lora"),
+        "sdxl_merge_lora",
     ),
 }
 MOST_READ = 41_200  # lines that a training of caches reads at its start, without the family's
-MOST_READ_TO_GENERATE = 22_000
+MOST_READ_TO_GENERATE = 22_300
 TOOLS = [f"{room}/{name}.py" for room, names in _TOOLS.items() for name in names]
 
 

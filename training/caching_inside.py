@@ -51,6 +51,8 @@ from networks.kinds.composing import list_kinds
 from networks.own_kinds import OWN_MODULES
 from training.data.feed import BatchSources
 from training.data.live import LiveTexts
+from training.features.composing import need
+from training.features.contract import EMPTY_PROMPT
 from training.options import TrainingOptions
 
 logger = logging.getLogger(__name__)
@@ -317,7 +319,7 @@ def find_live_texts(family: Family, options: TrainingOptions, config: DatasetCon
     texts = _choose_live_texts(family, options, config)
     if texts is None:
         return None
-    return replace(texts, adds_empty=options.needs_empty_prompt)
+    return replace(texts, adds_empty=need(options, EMPTY_PROMPT))
 
 
 def _choose_live_texts(family: Family, options: TrainingOptions, config: DatasetConfig) -> LiveTexts | None:

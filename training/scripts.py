@@ -11,7 +11,8 @@ from modules.errors import UserError
 from modules.installation import import_own
 from modules.options import Options, option_values
 from modules.speed_options import refuse_for_whole
-from training.learning_options import WholeDitOptions
+from training.features.composing import options_by_expert
+from training.learning_options import ExpertTrainingOptions, WholeDitOptions
 from training.noise_options import SAMPLERS
 from training.options import (
     NO_CHANGES,
@@ -45,6 +46,8 @@ def training_script(
     do not fit. samplers: choices of --timestep_sampling for video. changes: of shared options, for video.
     """
     entry = FAMILIES[family]
+    if ExpertTrainingOptions in extra_options:
+        extra_options = [*extra_options, *options_by_expert()]
     learner = WholeDitOptions if whole_dit else TrainedNetworkOptions
     sampling = {"choices": samplers, **changes.settings.get("timestep_sampling", {})}
     changes = replace(changes, settings={**changes.settings, "timestep_sampling": sampling})

@@ -35,6 +35,7 @@ from dataset.cache_files import checksum, read_entry, write_tensors
 from modules.errors import OptionError
 from modules.options import NO_OPTIONS, read_options
 from modules.parser import add_options
+from training.features.composing import options_by_expert
 from training.following import plan_next_steps
 from training.learning_options import ExpertTrainingOptions, WholeDitOptions
 from training.loss import Trains
@@ -292,7 +293,7 @@ def toy_options(
 
 def toy_parser(whole_dit: bool) -> argparse.ArgumentParser:
     parser = training_parser("", WholeDitOptions if whole_dit else TrainedNetworkOptions)
-    add_options(parser, ExpertTrainingOptions)
+    add_options(parser, ExpertTrainingOptions, *options_by_expert())
     return parser
 
 

@@ -1,39 +1,73 @@
-"""Preferences between two pictures or clips: --preference.
+"""The loss of pairs of a better and a worse picture or clip, and what they need in caches: --preference.
 
 The network learns to predict the better one of a pair more exactly than the model without it does, and the
 worse one less exactly. Source: Diffusion-DPO, Wallace et al. 2023, arXiv 2311.12908, for a flow.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from contract.data import HAS_SOUND
+from contract.data import HAS_SOUND, WORSE_LATENTS
+from dataset.batches.items import CachingCommands, TrainingItem
+from dataset.batches.reading import explain_no_worse
+from dataset.cache.store import Stores
+from modules.errors import CacheError, DatasetError
+from training.features.contract import Tally
 from training.loss import NoisyBatch, NoisySound
-from training.target_rules import Preference
+from training.targets.passes import Streams, TrainingPasses, measure_plainly, velocity_of
 
-# what a tally counts, by the names in logs
-PAIR_NUMBERS = "preference/better", "preference/worse", "preference/right"
+# items whose headers are read before anything is loaded; of the others when they are learned
+LOOKED_AT = 1000
 
 
-@dataclass
-class PairTally:
-    """The numbers of the pairs of micro-batches, until a row takes them."""
+@dataclass(frozen=True)
+class Preference:
+    """How strongly the better one of a pair is preferred: see `compare_pairs`."""
 
-    _waiting: list[Tensor] = field(default_factory=list)
+    beta: float
+    data_weight: float = 0.0  # factor on the usual loss of the better one, which is added
 
-    def add(self, numbers: Tensor) -> None:
-        """Add the means over the pairs of a micro-batch, in the order of PAIR_NUMBERS."""
-        self._waiting.append(numbers)
 
-    def take(self) -> Tensor | None:
-        """Return the numbers added last and forget all; None if there are none."""
-        numbers = self._waiting[-1] if self._waiting else None
-        self._waiting.clear()
-        return numbers
+def require_pairs(items: Sequence[TrainingItem], stores: Stores, commands: CachingCommands) -> None:
+    """Raise DatasetError or CacheError if an item to learn has no worse one. Reads headers only.
+
+    Looks at about LOOKED_AT items, spread over all tables.
+    """
+    for table in {item.table.index: item.table for item in items}.values():
+        if table.directory is not None and table.worse_directory is None:
+            raise DatasetError(
+                f"{table.name}: --preference learns from pairs, and this table has no worse_directory. "
+                "Give it a folder with the worse ones, named like the better ones, or take the table out"
+            )
+    step = len(items) // LOOKED_AT + 1
+    firsts = {item.table.index: item for item in reversed(items)}
+    for item in [*firsts.values(), *items[::step]]:
+        if item.kind.sizes is not None:
+            raise CacheError(
+                f"{item.table.name}: --preference needs the latents of the worse pictures, which are not "
+                f"encoded while training. Cache them first:\n  {commands.latents}"
+            )
+        header = stores.of(item.table).read(item.file_name, is_whole=False)
+        if WORSE_LATENTS not in header.keys:
+            raise CacheError(explain_no_worse(item.latent_path, commands))
+
+
+def pair_passes(
+    preference: Preference, tally: Tally, passes: TrainingPasses, noisy_batch: NoisyBatch
+) -> Iterator[Streams]:
+    """Yield the losses of the pairs of a batch, B, weighted like the samples of any other target."""
+    pairs = join_pairs(noisy_batch)
+    passes = replace(passes, latents=passes.family.latent.to_model(pairs.batch.tensor("latents")))
+    target = velocity_of(passes, pairs)
+    base_errors = add_streams(measure_plainly(passes, passes.base(pairs), target, pairs), pairs)
+    passes.restart(noisy_batch)
+    errors = add_streams(measure_plainly(passes, passes.learning(pairs), target, pairs), pairs)
+    losses, tally.numbers = compare_pairs(errors, base_errors, preference)
+    yield (losses,)
 
 
 def join_pairs(noisy_batch: NoisyBatch) -> NoisyBatch:
@@ -95,7 +129,8 @@ def add_streams(streams: Sequence[Tensor], pairs: NoisyBatch) -> Tensor:
 
 
 def compare_pairs(errors: Tensor, base_errors: Tensor, preference: Preference) -> tuple[Tensor, Tensor]:
-    """Return the loss of each pair, B, and the means in the order of PAIR_NUMBERS, without gradients.
+    """Return the loss of each pair, B, and the means over the pairs without gradients: error of
+    the better ones, error of the worse ones, share that is right.
 
     errors, base_errors: of the network and of the model without it, 2B each, the better ones first. With the
     margin m = (base_better - better) + (worse - base_worse), the loss is
