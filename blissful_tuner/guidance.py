@@ -467,35 +467,40 @@ def warn_of_low_scales(prepared: Prepared, options: GuidanceOptions = PLAIN_GUID
     for scales in scheduled:
         for weight in scales:
             if weight is not None:
-                named.setdefault(weight - 1 + off, "the scale {} of --cfg_schedule")
+                scale = weight - 1 + off
+                named.setdefault(scale, f"the scale {scale:g} of --cfg_schedule")
     used = {*prepared.guidance_scale, *(stream.text for stream in prepared.rules.streams)}
     for scale, option in named.items():
         if scale < off and (scale in used or scheduled):
-            logger.warning("%s: %s", option.format(f"{scale:g}"), _low_scale_in_words(scale, off))
+            logger.warning("%s: %s", option, _low_scale_in_words(scale, off))
 
 
 def _name_scales(prepared: Prepared) -> dict[float, str]:
-    """Return by scale the first option that gives it: each is reported once."""
+    """Map each scale of a request to the first option that sets it, with its value, for messages."""
     request = prepared.request
     named: dict[float, str] = {}
     if request.guidance_scale is not None:
-        named[request.guidance_scale] = "--guidance_scale {} (--l in a prompt line)"
+        named[request.guidance_scale] = f"--guidance_scale {request.guidance_scale:g} (--l in a prompt line)"
     for expert, scale in request.expert_guidance.items():
-        named.setdefault(scale, f"--guidance_scale_{expert} {{}}")
+        named.setdefault(scale, f"--guidance_scale_{expert} {scale:g}")
     for name, stream in zip(("video", "audio"), prepared.rules.streams, strict=False):
         if stream.text is not None:
-            named.setdefault(stream.text, f"--{name}_cfg_scale {{}}")
+            named.setdefault(stream.text, f"--{name}_cfg_scale {stream.text:g}")
     return named
 
 
 def _low_scale_in_words(scale: float, off: float) -> str:
     """Describe the effect of a guidance scale below `off`, the scale that turns guidance off."""
-    weight = scale + 1 - off  # of the usual formula, in which 0 is the negative prompt alone
-    effect = f"{scale:g} leaves the prompt out"
-    if weight:
-        effect = f"{scale:g} {'weakens' if weight > 0 else 'steers away from'} the prompt"
-    elsewhere = f"; what programs that count from 0 call {scale:g} is {scale + 1:g} here"
-    return f"it counts from {off:g} here; {effect}; {off:g} turns guidance off{elsewhere if off else ''}"
+    weight = scale + 1 - off  # in the usual formula: 1 turns guidance off, 0 is the negative prompt alone
+    effect = "leaves the prompt out"
+    if weight > 0:
+        effect = "weakens the prompt"
+    elif weight < 0:
+        effect = "steers away from the prompt"
+    text = f"it counts from {off:g} here; {scale:g} {effect}; {off:g} turns guidance off"
+    if off == 0:
+        return text
+    return f"{text}; what programs that count from 0 call {scale:g} is {scale + 1:g} here"
 
 
 def why_none_skipped(options: GuidanceOptions, num_steps: int) -> str:

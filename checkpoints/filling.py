@@ -300,7 +300,8 @@ class _Filling:
             self._write(name, place)
         elif self._is_filled_here:
             self._write(name, place)
-        elif self._patch is not None:  # it notes which deltas find their weight
+        elif self._patch is not None:
+            # another process writes the values; the patch only notes here that its delta has a weight
             dtype = self._dtypes[name]
             self._patch(name, torch.empty(place.shape, dtype=dtype, device="meta"), dtype)
         return place

@@ -456,6 +456,7 @@ def plain_sources(checkpoint: Checkpoint) -> dict[str, TensorSource]:
 
 
 def _packed_source(path: Path, name: str, info: TensorInfo) -> TensorSource:
+    """Return the source of a packed weight. CheckpointError names file and tensor if they do not fit."""
     assert info.packing is not None
     keep = info.packing.keep
 

@@ -544,7 +544,7 @@ class LanguageModelFiles(TransformerFiles):
         return self.encoder_class(
             self.text_use,
             self.text_encoder_path,
-            dtype=self.beside(self.text_dtype),
+            dtype=self.encoder_dtype(self.text_dtype),
             tokenizer=self.text_encoder_tokenizer,
             form=self.text_form,
             on_cpu=self.text_on_cpu,

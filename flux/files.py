@@ -204,7 +204,7 @@ class FluxFiles(AutoencoderFiles):
         return self.max_tokens or T5_TOKENS[self.kind]
 
     def text_encoders(self) -> list[TextEncoder]:
-        dtype = self.beside(self.text_dtype)
+        dtype = self.encoder_dtype(self.text_dtype)
         t5 = T5TextEncoder(
             self.t5xxl_path,
             dtype,

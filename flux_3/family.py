@@ -18,7 +18,7 @@ from contract.data import (
     SamplingDefaults,
     name_text_and_mask,
 )
-from contract.families import share_latents
+from contract.families import list_same_latents
 from contract.family import Abilities, DitSpec, Family, NoiseSpec
 from contract.few_steps import FewSteps
 from contract.requests import Box, Prepared, Request
@@ -88,7 +88,7 @@ class Flux3(pictures.ModelOfPictures):
     @property
     def same_latents(self) -> frozenset[str]:
         """Return the names of all models that use FLUX.2's autoencoder: its releases, and this model."""
-        return share_latents(self.name) | {version.name for version in VERSIONS.values()}
+        return list_same_latents(self.name) | {version.name for version in VERSIONS.values()}
 
     @property
     def references(self) -> ReferenceRules:
@@ -150,14 +150,15 @@ class Flux3(pictures.ModelOfPictures):
         if self.is_distilled:
             request = self._settle_distilled(request)
         request = self.keep_media(request, self.called)
-        if not request.control_images or (request.width is not None and request.height is not None):
+        has_side = request.width is not None or request.height is not None
+        has_size = request.width is not None and request.height is not None
+        if not request.control_images or has_size:
             return self.settle_picture(request, SHIFT, "")
-        size, shown = self._size_like(request.control_images)
-        if request.width is not None or request.height is not None:
-            shown = None
-        width, height = size
+        (width, height), region = self._size_like(request.control_images)
         sized = replace(request, width=request.width or width, height=request.height or height)
-        return replace(self.settle_picture(sized, SHIFT, ""), shown=shown)
+        prepared = self.settle_picture(sized, SHIFT, "")
+        # with a side of the user's the result is not the size of the canvas, and is not cut
+        return replace(prepared, shown=None if has_side else region)
 
     def _settle_distilled(self, request: Request) -> Request:
         """Return the request without guidance by a second pass."""

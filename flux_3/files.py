@@ -163,7 +163,7 @@ class Flux3Files(LanguageModelFiles):
         return header
 
     def load_vae(self, device: torch.device) -> Flux2Vae:
-        return load_vae(self.vae_path, device, self.beside(self.vae_dtype), self.vae_tile)
+        return load_vae(self.vae_path, device, self.encoder_dtype(self.vae_dtype), self.vae_tile)
 
     def check_vae(self) -> None:
         read_once(self.vae_path, read_vae)

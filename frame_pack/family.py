@@ -147,7 +147,7 @@ class FramePack(OneTransformer):
 
     def media_encoders(self, device: torch.device, images: bool = True) -> data.MediaEncoders:
         files = self.files
-        siglip = load_siglip(files.image_encoder_path, device, files.beside(None)) if images else None
+        siglip = load_siglip(files.image_encoder_path, device, files.encoder_dtype(None)) if images else None
         return data.MediaEncoders(files.load_vae(device), siglip)
 
     def check_table(self, table: data.MediaTable) -> None:

@@ -30,7 +30,7 @@ from generation.options import GenerationOptions
 from generation.outputs import LATENT_SUFFIX, PREVIEW_SUFFIX, own_stem, words_of
 from generation.progress import NAMING, in_short
 from generation.prompt_lines import lines_of
-from generation.request import GenerationJob, GenerationRun, make_job, of_each_line
+from generation.request import GenerationJob, GenerationRun, make_job, map_lines
 from generation.run import check_models, explain_lack, make_session
 from generation.session import wanted_texts
 from generation.sheets import ClipGrid, Row, write_grids
@@ -157,7 +157,7 @@ def _make_prompts(run: GenerationRun) -> list[GenerationJob]:
     options = run.options
     lines = lines_of(options.from_file)
     failures = Failures(strict=options.from_file is None)
-    jobs = list(of_each_line(run, lines, failures, make_job).values())
+    jobs = list(map_lines(run, lines, failures, make_job).values())
     failures.raise_if_any(len(lines))
     making.warn_of_unused_sources(options.request.source, options.typed_options, jobs)
     return jobs
@@ -346,7 +346,7 @@ def _encode_texts(
         texts[variant.label] = plain_texts
         loras = TextLoras(variant.uses[0], run.options.lora_rounding)
         if not loras.is_empty:
-            encoded = run.session.texts_with(loras, prompts)
+            encoded = run.session.encode_with_loras(loras, prompts)
             texts[variant.label] = dict(zip(jobs, encoded, strict=True))
     return texts
 

@@ -214,12 +214,15 @@ class DitTurns:
 
         The next expert is assumed to be as large.
         """
-        if self.lazy or self.together:
-            return self.together
+        if self.together:
+            return True
+        if self.lazy:
+            return False
         weights = bytes_on(self._dits[working], self.device)
         if self.device.type == "cpu":
             room = self.host_room()
-            return coming in self._dits or room is None or weights <= room
+            is_loaded = coming in self._dits  # then it takes no further memory
+            return is_loaded or room is None or weights <= room
         if self.device.type != "cuda" or self.never_beside:
             return False
         # the next steps need as much memory in addition to the weights as those until now

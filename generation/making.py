@@ -320,10 +320,12 @@ def watch(run: GenerationRun, job: GenerationJob, stem: str) -> Iterator[tuple[l
             watchers, preview_section = previews.enter_context(
                 preview_clip(run.previews, prepared.fps, steps)
             )
-        section_bars: list[Bar] = []  # over the steps of each section
+        bar: Bar | None = None  # over the steps of the present section
 
         def advance(step: StepDone) -> bool:
-            section_bars[-1].update()
+            """Advance the bar, and save changes for an anchor. Return False: denoising continues."""
+            assert bar is not None, "a section begins before its steps"
+            bar.update()
             if step.section.anchor is not None and output.output_type != NOTHING:
                 from generation.anchors import save_changes  # few sections have an anchor
 
@@ -331,13 +333,14 @@ def watch(run: GenerationRun, job: GenerationJob, stem: str) -> Iterator[tuple[l
             return False
 
         def on_section(section: Section) -> None:
+            """Show the result so far, and begin the bar of the next section."""
+            nonlocal bar
             bars.close()
             if preview_section is not None:
                 preview_section(section)
             grow_preview(section)
             stage = prepared.stages[section.stage] if prepared.stages else prepared
-            bar = Bar(stage.num_steps, section.label or "Denoising")
-            section_bars.append(bars.enter_context(bar))
+            bar = bars.enter_context(Bar(stage.num_steps, section.label or "Denoising"))
 
         yield [advance, *watchers, *run.watchers], on_section
 

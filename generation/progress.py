@@ -215,7 +215,7 @@ class GrowingVideo:
     _edge: Tensor | None = None
     _grows_in_front: bool | None = None
     _has_failed: bool = False
-    _is_held: bool = False
+    _is_locked: bool = False
 
     def add(self, piece: Piece) -> None:
         """Add a new piece to the preview.
@@ -285,20 +285,21 @@ class GrowingVideo:
 
     def _write(self, final: Tensor | None) -> None:
         """Encode the frames that are final now, then write them together with the frames that still wait."""
-        self._segments = self._with(final)
+        self._segments = self._add_segment(final)
         is_first = not self.path.exists()
         try:
-            self.join(self.path, self._with(self._edge), self.fps, self.tags)
+            self.join(self.path, self._add_segment(self._edge), self.fps, self.tags)
         except OutputError as error:
             if not self.path.is_file():
                 raise
-            if not self._is_held:  # Windows: a file that a player has open may not be replaceable
+            if not self._is_locked:  # Windows: a file that a player has open may not be replaceable
                 logger.warning("%s Replacing it is tried again after each section.", error)
-            self._is_held = True
+            self._is_locked = True
         if is_first:
             logger.info("Preview: %s, updated after each section", self.path)
 
-    def _with(self, pixels: Tensor | None) -> list[bytes]:
+    def _add_segment(self, pixels: Tensor | None) -> list[bytes]:
+        """Return the encoded segments with one of further pixels, at the end that grows."""
         if pixels is None or not pixels.shape[2]:
             return self._segments
         segment = encode_segment(frames_of(pixels.split(4, dim=2)), self.fps)

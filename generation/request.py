@@ -379,7 +379,7 @@ def make_job(run: GenerationRun, label: str, overrides: Mapping[str, Any]) -> Ge
     return GenerationJob(label, prepared)
 
 
-def of_each_line(
+def map_lines(
     run: GenerationRun,
     lines: Mapping[str, str | None],
     failures: Failures,

@@ -35,7 +35,7 @@ from generation.options import GenerationOptions
 from generation.outputs import SUFFIXES, FrameTools, output_stem, own_stem, save_pixels
 from generation.progress import show_end
 from generation.prompt_lines import find_option, is_blank, lines_of
-from generation.request import GenerationRun, make_job, of_each_line, seed_of
+from generation.request import GenerationRun, make_job, map_lines, seed_of
 from generation.script_options import LATENT_OUTPUTS, UNDECODED
 from generation.session import Session
 from modules.atomic_write import make_folder
@@ -507,7 +507,7 @@ def make_lines(run: GenerationRun) -> None:
 
         count = make_sheets(run, lines, failures)
     else:
-        jobs = list(of_each_line(run, lines, failures, make_job).values())
+        jobs = list(map_lines(run, lines, failures, make_job).values())
         if jobs:
             make_outputs(run, jobs, failures)
     failures.raise_if_any(count, "" if path is None else f"{path}: ")

@@ -179,7 +179,11 @@ class OutputOptions(Options, title="output"):
         return replace(self, save_path=self.save_path.parent, file_name=self.save_path.name)
 
     def is_picture(self, is_single: bool) -> bool:
-        """Return whether a result is written as a single picture. is_single: it has one frame."""
+        """Return whether a result is written as a single picture. is_single: it has one frame.
+
+        With --output_type images it is a folder of images, unless the script makes pictures or numbers them,
+        or the file has a given name.
+        """
         return is_single and (
             self.pictures
             or self.numbers_single

@@ -21,7 +21,7 @@ from generation.grid_options import Axis, list_cells
 from generation.making import make_outputs
 from generation.outputs import own_stem, words_of
 from generation.progress import in_short
-from generation.request import GenerationJob, GenerationRun, draw_seed, make_job, of_each_line
+from generation.request import GenerationJob, GenerationRun, draw_seed, make_job, map_lines
 from modules.command import as_typed
 from modules.control_codes import escape_control_codes
 from modules.devices import Failures
@@ -233,16 +233,17 @@ Cells = Mapping[Place, GenerationJob]  # of one sheet, without cells that cannot
 
 def make_sheets(run: GenerationRun, lines: Mapping[str, str | None], failures: Failures) -> int:
     """Make a sheet of each prompt line, and return the number of cells. lines: prompt lines by their labels,
-    as in `of_each_line`.
+    as in `map_lines`.
     """
-    sheets = of_each_line(run, lines, failures, partial(lay_out, failures=failures))
+    sheets = map_lines(run, lines, failures, partial(lay_out, failures=failures))
     jobs = [job for cells in sheets.values() for job in cells.values()]
     clips = make_outputs(run, jobs, failures) if jobs else {}
     for label, cells in sheets.items():
         paths = {place: clips[job.label] for place, job in cells.items() if job.label in clips}
         if paths:
             logger.info("Sheet of %s: %s", label, write_sheet(run, cells, paths))
-    return sum(1 for _ in list_cells(run.options.axes, {})) * len(lines)
+    cells_of_sheet = sum(1 for _ in list_cells(run.options.axes, {}))
+    return cells_of_sheet * len(lines)  # also those that could not be made
 
 
 def lay_out(run: GenerationRun, label: str, line: Mapping[str, object], failures: Failures) -> Cells:

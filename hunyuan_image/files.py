@@ -172,15 +172,15 @@ class HunyuanImageFiles(TransformerFiles):
     def text_encoders(self) -> list[TextEncoder]:
         qwen = QwenTextEncoder(
             self.text_encoder_path,
-            dtype=self.beside(self.text_dtype, TEXT_DTYPE),
+            dtype=self.encoder_dtype(self.text_dtype, TEXT_DTYPE),
             tokenizer=self.text_encoder_tokenizer,
             form=self.text_form,
             on_cpu=self.text_on_cpu,
         )
-        return [qwen, GlyphTextEncoder(self.byt5_path, self.beside(self.text_dtype), self.text_on_cpu)]
+        return [qwen, GlyphTextEncoder(self.byt5_path, self.encoder_dtype(self.text_dtype), self.text_on_cpu)]
 
     def load_vae(self, device: torch.device) -> HunyuanImageVae:
-        dtype = self.beside(self.vae_dtype)
+        dtype = self.encoder_dtype(self.vae_dtype)
         return load_vae(self.vae_path, device, dtype, self.vae_chunk_size, tile=self.vae_tile)
 
     def check_vae(self) -> None:

@@ -200,11 +200,11 @@ def read_vae(checkpoint: Checkpoint) -> LoadPlan[HunyuanImageVaeConfig]:
     sources = plain_sources(checkpoint)
     if "encoder.down_blocks.0.conv1.weight" in sources:
         sources = rename_sources(sources, NamesByLevel(sources))
-    refusal = other_kind(checkpoint, WHAT, "--vae", RELEASE)
+    wrong_kind = other_kind(checkpoint, WHAT, "--vae", RELEASE)
     if not sources.keys() >= {"encoder.down.0.downsample.conv.weight", "decoder.conv_in.weight"}:
-        raise refusal
-    as_matrices(sources, ATTENTION)
-    shape = shapes_of(checkpoint, sources, refusal)
+        raise wrong_kind
+    as_matrices(sources, ATTENTION)  # 1x1 convolutions in the file, linear layers here
+    shape = shapes_of(checkpoint, sources, wrong_kind)
     levels = {count(sources, r"encoder\.down\.\d+"), count(sources, r"decoder\.up\.\d+")}
     if levels != {LEVELS}:
         raise _wrong(checkpoint, f"it has {' and '.join(map(str, levels))} levels, the model has {LEVELS}")

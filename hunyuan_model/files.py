@@ -74,7 +74,7 @@ class HunyuanFiles(TransformerFiles):
         )
 
     def text_encoders(self) -> list[TextEncoder]:
-        dtype, reading, (llava, clip) = self.beside(self.text_dtype), self.reading, self.encoders
+        dtype, reading, (llava, clip) = self.encoder_dtype(self.text_dtype), self.reading, self.encoders
         return [
             llava(
                 self.text_encoder1_path,
@@ -98,7 +98,7 @@ class HunyuanFiles(TransformerFiles):
         return load_vae(
             self.vae_path,
             device,
-            self.beside(self.vae_dtype),
+            self.encoder_dtype(self.vae_dtype),
             chunk_size=self.vae_chunk_size,
             tile=self.vae_tile,
             tile_frames=self.vae_tile_frames,

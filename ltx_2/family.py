@@ -120,7 +120,7 @@ class Ltx2(Ltx2Media):
 
     @property
     def vae_dtype(self) -> torch.dtype:
-        return self.files.beside(self.files.vae_dtype)
+        return self.files.encoder_dtype(self.files.vae_dtype)
 
     @property
     def version(self) -> str:
@@ -471,11 +471,11 @@ class Ltx2(Ltx2Media):
         mask, strength = self.reference_attention
         if mask is not None or strength < 1:
             if mask is None:
-                white = torch.ones(1)
+                mask_strengths = torch.ones(1)  # the same for all tokens
             else:
-                white = read_strengths(mask, pixels, reference_rules, self.latent)
+                mask_strengths = read_strengths(mask, pixels, reference_rules, self.latent)
             num_tokens = sum(latents[0, 0].numel() for latents in conditions.values())
-            conditions[STRENGTHS] = (strength * white).expand(1, num_tokens)
+            conditions[STRENGTHS] = (strength * mask_strengths).expand(1, num_tokens)
         return conditions
 
     def _read_frames(self, prepared: Prepared) -> Tensor | None:

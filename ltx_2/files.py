@@ -158,7 +158,7 @@ class Ltx2Files(TransformerFiles):
         return channels
 
     def load_vae(self, device: torch.device) -> LtxVideoVae:
-        return load_video_vae(self.vae_path, device, self.beside(self.vae_dtype), self.vae_tile)
+        return load_video_vae(self.vae_path, device, self.encoder_dtype(self.vae_dtype), self.vae_tile)
 
     def vae_identity(self) -> Mapping[str, str]:
         return super().vae_identity() if self.has_pictures else NO_PICTURES
@@ -237,7 +237,7 @@ class Ltx2Files(TransformerFiles):
         return Ltx2TextEncoder(
             gemma,
             connectors,
-            dtype=self.beside(self.text_dtype),
+            dtype=self.encoder_dtype(self.text_dtype),
             tokenizer=self.tokenizer,
             form=self.text_form,
             on_cpu=self.text_on_cpu,

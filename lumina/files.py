@@ -133,7 +133,7 @@ class LuminaFiles(AutoencoderFiles):
     def text_encoders(self) -> list[TextEncoder]:
         gemma = GemmaTextEncoder(
             self.gemma2_path,
-            self.beside(self.text_dtype),
+            self.encoder_dtype(self.text_dtype),
             tokenizer=self.gemma2_tokenizer,
             system_prompt=self.system_prompt,
             in_negative=self.system_prompt_in_negative,

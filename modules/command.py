@@ -102,29 +102,31 @@ def wants_colour(stream: Any) -> bool:
 @contextlib.contextmanager
 def each_warning_once() -> Iterator[None]:
     """Show no warning twice inside the block: each line of a prompt file would repeat those about options."""
-    filters = [(handler, _once()) for handler in logging.getLogger().handlers]
-    for handler, is_new in filters:
-        handler.addFilter(is_new)
+    filters = [(handler, _RepeatedWarnings()) for handler in logging.getLogger().handlers]
+    for handler, repeated_warnings in filters:
+        handler.addFilter(repeated_warnings)
     try:
         yield
     finally:
-        for handler, is_new in filters:
-            handler.removeFilter(is_new)
+        for handler, repeated_warnings in filters:
+            handler.removeFilter(repeated_warnings)
 
 
-def _once() -> Callable[[logging.LogRecord], bool]:
-    logged: set[str] = set()
+class _RepeatedWarnings(logging.Filter):
+    """Remove warnings whose message was logged before."""
 
-    def is_new(record: logging.LogRecord) -> bool:
+    def __init__(self) -> None:
+        super().__init__()
+        self._messages: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
         try:
             message = record.getMessage()
-        except (TypeError, ValueError, LookupError):  # a faulty one: the handler itself reports it
+        except (TypeError, ValueError, LookupError):  # a faulty record, which the handler itself reports
             return True
-        is_repeated = record.levelno == logging.WARNING and message in logged
-        logged.add(message)
+        is_repeated = record.levelno == logging.WARNING and message in self._messages
+        self._messages.add(message)
         return not is_repeated
-
-    return is_new
 
 
 # a script and its options within a message, which are typed as that script has them

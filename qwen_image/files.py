@@ -172,7 +172,7 @@ class QwenImageFiles(LanguageModelFiles):
 
     def load_vae(self, device: torch.device) -> WanVae:
         self.check_vae()
-        return load_vae(self.vae_path, device, self.beside(self.vae_dtype), tile=self.vae_tile)
+        return load_vae(self.vae_path, device, self.encoder_dtype(self.vae_dtype), tile=self.vae_tile)
 
     def check_vae(self) -> None:
         config = read_once(self.vae_path, read_vae, "the VAE of Qwen-Image", VAE_FILES).config

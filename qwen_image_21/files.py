@@ -302,7 +302,7 @@ class QwenImage21Files(LanguageModelFiles):
 
     def load_vae(self, device: torch.device) -> QwenImage21Vae:
         self.check_vae()
-        return load_vae(self.vae_path, device, self.beside(self.vae_dtype), tile=self.vae_tile)
+        return load_vae(self.vae_path, device, self.encoder_dtype(self.vae_dtype), tile=self.vae_tile)
 
     def check_vae(self) -> None:
         """Raise CheckpointError if the file is not the model's VAE, or has other latents than --dit takes."""

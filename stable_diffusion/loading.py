@@ -301,8 +301,8 @@ def check_attention(options: ModelOptions, device: torch.device) -> None:
     if not options.xformers and not options.diffusers_xformers:
         return
     try:
-        # names --xformers
         check_backend(AttentionChoice("xformers"), device, lambda: _choose_dtype(options), training=True)
     except OptionError as error:
+        # the message names --xformers: show the flag that the user typed
         flag = "--xformers" if options.xformers else "--diffusers_xformers"
         raise OptionError(str(error).replace("--xformers", flag)) from error

@@ -311,7 +311,7 @@ class GrowingSteps:
         stepped = step(index, velocity, sample)
         if unsharp is None and self.s_noise == 1:
             return stepped
-        # all is linear: the derivative of what is resized is the derivative, resized
+        # split Euler's change of the sample from the noise that euler_a added: only the former is sharpened
         change = self._change(index, velocity, sample)
         noise = stepped - (sample + change)
         if unsharp is None:

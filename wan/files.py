@@ -112,7 +112,7 @@ class WanFiles(TransformerFiles):
         dit = self.dit or self.dit_high_noise
         return None if dit is None else self.dit_dtype or self.dit_header().compute_dtype
 
-    def beside(self, chosen: torch.dtype | None, usual: torch.dtype | None = None) -> torch.dtype:
+    def encoder_dtype(self, chosen: torch.dtype | None, usual: torch.dtype | None = None) -> torch.dtype:
         return chosen or self.compute_dtype() or usual or self.usual
 
     def text_encoders(self) -> list[TextEncoder]:
@@ -121,7 +121,7 @@ class WanFiles(TransformerFiles):
         return [WanTextEncoder(self.t5_path, self.t5_tokenizer, self.t5_form)]
 
     def load_vae(self, device: torch.device) -> WanVae:
-        dtype = self.beside(self.vae_dtype)
+        dtype = self.encoder_dtype(self.vae_dtype)
         return load_vae(self.vae_path, device, dtype, self.vae_cache_cpu, tile=self.vae_tile)
 
     def check_vae(self) -> None:
