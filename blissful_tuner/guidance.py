@@ -157,9 +157,11 @@ class _StepPlanner:
         of_picture: tuple[GuidanceStage, ...] = ()
         of_sound: tuple[GuidanceStage, ...] = ()
         if scale is not None and self._rules.streams:
-            of_picture, of_sound = (self._stream_stages(rule, scale) for rule in self._rules.streams)
+            of_picture, of_sound = (self._make_stream_stages(rule, scale) for rule in self._rules.streams)
         elif scale is not None:
-            of_picture, of_sound = (self._plain_stages(index, scale, momentum) for momentum in self._momenta)
+            of_picture, of_sound = (
+                self._make_plain_stages(index, scale, momentum) for momentum in self._momenta
+            )
         if self._prepared.joint is None:
             of_sound = ()
         passes: list[Pass] = []
@@ -170,7 +172,7 @@ class _StepPlanner:
         tweaks = NO_TWEAKS if scale is None else self._guided_tweaks
         return PassPlan(tuple(dict.fromkeys(passes)), (of_picture, of_sound), factor, tweaks)
 
-    def _stream_stages(self, rule: StreamGuidance, scale: float) -> tuple[GuidanceStage, ...]:
+    def _make_stream_stages(self, rule: StreamGuidance, scale: float) -> tuple[GuidanceStage, ...]:
         """Return the stages of a picture or a sound that has scales of its own."""
         text_scale = scale if rule.text is None else rule.text
         weights = {
@@ -181,14 +183,16 @@ class _StepPlanner:
         weights = {pass_: weight for pass_, weight in weights.items() if weight}
         return (guide_stream(rule, weights),) if weights else ()
 
-    def _plain_stages(self, index: int, scale: float, momentum: Momentum | None) -> tuple[GuidanceStage, ...]:
+    def _make_plain_stages(
+        self, index: int, scale: float, momentum: Momentum | None
+    ) -> tuple[GuidanceStage, ...]:
         """Return the stages of a step by the options and the model's rules."""
         options = self._options
         rules = self._rules
         rule = rules.projection
         weakens = index in self._weakened_steps
         negative = self._weakened if weakens and options.slg_mode == "uncond" else NEGATIVE
-        stages = self._guiding_stages(scale, negative)
+        stages = self._make_guiding_stages(scale, negative)
         share = options.guidance_rescale
         if stages and rule is not None and momentum is not None:
             if self._prepared.first_step + index > rule.after_step:
@@ -208,7 +212,7 @@ class _StepPlanner:
             stages.append(keep_norms(rules.token_side))
         return tuple(stages)
 
-    def _guiding_stages(self, scale: float, negative: Pass) -> list[GuidanceStage]:
+    def _make_guiding_stages(self, scale: float, negative: Pass) -> list[GuidanceStage]:
         """Return the stage of the formula that the options choose; [] if the scale turns guidance off."""
         options = self._options
         if options.perp_neg is not None:
@@ -472,7 +476,7 @@ def warn_of_low_scales(prepared: Prepared, options: GuidanceOptions = PLAIN_GUID
     used = {*prepared.guidance_scale, *(stream.text for stream in prepared.rules.streams)}
     for scale, option in named.items():
         if scale < off and (scale in used or scheduled):
-            logger.warning("%s: %s", option, _low_scale_in_words(scale, off))
+            logger.warning("%s: %s", option, _describe_low_scale(scale, off))
 
 
 def _name_scales(prepared: Prepared) -> dict[float, str]:
@@ -489,7 +493,7 @@ def _name_scales(prepared: Prepared) -> dict[float, str]:
     return named
 
 
-def _low_scale_in_words(scale: float, off: float) -> str:
+def _describe_low_scale(scale: float, off: float) -> str:
     """Describe the effect of a guidance scale below `off`, the scale that turns guidance off."""
     weight = scale + 1 - off  # in the usual formula: 1 turns guidance off, 0 is the negative prompt alone
     effect = "leaves the prompt out"

@@ -188,7 +188,7 @@ def _recognise_transformer(
     made_from: dict[str, set[str]] = {}  # tensor of the file -> tensors of the network made from it
     for name, source in sources.items():
         made_from.setdefault(source.names[0], set()).add(name)
-    prefix = _common_prefix(checkpoint, list(made_from))
+    prefix = _find_prefix(checkpoint, list(made_from))
     weights = dit.state_dict()
     layers: set[str] = set()
     shapes_in_file = {}
@@ -208,7 +208,7 @@ def _recognise_transformer(
     )
 
 
-def _common_prefix(checkpoint: Checkpoint, names: Sequence[str]) -> str:
+def _find_prefix(checkpoint: Checkpoint, names: Sequence[str]) -> str:
     """Return the prefix that all of these names have in the file."""
     for name in checkpoint.tensors:
         if name.endswith(names[0]):
@@ -429,7 +429,7 @@ class _Values:
         self.plain: set[str] = set()
         for name, source in self._sources.items():
             info = checkpoint.tensors[name]
-            shape = self._plain_shape(name, info, shapes)
+            shape = self._unpad_shape(name, info, shapes)
             if not _is_narrow(info):
                 self.plain.add(name)
                 self.tensors[name] = info
@@ -440,7 +440,7 @@ class _Values:
                 )
             self.tensors[name] = TensorInfo(torch.float32, shape)
 
-    def _plain_shape(
+    def _unpad_shape(
         self, name: str, info: TensorInfo, shapes: Mapping[str, tuple[int, ...]]
     ) -> tuple[int, ...]:
         """Return the shape of a tensor without its padding. Raises CheckpointError if it is unknown."""

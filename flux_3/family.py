@@ -211,23 +211,25 @@ def family_for_text_caching(options: own.Flux3TextCachingOptions) -> Flux3:
 
 def family_for_training(options: own.Flux3TrainingOptions) -> Flux3:
     """Describe the family for training, which is on base."""
-    return Flux3(replace(_files(options), needs_distilled=False), options=options)
+    return Flux3(replace(_make_files(options), needs_distilled=False), options=options)
 
 
 def family_for_samples(options: own.Flux3TrainingOptions) -> Flux3 | None:
     """Describe samples made with --distilled_dit. Raises OptionError if that file is of base."""
     if options.distilled_dit is None:
         return None
-    files = replace(_files(options), dit=options.distilled_dit, dit_option=OF_SAMPLES, needs_distilled=True)
+    files = replace(
+        _make_files(options), dit=options.distilled_dit, dit_option=OF_SAMPLES, needs_distilled=True
+    )
     files.dit_header()
     return Flux3(files, options=options)
 
 
 def family_for_generation(options: own.Flux3GenerationOptions) -> Flux3:
-    return Flux3(_files(options))
+    return Flux3(_make_files(options))
 
 
-def _files(options: own.Flux3TrainingOptions | own.Flux3GenerationOptions) -> Flux3Files:
+def _make_files(options: own.Flux3TrainingOptions | own.Flux3GenerationOptions) -> Flux3Files:
     files = Flux3Files().add_dit(options.dit, options.dit_dtype)
     return files.add_vae(options.vae.file).add_text(options.text)
 

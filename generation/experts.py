@@ -161,7 +161,7 @@ class DitTurns:
             yield
         finally:
             for dit, copy in working:
-                _come(dit, copy, self.device)
+                _move_to_device(dit, copy, self.device)
 
     def can_stay(self, needed: int | None) -> bool:
         """Return whether the working networks may stay on the device while something else needs `needed`
@@ -199,7 +199,7 @@ class DitTurns:
             else:
                 self._working.add(expert)  # now, as it may be interrupted half-way
                 try:
-                    _come(self._dits[expert], self._copies.get(expert), self.device)
+                    _move_to_device(self._dits[expert], self._copies.get(expert), self.device)
                 except Exception:  # too little memory: a smaller video may still find it complete
                     self._put_away(expert)
                     raise
@@ -266,7 +266,7 @@ class DitTurns:
         if coming is None or coming in self._dits or self._ahead is not None or self.load_aside is None:
             return
         words = self.experts[coming].words
-        reason = self._why_not_ahead(present)
+        reason = self._explain_not_ahead(present)
         if reason:
             if coming not in self._logged:
                 logger.info("The %s is loaded when its steps begin%s", words, reason)
@@ -285,7 +285,7 @@ class DitTurns:
         pool.shutdown(wait=False)  # once it is made
         self._ahead = ReadingAhead(coming, reading, stop)
 
-    def _why_not_ahead(self, present: int) -> str:
+    def _explain_not_ahead(self, present: int) -> str:
         """Return the reason why the next expert is not read while this one works; "" if it can be."""
         if self.lazy:
             return ", as --lazy_loading asks"
@@ -327,7 +327,7 @@ class DitTurns:
         self._ahead = None
 
 
-def _come(dit: nn.Module, copy: WaitingNetwork | None, device: torch.device) -> None:
+def _move_to_device(dit: nn.Module, copy: WaitingNetwork | None, device: torch.device) -> None:
     if copy is not None:
         copy.bring()
     elif device.type != "cpu":  # where it was loaded

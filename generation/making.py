@@ -309,7 +309,7 @@ def watch(run: GenerationRun, job: GenerationJob, stem: str) -> Iterator[tuple[l
     prepared = job.prepared
     output = run.options.output
     preview = output.save_path / f"{stem}{outputs.PREVIEW_SUFFIX}"
-    grow_preview = _preview_of_sections(run, job, preview)
+    grow_preview = _make_section_preview(run, job, preview)
     with name_preview_on_failure(preview), ExitStack() as previews, ExitStack() as bars:
         watchers: list[Watcher] = []
         preview_section: OnSection | None = None
@@ -345,7 +345,7 @@ def watch(run: GenerationRun, job: GenerationJob, stem: str) -> Iterator[tuple[l
         yield [advance, *watchers, *run.watchers], on_section
 
 
-def _preview_of_sections(run: GenerationRun, job: GenerationJob, path: Path) -> OnSection:
+def _make_section_preview(run: GenerationRun, job: GenerationJob, path: Path) -> OnSection:
     """Return a function that adds each finished section of a video to its growing preview."""
     output = run.options.output
     fps = job.prepared.fps

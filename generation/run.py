@@ -113,7 +113,7 @@ def _decode_file(
         return save_pixels(
             output,
             stem,
-            decode(run.family, encoders, saved.latents, _shown_part(run.family, path, saved)),
+            decode(run.family, encoders, saved.latents, _read_shown_part(run.family, path, saved)),
             fps=fps,
             metadata=None if output.no_metadata else metadata,
             post=run.post,
@@ -121,7 +121,7 @@ def _decode_file(
         )
 
 
-def _shown_part(family: Family, path: Path, saved: "SavedLatents") -> Box | None:
+def _read_shown_part(family: Family, path: Path, saved: "SavedLatents") -> Box | None:
     """Return the part of the pixels that is the result, which the file may say; None: all of them.
 
     Raises CheckpointError if the file has fewer pixels.
@@ -387,11 +387,15 @@ def make_session(family: Family, options: GenerationOptions, loader: DitLoader, 
         together=blocks is not None,
     )
     return Session(
-        family, loader.device, dits, text_loras=_text_loras(loader.uses, options.lora_rounding), blocks=blocks
+        family,
+        loader.device,
+        dits,
+        text_loras=_make_text_loras(loader.uses, options.lora_rounding),
+        blocks=blocks,
     )
 
 
-def _text_loras(uses: LorasByExpert, rounding: str) -> "TextLoras | None":
+def _make_text_loras(uses: LorasByExpert, rounding: str) -> "TextLoras | None":
     """Return the LoRAs that change text encoders, if there are any. rounding: value of --lora_rounding."""
     if not uses or not uses[0]:
         return None

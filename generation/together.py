@@ -86,20 +86,20 @@ class _DividedRun:
     @cached_property
     def shards(self) -> PhasePrediction:
         """Rehearse the run with the network split over all cards."""
-        options = self._options_for(Division(self.cards, shards=True))
+        options = self._set_division(Division(self.cards, shards=True))
         with quiet():
             return predict(self.family, options, self.prepared, self.device, room=self.room)
 
     def divide(self, division: Division) -> PhasePrediction:
         """Predict the memory of one card. Raises OptionError if the model cannot be divided so."""
         if division != Division(self.cards):
-            check_together(self.family, self._options_for(division))
+            check_together(self.family, self._set_division(division))
         prediction = self.shards if division.shards else self.whole_network
         if division.context == 1:
             return prediction
         return replace(prediction, moments=divide_tokens(prediction.moments, division.context, self.counter))
 
-    def _options_for(self, division: Division) -> GenerationOptions:
+    def _set_division(self, division: Division) -> GenerationOptions:
         return replace(self.options, speed=with_division(self.options.speed, division))
 
 
@@ -173,7 +173,7 @@ class SharedPasses:
 
     def __init__(self, sharding: ShardingOptions, device: torch.device) -> None:
         """device: of this process; all have joined before."""
-        grid = _grid(sharding, distributed.get_world_size(), distributed.get_rank())
+        grid = _choose_grid(sharding, distributed.get_world_size(), distributed.get_rank())
         self.processes = grid.passes
         self._rank = grid.pass_rank
         self._group = device_mesh(grid, device)["passes"].get_group()
@@ -204,7 +204,7 @@ class SharedPasses:
         return list(groups.values())
 
 
-def _grid(sharding: ShardingOptions, processes: int, rank: int = 0) -> ProcessGrid:
+def _choose_grid(sharding: ShardingOptions, processes: int, rank: int = 0) -> ProcessGrid:
     """Return the grid of processes if as many passes as possible are shared. Raises OptionError."""
     passes = max(processes // sharding.context_parallel, 1)
     groups = sharding.groups_of(processes, passes)
@@ -260,7 +260,7 @@ def check_together(family: Family, options: GenerationOptions) -> None:
 def _check_shared_passes(options: GenerationOptions) -> None:
     """Raise OptionError if processes cannot share the passes of a step."""
     sharding = options.speed.sharding
-    _grid(sharding, launched_processes())
+    _choose_grid(sharding, launched_processes())
     cache = options.step_cache
     if cache.magcache_calibration or cache.teacache_calibration:
         raise OptionError(

@@ -280,7 +280,7 @@ def explain_compilation(error: Exception) -> str | None:
     summary, _, output = str(error).partition("Output:\n")
     lines = [line.strip() for line in (output or summary).splitlines() if line.strip()]
     reason = next((line for line in lines if re.search("error|cannot|not found", line, re.IGNORECASE)), "")
-    folder = _folder_with_blank(summary)
+    folder = _find_folder_with_blank(summary)
     remedy = "Update the compiler (g++ or clang; on a GPU Triton) and its headers"
     if folder is not None:
         remedy = (
@@ -294,7 +294,7 @@ def explain_compilation(error: Exception) -> str | None:
     )
 
 
-def _folder_with_blank(command: str) -> str | None:
+def _find_folder_with_blank(command: str) -> str | None:
     """Return a folder of torch or of its compiled code whose path has a blank and is in a failed command.
 
     torch does not quote paths there, so that the compiler reads such a path as two.

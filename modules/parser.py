@@ -432,7 +432,7 @@ def add_options(
         place = group_of(parser, cls.heading) if cls.heading else group or parser
         for field in fields(cls):
             _add_field(parser, place, cls, field=field, changes=changes)
-        for name, refusal in _refusals(cls):
+        for name, refusal in _list_refusals(cls):
             if name not in without:
                 _add_refusal(place, cls, name, refusal)
 
@@ -497,7 +497,7 @@ def _add_field(
         )
 
 
-def _refusals(cls: type[Options]) -> list[tuple[str, Refusal]]:
+def _list_refusals(cls: type[Options]) -> list[tuple[str, Refusal]]:
     """Return the attributes of a record and its bases that are options of other programs, by name."""
     attributes = [(name, getattr(cls, name)) for base in cls.__mro__ for name in vars(base)]
     return [(name, refusal) for name, refusal in attributes if isinstance(refusal, Refusal)]

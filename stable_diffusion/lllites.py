@@ -69,11 +69,11 @@ class LlliteModule(nn.Module):
             layers += [nn.Conv2d(channels, width, kernel_size=stride, stride=stride), nn.ReLU()]
             channels = width
         self.conditioning1 = nn.Sequential(*layers[:-1])  # no activation after the last
-        self.down = nn.Sequential(self._layer(part.width, part.rank), nn.ReLU())
-        self.mid = nn.Sequential(self._layer(part.rank + channels, part.rank), nn.ReLU())
-        self.up = nn.Sequential(self._layer(part.rank, part.width))
+        self.down = nn.Sequential(self._make_layer(part.width, part.rank), nn.ReLU())
+        self.mid = nn.Sequential(self._make_layer(part.rank + channels, part.rank), nn.ReLU())
+        self.up = nn.Sequential(self._make_layer(part.rank, part.width))
 
-    def _layer(self, width: int, out: int) -> nn.Module:
+    def _make_layer(self, width: int, out: int) -> nn.Module:
         return nn.Conv2d(width, out, kernel_size=1) if self.part.is_convolution else nn.Linear(width, out)
 
     def embed(self, guides: Tensor) -> Tensor:

@@ -124,11 +124,11 @@ class _Shrinking:
             return call
         # a ControlNet sees the whole size: what it adds has to be of the features' size
         skips, middle = call.residuals
-        sizes = self._feature_sizes()
+        sizes = self._list_feature_sizes()
         fitted = [resize_like(skip, size) for skip, size in zip(skips, sizes, strict=True)]
         return replace(call, residuals=(fitted, resize_like(middle, sizes[-1])))
 
-    def _feature_sizes(self) -> list[Size]:
+    def _list_feature_sizes(self) -> list[Size]:
         """Return the sizes of the input blocks' outputs in this call."""
         size = self.size
         sizes = []

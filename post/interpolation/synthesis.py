@@ -110,12 +110,12 @@ class Update(nn.Module):
         self.convf2 = conv(*config.flow)
         self.conv = conv(config.correlation[1] + config.flow[1], config.motion)
         hidden = config.hidden
-        self.gru = self._two(config.motion + 4 + feature, hidden, hidden)
-        self.feat_head = self._two(hidden, hidden, feature)
-        self.flow_head = self._two(hidden, hidden, 4)
+        self.gru = self._make_two_layers(config.motion + 4 + feature, hidden, hidden)
+        self.feat_head = self._make_two_layers(hidden, hidden, feature)
+        self.flow_head = self._make_two_layers(hidden, hidden, 4)
 
     @staticmethod
-    def _two(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    def _make_two_layers(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
         return nn.Sequential(conv(inputs, hidden), nn.LeakyReLU(SLOPE), conv(hidden, outputs))
 
     def forward(self, feature: Tensor, flow: Tensor, correlation: Tensor) -> tuple[Tensor, Tensor]:
