@@ -11,6 +11,8 @@ ip_noise: mix in further noise, which is not to be predicted
 mask_prior: hold the network to the model outside masks
 on_end: start a command when the run is over
 output_preservation: let samples of some tables stay as they are
+show_timesteps: show which timesteps would be drawn
+show_timesteps_drawing: count and draw them
 skip: leave out steps that went wrong, and remember them
 slider: slide between the captions of a file
 slider_passes: a file of captions to slide between, and its passes
@@ -31,6 +33,7 @@ from training.features.ip_noise import IP_NOISE
 from training.features.mask_prior import MASK_PRIOR
 from training.features.on_end import ON_END
 from training.features.output_preservation import OUTPUT_PRESERVATION
+from training.features.show_timesteps import SHOW_TIMESTEPS
 from training.features.skip import SKIP
 from training.features.slider import SLIDER
 from training.features.trackers import TRACKERS
@@ -41,6 +44,7 @@ from training.features.uploads import UPLOADS
 # fmt: off
 FEATURES: tuple[Feature, ...] = (
     BASE_WEIGHTS,
+    SHOW_TIMESTEPS,
     IP_NOISE,
     OUTPUT_PRESERVATION,
     GUIDED,
