@@ -21,7 +21,6 @@ from blissful_tuner.guidance_formulas import (
     NormalisedGuidance,
     Pass,
     PassPlan,
-    RunPasses,
     Velocities,
     active_steps,
     add_skipped_layers,
@@ -39,7 +38,7 @@ from blissful_tuner.options import MOST_SCALE, PLAIN_GUIDANCE, GuidanceOptions, 
 from contract.data import Conditions
 from contract.requests import Prepared
 from contract.rules import ONE_EXPERT, Expert, GuidanceRules, StreamGuidance, expert_at
-from contract.steps import NO_TWEAKS, Away, Guidance, Predict, Section, Step, Tweaks
+from contract.steps import NO_TWEAKS, Away, Guidance, Predict, RunPasses, Section, Step, Tweaks
 from modules.errors import OptionError
 
 logger = logging.getLogger(__name__)
@@ -73,7 +72,7 @@ def make_guidance(
         plan = plan_at(step)
         if not plan.passes:
             return torch.zeros_like(step.noisy)
-        steered = steering.tweaks_of(section)
+        steered = steering.make_tweaks(section)
         calls: dict[Tweaks, dict[int, Conditions]] = {}
         # by pass: its tweaks and conditions. Passes in which both are the same are computed once
         keys: dict[Pass, tuple[Tweaks, int]] = {}
@@ -100,7 +99,7 @@ class _Steering:
         self._section: Section | None = None
         self._tweaks = NO_TWEAKS
 
-    def tweaks_of(self, section: Section) -> Tweaks:
+    def make_tweaks(self, section: Section) -> Tweaks:
         """Return the tweaks of a section, whose conditions are on the device by now."""
         if section is not self._section:
             self._section = section
@@ -457,7 +456,10 @@ def _warn_of_unused_options(
 
 
 def warn_of_low_scales(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) -> None:
-    """Warn about guidance scales below the one that turns guidance off, which other programs count from 0."""
+    """Warn about guidance scales below the one that turns guidance off.
+
+    Other programs count from 0, so their scales are 1 lower than ours.
+    """
     off = prepared.rules.off_at
     scheduled = guidance_scales(prepared, options) if prepared.request.cfg_schedule else []
     named = _name_scales(prepared)
@@ -486,7 +488,7 @@ def _name_scales(prepared: Prepared) -> dict[float, str]:
 
 
 def _low_scale_in_words(scale: float, off: float) -> str:
-    """Describe the effect of a guidance scale below `off`, the one that turns guidance off."""
+    """Describe the effect of a guidance scale below `off`, the scale that turns guidance off."""
     weight = scale + 1 - off  # of the usual formula, in which 0 is the negative prompt alone
     effect = f"{scale:g} leaves the prompt out"
     if weight:
@@ -496,7 +498,7 @@ def _low_scale_in_words(scale: float, off: float) -> str:
 
 
 def why_none_skipped(options: GuidanceOptions, num_steps: int) -> str:
-    """Explain why no pass skips the layers of --slg_layers although there is guidance."""
+    """Explain that no pass skips the layers of --slg_layers although there is guidance."""
     skipping = active_steps(options, num_steps)
     if options.slg_mode == "original" and options.slg_scale == 0:
         return "--slg_scale is 0"

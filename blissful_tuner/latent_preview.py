@@ -18,7 +18,15 @@ import torch
 from torch import Tensor
 
 from blissful_tuner.options import PreviewOptions
-from blissful_tuner.taehv import TinyVae, check_taehv, decoding_bytes, dtype_on, enlarge, load_taehv, project
+from blissful_tuner.taehv import (
+    TinyVae,
+    check_taehv,
+    choose_dtype,
+    decoding_bytes,
+    enlarge,
+    load_taehv,
+    project,
+)
 from contract.data import LatentSpec
 from contract.steps import Section, StepDone, Watcher
 from modules.errors import OptionError, OutputError
@@ -110,8 +118,8 @@ class LatentPreviews:
     has_ended: bool = field(default=False, init=False)  # an error has ended the previews of this run
 
     def take(self, latents: Tensor, fps: float) -> Shot | None:
-        """Start a preview of latents (1 C F h w in model space): do the device's part, and return the rest as
-        a `Shot`.
+        """Start a preview of latents (1 C F h w in model space): do the part that runs on the device, and
+        return a `Shot` for the rest.
 
         None if no preview is possible.
         """
@@ -135,7 +143,7 @@ class LatentPreviews:
         """Leave the decoder out if the device has no room for it. height, width: of the latents."""
         if self.vae is None or self.device.type == "cpu":
             return
-        needed = decoding_bytes(self.vae.config, dtype_on(self.device), height, width)
+        needed = decoding_bytes(self.vae.config, choose_dtype(self.device), height, width)
         if not self.has_room(needed):
             room = f"{needed / 2**20:,.0f} MiB free in addition to the transformer"
             self._leave_out_vae(f"the device is not known to have {room}")
@@ -155,7 +163,7 @@ class LatentPreviews:
 
     @contextmanager
     def optional(self) -> Iterator[None]:
-        """Turn an error of the block into a warning, the first one.
+        """Turn an error of the block into a warning, once.
 
         A file that cannot be written is tried again the next time; any other error ends the previews.
         """

@@ -58,7 +58,7 @@ class MetaviewOptions(Options):
 
 @dataclass(frozen=True)
 class FileFacts:
-    """Metadata of one file, or why it could not be read."""
+    """Metadata of one file, or the error if it could not be read."""
 
     path: Path
     metadata: Mapping[str, str] = field(default_factory=dict)

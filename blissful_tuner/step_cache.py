@@ -122,7 +122,7 @@ class StepCaches:
     def section(self, dit_at: DitAt) -> Iterator[DitAt]:
         """Yield `dit_at` with the cache around the networks' blocks for one section.
 
-        What it holds is freed at the end, when the networks run as before.
+        At the end the cached tensors are freed, and the networks run as before.
         """
         if self._measured is not None:
             try:

@@ -23,10 +23,10 @@ from checkpoints.opening import (
     SUFFIXES,
     Checkpoint,
     checkpoint_paths,
+    find_scales,
     open_checkpoint,
     plain_sources,
     require_all_shards,
-    scales_in,
 )
 from checkpoints.stored.fp8 import dequantise, is_fp8
 from checkpoints.writing import stream_tensors
@@ -110,7 +110,7 @@ def plan_change(checkpoint: Checkpoint, change: CheckpointChange, stale: Sequenc
     names = [name for name in checkpoint.tensors if change.written.takes(name)]
     _check_selections(change, names)
     plain = plain_sources(checkpoint) if change.dtype is not None else {}
-    scales = scales_in(checkpoint.tensors)
+    scales = find_scales(checkpoint.tensors)
     unscaled = set()  # weights that are multiplied by their scales; whole numbers stay, with theirs
     for name in names:
         if name in scales and name in plain and _is_cast_fp8(checkpoint, change, name):
@@ -175,7 +175,7 @@ def _check_pairs(
 
 
 def _plan_names(names: Sequence[str], change: CheckpointChange) -> dict[str, str]:
-    """Return the old name of each new one. Raises OptionError if two tensors would have one name."""
+    """Map each new tensor name to the old one. Raises OptionError if two tensors would have one name."""
     old_names: dict[str, str] = {}
     for name in names:
         new_name = rename(name, change)
@@ -237,7 +237,7 @@ def _as_dtype(
 def _metadata(
     checkpoint: Checkpoint, change: CheckpointChange, unscaled: set[str], stale: Sequence[str]
 ) -> tuple[dict[str, str], list[str]]:
-    """Return the metadata of the new file, and notes on what of the old one is left out."""
+    """Return the metadata of the new file, and notes on the old metadata that are left out."""
     metadata = {}
     notes = []
     for key, text in checkpoint.metadata.items():

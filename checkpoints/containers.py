@@ -348,10 +348,11 @@ def _pickle_damage_error(path: Path, reason: str) -> CheckpointError:
 
 
 def _named_tensors(content: Any, visited: set[int]) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the tensors in the first wrapper with some, else those of `content` itself; and other names.
+    """Return the tensors of the first wrapper dictionary that has any, else of `content`, and the names of
+    all other entries.
 
-    A step count next to a wrapper may be a tensor too. visited: for a harmful file that wraps a dictionary in
-    itself.
+    A step count next to a wrapper may be a tensor too. visited: ids of the dictionaries so far, because a
+    harmful file may nest a dictionary in itself.
     """
     if not isinstance(content, dict) or id(content) in visited or len(visited) == MAX_WRAPPERS:
         return {}, []

@@ -28,12 +28,13 @@ ALL_IN_ONE = (
 SPIECE_MODEL, TOKENIZER_JSON = "spiece_model", "tokenizer_json"
 
 
-def network_in(
+def find_network(
     checkpoint: Checkpoint, embeddings: str, layer: str, excluded: tuple[str, ...]
 ) -> Checkpoint | None:
-    """Return the network that has both of these tensors, without prefix and other networks; None if none has.
+    """Return the checkpoint of the network that has both tensors, without its prefix; None if there is none.
 
-    excluded: name prefixes of other networks. Raises CheckpointError if the file holds something else.
+    embeddings, layer: names of the tensors without prefix. excluded: name prefixes of other networks, which
+    are left out. Raises CheckpointError if the file holds tensors of an unknown network.
     """
     prefixes = [name.removesuffix(embeddings) for name in checkpoint.tensors if name.endswith(embeddings)]
     prefix = next((prefix for prefix in prefixes if prefix + layer in checkpoint.tensors), None)
@@ -53,9 +54,9 @@ def network_in(
 
 
 def head_width(path: Path, rows: int, config: Mapping[str, Any], usual: int) -> int:
-    """Return the channels of a head, from the number of heads in config.json, else the usual width.
+    """Return the width of an attention head, from the number of heads in config.json, else the usual width.
 
-    Raises CheckpointError if that does not fit the rows.
+    Raises CheckpointError if the rows of the projection are not a multiple of it.
     """
     heads = config.get("num_attention_heads")
     if heads is None and rows % usual == 0:

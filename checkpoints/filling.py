@@ -293,7 +293,7 @@ class _Filling:
             parent._buffers[leaf] = tensor
 
     def _make_plain(self, name: str) -> Tensor:
-        """Return a tensor of the network in its place, with its values written."""
+        """Return a plain tensor of the network, with its values written."""
         place = self.on_host.get(name)
         if place is None:
             place = torch.empty(self._shapes[name], dtype=self._dtypes[name], device=self._device)
@@ -443,7 +443,7 @@ def _check_fit(
             continue
         infos = [checkpoint.tensors[part] for part in sources[name].names]
         needed = tuple(tensor.shape)
-        shape = _shape_from(sources[name], infos, len(needed))
+        shape = _infer_shape(sources[name], infos, len(needed))
         packing = infos[0].packing
         if shape != needed and (packing is None or shape != packing.padded(needed)):
             lines.append(f"  {name}: the file has {_sizes(shape)}, {_sizes(needed)} is needed")
@@ -477,8 +477,8 @@ def _find_unexpected(
     return unexpected
 
 
-def _shape_from(source: TensorSource, infos: Sequence[TensorInfo], axes: int) -> tuple[int, ...] | None:
-    """Return the shape of a tensor that is made of the file's; None if its parts do not go together."""
+def _infer_shape(source: TensorSource, infos: Sequence[TensorInfo], axes: int) -> tuple[int, ...] | None:
+    """Return the shape of a tensor that is made of the file's tensors; None if they do not fit together."""
     shape = infos[0].shape
     if source.build is not None:
         try:

@@ -13,7 +13,7 @@ def is_pointer_or_page(start: bytes) -> bool:
 
 
 def describe_kind(start: bytes) -> str:
-    """Return the kind of a file with this beginning that is not a model, and a remedy."""
+    """Describe the kind of a file that begins like this and is not a model, with a remedy."""
     if start.startswith(GGUF):
         return "is a GGUF file, which is not read here. Give the safetensors or .pth file of the same model."
     if ONNX.match(start):

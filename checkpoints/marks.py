@@ -76,7 +76,7 @@ def _marks(
             marks[name.removesuffix(MARK)] = _settings(_parse(read, tensors, name))
     record = _json(metadata.get(HEADER, "{}"), HEADER)
     layers = _table(record.get("layers", {}))
-    prefix = _prefix_of(layers, tensors)
+    prefix = _find_prefix(layers, tensors)
     for layer, mark in layers.items():
         stem = f"{prefix}{layer}"
         settings = _settings(mark)
@@ -94,7 +94,7 @@ def _marks(
     return marks
 
 
-def _prefix_of(header: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> str:
+def _find_prefix(header: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> str:
     """Return the prefix of tensor names that names in the header lack, as some writers leave it off."""
     first = next((f"{layer}.weight" for layer in header if layer not in tensors), None)
     if first is None or first in tensors:
@@ -167,7 +167,10 @@ class _Layer:
     def companion(
         self, end: str, dtypes: tuple[torch.dtype, ...], *shapes: tuple[int, ...]
     ) -> tuple[int, ...]:
-        """Return a companion's shape. Raises ValueError if its dtype is another; bytes count as the first."""
+        """Return the shape of a companion tensor. Raises ValueError for another dtype.
+
+        Tensors of plain bytes (uint8) count as the first dtype of the list.
+        """
         name = f"{self.stem}.{end}"
         info = self.tensors.get(name)
         if info is None:
@@ -373,7 +376,7 @@ def _set_four_bits(layer: _Layer, shape: tuple[int, int], ends: tuple[str, ...],
 
 
 def _check_four_bits(layer: _Layer, rows: Any, columns: Any, block: int) -> None:
-    """Raise ValueError if a weight of bitsandbytes is of another form or shape than its state says."""
+    """Raise ValueError if a 4-bit weight of bitsandbytes does not match the form and shape in its state."""
     form = layer.settings["quant_type"]
     if form not in ("nf4", "fp4"):
         raise ValueError(f"the form {str(form)[:60]!r}; nf4 and fp4 are read")

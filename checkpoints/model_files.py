@@ -72,8 +72,8 @@ def _read_once(
 def find_model_folder(option: str, name: str, patterns: Sequence[str]) -> Path:
     """Return the folder `name`; if there is none, download the repository `owner/name` and return its folder.
 
-    patterns: of the files to download. Raises CheckpointError if it is neither a folder nor the name of a
-    repository, DownloadError if the hub does not give it.
+    patterns: names of the files to download, with wildcards. Raises CheckpointError if it is neither a folder
+    nor the name of a repository, DownloadError if the hub does not give it.
     """
     folder = to_path(option, name)
     if folder.is_dir():

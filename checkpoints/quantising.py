@@ -72,7 +72,7 @@ _ARCHITECTURES = {
 
 @dataclass(frozen=True)
 class Recognised:
-    """Kind of a file, its weights to quantise, and the shapes of weights that may be padded."""
+    """The kind of a file, the layers that can be quantised, and the shapes of weights that may be padded."""
 
     what: str
     family: str | None  # None: a text encoder
@@ -139,7 +139,7 @@ def _is_narrow(info: TensorInfo) -> bool:
 
 
 def _recognise(checkpoint: Checkpoint, form: str = "") -> Recognised:
-    """Recognise the file. form: that of --form, which decides the layers.
+    """Recognise the network of a file. form: value of --form, on which the set of layers depends.
 
     Raises CheckpointError if it is neither a known transformer nor a text encoder.
     """
@@ -393,7 +393,7 @@ def _widen(
 def in_values(checkpoint: Checkpoint, device: torch.device | None = None) -> Checkpoint:
     """Return the tensors of a file without scales, quantised ones dequantised to float32; if none is
     quantised, return `checkpoint` itself. The files stay shared: close one of the two. device: to compute
-    them on. Raises CheckpointError if a form is not read, or the size of a padded weight is not known.
+    them on. Raises CheckpointError if a form is not read, or the unpadded size of a weight is not known.
     """
     refuse_quantised(checkpoint)
     infos = checkpoint.tensors.values()
@@ -408,7 +408,9 @@ def in_values(checkpoint: Checkpoint, device: torch.device | None = None) -> Che
 
 
 class _Values:
-    """The tensors of a file by their values, in float32: the file behind the result of `in_values`."""
+    """The tensors of a file, dequantised to float32 when they are read; this is the file behind the result of
+    `in_values`.
+    """
 
     def __init__(
         self, checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]], device: torch.device

@@ -76,7 +76,7 @@ def name_texts(conditions: Conditions, names: Mapping[str, str], device: torch.d
     return arguments
 
 
-def tensor_on(conditions: Conditions, name: str, device: torch.device) -> Tensor:
+def send_tensor(conditions: Conditions, name: str, device: torch.device) -> Tensor:
     """Return a condition that is one tensor, sent to the network's device."""
     tensor = conditions[name]
     assert isinstance(tensor, Tensor)
@@ -98,7 +98,7 @@ def name_text_and_mask(
 
 @dataclass(frozen=True)
 class MadeBy:
-    """Encoder of a cache file, as its record states."""
+    """The encoder that made a cache file, as the file's record states it."""
 
     path: Path
     part: str  # LATENTS_MADE, SOUND_MADE, or the name of a text encoder
@@ -144,7 +144,7 @@ class Batch:
         return replace(self, tensors=remaining, undropped={**self.undropped, **dropped})
 
     def tell(self, names: Collection[str]) -> "Batch":
-        """Return the batch with dropped tensors put back. names: which ones, of CAPTION and REFERENCE."""
+        """Return the batch with dropped tensors restored. names: kinds to restore, CAPTION and REFERENCE."""
         parts = {
             name: value
             for name, value in self.undropped.items()
@@ -174,7 +174,7 @@ class Batch:
     def check_widths(self, widths: Mapping[str, int], taker: Path, remedy: str) -> None:
         """Raise CacheError if tensors were made by another encoder than the network was trained with.
 
-        widths: name -> numbers in the last axis that the network in the file `taker` takes. remedy: the
+        widths: name -> size of the last axis that the network in the file `taker` expects. remedy: the
         options to cache again with.
         """
         for name, expected in widths.items():
@@ -242,7 +242,8 @@ class MediaBatch:
     shown: tuple[tuple[ShownMedium, ...], ...] = ()  # the references of each item, of its row in a list
 
     def split_for(self, device: torch.device) -> "list[MediaBatch]":
-        """Return the items in the batches for an encoder on that device: one batch; on a CPU, one item each.
+        """Split the items into batches for an encoder on `device`: on a CPU one item each, else all in one
+        batch.
 
         On a CPU a batch gains nothing. Encoded alone, an item's numbers do not depend on the items that a
         killed run left to do.
@@ -378,7 +379,9 @@ class LatentSpec:
         return ClipLengths(self.clip, self.tail) if self.clip else ClipLengths(self.frame_step)
 
     def count_latents(self, frames: int) -> int:
-        """Return the latent frames of so many frames: the first of a video, or of each clip, is one frame."""
+        """Return the number of latent frames for a number of frames: the first latent frame of each clip is
+        one frame.
+        """
         if not self.clip:
             return (frames - 1) // self.stride[0] + 1
         clips, rest = divmod(frames, self.clip)

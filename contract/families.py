@@ -77,9 +77,9 @@ class FamilyEntry:
         return getattr(self.options, f"{self.record}{kind}Options")
 
     def text_encoder_options(self, family_options: Any) -> dict[str, Any]:
-        """Return the options of the files that encode texts, each with a word in place of the path.
+        """Return the options that name the text encoders' files, each with a placeholder for the path.
 
-        family_options: those of the command that caches latents.
+        family_options: options of the command that caches latents.
         """
         by_release = vars(self.options).get("text_encoder_options")
         if by_release is not None:
@@ -91,7 +91,7 @@ class FamilyEntry:
     def training_options(self, family_options: Any, family: Any) -> dict[str, Any]:
         """Return the options that a training from caches of latents needs, by flag.
 
-        family_options: those of the command that caches latents. family: as it made them.
+        family_options: options of the command that cached the latents. family: as that command built it.
         """
         by_caches = vars(self.options).get("training_options")
         return {} if by_caches is None else dict(by_caches(family_options, family))
@@ -105,8 +105,8 @@ class FamilyEntry:
     ) -> tuple[str, str]:
         """Return the commands that make missing caches of latents and of texts, for a training.
 
-        family_options: those of the training. switches: further ones of the command for latents. typed: how
-        the user spelled the options, by public name.
+        family_options: options of the training. switches: further options for the command that caches
+        latents. typed: how the user spelled the options, by public name.
         """
         from modules.repeated_options import join_options, repeat_given  # not for --help
 
@@ -128,8 +128,8 @@ class FamilyEntry:
     ) -> list[str]:
         """Return the script and the options that generate with the models of a training.
 
-        Options of the training that the script has too are repeated. family_options, typed: as of
-        `caching_commands`. sample: settings of a sample, by the names of `Request`; may be empty.
+        Options of the training are repeated if the script has them too. family_options, typed: as in
+        `caching_commands`. sample: settings of a sample, by the field names of `Request`; may be empty.
         """
         from modules.repeated_options import join_options, repeat_given  # not for --help
 
@@ -193,7 +193,10 @@ def read_names() -> list[ModuleType]:
 
 
 def share_latents(name: str) -> frozenset[str]:
-    """Return the models, as outputs name them, whose latents are in the same space as those of a model."""
+    """Return the names of all models that share the latent space of a model, including itself.
+
+    name: as outputs name the model.
+    """
     family_of: dict[str, str] = {}
     for family, entry in FAMILIES.items():
         family_of |= dict.fromkeys((family, *entry.further_models), family)
@@ -203,9 +206,7 @@ def share_latents(name: str) -> frozenset[str]:
 
 @cache
 def family_marks() -> Marks:
-    """Return the marks of all families: tensors that only one has, then those that other families may have
-    too.
-    """
+    """Return the tensors that identify a family: first those that only one has, then the shared ones."""
     read = read_names()
     marks = (mark for names in read for mark in names.MARKS)
     return (*marks, *(mark for names in read for mark in vars(names).get("SHARED_MARKS", ())))
@@ -240,7 +241,7 @@ def identify(path: Path) -> str | None:
 
 
 def describe_scripts(family: str) -> str:
-    """Return which scripts train and generate with a family's models, and how `new` calls these models."""
+    """Return a text that names the scripts for a family's models, and the names of these models in `new`."""
     from downloads.catalogue import model_sets  # only for hints
 
     entry = FAMILIES[family]
@@ -261,7 +262,8 @@ def describe_scripts(family: str) -> str:
 
 
 class Script(partial[None]):
-    """A script's function, which takes the words behind its name; None: those of the command line.
+    """The main function of a script. Its argument are the words after the script's name; None: those of the
+    command line.
 
     Made by `plain_script`, `caching_script` and the like.
     """
@@ -282,7 +284,7 @@ def plain_script(
 
     about: the script's docstring. work: the function's name, as `networks.merging.merge_flux`; its import
     loads torch. without: as for `add_options`. prepare: makes the function's arguments from the record.
-    going_on: says what to do after Ctrl-C.
+    going_on: the advice that is printed after Ctrl-C.
     """
 
     def run_tool(argv: Sequence[str] | None = None) -> None:

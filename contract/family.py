@@ -106,14 +106,14 @@ FLOW = NoiseSpec(tokens=count_picture_tokens)
 
 @dataclass(frozen=True)
 class NumberedBlocks:
-    """Blocks of a network by the numbers under which --network_args give them ranks and rates."""
+    """Blocks of a network, numbered as in the --network_args that set ranks and learning rates of blocks."""
 
     count: int  # of the numbers in block_dims and the like
     sides: tuple[tuple[str, int, int], ...]  # argument of rates, its first block, how many it has
     starts: tuple[tuple[str, int], ...]  # how the path of a module begins -> number of its block
 
     def number_of(self, path: str) -> int | None:
-        """Return the number of a module's block; None if it is in none."""
+        """Return the number of a module's block; None if it belongs to no block."""
         return next((number for start, number in self.starts if path.startswith(f"{start}.")), None)
 
 
@@ -247,7 +247,9 @@ def can_learn(encoder: TextEncoder) -> TypeGuard[LearningEncoder]:
 
 
 class EncoderWithSide(TextEncoder, Protocol):
-    """A text encoder with layers of the model's own file behind it, which LoRAs name as the transformer's."""
+    """A text encoder followed by layers of the model's own file. LoRAs name these layers as the
+    transformer's.
+    """
 
     @property
     def text_side(self) -> nn.Module: ...  # these layers, once loaded
@@ -291,7 +293,7 @@ def can_see(encoder: TextEncoder) -> TypeGuard[SeeingEncoder]:
 
 
 class MarkingEncoder(TextEncoder, Protocol):
-    """A text encoder whose caches say in plain metadata what they are for, as those of other programs do."""
+    """A text encoder that marks its caches in plain metadata with their purpose, as other programs do."""
 
     # of a caption, and the content hashes of pictures and clips that were shown with it
     def cache_metadata(self, caption: str, shown: Sequence[str]) -> Mapping[str, str]: ...
@@ -466,7 +468,7 @@ def sound_of(family: Described) -> SoundSpec | None:
 
 
 class Passes(Protocol):
-    """What the denoising loop asks of a network: one pass of it."""
+    """The network as the denoising loop calls it, one pass at a time."""
 
     def predict(
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS

@@ -35,8 +35,8 @@ class KeepingTarget:
     caching: str = ""  # options that it needs when texts are cached
 
 
-def transfer_from(base: str, file: str) -> KeepingTarget:
-    """Return the target that teaches what a LoRA of the base model changes. file: its transformer."""
+def make_transfer_target(base: str, file: str) -> KeepingTarget:
+    """Return the target that teaches a distilled model, `file`, what a LoRA of the base model changes."""
     lora = "base_lora.safetensors"
     return KeepingTarget(
         f"teach it what a LoRA of {base} changes (write your own paths)",
@@ -92,7 +92,7 @@ class FewSteps:
 
 
 def _telling_names(path: Path, metadata: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Return the names that may tell of distillation, nearest first, each with its place."""
+    """Return the names that may tell of distillation, nearest first, each with a phrase on its origin."""
     name = _FILE_ENDING.sub("", path.name)
     names = [(name, f"its name is {name}")]
     if _PLAIN.fullmatch(name.lower()):

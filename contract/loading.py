@@ -16,7 +16,7 @@ from modules.speed_options import SDPA, AttentionChoice, Quantisation
 
 @dataclass(frozen=True)
 class Packing:
-    """Form of a weight that a file stores in another shape than its value's, or with companion tensors."""
+    """How a file packs a weight: in another shape than its value has, or with companion tensors."""
 
     shape: tuple[int, ...]  # of the tensor in the file
     companions: tuple[str, ...]  # what the names of its companions end in, in place of "weight"
@@ -106,15 +106,19 @@ class HostPlace(Protocol):
 class BlockPlace(Protocol):
     """Take each block of a network as soon as it is loaded, for example to keep a part of it."""
 
+    asked_by: str  # the option, for messages
+
     # returns what is called with the name of each tensor that is filled
     def watch(self, network: nn.Module) -> Callable[[str], None]: ...
+
+    def split(self, network: nn.Module) -> None: ...  # takes the blocks that were loaded without it
 
     def finish(self, network: nn.Module) -> None: ...  # call it last: then the network runs
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Hold where and how a network is loaded."""
+    """Where a network is loaded, and in which form."""
 
     device: torch.device
     # None: as the file stores it (fp8 files: upcast to the compute dtype)

@@ -74,7 +74,7 @@ def _refuse(text: str, why: str) -> OptionError:
 
 
 def semicolon_hint(text: str) -> str:
-    """Return a sentence on a semicolon that the shell may have taken at the end of a text; else ""."""
+    """Return a hint that the shell may have taken a semicolon at the end of a text; else ""."""
     if not re.search(r"control_index=-?[0-9]+$", text):
         return ""
     return (

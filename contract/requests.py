@@ -321,7 +321,7 @@ def count_frames_up_to(path: Path, most: int) -> int:
 
 
 def _identity(path: Path) -> tuple[int, int]:
-    """Return numbers that change with the content of a file: prompts of a file often share their pictures."""
+    """Return time and size of a file, (0, 0) if it is missing: a key for results cached by content."""
     if not path.exists():
         return 0, 0
     status = path.stat()

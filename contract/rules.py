@@ -39,7 +39,7 @@ _IN_SHORT = re.compile(
 
 
 def named_expert(name: str) -> str | None:
-    """Return the expert in the name of a file (without its suffix) or of a folder; None if there is none."""
+    """Return the expert that the name of a file (without suffix) or folder states; None if it states none."""
     plain = re.sub(r"[^a-z0-9]+", "_", name.lower())
     experts = set(_IN_FULL.findall(plain))
     if not experts and not _WORDS.keys() <= set(plain.split("_")):
@@ -50,8 +50,8 @@ def named_expert(name: str) -> str | None:
 def expert_of_file(path: Path, folders: Mapping[str, str]) -> str | None:
     """Return the expert named by a file or folder, or by the folder around it; None if neither names one.
 
-    folders: names of folders that are side by side in a model of several experts -> the expert of each; one
-    of these alone says nothing.
+    folders: names of sibling folders in a model of several experts -> the expert of each. Such a name counts
+    only if the sibling folder exists too.
     """
     for part in (path, path.absolute().parent):
         expert = named_expert(part.name if part.is_dir() else part.stem)
@@ -70,7 +70,7 @@ def expert_at(timestep: float, experts: Sequence[Expert]) -> int:
 
 
 def noisiest(experts: Sequence[Expert]) -> int:
-    """Return the index of the expert of the highest timesteps, with which a video from noise begins."""
+    """Return the index of the expert for the highest timesteps, which a video from noise uses first."""
     return max(range(len(experts)), key=lambda index: experts[index].lowest)
 
 
@@ -125,7 +125,7 @@ AS_PLAIN = GuidanceRules()
 class ConsistencyRules:
     """Rules for the parts of an edited picture that count as changed at each step.
 
-    All other parts are set to the original.
+    All other parts are reset to the original.
     """
 
     threshold: float  # mean difference over the channels of latents
@@ -281,17 +281,18 @@ CountTokens = Callable[[str], TokenCount]
 
 
 def kept_characters(ends: Sequence[int], most: int, length: int) -> int:
-    """Return the number of a text's `length` characters that its first `most` tokens cover.
+    """Return how many of a text's `length` characters are covered by its first `most` tokens.
 
-    ends: for each token of the text, the position behind its last character.
+    ends: for each token of the text, the position after its last character.
     """
     return length if len(ends) <= most else max(ends[:most], default=0)
 
 
 def token_weights(text: str, places: Sequence[Place], spans: Sequence[tuple[int, int, float]]) -> list[float]:
-    """Return the weight of each token: that of the part in which its first character is, 1 outside of all.
+    """Return the weight of each token: that of the span that holds its first character, 1 outside of all
+    spans.
 
-    Blanks in front of a token do not count. spans: as of a `Prompt` of that text.
+    Blanks at the start of a token are ignored. spans: (start, end, weight) in characters, as in `Prompt`.
     """
     starts = [start for start, _, _ in spans]
 

@@ -1,6 +1,6 @@
 """The frozen records of denoising: sections, one call of the network, and one step of the loop."""
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -56,7 +56,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Away:
-    """A second text, which the attention of a pass looks at too (normalised attention guidance)."""
+    """The text to steer away from in normalised attention guidance, to which a pass attends as well."""
 
     text: Conditions  # under the names that the family's text encoders give; in a network as its arguments
     steer: "Steer"
@@ -100,7 +100,9 @@ class Tweaks:
         return bool(self.skip_blocks or self.skip_self_attention or self.isolated)
 
     def rename_away(self, rename: Callable[[Conditions], Conditions]) -> "Tweaks":
-        """Return the tweaks with the second text as `rename` returns it, as a network takes its texts."""
+        """Return the tweaks with `rename` applied to the second text, so that its names are the network's
+        arguments.
+        """
         if self.away is None:
             return self
         return replace(self, away=replace(self.away, text=rename(self.away.text)))
@@ -110,7 +112,7 @@ class Tweaks:
         return None if self.away is None else self.away.steer
 
     def texts(self, batch: int, **text: Any) -> list[dict[str, Any]]:
-        """Return a network's text arguments, and then those of the second text, if there is one.
+        """Return the network's text arguments of the prompt, then those of the second text if there is one.
 
         A second text of one sample serves all samples of the batch.
         """
@@ -124,7 +126,7 @@ class Tweaks:
         return [text, {name: second.get(name) for name in text}]
 
     def within(self, all_passes: "Tweaks") -> "Tweaks":
-        """Return the tweaks of a pass together with those of all passes of its section."""
+        """Return these tweaks of a pass, combined with those that hold for all passes of its section."""
         if all_passes is NO_TWEAKS:
             return self
         return replace(
@@ -191,6 +193,9 @@ class Section:
 
 
 Predict = Callable[..., tuple[Tensor, ...]]  # predict(*conditions, tweaks=...) -> one velocity per condition
+Calls = Mapping[Tweaks, Mapping[int, Conditions]]  # the passes of a step, conditions by their identity
+Made = Mapping[tuple[Tweaks, int], Tensor]  # the velocity of each
+RunPasses = Callable[[Calls, Predict, Section], Made]
 
 DitAt = Callable[[float], nn.Module]  # timestep -> the expert to call
 
@@ -235,9 +240,10 @@ class StepDone:
     def clean(self) -> Tensor:
         """Predict the clean latents from this step, shaped like `step.noisy`.
 
-        On the straight path of flow matching, noisy = (1 - sigma) clean + sigma noise, the velocity is
-        noise - clean. If data keep their full share under the noise, noisy = clean + sigma noise, a family's
-        `predict` returns the noise itself. The formula is the same for both; an own solver has another.
+        On the straight path of flow matching, noisy = (1 - sigma) clean + sigma noise, the velocity is noise
+        - clean. If noise is added at full signal, noisy = clean + sigma noise, a family's `predict` returns
+        the noise itself. Both give clean = noisy - sigma velocity. A family's own solver has a formula of its
+        own.
         """
         if self.section.solver is not None:
             of_solver: Tensor = self.section.solver.clean(self.step.sigma, self.step.noisy, self.velocity)

@@ -116,7 +116,7 @@ def _check_levels(checkpoint: Checkpoint, kind: AutoencoderKind, part: str, num_
 
 
 def _check_kind(checkpoint: Checkpoint, kind: AutoencoderKind, channels: int, is_quantised: bool) -> None:
-    """Raise CheckpointError if a file's latents or its quant_conv are those of another kind."""
+    """Raise CheckpointError if a file's latents or its quant_conv belong to another kind of autoencoder."""
     if (channels, is_quantised) == (kind.channels, kind.is_quantised):
         return
     quant_conv = " and a quant_conv" if is_quantised else ""
@@ -194,7 +194,7 @@ class PictureVae(nn.Module):
 
     @torch.no_grad()
     def moments(self, pixels: Tensor) -> Tensor:
-        """Return means and logarithms of variances, B 2Z 1 h w float32, as the network gives them."""
+        """Return means and logarithms of variances, B 2Z 1 h w float32, as the network outputs them."""
         return self.in_tiles(self._moments, pixels, unit_in=self.stride, unit_out=1, device=self.device)
 
     @torch.no_grad()

@@ -97,7 +97,7 @@ class Double(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks of one resolution, then the next one if `down` or `up` is set."""
+    """Residual blocks of one resolution, then the layer that changes it if `down` or `up` is set."""
 
     def __init__(
         self, width_in: int, width: int, blocks: int, groups: int, down: bool = False, up: bool = False

@@ -27,7 +27,7 @@ from encoders.text_encoder import (
     TokenizerSource,
     Written,
     fill_rows,
-    merges_of,
+    find_merges,
 )
 from modules.devices import dtype_name
 
@@ -73,7 +73,7 @@ def _start_and_end(tokenizer: Tokenizer, files: TokenizerFiles, file: Path) -> t
 
 
 def _read_clip(files: TokenizerFiles, file: Path) -> Tokenizer:
-    merges = merges_of(file)
+    merges = find_merges(file)
     if merges is None:
         return files.read(file)
     for part in (file, merges):
@@ -109,9 +109,9 @@ CLIP_L = ClipUse()
 
 
 class PooledClip(FileTextEncoder[ClipText]):
-    """CLIP-L. Each prompt gives one vector, of its second text if it has one (--prompt_2).
+    """CLIP-L. Each prompt gives one vector, computed from its second text if it has one (--prompt_2).
 
-    Weights of a prompt's parts do not count: the vector is the state of the text's end, not of its tokens.
+    Weights of parts of a prompt have no effect, because the vector is the state of the end token.
     """
 
     most = CLIP_TOKENS

@@ -39,8 +39,8 @@ from modules.speed_options import VaeOptions
 class TransformerFiles(ABC):
     """Paths and dtypes of a transformer and a VAE, as the options give them.
 
-    The path properties raise OptionError or CheckpointError, naming the option. Encoders have the usual
-    dtype, or float32 with a float32 transformer.
+    The path properties raise OptionError or CheckpointError, naming the option. Encoders run in their usual
+    dtype, or in float32 if the transformer does.
     """
 
     dit: Path | None = None
@@ -112,8 +112,8 @@ class TransformerFiles(ABC):
     def check(self, needed: Collection[str] = ()) -> None:
         """Check the files that are given or needed ("dit", "vae", "texts"). Loads nothing.
 
-        Raises OptionError if a needed one is not given, CheckpointError if a file is missing, or another kind
-        or size of network than the transformer takes.
+        Raises OptionError if a needed one is not given, CheckpointError if a file is missing, or its network
+        has a kind or size that the transformer cannot use.
         """
         config = self.dit_header().config if self.dit is not None or "dit" in needed else None
         if self.vae is not None or "vae" in needed:
@@ -136,7 +136,7 @@ def judge_distillation(rule: FewSteps, dit: Path) -> Verdict | None:
 
 
 class OneTransformer:
-    """The part of a family that follows from the files of its one transformer; families derive from it."""
+    """Base of the families with a single transformer: what follows from its files."""
 
     can: ClassVar[Abilities] = Abilities(tell_few_steps=True)
     named: ClassVar[Mapping[str, str]] = {}  # names of the model in saved files, if they are always the same

@@ -57,7 +57,7 @@ from encoders.text_encoder import (
     Written,
     check_ids,
     fill_rows,
-    merges_of,
+    find_merges,
 )
 from modules.devices import choose_compute_dtype, dtype_name
 from modules.errors import MediaError
@@ -85,7 +85,7 @@ _QWEN_TOKENS = (
 
 def read_qwen_tokenizer(files: TokenizerFiles, file: Path) -> Tokenizer:
     """Read tokenizer.json, or vocab.json with merges.txt. Raises CheckpointError if it cannot be read."""
-    merges = merges_of(file)
+    merges = find_merges(file)
     if merges is None:
         return files.read(file)
     for part in (file, merges):
@@ -104,7 +104,9 @@ def read_qwen_tokenizer(files: TokenizerFiles, file: Path) -> Tokenizer:
 
 
 def qwen_tokenizer(option: str, repository: str) -> TokenizerSource:
-    """Return the places in which a Qwen tokenizer is looked for. option: names it. repository: on the hub."""
+    """Return the places to look for a Qwen tokenizer. option: the option that names it. repository: on the
+    hub.
+    """
     files = TokenizerFiles(
         option,
         names=("tokenizer.json", "vocab.json"),
@@ -380,10 +382,10 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
     def _part_pictures(
         self, tokenizer: TextTokenizer, states: Tensor, ids: Sequence[int], sides: Sequence[tuple[int, int]]
     ) -> dict[str, Tensor | list[Tensor]]:
-        """Return a prompt's states without those of its pictures, and the places and sizes of these.
+        """Split a prompt's states: return those of its words, and the places and sizes of its pictures.
 
-        states: of its tokens, L C, perhaps with padding behind. ids: L. sides: rows and columns of tokens of
-        each picture.
+        states: of the prompt's tokens, L C, possibly with padding after them. ids: L. sides: rows and columns
+        of tokens of each picture.
         """
         use = self.use
         assert use.pictures is not None
@@ -448,9 +450,9 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         return PictureTokens(tokens, places, [])
 
     def _conditions(self, states: Tensor, mask: Tensor, length: int) -> dict[str, Tensor | list[Tensor]]:
-        """Return a prompt's conditions: a state for each of its tokens, or all states if prompts are padded.
+        """Return a prompt's conditions: the states of its tokens, or of all rows if prompts are padded.
 
-        length: of its tokens, with those that fill them up to a multiple.
+        length: number of its tokens, including the filling up to a multiple.
         """
         use = self.use
         if use.pad is not None and not use.pads_to:
@@ -574,7 +576,7 @@ class LanguageModelFiles(TransformerFiles):
 
     def check_tower(self) -> None:
         """Raise CheckpointError if the language model has no vision tower, or one of another model."""
-        read_once(self.language_model().path, _tower_of, self.text_use)
+        read_once(self.language_model().path, _read_tower, self.text_use)
 
 
 def _read_all_pictures(tower: nn.Module, prompts: Sequence[Prompt], use: PictureUse) -> list[ReadPictures]:
@@ -607,5 +609,5 @@ def _state_width(checkpoint: Checkpoint, use: LanguageUse) -> int:
     return len(states) * config.dim
 
 
-def _tower_of(checkpoint: Checkpoint, use: LanguageUse) -> Any:  # a `LanguageModel` cannot be hashed
+def _read_tower(checkpoint: Checkpoint, use: LanguageUse) -> Any:  # a `LanguageModel` cannot be hashed
     return read_vision_tower(checkpoint, use.model)

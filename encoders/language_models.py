@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from checkpoints.dialects import LoadPlan, count, load_planned, loaded_bytes, other_kind, shapes_of
-from checkpoints.encoders import SPIECE_MODEL, head_width, network_in, read_network_config
+from checkpoints.encoders import SPIECE_MODEL, find_network, head_width, read_network_config
 from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from contract.family import DitSpec
 from contract.loading import BlockPlace
@@ -148,7 +148,7 @@ QWEN3_VL = LanguageModel(
 
 @dataclass(frozen=True)
 class LanguageConfig:
-    """Dimensions of a language model, and how much of it is run."""
+    """Dimensions of a language model, and the number of its layers that are run."""
 
     vocabulary: int
     dim: int
@@ -194,8 +194,10 @@ def read_language_model(
     Raises CheckpointError for any other file, or one with fewer layers.
     """
     path = checkpoint.path
-    network = network_in(checkpoint, "embed_tokens.weight", "layers.0.self_attn.q_proj.weight", OTHER_TENSORS)
-    if network is None or model.marks != _marks_of(network, checkpoint):
+    network = find_network(
+        checkpoint, "embed_tokens.weight", "layers.0.self_attn.q_proj.weight", OTHER_TENSORS
+    )
+    if network is None or model.marks != _list_marks(network, checkpoint):
         raise other_kind(checkpoint, model.what, model.option, model.files)
     sources = plain_sources(network)
     wrong = CheckpointError(
@@ -260,7 +262,7 @@ def _unused_names(config: LanguageConfig, all_layers: int) -> tuple[str, ...]:
 
 
 def _usual_width(config_json: Mapping[str, Any], model: LanguageModel) -> int:
-    """Return the width of a head by the config.json, else that of the released model."""
+    """Return the width of a head as config.json states it, else that of the released model."""
     width = config_json.get("head_dim")
     return width if isinstance(width, int) and width > 0 else model.head_width
 
@@ -301,8 +303,8 @@ def _layers_before(state: int, all_layers: int, path: Path, model: LanguageModel
     )
 
 
-def _marks_of(network: Checkpoint, file: Checkpoint) -> tuple[str, ...]:
-    """Return the marks of a network's layers, and PLACES if its file has them next to it."""
+def _list_marks(network: Checkpoint, file: Checkpoint) -> tuple[str, ...]:
+    """Return the names of tensors that mark a network's layers, with PLACES if the file has them as well."""
     marks = [mark for mark in _MARKS if f"layers.0.{mark}" in network.tensors]
     if any(name.endswith(PLACES) for name in file.tensors):
         marks.append(PLACES)
@@ -479,7 +481,7 @@ def load_language_model(
 def streamed_layers(
     plan: LoadPlan[LanguageConfig], dtype: torch.dtype, form: str | None, room: int | None
 ) -> tuple[int, int]:
-    """Return the number of layers that have to stay in host memory, and the bytes of one.
+    """Return the number of layers that have to stay in host memory, and the size of one layer in bytes.
 
     dtype, form: of the weights on the device. room: bytes free there; None: enough for all.
     """

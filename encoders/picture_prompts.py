@@ -49,7 +49,7 @@ def read_within(path: Path, size: Size | None = None, *, area: int) -> Tensor:
 
 @dataclass(frozen=True)
 class PictureUse:
-    """Settings of a family for showing pictures to the encoder of its prompts."""
+    """Settings with which a family shows pictures to the text encoder, as parts of the prompt."""
 
     text: str  # that stands for each in front of the prompt: {number} from 1, {tokens} of the picture
     token: str = "<|image_pad|>"
@@ -87,7 +87,7 @@ class ReadPictures:
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """A kind of vision towers, and the settings of its configuration in transformers."""
+    """A kind of vision tower, and its settings for the class in transformers."""
 
     tower: VisionTower
     settings: Mapping[str, Any]
@@ -126,7 +126,7 @@ def read_vision_tower(checkpoint: Checkpoint, model: LanguageModel) -> LoadPlan[
 def _read_sizes(
     tower: VisionTower, network: Checkpoint, sources: Mapping[str, TensorSource], wrong: CheckpointError
 ) -> dict[str, int]:
-    """Return the settings of a tower that its tensors show. Raises `wrong` for those of another tower."""
+    """Return the settings of a tower that its tensors show. Raises `wrong` if they are another tower's."""
     shape = shapes_of(network, sources, wrong)
     dim, _, frames, patch, columns = shape(PATCHES, 5)
     merged_layer, out_layer = tower.merger
@@ -258,7 +258,7 @@ def embed_pictures(
 
 
 def _run_tower(tower: nn.Module, prompts: Sequence[ReadPictures]) -> tuple[Tensor, Sequence[Tensor]]:
-    """Return the states of all pictures' tokens, and those that are added after the first layers."""
+    """Return the states of all pictures' tokens, and the states that are added after the first layers."""
     weight = tower.get_parameter(PATCHES)
     merge: int = tower.config.spatial_merge_size  # type: ignore[union-attr,assignment]
     grids = [(1, rows * merge, columns * merge) for prompt in prompts for rows, columns in prompt.sides]

@@ -138,7 +138,7 @@ def references_in(cond: Conditions, device: torch.device) -> list[Tensor]:
 
 
 def read_reference(path: Path, area: int | None, step: int) -> Tensor:
-    """Read a reference, 1 1 H W 3 uint8: reduced to an area in pixels, cut around its middle.
+    """Read a reference, 1 1 H W 3 uint8: reduced to at most `area` pixels and cropped at the centre.
 
     area: None keeps its size. step: its sides become multiples of this. Source: the released code of FLUX.2.
     """
@@ -167,13 +167,13 @@ def show_references(prepared: Prepared, size: tuple[int, int] | None = None) -> 
 
 
 def guidance_in(cond: Conditions, device: torch.device) -> Tensor | None:
-    """Return the guidance among conditions, B float32 on the device; None if there is none."""
+    """Return the guidance stored among conditions, B float32 on the device; None if there is none."""
     guidance = cond.get(GUIDANCE)
     return send_ahead(guidance, device).float() if isinstance(guidance, Tensor) else None
 
 
 class ModelOfPictures(OneTransformer):
-    """The part of a family that is the same for all models of pictures, which derive from it."""
+    """Base of the families that generate pictures, with what they have in common."""
 
     moments: MomentsRules = NO_MOMENTS
     to_edit: ClassVar[str] = "remove them"  # what to do about control images that are not taken
@@ -217,8 +217,8 @@ class ModelOfPictures(OneTransformer):
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
         """Return the cache entry of each picture.
 
-        It is a posterior sample, seeded by its name, float32; or the posterior's mean, with those of the
-        picture's references.
+        It is a posterior sample, seeded by its name, float32; or, with references, the posterior's mean
+        together with the means of the references.
         """
         entries = []
         vae = encoders.vae
@@ -316,7 +316,7 @@ class ModelOfPictures(OneTransformer):
 
 
 def _check_references(paths: Sequence[Path], rules: ReferenceRules, who: str) -> None:
-    """Raise OptionError if reference pictures cannot be used. They can be read, as was checked before."""
+    """Raise OptionError if the model cannot use the reference pictures. They are known to be readable."""
     from modules.media.reading import image_size  # only with reference pictures
 
     option = "--control_image_path (--ci in a prompt line)"

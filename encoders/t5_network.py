@@ -159,7 +159,8 @@ MAX_DISTANCE = 128  # all larger relative positions share one bucket
 def relative_bucket(distance: Tensor, num_buckets: int) -> Tensor:
     """Return the bucket of each relative position (key minus query), on the host.
 
-    Buckets are exact for small distances and logarithmic up to MAX_DISTANCE; each sign has one half of them.
+    Buckets are exact for small distances and logarithmic up to MAX_DISTANCE; each sign has half of the
+    buckets.
     """
     half = num_buckets // 2
     exact = half // 2

@@ -46,14 +46,16 @@ class Tokens(NamedTuple):
     places: list[Place]  # in the text; None for tokens that the tokenizer adds
 
     def behind(self, end: float = math.inf) -> int:
-        """Return the number of end tokens that a cut keeps: those from character `end` on, and added ones."""
+        """Return how many tokens at the end must survive a cut: those from character `end` on, and the end
+        token.
+        """
         last_places = itertools.takewhile(
             lambda place: place is None or place[0] >= end, reversed(self.places)
         )
         return sum(1 for _ in last_places)
 
     def cut(self, most: int, end: float = math.inf) -> "Tokens":
-        """Return at most `most` tokens, among them those that `behind` counts."""
+        """Return at most `most` tokens, dropping some in front of the last ones that `behind` counts."""
         if len(self.ids) <= most:
             return self
         behind = self.behind(end)
@@ -73,7 +75,7 @@ class TextTokenizer:
 
 @dataclass(frozen=True)
 class TokenizerSource:
-    """Places in which an encoder's tokenizer is looked for, and the tokens that are put around a text."""
+    """Places to look for an encoder's tokenizer, and the special tokens to put around a text."""
 
     files: TokenizerFiles
     begin: str = ""  # put in front of a text, if the file leaves that to its reader
@@ -98,7 +100,7 @@ class TokenizerSource:
         file, is_inside = self.find(path, checkpoint_path)
         if is_inside:
             return "inside the checkpoint"
-        merges = merges_of(file)
+        merges = find_merges(file)
         return self.files.identity(file) + ("" if merges is None else self.files.identity(merges))
 
     def load(
@@ -193,7 +195,7 @@ def _inside(checkpoint: Checkpoint) -> str | None:
     return next((name for name in checkpoint.tensors if name.endswith((SPIECE_MODEL, TOKENIZER_JSON))), None)
 
 
-def merges_of(file: Path | None) -> Path | None:
+def find_merges(file: Path | None) -> Path | None:
     return file.with_name("merges.txt") if file is not None and file.name == "vocab.json" else None
 
 
@@ -240,7 +242,7 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 class Written(NamedTuple):
-    """A prompt as its encoder reads it."""
+    """The text of a prompt as its encoder reads it, with chat template and the like."""
 
     text: str  # with what a template puts around the prompt
     prompt: str  # cleaned
@@ -271,7 +273,7 @@ class FileTextEncoder(ABC, Generic[Network]):
     def __init__(self, path: Path, tokenizer: Path | None = None, form: str | None = None) -> None:
         """Set up the encoder; `load` reads the files.
 
-        tokenizer: path from its option; None: look for it. form: see `load_planned`.
+        tokenizer: path from its option; None: search the usual places. form: see `load_planned`.
         """
         self.path = path
         self.tokenizer = tokenizer
@@ -438,7 +440,7 @@ class FileTextEncoder(ABC, Generic[Network]):
 
 
 def weights_of(written: Written, places: Sequence[Place]) -> list[float]:
-    """Return the weight of each token of a prompt. places: of the tokens in the text."""
+    """Return the weight of each token of a prompt. places: position of each token in the text."""
     prompt_characters = range(written.start, written.start + len(written.prompt))
     # tokens around the prompt have the weight 1
     prompt_places = [place if place and place[0] in prompt_characters else None for place in places]

@@ -21,7 +21,9 @@ from modules.seeds import derive_seed
 
 @dataclass(frozen=True)
 class Cut:
-    """Pieces of `size` units, one every `stride` units; pixels or frames of a unit in input and output."""
+    """How an axis is cut: pieces of `size` units, one every `stride` units, with the pixels of a unit in
+    input and output.
+    """
 
     size: int
     unit_in: int
@@ -86,7 +88,7 @@ def compute_in_spans(compute: Compute, x: Tensor, cut: Cut) -> Iterator[Tensor]:
 
 
 def _fade_in(piece: Tensor, before: Tensor, axis: int) -> None:
-    """Blend the start of `piece` along an axis with the end of `before`, which shows the same place."""
+    """Blend the start of `piece` along an axis with the end of `before`, which covers the same region."""
     length = min(piece.shape[axis], before.shape[axis])
     head = piece.narrow(axis, 0, length)
     shape = [1] * piece.ndim
@@ -100,7 +102,7 @@ OVERLAP = 4  # a tile shares 1 / OVERLAP of its length with its neighbour
 
 @dataclass(frozen=True)
 class Tile:
-    """One piece of an axis; places and overlaps in latent pixels, the unit that input and output share."""
+    """One piece of an axis; positions and overlaps in latent pixels, the unit that input and output share."""
 
     start: int
     size: int

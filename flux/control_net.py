@@ -87,7 +87,7 @@ class FluxControl(nn.Module):
 
 
 def _spread(output: list[Tensor] | None, blocks: int) -> list[Tensor | None]:
-    """Return the tensor to add behind each block; one output of the ControlNet serves several blocks."""
+    """Return the tensor to add after each block. One output of the ControlNet serves several blocks."""
     if not output:
         return [None] * blocks
     span = math.ceil(blocks / len(output))

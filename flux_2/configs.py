@@ -31,14 +31,15 @@ class Flux2Config:
 
 
 def count_latents(shape: Sequence[int]) -> int:
-    """Return the tokens of a picture: each of its latent pixels is one. shape: B C F H W."""
+    """Return the number of tokens of a picture: each latent pixel is one. shape: B C F H W."""
     return shape[-2] * shape[-1]
 
 
 def count_swapped(blocks: int) -> tuple[int, int]:
-    """Return the numbers of double and single blocks that leave the device; a single block is half as large.
+    """Return how many double and single blocks leave the device; a single block is half as large.
 
-    klein 4B has five double blocks and swaps 13 at most; the others have eight. One of each list stays.
+    klein 4B has five double blocks and swaps 13 blocks at most; the others have eight double blocks. One
+    block of each list stays.
     """
     double = min(blocks // 2, 4 if blocks <= 13 else 7)
     return double, 2 * (blocks - double)

@@ -36,7 +36,7 @@ PICTURE_ROWS, TEXT_ROWS, SINGLE_ROWS, EMBEDDING_ROW = slice(0, 6), slice(6, 12),
 
 
 class RowsOfAll(nn.Module):
-    """Take the shifts, scales and gates of a block from the rows of all modulations."""
+    """Take a block's shifts, scales and gates from the rows for all blocks."""
 
     def __init__(self, rows: slice) -> None:
         super().__init__()
@@ -169,7 +169,7 @@ def number_embedding(freq_dim: int, dim: int) -> TwoLayers:
 class Flux2Model(BlockNetwork):
     """Predict the velocity of noisy latents of a picture from states of a language model.
 
-    Without references, a second text and code that stands around the blocks:
+    Simplified, without references, a second text and the code around the blocks:
 
         picture = img_in(pixels of noisy)                                   # B L C
         text = txt_in(text)                                                 # B T C
@@ -220,7 +220,7 @@ class Flux2Model(BlockNetwork):
 
         noisy: B Z 1 H W. timesteps: B, 0..1000. text: B T text_dim, states of the language model, padding
         among them. guidance: B, not scaled; None leaves it out, and a model without guidance does not look at
-        it. tweaks: ideas that change this call; their second text has the name text. references: clean
+        it. tweaks: changes to this call; their second text has an argument named text. references: clean
         latents of pictures to look at, each B Z 1 h w of its own size. Raises ValueError if sizes do not fit.
         References come behind the picture, a second text behind the first one.
         """
@@ -248,7 +248,7 @@ class Flux2Model(BlockNetwork):
         for embedded_text in texts:
             length = embedded_text.tokens.shape[1]
             grids.append(Grid((1, 1, 1, length)))
-        rotary = self._rotary.of(tuple(grids), noisy.device)
+        rotary = self._rotary.get_table(tuple(grids), noisy.device)
         num_pictures = sum(tokens.shape[1] for tokens in embedded)
         return blocks.join_tokens(
             embedded,

@@ -50,7 +50,7 @@ class Flux3Config:
 def count_swapped(blocks: int) -> tuple[int, ...]:
     """Return the number of blocks of each list that leave the device. All blocks are equally large.
 
-    Joint blocks leave first. 26 of the released 28 may; behind them up to four of each list of five.
+    Joint blocks leave first. Up to 26 of the released 28 may leave, then up to four of each list of five.
     """
     joint = min(blocks, 26)
     others = blocks - joint

@@ -73,7 +73,7 @@ class Flux3(pictures.ModelOfPictures):
 
     @property
     def is_distilled(self) -> bool:
-        """Return whether the transformer is distilled, which its tensors show."""
+        """Return whether the transformer is distilled, as its tensors show."""
         return self.files.dit is not None and self.files.dit_header().config.is_flow_map
 
     def why_few_steps(self) -> str | None:
@@ -87,7 +87,7 @@ class Flux3(pictures.ModelOfPictures):
 
     @property
     def same_latents(self) -> frozenset[str]:
-        """Return the models with FLUX.2's autoencoder: its releases, as outputs name them, and this one."""
+        """Return the names of all models that use FLUX.2's autoencoder: its releases, and this model."""
         return share_latents(self.name) | {version.name for version in VERSIONS.values()}
 
     @property
@@ -142,7 +142,7 @@ class Flux3(pictures.ModelOfPictures):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Settle a request. Without a size that of the first reference counts.
+        """Fill in the open fields of a request. Without a size, the first reference gives it.
 
         A reference alone stands on a canvas of whole tokens, and the result is cut back to the reference.
         Raises OptionError for a solver that is not Euler's with the distilled model.
@@ -177,7 +177,7 @@ class Flux3(pictures.ModelOfPictures):
         return replace(request, guidance_scale=None)
 
     def _size_like(self, images: Sequence[Path]) -> tuple[Size, Box | None]:
-        """Return the size of the first reference, and where it lies on its canvas; None: it fills it."""
+        """Return the size of the first reference, and its region on the canvas; None if it fills that."""
         from flux_3.references import canvas_of, fit_among  # only with reference pictures
 
         step = LATENT.pixel_step

@@ -142,9 +142,9 @@ class Flux3Files(LanguageModelFiles):
         return inner if inner.is_dir() else path
 
     def dit_header(self) -> DitHeader[Flux3Config]:
-        """Read dimensions, dialect and dtype of the file. Raises OptionError for base in place of distilled.
+        """Read dimensions, dialect and dtype of the file.
 
-        Likewise for the reverse.
+        Raises OptionError if the file is the base model and the options say distilled, or the reverse.
         """
         header: DitHeader[Flux3Config] = super().dit_header()
         is_distilled = header.config.is_flow_map

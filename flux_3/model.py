@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from contract.steps import NO_TWEAKS, Tweaks
 from flux_2.model import PairNorm, PixelFinalLayer, SharedModulation, gate_half, number_embedding
 from flux_3.configs import AXES, DIT, Flux3Config
-from modules.attention.attend import Lengths, SecondText, attend, lengths_on
+from modules.attention.attend import Lengths, SecondText, attend, make_lengths
 from modules.devices import send_ahead
 from modules.layers.modulation import add_gated, modulate
 from modules.layers.norms import Float32LayerNorm, activation_dtype, in_own_dtype
@@ -45,7 +45,7 @@ MODE_ROWS, JOINT_ROWS, TIME_ROW = slice(0, ROWS), slice(ROWS, 2 * ROWS), 2 * ROW
 class Flux3Tokens:
     """Inputs of the blocks besides the tokens x (B L+R+T C); built once per forward pass.
 
-    With a second text x is B L+R+T+T' C, and the texts are one kind of tokens.
+    With a second text x is B L+R+T+T' C, and both texts count as one kind of token.
     """
 
     grid: tuple[int, int]  # rows, columns of the picture's tokens
@@ -67,23 +67,25 @@ class Flux3Tokens:
 
     @property
     def first_picture(self) -> int:
-        """The place of the first token of the latents that are learned; those of `grid` follow it."""
+        """Return the index of the first token of the latents to learn, the first token of `grid`."""
         return 0
 
     @property
     def split(self) -> tuple[int, ...]:
-        """The places where the second and the third kind of tokens begin."""
+        """Return the indices at which the second and the third kind of tokens begin."""
         return tuple(accumulate(self.counts[:-1]))
 
     def cut(self, *parts: "TokenPart") -> "Flux3Tokens":
-        """Return the inputs for the tokens of one process, of which it has a part of each kind."""
+        """Return the inputs for the tokens of one process, which has a part of the tokens of each kind."""
         tables = self.rotary.split(self.counts, dim=-4)
         rotary = torch.cat([part.rows(table) for part, table in zip(parts, tables, strict=True)], dim=-4)
         counts = tuple(part.of_first(part.length) for part in parts)
         return replace(self, rotary=rotary, counts=counts, parts=parts)
 
-    def of(self, kept: Tensor, num_left_out: int) -> "Flux3Tokens":
-        """Return the inputs for some tokens of x. kept: B K, their rising places; only pictures lose any."""
+    def select(self, kept: Tensor, num_left_out: int) -> "Flux3Tokens":
+        """Return the inputs for some tokens of x. kept: B K, positions of the kept tokens, ascending; only
+        picture tokens are left out.
+        """
         of_picture, *others = self.counts
         lengths = None if self.lengths is None else self.lengths.without(num_left_out)
         return replace(
@@ -122,7 +124,7 @@ class ParallelBlock(nn.Module):
         return in_own_dtype(projection, h).unflatten(-1, (self.num_heads, -1))
 
     def branch(self, h: Tensor, attended: Tensor) -> Tensor:
-        """Return the block's residual before its gate, B L C. h: its modulated input. attended: B L N D."""
+        """Return the block's output before its gate, B L C. h: its modulated input. attended: B L N D."""
         output: Tensor = in_own_dtype(self.attn_out, attended.flatten(2)) + self.feed_forward(h)
         return output
 
@@ -132,7 +134,7 @@ class ParallelBlock(nn.Module):
 
 
 class ModeBlock(ParallelBlock):
-    """Block in which the tokens of one kind attend to each other; all other tokens pass it by."""
+    """Block in which the tokens of one kind attend to each other. All other tokens pass through unchanged."""
 
     def __init__(self, config: Flux3Config, mode: str) -> None:
         super().__init__(config)
@@ -171,7 +173,7 @@ class JointBlock(ParallelBlock):
 def _attend_within(heads: Sequence[Tensor], tokens: Flux3Tokens, place: int) -> Tensor:
     """Return the attention of the tokens of one kind to each other, B L N D.
 
-    heads: query, key and value, each B L N D. place: of the kind, among those that are there.
+    heads: query, key and value, each B L N D. place: index of the kind among the kinds that are present.
     """
     part = tokens.parts[place] if tokens.parts else None
     if part is not None:
@@ -250,10 +252,12 @@ class Flux3Text(NamedTuple):
     is_even: bool  # all tokens are real
 
     def lengths(self, before: int) -> Lengths | None:
-        """Return the numbers of real tokens, with `before` in front of the text; None: all are real."""
+        """Return the number of real tokens of each sample, with `before` tokens in front; None if all are
+        real.
+        """
         if self.is_even:  # attention gets no mask
             return None
-        return lengths_on([before + count for count in self.counts], self.states.device)
+        return make_lengths([before + count for count in self.counts], self.states.device)
 
 
 def _modulations(config: Flux3Config) -> nn.ModuleDict:
@@ -263,7 +267,7 @@ def _modulations(config: Flux3Config) -> nn.ModuleDict:
 class Flux3Model(BlockNetwork):
     """Predict the velocity of noisy latents of a picture from states of a language model.
 
-    Without references, a second text and code that stands around the blocks:
+    Simplified, without references, a second text and the code around the blocks:
 
         picture = emb_in.image(pixels of noisy)                                       # B L C
         text = txt_in(text)                                                           # B T C
@@ -319,7 +323,7 @@ class Flux3Model(BlockNetwork):
         noisy: B Z 1 H W. timesteps: B, 0..1000. text: B T text_dim, states of the language model, those of
         padding to a multiple of 80 among them. text_mask: B T, true or 1 for these states; further ones fill
         up the batch. next_timesteps: B, where the step ends; for a distilled model, which needs them, alone.
-        tweaks: ideas that change this call; their second text has the names text and text_mask. references:
+        tweaks: changes to this call; their second text has arguments named text and text_mask. references:
         clean latents of pictures to look at, each B Z 1 h w of its own size. Raises ValueError if sizes do
         not fit, or the model is distilled and has no next timesteps, or the reverse.
         """
@@ -345,8 +349,8 @@ class Flux3Model(BlockNetwork):
         if references:
             counts = {PICTURE: of_picture, REFERENCES: of_contents - of_picture, TEXT: counts[TEXT]}
         layout = Flux3Layout(
-            grid=_grid_of(noisy),
-            references=tuple(_grid_of(latents) for latents in references),
+            grid=_measure_grid(noisy),
+            references=tuple(_measure_grid(latents) for latents in references),
             texts=tuple(words.states.shape[1] for words in texts),
         )
         first, *seconds = texts
@@ -354,7 +358,7 @@ class Flux3Model(BlockNetwork):
             layout.grid,
             modes=tuple(counts),
             counts=tuple(counts.values()),
-            rotary=self._rotary.of(layout, noisy.device),
+            rotary=self._rotary.get_table(layout, noisy.device),
             vector=self._embed_times(timesteps, next_timesteps, tuple(counts)),
             dtype=dtype,
             attention=self.attention,
@@ -410,20 +414,20 @@ class Flux3Model(BlockNetwork):
     def _make_table(self, layout: Flux3Layout, /, *, device: torch.device) -> Tensor:
         """Return (cosine, sine) pairs of all tokens, L+R+T 1 D/2 2 float32, from float64 angles.
 
-        A picture's token stands at (0, row / 2, column / 2, 0), that of reference k at (0, row / 2,
-        column / 2, -k), counted from 1, and a text's at (0, 0, 0, place).
+        Positions: tokens of the picture (0, row / 2, column / 2, 0), of reference k (from 1) (0, row / 2,
+        column / 2, -k), of the text (0, 0, 0, index).
         """
         zero = torch.zeros(1, dtype=torch.float64)
         tables = []
         for number, (rows, columns) in enumerate((layout.grid, *layout.references)):
             sides = (SCALE * torch.arange(side, dtype=torch.float64) for side in (rows, columns))
-            tables.append(self._table_of((zero, *sides, zero - number), device))
+            tables.append(self._make_grid_table((zero, *sides, zero - number), device))
         for length in layout.texts:
             places = torch.arange(length, dtype=torch.float64)
-            tables.append(self._table_of((zero, zero, zero, places), device))
+            tables.append(self._make_grid_table((zero, zero, zero, places), device))
         return torch.cat(tables)
 
-    def _table_of(self, positions: Sequence[Tensor], device: torch.device) -> Tensor:
+    def _make_grid_table(self, positions: Sequence[Tensor], device: torch.device) -> Tensor:
         """Return the pairs of a grid. positions: along each axis, float64 on the CPU."""
         width = self.config.head_width // AXES
         pairs = []
@@ -437,6 +441,6 @@ def _mode_blocks(config: Flux3Config, mode: str) -> nn.ModuleList:
     return nn.ModuleList(ModeBlock(config, mode) for _ in range(config.mode_blocks))
 
 
-def _grid_of(latents: Tensor) -> tuple[int, int]:
+def _measure_grid(latents: Tensor) -> tuple[int, int]:
     """Return rows and columns of a picture's tokens, which are its latent pixels."""
     return latents.shape[-2], latents.shape[-1]

@@ -22,7 +22,7 @@ SHRINKING = 0.995  # by which a picture is reduced until its canvas fits
 
 
 class Canvas(NamedTuple):
-    """Canvas of a reference, which lies in its centre. Sizes are (width, height)."""
+    """The canvas with a reference in its centre. Sizes are (width, height)."""
 
     picture: Size
     size: Size
@@ -57,7 +57,7 @@ def canvas_of(path: Path, step: int) -> Canvas:
 
 
 def read_on_canvas(path: Path, step: int) -> Tensor:
-    """Read a reference on its canvas, 1 1 H W 3 uint8; its reflection fills the rest.
+    """Read a reference on its canvas, 1 1 H W 3 uint8. Reflections of the picture fill the margins.
 
     Raises MediaError if it cannot be read.
     """

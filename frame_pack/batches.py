@@ -27,7 +27,7 @@ TEXTS_AGAIN = "fpack_cache_text_encoder_outputs.py"
 _NEEDED = ("latent_indices", "image_embeddings")
 
 
-def conditions_of(batch: Batch, config: FramePackConfig, dit: Path) -> Conditions:
+def read_conditions(batch: Batch, config: FramePackConfig, dit: Path) -> Conditions:
     """Return texts, image, indices and history of a batch, under their names in caches.
 
     A kind of history may have no latents, or be missing. config: of the transformer in the file `dit`. Raises
@@ -76,10 +76,10 @@ def _check_indices(batch: Batch, tensors: Mapping[str, Tensor], latents: str, in
 
 
 def compare_order(batch: Batch, is_f1: bool, one_frame: bool) -> None:
-    """Warn once if caches and samples differ in kind. is_f1: --f1; one_frame: --one_frame.
+    """Warn once if caches and samples use different orders of sections. is_f1: --f1; one_frame: --one_frame.
 
     The caches of both orders have the same names. In F1 the neighbour in time stands before the target, else
-    after it. Images have no coarse history, and so neither order.
+    after it. Images have no coarse history, and so no order.
     """
     if one_frame and batch.tensor("latents").shape[2] > 1:
         _note_clips()

@@ -139,7 +139,8 @@ class FramePackFiles(HunyuanFiles):
 
 
 def saved_window(paths: Sequence[Path], otherwise: int) -> int:
-    """Return the number of latent frames per section in files of latents; `otherwise` if they do not say.
+    """Return the number of latent frames per section in files of latents; `otherwise` if they do not state
+    it.
 
     Raises OptionError if the files differ, CheckpointError if one is damaged.
     """

@@ -18,9 +18,9 @@ from frame_pack.sections import (
     Indices,
     Order,
     blend_overlaps,
+    count_window_sections,
     decoding_slices,
     section_frames,
-    sections_in,
     video_latents,
 )
 from hunyuan_model.spec import LATENT as VAE_LATENT
@@ -78,7 +78,9 @@ def video_sections(
 
 
 def _newest(order: Order, history: Tensor, window: int, number: int) -> Piece:
-    """Return the newest section with its neighbour, so that their transition is as in the finished video."""
+    """Return the newest section together with its neighbour, so that the transition is as in the finished
+    video.
+    """
     # in playing order, the start image comes before the first section
     first = window if order.in_front else window + 1
     length = 2 * window if number else first
@@ -128,7 +130,7 @@ def decode_video(vae: HunyuanVae, latents: Tensor, window: int, at_once: bool) -
     Sections are decoded in overlapping pairs and blended, on the CPU. at_once: decode all together, which has
     no seams and takes more memory; also done if the latents are not a whole number of sections.
     """
-    sections = sections_in(latents.shape[2], window)
+    sections = count_window_sections(latents.shape[2], window)
     if at_once or sections < 2 or video_latents(sections, window) != latents.shape[2]:
         yield from vae.decode(latents / VAE_LATENT.scale)
         return

@@ -219,7 +219,7 @@ class Given:
 class FramePackModel(BlockNetwork):
     """Predict the velocity of noisy latents from finished latents, an image, and two text encodings.
 
-    The finished latents come before or after the noisy ones. Without a second text and code that stands
+    The finished latents come before or after the noisy ones. Simplified, without a second text and the code
     around the blocks:
 
         video = cat([clean_x_embedder(each finished latents), x_embedder(noisy)])                  # B L C
@@ -289,7 +289,7 @@ class FramePackModel(BlockNetwork):
         times the scale. image_embeddings: B S image_dim, states of the image encoder. latent_indices: B F
         integers, where on the frame axis the latents stand. clean_latents and the coarser _2x, _4x: B in_dim
         n H W with their B n indices; None without latents of that kind. position_scale: factor for positions
-        along rows and columns. tweaks: ideas that change this call; their second text has the names llama,
+        along rows and columns. tweaks: changes to this call; their second text has arguments named llama,
         llama_mask and clip_l. Raises ValueError if sizes do not go together.
         """
         history = [
@@ -307,7 +307,7 @@ class FramePackModel(BlockNetwork):
         grid = (patches.shape[2], patches.shape[3], patches.shape[4])
         video = [self.clean_x_embedder(kind.latents, kind.times).to(dtype) for kind in clean]
         video.append(patches.to(dtype).flatten(2).transpose(1, 2))
-        rotary = self._rotary.of(_layout(kinds, grid, position_scale), noisy.device)
+        rotary = self._rotary.get_table(_layout(kinds, grid, position_scale), noisy.device)
         image = self.image_projection(image_embeddings).to(dtype)
         guided = guidance if tweaks.embedded_guidance else None
         before = rotary.shape[-4] + image.shape[1]  # the image's tokens become part of the text

@@ -14,7 +14,7 @@ from modules.flow.schedule import Schedule, noisy_source
 
 
 def hold_masked(section: Section, latents: Tensor, schedule: Schedule, step: int) -> Tensor:
-    """Return latents B C F H W with the noisy reference in place of all that the section's mask keeps.
+    """Return latents B C F H W with the noisy reference in every region that the section's mask protects.
 
     step: of the schedule, for the noise level of the latents. Call after each step.
     """
@@ -26,7 +26,7 @@ def hold_masked(section: Section, latents: Tensor, schedule: Schedule, step: int
 
 
 def hold_consistent(section: Section, latents: Tensor, schedule: Schedule, step: int) -> Tensor:
-    """Return latents B C F H W with the noisy reference wherever the two hardly differ.
+    """Return latents B C F H W with the noisy reference in the regions where the two hardly differ.
 
     Call before each step, once its velocity is known, so that small deviations do not add up.
     """

@@ -46,6 +46,7 @@ from networks.text_loras import TextLoras
 from networks.unmerged import split_masked
 from running.compile import check_compilation
 from running.planning.device_memory import room_on
+from running.ways.composing import typed_ways
 
 SEED = "0"  # if the command line and a prompt line give none: all columns need the same one
 FIRST_TIMESTEP = 1000.0
@@ -130,7 +131,7 @@ def _make_run(family: Family, options: GenerationOptions, device: torch.device) 
 def _make_columns(
     run: GenerationRun, variants: Sequence[Variant], jobs: Sequence[GenerationJob]
 ) -> list[Column]:
-    """Make the job of each clip. Columns of equal labels have the same clips, those of the last one."""
+    """Make the job of each clip. Columns with equal labels share the clips of the last such column."""
     cells_by_label: dict[str, list[Cell]] = {}
     for variant in variants:
         clips = [make_cell(run, variant, job, line) for line, job in enumerate(jobs, 1)]
@@ -176,7 +177,7 @@ def _missing_cells(options: GenerationOptions, columns: Sequence[Column]) -> lis
 def _show_start(
     run: GenerationRun, jobs: Sequence[GenerationJob], columns: Sequence[Column], missing: Sequence[Column]
 ) -> None:
-    """Show what is compared, and how many of the clips are finished already."""
+    """Show the columns that are compared, and the number of clips that are already finished."""
     total = len(columns) * len(jobs)
     num_missing = sum(len(cells) for _, cells in missing)
     finished = f", {total - num_missing} of them made before" if num_missing < total else ""
@@ -206,7 +207,7 @@ def _check(options: GenerationOptions) -> None:
         "--num_videos": options.num_videos > 1,
         "--prompt_rewrite": options.rewriting.prompt_rewrite is not None,
         "--plan": options.speed.plan.is_planning,
-        **dict.fromkeys(options.speed.shared_by, True),
+        **dict.fromkeys(typed_ways(options.speed), True),
         f"--output_type {output.output_type}": output.output_type not in output_types,
         "--no_metadata": output.no_metadata,
         "--keep_pngs": output.format.keep_pngs,
@@ -309,7 +310,7 @@ def _is_own(options: GenerationOptions, cell: GenerationJob) -> bool:
 
 
 def _making_settings(tags: Mapping[str, str]) -> dict[str, str]:
-    """Return the metadata that say how a clip was made, without the time."""
+    """Return the metadata of a clip that record how it was made, except the time."""
     return {
         name: text
         for name, text in tags.items()
@@ -328,7 +329,7 @@ def denoise_cells(run: GenerationRun, columns: Sequence[Column]) -> None:
         cells_ready = [making.Ready(clip, variant_texts[job.label], inputs[job.label]) for job, clip in cells]
         ready.append((variant, cells_ready))
     all_ready = [cell for _, cells_ready in ready for cell in cells_ready]
-    for _ in making.denoise_all(run, all_ready, Failures(strict=True), networks_with(run, ready)):
+    for _ in making.denoise_all(run, all_ready, Failures(strict=True), load_for_columns(run, ready)):
         pass  # read again when they are decoded
 
 
@@ -351,13 +352,13 @@ def _encode_texts(
     return texts
 
 
-def networks_with(
+def load_for_columns(
     run: GenerationRun, columns: Sequence[tuple[Variant, Sequence[making.Ready]]]
 ) -> making.Networks:
     """Yield the clips of each column with the networks that have its LoRAs.
 
     A network is loaded once and its weights are changed. It is loaded again for each column only if its
-    weights are in 8 bits, swapped or compiled, or if there are several experts: copies of the original
+    weights are stored in 8 bits, swapped or compiled, or if there are several experts: copies of the original
     weights would then double the host memory.
     """
     speed = run.options.speed
@@ -367,7 +368,7 @@ def networks_with(
         yield from _switched_networks(run, columns)
         return
     for variant, ready in columns:
-        with _dits_with(run, ready, variant.uses) as dit_at:
+        with _begin_phase(run, ready, variant.uses) as dit_at:
             yield ready, dit_at
 
 
@@ -379,13 +380,13 @@ def _switched_networks(
     all_uses = [use for uses in dit_uses for use in uses]
     originals = OriginalWeights(all_uses, rounding=run.options.lora_rounding)
     all_ready = [cell for _, ready in columns for cell in ready]
-    with _dits_with(run, all_ready, (), [originals]) as dit_at:
+    with _begin_phase(run, all_ready, (), [originals]) as dit_at:
         for (_, ready), uses in zip(columns, dit_uses, strict=True):
             originals.switch(dit_at(FIRST_TIMESTEP), uses)
             yield ready, dit_at
 
 
-def _dits_with(
+def _begin_phase(
     run: GenerationRun,
     ready: Sequence[making.Ready],
     uses: dressing.LorasByExpert,

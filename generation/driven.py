@@ -123,7 +123,9 @@ def warnings_told(answers: Answers) -> Iterator[None]:
 
 
 def open_answers() -> TextIOWrapper:
-    """Return standard output as a stream of its own; whatever else is printed then goes to standard error."""
+    """Return standard output as a separate stream; everything else that is printed then goes to standard
+    error.
+    """
     sys.stdout.flush()
     stream = TextIOWrapper(os.fdopen(os.dup(1), "wb"), encoding="utf-8", newline="\n")
     os.dup2(2, 1)

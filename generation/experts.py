@@ -99,7 +99,7 @@ class DitTurns:
     keep: bool = False  # they are needed again after the phase, for the next prompt
     never_beside: bool = False  # one on the device, even if it has room for more (--offload_inactive_dit)
     lazy: bool = False  # load each when its steps begin, free it after them (--lazy_loading)
-    together: bool = False  # all stay, as each process has a part of them (--shard_base)
+    together: bool = False  # all stay, as each process has a part of them
     spare_bytes: Callable[[torch.device], int] = spare_bytes  # of a CUDA device
     host_room: Callable[[], int | None] = host_room
     make_copy: Callable[[nn.Module, torch.device], WaitingNetwork] = _copy_to_host
@@ -183,7 +183,7 @@ class DitTurns:
     def _bring(self, expert: int) -> nn.Module:
         """Put an expert on the device, and begin to read the next one.
 
-        Experts that are there make room first, unless the device has room for them too.
+        Experts already on the device are moved away first, unless they fit beside it.
         """
         later = range(self._place, len(self._plan))  # skipped parts of the plan have failed or ended early
         self._place = next((place for place in later if self._plan[place] == expert), self._place)
@@ -210,7 +210,10 @@ class DitTurns:
         return self._dits[expert]
 
     def _may_stay(self, working: int, coming: int) -> bool:
-        """Return whether a working expert may stay on the device with the next one, which is as large."""
+        """Return whether a working expert may stay on the device together with the next one.
+
+        The next expert is assumed to be as large.
+        """
         if self.lazy or self.together:
             return self.together
         weights = bytes_on(self._dits[working], self.device)

@@ -28,7 +28,7 @@ REFUSED = {
 
 @dataclass(frozen=True)
 class Axis:
-    """One option and its values, as typed and as read."""
+    """An option and its values, as typed and as read."""
 
     name: str  # on the command line: guidance_scale
     option: LineOption
@@ -41,7 +41,7 @@ class Axis:
 
 
 class SheetOptions(Options, title="comparison sheet"):
-    """Content of a comparison sheet. None: none is asked for."""
+    """Content of a comparison sheet. None: no sheet is made."""
 
     sheet: tuple[str, ...] | None = option(
         "make one labelled grid of all values of one or two options of a prompt line: --sheet seed=1,2,3 "
@@ -122,12 +122,12 @@ def _read_values(name: str, option: LineOption, texts: Sequence[str]) -> tuple[V
     return tuple(values)
 
 
-def cells_of(
+def list_cells(
     axes: Sequence[Axis], line: Mapping[str, Any]
 ) -> Iterator[tuple[tuple[int, ...], dict[str, Any]]]:
     """Yield the place of each cell (index of its value on each axis) and its prompt line, row by row.
 
-    line: values of the prompt line; values of the axes replace them.
+    line: values of the prompt line, which the values of the axes override.
     """
     axis_keys = {axis.option.key for axis in axes}
     for row_first in product(*(range(len(axis.texts)) for axis in reversed(axes))):

@@ -49,7 +49,9 @@ class FrameTools(Protocol):
 
     @property
     def hides(self) -> bool:
-        """Return whether a tool hides something, such as faces: then no unchanged frame may be shown."""
+        """Return whether a tool hides something, such as faces. If so, no unprocessed frame may be shown or
+        saved.
+        """
 
     def check(self) -> None:
         """Read the headers of the tools' model files. Raises UserError if they do not fit."""
@@ -159,9 +161,9 @@ def save_pixels(
 
     Writes a video; one PNG if there is a single frame; with `--output_type images` a folder of PNG files (for
     a single frame only if the script neither numbers single images nor makes pictures alone). With
-    `--save_last_frame` the last frame of a video is written next to it: as it was decoded, so that a video
-    can continue from it; but after the tools if one of them hides something. post: tools that frames go
-    through before writing. track: the sound; with `--save_audio` it is also written next to the result.
+    `--save_last_frame` the last frame of a video is also written as a PNG: as decoded, so that a further
+    video can continue from it, or as processed if one of the tools hides something. post: tools that frames
+    go through before writing. track: the sound; with `--save_audio` it is also written next to the result.
     """
     frames = frames_of(chunks)
     if options.trim_tail_frames:

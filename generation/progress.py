@@ -103,7 +103,9 @@ def _source_in_words(prepared: Prepared) -> str | None:
 
 
 def _results_in_words(requests: Sequence[Prepared]) -> Row:
-    """Return the row about what is made: `clip`, `pictures` and the like, with the size of the first."""
+    """Return the row of the box that describes the results: their kind, such as `clip`, and the size of the
+    first.
+    """
     first = requests[0]
     size = size_in_words(first)
     if len(requests) == 1:
@@ -159,15 +161,15 @@ def log_turn(label: str, requests: Sequence[Prepared], begun: int, seconds: floa
 
     begun: how many requests came before, in `seconds`.
     """
-    done = sum(map(work_of, requests[:begun]))
-    to_do = sum(map(work_of, requests[begun:]))
+    done = sum(map(measure_work, requests[:begun]))
+    to_do = sum(map(measure_work, requests[begun:]))
     left = f", about {in_words(seconds * to_do / done)} left" if done else ""
     where = f"{begun + 1} of {len(requests)}{left}"
     prepared = requests[begun]
     logger.info("%s (%s): %s: %s", where, label, size_in_words(prepared), in_short(prepared.request.prompt))
 
 
-def work_of(prepared: Prepared) -> float:
+def measure_work(prepared: Prepared) -> float:
     """Return the work of a request in arbitrary units: steps times pixels."""
     return prepared.num_steps * prepared.width * prepared.height * prepared.frames
 
@@ -282,7 +284,7 @@ class GrowingVideo:
             return torch.cat([chunk.to(CPU) for chunk in piece.decode(encoders, piece.latents)], dim=2)
 
     def _write(self, final: Tensor | None) -> None:
-        """Encode the final frames, then write them with the waiting ones."""
+        """Encode the frames that are final now, then write them together with the frames that still wait."""
         self._segments = self._with(final)
         is_first = not self.path.exists()
         try:

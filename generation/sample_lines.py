@@ -24,7 +24,7 @@ def _leading_whole(text: str) -> int:
 
 
 def _sample_seed(text: str) -> int:
-    """Return the number that a text begins with, as other trainers do; else the seed of the text."""
+    """Return the number at the beginning of a text, as other trainers read it, else the hash of the text."""
     if not text.strip():
         raise ValueError("give a number or a text")
     return _leading_whole(text) if re.match(r"[+-]?[0-9]", text) else prompt_lines.read_seed(text)

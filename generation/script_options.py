@@ -179,7 +179,7 @@ class OutputOptions(Options, title="output"):
         return replace(self, save_path=self.save_path.parent, file_name=self.save_path.name)
 
     def is_picture(self, is_single: bool) -> bool:
-        """Return whether a result is one picture file. is_single: it has one frame."""
+        """Return whether a result is written as a single picture. is_single: it has one frame."""
         return is_single and (
             self.pictures
             or self.numbers_single
@@ -241,7 +241,7 @@ FASTER: Mapping[str, Any] = {"attn_mode": "sageattn", "compile": True, "fp8_scal
 
 @dataclass(frozen=True)
 class ScriptDefaults:
-    """Defaults of the shared options in one family's script, and which of them the script has.
+    """Defaults of the shared options in the script of one family, and the set of options that the script has.
 
     None means the task's default, unless the field says otherwise.
     """
@@ -343,7 +343,7 @@ class ScriptDefaults:
         return {**settings, **source_settings, **with_flags}
 
     def _choices_and_helps(self) -> dict[str, dict[str, Any]]:
-        """Return the settings of options that say what this script has of them."""
+        """Return the parser settings of the options whose choices or help differ in this script."""
         output_types = ", ".join(f"{name} ({OUTPUT_TYPES[name]})" for name in self.output_types)
         solvers = ", ".join(f"{name} is {solver}" for name, solver in self.solver_names.items())
         preset = " ".join(as_typed(self.optimized, name) for name in self.optimized)

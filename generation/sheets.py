@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from blissful_tuner.metadata import as_png_texts, as_tags
-from generation.grid_options import Axis, cells_of
+from generation.grid_options import Axis, list_cells
 from generation.making import make_outputs
 from generation.outputs import own_stem, words_of
 from generation.progress import in_short
@@ -89,7 +89,9 @@ def write_grids(folder: Path, stem: str, grid: ClipGrid, title: str) -> list[Pat
 
 
 def _cells(columns: Sequence[str], row: Row, is_lower: bool) -> Iterator[Mapping[str, str]]:
-    """Yield the cells of a row on the page. is_lower: without the first, which the row above has."""
+    """Yield the cells of a row on the page. is_lower: leave out the first cell, which the row above already
+    shows.
+    """
     cells = list(zip(columns, row.paths, row.commands, strict=True))
     for column, path, command in cells[1:] if is_lower else cells:
         assert path is not None  # a page shows finished comparisons only
@@ -106,7 +108,7 @@ def frames_of(path: Path) -> Iterator[Frame]:
     return iter([read_image(path)]) if is_picture(path) else islice(video_frames(path), MOST_FRAMES)
 
 
-def middle_of(path: Path | None) -> Frame | None:
+def read_middle_frame(path: Path | None) -> Frame | None:
     if path is None:
         return None
     count = sum(1 for _ in frames_of(path))
@@ -114,7 +116,7 @@ def middle_of(path: Path | None) -> Frame | None:
 
 
 def _middle_frames(grid: ClipGrid) -> list[list[Frame | None]]:
-    return [[middle_of(path) for path in row.paths] for row in grid.rows]
+    return [[read_middle_frame(path) for path in row.paths] for row in grid.rows]
 
 
 def play(grid: ClipGrid) -> Iterator[Frame]:
@@ -230,7 +232,9 @@ Cells = Mapping[Place, GenerationJob]  # of one sheet, without cells that cannot
 
 
 def make_sheets(run: GenerationRun, lines: Mapping[str, str | None], failures: Failures) -> int:
-    """Make a sheet of each prompt line, and return the number of cells. lines: as for `of_each_line`."""
+    """Make a sheet of each prompt line, and return the number of cells. lines: prompt lines by their labels,
+    as in `of_each_line`.
+    """
     sheets = of_each_line(run, lines, failures, partial(lay_out, failures=failures))
     jobs = [job for cells in sheets.values() for job in cells.values()]
     clips = make_outputs(run, jobs, failures) if jobs else {}
@@ -238,7 +242,7 @@ def make_sheets(run: GenerationRun, lines: Mapping[str, str | None], failures: F
         paths = {place: clips[job.label] for place, job in cells.items() if job.label in clips}
         if paths:
             logger.info("Sheet of %s: %s", label, write_sheet(run, cells, paths))
-    return sum(1 for _ in cells_of(run.options.axes, {})) * len(lines)
+    return sum(1 for _ in list_cells(run.options.axes, {})) * len(lines)
 
 
 def lay_out(run: GenerationRun, label: str, line: Mapping[str, object], failures: Failures) -> Cells:
@@ -250,7 +254,7 @@ def lay_out(run: GenerationRun, label: str, line: Mapping[str, object], failures
     jobs: dict[Place, GenerationJob] = {}
     if run.options.request.seed is None:
         line = {"seed": draw_seed(), **line}
-    for place, values in cells_of(axes, line):
+    for place, values in list_cells(axes, line):
         axis_values = [axis.describe(index) for axis, index in zip(axes, place, strict=True)]
         name = ", ".join([label, *axis_values])
         with failures.note_errors(name, fatal=CheckpointError):

@@ -24,7 +24,7 @@ from hunyuan_model.blocks import (
 )
 from hunyuan_model.model import HunyuanFinalLayer, real_tokens
 from hunyuan_model.token_refiner import NumberEmbedding, TokenRefiner
-from modules.attention.attend import lengths_on
+from modules.attention.attend import make_lengths
 from modules.layers.norms import Float32LayerNorm, activation_dtype, in_own_dtype
 from modules.layers.rope import Grid, GridTable, exact_table, table_maker
 from modules.speed_options import SDPA, AttentionChoice
@@ -52,7 +52,7 @@ class GlyphEmbedding(nn.Module):
 class HunyuanImageModel(BlockNetwork):
     """Predict the velocity of a noisy latent picture from the states of its two texts.
 
-    Without a second text and code that stands around the blocks:
+    Simplified, without a second text and the code around the blocks:
 
         picture = img_in(noisy)                                             # B L C
         text = join(byt5_in(glyphs), txt_in(text))                          # B J C
@@ -101,16 +101,16 @@ class HunyuanImageModel(BlockNetwork):
 
         noisy: B in_dim H W. timesteps: B, 0..1000. text: B T text_dim, states of the language model. glyphs:
         B G glyph_dim, states of the glyph encoder. text_mask: B T, glyph_mask: B G, true or 1 for real
-        tokens, which come first; a picture without glyphs has none. tweaks: ideas that change this call;
-        their second text has the names of these four arguments; it comes behind the first one. Raises
-        ValueError if sizes do not fit.
+        tokens, which come first; a picture without glyphs has none. tweaks: changes to this call; their
+        second text has arguments named of these four arguments, and its tokens follow the first text's.
+        Raises ValueError if sizes do not fit.
         """
         if noisy.shape[1] != self.config.in_dim:
             raise ValueError(f"{noisy.shape[1]} input channels, the model takes {self.config.in_dim}")
         dtype = activation_dtype(noisy.device, self.compute_dtype)
         pixels = in_own_dtype(self.img_in["proj"], noisy).to(dtype)  # B C H W
         rows, columns = pixels.shape[2:]
-        rotary = self._rotary.of(Grid((rows, columns)), noisy.device)
+        rotary = self._rotary.get_table(Grid((rows, columns)), noisy.device)
         vector = self.time_in(timesteps).unsqueeze(1)
         texts = []
         for prompt in tweaks.texts(
@@ -119,7 +119,7 @@ class HunyuanImageModel(BlockNetwork):
             states, counts = self._embed_prompt(prompt, timesteps, dtype)
             lengths = None
             if min(counts) != states.shape[1]:
-                lengths = lengths_on([len(rotary) + count for count in counts], noisy.device)
+                lengths = make_lengths([len(rotary) + count for count in counts], noisy.device)
             texts.append(EmbeddedText(states, lengths, vector))
         return join_tokens(
             [rearrange(pixels, "b c h w -> b (h w) c")],

@@ -99,13 +99,13 @@ class QwenTextEncoder(LanguageModelEncoder):
 
     @property
     def state(self) -> None:
-        """Return None: caches do not name the state, which has never changed."""
+        """Return None: caches do not record the kind of states, because it has never changed."""
 
 
 class GlyphTextEncoder:
     """ByT5, trained on the letters that pictures show. It reads the quoted words of a prompt.
 
-    Weights of a prompt's parts do not count.
+    Weights of parts of a prompt have no effect.
     """
 
     name = "byt5"

@@ -49,7 +49,8 @@ class HunyuanImageVaeConfig:
 
 
 class FoldDown(nn.Module):
-    """Halve height and width: B C H W -> B C' H/2 W/2. The pixels of a square become channels.
+    """Halve height and width, B C H W -> B C' H/2 W/2, by turning the pixels of each 2 x 2 square into
+    channels.
 
     The shortcut does the same with the input and averages neighbouring channels.
     """
@@ -124,9 +125,10 @@ class HunyuanImageVaeDecoder(nn.Module):
 
 
 class RowConvolution(nn.Module):
-    """A 3x3 convolution that computes a few rows at a time, with the rows next to them: the same result.
+    """A 3x3 convolution that computes a few rows at a time, reading the rows around them, with the same
+    result.
 
-    It takes over the weights of the layer that it stands for.
+    It takes over the weights of the layer that it replaces.
     """
 
     def __init__(self, layer: nn.Conv2d, rows: int) -> None:

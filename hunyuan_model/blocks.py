@@ -54,11 +54,13 @@ class HunyuanTokens:
 
     @property
     def first_picture(self) -> int:
-        """The place of the first token of the latents that are learned; those of `grid` follow it."""
+        """Return the index of the first token of the latents to learn, the first token of `grid`."""
         return 0
 
-    def of(self, kept: Tensor, num_left_out: int) -> Self:
-        """Return the inputs for some tokens of x. kept: B K, their rising places; only pictures lose any."""
+    def select(self, kept: Tensor, num_left_out: int) -> Self:
+        """Return the inputs for some tokens of x. kept: B K, positions of the kept tokens, ascending; only
+        picture tokens are left out.
+        """
         lengths = None if self.lengths is None else self.lengths.without(num_left_out)
         return replace(self, rotary=take_rows(self.rotary, kept, num_left_out), lengths=lengths)
 
@@ -69,7 +71,7 @@ class HunyuanTokens:
 
     @property
     def split(self) -> int:
-        """Negative index at which the second text begins in x or in the texts; 0: there is none."""
+        """Return the negative index where the second text begins in x and in the texts; 0: there is none."""
         if self.second is None:
             return 0
         if self.part is None:
@@ -83,7 +85,9 @@ class HunyuanTokens:
 
     @property
     def clean(self) -> int:
-        """Negative index at which video tokens that use a second vector begin; 0: all use the first."""
+        """Return the negative index at which the video tokens begin that use a second vector; 0: there are
+        none.
+        """
         return 0
 
     def split_video(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,9 +113,9 @@ class TokensWithTurnedText(HunyuanTokens):
     def cut(self, part: "TokenPart") -> Self:
         return replace(super().cut(part), rotary_of_picture=part.rows(self.rotary_of_picture))
 
-    def of(self, kept: Tensor, num_left_out: int) -> Self:
+    def select(self, kept: Tensor, num_left_out: int) -> Self:
         of_picture = take_rows(self.rotary_of_picture, kept, num_left_out)
-        return replace(super().of(kept, num_left_out), rotary_of_picture=of_picture)
+        return replace(super().select(kept, num_left_out), rotary_of_picture=of_picture)
 
     @property
     def video(self) -> int:
@@ -124,7 +128,7 @@ class TokensWithTurnedText(HunyuanTokens):
 
 
 class EmbeddedText(NamedTuple):
-    """A text as the blocks take it."""
+    """An embedded text with the facts about it that the blocks need."""
 
     tokens: Tensor  # B T C
     lengths: Lengths | None  # how many of the video's tokens and these are real; None: all

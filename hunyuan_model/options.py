@@ -53,7 +53,7 @@ class HunyuanTextOptions(Options):
 
 
 class TextReadingOptions(Options):
-    """How a generation reads its texts, with the encoders that HunyuanVideo and FramePack share."""
+    """Options for the text encoders that HunyuanVideo and FramePack share, in generation."""
 
     custom_system_prompt: str | None = option(
         "instruction to the language model on what to describe, in place of the default one"

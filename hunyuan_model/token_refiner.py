@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hunyuan_model.blocks import split_heads
 from hunyuan_model.configs import JointConfig
-from modules.attention.attend import Lengths, attend, lengths_on
+from modules.attention.attend import Lengths, attend, make_lengths
 from modules.devices import numbers_on
 from modules.layers.modulation import add_gated
 from modules.layers.norms import Float32LayerNorm, TwoLayers, in_own_dtype, run_float32
@@ -110,7 +110,7 @@ def refine_tokens(
 ) -> Tensor:
     """Run the blocks on tokens B T C. vector: B C float32. counts: as for `TokenRefiner.forward`."""
     # an empty text keeps one key, because its rows need something to attend to
-    lengths = None if counts is None else lengths_on([max(1, count) for count in counts], x.device)
+    lengths = None if counts is None else make_lengths([max(1, count) for count in counts], x.device)
     for block in blocks:
         x = block(x, vector, lengths, attention)
     return x
@@ -134,7 +134,8 @@ FRAMEPACK_REFINER = (
 
 
 def multiply_text(dit: nn.Module, refiner: tuple[str, str], llm: float, clip: float) -> None:
-    """Scale the outputs of the token refiner from now on. refiner: one of the constants above.
+    """Scale the outputs of the token refiner from now on. refiner: name of the refiner, one of the constants
+    above.
 
     llm: factor for the output of each refiner block; as blocks follow one another, the factors multiply.
     clip: factor for the vector of the text's mean from which the gates are made. Despite the option's name

@@ -45,7 +45,7 @@ UP: tuple[Factors, ...] = ((1, 2, 2), (2, 2, 2), (2, 2, 2))
 
 
 def steps(frames: int, values: int, chunk: int | None) -> Iterator[tuple[int, int]]:
-    """Yield (start, stop) of a few frames at a time: `chunk`, or as many as `values` per frame allow."""
+    """Yield (start, stop) of groups of frames: `chunk` each, or as many as `values` per frame allow."""
     size = chunk or max(1, STEP_ELEMENTS // max(1, values))
     for start in range(0, frames, size):
         yield start, min(start + size, frames)
@@ -96,7 +96,8 @@ class HunyuanCausalConv(nn.Module):
     """A 3x3x3 convolution that sees no later frame.
 
     It pads by repeating the border of the picture and the first frame of the clip. kernel: 1 for a pointwise
-    one. enlarge: how often each pixel is repeated before the convolution (the first frame not in time).
+    one. enlarge: times that each pixel is repeated along each axis before the convolution. The first frame is
+    not repeated in time.
     """
 
     def __init__(
@@ -337,5 +338,5 @@ class HunyuanVaeDecoder(nn.Module):
 
 
 def _levels(widths: Sequence[int], changes: Sequence[Factors]) -> Iterator[tuple[int, int, Factors | None]]:
-    """Return each level's input width, its width, and the change of resolution after it."""
+    """Yield the input width, the output width and the final change of resolution of each level."""
     return zip((widths[0], *widths[:-1]), widths, (*changes, None), strict=True)

@@ -201,7 +201,7 @@ class Krea2(pictures.ModelOfPictures):
         return replace(prepared, flow_shift=flow_shift)
 
     def _flow_shift(self, levels: Mapping[str, float], height: int, width: int) -> float:
-        """Return the flow shift of a picture. levels: mu, y1 and y2 as the request gives them."""
+        """Return the flow shift of a picture. levels: values of mu, y1 and y2 in the request."""
         if "mu" in levels:
             return math.exp(levels["mu"])
         if self.is_turbo and not levels:
@@ -257,7 +257,9 @@ def family_for_training(options: own.Krea2TrainingOptions, dit: Path | None = No
 
 
 def family_for_samples(options: own.Krea2TrainingOptions) -> Krea2 | None:
-    """Describe samples made with --turbo_dit. Raises OptionError for a file that says it is raw."""
+    """Describe the family for samples with --turbo_dit. Raises OptionError if that file says it is the raw
+    model.
+    """
     turbo = options.turbo_dit
     if turbo is None:
         return None
@@ -275,7 +277,9 @@ def family_for_generation(options: own.Krea2GenerationOptions) -> Krea2:
 
 
 def _rules(options: Any, is_edit: bool | None) -> ReferenceRules | None:
-    """Return the rules of references, None without. is_edit: None for a generation, which may be an edit."""
+    """Return the rules for reference pictures; None if the model takes none. is_edit: None for a generation,
+    which may be an edit.
+    """
     if is_edit is False:
         return None
     area = None if getattr(options, "match_target_res", False) else MEGAPIXEL

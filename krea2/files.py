@@ -153,9 +153,9 @@ class Krea2Release(NamedTuple):
 
 
 def find_release(dit: Path | None) -> Krea2Release | None:
-    """Return whether a transformer is Turbo or raw, and what says so; None if nothing does.
+    """Return whether a transformer is Turbo or raw, and the evidence; None if nothing tells.
 
-    That is the release's model_index.json, else the nearest name, as in `FewSteps.judge`.
+    The evidence is the release's model_index.json, else the nearest name, as in `FewSteps.judge`.
     """
     if dit is None:
         return None

@@ -25,7 +25,7 @@ from contract.steps import NO_TWEAKS, Tweaks
 from krea2.configs import DIT, PATCH, Krea2Config, Krea2StreamConfig
 from lumina.blocks import GroupedAttention, Heads, LuminaTokens, serve
 from lumina.model import real_tokens
-from modules.attention.attend import Lengths, SecondText, attend, lengths_on
+from modules.attention.attend import Lengths, SecondText, attend, make_lengths
 from modules.layers.modulation import add_gated, modulate, split_segments
 from modules.layers.norms import CentredNorm, activation_dtype, in_own_dtype, run_float32
 from modules.layers.rope import Grid, GridTable, exact_table, rotate, sinusoid
@@ -168,7 +168,7 @@ class TextBlock(StreamBlock):
 
 
 class TextFusion(nn.Module):
-    """Make one state of each token's several, then let tokens attend to each other."""
+    """Merge the several states of each token into one, then let tokens attend to each other."""
 
     def __init__(self, config: Krea2Config) -> None:
         super().__init__()
@@ -262,7 +262,7 @@ class Krea2Text(NamedTuple):
 class Krea2Model(BlockNetwork):
     """Predict the velocity of noisy latents of a picture from several states of Qwen3-VL for each token.
 
-    Without references, a second text and code that stands around the blocks:
+    Simplified, without references, a second text and the code around the blocks:
 
         x = cat([first(patches of noisy), txtmlp(txtfusion(text))])        # B L+T C
         time = tmlp(sinusoid(timesteps))                                   # B C
@@ -334,7 +334,7 @@ class Krea2Model(BlockNetwork):
         layout = Krea2Layout(grid=(0, 0), texts=0, references=grids)
         tokens = Krea2Tokens(
             layout.grid,
-            rotary=self._rotary.of(layout, device),
+            rotary=self._rotary.get_table(layout, device),
             lengths=None,
             time=self.embed_time(times)[:, :, None],
             dtype=dtype,
@@ -359,10 +359,10 @@ class Krea2Model(BlockNetwork):
         """Return the tokens of references, picture and text, B R+L+T C, and the other inputs of the blocks.
 
         noisy: B Z 1 H W. timesteps: B, 0..1000. text: B T n text_dim, states of the language model.
-        text_mask: B T, true or 1 for real tokens, which come first. tweaks: ideas that change this call;
-        their second text has the names text and text_mask; it comes behind the first one. references: clean
-        latents of pictures to edit, each B Z 1 h w of its own size. isolated: these attend to each other
-        alone. Raises ValueError if sizes do not fit.
+        text_mask: B T, true or 1 for real tokens, which come first. tweaks: changes to this call; their
+        second text has arguments named text and text_mask, and its tokens follow the first text's.
+        references: clean latents of pictures to edit, each B Z 1 h w of its own size. isolated: these attend
+        to each other alone. Raises ValueError if sizes do not fit.
         """
         if text_mask.shape != text.shape[:2]:
             raise ValueError(f"a text mask of {tuple(text_mask.shape)} for text of {tuple(text.shape)}")
@@ -379,7 +379,7 @@ class Krea2Model(BlockNetwork):
             texts.append(self._embed_prompt(arguments, num_pictures - num_isolated, dtype))
         x = torch.cat([picture, *(embedded.states for embedded in texts)], dim=1)
         layout = Krea2Layout(grid, x.shape[1] - num_pictures, reference_grids)
-        rotary = self._rotary.of(layout, noisy.device)
+        rotary = self._rotary.get_table(layout, noisy.device)
         first, *seconds = texts
         tokens = Krea2Tokens(
             grid,
@@ -411,8 +411,8 @@ class Krea2Model(BlockNetwork):
         states = arguments["text"][:, :longest]
         text_lengths = lengths = None
         if len(set(counts)) > 1:  # else there is no padding, and attention gets no mask
-            text_lengths = lengths_on(counts, states.device)
-            lengths = lengths_on([before + count for count in counts], states.device)
+            text_lengths = make_lengths(counts, states.device)
+            lengths = make_lengths([before + count for count in counts], states.device)
         return Krea2Text(self.embed_text(states.to(dtype), text_lengths).to(dtype), lengths)
 
     def _embed_times(self, timesteps: Tensor, has_references: bool) -> Tensor:
@@ -438,7 +438,9 @@ class Krea2Model(BlockNetwork):
         return in_own_dtype(self.first, patches)
 
     def embed_time(self, timesteps: Tensor) -> Tensor:
-        """Return the rows that modulate all blocks, and the embedded time behind them: B -> B 7 C float32."""
+        """Return the modulation of all blocks and the embedded time that it is computed from: B -> B 7 C
+        float32.
+        """
         waves = sinusoid(timesteps, self.config.freq_dim, torch.float32)
         time = run_float32(self.tmlp[2], gelu(run_float32(self.tmlp[0], waves)))
         rows = in_own_dtype(self.tproj[1], gelu(time)).float()
@@ -462,8 +464,8 @@ class Krea2Model(BlockNetwork):
     def _make_table(self, layout: Krea2Layout, /, *, device: torch.device) -> Tensor:
         """Return (cosine, sine) pairs of all tokens, R+L+T 1 D/2 2 float32, from float64 angles.
 
-        A picture's token stands at (0, row, column), that of a reference at (its number from 1, row, column),
-        each token of a text at (0, 0, 0).
+        Positions: tokens of the picture (0, row, column), of reference k (from 1) (k, row, column), of texts
+        (0, 0, 0).
         """
         widths, theta = self.config.rotary_widths, self.config.rope_theta
         grids = [Grid((1, *grid), first=number) for number, grid in enumerate(layout.references, 1)]

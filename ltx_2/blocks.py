@@ -62,7 +62,7 @@ class CrossInputs:
 
 @dataclass(frozen=True)
 class Stream:
-    """Inputs of the blocks for one stream besides its tokens."""
+    """Inputs of the blocks for a stream (video or sound), in addition to its tokens."""
 
     rotary: Tensor  # rotations of its tokens, L N D/2 2, or B L N D/2 2
     texts: tuple[Tensor, ...]  # each B T C; usually one
@@ -98,7 +98,7 @@ class Stream:
 class LtxTokens:
     """Inputs of the blocks besides the tokens x, B L+M W, the video first; built once per forward pass.
 
-    The narrower stream has zeros behind its channels.
+    The narrower stream is padded with zeros to W channels.
     """
 
     streams: dict[StreamNames, Stream]
@@ -118,7 +118,7 @@ class LtxTokens:
         return tuple(stream.length for stream in self.streams.values())
 
     def cut(self, *parts: "TokenPart") -> "LtxTokens":
-        """Return the inputs for the tokens of one process, of which it has a part of each stream."""
+        """Return the inputs for the tokens of one process, which has a part of the tokens of each stream."""
         streams = {}
         for (names, stream), part in zip(self.streams.items(), parts, strict=True):
             streams[names] = stream.cut(part)
@@ -192,7 +192,7 @@ def norm_tokens(x: Tensor) -> Tensor:
 class LtxBlock(nn.Module):
     """Self-attention, attention to the text, attention between the streams, feed-forward.
 
-    Each stream has its own layers. The times modulate all of them by shift, scale and gate, except the
+    Each stream has its own layers. All are modulated by shift, scale and gate of the timestep, except the
     attention to the text in LTX-2.0.
     """
 
@@ -338,7 +338,7 @@ class LtxBlock(nn.Module):
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, tokens: LtxTokens) -> Tensor:
-    """Compute attention in one dtype; those of q, k and v differ only if a file mixes dtypes."""
+    """Compute attention in one dtype. The dtypes of q, k and v differ only if a file mixes dtypes."""
     dtype = tokens.dtype
     return attend(query.to(dtype), key.to(dtype), value.to(dtype), tokens.attention)
 
@@ -346,9 +346,9 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, tokens: LtxTokens) -> Ten
 def dim_references(strengths: Tensor, counts: Sequence[int], num_video_tokens: int) -> tuple[Tensor, Tensor]:
     """Return further channels of queries and keys, L E each, whose products are added to attention's logits.
 
-    strengths: M, 0..1, how much each token of references and the video see each other; the logarithm is
-    added. References do not see each other. counts: tokens of each reference; they are in front of those of
-    the video. Source: the released code of LTX-2.
+    strengths: M, 0..1, how strongly each reference token and the video attend to each other; its logarithm is
+    added to the logits. References do not see each other. counts: tokens of each reference; they are in front
+    of those of the video. Source: the released code of LTX-2.
     """
     is_video = functional.pad(torch.ones_like(strengths[:1]).expand(num_video_tokens), (len(strengths), 0))
     logarithms = functional.pad(strengths.log().clamp(min=UNSEEN), (0, num_video_tokens))

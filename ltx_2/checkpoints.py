@@ -134,9 +134,9 @@ def _gate_time(settings: Mapping[str, Any]) -> float:
 
 
 def _switch(settings: Mapping[str, Any], key: str, default: bool) -> bool:
-    """Return a switch of the record of settings, else what the tensors show (`default`).
+    """Read a boolean setting from the record of settings, else return `default`, which the tensors show.
 
-    Raises ValueError if it is neither true nor false. If they differ, loading names the tensors.
+    Raises ValueError if it is neither true nor false. If the two differ, loading names the tensors.
     """
     value = settings.get(key, default)
     if type(value) is not bool:

@@ -11,7 +11,7 @@ from contract.rules import ModelRelease
 
 
 class StreamNames(NamedTuple):
-    """Names of what belongs to one of the two streams of tokens, as published."""
+    """Published names of the layers that belong to one of the two streams."""
 
     prefix: str  # before the names of its own modules and tables
     cross_rows: str  # of the whole model: shifts and scales of the attention between the streams
@@ -126,7 +126,7 @@ LATENT = LatentSpec(
 
 
 def count_tokens(shape: Sequence[int]) -> int:
-    """Return the number of tokens of a clip's latents B C F H W, F*H*W, or of its sound's B C T M, T."""
+    """Return the number of tokens of latents: F*H*W of a clip, B C F H W, and T of sound, B C T M."""
     return math.prod(shape[2:]) if len(shape) == 5 else shape[2]
 
 

@@ -103,7 +103,7 @@ class ConnectorsConfig:
 
 
 def open_connectors(path: Path, gemma: Path) -> Checkpoint:
-    """Open a file of connectors, and Gemma's too if the projections in front of them are there (LTX-2.5)."""
+    """Open a file of connectors; in LTX-2.5 Gemma's file as well, which has the projections before them."""
     paths = checkpoint_paths(path)
     with open_checkpoint(path) as checkpoint:
         names = [name for name in checkpoint.tensors if name.startswith(PARTS)]
@@ -118,7 +118,7 @@ def read_connectors(checkpoint: Checkpoint, streams: Collection[str] = STREAMS) 
 
     Raises CheckpointError if the file has none, or is damaged.
     """
-    parts = checkpoint.starting_with(*PARTS)
+    parts = checkpoint.select_by_prefix(*PARTS)
     sources = rename_sources(plain_sources(parts), lambda name: translate_name(name, NAMES))
     if f"{VIDEO}_embeddings_connector.learnable_registers" not in sources:
         raise other_kind(checkpoint, "a file with LTX-2's text connectors", OPTION, FILES)
@@ -220,7 +220,9 @@ class TextConnectors(nn.Module):
             self.add_module(f"{stream}_embeddings_connector", Connector(connector, config.longest))
 
     def forward(self, states: Tensor, rows: int) -> dict[str, Tensor]:
-        """Return the text of each stream: T S. states: L n C, of a prompt's own tokens. rows: T."""
+        """Return the text for each stream, T S. states: L n C, of the prompt's tokens. rows: T, the number of
+        rows to fill.
+        """
         normed = torch.empty_like(states.mT)  # L C n: the order of the projections' inputs
         for index, state in enumerate(states.unbind(1)):  # singly, as float32 copies are large
             x = state.float()
@@ -238,7 +240,7 @@ class TextConnectors(nn.Module):
 
 
 class Connector(nn.Module):
-    """A transformer over the rows of a text and of learned registers, which fill it up."""
+    """A transformer over the rows of a text, filled up with learned registers."""
 
     def __init__(self, config: ConnectorConfig, longest: int) -> None:
         super().__init__()

@@ -61,7 +61,7 @@ SOUND_SETTINGS: Settings = {"latent_channels": 8, "mel_bins": 64, "in_channels":
 
 @dataclass(frozen=True)
 class Ltx2Files(TransformerFiles):
-    """Files of a run. Parts that are not given apart are in the released file or folder."""
+    """Files of a run. A part without an option of its own is in the released file or folder."""
 
     checkpoint: Path | None = None
     audio_vae: Path | None = None
@@ -100,7 +100,7 @@ class Ltx2Files(TransformerFiles):
         return VIDEO in self.streams
 
     def _part(self, part: Path | None, option: str, folder: str, what: str) -> Path:
-        """Return the file of a part: the one that is given to its option, else the released one."""
+        """Return the file of a part: the file given by its option, else the released one."""
         release = require_file(part or self.checkpoint, option if part else RELEASED, what, CHECKPOINT)
         path = inside(release, folder)
         if part is None and folder in APART and read_once(path, _lacks, f"{folder}."):
@@ -117,7 +117,7 @@ class Ltx2Files(TransformerFiles):
         return inside(super().dit_path, "transformer")
 
     def load_dit(self, placement: Placement) -> LtxModel:
-        """Load the transformer; for one stream alone, without the other's layers."""
+        """Load the transformer. For one stream alone, the layers of the other are left out."""
         dit_format = FORMAT
         if not self.has_pictures:
             dit_format = SOUND_ALONE
@@ -331,7 +331,7 @@ def files_of(options: Ltx2TransformerOptions, streams: tuple[str, ...]) -> Ltx2F
 
 
 def check_version(files: Ltx2Files, options: Ltx2TrainingOptions) -> None:
-    """Compare --ltx_version with the file. If they differ, warn or raise OptionError, as options say."""
+    """Compare --ltx_version with the file. If they differ, warn or raise OptionError, as options choose."""
     version = files.dit_header().config.kind
     typed = options.ltx_version or version
     message = f"--ltx_version {typed}: {files.dit_path} is of version {version}. Give --ltx_version {version}"

@@ -73,7 +73,9 @@ def read_settings(
 
 
 def _layer_types(num_layers: int, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Return the kind of each layer: those without a value projection see all tokens."""
+    """Return the kind of each layer: layers with a value projection attend to nearby tokens only, others to
+    all.
+    """
     layers = []
     for number in range(num_layers):
         has_values = f"layers.{number}.self_attn.v_proj.weight" in shapes

@@ -15,7 +15,7 @@ def guidance_rules(
     perturbed: int,
     is_alone: bool = False,
 ) -> GuidanceRules:
-    """Return the weights of guidance: as given, else as released.
+    """Return the weights of guidance: the options' values, else the released ones.
 
     scale: guidance scale for both streams, if given. num_blocks: of the network. perturbed: the block whose
     self-attention the release skips. is_alone: sound is made without video. Raises OptionError if

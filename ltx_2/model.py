@@ -64,7 +64,9 @@ class StreamInputs:
 
     @property
     def num_given(self) -> int:
-        """Return the number of tokens in front that have a time of their own: references, given frames."""
+        """Return the number of tokens in front that have a time of their own: those of references and given
+        frames.
+        """
         in_given_frames = self.given_frames * self.latents.shape[-1] * self.latents.shape[-2]
         return in_given_frames + sum(self.references.counts)
 
@@ -79,7 +81,7 @@ class StreamInputs:
 class LtxModel(nn.Module):
     """Predict the velocities of noisy latents of a video and of its sound, or of one of them.
 
-    Without references, given frames and code that stands around the blocks, for each stream:
+    Simplified, without references, given frames and the code around the blocks, for each stream:
 
         x = patchify_proj(latents.flatten(2).mT)                        # B L C; sound: B M C
         rows, time = adaln_single(timesteps)                            # B 9 C, B C
@@ -166,11 +168,11 @@ class LtxModel(nn.Module):
         sound: B Z M K, latents of the sound, K bins of each; None: video alone, no weight of the sound's
         stream takes part. sound_timesteps: B, 0 for a sound that is given; None: those of the video.
         sound_text: B T text_dim, states for the sound's stream. has_sound: B, whether a sample has sound:
-        without, its sound has no influence on its video; None: all have it. tweaks: ideas that change this
-        call; their second text has the names text and sound_text. Their given frames have the time 0, and
+        without, its sound has no influence on its video; None: all have it. tweaks: changes to this call;
+        their second text has arguments named text and sound_text. Their given frames have the time 0, and
         their velocity is 0. references: if they are noisy, the video's velocity is B Z N of their tokens, and
-        then its own.
-        Raises ValueError if sizes do not go together, or for sound if the network has no stream for it.
+        then its own. Raises ValueError if sizes do not go together, or for sound if the network has no stream
+        for it.
         """
         latents = {}
         if noisy is not None:
@@ -244,9 +246,10 @@ class LtxModel(nn.Module):
         return Hidden(tokens.join(parts), tokens)
 
     def _embed_stream(self, inputs: StreamInputs, texts: Sequence[Tensor], fps: Fps) -> Stream:
-        """Return the inputs that the blocks need for a stream alone, without those for seeing the other one.
+        """Return the inputs of the blocks for a single stream, without those for attention to the other
+        stream.
 
-        texts: as attention sees them, each B T C.
+        texts: embedded, each B T C.
         """
         rows, time = self._embed_times(self._part(inputs.names, "adaln_single"), inputs)
         return Stream(
@@ -260,7 +263,7 @@ class LtxModel(nn.Module):
         )
 
     def _embed_texts(self, names: StreamNames, texts: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Return the texts of a stream as attention sees them, each B T C."""
+        """Return the embedded texts of a stream, for attention to them, each B T C."""
         if not self.config.projects_text:
             return texts
         layer = self._part(names, "caption_projection")
@@ -281,10 +284,10 @@ class LtxModel(nn.Module):
     def _embed_cross(
         self, inputs: StreamInputs, other_times: Tensor, influence: Tensor | None, fps: Fps
     ) -> CrossInputs:
-        """Return the inputs with which a stream sees the other one.
+        """Return the inputs for a stream's attention to the other stream.
 
         Shifts and scales follow its own times, the gate the other stream's. influence: B bool, whether the
-        other stream has any; None: it has.
+        other stream has an effect in each sample; None: always.
         """
         rows, _ = self._embed_times(getattr(self, inputs.names.cross_rows), inputs)
         gate, _ = getattr(self, inputs.names.cross_gate)(other_times * self.config.gate_time)
@@ -294,7 +297,7 @@ class LtxModel(nn.Module):
         return CrossInputs(rotary, rows, gate, influence)
 
     def _project(self, inputs: StreamInputs, dtype: torch.dtype) -> Tensor:
-        """Return the tokens of a stream before any block, B L W, those of references in front."""
+        """Project the latents of a stream to tokens, B L W, with those of references in front."""
         names, latents, references = inputs.names, inputs.latents, inputs.references
         # B F*H*W Z of a video's latents, B M Z*K of a sound's
         flat = latents.flatten(2).mT if names is VIDEO else latents.transpose(1, 2).flatten(2)
@@ -320,7 +323,8 @@ class LtxModel(nn.Module):
         return velocities
 
     def _mark_first(self, x: Tensor, before: int, count: int) -> Tensor:
-        """Mark the `count` tokens of x, B L C, of the latent frame that shows one frame of pixels.
+        """Add the learned mark to the `count` tokens of x, B L C, whose latent frame holds a single frame of
+        pixels.
 
         before: number of tokens of references in front, which are not marked.
         """
@@ -354,7 +358,7 @@ class LtxModel(nn.Module):
         tables = self._rotary[inputs.names, by_time]
         if inputs.names is SOUND:
             _, _, length, _ = latents.shape
-            return tables.of((Places(width, (length,), by_time=by_time),), latents.device)
+            return tables.get_table((Places(width, (length,), by_time=by_time),), latents.device)
         places_of = partial(Places, width, fps=_distinct_rates(fps), by_time=by_time)
         places = []
         for reference in inputs.references.latents:
@@ -362,7 +366,7 @@ class LtxModel(nn.Module):
             factors = (size_factor, inputs.references.time)
             places.append(places_of(tuple(reference.shape[2:]), factors=factors))
         places.append(places_of(tuple(latents.shape[2:])))
-        return tables.of(tuple(places), latents.device)
+        return tables.get_table(tuple(places), latents.device)
 
     def _check(self, latents: dict[StreamNames, Tensor], texts: dict[StreamNames, Tensor | None]) -> None:
         if not latents:
@@ -382,7 +386,7 @@ class LtxModel(nn.Module):
 
 
 def _shape_velocity(out: Tensor, names: StreamNames, tokens: LtxTokens) -> Tensor:
-    """Return the velocity of a stream as its latents came, from tokens B L Z.
+    """Return the velocity of a stream in the shape of its latents, from tokens B L Z.
 
     Given tokens have the velocity 0. Those of references are cut off, unless they are wanted too: then the
     result is B Z L.
@@ -399,7 +403,7 @@ def _shape_velocity(out: Tensor, names: StreamNames, tokens: LtxTokens) -> Tenso
 
 
 def _pair_times(rows: Tensor, batch: int) -> Tensor:
-    """Return B 2 ...: the outputs for B timesteps, and in front of each those of given tokens."""
+    """Pair the outputs for each of B timesteps with those for given tokens, which come first: B 2 ..."""
     of_timesteps, of_given = rows[:batch], rows[batch:]
     return torch.stack([of_given.expand_as(of_timesteps), of_timesteps], dim=1)
 

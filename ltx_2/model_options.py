@@ -87,9 +87,9 @@ class Ltx2TextOptions(Options):
         return self.gemma_root if self.gemma_safetensors is not None and is_there else None
 
     def words(self, checkpoint: Path) -> dict[str, Any]:
-        """Return the options that encode texts in the same way, with the text encoder of a release.
+        """Return options that encode texts in the same way, with the text encoder of a release.
 
-        checkpoint: the released file. A word stands for a file that is not given.
+        checkpoint: the released file. A file that is not given is replaced by a placeholder.
         """
         encoder_file: Path | str | None = self.ltx2_text_encoder_checkpoint
         folder: Path | str | None = self.gemma_root
@@ -110,7 +110,7 @@ class Ltx2TextOptions(Options):
 
 
 class Ltx2VaeOptions(Options):
-    """Autoencoders that are not those of --ltx2_checkpoint, and how they run."""
+    """Autoencoders to use in place of those in --ltx2_checkpoint, and how they run."""
 
     file: VaeOptions = option(
         facts=OF_DECODING,
@@ -129,7 +129,7 @@ class Ltx2VaeOptions(Options):
 
 
 class Ltx2GuidanceOptions(Options, title="guidance of both streams"):
-    """Weights of guidance by stream; None: those of the release."""
+    """Weights of guidance for each stream; None: the release's."""
 
     video_cfg_scale: float | None = option("weight of the prompt for pictures; {default}", least=0)
     audio_cfg_scale: float | None = option("weight of the prompt for sound; {default}", least=0)

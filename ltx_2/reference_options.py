@@ -14,7 +14,7 @@ TIME_FACTOR = ("reference_temporal_scale_factor",)
 
 
 class Ltx2ReferenceOptions(Options, title="references (IC-LoRA)"):
-    """How references are made smaller, in caching and training."""
+    """Reduction of the size of references, in caching and training."""
 
     reference_downscale: int = option(
         "factor by which the sides of references are smaller than their clip's",

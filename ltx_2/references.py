@@ -105,7 +105,9 @@ def join_tokens(references: Sequence[Tensor]) -> Tensor:
 
 
 def pack(picture: Tensor, tokens: Tensor) -> Tensor:
-    """Put tokens of references, B C N, behind the frames of a picture, B C F H W, filled up with zeros."""
+    """Append tokens of references, B C N, to the frames of a picture, B C F H W, padded with zeros to whole
+    frames.
+    """
     tokens = functional.pad(tokens, (0, -tokens.shape[2] % math.prod(picture.shape[3:])))
     return torch.cat([picture, tokens.unflatten(2, (-1, *picture.shape[3:]))], dim=2)
 
@@ -118,7 +120,7 @@ def unpack(packed: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class DenoisedReferences:
-    """References that are denoised behind the picture, as tokens B C N."""
+    """References, as tokens B C N, that are denoised together with the picture, after its frames."""
 
     clean: Tensor
     noisy: Tensor
@@ -131,7 +133,7 @@ class DenoisedReferences:
         return [part.unflatten(2, clean.shape[2:]) for part, clean in zip(parts, references, strict=True)]
 
     def pack_velocity(self, velocity: Tensor, picture: Tensor, sigma: Tensor) -> Tensor:
-        """Return the velocity of the picture with that of the references behind it, as `pack` does.
+        """Return the velocity of the picture, followed by that of the references as in `pack`.
 
         velocity: B C N of the references' tokens, then the picture's. picture: B C F H W, for its shape.
         sigma: B, the picture's noise level.
@@ -149,7 +151,7 @@ class DenoisedReferences:
 
 
 def split_sound(latents: Tensor, joint: Joint | None) -> tuple[Tensor, Tensor | None]:
-    """Return the latents of picture and sound; None for the sound of a clip without. joint: of the clip."""
+    """Split latents into picture and sound; None for a clip without sound. joint: the shapes of both."""
     if joint is None:
         return latents, None
     return joint.split(latents)
@@ -167,7 +169,8 @@ def split_denoised(
 def with_noisy_references(
     sections: Generator[Section, Tensor, Tensor], strength: float, joint: Joint | None, noise: NoiseSource
 ) -> Generator[Section, Tensor, Tensor]:
-    """Wrap sections: denoise their references behind their pictures. joint: of sections that have none.
+    """Wrap sections so that references are denoised after their pictures. joint: shapes for sections without
+    any.
 
     References begin as `strength` of themselves and the rest noise, which is drawn token by token.
     """
@@ -186,7 +189,7 @@ def with_noisy_references(
 def _denoise_with_references(
     section: Section, strength: float, joint: Joint | None, noise: NoiseSource
 ) -> Generator[Section, Tensor, Tensor]:
-    """Yield one section with its references behind its picture; return its latents without them."""
+    """Yield a section with its references appended to its picture; return its latents without them."""
     joint = section.tweaks.joint or joint
     picture, sound = split_sound(section.noise, joint)
     frames = picture.shape[2]
@@ -204,7 +207,7 @@ def _denoise_with_references(
 
 
 def _blend_with_noise(references: Tensor, strength: float, noise: NoiseSource) -> Tensor:
-    """Return `strength` of clean references, 1 C N, and the rest noise, which is drawn token by token."""
+    """Mix `strength` parts of clean references, 1 C N, with noise, which is drawn token by token."""
     _, channels, count = references.shape
     drawn = noise.draw((1, count, channels)).to(references.device).mT
     return strength * references + (1 - strength) * drawn
@@ -213,7 +216,7 @@ def _blend_with_noise(references: Tensor, strength: float, noise: NoiseSource) -
 def velocity_of_references(
     velocity: Tensor, noisy: Tensor, clean: Tensor, strength: float, sigma: Tensor
 ) -> Tensor:
-    """Return the velocity, B C N, by which references follow the video's noise level `sigma`, B.
+    """Return the velocity, B C N, with which references follow the video's noise level `sigma`, B.
 
     velocity: the network's, at a noise level of (1 - strength) sigma. Its clean prediction is mixed with
     `strength` of the reference. Source: the released code of LTX-2.
@@ -238,7 +241,8 @@ def read_pixels(path: Path, size: tuple[int, int, int], rules: ReferenceRules, l
 
 
 def read_strengths(mask: Path, shown: Sequence[Tensor], rules: ReferenceRules, latent: LatentSpec) -> Tensor:
-    """Return the whiteness of a picture or clip at the tokens of references: 1 M float32, 0..1.
+    """Read a mask, a picture or clip, as a strength for each token of references: 1 M float32, 0 black, 1
+    white.
 
     shown: pixels of the references, 1 3 f h w. Raises OptionError if a clip is shorter than one of them.
     """
@@ -273,7 +277,7 @@ def check_sides(width: int, height: int, rules: ReferenceRules) -> None:
         )
 
 
-def factors_of(loras: Sequence[Path]) -> dict[str, int]:
+def read_factors(loras: Sequence[Path]) -> dict[str, int]:
     """Return the reference factors and frame limit in the metadata of LoRAs, by option of generation.
 
     Raises OptionError if values differ, or one is not a whole number.
@@ -297,7 +301,7 @@ def factors_of(loras: Sequence[Path]) -> dict[str, int]:
 
 
 def _read_factor(path: Path, metadata: Mapping[str, str], names: Sequence[str]) -> int | None:
-    """Return the factor that a LoRA's metadata have under these names; None if they have none of them."""
+    """Return the factor that a LoRA's metadata store under one of these names; None if they have none."""
     texts = [metadata[name] for name in names if name in metadata]
     if not texts:
         return None
@@ -309,7 +313,7 @@ def _read_factor(path: Path, metadata: Mapping[str, str], names: Sequence[str]) 
 
 def settle_factors(options: Ltx2GivenReferences, loras: Sequence[Path]) -> Ltx2GivenReferences:
     """Fill reference factors that are not given from the metadata of LoRAs."""
-    factors = factors_of(loras)
+    factors = read_factors(loras)
     if not factors and options.paths and options.reference_downscale is None:
         logger.info(
             "no LoRA records how much smaller its references were: --reference_downscale counts, or 1"
@@ -324,7 +328,7 @@ def settle_factors(options: Ltx2GivenReferences, loras: Sequence[Path]) -> Ltx2G
     return options
 
 
-def rules_of(options: Ltx2ReferenceOptions | Ltx2GivenReferences) -> ReferenceRules:
+def make_rules(options: Ltx2ReferenceOptions | Ltx2GivenReferences) -> ReferenceRules:
     return ReferenceRules(
         MOST,
         LATENT.pixel_step,

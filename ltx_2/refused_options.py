@@ -364,7 +364,7 @@ def _read_word(word: str) -> tuple[list[str], dict[str, Any]]:
 
 
 def _read_default(text: str) -> Any:
-    """Return the number that a text says, else the text."""
+    """Convert a text to a number if it is one; else return the text."""
     if not text[:1].isdigit() and text[:1] != "-":
         return text
     try:

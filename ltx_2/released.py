@@ -18,7 +18,8 @@ def own_part(checkpoint: Checkpoint, prefix: str) -> Checkpoint:
 
 
 def read_settings(checkpoint: Checkpoint, part: str, class_name: str) -> Mapping[str, Any]:
-    """Return the settings of a part in the file's metadata, else in config.json next to it; {} without both.
+    """Return the settings of a part in the file's metadata, else in config.json next to it; {} if there is
+    neither.
 
     part: "" if the file is of this part alone. class_name: of the part in diffusers, which its config.json
     names. Raises CheckpointError if they cannot be read.

@@ -44,7 +44,7 @@ def make_table(config: LtxConfig, places: Places, /, *, device: torch.device) ->
 
 
 def _seconds(config: LtxConfig, places: Places) -> list[Tensor]:
-    """Return start and end of each latent in seconds: one tensor for each frame rate, one for sound."""
+    """Return start and end of each latent in seconds: a tensor for each frame rate, or one for sound."""
     if not places.fps:
         return [_bounds(places.grid[0], MEL_STRIDE, is_causal=True) / MEL_RATE]
     _, time_factor = places.factors
@@ -63,7 +63,7 @@ def make_tables(config: LtxConfig, places: tuple[Places, ...], /, *, device: tor
 def make_row_table(rows: int, longest: float, width: int, heads: int, device: torch.device) -> Tensor:
     """Return the pairs of a text's rows, L N D/2 2 float32. The position of a row is its number.
 
-    longest: rows that positions are measured by. width: channels of all heads.
+    longest: the number by which positions are divided. width: channels of all heads.
     """
     numbers = torch.arange(rows, dtype=torch.float32)[:, None].expand(-1, 2)
     return _turn(THETA, width // 2, device, bounds=numbers, longest=longest).unflatten(1, (heads, -1))

@@ -58,7 +58,7 @@ def latent_count(frames: int, fps: float) -> int:
 
 
 def fit_sound(waveform: Tensor, frames: int, fps: float) -> Tensor:
-    """Cut sound, B C S at 16 kHz, to the length of a clip, or add silence; there is at least a mel frame."""
+    """Cut sound, B C S at 16 kHz, to the length of a clip, or append silence, to at least one mel frame."""
     length = int(frames / fps * RATE)
     waveform = waveform[..., :length]
     return functional.pad(waveform, (0, max(length, WINDOW) - waveform.shape[-1]))
@@ -125,7 +125,7 @@ class SoundVae:
         return self._network.decode(latents.to(self.device).float() * std + mean).sample
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
-        """Return mean and standard deviation, 1 C 1 M: one for each number of a latent frame."""
+        """Return mean and standard deviation, 1 C 1 M, of each number of a latent frame."""
         shape = (1, self._network.config.latent_channels, 1, -1)
         return self._network.latents_mean.view(shape), self._network.latents_std.view(shape)
 
@@ -147,7 +147,7 @@ class Vocoder:
 def read_sound_vae(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
     """Plan how to load the audio VAE of LTX-2 or LTX-2.3: official file, or diffusers' layout.
 
-    option: that named the file. Raises CheckpointError for any other file.
+    option: the option that named the file. Raises CheckpointError for any other file.
     """
     checkpoint = own_part(checkpoint, "audio_vae.")
     sources = rename_sources(plain_sources(checkpoint), lambda name: STATISTICS.get(name, name))
@@ -183,8 +183,8 @@ def read_sound_vae(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
 def read_vocoder(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
     """Plan how to load the vocoder of LTX-2 or LTX-2.3: official file, or diffusers' layout.
 
-    option: that named the file. The settings are those of a vocoder with bandwidth extension if they have
-    `bwe_in_channels`. Raises CheckpointError for any other file.
+    option: the option that named the file. The settings are those of a vocoder with bandwidth extension if
+    they have `bwe_in_channels`. Raises CheckpointError for any other file.
     """
     checkpoint = own_part(checkpoint, "vocoder.")
     sources = rename_sources(plain_sources(checkpoint), _vocoder_name)
@@ -250,7 +250,8 @@ def _generator(shape: Shape, names: Collection[str], start: str, refusal: Checkp
 def load_sound_vae(path: Path, device: torch.device, option: str = "--audio_vae") -> SoundVae:
     """Load the audio VAE of LTX-2 or LTX-2.3: the official single file, its sound alone, diffusers' folder.
 
-    option: that named the path. Raises CheckpointError if the file is damaged or holds another model.
+    option: the option that named the path. Raises CheckpointError if the file is damaged or holds another
+    model.
     """
     with open_checkpoint(path) as checkpoint:
         plan = read_sound_vae(checkpoint, option)
@@ -262,7 +263,8 @@ def load_sound_vae(path: Path, device: torch.device, option: str = "--audio_vae"
 def load_vocoder(path: Path, device: torch.device, option: str = "--audio_vae") -> Vocoder:
     """Load the vocoder of LTX-2 or LTX-2.3, from the same kinds of files.
 
-    option: that named the path. Raises CheckpointError if the file is damaged or holds another model.
+    option: the option that named the path. Raises CheckpointError if the file is damaged or holds another
+    model.
     """
     with open_checkpoint(path) as checkpoint:
         plan = read_vocoder(checkpoint, option)

@@ -57,7 +57,7 @@ class Ltx2StageOptions(Options, title="two stages"):
 
 
 class Ltx2OfficialStages(Ltx2StageOptions, title="two stages"):
-    """The same, with the other spellings of the official scripts."""
+    """The options of the stages, also by their names in the official scripts."""
 
     distilled_lora: tuple[str, ...] | None = option(
         f"FILE [STRENGTH]: as --{_LORA} with --sample_stage2_distilled_lora_multiplier",

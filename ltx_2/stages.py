@@ -23,7 +23,7 @@ from contract.family import NoiseSource
 from contract.requests import Prepared
 from contract.rules import AS_PLAIN
 from contract.steps import Section
-from ltx_2.references import factors_of, split_sound
+from ltx_2.references import read_factors, split_sound
 from ltx_2.stage_options import Ltx2OfficialStages, Ltx2StageOptions
 from ltx_2.upscaler import SPATIAL, TEMPORAL, UpscalerGrowth, factors, is_upscaler, load_upscaler
 from modules.errors import OptionError
@@ -96,7 +96,7 @@ class TwoStages:
         )
 
     def split(self, prepared: Prepared, latent: LatentSpec, dtype: torch.dtype) -> Prepared:
-        """Return the request of a clip as one in two stages. dtype: of the upscalers."""
+        """Split the request of a clip into one for each stage. dtype: of the upscalers."""
         request = prepared.request
         if request.source is not None:
             raise OptionError(
@@ -161,7 +161,7 @@ class TwoStages:
 
 
 def two_stages(options: Ltx2StageOptions) -> TwoStages | None:
-    """Return the settings by which clips are made in two stages; None if they are made in one."""
+    """Return the settings for clips in two stages; None if the options ask for one stage."""
     if not options.sample_two_stage:
         return None
     upscalers = {}
@@ -191,7 +191,7 @@ def keep_for_first_stage(shared: Any, own_options: Any) -> tuple[Any, Any]:
     patterns = shared.lora_patterns
     uses = zip(shared.lora.lora_weight or (), shared.lora.multipliers(), strict=True)
     for path, strength in uses:
-        loras = first_stage if factors_of([path]) else both_stages
+        loras = first_stage if read_factors([path]) else both_stages
         loras.append((path, strength))
     if not first_stage:
         return shared, own_options

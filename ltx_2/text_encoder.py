@@ -169,9 +169,9 @@ class Ltx2TextEncoder(LanguageModelEncoder):
     ) -> None:
         """Set up the encoder; `load` reads the files.
 
-        path: file or folder of Gemma. connectors: file that holds them, or a release's folder. streams: whose
-        texts are wanted. dtype, tokenizer, form, on_cpu: see `LanguageModelEncoder`; the connectors stay
-        in `dtype`. use: which Gemma.
+        path: file or folder of Gemma. connectors: file that holds them, or a release's folder. streams: the
+        streams to make texts for. dtype, tokenizer, form, on_cpu: see `LanguageModelEncoder`; the connectors
+        stay in `dtype`. use: the version of Gemma.
         """
         super().__init__(use, path, dtype, tokenizer, form=form, on_cpu=on_cpu)
         self.connectors = inside(connectors, "connectors")

@@ -38,7 +38,7 @@ def is_upscaler(checkpoint: Checkpoint) -> bool:
 
 
 def read_upscaler(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
-    """Plan how to load a latent upscaler. option: that named the file.
+    """Plan how to load a latent upscaler. option: the option that named the file.
 
     Raises CheckpointError for any other file.
     """
@@ -90,7 +90,7 @@ def _scale(checkpoint: Checkpoint, option: str) -> float:
 
 
 class UpscalerGrowth(NamedTuple):
-    """By how much upscalers multiply the frames and the sides of a clip."""
+    """The factors by which upscalers multiply the frames and the sides of a clip."""
 
     frames: int
     side: Fraction

@@ -95,14 +95,16 @@ def _halves_fit(config: VideoVaeConfig) -> bool:
 
 
 class _NestedLevel(NamedTuple):
-    """Position of a residual block or a resampling of diffusers' layout; sorted as the layers are."""
+    """Position of a residual block or a resampling layer in diffusers' layout; sorts in the order of the
+    layers.
+    """
 
     half: str  # encoder or decoder
     number: int  # of its level; that of the middle block is the last in the encoder, the first in the decoder
     is_second: bool  # of its level: the resampling in the encoder, the residual blocks in the decoder
 
 
-def _level_of(match: re.Match[str]) -> _NestedLevel:
+def _read_level(match: re.Match[str]) -> _NestedLevel:
     """Return the level of a name that `_LEVEL` matches."""
     number, resampling, _ = match.groups()
     half = match[0][:7]
@@ -117,14 +119,14 @@ def _level_of(match: re.Match[str]) -> _NestedLevel:
 def _flat_names(names: Iterable[str]) -> Callable[[str], str]:
     """Translate diffusers' names: a level's resampling comes first in the decoder, last in the encoder."""
     matches = [_LEVEL.fullmatch(name) for name in names]
-    levels = sorted({_level_of(match) for match in matches if match})
+    levels = sorted({_read_level(match) for match in matches if match})
 
     def translate(name: str) -> str:
         match = _LEVEL.fullmatch(name)
         if match is None:
             return name
         _, resampling, name_end = match.groups()
-        level = _level_of(match)
+        level = _read_level(match)
         index = [other for other in levels if other.half == level.half].index(level)
         direction = "down" if level.half == "encoder" else "up"
         start = f"{level.half}.{direction}_blocks.{index}"
@@ -136,9 +138,9 @@ def _flat_names(names: Iterable[str]) -> Callable[[str], str]:
 def _half(
     shape: Callable[..., tuple[int, ...]], names: Iterable[str], half: str, refusal: CheckpointError
 ) -> HalfConfig:
-    """Read the encoder or the decoder; what is in no tensor is as in LTX-2.3's.
+    """Read the encoder or the decoder; facts that no tensor shows are taken from LTX-2.3.
 
-    By how much a resampling changes resolution follows from its channels and those behind it.
+    The factor of a resampling layer follows from its channels and those after it.
     """
     names = frozenset(names)
     is_down = half == "encoder"
@@ -222,7 +224,7 @@ def _apply_settings(
 
 
 def _read_shortcuts(settings: Mapping[str, Any], num_resamplings: int, is_first: bool) -> Sequence[Any]:
-    """Return whether each resampling of the decoder has a shortcut, from the pixels on.
+    """Return for each resampling of the decoder whether it has a shortcut, beginning at the pixels.
 
     is_first: the decoder is that of LTX-2, which has them if the settings do not say.
     """

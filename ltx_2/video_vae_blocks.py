@@ -82,7 +82,7 @@ class VideoVaeConfig:
 
     @property
     def stride(self) -> Factors:
-        """Frames, rows and columns of pixels for one place of the latents."""
+        """Return the frames, rows and columns of pixels for each latent."""
         frames, rows, columns = self.encoder.factors
         return frames, rows * self.patch, columns * self.patch
 
@@ -108,7 +108,7 @@ class ClipMemory:
         return is_first
 
     def delay(self, layer: nn.Module, x: Tensor | None, frames: int) -> Tensor:
-        """Return the first `frames` frames of the waiting ones and x; keep the rest waiting.
+        """Append x to the waiting frames; return the first `frames` of them, and let the rest wait.
 
         So a shortcut keeps pace with convolutions that look ahead.
         """
@@ -134,7 +134,7 @@ class ClipConv(nn.Module):
         self.is_normed = is_normed
 
     def forward(self, x: Tensor | None, memory: ClipMemory) -> Tensor:
-        """Convolve the next frames of a clip, B C T H W; None: it has ended. Returns B C' T' H W.
+        """Convolve the next frames of a clip, B C T H W; None: the clip has ended. Returns B C' T' H W.
 
         Raises ValueError if borders are mirrored and a side is 1.
         """
@@ -188,7 +188,7 @@ class ClipConv(nn.Module):
 
 
 def _mirror_borders(x: Tensor) -> None:
-    """Fill the border of one pixel around x, B C T H W, with the pixels behind its neighbours."""
+    """Fill the border of one pixel around x, B C T H W, by reflection."""
     x[..., 0, :] = x[..., 2, :]
     x[..., -1, :] = x[..., -3, :]
     x[..., 0] = x[..., 2]
@@ -226,7 +226,7 @@ class PixelsToChannels(nn.Module):
 
 
 class ChannelsToPixels(nn.Module):
-    """Convolve, then turn channels into blocks of pixels. Of the first block only the last frame is kept."""
+    """Convolve, then turn channels into blocks of pixels. Only the last frame of the first block is kept."""
 
     def __init__(self, part: Resampling, half: HalfConfig) -> None:
         super().__init__()

@@ -53,11 +53,13 @@ class LuminaTokens:
 
     @property
     def first_picture(self) -> int:
-        """The place of the first token of the latents that are learned; those of `grid` follow it."""
+        """Return the index of the first token of the latents to learn, the first token of `grid`."""
         return 0
 
-    def of(self, kept: Tensor, num_left_out: int) -> Self:
-        """Return the inputs for some tokens of x. kept: B K, their rising places; only pictures lose any."""
+    def select(self, kept: Tensor, num_left_out: int) -> Self:
+        """Return the inputs for some tokens of x. kept: B K, positions of the kept tokens, ascending; only
+        picture tokens are left out.
+        """
         lengths = None if self.lengths is None else self.lengths.without(num_left_out)
         return replace(self, rotary=take_rows(self.rotary, kept, num_left_out), lengths=lengths)
 
@@ -192,7 +194,9 @@ class JointTransformerBlock(nn.Module):
         return self.feed(x, scale2, gate2, tokens.dtype)
 
     def modulation(self, time: Tensor) -> tuple[Tensor | None, ...]:
-        """Return scale and gate of attention and of feed-forward, each B 1 C float32; None: none."""
+        """Return scale and gate of attention and of feed-forward, each B 1 C float32; None for each without
+        modulation.
+        """
         if not self.is_modulated:
             return (None,) * 4
         *before, last = self.adaLN_modulation

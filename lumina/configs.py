@@ -46,7 +46,7 @@ class LuminaConfig:
 
     @property
     def rotary_widths(self) -> tuple[int, int, int]:
-        """Return the channels of a head that encode the place in the caption, rows and columns."""
+        """Return how many channels of a head encode the position in the caption, the row and the column."""
         return (self.head_width // 3,) * 3
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from contract.steps import NO_TWEAKS, Tweaks
 from lumina.blocks import JointTransformerBlock, LuminaFinalLayer, LuminaTokens, TimeEmbedding
 from lumina.configs import DIT, LuminaConfig
-from modules.attention.attend import Lengths, SecondText, lengths_on
+from modules.attention.attend import Lengths, SecondText, make_lengths
 from modules.devices import send_ahead
 from modules.layers.norms import RMSNorm, activation_dtype, in_own_dtype
 from modules.layers.rope import GridTable, angles_at, on_grid, turns
@@ -35,7 +35,7 @@ class TokenLayout(NamedTuple):
 class LuminaModel(BlockNetwork):
     """Predict the direction from noise to data of noisy latents of pictures, from a caption's states.
 
-    Without a second caption and code that stands around the blocks:
+    Simplified, without a second caption and the code around the blocks:
 
         time = t_embedder(times)                                            # B time_dim
         text = cap_embedder(caption)                                        # B T C
@@ -89,9 +89,9 @@ class LuminaModel(BlockNetwork):
         """Return refined image and caption tokens, B L+T C, and the other inputs of the blocks.
 
         noisy: B in_dim H W. times: B, 0 (noise) to 1 (picture). caption: B T text_dim, states of the language
-        model. caption_mask: B T, true or 1 for real tokens, which come first. tweaks: ideas that change this
-        call; their second text has the names caption and caption_mask; it comes behind the first one. Raises
-        ValueError if sizes do not go together.
+        model. caption_mask: B T, true or 1 for real tokens, which come first. tweaks: changes to this call;
+        their second text has arguments named caption and caption_mask, and its tokens follow the first
+        text's. Raises ValueError if sizes do not go together.
         """
         self._check_sizes(noisy, caption, caption_mask)
         patch = self.config.patch_size
@@ -184,10 +184,10 @@ class LuminaModel(BlockNetwork):
         longest = self.count_tokens(longest_rows)
         equal = len(set(counts)) == 1
         layout = TokenLayout(grid, counts[:1] if equal else counts, longest)
-        rotary = self._rotary.of(layout, caption.device)
+        rotary = self._rotary.get_table(layout, caption.device)
 
         def lengths_behind(before: int) -> Lengths | None:
-            return None if equal else lengths_on([before + count for count in counts], caption.device)
+            return None if equal else make_lengths([before + count for count in counts], caption.device)
 
         image = self.count_tokens(grid[0] * grid[1])
         both = tokens_of(rotary=rotary, lengths=lengths_behind(image))

@@ -45,7 +45,7 @@ TEACHER_ROWS: Mapping[str, Rows] = {
 }
 
 
-def marks_of(task: str, teacher: str | None, caption: str, shown: Sequence[str]) -> dict[str, str]:
+def make_marks(task: str, teacher: str | None, caption: str, shown: Sequence[str]) -> dict[str, str]:
     """Return the metadata of a text cache. shown: content hashes of what the encoder saw with the caption."""
     presented = json.dumps({"task": task, "teacher": teacher, "caption": caption, "shown": list(shown)})
     return {
@@ -57,9 +57,9 @@ def marks_of(task: str, teacher: str | None, caption: str, shown: Sequence[str])
 
 
 def check_marks(path: Path | str, metadata: Mapping[str, str], task: str) -> None:
-    """Raise CacheError if a text cache says that it is for another task, or of another format.
+    """Raise CacheError if a text cache records another task or another format than the given ones.
 
-    A cache that does not say so is accepted.
+    A cache without such records is accepted.
     """
     cached_task = metadata.get(TASK, task)
     if cached_task != task:
@@ -79,7 +79,7 @@ def check_marks(path: Path | str, metadata: Mapping[str, str], task: str) -> Non
 def check_texts(batch: Batch, task: str) -> None:
     """Raise CacheError unless the texts of a batch are cached for the task of a training.
 
-    Files of both the known tuner and this program say so. The tags must fit it too.
+    Caches of the known tuner and of this program record the task. The tags of the tokens must fit it too.
     """
     for key, metadata in zip(batch.keys, batch.text_metadata, strict=False):
         check_marks(key, metadata, task)
@@ -127,7 +127,10 @@ def teacher_texts(batch: Batch, conditions: str) -> tuple[list[Tensor], list[Ten
 
 
 def save_probe(path: Path, tensors: Mapping[str, Tensor], text: str) -> None:
-    """Write the states of the empty prompt as the known tuner does. tensors: of its cache. text: it."""
+    """Write the states of the empty prompt in the known tuner's format.
+
+    tensors: of the cache of that prompt. text: the prompt.
+    """
     tensors = {"hidden_states": tensors[KEY], "token_tags": tensors[TAGS]}
     path.parent.mkdir(parents=True, exist_ok=True)
     save_tensors(path, tensors, {FORMAT_KEY: PROBE_FORMAT, "text": text})

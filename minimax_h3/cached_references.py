@@ -33,7 +33,7 @@ from modules.media.samples import track_facts
 
 
 def reference_of(medium: ShownMedium) -> H3Reference:
-    """Return a reference of a row. The sound of a clip is that of its file, else its own track, if any.
+    """Make a reference from a row. A clip's sound is the row's sound file, else the clip's own track, if any.
 
     Raises MediaError if the file of a clip cannot be read.
     """
@@ -47,7 +47,8 @@ def reference_of(medium: ShownMedium) -> H3Reference:
 def check_shown(media: tuple[ShownMedium, ...], name: str, is_picture: bool, any_length: bool) -> None:
     """Raise DatasetError if the references of a row cannot be used. name: of the table.
 
-    is_picture: they are of a picture. any_length: clips may be shorter and longer than the model knows.
+    is_picture: the item is a picture. any_length: reference clips may have lengths for which the model was
+    not trained.
     """
     if not media:
         raise DatasetError(
@@ -84,7 +85,7 @@ class ReferenceSizes:
     step: int
 
     def source_of(self, reference: H3Reference, frames: int) -> PictureSource | ClipSource | None:
-        """Return the source from which a reference's pixels are read; None: it is sound alone.
+        """Return the source of a reference's pixels; None for a reference that is sound alone.
 
         frames: of the clip that is made from it; 1: of a picture, for which reference clips keep their
         length. Raises OptionError for shapes that the model does not take.

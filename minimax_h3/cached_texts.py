@@ -19,7 +19,7 @@ from contract.family import EncoderAbilities
 from contract.requests import Prompt
 from contract.rules import ShownMedium
 from encoders.language_encoder import LanguageModelEncoder, LanguageUse
-from minimax_h3.cache_marks import KEY, TAGS, TEACHER_ROWS, check_marks, marks_of
+from minimax_h3.cache_marks import KEY, TAGS, TEACHER_ROWS, check_marks, make_marks
 from minimax_h3.cached_references import ReferenceSizes, reference_of
 from minimax_h3.configs import LATENT
 from minimax_h3.files import BLANK, H3_USE, H3Files, H3TextEncoder
@@ -49,14 +49,14 @@ detailed_description:
 
 
 def describe_copy(caption: str) -> str:
-    """Return a caption for a teacher that has the clip and its sound as references: it has to copy them."""
+    """Return the caption for a teacher that has the clip and its sound as references and has to copy them."""
     return _COPIED + caption
 
 
 def describe_subjects(caption: str, pictures: int, is_still: bool) -> str:
-    """Return a caption for a teacher that has pictures of its subjects: it takes their looks, and no more.
+    """Return the caption for a teacher that has pictures of the subjects and copies only their looks.
 
-    pictures: of a subject each. is_still: of a single picture.
+    pictures: of a subject each. is_still: the item is a single picture.
     """
     numbers = range(1, pictures + 1)
     subjects = " and ".join(f"<Subject {number}>" for number in numbers)
@@ -78,7 +78,7 @@ def describe_subjects(caption: str, pictures: int, is_still: bool) -> str:
 
 
 class H3CachingEncoder(H3TextEncoder):
-    """The text encoder of one task, whose states are cached. Set its fields before it is used."""
+    """The text encoder that caches the states for one task. Set its fields before it is used."""
 
     task = "t2va"
     teacher: str | None = None  # a key of `TEACHER_ROWS`, whose rows it adds
@@ -109,15 +109,16 @@ class H3CachingEncoder(H3TextEncoder):
         self.variable_length = self.variable_length | set(rows)
 
     def cache_metadata(self, caption: str, shown: Sequence[str]) -> Mapping[str, str]:
-        return marks_of(self.task, self.teacher, caption, shown)
+        return make_marks(self.task, self.teacher, caption, shown)
 
     def check_metadata(self, path: Path, metadata: Mapping[str, str]) -> None:
         check_marks(path, metadata, self.task)
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
-        """Encode as `H3TextEncoder.encode`, with what the task shows, and with the rows of the teacher.
+        """Encode as `H3TextEncoder.encode`, with the media of the task, and with the rows that a teacher
+        reads.
 
-        The empty prompt stands alone, without either. Raises MediaError if something cannot be shown.
+        The empty prompt is encoded without both. Raises MediaError if something cannot be shown.
         """
         return [self._encode_item(prompt) for prompt in prompts]
 
@@ -198,7 +199,7 @@ def _keyframes(prompt: Prompt) -> list[Tensor]:
 
 
 @functools.cache  # a use is a key, by its identity
-def _use_with(blank: str) -> LanguageUse:
+def _make_use(blank: str) -> LanguageUse:
     """Return the settings of the text encoder for an empty prompt that is written as `blank`."""
     return H3_USE if blank == BLANK else replace(H3_USE, blank=blank)
 
@@ -216,7 +217,7 @@ class H3CachingFiles(H3Files):
 
     @property
     def text_use(self) -> LanguageUse:  # type: ignore[override]
-        return _use_with(self.blank)
+        return _make_use(self.blank)
 
     def language_model(self) -> LanguageModelEncoder:
         encoder = super().language_model()

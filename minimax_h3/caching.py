@@ -125,7 +125,7 @@ class H3Caching:
             )
 
     def _check_length(self, frames: int, name: str, error: type[DatasetError] | type[MediaError]) -> None:
-        """Raise an error for the length of a clip for which the model was not trained."""
+        """Raise DatasetError or MediaError for a clip whose length the model was not trained for."""
         if not self.any_length and not LEAST_FRAMES <= frames <= MOST_FRAMES:
             raise error(
                 f"{name}: clips of {frames} frames: {NAME} was trained with {LEAST_FRAMES} to {MOST_FRAMES} "
@@ -216,7 +216,7 @@ def encode_target(vae: H3VideoVae, pixels: Tensor, owner: int | str) -> Tensor:
     return vae.normalise(sample_posterior(moments, [posterior_generator(owner)], LOG_VARIANCES))
 
 
-def caching_of(options: H3LatentCachingOptions) -> H3Caching:
+def make_caching(options: H3LatentCachingOptions) -> H3Caching:
     return H3Caching(
         options.task or TEXT_ALONE,
         seed=SEED if options.cache_seed is None else options.cache_seed,

@@ -70,14 +70,14 @@ def encode_condition(vae: H3VideoVae, pixels: Tensor) -> Tensor:
 
 
 def add_condition_noise(latents: Tensor, noise: Tensor, clean: float = PICTURES_LIE) -> Tensor:
-    """Return `clean` of the latents and the rest noise: the network takes pictures and clips so."""
+    """Mix `clean` parts of the latents with noise, as the network expects its pictures and clips."""
     # 1 - share is rounded, as released
     share = torch.tensor(clean, dtype=torch.float32, device=latents.device)
     return share * latents + (1 - share) * noise
 
 
 def is_visual(key: str) -> bool:
-    """Return whether a name is that of latents of a picture or a clip, which are noised."""
+    """Return whether a name is that of latents of a picture or a clip (which get noise), not of sound."""
     match = _REFERENCE_KEY.fullmatch(key)
     if match is not None:
         return match[2] != AUDIO
@@ -85,9 +85,9 @@ def is_visual(key: str) -> bool:
 
 
 def in_order(keys: Iterable[str]) -> list[str]:
-    """Return those names that are conditions, sorted: first and last frame, controls, references by number.
+    """Return the names of conditions in their order: first and last frame, controls, references by number.
 
-    Noise is drawn in this order. A clip's sound stands before the clip.
+    Other names are left out. Noise is drawn in this order. A clip's sound stands before the clip.
     """
     names = set(keys)
     frames = [key for key in (FIRST, LAST) if key in names]
@@ -103,7 +103,9 @@ def _place_of_reference(key: str) -> tuple[int, bool]:
 
 
 def noise_conditions(conditions: Mapping[str, Any], noise: NoiseSource) -> dict[str, Tensor]:
-    """Return conditions in order, pictures and clips nearly clean. noise: drawn for one after the other."""
+    """Return conditions in order, with a little noise on pictures and clips. noise: one draw for all, in this
+    order.
+    """
     noised = {}
     for key in in_order(conditions):
         latents = conditions[key]
@@ -116,7 +118,9 @@ def noise_conditions(conditions: Mapping[str, Any], noise: NoiseSource) -> dict[
 
 @dataclass(frozen=True)
 class H3Placement:
-    """Conditions with their places, and where the clock of the learned pictures and their sound starts."""
+    """Conditions with their positions, and the clock time at which the learned pictures and their sound
+    start.
+    """
 
     conditions: tuple[H3Condition, ...]
     start: float

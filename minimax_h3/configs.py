@@ -39,7 +39,7 @@ class H3Config:
 
     @property
     def inner_dim(self) -> int:
-        """Return the width of all heads, which is not that of the tokens."""
+        """Return the width of all heads together, which differs from the width of tokens."""
         return self.num_heads * self.head_width
 
 

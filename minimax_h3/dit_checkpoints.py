@@ -67,7 +67,7 @@ IGNORED = ("rope.inv_freq",)  # computed
 
 
 def find_layout(path: Path) -> str:
-    """Return the order of fused rows that a file of released names has, by its name.
+    """Return the order of fused rows in a file with released names, which only the file's name tells.
 
     path: a file, a first shard, an index or a folder; the last three are read as shards.
     """
@@ -75,7 +75,8 @@ def find_layout(path: Path) -> str:
 
 
 def find_task(path: Path) -> str | None:
-    """Return the task that a transformer's name says, "fl2va" (of texts too) or "ref2va"; None: it says none.
+    """Return the task in a transformer's name, "fl2va" (which includes text to video) or "ref2va"; None
+    without.
 
     The tensors of both are alike. diffusers' folders are called transformer and transformer_ref.
     """
@@ -192,7 +193,7 @@ def _stacks(checkpoint: Checkpoint, header: DitHeader[H3Config]) -> dict[str, Ca
 
 
 @functools.cache
-def format_of(layout: str | None = None) -> DitFormat[H3Config, H3Model]:
+def make_format(layout: str | None = None) -> DitFormat[H3Config, H3Model]:
     """Return the description by which transformer files are read. layout: see `read_header`."""
     return DitFormat(
         functools.partial(read_header, layout=layout),
@@ -205,5 +206,5 @@ def format_of(layout: str | None = None) -> DitFormat[H3Config, H3Model]:
     )
 
 
-FORMAT = format_of()
+FORMAT = make_format()
 read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMAT.load

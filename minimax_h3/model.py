@@ -40,7 +40,9 @@ PICTURES_LIE = 0.999  # the time of a condition at least: nearly clean
 
 @dataclass(frozen=True)
 class H3Condition:
-    """Latents with their place: clean or nearly clean ones that the learned ones are made from, or these."""
+    """Latents at their position on the clock: a condition, clean or with a little noise, or the learned
+    latents.
+    """
 
     latents: Tensor  # B Z F H W of pictures, B Z 2 A of sound
     place: PicturePlace | SoundPlace
@@ -163,7 +165,7 @@ class H3RefinerBlock(H3StreamBlock):
 
 
 class H3TokenRefiner(nn.Module):
-    """Let the tokens of a text attend to each other: B T C, returned alike."""
+    """Let the tokens of a text attend to each other: B T C -> B T C."""
 
     def __init__(self, config: H3Config) -> None:
         super().__init__()
@@ -243,7 +245,7 @@ class FinalLayer(nn.Module):
 class H3Model(nn.Module):
     """Predict the clean latents minus the noise of a video and of its sound.
 
-    Without conditions and code that stands around the blocks:
+    Simplified, without conditions and the code around the blocks:
 
         x = cat([video_patch_proj(patches of noisy), audio_patch_proj(sound), text])   # B V+M+T C
         text = token_refiner(condition_proj(text))                         # B T C
@@ -351,7 +353,7 @@ class H3Model(nn.Module):
         tokens = H3Tokens(
             grid,
             sound=segments[1].tokens,
-            rotary=self._rotary.of((places, num_text), noisy.device),
+            rotary=self._rotary.get_table((places, num_text), noisy.device),
             times=self._embed_times(list(levels.values()), noisy.device),
             slots=tuple(KINDS * segment.time + segment.kind for segment in segments),
             starts=tuple(accumulate(segment.tokens for segment in segments[:-1])),
@@ -434,7 +436,9 @@ class H3Model(nn.Module):
 
 
 def _text_segments(shown: Sequence[bool], num_text: int) -> list[TokenRun]:
-    """Return the segments of a text, which has the time of the pictures. shown: see `H3Model.embed`."""
+    """Return the segments of a text, which has the time of the pictures. shown: whether each token stands for
+    a part of a picture; see `H3Model.embed`.
+    """
     if not shown:
         return [TokenRun(num_text, 0, TEXT)]
     segments: list[TokenRun] = []

@@ -40,6 +40,7 @@ from modules.speed_options import (
     fp8_text_option,
     text_form,
 )
+from running.ways.composing import passes_option
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -366,16 +367,17 @@ def check_guidance(scale: float | None, flag: str) -> None:
 
 
 def settle_generation(shared: T, own_options: H3GenerationOptions) -> tuple[T, H3GenerationOptions]:
-    """Put --width and --height, --ratio, --duration and --dtype into the options that they stand for.
+    """Move --width, --height, --ratio, --duration and --dtype into the shared options with their meaning.
 
-    Raises OptionError if another option says something else, or for guidance, which is built into the model.
+    Raises OptionError if another option contradicts them, or for guidance, which is built into the model.
     """
     options: Any = shared
     request = options.request
     check_guidance(request.guidance_scale, "--guidance_scale")
-    if options.speed.cfg_parallel:
+    shares_passes = passes_option(options.speed)
+    if shares_passes:
         raise OptionError(
-            "--cfg_parallel shares the passes with and without the prompt among processes, and "
+            f"{shares_passes} shares the passes with and without the prompt among processes, and "
             f"{NAME} has one pass for each step. Use --context_parallel: processes share the tokens"
         )
     if options.guidance.nag.is_on:
@@ -399,9 +401,9 @@ def settle_generation(shared: T, own_options: H3GenerationOptions) -> tuple[T, H
 
 
 def _settle_size(size: Sequence[int] | None, own_options: H3GenerationOptions) -> tuple[int, int] | None:
-    """Return height and width; None: those of the first keyframe, of each prompt line.
+    """Return height and width; None if the first keyframe of each prompt line decides.
 
-    Raises OptionError if two options say different ones.
+    Raises OptionError if two options state different ones.
     """
     own_size = None
     words = f"--ratio {own_options.ratio}"
@@ -424,7 +426,7 @@ def _settle_size(size: Sequence[int] | None, own_options: H3GenerationOptions) -
 
 
 def _settle_frames(frames: int | None, own_options: H3GenerationOptions) -> int:
-    """Return the number of frames. Raises OptionError if two options say different ones."""
+    """Return the number of frames. Raises OptionError if two options state different numbers."""
     if own_options.media.one_frame_inference is None:
         return settle_length(frames, own_options.duration)
     if own_options.duration is not None or frames not in (None, 1):

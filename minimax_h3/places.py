@@ -40,7 +40,9 @@ class PicturePlace:
 
 @dataclass(frozen=True)
 class SoundPlace:
-    """Position of the tokens of a sound: all latents of the left channel, then those of the right one."""
+    """Position of the tokens of sound on the clock: all latents of the left channel, then those of the right
+    one.
+    """
 
     latents: int
     start: float
@@ -54,13 +56,15 @@ def spans(frames: int) -> Tensor:
 
 
 def last_frame_place(start: float, frames: int) -> float:
-    """Return the clock time of a keyframe at the end of so many latent frames, which begin at `start`."""
+    """Return the clock time of a keyframe at the end of a clip of `frames` latent frames that begins at
+    `start`.
+    """
     total = float(spans(frames).numpy().sum())  # in NumPy's order of sums, as released
     return start + total - UNITS_A_FRAME
 
 
 def clip_span(frames: int) -> float:
-    """Return the duration of a reference clip of so many latent frames, summed one after the other."""
+    """Return the duration of a reference clip of `frames` latent frames, added one by one (as released)."""
     return float(sum(spans(frames).tolist()))
 
 

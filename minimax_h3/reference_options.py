@@ -19,7 +19,7 @@ FIELDS = ("type", "audio")  # of --ref
 
 
 class H3MediaOptions(Options, title="keyframes and references"):
-    """What a clip is made from besides its prompt; --first_frame and --last_frame are shared options."""
+    """Media from which a clip is made besides its prompt. Keyframes have shared options."""
 
     keyframe: tuple[str, ...] | None = option(
         "the first frame, and given again the last one: another spelling of --first_frame and --last_frame",
@@ -88,7 +88,7 @@ class H3MediaOptions(Options, title="keyframes and references"):
 
 
 def warn_of_edges(image_edge: int, video_edge: int, why: str) -> None:
-    """Warn of sizes of references that are given where there are no references. why: ends the line."""
+    """Warn of sizes of references if there are no references. why: the end of the message."""
     edges = {
         "reference_image_short_edge": (image_edge, IMAGE_EDGE),
         "reference_video_short_edge": (video_edge, VIDEO_EDGE),
@@ -99,7 +99,7 @@ def warn_of_edges(image_edge: int, video_edge: int, why: str) -> None:
 
 
 def split_ref(text: str) -> tuple[str, Mapping[str, str]]:
-    """Split a value of --ref into its path and its fields. Raises OptionError if it is not written so."""
+    """Split a value of --ref into its path and its fields. Raises OptionError for a wrong format."""
     path, *parts = text.split(";")
     fields: dict[str, str] = {}
     for part in parts:

@@ -96,7 +96,7 @@ class H3Media:
 # what a request names
 
 
-def media_of(request: Request) -> H3Media:
+def read_media(request: Request) -> H3Media:
     """Return the media of a request. Raises OptionError if they contradict each other or cannot be used."""
     first, last = _keyframes(request)
     texts = _lines(request, CONDITION_IMAGES)
@@ -212,11 +212,11 @@ def _references_in_line(request: Request) -> Iterator[H3Reference]:
             f'{where} has no "references". Give a list that has them: [{{"type": "image", "path": ...}}]'
         )
     for entry in entries:
-        yield _reference_in(where, path, entry)
+        yield _read_reference(where, path, entry)
 
 
-def _reference_in(where: str, file: Path, entry: Any) -> H3Reference:
-    """Return a reference of a line of a dataset; null for the sound of a video leaves that out."""
+def _read_reference(where: str, file: Path, entry: Any) -> H3Reference:
+    """Read one reference of a dataset's line. A null for the sound of a video leaves the sound out."""
     if not isinstance(entry, dict) or not isinstance(entry.get("path"), str) or not entry["path"]:
         raise OptionError(f'{where}: each of "references" needs a file. Give it as "path"')
     sound = entry.get("audio_path", "")
@@ -236,9 +236,9 @@ def _reference_in(where: str, file: Path, entry: Any) -> H3Reference:
 
 
 def _reference(where: str, text: str, fields: Mapping[str, str]) -> H3Reference:
-    """Return a reference. fields: its kind, unless the file's name says it, and the sound of a video."""
+    """Make a reference. fields: its kind, unless the suffix tells it, and the sound file of a video."""
     path = to_path(where, text)
-    kind = fields.get(FIELDS[0]) or _kind_of(path)
+    kind = fields.get(FIELDS[0]) or _find_kind(path)
     if kind not in KINDS:
         raise OptionError(f"{where}: type {kind!r} is unknown. Give image, video or audio")
     sound = fields.get(FIELDS[1])
@@ -258,7 +258,7 @@ def _reference(where: str, text: str, fields: Mapping[str, str]) -> H3Reference:
     return H3Reference(VIDEO, path, path if has_sound else None)
 
 
-def _kind_of(path: Path) -> str:
+def _find_kind(path: Path) -> str:
     if path.suffix.lower() in SOUND_SUFFIXES:
         return AUDIO
     return IMAGE if is_still(path) else VIDEO
@@ -351,14 +351,14 @@ class PictureSource:
 
 @dataclass(frozen=True)
 class ClipSource:
-    """A reference video, the size that its frames get, and how many are taken at 24 a second."""
+    """A reference video with the size for its frames and the number of frames to take at 24 a second."""
 
     path: Path
     size: Size
     most: int
 
     def read(self) -> Tensor:
-        """Return its frames, which are held or dropped to reach 24 a second: F H W 3 uint8."""
+        """Read its frames, F H W 3 uint8, repeated or dropped to give 24 a second."""
         fps = video_info(self.path).fps or FPS
         frames: list[Frame] = []
         for number, frame in enumerate(video_frames(self.path)):
@@ -380,17 +380,20 @@ class ClipSource:
 
 
 def _slot(number: int, fps: float) -> int:
-    """Return the frame at 24 a second at which a frame of a video begins."""
+    """Return the index, at 24 frames a second, at which a frame of a video begins."""
     return math.floor(number * (FPS / fps) + 0.5)
 
 
 def keyframe_sources(paths: Sequence[Path], size: Size) -> list[PictureSource]:
-    """Return keyframes in the size of the clip: the first one is stretched, later ones cover it."""
+    """Return keyframes at the size of the clip. The first is stretched to it, later ones are cropped to cover
+    it.
+    """
     return [PictureSource(path, size, crops=number > 0) for number, path in enumerate(paths)]
 
 
 def reference_picture(path: Path, short_edge: int, step: int) -> PictureSource:
-    """Return a reference picture with a short side of so many pixels. step: sides become multiples of it.
+    """Return a reference picture resized to a short side of `edge` pixels. step: sides become multiples of
+    it.
 
     Raises OptionError if it is more than four times as long as wide.
     """

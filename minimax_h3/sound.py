@@ -47,7 +47,7 @@ Shape = Callable[..., tuple[int, ...]]
 
 
 def latent_count(frames: int, fps: float) -> int:
-    """Return the latents of the sound of a clip: 40 a second; of a single frame 2."""
+    """Return the number of latents of a clip's sound: 40 a second, 2 for a single frame."""
     return round(frames / fps * LATENTS_A_SECOND)
 
 
@@ -107,7 +107,7 @@ class H3SoundVae:
 
 
 def read_sound_vae(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
-    """Plan how to load the audio VAE. option: that named the file.
+    """Plan how to load the audio VAE. option: the option that named the file.
 
     Raises CheckpointError for any other file.
     """
@@ -156,7 +156,9 @@ def _encoder_rates(shape: Shape, stages: int) -> tuple[int, ...]:
 
 
 def _decoder_settings(shape: Shape, stages: int, blocks: int) -> dict[str, Any]:
-    """Return the settings of the decoder: kernels of its stages are twice their rates, or one less."""
+    """Return the settings of the decoder. The rate of a stage follows from its kernel, which is 2 * rate or 2
+    * rate - 1.
+    """
     kernels = tuple(shape(f"decoder.ups.{stage}.0.weight_v", 3)[2] for stage in range(stages))
     block_kernels = []
     for block in range(blocks // stages):
@@ -173,7 +175,8 @@ def _decoder_settings(shape: Shape, stages: int, blocks: int) -> dict[str, Any]:
 def load_sound_vae(path: Path, device: torch.device, option: str = "--audio_vae") -> H3SoundVae:
     """Load the audio VAE of MiniMax-H3: a file, or diffusers' folder.
 
-    option: that named the path. Raises CheckpointError if the file is damaged or holds another model.
+    option: the option that named the path. Raises CheckpointError if the file is damaged or holds another
+    model.
     """
     with open_checkpoint(path) as checkpoint:
         plan = read_sound_vae(checkpoint, option)

@@ -44,7 +44,7 @@ class Clean(NamedTuple):
 
 
 def clean_shares(cond: Conditions) -> Clean:
-    """Return the shares of clean signal in the conditions of a pass; the released ones if it states none."""
+    """Return the shares of clean signal in the conditions of a pass; if it states none, the released ones."""
     shares = cond.get(CLEAN)
     if not isinstance(shares, Tensor):
         return Clean(PICTURES_LIE, 1.0)
@@ -83,24 +83,25 @@ def _tensor(tensors: Conditions, key: str) -> Tensor:
 
 def teacher_rows(batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
     """Return states and tags of the text that a teacher reads. Raises CacheError if there are none."""
-    return teacher_texts(batch, _conditions_of(batch.view))
+    return teacher_texts(batch, _name_conditions(batch.view))
 
 
 def teacher_key(view: str) -> str:
     """Return the name in caches of the states that a teacher reads. view: as `Batch.view`."""
-    return TEACHER_ROWS[_conditions_of(view)].states
+    return TEACHER_ROWS[_name_conditions(view)].states
 
 
-def _conditions_of(view: str) -> str:
+def _name_conditions(view: str) -> str:
     """Return the value of --h3_teacher_conditions that names a view."""
     return next(name for name, known in VIEWS.items() if known == view)
 
 
 def told_media(batch: Batch, task: str, latents: Tensor) -> dict[str, Tensor]:
-    """Return the keyframes, references and places that the network is given, by their names in caches.
+    """Return the conditions that the network gets: keyframes, references and positions, by their names in
+    caches.
 
-    batch: with what a teacher sees, if it is for one. latents: of the clip, in model space. Raises CacheError
-    if caches lack some, or hold others than the network takes.
+    batch: for a teacher's pass with the media that the teacher sees. latents: of the clip, in model space.
+    Raises CacheError if caches lack some, or hold others than the network takes.
     """
     tensors = batch.tensors
     if batch.view == CLIP:
@@ -120,7 +121,7 @@ def told_media(batch: Batch, task: str, latents: Tensor) -> dict[str, Tensor]:
 
 
 def _places(tensors: Conditions) -> dict[str, Tensor]:
-    """Return the places in time of a picture and its control images, if caches say them."""
+    """Return the positions in time of a picture and its control images; {} if caches do not have them."""
     return {key: _tensor(tensors, key) for key in (TARGET_INDEX, CONTROL_INDICES) if key in tensors}
 
 
@@ -131,7 +132,7 @@ def _require(batch: Batch, task: str, keys: list[str], names: tuple[str, ...]) -
     if not has_enough and missing and (batch.view or not keys):
         taker = f"--task {task}"
         if batch.view:
-            taker = f"teacher matching with {_conditions_of(batch.view)}"
+            taker = f"teacher matching with {_name_conditions(batch.view)}"
         task_of_cache = "fl2va" if names == (FIRST, LAST) else "ref2va"
         raise CacheError(
             f"{batch.keys[0]}: its cache has no {' and no '.join(missing)}, which {taker} needs. Cache again "
@@ -157,7 +158,7 @@ def _check_shape(batch: Batch, key: str, found: Tensor, latents: Tensor) -> None
 
 
 def _whole_clip(tensors: Conditions, latents: Tensor) -> dict[str, Tensor]:
-    """Return a clip as a reference for itself, with its sound if it has some."""
+    """Return a clip, with its sound if it has some, as a reference for itself."""
     clip = tensors.get(TAUGHT, latents)  # noised, except for a check of caches
     assert isinstance(clip, Tensor)
     if clip.shape[2] == 1:

@@ -41,7 +41,7 @@ _MEANS = (
 
 
 class H3LossOptions(Options, title="loss of pictures and sound"):
-    """What is learned of clips, and how noisy it is."""
+    """The streams of a clip that are learned, and their noise levels."""
 
     audio_loss_weight: float = option(
         "weight of the loss of sound; clips without sound have none",
@@ -100,7 +100,7 @@ class H3LossOptions(Options, title="loss of pictures and sound"):
 
 
 class H3TargetOptions(Options, title="other names of shared targets"):
-    """The known tuner's names of options that every family has; `translate` puts them into those."""
+    """The known tuner's names of options that every family has; `translate` copies the values to those."""
 
     h3_guidance_loss_scale: float = option(
         "--guided_target SCALE; 0: none", default=0.0, least=0, facts=HABIT
@@ -276,7 +276,9 @@ def base_time(text: str) -> float | int:
 
 
 def in_thousandths(name: str, share: float) -> int:
-    """Return a share in thousandths. Raises OptionError if it is none, or a finer one."""
+    """Convert a share to whole thousandths. Raises OptionError outside of 0..1, or for more than three
+    digits.
+    """
     thousandths = share * THOUSAND
     if not 0 <= share <= 1 or abs(thousandths - round(thousandths)) > 1e-6:
         raise OptionError(f"{name} {share:g}: give a base time from 0 to 1 with three digits at most")
@@ -284,9 +286,9 @@ def in_thousandths(name: str, share: float) -> int:
 
 
 def translate(args: argparse.Namespace) -> None:
-    """Put the known tuner's names into the options that every family has.
+    """Copy options with the known tuner's names to the options that every family has.
 
-    Raises OptionError if both are given with different values, or for what contradicts.
+    Raises OptionError if both are given with different values, or if options contradict each other.
     """
     _read_bounds(args)
     shared: dict[str, tuple[str, Any]] = {}  # name of a shared option -> the other name, value

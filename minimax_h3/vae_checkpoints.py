@@ -80,7 +80,7 @@ def _from_diffusers(stored: Mapping[str, TensorSource]) -> Mapping[str, TensorSo
 
 
 def _separate_heads(stored: Mapping[str, TensorSource], head_width: int) -> Mapping[str, TensorSource]:
-    """Return the sources with all rows of queries first, then of keys, then of values."""
+    """Return sources that put all rows of queries first, then those of keys, then those of values."""
     stack = functools.partial(stack_heads, head_width=head_width)
     return {
         name: source.then(stack) if ".attn.to_qkv." in name else source for name, source in stored.items()
@@ -89,7 +89,7 @@ def _separate_heads(stored: Mapping[str, TensorSource], head_width: int) -> Mapp
 
 @dataclass(frozen=True)
 class _StatedFacts:
-    """Facts stated in config.json besides the tensors; where it states none, those of the release."""
+    """Facts that config.json states and tensors do not show; if it states none, the release's."""
 
     time_strides: tuple[int, ...] = ()
     space_strides: tuple[int, ...] = ()
@@ -194,7 +194,7 @@ def _read_levels(shapes: DitShapes, facts: _StatedFacts) -> tuple[H3VaeLevel, ..
 
 
 def _halvings(resamples: Sequence[bool], frames: int) -> tuple[int, ...]:
-    """Return the strides in time: 2 at the resamplings behind the first one, until they make `frames`."""
+    """Return the strides in time: 2 at each resampling but the first, until they multiply to `frames`."""
     strides: list[int] = []
     has_first = False
     for has in resamples:

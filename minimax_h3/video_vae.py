@@ -34,7 +34,7 @@ FLOAT32_ENDS = (".norm1.weight", ".norm2.weight", ".scale1", ".scale2", "norm_ou
 
 @dataclass(frozen=True)
 class TileRow:
-    """Tiles of one size along an axis: their first places, and the overlap of each with the next."""
+    """Tiles of one size along an axis: the starts of the tiles, and the overlap of each with the next."""
 
     starts: tuple[int, ...]
     size: int
@@ -42,9 +42,9 @@ class TileRow:
 
 
 def cut_axis(length: int, size: int, least: int, step: int) -> TileRow:
-    """Cover `length` with tiles of `size` that share at least `least`, as the released VAE does.
+    """Cover `length` with tiles of `size` that overlap by at least `least`, as the released VAE does.
 
-    step: the unit in which overlaps grow until the tiles fit, the first ones first. All are in pixels.
+    All are in pixels. Overlaps grow in steps of `step`, in turn from the first, until the tiles fit exactly.
     """
     if size >= length:
         return TileRow((0,), length, ())
@@ -151,7 +151,9 @@ class H3VideoVae(nn.Module):
             yield from self._decode_neighbours(latents)
 
     def _decode_neighbours(self, latents: Tensor) -> Iterator[Tensor]:
-        """Yield the frames of each of several clips, blended where two have decoded the same frames."""
+        """Yield the frames of several consecutive clips, blended where two clips have decoded the same
+        frames.
+        """
         config = self.config
         size = config.clip_latents
         missing = -(latents.shape[2] + config.dropped) % size
@@ -215,7 +217,9 @@ class H3VideoVae(nn.Module):
 
 
 def _join_tiles(parts: list[list[Tensor]], rows: Sequence[int], columns: Sequence[int]) -> Tensor:
-    """Join tiles: each fades in over the one above, then over the one to its left, both as computed."""
+    """Join tiles: blend each with the one above, then with the one to its left, both before their own
+    blending.
+    """
     joined_rows = []
     for number, tiles in enumerate(parts):
         joined = []

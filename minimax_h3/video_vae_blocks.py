@@ -65,12 +65,12 @@ class H3VideoVaeConfig:
 
     @property
     def first_padding(self) -> int:
-        """Return the frames in front of a clip that its first latent frame lacks."""
+        """Return the number of frames that are missing before a clip to fill its first latent frame."""
         return -self.clip % self.time_stride
 
     @property
     def tail(self) -> int:
-        """Return the number of frames of a video behind its last whole clip."""
+        """Return the number of frames of a video after its last whole clip."""
         return (self.clip_latents - self.dropped) * self.time_stride - self.first_padding
 
     @property
@@ -141,7 +141,7 @@ class EncoderBlock(nn.Module):
 
 
 class EncoderLevel(nn.Module):
-    """Residual blocks, and the convolution that halves their result in space or time."""
+    """Residual blocks, then a convolution that halves the resolution in space or time."""
 
     def __init__(self, width_in: int, level: H3VaeLevel, groups: int) -> None:
         super().__init__()
@@ -207,8 +207,8 @@ def _norm_head(x: Tensor) -> Tensor:
 def rotate_first(x: Tensor, rotary: Tensor) -> Tensor:
     """Rotate the first channels of each head, pairs of one from their first half and one from the second.
 
-    x: B L N D. rotary: L 1 K 2, cosines and sines of K pairs; the channels behind 2K stay. Computed in
-    float32, returned in the dtype of x.
+    x: B L N D. rotary: L 1 K 2, cosines and sines of K pairs; the channels after 2K stay unchanged. Computed
+    in float32, returned in the dtype of x.
     """
     pairs = rotary.shape[-2]
     cosine, sine = rotary.unbind(-1)
@@ -231,7 +231,7 @@ class DecoderFeedForward(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """Attention and feed-forward behind a norm each; learned scales weigh what they add."""
+    """Attention and feed-forward, each after a norm and with learned scales on its output."""
 
     def __init__(self, config: H3VideoVaeConfig) -> None:
         super().__init__()
@@ -278,9 +278,10 @@ class H3VideoDecoder(nn.Module):
         return pixels.flatten(6).flatten(4, 5).flatten(2, 3)
 
     def _rotation(self, grid: tuple[int, ...], others: int, device: torch.device) -> Tensor:
-        """Return the pairs of all tokens, L 1 K 2.
+        """Return (cosine, sine) pairs of all tokens, L 1 K 2.
 
-        The middles of a clip's tokens are spread over -1..1 along each axis; `others` are tokens at 0.
+        The centres of a clip's tokens are spread over -1..1 along each axis. `others` is the number of
+        further tokens, at 0.
         """
         width = int(self.config.head_width * self.config.rotary_share)
         exponents = torch.arange(0, 1, 6 / width, device=device)

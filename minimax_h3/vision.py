@@ -63,7 +63,7 @@ def read_preprocessing(folders: Iterable[Path]) -> Preprocessing:
 
 
 def _settings(folders: Sequence[Path], name: str) -> tuple[Path, Mapping[str, Any]]:
-    """Return the file that has the settings of pictures or of clips, and these; {} if there is none."""
+    """Return the file with the settings for pictures or for clips, and the settings; {} if there is none."""
     for folder in folders:
         for file, part in ((folder / name, None), (folder / BOTH_FILE, PARTS[name])):
             if not file.is_file():
@@ -82,7 +82,7 @@ def _settings(folders: Sequence[Path], name: str) -> tuple[Path, Mapping[str, An
 
 
 def _read_limits(source: tuple[Path, Mapping[str, Any]], released: Limits) -> Limits:
-    """Return the limits that a preprocessor's settings say, the released ones for those that they do not."""
+    """Return the limits on sizes in a preprocessor's settings, with released values where they state none."""
     file, settings = source
     sizes = settings.get("size") or {}
     if not isinstance(sizes, dict):
@@ -160,10 +160,10 @@ def _tower_colours(tower: nn.Module) -> Mapping[str, Sequence[float]]:
 def resized_sides(
     frames: int, sides: tuple[int, int], limits: Limits, step: int, at_once: int
 ) -> tuple[int, int]:
-    """Return height and width of the frames of a clip as the vision tower takes them: multiples of `step`.
+    """Return the height and width to which frames are resized for the vision tower: multiples of `step`.
 
-    frames: of the clip. sides: height and width. at_once: frames that are merged, which counts of frames are
-    rounded to. Raises MediaError if the sides differ too much.
+    frames: of the clip. sides: its height and width. at_once: frames that are merged into one token; the
+    count of frames is rounded to a multiple of it. Raises MediaError if the sides differ too much.
     """
     height, width = sides
     if min(sides) < step:

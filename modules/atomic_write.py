@@ -91,9 +91,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 def atomic_files(path: Path, size_bytes: int = 0) -> Iterator[Path]:
     """Yield an empty temporary folder next to `path`.
 
-    If the block succeeds, move its files next to `path` too. For files that belong together: none appears
-    until all are written; then they appear in the order of their names. size_bytes: as for `atomic_path`.
-    Raises OutputError if they cannot be written; existing files then stay unchanged.
+    If the block succeeds, move its files next to `path` too. Use it for files that belong together: none
+    appears before all are written, and then they appear in the order of their names. size_bytes: as for
+    `atomic_path`. Raises OutputError if they cannot be written; existing files then stay unchanged.
     """
     refuse_writing(path)
     with explain_errors(path):
@@ -199,7 +199,7 @@ def remove_leftovers(
 
 
 def _read_claim(entry: os.DirEntry[str]) -> re.Match[str] | None:
-    """Return the mark in the file of a claim; None for any other entry, and if it cannot be read."""
+    """Return the mark of the writer in a claim file; None for any other file, or if it cannot be read."""
     if not entry.name.endswith(_CLAIMED) or not entry.is_file(follow_symlinks=False):
         return None
     try:

@@ -105,7 +105,7 @@ class Bar(ExitStack):
 
 
 def _note_elsewhere() -> Callable[[float, float | None, str], None] | None:
-    """Return a function that reports progress to the program that started this one; None if unwanted."""
+    """Return a function that reports progress to the parent program; None if the parent does not want it."""
     if not os.environ.get(PROGRESS):
         return None
     from modules.progress import ProgressFile  # only from `run` or a page

@@ -19,7 +19,7 @@ _SEQUENCES = re.compile(
 
 
 def drop_control_codes(text: str) -> str:
-    """Return the text without control codes and the sequences that they begin, to be kept in a file.
+    """Return a text without control codes and the sequences that they begin, for storing it in a file.
 
     Separators of lines become blanks; newlines and tabs stay.
     """

@@ -35,7 +35,7 @@ AGAIN = frozenset({408, 425, 429})  # answers of a site that may change soon; so
 
 
 class BrokenTry(Exception):
-    """An attempt that failed and may succeed later; the text says how it failed, without the address."""
+    """An attempt that failed but may succeed later. Its text is the reason, without the address."""
 
     def __init__(self, reason: str, wait_seconds: float = 0.0, from_start: bool = False) -> None:
         super().__init__(reason)
@@ -44,7 +44,7 @@ class BrokenTry(Exception):
 
 
 class RefusedBySite(Exception):
-    """A site does not give the file, and will not; the text says why, without the address."""
+    """A site refuses a file, so that trying again is useless. The text is the reason, without the address."""
 
     def __init__(self, reason: str, status: int | None = None) -> None:
         super().__init__(reason)
@@ -182,7 +182,7 @@ def ask_http(
                 start,
                 end,
                 stamp or (version if start else None),  # the rest of a file need not say it again
-                _pieces_of(answer),
+                _read_pieces(answer),
             )
     except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as error:
         # the library lets some through unchanged: redirects to no address, chunks of negative length
@@ -193,9 +193,10 @@ def ask_http(
         raise BrokenTry(f"the {what} ({type(error).__name__})") from None
 
 
-def _pieces_of(answer: "requests.Response") -> Iterator[bytes]:
-    """Yield the data of an answer as they arrive: `iter_content` waits for whole pieces, for hours if a byte
-    comes every five seconds.
+def _read_pieces(answer: "requests.Response") -> Iterator[bytes]:
+    """Yield the data of an answer as soon as they arrive.
+
+    `iter_content` waits until a whole piece is there, for hours if a byte comes every five seconds.
     """
     read = getattr(answer.raw, "read1", None)  # urllib3 has it since 2.1
     if read is None:

@@ -39,7 +39,7 @@ class CacheError(UserError):
 class CheckpointError(UserError):
     """A model, LoRA or state file that is missing, damaged, or of another kind.
 
-    `path` lets the caller add the file's real kind.
+    `path` is the file, whose real kind the caller may add to the message.
     """
 
     def __init__(self, message: str, path: Path | None = None) -> None:

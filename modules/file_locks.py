@@ -60,10 +60,10 @@ def _open_own(name: str, flags: int) -> int:
 
 @contextlib.contextmanager
 def only_one(path: Path, waits: bool = True) -> Iterator[None]:
-    """Let one process at a time do the block: others wait until it has ended, or is killed.
+    """Let one process at a time run the block. Other processes wait until it has ended or was killed.
 
-    path: a file that is there meanwhile. waits: if not, raises BlockingIOError at once. On a volume without
-    locks nobody waits. Raises OSError if the file cannot be made.
+    path: the lock file. waits: if False, raise BlockingIOError instead of waiting. On a volume without locks
+    nobody waits. Raises OSError if the file cannot be made.
     """
     while True:
         with open(path, "ab", opener=_open_own) as file:  # noqa: PTH123

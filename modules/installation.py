@@ -228,7 +228,7 @@ def refuse_starting(option: str, deed: str = "starts a program") -> None:
     """Raise OptionError if the command of this program, with an option that starts another one, is from a
     file: of `run`, whose folder may be somebody else's, or of the browser's queue.
 
-    deed: what the option does, for the message.
+    deed: the effect of the option, for the message.
     """
     if os.environ.get(RUN_GOES_ON):
         remedy = f"Leave it out of run.toml; or, if you want it, type --{option} behind `run FOLDER`"
@@ -252,8 +252,8 @@ def refuse_in_queue(option: str) -> None:
 
 
 def refuse_standard_module(option: str, name: str, module: str) -> None:
-    """Raise OptionError if a module that an option names is of Python's standard library: such a module has
-    nothing that an option could want, and some act when they are imported (antigravity opens a browser).
+    """Raise OptionError if a module that an option names is of Python's standard library: such a module is
+    never meant, and some have effects when imported (antigravity opens a browser).
 
     name: what the user gave to the option.
     """

@@ -185,11 +185,11 @@ class OtherProcesses:
 
 
 def meet_anew(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Have processes that torchrun may restart meet at a port that no earlier attempt knew.
+    """Let the processes that torchrun may restart meet at a port that no earlier attempt has used.
 
-    torch 2.13 keeps one store for all attempts, with addresses of processes that died (pytorch#135712); the
-    numbers of attempts differ between machines. So each process asks process 0 with a word of its own. All
-    must call it before they join.
+    torch 2.13 keeps one store for all attempts, with addresses of processes that died (pytorch#135712), and
+    the numbers of attempts differ between machines. So each process sends a random word to process 0. All
+    processes must call this before they join.
     """
     may_restart = environment.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
     if environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or not may_restart:

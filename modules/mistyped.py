@@ -77,7 +77,6 @@ teacher_anchor_weight: h3_teacher_preservation_weight
 timestep_focus: h3_timestep_focus_prob
 timestep_focus_range: h3_timestep_focus_min h3_timestep_focus_max
 network_multiplier: slider_strength
-preference: dpo flow_dpo dpo_beta beta_dpo
 W: width
 H: height
 renorm_cfg: rcfg

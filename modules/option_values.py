@@ -37,7 +37,7 @@ MOST_OF_ARGUMENT = 10_000  # characters of one KEY=VALUE
 
 
 class FillIn(str):
-    """Stand for a value that a printed command lacks, such as the path of a file; the user types it."""
+    """Placeholder in a printed command for a value that the user has to type, such as the path of a file."""
 
 
 def check_characters(option: str, value: Any) -> None:
@@ -77,7 +77,7 @@ def check_path(option: str, path: Path, place: str, hint: str) -> None:
     """Raise OptionError if an option cannot take a path.
 
     place: what has to exist ("file", "folder", or "there" for both), or what will be made ("new folder", "new
-    file", or "safetensors" for a new file of that kind). hint: what to give, for a path that has to exist.
+    file", or "safetensors" for a new file of that kind). hint: advice for a path that has to exist.
     """
     if place == "safetensors":
         check_output_file(option, path)

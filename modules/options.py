@@ -46,7 +46,7 @@ NO_PIXELS = {"record": "nothing"}  # nothing: it changes no pixel
 OF_SAMPLES = {"acts_on": "samples"}  # of a training: it acts on its samples alone
 OF_REFERENCES = {"of_references": True}  # in a generation it does something only to reference pictures
 OF_TYPING = {"typing": True}  # no value of an option: equal records may differ in it
-# What a value reaches outside of the program; a `place` says it of most paths (`reach_of`).
+# What a value reaches outside of the program; a `place` says it of most paths (`find_reach`).
 # docs/new_and_run.md lists what of it a folder of somebody else may use.
 WRITES = {"reach": "writes"}  # something is written there; in `run` only below its folders
 APPENDS = {"reach": "appends"}  # likewise, at the end of what is there: from a file only to a log
@@ -180,7 +180,7 @@ class Refusal(NamedTuple):
     settings: Mapping[str, Any]  # of `add_argument`
 
 
-def refusal_of(action: argparse.Action) -> Refusal | None:
+def find_refusal(action: argparse.Action) -> Refusal | None:
     return vars(action).get("refusal")
 
 
@@ -276,7 +276,7 @@ def _values(record: Options) -> dict[str, Any]:
 
 
 class NoOptions(Options):
-    """The option record of a family that has no options of its own."""
+    """The option record of a family without options of its own."""
 
 
 NO_OPTIONS = NoOptions()
@@ -314,7 +314,7 @@ def _check_facts(record: Any, field: "dataclasses.Field[Any]") -> None:
     value = getattr(record, field.name)
     if value is None or facts.get("declared") is None:
         return
-    hint = _hint_of(facts)
+    hint = _find_hint(facts)
     option = f"--{option_name(field)}"
     for number in value if isinstance(value, tuple) else (value,):
         _check_limits(option, number, facts, hint)
@@ -327,14 +327,14 @@ def _check_facts(record: Any, field: "dataclasses.Field[Any]") -> None:
         _warn_of_ignored(record, field)
 
 
-def _hint_of(facts: Mapping[str, Any]) -> str:
+def _find_hint(facts: Mapping[str, Any]) -> str:
     return f" ({facts['hint']})" if facts.get("hint", "") else ""
 
 
 def _hint_of_relations(facts: Mapping[str, Any]) -> str:
     """Return the end of messages on options that go together; a hint is about the value if it has limits."""
     is_of_value = "one_of" in facts or any(fact in facts for fact in _LIMITS)
-    return "" if is_of_value else _hint_of(facts)
+    return "" if is_of_value else _find_hint(facts)
 
 
 def _check_limits(option: str, number: Any, facts: Mapping[str, Any], hint: str) -> None:
@@ -394,10 +394,11 @@ def _warn_of_ignored(record: Any, field: "dataclasses.Field[Any]") -> None:
 
 
 def _tell_idle(record: Any, typed: Collection[str]) -> None:
-    """Warn of options that are typed with their usual values and do nothing, as another one is not given.
+    """Warn of options that are typed with their default values and have no effect, as another option is
+    missing.
 
-    With other values `_check_facts` refuses them or says so. These change nothing, and commands of other
-    programs name them. typed: arguments.
+    Other values are refused or reported by `_check_facts`. Default values change nothing, and commands of
+    other programs contain them. typed: names of the typed arguments.
     """
     for field in dataclasses.fields(record):
         if argument_of(field) not in typed or is_given(record, field):
@@ -409,9 +410,10 @@ def _tell_idle(record: Any, typed: Collection[str]) -> None:
 
 
 def list_idle(record: Any, written: Collection[str]) -> list[str]:
-    """Return options with their usual values that do nothing, by public name, as another one is not given.
+    """Return the public names of options with default values that have no effect, as another option is
+    missing.
 
-    written: arguments of the options that somebody wrote down.
+    written: names of the arguments that the user wrote.
     """
     idle = []
     for field in dataclasses.fields(record):
@@ -438,15 +440,15 @@ def _names_of_given(record: Any, names: Collection[str]) -> list[str]:
     return [name for name in given if getattr(record, fields[name].name) not in off[name]]
 
 
-def reach_of(facts: Mapping[str, Any]) -> str:
-    """Return the effect of a value outside of the program, such as "writes"; "" if its facts state none."""
+def find_reach(facts: Mapping[str, Any]) -> str:
+    """Return the effect of an option beyond this program, such as "writes" or "sends"; "" if it has none."""
     return str(facts.get("reach", "writes" if facts.get("place") in MADE_PLACES else ""))
 
 
 def _check_reach(record: Any, field: "dataclasses.Field[Any]") -> None:
-    """Raise OptionError if the value of a field reaches further than a run of a described folder may."""
+    """Raise OptionError if an option has effects that a run of somebody else's folder must not have."""
     value = getattr(record, field.name)
-    reach = reach_of(field.metadata)
+    reach = find_reach(field.metadata)
     name = option_name(field)
     if reach in ("writes", "appends"):
         for path in _paths(value):
@@ -575,9 +577,9 @@ def facts_of(cls: type) -> dict[str, dict[str, Any]]:
 
 
 def in_one_spelling(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values of options with each in the spelling that stands for all of its meaning.
+    """Return the values with synonyms replaced, such as "va" with "av", so that equal meanings compare equal.
 
-    values: by public names. The fact `same_as` of an option has its other spellings and that one.
+    values: by public names. The fact `same_as` of an option maps each synonym to the value that replaces it.
     """
     facts = facts_of(cls)
     plain = dict(values)
@@ -592,13 +594,13 @@ def options_with(cls: type, fact: str, value: Any) -> tuple[str, ...]:
     return tuple(name for name, facts in facts_of(cls).items() if facts.get(fact) == value)
 
 
-def given_with(record: Any, fact: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the options of a record that have a fact and are given, by public name, of records in it too."""
+def list_given_with(record: Any, fact: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the public names of a record's given options with a fact, nested records included."""
     names: list[str] = []
     for field in dataclasses.fields(record):
         value = getattr(record, field.name)
         if dataclasses.is_dataclass(value):
-            names += given_with(value, fact)
+            names += list_given_with(value, fact)
         elif field.metadata.items() >= fact.items() and is_given(record, field):
             names.append(option_name(field))
     return tuple(names)

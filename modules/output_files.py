@@ -88,7 +88,7 @@ def check_place(option: str, path: Path) -> None:
 
 
 def refuse_replacing(option: str, output: Path, inputs: Sequence[Path]) -> None:
-    """Raise OptionError if the file to write is one of those that are read, under whatever name."""
+    """Raise OptionError if the file to write is one of the files that are read, even by another path."""
     for path in inputs:
         is_same = real_path(output) == real_path(path)
         if is_same or (output.exists() and path.exists() and output.samefile(path)):

@@ -32,12 +32,12 @@ from modules.options import (
     Options,
     Refusal,
     default_of,
+    find_reach,
+    find_refusal,
     hints_of,
     option_name,
-    reach_of,
     read_options,
     record_of,
-    refusal_of,
 )
 from modules.paths import path_exists
 
@@ -125,7 +125,7 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def _refuse_open_line(self, words: Sequence[str]) -> None:
-        """Refuse a command that ends in the mark of another shell for a line that continues."""
+        """Refuse a command that ends in a line-continuation mark of another shell, such as ` or ^."""
         last_but_one, last = ["", "", *words][-2:]
         if last not in _LINE_ENDS:
             return
@@ -139,7 +139,7 @@ class Parser(argparse.ArgumentParser):
             )
 
     def _find_typed_names(self) -> dict[str, str]:
-        """Return other flags of the options that are typed, each with the flag to show in its place."""
+        """Return the flags that were not typed, each with the flag of the same option that was typed."""
         names: dict[str, str] = {}
         for action in self._actions:
             shown = self.typed_flags.get(action.dest)
@@ -151,7 +151,7 @@ class Parser(argparse.ArgumentParser):
         return {flag: shown for flag, shown in names.items() if flag != shown}
 
     def _note_flags(self, words: Sequence[str]) -> None:
-        """Keep the spelling of each option that is given; in full if only its beginning was typed."""
+        """Record the spelling of each typed option; an abbreviation is recorded in full."""
         flags = self._option_string_actions
         self._all_typed.clear()
         for word in words[: words.index("--") if "--" in words else None]:
@@ -253,7 +253,7 @@ class Parser(argparse.ArgumentParser):
         """Exit with code 2, without the list of all options."""
         if message.startswith(_MISSING):
             missing = message.removeprefix(_MISSING).split(", ")
-            message = "\n  ".join(f"{name} is missing{self._help_of(name)}" for name in missing)
+            message = "\n  ".join(f"{name} is missing{self._quote_help(name)}" for name in missing)
         else:
             message = message.replace("\n", "\\n")
         message = plain_message(message, sys.argv)
@@ -262,7 +262,7 @@ class Parser(argparse.ArgumentParser):
         shown = self.prog if script is None else as_typed(["python", script.as_posix()])
         self.exit(2, f"{self.prog}: error: {message}\n{shown} --help lists all options\n")
 
-    def _help_of(self, name: str) -> str:
+    def _quote_help(self, name: str) -> str:
         """Return ": " and the help of an option, as argparse's message names it; "" if it has none."""
         for action in self._actions:
             names = {"/".join(action.option_strings), action.metavar, action.dest}
@@ -282,7 +282,7 @@ class Parser(argparse.ArgumentParser):
             self.error(" ".join(messages))
 
     def _explain_dash(self, word: str) -> str:
-        """Return a message on a word whose first dash is one of word processors; "" for any other word."""
+        """Explain a word that begins with a typographic dash in place of a hyphen; "" for any other word."""
         name = word.partition("=")[0]
         plain = _DASHES.sub("--", name)
         flags = self._option_string_actions
@@ -291,9 +291,9 @@ class Parser(argparse.ArgumentParser):
         return f"{name} begins with a typographic dash, not with --. Write {plain}"
 
     def _explain_unknown(self, before: str, word: str) -> str:
-        """Return a message on a word that looks like an option and is none; "" for any other word.
+        """Explain a word that looks like an option and is not one; "" for any other word.
 
-        before: the word in front of it.
+        before: the previous word.
         """
         flags = self._option_string_actions
         name = word.partition("=")[0]
@@ -486,7 +486,7 @@ def _add_field(
         return
     action = _add_option(group, name, hint, default=default, declared=declared, settings=settings)
     action.is_secret = "secret" in field.metadata  # type: ignore[attr-defined]
-    action.reach = reach_of(field.metadata)  # type: ignore[attr-defined]
+    action.reach = find_reach(field.metadata)  # type: ignore[attr-defined]
     action.stays = field.metadata.get("stays", ())  # type: ignore[attr-defined]
     if name in changes.refused:
         action.refusal = Refusal(  # type: ignore[attr-defined]
@@ -562,7 +562,7 @@ def _add_option(
 def refuse_unsupported(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Raise OptionError if an option that is refused is used; say which are not needed."""
     for action in parser._actions:
-        refusal = refusal_of(action)
+        refusal = find_refusal(action)
         value = getattr(args, action.dest, action.default)
         if refusal is None or value in (action.default, *refusal.values):
             continue

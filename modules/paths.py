@@ -110,12 +110,7 @@ def path_exists(path: Path) -> bool:
 
 
 def explain_path(text: str) -> str | None:
-    """Return the usual mistake that a path naming nothing shows; None if it shows none.
-
-    Known mistakes are backslashes that a file's format took for control characters, an address, quotation
-    marks, a variable, a pattern and another system's path. The result follows the path in a message and ends
-    without a full stop.
-    """
+    """Explain the usual mistake in a path that names nothing; None if it shows none."""
     if escaped := [character for character in dict.fromkeys(text) if character in _ESCAPES]:
         signs = ", ".join(_ESCAPES[character] for character in escaped)
         meant = "".join(_ESCAPES.get(character, character) for character in text)

@@ -84,10 +84,7 @@ def is_limited() -> bool:
 
 
 def describe_outside(path: Path, option: str = "") -> str | None:
-    """Return the reason why a run may not write below a path, and the remedy; None if it may.
-
-    option: the option that holds the path.
-    """
+    """Explain that a run may not write below a path, with the remedy; None if it may."""
     text = os.environ.get(FOLDERS)
     if not text:
         return None

@@ -11,7 +11,7 @@ from typing import Any
 
 
 def render(job: dict[str, Any]) -> dict[str, str]:
-    """Return `text`, or `error` and why there is none."""
+    """Return {"text": the rendered template}, or {"error": the reason why it failed}."""
     _bound_memory(job["memory"])
     try:
         return {"text": _generate(job)}

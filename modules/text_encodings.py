@@ -139,8 +139,8 @@ def _guess_wide(content: bytes, marked: str | None) -> EncodingGuess | None:
 def guess_encodings(contents: Sequence[bytes]) -> list[EncodingGuess | None]:
     """Return a guess for each of several files, probably written by one program in one encoding.
 
-    A short text alone says little: the files whose own encoding is not sure take that of all together, if it
-    decodes them.
+    A short text alone says little: a file whose encoding is uncertain gets the most probable one of all files
+    together, if that decodes it.
     """
     guesses = [guess_encoding(content) for content in contents]
     plain = []
@@ -214,7 +214,7 @@ def _points(before: str, char: str, after: str, encoding: str) -> float:
 
 
 def _sign_points(char: str, encoding: str) -> float:
-    """Return points for an East Asian character: above 0 for one of daily use, else below."""
+    """Rate an East Asian character: above 0 for one of daily use, else below."""
     lead = char.encode(encoding)[0]
     match encoding:
         case "gb18030":

@@ -88,7 +88,7 @@ def _refuse_shell(option: str, words: Sequence[str]) -> None:
 
 
 def _explain_missing(option: str, program: str) -> str:
-    """Return why a program cannot be started, and what to do."""
+    """Explain that a program cannot be started, with the remedy."""
     path = Path(program)
     if path.is_dir():
         return "is a folder. Give a program"

@@ -21,7 +21,7 @@ from modules.media.encoding import Picture, Pixels
 
 @dataclass(frozen=True)
 class Clip:
-    """The facts about a stream of pictures that are known before the first one is read."""
+    """Facts about a stream of pictures that are known before its first picture is read."""
 
     path: Path  # path of the video, for messages
     width: int
@@ -32,7 +32,7 @@ class Clip:
 
 
 class Stage(Protocol):
-    """One tool at work. It is loaded once and may be given several clips, one after the other."""
+    """A loaded tool, which may process several clips, one after the other."""
 
     @property
     def name(self) -> str:

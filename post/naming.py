@@ -55,7 +55,9 @@ def plan_jobs(chain: Chain, ask: Callable[[str], Answer | None]) -> list[FileJob
 
 
 def _check_caption(path: Path, chain: Chain) -> None:
-    """Raise OptionError if a source has a caption: its folder is one that results must not get into."""
+    """Raise OptionError if a source has a caption: its folder is a dataset, into which results must not be
+    written.
+    """
     caption = next(filter(Path.is_file, map(path.with_suffix, CAPTIONS)), None)
     if caption is not None:
         raise OptionError(
@@ -91,7 +93,7 @@ def _check_collisions(jobs: Sequence[FileJob]) -> None:
 
 
 def list_sources(chain: Chain) -> list[Path]:
-    """Return the input file, or the files of the input folder, without results of the same tools."""
+    """Return the input file, or the files of the input folder except results of the same tools."""
     path_of_input = chain.run.input
     if not path_of_input.is_dir():
         return [path_of_input]

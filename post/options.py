@@ -46,7 +46,7 @@ class ToolRunOptions(Options, title="input and output"):
 
 
 class ToolNetworkOptions(Options, title="network"):
-    """Which network works, and how."""
+    """The network to use, its device and dtype."""
 
     model: Path = option("the network's file", required=True)
     dtype: str = option(
@@ -108,7 +108,7 @@ ALIGNMENT = 32  # the networks need sides that are multiples of this
 
 
 class InterpolationOptions(Options, title="interpolation"):
-    """How many pictures are made between two, and how."""
+    """The number of new pictures between two, and the way in which they are made."""
 
     network: ToolNetworkOptions = option(
         settings={"model": {"help": "folder with the GIMM-VFI files and those of its optical flow"}}
@@ -243,7 +243,7 @@ YUNET = "yunet"
 
 
 class FacefixOptions(Options, title="faces"):
-    """Which faces are restored, and how."""
+    """The faces to restore, and the strength of the restoration."""
 
     network: ToolNetworkOptions = option(
         settings={

@@ -126,8 +126,8 @@ SECONDS = Fraction(1)  # that a single picture is shown; no tool for pictures re
 def run_picture(stages: Sequence[NamedStage], job: FileJob, done: Sequence[str], hides: bool = False) -> None:
     """Run all stages on a picture, and write a PNG. done: descriptions of the tools, for its metadata.
 
-    Tools see the colours of a transparent picture; its transparency goes along, resized as the picture is.
-    hides: leave out metadata that may hold a small copy of the picture. Raises UserError.
+    Tools process the colours of a transparent picture. Its transparency is resized with it and kept. hides:
+    leave out metadata that may hold a small copy of the picture. Raises UserError.
     """
     pixels, alpha = split_alpha(read_image(job.source, alpha=True))
     is_opaque = alpha is None or int(alpha.min()) == 255
@@ -181,7 +181,7 @@ def run_video(
                 pictures,
                 rate,
                 codec,
-                companions_of=job.source,
+                list_companions=job.source,
                 covers=not hides,
                 tags=tags,
             )

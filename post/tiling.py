@@ -148,7 +148,7 @@ def short_reason(error: BaseException) -> str:
 
 @dataclass
 class Fitting:
-    """Run a network on batches of pictures, as much at once as memory holds; remember the sizes for a clip.
+    """Run a network on batches of pictures as large as memory allows; remember their sizes for a clip.
 
     If memory runs out, batches are halved; then, if `is_auto`, pictures are cut into ever smaller tiles.
     """
@@ -216,7 +216,9 @@ class Guarded:
     """
 
     def __init__(self, run: Run, dtype: torch.dtype, exact: Callable[[], Run], what: str) -> None:
-        """exact: loads the network in float32; called at the first non-finite result. what: its name."""
+        """exact: loads the network in float32; called at the first non-finite result. what: name of the
+        network.
+        """
         self._run = run
         self.dtype = dtype
         self._load_exact = exact

@@ -56,7 +56,7 @@ class QwenTokens(blocks.TokensWithTurnedText):
 
     @property
     def clean(self) -> int:
-        """Negative index at which the tokens of clean references begin among those of pictures."""
+        """Return the negative index, among the picture tokens, at which those of clean references begin."""
         return -self.rotary_of_clean.shape[-4] or blocks.NOWHERE
 
 
@@ -149,7 +149,7 @@ class LastNorm(nn.Module):
 class QwenImageModel(BlockNetwork):
     """Predict the velocity of noisy latents of a picture from states of Qwen2.5-VL.
 
-    Without references, a second text and code that stands around the blocks:
+    Simplified, without references, a second text and the code around the blocks:
 
         picture = img_in(patches of noisy)                                  # B L C
         text = txt_in(txt_norm(text))                                       # B T C
@@ -192,9 +192,9 @@ class QwenImageModel(BlockNetwork):
         """Return picture and text tokens, B L+T C, and the other inputs of the blocks.
 
         noisy: B Z 1 H W. timesteps: B, 0..1000. text: B T text_dim, states of the language model. text_mask:
-        B T, true or 1 for real tokens, which come first. tweaks: ideas that change this call; their second
-        text has the names text and text_mask. references: clean latents of pictures to edit, each B Z 1 h w
-        of its own size. clean_references: modulate their tokens with time 0, not with that of the picture.
+        B T, true or 1 for real tokens, which come first. tweaks: changes to this call; their second text has
+        arguments named text and text_mask. references: clean latents of pictures to edit, each B Z 1 h w of
+        its own size. clean_references: modulate their tokens with time 0, not with that of the picture.
         References come behind the picture, a second text behind the first one. Raises ValueError if sizes do
         not fit.
         """
@@ -207,7 +207,7 @@ class QwenImageModel(BlockNetwork):
         embedded = []
         grids = []
         for latents in pictures:
-            embedded.append(in_own_dtype(self.img_in, patches_of(latents)).to(dtype))
+            embedded.append(in_own_dtype(self.img_in, cut_patches(latents)).to(dtype))
             grids.append((latents.shape[-2] // PATCH, latents.shape[-1] // PATCH))
         num_target = embedded[0].shape[1]
         num_pictures = sum(tokens.shape[1] for tokens in embedded)
@@ -222,7 +222,7 @@ class QwenImageModel(BlockNetwork):
             text_tokens = in_own_dtype(self.txt_in, states).to(dtype)
             texts.append(blocks.EmbeddedText(text_tokens, lengths, vector))
         layout = QwenLayout(tuple(grids), tuple(embedded_text.tokens.shape[1] for embedded_text in texts))
-        rotary = self._rotary.of(layout, noisy.device)
+        rotary = self._rotary.get_table(layout, noisy.device)
         return blocks.join_tokens(
             embedded,
             texts,
@@ -269,6 +269,6 @@ class QwenImageModel(BlockNetwork):
         return torch.cat(tables).unsqueeze(1)
 
 
-def patches_of(latents: Tensor) -> Tensor:
+def cut_patches(latents: Tensor) -> Tensor:
     """Cut latents, B Z 1 H W, into the tokens of 2 x 2 latent pixels: B L (Z ph pw)."""
     return rearrange(latents, "b z 1 (h ph) (w pw) -> b (h w) (z ph pw)", ph=PATCH, pw=PATCH)

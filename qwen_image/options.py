@@ -101,7 +101,7 @@ class QwenImageTrainingOptions(QwenImageModelOptions, title=NAME):
 
 
 class QwenImageReferenceOptions(Options, title="pictures to edit"):
-    """How --control_image_path is taken, and which parts of the first of them stay."""
+    """How pictures of --control_image_path are resized, and which parts of the first must not change."""
 
     resize_control_to_official_size: bool = option(
         "resize the pictures to about a megapixel in their own shape, as the model was trained (for the text "

@@ -52,7 +52,7 @@ def add_hashes(entries: Sequence[Sequence[CacheEntry]], media: MediaBatch) -> li
 
 
 def check_states(cache: MadeBy, part: str) -> None:
-    """Raise CacheError if a caption's states are not those before the final norm.
+    """Raise CacheError if a caption's states were taken after the final norm instead of before it.
 
     part: the text encoder's name in records. Caches of other programs have no records.
     """
@@ -68,9 +68,9 @@ def check_states(cache: MadeBy, part: str) -> None:
 
 
 def check_references(batch: Batch, references: Mapping[str, Tensor]) -> None:
-    """Raise CacheError if captions were encoded with other references than those whose latents are there.
+    """Raise CacheError if the captions were encoded with other references than the cached ones.
 
-    references: latents by name, in order, B C 1 h w each.
+    references: cached latents by name, in order, B C 1 h w each.
     """
     sizes = [tuple(latents.shape[-2:]) for latents in references.values()]
     for index, key in enumerate(batch.keys):

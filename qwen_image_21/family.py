@@ -114,10 +114,10 @@ class QwenImage21(pictures.ModelOfPictures):
     # the network
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
-        """Return the captions' states, the references and their places.
+        """Return the captions' states, the references and their positions.
 
-        Raises CacheError for states of another encoder, or read behind the final norm, and for references
-        that are not those that the text encoder saw.
+        Raises CacheError for states of another encoder or after the final norm, and for references other than
+        those that the text encoder saw.
         """
         batch.check({KEY: TEXTS_AGAIN, SLOTS: TEXTS_AGAIN}, "the transformer")
         config = self.files.dit_header().config

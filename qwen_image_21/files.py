@@ -93,7 +93,9 @@ MOST_LEVELS = 1000
 
 
 def _header(checkpoint: Checkpoint, config_json: Path | None) -> DitHeader[QwenImage21Config]:
-    """Read a file's header. config_json: of --dit_config; None: the one next to the file, if there is one."""
+    """Read a file's header. config_json: path given by --dit_config; None: the one next to the file, if there
+    is one.
+    """
     names = checkpoint.tensors
     has_modulation = "modulation.1.weight" in names and "transformer_blocks.0.img_mod.1.weight" not in names
     if MARK not in names or not has_modulation:
@@ -211,7 +213,7 @@ def _sources(checkpoint: Checkpoint, _: DitHeader[QwenImage21Config]) -> Mapping
 
 
 @functools.cache  # so that headers that were read are found again
-def format_with(config_json: Path | None) -> DitFormat[QwenImage21Config, QwenImage21Model]:
+def make_format(config_json: Path | None) -> DitFormat[QwenImage21Config, QwenImage21Model]:
     """Return the format of transformer files. config_json: of --dit_config."""
     return DitFormat(
         functools.partial(_header, config_json=config_json),
@@ -222,7 +224,7 @@ def format_with(config_json: Path | None) -> DitFormat[QwenImage21Config, QwenIm
     )
 
 
-FORMAT = format_with(None)
+FORMAT = make_format(None)
 read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMAT.load
 
 
@@ -234,10 +236,10 @@ class Turbo(NamedTuple):
 
 
 def find_turbo(dit: Path | None) -> Turbo | None:
-    """Return the noise levels of Turbo, and what says that a transformer is Turbo; None if it is not.
+    """Return the noise levels of Turbo, and the evidence that a transformer is Turbo; None if it is not.
 
-    That is `sample_sigmas` of the release's model_index.json, else the nearest name, as in `FewSteps.judge`.
-    Raises CheckpointError if model_index.json cannot be used.
+    The evidence is `sample_sigmas` of the release's model_index.json, else the nearest name, as in
+    `FewSteps.judge`. Raises CheckpointError if model_index.json cannot be used.
     """
     if dit is None:
         return None
@@ -292,7 +294,7 @@ class QwenImage21Files(LanguageModelFiles):
 
     @property
     def format(self) -> DitFormat[Any, Any]:  # type: ignore[override]  # depends on --dit_config
-        return format_with(self.dit_config)
+        return make_format(self.dit_config)
 
     @property
     def dit_path(self) -> Path:
@@ -314,7 +316,7 @@ class QwenImage21Files(LanguageModelFiles):
 
     @property
     def channels(self) -> int | None:
-        """Return the channels of latents by the files that are given; None if none is."""
+        """Return the number of latent channels of the given files; None if no file is given."""
         if self.dit is not None:
             channels: int = self.dit_header().config.channels
             return channels

@@ -55,7 +55,7 @@ Grid = tuple[int, int]  # rows and columns of a picture's tokens
 
 
 class Segment(NamedTuple):
-    """Tokens of a prefix that see each other alike."""
+    """Tokens of a prefix that attend to the same tokens."""
 
     start: int  # in the prefix
     end: int
@@ -119,8 +119,10 @@ class QwenImage21Tokens:
         """Return the inputs of the blocks for a part of the tokens; `rotary` stays that of all tokens."""
         return replace(self, part=part, split=part.of_first(self.picture))
 
-    def of(self, kept: Tensor, num_left_out: int) -> Self:
-        """Return the inputs for some tokens of x. kept: B K, their rising places; all of the prefix stay."""
+    def select(self, kept: Tensor, num_left_out: int) -> Self:
+        """Return the inputs for some tokens of x. kept: B K, positions of the kept tokens, ascending; none of
+        the prefix is left out.
+        """
         picture = self.picture - num_left_out
         return replace(
             self, picture=picture, split=picture, rotary=take_rows(self.rotary, kept, num_left_out)
@@ -128,7 +130,7 @@ class QwenImage21Tokens:
 
 
 class QwenImage21Attention(nn.Module):
-    """Attention of a picture to all tokens, and of the prefix to what stands before each of its tokens."""
+    """Attention of a picture to all tokens; tokens of the prefix attend to earlier tokens only."""
 
     def __init__(self, config: QwenImage21Config) -> None:
         super().__init__()
@@ -174,7 +176,7 @@ class QwenImage21Attention(nn.Module):
         tokens: QwenImage21Tokens,
         segments: Sequence[Sequence[Segment]],
     ) -> Tensor:
-        """Return the attention of a picture and its prefix, B L+P N D. heads: not rotated yet."""
+        """Return the attention of a picture and its prefix, B L+P N D. heads: before rotation."""
         query, key, value = heads
         query = rotate(query, rotary)
         key = rotate(key, rotary)
@@ -231,7 +233,7 @@ class QwenImage21FeedForward(nn.Module):
 
 
 class QwenImage21Block(nn.Module):
-    """Attention and feed-forward, each behind a norm; all blocks share what modulates them."""
+    """Attention and feed-forward, each after a norm. All blocks share the same modulation."""
 
     def __init__(self, config: QwenImage21Config) -> None:
         super().__init__()
@@ -327,7 +329,7 @@ class PrefixTokens(NamedTuple):
 class QwenImage21Model(BlockNetwork):
     """Predict the velocity of noisy latents of a picture from states of Qwen3-VL and reference pictures.
 
-    Without references, a second text and code that stands around the blocks:
+    Simplified, without references, a second text and the code around the blocks:
 
         x = cat([img_in(noisy), txt_in(text)])                              # B L+T C
         time = time_text_embed(timesteps), time0 = time_text_embed(0)       # each B C
@@ -380,8 +382,8 @@ class QwenImage21Model(BlockNetwork):
             grid=(0, 0),
             picture=0,
             split=0,
-            segments=segments_of(embedded.prefixes),
-            rotary=self._rotary.of(layout, noisy.device),
+            segments=list_segments(embedded.prefixes),
+            rotary=self._rotary.get_table(layout, noisy.device),
             rows=self.modulation_rows(times),
             time=times,
             dtype=dtype,
@@ -408,8 +410,8 @@ class QwenImage21Model(BlockNetwork):
 
         noisy: B Z 1 H W. timesteps: B, 0..1000. text: B T text_dim, states of the language model. text_mask:
         B T, true or 1 for real tokens, which come first. slots: B n, on the host: before which token of its
-        text each reference stands, rising. tweaks: ideas that change this call; their second text has the
-        names text, text_mask and slots. references: clean latents of n pictures to edit, each B Z 1 h w of
+        text each reference stands, rising. tweaks: changes to this call; their second text has arguments
+        named text, text_mask and slots. references: clean latents of n pictures to edit, each B Z 1 h w of
         its own size. is_remembered: leave the prefix out, whose keys and values the blocks have. Raises
         ValueError if sizes do not fit.
         """
@@ -421,7 +423,7 @@ class QwenImage21Model(BlockNetwork):
         times = time
         prompts = tweaks.texts(len(noisy), text=text, text_mask=text_mask, slots=slots)
         if is_remembered:
-            prefixes = prefixes_of(text_mask, slots, references)
+            prefixes = order_prefixes(text_mask, slots, references)
         else:
             embedded = []
             for prompt in prompts:
@@ -436,8 +438,8 @@ class QwenImage21Model(BlockNetwork):
             grid=grid,
             picture=num_picture,
             split=num_picture,
-            segments=segments_of(prefixes),
-            rotary=self._rotary.of(layout, noisy.device),
+            segments=list_segments(prefixes),
+            rotary=self._rotary.get_table(layout, noisy.device),
             rows=self.modulation_rows(times),
             time=time,
             dtype=dtype,
@@ -448,7 +450,7 @@ class QwenImage21Model(BlockNetwork):
             tokens = replace(
                 tokens,
                 second=SecondText(num_picture, second.x.shape[1], None, tweaks.steer),
-                second_segments=segments_of(second.prefixes),
+                second_segments=list_segments(second.prefixes),
                 second_rotary=self._make_table(layout._replace(prefixes=second.prefixes), device=x.device),
             )
         return Hidden(x, tokens)
@@ -462,7 +464,7 @@ class QwenImage21Model(BlockNetwork):
         references: Sequence[Tensor] = (),
     ) -> PrefixTokens:
         """Return texts and references in their order. Inputs: as of `embed`. dtype: of the tokens."""
-        prefixes = prefixes_of(text_mask, slots, references)
+        prefixes = order_prefixes(text_mask, slots, references)
         for latents in references:
             self.grid_of(latents)
         longest = max(prefix.texts for prefix in prefixes)
@@ -512,13 +514,13 @@ class QwenImage21Model(BlockNetwork):
         token stands at (time, row, column), with the time that the text has reached, and rows and columns
         counted from the middle; the text continues behind its longer side.
         """
-        tables = {prefix: self._table_of(layout, prefix, device) for prefix in set(layout.prefixes)}
+        tables = {prefix: self._make_sample_table(layout, prefix, device) for prefix in set(layout.prefixes)}
         if len(tables) == 1:
             return tables[layout.prefixes[0]]
         samples = [tables[prefix] for prefix in layout.prefixes]
         return nn.utils.rnn.pad_sequence(samples, batch_first=True)
 
-    def _table_of(self, layout: QwenImage21Layout, prefix: Prefix, device: torch.device) -> Tensor:
+    def _make_sample_table(self, layout: QwenImage21Layout, prefix: Prefix, device: torch.device) -> Tensor:
         """Return the pairs of a sample's tokens, L+P 1 D/2 2."""
         widths = self.config.axes
 
@@ -549,16 +551,16 @@ class QwenImage21Model(BlockNetwork):
         return torch.cat([target, *tables * layout.has_prefix]).unsqueeze(1)
 
 
-def segments_of(prefixes: Sequence[Prefix]) -> tuple[tuple[Segment, ...], ...]:
+def list_segments(prefixes: Sequence[Prefix]) -> tuple[tuple[Segment, ...], ...]:
     """Return the segments of each prefix, or of one if all are alike."""
     different = prefixes[:1] if len(set(prefixes)) == 1 else prefixes
     return tuple(tuple(prefix.segments) for prefix in different)
 
 
-def prefixes_of(text_mask: Tensor, slots: Tensor, references: Sequence[Tensor]) -> tuple[Prefix, ...]:
+def order_prefixes(text_mask: Tensor, slots: Tensor, references: Sequence[Tensor]) -> tuple[Prefix, ...]:
     """Return the order of text and references in each sample.
 
-    Inputs: as of `QwenImage21Model.embed`. Raises ValueError if the slots are not those of the references.
+    Arguments as in `QwenImage21Model.embed`. Raises ValueError if the slots do not match the references.
     """
     grids = tuple((latents.shape[-2], latents.shape[-1]) for latents in references)
     prefixes = []

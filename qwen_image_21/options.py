@@ -79,7 +79,7 @@ class QwenImage21TrainingOptions(QwenImage21ModelOptions, title=NAME):
 
 
 class QwenImage21ReferenceOptions(Options, title="pictures to edit"):
-    """How --control_image_path is taken, and which parts of the first of them stay."""
+    """How pictures of --control_image_path are resized, and which parts of the first must not change."""
 
     resize_control_to_image_size: bool = option(
         "resize the pictures to the size of the result, and crop them; default: to about a megapixel in "
@@ -115,14 +115,14 @@ class QwenImage21GenerationOptions(QwenImage21ModelOptions, title=NAME):
 
 
 def read_negative(text: str) -> str:
-    """Return the negative prompt that a text stands for. An empty one is meant: guidance needs one."""
+    """Return the negative prompt that a text means: a blank for an empty text, because guidance needs one."""
     return BLANK if text.strip() in NO_TEXT else text
 
 
 def settle_generation(
     options: Any, own_options: QwenImage21GenerationOptions
 ) -> tuple[Any, QwenImage21GenerationOptions]:
-    """Return the options with an empty --negative_prompt as the text that it stands for."""
+    """Return the options with an empty --negative_prompt replaced by the text that it means."""
     negative = options.request.negative_prompt
     if negative is None:
         return options, own_options

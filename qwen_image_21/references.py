@@ -86,7 +86,8 @@ def add_pictures(prepared: Prepared, options: QwenImage21ReferenceOptions) -> Pr
 
 
 def read_anchor(prepared: Prepared, latents: Tensor) -> Anchor | None:
-    """Return the anchor that holds the result to the first picture outside of the mask; None without one.
+    """Return the anchor that keeps the result equal to the first picture outside of the mask; None without a
+    mask.
 
     latents: of the first picture, 1 C 1 h w.
     """

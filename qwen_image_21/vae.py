@@ -209,7 +209,7 @@ class PictureEncoder(nn.Module):
 
 
 class PictureDecoder(nn.Module):
-    """Decode latents behind the first convolution, B Z 1 h w, to pixels, B 4 1 H W."""
+    """Decode latents after the first convolution, B Z 1 h w, to pixels, B 4 1 H W."""
 
     def __init__(self, config: QwenImage21VaeConfig) -> None:
         super().__init__()
@@ -347,7 +347,9 @@ def read_vae(checkpoint: Checkpoint) -> LoadPlan[QwenImage21VaeConfig]:
 def _read_levels(
     shape: Callable[..., tuple[int, ...]], sources: Mapping[str, TensorSource], start: str, resampler: str
 ) -> tuple[VaeLevel, ...]:
-    """Read the levels of a half. start, resampler: names of its levels and of their last layer."""
+    """Read the levels of the encoder or the decoder. start, resampler: names of the levels, and of their last
+    layer.
+    """
     levels = []
     for index in range(count(sources, rf"{re.escape(start)}\.\d+")):
         name = f"{start}.{index}"
@@ -360,7 +362,9 @@ def _read_levels(
 
 
 def _check_levels(checkpoint: Checkpoint, half: str, levels: Sequence[VaeLevel], is_down: bool) -> None:
-    """Raise CheckpointError if the levels of a half do not fit each other, or scale by another factor."""
+    """Raise CheckpointError if levels of the encoder or decoder do not fit each other, or change the scale
+    wrongly.
+    """
     scale = math.prod(level.factors[1] for level in levels)
     fault = None
     if scale != STRIDE:

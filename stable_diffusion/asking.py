@@ -111,7 +111,7 @@ class Asking:
             yield from pictures
 
     def _texts(self, line: Line) -> list[tuple[int, str]]:
-        """Return the seed of each picture of a line, and the line with its variants chosen."""
+        """Return the seeds of a line's pictures, and the line with its `{...}` variants expanded."""
         count = line.pictures or self.options.prompts.images_per_prompt
         if line.is_plain:
             seeds = self.seeds.for_line(None)
@@ -154,7 +154,7 @@ class Asking:
             raw_prompt=line.text,
             image=image,
             mask=mask,
-            guides=self.inputs.guides_of(number),
+            guides=self.inputs.choose_guides(number),
             clip_prompt=values.get("clip_prompt"),
             file_name=values.get("file_name"),
         )
@@ -170,7 +170,7 @@ def _check_parts(parts: int) -> None:
 
 
 def check_line(options: GenImgOptions, line: Line) -> None:
-    """Raise OptionError if a line cannot be used, as far as that shows without a model."""
+    """Raise OptionError if a line has faults that can be found without a model."""
     if line.is_plain:
         return
     split_seeds(line.text)
@@ -210,7 +210,7 @@ def settle(
     """Return the settings of a picture of one part.
 
     values: options of its line, from `read_line`; they override `options`. image: the input picture; its size
-    is used if none is given. Warns of values without effect. Raises OptionError if a value cannot be used.
+    is the default. Warns of values without effect. Raises OptionError if a value cannot be used.
     """
     options = with_line(options, values)
     multipliers = _strengths(options, values)
@@ -262,7 +262,7 @@ def _settle_size(sampling: SamplingOptions, kind: ModelKind, image: Path | None)
 
 
 def _warn_of_low_scale(scale: float, negative_scale: float | None) -> None:
-    """Warn of a scale below 1, which other programs count from 0."""
+    """Warn of a scale below 1: other programs count guidance from 0."""
     effect = "below 1 guidance is off, as at 1"
     if negative_scale is not None:
         effect = "0 leaves the prompt out, and less than 1 weakens it"
@@ -278,9 +278,9 @@ def _warn_of_low_scale(scale: float, negative_scale: float | None) -> None:
 def _warn_of_unused(
     values: Mapping[str, Any], name: str, typed: DeepShrinkOptions | GradualLatentOptions
 ) -> None:
-    """Warn of options that do nothing without `name`, of the command line and of a picture's line.
+    """Warn of options that have no effect without `name`, on the command line or in a picture's line.
 
-    name: letters of a line's option. Those that need it begin with the same two.
+    name: letters of a line's option. The options that need it begin with the same two letters.
     """
     usual = option_values(type(typed)())
     unused = [
@@ -302,7 +302,7 @@ def batches(pictures: Iterable[AskedPicture], size: int) -> Iterator[list[AskedP
     """
     batch: list[AskedPicture] = []
     for picture in pictures:
-        if batch and (len(batch) >= size or _kind_of(batch[0]) != _kind_of(picture)):
+        if batch and (len(batch) >= size or _group_key(batch[0]) != _group_key(picture)):
             yield batch
             batch = []
         batch.append(picture)
@@ -310,7 +310,7 @@ def batches(pictures: Iterable[AskedPicture], size: int) -> Iterator[list[AskedP
         yield batch
 
 
-def _kind_of(picture: AskedPicture) -> tuple[Any, ...]:
+def _group_key(picture: AskedPicture) -> tuple[Any, ...]:
     return (
         picture.settings,
         picture.image is None,

@@ -51,7 +51,7 @@ def list_cross_attentions(names: Collection[str]) -> dict[str, str]:
 
 @dataclass(frozen=True, eq=False)
 class LayerTexts:
-    """Gives each cross-attention its own part of the context while a batch is made."""
+    """Give each cross-attention its own part of the context while a batch is made."""
 
     unet: Any
     paths: Sequence[str]  # of the transformers around them, in the order of the context; (): all share it
@@ -69,7 +69,7 @@ class LayerTexts:
 
 
 def _with_part(attend: Callable[..., Tensor], place: int, places: int) -> Callable[..., Tensor]:
-    """Return a cross-attention that sees one of `places` parts of the context."""
+    """Return a cross-attention that attends to part `place` of the context, of `places` equal parts."""
 
     def forward(hidden_states: Tensor, encoder_hidden_states: Tensor, **settings: Any) -> Tensor:
         # encoder_hidden_states: R A*L C
@@ -90,7 +90,7 @@ def _check_painting(options: GenImgOptions, release: OpenedCheckpoint) -> None:
 
 
 def assemble(options: GenImgOptions, device: torch.device) -> Maker:
-    """Load the checkpoint and all that acts on it; return what makes pictures with them.
+    """Load the checkpoint and everything that changes it; return the object that makes pictures with them.
 
     Raises OptionError or CheckpointError, if possible before any network is loaded.
     """

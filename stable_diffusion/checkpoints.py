@@ -150,7 +150,7 @@ def read_unet(checkpoint: Checkpoint, kind: ModelKind, pooled: int) -> dialects.
 
 
 def _last_attention(sources: Mapping[str, TensorSource], depths: UnetDepths) -> str | None:
-    """Return the path of the first attention in the last level on the way down that has one.
+    """Return the path of the first attention in the deepest level of the down path that has one.
 
     None if there is none, or none in the middle.
     """
@@ -162,15 +162,15 @@ def _last_attention(sources: Mapping[str, TensorSource], depths: UnetDepths) -> 
 def _read_depths(sources: Mapping[str, TensorSource], layers: Sequence[int]) -> UnetDepths:
     """Read how deep the attention of each block is. layers: residual blocks of each level."""
 
-    def depths_of(side: str, level: int, blocks: int) -> tuple[int, ...]:
+    def read_depths(side: str, level: int, blocks: int) -> tuple[int, ...]:
         start = rf"{side}_blocks\.{level}\.attentions"
         return tuple(
             dialects.count(sources, rf"{start}\.{block}\.transformer_blocks\.\d+") for block in range(blocks)
         )
 
     return UnetDepths(
-        down=[depths_of("down", level, layer) for level, layer in enumerate(layers)],
-        up=[depths_of("up", level, layer + 1) for level, layer in enumerate(layers[::-1])],
+        down=[read_depths("down", level, layer) for level, layer in enumerate(layers)],
+        up=[read_depths("up", level, layer + 1) for level, layer in enumerate(layers[::-1])],
     )
 
 
@@ -268,7 +268,7 @@ def read_vae(checkpoint: Checkpoint, option: str, latent_scale: float) -> dialec
 
 
 def vae_sources(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, TensorSource]]:
-    """Return the VAE's part of a file, and how its tensors are made, by diffusers' names."""
+    """Return the VAE's part of a file, and the sources of its tensors by diffusers' names."""
     prefix = ""
     for vae_prefix in (VAE, "vae."):
         if any(name.startswith(vae_prefix) for name in checkpoint.tensors):
@@ -294,7 +294,7 @@ def vae_sources(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, TensorSou
 
 
 def _names_in_diffusers(sources: Mapping[str, TensorSource]) -> dict[str, str]:
-    """Return diffusers' names by the released ones, for tensors that its loader of single files knows."""
+    """Map released names to diffusers' names, for the tensors that its single-file loader knows."""
     levels = [""] * dialects.count(sources, r"decoder\.up\.\d+")
     if not levels:
         return {}
@@ -321,7 +321,7 @@ def _as_matrix(weight: Tensor) -> Tensor:
 # Only the workspace of the convolutions shrinks; norms and attention see the whole picture, so that the
 # result is that without bands, except for the order of sums in the convolution itself.
 def band_convolutions(network: nn.Module, bands: int) -> None:
-    """Let all convolutions of a network that look beyond one pixel work in bands, at most this many."""
+    """Let convolutions of a network with kernels above 1x1 compute in at most `bands` bands of rows."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1):
             module.forward = _Bands(module, bands)  # type: ignore[method-assign, assignment]
@@ -344,7 +344,7 @@ class _Bands:
         result: Tensor | None = None
         edges = [rows * band // self.most for band in range(self.most + 1)]
         for start, end in pairwise(edges):
-            band = self._rows_for(x, start, end, pad_rows)
+            band = self._cut_rows(x, start, end, pad_rows)
             convolved = F.conv2d(band, conv.weight, conv.bias, conv.stride, (0, pad_columns))
             if result is None:
                 result = convolved.new_empty((*convolved.shape[:2], rows, convolved.shape[3]))
@@ -354,7 +354,7 @@ class _Bands:
         assert result is not None
         return result
 
-    def _rows_for(self, x: Tensor, start: int, end: int, pad_rows: int) -> Tensor:
+    def _cut_rows(self, x: Tensor, start: int, end: int, pad_rows: int) -> Tensor:
         """Return the rows of x that rows `start` to `end` of the result depend on, with zeros beyond x."""
         height = x.shape[2]
         stride = self.conv.stride[0]

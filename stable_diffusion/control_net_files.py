@@ -135,10 +135,10 @@ def _read_control_net(
 
 
 def _read_unseen(path: Path) -> dict[str, Any]:
-    """Read what tensors do not show: the order of colours, and whether residuals are averaged.
+    """Read the settings that tensors do not show: the order of colours, and whether residuals are averaged.
 
-    A diffusers folder says it; of single files those with "shuffle" in their names are averaged, as the
-    released one.
+    A diffusers folder states both. For single files, residuals are averaged if the name contains "shuffle",
+    as for the released model.
     """
     file = path / "config.json"
     if not file.is_file():
@@ -158,7 +158,9 @@ _RELEASED_NAMES = (
 
 
 def _name_in_diffusers(name: str, translate: Callable[[str], str]) -> str:
-    """Return diffusers' name of a tensor; one that is not known stays, to be reported as unexpected."""
+    """Return diffusers' name of a tensor; an unknown name is returned unchanged, to be reported as
+    unexpected.
+    """
     for pattern, template in _RELEASED_NAMES:
         match = re.fullmatch(pattern, name)
         if match is not None:
@@ -302,7 +304,7 @@ def _compare(checkpoint: Checkpoint, config: Mapping[str, Any], unet: Mapping[st
 
 
 def _values(config: Mapping[str, Any], name: str) -> tuple[Any, ...]:
-    """Return the distinct values of a setting that is given once for all levels or once for each."""
+    """Return the distinct values of a setting: one value for all levels, or a list with one for each."""
     value = config.get(name)
     values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
     return tuple(dict.fromkeys(values)) if name == "layers_per_block" else values

@@ -21,7 +21,7 @@ from contract.data import (
     LatentSpec,
     MediaEncoders,
     SamplingDefaults,
-    tensor_on,
+    send_tensor,
 )
 from contract.family import Abilities, DitSpec, Family, NoiseSource, NoiseSpec, TextEncoder
 from contract.loading import Placement
@@ -35,7 +35,7 @@ from modules.media.pixels import byte_clips
 from modules.options import NO_OPTIONS
 from stable_diffusion.contract import SD1, SD2, SDXL, ModelKind
 from stable_diffusion.generation_options import StableDiffusionGenerationOptions
-from stable_diffusion.noise import make_noise_spec, vary_noise_by
+from stable_diffusion.noise import make_noise_spec, read_noise_changes
 from stable_diffusion.samplers import SeenSolver, begin_sampling, check_sampling, is_guided, make_scheduler
 from stable_diffusion.sampling_options import SAMPLERS, check_sampler_steps
 from stable_diffusion.tokenizers import SIZE as CHUNK
@@ -284,12 +284,12 @@ class StableDiffusion(ModelOfPictures):
         device = noisy.device
         dtype = dtype_of(dit)
         names = sorted(self.text_keys - {POOLED})
-        context = torch.cat([tensor_on(cond, name, device).to(dtype) for name in names], dim=-1)
+        context = torch.cat([send_tensor(cond, name, device).to(dtype) for name in names], dim=-1)
         added: dict[str, Tensor] | None = None
         if self.kind is SDXL:
-            pooled = tensor_on(cond, POOLED, device).to(dtype)
+            pooled = send_tensor(cond, POOLED, device).to(dtype)
             # float32: bf16 holds multiples of 8 alone from 1024 on; the U-Net rounds what it makes of them
-            added = {"text_embeds": pooled, "time_ids": tensor_on(cond, SIZES, device).float()}
+            added = {"text_embeds": pooled, "time_ids": send_tensor(cond, SIZES, device).float()}
         (output,) = dit(
             noisy.squeeze(2).to(dtype),
             timesteps,
@@ -323,9 +323,9 @@ class StableDiffusion(ModelOfPictures):
         return replace(prepared, prompts=marked)
 
     def _marked(self, texts: Prompts, has_negative: bool) -> Prompts:
-        """Return texts in which brackets are weights, with as many chunks as the longest takes.
+        """Return texts whose brackets are weights, all with the number of chunks that the longest takes.
 
-        has_negative: guidance leads away from the negative text, which else does not count.
+        has_negative: guidance uses the negative text; otherwise its length is ignored.
         """
         read = [texts.positive.text]
         if has_negative and texts.negative is not None:
@@ -370,7 +370,7 @@ class StableDiffusion(ModelOfPictures):
         return (yield replace(section, solver=solver))
 
     def _begin(self, prepared: Prepared) -> SeenSolver:
-        """Return the solver of a picture with the noise that it begins with."""
+        """Return the solver of a picture, with its start noise."""
         generator = torch.Generator().manual_seed(prepared.seed)
         source = prepared.request.source
         predicts_v = self.noise.predicts_v
@@ -423,7 +423,7 @@ def family_for_training(
         predicts_v,
         options.zero_terminal_snr or files.marks.zero_terminal_snr,
         weights=options.loss_weights,
-        vary=vary_noise_by(options.varied_noise),
+        vary=read_noise_changes(options.varied_noise),
     )
     return StableDiffusion(
         files, noise, options.chunks, clip_skip, sampler=options.sample_sampler, options=options

@@ -222,7 +222,7 @@ def _decode(model: Model, latents: Tensor) -> Tensor:
 
 
 def _near(clip: WholeClip, vector: Tensor, scale: float) -> Measure:
-    """Return a measure of pixels: half the squared angle between their vector and this one, 1 P."""
+    """Return a measure of pixels: half the squared angle between their CLIP vector and `vector`, 1 P."""
     target = normalize(vector.float(), dim=-1)
     weight = clip.vision.visual_projection.weight
 
@@ -250,7 +250,7 @@ def _alike(vgg: Vgg16, path: Path, scale: float) -> Measure:
 
 
 def check_guides(options: GuideOptions) -> GuideOptions:
-    """Find the networks that guide, on the hub if no option names them, and read their headers.
+    """Find the networks that guide, from the hub if no option names them, and read their headers.
 
     Returns the options with their paths. Raises CheckpointError or OptionError, DownloadError if the hub does
     not give them.

@@ -37,7 +37,7 @@ class UpscalingModule:
     takes_latents: bool
 
     def upscale(self, model: Model, stage: Made, width: int, height: int, vae_batch: int) -> SecondStart:
-        """Return a stage's result as pictures or latents for that size in pixels.
+        """Enlarge a stage's result to a size in pixels; return pictures or latents.
 
         Raises OptionError if the module fails or returns something else.
         """

@@ -43,7 +43,7 @@ class LatentRefinerBlock(nn.Module):
 
 
 class LatentRefiner(nn.Module):
-    """Predict what enlarged latents lack, and add it. Names of layers are those of the published file."""
+    """Predict the detail that enlarged latents lack, and add it. Layer names are as published."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -178,8 +178,8 @@ def enumerates(text: str) -> bool:
 def expand(text: str, random: Random) -> list[str]:
     """Return the texts that a prompt stands for: one, or one for each choice of its `{e$$...}` groups.
 
-    The choices of each text are drawn from the same state of `random`. Equal texts are returned once. Raises
-    OptionError if there are more than MAX_VARIANTS texts.
+    All variants of a group are expanded from the same state of `random`. Equal texts are returned once.
+    Raises OptionError if there are more than MAX_VARIANTS texts.
     """
     texts: dict[str, None] = {}
     for number, variant in enumerate(_expansions(text, random), 1):
@@ -229,7 +229,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Inputs:
-    """Input pictures in the order of use; () if there are none of a kind."""
+    """Input pictures in the order of use; an empty tuple for each kind without any."""
 
     images: tuple[Path, ...] = ()
     masks: tuple[Path, ...] = ()
@@ -243,7 +243,7 @@ class Inputs:
     def mask(self, number: int) -> Path | None:
         return _in_turn(self.masks, number)
 
-    def guides_of(self, number: int) -> tuple[Path, ...]:
+    def choose_guides(self, number: int) -> tuple[Path, ...]:
         """Return the guides of the `number`th picture: one for each ControlNet, or a single one for all."""
         if len(self.guides) <= 1:
             return self.guides
@@ -370,11 +370,11 @@ def module_lines(
     """Call a module's get_prompter(args, pipe, networks); return the function that yields a round's lines.
 
     args: all options, as attributes. pipe: the loaded `contract.Model`, whose `unet`, `vae` and `texts` are
-    the networks. networks: `loras.ChosenLoras`, or None. random: draws seeds. count_pictures:
-    returns the number of pictures so far in the round. The returned function takes the round's seed
-    (--iter_same_seed) and ends when the prompter returns None. The prompt of a list of one is made
-    --images_per_prompt times, those of longer lists once each. Raises UserError if the module fails, as does
-    the returned function.
+    the networks. networks: `loras.ChosenLoras`, or None. random: draws seeds. count_pictures: returns the
+    number of pictures so far in the round. The returned function takes the round's seed (--iter_same_seed)
+    and ends when the prompter returns None. If the prompter returns a list of one prompt, it is made
+    --images_per_prompt times; prompts of longer lists are made once each. Raises UserError if the module
+    fails, as does the returned function.
     """
     args = Namespace(**option_values(options))
     name = f"--from_module {options.prompts.from_module}"

@@ -57,7 +57,7 @@ class LllitePart:
 
 
 class LlliteModule(nn.Module):
-    """Changes the input of one layer. Attribute names are those of the files."""
+    """Change the input of one layer. Attribute names are those of the files."""
 
     def __init__(self, part: LllitePart) -> None:
         super().__init__()
@@ -192,7 +192,7 @@ class Lllites:
             return call
 
         def changed_by(number: int, module: LlliteModule) -> Callable[..., tuple[Any, ...] | None]:
-            """Return the hook of a layer, which changes its input."""
+            """Return a hook that changes the input of a layer."""
 
             def change(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
                 images = acting[number] if acting else None
@@ -219,7 +219,7 @@ def _find_layer(unet: nn.Module, name: str, part: LllitePart, path: Path) -> nn.
 
     name: of the layer in the file. Raises CheckpointError if the module does not fit the U-Net.
     """
-    layer_path = _path_of(name)
+    layer_path = _find_path(name)
     try:
         layer = None if layer_path is None else unet.get_submodule(layer_path)
     except AttributeError:
@@ -238,7 +238,7 @@ def _find_layer(unet: nn.Module, name: str, part: LllitePart, path: Path) -> nn.
     )
 
 
-def _path_of(name: str) -> str | None:
+def _find_path(name: str) -> str | None:
     return module_path(alias(name.removeprefix(PREFIX), SDXL_NAMES), SDXL_NAMES)
 
 
@@ -256,7 +256,7 @@ def check_lllites(options: ControlOptions, kind: ModelKind) -> None:
             # compares, reads nothing
             load_planned(plan, Lllite, device=torch.device("meta"), dtype=torch.float32, what=_WHAT)
             for name in plan.config:
-                if _path_of(name) is None:
+                if _find_path(name) is None:
                     raise CheckpointError(
                         f"{use.path} is made for the layer {name.removeprefix(PREFIX)}, which {SDXL.words} "
                         f"does not have. Give another file to {OPTION}.",

@@ -58,7 +58,7 @@ class ChosenLoras:
         """Return the strength of each LoRA.
 
         multipliers: a prompt's (`--am`), the last repeated for further LoRAs; None: the command line's. part:
-        the only LoRA with an effect; None: all. Raises OptionError if there are too many multipliers.
+        index of the only LoRA to use; None: all. Raises OptionError if there are too many multipliers.
         """
         strengths = self._defaults if multipliers is None else multipliers
         if len(strengths) > len(self) or not strengths:

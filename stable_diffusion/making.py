@@ -27,7 +27,7 @@ from stable_diffusion.text import PictureVectors, Texts
 
 
 class MakesIdeas(Protocol):
-    """Makes an `Idea` for each batch of a run, and sets up modules as long as the batch is made."""
+    """A maker of an `Idea` for each batch; it may set up modules for as long as the batch is made."""
 
     def for_batch(
         self, pictures: Sequence[contract.AskedPicture], width: int, height: int
@@ -35,7 +35,7 @@ class MakesIdeas(Protocol):
 
 
 class _Texts(NamedTuple):
-    """States of the texts of a batch, one for each picture."""
+    """States of the texts of a batch, one entry for each picture."""
 
     prompts: list[contract.TextState]
     negative: list[contract.TextState] | None  # None: nothing is guided away from
@@ -76,7 +76,7 @@ class Maker:
     ) -> contract.Made:
         """Make a batch. A picture does not depend on the rest of its batch.
 
-        pictures: all with equal settings. They are made in groups of equal text length and kinds of inputs,
+        pictures: all have equal settings. They are made in groups of equal text length and kinds of inputs,
         or one at a time if CLIP or VGG16 steers them. start: replaces the input images. Raises UserError.
         """
         for picture in pictures:
@@ -114,7 +114,7 @@ class Maker:
             settings.steps,
             # all on the CPU: their numbers are the same on every device
             [torch.Generator().manual_seed(picture.seed) for picture in pictures],
-            samplers.count_left_out(settings.steps, starting.strength_of(pictures[0], start)),
+            samplers.count_left_out(settings.steps, starting.find_strength(pictures[0], start)),
         )
         section_texts = self._encode(pictures)
         beginning = starting.begin(
@@ -178,7 +178,7 @@ class Maker:
         return latents.squeeze(2)
 
     def _section(self, latents: Tensor, texts: _Texts, settings: contract.PictureSettings) -> Section:
-        """Return latents and texts as the denoising loop takes them."""
+        """Return latents and texts as a section for the denoising loop."""
         device = self.model.device
         positive_sizes = negative_sizes = None
         if self.model.kind is contract.SDXL:
@@ -217,12 +217,12 @@ class Maker:
         states = self._encode_parts(pictures[0], prompts, avoided, is_regional)
 
         def join(picture: contract.AskedPicture, texts: Sequence[str]) -> contract.TextState:
-            """Return the states of a picture's texts, one for each of its parts, as one text."""
+            """Join the states of a picture's texts, one for each of its parts, to those of one text."""
             parts = [states[text, part if is_regional else None] for part, text in enumerate(texts)]
             if len(parts) == 1:
                 return parts[0]
             regions = self.regions or Regions(self.model.unet)
-            return join_parts(parts, regions.of(picture, settings.width, settings.height))
+            return join_parts(parts, regions.read(picture, settings.width, settings.height))
 
         def join_avoided(number: int) -> list[contract.TextState] | None:
             """Return the states of the negative (0) or empty (1) texts, repeated for each part, if any."""

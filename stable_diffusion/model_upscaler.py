@@ -31,7 +31,7 @@ ARGS = "--highres_fix_upscaler_args"
 
 @dataclass
 class ModelUpscaler:
-    """Enlarges pictures by the factor of its network, which is loaded for the first pictures."""
+    """Enlarge pictures by the factor of a network, which is loaded for the first pictures."""
 
     options: UpscalerOptions
     _stages: dict[torch.device, Stage] = field(default_factory=dict)

@@ -61,7 +61,7 @@ def unet_blocks(layers: Sequence[int]) -> Iterator[tuple[str, str, bool]]:
 
 
 def unet_samplers(layers: Sequence[int]) -> Iterator[tuple[str, tuple[str, str], str, str]]:
-    """Yield for each level but the last the LDM paths of downsampler and upsampler, then ours of both.
+    """Yield for each level but the last the LDM paths of downsampler and upsampler, then our paths of both.
 
     The upsampler's LDM path is the first of its pair if it follows an attention, else the second.
     """

@@ -69,7 +69,7 @@ class ControlOptions(Options, title="ControlNet"):
             count = len(getattr(self, name) or ())
             if count and count != models:
                 raise OptionError(
-                    f"--{name} has {_count_of(count, 'value')} for {_count_of(models, 'model')} of "
+                    f"--{name} has {_count_words(count, 'value')} for {_count_words(models, 'model')} of "
                     f"{self.flag}: give one for each model, in the same order, or leave the option "
                     "out"
                 )
@@ -117,8 +117,8 @@ def check_control(
 ) -> None:
     """Check against other options. guides: --guide_image_path. shrinks: whether --ds_depth_1 is given.
 
-    compared_by: the option by which CLIP or VGG16 see the guide pictures. Raises OptionError if pictures are
-    missing or the options do not work together.
+    compared_by: the option that compares the guide pictures by CLIP or VGG16. Raises OptionError if pictures
+    are missing or the options do not work together.
     """
     if compared_by is not None and options.uses:
         raise OptionError(
@@ -151,7 +151,7 @@ _CLIP_SCALES = ("clip_guidance_scale", "clip_image_guidance_scale")
 
 
 class GuideOptions(Options, title="guidance by other networks"):
-    """How strongly CLIP and VGG16 steer pictures, and where these networks are. A scale of 0 is none."""
+    """Strengths with which CLIP and VGG16 steer pictures (0: off), and the files of these networks."""
 
     clip_guidance_scale: float = option(
         "how strongly CLIP steers the picture towards the prompt, or towards the text of --c; about 100",
@@ -199,7 +199,7 @@ class GuideOptions(Options, title="guidance by other networks"):
         return next((f"--{name}" for name in scales if getattr(self, name) > 0), None)
 
 
-def _count_of(number: int, word: str) -> str:
+def _count_words(number: int, word: str) -> str:
     return f"{number} {word}" if number == 1 else f"{number} {word}s"
 
 

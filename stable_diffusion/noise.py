@@ -61,8 +61,8 @@ class VariedNoise:
         return total / total.std()
 
 
-def vary_noise_by(options: VariedNoiseOptions) -> VariedNoise | None:
-    """Return the changes to the noise that the options ask for; None if they ask for none."""
+def read_noise_changes(options: VariedNoiseOptions) -> VariedNoise | None:
+    """Return the changes to the noise that the options state; None if they state none."""
     if options.noise_offset is None and not options.multires_noise_iterations:
         return None
     return VariedNoise(

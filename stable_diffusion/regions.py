@@ -107,7 +107,7 @@ def check_regions(parts: int, loras: int, is_folded: bool) -> None:
 
 
 class Regions:
-    """Makes the regions of a run's pictures, and puts them into the U-Net while a batch is made."""
+    """Make the regions of a run's pictures, and put them into the U-Net while a batch is made."""
 
     def __init__(
         self,
@@ -115,7 +115,7 @@ class Regions:
         layers: Sequence[Mapping[str, AddedPart]] | None = (),
         color_codes: int | None = None,
     ) -> None:
-        """layers: what each LoRA adds, by module name; None: LoRAs are folded in for each batch.
+        """layers: the added layers of each LoRA, by module name; None: LoRAs are folded in for each batch.
 
         color_codes: see `read_regions`.
         """
@@ -124,7 +124,7 @@ class Regions:
         self._unet = unet
         self._color_codes = color_codes
 
-    def of(self, picture: AskedPicture, width: int, height: int) -> Tensor:
+    def read(self, picture: AskedPicture, width: int, height: int) -> Tensor:
         """Return the regions of a picture's parts at a size in pixels: P height width; P 1 1 without a mask.
 
         Raises OptionError if a picture with a mask has not as many LoRAs as parts, or if they are folded
@@ -145,7 +145,7 @@ class Regions:
         if pictures[0].settings.parts == 1:
             yield None
             return
-        regions = [self.of(picture, width, height) for picture in pictures]
+        regions = [self.read(picture, width, height) for picture in pictures]
         rows, columns = (max(region.shape[axis] for region in regions) for axis in (-2, -1))
         batch = _Batch(torch.stack([region.expand(-1, rows, columns) for region in regions]))
         with contextlib.ExitStack() as changes:
@@ -171,7 +171,7 @@ class _Batch:
         self._weights: dict[tuple[int, int], Tensor] = {}
 
     def begin(self, call: UnetCall) -> UnetCall:
-        """Move the regions to the device of a call, which is returned unchanged."""
+        """Move the regions to the device of a call; return the call unchanged."""
         assert call.context.shape[1] % self.parts == 0, (call.context.shape, self.parts)
         if self._regions.device != call.sample.device:
             self._regions = self._regions.to(call.sample.device)
@@ -189,7 +189,9 @@ class _Batch:
                 module.forward = self._coupled(module.forward)
 
     def region_of(self, part: int, name: str) -> Callable[[Tensor], Tensor]:
-        """Return a function that limits to its region what a part's LoRA adds to the module `name`."""
+        """Return a function that limits the effect of a part's LoRA on the module `name` to the part's
+        region.
+        """
         if name.endswith((".attn2.to_k", ".attn2.to_v")):
             return lambda added: self._for_text(part, added)
         return lambda added: self._for_features(part, added)
@@ -199,7 +201,7 @@ class _Batch:
         self._size = (int(features.shape[-2]), int(features.shape[-1]))
 
     def _coupled(self, attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """Return a cross-attention in which each part of the context has its own pass."""
+        """Return a cross-attention with a separate pass for each part of the context."""
 
         def forward(hidden_states: Tensor, encoder_hidden_states: Tensor, **settings: Any) -> Tensor:
             # hidden_states: R N C; rows become P*R, parts outermost, so that row % B is still the picture

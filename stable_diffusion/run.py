@@ -136,7 +136,7 @@ def _named(stem: str, digit: str) -> Iterator[str]:
 
 
 def viewer_command(platform: str = sys.platform, environment: Mapping[str, str] = os.environ) -> str | None:
-    """Return the program that opens a file as a click would; None if there is none, or no screen."""
+    """Return the system's command that opens a file; None if there is none, or no screen."""
     if platform == "win32":
         return "explorer"
     if platform == "darwin":
@@ -273,7 +273,7 @@ def _make_prompted(run: Run, module: ModuleType, failures: Failures) -> list[Pat
 def _make_lines(
     options: GenImgOptions, start: Callable[[Sequence[Line]], Run], lines: Sequence[Line], failures: Failures
 ) -> list[Path]:
-    """Make the pictures of known lines. All lines are checked before `start` loads a model."""
+    """Make the pictures of a fixed list of lines. All are checked before `start` loads a model."""
     usable = []
     for line in lines:
         with failures.note_errors(line.label):

@@ -88,7 +88,8 @@ def make_scheduler(
 
 
 def _lms_coefficient(scheduler: Any, order: int, index: int, which: int) -> float:
-    """Return the weight of the derivative `which` steps back (0: latest) in a multistep of that order.
+    """Return the weight of the derivative from `which` steps ago (0: the latest) in a linear multistep of
+    that order.
 
     It is the integral over the step of the polynomial that is 1 at that derivative's noise level and 0 at
     those of the other derivatives. Three Gauss points are exact, as the degree is at most 3.
@@ -103,7 +104,7 @@ def _lms_coefficient(scheduler: Any, order: int, index: int, which: int) -> floa
 
 @contextmanager
 def _no_warnings_to_developers() -> Iterator[None]:
-    """Hide warnings to developers: "dpmsolver" will be removed, tensors are arrays in an old way."""
+    """Hide FutureWarning and DeprecationWarning of diffusers, which users can do nothing about."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -147,7 +148,7 @@ class SchedulerSolver:
 
     @cached_property
     def schedule(self) -> Schedule:
-        """Noise levels and timesteps as the scheduler lists them: some list several for one step."""
+        """Return noise levels and timesteps as the scheduler lists them. Some list several for one step."""
         timesteps = self.scheduler.timesteps.float()
         places = timesteps.long().clamp(0, TRAINED["num_train_timesteps"] - 1).to("cpu")
         shares = self.scheduler.alphas_cumprod.to("cpu").double()[places]
@@ -160,7 +161,7 @@ class SchedulerSolver:
 
     @property
     def timesteps_of_steps(self) -> tuple[float, ...]:
-        """Return the timestep that each step begins at: a step may take several calls of the network."""
+        """Return the timestep at which each step begins. A step may take several calls of the network."""
         timesteps: list[float] = self.schedule.timesteps.tolist()
         return tuple(timesteps[:: int(self.scheduler.order)])
 
@@ -169,11 +170,11 @@ class SchedulerSolver:
         return float(self.scheduler.init_noise_sigma)
 
     def model_input(self, index: int, sample: Tensor) -> Tensor:
-        """Return a sample B 4 h w as the U-Net takes it at that index of the schedule."""
+        """Return a sample, B 4 h w, scaled for the U-Net at an index of the schedule."""
         return self.scheduler.scale_model_input(sample, self.scheduler.timesteps[index])
 
     def add_noise(self, index: int, latents: Tensor, noise: Tensor) -> Tensor:
-        """Add noise to clean latents B 4 h w, as much as samples have before the step of that index.
+        """Add noise to clean latents, B 4 h w, of the level before the step with that index.
 
         Call only before the first step, for `first`, or right after a step, for the next one.
         """
@@ -199,7 +200,7 @@ class SchedulerSolver:
 
 
 def count_left_out(steps: int, strength: float | None) -> int | None:
-    """Return the number of steps that image to image leaves out; None without a picture.
+    """Return the number of steps that image-to-image skips; None without a picture.
 
     strength: the share of the steps to make; of less than one step none is made.
     """
@@ -211,8 +212,8 @@ def begin_sampling(
 ) -> SchedulerSolver:
     """Set a scheduler to this many steps and return its solver; earlier steps are forgotten.
 
-    left_out: steps that image to image does not make; None: it begins from noise. If none is left, the
-    solver begins at `schedule.num_steps`.
+    left_out: number of steps that image-to-image skips; None: sampling begins from noise. If all steps are
+    skipped, the solver begins at `schedule.num_steps`.
     """
     if isinstance(scheduler, PNDMScheduler):
         # its Runge-Kutta steps work from pure noise only; diffusers' inpainting leaves them out too
@@ -229,9 +230,9 @@ def begin_sampling(
 
 @dataclass
 class SeenSolver:
-    """A `SchedulerSolver` for one picture, whose samples in the loop are what the U-Net takes.
+    """A `SchedulerSolver` for one picture, whose samples in the loop are inputs of the U-Net.
 
-    Some schedulers scale a sample for the U-Net; this keeps the sample itself.
+    Some schedulers scale a sample for the U-Net; the unscaled sample is kept here.
     """
 
     solver: SchedulerSolver
@@ -244,7 +245,7 @@ class SeenSolver:
         return self.solver.schedule
 
     def begin(self, clean: Tensor) -> tuple[Tensor, int]:
-        """Return the noisy latents that a picture starts from, as the U-Net takes them, and the first step.
+        """Return the start latents of a picture, scaled for the U-Net, and the first step.
 
         clean: its latents, 1 4 1 h w.
         """
@@ -254,16 +255,16 @@ class SeenSolver:
         return self.seen(first), first
 
     def clean(self, sigma: float, noisy: Tensor, output: Tensor) -> Tensor:
-        """Predict the clean latents. noisy, output: what the U-Net takes and returns at a noise level."""
+        """Predict the clean latents. noisy, output: input and output of the U-Net at a noise level."""
         share = max(1 - sigma**2, LEAST_SHARE) ** 0.5  # of the data
         return share * noisy - sigma * output if self.predicts_v else (noisy - sigma * output) / share
 
     def seen(self, index: int) -> Tensor:
-        """Return the sample, 1 4 1 h w, as the U-Net takes it at that index of the schedule."""
+        """Return the sample, 1 4 1 h w, scaled for the U-Net at an index of the schedule."""
         return self.solver.model_input(index, self.sample.squeeze(2)).unsqueeze(2)
 
     def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
-        """Return the next sample as the U-Net takes it; after the last step the result."""
+        """Return the next sample, scaled for the U-Net; after the last step, the result."""
         del sample  # as it was seen
         self.sample = self.solver.step(index, velocity, self.sample.to(velocity.device))
         return self.seen(index + 1) if index + 1 < self.schedule.num_steps else self.sample
@@ -356,7 +357,7 @@ def make_conditions(
 
 
 def is_guided(scale: float, negative_scale: float | None) -> bool:
-    """Whether negative texts count. As in diffusers' pipelines a scale below 1 is the same as 1."""
+    """Return whether negative texts have an effect. As in diffusers' pipelines, a scale below 1 acts as 1."""
     return scale > 1 or negative_scale is not None
 
 

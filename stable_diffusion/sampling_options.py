@@ -73,7 +73,7 @@ class SizeOptions(Options, title="sizes that are passed to Stable Diffusion XL")
 
 
 class SamplingOptions(Options, title="sampling"):
-    """Sampler, guidance, noise and sizes, where a prompt's line says nothing else."""
+    """Defaults of sampler, guidance, noise and sizes; the line of a prompt may override them."""
 
     width: int | None = option(
         "width, a multiple of 8; usually 512, for XL 1024",

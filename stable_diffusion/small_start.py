@@ -101,7 +101,7 @@ def resize_like(features: Tensor, size: Size) -> Tensor:
 
 @dataclass(eq=False)
 class _Shrinking:
-    """An `Idea` that decides before each call what Deep Shrink's hooks in the U-Net do."""
+    """An `Idea` that decides before each call whether Deep Shrink's hooks in the U-Net act."""
 
     shrink: DeepShrinkOptions
     blocks: Sequence[nn.Module]
@@ -204,7 +204,7 @@ STEP = 8  # sides of latents that are still to grow are multiples of it, for the
 NEARLY = 1 - 1e-6  # a ratio that is 1 except for the rounding of its sum
 
 
-def size_at(full: Size, ratio: float) -> Size:
+def scale_size(full: Size, ratio: float) -> Size:
     """Return the size of latents at a ratio of their full size, floored to multiples of 8, at least 8."""
     if ratio >= NEARLY:
         return full
@@ -213,9 +213,9 @@ def size_at(full: Size, ratio: float) -> Size:
 
 
 def plan_growth(timesteps: Sequence[float], gradual: GradualLatentOptions) -> dict[int, float]:
-    """Return the size ratio that each growing step enlarges to, by the step's index in `timesteps`.
+    """Map the index of each step that enlarges the latents to the size ratio after it.
 
-    timesteps: those of the steps to make, falling.
+    timesteps: of the steps to make, falling; indices count in them.
     """
     growth: dict[int, float] = {}
     ratio = gradual.gradual_latent_ratio
@@ -233,10 +233,10 @@ def plan_growth(timesteps: Sequence[float], gradual: GradualLatentOptions) -> di
 def begin_small(
     latents: Tensor, sampler: SchedulerSolver, gradual: GradualLatentOptions
 ) -> tuple[Tensor, SchedulerSolver]:
-    """Return the start latents, B C 1 h w, at their first size, and the sampler that makes them grow.
+    """Return the start latents, B C 1 h w, at their first size, and the sampler that enlarges them later.
 
-    If no step is made, neither changes. Raises OptionError if the blur of an unsharp mask is larger
-    than the latents.
+    If no step is made, both are returned unchanged. Raises OptionError if the blur of an unsharp mask is
+    larger than the latents.
     """
     if sampler.first >= sampler.schedule.num_steps:
         return latents, sampler
@@ -244,13 +244,13 @@ def begin_small(
     unsharp = gradual.unsharp
     timesteps = sampler.schedule.timesteps[sampler.first :].tolist()
     growth = {sampler.first + index: ratio for index, ratio in plan_growth(timesteps, gradual).items()}
-    sizes = [size_at(full, ratio) for ratio in growth.values()]
+    sizes = [scale_size(full, ratio) for ratio in growth.values()]
     if unsharp is not None and sizes and unsharp.ksize // 2 >= min(sizes[0]):
         raise OptionError(
             f"the blur of {unsharp.ksize} of --gradual_latent_unsharp_params (--glus) is too large for "
             f"latents of {sizes[0][1]} x {sizes[0][0]}. Give a smaller one, such as 3"
         )
-    first = size_at(full, gradual.gradual_latent_ratio)
+    first = scale_size(full, gradual.gradual_latent_ratio)
     if first == full and gradual.gradual_latent_ratio < NEARLY:
         logger.warning(
             "--gradual_latent_timesteps (--glt) does nothing to %d x %d pixels: it begins with multiples of "
@@ -305,7 +305,7 @@ class GrowingSteps:
         if index not in self.growth:
             return step(index, velocity, sample)
         unsharp = self.unsharp
-        size = size_at(self.full, self.growth[index])
+        size = scale_size(self.full, self.growth[index])
         sample = resize_latents(sample.float(), size)
         velocity = resize_latents(velocity.float(), size)
         stepped = step(index, velocity, sample)

@@ -86,7 +86,9 @@ def _draw(shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -> T
 
 # Inpainting: what the mask leaves black is put back after each step, as noisy as the rest is then.
 def mask_pixels(mask: Image.Image, width: int, height: int) -> Tensor:
-    """Return a mask of that size, 1 1 H W: 1 (repainted) from half grey on, else 0, as in diffusers."""
+    """Return a mask resized to that size, 1 1 H W: 1 (repaint) for values of at least half grey, else 0, as
+    in diffusers.
+    """
     grey = fit(mask.convert("RGB"), width, height).convert("L")
     values = torch.from_numpy(np.asarray(grey, dtype=np.float32) / 255)
     return (values >= 0.5).float()[None, None]
@@ -119,7 +121,7 @@ CHANNELS = 4  # of latents
 
 @dataclass(frozen=True, eq=False)
 class Beginning:
-    """Latents with which the loop begins, and the sampler that it follows."""
+    """Start latents of the loop, and the sampler to use with them."""
 
     latents: Tensor  # B 4 1 h w, float32, as the sampler wants them at its first step
     sampler: SchedulerSolver
@@ -131,12 +133,12 @@ def is_masked(picture: AskedPicture) -> bool:
     return picture.mask is not None and picture.settings.parts == 1
 
 
-def strength_of(picture: AskedPicture, start: SecondStart | None) -> float | None:
+def find_strength(picture: AskedPicture, start: SecondStart | None) -> float | None:
     return None if picture.image is None and start is None else picture.settings.strength
 
 
 def check_start(model: Model, picture: AskedPicture, start: SecondStart | None) -> None:
-    """Raise OptionError if a mask lacks its picture, or an inpainting checkpoint its mask."""
+    """Raise OptionError if a mask is given without a picture, or an inpainting checkpoint gets no mask."""
     if is_masked(picture) and picture.image is None and start is None:
         raise OptionError(
             f"{picture.label}: the mask {picture.mask} needs --image_path, the picture that is repainted "
@@ -156,7 +158,7 @@ def begin(
     sampler: SchedulerSolver,
     noise_options: StartNoiseOptions,
 ) -> Beginning:
-    """Encode the pictures' starts, draw their start noise and blend both.
+    """Encode the input pictures, draw their start noise and blend both.
 
     pictures: all with an input picture or none, all with a mask or none. start: as many entries as pictures.
     Raises MediaError if an input picture or a mask cannot be read.
@@ -172,7 +174,7 @@ def begin(
         ]
         return torch.stack(noises).to(model.device)
 
-    if strength_of(pictures[0], start) is None:
+    if find_strength(pictures[0], start) is None:
         return Beginning((draw_noise() * sampler.noise_level).unsqueeze(2), sampler)
     is_painted = is_masked(pictures[0])
     # the first step of inpainting at full strength is noise alone

@@ -50,7 +50,7 @@ class Texts:
         self._kind = kind
         self._mode = options.emb_normalize_mode
         self._most = options.max_embeddings_multiples or 1
-        self._layers = [_layer_of(tower, kind, options.clip_skip) for tower in self._towers]
+        self._layers = [_choose_layer(tower, kind, options.clip_skip) for tower in self._towers]
         self._chunks_of = lru_cache(4 * REMEMBERED)(self._cut_all)
         self._remembered = lru_cache(REMEMBERED)(self._encode)
 
@@ -61,7 +61,7 @@ class Texts:
     def encode(self, text: str, chunks: int | None = None, networks: Hashable = None) -> TextState:
         """Return the states of a text. They are remembered: do not change them in place.
 
-        chunks: fill the text up to this many; None: as many as it takes. networks: further values that the
+        chunks: pad the text to this many chunks; None: as many as it takes. networks: further values that the
         result depends on, such as multipliers of LoRAs in the text encoders. Weights multiply each encoder's
         states separately. The pooled state (SDXL) is the last encoder's, of the first chunk and without
         weights.
@@ -132,7 +132,7 @@ class Texts:
 def warn_of_unread(
     parts: Sequence[tokenizers.Part], tokenize: Callable[[str], list[int]], count: int, most: int
 ) -> None:
-    """Warn of a text that is not read to its end. count: of its chunks. most: that are read."""
+    """Warn of a text whose end is not read. count: number of its chunks. most: number that is read."""
     if count > most:
         logger.warning(
             "a text is cut after %d tokens; this end of it is not read: %s\n  Give "
@@ -207,8 +207,8 @@ def check_layer(clip_skip: int | None, layers: int, kind: ModelKind) -> None:
         )
 
 
-def _layer_of(tower: TextTower, kind: ModelKind, clip_skip: int | None) -> int:
-    """Return the layer whose states are used, counted from the end of the tower's network.
+def _choose_layer(tower: TextTower, kind: ModelKind, clip_skip: int | None) -> int:
+    """Return the layer to take states from, counted from the last layer of the loaded network.
 
     --clip_skip counts in the loaded network, as in the known script; its default counts in the released one.
     So it is 1 for Stable Diffusion 2, which is loaded without OpenCLIP's last layer.

@@ -69,7 +69,7 @@ def find_tokenizer_files(
 
 
 def _find_in(places: Sequence[Path], files: TokenizerFiles) -> Path | None:
-    """Return the first tokenizer that is in or near one of these places."""
+    """Return the first tokenizer in or next to one of these places; None if there is none."""
     for place in places:
         file = files.find(None, place)
         if file is not None:

@@ -80,8 +80,6 @@ class WholeDitOptions(Options, title="full fine-tuning"):
     teacher_sees = unsupported(
         NO_FROZEN_MODEL, "what the teacher knows", choices=(INPUTS, FIRST_LAST, CLIP, SUBJECT)
     )
-    preference = unsupported(NO_FROZEN_MODEL, "learn from pairs", type=float)
-    preference_data_weight = unsupported(NO_FROZEN_MODEL, "weight of the usual loss of pairs", type=float)
     network_weights = unsupported(MERGED_BEFORE, "LoRA file to start from", type=str)
     dim_from_weights = not_needed(_NO_NETWORK)
     lora_format = not_needed(_NO_NETWORK, choices=(KNOWN, COMFYUI, DIFFUSERS))

@@ -27,11 +27,11 @@ from modules.options import (
 )
 from modules.parser import Parser, add_options, refuse_unsupported, typed_names
 from modules.run_limits import is_limited
-from modules.speed_options import TrainingSpeedOptions
 from networks.kinds.composing import RANKED_NETWORKS
 from networks.options import NOTHING_FROZEN, FrozenModelOptions, NetworkOptions
-from networks.preference_options import NO_PREFERENCE, PreferenceOptions
 from networks.teacher_options import NO_TEACHER, TeacherOptions
+from running.options import TrainingSpeedOptions
+from running.ways.composing import refuse_whole, splitting_option
 from training import learning_options, noise_options, run_options
 from training.config_options import (
     ConfigOptions,
@@ -41,7 +41,6 @@ from training.config_options import (
 from training.features.composing import (
     find_record,
     find_show,
-    need_empty_prompt,
     options_at,
     refuse_combinations,
     refused_for_whole,
@@ -90,7 +89,6 @@ class TrainedNetworkOptions(NetworkOptions, title="network"):
     """Options of a network that is trained, with those of features that it has part in."""
 
     at_network: OptionsAtNetwork
-    preference: PreferenceOptions
 
 
 class TrainingOptions(Options):
@@ -181,24 +179,13 @@ class TrainingOptions(Options):
         return NO_TEACHER if self.network is None else self.network.teacher
 
     @property
-    def preference(self) -> PreferenceOptions:
-        return NO_PREFERENCE if self.network is None else self.network.preference
-
-    @property
     def typed_targets(self) -> list[str]:
-        """Return the given options of targets besides the clip, as they are typed; --preference is last."""
-        preference = self.preference.preference
+        """Return the given options of targets besides the clip, as they are typed."""
         words = []
         if self.teacher.teacher is not None:
             words.append(f"--teacher {self.teacher.teacher}")
         words += typed_targets(self)
-        if preference is not None:
-            words.append(f"--preference {preference:g}")
         return words
-
-    @property
-    def needs_empty_prompt(self) -> bool:
-        return need_empty_prompt(self)
 
     @property
     def is_for_images(self) -> bool:
@@ -206,7 +193,7 @@ class TrainingOptions(Options):
 
     @property
     def can_swap(self) -> bool:
-        return self.whole_dit is None and not self.speed.sharding.shard_base
+        return self.whole_dit is None and not splitting_option(self.speed)
 
     @property
     def is_fused(self) -> bool:
@@ -228,11 +215,7 @@ class TrainingOptions(Options):
                 f"--full_bf16 with --mixed_precision {precision}: the model then computes in bf16; use bf16 "
                 "for both"
             )
-        if self.speed.sharding.shard_base and precision == "fp16":
-            raise OptionError(
-                "--shard_base with --mixed_precision fp16: each process has parts of the gradients, and "
-                "cannot tell whether fp16's scaled ones overflowed in others. Use bf16 or no"
-            )
+        refuse_whole(self.speed, precision)
         stored = self.speed.fp8.quantisation
         if stored is not None:
             flags = "--fp8_base" if self.speed.fp8.fp8_base else stored.asked_by
@@ -259,12 +242,6 @@ class TrainingOptions(Options):
             raise OptionError(
                 f"--teacher_split with --loss_type {self.loss.loss_type}: size and direction are those of "
                 "squared differences. Use --loss_type l2, or leave out --teacher_split"
-            )
-        targets = self.typed_targets
-        if self.preference.preference is not None and len(targets) > 1:
-            raise OptionError(
-                f"--preference {self.preference.preference:g} and {targets[0]}: the loss of a pair has no "
-                "place for another target. Leave out one of the two"
             )
 
     def _check_fused(self) -> None:

@@ -20,7 +20,7 @@ from networks.options import NetworkOptions
 from running.planning.device_memory import MemoryWatch
 from training.checks import judge_rate
 from training.data.table_times import describe_times
-from training.features.composing import commands_at_end, kept_average, result_rows, start_rows
+from training.features.composing import commands_at_end, kept_average, parts_of_page, result_rows, start_rows
 from training.following import NextSteps, describe_elsewhere
 from training.metadata import continued_sizes
 from training.options import TrainingOptions
@@ -377,6 +377,7 @@ def make_reporter(plan: TrainingPlan, following: NextSteps, memory: MemoryWatch 
         step=progress.step,
         commands=following.commands,
         memory=lambda: list_memory(device, memory),
+        parts=parts_of_page(),
     )
 
 

@@ -87,9 +87,9 @@ def batch_conditions(
 ) -> Conditions:
     """Return the text, by task CLIP features, and `condition_latents` B C F H W.
 
-    zeros_on: the device of the zero features that a model with attention to an image gets if the task has
-    none. They are made there, as the host would wait for a copy. Raises CacheError, with the command that
-    makes it, if something is missing or the number of images is wrong.
+    zeros_on: device on which to make zero image features, for a model with image attention if the task has no
+    image; copying them there would make the host wait. Raises CacheError, with the command that makes it, if
+    something is missing or the number of images is wrong.
     """
     if PLACES in batch.tensors:
         from wan import one_frame  # only for single pictures

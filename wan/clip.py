@@ -118,7 +118,7 @@ def read_clip(checkpoint: Checkpoint) -> LoadPlan[ClipConfig]:
 
 
 def _join_heads(sources: dict[str, TensorSource], num_layers: int) -> None:
-    """Make one matrix of those of q, k and v, in the layers that have these apart."""
+    """Concatenate the matrices of q, k and v in layers that store them separately."""
     for index in range(num_layers):
         for leaf in ("weight", "bias"):
             names = [f"transformer.{index}.attn.{part}.{leaf}" for part in "qkv"]

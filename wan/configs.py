@@ -103,7 +103,7 @@ class WanConfig:
 
     @property
     def kind(self) -> str:
-        """Return the kind of model, a key in `INPUT_CHANNELS`. Wan2.1 and 2.2 have one for text-to-video."""
+        """Return the kind of model, a key in `INPUT_CHANNELS`. Wan2.1 and 2.2 share one for text-to-video."""
         if self.vace_layers:
             return VACE if self.in_dim == INPUT_CHANNELS[False]["t2v"] else "unknown"
         if self.image_positions:

@@ -58,7 +58,7 @@ class WanFiles(TransformerFiles):
 
     @property
     def dits(self) -> tuple[Path, ...]:
-        """Return the given transformer files, little noise first. --dit is needed if the other is missing."""
+        """Return the transformer files: low noise first. --dit is required if the other one is missing."""
         if self.dit_high_noise is None:
             return (self.dit_path,)
         high = require_file(self.dit_high_noise, "--dit_high_noise", "the transformer for much noise")
@@ -78,7 +78,7 @@ class WanFiles(TransformerFiles):
         if second_config != config:
             raise CheckpointError(
                 f"{second} {paths[second]} is not of the model of {first} {paths[first]}:\n"
-                f"  it has {_size_of(second_config)}, the other has {_size_of(config)}.\n"
+                f"  it has {_name_size(second_config)}, the other has {_name_size(config)}.\n"
                 "  Give the two transformers of one model.",
                 paths[second],
             )
@@ -91,7 +91,7 @@ class WanFiles(TransformerFiles):
     def clip_path(self) -> Path:
         return require_file(self.clip, "--clip", "the task is conditioned on image features")
 
-    def vace_of(self, dit: Path) -> Path | None:
+    def find_vace(self, dit: Path) -> Path | None:
         """Return the separate file of VACE's blocks for a transformer's file; None if there is none."""
         path, option = self.vace, "--vace"
         if dit == self.dit_high_noise and dit != self.dit:
@@ -101,11 +101,11 @@ class WanFiles(TransformerFiles):
     def dit_header(self, dit: Path | None = None) -> DitHeader[WanConfig]:
         """Read variant, dialect and dtype of a transformer file, with VACE's blocks from their own file.
 
-        dit: None takes the first one: experts are alike.
+        dit: None takes the first one, as all experts have the same dimensions.
         """
         dit = self.dits[0] if dit is None else dit
         header = read_once(dit, read_dit_header)
-        vace = self.vace_of(dit)
+        vace = self.find_vace(dit)
         return header if vace is None else read_once(vace, add_vace_header, header, dit)
 
     def compute_dtype(self) -> torch.dtype | None:
@@ -149,7 +149,7 @@ class WanFiles(TransformerFiles):
             read_once(self.clip_path, read_clip)
 
 
-def _size_of(config: WanConfig) -> str:
+def _name_size(config: WanConfig) -> str:
     return f"{config.num_layers} blocks of width {config.dim} and {config.in_dim} input channels"
 
 
@@ -185,8 +185,8 @@ class WanRelease(NamedTuple):
 def read_release(folder: Path, latent: LatentSpec) -> WanRelease:
     """Find the parts of an official release, or of a pipeline of diffusers. Loads nothing.
 
-    latent: of the model; it decides which VAE fits. Raises OptionError if the folder is missing,
-    CheckpointError if its index cannot be read.
+    latent: the model's latent space, which decides the VAE to look for. Raises OptionError if the folder is
+    missing, CheckpointError if its index cannot be read.
     """
     if not folder.is_dir():
         raise OptionError(
@@ -336,10 +336,10 @@ def files_and_boundary(options: WanGenerationOptions) -> tuple[WanFiles, float |
         logger.info(
             "--task %s has two transformers: without --dit_high_noise --dit makes all steps", task.name
         )
-    return files, boundary_of(options, files, boundary)
+    return files, find_boundary(options, files, boundary)
 
 
-def boundary_of(
+def find_boundary(
     options: WanTrainingOptions | WanGenerationOptions, files: WanFiles, of_release: float | None = None
 ) -> float | None:
     """Return the timestep where the high-noise expert begins: by option, else release, else task.
@@ -362,7 +362,7 @@ def boundary_of(
 
 
 def caching_files(options: WanLatentCachingOptions) -> tuple[WanFiles, str | None]:
-    """Return the files with a task whose latents the VAE makes, and the kind of condition to cache.
+    """Return the files, set to a task whose latents fit the VAE, and the kind of condition to cache.
 
     The kind is i2v, flf2v, vace or one_frame; None for text-to-video caches. Raises OptionError for switches
     that do not apply to those latents.

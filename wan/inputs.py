@@ -59,9 +59,9 @@ def _floor_side(side: float, step: int) -> int:
 def nearest_size(image: tuple[int, int], area: int, step: int) -> tuple[int, int]:
     """Return width and height, multiples of `step` with at most `area` pixels, near to the image's aspect.
 
-    image: width, height. Either side may be rounded down first, and the other one is then as long as the area
-    allows; of the two sizes the one whose aspect is nearer to the image's. Source: the released code of
-    TI2V-5B.
+    image: width, height. Two sizes are computed: either side is rounded down first, and the other is then as
+    long as the area allows. The one whose aspect is nearer to the image's is returned. Source: the released
+    code of TI2V-5B.
     """
     aspect = image[0] / image[1]
     # add a little because the root of an exact square may come out just below it
@@ -222,8 +222,8 @@ def _encode_images(vae: WanVae, task: WanTask, prepared: Prepared, first: Path) 
 def control_channels(task: WanTask, control: Tensor, image: Tensor | None, has_end: bool = False) -> Tensor:
     """Return the condition channels of a Fun-Control model: B 32 L h w, of Wan2.2 B 36 L h w.
 
-    control: latents of the control video. image: as `image_condition` makes it; zeros, also for the mask, if
-    there is none. has_end: it has an end image as its last frame. Source: VideoX-Fun, for Wan2.2
+    control: latents of the control video. image: result of `image_condition`; None: zeros in its place, for
+    the mask too. has_end: the last frame of `image` is an end image. Source: VideoX-Fun, for Wan2.2
     pipeline_wan2_2_fun_control.py.
     """
     if task.version == "2.2":

@@ -59,7 +59,7 @@ class SelfAttention(nn.Module):
 class CrossAttention(SelfAttention):
     """Attention to the text plus attention to the image, which has its own keys and values; no mask.
 
-    The results for several texts are combined; that for the image is added.
+    The results for several texts are combined; then the attention to the image is added.
     """
 
     def __init__(self, config: WanConfig) -> None:
@@ -184,8 +184,8 @@ class ImageEmbedding(nn.Module):
 class WanModel(BlockNetwork):
     """Predict the velocity of noisy video latents from text and, in some variants, image features.
 
-    Variants with conditions on images or control videos take these as further input channels. Without a
-    second text and code that stands around the blocks:
+    Variants with conditions on images or control videos take these as further input channels. Simplified,
+    without a second text and the code around the blocks:
 
         x = patch_embedding(noisy)                                            # B L C float32
         text = text_embedding(text)                                           # B T C
@@ -257,8 +257,8 @@ class WanModel(BlockNetwork):
         noisy: B in_dim F H W, condition channels behind the noisy latents. timesteps: B, 0..1000. text: per
         sample n text_dim, at most text_len rows; or B n text_dim. image_embeds: B I image_dim of the image
         encoder, for models with image attention. Without them the model takes its first 257 rows of text for
-        the image, as older tools ran Fun-Control models; give zeros for no image. tweaks: ideas that change
-        this call; their second text is "text". Their given frames have the time 0, and their velocity is 0.
+        the image, as older tools ran Fun-Control models; give zeros for no image. tweaks: changes to this
+        call; their second text is named "text". Their given frames have the time 0, and their velocity is 0.
         places: positions in time of frames that are not consecutive. Raises ValueError if sizes do not go
         together.
         """
@@ -282,7 +282,7 @@ class WanModel(BlockNetwork):
         given_patches = tweaks.given_frames // self.config.patch_size[0]
         tokens = WanTokens(
             grid,
-            rotary=self._rotary.of(Grid(grid, tweaks.slow_frames, places=places), noisy.device),
+            rotary=self._rotary.get_table(Grid(grid, tweaks.slow_frames, places=places), noisy.device),
             texts=tuple(embedded),
             image=image_tokens,
             time=time,
@@ -311,7 +311,8 @@ class WanModel(BlockNetwork):
         merges: AttentionChoice | None,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return text tokens, B T C, and how many equal rows each stands for, T; None: one each.
+        """Return text tokens, B T C, and the number of equal rows that each of them represents, T; None: one
+        each.
 
         merges: the attention that may repeat keys; None: every row is needed.
         """
@@ -343,7 +344,8 @@ class WanModel(BlockNetwork):
         return torch.cat([clean, velocity[:, :, given_frames:]], dim=2)
 
     def _embed_times(self, timesteps: Tensor, has_given: bool) -> tuple[Tensor, Tensor]:
-        """Return the embedded times, B S C, and their modulation, B S 6 C; first those of given frames, 0.
+        """Return the embedded times, B S C, and their modulation, B S 6 C. S is 1, or 2 with time 0 of given
+        frames first.
 
         Each distinct time is embedded once, not once for each token as the released code does.
         """
@@ -366,6 +368,6 @@ def _put_last_first(rows: Tensor) -> Tensor:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, tokens: WanTokens, repeats: Tensor | None = None) -> Tensor:
-    """Compute attention in one dtype; those of q, k and v differ only if a file mixes dtypes."""
+    """Compute attention in one dtype. The dtypes of q, k and v differ only if a file mixes dtypes."""
     dtype = tokens.dtype
     return attend(q.to(dtype), k.to(dtype), v.to(dtype), tokens.attention, repeats=repeats)

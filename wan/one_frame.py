@@ -118,7 +118,7 @@ def prepare(
 
 
 def _read_order(request: Request, where: str) -> FrameOrder:
-    """Return the order of the picture and its control images, as --one_frame_inference says it."""
+    """Return the positions of the picture and its control images that --one_frame_inference states."""
     settings = parse_one_frame(request.extra[ONE_FRAME])
     images = request.control_images
     if not (settings.has_post and settings.has_2x and settings.has_4x):

@@ -57,7 +57,7 @@ class WanTextOptions(Options):
 
 
 class WanExpertOptions(Options):
-    """The second transformer of a model that has one for much noise and one for little."""
+    """The second transformer of models with separate transformers for high and for low noise."""
 
     dit_high_noise: Path | None = option("transformer for high noise (t2v-A14B, i2v-A14B)", often=True)
     # resume compares where the experts begin
@@ -307,7 +307,7 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
             self._check_vace_options()
 
     def _check_vace_options(self) -> None:
-        """Raise OptionError if an option is given that VACE alone has a use for."""
+        """Raise OptionError if an option is given that only VACE uses."""
         task = TASKS[self.task]
         can_make_one_frame = task.takes_image and not task.has_control
         # prompt lines may ask for one frame too
@@ -334,9 +334,9 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
 
 
 def training_options(options: WanLatentCachingOptions, family: Any) -> dict[str, Any]:
-    """Return the --task of a training from caches of latents, if it is not the usual one.
+    """Return the options of a training from caches of latents: --task, unless it is the default.
 
-    family: as it made them. The caches do not show which size of the model is trained.
+    family: as the caching command built it. Caches do not show the size of the model.
     """
     has_features = options.clip is not None
     if options.vace:

@@ -123,11 +123,13 @@ class WanTokens:
 
     @property
     def first_picture(self) -> int:
-        """The place of the first token of the latents that are learned; those of `grid` follow it."""
+        """Return the index of the first token of the latents to learn, the first token of `grid`."""
         return 0
 
-    def of(self, kept: Tensor, num_left_out: int) -> "WanTokens":
-        """Return the inputs for some tokens of x. kept: B K, their rising places; only pictures lose any."""
+    def select(self, kept: Tensor, num_left_out: int) -> "WanTokens":
+        """Return the inputs for some tokens of x. kept: B K, positions of the kept tokens, ascending; only
+        picture tokens are left out.
+        """
         return replace(self, rotary=take_rows(self.rotary, kept, num_left_out))
 
 

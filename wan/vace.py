@@ -57,7 +57,7 @@ class VaceRequest:
 
 
 def _check_mask_shape(mask: Path, clip: Path, prepared: Prepared) -> None:
-    """Raise OptionError if a mask has neither the shape of its clip nor that of the result."""
+    """Raise OptionError if a mask has another aspect ratio than its clip, and another than the result."""
     width, height = image_size(mask)
     clip_width, clip_height = image_size(clip)
     aspect = width / height
@@ -70,9 +70,9 @@ def _check_mask_shape(mask: Path, clip: Path, prepared: Prepared) -> None:
 
 
 def take_control(request: Request, layers: int) -> tuple[Request, VaceRequest]:
-    """Return the request with its references one by one, and VACE's own settings. layers: blocks of VACE.
+    """Return the request with its references as separate pictures, and VACE's own settings.
 
-    Raises OptionError if a file is missing or has no use.
+    layers: number of VACE's blocks. Raises OptionError if a file is missing or has no use.
     """
     unusable = {"image_path": request.image_path, "end_image_path": request.end_image_path}
     for option, path in unusable.items():
@@ -123,7 +123,7 @@ def _check_pictures(mask: Path | None, references: Sequence[Path]) -> None:
 
 
 def divide(paths: Sequence[Path]) -> tuple[Path, ...]:
-    """Divide paths at commas, as the release does, unless a file of that name exists."""
+    """Split paths at commas, as the release does, except for a path that exists as it is."""
     words = []
     for path in paths:
         words += [str(path)] if path.exists() else str(path).split(",")
@@ -131,7 +131,7 @@ def divide(paths: Sequence[Path]) -> tuple[Path, ...]:
 
 
 def read_scales(text: str, layers: int) -> tuple[float, ...]:
-    """Read one number for all layers, or one for each. Raises OptionError."""
+    """Read one scale for all layers, or one for each. Raises OptionError."""
     words = text.replace(",", " ").split()
     try:
         scales = tuple(map(float, words))
@@ -195,9 +195,10 @@ def read_mask(path: Path, width: int, height: int, frames: int) -> Tensor:
 
 
 def encode_halves(vae: WanVae, pixels: Tensor, mask: Tensor) -> Tensor:
-    """Return the latents of what stays, then of what changes: B 32 L h w.
+    """Return the latents of the pixels to keep, then of the pixels to change: B 32 L h w.
 
-    pixels: B 3 F H W in -1..1. mask: B 1 F H W, above 0.5 where it changes. What is not in a half is grey.
+    pixels: B 3 F H W in -1..1. mask: B 1 F H W, above 0.5 where it changes. In each half, all other pixels
+    are grey.
     """
     changes = (mask > 0.5).to(pixels)
     return torch.cat([vae.encode(pixels * (1 - changes)), vae.encode(pixels * changes)], dim=1)
@@ -206,8 +207,9 @@ def encode_halves(vae: WanVae, pixels: Tensor, mask: Tensor) -> Tensor:
 def fold_mask(mask: Tensor) -> Tensor:
     """Turn a mask, B 1 F H W, into B 64 L h w: the pixels of a latent pixel become channels, row by row.
 
-    Values are not rounded: the release divides only the clip at 0.5. As in the release, frames nearest to the
-    middles of L equal parts are taken, although the first latent frame holds one frame only.
+    Mask values are not rounded: the release applies the threshold of 0.5 to the clip alone. As in the
+    release, frames nearest to the middles of L equal parts are taken, although the first latent frame holds
+    one frame only.
     """
     step, rows, columns = LATENT.stride
     frames = (mask.shape[2] - 1) // step + 1

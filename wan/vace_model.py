@@ -20,7 +20,9 @@ from wan.spec import VACE_DIT, WanTokens
 
 
 class WanVaceBlock(WanAttentionBlock):
-    """A block of the second stack: (its stream, x) -> (its stream, the hint), all B L C float32."""
+    """A block of the second stack: from the stack's stream and x it makes the next stream and a hint. All are
+    B L C float32.
+    """
 
     def __init__(self, config: WanConfig, index: int) -> None:
         super().__init__(config)

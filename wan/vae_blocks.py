@@ -52,7 +52,7 @@ class TimeMemory:
         self._frames: dict[nn.Module, Tensor] = {}
 
     def take(self, layer: nn.Module, device: torch.device) -> Tensor | None:
-        """Return the frames kept for that layer on `device`, or None at the beginning of the clip."""
+        """Return the last frames that a layer kept, on `device`; None at the beginning of the clip."""
         frames = self._frames.get(layer)
         return None if frames is None else frames.to(device, non_blocking=True)
 
@@ -222,7 +222,7 @@ class Upsample(nn.Module):
 def _each_frame(conv: nn.Module, x: Tensor, pad: bool = False, enlarge: bool = False) -> Tensor:
     """Apply an image convolution to every frame.
 
-    pad: add one row below and one column right first. enlarge: repeat each pixel in both directions first.
+    pad: add one row below and one column right first. enlarge: first repeat each pixel in both directions.
     """
     batch = x.shape[0]
     frames = x.transpose(1, 2).flatten(0, 1)  # B*T C H W

@@ -93,7 +93,7 @@ def read_vae(
 
 
 def _is_of_clips(checkpoint: Checkpoint) -> bool:
-    """Return whether convolutions have an axis of time. Those of Qwen-Image-2.1's VAE have none."""
+    """Return whether convolutions have a time axis. Those of Qwen-Image-2.1's VAE have none."""
     convolution = checkpoint.tensors.get("quant_conv.weight")
     return convolution is not None and len(convolution.shape) != 4
 
@@ -115,14 +115,14 @@ def check_latents(config: WanVaeConfig, latent: LatentSpec, path: Path, needed_b
 
 def _flat_names(names: Iterable[str]) -> Callable[[str], str]:
     """Translate diffusers' names of Wan2.1, whose decoder has the layers of all levels in one row."""
-    layers = sorted({_layer_of(match) for match in map(_LAYER.fullmatch, names) if match})
+    layers = sorted({_read_layer(match) for match in map(_LAYER.fullmatch, names) if match})
     numbers = {layer: number for number, layer in enumerate(layers)}
     return lambda name: _translate(name, lambda layer: str(numbers[layer]))
 
 
 def _staged_names(names: Iterable[str]) -> Callable[[str], str]:
     """Translate diffusers' names of Wan2.2, where each level is a list."""
-    layers = {_layer_of(match) for match in map(_LAYER.fullmatch, names) if match}
+    layers = {_read_layer(match) for match in map(_LAYER.fullmatch, names) if match}
 
     def number(layer: _Layer) -> str:
         half, level, index = layer
@@ -133,21 +133,23 @@ def _staged_names(names: Iterable[str]) -> Callable[[str], str]:
     return lambda name: _translate(name, number)
 
 
-def _layer_of(match: re.Match[str]) -> _Layer:
+def _read_layer(match: re.Match[str]) -> _Layer:
     return match[1], int(match[2]), int(match[3] or _RESAMPLER)
 
 
 def _translate(name: str, number: Callable[[_Layer], str]) -> str:
     match = _LAYER.fullmatch(name)
     if match is not None:
-        name = f"{_HALVES[match[1]]}.{number(_layer_of(match))}.{match[4]}"
+        name = f"{_HALVES[match[1]]}.{number(_read_layer(match))}.{match[4]}"
     return translate_name(translate_name(name, DIFFUSERS), DIFFUSERS_RESIDUAL)
 
 
 def _layers(
     shape: Callable[[str], tuple[int, ...]], names: Collection[str], start: str
 ) -> tuple[VaeLayer, ...]:
-    """Read the layers of a list; those of Wan2.2 are stages, which hold a list of the same name."""
+    """Read the layers of a list. The entries of Wan2.2's lists are stages, which hold a list of the same
+    name.
+    """
     layers: list[VaeLayer] = []
     for index in range(count(names, rf"{re.escape(start)}\.\d+")):
         name = f"{start}.{index}"

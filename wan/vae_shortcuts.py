@@ -46,7 +46,8 @@ def average_groups(x: Tensor, width: int, factors: Factors) -> Tensor:
 
 
 def add_repeated(h: Tensor, x: Tensor, factors: Factors) -> Tensor:
-    """Add the numbers of x, B C T H W, to h, B C' T' H*rows W*columns, which is changed and returned.
+    """Add x, B C T H W, to h, B C' T' H*rows W*columns, repeating its numbers in blocks; return h, changed in
+    place.
 
     T' is T * frames; less at the beginning of a clip, where the first frames of the first block are left out.
     One pixel of all blocks is added at a time, so that no enlarged copy of x is made.

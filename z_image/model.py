@@ -77,7 +77,7 @@ class ZImageModel(LuminaModel):
         return super().embed_time(times * TIME_SCALE)
 
     def count_tokens(self, real: int) -> int:
-        """Return the number of tokens, with padding, of a text or a picture with this many real ones."""
+        """Return the padded number of tokens of a text or a picture, from its number of real ones."""
         return -(-real // TOKEN_STEP) * TOKEN_STEP
 
     def embed_image(self, patches: Tensor, dtype: torch.dtype) -> Tensor:
@@ -86,7 +86,9 @@ class ZImageModel(LuminaModel):
         return _fill_up(tokens, self.x_pad_token, self.count_tokens(tokens.shape[1]))
 
     def embed_caption(self, caption: Tensor, counts: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Return text tokens B T C of states, padded behind the last real one. counts: of real states."""
+        """Embed states as text tokens B T C, padded after the last real one. counts: number of real states of
+        each sample.
+        """
         tokens = super().embed_caption(caption, counts, dtype)
         if min(counts) < tokens.shape[1]:
             places = numbers_on(tokens.device, range(tokens.shape[1]))
@@ -96,7 +98,7 @@ class ZImageModel(LuminaModel):
 
 
 def _fill_up(tokens: Tensor, pad: Tensor, length: int) -> Tensor:
-    """Return tokens B L C with copies of a token, 1 C, behind them up to a length."""
+    """Pad tokens, B n C, with copies of a token, 1 C, to B `length` C."""
     missing = length - tokens.shape[1]
     if not missing:
         return tokens

@@ -56,7 +56,8 @@ class StoredForm(Protocol):
     def multiply(self, x: Tensor, tensors: Tensors, shape: Shape, bias: Tensor | None) -> Tensor:
         """Compute x W^T + b, in autocast's dtype if it is on, else in that of x. Differentiable in x and b.
 
-        Keep no 16-bit copy of the weight for the backward pass; `multiply_value` does it for any form.
+        Implementations must not keep a 16-bit copy of the weight for the backward pass; `multiply_value`
+        works for any form.
         """
         ...
 
@@ -110,7 +111,7 @@ def prepare(quantisation: Quantisation, device: torch.device) -> Quantisation:
 
 
 def rehearsed(quantisation: Quantisation | None) -> Quantisation | None:
-    """Return the quantisation for a dry run, by `rehearsed` in the form's file; None stays None."""
+    """Return the quantisation to use in a dry run, by the form's own `rehearsed`; None for None."""
     if quantisation is None:
         return None
     result: Quantisation = import_own(f"checkpoints.stored.{quantisation.form}").rehearsed(quantisation)
@@ -157,7 +158,9 @@ def value_of(layer: nn.Module, weight: Tensor) -> Tensor:
 def multiply_value(
     form: StoredForm, x: Tensor, tensors: Tensors, shape: Shape, bias: Tensor | None
 ) -> Tensor:
-    """Compute x W^T + b in the dtype of x from the value of W, which the backward pass makes again."""
+    """Compute x W^T + b in the dtype of x; the backward pass dequantises W again instead of keeping its
+    value.
+    """
     filled = (*tensors, *[None] * (MOST_TENSORS - len(tensors)))
     out: Tensor = _Product.apply(x, None if bias is None else bias.to(x.dtype), form, shape, *filled)
     return out

@@ -137,7 +137,7 @@ class Fp8:
         return Stored(self, (count, stored.shape[1]), (part, scale))
 
     def join(self, parts: Sequence[Stored]) -> Stored | None:
-        """Stack the rows, with a scale for each row; None for two formats."""
+        """Stack the rows of several weights, with a scale for each row. Returns None for two dtypes."""
         dtypes = {part.weight.dtype for part in parts}
         if len(dtypes) > 1:
             return None
@@ -180,5 +180,7 @@ def prepare(quantisation: Quantisation, device: torch.device) -> Quantisation:
 
 
 def rehearsed(quantisation: Quantisation) -> Quantisation:
-    """Return it for a dry run: a product in 8 bits is rehearsed as one in 16 bits."""
+    """Return the quantisation to use in a dry run: unchanged, as products in 8 bits take the memory of 16-bit
+    ones.
+    """
     return quantisation

@@ -81,10 +81,11 @@ def tensor_scaled_product(
     fast_sums: bool,
     piece: int = PIECE,
 ) -> Tensor:
-    """Compute a `Product` without row-wise scales, which some builds of torch lack (Windows).
+    """Compute a `Product` with scales applied afterwards, for builds of torch without row-wise scales
+    (Windows).
 
-    The unscaled sums are rounded to bfloat16 and scaled afterwards. That costs one more pass over the result
-    and a second rounding of 2^-9, which is small compared with that to e4m3. piece: as for `quantise_rows`.
+    The unscaled sums are rounded to bfloat16 and then scaled. That costs one more pass over the result and a
+    second rounding of 2^-9, which is small compared with that to e4m3. piece: as for `quantise_rows`.
     """
     no_scale = torch.ones(1, device=a.device)
     sums = scaled_product(a, b, no_scale, no_scale, out_dtype=torch.bfloat16, use_fast_accum=fast_sums)

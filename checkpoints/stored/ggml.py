@@ -21,7 +21,7 @@ def _half(blocks: Tensor, start: int) -> Tensor:
 
 
 def _planes(codes: Tensor, bits: int) -> Tensor:
-    """Cut bytes B n into their parts of this many bits, lowest first, one behind the other: B 8/bits n."""
+    """Unpack bytes, B n, into fields of `bits` bits, lowest field of all bytes first: B 8/bits n."""
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
     return (codes[:, None] >> shifts[:, None]) & ((1 << bits) - 1)
 
@@ -105,7 +105,9 @@ def _q3_k(blocks: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of GGUF: weights and bytes of a block, where its float16 numbers are, and its values."""
+    """A kind of GGUF: the weights and bytes of a block, the offsets of its float16 numbers, and the function
+    that makes its values.
+    """
 
     name: str
     weights: int
@@ -139,7 +141,7 @@ KINDS = {  # by the number in files
 
 @cache  # equal kinds are one object
 def kind_of_package(number: int) -> Kind | None:
-    """Return a kind that only the package `gguf` reads; None if it has none of this number.
+    """Return the quantisation of this number that only the package `gguf` reads; None if there is none.
 
     Raises ImportError if the package is missing.
     """

@@ -104,7 +104,9 @@ def prepare(quantisation: Quantisation, device: torch.device) -> Quantisation:
 
 
 def rehearsed(quantisation: Quantisation) -> Quantisation:
-    """Return it for a dry run: a product in 8 bits is rehearsed as one in 16 bits."""
+    """Return the quantisation to use in a dry run: unchanged, as products in 8 bits take the memory of 16-bit
+    ones.
+    """
     return quantisation
 
 

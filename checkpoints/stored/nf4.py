@@ -118,9 +118,10 @@ def prepare(quantisation: Quantisation, device: torch.device) -> Quantisation:
 
 
 def rehearsed(quantisation: Quantisation) -> Quantisation:
-    """Return it for a dry run: if bitsandbytes is installed, only the value is allocated, as by its kernel.
+    """Return the quantisation to use in a dry run.
 
-    Formulas of torch need several float32 copies of a weight.
+    If bitsandbytes is installed, its kernel allocates the value alone, and so does the dry run. Torch's
+    formulas, used without it, need several float32 copies of a weight.
     """
     if importlib.util.find_spec("bitsandbytes") is None:
         return quantisation
@@ -130,7 +131,7 @@ def rehearsed(quantisation: Quantisation) -> Quantisation:
 def _allocate_value(
     packed: Tensor, peaks: Tensor, block: int, kind: str, shape: Shape, dtype: torch.dtype
 ) -> Tensor:
-    """Stand in for bitsandbytes' operation: it takes the same arguments."""
+    """Replace bitsandbytes' operation in a dry run: allocate the result for the same arguments."""
     return packed.new_empty(shape, dtype=dtype)
 
 

@@ -70,7 +70,9 @@ class RowForm:
         return Stored(self, (count, stored.shape[1]), tuple(parts))
 
     def join(self, parts: Sequence[Stored]) -> Stored | None:
-        """Stack the rows; None if a companion is for all rows of a part, or other parts lack it."""
+        """Stack the rows of several weights. Returns None if a companion covers all rows of a part, or is
+        missing in some parts.
+        """
         columns = [[part.tensors[index] for part in parts] for index in range(1 + len(self.companions))]
         joined: list[Tensor | None] = []
         for column in columns:
@@ -93,9 +95,10 @@ class RowForm:
 
 
 def untile(scales: Tensor, rows: int, columns: int) -> Tensor:
-    """Return scales as rows x columns from tiles of 128 x 4: row 32 a + b of one is in line b from 4 a on.
+    """Return scales as rows x columns from tiles of 128 x 4, which are stored as 32 lines of 16 numbers.
 
-    scales: rows and columns rounded up to whole tiles. Source: cuBLAS, "1D block scaling factors layout".
+    Row 32 a + b of a tile is stored in line b, from column 4 a on. scales: rows and columns rounded up to
+    whole tiles. Source: cuBLAS, "1D block scaling factors layout".
     """
     down, across = scales.shape[0] // 128, scales.shape[1] // 4
     tiles = scales.contiguous().view(torch.uint8).view(down, across, 32, 4, 4)

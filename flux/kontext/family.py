@@ -175,8 +175,8 @@ class Kontext(Flux):
     def _read_reference(self, path: Path) -> Tensor:
         """Read a reference, 1 1 H W 3 uint8: stretched to a trained size, or at its own size.
 
-        Its own size is cut at the right and below, so that it stays in place. Source: the released code of
-        Kontext (stretching), the known tuner (cutting).
+        At its own size it is cropped at the right and bottom only, so that no pixel is shifted. Source: the
+        released code of Kontext (stretching), the known tuner (cutting).
         """
         from modules.media.reading import read_image, resize_frame
 

@@ -30,7 +30,7 @@ Dense = Callable[[Tensor, Tensor, Tensor], Tensor]  # query B L N D, key and val
 class Lengths:
     """Number of real tokens of each sample; padding follows them.
 
-    Made once per forward pass by `lengths_on`.
+    Made once per forward pass by `make_lengths`.
     """
 
     # B numbers on the host: reading them from the device in every layer would make the host wait
@@ -44,10 +44,10 @@ class Lengths:
 
     def without(self, count: int) -> "Lengths":
         """Return the lengths of samples that have lost this many real tokens each."""
-        return lengths_on([real - count for real in self.counts], self.starts.device)
+        return make_lengths([real - count for real in self.counts], self.starts.device)
 
 
-def lengths_on(counts: Sequence[int], device: torch.device) -> Lengths:
+def make_lengths(counts: Sequence[int], device: torch.device) -> Lengths:
     """Make the `Lengths` of a batch. counts: how many tokens of each sample are real, each at least 1."""
     starts = numbers_on(device, [0, *accumulate(counts)], torch.int32)
     return Lengths(tuple(counts), starts)
@@ -65,7 +65,9 @@ def unpack(packed: Tensor, lengths: Lengths, length: int) -> Tensor:
 
 
 def _fill_up(samples: Sequence[Tensor], length: int) -> Tensor:
-    """Pad samples (n N D) to one B `length` N D. One concatenation, so that real tokens are copied once."""
+    """Pad samples, each n N D, to a batch B `length` N D. Uses one concatenation, so that tokens are copied
+    once.
+    """
     pieces = []
     for sample in samples:
         padding = sample.new_zeros(length - len(sample), *sample.shape[1:])
@@ -370,7 +372,7 @@ def try_out(choice: AttentionChoice, device: torch.device, dtype: torch.dtype, t
     query, key, value = inputs
     with torch.set_grad_enabled(training):
         for counts in (None, (128, 72)):
-            lengths = None if counts is None else lengths_on(counts, device)
+            lengths = None if counts is None else make_lengths(counts, device)
             result = attend(query, key, value, choice, lengths=lengths)
             expected = attend(query, key, value, SDPA, lengths=lengths)
             # wide tolerances: SageAttention rounds to 8 bits
@@ -390,7 +392,7 @@ Steer = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class SecondText:
-    """Place of a second text among the tokens, B L+T+T' ..., and its use by attention."""
+    """The position of a second text among the tokens, B L+T+T' ..., and its use by attention."""
 
     before: int  # tokens of the picture, L
     count: int  # its own tokens, T'

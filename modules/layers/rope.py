@@ -34,7 +34,7 @@ class Slow:
 
 
 class Grid(NamedTuple):
-    """Counted positions of a grid's tokens: the key of its table."""
+    """The positions of a grid of tokens, as the key of its cached table."""
 
     sizes: tuple[int, ...]  # frames, rows, columns
     slow: Slow | None = None  # of the frames
@@ -45,8 +45,8 @@ class Grid(NamedTuple):
 def angles_at(positions: Tensor, width: int, theta: float = THETA, slow: Slow | None = None) -> Tensor:
     """Return the angles of any positions on an axis: n -> n x width/2, in their dtype.
 
-    width: channels that belong to the axis, even. slow: one frequency in place of the trained one. Raises
-    ValueError if the axis lacks that frequency.
+    width: channels that belong to the axis, even. slow: index and value of a frequency that replaces the
+    trained one. Raises ValueError if the axis lacks that frequency.
     """
     frequencies = theta ** -(torch.arange(0, width, 2, dtype=positions.dtype) / width)
     if slow is not None:
@@ -123,12 +123,12 @@ def table_maker(
 
 
 def joined_tables(make: TableMaker[Grid]) -> TableMaker[tuple[Grid, ...]]:
-    """Return a function that makes the table of several grids, whose tokens are one behind the other."""
+    """Return a function that makes the table of several grids whose tokens follow one another."""
 
-    def of(grids: tuple[Grid, ...], /, *, device: torch.device) -> Tensor:
+    def make_joined(grids: tuple[Grid, ...], /, *, device: torch.device) -> Tensor:
         return torch.cat([make(grid, device=device) for grid in grids])
 
-    return of
+    return make_joined
 
 
 class GridTable(Generic[Layout]):
@@ -138,7 +138,7 @@ class GridTable(Generic[Layout]):
         self._make = make
         self._last: tuple[Layout, Tensor] | None = None
 
-    def of(self, grid: Layout, device: torch.device) -> Tensor:
+    def get_table(self, grid: Layout, device: torch.device) -> Tensor:
         if self._last is None or self._last[0] != grid or self._last[1].device != device:
             with torch.inference_mode(False):  # a table made for a sample also serves the next training step
                 self._last = grid, self._make(grid, device=device)
@@ -166,8 +166,8 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 def take_rows(table: Tensor, kept: Tensor, num_left_out: int) -> Tensor:
     """Return the rotations of some tokens: B K' 1 D/2 2.
 
-    table: L 1 D/2 2 or B L 1 D/2 2, of the first L tokens. kept: B K rising places among all tokens, of whose
-    first L `num_left_out` are missing.
+    table: L 1 D/2 2 or B L 1 D/2 2, of the first L tokens. kept: B K, positions of the kept tokens,
+    ascending. `num_left_out` of the first L tokens are not kept.
     """
     places = kept[:, : table.shape[-4] - num_left_out]
     if table.ndim == 4:

@@ -80,7 +80,7 @@ def upright(file: Image.Image) -> Image.Image:
 
 
 def _note_facts(file: Image.Image) -> None:
-    """Note in `info` what Pillow leaves out, before pixels are read."""
+    """Add to `info` the facts that Pillow ignores or misreads, before it reads the pixels."""
     tile = getattr(file, "tile", None)
     key = file.info.get("transparency")
     raw = str(tile[0][3]) if tile else ""
@@ -134,7 +134,7 @@ def code_transform(frame: Any) -> ImageCms.ImageCmsTransform | None:
 def look_at(path: Path, file: Image.Image) -> Colours:
     """Return the facts about an opened picture's colours. Pixels are read only if it may be transparent."""
     _note_facts(file)
-    profile = _profile_of(path, file)
+    profile = _find_profile(path, file)
     transform, fault = (None, None) if profile is None else _transform(profile)
     is_converted = transform is not None or (profile is None and _curve(file.info) is not None)
     opacity = _opacity(file)
@@ -169,13 +169,13 @@ def _opacity(image: Image.Image) -> NDArray[np.uint8] | None:
 
 
 def _srgb(path: Path, image: Image.Image) -> NDArray[np.uint8]:
-    """Return the colours of a picture as sRGB, H W 3, whatever is transparent."""
+    """Return the colours of a picture as sRGB, H W 3, also below transparent pixels."""
     if image.mode.startswith("I;16"):  # Pillow would clip 16 bit grey instead of scaling it
         info = image.info
         grey = (np.asarray(image) >> 8).astype(np.uint8)
         image = Image.fromarray(~grey if _INVERTED in info else grey)
         image.info = info
-    profile = _profile_of(path, image)
+    profile = _find_profile(path, image)
     transform = None if profile is None else _transform(profile)[0]
     if profile is not None and transform is not None:
         return np.array(ImageCms.applyTransform(_in_mode(image, profile.mode), transform))
@@ -197,8 +197,8 @@ def _in_mode(image: Image.Image, mode: str) -> Image.Image:
 # Colour profiles
 
 
-def _profile_of(path: Path, image: Image.Image) -> _Profile | None:
-    """Return the profile of a picture, or one made of its chunks; None if neither says anything."""
+def _find_profile(path: Path, image: Image.Image) -> _Profile | None:
+    """Return the ICC profile of a picture, or one made from its PNG chunks; None if it has neither."""
     if image.mode == "LAB":  # which Pillow converts to sRGB
         return None
     primaries, transfer = image.info.get(_CICP, (0, 0))
@@ -208,7 +208,7 @@ def _profile_of(path: Path, image: Image.Image) -> _Profile | None:
         return None if content is None else _Profile(content, "RGB", path)
     content = image.info.get("icc_profile")
     if content:
-        return _Profile(content, _mode_for(image.mode, content), path)
+        return _Profile(content, _choose_mode(image.mode, content), path)
     places = None if transfer else image.info.get("chromaticity")
     gamma = _gamma(image.info)
     if places is None or gamma is None or np.allclose(places, _SRGB_PLACES, atol=2e-3):
@@ -217,7 +217,7 @@ def _profile_of(path: Path, image: Image.Image) -> _Profile | None:
     return None if content is None else _Profile(content, "RGB", path)
 
 
-def _mode_for(mode: str, profile: bytes) -> str:
+def _choose_mode(mode: str, profile: bytes) -> str:
     """Return the mode, L, RGB or CMYK, that pixels of this mode take for their profile."""
     is_grey = mode in _GREY or mode.startswith("I;16")
     if is_grey and profile[16:20] != b"RGB ":
@@ -264,7 +264,7 @@ def _changes_nothing(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
 
 
 def _gamma(info: dict[Any, Any]) -> float | None:
-    """Return the exponent of a PNG's chunk gAMA; None if there is none that counts."""
+    """Return the exponent of a PNG's gAMA chunk; None if there is none, or if another chunk overrides it."""
     gamma = info.get("gamma")
     return None if not gamma or gamma <= 0 or "srgb" in info or _CICP in info else float(gamma)
 
@@ -315,7 +315,7 @@ def _curve(info: dict[Any, Any]) -> list[int] | None:
 
 @functools.lru_cache(maxsize=64)
 def _make_profile(gamma: float | None, places: tuple[float, ...]) -> bytes | None:
-    """Return the ICC profile of gAMA (None: the curve of sRGB) and cHRM; None if the places are not a
+    """Make an ICC profile from gAMA (None: the curve of sRGB) and cHRM; None if the primaries are not a
     triangle.
 
     Source: ICC.1, 8.3.
@@ -358,7 +358,7 @@ def _xyz(values: Any) -> bytes:
 
 
 def _colorants(places: tuple[float, ...]) -> Any:
-    """Return the primaries as columns of XYZ under D50, of cHRM's places; None if these are not a triangle.
+    """Return the primaries of a cHRM chunk as columns of XYZ under D50; None if they are not a triangle.
 
     places: x y of the white point, red, green and blue.
     """

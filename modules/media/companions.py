@@ -49,7 +49,7 @@ class _Track:
 
 
 class Companions:
-    """The other streams of a video, read as far as the new video has been written."""
+    """The other streams of a video, copied up to the time that the new video has reached."""
 
     def __init__(self, path: Path, source: Any, suffix: str, rate: Fraction, covers: bool) -> None:
         """source: the opened file at `path`. suffix, rate: of the new file and of its pictures. covers:
@@ -94,7 +94,7 @@ class Companions:
             self._waiting = next(self._packets, None)
 
     def write(self, target: Any, seconds: Fraction | None) -> None:
-        """Write everything before the given second of the new file; None: the whole rest."""
+        """Write all packets before the given second of the new file; None: all remaining packets."""
         while self._waiting is not None:
             time = self._waiting.pts if self._waiting.dts is None else self._waiting.dts
             is_known = seconds is not None and time is not None
@@ -150,7 +150,9 @@ class Companions:
                 track.lost += 1
 
     def _add(self, target: Any, stream: Any) -> None:
-        """Add a stream by the first way that the format allows."""
+        """Add a stream in the first way that the new file's format allows: copied, else converted, else left
+        out.
+        """
         name = _name(stream)
         if stream.type == "video":
             self._add_pictures(target, stream, name)
@@ -248,7 +250,7 @@ class Companions:
         self._tracks[stream.index] = _Track(name, added, convert)
 
     def _describe(self, target: Any, source: Any) -> None:
-        """Give a new stream the tags of the old one: its language, title and purpose."""
+        """Copy language, title and purpose of a stream to the new one."""
         tags = self._cleaned(source.metadata)
         title = tags.pop("name", None)  # as FFmpeg calls the title in MP4
         if title is not None:

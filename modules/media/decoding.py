@@ -35,7 +35,7 @@ class Orientation:
 
     @property
     def is_mirrored(self) -> bool:
-        """Return whether turning alone does not show the frame as it should be."""
+        """Return whether the stored frame is a mirror image, so that turning alone cannot correct it."""
         return self.is_transposed ^ self.flips_columns ^ self.flips_rows
 
 
@@ -55,11 +55,11 @@ _BY_EXIF = {
 }
 
 
-def orientation_of(frame: Any) -> Orientation:
+def read_orientation(frame: Any) -> Orientation:
     """Return the turn and mirroring that the display matrix of FFmpeg's frame asks for.
 
-    A matrix between two of the eight ways to lay a picture into a rectangle counts as the nearest of them;
-    how much it enlarges does not count. Source: FFmpeg's libavutil/display.h.
+    Any other angle is rounded to the nearest of the eight orientations, and scaling is ignored. Source:
+    FFmpeg's libavutil/display.h.
     """
     stored = frame.side_data.get(_DISPLAY_MATRIX)
     if stored is None:
@@ -73,7 +73,7 @@ def orientation_of(frame: Any) -> Orientation:
 
 @dataclass(frozen=True, slots=True)
 class TimedFrame:
-    """FFmpeg's frame, the second from which it is shown, and how it is laid to be shown."""
+    """A frame of FFmpeg with the second at which it is shown and its orientation."""
 
     frame: Any
     start: float
@@ -94,7 +94,7 @@ def decode_frames(path: Path, container: Any, stream: Any) -> Iterator[TimedFram
         # frames of this decoder lack the rotation that the container states: take it from the stream's own
         with open_video(path) as (again, same_stream):
             first, _, _ = first_picture(path, again, same_stream)
-            orientation = orientation_of(first)
+            orientation = read_orientation(first)
     usual_seconds = 1 / float(stream.average_rate) if stream.average_rate else 0.0
     num_frames = 0
     end_seconds = 0.0  # from which the last frame is shown
@@ -113,7 +113,7 @@ def decode_frames(path: Path, container: Any, stream: Any) -> Iterator[TimedFram
                 start = float(frame.pts * (frame.time_base or stream.time_base))
             end_seconds = max(end_seconds, start)
             if decoder is None:
-                orientation = orientation_of(frame)
+                orientation = read_orientation(frame)
             yield TimedFrame(frame, start, orientation)
     if not num_frames:
         refuse_cut(path)
@@ -226,7 +226,7 @@ def _matroska_size(path: Path) -> int:
 
 
 def stated_end(container: Any, stream: Any) -> Fraction | None:
-    """Return the second at which a stream of a Matroska file ends by its tags; None if they do not say."""
+    """Return the second at which a stream of a Matroska file ends, as its tags state; None if they do not."""
     match = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
     if "matroska" not in container.format.name or match is None:
         return None
@@ -243,7 +243,7 @@ def first_picture(path: Path, container: Any, stream: Any) -> tuple[Any, int, in
 
 
 def is_sideways(frame: Any) -> bool:
-    return orientation_of(frame).is_transposed
+    return read_orientation(frame).is_transposed
 
 
 def square_width(frame: Any, stream: Any) -> int:

@@ -130,7 +130,9 @@ def clip_hash(frames: Sequence[Frame]) -> tuple[int, ...]:
 
 
 def hashed_frames(frames: Sequence[Frame]) -> list[Frame]:
-    """Return the frames of a clip whose hashes are its own. Raises ValueError if there is no frame."""
+    """Return the frames of a clip to hash, first to last; a single frame alone. Raises ValueError without
+    any.
+    """
     if not len(frames):
         raise ValueError("no frame to measure")
     count = 1 if len(frames) == 1 else CLIP_FRAMES
@@ -223,7 +225,7 @@ def scene_distance(first: Thumbnail, second: Thumbnail, least: float = 0.0) -> f
 
 
 def _correlation(first: Thumbnail, second: Thumbnail, y: int, x: int) -> float | None:
-    """Return the correlation where the first, shifted, and the second overlap and are not white.
+    """Return the correlation of the first, shifted, with the second, over the cells where both are not white.
 
     None: too little is left, or the rest has a single grey in either.
     """

@@ -234,7 +234,7 @@ if TYPE_CHECKING:
 else:
 
     class _WhenUsed:
-        """Stands for a module until one of its names is asked for."""
+        """Stand-in for a module, imported when one of its names is first used."""
 
         def __getattr__(self, name: str) -> Any:
             try:

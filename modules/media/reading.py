@@ -179,7 +179,9 @@ def read_mask(path: Path) -> Frame:
 
 
 class MaskLook:
-    """Whether a mask is drawn by its transparency: it has some, and all that can be seen has one colour."""
+    """Evidence that a mask is drawn by transparency: it has transparent parts, and all visible parts have one
+    colour.
+    """
 
     def __init__(self) -> None:
         self._lows = np.full(3, 255)
@@ -337,7 +339,7 @@ class FrameSizes:
 
 
 def slots(rate: float) -> Iterator[float]:
-    """Yield, without end, the second at which the picture of each frame of a clip at `rate` is looked up."""
+    """Yield, without end, the time in seconds of each frame of a clip at `rate`."""
     return ((count + PLACE_IN_FRAME) / rate for count in itertools.count())
 
 
@@ -412,16 +414,17 @@ def video_info(path: Path) -> VideoInfo:
 
 
 def is_laid_otherwise(path: Path) -> bool:
-    """Return whether earlier versions, which knew only the angle of a display matrix, read a clip otherwise.
+    """Return whether earlier versions, which knew only the angle of a display matrix, oriented a clip
+    differently.
 
-    That is so for clips that are mirrored, and for those with transparency, which were read as stored. One
-    frame is decoded. Raises MediaError if it cannot be read.
+    That is so for mirrored clips, and for those with transparency, which were read as stored. One frame is
+    decoded. Raises MediaError if it cannot be read.
     """
     if path.suffix.lower() not in VIDEO_SUFFIXES or path.is_dir():
         return False
     with open_video(path) as (container, stream):
         first, _, _ = decoding.first_picture(path, container, stream)
-        orientation = decoding.orientation_of(first)
+        orientation = decoding.read_orientation(first)
         return orientation.is_mirrored or (decoding.hides_alpha(stream) and orientation != decoding.AS_STORED)
 
 
@@ -446,7 +449,7 @@ def folder_images(folder: Path) -> list[Path]:
 
 
 def reordered_images(folder: Path) -> tuple[Path, Path] | None:
-    """Return two neighbouring images of a folder that have the other order if names are compared as texts.
+    """Return two neighbouring images of a folder that swap places if names are compared as plain text.
 
     None if both orders are the same. Raises MediaError if the folder has no images.
     """

@@ -181,7 +181,7 @@ def filled(
 def _decoded(
     path: Path, index: int, begin: Fraction, *, rate: int, layout: str, lenient: bool
 ) -> Iterator[tuple[int, Samples]]:
-    """Yield samples, and the number of the first one, counted from `begin`."""
+    """Yield blocks of decoded samples, each with the number of its first sample, counted from `begin`."""
     for early in (True, False):
         with open_container(path, SOUND_FORMATS) as container:
             stream = container.streams[index]

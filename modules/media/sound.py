@@ -20,12 +20,12 @@ SHORTEST_GAP, LONGEST_GAP = Fraction(1, 20), 3600
 def add_aac_stream(target: Any, channels: int, rate: int) -> Any:
     """Add an AAC stream to a file, at the nearest rate that the encoder takes."""
     stream = target.add_stream("aac", rate=min(_AAC_RATES, key=lambda allowed: abs(allowed - rate)))
-    stream.layout = layout_of(channels)
+    stream.layout = name_layout(channels)
     stream.bit_rate = BITS_PER_CHANNEL * min(channels, 8)
     return stream
 
 
-def layout_of(channels: int) -> str:
+def name_layout(channels: int) -> str:
     return _LAYOUTS.get(channels, "stereo")
 
 
@@ -49,14 +49,14 @@ def add_aac(target: Any, source: Any) -> tuple[Any, Callable[[Any], Iterator[Any
 
 
 class _Gapless:
-    """Number the samples of decoded sound: an encoder takes them one after the other."""
+    """Renumber decoded sound without gaps, as encoders require it."""
 
     def __init__(self, time_base: Fraction) -> None:
         self._time_base = time_base
         self._next: int | None = None  # number of the sample that comes next
 
     def follow(self, frame: Any) -> Iterator[Any]:
-        """Yield a frame, numbered after the ones before it; first silence, if sound before it is missing."""
+        """Yield a frame, renumbered to follow the previous one, after silence for any missing samples."""
         rate = frame.sample_rate
         if frame.pts is not None:
             expected = round(frame.pts * (frame.time_base or self._time_base) * rate)
@@ -213,9 +213,10 @@ def _plain_text(codec: str, content: bytes) -> str:
 
 
 def _without_marks(pattern: str, text: str) -> str:
-    """Return the text without what the pattern of a mark matches. The pattern's last character ends a mark.
+    """Return the text without the marks that a pattern matches.
 
-    Behind the last such character no mark is looked for: each that begins there would read all of the rest.
+    The pattern's last character ends a mark. After its last occurrence in the text no mark is searched,
+    because each possible start would scan the whole rest.
     """
     before, end, rest = text.rpartition(pattern[-1])
     return re.sub(pattern, "", before + end) + rest

@@ -124,7 +124,7 @@ def _timed(path: Path, deep: bool) -> Iterator[Picture]:
         rate = _plain_rate(stream)
         origin = decoding.time_origin(container)
         clock = Clock(rate, Fraction(stream.time_base))
-        end = _end_of(container, stream)
+        end = _find_end(container, stream)
         if end is not None:
             end -= origin
         for number, timed in enumerate(decoding.decode_frames(path, container, stream)):
@@ -144,7 +144,7 @@ def _timed(path: Path, deep: bool) -> Iterator[Picture]:
             yield Picture(pixels, start, seconds)
 
 
-def _end_of(container: Any, stream: Any) -> Fraction | None:
+def _find_end(container: Any, stream: Any) -> Fraction | None:
     """Return the time at which the last picture ends, on the file's clock; None if it cannot be known.
 
     Files keep no duration of the last picture, or that of the one stored last.
@@ -183,7 +183,9 @@ class Clock:
         self._shift = Fraction(0)
 
     def place(self, time: Fraction | None) -> Fraction:
-        """Return the time at which the next picture is shown. time: by the file, None if it has none."""
+        """Return the time at which the next picture is shown. time: as the file states it, None if it states
+        none.
+        """
         if time is None:
             time = self._previous + self._step - self._shift
         if self._origin is None:
@@ -216,7 +218,7 @@ class Clock:
 
 
 def _plain_rate(stream: Any) -> Fraction:
-    """Return the average pictures a second; a usual rate in place of one that is a little off it."""
+    """Return the average number of pictures a second, rounded to a usual rate if it is very close to one."""
     average = stream.average_rate or stream.base_rate
     if not average or average < 0:
         return USUAL_RATE

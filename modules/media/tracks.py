@@ -20,7 +20,7 @@ LOUDEST = 32767  # of 16 bits
 
 
 class TrackSound:
-    """A track, encoded (AAC) as far as the new video has grown and as long as its pictures."""
+    """A generated track of sound, encoded (AAC) up to the time that the new video has reached."""
 
     def __init__(self, track: Track, lasts: Callable[[], Fraction]) -> None:
         """lasts: returns the seconds of all pictures, when all are there."""
@@ -36,7 +36,7 @@ class TrackSound:
         self._stream = add_aac_stream(target, len(self._samples), self._rate)
 
     def write(self, target: Any, seconds: Fraction | None) -> None:
-        """Write what is heard before the given second of the new file; None: the whole rest."""
+        """Write the sound before the given second of the new file; None: all of the rest."""
         end = round((self._lasts() if seconds is None else seconds) * self._rate)
         if end > self._written:
             part = self._samples[:, self._written : end]

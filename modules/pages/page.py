@@ -62,7 +62,7 @@ SHEET, SCRIPT = (
 
 
 def encode_address(value: str | Mapping[str, object]) -> str:
-    """Return a part of a path, or the fields of a query, as an address has them.
+    """Percent-encode a part of a path, or the fields of a query, for an address.
 
     Jinja's own filter, in whose place this is, raises for names of files that are not UTF-8.
     """

@@ -136,7 +136,7 @@ def make_blur(options: BlurOptions, device: torch.device) -> Stage:
 
 
 class _Waiting(NamedTuple):
-    """A picture that waits until the boxes of the next ones are known."""
+    """A picture that waits for the boxes of the next ones."""
 
     number: int
     picture: Picture
@@ -168,7 +168,7 @@ class BlurStage:
         return clip
 
     def run(self, pictures: Iterator[Picture], clip: Clip) -> Iterator[Picture]:
-        """Yield the pictures with everything covered that was found in them or in neighbouring pictures.
+        """Yield the pictures with all found things covered, also those found only in neighbouring pictures.
 
         `hold` or `lookback` pictures, whichever are more, wait in memory. Raises NothingFoundError if nothing
         was found in any of them.
@@ -227,7 +227,7 @@ class BlurStage:
 
 
 def within(faces: Sequence[FoundFace], height: int, width: int) -> list[Box]:
-    """Return the found boxes, clamped to one picture's size beyond its edges.
+    """Clamp found boxes to within one picture's size around the picture.
 
     A box with NaN becomes the whole picture: covering too much is safer than covering nothing.
     """

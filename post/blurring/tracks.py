@@ -45,7 +45,7 @@ class Track:
         return _moved(self.last.box, motion, index - self.last.number)
 
     def covered(self, index: int, hold: int, lookback: int) -> Box | None:
-        """Return the box to cover in a picture; None if it is too long before or after the sightings."""
+        """Return the box to cover in a picture; None if it is too far before or after the sightings."""
         first = self.sightings[0]
         last = self.last
         if index < first.number:

@@ -222,7 +222,7 @@ class _Checks:
             raise _RefusedError(f"its tensor {_shown(names)} of shape {dims[:8]} has not so many numbers")
         self.counts |= dict.fromkeys(names, float(count))
         self.tensors |= dict.fromkeys(names, Constant(tuple(dims)))
-        layout = _layout_of(tensor)
+        layout = _read_layout(tensor)
         if layout is not None and count <= _MOST_SIZES:
             values = tuple(_read_values(tensor, layout, count))
             self._sizes(Constant(tuple(dims), values, is_float=layout.letter == "f"), names)
@@ -247,7 +247,9 @@ class _Checks:
 
 
 def _stored_size(tensor: _Parts) -> int:
-    """Return the bytes of a tensor's values in the file; a number of its own counts as one."""
+    """Return the size of a tensor's values in the file, in bytes; a number in a field of its own counts as
+    one.
+    """
     size = 0
     for field_number in _VALUES:
         for value in tensor[field_number]:
@@ -255,7 +257,7 @@ def _stored_size(tensor: _Parts) -> int:
     return size
 
 
-def _layout_of(tensor: _Parts) -> _Layout | None:
+def _read_layout(tensor: _Parts) -> _Layout | None:
     """Return the layout of a tensor's stored values; None if they cannot be sizes."""
     dtype = next((number for number in tensor[_DTYPE] if isinstance(number, int)), 0)
     return _LAYOUTS.get(dtype)
@@ -326,7 +328,7 @@ def _numbers(values: Iterable[_Value]) -> list[int]:
 
 
 def _product(sizes: Iterable[float]) -> float:
-    """Multiply sizes; skip those that stand for the end of an axis or count from the end."""
+    """Multiply sizes, skipping special values that mean the end of an axis or a count from the end."""
     return math.prod(max(1, size) for size in sizes if size < 2**63 - 1)
 
 

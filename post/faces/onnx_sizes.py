@@ -41,9 +41,9 @@ def input_count(shape: Sequence[int | None]) -> float:
 
 
 def output_count(node: Node, counts: Mapping[str, float], constants: Mapping[str, Constant]) -> float:
-    """Return about how many numbers each output of an operator has.
+    """Estimate the number of values in each output of an operator.
 
-    counts: of the values before it. constants: tensors of the file by name.
+    counts: number of values of each earlier result. constants: tensors of the file by name.
     """
     input_counts = [counts[name] for name in node.inputs if name in counts]
     first = counts.get(node.inputs[0], 1.0) if node.inputs else 1.0
@@ -99,6 +99,6 @@ def _product(constant: Constant) -> float:
 
 
 def _expanded(count: float, shape: Constant) -> float:
-    """Return the numbers of what is expanded to a shape, in which a 1 stands for the size of the input."""
+    """Return the number of values after expanding to a shape, in which 1 keeps the input's size."""
     keeps_size = any(value <= 1 for value in shape.values[1:])
     return max(count, _product(shape) * (count if keeps_size else 1))

@@ -42,7 +42,7 @@ class FlowDecoderConfig:
 
 
 class Alike(nn.Module):
-    """Attention between places of the first picture, weighted by how alike they are."""
+    """Attention between places of the first picture, weighted by their similarity."""
 
     def __init__(self, config: FlowDecoderConfig) -> None:
         super().__init__()

@@ -178,7 +178,7 @@ class CoarseContextAttention(nn.Module):
 
 
 class VerticalLayer(nn.Module):
-    """Attention of each token to the same token of other places."""
+    """Attention of each token to the token with the same index at other places."""
 
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__()

@@ -39,7 +39,7 @@ class RrdbConfig:
 
     @property
     def short(self) -> "RrdbConfig":
-        """Return the same network with one part of each form, which takes as much memory for a pixel."""
+        """Return the same network with one block of each kind, which needs as much memory per pixel."""
         return replace(self, blocks=1)
 
 
@@ -127,7 +127,7 @@ class CompactConfig:
 
     @property
     def short(self) -> "CompactConfig":
-        """Return the same network with one part of each form, which takes as much memory for a pixel."""
+        """Return the same network with one block of each kind, which needs as much memory per pixel."""
         return replace(self, depth=1)
 
 

@@ -54,7 +54,7 @@ class SwinirConfig:
 
     @property
     def short(self) -> "SwinirConfig":
-        """Return the same network with one part of each form, which takes as much memory for a pixel."""
+        """Return the same network with one block of each kind, which needs as much memory per pixel."""
         return replace(self, heads=self.heads[:1], depths=(1,))
 
 
@@ -164,7 +164,9 @@ class ResidualGroup(nn.Module):
 
 
 def apart(window: int, rows: int, columns: int, bias: Tensor) -> Tensor:
-    """Return the bias (heads N N) with the last `rows` and `columns` of a window masked from the rest."""
+    """Return the attention bias, heads N N, with the last `rows` and `columns` of a window masked from the
+    rest.
+    """
     if not rows and not columns:
         return bias
     place = torch.arange(window, device=bias.device)

@@ -11,6 +11,8 @@ ip_noise: mix in further noise, which is not to be predicted
 mask_prior: hold the network to the model outside masks
 on_end: start a command when the run is over
 output_preservation: let samples of some tables stay as they are
+preference: learn from pairs of a better and a worse one
+preference_pairs: the loss of such pairs
 show_timesteps: show which timesteps would be drawn
 show_timesteps_drawing: count and draw them
 skip: leave out steps that went wrong, and remember them
@@ -33,6 +35,7 @@ from training.features.ip_noise import IP_NOISE
 from training.features.mask_prior import MASK_PRIOR
 from training.features.on_end import ON_END
 from training.features.output_preservation import OUTPUT_PRESERVATION
+from training.features.preference import PREFERENCE
 from training.features.show_timesteps import SHOW_TIMESTEPS
 from training.features.skip import SKIP
 from training.features.slider import SLIDER
@@ -51,6 +54,7 @@ FEATURES: tuple[Feature, ...] = (
     MASK_PRIOR,
     BLANK_PRIOR,
     SLIDER,
+    PREFERENCE,
     TREAD,
     EMA,
     SKIP,

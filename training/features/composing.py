@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modules.options import HABIT, Options, facts_of, option, reach_of
+from modules.options import HABIT, Options, facts_of, find_reach, option
 from training.features import FEATURES
 from training.features.contract import (
     AT_NETWORK,
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from training.data.feed import BatchSources
     from training.data.live import LiveTexts
     from training.loss import NoisyBatch
+    from training.reports.page import PageParts
     from training.saving.files import Publisher
     from training.steps import Progress
 
@@ -99,7 +100,7 @@ def options_reaching(*reaches: str) -> dict[str, Mapping[str, Any]]:
     of_features: dict[str, Mapping[str, Any]] = {}
     for feature in FEATURES:
         of_features |= facts_of(feature.options)
-    return {name: facts for name, facts in of_features.items() if reach_of(facts) in reaches}
+    return {name: facts for name, facts in of_features.items() if find_reach(facts) in reaches}
 
 
 def options_by_expert() -> list[type[Options]]:
@@ -191,8 +192,14 @@ def keep_steps(options: OptionsOfRun) -> bool:
     return any(feature.keeps_steps for feature in active_features(options))
 
 
-def need_empty_prompt(options: OptionsOfRun) -> bool:
-    return any(feature.needs_empty_prompt for feature in active_features(options))
+def need(options: OptionsOfRun, part: str) -> bool:
+    """Return whether batches have a further part, as `Feature.needs` has it."""
+    return any(part in feature.needs for feature in active_features(options))
+
+
+def join_streams(options: OptionsOfRun) -> bool:
+    """Return whether passes have one loss of picture and sound."""
+    return any(feature.joins_streams for feature in active_features(options))
 
 
 def add_passes(usual: StepPasses, options: OptionsOfRun) -> StepPasses:
@@ -226,6 +233,13 @@ def check_items(options: OptionsOfRun, items: "Sequence[TrainingItem]", sources:
     """Raise UserError for items to learn that a feature cannot use. sources: where they are read from."""
     for check in _functions(options, lambda feature: feature.check_items):
         check(items, sources)
+
+
+def note_unused(options: OptionsOfRun, items: "Sequence[TrainingItem]") -> None:
+    """Log which parts of the items to learn are for features alone that are off."""
+    for feature in FEATURES:
+        if feature.note_unused is not None and not feature.is_on(options.of(feature.options)):
+            feature.note_unused(items)
 
 
 def describe_features(options: OptionsOfRun, are_targets: bool) -> list[str]:
@@ -292,6 +306,16 @@ def commands_at_end(options: OptionsOfRun) -> list[tuple[str, Sequence[str]]]:
 def bad_step_remedies() -> str:
     """Return the remedies of features for a loss or norm that is NaN or infinite, as sentences."""
     return " ".join(feature.remedy_of_bad_step for feature in FEATURES if feature.remedy_of_bad_step)
+
+
+def parts_of_page() -> "PageParts":
+    """Return what features add to the page of a run."""
+    from training.reports.page import PageParts  # not for --help
+
+    return PageParts(
+        charts=[feature.charts for feature in FEATURES if feature.charts is not None],
+        tiles=[feature.tile for feature in FEATURES if feature.tile is not None],
+    )
 
 
 def install_features(options: OptionsOfRun, progress: "Progress") -> Hooks:

@@ -7,7 +7,7 @@ feature: what a run asks all features for is in `composing.py`.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -24,15 +24,18 @@ if TYPE_CHECKING:  # --help does without torch
     from contract.rules import Expert
     from dataset.batches.items import TrainingItem
     from dataset.table import DatasetTable
-    from modules.speed_options import TrainingSpeedOptions
+    from modules.pages.charts import Chart
     from networks.loading import LoraUse
     from networks.teacher_options import TeacherOptions
+    from running.options import TrainingSpeedOptions
     from training.data.feed import BatchSources
     from training.data.live import LiveTexts
     from training.learning_options import WholeDitOptions
     from training.loss import NoisyBatch
     from training.noise_options import TimestepOptions
+    from training.reports.history import Story
     from training.reports.logs import Recorder
+    from training.reports.page import Tile
     from training.run_options import LogOptions, LoopOptions
     from training.saving.files import Publisher
     from training.saving.options import SavingOptions
@@ -48,6 +51,9 @@ T = TypeVar("T")
 AT_NETWORK, AT_NOISE, AT_LOSS = "network", "noise", "loss"
 AT_WEIGHTS, AT_LOGS, AT_ENDING, AT_METADATA = "weights", "logs", "ending", "metadata"
 
+# of `Feature.needs`: what batches have besides pictures and captions
+EMPTY_PROMPT, WORSE_ONES = "the empty prompt", "the worse one of each pair"
+
 # time of a pass without gradients as a share of one with: a LoRA's backward pass takes as long as the forward
 # pass; with checkpointed blocks, or if the model itself learns, twice as long
 SHARES = 1 / 3, 1 / 2
@@ -62,10 +68,10 @@ class StepPasses:
     size: int = 1  # of a pass, in micro-batches
 
     def plus(self, further: "StepPasses") -> "StepPasses":
-        return replace(
-            self,
+        return StepPasses(
             with_gradients=self.with_gradients + further.with_gradients,
             without=self.without + further.without,
+            size=self.size * further.size,
         )
 
     @property
@@ -240,6 +246,19 @@ class RunEnd:
     error: BaseException | None = None  # that has ended it
 
 
+@dataclass
+class Tally:
+    """Further numbers of a micro-batch for the logs, from its passes to its row."""
+
+    names: tuple[str, ...]
+    numbers: "Tensor | None" = None  # of the last passes, one for each name: means
+
+    def take(self) -> "Tensor | None":
+        taken = self.numbers
+        self.numbers = None
+        return taken
+
+
 OnNoise = Callable[["torch.Size", int, int], "Tensor"]
 BeforeStep = Callable[[HookedRun, GradientStep, "Tensor"], str]
 LearningPass = Callable[["nn.Module", "NoisyBatch"], AbstractContextManager[None]]
@@ -275,6 +294,7 @@ class Hooks:
     # takes it. All processes answer alike. With such a hook each step waits for the device
     before_step: list[BeforeStep] = field(default_factory=list)
     after_step: list[Callable[[], None]] = field(default_factory=list)  # only of those that are taken
+    tallies: list[Tally] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -310,11 +330,14 @@ class Feature:
     needs_base: "Callable[[Sequence[DatasetTable]], bool] | None" = None
     # what it learns towards keeps that a transformer was distilled for few steps
     keeps_steps: bool = False
-    needs_empty_prompt: bool = False  # batches also have the conditions of the empty prompt
+    needs: tuple[str, ...] = ()  # what its batches have: EMPTY_PROMPT, WORSE_ONES
+    joins_streams: bool = False  # its passes have one loss of picture and sound
     # given its options and the text encoders that work while training: raises OptionError
     check_texts: "Callable[[Any, LiveTexts | None], None] | None" = None
     # given its options, the items to learn and where they are read from: raises UserError
     check_items: "Callable[[Any, Sequence[TrainingItem], BatchSources], None] | None" = None
+    # given the items to learn, if it is off: logs which parts of them are for it alone
+    note_unused: "Callable[[Sequence[TrainingItem]], None] | None" = None
     # given its options and a transformer: what is merged into this one, frozen or not, while it is loaded
     merged: "Callable[[Any, Expert], MergedLoras] | None" = None
     # given its options: whether that may undo that a transformer was distilled for few steps
@@ -326,6 +349,9 @@ class Feature:
     # likewise, its line behind all others
     start_row: Callable[[Any], tuple[str, str]] | None = None
     progress: type[Any] | None = None  # a dataclass: what it remembers in `Progress`, and in states
+    # given the story of any run and the largest number of points of a curve: its diagrams on the page
+    charts: "Callable[[Story, int], list[Chart]] | None" = None
+    tile: "Callable[[Story], Tile | None] | None" = None  # likewise, its number at the top of the page
     # given its options and the run's progress: entries of each saved file, without the `ss_` of their names
     metadata: Callable[[Any, "Progress"], Mapping[str, Any]] | None = None
     images_record_it: bool = False  # image trainers have these entries if it is off too

@@ -56,7 +56,7 @@ class TrackerOptions(Options, title="logs"):
         "tensorboard when not given and --logging_dir is; all: tensorboard and wandb",
         choices=(*CHOICES, "all"),
         # those that need no folder write and send where they like
-        facts={**SENDS, **OF_RUN, "stays": NEEDS_FOLDER, "intention": "gives its losses to {}"},
+        facts={**SENDS, **OF_RUN, "stays": NEEDS_FOLDER, "permission": "gives its losses to {}"},
     )
     log_prefix: str | None = option(
         "start of the run folder's name, before its date",
@@ -78,7 +78,7 @@ class TrackerOptions(Options, title="logs"):
         place="there",
         hint="a TOML file with a table [wandb] or of another tracker",
         acts_if=_IF_LOGGED,
-        facts={**CONFIGURES, **OF_RUN, "intention": "has its trackers read {}"},
+        facts={**CONFIGURES, **OF_RUN, "permission": "has its trackers read {}"},
     )
     wandb_api_key: str | None = option(
         "log in to wandb with this key; it is never written anywhere", acts_if=_IF_WANDB, facts=SECRET

@@ -11,7 +11,7 @@ class UploadOptions(Options, title="Hugging Face hub"):
 
     huggingface_repo_id: str | None = option(
         "upload each saved file to this repository (owner/name); it gets a model card if it has none",
-        facts={**SENDS, **OF_RUN, "intention": "uploads the trained files to {}"},
+        facts={**SENDS, **OF_RUN, "permission": "uploads the trained files to {}"},
     )
     huggingface_repo_type: str | None = option(
         "model (when not given), dataset or space", one_of=("model", "dataset", "space"), acts_if=_IF_UPLOADED
@@ -32,7 +32,7 @@ class UploadOptions(Options, title="Hugging Face hub"):
     save_state_to_huggingface: bool = option("upload state folders as well", needs="huggingface_repo_id")
     resume_from_huggingface: bool = option(
         "--resume names owner/repo/path[:revision[:type]]",
-        facts={**SENDS, "intention": "downloads a state from {}"},
+        facts={**SENDS, "permission": "downloads a state from {}"},
     )
     async_upload: bool = option(
         "upload while training continues; only the final upload is waited for", needs="huggingface_repo_id"

@@ -84,8 +84,8 @@ class StepReport:
     skipped: str = ""  # why the step was not taken, as `skipping.NAMES` has it; "": it was taken
     # losses of the parts that had micro-batches in the step, by name: experts, or picture and sound
     by_part: Mapping[str, float] = field(default_factory=dict)
-    # of --preference: both errors, and the share of pairs that are right
-    pairs: Mapping[str, float] = field(default_factory=dict)
+    # means of the further numbers of features, by name
+    numbers: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -245,7 +245,7 @@ def _tracked_values(report: StepReport) -> dict[str, float]:
     """Return the numbers of a step by the names that trackers show."""
     values = {"loss/current": report.loss, "loss/average": report.average, **report.rates}
     values |= {f"loss/{name}": loss for name, loss in report.by_part.items()}
-    values |= report.pairs
+    values |= report.numbers
     if report.gradient_norm is not None:
         values["grad_norm"] = report.gradient_norm
     if report.seconds:

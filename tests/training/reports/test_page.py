@@ -19,6 +19,7 @@ from modules.media.tracks import write_wav
 from tests.chromium import open_page, wait_until
 from tests.training.test_resume import train_in_two_processes
 from tests.training.toy import Killed, killed_at, same, train_toy, write_caches, write_prompts
+from training.features.composing import parts_of_page
 from training.reports.history import History, PageCommand, SampleRow, Start, Story
 from training.reports.page import Standing, list_charts, list_tiles, write_training_page
 from training.reports.reporter import RunReporter
@@ -252,14 +253,16 @@ def test_the_numbers_of_pairs_are_curves_and_the_latest_ones_a_tile(tmp_path: Pa
     history.flush()
 
     story = history.read()
-    charts = {chart.title: {curve.name: curve.y for curve in chart.curves} for chart in list_charts(story)}
+    drawn = list_charts(story, parts_of_page())
+    charts = {chart.title: {curve.name: curve.y for curve in chart.curves} for chart in drawn}
 
     assert charts["Error at both of a pair"] == {
         "better one": [0.5, 0.25, 0.125, 0.0625],
         "worse one": [2, 2, 2, 2],
     }
     assert charts["Share of pairs that are right"] == {"right": [0.25, 0.5, 0.75, 1]}
-    tiles = {label: (value, note) for label, value, note in list_tiles(Standing(Start("toy", 9), 5), story)}
+    listed = list_tiles(Standing(Start("toy", 9), 5), story, parts_of_page())
+    tiles = {label: (value, note) for label, value, note in listed}
     assert tiles["Pairs that are right"][0] == "62%"
     assert tiles["Skipped steps"] == ("1", "not taken; the last: 5")
 
