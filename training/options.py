@@ -223,17 +223,7 @@ class TrainingOptions(Options):
                 f"{flags}: trained weights are kept in float32, or in bfloat16 with --full_bf16, because "
                 f"{stored.form} would lose the steps; leave it out, or train a LoRA"
             )
-        swap = self.speed.swap
-        if swap.blocks_to_swap and not options.fused_backward_pass:
-            raise OptionError(
-                f"--blocks_to_swap {swap.blocks_to_swap} with trained weights: each must be stepped "
-                "while its block is on the device. Add --fused_backward_pass, or leave it out"
-            )
-        if swap.img_in_txt_in_offloading:
-            raise OptionError(
-                "--img_in_txt_in_offloading: these layers are trained, so they must be on the device. Leave "
-                "it out"
-            )
+        self.speed.swap.refuse_trained(options.fused_backward_pass)
 
     def _check_targets(self) -> None:
         """Refuse targets that answer one question differently."""
