@@ -219,7 +219,7 @@ class _LlliteBatch:
             return None
         if module not in self._embedded or self._embedded[module][0] is not images:
             self._embedded[module] = images, module.embed(images * 2 - 1)
-        _, embedding = self._embedded[module]
+        embedding = self._embedded[module][1]
         x = inputs[0]
         return x + self._uses[number].multiplier * module(x, embedding), *inputs[1:]
 
