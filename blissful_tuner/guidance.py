@@ -21,7 +21,6 @@ from blissful_tuner.guidance_formulas import (
     NormalisedGuidance,
     Pass,
     PassPlan,
-    RunPasses,
     Velocities,
     active_steps,
     add_skipped_layers,
@@ -39,7 +38,7 @@ from blissful_tuner.options import MOST_SCALE, PLAIN_GUIDANCE, GuidanceOptions, 
 from contract.data import Conditions
 from contract.requests import Prepared
 from contract.rules import ONE_EXPERT, Expert, GuidanceRules, StreamGuidance, expert_at
-from contract.steps import NO_TWEAKS, Away, Guidance, Predict, Section, Step, Tweaks
+from contract.steps import NO_TWEAKS, Away, Guidance, Predict, RunPasses, Section, Step, Tweaks
 from modules.errors import OptionError
 
 logger = logging.getLogger(__name__)

@@ -14,13 +14,8 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from blissful_tuner.options import GuidanceOptions
-from contract.data import Conditions
 from contract.rules import Projection, StreamGuidance
-from contract.steps import NO_TWEAKS, Predict, Section, Step, Tweaks
-
-Calls = Mapping[Tweaks, Mapping[int, Conditions]]  # the passes of a step, conditions by their identity
-Made = Mapping[tuple[Tweaks, int], Tensor]  # the velocity of each
-RunPasses = Callable[[Calls, Predict, Section], Made]
+from contract.steps import NO_TWEAKS, Calls, Made, Predict, Section, Step, Tweaks
 
 
 @dataclass(frozen=True)

@@ -1,30 +1,31 @@
 """The page: set up, start and watch trainings, generate, models, datasets and a queue, as files and commands.
 
-answers: pages, JSON, refusals; bodies and forms of requests
-beginnings: how a run stands from its draft on
+background_jobs: commands for a page, next to the queue
 bin_folder: what pages have removed, until it is emptied
 captioning: a model writes captions; a try on a few
 captions: write caption files, undo, refuse to overwrite others
+command_lines: a command as it can be typed in any folder
+command_output: printed lines, with their files and a remedy
 compare: find samples and clips of chosen files, plan the rest
+compare_pages: page of comparisons, jobs for missing clips
 dataset_pages: routes for datasets: files, small pictures, edited captions
 datasets: find datasets, measure them in another process
-described: read a described folder, and change its keys
-durations: how long steps take, as earlier runs measured
+described_folder: read a described folder, and change its keys
+draft_changes: show, check and save changes of a described folder
 drafts: what is typed into the form Generate, in files
-errands: commands for a page, next to the queue
+dropped_settings: how a dropped file was made, as a form
+durations: how long steps take, as earlier runs measured
 folder_files: rows of a folder, captions, files left out
-folder_settings: show, check and save the settings of a folder
+folder_settings: run.toml as a table of all its options
 folders: folders below the roots that hold media
-generate_pages: routes of Generate: form, wishes, dropped files
+generate_pages: routes of Generate: form, results to make, dropped files
 hub_login: whether there is a token, without its text
 inputs: take dropped pictures and clips, judged by content
-intentions: what a run.toml lets its run do
 jobs: command lines of a text file, run one after another
 known_queues: which jobs of a queue its user knows
 launch: a line to a program; its processes started, interrupted, outlasted
 lora_rows: LoRAs of runs that a model can take
 machine: line of each page: what runs, cards, free disk
-making: make wishes with a model that stays loaded
 memory: plan of a training as a bar, its switches
 model_files: released files on disk, what uses them, downloads
 model_pages: page of models: loading after licences, removing
@@ -33,28 +34,27 @@ names: digests as names, names that nothing has
 new_form: fields of the page New, and their command
 new_pages: describe, check and start a folder by buttons
 options: options of run_browser.py: folders, address, token
+permissions: what a run.toml lets its run do
 qr_code: a text as QR code, for terminal and page
-queue_views: pages of queue and comparison, their buttons
-receiving: write the bytes of a dropped file as they arrive
+queue_pages: page of the queue, its buttons
 recipes: a form to a command line and a request
-refilling: how a dropped file was made, as a form
+render_queue: results to make, in files that servers share
+render_worker: make results with a model that stays loaded
+responses: pages, JSON, refusals; bodies and forms of requests
 result_pages: results of Generate part by part, their buttons
+result_settings: settings in a result, and how it is made again
 results: find results of all days, remove them
 run_buttons: the buttons of a run and what they do
-runs: find runs by their histories, tell each at a glance
-said: printed lines, with their files and a remedy
+run_start: state of a run from its draft on, its start
+run_views: pages, curves and files of one run
+runs: find runs by their histories, tell each at a summary
 samples: rows of prompts.txt, and how often they are made
 server: routes, and what a request must have to pass
 sessions: what the process behind Generate may do
-settings: how a running server was started, with its address
-settings_of: settings in a result, and the wish that they make
 settings_page: page of settings: folders, server, queue, bin
-settings_table: run.toml as a table of all its options
-site: what all pages of one server share
+site: what all pages of one server share, how it started
 start: serve pages or export one; show the address
 tokens: the secret word of the page, and who opens it
-typed: a command as it can be typed in any folder
+upload_stream: write the bytes of a dropped file as they arrive
 uploads: take dropped files, judged by their content
-views: pages, curves and files of one run
-wishes: results to make, in files that servers share
 """

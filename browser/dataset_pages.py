@@ -15,20 +15,20 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from browser.answers import (
-    GONE,
-    NO_WRITING,
-    answer_body,
-    answer_gone,
-    answer_gone_page,
-    answer_json,
-    answer_template,
-)
 from browser.captions import Captions, caption_values
+from browser.command_lines import format_command
 from browser.datasets import MODELS, Datasets, File, FoundDataset, Measured
 from browser.options import PROJECT_CONFIG
+from browser.responses import (
+    NO_WRITING,
+    NOT_FOUND,
+    answer_body,
+    answer_json,
+    answer_not_found,
+    answer_not_found_page,
+    answer_template,
+)
 from browser.runs import Runs
-from browser.typed import typed_anywhere
 from modules.errors import MediaError
 from modules.media.reading import first_frame
 from modules.pages.page import reduce_frame
@@ -171,7 +171,7 @@ class DatasetPages:
         """
         part = read_part(query)
         try:
-            outside = self.datasets.outside(dataset)
+            outside = self.datasets.list_outside(dataset)
             if outside:
                 return self._describe_outside(outside)
             measured = self.datasets.measure(dataset)
@@ -181,14 +181,14 @@ class DatasetPages:
             return {"state": "failed", "error": f"{dataset.path}: {error}"}
         with self.datasets.lock:
             files = dict(measured.files)
-            status = _status_of(measured)
+            status = _describe_status(measured)
         words = query.get("text", "").lower().split()
         only = query.get("only", "")
         chosen = [id for id, file in files.items() if is_chosen(file, words, only)]
         shown = [self.show(dataset, id, files[id]) for id in chosen[part]]
         return {
             **status,
-            "counts": _count_by_filter(files.values()),
+            "counts": _count_filtered(files.values()),
             "items": _count_items(files.values()),
             "chosen": len(chosen),
             "files": shown,
@@ -197,7 +197,7 @@ class DatasetPages:
     def _describe_outside(self, folders: Sequence[Path]) -> dict[str, str]:
         """Return the state of a dataset of which folders are missing on the command line, which has them."""
         names = [str(folder) for folder in dict.fromkeys([*self.runs.tops, *folders])]
-        return {"state": "outside", "command": typed_anywhere(["python", "tools/run_browser.py", *names])}
+        return {"state": "outside", "command": format_command(["python", "tools/run_browser.py", *names])}
 
     def show(self, dataset: FoundDataset, id: str, file: File) -> dict[str, Any]:
         """Return the JSON values that the page shows of a file, with its current caption."""
@@ -230,7 +230,7 @@ class DatasetPages:
         path = self.caption_path(dataset, file)
         if path is None:
             text = "\n".join(file["captions"])
-            reason = GONE
+            reason = NOT_FOUND
             if file["caption_list"]:
                 reason = f"It stands in {file['caption_list']}: edit it there."
             return caption_values(reason, text)
@@ -250,7 +250,7 @@ class DatasetPages:
         file = self.datasets.measure(dataset).files.get(id)
         path = None if file is None else self.caption_path(dataset, file)
         if file is None or path is None:
-            return 404, {"error": GONE}
+            return 404, {"error": NOT_FOUND}
         mark = self.datasets.mark(dataset)
         status, error = self.captions.change(path, query)
         if not error:
@@ -267,7 +267,7 @@ class DatasetPages:
                 file["edited"] = text
 
     def show_list(self, _: Request) -> Response:
-        datasets = [(dataset, *self.datasets.glance(dataset)) for dataset in self.datasets.list_all()]
+        datasets = [(dataset, *self.datasets.describe(dataset)) for dataset in self.datasets.list_all()]
         values = {
             "dataset": None,
             "found": datasets,
@@ -301,10 +301,10 @@ class DatasetPages:
 
     def show_first(self, dataset: FoundDataset, _: Request) -> Response:
         """Return a small picture of a dataset's first file, for the list."""
-        media, _words = self.datasets.glance(dataset)
+        media, _words = self.datasets.describe(dataset)
         try:
             if media.first is None or not self.datasets.is_open(dataset, media.first):
-                return answer_gone()
+                return answer_not_found()
             part = {"path": str(media.first)}
             picture = self.thumbnails.make(part, media.first.stat().st_mtime_ns)
         except (MediaError, StopIteration):
@@ -314,15 +314,15 @@ class DatasetPages:
     def show_picture(self, dataset: FoundDataset, request: Request) -> Response:
         item = request.path_params["item"]
         number = request.path_params["number"]
-        if self.datasets.outside(dataset):
-            return answer_gone()
+        if self.datasets.list_outside(dataset):
+            return answer_not_found()
         file = self.datasets.measure(dataset).files.get(item)
         parts = file["parts"] if file else ()
         if number >= len(parts):
-            return answer_gone()
+            return answer_not_found()
         part = parts[number]
         if self.address(dataset, item, number, part) != request.url.path:
-            return answer_gone()  # it lies elsewhere, or is not what the page knows of
+            return answer_not_found()  # it lies elsewhere, or is not what the page knows of
         try:
             picture = self.thumbnails.make(part, request.path_params["stamp"])
         except (MediaError, StopIteration):
@@ -334,8 +334,8 @@ class DatasetPages:
             query = parse_json(body.decode())
             if not isinstance(query, dict):
                 raise ValueError("it is no object")
-            if self.datasets.outside(dataset):
-                return answer_gone()
+            if self.datasets.list_outside(dataset):
+                return answer_not_found()
             if "item" not in request.path_params:
                 model = str(query.get("model"))
                 decodes = bool(query.get("decodes"))
@@ -347,7 +347,7 @@ class DatasetPages:
             return PlainTextResponse(f"This is no request: {error}", 400)
 
 
-def _count_by_filter(files: Collection[File]) -> dict[str, int]:
+def _count_filtered(files: Collection[File]) -> dict[str, int]:
     """Return the number of files that each filter of ONLY keeps."""
     return {name: sum(is_chosen(file, (), name) for file in files) for name in ONLY}
 
@@ -357,7 +357,7 @@ def _count_items(files: Collection[File]) -> int:
     return sum(number for file in files for _, number in file["lengths"])
 
 
-def _status_of(measured: Measured) -> dict[str, Any]:
+def _describe_status(measured: Measured) -> dict[str, Any]:
     """Return the JSON values that the page shows of a measurement."""
     state = "failed" if measured.error else "ready"
     if measured.is_running:
@@ -386,8 +386,8 @@ def dataset_routes(runs: Runs, read_only: bool) -> list[Route]:
         def answer(request: Request, *body: bytes) -> Response:
             dataset = pages.datasets.find(request.path_params["id"])
             if dataset is None and request.url.path.count("/") == 3:  # its page, not a part of it
-                return answer_gone_page(request)
-            return answer_gone() if dataset is None else show(dataset, request, *body)
+                return answer_not_found_page(request)
+            return answer_not_found() if dataset is None else show(dataset, request, *body)
 
         return answer
 

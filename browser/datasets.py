@@ -19,7 +19,7 @@ from typing import Any
 
 from browser.names import short_digest
 from browser.options import PROJECT_CONFIG
-from browser.runs import CONFIG, Glance, Runs
+from browser.runs import CONFIG, Runs, RunSummary
 from contract.families import with_scripts
 from modules.console import count_of
 from modules.control_codes import escape_control_codes
@@ -68,12 +68,6 @@ def picture_families() -> frozenset[str]:
     return frozenset(name for name, most in frames.items() if most == 1)
 
 
-def model_of_run(name: str) -> str:
-    """Return the key of MODELS for a run. name: that of its model, as the run calls it."""
-    usual = PICTURES if name in picture_families() else next(iter(MODELS))
-    return OF_RUNS.get(name, usual)
-
-
 File = dict[str, Any]  # as `data_tools/report/files.py` lists it
 
 
@@ -111,7 +105,7 @@ def find_places(config: Path, folder: Path) -> list[Path]:
     text = read_text(config)
     content = parse_toml(text) if config.suffix == CONFIG else parse_json(text)
     places = []
-    for text in _texts_in(content):
+    for text in _list_texts(content):
         begin = re.split(r"[*?\[{]", text)[0]  # of a pattern, the folder that it looks into
         path = folder / begin
         if begin != text:
@@ -136,15 +130,15 @@ def choose_folder(config: Path, working_folder: Path) -> Path:
     return config.parent
 
 
-def _texts_in(content: Any) -> Iterator[str]:
+def _list_texts(content: Any) -> Iterator[str]:
     if isinstance(content, str):
         yield content
     elif isinstance(content, dict):
         for entry in content.values():
-            yield from _texts_in(entry)
+            yield from _list_texts(entry)
     elif isinstance(content, list):
         for entry in content:
-            yield from _texts_in(entry)
+            yield from _list_texts(entry)
 
 
 @dataclass
@@ -169,7 +163,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class MediaFiles:
-    """Hold what the folders of a dataset have at a glance, before anything is measured."""
+    """Hold what the folders of a dataset have at a summary, before anything is measured."""
 
     pictures: int = 0
     clips: int = 0
@@ -230,7 +224,7 @@ class Datasets:
     def list_all(self) -> list[FoundDataset]:
         """Return all datasets in the order of their paths: those of runs, and those in the folders."""
         projects = self._find_projects()
-        datasets = self._datasets_of_runs(projects)
+        datasets = self._find_run_datasets(projects)
         for config in (*self.runs.configs(), *projects):
             path = real_path(config)
             if path not in datasets and self._is_dataset(config):
@@ -240,7 +234,7 @@ class Datasets:
             self._found = {dataset.id: dataset for dataset in datasets.values()}
         return sorted(datasets.values(), key=lambda dataset: str(dataset.path))
 
-    def _datasets_of_runs(self, projects: Collection[Path]) -> dict[Path, FoundDataset]:
+    def _find_run_datasets(self, projects: Collection[Path]) -> dict[Path, FoundDataset]:
         """Return the datasets that runs trained on. projects: the result of `_find_projects`."""
         runs: dict[tuple[Path, Path], list[tuple[str, str]]] = {}  # by configuration and working folder
         models: dict[Path, str] = {}
@@ -250,7 +244,8 @@ class Datasets:
             if typed:
                 folder, path = _locate(typed, run)
                 runs.setdefault((path, folder), []).append((run.id, run.name))
-                models.setdefault(path, model_of_run(run.model))
+                usual_model = PICTURES if run.model in picture_families() else next(iter(MODELS))
+                models.setdefault(path, OF_RUNS.get(run.model, usual_model))
         datasets = {}
         for (path, folder), names in runs.items():
             datasets[path] = FoundDataset(
@@ -295,7 +290,7 @@ class Datasets:
             return False
         return self._texts[path][1]
 
-    def outside(self, dataset: FoundDataset) -> list[Path]:
+    def list_outside(self, dataset: FoundDataset) -> list[Path]:
         """Return the folders that are missing on the command line for this dataset to be shown.
 
         Raises OSError if the configuration does not exist, ValueError if it cannot be read.
@@ -320,10 +315,10 @@ class Datasets:
                 self.start(dataset)
             return measured
 
-    def glance(self, dataset: FoundDataset) -> tuple[MediaFiles, str]:
+    def describe(self, dataset: FoundDataset) -> tuple[MediaFiles, str]:
         """Return the media of a dataset's folders, and the known facts in words. Measures nothing."""
         try:
-            if self.outside(dataset):
+            if self.list_outside(dataset):
                 return MediaFiles(), "partly outside the folders that are shown"
             media = count_media(dataset, lambda path: self.is_open(dataset, path))
         except OSError as error:
@@ -357,7 +352,7 @@ class Datasets:
         """
         with self.lock:
             measured = self._measured.setdefault(dataset.id, Measured(model=dataset.model))
-            if measured.is_running or self.outside(dataset):
+            if measured.is_running or self.list_outside(dataset):
                 return
             measured.is_running = True
             measured.mark = self.mark(dataset)
@@ -489,7 +484,7 @@ def _join_paths(file: File, folder: Path) -> None:
             file[name] = str(folder / file[name])
 
 
-def _locate(typed: str, run: Glance) -> tuple[Path, Path]:
+def _locate(typed: str, run: RunSummary) -> tuple[Path, Path]:
     """Return the working folder of a run, and the path of its --dataset_config.
 
     The history of an older version does not tell the working folder: the run folder's parents are tried, the

@@ -11,7 +11,7 @@ from pathlib import Path
 from modules.atomic_write import explain_errors, write_text
 from modules.text_files import parse_json, read_text
 
-FOLDER = "drafts"  # in that of the wishes
+FOLDER = "drafts"  # in that of the render jobs
 NAME = re.compile(r"[0-9a-f]{16}")
 MOST_DRAFTS = 40
 MOST_BYTES = 1 << 20

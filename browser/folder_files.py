@@ -17,13 +17,13 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from browser.answers import GONE, NO_WRITING, answer_body, answer_gone, answer_json
 from browser.bin_folder import FOLDER as BIN
 from browser.bin_folder import rename_into
 from browser.captions import Captions, caption_values
 from browser.dataset_pages import Thumbnails, answer_stamped, answer_unreadable, read_part
 from browser.folders import MOST_ENTRIES, find_folder
 from browser.names import short_digest
+from browser.responses import NO_WRITING, NOT_FOUND, answer_body, answer_json, answer_not_found
 from browser.runs import Runs
 from modules.atomic_write import explain_errors
 from modules.errors import MediaError, OptionError, OutputError, UserError
@@ -135,7 +135,8 @@ class LeftOut:
         paths = [path]
         others = [other for other in list_names(start) if Path(other).stem == path.stem]
         if len(others) == 1:  # else the caption is also that of another file
-            paths += [caption for caption in _caption_files(path) if caption.is_file()]
+            captions = [path.with_suffix(suffix) for suffix in (".txt", ".caption")]
+            paths += [caption for caption in captions if caption.is_file()]
         for moved in paths:
             if os.path.lexists(target / moved.name):
                 raise OptionError(f"{target / moved.name} is there already. Rename one of the two")
@@ -147,10 +148,6 @@ class LeftOut:
                 if error.errno != errno.EXDEV:
                     raise
                 raise OutputError(f"{path} is on another disk than {target}. Move it by hand") from None
-
-
-def _caption_files(path: Path) -> list[Path]:
-    return [path.with_suffix(suffix) for suffix in (".txt", ".caption")]
 
 
 class FolderFiles:
@@ -180,7 +177,7 @@ class FolderFiles:
         """Return files of a folder as JSON. Query: text, only, from and count."""
         folder = self.find(request)
         if folder is None:
-            return answer_json({"state": "gone", "error": GONE})
+            return answer_json({"state": "gone", "error": NOT_FOUND})
         try:
             return answer_json(self.items(folder, request.query_params))
         except OSError as error:
@@ -269,7 +266,7 @@ class FolderFiles:
             names = {} if folder is None else {short_digest(name): name for name in list_names(folder)}
             name = names.get(request.path_params["item"])
             if folder is None or name is None or not isinstance(query, dict):
-                return answer_json({"error": GONE}, 404)
+                return answer_json({"error": NOT_FOUND}, 404)
         except (OSError, ValueError) as error:
             return answer_json({"error": str(error)}, 400)
         status, message = self._write_caption(folder, name, query)
@@ -290,7 +287,7 @@ class FolderFiles:
         try:
             query = parse_json(body.decode())
             if folder is None or not isinstance(query, dict):
-                return answer_json({"error": GONE}, 404)
+                return answer_json({"error": NOT_FOUND}, 404)
             name = str(query.get("name", ""))
             if query.get("what") == "back":
                 self.left_out.put_back(folder, name)
@@ -306,12 +303,12 @@ class FolderFiles:
         is_media = path.suffix.lower() in SHOWN and path.is_absolute()
         try:
             if not is_media or not self.runs.is_inside(path):
-                return answer_gone()
+                return answer_not_found()
             picture = self.thumbnails.make({"path": str(real_path(path))}, path.stat().st_mtime_ns)
         except (MediaError, StopIteration):
             return answer_unreadable()
         except (OSError, ValueError):
-            return answer_gone()
+            return answer_not_found()
         return answer_stamped(picture)
 
 

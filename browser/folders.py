@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from browser.bin_folder import FOLDER as BIN
-from browser.described import is_described
+from browser.described_folder import is_described
 from browser.names import fold_name
 from browser.runs import Runs
 from modules.console import count_of

@@ -11,37 +11,37 @@ from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
 from browser import launch
-from browser.answers import (
-    Form,
-    answer_form,
-    answer_gone,
-    answer_json,
-    answer_template,
-    answer_unknown,
-    read_query,
-)
+from browser.command_lines import format_command
 from browser.drafts import Drafts
+from browser.dropped_settings import DroppedSettings, read_dropped_settings
 from browser.inputs import FOLDER as INPUTS
 from browser.inputs import InputFolder
-from browser.lora_rows import BOTH, LoraRow, RunShelf, check_family, chosen_at_first, usual_expert
-from browser.making import IDLE_SECONDS
+from browser.lora_rows import BOTH, LoraRow, RunLoras, check_family, choose_default_loras, choose_expert
 from browser.recipes import (
     FIELDS,
     PICTURES,
     RESULTS,
     ModelRecipe,
+    RenderRequest,
     UsedLora,
-    Wish,
+    find_flag,
     find_model_set,
-    flag_of,
     is_driven,
-    recipe_of_model,
-    recipe_of_run,
+    make_model_recipe,
+    make_run_recipe,
 )
-from browser.refilling import FoundSettings, read_found
+from browser.render_queue import RenderJob
+from browser.render_worker import IDLE_SECONDS
+from browser.responses import (
+    Form,
+    answer_form,
+    answer_json,
+    answer_not_found,
+    answer_template,
+    answer_unknown,
+    read_query,
+)
 from browser.site import Site
-from browser.typed import typed_anywhere
-from browser.wishes import Making
 from contract.families import HIGH_NOISE, LOW_NOISE
 from downloads.catalogue import model_sets
 from modules.control_codes import shorten
@@ -50,7 +50,7 @@ from modules.media.reading import read_tags
 
 MOST_AT_ONCE = 64  # results of one press of Make
 FOUR = 4  # of "Make with four seeds"
-SHOWN_ENDED = 12  # wishes that were stopped, died or had a warning, in the page
+SHOWN_ENDED = 12  # render jobs that were stopped, died or had a warning, in the page
 SHOWN_OF_REASON = 120  # characters
 LABELS = {
     "prompt": "Prompt",
@@ -91,7 +91,7 @@ SEED_BITS = 32
 
 
 @dataclass(frozen=True)
-class MakingForm:
+class GenerateForm:
     """Contents of the fields of the page Generate."""
 
     source: str = ""  # `run ID` or `model FAMILY TASK`
@@ -102,7 +102,7 @@ class MakingForm:
     is_locked: bool = False  # the seed stays in the form
 
     @classmethod
-    def of_fields(cls, form: Mapping[str, Sequence[str]]) -> "MakingForm":
+    def of_fields(cls, form: Mapping[str, Sequence[str]]) -> "GenerateForm":
         """Return the form that a page has sent."""
         texts = {name: "".join(form[name]) for name in LABELS if name in form}
         chosen = form.get("lora", ())
@@ -131,9 +131,9 @@ class GeneratePages:
 
     def __init__(self, site: Site) -> None:
         self.site = site
-        self.maker = site.maker
-        self.shelf = RunShelf(site.runs)
-        self.drafts = Drafts(self.maker.folder)
+        self.render_worker = site.render_worker
+        self.run_loras = RunLoras(site.runs)
+        self.drafts = Drafts(self.render_worker.folder)
         self.models = [model for model in model_sets() if is_driven(model)]
 
     @property
@@ -153,17 +153,19 @@ class GeneratePages:
         if run:
             fields["source"] = [f"run {run}"]
         if "fill" in fields:  # another source was chosen
-            return self.answer_refilled(MakingForm.of_fields(fields), draft)
+            return self.answer_refilled(GenerateForm.of_fields(fields), draft)
         if fields:
-            form = MakingForm.of_fields(fields)
+            form = GenerateForm.of_fields(fields)
             is_new = "prompt" not in fields and fields.get("source") != [""]  # as before one is chosen
             return self.answer(form, is_new=is_new, draft=draft)
         stored = self.drafts.read(draft) or self.drafts.newest()
         if stored is None:
-            return self.answer(MakingForm(), is_new=True)
-        return self.answer(MakingForm.of_fields(stored), draft=draft, said="".join(stored.get("note", ())))
+            return self.answer(GenerateForm(), is_new=True)
+        return self.answer(
+            GenerateForm.of_fields(stored), draft=draft, message="".join(stored.get("note", ()))
+        )
 
-    def answer_refilled(self, form: MakingForm, draft: str) -> Response:
+    def answer_refilled(self, form: GenerateForm, draft: str) -> Response:
         """Return the page with the form for the source that was chosen in it."""
         try:
             return self.answer(self.refill(form), draft=draft)
@@ -171,7 +173,7 @@ class GeneratePages:
             return self.answer(form, str(reason), draft=draft)
 
     def answer(
-        self, form: MakingForm, error: str = "", is_new: bool = False, draft: str = "", said: str = ""
+        self, form: GenerateForm, error: str = "", is_new: bool = False, draft: str = "", message: str = ""
     ) -> Response:
         """Return the page with a filled form.
 
@@ -189,10 +191,10 @@ class GeneratePages:
         except (UserError, OSError) as reason:
             problem = problem or str(reason)
         form = replace(form, source=source)
-        rows = [] if recipe is None else self.shelf.list_rows(recipe)
+        rows = [] if recipe is None else self.run_loras.list_rows(recipe)
         if recipe is not None and is_new:
-            form = usual_form(source, recipe, rows)
-        wish = None if recipe is None else self.wish_of(recipe, form, rows)
+            form = make_usual_form(source, recipe, rows)
+        render_request = None if recipe is None else self.make_render_request(recipe, form, rows)
         values = {
             "form": form,
             "recipe": recipe,
@@ -205,24 +207,26 @@ class GeneratePages:
             "sources": sources,
             "rows": [row for row in rows if not row.reason or row.path in form.strengths],
             "other_rows": [row for row in rows if row.reason and row.path not in form.strengths],
-            "foreign_rows": [] if recipe is None else self.shelf.list_of_other_families(recipe),
-            "usual_expert": lambda row: usual_expert(row, recipe.folder) if recipe else BOTH,
-            "command": "" if wish is None else self.command_of(wish, form),
+            "foreign_rows": [] if recipe is None else self.run_loras.list_foreign_rows(recipe),
+            "choose_expert": lambda row: choose_expert(row, recipe.folder) if recipe else BOTH,
+            "command": "" if render_request is None else self.format_command_line(render_request, form),
             "draft": draft or self.drafts.new_name(),
-            "loading_note": loading_note(recipe),
+            "describe_loading": describe_loading(recipe),
             **self.work_values(),
             "can_write": not self.site.read_only,
-            "said": problem,
-            "note": said,
+            "message": problem,
+            "note": message,
         }
         return answer_template("generate.html", "Generate", values, is_refused=error != "")
 
     def work_values(self) -> dict[str, object]:
-        """Return the values for the part of the page about wishes."""
-        makings = self.maker.list_all()
-        ended = [making for making in makings if is_told(making)][: -SHOWN_ENDED - 1 : -1]
-        open_ones = [making for making in makings if making.state in ("running", "waiting")]
-        preview = self.maker.preview
+        """Return the values for the part of the page about render jobs."""
+        render_jobs = self.render_worker.list_all()
+        ended = [render_job for render_job in render_jobs if needs_mention(render_job)][
+            : -SHOWN_ENDED - 1 : -1
+        ]
+        open_jobs = [render_job for render_job in render_jobs if render_job.state in ("running", "waiting")]
+        preview = self.render_worker.preview
         address = ""
         if preview is not None:
             try:
@@ -230,29 +234,29 @@ class GeneratePages:
             except OSError:
                 address = ""
         return {
-            "makings": open_ones,
+            "render_jobs": open_jobs,
             "ended": ended,
             "ended_words": describe_ended(ended),
-            "waiting": sum(making.state == "waiting" for making in makings),
-            "loaded": self.maker.loaded,
+            "waiting": sum(render_job.state == "waiting" for render_job in render_jobs),
+            "loaded": self.render_worker.loaded,
             "preview": address,
-            "waits_for": self.maker.waits_for,
-            "maker_problem": self.maker.problem,
+            "waits_for": self.render_worker.waits_for,
+            "worker_problem": self.render_worker.problem,
             "idle_minutes": round(IDLE_SECONDS / 60),
         }
 
     def show_work(self, _: Request) -> Response:
-        """Return the part of the page about wishes alone, for a page that asks every second."""
+        """Return the part of the page about render jobs alone, for a page that asks every second."""
         return self.answer_work()
 
     def answer_work(self, error: str = "") -> Response:
-        """Return the part of the page about wishes, with a message."""
-        values = {**self.work_values(), "can_write": not self.site.read_only, "said": error}
+        """Return the part of the page about render jobs, with a message."""
+        values = {**self.work_values(), "can_write": not self.site.read_only, "message": error}
         return answer_template("generate_work.html", "Generate", values, is_refused=error != "")
 
     def show_preview(self, request: Request) -> Response:
         """Return the newest preview; nothing if it was removed just now, as the next poll says."""
-        preview = self.maker.preview
+        preview = self.render_worker.preview
         name = request.path_params["name"]
         if preview is None or Path(name).suffix != preview.suffix:
             return Response(status_code=204)
@@ -268,7 +272,7 @@ class GeneratePages:
         kinds = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp", ".mp4": "video/mp4"}
         kind = kinds.get(path.suffix)
         if kind is None or path.parent != self.inputs.folder or not self.site.runs.is_inside(path):
-            return answer_gone()
+            return answer_not_found()
         return FileResponse(path, media_type=kind)
 
     # --- sources
@@ -276,7 +280,7 @@ class GeneratePages:
     def list_sources(self) -> dict[str, list[tuple[str, str]]]:
         """Return the runs and models to generate with, by title of their group: field values and names."""
         groups: dict[str, list[tuple[str, str]]] = {"Runs": [], "Models on disk": [], "Models to load": []}
-        for run, label in self.shelf.refresh():
+        for run, label in self.run_loras.refresh():
             groups["Runs"].append((f"run {run.id}", f"{label} (run)"))
         for model in self.models:
             paths = [self.site.models / part.path for part in model.components if part.option]
@@ -297,33 +301,35 @@ class GeneratePages:
         kind, _, name = source.partition(" ")
         if kind == "run":
             with self.site.runs.lock:
-                run_source = self.shelf.find_source(name)
+                run_source = self.run_loras.find_source(name)
             if run_source is None:
                 raise OptionError(
                     "This run is not there any more, or its history has no command of a script that this "
                     "page drives. Choose a model."
                 )
-            return recipe_of_run(run_source)
+            return make_run_recipe(run_source)
         family, _, task = name.partition(" ")
         model = find_model_set(family, task)
         if model is None or not is_driven(model):
             raise OptionError(f"{name or source}: there is no such model here.")
-        return recipe_of_model(model, self.site.models, Path.cwd())
+        return make_model_recipe(model, self.site.models, Path.cwd())
 
-    def refill(self, form: MakingForm) -> MakingForm:
+    def refill(self, form: GenerateForm) -> GenerateForm:
         """Return the form for another source: what was written and the seed stay, the rest is its own."""
         recipe = self.find_recipe(form.source)
-        usual = usual_form(form.source, recipe, self.shelf.list_rows(recipe))
+        usual = make_usual_form(form.source, recipe, self.run_loras.list_rows(recipe))
         texts = dict(usual.texts)
         for name in ("prompt", "negative", "seed"):
             if form.texts.get(name, "").strip():
                 texts[name] = form.texts[name]
         return replace(usual, texts=texts, count=form.count, is_locked=form.is_locked)
 
-    # --- wishes
+    # --- render jobs
 
-    def wish_of(self, recipe: ModelRecipe, form: MakingForm, rows: Sequence[LoraRow]) -> Wish:
-        """Return the wish that a form describes."""
+    def make_render_request(
+        self, recipe: ModelRecipe, form: GenerateForm, rows: Sequence[LoraRow]
+    ) -> RenderRequest:
+        """Return the render job that a form describes."""
         texts = {name: form.texts.get(name, "") for name in FIELDS if name not in ("seed", "references")}
         if "start" not in recipe.fields and "redraw" in recipe.fields and texts["start"].strip():
             texts["redraw"] = texts["redraw"] or texts["start"]  # of a result: start from this
@@ -331,9 +337,9 @@ class GeneratePages:
         loras: list[UsedLora] = []
         for row in rows:
             if row.path in form.strengths:
-                expert = form.experts.get(row.path) or usual_expert(row, recipe.folder)
+                expert = form.experts.get(row.path) or choose_expert(row, recipe.folder)
                 loras += row.as_used(form.strengths[row.path], expert, recipe.has_experts)
-        return Wish(
+        return RenderRequest(
             recipe=recipe,
             prompt=form.texts.get("prompt", ""),
             texts=texts,
@@ -343,20 +349,20 @@ class GeneratePages:
             labels=LABELS,
         )
 
-    def command_of(self, wish: Wish, form: MakingForm) -> str:
+    def format_command_line(self, render_request: RenderRequest, form: GenerateForm) -> str:
         """Return the command that the form stands for, as text."""
-        words = wish.command(form.texts.get("seed", "").strip())
+        words = render_request.command(form.texts.get("seed", "").strip())
         if form.count.strip() not in ("", "1"):
-            words += [flag_of("num_videos", wish.recipe.defaults), form.count.strip()]
-        return typed_anywhere(words, wish.recipe.folder)
+            words += [find_flag("num_videos", render_request.recipe.defaults), form.count.strip()]
+        return format_command(words, render_request.recipe.folder)
 
     def change(self, request: Request, fields: Form) -> Response:
         """Do what a button asks for."""
         what = request.path_params["what"]
         draft = "".join(fields.pop("draft", ())[:1])
         number = "".join(fields.pop("id", ()))
-        is_of_wish = what in ("cancel", "again", "remove")
-        form = MakingForm.of_fields(fields)
+        is_of_render_job = what in ("cancel", "again", "remove")
+        form = GenerateForm.of_fields(fields)
         try:
             if what == "form":
                 if "fill" in fields:
@@ -367,16 +373,18 @@ class GeneratePages:
                 if what == "four":
                     form = replace(form, count=str(FOUR))
                 self.make(form)
-                self.drafts.write(draft, MakingForm.of_fields(fields).as_fields())
+                self.drafts.write(draft, GenerateForm.of_fields(fields).as_fields())
             elif what == "free":
-                self.maker.free()
+                self.render_worker.free()
             elif what == "forget":
-                for making in filter(is_told, self.maker.list_all()):
-                    self.maker.remove(making.id)
-            elif is_of_wish and number.isdecimal() and len(number) < 10:
-                {"cancel": self.maker.cancel, "again": self.maker.again, "remove": self.maker.remove}[what](
-                    int(number)
-                )
+                for render_job in filter(needs_mention, self.render_worker.list_all()):
+                    self.render_worker.remove(render_job.id)
+            elif is_of_render_job and number.isdecimal() and len(number) < 10:
+                {
+                    "cancel": self.render_worker.cancel,
+                    "again": self.render_worker.again,
+                    "remove": self.render_worker.remove,
+                }[what](int(number))
             else:
                 return answer_unknown()
         except (UserError, OSError) as error:
@@ -389,30 +397,37 @@ class GeneratePages:
         response.headers["hx-trigger"] = "wished"
         return response
 
-    def make(self, form: MakingForm) -> None:
-        """Note the wishes of a form. Raises OptionError if they cannot be made."""
+    def make(self, form: GenerateForm) -> None:
+        """Note the render jobs of a form. Raises OptionError if they cannot be made."""
         recipe = self.find_recipe(form.source)
-        self.shelf.refresh()
-        rows = self.shelf.list_rows(recipe)
+        self.run_loras.refresh()
+        rows = self.run_loras.list_rows(recipe)
         paths = {row.path for row in rows}
         for path in form.strengths:
             if path not in paths:
                 raise OptionError(f"{path}: there is no such LoRA (any more). Choose another one.")
-        wish = self.wish_of(recipe, form, rows)
-        wish.check()
-        self._check_paths(wish)
-        for lora in wish.loras:
+        render_request = self.make_render_request(recipe, form, rows)
+        render_request.check()
+        self._check_paths(render_request)
+        for lora in render_request.loras:
             check_family(recipe.folder / lora.path, recipe.family)
         seeds = choose_seeds(form)
-        launch.check_options(wish.command(seeds[0]), recipe.folder)
-        self.maker.add([making_of(wish, seed, form) for seed in seeds])
+        launch.check_options(render_request.command(seeds[0]), recipe.folder)
+        render_jobs = []
+        for seed in seeds:
+            repeated = replace(form, texts={**form.texts, "seed": seed}, count="1", is_locked=True)
+            render_jobs.append(replace(render_request.as_render_job(seed), form=repeated.as_fields()))
+        self.render_worker.add(render_jobs)
 
-    def _check_paths(self, wish: Wish) -> None:
+    def _check_paths(self, render_request: RenderRequest) -> None:
         """Raise OptionError for a picture outside the roots that the model's own command does not name."""
-        named = {*wish.recipe.paths}
-        paths = [*wish.references, *(wish.texts.get(name, "").strip() for name in PICTURES)]
+        named = {*render_request.recipe.paths}
+        paths = [
+            *render_request.references,
+            *(render_request.texts.get(name, "").strip() for name in PICTURES),
+        ]
         for path in filter(None, paths):
-            if path not in named and not self.site.runs.is_inside(wish.recipe.folder / path):
+            if path not in named and not self.site.runs.is_inside(render_request.recipe.folder / path):
                 raise OptionError(
                     f"{path} is outside the folders that this page shows: drop the file on the page, and it "
                     "is copied into one of them."
@@ -441,39 +456,39 @@ class GeneratePages:
     def read_dropped(self, path: Path, name: str) -> Response:
         """Fill a form with the settings of a file, and return the address of the page with it."""
         try:
-            tags = read_tags_of(path, Path(name).suffix)
+            tags = read_file_tags(path, Path(name).suffix)
         finally:
             path.unlink(missing_ok=True)
-        found = read_found(tags)
-        form = self.form_of_settings(found)
+        found = read_dropped_settings(tags)
+        form = self.fill_form(found)
         draft = self.drafts.new_name()
         self.drafts.write(draft, {**form.as_fields(), "note": [self.describe_filling(found, form)]})
         return answer_json({"address": f"/generate?draft={draft}"})
 
-    def form_of_settings(self, found: FoundSettings) -> MakingForm:
+    def fill_form(self, found: DroppedSettings) -> GenerateForm:
         """Return the form for settings of a file. Raises OptionError if there is no model for it."""
         sources = self.list_sources()
-        source = self._source_for(found, sources) or self.first_source(sources)
+        source = self._choose_source(found, sources) or self.first_source(sources)
         recipe = self.find_recipe(source)
-        rows = self.shelf.list_rows(recipe)
+        rows = self.run_loras.list_rows(recipe)
         strengths: dict[str, str] = {}
         for row in rows:
             names = row.names & found.loras.keys()
             if names and not any(Path(path).name in row.names for path in strengths):
                 strengths[row.path] = found.loras[min(names)]
-        texts = {**usual_form(source, recipe, []).texts, **found.fields(recipe)}
-        return MakingForm(source, texts=texts, strengths=strengths, is_locked=bool(texts.get("seed")))
+        texts = {**make_usual_form(source, recipe, []).texts, **found.fields(recipe)}
+        return GenerateForm(source, texts=texts, strengths=strengths, is_locked=bool(texts.get("seed")))
 
-    def describe_filling(self, found: FoundSettings, form: MakingForm) -> str:
+    def describe_filling(self, found: DroppedSettings, form: GenerateForm) -> str:
         """Return the program whose settings fill the form, and the settings that do not fit, in words."""
         sentences = [f"Filled with the settings of a file that {found.program} made."]
         recipe = self.find_recipe(form.source)
         if not found.family:
             sentences.append("Its model is not known here: choose one.")
-        elif self._fit(found, form.source) < 0:
+        elif self._rate_source(found, form.source) < 0:
             name = f"{found.model} {found.task}".strip()
             sentences.append(f"Its model, {name}, is not among the models here: choose one.")
-        rows = self.shelf.list_rows(recipe)
+        rows = self.run_loras.list_rows(recipe)
         chosen = {name for row in rows if row.path in form.strengths for name in row.names}
         sentences += [f"{name}, a LoRA of it, is not here." for name in found.loras if name not in chosen]
         sentences += [
@@ -484,7 +499,7 @@ class GeneratePages:
         ]
         return " ".join(sentences)
 
-    def _source_for(self, found: FoundSettings, sources: Mapping[str, Sequence[tuple[str, str]]]) -> str:
+    def _choose_source(self, found: DroppedSettings, sources: Mapping[str, Sequence[tuple[str, str]]]) -> str:
         """Return the source whose model is the one of a file; empty if there is none.
 
         Of several the one with the LoRAs counts, then a run, then a model on disk.
@@ -492,15 +507,15 @@ class GeneratePages:
         best = ("", -1)
         for group in sources.values():
             for value, _ in group:
-                points = self._fit(found, value)
+                points = self._rate_source(found, value)
                 if points > best[1]:
                     best = (value, points)
         return best[0]
 
-    def _fit(self, found: FoundSettings, source: str) -> int:
+    def _rate_source(self, found: DroppedSettings, source: str) -> int:
         """Return a score for the fit of a source to settings; below 0 if it does not fit."""
         kind, _, name = source.partition(" ")
-        if not found.family or (kind == "run" and self.shelf.family_of(name) != found.family):
+        if not found.family or (kind == "run" and self.run_loras.find_run_family(name) != found.family):
             return -1
         try:
             recipe = self.find_recipe(source)
@@ -513,16 +528,16 @@ class GeneratePages:
             return -1
         names = {Path(lora.path).name for lora in recipe.loras}
         if kind == "run":
-            names |= self.shelf.names_of(name)
+            names |= self.run_loras.find_run_files(name)
         has_files = kind == "run" or not recipe.missing
         has_task = kind == "model" and found.task in source.split()
         return 4 * sum(lora in names for lora in found.loras) + 2 * has_files + has_task
 
 
-def usual_form(source: str, recipe: ModelRecipe, rows: Sequence[LoraRow]) -> MakingForm:
+def make_usual_form(source: str, recipe: ModelRecipe, rows: Sequence[LoraRow]) -> GenerateForm:
     """Return the form that a source usually has."""
-    chosen = chosen_at_first(recipe, rows)
-    return MakingForm(
+    chosen = choose_default_loras(recipe, rows)
+    return GenerateForm(
         source=source,
         texts={**recipe.usual, "seed": ""},
         strengths={path: strength for path, (strength, _) in chosen.items()},
@@ -530,14 +545,14 @@ def usual_form(source: str, recipe: ModelRecipe, rows: Sequence[LoraRow]) -> Mak
     )
 
 
-def is_told(making: Making) -> bool:
-    """Return whether a wish that has ended is in the page: it was not made, or its script warned."""
-    has_ended = making.state not in ("waiting", "running")
-    return has_ended and (making.state != "finished" or bool(making.warnings))
+def needs_mention(render_job: RenderJob) -> bool:
+    """Return whether a render job that has ended is in the page: it was not made, or its script warned."""
+    has_ended = render_job.state not in ("waiting", "running")
+    return has_ended and (render_job.state != "finished" or bool(render_job.warnings))
 
 
-def describe_ended(ended: Sequence[Making]) -> str:
-    """Return the outcome of the newest of some ended wishes, in words; empty without any."""
+def describe_ended(ended: Sequence[RenderJob]) -> str:
+    """Return the outcome of the newest of some ended render jobs, in words; empty without any."""
     if not ended:
         return ""
     newest = ended[0]
@@ -545,7 +560,7 @@ def describe_ended(ended: Sequence[Making]) -> str:
     return f"{newest.id} {newest.state}: {shorten(' '.join(words.split()), SHOWN_OF_REASON)}"
 
 
-def loading_note(recipe: ModelRecipe | None) -> str:
+def describe_loading(recipe: ModelRecipe | None) -> str:
     """Return a note on the files to load before a recipe can be made; empty if there are none."""
     if recipe is None or not recipe.missing:
         return ""
@@ -556,7 +571,7 @@ def loading_note(recipe: ModelRecipe | None) -> str:
     return f"{len(recipe.missing)} of its files are not on this machine yet, such as {recipe.missing[0]}."
 
 
-def read_tags_of(path: Path, suffix: str) -> dict[str, str]:
+def read_file_tags(path: Path, suffix: str) -> dict[str, str]:
     """Return the texts in a received file. suffix: of the name that it had.
 
     Raises OptionError if it is neither a picture, a clip nor a sound.
@@ -575,7 +590,7 @@ def read_tags_of(path: Path, suffix: str) -> dict[str, str]:
     raise OptionError("It is neither a picture, a clip nor a sound that can be read.")
 
 
-def choose_seeds(form: MakingForm) -> list[str]:
+def choose_seeds(form: GenerateForm) -> list[str]:
     """Return the seed of each result that a form asks for. Raises OptionError for wrong numbers."""
     seed = form.texts.get("seed", "").strip()
     if seed and not (seed.isdecimal() and len(seed) < 20):
@@ -585,12 +600,6 @@ def choose_seeds(form: MakingForm) -> list[str]:
         raise OptionError(f"How many {count}: give a number from 1 to {MOST_AT_ONCE}.")
     first = int(seed) if seed else secrets.randbits(SEED_BITS)
     return [str(first + place) for place in range(int(count))]
-
-
-def making_of(wish: Wish, seed: str, form: MakingForm) -> Making:
-    """Return the record of one result, with the form that asks for it again."""
-    fields = replace(form, texts={**form.texts, "seed": seed}, count="1", is_locked=True).as_fields()
-    return replace(wish.as_making(seed), form=fields)
 
 
 def generate_routes(site: Site) -> list[Route]:

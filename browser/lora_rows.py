@@ -7,8 +7,8 @@ from pathlib import Path
 from browser import compare
 from browser.compare import ComparableRun
 from browser.recipes import ModelRecipe, UsedLora
-from browser.runs import Glance, Runs
-from browser.views import label_runs
+from browser.run_views import label_runs
+from browser.runs import Runs, RunSummary
 from contract.families import FOLDERS, HIGH_NOISE, LOW_NOISE
 from modules.errors import OptionError
 from modules.installation import import_own
@@ -48,7 +48,7 @@ class LoraRow:
         task = "".join(recipe.fixed.get("--task", ()))
         reason = f"trained for {self.task}, not {task}" if self.task and task and self.task != task else ""
         for lora in recipe.loras:
-            full = _full(recipe, lora.path)
+            full = _complete_path(recipe, lora.path)
             if full == self.path:
                 return replace(self, path=lora.path, reason=reason)
             if full in self.twins:
@@ -69,14 +69,14 @@ class LoraRow:
         return used
 
 
-class RunShelf:
+class RunLoras:
     """Remember which runs have a command that generates, and their files, until the runs change."""
 
     def __init__(self, runs: Runs) -> None:
         self.runs = runs
         self._rows: dict[str, tuple[float, str, list[LoraRow]]] = {}  # by id: time, family, rows
 
-    def refresh(self) -> list[tuple[Glance, str]]:
+    def refresh(self) -> list[tuple[RunSummary, str]]:
         """Read runs that have changed; return those that generate, with their labels, the newest first."""
         with self.runs.lock:
             labelled = label_runs(self.runs.list_all())
@@ -89,7 +89,7 @@ class RunShelf:
             self._rows = rows
         return [(run, label) for run, label in labelled if rows[run.id][1]]
 
-    def _read(self, run: Glance, label: str) -> tuple[str, list[LoraRow]]:
+    def _read(self, run: RunSummary, label: str) -> tuple[str, list[LoraRow]]:
         """Return the family of a run and its rows; no family if it has no command that generates."""
         try:
             source = compare.read_source(self.runs, run)
@@ -115,11 +115,11 @@ class RunShelf:
         ]
         return source.family, rows[::-1]
 
-    def family_of(self, run_id: str) -> str:
+    def find_run_family(self, run_id: str) -> str:
         known = self._rows.get(run_id)
         return "" if known is None else known[1]
 
-    def names_of(self, run_id: str) -> set[str]:
+    def find_run_files(self, run_id: str) -> set[str]:
         """Return the names of a run's files."""
         known = self._rows.get(run_id)
         return set() if known is None else {name for row in known[2] for name in row.names}
@@ -129,15 +129,15 @@ class RunShelf:
         rows: dict[str, LoraRow] = {}
         for lora in recipe.loras:
             row = LoraRow(path=lora.path, title=recipe.title)
-            rows.setdefault(_full(recipe, lora.path), row)
+            rows.setdefault(_complete_path(recipe, lora.path), row)
         for _, family, run_rows in self._rows.values():
             for row in run_rows if family == recipe.family else ():
                 named = row.for_recipe(recipe)
-                rows[_full(recipe, named.path)] = named
-        taken = {_full(recipe, row.high_path) for row in rows.values() if row.high_path}
+                rows[_complete_path(recipe, named.path)] = named
+        taken = {_complete_path(recipe, row.high_path) for row in rows.values() if row.high_path}
         return [row for path, row in rows.items() if path not in taken]
 
-    def list_of_other_families(self, recipe: ModelRecipe) -> list[LoraRow]:
+    def list_foreign_rows(self, recipe: ModelRecipe) -> list[LoraRow]:
         """Return the LoRAs of runs that the model of a recipe cannot take."""
         rows = []
         for _, family, run_rows in self._rows.values():
@@ -151,11 +151,11 @@ class RunShelf:
         return None if run is None else compare.read_source(self.runs, run)
 
 
-def _full(recipe: ModelRecipe, path: str) -> str:
+def _complete_path(recipe: ModelRecipe, path: str) -> str:
     return str(recipe.folder / path) if path else ""
 
 
-def chosen_at_first(recipe: ModelRecipe, rows: Sequence[LoraRow]) -> dict[str, tuple[str, str]]:
+def choose_default_loras(recipe: ModelRecipe, rows: Sequence[LoraRow]) -> dict[str, tuple[str, str]]:
     """Return strength and expert of each LoRA that the recipe's command has, by the path of its row."""
     chosen: dict[str, tuple[str, str]] = {}
     for lora in recipe.loras:
@@ -167,7 +167,7 @@ def chosen_at_first(recipe: ModelRecipe, rows: Sequence[LoraRow]) -> dict[str, t
     return chosen
 
 
-def usual_expert(row: LoraRow, folder: Path) -> str:
+def choose_expert(row: LoraRow, folder: Path) -> str:
     """Return the expert that a LoRA is for, by its file."""
     if row.high_path:
         return BOTH

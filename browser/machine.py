@@ -12,15 +12,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from browser.answers import answer_template
-from browser.beginnings import state_of_trace
+from browser.command_lines import format_command
 from browser.jobs import WAITING
 from browser.model_files import list_downloads
-from browser.queue_views import is_of
-from browser.runs import RUNNING, Glance, is_living
+from browser.queue_pages import is_started_by
+from browser.responses import answer_template
+from browser.run_start import read_trace_state
+from browser.runs import RUNNING, RunSummary, is_living
 from browser.settings_page import SettingsPages
 from browser.site import Site
-from browser.typed import typed_anywhere
 from downloads.listing import gigabytes
 from modules.atomic_write import free_bytes
 from modules.errors import UserError
@@ -150,7 +150,7 @@ class MachineLine:
         except OSError:
             free = ""
         settings = SettingsPages(self.site)
-        command = typed_anywhere(settings.command_words(settings.find_worker()), Path.cwd())
+        command = format_command(settings.command_words(settings.find_worker()), Path.cwd())
         return MachineFacts(self.list_running(), self.cards.read(), free, command)
 
     def list_running(self) -> list[RunningThing]:
@@ -158,17 +158,17 @@ class MachineLine:
         runs = [run for run in self.site.runs.list_all() if _is_running_here(run)]
         things = [_describe_run(run) for run in runs]
         things += self._list_jobs(runs)
-        making = self.site.maker.current
-        if making is not None:
-            steps = f", step {making.done} of {making.steps}" if making.steps else ""
-            things.append(RunningThing(f"making with {making.title}{steps}", "/generate"))
-        for download in list_downloads(self.site.errands, self.site.models):
+        render_job = self.site.render_worker.current
+        if render_job is not None:
+            steps = f", step {render_job.done} of {render_job.steps}" if render_job.steps else ""
+            things.append(RunningThing(f"making with {render_job.title}{steps}", "/generate"))
+        for download in list_downloads(self.site.background_jobs, self.site.models):
             if download.state == RUNNING:
                 words = f"loading {download.family} {download.task}{download.progress_words}"
                 things.append(RunningThing(words, "/models#loading"))
         return things
 
-    def _list_jobs(self, runs: Sequence[Glance]) -> list[RunningThing]:
+    def _list_jobs(self, runs: Sequence[RunSummary]) -> list[RunningThing]:
         """Return the running jobs that have no run of their own, and how many jobs a paused queue holds."""
         queue = self.site.queue
         try:
@@ -178,8 +178,8 @@ class MachineLine:
             return []
         things = []
         for job in jobs:
-            if job.state == RUNNING and not any(is_of(run, job) for run in runs):
-                things.append(RunningThing(f"job {job.id}: {_cut(job.line)}", f"/queue#j{job.id}"))
+            if job.state == RUNNING and not any(is_started_by(run, job) for run in runs):
+                things.append(RunningThing(f"job {job.id}: {_shorten_line(job.line)}", f"/queue#j{job.id}"))
         num_waiting = sum(job.state == WAITING for job in jobs)
         if is_paused and num_waiting:
             verb = "waits" if num_waiting == 1 else "wait"
@@ -187,14 +187,14 @@ class MachineLine:
         return things
 
 
-def _is_running_here(run: Glance) -> bool:
+def _is_running_here(run: RunSummary) -> bool:
     return run.state == RUNNING and run.start is not None and bool(is_living(run.start.process))
 
 
-def _describe_run(run: Glance) -> RunningThing:
-    words = _cut(run.name.removesuffix(BEFORE_TRAINING))
+def _describe_run(run: RunSummary) -> RunningThing:
+    words = _shorten_line(run.name.removesuffix(BEFORE_TRAINING))
     if run.name.endswith(BEFORE_TRAINING):
-        return RunningThing(f"{words}, {state_of_trace(run).text}", f"/run/{run.id}/")
+        return RunningThing(f"{words}, {read_trace_state(run).text}", f"/run/{run.id}/")
     if run.step or not run.doing:
         words += f", step {run.step:,} of {run.total_steps:,}"
     if run.doing:
@@ -204,7 +204,7 @@ def _describe_run(run: Glance) -> RunningThing:
     return RunningThing(words, f"/run/{run.id}/")
 
 
-def _cut(text: str) -> str:
+def _shorten_line(text: str) -> str:
     """Return the beginning of a text in one line."""
     line = " ".join(text.split())
     return line if len(line) <= MOST_OF_LINE else f"{line[:MOST_OF_LINE]} …"

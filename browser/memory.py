@@ -1,7 +1,7 @@
 """The memory of a training on the page New: the plan of the training script as a bar, and what changes it.
 
-A plan is an errand in the folder, `python SCRIPT --config_file run.toml --plan GIB`. It rehearses a batch
-from the caches with the headers of the model's files, and needs no card.
+A plan is a background job in the folder, `python SCRIPT --config_file run.toml --plan GIB`. It rehearses a
+batch from the caches with the headers of the model's files, and needs no card.
 """
 
 import re
@@ -14,8 +14,9 @@ from typing import Any
 import tomlkit
 from starlette.responses import Response
 
-from browser.answers import answer_template, answer_unknown
-from browser.described import (
+from browser.background_jobs import has_changed_since, name_background_job
+from browser.command_lines import format_command
+from browser.described_folder import (
     DATASET_FILE,
     ChangedMeanwhileError,
     DescribedFolder,
@@ -23,20 +24,20 @@ from browser.described import (
     edit_toml,
     read_described,
 )
+from browser.draft_changes import find_training_script, read_draft_file, refuse_new_faults
 from browser.durations import describe_duration
-from browser.errands import errand_name, has_changed_since
-from browser.folder_settings import read_file
+from browser.folder_settings import NUMBER, read_settings
 from browser.jobs import Job
+from browser.responses import answer_template, answer_unknown
 from browser.runs import RUNNING
-from browser.settings_table import NUMBER, find_training_script, read_settings, refuse_new_faults
 from browser.site import Site
-from browser.typed import typed_anywhere
 from modules.errors import OptionError, UserError
+from modules.speed_options import BASE_FORMS
 from modules.text_files import read_text
 from project.fitting import find_memory
 from project.options import RUN_FILE
 
-PLAN = "plan"  # kind of the errand
+PLAN = "plan"  # kind of the background job
 SIZES = (6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 80, 96, 141)  # GiB of cards that are sold
 USUAL_SIZE = 24  # GiB, on a machine without a card
 STOP_SECONDS = 5
@@ -44,11 +45,7 @@ TABLE_HEAD = re.compile(r"GiB +device +host")
 PART = re.compile(r"( *)(.*?) {2,}(\d+\.\d+)")
 OF_CUDA = re.compile(r"about (\d+\.\d+) of CUDA itself")
 # the forms of the transformer's weights, and the switches of each
-WEIGHTS = {
-    "fp8": ("fp8_base", "fp8_scaled"),
-    "int8": ("convrot_int8",),
-    "nf4": ("nf4_base",),
-}
+WEIGHTS = {form.name: form.switches for form in BASE_FORMS}
 CHECKPOINTING = {
     "recomputed": ("gradient_checkpointing",),
     "offloaded": ("gradient_checkpointing", "gradient_checkpointing_cpu_offload"),
@@ -206,58 +203,58 @@ class MemoryPages:
     def answer(self, folder: Path, fault: str = "", done: str = "") -> Response:
         """Return the part of the page. fault: why something was not done. done: what was."""
         described = read_described(folder)
-        file = read_file(self.site, folder, RUN_FILE)
-        errand = self.site.errands.find(errand_name(PLAN, folder))
+        file = read_draft_file(self.site, folder, RUN_FILE)
+        job = self.site.background_jobs.find(name_background_job(PLAN, folder))
         card = find_memory()
-        size = self.planned_size(errand, card)
-        plan = self.read_plan(errand)
+        size = self.planned_size(job, card)
+        plan = self.read_plan(job)
         settings = read_settings(find_training_script(file.text))
         values = {
             "folder": folder,
             "have": file.mark,
             "base": file.text,
             "switches": read_switches(described.values, [setting.name for setting in settings]),
-            "errand": errand,
+            "job": job,
             "plan": plan,
-            "lines": self.printed_lines(errand, folder) if plan is None else [],
-            "is_old": plan is not None and self.is_old(errand, folder),
+            "lines": self.printed_lines(job, folder) if plan is None else [],
+            "is_old": plan is not None and self.is_old(job, folder),
             "card": card,
             "size": size,
             "sizes": sorted({*SIZES, size, *([card] if card else [])}),
             "missing": self.list_missing(described),
             "duration": describe_duration(self.site.runs, described, described.steps),
-            "command": typed_anywhere(self.plan_words(file, size), folder),
+            "command": format_command(self.plan_words(file, size), folder),
             "can_write": not self.site.read_only,
             "fault": fault,
             "done": done,
         }
         return answer_template("memory_bar.html", "Memory", values, is_refused=fault != "")
 
-    def planned_size(self, errand: Job | None, card: float) -> float:
+    def planned_size(self, job: Job | None, card: float) -> float:
         """Return the GiB that the last plan was made for, or those of this machine's card."""
         try:
-            return float(errand.words[-1]) if errand is not None else card or USUAL_SIZE
+            return float(job.words[-1]) if job is not None else card or USUAL_SIZE
         except (UserError, ValueError, IndexError):
             return card or USUAL_SIZE
 
-    def read_plan(self, errand: Job | None) -> ReadPlan | None:
-        if errand is None or errand.state == RUNNING or errand.code != 0:
+    def read_plan(self, job: Job | None) -> ReadPlan | None:
+        if job is None or job.state == RUNNING or job.code != 0:
             return None
         try:
-            return read_plan(read_text(errand.log))
+            return read_plan(read_text(job.log))
         except (OSError, ValueError):
             return None
 
-    def is_old(self, errand: Job | None, folder: Path) -> bool:
+    def is_old(self, job: Job | None, folder: Path) -> bool:
         """Return whether a file that a plan is made from has changed since it was started."""
-        return errand is not None and has_changed_since(errand, folder, (RUN_FILE, DATASET_FILE))
+        return job is not None and has_changed_since(job, folder, (RUN_FILE, DATASET_FILE))
 
-    def printed_lines(self, errand: Job | None, folder: Path) -> list[PrintedLine]:
-        """Return the lines that an errand has printed; commands to make caches become lines of the queue."""
-        if errand is None:
+    def printed_lines(self, job: Job | None, folder: Path) -> list[PrintedLine]:
+        """Return the lines that a job has printed; commands to make caches become lines of the queue."""
+        if job is None:
             return []
         lines = []
-        for line in errand.last_lines().splitlines():
+        for line in job.last_lines().splitlines():
             text = line.strip()
             is_command = line.startswith("  ") and text.startswith(("python ", "reelsmith "))
             command = f"cd {shlex.quote(str(folder))} && {text}" if is_command else ""
@@ -280,7 +277,7 @@ class MemoryPages:
         done = ""
         try:
             if what == "stop":
-                self.site.errands.stop(errand_name(PLAN, folder))
+                self.site.background_jobs.stop(name_background_job(PLAN, folder))
                 return self.answer(folder)
             if what == "switch":
                 done = self.write_switches(folder, fields)
@@ -294,7 +291,7 @@ class MemoryPages:
 
     def write_switches(self, folder: Path, fields: Mapping[str, str]) -> str:
         """Write the switches that were changed, and return what was written."""
-        present = read_file(self.site, folder, RUN_FILE)
+        present = read_draft_file(self.site, folder, RUN_FILE)
         if present.mark != fields.get("have", ""):
             raise ChangedMeanwhileError
         text = present.text
@@ -303,7 +300,7 @@ class MemoryPages:
         after = edit_switches(text, switches, fields, names)
         if after == text:
             return ""
-        self.site.beginnings.refuse_while_it_runs(folder)
+        self.site.tracked_runs.refuse_while_it_runs(folder)
         note = refuse_new_faults(present, after, text)
         present.save(after)
         lines = {*text.splitlines()} ^ {*after.splitlines()}
@@ -319,13 +316,13 @@ class MemoryPages:
                 f"{missing[0]} is missing. A plan reads the headers of the model's files: load them first "
                 "(Start does, with --download)."
             )
-        words = self.plan_words(read_file(self.site, folder, RUN_FILE), size)
-        name = errand_name(PLAN, folder)
-        errand = self.site.errands.find(name)
-        if errand is not None and errand.state == RUNNING:
-            self.site.errands.stop(name)
-            self.site.errands.wait(name, STOP_SECONDS)
-        self.site.errands.start(name, words, folder, within=folder)
+        words = self.plan_words(read_draft_file(self.site, folder, RUN_FILE), size)
+        name = name_background_job(PLAN, folder)
+        job = self.site.background_jobs.find(name)
+        if job is not None and job.state == RUNNING:
+            self.site.background_jobs.stop(name)
+            self.site.background_jobs.wait(name, STOP_SECONDS)
+        self.site.background_jobs.start(name, words, folder, within=folder)
 
 
 def read_size(text: str) -> float:

@@ -11,19 +11,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from browser.background_jobs import BackgroundJobs, name_background_job
 from browser.bin_folder import FOLDER as BIN
 from browser.bin_folder import BinFolder
-from browser.errands import Errands, errand_name
+from browser.command_lines import format_command
 from browser.jobs import Job
 from browser.runs import RUNNING
-from browser.typed import typed_anywhere
 from downloads.catalogue import Component, Licence, ModelSet, ReleasedFile, family_title, model_sets
 from downloads.listing import gigabytes, total_bytes
 from modules.errors import OptionError, OutputError
 from modules.progress import read_progress
 from modules.text_files import real_path
 
-DOWNLOAD = "download"  # kind of errands
+DOWNLOAD = "download"  # kind of background jobs
 DEEPEST = 6  # folders below that of the models
 MOST_FILES = 2000  # of no part, that are listed
 PARTIAL = re.compile(r"\.(.+)\.[0-9a-f]{1,12}\.part")  # see downloads/fetching.py
@@ -68,7 +68,7 @@ class TaskFiles:
 
     @property
     def name(self) -> str:
-        return task_name(self.model)
+        return name_task(self.model)
 
     @property
     def title(self) -> str:
@@ -106,10 +106,10 @@ class TaskFiles:
 
     def shown_download(self, models: Path) -> str:
         """Return the command to type."""
-        return typed_anywhere(self.download_words(models))
+        return format_command(self.download_words(models))
 
 
-def task_name(model: ModelSet) -> str:
+def name_task(model: ModelSet) -> str:
     return f"{model.family} {model.task}"
 
 
@@ -120,7 +120,7 @@ def _list_uses() -> dict[tuple[ReleasedFile, ...], tuple[str, ...]]:
     for in_fp8 in (False, True):
         for model in model_sets(in_fp8):
             for component in model.components:
-                uses.setdefault(component.files, {})[task_name(model)] = None
+                uses.setdefault(component.files, {})[name_task(model)] = None
     return {files: tuple(names) for files, names in uses.items()}
 
 
@@ -158,9 +158,9 @@ def _read_task(model: ModelSet, models: Path, in_fp8: bool, known: KnownParts) -
 
 def read_part(component: Component, models: Path) -> ModelPart:
     """Return a part with its state in the models folder."""
-    sizes = {file: _size_of(models / file.name) for file in component.files}
+    sizes = {file: _read_size(models / file.name) for file in component.files}
     size_bytes = sum(size or 0 for size in sizes.values())
-    size_bytes += sum(_size_of(path) or 0 for path in _partial_paths(component, models))
+    size_bytes += sum(_read_size(path) or 0 for path in _partial_paths(component, models))
     return ModelPart(
         component=component,
         tasks=_list_uses().get(component.files, ()),
@@ -180,7 +180,7 @@ def _is_cut_off(component: Component, sizes: Sequence[int | None]) -> bool:
     return sizes[0] < component.tensor_bytes
 
 
-def _size_of(path: Path) -> int | None:
+def _read_size(path: Path) -> int | None:
     """Return the size of a file, also behind a link; None if there is none."""
     with contextlib.suppress(OSError):
         if path.is_file():
@@ -232,7 +232,7 @@ def list_unknown_files(models: Path) -> list[UnknownFile]:
         inner = path.relative_to(models)
         if inner.as_posix() in names or path.name.startswith("."):
             continue
-        size = _size_of(path)
+        size = _read_size(path)
         if size is not None:
             files.append(UnknownFile(inner, size))
         if len(files) == MOST_FILES:
@@ -330,33 +330,33 @@ class Download:
         return None if progress is None or not progress.total else progress.done / progress.total
 
 
-def download_name(models: Path, family: str, task: str) -> str:
-    """Return the name of the errand that loads a task."""
-    return errand_name(DOWNLOAD, models / family / task)
+def name_download(models: Path, family: str, task: str) -> str:
+    """Return the name of the background job that loads a task."""
+    return name_background_job(DOWNLOAD, models / family / task)
 
 
-def find_download(errands: Errands, files: TaskFiles, models: Path) -> Download | None:
-    job = errands.find(download_name(models, files.model.family, files.model.task))
+def find_download(background_jobs: BackgroundJobs, files: TaskFiles, models: Path) -> Download | None:
+    job = background_jobs.find(name_download(models, files.model.family, files.model.task))
     return None if job is None else Download(files, job)
 
 
-def list_downloads(errands: Errands, models: Path) -> list[Download]:
+def list_downloads(background_jobs: BackgroundJobs, models: Path) -> list[Download]:
     """Return the downloads of this models folder, running ones first."""
-    names = _list_logs(errands)
+    names = _list_logs(background_jobs)
     if not names:
         return []
     downloads = []
     for model in model_sets():
-        name = download_name(models, model.family, model.task)
+        name = name_download(models, model.family, model.task)
         if name in names:
-            download = find_download(errands, TaskFiles(model, (), in_fp8=False), models)
+            download = find_download(background_jobs, TaskFiles(model, (), in_fp8=False), models)
             if download is not None:
                 downloads.append(download)
     return sorted(downloads, key=lambda download: download.state != RUNNING)
 
 
-def _list_logs(errands: Errands) -> set[str]:
+def _list_logs(background_jobs: BackgroundJobs) -> set[str]:
     """Return the names of all downloads that were ever started."""
     with contextlib.suppress(OSError):
-        return {path.stem for path in errands.folder.glob(f"{DOWNLOAD}-*.json")}
+        return {path.stem for path in background_jobs.folder.glob(f"{DOWNLOAD}-*.json")}
     return set()

@@ -9,22 +9,22 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from browser.answers import Form, answer_form, answer_move, answer_template, answer_unknown, read_query
 from browser.bin_folder import FOLDER as BIN
 from browser.bin_folder import BinFolder
 from browser.hub_login import describe_login
 from browser.model_files import (
     KnownParts,
     TaskFiles,
-    download_name,
     find_download,
     find_task,
     list_downloads,
     list_parts_on_disk,
     list_tasks,
     list_unknown_files,
+    name_download,
     remove_parts,
 )
+from browser.responses import Form, answer_form, answer_move, answer_template, answer_unknown, read_query
 from browser.runs import RUNNING
 from browser.site import Site
 from downloads.listing import UNVERIFIED, gigabytes
@@ -95,8 +95,8 @@ class ModelPages:
             "is_whole": files is not None and _is_whole(files),
             "can_be_smaller": files is not None and _has_smaller(files),
             "command": "" if files is None else files.shown_download(models),
-            "download": None if files is None else find_download(site.errands, files, models),
-            "downloads": list_downloads(site.errands, models),
+            "download": None if files is None else find_download(site.background_jobs, files, models),
+            "downloads": list_downloads(site.background_jobs, models),
             "removable": [] if files is None else [part for part in files.parts if part.size_bytes],
             "is_removing": is_removing,
             "sharing": {} if files is None else _find_sharing(files, list_tasks(models, files.in_fp8, known)),
@@ -111,7 +111,7 @@ class ModelPages:
             "free": self.describe_free(),
             "login": describe_login(),
             "can_write": not site.read_only,
-            "said": error,
+            "message": error,
         }
         return answer_template("models.html", "Models", values, is_refused=error != "")
 
@@ -133,8 +133,8 @@ class ModelPages:
             if what == "load":
                 self.load(files, is_accepted="accept" in form)
             elif what == "stop":
-                name = download_name(self.site.models, chosen.family, chosen.task)
-                self.site.errands.stop(name)
+                name = name_download(self.site.models, chosen.family, chosen.task)
+                self.site.background_jobs.stop(name)
             elif what == "remove":
                 moved = self.remove(files, form.get("part", ()))
             else:
@@ -152,12 +152,12 @@ class ModelPages:
         if _is_whole(files):
             raise OptionError("All of its parts are on disk.")
         models = self.site.models
-        name = download_name(models, files.model.family, files.model.task)
-        self.site.errands.start(name, files.download_words(models), Path.cwd())
+        name = name_download(models, files.model.family, files.model.task)
+        self.site.background_jobs.start(name, files.download_words(models), Path.cwd())
 
     def remove(self, files: TaskFiles, parts: Sequence[str]) -> str:
         """Move parts into the bin; return the name of the folder that has them."""
-        for download in list_downloads(self.site.errands, self.site.models):
+        for download in list_downloads(self.site.background_jobs, self.site.models):
             if download.state != RUNNING:
                 continue
             loading = find_task(self.site.models, download.family, download.task, files.in_fp8)

@@ -21,22 +21,21 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from browser.answers import (
-    Form,
-    answer_form,
-    answer_gone,
-    answer_move,
-    answer_page,
-    answer_template,
-    answer_unknown,
-    read_query,
-)
-from browser.beginnings import CHECK, DESCRIBE, check_words, run_words
+from browser.background_jobs import has_changed_since, name_background_job
 from browser.bin_folder import FOLDER as BIN
-from browser.captioning import TRIED, TYPED_OPTIONS, caption_words, describe_engine, is_captioning, read_tries
+from browser.captioning import (
+    TRIED,
+    TYPED_OPTIONS,
+    describe_engine,
+    is_captioning,
+    make_caption_words,
+    read_tries,
+)
 from browser.captions import mark_bytes
+from browser.command_lines import format_command
+from browser.command_output import REPAIR, OutputLine, find_command, read_changes, read_output_lines
 from browser.datasets import find_places
-from browser.described import (
+from browser.described_folder import (
     DATASET_FILE,
     FILES,
     ChangedMeanwhileError,
@@ -50,7 +49,6 @@ from browser.described import (
     read_described,
 )
 from browser.durations import describe_duration
-from browser.errands import errand_name, has_changed_since
 from browser.folder_files import FolderFiles, file_routes, list_names, picture_address
 from browser.folders import (
     CHECK_PAGE,
@@ -80,17 +78,26 @@ from browser.new_form import (
     list_differing,
     list_key_changes,
     list_unwritten,
-    new_words,
+    make_new_words,
     read_steps,
 )
+from browser.responses import (
+    Form,
+    answer_form,
+    answer_move,
+    answer_not_found,
+    answer_page,
+    answer_template,
+    answer_unknown,
+    read_query,
+)
+from browser.run_start import CHECK, DESCRIBE, make_check_words, make_run_words
+from browser.run_views import POLICY
 from browser.runs import RUNNING
-from browser.said import REPAIR, SaidLine, find_command, read_changes, read_said
 from browser.settings_page import SettingsPages
 from browser.site import Site
-from browser.typed import typed_anywhere
 from browser.uploads import ADDRESS as UPLOAD
-from browser.uploads import FileUploads, name_of_day
-from browser.views import POLICY
+from browser.uploads import FileUploads, name_upload_folder
 from downloads.catalogue import Component
 from downloads.listing import gigabytes, total_bytes
 from modules.errors import OptionError, UserError
@@ -100,12 +107,12 @@ from modules.text_files import read_content, real_path
 from project.fitting import find_memory
 from project.options import CAPTION_MODEL, RUN_FILE, find_models
 
-COMPARE = "compare"  # kind of errand: shows how the files of a described folder would change
+COMPARE = "compare"  # kind of background job: shows how the files of a described folder would change
 TRY = "try"  # captions of a few files
 REPAIRING = "repair"
-ERRANDS = (DESCRIBE, COMPARE, CHECK, TRY, REPAIRING)
+BACKGROUND_KINDS = (DESCRIBE, COMPARE, CHECK, TRY, REPAIRING)
 WHOLE_PAGE = ("describe", "replace", "keep")  # what changes more than the part that shows progress
-SAID = "x-reelsmith-said"  # header of an answer that opens the page again: what was done
+MESSAGE_HEADER = "x-reelsmith-said"  # header of an answer that opens the page again: what was done
 PART = 24  # folders of the list that are shown at once
 # the page shows check.html of the folder in a frame
 PAGE_POLICY = f"{POLICY}; frame-src 'self'"
@@ -129,7 +136,7 @@ class DescribePlan:
     def text(self) -> str:
         if self.changes.changes:
             return self.changes.text
-        return typed_anywhere(self.words)
+        return format_command(self.words)
 
 
 class NewPages:
@@ -173,19 +180,19 @@ class NewPages:
         folder = find_folder(self.site.runs, folder_text)
         if folder is None:
             return NewForm(folder=folder_text)
-        comparing = self.find_errand(COMPARE, folder)
+        comparing = self.find_background_job(COMPARE, folder)
         if comparing is not None and self.is_pending(comparing, folder):
             return NewForm.of_words(shlex.split(comparing.line))
-        errand = self.find_errand(DESCRIBE, folder)
-        is_failed = errand is not None and errand.state not in (RUNNING,) and errand.code != 0
+        job = self.find_background_job(DESCRIBE, folder)
+        is_failed = job is not None and job.state not in (RUNNING,) and job.code != 0
         if is_described(folder) and not is_failed:
             try:
-                return self.form_of(read_described(folder))
+                return self.make_form(read_described(folder))
             except (OSError, ValueError):
                 return NewForm(folder=str(folder))
-        if errand is not None:
-            return NewForm.of_words(shlex.split(errand.line))
-        return NewForm(folder=str(folder), name=self.suggest_name(folder))
+        if job is not None:
+            return NewForm.of_words(shlex.split(job.line))
+        return NewForm(folder=str(folder), name=find_free_name(folder / "output", folder.name))
 
     def is_as_shown(self, folder: Path, shown: str) -> bool:
         """Return whether the files of a folder still say what a page has shown in its fields.
@@ -193,11 +200,7 @@ class NewPages:
         shown: the address of that page's form when it was made; empty if the folder was not described.
         """
         described, _ = self.try_read(folder)
-        return described is not None and self.form_of(described).address == shown
-
-    def suggest_name(self, folder: Path) -> str:
-        """Return a free name for a LoRA if the usual one, that of the folder, is taken; else nothing."""
-        return find_free_name(folder / "output", folder.name)
+        return described is not None and self.make_form(described).address == shown
 
     def is_pending(self, comparing: Job, folder: Path) -> bool:
         """Return whether shown changes are still those that the files would get."""
@@ -218,18 +221,18 @@ class NewPages:
         values = {
             **self.progress_values(folder, described),
             **self.folder_values(folder, content, is_part),
-            **self.model_values(form, content),
+            **self.list_model_values(form, content),
             "form": form,
             "plan": self.plan_or_none(form, folder, described),
             "duration": self.describe_duration(form, described),
-            "shown": "" if described is None else self.form_of(described).address,
-            "free_name": _free_name_of(form, folder, described),
+            "shown": "" if described is None else self.make_form(described).address,
+            "free_name": _suggest_free_name(form, folder, described),
             "engine": CAPTION_MODEL,
             "engine_size": describe_engine(CAPTION_MODEL),
             "tried": TRIED,
-            "caption_line": typed_anywhere(caption_words("", ""), folder),
-            "try_line": typed_anywhere(caption_words("", "", TRIED), folder),
-            "said": problem,
+            "caption_line": format_command(make_caption_words("", ""), folder),
+            "try_line": format_command(make_caption_words("", "", TRIED), folder),
+            "message": problem,
             "refused": error if folder is None else "",  # of a button whose folder is gone
         }
         response = answer_template("new.html", "New", values, is_refused=error != "", policy=PAGE_POLICY)
@@ -251,7 +254,7 @@ class NewPages:
             "num_folders": len(folders),
             "next_folder": PART,
             "roots": tops,
-            "into": str(folder or name_of_day(tops[0], date.today())),
+            "into": str(folder or name_upload_folder(tops[0], date.today())),
             "upload": UPLOAD,
             "picture_address": picture_address,
             "rows_address": "" if content is None else self.files.address(content.path),
@@ -259,7 +262,7 @@ class NewPages:
             "left_out": [] if folder is None else self.files.left_out.list_names(folder),
         }
 
-    def model_values(self, form: NewForm, content: MediaFolder | None) -> dict[str, Any]:
+    def list_model_values(self, form: NewForm, content: MediaFolder | None) -> dict[str, Any]:
         """Return the values for the page's part on models and the chosen one. content: of the folder."""
         rows = list_model_rows(self.site.models, self.memory, content)
         chosen = next((row for row in rows if row.value == f"{form.family} {form.task}"), None)
@@ -271,7 +274,7 @@ class NewPages:
             "memory": self.memory,
         }
 
-    def form_of(self, described: DescribedFolder) -> NewForm:
+    def make_form(self, described: DescribedFolder) -> NewForm:
         """Return the form of a described folder."""
         return NewForm.of_described(described, self.site.models)
 
@@ -297,21 +300,21 @@ class NewPages:
     def progress_values(self, folder: Path | None, described: DescribedFolder | None) -> dict[str, Any]:
         """Return the values for the part of the page that changes while commands run."""
         site = self.site
-        errands = {kind: self.find_errand(kind, folder) for kind in ERRANDS}
+        background_jobs = {kind: self.find_background_job(kind, folder) for kind in BACKGROUND_KINDS}
         job = self.find_job(folder)
         captioning = self.find_captioning(folder)
-        works = [errand is not None and errand.state == RUNNING for errand in errands.values()]
+        works = [job is not None and job.state == RUNNING for job in background_jobs.values()]
         works += [entry is not None and entry.state in (WAITING, RUNNING) for entry in (job, captioning)]
         return {
-            **self.said_values(folder, errands),
+            **self.output_values(folder, background_jobs),
             **self.loading_values(described),
             "folder": folder,
             "described": described,
-            "tries": [] if folder is None else read_tries(errands[TRY], folder),
+            "tries": [] if folder is None else read_tries(background_jobs[TRY], folder),
             "repair_line": self.repair_line(folder),
             "commands": list_commands(folder),
-            "run_command": "" if described is None else typed_anywhere(self.run_words(described)),
-            "check_command": "" if folder is None else typed_anywhere(check_words(folder)),
+            "run_command": "" if described is None else format_command(self.make_run_words(described)),
+            "check_command": "" if folder is None else format_command(make_check_words(folder)),
             "job": job,
             "run_address": self.find_run(described),
             "captioning": captioning,
@@ -323,36 +326,36 @@ class NewPages:
             "refused": "",
         }
 
-    def said_values(self, folder: Path | None, errands: Mapping[str, Job | None]) -> dict[str, Any]:
-        """Return the errands of a folder and their printed lines, by kind."""
+    def output_values(self, folder: Path | None, background_jobs: Mapping[str, Job | None]) -> dict[str, Any]:
+        """Return the background jobs of a folder and their printed lines, by kind."""
         names: list[str] = []
         if folder is not None:
             with contextlib.suppress(OSError):
                 names = list_names(folder)
-        comparing = errands[COMPARE]
+        comparing = background_jobs[COMPARE]
         if folder is not None and comparing is not None and not self.is_pending(comparing, folder):
             comparing = None
-        looking = comparing or errands[DESCRIBE]
-        checking = errands[CHECK]
-        repairing = errands[REPAIRING]
+        looking = comparing or background_jobs[DESCRIBE]
+        checking = background_jobs[CHECK]
+        repairing = background_jobs[REPAIRING]
         return {
             "looking": looking,
-            "looked": _list_ended(errands[COMPARE], errands[DESCRIBE]),
-            "looking_lines": read_said(looking, names),
+            "looked": _list_ended(background_jobs[COMPARE], background_jobs[DESCRIBE]),
+            "looking_lines": read_output_lines(looking, names),
             "comparing": comparing,
             "changes": read_changes(comparing),
             "checking": checking,
-            "checking_lines": read_said(checking, names),
+            "checking_lines": read_output_lines(checking, names),
             "check_page": self.find_check_page(folder),
             "is_check_old": self.is_check_old(checking, folder),
-            "trying": errands[TRY],
+            "trying": background_jobs[TRY],
             "repairing": repairing,
-            "repair_lines": [line for line in read_said(repairing, names) if line.is_of_repair],
+            "repair_lines": [line for line in read_output_lines(repairing, names) if line.is_about_repair],
         }
 
     def loading_values(self, described: DescribedFolder | None) -> dict[str, Any]:
         """Return the facts of files to load for a described folder: their size, licences and the login."""
-        to_load = self.list_to_load_of(described)
+        to_load = self.list_missing_parts(described)
         licences = list_licences(to_load)
         return {
             "licences": licences,
@@ -365,7 +368,7 @@ class NewPages:
         """Return the part of the page that changes while commands run."""
         folder = find_folder(self.site.runs, request.query_params.get("folder", ""))
         if folder is None:
-            return answer_gone()
+            return answer_not_found()
         return self.answer_progress(folder)
 
     def answer_progress(self, folder: Path, refused: str = "") -> Response:
@@ -380,8 +383,8 @@ class NewPages:
         folder = find_folder(self.site.runs, query.get("folder", ""))
         try:
             count = TRIED if "tries" in query else None
-            words = caption_words(query.get("engine", ""), query.get("question", ""), count)
-            text = typed_anywhere(words, folder)
+            words = make_caption_words(query.get("engine", ""), query.get("question", ""), count)
+            text = format_command(words, folder)
         except OptionError as error:
             text = str(error)
         return answer_page(str(escape(text)))
@@ -404,11 +407,11 @@ class NewPages:
         folder = find_folder(self.site.runs, request.query_params.get("folder", ""))
         path = self.find_check_page(folder)
         if path is None:
-            return answer_gone()
+            return answer_not_found()
         try:
             content = read_content(path, MOST_OF_PAGE)
         except OSError:
-            return answer_gone()
+            return answer_not_found()
         headers = {"content-security-policy": CHECK_POLICY}
         return Response(content, media_type="text/html; charset=utf-8", headers=headers)
 
@@ -434,16 +437,16 @@ class NewPages:
             command = settings.command_words(settings.find_worker(), further=[real_path(path)])
             return (
                 f"{real_path(path)} is outside of the folders of this page, {roots}. End the page, and start "
-                f"it with that folder: {typed_anywhere(command, Path.cwd())}"
+                f"it with that folder: {format_command(command, Path.cwd())}"
             )
         return f"{text}: no such folder below {roots}. Choose one from the list, or drop files here."
 
-    def find_errand(self, kind: str, folder: Path | None) -> Job | None:
-        return None if folder is None else self.site.errands.find(errand_name(kind, folder))
+    def find_background_job(self, kind: str, folder: Path | None) -> Job | None:
+        return None if folder is None else self.site.background_jobs.find(name_background_job(kind, folder))
 
     def find_job(self, folder: Path | None) -> Job | None:
         """Return the newest job of the queue that runs a folder; None if there is none."""
-        return None if folder is None else self.site.beginnings.find_job(folder)
+        return None if folder is None else self.site.tracked_runs.find_job(folder)
 
     def find_captioning(self, folder: Path | None) -> Job | None:
         """Return the newest job of the queue that writes captions in a folder; None if there is none."""
@@ -461,7 +464,7 @@ class NewPages:
                 return f"/run/{run.id}/"
         return ""
 
-    def list_to_load_of(self, described: DescribedFolder | None) -> list[Component]:
+    def list_missing_parts(self, described: DescribedFolder | None) -> list[Component]:
         """Return the parts of a described folder's model that are to be loaded before the training."""
         if described is None:
             return []
@@ -474,13 +477,13 @@ class NewPages:
                 return [part for part in missing if (part.option or "").lstrip("-") in described.model_files]
         return []
 
-    def run_words(self, described: DescribedFolder) -> list[str]:
-        return run_words(described, self.site.models)
+    def make_run_words(self, described: DescribedFolder) -> list[str]:
+        return make_run_words(described, self.site.models)
 
     def repair_line(self, folder: Path | None) -> str:
         """Return the command that converts captions of a folder to UTF-8; empty if there is none."""
         words = [] if folder is None else find_repair(folder)
-        return typed_anywhere(words) if words else ""
+        return format_command(words) if words else ""
 
     def plan_or_none(
         self, form: NewForm, folder: Path | None, described: DescribedFolder | None
@@ -490,7 +493,7 @@ class NewPages:
             if folder is not None:
                 return self.plan_describe(form, folder, described)
         form = form if form.folder else replace(form, folder="FOLDER")
-        return DescribePlan(new_words(form, self.site.models))
+        return DescribePlan(make_new_words(form, self.site.models))
 
     def plan_describe(self, form: NewForm, folder: Path, described: DescribedFolder | None) -> DescribePlan:
         """Return the plan of Describe for a folder.
@@ -502,13 +505,13 @@ class NewPages:
         form = form.of_folder(folder)
         models = self.site.models
         if not any((folder / name).exists() for name in FILES):
-            return DescribePlan(new_words(form, models))
+            return DescribePlan(make_new_words(form, models))
         if described is not None:
             before = NewForm.of_described(described, models)
             changes = list_key_changes(form, before, described.values)
             if changes.changes and not list_differing(form, before):
                 return DescribePlan([], changes)
-        return DescribePlan(new_words(form, models, dry_run=True), compares=True)
+        return DescribePlan(make_new_words(form, models, dry_run=True), compares=True)
 
     def change(self, request: Request, form: Form) -> Response:
         """Do what a button asks for, and show the page of the folder again."""
@@ -518,10 +521,12 @@ class NewPages:
         if folder is None:
             return self.answer(sent, self.explain_folder(sent.folder) if sent.folder else "Choose a folder.")
         texts = {name: "".join(values) for name, values in form.items()}
-        said = ""
+        message = ""
         try:
             if what == "describe":
-                said = self.describe(folder, sent, mark=texts.get("mark", ""), shown=texts.get("shown", ""))
+                message = self.describe(
+                    folder, sent, mark=texts.get("mark", ""), shown=texts.get("shown", "")
+                )
             elif not self.carry_out(what, folder, sent, texts):
                 return answer_unknown()
             problem = ""
@@ -534,7 +539,7 @@ class NewPages:
         if problem:
             return self.answer(sent if what == "describe" else self.read_form(str(folder)), problem)
         response = answer_move(f"/new?{encode_address({'folder': str(folder)})}")
-        response.headers[SAID] = quote(said)
+        response.headers[MESSAGE_HEADER] = quote(message)
         return response
 
     def carry_out(self, what: str, folder: Path, sent: NewForm, texts: Mapping[str, str]) -> bool:
@@ -543,26 +548,28 @@ class NewPages:
         Raises UserError, OSError or ValueError if it cannot be done, ChangedMeanwhileError if the files are
         not what the page was made from.
         """
-        errands = self.site.errands
+        background_jobs = self.site.background_jobs
         if what == "replace":
             self.replace(folder, texts.get("mark", ""))
         elif what == "keep":
-            errands.forget(errand_name(COMPARE, folder))
+            background_jobs.forget(name_background_job(COMPARE, folder))
         elif what == "check":
             self.refuse_unwritten(folder, sent, texts.get("shown", ""))
-            errands.start(errand_name(CHECK, folder), check_words(folder), Path.cwd())
+            background_jobs.start(name_background_job(CHECK, folder), make_check_words(folder), Path.cwd())
         elif what == "stop":
-            for kind in ERRANDS:
-                errands.stop(errand_name(kind, folder))
+            for kind in BACKGROUND_KINDS:
+                background_jobs.stop(name_background_job(kind, folder))
         elif what == "start":
             self.refuse_unwritten(folder, sent, texts.get("shown", ""))
             self.start(folder, has_accepted=bool(texts.get("accept")))
         elif what == "try":
-            words = caption_words(texts.get("engine", ""), texts.get("question", ""), TRIED)
+            words = make_caption_words(texts.get("engine", ""), texts.get("question", ""), TRIED)
             self.require_inside(folder)
-            errands.start(errand_name(TRY, folder), words, folder, within=folder, typed=TYPED_OPTIONS)
+            background_jobs.start(
+                name_background_job(TRY, folder), words, folder, within=folder, typed=TYPED_OPTIONS
+            )
         elif what == "write":
-            words = caption_words(texts.get("engine", ""), texts.get("question", ""))
+            words = make_caption_words(texts.get("engine", ""), texts.get("question", ""))
             self.require_inside(folder)
             self.site.queue.add_and_begin(words, folder, within=folder, typed=TYPED_OPTIONS)
         elif what == "remedy":
@@ -580,7 +587,7 @@ class NewPages:
         """
         if not shown:
             return
-        present = self.form_of(read_described(folder))
+        present = self.make_form(read_described(folder))
         labels = list_unwritten(sent, NewForm.of_address(shown), present)
         if labels:
             raise OptionError(
@@ -596,7 +603,7 @@ class NewPages:
         check_form(form)
         if mark and mark != mark_files(folder) and not self.is_as_shown(folder, shown):
             raise ChangedMeanwhileError
-        self.site.beginnings.refuse_while_it_runs(folder)
+        self.site.tracked_runs.refuse_while_it_runs(folder)
         if read_media_folder(folder) is None and not any(path.is_dir() for path in folder.iterdir()):
             raise OptionError(f"{folder} has no clips, pictures or sounds. Drop some here first.")
         described, _ = self.try_read(folder)
@@ -606,32 +613,36 @@ class NewPages:
             change_keys(folder / RUN_FILE, plan.changes.changes, have)
             return f"Written into {plan.changes.text}."
         kind = COMPARE if plan.compares else DESCRIBE
-        self.site.errands.start(errand_name(kind, folder), plan.words, Path.cwd(), within=folder)
+        self.site.background_jobs.start(
+            name_background_job(kind, folder), plan.words, Path.cwd(), within=folder
+        )
         return ""
 
     def replace(self, folder: Path, mark: str) -> None:
         """Write the three files as the shown changes say; the old ones are copied into the bin first."""
-        comparing = self.find_errand(COMPARE, folder)
+        comparing = self.find_background_job(COMPARE, folder)
         if comparing is None or comparing.state == RUNNING or not self.is_pending(comparing, folder):
             raise OptionError("There are no changes to make (any more). Press Describe to see them.")
         if mark != mark_files(folder):
             raise ChangedMeanwhileError
-        self.site.beginnings.refuse_while_it_runs(folder)
+        self.site.tracked_runs.refuse_while_it_runs(folder)
         kept = f"{folder.name} {time.strftime('%Y-%m-%d %H.%M.%S')}"
         keep_copies(folder, self.site.runs.find_top(folder) / BIN / "replaced" / kept)
         form = NewForm.of_words(shlex.split(comparing.line))
-        words = new_words(form, self.site.models, overwrite=True)
-        self.site.errands.start(errand_name(DESCRIBE, folder), words, Path.cwd(), within=folder)
-        self.site.errands.forget(errand_name(COMPARE, folder))
+        words = make_new_words(form, self.site.models, overwrite=True)
+        self.site.background_jobs.start(
+            name_background_job(DESCRIBE, folder), words, Path.cwd(), within=folder
+        )
+        self.site.background_jobs.forget(name_background_job(COMPARE, folder))
 
     def start(self, folder: Path, has_accepted: bool) -> None:
         """Put the run of a folder into the queue, and start the queue unless other jobs wait in it."""
         if not is_described(folder):
             raise OptionError("It is not described yet: press Describe first.")
-        words = self.run_words(read_described(folder))
+        words = self.make_run_words(read_described(folder))
         if "--download" in words and not has_accepted:
             raise OptionError("Its model is to be loaded: read the licences next to Start, and accept them.")
-        self.site.beginnings.start(folder, words)
+        self.site.tracked_runs.start(folder, words)
 
     def require_inside(self, folder: Path) -> None:
         """Raise OptionError if the dataset of a folder names files outside the roots."""
@@ -645,16 +656,18 @@ class NewPages:
     def run_remedy(self, folder: Path, line: str) -> None:
         """Run a command that `new` or `run --check` has printed for this folder."""
         kinds = (COMPARE, DESCRIBE, CHECK)
-        lines: list[SaidLine] = []
+        lines: list[OutputLine] = []
         for kind in kinds:
-            lines += read_said(self.find_errand(kind, folder))
+            lines += read_output_lines(self.find_background_job(kind, folder))
         words = find_command(lines, line)
         if words is None:
             raise OptionError("This command is not one that was printed for this folder (any more).")
         self.require_inside(folder)
         command, _ = find_program(words, folder)
         if command.words[0] == "cache":
-            self.site.errands.start(errand_name(REPAIRING, folder), words, folder, within=folder)
+            self.site.background_jobs.start(
+                name_background_job(REPAIRING, folder), words, folder, within=folder
+            )
         else:
             self.site.queue.add_and_begin(words, folder, within=folder)
 
@@ -668,7 +681,7 @@ class NewPages:
         self.require_inside(folder)
         if encoding:
             words = [*words, encoding]
-        self.site.errands.start(errand_name(REPAIRING, folder), words, folder, within=folder)
+        self.site.background_jobs.start(name_background_job(REPAIRING, folder), words, folder, within=folder)
 
     def look_at_file(self, request: Request, form: Form) -> Response:
         """Describe the file of a model, by its header."""
@@ -677,7 +690,7 @@ class NewPages:
         chosen = NewForm.of_fields(form)
         is_chosen = any((row.family, row.task) == (chosen.family, chosen.task) for row in find_models())
         described, _ = self.try_read(find_folder(self.site.runs, chosen.folder))
-        known = NewForm() if described is None else self.form_of(described)
+        known = NewForm() if described is None else self.make_form(described)
         is_known = (known.family, known.task) == (chosen.family, chosen.task) and (
             known.model_files.get(option) == chosen.model_files.get(option)
         )  # `new` has checked it
@@ -718,13 +731,13 @@ def find_free_name(output: Path, name: str) -> str:
     return free_name(output, name) if (output / f"{name}.safetensors").exists() else ""
 
 
-def _list_ended(*errands: Job | None) -> str:
-    """Return marks of the errands that have ended, with blanks between."""
-    ended = [errand.process for errand in errands if errand is not None and errand.state != RUNNING]
+def _list_ended(*background_jobs: Job | None) -> str:
+    """Return marks of the background jobs that have ended, with blanks between."""
+    ended = [job.process for job in background_jobs if job is not None and job.state != RUNNING]
     return " ".join(short_digest(repr(process)) for process in ended)
 
 
-def _free_name_of(form: NewForm, folder: Path | None, described: DescribedFolder | None) -> str:
+def _suggest_free_name(form: NewForm, folder: Path | None, described: DescribedFolder | None) -> str:
     """Return another name if a LoRA of the name in a form is there; else nothing."""
     if folder is None:
         return ""
@@ -743,7 +756,7 @@ def list_commands(folder: Path | None) -> list[str]:
     """Return the commands that the run of a described folder consists of, as a user would type them."""
     if folder is None:
         return []
-    return [typed_anywhere(words, folder) for words in read_commands(folder)]
+    return [format_command(words, folder) for words in read_commands(folder)]
 
 
 def new_routes(site: Site) -> list[Route]:

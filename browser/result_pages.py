@@ -18,32 +18,32 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from browser import compare
-from browser.answers import (
-    Form,
-    answer_file,
-    answer_form,
-    answer_gone,
-    answer_json,
-    answer_said,
-    answer_template,
-    answer_unknown,
-)
+from browser.background_jobs import name_background_job
 from browser.bin_folder import FOLDER as BIN
 from browser.bin_folder import BinFolder
 from browser.captions import mark_bytes
-from browser.described import PROMPTS_FILE, ChangedMeanwhileError, read_described
-from browser.errands import errand_name
+from browser.command_lines import format_command
+from browser.described_folder import PROMPTS_FILE, ChangedMeanwhileError, read_described
 from browser.folders import list_media_folders
 from browser.jobs import WAITING, Job
 from browser.names import number_names, short_digest
-from browser.recipes import RESULTS, ModelRecipe, is_driven, recipe_of_model, recipe_of_run
+from browser.recipes import RESULTS, ModelRecipe, is_driven, make_model_recipe, make_run_recipe
+from browser.render_queue import RenderJob
+from browser.responses import (
+    Form,
+    answer_file,
+    answer_form,
+    answer_json,
+    answer_message,
+    answer_not_found,
+    answer_template,
+    answer_unknown,
+)
+from browser.result_settings import PREFIX, ResultSettings, format_sample_line, read_settings, remake
 from browser.results import LARGER, LAST_FRAME, Result, ResultFolders
-from browser.runs import DIED, FINISHED, RUNNING, Glance
-from browser.settings_of import PREFIX, ResultSettings, read_settings, remake, sample_line
+from browser.run_views import label_runs
+from browser.runs import DIED, FINISHED, RUNNING, RunSummary
 from browser.site import Site
-from browser.typed import typed_anywhere
-from browser.views import label_runs
-from browser.wishes import Making
 from contract.families import with_scripts
 from downloads.catalogue import ModelSet, model_sets
 from downloads.listing import gigabytes, total_bytes
@@ -60,7 +60,7 @@ READ_SECONDS = 0.3  # in which settings are read for one answer, of files that w
 MOST_READ = 50_000  # results whose settings are in memory
 SEED_BITS = 32
 TOOL = "blissful_tuner/upscaler.py"
-LOAD = "upscaler"  # kind of an errand
+LOAD = "upscaler"  # kind of a background job
 FACTOR = 2  # by which width and height grow
 UPSCALERS = "upscalers"  # folder in that of the models
 NETWORKS = (".pth", ".safetensors")
@@ -68,7 +68,7 @@ MOST_OF_PROMPTS = 1 << 20  # bytes of a prompt file
 SHORT = 160  # characters of a prompt in the list
 
 
-class Read(NamedTuple):
+class ReadSettings(NamedTuple):
     """Settings read from a file. problem: why nothing could be read."""
 
     settings: ResultSettings | None
@@ -79,25 +79,25 @@ class SettingsCache:
     """Read the settings of files, each once until it changes."""
 
     def __init__(self) -> None:
-        self._read: OrderedDict[Path, tuple[tuple[float, int], Read]] = OrderedDict()
+        self._read: OrderedDict[Path, tuple[tuple[float, int], ReadSettings]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def peek(self, result: Result) -> Read | None:
+    def find_read(self, result: Result) -> ReadSettings | None:
         """Return the facts that were read of a file; None if it has changed since, or was not read."""
         entry = self._read.get(result.path)
         mark = (result.changed, result.size_bytes)
         return entry[1] if entry is not None and entry[0] == mark else None
 
-    def get(self, result: Result) -> Read:
+    def get(self, result: Result) -> ReadSettings:
         """Return the contents of a file, read now unless it was before."""
-        read = self.peek(result)
+        read = self.find_read(result)
         if read is not None:
             return read
         try:
             settings = read_settings(result.path)
-            read = Read(None if settings is None else settings.shortened())
+            read = ReadSettings(None if settings is None else settings.shortened())
         except (MediaError, OSError, ValueError) as error:
-            read = Read(None, str(error))
+            read = ReadSettings(None, str(error))
         with self._lock:
             self._read[result.path] = ((result.changed, result.size_bytes), read)
             while len(self._read) > MOST_READ:
@@ -107,7 +107,7 @@ class SettingsCache:
     def read_some(self, results: Sequence[Result], seconds: float) -> int:
         """Read files for so many seconds; return how many are not read yet."""
         end = time.monotonic() + seconds
-        unread = [result for result in results if self.peek(result) is None]
+        unread = [result for result in results if self.find_read(result) is None]
         for place, result in enumerate(unread):
             if time.monotonic() > end:
                 return len(unread) - place
@@ -122,18 +122,18 @@ class ResultChoice:
     words: Sequence[str] = ()  # all must be in the name or the prompts
     kind: str = ""
     model: str = ""
-    run: Glance | None = None
+    run: RunSummary | None = None
 
     def needs_settings(self) -> bool:
         return bool(self.words or self.model or self.run)
 
-    def keeps(self, result: Result, settings: ResultSettings | None) -> bool:
+    def accepts(self, result: Result, settings: ResultSettings | None) -> bool:
         """Return whether a result is shown."""
         if self.kind and result.kind != self.kind:
             return False
         if self.model and (settings is None or settings.model != self.model):
             return False
-        if self.run is not None and not _is_of_run(result, settings, self.run):
+        if self.run is not None and not _belongs_to_run(result, settings, self.run):
             return False
         if not self.words:
             return True
@@ -143,7 +143,7 @@ class ResultChoice:
         return all(word in text for word in self.words)
 
 
-def _is_of_run(result: Result, settings: ResultSettings | None, run: Glance) -> bool:
+def _belongs_to_run(result: Result, settings: ResultSettings | None, run: RunSummary) -> bool:
     """Return whether a result lies in the folder of a run, or was made with one of its files."""
     if result.path.is_relative_to(run.history.parent):
         return True
@@ -153,7 +153,7 @@ def _is_of_run(result: Result, settings: ResultSettings | None, run: Glance) -> 
 
 
 @dataclass(frozen=True)
-class Plate:
+class ResultTile:
     """Facts of a result that the page shows."""
 
     result: Result
@@ -222,7 +222,7 @@ class Candidate(NamedTuple):
     """A recipe that may be that of a result, and the run that it is from, if it is one."""
 
     recipe: ModelRecipe
-    run: Glance | None
+    run: RunSummary | None
 
 
 class Remaker:
@@ -232,8 +232,8 @@ class Remaker:
         self.site = site
         self.folders = folders
 
-    def remake(self, result: Result, settings: ResultSettings, seed: str) -> Making:
-        """Return the making that repeats a result. seed: the one to take. Raises OptionError if none can."""
+    def remake(self, result: Result, settings: ResultSettings, seed: str) -> RenderJob:
+        """Return the job that repeats a result. seed: the one to take. Raises OptionError if none can."""
         reasons = []
         save_path = str(self.site.runs.tops[0] / RESULTS)
         for candidate in self.list_candidates(result, settings):
@@ -256,7 +256,7 @@ class Remaker:
         """Yield recipes of the family: of the result's own run, of other runs, of released models."""
         names = {lora.name for lora in settings.loras}
 
-        def rank(run: Glance) -> tuple[bool, bool, float]:
+        def rank(run: RunSummary) -> tuple[bool, bool, float]:
             folder = run.history.parent
             has_lora = any((folder / name).is_file() for name in names)
             return not result.path.is_relative_to(folder), not has_lora, -run.changed
@@ -270,10 +270,10 @@ class Remaker:
                     if source is not None and source.family == settings.family:
                         sources.append(source)
         for source in sources:
-            yield Candidate(recipe_of_run(source), source.run)
+            yield Candidate(make_run_recipe(source), source.run)
         for model in model_sets():
             if is_driven(model):
-                recipe = recipe_of_model(model, self.site.models, Path.cwd())
+                recipe = make_model_recipe(model, self.site.models, Path.cwd())
                 if recipe.family == settings.family:
                     yield Candidate(recipe, None)
 
@@ -282,10 +282,10 @@ class Remaker:
         for lora in recipe.loras:
             if Path(lora.path).name == name and (recipe.folder / lora.path).is_file():
                 return lora.path
-        making = self.find_making(result)
-        if making is not None:
-            for word in making.session:
-                if Path(word).name == name and Path(making.folder, word).is_file():
+        render_job = self.find_render_job(result)
+        if render_job is not None:
+            for word in render_job.session:
+                if Path(word).name == name and Path(render_job.folder, word).is_file():
                     return word
         with self.site.runs.lock:
             runs = self.site.runs.list_all()
@@ -297,22 +297,22 @@ class Remaker:
 
     def find_media(self, name: str, result: Result) -> str:
         """Return the path of a picture or clip that a result began from. Raises OptionError."""
-        making = self.find_making(result)
-        if making is not None:
-            for value in making.request.get("options", {}).values():
+        render_job = self.find_render_job(result)
+        if render_job is not None:
+            for value in render_job.request.get("options", {}).values():
                 for text in value if isinstance(value, list) else [value]:
-                    if Path(str(text)).name == name and Path(making.folder, str(text)).is_file():
+                    if Path(str(text)).name == name and Path(render_job.folder, str(text)).is_file():
                         return str(text)
         for candidate in self.folders.list_all():
             if candidate.path.name == name:
                 return str(candidate.path)
         raise OptionError(f"{name}, which it began from, is not among the results. Choose it in the form.")
 
-    def find_making(self, result: Result) -> Making | None:
-        """Return the wish of the page that has made a result; None if it was made elsewhere."""
-        for making in reversed(self.site.maker.list_all()):
-            if making.file == str(result.path):
-                return making
+    def find_render_job(self, result: Result) -> RenderJob | None:
+        """Return the render job of the page that has made a result; None if it was made elsewhere."""
+        for render_job in reversed(self.site.render_worker.list_all()):
+            if render_job.file == str(result.path):
+                return render_job
         return None
 
 
@@ -359,10 +359,10 @@ class ResultPages:
         unread = self.cache.read_some(results, READ_SECONDS)
         chosen = []
         for result in results:
-            read = self.cache.peek(result)
+            read = self.cache.find_read(result)
             if read is None and choice.needs_settings():
                 continue
-            if choice.keeps(result, None if read is None else read.settings):
+            if choice.accepts(result, None if read is None else read.settings):
                 chosen.append(result)
         return results, chosen, unread
 
@@ -402,13 +402,13 @@ class ResultPages:
         """Return the models of all results that have been read."""
         models = set()
         for result in results:
-            read = self.cache.peek(result)
+            read = self.cache.find_read(result)
             if read is not None and read.settings is not None:
                 models.add(read.settings.model)
         return sorted(models)
 
     def show_part(self, request: Request) -> Response:
-        """Return the plates of some results. query: that of `read_choice`, and `from` and `count`."""
+        """Return the tiles of some results. query: that of `read_choice`, and `from` and `count`."""
         query = request.query_params
         texts = (query.get("from", ""), query.get("count", ""))
         if not all(text.isdecimal() and len(text) < 9 for text in texts):
@@ -417,16 +417,13 @@ class ResultPages:
         count = min(int(texts[1]), 2 * PART)
         _, chosen, _ = self.choose(query)
         jobs = self.find_larger()
-        plates = []
+        tiles = []
         for result in chosen[first : first + count]:
             read = self.cache.get(result)
             job = jobs.get(str(result.path))
-            plates.append(Plate(result, read.settings, problem=read.problem, job=job))
-        return self.answer_plates(plates)
-
-    def answer_plates(self, plates: Sequence[Plate]) -> Response:
-        values = {"plates": plates, "can_write": not self.site.read_only}
-        return answer_template("plates.html", "Results", values)
+            tiles.append(ResultTile(result, read.settings, problem=read.problem, job=job))
+        values = {"tiles": tiles, "can_write": not self.site.read_only}
+        return answer_template("result_tiles.html", "Results", values)
 
     def find_larger(self) -> dict[str, Job]:
         """Return the newest job of the queue that enlarges each file, by its path."""
@@ -449,7 +446,7 @@ class ResultPages:
         id, _, suffix = request.path_params["name"].partition(".")
         result = self.folders.find(id)
         if result is None or f".{suffix}" != result.path.suffix.lower():
-            return answer_gone()
+            return answer_not_found()
         return answer_file(result.path)
 
     def require_settings(self, result: Result) -> ResultSettings:
@@ -464,7 +461,7 @@ class ResultPages:
         result = self.find(request)
         show = self.sheets.get(request.path_params["what"])
         if result is None or show is None:
-            return answer_gone()
+            return answer_not_found()
         return show(result, "")
 
     def answer_sheet(self, what: str, result: Result, error: str = "", **values: Any) -> Response:
@@ -473,7 +470,7 @@ class ResultPages:
             "what": what,
             "result": result,
             "can_write": not self.site.read_only,
-            "said": error,
+            "message": error,
             **values,
         }
         return answer_template("result_sheet.html", result.path.name, shown, is_refused=error != "")
@@ -482,19 +479,19 @@ class ResultPages:
         """Return the command that each button of a result types, as JSON."""
         result = self.find(request)
         if result is None:
-            return answer_gone()
+            return answer_not_found()
         commands = {"other": "", "again": ""}
         try:
             settings = self.require_settings(result)
             remade = self.remaker.remake(result, settings, settings.get("seeds"))
-            commands["again"] = typed_anywhere(remade.command, Path(remade.folder))
+            commands["again"] = format_command(remade.command, Path(remade.folder))
             remade = self.remaker.remake(result, settings, "SEED")
-            commands["other"] = typed_anywhere(remade.command, Path(remade.folder))
+            commands["other"] = format_command(remade.command, Path(remade.folder))
         except (UserError, OSError) as error:
             commands |= dict.fromkeys(("again", "other"), str(error))
         networks = self.list_networks()
         if networks:
-            commands["larger"] = typed_anywhere(self.larger_words(result, networks[0]))
+            commands["larger"] = format_command(self.larger_words(result, networks[0]))
         return answer_json(commands)
 
     def show_settings(self, result: Result, error: str) -> Response:
@@ -511,7 +508,7 @@ class ResultPages:
                 rows = settings.rows()
                 done = settings.done
                 remade = self.remaker.remake(result, settings, settings.get("seeds"))
-                command = typed_anywhere(remade.command, Path(remade.folder))
+                command = format_command(remade.command, Path(remade.folder))
         except (UserError, OSError) as reason:
             problem = problem or str(reason)
         return self.answer_sheet(
@@ -522,20 +519,22 @@ class ResultPages:
 
     def make_again(self, result: Result, _: Form) -> Response:
         settings = self.require_settings(result)
-        return self.add_making(result, settings, settings.get("seeds"))
+        return self.add_render_job(result, settings, settings.get("seeds"))
 
     def make_other(self, result: Result, _: Form) -> Response:
-        return self.add_making(result, self.require_settings(result), str(secrets.randbits(SEED_BITS)))
+        return self.add_render_job(result, self.require_settings(result), str(secrets.randbits(SEED_BITS)))
 
-    def add_making(self, result: Result, settings: ResultSettings, seed: str) -> Response:
-        """Give the wish of a result to the maker. Raises OptionError or OutputError if it takes none."""
+    def add_render_job(self, result: Result, settings: ResultSettings, seed: str) -> Response:
+        """Let a result be made again. Raises OptionError or OutputError if it takes none."""
         remade = self.remaker.remake(result, settings, seed)
-        missing = [word for word in _list_files(remade) if not Path(remade.folder, word).exists()]
+        suffixes = (".safetensors", ".pth", ".gguf", ".sft")
+        files = [word for word in remade.session if Path(word).suffix in suffixes]
+        missing = [word for word in files if not Path(remade.folder, word).exists()]
         if missing:
             raise OptionError(f"{missing[0]} is missing: load the model first (Models).")
 
-        [number] = self.site.maker.add([remade])
-        return answer_said(f"It waits above as {number}, with seed {seed}.")
+        [number] = self.site.render_worker.add([remade])
+        return answer_message(f"It waits above as {number}, with seed {seed}.")
 
     # --- larger
 
@@ -560,12 +559,12 @@ class ResultPages:
     def show_larger(self, result: Result, error: str) -> Response:
         networks = self.list_networks()
         to_load = [
-            (model, gigabytes(total_bytes(model.components)), typed_anywhere(self.load_words(model)))
+            (model, gigabytes(total_bytes(model.components)), format_command(self.load_words(model)))
             for model in model_sets()
             if "upscale" in model.commands
         ]
-        loading = self.site.errands.find(errand_name(LOAD, self.site.models))
-        options = [(network, typed_anywhere(self.larger_words(result, network))) for network in networks]
+        loading = self.site.background_jobs.find(name_background_job(LOAD, self.site.models))
+        options = [(network, format_command(self.larger_words(result, network))) for network in networks]
         return self.answer_sheet(
             "larger",
             result,
@@ -588,8 +587,8 @@ class ResultPages:
         task = "".join(form.get("task", ()))
         for model in model_sets():
             if model.task == task and "upscale" in model.commands:
-                name = errand_name(LOAD, self.site.models)
-                self.site.errands.start(name, self.load_words(model), Path.cwd())
+                name = name_background_job(LOAD, self.site.models)
+                self.site.background_jobs.start(name, self.load_words(model), Path.cwd())
                 return self.show_larger(result, "")
         return self.show_larger(result, "Choose a file to load.")
 
@@ -636,14 +635,10 @@ class ResultPages:
                 pass
             if frame is None:
                 raise MediaError(f"{result.path} has no frame")
-            write_png(path, frame, self.last_frame_tags(result))
+            write_png(path, frame, {f"{PREFIX}last_frame_of": result.path.name})
         self.folders.list_all()
         status = path.stat()
         return Result(path, status.st_mtime, status.st_size)
-
-    def last_frame_tags(self, result: Result) -> dict[str, str]:
-        """Return the texts of a last frame: what clip it is of."""
-        return {f"{PREFIX}last_frame_of": result.path.name}
 
     # --- use as sample prompt
 
@@ -667,7 +662,7 @@ class ResultPages:
         problem = ""
         try:
             settings = self.require_settings(result)
-            line = sample_line(settings)
+            line = format_sample_line(settings)
             for path in self.list_prompt_files(settings.family):
                 content = _read_or_nothing(path)
                 files.append((path, mark_bytes(content), (content or b"").decode("utf-8", "replace")))
@@ -677,7 +672,7 @@ class ResultPages:
 
     def add_sample(self, result: Result, form: Form) -> Response:
         """Add the line of a result to a prompt file, unless the file has changed or has the line."""
-        line = sample_line(self.require_settings(result))
+        line = format_sample_line(self.require_settings(result))
         chosen = "".join(form.get("file", ()))
         name, _, have = chosen.rpartition(" ")
         family = self.require_settings(result).family
@@ -713,17 +708,11 @@ class ResultPages:
         if change is None:
             return answer_unknown()
         if result is None:
-            return answer_said("This file is not there any more.", is_refused=True)
+            return answer_message("This file is not there any more.", is_refused=True)
         try:
             return change(result, form)
         except (UserError, OSError, ValueError) as error:
-            return answer_said(str(error), is_refused=True)
-
-
-def _list_files(remade: Making) -> list[str]:
-    """Return the words of a session that name files of a model."""
-    words = remade.session
-    return [word for word in words if Path(word).suffix in (".safetensors", ".pth", ".gguf", ".sft")]
+            return answer_message(str(error), is_refused=True)
 
 
 def _free_path(path: Path, added: str) -> Path:

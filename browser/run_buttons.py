@@ -12,45 +12,45 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from browser.answers import (
+from browser.background_jobs import name_background_job
+from browser.bin_folder import FOLDER as BIN
+from browser.bin_folder import BinFolder
+from browser.captions import CaptionConflictError, Captions, mark_bytes
+from browser.command_lines import format_cd, format_command, format_move
+from browser.compare import read_source
+from browser.described_folder import FILES, ChangedMeanwhileError, change_keys, change_steps, read_described
+from browser.jobs import ENDED, QUEUE, WAITING, Job
+from browser.names import free_name, short_digest
+from browser.new_form import read_steps
+from browser.permissions import read_permissions, read_shown_text
+from browser.queue_pages import is_started_by, read_jobs
+from browser.responses import (
     Form,
     answer_form,
-    answer_gone,
     answer_json,
+    answer_message,
     answer_move,
+    answer_not_found,
     answer_page,
-    answer_said,
     answer_template,
 )
-from browser.beginnings import (
+from browser.run_start import (
     BUSY,
     CHECK,
     CHECKING,
     DRAFT,
     FAULTS,
     TRAINING,
-    Plan,
+    FolderPlan,
     ShownRun,
-    check_words,
+    find_start_words,
+    is_run_of_folder,
+    make_check_words,
     mark_state,
-    runs_folder,
-    words_of_plan,
 )
-from browser.bin_folder import FOLDER as BIN
-from browser.bin_folder import BinFolder
-from browser.captions import CaptionConflictError, Captions, mark_bytes
-from browser.compare import read_source
-from browser.described import FILES, ChangedMeanwhileError, change_keys, change_steps, read_described
-from browser.errands import errand_name
-from browser.intentions import read_intentions, read_shown
-from browser.jobs import ENDED, QUEUE, WAITING, Job
-from browser.names import free_name, short_digest
-from browser.new_form import read_steps
-from browser.queue_views import is_of, read_jobs
-from browser.runs import DIED, FINISHED, RUNNING, STOPPED, Glance
+from browser.run_views import HERE, POLICY
+from browser.runs import DIED, FINISHED, RUNNING, STOPPED, RunSummary
 from browser.site import Site
-from browser.typed import cd_before, typed_anywhere, typed_move
-from browser.views import HERE, POLICY
 from modules.command import as_typed
 from modules.console import as_size, count_of
 from modules.errors import OptionError, UserError
@@ -69,7 +69,7 @@ STEPS_OPTION = "--max_train_steps"
 
 
 @dataclass(frozen=True)
-class Deeds:
+class RunActions:
     """Hold which buttons a run has now, each with the command that it stands for; "": there is no button."""
 
     start: str = ""
@@ -94,7 +94,7 @@ class RunButtons:
 
     def __init__(self, site: Site) -> None:
         self.site = site
-        self.beginnings = site.beginnings
+        self.tracked_runs = site.tracked_runs
         self.prompts = Captions()
         self.actions: dict[str, Callable[[ShownRun, Form], str]] = {
             "start": self.start,
@@ -110,18 +110,18 @@ class RunButtons:
     def show_page(self, shown: ShownRun) -> str:
         """Return the page of a run that has no history yet."""
         values = {
-            "deeds": Markup(self.render(shown)),
+            "actions": Markup(self.render(shown)),
             "plan": shown.plan,
-            "is_known": shown.plan is None or self.beginnings.is_known(shown.plan),
+            "is_known": shown.plan is None or self.tracked_runs.is_known(shown.plan),
         }
-        return render_page(HERE / "beginning.html", shown.glance.name, values, POLICY)
+        return render_page(HERE / "folder_plan.html", shown.summary.name, values, POLICY)
 
     def render(self, shown: ShownRun) -> str:
         """Return the buttons of a run, with the texts that a page shows next to them."""
-        return render_page(HERE / "deeds.html", shown.glance.name, self.values(shown))
+        return render_page(HERE / "actions.html", shown.summary.name, self.values(shown))
 
     def values(self, shown: ShownRun) -> dict[str, Any]:
-        run = shown.glance
+        run = shown.summary
         state = shown.state
         return {
             "id": run.id,
@@ -131,7 +131,7 @@ class RunButtons:
             "is_begun": run.history.exists(),
             "says_state": state.name not in (TRAINING, STOPPED, FINISHED) or not run.history.exists(),
             "last_lines": self.last_lines(shown),
-            "deeds": Deeds() if self.site.read_only else self.list_deeds(shown),
+            "actions": RunActions() if self.site.read_only else self.list_actions(shown),
             "can_write": not self.site.read_only,
             "work_command": self.work_command(),
             "is_over": state.name in (DIED, FINISHED, STOPPED, FAULTS),
@@ -147,72 +147,72 @@ class RunButtons:
         if state.name not in (DIED, FAULTS):
             return ""
         with contextlib.suppress(OSError), self.site.runs.lock:
-            messages = self.site.runs.open(shown.glance).story.messages[-12:]
+            messages = self.site.runs.open(shown.summary).story.messages[-12:]
             return "\n".join(text for _, _, text in messages)
         return ""
 
-    def list_deeds(self, shown: ShownRun) -> Deeds:
+    def list_actions(self, shown: ShownRun) -> RunActions:
         """Return the buttons of a run."""
         prompts = self.find_prompts(shown)
-        deeds = Deeds(
+        actions = RunActions(
             remove=f"moves its files into {BIN}",
             samples="" if prompts is None else str(prompts),
         )
-        if has_lora(shown.glance):
-            deeds = replace(deeds, generate=self.generates(shown.glance), has_lora=True)
+        if has_lora(shown.summary):
+            actions = replace(actions, generate=self.generates(shown.summary), has_lora=True)
         if shown.state.is_active:
-            return replace(deeds, stop=self.stop_command(shown))
+            return replace(actions, stop=self.stop_command(shown))
         if shown.plan is None:
-            return self.add_deeds_of_history(deeds, shown)
-        return self.add_deeds_of_plan(deeds, shown, shown.plan)
+            return self.add_history_actions(actions, shown)
+        return self.add_plan_actions(actions, shown, shown.plan)
 
-    def add_deeds_of_plan(self, deeds: Deeds, shown: ShownRun, plan: Plan) -> Deeds:
+    def add_plan_actions(self, actions: RunActions, shown: ShownRun, plan: FolderPlan) -> RunActions:
         """Add the buttons of a run that can be started from its described folder."""
-        run = shown.glance
+        run = shown.summary
         has_run = run.history.exists()
         is_draft = shown.state.name == DRAFT
-        typed = typed_anywhere(words_of_plan(plan, self.site.models))
-        deeds = replace(deeds, folder=str(plan.folder), is_known=self.beginnings.is_known(plan))
+        typed = format_command(find_start_words(plan, self.site.models))
+        actions = replace(actions, folder=str(plan.folder), is_known=self.tracked_runs.is_known(plan))
         if shown.state.name != FINISHED:
-            deeds = replace(deeds, start=typed, start_label="Start" if is_draft else "Continue")
+            actions = replace(actions, start=typed, start_label="Start" if is_draft else "Continue")
         if shown.state.name in (DRAFT, FAULTS):
-            deeds = replace(deeds, check=typed_anywhere(check_words(plan.folder)))
+            actions = replace(actions, check=format_command(make_check_words(plan.folder)))
         if has_run and plan.steps:
-            deeds = replace(
-                deeds,
+            actions = replace(
+                actions,
                 train_on=typed,
-                steps=usual_steps(run, plan.steps),
+                steps=suggest_steps(run, plan.steps),
                 have=mark_bytes(read_content(plan.folder / RUN_FILE)),
             )
         if has_run or not is_draft:
-            deeds = replace(deeds, again=free_name(plan.output, plan.name))
-        return deeds
+            actions = replace(actions, again=free_name(plan.output, plan.name))
+        return actions
 
-    def add_deeds_of_history(self, deeds: Deeds, shown: ShownRun) -> Deeds:
+    def add_history_actions(self, actions: RunActions, shown: ShownRun) -> RunActions:
         """Add the buttons of a run of which only its history tells, if that has a command to continue it."""
-        run = shown.glance
+        run = shown.summary
         command = self.find_resuming(run)
         if command is None:
-            return deeds
+            return actions
         place, page_command = command
-        typed = f"{cd_before(run.working_folder)}{page_command.bash}"
+        typed = f"{format_cd(run.working_folder)}{page_command.bash}"
         if not run.is_of_here:
-            return replace(deeds, read_line=f"/queue?run={run.id}&command={place}#words")
+            return replace(actions, read_line=f"/queue?run={run.id}&command={place}#words")
         if shown.state.name != FINISHED:
-            deeds = replace(deeds, start=typed)
+            actions = replace(actions, start=typed)
         if STEPS_OPTION in page_command.bash:
-            steps = usual_steps(run, run.total_steps)
-            deeds = replace(deeds, steps=steps, train_on=typed)
-        return deeds
+            steps = suggest_steps(run, run.total_steps)
+            actions = replace(actions, steps=steps, train_on=typed)
+        return actions
 
     def work_command(self) -> str:
         """Return the command that starts a page which runs the jobs of the queue."""
         folders = [str(top) for top in self.site.runs.tops]
-        return typed_anywhere(["python", "tools/run_browser.py", *folders, "--work"])
+        return format_command(["python", "tools/run_browser.py", *folders, "--work"])
 
     def stop_command(self, shown: ShownRun) -> str:
-        state, run = shown.state, shown.glance
-        if state.errand is not None:
+        state, run = shown.state, shown.summary
+        if state.background_job is not None:
             return "ends the check"
         if state.name == WAITING and state.job is not None:
             return f"takes job {state.job.id} out of {QUEUE}"
@@ -228,17 +228,17 @@ class RunButtons:
             return job
         with contextlib.suppress(UserError):
             for candidate in self.site.queue.jobs():
-                if candidate.state == RUNNING and is_of(shown.glance, candidate):
+                if candidate.state == RUNNING and is_started_by(shown.summary, candidate):
                     return candidate
         return None
 
-    def generates(self, run: Glance) -> bool:
+    def generates(self, run: RunSummary) -> bool:
         """Return whether the page Generate can make something with the files of a run."""
         with contextlib.suppress(OSError), self.site.runs.lock:
             return read_source(self.site.runs, run) is not None
         return False
 
-    def find_resuming(self, run: Glance) -> tuple[int, PageCommand] | None:
+    def find_resuming(self, run: RunSummary) -> tuple[int, PageCommand] | None:
         """Return the command of a history that continues its run, with its place among the commands."""
         with contextlib.suppress(OSError), self.site.runs.lock:
             for place, command in enumerate(
@@ -251,7 +251,7 @@ class RunButtons:
 
     def find_prompts(self, shown: ShownRun) -> Path | None:
         """Return the file of a run's prompts, if it lies below the roots and can be edited as text."""
-        run = shown.glance
+        run = shown.summary
         path = None
         if shown.plan is not None:
             path = shown.plan.prompts
@@ -267,23 +267,23 @@ class RunButtons:
     # ---- parts of the page
 
     def find(self, request: Request) -> ShownRun | None:
-        return self.beginnings.find(request.path_params["id"])
+        return self.tracked_runs.find(request.path_params["id"])
 
-    def show_deeds(self, request: Request) -> Response:
+    def show_actions(self, request: Request) -> Response:
         shown = self.find(request)
-        return answer_gone() if shown is None else answer_page(self.render(shown))
+        return answer_not_found() if shown is None else answer_page(self.render(shown))
 
     def show_standing(self, request: Request) -> Response:
         """Return the facts that a page asks for every few seconds."""
         shown = self.find(request)
         if shown is None:
-            return answer_gone()
+            return answer_not_found()
         return answer_json(
             {
                 "mark": mark_state(shown),
                 "state": shown.state.text,
                 "is_active": shown.state.is_active,
-                "is_begun": shown.glance.history.exists(),
+                "is_begun": shown.summary.history.exists(),
             }
         )
 
@@ -291,66 +291,66 @@ class RunButtons:
         """Return the panel that a button opens: the prompts, what a removal takes, what a run.toml may do."""
         shown = self.find(request)
         if shown is None:
-            return answer_gone()
+            return answer_not_found()
         return self.answer_panel(shown, request.path_params["what"])
 
     def answer_panel(
         self, shown: ShownRun, what: str, error: str = "", facts: Mapping[str, Any] | None = None
     ) -> Response:
         values: dict[str, Any] = {
-            "id": shown.glance.id,
-            "name": shown.glance.name,
+            "id": shown.summary.id,
+            "name": shown.summary.name,
             "state": shown.state,
-            "said": error,
+            "message": error,
             "what": what,
             "can_write": not self.site.read_only,
             "mine": "",
         }
         try:
             if what == "read":
-                values |= self.facts_of_plan(shown)
+                values |= self.describe_plan(shown)
             elif what == "prompts":
-                values |= self.facts_of_prompts(shown)
+                values |= self.describe_prompts(shown)
             elif what == "remove":
-                values |= self.facts_of_removal(shown)
+                values |= self.describe_removal(shown)
             else:
-                return answer_gone()
+                return answer_not_found()
         except (OptionError, OSError, ValueError) as problem:
-            values["said"] = error or str(problem)
+            values["message"] = error or str(problem)
             values["what"] = ""
         values |= facts or {}
-        return answer_template("panel.html", shown.glance.name, values, is_refused=error != "")
+        return answer_template("panel.html", shown.summary.name, values, is_refused=error != "")
 
-    def facts_of_plan(self, shown: ShownRun) -> dict[str, Any]:
+    def describe_plan(self, shown: ShownRun) -> dict[str, Any]:
         """Return the facts of a run.toml that a page shows before it is started."""
         if shown.plan is None:
             raise OptionError("There is no run.toml below the folders of this page.")
         path = shown.plan.folder / RUN_FILE
         return {
-            "intentions": read_intentions(shown.plan.folder),
+            "permissions": read_permissions(shown.plan.folder),
             "path": path,
-            "text": read_shown(path),
+            "text": read_shown_text(path),
             "have": mark_bytes(read_content(path)),
-            "command": typed_anywhere(words_of_plan(shown.plan, self.site.models)),
-            "is_known": self.beginnings.is_known(shown.plan),
+            "command": format_command(find_start_words(shown.plan, self.site.models)),
+            "is_known": self.tracked_runs.is_known(shown.plan),
         }
 
-    def facts_of_prompts(self, shown: ShownRun) -> dict[str, Any]:
+    def describe_prompts(self, shown: ShownRun) -> dict[str, Any]:
         path = self.find_prompts(shown)
         if path is None:
             raise OptionError("It has no prompt file (.txt) below the folders of this page.")
         caption, have, _ = self.prompts.read(path)
         return {"path": path, "text": caption.text, "have": have, "is_running": shown.state.name in BUSY}
 
-    def facts_of_removal(self, shown: ShownRun) -> dict[str, Any]:
+    def describe_removal(self, shown: ShownRun) -> dict[str, Any]:
         if shown.state.is_active:
             raise OptionError(f"It is {shown.state.text}: stop it first.")
         paths = self.list_removed(shown)
         if not paths:
             raise OptionError("It has no files that can be removed.")
-        sizes = {path: size_of(path) for path in paths}
+        sizes = {path: measure_size(path) for path in paths}
         place = self.bin_folder.find_place(paths[0])
-        name = shown.glance.name.removesuffix(BEFORE_TRAINING)
+        name = shown.summary.name.removesuffix(BEFORE_TRAINING)
         return {
             "files": [(path, as_size(sizes[path])) for path in paths[:MOST_LISTED]],
             "more": max(0, len(paths) - MOST_LISTED),
@@ -358,8 +358,8 @@ class RunButtons:
             "size": as_size(sum(sizes.values())),
             "have": mark_removed(paths),
             "bin": place,
-            "command": typed_move(paths, place / name) if len(paths) <= MOST_LISTED else "",
-            "is_draft": not shown.glance.history.exists(),
+            "command": format_move(paths, place / name) if len(paths) <= MOST_LISTED else "",
+            "is_draft": not shown.summary.history.exists(),
         }
 
     # ---- what is removed
@@ -373,11 +373,11 @@ class RunButtons:
 
         Media, captions and caches stay: they are the dataset's.
         """
-        results = self.list_trained(shown.glance)
-        if not shown.glance.history.exists() and shown.plan is not None:
+        results = self.list_trained(shown.summary)
+        if not shown.summary.history.exists() and shown.plan is not None:
             results = []
-        name = shown.glance.name.removesuffix(BEFORE_TRAINING)
-        trace = history_path(shown.glance.history.parent, f"{name}{BEFORE_TRAINING}")
+        name = shown.summary.name.removesuffix(BEFORE_TRAINING)
+        trace = history_path(shown.summary.history.parent, f"{name}{BEFORE_TRAINING}")
         if trace.exists():
             results.append(trace)
         if not results and shown.plan is not None:
@@ -387,7 +387,7 @@ class RunButtons:
         below = [path for path in dict.fromkeys(results) if self.site.runs.is_below(path)]
         return sorted(below)
 
-    def list_trained(self, run: Glance) -> list[Path]:
+    def list_trained(self, run: RunSummary) -> list[Path]:
         """Return the files that a training has written: by its name, and by its history."""
         folder = run.history.parent
         results = list_results(folder, run.name.removesuffix(BEFORE_TRAINING))
@@ -401,12 +401,12 @@ class RunButtons:
     def remove(self, shown: ShownRun, form: Form) -> Response:
         """Move a run's files into the bin, if they are those that were listed."""
         try:
-            self.facts_of_removal(shown)  # what refuses it
+            self.describe_removal(shown)  # what refuses it
             paths = self.list_removed(shown)
             if "".join(form.get("have", ())) != mark_removed(paths):
                 return self.answer_panel(shown, "remove", "Its files have changed meanwhile: look again.")
             base = next(top for top in self.site.runs.tops if paths[0].is_relative_to(top))
-            self.bin_folder.take(shown.glance.name, base, paths)
+            self.bin_folder.take(shown.summary.name, base, paths)
             self.forget_jobs(shown)
         except (UserError, OSError, ValueError) as error:
             return self.answer_panel(shown, "remove", str(error))
@@ -417,7 +417,7 @@ class RunButtons:
         if shown.plan is None:
             return
         for job in self.site.queue.jobs():
-            if job.state in ENDED and runs_folder(job, shown.plan.folder):
+            if job.state in ENDED and is_run_of_folder(job, shown.plan.folder):
                 self.site.queue.remove(job.id)
 
     # ---- what the buttons do
@@ -427,37 +427,37 @@ class RunButtons:
         what = request.path_params["what"]
         shown = self.find(request)
         if shown is None:
-            return answer_gone()
+            return answer_not_found()
         if what == "remove":
             return self.remove(shown, form)
         if what not in self.actions:
-            return answer_gone()
+            return answer_not_found()
         try:
-            said = self.actions[what](shown, form)
+            message = self.actions[what](shown, form)
         except CaptionConflictError:
             mine = "".join(form.get("text", ())).replace("\r\n", "\n")
             error = "The file has changed since this page read it. Nothing was written."
             return self.answer_panel(shown, "prompts", error, {"mine": mine})
         except ChangedMeanwhileError:
             text = f"{RUN_FILE} has changed meanwhile. Nothing was written: look at it again."
-            return answer_said(text, is_refused=True)
+            return answer_message(text, is_refused=True)
         except (UserError, OSError, ValueError) as error:
-            return answer_said(str(error), is_refused=True)
-        return answer_said(said)
+            return answer_message(str(error), is_refused=True)
+        return answer_message(message)
 
     def start(self, shown: ShownRun, form: Form) -> str:
         """Start a run, or continue it. The form has the mark of a run.toml that was read."""
         if shown.plan is None:
-            self.add_command(shown.glance, steps=0)
+            self.add_command(shown.summary, steps=0)
         else:
             have = "".join(form.get("read", ()))
             if have and have != mark_bytes(read_content(shown.plan.folder / RUN_FILE)):
                 raise ChangedMeanwhileError
-            words = words_of_plan(shown.plan, self.site.models)
-            self.beginnings.start(shown.plan.folder, words, is_read=bool(have))
+            words = find_start_words(shown.plan, self.site.models)
+            self.tracked_runs.start(shown.plan.folder, words, is_read=bool(have))
         return "It is in the queue."
 
-    def add_command(self, run: Glance, steps: int) -> None:
+    def add_command(self, run: RunSummary, steps: int) -> None:
         """Put the command that continues a run into the queue. steps: to train to; 0: as it says."""
         command = self.find_resuming(run)
         if command is None:
@@ -472,12 +472,12 @@ class RunButtons:
                 place = changed.index(STEPS_OPTION) + 1
                 changed[place] = str(steps)
             jobs.append((changed, folder))
-        self.beginnings.add_jobs(jobs)
+        self.tracked_runs.add_jobs(jobs)
 
     def train_on(self, shown: ShownRun, form: Form) -> str:
         """Raise the number of steps in run.toml, and start the run again."""
         steps = read_steps("".join(form.get("steps", ())).strip())
-        run = shown.glance
+        run = shown.summary
         if steps <= run.step:
             raise OptionError(f"It has trained {run.step:,} steps already: give more than that.")
         if shown.state.is_active:
@@ -486,7 +486,7 @@ class RunButtons:
             self.add_command(run, steps)
             return f"It is in the queue, to {steps:,} steps. All other options of its command stay."
         plan = shown.plan
-        if not self.beginnings.is_known(plan):
+        if not self.tracked_runs.is_known(plan):
             raise OptionError(f"{plan.folder / RUN_FILE} comes from elsewhere. Press Continue to read it.")
         if not plan.steps:
             raise OptionError(f"{plan.folder / RUN_FILE} counts in epochs. Change max_train_epochs there.")
@@ -494,23 +494,25 @@ class RunButtons:
         have = "".join(form.get("have", ()))
         changes = change_steps(read_described(plan.folder).values, steps)
         change_keys(path, changes.changes, have)
-        self.beginnings.start(plan.folder, words_of_plan(plan, self.site.models))
+        self.tracked_runs.start(plan.folder, find_start_words(plan, self.site.models))
         return f"It is in the queue, to {steps:,} steps. Written into {changes.text}."
 
     def check(self, shown: ShownRun, _: Form) -> str:
         if shown.plan is None:
             raise OptionError("There is no described folder to check.")
         folder = shown.plan.folder
-        self.site.errands.start(errand_name(CHECK, folder), check_words(folder), Path.cwd())
+        self.site.background_jobs.start(
+            name_background_job(CHECK, folder), make_check_words(folder), Path.cwd()
+        )
         return ""
 
     def stop(self, shown: ShownRun, _: Form) -> str:
         """End a run: its place in the queue, its check, or what works on it."""
-        state, run = shown.state, shown.glance
+        state, run = shown.state, shown.summary
         if not state.is_active:
             raise OptionError(f"It does not run: it is {state.text}.")
-        if state.name == CHECKING and state.errand is not None and shown.plan is not None:
-            self.site.errands.stop(errand_name(CHECK, shown.plan.folder))
+        if state.name == CHECKING and state.background_job is not None and shown.plan is not None:
+            self.site.background_jobs.stop(name_background_job(CHECK, shown.plan.folder))
             return "Its check was ended."
         if state.name == WAITING and state.job is not None:
             self.site.queue.remove(state.job.id)
@@ -541,7 +543,7 @@ class RunButtons:
         return f"Written into {path.name}."
 
 
-def has_lora(run: Glance) -> bool:
+def has_lora(run: RunSummary) -> bool:
     """Return whether a run has a trained file that pictures can be made with."""
     with contextlib.suppress(OSError):
         results = list_results(run.history.parent, run.name)
@@ -556,12 +558,12 @@ def list_results(folder: Path, name: str) -> list[Path]:
     return [*results, *(path for path in asked if path.is_file())]
 
 
-def usual_steps(run: Glance, planned: int) -> int:
+def suggest_steps(run: RunSummary, planned: int) -> int:
     """Return the length that Train on offers: what is planned, if that is more; else twice as many steps."""
     return planned if planned > run.step else 2 * max(run.step, 1)
 
 
-def size_of(path: Path) -> int:
+def measure_size(path: Path) -> int:
     """Return the bytes of a file, or of all files in a folder; links count nothing."""
     if path.is_symlink():
         return 0
@@ -577,14 +579,14 @@ def size_of(path: Path) -> int:
 
 def mark_removed(paths: Sequence[Path]) -> str:
     """Return a checksum of the names and sizes of files."""
-    facts = [(os.fsencode(path), size_of(path)) for path in paths]
+    facts = [(os.fsencode(path), measure_size(path)) for path in paths]
     return short_digest(repr(facts))
 
 
 def run_button_routes(buttons: RunButtons) -> list[Route]:
     """Return the routes of the buttons of runs."""
     return [
-        Route("/run/{id}/deeds", buttons.show_deeds),
+        Route("/run/{id}/deeds", buttons.show_actions),
         Route("/run/{id}/standing", buttons.show_standing),
         Route("/run/{id}/panel/{what}", buttons.show_panel),
         Route("/run/{id}/do/{what}", answer_form(buttons.act), methods=["POST"]),

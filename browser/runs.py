@@ -84,7 +84,7 @@ def is_own_file(path: Path) -> bool:
 
 
 @dataclass(frozen=True)
-class Glance:
+class RunSummary:
     """Hold the facts that a list shows of a run."""
 
     history: Path
@@ -169,7 +169,7 @@ class Glance:
     def loss(self) -> float:
         """Return the average of the newest losses; infinite if there is none."""
         if self.average is None and self.losses:
-            return mean_of(self.losses[-5:])
+            return compute_mean(self.losses[-5:])
         return self.average or math.inf
 
     @property
@@ -193,7 +193,7 @@ class Glance:
         return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
 
 
-def mean_of(numbers: Sequence[float]) -> float:
+def compute_mean(numbers: Sequence[float]) -> float:
     """Return the mean; infinite or NaN where `statistics` raises, for the numbers of a damaged history."""
     return sum(numbers) / len(numbers)
 
@@ -231,7 +231,7 @@ def read_page_status(history: Path) -> PageStatus | None:
     return None
 
 
-def read_glance(path: Path, status: os.stat_result) -> Glance:
+def read_run_summary(path: Path, status: os.stat_result) -> RunSummary:
     """Read the few lines of a history that a list shows. Raises OSError if it cannot be read."""
     with path.open("rb") as file:
         if os.fstat(file.fileno()).st_size <= WHOLE:  # since `status` it may have been emptied
@@ -240,7 +240,7 @@ def read_glance(path: Path, status: os.stat_result) -> Glance:
             return _summarise(path, status, content)
 
 
-def _summarise(path: Path, status: os.stat_result, content: bytes | mmap.mmap) -> Glance:
+def _summarise(path: Path, status: os.stat_result, content: bytes | mmap.mmap) -> RunSummary:
     """Return the facts of a run from the content of its history."""
     tail = content[-TAIL:]
     end = tail[-LAST:]
@@ -252,14 +252,14 @@ def _summarise(path: Path, status: os.stat_result, content: bytes | mmap.mmap) -
     else:
         page = read_page_status(path) or PageStatus("", None, step)
     seconds = [float(text) for text in SECONDS.findall(end)]
-    return Glance(
+    return RunSummary(
         history=path,
         changed=status.st_mtime,
         start=story.start,
         ending=story.ending or page.ending,
         step=step,
         losses=_sample_losses(content),
-        step_seconds=mean_of(seconds[-SHOWN:]) if seconds else None,
+        step_seconds=compute_mean(seconds[-SHOWN:]) if seconds else None,
         sample=_newest_sample(story),
         memory=dict(story.memory),
         model=page.model,
@@ -297,7 +297,7 @@ def _sample_losses(content: bytes | mmap.mmap) -> list[float]:
             if match is not None:
                 losses.append(float(match[2]))
     width = max(1, len(losses) // SPOTS)  # so many neighbours become their mean
-    return [mean_of(losses[index : index + width]) for index in range(0, len(losses), width)]
+    return [compute_mean(losses[index : index + width]) for index in range(0, len(losses), width)]
 
 
 def _newest_sample(story: Story) -> str:
@@ -376,7 +376,7 @@ class ReadHistory(NamedTuple):
     """Facts of a history that a list shows, and the state of its file when they were read."""
 
     mark: tuple[int, int, int]
-    run: Glance
+    run: RunSummary
 
 
 class Runs:
@@ -390,7 +390,7 @@ class Runs:
         self._open: dict[Path, OpenHistory] = {}
         self.lock = threading.RLock()  # of all that is known here, stories too
 
-    def list_all(self) -> list[Glance]:
+    def list_all(self) -> list[RunSummary]:
         """Return all runs, the newest first."""
         with self.lock:
             histories: dict[str, ReadHistory] = {}
@@ -403,7 +403,7 @@ class Runs:
             shown = [history.run for history in histories.values() if not self._has_begun(history.run)]
             return sorted(shown, key=lambda run: -run.changed)
 
-    def _has_begun(self, run: Glance) -> bool:
+    def _has_begun(self, run: RunSummary) -> bool:
         """Return whether a run is only what `run` did before a training that writes its own history now."""
         if not run.name.endswith(BEFORE_TRAINING):
             return False
@@ -418,7 +418,7 @@ class Runs:
         before = self._histories.get(str(path))
         if before is not None and before.mark == mark:
             return before
-        return ReadHistory(mark, read_glance(path, status))
+        return ReadHistory(mark, read_run_summary(path, status))
 
     def _walk(self, folder: Path, depth: int) -> Iterator[Path]:
         """Yield histories. A folder that has not changed is not listed again."""
@@ -439,7 +439,7 @@ class Runs:
             for inner in content.folders:
                 yield from self._walk(inner, depth - 1)
 
-    def find(self, id: str) -> Glance | None:
+    def find(self, id: str) -> RunSummary | None:
         """Return the run of this id, read again; None if there is none."""
         with self.lock:
             paths = {history.run.id: path for path, history in self._histories.items()}
@@ -454,7 +454,7 @@ class Runs:
                 return history.run
         return None
 
-    def open(self, run: Glance) -> OpenHistory:
+    def open(self, run: RunSummary) -> OpenHistory:
         """Return the current content of a run's history. Raises OSError if it cannot be read."""
         with self.lock:
             shown = self._open.pop(run.history, None) or OpenHistory(run.history)
@@ -510,11 +510,11 @@ def _list_folder(folder: Path, changed: int) -> ListedFolder:
                 content.histories.append(Path(entry.path))
             elif is_file and entry.name.endswith(CONFIG):
                 content.configs.append(Path(entry.path))
-            elif entry.is_dir(follow_symlinks=False) and not _is_of_run(entry.name):
+            elif entry.is_dir(follow_symlinks=False) and not _belongs_to_run(entry.name):
                 content.folders.append(Path(entry.path))
     return content
 
 
-def _is_of_run(name: str) -> bool:
+def _belongs_to_run(name: str) -> bool:
     """Return whether a folder of this name is hidden, removed, or holds samples or the state of a run."""
     return name.startswith(".") or name in (SAMPLES, BIN) or name.endswith("-state")

@@ -18,37 +18,47 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from browser import uploads
-from browser.answers import (
-    NO_WRITING,
-    Form,
-    answer_file,
-    answer_form,
-    answer_gone,
-    answer_gone_page,
-    answer_json,
-    answer_page,
-)
+from browser.background_jobs import BackgroundJobs
+from browser.compare_pages import compare_routes
 from browser.dataset_pages import dataset_routes
-from browser.errands import Errands
-from browser.folder_settings import FolderSettingsPages, folder_routes
+from browser.draft_changes import folder_routes
+from browser.folder_settings import FolderSettingsPages
 from browser.generate_pages import generate_routes
 from browser.inputs import MOST_BYTES as MOST_OF_INPUT
 from browser.jobs import JobQueue, open_queue
 from browser.machine import machine_routes
-from browser.making import ResultMaker
 from browser.memory import MemoryPages
 from browser.model_pages import model_routes
 from browser.new_pages import new_routes
-from browser.queue_views import compare_routes, queue_routes
+from browser.queue_pages import queue_routes
+from browser.render_worker import RenderWorker
+from browser.responses import (
+    NO_WRITING,
+    Form,
+    answer_file,
+    answer_form,
+    answer_json,
+    answer_not_found,
+    answer_not_found_page,
+    answer_page,
+)
 from browser.result_pages import result_routes
 from browser.run_buttons import RunButtons, run_button_routes
-from browser.runs import DIED, RUNNING, Glance, Runs
+from browser.run_views import (
+    HERE,
+    POLICY,
+    FileNotes,
+    collect_news,
+    find_run_file,
+    list_page,
+    mark_list,
+    run_page,
+)
+from browser.runs import DIED, RUNNING, Runs, RunSummary
 from browser.samples import SamplePages
-from browser.settings import ServerSettings
 from browser.settings_page import settings_routes
-from browser.site import Site
+from browser.site import ServerSettings, Site
 from browser.tokens import Ticket
-from browser.views import HERE, POLICY, FileNotes, collect_news, file_of, list_page, mark_list, run_page
 from modules.errors import UserError
 from modules.pages.page import HERE as PAGES
 from project.options import MODELS
@@ -217,18 +227,18 @@ class RunPages:
         self.runs = site.runs
         self.notes = site.notes
         self.queue = site.queue
-        self.beginnings = site.beginnings
+        self.tracked_runs = site.tracked_runs
         self.buttons = buttons
 
-    def find(self, request: Request) -> Glance | None:
+    def find(self, request: Request) -> RunSummary | None:
         return self.runs.find(request.path_params["id"])
 
     def find_file(self, request: Request) -> Path | None:
         run = self.find(request)
-        return None if run is None else file_of(self.runs, run, request.path_params["name"])
+        return None if run is None else find_run_file(self.runs, run, request.path_params["name"])
 
     def show_list(self, request: Request) -> Response:
-        found_runs = self.beginnings.list_all()
+        found_runs = self.tracked_runs.list_all()
         query = request.query_params
         mark = f'"{mark_list(found_runs, query)}"'
         if request.headers.get("if-none-match") == mark:
@@ -237,25 +247,25 @@ class RunPages:
         return answer_page(page, headers={"etag": mark})
 
     def show_run(self, request: Request) -> Response:
-        shown = self.beginnings.find(request.path_params["id"])
+        shown = self.tracked_runs.find(request.path_params["id"])
         if shown is None:
-            return answer_gone_page(request)
-        run = shown.glance
+            return answer_not_found_page(request)
+        run = shown.summary
         if not run.history.exists():
             return answer_page(self.buttons.show_page(shown))
-        plan = self.beginnings.find_plan_of(run)
+        plan = self.tracked_runs.find_plan(run)
         if plan is not None and plan.id != run.id:  # what `run` did before its training
             return RedirectResponse(f"/run/{plan.id}/", 303)
         is_paused = False
         with contextlib.suppress(UserError):  # the page of the queue tells it
             is_paused = self.queue.worker == ""
-        deeds = self.buttons.render(shown)
+        actions = self.buttons.render(shown)
         page = run_page(
             self.runs,
             run,
             can_write=not self.queue.read_only,
             is_paused=is_paused,
-            deeds=deeds,
+            actions=actions,
             ended_at_once=shown.ended_at_once,
         )
         return answer_page(page)
@@ -263,29 +273,29 @@ class RunPages:
     def show_news(self, request: Request) -> Response:
         run = self.find(request)
         if run is None:
-            return answer_gone()
+            return answer_not_found()
         try:
-            shown = self.beginnings.find(run.id) if run.state == DIED else None
-            said = "" if shown is None else shown.ended_at_once
-            return answer_json(collect_news(self.runs, run, request.query_params, said))
+            shown = self.tracked_runs.find(run.id) if run.state == DIED else None
+            message = "" if shown is None else shown.ended_at_once
+            return answer_json(collect_news(self.runs, run, request.query_params, message))
         except ValueError:
             return PlainTextResponse("from and to are numbers of steps.", 400)
 
     def show_about(self, request: Request) -> Response:
         with self.runs.lock:
             path = self.find_file(request)
-        return answer_gone() if path is None else answer_page(self.notes.describe(path))  # takes a while
+        return answer_not_found() if path is None else answer_page(self.notes.describe(path))  # takes a while
 
     def show_file(self, request: Request) -> Response:
         path = self.find_file(request)
-        return answer_gone() if path is None else answer_file(path)
+        return answer_not_found() if path is None else answer_file(path)
 
     def ask(self, request: Request, form: Form) -> Response:
         with self.runs.lock:
             run = self.find(request)
         kind = "".join(form.get("what", ()))
         if run is None or kind not in KINDS:
-            return answer_gone()
+            return answer_not_found()
         if run.state != RUNNING or run.start is None or not run.start.listens:
             return PlainTextResponse("Only a running training can be asked.", 409)
         (run.history.parent / f"{run.name}.{kind}").touch()
@@ -293,7 +303,7 @@ class RunPages:
 
     def show_static(self, request: Request) -> Response:
         path = STATIC.get(request.path_params["name"])
-        return answer_gone() if path is None else FileResponse(path)
+        return answer_not_found() if path is None else FileResponse(path)
 
     def lock(self, show: Callable[[Request], Response]) -> Callable[[Request], Response]:
         """Return a handler that calls `show` under the runs' lock."""
@@ -308,13 +318,13 @@ class RunPages:
 def explain_error(request: Request, error: Exception) -> Response:
     """Return the response to a request that a damaged or vanished file ends, with the remedy."""
     if not isinstance(error, UserError):
-        return answer_gone()
+        return answer_not_found()
     return PlainTextResponse(str(error), 500 if request.method == "GET" else 422)
 
 
 def explain_address(request: Request, error: Exception) -> Response:
     """Return the response to an address that no page has."""
-    return answer_gone_page(request)
+    return answer_not_found_page(request)
 
 
 def make_app(
@@ -325,21 +335,22 @@ def make_app(
     queue: JobQueue | None = None,
     models: Path = MODELS,
     settings: ServerSettings | None = None,
-    maker: ResultMaker | None = None,
+    render_worker: RenderWorker | None = None,
     ticket: Ticket | None = None,
 ) -> ASGIApp:
     """Return the application. host: its name in requests, besides IP addresses and this machine's name.
 
     queue: None means the one of `open_queue`. models: folder of the models' files. settings: for the page
-    that shows them. maker: of the page Generate; None means one for the queue. ticket: opens the page once.
+    that shows them. render_worker: of the page Generate; None means one for the queue. ticket: opens the page
+    once.
     """
     notes = FileNotes()
     queue = queue or open_queue(runs, read_only)
     site = Site(
         runs,
         queue,
-        Errands(queue),
-        maker or ResultMaker(queue),
+        BackgroundJobs(queue),
+        render_worker or RenderWorker(queue),
         models=models,
         notes=notes,
         settings=settings or ServerSettings(),
@@ -364,7 +375,7 @@ def make_app(
         Route("/run/{id}/about/{name:path}", pages.show_about),
         *run_button_routes(buttons),
         Route("/run/{id}/{name:path}", pages.lock(pages.show_file)),
-        *queue_routes(runs, queue, site.beginnings),
+        *queue_routes(runs, queue, site.tracked_runs),
         *compare_routes(runs, notes, queue),
         *dataset_routes(runs, read_only),
     ]

@@ -1,7 +1,8 @@
 """Limit the process that the page Generate drives: its command is read from a file, which may be anybody's.
 
-The files of wishes lie below a root. Whoever gives a folder away can put such a file into it, and wishes that
-wait are made when a server starts. So their commands can do no more than those that the page writes.
+The files of render jobs lie below a root. Whoever gives a folder away can put such a file into it, and render
+jobs that wait are made when a server starts. So their commands can do no more than those that the page
+writes.
 """
 
 from collections.abc import Sequence
@@ -34,11 +35,11 @@ def find_session(words: Sequence[str], folder: Path) -> tuple[ScriptCommand, lis
     return command, program
 
 
-def limit_session(result_folder: Path, wish_folder: Path, top: Path) -> dict[str, str]:
+def limit_session(result_folder: Path, render_folder: Path, top: Path) -> dict[str, str]:
     """Return the variables for a process that may write below two folders alone, and sends nothing.
 
-    result_folder: of its results. wish_folder: of the wishes, for previews. top: folder that is shown. Raises
-    OptionError if the results would lie outside of it, or in the folder of the queue.
+    result_folder: of its results. render_folder: of the render jobs, for previews. top: folder that is shown.
+    Raises OptionError if the results would lie outside of it, or in the folder of the queue.
     """
     try:
         inside = real_path(result_folder).relative_to(real_path(top))
@@ -46,4 +47,4 @@ def limit_session(result_folder: Path, wish_folder: Path, top: Path) -> dict[str
         raise OptionError(f"{shorten(str(result_folder), 200)} lies outside of {top}. Remove it") from None
     if is_in_queue(inside):
         raise OptionError(f"{shorten(str(inside), 200)}: no results go into the queue's folder. Remove it")
-    return limit_variables((result_folder, wish_folder))
+    return limit_variables((result_folder, render_folder))

@@ -8,13 +8,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from browser.answers import Form, answer_form, answer_move, answer_template, answer_unknown
+from browser.command_lines import format_command
 from browser.jobs import QUEUE
 from browser.model_pages import open_bin
 from browser.options import USUAL_PORT
-from browser.qr_code import code_svg
+from browser.qr_code import draw_svg
+from browser.responses import Form, answer_form, answer_move, answer_template, answer_unknown
 from browser.site import Site
-from browser.typed import typed_anywhere
 from downloads.listing import gigabytes
 from modules.console import count_of
 from modules.errors import UserError
@@ -59,8 +59,8 @@ class SettingsPages:
             "rows": self.list_settings(),
             "worker": worker,
             "worker_words": WORKERS.get(worker, worker),
-            "command": typed_anywhere(self.command_words(worker), Path.cwd()),
-            "phone_command": typed_anywhere(self.phone_words(worker), Path.cwd()),
+            "command": format_command(self.command_words(worker), Path.cwd()),
+            "phone_command": format_command(self.phone_words(worker), Path.cwd()),
             "entries": entries[:MOST_ENTRIES],
             "num_more": max(0, len(entries) - MOST_ENTRIES),
             "bin_words": f"{count_of(len(entries), 'removal')}, {size}" if entries else "empty",
@@ -69,12 +69,12 @@ class SettingsPages:
             "is_asked": is_asked and bool(entries),
             "gigabytes": gigabytes,
             "count_of": count_of,
-            "code": code_svg(settings.address, "QR code of this page's address") if has_code else "",
+            "code": draw_svg(settings.address, "QR code of this page's address") if has_code else "",
             "is_local": settings.is_local,
             "can_write": not site.read_only,
-            "said": error,
+            "message": error,
         }
-        return answer_template("settings.html", "Settings", values, is_refused=error != "")
+        return answer_template("settings_page.html", "Settings", values, is_refused=error != "")
 
     def find_worker(self) -> str:
         """Return who runs the queue, as `JobQueue.worker`, or why that is not known."""

@@ -4,14 +4,26 @@ import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from browser.beginnings import Beginnings
-from browser.errands import Errands
+from browser.background_jobs import BackgroundJobs
 from browser.jobs import JobQueue
-from browser.making import ResultMaker
+from browser.render_worker import RenderWorker
+from browser.run_start import TrackedRuns
+from browser.run_views import FileNotes
 from browser.runs import Runs
-from browser.settings import ServerSettings
-from browser.views import FileNotes
+from browser.tokens import PageToken
 from project.options import MODELS
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """Hold the options of a running server. The token's text is in the address alone."""
+
+    host: str = "127.0.0.1"
+    port: int | None = None  # None: it is not known
+    token: PageToken = PageToken(None)
+    is_token_given: bool = False  # by --token; else the page has made it
+    is_local: bool = True  # only this machine can reach it
+    address: str = ""  # that other devices open, with the token
 
 
 @dataclass(frozen=True)
@@ -20,15 +32,15 @@ class Site:
 
     runs: Runs
     queue: JobQueue
-    errands: Errands
-    maker: ResultMaker
+    background_jobs: BackgroundJobs
+    render_worker: RenderWorker
     models: Path = MODELS  # folder of the models' files
     notes: FileNotes = field(default_factory=FileNotes)
     settings: ServerSettings = field(default_factory=ServerSettings)
 
     @functools.cached_property
-    def beginnings(self) -> Beginnings:
-        return Beginnings(self.runs, self.queue, self.errands)
+    def tracked_runs(self) -> TrackedRuns:
+        return TrackedRuns(self.runs, self.queue, self.background_jobs)
 
     @property
     def read_only(self) -> bool:

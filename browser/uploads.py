@@ -13,13 +13,13 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
 
-from browser.answers import answer_json
 from browser.captions import MOST_BYTES as MOST_CAPTION_BYTES
-from browser.described import FILES
+from browser.described_folder import FILES
 from browser.folders import CHECK_PAGE, find_folder, is_closed, read_media_folder
 from browser.names import fold_name, number_names
-from browser.receiving import DECODING, write_arriving
+from browser.responses import answer_json
 from browser.runs import Runs
+from browser.upload_stream import DECODING, write_arriving
 from modules.atomic_write import atomic_files, explain_errors, free_bytes
 from modules.console import as_size
 from modules.control_codes import escape_control_codes
@@ -118,7 +118,7 @@ def _check_caption(path: Path) -> None:
         raise OptionError(f"{path} holds {reason or 'a null character'}: it is no text")
 
 
-def name_of_day(top: Path, day: date) -> str:
+def name_upload_folder(top: Path, day: date) -> str:
     """Return a name for a new folder of a day, which no folder has: `2026-11-26`, `2026-11-26-2`."""
     return next(name for name in number_names(f"{day:%Y-%m-%d}") if not (top / name).exists())
 

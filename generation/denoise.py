@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from blissful_tuner.guidance import make_guidance
-from blissful_tuner.guidance_formulas import RunPasses, run_passes
+from blissful_tuner.guidance_formulas import run_passes
 from blissful_tuner.options import PLAIN_GUIDANCE, GuidanceOptions
 from contract import steps
 from contract.data import Conditions
@@ -214,7 +214,7 @@ def make_latents(
     watchers: Sequence[steps.Watcher] = (),
     split: bool = True,
     on_section: OnSection | None = None,
-    run: RunPasses = run_passes,
+    run: steps.RunPasses = run_passes,
 ) -> Tensor:
     """Make the latents of one request. Returns B C F H W in model space, or B N with `prepared.joint`,
     float32, on the device.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import Tensor, distributed
 
 from blissful_tuner.guidance import check_guidance, warn_of_low_scales
-from blissful_tuner.guidance_formulas import RunPasses, run_passes
+from blissful_tuner.guidance_formulas import run_passes
 from blissful_tuner.metadata import output_metadata
 from blissful_tuner.options import PLAIN_PROMPTS, PromptOptions, SteadierOptions
 from blissful_tuner.video_to_video_options import SourceOptions, check_one_source, check_share
@@ -20,7 +20,7 @@ from contract.families import HIGH_NOISE
 from contract.family import Family
 from contract.requests import Prepared, Request, check_values
 from contract.rules import SOURCES, Source
-from contract.steps import Watcher
+from contract.steps import RunPasses, Watcher
 from generation.dressing import list_loras
 from generation.options import GenerationOptions
 from generation.outputs import FrameTools
@@ -52,7 +52,7 @@ def draw_seed() -> int:
     seed = secrets.randbelow(2**SEED_BITS)
     if not (distributed.is_available() and distributed.is_initialized()):
         return seed
-    from running.offload.sharding import agree  # of no use to a single process
+    from running.offload.joining import agree  # of no use to a single process
 
     return agree(seed)
 

@@ -40,15 +40,21 @@ from generation.script_options import LATENT_OUTPUTS, UNDECODED
 from generation.session import Session
 from modules.atomic_write import make_folder
 from modules.attention.attend import check_backend
-from modules.command import refuse_other_splits
 from modules.devices import Failures, allow_fp16_accumulation, choose_device
 from modules.errors import CheckpointError, OptionError, OutputError
 from modules.installation import DRIVEN
 from modules.media.tracks import Track
 from modules.output_files import refuse_replacing
-from running.dressing import have_joined, shared_blocks
+from running.offload.joining import have_joined, launched_processes
 from running.offload.swap_plan import check_swap
 from running.planning.device_memory import room_on, too_little
+from running.ways.composing import (
+    count_shared_passes,
+    make_block_place,
+    make_passes,
+    refuse_other_splits,
+    typed_ways,
+)
 
 if TYPE_CHECKING:  # loaded only with --latent_path, or with LoRAs for texts
     from checkpoints.model_files import SavedLatents
@@ -210,7 +216,7 @@ def generate(family: Family, options: GenerationOptions, device: torch.device | 
     --from_file only after all lines that work are generated.
     """
     refuse_other_splits()
-    if device is None and options.speed.shared_by:
+    if device is None and typed_ways(options.speed):
         from generation.together import generate_together  # only with several processes
 
         generate_together(generate, family, options)
@@ -288,14 +294,13 @@ def _make_run(
 
         rewriter = PromptRewriter(rewriting.prompt_rewrite_model, rewriting.prompt_rewrite)
     run = GenerationRun(family, options, session, predicted=predicted, rewriter=rewriter, post=post)
-    if options.speed.shared_by:
+    if typed_ways(options.speed):
         # what befalls one process: it ends the others, which wait for its parts of the blocks or its passes
         run = replace(run, fatal=(RuntimeError, OutputError, CheckpointError))
-    if options.speed.cfg_parallel and have_joined():
-        from generation.together import SharedPasses  # only with --cfg_parallel
-
-        shared_passes = SharedPasses(options.speed.sharding, device)
-        run = replace(run, run_passes=shared_passes, processes=shared_passes.processes)
+    shared_passes = make_passes(options.speed, device) if have_joined() else None
+    if shared_passes is not None:
+        processes = count_shared_passes(options.speed, launched_processes())
+        run = replace(run, run_passes=shared_passes, processes=processes)
     return run
 
 
@@ -375,7 +380,7 @@ def make_session(family: Family, options: GenerationOptions, loader: DitLoader, 
                 logger.warning("%s is ignored because a single transformer takes no turns", option)
         never_beside = False
         lazy = False
-    blocks = shared_blocks(options.speed.sharding, loader.device)
+    blocks = make_block_place(options.speed, loader.device)
     dits = DitTurns(
         family.experts,
         loader.device,

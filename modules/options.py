@@ -50,7 +50,10 @@ OF_TYPING = {"typing": True}  # no value of an option: equal records may differ 
 # docs/new_and_run.md lists what of it a folder of somebody else may use.
 WRITES = {"reach": "writes"}  # something is written there; in `run` only below its folders
 APPENDS = {"reach": "appends"}  # likewise, at the end of what is there: from a file only to a log
-SENDS = {"reach": "sends"}  # something leaves this machine; in `run` only if it is typed
+# something leaves this machine; in `run` only if it is typed. Fact `stays`: values that send nothing;
+# fact `intention`: what any other does
+SENDS = {"reach": "sends"}
+OF_RUN = {"of_run": True}  # an option of a training that `run` has too, and hands to it
 # a file of settings for another library, which can say where to send what; in `run` only if it is typed
 CONFIGURES = {"reach": "configures"}
 # another program at an address, which can have this one run its code; only from a typed command line
@@ -451,7 +454,8 @@ def _check_reach(record: Any, field: "dataclasses.Field[Any]") -> None:
         for path in _list_paths(value):
             refuse_outside(name, path)
     elif reach in ("sends", "configures") and is_given(record, field):
-        refuse_sending(name, value)
+        if value not in field.metadata.get("stays", ()):
+            refuse_sending(name, value, is_of_run=field.metadata.items() >= OF_RUN.items())
         if reach == "configures":
             refuse_in_queue(name)
     elif reach == "starts" and is_given(record, field):

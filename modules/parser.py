@@ -487,6 +487,7 @@ def _add_field(
     action = _add_option(group, name, hint, default=default, declared=declared, settings=settings)
     action.is_secret = "secret" in field.metadata  # type: ignore[attr-defined]
     action.reach = find_reach(field.metadata)  # type: ignore[attr-defined]
+    action.stays = field.metadata.get("stays", ())  # type: ignore[attr-defined]
     if name in changes.refused:
         action.refusal = Refusal(  # type: ignore[attr-defined]
             action.help or "",

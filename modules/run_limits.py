@@ -19,8 +19,6 @@ from modules.text_files import real_path
 FOLDERS = "REELSMITH_RUN_FOLDERS"  # JSON list of folders: first that of the run
 COMMAND = "REELSMITH_RUN_COMMAND"  # the command of the run, as it can be typed; empty: another command
 TYPED = "REELSMITH_RUN_TYPED"  # names of options that the user typed for the run, with blanks between
-# options of `run` that it hands to its training
-OF_TRAINING = ("output_dir", "logging_dir", "log_with", "log_tracker_config", "huggingface_repo_id")
 # option of a command -> the option of `run` that allows a folder of it to lie elsewhere
 ALLOWED_BY = {"output_dir": "output_dir", "logging_dir": "logging_dir", "to": "models"}
 ANY = "may_write"  # for all others
@@ -129,13 +127,16 @@ def refuse_writing(path: Path) -> None:
         raise OutputError(f"{path}: {problem}")
 
 
-def refuse_sending(option: str, value: object) -> None:
-    """Raise OptionError if an option sends something from this machine and is not typed for the run."""
+def refuse_sending(option: str, value: object, is_of_run: bool = False) -> None:
+    """Raise OptionError if an option sends something from this machine and is not typed for the run.
+
+    is_of_run: `run` has the option too.
+    """
     if not is_limited() or option in os.environ.get(TYPED, "").split():
         return
     if not os.environ.get(COMMAND):
         remedy = "start the command in a terminal"
-    elif option in OF_TRAINING:
+    elif is_of_run:
         remedy = f"type it: {_run_command(f'--{option}', str(value))}"
     else:
         remedy = f"start the training itself, with the last command of {_run_command('--dry_run')}"

@@ -11,7 +11,7 @@ from networks.kinds.composing import SWITCHES, kind_of_module
 from networks.kinds.contract import NetworkKind, named
 from networks.names.layouts import COMFYUI, DIFFUSERS, KNOWN
 from networks.teacher_options import TeacherOptions
-from networks.use_options import MOST_MULTIPLIER, lora_rounding_option, multipliers_for
+from networks.use_options import MOST_MULTIPLIER
 
 DEFAULT_RANK = 4
 _MODULES = [
@@ -109,20 +109,11 @@ class NetworkOptions(Options, title="network"):
         choices=(KNOWN, COMFYUI, DIFFUSERS),
         facts=FREE,
     )
-    # resuming compares their names
-    base_weights: tuple[Path, ...] | None = option(
-        "LoRA files added to the model before training", place="there", facts=FREE
-    )
-    base_weights_multiplier: tuple[float, ...] | None = option(
-        "strength of each file of --base_weights; missing ones are 1", needs="base_weights", facts=HABIT
-    )
-    lora_rounding: str = lora_rounding_option(facts=HABIT)
     frozen: FrozenModelOptions
     teacher: TeacherOptions
 
     def __post_init__(self) -> None:
         self.arguments()
-        self.base_multipliers(warns=True)
 
     def arguments(self) -> dict[str, str]:
         if not self.network_args:
@@ -154,8 +145,3 @@ class NetworkOptions(Options, title="network"):
     def decomposes(self) -> bool:
         """Return whether the norms of frozen weights are learned: these are to be as in the merged model."""
         return any(kind.magnitudes for kind in self.variants)
-
-    def base_multipliers(self, warns: bool = False) -> tuple[float, ...]:
-        """Return one multiplier for each file of --base_weights, as `multipliers_for`."""
-        multipliers = self.base_weights_multiplier or ()
-        return multipliers_for(self.base_weights or (), multipliers, "--base_weights_multiplier", warns)

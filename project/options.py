@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from dataset.options import DATASET_FILE
 from downloads.catalogue import ModelSet, model_sets
@@ -24,7 +25,7 @@ from modules.options import (
 from modules.output_files import check_output_name
 from modules.text_files import bad_character
 from modules.typed_command import AT_END, read_command
-from training.run_options import TRACKERS
+from training.features.composing import options_of_run
 
 RUN_FILE = "run.toml"
 ON_END = "--on_end"
@@ -148,6 +149,12 @@ class NewOptions(Options):
             check_trigger(self.trigger_word)
 
 
+if TYPE_CHECKING:  # a record of what the list of features has
+    OptionsOfFeatures = Options
+else:
+    OptionsOfFeatures = options_of_run()
+
+
 class RunOptions(Options):
     """Which described folder to train on."""
 
@@ -159,20 +166,7 @@ class RunOptions(Options):
     output_dir: Path | None = option(
         "folder for the trained files, anywhere; default: that of run.toml, in the folder", place="new folder"
     )
-    logging_dir: Path | None = option(
-        "folder for TensorBoard's files, anywhere; default: that of run.toml, in the folder",
-        place="new folder",
-    )
-    log_with: str | None = option(
-        "a tracker for the losses; in run.toml only tensorboard and aim are taken unasked",
-        choices=(*TRACKERS, "all"),
-    )
-    log_tracker_config: Path | None = option(
-        "TOML file with arguments for the trackers; in run.toml it is refused", place="there"
-    )
-    huggingface_repo_id: str | None = option(
-        "upload the trained files to this repository (owner/name); in run.toml it is refused"
-    )
+    of_features: OptionsOfFeatures  # of the training
     may_write: tuple[Path, ...] = option(
         "further folders that the run may write into, as caches may lie elsewhere; default: its own alone",
         default=(),
@@ -191,6 +185,12 @@ class RunOptions(Options):
     def end_words(self) -> list[str]:
         """Return the words of the command to start at the end; none without --on_end."""
         return [] if self.on_end is None else read_command(ON_END, self.on_end)
+
+    @property
+    def typed_for_training(self) -> dict[str, Any]:
+        """Return the options that are handed to the training, and given, by name."""
+        values = {"output_dir": self.output_dir, **option_values(self.of_features)}
+        return {name: value for name, value in values.items() if value is not None}
 
     @property
     def words(self) -> list[str]:

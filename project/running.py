@@ -27,7 +27,7 @@ from modules.option_values import option_words
 from modules.options import in_one_spelling
 from modules.output_files import check_output_name
 from modules.paths import expand_path, path_from
-from modules.run_limits import OF_TRAINING, describe_outside, limit_run, refuse_outside
+from modules.run_limits import describe_outside, limit_run, refuse_outside
 from modules.text_files import parse_toml, read_safetensors_texts, read_text, real_path
 from project.choosing import script_family
 from project.ending import EndCommand, describe_run
@@ -43,6 +43,7 @@ from project.options import (
 )
 from project.tracing import RunTrace, trace_run
 from training.config_options import OTHERS_TABLE
+from training.features.composing import options_reaching
 from training.reports.history import history_path
 from training.saving.states import find_latest
 
@@ -95,9 +96,9 @@ def run_commands(options: RunOptions, trace: RunTrace, end: EndCommand) -> None:
     typed = _typed_options(options)
     folder = options.folder.parent if options.folder.name == RUN_FILE else options.folder
     folders = [folder]
-    for place in (options.output_dir, options.logging_dir, *options.may_write):
-        if place is not None:
-            folders.append(place)
+    writing = {"output_dir", *options_reaching("writes")}
+    folders += [value for name, value in options.typed_for_training.items() if name in writing]
+    folders += options.may_write
     if options.download:
         folders.append(options.models)
     with limit_run(folders, typed.keys(), own_command(*options.words)):
@@ -106,12 +107,10 @@ def run_commands(options: RunOptions, trace: RunTrace, end: EndCommand) -> None:
 
 def _typed_options(options: RunOptions) -> dict[str, Any]:
     """Return the options of the training that were typed for `run`; paths are absolute."""
-    typed: dict[str, Any] = {}
-    for name in OF_TRAINING:
-        value = getattr(options, name)
-        if value is not None:
-            typed[name] = real_path(value) if isinstance(value, Path) else value
-    return typed
+    return {
+        name: real_path(value) if isinstance(value, Path) else value
+        for name, value in options.typed_for_training.items()
+    }
 
 
 def _run_within_limits(options: RunOptions, project: Project, trace: RunTrace, end: EndCommand) -> None:

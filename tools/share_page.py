@@ -35,7 +35,7 @@ class ShareOptions(Options):
 
 main = plain_script(
     __doc__,
-    "browser.views.share_page",
+    "browser.run_views.share_page",
     ShareOptions,
     prepare=lambda options: (options.page, options.copy),
 )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import Parameter
 
-from contract.family import Family, LearningEncoder, hears_sound, sound_of
+from contract.family import Family, LearningEncoder
 from contract.rules import INPUTS
 from dataset.table import DatasetTable
 from modules.atomic_write import check_space
@@ -29,10 +29,12 @@ from networks.own_kinds import OWN_MODULES
 from networks.own_modules import smallest_lora_bytes
 from networks.teacher_options import BASE, OTHER_DIT, TeacherOptions
 from running.offload.swap_plan import check_swap
+from running.ways.composing import check_ways
+from running.ways.contract import RunUses
 from training.data.live import LiveTexts
 from training.data.table_times import list_replaced
-from training.experts import TRAINING_ADAPTER, check_experts, network_for, read_adapter, read_use
-from training.features.composing import check_model, check_texts
+from training.experts import TRAINING_ADAPTER, check_experts, network_for, read_adapter
+from training.features.composing import check_model, check_texts, merged_loras
 from training.learning_options import FIND_RATE, PartsOptions
 from training.noise_options import NOTHING, WEIGHTS_OF_LOSS
 from training.optimizers.lr_schedule import make_lr_schedule
@@ -61,14 +63,10 @@ def check_before_loading(family: Family, options: TrainingOptions, others: Other
         option = family.can.sample_apart
         require_equal_shapes(sampling, family, option, "what is trained is not for both")
     check_experts(family, options)
-    if sampling is not None and options.speed.sharding.shard_base:
-        raise OptionError(
-            "--shard_base: samples by further transformers need networks that take turns, which are not "
-            f"split over processes. Leave {family.can.sample_apart} out"
-        )
+    check_ways(options.speed, uses_of(family, options, others))
     counts = family.block_counts()
     swap = options.speed.swap
-    if counts and isinstance(swap.blocks_to_swap, int):
+    if counts and not swap.is_auto:
         check_swap(family.dit, swap.number, counts)
     check_model(options, family, lambda: counts)
     check_schedule(options, options.loop.known_steps)
@@ -112,9 +110,10 @@ def _check_samples(family: Family, options: TrainingOptions) -> None:
             return
         from networks.added import refuse_magnitudes  # only with LoRA files
         from networks.apply import check_loras_fit
+        from networks.loading import read_use
 
         for expert, file in zip_longest(family.experts, family.dit_files):
-            uses = [read_use(path, expert, strength) for path, strength in samples.loras()]
+            uses = [read_use(path, expert.name, strength) for path, strength in samples.loras()]
             for use in uses:
                 refuse_magnitudes(use.lora, "--sample_lora")
             if uses and file is not None:
@@ -155,6 +154,24 @@ def _network_rates(network: NetworkOptions, base: float, trains_texts: bool) -> 
     return rates
 
 
+def uses_of(family: Family, options: TrainingOptions, others: OtherFamilies = NO_OTHERS) -> RunUses:
+    """Return what a training does that ways to run may not go with. others: as `check_before_loading`."""
+    modules: list[str] = []
+    for expert in family.experts:
+        network = network_for(options, expert)
+        if network is not None:
+            modules.append(network.network_module or family.lora_module)
+    takes_turns = len(family.experts) > 1 and options.by_expert.offload_inactive_dit
+    teacher = options.teacher.teacher_dit
+    return RunUses(
+        takes_turns=("--offload_inactive_dit",) if takes_turns else (),
+        samples_apart="" if others.sampling is None else family.can.sample_apart,
+        other_teacher="" if teacher is None else f"--teacher_dit {teacher}",
+        foreign_module=next((module for module in modules if module not in OWN_MODULES), ""),
+        own_modules=tuple(OWN_MODULES),
+    )
+
+
 def check_networks(family: Family, options: TrainingOptions) -> None:
     """Check the module, its settings, and the LoRAs that the networks start from."""
     counts = family.block_counts()
@@ -165,11 +182,6 @@ def check_networks(family: Family, options: TrainingOptions) -> None:
             return
         module = network.network_module or family.lora_module
         known_module = OWN_MODULES.get(module)
-        if known_module is None and options.speed.sharding.shard_base:
-            raise OptionError(
-                f"--shard_base with --network_module {module}: modules of other packages may read whole "
-                f"weights, and each process has parts of them. Use one of {', '.join(OWN_MODULES)}"
-            )
         has_rules = known_module is not None and known_module.rules is not None
         if has_rules and module != family.lora_module:
             # its rules name layers of another model: only layers that happen to have these names would learn
@@ -177,10 +189,9 @@ def check_networks(family: Family, options: TrainingOptions) -> None:
                 f"--network_module {module} is for another model than this script trains. Give "
                 f"{family.lora_module}, or leave the option out"
             )
-        files = zip(network.base_weights or (), network.base_multipliers(), strict=True)
         with quiet():  # all warnings come again when it is made
             check_network(network, module, depths, family.dit.numbered)
-            uses = [read_use(path, expert, multiplier) for path, multiplier in files]
+            uses = [*merged_loras(options, expert).uses]
             if network.network_weights is not None and known_module is not None:
                 from networks.loading import LoraUse, read_lora  # only with LoRA files
 
@@ -239,20 +250,6 @@ def check_targets(family: Family, options: TrainingOptions, texts: LiveTexts | N
     if options.teacher.teacher is not None:
         check_teacher(family, options.teacher, texts)
     check_texts(options, texts)
-    _check_preference(family, options)
-
-
-def _check_preference(family: Family, options: TrainingOptions) -> None:
-    """Raise OptionError for --preference where pairs of pictures have nothing to say."""
-    beta = options.preference.preference
-    sound = sound_of(family)
-    if beta is None or sound is None:
-        return
-    if sound.is_alone or (hears_sound(family) and family.sound_learning.given):
-        raise OptionError(
-            f"--preference {beta:g}: pairs are of pictures, and here one stream alone is learned. Leave "
-            "it out"
-        )
 
 
 def check_other_teacher(family: Family, options: TrainingOptions, teacher: Family | None) -> None:
@@ -269,11 +266,6 @@ def check_other_teacher(family: Family, options: TrainingOptions, teacher: Famil
         _check_teacher_loras(family, options)
         return
     name = f"--teacher_dit {options.teacher.teacher_dit}"
-    if options.speed.sharding.shard_base:
-        raise OptionError(
-            f"{name} with --shard_base: the teacher would not be split over the processes. Leave out one of "
-            "the two"
-        )
     with _naming("--teacher_dit"):
         files = set(teacher.dit_files)
         teacher.check_given_files()
@@ -308,10 +300,11 @@ def _check_teacher_loras(model: Family, options: TrainingOptions) -> None:
         return
     from networks.added import refuse_magnitudes  # only with LoRA files
     from networks.apply import check_loras_fit
+    from networks.loading import read_use
 
     (expert,) = model.experts
     with quiet():  # all warnings come again when they are added
-        uses = [read_use(path, expert, multiplier) for path, multiplier in options.teacher.loras()]
+        uses = [read_use(path, expert.name, multiplier) for path, multiplier in options.teacher.loras()]
         for use in uses:
             refuse_magnitudes(use.lora, "--teacher_lora")
         if model.dit_files:

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +11,7 @@ from torch import nn
 from checkpoints.stored.forms import prepare
 from contract.families import HIGH_NOISE
 from contract.family import DitSpec, Family, knows_few_steps
-from contract.loading import Placement
+from contract.loading import BlockPlace, Placement
 from contract.rules import ONE_EXPERT, Expert
 from modules.attention.attend import check_backend
 from modules.compile_options import Compilation
@@ -26,20 +25,18 @@ from networks.names.layouts import EXPERT_VALUES, FOR_BOTH, TRAINED_EXPERT
 from networks.options import NetworkOptions
 from networks.own_kinds import OWN_MODULES
 from networks.teacher_options import OTHER_DIT
-from networks.use_options import require_loras
 from running import dressing
 from running.offload.swap_plan import HostWeights
 from running.offload.turns import HostCopy
 from training.data.timesteps import levels_reached
-from training.features.composing import keep_steps
+from training.features.composing import keep_steps, may_undo_distillation
 from training.noise_options import NUM_TIMESTEPS, TimestepOptions
 from training.options import TrainingOptions
 from training.run_options import LoopOptions
 
-if TYPE_CHECKING:  # loaded only where processes share a model; where a LoRA file is given
+if TYPE_CHECKING:  # loaded only where a LoRA file is given
     from networks.added import AddedLoras
     from networks.loading import LoraUse
-    from running.offload.sharding import ShardedBlocks
 
 logger = logging.getLogger(__name__)
 
@@ -70,15 +67,6 @@ class ExpertNetworks:
         return network
 
 
-def read_use(path: Path, expert: Expert, multiplier: float) -> "LoraUse":
-    """Read a file's LoRA for an expert, which may be one of several. Warns if it is for another expert."""
-    from networks.loading import LoraUse, read_lora, warn_of_other_expert  # only with LoRA files
-
-    lora = read_lora(path, by_expert=True).for_expert(expert.name)
-    warn_of_other_expert(lora, expert.name)
-    return LoraUse(lora, multiplier)
-
-
 def read_adapter(options: TrainingOptions, expert: Expert, experts: Sequence[Expert]) -> "LoraUse | None":
     """Read --training_adapter for one of the trained experts.
 
@@ -87,7 +75,7 @@ def read_adapter(options: TrainingOptions, expert: Expert, experts: Sequence[Exp
     path, multiplier = options.frozen.training_adapter, options.frozen.training_adapter_multiplier
     if path is None:
         return None
-    from networks.loading import read_lora  # only with an adapter
+    from networks.loading import read_lora, read_use  # only with an adapter
 
     name_in_file = read_lora(path, by_expert=True).expert
     if name_in_file != expert.name and name_in_file in [trained.name for trained in experts]:
@@ -95,7 +83,7 @@ def read_adapter(options: TrainingOptions, expert: Expert, experts: Sequence[Exp
             "%s %s is for another one: the %s trains without it.", TRAINING_ADAPTER, path, expert.words
         )
         return None
-    return read_use(path, expert, multiplier)
+    return read_use(path, expert.name, multiplier)
 
 
 def module_of(family: Family, options: TrainingOptions) -> str:
@@ -110,33 +98,15 @@ def network_for(options: TrainingOptions, expert: Expert) -> NetworkOptions | No
         return network
     if by_expert.lora_per_expert:
         network = replace(network, network_weights=by_expert.network_weights_high_noise)
-    if by_expert.base_weights_high_noise is not None:
-        network = replace(
-            network,
-            base_weights=by_expert.base_weights_high_noise,
-            base_weights_multiplier=by_expert.base_multipliers(),
-        )
     return network
 
 
 def check_experts(family: Family, options: TrainingOptions) -> None:
     """Raise OptionError for options that the given transformers cannot serve."""
     experts, by_expert, network = family.experts, options.by_expert, options.network
-    if network is not None:
-        base_weights = (network.base_weights, by_expert.base_weights_high_noise)
-        require_loras(network.lora_rounding, base_weights, "--base_weights")
-    if len(experts) > 1 and by_expert.offload_inactive_dit and options.speed.sharding.shard_base:
-        raise OptionError(
-            "--offload_inactive_dit and --shard_base cannot be used together: each process has a part of "
-            "both transformers, and they stay on the devices. Leave one of the two options out"
-        )
     if len(experts) == 1:
         if by_expert.lora_per_expert:
             raise OptionError("--lora_per_expert needs two transformers: give --dit and --dit_high_noise")
-        if experts[0].name != HIGH_NOISE and by_expert.base_weights_high_noise is not None:
-            raise OptionError(
-                "--base_weights_high_noise needs --dit_high_noise. For one transformer use --base_weights"
-            )
     elif options.whole_dit is not None:
         raise OptionError(
             "--dit and --dit_high_noise: whole transformers are trained one at a time, as the weights of two "
@@ -197,9 +167,8 @@ def note_experts(
 
 def _warn_of_few_steps(family: Family, options: TrainingOptions) -> None:
     """Warn if a transformer that was distilled to few steps would lose them."""
-    network = options.network
-    # --base_weights counts as an adapter: a LoRA that undoes the distillation may be among them
-    is_adapted = network is not None and (network.frozen.training_adapter or network.base_weights)
+    # what is merged counts as an adapter
+    is_adapted = options.frozen.training_adapter or may_undo_distillation(options)
     # what these learn towards are predictions of models that keep their steps
     keeps_steps = options.teacher.teacher == OTHER_DIT or keep_steps(options)
     keeps_steps |= options.teacher.teacher is not None and options.teacher.teacher_weight == 1
@@ -320,7 +289,7 @@ def dress(
     device: torch.device,
     compilation: Compilation | None = None,
     host: HostWeights | None = None,
-    shares: "ShardedBlocks | None" = None,
+    blocks: BlockPlace | None = None,
 ) -> None:
     """Compile the blocks, checkpoint them, and set up swapped or split ones. Call it when a LoRA is attached.
 
@@ -338,7 +307,7 @@ def dress(
         host=host,
         checkpointing=checkpointing,
         in_pieces=on_host,
-        shares=shares,
+        blocks=blocks,
     )
     dit.train(loop.gradient_checkpointing)  # it has no dropout; checkpointing is what acts in training mode
 

@@ -12,22 +12,24 @@ from torch.optim import Optimizer
 
 from contract.data import CAPTION
 from contract.family import Family, hears_sound
+from contract.loading import BlockPlace
 from contract.rules import Expert
 from modules.devices import dtype_of, gib, keep_heap_small, warn_if_emulated
 from modules.errors import MemoryPlanError
-from modules.speed_options import SwapOptions
 from networks.adapter import make_network
 from networks.options import NetworkOptions
 from networks.teacher_options import OTHER_DIT
-from running.dressing import share_tokens, shared_blocks, swapped_weights
+from running.dressing import swapped_weights
 from running.offload.turns import HostCopy
+from running.options import SwapOptions
 from running.planning.device_memory import MemoryWatch, bytes_on, spare_bytes
 from running.run_blocks import stage_files_of
+from running.ways.composing import finish_network, make_block_place
 from training import experts
 from training.data.feed import Feed, Randomness
 from training.data.table_times import times_by_group
-from training.features.composing import need_base
-from training.features.contract import Hooks
+from training.features.composing import merged_loras, need, need_base
+from training.features.contract import EMPTY_PROMPT, WORSE_ONES, Hooks
 from training.loss import LossRule, NoisyBatch
 from training.optimizers import stepping
 from training.optimizers.lr_schedule import make_lr_schedule
@@ -40,7 +42,6 @@ from training.saving.files import MinuteClock, Saver
 from training.saving.states import SavedState
 from training.target_rules import make_targets
 from training.targets.passes import TrainingPasses, teach_as_base
-from training.targets.preferences import PairTally
 from training.trainable import (
     Rates,
     Trainable,
@@ -54,11 +55,10 @@ from training.trainable import (
 from training.training_run import Requests, TrainedModel, TrainingRun, trigger_paths
 from training.validation import Validation
 
-if TYPE_CHECKING:  # loaded only where processes share a model, with LoRA files, with prompts
+if TYPE_CHECKING:  # loaded only with LoRA files, with prompts
     from networks.added import AddedLoras
     from networks.apply import LoraPatch
     from networks.loading import LoraUse
-    from running.offload.sharding import ShardedBlocks
     from running.offload.swap_plan import HostWeights
     from training.samples import Sampler
     from training.targets.teachers import TeacherModel
@@ -183,10 +183,6 @@ def make_run(
         rule, learning_pass=model.hooks.learning_pass
     )  # validation does without, and without targets
     rule = _add_targets(rule, model)
-    pairs = None
-    if rule.targets.preference is not None:
-        pairs = PairTally()
-        rule = replace(rule, note_pairs=pairs.add)
     minutes = plan.saving.save_every_n_minutes
     watched = trigger_paths(plan.names, options.samples.sample_now) if is_main else {}
     clock = MinuteClock(minutes) if is_main and minutes is not None else None
@@ -201,7 +197,6 @@ def make_run(
         reporter=reporter,
         requests=Requests(watched, sampler is not None, clock=clock),
         saver=saver,
-        pairs=pairs,
     )
 
 
@@ -220,7 +215,7 @@ def _make_rule(model: TrainedModel) -> LossRule:
 def _add_targets(rule: LossRule, model: TrainedModel) -> LossRule:
     """Return the rule with all that predictions are compared with besides the clip."""
     plan, options = model.plan, model.plan.options
-    targets = make_targets(options.teacher, options.preference)
+    targets = make_targets(options.teacher)
     return replace(
         rule,
         targets=targets,
@@ -271,9 +266,9 @@ def _make_feed(model: TrainedModel) -> Feed:
         workers=options.loop.max_data_loader_n_workers,
         pin_memory=accelerator.device.type == "cuda",
         reads_dropped=options.teacher.teacher is not None and CAPTION in family.fuller,
-        reads_empty=options.needs_empty_prompt,
+        reads_empty=need(options, EMPTY_PROMPT),
         table_times=times_by_group(options.timesteps, plan.config.datasets),
-        reads_worse=options.preference.preference is not None,
+        reads_worse=need(options, WORSE_ONES),
     )
 
 
@@ -285,7 +280,7 @@ class UndressedNetwork:
     family: Family
     index: int  # of its expert
     host: "HostWeights | None"  # where swapped weights wait; None: all are on the device
-    shares: "ShardedBlocks | None"  # of processes that share it
+    blocks: BlockPlace | None  # of processes that share it
 
     @property
     def expert(self) -> Expert:
@@ -321,24 +316,24 @@ class Loading:
         return alternates or self.samples_with_others
 
     def load(self, family: Family, index: int) -> UndressedNetwork:
-        """Load the network of an expert, frozen, merging --base_weights while loading, but for a teacher.
+        """Load the network of an expert, frozen, with what is merged into it, but for a teacher.
 
         A network to train gets the training dtype. Its trained part is added before it is dressed.
         """
         plan, options, device = self.plan, self.plan.options, self.plan.accelerator.device
         expert = family.experts[index]
         host = swapped_weights(family.dit, self.swap, device, all_weights=self.takes_turns)
-        shares = shared_blocks(options.speed.sharding, device)
+        blocks = make_block_place(options.speed, device)
         network_options = experts.network_for(options, expert)
         patch: LoraPatch | None = None
         masked: Sequence[LoraUse] = ()
         if family is not plan.teacher:
-            patch, masked = self._read_base_weights(network_options, expert)
+            patch, masked = self._read_merged(network_options, expert)
         placement = experts.placement_of(options, device, plan.quantisation)
         # a DoRA learns the norms of the weights, which include merged LoRAs
         must_merge = network_options is not None and network_options.decomposes
         leave_unmerged = None if patch is None or must_merge else patch.leave_unmerged
-        placement = replace(placement, patch=patch, leave_unmerged=leave_unmerged, host=host, blocks=shares)
+        placement = replace(placement, patch=patch, leave_unmerged=leave_unmerged, host=host, blocks=blocks)
         if options.network is None:
             refuse_quantised_bases(family.dit_files[index : index + 1])
         dit = family.load_dit(placement, index)
@@ -356,30 +351,27 @@ class Loading:
             add_unmerged(dit, masked_changes(dit, masked), device, compute_dtype)
         warn_if_emulated(device, compute_dtype, "the transformer")
         dit.requires_grad_(False)
-        if shares is not None and plan.splits_model:
-            shares.split(dit)
-        return UndressedNetwork(dit, family, index, host=host, shares=shares)
+        if blocks is not None and plan.splits_model:
+            blocks.split(dit)
+        return UndressedNetwork(dit, family, index, host=host, blocks=blocks)
 
-    def _read_base_weights(
+    def _read_merged(
         self, network: NetworkOptions | None, expert: Expert
     ) -> "tuple[LoraPatch | None, Sequence[LoraUse]]":
-        """Read --base_weights for an expert. Return what merges them, None if nothing does, and the T-LoRAs,
+        """Read LoRAs to merge for an expert. Return what merges them, None if nothing does, and the T-LoRAs,
         which are put round layers.
         """
-        if network is None:
+        loras = merged_loras(self.plan.options, expert)
+        if network is None or not loras.uses:
             return None, ()
-        files = zip(network.base_weights or (), network.base_multipliers(), strict=True)
-        loras = [experts.read_use(path, expert, multiplier) for path, multiplier in files]
-        if not loras:
-            return None, ()
-        from networks.apply import LoraPatch  # only with --base_weights
+        from networks.apply import LoraPatch  # only with LoRAs to merge
         from networks.rounding import LoraRounding
         from networks.unmerged import split_masked
 
-        merged, masked = (loras, []) if network.decomposes else split_masked(loras)
+        merged, masked = (loras.uses, []) if network.decomposes else split_masked(loras.uses)
         if not merged:
             return None, masked
-        return LoraPatch(merged, rounding=LoraRounding(network.lora_rounding)), masked
+        return LoraPatch(merged, rounding=LoraRounding(loras.rounding)), masked
 
     def load_teacher(self, trained: nn.Module) -> "TeacherModel":
         """Load the model of --teacher dit with its LoRAs, or take the trained one, which has them already."""
@@ -402,11 +394,12 @@ class Loading:
 
     def _add_teacher_loras(self, network: UndressedNetwork) -> "AddedLoras":
         from networks.added import add_loras  # only with such a teacher
+        from networks.loading import read_use
 
         options = self.plan.options
         is_compiled = options.speed.compilation.choice is not None
         uses = [
-            experts.read_use(path, network.expert, multiplier) for path, multiplier in options.teacher.loras()
+            read_use(path, network.expert.name, multiplier) for path, multiplier in options.teacher.loras()
         ]
         return add_loras(network.dit, uses, is_compiled, "--teacher_lora")
 
@@ -437,10 +430,9 @@ class Loading:
             device,
             compilation=options.speed.compilation.choice,
             host=network.host,
-            shares=network.shares,
+            blocks=network.blocks,
         )
-        if options.speed.sharding.context_parallel > 1:
-            share_tokens(dit, options.speed.sharding, device)
+        finish_network(dit, options.speed, device)
 
     def _add_frozen_loras(self, network: UndressedNetwork) -> None:
         """Add --training_adapter, --sample_lora and the LoRAs of a family's stages, all switched off."""
@@ -457,11 +449,12 @@ class Loading:
         if adapter is None and not sample_files and not has_stages:
             return
         from networks.added import add_loras, add_stage_loras  # only with LoRA files
+        from networks.loading import read_use
 
         if adapter is not None:
             self.adapters.append(add_loras(dit, [adapter], is_compiled, experts.TRAINING_ADAPTER))
         if sample_files:
-            loras = [experts.read_use(path, expert, multiplier) for path, multiplier in sample_files]
+            loras = [read_use(path, expert.name, multiplier) for path, multiplier in sample_files]
             self.sample_loras.append(add_loras(dit, loras, is_compiled))
         if has_stages:
             add_stage_loras(dit, is_compiled)
@@ -527,7 +520,7 @@ class Learners:
         assert options.whole_dit is not None  # one of the two is given
         train = train_dit
         if self.plan.splits_model:
-            from training.saving.split_model import train_split_dit as train  # only with --shard_base
+            from training.saving.split_model import train_split_dit as train  # only if it is split
         return train(dit, options.optimizer.learning_rate, options.whole_dit.name_parts)
 
     def _saved_tensors(self, expert: Expert) -> dict[str, Tensor]:

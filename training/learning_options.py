@@ -24,7 +24,6 @@ from modules.options import (
 )
 from networks.names.layouts import COMFYUI, DIFFUSERS, KNOWN
 from networks.teacher_options import BASE, OTHER_DIT
-from networks.use_options import multipliers_for
 
 logger = logging.getLogger(__name__)
 
@@ -33,9 +32,7 @@ NO_FROZEN_MODEL = (
     "the model itself is trained, so that there is no frozen one to add a LoRA to, or to learn from. Train a "
     "LoRA instead"
 )
-_MERGED_BEFORE = (
-    "merge them into the transformer before it is trained: merge_lora.py --save_merged_model FILE"
-)
+MERGED_BEFORE = "merge them into the transformer before it is trained: merge_lora.py --save_merged_model FILE"
 _NO_NETWORK = "the transformer itself is trained, without an added network."
 
 
@@ -83,11 +80,7 @@ class WholeDitOptions(Options, title="full fine-tuning"):
     teacher_sees = unsupported(
         NO_FROZEN_MODEL, "what the teacher knows", choices=(INPUTS, FIRST_LAST, CLIP, SUBJECT)
     )
-    preference = unsupported(NO_FROZEN_MODEL, "learn from pairs", type=float)
-    preference_data_weight = unsupported(NO_FROZEN_MODEL, "weight of the usual loss of pairs", type=float)
-    base_weights = unsupported(_MERGED_BEFORE, "LoRA files in the transformer", nargs="*")
-    base_weights_multiplier = unsupported(_MERGED_BEFORE, "their strengths", type=float, nargs="*")
-    network_weights = unsupported(_MERGED_BEFORE, "LoRA file to start from", type=str)
+    network_weights = unsupported(MERGED_BEFORE, "LoRA file to start from", type=str)
     dim_from_weights = not_needed(_NO_NETWORK)
     lora_format = not_needed(_NO_NETWORK, choices=(KNOWN, COMFYUI, DIFFUSERS))
     network_module = not_needed(_NO_NETWORK, type=str)
@@ -122,27 +115,6 @@ class ExpertTrainingOptions(Options, title="two transformers"):
         "--network_weights is for that of --dit",
         place="there",
     )
-    base_weights_high_noise: tuple[Path, ...] | None = option(
-        "LoRA files added to --dit_high_noise before training; default: those of --base_weights. If "
-        "given, --base_weights is for --dit only",
-        place="there",
-    )
-    base_weights_multiplier_high_noise: tuple[float, ...] | None = option(
-        "strength of each file of --base_weights_high_noise; missing ones are 1",
-        needs="base_weights_high_noise",
-    )
-
-    def __post_init__(self) -> None:
-        if self.base_weights_high_noise is not None and not self.base_weights_high_noise:
-            raise OptionError("--base_weights_high_noise has no file behind it: give one, or leave it out")
-        if self.base_weights_multiplier_high_noise is not None:
-            self.base_multipliers()
-
-    def base_multipliers(self) -> tuple[float, ...]:
-        option = "--base_weights_multiplier_high_noise"
-        files = self.base_weights_high_noise or ()
-        multipliers = self.base_weights_multiplier_high_noise or ()
-        return multipliers_for(files, multipliers, option)
 
 
 # of models with one transformer, whose scripts do not have these options

@@ -273,11 +273,12 @@ def _accumulate(
             # for the others, which gather the blocks from this process
             is_void = is_repeat or expert != noisy_batch.expert
             losses = _propagate(run, expert, noisy_batch, divisor=divisor, is_void=is_void)
-            pairs = None if run.pairs is None else run.pairs.take()
+            for tally in run.model.hooks.tallies:
+                numbers = tally.take()
+                if numbers is not None and not is_void:
+                    _add_numbers(run, row, tally.names, numbers)
             if is_void:
                 continue
-            if pairs is not None:
-                _add_pairs(run, row, pairs)
             row[0] += losses.total
             _add_parts(run, row, expert, loss=losses.total * divisor, losses=losses.streams)
             keys += noisy_batch.batch.keys
@@ -347,11 +348,13 @@ def _add_parts(
         row[layout.part_counts.start + part] += 1
 
 
-def _add_pairs(run: TrainingRun, row: Tensor, numbers: Tensor) -> None:
-    """Add the numbers of a micro-batch's pairs to a row, behind those of the parts."""
+def _add_numbers(run: TrainingRun, row: Tensor, names: Sequence[str], numbers: Tensor) -> None:
+    """Add further numbers of a micro-batch to a row."""
     layout = RowLayout(len(run.row_numbers))
-    row[layout.part_losses][len(run.parts) :] += numbers
-    row[layout.part_counts][len(run.parts) :] += 1
+    first = run.row_numbers.index(names[0])
+    places = slice(first, first + len(names))
+    row[layout.part_losses][places] += numbers
+    row[layout.part_counts][places] += 1
 
 
 def _note(run: TrainingRun, step: StepReport | None) -> None:
@@ -380,7 +383,7 @@ def _note(run: TrainingRun, step: StepReport | None) -> None:
         gradient_norm=norm,
         norms=None if run.model.trainable.max_norm is None else NormReport.of(step.row[-4:-1]),
         by_part={name: mean for name, mean in means.items() if name in run.parts},
-        pairs={name: mean for name, mean in means.items() if name not in run.parts},
+        numbers={name: mean for name, mean in means.items() if name not in run.parts},
     )
     run.logs.step(report)
     run.reporter.note_step(report, run.logs.clock.left(report.step, run.steps.total_steps))
@@ -507,7 +510,7 @@ def _sample(run: TrainingRun) -> None:
             progress.step,
             progress.sample_pending,
             prompts=run.sampler.prompts,
-            trackers=run.logs.trackers,
+            recorders=run.logs.recorders if run.is_main else (),
         )
     progress.sample_pending = ""
     progress.sampled_step = progress.step

@@ -132,7 +132,6 @@ class LossRule:
     in_lockstep: bool = False  # processes share a model, so that all run equal passes
     # what passes that learn run in, given the DiT and their batch
     learning_pass: Sequence[Callable[[nn.Module, NoisyBatch], AbstractContextManager[None]]] = ()
-    note_pairs: Callable[[Tensor], None] | None = None  # takes the numbers of pairs, for the logs
     seed_networks: Callable[[int], None] | None = None  # begins random numbers of networks: of a micro-batch
 
 

@@ -124,9 +124,7 @@ def _optional_values(plan: TrainingPlan) -> dict[str, Any]:
 def _target_values(options: TrainingOptions) -> dict[str, Any]:
     """Return the entries on the targets of a training, as far as they are given."""
     values: dict[str, Any] = {}
-    records = [options.teacher, options.preference]
-    for record in records:
-        values |= {f"ss_{name}": value for name, value in given_values(record).items()}
+    values |= {f"ss_{name}": value for name, value in given_values(options.teacher).items()}
     if options.teacher.teacher is not None:
         values["ss_teacher_weight"] = options.teacher.teacher_weight
     return values

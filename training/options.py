@@ -27,11 +27,11 @@ from modules.options import (
 )
 from modules.parser import Parser, add_options, refuse_unsupported, typed_names
 from modules.run_limits import is_limited
-from modules.speed_options import TrainingSpeedOptions
 from networks.kinds.composing import RANKED_NETWORKS
 from networks.options import NOTHING_FROZEN, FrozenModelOptions, NetworkOptions
-from networks.preference_options import NO_PREFERENCE, PreferenceOptions
 from networks.teacher_options import NO_TEACHER, TeacherOptions
+from running.options import TrainingSpeedOptions
+from running.ways.composing import refuse_whole, splitting_option
 from training import learning_options, noise_options, run_options
 from training.config_options import (
     ConfigOptions,
@@ -40,12 +40,13 @@ from training.config_options import (
 )
 from training.features.composing import (
     find_record,
-    need_empty_prompt,
     options_at,
     refuse_combinations,
+    refused_for_whole,
     typed_targets,
 )
 from training.features.contract import (
+    AT_ENDING,
     AT_LOGS,
     AT_LOSS,
     AT_METADATA,
@@ -69,6 +70,7 @@ if TYPE_CHECKING:  # records of what the list of features has
     OptionsAtLoss = Options
     OptionsAtWeights = Options
     OptionsAtLogs = Options
+    OptionsAtEnding = Options
     OptionsAtMetadata = Options
 else:
     OptionsAtNetwork = options_at(AT_NETWORK)
@@ -76,6 +78,7 @@ else:
     OptionsAtLoss = options_at(AT_LOSS)
     OptionsAtWeights = options_at(AT_WEIGHTS)
     OptionsAtLogs = options_at(AT_LOGS)
+    OptionsAtEnding = options_at(AT_ENDING)
     OptionsAtMetadata = options_at(AT_METADATA)
 
 NOT_AT_NETWORK = OptionsAtNetwork.usual()  # where there is no network
@@ -85,7 +88,6 @@ class TrainedNetworkOptions(NetworkOptions, title="network"):
     """Options of a network that is trained, with those of features that it has part in."""
 
     at_network: OptionsAtNetwork
-    preference: PreferenceOptions
 
 
 class TrainingOptions(Options):
@@ -107,8 +109,9 @@ class TrainingOptions(Options):
     saving: SavingOptions = option(facts=FREE)
     samples: run_options.SampleOptions = option(facts=FREE)
     at_weights: OptionsAtWeights  # of features
-    logs: run_options.LogOptions = option(facts=FREE)
     at_logs: OptionsAtLogs  # of features
+    logs: run_options.LogOptions = option(facts=FREE)
+    at_ending: OptionsAtEnding  # of features
     metadata: MetadataOptions = option(facts=FREE)
     at_metadata: OptionsAtMetadata  # of features
     speed: TrainingSpeedOptions
@@ -151,6 +154,7 @@ class TrainingOptions(Options):
             self.at_loss,
             self.at_weights,
             self.at_logs,
+            self.at_ending,
             self.at_metadata,
         )
         return find_record(records, kind)
@@ -174,24 +178,13 @@ class TrainingOptions(Options):
         return NO_TEACHER if self.network is None else self.network.teacher
 
     @property
-    def preference(self) -> PreferenceOptions:
-        return NO_PREFERENCE if self.network is None else self.network.preference
-
-    @property
     def typed_targets(self) -> list[str]:
-        """Return the given options of targets besides the clip, as they are typed; --preference is last."""
-        preference = self.preference.preference
+        """Return the given options of targets besides the clip, as they are typed."""
         words = []
         if self.teacher.teacher is not None:
             words.append(f"--teacher {self.teacher.teacher}")
         words += typed_targets(self)
-        if preference is not None:
-            words.append(f"--preference {preference:g}")
         return words
-
-    @property
-    def needs_empty_prompt(self) -> bool:
-        return need_empty_prompt(self)
 
     @property
     def is_for_images(self) -> bool:
@@ -199,7 +192,7 @@ class TrainingOptions(Options):
 
     @property
     def can_swap(self) -> bool:
-        return self.whole_dit is None and not self.speed.sharding.shard_base
+        return self.whole_dit is None and not splitting_option(self.speed)
 
     @property
     def is_fused(self) -> bool:
@@ -221,11 +214,7 @@ class TrainingOptions(Options):
                 f"--full_bf16 with --mixed_precision {precision}: the model then computes in bf16; use bf16 "
                 "for both"
             )
-        if self.speed.sharding.shard_base and precision == "fp16":
-            raise OptionError(
-                "--shard_base with --mixed_precision fp16: each process has parts of the gradients, and "
-                "cannot tell whether fp16's scaled ones overflowed in others. Use bf16 or no"
-            )
+        refuse_whole(self.speed, precision)
         stored = self.speed.fp8.quantisation
         if stored is not None:
             flags = "--fp8_base" if self.speed.fp8.fp8_base else stored.asked_by
@@ -233,17 +222,7 @@ class TrainingOptions(Options):
                 f"{flags}: trained weights are kept in float32, or in bfloat16 with --full_bf16, because "
                 f"{stored.form} would lose the steps; leave it out, or train a LoRA"
             )
-        swap = self.speed.swap
-        if swap.blocks_to_swap and not options.fused_backward_pass:
-            raise OptionError(
-                f"--blocks_to_swap {swap.blocks_to_swap} with trained weights: each must be stepped "
-                "while its block is on the device. Add --fused_backward_pass, or leave it out"
-            )
-        if swap.img_in_txt_in_offloading:
-            raise OptionError(
-                "--img_in_txt_in_offloading: these layers are trained, so they must be on the device. Leave "
-                "it out"
-            )
+        self.speed.swap.refuse_trained(options.fused_backward_pass)
 
     def _check_targets(self) -> None:
         """Refuse targets that answer one question differently."""
@@ -252,12 +231,6 @@ class TrainingOptions(Options):
             raise OptionError(
                 f"--teacher_split with --loss_type {self.loss.loss_type}: size and direction are those of "
                 "squared differences. Use --loss_type l2, or leave out --teacher_split"
-            )
-        targets = self.typed_targets
-        if self.preference.preference is not None and len(targets) > 1:
-            raise OptionError(
-                f"--preference {self.preference.preference:g} and {targets[0]}: the loss of a pair has no "
-                "place for another target. Leave out one of the two"
             )
 
     def _check_fused(self) -> None:
@@ -400,8 +373,7 @@ def training_parser(
     parser = Parser(description=doc)
     add_options(parser, ConfigOptions, learner, **settings)
     if learner is learning_options.WholeDitOptions:
-        refused = dict.fromkeys(option_values(NOT_AT_NETWORK), learning_options.NO_FROZEN_MODEL)
-        add_options(parser, OptionsAtNetwork, refused=refused)
+        add_options(parser, OptionsAtNetwork, refused=refused_for_whole())
     add_options(parser, TrainingOptions, **settings)
     return parser
 
@@ -416,8 +388,8 @@ def _refuse_unseen_sending(parser: argparse.ArgumentParser, values: Mapping[str,
         return
     for action in parser._actions:
         value = values.get(action.dest)
-        is_remote = action.dest == "log_with" and value not in run_options.NEEDS_FOLDER
-        if value and (is_remote or getattr(action, "reach", "") in (SENDS["reach"], CONFIGURES["reach"])):
+        is_sending = getattr(action, "reach", "") in (SENDS["reach"], CONFIGURES["reach"])
+        if is_sending and value and value not in action.stays:  # type: ignore[attr-defined]
             raise OptionError(
                 f"{place}: {action.dest} = {value!r} would send data from this machine, which a job does "
                 f"only if its line says so. Leave it out there, or write --{action.dest} into the line"

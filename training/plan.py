@@ -15,7 +15,7 @@ from dataset.batches.finding import find_items, learn_no_references, require_ite
 from dataset.batches.items import CachingCommands, TrainingItem
 from dataset.batches.order import BatchOrder, split_validation
 from dataset.cache.store import Stores, npz_names
-from dataset.config import DatasetConfig, DatasetTable, for_family, load_dataset_config, with_empty_prompts
+from dataset.config import DatasetConfig, for_family, load_dataset_config, with_empty_prompts
 from dataset.sources.media_source import NO_REFERENCE
 from dataset.subsets import folders_config
 from modules.errors import DatasetError, OptionError, OutputError
@@ -23,7 +23,8 @@ from modules.lost_processes import OtherProcesses
 from modules.option_values import require
 from modules.speed_options import Quantisation
 from networks.formats import LoraFormat
-from running.dressing import have_joined
+from running.offload.joining import have_joined
+from running.ways.composing import count_groups, count_peers, splitting_option, warn_if_alone
 from training.checks import (
     check_before_loading,
     check_schedule,
@@ -35,12 +36,12 @@ from training.data.feed import BatchSources
 from training.data.live import LiveTexts
 from training.data.table_times import check_times, list_times
 from training.experts import check_computing, module_of, note_experts
-from training.features.composing import check_items, check_tables
+from training.features.composing import check_items, check_start, check_tables, need, note_unused
+from training.features.contract import EMPTY_PROMPT
 from training.optimizers.stepping import check_fused_backward, check_split
 from training.options import TrainingOptions
 from training.other_families import NO_OTHERS, OtherFamilies
 from training.processes import make_accelerator
-from training.reports.logs import check_trackers
 from training.resuming import (
     RunSettings,
     check_resumable,
@@ -96,7 +97,12 @@ class TrainingPlan:
 
     @property
     def splits_model(self) -> bool:
-        return self.options.whole_dit is not None and self.options.speed.sharding.shard_base and have_joined()
+        return splits_whole_model(self.options)
+
+
+def splits_whole_model(options: TrainingOptions) -> bool:
+    """Return whether the model itself learns, and each process has a part of it."""
+    return options.whole_dit is not None and bool(splitting_option(options.speed)) and have_joined()
 
 
 def make_plan(
@@ -125,7 +131,7 @@ def make_plan(
         texts=texts,
         commands=commands,
     )
-    if options.needs_empty_prompt and brings_empty_text(family):
+    if need(options, EMPTY_PROMPT) and brings_empty_text(family):
         sources = replace(sources, empty_text=family.empty_text())
     items = _find_items(
         family,
@@ -137,8 +143,8 @@ def make_plan(
         trusts_caches=options.caching is not None and options.caching.skip_cache_check,
     )
     training, validation = _split_items(options, config, items, progress.seed)
-    _check_pairs(options, config, training, sources)
     check_items(options, training, sources)
+    note_unused(options, training)
     if is_main:
         _warn_of_missing(options, config, [*training, *validation], sources)
     order = BatchOrder(training, progress.seed)
@@ -227,19 +233,16 @@ def _find_sources(
 def join_processes(
     family: Family, options: TrainingOptions, config: DatasetConfig
 ) -> Iterator[tuple[Accelerator, OtherProcesses | None]]:
-    """Start trackers and processes, and check the options against the device.
+    """Start processes, and check the options against the device.
 
     Yields the accelerator, and `OtherProcesses`, which is None for a single process.
 
     During the block no other run can take the name of this one, and the processes watch each other.
     """
-    check_trackers(options.logs)
-    accelerator = make_accelerator(options.accelerator, options.logs)
-    if options.speed.sharding.shard_base and accelerator.num_processes == 1:
-        logger.warning(
-            "--shard_base has no effect with one process, which holds the whole model. Use accelerate launch "
-            "--multi_gpu --num_processes N"
-        )
+    check_start(options)
+    accelerator = make_accelerator(options.accelerator)
+    if accelerator.num_processes == 1:
+        warn_if_alone(options.speed)
     if not accelerator.is_main_process:
         logging.getLogger().setLevel(logging.WARNING)  # only one process logs what all do
     else:
@@ -255,8 +258,8 @@ def join_processes(
             logger.warning(line)
     if options.is_fused:
         check_fused_backward(options.optimizer.optimizer_type, accelerator.num_processes)
-    if options.whole_dit is not None and options.speed.sharding.shard_base and have_joined():
-        check_split(options.optimizer.optimizer_type)
+    if splits_whole_model(options):
+        check_split(splitting_option(options.speed), options.optimizer.optimizer_type)
     compilation = options.speed.compilation.choice
     if compilation is not None:
         from running.compile import check_compilation  # only with --compile
@@ -297,7 +300,7 @@ def read_config(options: TrainingOptions, family: Family) -> DatasetConfig:
             logger.warning("--train_data_dir is ignored because --dataset_config %s describes the data", path)
         path = require(path, "--dataset_config", "the clips to train on")
         config = load_dataset_config(path, subset)
-    if options.needs_empty_prompt and not (brings_empty_text(family) and family.empty_text()):
+    if need(options, EMPTY_PROMPT) and not (brings_empty_text(family) and family.empty_text()):
         config = with_empty_prompts(config)
     check_times(options.timesteps, config.datasets, family)
     return for_family(config, family)
@@ -380,9 +383,6 @@ def _check_validating(options: ValidationOptions) -> None:
 def _check_tables(options: TrainingOptions, config: DatasetConfig) -> None:
     """Raise OptionError for keys of tables that ask for another target or strength than the options do."""
     check_tables(options, config.datasets)
-    preserving = next((table for table in config.datasets if table.preserves_output), None)
-    if preserving is not None:
-        _check_preserving(options, preserving)
     scaled = next((table for table in config.datasets if table.network_multiplier != 1), None)
     if scaled is None:
         return
@@ -404,35 +404,10 @@ def _check_batch_sizes(family: Family, config: DatasetConfig) -> None:
         )
 
 
-def _check_preserving(options: TrainingOptions, table: DatasetTable) -> None:
-    """Raise OptionError for what gives the clips of a table with diff_output_preservation another target."""
-    key = f"{table.name}: diff_output_preservation"
-    if options.preference.preference is not None:
-        raise OptionError(
-            f"{key} cannot be had with --preference, whose loss has no place for another target. Leave out "
-            "one of the two"
-        )
-
-
 def _own_encoders(family: Family) -> dict[str, Mapping[str, str]]:
     """Return the identities of a model's text encoders by name, if its checkpoint has them."""
     encoders = family.text_encoders() if family.can.bring_texts else []
     return {encoder.name: encoder.identity for encoder in encoders}
-
-
-def _check_pairs(
-    options: TrainingOptions, config: DatasetConfig, training: Sequence[TrainingItem], sources: BatchSources
-) -> None:
-    """Raise UserError if items are no pairs, for --preference; say so if pairs are not used."""
-    if options.preference.preference is None:
-        if any(table.worse_directory is not None for table in config.datasets):
-            from dataset.batches.pairs import note_unused_pairs  # only with pairs
-
-            note_unused_pairs(training)
-        return
-    from dataset.batches.pairs import require_pairs  # only with --preference
-
-    require_pairs(training, sources.stores, sources.encoders.commands)
 
 
 def _warn_of_missing(
@@ -451,13 +426,13 @@ def _warn_of_missing(
 
 def _plan_steps(options: TrainingOptions, order: BatchOrder, processes: int, progress: Progress) -> StepPlan:
     """Plan the steps of the run; epochs, if given, replace steps."""
-    loop, sharding = options.loop, options.speed.sharding
+    loop, speed = options.loop, options.speed
     steps = StepPlan(
         num_batches=order.num_batches,
-        processes=sharding.groups_of(processes),
-        peers=sharding.context_parallel,
+        processes=count_groups(speed, processes),
+        peers=count_peers(speed),
         accumulation=loop.gradient_accumulation_steps,
-        in_lockstep=sharding.shard_base and processes > 1,
+        in_lockstep=bool(splitting_option(speed)) and processes > 1,
         total_steps=loop.max_train_steps,
         first_epoch=progress.plan_epoch,
         first_position=progress.plan_position,

@@ -6,7 +6,7 @@ Gradients are summed once per optimizer step, in flat buffers: the model needs n
 import logging
 import os
 from collections.abc import Collection, Iterable, Iterator
-from datetime import datetime, timedelta
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
@@ -14,11 +14,12 @@ from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor
 from torch.nn import Parameter
 
-from modules.command import RANK, refuse_other_splits
+from modules.command import RANK
 from modules.devices import acts_on_cuda, allow_fp16_accumulation
 from modules.errors import OptionError
 from modules.lost_processes import meet_anew
-from training.run_options import NO_LOGS, AcceleratorOptions, LogOptions
+from running.ways.composing import refuse_other_splits
+from training.run_options import AcceleratorOptions
 
 logger = logging.getLogger(__name__)
 
@@ -27,22 +28,16 @@ logger = logging.getLogger(__name__)
 USUAL_TIMEOUT = 24 * 60
 
 
-def make_accelerator(
-    options: AcceleratorOptions, logs: LogOptions = NO_LOGS, started: datetime | None = None
-) -> Accelerator:
+def make_accelerator(options: AcceleratorOptions) -> Accelerator:
     """Join the processes that the launcher started and choose device and precision.
 
-    started: names the folder of TensorBoard's files; None: now. Raises OptionError if the device does not
-    support this precision or a tracker is not installed.
+    Raises OptionError if the device does not support this precision.
     """
     refuse_other_splits()  # before accelerate looks for the packages that split a model
     _check_environment()
     has_processes = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if has_processes:
         meet_anew()
-    folder = None
-    if logs.logging_dir is not None:
-        folder = logs.logging_dir / f"{logs.log_prefix or ''}{started or datetime.now():%Y%m%d%H%M%S}"
     patience = timedelta(minutes=USUAL_TIMEOUT if options.ddp_timeout is None else options.ddp_timeout)
     try:
         accelerator = Accelerator(
@@ -52,8 +47,6 @@ def make_accelerator(
             # always 1, whatever the launcher's setting: the loop accumulates, so backward() must not divide
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             step_scheduler_with_optimizer=False,
-            log_with=list(logs.trackers) or None,
-            project_dir=folder,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=patience)],
         )
     except ValueError as error:

@@ -22,7 +22,7 @@ from networks.kinds.composing import kind_of_module
 from networks.options import DEFAULT_RANK, NOTHING_FROZEN
 from networks.teacher_options import NO_TEACHER
 from training.experts import TRAINING_ADAPTER, module_of
-from training.features.composing import claim_progress, fetch_state, usual_habits
+from training.features.composing import claim_progress, fetch_state, own_habits, usual_habits
 from training.optimizers.optimizer import PATHS
 from training.options import TrainingOptions
 from training.reports.logs import public_config
@@ -155,12 +155,7 @@ def _habits_of(family: Family, options: TrainingOptions, config: Mapping[str, An
     habits |= {f"--{name}": value for name, value in recorded_values(family.options, "habit").items()}
     models = [value for name, value in family.metadata.items() if name.startswith("sd_model_name")]
     habits["the model's file"] = ", ".join(models) or None
-    base_weights = None if options.network is None else options.network.base_weights
-    habits["--base_weights"] = ", ".join(path.name for path in base_weights or ()) or None
-    high_noise = options.by_expert.base_weights_high_noise
-    if high_noise:
-        habits["--base_weights_high_noise"] = ", ".join(path.name for path in high_noise)
-    return habits
+    return habits | own_habits(options)
 
 
 def _flagged(config: Mapping[str, Any], kind: str) -> dict[str, Any]:

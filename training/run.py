@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from contract.family import Family
-from dataset.batches.items import NO_COMMANDS, CachingCommands
 from modules.installation import RUN_CHECKS, RUN_GOES_ON
 from modules.lost_processes import LostProcessError
 from modules.options import option_values
-from modules.speed_options import SwapOptions
-from running.dressing import shared_blocks
+from running.options import SwapOptions
 from running.planning.device_memory import MemoryWatch, too_little
+from running.ways.composing import make_block_place
 from training.checks import check_before_loading
 from training.features.composing import (
     act_at_end,
@@ -28,15 +27,15 @@ from training.features.composing import (
     prepare_features,
     sampled_average,
 )
-from training.features.contract import RunEnd
-from training.following import NextSteps, plan_next_steps
+from training.features.contract import Hooks, RunEnd
+from training.following import NO_COMMAND, TrainingCommand, plan_next_steps
 from training.learning import load_model, make_run
 from training.loop import train
 from training.options import TrainingOptions
 from training.other_families import NO_OTHERS, OtherFamilies
 from training.plan import TrainingPlan, join_processes, make_plan, read_config
 from training.reports.history import Story, read_session
-from training.reports.logs import TRACKER_NAME, Logs, public_config
+from training.reports.logs import Logs
 from training.reports.pauses import StepClock
 from training.saver import file_dtype, make_saver
 from training.saving.files import set_aside
@@ -53,15 +52,14 @@ logger = logging.getLogger(__name__)
 def train_network(
     family: Family,
     options: TrainingOptions,
-    commands: CachingCommands = NO_COMMANDS,
-    follow: Callable[..., NextSteps] = plan_next_steps,
+    command: TrainingCommand = NO_COMMAND,
     others: OtherFamilies = NO_OTHERS,
 ) -> int:
     """Train a network (a LoRA) for a family's DiT, or the whole DiT, from the first step or a saved state.
 
-    commands: to show if caches are missing. follow: given the plan and the sampler, makes the commands that
-    the page shows as next steps. others: models besides the trained one. Returns the program's exit code.
-    Raises UserError if the user has to change something.
+    command: that was typed; the commands for missing caches and those that can follow repeat its options.
+    others: models besides the trained one. Returns the program's exit code. Raises UserError if the user has
+    to change something.
     """
     if os.environ.get(RUN_GOES_ON) == RUN_CHECKS:
         read_config(options, family)
@@ -70,10 +68,11 @@ def train_network(
     if options.only_shows:
         from training.previews import show_preview  # trains nothing
 
+        commands = command.caching_commands(options.loop.dataset_config, family)
         return show_preview(family, options, commands, others)
     with end_of_run(options) as end:
         try:
-            with prepare_run(family, options, commands, follow=follow, others=others, end=end) as run:
+            with prepare_run(family, options, command, others=others, end=end) as run:
                 end.has_begun = True
                 train(run)
         except torch.OutOfMemoryError as error:
@@ -89,8 +88,7 @@ def train_network(
 def prepare_run(
     family: Family,
     options: TrainingOptions,
-    commands: CachingCommands = NO_COMMANDS,
-    follow: Callable[..., NextSteps] = plan_next_steps,
+    command: TrainingCommand = NO_COMMAND,
     others: OtherFamilies = NO_OTHERS,
     end: RunEnd | None = None,
 ) -> Iterator[TrainingRun]:
@@ -105,20 +103,27 @@ def prepare_run(
         end.is_due = accelerator.is_main_process
         if processes is not None:
             processes.at_end = lambda reason: act_at_end(end, LostProcessError(reason))
-        plan = make_plan(family, options, commands, config=config, accelerator=accelerator, others=others)
+        plan = make_plan(
+            family,
+            options,
+            command.caching_commands(options.loop.dataset_config, family),
+            config=config,
+            accelerator=accelerator,
+            others=others,
+        )
         end.progress, end.total_steps = plan.progress, plan.steps.total_steps
         # texts and images are encoded while there is no DiT
         sampler = _make_sampler(plan)
         hooks = prepare_features(plan)
-        following = follow(plan, sampler)
+        following = plan_next_steps(plan, sampler, command)
         if processes is not None:
             processes.advice = following.after_loss
         swap, memory = _plan_memory(plan)
         if plan.texts is not None:
-            blocks = shared_blocks(options.speed.sharding, accelerator.device)
+            blocks = make_block_place(options.speed, accelerator.device)
             plan.texts.load(accelerator.device, blocks)
             stack.callback(plan.texts.free)
-        logs = _make_logs(plan, swap)
+        logs = _make_logs(plan, swap, hooks)
         reporter = make_reporter(plan, following, memory)
         model = load_model(plan, swap, hooks)
         # nothing can be missing any more
@@ -154,7 +159,7 @@ def _plan_memory(plan: TrainingPlan) -> tuple[SwapOptions, MemoryWatch | None]:
     return prepare_memory(plan)
 
 
-def _make_logs(plan: TrainingPlan, swap: SwapOptions) -> Logs:
+def _make_logs(plan: TrainingPlan, swap: SwapOptions, hooks: Hooks) -> Logs:
     options, progress = plan.options, plan.progress
 
     def pauses_after(step: int) -> dict[str, int]:
@@ -169,11 +174,9 @@ def _make_logs(plan: TrainingPlan, swap: SwapOptions) -> Logs:
 
     return Logs(
         plan.accelerator,
-        options.logs,
         plan.steps.total_steps,
         first_step=progress.step,
-        config=public_config(options, plan.saving, swap) if options.logs.log_config else {},
-        tracker_name=TRACKER_NAME if options.whole_dit is None else f"{plan.family.name}_ft",
+        recorders=[make(plan, (options, plan.saving, swap)) for make in hooks.recorders],
         extras=partial(watch_run, plan),
         clock=StepClock(pauses_after),
     )
@@ -227,7 +230,7 @@ def _make_sampler(plan: TrainingPlan) -> "Sampler | None":
         weights=weights,
         preview=options.samples.preview,
         together=plan.steps.works_together,
-        blocks=shared_blocks(options.speed.sharding, accelerator.device),
+        blocks=make_block_place(options.speed, accelerator.device),
     )
     if plan.texts and plan.texts.learning:
         return replace(sampler, renew=plan.texts.renew)

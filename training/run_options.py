@@ -9,8 +9,7 @@ from blissful_tuner.options import PreviewOptions
 from dataset.options import DATASET_FILE, CheckPageOptions
 from modules.errors import OptionError
 from modules.option_values import text_to_seed
-from modules.options import CONFIGURES, FREE, HABIT, OF_SAMPLES, SECRET, Options, not_needed, option
-from modules.run_limits import refuse_sending
+from modules.options import FREE, HABIT, OF_SAMPLES, Options, not_needed, option
 from networks.multipliers import files_with_multipliers
 
 logger = logging.getLogger(__name__)
@@ -221,72 +220,15 @@ class SampleOptions(Options, title="samples while training"):
         )
 
 
-NEEDS_FOLDER = ("tensorboard", "aim")  # trackers that write into --logging_dir
-TRACKERS = ("tensorboard", "wandb", "trackio", "aim", "mlflow", "swanlab", "comet_ml")  # accelerate's names
-
-
-_IF_LOGGED = {"nothing is logged without --logging_dir or --log_with": lambda options: bool(options.trackers)}
-_IF_WANDB = {"wandb is not used without --log_with wandb": lambda options: "wandb" in options.trackers}
-
-
 class LogOptions(Options, title="logs"):
-    """Options of where loss curves go."""
+    """Whether a run writes its page."""
 
-    logging_dir: Path | None = option(
-        "folder for TensorBoard's files; each run gets a folder in it", place="new folder"
-    )
-    log_with: str | None = option(
-        "tensorboard when not given and --logging_dir is; all: tensorboard and wandb",
-        choices=(*TRACKERS, "all"),
-    )
-    log_prefix: str | None = option(
-        "start of the run folder's name, before its date",
-        acts_if={"there is no --logging_dir": lambda options: options.logging_dir is not None},
-    )
-    log_tracker_name: str | None = option(
-        "name of the tracker, the project of most; network_train, or MODEL_ft, when not given",
-        acts_if=_IF_LOGGED,
-    )
-    wandb_run_name: str | None = option(
-        "name of the run in wandb",
-        acts_if={
-            **_IF_WANDB,
-            "--log_tracker_config replaces it": lambda options: options.log_tracker_config is None,
-        },
-    )
-    log_tracker_config: Path | None = option(
-        "TOML file with arguments for the trackers, a table each; replaces --wandb_run_name",
-        place="there",
-        hint="a TOML file with a table [wandb] or of another tracker",
-        acts_if=_IF_LOGGED,
-        facts=CONFIGURES,
-    )
-    wandb_api_key: str | None = option(
-        "log in to wandb with this key; it is never written anywhere", acts_if=_IF_WANDB, facts=SECRET
-    )
-    log_config: bool = option("send the options, without keys and paths, to the trackers", acts_if=_IF_LOGGED)
     no_page: bool = option(
         "do not write the page OUTPUT_NAME.html, its history OUTPUT_NAME-history.jsonl and a sheet for "
         "each time that samples are made"
     )
 
-    def __post_init__(self) -> None:
-        writes = [name for name in self.trackers if name in NEEDS_FOLDER]
-        if writes and self.logging_dir is None:
-            raise OptionError(
-                f"--log_with {self.log_with} needs --logging_dir: the folder for {writes[0]}'s files"
-            )
-        if len(writes) < len(self.trackers):  # the others write and send where they like
-            refuse_sending("log_with", self.log_with)
 
-    @property
-    def trackers(self) -> tuple[str, ...]:
-        if self.log_with is None:
-            return () if self.logging_dir is None else ("tensorboard",)
-        return ("tensorboard", "wandb") if self.log_with == "all" else (self.log_with,)
-
-
-NO_LOGS = LogOptions.usual()
 PRECISIONS = ("no", "fp16", "bf16")
 NO_WRAPPER = "gradients are averaged without a DDP wrapper."
 

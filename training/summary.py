@@ -20,7 +20,7 @@ from networks.options import NetworkOptions
 from running.planning.device_memory import MemoryWatch
 from training.checks import judge_rate
 from training.data.table_times import describe_times
-from training.features.composing import kept_average, result_rows, start_rows
+from training.features.composing import commands_at_end, kept_average, parts_of_page, result_rows, start_rows
 from training.following import NextSteps, describe_elsewhere
 from training.metadata import continued_sizes
 from training.options import TrainingOptions
@@ -244,7 +244,7 @@ def _describe_peak(run: TrainingRun) -> str:
 
 def _list_commands(run: TrainingRun, story: history.Story, following: NextSteps) -> list[Row]:
     """Return the commands that can follow a finished run, each with its heading."""
-    folder, logging_dir = run.plan.names.folder, run.options.logs.logging_dir
+    folder = run.plan.names.folder
     file = story.usable_file(folder)
     # the last one starts this run again
     *commands, _ = following.commands(None if file is None else folder / file, is_finished=True)
@@ -252,9 +252,7 @@ def _list_commands(run: TrainingRun, story: history.Story, following: NextSteps)
     rows: list[Row] = [
         (command.heading, command.powershell if is_windows else command.bash) for command in commands
     ]
-    if logging_dir is not None:
-        rows.append(("Look at the curves", as_typed(["tensorboard", "--logdir", str(logging_dir)])))
-    return rows
+    return rows + [(heading, as_typed(words)) for heading, words in commands_at_end(run.options)]
 
 
 def describe_best(story: history.Story, folder: Path) -> str:
@@ -362,7 +360,7 @@ def make_reporter(plan: TrainingPlan, following: NextSteps, memory: MemoryWatch 
         progress.step if is_main else 0,  # other processes read nothing of it
         is_written=is_main and not plan.options.logs.no_page,
     )
-    script_options = following.script_options
+    script_options = following.command.script_options
     start = history.Start(
         model=plan.family.name,
         total_steps=plan.steps.total_steps,
@@ -379,6 +377,7 @@ def make_reporter(plan: TrainingPlan, following: NextSteps, memory: MemoryWatch 
         step=progress.step,
         commands=following.commands,
         memory=lambda: list_memory(device, memory),
+        parts=parts_of_page(),
     )
 
 

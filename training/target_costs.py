@@ -11,8 +11,6 @@ from training.options import TrainingOptions
 
 def count_passes(options: TrainingOptions) -> StepPasses:
     """Return the passes that the options ask for. Raises OptionError for a file of them with faults."""
-    if options.preference.preference is not None:
-        return StepPasses(1, 1, size=2)
     frozen = 0
     if options.teacher.teacher is not None:
         frozen += 3 if options.teacher.teacher_delta else 1
@@ -29,12 +27,9 @@ def describe_targets(options: TrainingOptions) -> list[str]:
 
 
 def _list_targets(options: TrainingOptions) -> Iterator[str]:
-    preference = options.preference
     if options.teacher.teacher is not None:
         yield _describe_teacher(options.teacher)
     yield from describe_features(options, are_targets=True)
-    if preference.preference is not None:
-        yield f"the better one of each pair, beta {preference.preference:g}"
 
 
 def _describe_teacher(teacher: TeacherOptions) -> str:

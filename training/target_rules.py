@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-from networks.preference_options import PreferenceOptions
 from networks.teacher_options import TeacherOptions
 
 THOUSAND = 1000
@@ -42,39 +41,20 @@ class TeacherTarget:
 
 
 @dataclass(frozen=True)
-class Preference:
-    """How strongly the better one of a pair is preferred: see `targets.preferences.compare_pairs`."""
-
-    beta: float
-    data_weight: float = 0.0  # factor on the usual loss of the better one, which is added
-
-
-@dataclass(frozen=True)
 class Targets:
     """All that a run compares with besides the clip itself."""
 
     teacher: TeacherTarget | None = None
-    preference: Preference | None = None
 
 
 NO_TARGETS = Targets()
 
 
-def make_targets(
-    teacher: TeacherOptions,
-    preference: PreferenceOptions,
-) -> Targets:
+def make_targets(teacher: TeacherOptions) -> Targets:
     """Return the targets that options ask for."""
     return Targets(
         teacher=_make_teacher(teacher),
-        preference=_make_preference(preference),
     )
-
-
-def _make_preference(options: PreferenceOptions) -> Preference | None:
-    if options.preference is None:
-        return None
-    return Preference(options.preference, options.preference_data_weight)
 
 
 def _make_teacher(options: TeacherOptions) -> TeacherTarget | None:

@@ -26,6 +26,7 @@ from modules.devices import dtype_of
 from running.planning.device_memory import MemoryWatch
 from training.data.feed import Feed
 from training.experts import AUTOCAST, ExpertNetworks
+from training.features.composing import join_streams
 from training.features.contract import Average, Hooks
 from training.loss import Autocast, LossRule
 from training.optimizers.lr_schedule import LrSchedule
@@ -36,7 +37,6 @@ from training.reports.logs import Logs, Readings
 from training.reports.reporter import RunReporter
 from training.saving.files import MinuteClock, Names, Saver
 from training.steps import Progress, StepPlan
-from training.targets.preferences import PAIR_NUMBERS, PairTally
 from training.trainable import Trainable
 
 if TYPE_CHECKING:  # loaded where they are made
@@ -209,7 +209,6 @@ class TrainingRun:
     reporter: RunReporter  # to the page
     requests: Requests  # its files and its clock are watched by the main process only
     saver: Saver | None  # None: another process saves
-    pairs: PairTally | None = None  # with --preference: their numbers
     readings: Readings = field(default_factory=Readings)
 
     @functools.cached_property
@@ -232,16 +231,16 @@ class TrainingRun:
         experts = self.family.experts
         if len(experts) > 1:
             return tuple(expert.name for expert in experts)
-        # the loss of a pair is of both streams
-        is_split = sound_of(self.family) is not None and self.pairs is None
+        is_split = sound_of(self.family) is not None and not join_streams(self.options)
         return (PICTURE_STREAM, SOUND_STREAM) if is_split else ()
 
     @functools.cached_property
     def row_numbers(self) -> tuple[str, ...]:
-        """Return the names of the values with a sum and a count in the rows of steps: the parts, then the
-        numbers of pairs.
+        """Return the names of the values with a sum and a count in the rows of steps: the parts, then those
+        of features.
         """
-        return self.parts if self.pairs is None else (*self.parts, *PAIR_NUMBERS)
+        further = [name for tally in self.model.hooks.tallies for name in tally.names]
+        return (*self.parts, *further)
 
     @property
     def plan(self) -> TrainingPlan:

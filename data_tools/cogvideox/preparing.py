@@ -24,8 +24,8 @@ from data_tools.cogvideox.options import PrepareOptions, ShapeOptions
 from dataset.cache.records import difference
 from dataset.caching.loop import Share, join_processes
 from dataset.caching.prefetch import Failure, failure_error, write_behind
-from dataset.sources.cogvideox import PreparedFolder, read_prepared, write_prepared
-from dataset.sources.media_source import EMBEDS
+from dataset.forms.cogvideox_lists import EMBEDS
+from dataset.sources.moments import PreparedFolder, read_prepared, write_prepared
 from dataset.sources.remarks import warn_cut_captions
 from modules.atomic_write import make_folder, remove_leftovers, write_text
 from modules.bars import Bar
@@ -71,7 +71,7 @@ def prepare(options: PrepareOptions) -> None:
             if failures:
                 raise SystemExit(DatasetError.exit_code)
             return
-        complete = [item for item in items if _is_complete(item, options, maker)]
+        complete = [item for item in items if _find_work([item], options, maker).num_items == 0]
         _write_lists(complete, folder)
     num_prepared = sum(count for count, _ in gathered) - len(failures)
     rows: list[Row] = [
@@ -110,10 +110,6 @@ def _find_work(
     without_texts = [item for item in items if not item.has_texts(saves_latents)]
     without_media = [item for item in items if not item.has_media(saves_latents, saves_images)]
     return _Work(without_texts, without_media)
-
-
-def _is_complete(item: clips.PreparedItem, options: PrepareOptions, maker: PipelineNetworks | None) -> bool:
-    return _find_work([item], options, maker).num_items == 0
 
 
 def _write_lists(items: Sequence[clips.PreparedItem], folder: Path) -> None:

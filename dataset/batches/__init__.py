@@ -5,7 +5,6 @@ example: find the files of one training item
 finding: find training items by names of cache files
 items: training items, and what is encoded while training
 order: order of batches, captions of samples, what is validated on
-pairs: items of a better and a worse picture
 reading: read, verify and stack cached items when they are needed
 starting: check caches and sources before a model is loaded
 """

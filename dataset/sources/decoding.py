@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dataset.config import DatasetTable
 from dataset.config_keys import AUTO
 from dataset.sources.clock import companion_frames, kept_frames, read_mask
 from dataset.sources.fetching import fetch
@@ -29,6 +28,7 @@ from dataset.sources.frames import (
 )
 from dataset.sources.media_source import ClipFacts, FileIdentity, MediaSource
 from dataset.sources.references import fit_reference, read_reference
+from dataset.table import DatasetTable
 from modules.console import count_of
 from modules.errors import MediaError
 from modules.media.augmenting import change_colours, crop_anywhere, face_in_name, fit_face, mirror
@@ -515,16 +515,11 @@ def _gather(frames: Iterator[Frame], bucket: Size, wanted_frames: int | None) ->
         clip[count] = resize_cover(colours, bucket)
         count += 1
     clip.resize((count, height, width, 3), refcheck=False)
-    return clip, _stack_alphas(alphas)
-
-
-def _stack_alphas(alphas: Sequence[NDArray[np.uint8] | None]) -> Mask | None:
-    """Return the transparency of all frames; None if all are opaque."""
     present = [alpha for alpha in alphas if alpha is not None]
     if not present or all(alpha.min() == 255 for alpha in present):
-        return None
+        return clip, None
     opaque = np.full_like(present[0], 255)
-    return np.stack([opaque if alpha is None else alpha for alpha in alphas])
+    return clip, np.stack([opaque if alpha is None else alpha for alpha in alphas])
 
 
 def spans_or_reason(

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from browser.beginnings import Beginnings, ShownRun
-from browser.errands import Errands
+from browser.background_jobs import BackgroundJobs
 from browser.jobs import open_queue
+from browser.run_start import ShownRun, TrackedRuns
 from browser.runs import Runs
 from project.known import remember_folder
 from project.tracing import RunTrace
@@ -55,20 +55,20 @@ def describe(folder: Path, name: str = "own", steps: int = 10, is_known: bool = 
     return folder
 
 
-def look(*roots: Path) -> Beginnings:
+def look(*roots: Path) -> TrackedRuns:
     runs = Runs(roots)
     queue = open_queue(runs, read_only=False)
-    return Beginnings(runs, queue, Errands(queue))
+    return TrackedRuns(runs, queue, BackgroundJobs(queue))
 
 
-def find(beginnings: Beginnings, name: str = "own") -> ShownRun:
+def find(tracked_runs: TrackedRuns, name: str = "own") -> ShownRun:
     """Return the only run of this name."""
-    (shown,) = [shown for shown in beginnings.list_all() if shown.glance.name == name]
+    (shown,) = [shown for shown in tracked_runs.list_all() if shown.summary.name == name]
     return shown
 
 
-def state(beginnings: Beginnings, name: str = "own") -> str:
-    return find(beginnings, name).state.text
+def state(tracked_runs: TrackedRuns, name: str = "own") -> str:
+    return find(tracked_runs, name).state.text
 
 
 def trace(folder: Path, name: str = "own", steps: int = 10) -> RunTrace:

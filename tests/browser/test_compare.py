@@ -174,7 +174,7 @@ def test_missing_clips_become_one_job_for_equal_files_with_the_settings_of_the_s
 
 
 @pytest.mark.parametrize(
-    ("command", "said"),
+    ("command", "message"),
     [
         (COMMAND.replace("--vae vae.pth", "--vae VAE_FILE"), "trained without --vae"),
         (COMMAND.replace("--lora_weight", "--lora_weight_high_noise"), "no LoRA for --dit"),
@@ -184,11 +184,11 @@ def test_missing_clips_become_one_job_for_equal_files_with_the_settings_of_the_s
     ],
 )
 def test_what_cannot_be_made_is_told_and_no_job_is_added(
-    served: Served, folder: Path, command: str, said: str
+    served: Served, folder: Path, command: str, message: str
 ) -> None:
     write_comparable(folder.parent / "y", "y", command)
 
-    assert said in show(served, (6,), "y")
+    assert message in show(served, (6,), "y")
     make(served, (6,), "y")
 
     assert jobs(folder) == []
@@ -208,8 +208,8 @@ def test_files_of_two_models_are_not_compared(served: Served, folder: Path) -> N
 
     both = f"{form(served, (6,))}&{form(served, (6,), 'y')}"
 
-    said = "Files of one model are compared: x is of wan, y is of hunyuan_video"
-    assert said in served.ask(f"/compare?{both}").text
+    message = "Files of one model are compared: x is of wan, y is of hunyuan_video"
+    assert message in served.ask(f"/compare?{both}").text
     assert served.ask("/compare", "POST", both, Origin=served.url).status == 422
     assert jobs(folder) == []
 

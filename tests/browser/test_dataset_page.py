@@ -271,7 +271,7 @@ def test_a_folder_that_new_described_is_open_from_anywhere(
 
     assert (dataset.path, dataset.folder) == (project / "dataset.toml", project)
     assert [name for _, name in dataset.runs] == ([] if version == "untrained" else ["x"])
-    assert datasets.outside(dataset) == []
+    assert datasets.list_outside(dataset) == []
 
 
 @pytest.mark.parametrize(
@@ -334,7 +334,7 @@ def test_only_the_dataset_file_of_a_project_opens_its_folder(tmp_path: Path) -> 
     datasets = Datasets(Runs([project / "output"]))
 
     outside = {
-        one.path.name: datasets.outside(one) for one in datasets.list_all() if one.path.parent != project
+        one.path.name: datasets.list_outside(one) for one in datasets.list_all() if one.path.parent != project
     }
     assert outside == {"dataset.toml": [], "theirs.toml": [project], "above.toml": [tmp_path]}
 
@@ -417,7 +417,7 @@ def test_runs_lead_to_their_dataset_also_by_a_relative_path(tmp_path: Path) -> N
 
 @pytest.mark.slow_cases("damaged", "gone", "without its clips")
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [
         (lambda path: path.write_text("[[datasets]]\nvideo_directory = 3"), "video_directory"),
         (lambda path: path.unlink(), "No such file"),
@@ -426,7 +426,7 @@ def test_runs_lead_to_their_dataset_also_by_a_relative_path(tmp_path: Path) -> N
     ids=["damaged", "gone", "without its clips"],
 )
 def test_damaged_and_vanished_datasets_say_so(
-    page: Page, tmp_path: Path, damage: Callable[[Path], Any], said: str
+    page: Page, tmp_path: Path, damage: Callable[[Path], Any], message: str
 ) -> None:
     page.measured()
     damage(tmp_path / "data/data.toml")
@@ -435,7 +435,7 @@ def test_damaged_and_vanished_datasets_say_so(
         if news["state"] in ("failed", "gone"):
             break
         time.sleep(0.1)
-    assert said in news["error"]
+    assert message in news["error"]
     assert "Traceback" not in news["error"]
     assert page.ask().status == 200
 

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 
-from browser.described import read_described
+from browser.described_folder import read_described
 from browser.durations import describe_duration
 from browser.runs import Runs
 from tests.browser.drafts import RUN, write_draft
@@ -105,17 +105,17 @@ def test_the_page_new_says_it_beside_the_steps(tmp_path: Path) -> None:
     other = write_draft(tmp_path / "of epochs", epochs)
     with serve_runs(tmp_path) as served:
 
-        def said(place: Path, **fields: str) -> str:
+        def message(place: Path, **fields: str) -> str:
             page = served.ask(f"/new?{urlencode({'folder': str(place), **fields})}").text
             return re.findall(r'id="hours"[^>]*>(.*?)</p>', page)[0]
 
-        assert UNKNOWN in said(folder)
+        assert UNKNOWN in message(folder)
         write_other(tmp_path)
-        assert "2000 steps take about 1.1 hours" in said(folder)
-        assert "90 steps take about 3 minutes" in said(folder, steps="90", family="wan", task="t2v-1.3B")
-        assert UNKNOWN in said(folder, steps="many", family="wan", task="t2v-1.3B")
-        assert UNKNOWN in said(other)
-        assert UNKNOWN in said(tmp_path / "other")
+        assert "2000 steps take about 1.1 hours" in message(folder)
+        assert "90 steps take about 3 minutes" in message(folder, steps="90", family="wan", task="t2v-1.3B")
+        assert UNKNOWN in message(folder, steps="many", family="wan", task="t2v-1.3B")
+        assert UNKNOWN in message(other)
+        assert UNKNOWN in message(tmp_path / "other")
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The page Generate: its form, dropped files, wishes in Chromium, and what it refuses."""
+"""The page Generate: its form, dropped files, render jobs in Chromium, and what it refuses."""
 
 import contextlib
 import html
@@ -22,11 +22,11 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
+from browser.dropped_settings import read_dropped_settings
 from browser.jobs import WAITING, JobQueue
-from browser.making import ResultMaker
-from browser.refilling import read_found
+from browser.render_queue import ENDED_MEANWHILE
+from browser.render_worker import RenderWorker
 from browser.runs import FINISHED, RUNNING, STOPPED, Runs
-from browser.wishes import ENDED_MEANWHILE
 from modules.errors import OptionError
 from modules.media.writing import write_png
 from pocket.measure import POCKET
@@ -34,7 +34,7 @@ from tests.browser.lasting import lasting  # noqa: F401  # a fixture
 from tests.browser.serving import Answer, Served, python_of, serve_runs, write_run
 from tests.browser.test_accessible import assert_fits, axe, list_faults  # noqa: F401  # a fixture
 from tests.browser.test_jobs import wait_for
-from tests.browser.test_making import start_fake
+from tests.browser.test_render_worker import start_fake
 from tests.chromium import open_page, wait_until
 from tests.commands import QUIET, ROOT
 from training.reports.history import History, history_path
@@ -79,12 +79,12 @@ def root(tmp_path: Path) -> Path:
 def serve(root: Path, **options: Any) -> Iterator[Served]:
     """Serve the page with a process that only seems to make pictures."""
     queue = JobQueue(root / "reelsmith-queue", bool(options.get("read_only")))
-    maker = ResultMaker(queue, start_fake)
+    worker = RenderWorker(queue, start_fake)
     try:
-        with serve_runs(root, queue=queue, maker=maker, **options) as served:
+        with serve_runs(root, queue=queue, render_worker=worker, **options) as served:
             yield served
     finally:
-        maker.close()
+        worker.close()
 
 
 @pytest.fixture
@@ -120,16 +120,16 @@ def send(served: Served, what: str, path: Path, name: str = "") -> Answer:
         return Answer(answer.status, dict(answer.getheaders()), answer.read())
 
 
-def wishes(root: Path) -> list[dict[str, Any]]:
+def requests(root: Path) -> list[dict[str, Any]]:
     files = (root / "reelsmith-queue" / "making").glob("[0-9]*.json")
     return [json.loads(path.read_text()) for path in sorted(files, key=lambda path: int(path.stem))]
 
 
 def states(root: Path) -> list[str]:
-    return [wish["state"] for wish in wishes(root)]
+    return [request["state"] for request in requests(root)]
 
 
-def said(answer: Answer) -> str:
+def message(answer: Answer) -> str:
     text = answer.text.split('id="said"')[1].split(">", 1)[1].split("</p>")[0]
     return re.sub("<!--.*?-->", "", text)
 
@@ -267,9 +267,9 @@ def test_a_prompt_of_20000_characters_is_made_and_kept(served: Served, root: Pat
 
     answer = post(served, "make", fields)
 
-    assert (answer.status, said(answer)) == (200, "")
+    assert (answer.status, message(answer)) == (200, "")
     wait_for(lambda: states(root) == [FINISHED], lambda: str(states(root)))
-    assert [wish["request"]["prompt"] for wish in wishes(root)] == [text.strip()]
+    assert [request["request"]["prompt"] for request in requests(root)] == [text.strip()]
     assert text.strip() in served.ask(f"/generate?draft={draft}").text
     with open_page(f"{served.url}/generate?draft={draft}", width=360) as page:
         assert page.get_by_label("Prompt").input_value() == text
@@ -281,7 +281,7 @@ def test_a_longer_prompt_is_refused_by_its_label(served: Served, root: Path) -> 
     for name, label in {"prompt": "Prompt", "negative": "Negative"}.items():
         answer = post(served, "make", fields_of(served, **{name: "ü" * 30_001}))
         assert answer.status == 422
-        assert said(answer).startswith(f"{label} has 30,001 characters: 30,000 are the most")
+        assert message(answer).startswith(f"{label} has 30,001 characters: 30,000 are the most")
     assert states(root) == []
 
 
@@ -314,7 +314,7 @@ def test_no_label_holds_another_one(served: Served) -> None:
                 assert [other for other in words if word in other] == [word]
 
 
-# --- wishes
+# --- render jobs
 
 
 def test_make_makes_what_the_form_says(served: Served, root: Path) -> None:
@@ -324,10 +324,10 @@ def test_make_makes_what_the_form_says(served: Served, root: Path) -> None:
         page.get_by_label("How many").fill("2")
         page.get_by_role("button", name="Make", exact=True).click()
         wait_for(lambda: states(root) == [FINISHED] * 2, lambda: page.locator("#said").inner_text())
-        assert [wish["request"]["options"]["seed"] for wish in wishes(root)] == ["7", "8"]
-        assert wishes(root)[0]["request"]["prompt"] == PROMPT
-        assert wishes(root)[0]["request"]["strengths"] == {"": ["0.8"]}
-        assert "--seed" in wishes(root)[0]["command"]
+        assert [request["request"]["options"]["seed"] for request in requests(root)] == ["7", "8"]
+        assert requests(root)[0]["request"]["prompt"] == PROMPT
+        assert requests(root)[0]["request"]["strengths"] == {"": ["0.8"]}
+        assert "--seed" in requests(root)[0]["command"]
         wait_until(page, "document.querySelector('#work').textContent.includes('x stays loaded')")
         assert page.get_by_label("Prompt").input_value() == PROMPT
         page.get_by_role("button", name="Free the card").click()
@@ -335,7 +335,7 @@ def test_make_makes_what_the_form_says(served: Served, root: Path) -> None:
         assert page.problems == []
 
 
-def command_of(page: Any) -> list[str]:
+def format_command_line(page: Any) -> list[str]:
     return shlex.split(page.locator("#command").inner_text())
 
 
@@ -349,7 +349,7 @@ def test_the_command_is_that_of_the_model_that_was_chosen_last(served: Served) -
                 page, f"document.querySelector('#make [name=width]').value === '{sides.get(model, '832')}'"
             )
             page.wait_for_timeout(800)  # longer than the page waits before it asks
-            command = command_of(page)
+            command = format_command_line(page)
             width, height = (
                 page.get_by_label(name, exact=True).input_value() for name in ("Width", "Height")
             )
@@ -367,11 +367,11 @@ def test_four_seeds_follow_one_another(served: Served, root: Path) -> None:
     with open_page(f"{served.url}/generate?run={run_id(served)}") as page:
         page.get_by_role("button", name="Make with four seeds").click()
         wait_for(lambda: states(root) == [FINISHED] * 4)
-        seeds = [int(wish["request"]["options"]["seed"]) for wish in wishes(root)]
+        seeds = [int(request["request"]["options"]["seed"]) for request in requests(root)]
         assert seeds == [*range(seeds[0], seeds[0] + 4)]
 
 
-def test_a_wish_is_watched_cancelled_and_made_again(served: Served, root: Path) -> None:
+def test_a_render_job_is_watched_cancelled_and_made_again(served: Served, root: Path) -> None:
     with open_page(f"{served.url}/generate?run={run_id(served)}") as page:
         page.get_by_label("Prompt").fill("slow")
         page.get_by_role("button", name="Make", exact=True).click()
@@ -423,12 +423,12 @@ def test_a_fault_is_shown_and_the_form_stays(served: Served, root: Path) -> None
         ({"redraw": "../secret.png"}, "Redraw ../secret.png: there is no such file."),
     ],
 )
-def test_wishes_that_cannot_be_made_are_refused(
+def test_render_jobs_that_cannot_be_made_are_refused(
     served: Served, root: Path, changes: dict[str, str], message: str
 ) -> None:
     answer = post(served, "make", fields_of(served, **changes))
     assert answer.status == 422
-    assert message in said(answer)
+    assert message in message(answer)
     assert states(root) == []
 
 
@@ -440,7 +440,7 @@ def test_what_the_script_refuses_is_refused_with_its_words(served: Served, root:
     (root / "a.txt").write_text("a dog")
     answer = post(served, "make", fields_of(served, prompt=str(root / "a.txt")))
     assert answer.status == 422
-    assert "is a file. For the prompts in it give --from_file" in said(answer)
+    assert "is a file. For the prompts in it give --from_file" in message(answer)
 
 
 def test_no_picture_outside_the_folders_is_read(served: Served, root: Path) -> None:
@@ -450,7 +450,7 @@ def test_no_picture_outside_the_folders_is_read(served: Served, root: Path) -> N
     for path in (secret, link, root / ".." / "secret.png"):
         answer = post(served, "make", fields_of(served, redraw=str(path)))
         assert answer.status == 422
-        assert "is outside the folders that this page shows" in said(answer)
+        assert "is outside the folders that this page shows" in message(answer)
 
 
 def test_a_lora_of_another_family_is_refused_by_its_header(root: Path) -> None:
@@ -459,7 +459,7 @@ def test_a_lora_of_another_family_is_refused_by_its_header(root: Path) -> None:
         path = str(root / "other" / "y-step2.safetensors")
         answer = post(served, "make", fields_of(served, lora=path, **{f"strength {path}": "1"}))
         assert answer.status == 422
-        assert "y-step2.safetensors is a LoRA of flux, and this model is of wan." in said(answer)
+        assert "y-step2.safetensors is a LoRA of flux, and this model is of wan." in message(answer)
 
 
 def test_a_file_that_is_gone_is_said(served: Served, root: Path) -> None:
@@ -468,10 +468,10 @@ def test_a_file_that_is_gone_is_said(served: Served, root: Path) -> None:
     path.unlink()
     answer = post(served, "make", fields_of(served, lora=str(path), **{f"strength {path}": "1"}))
     assert answer.status == 422
-    assert "is not there any more" in said(answer)
+    assert "is not there any more" in message(answer)
 
 
-def test_numbers_of_wishes_that_are_not_there_are_refused(served: Served) -> None:
+def test_numbers_of_render_jobs_that_are_not_there_are_refused(served: Served) -> None:
     for what in ("cancel", "again", "remove"):
         assert post(served, what, {"id": "99"}).status == 422
         assert post(served, what, {"id": "../1"}).status == 404
@@ -637,13 +637,15 @@ EXPECTED |= {"guidance_scale": "7.5", "video_size_width": "640", "video_size_hei
 
 
 def test_prompts_of_other_programs_are_read_where_they_are_plain() -> None:
-    found = read_found({"prompt": json.dumps(GRAPH), "workflow": "{}"})
+    found = read_dropped_settings({"prompt": json.dumps(GRAPH), "workflow": "{}"})
     assert (found.program, dict(found.texts)) == ("ComfyUI", EXPECTED)
-    found = read_found({"comment": json.dumps({"prompt": json.dumps(GRAPH), "workflow": {}})})  # of a clip
+    found = read_dropped_settings(
+        {"comment": json.dumps({"prompt": json.dumps(GRAPH), "workflow": {}})}
+    )  # of a clip
     assert found.texts["prompt"] == "a cat"
     text = "a cat,\nsitting\nNegative prompt: blurry\nSteps: 20, Sampler: Euler a, CFG scale: 7.5, Seed: 5, "
     text += 'Size: 640x512, Model: "a, b"'
-    found = read_found({"parameters": text})
+    found = read_dropped_settings({"parameters": text})
     assert dict(found.texts) == EXPECTED | {"prompt": "a cat,\nsitting"}
 
 
@@ -661,7 +663,7 @@ def test_prompts_of_other_programs_are_read_where_they_are_plain() -> None:
 )
 def test_files_without_plain_settings_say_so(tags: dict[str, str]) -> None:
     with pytest.raises(OptionError, match="It holds"):
-        read_found(tags)
+        read_dropped_settings(tags)
 
 
 def test_a_picture_of_comfyui_fills_the_form(served: Served, tmp_path: Path) -> None:
@@ -733,7 +735,7 @@ def test_old_drafts_and_damaged_ones_are_left_out(served: Served, root: Path) ->
     assert served.ask(f"/generate?draft={44:016x}").status == 200
 
 
-def test_waiting_wishes_say_for_what_they_wait(
+def test_waiting_render_jobs_say_for_what_they_wait(
     served: Served,
     root: Path,
     lasting: list[str],  # noqa: F811
@@ -797,12 +799,12 @@ def serve_alone(root: Path) -> Iterator[tuple["subprocess.Popen[str]", Served]]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="it has no such signal")
-def test_a_killed_server_loses_no_wish_and_leaves_no_process(root: Path) -> None:
+def test_a_killed_server_loses_no_render_job_and_leaves_no_process(root: Path) -> None:
     with serve_alone(root) as (server, served):
         fields = fields_of(served, steps="400", prompt="a red square")
         assert post(served, "make", fields).status == 200
         assert post(served, "make", {**fields, "steps": "2"}).status == 200
-        wait_for(lambda: wishes(root)[0]["done"] > 0, lambda: str(wishes(root)))
+        wait_for(lambda: requests(root)[0]["done"] > 0, lambda: str(requests(root)))
         session = json.loads((root / "reelsmith-queue" / "making" / "session.json").read_text())
         server.kill()
         server.wait()
@@ -810,12 +812,12 @@ def test_a_killed_server_loses_no_wish_and_leaves_no_process(root: Path) -> None
         wait_for(lambda: not psutil.pid_exists(session["process"]["number"]))
     with serve_alone(root) as (_, served):
         assert ENDED_MEANWHILE in html.unescape(served.ask("/generate").text)
-        wait_for(lambda: states(root)[1] == FINISHED, lambda: str(wishes(root)))
-        assert Path(wishes(root)[1]["file"]).is_file()
+        wait_for(lambda: states(root)[1] == FINISHED, lambda: str(requests(root)))
+        assert Path(requests(root)[1]["file"]).is_file()
         assert post(served, "again", {"id": "1"}).status == 200
-        wait_for(lambda: wishes(root)[0]["done"] > 0, lambda: str(wishes(root)))
+        wait_for(lambda: requests(root)[0]["done"] > 0, lambda: str(requests(root)))
         assert post(served, "cancel", {"id": "1"}).status == 200
-        wait_for(lambda: states(root) == [STOPPED, FINISHED], lambda: str(wishes(root)))
+        wait_for(lambda: states(root) == [STOPPED, FINISHED], lambda: str(requests(root)))
         made = sorted(path.suffix for path in (root / "generated").iterdir())
         assert made == [".mp4"]
 

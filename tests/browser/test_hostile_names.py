@@ -12,7 +12,7 @@ pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from browser.errands import errand_name
+from browser.background_jobs import name_background_job
 from browser.jobs import FOLDER as QUEUE_FOLDER
 from tests.browser.serving import serve_runs, write_run
 from tests.browser.test_safe_clicks import describe, list_addresses, read_controls, save_picture
@@ -84,17 +84,17 @@ def root(tmp_path: Path) -> Path:
 
 
 def write_records(root: Path) -> None:
-    """Write what the queue, errands and wishes say of themselves."""
+    """Write what the queue, background jobs and render jobs say of themselves."""
     logs = root / QUEUE_FOLDER / "logs"
     logs.mkdir(parents=True)
     process = describe_process()
     for kind in ("describe", "check"):
-        name = errand_name(kind, root / "described")
+        name = name_background_job(kind, root / "described")
         line = "reelsmith new x" if kind == "describe" else "reelsmith run x --check"
         row = {"line": line, "folder": EVIL, "process": process | {"born": 1}, "stops": 0}
         (logs / f"{name}.json").write_text(json.dumps(row), encoding="utf-8")
-        said = f"{EVIL}\n  reelsmith run '{EVIL[:20]}\n  python {EVIL}\n{NAME}.png: {EVIL}\n"
-        (logs / f"{name}.log").write_text(said, encoding="utf-8")
+        message = f"{EVIL}\n  reelsmith run '{EVIL[:20]}\n  python {EVIL}\n{NAME}.png: {EVIL}\n"
+        (logs / f"{name}.log").write_text(message, encoding="utf-8")
         (logs / f"{name}.code").write_text("1", encoding="utf-8")
     (logs.parent / "queue.txt").write_text(f"{EVIL}\npython {EVIL}\n# {EVIL}\n", encoding="utf-8")
     (logs / "1.log").write_text(EVIL, encoding="utf-8")

@@ -21,7 +21,7 @@ from accelerate.commands.launch import launch_command_parser
 from browser.jobs import QUEUE, STATE, WAITING, Job, JobQueue
 from browser.launch import check_options, find_program, prepare_process, split_words
 from browser.runs import DIED, FINISHED, RUNNING, STOPPED
-from browser.start import reopen
+from browser.start import reopen_queue
 from modules.errors import OptionError, OutputError
 from pocket.measure import IN_FLOAT32, POCKET, model_options
 from tests.browser.lasting import lasting  # noqa: F401  # a fixture
@@ -180,7 +180,7 @@ def test_only_accelerates_options_of_one_machine_are_taken(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ("reelsmith browser", "browser runs until somebody ends it"),
         ("python tools/run_browser.py x --work", "browser runs until somebody ends it"),
@@ -203,11 +203,13 @@ def test_only_accelerates_options_of_one_machine_are_taken(tmp_path: Path) -> No
         ),
     ],
 )
-def test_what_cannot_end_or_begin_is_refused_when_it_is_added(line: str, said: str, tmp_path: Path) -> None:
+def test_what_cannot_end_or_begin_is_refused_when_it_is_added(
+    line: str, message: str, tmp_path: Path
+) -> None:
     (tmp_path / "clips").mkdir()
     with pytest.raises(OptionError) as refusal:
         check_options(split_words(line), tmp_path)
-    assert said in str(refusal.value)
+    assert message in str(refusal.value)
 
 
 @pytest.mark.parametrize("line", ["reelsmith browser", "python wan_generate_video.py --interactive"])
@@ -261,12 +263,12 @@ def test_a_queue_that_was_started_goes_on_with_the_next_server(queue: JobQueue) 
     queue.add(SHORT, ROOT)
 
     later = JobQueue(queue.folder)
-    assert reopen(later)
+    assert reopen_queue(later)
     wait_for_states(queue, FINISHED, FINISHED)
-    assert not reopen(JobQueue(queue.folder))  # one server runs it
+    assert not reopen_queue(JobQueue(queue.folder))  # one server runs it
     later.end_work(pauses=True)
 
-    assert not reopen(JobQueue(queue.folder))
+    assert not reopen_queue(JobQueue(queue.folder))
     typed = JobQueue(queue.folder)
     typed.begin_work(stays_open=False)  # with --work
     typed.end_work()
@@ -295,8 +297,8 @@ def test_no_module_is_taken_from_the_folder_of_a_job(line: str, tmp_path: Path) 
 
 def test_pages_refuse_and_show_lines_that_are_no_jobs(tmp_path: Path) -> None:
     with serve_runs(tmp_path) as served:
-        said = served.ask("/queue/add", "POST", urlencode({"line": "bash x"}), Origin=served.url)
-        assert (said.status, "&#39;bash&#39; is no command" in said.text) == (422, True)
+        message = served.ask("/queue/add", "POST", urlencode({"line": "bash x"}), Origin=served.url)
+        assert (message.status, "&#39;bash&#39; is no command" in message.text) == (422, True)
         assert not (tmp_path / "reelsmith-queue" / QUEUE).exists()
         (tmp_path / "reelsmith-queue").mkdir(exist_ok=True)
         (tmp_path / "reelsmith-queue" / QUEUE).write_text("bash x\n", encoding="utf-8")
@@ -439,7 +441,7 @@ def test_a_damaged_list_is_named(queue: JobQueue) -> None:
     "wan_generate_video.py --save_path x --prompt a --infer_steps x---infer_steps",
 )
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ("python wan_train_network.py --dataset_confg x.toml", "Did you mean --dataset_config?"),
         (
@@ -449,15 +451,15 @@ def test_a_damaged_list_is_named(queue: JobQueue) -> None:
         ("wan_generate_video.py --save_path x --prompt a --infer_steps x", "--infer_steps"),
     ],
 )
-def test_options_are_checked_when_a_line_is_added_or_edited(line: str, said: str, queue: JobQueue) -> None:
+def test_options_are_checked_when_a_line_is_added_or_edited(line: str, message: str, queue: JobQueue) -> None:
     queue.folder.parent.mkdir()
     with serve_runs(queue.folder.parent) as served:
         answer = served.ask("/queue/add", "POST", urlencode({"line": line}), Origin=served.url)
-        assert (answer.status, said in answer.text, "Traceback" in answer.text) == (422, True, False)
+        assert (answer.status, message in answer.text, "Traceback" in answer.text) == (422, True, False)
         assert queue.jobs() == []
         queue.add(["convert_lora.py", "--input", "x"], ROOT)
         answer = served.ask("/queue/edit", "POST", urlencode({"id": 1, "line": line}), Origin=served.url)
-        assert (answer.status, said in answer.text) == (422, True)
+        assert (answer.status, message in answer.text) == (422, True)
         assert ask(served, "edit", id=1, line="python merge_lora.py --help") == 303
         assert [job.line for job in queue.jobs()] == ["python merge_lora.py --help"]
         assert ask(served, "edit", id="1" * 5000, line="python merge_lora.py --help") == 404

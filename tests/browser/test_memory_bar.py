@@ -15,8 +15,9 @@ import pytest
 pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 
 from browser.captions import mark_bytes
+from browser.draft_changes import describe_difference, read_keys
+from browser.folder_settings import read_settings
 from browser.memory import ReadPlan, edit_switches, read_plan, read_size, read_switches
-from browser.settings_table import describe_difference, read_keys, read_settings
 from modules.errors import OptionError
 from running.planning.device_memory import Room
 from running.planning.memory_plan import MemoryPart, MemoryPlan, Phase, show, verdict
@@ -234,10 +235,10 @@ def test_a_plan_of_the_pocket_model_becomes_a_bar(tmp_path: Path) -> None:
     with serve_runs(tmp_path) as served, open_page(f"{served.url}/new?folder={quote(str(folder))}") as page:
         wait_until(page, "document.querySelector('#memory-form') !== null")
         page.get_by_role("button", name="Plan", exact=True).click()
-        said = wait_for_plan(page)
-        assert "Make the caches first" in said
+        message = wait_for_plan(page)
+        assert "Make the caches first" in message
         caching = f"cd {shlex.quote(str(folder))} && python"
-        assert said.count(caching) == 3  # two commands for caches, and that of the plan
+        assert message.count(caching) == 3  # two commands for caches, and that of the plan
         make_caches(folder, files)
         page.get_by_label("Card of").select_option("12")
         wait_for_plan(page, "of 12 GiB")

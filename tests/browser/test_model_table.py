@@ -63,14 +63,14 @@ def test_a_file_says_what_it_is(tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").write_bytes(b"nothing")
     assert describe_file(str(tmp_path / "x.safetensors")).startswith("It cannot be read: ")
     whole = (ROOT / "pocket/vae.safetensors").read_bytes()
-    for content, said in (
+    for content, message in (
         (b"", "It is empty. Download or copy it again."),
         (b"<!DOCTYPE html><title>Sign in</title>", "It is a web page, not a model"),
         (b"version https://git-lfs.github.com/spec/v1\n", "It is a Git LFS pointer"),
         (whole[:-1], f"It is incomplete: it has {len(whole) - 1:,} of {len(whole):,} bytes."),
     ):
         (tmp_path / "x.safetensors").write_bytes(content)
-        assert describe_file(str(tmp_path / "x.safetensors")).startswith(said)
+        assert describe_file(str(tmp_path / "x.safetensors")).startswith(message)
     assert describe_file(str(tmp_path / "y.safetensors")) == "There is no such file."
     assert describe_file("/etc/passwd").startswith("This is no model file")
     assert describe_file("vae.safetensors").startswith("Give a whole path")

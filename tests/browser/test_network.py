@@ -55,8 +55,8 @@ def test_a_training_whose_model_could_not_be_loaded_goes_on_with_continue(
             with open_page(f"{served.url}/new?folder={quote(str(root / 'set'))}") as page:
                 page.get_by_role("link", name="its page").click()
                 page.get_by_text("the connection broke").first.wait_for(timeout=150 * SECONDS)
-                said = page.locator("body").inner_text()
-                assert "are kept: run the same command again to continue" in said
+                message = page.locator("body").inner_text()
+                assert "are kept: run the same command again to continue" in message
                 page.get_by_role("button", name="Continue").click()
                 wait_until(page, "!document.body.innerText.includes('connection broke')")
                 ended = page.locator(".status", has_text=re.compile("^(finished|died)"))

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from browser.captions import mark_bytes
-from browser.described import FILES
+from browser.described_folder import FILES
 from browser.folders import list_media_folders
 from browser.model_table import find_misfit
 from browser.runs import Runs
@@ -65,7 +65,7 @@ def text_of(answer: Answer, place: str = "said") -> str:
     return re.sub("<[^>]*>", "", match[1]).replace("&#39;", "'").replace("&#34;", '"')
 
 
-def field_of(answer: Answer, name: str) -> str:
+def name_field(answer: Answer, name: str) -> str:
     """Return what the first field of a name holds in a page."""
     match = re.search(rf'name="{name}" value="([^"]*)"', answer.text)
     assert match is not None
@@ -322,7 +322,7 @@ def test_check_and_start_take_no_fields_that_are_not_written(served: Served, roo
     page = served.ask(f"/new?{urlencode({'folder': str(folder)})}")
     plain = html.unescape(re.sub("<!--.*?-->", "", page.text))
     assert f"<code>{python_of('reelsmith.py')} run '{folder}' --check</code>" in plain
-    shown = field_of(page, "shown")
+    shown = name_field(page, "shown")
     typed = {"folder": str(folder), "shown": shown, **FIELDS, "name": "other", "steps": "3"}
 
     for what in ("check", "start"):
@@ -347,7 +347,7 @@ def test_describe_heeds_the_fields_after_samples_were_saved(served: Served, root
     write_pictures(folder, 2, captions=True)
     describe(served, folder)
     page = served.ask(f"/new?{urlencode({'folder': str(folder)})}")
-    seen = {"mark": field_of(page, "mark"), "shown": field_of(page, "shown")}
+    seen = {"mark": name_field(page, "mark"), "shown": name_field(page, "shown")}
     (folder / "prompts.txt").write_text(FEW, encoding="utf-8")  # as Save the samples does
 
     fields = {"folder": str(folder), **seen, **FIELDS, "steps": "30"}
@@ -630,18 +630,18 @@ def test_a_path_in_quotes_is_taken(served: Served, root: Path) -> None:
         assert "2 pictures" in page
     file = root / "my model.safetensors"
     file.touch()
-    said = post(served, "file?option=dit", file_dit=f'"{file}"').text
-    assert "whole path" not in said
-    assert "It is empty" in said
+    message = post(served, "file?option=dit", file_dit=f'"{file}"').text
+    assert "whole path" not in message
+    assert "It is empty" in message
 
 
 def test_a_folder_outside_is_named_with_the_command_that_includes_it(served: Served, root: Path) -> None:
     outside = root.parent / "else where"
     outside.mkdir()
     for typed in (f'"{outside}"', str(outside)):
-        said = html.unescape(text_of(served.ask(f"/new?folder={quote(typed)}")))
-        assert f"{outside} is outside of the folders of this page" in said
-    assert re.search(rf"run_browser\.py'? {re.escape(str(root))} '{re.escape(str(outside))}'", said)
+        message = html.unescape(text_of(served.ask(f"/new?folder={quote(typed)}")))
+        assert f"{outside} is outside of the folders of this page" in message
+    assert re.search(rf"run_browser\.py'? {re.escape(str(root))} '{re.escape(str(outside))}'", message)
     assert "no such folder" in text_of(served.ask(f"/new?folder={quote(str(outside / 'none'))}"))
     assert "there is no such user" in text_of(served.ask("/new?folder=~nobody-of-this-name/x"))
 
@@ -710,8 +710,8 @@ def test_a_file_that_does_not_fit_is_said_before_describe(served: Served) -> Non
         assert f'hx-post="/new/fits?option={option}"' in look.text
         if option != "lora":
             assert expected in find_misfit(**model, option=option, text=dit)  # which takes seconds once
-        said = post(served, f"fits?option={option}", **fields)
-        assert (said.status, expected in said.text, said.text == "") == (200, True, expected == "")
+        message = post(served, f"fits?option={option}", **fields)
+        assert (message.status, expected in message.text, message.text == "") == (200, True, expected == "")
     assert "/new/fits" not in post(served, "file?option=dit", file_dit=dit).text
     assert "/new/fits" not in post(served, "file?option=dit", **model, file_dit="").text
     gone = post(served, "fits?option=dit", **model, file_dit=f"{dit}.none")

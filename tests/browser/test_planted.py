@@ -1,4 +1,4 @@
-"""Files of a stranger in a root, records of the queue, of errands and wishes, and drafts, start nothing."""
+"""Records of the queue, of background jobs and render jobs, and drafts: files of a stranger start nothing."""
 
 import json
 import os
@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 
-from browser.errands import errand_name
+from browser.background_jobs import name_background_job
 from browser.jobs import FOLDER as QUEUE_FOLDER
 from browser.runs import Runs
 from browser.server import make_app
@@ -86,8 +86,8 @@ def is_said(text: str) -> bool:
     return f"{QUEUE_FOLDER}/" in text and "Traceback" not in text
 
 
-def wish(number: int, session: Any, folder: Path, **facts: Any) -> dict[str, Any]:
-    """The record of a wish that waits. session: the words of the command that it starts."""
+def request(number: int, session: Any, folder: Path, **facts: Any) -> dict[str, Any]:
+    """The record of a render job that waits. session: the words of the command that it starts."""
     usual = {
         "id": number,
         "title": "wan t2v-1.3B",
@@ -127,14 +127,14 @@ SESSIONS: tuple[list[Any], ...] = (
 )
 
 
-def test_planted_wishes_start_nothing_that_the_page_would_not(root: Path, tmp_path: Path) -> None:
+def test_planted_render_jobs_start_nothing_that_the_page_would_not(root: Path, tmp_path: Path) -> None:
     folder = root / QUEUE_FOLDER / "making"
     folder.mkdir(parents=True)
     for number, session in enumerate(SESSIONS, 1):
-        (folder / f"{number}.json").write_text(json.dumps(wish(number, session, root)), encoding="utf-8")
+        (folder / f"{number}.json").write_text(json.dumps(request(number, session, root)), encoding="utf-8")
     good = ["python", "wan_generate_video.py", "--task", "t2v-1.3B", "--interactive", "--save_path"]
     outside = str(tmp_path / "outside")
-    record = wish(90, [*good, outside], root, save_path=outside)
+    record = request(90, [*good, outside], root, save_path=outside)
     (folder / "90.json").write_text(json.dumps(record), encoding="utf-8")
     before = list_children()
     with serve_runs(root) as served:
@@ -144,8 +144,8 @@ def test_planted_wishes_start_nothing_that_the_page_would_not(root: Path, tmp_pa
                 form = urlencode({"id": str(number)})
                 served.ask(f"/generate/{what}", "POST", form, Origin=served.url)
         end = time.monotonic() + 60
-        while any(making["state"] in ("waiting", "running") for making in read_wishes(folder)):
-            assert time.monotonic() < end, read_wishes(folder)
+        while any(making["state"] in ("waiting", "running") for making in read_render_jobs(folder)):
+            assert time.monotonic() < end, read_render_jobs(folder)
             time.sleep(0.1)
         visit_all(served)
         assert list_children() <= before
@@ -153,7 +153,7 @@ def test_planted_wishes_start_nothing_that_the_page_would_not(root: Path, tmp_pa
     assert list_files(tmp_path / "outside").keys() == {str(tmp_path / "outside" / "secret.txt")}
 
 
-def read_wishes(folder: Path) -> list[dict[str, Any]]:
+def read_render_jobs(folder: Path) -> list[dict[str, Any]]:
     return [
         json.loads(path.read_text(encoding="utf-8"))
         for path in folder.glob("*.json")
@@ -187,19 +187,19 @@ def damaged(content: str) -> list[bytes]:
 
 
 @pytest.mark.slow_cases("checks")
-@pytest.mark.parametrize("kind", ["wishes", "errands", "checks", "jobs", "lines", "drafts"])
+@pytest.mark.parametrize("kind", ["render jobs", "background jobs", "checks", "jobs", "lines", "drafts"])
 def test_damaged_files_break_no_page(root: Path, tmp_path: Path, kind: str) -> None:
     queue = root / QUEUE_FOLDER
     (queue / "logs").mkdir(parents=True)
     (queue / "making" / "drafts").mkdir(parents=True)
     contents: list[tuple[Path, bytes]] = []
     row = {"line": "reelsmith run described --check", "folder": str(root), "process": NOBODY, "stops": 0}
-    if kind == "wishes":
+    if kind == "render jobs":
         words = ["python", "evil.py"]
-        texts = damaged(json.dumps(wish(1, words, root, state="died", reason="it died")))
+        texts = damaged(json.dumps(request(1, words, root, state="died", reason="it died")))
         contents = [(queue / "making" / f"{place}.json", text) for place, text in enumerate(texts, 1)]
-    elif kind in ("errands", "checks"):
-        name = queue / "logs" / f"{errand_name('describe', root / 'described')}.json"
+    elif kind in ("background jobs", "checks"):
+        name = queue / "logs" / f"{name_background_job('describe', root / 'described')}.json"
         line = row["line"] if kind == "checks" else "reelsmith new x 'y"
         contents = [(name, text) for text in damaged(json.dumps(row | {"line": line}))]
     elif kind == "jobs":
@@ -290,7 +290,7 @@ def test_a_planted_record_ends_no_other_process(root: Path, bystander: psutil.Po
     logs.mkdir(parents=True)
     process = {"machine": 1, "number": bystander.pid, "born": round(bystander.create_time())}
     for kind in ("describe", "check"):
-        name = errand_name(kind, root / "described")
+        name = name_background_job(kind, root / "described")
         line = "reelsmith new x" if kind == "describe" else "reelsmith run x --check"
         row = {"line": line, "folder": str(root), "process": process, "stops": 0}
         (logs / f"{name}.json").write_text(json.dumps(row), encoding="utf-8")
@@ -328,7 +328,7 @@ def test_links_in_the_folder_of_the_queue_write_and_show_nothing(root: Path, tmp
     names = ["queue.txt", "jobs.json", "logs/1.log", "logs/1.code", "making/making.log", "making/1.json"]
     names += ["making/session.json", "making/.lock", ".lock"]
     for kind in ("describe", "check"):
-        name = errand_name(kind, root / "described")
+        name = name_background_job(kind, root / "described")
         names += [f"logs/{name}.{end}" for end in ("log", "json", "code")]
     for name in names:
         (queue / name).parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,15 @@ from typing import Any
 
 import pytest
 
-from browser.recipes import LORA, ModelRecipe, UsedLora, Wish, find_model_set, is_driven, recipe_of_model
+from browser.recipes import (
+    LORA,
+    ModelRecipe,
+    RenderRequest,
+    UsedLora,
+    find_model_set,
+    is_driven,
+    make_model_recipe,
+)
 from contract.families import HIGH_NOISE, with_scripts
 from downloads.catalogue import ModelSet, model_sets
 from flux_3.options import GUIDANCE_OF_DISTILLED, STEPS_OF_DISTILLED
@@ -50,7 +58,7 @@ NAMES = {
 
 
 def recipe_of(model: ModelSet, folder: Path) -> ModelRecipe:
-    return recipe_of_model(model, Path("models"), folder)
+    return make_model_recipe(model, Path("models"), folder)
 
 
 def parse(words: list[str], recipe: ModelRecipe) -> Namespace:
@@ -69,7 +77,7 @@ def parse(words: list[str], recipe: ModelRecipe) -> Namespace:
 def test_a_form_becomes_a_command_and_a_request_that_say_the_same(model: ModelSet, tmp_path: Path) -> None:
     recipe = recipe_of(model, tmp_path)
     texts = {name: text for name, text in TEXTS.items() if name in recipe.fields}
-    wish = Wish(
+    request = RenderRequest(
         recipe=recipe,
         prompt="-a 'cat' --w 9",
         texts=texts,
@@ -77,7 +85,7 @@ def test_a_form_becomes_a_command_and_a_request_that_say_the_same(model: ModelSe
         save_path="out/generated",
         references=["r 1.png", "r2.png"],
     )
-    read = parse(wish.command("7"), recipe)
+    read = parse(request.command("7"), recipe)
     assert read.prompt == "-a 'cat' --w 9"
     assert read.seed == "7"
     assert [int(side) for side in read.video_size] == [480, 832]
@@ -88,7 +96,7 @@ def test_a_form_becomes_a_command_and_a_request_that_say_the_same(model: ModelSe
     for name, option in NAMES.items():
         if name in texts:
             assert str(getattr(read, option)) in (texts[name], f"{texts[name]}.0")
-    request = wish.request("7")
+    request = request.request("7")
     values = {}
     for key, text in request["options"].items():
         option = find_option(key, recipe.defaults.line_options)
@@ -113,12 +121,14 @@ def test_a_form_becomes_a_command_and_a_request_that_say_the_same(model: ModelSe
 def test_a_model_keeps_what_its_command_fixes(model: ModelSet, tmp_path: Path) -> None:
     """Switches among them; what a person has to name is needed, and no example is taken for a file."""
     recipe = recipe_of(model, tmp_path)
-    wish = Wish(recipe=recipe, prompt="a cat", texts=recipe.usual, loras=recipe.loras, save_path="generated")
+    request = RenderRequest(
+        recipe=recipe, prompt="a cat", texts=recipe.usual, loras=recipe.loras, save_path="generated"
+    )
     typed = shlex.split(model.commands["generate"])
-    words = wish.command("1")
+    words = request.command("1")
     for switch in ("--fp8_scaled", "--f1", "--split_uncond", "--sample_two_stage"):
         assert (switch in words) == (switch in typed)
-        assert (switch in wish.session_words) == (switch in typed)
+        assert (switch in request.session_words) == (switch in typed)
     assert not {"start.png", "end.png", "control.mp4"}.intersection(words)
     examples = {"--image_path": "start", "--end_image_path": "end", "--control_path": "control"}
     examples |= {"--first_frame": "start", "--last_frame": "end"}
@@ -126,8 +136,8 @@ def test_a_model_keeps_what_its_command_fixes(model: ModelSet, tmp_path: Path) -
     examples |= {"--first_frame": "start", "--last_frame": "end"}
     assert {*recipe.needed} == {name for flag, name in examples.items() if flag in typed}
     assert recipe.missing  # no file is there
-    assert "--interactive" in wish.session_words
-    assert "--prompt" not in wish.session_words
+    assert "--interactive" in request.session_words
+    assert "--prompt" not in request.session_words
 
 
 def test_fields_are_those_that_a_model_can_use(tmp_path: Path) -> None:
@@ -171,46 +181,48 @@ def ready_recipe(folder: Path, family: str = "wan", task: str = "t2v-1.3B") -> M
         ("a", {}, [UsedLora("x.safetensors", "1")], "x.safetensors is not there any more"),
     ],
 )
-def test_wrong_wishes_say_which_field_is_wrong(
+def test_wrong_render_jobs_say_which_field_is_wrong(
     tmp_path: Path, prompt: str, texts: dict[str, str], loras: list[UsedLora], message: str
 ) -> None:
-    wish = Wish(ready_recipe(tmp_path), prompt=prompt, texts=texts, loras=loras, save_path="generated")
+    request = RenderRequest(
+        ready_recipe(tmp_path), prompt=prompt, texts=texts, loras=loras, save_path="generated"
+    )
     with pytest.raises(OptionError) as error:
-        wish.check()
+        request.check()
     assert message in str(error.value)
 
 
 def test_a_model_that_needs_a_picture_asks_for_it(tmp_path: Path) -> None:
     recipe = ready_recipe(tmp_path, task="i2v-14B-480p")
     with pytest.raises(OptionError, match="Start: this model needs one"):
-        Wish(recipe, prompt="a", texts={}, loras=[], save_path="generated").check()
+        RenderRequest(recipe, prompt="a", texts={}, loras=[], save_path="generated").check()
     (tmp_path / "a.png").write_bytes(b"")
-    Wish(recipe, prompt="a", texts={"start": "a.png"}, loras=[], save_path="generated").check()
+    RenderRequest(recipe, prompt="a", texts={"start": "a.png"}, loras=[], save_path="generated").check()
 
 
 def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
     model = find_model_set("flux", "dev")
     assert model is not None
-    wish = Wish(recipe_of(model, tmp_path), prompt="a", texts={}, loras=[], save_path="generated")
+    request = RenderRequest(recipe_of(model, tmp_path), prompt="a", texts={}, loras=[], save_path="generated")
     with pytest.raises(OptionError, match=r"is missing: load the model first \(Models\)"):
-        wish.check()
+        request.check()
 
 
 def test_loras_of_two_experts_have_options_of_their_own(tmp_path: Path) -> None:
     recipe = ready_recipe(tmp_path, "wan22", "t2v-A14B")
-    wish = Wish(
+    request = RenderRequest(
         recipe=recipe,
         prompt="a",
         texts={},
         loras=[UsedLora("low.safetensors", "1"), UsedLora("high.safetensors", "0.5", HIGH_NOISE)],
         save_path="generated",
     )
-    read = parse(wish.command("1"), recipe)
+    read = parse(request.command("1"), recipe)
     assert [str(path) for path in read.lora_weight] == ["low.safetensors"]
     assert [str(path) for path in read.lora_weight_high_noise] == ["high.safetensors"]
     assert list(read.lora_multiplier_high_noise) == [0.5]
-    assert wish.request("1")["strengths"] == {"": ["1"], HIGH_NOISE: ["0.5"]}
-    words = wish.session_words
+    assert request.request("1")["strengths"] == {"": ["1"], HIGH_NOISE: ["0.5"]}
+    words = request.session_words
     assert words[words.index(LORA) + 1] == "low.safetensors"
     assert words[words.index(f"{LORA}_{HIGH_NOISE}") + 1] == "high.safetensors"
 
@@ -225,12 +237,12 @@ def test_loras_of_a_released_model_are_of_its_command(tmp_path: Path) -> None:
 def test_a_picture_or_a_clip_is_changed_in_part(tmp_path: Path) -> None:
     recipe = ready_recipe(tmp_path)
     texts = {"redraw": "a.mp4", "share": "0.4"}
-    wish = Wish(recipe, prompt="a", texts=texts, loras=[], save_path="generated")
-    read = parse(wish.command("1"), recipe)
+    request = RenderRequest(recipe, prompt="a", texts=texts, loras=[], save_path="generated")
+    read = parse(request.command("1"), recipe)
     assert str(read.video_path) == "a.mp4"
     assert read.v2v_denoise == 0.4
-    assert wish.request("1")["options"] == {"video_path": "a.mp4", "denoise": "0.4", "seed": "1"}
-    still = replace(wish, texts={"redraw": "a.png"})
+    assert request.request("1")["options"] == {"video_path": "a.mp4", "denoise": "0.4", "seed": "1"}
+    still = replace(request, texts={"redraw": "a.png"})
     assert str(parse(still.command("1"), recipe).i2i_path) == "a.png"
 
 
@@ -289,11 +301,11 @@ def test_an_empty_field_shows_what_the_script_computes(tmp_path: Path) -> None:
         if recipe.embeds_guidance:
             expected["guidance"] = request.embedded_guidance or usual.embedded_guidance
         for name, value in expected.items():
-            shown = recipe.usual.get(name) or recipe.default_of(name)
+            shown = recipe.usual.get(name) or recipe.find_default(name)
             if name in recipe.fields and shown and not recipe.counts_seconds:
                 assert float(shown) == value, (model.family, model.task, name)
         if "steps" in recipe.fields:
-            assert recipe.usual.get("steps") or recipe.default_of("steps"), (model.family, model.task)
+            assert recipe.usual.get("steps") or recipe.find_default("steps"), (model.family, model.task)
         assert recipe.side_step == family.latent.pixel_step, (model.family, model.task)
         if "frames" in recipe.fields and not recipe.counts_seconds:
             assert recipe.defaults.lengths == family.latent.lengths
@@ -327,7 +339,7 @@ def test_a_distilled_model_shows_its_own_steps_and_guidance(
     assert model is not None
     recipe = recipe_of(model, tmp_path)
     for name, value in expected.items():
-        assert recipe.default_of(name) == f"{value}".removesuffix(".0")
+        assert recipe.find_default(name) == f"{value}".removesuffix(".0")
 
 
 @pytest.mark.parametrize(
@@ -348,4 +360,4 @@ def test_what_a_script_refuses_or_changes_is_refused_with_the_nearest_value(
     assert found is not None
     recipe = replace(recipe_of(found, tmp_path), missing=[])
     with pytest.raises(OptionError, match=re.escape(message)):
-        Wish(recipe, prompt="a", texts=texts, loras=[], save_path="generated").check()
+        RenderRequest(recipe, prompt="a", texts=texts, loras=[], save_path="generated").check()

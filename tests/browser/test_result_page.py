@@ -1,4 +1,4 @@
-"""The results in a browser: plates, keys, the dialogs of their buttons, and thousands of them."""
+"""The results in a browser: tiles, keys, the dialogs of their buttons, and thousands of them."""
 
 import os
 import time
@@ -54,17 +54,17 @@ def page(served: Served) -> Iterator[Any]:
 
 
 def wait_for_plates(page: Any, count: int) -> None:
-    """Wait until so many plates are in view."""
+    """Wait until so many tiles are in view."""
     page.evaluate("document.getElementById('results').scrollIntoView()")
     wait_until(page, f"document.querySelectorAll('#shelf .plate').length === {count}")
 
 
-def plate(page: Any, name: str) -> Any:
+def tile(page: Any, name: str) -> Any:
     return page.locator(f'#shelf .plate[data-name="{name}"]')
 
 
 def press(page: Any, name: str, button: str) -> None:
-    plate(page, name).get_by_role("button", name=button, exact=True).click()
+    tile(page, name).get_by_role("button", name=button, exact=True).click()
 
 
 def focused(page: Any) -> list[str]:
@@ -79,12 +79,12 @@ def test_plates_stand_by_day_with_their_settings(page: Any, root: Path) -> None:
     assert page.locator("#shelf .day").first.inner_text() == "Today"
     names = page.evaluate(NAMES)
     assert names == ["clip.mp4", "b.png", "c.png", "foreign.png", "a.png"]
-    text = plate(page, "b.png").inner_text()
+    text = tile(page, "b.png").inner_text()
     for word in ('a "red" square', "96 x 64", "seed 8", "own-step00000002 0.75"):
         assert word in text
-    assert "does not say how it was made" in plate(page, "foreign.png").inner_text()
-    assert plate(page, "foreign.png").get_by_role("button", name="again").count() == 0
-    buttons = [button.inner_text() for button in plate(page, "b.png").locator("button").all()]
+    assert "does not say how it was made" in tile(page, "foreign.png").inner_text()
+    assert tile(page, "foreign.png").get_by_role("button", name="again").count() == 0
+    buttons = [button.inner_text() for button in tile(page, "b.png").locator("button").all()]
     assert buttons == [
         *("again", "other seed", "larger", "start from this", "use as sample prompt"),
         *("compare", "settings", "download", "remove"),
@@ -112,7 +112,7 @@ def test_search_and_filters_keep_what_fits(page: Any) -> None:
 
 
 def test_keys_move_open_and_close_and_the_focus_stays(page: Any, root: Path) -> None:
-    plate(page, "clip.mp4").locator("a.shown").focus()
+    tile(page, "clip.mp4").locator("a.shown").focus()
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowRight")
     assert focused(page)[0] == "c.png"
@@ -125,7 +125,7 @@ def test_keys_move_open_and_close_and_the_focus_stays(page: Any, root: Path) -> 
     assert "own-step00000002.safetensors, strength 0.75" in text
     page.keyboard.press("Escape")
     assert focused(page)[0] == "b.png"
-    plate(page, "b.png").get_by_role("button", name="compare").focus()
+    tile(page, "b.png").get_by_role("button", name="compare").focus()
     write_file(root / "generated" / "new.png", age=0)
     wait_for_plates(page, 6)
     assert focused(page) == ["b.png", "compare"]
@@ -135,7 +135,7 @@ def test_keys_move_open_and_close_and_the_focus_stays(page: Any, root: Path) -> 
 
 
 def test_a_button_shows_the_command_that_it_stands_for(page: Any) -> None:
-    plate(page, "b.png").get_by_role("button", name="again").focus()
+    tile(page, "b.png").get_by_role("button", name="again").focus()
     page.wait_for_selector("#types:not([hidden])")
     typed = page.locator("#types").inner_text()
     assert f" && {python_of('wan_generate_video.py')} --task t2v-1.3B" in typed
@@ -190,11 +190,11 @@ def test_start_from_this_fills_the_form(page: Any, root: Path) -> None:
     path = str(root / "generated" / "clip_last.png")
     wait_until(page, f"{PICTURES}.includes({path!r})")
     assert int(read_image(Path(path)).mean()) > 210
-    assert "stands in the form" in plate(page, "clip.mp4").locator(".answer").inner_text()
+    assert "stands in the form" in tile(page, "clip.mp4").locator(".answer").inner_text()
 
 
 def test_an_address_fills_the_form_too(page: Any, served: Served, root: Path) -> None:
-    id = plate(page, "c.png").get_attribute("data-id")
+    id = tile(page, "c.png").get_attribute("data-id")
     page.goto(f"{served.url}/generate?from={id}")
     path = str(root / "generated" / "c.png")
     wait_until(page, f"{PICTURES}.includes({path!r})")
@@ -350,5 +350,5 @@ def test_again_and_larger_by_clicks(tmp_path: Path) -> None:
         wait_for_plates(page, 3)
         names = page.evaluate(NAMES)
         assert abs(names.index(larger.name) - names.index(original.name)) == 1
-        assert "afterwards: upscaler" in plate(page, larger.name).inner_text()
+        assert "afterwards: upscaler" in tile(page, larger.name).inner_text()
         assert page.problems == []

@@ -163,17 +163,19 @@ def test_train_on_changes_the_steps_and_what_follows_and_starts(
     write_run(tmp_path / "my clips" / "output", "own", steps=10, kind="good")
     path = describe(tmp_path / "my clips", save_every_n_steps=10, sample_every_n_steps=3) / "run.toml"
     before = path.read_text(encoding="utf-8")
-    deeds = served.ask(f"{address_of(served)}deeds")
-    assert 'value="20"' in deeds.text
+    actions = served.ask(f"{address_of(served)}deeds")
+    assert 'value="20"' in actions.text
     path.write_text(before.replace("# mine", "# changed"), encoding="utf-8")
-    answer = press(served, "train_on", steps="3000", have=mark_in(deeds))
+    answer = press(served, "train_on", steps="3000", have=mark_in(actions))
     assert (answer.status, "changed meanwhile" in answer.text) == (422, True)
     path.write_text(before, encoding="utf-8")
 
-    said = press(served, "train_on", steps="3000", have=mark_in(deeds)).text
+    message = press(served, "train_on", steps="3000", have=mark_in(actions)).text
 
-    assert "to 3,000 steps. Written into run.toml: max_train_steps = 3000, save_every_n_steps = 300" in said
-    assert "sample_every_n_steps = 3 stays, as typed by hand" in said
+    assert (
+        "to 3,000 steps. Written into run.toml: max_train_steps = 3000, save_every_n_steps = 300" in message
+    )
+    assert "sample_every_n_steps = 3 stays, as typed by hand" in message
     after = path.read_text(encoding="utf-8")
     expected = before.replace("max_train_steps = 10", "max_train_steps = 3000")
     assert after == expected.replace("save_every_n_steps = 10", "save_every_n_steps = 300")
@@ -182,8 +184,8 @@ def test_train_on_changes_the_steps_and_what_follows_and_starts(
 
 def test_again_opens_new_with_the_form_filled_and_another_name(served: Served, tmp_path: Path) -> None:
     write_run(tmp_path / "my clips" / "output", "own", kind="good")
-    deeds = served.ask(f"{address_of(served)}deeds").text
-    fields = dict(re.findall(r'name="(folder|name)" value="([^"]*)"', deeds))
+    actions = served.ask(f"{address_of(served)}deeds").text
+    fields = dict(re.findall(r'name="(folder|name)" value="([^"]*)"', actions))
     assert fields == {"folder": str(tmp_path / "my clips"), "name": "own-2"}
     page = served.ask(f"/new?{urlencode(fields)}").text
     assert 'name="name" value="own-2"' in page
@@ -289,7 +291,7 @@ def write_resumable(folder: Path, name: str, **told: object) -> None:
 def test_a_run_of_a_terminal_continues_with_its_own_command(
     served: Served, queue: JobQueue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("browser.queue_views.check_options", lambda words, folder, may_come, seconds: None)
+    monkeypatch.setattr("browser.queue_pages.check_options", lambda words, folder, may_come, seconds: None)
     write_resumable(tmp_path / "other", "typed", changed=[["output_dir", str(tmp_path / "other")]])
     assert {"Continue", "Train on", "Remove"} <= buttons(served, "typed")
     assert press(served, "start", "typed").status == 200
@@ -362,7 +364,7 @@ def test_a_missing_model_file_is_said_where_one_clicked(
 ) -> None:
     (describe(tmp_path / "my clips") / "cache" / "dit.safetensors").unlink()
     words = ["reelsmith", "run", str(tmp_path / "my clips")]  # without --download
-    monkeypatch.setattr("browser.run_buttons.words_of_plan", lambda *_: words)
+    monkeypatch.setattr("browser.run_buttons.find_start_words", lambda *_: words)
     with serve_runs(tmp_path, queue=queue) as served, open_page(f"{served.url}/") as page:
         page.get_by_role("link", name="own").click()
         page.get_by_role("button", name="Check").wait_for()

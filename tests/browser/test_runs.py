@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from browser.options import BrowserOptions
-from browser.runs import DIED, ELSEWHERE_SECONDS, FINISHED, RUNNING, STOPPED, Runs, read_glance
+from browser.run_views import LiveStanding, select_runs, share_page
+from browser.runs import DIED, ELSEWHERE_SECONDS, FINISHED, RUNNING, STOPPED, Runs, read_run_summary
 from browser.start import run_browser
-from browser.views import LiveStanding, select_runs, share_page
 from modules.errors import OptionError
 from modules.parser import parse_options
 from tests.browser.serving import serve_runs, write_run
@@ -137,7 +137,7 @@ def test_a_history_that_was_emptied_since_it_was_looked_at_is_read_as_it_is(tmp_
     status = path.stat()
     path.write_bytes(b"")
 
-    assert read_glance(path, status).step == 0
+    assert read_run_summary(path, status).step == 0
 
 
 def test_a_page_is_made_anew_if_something_came_between_it_and_its_first_question(tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_an_exported_page_shows_what_the_run_s_own_page_shows_but_no_folder(tmp_
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ("--host 0.0.0.0", "--token FILE"),
         ("--host example.org", "--token FILE"),
@@ -269,12 +269,12 @@ def test_an_exported_page_shows_what_the_run_s_own_page_shows_but_no_folder(tmp_
     ],
 )
 def test_wrong_options_are_refused(
-    tmp_path: Path, words: str, said: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, words: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "short.txt").write_text("secret\n", encoding="utf-8")
     (tmp_path / "long.txt").write_text("x" * 2000, encoding="utf-8")
-    with pytest.raises(OptionError, match=said):
+    with pytest.raises(OptionError, match=message):
         parse_options("", words.split(), BrowserOptions)[0].read_token()
 
 

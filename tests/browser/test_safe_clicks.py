@@ -25,16 +25,16 @@ from PIL import Image
 from starlette.applications import Starlette
 from starlette.routing import Route
 
-from browser.errands import Errands
+from browser.background_jobs import BackgroundJobs
 from browser.jobs import open_queue
-from browser.making import ResultMaker
-from browser.queue_views import QueuePages
+from browser.queue_pages import QueuePages
+from browser.render_worker import RenderWorker
 from browser.result_pages import ResultPages
 from browser.run_buttons import RunButtons
+from browser.run_views import HERE
 from browser.runs import Runs
 from browser.server import MOST_BYTES, Gate, make_app
 from browser.site import Site
-from browser.views import HERE
 from project.options import NewOptions
 from tests import warm_processes
 from tests.browser.serving import Served, serve_runs, write_run
@@ -554,7 +554,7 @@ def test_the_documentation_says_of_each_address_what_it_may_do(root: Path) -> No
 BUTTONS: dict[str, Callable[[Site], Collection[str]]] = {  # of pages that look a word up
     "POST /results/{id}/{what}": lambda site: ResultPages(site).changes,
     "POST /run/{id}/do/{what}": lambda site: {**RunButtons(site).actions, "remove": None},
-    "POST /queue/{what}": lambda site: QueuePages(site.runs, site.queue, site.beginnings).changes,
+    "POST /queue/{what}": lambda site: QueuePages(site.runs, site.queue, site.tracked_runs).changes,
 }
 
 
@@ -563,5 +563,5 @@ def test_the_documentation_has_each_button_that_a_page_looks_up(address: str, ro
     rows = read_rows(read_page())
     runs = Runs((root,))
     queue = open_queue(runs, read_only=True)
-    site = Site(runs, queue, Errands(queue), ResultMaker(queue))
+    site = Site(runs, queue, BackgroundJobs(queue), RenderWorker(queue))
     assert set(BUTTONS[address](site)) <= rows[address]

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 from browser.options import USUAL_PORT, BrowserOptions
+from browser.qr_code import draw_code
 from browser.runs import Runs
-from browser.start import choose_places, draw_code, open_socket, opens_page
+from browser.start import choose_places, may_open_page, open_socket
 from modules.errors import OptionError, OutputError
 from modules.parser import parse_options
 from tests.browser.serving import serve_runs, write_run
@@ -40,11 +41,11 @@ def test_it_prints_an_address_that_answers_and_ends_with_ctrl_c(tmp_path: Path) 
         with opener.open(bare, timeout=30) as answer:
             assert "<h2>x</h2>" in answer.read().decode()
         os.kill(process.pid, signal.SIGINT)
-        said = process.communicate(timeout=30)
+        message = process.communicate(timeout=30)
     finally:
         process.kill()
     assert process.returncode == 0
-    assert "1 run, 0 running. Ctrl-C ends this page" in said[1]
+    assert "1 run, 0 running. Ctrl-C ends this page" in message[1]
 
 
 def test_a_port_that_is_taken_is_refused_with_a_free_one_and_the_usual_one_is_kept_if_it_can_be() -> None:
@@ -63,7 +64,7 @@ def test_a_port_that_is_taken_is_refused_with_a_free_one_and_the_usual_one_is_ke
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["page.html"], "is a file: give a folder with runs in it"),
         (["--host", "0.0.0.0"], "secrets.token_urlsafe"),
@@ -74,13 +75,13 @@ def test_a_port_that_is_taken_is_refused_with_a_free_one_and_the_usual_one_is_ke
     ],
 )
 def test_refusals_say_what_to_give(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], said: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("page.html").write_text("", encoding="utf-8")
     Path("short.txt").write_text("a b", encoding="utf-8")
 
-    with pytest.raises(OptionError, match=re.escape(said)):
+    with pytest.raises(OptionError, match=re.escape(message)):
         parse_options("", words, BrowserOptions)[0].read_token()
 
 
@@ -149,20 +150,20 @@ def test_the_page_is_opened_only_for_a_person_who_sees_it(monkeypatch: pytest.Mo
     monkeypatch.setattr(sys, "stdin", Terminal())
     monkeypatch.setattr(sys, "stdout", Terminal())
     options = BrowserOptions()
-    assert opens_page(options)
-    assert not opens_page(BrowserOptions(no_open=True))
-    assert not opens_page(BrowserOptions(host="0.0.0.0", token=Path("t")))
+    assert may_open_page(options)
+    assert not may_open_page(BrowserOptions(no_open=True))
+    assert not may_open_page(BrowserOptions(host="0.0.0.0", token=Path("t")))
     monkeypatch.setenv("SSH_TTY", "/dev/pts/1")
-    assert not opens_page(options)
+    assert not may_open_page(options)
     monkeypatch.delenv("SSH_TTY")
     monkeypatch.setenv("REELSMITH_FROM_QUEUE", "1")
-    assert not opens_page(options)
+    assert not may_open_page(options)
     monkeypatch.delenv("REELSMITH_FROM_QUEUE")
     monkeypatch.delenv("DISPLAY")
-    assert not opens_page(options)
+    assert not may_open_page(options)
     monkeypatch.setenv("DISPLAY", ":0")
     monkeypatch.setattr(sys, "stdout", io.StringIO())
-    assert not opens_page(options)
+    assert not may_open_page(options)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a shell script")
@@ -175,7 +176,7 @@ def test_a_file_to_double_click_has_three_lines_and_starts_the_browser(name: str
 
 
 def test_the_browser_never_loads_torch() -> None:
-    code = "import browser.server, browser.start, browser.views, sys; print('torch' in sys.modules)"
+    code = "import browser.server, browser.start, browser.run_views, sys; print('torch' in sys.modules)"
 
     assert run_python("-c", code, folder=ROOT).stdout == "False\n"
 

@@ -12,11 +12,11 @@ from urllib.parse import urlencode
 import pytest
 from PIL import Image
 
-from browser.captioning import TYPED_OPTIONS, caption_words
-from browser.errands import Errands, errand_name
+from browser.background_jobs import BackgroundJobs, name_background_job
+from browser.captioning import TYPED_OPTIONS, make_caption_words
 from browser.jobs import WAITING, open_queue
 from browser.launch import READ_OPTIONS, check_options
-from browser.queue_views import read_jobs
+from browser.queue_pages import read_jobs
 from browser.runs import RUNNING, Runs
 from modules.errors import OptionError
 from modules.run_limits import FOLDERS
@@ -75,12 +75,12 @@ def outside(root: Path) -> dict[str, bytes]:
 
 
 def wait_for_end(root: Path, kind: str, folder: Path) -> str:
-    """Wait until an errand has ended, and return what it has printed."""
-    errands = Errands(open_queue(Runs([root]), read_only=False))
-    errand = errands.wait(errand_name(kind, folder), SECONDS)
-    assert errand is not None
-    assert errand.state != RUNNING
-    return errand.last_lines(100)
+    """Wait until a background job has ended, and return what it has printed."""
+    background_jobs = BackgroundJobs(open_queue(Runs([root]), read_only=False))
+    job = background_jobs.wait(name_background_job(kind, folder), SECONDS)
+    assert job is not None
+    assert job.state != RUNNING
+    return job.last_lines(100)
 
 
 PLACES = {
@@ -261,7 +261,7 @@ def test_many_jobs_at_once_are_refused_before_a_script_is_started(
     def check(*_: object) -> None:
         pytest.fail("a script was started")
 
-    monkeypatch.setattr("browser.queue_views.check_options", check)
+    monkeypatch.setattr("browser.queue_pages.check_options", check)
     lines = "\n# a comment\n\npython wan_train_network.py --seed 1" * 900
     assert "900 jobs are more than the 40" in press(served, "/queue/add", line=lines).text
     lines = "\npython wan_train_network.py --seed 1" * 30 + "\npython evil.py"
@@ -276,8 +276,8 @@ def test_checking_many_jobs_takes_no_more_time_than_all_may_take(monkeypatch: py
         given.append(seconds)
         now[0] += 11.0
 
-    monkeypatch.setattr("browser.queue_views.check_options", check)
-    monkeypatch.setattr("browser.queue_views.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("browser.queue_pages.check_options", check)
+    monkeypatch.setattr("browser.queue_pages.time.monotonic", lambda: now[0])
     lines = "\npython wan_train_network.py --seed 1" * 20
     read_jobs(lines, None, may_come=False)
     assert given == [30.0, 19.0, 8.0]
@@ -323,17 +323,17 @@ def test_pictures_go_only_to_a_server_that_was_typed(root: Path, folder: Path) -
     """A printed line that a button starts sends nothing; the address in the page's form was typed."""
     (folder / "cat.txt").write_text("a cat", encoding="utf-8")
     queue = open_queue(Runs((root,)), read_only=False)
-    errands = Errands(queue)
-    words = caption_words("http://127.0.0.1:9/v1 model", "", try_on=1)
-    name = errand_name("try", folder)
+    background_jobs = BackgroundJobs(queue)
+    words = make_caption_words("http://127.0.0.1:9/v1 model", "", try_on=1)
+    name = name_background_job("try", folder)
 
-    errands.start(name, words, folder, within=folder)
-    ended = errands.wait(name, SECONDS)
+    background_jobs.start(name, words, folder, within=folder)
+    ended = background_jobs.wait(name, SECONDS)
     assert ended is not None
     assert "--api_base: what a folder describes does not leave this machine" in ended.last_lines()
 
-    errands.start(name, words, folder, within=folder, typed=TYPED_OPTIONS)
-    ended = errands.wait(name, SECONDS)
+    background_jobs.start(name, words, folder, within=folder, typed=TYPED_OPTIONS)
+    ended = background_jobs.wait(name, SECONDS)
     assert ended is not None
     assert "127.0.0.1:9" in ended.last_lines()
     assert "does not leave this machine" not in ended.last_lines()

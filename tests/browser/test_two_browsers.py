@@ -11,9 +11,9 @@ import pytest
 pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 
 from browser import captions
+from browser.background_jobs import name_background_job
 from browser.captions import CaptionConflictError, Captions, mark_bytes
-from browser.described import ChangedMeanwhileError, change_keys
-from browser.errands import errand_name
+from browser.described_folder import ChangedMeanwhileError, change_keys
 from browser.jobs import FOLDER as QUEUE_FOLDER
 from browser.jobs import JobQueue
 from tests.browser.serving import Served, serve_runs
@@ -87,7 +87,7 @@ def test_a_check_that_is_pressed_on_two_pages_runs_once(root: Path, servers: tup
     )
 
     assert sorted(statuses) == [200, 422, 422, 422]
-    name = errand_name("check", root / "described")
+    name = name_background_job("check", root / "described")
     assert len(list((root / QUEUE_FOLDER / "logs").glob(f"{name}.json"))) == 1
     for served in servers:
         assert "checking" in served.ask("/new?folder=described").text
@@ -117,7 +117,7 @@ def test_a_start_that_is_pressed_twice_starts_once(root: Path, servers: tuple[Se
 def test_a_run_of_a_terminal_that_is_continued_twice_goes_on_once(
     root: Path, servers: tuple[Served, Served], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("browser.queue_views.check_options", lambda words, folder, may_come, seconds: None)
+    monkeypatch.setattr("browser.queue_pages.check_options", lambda words, folder, may_come, seconds: None)
     write_resumable(root / "other", "typed")
     address = f"{address_of(servers[0], 'typed')}do/start"
 

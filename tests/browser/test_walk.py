@@ -21,14 +21,14 @@ import numpy as np
 
 from browser import launch
 from browser.jobs import open_queue
-from browser.making import ResultMaker
+from browser.render_worker import RenderWorker
 from browser.runs import RUNNING, Runs
 from modules.media.writing import write_png
 from pocket.measure import POCKET
 from tests.browser import stand_in_jobs
 from tests.browser.described_folders import describe
 from tests.browser.serving import serve_runs, write_run
-from tests.browser.test_making import start_fake
+from tests.browser.test_render_worker import start_fake
 from tests.browser.test_safe_clicks import describe as describe_pocket
 from tests.browser.walking import SCRIPT, Walk, World, read_clicks
 from tests.chromium import open_page, open_tabs, wait_until
@@ -69,19 +69,21 @@ def serve_world(root: Path, is_real: bool) -> Iterator[World]:
     """Serve a filled root; what still runs at the end is killed."""
     fill_root(root)
     queue = open_queue(Runs([root]), read_only=False)
-    maker = ResultMaker(queue) if is_real else ResultMaker(queue, start_fake)
+    worker = RenderWorker(queue) if is_real else RenderWorker(queue, start_fake)
     folders = [str(root / name) for name in ("my clips", "it's a dog 🐕", "from elsewhere", "none")]
     lines = [shlex.join(["reelsmith", "run", folder]) for folder in folders]
     upload = root.parent / "Foto ü.png"
     write_png(upload, np.full((48, 64, 3), 30, np.uint8))
     texts = [*folders, *lines, str(root / "my clips" / "Bild ö 1.png"), "convert_lora.py --help"]
     try:
-        with serve_runs(root, queue=queue, maker=maker, models=root / "models", token=TOKEN) as served:
-            world = World(served, root, queue, maker, texts=texts, upload=upload, token=TOKEN)
+        with serve_runs(
+            root, queue=queue, render_worker=worker, models=root / "models", token=TOKEN
+        ) as served:
+            world = World(served, root, queue, worker, texts=texts, upload=upload, token=TOKEN)
             with world.watch_log():
                 yield world
     finally:
-        maker.close()
+        worker.close()
         queue.end_work()
         while running := [job for job in queue.jobs() if job.state == RUNNING]:
             queue.stop(running[0].id)

@@ -19,7 +19,7 @@ from typing import Any
 
 from browser import launch
 from browser.jobs import LOGS, WAITING, JobQueue
-from browser.making import ResultMaker
+from browser.render_worker import RenderWorker
 from browser.runs import RUNNING
 from browser.server import COOKIE
 from modules.errors import OptionError
@@ -51,7 +51,7 @@ FREE_OPTIONS = (
 )  # drawn when pressed, or a count
 PRINTS = "--print_run"  # of a command that only prints
 REFUSED = (409, 422)  # statuses of a request that was refused, which the page then says
-GONE = re.compile("not there any more|renamed, moved or removed")
+NOT_FOUND = re.compile("not there any more|renamed, moved or removed")
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ class World:
     served: Served
     root: Path
     queue: JobQueue
-    maker: ResultMaker
+    worker: RenderWorker
     texts: Sequence[str]  # that make sense in a field here: folders, files, command lines
     upload: Path  # a file to send
     token: str  # of the server
@@ -203,9 +203,9 @@ class World:
             record = json.loads(path.read_text(encoding="utf-8"))
             name = f"{path.stem} {record['process']}"
             started[name] = program_of(record["line"], Path(record["folder"]))
-        for making in self.maker.list_all():
-            _, program = launch.find_program(making.command, Path(making.folder))
-            started[f"wish {making.id}"] = (program, making.folder)
+        for render_job in self.worker.list_all():
+            _, program = launch.find_program(render_job.command, Path(render_job.folder))
+            started[f"render job {render_job.id}"] = (program, render_job.folder)
         return {name: program for name, program in started.items() if program is not None}
 
     def take_tracebacks(self) -> list[str]:
@@ -412,7 +412,7 @@ class Walk:
             said = each.ask("says") if each.bad else {}
             for status, method, address in each.bad:
                 is_told = status in REFUSED and each is tab and said["messages"]
-                is_gone = status == 404 and GONE.search(said["text"])
+                is_gone = status == 404 and NOT_FOUND.search(said["text"])
                 if not is_told and not is_gone:
                     self.fault(f"{status} to {method} {address} in tab {each.number}")
             for problem in each.page.problems:

@@ -9,8 +9,8 @@ import pytest
 pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 
 from browser.datasets import TABLES
+from browser.dropped_settings import read_dropped_settings
 from browser.launch import command_part
-from browser.refilling import read_found
 from modules.errors import UserError
 from modules.media.sound import _read_plain_text
 from modules.paths import hide_secrets
@@ -21,7 +21,7 @@ LONG = 200_000  # characters
 
 def read_settings(line: str) -> None:
     with contextlib.suppress(UserError):
-        read_found({"parameters": f"a cat\n{line}"})
+        read_dropped_settings({"parameters": f"a cat\n{line}"})
 
 
 def read_ass(text: str) -> None:

@@ -108,7 +108,7 @@ def test_what_is_sent_is_typed(tmp_path: Path) -> None:
         with pytest.raises(
             OptionError, match="--huggingface_repo_id: .*type it: .* --huggingface_repo_id a/b"
         ):
-            refuse_sending("huggingface_repo_id", "a/b")
+            refuse_sending("huggingface_repo_id", "a/b", is_of_run=True)
         with pytest.raises(
             OptionError, match="start the training itself, with the last command of .*--dry_run"
         ):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from modules.installation import RUN_CHECKS, RUN_GOES_ON
+from modules.options import override_options
 from modules.run_limits import limit_run
 from project.options import RunOptions
 from project.running import run_project
@@ -174,7 +175,7 @@ def test_typed_folders_take_the_place_of_those_in_the_file(
     describe(foreign, output_dir="/elsewhere", logging_dir="/logs")
     monkeypatch.chdir(foreign.parent)
     typed = {"output_dir": Path("my results"), "logging_dir": Path("logs"), "log_with": "wandb"}
-    run_project(RunOptions(folder=foreign, dry_run=True, **typed))
+    run_project(override_options(RunOptions(folder=foreign, dry_run=True), typed))
     here = foreign.parent
     places = f"--output_dir '{here / 'my results'}' --logging_dir {here / 'logs'} --log_with wandb"
     (training,) = [line for line in capsys.readouterr().out.splitlines() if "wan_train_network.py" in line]

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from browser.settings_of import read_settings
+from browser.result_settings import read_settings
 from generation.options import read_generation
 from modules.errors import OptionError
 from stable_diffusion.samplers import SeenSolver, begin_sampling, make_scheduler

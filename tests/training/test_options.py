@@ -14,6 +14,7 @@ from modules.options import facts_of, read_options
 from modules.parser import add_options, parse_options
 from tests.training.toy import toy_options
 from training.checks import list_unused_options
+from training.features.composing import options_by_expert
 from training.learning_options import ExpertTrainingOptions
 from training.options import TrainingOptions, read_arguments, training_parser
 from training.scripts import training_script
@@ -98,7 +99,7 @@ NEEDED = ["--dataset_config", "d.toml", "--output_dir", "out", "--output_name", 
 def parser() -> argparse.ArgumentParser:
     made = training_parser("Train.")
     add_options(made, WanTrainingOptions)
-    add_options(made, ExpertTrainingOptions)
+    add_options(made, ExpertTrainingOptions, *options_by_expert())
     return made
 
 

@@ -12,6 +12,8 @@ from tests.training.test_preferences import write_pairs
 from tests.training.test_sliders import FILE, write_slider
 from tests.training.test_speed import KINDS, write_file
 from tests.training.test_targets import write_project
+from training.features.composing import need
+from training.features.contract import EMPTY_PROMPT
 from training.run import train_network
 from training.target_costs import StepPasses, count_passes, describe_targets
 
@@ -114,6 +116,6 @@ def test_the_table_of_the_page_has_the_times_that_the_box_tells(tmp_path: Path) 
         assert low_high is not None
         assert time.startswith(low_high[1]), option
         if option != "teacher":  # whose empty prompt is that of dropped captions
-            assert options.needs_empty_prompt == (needs_empty == "yes"), option
+            assert need(options, EMPTY_PROMPT) == (needs_empty == "yes"), option
     anchored = StepPasses(4, 4).words.partition("about ")[2].partition(" times")[0]
     assert f"with an anchor {anchored}" in page

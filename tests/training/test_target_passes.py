@@ -16,12 +16,12 @@ from tests.training import toy
 from training.features.blank_prior import blank_pass
 from training.features.guided import GuidedTarget, guide
 from training.features.output_preservation import preserve_output
+from training.features.preference_pairs import add_streams, join_pairs
 from training.features.slider_passes import Slider, SliderFile, SliderTarget, slider_passes
 from training.loss import LossRule, NoisyBatch
 from training.target_rules import Band, Split, Targets, TeacherTarget
 from training.targets.errors import split_errors
 from training.targets.passes import TrainingPasses, loss_passes, tell_teacher
-from training.targets.preferences import add_streams, join_pairs
 
 RESTART, BASE, LEARNING = "restart", "base", "learning"
 

@@ -18,24 +18,26 @@ from contract.family import Abilities
 from contract.steps import NO_TWEAKS, Tweaks
 from modules.errors import OptionError
 from modules.options import Options
-from networks.preference_options import PreferenceOptions
 from networks.teacher_options import TeacherOptions
 from running.routes import Route, routed
 from running.run_blocks import runner_of
 from tests.training import toy
 from tests.training.toy_images import train_image_toy, write_subset
 from training.features.blank_prior import BlankPriorOptions, blank_pass
+from training.features.contract import Tally
 from training.features.guided import GuidedTarget, GuidedTargetOptions, guide
 from training.features.ip_noise import IpNoiseOptions
 from training.features.mask_prior import MaskPriorOptions, compare_outside_masks
 from training.features.output_preservation import preserve_output
+from training.features.preference import PreferenceOptions
+from training.features.preference_pairs import Preference, pair_passes
 from training.features.slider import SliderOptions
 from training.features.slider_passes import Slider, SliderFile, SliderTarget, slider_passes
 from training.features.tread import TreadOptions, check_tread
 from training.loss import MASK, LossRule, NoisyBatch, NoisySound
 from training.noise_options import L2, LossOptions
 from training.options import TrainedNetworkOptions, TrainingOptions
-from training.target_rules import Band, Preference, Targets, TeacherTarget
+from training.target_rules import Band, Targets, TeacherTarget
 from training.targets.passes import loss_passes
 
 # of a run: what a network learns towards, and which tokens take part
@@ -195,10 +197,7 @@ def losses_of(names: tuple[str, ...], noisy_batch: NoisyBatch) -> Tensor:
         dit.strength = before
 
     family = LinearFamily()
-    targets = Targets(
-        teacher=TEACHER if "teacher" in names else None,
-        preference=PREFERENCE if "preference" in names else None,
-    )
+    targets = Targets(teacher=TEACHER if "teacher" in names else None)
     rule = LossRule(
         LossOptions.usual(loss_type="l1") if "loss_type" in names else L2,
         as_base=lambda: at_strength(0.0),
@@ -209,6 +208,8 @@ def losses_of(names: tuple[str, ...], noisy_batch: NoisyBatch) -> Tensor:
         further_passes=[partial(blank_pass, BLANK_PRIOR)] if "blank_prior_weight" in names else (),
         teach=lambda passes, told: passes.base(told),
     )
+    if "preference" in names:
+        rule = replace(rule, other_passes=[partial(pair_passes, PREFERENCE, Tally(("a", "b", "c")))])
     if "tread" in names:
         route = Route(0, -1, lambda grid: torch.zeros(1))
         rule = replace(rule, learning_pass=[lambda dit, _: routed(dit, route)])
@@ -411,7 +412,7 @@ WITHOUT_SAY = {
     NoisyBatch: {"batch", "noise", "sigmas", "timesteps", "levels", "expert", "number", "anchor_balance"},
     LossRule: {"options", "prediction", "as_base", "always_as_base", "targets", "teach", "other_passes"}
     | {"own_targets", "make_target", "compare", "further_passes"}  # functions of targets
-    | {"in_lockstep", "learning_pass", "note_pairs", "seed_networks"},
+    | {"in_lockstep", "learning_pass", "seed_networks"},
 }
 
 
@@ -444,8 +445,16 @@ OF_NO_TARGET = {
     *("LoopOptions", "CheckPageOptions", "ValidationOptions", "OptimizerOptions", "LrScheduleOptions"),
     *("TimestepOptions", "AcceleratorOptions", "SavingOptions", "SampleOptions", "PreviewOptions"),
     *("EmaOptions", "SkipOptions", "LogOptions", "EndOptions", "MetadataOptions", "UploadOptions"),
+    *("TrackerOptions", "BaseWeightsOptions", "HighNoiseBaseOptions"),
     *("TrainingSpeedOptions", "TrainingAttentionOptions", "TrainingFp8Options", "SwapOptions"),
-    *("ShardingOptions", "TrainingCompileOptions", "PlanOptions", "FrozenModelOptions"),
+    *(
+        "WayOptions",
+        "ShardBaseOptions",
+        "ContextParallelOptions",
+        "TrainingCompileOptions",
+        "PlanOptions",
+        "FrozenModelOptions",
+    ),
     *("FeatureOptions", "OutputPreservationOptions"),
 }
 

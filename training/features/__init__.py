@@ -1,5 +1,6 @@
 """Features of training, each in one file that can be deleted together with its lines below.
 
+base_weights: merge LoRAs into the transformers before
 blank_prior: hold the network to the model for the empty prompt
 composing: what the phases of a run ask all features for
 contract: what a feature is, and where it acts
@@ -10,16 +11,20 @@ ip_noise: mix in further noise, which is not to be predicted
 mask_prior: hold the network to the model outside masks
 on_end: start a command when the run is over
 output_preservation: let samples of some tables stay as they are
+preference: learn from pairs of a better and a worse one
+preference_pairs: the loss of such pairs
 skip: leave out steps that went wrong, and remember them
 slider: slide between the captions of a file
 slider_passes: a file of captions to slide between, and its passes
 tread: let tokens pass by the middle blocks
 tread_routes: which tokens pass by the middle blocks
+trackers: send numbers and samples to TensorBoard, wandb and others
 uploads: send what is saved to the Hugging Face hub
 uploads_hub: the client of the hub, and the model card
 uploads_options: what is uploaded, and whether a state is there
 """
 
+from training.features.base_weights import BASE_WEIGHTS
 from training.features.blank_prior import BLANK_PRIOR
 from training.features.contract import Feature
 from training.features.ema import EMA
@@ -28,23 +33,28 @@ from training.features.ip_noise import IP_NOISE
 from training.features.mask_prior import MASK_PRIOR
 from training.features.on_end import ON_END
 from training.features.output_preservation import OUTPUT_PRESERVATION
+from training.features.preference import PREFERENCE
 from training.features.skip import SKIP
 from training.features.slider import SLIDER
+from training.features.trackers import TRACKERS
 from training.features.tread import TREAD
 from training.features.uploads import UPLOADS
 
 # in the order in which they act, one a line
 # fmt: off
 FEATURES: tuple[Feature, ...] = (
+    BASE_WEIGHTS,
     IP_NOISE,
     OUTPUT_PRESERVATION,
     GUIDED,
     MASK_PRIOR,
     BLANK_PRIOR,
     SLIDER,
+    PREFERENCE,
     TREAD,
     EMA,
     SKIP,
+    TRACKERS,
     ON_END,
     UPLOADS,
 )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from modules.errors import OptionError
 from modules.options import HABIT, Options, option
-from training.features.contract import AT_NETWORK, Feature, Hooks, OptionsOfRun, StepPasses
+from training.features.contract import AT_NETWORK, EMPTY_PROMPT, Feature, Hooks, OptionsOfRun, StepPasses
 
 if TYPE_CHECKING:
     from training.loss import NoisyBatch
@@ -69,7 +69,7 @@ BLANK_PRIOR = Feature(
     refuse=_refuse,
     target=lambda options: f"--blank_prior_weight {options.weight:g}",
     passes=lambda options: StepPasses(with_gradients=1, without=1),
-    needs_empty_prompt=True,
+    needs=(EMPTY_PROMPT,),
     describe=lambda options: (
         f"for the empty prompt as the model without the network, weight {options.weight:g}"
     ),

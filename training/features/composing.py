@@ -1,18 +1,20 @@
 """What the phases of a run ask all features for. Standard library only."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modules.options import HABIT, Options, option
+from modules.options import HABIT, Options, facts_of, find_reach, option
 from training.features import FEATURES
 from training.features.contract import (
+    AT_NETWORK,
     Feature,
     Hooks,
     LearningPass,
+    MergedLoras,
     OptionsOfRun,
     PlannedRun,
     RunEnd,
@@ -22,20 +24,36 @@ from training.features.contract import (
 
 if TYPE_CHECKING:
     from contract.family import Family
+    from contract.rules import Expert
     from dataset.batches.items import TrainingItem
     from dataset.table import DatasetTable
     from training.data.feed import BatchSources
     from training.data.live import LiveTexts
     from training.loss import NoisyBatch
+    from training.reports.page import PageParts
     from training.saving.files import Publisher
     from training.steps import Progress
+
+
+NO_FACTS: Mapping[str, Mapping[str, Any]] = {}
 
 
 def options_at(place: str) -> type[Options]:
     """Return a record with the options of the features of a place: a field for each, by its name."""
     features = [feature for feature in FEATURES if feature.place == place]
-    content: dict[str, Any] = {feature.name: option(facts=feature.facts) for feature in features}
-    content["__annotations__"] = {feature.name: feature.options for feature in features}
+    return _join_records(
+        {feature.name: feature.options for feature in features},
+        {feature.name: feature.facts for feature in features},
+    )
+
+
+def _join_records(
+    records: Mapping[str, type[Options] | None], facts: Mapping[str, Mapping[str, Any]] = NO_FACTS
+) -> type[Options]:
+    """Return a record with a field for each of these records, with its facts; None is left out."""
+    kinds = {name: kind for name, kind in records.items() if kind is not None}
+    content: dict[str, Any] = {name: option(facts=facts.get(name)) for name in kinds}
+    content["__annotations__"] = kinds
     return type("FeatureOptions", (Options,), content)
 
 
@@ -62,6 +80,60 @@ def refuse_combinations(options: OptionsOfRun) -> None:
     for feature in active_features(options):
         if feature.refuse is not None:
             feature.refuse(options)
+
+
+def check_start(options: OptionsOfRun) -> None:
+    """Raise UserError for a package or file that a feature needs and that is missing."""
+    for check in _functions(options, lambda feature: feature.check_start):
+        check()
+
+
+def options_reaching(*reaches: str) -> dict[str, Mapping[str, Any]]:
+    """Return the facts of the options of features that reach out of the program in these ways, by name."""
+    of_features: dict[str, Mapping[str, Any]] = {}
+    for feature in FEATURES:
+        of_features |= facts_of(feature.options)
+    return {name: facts for name, facts in of_features.items() if find_reach(facts) in reaches}
+
+
+def options_by_expert() -> list[type[Options]]:
+    """Return the records of features for the second of two transformers."""
+    return [feature.options_by_expert for feature in FEATURES if feature.options_by_expert is not None]
+
+
+def refused_for_whole() -> dict[str, str]:
+    """Return the reasons why whole models refuse the options of a network's features, by option."""
+    return {
+        name: feature.why_not_whole
+        for feature in FEATURES
+        if feature.place == AT_NETWORK
+        for name in facts_of(feature.options)
+    }
+
+
+def merged_loras(options: OptionsOfRun, expert: "Expert") -> MergedLoras:
+    """Read what a feature has merged into a transformer while it is loaded."""
+    read = [merge(expert) for merge in _functions(options, lambda feature: feature.merged)]
+    return next(iter(read), MergedLoras())
+
+
+def may_undo_distillation(options: OptionsOfRun) -> bool:
+    """Return whether what is merged may undo that a transformer was distilled for few steps."""
+    return any(undoes() for undoes in _functions(options, lambda feature: feature.undoes_distillation))
+
+
+def own_habits(options: OptionsOfRun) -> dict[str, Any]:
+    """Return further settings of features, on or off, that a resumed run may change."""
+    habits: dict[str, Any] = {}
+    for feature in FEATURES:
+        if feature.habits is not None:
+            habits |= feature.habits(options.of(feature.options))
+    return habits
+
+
+def options_of_run() -> type[Options]:
+    """Return a record with the options of features that `run` has too."""
+    return _join_records({feature.name: feature.options_of_run for feature in FEATURES})
 
 
 def kept_average(options: OptionsOfRun) -> str:
@@ -113,8 +185,14 @@ def keep_steps(options: OptionsOfRun) -> bool:
     return any(feature.keeps_steps for feature in active_features(options))
 
 
-def need_empty_prompt(options: OptionsOfRun) -> bool:
-    return any(feature.needs_empty_prompt for feature in active_features(options))
+def need(options: OptionsOfRun, part: str) -> bool:
+    """Return whether batches have a further part, as `Feature.needs` has it."""
+    return any(part in feature.needs for feature in active_features(options))
+
+
+def join_streams(options: OptionsOfRun) -> bool:
+    """Return whether passes have one loss of picture and sound."""
+    return any(feature.joins_streams for feature in active_features(options))
 
 
 def add_passes(usual: StepPasses, options: OptionsOfRun) -> StepPasses:
@@ -148,6 +226,13 @@ def check_items(options: OptionsOfRun, items: "Sequence[TrainingItem]", sources:
     """Raise UserError for items to learn that a feature cannot use. sources: where they are read from."""
     for check in _functions(options, lambda feature: feature.check_items):
         check(items, sources)
+
+
+def note_unused(options: OptionsOfRun, items: "Sequence[TrainingItem]") -> None:
+    """Log which parts of the items to learn are for features alone that are off."""
+    for feature in FEATURES:
+        if feature.note_unused is not None and not feature.is_on(options.of(feature.options)):
+            feature.note_unused(items)
 
 
 def describe_features(options: OptionsOfRun, are_targets: bool) -> list[str]:
@@ -205,9 +290,25 @@ def result_rows(options: OptionsOfRun, progress: "Progress") -> list[tuple[str, 
     return [feature.result(progress) for feature in active_features(options) if feature.result is not None]
 
 
+def commands_at_end(options: OptionsOfRun) -> list[tuple[str, Sequence[str]]]:
+    """Return the commands of features that may follow a finished run, in words, with their headings."""
+    commands = [make() for make in _functions(options, lambda feature: feature.command_at_end)]
+    return [command for command in commands if command is not None]
+
+
 def bad_step_remedies() -> str:
     """Return the remedies of features for a loss or norm that is NaN or infinite, as sentences."""
     return " ".join(feature.remedy_of_bad_step for feature in FEATURES if feature.remedy_of_bad_step)
+
+
+def parts_of_page() -> "PageParts":
+    """Return what features add to the page of a run."""
+    from training.reports.page import PageParts  # not for --help
+
+    return PageParts(
+        charts=[feature.charts for feature in FEATURES if feature.charts is not None],
+        tiles=[feature.tile for feature in FEATURES if feature.tile is not None],
+    )
 
 
 def install_features(options: OptionsOfRun, progress: "Progress") -> Hooks:

@@ -7,11 +7,12 @@ feature: what a run asks all features for is in `composing.py`.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from modules.options import Options, is_given, option_name
+from training.learning_options import NO_FROZEN_MODEL
 
 if TYPE_CHECKING:  # --help does without torch
     import torch
@@ -20,14 +21,20 @@ if TYPE_CHECKING:  # --help does without torch
     from torch.optim import Optimizer
 
     from contract.family import Family
+    from contract.rules import Expert
     from dataset.batches.items import TrainingItem
     from dataset.table import DatasetTable
-    from modules.speed_options import TrainingSpeedOptions
+    from modules.pages.charts import Chart
+    from networks.loading import LoraUse
     from networks.teacher_options import TeacherOptions
+    from running.options import TrainingSpeedOptions
     from training.data.feed import BatchSources
     from training.data.live import LiveTexts
     from training.learning_options import WholeDitOptions
     from training.loss import NoisyBatch
+    from training.reports.history import Story
+    from training.reports.logs import Recorder
+    from training.reports.page import Tile
     from training.run_options import LogOptions, LoopOptions
     from training.saving.files import Publisher
     from training.saving.options import SavingOptions
@@ -39,9 +46,12 @@ if TYPE_CHECKING:  # --help does without torch
 T = TypeVar("T")
 
 # of `Feature.place`: in --help behind the options of the network, which whole models refuse; of timesteps; of
-# the loss; of saving and samples; of logs; of metadata
+# the loss; of saving and samples; before those of the page; behind them; of metadata
 AT_NETWORK, AT_NOISE, AT_LOSS = "network", "noise", "loss"
-AT_WEIGHTS, AT_LOGS, AT_METADATA = "weights", "logs", "metadata"
+AT_WEIGHTS, AT_LOGS, AT_ENDING, AT_METADATA = "weights", "logs", "ending", "metadata"
+
+# of `Feature.needs`: what batches have besides pictures and captions
+EMPTY_PROMPT, WORSE_ONES = "the empty prompt", "the worse one of each pair"
 
 # time of a pass without gradients as a share of one with: a LoRA's backward pass takes as long as the forward
 # pass; with checkpointed blocks, or if the model itself learns, twice as long
@@ -57,10 +67,10 @@ class StepPasses:
     size: int = 1  # of a pass, in micro-batches
 
     def plus(self, further: "StepPasses") -> "StepPasses":
-        return replace(
-            self,
+        return StepPasses(
             with_gradients=self.with_gradients + further.with_gradients,
             without=self.without + further.without,
+            size=self.size * further.size,
         )
 
     @property
@@ -201,6 +211,14 @@ class HookedModel(Protocol):
 
 
 @dataclass(frozen=True)
+class MergedLoras:
+    """LoRAs that are merged into a transformer while it is loaded."""
+
+    uses: "Sequence[LoraUse]" = ()
+    rounding: str = "auto"  # a value of --lora_rounding
+
+
+@dataclass(frozen=True)
 class GradientStep:
     """A step whose gradients are summed, before the weights are stepped."""
 
@@ -221,6 +239,19 @@ class RunEnd:
     error: BaseException | None = None  # that has ended it
 
 
+@dataclass
+class Tally:
+    """Further numbers of a micro-batch for the logs, from its passes to its row."""
+
+    names: tuple[str, ...]
+    numbers: "Tensor | None" = None  # of the last passes, one for each name: means
+
+    def take(self) -> "Tensor | None":
+        taken = self.numbers
+        self.numbers = None
+        return taken
+
+
 OnNoise = Callable[["torch.Size", int, int], "Tensor"]
 BeforeStep = Callable[[HookedRun, GradientStep, "Tensor"], str]
 LearningPass = Callable[["nn.Module", "NoisyBatch"], AbstractContextManager[None]]
@@ -237,6 +268,8 @@ class Hooks:
     # input, which is not to be predicted
     on_noise: list[OnNoise] = field(default_factory=list)
     before_load: list[Callable[[PlannedRun], None]] = field(default_factory=list)  # texts are encoded here
+    # given the records of all options, as they are resolved: entered before the first step
+    recorders: list[Callable[[PlannedRun, Sequence[Any]], "Recorder"]] = field(default_factory=list)
     after_load: list[Callable[[HookedModel], None]] = field(default_factory=list)
     # given the passes of a step, its batch and the velocity: what samples are compared with in place of it,
     # in validation too
@@ -254,6 +287,7 @@ class Hooks:
     # takes it. All processes answer alike. With such a hook each step waits for the device
     before_step: list[BeforeStep] = field(default_factory=list)
     after_step: list[Callable[[], None]] = field(default_factory=list)  # only of those that are taken
+    tallies: list[Tally] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -265,8 +299,13 @@ class Feature:
     place: str  # of its options in --help
     is_on: Callable[[Any], bool]  # given its options
     facts: Mapping[str, Any] = field(default_factory=dict)  # of all its options: HABIT, FREE and the like
+    options_by_expert: type[Options] | None = None  # those for the second of two transformers
+    why_not_whole: str = NO_FROZEN_MODEL  # why whole models refuse options of AT_NETWORK
+    options_of_run: type[Options] | None = None  # those that `run` has too, and hands to its training
     # raises OptionError for options of others that do not go with it; asked only if it is on
     refuse: Callable[[OptionsOfRun], None] | None = None
+    # given its options, before processes are joined: raises UserError for a package or file that is missing
+    check_start: Callable[[Any], None] | None = None
     # given its options, the model and the numbers of its blocks, which may be unknown: raises OptionError
     check: Callable[[Any, "Family", Sequence[int]], None] | None = None
     # its options that act between the blocks of a transformer: models without such blocks refuse them
@@ -281,21 +320,35 @@ class Feature:
     needs_base: "Callable[[Sequence[DatasetTable]], bool] | None" = None
     # what it learns towards keeps that a transformer was distilled for few steps
     keeps_steps: bool = False
-    needs_empty_prompt: bool = False  # batches also have the conditions of the empty prompt
+    needs: tuple[str, ...] = ()  # what its batches have: EMPTY_PROMPT, WORSE_ONES
+    joins_streams: bool = False  # its passes have one loss of picture and sound
     # given its options and the text encoders that work while training: raises OptionError
     check_texts: "Callable[[Any, LiveTexts | None], None] | None" = None
     # given its options, the items to learn and where they are read from: raises UserError
     check_items: "Callable[[Any, Sequence[TrainingItem], BatchSources], None] | None" = None
+    # given the items to learn, if it is off: logs which parts of them are for it alone
+    note_unused: "Callable[[Sequence[TrainingItem]], None] | None" = None
+    # given its options and a transformer: what is merged into this one, frozen or not, while it is loaded
+    merged: "Callable[[Any, Expert], MergedLoras] | None" = None
+    # given its options: whether that may undo that a transformer was distilled for few steps
+    undoes_distillation: Callable[[Any], bool] | None = None
+    # given its options: further settings that a resumed run may change, in words, by name
+    habits: Callable[[Any], Mapping[str, Any]] | None = None
     # given its options: its line among the targets in the box at the start of a run
     describe: Callable[[Any], str] | None = None
     # likewise, its line behind all others
     start_row: Callable[[Any], tuple[str, str]] | None = None
     progress: type[Any] | None = None  # a dataclass: what it remembers in `Progress`, and in states
+    # given the story of any run and the largest number of points of a curve: its diagrams on the page
+    charts: "Callable[[Story, int], list[Chart]] | None" = None
+    tile: "Callable[[Story], Tile | None] | None" = None  # likewise, its number at the top of the page
     # given its options and the run's progress: entries of each saved file, without the `ss_` of their names
     metadata: Callable[[Any, "Progress"], Mapping[str, Any]] | None = None
     images_record_it: bool = False  # image trainers have these entries if it is off too
     # given the run's progress: its line in the box at the end of a run
     result: Callable[["Progress"], tuple[str, str]] | None = None
+    # given its options: a command that may follow a finished run, in words, with its heading
+    command_at_end: Callable[[Any], tuple[str, Sequence[str]] | None] | None = None
     # a sentence for the error of a loss or norm that is NaN or infinite
     remedy_of_bad_step: str = ""
     # puts its functions into the hooks of a run

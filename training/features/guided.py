@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING
 
 from modules.errors import OptionError
 from modules.options import HABIT, Options, option
-from training.features.contract import AT_LOSS, Feature, Hooks, OptionsOfRun, StepPasses, given_values
+from training.features.contract import (
+    AT_LOSS,
+    EMPTY_PROMPT,
+    Feature,
+    Hooks,
+    OptionsOfRun,
+    StepPasses,
+    given_values,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -150,7 +158,7 @@ GUIDED = Feature(
     check=_check,
     target=lambda options: f"--guided_target {options.guided_target:g}",
     passes=lambda options: StepPasses(with_gradients=0, without=1),
-    needs_empty_prompt=True,
+    needs=(EMPTY_PROMPT,),
     keeps_steps=True,
     describe=_describe,
     metadata=lambda options, progress: given_values(options),

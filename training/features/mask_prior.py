@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dataset.batches.items import TrainingItem
+    from dataset.cache.store import Stores
     from training.data.feed import BatchSources
     from training.loss import NoisyBatch
     from training.steps import Progress
@@ -45,13 +46,23 @@ def _require_masks(
     options: MaskPriorOptions, training: "Sequence[TrainingItem]", sources: "BatchSources"
 ) -> None:
     """Raise OptionError if no item that is learned has a mask."""
-    from dataset.batches.pairs import has_masks  # only with this target
-
-    if not has_masks(training, sources.stores):
+    if not _has_masks(training, sources.stores):
         raise OptionError(
             f"--mask_prior_weight {options.weight:g}: no item has a mask, so there is no place outside of "
             "one. Give a table mask_directory or alpha_mask = true, and cache again, or leave the option out"
         )
+
+
+def _has_masks(items: "Sequence[TrainingItem]", stores: "Stores") -> bool:
+    """Return whether any item to learn has a mask of its loss. Reads headers only, up to the first mask."""
+    if any(item.table.mask_directory is not None or item.table.alpha_mask for item in items):
+        return True
+    from contract.data import LOSS_MASK  # torch: only with this target
+
+    for item in items:  # masks of lists are named line by line
+        if item.kind.sizes is None and LOSS_MASK in stores.of(item.table).read(item.file_name, False).keys:
+            return True
+    return False
 
 
 def compare_outside_masks(

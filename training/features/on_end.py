@@ -6,7 +6,7 @@ option too, for the whole of its commands.
 
 from modules.options import FREE, SECRET, STARTS, Options, option
 from modules.typed_command import AT_END, read_command
-from training.features.contract import AT_LOGS, Feature, RunEnd
+from training.features.contract import AT_ENDING, Feature, RunEnd
 
 FLAG = "--on_end"
 
@@ -48,7 +48,7 @@ def start_at_end(end: RunEnd) -> None:
 ON_END = Feature(
     name="on_end",
     options=EndOptions,
-    place=AT_LOGS,
+    place=AT_ENDING,
     is_on=lambda options: options.on_end is not None,
     facts=FREE,
     start_row=lambda options: ("at the end", f"starts {options.words[0]}"),

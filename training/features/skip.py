@@ -17,6 +17,8 @@ from training.features.contract import AT_WEIGHTS, Feature, GradientStep, Hooked
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from training.reports.history import Story
+    from training.reports.page import Tile
     from training.steps import Progress
 
 logger = logging.getLogger(__name__)
@@ -182,6 +184,13 @@ def _refuse(options: OptionsOfRun) -> None:
         )
 
 
+def _show_skipped(story: "Story") -> "Tile | None":
+    if not story.skipped:
+        return None
+    last = [f"{step:,}" for step in sorted(story.skipped)[-3:]]
+    return "Skipped steps", f"{len(story.skipped):,}", f"not taken; the last: {', '.join(last)}"
+
+
 def _metadata(options: SkipOptions, progress: "Progress") -> Mapping[str, Any]:
     return {**asdict(options), "skipped_steps": progress.skipped}
 
@@ -196,6 +205,7 @@ SKIP = Feature(
     progress=SkipProgress,
     metadata=_metadata,
     result=lambda progress: ("skipped steps", str(progress.skipped)),
+    tile=_show_skipped,
     remedy_of_bad_step=REMEDY,
     install=lambda hooks, options, progress: hooks.before_step.append(judge_step),
 )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from modules.option_values import require
 from modules.options import FREE
 from training.features.contract import AT_METADATA, Feature, OptionsOfRun
-from training.features.uploads_options import UploadOptions
+from training.features.uploads_options import RunUploadOptions, UploadOptions
 
 if TYPE_CHECKING:
     from training.saving.files import Publisher
@@ -43,6 +43,7 @@ def _fetch_state(options: UploadOptions, name: str, folder: Path) -> Path | None
 UPLOADS = Feature(
     name="uploads",
     options=UploadOptions,
+    options_of_run=RunUploadOptions,
     place=AT_METADATA,
     is_on=lambda options: options.huggingface_repo_id is not None or options.resume_from_huggingface,
     facts=FREE,

@@ -1,6 +1,6 @@
 """Options of what is uploaded to the Hugging Face hub."""
 
-from modules.options import SECRET, SENDS, Options, option
+from modules.options import OF_RUN, SECRET, SENDS, Options, option
 
 _NOT_UPLOADED = "nothing is uploaded without --huggingface_repo_id"
 _IF_UPLOADED = {_NOT_UPLOADED: lambda options: options.huggingface_repo_id is not None}
@@ -11,7 +11,7 @@ class UploadOptions(Options, title="Hugging Face hub"):
 
     huggingface_repo_id: str | None = option(
         "upload each saved file to this repository (owner/name); it gets a model card if it has none",
-        facts=SENDS,
+        facts={**SENDS, **OF_RUN, "permission": "uploads the trained files to {}"},
     )
     huggingface_repo_type: str | None = option(
         "model (when not given), dataset or space", one_of=("model", "dataset", "space"), acts_if=_IF_UPLOADED
@@ -30,7 +30,18 @@ class UploadOptions(Options, title="Hugging Face hub"):
         "public, else a new repository is private", one_of=("public", "private"), acts_if=_IF_UPLOADED
     )
     save_state_to_huggingface: bool = option("upload state folders as well", needs="huggingface_repo_id")
-    resume_from_huggingface: bool = option("--resume names owner/repo/path[:revision[:type]]", facts=SENDS)
+    resume_from_huggingface: bool = option(
+        "--resume names owner/repo/path[:revision[:type]]",
+        facts={**SENDS, "permission": "downloads a state from {}"},
+    )
     async_upload: bool = option(
         "upload while training continues; only the final upload is waited for", needs="huggingface_repo_id"
+    )
+
+
+class RunUploadOptions(Options):
+    """Options of `run` that it hands to its training."""
+
+    huggingface_repo_id: str | None = option(
+        "upload the trained files to this repository (owner/name); in run.toml it is refused"
     )

@@ -22,14 +22,15 @@ from dataset.cache.records import CacheChecks
 from modules.console import quiet
 from modules.devices import gib
 from modules.options import override_options
-from modules.speed_options import SwapOptions
+from running.options import SwapOptions
 from running.planning import dry_run as dry
 from running.planning import memory_plan
 from running.planning.device_memory import MemoryWatch, Room, host_room, room_on
 from training.data.feed import BatchSources, Randomness
 from training.data.live import LiveTexts
 from training.experts import placement_of
-from training.features.composing import install_features, kept_average
+from training.features.composing import install_features, kept_average, need
+from training.features.contract import EMPTY_PROMPT, WORSE_ONES
 from training.loss import NoisyBatch, Trains
 from training.options import TrainingOptions
 from training.plan import TrainingPlan
@@ -228,8 +229,8 @@ def read_largest(
         largest,
         checks=CacheChecks(),
         stream=("largest",),
-        reads_empty=options.needs_empty_prompt,
-        reads_worse=options.preference.preference is not None,
+        reads_empty=need(options, EMPTY_PROMPT),
+        reads_worse=need(options, WORSE_ONES),
     )
     # given frames take a little more memory than none: if they may come, the largest batch has some
     noise = replace(family.noise, first_frame_probability=math.ceil(family.noise.first_frame_probability))

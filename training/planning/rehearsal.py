@@ -99,11 +99,12 @@ class Rehearsal:
             self.options.loss,
             self.options.predicted,
             as_base=contextlib.nullcontext,
-            targets=make_targets(self.options.teacher, self.options.preference),
+            targets=make_targets(self.options.teacher),
             own_targets=hooks.own_targets,
             make_target=hooks.make_target,
             compare=hooks.compare,
             further_passes=hooks.further_passes,
+            other_passes=hooks.other_passes,
             teach=rehearse_change if self.options.teacher.teacher_delta else teach_as_base,
             in_lockstep=True,  # so that no level and no mask leaves out a pass
             learning_pass=self.learning_pass,

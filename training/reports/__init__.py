@@ -1,7 +1,7 @@
 """What a run reports: logs, numbers, slow steps.
 
 history: keep all reports of a run in lines
-logs: progress bar, TensorBoard and wandb
+logs: progress bar, and what is recorded of steps
 page: one HTML page about a training
 present_files: let commands of a run name files that exist
 pauses: time steps and what interrupts them; slow steps

@@ -27,6 +27,7 @@ BEFORE_TRAINING = ".run"  # behind the name of a run: what `run` did before its 
 MOST_WAITING = 2000  # lines in memory
 MOST_STEPS = 10**15
 LOSS = "validation/loss"
+NUMBERS = "pairs"  # in the line of a step: further numbers of features; so since there were some
 AVERAGE_MARK = re.compile("-ema")
 # lines on memory, as the page names them
 PREDICTED, HIGHEST = "a training step, predicted", "highest of the run with samples, measured"
@@ -108,7 +109,7 @@ class Story:
     doing: str = ""  # current work between two steps: `sample 1 of 2, step 140 of 300`
     rates: dict[str, Points] = field(default_factory=dict)
     experts: dict[str, Points] = field(default_factory=dict)  # losses of the experts by name
-    pairs: dict[str, Points] = field(default_factory=dict)  # numbers of --preference by name
+    numbers: dict[str, Points] = field(default_factory=dict)  # further ones of features by name
     skipped: dict[int, str] = field(default_factory=dict)  # steps that were not taken, with the reason
     bands: dict[str, Points] = field(default_factory=dict)  # validation losses by noise level
     validations: dict[int, float] = field(default_factory=dict)  # step -> loss
@@ -166,8 +167,8 @@ class Story:
             self.rates.setdefault(name, {})[step] = _number(rate)
         for name, loss in (row.get("experts") or {}).items():
             self.experts.setdefault(name, {})[step] = _number(loss)
-        for name, number in (row.get("pairs") or {}).items():
-            self.pairs.setdefault(name, {})[step] = _number(number)
+        for name, number in (row.get(NUMBERS) or {}).items():
+            self.numbers.setdefault(name, {})[step] = _number(number)
 
     def _add_validation(self, step: int, losses: Mapping[str, Any]) -> None:
         for name, value in losses.items():

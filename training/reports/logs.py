@@ -1,4 +1,4 @@
-"""Report a run: a progress bar, and TensorBoard, wandb or others through accelerate's trackers.
+"""Report a run: a progress bar, and the numbers of its steps to what features record them with.
 
 Only the main process reports. Numbers that a step leaves on the device are read one step later, so that the
 host never waits for them. They form one row: the loss; the requests of processes (`WISHES`); for each part,
@@ -13,15 +13,13 @@ import contextlib
 import dataclasses
 import logging
 import math
-import os
 import sys
-import threading
 import time
 import typing
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -30,22 +28,16 @@ from torch.optim import Optimizer
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from modules.atomic_write import make_folder
 from modules.bars import LINE_EVERY
-from modules.console import in_words, quiet
+from modules.console import in_words
 from modules.devices import empty_pinned
-from modules.errors import OptionError, UserError
-from modules.installation import describe_missing, refuses_code
+from modules.media.reading import Frame
 from modules.options import option_name, record_of
-from modules.text_files import parse_toml, read_text
 from networks.adapter import NormReport
 from training.reports.pauses import StepClock
-from training.run_options import LogOptions
 
 logger = logging.getLogger(__name__)
 
-TRACKER_NAME = "network_train"  # of LoRA training; as in other tuners
-FLUSH_SECONDS = 10  # how old the data in TensorBoard may be
 SHOW_EVERY = 0.2  # seconds between two changes of the numbers beside the bar
 BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 NARROWEST = 10  # columns of the bar, for which numbers make room, the first of these first
@@ -92,8 +84,8 @@ class StepReport:
     skipped: str = ""  # why the step was not taken, as `skipping.NAMES` has it; "": it was taken
     # losses of the parts that had micro-batches in the step, by name: experts, or picture and sound
     by_part: Mapping[str, float] = field(default_factory=dict)
-    # of --preference: both errors, and the share of pairs that are right
-    pairs: Mapping[str, float] = field(default_factory=dict)
+    # means of the further numbers of features, by name
+    numbers: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -143,49 +135,40 @@ class Readings:
         return event
 
 
+class Recorder(Protocol):
+    """What gets the numbers and samples of a run, as a context manager around its steps in every process."""
+
+    def __enter__(self) -> object: ...
+
+    def __exit__(self, *error: Any) -> bool | None: ...
+
+    def note_values(self, values: Mapping[str, float], step: int) -> None: ...  # in the main process only
+
+    # likewise; by the number of the prompt: files, and their frames side by side (H W 3)
+    def note_samples(
+        self, step: int, files: Mapping[int, Path], strips: Mapping[int, Frame], prompts: Mapping[int, str]
+    ) -> None: ...
+
+
 @dataclass
 class Logs:
-    """Report one run. Use it as a context manager: entering starts trackers and bar, leaving closes them.
+    """Report one run. Use it as a context manager: entering starts recorders and bar, leaving closes them."""
 
-    Entering raises OptionError if wandb is missing, UserError if --log_tracker_config cannot be read.
-    """
-
-    accelerator: Accelerator  # made with the trackers
-    options: LogOptions
+    accelerator: Accelerator
     total_steps: int
     first_step: int = 0
-    config: Mapping[str, Any] = field(default_factory=dict)  # stored with the run, from `public_config`
-    tracker_name: str = TRACKER_NAME  # used if the options give none
+    recorders: Sequence[Recorder] = ()  # of features: they get all numbers
     now: Callable[[], float] = time.monotonic  # seconds
     # what else the bar shows at a step, by name: memory, the next sample
     extras: Callable[[int], Mapping[str, str]] = lambda _: {}
     clock: StepClock = field(default_factory=StepClock)
     bar: "tqdm[Any]" = field(init=False)
-    _flushed: float = field(default=0.0, init=False)
-    _redirect: Any = field(default=None, init=False)
+    _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, init=False)
     _shown: float = field(default=-math.inf, init=False)
-    _is_lost: bool = field(default=False, init=False)  # a tracker takes no more numbers
-    _hook: Any = field(default=None, init=False)  # of threads, as it was
-
-    @property
-    def trackers(self) -> Sequence[Any]:
-        """Return the trackers of accelerate; only the main process has some, from entering on."""
-        return self.accelerator.trackers if self.accelerator.is_main_process else ()
 
     def __enter__(self) -> "Logs":
-        options = self.options
-        if options.trackers:
-            arguments = tracker_arguments(options)
-            is_main = self.accelerator.is_main_process
-            if is_main and "wandb" in options.trackers and options.wandb_api_key is not None:
-                import wandb  # optional; `check_trackers` has found it
-
-                wandb.login(key=options.wandb_api_key)
-            self.accelerator.init_trackers(
-                options.log_tracker_name or self.tracker_name,
-                config=dict(self.config) or None,
-                init_kwargs=arguments,
-            )
+        for recorder in self.recorders:
+            self._stack.enter_context(recorder)
         self.bar = tqdm(
             total=self.total_steps,
             initial=self.first_step,
@@ -194,35 +177,16 @@ class Logs:
             dynamic_ncols=True,
             disable=not (self.accelerator.is_main_process and sys.stderr.isatty()),
         )
-        self._redirect = logging_redirect_tqdm()  # log lines go above the bar, not through it
-        self._redirect.__enter__()
-        self._hook, threading.excepthook = threading.excepthook, self._note_thread
+        self._stack.enter_context(logging_redirect_tqdm())  # log lines go above the bar, not through it
+        self._stack.callback(self.bar.close)
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.bar.close()
-        self._redirect.__exit__(*error)
+        self._stack.close()
         try:
-            with self._guarded(Exception):  # all that can be lost is lost
-                self.accelerator.end_training()
-        finally:
-            threading.excepthook = self._hook
-
-    def _note_thread(self, error: threading.ExceptHookArgs) -> None:
-        """Print an error of a thread, but not of TensorBoard's writer, which raises it again later."""
-        if not type(error.thread).__module__.startswith("tensorboard."):
-            self._hook(error)
-
-    @contextlib.contextmanager
-    def _guarded(self, kind: type[Exception] = OSError) -> Iterator[None]:
-        """Turn a tracker's first error of disk or network into a warning, and give it no more numbers."""
-        try:
-            yield
-        except kind as error:
-            if not self._is_lost:
-                names = " ".join(self.options.trackers)
-                logger.warning("--log_with %s gets no more numbers, the training continues: %s", names, error)
-            self._is_lost = True
+            self.accelerator.end_training()
+        except Exception as error_at_end:  # nothing can be lost any more
+            logger.warning("The processes could not be ended: %s", error_at_end)
 
     def step(self, report: StepReport) -> None:
         """Report an optimizer step and move the bar."""
@@ -272,29 +236,16 @@ class Logs:
 
     def values(self, values: Mapping[str, float], step: int) -> None:
         """Report other numbers at a step: `loss/epoch`, validation losses."""
-        if not self.accelerator.is_main_process or self._is_lost:
-            return
-        with self._guarded():
-            for tracker in self.accelerator.trackers:
-                self._log_values(tracker, values, step)
-
-    def _log_values(self, tracker: Any, values: Mapping[str, float], step: int) -> None:
-        if tracker.name == "tensorboard":  # accelerate's own `log` waits for the disk each time
-            for name, value in values.items():
-                tracker.writer.add_scalar(name, value, step)
-            now = self.now()
-            if now - self._flushed >= FLUSH_SECONDS:
-                tracker.writer.flush()
-                self._flushed = now
-        else:  # some take no other signs in names than letters, numbers, blanks, _, - and /
-            tracker.log({name.replace("*", "-"): value for name, value in values.items()}, step=step)
+        if self.accelerator.is_main_process:
+            for recorder in self.recorders:
+                recorder.note_values(values, step)
 
 
 def _tracked_values(report: StepReport) -> dict[str, float]:
     """Return the numbers of a step by the names that trackers show."""
     values = {"loss/current": report.loss, "loss/average": report.average, **report.rates}
     values |= {f"loss/{name}": loss for name, loss in report.by_part.items()}
-    values |= report.pairs
+    values |= report.numbers
     if report.gradient_norm is not None:
         values["grad_norm"] = report.gradient_norm
     if report.seconds:
@@ -306,80 +257,8 @@ def _tracked_values(report: StepReport) -> dict[str, float]:
     return values
 
 
-# tracker -> its settings in a working folder
-SETTINGS_OF_FOLDER = {
-    "wandb": ("wandb/settings",),
-    "comet_ml": (".comet.config", ".env"),
-    "swanlab": (".swanlab",),
-}
-NO_GIT = {  # variables of trackers
-    "WANDB_DISABLE_GIT": "true",
-    "COMET_AUTO_LOG_GIT_METADATA": "false",
-    "COMET_AUTO_LOG_GIT_PATCH": "false",
-}
-
-
-def check_trackers(options: LogOptions) -> None:
-    """Raise OptionError, naming the package to install, if the package of a tracker is missing.
-
-    Raises UserError if --log_tracker_config cannot be read, OutputError if nothing can be written in
-    --logging_dir, and OptionError if a folder that may be somebody else's has settings of a tracker.
-    """
-    if refuses_code() is not None:
-        _refuse_settings_of_folder(options.trackers, Path.cwd())
-    if options.logging_dir is not None:
-        make_folder(options.logging_dir, "--logging_dir")
-    for tracker in options.trackers:
-        try:
-            __import__(tracker)
-        except ImportError as error:
-            raise OptionError(f"--log_with {tracker}: {describe_missing(error)}") from None
-    if options.trackers:
-        with quiet():  # it is read again when they start
-            tracker_arguments(options)
-
-
-def _refuse_settings_of_folder(trackers: Sequence[str], folder: Path) -> None:
-    """Raise OptionError if a working folder has settings that say where a tracker sends data, and as whom.
-
-    Also keeps trackers from asking git about that folder: its settings can name programs.
-    """
-    for tracker in trackers:
-        for name in SETTINGS_OF_FOLDER.get(tracker, ()):
-            if os.path.lexists(folder / name):
-                raise OptionError(
-                    f"--log_with {tracker}: {folder / name} has settings of {tracker}, which can name any "
-                    "server. Remove it, or start the training itself in a terminal"
-                )
-    os.environ.update(NO_GIT)
-
-
-def tracker_arguments(options: LogOptions) -> dict[str, Any]:
-    """Return the arguments of each tracker by name, from --log_tracker_config or --wandb_run_name."""
-    if options.log_tracker_config is None:
-        return {} if options.wandb_run_name is None else {"wandb": {"name": options.wandb_run_name}}
-    path = options.log_tracker_config
-    try:
-        tables = parse_toml(read_text(path))
-    except OSError as error:
-        raise UserError(f"--log_tracker_config {path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise UserError(f"--log_tracker_config {path} is not valid TOML: {error}") from None
-    for name, table in tables.items():
-        if name not in options.trackers:
-            logger.warning(
-                "--log_tracker_config %s: [%s] is ignored because this run has no such tracker", path, name
-            )
-        if not isinstance(table, dict):
-            raise UserError(
-                f"--log_tracker_config {path}: {name} = {table!r} stands outside a table; write it under "
-                f"[{next(iter(options.trackers), 'wandb')}]"
-            )
-    return tables
-
-
 def public_config(*records: Any) -> dict[str, int | float | str | bool]:
-    """Return all options of these records by name, without keys and paths: for --log_config."""
+    """Return all options of these records by name, without keys and paths: without keys and paths."""
     config: dict[str, int | float | str | bool] = {}
     for record in records:
         hints = typing.get_type_hints(type(record))

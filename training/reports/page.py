@@ -5,7 +5,7 @@ import contextlib
 import functools
 import stat
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -26,10 +26,20 @@ TEMPLATE = Path(__file__).resolve().parent / "page.html"
 MOST_COLUMNS = 10  # of the grid of samples
 MOST_PROMPTS = 20
 SMOOTHING = 0.9
-# what a row of --preference has, see `training/targets/preferences.py`, and how its curve is called
-PAIR_ERRORS = {"preference/better": "better one", "preference/worse": "worse one"}
-PAIRS_RIGHT = "preference/right"
 MOST_BINS = 600  # of a curve; more than a drawing has pixels to tell apart
+
+
+@dataclass(frozen=True)
+class PageParts:
+    """What features add to the pages of runs. Charts are given the largest number of
+    points of a curve, too; those without curves are left out.
+    """
+
+    charts: Sequence[Callable[[Story, int], list[Chart]]] = ()
+    tiles: Sequence[Callable[[Story], Tile | None]] = ()
+
+
+NO_PARTS = PageParts()
 
 
 def page_path(folder: Path, name: str) -> Path:
@@ -48,13 +58,18 @@ class Standing:
 
 
 def write_training_page(
-    path: Path, history: Path, story: Story, standing: Standing, load: "LoadClip | None" = None
+    path: Path,
+    history: Path,
+    story: Story,
+    standing: Standing,
+    load: "LoadClip | None" = None,
+    parts: PageParts = NO_PARTS,
 ) -> None:
-    """Write the page of a run: the content of its history. load: see `page_values`.
+    """Write the page of a run: the content of its history. load, parts: see `page_values`.
 
     Raises OutputError if that fails.
     """
-    values = page_values(history.parent, story, standing, load)
+    values = page_values(history.parent, story, standing, load=load, parts=parts)
     write_page(path, TEMPLATE, f"{history_name(history)}: training", values)
 
 
@@ -64,9 +79,10 @@ def page_values(
     standing: Standing,
     load: "LoadClip | None" = None,
     most: tuple[int, int] = (MOST_COLUMNS, MOST_PROMPTS),
+    parts: PageParts = NO_PARTS,
 ) -> dict[str, Any]:
     """Return the values of the template. folder: --output_dir. load: gives the clips, if the story has
-    samples. most: the largest number of columns and rows in the grid of samples.
+    samples. most: the largest number of columns and rows in the grid of samples. parts: of features.
     """
     best = story.best_file(folder)
     grid = None
@@ -79,10 +95,10 @@ def page_values(
         "live": None,
         "standing": standing,
         "written": f"{datetime.now():%Y-%m-%d %H:%M:%S}",
-        "tiles": list_tiles(standing, story),
+        "tiles": list_tiles(standing, story, parts),
         "grid": grid,
         "makes_samples": "sample_prompts" in dict(standing.start.changed),
-        "charts": [draw_chart(chart) for chart in list_charts(story)],
+        "charts": [draw_chart(chart) for chart in list_charts(story, parts)],
         "files": _files(story, folder, best),
         "advice": describe_best(story, best),
         "memory": story.memory,
@@ -90,8 +106,8 @@ def page_values(
     }
 
 
-def list_charts(story: Story, most: int = MOST_BINS) -> list[Chart]:
-    """Return the diagrams of a run. most: about how many points a curve has."""
+def list_charts(story: Story, parts: PageParts = NO_PARTS, most: int = MOST_BINS) -> list[Chart]:
+    """Return the diagrams of a run. parts: of features. most: about how many points a curve has."""
     experts = {name.replace("_", " "): story.experts[name] for name in sorted(story.experts)}
     of_streams = experts.keys() <= {PICTURE_STREAM, SOUND_STREAM}
     expert_title = f"Loss of {'picture and sound' if of_streams else 'each transformer'}"
@@ -100,19 +116,17 @@ def list_charts(story: Story, most: int = MOST_BINS) -> list[Chart]:
         for name, points in story.rates.items()
     }
     bands = {f"timestep {name.rpartition('_')[2]}": points for name, points in story.bands.items()}
-    errors = {title: story.pairs.get(name, {}) for name, title in PAIR_ERRORS.items()}
-    right = {"right": story.pairs.get(PAIRS_RIGHT, {})}
-    losses = _curves({"loss": story.loss}, most, SMOOTHING)
+    further = [chart for draw in parts.charts for chart in draw(story, most)]
+    losses = make_curves({"loss": story.loss}, most, SMOOTHING)
     if story.validations:
         losses.append(_validation_curve(story.validations))
     charts = (
         Chart(losses, "step", "loss", "Loss"),
-        Chart(_curves(experts, most, SMOOTHING), "step", "loss", expert_title),
-        Chart(_curves(errors, most, SMOOTHING), "step", "error", "Error at both of a pair"),
-        Chart(_curves(right, most, SMOOTHING), "step", "share", "Share of pairs that are right"),
-        Chart(_curves(rates, most), "step", "learning rate", "Learning rate"),
-        Chart(_curves({"seconds": story.seconds}, most), "step", "seconds", "Seconds per step"),
-        Chart(_curves(bands, most, has_dots=True), "step", "loss", "Validation loss by noise"),
+        Chart(make_curves(experts, most, SMOOTHING), "step", "loss", expert_title),
+        *further,
+        Chart(make_curves(rates, most), "step", "learning rate", "Learning rate"),
+        Chart(make_curves({"seconds": story.seconds}, most), "step", "seconds", "Seconds per step"),
+        Chart(make_curves(bands, most, has_dots=True), "step", "loss", "Validation loss by noise"),
     )
     return [chart for chart in charts if chart.curves]
 
@@ -124,7 +138,7 @@ def _validation_curve(losses: Mapping[int, float]) -> Curve:
     return Curve("validation", steps, values, has_dots=len(steps) < 60, best=values.index(min(values)))
 
 
-def _curves(
+def make_curves(
     named: Mapping[str, Points], most: int, smoothing: float = 0.0, has_dots: bool = False
 ) -> list[Curve]:
     """Return the curves that have points. Short curves are not smoothed, and may get a dot for each point."""
@@ -164,14 +178,13 @@ def join_bins(points: Points, most: int = MOST_BINS) -> dict[float, list[float]]
     return bins
 
 
-def list_tiles(standing: Standing, story: Story) -> list[Tile]:
+def list_tiles(standing: Standing, story: Story, parts: PageParts = NO_PARTS) -> list[Tile]:
     """Return the numbers at the top of the page: label, value and a note."""
     tiles = [
         _step_tile(standing, story),
         _loss_tile(story),
         _validation_tile(story),
-        _pairs_tile(story),
-        _skipped_tile(story),
+        *[make_tile(story) for make_tile in parts.tiles],
         _seconds_tile(story),
     ]
     return [tile for tile in tiles if tile is not None]
@@ -188,23 +201,6 @@ def _validation_tile(story: Story) -> Tile | None:
         return None
     step, loss = story.lowest
     return "Best validation loss", f"{loss:.4g}", f"at step {step:,}"
-
-
-def _pairs_tile(story: Story) -> Tile | None:
-    """Return the tile of --preference: how many of the latest pairs are right."""
-    shares = [share for share in story.pairs.get(PAIRS_RIGHT, {}).values() if share is not None]
-    if not shares:
-        return None
-    last = shares[-SHOWN:]
-    note = f"the better one is learned more; mean of the last {count_of(len(last), 'step')}"
-    return "Pairs that are right", f"{sum(last) / len(last):.0%}", note
-
-
-def _skipped_tile(story: Story) -> Tile | None:
-    if not story.skipped:
-        return None
-    last = [f"{step:,}" for step in sorted(story.skipped)[-3:]]
-    return "Skipped steps", f"{len(story.skipped):,}", f"not taken; the last: {', '.join(last)}"
 
 
 def _seconds_tile(story: Story) -> Tile | None:

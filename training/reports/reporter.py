@@ -15,9 +15,9 @@ from typing import Any
 from modules.control_codes import shorten_lines
 from modules.media.reading import Frame
 from training.reports import sample_files
-from training.reports.history import History, PageCommand, Start, Story, history_name
-from training.reports.logs import StepReport
-from training.reports.page import Standing, page_path, write_training_page
+from training.reports.history import NUMBERS, History, PageCommand, Start, Story, history_name
+from training.reports.logs import Recorder, StepReport
+from training.reports.page import NO_PARTS, PageParts, Standing, page_path, write_training_page
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class RepeatedWork:
 class RunReporter:
     """Report one run. Use it as a context manager: leaving it writes the last page.
 
-    In processes other than the main one, the history is not written and there are no trackers.
+    In processes other than the main one, the history is not written.
     """
 
     history: History  # if it is not written, there is no page either
@@ -57,6 +57,7 @@ class RunReporter:
     commands: Callable[[Path | None, bool], Sequence[PageCommand]]  # of the file to use; finished or not
     memory: Callable[[], Sequence[tuple[str, str]]]
     now: Callable[[], float] = time.monotonic
+    parts: PageParts = NO_PARTS  # of the page, by features
     clips: sample_files.ClipStore | None = field(default=None, init=False)  # None: there are no samples yet
     _messages: "_Messages" = field(init=False)
     _page_pace: RepeatedWork = field(init=False)  # of writing the page
@@ -125,7 +126,7 @@ class RunReporter:
         if self.history.is_written:
             experts = {"experts": dict(report.by_part)} if report.by_part else {}
             skipped = {"skipped": report.skipped} if report.skipped else {}
-            pairs = {"pairs": dict(report.pairs)} if report.pairs else {}
+            numbers = {NUMBERS: dict(report.numbers)} if report.numbers else {}
             rates = dict(report.rates)
             self._note(
                 report.step,
@@ -136,7 +137,7 @@ class RunReporter:
                 left=left,
                 **experts,
                 **skipped,
-                **pairs,
+                **numbers,
             )
             started = self.now()
             if self._flush_pace.is_due(started, FLUSH_SECONDS):
@@ -152,13 +153,13 @@ class RunReporter:
         self._note(step, validation=dict(losses))
 
     def note_samples(
-        self, step: int, mark: str, prompts: Sequence[str] = (), trackers: Sequence[Any] = ()
+        self, step: int, mark: str, prompts: Sequence[str] = (), recorders: Sequence[Recorder] = ()
     ) -> None:
         """Pass on the samples that all processes have made, and write a sheet of them and the page.
 
-        prompts: of all samples. trackers: of accelerate, which get the samples.
+        prompts: of all samples. recorders: get the samples too.
         """
-        if not (self.history.is_written or trackers):
+        if not (self.history.is_written or recorders):
             return
         all_prompts = dict(enumerate(prompts))
         files: dict[int, Path] = {}
@@ -167,7 +168,8 @@ class RunReporter:
         by_file = {index: all_prompts.get(index, "") for index in files}
         strips = self._read_strips(files, by_file, step)
         with self._guarded():
-            sample_files.log_samples(trackers, step, files=files, strips=strips, prompts=by_file)
+            for recorder in recorders:
+                recorder.note_samples(step, files, strips, by_file)
         if not self.history.is_written:
             return
         self._note(
@@ -241,6 +243,7 @@ class RunReporter:
                 story,
                 standing=Standing(self.start, self.step, standing, kind),
                 load=load,
+                parts=self.parts,
             )
         self._page_pace.note(started, self.now())
 

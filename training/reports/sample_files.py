@@ -1,6 +1,4 @@
-"""Find the samples of a run by their names and read them reduced; draw sheets and the grid of the page, and
-send samples to trackers.
-"""
+"""Find the samples of a run by their names and read them reduced; draw sheets and the grid of the page."""
 
 import re
 import time
@@ -143,43 +141,6 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     from matplotlib import get_data_path  # slow to import
 
     return ImageFont.truetype(str(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
-
-
-def log_samples(
-    trackers: Sequence[Any],
-    step: int,
-    files: Mapping[int, Path],
-    strips: Mapping[int, Frame],
-    prompts: Mapping[int, str],
-) -> None:
-    """Send the samples of a step to TensorBoard and wandb.
-
-    strips: from `join_strip`. TensorBoard gets these: clips that play would need another package, and a
-    megabyte each. wandb gets the files themselves, with their prompts.
-    """
-
-    for tracker in trackers:
-        if tracker.name == "tensorboard":
-            for index, strip in strips.items():
-                tracker.writer.add_image(f"samples/{index:02d}", strip, step, dataformats="HWC")
-            tracker.writer.flush()
-        elif tracker.name == "wandb":
-            media = {}
-            for index, path in files.items():
-                media[f"samples/{index:02d}"] = _wandb_media(path, prompts[index])
-            if media:
-                tracker.log(media, step=step)
-
-
-def _wandb_media(path: Path, prompt: str) -> Any:
-    """Return a sample as an object that wandb shows."""
-    import wandb  # optional; `check_trackers` has found it
-
-    if path.suffix == ".png":
-        return wandb.Image(str(path), caption=prompt)
-    if path.suffix == ".wav":
-        return wandb.Audio(str(path), caption=prompt)
-    return wandb.Video(str(path), caption=prompt, format="mp4")
 
 
 MOST_CLIP_BYTES = 300_000  # as base64; a clip beyond that is noise, and is made smaller

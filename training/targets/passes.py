@@ -29,9 +29,8 @@ from training.loss import (
     sample_errors,
     split_streams,
 )
-from training.target_rules import EVEN_SPLIT, Preference, Split, TeacherTarget
+from training.target_rules import EVEN_SPLIT, Split, TeacherTarget
 from training.targets.errors import split_errors
-from training.targets.preferences import add_streams, compare_pairs, join_pairs
 
 # numbers of each sample, B: of the picture; if the batch has sound, also of that
 Streams = tuple[Tensor, ...]
@@ -110,9 +109,6 @@ def loss_passes(
     state between two.
     """
     passes = _make_passes(family, dit, noisy_batch, autocast=autocast, rule=rule)
-    if rule.targets.preference is not None:
-        yield (_measure_pairs(passes, noisy_batch, rule.targets.preference),)
-        return
     for more_passes in rule.other_passes or rule.further_passes:
         for errors in more_passes(passes, noisy_batch):
             yield _weighted(errors, noisy_batch)
@@ -125,24 +121,11 @@ def _weighted(errors: Streams, noisy_batch: NoisyBatch) -> Streams:
     weights = [noisy_batch.weights]
     if noisy_batch.sound is not None:
         weights.append(noisy_batch.sound.weights)
-    return tuple((error * weight).mean() for error, weight in zip(errors, weights, strict=True))
+    # passes may have one error of both streams, which is weighted as the picture
+    return tuple((error * weight).mean() for error, weight in zip(errors, weights, strict=False))
 
 
-def _measure_pairs(passes: TrainingPasses, noisy_batch: NoisyBatch, preference: Preference) -> Tensor:
-    """Return the mean loss of the pairs of a batch, weighted like the samples of any other target."""
-    pairs = join_pairs(noisy_batch)
-    passes = replace(passes, latents=passes.family.latent.to_model(pairs.batch.tensor("latents")))
-    target = _velocity(passes, pairs)
-    base_errors = add_streams(measure_plainly(passes, passes.base(pairs), target, pairs), pairs)
-    passes.restart(noisy_batch)
-    errors = add_streams(measure_plainly(passes, passes.learning(pairs), target, pairs), pairs)
-    losses, numbers = compare_pairs(errors, base_errors, preference)
-    if passes.rule.note_pairs is not None:
-        passes.rule.note_pairs(numbers)
-    return (losses * noisy_batch.weights).mean()
-
-
-def _velocity(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:
+def velocity_of(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:
     """Return the velocity from the clip to its noise, with sound both joined."""
     family = passes.family
     target = family.noise.velocity(passes.latents, noisy_batch.noise, noisy_batch.sigmas)
@@ -213,7 +196,7 @@ def _compare_with_clip(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Targe
     guided, and a teacher has no share in them.
     """
     rule = passes.rule
-    target = _velocity(passes, noisy_batch)
+    target = velocity_of(passes, noisy_batch)
     for make_target in (*rule.own_targets, *rule.make_target):
         target = make_target(passes, noisy_batch, target)
     teacher = rule.targets.teacher

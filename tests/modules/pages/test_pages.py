@@ -10,7 +10,7 @@ import jinja2
 import numpy as np
 import pytest
 
-from browser.views import share_page
+from browser.run_views import share_page
 from modules.errors import UserError
 from modules.pages.charts import Chart, Curve, draw_chart, smooth
 from modules.pages.page import embed_clip, embed_picture, mark_folders, write_page

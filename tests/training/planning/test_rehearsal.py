@@ -26,6 +26,7 @@ from running.planning.kernels import PlannedKernels
 from tests.manifests import tensor_list, write_hollow
 from tests.tiny import hunyuan_dit, krea2, wan_dit
 from tests.tiny.project import write_lora
+from training.features.composing import options_by_expert
 from training.learning_options import ExpertTrainingOptions, WholeDitOptions
 from training.loss import NoisyBatch
 from training.options import TrainingOptions, read_arguments, training_parser
@@ -43,7 +44,7 @@ CHECKPOINTED = ["--mixed_precision", "bf16", "--gradient_checkpointing"]
 def read_family(record: type[Options], is_whole: bool, *words: object) -> tuple[Options, TrainingOptions]:
     """Options of a family and of a training. is_whole: the model itself learns, else a LoRA of rank 4."""
     parser = training_parser("", WholeDitOptions) if is_whole else training_parser("")
-    add_options(parser, record, ExpertTrainingOptions)
+    add_options(parser, record, ExpertTrainingOptions, *options_by_expert())
     network = () if is_whole else ("--network_module", "networks.lora", "--network_dim", "4")
     args = read_arguments(parser, [*GIVEN, *network, *map(str, words)], {})
     return read_options(record, args), read_options(TrainingOptions, args)

@@ -1,45 +1,30 @@
-"""Progress bar, trackers, and steps that are timed where they end, by a clock that only work moves."""
+"""Progress bar, and steps that are timed where they end, by a clock that only work moves."""
 
-import contextlib
-import importlib.util
 import io
-import itertools
 import json
-import os
 import re
-import sys
-import threading
-import time
 from dataclasses import replace
-from datetime import datetime
 from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock
 
 import pytest
 import torch
-from accelerate.utils import LoggerType
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.optim import SGD
 from tqdm import tqdm
 
-from modules.errors import OptionError, UserError
 from modules.options import read_options
-from networks.adapter import NormReport
 from tests.training.toy import ToyFamily, toy_options, write_caches, write_prompts
 from training.loop import train
 from training.options import TrainingOptions, read_arguments, training_parser
 from training.processes import make_accelerator
 from training.reports.logs import (
     BAR,
-    NO_GIT,
     Logs,
     Readings,
     StepReport,
-    check_trackers,
     name_rates,
     public_config,
-    tracker_arguments,
 )
 from training.reports.pauses import PAUSE, SAMPLES, SAVING, SEEN, VALIDATION, StepClock
 from training.run import prepare_run
@@ -58,65 +43,14 @@ def options(words: str = "", **paths: Path) -> TrainingOptions:
     return read_options(TrainingOptions, read_arguments(training_parser(None), argv, {}))
 
 
-def test_tensorboard_gets_every_number_under_its_tag(tmp_path: Path) -> None:
-    given = options("--log_prefix run- --log_config", logging_dir=tmp_path).logs
-    clock = itertools.count(0, 5)
-    accelerator = make_accelerator(PLAIN, given, datetime(2030, 1, 2, 3, 4, 5))
-    folder = tmp_path / "run-20300102030405" / "network_train"
-
-    with Logs(accelerator, given, 4, 1, {"max_train_steps": 4}, now=lambda: next(clock)) as logs:
-        for step in (2, 4):
-            numbers: Any = {"loss": 1 / step, "average": 0.5, "gradient_norm": 2.0, "seconds": 0.5}
-            logs.step(StepReport(step, {"lr/unet": 1e-4}, norms=NormReport(3, 0.5, 0.9), **numbers))
-        logs.values({"loss/epoch": 0.4, "validation/loss": 0.3}, 4)
-
-    events = EventAccumulator(str(folder))
-    events.Reload()
-    assert [(event.step, event.value) for event in events.Scalars("loss/current")] == [(2, 0.5), (4, 0.25)]
-    assert [event.value for event in events.Scalars("steps_per_second")] == [2, 2]
-    tags = {"loss/average", "lr/unet", "grad_norm", "loss/epoch", "validation/loss", "max_norm/keys_scaled"}
-    assert tags <= set(events.Tags()["scalars"])
-    assert list(folder.glob("*/hparams.yml"))
-
-
-def test_a_tracker_whose_disk_is_full_ends_no_training(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
-) -> None:
-    resource = pytest.importorskip("resource")  # of POSIX systems
-    given = options(logging_dir=tmp_path).logs
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    with Logs(make_accelerator(PLAIN, given, datetime(2030, 1, 2, 3, 4, 5)), given, 4, 1, {}) as logs:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (600, before[1]))
-        try:
-            for step in range(40):  # its writer is a thread
-                logs.values({"loss/epoch": 0.4}, step)
-                time.sleep(0.01)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-    (said,) = [text for text in caplog.messages if "gets no more numbers" in text]
-    assert said.startswith("--log_with tensorboard gets no more numbers, the training continues: [Errno 27]")
-    assert "Traceback" not in capfd.readouterr().err
-
-
 def test_without_trackers_only_the_bar_moves() -> None:
     out = io.StringIO()
-    with Logs(make_accelerator(PLAIN), options().logs, 10, 4) as logs:
+    with Logs(make_accelerator(PLAIN), 10, 4) as logs:
         logs.bar = tqdm(total=10, initial=4, file=out, mininterval=0)
         logs.step(StepReport(5, {}, loss=1.0, average=0.123456))
         assert logs.bar.n == 5
 
     assert "avr_loss=0.1235" in out.getvalue()
-
-
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_a_tracker_that_cannot_end_leaves_threads_their_errors(error: type[BaseException]) -> None:
-    before, logs = threading.excepthook, Logs(make_accelerator(PLAIN), options().logs, 10, 4)
-    logs.accelerator.end_training = MagicMock(side_effect=error)
-    with contextlib.suppress(KeyboardInterrupt), logs:
-        pass
-    assert threading.excepthook is before
 
 
 def test_the_config_that_is_logged_has_no_keys_and_no_paths() -> None:
@@ -135,92 +69,6 @@ def test_rates_are_named_by_group_and_scaled_where_the_optimizer_estimates_a_fac
     optimizer.param_groups[0]["d"] = 0.1
 
     assert name_rates([0.5, 2.0], ("unet", "unet plus"), optimizer)["lr/d*lr/unet"] == pytest.approx(0.05)
-
-
-def test_a_tracker_config_replaces_the_name_of_the_run(tmp_path: Path) -> None:
-    file = tmp_path / "t.toml"
-    file.write_text('[wandb]\nname = "b"\n')
-
-    assert tracker_arguments(options("--wandb_run_name a").logs) == {"wandb": {"name": "a"}}
-    given = options("--wandb_run_name a", log_tracker_config=file).logs
-    assert tracker_arguments(given) == {"wandb": {"name": "b"}}
-    file.write_text("name = 1")
-    with pytest.raises(UserError, match="outside a table"):
-        tracker_arguments(given)
-
-
-@pytest.mark.parametrize("name", ["trackio", "aim", "mlflow", "swanlab", "comet_ml"])
-def test_other_dashboards_get_the_numbers_and_their_arguments(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A stand-in for the package, as accelerate calls it."""
-    package = MagicMock(__version__="9.0", __spec__=None)
-    package.search_experiments.return_value = []
-    package.utils.validation.MAX_PARAM_VAL_LENGTH = package.utils.validation.MAX_PARAMS_TAGS_PER_BATCH = 100
-    monkeypatch.setitem(sys.modules, name, package)
-    monkeypatch.setattr("accelerate.tracking._available_trackers", [LoggerType(name)])
-    file = tmp_path / "t.toml"
-    argument = "run_name" if name == "mlflow" else "experiment"
-    file.write_text(f'[{name}]\n{argument} = "mine"\n')
-    given = options(f"--log_with {name}", log_tracker_config=file, logging_dir=tmp_path).logs
-    check_trackers(given)
-
-    with Logs(make_accelerator(PLAIN, given), given, 4, config={"max_train_steps": 4}) as logs:
-        logs.values({"loss/epoch": 0.5, "lr/d*lr/unet": 0.25}, 3)
-
-    calls = str(package.mock_calls)
-    for part in (
-        f"{argument}='mine'",
-        "'max_train_steps': 4",
-        "loss/epoch",
-        "lr/d-lr/unet",
-        "0.25",
-        "step=3",
-    ):
-        assert part in calls, (part, calls)
-
-
-def test_what_writes_into_a_folder_needs_one() -> None:
-    with pytest.raises(OptionError, match="--log_with aim needs --logging_dir"):
-        options("--log_with aim")
-
-
-def test_a_missing_tracker_is_named_with_the_command_to_install_it() -> None:
-    if importlib.util.find_spec("wandb") is not None:
-        pytest.skip("it is installed here")
-    with pytest.raises(OptionError, match="pip install wandb"):
-        check_trackers(options("--log_with wandb").logs)
-
-
-@pytest.mark.parametrize(
-    ("name", "file"),
-    [
-        ("wandb", "wandb/settings"),
-        ("comet_ml", ".comet.config"),
-        ("comet_ml", ".env"),
-        ("swanlab", ".swanlab"),
-    ],
-)
-@pytest.mark.parametrize("variable", ["REELSMITH_RUN_GOES_ON", "REELSMITH_FROM_QUEUE"])
-def test_settings_of_a_tracker_in_a_strangers_folder_are_refused(
-    name: str, file: str, variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """They can name the server, which gets the user's key."""
-    monkeypatch.setitem(sys.modules, name, MagicMock(__spec__=None))
-    monkeypatch.chdir(tmp_path)
-    for git in NO_GIT:
-        monkeypatch.setenv(git, "")
-    given = options(f"--log_with {name}").logs
-    (tmp_path / file).parent.mkdir(exist_ok=True)
-    (tmp_path / file).write_text("[default]\nbase_url = http://evil\n", encoding="utf-8")
-    check_trackers(given)  # typed in a terminal
-    assert os.environ["WANDB_DISABLE_GIT"] == ""
-    monkeypatch.setenv(variable, "1")
-    with pytest.raises(OptionError, match=f"has settings of {name}, which can name any server"):
-        check_trackers(given)
-    (tmp_path / file).unlink()
-    check_trackers(given)
-    assert os.environ["WANDB_DISABLE_GIT"] == "true"
 
 
 @pytest.fixture
@@ -356,7 +204,7 @@ def test_pauses_to_come_are_counted_by_kind(
 )
 def test_numbers_make_room_for_the_bar(columns: int, shown: str) -> None:
     out, extras = io.StringIO(), {"mem": "10.2G", "sample": "50"}
-    with Logs(make_accelerator(PLAIN), options().logs, 100, extras=lambda _: extras) as logs:
+    with Logs(make_accelerator(PLAIN), 100, extras=lambda _: extras) as logs:
         logs.bar = tqdm(desc="steps", total=100, file=out, ncols=columns, mininterval=0, bar_format=BAR)
         for step in range(1, 9):
             logs.step(StepReport(step, {"lr/unet": 0.001}, seconds=0.759, average=0.2299))

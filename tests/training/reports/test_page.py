@@ -6,8 +6,6 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 from urllib.parse import unquote, urlparse
 
 import numpy as np
@@ -21,6 +19,7 @@ from modules.media.tracks import write_wav
 from tests.chromium import open_page, wait_until
 from tests.training.test_resume import train_in_two_processes
 from tests.training.toy import Killed, killed_at, same, train_toy, write_caches, write_prompts
+from training.features.composing import parts_of_page
 from training.reports.history import History, PageCommand, SampleRow, Start, Story
 from training.reports.page import Standing, list_charts, list_tiles, write_training_page
 from training.reports.reporter import RunReporter
@@ -31,7 +30,6 @@ from training.reports.sample_files import (
     TITLE_SIZE,
     choose_columns,
     find_samples,
-    log_samples,
     read_reduced,
     write_sheet,
 )
@@ -255,14 +253,16 @@ def test_the_numbers_of_pairs_are_curves_and_the_latest_ones_a_tile(tmp_path: Pa
     history.flush()
 
     story = history.read()
-    charts = {chart.title: {curve.name: curve.y for curve in chart.curves} for chart in list_charts(story)}
+    drawn = list_charts(story, parts_of_page())
+    charts = {chart.title: {curve.name: curve.y for curve in chart.curves} for chart in drawn}
 
     assert charts["Error at both of a pair"] == {
         "better one": [0.5, 0.25, 0.125, 0.0625],
         "worse one": [2, 2, 2, 2],
     }
     assert charts["Share of pairs that are right"] == {"right": [0.25, 0.5, 0.75, 1]}
-    tiles = {label: (value, note) for label, value, note in list_tiles(Standing(Start("toy", 9), 5), story)}
+    listed = list_tiles(Standing(Start("toy", 9), 5), story, parts_of_page())
+    tiles = {label: (value, note) for label, value, note in listed}
     assert tiles["Pairs that are right"][0] == "62%"
     assert tiles["Skipped steps"] == ("1", "not taken; the last: 5")
 
@@ -354,24 +354,6 @@ def test_samples_go_to_tensorboard_with_and_without_a_page(tmp_path: Path, sampl
         images = accumulator.Images("samples/00")
         assert [image.step for image in images] == [3, 6]
         assert (images[0].width, images[0].height) == (3 * 32 + 2 * 4, 32)
-
-
-def test_wandb_gets_files_with_their_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sent: list[tuple[dict[str, Any], int]] = []
-
-    def media(kind: str) -> Any:
-        return lambda path, **settings: (kind, path, settings)
-
-    package = SimpleNamespace(Video=media("video"), Image=media("image"))
-    monkeypatch.setitem(sys.modules, "wandb", package)  # type: ignore[arg-type]
-    tracker: Any = SimpleNamespace(name="wandb", log=lambda values, step: sent.append((values, step)))
-    files = {0: tmp_path / "a.mp4", 1: tmp_path / "b.png"}
-
-    log_samples([tracker], 5, files, {}, {0: "a cat", 1: "a dog"})
-
-    video = ("video", str(files[0]), {"caption": "a cat", "format": "mp4"})
-    image = ("image", str(files[1]), {"caption": "a dog"})
-    assert sent == [({"samples/00": video, "samples/01": image}, 5)]
 
 
 def test_a_sample_of_sound_alone_is_drawn_by_how_far_it_swings(tmp_path: Path) -> None:

@@ -1,0 +1,51 @@
+"""Say a command of this program so that it can be typed in any folder."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from modules.command import quote_for_powershell, quote_for_shell
+from modules.installation import FRONT_SCRIPT, MOST_BEFORE, PREFIX, ROOT, command_words, find_script
+
+
+def format_command(words: Sequence[str], folder: Path | None = None) -> str:
+    """Return a command line for a terminal that is in any folder.
+
+    words: of a command of this program. In a checkout, which has no program `reelsmith`, they get the path of
+    the script. folder: that the command's relative paths begin in; None: it has none.
+    """
+    line = quote_for_shell(command_words(words) if PREFIX else _add_script_path(words))
+    return f"{format_cd(folder)}{line}"
+
+
+def format_cd(folder: Path | None, in_powershell: bool = False) -> str:
+    """Return the words in front of a command line that is to run in a folder; empty if that is None."""
+    if folder is None:
+        return ""
+    words = ["cd", str(folder.absolute())]
+    return f"{quote_for_powershell(words)}; " if in_powershell else f"{quote_for_shell(words)} && "
+
+
+def format_move(paths: Sequence[Path], folder: Path) -> str:
+    """Return a command line that moves files into a new folder, for a terminal in any folder."""
+    sources = [str(path.absolute()) for path in paths]
+    target = str(folder.absolute())
+    if os.name == "nt":
+        made = quote_for_powershell(["mkdir", target])
+        listed = ", ".join(quote_for_powershell([source]) for source in sources)
+        return f"{made}; mv {listed} {quote_for_powershell([target])}"
+    return f"{quote_for_shell(['mkdir', '-p', target])} && {quote_for_shell(['mv', *sources, target])}"
+
+
+def _add_script_path(words: Sequence[str]) -> list[str]:
+    """Return the words of a command with the full path of its script, as a checkout has it."""
+    words = list(words)
+    if words[:1] == ["reelsmith"]:
+        return ["python", str(ROOT / FRONT_SCRIPT), *words[1:]]
+    if words[:1] not in (["python"], ["accelerate"]):
+        return words
+    for place, word in enumerate(words[:MOST_BEFORE]):
+        script = find_script(word)
+        if script is not None:
+            return [*words[:place], str(ROOT / script), *words[place + 1 :]]
+    return words

@@ -1,0 +1,116 @@
+"""Read what `new` and `run --check` have printed: lines, the files that they name, and a remedy for each."""
+
+import re
+import shlex
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from browser.jobs import Job
+from modules.text_encodings import NAMES
+
+MOST_LINES = 400
+MOST_LINKS = 3  # files of a line that are linked
+MOST_SEARCHED = 3000  # files of a folder whose names are looked for with blanks in them
+DIFF = re.compile(r"--- \S+")  # begins the changes that `new --dry_run` prints
+NAMED_ENCODING = re.compile(r"name it: --repair_captions (\S+)$")
+OUT = "out"  # remedies: leave the files of a line out; convert captions; run the command of the line
+REPAIR = "repair"
+RUN = "run"
+UNREADABLE = ("left out: ", "cannot be read", "no image that can be read", "is damaged")
+COPIES = ": equal copies"
+CONVERTED = ("to UTF-8", "now UTF-8", ": left as it is")  # of lines of --repair_captions
+
+
+@dataclass(frozen=True)
+class OutputLine:
+    """A line that a command has printed, and what its button does."""
+
+    text: str
+    names: tuple[str, ...] = ()  # of files of the folder
+    remedy: str = ""  # OUT, REPAIR, RUN or none
+    needs_word: bool = False  # a command with a place for a made-up word
+    is_fault: bool = False
+    encoding: str = ""  # that a check names for captions of which it is not sure
+    depth: int = 0  # how far it was indented, in blanks
+
+    @property
+    def is_command(self) -> bool:
+        return self.remedy == RUN or self.needs_word
+
+    @property
+    def is_about_repair(self) -> bool:
+        """Return whether it says which captions were converted, and which were not."""
+        return bool(self.encoding) or any(words in self.text for words in CONVERTED)
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Return the files that the remedy OUT leaves out: of equal ones all but the first."""
+        return self.names[1:] if COPIES in self.text else self.names
+
+
+def read_output_lines(job: Job | None, names: Collection[str] = ()) -> list[OutputLine]:
+    """Return the lines that a command has printed, without the changes of a --dry_run.
+
+    names: of the files of its folder.
+    """
+    if job is None:
+        return []
+    lines: list[OutputLine] = []
+    for line in job.last_lines(MOST_LINES).splitlines():
+        if DIFF.match(line):
+            break
+        if line.strip():
+            depth = len(line) - len(line.lstrip())
+            lines.append(replace(_read_line(line, names), depth=depth))
+    return lines
+
+
+def _read_line(line: str, names: Collection[str]) -> OutputLine:
+    text = line.strip()
+    if line.startswith("  ") and text.startswith(("python ", "reelsmith ")):
+        needs_word = "--trigger_word WORD" in text
+        return OutputLine(text, remedy="" if needs_word else RUN, needs_word=needs_word)
+    found_names = _find_names(text, names)
+    is_fault = text.startswith("left out: ") or "Something is wrong" in text
+    named = NAMED_ENCODING.search(text)
+    if named is not None and named[1] in NAMES:
+        return OutputLine(text, found_names, remedy=REPAIR, encoding=named[1])
+    if "not UTF-8" in text:
+        return OutputLine(text, found_names, remedy=REPAIR)
+    is_unreadable = any(words in text for words in UNREADABLE) or text in names
+    if (is_unreadable and len(found_names) == 1) or (COPIES in text and len(found_names) > 1):
+        return OutputLine(text, found_names, remedy=OUT, is_fault=is_fault)
+    return OutputLine(text, found_names, is_fault=is_fault)
+
+
+def _find_names(text: str, names: Collection[str]) -> tuple[str, ...]:
+    """Return the first files that a line names, in its order."""
+    if len(names) <= MOST_SEARCHED:
+        contained = [name for name in names if name in text]
+        found_names = [name for name in contained if _is_whole(name, text)]
+    else:
+        words = {Path(word.strip(",:;'()")).name for word in text.split()}
+        found_names = [name for name in names if name in words]
+    return tuple(sorted(found_names, key=text.find)[:MOST_LINKS])
+
+
+def _is_whole(name: str, text: str) -> bool:
+    """Return whether a text has a name that is not a part of a longer one."""
+    return re.search(rf"(?<![\w.-]){re.escape(name)}(?![\w-])", text) is not None
+
+
+def read_changes(job: Job | None) -> list[str]:
+    """Return the lines that say how files would change, as `new --dry_run` prints them."""
+    lines = [] if job is None else job.last_lines(MOST_LINES).splitlines()
+    for place, line in enumerate(lines):
+        if DIFF.match(line):
+            return lines[place:]
+    return []
+
+
+def find_command(lines: Sequence[OutputLine], text: str) -> list[str] | None:
+    """Return the words of a command if it is one that was printed; None for any other text."""
+    if not any(line.remedy == RUN and line.text == text for line in lines):
+        return None
+    return shlex.split(text)

@@ -1,0 +1,335 @@
+"""Read a folder that `new` has described, and change keys of its files: comments and unknown keys stay.
+
+The three files are the draft of a training. Pages keep nothing of it elsewhere, so a terminal and several
+pages may change it in turn.
+"""
+
+import contextlib
+import errno
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tomlkit
+from tomlkit.exceptions import TOMLKitError
+from tomlkit.items import Table
+
+from browser.captions import BOM, mark_bytes
+from browser.names import short_digest
+from modules.atomic_write import write_bytes
+from modules.file_locks import only_one
+from modules.paths import is_on_foreign_share
+from modules.text_files import parse_toml, read_content, real_path
+from project.options import RUN_FILE, find_models, times_of_steps
+from training.config_options import OTHERS_TABLE, toml_value
+
+DATASET_FILE = "dataset.toml"
+PROMPTS_FILE = "prompts.txt"
+FILES = (DATASET_FILE, PROMPTS_FILE, RUN_FILE)  # in the order that `new` writes them
+TRAINING_TABLE = "training"  # of RUN_FILE
+
+
+_WRITING = threading.Lock()  # of this process, between reading a file's mark and writing it
+
+
+class ChangedMeanwhileError(Exception):
+    """Signal that a file is not what the page was made from."""
+
+
+@dataclass(frozen=True)
+class DescribedFolder:
+    """Hold what the files of a described folder say, as far as the form New shows it."""
+
+    folder: Path
+    family: str
+    task: str
+    name: str
+    steps: int | None  # None: epochs say how long the training is
+    trigger: str
+    model_files: Mapping[str, str]  # path of each file of the model by its option
+    values: Mapping[str, Any]  # all options of the training
+    mark: str  # checksum of the files
+
+    @property
+    def output(self) -> Path:
+        return self.folder / str(self.values.get("output_dir", "output"))
+
+
+@dataclass(frozen=True)
+class KeyChanges:
+    """Hold which keys of a run.toml are set, or removed by None, and which stay though `new` derives them."""
+
+    changes: Mapping[str, Any]
+    kept: Mapping[str, Any] = field(default_factory=dict)  # somebody has changed these values
+
+    @property
+    def text(self) -> str:
+        """Return the changed lines in words, `run.toml: max_train_steps = 100`, and the lines that stay."""
+        lines = [
+            f"{name} is removed" if value is None else f"{name} = {toml_value(value)}"
+            for name, value in self.changes.items()
+        ]
+        kept = [f"{name} = {toml_value(value)}" for name, value in self.kept.items()]
+        stays = (
+            f". {', '.join(kept)} {'stay' if len(kept) > 1 else 'stays'}, as typed by hand" if kept else ""
+        )
+        return f"{RUN_FILE}: {', '.join(lines)}{stays}"
+
+
+def change_steps(values: Mapping[str, Any], steps: int) -> KeyChanges:
+    """Return the changes of a run.toml for another number of steps, with what follows from it.
+
+    values: of its training. A value stays if it is not what `new` derives from the present steps.
+    """
+    changes: dict[str, Any] = {"max_train_steps": steps}
+    if "max_train_epochs" in values:
+        changes["max_train_epochs"] = None  # it would go first
+    before = values.get("max_train_steps")
+    derived = times_of_steps(before) if isinstance(before, int) and before > 0 else {}
+    kept = {}
+    for name, value in times_of_steps(steps).items():
+        if name not in values or values[name] == value:
+            continue
+        if values[name] == derived.get(name):
+            changes[name] = value
+        else:
+            kept[name] = values[name]
+    return KeyChanges(changes, kept)
+
+
+def is_described(folder: Path) -> bool:
+    return (folder / RUN_FILE).is_file()
+
+
+def read_own_file(path: Path) -> bytes:
+    """Return the bytes of a file of a described folder.
+
+    Raises OSError if it cannot be read, or is a link that leads out of the folder: a folder of somebody else
+    could show and change any file that way.
+    """
+    if not real_path(path).is_relative_to(real_path(path.parent)):
+        raise OSError(errno.EINVAL, "it is a link that leads out of its folder", str(path))
+    return read_content(path)
+
+
+def mark_files(folder: Path) -> str:
+    """Return a checksum of the three files of a folder; "" if it has none of them."""
+    marks = []
+    for name in FILES:
+        try:
+            marks.append(mark_bytes(read_own_file(folder / name)))
+        except FileNotFoundError:
+            marks.append("")
+        except OSError:  # no file, or one that may not be read
+            marks.append("-")
+    return short_digest("".join(marks)) if any(marks) else ""
+
+
+def read_described(folder: Path) -> DescribedFolder:
+    """Read a described folder.
+
+    Raises OSError if a file cannot be read, ValueError if it is not as `new` writes it.
+    """
+    mark = mark_files(folder)
+    run = parse_toml(read_own_file(folder / RUN_FILE).decode())
+    try:
+        values = dict(run[TRAINING_TABLE])
+        project = run[OTHERS_TABLE]
+        download = [str(word) for word in project["commands"][0]]
+        family = download[download.index("--family") + 1]
+        task = download[download.index("--task") + 1]
+        files = [str(file) for file in project["files"]]
+        for file in files:
+            refuse_share(file, folder)
+        steps = values.get("max_train_steps")
+        return DescribedFolder(
+            folder=folder,
+            family=family,
+            task=task,
+            name=str(values["output_name"]),
+            steps=None if steps is None or "max_train_epochs" in values else int(steps),
+            trigger=_read_trigger(folder),
+            model_files=_name_model_files(family, task, files),
+            values=values,
+            mark=mark,
+        )
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder / RUN_FILE} is not as `new` writes it: {error}") from None
+
+
+def refuse_share(text: str, folder: Path) -> None:
+    """Raise ValueError for a path in a file of a folder that leads to a share of another machine."""
+    if is_on_foreign_share(folder / text, folder):
+        raise ValueError(f"{text} is on another machine, which pages do not look at")
+
+
+def _read_trigger(folder: Path) -> str:
+    try:
+        general = parse_toml(read_own_file(folder / DATASET_FILE).decode()).get("general", {})
+    except FileNotFoundError:
+        return ""
+    return str(general.get("trigger_word", "")) if isinstance(general, dict) else ""
+
+
+def _name_model_files(family: str, task: str, paths: list[str]) -> dict[str, str]:
+    """Return the files of a model by their options; `new` lists them in the order of the catalogue."""
+    for model in find_models():
+        if (model.family, model.task) == (family, task):
+            parts = [part for part in model.components if part.option]
+            if len(paths) < len(parts):  # a checkpoint has some inside
+                parts = [part for part in parts if part.inside is None]
+            names = dict.fromkeys((part.option or "").lstrip("-") for part in parts)
+            return dict(zip(names, paths, strict=False))
+    return {}
+
+
+def read_commands(folder: Path) -> list[list[str]]:
+    """Return the commands in the run.toml of a folder; none if it is not as `new` writes it."""
+    try:
+        run = parse_toml(read_content(folder / RUN_FILE).decode())
+        return [[str(word) for word in words] for words in run[OTHERS_TABLE]["commands"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def keep_copies(folder: Path, target: Path) -> None:
+    """Copy the three files of a folder into another one. Raises OutputError if that fails."""
+    for name in FILES:
+        with contextlib.suppress(FileNotFoundError):
+            content = read_content(folder / name)
+            write_bytes(target / name, content)
+
+
+@dataclass(frozen=True)
+class TextForm:
+    """The text of a file as a page edits it, and the form of its bytes."""
+
+    text: str
+    start: bytes = b""
+    newline: str = "\n"
+
+    @classmethod
+    def of(cls, content: bytes) -> "TextForm":
+        """Return the text in the bytes of a file. Raises UnicodeDecodeError if it is not UTF-8."""
+        start = BOM if content.startswith(BOM) else b""
+        decoded = content[len(start) :].decode()
+        return cls(tidy_lines(decoded), start, newline="\r\n" if "\r\n" in decoded else "\n")
+
+    def with_text(self, text: str) -> bytes:
+        """Return the bytes of the file with another text."""
+        return self.start + tidy_lines(text).replace("\n", self.newline).encode()
+
+
+def tidy_lines(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+@dataclass(frozen=True)
+class DraftFile:
+    """A file of a described folder in its current state."""
+
+    path: Path
+    content: bytes | None  # None: there is no such file
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def mark(self) -> str:
+        return mark_bytes(self.content)
+
+    @property
+    def form(self) -> TextForm:
+        return TextForm.of(self.content or b"")
+
+    @property
+    def text(self) -> str:
+        return self.form.text
+
+    def save(self, text: str) -> None:
+        """Write another text into the file. Raises as `replace_content`."""
+        replace_content(self.path, self.form.with_text(text), self.mark)
+
+
+def change_keys(path: Path, changes: Mapping[str, Any], have: str) -> None:
+    """Set and remove options of the training in a run.toml, as `edit_toml` does.
+
+    have: checksum (`mark_bytes`) of the content that the change was made for. Raises ChangedMeanwhileError if
+    the file has changed since, ValueError if it is not TOML or has no such table, OSError or OutputError if
+    it cannot be read or written.
+    """
+    draft = DraftFile(path, read_own_file(path))
+    if draft.mark != have:
+        raise ChangedMeanwhileError
+    draft.save(edit_toml(draft.text, changes))
+
+
+def replace_content(path: Path, content: bytes, have: str) -> None:
+    """Write a file in place of what it was, if that still is what `have` marks; "" marks a missing file.
+
+    Raises ChangedMeanwhileError, OSError or OutputError; see `change_keys`.
+    """
+    with _WRITING, only_one(path.with_name(f".{path.name}.lock")):
+        try:
+            present: bytes | None = read_content(path)
+        except FileNotFoundError:
+            present = None
+        if mark_bytes(present) != have:
+            raise ChangedMeanwhileError
+        if content != present:
+            write_bytes(path, content)
+
+
+def edit_toml(text: str, changes: Mapping[str, Any]) -> str:
+    """Return a run.toml with options set, or removed by None; everything else stays as written, comments too.
+
+    A key is changed in the table that has it, the last one if several do, as they only group keys. A new key
+    goes to the end of TRAINING_TABLE. Raises ValueError; see `change_keys`.
+    """
+    if not changes:
+        return text
+    try:
+        document = tomlkit.parse(text)
+        home = document[TRAINING_TABLE]
+    except TOMLKitError as error:
+        raise ValueError(f"it is no TOML: {error}") from None
+    if not isinstance(home, Table):
+        raise ValueError(f"[{TRAINING_TABLE}] is no table")
+    for name, value in changes.items():
+        holders = _list_holders(document, name)
+        if value is None:
+            for holder in holders:
+                holder.remove(name)
+        elif holders:
+            holders[-1][name] = value
+        else:
+            _append_key(home, name, value)
+    return tomlkit.dumps(document)
+
+
+def _list_holders(document: Any, name: str) -> list[Any]:
+    """Return the tables that have a key, in their order, except what `run` keeps in the file."""
+    holders = []
+    tables = [document]
+    while tables:
+        table = tables.pop(0)
+        for key, value in table.items():
+            if isinstance(value, dict) and key != OTHERS_TABLE:
+                tables.append(value)
+            elif key == name:
+                holders.append(table)
+    return holders
+
+
+def _append_key(table: Table, name: str, value: Any) -> None:
+    """Set a new key at the end of a table, before the blank lines and comments at its end."""
+    body = table.value.body
+    tail = []
+    while body and body[-1][0] is None:
+        tail.append(body.pop()[1])
+    table.append(name, value)
+    for item in reversed(tail):
+        table.value.append(None, item)

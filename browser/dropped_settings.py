@@ -1,0 +1,164 @@
+"""Read how a file was made, to fill the form Generate with it: files of ours, and prompts of other programs.
+
+Ours are read as their results are (`result_settings.py`). Pictures of ComfyUI hold their graph, those of the
+web UI of AUTOMATIC1111 a text; of these the prompt and plain numbers are taken.
+"""
+
+import contextlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from browser.recipes import PICTURES, ModelRecipe, float_or_one
+from browser.result_settings import KEYS, ResultSettings, find_family, parse_tags
+from modules.errors import OptionError
+from modules.text_files import parse_json
+
+MOST_HOPS = 20  # between nodes of a graph
+MOST_OF_GRAPH = 4 << 20  # characters
+NO_SETTINGS = (
+    "It holds no settings: programs that change a picture often drop them. To start from it, drop it on the "
+    "field Start from, or on Edit."
+)
+
+
+@dataclass(frozen=True)
+class DroppedSettings:
+    """Settings with which a file was made, as stated in it."""
+
+    program: str  # that made it
+    texts: Mapping[str, str] = field(default_factory=dict)  # by the key of an option; "prompt" among them
+    model: str = ""  # as outputs name it
+    task: str = ""
+    loras: Mapping[str, str] = field(default_factory=dict)  # strength by the name of the file
+
+    @property
+    def family(self) -> str:
+        """Return the family as scripts name it; empty if it is not known."""
+        return find_family(self.model)
+
+    def fields(self, recipe: ModelRecipe) -> dict[str, str]:
+        """Return texts by the names of the form's fields, as far as the model has them."""
+        texts = {"prompt": self.texts.get("prompt", "")}
+        for name, key in recipe.keys.items():
+            text = self.texts.get(key, "")
+            if text and name not in PICTURES:
+                texts[name] = text
+        return texts
+
+
+def read_dropped_settings(tags: Mapping[str, str]) -> DroppedSettings:
+    """Return the settings in the texts of a file. Raises OptionError if there are none."""
+    ours = parse_tags(tags)
+    if "prompt" in ours.values:
+        return _read_ours(ours)
+    for name in ("prompt", "comment"):
+        graph = _read_graph(tags.get(name, ""))
+        if graph:
+            return _read_comfyui(graph)
+    parameters = tags.get("parameters", "")
+    if "\nSteps: " in parameters or parameters.startswith("Steps: "):
+        return _read_parameters(parameters)
+    raise OptionError(NO_SETTINGS)
+
+
+def _read_ours(settings: ResultSettings) -> DroppedSettings:
+    texts = {KEYS.get(name, name): text for name, text in settings.values.items()}
+    if texts.get("video_length") == "1":
+        del texts["video_length"]
+    return DroppedSettings(
+        program="Reelsmith",
+        texts=texts,
+        model=settings.get("model_type"),
+        task=settings.get("task"),
+        loras={lora.name: f"{float_or_one(lora.strength):g}" for lora in settings.loras},
+    )
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _read_graph(text: str) -> dict[str, Any]:
+    """Return the nodes of ComfyUI's graph, by number; empty if a text is none."""
+    if not text.lstrip().startswith("{") or len(text) > MOST_OF_GRAPH:
+        return {}
+    with contextlib.suppress(ValueError, RecursionError):
+        graph = parse_json(text)
+        if isinstance(graph, dict) and isinstance(graph.get("prompt"), str):  # of a video
+            graph = parse_json(graph["prompt"])
+        nodes = graph.values() if isinstance(graph, dict) else ()
+        if nodes and all(isinstance(node, dict) and "class_type" in node for node in nodes):
+            return graph
+    return {}
+
+
+def _read_comfyui(graph: Mapping[str, Any]) -> DroppedSettings:
+    """Return prompts and numbers of the first sampler of a graph. Raises OptionError if it names no text."""
+    for node in graph.values():
+        inputs = node.get("inputs")
+        if not isinstance(inputs, dict) or not isinstance(inputs.get("positive"), list):
+            continue
+        prompt = _follow(graph, inputs["positive"])
+        if not prompt:
+            continue
+        texts = {"prompt": prompt, "negative_prompt": _follow(graph, inputs.get("negative"))}
+        names = {"seed": "seed", "noise_seed": "seed", "steps": "infer_steps", "cfg": "guidance_scale"}
+        for name, key in names.items():
+            if isinstance(inputs.get(name), (int, float)):
+                texts[key] = f"{inputs[name]}"
+        latent = inputs.get("latent_image")
+        sizes = graph.get(str(latent[0]), {}).get("inputs", {}) if isinstance(latent, list) and latent else {}
+        for name, key in {"width": "video_size_width", "height": "video_size_height"}.items():
+            if isinstance(sizes, dict) and isinstance(sizes.get(name), int):
+                texts[key] = str(sizes[name])
+        return DroppedSettings(program="ComfyUI", texts={key: text for key, text in texts.items() if text})
+    raise OptionError(
+        "It holds a graph of ComfyUI in which no prompt can be found plainly: copy it from there."
+    )
+
+
+def _follow(graph: Mapping[str, Any], link: Any) -> str:
+    """Return the text at the end of a link between nodes; empty if there is none plainly."""
+    for _ in range(MOST_HOPS):
+        if isinstance(link, str):
+            return link
+        if not isinstance(link, list) or not link:
+            return ""
+        node = graph.get(str(link[0]))
+        inputs = node.get("inputs") if isinstance(node, dict) else None
+        if not isinstance(inputs, dict):
+            return ""
+        link = next((inputs[name] for name in FOLLOWED if name in inputs), None)
+    return ""
+
+
+# inputs of nodes that lead to a text
+FOLLOWED = ("text", "clip_l", "t5xxl", "conditioning", "positive", "value", "string", "prompt")
+
+
+# `Steps: 20, Lora hashes: "a: b, c: d", Size: 512x768`: each part is read once, whatever it holds
+SETTINGS = re.compile(r"(?:^|(?<=, ))([\w ]++): (\"(?:\\.|[^\"\\])*+\"|[^,]*+)(?:, |$)")
+
+
+def _read_parameters(text: str) -> DroppedSettings:
+    """Return the settings in AUTOMATIC1111's text: prompt lines, a negative line, a line of settings."""
+    body, _, line = text.rpartition("\n")
+    prompt, _, negative = body.partition("\nNegative prompt:")
+    settings = dict(SETTINGS.findall(line))
+    texts = {"prompt": prompt.strip(), "negative_prompt": negative.strip()}
+    names = {"Steps": "infer_steps", "CFG scale": "guidance_scale", "Seed": "seed"}
+    for name, key in names.items():
+        if _is_number(settings.get(name, "")):
+            texts[key] = settings[name]
+    size = re.fullmatch(r"(\d+)x(\d+)", settings.get("Size", ""))
+    if size:
+        texts |= {"video_size_width": size[1], "video_size_height": size[2]}
+    return DroppedSettings(
+        program="AUTOMATIC1111's web UI", texts={key: text for key, text in texts.items() if text}
+    )

@@ -1,0 +1,151 @@
+"""List what a run.toml lets a run do, before it is started: it may come from somebody else.
+
+`run` itself refuses what is marked as refused here, see `modules/run_limits.py`: the list only says it first.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from browser.described_folder import DATASET_FILE, TRAINING_TABLE, refuse_share
+from modules.command import as_typed
+from modules.paths import expand_path
+from modules.run_limits import ALLOWED_BY, ANY
+from modules.text_files import parse_toml, read_content, real_path
+from project.options import RUN_FILE, STARTING
+from training.config_options import OTHERS_TABLE, OUR_NETWORKS
+from training.features.composing import options_reaching
+
+CODE = ("network_module",)  # options that load code
+NOT_STARTED = "`run` refuses it: --{} is only taken if it is typed"
+CACHES = "cache_directory"  # ends the names of keys of a dataset
+MOST_LINES = 100
+MOST_SHOWN = 64 << 10  # bytes of a file
+
+
+@dataclass(frozen=True)
+class Permission:
+    """Something that a run does, and what to know of it."""
+
+    text: str
+    note: str = ""  # why it is refused, or unusual
+    is_unusual: bool = False  # `new` writes no such thing
+
+
+def read_permissions(folder: Path) -> list[Permission]:
+    """Return the acts that the files of a described folder let a run do; those unknown to `new` come first.
+
+    What is beyond MOST_LINES is counted in a last line. Raises OSError if run.toml cannot be read, ValueError
+    if it is not TOML.
+    """
+    tables = parse_toml(read_content(folder / RUN_FILE).decode())
+    found = [
+        *_list_writing(folder, tables),
+        *_list_caches(folder),
+        *_list_sending(tables),
+        *_list_code(tables),
+        *_list_starting(tables),
+        *_list_commands(tables),
+    ]
+    found.sort(key=lambda permission: not permission.is_unusual)
+    hidden = found[MOST_LINES:]
+    if not hidden:
+        return found
+    num_unusual = sum(permission.is_unusual for permission in hidden)
+    text = f"and {len(hidden):,} more that are not listed, {num_unusual:,} of them unusual: read the files"
+    return [*found[:MOST_LINES], Permission(text, is_unusual=num_unusual > 0)]
+
+
+def read_shown_text(path: Path) -> str:
+    """Return the text of a file for reading; its first part if it is long. Raises OSError."""
+    content = read_content(path)
+    text = content[:MOST_SHOWN].decode("utf-8", "replace")
+    return text if len(content) <= MOST_SHOWN else f"{text}\n… and {len(content) - MOST_SHOWN:,} bytes"
+
+
+def _table(tables: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    table = tables.get(name)
+    return table if isinstance(table, dict) else {}
+
+
+def _describe_place(folder: Path, option: str, text: str) -> Permission:
+    try:
+        refuse_share(text, folder)
+        place = real_path(expand_path(text, folder))
+    except ValueError as error:
+        return Permission(f"--{option} {text}: {error}", is_unusual=True)
+    if place.is_relative_to(folder):
+        return Permission(f"writes into {place}")
+    allowing = ALLOWED_BY.get(option, ANY)
+    note = f"outside of {folder}: `run` refuses it unless --{allowing} is typed"
+    return Permission(f"writes into {place}", note=note, is_unusual=True)
+
+
+def _list_writing(folder: Path, tables: Mapping[str, Any]) -> Iterator[Permission]:
+    values = _table(tables, TRAINING_TABLE)
+    for option in ("output_dir", *options_reaching("writes")):
+        if option in values:
+            yield _describe_place(folder, option, str(values[option]))
+
+
+def _list_caches(folder: Path) -> Iterator[Permission]:
+    """Yield the folders that the caches of a dataset are written into."""
+    try:
+        dataset = parse_toml(read_content(folder / DATASET_FILE).decode())
+    except (OSError, ValueError) as error:
+        yield Permission(f"{folder / DATASET_FILE} cannot be read: {error}", is_unusual=True)
+        return
+    tables = [dataset.get("general"), *_as_list(dataset.get("datasets"))]
+    for table in tables:
+        if isinstance(table, dict):
+            for name, value in table.items():
+                if name.endswith(CACHES):
+                    yield _describe_place(folder, name, str(value))
+
+
+def _as_list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _list_sending(tables: Mapping[str, Any]) -> Iterator[Permission]:
+    values = _table(tables, TRAINING_TABLE)
+    for option, facts in options_reaching("sends", "configures").items():
+        value = values.get(option)
+        if value:
+            stays = value in facts.get("stays", ())
+            note = "" if stays else f"`run` refuses it unless --{option} is typed"
+            yield Permission(facts["permission"].format(value), note=note, is_unusual=not stays)
+
+
+def _list_code(tables: Mapping[str, Any]) -> Iterator[Permission]:
+    values = _table(tables, TRAINING_TABLE)
+    for option in CODE:
+        name = str(values.get(option, ""))
+        if name and not name.startswith(OUR_NETWORKS):
+            note = "no code of this program: `run` refuses it"
+            yield Permission(f"loads the code {name}", note=note, is_unusual=True)
+
+
+def _list_starting(tables: Mapping[str, Any]) -> Iterator[Permission]:
+    values = _table(tables, TRAINING_TABLE)
+    for option in STARTING:
+        if values.get(option) is not None:
+            yield Permission(f"starts {values[option]}", note=NOT_STARTED.format(option), is_unusual=True)
+
+
+def _list_typed_only(words: Sequence[str]) -> list[str]:
+    """Return the options in a command that start a program. argparse takes the beginning of a name too."""
+    flags = [word.partition("=")[0] for word in words]
+    typed = [flag for flag in flags if len(flag) > len("--x")]  # one letter is not enough of a name
+    return [option for option in STARTING if any(f"--{option}".startswith(flag) for flag in typed)]
+
+
+def _list_commands(tables: Mapping[str, Any]) -> Iterator[Permission]:
+    commands = _as_list(_table(tables, OTHERS_TABLE).get("commands"))
+    for number, words in enumerate(commands):
+        texts = [str(word) for word in _as_list(words)]
+        text = f"{'downloads with' if number == 0 else 'runs'} {as_typed(texts)}"
+        starting = _list_typed_only(texts)
+        note = NOT_STARTED.format(starting[0]) if starting else ""
+        yield Permission(text, note=note, is_unusual=bool(starting))

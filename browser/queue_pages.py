@@ -1,0 +1,220 @@
+"""The page of the queue: its jobs, their buttons, and commands that are read before they are added."""
+
+import contextlib
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil  # comes with accelerate
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, RedirectResponse, Response
+from starlette.routing import Route
+
+from browser import compare
+from browser.folders import find_folder
+from browser.jobs import ENDED, ENTRY, QUEUE, WAITING, Job, JobQueue, may_still_write
+from browser.launch import check_options, command_part, find_program, split_folder, split_words
+from browser.responses import Form, answer_form, answer_page, answer_unknown
+from browser.run_start import TrackedRuns
+from browser.run_views import HERE, POLICY
+from browser.runs import RUNNING, Runs, RunSummary, is_living
+from modules.command import as_typed
+from modules.console import in_words
+from modules.control_codes import escape_control_codes
+from modules.errors import OptionError, UserError
+from modules.pages.page import render_page
+from training.reports.present_files import present_commands
+
+EXAMPLE = ["reelsmith run my_clips", "cd my_clips && " + as_typed(["python", "wan_train_network.py"])]
+SHORT_SECONDS = 60  # the output of a job that ran no longer is shown without a click
+NUMBER = re.compile(r"[0-9]{1,15}")  # of a job
+MOST_ADDED = 40  # jobs, at once
+CHECK_SECONDS = 30.0  # for the options of all of them
+
+
+def is_started_by(run: RunSummary, job: Job) -> bool:
+    """Return whether a job's process has started this running training."""
+    if run.state != RUNNING or run.start is None or not job.process or not is_living(run.start.process):
+        return False
+    with contextlib.suppress(psutil.Error, KeyError):  # it has just ended
+        parents = psutil.Process(run.start.process["number"]).parents()
+        return job.process["number"] in {parent.pid for parent in parents}
+    return False
+
+
+class Draft(NamedTuple):
+    """A command for the user to edit, and the run that it is from."""
+
+    line: str = ""
+    run: RunSummary | None = None
+
+
+def find_draft(runs: Runs, query: Mapping[str, str]) -> Draft:
+    """Return the command that a page is to show for editing; an empty one if none is asked for.
+
+    query: `run`, and either `command`, the index of one of its commands, or `line`, the edited command.
+    """
+    if "line" in query:
+        return Draft(query["line"], runs.find(query.get("run", "")))
+    place = query.get("command", "")
+    if not NUMBER.fullmatch(place):
+        return Draft()
+    run = runs.find(query.get("run", ""))
+    if run is None:
+        return Draft()
+    with contextlib.suppress(OSError):
+        commands = present_commands(runs.open(run).story, run.history.parent)[int(place) :]
+        if commands:
+            return Draft(escape_control_codes(commands[0].bash), run)
+    return Draft()
+
+
+def read_jobs(text: str, run: RunSummary | None, may_come: bool) -> list[tuple[list[str], Path]]:
+    """Return the words and the folder of each command in a text; all are checked before the first is added.
+
+    run: the run that the commands are from, if any. may_come: jobs before them may write what they read; so
+    may the first of several. Raises UserError.
+    """
+    entries = map(str.strip, ENTRY.findall(text.replace("\r\n", "\n")))
+    lines = [line for line in entries if line and not line.startswith("#")]
+    if len(lines) > MOST_ADDED:
+        raise OptionError(
+            f"{len(lines):,} jobs are more than the {MOST_ADDED} that are taken at once, as each is checked "
+            f"by its script. Add them in parts, or write them into {QUEUE}"
+        )
+    jobs = []
+    for line in lines:
+        words = split_words(command_part(line))
+        base = Path.cwd()
+        if run is not None:
+            base = compare.working_folder(run, compare.group_options(words))
+        _, folder = split_folder(line, base)
+        jobs.append((words, folder))
+    for words, folder in jobs:  # all of them, before a script takes a second for the first
+        find_program(words, folder)
+    end = time.monotonic() + CHECK_SECONDS
+    for place, (words, folder) in enumerate(jobs):
+        seconds = end - time.monotonic()
+        if seconds <= 0:  # scripts check the options of the others when these begin
+            break
+        check_options(words, folder, may_come=may_come or place > 0, seconds=seconds)
+    return jobs
+
+
+def queue_routes(runs: Runs, queue: JobQueue, tracked_runs: TrackedRuns) -> list[Route]:
+    """Return the routes of the queue."""
+    pages = QueuePages(runs, queue, tracked_runs)
+    return [
+        Route("/queue", pages.show),
+        Route("/queue/{what}", answer_form(pages.change), methods=["POST"]),
+    ]
+
+
+class QueuePages:
+    """Show the queue, and handle its buttons."""
+
+    def __init__(self, runs: Runs, queue: JobQueue, tracked_runs: TrackedRuns) -> None:
+        self.runs = runs
+        self.queue = queue
+        self.tracked_runs = tracked_runs
+        self.changes: dict[str, Callable[[int], None]] = {
+            "up": lambda number: queue.move(number, -1),
+            "down": lambda number: queue.move(number, 1),
+            "stop": queue.stop,
+            "retry": queue.retry,
+            "remove": queue.remove,
+        }
+
+    def show(self, request: Request) -> Response:
+        return self.answer("", request.query_params)
+
+    def answer(self, error: str, query: Mapping[str, str]) -> Response:
+        """Return the page of the queue. error: a message to show. query: see `find_draft`."""
+        try:
+            return answer_page(self.page(error, query), 422 if error else 200)
+        except UserError as problem:
+            return PlainTextResponse(str(problem), 422 if error else 500)
+
+    def page(self, error: str, query: Mapping[str, str]) -> str:
+        """Return the page of the queue. Raises UserError if the queue cannot be read."""
+        jobs = self.queue.jobs()
+        running = [job for job in jobs if job.state == RUNNING]
+        ended = [job for job in jobs if job.state in ENDED]
+        with self.runs.lock:
+            trainings = self.find_trainings(running)
+            draft = find_draft(self.runs, query)
+        shown_runs = self.tracked_runs.find_job_states(jobs)
+        worker = self.queue.worker
+        values = {
+            "running": running,
+            "trainings": trainings,
+            "shown_runs": shown_runs,
+            "waiting": [job for job in jobs if job.state == WAITING],
+            "ended": sorted(ended, key=lambda job: (job.born, job.id), reverse=True),
+            "worker": worker,
+            "can_write": not self.queue.read_only,
+            "message": error or self.queue.problem,
+            "file": self.queue.folder / QUEUE,
+            "in_words": in_words,
+            "draft": draft.line,
+            "draft_of": draft.run,
+            "example": EXAMPLE,
+            "here": Path.cwd(),
+            "is_paused": worker == "",
+            "short": SHORT_SECONDS,
+        }
+        return render_page(HERE / "queue.html", "Queue", values, POLICY)
+
+    def find_trainings(self, jobs: Sequence[Job]) -> dict[int, RunSummary]:
+        """Return the running training of each job that has started one, by the job's number."""
+        trainings = {}
+        for run in self.runs.list_all():
+            for job in jobs:
+                if is_started_by(run, job):
+                    trainings[job.id] = run
+        return trainings
+
+    def change(self, request: Request, form: Form) -> Response:
+        """Do what a button asks for, and show the queue again."""
+        what = request.path_params["what"]
+        line = "".join(form.get("line", ()))
+        run_id = "".join(form.get("run", ()))
+        try:
+            number = "".join(form.get("id", ()))
+            if not self.carry_out(what, number, line, run_id, "".join(form.get("within", ()))):
+                return answer_unknown()
+        except UserError as error:
+            query = {"line": line, "run": run_id} if what == "add" else {}
+            return self.answer(str(error), query)
+        return RedirectResponse("/queue", 303)
+
+    def carry_out(self, what: str, number: str, line: str, run_id: str, within: str) -> bool:
+        """Change the queue; return whether `what` names a change.
+
+        number: of a job. within: described folder whose files the line is made of, empty for a typed line.
+        Raises UserError.
+        """
+        if what == "work":
+            self.queue.begin_work()
+        elif what == "pause":
+            self.queue.end_work(pauses=True)
+        elif what == "add":
+            with self.runs.lock:
+                run = self.runs.find(run_id)
+            limits = find_folder(self.runs, within)
+            if within and limits is None:
+                raise OptionError(f"{within}: there is no such folder below those that are shown.")
+            may_come = any(map(may_still_write, self.queue.jobs()))
+            for words, folder in read_jobs(line, run, may_come):
+                self.queue.add(words, folder, within=limits)
+        elif not NUMBER.fullmatch(number):
+            return False
+        elif what == "edit":
+            self.queue.edit(int(number), line)
+        elif what in self.changes:
+            self.changes[what](int(number))
+        else:
+            return False
+        return True

@@ -1,0 +1,230 @@
+"""Keep the render jobs of the page Generate in files, one for each result, for all servers of a folder.
+
+A render job says how a result is made and what has become of it. The files are the truth: a page, the server
+and the machine may be started again, and two servers may serve one folder.
+"""
+
+import contextlib
+import json
+import os
+import re
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from browser.jobs import WAITING, refuse_link
+from browser.runs import DIED, FINISHED, RUNNING, STOPPED, is_living
+from modules.atomic_write import explain_errors, write_text
+from modules.errors import OptionError, OutputError
+from modules.file_locks import only_one
+from modules.text_files import parse_json, read_text
+
+NAME = re.compile(r"(\d{1,9})\.json")
+CANCELS = "{}.cancel"  # name of the file that asks the server that makes a render job to stop
+MOST_OF_RENDER_JOB = 2 << 20  # bytes of a file; it has the prompt three times
+MOST_WAITING = 200
+MOST_ENDED = 300  # older ones are forgotten; their results stay
+ENDED_MEANWHILE = "the page's server was ended meanwhile"
+
+
+@dataclass
+class RenderJob:
+    """A render job for one result: how it is made, and what has become of it."""
+
+    id: int  # 0: it is not noted yet
+    title: str  # of the model
+    session: list[str]  # command that loads the model
+    command: list[str]  # command line that makes the same result
+    request: dict[str, Any]  # of `generation/driven.py`
+    folder: str  # in which the commands are typed
+    save_path: str
+    created: float
+    form: dict[str, list[str]] = field(default_factory=dict)  # fields of the page that asked for it
+    state: str = WAITING
+    reason: str = ""  # why it died
+    file: str = ""  # result
+    process: dict[str, Any] | None = None  # of the server that makes it
+    doing: str = ""  # while it is made
+    done: int = 0  # steps
+    steps: int = 0
+    last_lines: str = ""  # of the process, where it died
+    warnings: str = ""  # of the script while it was made, one a line
+
+    @property
+    def line(self) -> str:
+        return " ".join(str(self.request.get("prompt", "")).split())
+
+    @property
+    def seed(self) -> str:
+        options = self.request.get("options")
+        return str(options.get("seed", "")) if isinstance(options, dict) else ""
+
+
+KINDS: dict[str, Any] = {
+    "id": int,
+    "title": str,
+    "session": list,
+    "command": list,
+    "request": dict,
+    "folder": str,
+    "save_path": str,
+    "created": int | float,
+    "form": dict,
+    "state": str,
+    "reason": str,
+    "file": str,
+    "process": dict | None,
+    "doing": str,
+    "done": int,
+    "steps": int,
+    "last_lines": str,
+    "warnings": str,
+}
+LATER: dict[str, Any] = {"warnings": ""}  # files of earlier versions have none
+STATES = (WAITING, RUNNING, FINISHED, STOPPED, DIED)
+
+
+class RenderQueue:
+    """Read and write the jobs of a folder. Each change is made with the lock of the folder."""
+
+    def __init__(self, folder: Path) -> None:
+        """folder: made when the first render job is noted."""
+        self.folder = folder
+        self._lock = threading.RLock()
+        # by number: mark of the file, and its content
+        self._read: dict[int, tuple[tuple[int, int, int], RenderJob]] = {}
+
+    def list_all(self) -> list[RenderJob]:
+        """Return all render jobs, the oldest first. Those of a server that has ended have died with it."""
+        with self._lock:
+            seen = {}
+            with contextlib.suppress(OSError), os.scandir(self.folder) as entries:
+                for entry in entries:
+                    match = NAME.fullmatch(entry.name)
+                    if match is not None:
+                        job = self._read_entry(int(match[1]), Path(entry.path))
+                        if job is not None:
+                            seen[int(match[1])] = job
+            for number in self._read.keys() - seen.keys():
+                del self._read[number]
+            return [_with_living_server(seen[number]) for number in sorted(seen)]
+
+    def find(self, number: int) -> RenderJob | None:
+        with self._lock:
+            job = self._read_entry(number, self._path(number))
+        return None if job is None else _with_living_server(job)
+
+    def add(self, new_jobs: Sequence[RenderJob]) -> list[int]:
+        """Note render jobs, each with a number of its own; return their numbers.
+
+        Raises OptionError if too many wait, OutputError if they cannot be written.
+        """
+        with self._change():
+            jobs = self.list_all()
+            waiting = sum(job.state == WAITING for job in jobs)
+            if waiting + len(new_jobs) > MOST_WAITING:
+                raise OptionError(f"{waiting} are waiting: {MOST_WAITING} are the most")
+            numbers: list[int] = []
+            try:
+                for new_job in new_jobs:
+                    number = max([0, *(job.id for job in jobs), *numbers]) + 1
+                    self._write(replace(new_job, id=number))
+                    numbers.append(number)
+            except (OptionError, OutputError):  # all or none
+                for number in numbers:
+                    self._path(number).unlink(missing_ok=True)
+                raise
+            self._forget(jobs)
+        return numbers
+
+    def _forget(self, jobs: Sequence[RenderJob]) -> None:
+        ended = [job.id for job in jobs if job.state not in (WAITING, RUNNING)]
+        for number in ended[:-MOST_ENDED]:
+            self._path(number).unlink(missing_ok=True)
+
+    def change(self, number: int, states: Sequence[str], **values: Any) -> RenderJob:
+        """Set values of a render job that is in one of these states, and return it.
+
+        Raises OptionError if it is in another or not there, OutputError if it cannot be written.
+        """
+        with self._change():
+            job = self.find(number)
+            if job is None or job.state not in states:
+                raise OptionError(f"there is no wish {number} that is {' or '.join(states)} (any more)")
+            for name, value in values.items():
+                setattr(job, name, value)
+            self._write(job)
+            return job
+
+    def remove(self, number: int) -> None:
+        """Forget a render job that has ended; its result stays. Raises as `change`."""
+        with self._change():
+            job = self.find(number)
+            if job is None or job.state in (WAITING, RUNNING):
+                raise OptionError(f"there is no wish {number} that has ended (any more)")
+            self._path(number).unlink(missing_ok=True)
+
+    def ask_to_cancel(self, number: int) -> None:
+        """Ask the server that makes a render job, which may be another one, to stop it."""
+        with explain_errors(self._cancel_path(number)):
+            self._cancel_path(number).touch()
+
+    def take_cancel(self, number: int) -> bool:
+        """Return whether it was asked to stop a render job, once."""
+        try:
+            self._cancel_path(number).unlink()
+        except OSError:
+            return False
+        return True
+
+    @contextlib.contextmanager
+    def _change(self) -> Iterator[None]:
+        with self._lock, explain_errors(self.folder / "1.json"):
+            for folder in (self.folder.parent, self.folder):
+                refuse_link(folder)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with only_one(self.folder / ".lock"):
+                yield
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{number}.json"
+
+    def _cancel_path(self, number: int) -> Path:
+        return self.folder / CANCELS.format(number)
+
+    def _write(self, job: RenderJob) -> None:
+        text = json.dumps({name: getattr(job, name) for name in KINDS})
+        if len(text) > MOST_OF_RENDER_JOB:  # it would not be read again
+            raise OptionError(f"a wish of {len(text):,} bytes: {MOST_OF_RENDER_JOB:,} are the most")
+        write_text(self._path(job.id), text)
+
+    def _read_entry(self, number: int, path: Path) -> RenderJob | None:
+        """Return the render job in a file; None if it is damaged or gone."""
+        try:
+            status = path.stat()
+            mark = (status.st_mtime_ns, status.st_size, status.st_ino)
+            if number in self._read and self._read[number][0] == mark:
+                stored = self._read[number][1]
+                return RenderJob(**{name: getattr(stored, name) for name in KINDS})
+            row = {**LATER, **parse_json(read_text(path, MOST_OF_RENDER_JOB))}
+            for name, kind in KINDS.items():
+                if not isinstance(row[name], kind):
+                    raise TypeError(f"{name} is {row[name]!r}")
+            job = RenderJob(**{name: row[name] for name in KINDS})
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return None
+        if job.id != number or job.state not in STATES:
+            return None
+        self._read[number] = (mark, job)
+        return RenderJob(**{name: getattr(job, name) for name in KINDS})
+
+
+def _with_living_server(job: RenderJob) -> RenderJob:
+    """Return a render job, died if the server that made it has ended."""
+    is_lost = not job.process or is_living(job.process) is False
+    if job.state == RUNNING and is_lost:
+        job.state = DIED
+        job.reason = ENDED_MEANWHILE
+    return job

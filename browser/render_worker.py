@@ -1,0 +1,596 @@
+"""Make what the page Generate asks for, one result after the other, with a model that stays loaded.
+
+One process of a generation script with --interactive makes the results (`generation/driven.py`). It ends when
+another model is asked for, when it has been idle for a while, and when a job of the queue waits for the card.
+Of several servers of one folder, one at a time makes the render jobs (`browser/render_queue.py`) of all.
+"""
+
+import atexit
+import contextlib
+import json
+import logging
+import os
+import queue
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from browser import launch
+from browser.jobs import WAITING, Job, JobQueue, refuse_link
+from browser.render_queue import RenderJob, RenderQueue
+from browser.runs import DIED, FINISHED, RUNNING, STOPPED, is_living
+from browser.sessions import find_session, limit_session
+from modules.atomic_write import explain_errors, write_text
+from modules.command import message_of
+from modules.control_codes import escape_control_codes, shorten_lines
+from modules.errors import OptionError, OutputError, UserError
+from modules.file_locks import only_one
+from modules.installation import DRIVEN, FROM_QUEUE, program_environment
+from modules.text_files import parse_json, read_text
+from training.reports.history import describe_process
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "making"  # in that of the queue
+LOG = "making.log"
+PREVIEWS = "preview"  # folder
+PREVIEW_NAMES = ("latent_preview.mp4", "latent_preview.png")
+SESSION = "session.json"  # names the process with the model
+IDLE_SECONDS = 600.0  # after which a model is freed
+LOOKED_EVERY = 0.2  # seconds, at what a process answers
+QUEUE_LOOKED_EVERY = 1.0
+WRITTEN_EVERY = 1.0  # the steps of a render job, for other servers
+RETRIED_EVERY = 2.0  # after an error, or while another server makes the render jobs
+PATIENCE = 20.0  # seconds for a process to end by itself
+PATIENCE_AT_END = 5.0  # the same, when the server ends
+MOST_OF_SESSION = 1000  # bytes
+TAIL = 64 << 10  # bytes at the end of the log that are searched for an error
+LAST_LINES = 12
+MOST_OF_LINE = 500
+MOST_OF_WARNINGS = 4000  # characters that are kept of a render job
+LOADING = "loading the model"
+FindProgram = Callable[[Sequence[str], Path], tuple[object, list[str]]]
+ENDS = ("state", "reason", "file", "process", "doing", "done", "steps", "last_lines", "warnings")
+GENERATE = "the page Generate"
+CANCELLING = "cancelling; once more ends the process, and the model is loaded again for the next"
+NO_WRITING = "the browser was started with --read_only"
+KILLED = (
+    "the process was killed. Often the machine had too little memory: try a smaller size, or options that "
+    "take less"
+)
+
+
+@dataclass
+class LoadedModel:
+    """A running process with a loaded model, and what it has answered."""
+
+    words: list[str]
+    title: str
+    process: "subprocess.Popen[str]"
+    answers: "queue.Queue[dict[str, Any]]" = field(default_factory=queue.Queue)
+    used: float = field(default_factory=time.monotonic)  # when it made something last
+    is_ready: bool = False
+
+    @property
+    def is_alive(self) -> bool:
+        return self.process.poll() is None
+
+    def start_reading(self) -> None:
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        with contextlib.suppress(OSError, ValueError):
+            for line in self.process.stdout:
+                with contextlib.suppress(ValueError):  # somebody else's print
+                    answer = parse_json(line)
+                    if isinstance(answer, dict):
+                        self.answers.put(answer)
+
+    def next_answer(self, seconds: float) -> dict[str, Any] | None:
+        """Return the next answer; None if none comes in so many seconds."""
+        with contextlib.suppress(queue.Empty):
+            return self.answers.get(timeout=seconds)
+        return None
+
+
+class RenderWorker:
+    """Note the render jobs of a server's page Generate, and make them in a thread."""
+
+    def __init__(self, queue: JobQueue, find_program: FindProgram = find_session) -> None:
+        """find_program: returns what the words of a session start in a folder, as `find_session`."""
+        self.queue = queue
+        self.find_program = find_program
+        self.idle_seconds = IDLE_SECONDS
+        self.folder = queue.folder / FOLDER
+        self.read_only = queue.read_only
+        self.store = RenderQueue(self.folder)
+        self.session: LoadedModel | None = None
+        self.problem = ""  # why render jobs wait although nothing is made
+        self.waits_for = ""  # the same, if it is as it should be
+        self._current: RenderJob | None = None
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
+        self._ending = threading.Lock()  # of a process; taken before the other lock, never after it
+        self._thread: threading.Thread | None = None
+        self._is_ended = False
+        self._cancels = 0  # of the one that is being made
+        self._unsaved: dict[int, RenderJob] = {}  # ended, but not yet written: the disk was full
+        if not self.read_only:
+            self._end_orphan()
+            queue.before_start = self.make_room
+            atexit.register(self.close)
+            if self._has_waiting():
+                self._begin()
+
+    def list_all(self) -> list[RenderJob]:
+        """Return all render jobs, the oldest first."""
+        current = self._current
+        newer = dict(self._unsaved)
+        if current is not None and current.state == RUNNING:  # else its file or `_unsaved` says more
+            newer[current.id] = current
+        return [newer.get(render_job.id, render_job) for render_job in self.store.list_all()]
+
+    def find(self, number: int) -> RenderJob | None:
+        return next((render_job for render_job in self.list_all() if render_job.id == number), None)
+
+    @property
+    def current(self) -> RenderJob | None:
+        return next((render_job for render_job in self.list_all() if render_job.state == RUNNING), None)
+
+    @property
+    def loaded(self) -> str:
+        """Return the title of the model that is loaded; empty if none is."""
+        session = self.session
+        return session.title if session is not None and session.is_alive and session.is_ready else ""
+
+    @property
+    def preview(self) -> Path | None:
+        """Return the newest preview of what is being made; None if there is none."""
+        if self.current is None:
+            return None
+        return next((path for path in self._preview_paths() if path.is_file()), None)
+
+    def _preview_paths(self) -> list[Path]:
+        return [self.folder / PREVIEWS / name for name in PREVIEW_NAMES]
+
+    def add(self, new_jobs: Sequence[RenderJob]) -> list[int]:
+        """Note jobs; return their numbers. Raises OptionError if too many wait, OutputError if it fails."""
+        if self.read_only:
+            raise OutputError(NO_WRITING)
+        numbers = self.store.add(new_jobs)
+        self._begin()
+        return numbers
+
+    def cancel(self, number: int) -> None:
+        """Take a waiting job back, or stop the one that is being made; the second time, end its process.
+
+        Raises OptionError if it neither waits nor is made.
+        """
+        with self._lock:
+            current = self._current
+            if current is None or current.id != number or current.state != RUNNING:
+                render_job = self.store.find(number)
+                if render_job is not None and render_job.state == RUNNING:  # by another server
+                    self.store.ask_to_cancel(number)
+                else:
+                    self.store.change(number, [WAITING], state=STOPPED)
+                return
+            self._cancels += 1
+            session = self.session
+            if session is None:
+                return
+            current.doing = CANCELLING
+            if self._cancels > 1 or not session.is_ready or os.name == "nt":
+                launch.kill_processes(session.process.pid)
+            else:
+                session.process.send_signal(signal.SIGINT)
+
+    def again(self, number: int) -> None:
+        """Let a render job that was stopped or died wait again. Raises OptionError for another."""
+        changes: dict[str, Any] = {
+            "reason": "",
+            "last_lines": "",
+            "warnings": "",
+            "file": "",
+            "done": 0,
+            "steps": 0,
+        }
+        self.store.change(number, [STOPPED, DIED], state=WAITING, process=None, **changes)
+        self._begin()
+
+    def remove(self, number: int) -> None:
+        """Forget a render job that has ended; its result stays."""
+        self.store.remove(number)
+
+    def free(self) -> None:
+        """End the process with the model, unless it makes something. Raises OptionError then."""
+        with self._lock:
+            if self._current is not None:
+                raise OptionError(f"wish {self._current.id} is being made: cancel it first")
+            session = self._take_session()
+        self._end_process(session)
+
+    def make_room(self) -> str:
+        """Free a loaded model, unless something is made. Return why the card is not free; empty if it is."""
+        with self._lock:
+            if self._current is not None:
+                return (
+                    f"{GENERATE} makes result {self._current.id}: the job begins after it, or cancel it there"
+                )
+            session = self._take_session()
+        self._end_process(session)
+        with self._lock:
+            if self.session is None:
+                self._end_orphan()
+        if any(render_job.state == RUNNING for render_job in self.list_all()):
+            return f"{GENERATE} of another server makes a result: the job begins after it"
+        if self._is_loaded_elsewhere():
+            return f"{GENERATE} of another server still holds its model: the job begins when that has ended"
+        return ""
+
+    def _is_loaded_elsewhere(self) -> bool:
+        """Return whether another server has a model loaded; it frees it when it sees the job that waits."""
+        owner = self._read_session()
+        return bool(owner) and is_living(owner["server"]) is True and is_living(owner["process"]) is True
+
+    def close(self) -> None:
+        """End the thread and the process; what waits stays on disk."""
+        with self._changed:
+            self._is_ended = True
+            self._changed.notify_all()
+            if self._current is not None and self.session is not None and os.name != "nt":
+                with contextlib.suppress(OSError):
+                    self.session.process.send_signal(signal.SIGINT)
+            session = self._take_session()
+        self._end_process(session, PATIENCE_AT_END)
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(PATIENCE_AT_END)
+
+    # --- the thread
+
+    def _begin(self) -> None:
+        with self._changed:
+            if not self._is_ended and (self._thread is None or not self._thread.is_alive()):
+                self._thread = threading.Thread(target=self._work, daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+
+    def _work(self) -> None:
+        """Make all render jobs, until none waits and no model is loaded."""
+        with contextlib.ExitStack() as stack:
+            has_lock = False
+            while not self._is_ended:
+                wait = QUEUE_LOOKED_EVERY
+                try:
+                    if not has_lock:
+                        stack.enter_context(only_one(self.folder / ".maker.lock", waits=False))
+                        has_lock = True
+                        self._end_orphan()
+                    is_made = self._turn()
+                    self.problem = ""
+                    if is_made:
+                        continue
+                    if self._has_ended():
+                        return
+                except BlockingIOError:
+                    self.problem = "another server of these folders makes the wishes"
+                    wait = RETRIED_EVERY
+                    if self._has_ended():
+                        return
+                except (UserError, OSError, ValueError) as error:
+                    if str(error) != self.problem:
+                        logger.warning("no wish can be made: %s", error)
+                    self.problem = str(error)
+                    wait = RETRIED_EVERY
+                with self._changed:
+                    if not self._is_ended:
+                        self._changed.wait(wait)
+
+    def _has_ended(self) -> bool:
+        """Return whether nothing is left to do. The thread then ends, and `_begin` starts another."""
+        with self._changed:
+            if self.session is not None or self._unsaved or self._has_waiting():
+                return False
+            self._thread = None
+            return True
+
+    def _has_waiting(self) -> bool:
+        return any(render_job.state == WAITING for render_job in self.store.list_all())
+
+    def _turn(self) -> bool:
+        """Make the next render job; return whether there was one. A model that is not needed is freed."""
+        self._save_ends()
+        blocking = self._find_blocking_job()
+        self._free_if_unneeded(blocking is not None)
+        render_job = None if blocking is not None else self._take_next()
+        if render_job is None:
+            return False
+        self.problem = ""
+        try:
+            self._make(render_job)
+        except (UserError, OSError, ValueError) as error:
+            logger.debug("%s", render_job.command, exc_info=error)
+            self._end_render_job(render_job, DIED, str(error))
+            # what it still answers would be taken for answers to the next render job
+            self._end_process(self._take_session())
+        finally:
+            self._remove_previews()
+            with self._lock:
+                self._current = None
+        return True
+
+    def _find_blocking_job(self) -> Job | None:
+        """Return the job of the queue that has the card, or that gets it next; None if there is none."""
+        try:
+            jobs = self.queue.jobs()
+            works = bool(self.queue.worker)
+        except OutputError:  # the page of the queue says it
+            return None
+        for state in (RUNNING, WAITING) if works else (RUNNING,):
+            for job in jobs:
+                if job.state == state:
+                    verb = "runs" if state == RUNNING else "is next"
+                    self.waits_for = f"job {job.id} of the queue {verb}"
+                    return job
+        self.waits_for = ""
+        return None
+
+    def _free_if_unneeded(self, is_blocked: bool) -> None:
+        with self._lock:
+            session = self.session
+            if session is None:
+                return
+            is_idle = time.monotonic() - session.used > self.idle_seconds
+            if not (is_blocked or is_idle or not session.is_alive):
+                return
+            session = self._take_session()
+        self._end_process(session)
+
+    def _take_next(self) -> RenderJob | None:
+        """Return the render job to make now, marked as running; None if none waits."""
+        with self._lock:
+            for render_job in self.store.list_all():
+                if render_job.state != WAITING:
+                    continue
+                with contextlib.suppress(OptionError):  # it was cancelled just now
+                    self.store.take_cancel(render_job.id)
+                    self._cancels = 0
+                    self._current = self.store.change(
+                        render_job.id,
+                        [WAITING],
+                        state=RUNNING,
+                        process=describe_process(),
+                        doing=LOADING,
+                        done=0,
+                    )
+                    return self._current
+        return None
+
+    def _make(self, render_job: RenderJob) -> None:
+        """Make one render job, and note how it ends."""
+        session = self._open_session(render_job)
+        if session is None:
+            return
+        self._send(session, render_job)
+        written = time.monotonic()
+        while True:
+            answer = self._wait_for_answer(session, render_job)
+            if answer is None:
+                self._note_lost(session, render_job)
+                return
+            if answer.get("event") == "ready":
+                break
+            self._follow(render_job, answer)
+            if time.monotonic() - written > WRITTEN_EVERY and render_job.state == RUNNING:
+                written = time.monotonic()
+                values = {"doing": render_job.doing, "done": render_job.done, "steps": render_job.steps}
+                with contextlib.suppress(UserError):  # what it ends with is what counts
+                    self.store.change(render_job.id, [RUNNING], **values)
+        session.used = time.monotonic()
+        if render_job.state == RUNNING and render_job.file:
+            self._end_render_job(render_job, FINISHED)
+        elif render_job.state == RUNNING:
+            self._end_render_job(render_job, DIED, self.last_words())
+
+    def _follow(self, render_job: RenderJob, answer: dict[str, Any]) -> None:
+        """Note an answer that comes while a render job is made."""
+        event = answer.get("event")
+        is_cancelled = self._cancels > 0
+        if event == "begun":
+            render_job.steps = int(answer["steps"])
+        elif event == "phase" and not is_cancelled:
+            render_job.doing = str(answer["what"])
+        elif event == "warned" and len(render_job.warnings) < MOST_OF_WARNINGS:
+            render_job.warnings = f"{render_job.warnings}\n{answer['text']}".strip()
+        elif event == "step":
+            render_job.done = int(answer["done"])
+            render_job.steps = int(answer.get("steps", render_job.steps))
+            if not is_cancelled:
+                render_job.doing = "denoising"
+        elif event == "made":
+            render_job.file = str(answer["file"])
+        elif event == "failed":
+            self._end_render_job(render_job, DIED, str(answer["reason"]))
+        elif event == "cancelled":
+            self._end_render_job(render_job, FINISHED if render_job.file else STOPPED)
+
+    def _wait_for_answer(self, session: LoadedModel, render_job: RenderJob) -> dict[str, Any] | None:
+        """Return the next answer of a process; None if it has ended."""
+        while True:
+            if self.store.take_cancel(render_job.id):  # before each answer: quick steps leave no pause
+                self.cancel(render_job.id)
+            answer = session.next_answer(LOOKED_EVERY)
+            if answer is not None:
+                return answer
+            if not session.is_alive:
+                return session.next_answer(LOOKED_EVERY)  # it may have answered just before
+
+    def _note_lost(self, session: LoadedModel, render_job: RenderJob) -> None:
+        """Note that a process has ended while it made a render job."""
+        session.process.wait()
+        if self._cancels:
+            self._end_render_job(render_job, STOPPED)
+        elif self._is_ended:
+            self._end_render_job(render_job, STOPPED, "the page's server was ended")
+        else:
+            is_killed = session.process.returncode == -getattr(signal, "SIGKILL", 9)
+            self._end_render_job(render_job, DIED, KILLED if is_killed else self.last_words())
+        self._end_process(self._take_session())
+
+    def _end_render_job(self, render_job: RenderJob, state: str, reason: str = "") -> None:
+        with self._lock:
+            if render_job.state != RUNNING:
+                return
+            render_job.state = state
+            render_job.reason = reason
+            render_job.doing = ""
+            render_job.process = None
+            render_job.last_lines = self._last_lines() if state == DIED else ""
+            self._unsaved[render_job.id] = render_job
+        with contextlib.suppress(OutputError):  # it is tried again in the next turn, which says why
+            self._save_ends()
+
+    def _save_ends(self) -> None:
+        """Write how render jobs have ended. Raises OutputError if that fails; it is tried again."""
+        with self._lock:
+            for number, render_job in list(self._unsaved.items()):
+                values = {name: getattr(render_job, name) for name in ENDS}
+                with contextlib.suppress(OptionError):  # its file is gone
+                    self.store.change(number, [RUNNING], **values)
+                del self._unsaved[number]
+
+    def _open_session(self, render_job: RenderJob) -> LoadedModel | None:
+        """Return a process with the model of a render job, that waits for a request; loads it if need be.
+
+        None if that fails, which is noted.
+        """
+        with self._lock:
+            session = self.session
+            is_same = session is not None and session.words == render_job.session
+            if session is not None and session.is_alive and session.is_ready and is_same:
+                return session
+            session = self._take_session()
+        self._end_process(session)
+        with self._lock:
+            if self._cancels or self._is_ended:
+                self._end_render_job(render_job, STOPPED)
+                return None
+            session = self.session = self._start_session(render_job)
+        answer = self._wait_for_answer(session, render_job)
+        if answer is None or answer.get("event") != "ready":
+            self._note_lost(session, render_job)
+            return None
+        session.is_ready = True
+        if self._cancels:
+            self._end_render_job(render_job, STOPPED)
+            return None
+        return session
+
+    def _start_session(self, render_job: RenderJob) -> LoadedModel:
+        folder = Path(render_job.folder)
+        if not folder.is_dir():
+            raise OptionError(f"{folder}: the folder of this command is gone")
+        _, program = self.find_program(render_job.session, folder)
+        limits = limit_session(Path(render_job.save_path), self.folder, self.queue.folder.parent)
+        refuse_link(self.folder)
+        (self.folder / LOG).unlink(missing_ok=True)  # it may be a link
+        variables = {FROM_QUEUE: "1", DRIVEN: str(self.folder.absolute() / PREVIEWS), "PYTHONUTF8": "1"}
+        with explain_errors(self.folder / LOG), (self.folder / LOG).open("wb") as log:
+            process = subprocess.Popen(
+                program,
+                cwd=folder,
+                env=program_environment(**variables, **limits),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                encoding="utf-8",
+                errors="replace",
+                start_new_session=True,
+                creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+            )
+        session = LoadedModel(render_job.session, render_job.title, process)
+        session.start_reading()
+        row = {"server": describe_process(), "process": describe_process(process.pid)}
+        with contextlib.suppress(OutputError):  # then only a killed server's process stays until it notices
+            write_text(self.folder / SESSION, json.dumps(row))
+        return session
+
+    def _send(self, session: LoadedModel, render_job: RenderJob) -> None:
+        assert session.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended: no answer will come
+            session.process.stdin.write(json.dumps(render_job.request) + "\n")
+            session.process.stdin.flush()
+
+    def _take_session(self) -> LoadedModel | None:
+        """Return the process, which the caller ends: from now on there is none for render jobs."""
+        with self._lock:
+            session = self.session
+            self.session = None
+            return session
+
+    def _end_process(self, session: LoadedModel | None, patience: float = PATIENCE) -> None:
+        """End a process: by the end of its input, after so many seconds by force.
+
+        Call it without the lock, which other threads need meanwhile. It returns once no process ends any
+        more: two models may not fit into the card.
+        """
+        with self._ending:
+            if session is None:
+                return
+            with contextlib.suppress(OSError):
+                assert session.process.stdin is not None
+                session.process.stdin.close()
+            try:
+                session.process.wait(patience)
+            except subprocess.TimeoutExpired:
+                launch.kill_processes(session.process.pid)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    session.process.wait(patience)
+            with contextlib.suppress(OSError):
+                (self.folder / SESSION).unlink()
+
+    def _end_orphan(self) -> None:
+        """End the process of a server that was killed: it would share the card with ours."""
+        owner = self._read_session()
+        if owner and is_living(owner["process"]) is True and is_living(owner["server"]) is False:
+            launch.kill_processes(owner["process"]["number"])
+        if owner and is_living(owner["server"]) is not True:
+            with contextlib.suppress(OSError):
+                (self.folder / SESSION).unlink()
+            self._remove_previews()
+
+    def _read_session(self) -> dict[str, dict[str, Any]]:
+        """Return the process with a model and the server that it belongs to; empty if there is none."""
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            row = parse_json(read_text(self.folder / SESSION, MOST_OF_SESSION))
+            return {"server": dict(row["server"]), "process": dict(row["process"])}
+        return {}
+
+    def _remove_previews(self) -> None:
+        for path in self._preview_paths():
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+    def _read_log(self) -> str:
+        with contextlib.suppress(OSError), (self.folder / LOG).open("rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - TAIL))
+            text = file.read().decode("utf-8", "replace")
+            return "\n".join(line.rpartition("\r")[2] for line in text.replace("\r\n", "\n").split("\n"))
+        return ""
+
+    def _last_lines(self) -> str:
+        """Return the last lines that the process has logged."""
+        lines = [line for line in self._read_log().split("\n") if line.strip()]
+        return shorten_lines(escape_control_codes("\n".join(lines[-LAST_LINES:])), MOST_OF_LINE)
+
+    def last_words(self) -> str:
+        """Return the message of the error that the process has logged, else that it said nothing."""
+        return message_of(self._read_log()) or "the process has ended without a word"

@@ -1,0 +1,95 @@
+"""Build responses (pages, JSON, files, refusals), and read the bodies and forms of requests."""
+
+import json
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import FileResponse, HTMLResponse, PlainTextResponse, Response
+
+from browser.run_views import HERE, POLICY
+from modules.pages.page import render_page
+
+Form = dict[str, list[str]]
+NOT_FOUND = "It is not there (any more)."
+NO_WRITING = "The server was started with --read_only."
+# what trainings write for a page to show; a history from elsewhere may name pages, scripts and drawings too
+SHOWN = {".png": "image/png", ".mp4": "video/mp4", ".wav": "audio/wav"}
+
+
+def answer_page(text: str, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """Return an HTML page; undecodable bytes of file names are shown as escapes such as \\udce9."""
+    return HTMLResponse(text.encode("utf-8", "backslashreplace"), status, headers)
+
+
+def answer_template(
+    name: str, title: str, values: Mapping[str, Any], is_refused: bool = False, policy: str = POLICY
+) -> Response:
+    """Return the page made from a template of this folder. is_refused: it explains a refused request."""
+    return answer_page(render_page(HERE / name, title, values, policy), 422 if is_refused else 200)
+
+
+def answer_message(text: str, is_refused: bool = False) -> Response:
+    """Return a short message for the line next to a button. is_refused: it says why nothing was done."""
+    return answer_template("message.html", "", {"message": text, "is_bad": is_refused}, is_refused)
+
+
+def answer_json(value: Any, status: int = 200) -> Response:
+    """Return a JSON response. value: anything that `json.dumps` takes."""
+    text = json.dumps(value, ensure_ascii=True, separators=(",", ":"))
+    return Response(text, status, media_type="application/json")
+
+
+def answer_file(path: Path) -> Response:
+    """Return a file of a run: browsers show samples, and save all other files instead of opening them."""
+    kind = SHOWN.get(path.suffix)
+    if kind is not None:
+        return FileResponse(path, media_type=kind)
+    policy = {"content-security-policy": "sandbox; default-src 'none'"}
+    return FileResponse(path, headers=policy, media_type="application/octet-stream", filename=path.name)
+
+
+def answer_move(address: str) -> Response:
+    """Return the answer to a form of htmx that makes the browser open another page of this server.
+
+    Forms are sent by htmx: without a referrer, a plain form has the origin null, which is refused.
+    """
+    return Response(headers={"hx-redirect": address})
+
+
+def answer_not_found() -> Response:
+    return PlainTextResponse(NOT_FOUND, 404)
+
+
+def answer_not_found_page(request: Request) -> Response:
+    """Return the page for an address that leads nowhere any more, with links; for a part of a page a text."""
+    if "hx-request" in request.headers:
+        return answer_not_found()
+    page = render_page(HERE / "not_found.html", "Not there", {"message": NOT_FOUND}, POLICY)
+    return answer_page(page, 404)
+
+
+def answer_unknown() -> Response:
+    return PlainTextResponse("There is no such request.", 404)
+
+
+def read_query(request: Request) -> Form:
+    """Return the fields in the address of a request."""
+    query = request.query_params
+    return {name: query.getlist(name) for name in query}
+
+
+def answer_body(answer: Callable[[Request, bytes], Response]) -> Callable[[Request], Awaitable[Response]]:
+    """Return a handler that reads a body (`server.Gate` limits its size) and calls `answer` in a thread."""
+
+    async def ask(request: Request) -> Response:
+        return await run_in_threadpool(answer, request, await request.body())
+
+    return ask
+
+
+def answer_form(answer: Callable[[Request, Form], Response]) -> Callable[[Request], Awaitable[Response]]:
+    return answer_body(lambda request, body: answer(request, parse_qs(body.decode("utf-8", "replace"))))

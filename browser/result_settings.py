@@ -1,0 +1,427 @@
+"""Read the settings of a result from its file, and turn them back into the render job that makes it.
+
+A file holds names of files without their folders. Which model and which LoRA they are is looked up among the
+runs and the released models; where nothing fits, nothing is made with another file instead.
+"""
+
+import functools
+import re
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from browser.recipes import (
+    FIELDS,
+    LORA,
+    PICTURES,
+    SIZES,
+    STRENGTHS,
+    ModelRecipe,
+    RenderRequest,
+    UsedLora,
+    type_options,
+)
+from browser.render_queue import RenderJob
+from contract.families import HIGH_NOISE, with_scripts
+from generation.options import GenerationOptions, generation_parser
+from generation.prompt_lines import find_option, read_path
+from modules.control_codes import shorten
+from modules.errors import OptionError
+from modules.installation import import_own
+from modules.media.reading import TOOL_TAG, read_tags
+from modules.options import facts_of
+from modules.parser import add_options
+
+PREFIX = "bt_"
+NOT_SET = "N/A"
+MOST_KEPT = 4000  # characters of a text that a list keeps
+MOST_TAGS = 400  # of a file that are looked at
+MOST_TYPED = 1 << 16  # characters of all texts of a render job
+LORA_TAG = re.compile(rf"lora(?:_({HIGH_NOISE}))?_(\d{{1,3}})")
+LORA_TEXT = re.compile(r"(.+): (\S+)", re.DOTALL)
+# tags that say nothing of how pixels are made, or that are read elsewhere
+APART = {"model_type", "tunerver", "prompt", "creation_timestamp", "device", "timestep_boundary", "task"}
+# keys of prompt lines that metadata call otherwise
+KEYS = {"seeds": "seed", "width": "video_size_width", "height": "video_size_height"}
+# options that name files to begin from: metadata hold their names
+MEDIA = {key for name in PICTURES for key in FIELDS[name]}
+FILE_NAME = re.compile(
+    r"[^\s/\\].*\.(safetensors|sft|pth?|bin|gguf|ckpt|png|jpe?g|webp|mp4|mkv|txt|json)", re.IGNORECASE
+)
+OPTION = re.compile(r"-(?!\.?\d)")  # what begins so, and is not a negative number, looks like an option
+OLD_NAMES = {"hunyuan": "hunyuan_video"}  # of families in metadata
+
+
+class NamedLora(NamedTuple):
+    """A LoRA as metadata name it."""
+
+    name: str  # of its file
+    strength: str
+    expert: str  # "" or HIGH_NOISE
+
+
+@dataclass(frozen=True)
+class ResultSettings:
+    """Settings with which a file of ours was made, as stated in it."""
+
+    values: Mapping[str, str]  # by the names of metadata, without their prefix
+    loras: Sequence[NamedLora]
+    done: Sequence[str]  # by tools afterwards, such as `upscaler model=x.pth scale=2.0`
+
+    def get(self, name: str) -> str:
+        return self.values.get(name, "")
+
+    @property
+    def model(self) -> str:
+        return " ".join(filter(None, (self.get("model_type"), self.get("task"))))
+
+    @property
+    def family(self) -> str:
+        """Return the family as scripts name it; empty for an unknown one."""
+        return find_family(self.get("model_type"))
+
+    @property
+    def facts(self) -> str:
+        """Return size, length, steps, guidance and seed in a line."""
+        frames = self.get("video_length")
+        guidance = self.get("embedded_cfg_scale") or self.get("guidance_scale")
+        parts = [
+            f"{self.get('width')} x {self.get('height')}" if self.get("width") else "",
+            f"{frames} frames" if frames not in ("", "1") else "",
+            f"{self.get('infer_steps')} steps" if self.get("infer_steps") else "",
+            f"guidance {guidance}" if guidance else "",
+            f"seed {self.get('seeds')}",
+        ]
+        return " · ".join(filter(None, parts))
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Return all settings with their names, those that people look for first."""
+        size = f"{self.get('width')} x {self.get('height')}" if self.get("width") else ""
+        shown = {
+            "prompt": self.get("prompt"),
+            "negative": self.get("negative_prompt"),
+            "size": size,
+            "frames": self.get("video_length"),
+            "steps": self.get("infer_steps"),
+            "guidance": self.get("guidance_scale"),
+            "embedded guidance": self.get("embedded_cfg_scale"),
+            "seed": self.get("seeds"),
+            "model": self.model,
+        }
+        rows = [(name, text) for name, text in shown.items() if text]
+        for lora in self.loras:
+            expert = f", {lora.expert.replace('_', ' ')}" if lora.expert else ""
+            rows.append(("LoRA", f"{lora.name}, strength {lora.strength}{expert}"))
+        rows += [("afterwards", text) for text in self.done]
+        first = {
+            *("prompt", "negative_prompt", "width", "height", "video_length", "infer_steps"),
+            *("guidance_scale", "embedded_cfg_scale", "seeds", "model_type", "task"),
+        }
+        rows += [(name, text) for name, text in self.values.items() if name not in first]
+        return rows
+
+    def shortened(self) -> "ResultSettings":
+        """Return the same with texts that a list can keep of thousands of files."""
+        values = {name: shorten(text, MOST_KEPT) for name, text in [*self.values.items()][:MOST_TAGS]}
+        return replace(self, values=values, loras=self.loras[:99], done=[*self.done][:99])
+
+
+def read_settings(path: Path) -> ResultSettings | None:
+    """Return the settings that a file holds; None if it is not of this program, or was made without them.
+
+    Raises MediaError or OSError if it cannot be read.
+    """
+    return parse_settings(read_tags(path))
+
+
+def parse_settings(tags: Mapping[str, str]) -> ResultSettings | None:
+    """Return the settings in the texts of a file; see `read_settings`."""
+    settings = parse_tags(tags)
+    is_ours = all(name in settings.values for name in ("prompt", "seeds", "model_type"))
+    return settings if is_ours else None
+
+
+def parse_tags(tags: Mapping[str, str]) -> ResultSettings:
+    """Return our settings among a file's texts, as `blissful_tuner/metadata.py` writes them."""
+    values = {}
+    loras: dict[tuple[str, int], NamedLora] = {}
+    done: dict[int, str] = {}
+    for name, text in [*tags.items()][: 2 * MOST_TAGS]:
+        tool = TOOL_TAG.fullmatch(name)
+        if tool is not None:
+            done[int(tool[1])] = text
+        if not name.startswith(PREFIX) or text == NOT_SET:
+            continue
+        name = name.removeprefix(PREFIX)
+        lora = LORA_TAG.fullmatch(name)
+        strength = LORA_TEXT.fullmatch(text)
+        if lora is not None and strength is not None:
+            expert = lora[1] or ""
+            loras[expert, int(lora[2])] = NamedLora(strength[1], strength[2], expert)
+        else:
+            values[name] = text.replace("\\n", "\n")  # as metadata of one line have a line break
+    return ResultSettings(
+        values=values,
+        loras=[loras[place] for place in sorted(loras)],
+        done=[done[number] for number in sorted(done)],
+    )
+
+
+def find_family(model_type: str) -> str:
+    """Return the family of a model as metadata name it; empty for an unknown one."""
+    model_type = OLD_NAMES.get(model_type, model_type)
+    entries = with_scripts()
+    plain = _plain_name(model_type)
+    fitting = []
+    for name, entry in entries.items():
+        if model_type == name or model_type in entry.further_models:
+            return name
+        if plain.startswith(_plain_name(name)):
+            fitting.append(name)
+    return max(fitting, key=len, default="")
+
+
+def _plain_name(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+class KnownOption(NamedTuple):
+    """Facts of a generation script's option that are needed to type it again."""
+
+    flags: Sequence[str]
+    num_words: Any  # `nargs`
+    default: Any
+    is_recorded: bool  # metadata have it if it is not the default
+
+
+@functools.cache
+def read_script_options(family: str) -> Mapping[str, KnownOption]:
+    """Return the options of a family's generation script by their names."""
+    entry = with_scripts()[family]
+    defaults = import_own(entry.generation_script).DEFAULTS
+    record = entry.options_record("Generation")
+    parser = generation_parser(None, defaults)
+    add_options(parser, record)
+    facts = facts_of(GenerationOptions) | facts_of(record)
+    refused = set(defaults.declared()["refused"])
+    options = {}
+    for action in parser._actions:
+        flags = [flag for flag in action.option_strings if flag.startswith("--")]
+        if flags and action.dest not in refused:
+            option_facts = facts.get(action.dest, {})
+            kind = option_facts.get("record")
+            reaches_out = "reach" in option_facts  # it writes somewhere, or imports something
+            options[action.dest] = KnownOption(
+                flags=flags,
+                num_words=action.nargs,
+                default=action.default,
+                is_recorded=action.dest in facts and kind not in ("request", "nothing") and not reaches_out,
+            )
+    return options
+
+
+FindFile = Callable[[str], str]  # returns the path of a file by its name; raises OptionError
+
+
+def remake(
+    settings: ResultSettings,
+    recipe: ModelRecipe,
+    seed: str,
+    save_path: str,
+    find_lora: Callable[[str, ModelRecipe], str],
+    find_media: FindFile,
+) -> RenderJob:
+    """Return the render job that repeats the result of these settings with the model of a recipe.
+
+    seed: the one to take. Raises OptionError if the recipe has another model, or a file is not found.
+    """
+    if sum(map(len, settings.values.values())) > MOST_TYPED:
+        raise OptionError("Its texts are too long to be typed again.")
+    fixed = _fix_options(settings, recipe)
+    line = _read_line(settings, recipe, seed, find_media)
+    loras = []
+    for lora in settings.loras:
+        _refuse_options(STRENGTHS, [lora.strength])
+        path = find_lora(lora.name, recipe)
+        if not lora.expert:
+            loras.append(UsedLora(path, lora.strength))
+            continue
+        for flag, word in ((LORA, path), (STRENGTHS, lora.strength)):
+            fixed.setdefault(f"{flag}_{lora.expert}", []).append(word)
+    prompt = settings.get("prompt")
+    render_request = RenderRequest(
+        replace(recipe, fixed=fixed), prompt=prompt, texts={}, loras=loras, save_path=save_path
+    )
+    request = render_request.request("")
+    request["options"] = {**request["options"], **line}
+    typed = {**fixed, **type_options(line, recipe.defaults)}
+    for flag in (f"--{name}" for name in ("num_videos", "num_images")):
+        typed.pop(flag, None)
+    as_typed = replace(render_request, recipe=replace(recipe, fixed=typed))
+    return replace(render_request.as_render_job(""), request=request, command=as_typed.command(""))
+
+
+def _fix_options(settings: ResultSettings, recipe: ModelRecipe) -> dict[str, Any]:
+    """Return the options of the model, with what the settings say of them. Raises OptionError."""
+    options = read_script_options(recipe.family)
+    _check_task(settings, recipe, options)
+    fixed = _keep_fixed(settings, recipe, options)
+    names = {flag: name for name, option in options.items() for flag in option.flags}
+    flags = {names[flag]: flag for flag in fixed if flag in names}
+    for name, text in settings.values.items():
+        option = options.get(name)
+        is_apart = name in APART or name in KEYS or name.startswith("original_")
+        if option is None or is_apart or not option.is_recorded or _is_line_option(name, recipe):
+            continue
+        flag = flags.get(name, option.flags[0])
+        words = fixed.get(flag)
+        present = [str(option.default)] if words is None else words
+        if not _is_equal(present, text):
+            _set_option(fixed, flag, option, text)
+    return fixed
+
+
+def _keep_fixed(
+    settings: ResultSettings, recipe: ModelRecipe, options: Mapping[str, KnownOption]
+) -> dict[str, Any]:
+    """Return the options of a recipe without those that the file was made without."""
+    names = {flag: name for name, option in options.items() for flag in option.flags}
+    fixed: dict[str, Any] = {}
+    for flag, words in recipe.fixed.items():
+        name = names.get(flag, "")
+        option = options.get(name)
+        is_lora = name.startswith("lora_") and name.endswith(HIGH_NOISE)
+        is_said = name in settings.values or name == "task"
+        is_apart = option is None or not option.is_recorded or _is_line_option(name, recipe)
+        if (is_said or is_apart) and not is_lora:
+            fixed[flag] = list(words) or True
+    return fixed
+
+
+def _set_option(fixed: dict[str, Any], flag: str, option: KnownOption, text: str) -> None:
+    """Set an option to what the settings say. Raises OptionError for files: their folders are not known."""
+    words = fixed.pop(flag, None)
+    is_file = isinstance(words, list) and _has_folder(words)
+    if is_file or FILE_NAME.fullmatch(text) or _has_folder([text]):
+        raise OptionError(f"It was made with {shorten(text, 200)} ({flag}).")
+    if text == "False":
+        return
+    if option.num_words == 0:
+        fixed[flag] = True
+        return
+    try:
+        typed = [text] if option.num_words is None else shlex.split(text)
+    except ValueError as error:  # an open quote
+        raise OptionError(f"It was made with {shorten(text, 200)} ({flag}): {error}.") from None
+    _refuse_options(flag, typed)
+    fixed[flag] = typed
+
+
+def _refuse_options(flag: str, words: Sequence[str]) -> None:
+    """Raise OptionError if a word of a file, behind a flag, would be read as an option of its own."""
+    for word in words:
+        if OPTION.match(word):
+            raise OptionError(
+                f"It was made with {flag} {shorten(word, 200)}, which begins as an option does."
+            )
+
+
+def _check_task(settings: ResultSettings, recipe: ModelRecipe, options: Mapping[str, KnownOption]) -> None:
+    """Raise OptionError if the recipe is for another family or task."""
+    if settings.family != recipe.family:
+        raise OptionError(f"It was made with {settings.model}.")
+    task = settings.get("task")
+    if task and "task" in options:
+        task_words = recipe.fixed.get("--task", [str(options["task"].default)])
+        if [*task_words] != [task]:
+            raise OptionError(f"It was made with {settings.model}.")
+
+
+def _is_line_option(name: str, recipe: ModelRecipe) -> bool:
+    return find_option(name, recipe.defaults.line_options) is not None
+
+
+def _is_equal(words: Sequence[str] | bool, text: str) -> bool:
+    """Return whether an option's words say what metadata have of it: names of files without folders."""
+    if isinstance(words, bool):
+        return text == str(words)
+    if shlex.join(words) == text or " ".join(words) == text:
+        return True
+    if len(words) != 1:
+        return shlex.join(re.split(r"[\\/]", word)[-1] for word in words) == text
+    if re.split(r"[\\/]", words[0])[-1] == text:
+        return True
+    try:
+        return float(words[0]) == float(text)
+    except ValueError:
+        return False
+
+
+def _has_folder(words: Sequence[str]) -> bool:
+    return any("/" in word or "\\" in word for word in words)
+
+
+def _read_line(
+    settings: ResultSettings, recipe: ModelRecipe, seed: str, find_media: FindFile
+) -> dict[str, str | list[str]]:
+    """Return the options of a prompt line that the settings stand for. Raises OptionError."""
+    options = read_script_options(recipe.family)
+    line: dict[str, str | list[str]] = {}
+    for name, text in settings.values.items():
+        key = KEYS.get(name, name)
+        if name in APART or name.startswith("original_"):
+            continue
+        line_option = find_option(key, recipe.defaults.line_options)
+        is_there = key in SIZES or key in options or key in recipe.extras
+        if not is_there or line_option is None:
+            continue
+        option = options.get(key)
+        flags = [] if option is None else option.flags
+        is_usual = option is not None and _is_equal([str(option.default)], text)
+        if is_usual and not any(flag in recipe.fixed for flag in flags) and key not in SIZES:
+            continue
+        if key in MEDIA or line_option.read is read_path:
+            paths = [find_media(part) for part in text.split("\n")]
+            line[key] = paths if line_option.repeats else paths[0]
+        else:
+            line[key] = text
+    line["seed"] = seed
+    return line
+
+
+# letters of a sample's line by the names of metadata, in the order in which `new` writes them
+SAMPLE_LETTERS = {
+    "width": "w",
+    "height": "h",
+    "video_length": "f",
+    "infer_steps": "s",
+    "flow_shift": "fs",
+    "negative_prompt": "n",
+    "seeds": "d",
+}
+
+
+def format_sample_line(settings: ResultSettings) -> str:
+    """Return the line of a prompt file that samples these settings. Raises OptionError if no line can."""
+    prompt = " ".join(settings.get("prompt").split())
+    letters = dict(SAMPLE_LETTERS)
+    is_embedded = bool(settings.get("embedded_cfg_scale"))
+    parts = [prompt]
+    values = {letter: " ".join(settings.get(name).split()) for name, letter in letters.items()}
+    values["g"] = settings.get("embedded_cfg_scale") or settings.get("guidance_scale")
+    values["l"] = settings.get("guidance_scale") if is_embedded else ""
+    if values["f"] == "1":
+        values["f"] = ""
+    for letter in ("w", "h", "f", "s", "g", "l", "fs", "n", "d"):
+        if values[letter]:
+            parts.append(f"--{letter} {values[letter]}")
+    texts = (prompt, values["n"])
+    if any(" --" in f" {text}" for text in texts):
+        raise OptionError("Its text has two dashes behind a blank, which a line takes for an option.")
+    if prompt.startswith("#") or not prompt:
+        raise OptionError("A line that begins with # is no prompt.")
+    if any(settings.get(name) for name in MEDIA):
+        raise OptionError("It began from a picture, of which the file holds only the name: write it by hand.")
+    return " ".join(parts)

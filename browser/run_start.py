@@ -1,0 +1,677 @@
+"""Tell how a run stands from its first minute: by its draft, its job, its check and its histories.
+
+A folder that `new` has described is the draft of a run. Its run has the address of the history that its
+training will write, so that one address leads to it from the draft to the finished LoRA.
+"""
+
+import contextlib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from browser.background_jobs import BackgroundJobs, name_background_job
+from browser.described_folder import (
+    DATASET_FILE,
+    TRAINING_TABLE,
+    DescribedFolder,
+    read_described,
+    refuse_share,
+)
+from browser.jobs import QUEUE, WAITING, Job, JobQueue, as_line
+from browser.names import short_digest
+from browser.runs import DIED, FINISHED, RUNNING, STOPPED, Runs, RunSummary
+from contract.families import with_scripts
+from modules.atomic_write import SPARE_BYTES, explain_errors, free_bytes
+from modules.command import message_of
+from modules.control_codes import shorten_lines
+from modules.errors import OptionError, UserError
+from modules.file_locks import only_one
+from modules.output_files import check_output_name
+from modules.paths import expand_path
+from modules.text_files import parse_toml, read_content, real_path
+from project.known import recall_folder, remember_folder
+from project.options import MODELS, RUN_FILE
+from training.config_options import OTHERS_TABLE
+from training.reports.history import BEFORE_TRAINING, history_path
+from training.saving.files import state_pattern
+
+DESCRIBE = "describe"  # kinds of background jobs
+CHECK = "check"
+DRAFT, CHECKING, FAULTS, STARTING = "draft", "checking", "faults", "starting"
+DOWNLOADING, CACHING, LOADING = "downloading", "caching", "loading"
+TRAINING, SAMPLING, VALIDATING, SAVING = "training", "sampling", "validating", "saving"
+BEFORE = (DRAFT, CHECKING, FAULTS, WAITING, STARTING, DOWNLOADING, CACHING, LOADING)
+DURING = (TRAINING, SAMPLING, VALIDATING, SAVING)
+STATES = (*BEFORE, *DURING, STOPPED, FINISHED, DIED)
+BUSY = (CHECKING, STARTING, DOWNLOADING, CACHING, LOADING, *DURING)  # a process works
+# what a trace of `run` says that it does -> the state, and what is said of it
+STEPS = {
+    "downloading the model": (DOWNLOADING, ""),
+    "checking the files": (CHECKING, "the files"),
+    "checking the clips": (CHECKING, "the files"),  # of older versions
+    "checking the captions": (CHECKING, "the captions"),
+    "caching latents": (CACHING, "latents"),
+    "caching captions": (CACHING, "captions"),
+    "training": (LOADING, "the model"),
+}
+SAMPLE = re.compile(r"sample (\d+ of \d+)(.*)", re.DOTALL)
+BYTES = re.compile(r"([\d.,]+) (\w+) of ([\d.,]+) \2")  # `11.2 GB of 34.8 GB`
+KILLED = (9, -9, 137)  # exit codes after SIGKILL
+UNWRITTEN = (1, 120)  # exit codes of Python after an error, also one while its last words are written
+SHOWN_LINES = 12  # of a log, on a page
+READ_LINES = 60  # in which the reason of an end is looked for
+MOST_OF_REASON = 600  # characters
+SECOND = 1.0  # a process' birth is rounded
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Hold how a run stands."""
+
+    name: str  # one of STATES
+    words: str = ""  # what is said behind it: `40 of 120`
+    reason: str = ""  # why it ended, or cannot begin
+    job: Job | None = None  # of the queue, that is or was this run
+    background_job: Job | None = None  # a check of its folder
+    is_asked: bool = False  # to stop
+    is_paused: bool = False  # it waits in a queue that begins no job
+
+    @property
+    def text(self) -> str:
+        """Return the state in words: `caching 40 of 120, latents`."""
+        separator = ", " if self.name in (WAITING, DRAFT, STARTING) else " "
+        return f"{self.name}{separator}{self.words}" if self.words else self.name
+
+    @property
+    def kind(self) -> str:
+        """Return the state that it looks like in a list."""
+        if self.name in BUSY:
+            return RUNNING
+        return {DRAFT: WAITING, FAULTS: DIED}.get(self.name, self.name)
+
+    @property
+    def is_active(self) -> bool:
+        """Return whether a process works on it, or it waits for one."""
+        return self.name in BUSY or self.name == WAITING
+
+    @property
+    def last_lines(self) -> str:
+        """Return the last lines that its command has printed; empty if it is not known where."""
+        source = self.background_job if self.background_job is not None else self.job
+        return "" if source is None else source.last_lines(SHOWN_LINES)
+
+
+@dataclass(frozen=True)
+class FolderPlan:
+    """Hold what the run.toml of a described folder says of its run."""
+
+    folder: Path
+    history: Path  # that its training writes
+    changed: float  # when run.toml was
+    model: str = ""
+    steps: int = 0
+    prompts: Path | None = None  # of the samples
+    problem: str = ""  # why run.toml cannot be read
+
+    @property
+    def id(self) -> str:
+        return self.summary.id
+
+    @property
+    def name(self) -> str:
+        return self.summary.name
+
+    @property
+    def output(self) -> Path:
+        return self.history.parent
+
+    @property
+    def trace(self) -> Path:
+        """Return the history of what `run` does before the training."""
+        return history_path(self.output, f"{self.name}{BEFORE_TRAINING}")
+
+    @property
+    def summary(self) -> RunSummary:
+        """Return the facts that a list shows of the run before it has a history."""
+        return RunSummary(
+            history=self.history,
+            changed=self.changed,
+            start=None,
+            ending=None,
+            step=0,
+            losses=(),
+            step_seconds=None,
+            sample="",
+            memory={},
+            model=self.model,
+            total_steps=self.steps,
+        )
+
+
+def read_plan(path: Path, changed: float) -> FolderPlan | None:
+    """Read a run.toml; None if it is another program's.
+
+    changed: when it was. Raises OSError if it cannot be read.
+    """
+    folder = real_path(path.parent)
+    try:
+        tables = parse_toml(read_content(path).decode())
+    except ValueError as error:
+        if not (folder / DATASET_FILE).is_file():
+            return None
+        return FolderPlan(folder, _find_usual_history(folder), changed, problem=f"{path}: {error}")
+    if OTHERS_TABLE not in tables:
+        return None
+    try:
+        return _parse_plan(folder, tables, changed)
+    except (OptionError, ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        problem = f"{path} is not as `new` writes it ({reason})"
+        return FolderPlan(folder, _find_usual_history(folder), changed, problem=problem)
+
+
+def _find_usual_history(folder: Path) -> Path:
+    return history_path(folder / "output", folder.name)
+
+
+def _parse_plan(folder: Path, tables: Mapping[str, Any], changed: float) -> FolderPlan:
+    values = tables[TRAINING_TABLE]
+    name = str(values["output_name"])
+    check_output_name("output_name", name, is_new=False)
+    commands = tables[OTHERS_TABLE]["commands"]
+    download = [str(word) for word in commands[0]]
+    typed = dict(zip(download, download[1:], strict=False))
+    prompts = values.get("sample_prompts")
+    for text in (str(values["output_dir"]), str(prompts or "")):
+        refuse_share(text, folder)
+    return FolderPlan(
+        folder=folder,
+        history=history_path(real_path(expand_path(str(values["output_dir"]), folder)), name),
+        changed=changed,
+        model=_read_family(map(str, commands[-1])) or typed.get("--family", ""),
+        steps=0 if "max_train_epochs" in values else int(values.get("max_train_steps", 0)),
+        prompts=None if prompts is None else expand_path(str(prompts), folder),
+    )
+
+
+def _read_family(words: Iterable[str]) -> str:
+    """Return the family of a command that trains, by which its runs are listed too; "" if it is none.
+
+    The catalogue's families are finer, or coarser: `wan22`, `stable_diffusion`.
+    """
+    families = {f"{entry.training_script}.py": name for name, entry in with_scripts().items()}
+    return next((families[word] for word in words if word in families), "")
+
+
+@dataclass(frozen=True)
+class ShownRun:
+    """Hold a run and how it stands."""
+
+    summary: RunSummary
+    state: RunState
+    plan: FolderPlan | None = None  # of the described folder that it can be started from
+
+    @property
+    def ended_at_once(self) -> str:
+        """Return the reason shown for a run that the page has ended; empty for all other runs."""
+        return self.state.reason if self.state.name == STOPPED and self.summary.state == DIED else ""
+
+
+@dataclass(frozen=True)
+class WaitingJobs:
+    """Hold the numbers of the jobs that wait, in their order, read once for all runs of a list."""
+
+    numbers: Sequence[int]
+    is_paused: bool  # no job begins
+
+
+class TrackedRuns:
+    """Find drafts below the roots, and tell how all runs stand."""
+
+    def __init__(self, runs: Runs, queue: JobQueue, background_jobs: BackgroundJobs) -> None:
+        self.runs = runs
+        self.queue = queue
+        self.background_jobs = background_jobs
+        self._plans: dict[Path, tuple[tuple[int, int, int], FolderPlan | None]] = {}
+
+    # ---- what there is
+
+    def list_plans(self) -> list[FolderPlan]:
+        """Return the described folders below the roots. Call it after the runs were listed."""
+        with self.runs.lock:
+            plans = {}
+            known: dict[Path, tuple[tuple[int, int, int], FolderPlan | None]] = {}
+            for path in self.runs.configs():
+                if path.name == RUN_FILE and path not in known:
+                    with contextlib.suppress(OSError):
+                        known[path] = self._read_plan(path)
+            self._plans = known
+            for _, plan in known.values():
+                if plan is not None:
+                    plans[plan.history] = plan
+            return list(plans.values())
+
+    def _read_plan(self, path: Path) -> tuple[tuple[int, int, int], FolderPlan | None]:
+        """Return a plan with the state of its file; the file is read only if it has changed."""
+        status = path.lstat()
+        mark = status.st_mtime_ns, status.st_size, status.st_ino
+        before = self._plans.get(path)
+        if before is not None and before[0] == mark:
+            return before
+        return mark, read_plan(path, status.st_mtime)
+
+    def find_plan(self, run: RunSummary) -> FolderPlan | None:
+        """Return the described folder that a run can be started from again; None if there is none."""
+        plans = self.list_plans()
+        return next((plan for plan in plans if run.history in (plan.history, plan.trace)), None)
+
+    def list_all(self) -> list[ShownRun]:
+        """Return all runs and drafts with how they stand, the newest first."""
+        with self.runs.lock:
+            found = {run.history: run for run in self.runs.list_all()}
+            plans = self.list_plans()
+        jobs = self._list_jobs()
+        by_folder = group_jobs(jobs)
+        waiting = self._list_waiting(jobs)
+        shown = []
+        for plan in plans:
+            run = found.pop(plan.history, None)
+            trace = found.pop(plan.trace, None)
+            shown.append(self._show(plan, run, trace, by_folder.get(plan.folder, ()), waiting))
+        shown += [ShownRun(run, read_run_state(run)) for run in found.values()]
+        return sorted(shown, key=lambda one: -one.summary.changed)
+
+    def find(self, id: str) -> ShownRun | None:
+        """Return the run or draft of this id; None if there is none."""
+        with self.runs.lock:
+            found = self.runs.list_all()
+            plan = next((plan for plan in self.list_plans() if plan.id == id), None)
+            run = next((one for one in found if one.id == id), None) or self.runs.find(id)
+            trace = None
+            if plan is not None:
+                trace = next((one for one in found if one.history == plan.trace), None)
+        if plan is None:
+            return None if run is None else ShownRun(run, read_run_state(run))
+        jobs = self._list_jobs()
+        of_folder = [job for job in jobs if is_run_of_folder(job, plan.folder)]
+        return self._show(plan, run, trace, of_folder, self._list_waiting(jobs))
+
+    def find_job_states(self, jobs: Sequence[Job]) -> dict[int, ShownRun]:
+        """Return the run of each job that waits or runs and is a `run` of a described folder, by number."""
+        shown = {}
+        for one in self.list_all():
+            job = one.state.job
+            if job is not None and job.state in (WAITING, RUNNING):
+                shown[job.id] = one
+        numbers = {job.id for job in jobs}
+        return {number: one for number, one in shown.items() if number in numbers}
+
+    def _list_jobs(self) -> list[Job]:
+        try:
+            return self.queue.jobs()
+        except UserError:
+            return []  # the page of the queue says why
+
+    def find_job(self, folder: Path) -> Job | None:
+        """Return the job of the queue that runs a folder, or ran it last; None if there is none."""
+        return newest_job([job for job in self._list_jobs() if is_run_of_folder(job, folder)])
+
+    # ---- how a run stands
+
+    def _list_waiting(self, jobs: Sequence[Job]) -> WaitingJobs:
+        numbers = [job.id for job in jobs if job.state == WAITING]
+        return WaitingJobs(numbers, is_paused=bool(numbers) and self._is_paused())
+
+    def _show(
+        self,
+        plan: FolderPlan,
+        run: RunSummary | None,
+        trace: RunSummary | None,
+        of_folder: Sequence[Job],
+        waiting: WaitingJobs,
+    ) -> ShownRun:
+        """Return a described folder's run with its state.
+
+        run, trace: from its histories, if they exist. of_folder: jobs that run the folder. waiting: of all
+        folders.
+        """
+        job = newest_job(of_folder)
+        if job is not None and job.state == RUNNING and run is not None and run.state != RUNNING:
+            later = [one for one in of_folder if one.state == WAITING]
+            if later and run.changed > job.born + SECOND:  # the running one is about to end
+                job = later[0]
+        state = self._find_state(plan, run, trace, job)
+        if state.name == WAITING and job is not None:
+            place = waiting.numbers.index(job.id) + 1
+            words = f"place {place} in the queue" + (", which is paused" if waiting.is_paused else "")
+            reason = "" if waiting.is_paused else self.queue.problem
+            state = replace(state, words=words, reason=reason, is_paused=waiting.is_paused)
+        changed = max(one.changed for one in (plan, run, trace) if one is not None)
+        if job is not None and (job.state == RUNNING or state.job is job):
+            changed = max(changed, job.born)
+        if state.name == WAITING:
+            with contextlib.suppress(OSError):
+                changed = max(changed, (self.queue.folder / QUEUE).stat().st_mtime)
+        summary = plan.summary if run is None else run
+        return ShownRun(replace(summary, changed=changed), state, plan)
+
+    def _is_paused(self) -> bool:
+        try:
+            return self.queue.worker == ""
+        except UserError:
+            return False
+
+    def _find_state(
+        self, plan: FolderPlan, run: RunSummary | None, trace: RunSummary | None, job: Job | None
+    ) -> RunState:
+        """Return the state of a described folder's run: by what works now, else by what ended last."""
+        is_asked = job is not None and job.state == RUNNING and job.stops > 0
+        if run is not None and run.state == RUNNING:
+            state = read_run_state(run)
+            return replace(state, job=job, is_asked=state.is_asked or is_asked)
+        if trace is not None and trace.state == RUNNING:
+            return replace(read_trace_state(trace), job=job, is_asked=is_asked)
+        if job is not None and job.state == RUNNING:
+            return _find_running_job_state(job, run, trace)
+        if job is not None and job.state == WAITING:
+            return RunState(WAITING, job=job)
+        check = self.background_jobs.find(name_background_job(CHECK, plan.folder))
+        if check is not None and check.state == RUNNING:
+            return RunState(CHECKING, background_job=check)
+        return _find_last_ending(plan, run, trace, job=job, check=check)
+
+    # ---- starting
+
+    def is_known(self, plan: FolderPlan) -> bool:
+        """Return whether the user has described or read a folder here; else it may be somebody else's.
+
+        Nothing below the roots counts, neither its histories nor the queue: that may all be from elsewhere.
+        """
+        return recall_folder(plan.folder) is not None
+
+    def start(self, folder: Path, words: Sequence[str], is_read: bool = False) -> None:
+        """Put a run of a described folder into the queue; start the queue unless other jobs wait in it.
+
+        is_read: somebody has looked at its run.toml; this is remembered. Raises OptionError if the run is
+        under way, or if its run.toml comes from elsewhere and was not read; OutputError if the queue cannot
+        be written.
+        """
+        with self._only_one_starts():
+            self._start(real_path(folder), words, is_read)
+
+    def refuse_while_it_runs(self, folder: Path) -> None:
+        """Raise OptionError if a training of a folder runs: its files are not changed under it."""
+        for shown in self.list_all():
+            is_of_folder = shown.plan is not None and shown.plan.folder == folder
+            if is_of_folder and shown.state.name in BUSY and shown.state.name != CHECKING:
+                raise OptionError(
+                    f"{shown.summary.name} is {shown.state.text}. It has read its files already, and would "
+                    "continue with others: stop it first, or wait until it has ended."
+                )
+
+    def add_jobs(self, jobs: Sequence[tuple[Sequence[str], Path]]) -> None:
+        """Put commands, each with its working folder, into the queue.
+
+        Raises OptionError if one of them waits or runs there already; OutputError as `start`.
+        """
+        with self._only_one_starts():
+            present = [(job.line, job.folder) for job in self._list_jobs() if job.state in (WAITING, RUNNING)]
+            if any((as_line(words), str(real_path(folder))) in present for words, folder in jobs):
+                raise OptionError("It is in the queue already.")
+            for words, folder in jobs:
+                self.queue.add(words, folder)
+
+    @contextlib.contextmanager
+    def _only_one_starts(self) -> Iterator[None]:
+        """Let one at a time look at the queue and add to it: of two that press at once, on any server."""
+        with explain_errors(self.queue.folder):
+            self.queue.folder.mkdir(parents=True, exist_ok=True)
+            with only_one(self.queue.folder / ".start.lock"):
+                yield
+
+    def _start(self, folder: Path, words: Sequence[str], is_read: bool) -> None:
+        """Do what `start` does, while nobody else starts a run of this queue."""
+        jobs = [job for job in self._list_jobs() if is_run_of_folder(job, folder)]
+        if any(job.state == WAITING for job in jobs):
+            raise OptionError("It is in the queue already.")
+        with self.runs.lock:
+            self.runs.list_all()
+            plans = [plan for plan in self.list_plans() if plan.folder == folder]
+        for plan in plans:
+            if not is_read and not self.is_known(plan):
+                raise OptionError(
+                    f"{plan.folder / RUN_FILE} comes from elsewhere. Read what it may do first, on the page "
+                    f"of {plan.name}, and start it there."
+                )
+            shown = self.find(plan.id)  # a job whose training has ended is about to end
+            if shown is not None and shown.state.is_active and shown.state.background_job is None:
+                raise OptionError(f"It runs already: it is {shown.state.text}.")
+        if is_read and recall_folder(folder) is None:
+            remember_folder(folder)
+        self.queue.add_and_begin(words, Path.cwd())
+
+
+def make_run_words(described: DescribedFolder, models: Path) -> list[str]:
+    """Return the command that trains on a described folder, with the download of what is missing."""
+    words = ["reelsmith", "run", str(described.folder)]
+    paths = [described.folder / path for path in described.model_files.values()]
+    if not all(path.exists() for path in paths):
+        words.append("--download")
+        known = recall_folder(described.folder)
+        target = None if known is None else known.models  # no path of run.toml is typed
+        if target is not None and target != real_path(models):
+            words += ["--models", str(target)]
+        elif models != MODELS:
+            words += ["--models", str(models)]
+    return words
+
+
+def make_check_words(folder: Path) -> list[str]:
+    """Return the command that checks a described folder."""
+    return ["reelsmith", "run", str(folder), "--check"]
+
+
+def find_start_words(plan: FolderPlan, models: Path) -> list[str]:
+    """Return the command that starts a plan, also of a run.toml that `new` has not written."""
+    try:
+        return make_run_words(read_described(plan.folder), models)
+    except (OSError, ValueError):
+        return ["reelsmith", "run", str(plan.folder)]
+
+
+def find_run_folder(job: Job) -> Path | None:
+    """Return the real path of the folder that a job is a `run` of; None for other jobs, and for its check."""
+    try:
+        words = job.words
+    except OptionError:
+        return None
+    if "run" not in words[:3] or "--check" in words or "--dry_run" in words:
+        return None
+    place = words.index("run") + 1
+    if len(words) <= place:
+        return None
+    try:
+        path = real_path(Path(job.folder, words[place]))
+    except ValueError:  # no name of a file
+        return None
+    return path.parent if path.name == RUN_FILE else path
+
+
+def group_jobs(jobs: Sequence[Job]) -> dict[Path, list[Job]]:
+    """Return the jobs that run each folder."""
+    by_folder: dict[Path, list[Job]] = {}
+    for job in jobs:
+        folder = find_run_folder(job)
+        if folder is not None:
+            by_folder.setdefault(folder, []).append(job)
+    return by_folder
+
+
+def is_run_of_folder(job: Job, folder: Path) -> bool:
+    """Return whether a job is a `run` of a folder, and not only its check."""
+    return find_run_folder(job) == folder
+
+
+def newest_job(jobs: Sequence[Job]) -> Job | None:
+    """Return of the jobs of a folder one that runs, else one that waits, else the one that began last."""
+    for state in (RUNNING, WAITING):
+        for job in jobs:
+            if job.state == state:
+                return job
+    return max(jobs, key=lambda job: (job.born, job.id), default=None)
+
+
+def read_run_state(run: RunSummary) -> RunState:
+    """Return the state of a run with a history."""
+    if run.state == RUNNING:
+        state = (
+            read_trace_state(run) if run.name.endswith(BEFORE_TRAINING) else _read_training_state(run.doing)
+        )
+        return replace(state, is_asked=(run.history.parent / f"{run.name}.stop").exists())
+    if run.state == DIED:
+        reason = f"It ended after step {run.step:,} without a word: it was killed, or the machine went off."
+        if run.ending is not None:
+            reason = run.ending[0]
+        is_at_check = run.name.endswith(BEFORE_TRAINING) and "while checking" in reason
+        return RunState(FAULTS if is_at_check else DIED, reason=reason)
+    return RunState(run.state)
+
+
+def _read_training_state(doing: str) -> RunState:
+    """Return the state of a running training. doing: what it does between two steps, see `History`."""
+    sample = SAMPLE.fullmatch(doing)
+    if sample is not None:
+        return RunState(SAMPLING, words=f"{sample[1]}{sample[2]}")
+    if doing in DURING:
+        return RunState(doing)
+    return RunState(TRAINING, words=doing)
+
+
+def read_trace_state(trace: RunSummary) -> RunState:
+    """Return the state of a `run` that has not begun its training."""
+    step, _, progress = trace.doing.partition(": ")
+    if step not in STEPS:
+        return RunState(STARTING, words=trace.doing)
+    name, about = STEPS[step]
+    size = BYTES.fullmatch(progress)
+    if size is not None:
+        progress = f"{size[1]} of {size[3]} {size[2]}"
+        if name == CACHING:  # files are counted there; bytes are those of the model that makes them
+            return RunState(name, words=f"{about}, loading {progress}")
+    return RunState(name, words=", ".join(filter(None, (progress, about))))
+
+
+def _find_last_ending(
+    plan: FolderPlan, run: RunSummary | None, trace: RunSummary | None, job: Job | None, check: Job | None
+) -> RunState:
+    """Return the state of a run on which nothing works: the latest of its job, histories and check."""
+    candidates: list[tuple[float, RunState]] = [(0.0, RunState(DRAFT, reason=plan.problem))]
+    histories = [history for history in (run, trace) if history is not None]
+    for history in histories:
+        candidates.append((history.changed, _read_ended_run_state(history, job)))
+    if job is not None and _has_no_history(job, plan, histories):
+        candidates.append((job.born + job.seconds, _read_job_state(job)))
+    if check is not None and check.born + SECOND >= plan.changed:
+        candidates.append((check.born + check.seconds, _read_check_state(check)))
+    _, latest = max(candidates, key=lambda candidate: candidate[0])
+    if latest.name == DRAFT and run is not None:
+        return read_run_state(run)
+    return latest
+
+
+def _find_running_job_state(job: Job, *histories: RunSummary | None) -> RunState:
+    """Return the state of a run whose job runs while none of its histories is being written."""
+    for history in histories:
+        if history is not None and history.changed > job.born + SECOND:
+            return _read_ended_run_state(history, job)  # its process is about to end
+    return RunState(STARTING, words=job.last_lines(1), job=job, is_asked=job.stops > 0)
+
+
+def _read_ended_run_state(run: RunSummary, job: Job | None) -> RunState:
+    """Return the state of a run that has a history. job: the latest of its folder; None without one."""
+    state = read_run_state(run)
+    if job is None or job.born > run.changed + SECOND:  # a later one
+        return state
+    is_silent = run.ending is None or run.name.endswith(BEFORE_TRAINING)
+    if state.name == DIED and run.ending is None and job.stops > 1:
+        return RunState(STOPPED, reason=explain_end_at_once(run), job=job)
+    if state.name == DIED and is_silent:
+        state = replace(state, reason=_explain(job, state.reason))
+    return replace(state, job=job)
+
+
+def explain_end_at_once(run: RunSummary) -> str:
+    """Describe a run that a second Stop has ended, and where it continues."""
+    if run.name.endswith(BEFORE_TRAINING):
+        return "Ended at once from the page, before its training began. Continue begins where it was."
+    states = state_pattern(run.name)
+    saved = []
+    with contextlib.suppress(OSError):
+        folders = [entry for entry in run.history.parent.iterdir() if states.fullmatch(entry.name)]
+        saved = sorted(folders, key=lambda folder: (folder.stat().st_mtime, folder.name))
+    text = f"Ended at once from the page after step {run.step:,}"
+    if not saved:
+        return f"{text}. No state was saved: it begins anew."
+    step = re.search(r"-step(\d+)-state$", saved[-1].name)
+    place = f"step {int(step[1]):,}" if step is not None else f"its last state, {saved[-1].name}"
+    return f"{text}; continues from {place}."
+
+
+def _has_no_history(job: Job, plan: FolderPlan, histories: Sequence[RunSummary]) -> bool:
+    """Return whether a job has written no history, so that only its own end tells of the run."""
+    # a job of before run.toml was changed may be of another name
+    if not histories and job.born + SECOND < plan.changed:
+        return False
+    return all(history.changed + SECOND < job.born for history in histories)
+
+
+def _read_check_state(check: Job) -> RunState:
+    if check.code == 0:
+        return RunState(DRAFT, words="checked, no fault", background_job=check)
+    if check.state == STOPPED:
+        return RunState(DRAFT, words="its check was stopped", background_job=check)
+    return RunState(FAULTS, reason=_explain(check, "The check found faults."), background_job=check)
+
+
+def _read_job_state(job: Job) -> RunState:
+    """Return the state of a run whose job has ended before its training began."""
+    if job.state != DIED:
+        return RunState(job.state, job=job)
+    return RunState(DIED, reason=_explain(job, "It ended without a word."), job=job)
+
+
+def _explain(job: Job, otherwise: str) -> str:
+    """Return the reason why a command has ended: its last error, or the signal that killed it."""
+    lines = job.last_lines(READ_LINES)
+    if job.code in KILLED:
+        return "It was killed: memory ran out, or somebody ended it."
+    if re.search(r"^(?:[\w.]+Error|\w+\.py: error): ", lines, re.MULTILINE):
+        return shorten_lines(message_of(lines), MOST_OF_REASON)
+    if job.state == RUNNING:  # it is about to end
+        return otherwise
+    if job.code in (None, *UNWRITTEN) and _is_full(job.log.parent):
+        return (
+            f"The disk of {job.log.parent} is full: it could not write why it ended. Free some space, and "
+            "start it again; what it has saved is used."
+        )
+    if job.code is None:
+        return "Its process has ended without a word: it was killed, or the machine went off."
+    return otherwise
+
+
+def _is_full(folder: Path) -> bool:
+    """Return whether nothing can be written to the disk of a folder."""
+    with contextlib.suppress(OSError):
+        return free_bytes(folder) < SPARE_BYTES
+    return False
+
+
+def mark_state(shown: ShownRun) -> str:
+    """Return a text that changes with what a page says of a run's state."""
+    state = shown.state
+    lines = state.last_lines if state.name in BEFORE else ""
+    changed = 0.0 if shown.plan is None else shown.plan.changed
+    facts = (state.text, state.reason, state.is_asked, state.is_paused, lines, changed)
+    return short_digest(repr(facts))

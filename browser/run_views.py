@@ -1,0 +1,364 @@
+"""Make the pages of runs, their curves as JSON and descriptions of files; write a run as one page."""
+
+import hashlib
+import logging
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from browser.command_lines import format_cd
+from browser.names import short_digest
+from browser.run_start import BUSY, STATES, RunState, ShownRun, read_run_state
+from browser.runs import DIED, RUNNING, STOPPED, Runs, RunSummary, compute_mean, describe_left, find_state
+from modules.atomic_write import write_text
+from modules.control_codes import escape_control_codes, shorten
+from modules.errors import OptionError, UserError
+from modules.pages.page import END, PRIVATE, link, render_page
+from modules.text_files import read_safetensors_texts, require_regular_file
+from training.features.composing import parts_of_page
+from training.reports.history import SHOWN, Points, Start, Story
+from training.reports.page import (
+    TEMPLATE,
+    Standing,
+    list_charts,
+    list_tiles,
+    page_values,
+    write_training_page,
+)
+from training.reports.present_files import present_commands
+from training.reports.sample_files import FOLDER as SAMPLES
+from training.reports.sample_files import ClipStore
+
+logger = logging.getLogger(__name__)
+
+HERE = Path(__file__).resolve().parent
+PLAYED = (".mp4", ".wav")  # endings of samples that play; others are pictures
+MOST_RUNS = 200  # of a list, until all are asked for
+MOST_CARDS = 60  # of a list; more are rows of a table, if cards are not asked for
+MOST_SAMPLES = (2000, 100)  # columns and rows of the grid
+MOST_POINTS = 1500  # of a curve; zooming shows more
+MOST_MESSAGES = 500
+MOST_TEXT = 4000  # characters of a value of a file's metadata
+COMPARED_FOLDER = "compare"  # in the folder of a run: clips that tools/compare.py made
+COMPARED = re.compile(rf"{COMPARED_FOLDER}/\d{{3,}}_\d+_[^/\\]+\.(mp4|png)")
+# what a page may load: itself, and data of its own
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
+    "media-src 'self' data:; connect-src 'self'; form-action 'self'; base-uri 'none'"
+)
+LIST_CHOICES = ("text", "family", "state", "sort", "view", "all")  # fields of the form above a list of runs
+SORTS = {
+    "newest": lambda run: -run.changed,
+    "name": lambda run: (run.name.lower(), -run.changed),
+    "loss": lambda run: run.loss,
+    "progress": lambda run: -run.step / max(run.total_steps, 1),
+}
+
+
+def select_runs(
+    runs: Sequence[RunSummary], query: Mapping[str, str], states: Mapping[str, RunState] | None = None
+) -> list[RunSummary]:
+    """Filter and sort the runs for a list. query: text, family, state and sort. states: by the run's id."""
+    words = query.get("text", "").lower().split()
+    chosen = []
+    for run in runs:
+        text = f"{run.name} {run.model} {run.history.parent}".lower()
+        if not all(word in text for word in words):
+            continue
+        if query.get("family") not in (None, "", run.model):
+            continue
+        state = (states or {}).get(run.id) or read_run_state(run)
+        is_running = query.get("state") == RUNNING and state.name in BUSY
+        if is_running or query.get("state") in (None, "", state.name):
+            chosen.append(run)
+    return sorted(chosen, key=SORTS.get(query.get("sort", ""), SORTS["newest"]))
+
+
+def mark_list(runs: Sequence[ShownRun], query: Mapping[str, str]) -> str:
+    """Return a text that changes with what a list of runs shows."""
+    states = [
+        (one.summary.id, one.summary.changed, one.state.text, one.state.reason, one.state.is_asked)
+        for one in runs
+    ]
+    return short_digest(repr((states, sorted(query.items()))), 12)
+
+
+def list_page(
+    shown_runs: Sequence[ShownRun], roots: Sequence[Path], query: Mapping[str, str], can_write: bool = True
+) -> str:
+    """Return the page of all runs. roots: the folders that they were found in."""
+    runs = [one.summary for one in shown_runs]
+    states_of_runs = {one.summary.id: one.state for one in shown_runs}
+    chosen = select_runs(runs, query, states_of_runs)
+    shown = chosen if query.get("all") else chosen[:MOST_RUNS]
+    families = sorted({run.model for run in runs if run.model})
+    view = query.get("view")
+    is_table = view == "table" or (len(chosen) > MOST_CARDS and view != "cards")
+    values = {
+        "runs": label_runs(shown),
+        "is_table": is_table,
+        "date": lambda run: f"{datetime.fromtimestamp(run.changed):%Y-%m-%d %H:%M}",
+        "chosen": len(chosen),
+        "count": len(runs),
+        "running": sum(state.name in BUSY for state in states_of_runs.values()),
+        "states_of_runs": states_of_runs,
+        "can_write": can_write,
+        "families": families,
+        "asked": {name: query.get(name, "") for name in LIST_CHOICES},
+        "states": (RUNNING, *STATES),
+        "sorts": list(SORTS),
+        "roots": roots,
+    }
+    return render_page(HERE / "runs.html", "Runs", values, POLICY)
+
+
+def label_runs(runs: Sequence[RunSummary]) -> list[tuple[RunSummary, str]]:
+    """Return each run with its label: the name, with the folder if several runs have that name."""
+    counts = Counter(run.name for run in runs)
+    labelled = []
+    for run in runs:
+        label = run.name
+        if counts[run.name] > 1:
+            label = f"{run.name} in {run.history.parent.name}"
+        labelled.append((run, label))
+    return labelled
+
+
+@dataclass(frozen=True)
+class LiveStanding:
+    """Hold the current standing of a run."""
+
+    shown: Standing
+    state: str
+    left: str  # words on the time left
+
+    @classmethod
+    def of(cls, run: RunSummary, story: Story, ended_at_once: str = "") -> "LiveStanding":
+        """Return the current standing of the run of a history.
+
+        ended_at_once: the reason shown for a run that the page has ended; empty for all other runs.
+        """
+        # an older version's history has no start, and its page tells some of it
+        start = story.start or Start(run.model, run.total_steps)
+        ending = story.ending or (None if story.start else run.ending)
+        state = find_state(story.start, ending, run.changed)
+        step = next(reversed(story.loss or story.starts or {0: None}))
+        text, kind = ending or (f"died after step {step:,}, without a word", "bad")
+        words = ""
+        if state == DIED and ended_at_once:
+            state, text, kind = STOPPED, ended_at_once, ""
+        if state == RUNNING:
+            text = state
+            kind = ""
+            words = _describe_time(run, story, start.total_steps - step)
+        return cls(Standing(start, step, text, kind), state, words)
+
+
+def _describe_time(run: RunSummary, story: Story, steps_left: int) -> str:
+    """Return the work of a running training between two steps, or the time until its end, in words."""
+    if story.doing:
+        return f"· {story.doing}"
+    if story.left:
+        return f"· {run.left} left"
+    seconds = [number for number in story.seconds.values() if number is not None][-SHOWN:]
+    left = describe_left(steps_left, compute_mean(seconds) if seconds else None)
+    return f"· {left} left" if left else ""
+
+
+def linked_clip(name: str, prompt: str, step: int, _: bool) -> Markup:
+    tag = '<span id="{0}" data-src="{0}" role="img" aria-label="{1}"></span>'
+    return Markup(tag).format(link(SAMPLES, name), f"{prompt}, step {step}")
+
+
+def run_page(
+    runs: Runs,
+    run: RunSummary,
+    can_write: bool,
+    is_paused: bool = False,
+    actions: Markup | str = "",
+    ended_at_once: str = "",
+) -> str:
+    """Return the page of a run.
+
+    is_paused: no job of the queue begins. actions: HTML of its buttons. ended_at_once: see `LiveStanding.of`.
+    Raises OSError if its history cannot be read.
+    """
+    story = runs.open(run).story
+    now = LiveStanding.of(run, story, ended_at_once)
+    start = now.shown.start
+    values = page_values(
+        run.history.parent, story, now.shown, load=linked_clip, most=MOST_SAMPLES, parts=parts_of_page()
+    )
+    values["commands"] = present_commands(story, run.history.parent)
+    sample_names = [name for row in story.samples.values() for name in row.files.values()]
+    values["live"] = {
+        "id": run.id,
+        "mark": mark_page(story, now),
+        "left": now.left,
+        "name": run.name,
+        "can_ask": can_write and start.listens and now.state == RUNNING,
+        "can_sample": bool(dict(start.changed).get("sample_prompts")),
+        "can_queue": can_write,
+        "plays": any(name.endswith(PLAYED) for name in sample_names),
+        "is_paused": is_paused,
+        "actions": Markup(actions),
+        "is_of_here": run.is_of_here,
+        "cd": format_cd(run.working_folder),
+        "cd_powershell": format_cd(run.working_folder, in_powershell=True),
+        "others": _list_other_runs(runs, run),
+        "messages": story.messages[-MOST_MESSAGES:],
+    }
+    return render_page(TEMPLATE, run.name, values, POLICY)
+
+
+def _list_other_runs(runs: Runs, run: RunSummary) -> list[tuple[str, str]]:
+    """Return the id and label of each run except one."""
+    labelled = label_runs(runs.list_all())
+    return [(candidate.id, label) for candidate, label in labelled if candidate.id != run.id]
+
+
+def mark_page(story: Story, now: LiveStanding) -> str:
+    """Return a text that changes whenever the page of a run has to be loaded again."""
+    events = (story.samples, story.saved, story.messages, story.validations, story.starts)
+    counts = [len(event) for event in events]
+    return short_digest(repr((counts, story.memory, now.shown.text)))
+
+
+def collect_news(
+    runs: Runs, run: RunSummary, query: Mapping[str, str], ended_at_once: str = ""
+) -> dict[str, Any]:
+    """Return the facts that a run's page polls, with its curves if they have changed.
+
+    query: `have`, the key of an earlier answer; `from` and `to`, the steps that are shown. ended_at_once: see
+    `LiveStanding.of`. Raises OSError if the history cannot be read, ValueError if the steps are not numbers.
+    """
+    history = runs.open(run)
+    story = history.story
+    now = LiveStanding.of(run, story, ended_at_once)
+    low = float(query.get("from") or -math.inf)
+    high = float(query.get("to") or math.inf)
+    file_number = history.status and history.status.st_ino
+    key = f"{file_number}-{len(story.starts)}-{now.shown.step}-{low}-{high}"
+    news = {
+        "key": key,
+        "page": mark_page(story, now),
+        "state": now.state,
+        "step": now.shown.step,
+        "left": now.left,
+        "name": run.name,
+    }
+    if query.get("have") != key:
+        charts = list_charts(_narrow(story, low, high), parts_of_page(), most=MOST_POINTS)
+        news["charts"] = [asdict(chart) for chart in charts]
+        news["tiles"] = list_tiles(now.shown, story, parts_of_page())
+    return news
+
+
+def _narrow(story: Story, low: float, high: float) -> Story:
+    """Return a story whose curves are limited to these steps."""
+
+    def cut(points: Points) -> Points:
+        return {step: value for step, value in points.items() if low <= step <= high}
+
+    if math.isinf(low) and math.isinf(high):
+        return story
+    return replace(
+        story,
+        loss=cut(story.loss),
+        seconds=cut(story.seconds),
+        validations={step: loss for step, loss in story.validations.items() if low <= step <= high},
+        rates={name: cut(points) for name, points in story.rates.items()},
+        experts={name: cut(points) for name, points in story.experts.items()},
+        numbers={name: cut(points) for name, points in story.numbers.items()},
+        bands={name: cut(points) for name, points in story.bands.items()},
+    )
+
+
+def find_run_file(runs: Runs, run: RunSummary, name: str) -> Path | None:
+    """Return the path of a file that a page links (a saved file, a sample, a clip); None for other names."""
+    story = runs.open(run).story
+    folder = run.history.parent
+    samples = {f"{SAMPLES}/{file}" for row in story.samples.values() for file in row.files.values()}
+    is_linked = name in story.saved or name in samples or COMPARED.fullmatch(name)
+    return folder / name if is_linked and runs.is_inside(folder / name) else None
+
+
+class FileNotes:
+    """Describe files by hash and metadata; hashes are computed once."""
+
+    def __init__(self) -> None:
+        self._hashes: dict[tuple[str, int, int], str] = {}
+
+    def hash(self, path: Path) -> str:
+        """Return the SHA-256 of a file in hexadecimal. Raises OSError if it cannot be read."""
+        status = path.stat()
+        key = (str(path), status.st_mtime_ns, status.st_size)
+        if key not in self._hashes:
+            with path.open("rb") as file:
+                self._hashes[key] = hashlib.file_digest(file, "sha256").hexdigest()
+        return self._hashes[key]
+
+    def describe(self, path: Path) -> str:
+        """Return HTML that describes a file. Raises OSError if it cannot be read."""
+        digest = self.hash(path)
+        try:
+            texts = read_safetensors_texts(path)
+        except ValueError:
+            texts = {}
+        rows = {"SHA-256": digest}
+        for name, text in sorted(texts.items()):
+            rows[name] = escape_control_codes(shorten(text, MOST_TEXT))
+        template = Markup("<tr><td>{}</td><td>{}</td></tr>")
+        lines = [template.format(name, text) for name, text in rows.items()]
+        return Markup("<table>{}</table>").format(Markup("").join(lines))
+
+
+GENERATOR = '<meta name="generator" content="reelsmith">'  # of base.html
+_MARKED = re.compile(rf"{PRIVATE}(?:(?!{PRIVATE}).)*?{END}\n?", re.DOTALL)
+_FILE_LINK = re.compile(r'<a href="\./[^"]*">')
+
+
+def share_page(page: Path, copy: Path) -> None:
+    """Write a copy of a page without private facts and links. Raises UserError if it is not one of ours."""
+    try:
+        require_regular_file(page)
+        text = page.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no text"
+        problem = "is a folder" if page.is_dir() else f"cannot be read ({reason})"
+        raise UserError(f"{page} {problem}. Give a page that this program wrote, a .html file.") from None
+    if GENERATOR not in text[:2000]:
+        raise UserError(f"{page} is not a page of this program, or an older one. Make it again.")
+    count = 1
+    while count:  # the innermost ones first: folders are marked in commands too
+        text, count = _MARKED.subn("", text)
+    write_text(copy, _FILE_LINK.sub("<a>", text))
+    logger.info("wrote %s", copy)
+
+
+def export_run(runs: Runs, path: Path) -> None:
+    """Write the only run as a page that needs no server. Raises OptionError if there is not one run."""
+    candidates = runs.list_all()
+    if not candidates:
+        raise OptionError(f"--export {path}: no run there")
+    if len(candidates) > 1:
+        names = ", ".join(str(run.history) for run in candidates[:5])
+        raise OptionError(
+            f"--export {path}: there are {len(candidates)} runs below it: give the history of one, {names}"
+        )
+    (run,) = candidates
+    try:
+        story = runs.open(run).story
+    except OSError as error:
+        raise OptionError(f"{run.history} cannot be read: {error.strerror}") from None
+    clips = ClipStore(run.history.parent / SAMPLES)
+    standing = LiveStanding.of(run, story).shown
+    write_training_page(path, run.history, story, standing, load=clips.for_page(), parts=parts_of_page())
+    share_page(path, path)  # it is made to be given away: no folder of this machine is named

@@ -1,0 +1,407 @@
+"""Cache files: their names, the names of their tensors, reading and writing; what keeps them is a store.
+
+Names and tensors are those of existing tuners, so that files can be exchanged. The metadata also record a
+file's origin (see records.py).
+"""
+
+import os
+import re
+import stat
+import zlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
+
+from checkpoints.writing import stream_tensors
+from contract.data import SOUND, LatentSpec
+from contract.loading import TensorInfo
+from modules.devices import dtype_name
+from modules.errors import CacheError
+from modules.option_values import as_shape
+from modules.text_files import read_tensor_header
+
+FORMAT_VERSION = "1.0.1"  # of the known tuners' caches
+SUFFIX = ".safetensors"
+PART = ".part"  # behind the name of a text cache that some of the text encoders have yet to add to
+VARIABLE = "varlen_"  # before the key of a tensor whose length differs per item
+
+FLIPPED = "_flipped"  # behind the key of mirrored latents
+SOUND_LENGTH = "audio_lengths"  # next to the latents of sound: their T; other programs read it
+EMPTY = -1  # instead of the number of a caption: the empty prompt
+
+Grid = tuple[int, int, int]  # F, H, W of latents
+# how a family's caches are named in npz files: its cache_tag, its latents, the keys of a whole text cache
+NpzNames = tuple[str, LatentSpec, frozenset[str]]
+
+
+_DTYPE = r"(?:bfloat16|float(?:16|32|64|8_e4m3fn|8_e5m2)|u?int(?:8|16|32|64)|bool)"
+_TENSOR_NAME = re.compile(rf"(?:{VARIABLE})?\w+(?:_mask|_{_DTYPE})", re.ASCII)
+_SOUND_NAME = re.compile(rf"{SOUND}_\d+x\d+x\d+_{_DTYPE}", re.ASCII)
+_LATENT_NAME = re.compile(rf"(latents(?:_\w+?)?)_(?:(\d+)x)?(\d+)x(\d+)_{_DTYPE}", re.ASCII)
+# latents of any family, and those of sound; then texts: the first, further ones, the empty prompt, unfinished
+_CACHE_NAME = re.compile(
+    r"(.+_[0-9]+x[0-9]+_[a-z0-9]+(_audio)?|.+_[a-z0-9]+_te(\.caption[0-9]+)?|(.+_)?[a-z0-9]+_te\.empty)"
+    r"\.safetensors(\.part)?",
+    re.DOTALL,
+)
+_MORE_TEXT = re.compile(r"(.+)_([a-z0-9]+)_te\.caption([2-9]|[1-9][0-9]{1,5})\.safetensors", re.DOTALL)
+_BAD_CHARACTER = re.compile(r"[/\\:\x00]" if os.name == "nt" else r"[/\x00]")
+_FIRST_BYTES = 16 * 1024  # holds the header of nearly every entry
+_SPAN = re.compile(r"(\d+)-(\d+)(?:-(\d+))?")
+_SIZE = re.compile(r"(\d+)x(\d+)")
+
+
+@dataclass(frozen=True)
+class LatentName:
+    """Fields of a latent cache's file name."""
+
+    stem: str
+    size: tuple[int, int]  # width, height: of the original for images, after bucketing for videos
+    span: tuple[int, int] | None = None  # videos: first kept frame, number of frames
+    section: int | None = None  # FramePack videos
+
+    def file_name(self, tag: str) -> str:
+        """Return e.g. `clip_00000-017_0112x0080_wan.safetensors`. tag: the family's cache_tag."""
+        parts = [self.stem]
+        if self.span is not None:
+            section = "" if self.section is None else f"-{self.section:04d}"
+            parts.append(f"{self.span[0]:05d}-{self.span[1]:03d}{section}")
+        return "_".join([*parts, f"{self.size[0]:04d}x{self.size[1]:04d}", tag]) + SUFFIX
+
+
+def sound_tag(tag: str) -> str:
+    """Return the tag in file names of sound latents: `clip_..._ltx2_audio` next to `clip_..._ltx2`."""
+    return f"{tag}_audio"
+
+
+def sound_file_name(latent_file: str, tag: str) -> str:
+    return latent_file.removesuffix(f"{tag}{SUFFIX}") + sound_tag(tag) + SUFFIX
+
+
+def parse_latent_name(file_name: str, tag: str, kind: str) -> LatentName | None:
+    """Parse a file name; None if it is not a latent cache of this family and kind ("image" or "video")."""
+    end = f"_{tag}{SUFFIX}"
+    if not file_name.endswith(end) or file_name.startswith("."):
+        return None
+    tokens = file_name.removesuffix(end).split("_")
+    size = _SIZE.fullmatch(tokens.pop())
+    if size is None:
+        return None
+    width, height = int(size[1]), int(size[2])
+    if kind == "image":
+        return LatentName("_".join(tokens), (width, height)) if tokens else None
+    span = _SPAN.fullmatch(tokens.pop()) if len(tokens) > 1 else None
+    if span is None:
+        return None
+    section = None if span[3] is None else int(span[3])
+    return LatentName("_".join(tokens), (width, height), (int(span[1]), int(span[2])), section)
+
+
+def latent_names(names: Iterable[str], tag: str, kind: str) -> Iterator[tuple[str, str, LatentName]]:
+    """Yield (file name, stem, the rest) of the latent caches of a family among names, in their order.
+
+    The rest is as `parse_latent_name` returns it, but without the stem: each distinct end is parsed once, and
+    names with the same end share the object.
+    """
+    end = f"_{tag}{SUFFIX}"
+    num_ends = 1 if kind == "image" else 2  # _0112x0080, _00000-017_0112x0080
+    ends: dict[str, LatentName | None] = {}
+    # the end of the name before, and its meaning: mostly those of the next name, too
+    tail = end + "?"
+    what: LatentName | None = None
+    for name in names:
+        if not name.endswith(end) or name[0] == ".":
+            continue
+        if not name.endswith(tail):
+            start = len(name) - len(end)
+            for _ in range(num_ends):
+                start = name.rfind("_", 0, max(start, 0))
+            if start < 0:
+                continue
+            tail = name[start:]
+            if tail not in ends:
+                ends[tail] = parse_latent_name(f"x{tail}", tag, kind)
+            what = ends[tail]
+        if what is not None:
+            yield name, name[: -len(tail)], what
+
+
+def text_file_name(stem: str, tag: str, number: int = 0) -> str:
+    """Return e.g. `clip_wan_te.safetensors`: one for all items of a source.
+
+    number: which of several captions. Further ones are `clip_wan_te.caption2.safetensors`, ..., names that
+    other programs take for neither a text cache nor a latent cache. EMPTY: the empty prompt of a source whose
+    reference pictures an encoder sees, `clip_wan_te.empty.safetensors`.
+    """
+    if number == EMPTY:
+        return f"{stem}_{empty_text_name(tag)}"
+    return f"{stem}_{tag}_te{f'.caption{number + 1}' if number else ''}{SUFFIX}"
+
+
+def empty_text_name(tag: str) -> str:
+    return f"{tag}_te.empty{SUFFIX}"
+
+
+def parse_more_text_name(file_name: str, tag: str) -> tuple[str, int] | None:
+    """Return stem and number, from 1, of a further caption's file name; None if it is none."""
+    match = _MORE_TEXT.fullmatch(file_name)
+    is_one = match is not None and match[2] == tag and not file_name.startswith(".")
+    return (match[1], int(match[3]) - 1) if match is not None and is_one else None
+
+
+def is_text_name(file_name: str, tag: str) -> bool:
+    """Return whether a file name is that of any text cache of the family."""
+    if "_te." not in file_name:  # of a million names, half are of latents
+        return False
+    return (
+        parse_text_name(file_name, tag) is not None
+        or parse_more_text_name(file_name, tag) is not None
+        or is_empty_text_name(file_name, tag)
+    )
+
+
+def is_empty_text_name(file_name: str, tag: str) -> bool:
+    name = empty_text_name(tag)
+    return file_name == name or (file_name.endswith(f"_{name}") and not file_name.startswith("."))
+
+
+def parse_text_name(file_name: str, tag: str) -> str | None:
+    end = f"_{tag}_te{SUFFIX}"
+    return file_name.removesuffix(end) if file_name.endswith(end) and not file_name.startswith(".") else None
+
+
+def is_cache_name(name: str) -> bool:
+    return not name.startswith(".") and _CACHE_NAME.fullmatch(name) is not None
+
+
+def is_safe_name(name: str) -> bool:
+    return name not in {"", ".", ".."} and _BAD_CHARACTER.search(name) is None
+
+
+def tensor_name(
+    key: str, tensor: Tensor, variable: bool = False, grid: Grid | None = None, has_frames: bool = True
+) -> str:
+    """Return the name in a file of the tensor that is `key` in batches.
+
+    grid: F, H, W to write instead of the latents' own. has_frames: write F too.
+    """
+    if variable:
+        return f"{VARIABLE}{key}_{dtype_name(tensor.dtype)}"
+    if key.endswith("_mask"):
+        return key
+    if key == SOUND:  # C T M is written T x M x C
+        channels, length, width = tensor.shape
+        return f"{key}_{length}x{width}x{channels}_{dtype_name(tensor.dtype)}"
+    if key == "latents" or key.startswith("latents_"):
+        sizes = grid or tuple(tensor.shape[-3:])
+        shown = as_shape(sizes if has_frames else sizes[1:])
+        return f"{key}_{shown}_{dtype_name(tensor.dtype)}"
+    return f"{key}_{dtype_name(tensor.dtype)}"
+
+
+def tensor_key(name: str) -> str:
+    """Return the key for a tensor's name in a file, the inverse of `tensor_name`.
+
+    `latents_image_5x8x8_bfloat16` -> `latents_image`, `varlen_t5_bfloat16` -> `t5`; masks are unchanged.
+    """
+    latents = _LATENT_NAME.fullmatch(name)
+    if latents is not None:
+        return latents[1]
+    if _SOUND_NAME.fullmatch(name):
+        return SOUND
+    name = name.removeprefix(VARIABLE)
+    return name if name.endswith("_mask") else re.sub(f"_{_DTYPE}$", "", name)
+
+
+def grid_in_name(name: str) -> Grid | None:
+    """Return F, H, W from the name of a tensor of latents; F is 1 if the name says H x W."""
+    latents = _LATENT_NAME.fullmatch(name)
+    return None if latents is None else (int(latents[2] or 1), int(latents[3]), int(latents[4]))
+
+
+def _is_flat(name: str, tensor: Tensor) -> bool:
+    """Return whether latents have the form C H W, of a picture: see `LatentSpec.flat_in_caches`."""
+    is_sound = tensor_key(name).endswith("_audio")  # C 2 T
+    return tensor.ndim == 3 and grid_in_name(name) is not None and not is_sound
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Hold the contents of a cache file, or only the facts in its header."""
+
+    place: Path | str  # its path: of a million only a few are asked for
+    metadata: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...]]  # of the tensors, by their names in the file
+    named: Mapping[str, Tensor] = field(default_factory=dict, repr=False)  # none if only the header was read
+
+    @staticmethod
+    def of(place: Path | str, metadata: Mapping[str, str], named: Mapping[str, Tensor]) -> "Entry":
+        return Entry(place, metadata, {name: tuple(tensor.shape) for name, tensor in named.items()}, named)
+
+    @property
+    def path(self) -> Path:
+        return Path(self.place)
+
+    @property
+    def keys(self) -> frozenset[str]:
+        return frozenset(map(tensor_key, self.shapes))
+
+    @property
+    def grids(self) -> frozenset[Grid]:
+        return frozenset(grid for grid in map(grid_in_name, self.shapes) if grid is not None)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Return tensors by their keys in batches; latents get the axis of frames that some files lack."""
+        return {
+            tensor_key(name): tensor.unsqueeze(1) if _is_flat(name, tensor) else tensor
+            for name, tensor in self.named.items()
+        }
+
+    @property
+    def variable(self) -> frozenset[str]:
+        return frozenset(tensor_key(name) for name in self.named if name.startswith(VARIABLE))
+
+
+class CacheStore(Protocol):
+    """The entries of one cache folder. An entry exists whole or not at all. Several threads may use the store
+    at once, and other processes may write other entries of the same folder meanwhile.
+    """
+
+    @property
+    def folder(self) -> Path:
+        """Return the cache folder, which need not exist."""
+
+    @property
+    def holds_only_caches(self) -> bool:
+        """Return whether all names are those of caches, so that a damaged one may be removed."""
+
+    @property
+    def is_shared(self) -> bool:
+        """Return whether other programs keep entries there: theirs count if they fit, and none is stale."""
+
+    def names(self) -> Collection[str]:
+        """Return the names of all entries, and of other files that are next to them."""
+
+    def __contains__(self, name: str) -> bool:
+        """Return whether there is an entry of that name, whole or damaged."""
+
+    def read(self, name: str, is_whole: bool = True) -> Entry:
+        """Read an entry to the CPU; its header alone if it is not wanted whole.
+
+        Raises CacheError if it is missing or damaged.
+        """
+
+    def write(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        """Write an entry, in place of one of the same name. tensors: by their names in the file.
+
+        Equal contents give equal bytes. Raises OutputError.
+        """
+
+    def remove(self, name: str) -> None:
+        """Remove an entry, if it is there."""
+
+    def close(self, is_last: bool = False) -> None:
+        """Make sure that all that was written survives, as the last act of a writer; more may follow.
+
+        is_last: all writers of a run have finished, and this process puts the store in order. Raises
+        OutputError if there is no room for it; nothing is lost then.
+        """
+
+
+def read_entry(path: Path | str, is_whole: bool = True) -> Entry:
+    """Read a cache file to the CPU; metadata and tensor names alone if it is not wanted whole.
+
+    Raises CacheError if the file is missing or damaged.
+    """
+    at_once = getattr(os, "O_NONBLOCK", 0)  # does not wait for a pipe's writer
+    try:
+        # Path.open takes longer
+        with open(path, "rb", 0, opener=lambda name, flags: os.open(name, flags | at_once)) as file:  # noqa: PTH123
+            facts = os.fstat(file.fileno())
+            if stat.S_ISREG(facts.st_mode):
+                if is_whole:
+                    return unpack(path, file.read())
+                return unpack_header(path, facts.st_size, file.read)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        pass
+    except OSError as error:
+        raise _damage_error(path, error) from error
+    raise CacheError(f"{path}: no such cache file")
+
+
+def unpack(path: Path | str, data: bytes) -> Entry:
+    """Return the tensors of a cache file's bytes, sorted by name.
+
+    path: for messages. Raises CacheError if they are not safetensors.
+    """
+    try:
+        tensors = load(data)
+        metadata = read_tensor_header(lambda _: data, len(data)).metadata
+    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise _damage_error(path, error) from error
+    named = {name: tensors[name] for name in sorted(tensors)}
+    return Entry.of(path, metadata, named)
+
+
+def unpack_header(path: Path | str, size: int, read: Callable[[int], bytes]) -> Entry:
+    """Return the metadata and tensor names of a cache file of `size` bytes; its tensors are not read.
+
+    read: returns the next N bytes of the file. Raises CacheError if they are not safetensors.
+    """
+    try:
+        metadata, content, start = read_tensor_header(read, size, _FIRST_BYTES)
+        shapes = {name: tuple(map(int, content[name]["shape"])) for name in sorted(content)}
+        end = max((facts["data_offsets"][1] for facts in content.values()), default=0)
+        if end != size - start:
+            raise ValueError(f"its tensors have {end} bytes, it has {size - start}")
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise _damage_error(path, error) from error
+    return Entry(path, metadata, shapes)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a cache file, completely or not at all. tensors: by their names in the file.
+
+    Equal contents give equal bytes; the safetensors library would write the metadata in varying order.
+    """
+    infos = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    stream_tensors(path, infos, tensors.__getitem__, dict(sorted(metadata.items())))
+
+
+def checksum(name: str, tensor: Tensor) -> str:
+    """Return the CRC-32 of a tensor's name, shape and bytes, as eight hexadecimal digits."""
+    start = zlib.crc32(f"{name} {dtype_name(tensor.dtype)} {tuple(tensor.shape)}".encode())
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return f"{zlib.crc32(data.data, start):08x}"
+
+
+def is_latent_cache(entry: Entry, architecture: str, sound: bool = False) -> bool:
+    """Return whether the tensor names are those of a latent cache of the family `architecture`, not of a
+    LoRA.
+
+    sound: check for a cache of a clip's sound.
+    """
+    return (
+        (SOUND in entry.keys if sound else bool(entry.grids))
+        and _all_cache_names(entry)
+        and entry.metadata.get("architecture", architecture) == architecture
+    )
+
+
+def is_text_cache(entry: Entry, architecture: str) -> bool:
+    return not entry.grids and _all_cache_names(entry) and entry.metadata.get("architecture") == architecture
+
+
+def _all_cache_names(entry: Entry) -> bool:
+    return bool(entry.shapes) and all(map(_TENSOR_NAME.fullmatch, entry.shapes))
+
+
+def _damage_error(path: Path | str, error: Exception) -> CacheError:
+    return CacheError(f"{path}: damaged, cannot be read as safetensors ({error})")

@@ -1,0 +1,243 @@
+"""Read the lists of a data set in CogVideoX form, and find the tensors computed for its clips before."""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from dataset.forms import JSONL
+from dataset.forms.cogvideox_keys import CogVideoXKeys
+from dataset.forms.columns import table_lines
+from dataset.forms.composing import column_names, read_columns, row_form
+from dataset.forms.contract import TableRow
+from dataset.forms.rows import check_text, locate
+from dataset.sources.captions import complete_captions
+from dataset.sources.media_source import Fault, MediaSource, number_repeats
+from dataset.table import DatasetTable
+from modules.errors import DatasetError
+from modules.paths import explain_missing
+
+# folders next to that of the clips
+MOMENTS, IMAGE_MOMENTS, EMBEDS = "video_latents", "image_latents", "prompt_embeds"
+# lists of the folder form; the second name of prompts is what the tools of CogVideoX write
+PROMPTS, VIDEOS = ("prompt.txt", "prompts.txt"), "videos.txt"
+# usual columns, the first that is there; in JSONL prompts come first
+CAPTION_COLUMNS, VIDEO_COLUMNS = ("caption", "prompt"), ("video", "video_path")
+
+
+@dataclass(frozen=True)
+class CogRow:
+    """One clip with its caption."""
+
+    where: str  # "videos.txt, line 3": for messages
+    caption: str  # with the id token
+    video: Path
+
+
+def list_cogvideox(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
+    """Return the sources of the table, in the order of its lists; add errors to `faults`.
+
+    With load_tensors a source's latents are given, and its clip need not be there.
+    Raises DatasetError if there is nothing to list.
+    """
+    sources: list[MediaSource] = []
+    folders: dict[str, _TensorFolder] = {}
+    load_tensors = table.of(CogVideoXKeys).load_tensors
+    for row in read_rows(table, table.name, faults):
+        (caption,) = complete_captions([row.caption], table)
+        tensors = _find_tensors(row, folders, faults) if load_tensors else None
+        if load_tensors and tensors is None:
+            continue
+        if not load_tensors and not row.video.exists():
+            faults += missing_clips(table.name, [row])
+            continue
+        source = MediaSource(
+            path=row.video,
+            stem=row.video.stem,
+            caption=caption,
+            caption_path=None,
+            control=(),
+            table=table,
+            tensors=tensors,
+        )
+        sources.append(source)
+    return sources if load_tensors else number_repeats(sources)
+
+
+def read_rows(table: DatasetTable, name: str, faults: list[Fault]) -> Iterator[CogRow]:
+    """Yield clips and captions in the order of the lists; add lines that cannot be used to `faults`.
+
+    name: of the data set, for messages. It is not checked whether the clips exist. Raises DatasetError if a
+    list is missing, the two lists differ in length, or a column is missing.
+    """
+    keys = table.of(CogVideoXKeys)
+    root = keys.cogvideox_root
+    if not root.is_dir():
+        raise DatasetError(f"{name}: {root}: no such folder.{explain_missing(root)} Correct the path.")
+    clips = (_open_lists if keys.dataset_file is None else _open_table)(table, root, name)
+    for row in clips.rows:
+        try:
+            caption = _text_in(row, clips.caption_column)
+            path = locate(_text_in(row, clips.video_column), root, row.where)
+        except DatasetError as error:
+            faults.append(Fault(f"lines of {name} cannot be used", str(error)))
+        else:
+            yield CogRow(row.where, f"{keys.id_token} {caption}".lstrip(), path)
+
+
+def _text_in(row: TableRow, column: str) -> str:
+    """Return the text in a column, stripped of white space. Raises DatasetError if there is none."""
+    text = row.values.get(column, "")
+    if row.fault is not None or not isinstance(text, str) or not text.strip():
+        raise DatasetError(f"{row.where}: {row.fault or f'{column} is missing, or not a text'}")
+    check_text(text, f"{row.where}: {column}")
+    return text.strip()
+
+
+def missing_clips(name: str, rows: list[CogRow]) -> list[Fault]:
+    """Return a fault for each clip that does not exist. name: of the data set."""
+    kind = f"clips of {name} do not exist"
+    return [
+        Fault(kind, f"{row.video} ({row.where})", row.video.stem) for row in rows if not row.video.exists()
+    ]
+
+
+class _Clips(NamedTuple):
+    """The clips of a data set, one a row."""
+
+    rows: Iterable[TableRow]
+    caption_column: str
+    video_column: str
+
+
+def _open_lists(table: DatasetTable, root: Path, name: str) -> _Clips:
+    prompts = root / (table.caption_column or _find_prompts(root, name))
+    videos = root / (table.of(CogVideoXKeys).video_column or VIDEOS)
+    _require_list(prompts, "caption_column", name)
+    _require_list(videos, "video_column", name)
+    captions = [line for line in table_lines(prompts) if line.strip()]
+    numbered = enumerate(table_lines(videos), 1)
+    paths = [(number, line) for number, line in numbered if line.strip()]
+    if len(captions) != len(paths):
+        raise DatasetError(
+            f"{name}: {prompts} has {len(captions)} lines, {videos} has {len(paths)}; each video has one "
+            "prompt, in the same order. Blank lines are not counted."
+        )
+    rows = (
+        TableRow(videos, "line", number, {"caption": caption, "video": video})
+        for caption, (number, video) in zip(captions, paths, strict=True)
+    )
+    return _Clips(rows, "caption", "video")
+
+
+def _require_list(path: Path, key: str, name: str) -> None:
+    """Raise DatasetError if a list is missing. key: of the data set, which names another one."""
+    if not path.exists():
+        raise DatasetError(
+            f"{name}: {path}: no such file. Without dataset_file, a CogVideoX folder has {PROMPTS[0]} "
+            f"and {VIDEOS}; name another list with {key}."
+        )
+
+
+def _find_prompts(root: Path, name: str) -> str:
+    """Return the usual name of the list of captions in a folder. Raises DatasetError if it has two."""
+    present = [file for file in PROMPTS if (root / file).exists()]
+    if len(present) > 1:
+        raise DatasetError(
+            f"{name}: {root} has {' and '.join(present)}; say with caption_column which one it is"
+        )
+    return present[0] if present else PROMPTS[0]
+
+
+def _open_table(table: DatasetTable, root: Path, name: str) -> _Clips:
+    keys = table.of(CogVideoXKeys)
+    assert keys.dataset_file is not None
+    places = (keys.dataset_file, root / keys.dataset_file)
+    path = next((place for place in places if place.exists()), None)
+    if path is None:
+        raise DatasetError(f"{name}: dataset_file {keys.dataset_file} is neither there nor in {root}")
+    names = column_names(path)
+    caption_columns = CAPTION_COLUMNS[::-1] if row_form(path) is JSONL else CAPTION_COLUMNS
+    caption = table.caption_column or _first_of(caption_columns, names)
+    video = keys.video_column or _first_of(VIDEO_COLUMNS, names)
+    for key, column in (("caption_column", caption), ("video_column", video)):
+        if column not in names:
+            raise DatasetError(
+                f"{name}: {path} has no column {column!r}; it has {', '.join(names)}. Name one of them "
+                f"with {key}."
+            )
+    return _Clips(read_columns(path, (caption, video)), caption, video)
+
+
+def _first_of(usual: Sequence[str], names: Sequence[str]) -> str:
+    """Return the first usual name that is among `names`; the first one if none is."""
+    return next((name for name in usual if name in names), usual[0])
+
+
+# --- tensors
+# ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class CogVideoXTensors:
+    """Files of tensors computed for a clip before, in folders next to that of the clips."""
+
+    folder: Path  # that these folders are in; shared
+    name: str  # of the files, without suffix
+    has_embeds: bool
+    uses_image: bool = True
+
+    @property
+    def moments(self) -> Path:
+        return self.folder / MOMENTS / f"{self.name}.pt"
+
+    @property
+    def image(self) -> Path | None:
+        return self.folder / IMAGE_MOMENTS / f"{self.name}.pt" if self.uses_image else None
+
+    @property
+    def embeds(self) -> Path | None:
+        return self.folder / EMBEDS / f"{self.name}.pt" if self.has_embeds else None
+
+    def without_image(self) -> "CogVideoXTensors":
+        return replace(self, uses_image=False)
+
+
+class _TensorFolder(NamedTuple):
+    """A folder X, and the names in X/video_latents and X/prompt_embeds; None for a missing folder."""
+
+    path: Path
+    moments: frozenset[str] | None
+    embeds: frozenset[str] | None
+
+
+def _find_tensors(
+    row: CogRow, folders: dict[str, _TensorFolder], faults: list[Fault]
+) -> CogVideoXTensors | None:
+    """Return the computed tensors' files for X/videos/NAME.mp4: X/video_latents/NAME.pt and so on.
+
+    Without a folder of embeddings, captions are encoded as always. folders: by X, those that are known. Adds
+    to `faults` and returns None if a file is missing.
+    """
+    place = os.path.dirname(os.path.dirname(row.video))  # noqa: PTH120  # a Path takes three times as long
+    folder = folders.get(place)
+    if folder is None:  # listed once: a million files are not asked for one by one
+        path = Path(place)
+        folder = folders[place] = _TensorFolder(path, _names_in(path / MOMENTS), _names_in(path / EMBEDS))
+        if folder.moments is None:
+            faults.append(Fault("folders are missing, which load_tensors needs", str(path / MOMENTS)))
+    if folder.moments is None:
+        return None
+    stem = row.video.stem
+    for inner, names in ((MOMENTS, folder.moments), (EMBEDS, folder.embeds)):
+        if names is not None and f"{stem}.pt" not in names:
+            kind = "files are missing, which load_tensors needs"
+            file = f"{folder.path / inner / stem}.pt"
+            faults.append(Fault(kind, f"{file} ({row.where})", stem))
+            return None
+    return CogVideoXTensors(folder.path, stem, has_embeds=folder.embeds is not None)
+
+
+def _names_in(folder: Path) -> frozenset[str] | None:
+    return frozenset(os.listdir(folder)) if folder.is_dir() else None

@@ -1,0 +1,182 @@
+"""npz files: arrays of numbers read without trusting the file, and written completely or not at all.
+
+An npz file is a zip archive with one `.npy` member for each array. Nothing is ever unpickled. Ours have one
+more array of bytes, the record, which holds JSON: the metadata that a file of ours would have, and the name,
+dtype and shape of each tensor, so that reading returns the written tensors bit for bit. The record also holds
+the archive's checksum of each array: if another program replaces an array, it differs and the record is
+ignored.
+"""
+
+import contextlib
+import io
+import json
+import tokenize
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dataset.cache_files import Entry, tensor_key
+from modules.atomic_write import atomic_path
+from modules.devices import dtype_name
+from modules.errors import CacheError
+from modules.limits import MAX_ARRAY_BYTES, MAX_ARRAYS
+from modules.text_files import parse_json
+
+Array = NDArray[Any]
+
+_MEMBER = ".npy"
+_FIRST_TIME = (1980, 1, 1, 0, 0, 0)  # of all members, so that equal contents give equal bytes
+_ERRORS = (
+    zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error,
+    OSError, ValueError, KeyError, RuntimeError, NotImplementedError, EOFError, MemoryError,
+    SyntaxError, tokenize.TokenError, TypeError, OverflowError, RecursionError,  # of numpy's own parser
+)  # fmt: skip
+
+OURS = "reelsmith"  # array with the record
+RECORD_VERSION = 1
+# what a tensor may be restored to
+_DTYPES = {
+    dtype_name(dtype): dtype
+    for dtype in (
+        torch.bfloat16, torch.float16, torch.float32, torch.float64,
+        torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.bool,
+    )
+}  # fmt: skip
+
+# key, tensor of an array, original shape -> the tensor in that shape
+Reshape = Callable[[str, Tensor, tuple[int, ...]], Tensor]
+
+
+class NpzArray(NamedTuple):
+    """An array of a file, as other programs see it."""
+
+    tensor: Tensor
+    crc32: int  # of the whole member, which reading has compared
+
+
+def read_arrays(path: Path, is_wanted: Callable[[str], bool]) -> dict[str, NpzArray]:
+    """Return the arrays of a file whose names are wanted.
+
+    Raises CacheError if it is missing or damaged, or if an array holds something else than numbers.
+    """
+    arrays = {}
+    with _open(path) as file:
+        for name in filter(is_wanted, _names(file)):
+            with file.open(name + _MEMBER) as member:
+                array = npy.read_array(member, allow_pickle=False)
+                if member.read(1):  # the end, where the checksum is compared
+                    raise ValueError(f"{name} is longer than its header says")
+            if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
+                raise ValueError(f"{name} is of {array.dtype}, which are no numbers")
+            native = np.ascontiguousarray(array, array.dtype.newbyteorder("=")).reshape(array.shape)
+            arrays[name] = NpzArray(torch.from_numpy(native), file.getinfo(name + _MEMBER).CRC)
+    return arrays
+
+
+def list_arrays(path: Path) -> list[str]:
+    """Return the names of the arrays of a file. Raises CacheError if it is missing or damaged."""
+    with _open(path) as file:
+        return _names(file)
+
+
+def read_members(path: Path) -> dict[str, bytes]:
+    """Return the bytes of all members by the names of their arrays. Raises CacheError as `read_arrays`."""
+    members = {}
+    with _open(path) as file:
+        for name in _names(file):
+            with file.open(name + _MEMBER) as member:
+                members[name] = member.read()
+    return members
+
+
+def write_members(path: Path, members: Mapping[str, bytes]) -> None:
+    """Write a file, in place of an existing one. Equal contents give equal bytes. Raises OutputError."""
+    size_bytes = sum(map(len, members.values()))
+    with atomic_path(path, size_bytes) as temporary, zipfile.ZipFile(temporary, "w") as file:
+        for name in sorted(members):
+            file.writestr(zipfile.ZipInfo(name + _MEMBER, _FIRST_TIME), members[name])
+
+
+def format_array(array: Array) -> bytes:
+    stream = io.BytesIO()
+    npy.write_array(stream, np.ascontiguousarray(array).reshape(array.shape), allow_pickle=False)
+    return stream.getvalue()
+
+
+def _names(file: zipfile.ZipFile) -> list[str]:
+    infos = [info for info in file.infolist() if info.filename.endswith(_MEMBER)]
+    if len(infos) > MAX_ARRAYS:
+        raise ValueError(f"it has {len(infos)} arrays")
+    size_bytes = sum(info.file_size for info in infos)  # no more is read, whatever they unpack to
+    if size_bytes > MAX_ARRAY_BYTES:
+        raise ValueError(f"its arrays have {size_bytes:,} bytes")
+    return [info.filename.removesuffix(_MEMBER) for info in infos]
+
+
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[zipfile.ZipFile]:
+    if not path.is_file():
+        raise CacheError(f"{path}: no such cache file")
+    try:
+        with zipfile.ZipFile(path) as file:
+            yield file
+    except _ERRORS as error:
+        raise CacheError(f"{path}: damaged, cannot be read as npz ({error})") from error
+
+
+def as_array(tensor: Tensor, keep_half: bool) -> Array:
+    """Return a tensor as other programs read it: numbers of less than 32 bits become float32.
+
+    keep_half: float16 stays float16.
+    """
+    if tensor.is_floating_point() and not (keep_half and tensor.dtype == torch.float16):
+        tensor = tensor.double() if tensor.dtype == torch.float64 else tensor.float()
+    array: Array = tensor.detach().cpu().contiguous().numpy()
+    return array
+
+
+def describe_tensors(
+    tensors: Mapping[str, Tensor],
+    sources: Mapping[str, str],
+    metadata: Mapping[str, str],
+    members: Mapping[str, bytes],
+) -> Array:
+    """Return the record of tensors as an array. sources: array -> name of its tensor. members: the bytes of
+    the arrays.
+    """
+    described = {
+        array: [name, dtype_name(tensors[name].dtype), list(tensors[name].shape), zlib.crc32(members[array])]
+        for array, name in sources.items()
+    }
+    content = {"version": RECORD_VERSION, "metadata": dict(metadata), "tensors": described}
+    text = json.dumps(content, sort_keys=True, ensure_ascii=True)
+    return np.frombuffer(text.encode(), np.uint8)
+
+
+def open_record(path: Path, arrays: Mapping[str, NpzArray], reshape: Reshape) -> Entry | None:
+    """Return the entry if we wrote it; None if another program wrote it or replaced some of it."""
+    record = arrays.get(OURS)
+    if record is None:
+        return None
+    try:
+        content = parse_json(record.tensor.to(torch.uint8).numpy().tobytes().decode())
+        if content["version"] != RECORD_VERSION:
+            return None
+        metadata = {str(key): str(value) for key, value in content["metadata"].items()}
+        named = {}
+        for array, (name, dtype, shape, crc32) in content["tensors"].items():
+            if arrays[array].crc32 != crc32:
+                return None
+            tensor = reshape(tensor_key(name), arrays[array].tensor, tuple(map(int, shape)))
+            named[str(name)] = tensor.to(_DTYPES[dtype])
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
+        return None
+    return Entry.of(path, metadata, named)

@@ -1,0 +1,410 @@
+"""Caches in npz files next to the pictures, in the layout that image trainers of the known family share.
+
+Latents of a picture: `STEM_WWWWxHHHH_TAG.npz`, W and H of the picture, with the arrays `latents`,
+`latents_flipped`, `alpha_mask`, `original_size` and `crop_ltrb` of every resolution, each with the suffix
+`_{h}x{w}` in latent pixels, or of one resolution without it (`NpzFormat.has_resolutions`). Older programs
+call such a file `STEM.npz` (`NpzFormat.has_nameless`), which is read if there is no other. Texts:
+`STEM_TAG_te.npz`. Other programs read and write these files too: theirs count if they fit, and nothing is
+removed as stale. Ours have one more array for each resolution, the record of its sources, which other
+programs ignore.
+"""
+
+import logging
+import math
+import os
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from contract.data import LOSS_MASK, SAID_SIZES, LatentSpec
+from contract.rules import NpzFormat
+from dataset import cache_files
+from dataset.forms.npz_files import (
+    OURS,
+    Array,
+    NpzArray,
+    as_array,
+    describe_tensors,
+    format_array,
+    list_arrays,
+    open_record,
+    read_arrays,
+    read_members,
+    write_members,
+)
+from dataset.sources.frames import bucket_of, shrink_mask
+from dataset.table import DatasetTable
+from modules.atomic_write import explain_errors
+from modules.devices import dtype_name
+from modules.errors import CacheError
+from modules.file_locks import only_one
+from modules.media.buckets import Size, inner_box
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+NPZ = ".npz"
+LOCK = ".reelsmith-npz.lock"  # while a file of the folder gets one resolution more
+ALPHA, MIRRORED = "alpha_mask", "latents" + cache_files.FLIPPED
+_KNOWN = ("latents", MIRRORED)
+# how names of files end that say what they hold
+_OTHER_END = re.compile(r"_(\d{4,5}x\d{4,5}_\w+|te_outputs|\w+_te)$")
+
+
+@dataclass(frozen=True)
+class NpzStore:
+    """Store entries in the npz files of a table. Messages outside this class name an entry as a single cache
+    file; messages of this class name the npz file.
+    """
+
+    table: DatasetTable
+    tag: str  # of the family
+    latent: LatentSpec
+    text_keys: frozenset[str]  # of a whole text cache
+    folder: Path
+    # pictures that a list names, which may be in many folders: stem -> path without suffix
+    listed: Mapping[str, Path] = field(default_factory=dict)
+    _warned: set[str] = field(default_factory=set, compare=False, repr=False)  # names of files
+    holds_only_caches: ClassVar[bool] = False
+    is_shared: ClassVar[bool] = True
+
+    def names(self) -> Collection[str]:
+        stems = {path: stem for stem, path in self.listed.items()}
+        names = []
+        for folder in {self.folder, *(path.parent for path in stems)}:
+            for file in os.listdir(folder) if folder.is_dir() else ():
+                name = self._entry_name(file, folder, stems) or self._nameless_entry(file, folder, stems)
+                if name is not None:
+                    names.append(name)
+        return [*dict.fromkeys(names)]
+
+    def __contains__(self, name: str) -> bool:
+        return self._file_of(name).is_file()
+
+    def read(self, name: str, is_whole: bool = True) -> cache_files.Entry:
+        """Read an entry, always whole: most of the time goes into opening the file."""
+        return self._read_text(name) if self._is_text(name) else self._read_latents(name)
+
+    def write(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        if self._is_text(name):
+            self._write_text(name, tensors, metadata)
+        else:
+            self._write_latents(name, tensors, metadata)
+
+    def remove(self, name: str) -> None:
+        path = self._path(name)
+        if self._is_text(name):
+            path.unlink(missing_ok=True)
+            return
+        suffix = self._suffix(name)
+        with explain_errors(path), only_one(path.with_name(LOCK)):
+            members = read_members(path) if path.is_file() else {}
+            of_other_sizes = {array: data for array, data in members.items() if not array.endswith(suffix)}
+            if of_other_sizes:
+                write_members(path, of_other_sizes)
+            else:
+                path.unlink(missing_ok=True)
+
+    def close(self, is_last: bool = False) -> None:
+        """Do nothing: each file is flushed when it is written, and a later write removes leftovers."""
+
+    @property
+    def form(self) -> NpzFormat:
+        assert self.latent.npz is not None  # `dataset.forms.npz`
+        return self.latent.npz
+
+    # --- names ---
+
+    def _is_text(self, name: str) -> bool:
+        return cache_files.is_text_name(name.removesuffix(cache_files.PART), self.tag)
+
+    def _path(self, name: str) -> Path:
+        finished = name.removesuffix(cache_files.PART)
+        part = name[len(finished) :]
+        stem = _replace_end(finished.removesuffix(cache_files.SUFFIX), self._ends())
+        file = f"{stem}{NPZ}{part}"
+        source = self._source_stem(name)
+        place = self.listed.get(source)
+        if place is None:
+            return self.folder / file
+        return place.with_name(place.name + file.removeprefix(source))
+
+    def _file_of(self, name: str) -> Path:
+        """Return the file to read an entry from: the one that an older program wrote if there is no other."""
+        path = self._path(name)
+        source = self._source_stem(name)
+        if not self.form.has_nameless or self._is_text(name) or not source or path.is_file():
+            return path
+        older = self.listed.get(source, self.folder / source)
+        nameless = older.with_name(older.name + NPZ)
+        if not nameless.is_file():
+            return path
+        if not self._warned:
+            self._warned.add(nameless.name)
+            logger.warning(
+                "%s: latents of an older program, whose name does not say the model. Remove such files if "
+                "they are of another model than %s.",
+                nameless,
+                self.tag,
+            )
+        return nameless
+
+    def _nameless_entry(self, file: str, folder: Path, stems: Mapping[Path, str]) -> str | None:
+        """Return the name of the latents in a file of an older program, `STEM.npz`; None if it has none."""
+        stem = file.removesuffix(NPZ)
+        if not self.form.has_nameless or not file.endswith(NPZ) or _OTHER_END.search(stem):
+            return None
+        if self.listed:
+            source = stems.get(folder / stem)
+        else:
+            source = stem if folder == self.folder else None
+        if source is None:
+            return None
+        try:
+            arrays = read_arrays(folder / file, lambda array: array == "original_size")
+            width, height = map(int, arrays["original_size"].tensor.tolist())
+        except (CacheError, KeyError, TypeError, ValueError):
+            return None
+        return cache_files.LatentName(source, (width, height)).file_name(self.tag)
+
+    def _source_stem(self, name: str) -> str:
+        """Return the stem of an entry's source, from the entry's name; "" for the empty prompt."""
+        finished = name.removesuffix(cache_files.PART)
+        latents = cache_files.parse_latent_name(finished, self.tag, "image")
+        if latents is not None:
+            return latents.stem
+        further = cache_files.parse_more_text_name(finished, self.tag)
+        if further is not None:
+            stem, _ = further
+            return stem
+        return cache_files.parse_text_name(finished, self.tag) or ""
+
+    def _entry_name(self, file: str, folder: Path, stems: Mapping[Path, str]) -> str | None:
+        """Return the name of the entry in a file; None if it belongs to another family.
+
+        stems: of pictures that a list names, by their paths without suffix.
+        """
+        finished = file.removesuffix(cache_files.PART)
+        if not finished.endswith(NPZ):
+            return None
+        part = file[len(finished) :]
+        ends_of_entries = [(theirs, ours) for ours, theirs in self._ends()]
+        name = _replace_end(finished.removesuffix(NPZ), ends_of_entries) + cache_files.SUFFIX
+        if not self._is_text(name) and cache_files.parse_latent_name(name, self.tag, "image") is None:
+            return None
+        source = self._source_stem(name)
+        if folder / source in stems:
+            name = stems[folder / source] + name.removeprefix(source)
+        elif folder != self.folder or source in self.listed:  # of a picture that left the list
+            return None
+        return name + part
+
+    def _ends(self) -> tuple[tuple[str, str], ...]:
+        """Return the ends of an entry's name, without suffix, and those of the files."""
+        return (f"_{self.tag}_te", self.form.texts), (f"_{self.tag}", self.form.latents)
+
+    # --- latents ---
+
+    def _bucket(self, name: str) -> tuple[Size, Size]:
+        """Return the size of a picture, and its size in the table's bucket."""
+        parsed = cache_files.parse_latent_name(name, self.tag, "image")
+        if parsed is None:
+            raise CacheError(f"{self.folder / name}: its name is not that of a picture's latents")
+        step = self.latent.pixel_step
+        return parsed.size, bucket_of(self.table, parsed.size, step, self._path(name))
+
+    def _grid(self, name: str) -> tuple[int, int]:
+        _, (width, height) = self._bucket(name)
+        *_, latent_height, latent_width = self.latent.shape(1, height, width)
+        return latent_height, latent_width
+
+    def _suffix(self, name: str) -> str:
+        if not self.form.has_resolutions:
+            return ""
+        height, width = self._grid(name)
+        return f"_{height}x{width}"
+
+    def _read_latents(self, name: str) -> cache_files.Entry:
+        path, suffix = self._file_of(name), self._suffix(name)
+        members = read_arrays(path, lambda array: array.endswith(suffix))
+        arrays = {array.removesuffix(suffix): member for array, member in members.items()}
+        if "latents" not in arrays:
+            latents = [array for array in list_arrays(path) if array.startswith("latents_")]
+            sizes = ", ".join(sorted(array.removeprefix("latents") for array in latents))
+            raise CacheError(f"{path}: it has no latents{suffix}, but those of {sizes or 'nothing'}")
+
+        def reshape(key: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+            if key == LOSS_MASK and tensor.numel() != math.prod(shape):  # in pixels
+                return shrink_mask(tensor[None] * 255, self.latent.stride)
+            return tensor.reshape(shape)
+
+        return open_record(path, arrays, reshape) or self._foreign_latents(path, arrays, self._grid(name))
+
+    def _foreign_latents(
+        self, path: Path, arrays: Mapping[str, NpzArray], grid: tuple[int, int]
+    ) -> cache_files.Entry:
+        """Return another program's latents, if they fit the table."""
+        needed_by = {"latents": ""}
+        if self.table.augmentation.flip:
+            needed_by[MIRRORED] = "flip_aug"
+        if self.table.alpha_mask:
+            needed_by[ALPHA] = "alpha_mask"
+        for key, option in needed_by.items():
+            if key not in arrays:
+                raise CacheError(f"{path}: it has no {key} of {grid[0]}x{grid[1]}, which {option} needs")
+        named = {}
+        shape = (self.latent.channels, *grid)
+        for key in needed_by:
+            tensor = arrays[key].tensor
+            if key == ALPHA:
+                mask = self._foreign_mask(path, tensor, grid)
+                named[cache_files.tensor_name(LOSS_MASK, mask)] = mask
+                continue
+            if tensor.shape != shape or not tensor.is_floating_point():
+                raise CacheError(
+                    f"{path}: its {key} are {dtype_name(tensor.dtype)} of shape {tuple(tensor.shape)}, this "
+                    f"model's are floating-point numbers of shape {shape}"
+                )
+            latents = tensor[:, None]
+            named[cache_files.tensor_name(key, latents)] = latents
+        if self.latent.tells_sizes:
+            sizes = _read_sizes(path, arrays)
+            named[cache_files.tensor_name(SAID_SIZES, sizes)] = sizes
+        return cache_files.Entry.of(path, {}, named)
+
+    def _foreign_mask(self, path: Path, mask: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Return another program's mask, 1 H W of latents. mask: H W of latents or of pixels."""
+        stride = self.latent.stride
+        pixels = grid[0] * stride[1], grid[1] * stride[2]
+        if mask.shape == grid:
+            return mask[None].half()
+        if mask.shape == pixels:
+            return shrink_mask(mask.float()[None] * 255, stride)
+        raise CacheError(f"{path}: its alpha_mask has the shape {tuple(mask.shape)}, its latents have {grid}")
+
+    def _write_latents(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        arrays: dict[str, Array] = {}
+        tensor_names: dict[str, str] = {}  # by array
+        for tensor_name, tensor in tensors.items():
+            array_name, array = self._latent_array(cache_files.tensor_key(tensor_name), tensor)
+            arrays[array_name] = array
+            tensor_names[array_name] = tensor_name
+        self._add_arrays_of_others(name, arrays)
+        members = {array_name: format_array(array) for array_name, array in arrays.items()}
+        members[OURS] = format_array(describe_tensors(tensors, tensor_names, metadata, members))
+        path, suffix = self._path(name), self._suffix(name)
+        with explain_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with explain_errors(path), only_one(path.with_name(LOCK)):
+            members_in_file = self._other_sizes(path, suffix)
+            members_in_file |= {array_name + suffix: data for array_name, data in members.items()}
+            write_members(path, members_in_file)
+
+    def _add_arrays_of_others(self, name: str, arrays: dict[str, Array]) -> None:
+        """Add the arrays that other programs ask for."""
+        size, bucket = self._bucket(name)
+        if self.table.alpha_mask and ALPHA not in arrays:  # opaque
+            width, height = bucket
+            arrays[ALPHA] = np.ones((height, width), np.float32)
+        arrays["original_size"] = np.array(size)
+        arrays["crop_ltrb"] = np.array(inner_box(size, bucket))
+
+    def _latent_array(self, key: str, tensor: Tensor) -> tuple[str, Array]:
+        """Return name and values of the array that holds a tensor of a latent entry."""
+        if key in _KNOWN and tensor.shape[1] == 1:
+            return key, as_array(tensor, keep_half=False)[:, 0]
+        if key == LOSS_MASK and self.table.alpha_mask:  # 1 H W of latents; averages to the same
+            _, down, across = self.latent.stride
+            mask = tensor[0].repeat_interleave(down, 0).repeat_interleave(across, 1)
+            return ALPHA, as_array(mask, keep_half=False)
+        return f"{OURS}_{key}", as_array(tensor, keep_half=False)
+
+    def _other_sizes(self, path: Path, suffix: str) -> dict[str, bytes]:
+        """Return the members of a file that are of other resolutions; none if it is damaged. suffix: of the
+        members of this resolution.
+        """
+        if not path.is_file():
+            return {}
+        try:
+            members = read_members(path)
+        except CacheError as error:
+            logger.warning("%s. It is made again; what it held of other sizes has to be cached again.", error)
+            return {}
+        return {array: data for array, data in members.items() if not array.endswith(suffix)}
+
+    # --- texts ---
+
+    def _read_text(self, name: str) -> cache_files.Entry:
+        path = self._path(name)
+        form = self.form
+        keys = self.text_keys
+        arrays = read_arrays(path, lambda array: array in keys or array in form.constants or array == OURS)
+        is_part = name.endswith(cache_files.PART)
+        if not is_part:
+            self._check_constants(path, arrays)
+        entry = open_record(path, arrays, lambda _, tensor, shape: tensor.reshape(shape))
+        if entry is not None:
+            return entry
+        missing = sorted(keys - arrays.keys())
+        if missing or is_part:
+            raise CacheError(f"{path}: it has no {', '.join(missing) or 'record'}")
+        named = {}
+        for key in sorted(keys):
+            tensor = arrays[key].tensor
+            named[cache_files.tensor_name(key, tensor, key in form.variable_length)] = tensor
+        return cache_files.Entry.of(path, {}, named)
+
+    def _check_constants(self, path: Path, arrays: Mapping[str, NpzArray]) -> None:
+        """Raise CacheError if texts were made with other settings than this training's."""
+        for name, expected in self.form.constants.items():
+            array = arrays.get(name)
+            is_number = array is not None and array.tensor.numel() == 1
+            constant = array.tensor.item() if array is not None and is_number else None
+            if constant != expected:
+                shown = "nothing" if constant is None else constant
+                raise CacheError(f"{path}: it was made with {name} {shown}, this training has {expected}")
+
+    def _write_text(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        tensor_names = {cache_files.tensor_key(tensor_name): tensor_name for tensor_name in tensors}
+        arrays: dict[str, Array] = {}
+        for key, tensor_name in tensor_names.items():
+            arrays[key] = as_array(tensors[tensor_name], keep_half=True)
+        members = {key: format_array(array) for key, array in arrays.items()}
+        members[OURS] = format_array(describe_tensors(tensors, tensor_names, metadata, members))
+        arrays |= {constant: np.array(value) for constant, value in self.form.constants.items()}
+        for zeros, (like, columns) in self.form.zeros.items():
+            if like in arrays:
+                arrays[zeros] = np.zeros((len(arrays[like]), columns), np.float32)
+            elif not like:
+                arrays[zeros] = np.zeros(columns, np.float32)
+        for key, array in arrays.items():
+            if key not in members:
+                members[key] = format_array(array)
+        write_members(self._path(name), members)
+
+
+def _read_sizes(path: Path, arrays: Mapping[str, NpzArray]) -> Tensor:
+    """Return `SAID_SIZES` of another program's latents. Raises CacheError if it is not in the file."""
+    numbers: list[float] = []
+    for name, count in (("original_size", 2), ("crop_ltrb", 4)):
+        if name not in arrays or arrays[name].tensor.numel() != count:
+            raise CacheError(f"{path}: it has no {name} of {count} numbers, which the model is told")
+        numbers += arrays[name].tensor.double().flatten().tolist()
+    if not all(map(math.isfinite, numbers)):
+        raise CacheError(f"{path}: its original_size or crop_ltrb is NaN or infinite")
+    return torch.tensor(numbers, dtype=torch.float32)
+
+
+def _replace_end(stem: str, ends: Sequence[tuple[str, str]]) -> str:
+    """Return a name with the second of a pair of ends in place of the first; a name with none unchanged."""
+    for end, replacement in ends:
+        if stem.endswith(end):
+            return stem.removesuffix(end) + replacement
+    return stem

@@ -1,0 +1,467 @@
+"""Turn the rows of lists and tables into sources: paths or addresses, captions, control media, masks."""
+
+import contextlib
+import itertools
+import json
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple, cast
+from urllib.request import url2pathname
+
+from dataset.forms.contract import FindCell, TableRow
+from dataset.sources import media_source
+from dataset.sources.captions import complete_captions, first_and_more, lines_of
+from dataset.table import TEACHER_CAPTION, DatasetTable
+from modules.control_codes import shorten
+from modules.errors import DatasetError
+from modules.limits import MAX_CAPTION_BYTES
+from modules.paths import address_identity, expand_path, hide_secrets, is_address, protocol_of, split_address
+from modules.text_files import bad_character
+
+logger = logging.getLogger(__name__)
+
+MOST_SHOWN = 80  # characters of a path in a message
+CAPTION_COLUMNS = ("caption", "text", "prompt")  # in order; the first that a table has is used
+FIRST_ROWS = 100  # of which one shows where relative paths start
+# names of the column with the paths of a table, in order, behind image_path or video_path; the first that it
+# has is used. Behind them all: a column `image` or `video`, of paths or of whole files
+PATH_COLUMNS = ("path", "file_name", "url")
+MULTI_CAPTION = "multi_caption = true"
+DOWNLOADS = "downloads"  # the folder in the cache directory, if the table names no other
+
+Part = tuple[Path, media_source.Origin | None]  # a file, and where its bytes are if they are not there
+
+
+class _Media(NamedTuple):
+    """The image or clip of a row."""
+
+    part: Part
+    stem: str
+    identity: str  # differs if sources do
+
+
+class RefusedAddress(DatasetError):
+    """Raised for an address that the table does not allow, or that cannot be read here."""
+
+    def __init__(self, reason: str, shown: str) -> None:
+        super().__init__(f"{shown}: {reason}")
+        self.reason, self.shown = reason, shown
+
+
+@dataclass
+class RowReader:
+    """Make the sources of one list or table."""
+
+    table: DatasetTable
+    file: Path  # for messages
+    path_column: str
+    caption_column: str | None = "caption"
+    is_list: bool = False  # a JSONL list, whose texts are captions as they stand and whose names are unique
+    base: Path | None = None  # where relative paths start; None: in the working folder
+    _identities: list[str] = field(default_factory=list)  # of each source, differs if sources do
+
+    def read(
+        self, values: Mapping[str, Any], where: str, contained: tuple[str, Part] | None = None
+    ) -> media_source.MediaSource:
+        """Return the source of a row. where: `list.jsonl, line 3`. contained: name and place of a file in the
+        row.
+
+        Raises DatasetError if a value cannot be used, RefusedAddress for an address that is not followed.
+        """
+        if contained is None:
+            media = self._media(values, where)
+        else:
+            name, part = contained
+            media = _Media(part, stem=name, identity=name)
+        texts = self._captions(values, where)
+        captions = complete_captions(texts, self.table) if texts else None
+        controls, references = self._numbered_parts(values, where)
+        mask = self._part("mask_path", values.get("mask_path"), where)
+        control_mask = self._part("control_mask_path", values.get("control_mask_path"), where)
+        worse = self._part("worse_path", values.get("worse_path"), where)
+        source = make_source(
+            self.table,
+            where=where,
+            stem=media.stem,
+            media=media.part,
+            captions=captions,
+            controls=controls[: self.table.control_count],
+            mask=mask,
+            references=references,
+            control_mask=control_mask,
+            worse=worse,
+        )
+        sound_path = values.get("audio_path") if self.table.kind == "video" else None
+        sound = self._part("audio_path", sound_path, where)
+        if sound is None and self.table.finds_sound and not source.origins:
+            from dataset.sources.folders import find_sound_beside  # few lists need it
+
+            sound = find_sound_beside(source.path)
+        if sound is not None:
+            source = replace(source, sound=cast(tuple[Path, media_source.Remote | None], sound))
+        if self.table.shows_media and values.get("references") is not None:
+            from dataset.sources.shown import read_shown  # few lists have any
+
+            source = replace(source, shown=read_shown(values["references"], self.file, where))
+        if self.table.shows_media and values.get(TEACHER_CAPTION) is not None:
+            source = replace(source, teacher_caption=self._teacher_caption(values[TEACHER_CAPTION], where))
+        self._identities.append(media.identity)
+        return source
+
+    def _media(self, values: Mapping[str, Any], where: str) -> "_Media":
+        """Return the image or clip that a row names."""
+        text = values.get(self.path_column)
+        if not isinstance(text, str) or not text.strip():
+            hint = self._hint_of_list(values) if self.is_list else ""
+            is_missing = self.is_list or text is None or text == ""
+            problem = "is missing" if is_missing else "is not a path"
+            raise DatasetError(f"{where}: {self.path_column} {problem}{hint}")
+        check_text(text, f"{where}: {self.path_column}")
+        path, remote = self._locate(text, where)
+        if remote is None:
+            return _Media((path, None), stem=path.stem, identity=text)
+        stem, _ = media_source.split_name(text)
+        return _Media((path, remote), stem=stem, identity=address_identity(text))
+
+    def _hint_of_list(self, values: Mapping[str, Any]) -> str:
+        """Return a hint at the keys that a line without a path lacks, or the option that takes such lines."""
+        name = self.path_column
+        if f"{name}_0" in values:
+            return f", and {name}_0, {name}_1, ... are layers of Qwen-Image-Layered, which is not supported"
+        others = [name for name in (*PATH_COLUMNS, self.table.kind) if isinstance(values.get(name), str)]
+        if others and not self.table.is_of_sound:
+            kind = self.table.kind
+            return (
+                f". {others[0]} is read from tables: give the file to {kind}_table_file in place of "
+                f"{kind}_jsonl_file"
+            )
+        example = f'{{"{name}": "...", "caption": "..."}}'
+        return f". Each line is one object such as {example}"
+
+    def _numbered_parts(self, values: Mapping[str, Any], where: str) -> tuple[list[Part], list[Part]]:
+        """Return the control media of a row and its references, each in the order of their numbers."""
+        controls: dict[int, Part] = {}
+        references: dict[int, Part] = {}
+        for name, value in values.items():
+            first = control_number(name)
+            if name == self.table.control_column:
+                first = 0
+            if first is not None:
+                self._add_parts(controls, "control_path", name, value, first=first, where=where)
+            first = control_number(name, "reference_path")
+            if first is not None:
+                self._add_parts(references, "reference_path", name, value, first=first, where=where)
+        ordered_controls = [controls[number] for number in sorted(controls)]
+        ordered_references = [references[number] for number in sorted(references)]
+        return ordered_controls, ordered_references
+
+    def _add_parts(
+        self, parts: dict[int, Part], column: str, name: str, value: Any, first: int, where: str
+    ) -> None:
+        """Add the files in a column by their numbers. column: its usual name. name: its name in this row."""
+        paths = value if isinstance(value, list) else [value]
+        for number, path in enumerate(paths, first):
+            part = self._part(name, path, where)
+            if part is None:
+                continue
+            if number in parts:
+                names = f"{column} and control_column are" if column == "control_path" else f"{column} is"
+                raise DatasetError(
+                    f"{where}: {name} repeats the number of another {column}; {names} {column}_0"
+                )
+            parts[number] = part
+
+    def finish(
+        self, sources: Sequence[media_source.MediaSource], faults: list[media_source.Fault]
+    ) -> list[media_source.MediaSource]:
+        """Return the sources with stems of their own where theirs clash; add faults of all rows to `faults`.
+
+        sources: all that `read` made, in order.
+        """
+        stems = media_source.unique_stems([source.stem for source in sources], self._identities)
+        named = []
+        for source, stem in zip(sources, stems, strict=True):
+            keeps_stem = stem == source.stem or (self.is_list and not source.origins)
+            named.append(source if keeps_stem else replace(source, stem=stem))
+        numbered = media_source.number_repeats(named)
+        return check_controls(self.table, numbered, faults, where=f"{self.unit}s of {self.file}")
+
+    @property
+    def unit(self) -> str:
+        return "line" if self.is_list else "row"
+
+    def _locate(self, text: str, where: str) -> tuple[Path, media_source.Remote | None]:
+        """Return the local path of a file, and its address if it has one."""
+        if not is_address(text):
+            return locate(text, self.base, where), None
+        protocol = protocol_of(text)
+        problem = self._address_problem(text, protocol)
+        if problem is not None:
+            raise RefusedAddress(problem, f"{where}: {hide_secrets(text)}")
+        if protocol == "file":
+            # a path in other words, and as one only opened as an image or a clip
+            return Path(url2pathname(split_address(text).path)), None
+        download = download_folder(self.table) / media_source.local_name(text)
+        return download, media_source.Remote(text)
+
+    def _address_problem(self, address: str, protocol: str) -> str | None:
+        """Return the reason why an address is not followed; None if it is."""
+        if not self.table.allow_urls:
+            return "addresses are read only with allow_urls = true in the table"
+        if "::" in address.split("/", 1)[0]:
+            return "chains of addresses (::) are not followed"
+        if protocol == "file":
+            return None
+        from dataset.sources.downloads import protocol_problem  # few tables have addresses
+
+        return protocol_problem(protocol)
+
+    def _captions(self, values: Mapping[str, Any], where: str) -> list[str]:
+        """Return the caption, followed with multi_caption by the texts of the list `captions`."""
+        name = self.caption_column
+        caption = None if name is None else values.get(name)
+        if caption is not None and not isinstance(caption, str):
+            hint = ""
+            if isinstance(caption, list):
+                hint = f". Write one text, or all in a list captions, with {MULTI_CAPTION} in the table"
+            raise DatasetError(f"{where}: {name} = {_show(caption)} is not a text{hint}")
+        captions = [] if caption is None else [caption]
+        captions += self._further_captions(values, where)
+        for text in captions:
+            check_text(text, f"{where}: {name or 'captions'}")
+        if self.is_list:
+            return captions
+        stripped = [text.strip() for text in captions]
+        if caption is None or not self.table.multi_caption:
+            return stripped
+        lines = lines_of(stripped[0]) or [""]
+        return [*lines, *stripped[1:]]
+
+    def _teacher_caption(self, value: Any, where: str) -> str:
+        if not isinstance(value, str) or not value.strip():
+            raise DatasetError(
+                f"{where}: {TEACHER_CAPTION} = {_show(value)} is not a text. Write what the teacher reads, "
+                "or leave it out"
+            )
+        check_text(value, f"{where}: {TEACHER_CAPTION}")
+        return value
+
+    def _further_captions(self, values: Mapping[str, Any], where: str) -> list[str]:
+        texts = values.get("captions") if self.table.multi_caption else None
+        if texts is None:
+            return []
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise DatasetError(f"{where}: captions = {_show(texts)} is not a list of texts")
+        return texts
+
+    def _part(self, name: str, value: Any, where: str) -> Part | None:
+        """Return the file in a column of control media, masks or sound; None if there is none.
+
+        value: a path, or the place of a file that is in the row.
+        """
+        is_blank = isinstance(value, str) and not value.strip()
+        if value is None or (is_blank and not self.is_list):
+            return None
+        if is_blank:
+            raise DatasetError(f"{where}: {name} is empty. Write a path, or leave it out")
+        if isinstance(value, tuple):
+            return value
+        if not isinstance(value, str):
+            raise DatasetError(f"{where}: {name} = {_show(value)} is not a path in quotes")
+        check_text(value, f"{where}: {name}")
+        return self._locate(value, where)
+
+
+def list_rows(
+    reader: RowReader,
+    rows: Iterable[TableRow],
+    faults: list[media_source.Fault],
+    cells: Mapping[str, FindCell] = MappingProxyType({}),
+) -> list[media_source.MediaSource]:
+    """Return the sources of rows, in their order; add errors to `faults`, with numbers of rows.
+
+    cells: finders of the files in rows, by column.
+    """
+    sources = []
+    kind = f"{reader.unit}s of {reader.file} cannot be used"
+    for row in rows:
+        try:
+            sources.append(_read_row(reader, row, cells))
+        except RefusedAddress as refused:
+            faults.append(media_source.Fault(f"{kind}: {refused.reason}", refused.shown))
+        except DatasetError as error:
+            faults.append(media_source.Fault(kind, f"{str(error).rstrip('.')}."))
+    return reader.finish(sources, faults)
+
+
+def _read_row(reader: RowReader, row: TableRow, cells: Mapping[str, FindCell]) -> media_source.MediaSource:
+    """Return the source of a row. cells: by column, finders of files in rows. Raises DatasetError."""
+    if row.fault is not None:
+        raise DatasetError(f"{row.where}: {row.fault}")
+    if not cells:
+        return reader.read(row.values, row.where)
+    media: tuple[str, Part] | None = None
+    values = {**row.values}
+    for column, find_cell in cells.items():
+        origin = find_cell(row)
+        if origin is None:  # null: the row has no such file
+            continue
+        name = f"{row.number:08d}"
+        if column == reader.path_column:  # `train-00000-of-00002_00000012`
+            stem = f"{media_source.readable_stem(row.file.stem).replace('.', '_')}_{name}"
+            media = stem, (row.file / name, origin)
+        else:
+            values[column] = row.file / f"{name} {media_source.readable_stem(column)}", origin
+    return reader.read(values, row.where, media)
+
+
+def make_source(
+    table: DatasetTable,
+    where: Path | str,
+    stem: str,
+    media: Part,
+    captions: tuple[str, ...] | None,
+    controls: Sequence[Part] = (),
+    mask: Part | None = None,
+    references: Sequence[Part] = (),
+    control_mask: Part | None = None,
+    worse: Part | None = None,
+) -> media_source.MediaSource:
+    """Return the source made from one row, or from one sample of a tar. where: for messages."""
+    if mask is not None and table.alpha_mask:
+        raise DatasetError(f"{where}: its mask and alpha_mask = true exclude each other; leave out one.")
+    caption, more_captions = first_and_more(captions, where)
+    masks = [part for part in (mask, control_mask) if part is not None]
+    parts = (media, *controls, *masks, *references, *([] if worse is None else [worse]))
+    origins = tuple(origin for _, origin in parts)
+    return media_source.MediaSource(
+        path=media[0],
+        stem=stem,
+        caption=caption,
+        caption_path=None,
+        control=tuple(path for path, _ in controls),
+        table=table,
+        more_captions=more_captions,
+        mask=None if mask is None else mask[0],
+        origins=origins if any(origins) else (),
+        references=tuple(path for path, _ in references),
+        control_mask=None if control_mask is None else control_mask[0],
+        worse=None if worse is None else worse[0],
+    )
+
+
+def control_number(name: str, start: str = "control_path") -> int | None:
+    """Return 0 for `control_path`, 2 for `control_path_2`, None for other columns."""
+    if not name.startswith(start):
+        return None
+    match = re.fullmatch(r"(?:_(\d{1,9}))?", name[len(start) :])
+    return None if match is None else int(match[1] or 0)
+
+
+def download_folder(table: DatasetTable) -> Path:
+    return table.download_directory or table.cache_directory / DOWNLOADS
+
+
+def locate(text: str, base: Path | None, where: str) -> Path:
+    """Return the path that a row names. base: where a relative one starts; None: in the working folder."""
+    try:
+        return expand_path(text, base)
+    except ValueError as error:
+        raise DatasetError(f"{where}: {shorten(text, MOST_SHOWN)!r}: {error}.") from None
+
+
+def check_text(text: str, where: str) -> None:
+    """Raise DatasetError for a text that can be neither a file's name nor a caption."""
+    bad = bad_character(text)
+    if bad is not None:
+        raise DatasetError(f"{where} holds {bad}. Correct the line.")
+    if len(text) > MAX_CAPTION_BYTES:
+        raise DatasetError(
+            f"{where} has {len(text):,} characters, at most {MAX_CAPTION_BYTES:,} are read. Shorten it."
+        )
+
+
+def check_controls(
+    table: DatasetTable, sources: list[media_source.MediaSource], faults: list[media_source.Fault], where: str
+) -> list[media_source.MediaSource]:
+    """Add a fault for each source with too few control media, or without a worse one, if any source has one.
+
+    Returns `sources`.
+    """
+    count = table.control_count
+    if count is not None and any(source.control for source in sources):
+        lacking = [source for source in sources if len(source.control) < count]
+        needed = "control_path" if count == 1 else f"control_path_0 to control_path_{count - 1}"
+        kind = f"{where} have no {needed}, while others have"
+        faults += [media_source.Fault(kind, str(source.path), source.stem) for source in lacking]
+    if any(source.worse for source in sources):
+        kind = f"{where} have no worse_path, while others have"
+        lacking = [source for source in sources if source.worse is None]
+        faults += [media_source.Fault(kind, str(source.path), source.stem) for source in lacking]
+    return sources
+
+
+def _show(value: Any) -> str:
+    return hide_secrets(json.dumps(value, default=repr)[:80])
+
+
+def require_file(table: DatasetTable) -> Path:
+    """Return the file of a list or table. Raises DatasetError if there is none."""
+    path = table.source
+    if not path.exists():
+        raise DatasetError(f"{table.name}: {table.source_key} = {path}: no such file. Correct the path.")
+    return path
+
+
+def names_read(table: DatasetTable, path_column: str, caption_column: str) -> set[str]:
+    """Return the columns that are read, except companions by number: see `is_companion`."""
+    names = {path_column, caption_column, table.control_column or "", "mask_path", "control_mask_path"}
+    names.add("worse_path")
+    if table.multi_caption:
+        names.add("captions")
+    if table.kind == "video":
+        names.add("audio_path")
+    return names - {""}
+
+
+def is_companion(name: str) -> bool:
+    """Return whether a column holds control media or references, by number."""
+    return control_number(name) is not None or control_number(name, "reference_path") is not None
+
+
+def is_control(table: DatasetTable, name: str) -> bool:
+    return name == table.control_column or control_number(name) is not None
+
+
+def find_base(path: Path, column: str, rows: Iterable[TableRow]) -> Path | None:
+    """Return the folder that relative paths start in; None: the working folder, also if no file is found.
+
+    rows: those of the list or table at `path`, with the column of its media.
+    """
+    folder = path if path.is_dir() else path.parent
+    for row in itertools.islice(rows, FIRST_ROWS):
+        text = row.values.get(column)
+        if not isinstance(text, str) or "\0" in text or not text.strip() or is_address(text):
+            continue
+        with contextlib.suppress(ValueError):  # of a name that no file can have, which its row reports
+            file = expand_path(text)
+            if file.is_absolute():
+                continue
+            beside = expand_path(text, folder)
+            if file.exists():
+                if beside.exists() and not file.samefile(beside):
+                    logger.warning(
+                        "%s: %s is both in the working folder and in %s: the first is used. Write absolute "
+                        "paths, or start in another folder, if that is wrong.",
+                        path,
+                        text,
+                        folder,
+                    )
+                return None
+            if beside.exists():
+                return folder
+    return None

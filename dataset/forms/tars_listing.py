@@ -1,0 +1,269 @@
+"""Find the sources of image_tars and video_tars: WebDataset tars, which are not unpacked."""
+
+import errno
+import glob
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.request import url2pathname
+
+from dataset.forms.rows import CAPTION_COLUMNS, Part, check_controls, download_folder, make_source
+from dataset.forms.tars_index import CONTROL, MASK, Member, TarRules, TarSample, read_index
+from dataset.sources import media_source
+from dataset.sources.captions import captions_in
+from dataset.sources.downloads import HTTP, check_tar, download, find_remote
+from dataset.sources.folders import media_suffixes
+from dataset.sources.frames import mask_suffixes
+from dataset.table import DatasetTable
+from modules.control_codes import shorten
+from modules.errors import DatasetError, MediaError
+from modules.limits import MAX_PATTERN_NAMES
+from modules.paths import expand_path, hide_secrets, is_address, protocol_of, split_address
+
+logger = logging.getLogger(__name__)
+
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d{1,12})\.\.(\d{1,12})", re.ASCII)
+PIECE = 1 << 20  # bytes
+
+
+@dataclass(frozen=True, slots=True)
+class TarMember:
+    """A file in a tar that is not compressed."""
+
+    container: Path  # the tar
+    offset: int  # of its first byte
+    size_bytes: int
+    has_suffix = True
+
+    def pieces(self) -> Iterator[bytes]:
+        """Yield its bytes. Raises OSError if the tar is gone, or shorter than it was."""
+        left = self.size_bytes
+        with self.container.open("rb") as file:
+            file.seek(self.offset)
+            while left:
+                piece = file.read(min(PIECE, left))
+                if not piece:
+                    raise OSError(errno.EIO, "the tar is shorter than it was", str(self.container))
+                left -= len(piece)
+                yield piece
+
+    def describe(self) -> dict[str, Any]:
+        return {"in": str(self.container), "offset": self.offset, "bytes": self.size_bytes}
+
+
+def list_tars(
+    table: DatasetTable, patterns: Sequence[str], faults: list[media_source.Fault]
+) -> list[media_source.MediaSource]:
+    """Return the sources of the table, in any order; add errors to `faults`. patterns: paths, globs or
+    addresses of its tars, with braces.
+
+    Tars at addresses are downloaded first. A tar that is cut or cannot be downloaded is a fault that ends no
+    run. Raises DatasetError if no tar is named.
+    """
+    samples: list[tuple[Path, TarSample]] = []
+    suffixes, spare_suffixes = media_suffixes(table.kind)
+    rules = TarRules(
+        media=tuple(sorted(suffixes)),
+        spare=tuple(sorted(spare_suffixes)),
+        companions=tuple(sorted(mask_suffixes(table.kind))),
+        caption_suffix=(table.caption_extension or ".txt").lower(),
+        caption_names=CAPTION_COLUMNS if table.caption_column is None else (table.caption_column,),
+        json_first=table.caption_column is not None,
+        multi_caption=table.multi_caption,
+    )
+    num_others = 0
+    example = ""
+    for tar in _find_tars(table, patterns, faults):
+        kind = f"tars of {table.name} cannot be read to their end"
+        try:
+            index = read_index(tar, rules, table.cache_directory)
+        except DatasetError as error:
+            faults.append(media_source.Fault(f"tars of {table.name} cannot be used", str(error)))
+            continue
+        except OSError as error:
+            faults.append(media_source.Fault(kind, f"{tar}: {error.strerror}", ends_run=False))
+            continue
+        samples += [(tar, sample) for sample in index.samples]
+        kind_of_sample = f"samples of {table.name} cannot be used"
+        faults += [
+            media_source.Fault(kind_of_sample, f"{name_parts(tar, key)}: {text}.")
+            for key, text in index.faults
+        ]
+        if index.damage is not None:
+            faults.append(media_source.Fault(kind, f"{tar}: {index.damage}", ends_run=False))
+        num_others += index.num_others
+        if index.others and not example:
+            example = str(name_parts(tar, index.others[0]))
+    if num_others:
+        logger.warning(
+            "%s: %d samples, such as %s, hold no %s and are not used.",
+            table.name,
+            num_others,
+            example,
+            table.kind,
+        )
+    sources = _sources(table, samples, faults)
+    return check_controls(table, sources, faults, where=f"samples of {table.name}")
+
+
+def _sources(
+    table: DatasetTable, samples: Sequence[tuple[Path, TarSample]], faults: list[media_source.Fault]
+) -> list[media_source.MediaSource]:
+    """Return the sources of samples. A sample's stem is its key, with a hash if two tars have that key."""
+    tars = {tar for tar, _ in samples}
+    names = Counter(tar.name for tar in tars)
+    labels = {tar: tar.name if names[tar.name] == 1 else str(tar) for tar, _ in samples}
+    stems = media_source.unique_stems(
+        [media_source.readable_stem(sample.key) for _, sample in samples],
+        [f"{labels[tar]}/{sample.key}" for tar, sample in samples],
+    )
+
+    sources = []
+    for (tar, sample), stem in zip(samples, stems, strict=True):
+        try:
+            sources.append(_source(table, tar, sample, stem))
+        except DatasetError as error:
+            faults.append(media_source.Fault(f"samples of {table.name} cannot be used", str(error), stem))
+    return sources
+
+
+def _source(table: DatasetTable, tar: Path, sample: TarSample, stem: str) -> media_source.MediaSource:
+    """Return the source of a sample. Raises DatasetError if it cannot be used."""
+    media = _part(tar, sample.media)
+    controls = [_part(tar, member) for role, _, member in sample.extras if role == CONTROL]
+    masks = [_part(tar, member) for role, _, member in sample.extras if role == MASK]
+    path, _ = media
+    return make_source(
+        table,
+        where=path,
+        stem=stem,
+        media=media,
+        captions=None if sample.caption is None else captions_in(sample.caption, table),
+        controls=controls[: table.control_count],
+        mask=masks[0] if masks else None,
+    )
+
+
+def _part(tar: Path, member: Member) -> Part:
+    """Return a name for a member, and where its bytes are."""
+    origin = TarMember(tar, member.offset, member.size_bytes)
+    return name_parts(tar, readable_path(member.name)), origin
+
+
+def name_parts(path: Path, name: str) -> Path:
+    return path.joinpath(*(part for part in name.split("/") if part not in ("", ".", "..")))
+
+
+def readable_path(name: str) -> str:
+    """Return a member's name with each part as `readable_stem` writes it; the suffix stays."""
+    folder, mark, base = name.rpartition("/")
+    if mark:
+        folder = "/".join(map(media_source.readable_stem, folder.split("/")))
+    stem, dot, suffix = base.rpartition(".")
+    return f"{folder}{mark}{media_source.readable_stem(stem)}{dot}{suffix}"
+
+
+# --- which tars
+# ------------------------------------------------------------------------------------------------------------
+
+
+def _find_tars(table: DatasetTable, patterns: Sequence[str], faults: list[media_source.Fault]) -> list[Path]:
+    """Return the tars that a table names, each once, in order; those at addresses are downloaded."""
+    tars: dict[Path, None] = {}
+    for pattern in patterns:
+        for name in expand_braces(pattern, table.name):
+            if is_address(name) and not table.allow_urls:
+                kind = f"tars of {table.name} are at addresses, read only with allow_urls = true"
+                faults.append(media_source.Fault(kind, hide_secrets(name)))
+                continue
+            try:
+                tars |= dict.fromkeys(_tars_of(table, name))
+            except MediaError as error:
+                faults.append(
+                    media_source.Fault(f"tars of {table.name} cannot be had", str(error), ends_run=False)
+                )
+            except DatasetError as error:
+                faults.append(media_source.Fault(f"names in {table.name} are of no tar", str(error)))
+    return list(tars)
+
+
+def _tars_of(table: DatasetTable, name: str) -> Iterator[Path]:
+    """Yield the tars of a name without braces. Raises DatasetError if there is none, MediaError if one
+    cannot be downloaded.
+    """
+    if is_address(name) and protocol_of(name) == "file":
+        name = url2pathname(split_address(name).path)
+    yield from _remote_tars(table, name) if is_address(name) else _local_tars(name)
+
+
+def _remote_tars(table: DatasetTable, name: str) -> Iterator[Path]:
+    """Yield the tars of an address, each as soon as it is downloaded."""
+    has_pattern = protocol_of(name) not in HTTP and has_wildcard(name)
+    addresses = find_remote(name) if has_pattern else [name]
+    if not addresses:
+        raise DatasetError(f"{hide_secrets(name)}: no file there fits.")
+    for address in addresses:
+        target = download_folder(table) / media_source.local_name(address)
+        if not target.is_file():
+            logger.info("downloading %s", hide_secrets(address))
+        download(address, target, check=check_tar)
+        yield target
+
+
+def _local_tars(name: str) -> list[Path]:
+    try:
+        path = expand_path(name)
+    except ValueError as error:
+        raise DatasetError(f"{shorten(name, 80)!r}: {error}.") from None
+    if path.exists():
+        if path.is_dir():
+            raise DatasetError(f"{path} is a folder. Name its tars: {path / '*.tar'}")
+        return [path]
+    matches = sorted(glob.glob(str(path))) if has_wildcard(name) else []  # noqa: PTH207  # of any depth and root
+    # the caches may be next to the sources
+    matches = [name for name in matches if not media_source.OF_SHARDS.fullmatch(Path(name).name)]
+    if not matches:
+        where = "" if path.is_absolute() else f" (looked in {Path.cwd()})"
+        raise DatasetError(f"{path}: no such file{where}. Correct the path.")
+    return [Path(match) for match in matches]
+
+
+def has_wildcard(name: str) -> bool:
+    return any(mark in name for mark in "*?[")
+
+
+def expand_braces(pattern: str, where: str) -> list[str]:
+    """Return the names that `{000..012}` and `{a,b}` stand for, in order; numbers keep their zeros.
+
+    Raises DatasetError if they are too many.
+    """
+    names = [pattern]
+    while _BRACES.search(names[0]):
+        longer: list[str] = []
+        for name in names:
+            braces = _BRACES.search(name)
+            assert braces is not None  # the names differ only in what earlier braces stood for
+            options: Sequence[Any] = braces[1].split(",")
+            width = 0
+            limits = _RANGE.fullmatch(braces[1])
+            if limits is not None:
+                options = _count(int(limits[1]), int(limits[2]))
+                width = len(limits[1]) if limits[1].startswith("0") else 0
+            if len(longer) + len(options) > MAX_PATTERN_NAMES:
+                raise DatasetError(
+                    f"{where}: {hide_secrets(pattern)} stands for more than {MAX_PATTERN_NAMES:,} names"
+                )
+            before = name[: braces.start()]
+            after = name[braces.end() :]
+            longer += [f"{before}{option:0>{width}}{after}" for option in options]
+        names = longer
+    return names
+
+
+def _count(first: int, last: int) -> range:
+    return range(first, last + 1) if first <= last else range(first, last - 1, -1)

@@ -1,0 +1,273 @@
+"""Find the sources of a dataset table, whatever its form is, and check what holds for all of them.
+
+Folders are listed here; the modules that read another form are imported when the first table needs them.
+"""
+
+import functools
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from contract.rules import ShownMedium
+from dataset.forms.composing import form_of
+from dataset.sources.captions import NOT_UTF8, describe_encoding, explain_captions, read_caption
+from dataset.sources.folders import list_table_folder, log_lone_controls
+from dataset.sources.left_out import TableFolders, describe_entries
+from dataset.sources.media_source import (
+    LISTED,
+    NO_REFERENCE,
+    Fault,
+    MediaSource,
+    list_faults,
+    pause_collection,
+    raise_faults,
+)
+from dataset.sources.references import lack_references, limit_references
+from dataset.table import DatasetConfig, DatasetTable
+from modules.console import quiet
+from modules.control_codes import escape_control_codes
+from modules.errors import DatasetError
+
+logger = logging.getLogger(__name__)
+
+MOST_READ = 20_000  # captions, only to warn
+MOST_OF_STEM = 190  # bytes; a cache adds span, size and family, and while it is written a temporary ending
+
+
+def _hint_of_start(table: DatasetTable) -> str:
+    folder, path = table.config_path.absolute().parent, table.directory
+    if path is None or path.is_absolute() or folder == Path.cwd() or not (folder / path).is_dir():
+        return ""
+    return f" Relative paths start in the current folder: to start in the file's folder, first `cd {folder}`."
+
+
+def find_sources(
+    table: DatasetTable, captions: bool = True, faults: list[Fault] | None = None
+) -> list[MediaSource]:
+    """Return all sources of a table, sorted by path.
+
+    captions=False reads no caption files: latents do not need them. A missing caption is None. It is not
+    checked whether files named by a JSONL list exist. Raises DatasetError if a folder or list is missing or
+    empty, and with all faults if captions cannot be read, lines are malformed, control media are missing or
+    misnamed, or two sources have the same stem and would share a cache file. faults: a list that takes the
+    faults instead; then all usable sources are returned.
+    """
+    problems: list[Fault] = []
+    with pause_collection():
+        sources = _list_sources(table, captions, problems)
+    if not sources and not problems:
+        contents = form_of(table).empty.format(kind=table.kind)
+        if table.directory is not None:
+            contents = describe_entries(table)
+        hint = _hint_of_start(table)
+        raise DatasetError(f"{table.name}: {table.source} {contents}. Add some, or correct the path.{hint}")
+    if table.directory is None:  # those of a folder are sorted
+        sources.sort(key=lambda source: str(source.path))
+    if table.references is not None:
+        sources = limit_references(table, sources)
+    _check_stems(table, sources, problems)
+    if faults is not None:
+        faults += problems
+    elif problems:
+        raise_faults(problems)
+        warn_skipped(problems)
+    return sources
+
+
+def _list_sources(table: DatasetTable, captions: bool, faults: list[Fault]) -> list[MediaSource]:
+    if table.directory is None:
+        list_sources = form_of(table).list_sources
+        assert list_sources is not None
+        return list_sources(table, faults)
+    if not table.directory.is_dir():
+        hint = _hint_of_start(table)
+        if hint:
+            raise DatasetError(f"{table.name}: there is no such folder from here.{hint}")
+    sources = list_table_folder(table, captions, faults)
+    if table.worse_directory is not None:
+        from dataset.sources.pairs import add_worse  # few tables have any
+
+        sources = add_worse(table, sources, faults)
+    if table.reference_directory is None and table.control_mask_directory is None:
+        return sources
+    from dataset.sources.companions import add_companions  # few tables have any
+
+    return add_companions(table, sources, faults)
+
+
+def _check_stems(table: DatasetTable, sources: Sequence[MediaSource], faults: list[Fault]) -> None:
+    """Add a fault for each stem that is too long for the name of a cache, or that occurs twice."""
+    first: dict[str, MediaSource] = {}  # by stem: the beginning of the names of caches
+    sharing = f"pairs of {table.name} would share a cache file; rename one of each, or use two tables"
+    repeated = f"rows of {table.name} repeat another one and would share a cache file; take them out"
+    too_long = f"names of {table.name} are too long for the names of their caches; rename the files"
+    for source in sources:
+        earlier = first.setdefault(os.path.normcase(source.stem), source)
+        if earlier is not source and earlier.path == source.path:
+            faults.append(Fault(repeated, str(source.path), source.stem))
+        elif earlier is not source:
+            faults.append(Fault(sharing, f"{earlier.path} and {source.path}", source.stem))
+        if len(source.stem) * 4 <= MOST_OF_STEM:  # no character takes more than four bytes
+            continue
+        size = len(os.fsencode(source.stem))
+        if size > MOST_OF_STEM:
+            text = f"{source.path}: {size} bytes, at most {MOST_OF_STEM} leave room"
+            faults.append(Fault(too_long, text, source.stem))
+
+
+class CompanionCounts(NamedTuple):
+    """Companions of an image or clip besides its caption."""
+
+    num_controls: int
+    num_references: int
+    has_mask: bool
+    shown: tuple[ShownMedium, ...]  # `references` of its row
+    teacher_caption: str | None  # of its row
+
+
+@functools.lru_cache(maxsize=64)
+def companions_now(table: DatasetTable) -> Mapping[str, CompanionCounts]:
+    """Return the companions of the current sources of a table, by stem. Empty if the sources are gone:
+    training needs only the caches.
+    """
+    try:
+        with quiet():  # the dataset was described when it was cached
+            sources = find_sources(table, captions=False, faults=[])
+    except DatasetError:
+        return {}
+    return {
+        source.stem: CompanionCounts(
+            num_controls=len(source.control),
+            num_references=len(source.references),
+            has_mask=source.mask is not None,
+            shown=source.shown,
+            teacher_caption=source.teacher_caption,
+        )
+        for source in sources
+    }
+
+
+def warn_skipped(faults: Sequence[Fault]) -> None:
+    lines = list_faults([fault for fault in faults if not fault.ends_run], LISTED)
+    if lines:
+        logger.warning("%s", "\n".join(lines))
+
+
+def find_all_sources(
+    config: DatasetConfig,
+    captions: bool = True,
+    skipped: list[tuple[DatasetTable, Fault]] | None = None,
+    folders: TableFolders | None = None,
+) -> list[MediaSource]:
+    """Return the sources of all tables, in order. Raises DatasetError with the faults of all tables.
+
+    skipped: takes unreadable parts that are left out, with their table; without it there is a warning.
+    folders: of the whole configuration, if `config` has only some of its tables: its other tables read files
+    too.
+    """
+    sources: list[MediaSource] = []
+    problems = []
+    for table in config.datasets:
+        faults: list[Fault] = []
+        try:
+            sources += find_sources(table, captions, faults)
+            if faults:
+                raise_faults(faults)
+        except DatasetError as error:
+            problems.append(str(error))
+        if skipped is None:
+            warn_skipped(faults)
+        else:
+            skipped += [(table, fault) for fault in faults if not fault.ends_run]
+    if problems:
+        raise DatasetError("\n".join(problems))
+    remarks = list_faults(find_encodings(sources), LISTED)
+    if remarks:
+        logger.warning("%s", escape_control_codes("\n".join(remarks)))
+    log_lone_controls(sources)
+    folders = folders or TableFolders(config)
+    lines = [folders.left_out_files(table) for table in config.datasets]
+    lines += folders.left_out_folders(config.datasets)
+    for line in filter(None, lines):
+        logger.warning("%s", escape_control_codes(line))
+    return sources
+
+
+def find_encodings(sources: Iterable[MediaSource]) -> list[Fault]:
+    """Return a remark for each caption that was read in another encoding than UTF-8."""
+    remarks = []
+    for source in sources:
+        if source.caption_encoding is not None:
+            path = source.caption_path or source.path
+            text = describe_encoding(path, source.caption or "", source.caption_encoding)
+            remarks.append(Fault(NOT_UTF8, text, source.stem))
+    return remarks
+
+
+def warn_unused(config: DatasetConfig, sources: Sequence[MediaSource]) -> None:
+    """Warn about columns that nothing reads, and if a model that edits gets no reference picture at all."""
+    unread: list[Fault] = []
+    for table in config.datasets:
+        if form_of(table).look_at is not None:
+            from dataset.forms.unread import find_unread  # only with lists or tables
+
+            unread += find_unread(table)
+    if unread:
+        logger.warning("%s", escape_control_codes("\n".join(list_faults(unread, LISTED))))
+    if any(table.references for table in config.datasets) and lack_references(config.datasets, sources):
+        logger.warning("%s", NO_REFERENCE)
+
+
+def missing_captions(sources: Iterable[MediaSource]) -> list[str]:
+    """Return one line per source without a caption: the file, and where a caption was looked for."""
+    return [f"{source.path}: {_caption_place(source)}" for source in sources if source.caption is None]
+
+
+def _caption_place(source: MediaSource) -> str:
+    """Describe the place where a caption was looked for."""
+    table = source.table
+    if source.caption_path is not None:
+        hint = ", and no class_tokens in its table" if table.group is not None else ""
+        return f"no {source.caption_path.name} next to it{hint}"
+    describe = form_of(table).caption_place
+    if describe is not None:
+        return describe(table)
+    return "no caption_extension in its table, such as .txt"
+
+
+def require_captions(sources: Sequence[MediaSource]) -> None:
+    """Raise DatasetError listing the sources without a caption."""
+    kind = f"of {len(sources)} captions are missing; write them, then run again"
+    raise_faults([Fault(kind, line) for line in missing_captions(sources)])
+
+
+def warn_captions(sources: Sequence[MediaSource]) -> None:
+    """Warn about captions that are missing or cannot be used, which text caching will refuse, before hours of
+    encoding clips. At most MOST_READ files are read.
+    """
+    missing: list[MediaSource] = []
+    bad: dict[Path, str] = {}
+    without_caption = [source for source in sources if source.caption is None]
+    for source in without_caption[:MOST_READ]:
+        path = source.caption_path
+        try:
+            caption = None if path is None else read_caption(path)
+        except DatasetError as error:
+            assert path is not None
+            bad[path] = str(error)
+            continue
+        if caption is None and source.table.class_tokens is None:
+            missing.append(source)
+    if missing:
+        logger.warning(
+            "%s%d of %d have no caption, and text caching needs one for each. The first: %s",
+            "at least " if len(sources) > MOST_READ else "",
+            len(missing),
+            len(sources),
+            missing_captions(missing[:1])[0],
+        )
+    if bad:
+        lines = "\n  ".join(explain_captions(list(bad), list(bad.values()))[:LISTED])
+        logger.warning("%d captions cannot be used, which text caching refuses:\n  %s", len(bad), lines)

@@ -1,0 +1,149 @@
+"""The loss of pairs of a better and a worse picture or clip, and what they need in caches: --preference.
+
+The network learns to predict the better one of a pair more exactly than the model without it does, and the
+worse one less exactly. Source: Diffusion-DPO, Wallace et al. 2023, arXiv 2311.12908, for a flow.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from contract.data import HAS_SOUND, WORSE_LATENTS
+from dataset.batches.items import CachingCommands, TrainingItem
+from dataset.batches.reading import explain_no_worse
+from dataset.cache.store import Stores
+from modules.errors import CacheError, DatasetError
+from training.features.contract import Tally
+from training.loss import NoisyBatch, NoisySound
+from training.targets.passes import Streams, TrainingPasses, measure_plainly, velocity_of
+
+# items whose headers are read before anything is loaded; of the others when they are learned
+LOOKED_AT = 1000
+
+
+@dataclass(frozen=True)
+class Preference:
+    """How strongly the better one of a pair is preferred: see `compare_pairs`."""
+
+    beta: float
+    data_weight: float = 0.0  # factor on the usual loss of the better one, which is added
+
+
+def require_pairs(items: Sequence[TrainingItem], stores: Stores, commands: CachingCommands) -> None:
+    """Raise DatasetError or CacheError if an item to learn has no worse one. Reads headers only.
+
+    Looks at about LOOKED_AT items, spread over all tables.
+    """
+    for table in {item.table.index: item.table for item in items}.values():
+        if table.directory is not None and table.worse_directory is None:
+            raise DatasetError(
+                f"{table.name}: --preference learns from pairs, and this table has no worse_directory. "
+                "Give it a folder with the worse ones, named like the better ones, or take the table out"
+            )
+    step = len(items) // LOOKED_AT + 1
+    firsts = {item.table.index: item for item in reversed(items)}
+    for item in [*firsts.values(), *items[::step]]:
+        if item.kind.sizes is not None:
+            raise CacheError(
+                f"{item.table.name}: --preference needs the latents of the worse pictures, which are not "
+                f"encoded while training. Cache them first:\n  {commands.latents}"
+            )
+        header = stores.of(item.table).read(item.file_name, is_whole=False)
+        if WORSE_LATENTS not in header.keys:
+            raise CacheError(explain_no_worse(item.latent_path, commands))
+
+
+def pair_passes(
+    preference: Preference, tally: Tally, passes: TrainingPasses, noisy_batch: NoisyBatch
+) -> Iterator[Streams]:
+    """Yield the losses of the pairs of a batch, B, weighted like the samples of any other target."""
+    pairs = join_pairs(noisy_batch)
+    passes = replace(passes, latents=passes.family.latent.to_model(pairs.batch.tensor("latents")))
+    target = velocity_of(passes, pairs)
+    base_errors = add_streams(measure_plainly(passes, passes.base(pairs), target, pairs), pairs)
+    passes.restart(noisy_batch)
+    errors = add_streams(measure_plainly(passes, passes.learning(pairs), target, pairs), pairs)
+    losses, tally.numbers = compare_pairs(errors, base_errors, preference)
+    yield (losses,)
+
+
+def join_pairs(noisy_batch: NoisyBatch) -> NoisyBatch:
+    """Return a batch of twice the size: the better ones, then the worse ones with all else equal."""
+    batch = noisy_batch.batch
+    assert batch.worse is not None  # the feed reads it for this target
+    tensors = {name: _repeat(value) for name, value in batch.tensors.items()}
+    tensors["latents"] = torch.cat([batch.tensor("latents"), batch.worse])
+    doubled = replace(
+        batch,
+        tensors=tensors,
+        captions=batch.captions * 2,
+        keys=batch.keys * 2,
+        loss_weights=batch.loss_weights * 2,
+        undropped={},
+        empty_text={},
+        has_empty_text=batch.has_empty_text * 2,
+        worse=None,
+    )
+    perturbation = noisy_batch.perturbation
+    return replace(
+        noisy_batch,
+        batch=doubled,
+        noise=_twice(noisy_batch.noise),
+        sigmas=_twice(noisy_batch.sigmas),
+        timesteps=_twice(noisy_batch.timesteps),
+        weights=_twice(noisy_batch.weights),
+        perturbation=None if perturbation is None else _twice(perturbation),
+        sound=None if noisy_batch.sound is None else _repeat_sound(noisy_batch.sound),
+        levels=noisy_batch.levels * 2,
+    )
+
+
+def _twice(tensor: Tensor) -> Tensor:
+    return torch.cat([tensor, tensor])
+
+
+def _repeat(value: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+    return [*value, *value] if isinstance(value, list) else _twice(value)
+
+
+def _repeat_sound(sound: NoisySound) -> NoisySound:
+    return NoisySound(
+        noise=_twice(sound.noise),
+        sigmas=_twice(sound.sigmas),
+        timesteps=_twice(sound.timesteps),
+        weights=_twice(sound.weights),
+        levels=sound.levels * 2,
+    )
+
+
+def add_streams(streams: Sequence[Tensor], pairs: NoisyBatch) -> Tensor:
+    """Return the error of each sample, B: of its picture, and of its sound if it has any."""
+    picture, *sounds = streams
+    if not sounds:
+        return picture
+    has_sound = pairs.batch.tensor(HAS_SOUND).to(picture)
+    return picture + sounds[0] * has_sound
+
+
+def compare_pairs(errors: Tensor, base_errors: Tensor, preference: Preference) -> tuple[Tensor, Tensor]:
+    """Return the loss of each pair, B, and the means over the pairs without gradients: error of
+    the better ones, error of the worse ones, share that is right.
+
+    errors, base_errors: of the network and of the model without it, 2B each, the better ones first. With the
+    margin m = (base_better - better) + (worse - base_worse), the loss is
+
+        -log sigmoid(beta / 2 * m) + data_weight * better
+
+    and a pair is right if its margin is above 0.
+    """
+    better, worse = errors.chunk(2)
+    base_better, base_worse = base_errors.chunk(2)
+    margin = (base_better - better) + (worse - base_worse)
+    losses = -logsigmoid(preference.beta / 2 * margin)
+    if preference.data_weight:
+        losses = losses + preference.data_weight * better
+    numbers = torch.stack([better.mean(), worse.mean(), (margin > 0).float().mean()])
+    return losses, numbers.detach()
