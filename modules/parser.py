@@ -224,8 +224,10 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(self._respell(words), namespace)
 
     def _respell(self, words: Sequence[str]) -> list[str]:
-        """Return the words with --no-metadata as --no_metadata, where the script has that one alone, and
-        `--memory 12 GB` with one value.
+        """Return the words with usual spellings corrected.
+
+        `--no-metadata` becomes `--no_metadata` if the script has no option of the first name, and in
+        `--memory 12 GB` number and unit become one word.
         """
         flags = self._option_string_actions
         spelled = list(words)
