@@ -224,11 +224,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(self._respell(words), namespace)
 
     def _respell(self, words: Sequence[str]) -> list[str]:
-        """Return the words with usual spellings corrected.
-
-        `--no-metadata` becomes `--no_metadata` if the script has no option of the first name, and in
-        `--memory 12 GB` number and unit become one word.
-        """
+        """Correct usual spellings: hyphens in place of underscores, and `12 GB` as two words."""
         flags = self._option_string_actions
         spelled = list(words)
         for place in range(len(spelled) - 1, 0, -1):
