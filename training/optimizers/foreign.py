@@ -98,7 +98,8 @@ def _fit(state: Mapping[str, Any], groups: Groups, place: Place) -> dict[str, An
             moments = state["state"].get(number)
             if moments is None:
                 continue
-            if not _have_shape_of(parameter, moments):
+            names = MOMENTS & moments.keys()
+            if any(moments[name].shape != parameter.shape for name in names):
                 return None
             moments_by_number[our_numbers[parameter]] = moments
     our_groups: list[dict[str, Any]] = []
@@ -107,8 +108,3 @@ def _fit(state: Mapping[str, Any], groups: Groups, place: Place) -> dict[str, An
         settings["params"] = [our_numbers[parameter] for parameter in group]
         our_groups.append(settings)
     return {"state": moments_by_number, "param_groups": our_groups}
-
-
-def _have_shape_of(parameter: Parameter, moments: Mapping[str, Any]) -> bool:
-    names = MOMENTS & moments.keys()
-    return all(moments[name].shape == parameter.shape for name in names)
