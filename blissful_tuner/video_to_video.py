@@ -153,8 +153,7 @@ def first_step(source: Source, timesteps: Sequence[float], steps: int) -> int:
 def _make_length_error(source: Source, num_frames: int, needed: int) -> MediaError:
     return MediaError(
         f"{_name_source(source)}: it has {num_frames} frames, {needed} are needed. Lower the length, give a "
-        "longer "
-        "video, or repeat its last frame with --v2v_pad_mode end."
+        "longer video, or repeat its last frame with --v2v_pad_mode end."
     )
 
 

@@ -214,7 +214,7 @@ def _encode_features(encoders: MediaEncoders, frames: Tensor) -> Tensor:
 def _make_entry(
     tensors: dict[str, Tensor], indices: Indices, features: Tensor, section: int | None = None
 ) -> CacheEntry:
-    """Build an entry. tensors: C F h w each; all their names get the size of `latents`, the target."""
+    """Build an entry. tensors: C F h w each, all named with the size of the target, `latents`."""
     all_tensors = dict(tensors)
     for name, numbers in indices.by_name().items():
         all_tensors[name] = torch.tensor(numbers)

@@ -46,11 +46,11 @@ def plan_ways(
 
     def runs() -> Iterator[Rehearsed]:
         run = _DividedRun(family, alone, prepared, device=device, cards=cards, room=room)
-        yield Rehearsed((), run.counter.heads, True, run.divide)
+        yield Rehearsed((), run.counter.heads, can_swap=True, divide=run.divide)
         if alone.speed.fp8.quantisation is None:
             fp8 = replace(alone, speed=override_options(alone.speed, {"fp8_scaled": True}))
             run = _DividedRun(family, fp8, prepared, device=device, cards=cards, room=room)
-            yield Rehearsed(("--fp8_scaled",), run.counter.heads, True, run.divide)
+            yield Rehearsed(("--fp8_scaled",), run.counter.heads, can_swap=True, divide=run.divide)
 
     print_ways(runs(), cards, room, is_training=False)
 

@@ -400,7 +400,7 @@ def _translate_focus(args: argparse.Namespace, shared: Shared) -> None:
 
 
 def _read_bounds(args: argparse.Namespace) -> None:
-    """Put --min_timestep and --max_timestep into thousandths of the base time: up to 1 they are shares."""
+    """Convert --min_timestep and --max_timestep to thousandths; values up to 1 are shares of 1000."""
     names = ("min_timestep", "max_timestep")
     bounds = [getattr(args, name) for name in names]
     given = [bound for bound in bounds if bound is not None]

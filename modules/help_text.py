@@ -59,7 +59,7 @@ def full_help(parser: argparse.ArgumentParser) -> str:
     for title, flags_by_reason in sections.items():
         if not flags_by_reason:
             continue
-        lines = _by_reason(flags_by_reason.items(), formatter._width - 2)
+        lines = _list_by_reason(flags_by_reason.items(), formatter._width - 2)
         formatter.start_section(title)
         formatter.add_text("\n".join(lines))
         formatter.end_section()
@@ -95,7 +95,8 @@ def _describe(action: argparse.Action, group: str) -> dict[str, Any]:
     }
 
 
-def _by_reason(flags_by_reason: Iterable[tuple[str, list[str]]], width: int) -> list[str]:
+def _list_by_reason(flags_by_reason: Iterable[tuple[str, list[str]]], width: int) -> list[str]:
+    """Return lines with each reason, and below it the flags that are refused for it."""
     lines = []
     for reason, flags in flags_by_reason:
         lines += wrap(f"{reason.rstrip('.')}:", width)

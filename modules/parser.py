@@ -224,9 +224,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(self._respell(words), namespace)
 
     def _respell(self, words: Sequence[str]) -> list[str]:
-        """Return the words with --no-metadata as --no_metadata, where the script has that one alone, and
-        `--memory 12 GB` with one value.
-        """
+        """Correct usual spellings: hyphens in place of underscores, and `12 GB` as two words."""
         flags = self._option_string_actions
         spelled = list(words)
         for place in range(len(spelled) - 1, 0, -1):

@@ -67,6 +67,7 @@ class ControlNets:
 
         def control(call: UnetCall) -> UnetCall:
             count = len(self._networks)
+            # models of SDXL act together, others take turns from step to step
             chosen = range(count) if self._model.kind is SDXL else [call.step % count]
             active = [number for number in chosen if is_active(self._uses[number], call)]
             if not active:

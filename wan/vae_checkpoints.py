@@ -147,9 +147,7 @@ def _translate(name: str, number: Callable[[_Layer], str]) -> str:
 def _read_layers(
     shape: Callable[[str], tuple[int, ...]], names: Collection[str], start: str
 ) -> tuple[VaeLayer, ...]:
-    """Read the layers of a list. The entries of Wan2.2's lists are stages, which hold a list of the same
-    name.
-    """
+    """Read the layers of a list; in Wan2.2 its entries are stages, which hold a list of the same name."""
     layers: list[VaeLayer] = []
     for index in range(count(names, rf"{re.escape(start)}\.\d+")):
         name = f"{start}.{index}"

@@ -119,7 +119,7 @@ class Kind:
     values: Callable[[Tensor], Tensor]
 
     def rows(self, packed: Tensor) -> Tensor:
-        """Return the values of rows of bytes, N K/weights*size."""
+        """Return the values of N rows of K. packed: bytes, N K/weights*size."""
         return self.values(packed.reshape(-1, self.size)).view(len(packed), -1)
 
     def is_sound(self, packed: Tensor) -> bool:

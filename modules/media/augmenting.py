@@ -82,11 +82,11 @@ def fit_face(
 
     def start(middle: float, length: float, axis: int) -> int:
         """Return the first pixel of the crop on an axis. middle, length: of the resized face."""
-        part = bucket[axis]
-        place = middle - part / 2
-        if anywhere and length < part:
-            place = numbers.uniform(middle + length / 2 - part, middle - length / 2)
-        return min(max(0, round(place)), resized[axis] - part)
+        side = bucket[axis]
+        first = middle - side / 2
+        if anywhere and length < side:  # from the face at the end of the crop to the face at its start
+            first = numbers.uniform(middle + length / 2 - side, middle - length / 2)
+        return min(max(0, round(first)), resized[axis] - side)
 
     left = start(face.x * scale, face.width * scale, axis=0)
     top = start(face.y * scale, face.height * scale, axis=1)
