@@ -114,7 +114,7 @@ class RunButtons:
             "plan": shown.plan,
             "is_known": shown.plan is None or self.tracked_runs.is_known(shown.plan),
         }
-        return render_page(HERE / "planned_run.html", shown.summary.name, values, POLICY)
+        return render_page(HERE / "folder_plan.html", shown.summary.name, values, POLICY)
 
     def render(self, shown: ShownRun) -> str:
         """Return the buttons of a run, with the texts that a page shows next to them."""

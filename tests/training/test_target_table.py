@@ -445,7 +445,7 @@ OF_NO_TARGET = {
     *("LoopOptions", "CheckPageOptions", "ValidationOptions", "OptimizerOptions", "LrScheduleOptions"),
     *("TimestepOptions", "AcceleratorOptions", "SavingOptions", "SampleOptions", "PreviewOptions"),
     *("EmaOptions", "SkipOptions", "LogOptions", "EndOptions", "MetadataOptions", "UploadOptions"),
-    *("TrackerOptions", "BaseWeightsOptions", "HighNoiseBaseOptions"),
+    *("TrackerOptions", "BaseWeightsOptions", "ShowTimestepsOptions"),
     *("TrainingSpeedOptions", "TrainingAttentionOptions", "TrainingFp8Options", "SwapOptions"),
     *(
         "WayOptions",
