@@ -232,7 +232,7 @@ def _source_folders(table: DatasetTable, record: LatentRecord) -> list[Path | No
 def _shape_faults(
     item: TrainingItem, tensors: Mapping[str, Tensor], latent: data.LatentSpec
 ) -> Iterator[str]:
-    """Yield a line if latents, or what goes with them, have another shape than the table asks for."""
+    """Yield a line if latents, or the mask of their loss, have another shape than the table asks for."""
     shape = list(tensors["latents"].shape)
     width, height, frames = (*item.bucket, 1)[:3]
     expected = list(latent.shape(frames, height, width)[1:])
@@ -243,6 +243,13 @@ def _shape_faults(
             f"its latents have the shape {as_shape(shape)}, {item.table.name} asks for {as_shape(expected)} "
             f"({frames} frames of {width}x{height})"
         )
+    yield from _companion_faults(tensors, shape, expected)
+
+
+def _companion_faults(
+    tensors: Mapping[str, Tensor], shape: Sequence[int], expected: Sequence[int]
+) -> Iterator[str]:
+    """Yield a line if what goes with latents has another shape. shape, expected: of the latents, C F H W."""
     worse = tensors.get(data.WORSE_LATENTS)
     if worse is not None and list(worse.shape) != shape:
         yield f"the latents of its worse one are {as_shape(worse.shape)}, its own are {as_shape(shape)}"

@@ -114,8 +114,8 @@ def _count_unread(table: DatasetTable, folder: Path, rules: "_UnreadRules") -> d
             continue
         ending = suffix.lower()
         if ending in rules.read:
-            may_be_still = rules.kinds == {"video"} and ending in ANIMATION_SUFFIXES
-            if not (may_be_still and _is_still(folder / entry.name)):
+            is_unread = rules.may_be_still(ending) and _is_still(folder / entry.name)
+            if not is_unread:
                 continue
         if not is_file(entry) or OF_SHARDS.fullmatch(entry.name):
             continue
@@ -238,6 +238,10 @@ class _UnreadRules:
             return True
         ending = suffix.lower()
         return ending not in self.caption_endings and ending in _USUAL
+
+    def may_be_still(self, ending: str) -> bool:
+        """Return whether files with this ending may be pictures, which no table of the folder reads."""
+        return self.kinds == {"video"} and ending in ANIMATION_SUFFIXES
 
 
 def _all_suffixes(kinds: Iterable[str]) -> frozenset[str]:
