@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from contract.families import FAMILIES, FamilyEntry, Script
@@ -23,7 +23,6 @@ from training.options import (
 )
 
 if TYPE_CHECKING:
-    from contract.family import Family
     from modules.repeated_options import RepeatedOption
     from training.image_options import ImageTrainerDefaults
 
@@ -93,27 +92,20 @@ def training_script(
             )
             room = import_own(f"{entry.room}.family")
             make_sampling = getattr(room, "family_for_samples", lambda options: None)
+            make_other = cache(
+                lambda dit: entry.make_family("training", replace(family_options, dit=dit))
+            )  # once, with what it logs
             code = train_network(
                 model,
                 options,
                 commands=CachingCommands(*commands),
                 follow=follow,
-                others=OtherFamilies(
-                    make_sampling(family_options), _teacher_of(entry, options, family_options)
-                ),
+                others=OtherFamilies(make_sampling(family_options), make_other),
             )
         if code:
             raise SystemExit(code)
 
     return Script(train)
-
-
-def _teacher_of(entry: FamilyEntry, options: TrainingOptions, family_options: Any) -> "Family | None":
-    """Return the model of --teacher_dit, with all other options of the trained one."""
-    dit = options.teacher.teacher_dit
-    if dit is None:
-        return None
-    return entry.make_family("training", replace(family_options, dit=dit))
 
 
 def _generation_of_caches(

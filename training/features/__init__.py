@@ -16,6 +16,11 @@ preference_pairs: the loss of such pairs
 skip: leave out steps that went wrong, and remember them
 slider: slide between the captions of a file
 slider_passes: a file of captions to slide between, and its passes
+teacher: learn from a frozen model
+teacher_errors: size and direction of two predictions, compared apart
+teacher_model: another frozen model as a teacher, with its LoRAs
+teacher_options: which model teaches, at which noise, and how it is compared
+teacher_passes: the comparison with the teacher, in its band and outside
 tread: let tokens pass by the middle blocks
 tread_routes: which tokens pass by the middle blocks
 trackers: send numbers and samples to TensorBoard, wandb and others
@@ -36,6 +41,7 @@ from training.features.output_preservation import OUTPUT_PRESERVATION
 from training.features.preference import PREFERENCE
 from training.features.skip import SKIP
 from training.features.slider import SLIDER
+from training.features.teacher import TEACHER
 from training.features.trackers import TRACKERS
 from training.features.tread import TREAD
 from training.features.uploads import UPLOADS
@@ -47,6 +53,7 @@ FEATURES: tuple[Feature, ...] = (
     IP_NOISE,
     OUTPUT_PRESERVATION,
     GUIDED,
+    TEACHER,
     MASK_PRIOR,
     BLANK_PRIOR,
     SLIDER,
