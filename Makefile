@@ -9,5 +9,5 @@ format:
 	.venv/bin/python -m ruff format . && .venv/bin/python -m ruff check --fix .
 house:  ## what a reader of the code must hold in mind
 	.venv/bin/python benchmarks/house.py
-delete: ## delete a feature of training or a kind of network in a copy, and check what is left: make delete NAME=skip
+delete: ## delete a feature of training, a kind of network or a form of data in a copy, and check what is left: make delete NAME=skip
 	.venv/bin/python -m tests.deleting $(NAME)

@@ -18,8 +18,8 @@ def write_probe(options: "H3TextCachingOptions", family: Any, config: "DatasetCo
     if options.uncond_output is None:
         return
     # not for --help
-    from dataset.cache.files import empty_text_name
     from dataset.cache.store import Stores, npz_names
+    from dataset.cache_files import empty_text_name
     from minimax_h3.cache_marks import save_probe
 
     store = Stores(npz_names(family)).of_texts(config.datasets[0])

@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from dataset.cache.shards import ShardStore
-from dataset.cache.store import CacheStore, SingleFiles
+from dataset.cache.store import SingleFiles
+from dataset.cache_files import CacheStore
 
 FORMS = {"files": SingleFiles, "shards": ShardStore}
 READS = 10_000

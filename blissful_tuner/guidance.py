@@ -21,7 +21,6 @@ from blissful_tuner.guidance_formulas import (
     NormalisedGuidance,
     Pass,
     PassPlan,
-    RunPasses,
     Velocities,
     active_steps,
     add_skipped_layers,
@@ -39,7 +38,7 @@ from blissful_tuner.options import MOST_SCALE, PLAIN_GUIDANCE, GuidanceOptions, 
 from contract.data import Conditions
 from contract.requests import Prepared
 from contract.rules import ONE_EXPERT, Expert, GuidanceRules, StreamGuidance, expert_at
-from contract.steps import NO_TWEAKS, Away, Guidance, Predict, Section, Step, Tweaks
+from contract.steps import NO_TWEAKS, Away, Guidance, Predict, RunPasses, Section, Step, Tweaks
 from modules.errors import OptionError
 
 logger = logging.getLogger(__name__)
@@ -73,7 +72,7 @@ def make_guidance(
         plan = plan_at(step)
         if not plan.passes:
             return torch.zeros_like(step.noisy)
-        steered = steering.tweaks_of(section)
+        steered = steering.make_tweaks(section)
         calls: dict[Tweaks, dict[int, Conditions]] = {}
         # by pass: its tweaks and conditions. Passes in which both are the same are computed once
         keys: dict[Pass, tuple[Tweaks, int]] = {}
@@ -100,7 +99,7 @@ class _Steering:
         self._section: Section | None = None
         self._tweaks = NO_TWEAKS
 
-    def tweaks_of(self, section: Section) -> Tweaks:
+    def make_tweaks(self, section: Section) -> Tweaks:
         """Return the tweaks of a section, whose conditions are on the device by now."""
         if section is not self._section:
             self._section = section

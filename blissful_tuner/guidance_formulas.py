@@ -14,13 +14,8 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from blissful_tuner.options import GuidanceOptions
-from contract.data import Conditions
 from contract.rules import Projection, StreamGuidance
-from contract.steps import NO_TWEAKS, Predict, Section, Step, Tweaks
-
-Calls = Mapping[Tweaks, Mapping[int, Conditions]]  # the passes of a step, conditions by their identity
-Made = Mapping[tuple[Tweaks, int], Tensor]  # the velocity of each
-RunPasses = Callable[[Calls, Predict, Section], Made]
+from contract.steps import NO_TWEAKS, Calls, Made, Predict, Section, Step, Tweaks
 
 
 @dataclass(frozen=True)
@@ -105,7 +100,7 @@ def run_passes(calls: Calls, predict: Predict, _: Section) -> Made:
     return by_call
 
 
-def _sum_of(products: Tensor) -> Tensor:
+def _sum_sample(products: Tensor) -> Tensor:
     """Return the sum over each sample, B 1 1 1 1."""
     return products.sum(tuple(range(1, products.ndim)), keepdim=True)
 
@@ -121,8 +116,8 @@ def cfg_zero(scale: float, negative: Pass) -> GuidanceStage:
     def change(_: Tensor, velocities: Velocities) -> Tensor:
         positive = velocities[POSITIVE]
         without = velocities[negative]
-        power = _sum_of(without.square()) + 1e-8  # as in the released code
-        without = _sum_of(positive * without) / power * without
+        power = _sum_sample(without.square()) + 1e-8  # as in the released code
+        without = _sum_sample(positive * without) / power * without
         return without + scale * (positive - without)
 
     return GuidanceStage((POSITIVE, negative), change)
@@ -144,8 +139,8 @@ def perp_neg(scale: float, weight: float, negative: Pass) -> GuidanceStage:
             return blank + scale * toward
         unwanted = velocities[negative] - blank
         # where the prompt changes nothing, the length is 0 and so is the product
-        length = _sum_of(toward.square()).clamp_min(torch.finfo(toward.dtype).tiny)
-        along = _sum_of(unwanted * toward) / length * toward
+        length = _sum_sample(toward.square()).clamp_min(torch.finfo(toward.dtype).tiny)
+        along = _sum_sample(unwanted * toward) / length * toward
         return blank + scale * (toward - weight * (unwanted - along))
 
     passes = (POSITIVE, BLANK) if weight == 0 else (POSITIVE, negative, BLANK)
@@ -285,7 +280,7 @@ def projected(rule: Projection, momentum: Momentum, negative: Pass) -> GuidanceS
         exact_step = step.to(exact)
         direction = positive.to(exact)
         unit = direction / _norms(direction).clamp(min=1e-12)
-        along = _sum_of(exact_step * unit) * unit
+        along = _sum_sample(exact_step * unit) * unit
         across = (exact_step - along).to(step.dtype)
         return without + rule.scale * (across + rule.eta * along.to(step.dtype))
 
@@ -294,7 +289,7 @@ def projected(rule: Projection, momentum: Momentum, negative: Pass) -> GuidanceS
 
 def _norms(velocity: Tensor) -> Tensor:
     """Return the Euclidean norm of each sample, B 1 1 1 1."""
-    return _sum_of(velocity.square()).sqrt()
+    return _sum_sample(velocity.square()).sqrt()
 
 
 # Letters: B batch, L tokens, N heads, D head width

@@ -18,7 +18,15 @@ import torch
 from torch import Tensor
 
 from blissful_tuner.options import PreviewOptions
-from blissful_tuner.taehv import TinyVae, check_taehv, decoding_bytes, dtype_on, enlarge, load_taehv, project
+from blissful_tuner.taehv import (
+    TinyVae,
+    check_taehv,
+    choose_dtype,
+    decoding_bytes,
+    enlarge,
+    load_taehv,
+    project,
+)
 from contract.data import LatentSpec
 from contract.steps import Section, StepDone, Watcher
 from modules.errors import OptionError, OutputError
@@ -135,7 +143,7 @@ class LatentPreviews:
         """Leave the decoder out if the device has no room for it. height, width: of the latents."""
         if self.vae is None or self.device.type == "cpu":
             return
-        needed = decoding_bytes(self.vae.config, dtype_on(self.device), height, width)
+        needed = decoding_bytes(self.vae.config, choose_dtype(self.device), height, width)
         if not self.has_room(needed):
             room = f"{needed / 2**20:,.0f} MiB free in addition to the transformer"
             self._leave_out_vae(f"the device is not known to have {room}")

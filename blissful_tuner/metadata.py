@@ -189,13 +189,13 @@ def as_png_texts(metadata: Mapping[str, str]) -> dict[str, str]:
     a line with all settings. If a line of the prompt could be taken for one of these, the prompt becomes one
     line.
     """
-    prompt = value_in(metadata, "prompt")
+    prompt = read_value(metadata, "prompt")
     if prompt is None:
         return as_tags(metadata)
     if any(line.strip().startswith(NEGATIVE) for line in prompt.splitlines()[1:]):
         prompt = " ".join(prompt.split())
     lines = [prompt.strip()]
-    negative = value_in(metadata, "negative_prompt")
+    negative = read_value(metadata, "negative_prompt")
     if negative and negative != NOT_SET:
         lines.append(f"{NEGATIVE} {negative.strip()}")
     lines.append(_settings_line(metadata))
@@ -215,39 +215,39 @@ def _settings_line(metadata: Mapping[str, str]) -> str:
 
 def _list_parameters(metadata: Mapping[str, str]) -> dict[str, str | None]:
     """Return the settings of `parameters` by their names there."""
-    values = {name: value_in(metadata, key) for name, key in PARAMETERS.items()}
-    width = value_in(metadata, "width")
-    height = value_in(metadata, "height")
+    values = {name: read_value(metadata, key) for name, key in PARAMETERS.items()}
+    width = read_value(metadata, "width")
+    height = read_value(metadata, "height")
     values["Size"] = f"{width}x{height}" if width and height else None
-    file = value_in(metadata, "dit")
-    model = [value_in(metadata, name) for name in ("model_type", "task")]
+    file = read_value(metadata, "dit")
+    model = [read_value(metadata, name) for name in ("model_type", "task")]
     names = " ".join(part for part in model if part and part != NOT_SET)
     values["Model"] = Path(file).stem if file else names
-    values["Version"] = value_in(metadata, "tunerver")
+    values["Version"] = read_value(metadata, "tunerver")
     return values
 
 
-def value_in(metadata: Mapping[str, str], name: str) -> str | None:
+def read_value(metadata: Mapping[str, str], name: str) -> str | None:
     return metadata.get(f"bt_{name}", metadata.get(name))
 
 
-def seed_in(metadata: Mapping[str, str]) -> int:
+def read_stored_seed(metadata: Mapping[str, str]) -> int:
     """Return the stored seed, 0 if there is none. Not read as a float, which would round seeds above 2^53."""
-    text = (value_in(metadata, "seeds") or "").strip()
+    text = (read_value(metadata, "seeds") or "").strip()
     return int(text) if re.fullmatch(r"[+-]?[0-9]{1,20}", text) else 0
 
 
-def frame_rate_in(metadata: Mapping[str, str]) -> float | None:
+def read_frame_rate(metadata: Mapping[str, str]) -> float | None:
     try:
-        rate = float(value_in(metadata, "fps") or "")
+        rate = float(read_value(metadata, "fps") or "")
     except ValueError:
         return None
     return rate if 0 < rate < math.inf else None
 
 
-def shown_in(metadata: Mapping[str, str]) -> Box | None:
+def read_shown(metadata: Mapping[str, str]) -> Box | None:
     """Return the stored region of the decoded pixels that is the result; None if it is all of them."""
-    text = value_in(metadata, SHOWN) or ""
+    text = read_value(metadata, SHOWN) or ""
     if not re.fullmatch(r"[0-9]{1,5}( [0-9]{1,5}){3}", text):
         return None
     return Box(*map(int, text.split()))

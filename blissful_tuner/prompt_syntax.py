@@ -70,7 +70,7 @@ class Drawing:
 
     def _expand(self, text: str, where: str, keys: tuple[str, ...]) -> str:
         if self.options.prompt_alternatives:
-            text = choose_alternatives(text, lambda weights: self._choose(sums_of(weights, where)))
+            text = choose_alternatives(text, lambda weights: self._choose(sum_weights(weights, where)))
         if self.options.prompt_wildcards is None:
             return unescape(text)
         pieces = []
@@ -88,7 +88,7 @@ class Drawing:
     def _draw(self, key: str, where: str, keys: tuple[str, ...]) -> str:
         """Return a random line of a wildcard, itself expanded. keys: wildcards that led to this one."""
         self._check_draws(key, where, keys)
-        lines = self._lines_of(key, where)
+        lines = self._read_lines(key, where)
         index = self._choose(lines.sums)
         line = lines.texts[index]
         self.drawn.append((f"__{key}__", line))
@@ -114,7 +114,7 @@ class Drawing:
                 f"--prompt_wildcards: {where} draws line number {MAX_WILDCARD_DRAWS + 1:,} of a prompt"
             )
 
-    def _lines_of(self, key: str, where: str) -> Lines:
+    def _read_lines(self, key: str, where: str) -> Lines:
         if key not in self.files:
             folder = self.options.prompt_wildcards
             assert folder is not None
@@ -128,7 +128,7 @@ class Drawing:
         return min(index, bisect.bisect_left(sums, sums[-1]))  # the product may be rounded up to the sum
 
 
-def sums_of(weights: Sequence[float], where: str) -> tuple[float, ...]:
+def sum_weights(weights: Sequence[float], where: str) -> tuple[float, ...]:
     """Return the running sums of weights. Raises OptionError if nothing can be drawn with them."""
     sums = tuple(itertools.accumulate(weights))
     if not 0 < sums[-1] <= MOST_WEIGHT:
@@ -205,7 +205,7 @@ def read_lines_of(path: Path, where: str) -> Lines:
         numbers.append(number)
     if not texts:
         raise OptionError(f"{where}: {path} has no line to draw. Write one text on each line")
-    return Lines(path, tuple(texts), tuple(numbers), sums_of(weights, str(path)))
+    return Lines(path, tuple(texts), tuple(numbers), sum_weights(weights, str(path)))
 
 
 def _read_content(path: Path, where: str) -> str:
@@ -375,7 +375,7 @@ def parse_weights(text: str) -> tuple[str, Spans]:
             number, start = opened
             inside = "".join(pieces[number + 1 :])
             opened = None
-            weighted = _weight_of(inside)
+            weighted = _read_weight(inside)
             if weighted is not None:
                 part, weight = weighted
                 pieces[number:] = [part]
@@ -391,7 +391,7 @@ def parse_weights(text: str) -> tuple[str, Spans]:
     return "".join(pieces) + text[place:], tuple(spans)
 
 
-def _weight_of(inside: str) -> tuple[str, float] | None:
+def _read_weight(inside: str) -> tuple[str, float] | None:
     """Return the text between parentheses and its weight; None if the parentheses are plain text."""
     text, colon, number = inside.rpartition(":")
     if not colon:

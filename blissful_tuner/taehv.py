@@ -257,7 +257,7 @@ def load_taehv(path: Path, latent: LatentSpec, device: torch.device) -> TinyVae:
     """Load a decoder into host memory, in the dtype to decode with on a device. Raises as `check_taehv`."""
     with open_checkpoint(path) as checkpoint:
         plan = for_latents(read_taehv(checkpoint), latent)
-        weights = _load(plan, CPU, dtype_on(device)).state_dict()
+        weights = _load(plan, CPU, choose_dtype(device)).state_dict()
     if device.type == "cuda":  # so that sending them does not wait for the device
         weights = {name: pin(weight) for name, weight in weights.items()}
     return TinyVae(plan.config, weights)
@@ -267,7 +267,7 @@ def _load(plan: LoadPlan[TaehvConfig], device: torch.device, dtype: torch.dtype)
     return load_planned(plan, TinyDecoder, device=device, dtype=dtype, what="--preview_vae")
 
 
-def dtype_on(device: torch.device) -> torch.dtype:
+def choose_dtype(device: torch.device) -> torch.dtype:
     """Return the dtype to decode with: float32 on a CPU, else float16, which is exact enough for previews."""
     return torch.float32 if device.type == "cpu" else torch.float16
 

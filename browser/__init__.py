@@ -7,14 +7,16 @@ captions: write caption files, undo, refuse to overwrite others
 command_lines: a command as it can be typed in any folder
 command_output: printed lines, with their files and a remedy
 compare: find samples and clips of chosen files, plan the rest
+compare_pages: page of comparisons, jobs for missing clips
 dataset_pages: routes for datasets: files, small pictures, edited captions
 datasets: find datasets, measure them in another process
 described_folder: read a described folder, and change its keys
+draft_changes: show, check and save changes of a described folder
 drafts: what is typed into the form Generate, in files
 dropped_settings: how a dropped file was made, as a form
 durations: how long steps take, as earlier runs measured
 folder_files: rows of a folder, captions, files left out
-folder_settings: show, check and save the settings of a folder
+folder_settings: run.toml as a table of all its options
 folders: folders below the roots that hold media
 generate_pages: routes of Generate: form, results to make, dropped files
 hub_login: whether there is a token, without its text
@@ -34,7 +36,7 @@ new_pages: describe, check and start a folder by buttons
 options: options of run_browser.py: folders, address, token
 permissions: what a run.toml lets its run do
 qr_code: a text as QR code, for terminal and page
-queue_views: pages of queue and comparison, their buttons
+queue_pages: page of the queue, its buttons
 recipes: a form to a command line and a request
 render_queue: results to make, in files that servers share
 render_worker: make results with a model that stays loaded
@@ -49,10 +51,8 @@ runs: find runs by their histories, tell each at a summary
 samples: rows of prompts.txt, and how often they are made
 server: routes, and what a request must have to pass
 sessions: what the process behind Generate may do
-settings: how a running server was started, with its address
 settings_page: page of settings: folders, server, queue, bin
-settings_table: run.toml as a table of all its options
-site: what all pages of one server share
+site: what all pages of one server share, how it started
 start: serve pages or export one; show the address
 tokens: the secret word of the page, and who opens it
 upload_stream: write the bytes of a dropped file as they arrive

@@ -21,7 +21,7 @@ class TriedCaption:
     text: str
 
 
-def caption_words(engine: str, question: str, try_on: int | None = None) -> list[str]:
+def make_caption_words(engine: str, question: str, try_on: int | None = None) -> list[str]:
     """Return the command that writes captions in a described folder.
 
     engine: a repository, the folder of a model, or the address of a server and the name of its model.

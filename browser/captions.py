@@ -75,7 +75,7 @@ class Captions:
 
         Raises OSError if it cannot be read, UnicodeDecodeError if it is not UTF-8.
         """
-        content = _content_of(path)
+        content = _read_content(path)
         return CaptionText.of(content or b""), mark_bytes(content), len(self._before.get(path, ()))
 
     def describe(self, path: Path, where: str, remedy: str) -> dict[str, Any]:
@@ -149,7 +149,7 @@ class Captions:
                 del self._before[path], self._first[path]
 
     def _require_unchanged(self, path: Path, have: str) -> bytes | None:
-        now = _content_of(path)
+        now = _read_content(path)
         if mark_bytes(now) != have:
             raise CaptionConflictError
         return now
@@ -169,7 +169,7 @@ def _only_one_writes(path: Path) -> AbstractContextManager[None]:
     return only_one(path.with_name(LOCK))
 
 
-def _content_of(path: Path) -> bytes | None:
+def _read_content(path: Path) -> bytes | None:
     try:
         return read_content(path, MOST_BYTES)
     except FileNotFoundError:

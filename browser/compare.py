@@ -345,13 +345,13 @@ def _first_tags(sources: Sequence[ComparableRun], prompt: str) -> Mapping[str, s
         for row in source.story.samples.values():
             for index, name in row.files.items():
                 if row.prompts.get(index) == prompt:
-                    tags = tags_of(source.run.history.parent / SAMPLES / name)
+                    tags = read_clip_tags(source.run.history.parent / SAMPLES / name)
                     if tags:
                         return tags
     return {}
 
 
-def tags_of(path: Path) -> Mapping[str, str]:
+def read_clip_tags(path: Path) -> Mapping[str, str]:
     with contextlib.suppress(OSError, UserError):
         status = path.stat()
         return _read_tags(path, status.st_mtime_ns, status.st_size)
@@ -421,7 +421,7 @@ def _find_made_clips(comparison: Comparison) -> dict[ClipKey, str]:
         for path in sorted(source.folder.iterdir()):
             if not COMPARED.fullmatch(f"{COMPARED_FOLDER}/{path.name}"):
                 continue
-            tags = tags_of(path)
+            tags = read_clip_tags(path)
             if not tags.get("bt_lora_0", ": 1.0").endswith(": 1.0"):
                 continue
             digests = {text for name, text in tags.items() if re.fullmatch(r"bt_lora\w*_sha256_\d+", name)}
@@ -436,7 +436,7 @@ def _fill_cell(file: ComparedFile, row: ComparedPrompt, address: str, jobs: Queu
     address: of the made clip; empty if there is none.
     """
     if not address:
-        sample = _sample_of(file, row)
+        sample = _find_sample(file, row)
         if sample is not None:
             return sample
     job = jobs.get((str(file.paths[0]), row.line))
@@ -446,12 +446,12 @@ def _fill_cell(file: ComparedFile, row: ComparedPrompt, address: str, jobs: Queu
     return ShownClip(address, note, is_asked=job.state in (WAITING, RUNNING))
 
 
-def _sample_of(file: ComparedFile, row: ComparedPrompt) -> ShownClip | None:
+def _find_sample(file: ComparedFile, row: ComparedPrompt) -> ShownClip | None:
     for samples in file.samples():
         for index, name in samples.files.items():
             path = file.source.run.history.parent / SAMPLES / name
             if samples.prompts.get(index) == row.prompt and path.is_file():
-                seed = tags_of(path).get("bt_seeds", row.seed)
+                seed = read_clip_tags(path).get("bt_seeds", row.seed)
                 note = f"sample with seed {seed}" if seed != row.seed else ""
                 return ShownClip(_address(file.source, SAMPLES, name), note)
     return None

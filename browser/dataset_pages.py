@@ -171,7 +171,7 @@ class DatasetPages:
         """
         part = read_part(query)
         try:
-            outside = self.datasets.outside(dataset)
+            outside = self.datasets.list_outside(dataset)
             if outside:
                 return self._describe_outside(outside)
             measured = self.datasets.measure(dataset)
@@ -181,14 +181,14 @@ class DatasetPages:
             return {"state": "failed", "error": f"{dataset.path}: {error}"}
         with self.datasets.lock:
             files = dict(measured.files)
-            status = _status_of(measured)
+            status = _describe_status(measured)
         words = query.get("text", "").lower().split()
         only = query.get("only", "")
         chosen = [id for id, file in files.items() if is_chosen(file, words, only)]
         shown = [self.show(dataset, id, files[id]) for id in chosen[part]]
         return {
             **status,
-            "counts": _count_by_filter(files.values()),
+            "counts": _count_filtered(files.values()),
             "items": _count_items(files.values()),
             "chosen": len(chosen),
             "files": shown,
@@ -314,7 +314,7 @@ class DatasetPages:
     def show_picture(self, dataset: FoundDataset, request: Request) -> Response:
         item = request.path_params["item"]
         number = request.path_params["number"]
-        if self.datasets.outside(dataset):
+        if self.datasets.list_outside(dataset):
             return answer_not_found()
         file = self.datasets.measure(dataset).files.get(item)
         parts = file["parts"] if file else ()
@@ -334,7 +334,7 @@ class DatasetPages:
             query = parse_json(body.decode())
             if not isinstance(query, dict):
                 raise ValueError("it is no object")
-            if self.datasets.outside(dataset):
+            if self.datasets.list_outside(dataset):
                 return answer_not_found()
             if "item" not in request.path_params:
                 model = str(query.get("model"))
@@ -347,7 +347,7 @@ class DatasetPages:
             return PlainTextResponse(f"This is no request: {error}", 400)
 
 
-def _count_by_filter(files: Collection[File]) -> dict[str, int]:
+def _count_filtered(files: Collection[File]) -> dict[str, int]:
     """Return the number of files that each filter of ONLY keeps."""
     return {name: sum(is_chosen(file, (), name) for file in files) for name in ONLY}
 
@@ -357,7 +357,7 @@ def _count_items(files: Collection[File]) -> int:
     return sum(number for file in files for _, number in file["lengths"])
 
 
-def _status_of(measured: Measured) -> dict[str, Any]:
+def _describe_status(measured: Measured) -> dict[str, Any]:
     """Return the JSON values that the page shows of a measurement."""
     state = "failed" if measured.error else "ready"
     if measured.is_running:

@@ -68,7 +68,7 @@ def picture_families() -> frozenset[str]:
     return frozenset(name for name, most in frames.items() if most == 1)
 
 
-def model_of_run(name: str) -> str:
+def find_run_model(name: str) -> str:
     """Return the key of MODELS for a run. name: that of its model, as the run calls it."""
     usual = PICTURES if name in picture_families() else next(iter(MODELS))
     return OF_RUNS.get(name, usual)
@@ -111,7 +111,7 @@ def find_places(config: Path, folder: Path) -> list[Path]:
     text = read_text(config)
     content = parse_toml(text) if config.suffix == CONFIG else parse_json(text)
     places = []
-    for text in _texts_in(content):
+    for text in _list_texts(content):
         begin = re.split(r"[*?\[{]", text)[0]  # of a pattern, the folder that it looks into
         path = folder / begin
         if begin != text:
@@ -136,15 +136,15 @@ def choose_folder(config: Path, working_folder: Path) -> Path:
     return config.parent
 
 
-def _texts_in(content: Any) -> Iterator[str]:
+def _list_texts(content: Any) -> Iterator[str]:
     if isinstance(content, str):
         yield content
     elif isinstance(content, dict):
         for entry in content.values():
-            yield from _texts_in(entry)
+            yield from _list_texts(entry)
     elif isinstance(content, list):
         for entry in content:
-            yield from _texts_in(entry)
+            yield from _list_texts(entry)
 
 
 @dataclass
@@ -230,7 +230,7 @@ class Datasets:
     def list_all(self) -> list[FoundDataset]:
         """Return all datasets in the order of their paths: those of runs, and those in the folders."""
         projects = self._find_projects()
-        datasets = self._datasets_of_runs(projects)
+        datasets = self._find_run_datasets(projects)
         for config in (*self.runs.configs(), *projects):
             path = real_path(config)
             if path not in datasets and self._is_dataset(config):
@@ -240,7 +240,7 @@ class Datasets:
             self._found = {dataset.id: dataset for dataset in datasets.values()}
         return sorted(datasets.values(), key=lambda dataset: str(dataset.path))
 
-    def _datasets_of_runs(self, projects: Collection[Path]) -> dict[Path, FoundDataset]:
+    def _find_run_datasets(self, projects: Collection[Path]) -> dict[Path, FoundDataset]:
         """Return the datasets that runs trained on. projects: the result of `_find_projects`."""
         runs: dict[tuple[Path, Path], list[tuple[str, str]]] = {}  # by configuration and working folder
         models: dict[Path, str] = {}
@@ -250,7 +250,7 @@ class Datasets:
             if typed:
                 folder, path = _locate(typed, run)
                 runs.setdefault((path, folder), []).append((run.id, run.name))
-                models.setdefault(path, model_of_run(run.model))
+                models.setdefault(path, find_run_model(run.model))
         datasets = {}
         for (path, folder), names in runs.items():
             datasets[path] = FoundDataset(
@@ -295,7 +295,7 @@ class Datasets:
             return False
         return self._texts[path][1]
 
-    def outside(self, dataset: FoundDataset) -> list[Path]:
+    def list_outside(self, dataset: FoundDataset) -> list[Path]:
         """Return the folders that are missing on the command line for this dataset to be shown.
 
         Raises OSError if the configuration does not exist, ValueError if it cannot be read.
@@ -323,7 +323,7 @@ class Datasets:
     def describe(self, dataset: FoundDataset) -> tuple[MediaFiles, str]:
         """Return the media of a dataset's folders, and the known facts in words. Measures nothing."""
         try:
-            if self.outside(dataset):
+            if self.list_outside(dataset):
                 return MediaFiles(), "partly outside the folders that are shown"
             media = count_media(dataset, lambda path: self.is_open(dataset, path))
         except OSError as error:
@@ -357,7 +357,7 @@ class Datasets:
         """
         with self.lock:
             measured = self._measured.setdefault(dataset.id, Measured(model=dataset.model))
-            if measured.is_running or self.outside(dataset):
+            if measured.is_running or self.list_outside(dataset):
                 return
             measured.is_running = True
             measured.mark = self.mark(dataset)

@@ -31,7 +31,7 @@ def describe_duration(
     if steps is None:
         return ""
     own = _read_own(runs, described)
-    if own is not None and own.step_seconds is not None and _may_be_of_here(own, cards):
+    if own is not None and own.step_seconds is not None and _may_be_own_measurement(own, cards):
         return f"{_in_time(steps, own.step_seconds)}, as the run {described.name} measured."
     run = _find_equal_run(runs, described, cards)
     if run is None or run.step_seconds is None:
@@ -57,11 +57,11 @@ def _read_own(runs: Runs, described: DescribedFolder) -> RunSummary | None:
         return None
 
 
-def _may_be_of_here(run: RunSummary, cards: Collection[str]) -> bool:
-    return run.start is None or _is_of_here(run, cards)
+def _may_be_own_measurement(run: RunSummary, cards: Collection[str]) -> bool:
+    return run.start is None or _is_own_measurement(run, cards)
 
 
-def _is_of_here(run: RunSummary, cards: Collection[str]) -> bool:
+def _is_own_measurement(run: RunSummary, cards: Collection[str]) -> bool:
     """Return whether this machine made a run: since its boot, or on a card of the same name."""
     is_of_boot = run.start is not None and is_living(run.start.process) is not None
     return is_of_boot or run.memory.get(DEVICE, "") in cards
@@ -75,10 +75,10 @@ def _find_equal_run(runs: Runs, described: DescribedFolder, cards: Collection[st
         return None
     for run in runs.list_all():
         is_measured = run.state == FINISHED and run.step_seconds is not None
-        if not is_measured or run.network != network or not _is_of_here(run, cards):
+        if not is_measured or run.network != network or not _is_own_measurement(run, cards):
             continue
         typed = {} if run.start is None else dict((*run.start.unchanged, *run.start.changed))
-        if _is_alike(described.values, typed) and _sizes_of_run(runs, run, typed) == sizes:
+        if _is_alike(described.values, typed) and _find_run_sizes(runs, run, typed) == sizes:
             return run
     return None
 
@@ -89,7 +89,7 @@ def _is_alike(values: Mapping[str, Any], typed: Mapping[str, str]) -> bool:
     return is_same_task and str(values.get(ACCUMULATION, 1)) == typed.get(ACCUMULATION, "1")
 
 
-def _sizes_of_run(runs: Runs, run: RunSummary, typed: Mapping[str, str]) -> set[str] | None:
+def _find_run_sizes(runs: Runs, run: RunSummary, typed: Mapping[str, str]) -> set[str] | None:
     folder, text = run.working_folder, typed.get("dataset_config")
     with contextlib.suppress(ValueError):
         path = expand_path(text, folder) if folder is not None and text else None

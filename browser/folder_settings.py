@@ -1,110 +1,237 @@
-"""All settings on the page New: the table of run.toml's keys, and the three files of a folder as text.
+"""All settings of a described folder, on the page New: a table of all options of run.toml, and three texts.
 
-Nothing is kept between two requests. A form carries the text that it was made from, so that its edits are
-known, and the file's mark, so that a file that changed meanwhile is never overwritten.
+The options and their helps come from the training script's own --help, printed as JSON by a process.
 """
 
+import functools
+import json
+import re
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+import subprocess
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
-from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
-from starlette.routing import Route
+import tomlkit
+from starlette.responses import Response
 
+from browser import launch
 from browser.background_jobs import name_background_job
 from browser.described_folder import (
     FILES,
-    PROMPTS_FILE,
+    TRAINING_TABLE,
     ChangedMeanwhileError,
     DraftFile,
-    is_described,
+    edit_toml,
     read_described,
-    tidy_lines,
 )
-from browser.folders import find_folder
-from browser.new_form import NewForm, new_words
-from browser.responses import Form, answer_form, answer_template, answer_unknown
+from browser.draft_changes import (
+    DraftChange,
+    describe_difference,
+    find_training_script,
+    plan_change,
+    read_draft_file,
+    read_keys,
+    require_whole,
+    save_change,
+)
+from browser.new_form import NewForm, make_new_words
+from browser.responses import answer_template, answer_unknown
 from browser.run_start import DESCRIBE
 from browser.runs import RUNNING
-from browser.settings_table import (
-    SettingRow,
-    apply_edits,
-    describe_difference,
-    describe_following,
-    field_of,
-    find_training_script,
-    list_rows,
-    read_chosen,
-    read_settings,
-    refuse_new_faults,
-)
 from browser.site import Site
 from modules.errors import OptionError, UserError
-from modules.text_files import read_content, read_text
-from project.options import RUN_FILE
+from modules.installation import HELP_AS_JSON, program_environment
+from modules.text_files import bad_character, parse_toml, read_text
+from modules.version import VERSION
+from project.options import RUN_FILE, STARTING
+from training.config_options import OTHERS_TABLE
 
+HELP_SECONDS = 60
+NUMBER = re.compile(r"[+-]?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
+NOT_IN_FILE = {"config_file", "help", *STARTING}  # the first two name the file itself; others are only typed
 CHOSEN = "chosen"  # kind of the background job that makes run.toml again
 TABLE = "table"  # the part of the page for the keys of run.toml; the others are files
 
 
 @dataclass(frozen=True)
-class DraftChange:
-    """Change that a form would save of a part of the page."""
+class Setting:
+    """An option of a training script, as its help describes it."""
 
-    part: str  # TABLE or the name of a file
-    difference: Sequence[str] = ()
-    fault: str = ""  # why it cannot be saved
-    message: str = ""  # after a press of its button
-    text: str | None = None  # that was typed, of a file
-    note: str = ""  # of the script that has checked it, or why none has
+    name: str
+    flags: Sequence[str]
+    help: str
+    group: str
+    kind: str  # switch, whole, number, text or other
+    is_list: bool
+    choices: Sequence[str]
+    default: str
+
+    @property
+    def about(self) -> str:
+        """Return the first sentence of the help."""
+        return re.split(r"(?<!e\.g)\. ", self.help)[0]
+
+    def convert(self, text: str) -> Any:
+        """Return the TOML value that a typed text stands for. Raises OptionError for an open quote.
+
+        A text that is no number or no choice becomes a text: the script explains what it takes.
+        """
+        if self.kind == "switch" and text in ("true", "false"):
+            return text == "true"
+        if not self.is_list:
+            return self._convert_word(text)
+        try:
+            words = shlex.split(text)
+        except ValueError as error:
+            raise OptionError(f"{self.name}: {error}. Put quotes round a value with blanks") from None
+        return [self._convert_word(word) for word in words]
+
+    def _convert_word(self, text: str) -> Any:
+        if self.kind != "text" and NUMBER.fullmatch(text):
+            return tomlkit.value(text)
+        return text
 
 
-def plan_change(
-    site: Site, part: str, texts: Mapping[DraftFile, str], run: DraftFile, typed: str | None = None
-) -> DraftChange:
-    """Return the change that a form would save, after the scripts have checked it.
+@dataclass(frozen=True)
+class SettingRow:
+    """A row of the table: a key, its value in the file, and what `new` chose."""
 
-    A running training has read all files but the prompts, so these are not changed under it. texts: the new
-    text of each file. run: the folder's current run.toml. typed: the text of a file that was typed as a
-    whole.
-    """
-    difference: list[str] = []
-    for draft, after in texts.items():
-        difference += describe_difference(draft.text, after)
-    change = DraftChange(part, difference, text=typed)
+    key: str  # as the file spells it
+    setting: Setting | None  # None: no option of the script has this name
+    text: str  # of the value; "": it is not in the file
+    chosen: str | None  # by `new`; "": nothing; None: not known
+    is_simple: bool = True  # its value can be typed in one line
+
+    @property
+    def is_changed(self) -> bool:
+        return self.chosen is not None and self.chosen != self.text
+
+    @property
+    def choices(self) -> list[str]:
+        """Return the choices of a setting, with the present value; empty if it is typed."""
+        if self.setting is None or self.setting.is_list:
+            return []
+        choices = ["true", "false"] if self.setting.kind == "switch" else list(self.setting.choices)
+        if choices and self.text and self.text not in choices:
+            choices.append(self.text)
+        return choices
+
+
+def read_settings(script: str) -> Sequence[Setting]:
+    """Return all options of a training script. Raises OptionError if it cannot be asked."""
+    return _ask_script(script, VERSION)
+
+
+@functools.lru_cache(maxsize=64)
+def _ask_script(script: str, version: str) -> Sequence[Setting]:
+    """Return the options that the script prints. version: of Reelsmith, as another one has other options."""
+    _, program = launch.find_program(["python", script, "--help"], Path.cwd())
     try:
-        for draft, after in texts.items():
-            if after == draft.text:
-                continue
-            if draft.name != PROMPTS_FILE:
-                site.tracked_runs.refuse_while_it_runs(draft.path.parent)
-            notes = [change.note, refuse_new_faults(draft, after, run.text)]
-            if draft.name == RUN_FILE:
-                notes.append(describe_following(draft.text, after))
-            change = replace(change, note=" ".join(filter(None, notes)))
-    except (ValueError, UserError) as error:
-        return replace(change, fault=str(error))
-    return change
+        process = subprocess.run(
+            program,
+            env=program_environment(**{HELP_AS_JSON: "1", "NO_COLOR": "1"}),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=HELP_SECONDS,
+        )
+        options = [Setting(**option) for option in json.loads(process.stdout)]
+    except (OSError, subprocess.TimeoutExpired, ValueError, TypeError) as error:
+        raise OptionError(f"{script} --help cannot be read: {error}") from None
+    return [setting for setting in options if setting.name not in NOT_IN_FILE]
 
 
-def save_change(change: DraftChange, texts: Mapping[DraftFile, str]) -> DraftChange:
-    """Write a change unless it has a fault, and return what is left to say.
+def show_value(value: Any) -> str:
+    """Return a TOML value as a user types it into the table."""
+    if isinstance(value, list):
+        return shlex.join(show_value(item) for item in value)
+    if isinstance(value, str):
+        return str(value)
+    return tomlkit.item(value).as_string().strip()
 
-    texts: see `plan_change`. Raises as `replace_content`, also if a file changed since it was read.
+
+def _is_simple(value: Any) -> bool:
+    """Return whether a value can be typed in one line."""
+    if isinstance(value, list):
+        return all(_is_simple(item) and not isinstance(item, list) for item in value)
+    if isinstance(value, str):
+        return value == value.strip() and len(value.splitlines()) <= 1
+    return isinstance(value, (bool, int, float))
+
+
+def list_rows(text: str, settings: Sequence[Setting], chosen_text: str | None) -> list[SettingRow]:
+    """Return all rows: the keys of the file in its order, then all other options in that of the help.
+
+    text: of run.toml. chosen_text: as `new` would write it; None if that is not known. Raises ValueError.
     """
-    if change.fault:
-        return change
-    changed = {draft: after for draft, after in texts.items() if after != draft.text}
-    if not changed:
-        return DraftChange(part=change.part, message="Nothing is changed.")
-    for draft, after in changed.items():
-        draft.save(after)
-    names = " and ".join(draft.name for draft in changed)
-    message = f"Saved into {names}: {'; '.join(change.difference)}"
-    return DraftChange(part=change.part, message=message, note=change.note)
+    by_flag = {flag.lstrip("-"): setting for setting in settings for flag in setting.flags}
+    by_name = by_flag | {setting.name: setting for setting in settings}
+    values = read_keys(text)
+    chosen_values = None if chosen_text is None else read_keys(chosen_text)
+    rows = []
+    for key, value in values.items():
+        rows.append(
+            SettingRow(
+                key=key,
+                setting=by_name.get(key),
+                text=show_value(value),
+                chosen=_show_chosen(chosen_values, key),
+                is_simple=_is_simple(value),
+            )
+        )
+    in_file = {row.setting.name for row in rows if row.setting is not None}
+    # what `new` chose and the file lacks comes first
+    lacking = [setting for setting in settings if setting.name not in in_file]
+    lacking.sort(key=lambda setting: setting.name not in (chosen_values or {}))
+    for setting in lacking:
+        chosen = _show_chosen(chosen_values, setting.name)
+        rows.append(SettingRow(key=setting.name, setting=setting, text="", chosen=chosen))
+    return rows
+
+
+def _show_chosen(values: Mapping[str, Any] | None, key: str) -> str | None:
+    if values is None:
+        return None
+    return show_value(values[key]) if key in values else ""
+
+
+def name_field(key: str) -> str:
+    """Return the name of the field of a row."""
+    return f"set {key}"
+
+
+def apply_edits(text: str, rows: Sequence[SettingRow], fields: Mapping[str, str]) -> str:
+    """Return run.toml with what was typed into the table. rows: of the same text.
+
+    Only keys whose text differs are changed; an emptied one is removed. Raises OptionError, ValueError.
+    """
+    changes: dict[str, Any] = {}
+    for row in rows:
+        if row.setting is None or not row.is_simple:
+            continue
+        typed = fields.get(name_field(row.key), "").strip()
+        if typed == row.text:
+            continue
+        reason = bad_character(typed)
+        if reason is not None:
+            raise OptionError(f"{row.key} cannot hold {reason}")
+        changes[row.key] = row.setting.convert(typed) if typed else None
+    return edit_toml(text, changes)
+
+
+def read_chosen(lines: str) -> str | None:
+    """Return the run.toml in what `new --print_run` has printed; None if there is none."""
+    begin = lines.find(f"[{TRAINING_TABLE}]\n")
+    end = lines.find(f"\n[{OTHERS_TABLE}]\n", begin)
+    if begin < 0 or end < 0:
+        return None
+    text = lines[begin : end + 1]
+    try:
+        parse_toml(text)
+    except ValueError:
+        return None
+    return text
 
 
 @dataclass(frozen=True)
@@ -119,30 +246,6 @@ class SettingsView:
     chosen_problem: str = ""  # why it could not be found out
     problem: str = ""  # why there are no rows
     change: DraftChange = field(default_factory=lambda: DraftChange(part=""))
-
-
-def read_file(site: Site, folder: Path, name: str) -> DraftFile:
-    """Read a file of a folder. Raises OSError if it cannot be read or a link in its place leads outside."""
-    path = folder / name
-    if not path.exists():
-        return DraftFile(path, None)
-    if not site.runs.is_below(path):
-        raise OSError(f"{path} leads out of the folders that are shown")
-    return DraftFile(path, read_content(path))
-
-
-def find_described(site: Site, text: str) -> Path | None:
-    """Return a described folder below the roots; None for any other text."""
-    folder = find_folder(site.runs, text)
-    if folder is None or not is_described(folder) or not site.runs.is_below(folder / RUN_FILE):
-        return None
-    return folder
-
-
-def require_whole(fields: Mapping[str, str]) -> None:
-    """Raise OptionError if the end of a form is missing."""
-    if "complete" not in fields:
-        raise OptionError("The form did not arrive as a whole. Load the page again.")
 
 
 class FolderSettingsPages:
@@ -168,7 +271,7 @@ class FolderSettingsPages:
         view = self.view(folder, change or DraftChange(part=""))
         values = {
             "view": replace(view, chosen_problem=chosen_problem or view.chosen_problem),
-            "field_of": field_of,
+            "name_field": name_field,
             "can_write": not self.site.read_only,
             "table_part": TABLE,
         }
@@ -180,7 +283,7 @@ class FolderSettingsPages:
         rows: list[SettingRow] = []
         files = {}
         try:
-            files = {name: read_file(self.site, folder, name) for name in FILES}
+            files = {name: read_draft_file(self.site, folder, name) for name in FILES}
             rows = self.read_rows(files[RUN_FILE].text, chosen)
         except (OSError, ValueError, UserError) as error:
             problem = str(error)
@@ -207,7 +310,7 @@ class FolderSettingsPages:
         since.
         """
         described = read_described(folder)
-        words = new_words(NewForm.of_described(described, self.site.models), self.site.models)
+        words = make_new_words(NewForm.of_described(described, self.site.models), self.site.models)
         job = self.site.background_jobs.find(name_background_job(DESCRIBE, folder))
         if job is not None and job.code == 0:
             typed = NewForm.of_words(shlex.split(job.line))
@@ -236,16 +339,16 @@ class FolderSettingsPages:
             return answer_unknown()
         name = RUN_FILE if part == TABLE else part
         try:
-            present = read_file(self.site, folder, name)
+            present = read_draft_file(self.site, folder, name)
             if present.mark != fields.get("have", ""):
                 return self.answer_conflict(folder, part, present, fields)
             texts = {present: self.read_edited(part, present, fields)}
             typed = None if part == TABLE else texts[present]
-            change = plan_change(self.site, part, texts, read_file(self.site, folder, RUN_FILE), typed)
+            change = plan_change(self.site, part, texts, read_draft_file(self.site, folder, RUN_FILE), typed)
             if what == "save":
                 change = save_change(change, texts)
         except ChangedMeanwhileError:
-            return self.answer_conflict(folder, part, read_file(self.site, folder, name), fields)
+            return self.answer_conflict(folder, part, read_draft_file(self.site, folder, name), fields)
         except (OSError, ValueError, UserError) as error:
             change = DraftChange(part=part, fault=str(error), text=fields.get("text"))
         return self.answer(folder, change, is_refused=what == "save" and change.fault != "")
@@ -290,41 +393,3 @@ class FolderSettingsPages:
         except (OSError, ValueError, UserError) as error:
             return self.answer(folder, is_refused=True, chosen_problem=str(error))
         return self.answer(folder)
-
-
-class FolderPages(Protocol):
-    """A part of the page New about a described folder.
-
-    Its functions raise OSError, ValueError or UserError if a file of the folder cannot be read.
-    """
-
-    def show(self, folder: Path, query: Mapping[str, str]) -> Response: ...
-
-    def change(self, folder: Path, what: str, fields: Mapping[str, str]) -> Response: ...
-
-
-def folder_routes(site: Site, part: str, pages: FolderPages) -> list[Route]:
-    """Return the routes of a part of the page New: one that shows it, and one for its buttons."""
-
-    def answer(folder_text: str, act: Callable[[Path], Response]) -> Response:
-        folder = find_described(site, folder_text)
-        if folder is None:
-            return PlainTextResponse("There is no such described folder.", 404)
-        try:
-            return act(folder)
-        except (OSError, ValueError, UserError) as error:
-            return PlainTextResponse(str(error), 422)
-
-    def show(request: Request) -> Response:
-        query = request.query_params
-        return answer(query.get("folder", ""), lambda folder: pages.show(folder, query))
-
-    def change(request: Request, form: Form) -> Response:
-        fields = {name: tidy_lines("".join(values)) for name, values in form.items()}
-        what = request.path_params["what"]
-        return answer(fields.get("folder", ""), lambda folder: pages.change(folder, what, fields))
-
-    return [
-        Route(f"/new/{part}", show),
-        Route(f"/new/{part}/{{what}}", answer_form(change), methods=["POST"]),
-    ]

@@ -16,7 +16,7 @@ from browser.drafts import Drafts
 from browser.dropped_settings import DroppedSettings, read_dropped_settings
 from browser.inputs import FOLDER as INPUTS
 from browser.inputs import InputFolder
-from browser.lora_rows import BOTH, LoraRow, RunLoras, check_family, chosen_at_first, usual_expert
+from browser.lora_rows import BOTH, LoraRow, RunLoras, check_family, choose_default_loras, choose_expert
 from browser.recipes import (
     FIELDS,
     PICTURES,
@@ -24,11 +24,11 @@ from browser.recipes import (
     ModelRecipe,
     RenderRequest,
     UsedLora,
+    find_flag,
     find_model_set,
-    flag_of,
     is_driven,
-    recipe_of_model,
-    recipe_of_run,
+    make_model_recipe,
+    make_run_recipe,
 )
 from browser.render_queue import RenderJob
 from browser.render_worker import IDLE_SECONDS
@@ -193,7 +193,7 @@ class GeneratePages:
         form = replace(form, source=source)
         rows = [] if recipe is None else self.run_loras.list_rows(recipe)
         if recipe is not None and is_new:
-            form = usual_form(source, recipe, rows)
+            form = make_usual_form(source, recipe, rows)
         render_request = None if recipe is None else self.make_render_request(recipe, form, rows)
         values = {
             "form": form,
@@ -207,11 +207,11 @@ class GeneratePages:
             "sources": sources,
             "rows": [row for row in rows if not row.reason or row.path in form.strengths],
             "other_rows": [row for row in rows if row.reason and row.path not in form.strengths],
-            "foreign_rows": [] if recipe is None else self.run_loras.list_of_other_families(recipe),
-            "usual_expert": lambda row: usual_expert(row, recipe.folder) if recipe else BOTH,
-            "command": "" if render_request is None else self.command_of(render_request, form),
+            "foreign_rows": [] if recipe is None else self.run_loras.list_foreign_rows(recipe),
+            "choose_expert": lambda row: choose_expert(row, recipe.folder) if recipe else BOTH,
+            "command": "" if render_request is None else self.format_command_line(render_request, form),
             "draft": draft or self.drafts.new_name(),
-            "loading_note": loading_note(recipe),
+            "describe_loading": describe_loading(recipe),
             **self.work_values(),
             "can_write": not self.site.read_only,
             "message": problem,
@@ -307,17 +307,17 @@ class GeneratePages:
                     "This run is not there any more, or its history has no command of a script that this "
                     "page drives. Choose a model."
                 )
-            return recipe_of_run(run_source)
+            return make_run_recipe(run_source)
         family, _, task = name.partition(" ")
         model = find_model_set(family, task)
         if model is None or not is_driven(model):
             raise OptionError(f"{name or source}: there is no such model here.")
-        return recipe_of_model(model, self.site.models, Path.cwd())
+        return make_model_recipe(model, self.site.models, Path.cwd())
 
     def refill(self, form: GenerateForm) -> GenerateForm:
         """Return the form for another source: what was written and the seed stay, the rest is its own."""
         recipe = self.find_recipe(form.source)
-        usual = usual_form(form.source, recipe, self.run_loras.list_rows(recipe))
+        usual = make_usual_form(form.source, recipe, self.run_loras.list_rows(recipe))
         texts = dict(usual.texts)
         for name in ("prompt", "negative", "seed"):
             if form.texts.get(name, "").strip():
@@ -337,7 +337,7 @@ class GeneratePages:
         loras: list[UsedLora] = []
         for row in rows:
             if row.path in form.strengths:
-                expert = form.experts.get(row.path) or usual_expert(row, recipe.folder)
+                expert = form.experts.get(row.path) or choose_expert(row, recipe.folder)
                 loras += row.as_used(form.strengths[row.path], expert, recipe.has_experts)
         return RenderRequest(
             recipe=recipe,
@@ -349,11 +349,11 @@ class GeneratePages:
             labels=LABELS,
         )
 
-    def command_of(self, render_request: RenderRequest, form: GenerateForm) -> str:
+    def format_command_line(self, render_request: RenderRequest, form: GenerateForm) -> str:
         """Return the command that the form stands for, as text."""
         words = render_request.command(form.texts.get("seed", "").strip())
         if form.count.strip() not in ("", "1"):
-            words += [flag_of("num_videos", render_request.recipe.defaults), form.count.strip()]
+            words += [find_flag("num_videos", render_request.recipe.defaults), form.count.strip()]
         return format_command(words, render_request.recipe.folder)
 
     def change(self, request: Request, fields: Form) -> Response:
@@ -452,19 +452,19 @@ class GeneratePages:
     def read_dropped(self, path: Path, name: str) -> Response:
         """Fill a form with the settings of a file, and return the address of the page with it."""
         try:
-            tags = read_tags_of(path, Path(name).suffix)
+            tags = read_file_tags(path, Path(name).suffix)
         finally:
             path.unlink(missing_ok=True)
         found = read_dropped_settings(tags)
-        form = self.form_of_settings(found)
+        form = self.fill_form(found)
         draft = self.drafts.new_name()
         self.drafts.write(draft, {**form.as_fields(), "note": [self.describe_filling(found, form)]})
         return answer_json({"address": f"/generate?draft={draft}"})
 
-    def form_of_settings(self, found: DroppedSettings) -> GenerateForm:
+    def fill_form(self, found: DroppedSettings) -> GenerateForm:
         """Return the form for settings of a file. Raises OptionError if there is no model for it."""
         sources = self.list_sources()
-        source = self._source_for(found, sources) or self.first_source(sources)
+        source = self._choose_source(found, sources) or self.first_source(sources)
         recipe = self.find_recipe(source)
         rows = self.run_loras.list_rows(recipe)
         strengths: dict[str, str] = {}
@@ -472,7 +472,7 @@ class GeneratePages:
             names = row.names & found.loras.keys()
             if names and not any(Path(path).name in row.names for path in strengths):
                 strengths[row.path] = found.loras[min(names)]
-        texts = {**usual_form(source, recipe, []).texts, **found.fields(recipe)}
+        texts = {**make_usual_form(source, recipe, []).texts, **found.fields(recipe)}
         return GenerateForm(source, texts=texts, strengths=strengths, is_locked=bool(texts.get("seed")))
 
     def describe_filling(self, found: DroppedSettings, form: GenerateForm) -> str:
@@ -481,7 +481,7 @@ class GeneratePages:
         recipe = self.find_recipe(form.source)
         if not found.family:
             sentences.append("Its model is not known here: choose one.")
-        elif self._fit(found, form.source) < 0:
+        elif self._rate_source(found, form.source) < 0:
             name = f"{found.model} {found.task}".strip()
             sentences.append(f"Its model, {name}, is not among the models here: choose one.")
         rows = self.run_loras.list_rows(recipe)
@@ -495,7 +495,7 @@ class GeneratePages:
         ]
         return " ".join(sentences)
 
-    def _source_for(self, found: DroppedSettings, sources: Mapping[str, Sequence[tuple[str, str]]]) -> str:
+    def _choose_source(self, found: DroppedSettings, sources: Mapping[str, Sequence[tuple[str, str]]]) -> str:
         """Return the source whose model is the one of a file; empty if there is none.
 
         Of several the one with the LoRAs counts, then a run, then a model on disk.
@@ -503,15 +503,15 @@ class GeneratePages:
         best = ("", -1)
         for group in sources.values():
             for value, _ in group:
-                points = self._fit(found, value)
+                points = self._rate_source(found, value)
                 if points > best[1]:
                     best = (value, points)
         return best[0]
 
-    def _fit(self, found: DroppedSettings, source: str) -> int:
+    def _rate_source(self, found: DroppedSettings, source: str) -> int:
         """Return a score for the fit of a source to settings; below 0 if it does not fit."""
         kind, _, name = source.partition(" ")
-        if not found.family or (kind == "run" and self.run_loras.family_of(name) != found.family):
+        if not found.family or (kind == "run" and self.run_loras.find_run_family(name) != found.family):
             return -1
         try:
             recipe = self.find_recipe(source)
@@ -524,15 +524,15 @@ class GeneratePages:
             return -1
         names = {Path(lora.path).name for lora in recipe.loras}
         if kind == "run":
-            names |= self.run_loras.names_of(name)
+            names |= self.run_loras.find_run_files(name)
         has_files = kind == "run" or not recipe.missing
         has_task = kind == "model" and found.task in source.split()
         return 4 * sum(lora in names for lora in found.loras) + 2 * has_files + has_task
 
 
-def usual_form(source: str, recipe: ModelRecipe, rows: Sequence[LoraRow]) -> GenerateForm:
+def make_usual_form(source: str, recipe: ModelRecipe, rows: Sequence[LoraRow]) -> GenerateForm:
     """Return the form that a source usually has."""
-    chosen = chosen_at_first(recipe, rows)
+    chosen = choose_default_loras(recipe, rows)
     return GenerateForm(
         source=source,
         texts={**recipe.usual, "seed": ""},
@@ -556,7 +556,7 @@ def describe_ended(ended: Sequence[RenderJob]) -> str:
     return f"{newest.id} {newest.state}: {shorten(' '.join(words.split()), SHOWN_OF_REASON)}"
 
 
-def loading_note(recipe: ModelRecipe | None) -> str:
+def describe_loading(recipe: ModelRecipe | None) -> str:
     """Return a note on the files to load before a recipe can be made; empty if there are none."""
     if recipe is None or not recipe.missing:
         return ""
@@ -567,7 +567,7 @@ def loading_note(recipe: ModelRecipe | None) -> str:
     return f"{len(recipe.missing)} of its files are not on this machine yet, such as {recipe.missing[0]}."
 
 
-def read_tags_of(path: Path, suffix: str) -> dict[str, str]:
+def read_file_tags(path: Path, suffix: str) -> dict[str, str]:
     """Return the texts in a received file. suffix: of the name that it had.
 
     Raises OptionError if it is neither a picture, a clip nor a sound.

@@ -14,7 +14,7 @@ def describe_login() -> str:
     for name in VARIABLES:
         if os.environ.get(name, "").strip():
             return f"A token is there: the variable {name}."
-    path = token_path()
+    path = find_token_path()
     try:
         is_there = path.is_file() and path.stat().st_size > 0
     except OSError:
@@ -27,7 +27,7 @@ def describe_login() -> str:
     )
 
 
-def token_path() -> Path:
+def find_token_path() -> Path:
     """Return the path of the token that the hub's own program keeps."""
     from huggingface_hub import constants  # takes a while to load
 

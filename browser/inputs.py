@@ -34,7 +34,7 @@ class InputFolder:
         """
         path = temporary_name(self.folder / "input")
         refuse_writing(path)
-        place = self.folder / (plain_name(name) or "input")
+        place = self.folder / (clean_name(name) or "input")
         with explain_errors(place):
             self.folder.mkdir(parents=True, exist_ok=True)
             if sum(1 for _ in os.scandir(self.folder)) >= MOST_FILES:
@@ -56,7 +56,7 @@ class InputFolder:
         try:
             suffix = find_suffix(path)
             digest = hashlib.blake2s(path.read_bytes(), digest_size=6).hexdigest()
-            target = self.folder / f"{plain_stem(name)}-{digest}{suffix}"
+            target = self.folder / f"{clean_stem(name)}-{digest}{suffix}"
             with explain_errors(target):
                 os.replace(path, target)
             return target
@@ -66,14 +66,14 @@ class InputFolder:
             raise
 
 
-def plain_name(name: str) -> str:
+def clean_name(name: str) -> str:
     """Return a file's name without folders."""
     return re.split(r"[\\/]", name)[-1]
 
 
-def plain_stem(name: str) -> str:
+def clean_stem(name: str) -> str:
     """Return a file's name without folders, suffix and characters that a shell or a disk minds."""
-    stem = plain_name(name).rpartition(".")[0]
+    stem = clean_name(name).rpartition(".")[0]
     words = re.sub(r"[\W-]+", "-", stem).strip("-")[:LONGEST_NAME]
     return words or "input"
 

@@ -335,7 +335,7 @@ class JobQueue:
             command, folder = launch.split_folder(line, Path(job.folder))
             words = launch.split_words(command)
             others = [other for other in book.jobs if other is not job]
-            launch.check_options(words, folder, may_come=any(map(is_to_come, others)))
+            launch.check_options(words, folder, may_come=any(map(may_still_write, others)))
             book.wait_again(job, as_line(words))
             job.folder = str(real_path(folder))
             job.within = ""  # somebody has typed it
@@ -519,7 +519,7 @@ class JobQueue:
             unmatched[line] = [job for job in equal_jobs if job not in book.jobs]
         for place, line in lines.items():
             candidates = unmatched[line]
-            job = candidates.pop(0) if candidates else self._new_job(book, line, _folder_of(line))
+            job = candidates.pop(0) if candidates else self._new_job(book, line, _find_line_folder(line))
             job.place = place
             book.jobs.append(job)
         running = [job for equal_jobs in unmatched.values() for job in equal_jobs if job.state == RUNNING]
@@ -555,7 +555,7 @@ def _check_stored(stored: Any) -> None:
                 raise TypeError(f"{name} is {row[name]!r}")
 
 
-def is_to_come(job: Job) -> bool:
+def may_still_write(job: Job) -> bool:
     """Return whether a job may still write files."""
     return job.state in (WAITING, RUNNING)
 
@@ -568,7 +568,7 @@ def as_line(words: Sequence[str]) -> str:
     return line
 
 
-def _folder_of(line: str) -> Path:
+def _find_line_folder(line: str) -> Path:
     """Return the folder in which a line of the text file runs: this one, or that of its `cd`."""
     match = launch.CHANGE.fullmatch(line)
     if match is None:

@@ -48,7 +48,7 @@ class LoraRow:
         task = "".join(recipe.fixed.get("--task", ()))
         reason = f"trained for {self.task}, not {task}" if self.task and task and self.task != task else ""
         for lora in recipe.loras:
-            full = _full(recipe, lora.path)
+            full = _complete_path(recipe, lora.path)
             if full == self.path:
                 return replace(self, path=lora.path, reason=reason)
             if full in self.twins:
@@ -115,11 +115,11 @@ class RunLoras:
         ]
         return source.family, rows[::-1]
 
-    def family_of(self, run_id: str) -> str:
+    def find_run_family(self, run_id: str) -> str:
         known = self._rows.get(run_id)
         return "" if known is None else known[1]
 
-    def names_of(self, run_id: str) -> set[str]:
+    def find_run_files(self, run_id: str) -> set[str]:
         """Return the names of a run's files."""
         known = self._rows.get(run_id)
         return set() if known is None else {name for row in known[2] for name in row.names}
@@ -129,15 +129,15 @@ class RunLoras:
         rows: dict[str, LoraRow] = {}
         for lora in recipe.loras:
             row = LoraRow(path=lora.path, title=recipe.title)
-            rows.setdefault(_full(recipe, lora.path), row)
+            rows.setdefault(_complete_path(recipe, lora.path), row)
         for _, family, run_rows in self._rows.values():
             for row in run_rows if family == recipe.family else ():
                 named = row.for_recipe(recipe)
-                rows[_full(recipe, named.path)] = named
-        taken = {_full(recipe, row.high_path) for row in rows.values() if row.high_path}
+                rows[_complete_path(recipe, named.path)] = named
+        taken = {_complete_path(recipe, row.high_path) for row in rows.values() if row.high_path}
         return [row for path, row in rows.items() if path not in taken]
 
-    def list_of_other_families(self, recipe: ModelRecipe) -> list[LoraRow]:
+    def list_foreign_rows(self, recipe: ModelRecipe) -> list[LoraRow]:
         """Return the LoRAs of runs that the model of a recipe cannot take."""
         rows = []
         for _, family, run_rows in self._rows.values():
@@ -151,11 +151,11 @@ class RunLoras:
         return None if run is None else compare.read_source(self.runs, run)
 
 
-def _full(recipe: ModelRecipe, path: str) -> str:
+def _complete_path(recipe: ModelRecipe, path: str) -> str:
     return str(recipe.folder / path) if path else ""
 
 
-def chosen_at_first(recipe: ModelRecipe, rows: Sequence[LoraRow]) -> dict[str, tuple[str, str]]:
+def choose_default_loras(recipe: ModelRecipe, rows: Sequence[LoraRow]) -> dict[str, tuple[str, str]]:
     """Return strength and expert of each LoRA that the recipe's command has, by the path of its row."""
     chosen: dict[str, tuple[str, str]] = {}
     for lora in recipe.loras:
@@ -167,7 +167,7 @@ def chosen_at_first(recipe: ModelRecipe, rows: Sequence[LoraRow]) -> dict[str, t
     return chosen
 
 
-def usual_expert(row: LoraRow, folder: Path) -> str:
+def choose_expert(row: LoraRow, folder: Path) -> str:
     """Return the expert that a LoRA is for, by its file."""
     if row.high_path:
         return BOTH

@@ -15,7 +15,7 @@ from starlette.routing import Route
 from browser.command_lines import format_command
 from browser.jobs import WAITING
 from browser.model_files import list_downloads
-from browser.queue_views import is_of
+from browser.queue_pages import is_started_by
 from browser.responses import answer_template
 from browser.run_start import read_trace_state
 from browser.runs import RUNNING, RunSummary, is_living
@@ -178,8 +178,8 @@ class MachineLine:
             return []
         things = []
         for job in jobs:
-            if job.state == RUNNING and not any(is_of(run, job) for run in runs):
-                things.append(RunningThing(f"job {job.id}: {_cut(job.line)}", f"/queue#j{job.id}"))
+            if job.state == RUNNING and not any(is_started_by(run, job) for run in runs):
+                things.append(RunningThing(f"job {job.id}: {_shorten_line(job.line)}", f"/queue#j{job.id}"))
         num_waiting = sum(job.state == WAITING for job in jobs)
         if is_paused and num_waiting:
             verb = "waits" if num_waiting == 1 else "wait"
@@ -192,7 +192,7 @@ def _is_running_here(run: RunSummary) -> bool:
 
 
 def _describe_run(run: RunSummary) -> RunningThing:
-    words = _cut(run.name.removesuffix(BEFORE_TRAINING))
+    words = _shorten_line(run.name.removesuffix(BEFORE_TRAINING))
     if run.name.endswith(BEFORE_TRAINING):
         return RunningThing(f"{words}, {read_trace_state(run).text}", f"/run/{run.id}/")
     if run.step or not run.doing:
@@ -204,7 +204,7 @@ def _describe_run(run: RunSummary) -> RunningThing:
     return RunningThing(words, f"/run/{run.id}/")
 
 
-def _cut(text: str) -> str:
+def _shorten_line(text: str) -> str:
     """Return the beginning of a text in one line."""
     line = " ".join(text.split())
     return line if len(line) <= MOST_OF_LINE else f"{line[:MOST_OF_LINE]} …"

@@ -24,14 +24,15 @@ from browser.described_folder import (
     edit_toml,
     read_described,
 )
+from browser.draft_changes import find_training_script, read_draft_file, refuse_new_faults
 from browser.durations import describe_duration
-from browser.folder_settings import read_file
+from browser.folder_settings import NUMBER, read_settings
 from browser.jobs import Job
 from browser.responses import answer_template, answer_unknown
 from browser.runs import RUNNING
-from browser.settings_table import NUMBER, find_training_script, read_settings, refuse_new_faults
 from browser.site import Site
 from modules.errors import OptionError, UserError
+from modules.speed_options import BASE_FORMS
 from modules.text_files import read_text
 from project.fitting import find_memory
 from project.options import RUN_FILE
@@ -44,11 +45,7 @@ TABLE_HEAD = re.compile(r"GiB +device +host")
 PART = re.compile(r"( *)(.*?) {2,}(\d+\.\d+)")
 OF_CUDA = re.compile(r"about (\d+\.\d+) of CUDA itself")
 # the forms of the transformer's weights, and the switches of each
-WEIGHTS = {
-    "fp8": ("fp8_base", "fp8_scaled"),
-    "int8": ("convrot_int8",),
-    "nf4": ("nf4_base",),
-}
+WEIGHTS = {form.name: form.switches for form in BASE_FORMS}
 CHECKPOINTING = {
     "recomputed": ("gradient_checkpointing",),
     "offloaded": ("gradient_checkpointing", "gradient_checkpointing_cpu_offload"),
@@ -206,7 +203,7 @@ class MemoryPages:
     def answer(self, folder: Path, fault: str = "", done: str = "") -> Response:
         """Return the part of the page. fault: why something was not done. done: what was."""
         described = read_described(folder)
-        file = read_file(self.site, folder, RUN_FILE)
+        file = read_draft_file(self.site, folder, RUN_FILE)
         job = self.site.background_jobs.find(name_background_job(PLAN, folder))
         card = find_memory()
         size = self.planned_size(job, card)
@@ -294,7 +291,7 @@ class MemoryPages:
 
     def write_switches(self, folder: Path, fields: Mapping[str, str]) -> str:
         """Write the switches that were changed, and return what was written."""
-        present = read_file(self.site, folder, RUN_FILE)
+        present = read_draft_file(self.site, folder, RUN_FILE)
         if present.mark != fields.get("have", ""):
             raise ChangedMeanwhileError
         text = present.text
@@ -319,7 +316,7 @@ class MemoryPages:
                 f"{missing[0]} is missing. A plan reads the headers of the model's files: load them first "
                 "(Start does, with --download)."
             )
-        words = self.plan_words(read_file(self.site, folder, RUN_FILE), size)
+        words = self.plan_words(read_draft_file(self.site, folder, RUN_FILE), size)
         name = name_background_job(PLAN, folder)
         job = self.site.background_jobs.find(name)
         if job is not None and job.state == RUNNING:

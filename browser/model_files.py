@@ -68,7 +68,7 @@ class TaskFiles:
 
     @property
     def name(self) -> str:
-        return task_name(self.model)
+        return name_task(self.model)
 
     @property
     def title(self) -> str:
@@ -109,7 +109,7 @@ class TaskFiles:
         return format_command(self.download_words(models))
 
 
-def task_name(model: ModelSet) -> str:
+def name_task(model: ModelSet) -> str:
     return f"{model.family} {model.task}"
 
 
@@ -120,7 +120,7 @@ def _list_uses() -> dict[tuple[ReleasedFile, ...], tuple[str, ...]]:
     for in_fp8 in (False, True):
         for model in model_sets(in_fp8):
             for component in model.components:
-                uses.setdefault(component.files, {})[task_name(model)] = None
+                uses.setdefault(component.files, {})[name_task(model)] = None
     return {files: tuple(names) for files, names in uses.items()}
 
 
@@ -158,9 +158,9 @@ def _read_task(model: ModelSet, models: Path, in_fp8: bool, known: KnownParts) -
 
 def read_part(component: Component, models: Path) -> ModelPart:
     """Return a part with its state in the models folder."""
-    sizes = {file: _size_of(models / file.name) for file in component.files}
+    sizes = {file: _read_size(models / file.name) for file in component.files}
     size_bytes = sum(size or 0 for size in sizes.values())
-    size_bytes += sum(_size_of(path) or 0 for path in _partial_paths(component, models))
+    size_bytes += sum(_read_size(path) or 0 for path in _partial_paths(component, models))
     return ModelPart(
         component=component,
         tasks=_list_uses().get(component.files, ()),
@@ -180,7 +180,7 @@ def _is_cut_off(component: Component, sizes: Sequence[int | None]) -> bool:
     return sizes[0] < component.tensor_bytes
 
 
-def _size_of(path: Path) -> int | None:
+def _read_size(path: Path) -> int | None:
     """Return the size of a file, also behind a link; None if there is none."""
     with contextlib.suppress(OSError):
         if path.is_file():
@@ -232,7 +232,7 @@ def list_unknown_files(models: Path) -> list[UnknownFile]:
         inner = path.relative_to(models)
         if inner.as_posix() in names or path.name.startswith("."):
             continue
-        size = _size_of(path)
+        size = _read_size(path)
         if size is not None:
             files.append(UnknownFile(inner, size))
         if len(files) == MOST_FILES:
@@ -330,13 +330,13 @@ class Download:
         return None if progress is None or not progress.total else progress.done / progress.total
 
 
-def download_name(models: Path, family: str, task: str) -> str:
+def name_download(models: Path, family: str, task: str) -> str:
     """Return the name of the background job that loads a task."""
     return name_background_job(DOWNLOAD, models / family / task)
 
 
 def find_download(background_jobs: BackgroundJobs, files: TaskFiles, models: Path) -> Download | None:
-    job = background_jobs.find(download_name(models, files.model.family, files.model.task))
+    job = background_jobs.find(name_download(models, files.model.family, files.model.task))
     return None if job is None else Download(files, job)
 
 
@@ -347,7 +347,7 @@ def list_downloads(background_jobs: BackgroundJobs, models: Path) -> list[Downlo
         return []
     downloads = []
     for model in model_sets():
-        name = download_name(models, model.family, model.task)
+        name = name_download(models, model.family, model.task)
         if name in names:
             download = find_download(background_jobs, TaskFiles(model, (), in_fp8=False), models)
             if download is not None:

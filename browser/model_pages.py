@@ -15,13 +15,13 @@ from browser.hub_login import describe_login
 from browser.model_files import (
     KnownParts,
     TaskFiles,
-    download_name,
     find_download,
     find_task,
     list_downloads,
     list_parts_on_disk,
     list_tasks,
     list_unknown_files,
+    name_download,
     remove_parts,
 )
 from browser.responses import Form, answer_form, answer_move, answer_template, answer_unknown, read_query
@@ -133,7 +133,7 @@ class ModelPages:
             if what == "load":
                 self.load(files, is_accepted="accept" in form)
             elif what == "stop":
-                name = download_name(self.site.models, chosen.family, chosen.task)
+                name = name_download(self.site.models, chosen.family, chosen.task)
                 self.site.background_jobs.stop(name)
             elif what == "remove":
                 moved = self.remove(files, form.get("part", ()))
@@ -152,7 +152,7 @@ class ModelPages:
         if _is_whole(files):
             raise OptionError("All of its parts are on disk.")
         models = self.site.models
-        name = download_name(models, files.model.family, files.model.task)
+        name = name_download(models, files.model.family, files.model.task)
         self.site.background_jobs.start(name, files.download_words(models), Path.cwd())
 
     def remove(self, files: TaskFiles, parts: Sequence[str]) -> str:

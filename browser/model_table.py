@@ -85,7 +85,7 @@ def list_model_rows(models: Path, memory: float, content: MediaFolder | None = N
             fit=describe_fit(model, memory),
             makes=describe_kind(model),
         )
-        ranked.append((_rank(row, memory, content), place, row))
+        ranked.append((_rank_row(row, memory, content), place, row))
     ranked.sort(key=lambda entry: entry[:2])
     rows = [row for _, _, row in ranked]
     if content is None:
@@ -93,7 +93,7 @@ def list_model_rows(models: Path, memory: float, content: MediaFolder | None = N
     return [replace(row, is_suggested=True) for row in rows[:SUGGESTED]] + rows[SUGGESTED:]
 
 
-def _rank(row: ModelRow, memory: float, content: MediaFolder | None) -> tuple[bool, bool, bool, int]:
+def _rank_row(row: ModelRow, memory: float, content: MediaFolder | None) -> tuple[bool, bool, bool, int]:
     """Return the place of a row: what suits the folder, is to be trained, fits the card, and is small."""
     model = row.model
     suits = True

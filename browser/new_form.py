@@ -60,7 +60,7 @@ class NewForm:
 
     @classmethod
     def of_words(cls, words: Sequence[str]) -> "NewForm":
-        """Return the form that a command of `new_words` stands for."""
+        """Return the form that a command of `make_new_words` stands for."""
         texts: dict[str, str] = {}
         files: dict[str, str] = {}
         for option, value in zip(words, words[1:], strict=False):
@@ -154,7 +154,7 @@ def parse_whole(text: str, most: int) -> int | None:
     return number if number <= most else None
 
 
-def new_words(form: NewForm, models: Path, overwrite: bool = False, dry_run: bool = False) -> list[str]:
+def make_new_words(form: NewForm, models: Path, overwrite: bool = False, dry_run: bool = False) -> list[str]:
     """Return the command that describes a folder as the form says.
 
     dry_run: it only shows how the files of a described folder would change.

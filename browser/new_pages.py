@@ -23,7 +23,14 @@ from starlette.routing import Route
 
 from browser.background_jobs import has_changed_since, name_background_job
 from browser.bin_folder import FOLDER as BIN
-from browser.captioning import TRIED, TYPED_OPTIONS, caption_words, describe_engine, is_captioning, read_tries
+from browser.captioning import (
+    TRIED,
+    TYPED_OPTIONS,
+    describe_engine,
+    is_captioning,
+    make_caption_words,
+    read_tries,
+)
 from browser.captions import mark_bytes
 from browser.command_lines import format_command
 from browser.command_output import REPAIR, OutputLine, find_command, read_changes, read_output_lines
@@ -71,7 +78,7 @@ from browser.new_form import (
     list_differing,
     list_key_changes,
     list_unwritten,
-    new_words,
+    make_new_words,
     read_steps,
 )
 from browser.responses import (
@@ -84,13 +91,13 @@ from browser.responses import (
     answer_unknown,
     read_query,
 )
-from browser.run_start import CHECK, DESCRIBE, check_words, run_words
+from browser.run_start import CHECK, DESCRIBE, make_check_words, make_run_words
 from browser.run_views import POLICY
 from browser.runs import RUNNING
 from browser.settings_page import SettingsPages
 from browser.site import Site
 from browser.uploads import ADDRESS as UPLOAD
-from browser.uploads import FileUploads, name_of_day
+from browser.uploads import FileUploads, name_upload_folder
 from downloads.catalogue import Component
 from downloads.listing import gigabytes, total_bytes
 from modules.errors import OptionError, UserError
@@ -180,7 +187,7 @@ class NewPages:
         is_failed = job is not None and job.state not in (RUNNING,) and job.code != 0
         if is_described(folder) and not is_failed:
             try:
-                return self.form_of(read_described(folder))
+                return self.make_form(read_described(folder))
             except (OSError, ValueError):
                 return NewForm(folder=str(folder))
         if job is not None:
@@ -193,7 +200,7 @@ class NewPages:
         shown: the address of that page's form when it was made; empty if the folder was not described.
         """
         described, _ = self.try_read(folder)
-        return described is not None and self.form_of(described).address == shown
+        return described is not None and self.make_form(described).address == shown
 
     def suggest_name(self, folder: Path) -> str:
         """Return a free name for a LoRA if the usual one, that of the folder, is taken; else nothing."""
@@ -218,17 +225,17 @@ class NewPages:
         values = {
             **self.progress_values(folder, described),
             **self.folder_values(folder, content, is_part),
-            **self.model_values(form, content),
+            **self.list_model_values(form, content),
             "form": form,
             "plan": self.plan_or_none(form, folder, described),
             "duration": self.describe_duration(form, described),
-            "shown": "" if described is None else self.form_of(described).address,
-            "free_name": _free_name_of(form, folder, described),
+            "shown": "" if described is None else self.make_form(described).address,
+            "free_name": _suggest_free_name(form, folder, described),
             "engine": CAPTION_MODEL,
             "engine_size": describe_engine(CAPTION_MODEL),
             "tried": TRIED,
-            "caption_line": format_command(caption_words("", ""), folder),
-            "try_line": format_command(caption_words("", "", TRIED), folder),
+            "caption_line": format_command(make_caption_words("", ""), folder),
+            "try_line": format_command(make_caption_words("", "", TRIED), folder),
             "message": problem,
             "refused": error if folder is None else "",  # of a button whose folder is gone
         }
@@ -251,7 +258,7 @@ class NewPages:
             "num_folders": len(folders),
             "next_folder": PART,
             "roots": tops,
-            "into": str(folder or name_of_day(tops[0], date.today())),
+            "into": str(folder or name_upload_folder(tops[0], date.today())),
             "upload": UPLOAD,
             "picture_address": picture_address,
             "rows_address": "" if content is None else self.files.address(content.path),
@@ -259,7 +266,7 @@ class NewPages:
             "left_out": [] if folder is None else self.files.left_out.list_names(folder),
         }
 
-    def model_values(self, form: NewForm, content: MediaFolder | None) -> dict[str, Any]:
+    def list_model_values(self, form: NewForm, content: MediaFolder | None) -> dict[str, Any]:
         """Return the values for the page's part on models and the chosen one. content: of the folder."""
         rows = list_model_rows(self.site.models, self.memory, content)
         chosen = next((row for row in rows if row.value == f"{form.family} {form.task}"), None)
@@ -271,7 +278,7 @@ class NewPages:
             "memory": self.memory,
         }
 
-    def form_of(self, described: DescribedFolder) -> NewForm:
+    def make_form(self, described: DescribedFolder) -> NewForm:
         """Return the form of a described folder."""
         return NewForm.of_described(described, self.site.models)
 
@@ -310,8 +317,8 @@ class NewPages:
             "tries": [] if folder is None else read_tries(background_jobs[TRY], folder),
             "repair_line": self.repair_line(folder),
             "commands": list_commands(folder),
-            "run_command": "" if described is None else format_command(self.run_words(described)),
-            "check_command": "" if folder is None else format_command(check_words(folder)),
+            "run_command": "" if described is None else format_command(self.make_run_words(described)),
+            "check_command": "" if folder is None else format_command(make_check_words(folder)),
             "job": job,
             "run_address": self.find_run(described),
             "captioning": captioning,
@@ -352,7 +359,7 @@ class NewPages:
 
     def loading_values(self, described: DescribedFolder | None) -> dict[str, Any]:
         """Return the facts of files to load for a described folder: their size, licences and the login."""
-        to_load = self.list_to_load_of(described)
+        to_load = self.list_missing_parts(described)
         licences = list_licences(to_load)
         return {
             "licences": licences,
@@ -380,7 +387,7 @@ class NewPages:
         folder = find_folder(self.site.runs, query.get("folder", ""))
         try:
             count = TRIED if "tries" in query else None
-            words = caption_words(query.get("engine", ""), query.get("question", ""), count)
+            words = make_caption_words(query.get("engine", ""), query.get("question", ""), count)
             text = format_command(words, folder)
         except OptionError as error:
             text = str(error)
@@ -461,7 +468,7 @@ class NewPages:
                 return f"/run/{run.id}/"
         return ""
 
-    def list_to_load_of(self, described: DescribedFolder | None) -> list[Component]:
+    def list_missing_parts(self, described: DescribedFolder | None) -> list[Component]:
         """Return the parts of a described folder's model that are to be loaded before the training."""
         if described is None:
             return []
@@ -474,8 +481,8 @@ class NewPages:
                 return [part for part in missing if (part.option or "").lstrip("-") in described.model_files]
         return []
 
-    def run_words(self, described: DescribedFolder) -> list[str]:
-        return run_words(described, self.site.models)
+    def make_run_words(self, described: DescribedFolder) -> list[str]:
+        return make_run_words(described, self.site.models)
 
     def repair_line(self, folder: Path | None) -> str:
         """Return the command that converts captions of a folder to UTF-8; empty if there is none."""
@@ -490,7 +497,7 @@ class NewPages:
             if folder is not None:
                 return self.plan_describe(form, folder, described)
         form = form if form.folder else replace(form, folder="FOLDER")
-        return DescribePlan(new_words(form, self.site.models))
+        return DescribePlan(make_new_words(form, self.site.models))
 
     def plan_describe(self, form: NewForm, folder: Path, described: DescribedFolder | None) -> DescribePlan:
         """Return the plan of Describe for a folder.
@@ -502,13 +509,13 @@ class NewPages:
         form = form.of_folder(folder)
         models = self.site.models
         if not any((folder / name).exists() for name in FILES):
-            return DescribePlan(new_words(form, models))
+            return DescribePlan(make_new_words(form, models))
         if described is not None:
             before = NewForm.of_described(described, models)
             changes = list_key_changes(form, before, described.values)
             if changes.changes and not list_differing(form, before):
                 return DescribePlan([], changes)
-        return DescribePlan(new_words(form, models, dry_run=True), compares=True)
+        return DescribePlan(make_new_words(form, models, dry_run=True), compares=True)
 
     def change(self, request: Request, form: Form) -> Response:
         """Do what a button asks for, and show the page of the folder again."""
@@ -552,7 +559,7 @@ class NewPages:
             background_jobs.forget(name_background_job(COMPARE, folder))
         elif what == "check":
             self.refuse_unwritten(folder, sent, texts.get("shown", ""))
-            background_jobs.start(name_background_job(CHECK, folder), check_words(folder), Path.cwd())
+            background_jobs.start(name_background_job(CHECK, folder), make_check_words(folder), Path.cwd())
         elif what == "stop":
             for kind in BACKGROUND_KINDS:
                 background_jobs.stop(name_background_job(kind, folder))
@@ -560,13 +567,13 @@ class NewPages:
             self.refuse_unwritten(folder, sent, texts.get("shown", ""))
             self.start(folder, has_accepted=bool(texts.get("accept")))
         elif what == "try":
-            words = caption_words(texts.get("engine", ""), texts.get("question", ""), TRIED)
+            words = make_caption_words(texts.get("engine", ""), texts.get("question", ""), TRIED)
             self.require_inside(folder)
             background_jobs.start(
                 name_background_job(TRY, folder), words, folder, within=folder, typed=TYPED_OPTIONS
             )
         elif what == "write":
-            words = caption_words(texts.get("engine", ""), texts.get("question", ""))
+            words = make_caption_words(texts.get("engine", ""), texts.get("question", ""))
             self.require_inside(folder)
             self.site.queue.add_and_begin(words, folder, within=folder, typed=TYPED_OPTIONS)
         elif what == "remedy":
@@ -584,7 +591,7 @@ class NewPages:
         """
         if not shown:
             return
-        present = self.form_of(read_described(folder))
+        present = self.make_form(read_described(folder))
         labels = list_unwritten(sent, NewForm.of_address(shown), present)
         if labels:
             raise OptionError(
@@ -626,7 +633,7 @@ class NewPages:
         kept = f"{folder.name} {time.strftime('%Y-%m-%d %H.%M.%S')}"
         keep_copies(folder, self.site.runs.find_top(folder) / BIN / "replaced" / kept)
         form = NewForm.of_words(shlex.split(comparing.line))
-        words = new_words(form, self.site.models, overwrite=True)
+        words = make_new_words(form, self.site.models, overwrite=True)
         self.site.background_jobs.start(
             name_background_job(DESCRIBE, folder), words, Path.cwd(), within=folder
         )
@@ -636,7 +643,7 @@ class NewPages:
         """Put the run of a folder into the queue, and start the queue unless other jobs wait in it."""
         if not is_described(folder):
             raise OptionError("It is not described yet: press Describe first.")
-        words = self.run_words(read_described(folder))
+        words = self.make_run_words(read_described(folder))
         if "--download" in words and not has_accepted:
             raise OptionError("Its model is to be loaded: read the licences next to Start, and accept them.")
         self.site.tracked_runs.start(folder, words)
@@ -687,7 +694,7 @@ class NewPages:
         chosen = NewForm.of_fields(form)
         is_chosen = any((row.family, row.task) == (chosen.family, chosen.task) for row in find_models())
         described, _ = self.try_read(find_folder(self.site.runs, chosen.folder))
-        known = NewForm() if described is None else self.form_of(described)
+        known = NewForm() if described is None else self.make_form(described)
         is_known = (known.family, known.task) == (chosen.family, chosen.task) and (
             known.model_files.get(option) == chosen.model_files.get(option)
         )  # `new` has checked it
@@ -734,7 +741,7 @@ def _list_ended(*background_jobs: Job | None) -> str:
     return " ".join(short_digest(repr(process)) for process in ended)
 
 
-def _free_name_of(form: NewForm, folder: Path | None, described: DescribedFolder | None) -> str:
+def _suggest_free_name(form: NewForm, folder: Path | None, described: DescribedFolder | None) -> str:
     """Return another name if a LoRA of the name in a form is there; else nothing."""
     if folder is None:
         return ""

@@ -96,7 +96,7 @@ def _list_caches(folder: Path) -> Iterator[Permission]:
     except (OSError, ValueError) as error:
         yield Permission(f"{folder / DATASET_FILE} cannot be read: {error}", is_unusual=True)
         return
-    tables = [dataset.get("general"), *_list_of(dataset.get("datasets"))]
+    tables = [dataset.get("general"), *_as_list(dataset.get("datasets"))]
     for table in tables:
         if isinstance(table, dict):
             for name, value in table.items():
@@ -104,7 +104,7 @@ def _list_caches(folder: Path) -> Iterator[Permission]:
                     yield _describe_place(folder, name, str(value))
 
 
-def _list_of(value: object) -> list[Any]:
+def _as_list(value: object) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
@@ -142,9 +142,9 @@ def _list_typed_only(words: Sequence[str]) -> list[str]:
 
 
 def _list_commands(tables: Mapping[str, Any]) -> Iterator[Permission]:
-    commands = _list_of(_table(tables, OTHERS_TABLE).get("commands"))
+    commands = _as_list(_table(tables, OTHERS_TABLE).get("commands"))
     for number, words in enumerate(commands):
-        texts = [str(word) for word in _list_of(words)]
+        texts = [str(word) for word in _as_list(words)]
         text = f"{'downloads with' if number == 0 else 'runs'} {as_typed(texts)}"
         starting = _list_typed_only(texts)
         note = NOT_STARTED.format(starting[0]) if starting else ""

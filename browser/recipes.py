@@ -103,12 +103,12 @@ class ModelRecipe:
     @property
     def extras(self) -> Mapping[str, str]:
         """Return the options of the family that a request holds as extras, with their names there."""
-        return extras_of(self.family)
+        return list_extras(self.family)
 
     @cached_property
     def keys(self) -> dict[str, str]:
         """Return the option that each field sets, by the name of the field; only fields that there are."""
-        keys = keys_of_fields(self.defaults, self.extras)
+        keys = find_field_keys(self.defaults, self.extras)
         if not self.has_experts:
             keys.pop("high_cfg", None)
         for name in ("start", "end", "control", "references"):
@@ -152,7 +152,7 @@ class ModelRecipe:
         """Return whether `guidance` is fed into the network, and 1 does not turn it off."""
         return self.keys.get("guidance") == "embedded_cfg_scale"
 
-    def option_of(self, name: str) -> LineOption | None:
+    def find_line_option(self, name: str) -> LineOption | None:
         """Return the option of a prompt line that a field sets; None if the model has no such field."""
         key = self.keys.get(name)
         return None if key is None else find_option(key, self.defaults.line_options)
@@ -162,7 +162,7 @@ class ModelRecipe:
         """Return the fields that the model has."""
         return list(self.keys)
 
-    def default_of(self, name: str) -> str:
+    def find_default(self, name: str) -> str:
         """Return the value that counts if a field is empty, in words; empty if only the model knows it.
 
         A model's files say it before its task, and that before its script.
@@ -187,7 +187,7 @@ class ModelRecipe:
         value = {**values, **self.of_files}.get(name)
         return "" if value in (None, "") else f"{value:g}"
 
-    def limits_of(self, name: str) -> tuple[float, float]:
+    def find_limits(self, name: str) -> tuple[float, float]:
         """Return the least and the most of a field that holds a number."""
         least = 0 if name == "guidance" and self.embeds_guidance else -MOST_SCALE
         seconds = MOST_FRAMES / self.defaults.fps
@@ -218,7 +218,7 @@ class ModelRecipe:
         fits = lengths.fit(int(value)), lengths.fit(int(value) + lengths.step)
         return min(fits, key=lambda frames: abs(frames - value))
 
-    def rule_of(self, name: str) -> str:
+    def describe_rule(self, name: str) -> str:
         """Return the rule for a field's values, in words, if not all within its limits are allowed."""
         return f"a multiple of {self.side_step}" if name in SIDES else f"a length of {self.defaults.lengths}"
 
@@ -239,12 +239,12 @@ class ModelRecipe:
 
 
 @cache
-def extras_of(family: str) -> dict[str, str]:
+def list_extras(family: str) -> dict[str, str]:
     """Return the options of a family that a request holds as extras, with their names there."""
     return request_extras(with_scripts()[family].options_record("Generation"))
 
 
-def keys_of_fields(defaults: ScriptDefaults, extras: Mapping[str, str]) -> dict[str, str]:
+def find_field_keys(defaults: ScriptDefaults, extras: Mapping[str, str]) -> dict[str, str]:
     """Return the option that each field sets in a script, by the name of the field.
 
     extras: options of the family in a request, see `ModelRecipe.extras`.
@@ -274,7 +274,7 @@ def _is_needed_by_another(script: str, name: str) -> bool:
     return False
 
 
-def flag_of(key: str, defaults: ScriptDefaults) -> str:
+def find_flag(key: str, defaults: ScriptDefaults) -> str:
     """Return the flag on the command line for a key of a prompt line's option."""
     if key == "denoise":
         return f"--{defaults.source.share}"
@@ -291,13 +291,13 @@ def type_options(values: Mapping[str, Any], defaults: ScriptDefaults) -> dict[st
         if key in SIZES:
             sides[SIZES[key]] = str(value)
         else:
-            typed[flag_of(key, defaults)] = value
+            typed[find_flag(key, defaults)] = value
     if all(sides):
-        typed[flag_of(SIZE, defaults)] = sides
+        typed[find_flag(SIZE, defaults)] = sides
     return typed
 
 
-def _key_of(flag: str, defaults: ScriptDefaults) -> str:
+def _find_key(flag: str, defaults: ScriptDefaults) -> str:
     """Return the key of a flag, whichever spelling it has."""
     for key, flags in defaults.spelled.items():
         if flag in flags:
@@ -313,7 +313,7 @@ def is_driven(model: ModelSet) -> bool:
     return bool(scripts.intersection(model.commands.get("generate", "").split()))
 
 
-def recipe_of_model(model: ModelSet, models: Path, folder: Path) -> ModelRecipe:
+def make_model_recipe(model: ModelSet, models: Path, folder: Path) -> ModelRecipe:
     """Return the recipe of a released model. models: folder of its files. folder: the working folder."""
     families = {f"{entry.generation_script}.py": name for name, entry in with_scripts().items()}
     _, script, *words = shlex.split(model.commands["generate"])
@@ -335,7 +335,7 @@ def recipe_of_model(model: ModelSet, models: Path, folder: Path) -> ModelRecipe:
     )
 
 
-def recipe_of_run(source: ComparableRun) -> ModelRecipe:
+def make_run_recipe(source: ComparableRun) -> ModelRecipe:
     """Return the recipe of a run, from the command that its history has."""
     names = {Path(word).name for words in source.options.values() for word in words}
     return _make_recipe(
@@ -345,11 +345,11 @@ def recipe_of_run(source: ComparableRun) -> ModelRecipe:
         folder=source.working_folder,
         missing=[],
         is_example=lambda word: word in source.missing or PLACEHOLDER.fullmatch(word) is not None,
-        of_files=_defaults_of_files(source.family, names),
+        of_files=_find_defaults(source.family, names),
     )
 
 
-def _defaults_of_files(family: str, names: Collection[str]) -> Mapping[str, Any]:
+def _find_defaults(family: str, names: Collection[str]) -> Mapping[str, Any]:
     """Return the defaults of the released model that a command's files are of. names: of the files."""
     script = f"{with_scripts()[family].generation_script}.py"
     for model in model_sets():
@@ -394,10 +394,10 @@ def _make_recipe(
     is_example: says whether a word stands for a file that somebody has to name. of_files: see `ModelRecipe`.
     """
     defaults: ScriptDefaults = import_own(with_scripts()[family].generation_script).DEFAULTS
-    names = {key: name for name, key in keys_of_fields(defaults, extras_of(family)).items()}
+    names = {key: name for name, key in find_field_keys(defaults, list_extras(family)).items()}
     typed = []
     for flag, words in options.items():
-        key = _key_of(flag, defaults)
+        key = _find_key(flag, defaults)
         name = names.get("i2i_path" if key == "video_path" else key)
         known = [word for word in words if not is_example(word)]
         typed.append(_TypedOption(flag, key, name, known, has_example=len(known) < len(words)))
@@ -517,7 +517,7 @@ class RenderRequest:
             raise OptionError(f"{lora.path} is not there any more. Choose another LoRA")
 
     def _check_text(self, name: str, text: str) -> None:
-        option = self.recipe.option_of(name)
+        option = self.recipe.find_line_option(name)
         assert option is not None, "the model has the field"
         try:
             value = option.read(text)
@@ -525,13 +525,13 @@ class RenderRequest:
             raise OptionError(f"{self._label(name)}: {error}") from None
         if not isinstance(value, (int, float)):
             return
-        least, most = self.recipe.limits_of(name)
+        least, most = self.recipe.find_limits(name)
         if not least <= value <= most:
             what = "share" if name == "share" else "number"
             raise OptionError(f"{self._label(name)} {text}: give a {what} from {least:,g} to {most:,g}")
         near = self.recipe.nearest(name, value)
         if near != value:
-            rule = self.recipe.rule_of(name)
+            rule = self.recipe.describe_rule(name)
             raise OptionError(f"{self._label(name)} {text}: give {rule}. Nearest: {near}")
 
     def _lora_options(self) -> dict[str, list[str]]:
@@ -565,7 +565,7 @@ class RenderRequest:
         """Return the command that loads the model for requests; strengths are said with each request."""
         recipe = self.recipe
         words = ["python", recipe.script, *_as_words({**recipe.fixed, **self._lora_options()})]
-        return [*words, "--interactive", flag_of("save_path", recipe.defaults), self.save_path]
+        return [*words, "--interactive", find_flag("save_path", recipe.defaults), self.save_path]
 
     def request(self, seed: str) -> dict[str, Any]:
         """Return the request of `generation/driven.py` for one result."""
@@ -589,8 +589,8 @@ class RenderRequest:
         options["--prompt"] = self.prompt.strip()
         options |= type_options(self._values(seed), defaults)
         if self.references and "references" in recipe.fields:
-            options[flag_of("control_image_path", defaults)] = list(self.references)
-        save_flag = flag_of("save_path", defaults)
+            options[find_flag("control_image_path", defaults)] = list(self.references)
+        save_flag = find_flag("save_path", defaults)
         return ["python", recipe.script, *_as_words(options), save_flag, self.save_path]
 
     def as_render_job(self, seed: str) -> RenderJob:

@@ -27,7 +27,7 @@ from browser.described_folder import PROMPTS_FILE, ChangedMeanwhileError, read_d
 from browser.folders import list_media_folders
 from browser.jobs import WAITING, Job
 from browser.names import number_names, short_digest
-from browser.recipes import RESULTS, ModelRecipe, is_driven, recipe_of_model, recipe_of_run
+from browser.recipes import RESULTS, ModelRecipe, is_driven, make_model_recipe, make_run_recipe
 from browser.render_queue import RenderJob
 from browser.responses import (
     Form,
@@ -39,7 +39,7 @@ from browser.responses import (
     answer_template,
     answer_unknown,
 )
-from browser.result_settings import PREFIX, ResultSettings, read_settings, remake, sample_line
+from browser.result_settings import PREFIX, ResultSettings, format_sample_line, read_settings, remake
 from browser.results import LARGER, LAST_FRAME, Result, ResultFolders
 from browser.run_views import label_runs
 from browser.runs import DIED, FINISHED, RUNNING, RunSummary
@@ -133,7 +133,7 @@ class ResultChoice:
             return False
         if self.model and (settings is None or settings.model != self.model):
             return False
-        if self.run is not None and not _is_of_run(result, settings, self.run):
+        if self.run is not None and not _belongs_to_run(result, settings, self.run):
             return False
         if not self.words:
             return True
@@ -143,7 +143,7 @@ class ResultChoice:
         return all(word in text for word in self.words)
 
 
-def _is_of_run(result: Result, settings: ResultSettings | None, run: RunSummary) -> bool:
+def _belongs_to_run(result: Result, settings: ResultSettings | None, run: RunSummary) -> bool:
     """Return whether a result lies in the folder of a run, or was made with one of its files."""
     if result.path.is_relative_to(run.history.parent):
         return True
@@ -270,10 +270,10 @@ class Remaker:
                     if source is not None and source.family == settings.family:
                         sources.append(source)
         for source in sources:
-            yield Candidate(recipe_of_run(source), source.run)
+            yield Candidate(make_run_recipe(source), source.run)
         for model in model_sets():
             if is_driven(model):
-                recipe = recipe_of_model(model, self.site.models, Path.cwd())
+                recipe = make_model_recipe(model, self.site.models, Path.cwd())
                 if recipe.family == settings.family:
                     yield Candidate(recipe, None)
 
@@ -667,7 +667,7 @@ class ResultPages:
         problem = ""
         try:
             settings = self.require_settings(result)
-            line = sample_line(settings)
+            line = format_sample_line(settings)
             for path in self.list_prompt_files(settings.family):
                 content = _read_or_nothing(path)
                 files.append((path, mark_bytes(content), (content or b"").decode("utf-8", "replace")))
@@ -677,7 +677,7 @@ class ResultPages:
 
     def add_sample(self, result: Result, form: Form) -> Response:
         """Add the line of a result to a prompt file, unless the file has changed or has the line."""
-        line = sample_line(self.require_settings(result))
+        line = format_sample_line(self.require_settings(result))
         chosen = "".join(form.get("file", ()))
         name, _, have = chosen.rpartition(" ")
         family = self.require_settings(result).family

@@ -133,10 +133,10 @@ def read_settings(path: Path) -> ResultSettings | None:
 
     Raises MediaError or OSError if it cannot be read.
     """
-    return settings_of_tags(read_tags(path))
+    return parse_settings(read_tags(path))
 
 
-def settings_of_tags(tags: Mapping[str, str]) -> ResultSettings | None:
+def parse_settings(tags: Mapping[str, str]) -> ResultSettings | None:
     """Return the settings in the texts of a file; see `read_settings`."""
     settings = parse_tags(tags)
     is_ours = all(name in settings.values for name in ("prompt", "seeds", "model_type"))
@@ -197,7 +197,7 @@ class KnownOption(NamedTuple):
 
 
 @functools.cache
-def script_options(family: str) -> Mapping[str, KnownOption]:
+def read_script_options(family: str) -> Mapping[str, KnownOption]:
     """Return the options of a family's generation script by their names."""
     entry = with_scripts()[family]
     defaults = import_own(entry.generation_script).DEFAULTS
@@ -265,7 +265,7 @@ def remake(
 
 def _fix_options(settings: ResultSettings, recipe: ModelRecipe) -> dict[str, Any]:
     """Return the options of the model, with what the settings say of them. Raises OptionError."""
-    options = script_options(recipe.family)
+    options = read_script_options(recipe.family)
     _check_task(settings, recipe, options)
     fixed = _keep_fixed(settings, recipe, options)
     names = {flag: name for name, option in options.items() for flag in option.flags}
@@ -367,7 +367,7 @@ def _read_line(
     settings: ResultSettings, recipe: ModelRecipe, seed: str, find_media: FindFile
 ) -> dict[str, str | list[str]]:
     """Return the options of a prompt line that the settings stand for. Raises OptionError."""
-    options = script_options(recipe.family)
+    options = read_script_options(recipe.family)
     line: dict[str, str | list[str]] = {}
     for name, text in settings.values.items():
         key = KEYS.get(name, name)
@@ -403,7 +403,7 @@ SAMPLE_LETTERS = {
 }
 
 
-def sample_line(settings: ResultSettings) -> str:
+def format_sample_line(settings: ResultSettings) -> str:
     """Return the line of a prompt file that samples these settings. Raises OptionError if no line can."""
     prompt = " ".join(settings.get("prompt").split())
     letters = dict(SAMPLE_LETTERS)

@@ -81,7 +81,7 @@ class ResultFolders:
         self._folders = folders
         if not are_equal:
             every = (result for results in contents for result in results)
-            self._newest = heapq.nsmallest(MOST_RESULTS, every, key=_place_in_list)
+            self._newest = heapq.nsmallest(MOST_RESULTS, every, key=_order_result)
             self._by_id = {result.id: result for result in self._newest}
             self._contents = contents
         return self._newest
@@ -115,7 +115,7 @@ class ResultFolders:
             self._walk(inner, depth - 1, folders)
 
 
-def _place_in_list(result: Result) -> tuple[float, str, str]:
+def _order_result(result: Result) -> tuple[float, str, str]:
     return -result.shown_at, result.path.name, str(result.path)
 
 

@@ -23,7 +23,7 @@ from browser.jobs import ENDED, QUEUE, WAITING, Job
 from browser.names import free_name, short_digest
 from browser.new_form import read_steps
 from browser.permissions import read_permissions, read_shown_text
-from browser.queue_views import is_of, read_jobs
+from browser.queue_pages import is_started_by, read_jobs
 from browser.responses import (
     Form,
     answer_form,
@@ -43,9 +43,9 @@ from browser.run_start import (
     TRAINING,
     PlannedRun,
     ShownRun,
-    check_words,
     find_start_words,
     is_run_of_folder,
+    make_check_words,
     mark_state,
 )
 from browser.run_views import HERE, POLICY
@@ -176,12 +176,12 @@ class RunButtons:
         if shown.state.name != FINISHED:
             actions = replace(actions, start=typed, start_label="Start" if is_draft else "Continue")
         if shown.state.name in (DRAFT, FAULTS):
-            actions = replace(actions, check=format_command(check_words(plan.folder)))
+            actions = replace(actions, check=format_command(make_check_words(plan.folder)))
         if has_run and plan.steps:
             actions = replace(
                 actions,
                 train_on=typed,
-                steps=usual_steps(run, plan.steps),
+                steps=suggest_steps(run, plan.steps),
                 have=mark_bytes(read_content(plan.folder / RUN_FILE)),
             )
         if has_run or not is_draft:
@@ -201,7 +201,7 @@ class RunButtons:
         if shown.state.name != FINISHED:
             actions = replace(actions, start=typed)
         if STEPS_OPTION in page_command.bash:
-            steps = usual_steps(run, run.total_steps)
+            steps = suggest_steps(run, run.total_steps)
             actions = replace(actions, steps=steps, train_on=typed)
         return actions
 
@@ -228,7 +228,7 @@ class RunButtons:
             return job
         with contextlib.suppress(UserError):
             for candidate in self.site.queue.jobs():
-                if candidate.state == RUNNING and is_of(shown.summary, candidate):
+                if candidate.state == RUNNING and is_started_by(shown.summary, candidate):
                     return candidate
         return None
 
@@ -308,11 +308,11 @@ class RunButtons:
         }
         try:
             if what == "read":
-                values |= self.facts_of_plan(shown)
+                values |= self.describe_plan(shown)
             elif what == "prompts":
-                values |= self.facts_of_prompts(shown)
+                values |= self.describe_prompts(shown)
             elif what == "remove":
-                values |= self.facts_of_removal(shown)
+                values |= self.describe_removal(shown)
             else:
                 return answer_not_found()
         except (OptionError, OSError, ValueError) as problem:
@@ -321,7 +321,7 @@ class RunButtons:
         values |= facts or {}
         return answer_template("panel.html", shown.summary.name, values, is_refused=error != "")
 
-    def facts_of_plan(self, shown: ShownRun) -> dict[str, Any]:
+    def describe_plan(self, shown: ShownRun) -> dict[str, Any]:
         """Return the facts of a run.toml that a page shows before it is started."""
         if shown.plan is None:
             raise OptionError("There is no run.toml below the folders of this page.")
@@ -335,20 +335,20 @@ class RunButtons:
             "is_known": self.tracked_runs.is_known(shown.plan),
         }
 
-    def facts_of_prompts(self, shown: ShownRun) -> dict[str, Any]:
+    def describe_prompts(self, shown: ShownRun) -> dict[str, Any]:
         path = self.find_prompts(shown)
         if path is None:
             raise OptionError("It has no prompt file (.txt) below the folders of this page.")
         caption, have, _ = self.prompts.read(path)
         return {"path": path, "text": caption.text, "have": have, "is_running": shown.state.name in BUSY}
 
-    def facts_of_removal(self, shown: ShownRun) -> dict[str, Any]:
+    def describe_removal(self, shown: ShownRun) -> dict[str, Any]:
         if shown.state.is_active:
             raise OptionError(f"It is {shown.state.text}: stop it first.")
         paths = self.list_removed(shown)
         if not paths:
             raise OptionError("It has no files that can be removed.")
-        sizes = {path: size_of(path) for path in paths}
+        sizes = {path: measure_size(path) for path in paths}
         place = self.bin_folder.find_place(paths[0])
         name = shown.summary.name.removesuffix(BEFORE_TRAINING)
         return {
@@ -401,7 +401,7 @@ class RunButtons:
     def remove(self, shown: ShownRun, form: Form) -> Response:
         """Move a run's files into the bin, if they are those that were listed."""
         try:
-            self.facts_of_removal(shown)  # what refuses it
+            self.describe_removal(shown)  # what refuses it
             paths = self.list_removed(shown)
             if "".join(form.get("have", ())) != mark_removed(paths):
                 return self.answer_panel(shown, "remove", "Its files have changed meanwhile: look again.")
@@ -501,7 +501,9 @@ class RunButtons:
         if shown.plan is None:
             raise OptionError("There is no described folder to check.")
         folder = shown.plan.folder
-        self.site.background_jobs.start(name_background_job(CHECK, folder), check_words(folder), Path.cwd())
+        self.site.background_jobs.start(
+            name_background_job(CHECK, folder), make_check_words(folder), Path.cwd()
+        )
         return ""
 
     def stop(self, shown: ShownRun, _: Form) -> str:
@@ -556,12 +558,12 @@ def list_results(folder: Path, name: str) -> list[Path]:
     return [*results, *(path for path in asked if path.is_file())]
 
 
-def usual_steps(run: RunSummary, planned: int) -> int:
+def suggest_steps(run: RunSummary, planned: int) -> int:
     """Return the length that Train on offers: what is planned, if that is more; else twice as many steps."""
     return planned if planned > run.step else 2 * max(run.step, 1)
 
 
-def size_of(path: Path) -> int:
+def measure_size(path: Path) -> int:
     """Return the bytes of a file, or of all files in a folder; links count nothing."""
     if path.is_symlink():
         return 0
@@ -577,7 +579,7 @@ def size_of(path: Path) -> int:
 
 def mark_removed(paths: Sequence[Path]) -> str:
     """Return a checksum of the names and sizes of files."""
-    facts = [(os.fsencode(path), size_of(path)) for path in paths]
+    facts = [(os.fsencode(path), measure_size(path)) for path in paths]
     return short_digest(repr(facts))
 
 

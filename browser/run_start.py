@@ -453,7 +453,7 @@ class TrackedRuns:
         self.queue.add_and_begin(words, Path.cwd())
 
 
-def run_words(described: DescribedFolder, models: Path) -> list[str]:
+def make_run_words(described: DescribedFolder, models: Path) -> list[str]:
     """Return the command that trains on a described folder, with the download of what is missing."""
     words = ["reelsmith", "run", str(described.folder)]
     paths = [described.folder / path for path in described.model_files.values()]
@@ -468,7 +468,7 @@ def run_words(described: DescribedFolder, models: Path) -> list[str]:
     return words
 
 
-def check_words(folder: Path) -> list[str]:
+def make_check_words(folder: Path) -> list[str]:
     """Return the command that checks a described folder."""
     return ["reelsmith", "run", str(folder), "--check"]
 
@@ -476,7 +476,7 @@ def check_words(folder: Path) -> list[str]:
 def find_start_words(plan: PlannedRun, models: Path) -> list[str]:
     """Return the command that starts a plan, also of a run.toml that `new` has not written."""
     try:
-        return run_words(read_described(plan.folder), models)
+        return make_run_words(read_described(plan.folder), models)
     except (OSError, ValueError):
         return ["reelsmith", "run", str(plan.folder)]
 

@@ -16,7 +16,7 @@ from markupsafe import Markup
 from browser.command_lines import format_cd
 from browser.names import short_digest
 from browser.run_start import BUSY, STATES, RunState, ShownRun, read_run_state
-from browser.runs import DIED, RUNNING, STOPPED, Runs, RunSummary, describe_left, find_state, mean_of
+from browser.runs import DIED, RUNNING, STOPPED, Runs, RunSummary, compute_mean, describe_left, find_state
 from modules.atomic_write import write_text
 from modules.control_codes import escape_control_codes, shorten
 from modules.errors import OptionError, UserError
@@ -168,7 +168,7 @@ def _describe_time(run: RunSummary, story: Story, steps_left: int) -> str:
     if story.left:
         return f"· {run.left} left"
     seconds = [number for number in story.seconds.values() if number is not None][-SHOWN:]
-    left = describe_left(steps_left, mean_of(seconds) if seconds else None)
+    left = describe_left(steps_left, compute_mean(seconds) if seconds else None)
     return f"· {left} left" if left else ""
 
 
@@ -281,7 +281,7 @@ def _narrow(story: Story, low: float, high: float) -> Story:
     )
 
 
-def file_of(runs: Runs, run: RunSummary, name: str) -> Path | None:
+def find_run_file(runs: Runs, run: RunSummary, name: str) -> Path | None:
     """Return the path of a file that a page links (a saved file, a sample, a clip); None for other names."""
     story = runs.open(run).story
     folder = run.history.parent

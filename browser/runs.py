@@ -169,7 +169,7 @@ class RunSummary:
     def loss(self) -> float:
         """Return the average of the newest losses; infinite if there is none."""
         if self.average is None and self.losses:
-            return mean_of(self.losses[-5:])
+            return compute_mean(self.losses[-5:])
         return self.average or math.inf
 
     @property
@@ -193,7 +193,7 @@ class RunSummary:
         return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
 
 
-def mean_of(numbers: Sequence[float]) -> float:
+def compute_mean(numbers: Sequence[float]) -> float:
     """Return the mean; infinite or NaN where `statistics` raises, for the numbers of a damaged history."""
     return sum(numbers) / len(numbers)
 
@@ -259,7 +259,7 @@ def _summarise(path: Path, status: os.stat_result, content: bytes | mmap.mmap) -
         ending=story.ending or page.ending,
         step=step,
         losses=_sample_losses(content),
-        step_seconds=mean_of(seconds[-SHOWN:]) if seconds else None,
+        step_seconds=compute_mean(seconds[-SHOWN:]) if seconds else None,
         sample=_newest_sample(story),
         memory=dict(story.memory),
         model=page.model,
@@ -297,7 +297,7 @@ def _sample_losses(content: bytes | mmap.mmap) -> list[float]:
             if match is not None:
                 losses.append(float(match[2]))
     width = max(1, len(losses) // SPOTS)  # so many neighbours become their mean
-    return [mean_of(losses[index : index + width]) for index in range(0, len(losses), width)]
+    return [compute_mean(losses[index : index + width]) for index in range(0, len(losses), width)]
 
 
 def _newest_sample(story: Story) -> str:
@@ -510,11 +510,11 @@ def _list_folder(folder: Path, changed: int) -> ListedFolder:
                 content.histories.append(Path(entry.path))
             elif is_file and entry.name.endswith(CONFIG):
                 content.configs.append(Path(entry.path))
-            elif entry.is_dir(follow_symlinks=False) and not _is_of_run(entry.name):
+            elif entry.is_dir(follow_symlinks=False) and not _belongs_to_run(entry.name):
                 content.folders.append(Path(entry.path))
     return content
 
 
-def _is_of_run(name: str) -> bool:
+def _belongs_to_run(name: str) -> bool:
     """Return whether a folder of this name is hidden, removed, or holds samples or the state of a run."""
     return name.startswith(".") or name in (SAMPLES, BIN) or name.endswith("-state")

@@ -14,12 +14,19 @@ from typing import Any
 from starlette.responses import Response
 
 from browser.described_folder import PROMPTS_FILE, ChangedMeanwhileError, DraftFile, edit_toml, read_described
-from browser.folder_settings import DraftChange, plan_change, read_file, require_whole, save_change
+from browser.draft_changes import (
+    DraftChange,
+    describe_difference,
+    plan_change,
+    read_draft_file,
+    read_keys,
+    require_whole,
+    save_change,
+)
 from browser.folders import is_written
 from browser.new_form import MOST_STEPS, parse_whole
-from browser.recipes import is_driven, recipe_of_model
+from browser.recipes import is_driven, make_model_recipe
 from browser.responses import answer_template, answer_unknown
-from browser.settings_table import describe_difference, read_keys
 from browser.site import Site
 from downloads.catalogue import ModelSet
 from generation.prompt_lines import is_blank
@@ -76,7 +83,7 @@ def split_line(line: str) -> tuple[str, list[str]]:
     return prompt, options
 
 
-def _key_of(part: str) -> str:
+def _find_key(part: str) -> str:
     """Return the key of an option of a line; "" for an unknown one."""
     option = find_sample_option(part.partition(" ")[0])
     return "" if option is None else option.key
@@ -89,7 +96,7 @@ def read_row(number: int, line: str) -> PromptRow:
     texts: dict[str, str] = {}
     more = []
     for part in parts:
-        name = fields.get(_key_of(part))
+        name = fields.get(_find_key(part))
         if name is None:
             more.append(f"--{part.strip()}")
         else:
@@ -111,7 +118,7 @@ def edit_line(line: str, prompt: str | None, changes: Mapping[str, str]) -> str:
     present, parts = split_line(line)
     for name, text in changes.items():
         key, letters = FIELDS[name]
-        places = [index for index, part in enumerate(parts) if _key_of(part) == key]
+        places = [index for index, part in enumerate(parts) if _find_key(part) == key]
         if text and places:
             word = parts[places[-1]].partition(" ")[0]
             parts[places[-1]] = f"{word} {text}"
@@ -238,14 +245,14 @@ class SamplePages:
 
     def read_drafts(self, folder: Path) -> tuple[DraftFile, DraftFile]:
         """Read prompts.txt and run.toml. Raises OptionError if the run's prompts are in another file."""
-        run = read_file(self.site, folder, RUN_FILE)
+        run = read_draft_file(self.site, folder, RUN_FILE)
         name = str(read_keys(run.text).get(PROMPTS, PROMPTS_FILE))
         if name != PROMPTS_FILE:
             raise OptionError(
                 f"The prompts are in {name} ({PROMPTS} of {RUN_FILE}), which is edited elsewhere. With "
                 f'{PROMPTS} = "{PROMPTS_FILE}" they are edited here.'
             )
-        return read_file(self.site, folder, PROMPTS_FILE), run
+        return read_draft_file(self.site, folder, PROMPTS_FILE), run
 
     def answer(
         self, folder: Path, change: DraftChange | None = None, num_rows: int = 0, is_refused: bool = False
@@ -328,7 +335,7 @@ def choose_number_fields(model: ModelSet | None, rows: Sequence[PromptRow]) -> l
         fields.add("frames")
     has_embedded = False
     if is_driven(model):
-        keys = recipe_of_model(model, Path(), Path()).keys
+        keys = make_model_recipe(model, Path(), Path()).keys
         has_embedded = keys.get("guidance") == "embedded_cfg_scale"
     fields.add("embedded guidance" if has_embedded else "guidance")
     return [name for name in OF_NUMBERS if name in OF_ALL_MODELS | fields]

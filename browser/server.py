@@ -19,8 +19,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from browser import uploads
 from browser.background_jobs import BackgroundJobs
+from browser.compare_pages import compare_routes
 from browser.dataset_pages import dataset_routes
-from browser.folder_settings import FolderSettingsPages, folder_routes
+from browser.draft_changes import folder_routes
+from browser.folder_settings import FolderSettingsPages
 from browser.generate_pages import generate_routes
 from browser.inputs import MOST_BYTES as MOST_OF_INPUT
 from browser.jobs import JobQueue, open_queue
@@ -28,7 +30,7 @@ from browser.machine import machine_routes
 from browser.memory import MemoryPages
 from browser.model_pages import model_routes
 from browser.new_pages import new_routes
-from browser.queue_views import compare_routes, queue_routes
+from browser.queue_pages import queue_routes
 from browser.render_worker import RenderWorker
 from browser.responses import (
     NO_WRITING,
@@ -42,12 +44,20 @@ from browser.responses import (
 )
 from browser.result_pages import result_routes
 from browser.run_buttons import RunButtons, run_button_routes
-from browser.run_views import HERE, POLICY, FileNotes, collect_news, file_of, list_page, mark_list, run_page
+from browser.run_views import (
+    HERE,
+    POLICY,
+    FileNotes,
+    collect_news,
+    find_run_file,
+    list_page,
+    mark_list,
+    run_page,
+)
 from browser.runs import DIED, RUNNING, Runs, RunSummary
 from browser.samples import SamplePages
-from browser.settings import ServerSettings
 from browser.settings_page import settings_routes
-from browser.site import Site
+from browser.site import ServerSettings, Site
 from browser.tokens import Ticket
 from modules.errors import UserError
 from modules.pages.page import HERE as PAGES
@@ -225,7 +235,7 @@ class RunPages:
 
     def find_file(self, request: Request) -> Path | None:
         run = self.find(request)
-        return None if run is None else file_of(self.runs, run, request.path_params["name"])
+        return None if run is None else find_run_file(self.runs, run, request.path_params["name"])
 
     def show_list(self, request: Request) -> Response:
         found_runs = self.tracked_runs.list_all()

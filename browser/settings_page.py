@@ -12,7 +12,7 @@ from browser.command_lines import format_command
 from browser.jobs import QUEUE
 from browser.model_pages import open_bin
 from browser.options import USUAL_PORT
-from browser.qr_code import code_svg
+from browser.qr_code import draw_svg
 from browser.responses import Form, answer_form, answer_move, answer_template, answer_unknown
 from browser.site import Site
 from downloads.listing import gigabytes
@@ -69,7 +69,7 @@ class SettingsPages:
             "is_asked": is_asked and bool(entries),
             "gigabytes": gigabytes,
             "count_of": count_of,
-            "code": code_svg(settings.address, "QR code of this page's address") if has_code else "",
+            "code": draw_svg(settings.address, "QR code of this page's address") if has_code else "",
             "is_local": settings.is_local,
             "can_write": not site.read_only,
             "message": error,

@@ -10,8 +10,20 @@ from browser.render_worker import RenderWorker
 from browser.run_start import TrackedRuns
 from browser.run_views import FileNotes
 from browser.runs import Runs
-from browser.settings import ServerSettings
+from browser.tokens import PageToken
 from project.options import MODELS
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """Hold the options of a running server. The token's text is in the address alone."""
+
+    host: str = "127.0.0.1"
+    port: int | None = None  # None: it is not known
+    token: PageToken = PageToken(None)
+    is_token_given: bool = False  # by --token; else the page has made it
+    is_local: bool = True  # only this machine can reach it
+    address: str = ""  # that other devices open, with the token
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from browser.jobs import JobQueue, StrangeJobsError, open_queue
 from browser.options import USUAL_PORT, BrowserOptions
 from browser.qr_code import draw_code
 from browser.runs import RUNNING, Runs
-from browser.settings import ServerSettings
+from browser.site import ServerSettings
 from browser.tokens import PageToken, Ticket, choose_token
 from modules.console import count_of
 from modules.errors import OutputError
@@ -58,7 +58,7 @@ def run_browser(options: BrowserOptions) -> None:
     queue = open_queue(runs, options.read_only)
     if options.work:
         queue.begin_work(stays_open=False)
-    elif not options.read_only and reopen(queue):
+    elif not options.read_only and reopen_queue(queue):
         logger.info("The queue goes on, as it was started and not paused. Its page pauses it.")
     address = find_address(options, port, token.word)
     show_address(options, port, token)
@@ -85,7 +85,7 @@ def run_browser(options: BrowserOptions) -> None:
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, server_header=False, lifespan="off", ws="none"
     )
-    if opens_page(options):
+    if may_open_page(options):
         # the socket listens already; some browsers keep their caller waiting
         opened = find_address(options, port, token.word and ticket.word)
         threading.Thread(target=webbrowser.open, args=(opened,), daemon=True).start()
@@ -96,7 +96,7 @@ def run_browser(options: BrowserOptions) -> None:
         queue.end_work()
 
 
-def reopen(queue: JobQueue) -> bool:
+def reopen_queue(queue: JobQueue) -> bool:
     """Start a queue that was open when its last server ended; return whether it was.
 
     If other jobs have come into its files since, it stays paused, and says so.
@@ -132,7 +132,7 @@ def choose_places(options: BrowserOptions, here: Path, checkout: Path) -> Served
     return ServedFolders((usual,), usual / MODELS if is_own else options.models)
 
 
-def opens_page(options: BrowserOptions) -> bool:
+def may_open_page(options: BrowserOptions) -> bool:
     """Return whether the page is to be opened: if a person has typed the command where it can be seen."""
     is_typed = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
     is_by_hand = is_typed and FROM_QUEUE not in os.environ

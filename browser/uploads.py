@@ -118,7 +118,7 @@ def _check_caption(path: Path) -> None:
         raise OptionError(f"{path} holds {reason or 'a null character'}: it is no text")
 
 
-def name_of_day(top: Path, day: date) -> str:
+def name_upload_folder(top: Path, day: date) -> str:
     """Return a name for a new folder of a day, which no folder has: `2026-11-26`, `2026-11-26-2`."""
     return next(name for name in number_names(f"{day:%Y-%m-%d}") if not (top / name).exists())
 

@@ -23,10 +23,10 @@ from checkpoints.opening import (
     SUFFIXES,
     Checkpoint,
     checkpoint_paths,
+    find_scales,
     open_checkpoint,
     plain_sources,
     require_all_shards,
-    scales_in,
 )
 from checkpoints.stored.fp8 import dequantise, is_fp8
 from checkpoints.writing import stream_tensors
@@ -110,7 +110,7 @@ def plan_change(checkpoint: Checkpoint, change: CheckpointChange, stale: Sequenc
     names = [name for name in checkpoint.tensors if change.written.takes(name)]
     _check_selections(change, names)
     plain = plain_sources(checkpoint) if change.dtype is not None else {}
-    scales = scales_in(checkpoint.tensors)
+    scales = find_scales(checkpoint.tensors)
     unscaled = set()  # weights that are multiplied by their scales; whole numbers stay, with theirs
     for name in names:
         if name in scales and name in plain and _is_cast_fp8(checkpoint, change, name):

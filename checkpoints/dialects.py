@@ -132,7 +132,7 @@ def _refuse_other_forms(plan: LoadPlan[Any], names: Iterable[str], form: str) ->
 
 def translate_name(name: str, table: Names) -> str:
     """Return our name for a name in the file; a name not in the table stays, to be reported as unexpected."""
-    if not _any_of(tuple(pattern for pattern, _ in table)).fullmatch(name):
+    if not _join_patterns(tuple(pattern for pattern, _ in table)).fullmatch(name):
         return name
     for pattern, ours in table:
         match = re.fullmatch(pattern, name)
@@ -142,7 +142,7 @@ def translate_name(name: str, table: Names) -> str:
 
 
 @functools.cache  # of each table
-def _any_of(patterns: tuple[str, ...]) -> re.Pattern[str]:
+def _join_patterns(patterns: tuple[str, ...]) -> re.Pattern[str]:
     """Return a pattern of all names that fit one of these. They hold no names or numbers of groups."""
     return re.compile("|".join(f"(?:{pattern})" for pattern in patterns))
 
@@ -330,7 +330,7 @@ def cut_parts(stored: Mapping[str, TensorSource], cuts: Cuts) -> dict[str, Tenso
     """
     sources: dict[str, TensorSource] = {}
     for name, source in stored.items():
-        parts = _parts_in(name, cuts)
+        parts = _list_parts(name, cuts)
         for index, part in enumerate(parts or (name,)):
             sources[part] = _cut(source, index, len(parts)) if parts else source
     return sources
@@ -340,7 +340,7 @@ def parted_shapes(shapes: Mapping[str, tuple[int, ...]], cuts: Cuts) -> dict[str
     """Return the shapes that `cut_parts` gives our tensors, from the shapes in the file."""
     shapes_of_parts: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
-        parts = _parts_in(name, cuts) if shape else ()
+        parts = _list_parts(name, cuts) if shape else ()
         if parts:
             shapes_of_parts |= dict.fromkeys(parts, (shape[0] // len(parts), *shape[1:]))
         else:
@@ -348,7 +348,7 @@ def parted_shapes(shapes: Mapping[str, tuple[int, ...]], cuts: Cuts) -> dict[str
     return shapes_of_parts
 
 
-def _parts_in(name: str, cuts: Cuts) -> tuple[str, ...]:
+def _list_parts(name: str, cuts: Cuts) -> tuple[str, ...]:
     for pattern, parts in cuts:
         match = re.fullmatch(pattern, name)
         if match:

@@ -25,7 +25,7 @@ from contract.family import DitSpec
 from contract.loading import Placement, TensorSource
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
-from modules.speed_options import Quantisation
+from modules.speed_options import BASE_FORMS, Quantisation
 
 logger = logging.getLogger(__name__)
 
@@ -281,8 +281,7 @@ def _already_quantised(path: Path, flag: str, is_packed: bool) -> CheckpointErro
     )
 
 
-# forms in which a file's layers are those that rounding them here would make; of fp8 there are several
-_SAME_FORMS = ("int8", "nf4")
+_SAME_FORMS = {form.name for form in BASE_FORMS if form.rounds_in_one_way}
 
 
 def have_chosen_form(

@@ -28,7 +28,7 @@ ALL_IN_ONE = (
 SPIECE_MODEL, TOKENIZER_JSON = "spiece_model", "tokenizer_json"
 
 
-def network_in(
+def find_network(
     checkpoint: Checkpoint, embeddings: str, layer: str, excluded: tuple[str, ...]
 ) -> Checkpoint | None:
     """Return the checkpoint of the network that has both tensors, without its prefix; None if there is none.

@@ -443,7 +443,7 @@ def _check_fit(
             continue
         infos = [checkpoint.tensors[part] for part in sources[name].names]
         needed = tuple(tensor.shape)
-        shape = _shape_from(sources[name], infos, len(needed))
+        shape = _infer_shape(sources[name], infos, len(needed))
         packing = infos[0].packing
         if shape != needed and (packing is None or shape != packing.padded(needed)):
             lines.append(f"  {name}: the file has {_sizes(shape)}, {_sizes(needed)} is needed")
@@ -477,7 +477,7 @@ def _find_unexpected(
     return unexpected
 
 
-def _shape_from(source: TensorSource, infos: Sequence[TensorInfo], axes: int) -> tuple[int, ...] | None:
+def _infer_shape(source: TensorSource, infos: Sequence[TensorInfo], axes: int) -> tuple[int, ...] | None:
     """Return the shape of a tensor that is made of the file's tensors; None if they do not fit together."""
     shape = infos[0].shape
     if source.build is not None:

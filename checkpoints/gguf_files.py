@@ -147,7 +147,7 @@ class GgufFile(HeaderFile):
             )
         if not shape or shape[-1] % kind.weights:
             raise ValueError(f"{name} has the shape {shape}, {kind.name} is stored in rows of {kind.weights}")
-        return TensorInfo(torch.uint8, value_shape, _packing_of(kind, shape, own_shape))
+        return TensorInfo(torch.uint8, value_shape, _make_packing(kind, shape, own_shape))
 
     def _name_like_transformers(self) -> None:
         """Rename tensors of llama.cpp as in transformers; it permutes the rows of Llama's q and k.
@@ -251,7 +251,7 @@ class _Header:
         return None
 
 
-def _packing_of(kind: Kind, shape: tuple[int, ...], own_shape: tuple[int, ...]) -> Packing:
+def _make_packing(kind: Kind, shape: tuple[int, ...], own_shape: tuple[int, ...]) -> Packing:
     """Return the packing of a tensor. shape: in the file. own_shape: in the model."""
     has_whole_rows = own_shape[-1] % kind.weights == 0  # then its own rows are rows of blocks too
     *ahead, columns = own_shape if has_whole_rows else shape

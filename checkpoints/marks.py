@@ -76,7 +76,7 @@ def _marks(
             marks[name.removesuffix(MARK)] = _settings(_parse(read, tensors, name))
     record = _json(metadata.get(HEADER, "{}"), HEADER)
     layers = _table(record.get("layers", {}))
-    prefix = _prefix_of(layers, tensors)
+    prefix = _find_prefix(layers, tensors)
     for layer, mark in layers.items():
         stem = f"{prefix}{layer}"
         settings = _settings(mark)
@@ -94,7 +94,7 @@ def _marks(
     return marks
 
 
-def _prefix_of(header: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> str:
+def _find_prefix(header: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> str:
     """Return the prefix of tensor names that names in the header lack, as some writers leave it off."""
     first = next((f"{layer}.weight" for layer in header if layer not in tensors), None)
     if first is None or first in tensors:

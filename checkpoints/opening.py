@@ -109,7 +109,7 @@ class Checkpoint(contextlib.ExitStack):
                 places = {name.removeprefix(prefix): place for name, place in with_prefix.items()}
         return Checkpoint(self.path, places, self._files, self.refusal)
 
-    def starting_with(self, *prefixes: str) -> "Checkpoint":
+    def select_by_prefix(self, *prefixes: str) -> "Checkpoint":
         """Return only the tensors whose names begin with one of these prefixes; the files stay shared."""
         places = {name: place for name, place in self._places.items() if name.startswith(prefixes)}
         return Checkpoint(self.path, places, self._files, self.refusal)
@@ -226,7 +226,7 @@ def checkpoint_paths(path: Path) -> list[Path]:
     if path.name.endswith(".index.json"):
         return _read_index(path)
     if _SHARD.fullmatch(path.name):
-        return _require_existing(path, _shards_of(path.name))
+        return _require_existing(path, _list_shards(path.name))
     return [path]
 
 
@@ -239,11 +239,11 @@ def require_all_shards(files: Sequence[Path]) -> None:
     """Raise CheckpointError if names show that other shards of the same model are missing."""
     for file in files:
         if _SHARD.fullmatch(file.name):
-            _require_existing(file, _shards_of(file.name))
+            _require_existing(file, _list_shards(file.name))
 
 
 @lru_cache(maxsize=4)  # all shards of a model have the same
-def _shards_of(name: str) -> list[str]:
+def _list_shards(name: str) -> list[str]:
     """Return the names of all shards of the model to which a file of this name belongs."""
     shard = _SHARD.fullmatch(name)
     assert shard is not None
@@ -368,7 +368,7 @@ def _recognise(path: Path, places: Mapping[str, tuple[TensorFile, str]], files: 
     return ""
 
 
-def companions_of(name: str, info: TensorInfo) -> tuple[str, ...]:
+def list_companions(name: str, info: TensorInfo) -> tuple[str, ...]:
     assert info.packing is not None
     return tuple(name.removesuffix("weight") + end for end in info.packing.companions)
 
@@ -400,7 +400,7 @@ def _without_marked(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     for name, info in tensors.items():
         if info.packing is not None:
             marked.add(name)
-            marked.update(companions_of(name, info))
+            marked.update(list_companions(name, info))
     return {name: info for name, info in tensors.items() if name not in marked}
 
 
@@ -428,11 +428,11 @@ def plain_sources(checkpoint: Checkpoint) -> dict[str, TensorSource]:
     The scales are left out. Raises CheckpointError if the file's quantisation is not supported.
     """
     refuse_quantised(checkpoint)
-    scales = scales_in(checkpoint.tensors)
+    scales = find_scales(checkpoint.tensors)
     packed = {name: info for name, info in checkpoint.tensors.items() if info.packing is not None}
     companions = set(scales.values())
     for name, info in packed.items():
-        companions.update(companions_of(name, info))
+        companions.update(list_companions(name, info))
     sources = {}
     for name, info in checkpoint.tensors.items():
         if name in packed:
@@ -470,12 +470,12 @@ def _packed_source(path: Path, name: str, info: TensorInfo) -> TensorSource:
             return torch.empty(info.shape, device="meta")
         return as_stored(*tensors).value().view(info.shape)
 
-    names = name, *companions_of(name, info)
+    names = name, *list_companions(name, info)
     can_stay = len(info.shape) == 2 and info.packing.can_stay
     return TensorSource(names, build, as_stored if can_stay else None)
 
 
-def scales_in(names: Iterable[str]) -> dict[str, str]:
+def find_scales(names: Iterable[str]) -> dict[str, str]:
     return {
         name.removesuffix(ending) + ".weight": name
         for name in names

@@ -48,7 +48,7 @@ class TokenizerFiles:
         folder = checkpoint_path if checkpoint_path.is_dir() else checkpoint_path.parent
         for place in self.folders:
             parts = place.split("/")
-            file = self._file_in(
+            file = self._find_file(
                 folder.parent.joinpath(*parts[1:]) if parts[0] == ".." else folder.joinpath(*parts)
             )
             is_loose = place in self.shared and not checkpoint_path.is_dir()
@@ -165,7 +165,7 @@ class TokenizerFiles:
                 raise self.unreadable(path, OSError(error.strerror)) from error
             return path
         for place in (path, *(path / place for place in self.folders if not place.startswith(".."))):
-            file = self._file_in(place)
+            file = self._find_file(place)
             if file is not None:
                 return file
         names = ", ".join(sorted(file.name for file in path.iterdir())[:8]) or "nothing"
@@ -175,7 +175,7 @@ class TokenizerFiles:
             path,
         )
 
-    def _file_in(self, folder: Path) -> Path | None:
+    def _find_file(self, folder: Path) -> Path | None:
         return next((folder / name for name in self.names if (folder / name).is_file()), None)
 
     def _describe(self) -> str:

@@ -76,7 +76,7 @@ def name_texts(conditions: Conditions, names: Mapping[str, str], device: torch.d
     return arguments
 
 
-def tensor_on(conditions: Conditions, name: str, device: torch.device) -> Tensor:
+def send_tensor(conditions: Conditions, name: str, device: torch.device) -> Tensor:
     """Return a condition that is one tensor, sent to the network's device."""
     tensor = conditions[name]
     assert isinstance(tensor, Tensor)

@@ -35,7 +35,7 @@ class KeepingTarget:
     caching: str = ""  # options that it needs when texts are cached
 
 
-def transfer_from(base: str, file: str) -> KeepingTarget:
+def make_transfer_target(base: str, file: str) -> KeepingTarget:
     """Return the target that teaches a distilled model, `file`, what a LoRA of the base model changes."""
     lora = "base_lora.safetensors"
     return KeepingTarget(

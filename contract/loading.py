@@ -106,8 +106,12 @@ class HostPlace(Protocol):
 class BlockPlace(Protocol):
     """Take each block of a network as soon as it is loaded, for example to keep a part of it."""
 
+    asked_by: str  # the option, for messages
+
     # returns what is called with the name of each tensor that is filled
     def watch(self, network: nn.Module) -> Callable[[str], None]: ...
+
+    def split(self, network: nn.Module) -> None: ...  # takes the blocks that were loaded without it
 
     def finish(self, network: nn.Module) -> None: ...  # call it last: then the network runs
 

@@ -1,6 +1,6 @@
 """The frozen records of denoising: sections, one call of the network, and one step of the loop."""
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -193,6 +193,9 @@ class Section:
 
 
 Predict = Callable[..., tuple[Tensor, ...]]  # predict(*conditions, tweaks=...) -> one velocity per condition
+Calls = Mapping[Tweaks, Mapping[int, Conditions]]  # the passes of a step, conditions by their identity
+Made = Mapping[tuple[Tweaks, int], Tensor]  # the velocity of each
+RunPasses = Callable[[Calls, Predict, Section], Made]
 
 DitAt = Callable[[float], nn.Module]  # timestep -> the expert to call
 

@@ -1,11 +1,14 @@
 """All about datasets: configuration, sources, caches and checks; read loop.py in caching/ first.
 
 batches/: cached items in the order of training
-cache/: cache files: names, contents, and what they were made from
+cache/: cache files: contents, and what they were made from
+cache_files: names of cache files and their tensors; reading, writing
 caching/: the caching loop and its two halves
 config: read a dataset configuration to frozen tables
 config_keys: how keys and their values are read, and explained
+forms/: forms of data: folders, lists, tables, tars; each deletable
 idle_keys: keys of subsets that act only with others
+listing: find the sources of a table, check their names
 options: options of all caching scripts, of Ray too
 other_trainers: translate data files of other trainers in messages
 scripts: make the caching scripts of a family

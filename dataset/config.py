@@ -14,18 +14,21 @@ from typing import TYPE_CHECKING, Any, Literal
 from contract.rules import ReferenceRules
 from dataset import config_keys as forms
 from dataset.config_keys import MODES
+from dataset.forms.composing import (
+    FORM_OF_SOURCE,
+    KEYS,
+    OWN_KEYS,
+    SHARED_CACHES,
+    SOURCES,
+    SOURCES_WITH_ADDRESSES,
+    form_of,
+    read_own_keys,
+    takes_key,
+)
+from dataset.forms.contract import DataForm
 from dataset.subset_options import OTHER_NAMES, SUBSET, SUBSET_KEYS, SubsetOptions
 from dataset.subsets import read_subsets, typed_options
-from dataset.table import (
-    KEYS,
-    OF_TABLES,
-    SOURCE_FIELDS,
-    SOURCES,
-    DatasetConfig,
-    DatasetTable,
-    Table,
-    defaults_of,
-)
+from dataset.table import DatasetConfig, DatasetTable, Table
 from dataset.timestep_keys import find_unused, find_window_problem
 from modules.command import did_you_mean
 from modules.errors import DatasetError
@@ -132,12 +135,15 @@ def _check_cache_folders(tables: Sequence[DatasetTable], problems: list[str]) ->
                 "folder, which is made if it is not there"
             )
         problems += _places_elsewhere(table)
-        if table.kind == "video" and table.cache_format == "npz":
-            problems.append(
-                f'{table.place}: cache_format = "npz" is for tables of pictures; use "files" or "shards"'
-            )
+        shared = SHARED_CACHES.get(table.cache_format)
+        conflict = None
+        if shared is not None and shared.cache_conflict is not None:
+            conflict = shared.cache_conflict(table.kind)
+        if conflict is not None:
+            problems.append(f"{table.place}: {conflict}")
         first = users.setdefault(_folder_id(folder), table)
-        may_share = first is table or first.cache_format == table.cache_format == "npz"
+        is_shared_by_both = shared is not None and first.cache_format == table.cache_format
+        may_share = first is table or is_shared_by_both
         if not may_share:
             second = table.place.removeprefix("[[datasets]] ")
             problems.append(
@@ -166,11 +172,11 @@ def with_downloads(config: DatasetConfig, folder: Path | None) -> DatasetConfig:
     """Return a configuration whose tables keep downloads in a folder; None: where they say."""
     if folder is None:
         return config
-    if not any(getattr(table, source) for table in config.datasets for source in OF_TABLES):
+    if not any(form_of(table).source in SOURCES_WITH_ADDRESSES for table in config.datasets):
         logger.warning(
             "--download_directory %s is ignored because no table of the dataset has %s, whose rows may name "
             "addresses: nothing is downloaded",
-            *(folder, ", ".join(OF_TABLES)),
+            *(folder, ", ".join(SOURCES_WITH_ADDRESSES)),
         )
     tables = tuple(replace(table, download_directory=folder) for table in config.datasets)
     return replace(config, datasets=tables)
@@ -372,6 +378,7 @@ def _read_table(
     if is_of_sound:
         entry = _as_clips(entry, source_key, general)
     media_key = OF_SOUND.get(source_key, source_key)
+    form = FORM_OF_SOURCE[media_key]
     kind: Literal["image", "video"] = "image" if media_key.startswith("image") else "video"
     values = {name: key.default for name, key in KEYS.items()}
     values |= general
@@ -388,11 +395,12 @@ def _read_table(
         problems.append(f"{where}: {unused}")
     if len(problems) > before or any(value is forms.BAD for value in values.values()):
         return None
-    fields = {name: value for name, value in values.items() if name not in SOURCES}
-    fields |= {name: values[f"{kind}_{name}"] for name in SOURCE_FIELDS}
-    fields["cogvideox_root"] = values["cogvideox_root"]
-    fields["is_of_sound"] = is_of_sound
-    if not _complete(fields, source_key, f"{path}, {where}", problems):
+    fields = {name: value for name, value in values.items() if name not in {*SOURCES, *OWN_KEYS}}
+    fields["own"] = read_own_keys(form, media_key, values)
+    fields |= {"directory": None, "is_of_sound": is_of_sound}
+    if form.keys is None:
+        fields[form.source] = values[media_key]
+    if not _complete(form, fields, source_key, f"{path}, {where}", problems):
         return None
     return DatasetTable(path, index, kind, **fields)
 
@@ -427,9 +435,9 @@ def _misplaced_keys(source_key: str, kind: str) -> dict[str, str]:
     for name, key in KEYS.items():
         if kind not in key.kinds:
             misplaced[name] = f"is for {key.kinds[0]} tables; {source_key} makes this one {kind}s"
-        elif key.only_with and not source_key.endswith(key.only_with):
+        elif name not in SOURCES and not takes_key(FORM_OF_SOURCE[source_key], name):
             of_kind = [source for source in SOURCES if kind in KEYS[source].kinds]
-            fitting = [source for source in of_kind if source.endswith(key.only_with)]
+            fitting = [source for source in of_kind if takes_key(FORM_OF_SOURCE[source], name)]
             misplaced[name] = f"is for tables with {' or '.join(fitting)}, not {source_key}"
     return misplaced
 
@@ -449,27 +457,24 @@ def _as_clips(entry: dict[str, Any], source: str, general: dict[str, Any]) -> di
     return {**usual, **stated, **BLACK, OF_SOUND[source]: entry[source]}
 
 
-def _complete(fields: dict[str, Any], source_key: str, where: str, problems: list[str]) -> bool:
+def _complete(
+    form: DataForm, fields: dict[str, Any], source_key: str, where: str, problems: list[str]
+) -> bool:
     """Complete the dependent fields; return False, with a line in `problems`, if they conflict."""
-    if fields["jsonl_file"] and fields["control_directory"]:
-        logger.warning(
-            "%s: control_directory is ignored because a list itself names control files (control_path)", where
-        )
-        fields["control_directory"] = None
-    conflict = _find_conflict(fields, source_key)
+    folder = fields["directory"] if fields["own"] is None else fields["own"].folder
+    conflict = None
+    if not (fields["cache_directory"] or folder):
+        conflict = f"cache_directory is required with {source_key}"
+    elif form.find_conflict is not None:
+        conflict = form.find_conflict(fields)
+    conflict = conflict or _find_conflict(fields)
     if conflict is not None:
         place = where.rpartition(", ")[2]
         problems.append(f"{place}: {conflict}")
         return False
-    of_frames = defaults_of(forms.FRAMES) if fields["load_tensors"] else {}
-    unused = [name for name, default in of_frames.items() if fields[name] != default]
-    if unused:
-        logger.warning(
-            "%s: %s is ignored because with load_tensors each clip is what was prepared, whole",
-            where,
-            " and ".join(unused),
-        )
-    fields["cache_directory"] = fields["cache_directory"] or fields["directory"] or fields["cogvideox_root"]
+    if form.complete is not None:
+        form.complete(fields, where)
+    fields["cache_directory"] = fields["cache_directory"] or folder
     if fields["target_fps"] is not None and fields["source_fps"] is None:
         fields["source_fps"] = forms.AUTO  # frames are dropped or repeated by their times
     fields["bucket_no_upscale"] = fields["bucket_no_upscale"] and fields["enable_bucket"]
@@ -480,16 +485,10 @@ def _complete(fields: dict[str, Any], source_key: str, where: str, problems: lis
     return True
 
 
-def _find_conflict(fields: Mapping[str, Any], source_key: str) -> str | None:
-    """Return the conflict between fields of a table, or the field that is missing; None if there is none."""
-    if not (fields["cache_directory"] or fields["directory"] or fields["cogvideox_root"]):
-        return f"cache_directory is required with {source_key}"
-    if fields["mask_directory"] and fields["jsonl_file"]:
-        return "mask_directory cannot be used here; give mask_path in the lines of the list"
+def _find_conflict(fields: Mapping[str, Any]) -> str | None:
+    """Return the conflict between fields of a table of any form; None if there is none."""
     if fields["mask_directory"] and fields["alpha_mask"]:
         return "mask_directory cannot be used here; leave out it or alpha_mask"
-    if fields["load_tensors"] and fields["alpha_mask"]:
-        return "alpha_mask cannot be used with load_tensors, which reads no frames; leave out one"
     if fields["is_of_sound"] and fields["worse_directory"]:
         return "worse_directory is for pictures and clips, not for sounds alone; leave it out"
     if fields["is_of_sound"] and fields["audio"] == forms.IGNORE:

@@ -225,15 +225,15 @@ REFERENCES, TEXTS, LEARNING = Stale.REFERENCES, Stale.TEXTS, Stale.LEARNING
 
 @dataclasses.dataclass(frozen=True)
 class TableKey:
-    """One key of a table. kinds: of tables that may have it. only_with: endings of source keys, of which the
-    table needs one; (): any. rank: among LEARNING keys; lower ranks come first in states and metadata.
+    """One key of a table. kinds: of tables that may have it. of_some_forms: only tables of the forms of data
+    that name it take it. rank: among LEARNING keys; lower ranks come first in states and metadata.
     """
 
     form: Form
     default: Any
     kinds: tuple[str, ...] = BOTH
     in_general: bool = False
-    only_with: tuple[str, ...] = ()
+    of_some_forms: bool = False
     stale: Stale = NOTHING
     rank: int = 0
 

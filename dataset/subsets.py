@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from dataset.config_keys import BAD, read_keys, without_nulls
+from dataset.forms.composing import SHARED_CACHES
+from dataset.forms.metadata import MetadataKeys
 from dataset.subset_options import ANYWHERE, DATASET, OTHER_NAMES, SAME, SUBSET, SUBSET_KEYS, SubsetOptions
 from dataset.table import Augmentation, BucketRule, CaptionChanges, DatasetConfig, DatasetTable, Table
 from dataset.timestep_keys import find_window_problem
@@ -182,7 +184,10 @@ def _table_fields(values: Table, where: str, is_masked: bool) -> dict[str, Any]:
     conditioning = values["conditioning_data_dir"]
     controls = None if is_masked else conditioning
     masks = conditioning if is_masked else None
-    return by_record[""] | {
+    fields = by_record[""]
+    metadata_file = fields.pop("metadata_file")
+    return fields | {
+        "own": None if metadata_file is None else MetadataKeys(metadata_file),
         "directory": None if from_json else values["image_dir"],
         "image_folder": values["image_dir"] if from_json else None,
         "control_directory": controls,
@@ -283,13 +288,13 @@ def _with_cache_directories(tables: list[DatasetTable]) -> tuple[DatasetTable, .
     """Give each table without a cache_directory its own folder: `1024x768` next to its pictures.
 
     Several datasets may have one folder of pictures; if their resolutions are equal too, the later one gets
-    `1024x768_2`. npz files, which hold many resolutions, are next to the pictures.
+    `1024x768_2`. Caches that other programs share, which hold many resolutions, are next to the pictures.
     """
     used: Counter[tuple[str, str]] = Counter()
     changed = []
     for table in tables:
         folder = table.picture_folder
-        if table.cache_directory is None and table.cache_format == "npz":
+        if table.cache_directory is None and table.cache_format in SHARED_CACHES:
             table = dataclasses.replace(table, cache_directory=folder)
         elif table.cache_directory is None:
             name = as_shape(table.resolution)

@@ -7,19 +7,15 @@ import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeVar
 
 from contract.rules import ReferenceRules, ShownMedium
 from dataset import config_keys as forms
 from dataset.config_keys import FRAMES, LATENTS, LEARNING, NOTHING, REFERENCES, SECTIONS, TEXTS, Stale, key
 from dataset.subset_options import SUBSET_KEYS
 from dataset.timestep_keys import HIGH, LOW, SHIFT
-from modules.paths import hide_secrets
 
 Table = Mapping[str, Any]
-OF_COGVIDEOX = ("cogvideox_root",)
-OF_TABLES = ("table_file", "tars", "jsonl_file")
-OF_FOLDERS = ("directory", "jsonl_file")
 VIDEO, IMAGE = ("video",), ("image",)
 
 
@@ -93,6 +89,21 @@ PLAIN_CAPTIONS = CaptionChanges()
 NO_AUGMENTATION = Augmentation()
 
 
+class OwnKeys(Protocol):
+    """The keys that the tables of one form of data have, a frozen dataclass: see `dataset/forms`."""
+
+    @property
+    def source(self) -> Path: ...  # the folder or file of the items, without passwords
+
+    @property
+    def folder(self) -> Path | None: ...  # that caches are in unless the table says otherwise
+
+    def source_key(self, kind: str) -> str: ...  # of a table of this kind: `video_tars`
+
+
+Own = TypeVar("Own", bound=OwnKeys)
+
+
 @dataclass(frozen=True)
 class DatasetTable:
     """One `[[datasets]]` entry with all defaults filled in, also of keys for the other kind of table.
@@ -103,12 +114,9 @@ class DatasetTable:
     config_path: Path
     index: int  # place in the file, from 0
     kind: Literal["image", "video"]
-    # exactly one of these five is set, or metadata_file
+    # exactly one of these two is set, or `own`
     directory: Path | None = forms.of_kind(forms.PATH)
     jsonl_file: Path | None = forms.of_kind(forms.LIST_PATH)
-    table_file: Path | None = forms.of_kind(forms.LIST_PATH)
-    tars: tuple[str, ...] | None = forms.of_kind(forms.TARS)  # paths, globs or addresses
-    cogvideox_root: Path | None = key(forms.PATH, kinds=VIDEO, stale=NOTHING)
     resolution: tuple[int, int] = key(forms.SIZE, (960, 544), in_general=True, stale=LATENTS)  # width, height
     caption_extension: str | None = key(forms.EXTENSION, in_general=True, stale=NOTHING)
     # these three: "" for none
@@ -116,7 +124,7 @@ class DatasetTable:
     caption_prefix: str = key(forms.WORDS, "", in_general=True, stale=TEXTS | LEARNING)
     caption_suffix: str = key(forms.WORDS, "", in_general=True, stale=TEXTS | LEARNING)
     # caption of media without a caption file; None: they need one
-    class_tokens: str | None = key(forms.WORDS, only_with=("directory",), stale=NOTHING)
+    class_tokens: str | None = key(forms.WORDS, of_some_forms=True, stale=NOTHING)
     # each line of a caption file is a caption
     multi_caption: bool = key(forms.YES_NO, False, in_general=True, stale=TEXTS | LEARNING)
     caption_dropout_rate: float = key(forms.SHARE, 0.0, in_general=True, stale=LEARNING, rank=2)
@@ -129,35 +137,25 @@ class DatasetTable:
         forms.CACHE_FORMAT, "files", in_general=True, stale=NOTHING
     )
     cache_directory: Path = key(forms.PATH, stale=NOTHING)  # None only while the file is read
-    dataset_file: Path | None = key(forms.PATH, kinds=VIDEO, only_with=OF_COGVIDEOX, stale=NOTHING)
-    # None: the usual names
-    path_column: str | None = key(forms.COLUMN, only_with=("table_file",), stale=NOTHING)
+    own: OwnKeys | None = None  # of a form that is neither a folder nor a JSONL list; its keys stand here
     # in addition to control_path and control_path_1, ...
-    control_column: str | None = key(forms.COLUMN, only_with=("table_file", "jsonl_file"), stale=NOTHING)
+    control_column: str | None = key(forms.COLUMN, of_some_forms=True, stale=NOTHING)
     # None: the usual names
-    caption_column: str | None = key(
-        forms.COLUMN, only_with=("table_file", "tars", *OF_COGVIDEOX), stale=NOTHING
-    )
-    video_column: str | None = key(forms.COLUMN, kinds=VIDEO, only_with=OF_COGVIDEOX, stale=NOTHING)
-    id_token: str = key(forms.WORDS, "", kinds=VIDEO, only_with=OF_COGVIDEOX, stale=NOTHING)  # "" for none
-    # latents are computed already
-    load_tensors: bool = key(forms.YES_NO, False, kinds=VIDEO, only_with=OF_COGVIDEOX, stale=LATENTS)
+    caption_column: str | None = key(forms.COLUMN, of_some_forms=True, stale=NOTHING)
     # sources may lie elsewhere
-    allow_urls: bool = key(forms.YES_NO, False, only_with=OF_TABLES, stale=NOTHING)
+    allow_urls: bool = key(forms.YES_NO, False, of_some_forms=True, stale=NOTHING)
     # where downloads are kept; None: in the cache directory
-    download_directory: Path | None = key(forms.PATH, only_with=OF_TABLES, stale=NOTHING)
-    control_directory: Path | None = key(forms.PATH, only_with=OF_FOLDERS, stale=NOTHING)
+    download_directory: Path | None = key(forms.PATH, of_some_forms=True, stale=NOTHING)
+    control_directory: Path | None = key(forms.PATH, of_some_forms=True, stale=NOTHING)
     # references of a result, and masks of the new part of control clips; caches are compared with the files
-    reference_directory: Path | None = key(forms.PATH, only_with=("directory",), stale=NOTHING)
-    control_mask_directory: Path | None = key(forms.PATH, only_with=("directory",), stale=NOTHING)
+    reference_directory: Path | None = key(forms.PATH, of_some_forms=True, stale=NOTHING)
+    control_mask_directory: Path | None = key(forms.PATH, of_some_forms=True, stale=NOTHING)
     # the worse one of each pair, of which the table's own is the better
-    worse_directory: Path | None = key(forms.PATH, only_with=("directory",), stale=LEARNING, rank=7)
-    mask_directory: Path | None = key(forms.PATH, only_with=OF_FOLDERS, stale=LATENTS | LEARNING, rank=6)
+    worse_directory: Path | None = key(forms.PATH, of_some_forms=True, stale=LEARNING, rank=7)
+    mask_directory: Path | None = key(forms.PATH, of_some_forms=True, stale=LATENTS | LEARNING, rank=6)
     # of models that hear: whether clips have sound, and where it is instead of in the clips
     audio: str = key(forms.AUDIO, forms.IF_PRESENT, kinds=VIDEO, stale=LEARNING, rank=5)
-    audio_directory: Path | None = key(
-        forms.PATH, kinds=VIDEO, only_with=("directory",), stale=LEARNING, rank=6
-    )
+    audio_directory: Path | None = key(forms.PATH, kinds=VIDEO, of_some_forms=True, stale=LEARNING, rank=6)
     # transparent parts are not learned
     alpha_mask: bool = key(forms.YES_NO, False, stale=LATENTS | LEARNING, rank=4)
     validation: bool = key(forms.YES_NO, False, stale=NOTHING)  # not trained on
@@ -197,6 +195,7 @@ class DatasetTable:
     # how the family takes references of clips, and masks of control clips; None: it takes neither
     clip_references: ReferenceRules | None = None
     is_of_sound: bool = False  # its clips are sounds without pictures
+    gives_latents: bool = False  # computed before, so that no frames are read
     uses_empty_prompt: bool = False  # besides captions that are dropped: a target of the training asks for it
     leaves_animations: bool = False  # a table of clips has the same folder, and takes those in it
     finds_sound: bool = False  # sound may be in files named like the clips, next to them
@@ -209,8 +208,7 @@ class DatasetTable:
     changes: CaptionChanges = PLAIN_CAPTIONS
     augmentation: Augmentation = NO_AUGMENTATION
     is_reg: bool = False  # regularisation images: as many are trained as others of the group
-    metadata_file: Path | None = None  # JSON that names pictures and captions
-    image_folder: Path | None = None  # that the names in metadata_file are relative to
+    image_folder: Path | None = None  # that the names of pictures in a list are relative to
     # conditioning_data_dir as given: it holds masks (mask_directory) or control images (control_directory)
     conditioning_directory: Path | None = None
     validation_split: float | None = None  # share that is not trained on; None: the command line says it
@@ -239,13 +237,17 @@ class DatasetTable:
 
     @property
     def source(self) -> Path:
-        """Return the folder or list that the items come from; for tars, the first name, without passwords."""
-        source = self.directory or self.jsonl_file or self.table_file or self.cogvideox_root
-        source = source or self.metadata_file
+        """Return the folder or list that the items come from; of several, the first."""
+        source = self.directory or self.jsonl_file
         if source is None:
-            assert self.tars is not None
-            source = Path(hide_secrets(self.tars[0]))
+            assert self.own is not None
+            source = self.own.source
         return source
+
+    def of(self, kind: type[Own]) -> Own:
+        """Return the keys that tables of this form alone have."""
+        assert isinstance(self.own, kind)
+        return self.own
 
     @property
     def drops_captions(self) -> bool:
@@ -262,12 +264,10 @@ class DatasetTable:
 
     @property
     def source_key(self) -> str:
-        if self.cogvideox_root is not None:
-            return "cogvideox_root"
-        if self.metadata_file is not None:
-            return "metadata_file"
-        end = next(end for end in SOURCE_FIELDS if getattr(self, end) is not None)
-        return f"{'audio' if self.is_of_sound else self.kind}_{end}"
+        if self.own is not None:
+            return self.own.source_key(self.kind)
+        name = "directory" if self.directory is not None else "jsonl_file"
+        return f"{'audio' if self.is_of_sound else self.kind}_{name}"
 
     @property
     def path_key(self) -> str:
@@ -331,8 +331,16 @@ class DatasetTable:
         """Return the values that differ from their defaults, for the keys with these `stale` flags: as JSON
         values, folders by name.
         """
-        values = {name: getattr(self, name) for name in defaults_of(stale)}
-        return {name: _as_json(value) for name, value in values.items() if value != KEYS[name].default}
+        defaults: list[tuple[Any, dict[str, Any]]] = [(self, defaults_of(stale))]
+        if self.own is not None:
+            defaults.append((self.own, _defaults_in(type(self.own), stale)))
+        values = {}
+        for record, of_record in defaults:
+            for name, default in of_record.items():
+                value = getattr(record, name)
+                if value != default:
+                    values[name] = _as_json(value)
+        return values
 
     @property
     def learning_keys(self) -> dict[str, Any]:
@@ -388,20 +396,6 @@ class DatasetConfig:
     datasets: tuple[DatasetTable, ...]
 
 
-_FORMS: dict[str, forms.Form] = {
-    field.name: field.metadata["source"] for field in fields(DatasetTable) if "source" in field.metadata
-}
-SOURCE_FIELDS = tuple(_FORMS)
-# a table has exactly one of these source keys; its other keys must fit that kind of source
-SOURCES = (*(f"{kind}_{name}" for kind in forms.BOTH for name in SOURCE_FIELDS), "cogvideox_root")
-KEYS: Mapping[str, forms.TableKey] = {
-    **{
-        f"{kind}_{name}": forms.TableKey(form, None, (kind,))
-        for kind in forms.BOTH
-        for name, form in _FORMS.items()
-    },
-    **{field.name: field.metadata["key"] for field in fields(DatasetTable) if "key" in field.metadata},
-}
 # `mask` of a latent record: where the mask of its loss is from
 FROM_FILE, FROM_ALPHA = "file", "alpha"
 # in the settings of a text record: what its encoder saw besides the caption
@@ -409,10 +403,20 @@ CLIP, MEDIA = "clip", "media"
 TEACHER_CAPTION = "teacher_caption"  # also a key of rows, next to `references`
 
 
+def declared_keys(record: Any) -> dict[str, forms.TableKey]:
+    """Return the keys that a record declares: `DatasetTable`, or one of `OwnKeys`."""
+    return {field.name: field.metadata["key"] for field in fields(record) if "key" in field.metadata}
+
+
 @functools.cache
 def defaults_of(stale: Stale) -> dict[str, Any]:
-    names = [name for name, table_key in KEYS.items() if table_key.stale & stale]
-    return {name: KEYS[name].default for name in sorted(names, key=lambda name: KEYS[name].rank)}
+    return _defaults_in(DatasetTable, stale)
+
+
+def _defaults_in(record: Any, stale: Stale) -> dict[str, Any]:
+    """Return the defaults of a record's keys with these `stale` flags."""
+    keys = {name: key for name, key in declared_keys(record).items() if key.stale & stale}
+    return {name: keys[name].default for name in sorted(keys, key=lambda name: keys[name].rank)}
 
 
 def _as_json(value: Any) -> Any:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from checkpoints.dialects import LoadPlan, count, other_kind, rename_sources, shapes_of
-from checkpoints.encoders import head_width, network_in, read_network_config
+from checkpoints.encoders import find_network, head_width, read_network_config
 from checkpoints.opening import Checkpoint, plain_sources
 from checkpoints.tokenizers import TokenizerFiles
 from contract.loading import TensorSource
@@ -92,7 +92,7 @@ def read_clip_text(
     config_json: the network's settings; None: from a config.json next to the file. Raises CheckpointError for
     any other file.
     """
-    network = network_in(
+    network = find_network(
         checkpoint,
         "embeddings.token_embedding.weight",
         "encoder.layers.0.self_attn.q_proj.weight",

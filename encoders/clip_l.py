@@ -27,7 +27,7 @@ from encoders.text_encoder import (
     TokenizerSource,
     Written,
     fill_rows,
-    merges_of,
+    find_merges,
 )
 from modules.devices import dtype_name
 
@@ -73,7 +73,7 @@ def _start_and_end(tokenizer: Tokenizer, files: TokenizerFiles, file: Path) -> t
 
 
 def _read_clip(files: TokenizerFiles, file: Path) -> Tokenizer:
-    merges = merges_of(file)
+    merges = find_merges(file)
     if merges is None:
         return files.read(file)
     for part in (file, merges):

@@ -57,7 +57,7 @@ from encoders.text_encoder import (
     Written,
     check_ids,
     fill_rows,
-    merges_of,
+    find_merges,
 )
 from modules.devices import choose_compute_dtype, dtype_name
 from modules.errors import MediaError
@@ -85,7 +85,7 @@ _QWEN_TOKENS = (
 
 def read_qwen_tokenizer(files: TokenizerFiles, file: Path) -> Tokenizer:
     """Read tokenizer.json, or vocab.json with merges.txt. Raises CheckpointError if it cannot be read."""
-    merges = merges_of(file)
+    merges = find_merges(file)
     if merges is None:
         return files.read(file)
     for part in (file, merges):
@@ -576,7 +576,7 @@ class LanguageModelFiles(TransformerFiles):
 
     def check_tower(self) -> None:
         """Raise CheckpointError if the language model has no vision tower, or one of another model."""
-        read_once(self.language_model().path, _tower_of, self.text_use)
+        read_once(self.language_model().path, _read_tower, self.text_use)
 
 
 def _read_all_pictures(tower: nn.Module, prompts: Sequence[Prompt], use: PictureUse) -> list[ReadPictures]:
@@ -609,5 +609,5 @@ def _state_width(checkpoint: Checkpoint, use: LanguageUse) -> int:
     return len(states) * config.dim
 
 
-def _tower_of(checkpoint: Checkpoint, use: LanguageUse) -> Any:  # a `LanguageModel` cannot be hashed
+def _read_tower(checkpoint: Checkpoint, use: LanguageUse) -> Any:  # a `LanguageModel` cannot be hashed
     return read_vision_tower(checkpoint, use.model)

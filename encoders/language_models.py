@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from checkpoints.dialects import LoadPlan, count, load_planned, loaded_bytes, other_kind, shapes_of
-from checkpoints.encoders import SPIECE_MODEL, head_width, network_in, read_network_config
+from checkpoints.encoders import SPIECE_MODEL, find_network, head_width, read_network_config
 from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from contract.family import DitSpec
 from contract.loading import BlockPlace
@@ -194,8 +194,10 @@ def read_language_model(
     Raises CheckpointError for any other file, or one with fewer layers.
     """
     path = checkpoint.path
-    network = network_in(checkpoint, "embed_tokens.weight", "layers.0.self_attn.q_proj.weight", OTHER_TENSORS)
-    if network is None or model.marks != _marks_of(network, checkpoint):
+    network = find_network(
+        checkpoint, "embed_tokens.weight", "layers.0.self_attn.q_proj.weight", OTHER_TENSORS
+    )
+    if network is None or model.marks != _list_marks(network, checkpoint):
         raise other_kind(checkpoint, model.what, model.option, model.files)
     sources = plain_sources(network)
     wrong = CheckpointError(
@@ -301,7 +303,7 @@ def _layers_before(state: int, all_layers: int, path: Path, model: LanguageModel
     )
 
 
-def _marks_of(network: Checkpoint, file: Checkpoint) -> tuple[str, ...]:
+def _list_marks(network: Checkpoint, file: Checkpoint) -> tuple[str, ...]:
     """Return the names of tensors that mark a network's layers, with PLACES if the file has them as well."""
     marks = [mark for mark in _MARKS if f"layers.0.{mark}" in network.tensors]
     if any(name.endswith(PLACES) for name in file.tensors):

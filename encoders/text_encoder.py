@@ -100,7 +100,7 @@ class TokenizerSource:
         file, is_inside = self.find(path, checkpoint_path)
         if is_inside:
             return "inside the checkpoint"
-        merges = merges_of(file)
+        merges = find_merges(file)
         return self.files.identity(file) + ("" if merges is None else self.files.identity(merges))
 
     def load(
@@ -195,7 +195,7 @@ def _inside(checkpoint: Checkpoint) -> str | None:
     return next((name for name in checkpoint.tensors if name.endswith((SPIECE_MODEL, TOKENIZER_JSON))), None)
 
 
-def merges_of(file: Path | None) -> Path | None:
+def find_merges(file: Path | None) -> Path | None:
     return file.with_name("merges.txt") if file is not None and file.name == "vocab.json" else None
 
 

@@ -45,7 +45,7 @@ class ModulationRows(nn.Module):
         return vector.index_select(2, self.rows).unbind(2)
 
 
-def modulation_of(config: FluxConfig, kind: str, block: int = 0) -> HunyuanModulation | ModulationRows:
+def make_modulation(config: FluxConfig, kind: str, block: int = 0) -> HunyuanModulation | ModulationRows:
     """Return the module for a block's modulation: a layer of its own, or rows of Chroma's approximator.
 
     kind: single, picture or text (both of double blocks), or final; rows have this order, block by block.
@@ -87,11 +87,11 @@ class DoubleBlock(DoubleStreamBlock):
     def __init__(self, config: FluxConfig, index: int) -> None:
         dim = config.dim
         super().__init__(dim, config.eps)
-        self.img_mod = modulation_of(config, "picture", index)
+        self.img_mod = make_modulation(config, "picture", index)
         self.img_attn = JointAttention(dim, config.num_heads, config.eps)
         sizes = (config.dim, config.ffn_dim, config.dim)
         self.img_mlp = TwoLayers("0 2", sizes, gelu)
-        self.txt_mod = modulation_of(config, "text", index)
+        self.txt_mod = make_modulation(config, "text", index)
         self.txt_attn = JointAttention(dim, config.num_heads, config.eps)
         self.txt_mlp = TwoLayers("0 2", sizes, gelu)
 
@@ -117,7 +117,7 @@ class SingleBlock(nn.Module):
         self.num_heads = config.num_heads
         self.widths = (dim, dim, dim, config.ffn_dim)
         self.pre_norm = Float32LayerNorm(dim, config.eps)
-        self.modulation = modulation_of(config, "single", index)
+        self.modulation = make_modulation(config, "single", index)
         self.linear1 = nn.Linear(dim, 3 * dim + config.ffn_dim)
         self.norm = QueryKeyNorm(dim // config.num_heads, config.eps)
         self.linear2 = nn.Linear(dim + config.ffn_dim, dim)

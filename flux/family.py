@@ -201,7 +201,7 @@ class Flux(ModelOfPictures):
 
         Raises CacheError if T5 read captions otherwise than in this training, or states have no mask.
         """
-        control = self._control_of(latents, batch)
+        control = self._read_control(latents, batch)
         batch.check(dict.fromkeys(sorted(self.text_keys), TEXTS_AGAIN), "the transformer")
         config = self.files.dit_header().config
         widths = {STATES: config.text_dim}
@@ -214,7 +214,7 @@ class Flux(ModelOfPictures):
         guidance = 0.0 if self.files.kind == configs.CHROMA else self.trained_guidance
         return {**conditions, **control, GUIDANCE: torch.full((len(latents),), guidance)}
 
-    def _control_of(self, latents: Tensor, batch: Batch) -> dict[str, Tensor]:
+    def _read_control(self, latents: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Return the control pictures' latents for a ControlNet. Raises CacheError if their size differs."""
         if self.controlnet is None:
             if CONTROL in batch.tensors:

@@ -12,12 +12,12 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from contract.steps import NO_TWEAKS, Tweaks
-from flux.blocks import DoubleBlock, ModulationRows, SingleBlock, modulation_of
+from flux.blocks import DoubleBlock, ModulationRows, SingleBlock, make_modulation
 from flux.configs import PATCH, ApproximatorConfig, FluxConfig
 from flux.spec import GUIDANCE_UNIT, dit_spec
 from hunyuan_model.blocks import EmbeddedText, HunyuanTokens, join_tokens
 from hunyuan_model.model import TWO_LAYERS, HunyuanFinalLayer, real_tokens, rotary_widths
-from modules.attention.attend import Lengths, lengths_on
+from modules.attention.attend import Lengths, make_lengths
 from modules.layers.norms import ScaleNorm, TwoLayers, activation_dtype, in_own_dtype
 from modules.layers.rope import Grid, GridTable, exact_table, joined_tables, sinusoid, table_maker
 from modules.speed_options import SDPA, AttentionChoice
@@ -62,7 +62,7 @@ class FluxFinalLayer(HunyuanFinalLayer):
     def __init__(self, config: FluxConfig) -> None:
         super().__init__(config.dim, config.token_dim, config.eps)
         if config.approximator is not None:
-            self.adaLN_modulation = modulation_of(config, "final")
+            self.adaLN_modulation = make_modulation(config, "final")
 
     def rows(self, vector: Tensor) -> tuple[Tensor, ...]:
         """Return shift and scale, each B 1 C float32."""
@@ -151,7 +151,7 @@ class FluxModel(BlockNetwork):
         pictures = [in_own_dtype(self.img_in, pack(picture)).to(dtype) for picture in latents]
         # a reference stands at the next place of the axis of frames
         grids = [Grid(grid_of(picture), first=number) for number, picture in enumerate(latents)]
-        rotary = self._rotary.of(tuple(grids), noisy.device)
+        rotary = self._rotary.get_table(tuple(grids), noisy.device)
         scale: Tensor | None = torch.zeros_like(timesteps) if guidance is None else guidance
         rows = None
         if self.config.approximator is not None:
@@ -207,7 +207,7 @@ class FluxModel(BlockNetwork):
             most = mask.shape[1]
             counts = None if counts is None else [min(count + 1, most) for count in counts]
             longest = min(longest + 1, most)
-        lengths = None if counts is None else lengths_on([before + count for count in counts], t5.device)
+        lengths = None if counts is None else make_lengths([before + count for count in counts], t5.device)
         return in_own_dtype(self.txt_in, t5[:, :longest]).to(dtype), lengths
 
     def _check(self, pictures: Sequence[Tensor], t5: Tensor, mask: Tensor | None) -> None:

@@ -20,7 +20,7 @@ from contract.data import (
 )
 from contract.families import share_latents
 from contract.family import DitSpec, Family, NoiseSpec
-from contract.few_steps import GUIDED, FewSteps, transfer_from
+from contract.few_steps import GUIDED, FewSteps, make_transfer_target
 from contract.requests import Prepared, Request
 from contract.rules import ModelRelease, ReferenceRules
 from contract.steps import NO_TWEAKS, Tweaks
@@ -69,7 +69,7 @@ class Flux2(pictures.ModelOfPictures):
     few_steps: ClassVar = FewSteps(
         "Train on klein-base-4b or klein-base-9b (with its file), whose LoRAs work on klein too, or give "
         "--training_adapter with a LoRA that undoes the distillation",
-        targets=(GUIDED, transfer_from("klein-base", "flux-2-klein-base.safetensors")),
+        targets=(GUIDED, make_transfer_target("klein-base", "flux-2-klein-base.safetensors")),
         words="klein",
         unless="base",
     )

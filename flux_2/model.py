@@ -248,7 +248,7 @@ class Flux2Model(BlockNetwork):
         for embedded_text in texts:
             length = embedded_text.tokens.shape[1]
             grids.append(Grid((1, 1, 1, length)))
-        rotary = self._rotary.of(tuple(grids), noisy.device)
+        rotary = self._rotary.get_table(tuple(grids), noisy.device)
         num_pictures = sum(tokens.shape[1] for tokens in embedded)
         return blocks.join_tokens(
             embedded,

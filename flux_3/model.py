@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from contract.steps import NO_TWEAKS, Tweaks
 from flux_2.model import PairNorm, PixelFinalLayer, SharedModulation, gate_half, number_embedding
 from flux_3.configs import AXES, DIT, Flux3Config
-from modules.attention.attend import Lengths, SecondText, attend, lengths_on
+from modules.attention.attend import Lengths, SecondText, attend, make_lengths
 from modules.devices import send_ahead
 from modules.layers.modulation import add_gated, modulate
 from modules.layers.norms import Float32LayerNorm, activation_dtype, in_own_dtype
@@ -82,7 +82,7 @@ class Flux3Tokens:
         counts = tuple(part.of_first(part.length) for part in parts)
         return replace(self, rotary=rotary, counts=counts, parts=parts)
 
-    def of(self, kept: Tensor, num_left_out: int) -> "Flux3Tokens":
+    def select(self, kept: Tensor, num_left_out: int) -> "Flux3Tokens":
         """Return the inputs for some tokens of x. kept: B K, positions of the kept tokens, ascending; only
         picture tokens are left out.
         """
@@ -257,7 +257,7 @@ class Flux3Text(NamedTuple):
         """
         if self.is_even:  # attention gets no mask
             return None
-        return lengths_on([before + count for count in self.counts], self.states.device)
+        return make_lengths([before + count for count in self.counts], self.states.device)
 
 
 def _modulations(config: Flux3Config) -> nn.ModuleDict:
@@ -349,8 +349,8 @@ class Flux3Model(BlockNetwork):
         if references:
             counts = {PICTURE: of_picture, REFERENCES: of_contents - of_picture, TEXT: counts[TEXT]}
         layout = Flux3Layout(
-            grid=_grid_of(noisy),
-            references=tuple(_grid_of(latents) for latents in references),
+            grid=_measure_grid(noisy),
+            references=tuple(_measure_grid(latents) for latents in references),
             texts=tuple(words.states.shape[1] for words in texts),
         )
         first, *seconds = texts
@@ -358,7 +358,7 @@ class Flux3Model(BlockNetwork):
             layout.grid,
             modes=tuple(counts),
             counts=tuple(counts.values()),
-            rotary=self._rotary.of(layout, noisy.device),
+            rotary=self._rotary.get_table(layout, noisy.device),
             vector=self._embed_times(timesteps, next_timesteps, tuple(counts)),
             dtype=dtype,
             attention=self.attention,
@@ -421,13 +421,13 @@ class Flux3Model(BlockNetwork):
         tables = []
         for number, (rows, columns) in enumerate((layout.grid, *layout.references)):
             sides = (SCALE * torch.arange(side, dtype=torch.float64) for side in (rows, columns))
-            tables.append(self._table_of((zero, *sides, zero - number), device))
+            tables.append(self._make_grid_table((zero, *sides, zero - number), device))
         for length in layout.texts:
             places = torch.arange(length, dtype=torch.float64)
-            tables.append(self._table_of((zero, zero, zero, places), device))
+            tables.append(self._make_grid_table((zero, zero, zero, places), device))
         return torch.cat(tables)
 
-    def _table_of(self, positions: Sequence[Tensor], device: torch.device) -> Tensor:
+    def _make_grid_table(self, positions: Sequence[Tensor], device: torch.device) -> Tensor:
         """Return the pairs of a grid. positions: along each axis, float64 on the CPU."""
         width = self.config.head_width // AXES
         pairs = []
@@ -441,6 +441,6 @@ def _mode_blocks(config: Flux3Config, mode: str) -> nn.ModuleList:
     return nn.ModuleList(ModeBlock(config, mode) for _ in range(config.mode_blocks))
 
 
-def _grid_of(latents: Tensor) -> tuple[int, int]:
+def _measure_grid(latents: Tensor) -> tuple[int, int]:
     """Return rows and columns of a picture's tokens, which are its latent pixels."""
     return latents.shape[-2], latents.shape[-1]

@@ -27,7 +27,7 @@ TEXTS_AGAIN = "fpack_cache_text_encoder_outputs.py"
 _NEEDED = ("latent_indices", "image_embeddings")
 
 
-def conditions_of(batch: Batch, config: FramePackConfig, dit: Path) -> Conditions:
+def read_conditions(batch: Batch, config: FramePackConfig, dit: Path) -> Conditions:
     """Return texts, image, indices and history of a batch, under their names in caches.
 
     A kind of history may have no latents, or be missing. config: of the transformer in the file `dit`. Raises

@@ -16,7 +16,7 @@ from contract.one_frame import OneFrame
 from encoders.tiles import posterior_generator
 from frame_pack.inputs import apply_masks
 from frame_pack.one_frame import one_frame_indices
-from frame_pack.sections import LATENT_STRIDE, Indices, Order, sections_in, video_frames
+from frame_pack.sections import LATENT_STRIDE, Indices, Order, count_window_sections, video_frames
 from hunyuan_model.spec import LATENT as VAE_LATENT
 from modules.errors import DatasetError, MediaError
 from modules.media.pixels import byte_clips, to_pixels
@@ -112,7 +112,7 @@ def count_sections(table: MediaTable, frames: int) -> int:
 
 
 def _whole_sections(table: MediaTable, frames: int) -> int:
-    return sections_in((frames - 1) // LATENT_STRIDE + 1, table.window)
+    return count_window_sections((frames - 1) // LATENT_STRIDE + 1, table.window)
 
 
 def _least_frames(table: MediaTable) -> int:

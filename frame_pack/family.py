@@ -18,7 +18,7 @@ from contract.rules import LATENTS, VIDEO, ModelRelease, SourceRules
 from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 from encoders.files import OneTransformer
 from frame_pack import caching
-from frame_pack.batches import HISTORY, TEXT_KEYS, compare_order, conditions_of
+from frame_pack.batches import HISTORY, TEXT_KEYS, compare_order, read_conditions
 from frame_pack.configs import DIT, FRAMEPACK, FRAMEPACK_F1
 from frame_pack.files import FramePackFiles
 from frame_pack.generating import decode_video, one_frame_section, video_sections
@@ -187,7 +187,7 @@ class FramePack(OneTransformer):
     def batch_conditions(self, latents: Tensor, batch: data.Batch) -> data.Conditions:
         """Return the conditions for training: all in the caches but the target latents, and guidance (B)."""
         guidance = torch.full((len(latents),), GUIDANCE_UNIT * self.trained_guidance, device=latents.device)
-        conditions = conditions_of(batch, self.files.dit_header().config, self.files.dit_path)
+        conditions = read_conditions(batch, self.files.dit_header().config, self.files.dit_path)
         compare_order(batch, self.is_f1, self.one_frame is not None)
         return {**conditions, "guidance": guidance}
 
@@ -211,14 +211,14 @@ class FramePack(OneTransformer):
         for name, (latents, indices) in HISTORY.items():
             if indices not in cond:
                 continue
-            places = data.tensor_on(cond, indices, device)
+            places = data.send_tensor(cond, indices, device)
             if name in cond:
-                history[latents] = data.tensor_on(cond, name, device).to(noisy.dtype)
+                history[latents] = data.send_tensor(cond, name, device).to(noisy.dtype)
             else:
                 black = (*noisy.shape[:2], places.shape[1], *noisy.shape[3:])
                 history[latents] = noisy.new_zeros(black)
             history[indices] = places
-        guidance = data.tensor_on(cond, "guidance", device)
+        guidance = data.send_tensor(cond, "guidance", device)
         # a turn says on the host what the device would have to be asked for
         on_host = timesteps if tweaks.turn is None else torch.tensor([tweaks.turn.timestep])
         timesteps = timesteps.to(guidance.dtype).float()
@@ -228,8 +228,8 @@ class FramePack(OneTransformer):
             timesteps,
             **data.name_texts(cond, TEXT_INPUTS, device),
             guidance=guidance.float(),
-            image_embeddings=data.tensor_on(cond, "image_embeddings", device),
-            latent_indices=data.tensor_on(cond, "latent_indices", device),
+            image_embeddings=data.send_tensor(cond, "image_embeddings", device),
+            latent_indices=data.send_tensor(cond, "latent_indices", device),
             **history,
             position_scale=scale,
             tweaks=tweaks.rename_away(lambda text: data.name_texts(text, TEXT_INPUTS, device)),

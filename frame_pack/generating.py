@@ -18,9 +18,9 @@ from frame_pack.sections import (
     Indices,
     Order,
     blend_overlaps,
+    count_window_sections,
     decoding_slices,
     section_frames,
-    sections_in,
     video_latents,
 )
 from hunyuan_model.spec import LATENT as VAE_LATENT
@@ -130,7 +130,7 @@ def decode_video(vae: HunyuanVae, latents: Tensor, window: int, at_once: bool) -
     Sections are decoded in overlapping pairs and blended, on the CPU. at_once: decode all together, which has
     no seams and takes more memory; also done if the latents are not a whole number of sections.
     """
-    sections = sections_in(latents.shape[2], window)
+    sections = count_window_sections(latents.shape[2], window)
     if at_once or sections < 2 or video_latents(sections, window) != latents.shape[2]:
         yield from vae.decode(latents / VAE_LATENT.scale)
         return

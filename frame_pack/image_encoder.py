@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from checkpoints.dialects import LoadPlan, count, load_planned, other_kind, shapes_of
-from checkpoints.encoders import ALL_IN_ONE, head_width, network_in, read_network_config
+from checkpoints.encoders import ALL_IN_ONE, find_network, head_width, read_network_config
 from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from encoders.clip_layers import ClipLayers, check_activation
 from modules.devices import dtype_name, half_where_fast
@@ -60,7 +60,7 @@ def read_siglip(checkpoint: Checkpoint) -> LoadPlan[SiglipConfig]:
 
     Raises CheckpointError for any other file. A CLIP is recognised by its patches, which have no bias.
     """
-    tower = network_in(
+    tower = find_network(
         checkpoint,
         "embeddings.patch_embedding.bias",
         "encoder.layers.0.self_attn.q_proj.weight",

@@ -307,7 +307,7 @@ class FramePackModel(BlockNetwork):
         grid = (patches.shape[2], patches.shape[3], patches.shape[4])
         video = [self.clean_x_embedder(kind.latents, kind.times).to(dtype) for kind in clean]
         video.append(patches.to(dtype).flatten(2).transpose(1, 2))
-        rotary = self._rotary.of(_layout(kinds, grid, position_scale), noisy.device)
+        rotary = self._rotary.get_table(_layout(kinds, grid, position_scale), noisy.device)
         image = self.image_projection(image_embeddings).to(dtype)
         guided = guidance if tweaks.embedded_guidance else None
         before = rotary.shape[-4] + image.shape[1]  # the image's tokens become part of the text

@@ -16,11 +16,11 @@ from contract.one_frame import OneFrame, parse_one_frame
 from frame_pack.options import FRAMES_PER_SECOND, MOST_SECTIONS, parse_entries
 from frame_pack.sections import (
     LATENT_STRIDE,
+    choose_entry,
+    compute_flow_shift,
     count_sections,
     count_tokens,
-    entry_for,
-    flow_shift_for,
-    sections_in,
+    count_window_sections,
     video_frames,
 )
 from modules.errors import OptionError
@@ -71,7 +71,7 @@ def prepare_request(
     requests.check_size((width, height, min(frames, video_frames(1, window))), latent)
     request = _with_controls(request)
     settings = FramePackRequest(
-        _images_of(request, sections, is_picture),
+        _list_images(request, sections, is_picture),
         one_frame,
         request.control_images,
         _paths(request.extra, "control_image_mask_path"),
@@ -84,7 +84,7 @@ def prepare_request(
     flow_shift = request.flow_shift
     if flow_shift is None:
         *_, rows, columns = latent.shape(1, height, width)
-        flow_shift = flow_shift_for(count_tokens(1 if is_picture else window, rows, columns))
+        flow_shift = compute_flow_shift(count_tokens(1 if is_picture else window, rows, columns))
     prepared = requests.settle(request, usual, (width, height, frames), flow_shift, usual_negative="")
     # metadata of saved files, by the names of options
     metadata = dict(request.extra)
@@ -93,7 +93,7 @@ def prepare_request(
     if not is_picture:  # as the option counts them, whatever the rate it is played at
         metadata["video_seconds"] = f"{frames / FRAMES_PER_SECOND:g}"
     prompts = {}
-    for index, prompt in enumerate(_prompts_of(request, sections, is_picture)):
+    for index, prompt in enumerate(_read_prompts(request, sections, is_picture)):
         prompts[index] = replace(prepared.prompts[0], positive=prompt)
     return replace(
         prepared,
@@ -128,11 +128,11 @@ def warn_of_unused_paddings(paddings: Sequence[int], settings: FramePackRequest)
         )
 
 
-def _prompts_of(request: requests.Request, sections: int, is_picture: bool) -> list[requests.Prompt]:
-    texts = _entries_of(request.prompt, "--prompt", sections, is_picture)
+def _read_prompts(request: requests.Request, sections: int, is_picture: bool) -> list[requests.Prompt]:
+    texts = _read_entries(request.prompt, "--prompt", sections, is_picture)
     if request.second_prompt is None:
         return [requests.Prompt(text) for text in texts]
-    second = _entries_of(request.second_prompt, "--prompt_2", sections, is_picture)
+    second = _read_entries(request.second_prompt, "--prompt_2", sections, is_picture)
     return [requests.Prompt(text, second=for_clip) for text, for_clip in zip(texts, second, strict=True)]
 
 
@@ -169,7 +169,7 @@ def _count(request: requests.Request, usual: SamplingDefaults, window: int, is_p
             )
         return sections
     frames = request.frames or usual.frames
-    sections = sections_in((frames - 1) // LATENT_STRIDE + 1, window)
+    sections = count_window_sections((frames - 1) // LATENT_STRIDE + 1, window)
     whole_frames = video_frames(max(sections, 1), window)
     if sections == 0:
         raise OptionError(
@@ -209,27 +209,27 @@ def _with_controls(request: requests.Request) -> requests.Request:
     return request
 
 
-def _images_of(request: requests.Request, sections: int, is_picture: bool) -> tuple[Path, ...]:
+def _list_images(request: requests.Request, sections: int, is_picture: bool) -> tuple[Path, ...]:
     """Return the start image of each section. Raises OptionError if there is none or one cannot be read."""
     text = request.extra.get("image_path") or (
         None if request.image_path is None else str(request.image_path)
     )
     if text is None and request.first_image is not None:  # the first frame of the video that it starts from
         return (request.first_image,) * sections
-    entries = _entries_of(require(text, "--image_path", _NEEDS_IMAGE), "--image_path", sections, is_picture)
+    entries = _read_entries(require(text, "--image_path", _NEEDS_IMAGE), "--image_path", sections, is_picture)
     paths = tuple(to_path("--image_path", path) for path in entries)
     for path in dict.fromkeys(paths):
         _check_image("--image_path", path)
     return paths
 
 
-def _entries_of(text: str, option: str, sections: int, is_picture: bool) -> tuple[str, ...]:
+def _read_entries(text: str, option: str, sections: int, is_picture: bool) -> tuple[str, ...]:
     """Read a text's entries for each section, in playing order. Warn of entries for other sections."""
     entries = parse_entries(text, option)
     used = (
         (entries[0],)
         if is_picture
-        else tuple(entry_for(entries, index, sections) for index in range(sections))
+        else tuple(choose_entry(entries, index, sections) for index in range(sections))
     )
     unused: dict[str, int] = {}
     for index, entry in entries.items():

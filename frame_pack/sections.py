@@ -87,7 +87,7 @@ def count_sections(seconds: float, window: int, sections: int | None = None) -> 
     return max(1, round(seconds * FRAMES_PER_SECOND / (LATENT_STRIDE * window)))
 
 
-def sections_in(latent_frames: int, window: int) -> int:
+def count_window_sections(latent_frames: int, window: int) -> int:
     return (latent_frames - 1) // window
 
 
@@ -144,7 +144,7 @@ def section_indices(padding: int, window: int) -> Indices:
     """
     target = 1 + padding * window
     later = later_indices(target + window)
-    return replace(later, clean=(0, *later.clean), target=_indices_from(target, window))
+    return replace(later, clean=(0, *later.clean), target=_list_indices(target, window))
 
 
 def later_indices(first: int) -> Indices:
@@ -154,8 +154,8 @@ def later_indices(first: int) -> Indices:
     """
     return Indices(
         clean=(first,),
-        clean_2x=_indices_from(first + 1, FRAMES_2X),
-        clean_4x=_indices_from(first + 1 + FRAMES_2X, FRAMES_4X),
+        clean_2x=_list_indices(first + 1, FRAMES_2X),
+        clean_4x=_list_indices(first + 1 + FRAMES_2X, FRAMES_4X),
         target=(),
     )
 
@@ -164,18 +164,18 @@ def f1_indices(window: int) -> Indices:
     """Return the indices of every F1 section: start image, the past from far to near, target."""
     return Indices(
         clean=(0, HISTORY),
-        clean_2x=_indices_from(1 + FRAMES_4X, FRAMES_2X),
-        clean_4x=_indices_from(1, FRAMES_4X),
-        target=_indices_from(HISTORY + 1, window),
+        clean_2x=_list_indices(1 + FRAMES_4X, FRAMES_2X),
+        clean_4x=_list_indices(1, FRAMES_4X),
+        target=_list_indices(HISTORY + 1, window),
     )
 
 
-def entry_for(entries: Mapping[int, Entry], index: int, sections: int) -> Entry:
+def choose_entry(entries: Mapping[int, Entry], index: int, sections: int) -> Entry:
     """Return a section's entry: by index from the end (-1 is the last), else from the start, else entry 0."""
     return next(entries[key] for key in (index - sections, index, 0) if key in entries)
 
 
-def _indices_from(start: int, length: int) -> tuple[int, ...]:
+def _list_indices(start: int, length: int) -> tuple[int, ...]:
     return tuple(range(start, start + length))
 
 
@@ -260,7 +260,7 @@ def count_tokens(latent_frames: int, height: int, width: int) -> int:
     return latent_frames * (height // 2) * (width // 2)
 
 
-def flow_shift_for(tokens: int) -> float:
+def compute_flow_shift(tokens: int) -> float:
     """Return the flow shift of a target of `tokens` tokens: it grows exponentially with them, up to 7.
 
     The schedule is that of `make_schedule("unipc-bh1", ...)` with this shift.

@@ -46,6 +46,7 @@ from networks.text_loras import TextLoras
 from networks.unmerged import split_masked
 from running.compile import check_compilation
 from running.planning.device_memory import room_on
+from running.ways.composing import typed_ways
 
 SEED = "0"  # if the command line and a prompt line give none: all columns need the same one
 FIRST_TIMESTEP = 1000.0
@@ -206,7 +207,7 @@ def _check(options: GenerationOptions) -> None:
         "--num_videos": options.num_videos > 1,
         "--prompt_rewrite": options.rewriting.prompt_rewrite is not None,
         "--plan": options.speed.plan.is_planning,
-        **dict.fromkeys(options.speed.shared_by, True),
+        **dict.fromkeys(typed_ways(options.speed), True),
         f"--output_type {output.output_type}": output.output_type not in output_types,
         "--no_metadata": output.no_metadata,
         "--keep_pngs": output.format.keep_pngs,
@@ -328,7 +329,7 @@ def denoise_cells(run: GenerationRun, columns: Sequence[Column]) -> None:
         cells_ready = [making.Ready(clip, variant_texts[job.label], inputs[job.label]) for job, clip in cells]
         ready.append((variant, cells_ready))
     all_ready = [cell for _, cells_ready in ready for cell in cells_ready]
-    for _ in making.denoise_all(run, all_ready, Failures(strict=True), networks_with(run, ready)):
+    for _ in making.denoise_all(run, all_ready, Failures(strict=True), load_for_columns(run, ready)):
         pass  # read again when they are decoded
 
 
@@ -351,7 +352,7 @@ def _encode_texts(
     return texts
 
 
-def networks_with(
+def load_for_columns(
     run: GenerationRun, columns: Sequence[tuple[Variant, Sequence[making.Ready]]]
 ) -> making.Networks:
     """Yield the clips of each column with the networks that have its LoRAs.
@@ -367,7 +368,7 @@ def networks_with(
         yield from _switched_networks(run, columns)
         return
     for variant, ready in columns:
-        with _dits_with(run, ready, variant.uses) as dit_at:
+        with _begin_phase(run, ready, variant.uses) as dit_at:
             yield ready, dit_at
 
 
@@ -379,13 +380,13 @@ def _switched_networks(
     all_uses = [use for uses in dit_uses for use in uses]
     originals = OriginalWeights(all_uses, rounding=run.options.lora_rounding)
     all_ready = [cell for _, ready in columns for cell in ready]
-    with _dits_with(run, all_ready, (), [originals]) as dit_at:
+    with _begin_phase(run, all_ready, (), [originals]) as dit_at:
         for (_, ready), uses in zip(columns, dit_uses, strict=True):
             originals.switch(dit_at(FIRST_TIMESTEP), uses)
             yield ready, dit_at
 
 
-def _dits_with(
+def _begin_phase(
     run: GenerationRun,
     ready: Sequence[making.Ready],
     uses: dressing.LorasByExpert,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from blissful_tuner.guidance import make_guidance
-from blissful_tuner.guidance_formulas import RunPasses, run_passes
+from blissful_tuner.guidance_formulas import run_passes
 from blissful_tuner.options import PLAIN_GUIDANCE, GuidanceOptions
 from contract import steps
 from contract.data import Conditions
@@ -214,7 +214,7 @@ def make_latents(
     watchers: Sequence[steps.Watcher] = (),
     split: bool = True,
     on_section: OnSection | None = None,
-    run: RunPasses = run_passes,
+    run: steps.RunPasses = run_passes,
 ) -> Tensor:
     """Make the latents of one request. Returns B C F H W in model space, or B N with `prepared.joint`,
     float32, on the device.
@@ -257,11 +257,11 @@ def make_latents(
             )
             stage_guidance = PLAIN_GUIDANCE if section.stage else guidance_options
             guidance = make_guidance(stage, stage_guidance, family.experts, run)
-            start, first_step = _start_of(section, prepared, solver.schedule, extra_noise)
+            start, first_step = _find_start(section, prepared, solver.schedule, extra_noise)
             with ExitStack() as stack:
                 if stage.added:
                     dit = dit_at(float(solver.schedule.timesteps[0]))
-                    stack.enter_context(_stage_loras_on(dit, stage.added, device))
+                    stack.enter_context(_switch_on_stage_loras(dit, stage.added, device))
                 cached_at = dit_at
                 if caches is not None and not section.stage:
                     cached_at = stack.enter_context(caches.section(dit_at))
@@ -316,7 +316,7 @@ def sections_of(
         return end.value
 
 
-def _start_of(
+def _find_start(
     section: steps.Section, prepared: Prepared, schedule: Schedule, extra_noise: SeededNoise | None
 ) -> tuple[Tensor, int]:
     """Return the latents from which denoising of a section starts, and the first step to run.
@@ -337,7 +337,9 @@ def _start_of(
 
 
 @contextmanager
-def _stage_loras_on(dit: nn.Module, strengths: Sequence[float], device: torch.device) -> Iterator[None]:
+def _switch_on_stage_loras(
+    dit: nn.Module, strengths: Sequence[float], device: torch.device
+) -> Iterator[None]:
     """Switch on the LoRAs of a stage whose strength is not 0, until the block ends."""
     from networks.added import stage_loras_of  # only with LoRAs of stages
 

@@ -24,12 +24,14 @@ from modules.attention.attend import check_backend
 from modules.devices import dtype_of, own_stream, warn_if_emulated
 from modules.errors import OptionError
 from modules.options import override_options
-from modules.speed_options import GenerationSpeedOptions, Quantisation
+from modules.speed_options import Quantisation
 from networks.names.layouts import FOR_BOTH
 from networks.use_options import multipliers_for
-from running.dressing import dress, share_tokens, shared_blocks, swapped_weights
+from running.dressing import dress, swapped_weights
 from running.offload.swap_plan import HostWeights
+from running.options import GenerationSpeedOptions
 from running.run_blocks import stage_files_of
+from running.ways.composing import finish_network, make_block_place
 
 if TYPE_CHECKING:  # loaded only for LoRA files, and for networks that take turns
     from networks.apply import LoraPatch, OriginalWeights
@@ -76,7 +78,7 @@ class DitLoader:
         merged = self._make_patch(uses)  # None if the originals are noted
         patch = self.originals[expert] if self.originals else merged
         host = place or swapped_weights(family.dit, speed.swap, self.device)
-        shares = shared_blocks(speed.sharding, self.device)
+        blocks = make_block_place(speed, self.device)
         placement = Placement(
             self.device,
             attention=speed.attention.choice,
@@ -84,7 +86,7 @@ class DitLoader:
             leave_unmerged=merged.leave_unmerged if merged else None,
             quantisation=self.quantisation,
             host=host,
-            blocks=shares,
+            blocks=blocks,
             check=check,
         )
         dit = family.load_dit(placement, expert)
@@ -104,9 +106,8 @@ class DitLoader:
             from networks.added import add_stage_loras  # only with LoRAs of stages
 
             add_stage_loras(dit, is_compiled=speed.compilation.choice is not None)
-        dress(dit, family.dit, self.device, compilation=speed.compilation.choice, host=host, shares=shares)
-        if speed.sharding.context_parallel > 1:
-            share_tokens(dit, speed.sharding, self.device)
+        dress(dit, family.dit, self.device, compilation=speed.compilation.choice, host=host, blocks=blocks)
+        finish_network(dit, speed, self.device)
         return dit
 
     @staticmethod
@@ -153,7 +154,7 @@ logger = logging.getLogger(__name__)
 LORA_OPTIONS = {"": "--lora_weight", HIGH_NOISE: "--lora_weight_high_noise"}
 
 
-def loras_of(options: GenerationOptions) -> dict[str, list[tuple[Path, float]]]:
+def list_loras(options: GenerationOptions) -> dict[str, list[tuple[Path, float]]]:
     """Return the LoRA files with their strengths, by the expert of their option."""
     files = options.experts.lora_weight_high_noise or ()
     high = multipliers_for(files, options.experts.lora_multiplier_high_noise, "--lora_multiplier_high_noise")
@@ -176,7 +177,7 @@ def expert_loras(
     the files of --lora_weight, then of --lora_weight_high_noise. Raises OptionError if LoRAs are given for an
     expert that is not given, and as `read_lora`.
     """
-    files_by_key = loras_of(options)
+    files_by_key = list_loras(options)
     files = [*chain(*files_by_key.values())]
     patterns = options.lora_patterns
     if not (files or patterns.include_patterns or patterns.exclude_patterns):

@@ -16,7 +16,7 @@ from contract.loading import Placement
 from contract.requests import Prepared
 from generation.dressing import expert_loras
 from generation.experts import plan_turns
-from generation.grid_options import cells_of
+from generation.grid_options import list_cells
 from generation.options import GenerationOptions
 from generation.prompt_lines import lines_of, parse_generation_line
 from generation.request import prepare_line
@@ -111,7 +111,7 @@ class ExpertTurns:
 ALONE = ExpertTurns()  # of a model with one transformer
 
 
-def turns_of(family: Family, options: GenerationOptions, requests: Sequence[Prepared]) -> ExpertTurns:
+def order_turns(family: Family, options: GenerationOptions, requests: Sequence[Prepared]) -> ExpertTurns:
     """Return the order of experts if these requests are made one after the other, each --num_videos times."""
     return ExpertTurns(
         tuple(plan_turns(family, [*requests] * options.num_videos)),
@@ -134,7 +134,7 @@ def all_requests(family: Family, options: GenerationOptions) -> list[Prepared]:
         try:
             with quiet():
                 line_values = parse_generation_line(line, options.line_options) if line else {}
-                for _, values in cells_of(options.axes, line_values):
+                for _, values in list_cells(options.axes, line_values):
                     requests.append(prepare_line(family, options, values))
         except UserError as error:
             errors.append(error)
@@ -143,7 +143,7 @@ def all_requests(family: Family, options: GenerationOptions) -> list[Prepared]:
     return requests
 
 
-def largest_of(family: Family, requests: Sequence[Prepared]) -> list[Prepared]:
+def find_largest(family: Family, requests: Sequence[Prepared]) -> list[Prepared]:
     """Return the requests that no other request exceeds in frame size, number of frames and references.
 
     Usually there is one. If several are left, only a rehearsal shows which needs most memory: a longer video

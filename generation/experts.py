@@ -99,7 +99,7 @@ class DitTurns:
     keep: bool = False  # they are needed again after the phase, for the next prompt
     never_beside: bool = False  # one on the device, even if it has room for more (--offload_inactive_dit)
     lazy: bool = False  # load each when its steps begin, free it after them (--lazy_loading)
-    together: bool = False  # all stay, as each process has a part of them (--shard_base)
+    together: bool = False  # all stay, as each process has a part of them
     spare_bytes: Callable[[torch.device], int] = spare_bytes  # of a CUDA device
     host_room: Callable[[], int | None] = host_room
     make_copy: Callable[[nn.Module, torch.device], WaitingNetwork] = _copy_to_host

@@ -122,7 +122,7 @@ def _read_values(name: str, option: LineOption, texts: Sequence[str]) -> tuple[V
     return tuple(values)
 
 
-def cells_of(
+def list_cells(
     axes: Sequence[Axis], line: Mapping[str, Any]
 ) -> Iterator[tuple[tuple[int, ...], dict[str, Any]]]:
     """Yield the place of each cell (index of its value on each axis) and its prompt line, row by row.

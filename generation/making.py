@@ -48,6 +48,7 @@ from modules.devices import Failures, free_memory
 from modules.errors import UserError
 from modules.media.tracks import Track
 from running.planning.device_memory import comparison
+from running.ways.composing import passes_option
 
 if TYPE_CHECKING:  # it is loaded only if prompts are rewritten
     from blissful_tuner.prompt_rewrite import PromptRewriter
@@ -151,8 +152,8 @@ def _warn_of_passes(run: GenerationRun, jobs: Sequence[GenerationJob]) -> None:
     most_passes = max((len(plan.passes) for plan in plans), default=run.processes)
     if most_passes < run.processes:
         logger.warning(
-            "--cfg_parallel: the largest number of passes in a step is %d, which makes %d processes no "
-            "faster than %d",
+            "%s: the largest number of passes in a step is %d, which makes %d processes no faster than %d",
+            passes_option(options.speed),
             most_passes,
             run.processes,
             most_passes,
@@ -242,7 +243,7 @@ def denoise_all(
                 if len(requests) > 1:
                     log_turn(job.label, requests, num_begun, time.monotonic() - start)
                 num_begun += 1
-                with _stem_of(output, job) as stem:
+                with _reserve_stem(output, job) as stem:
                     with watch(run, job, stem) as (watchers, on_section):
                         latents = make_latents(
                             run.family,
@@ -266,7 +267,7 @@ def denoise_all(
                 yield denoised
 
 
-def _stem_of(output: OutputOptions, job: GenerationJob) -> AbstractContextManager[str]:
+def _reserve_stem(output: OutputOptions, job: GenerationJob) -> AbstractContextManager[str]:
     """Reserve the name of a job's files while it is denoised; a name that the user chose needs none."""
     begun = datetime.now()
     name = outputs.name_job(output, begun, job.prepared.seed, job.prepared.request.prompt)

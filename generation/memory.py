@@ -18,7 +18,14 @@ from contract.requests import Prepared, Prompt
 from contract.rules import Expert, noisiest
 from contract.steps import DitAt, EncodedPrompts, Step
 from generation.denoise import SeededNoise, on_device, predictor, sections_of
-from generation.expert_memory import ALONE, ExpertTurns, all_requests, largest_of, load_with_loras, turns_of
+from generation.expert_memory import (
+    ALONE,
+    ExpertTurns,
+    all_requests,
+    find_largest,
+    load_with_loras,
+    order_turns,
+)
 from generation.options import GenerationOptions
 from generation.request import Peaks
 from generation.script_options import UNDECODED
@@ -35,6 +42,7 @@ from running.planning import dry_run as dry
 from running.planning import memory_plan
 from running.planning.device_memory import Room, host_room
 from running.run_blocks import spec_of
+from running.ways.composing import splitting_option
 
 META = torch.device("meta")
 FIRST_TIMESTEP = 1000.0
@@ -102,11 +110,11 @@ def predict(
         encoders = family.media_encoders(META)
         with rehearsing(encoders) as ledger:
             conditions = encode_inputs(family, encoders, prepared)
-            before.append(phase_of("images and videos", ledger, extra))
+            before.append(make_phase("images and videos", ledger, extra))
         inputs = {section: make_solid(tensors) for section, tensors in conditions.items()}
     else:
         inputs = dict(encode_inputs(family, NO_ENCODERS, prepared))
-    turns = turns or turns_of(family, options, [prepared])
+    turns = turns or order_turns(family, options, [prepared])
     denoising = rehearse_denoising(
         family,
         options,
@@ -125,7 +133,7 @@ def predict(
         networks = family.sound_networks(META, decodes=True)
         with rehearsing(networks) as ledger:
             family.decode_sound(networks, torch.empty(1, *joint.sound))
-            after.insert(0, phase_of("decoding sound", ledger, extra))
+            after.insert(0, make_phase("decoding sound", ledger, extra))
     return replace(denoising, before=tuple(before), after=tuple(after))
 
 
@@ -158,7 +166,7 @@ def rehearse_texts(
             encoder.load_tower(META)  # now: a rehearsal loads nothing
         with rehearsing(encoder) as ledger:
             encoded = [encoder.encode([text])[0] for text in outputs]
-            phase = phase_of(f"text encoder {encoder.name}", ledger, extra)
+            phase = make_phase(f"text encoder {encoder.name}", ledger, extra)
         phases.append(_with_fewer_weights(phase, encoder, options, room))
         for text, conditions in zip(outputs, encoded, strict=True):
             outputs[text].update(make_solid(conditions))
@@ -324,10 +332,10 @@ def rehearse_decoding(family: Family, prepared: Prepared, extra: memory_plan.Mem
             decoded += chunk.shape[2]
             if decoded >= DECODED:
                 break
-        return phase_of("decoding", ledger, extra)
+        return make_phase("decoding", ledger, extra)
 
 
-def phase_of(name: str, ledger: dry.Ledger, extra: memory_plan.MemoryPart) -> memory_plan.Phase:
+def make_phase(name: str, ledger: dry.Ledger, extra: memory_plan.MemoryPart) -> memory_plan.Phase:
     _, moment = dry.largest(ledger.peaks)
     weights = moment.get(dry.WEIGHTS, 0)
     work = sum(moment.values()) - weights
@@ -379,9 +387,9 @@ def predict_largest(
     room: Room | None = None,
 ) -> tuple[Prepared, PhasePrediction]:
     """Return the request, or the stage of one, that needs most memory for denoising, and its prediction."""
-    turns = turns_of(family, options, requests)
+    turns = order_turns(family, options, requests)
     predictions: list[tuple[Prepared, PhasePrediction]] = []
-    for request in largest_of(family, requests):
+    for request in find_largest(family, requests):
         for stage in request.stages or (request,):
             prediction = predict(family, options, stage, device=device, turns=turns, room=room)
             predictions.append((stage, prediction))
@@ -414,7 +422,7 @@ def advice(
             return predict(family, fp8, prepared, device=device, turns=prediction.turns, room=room)
 
     cheaper = [("--fp8_scaled", in_fp8)] if speed.fp8.quantisation is None else []
-    can_swap = not speed.sharding.shard_base
+    can_swap = not splitting_option(speed)
     changes, cheapest = memory_plan.advise(
         prediction, cheaper, room.usable, can_swap=can_swap, phase=" while denoising"
     )

@@ -37,7 +37,7 @@ from modules.options import (
     OF_TYPING,
     Options,
     facts_of,
-    given_with,
+    list_given_with,
     not_needed,
     option,
     option_values,
@@ -45,7 +45,7 @@ from modules.options import (
 )
 from modules.parser import Parser, add_options, refuse_unsupported, typed_names
 from modules.paths import path_exists
-from modules.speed_options import GenerationSpeedOptions
+from modules.speed_options import IN_PLACE_OF_SCALED, TO_OTHER_FORMS
 from networks.use_options import (
     LoraOptions,
     LoraPatternOptions,
@@ -54,6 +54,8 @@ from networks.use_options import (
     require_files,
     require_loras,
 )
+from running.options import GenerationSpeedOptions
+from running.ways.composing import passes_option
 
 
 class ExpertOptions(Options, title="two experts"):
@@ -199,7 +201,7 @@ class GenerationOptions(Options, title="run"):
 
     @property
     def splits_guidance(self) -> bool:
-        return self.split_uncond or self.speed.attention.split_attn or self.speed.cfg_parallel
+        return self.split_uncond or self.speed.attention.split_attn or bool(passes_option(self.speed))
 
     @property
     def axes(self) -> tuple[Axis, ...]:
@@ -346,7 +348,7 @@ def read_generation(
         options,
         settings=settings,
         decoding_options=decoding_options,
-        of_references=given_with(family_options, OF_REFERENCES),
+        of_references=list_given_with(family_options, OF_REFERENCES),
         output=output,
     )
     return options, family_options
@@ -423,12 +425,11 @@ def read_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None) 
 
 def _apply_preset(args: argparse.Namespace) -> None:
     """Set what --optimized turns on, without what was typed or conflicts with it."""
-    # these take the place of --fp8_scaled
-    typed_quantisations = {"fp8", "convrot_int8", "nf4_base"} & args.typed_options
+    typed_quantisations = IN_PLACE_OF_SCALED & args.typed_options
     not_by_preset = (args.preset.keys() & args.typed_options) | typed_quantisations
     if typed_quantisations:
         not_by_preset.add("fp8_scaled")
-    if typed_quantisations - {"fp8"}:
+    if typed_quantisations & TO_OTHER_FORMS:
         not_by_preset.add("fp8_fast")
     args.by_preset = tuple(name for name in args.preset if name not in not_by_preset)
     args.not_by_preset = tuple(name for name in args.preset if name in not_by_preset)

@@ -161,15 +161,15 @@ def log_turn(label: str, requests: Sequence[Prepared], begun: int, seconds: floa
 
     begun: how many requests came before, in `seconds`.
     """
-    done = sum(map(work_of, requests[:begun]))
-    to_do = sum(map(work_of, requests[begun:]))
+    done = sum(map(measure_work, requests[:begun]))
+    to_do = sum(map(measure_work, requests[begun:]))
     left = f", about {in_words(seconds * to_do / done)} left" if done else ""
     where = f"{begun + 1} of {len(requests)}{left}"
     prepared = requests[begun]
     logger.info("%s (%s): %s: %s", where, label, size_in_words(prepared), in_short(prepared.request.prompt))
 
 
-def work_of(prepared: Prepared) -> float:
+def measure_work(prepared: Prepared) -> float:
     """Return the work of a request in arbitrary units: steps times pixels."""
     return prepared.num_steps * prepared.width * prepared.height * prepared.frames
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import Tensor, distributed
 
 from blissful_tuner.guidance import check_guidance, warn_of_low_scales
-from blissful_tuner.guidance_formulas import RunPasses, run_passes
+from blissful_tuner.guidance_formulas import run_passes
 from blissful_tuner.metadata import output_metadata
 from blissful_tuner.options import PLAIN_PROMPTS, PromptOptions, SteadierOptions
 from blissful_tuner.video_to_video_options import SourceOptions, check_one_source, check_share
@@ -20,8 +20,8 @@ from contract.families import HIGH_NOISE
 from contract.family import Family
 from contract.requests import Prepared, Request, check_values
 from contract.rules import SOURCES, Source
-from contract.steps import Watcher
-from generation.dressing import loras_of
+from contract.steps import RunPasses, Watcher
+from generation.dressing import list_loras
 from generation.options import GenerationOptions
 from generation.outputs import FrameTools
 from generation.prompt_lines import parse_generation_line, read_seed
@@ -52,7 +52,7 @@ def draw_seed() -> int:
     seed = secrets.randbelow(2**SEED_BITS)
     if not (distributed.is_available() and distributed.is_initialized()):
         return seed
-    from running.offload.sharding import agree  # of no use to a single process
+    from running.offload.joining import agree  # of no use to a single process
 
     return agree(seed)
 
@@ -357,8 +357,8 @@ class GenerationRun:
 
     @property
     def loras(self) -> LorasInWords:
-        """Return the file name and the strength of each LoRA, by expert as `loras_of` names them."""
-        loras = loras_of(self.options).items()
+        """Return the file name and the strength of each LoRA, by expert as `list_loras` names them."""
+        loras = list_loras(self.options).items()
         return {expert: [(path.name, strength) for path, strength in files] for expert, files in loras}
 
     def read_line(self, line: str, where: str = "the prompt line") -> Mapping[str, Any]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from blissful_tuner.metadata import frame_rate_in, read_decoded_metadata, seed_in, shown_in
+from blissful_tuner.metadata import read_decoded_metadata, read_frame_rate, read_shown, read_stored_seed
 from contract.data import MediaEncoders
 from contract.families import HIGH_NOISE
 from contract.family import Family, hears_sound
@@ -27,7 +27,7 @@ from generation.dressing import (
     dit_loader,
     expert_loras,
     leave_out_missing,
-    loras_of,
+    list_loras,
 )
 from generation.experts import DitTurns
 from generation.making import decode, make_outputs, make_tracks
@@ -40,15 +40,21 @@ from generation.script_options import LATENT_OUTPUTS, UNDECODED
 from generation.session import Session
 from modules.atomic_write import make_folder
 from modules.attention.attend import check_backend
-from modules.command import refuse_other_splits
 from modules.devices import Failures, allow_fp16_accumulation, choose_device
 from modules.errors import CheckpointError, OptionError, OutputError
 from modules.installation import DRIVEN
 from modules.media.tracks import Track
 from modules.output_files import refuse_replacing
-from running.dressing import have_joined, shared_blocks
+from running.offload.joining import have_joined, launched_processes
 from running.offload.swap_plan import check_swap
 from running.planning.device_memory import room_on, too_little
+from running.ways.composing import (
+    count_shared_passes,
+    make_block_place,
+    make_passes,
+    refuse_other_splits,
+    typed_ways,
+)
 
 if TYPE_CHECKING:  # loaded only with --latent_path, or with LoRAs for texts
     from checkpoints.model_files import SavedLatents
@@ -106,9 +112,9 @@ def _decode_file(
     fps = options.request.fps
     default_fps = run.family.defaults.fps
     if fps in (None, default_fps):  # --fps is not given
-        fps = frame_rate_in(saved.metadata) or default_fps
+        fps = read_frame_rate(saved.metadata) or default_fps
     metadata = read_decoded_metadata(saved.metadata, options.settings, options.decoding_options, fps)
-    name = output_stem(datetime.now(), seed_in(saved.metadata), path, start=output.name_start)
+    name = output_stem(datetime.now(), read_stored_seed(saved.metadata), path, start=output.name_start)
     with own_stem(output.save_path, name, SUFFIXES[1:]) as stem:  # the latents have it already
         return save_pixels(
             output,
@@ -126,7 +132,7 @@ def _shown_part(family: Family, path: Path, saved: "SavedLatents") -> Box | None
 
     Raises CheckpointError if the file has fewer pixels.
     """
-    box = shown_in(saved.metadata)
+    box = read_shown(saved.metadata)
     if box is None:
         return None
     *_, rows, columns = saved.latents.shape
@@ -210,7 +216,7 @@ def generate(family: Family, options: GenerationOptions, device: torch.device | 
     --from_file only after all lines that work are generated.
     """
     refuse_other_splits()
-    if device is None and options.speed.shared_by:
+    if device is None and typed_ways(options.speed):
         from generation.together import generate_together  # only with several processes
 
         generate_together(generate, family, options)
@@ -288,14 +294,13 @@ def _make_run(
 
         rewriter = PromptRewriter(rewriting.prompt_rewrite_model, rewriting.prompt_rewrite)
     run = GenerationRun(family, options, session, predicted=predicted, rewriter=rewriter, post=post)
-    if options.speed.shared_by:
+    if typed_ways(options.speed):
         # what befalls one process: it ends the others, which wait for its parts of the blocks or its passes
         run = replace(run, fatal=(RuntimeError, OutputError, CheckpointError))
-    if options.speed.cfg_parallel and have_joined():
-        from generation.together import SharedPasses  # only with --cfg_parallel
-
-        shared_passes = SharedPasses(options.speed.sharding, device)
-        run = replace(run, run_passes=shared_passes, processes=shared_passes.processes)
+    shared_passes = make_passes(options.speed, device) if have_joined() else None
+    if shared_passes is not None:
+        processes = count_shared_passes(options.speed, launched_processes())
+        run = replace(run, run_passes=shared_passes, processes=processes)
     return run
 
 
@@ -344,11 +349,11 @@ def with_strengths(run: GenerationRun, text: str | None) -> GenerationRun:
 def change_strengths(run: GenerationRun, strengths: Mapping[str, Sequence[float]]) -> GenerationRun:
     """Return the run with these strengths of its LoRAs; if they change, its networks are freed and read anew.
 
-    strengths: by expert, as `loras_of` names them: a number for each file. Raises OptionError if a number is
+    strengths: by expert, as in `list_loras`: a number for each file. Raises OptionError if a number is
     missing or not finite.
     """
     options = run.options
-    present = {expert: [strength for _, strength in loras] for expert, loras in loras_of(options).items()}
+    present = {expert: [strength for _, strength in loras] for expert, loras in list_loras(options).items()}
     changed = {**present, **{expert: list(numbers) for expert, numbers in strengths.items()}}
     if changed == present:
         return run
@@ -375,7 +380,7 @@ def make_session(family: Family, options: GenerationOptions, loader: DitLoader, 
                 logger.warning("%s is ignored because a single transformer takes no turns", option)
         never_beside = False
         lazy = False
-    blocks = shared_blocks(options.speed.sharding, loader.device)
+    blocks = make_block_place(options.speed, loader.device)
     dits = DitTurns(
         family.experts,
         loader.device,

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from blissful_tuner.metadata import as_png_texts, as_tags
-from generation.grid_options import Axis, cells_of
+from generation.grid_options import Axis, list_cells
 from generation.making import make_outputs
 from generation.outputs import own_stem, words_of
 from generation.progress import in_short
@@ -108,7 +108,7 @@ def frames_of(path: Path) -> Iterator[Frame]:
     return iter([read_image(path)]) if is_picture(path) else islice(video_frames(path), MOST_FRAMES)
 
 
-def middle_of(path: Path | None) -> Frame | None:
+def read_middle_frame(path: Path | None) -> Frame | None:
     if path is None:
         return None
     count = sum(1 for _ in frames_of(path))
@@ -116,7 +116,7 @@ def middle_of(path: Path | None) -> Frame | None:
 
 
 def _middle_frames(grid: ClipGrid) -> list[list[Frame | None]]:
-    return [[middle_of(path) for path in row.paths] for row in grid.rows]
+    return [[read_middle_frame(path) for path in row.paths] for row in grid.rows]
 
 
 def play(grid: ClipGrid) -> Iterator[Frame]:
@@ -242,7 +242,7 @@ def make_sheets(run: GenerationRun, lines: Mapping[str, str | None], failures: F
         paths = {place: clips[job.label] for place, job in cells.items() if job.label in clips}
         if paths:
             logger.info("Sheet of %s: %s", label, write_sheet(run, cells, paths))
-    return sum(1 for _ in cells_of(run.options.axes, {})) * len(lines)
+    return sum(1 for _ in list_cells(run.options.axes, {})) * len(lines)
 
 
 def lay_out(run: GenerationRun, label: str, line: Mapping[str, object], failures: Failures) -> Cells:
@@ -254,7 +254,7 @@ def lay_out(run: GenerationRun, label: str, line: Mapping[str, object], failures
     jobs: dict[Place, GenerationJob] = {}
     if run.options.request.seed is None:
         line = {"seed": draw_seed(), **line}
-    for place, values in cells_of(axes, line):
+    for place, values in list_cells(axes, line):
         axis_values = [axis.describe(index) for axis, index in zip(axes, place, strict=True)]
         name = ", ".join([label, *axis_values])
         with failures.note_errors(name, fatal=CheckpointError):

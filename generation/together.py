@@ -1,7 +1,6 @@
-"""Generate in several processes that share the transformer (--shard_base), the tokens of a clip
-(--context_parallel) or the passes of each step (--cfg_parallel).
+"""Generate in several processes that share the transformer, the tokens of a clip or the passes of each step.
 
-`--plan 2x24` compares these ways on several cards.
+The ways to do so are in `running/ways/`; `--plan 2x24` compares them on several cards.
 
 All processes make every prompt from the same noise: blocks and tokens are gathered from all of them, and the
 velocity of a pass comes from the process that runs it. Only the first process decodes, writes and logs.
@@ -14,12 +13,10 @@ from dataclasses import replace
 from functools import cache
 
 import torch
-from torch import Tensor, distributed
+from torch import distributed
 
-from blissful_tuner.guidance_formulas import Calls, Made
 from blissful_tuner.options import NO_PREVIEW, PromptRewriteOptions
 from contract.family import Family
-from contract.steps import Predict, Section, Tweaks
 from generation.expert_memory import all_requests
 from generation.memory import PhasePrediction, predict, predict_largest
 from generation.options import GenerationOptions
@@ -30,12 +27,12 @@ from modules.devices import choose_device
 from modules.errors import OptionError
 from modules.lost_processes import OtherProcesses, meet_anew
 from modules.options import override_options
-from modules.speed_options import ShardingOptions
-from running.offload.context import ProcessGrid, device_mesh
-from running.offload.sharding import agree, gather_parts, join_processes, launched_processes
+from running.offload.joining import agree, join_processes, launched_processes
 from running.planning.device_memory import Room
-from running.planning.division import Division, TokenCounter, divide_tokens
+from running.planning.division import TokenCounter, divide_tokens
 from running.planning.several_cards import Rehearsed, print_ways, with_division
+from running.ways.composing import check_launch, check_ways, count_shared_passes, typed_ways
+from running.ways.contract import Division, RunUses
 
 
 def plan_ways(
@@ -90,9 +87,9 @@ def generate_together(generate: Generate, family: Family, options: GenerationOpt
     launched = launched_processes()
     runs_none = bool(options.latent_path or options.save_merged_model or speed.plan.is_planning)
     if not runs_none:
-        _check_groups(options, launched)
+        check_launch(speed, launched, _uses_of(family, options))
     if launched == 1:
-        flags = " and ".join(speed.shared_by)
+        flags = " and ".join(typed_ways(speed))
         logger.warning("%s has no effect with one process, which does all. Use %s", flags, LAUNCH)
         generate(family, options, choose_device(options.device))
         return
@@ -102,7 +99,7 @@ def generate_together(generate: Generate, family: Family, options: GenerationOpt
             generate(family, options, choose_device(options.device))
         return
     meet_anew()
-    device = join_processes(options.device, options.speed.shared_by[0])
+    device = join_processes(options.device, typed_ways(speed)[0])
     rank = distributed.get_rank()
     if rank > 0:
         logging.getLogger().setLevel(logging.ERROR)  # only one process logs what all do
@@ -137,87 +134,27 @@ def read_together(ask: Callable[[], str]) -> Callable[[], str]:
     return read
 
 
-class SharedPasses:
-    """Divide the passes of each step over processes; a `RunPasses`.
-
-    Each pass is run by itself. If the transformer is split too, all processes run passes that skip the same
-    blocks at the same time; if there are fewer such passes than processes, some are run twice.
-    """
-
-    def __init__(self, sharding: ShardingOptions, device: torch.device) -> None:
-        """device: of this process; all have joined before."""
-        grid = _grid(sharding, distributed.get_world_size(), distributed.get_rank())
-        self.processes = grid.passes
-        self._rank = grid.pass_rank
-        self._group = device_mesh(grid, device)["passes"].get_group()
-        self._in_lockstep = sharding.shard_base
-
-    def __call__(self, calls: Calls, predict: Predict, section: Section) -> Made:
-        """Run this process' share of a step's passes, and return the velocities of all, float32."""
-        velocities: dict[tuple[Tweaks, int], Tensor] = {}
-        for group in self._group_passes(calls):
-            for start in range(0, len(group), self.processes):
-                at_once = group[start : start + self.processes]
-                velocity = section.noise.new_zeros(section.noise.shape, dtype=torch.float32)
-                if self._in_lockstep or self._rank < len(at_once):
-                    tweaks, key = at_once[self._rank % len(at_once)]
-                    (predicted,) = predict(calls[tweaks][key], tweaks=tweaks)
-                    velocity.copy_(predicted)
-                gathered = velocity.new_empty(self.processes * len(velocity), *velocity.shape[1:])
-                gather_parts(gathered, velocity, self._group)
-                velocities.update(zip(at_once, gathered.chunk(self.processes), strict=False))
-        return velocities
-
-    def _group_passes(self, calls: Calls) -> list[list[tuple[Tweaks, int]]]:
-        """Return groups of passes that can run at the same time: in lockstep those that skip equal blocks."""
-        groups: dict[object, list[tuple[Tweaks, int]]] = {}
-        for tweaks, conditions in calls.items():
-            passes = [(tweaks, key) for key in conditions]
-            groups.setdefault(tweaks.skip_blocks if self._in_lockstep else None, []).extend(passes)
-        return list(groups.values())
-
-
-def _grid(sharding: ShardingOptions, processes: int, rank: int = 0) -> ProcessGrid:
-    """Return the grid of processes if as many passes as possible are shared. Raises OptionError."""
-    passes = max(processes // sharding.context_parallel, 1)
-    groups = sharding.groups_of(processes, passes)
-    return ProcessGrid(rank, groups, passes, sharding.context_parallel)
-
-
-def _check_groups(options: GenerationOptions, processes: int) -> None:
-    """Raise OptionError if processes would make a prompt several times, or options conflict with sharing."""
-    sharding = options.speed.sharding
-    times = sharding.groups_of(processes)
-    peers = sharding.context_parallel
-    if times > 1 and peers > 1 and not options.speed.cfg_parallel:
-        raise OptionError(
-            f"--context_parallel {peers}: {processes} processes would make each prompt {times} times. Give "
-            f"--context_parallel {processes}, or start {peers} processes"
-        )
-    if peers > 1 and options.rewriting.prompt_rewrite is not None:
-        raise OptionError(
-            "--prompt_rewrite and --context_parallel cannot be used together: one process rewrites, and all "
-            "need the same text. Rewrite first, and give the prompt that the log shows"
-        )
+def _uses_of(family: Family, options: GenerationOptions) -> RunUses:
+    """Return what a generation does that ways to run may not go with."""
+    turns = {
+        "--offload_inactive_dit": options.experts.offload_inactive_dit,
+        "--lazy_loading": options.experts.lazy_loading,
+    }
+    cache = options.step_cache
+    return RunUses(
+        takes_turns=tuple(name for name, is_given in turns.items() if is_given and len(family.experts) > 1),
+        has_step_cache=cache.is_on,
+        calibrates=bool(cache.magcache_calibration or cache.teacache_calibration),
+        rewrites_prompts=options.rewriting.prompt_rewrite is not None,
+    )
 
 
 def check_together(family: Family, options: GenerationOptions) -> None:
     """Raise OptionError if options do not work with several processes that make prompts together."""
     speed = options.speed
-    flags = " and ".join(speed.shared_by)
-    if speed.cfg_parallel:
-        _check_shared_passes(options)
-    if len(family.experts) > 1 and speed.sharding.shard_base:
-        turns = {
-            "--offload_inactive_dit": options.experts.offload_inactive_dit,
-            "--lazy_loading": options.experts.lazy_loading,
-        }
-        for option, is_given in turns.items():
-            if is_given:
-                raise OptionError(
-                    f"{option} and --shard_base cannot be used together: each process has a part of both "
-                    "transformers, and they stay on the devices. Leave one of the two options out"
-                )
+    flags = " and ".join(typed_ways(speed))
+    count_shared_passes(speed, launched_processes())
+    check_ways(speed, _uses_of(family, options))
     if options.sheet.sheet is not None:
         raise OptionError(
             f"--sheet and {flags} cannot be used together: a sheet is made by one process, which has the "
@@ -227,22 +164,4 @@ def check_together(family: Family, options: GenerationOptions) -> None:
         raise OptionError(
             f"--post and {flags} cannot be used together. Run the tools on the finished files, with the "
             "scripts in blissful_tuner/"
-        )
-
-
-def _check_shared_passes(options: GenerationOptions) -> None:
-    """Raise OptionError if processes cannot share the passes of a step."""
-    sharding = options.speed.sharding
-    _grid(sharding, launched_processes())
-    cache = options.step_cache
-    if cache.magcache_calibration or cache.teacache_calibration:
-        raise OptionError(
-            "--cfg_parallel: a step cache is calibrated by one process, which sees all passes. Leave "
-            "--cfg_parallel out"
-        )
-    if cache.is_on and sharding.shard_base:
-        raise OptionError(
-            "--cfg_parallel and --shard_base cannot be used together with a step cache: it decides for "
-            "each pass by itself, and processes that gather blocks have to run the same ones. Leave one "
-            "of the three out"
         )

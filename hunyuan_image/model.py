@@ -24,7 +24,7 @@ from hunyuan_model.blocks import (
 )
 from hunyuan_model.model import HunyuanFinalLayer, real_tokens
 from hunyuan_model.token_refiner import NumberEmbedding, TokenRefiner
-from modules.attention.attend import lengths_on
+from modules.attention.attend import make_lengths
 from modules.layers.norms import Float32LayerNorm, activation_dtype, in_own_dtype
 from modules.layers.rope import Grid, GridTable, exact_table, table_maker
 from modules.speed_options import SDPA, AttentionChoice
@@ -110,7 +110,7 @@ class HunyuanImageModel(BlockNetwork):
         dtype = activation_dtype(noisy.device, self.compute_dtype)
         pixels = in_own_dtype(self.img_in["proj"], noisy).to(dtype)  # B C H W
         rows, columns = pixels.shape[2:]
-        rotary = self._rotary.of(Grid((rows, columns)), noisy.device)
+        rotary = self._rotary.get_table(Grid((rows, columns)), noisy.device)
         vector = self.time_in(timesteps).unsqueeze(1)
         texts = []
         for prompt in tweaks.texts(
@@ -119,7 +119,7 @@ class HunyuanImageModel(BlockNetwork):
             states, counts = self._embed_prompt(prompt, timesteps, dtype)
             lengths = None
             if min(counts) != states.shape[1]:
-                lengths = lengths_on([len(rotary) + count for count in counts], noisy.device)
+                lengths = make_lengths([len(rotary) + count for count in counts], noisy.device)
             texts.append(EmbeddedText(states, lengths, vector))
         return join_tokens(
             [rearrange(pixels, "b c h w -> b (h w) c")],

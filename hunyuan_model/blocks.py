@@ -57,7 +57,7 @@ class HunyuanTokens:
         """Return the index of the first token of the latents to learn, the first token of `grid`."""
         return 0
 
-    def of(self, kept: Tensor, num_left_out: int) -> Self:
+    def select(self, kept: Tensor, num_left_out: int) -> Self:
         """Return the inputs for some tokens of x. kept: B K, positions of the kept tokens, ascending; only
         picture tokens are left out.
         """
@@ -71,7 +71,7 @@ class HunyuanTokens:
 
     @property
     def split(self) -> int:
-        """Return the negative index at which the second text begins in x and the texts; 0: no second one."""
+        """Return the negative index where the second text begins in x and in the texts; 0: there is none."""
         if self.second is None:
             return 0
         if self.part is None:
@@ -113,9 +113,9 @@ class TokensWithTurnedText(HunyuanTokens):
     def cut(self, part: "TokenPart") -> Self:
         return replace(super().cut(part), rotary_of_picture=part.rows(self.rotary_of_picture))
 
-    def of(self, kept: Tensor, num_left_out: int) -> Self:
+    def select(self, kept: Tensor, num_left_out: int) -> Self:
         of_picture = take_rows(self.rotary_of_picture, kept, num_left_out)
-        return replace(super().of(kept, num_left_out), rotary_of_picture=of_picture)
+        return replace(super().select(kept, num_left_out), rotary_of_picture=of_picture)
 
     @property
     def video(self) -> int:

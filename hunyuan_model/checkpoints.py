@@ -62,7 +62,7 @@ def identify(path: Path) -> str | None:
             relative = _relative(named)
             if relative is not None:
                 return f"it looks like {relative}"
-            return f"it is {_name_of(_header(named).config)} (--dit)"
+            return f"it is {_name_model(_header(named).config)} (--dit)"
     except CheckpointError:
         return None
 
@@ -73,12 +73,12 @@ def describe(checkpoint: Checkpoint) -> str | None:
     if relative is not None:
         return relative
     try:
-        return _name_of(_header(checkpoint).config)
+        return _name_model(_header(checkpoint).config)
     except CheckpointError:
         return None
 
 
-def _name_of(config: HunyuanVideoConfig) -> str:
+def _name_model(config: HunyuanVideoConfig) -> str:
     """Return the model's name; the two T2V models have the same tensors and share a name."""
     return (
         "the SkyReels V1 I2V transformer"
@@ -255,5 +255,5 @@ def _times(name: str, scale: float) -> TensorSource:
     )
 
 
-FORMAT = DitFormat(_header, lambda header: _name_of(header.config), HunyuanVideoModel, _sources)
+FORMAT = DitFormat(_header, lambda header: _name_model(header.config), HunyuanVideoModel, _sources)
 read_dit_header, load_dit = FORMAT.read_header, FORMAT.load

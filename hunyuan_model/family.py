@@ -28,8 +28,8 @@ from hunyuan_model.spec import DIT, GUIDANCE_UNIT, LATENT
 from hunyuan_model.text_encoders import CLIP, LLAVA_USE
 from hunyuan_model.vae import (
     encode_latents,
+    find_first_frame,
     first_frame_condition,
-    first_frame_of,
     sample_moments,
 )
 from modules.devices import choose_compute_dtype
@@ -161,7 +161,7 @@ class HunyuanVideo(OneTransformer):
         }
         if self._starts_from_image:
             conditions["condition_latents"] = first_frame_condition(
-                first_frame_of(batch, latents, LATENT), latents.shape[2]
+                find_first_frame(batch, latents, LATENT), latents.shape[2]
             )
         return conditions
 
@@ -182,9 +182,9 @@ class HunyuanVideo(OneTransformer):
 
         device = noisy.device
         if "condition_latents" in cond:
-            condition = data.tensor_on(cond, "condition_latents", device)
+            condition = data.send_tensor(cond, "condition_latents", device)
             noisy = torch.cat([noisy, condition.to(noisy)], dim=1)
-        guidance = data.tensor_on(cond, "guidance", device)
+        guidance = data.send_tensor(cond, "guidance", device)
         return dit(
             noisy,
             timesteps.to(guidance.dtype).float(),

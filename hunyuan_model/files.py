@@ -19,7 +19,7 @@ from encoders.language_models import LLAMA, read_language_model
 from hunyuan_model.checkpoints import FORMAT
 from hunyuan_model.checkpoints import identify as identify  # files.py has it in every family's folder
 from hunyuan_model.options import AS_TRAINED, HunyuanTextOptions, HunyuanVaeOptions, TextReadingOptions
-from hunyuan_model.text_encoders import CLIP, LLAMA_TOKENIZER, HunyuanClip, LlavaTextEncoder, template_of
+from hunyuan_model.text_encoders import CLIP, LLAMA_TOKENIZER, HunyuanClip, LlavaTextEncoder, choose_template
 from hunyuan_model.token_refiner import HUNYUAN_REFINER, multiply_text
 from hunyuan_model.vae import TILE_FRAMES, HunyuanVae, load_vae
 from hunyuan_model.vae_checkpoints import read_vae
@@ -80,7 +80,7 @@ class HunyuanFiles(TransformerFiles):
                 self.text_encoder1_path,
                 dtype,
                 self.text_encoder1_tokenizer,
-                template_of(reading.custom_system_prompt),
+                choose_template(reading.custom_system_prompt),
                 reading.hidden_state_skip_layer,
                 reading.apply_final_norm,
                 self.llm_form,

@@ -24,7 +24,7 @@ from hunyuan_model.blocks import (
 from hunyuan_model.configs import HunyuanVideoConfig
 from hunyuan_model.spec import DIT
 from hunyuan_model.token_refiner import NumberEmbedding, TokenRefiner
-from modules.attention.attend import Lengths, lengths_on
+from modules.attention.attend import Lengths, make_lengths
 from modules.layers.modulation import modulate
 from modules.layers.norms import Float32LayerNorm, TwoLayers, activation_dtype, in_own_dtype
 from modules.layers.rope import Grid, GridTable, exact_table, table_maker
@@ -124,7 +124,7 @@ class HunyuanVideoModel(BlockNetwork):
         dtype = activation_dtype(noisy.device, self.compute_dtype)
         patches = in_own_dtype(self.img_in["proj"], noisy).to(dtype)  # B C f h w
         grid = (patches.shape[2], patches.shape[3], patches.shape[4])
-        rotary = self._rotary.of(Grid(grid, tweaks.slow_frames), noisy.device)
+        rotary = self._rotary.get_table(Grid(grid, tweaks.slow_frames), noisy.device)
         guided = guidance if self.config.has_guidance and tweaks.embedded_guidance else None
         texts = []
         for prompt in tweaks.texts(len(noisy), llama=llama, llama_mask=llama_mask, clip_l=clip_l):
@@ -187,7 +187,7 @@ def count_real(
 ) -> tuple[int, list[int] | None, Lengths | None]:
     """Return the results of `real_tokens`, and numbers of real tokens with `before` in front of the text."""
     longest, counts = real_tokens(mask)
-    return longest, counts, None if counts is None else lengths_on([before + n for n in counts], device)
+    return longest, counts, None if counts is None else make_lengths([before + n for n in counts], device)
 
 
 def real_tokens(mask: Tensor) -> tuple[int, list[int] | None]:

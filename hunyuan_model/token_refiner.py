@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hunyuan_model.blocks import split_heads
 from hunyuan_model.configs import JointConfig
-from modules.attention.attend import Lengths, attend, lengths_on
+from modules.attention.attend import Lengths, attend, make_lengths
 from modules.devices import numbers_on
 from modules.layers.modulation import add_gated
 from modules.layers.norms import Float32LayerNorm, TwoLayers, in_own_dtype, run_float32
@@ -110,7 +110,7 @@ def refine_tokens(
 ) -> Tensor:
     """Run the blocks on tokens B T C. vector: B C float32. counts: as for `TokenRefiner.forward`."""
     # an empty text keeps one key, because its rows need something to attend to
-    lengths = None if counts is None else lengths_on([max(1, count) for count in counts], x.device)
+    lengths = None if counts is None else make_lengths([max(1, count) for count in counts], x.device)
     for block in blocks:
         x = block(x, vector, lengths, attention)
     return x

@@ -247,7 +247,7 @@ def first_frame_condition(first: Tensor, frames: int) -> Tensor:
     return condition
 
 
-def first_frame_of(batch: Batch, latents: Tensor, spec: LatentSpec) -> Tensor:
+def find_first_frame(batch: Batch, latents: Tensor, spec: LatentSpec) -> Tensor:
     """Return the first frames of a training batch, B C 1 h w in model space.
 
     They come from caches of the frame alone; if these are missing, from `latents`, which is logged once.

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from contract.family import DitSpec, NoiseSpec, count_picture_tokens
-from contract.few_steps import GUIDED, FewSteps, transfer_from
+from contract.few_steps import GUIDED, FewSteps, make_transfer_target
 from contract.rules import ModelRelease
 from qwen_image.configs import LATENT as QWEN_LATENT
 
@@ -16,7 +16,7 @@ KREA_2 = ModelRelease(
 FEW_STEPS = FewSteps(
     "Train on raw (raw.safetensors), whose LoRAs work on Turbo too, or give --training_adapter with a LoRA "
     "that undoes the distillation",
-    targets=(GUIDED, transfer_from("raw", "raw.safetensors")),
+    targets=(GUIDED, make_transfer_target("raw", "raw.safetensors")),
     unless=r"(?<![a-z])raw(?=_|\d|bf|fp|$)",
 )
 PATCH = 2  # latent pixels along each side of a token

@@ -25,7 +25,7 @@ from contract.steps import NO_TWEAKS, Tweaks
 from krea2.configs import DIT, PATCH, Krea2Config, Krea2StreamConfig
 from lumina.blocks import GroupedAttention, Heads, LuminaTokens, serve
 from lumina.model import real_tokens
-from modules.attention.attend import Lengths, SecondText, attend, lengths_on
+from modules.attention.attend import Lengths, SecondText, attend, make_lengths
 from modules.layers.modulation import add_gated, modulate, split_segments
 from modules.layers.norms import CentredNorm, activation_dtype, in_own_dtype, run_float32
 from modules.layers.rope import Grid, GridTable, exact_table, rotate, sinusoid
@@ -334,7 +334,7 @@ class Krea2Model(BlockNetwork):
         layout = Krea2Layout(grid=(0, 0), texts=0, references=grids)
         tokens = Krea2Tokens(
             layout.grid,
-            rotary=self._rotary.of(layout, device),
+            rotary=self._rotary.get_table(layout, device),
             lengths=None,
             time=self.embed_time(times)[:, :, None],
             dtype=dtype,
@@ -379,7 +379,7 @@ class Krea2Model(BlockNetwork):
             texts.append(self._embed_prompt(arguments, num_pictures - num_isolated, dtype))
         x = torch.cat([picture, *(embedded.states for embedded in texts)], dim=1)
         layout = Krea2Layout(grid, x.shape[1] - num_pictures, reference_grids)
-        rotary = self._rotary.of(layout, noisy.device)
+        rotary = self._rotary.get_table(layout, noisy.device)
         first, *seconds = texts
         tokens = Krea2Tokens(
             grid,
@@ -411,8 +411,8 @@ class Krea2Model(BlockNetwork):
         states = arguments["text"][:, :longest]
         text_lengths = lengths = None
         if len(set(counts)) > 1:  # else there is no padding, and attention gets no mask
-            text_lengths = lengths_on(counts, states.device)
-            lengths = lengths_on([before + count for count in counts], states.device)
+            text_lengths = make_lengths(counts, states.device)
+            lengths = make_lengths([before + count for count in counts], states.device)
         return Krea2Text(self.embed_text(states.to(dtype), text_lengths).to(dtype), lengths)
 
     def _embed_times(self, timesteps: Tensor, has_references: bool) -> Tensor:

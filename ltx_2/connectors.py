@@ -118,7 +118,7 @@ def read_connectors(checkpoint: Checkpoint, streams: Collection[str] = STREAMS) 
 
     Raises CheckpointError if the file has none, or is damaged.
     """
-    parts = checkpoint.starting_with(*PARTS)
+    parts = checkpoint.select_by_prefix(*PARTS)
     sources = rename_sources(plain_sources(parts), lambda name: translate_name(name, NAMES))
     if f"{VIDEO}_embeddings_connector.learnable_registers" not in sources:
         raise other_kind(checkpoint, "a file with LTX-2's text connectors", OPTION, FILES)

@@ -27,7 +27,7 @@ from contract.data import (
     split_items,
 )
 from contract.family import Abilities, DitSpec, Family, HearsSound, NoiseSource, NoiseSpec
-from contract.few_steps import GUIDED, FewSteps, transfer_from
+from contract.few_steps import GUIDED, FewSteps, make_transfer_target
 from contract.loading import Placement
 from contract.requests import (
     NO_MEDIA,
@@ -64,11 +64,11 @@ from ltx_2.references import (
     check_references,
     check_sides,
     factor_metadata,
+    make_rules,
     read_pixels,
     read_strengths,
     reference_key,
     references_of,
-    rules_of,
     split_denoised,
     split_sound,
     thin_out,
@@ -113,7 +113,7 @@ class Ltx2(Ltx2Media):
     few_steps: ClassVar = FewSteps(
         "Train on the transformer called dev, whose LoRAs work on the distilled one too, or give "
         "--training_adapter with a LoRA that undoes the distillation",
-        targets=(GUIDED, transfer_from("dev", "ltx-dev.safetensors")),
+        targets=(GUIDED, make_transfer_target("dev", "ltx-dev.safetensors")),
     )
     cache_tag: str = field(default="ltx2", init=False)
     lora_module: str = field(default=LORA[0].network_module, init=False)
@@ -239,7 +239,7 @@ class Ltx2(Ltx2Media):
         velocity, sound_velocity = dit(
             picture if self.files.has_pictures else None,
             picture_times,
-            fps=self._rates_of(cond),
+            fps=self._list_rates(cond),
             sound=sound,
             sound_timesteps=sound_times,
             has_sound=has_sound if isinstance(has_sound, Tensor) else None,
@@ -255,7 +255,7 @@ class Ltx2(Ltx2Media):
             return velocity
         return joint.join(velocity, sound_velocity)
 
-    def _rates_of(self, cond: Conditions) -> float | list[float]:
+    def _list_rates(self, cond: Conditions) -> float | list[float]:
         """Return the frames per second of each sample; the default if the conditions do not say."""
         rates = cond.get(FPS)
         if not isinstance(rates, Tensor):
@@ -294,7 +294,7 @@ class Ltx2(Ltx2Media):
         width, height, frames = size_of(request, self.defaults)
         frames = whole_frames(frames, latent)
         check_size((width, height, frames), latent)
-        references = self._references_for(request)
+        references = self._settle_references(request)
         least = 2 * latent.pixel_step
         if min(width, height) < least and self.version == "2.0":
             raise OptionError(
@@ -310,7 +310,7 @@ class Ltx2(Ltx2Media):
             flow_shift=flow_shift,
             usual_negative=NEGATIVE_PROMPT,
         )
-        joint = self._joint_of(prepared)
+        joint = self._make_joint(prepared)
         if self.drive_video is not None and joint is None:
             raise OptionError(
                 f"--drive_video {self.drive_video}: a single picture has no sound. Make it longer"
@@ -318,7 +318,7 @@ class Ltx2(Ltx2Media):
         prepared = replace(
             prepared,
             joint=joint,
-            rules=self._guidance_for(request),
+            rules=self._settle_guidance(request),
             solver=SOLVER if prepared.solver == "euler" else prepared.solver,
             family_record=references,
             own_metadata=self._output_metadata(references),
@@ -341,7 +341,7 @@ class Ltx2(Ltx2Media):
         if self.drive_video is not None:
             check_opens("drive_video", self.drive_video, is_image=False)
 
-    def _joint_of(self, prepared: Prepared) -> Joint | None:
+    def _make_joint(self, prepared: Prepared) -> Joint | None:
         """Return the joint shape of picture and sound; None if no sound is made, as for a single picture."""
         sound = self.sound
         is_alone = not self.files.has_pictures
@@ -353,7 +353,7 @@ class Ltx2(Ltx2Media):
         picture = (channels, 0 if is_alone else length, rows, columns)
         return Joint(picture, sound.shape(prepared.frames, prepared.fps))
 
-    def _guidance_for(self, request: Request) -> rules.GuidanceRules:
+    def _settle_guidance(self, request: Request) -> rules.GuidanceRules:
         (num_blocks,) = self.block_counts()
         return guidance_rules(
             self.guidance,
@@ -408,7 +408,7 @@ class Ltx2(Ltx2Media):
                     f"--{name} with --ltx2_mode audio: sound alone has no pictures. Leave it out"
                 )
 
-    def _references_for(self, request: Request) -> tuple[Path, ...]:
+    def _settle_references(self, request: Request) -> tuple[Path, ...]:
         """Return the paths of the request's references. Raises OptionError if they cannot be used."""
         names = request.extra.get("reference_video", "").split("\n")
         paths = tuple(to_path("--reference_video", name) for name in names if name)
@@ -559,7 +559,7 @@ def family_for_latent_caching(options: Ltx2LatentCachingOptions) -> Ltx2:
     model = options.model
     log_ignored(model.streams, options, options.vae, options.references)
     files = Ltx2Files(checkpoint=model.ltx2_checkpoint, streams=model.streams).add_vaes(options.vae)
-    return Ltx2(files, references=rules_of(options.references))
+    return Ltx2(files, references=make_rules(options.references))
 
 
 def family_for_text_caching(options: Ltx2TextCachingOptions) -> Ltx2:
@@ -603,7 +603,7 @@ def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
 def _training_references(options: Ltx2TrainingOptions) -> rules.ReferenceRules:
     dropped = 1 - options.ic_lora_ref_probability
     edits = dropped > 0 or "v2v" in (options.lora_target_preset, options.ic_lora_strategy)
-    return replace(rules_of(options.references), dropped=dropped, edits=edits)
+    return replace(make_rules(options.references), dropped=dropped, edits=edits)
 
 
 def family_for_generation(options: Ltx2GenerationOptions) -> Ltx2:
@@ -616,7 +616,7 @@ def family_for_generation(options: Ltx2GenerationOptions) -> Ltx2:
         image_crf=options.image_crf,
         drive_video=options.drive_video,
         stages=two_stages(options.stages),
-        references=None if options.ic_lora_strategy == "none" else rules_of(options.references),
+        references=None if options.ic_lora_strategy == "none" else make_rules(options.references),
         reference_strength=options.references.strength,
         reference_attention=options.references.attention,
     )

@@ -358,7 +358,7 @@ class LtxModel(nn.Module):
         tables = self._rotary[inputs.names, by_time]
         if inputs.names is SOUND:
             _, _, length, _ = latents.shape
-            return tables.of((Places(width, (length,), by_time=by_time),), latents.device)
+            return tables.get_table((Places(width, (length,), by_time=by_time),), latents.device)
         places_of = partial(Places, width, fps=_distinct_rates(fps), by_time=by_time)
         places = []
         for reference in inputs.references.latents:
@@ -366,7 +366,7 @@ class LtxModel(nn.Module):
             factors = (size_factor, inputs.references.time)
             places.append(places_of(tuple(reference.shape[2:]), factors=factors))
         places.append(places_of(tuple(latents.shape[2:])))
-        return tables.of(tuple(places), latents.device)
+        return tables.get_table(tuple(places), latents.device)
 
     def _check(self, latents: dict[StreamNames, Tensor], texts: dict[StreamNames, Tensor | None]) -> None:
         if not latents:

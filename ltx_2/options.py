@@ -157,7 +157,7 @@ class Ltx2TextCachingOptions(Options, title=NAME):
     def text_dtype(self) -> str | None:
         """Return the dtype of the text encoder by name. Raises OptionError if two are asked for."""
         mixed = DTYPES.get(self.mixed_precision)
-        return _one_of("text_encoder_dtype", self.text.text_encoder_dtype, mixed)
+        return _choose_value("text_encoder_dtype", self.text.text_encoder_dtype, mixed)
 
     def __post_init__(self) -> None:
         _ = self.text_dtype
@@ -389,7 +389,7 @@ def settle_generation(shared: T, own_options: Ltx2GenerationOptions) -> tuple[T,
         is_default = name == "fps" and values[name] == FPS
         shared_value = None if is_default else values[name]
         other_value = getattr(own_options, other_name)
-        value = _one_of(name, shared_value, other_value, other_name)
+        value = _choose_value(name, shared_value, other_value, other_name)
         if value is not None:
             changes[name] = value
         if other_value is not None:
@@ -408,7 +408,7 @@ def settle_generation(shared: T, own_options: Ltx2GenerationOptions) -> tuple[T,
     if own_options.output_name is not None:
         changes["name_start"] = own_options.output_name
     mixed = DTYPES.get(own_options.mixed_precision or "")
-    dtype = _one_of("dit_dtype", own_options.dit_dtype, mixed)
+    dtype = _choose_value("dit_dtype", own_options.dit_dtype, mixed)
     own_options = override_options(own_options, {"dit_dtype": dtype})
     return override_options(shared, changes), own_options
 
@@ -428,7 +428,7 @@ def _chosen_kernels(values: Mapping[str, Any], own_options: Ltx2GenerationOption
     return kernels
 
 
-def _one_of(name: str, ours: Any, theirs: Any, other_name: str = "mixed_precision") -> Any:
+def _choose_value(name: str, ours: Any, theirs: Any, other_name: str = "mixed_precision") -> Any:
     """Return the one value of two that is given; None if neither is. Raises OptionError if both are given and
     differ.
     """

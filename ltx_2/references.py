@@ -277,7 +277,7 @@ def check_sides(width: int, height: int, rules: ReferenceRules) -> None:
         )
 
 
-def factors_of(loras: Sequence[Path]) -> dict[str, int]:
+def read_factors(loras: Sequence[Path]) -> dict[str, int]:
     """Return the reference factors and frame limit in the metadata of LoRAs, by option of generation.
 
     Raises OptionError if values differ, or one is not a whole number.
@@ -313,7 +313,7 @@ def _read_factor(path: Path, metadata: Mapping[str, str], names: Sequence[str]) 
 
 def settle_factors(options: Ltx2GivenReferences, loras: Sequence[Path]) -> Ltx2GivenReferences:
     """Fill reference factors that are not given from the metadata of LoRAs."""
-    factors = factors_of(loras)
+    factors = read_factors(loras)
     if not factors and options.paths and options.reference_downscale is None:
         logger.info(
             "no LoRA records how much smaller its references were: --reference_downscale counts, or 1"
@@ -328,7 +328,7 @@ def settle_factors(options: Ltx2GivenReferences, loras: Sequence[Path]) -> Ltx2G
     return options
 
 
-def rules_of(options: Ltx2ReferenceOptions | Ltx2GivenReferences) -> ReferenceRules:
+def make_rules(options: Ltx2ReferenceOptions | Ltx2GivenReferences) -> ReferenceRules:
     return ReferenceRules(
         MOST,
         LATENT.pixel_step,

@@ -23,7 +23,7 @@ from contract.family import NoiseSource
 from contract.requests import Prepared
 from contract.rules import AS_PLAIN
 from contract.steps import Section
-from ltx_2.references import factors_of, split_sound
+from ltx_2.references import read_factors, split_sound
 from ltx_2.stage_options import Ltx2OfficialStages, Ltx2StageOptions
 from ltx_2.upscaler import SPATIAL, TEMPORAL, UpscalerGrowth, factors, is_upscaler, load_upscaler
 from modules.errors import OptionError
@@ -191,7 +191,7 @@ def keep_for_first_stage(shared: Any, own_options: Any) -> tuple[Any, Any]:
     patterns = shared.lora_patterns
     uses = zip(shared.lora.lora_weight or (), shared.lora.multipliers(), strict=True)
     for path, strength in uses:
-        loras = first_stage if factors_of([path]) else both_stages
+        loras = first_stage if read_factors([path]) else both_stages
         loras.append((path, strength))
     if not first_stage:
         return shared, own_options

@@ -104,7 +104,7 @@ class _NestedLevel(NamedTuple):
     is_second: bool  # of its level: the resampling in the encoder, the residual blocks in the decoder
 
 
-def _level_of(match: re.Match[str]) -> _NestedLevel:
+def _read_level(match: re.Match[str]) -> _NestedLevel:
     """Return the level of a name that `_LEVEL` matches."""
     number, resampling, _ = match.groups()
     half = match[0][:7]
@@ -119,14 +119,14 @@ def _level_of(match: re.Match[str]) -> _NestedLevel:
 def _flat_names(names: Iterable[str]) -> Callable[[str], str]:
     """Translate diffusers' names: a level's resampling comes first in the decoder, last in the encoder."""
     matches = [_LEVEL.fullmatch(name) for name in names]
-    levels = sorted({_level_of(match) for match in matches if match})
+    levels = sorted({_read_level(match) for match in matches if match})
 
     def translate(name: str) -> str:
         match = _LEVEL.fullmatch(name)
         if match is None:
             return name
         _, resampling, name_end = match.groups()
-        level = _level_of(match)
+        level = _read_level(match)
         index = [other for other in levels if other.half == level.half].index(level)
         direction = "down" if level.half == "encoder" else "up"
         start = f"{level.half}.{direction}_blocks.{index}"

@@ -56,7 +56,7 @@ class LuminaTokens:
         """Return the index of the first token of the latents to learn, the first token of `grid`."""
         return 0
 
-    def of(self, kept: Tensor, num_left_out: int) -> Self:
+    def select(self, kept: Tensor, num_left_out: int) -> Self:
         """Return the inputs for some tokens of x. kept: B K, positions of the kept tokens, ascending; only
         picture tokens are left out.
         """

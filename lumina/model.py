@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from contract.steps import NO_TWEAKS, Tweaks
 from lumina.blocks import JointTransformerBlock, LuminaFinalLayer, LuminaTokens, TimeEmbedding
 from lumina.configs import DIT, LuminaConfig
-from modules.attention.attend import Lengths, SecondText, lengths_on
+from modules.attention.attend import Lengths, SecondText, make_lengths
 from modules.devices import send_ahead
 from modules.layers.norms import RMSNorm, activation_dtype, in_own_dtype
 from modules.layers.rope import GridTable, angles_at, on_grid, turns
@@ -184,10 +184,10 @@ class LuminaModel(BlockNetwork):
         longest = self.count_tokens(longest_rows)
         equal = len(set(counts)) == 1
         layout = TokenLayout(grid, counts[:1] if equal else counts, longest)
-        rotary = self._rotary.of(layout, caption.device)
+        rotary = self._rotary.get_table(layout, caption.device)
 
         def lengths_behind(before: int) -> Lengths | None:
-            return None if equal else lengths_on([before + count for count in counts], caption.device)
+            return None if equal else make_lengths([before + count for count in counts], caption.device)
 
         image = self.count_tokens(grid[0] * grid[1])
         both = tokens_of(rotary=rotary, lengths=lengths_behind(image))

@@ -45,7 +45,7 @@ TEACHER_ROWS: Mapping[str, Rows] = {
 }
 
 
-def marks_of(task: str, teacher: str | None, caption: str, shown: Sequence[str]) -> dict[str, str]:
+def make_marks(task: str, teacher: str | None, caption: str, shown: Sequence[str]) -> dict[str, str]:
     """Return the metadata of a text cache. shown: content hashes of what the encoder saw with the caption."""
     presented = json.dumps({"task": task, "teacher": teacher, "caption": caption, "shown": list(shown)})
     return {

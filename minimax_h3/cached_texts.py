@@ -19,7 +19,7 @@ from contract.family import EncoderAbilities
 from contract.requests import Prompt
 from contract.rules import ShownMedium
 from encoders.language_encoder import LanguageModelEncoder, LanguageUse
-from minimax_h3.cache_marks import KEY, TAGS, TEACHER_ROWS, check_marks, marks_of
+from minimax_h3.cache_marks import KEY, TAGS, TEACHER_ROWS, check_marks, make_marks
 from minimax_h3.cached_references import ReferenceSizes, reference_of
 from minimax_h3.configs import LATENT
 from minimax_h3.files import BLANK, H3_USE, H3Files, H3TextEncoder
@@ -109,7 +109,7 @@ class H3CachingEncoder(H3TextEncoder):
         self.variable_length = self.variable_length | set(rows)
 
     def cache_metadata(self, caption: str, shown: Sequence[str]) -> Mapping[str, str]:
-        return marks_of(self.task, self.teacher, caption, shown)
+        return make_marks(self.task, self.teacher, caption, shown)
 
     def check_metadata(self, path: Path, metadata: Mapping[str, str]) -> None:
         check_marks(path, metadata, self.task)
@@ -199,7 +199,7 @@ def _keyframes(prompt: Prompt) -> list[Tensor]:
 
 
 @functools.cache  # a use is a key, by its identity
-def _use_with(blank: str) -> LanguageUse:
+def _make_use(blank: str) -> LanguageUse:
     """Return the settings of the text encoder for an empty prompt that is written as `blank`."""
     return H3_USE if blank == BLANK else replace(H3_USE, blank=blank)
 
@@ -217,7 +217,7 @@ class H3CachingFiles(H3Files):
 
     @property
     def text_use(self) -> LanguageUse:  # type: ignore[override]
-        return _use_with(self.blank)
+        return _make_use(self.blank)
 
     def language_model(self) -> LanguageModelEncoder:
         encoder = super().language_model()

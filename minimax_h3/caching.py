@@ -216,7 +216,7 @@ def encode_target(vae: H3VideoVae, pixels: Tensor, owner: int | str) -> Tensor:
     return vae.normalise(sample_posterior(moments, [posterior_generator(owner)], LOG_VARIANCES))
 
 
-def caching_of(options: H3LatentCachingOptions) -> H3Caching:
+def make_caching(options: H3LatentCachingOptions) -> H3Caching:
     return H3Caching(
         options.task or TEXT_ALONE,
         seed=SEED if options.cache_seed is None else options.cache_seed,

@@ -193,7 +193,7 @@ def _stacks(checkpoint: Checkpoint, header: DitHeader[H3Config]) -> dict[str, Ca
 
 
 @functools.cache
-def format_of(layout: str | None = None) -> DitFormat[H3Config, H3Model]:
+def make_format(layout: str | None = None) -> DitFormat[H3Config, H3Model]:
     """Return the description by which transformer files are read. layout: see `read_header`."""
     return DitFormat(
         functools.partial(read_header, layout=layout),
@@ -206,5 +206,5 @@ def format_of(layout: str | None = None) -> DitFormat[H3Config, H3Model]:
     )
 
 
-FORMAT = format_of()
+FORMAT = make_format()
 read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMAT.load

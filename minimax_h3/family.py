@@ -38,7 +38,7 @@ from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 from encoders.files import OneTransformer
 from minimax_h3.cache_marks import KEY, TAGS, TEXTS_AGAIN, check_texts, read_probe
 from minimax_h3.cached_texts import files_of_texts
-from minimax_h3.caching import H3Caching, caching_of, encode_target
+from minimax_h3.caching import H3Caching, encode_target, make_caching
 from minimax_h3.conditions import (
     CONTROL_INDICES,
     FIRST,
@@ -81,7 +81,7 @@ from minimax_h3.references import (
     PictureSource,
     check_video_length,
     keyframe_sources,
-    media_of,
+    read_media,
     reference_clip,
     reference_picture,
     whole_clip,
@@ -329,9 +329,9 @@ class MiniMaxH3(OneTransformer):
             )
             request = replace(request, negative_prompt=None)
         request = keep_usable_media(request, USABLE, f"{NAME} takes frames and references of its own options")
-        media = media_of(request)
+        media = read_media(request)
         self._check_media(request, media)
-        width, height, frames = self._size_of(request, media)
+        width, height, frames = self._settle_size(request, media)
         self._check_frames(frames)
         if media.one_frame is not None and frames != 1:
             raise OptionError(
@@ -368,7 +368,7 @@ class MiniMaxH3(OneTransformer):
             prepared,
             prompts={0: _with_presentation(prepared, media, sources)},
             family_record=H3Request(media, sources),
-            own_metadata=_metadata_of(media),
+            own_metadata=_describe_media(media),
             joint=Joint((channels, length, rows, columns), self.sound.shape(frames, FPS)),
             sound_shift=_shift_of_sound(request, self.noise) / flow_shift,
         )
@@ -413,7 +413,7 @@ class MiniMaxH3(OneTransformer):
             if reference.kind == VIDEO:
                 check_video_length(reference.path, self.any_length)
 
-    def _size_of(self, request: Request, media: H3Media) -> tuple[int, int, int]:
+    def _settle_size(self, request: Request, media: H3Media) -> tuple[int, int, int]:
         """Return width, height and frames. Without a size they are those of the first keyframe."""
         width, height, frames = size_of(request, self.defaults)
         is_adaptive = request.width is None and request.height is None
@@ -449,7 +449,7 @@ class MiniMaxH3(OneTransformer):
         keys = [key for key, path in ((FIRST, media.first), (LAST, media.last)) if path is not None]
         keys += [control_key(number) for number in range(len(media.controls))]
         for key, source in zip(keys, prepared.family_record.sources.keyframes, strict=True):
-            conditions[key] = encode_condition(encoders.vae, _clip_of(source.read().unsqueeze(0)))
+            conditions[key] = encode_condition(encoders.vae, _make_clip(source.read().unsqueeze(0)))
         if media.one_frame is not None:
             conditions[TARGET_INDEX] = torch.tensor([media.one_frame.target_index or 0])
             indices = media.one_frame.control_indices or (0,) * len(media.controls)
@@ -467,7 +467,7 @@ class MiniMaxH3(OneTransformer):
             frames = source.read()
             frames = frames.unsqueeze(0) if reference.kind == IMAGE else whole_clip(frames)
             conditions[reference_key(number, reference.kind)] = encode_condition(
-                encoders.vae, _clip_of(frames)
+                encoders.vae, _make_clip(frames)
             )
         sounds = {}
         for number, reference in enumerate(references):
@@ -515,7 +515,7 @@ class MiniMaxH3(OneTransformer):
         yield from encoders.vae.decode(latents)
 
 
-def _clip_of(frames: Tensor) -> Tensor:
+def _make_clip(frames: Tensor) -> Tensor:
     """Convert pixels, F H W 3 uint8, to the VAE's input, 1 3 F H W."""
     return byte_clips(frames.unsqueeze(0))
 
@@ -535,7 +535,7 @@ def _with_presentation(prepared: Prepared, media: H3Media, sources: H3Sources) -
     return replace(prompts, positive=positive)
 
 
-def _metadata_of(media: H3Media) -> dict[str, str]:
+def _describe_media(media: H3Media) -> dict[str, str]:
     """Return the metadata that name the media from which a clip was made."""
     names = {"first_frame": media.first, "last_frame": media.last}
     metadata = {name: path.name for name, path in names.items() if path is not None}
@@ -556,7 +556,7 @@ def _shift_of_sound(request: Request, noise: NoiseSpec) -> float:
 
 def family_for_latent_caching(options: H3LatentCachingOptions) -> MiniMaxH3:
     """Describe the family for minimax_h3_cache_latents.py."""
-    caching = caching_of(options)
+    caching = make_caching(options)
     return MiniMaxH3(H3Files(task=caching.task).add_vaes(options.vae), caching=caching)
 
 

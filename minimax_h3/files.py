@@ -25,7 +25,7 @@ from encoders.text_encoder import TextTokenizer, TokenizerSource, check_ids, wei
 from minimax_h3.cache_marks import KEY, TAGS
 from minimax_h3.configs import LATENT
 from minimax_h3.dit_checkpoints import FORMAT as FORMAT  # files.py has both in every family's folder
-from minimax_h3.dit_checkpoints import find_task, format_of
+from minimax_h3.dit_checkpoints import find_task, make_format
 from minimax_h3.dit_checkpoints import identify as identify
 from minimax_h3.options import FPS, H3ModelOptions, H3TextOptions, H3VaeOptions
 from minimax_h3.presentation import (
@@ -140,7 +140,7 @@ class H3TextEncoder(LanguageModelEncoder):
         pads = [pad for pad in PADS if tokenizer.number(pad) in tokens.ids]
         if pads:
             raise MediaError(f"{pads[0]} stands for a picture. Leave it out of the prompt: {prompt.text}")
-        ids, tags = self._tokens_of(shown.pieces, tokenizer)
+        ids, tags = self._list_tokens(shown.pieces, tokenizer)
         in_front = len(ids)
         ids += tokens.ids
         tags += [TEXT_TAG] * len(tokens.ids)
@@ -157,7 +157,7 @@ class H3TextEncoder(LanguageModelEncoder):
         weights = weights_of(self.write(prompt), tokens.places)
         return self.weigh(conditions, [1.0] * in_front + weights)
 
-    def _tokens_of(
+    def _list_tokens(
         self, pieces: Sequence[PresentedPiece], tokenizer: TextTokenizer
     ) -> tuple[list[int], list[int]]:
         """Return the tokens of the media in front of a prompt, and the tag of each token."""
@@ -201,7 +201,7 @@ class H3Files(LanguageModelFiles):
 
     @property
     def format(self) -> DitFormat[Any, Any]:  # type: ignore[override]
-        return format_of(self.qkv_layout)
+        return make_format(self.qkv_layout)
 
     def add_vaes(self, options: H3VaeOptions) -> Self:
         return replace(self.add_vae(options.file), audio_vae=options.audio_vae)

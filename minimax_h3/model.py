@@ -353,7 +353,7 @@ class H3Model(nn.Module):
         tokens = H3Tokens(
             grid,
             sound=segments[1].tokens,
-            rotary=self._rotary.of((places, num_text), noisy.device),
+            rotary=self._rotary.get_table((places, num_text), noisy.device),
             times=self._embed_times(list(levels.values()), noisy.device),
             slots=tuple(KINDS * segment.time + segment.kind for segment in segments),
             starts=tuple(accumulate(segment.tokens for segment in segments[:-1])),

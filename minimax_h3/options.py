@@ -40,6 +40,7 @@ from modules.speed_options import (
     fp8_text_option,
     text_form,
 )
+from running.ways.composing import passes_option
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -373,9 +374,10 @@ def settle_generation(shared: T, own_options: H3GenerationOptions) -> tuple[T, H
     options: Any = shared
     request = options.request
     check_guidance(request.guidance_scale, "--guidance_scale")
-    if options.speed.cfg_parallel:
+    shares_passes = passes_option(options.speed)
+    if shares_passes:
         raise OptionError(
-            "--cfg_parallel shares the passes with and without the prompt among processes, and "
+            f"{shares_passes} shares the passes with and without the prompt among processes, and "
             f"{NAME} has one pass for each step. Use --context_parallel: processes share the tokens"
         )
     if options.guidance.nag.is_on:

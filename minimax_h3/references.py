@@ -96,7 +96,7 @@ class H3Media:
 # what a request names
 
 
-def media_of(request: Request) -> H3Media:
+def read_media(request: Request) -> H3Media:
     """Return the media of a request. Raises OptionError if they contradict each other or cannot be used."""
     first, last = _keyframes(request)
     texts = _lines(request, CONDITION_IMAGES)
@@ -212,10 +212,10 @@ def _references_in_line(request: Request) -> Iterator[H3Reference]:
             f'{where} has no "references". Give a list that has them: [{{"type": "image", "path": ...}}]'
         )
     for entry in entries:
-        yield _reference_in(where, path, entry)
+        yield _read_reference(where, path, entry)
 
 
-def _reference_in(where: str, file: Path, entry: Any) -> H3Reference:
+def _read_reference(where: str, file: Path, entry: Any) -> H3Reference:
     """Read one reference of a dataset's line. A null for the sound of a video leaves the sound out."""
     if not isinstance(entry, dict) or not isinstance(entry.get("path"), str) or not entry["path"]:
         raise OptionError(f'{where}: each of "references" needs a file. Give it as "path"')
@@ -238,7 +238,7 @@ def _reference_in(where: str, file: Path, entry: Any) -> H3Reference:
 def _reference(where: str, text: str, fields: Mapping[str, str]) -> H3Reference:
     """Make a reference. fields: its kind, unless the suffix tells it, and the sound file of a video."""
     path = to_path(where, text)
-    kind = fields.get(FIELDS[0]) or _kind_of(path)
+    kind = fields.get(FIELDS[0]) or _find_kind(path)
     if kind not in KINDS:
         raise OptionError(f"{where}: type {kind!r} is unknown. Give image, video or audio")
     sound = fields.get(FIELDS[1])
@@ -258,7 +258,7 @@ def _reference(where: str, text: str, fields: Mapping[str, str]) -> H3Reference:
     return H3Reference(VIDEO, path, path if has_sound else None)
 
 
-def _kind_of(path: Path) -> str:
+def _find_kind(path: Path) -> str:
     if path.suffix.lower() in SOUND_SUFFIXES:
         return AUDIO
     return IMAGE if is_still(path) else VIDEO

@@ -83,15 +83,15 @@ def _tensor(tensors: Conditions, key: str) -> Tensor:
 
 def teacher_rows(batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
     """Return states and tags of the text that a teacher reads. Raises CacheError if there are none."""
-    return teacher_texts(batch, _conditions_of(batch.view))
+    return teacher_texts(batch, _name_conditions(batch.view))
 
 
 def teacher_key(view: str) -> str:
     """Return the name in caches of the states that a teacher reads. view: as `Batch.view`."""
-    return TEACHER_ROWS[_conditions_of(view)].states
+    return TEACHER_ROWS[_name_conditions(view)].states
 
 
-def _conditions_of(view: str) -> str:
+def _name_conditions(view: str) -> str:
     """Return the value of --h3_teacher_conditions that names a view."""
     return next(name for name, known in VIEWS.items() if known == view)
 
@@ -132,7 +132,7 @@ def _require(batch: Batch, task: str, keys: list[str], names: tuple[str, ...]) -
     if not has_enough and missing and (batch.view or not keys):
         taker = f"--task {task}"
         if batch.view:
-            taker = f"teacher matching with {_conditions_of(batch.view)}"
+            taker = f"teacher matching with {_name_conditions(batch.view)}"
         task_of_cache = "fl2va" if names == (FIRST, LAST) else "ref2va"
         raise CacheError(
             f"{batch.keys[0]}: its cache has no {' and no '.join(missing)}, which {taker} needs. Cache again "

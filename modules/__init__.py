@@ -38,7 +38,7 @@ run_limits: where `run` may write, and what it sends
 screen: whether this machine has a screen to look at
 script_words: words of the command that name a script
 seeds: seeds for independent random streams, derived from names and numbers
-speed_options: options of attention, fp8, block swap, VAE, plan
+speed_options: options of attention, fp8, VAE, text encoders
 template_process: the program that renders one chat template
 text_encodings: guess the encoding of a file not in UTF-8
 text_files: text files that a user names, read safely

@@ -40,17 +40,6 @@ MOST_DIGITS = 10  # of such a number
 PLAIN_IN_POWERSHELL = re.compile(r"[\w./\\:=+-]+")
 _REMEDY = "Unset it, or start several processes with accelerate launch or torchrun"
 LAUNCH = "accelerate launch --multi_gpu --num_processes N"
-# what accelerate's launcher sets -> what it then asks for, and the option here that does it
-_SHARD, _CONTEXT = "--shard_base, which splits the model", "--context_parallel N, which splits the tokens"
-OTHER_SPLITS = {
-    "ACCELERATE_USE_DEEPSPEED": ("DeepSpeed", _SHARD),
-    "ACCELERATE_USE_FSDP": ("accelerate's FSDP", _SHARD),
-    "ACCELERATE_USE_MEGATRON_LM": ("Megatron-LM (tensor and pipeline parallelism)", _SHARD),
-    "PARALLELISM_CONFIG_TP_SIZE": ("tensor parallelism", _SHARD),
-    "PARALLELISM_CONFIG_CP_SIZE": ("accelerate's context parallelism (ring attention)", _CONTEXT),
-    "PARALLELISM_CONFIG_SP_SIZE": ("DeepSpeed's sequence parallelism", _CONTEXT),
-    "ACCELERATE_USE_PARALLELISM_CONFIG": ("a parallelism config", f"{_SHARD}, or {_CONTEXT}"),
-}
 
 
 def start_logging(level: int = logging.INFO) -> None:
@@ -252,22 +241,6 @@ def _check_launcher() -> None:
             raise OptionError(
                 f"the environment has {rank}={of} and {count}={all_of}: processes are numbered from 0. "
                 f"{_REMEDY}, which set both"
-            )
-
-
-def refuse_other_splits() -> None:
-    """Raise OptionError if accelerate's launcher is configured to split the model by itself.
-
-    accelerate splits a model that a script hands to it. The loops here never do, so nothing would be split.
-    """
-    for variable, (name, ours) in OTHER_SPLITS.items():
-        value = os.environ.get(variable, "0").lower()
-        least = 1 if "_USE_" in variable else 2
-        if value in {"true", "yes", "y", "t", "on"} or (value.isdecimal() and int(value) >= least):
-            raise OptionError(
-                f"accelerate launch asks for {name} ({variable}={os.environ[variable]}): the loops here "
-                f"never hand it the model. Choose plain multi-GPU ({LAUNCH}, or run accelerate config again) "
-                f"and give {ours} over those processes"
             )
 
 

@@ -182,7 +182,7 @@ def ask_http(
                 start,
                 end,
                 stamp or (version if start else None),  # the rest of a file need not say it again
-                _pieces_of(answer),
+                _read_pieces(answer),
             )
     except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as error:
         # the library lets some through unchanged: redirects to no address, chunks of negative length
@@ -193,7 +193,7 @@ def ask_http(
         raise BrokenTry(f"the {what} ({type(error).__name__})") from None
 
 
-def _pieces_of(answer: "requests.Response") -> Iterator[bytes]:
+def _read_pieces(answer: "requests.Response") -> Iterator[bytes]:
     """Yield the data of an answer as soon as they arrive.
 
     `iter_content` waits until a whole piece is there, for hours if a byte comes every five seconds.

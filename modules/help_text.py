@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from textwrap import wrap
 from typing import Any
 
-from modules.options import refusal_of
+from modules.options import find_refusal
 
 SCREEN = 66  # lines; a help of at most so many is shown by -h too
 FEWEST = 5  # options that make a short help
@@ -29,7 +29,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text = action.help or ""
-        default = "" if "default" in text.lower() else _default_of(action)
+        default = "" if "default" in text.lower() else _describe_default(action)
         return f"{text} (default: {default.replace('%', '%%')})" if default else text
 
 
@@ -41,13 +41,13 @@ def full_help(parser: argparse.ArgumentParser) -> str:
     groups = sorted(parser._action_groups, key=_rank)
     for group in groups:
         formatter.start_section(group.title)  # shown if there is something in it
-        formatter.add_arguments([action for action in group._group_actions if not refusal_of(action)])
+        formatter.add_arguments([action for action in group._group_actions if not find_refusal(action)])
         formatter.end_section()
     refused: dict[str, list[str]] = {}  # reason -> flags
     unneeded: dict[str, list[str]] = {}
     for group in groups:
         for action in group._group_actions:
-            refusal = refusal_of(action)
+            refusal = find_refusal(action)
             if refusal is None:
                 continue
             flags = "/".join(action.option_strings)
@@ -74,7 +74,7 @@ def help_as_json(parser: argparse.ArgumentParser) -> str:
     options = []
     for group in sorted(parser._action_groups, key=_rank):
         for action in group._group_actions:
-            if action.option_strings and action.dest != "help" and not refusal_of(action):
+            if action.option_strings and action.dest != "help" and not find_refusal(action):
                 options.append(_describe(action, group.title or ""))
     return json.dumps(options)
 
@@ -82,7 +82,7 @@ def help_as_json(parser: argparse.ArgumentParser) -> str:
 def _describe(action: argparse.Action, group: str) -> dict[str, Any]:
     kinds: dict[Any, str] = {None: "text", str: "text", int: "whole", float: "number"}
     is_switch = action.nargs == 0
-    default = str(action.default).lower() if is_switch else _default_of(action)
+    default = str(action.default).lower() if is_switch else _describe_default(action)
     return {
         "name": action.dest,
         "flags": action.option_strings,
@@ -106,7 +106,7 @@ def _by_reason(flags_by_reason: Iterable[tuple[str, list[str]]], width: int) -> 
 
 def short_help(parser: argparse.ArgumentParser) -> str:
     """Return one screen: much used options, then how many more there are; all if they are few."""
-    actions = [action for action in parser._actions if not refusal_of(action)]
+    actions = [action for action in parser._actions if not find_refusal(action)]
     often = [action for action in actions if action.required or getattr(action, "often", False)]
     full = parser.format_help()
     if len(often) < FEWEST or full.count("\n") <= SCREEN:
@@ -142,7 +142,7 @@ def _in_short(
     if is_long:
         text += f": {', '.join(names)}"
     match = re.search(r"\bdefault:? ([^;]+)", help_text)
-    default = _default_of(action) if match is None else match[1]
+    default = _describe_default(action) if match is None else match[1]
     if default and "default" not in text:
         text += f" (default: {default})"
     return wrap(
@@ -161,14 +161,14 @@ def _first_clauses(text: str) -> str:
     return first
 
 
-def _default_of(action: argparse.Action) -> str:
+def _describe_default(action: argparse.Action) -> str:
     """Return an option's default as a user would type it; empty if it is not a value, or a long one."""
     default = action.default
     if isinstance(default, (list, tuple)):
         default = " ".join(map(str, default))
     if isinstance(default, float) and float(f"{default:g}") == default:
         default = f"{default:g}"
-    if default in (None, "", argparse.SUPPRESS) or isinstance(default, bool) or refusal_of(action):
+    if default in (None, "", argparse.SUPPRESS) or isinstance(default, bool) or find_refusal(action):
         return ""
     return str(default) if len(str(default)) <= LONGEST_DEFAULT else ""
 

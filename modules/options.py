@@ -46,7 +46,7 @@ NO_PIXELS = {"record": "nothing"}  # nothing: it changes no pixel
 OF_SAMPLES = {"acts_on": "samples"}  # of a training: it acts on its samples alone
 OF_REFERENCES = {"of_references": True}  # in a generation it does something only to reference pictures
 OF_TYPING = {"typing": True}  # no value of an option: equal records may differ in it
-# What a value reaches outside of the program; a `place` says it of most paths (`reach_of`).
+# What a value reaches outside of the program; a `place` says it of most paths (`find_reach`).
 # docs/new_and_run.md lists what of it a folder of somebody else may use.
 WRITES = {"reach": "writes"}  # something is written there; in `run` only below its folders
 APPENDS = {"reach": "appends"}  # likewise, at the end of what is there: from a file only to a log
@@ -180,7 +180,7 @@ class Refusal(NamedTuple):
     settings: Mapping[str, Any]  # of `add_argument`
 
 
-def refusal_of(action: argparse.Action) -> Refusal | None:
+def find_refusal(action: argparse.Action) -> Refusal | None:
     return vars(action).get("refusal")
 
 
@@ -314,7 +314,7 @@ def _check_facts(record: Any, field: "dataclasses.Field[Any]") -> None:
     value = getattr(record, field.name)
     if value is None or facts.get("declared") is None:
         return
-    hint = _hint_of(facts)
+    hint = _find_hint(facts)
     option = f"--{option_name(field)}"
     for number in value if isinstance(value, tuple) else (value,):
         _check_limits(option, number, facts, hint)
@@ -327,14 +327,14 @@ def _check_facts(record: Any, field: "dataclasses.Field[Any]") -> None:
         _warn_of_ignored(record, field)
 
 
-def _hint_of(facts: Mapping[str, Any]) -> str:
+def _find_hint(facts: Mapping[str, Any]) -> str:
     return f" ({facts['hint']})" if facts.get("hint", "") else ""
 
 
 def _hint_of_relations(facts: Mapping[str, Any]) -> str:
     """Return the end of messages on options that go together; a hint is about the value if it has limits."""
     is_of_value = "one_of" in facts or any(fact in facts for fact in _LIMITS)
-    return "" if is_of_value else _hint_of(facts)
+    return "" if is_of_value else _find_hint(facts)
 
 
 def _check_limits(option: str, number: Any, facts: Mapping[str, Any], hint: str) -> None:
@@ -440,7 +440,7 @@ def _names_of_given(record: Any, names: Collection[str]) -> list[str]:
     return [name for name in given if getattr(record, fields[name].name) not in off[name]]
 
 
-def reach_of(facts: Mapping[str, Any]) -> str:
+def find_reach(facts: Mapping[str, Any]) -> str:
     """Return the effect of an option beyond this program, such as "writes" or "sends"; "" if it has none."""
     return str(facts.get("reach", "writes" if facts.get("place") in MADE_PLACES else ""))
 
@@ -448,7 +448,7 @@ def reach_of(facts: Mapping[str, Any]) -> str:
 def _check_reach(record: Any, field: "dataclasses.Field[Any]") -> None:
     """Raise OptionError if an option has effects that a run of somebody else's folder must not have."""
     value = getattr(record, field.name)
-    reach = reach_of(field.metadata)
+    reach = find_reach(field.metadata)
     name = option_name(field)
     if reach in ("writes", "appends"):
         for path in _paths(value):
@@ -594,13 +594,13 @@ def options_with(cls: type, fact: str, value: Any) -> tuple[str, ...]:
     return tuple(name for name, facts in facts_of(cls).items() if facts.get(fact) == value)
 
 
-def given_with(record: Any, fact: Mapping[str, Any]) -> tuple[str, ...]:
+def list_given_with(record: Any, fact: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the public names of a record's given options with a fact, nested records included."""
     names: list[str] = []
     for field in dataclasses.fields(record):
         value = getattr(record, field.name)
         if dataclasses.is_dataclass(value):
-            names += given_with(value, fact)
+            names += list_given_with(value, fact)
         elif field.metadata.items() >= fact.items() and is_given(record, field):
             names.append(option_name(field))
     return tuple(names)

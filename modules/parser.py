@@ -32,12 +32,12 @@ from modules.options import (
     Options,
     Refusal,
     default_of,
+    find_reach,
+    find_refusal,
     hints_of,
     option_name,
-    reach_of,
     read_options,
     record_of,
-    refusal_of,
 )
 from modules.paths import path_exists
 
@@ -253,7 +253,7 @@ class Parser(argparse.ArgumentParser):
         """Exit with code 2, without the list of all options."""
         if message.startswith(_MISSING):
             missing = message.removeprefix(_MISSING).split(", ")
-            message = "\n  ".join(f"{name} is missing{self._help_of(name)}" for name in missing)
+            message = "\n  ".join(f"{name} is missing{self._quote_help(name)}" for name in missing)
         else:
             message = message.replace("\n", "\\n")
         message = plain_message(message, sys.argv)
@@ -262,7 +262,7 @@ class Parser(argparse.ArgumentParser):
         shown = self.prog if script is None else as_typed(["python", script.as_posix()])
         self.exit(2, f"{self.prog}: error: {message}\n{shown} --help lists all options\n")
 
-    def _help_of(self, name: str) -> str:
+    def _quote_help(self, name: str) -> str:
         """Return ": " and the help of an option, as argparse's message names it; "" if it has none."""
         for action in self._actions:
             names = {"/".join(action.option_strings), action.metavar, action.dest}
@@ -486,7 +486,7 @@ def _add_field(
         return
     action = _add_option(group, name, hint, default=default, declared=declared, settings=settings)
     action.is_secret = "secret" in field.metadata  # type: ignore[attr-defined]
-    action.reach = reach_of(field.metadata)  # type: ignore[attr-defined]
+    action.reach = find_reach(field.metadata)  # type: ignore[attr-defined]
     action.stays = field.metadata.get("stays", ())  # type: ignore[attr-defined]
     if name in changes.refused:
         action.refusal = Refusal(  # type: ignore[attr-defined]
@@ -562,7 +562,7 @@ def _add_option(
 def refuse_unsupported(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Raise OptionError if an option that is refused is used; say which are not needed."""
     for action in parser._actions:
-        refusal = refusal_of(action)
+        refusal = find_refusal(action)
         value = getattr(args, action.dest, action.default)
         if refusal is None or value in (action.default, *refusal.values):
             continue

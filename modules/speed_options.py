@@ -5,16 +5,14 @@ Training has one flag for each back end of attention and other names for fp8 tha
 
 import argparse
 import dataclasses
-import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from modules.compile_options import GenerationCompileOptions, TrainingCompileOptions
 from modules.errors import OptionError
-from modules.option_values import MEMORY, FillIn, show_number
-from modules.options import FREE, HABIT, NO_PIXELS, SETTING, Options, not_needed, option, option_name
+from modules.option_values import FillIn, show_number
+from modules.options import HABIT, Options, option, option_name
 
 VAE_TILE = 256  # pixels, as --vae_tiling in the known tuners
 LEAST_TILE, MOST_TILE, TILE_STEP = 32, 16384, 16
@@ -228,6 +226,29 @@ _INT8 = (
 _NF4 = "keep the linear layers of the model's blocks in 4 bits (nf4): a quarter of bf16's memory, less exact"
 
 
+@dataclass(frozen=True)
+class BaseForm:
+    """A form in which frozen weights can be kept; its arithmetic is in `checkpoints/stored/`."""
+
+    name: str  # of its file there
+    switches: tuple[str, ...]  # options of a training that ask for it; in generation --fp8 is --fp8_base
+    rounds_in_one_way: bool = True  # so layers of a file that are in it are those that rounding would make
+
+
+# in the order of their sizes
+BASE_FORMS = (
+    BaseForm("fp8", ("fp8_base", "fp8_scaled"), rounds_in_one_way=False),
+    BaseForm("int8", ("convrot_int8",)),
+    BaseForm("nf4", ("nf4_base",)),
+)
+# options of a generation that take the place of --fp8_scaled: --fp8 rounds to fp8 too, the others do not
+TO_OTHER_FORMS = {name for form in BASE_FORMS if form.rounds_in_one_way for name in form.switches}
+IN_PLACE_OF_SCALED = {"fp8", *TO_OTHER_FORMS}
+# for a line of advice with fp8 that is not enough
+SMALL_FORMS = "; in place of fp8 --convrot_int8 is as small, --nf4_base (in generation --nf4) half of it"
+SMALLER_WEIGHTS = "fp8 or nf4"  # in advice
+
+
 class TrainingFp8Options(Options):
     """How training stores the frozen model."""
 
@@ -262,6 +283,17 @@ class TrainingFp8Options(Options):
         kind = "rows" if self.fp8_scaled else "cast"
         return Quantisation(kind, float32_scales=self.upcast_quantization, fp8_matmul=self.fp8_fast)
 
+    def say_for_generation(self) -> dict[str, bool]:
+        """Return the options of generation for the same form, by flag: a LoRA learned to correct it."""
+        return {
+            "--fp8": self.fp8_base and not self.fp8_scaled,
+            "--fp8_scaled": self.fp8_scaled,
+            "--fp8_fast": self.fp8_fast,
+            "--upcast_quantization": self.fp8_scaled and self.upcast_quantization,
+            "--convrot_int8": self.convrot_int8,
+            "--nf4": self.nf4_base,
+        }
+
 
 class GenerationFp8Options(Options):
     """How generation stores the model."""
@@ -292,230 +324,4 @@ class GenerationFp8Options(Options):
         return Quantisation("cast", fp8_matmul=self.fp8_fast) if self.fp8 else None
 
 
-AUTO = "auto"
 SLOTS = 2  # slots of a list of blocks on the device: for the block that computes and for the next one
-
-
-def number_or_auto(text: str) -> int | str:
-    """Parse the value of --blocks_to_swap. Raises ArgumentTypeError if it is neither."""
-    if text.strip().lower() == AUTO:
-        return AUTO
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is neither a number of blocks nor {AUTO}. Give one of them"
-        ) from None
-
-
-class SwapOptions(Options):
-    """How much of the transformer stays in host memory."""
-
-    # None and 0: none. `AUTO`: as many as memory requires
-    blocks_to_swap: int | str | None = option(
-        "keep that many of the transformer's blocks in host memory and copy each to the device before it "
-        "runs; a number, or auto; at most all but one. Exact, and costs little time if a block computes "
-        "longer than its copy takes",
-        type=number_or_auto,
-        metavar="N",
-        least=0,
-        off=(0,),
-        often=True,
-    )
-    img_in_txt_in_offloading: bool = option(
-        "keep the weights of the input layers in host memory except while they run: saves little memory, "
-        "costs little time"
-    )
-    block_swap_ring_size: int = option(
-        "how many swapped blocks are on the device at a time, including the one that computes; they count "
-        "towards the blocks that --blocks_to_swap leaves there. More than 2 help if copies take unevenly "
-        "long",
-        default=SLOTS,
-        least=SLOTS,
-        only_with="blocks_to_swap",
-        hint="one block computes while the next one is copied",
-    )
-    use_pinned_memory_for_block_swap = not_needed(
-        "for a CUDA device swapped blocks always wait in pinned memory"
-    )
-    block_swap_h2d_only = not_needed("frozen weights are copied to the device only, never back")
-
-    @property
-    def is_auto(self) -> bool:
-        """Return whether the number of blocks is not chosen yet; choose it with `dataclasses.replace`."""
-        return self.blocks_to_swap == AUTO
-
-    @property
-    def number(self) -> int:
-        """Return the number of blocks to swap. Raises OptionError if it is not chosen yet."""
-        if isinstance(self.blocks_to_swap, str):
-            raise OptionError(
-                "--blocks_to_swap auto: the number of blocks is not chosen yet. Give one, such as 20"
-            )
-        return self.blocks_to_swap or 0
-
-
-class ShardingOptions(Options):
-    """What processes share: the weights of the transformer, the tokens of a clip."""
-
-    shard_base: bool = option(
-        "with several processes (accelerate launch --multi_gpu --num_processes N): each keeps a part of "
-        "every block of the transformer, frozen or trained, and of large text encoders, and gathers a block "
-        "when it runs. Embeddings, LoRAs and the VAE are in every process",
-    )
-    context_parallel: int = option(
-        "of the processes, N share the tokens of each clip: each has a part of the tokens between attention, "
-        "and all tokens of a part of the heads in it. 1: none",
-        default=1,
-        least=1,
-        metavar="N",
-        facts=SETTING,
-    )
-
-    @property
-    def shared_by(self) -> tuple[str, ...]:
-        """Return the options by which processes share something, as a user would type them."""
-        shared = f"--context_parallel {self.context_parallel}"
-        uses = {"--shard_base": self.shard_base, shared: self.context_parallel > 1}
-        return tuple(name for name, is_given in uses.items() if is_given)
-
-    def groups_of(self, processes: int, passes: int = 1) -> int:
-        """Return the number of groups of processes that have micro-batches of their own.
-
-        passes: processes that share the passes of a step. Raises OptionError if they cannot be grouped so.
-        """
-        peers = self.context_parallel * passes
-        if processes % peers:
-            raise OptionError(
-                f"--context_parallel {self.context_parallel}: {processes} processes make no groups of "
-                f"{peers}. Start a multiple of {peers}: accelerate launch --multi_gpu --num_processes {peers}"
-            )
-        return processes // peers
-
-    def refuse_swapping(self, swap: SwapOptions) -> None:
-        """Raise OptionError if blocks would be swapped too, with --shard_base."""
-        uses = {
-            f"--blocks_to_swap {swap.blocks_to_swap}": bool(swap.blocks_to_swap),
-            "--img_in_txt_in_offloading": swap.img_in_txt_in_offloading,
-        }
-        for name, is_given in uses.items():
-            if is_given:
-                raise OptionError(
-                    f"--shard_base and {name} both say where the weights wait: in the other processes, or in "
-                    "host memory. Give one of them; fp8 and more processes save memory together with "
-                    "--shard_base"
-                )
-
-
-def cards_or_size(text: str) -> str:
-    """Parse the value of --plan, GIB or NxGIB. Raises ArgumentTypeError if it is neither."""
-    match = re.fullmatch(rf"([1-9][0-9]{{0,3}}x(?=.*[1-9]))?{MEMORY}", text.strip(), re.IGNORECASE)
-    if match is None:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no memory of cards. Give the GiB of one, such as 24; 2x24 for two; or nothing "
-            "for the card of this machine"
-        )
-    return f"{match[1] or ''}{match[2]}".lower()
-
-
-class PlanOptions(Options):
-    """Whether to plan only, and for which cards."""
-
-    plan: str | None = option(  # 0: this machine's card; None: run
-        "print the predicted peak of device and host memory by part, and exit; GIB: for a card of that size; "
-        "2xGIB: the ways to use two of them, and the cheapest that fits",
-        type=cards_or_size,
-        nargs="?",
-        const="0",
-        metavar="GIB",
-        often=True,
-    )
-
-    @property
-    def is_planning(self) -> bool:
-        return self.plan is not None
-
-    @property
-    def cards(self) -> tuple[int, float]:
-        """Return the number of cards to plan for and the GiB of each; 0 GiB: those of this machine's card."""
-        count, _, size = (self.plan or "0").rpartition("x")
-        return int(count or 1), float(size)
-
-
-_READ_IN_PIECES = not_needed("safetensors files are read in pieces, never mapped")
-
-
-class TrainingSpeedOptions(Options, title="memory and speed"):
-    """Speed and memory options of training."""
-
-    attention: TrainingAttentionOptions = option(facts=FREE)
-    fp8: TrainingFp8Options = option(facts=HABIT)
-    swap: SwapOptions = option(facts=FREE)
-    sharding: ShardingOptions = option(facts=FREE)
-    compilation: TrainingCompileOptions
-    disable_numpy_memmap = _READ_IN_PIECES
-    plan: PlanOptions = option(facts=FREE)
-
-    def __post_init__(self) -> None:
-        if self.sharding.shard_base:
-            self.sharding.refuse_swapping(self.swap)
-
-
-class GenerationSpeedOptions(Options, title="memory and speed"):
-    """Speed and memory options of generation."""
-
-    attention: GenerationAttentionOptions
-    fp16_accumulation: bool = option(
-        "accumulate fp16 matrix products in fp16: faster on some GPUs, less exact"
-    )
-    fp8: GenerationFp8Options
-    swap: SwapOptions = option(facts=NO_PIXELS)  # equal to the bit
-    sharding: ShardingOptions = option(facts=NO_PIXELS)  # likewise
-    cfg_parallel: bool = option(
-        "with several processes (accelerate launch --multi_gpu --num_processes N): they share the passes of "
-        "each step, such as the one with the prompt and the one with the negative prompt. Each has the whole "
-        "transformer, or with --shard_base a part of it",
-    )
-    compilation: GenerationCompileOptions
-    disable_numpy_memmap = _READ_IN_PIECES
-    plan: PlanOptions = option(facts=NO_PIXELS)
-    by_preset: tuple[str, ...] = option(default=(), facts=NO_PIXELS)  # what --optimized has turned on
-    not_by_preset: tuple[str, ...] = option(default=(), facts=NO_PIXELS)  # what is given instead
-
-    def __post_init__(self) -> None:
-        if self.sharding.shard_base:
-            self.sharding.refuse_swapping(self.swap)
-
-    @property
-    def shared_by(self) -> tuple[str, ...]:
-        return (*self.sharding.shared_by, *(["--cfg_parallel"] if self.cfg_parallel else []))
-
-
-Speed = TypeVar("Speed", TrainingSpeedOptions, GenerationSpeedOptions)
-
-
-def say_for_generation(speed: TrainingSpeedOptions) -> dict[str, Any]:
-    """Return the options of generation that keep the model as a training did, by flag.
-
-    The form of the weights is that of the training, whose LoRA learned to correct it.
-    """
-    fp8, swap = speed.fp8, speed.swap
-    mode = speed.attention.choice.mode
-    ring = swap.block_swap_ring_size
-    return {
-        "--attn_mode": None if mode == SDPA.mode else flag_of(mode, training=False).split()[1],
-        "--fp8": fp8.fp8_base and not fp8.fp8_scaled,
-        "--fp8_scaled": fp8.fp8_scaled,
-        "--fp8_fast": fp8.fp8_fast,
-        "--upcast_quantization": fp8.fp8_scaled and fp8.upcast_quantization,
-        "--convrot_int8": fp8.convrot_int8,
-        "--nf4": fp8.nf4_base,
-        "--blocks_to_swap": swap.blocks_to_swap or None,
-        "--img_in_txt_in_offloading": swap.img_in_txt_in_offloading,
-        "--block_swap_ring_size": None if ring == SLOTS else ring,
-        "--shard_base": speed.sharding.shard_base,
-    }
-
-
-def set_blocks_to_swap(speed: Speed, blocks: int) -> Speed:
-    return replace(speed, swap=replace(speed.swap, blocks_to_swap=blocks))

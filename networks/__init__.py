@@ -21,7 +21,7 @@ flux_extract_lora: command: a LoRA from a fine-tuned FLUX.1 or Chroma
 flux_merge_lora: command: merge LoRAs of FLUX.1 or Chroma
 fused_rows: rows of fused weights, stacked or interleaved by head
 formats: names of the files that a training saves
-key_formats: dialects of tensor names: recognise, bring into ours
+key_formats: bring files of any dialect under our names
 kinds/: each kind of network: LoRA, DoRA, LoHa, LoKr, OFT, T-LoRA
 leftovers: what a LoRA file holds that is not used
 loading: read LoRA files of any dialect, with strength and patterns
@@ -40,9 +40,13 @@ own_modules: networks of `--network_module networks.lora` and the like
 parts: LoRAs of split fused weights: split and join
 patterns: regular expressions for names of modules, with dots or underscores
 rank_masks: which ranks act, by the noise of each sample
+resize_lora: command: fewer ranks for a LoRA
+resize_options: options of this command
+resizing: the best factors of a smaller rank
 rewriting: arrangements of other programs into usual ones
 rounding: merged weights in 16 bits, nearest or at random
 sdxl_merge_lora: command: merge LoRAs of Stable Diffusion checkpoints
+tensor_names: dialects: what stands before and behind modules' paths
 text_loras: LoRAs of text encoders, put into them
 tool_options: options to merge, convert, average and extract LoRAs
 use_options: options to add LoRAs to a model

@@ -21,7 +21,7 @@ from networks.alphas import without_alphas
 from networks.baking import OTHER_KINDS, Baked, Baking, bake
 from networks.deltas import Factors, add_missing_alphas, group_by_module, ungroup
 from networks.formats import TARGETS
-from networks.key_formats import NETWORKS, can_be_for, dialect_in_words
+from networks.key_formats import can_be_for
 from networks.kinds import KINDS
 from networks.kinds.composing import MAGNITUDES, is_rotating, kind_of_files
 from networks.loading import LoraFile, read_lora, warn_of_other_expert
@@ -38,6 +38,7 @@ from networks.names.layouts import (
 )
 from networks.parts import fuse
 from networks.rank_masks import rule_of
+from networks.tensor_names import NETWORKS, dialect_in_words
 from networks.tool_options import (
     ComfyConvertOptions,
     ConvertOptions,

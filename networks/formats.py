@@ -148,8 +148,10 @@ def _note_strength(
     """Add alpha / rank of the written modules to `strengths`, by rank; None: it was not folded."""
     if strength is None:
         return
+    from networks.tensor_names import PEFT_ENDS  # likewise
+
     for name, tensor in written.items():
-        if name.endswith("lora_A.weight"):
+        if name.endswith(PEFT_ENDS[DOWN]):
             strengths.setdefault(len(tensor), set()).add(strength)
 
 

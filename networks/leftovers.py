@@ -5,9 +5,9 @@ from collections.abc import Callable, Collection, Iterable
 from typing import NamedTuple
 
 from networks import module_names
-from networks.key_formats import bare_path
 from networks.names.layouts import OF_CLIP, OF_LANGUAGE_MODEL, OF_T5, OURS, FamilyNames
 from networks.names.texts import TEXT_PROJECTION
+from networks.tensor_names import strip_starts
 
 # if nothing better is known
 NOT_KNOWN = (
@@ -41,7 +41,7 @@ def kind_of_tensor(family: FamilyNames | None, key: str) -> UnusedKind:
     family: of the LoRA.
     """
     leaf = next((leaf for leaf in _LEAVES if key.endswith(leaf)), "")
-    path = bare_path(_IN_PEFT.sub("", key.removesuffix(leaf)))
+    path = strip_starts(_IN_PEFT.sub("", key.removesuffix(leaf))).path
     name = path.replace(".", "_")
     our_name = name if family is None else module_names.alias(name, family)
     side = module_names.on_text_side(our_name)

@@ -49,6 +49,7 @@ from networks.names.layouts import FOLDED, FOR_BOTH, OURS, TRAINED_FOR, TRAINED_
 from networks.parts import mend_split_alphas, stack_rows
 from networks.patterns import describe_unfit, in_any_spelling
 from networks.rank_masks import rule_of
+from networks.tensor_names import dialect_in_words
 from networks.use_options import UNTYPED, LoraPatternOptions
 
 logger = getLogger(__name__)
@@ -366,7 +367,7 @@ def _part_in_words(
     of_texts = f" and {num_texts} of text encoders" if num_texts else ""
     words = [
         f"{count_of(len(group_by_module(native.tensors)), 'module')}{of_texts}",
-        key_formats.dialect_in_words(native.dialect),
+        dialect_in_words(native.dialect),
     ]
     if alphas.words:
         words.append(alphas.words)

@@ -29,7 +29,7 @@ from networks import tool_options
 from networks.apply import LoraPatch
 from networks.deltas import CPU, DOWN, LORA, UP, Factors, group_by_module, hollow, strength
 from networks.fused_rows import with_stacked_rows
-from networks.key_formats import NETWORKS, families_of
+from networks.key_formats import families_of
 from networks.loading import LoraFile, LoraUse, lora_uses, read_lora
 from networks.lora_network import prefix_of
 from networks.metadata import add_hashes
@@ -37,6 +37,7 @@ from networks.module_names import family_named, read_family
 from networks.names.layouts import FIRST_LAYERS, TRAINED_ON, FamilyNames
 from networks.rank_masks import rule_of
 from networks.rounding import LoraRounding
+from networks.tensor_names import NETWORKS
 from networks.text_loras import WholePatch, for_encoders, is_whole, uses_for
 from networks.tool_options import FluxMergeOptions, MergeOptions, WholeMergeOptions
 from networks.use_options import NEAREST

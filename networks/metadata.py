@@ -153,6 +153,7 @@ def _describe_part(checkpoint: Checkpoint, names: list[str], part: str | None) -
     names: of its tensors. part: the expert, if the file has a LoRA for each.
     """
     from networks import key_formats  # only for LoRAs
+    from networks.tensor_names import dialect_in_words
 
     trained_family = read_family(checkpoint.metadata)
     hint = None if trained_family is None else trained_family.name
@@ -167,7 +168,7 @@ def _describe_part(checkpoint: Checkpoint, names: list[str], part: str | None) -
     if not families and hint is not None:
         families = [hint]
     model = f" for {' or '.join(families)}" if families else ""
-    dialect = key_formats.dialect_in_words(native.dialect)
+    dialect = dialect_in_words(native.dialect)
     alphas = _stored_alphas(checkpoint, names) | _alphas_of_settings(checkpoint, native, part)
     kinds = _kinds_in_words(modules)
     words = [

@@ -1,11 +1,10 @@
 """Look up modules by their names in LoRA files, in our layout and others (`networks.names`)."""
 
-import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 from contract.families import read_names
 from networks.names.layouts import BEFORE_REST, REST, SWAPPED, TRAINED_ON, FamilyNames, WeightPart
@@ -36,7 +35,7 @@ def choose_family(names: Iterable[str], hint: str | None = None) -> FamilyNames 
 def _count_modules(names: Iterable[str], family: FamilyNames) -> int:
     """Return the number of names that are a family's modules, not only aliases."""
     modules = _tables(family).ours
-    return sum(modules.find(name) is not None for name in names)
+    return sum(modules.first(name) is not None for name in names)
 
 
 def _families_knowing(names: Sequence[str], hint: str | None) -> list[FamilyNames]:
@@ -201,12 +200,11 @@ def module_path(name: str, family: FamilyNames) -> str | None:
     stacked in another layout gets its path there.
     """
     tables = _tables(family)
-    return tables.ours.find(name) or (tables.renamed.find(name) if family.joined else None)
+    return _find(tables.ours, name) or (_find(tables.renamed, name) if family.joined else None)
 
 
-@cache
 def is_optional(name: str, family: FamilyNames) -> bool:
-    return _Table((path, path) for path in family.optional).find(name) is not None
+    return _tables(family).optional.first(name) is not None
 
 
 @cache
@@ -227,24 +225,24 @@ def is_unprefixed(path: str) -> bool:
 
 def alias(name: str, family: FamilyNames) -> str:
     """Return our underscored name for a name of another layout; other names are unchanged."""
-    path = _tables(family).foreign.find(name)
+    path = _find(_tables(family).foreign, name)
     return name if path is None else path.replace(".", "_")
 
 
 def to_alias(name: str, family: FamilyNames) -> str:
     """Return another layout's underscored name for a name of ours; other names are unchanged."""
-    path = _tables(family).to_foreign.find(name)
+    path = _find(_tables(family).to_foreign, name)
     return name if path is None else path.replace(".", "_")
 
 
 def is_stacked(name: str, family: FamilyNames) -> bool:
     """Return whether a module of ours is among those that another layout of the family stacks."""
-    return any(_template(part.theirs).fullmatch(name) for part in family.joined)
+    return _tables(family).stacked.first(name) is not None
 
 
 def has_module(name: str, family: FamilyNames) -> bool:
     tables = _tables(family)
-    return any(table.find(name) is not None for table in (tables.ours, tables.foreign, tables.cut))
+    return any(table.first(name) is not None for table in (tables.ours, tables.foreign, tables.cut))
 
 
 def is_name(name: str, dotted: bool = False) -> bool:
@@ -300,22 +298,29 @@ def relatives(name: str, family: FamilyNames | None = None) -> tuple[Relative, .
     A name may be ours in one family and another layout's in another family: both give relatives.
     """
     distinct: dict[tuple[str, int | None, bool], Relative] = {}  # families share names and parts
-    families = FAMILIES if family is None else [family]
-    for part in itertools.chain.from_iterable(map(_all_parts, families)):
-        directions = (
-            (part.ours, part.theirs, True),
-            (part.theirs, part.ours, False),
-        )
-        for path, relative_path, is_part in directions:
-            match = _template(path).fullmatch(name)
-            if match is None:
-                continue
-            relative_name = relative_path.replace("{n}", match["n"]).replace(".", "_")
-            if relative_name == name and part.index is None:
-                continue  # the same in both layouts
-            relative = Relative(relative_name, part, is_part)
-            distinct.setdefault((relative_name, part.index, is_part), relative)
+    for template, number in _relations(family).all(name):
+        relative = replace(template, name=template.name.replace("{n}", number).replace(".", "_"))
+        if relative.name == name and relative.part.index is None:
+            continue  # the same in both layouts
+        distinct.setdefault((relative.name, relative.part.index, relative.is_part), relative)
     return tuple(distinct.values())
+
+
+@cache
+def _relations(family: FamilyNames | None) -> "_Table[Relative]":
+    """Return the relatives of modules in a family, or in all, with `{n}` for the number in their names."""
+    pairs: list[tuple[str, Relative]] = []
+    for each in FAMILIES if family is None else (family,):
+        parts = [*each.parts, *each.joined]
+        if parts:  # an alias may be the name of another family's module
+            foreign = {
+                path.replace(".", "_") for other in FAMILIES if other is not each for path in other.modules
+            }
+            parts += [WeightPart(*pair) for pair in each.aliases if pair[0].replace(".", "_") in foreign]
+        for part in parts:
+            pairs.append((part.ours, Relative(part.theirs, part, is_part=True)))
+            pairs.append((part.theirs, Relative(part.ours, part, is_part=False)))
+    return _Table(pairs)
 
 
 class PartPath(NamedTuple):
@@ -331,86 +336,56 @@ def parts_of(name: str, family: FamilyNames) -> list[PartPath]:
 
     Of a module that the other layout stacks, they are ours.
     """
-    parts: list[PartPath] = []
-    for part in (*family.parts, *family.joined):
-        match = _template(part.ours).fullmatch(name)
-        if match is not None:
-            parts.append(PartPath(part.theirs.replace("{n}", match["n"]), part))
+    found = _tables(family).parts.all(name)
+    parts = [PartPath(part.theirs.replace("{n}", number), part) for part, number in found]
     from_end = {REST: 101, BEFORE_REST: 100}
-
-    def place(placed: PartPath) -> int:
-        index = placed.part.index or 0
-        return from_end.get(index, index)
-
-    return sorted(parts, key=place)
+    return sorted(parts, key=lambda placed: from_end.get(placed.part.index or 0, placed.part.index or 0))
 
 
 def part_path(name: str, family: FamilyNames) -> str | None:
     """Return the path of a module that is part of one of ours: `transformer_blocks.0.attn.to_q`."""
-    for part in family.parts:
-        match = None if part.index is None else _template(part.theirs).fullmatch(name)
-        if match is not None:
-            return part.theirs.replace("{n}", match["n"])
-    return None
+    return _find(_tables(family).split, name)
 
 
-@cache
-def _all_parts(family: FamilyNames) -> tuple[WeightPart, ...]:
-    """Return the parts of a family's modules, with aliases that are names of other families' modules."""
-    foreign: set[str] = set()
-    for foreign_family in FAMILIES:
-        if foreign_family is not family:
-            foreign.update(path.replace(".", "_") for path in foreign_family.modules)
-    parts = [*family.parts, *family.joined]
-    if parts:
-        for theirs, ours in family.aliases:
-            if theirs.replace(".", "_") in foreign:
-                parts.append(WeightPart(theirs, ours))
-    return tuple(parts)
+Entry = TypeVar("Entry")
 
 
-@cache
-def _template(path: str) -> re.Pattern[str]:
-    """Return the expression for the underscored names of a path with `{n}`; its group `n` is the number."""
-    before, _, after = path.replace(".", "_").partition("{n}")
-    number = r"(?P<n>\d+)" if "{n}" in path else "(?P<n>)"
-    return re.compile(re.escape(before) + number + re.escape(after))
+class _Found(NamedTuple, Generic[Entry]):
+    """What a table has for a name, and the number in the name."""
+
+    entry: Entry
+    number: str  # "" if its template has none
 
 
-class _Meaning(NamedTuple):
-    """What a name in a table means, and its number."""
-
-    path: str  # with `{n}`
-    number: str  # "" if there is none
-
-
-class _Table:
-    """Finds templates by underscored names: `blocks_0_ffn_0` fits `blocks.{n}.ffn.0`.
+class _Table(Generic[Entry]):
+    """Entries for underscored names that fit templates: `blocks_0_ffn_0` fits `blocks.{n}.ffn.0`.
 
     A dictionary rather than a pattern, because the families have thousands of templates together.
     """
 
-    def __init__(self, pairs: Iterable[tuple[str, str]]) -> None:
-        """pairs: (template, its meaning, with the same number); the first of equal ones counts."""
-        self._places: dict[str, tuple[int, str]] = {}
-        for place, (template, target) in enumerate(pairs):
-            self._places.setdefault(template.replace(".", "_"), (place, target))
+    def __init__(self, pairs: Iterable[tuple[str, Entry]]) -> None:
+        """pairs: (template, its entry), in order of precedence."""
+        self._entries: dict[str, list[tuple[int, Entry]]] = {}
+        for place, (template, entry) in enumerate(pairs):
+            self._entries.setdefault(template.replace(".", "_"), []).append((place, entry))
 
-    def find(self, name: str) -> str | None:
-        """Return the meaning of a name with its number; None for unknown names."""
-        meaning = self.place(name)
-        return None if meaning is None else meaning.path.replace("{n}", meaning.number)
-
-    def place(self, name: str) -> _Meaning | None:
-        """Return the meaning and the number of a name; None for unknown names."""
-        best: tuple[int, str] | None = None
-        number = ""
+    def all(self, name: str) -> list[_Found[Entry]]:
+        """Return all entries for a name, in the table's order."""
+        placed: list[tuple[int, _Found[Entry]]] = []
         for template in _templates(name):
-            entry = self._places.get(template.text)
-            if entry is not None and (best is None or entry[0] < best[0]):
-                best = entry
-                number = template.number
-        return None if best is None else _Meaning(best[1], number)
+            for place, entry in self._entries.get(template.text, ()):
+                placed.append((place, _Found(entry, template.number)))
+        placed.sort(key=lambda pair: pair[0])
+        return [found for _, found in placed]
+
+    def first(self, name: str) -> _Found[Entry] | None:
+        return next(iter(self.all(name)), None)
+
+
+def _find(table: _Table[str], name: str) -> str | None:
+    """Return the path in a table of paths, with the number of the name; None for unknown names."""
+    found = table.first(name)
+    return None if found is None else found.entry.replace("{n}", found.number)
 
 
 class _Template(NamedTuple):
@@ -432,11 +407,15 @@ def _templates(name: str) -> tuple[_Template, ...]:
 class _Tables(NamedTuple):
     """A family's modules by names in several layouts."""
 
-    ours: _Table  # under our names
-    foreign: _Table  # under aliases -> ours
-    to_foreign: _Table
-    renamed: _Table  # whole modules of another layout -> ours; joined ones -> themselves
-    cut: _Table  # parts with some rows of a module -> ours
+    ours: _Table[str]  # under our names
+    foreign: _Table[str]  # under aliases -> ours
+    to_foreign: _Table[str]
+    renamed: _Table[str]  # whole modules of another layout -> ours; joined ones -> themselves
+    cut: _Table[str]  # parts with some rows of a module -> ours
+    split: _Table[str]  # parts of another layout that are no renamed modules -> themselves
+    stacked: _Table[str]  # ours that another layout stacks -> the stacked one
+    parts: _Table[WeightPart]  # modules that another layout splits, or stacks, -> each part
+    optional: _Table[str]
 
 
 @cache
@@ -447,13 +426,16 @@ def _tables(family: FamilyNames) -> _Tables:
     paths = [*family.modules, *(ours for _, ours in parameters)]
     renamed = [(part.theirs, part.ours) for part in family.parts if part.index in (None, SWAPPED)]
     joined = [(part.ours, part.ours) for part in family.joined]
-    cut = [(part.theirs, part.ours) for part in family.parts if part.index not in (None, SWAPPED)]
     return _Tables(
         ours=_Table((path, path) for path in paths),
         foreign=_Table(aliases),
         to_foreign=_Table((ours, theirs) for theirs, ours in aliases),
         renamed=_Table([*renamed, *joined]),
-        cut=_Table(cut),
+        cut=_Table((part.theirs, part.ours) for part in family.parts if part.index not in (None, SWAPPED)),
+        split=_Table((part.theirs, part.theirs) for part in family.parts if part.index is not None),
+        stacked=_Table((part.theirs, part.ours) for part in family.joined),
+        parts=_Table((part.ours, part) for part in (*family.parts, *family.joined)),
+        optional=_Table((path, path) for path in family.optional),
     )
 
 
@@ -468,11 +450,11 @@ class _TensorPlace(NamedTuple):
 def _place(name: str, family: FamilyNames) -> _TensorPlace | None:
     """Return the place of an underscored name in any layout; None if the family has no such name."""
     tables = _tables(family)
-    module = tables.ours.place(name) or tables.foreign.place(name) or tables.renamed.place(name)
-    if module is not None:
-        return _TensorPlace(module.path, module.number, is_cut=False)
-    part = tables.cut.place(name)
-    return None if part is None else _TensorPlace(part.path, part.number, is_cut=True)
+    for table in (tables.ours, tables.foreign, tables.renamed, tables.cut):
+        found = table.first(name)
+        if found is not None:
+            return _TensorPlace(found.entry, found.number, is_cut=table is tables.cut)
+    return None
 
 
 def diffusers_path(name: str, family: FamilyNames) -> str | None:
@@ -483,33 +465,32 @@ def diffusers_path(name: str, family: FamilyNames) -> str | None:
     path = module_path(name, family)
     if path is None or family.is_as_in_diffusers:
         return path
-    return _tables(family).to_foreign.find(name) or path
+    return _find(_tables(family).to_foreign, name) or path
 
 
 @cache
-def _places(family: FamilyNames | None) -> _Table:
-    """Return the places of modules, "list.number of the block.place in it", by underscored names.
+def _numbering(family: FamilyNames | None) -> _Table[tuple[int, int]]:
+    """Return the places of modules, (list, place in a block), by underscored names.
 
     Those of a transformer begin with `lora_unet_`.
     """
     numbered = list(TEXTS_NUMBERED)
     if family is not None:
         numbered += [(f"lora_unet_{start}", endings) for start, endings in family.numbered]
-    pairs: list[tuple[str, str]] = []
+    pairs: list[tuple[str, tuple[int, int]]] = []
     for index, (start, endings) in enumerate(numbered):
-        block = "{n}" if "{n}" in start else "0"
-        for place, ending in enumerate(endings.split()):
-            pairs.append((start + ending, f"{index}.{block}.{place}"))
+        pairs += [(start + ending, (index, place)) for place, ending in enumerate(endings.split())]
     return _Table(pairs)
 
 
 def number_modules(names: Iterable[str], family: FamilyNames | None) -> list[str] | None:
     """Sort names of modules with our prefixes as known trainers do; None if their order is unknown."""
-    table = _places(family)
-    places: dict[str, tuple[int, ...]] = {}
+    table = _numbering(family)
+    places: dict[str, tuple[int, int, int]] = {}
     for name in names:
-        numbers = table.find(name)
-        if numbers is None:
+        found = table.first(name)
+        if found is None:
             return None
-        places[name] = tuple(map(int, numbers.split(".")))
+        index, place = found.entry
+        places[name] = (index, int(found.number or 0), place)
     return sorted(places, key=lambda name: places[name])

@@ -28,15 +28,15 @@ from networks.deltas import (
     size_of,
     strength,
 )
-from networks.kinds.composing import ENDS, MAGNITUDES, parts_by_rows, usual_key
+from networks.kinds.composing import MAGNITUDES, parts_by_rows
 from networks.module_names import count_parts
+from networks.tensor_names import FACTORS, split_end
 
 _XLABS = re.compile(
     r"(?P<start>(?:.+\.)?)(?P<list>double|single)_blocks\.(?P<n>\d+)\.processor\."
     r"(?P<what>qkv|proj)_lora(?P<stream>[12]?)\.(?P<factor>down|up)\.weight"
 )
 _STREAMS = {"1": "img", "2": "txt"}
-_FACTORS = {"A": DOWN, "B": UP, "down": DOWN, "up": UP}
 # the number behind the factor or behind the module
 _NUMBERED = (
     re.compile(r"(?P<module>.+)\.lora_(?P<factor>A|B|down|up)\.(?P<number>\d+)\.weight"),
@@ -49,7 +49,6 @@ _FUSED_PARTS = {
     "added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
     "kv": ("to_k", "to_v"),
 }
-_FACTOR = re.compile(r"lora(?:_linear_layer)?[._](?P<factor>A|B|down|up)(?![a-z])")
 # a tensor of this name alone counts for all modules without one
 FOR_ALL = ("alpha", "lora_alpha", "network_alpha")
 
@@ -144,10 +143,8 @@ def _fused_layers(keys: Iterable[str]) -> dict[_FusedLayer, dict[str, str]]:
         match = _FUSED.fullmatch(key)
         if match is None:
             continue
-        end = match["end"]
-        factor = None if ".bias" in end else _FACTOR.match(end)
-        part = _usual_end(end) if factor is None else _FACTORS[factor["factor"]]
-        layers.setdefault(_FusedLayer(match["start"], match["layer"]), {})[part] = key
+        _, part = split_end(f".{match['end']}")
+        layers.setdefault(_FusedLayer(match["start"], match["layer"]), {})[part or match["end"]] = key
     return layers
 
 
@@ -178,16 +175,6 @@ def _fit_rows(factors: Factors, height: int) -> bool:
     if MAGNITUDES in factors and not has_input_magnitudes(factors):
         by_rows.add(MAGNITUDES)
     return all(len(factors[part]) == height for part in by_rows)
-
-
-def _usual_end(end: str) -> str:
-    """Return our name for what follows a module in a key: magnitudes and biases have several."""
-    part = ENDS.get(usual_key(f".{end}"))
-    if part is not None:
-        return part
-    match = _FACTOR.match(end)
-    is_bias = match is not None and end.endswith(".bias") and _FACTORS[match["factor"]] == UP
-    return "lora_up.bias" if is_bias else end
 
 
 def _as_column(part: str, tensor: Tensor) -> Tensor:
@@ -247,7 +234,7 @@ def _numbered_factors(keys: Iterable[str]) -> dict[str, dict[int, dict[str, str]
         matches = (pattern.fullmatch(key) for pattern in _NUMBERED)
         match = next((match for match in matches if match is not None), None)
         if match is not None:
-            part = _FACTORS.get(match["factor"], match["factor"])
+            part = "alpha" if match["factor"] == "alpha" else f"{FACTORS[match['factor']]}.weight"
             numbers = modules.setdefault(match["module"], {})
             numbers.setdefault(int(match["number"]), {})[part] = key
     return modules

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from networks import deltas, module_names
 from networks.deltas import DOWN, LORA, SET, UP, Factors, add_missing_alphas
-from networks.key_formats import OTHER
 from networks.kinds import KINDS
 from networks.kinds.composing import MAGNITUDES, OF_MAGNITUDES, is_rotating, kind_with, rotation_of
 from networks.kinds.contract import TranslatedModules
@@ -19,6 +18,7 @@ from networks.module_names import alias, module_path, parts_of, to_alias
 from networks.names.layouts import IN_COMFYUI, IN_DIFFUSERS, OURS, SWAPPED, UNET_IN_DIFFUSERS, FamilyNames
 from networks.names.texts import diffusers_path_of_text
 from networks.parts import fuse, settle_rows
+from networks.tensor_names import MAGNITUDES_END, PEFT_ENDS
 
 logger = getLogger(__name__)
 _UNKNOWN = "no known model has a module with this name"
@@ -66,7 +66,7 @@ def in_dialect(
         remaining[name] = plain[name]
     as_ours = write_modules(
         remaining,
-        OTHER,
+        IN_COMFYUI,
         lambda name, factors: alone(module_path(name, family), factors),
         in_comfyui,
     )
@@ -171,13 +171,13 @@ def _in_diffusers(factors: Factors) -> Form:
     if bias is not None and MAGNITUDES in factors:
         return f"it has a bias together with {OF_MAGNITUDES} magnitudes, which has no form in that dialect"
     if bias is not None:
-        form["lora_B.bias"] = bias
+        form[PEFT_ENDS["lora_up.bias"]] = bias
     if MAGNITUDES in factors:
         magnitudes = factors[MAGNITUDES]
         kernel_axes = magnitudes.ndim - 2
-        form["lora_magnitude_vector"] = magnitudes.flatten()
+        form[MAGNITUDES_END] = magnitudes.flatten()
         if kernel_axes:
-            form["lora_magnitude_vector"] = magnitudes.reshape(1, -1, *[1] * kernel_axes)
+            form[MAGNITUDES_END] = magnitudes.reshape(1, -1, *[1] * kernel_axes)
     return form
 
 
@@ -199,10 +199,10 @@ def _fold(factors: Factors) -> dict[str, Tensor]:
     folded: dict[str, Tensor] = {}
     if DOWN in factors:
         down = factors[DOWN]
-        folded["lora_A.weight"] = (down.float() * root).to(down.dtype)
+        folded[PEFT_ENDS[DOWN]] = (down.float() * root).to(down.dtype)
     if UP in factors:
         up = factors[UP]
-        folded["lora_B.weight"] = (up.float() * math.copysign(root, scale)).to(up.dtype)
+        folded[PEFT_ENDS[UP]] = (up.float() * math.copysign(root, scale)).to(up.dtype)
     return folded
 
 

@@ -83,7 +83,7 @@ def read_chain(tool: str, description: str, argv: Sequence[str] | None = None) -
     """
     if argv is None:
         argv = sys.argv[1:]
-    first, *later_tools = split_at(split_assigned(argv, THEN), THEN)
+    first, *later_tools = split_by_mark(split_assigned(argv, THEN), THEN)
     parser = Parser(description=description)
     before = f"{parser.prog} {THEN}"
     chosen = find_tool(tool)
@@ -144,7 +144,7 @@ def read_named_tools(texts: Sequence[str], option: str) -> NamedTools:
     """
     tools = []
     for text in texts:
-        for words in split_at(split_assigned(split_words(text), THEN), THEN):
+        for words in split_by_mark(split_assigned(split_words(text), THEN), THEN):
             if not words:
                 raise OptionError(
                     f"{option} {text!r}: the name of a tool is missing. Give {tool_names()}, and its options."
@@ -249,7 +249,7 @@ def split_words(text: str) -> list[str]:
         raise OptionError(f"{text}: a quotation mark is not closed. Put one at its end.") from None
 
 
-def split_at(words: Sequence[str], mark: str) -> list[list[str]]:
+def split_by_mark(words: Sequence[str], mark: str) -> list[list[str]]:
     """Cut a list at each `mark`."""
     parts: list[list[str]] = [[]]
     for word in words:

@@ -181,7 +181,7 @@ def run_video(
                 pictures,
                 rate,
                 codec,
-                companions_of=job.source,
+                list_companions=job.source,
                 covers=not hides,
                 tags=tags,
             )

@@ -168,7 +168,7 @@ class PostTools:
         if self._stages is None:
             self._stages = self.load(self.selected.tools, self.selected.labels, self.device)
         rate = Fraction(fps).limit_denominator(1001)
-        clips = results(self._stages, _clip_of(first, None if is_single else rate))
+        clips = results(self._stages, _describe_clip(first, None if is_single else rate))
         numbered = enumerate(chain([first], frames))
         pictures = (Picture(frame, index / rate, 1 / rate) for index, frame in numbered)
         processed = lead_through(self._stages, pictures, clips)
@@ -176,7 +176,7 @@ class PostTools:
         return made, float(clips[-1].rate or fps)
 
 
-def _clip_of(frame: Frame, rate: Fraction | None) -> Clip:
+def _describe_clip(frame: Frame, rate: Fraction | None) -> Clip:
     """Return the facts of a clip that begins with a frame. rate: None for a single frame."""
     height, width = frame.shape[:2]
     return Clip(

@@ -106,7 +106,7 @@ def read_ahead(source: Iterable[T], depth: int = DEPTH) -> Iterator[Iterator[T]]
         yield pipe
     finally:
         pipe.close()
-        _wait_for(thread)
+        _join_thread(thread)
 
 
 @contextmanager
@@ -137,27 +137,27 @@ def write_behind(
         try:
             pipe.put(item)
         except Closed:
-            _wait_for(thread)
+            _join_thread(thread)
             raise (errors[0] if errors else RuntimeError("the writer ended before its items did")) from None
 
     try:
         yield put
     except BaseException:
         pipe.end(StreamStopped())
-        _wait_for(thread)
+        _join_thread(thread)
         raise
     pipe.end()
     try:
-        _wait_for(thread)
+        _join_thread(thread)
     except BaseException:  # Ctrl-C
         pipe.end(StreamStopped())
-        _wait_for(thread, last_wait)
+        _join_thread(thread, last_wait)
         raise
     if errors:
         raise errors[0]
 
 
-def _wait_for(thread: threading.Thread, seconds: float | None = None) -> None:
+def _join_thread(thread: threading.Thread, seconds: float | None = None) -> None:
     waited = 0.0
     while thread.is_alive() and (seconds is None or waited < seconds):
         thread.join(PAUSE)

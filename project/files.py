@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dataset.config import load_dataset_config, with_lengths, with_references
-from dataset.sources.listing import find_sources
+from dataset.listing import find_sources
 from dataset.sources.media_source import LISTED, Fault, MediaSource, list_faults
 from downloads.catalogue import ModelSet
 from downloads.listing import describe_licences, excludes_many, gigabytes, print_lines, total_bytes

@@ -50,7 +50,7 @@ from qwen_image.options import (
     QwenImageTextCachingOptions,
     QwenImageTrainingOptions,
 )
-from qwen_image.references import AS_TRAINED, add_pictures, area_of, fill_size, read_anchor, read_reference
+from qwen_image.references import AS_TRAINED, add_pictures, fill_size, find_area, read_anchor, read_reference
 
 TEXTS_AGAIN = "qwen_image_cache_text_encoder_outputs.py"
 LATENTS_AGAIN = "qwen_image_cache_latents.py"
@@ -152,7 +152,7 @@ class QwenImage(ModelOfPictures):
         fingerprint = cache.encoder.get(use.template_key, use.fingerprint)
         if cache.part == use.name and fingerprint != use.fingerprint:
             raise CacheError(
-                f"{cache.path}: the caption was encoded for {_models_with(fingerprint)}, this training "
+                f"{cache.path}: the caption was encoded for {_name_models_with(fingerprint)}, this training "
                 f"is of {self.called}. Give the same --model_version to {TEXTS_AGAIN} and to the training."
             )
 
@@ -193,7 +193,7 @@ class QwenImage(ModelOfPictures):
         fits = self.edit.resize_control_to_image_size
         target = (prepared.width, prepared.height) if fits else None
         for index, path in enumerate(prepared.request.control_images):
-            frames = read_reference(path, target, area=area_of(self.edit))[None, None]
+            frames = read_reference(path, target, area=find_area(self.edit))[None, None]
             conditions[f"{CONTROL}_{index}"] = encoders.vae.encode(to_pixels(frames))
         return {0: conditions}
 
@@ -219,7 +219,7 @@ class QwenImage(ModelOfPictures):
         yield from encoders.vae.decode(latents)
 
 
-def _models_with(fingerprint: str) -> str:
+def _name_models_with(fingerprint: str) -> str:
     """Return the models whose use of the text encoder has this fingerprint, in words."""
     versions = [version for version in VERSIONS.values() if version.use.fingerprint == fingerprint]
     return " or ".join(version.called for version in versions) or "another model"

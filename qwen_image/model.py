@@ -207,7 +207,7 @@ class QwenImageModel(BlockNetwork):
         embedded = []
         grids = []
         for latents in pictures:
-            embedded.append(in_own_dtype(self.img_in, patches_of(latents)).to(dtype))
+            embedded.append(in_own_dtype(self.img_in, cut_patches(latents)).to(dtype))
             grids.append((latents.shape[-2] // PATCH, latents.shape[-1] // PATCH))
         num_target = embedded[0].shape[1]
         num_pictures = sum(tokens.shape[1] for tokens in embedded)
@@ -222,7 +222,7 @@ class QwenImageModel(BlockNetwork):
             text_tokens = in_own_dtype(self.txt_in, states).to(dtype)
             texts.append(blocks.EmbeddedText(text_tokens, lengths, vector))
         layout = QwenLayout(tuple(grids), tuple(embedded_text.tokens.shape[1] for embedded_text in texts))
-        rotary = self._rotary.of(layout, noisy.device)
+        rotary = self._rotary.get_table(layout, noisy.device)
         return blocks.join_tokens(
             embedded,
             texts,
@@ -269,6 +269,6 @@ class QwenImageModel(BlockNetwork):
         return torch.cat(tables).unsqueeze(1)
 
 
-def patches_of(latents: Tensor) -> Tensor:
+def cut_patches(latents: Tensor) -> Tensor:
     """Cut latents, B Z 1 H W, into the tokens of 2 x 2 latent pixels: B L (Z ph pw)."""
     return rearrange(latents, "b z 1 (h ph) (w pw) -> b (h w) (z ph pw)", ph=PATCH, pw=PATCH)

@@ -68,7 +68,7 @@ def read_reference(path: Path, target: Size | None = None, *, area: int | None =
     return torch.from_numpy(frame[: size[1], : size[0]].copy())
 
 
-def area_of(options: QwenImageReferenceOptions) -> int | None:
+def find_area(options: QwenImageReferenceOptions) -> int | None:
     """Return the pixels of the official size for the VAE; None if that size is not asked for."""
     return MEGAPIXEL if options.resize_control_to_official_size else None
 
@@ -103,7 +103,7 @@ def add_pictures(prepared: Prepared, options: QwenImageReferenceOptions) -> Prep
     target = (prepared.width, prepared.height) if options.resize_control_to_image_size else None
     if mask is not None or rcm:
         option = "--rcm_threshold" if rcm else f"--{MASK} {mask}"
-        size = taken_size(image_size(paths[0]), area_of(options), target)
+        size = taken_size(image_size(paths[0]), find_area(options), target)
         check_equal_size(option, paths[0], size, prepared)
     metadata = dict(prepared.own_metadata)
     if mask is not None:

@@ -213,7 +213,7 @@ def _sources(checkpoint: Checkpoint, _: DitHeader[QwenImage21Config]) -> Mapping
 
 
 @functools.cache  # so that headers that were read are found again
-def format_with(config_json: Path | None) -> DitFormat[QwenImage21Config, QwenImage21Model]:
+def make_format(config_json: Path | None) -> DitFormat[QwenImage21Config, QwenImage21Model]:
     """Return the format of transformer files. config_json: of --dit_config."""
     return DitFormat(
         functools.partial(_header, config_json=config_json),
@@ -224,7 +224,7 @@ def format_with(config_json: Path | None) -> DitFormat[QwenImage21Config, QwenIm
     )
 
 
-FORMAT = format_with(None)
+FORMAT = make_format(None)
 read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMAT.load
 
 
@@ -294,7 +294,7 @@ class QwenImage21Files(LanguageModelFiles):
 
     @property
     def format(self) -> DitFormat[Any, Any]:  # type: ignore[override]  # depends on --dit_config
-        return format_with(self.dit_config)
+        return make_format(self.dit_config)
 
     @property
     def dit_path(self) -> Path:

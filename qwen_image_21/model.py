@@ -119,7 +119,7 @@ class QwenImage21Tokens:
         """Return the inputs of the blocks for a part of the tokens; `rotary` stays that of all tokens."""
         return replace(self, part=part, split=part.of_first(self.picture))
 
-    def of(self, kept: Tensor, num_left_out: int) -> Self:
+    def select(self, kept: Tensor, num_left_out: int) -> Self:
         """Return the inputs for some tokens of x. kept: B K, positions of the kept tokens, ascending; none of
         the prefix is left out.
         """
@@ -382,8 +382,8 @@ class QwenImage21Model(BlockNetwork):
             grid=(0, 0),
             picture=0,
             split=0,
-            segments=segments_of(embedded.prefixes),
-            rotary=self._rotary.of(layout, noisy.device),
+            segments=list_segments(embedded.prefixes),
+            rotary=self._rotary.get_table(layout, noisy.device),
             rows=self.modulation_rows(times),
             time=times,
             dtype=dtype,
@@ -423,7 +423,7 @@ class QwenImage21Model(BlockNetwork):
         times = time
         prompts = tweaks.texts(len(noisy), text=text, text_mask=text_mask, slots=slots)
         if is_remembered:
-            prefixes = prefixes_of(text_mask, slots, references)
+            prefixes = order_prefixes(text_mask, slots, references)
         else:
             embedded = []
             for prompt in prompts:
@@ -438,8 +438,8 @@ class QwenImage21Model(BlockNetwork):
             grid=grid,
             picture=num_picture,
             split=num_picture,
-            segments=segments_of(prefixes),
-            rotary=self._rotary.of(layout, noisy.device),
+            segments=list_segments(prefixes),
+            rotary=self._rotary.get_table(layout, noisy.device),
             rows=self.modulation_rows(times),
             time=time,
             dtype=dtype,
@@ -450,7 +450,7 @@ class QwenImage21Model(BlockNetwork):
             tokens = replace(
                 tokens,
                 second=SecondText(num_picture, second.x.shape[1], None, tweaks.steer),
-                second_segments=segments_of(second.prefixes),
+                second_segments=list_segments(second.prefixes),
                 second_rotary=self._make_table(layout._replace(prefixes=second.prefixes), device=x.device),
             )
         return Hidden(x, tokens)
@@ -464,7 +464,7 @@ class QwenImage21Model(BlockNetwork):
         references: Sequence[Tensor] = (),
     ) -> PrefixTokens:
         """Return texts and references in their order. Inputs: as of `embed`. dtype: of the tokens."""
-        prefixes = prefixes_of(text_mask, slots, references)
+        prefixes = order_prefixes(text_mask, slots, references)
         for latents in references:
             self.grid_of(latents)
         longest = max(prefix.texts for prefix in prefixes)
@@ -514,13 +514,13 @@ class QwenImage21Model(BlockNetwork):
         token stands at (time, row, column), with the time that the text has reached, and rows and columns
         counted from the middle; the text continues behind its longer side.
         """
-        tables = {prefix: self._table_of(layout, prefix, device) for prefix in set(layout.prefixes)}
+        tables = {prefix: self._make_sample_table(layout, prefix, device) for prefix in set(layout.prefixes)}
         if len(tables) == 1:
             return tables[layout.prefixes[0]]
         samples = [tables[prefix] for prefix in layout.prefixes]
         return nn.utils.rnn.pad_sequence(samples, batch_first=True)
 
-    def _table_of(self, layout: QwenImage21Layout, prefix: Prefix, device: torch.device) -> Tensor:
+    def _make_sample_table(self, layout: QwenImage21Layout, prefix: Prefix, device: torch.device) -> Tensor:
         """Return the pairs of a sample's tokens, L+P 1 D/2 2."""
         widths = self.config.axes
 
@@ -551,13 +551,13 @@ class QwenImage21Model(BlockNetwork):
         return torch.cat([target, *tables * layout.has_prefix]).unsqueeze(1)
 
 
-def segments_of(prefixes: Sequence[Prefix]) -> tuple[tuple[Segment, ...], ...]:
+def list_segments(prefixes: Sequence[Prefix]) -> tuple[tuple[Segment, ...], ...]:
     """Return the segments of each prefix, or of one if all are alike."""
     different = prefixes[:1] if len(set(prefixes)) == 1 else prefixes
     return tuple(tuple(prefix.segments) for prefix in different)
 
 
-def prefixes_of(text_mask: Tensor, slots: Tensor, references: Sequence[Tensor]) -> tuple[Prefix, ...]:
+def order_prefixes(text_mask: Tensor, slots: Tensor, references: Sequence[Tensor]) -> tuple[Prefix, ...]:
     """Return the order of text and references in each sample.
 
     Arguments as in `QwenImage21Model.embed`. Raises ValueError if the slots do not match the references.

@@ -4,19 +4,16 @@ Before it: weights are quantised and LoRAs merged while loading, and a LoRA that
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
-from torch import distributed, nn
+from torch import nn
 
 from contract.family import DitSpec
+from contract.loading import BlockPlace
 from modules.compile_options import Compilation
-from modules.speed_options import ShardingOptions, SwapOptions
 from running.offload.block_swap import swap_blocks
 from running.offload.swap_plan import HostWeights, SwapPlan, host_weights
-
-if TYPE_CHECKING:  # it is loaded only where processes share a model
-    from running.offload.sharding import ShardedBlocks
+from running.options import SwapOptions
 
 
 @dataclass(frozen=True)
@@ -37,32 +34,6 @@ def swapped_weights(
     return host_weights(plan, device, all_weights=all_weights)
 
 
-def have_joined() -> bool:
-    has_joined = distributed.is_available() and distributed.is_initialized()
-    return has_joined and distributed.get_world_size() > 1
-
-
-def shared_blocks(sharding: ShardingOptions, device: torch.device) -> "ShardedBlocks | None":
-    """Return the `BlockPlace` that keeps this process' part of each block; None if blocks are not split."""
-    if not (sharding.shard_base and have_joined()):
-        return None
-    from running.offload.sharding import ShardedBlocks
-
-    return ShardedBlocks(device)
-
-
-def share_tokens(network: nn.Module, sharding: ShardingOptions, device: torch.device) -> None:
-    """Have a network run its blocks on this process' part of the tokens.
-
-    Call it last. Raises OptionError if the processes cannot share this network's tokens.
-    """
-    from running.offload import context
-
-    groups = sharding.groups_of(distributed.get_world_size())
-    grid = context.ProcessGrid(distributed.get_rank(), groups, context=sharding.context_parallel)
-    context.share_tokens(network, grid, device)
-
-
 def dress(
     dit: nn.Module,
     spec: DitSpec,
@@ -71,11 +42,11 @@ def dress(
     host: HostWeights | None = None,
     checkpointing: Checkpointing | None = None,
     in_pieces: bool = False,
-    shares: "ShardedBlocks | None" = None,
+    blocks: BlockPlace | None = None,
 ) -> None:
     """Compute token-wise parts in pieces, compile the blocks, checkpoint them, fetch swapped or split ones.
 
-    host, shares: as the network was loaded with.
+    host, blocks: as the network was loaded with.
     Raises OptionError if the network has fewer blocks than are to be swapped.
     """
     if in_pieces:
@@ -93,5 +64,5 @@ def dress(
         checkpoint_blocks(dit, spec, checkpointing.keeps_attention, offload)
     if host is not None:
         swap_blocks(dit, host, device)
-    if shares is not None:
-        shares.finish(dit)
+    if blocks is not None:
+        blocks.finish(dit)

@@ -91,7 +91,7 @@ class _Parting:
         parts = [everything[:, :start], chosen + start, everything[:, start + size :]]
         self._kept = torch.cat(parts, dim=1).to(x.device)
         self._waiting = x, tokens
-        hidden.tokens = tokens.of(self._kept, num_left_out)
+        hidden.tokens = tokens.select(self._kept, num_left_out)
         hidden.x = x.gather(1, _wide(self._kept, x))
 
 

@@ -154,7 +154,7 @@ class Asking:
             raw_prompt=line.text,
             image=image,
             mask=mask,
-            guides=self.inputs.guides_of(number),
+            guides=self.inputs.choose_guides(number),
             clip_prompt=values.get("clip_prompt"),
             file_name=values.get("file_name"),
         )
@@ -302,7 +302,7 @@ def batches(pictures: Iterable[AskedPicture], size: int) -> Iterator[list[AskedP
     """
     batch: list[AskedPicture] = []
     for picture in pictures:
-        if batch and (len(batch) >= size or _kind_of(batch[0]) != _kind_of(picture)):
+        if batch and (len(batch) >= size or _group_key(batch[0]) != _group_key(picture)):
             yield batch
             batch = []
         batch.append(picture)
@@ -310,7 +310,7 @@ def batches(pictures: Iterable[AskedPicture], size: int) -> Iterator[list[AskedP
         yield batch
 
 
-def _kind_of(picture: AskedPicture) -> tuple[Any, ...]:
+def _group_key(picture: AskedPicture) -> tuple[Any, ...]:
     return (
         picture.settings,
         picture.image is None,

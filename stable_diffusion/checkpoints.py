@@ -162,15 +162,15 @@ def _last_attention(sources: Mapping[str, TensorSource], depths: UnetDepths) -> 
 def _read_depths(sources: Mapping[str, TensorSource], layers: Sequence[int]) -> UnetDepths:
     """Read how deep the attention of each block is. layers: residual blocks of each level."""
 
-    def depths_of(side: str, level: int, blocks: int) -> tuple[int, ...]:
+    def read_depths(side: str, level: int, blocks: int) -> tuple[int, ...]:
         start = rf"{side}_blocks\.{level}\.attentions"
         return tuple(
             dialects.count(sources, rf"{start}\.{block}\.transformer_blocks\.\d+") for block in range(blocks)
         )
 
     return UnetDepths(
-        down=[depths_of("down", level, layer) for level, layer in enumerate(layers)],
-        up=[depths_of("up", level, layer + 1) for level, layer in enumerate(layers[::-1])],
+        down=[read_depths("down", level, layer) for level, layer in enumerate(layers)],
+        up=[read_depths("up", level, layer + 1) for level, layer in enumerate(layers[::-1])],
     )
 
 
@@ -344,7 +344,7 @@ class _Bands:
         result: Tensor | None = None
         edges = [rows * band // self.most for band in range(self.most + 1)]
         for start, end in pairwise(edges):
-            band = self._rows_for(x, start, end, pad_rows)
+            band = self._cut_rows(x, start, end, pad_rows)
             convolved = F.conv2d(band, conv.weight, conv.bias, conv.stride, (0, pad_columns))
             if result is None:
                 result = convolved.new_empty((*convolved.shape[:2], rows, convolved.shape[3]))
@@ -354,7 +354,7 @@ class _Bands:
         assert result is not None
         return result
 
-    def _rows_for(self, x: Tensor, start: int, end: int, pad_rows: int) -> Tensor:
+    def _cut_rows(self, x: Tensor, start: int, end: int, pad_rows: int) -> Tensor:
         """Return the rows of x that rows `start` to `end` of the result depend on, with zeros beyond x."""
         height = x.shape[2]
         stride = self.conv.stride[0]

@@ -21,7 +21,7 @@ from contract.data import (
     LatentSpec,
     MediaEncoders,
     SamplingDefaults,
-    tensor_on,
+    send_tensor,
 )
 from contract.family import Abilities, DitSpec, Family, NoiseSource, NoiseSpec, TextEncoder
 from contract.loading import Placement
@@ -35,7 +35,7 @@ from modules.media.pixels import byte_clips
 from modules.options import NO_OPTIONS
 from stable_diffusion.contract import SD1, SD2, SDXL, ModelKind
 from stable_diffusion.generation_options import StableDiffusionGenerationOptions
-from stable_diffusion.noise import make_noise_spec, vary_noise_by
+from stable_diffusion.noise import make_noise_spec, read_noise_changes
 from stable_diffusion.samplers import SeenSolver, begin_sampling, check_sampling, is_guided, make_scheduler
 from stable_diffusion.sampling_options import SAMPLERS, check_sampler_steps
 from stable_diffusion.tokenizers import SIZE as CHUNK
@@ -284,12 +284,12 @@ class StableDiffusion(ModelOfPictures):
         device = noisy.device
         dtype = dtype_of(dit)
         names = sorted(self.text_keys - {POOLED})
-        context = torch.cat([tensor_on(cond, name, device).to(dtype) for name in names], dim=-1)
+        context = torch.cat([send_tensor(cond, name, device).to(dtype) for name in names], dim=-1)
         added: dict[str, Tensor] | None = None
         if self.kind is SDXL:
-            pooled = tensor_on(cond, POOLED, device).to(dtype)
+            pooled = send_tensor(cond, POOLED, device).to(dtype)
             # float32: bf16 holds multiples of 8 alone from 1024 on; the U-Net rounds what it makes of them
-            added = {"text_embeds": pooled, "time_ids": tensor_on(cond, SIZES, device).float()}
+            added = {"text_embeds": pooled, "time_ids": send_tensor(cond, SIZES, device).float()}
         (output,) = dit(
             noisy.squeeze(2).to(dtype),
             timesteps,
@@ -423,7 +423,7 @@ def family_for_training(
         predicts_v,
         options.zero_terminal_snr or files.marks.zero_terminal_snr,
         weights=options.loss_weights,
-        vary=vary_noise_by(options.varied_noise),
+        vary=read_noise_changes(options.varied_noise),
     )
     return StableDiffusion(
         files, noise, options.chunks, clip_skip, sampler=options.sample_sampler, options=options

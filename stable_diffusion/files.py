@@ -64,7 +64,7 @@ def read_marks(path: Path, names: Collection[str]) -> Marks:
 
     Raises CheckpointError naming its real kind, or the missing network.
     """
-    kind = _kind_of(names)
+    kind = _find_kind(names)
     other_model = _describe_other(names, kind)
     if other_model is not None:
         raise CheckpointError(f"--ckpt {path} looks like {other_model}.\n  Give {GIVE}.", path)
@@ -109,7 +109,7 @@ def identify(path: Path) -> str | None:
             kind = SDXL if (path / "text_encoder_2").is_dir() else SD1
         else:
             with open_checkpoint(path) as checkpoint:
-                kind = _kind_of(checkpoint.tensors)
+                kind = _find_kind(checkpoint.tensors)
                 other_model = _describe_other(checkpoint.tensors, kind)
             what = None if kind is None or other_model is not None else f"{kind.words} checkpoint"
     except (CheckpointError, OSError):
@@ -118,7 +118,7 @@ def identify(path: Path) -> str | None:
     return None if what is None else f"it is a {what}. {describe_scripts(family)}"
 
 
-def _kind_of(names: Iterable[str]) -> ModelKind | None:
+def _find_kind(names: Iterable[str]) -> ModelKind | None:
     starts = {".".join(name.split(".")[:4]) + "." for name in names if not name.startswith((UNET, VAE))}
     return next((kind for mark, kind in _MARKS if _has(starts, mark)), None)
 

@@ -65,7 +65,7 @@ def read_folder_marks(folder: Path) -> Marks:
 
     Raises CheckpointError that names another model's kind, or the missing part.
     """
-    kind = _kind_of(folder)
+    kind = _read_kind(folder)
     file = folder / "scheduler" / "scheduler_config.json"
     schedule = _read_json(file) if file.is_file() else {}
     prediction = schedule.get("prediction_type", "epsilon")
@@ -146,7 +146,7 @@ def open_part(folder: Path, stems: Collection[str]) -> Checkpoint:
     return open_checkpoint(folder)  # another name; its message says what is here
 
 
-def _kind_of(folder: Path) -> ModelKind:
+def _read_kind(folder: Path) -> ModelKind:
     if not (folder / "unet").is_dir():
         raise CheckpointError(
             f"--ckpt {folder} has no folder unet{_named(folder)}.\n  Give {GIVE}.",

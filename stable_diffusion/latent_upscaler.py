@@ -43,7 +43,7 @@ class LatentRefinerBlock(nn.Module):
 
 
 class LatentRefiner(nn.Module):
-    """Predict the detail that enlarged latents lack, and add it. Layers are named as in the file."""
+    """Predict the detail that enlarged latents lack, and add it. Layer names are as published."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -243,7 +243,7 @@ class Inputs:
     def mask(self, number: int) -> Path | None:
         return _in_turn(self.masks, number)
 
-    def guides_of(self, number: int) -> tuple[Path, ...]:
+    def choose_guides(self, number: int) -> tuple[Path, ...]:
         """Return the guides of the `number`th picture: one for each ControlNet, or a single one for all."""
         if len(self.guides) <= 1:
             return self.guides

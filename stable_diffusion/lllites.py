@@ -219,7 +219,7 @@ def _find_layer(unet: nn.Module, name: str, part: LllitePart, path: Path) -> nn.
 
     name: of the layer in the file. Raises CheckpointError if the module does not fit the U-Net.
     """
-    layer_path = _path_of(name)
+    layer_path = _find_path(name)
     try:
         layer = None if layer_path is None else unet.get_submodule(layer_path)
     except AttributeError:
@@ -238,7 +238,7 @@ def _find_layer(unet: nn.Module, name: str, part: LllitePart, path: Path) -> nn.
     )
 
 
-def _path_of(name: str) -> str | None:
+def _find_path(name: str) -> str | None:
     return module_path(alias(name.removeprefix(PREFIX), SDXL_NAMES), SDXL_NAMES)
 
 
@@ -256,7 +256,7 @@ def check_lllites(options: ControlOptions, kind: ModelKind) -> None:
             # compares, reads nothing
             load_planned(plan, Lllite, device=torch.device("meta"), dtype=torch.float32, what=_WHAT)
             for name in plan.config:
-                if _path_of(name) is None:
+                if _find_path(name) is None:
                     raise CheckpointError(
                         f"{use.path} is made for the layer {name.removeprefix(PREFIX)}, which {SDXL.words} "
                         f"does not have. Give another file to {OPTION}.",

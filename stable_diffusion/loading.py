@@ -58,7 +58,7 @@ def load_release(options: ModelOptions, release: OpenedCheckpoint, device: torch
 
     Raises CheckpointError, before anything is loaded, if a file is damaged or of another kind.
     """
-    dtype = _dtype_of(options)
+    dtype = _choose_dtype(options)
     vae_dtype = torch.float32 if options.no_half_vae else dtype
     tokenizers = find_tokenizers(
         options.tokenizer_cache_dir, release.path, [plan.is_open_clip for plan in release.texts]
@@ -144,7 +144,7 @@ def open_release(options: ModelOptions, files: ExitStack) -> OpenedCheckpoint:
             )
         texts = folders.read_folder_texts(path, marks.kind, files)
         unet = folders.read_folder_unet(path, files)
-        vae = read_vae_of(
+        vae = read_chosen_vae(
             options.vae or path / "vae", "--ckpt" if options.vae is None else "--vae", marks.kind, files
         )
     else:
@@ -165,7 +165,7 @@ def open_release(options: ModelOptions, files: ExitStack) -> OpenedCheckpoint:
         vae = (
             checkpoints.read_vae(checkpoint, "--ckpt", marks.kind.latent_scale)
             if options.vae is None
-            else read_vae_of(options.vae, "--vae", marks.kind, files)
+            else read_chosen_vae(options.vae, "--vae", marks.kind, files)
         )
     release = OpenedCheckpoint(path, marks, unet=unet, vae=vae, texts=texts)
     _check_together(release)
@@ -203,7 +203,9 @@ def _require(path: Path, option: str, give: str) -> None:
         )
 
 
-def read_vae_of(path: Path, option: str, kind: ModelKind, files: ExitStack) -> LoadPlan[checkpoints.VaeSizes]:
+def read_chosen_vae(
+    path: Path, option: str, kind: ModelKind, files: ExitStack
+) -> LoadPlan[checkpoints.VaeSizes]:
     """Plan how to load the VAE of --vae or of a folder. files: closes what is opened.
 
     Raises CheckpointError if it is missing or another network.
@@ -214,7 +216,7 @@ def read_vae_of(path: Path, option: str, kind: ModelKind, files: ExitStack) -> L
         return folders.read_folder_vae(folder, option, kind.latent_scale, files)
     if not path.exists() and _is_of_hub(path):
         path = find_model_folder(option, path.as_posix(), PATTERNS_VAE)
-        return read_vae_of(path, option, kind, files)
+        return read_chosen_vae(path, option, kind, files)
     _require(path, option, "a VAE of Stable Diffusion: a single file, or a folder in the layout of diffusers")
     checkpoint = files.enter_context(open_checkpoint(path))
     return checkpoints.read_vae(checkpoint, option, kind.latent_scale)
@@ -288,7 +290,7 @@ def _keep(network: Any, _: Any) -> Any:
     return network
 
 
-def _dtype_of(options: ModelOptions) -> torch.dtype:
+def _choose_dtype(options: ModelOptions) -> torch.dtype:
     if options.fp16:
         return torch.float16
     return torch.bfloat16 if options.bf16 else torch.float32
@@ -300,7 +302,7 @@ def check_attention(options: ModelOptions, device: torch.device) -> None:
         return
     try:
         # names --xformers
-        check_backend(AttentionChoice("xformers"), device, lambda: _dtype_of(options), training=True)
+        check_backend(AttentionChoice("xformers"), device, lambda: _choose_dtype(options), training=True)
     except OptionError as error:
         flag = "--xformers" if options.xformers else "--diffusers_xformers"
         raise OptionError(str(error).replace("--xformers", flag)) from error

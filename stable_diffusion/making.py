@@ -114,7 +114,7 @@ class Maker:
             settings.steps,
             # all on the CPU: their numbers are the same on every device
             [torch.Generator().manual_seed(picture.seed) for picture in pictures],
-            samplers.count_left_out(settings.steps, starting.strength_of(pictures[0], start)),
+            samplers.count_left_out(settings.steps, starting.find_strength(pictures[0], start)),
         )
         section_texts = self._encode(pictures)
         beginning = starting.begin(
@@ -222,7 +222,7 @@ class Maker:
             if len(parts) == 1:
                 return parts[0]
             regions = self.regions or Regions(self.model.unet)
-            return join_parts(parts, regions.of(picture, settings.width, settings.height))
+            return join_parts(parts, regions.read(picture, settings.width, settings.height))
 
         def join_avoided(number: int) -> list[contract.TextState] | None:
             """Return the states of the negative (0) or empty (1) texts, repeated for each part, if any."""

@@ -69,7 +69,7 @@ class ControlOptions(Options, title="ControlNet"):
             count = len(getattr(self, name) or ())
             if count and count != models:
                 raise OptionError(
-                    f"--{name} has {_count_of(count, 'value')} for {_count_of(models, 'model')} of "
+                    f"--{name} has {_count_words(count, 'value')} for {_count_words(models, 'model')} of "
                     f"{self.flag}: give one for each model, in the same order, or leave the option "
                     "out"
                 )
@@ -199,7 +199,7 @@ class GuideOptions(Options, title="guidance by other networks"):
         return next((f"--{name}" for name in scales if getattr(self, name) > 0), None)
 
 
-def _count_of(number: int, word: str) -> str:
+def _count_words(number: int, word: str) -> str:
     return f"{number} {word}" if number == 1 else f"{number} {word}s"
 
 

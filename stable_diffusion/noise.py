@@ -61,7 +61,7 @@ class VariedNoise:
         return total / total.std()
 
 
-def vary_noise_by(options: VariedNoiseOptions) -> VariedNoise | None:
+def read_noise_changes(options: VariedNoiseOptions) -> VariedNoise | None:
     """Return the changes to the noise that the options state; None if they state none."""
     if options.noise_offset is None and not options.multires_noise_iterations:
         return None

@@ -124,7 +124,7 @@ class Regions:
         self._unet = unet
         self._color_codes = color_codes
 
-    def of(self, picture: AskedPicture, width: int, height: int) -> Tensor:
+    def read(self, picture: AskedPicture, width: int, height: int) -> Tensor:
         """Return the regions of a picture's parts at a size in pixels: P height width; P 1 1 without a mask.
 
         Raises OptionError if a picture with a mask has not as many LoRAs as parts, or if they are folded
@@ -145,7 +145,7 @@ class Regions:
         if pictures[0].settings.parts == 1:
             yield None
             return
-        regions = [self.of(picture, width, height) for picture in pictures]
+        regions = [self.read(picture, width, height) for picture in pictures]
         rows, columns = (max(region.shape[axis] for region in regions) for axis in (-2, -1))
         batch = _Batch(torch.stack([region.expand(-1, rows, columns) for region in regions]))
         with contextlib.ExitStack() as changes:

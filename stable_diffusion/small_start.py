@@ -204,7 +204,7 @@ STEP = 8  # sides of latents that are still to grow are multiples of it, for the
 NEARLY = 1 - 1e-6  # a ratio that is 1 except for the rounding of its sum
 
 
-def size_at(full: Size, ratio: float) -> Size:
+def scale_size(full: Size, ratio: float) -> Size:
     """Return the size of latents at a ratio of their full size, floored to multiples of 8, at least 8."""
     if ratio >= NEARLY:
         return full
@@ -244,13 +244,13 @@ def begin_small(
     unsharp = gradual.unsharp
     timesteps = sampler.schedule.timesteps[sampler.first :].tolist()
     growth = {sampler.first + index: ratio for index, ratio in plan_growth(timesteps, gradual).items()}
-    sizes = [size_at(full, ratio) for ratio in growth.values()]
+    sizes = [scale_size(full, ratio) for ratio in growth.values()]
     if unsharp is not None and sizes and unsharp.ksize // 2 >= min(sizes[0]):
         raise OptionError(
             f"the blur of {unsharp.ksize} of --gradual_latent_unsharp_params (--glus) is too large for "
             f"latents of {sizes[0][1]} x {sizes[0][0]}. Give a smaller one, such as 3"
         )
-    first = size_at(full, gradual.gradual_latent_ratio)
+    first = scale_size(full, gradual.gradual_latent_ratio)
     if first == full and gradual.gradual_latent_ratio < NEARLY:
         logger.warning(
             "--gradual_latent_timesteps (--glt) does nothing to %d x %d pixels: it begins with multiples of "
@@ -305,7 +305,7 @@ class GrowingSteps:
         if index not in self.growth:
             return step(index, velocity, sample)
         unsharp = self.unsharp
-        size = size_at(self.full, self.growth[index])
+        size = scale_size(self.full, self.growth[index])
         sample = resize_latents(sample.float(), size)
         velocity = resize_latents(velocity.float(), size)
         stepped = step(index, velocity, sample)

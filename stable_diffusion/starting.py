@@ -133,7 +133,7 @@ def is_masked(picture: AskedPicture) -> bool:
     return picture.mask is not None and picture.settings.parts == 1
 
 
-def strength_of(picture: AskedPicture, start: SecondStart | None) -> float | None:
+def find_strength(picture: AskedPicture, start: SecondStart | None) -> float | None:
     return None if picture.image is None and start is None else picture.settings.strength
 
 
@@ -174,7 +174,7 @@ def begin(
         ]
         return torch.stack(noises).to(model.device)
 
-    if strength_of(pictures[0], start) is None:
+    if find_strength(pictures[0], start) is None:
         return Beginning((draw_noise() * sampler.noise_level).unsqueeze(2), sampler)
     is_painted = is_masked(pictures[0])
     # the first step of inpainting at full strength is noise alone

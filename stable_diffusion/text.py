@@ -50,7 +50,7 @@ class Texts:
         self._kind = kind
         self._mode = options.emb_normalize_mode
         self._most = options.max_embeddings_multiples or 1
-        self._layers = [_layer_of(tower, kind, options.clip_skip) for tower in self._towers]
+        self._layers = [_choose_layer(tower, kind, options.clip_skip) for tower in self._towers]
         self._chunks_of = lru_cache(4 * REMEMBERED)(self._cut_all)
         self._remembered = lru_cache(REMEMBERED)(self._encode)
 
@@ -207,7 +207,7 @@ def check_layer(clip_skip: int | None, layers: int, kind: ModelKind) -> None:
         )
 
 
-def _layer_of(tower: TextTower, kind: ModelKind, clip_skip: int | None) -> int:
+def _choose_layer(tower: TextTower, kind: ModelKind, clip_skip: int | None) -> int:
     """Return the layer to take states from, counted from the last layer of the loaded network.
 
     --clip_skip counts in the loaded network, as in the known script; its default counts in the released one.

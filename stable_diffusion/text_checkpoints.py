@@ -86,13 +86,13 @@ def _read_open_clip(checkpoint: Checkpoint, prefix: str, is_projected: bool = Fa
     sources: dict[str, TensorSource] = {}
     for name, source in plain_sources(tower).items():
         for our_name, third in open_clip_names(name) or [(name, None)]:
-            sources[our_name] = source if third is None else source.then(partial(_third_of, third))
+            sources[our_name] = source if third is None else source.then(partial(_cut_third, third))
     plan = plan_clip_text(tower, sources, {"hidden_act": "gelu"}, USE)
     plan = replace(plan, ignore=(*plan.ignore, *_BESIDE_OPEN_CLIP))
     return TextPlan(_with_projection(plan, tower) if is_projected else plan, is_open_clip=True)
 
 
-def _third_of(third: int, rows: Tensor) -> Tensor:
+def _cut_third(third: int, rows: Tensor) -> Tensor:
     return rows.chunk(3)[third]
 
 
@@ -137,7 +137,7 @@ def _with_projection(plan: LoadPlan[ClipTextConfig], checkpoint: Checkpoint) -> 
             source = source.then(Tensor.t)
         return replace(
             plan,
-            checkpoint=plan.checkpoint.join(checkpoint.starting_with(name)),  # outside of `text_model.`
+            checkpoint=plan.checkpoint.join(checkpoint.select_by_prefix(name)),  # outside of `text_model.`
             config=replace(config, projection_dim=shape[not is_linear]),
             sources={**plan.sources, PROJECTION: source},
         )

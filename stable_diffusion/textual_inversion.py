@@ -247,11 +247,11 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
     content = _read_content(path, OPTION)
     inner = content.get("string_to_param")  # as the Web UI and the paper's own code write it
     if isinstance(inner, Mapping):
-        words = _tensors_in(inner)
+        words = _list_tensors(inner)
         if len(words) == 1:
             return words, None
         raise _not_one(path, f"string_to_param has {len(words)} words")
-    tensors = _tensors_in(content)
+    tensors = _list_tensors(content)
     for names in (*_NAMES_OF_SEVERAL, ("emb_params",)):
         if tensors.keys() >= set(names):
             return {name: tensors[name] for name in names}, None
@@ -269,7 +269,7 @@ def _describe(content: Mapping[str, Any]) -> str:
     return f"it holds {first_names}{dots}"
 
 
-def _tensors_in(content: Mapping[Any, Any]) -> dict[str, Tensor]:
+def _list_tensors(content: Mapping[Any, Any]) -> dict[str, Tensor]:
     return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
 
 

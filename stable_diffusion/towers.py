@@ -108,7 +108,7 @@ class TowerEncoder:
         with self.files.opened() as release:
             plan = release.texts[self._number]
             checkpoint = fingerprint(plan.network.checkpoint.path)
-            layer = self._layer_of(plan)
+            layer = self._choose_layer(plan)
             are_open_clip = [text.is_open_clip for text in release.texts]
         cache_dir = self.files.tokenizer_cache_dir
         sources = tokenizers.find_tokenizer_files(cache_dir, self.files.path, are_open_clip)
@@ -150,14 +150,14 @@ class TowerEncoder:
     def _read(self, device: torch.device) -> tuple[ClipText, LoadedWords]:
         with self.files.opened() as release:
             plan = release.texts[self._number]
-            layer = self._layer_of(plan)
+            layer = self._choose_layer(plan)
             words = self.files.tokenizers[self._number]
             check_vocabulary(words, plan.network.config.vocabulary, self.files.path)
             network = self.files.load_text(plan, device)
         pad = OPEN_CLIP_PAD if plan.is_open_clip else words.end
         return network, LoadedWords(words, pad, layer)
 
-    def _layer_of(self, plan: TextPlan) -> int:
+    def _choose_layer(self, plan: TextPlan) -> int:
         """Return the layer whose states are used, from the end. Raises OptionError for a layer too deep."""
         kind = self.files.kind
         check_layer(self._clip_skip, plan.network.config.num_layers, kind)
@@ -192,10 +192,10 @@ class TowerEncoder:
         if not prompts:
             return []
         loaded = self._loaded.get()[1]
-        texts = [self._chunks_of(prompt, loaded) for prompt in prompts]
+        texts = [self._read_chunks(prompt, loaded) for prompt in prompts]
         count = len(texts[0])
         states, pooled = self._read_rows(
-            [self._row_of(chunk, loaded) for chunks in texts for chunk in chunks]
+            [self._make_row(chunk, loaded) for chunks in texts for chunk in chunks]
         )
         states_key = next(key for key in self.keys if key != POOLED)
         results: list[Conditions] = []
@@ -217,7 +217,7 @@ class TowerEncoder:
         is_xl = self.files.kind is SDXL
         return network.states(ids, loaded.layer, final_norm=not is_xl, ends=ends)
 
-    def _chunks_of(self, prompt: Prompt, loaded: LoadedWords) -> list[Chunk]:
+    def _read_chunks(self, prompt: Prompt, loaded: LoadedWords) -> list[Chunk]:
         """Return the chunks of a text with the weights of their tokens, padded with empty chunks."""
         count = self._chunks if prompt.marked_chunks is None else prompt.marked_chunks
         if prompt.marked_chunks is None:
@@ -226,7 +226,7 @@ class TowerEncoder:
             chunks = cut_into_chunks(parse_weights(prompt.text), loaded.words.tokenize)
         return [*chunks[:count], *[Chunk()] * (count - len(chunks))]
 
-    def _row_of(self, chunk: Chunk, loaded: LoadedWords) -> list[int]:
+    def _make_row(self, chunk: Chunk, loaded: LoadedWords) -> list[int]:
         """Return the 77 ids that the network reads of a chunk."""
         row = tokenizers.fill_chunk(chunk.ids, start=loaded.words.start, end=loaded.words.end, pad=loaded.pad)
         assert len(row) == CLIP_TOKENS

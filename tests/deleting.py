@@ -1,5 +1,5 @@
-"""Delete a feature of training, or a kind of network, in a copy of the tree: what is left has to work as
-before.
+"""Delete a feature of training, a kind of network, a way to run or a form of data in a copy of the tree: what
+is left has to work as before.
 
 python -m tests.deleting skip
 """
@@ -11,18 +11,27 @@ import sys
 import tempfile
 from pathlib import Path
 
+from dataset.forms import FOLDER, FORMS, JSONL
+from dataset.forms.metadata import METADATA
 from networks.kinds import KINDS
 from networks.kinds.lora import LORA
+from running.ways import WAYS
 from training.features import FEATURES
 
 ROOT = Path(__file__).resolve().parent.parent
 # what can be deleted -> the folder with its file and the list
 FOLDERS = {feature.name: "training/features" for feature in FEATURES}
 FOLDERS |= {kind.name.lower().replace("-", ""): "networks/kinds" for kind in KINDS if kind is not LORA}
+FOLDERS |= {way.name: "running/ways" for way in WAYS}
+FOLDERS |= {form.name.lower(): "dataset/forms" for form in FORMS if form not in (FOLDER, JSONL, METADATA)}
+# what writes a form, and is of no use without it
+WRITERS = {"cogvideox": ("data_tools/cogvideox", "tools/prepare_dataset.py", "prepare_dataset.py")}
 # rooms that may import what is in a folder
 ROOMS = {
     "training/features": ("training", "project", "browser"),
     "networks/kinds": ("networks", "generation", "stable_diffusion", "training", "project", "browser"),
+    "running/ways": ("running", "generation", "stable_diffusion", "minimax_h3", "training", "browser"),
+    "dataset/forms": ("dataset", "data_tools", "training", "project", "browser"),
 }
 # imports every module of some rooms
 IMPORT_ALL = """
@@ -59,12 +68,17 @@ def copy_tree(target: Path) -> None:
 
 
 def delete_from(tree: Path, name: str) -> list[str]:
-    """Delete the files of a feature or kind, and its lines in the list. Returns the names of the files."""
+    """Delete the files of one of FOLDERS and its lines in the list; return the names of the files."""
     folder = tree / FOLDERS[name]
     room = FOLDERS[name].replace("/", r"\.")
     paths = [folder / f"{name}.py", *folder.glob(f"{name}_*.py")]
     for path in paths:
         path.unlink()
+    for writer in WRITERS.get(name, ()):
+        if writer.endswith(".py"):
+            (tree / writer).unlink()
+        else:
+            shutil.rmtree(tree / writer)
     listing = folder / "__init__.py"
     lines = listing.read_text(encoding="utf-8").splitlines(keepends=True)
     named = re.compile(rf"from {room}\.{name} |{name}(_\w+)?: |    {name.upper()},$")
@@ -74,8 +88,8 @@ def delete_from(tree: Path, name: str) -> list[str]:
 
 
 def find_faults(tree: Path, folder: str) -> list[str]:
-    """Import all modules in a tree, ask each script that trains or uses networks for its help; return what
-    fails. folder: in which something was deleted.
+    """Import all modules in a tree, ask each script that caches, trains or uses networks for its help; return
+    what fails. folder: in which something was deleted.
     """
     names = [
         path.relative_to(tree).with_suffix("").as_posix().replace("/", ".")
@@ -85,6 +99,7 @@ def find_faults(tree: Path, folder: str) -> list[str]:
     ]
     commands = [[sys.executable, "-c", IMPORT_ALL, *names]]
     scripts = {*tree.glob("*train*.py"), *tree.glob("*lora*.py"), *tree.glob("*_generate_*.py")}
+    scripts |= {*tree.glob("*cache_*.py")} if folder == "dataset/forms" else set()
     commands += [[sys.executable, path.name, "--help"] for path in sorted(scripts)]
     faults = []
     for command in commands:
@@ -104,7 +119,7 @@ def train_in(tree: Path, folder: Path) -> str:
 
 
 def check_deletion(name: str, folder: Path) -> list[str]:
-    """Delete a feature or kind in a copy below `folder`; return what does not work there as here."""
+    """Delete one of FOLDERS in a copy below `folder`; return what does not work there as here."""
     tree = folder / "tree"
     copy_tree(tree)
     delete_from(tree, name)

@@ -23,16 +23,15 @@ from contract.data import LOSS_MASK
 from contract.family import Caches, Family, LearningEncoder, TextEncoder, can_learn
 from dataset.batches.checks import SameEncoders
 from dataset.batches.items import NO_COMMANDS, CachingCommands, ItemKind, LiveTables, TrainingItem
-from dataset.cache.files import NpzNames, parse_latent_name, text_file_name
-from dataset.cache.npz import open_npz
-from dataset.cache.store import CacheStore, MemoryStore, StorePair, Stores, npz_names, open_store
+from dataset.cache.store import MemoryStore, StorePair, Stores, npz_names, open_shared, open_store
+from dataset.cache_files import CacheStore, NpzNames, parse_latent_name, text_file_name
 from dataset.caching.latents import batch_media, load_encoders
+from dataset.listing import find_all_sources, require_captions, warn_unused
 from dataset.options import CachingInRunOptions, CachingOptions
 from dataset.sources.decoding import IMAGE_SPANS, DecodedMedia, decode_source
 from dataset.sources.fetching import fetch
 from dataset.sources.frames import shrink_mask
 from dataset.sources.left_out import TableFolders
-from dataset.sources.listing import find_all_sources, require_captions, warn_unused
 from dataset.sources.media_source import LISTED, MediaSource
 from dataset.sources.remarks import (
     NAMED,
@@ -224,7 +223,7 @@ def stores_for_plan(plan: TablePlan, names: NpzNames) -> StorePair:
         if where is Where.OWN:
             return open_store(table, names)
         if where is Where.NPZ:
-            return open_npz(table, names, table.picture_folder)
+            return open_shared(table, names, "npz", table.picture_folder)
         return MemoryStore(table.cache_directory)  # empty: everything is encoded at each step
 
     return StorePair(latents=place(plan.latents), texts=place(plan.texts))

@@ -25,9 +25,11 @@ from networks.options import NetworkOptions
 from networks.own_kinds import OWN_MODULES
 from networks.own_modules import smallest_lora_bytes
 from running.offload.swap_plan import check_swap
+from running.ways.composing import check_ways
+from running.ways.contract import RunUses
 from training.data.table_times import list_replaced
 from training.experts import TRAINING_ADAPTER, check_experts, network_for, read_adapter
-from training.features.composing import check_files, check_model, merged_loras
+from training.features.composing import check_files, check_model, further_models, merged_loras
 from training.learning_options import FIND_RATE, PartsOptions
 from training.noise_options import NOTHING, WEIGHTS_OF_LOSS
 from training.optimizers.lr_schedule import make_lr_schedule
@@ -55,11 +57,7 @@ def check_before_loading(family: Family, options: TrainingOptions, others: Other
         option = family.can.sample_apart
         require_equal_shapes(sampling, family, option, "what is trained is not for both")
     check_experts(family, options)
-    if sampling is not None and options.speed.sharding.shard_base:
-        raise OptionError(
-            "--shard_base: samples by further transformers need networks that take turns, which are not "
-            f"split over processes. Leave {family.can.sample_apart} out"
-        )
+    check_ways(options.speed, uses_of(family, options, others))
     counts = family.block_counts()
     swap = options.speed.swap
     if counts and isinstance(swap.blocks_to_swap, int):
@@ -150,6 +148,23 @@ def _network_rates(network: NetworkOptions, base: float, trains_texts: bool) -> 
     return rates
 
 
+def uses_of(family: Family, options: TrainingOptions, others: OtherFamilies = NO_OTHERS) -> RunUses:
+    """Return what a training does that ways to run may not go with. others: as `check_before_loading`."""
+    modules: list[str] = []
+    for expert in family.experts:
+        network = network_for(options, expert)
+        if network is not None:
+            modules.append(network.network_module or family.lora_module)
+    takes_turns = len(family.experts) > 1 and options.by_expert.offload_inactive_dit
+    return RunUses(
+        takes_turns=("--offload_inactive_dit",) if takes_turns else (),
+        samples_apart="" if others.sampling is None else family.can.sample_apart,
+        further_models=tuple(further_models(options)),
+        foreign_module=next((module for module in modules if module not in OWN_MODULES), ""),
+        own_modules=tuple(OWN_MODULES),
+    )
+
+
 def check_networks(family: Family, options: TrainingOptions) -> None:
     """Check the module, its settings, and the LoRAs that the networks start from."""
     counts = family.block_counts()
@@ -160,11 +175,6 @@ def check_networks(family: Family, options: TrainingOptions) -> None:
             return
         module = network.network_module or family.lora_module
         known_module = OWN_MODULES.get(module)
-        if known_module is None and options.speed.sharding.shard_base:
-            raise OptionError(
-                f"--shard_base with --network_module {module}: modules of other packages may read whole "
-                f"weights, and each process has parts of them. Use one of {', '.join(OWN_MODULES)}"
-            )
         has_rules = known_module is not None and known_module.rules is not None
         if has_rules and module != family.lora_module:
             # its rules name layers of another model: only layers that happen to have these names would learn

@@ -98,8 +98,8 @@ def _encode_edited(sampler: Sampler, note: Callable[[str], None]) -> Sampler:
     if new_texts and session.blocks is not None:
         # a process that fails alone would leave the others waiting
         raise OptionError(
-            "new texts cannot be encoded while the model is split over processes (--shard_base). End the "
-            "training and continue it to take them"
+            f"new texts cannot be encoded while the model is split over processes "
+            f"({session.blocks.asked_by}). End the training and continue it to take them"
         )
     if source.process == 0:
         warn_of_unread(entries, session.family, source.path)

@@ -11,7 +11,7 @@ from torch import nn
 from checkpoints.stored.forms import prepare
 from contract.families import HIGH_NOISE
 from contract.family import DitSpec, Family, knows_few_steps
-from contract.loading import Placement
+from contract.loading import BlockPlace, Placement
 from contract.rules import ONE_EXPERT, Expert
 from modules.attention.attend import check_backend
 from modules.compile_options import Compilation
@@ -33,10 +33,9 @@ from training.noise_options import NUM_TIMESTEPS, TimestepOptions
 from training.options import TrainingOptions
 from training.run_options import LoopOptions
 
-if TYPE_CHECKING:  # loaded only where processes share a model; where a LoRA file is given
+if TYPE_CHECKING:  # loaded only where a LoRA file is given
     from networks.added import AddedLoras
     from networks.loading import LoraUse
-    from running.offload.sharding import ShardedBlocks
 
 logger = logging.getLogger(__name__)
 
@@ -104,11 +103,6 @@ def network_for(options: TrainingOptions, expert: Expert) -> NetworkOptions | No
 def check_experts(family: Family, options: TrainingOptions) -> None:
     """Raise OptionError for options that the given transformers cannot serve."""
     experts, by_expert, network = family.experts, options.by_expert, options.network
-    if len(experts) > 1 and by_expert.offload_inactive_dit and options.speed.sharding.shard_base:
-        raise OptionError(
-            "--offload_inactive_dit and --shard_base cannot be used together: each process has a part of "
-            "both transformers, and they stay on the devices. Leave one of the two options out"
-        )
     if len(experts) == 1:
         if by_expert.lora_per_expert:
             raise OptionError("--lora_per_expert needs two transformers: give --dit and --dit_high_noise")
@@ -292,7 +286,7 @@ def dress(
     device: torch.device,
     compilation: Compilation | None = None,
     host: HostWeights | None = None,
-    shares: "ShardedBlocks | None" = None,
+    blocks: BlockPlace | None = None,
 ) -> None:
     """Compile the blocks, checkpoint them, and set up swapped or split ones. Call it when a LoRA is attached.
 
@@ -310,7 +304,7 @@ def dress(
         host=host,
         checkpointing=checkpointing,
         in_pieces=on_host,
-        shares=shares,
+        blocks=blocks,
     )
     dit.train(loop.gradient_checkpointing)  # it has no dropout; checkpointing is what acts in training mode
 

@@ -13,11 +13,12 @@ from modules.installation import command_words
 from modules.limits import MAX_EXAMPLE_CHARACTERS
 from modules.option_values import FillIn, missing_words, option_words
 from modules.options import STARTS, option_values, options_with
-from modules.speed_options import say_for_generation
 from networks.kinds.contract import NetworkKind
 from networks.module_names import read_family
 from networks.names.layouts import KNOWN, TRAINED_ON
 from networks.options import NetworkOptions
+from running.options import say_for_generation
+from running.ways.composing import needed_in_generation
 from training.features.composing import sampled_average
 from training.options import ScriptOption, TrainingOptions
 from training.plan import TrainingPlan
@@ -202,7 +203,7 @@ class NextSteps:
 
     def _generate(self, generation: Generation, file: Path) -> PageCommand:
         speed = self.options.speed
-        launcher = self._launcher() if speed.sharding.shard_base else ["python"]
+        launcher = self._launcher() if needed_in_generation(speed) else ["python"]
         words = [*launcher, *generation(self.sample), *option_words(say_for_generation(speed))]
         high_files, other_files = self._trained_files(file)
         words = self._with_trained(words, "", other_files)

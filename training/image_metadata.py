@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from dataset.batches.items import TrainingItem
-from dataset.cache.files import parse_latent_name
+from dataset.cache_files import parse_latent_name
+from dataset.forms.composing import form_of
 from dataset.table import DatasetTable
 from modules.errors import DatasetError
 from training.learning_options import PartsOptions
@@ -92,7 +93,7 @@ def count_tags(items: Iterable[TrainingItem]) -> dict[str, dict[str, int]]:
     Captions are counted once, without repeats; those that are not there, as with copied caches, not at all.
     Of a folder with more parts than MOST_TAGS, only the most frequent ones: they are in a file's header.
     """
-    from dataset.sources.listing import find_sources  # other trainings read caches alone
+    from dataset.listing import find_sources  # other trainings read caches alone
 
     tables = {item.table.index: item.table for item in items}
     stems: dict[int, set[str]] = {}
@@ -253,7 +254,7 @@ def _describe_dataset(tables: Sequence[DatasetTable], counted: _PictureCounts, t
             entry[key] = value
     keys = ("batch_size_per_device", "enable_bucket", "min_bucket_reso", "max_bucket_reso")
     return entry | {
-        "is_dreambooth": all(table.metadata_file is None for table in tables),
+        "is_dreambooth": not any(form_of(table).entry for table in tables),
         "num_train_images": counted.num_learned,
         "num_reg_images": counted.num_regularisation,
         "resolution": list(tables[0].resolution),
@@ -282,8 +283,9 @@ def _describe_subset(table: DatasetTable, num_pictures: int) -> dict[str, Any]:
     }
     if table.directory is not None or table.image_folder is not None:
         entry["image_dir"] = table.picture_folder.name
-    if table.metadata_file is None:
-        entry |= {"class_tokens": table.class_tokens, "is_reg": table.is_reg}
+    name = form_of(table).entry
+    if name:
+        entry[name] = table.source.name
     else:
-        entry["metadata_file"] = table.metadata_file.name
+        entry |= {"class_tokens": table.class_tokens, "is_reg": table.is_reg}
     return {**table.learning_keys, **entry}

@@ -18,6 +18,7 @@ from modules.errors import OptionError
 from modules.option_values import to_path
 from modules.options import STARTS, Options, not_needed, option, read_options, unsupported
 from modules.parser import Parser, add_options, typed_names
+from running.ways.composing import list_block_options, list_shared_things
 from training.config_options import write_config_file
 from training.features.composing import options_of_blocks
 from training.learning_options import PartsOptions
@@ -248,8 +249,8 @@ EPSILON = "it is for models that predict noise, such as Stable Diffusion; a flow
 OFFSET = "it is for models that predict noise, such as Stable Diffusion; a flow learns brightness without it"
 CLIP = "it is for the text encoders of Stable Diffusion"
 DEEPSPEED = (
-    "DeepSpeed is not used. Processes of accelerate launch share weights with --shard_base and tokens "
-    "with --context_parallel; --blocks_to_swap, --gradient_checkpointing and --fp8_base save memory"
+    f"DeepSpeed is not used. Processes of accelerate launch share {list_shared_things()}; --blocks_to_swap, "
+    "--gradient_checkpointing and --fp8_base save memory"
 )
 ROUNDING = "a LoRA's weights are kept in float32, which costs little; use --mixed_precision."
 # fmt: off
@@ -357,7 +358,7 @@ _refused_by_noise = {
     **dict.fromkeys(
         (
             *("blocks_to_swap", "use_pinned_memory_for_block_swap", "img_in_txt_in_offloading"),
-            *("shard_base", "context_parallel", *options_of_blocks()),
+            *(*list_block_options(), *options_of_blocks()),
         ),
         _OF_BLOCKS,
     ),

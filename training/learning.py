@@ -12,16 +12,18 @@ from torch.optim import Optimizer
 
 from contract.data import CAPTION
 from contract.family import Family, hears_sound
+from contract.loading import BlockPlace
 from contract.rules import Expert
 from modules.devices import dtype_of, gib, keep_heap_small, warn_if_emulated
 from modules.errors import MemoryPlanError
-from modules.speed_options import SwapOptions
 from networks.adapter import make_network
 from networks.options import NetworkOptions
-from running.dressing import share_tokens, shared_blocks, swapped_weights
+from running.dressing import swapped_weights
 from running.offload.turns import HostCopy
+from running.options import SwapOptions
 from running.planning.device_memory import MemoryWatch, bytes_on, spare_bytes
 from running.run_blocks import stage_files_of
+from running.ways.composing import finish_network, make_block_place
 from training import experts
 from training.data.feed import Feed, Randomness
 from training.data.table_times import times_by_group
@@ -50,11 +52,10 @@ from training.trainable import (
 from training.training_run import Requests, TrainedModel, TrainingRun, trigger_paths
 from training.validation import Validation
 
-if TYPE_CHECKING:  # loaded only where processes share a model, with LoRA files, with prompts
+if TYPE_CHECKING:  # loaded only with LoRA files, with prompts
     from networks.added import AddedLoras
     from networks.apply import LoraPatch
     from networks.loading import LoraUse
-    from running.offload.sharding import ShardedBlocks
     from running.offload.swap_plan import HostWeights
     from training.samples import Sampler
 
@@ -261,7 +262,7 @@ class UndressedNetwork:
     family: Family
     index: int  # of its expert
     host: "HostWeights | None"  # where swapped weights wait; None: all are on the device
-    shares: "ShardedBlocks | None"  # of processes that share it
+    blocks: BlockPlace | None  # of processes that share it
 
     @property
     def expert(self) -> Expert:
@@ -303,7 +304,7 @@ class Loading:
         plan, options, device = self.plan, self.plan.options, self.plan.accelerator.device
         expert = family.experts[index]
         host = swapped_weights(family.dit, self.swap, device, all_weights=self.takes_turns)
-        shares = shared_blocks(options.speed.sharding, device)
+        blocks = make_block_place(options.speed, device)
         network_options = experts.network_for(options, expert)
         patch: LoraPatch | None = None
         masked: Sequence[LoraUse] = ()
@@ -313,7 +314,7 @@ class Loading:
         # a DoRA learns the norms of the weights, which include merged LoRAs
         must_merge = network_options is not None and network_options.decomposes
         leave_unmerged = None if patch is None or must_merge else patch.leave_unmerged
-        placement = replace(placement, patch=patch, leave_unmerged=leave_unmerged, host=host, blocks=shares)
+        placement = replace(placement, patch=patch, leave_unmerged=leave_unmerged, host=host, blocks=blocks)
         if options.network is None:
             refuse_quantised_bases(family.dit_files[index : index + 1])
         dit = family.load_dit(placement, index)
@@ -331,9 +332,9 @@ class Loading:
             add_unmerged(dit, masked_changes(dit, masked), device, compute_dtype)
         warn_if_emulated(device, compute_dtype, "the transformer")
         dit.requires_grad_(False)
-        if shares is not None and plan.splits_model:
-            shares.split(dit)
-        return UndressedNetwork(dit, family, index, host=host, shares=shares)
+        if blocks is not None and plan.splits_model:
+            blocks.split(dit)
+        return UndressedNetwork(dit, family, index, host=host, blocks=blocks)
 
     def _read_merged(
         self, network: NetworkOptions | None, expert: Expert
@@ -380,10 +381,9 @@ class Loading:
             device,
             compilation=options.speed.compilation.choice,
             host=network.host,
-            shares=network.shares,
+            blocks=network.blocks,
         )
-        if options.speed.sharding.context_parallel > 1:
-            share_tokens(dit, options.speed.sharding, device)
+        finish_network(dit, options.speed, device)
 
     def _add_frozen_loras(self, network: UndressedNetwork) -> None:
         """Add --training_adapter, --sample_lora and the LoRAs of a family's stages, all switched off."""
@@ -471,7 +471,7 @@ class Learners:
         assert options.whole_dit is not None  # one of the two is given
         train = train_dit
         if self.plan.splits_model:
-            from training.saving.split_model import train_split_dit as train  # only with --shard_base
+            from training.saving.split_model import train_split_dit as train  # only if it is split
         return train(dit, options.optimizer.learning_rate, options.whole_dit.name_parts)
 
     def _saved_tensors(self, expert: Expert) -> dict[str, Tensor]:

@@ -27,9 +27,10 @@ from modules.options import (
 )
 from modules.parser import Parser, add_options, refuse_unsupported, typed_names
 from modules.run_limits import is_limited
-from modules.speed_options import TrainingSpeedOptions
 from networks.kinds.composing import RANKED_NETWORKS
 from networks.options import NOTHING_FROZEN, FrozenModelOptions, NetworkOptions
+from running.options import TrainingSpeedOptions
+from running.ways.composing import refuse_whole, splitting_option
 from training import learning_options, noise_options, run_options
 from training.config_options import (
     ConfigOptions,
@@ -181,7 +182,7 @@ class TrainingOptions(Options):
 
     @property
     def can_swap(self) -> bool:
-        return self.whole_dit is None and not self.speed.sharding.shard_base
+        return self.whole_dit is None and not splitting_option(self.speed)
 
     @property
     def is_fused(self) -> bool:
@@ -203,11 +204,7 @@ class TrainingOptions(Options):
                 f"--full_bf16 with --mixed_precision {precision}: the model then computes in bf16; use bf16 "
                 "for both"
             )
-        if self.speed.sharding.shard_base and precision == "fp16":
-            raise OptionError(
-                "--shard_base with --mixed_precision fp16: each process has parts of the gradients, and "
-                "cannot tell whether fp16's scaled ones overflowed in others. Use bf16 or no"
-            )
+        refuse_whole(self.speed, precision)
         stored = self.speed.fp8.quantisation
         if stored is not None:
             flags = "--fp8_base" if self.speed.fp8.fp8_base else stored.asked_by

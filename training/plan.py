@@ -23,7 +23,8 @@ from modules.lost_processes import OtherProcesses
 from modules.option_values import require
 from modules.speed_options import Quantisation
 from networks.formats import LoraFormat
-from running.dressing import have_joined
+from running.offload.joining import have_joined
+from running.ways.composing import count_groups, count_peers, splitting_option, warn_if_alone
 from training.checks import (
     check_before_loading,
     check_schedule,
@@ -107,7 +108,12 @@ class TrainingPlan:
 
     @property
     def splits_model(self) -> bool:
-        return self.options.whole_dit is not None and self.options.speed.sharding.shard_base and have_joined()
+        return splits_whole_model(self.options)
+
+
+def splits_whole_model(options: TrainingOptions) -> bool:
+    """Return whether the model itself learns, and each process has a part of it."""
+    return options.whole_dit is not None and bool(splitting_option(options.speed)) and have_joined()
 
 
 def make_plan(
@@ -245,11 +251,8 @@ def join_processes(
     """
     check_start(options)
     accelerator = make_accelerator(options.accelerator)
-    if options.speed.sharding.shard_base and accelerator.num_processes == 1:
-        logger.warning(
-            "--shard_base has no effect with one process, which holds the whole model. Use accelerate launch "
-            "--multi_gpu --num_processes N"
-        )
+    if accelerator.num_processes == 1:
+        warn_if_alone(options.speed)
     if not accelerator.is_main_process:
         logging.getLogger().setLevel(logging.WARNING)  # only one process logs what all do
     else:
@@ -265,8 +268,8 @@ def join_processes(
             logger.warning(line)
     if options.is_fused:
         check_fused_backward(options.optimizer.optimizer_type, accelerator.num_processes)
-    if options.whole_dit is not None and options.speed.sharding.shard_base and have_joined():
-        check_split(options.optimizer.optimizer_type)
+    if splits_whole_model(options):
+        check_split(splitting_option(options.speed), options.optimizer.optimizer_type)
     compilation = options.speed.compilation.choice
     if compilation is not None:
         from running.compile import check_compilation  # only with --compile
@@ -433,13 +436,13 @@ def _warn_of_missing(
 
 def _plan_steps(options: TrainingOptions, order: BatchOrder, processes: int, progress: Progress) -> StepPlan:
     """Plan the steps of the run; epochs, if given, replace steps."""
-    loop, sharding = options.loop, options.speed.sharding
+    loop, speed = options.loop, options.speed
     steps = StepPlan(
         num_batches=order.num_batches,
-        processes=sharding.groups_of(processes),
-        peers=sharding.context_parallel,
+        processes=count_groups(speed, processes),
+        peers=count_peers(speed),
         accumulation=loop.gradient_accumulation_steps,
-        in_lockstep=sharding.shard_base and processes > 1,
+        in_lockstep=bool(splitting_option(speed)) and processes > 1,
         total_steps=loop.max_train_steps,
         first_epoch=progress.plan_epoch,
         first_position=progress.plan_position,

@@ -14,10 +14,11 @@ from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor
 from torch.nn import Parameter
 
-from modules.command import RANK, refuse_other_splits
+from modules.command import RANK
 from modules.devices import acts_on_cuda, allow_fp16_accumulation
 from modules.errors import OptionError
 from modules.lost_processes import meet_anew
+from running.ways.composing import refuse_other_splits
 from training.run_options import AcceleratorOptions
 
 logger = logging.getLogger(__name__)

@@ -17,9 +17,9 @@ from dataset.batches.items import NO_COMMANDS, CachingCommands
 from modules.installation import RUN_CHECKS, RUN_GOES_ON
 from modules.lost_processes import LostProcessError
 from modules.options import option_values
-from modules.speed_options import SwapOptions
-from running.dressing import shared_blocks
+from running.options import SwapOptions
 from running.planning.device_memory import MemoryWatch, too_little
+from running.ways.composing import make_block_place
 from training.checks import check_before_loading
 from training.features.composing import (
     act_at_end,
@@ -115,7 +115,7 @@ def prepare_run(
             processes.advice = following.after_loss
         swap, memory = _plan_memory(plan)
         if plan.texts is not None:
-            blocks = shared_blocks(options.speed.sharding, accelerator.device)
+            blocks = make_block_place(options.speed, accelerator.device)
             plan.texts.load(accelerator.device, blocks)
             stack.callback(plan.texts.free)
         logs = _make_logs(plan, swap, hooks)
@@ -225,7 +225,7 @@ def _make_sampler(plan: TrainingPlan) -> "Sampler | None":
         weights=weights,
         preview=options.samples.preview,
         together=plan.steps.works_together,
-        blocks=shared_blocks(options.speed.sharding, accelerator.device),
+        blocks=make_block_place(options.speed, accelerator.device),
     )
     if plan.texts and plan.texts.learning:
         return replace(sampler, renew=plan.texts.renew)

@@ -13,6 +13,7 @@ from modules.devices import DTYPES, dtype_of
 from modules.errors import OptionError
 from running.offload.block_swap import settle_all
 from running.offload.sharding import as_split
+from running.ways.composing import splitting_option
 from training.data.table_times import list_times
 from training.experts import expert_metadata
 from training.features.composing import file_values
@@ -84,7 +85,7 @@ def make_saver(
 
     def write_state(folder: Path) -> None:
         if plan.splits_model:
-            from training.saving.split_model import write_split_state  # only with --shard_base
+            from training.saving.split_model import write_split_state  # only if it is split
 
             write_split_state(folder, take_state(model))
         else:
@@ -181,7 +182,8 @@ def restore(model: TrainedModel) -> None:
         elif model.plan.splits_model:
             raise OptionError(
                 f"--resume {saved.folder}: the state of another program is not split over processes. Resume "
-                "it without --shard_base and save a state, which can be split"
+                f"it without {splitting_option(model.plan.options.speed)} and save a state, which can be "
+                "split"
             )
         else:
             _restore_foreign(model, saved)

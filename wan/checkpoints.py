@@ -67,7 +67,7 @@ def identify(path: Path) -> str | None:
             named = bare_names(checkpoint)
             kind = kind_of(named.tensors)
             if _is_wan(_shapes(named)):
-                return f"it is a Wan transformer (--dit) for --task {_names_of(_header(named))}"
+                return f"it is a Wan transformer (--dit) for --task {_name_models(_header(named))}"
             return None if kind is None else f"it looks like {kind}"
     except CheckpointError:
         return None
@@ -82,9 +82,9 @@ def check_task(header: DitHeader[WanConfig], task: WanTask, path: Path, option: 
         versions = dict.fromkeys(f"Wan{TASKS[name].version}" for name in _fitting(header))
         raise CheckpointError(
             f"{path} does not fit --task {task.name}:\n"
-            f"  {_difference(header.config, task)} The file looks like {_names_of(header)} of "
+            f"  {_difference(header.config, task)} The file looks like {_name_models(header)} of "
             f"{' or '.join(versions)}.\n"
-            f"  Use --task {_names_of(header)}, or give a {KIND_WORDS[task.model_kind]} checkpoint to "
+            f"  Use --task {_name_models(header)}, or give a {KIND_WORDS[task.model_kind]} checkpoint to "
             f"{option}.",
             path,
         )
@@ -290,7 +290,7 @@ def _count_blocks(shapes: Mapping[str, tuple[int, ...]], blocks: str) -> int:
     return count
 
 
-def _names_of(header: DitHeader[WanConfig]) -> str:
+def _name_models(header: DitHeader[WanConfig]) -> str:
     names = _fitting(header)
     both = len({TASKS[name].version for name in names}) > 1
     return " or ".join(names) + (" (their files have the same tensors)" if both else "")

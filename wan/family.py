@@ -55,7 +55,7 @@ from wan.caching import (
 )
 from wan.checkpoints import load_dit, note_task
 from wan.configs import FUN_CONTROL, VACE
-from wan.files import WanFiles, boundary_of, caching_files, files_and_boundary, files_of
+from wan.files import WanFiles, caching_files, files_and_boundary, files_of, find_boundary
 from wan.inputs import (
     FIRST_LATENTS,
     appends_end,
@@ -252,14 +252,14 @@ class Wan(OneTransformer):
         return self.files.dits
 
     def file_beside(self, dit: Path) -> Path | None:
-        return self.files.vace_of(dit)
+        return self.files.find_vace(dit)
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
         path = self.dit_files[expert]
         note_task(self.files.dit_header(), self.files.task, path, self.compute_dtype(placement))
         placement = with_dtype(placement, self.files.dit_dtype)
         placement = replace(placement, keep_file_dtypes=self.keep_file_dtypes)
-        return load_dit(path, placement, self.rope, self.precision, second_file=self.files.vace_of(path))
+        return load_dit(path, placement, self.rope, self.precision, second_file=self.files.find_vace(path))
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
         """Return the conditions for training: text, by task CLIP features, `condition_latents` B C F H W."""
@@ -429,7 +429,7 @@ def family_for_training(options: WanTrainingOptions) -> Wan:
         keep_file_dtypes=options.mixed_precision_transformer,
         text_as_image_tokens=options.text_as_image_tokens,
         image_kind=ONE_FRAME if options.one_frame else None,
-        boundary=boundary_of(options, files),
+        boundary=find_boundary(options, files),
         noise=replace(FLOW, first_frame_probability=options.first_frame_probability or 0.0),
         options=options,
     )

@@ -78,7 +78,7 @@ class WanFiles(TransformerFiles):
         if second_config != config:
             raise CheckpointError(
                 f"{second} {paths[second]} is not of the model of {first} {paths[first]}:\n"
-                f"  it has {_size_of(second_config)}, the other has {_size_of(config)}.\n"
+                f"  it has {_name_size(second_config)}, the other has {_name_size(config)}.\n"
                 "  Give the two transformers of one model.",
                 paths[second],
             )
@@ -91,7 +91,7 @@ class WanFiles(TransformerFiles):
     def clip_path(self) -> Path:
         return require_file(self.clip, "--clip", "the task is conditioned on image features")
 
-    def vace_of(self, dit: Path) -> Path | None:
+    def find_vace(self, dit: Path) -> Path | None:
         """Return the separate file of VACE's blocks for a transformer's file; None if there is none."""
         path, option = self.vace, "--vace"
         if dit == self.dit_high_noise and dit != self.dit:
@@ -105,7 +105,7 @@ class WanFiles(TransformerFiles):
         """
         dit = self.dits[0] if dit is None else dit
         header = read_once(dit, read_dit_header)
-        vace = self.vace_of(dit)
+        vace = self.find_vace(dit)
         return header if vace is None else read_once(vace, add_vace_header, header, dit)
 
     def compute_dtype(self) -> torch.dtype | None:
@@ -149,7 +149,7 @@ class WanFiles(TransformerFiles):
             read_once(self.clip_path, read_clip)
 
 
-def _size_of(config: WanConfig) -> str:
+def _name_size(config: WanConfig) -> str:
     return f"{config.num_layers} blocks of width {config.dim} and {config.in_dim} input channels"
 
 
@@ -336,10 +336,10 @@ def files_and_boundary(options: WanGenerationOptions) -> tuple[WanFiles, float |
         logger.info(
             "--task %s has two transformers: without --dit_high_noise --dit makes all steps", task.name
         )
-    return files, boundary_of(options, files, boundary)
+    return files, find_boundary(options, files, boundary)
 
 
-def boundary_of(
+def find_boundary(
     options: WanTrainingOptions | WanGenerationOptions, files: WanFiles, of_release: float | None = None
 ) -> float | None:
     """Return the timestep where the high-noise expert begins: by option, else release, else task.

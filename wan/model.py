@@ -282,7 +282,7 @@ class WanModel(BlockNetwork):
         given_patches = tweaks.given_frames // self.config.patch_size[0]
         tokens = WanTokens(
             grid,
-            rotary=self._rotary.of(Grid(grid, tweaks.slow_frames, places=places), noisy.device),
+            rotary=self._rotary.get_table(Grid(grid, tweaks.slow_frames, places=places), noisy.device),
             texts=tuple(embedded),
             image=image_tokens,
             time=time,

@@ -115,14 +115,14 @@ def check_latents(config: WanVaeConfig, latent: LatentSpec, path: Path, needed_b
 
 def _flat_names(names: Iterable[str]) -> Callable[[str], str]:
     """Translate diffusers' names of Wan2.1, whose decoder has the layers of all levels in one row."""
-    layers = sorted({_layer_of(match) for match in map(_LAYER.fullmatch, names) if match})
+    layers = sorted({_read_layer(match) for match in map(_LAYER.fullmatch, names) if match})
     numbers = {layer: number for number, layer in enumerate(layers)}
     return lambda name: _translate(name, lambda layer: str(numbers[layer]))
 
 
 def _staged_names(names: Iterable[str]) -> Callable[[str], str]:
     """Translate diffusers' names of Wan2.2, where each level is a list."""
-    layers = {_layer_of(match) for match in map(_LAYER.fullmatch, names) if match}
+    layers = {_read_layer(match) for match in map(_LAYER.fullmatch, names) if match}
 
     def number(layer: _Layer) -> str:
         half, level, index = layer
@@ -133,14 +133,14 @@ def _staged_names(names: Iterable[str]) -> Callable[[str], str]:
     return lambda name: _translate(name, number)
 
 
-def _layer_of(match: re.Match[str]) -> _Layer:
+def _read_layer(match: re.Match[str]) -> _Layer:
     return match[1], int(match[2]), int(match[3] or _RESAMPLER)
 
 
 def _translate(name: str, number: Callable[[_Layer], str]) -> str:
     match = _LAYER.fullmatch(name)
     if match is not None:
-        name = f"{_HALVES[match[1]]}.{number(_layer_of(match))}.{match[4]}"
+        name = f"{_HALVES[match[1]]}.{number(_read_layer(match))}.{match[4]}"
     return translate_name(translate_name(name, DIFFUSERS), DIFFUSERS_RESIDUAL)
 
 

@@ -19,7 +19,7 @@ from contract.data import (
     name_text_and_mask,
 )
 from contract.family import DitSpec, Family, NoiseSpec
-from contract.few_steps import GUIDED, FewSteps, transfer_from
+from contract.few_steps import GUIDED, FewSteps, make_transfer_target
 from contract.loading import Placement
 from contract.requests import Prepared, Request
 from contract.rules import ModelRelease
@@ -109,7 +109,7 @@ class ZImage(ModelOfPictures):
     few_steps: ClassVar = FewSteps(
         "Train on the base (z_image_bf16.safetensors), whose LoRAs work on Turbo too, or give "
         "--training_adapter with the file of ostris/zimage_turbo_training_adapter",
-        targets=(GUIDED, transfer_from("the base", "z_image_bf16.safetensors")),
+        targets=(GUIDED, make_transfer_target("the base", "z_image_bf16.safetensors")),
         words="zit",
     )
     cache_tag: str = field(default="zi", init=False)

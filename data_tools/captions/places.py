@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 
 from data_tools.captions.options import CaptioningOptions
 from dataset.config import DatasetConfig, DatasetTable
+from dataset.forms.rows import RowReader
+from dataset.listing import find_all_sources
 from dataset.sources.captions import read_caption
-from dataset.sources.listing import find_all_sources
 from dataset.sources.media_source import MediaSource
-from dataset.sources.rows import RowReader
 from modules.atomic_write import append_text, atomic_path, write_text
 from modules.errors import DatasetError, OutputError
 from modules.paths import address_identity, expand_path, hide_secrets, is_address, short_hash

@@ -29,8 +29,9 @@ from dataset.cache.records import require_finite
 from dataset.caching.given import describe_embeds, embeds_note
 from dataset.caching.prefetch import DECODED_BYTES, Failure, fill_batches, run_ahead, write_behind
 from dataset.config import DatasetTable
-from dataset.sources.cogvideox import missing_clips, read_rows
-from dataset.sources.media_source import EMBEDS, IMAGE_MOMENTS, MOMENTS, Fault, raise_faults
+from dataset.forms.cogvideox_keys import CogVideoXKeys
+from dataset.forms.cogvideox_lists import EMBEDS, IMAGE_MOMENTS, MOMENTS, missing_clips, read_rows
+from dataset.sources.media_source import Fault, raise_faults
 from modules.atomic_write import atomic_path, write_text
 from modules.bars import Bar
 from modules.errors import DatasetError, MediaError
@@ -124,11 +125,13 @@ def find_items(source: ClipSourceOptions, folder: Path, seed: int) -> list[Prepa
         root,
         0,
         "video",
-        dataset_file=source.dataset_file,
+        own=CogVideoXKeys(
+            root,
+            dataset_file=source.dataset_file,
+            video_column=source.video_column,
+            id_token=(source.id_token or "").strip(),
+        ),
         caption_column=source.caption_column,
-        video_column=source.video_column,
-        cogvideox_root=root,
-        id_token=(source.id_token or "").strip(),
     )
     faults: list[Fault] = []
     rows = list(read_rows(table, name, faults))

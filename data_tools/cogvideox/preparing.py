@@ -24,8 +24,8 @@ from data_tools.cogvideox.options import PrepareOptions, ShapeOptions
 from dataset.cache.records import difference
 from dataset.caching.loop import Share, join_processes
 from dataset.caching.prefetch import Failure, failure_error, write_behind
-from dataset.sources.cogvideox import PreparedFolder, read_prepared, write_prepared
-from dataset.sources.media_source import EMBEDS
+from dataset.forms.cogvideox_lists import EMBEDS
+from dataset.sources.moments import PreparedFolder, read_prepared, write_prepared
 from dataset.sources.remarks import warn_cut_captions
 from modules.atomic_write import make_folder, remove_leftovers, write_text
 from modules.bars import Bar

@@ -33,15 +33,16 @@ from dataset.batches.finding import FoundItems, find_items, learn_no_references
 from dataset.batches.items import NO_COMMANDS, CachingCommands, TrainingItem, group_items
 from dataset.batches.order import BatchOrder, split_validation
 from dataset.batches.reading import read_batch, stores_for
-from dataset.cache.files import EMPTY
 from dataset.cache.form import list_shard_faults, other_form
 from dataset.cache.store import LatentNames, Stores, may_be_mixed, npz_names
+from dataset.cache_files import EMPTY
 from dataset.caching.given import use_moments
 from dataset.caching.planning import Planning, Recipe, SourcePlan, plan_all
 from dataset.caching.prefetch import SIZE_CHANGES, Failure, map_ahead, read_ahead, workers_of
 from dataset.caching.sound import HearingFamily, SoundWork
 from dataset.caching.text_plans import list_caption_files, plan_texts
 from dataset.config import DatasetConfig
+from dataset.forms.composing import form_of, list_addresses
 from dataset.options import CachingOptions, CheckPageOptions
 from dataset.sources.colours import find_reordered
 from dataset.sources.companions import refuse_companions
@@ -58,7 +59,6 @@ from modules.console import count_of, count_words
 from modules.control_codes import columns_of, escape_control_codes, fold
 from modules.errors import CacheError, DatasetError, MediaError, OptionError
 from modules.media.buckets import Size
-from modules.paths import is_address
 
 MEDIA, LATENTS, TEXTS = "media", "latents", "texts"  # the parts to check
 NO_ITEM = "tables have no item to train on"
@@ -544,8 +544,9 @@ def _compare_sources(
     """Add remarks about sources without a cache, a caption or cached sound, if the sources are there at
     all: training does not need them.
     """
-    if any(map(is_address, findings.table.tars or ())):  # listing them would download them
-        findings.caches.append("its sources are not checked: they are in tars at addresses")
+    if list_addresses(findings.table):  # listing the sources would download them
+        name = form_of(findings.table).name
+        findings.caches.append(f"its sources are not checked: they are in {name} at addresses")
         return
     listed = find_table(config, findings.table, folders)
     if not listed.sources:

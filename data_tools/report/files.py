@@ -17,13 +17,13 @@ from contract.family import TextEncoder
 from data_tools.report.findings import TableFindings
 from data_tools.report.looks import Look
 from data_tools.report.numbers import Numbers
-from dataset.cache.files import LatentName, latent_names, tensor_key, text_file_name
 from dataset.cache.records import LatentRecord, TextRecord, latent_record, text_records
-from dataset.cache.store import CacheStore, LatentNames, Stores
+from dataset.cache.store import LatentNames, Stores
+from dataset.cache_files import CacheStore, LatentName, latent_names, tensor_key, text_file_name
 from dataset.caching.planning import Recipe, SourcePlan, plan_all
 from dataset.caching.text_plans import CaptionFile, list_caption_files, plan_texts, why_outdated
 from dataset.sources.captions import read_caption
-from dataset.sources.media_source import MediaSource, Remote, TarMember
+from dataset.sources.media_source import MediaSource, Remote
 from modules.errors import CacheError, DatasetError
 from modules.paths import hide_secrets
 
@@ -99,12 +99,10 @@ def _list_parts(source: MediaSource) -> list[Numbers]:
     parts = []
     for path, origin in zip(paths, origins, strict=False):
         part: Numbers = {"path": str(path)}
-        if isinstance(origin, TarMember):
-            part |= {"in": str(origin.tar), "offset": origin.offset, "bytes": origin.size_bytes}
-        elif isinstance(origin, Remote):
+        if isinstance(origin, Remote):
             part |= {"in": hide_secrets(origin.address)}
         elif origin is not None:
-            part |= {"in": str(origin.file)}
+            part |= origin.describe()
         parts.append(part)
     return parts
 

@@ -14,13 +14,13 @@ from contract.rules import CountTokens, TokenCount
 from data_tools.report.looks import Look
 from dataset.batches.order import split_validation
 from dataset.config import DatasetConfig, DatasetTable
+from dataset.forms.unread import find_unread
+from dataset.listing import find_encodings, find_sources, missing_captions
 from dataset.options import GUESS
 from dataset.sources.captions import SHOWN, guess_captions, read_caption_file
 from dataset.sources.left_out import TableFolders
-from dataset.sources.listing import find_encodings, find_sources, missing_captions
 from dataset.sources.media_source import Fault, MediaSource, list_faults
 from dataset.sources.remarks import find_caption_remarks, find_cut_captions
-from dataset.sources.unread import find_unread
 from modules.atomic_write import write_bytes, write_text
 from modules.console import as_size, count_of
 from modules.errors import CheckpointError, DatasetError, OptionError

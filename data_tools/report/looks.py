@@ -15,11 +15,11 @@ from markupsafe import Markup
 from contract.data import LatentSpec
 from data_tools.report.sound import Heard, draw_sound, is_heard, listen
 from dataset.config import DatasetTable
-from dataset.sources.cogvideox import measure_source, whole_span
 from dataset.sources.decoding import decode_source, fit_of, plan_source, source_frames, spans_or_reason
 from dataset.sources.fetching import fetch
 from dataset.sources.frames import Span, compare_rates, describe_short
 from dataset.sources.media_source import MediaSource
+from dataset.sources.moments import measure_source, whole_span
 from dataset.sources.references import fit_reference
 from modules.control_codes import escape_control_codes
 from modules.errors import DatasetError, MediaError

@@ -22,6 +22,7 @@ from data_tools.report.options import ReportOptions
 from data_tools.report.page import write_report_page
 from dataset.caching.prefetch import SIZE_CHANGES, Failure, read_ahead
 from dataset.config import DatasetConfig, DatasetTable, with_lengths, with_references
+from dataset.forms.composing import list_addresses
 from dataset.sources.clock import find_other_lengths
 from dataset.sources.colours import find_colours, find_reordered
 from dataset.sources.decoding import check_resolution
@@ -33,7 +34,7 @@ from modules.control_codes import escape_control_codes
 from modules.errors import DatasetError, MediaError
 from modules.media.buckets import Fit
 from modules.media.measures import NEAR
-from modules.paths import hide_secrets, is_address
+from modules.paths import hide_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ def run_report(config: DatasetConfig, options: ReportOptions) -> None:
     if options.references:
         config = with_references(config, ReferenceRules(options.references, options.pixel_step))
     if options.no_download:
-        _refuse_remote_tars(config)
+        _refuse_downloads(config)
     folders = TableFolders(config)
     tables = [
         _measure_table(config, table, folders=folders, options=options, latent=latent, workers=workers)
@@ -98,13 +99,12 @@ def run_report(config: DatasetConfig, options: ReportOptions) -> None:
         _write_json(options.json, numbers, prints=options.prints)
 
 
-def _refuse_remote_tars(config: DatasetConfig) -> None:
-    """Raise DatasetError if a tar is at an address: it must be downloaded to list its members."""
+def _refuse_downloads(config: DatasetConfig) -> None:
+    """Raise DatasetError if the sources of a table can be listed only after a download."""
     for table in config.datasets:
-        for tar in table.tars or ():
-            if is_address(tar):
-                text = f"{hide_secrets(tar)} is downloaded to be listed: leave out --no_download"
-                raise DatasetError(text)
+        for address in list_addresses(table):
+            text = f"{hide_secrets(address)} is downloaded to be listed: leave out --no_download"
+            raise DatasetError(text)
 
 
 def _choose_latents(options: ReportOptions) -> LatentSpec:

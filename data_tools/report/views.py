@@ -15,10 +15,10 @@ from data_tools.report.looks import choose_evenly
 from dataset.batches.order import changed_caption
 from dataset.caching.prefetch import CacheReport, Failure, read_ahead
 from dataset.config import DatasetConfig
+from dataset.listing import find_sources
 from dataset.options import COLOURS, DebugOptions
 from dataset.sources.decoding import DecodedMedia, decode_source
 from dataset.sources.frames import Span
-from dataset.sources.listing import find_sources
 from dataset.sources.media_source import MediaSource
 from modules.bars import Bar
 from modules.media.reading import Frame, resize_frame

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from contract import data
 from dataset.batches.items import NO_COMMANDS, CachingCommands, TrainingItem, group_items
-from dataset.cache.files import FLIPPED, tensor_key
 from dataset.cache.records import (
     CacheChecks,
     LatentRecord,
@@ -21,8 +20,10 @@ from dataset.cache.records import (
     stamp_of,
 )
 from dataset.cache.store import Stores
+from dataset.cache_files import FLIPPED, tensor_key
 from dataset.config import DatasetTable
 from dataset.config_keys import IGNORE, REFERENCES, SECTIONS, TEXTS, Stale
+from dataset.forms.composing import form_of
 from dataset.sources.captions import captions_in, read_caption
 from dataset.sources.frames import bucket_of
 from dataset.sources.media_source import CLIP_REFERENCES, CONTROL_MASK, SOUND_FILE, WORSE
@@ -32,7 +33,7 @@ from modules.errors import CacheError
 from modules.option_values import as_shape
 
 if TYPE_CHECKING:  # it is loaded only if sources are compared
-    from dataset.sources.listing import CompanionCounts
+    from dataset.listing import CompanionCounts
 
 logger = logging.getLogger(__name__)
 
@@ -398,9 +399,9 @@ def _references_now(item: TrainingItem) -> int | None:
 def _companions_now(item: TrainingItem) -> "CompanionCounts | None":
     """Return an item's entry in `companions_now`; None without one, or if listing could download files."""
     table = item.table
-    if not (table.directory or table.jsonl_file or table.table_file):
+    if not form_of(table).is_listed_in_training:
         return None
-    from dataset.sources.listing import companions_now  # only if sources are compared
+    from dataset.listing import companions_now  # only if sources are compared
 
     return companions_now(table).get(item.source_stem)
 

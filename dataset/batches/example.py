@@ -32,7 +32,7 @@ class ExampleItem:
 
 def find_example(item: TrainingItem, stores: Stores) -> ExampleItem:
     """Return the files and the caption of an item. What cannot be found is left out."""
-    from dataset.sources.listing import find_sources  # a run with samples does without
+    from dataset.listing import find_sources  # a run with samples does without
 
     table = item.table
     example = ExampleItem(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from contract.data import CONTROL, FPS, IMAGE_LATENTS, REFERENCE_LATENTS, LatentSpec, SoundSpec
+from dataset import cache_files
 from dataset.batches.items import (
     NO_COMMANDS,
     CachingCommands,
@@ -17,11 +18,12 @@ from dataset.batches.items import (
     TrainingItem,
     tables_of,
 )
-from dataset.cache import files as cache_files
 from dataset.cache.records import section_frames
-from dataset.cache.store import CacheStore, Stores, may_be_mixed, open_store
+from dataset.cache.store import Stores, may_be_mixed, open_store
+from dataset.cache_files import CacheStore
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.config_keys import IGNORE, REQUIRED
+from dataset.forms.composing import SHARED_CACHES, form_of
 from dataset.sources.frames import bucket_of
 from dataset.sources.media_source import pause_collection
 from modules.console import count_of, count_words
@@ -66,7 +68,7 @@ def find_items(
     sound: SoundSpec | None = None,
 ) -> FoundItems:
     """Find all items by the names of their files, reading headers at most. If a table's sources are listed
-    (encoded while training, or npz files next to pictures), caches of other sources are left out.
+    (encoded while training, or caches that other programs share), caches of other sources are left out.
 
     text_keys: the keys of a complete text cache. stores: of the run, if caches are elsewhere than the tables
     say. live: tables encoded while training, by index. sound: spec of a family that is trained with sound.
@@ -392,13 +394,13 @@ def _listed_stems(table: DatasetTable, kind: ItemKind, latents: Sequence[str]) -
     """Return the stems of a table's current sources, if these are read while training or if other programs
     share its caches; None if the caches alone decide the items.
 
-    The caching script removes our own caches when their source is gone, but never npz files.
+    The caching script removes our own caches when their source is gone, but never those that others share.
     """
     if kind.sources:
         return kind.sources.keys()
-    if not (table.directory or table.metadata_file) or not latents:
+    if not form_of(table).has_caches_of_others or not latents:
         return None
-    from dataset.sources.listing import find_sources
+    from dataset.listing import find_sources
 
     try:
         return {source.stem for source in find_sources(table, captions=False, faults=[])}
@@ -472,7 +474,7 @@ def _refuse_unfinished(listing: FoundItems, commands: CachingCommands) -> None:
 
 def _explain_empty(table: DatasetTable) -> str:
     """Explain why a table may have no latent cache."""
-    names = [] if table.cache_format == "npz" else sorted(open_store(table).names())
+    names = [] if table.cache_format in SHARED_CACHES else sorted(open_store(table).names())
     of_any_model = next(filter(_LATENTS_OF_ANY.search, names), None)
     problem = f"{table.name}: no latent cache in {table.cache_directory}"
     folder = table.directory

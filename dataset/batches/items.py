@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from dataset.cache.files import EMPTY, SUFFIX, LatentName, empty_text_name, sound_file_name, text_file_name
+from dataset.cache_files import EMPTY, SUFFIX, LatentName, empty_text_name, sound_file_name, text_file_name
 from dataset.config import DatasetTable
 from dataset.sources.media_source import MediaSource
 from modules.media.buckets import Size

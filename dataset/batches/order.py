@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 from dataset.batches.items import OfSource, TrainingItem, tables_of
-from dataset.cache.files import EMPTY
+from dataset.cache_files import EMPTY
 from dataset.sources.captions import complete_caption, join_parts, lines_of
 from dataset.sources.media_source import pause_collection
 from dataset.table import NO_AUGMENTATION, CaptionChanges, DatasetTable

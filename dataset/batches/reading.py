@@ -14,7 +14,6 @@ from torch import Tensor
 from contract import data
 from dataset.batches.checks import latent_faults, sound_faults, text_faults
 from dataset.batches.items import NO_COMMANDS, CachingCommands, TrainingItem
-from dataset.cache.files import EMPTY, FLIPPED, Entry, parse_latent_name
 from dataset.cache.records import (
     CLOCK,
     CacheChecks,
@@ -23,7 +22,8 @@ from dataset.cache.records import (
     text_records,
     verify_tensors,
 )
-from dataset.cache.store import CacheStore, Stores
+from dataset.cache.store import Stores
+from dataset.cache_files import EMPTY, FLIPPED, CacheStore, Entry, parse_latent_name
 from dataset.sources.frames import spans
 from modules.errors import CacheError
 from modules.media.buckets import inner_box
@@ -170,7 +170,7 @@ def _join_media_and_texts(
 def _count_windows(item: TrainingItem, record: LatentRecord, lengths: ClipLengths) -> int:
     """Return the number of windows of an item's clip by its record; 0 if that is not known."""
     table, clip = item.table, record.clip
-    if table.load_tensors or clip is None or record.parts > 1:
+    if table.gives_latents or clip is None or record.parts > 1:
         return 0
     if not clip.complete and table.frame_extraction != "head":
         return 0

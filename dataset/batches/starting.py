@@ -16,14 +16,15 @@ from dataset.batches.checks import shorten_fingerprint
 from dataset.batches.finding import FoundItems
 from dataset.batches.items import CachingCommands, TrainingItem
 from dataset.batches.reading import read_batch
-from dataset.cache.files import parse_latent_name, text_file_name
 from dataset.cache.records import CacheChecks
 from dataset.cache.store import Stores
+from dataset.cache_files import parse_latent_name, text_file_name
 from dataset.config import DatasetTable
 from dataset.config_keys import IGNORE
+from dataset.forms.composing import SHARED_CACHES
+from dataset.listing import find_sources
 from dataset.sources.clock import kept_one_clock
 from dataset.sources.colours import shown_otherwise
-from dataset.sources.listing import find_sources
 from dataset.sources.media_source import MediaSource
 from dataset.sources.sound import list_unheard
 from modules.console import count_of
@@ -212,7 +213,7 @@ def compare_sources(
         items = [item for item in listing.items if item.table.index == table.index]
         _compare_lengths(table, items, commands)
         cached = {item.source_stem for item in items}
-        if table.directory is None or not cached or table.cache_format == "npz":
+        if table.directory is None or not cached or table.cache_format in SHARED_CACHES:
             continue
         sources = _sources_of_small(table, table.directory)
         if sources is None:

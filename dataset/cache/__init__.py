@@ -1,12 +1,9 @@
-"""Cache files: names, contents, and what they were made from.
+"""Cache files: contents, and what they were made from.
 
 catalog: the entries of shards, and writing a shard
 commands: remember the options of the caching commands
 converting: convert cache folders: single files to shards, and back
-files: cache files: names, tensor names, reading and writing
 form: whether caches are in the form of their table
-npz: caches in npz files next to the pictures
-npz_files: read npz files without trust, write them completely
 old_shards: read the tars of earlier versions
 records: a cache file's origin in its metadata, and checks
 shards: a store that keeps entries in shards, and merging

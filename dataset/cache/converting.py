@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dataset.cache import files as cache_files
+from dataset import cache_files
 from dataset.cache.catalog import Catalog
 from dataset.cache.form import single_files
 from dataset.cache.shards import ShardStore, merge_shards, shard_faults
 from dataset.cache.store import SingleFiles
 from dataset.config import DatasetConfig
+from dataset.forms.composing import SHARED_CACHES
 from dataset.options import ConvertCacheOptions
 from dataset.sources.media_source import OLD_INDEXES
 from modules.atomic_write import explain_errors, remove_leftovers
@@ -39,12 +40,9 @@ def convert_caches(options: ConvertCacheOptions, config: DatasetConfig | None) -
     Raises CacheError if entries are damaged, OutputError if something cannot be written; nothing is lost
     then, and the same command continues.
     """
-    npz = [table for table in (config.datasets if config else ()) if table.cache_format == "npz"]
-    if npz:
-        raise OptionError(
-            f'{npz[0].name}: cache_format = "npz": only a caching script knows which of the sizes in a file '
-            "are this table's. Set another cache_format and cache again"
-        )
+    for table in config.datasets if config else ():
+        if table.cache_format in SHARED_CACHES:
+            raise OptionError(f"{table.name}: {SHARED_CACHES[table.cache_format].not_converted}")
     folders = options.cache_directory or ()
     if config is not None:
         folders = tuple(table.cache_directory for table in config.datasets)

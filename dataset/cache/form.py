@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from dataset.cache import files
+from dataset import cache_files
 from dataset.config import DatasetTable
 from modules.command import as_typed
 from modules.errors import CacheError, DatasetError
@@ -59,10 +59,10 @@ def other_form(table: DatasetTable, tag: str) -> Iterator[str]:
 
 def _is_of(name: str, tag: str, kind: str) -> bool:
     """Return whether an entry is one of a family's: latents, sound or texts. tag: the family's cache_tag."""
-    for latent_tag in (tag, files.sound_tag(tag)):
-        if files.parse_latent_name(name, latent_tag, kind) is not None:
+    for latent_tag in (tag, cache_files.sound_tag(tag)):
+        if cache_files.parse_latent_name(name, latent_tag, kind) is not None:
             return True
-    return files.is_text_name(name.removesuffix(files.PART), tag)
+    return cache_files.is_text_name(name.removesuffix(cache_files.PART), tag)
 
 
 def single_files(folder: Path, of: Callable[[str], bool]) -> Iterator[str]:
@@ -71,9 +71,9 @@ def single_files(folder: Path, of: Callable[[str], bool]) -> Iterator[str]:
         if not of(name):
             continue
         try:
-            header = files.read_entry(folder / name, is_whole=False)
+            header = cache_files.read_entry(folder / name, is_whole=False)
         except CacheError:
             continue
         maker = header.metadata.get("architecture", "")
-        if files.is_latent_cache(header, maker) or files.is_text_cache(header, maker):
+        if cache_files.is_latent_cache(header, maker) or cache_files.is_text_cache(header, maker):
             yield name

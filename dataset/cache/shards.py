@@ -29,7 +29,7 @@ from dataset.cache.catalog import (
     list_shards,
     open_shard,
 )
-from dataset.cache.files import Entry, unpack, unpack_header
+from dataset.cache_files import Entry, unpack, unpack_header
 from dataset.sources.media_source import OF_SHARDS, OLD_INDEXES
 from modules.atomic_write import check_space, remove_leftovers
 from modules.errors import CacheError, OutputError

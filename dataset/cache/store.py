@@ -1,20 +1,22 @@
 """Where the entries of a cache folder are kept: reading, writing and removing them by their names.
 
-An entry has the name of a single cache file (see files.py), whatever holds it. Messages name it as
-`folder/name`.
+An entry has the name of a single cache file (see dataset/cache_files.py), whatever holds it. Messages name it
+as `folder/name`.
 """
 
 import logging
 import os
 from collections.abc import Callable, Collection, Container, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
 from contract.family import Caches
-from dataset.cache.files import (
+from dataset.cache_files import (
+    CacheStore,
     Entry,
     LatentName,
     NpzNames,
@@ -23,58 +25,13 @@ from dataset.cache.files import (
     read_entry,
     write_tensors,
 )
-from dataset.config import DatasetTable
+from dataset.forms.composing import SHARED_CACHES, form_of
 from dataset.sources.media_source import OF_SHARDS
+from dataset.table import DatasetTable
 from modules.atomic_write import remove_leftovers, write_bytes
 from modules.errors import CacheError
 
 logger = logging.getLogger(__name__)
-
-
-class CacheStore(Protocol):
-    """The entries of one cache folder. An entry exists whole or not at all. Several threads may use the store
-    at once, and other processes may write other entries of the same folder meanwhile.
-    """
-
-    @property
-    def folder(self) -> Path:
-        """Return the cache folder, which need not exist."""
-
-    @property
-    def holds_only_caches(self) -> bool:
-        """Return whether all names are those of caches, so that a damaged one may be removed."""
-
-    @property
-    def is_shared(self) -> bool:
-        """Return whether other programs keep entries there: theirs count if they fit, and none is stale."""
-
-    def names(self) -> Collection[str]:
-        """Return the names of all entries, and of other files that are next to them."""
-
-    def __contains__(self, name: str) -> bool:
-        """Return whether there is an entry of that name, whole or damaged."""
-
-    def read(self, name: str, is_whole: bool = True) -> Entry:
-        """Read an entry to the CPU; its header alone if it is not wanted whole.
-
-        Raises CacheError if it is missing or damaged.
-        """
-
-    def write(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        """Write an entry, in place of one of the same name. tensors: by their names in the file.
-
-        Equal contents give equal bytes. Raises OutputError.
-        """
-
-    def remove(self, name: str) -> None:
-        """Remove an entry, if it is there."""
-
-    def close(self, is_last: bool = False) -> None:
-        """Make sure that all that was written survives, as the last act of a writer; more may follow.
-
-        is_last: all writers of a run have finished, and this process puts the store in order. Raises
-        OutputError if there is no room for it; nothing is lost then.
-        """
 
 
 @dataclass(frozen=True)
@@ -163,15 +120,34 @@ def open_store(table: DatasetTable, names: NpzNames | None = None) -> CacheStore
 
     names: of the family. Raises DatasetError if it has none and the form is npz.
     """
-    if table.cache_format == "npz":
-        from dataset.cache.npz import open_npz
-
-        return open_npz(table, names, table.cache_directory)
+    if table.cache_format == "files":
+        return SingleFiles(table.cache_directory)
     if table.cache_format == "shards":
         from dataset.cache.shards import ShardStore
 
         return ShardStore(table.cache_directory)
-    return SingleFiles(table.cache_directory)
+    return open_shared(table, names, table.cache_format, table.cache_directory)
+
+
+def open_shared(table: DatasetTable, names: NpzNames | None, cache_format: str, folder: Path) -> CacheStore:
+    """Return the store of caches that other programs share, in one of `SHARED_CACHES`.
+
+    folder: of these caches, except those of pictures that a list names anywhere. Raises DatasetError if the
+    family, of which `names` are, has none in this form.
+    """
+    open_caches = SHARED_CACHES[cache_format].open_caches
+    assert open_caches is not None
+    return open_caches(table, names, folder, partial(_list_pictures, table))
+
+
+def _list_pictures(table: DatasetTable) -> dict[str, Path]:
+    """Return the pictures that a list names anywhere, without suffix, by stem; none of other forms."""
+    if not form_of(table).names_pictures_anywhere:
+        return {}
+    from dataset.listing import find_sources  # a training of our own caches lists none
+
+    sources = find_sources(table, captions=False, faults=[])
+    return {source.stem: source.path.with_suffix("") for source in sources}
 
 
 def may_be_mixed(table: DatasetTable, names: Collection[str] | None = None) -> bool:
@@ -179,7 +155,7 @@ def may_be_mixed(table: DatasetTable, names: Collection[str] | None = None) -> b
     `dataset.cache.form`. names: of its cache folder, if they have been listed.
     """
     folder = table.cache_directory
-    if table.cache_format != "files":  # npz may lie next to files of other forms, which other trainings use
+    if table.cache_format != "files":  # shared ones may lie next to ours, which other trainings use
         return table.cache_format == "shards"
     names = os.listdir(folder) if names is None and folder.is_dir() else names or ()
     return any(map(OF_SHARDS.fullmatch, names))

@@ -17,7 +17,7 @@ from contract.family import Caches, TextEncoder
 from dataset.cache.records import difference
 from dataset.caching.text_plans import CaptionFile
 from dataset.config import DatasetTable
-from dataset.sources import cogvideox
+from dataset.sources import moments as moments_files
 from dataset.sources.decoding import NO_FRAMES, DecodedMedia
 from dataset.sources.media_source import Fault, MediaSource, raise_faults
 from modules.devices import dtype_name
@@ -55,9 +55,7 @@ def use_moments(family: Caches, sources: Sequence[MediaSource]) -> list[MediaSou
     changed = []
     for source in sources:
         if source.tensors is not None:
-            source = dataclasses.replace(
-                source, tensors=dataclasses.replace(source.tensors, uses_image=False)
-            )
+            source = dataclasses.replace(source, tensors=source.tensors.without_image())
         changed.append(source)
     return changed
 
@@ -77,8 +75,8 @@ def decode_moments(source: MediaSource, latent: LatentSpec) -> DecodedMedia:
     """Return a source with its moments instead of frames. Raises MediaError if they cannot be used."""
     paths = [path for path, _ in source.parts]
     # copies: a file that is mapped can change, and Windows does not replace it
-    moments = tuple(cogvideox.read_moments(path, latent).clone() for path in paths)
-    clip = cogvideox.measure(moments[0], latent, paths[0])
+    moments = tuple(moments_files.read_moments(path, latent).clone() for path in paths)
+    clip = moments_files.measure(moments[0], latent, paths[0])
     if len(moments) > 1 and moments[1].shape != (moments[0].shape[0], 1, *moments[0].shape[2:]):
         raise MediaError(f"{paths[1]} is not of a single frame of the size of {paths[0]}")
     return DecodedMedia(
@@ -86,7 +84,7 @@ def decode_moments(source: MediaSource, latent: LatentSpec) -> DecodedMedia:
         size=clip.size,
         bucket=clip.size,
         frames=NO_FRAMES,
-        spans=(cogvideox.whole_span(clip, latent.lengths),),
+        spans=(moments_files.whole_span(clip, latent.lengths),),
         moments=moments,
         clip=clip,
     )
@@ -97,15 +95,15 @@ def _check_vae(family: Caches, folder: Path, source: MediaSource) -> None:
     assert source.tensors is not None
     path = source.tensors.moments
     try:
-        channels = next((size for size in cogvideox.read_tensor(path).shape[-4:]), 0)
+        channels = next((size for size in moments_files.read_tensor(path).shape[-4:]), 0)
     except MediaError:
         return  # reported with the other files
     if channels != 2 * family.latent.channels:
         raise DatasetError(
             f"{source.table.name}: {path} has {channels} channels, but "
-            f"{cogvideox.explain_channels(channels, family.latent)}."
+            f"{moments_files.explain_channels(channels, family.latent)}."
         )
-    prepared = cogvideox.read_prepared(folder)
+    prepared = moments_files.read_prepared(folder)
     if prepared is None or prepared.architecture is None:
         logger.warning(
             "%s: nothing in %s says which VAE made %s. They are used as moments of the VAE of %s; of another "
@@ -119,7 +117,7 @@ def _check_vae(family: Caches, folder: Path, source: MediaSource) -> None:
     if prepared.architecture != family.name:
         raise DatasetError(
             f"{source.table.name}: {path.parent} was made by the VAE of {prepared.architecture} "
-            f"({folder / cogvideox.PREPARED}), this is {family.name}. Prepare the data with this "
+            f"({folder / moments_files.PREPARED}), this is {family.name}. Prepare the data with this "
             "model, or leave out load_tensors."
         )
     theirs, ours = prepared.vae.get("vae"), family.media_identity.get("vae")

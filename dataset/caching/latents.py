@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from contract import data
 from contract.family import Caches
-from dataset.cache import files as cache_files
+from dataset import cache_files
 from dataset.cache import records
 from dataset.cache.records import LatentRecord, identify
-from dataset.cache.store import CacheStore, LatentNames
+from dataset.cache.store import LatentNames
+from dataset.cache_files import CacheStore
 from dataset.caching.planning import Planning, Recipe, SourcePlan
 from dataset.caching.prefetch import check_memory, fill_batches
 from dataset.sources.decoding import DecodedMedia, decode_source
@@ -43,7 +44,7 @@ def decode(
     source, latent = plan.source, recipe.latent
     rate: float | None = None
     if source.tensors is not None:
-        from dataset.caching.given import decode_moments  # only with load_tensors
+        from dataset.caching.given import decode_moments  # few tables have any
 
         media = decode_moments(source, latent)
         if recipe.has_rates:

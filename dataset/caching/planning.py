@@ -23,8 +23,8 @@ from contract.data import (
 )
 from contract.rules import ShownMedium
 from dataset.cache import records
-from dataset.cache.files import Entry, LatentName
 from dataset.cache.store import ExistingNames, Names, Stores
+from dataset.cache_files import Entry, LatentName
 from dataset.caching.prefetch import MANY, Failure, map_ahead
 from dataset.config_keys import IGNORE, REFERENCES, SECTIONS
 from dataset.sources.clock import has_companions, kept_one_clock
@@ -287,7 +287,7 @@ class Planning:
             return unknown if size is None else self.compare(size, [(0, 1)])
         clip = self._recorded_clip()
         if self.source.tensors is not None:
-            from dataset.sources.cogvideox import measure_source, whole_span  # only with load_tensors
+            from dataset.sources.moments import measure_source, whole_span  # few tables have any
 
             clip = clip or measure_source(self.source, latent)
             return self.compare(clip.size, [whole_span(clip, latent.lengths)])

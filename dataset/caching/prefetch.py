@@ -12,9 +12,9 @@ from typing import Any, NamedTuple, TypeVar
 
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.config_keys import AUTO
+from dataset.listing import find_all_sources
 from dataset.options import CachingOptions
 from dataset.sources.frames import frames_wanted
-from dataset.sources.listing import find_all_sources
 from dataset.sources.media_source import Fault, MediaSource
 from modules.bars import Bar
 from modules.console import Row, count_words, show_box

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from contract.data import SOUND
 from contract.family import Caches, HearsSound
-from dataset.cache import files as cache_files
+from dataset import cache_files
 from dataset.cache import records
 from dataset.cache.store import ExistingNames, LatentNames, Stores, remove_caches
 from dataset.caching.latents import write_entry

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from contract.family import TextEncoder, can_mark
-from dataset.cache.files import EMPTY, PART, Entry, empty_text_name, text_file_name
 from dataset.cache.records import TextRecord, difference, is_unchanged, text_records, verify_tensors
 from dataset.cache.store import Stores
+from dataset.cache_files import EMPTY, PART, Entry, empty_text_name, text_file_name
 from dataset.caching.prefetch import MANY, map_ahead
 from dataset.config import DatasetTable
 from dataset.config_keys import TEXTS

@@ -20,7 +20,9 @@ from torch import Tensor
 from contract.data import Conditions
 from contract.family import Caches, TextEncoder, can_mark
 from contract.requests import Prompt
-from dataset.cache.files import (
+from dataset.cache.records import TextRecord, identify, record_metadata, require_finite, text_records
+from dataset.cache.store import Stores, may_be_mixed, npz_names, remove_caches
+from dataset.cache_files import (
     FORMAT_VERSION,
     PART,
     Entry,
@@ -31,8 +33,6 @@ from dataset.cache.files import (
     tensor_key,
     tensor_name,
 )
-from dataset.cache.records import TextRecord, identify, record_metadata, require_finite, text_records
-from dataset.cache.store import Stores, may_be_mixed, npz_names, remove_caches
 from dataset.caching.prefetch import (
     CacheReport,
     Failure,
@@ -50,9 +50,9 @@ from dataset.caching.text_plans import (
     sight_of,
 )
 from dataset.config import DatasetConfig, DatasetTable
+from dataset.listing import require_captions
 from dataset.options import CachingOptions
 from dataset.sources.decoding import DecodedMedia, decode_source
-from dataset.sources.listing import require_captions
 from dataset.sources.media_source import MediaSource
 from dataset.sources.references import explain_reference, hold_references
 from dataset.sources.remarks import NAMED, find_caption_remarks, warn_cut_captions, warn_of_remarks
@@ -220,7 +220,7 @@ class TextWork:
         with write_behind() as write:
             submit = partial(self._submit, write, encoder, identity)
             if any(file.embeds is not None for file in to_do):
-                from dataset.caching.given import take_embeds  # only with load_tensors
+                from dataset.caching.given import take_embeds  # few tables have any
 
                 to_do = take_embeds(to_do, encoder, identity, submit)
                 if not to_do:

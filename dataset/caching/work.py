@@ -18,17 +18,17 @@ import torch
 from contract.data import FPS, CacheEntry, MediaEncoders
 from contract.family import Caches, hears_sound, sound_of
 from contract.rules import ShownMedium
-from dataset.cache.files import SUFFIX, LatentName, is_latent_cache
 from dataset.cache.records import LatentRecord
 from dataset.cache.store import ExistingNames, LatentNames, Stores, may_be_mixed, npz_names, remove_caches
+from dataset.cache_files import SUFFIX, LatentName, is_latent_cache
 from dataset.caching import latents, prefetch
 from dataset.caching.planning import Recipe, SourcePlan, plan_all
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.config_keys import IGNORE
+from dataset.listing import warn_captions, warn_unused
 from dataset.options import CachingOptions
 from dataset.sources.decoding import DecodedMedia, check_resolution
 from dataset.sources.frames import find_wrong_rates, media_table
-from dataset.sources.listing import warn_captions, warn_unused
 from dataset.sources.media_source import LISTED, Fault, FileIdentity, MediaSource
 from dataset.sources.remarks import find_media_remarks, warn_of_remarks
 from dataset.subsets import refuse_changing
@@ -90,9 +90,9 @@ def _check_table(
     """
     if table.group is not None:
         refuse_changing(table, table.augmentation.varying_keys, "latents")
-    # first: load_tensors ignores the keys that a family's own check would have changed
-    if table.load_tensors:
-        from dataset.caching.given import refuse_moments  # only with load_tensors
+    # first: given latents ignore the keys that a family's own check would have changed
+    if table.gives_latents:
+        from dataset.caching.given import refuse_moments  # few tables have any
 
         refuse_moments(family, table)
     check_resolution(table, family.latent.pixel_step)
@@ -159,7 +159,7 @@ class MediaWork:
             warn_unused(config, sources)
         family.check_given_files()
         if any(source.tensors is not None for source in sources):
-            from dataset.caching.given import use_moments  # only with load_tensors
+            from dataset.caching.given import use_moments  # few tables have any
 
             sources = use_moments(family, sources)
         self.pieces: Sequence[MediaSource] = sources

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from contract.rules import TokenCount
-from dataset.config import DatasetTable
-from dataset.table import CaptionChanges
+from dataset.table import CaptionChanges, DatasetTable
 from modules.errors import DatasetError
 from modules.limits import MAX_CAPTION_BYTES, MAX_CAPTIONS
 from modules.text_files import bad_character, read_content, read_text

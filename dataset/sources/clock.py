@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dataset.config import DatasetTable
 from dataset.config_keys import AUTO
 from dataset.sources.fetching import fetch
 from dataset.sources.frames import (
@@ -25,6 +24,7 @@ from dataset.sources.frames import (
     read_still,
 )
 from dataset.sources.media_source import Fault, MediaSource
+from dataset.table import DatasetTable
 from modules.errors import MediaError
 from modules.media import reading
 from modules.media.buckets import Size

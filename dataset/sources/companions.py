@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dataset.config import DatasetTable
 from dataset.sources.clock import companion_frames, read_mask
 from dataset.sources.folders import list_entries
 from dataset.sources.media_source import Fault, MediaSource
+from dataset.table import DatasetTable
 from modules.console import count_of
 from modules.errors import DatasetError, MediaError
 from modules.media.buckets import Size

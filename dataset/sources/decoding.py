@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dataset.config import DatasetTable
 from dataset.config_keys import AUTO
 from dataset.sources.clock import companion_frames, kept_frames, read_mask
 from dataset.sources.fetching import fetch
@@ -29,6 +28,7 @@ from dataset.sources.frames import (
 )
 from dataset.sources.media_source import ClipFacts, FileIdentity, MediaSource
 from dataset.sources.references import fit_reference, read_reference
+from dataset.table import DatasetTable
 from modules.console import count_of
 from modules.errors import MediaError
 from modules.media.augmenting import change_colours, crop_anywhere, face_in_name, fit_face, mirror

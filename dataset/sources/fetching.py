@@ -10,12 +10,15 @@ from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
-from dataset.sources.media_source import MediaSource, ParquetCell, Remote, TarMember, member_pieces
+from dataset.sources.media_source import MediaSource, PackedFile, Remote
 from modules.errors import MediaError
 
 PREFIX = "reelsmith-extracted-"  # of folders of copies
 LEFTOVER_SECONDS = 86_400.0  # no clip is decoded for a day
-_MAGIC = ((b"GIF8", ".gif"), (b"RIFF", ".webp"))  # of cells whose suffix counts: they may be animations
+_MAGIC = (
+    (b"GIF8", ".gif"),
+    (b"RIFF", ".webp"),
+)  # of files without a suffix: they may be animations
 
 
 @contextlib.contextmanager
@@ -34,18 +37,17 @@ def fetch(source: MediaSource) -> Iterator[MediaSource]:
         folder: Path | None = None  # of copies, made for the first one
         paths = []
         for path, origin in source.parts:
-            if isinstance(origin, (TarMember, ParquetCell)):
+            if isinstance(origin, Remote):
+                from dataset.sources.downloads import check_media, download  # only at addresses
+
+                download(origin.address, path, check=check_media)
+            elif origin is not None:
                 if folder is None:
                     folder = _temporary_folder(stack)
                 copy = _extract(origin, path, folder / str(len(path_of_copy)))
                 path_of_copy[copy] = path
-                paths.append(copy)
-            else:
-                if isinstance(origin, Remote):
-                    from dataset.sources.downloads import check_media, download  # only at addresses
-
-                    download(origin.address, path, check=check_media)
-                paths.append(path)
+                path = copy
+            paths.append(path)
         try:
             remaining = iter(paths)  # in the order of `source.parts`
             yield dataclasses.replace(
@@ -81,19 +83,18 @@ def _temporary_folder(stack: contextlib.ExitStack) -> Path:
     return Path(stack.enter_context(temporary))
 
 
-def _extract(origin: TarMember | ParquetCell, path: Path, copy: Path) -> Path:
+def _extract(origin: PackedFile, path: Path, copy: Path) -> Path:
     """Write a part of a file to `copy` with a suffix; returns that path."""
-    content = None
-    suffix = path.suffix
-    if isinstance(origin, ParquetCell):
-        from dataset.sources.parquet import read_cell  # only of Parquet files
-
-        content = read_cell(origin)
-        suffix = next((suffix for magic, suffix in _MAGIC if content.startswith(magic)), "")
-    copy = copy.with_name(copy.name + suffix)
     try:
+        pieces = origin.pieces()
+        first = next(pieces, b"")
+        suffix = path.suffix
+        if not origin.has_suffix:
+            suffix = next((suffix for magic, suffix in _MAGIC if first.startswith(magic)), "")
+        copy = copy.with_name(copy.name + suffix)
         with copy.open("xb") as file:
-            for piece in member_pieces(origin) if isinstance(origin, TarMember) else (content or b"",):
+            file.write(first)
+            for piece in pieces:
                 file.write(piece)
     except OSError as error:
         raise MediaError(f"{path} cannot be read: {error.strerror}") from error

@@ -8,11 +8,11 @@ from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dataset.config import DatasetTable
 from dataset.config_keys import IGNORE
 from dataset.sources.captions import captions_in, explain_captions, first_and_more, read_caption_file
 from dataset.sources.frames import files_by_stem, mask_suffixes
 from dataset.sources.media_source import Fault, MediaSource
+from dataset.table import DatasetTable
 from modules.console import count_of
 from modules.errors import DatasetError, MediaError
 from modules.media.decoding import ANIMATION_SUFFIXES, is_animation

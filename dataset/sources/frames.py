@@ -19,9 +19,9 @@ from torch import Tensor
 
 from contract.data import MediaTable
 from contract.rules import ShownMedium
-from dataset.config import DatasetTable
 from dataset.config_keys import AUTO
 from dataset.sources.media_source import Fault, MediaSource
+from dataset.table import DatasetTable
 from modules.console import count_of
 from modules.errors import DatasetError, MediaError
 from modules.media import buckets
@@ -327,12 +327,12 @@ def _grey(path: Path, frame: Frame, place: Place, size: buckets.Size) -> NDArray
 
 
 def bucket_of(table: DatasetTable, size: buckets.Size, step: int, path: Path | None = None) -> buckets.Size:
-    """Return the size that an image of `size` is resized to: with load_tensors its own. path: for messages.
+    """Return the size that an image of `size` is resized to: of given latents its own. path: for messages.
 
     Raises MediaError if the image is too small to keep its size, DatasetError if the resolution does not fit
     `step`.
     """
-    if table.load_tensors:
+    if table.gives_latents:
         return size
     if not table.enable_bucket:
         _check_multiple(table, step)

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dataset.config import DatasetConfig, DatasetTable
 from dataset.sources.folders import folder_id, is_file, list_entries, media_suffixes, split_name
 from dataset.sources.media_source import OF_SHARDS
+from dataset.table import DatasetConfig, DatasetTable
 from modules.errors import MediaError
 from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
 from modules.media.labels import MASK_LABEL, label_of

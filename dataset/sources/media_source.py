@@ -5,7 +5,6 @@ downloads, and faults of files, collected so that one run reports all of them.
 """
 
 import contextlib
-import errno
 import gc
 import re
 from collections import Counter
@@ -13,17 +12,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, Protocol
 
 from contract.rules import ShownMedium
-from dataset.config import DatasetTable
-from dataset.table import FROM_ALPHA, FROM_FILE
+from dataset.table import FROM_ALPHA, FROM_FILE, DatasetTable
 from modules.console import count_words
 from modules.errors import DatasetError
 from modules.paths import address_identity, address_name, short_hash, split_address
 
-# folders next to that of the clips, in CogVideoX form
-MOMENTS, IMAGE_MOMENTS, EMBEDS = "video_latents", "image_latents", "prompt_embeds"
-PIECE = 1 << 20  # bytes
 # in the options of a record: how many references, and `ReferenceRules.factors`; that there is a mask; that
 # there is a worse one
 CLIP_REFERENCES, CONTROL_MASK, WORSE = "references", "control_mask", "worse"
@@ -36,13 +32,23 @@ NO_REFERENCE = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class TarMember:
-    """A file in a tar that is not compressed."""
+class PackedFile(Protocol):
+    """A file inside another one: see `dataset/forms`. It can be compared and hashed."""
 
-    tar: Path
-    offset: int  # of its first byte
-    size_bytes: int
+    def __hash__(self) -> int: ...
+
+    @property
+    def container(self) -> Path: ...  # the file that it is in
+
+    @property
+    def size_bytes(self) -> int: ...  # 0: not known without reading it
+
+    @property
+    def has_suffix(self) -> bool: ...  # its path ends as files of its kind do
+
+    def pieces(self) -> Iterator[bytes]: ...  # raises MediaError, or OSError
+
+    def describe(self) -> dict[str, Any]: ...  # where it is, as JSON
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,40 +58,25 @@ class Remote:
     address: str = field(repr=False)  # with its password and signature
 
 
-@dataclass(frozen=True, slots=True)
-class ParquetCell:
-    """A file in a row of a Parquet file."""
-
-    file: Path
-    group: int  # of rows; both from 0
-    row: int  # in the group
-    column: str  # "image.bytes"
+Origin = PackedFile | Remote
 
 
-Origin = TarMember | Remote | ParquetCell
-
-
-@dataclass(frozen=True, slots=True)
-class GivenTensors:
+class GivenTensors(Protocol):
     """Files of tensors computed for a clip before. They may be millions: they are not opened here."""
 
-    folder: Path  # that the folders are in; shared
-    name: str  # of the files, without suffix
-    has_embeds: bool
-    uses_image: bool = True
+    @property
+    def folder(self) -> Path: ...  # of the data
 
     @property
-    def moments(self) -> Path:
-        return self.folder / MOMENTS / f"{self.name}.pt"
+    def moments(self) -> Path: ...
 
     @property
-    def image(self) -> Path | None:
-        """Return the file of moments of the first frame alone, there or not; None if not used."""
-        return self.folder / IMAGE_MOMENTS / f"{self.name}.pt" if self.uses_image else None
+    def image(self) -> Path | None: ...  # of moments of the first frame alone, there or not; None: not used
 
     @property
-    def embeds(self) -> Path | None:
-        return self.folder / EMBEDS / f"{self.name}.pt" if self.has_embeds else None
+    def embeds(self) -> Path | None: ...  # None: the caption is encoded here
+
+    def without_image(self) -> "GivenTensors": ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +94,7 @@ class MediaSource:
     table: DatasetTable
     more_captions: tuple[str, ...] = ()  # of multi_caption: those after the first
     mask: Path | None = None  # an image, clip or folder of images: white is learned
-    tensors: GivenTensors | None = None  # with load_tensors: instead of `path`, which may be missing
+    tensors: GivenTensors | None = None  # instead of `path`, which may be missing
     origins: tuple[Origin | None, ...] = ()  # of each of `parts`; (): all of them are on disk
     # of a clip: the file that has its sound, and where it is if not on disk; None: the clip itself, if any
     sound: tuple[Path, Remote | None] | None = None
@@ -163,25 +154,12 @@ class FileIdentity:
 class ClipFacts:
     """Facts found by decoding a clip, so that a later run knows the clip's items without decoding."""
 
-    # width, height of the original; with load_tensors of the clip that moments stand for
+    # width, height of the original; of given latents that of the clip that moments stand for
     size: tuple[int, int]
     kept_frames: int
     complete: bool = True  # False: decoding stopped early, there may be more frames
     # of it and its control clips and references: "cat.mp4: 64x32, from frame 9 on 32x64"
     size_changes: tuple[str, ...] = ()
-
-
-def member_pieces(origin: TarMember) -> Iterator[bytes]:
-    """Yield the bytes of a member. Raises OSError if the tar is gone, or shorter than it was."""
-    left = origin.size_bytes
-    with origin.tar.open("rb") as file:
-        file.seek(origin.offset)
-        while left:
-            piece = file.read(min(PIECE, left))
-            if not piece:
-                raise OSError(errno.EIO, "the tar is shorter than it was", str(origin.tar))
-            left -= len(piece)
-            yield piece
 
 
 @contextlib.contextmanager

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dataset.config import DatasetTable
 from dataset.sources.clock import companion_frames
 from dataset.sources.folders import list_entries
 from dataset.sources.media_source import Fault, MediaSource
+from dataset.table import DatasetTable
 from modules.errors import DatasetError, MediaError
 from modules.media.buckets import Size
 from modules.media.decoding import ANIMATION_SUFFIXES

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dataset.config import DatasetTable
 from dataset.sources.fetching import fetch
 from dataset.sources.media_source import Fault, MediaSource
+from dataset.table import DatasetTable
 from modules.errors import DatasetError, MediaError
 from modules.media.augmenting import mirror
 from modules.media.buckets import Fit, Size, bucket_sizes, choose_bucket, fit_cover, fit_within

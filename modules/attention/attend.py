@@ -30,7 +30,7 @@ Dense = Callable[[Tensor, Tensor, Tensor], Tensor]  # query B L N D, key and val
 class Lengths:
     """Number of real tokens of each sample; padding follows them.
 
-    Made once per forward pass by `lengths_on`.
+    Made once per forward pass by `make_lengths`.
     """
 
     # B numbers on the host: reading them from the device in every layer would make the host wait
@@ -44,10 +44,10 @@ class Lengths:
 
     def without(self, count: int) -> "Lengths":
         """Return the lengths of samples that have lost this many real tokens each."""
-        return lengths_on([real - count for real in self.counts], self.starts.device)
+        return make_lengths([real - count for real in self.counts], self.starts.device)
 
 
-def lengths_on(counts: Sequence[int], device: torch.device) -> Lengths:
+def make_lengths(counts: Sequence[int], device: torch.device) -> Lengths:
     """Make the `Lengths` of a batch. counts: how many tokens of each sample are real, each at least 1."""
     starts = numbers_on(device, [0, *accumulate(counts)], torch.int32)
     return Lengths(tuple(counts), starts)
@@ -372,7 +372,7 @@ def try_out(choice: AttentionChoice, device: torch.device, dtype: torch.dtype, t
     query, key, value = inputs
     with torch.set_grad_enabled(training):
         for counts in (None, (128, 72)):
-            lengths = None if counts is None else lengths_on(counts, device)
+            lengths = None if counts is None else make_lengths(counts, device)
             result = attend(query, key, value, choice, lengths=lengths)
             expected = attend(query, key, value, SDPA, lengths=lengths)
             # wide tolerances: SageAttention rounds to 8 bits

@@ -85,8 +85,8 @@ class Lcm:
     draw: Draw
 
     def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
-        here = _Level.at(self.schedule, index)
-        following = _Level.at(self.schedule, index + 1)
+        here = _Level.read(self.schedule, index)
+        following = _Level.read(self.schedule, index + 1)
         x0 = sample.float() - here.sigma * velocity.float()
         return following.alpha * x0 + following.sigma * self.draw(sample.shape) if following.sigma > 0 else x0
 
@@ -104,8 +104,8 @@ class DpmPlusPlus:
     _past: list["_Prediction"] = field(default_factory=list)
 
     def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
-        here = _Level.at(self.schedule, index)
-        following = _Level.at(self.schedule, index + 1)
+        here = _Level.read(self.schedule, index)
+        following = _Level.read(self.schedule, index + 1)
         now = _Prediction(here, sample.float() - here.sigma * velocity.float())
         x0 = now.x0
         if self._past and following.sigma > 0:
@@ -153,8 +153,8 @@ class UniPC:
     _past: list["_Prediction"] = field(default_factory=list)  # the last predictions, oldest first
 
     def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
-        here = _Level.at(self.schedule, index, self.variant.keeps_data)
-        following = _Level.at(self.schedule, index + 1, self.variant.keeps_data)
+        here = _Level.read(self.schedule, index, self.variant.keeps_data)
+        following = _Level.read(self.schedule, index + 1, self.variant.keeps_data)
         now = _Prediction(here, sample.float() - here.sigma * velocity.float())
         if self.corrected is None:
             self.corrected = sample.float()
@@ -202,7 +202,7 @@ class _Level:
     lam: float
 
     @classmethod
-    def at(cls, schedule: Schedule, index: int, keeps_data: bool = False) -> "_Level":
+    def read(cls, schedule: Schedule, index: int, keeps_data: bool = False) -> "_Level":
         sigma = float(schedule.sigmas[index])
         alpha = 1.0 if keeps_data else float(schedule.alphas[index])
         if sigma <= 0:

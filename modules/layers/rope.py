@@ -125,10 +125,10 @@ def table_maker(
 def joined_tables(make: TableMaker[Grid]) -> TableMaker[tuple[Grid, ...]]:
     """Return a function that makes the table of several grids whose tokens follow one another."""
 
-    def of(grids: tuple[Grid, ...], /, *, device: torch.device) -> Tensor:
+    def make_joined(grids: tuple[Grid, ...], /, *, device: torch.device) -> Tensor:
         return torch.cat([make(grid, device=device) for grid in grids])
 
-    return of
+    return make_joined
 
 
 class GridTable(Generic[Layout]):
@@ -138,7 +138,7 @@ class GridTable(Generic[Layout]):
         self._make = make
         self._last: tuple[Layout, Tensor] | None = None
 
-    def of(self, grid: Layout, device: torch.device) -> Tensor:
+    def get_table(self, grid: Layout, device: torch.device) -> Tensor:
         if self._last is None or self._last[0] != grid or self._last[1].device != device:
             with torch.inference_mode(False):  # a table made for a sample also serves the next training step
                 self._last = grid, self._make(grid, device=device)

@@ -134,7 +134,7 @@ def code_transform(frame: Any) -> ImageCms.ImageCmsTransform | None:
 def look_at(path: Path, file: Image.Image) -> Colours:
     """Return the facts about an opened picture's colours. Pixels are read only if it may be transparent."""
     _note_facts(file)
-    profile = _profile_of(path, file)
+    profile = _find_profile(path, file)
     transform, fault = (None, None) if profile is None else _transform(profile)
     is_converted = transform is not None or (profile is None and _curve(file.info) is not None)
     opacity = _opacity(file)
@@ -175,7 +175,7 @@ def _srgb(path: Path, image: Image.Image) -> NDArray[np.uint8]:
         grey = (np.asarray(image) >> 8).astype(np.uint8)
         image = Image.fromarray(~grey if _INVERTED in info else grey)
         image.info = info
-    profile = _profile_of(path, image)
+    profile = _find_profile(path, image)
     transform = None if profile is None else _transform(profile)[0]
     if profile is not None and transform is not None:
         return np.array(ImageCms.applyTransform(_in_mode(image, profile.mode), transform))
@@ -197,7 +197,7 @@ def _in_mode(image: Image.Image, mode: str) -> Image.Image:
 # Colour profiles
 
 
-def _profile_of(path: Path, image: Image.Image) -> _Profile | None:
+def _find_profile(path: Path, image: Image.Image) -> _Profile | None:
     """Return the ICC profile of a picture, or one made from its PNG chunks; None if it has neither."""
     if image.mode == "LAB":  # which Pillow converts to sRGB
         return None
@@ -208,7 +208,7 @@ def _profile_of(path: Path, image: Image.Image) -> _Profile | None:
         return None if content is None else _Profile(content, "RGB", path)
     content = image.info.get("icc_profile")
     if content:
-        return _Profile(content, _mode_for(image.mode, content), path)
+        return _Profile(content, _choose_mode(image.mode, content), path)
     places = None if transfer else image.info.get("chromaticity")
     gamma = _gamma(image.info)
     if places is None or gamma is None or np.allclose(places, _SRGB_PLACES, atol=2e-3):
@@ -217,7 +217,7 @@ def _profile_of(path: Path, image: Image.Image) -> _Profile | None:
     return None if content is None else _Profile(content, "RGB", path)
 
 
-def _mode_for(mode: str, profile: bytes) -> str:
+def _choose_mode(mode: str, profile: bytes) -> str:
     """Return the mode, L, RGB or CMYK, that pixels of this mode take for their profile."""
     is_grey = mode in _GREY or mode.startswith("I;16")
     if is_grey and profile[16:20] != b"RGB ":

@@ -55,7 +55,7 @@ _BY_EXIF = {
 }
 
 
-def orientation_of(frame: Any) -> Orientation:
+def read_orientation(frame: Any) -> Orientation:
     """Return the turn and mirroring that the display matrix of FFmpeg's frame asks for.
 
     Any other angle is rounded to the nearest of the eight orientations, and scaling is ignored. Source:
@@ -94,7 +94,7 @@ def decode_frames(path: Path, container: Any, stream: Any) -> Iterator[TimedFram
         # frames of this decoder lack the rotation that the container states: take it from the stream's own
         with open_video(path) as (again, same_stream):
             first, _, _ = first_picture(path, again, same_stream)
-            orientation = orientation_of(first)
+            orientation = read_orientation(first)
     usual_seconds = 1 / float(stream.average_rate) if stream.average_rate else 0.0
     num_frames = 0
     end_seconds = 0.0  # from which the last frame is shown
@@ -113,7 +113,7 @@ def decode_frames(path: Path, container: Any, stream: Any) -> Iterator[TimedFram
                 start = float(frame.pts * (frame.time_base or stream.time_base))
             end_seconds = max(end_seconds, start)
             if decoder is None:
-                orientation = orientation_of(frame)
+                orientation = read_orientation(frame)
             yield TimedFrame(frame, start, orientation)
     if not num_frames:
         refuse_cut(path)
@@ -243,7 +243,7 @@ def first_picture(path: Path, container: Any, stream: Any) -> tuple[Any, int, in
 
 
 def is_sideways(frame: Any) -> bool:
-    return orientation_of(frame).is_transposed
+    return read_orientation(frame).is_transposed
 
 
 def square_width(frame: Any, stream: Any) -> int:

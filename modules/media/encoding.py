@@ -106,14 +106,14 @@ SMALLEST_H265 = (64, 48)
 MUXERS = {".mp4": "mp4", ".mkv": "matroska", ".mov": "mov"}
 
 
-def encoder_for(codec: str, width: int, height: int) -> str:
+def choose_encoder(codec: str, width: int, height: int) -> str:
     is_tiny = width // 2 * 2 < SMALLEST_H265[0] or height // 2 * 2 < SMALLEST_H265[1]
     return "h264" if codec == "h265" and is_tiny else codec
 
 
 def settle_codec(codec: str, width: int, height: int) -> str:
-    """Return the result of `encoder_for`; warns if it differs from --codec."""
-    settled = encoder_for(codec, width, height)
+    """Return the result of `choose_encoder`; warns if it differs from --codec."""
+    settled = choose_encoder(codec, width, height)
     if settled != codec:
         logger.warning(
             "--codec %s is written as %s because %d x %d pixels are too few for its encoder",
@@ -142,7 +142,7 @@ def check_picture(path: Path, codec: str, first: Pixels) -> None:
     height, width = first.shape[:2]
     if min(height, width) < 2:
         raise MediaError(f"{path}: {width} x {height} pixels are too few for a video, 2 x 2 are the least")
-    if encoder_for(codec, width, height) != codec:
+    if choose_encoder(codec, width, height) != codec:
         raise MediaError(
             f"{path}: {codec} cannot be used for {width} x {height} pixels, {SMALLEST_H265[0]} x "
             f"{SMALLEST_H265[1]} are the least. Use h264"

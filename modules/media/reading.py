@@ -424,7 +424,7 @@ def is_laid_otherwise(path: Path) -> bool:
         return False
     with open_video(path) as (container, stream):
         first, _, _ = decoding.first_picture(path, container, stream)
-        orientation = decoding.orientation_of(first)
+        orientation = decoding.read_orientation(first)
         return orientation.is_mirrored or (decoding.hides_alpha(stream) and orientation != decoding.AS_STORED)
 
 

@@ -20,12 +20,12 @@ SHORTEST_GAP, LONGEST_GAP = Fraction(1, 20), 3600
 def add_aac_stream(target: Any, channels: int, rate: int) -> Any:
     """Add an AAC stream to a file, at the nearest rate that the encoder takes."""
     stream = target.add_stream("aac", rate=min(_AAC_RATES, key=lambda allowed: abs(allowed - rate)))
-    stream.layout = layout_of(channels)
+    stream.layout = name_layout(channels)
     stream.bit_rate = BITS_PER_CHANNEL * min(channels, 8)
     return stream
 
 
-def layout_of(channels: int) -> str:
+def name_layout(channels: int) -> str:
     return _LAYOUTS.get(channels, "stereo")
 
 

@@ -124,7 +124,7 @@ def _timed(path: Path, deep: bool) -> Iterator[Picture]:
         rate = _plain_rate(stream)
         origin = decoding.time_origin(container)
         clock = Clock(rate, Fraction(stream.time_base))
-        end = _end_of(container, stream)
+        end = _find_end(container, stream)
         if end is not None:
             end -= origin
         for number, timed in enumerate(decoding.decode_frames(path, container, stream)):
@@ -144,7 +144,7 @@ def _timed(path: Path, deep: bool) -> Iterator[Picture]:
             yield Picture(pixels, start, seconds)
 
 
-def _end_of(container: Any, stream: Any) -> Fraction | None:
+def _find_end(container: Any, stream: Any) -> Fraction | None:
     """Return the time at which the last picture ends, on the file's clock; None if it cannot be known.
 
     Files keep no duration of the last picture, or that of the one stored last.

@@ -255,7 +255,7 @@ def write_shown(
     crf: int = 12,
     preset: str = "slow",
     bit_rate: int | None = None,
-    companions_of: Path | None = None,
+    list_companions: Path | None = None,
     section_of: VideoSection | None = None,
     covers: bool = True,
     tags: Mapping[str, str] | None = None,
@@ -265,7 +265,7 @@ def write_shown(
 
     frames: read one at a time; 8 and 16 bits may be mixed. Their times rise. rate: pictures a second if they
     come evenly; places n / rate are kept exactly, other times to a twentieth of a millisecond, in .mkv to
-    half of one. codec, crf, preset, bit_rate: see `write_video`. companions_of: a video whose sound,
+    half of one. codec, crf, preset, bit_rate: see `write_video`. list_companions: a video whose sound,
     subtitles, attachments, chapters and tags are copied into this one without re-encoding; parts that the
     format cannot hold are logged. covers: whether its cover pictures go too, and whatever else may show the
     old pictures. section_of: a part of a video whose sound goes into this one, in place of all that. track:
@@ -275,7 +275,7 @@ def write_shown(
     """
     kind = encoding.choose_codec(path, codec)
     remaining = iter(frames)
-    first = _first_of(path, codec, remaining)
+    first = _take_first(path, codec, remaining)
     rate = rate.limit_denominator(MOST_TICKS)
     suffix = path.suffix.lower()
     timing = Timing(rate)
@@ -285,7 +285,7 @@ def write_shown(
         encoding.name_write_errors(),
         _open_writers(
             generated,
-            companions_of,
+            list_companions,
             section_of,
             suffix=suffix,
             rate=rate,
@@ -316,7 +316,7 @@ def write_shown(
     return WrittenVideo(stream.width, stream.height, timing.count, timing.seconds)
 
 
-def _first_of(path: Path, codec: str, frames: Iterator[encoding.Picture]) -> encoding.Picture:
+def _take_first(path: Path, codec: str, frames: Iterator[encoding.Picture]) -> encoding.Picture:
     """Return the first frame. Raises MediaError if there is none, or if it does not fit the codec."""
     first = next(frames, None)
     if first is None:

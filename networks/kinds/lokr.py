@@ -151,9 +151,8 @@ def _fault_of_format(name: str, family: "FamilyNames | None", has_texts: bool) -
 def _write_for_diffusers(modules: Mapping[str, Factors], family: "FamilyNames") -> TranslatedModules | None:
     """Return LoKrs without core, magnitudes or biases in the form that diffusers reads, as ComfyUI does."""
     from networks import writing  # only if a file is written
-    from networks.key_formats import OTHER
     from networks.module_names import part_path
-    from networks.names.layouts import OURS
+    from networks.names.layouts import IN_COMFYUI, OURS
 
     if NAME not in family.kinds_in_diffusers:
         return None
@@ -163,7 +162,7 @@ def _write_for_diffusers(modules: Mapping[str, Factors], family: "FamilyNames") 
     is_cut = any(part_path(name.removeprefix(OURS), family) for name in modules)
     return writing.write_modules(
         modules,
-        "" if is_cut else OTHER,
+        "" if is_cut else IN_COMFYUI,
         lambda name, factors: _path_in_diffusers(name, factors, family, is_cut),
         writing.in_comfyui,
     )

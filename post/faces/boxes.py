@@ -44,7 +44,7 @@ def overlaps(box: Numbers, boxes: Numbers) -> Numbers:
     return result
 
 
-def best_of(boxes: Numbers, scores: Numbers, most_overlap: float, most: int | None = None) -> list[int]:
+def choose_best(boxes: Numbers, scores: Numbers, most_overlap: float, most: int | None = None) -> list[int]:
     """Return the indices of boxes that overlap no better box by more than `most_overlap`, best first.
 
     Known as non-maximum suppression. most: limit of their number. Of equal scores the first is better. A box

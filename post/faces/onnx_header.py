@@ -222,7 +222,7 @@ class _Checks:
             raise _RefusedError(f"its tensor {_shown(names)} of shape {dims[:8]} has not so many numbers")
         self.counts |= dict.fromkeys(names, float(count))
         self.tensors |= dict.fromkeys(names, Constant(tuple(dims)))
-        layout = _layout_of(tensor)
+        layout = _read_layout(tensor)
         if layout is not None and count <= _MOST_SIZES:
             values = tuple(_read_values(tensor, layout, count))
             self._sizes(Constant(tuple(dims), values, is_float=layout.letter == "f"), names)
@@ -257,7 +257,7 @@ def _stored_size(tensor: _Parts) -> int:
     return size
 
 
-def _layout_of(tensor: _Parts) -> _Layout | None:
+def _read_layout(tensor: _Parts) -> _Layout | None:
     """Return the layout of a tensor's stored values; None if they cannot be sizes."""
     dtype = next((number for number in tensor[_DTYPE] if isinstance(number, int)), 0)
     return _LAYOUTS.get(dtype)

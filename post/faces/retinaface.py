@@ -22,7 +22,7 @@ from modules.devices import dtype_name
 from modules.errors import CheckpointError
 from modules.layers.convolution import lay_out, layouts
 from post.contract import batch_norm
-from post.faces.boxes import FoundFace, best_of, shrunk
+from post.faces.boxes import FoundFace, choose_best, shrunk
 from post.faces.retinaface_bodies import (
     MOBILE_STRIDES,
     MobileNet,
@@ -187,7 +187,7 @@ class RetinaFaceDetector:
         points = (decode_landmarks(landmarks[chosen], priors) * size).numpy()
         chosen_scores = scores[chosen].numpy()
         faces = []
-        for index in best_of(corners, chosen_scores, MOST_OVERLAP):
+        for index in choose_best(corners, chosen_scores, MOST_OVERLAP):
             box = tuple(corners[index].tolist())
             faces.append(FoundFace(box, float(chosen_scores[index]), points[index]))
         return faces

@@ -116,7 +116,7 @@ def paste(
     for matrix in matrices:
         to_picture = np.vstack([cv2.invertAffineTransform(matrix), [[0.0, 0.0, 1.0]]])
         face_to_canvas.append(to_canvas @ to_picture)
-    regions = [_region_of(matrix, size, canvas) for matrix in face_to_canvas]
+    regions = [_find_region(matrix, size, canvas) for matrix in face_to_canvas]
     changed = _enclosing(regions)
     if changed.is_empty:
         return canvas
@@ -149,7 +149,7 @@ def _canvas_matrix(pixels: Pixels, canvas: Pixels) -> NDArray[np.float64]:
     return np.array([[across, 0, (across - 1) / 2], [0, down, (down - 1) / 2], [0, 0, 1]])
 
 
-def _region_of(matrix: NDArray[np.float64], size: int, canvas: Pixels) -> Area:
+def _find_region(matrix: NDArray[np.float64], size: int, canvas: Pixels) -> Area:
     """Return the part of the canvas that a face of size x size may change. matrix: from face to canvas."""
     face_corners = np.array([[-1, -1, 1], [size, -1, 1], [-1, size, 1], [size, size, 1]])
     corners = face_corners @ matrix[:2].T

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from modules.errors import CheckpointError
 from modules.limits import MAX_NOTE_CHARACTERS
-from post.faces.boxes import FoundFace, Numbers, best_of, shrunk
+from post.faces.boxes import FoundFace, Numbers, choose_best, shrunk
 from post.faces.onnx_header import OnnxHeader
 from post.tiling import round_up
 
@@ -72,7 +72,7 @@ class YoloDetector:
         boxes = ((rows.boxes.reshape(-1, 2, 2) - shift) / factor).reshape(-1, 4)
         points = None if rows.points is None else (rows.points - shift) / factor
         faces = []
-        for index in best_of(boxes, rows.scores, MOST_OVERLAP, MOST_FOUND):
+        for index in choose_best(boxes, rows.scores, MOST_OVERLAP, MOST_FOUND):
             box = tuple(boxes[index].tolist())
             landmarks = None if points is None else points[index]
             faces.append(FoundFace(box, float(rows.scores[index]), landmarks))

@@ -37,7 +37,7 @@ IGNORED = ("*.num_batches_tracked", "g_filter", f"{ESTIMATOR}*")  # g_filter is 
 PROJECTIONS = ("amt_second_last_cproj", "amt_last_cproj", "amt_fproj")
 
 Shape = Callable[..., tuple[int, ...]]  # of `shapes_of`
-Of = Callable[[str], tuple[int, ...]]  # name of a convolution -> shape of its weight
+WeightShape = Callable[[str], tuple[int, ...]]  # name of a convolution -> shape of its weight
 
 
 def read_gimm(checkpoint: Checkpoint) -> LoadPlan[GimmConfig]:
@@ -51,17 +51,17 @@ def read_gimm(checkpoint: Checkpoint) -> LoadPlan[GimmConfig]:
         raise wrong_kind
     shape = shapes_of(checkpoint, sources, wrong_kind)
 
-    def of(name: str) -> tuple[int, ...]:
+    def weight_shape(name: str) -> tuple[int, ...]:
         return shape(f"{name}.weight")
 
-    motion = _read_motion(sources, shape, of)
-    synthesis = _read_synthesis(sources, of)
+    motion = _read_motion(sources, shape, weight_shape)
+    synthesis = _read_synthesis(sources, weight_shape)
     if (
         synthesis.last.outputs % PER_BLEND
         or synthesis.feature <= 0
         or synthesis.first.side > synthesis.first.width
         or synthesis.last.side > synthesis.last.width
-        or of("amt_update4_low.convc1")[1] != 2 * CHANNELS
+        or weight_shape("amt_update4_low.convc1")[1] != 2 * CHANNELS
     ):
         raise wrong_kind
     config = GimmConfig(motion, synthesis)
@@ -75,59 +75,62 @@ def _our_name(name: str) -> str:
     return f"synthesis.{name}" if name.startswith("amt_") else f"motion.{name}"
 
 
-def _read_motion(names: Iterable[str], shape: Shape, of: Of) -> MotionConfig:
+def _read_motion(names: Iterable[str], shape: Shape, weight_shape: WeightShape) -> MotionConfig:
     layers = count((f"{name}." for name in names), r"hyponet\.params_dict\.linear_wb\d+")
     widths = tuple(shape(f"hyponet.params_dict.linear_wb{layer}", 2)[1] for layer in range(layers))
     encoder_blocks = count(names, r"cnn_encoder\.\d+\.layers")
     residual_blocks = count(names, r"res_conv\.\d+\.layers")
     last = f"cnn_encoder.{encoder_blocks + 4}"
     return MotionConfig(
-        encoder=(of("cnn_encoder.0")[0], of("cnn_encoder.1")[0], of(last)[0]),
+        encoder=(weight_shape("cnn_encoder.0")[0], weight_shape("cnn_encoder.1")[0], weight_shape(last)[0]),
         encoder_blocks=encoder_blocks,
-        residual=(of("res_conv.0")[0], of("res_conv.1")[0]),
+        residual=(weight_shape("res_conv.0")[0], weight_shape("res_conv.1")[0]),
         residual_blocks=residual_blocks,
         layers=widths,
     )
 
 
-def _read_synthesis(names: Container[str], of: Of) -> SynthesisConfig:
-    first = _decoder("amt_init_decoder", 1, of)
-    last = _decoder("amt_final_decoder", 2, of)
+def _read_synthesis(names: Container[str], weight_shape: WeightShape) -> SynthesisConfig:
+    first = _decoder("amt_init_decoder", 1, weight_shape)
+    last = _decoder("amt_final_decoder", 2, weight_shape)
     projections = []
     if f"{PROJECTIONS[0]}.weight" in names:
         for name in PROJECTIONS:
-            outputs, inputs, *_ = of(name)
+            outputs, inputs, *_ = weight_shape(name)
             projections.append((inputs, outputs))
     return SynthesisConfig(
         projections=tuple(projections),
-        quarter=16 * of("amt_final_decoder.upsample.2.0")[1],
-        eighth=4 * of("amt_init_decoder.upsample.1.0")[1],
+        quarter=16 * weight_shape("amt_final_decoder.upsample.2.0")[1],
+        eighth=4 * weight_shape("amt_init_decoder.upsample.1.0")[1],
         first=first,
         last=last,
-        low=_update("amt_update4_low", of),
-        high=_update("amt_update4_high", of),
-        mixed=of("amt_comb_block.0")[0],
+        low=_update("amt_update4_low", weight_shape),
+        high=_update("amt_update4_high", weight_shape),
+        mixed=weight_shape("amt_comb_block.0")[0],
     )
 
 
-def _decoder(name: str, doublings: int, of: Of) -> RefinementConfig:
-    entry = of(f"{name}.convblock.0.0")
+def _decoder(name: str, doublings: int, weight_shape: WeightShape) -> RefinementConfig:
+    entry = weight_shape(f"{name}.convblock.0.0")
     return RefinementConfig(
         doublings=doublings,
         first=entry[2],
-        upsample=(of(f"{name}.upsample.{doublings}.0")[0], of(f"{name}.upsample.{doublings + 4}.0")[0]),
+        upsample=(
+            weight_shape(f"{name}.upsample.{doublings}.0")[0],
+            weight_shape(f"{name}.upsample.{doublings + 4}.0")[0],
+        ),
         width=entry[0],
-        side=of(f"{name}.convblock.1.conv2.0")[0],
-        outputs=of(f"{name}.convblock.4")[0],
+        side=weight_shape(f"{name}.convblock.1.conv2.0")[0],
+        outputs=weight_shape(f"{name}.convblock.4")[0],
     )
 
 
-def _update(name: str, of: Of) -> UpdateConfig:
+def _update(name: str, weight_shape: WeightShape) -> UpdateConfig:
     return UpdateConfig(
-        correlation=(of(f"{name}.convc1")[0], of(f"{name}.convc2")[0]),
-        flow=(of(f"{name}.convf1")[0], of(f"{name}.convf2")[0]),
-        motion=of(f"{name}.conv")[0],
-        hidden=of(f"{name}.gru.0")[0],
+        correlation=(weight_shape(f"{name}.convc1")[0], weight_shape(f"{name}.convc2")[0]),
+        flow=(weight_shape(f"{name}.convf1")[0], weight_shape(f"{name}.convf2")[0]),
+        motion=weight_shape(f"{name}.conv")[0],
+        hidden=weight_shape(f"{name}.gru.0")[0],
     )
 
 

@@ -124,9 +124,9 @@ class MotionField(nn.Module):
 
         Weights are larger where both flows agree and where the flow is smooth.
         """
-        return self._weights_of(forth, back), self._weights_of(back, forth)
+        return self._weigh(forth, back), self._weigh(back, forth)
 
-    def _weights_of(self, flow: Tensor, opposite: Tensor) -> Tensor:
+    def _weigh(self, flow: Tensor, opposite: Tensor) -> Tensor:
         near = torch.tensor([1.0, 2.0, 1.0], device=flow.device)
         kernel = (near[:, None] * near / 16).expand(2, 1, 3, 3)
         error = (-warp(opposite, flow) - flow).abs().mean(dim=1, keepdim=True)

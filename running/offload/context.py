@@ -41,7 +41,7 @@ class ProcessGrid:
     """Numbers of processes that share passes and tokens, and the place of this process among them."""
 
     rank: int  # of this process, from 0
-    data: int  # groups of processes with micro-batches of their own (`ShardingOptions.groups_of`)
+    data: int  # groups of processes with micro-batches of their own (`count_groups`)
     passes: int = 1  # parts of a group that share the passes of a step
     context: int = 1  # processes of a part, which share the tokens of a clip
 

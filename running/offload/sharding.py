@@ -1,6 +1,6 @@
 """Split the blocks of a transformer over processes: each keeps a part and gathers a block to run it.
 
-    shares = ShardedBlocks(device)  # in every process, after they have joined
+    shares = ShardedBlocks(device, option)  # in every process, after they have joined
     dit = family.load_dit(Placement(device, blocks=shares))  # of each block its part stays, once it is filled
     ...  # LoRA, compilation, checkpointing
     shares.finish(dit)
@@ -18,18 +18,16 @@ is gathered from all of them.
 import functools
 import logging
 import math
-import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from datetime import timedelta
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
 
 from contract.steps import Tweaks
-from modules.devices import choose_device, keep_heap_small
-from modules.errors import OptionError
+from modules.devices import keep_heap_small
+from running.offload.joining import agree
 from running.run_blocks import Hidden, Runner, runner_of, set_runner, spec_of
 
 logger = logging.getLogger(__name__)
@@ -40,14 +38,16 @@ U = TypeVar("U")
 _NAME = "_sharding"  # under which a network carries its own
 TOKEN_PART = "token_part"  # attribute of a layer: which part of the tokens it gets, if it gets not all
 TOKEN_GROUP = "_token_group"  # under which it carries the processes that share its tokens
-PATIENCE = timedelta(days=1)  # for a process that waits for a prompt, or writes files
 
 
 class ShardedBlocks:
     """The parts of a network's blocks that this process keeps: a `BlockPlace`."""
 
-    def __init__(self, device: torch.device) -> None:
-        """device: of this process. All processes that have joined take part."""
+    def __init__(self, device: torch.device, asked_by: str) -> None:
+        """device: of this process. asked_by: the option, for messages. All processes that have joined take
+        part.
+        """
+        self.asked_by = asked_by
         from torch.distributed.device_mesh import init_device_mesh  # of no use to a single process
 
         self._mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
@@ -258,47 +258,3 @@ def set_weight(weight: Tensor, full: Tensor) -> None:
     if is_split(weight):
         weight, full = rows_here(weight), rows_of(weight, full)
     weight.copy_(full)
-
-
-def take_turns(work: Callable[[U], T], item: U) -> T:
-    """Return `work(item)`, which all processes do for each of them, one after the other; all must call it."""
-    items: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(items, item)
-    return [work(element) for element in items][distributed.get_rank()]
-
-
-def launched_processes(environment: Mapping[str, str] = os.environ) -> int:
-    return int(environment.get("WORLD_SIZE", "1"))
-
-
-def join_processes(
-    device: str | None, option: str = "--shard_base", environment: Mapping[str, str] = os.environ
-) -> torch.device:
-    """Join the launcher's processes, and return the device of this one. device: as --device has it.
-
-    option: that wants them, for messages.
-
-    Raises OptionError if the machine has fewer GPUs than processes.
-    """
-    kind = choose_device(device).type
-    local = int(environment.get("LOCAL_RANK", "0"))
-    if device is not None and ":" in device:
-        raise OptionError(
-            f"--device {device} with {option}: each process has a GPU of its own. Give cuda, or leave it out"
-        )
-    if kind not in {"cpu", "cuda"}:
-        raise OptionError(f"{option}: processes do not share a model on {kind}. Use CUDA GPUs")
-    chosen = choose_device(f"cuda:{local}" if kind == "cuda" else "cpu")
-    # objects go between the hosts: on a GPU waiting for a prompt would keep it busy
-    backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-    distributed.init_process_group(backend, timeout=PATIENCE)
-    return chosen
-
-
-def agree(value: T, group: "distributed.ProcessGroup | None" = None) -> T:
-    """Return the value of the first process, of all or of a group. All call it, after `join_processes`."""
-    first = 0 if group is None else distributed.get_global_rank(group, 0)
-    values = [value]
-    distributed.broadcast_object_list(values, first, group, device=torch.device("cpu"))
-    agreed: T = values[0]
-    return agreed

@@ -11,6 +11,7 @@ from torch import nn
 
 from modules.devices import GIB, gib
 from modules.errors import MemoryPlanError
+from modules.speed_options import SMALLER_WEIGHTS
 
 logger = logging.getLogger(__name__)
 
@@ -86,8 +87,8 @@ def too_little(error: torch.OutOfMemoryError, afterwards: str) -> MemoryPlanErro
     """Return the error for a device that ran out of memory during a run. afterwards: the state left."""
     return MemoryPlanError(
         f"the device has too little memory for this run: {str(error).partition('. ')[0]}.\n"
-        "  Run the same command with --plan to see what to change: fp8 or nf4, --blocks_to_swap auto, "
-        "smaller clips,\n"
+        f"  Run the same command with --plan to see what to change: {SMALLER_WEIGHTS}, --blocks_to_swap "
+        "auto, smaller clips,\n"
         f"  and in training --gradient_checkpointing. {afterwards}"
     )
 

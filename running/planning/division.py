@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -22,15 +21,6 @@ from running.planning.dry_run import (
 from running.run_blocks import Hidden, runner_of, set_runner
 
 EXCHANGED = 3  # tensors of an attention: one is in order for the others, one is sent, one arrives
-
-
-@dataclass(frozen=True)
-class Division:
-    """Division of a step among processes, each with a card."""
-
-    processes: int
-    shards: bool = False  # the weights of the blocks: --shard_base
-    context: int = 1  # cards that share the tokens of a clip: --context_parallel
 
 
 class TokenCounter(TorchDispatchMode):

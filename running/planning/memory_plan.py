@@ -14,17 +14,19 @@ from contract.family import DitSpec
 from modules.control_codes import escape_control_codes
 from modules.devices import GIB, gib
 from modules.errors import MemoryPlanError, OptionError, UserError
-from modules.speed_options import (
+from modules.speed_options import SMALL_FORMS
+from running.offload.joining import launched_processes
+from running.offload.swap_plan import SwapPlan, big_weights, most_blocks
+from running.options import (
     GenerationSpeedOptions,
     Speed,
     SwapOptions,
     TrainingSpeedOptions,
     set_blocks_to_swap,
 )
-from running.offload.sharding import launched_processes
-from running.offload.swap_plan import SwapPlan, big_weights, most_blocks
 from running.planning import dry_run
 from running.planning.device_memory import CONTEXT, Room
+from running.ways.composing import splitting_option
 
 # cuBLAS needs a workspace for every thread that multiplies: the main one, and autograd's in training. torch
 # allocates it, so it is in `max_memory_allocated`. Source: CUDA semantics in torch's documentation,
@@ -88,7 +90,7 @@ def workspace(device: torch.device, is_training: bool) -> MemoryPart:
 
 @dataclass(frozen=True)
 class Swapped:
-    """Effect of --blocks_to_swap or --shard_base on the weights, in bytes."""
+    """Effect on the weights if blocks are swapped, or split over processes, in bytes."""
 
     host: int  # of weights that leave the device
     ring: int  # of slots on the device through which they are streamed, or where blocks are gathered
@@ -127,7 +129,7 @@ GATHERED = 3  # blocks: one computes, one is gathered, and the buffer that it is
 
 def sharing_processes(speed: TrainingSpeedOptions | GenerationSpeedOptions) -> int:
     """Return the number of processes that share the transformer; --plan without a launcher: at least 2."""
-    if not speed.sharding.shard_base:
+    if not splitting_option(speed):
         return 1
     launched = launched_processes()
     if launched == 1 and speed.plan.is_planning:
@@ -153,7 +155,7 @@ BlockWeights = tuple[tuple[int, int], ...]  # rows and bytes of each weight of a
 
 
 def weights_by_block(dit: nn.Module, spec: DitSpec) -> tuple[BlockWeights, ...]:
-    """Return the weights of each block that --shard_base splits, in the order in which the blocks run.
+    """Return the weights of each block that can be split, in the order in which the blocks run.
 
     Of a block's vectors only one is split (`running.offload.sharding`).
     """
@@ -167,7 +169,7 @@ def weights_by_block(dit: nn.Module, spec: DitSpec) -> tuple[BlockWeights, ...]:
 
 
 def share_blocks(blocks: Sequence[BlockWeights], processes: int) -> Swapped:
-    """Return the effect of --shard_base."""
+    """Return the effect of splitting blocks over processes."""
     block_bytes = [sum(dry_run.round_up_bytes(size) for _, size in block) for block in blocks]
     total = sum(block_bytes)
     return Swapped(0, GATHERED * max(block_bytes, default=0), total - total // processes, processes)
@@ -351,10 +353,6 @@ def resolve_swap(
         logger.info(reason)
         speed = set_blocks_to_swap(speed, blocks)
     return speed, prediction
-
-
-# for a line of advice with fp8 that is not enough
-SMALL_FORMS = "; in place of fp8 --convrot_int8 is as small, --nf4_base (in generation --nf4) half of it"
 
 
 def advise(

@@ -11,14 +11,18 @@ from modules.control_codes import escape_control_codes
 from modules.devices import GIB, gib
 from modules.errors import OptionError
 from modules.installation import find_script
+from modules.option_values import option_words
 from modules.options import override_options
-from modules.speed_options import Speed
+from running.options import Speed
 from running.planning.device_memory import Room
-from running.planning.division import Division
 from running.planning.memory_plan import MemoryPlan, Swappable, Swapped, show, smallest_swap
+from running.ways.composing import divided_options
+from running.ways.contract import Division
 
+UNDIVIDED = divided_options(Division(1))
 # options that a way decides -> how many words follow; --plan may have one
-DECIDED = {"--shard_base": 0, "--blocks_to_swap": 1, "--context_parallel": 1, "--plan": 1}
+DECIDED = {f"--{name}": 0 if value is False else 1 for name, value in UNDIVIDED.items()}
+DECIDED |= {"--blocks_to_swap": 1, "--plan": 1}
 
 
 class Divided(Swappable, Protocol):
@@ -55,16 +59,13 @@ class Way:
 
 
 def with_division(speed: Speed, division: Division) -> Speed:
-    values = {"shard_base": division.shards, "context_parallel": division.context, "blocks_to_swap": None}
-    return override_options(speed, values)
+    return override_options(speed, {**divided_options(division), "blocks_to_swap": None})
 
 
 def find_ways(rehearsed: Rehearsed, cards: int, room: Room, is_training: bool) -> Iterator[Way]:
     """Yield the ways to use equal cards, first the one with the least waiting. room: of each card."""
     for division in _divisions(cards, is_training):
-        words = ("--shard_base",) * division.shards
-        if division.context > 1:
-            words = (*words, "--context_parallel", str(division.context))
+        words = _words_of(division)
         at_once = cards // division.context
         if division.shards and not is_training:
             at_once = 1
@@ -96,9 +97,19 @@ def _divisions(cards: int, is_training: bool) -> list[Division]:
     blocks = [Division(cards, shards=True)]
     tokens = [Division(cards, False, count) for count in contexts]
     both = [Division(cards, True, count) for count in contexts]
-    if is_training:
-        return [Division(cards), *blocks, *tokens, *both]
-    return [Division(cards), *tokens, *blocks, *both]
+    divisions = [*blocks, *tokens, *both] if is_training else [*tokens, *blocks, *both]
+    by_words: dict[tuple[str, ...], Division] = {(): Division(cards)}
+    for division in divisions:
+        by_words.setdefault(_words_of(division), division)  # without a way to divide so there is nothing new
+    return list(by_words.values())
+
+
+def _words_of(division: Division) -> tuple[str, ...]:
+    """Return the options that divide a step so, as words of a command."""
+    values = divided_options(division)
+    return tuple(
+        option_words({f"--{name}": value for name, value in values.items() if value != UNDIVIDED[name]})
+    )
 
 
 def _planned(way: Way, prediction: Divided, blocks: int, *, room: Room, is_training: bool) -> Way:

@@ -14,10 +14,10 @@ from blissful_tuner.metadata import (
     TUNER_VERSION,
     as_png_texts,
     as_tags,
-    frame_rate_in,
     output_metadata,
     read_decoded_metadata,
-    seed_in,
+    read_frame_rate,
+    read_stored_seed,
     with_plain_keys,
 )
 from blissful_tuner.metaview import main
@@ -73,17 +73,17 @@ def test_a_latent_file_says_it_in_both_spellings_and_pixels_in_one() -> None:
 
 
 def test_the_known_names_without_prefix_are_read() -> None:
-    assert seed_in({"seeds": "12"}) == 12
-    assert frame_rate_in({"fps": "24"}) == 24.0
-    assert seed_in({"bt_seeds": "3", "seeds": "12"}) == 3
+    assert read_stored_seed({"seeds": "12"}) == 12
+    assert read_frame_rate({"fps": "24"}) == 24.0
+    assert read_stored_seed({"bt_seeds": "3", "seeds": "12"}) == 3
 
 
 @pytest.mark.parametrize(
     ("text", "seed"), [("9007199254740993", 9007199254740993), ("-5", -5), ("N/A", 0), ("1.5", 0)]
 )
 def test_a_seed_is_read_to_the_last_digit(text: str, seed: int) -> None:
-    assert seed_in({"bt_seeds": text}) == seed
-    assert seed_in({}) == 0
+    assert read_stored_seed({"bt_seeds": text}) == seed
+    assert read_stored_seed({}) == 0
 
 
 def read_parameters(text: str) -> tuple[str, str, dict[str, str]]:

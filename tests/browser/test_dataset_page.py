@@ -271,7 +271,7 @@ def test_a_folder_that_new_described_is_open_from_anywhere(
 
     assert (dataset.path, dataset.folder) == (project / "dataset.toml", project)
     assert [name for _, name in dataset.runs] == ([] if version == "untrained" else ["x"])
-    assert datasets.outside(dataset) == []
+    assert datasets.list_outside(dataset) == []
 
 
 @pytest.mark.parametrize(
@@ -334,7 +334,7 @@ def test_only_the_dataset_file_of_a_project_opens_its_folder(tmp_path: Path) -> 
     datasets = Datasets(Runs([project / "output"]))
 
     outside = {
-        one.path.name: datasets.outside(one) for one in datasets.list_all() if one.path.parent != project
+        one.path.name: datasets.list_outside(one) for one in datasets.list_all() if one.path.parent != project
     }
     assert outside == {"dataset.toml": [], "theirs.toml": [project], "above.toml": [tmp_path]}
 

@@ -14,16 +14,8 @@ pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 
 from browser.captions import mark_bytes
 from browser.described_folder import FILES, ChangedMeanwhileError, change_keys, edit_toml
-from browser.settings_table import (
-    apply_edits,
-    check_text,
-    describe_difference,
-    field_of,
-    find_caching_words,
-    list_rows,
-    read_chosen,
-    read_settings,
-)
+from browser.draft_changes import check_text, describe_difference, find_caching_words
+from browser.folder_settings import apply_edits, list_rows, name_field, read_chosen, read_settings
 from modules.errors import OptionError
 from tests.browser.drafts import DATASET, PROMPTS, RUN, write_draft
 from tests.browser.serving import Answer, Served, serve_runs
@@ -37,7 +29,9 @@ RUN_FILE = "run.toml"
 def fields_of(text: str, **typed: str) -> dict[str, str]:
     """The fields of the table of a run.toml, with other texts in some."""
     rows = list_rows(text, read_settings(SCRIPT), None)
-    return {field_of(row.key): typed.get(row.key, row.text) for row in rows if row.setting and row.is_simple}
+    return {
+        name_field(row.key): typed.get(row.key, row.text) for row in rows if row.setting and row.is_simple
+    }
 
 
 def edit(text: str = RUN, **typed: str) -> list[str]:

@@ -335,7 +335,7 @@ def test_make_makes_what_the_form_says(served: Served, root: Path) -> None:
         assert page.problems == []
 
 
-def command_of(page: Any) -> list[str]:
+def format_command_line(page: Any) -> list[str]:
     return shlex.split(page.locator("#command").inner_text())
 
 
@@ -349,7 +349,7 @@ def test_the_command_is_that_of_the_model_that_was_chosen_last(served: Served) -
                 page, f"document.querySelector('#make [name=width]').value === '{sides.get(model, '832')}'"
             )
             page.wait_for_timeout(800)  # longer than the page waits before it asks
-            command = command_of(page)
+            command = format_command_line(page)
             width, height = (
                 page.get_by_label(name, exact=True).input_value() for name in ("Width", "Height")
             )

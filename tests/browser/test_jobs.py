@@ -21,7 +21,7 @@ from accelerate.commands.launch import launch_command_parser
 from browser.jobs import QUEUE, STATE, WAITING, Job, JobQueue
 from browser.launch import check_options, find_program, prepare_process, split_words
 from browser.runs import DIED, FINISHED, RUNNING, STOPPED
-from browser.start import reopen
+from browser.start import reopen_queue
 from modules.errors import OptionError, OutputError
 from pocket.measure import IN_FLOAT32, POCKET, model_options
 from tests.browser.lasting import lasting  # noqa: F401  # a fixture
@@ -263,12 +263,12 @@ def test_a_queue_that_was_started_goes_on_with_the_next_server(queue: JobQueue) 
     queue.add(SHORT, ROOT)
 
     later = JobQueue(queue.folder)
-    assert reopen(later)
+    assert reopen_queue(later)
     wait_for_states(queue, FINISHED, FINISHED)
-    assert not reopen(JobQueue(queue.folder))  # one server runs it
+    assert not reopen_queue(JobQueue(queue.folder))  # one server runs it
     later.end_work(pauses=True)
 
-    assert not reopen(JobQueue(queue.folder))
+    assert not reopen_queue(JobQueue(queue.folder))
     typed = JobQueue(queue.folder)
     typed.begin_work(stays_open=False)  # with --work
     typed.end_work()

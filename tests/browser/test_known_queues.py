@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 
 from browser.jobs import JobQueue, as_line
-from browser.start import reopen
+from browser.start import reopen_queue
 from modules.installation import ROOT
 from modules.user_files import user_folder
 from tests.browser.test_jobs import SHORT, wait_for, wait_for_states
@@ -43,12 +43,12 @@ def test_a_queue_that_came_with_a_folder_stays_paused(tmp_path: Path) -> None:
     book: dict[str, Any] = {"last": 0, "worker": None, "open": True, "jobs": []}
     (folder / "jobs.json").write_text(json.dumps(book), encoding="utf-8")
 
-    assert not reopen(JobQueue(folder))
+    assert not reopen_queue(JobQueue(folder))
 
 
 def test_a_copy_of_a_started_queue_stays_paused(queue: JobQueue, tmp_path: Path) -> None:
     shutil.copytree(queue.folder.parent, tmp_path / "copy")
-    assert not reopen(JobQueue(tmp_path / "copy" / "reelsmith-queue"))
+    assert not reopen_queue(JobQueue(tmp_path / "copy" / "reelsmith-queue"))
 
 
 def test_a_line_that_came_while_no_page_was_open_waits_to_be_read(queue: JobQueue) -> None:
@@ -56,7 +56,7 @@ def test_a_line_that_came_while_no_page_was_open_waits_to_be_read(queue: JobQueu
         file.write(f"{as_line(OTHER)}\n")
 
     later = JobQueue(queue.folder)
-    assert not reopen(later)
+    assert not reopen_queue(later)
     assert "1 line came into" in later.problem
     assert count_begun(later) == 0
 
@@ -64,7 +64,7 @@ def test_a_line_that_came_while_no_page_was_open_waits_to_be_read(queue: JobQueu
     wait_for(lambda: count_begun(later) > 0)
     later.end_work()
     again = JobQueue(queue.folder)
-    assert reopen(again)
+    assert reopen_queue(again)
     wait_for_states(again, "finished", "finished")
     again.end_work()
 
@@ -72,7 +72,7 @@ def test_a_line_that_came_while_no_page_was_open_waits_to_be_read(queue: JobQueu
 def test_an_equal_second_line_is_another_job(queue: JobQueue) -> None:
     text = (queue.folder / "queue.txt").read_text(encoding="utf-8")
     (queue.folder / "queue.txt").write_text(text * 2, encoding="utf-8")
-    assert not reopen(JobQueue(queue.folder))
+    assert not reopen_queue(JobQueue(queue.folder))
 
 
 @pytest.mark.parametrize("change", ["limits", "folder", "state"])
@@ -88,7 +88,7 @@ def test_a_job_whose_record_was_changed_is_another_job(queue: JobQueue, change: 
     else:
         book["jobs"] = []  # as if the file had been removed
     path.write_text(json.dumps(book), encoding="utf-8")
-    assert not reopen(JobQueue(queue.folder))
+    assert not reopen_queue(JobQueue(queue.folder))
 
 
 def test_lines_that_come_while_the_queue_works_are_known(queue: JobQueue) -> None:
@@ -102,18 +102,18 @@ def test_lines_that_come_while_the_queue_works_are_known(queue: JobQueue) -> Non
     queue.retry(2)  # with the button of a page
     queue.end_work()
     later = JobQueue(queue.folder)
-    assert reopen(later)
+    assert reopen_queue(later)
     later.end_work()
 
 
 def test_who_pauses_or_only_works_once_starts_no_later_server(queue: JobQueue) -> None:
     queue.begin_work()
     queue.end_work(pauses=True)
-    assert not reopen(JobQueue(queue.folder))
+    assert not reopen_queue(JobQueue(queue.folder))
     typed = JobQueue(queue.folder)
     typed.begin_work(stays_open=False)  # with --work
     typed.end_work()
-    assert not reopen(JobQueue(queue.folder))
+    assert not reopen_queue(JobQueue(queue.folder))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
@@ -139,4 +139,4 @@ def test_without_a_place_to_remember_the_queue_stays_paused(
     queue = JobQueue(tmp_path / "reelsmith-queue")
     queue.begin_work()
     queue.end_work()
-    assert not reopen(JobQueue(queue.folder))
+    assert not reopen_queue(JobQueue(queue.folder))

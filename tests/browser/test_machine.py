@@ -11,7 +11,7 @@ import pytest
 
 from browser.jobs import STATE, JobQueue
 from browser.machine import CardReader, GraphicsCard, read_cards
-from browser.model_files import download_name
+from browser.model_files import name_download
 from modules.atomic_write import free_bytes
 from tests.browser.serving import serve_runs, write_run
 from tests.chromium import open_page, wait_until
@@ -110,7 +110,7 @@ def test_a_paused_queue_is_named_and_markup_in_a_job_stays_text(tmp_path: Path) 
 def test_a_download_is_named_with_what_has_arrived(tmp_path: Path) -> None:
     models, logs = tmp_path / "models", tmp_path / "reelsmith-queue" / "logs"
     logs.mkdir(parents=True)
-    name = download_name(models, "wan", "t2v-1.3B")
+    name = name_download(models, "wan", "t2v-1.3B")
     record = {"line": "x", "folder": str(tmp_path), "process": describe_process(), "stops": 0}
     (logs / f"{name}.json").write_text(json.dumps(record), encoding="utf-8")
     (logs / f"{name}.progress").write_text('[1000000000, 4000000000, "B"]', encoding="utf-8")

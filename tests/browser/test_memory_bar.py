@@ -15,8 +15,9 @@ import pytest
 pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 
 from browser.captions import mark_bytes
+from browser.draft_changes import describe_difference, read_keys
+from browser.folder_settings import read_settings
 from browser.memory import ReadPlan, edit_switches, read_plan, read_size, read_switches
-from browser.settings_table import describe_difference, read_keys, read_settings
 from modules.errors import OptionError
 from running.planning.device_memory import Room
 from running.planning.memory_plan import MemoryPart, MemoryPlan, Phase, show, verdict

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from browser.captioning import caption_words
+from browser.captioning import make_caption_words
 from browser.described_folder import change_steps
-from browser.new_form import NewForm, check_form, list_key_changes, new_words, read_steps
+from browser.new_form import NewForm, check_form, list_key_changes, make_new_words, read_steps
 from browser.new_pages import find_free_name
 from modules.errors import OptionError
 
@@ -22,12 +22,12 @@ FORM = NewForm(
 
 
 def test_a_form_and_its_command_stand_for_each_other() -> None:
-    words = new_words(FORM, Path("models"))
+    words = make_new_words(FORM, Path("models"))
     assert words[:3] == ["reelsmith", "new", "/x/my clips"]
     assert words[-2:] == ["--model_file", "dit=/m/a=b.safetensors"]
     assert NewForm.of_words(words) == FORM
-    assert NewForm.of_words(new_words(FORM, Path("other"), dry_run=True)) == FORM
-    assert NewForm.of_words(new_words(FORM, Path("models"), overwrite=True)) == FORM
+    assert NewForm.of_words(make_new_words(FORM, Path("other"), dry_run=True)) == FORM
+    assert NewForm.of_words(make_new_words(FORM, Path("models"), overwrite=True)) == FORM
 
 
 @pytest.mark.parametrize(
@@ -112,12 +112,12 @@ def test_a_name_that_a_lora_has_gets_a_number(tmp_path: Path) -> None:
 
 def test_captions_are_written_by_a_repository_a_folder_or_a_server() -> None:
     start = ["python", "tools/caption_dataset.py", "--dataset_config", "dataset.toml"]
-    assert caption_words("", "") == [*start, "--model", "Qwen/Qwen2-VL-2B-Instruct"]
-    assert caption_words("/m/vision", " what\nis it? ", 3) == [
+    assert make_caption_words("", "") == [*start, "--model", "Qwen/Qwen2-VL-2B-Instruct"]
+    assert make_caption_words("/m/vision", " what\nis it? ", 3) == [
         *start,
         *("--model", "/m/vision", "--prompt", "what is it?", "--try_on", "3"),
     ]
-    server = caption_words("http://localhost:8000/v1 qwen", "")
+    server = make_caption_words("http://localhost:8000/v1 qwen", "")
     assert server == [*start, "--api_base", "http://localhost:8000/v1", "--api_model", "qwen"]
     with pytest.raises(OptionError, match="behind the address"):
-        caption_words("http://localhost:8000/v1", "")
+        make_caption_words("http://localhost:8000/v1", "")

@@ -65,7 +65,7 @@ def text_of(answer: Answer, place: str = "said") -> str:
     return re.sub("<[^>]*>", "", match[1]).replace("&#39;", "'").replace("&#34;", '"')
 
 
-def field_of(answer: Answer, name: str) -> str:
+def name_field(answer: Answer, name: str) -> str:
     """Return what the first field of a name holds in a page."""
     match = re.search(rf'name="{name}" value="([^"]*)"', answer.text)
     assert match is not None
@@ -322,7 +322,7 @@ def test_check_and_start_take_no_fields_that_are_not_written(served: Served, roo
     page = served.ask(f"/new?{urlencode({'folder': str(folder)})}")
     plain = html.unescape(re.sub("<!--.*?-->", "", page.text))
     assert f"<code>{python_of('reelsmith.py')} run '{folder}' --check</code>" in plain
-    shown = field_of(page, "shown")
+    shown = name_field(page, "shown")
     typed = {"folder": str(folder), "shown": shown, **FIELDS, "name": "other", "steps": "3"}
 
     for what in ("check", "start"):
@@ -347,7 +347,7 @@ def test_describe_heeds_the_fields_after_samples_were_saved(served: Served, root
     write_pictures(folder, 2, captions=True)
     describe(served, folder)
     page = served.ask(f"/new?{urlencode({'folder': str(folder)})}")
-    seen = {"mark": field_of(page, "mark"), "shown": field_of(page, "shown")}
+    seen = {"mark": name_field(page, "mark"), "shown": name_field(page, "shown")}
     (folder / "prompts.txt").write_text(FEW, encoding="utf-8")  # as Save the samples does
 
     fields = {"folder": str(folder), **seen, **FIELDS, "steps": "30"}

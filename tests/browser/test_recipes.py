@@ -18,7 +18,7 @@ from browser.recipes import (
     UsedLora,
     find_model_set,
     is_driven,
-    recipe_of_model,
+    make_model_recipe,
 )
 from contract.families import HIGH_NOISE, with_scripts
 from downloads.catalogue import ModelSet, model_sets
@@ -58,7 +58,7 @@ NAMES = {
 
 
 def recipe_of(model: ModelSet, folder: Path) -> ModelRecipe:
-    return recipe_of_model(model, Path("models"), folder)
+    return make_model_recipe(model, Path("models"), folder)
 
 
 def parse(words: list[str], recipe: ModelRecipe) -> Namespace:
@@ -301,11 +301,11 @@ def test_an_empty_field_shows_what_the_script_computes(tmp_path: Path) -> None:
         if recipe.embeds_guidance:
             expected["guidance"] = request.embedded_guidance or usual.embedded_guidance
         for name, value in expected.items():
-            shown = recipe.usual.get(name) or recipe.default_of(name)
+            shown = recipe.usual.get(name) or recipe.find_default(name)
             if name in recipe.fields and shown and not recipe.counts_seconds:
                 assert float(shown) == value, (model.family, model.task, name)
         if "steps" in recipe.fields:
-            assert recipe.usual.get("steps") or recipe.default_of("steps"), (model.family, model.task)
+            assert recipe.usual.get("steps") or recipe.find_default("steps"), (model.family, model.task)
         assert recipe.side_step == family.latent.pixel_step, (model.family, model.task)
         if "frames" in recipe.fields and not recipe.counts_seconds:
             assert recipe.defaults.lengths == family.latent.lengths
@@ -339,7 +339,7 @@ def test_a_distilled_model_shows_its_own_steps_and_guidance(
     assert model is not None
     recipe = recipe_of(model, tmp_path)
     for name, value in expected.items():
-        assert recipe.default_of(name) == f"{value}".removesuffix(".0")
+        assert recipe.find_default(name) == f"{value}".removesuffix(".0")
 
 
 @pytest.mark.parametrize(

@@ -20,16 +20,16 @@ from browser.bin_folder import FOLDER as BIN
 from browser.bin_folder import BinFolder
 from browser.captions import mark_bytes
 from browser.described_folder import ChangedMeanwhileError
-from browser.recipes import ModelRecipe, find_model_set, recipe_of_model
+from browser.recipes import ModelRecipe, find_model_set, make_model_recipe
 from browser.render_queue import RenderJob
 from browser.result_pages import add_line, name_day
 from browser.result_settings import (
     ResultSettings,
     find_family,
+    format_sample_line,
+    parse_settings,
     read_settings,
     remake,
-    sample_line,
-    settings_of_tags,
 )
 from browser.results import MADE_FROM, ResultFolders
 from browser.runs import Runs
@@ -133,7 +133,7 @@ def id_of(served: Served, name: str) -> str:
 
 
 def test_settings_are_read_from_the_texts_of_a_file() -> None:
-    settings = settings_of_tags({**TAGS, "post_1": "upscaler model=x.pth", "major_brand": "isom"})
+    settings = parse_settings({**TAGS, "post_1": "upscaler model=x.pth", "major_brand": "isom"})
     assert settings is not None
     assert settings.get("prompt") == 'a "red" square\nmoving <b>left</b>'
     assert settings.loras == [("own-step00000002.safetensors", "0.75", "")]
@@ -169,7 +169,7 @@ def test_families_of_older_and_longer_names() -> None:
 def recipe_of(**changes: Any) -> ModelRecipe:
     model = find_model_set("wan", "t2v-1.3B")
     assert model is not None
-    recipe = recipe_of_model(model, Path("models"), Path.cwd())
+    recipe = make_model_recipe(model, Path("models"), Path.cwd())
     fixed = {"--task": ["t2v-1.3B"]}
     for name in ("dit", "vae", "t5"):
         fixed[f"--{name}"] = [f"some where/{name}.safetensors"]
@@ -183,7 +183,7 @@ def recipe_of(**changes: Any) -> ModelRecipe:
 
 
 def remade_of(tags: Mapping[str, str], recipe: ModelRecipe, seed: str = "7") -> RenderJob:
-    settings = settings_of_tags(tags)
+    settings = parse_settings(tags)
     assert settings is not None
     return remake(
         settings,
@@ -320,16 +320,16 @@ def test_pictures_that_it_began_from_and_loras_of_experts_are_named() -> None:
 
 
 def test_the_line_of_a_prompt_file() -> None:
-    settings = settings_of_tags(TAGS)
+    settings = parse_settings(TAGS)
     assert settings is not None
     line = 'a "red" square moving <b>left</b> --w 96 --h 64 --f 5 --s 2 --g 3.5 --fs 5.0 --n dull --d 7'
-    assert sample_line(settings) == line
+    assert format_sample_line(settings) == line
 
 
 @pytest.mark.parametrize("prompt", ["a cat --w 9", "--w 9", "# no prompt", "  "])
 def test_prompts_that_no_line_can_hold_are_refused(prompt: str) -> None:
     with pytest.raises(OptionError):
-        sample_line(ResultSettings({"prompt": prompt, "seeds": "1"}, [], []))
+        format_sample_line(ResultSettings({"prompt": prompt, "seeds": "1"}, [], []))
 
 
 def test_a_line_is_added_once_and_every_other_byte_stays(tmp_path: Path) -> None:

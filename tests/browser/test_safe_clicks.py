@@ -27,7 +27,7 @@ from starlette.routing import Route
 
 from browser.background_jobs import BackgroundJobs
 from browser.jobs import open_queue
-from browser.queue_views import QueuePages
+from browser.queue_pages import QueuePages
 from browser.render_worker import RenderWorker
 from browser.result_pages import ResultPages
 from browser.run_buttons import RunButtons

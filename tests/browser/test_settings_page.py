@@ -14,8 +14,8 @@ import pytest
 
 from browser.bin_folder import BinFolder
 from browser.options import BrowserOptions
-from browser.qr_code import code_cells, code_svg
-from browser.settings import ServerSettings
+from browser.qr_code import compute_cells, draw_svg
+from browser.site import ServerSettings
 from browser.tokens import PageToken
 from modules.errors import OptionError, OutputError
 from modules.parser import parse_options
@@ -129,8 +129,8 @@ def test_a_person_starts_the_queue_and_asks_for_the_code(tmp_path: Path) -> None
 
 
 def test_the_code_as_svg_has_the_cells_of_the_code() -> None:
-    cells = code_cells(ADDRESS)
-    svg = code_svg(ADDRESS, "a <b>")
+    cells = compute_cells(ADDRESS)
+    svg = draw_svg(ADDRESS, "a <b>")
     drawn = np.full(cells.shape, True)
     for x, y in re.findall(r"M(\d+) (\d+)h1v1h-1z", svg):
         drawn[int(y), int(x)] = False

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 from browser.options import USUAL_PORT, BrowserOptions
+from browser.qr_code import draw_code
 from browser.runs import Runs
-from browser.start import choose_places, draw_code, open_socket, opens_page
+from browser.start import choose_places, may_open_page, open_socket
 from modules.errors import OptionError, OutputError
 from modules.parser import parse_options
 from tests.browser.serving import serve_runs, write_run
@@ -149,20 +150,20 @@ def test_the_page_is_opened_only_for_a_person_who_sees_it(monkeypatch: pytest.Mo
     monkeypatch.setattr(sys, "stdin", Terminal())
     monkeypatch.setattr(sys, "stdout", Terminal())
     options = BrowserOptions()
-    assert opens_page(options)
-    assert not opens_page(BrowserOptions(no_open=True))
-    assert not opens_page(BrowserOptions(host="0.0.0.0", token=Path("t")))
+    assert may_open_page(options)
+    assert not may_open_page(BrowserOptions(no_open=True))
+    assert not may_open_page(BrowserOptions(host="0.0.0.0", token=Path("t")))
     monkeypatch.setenv("SSH_TTY", "/dev/pts/1")
-    assert not opens_page(options)
+    assert not may_open_page(options)
     monkeypatch.delenv("SSH_TTY")
     monkeypatch.setenv("REELSMITH_FROM_QUEUE", "1")
-    assert not opens_page(options)
+    assert not may_open_page(options)
     monkeypatch.delenv("REELSMITH_FROM_QUEUE")
     monkeypatch.delenv("DISPLAY")
-    assert not opens_page(options)
+    assert not may_open_page(options)
     monkeypatch.setenv("DISPLAY", ":0")
     monkeypatch.setattr(sys, "stdout", io.StringIO())
-    assert not opens_page(options)
+    assert not may_open_page(options)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a shell script")

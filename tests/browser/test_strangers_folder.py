@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 from browser.background_jobs import BackgroundJobs, name_background_job
-from browser.captioning import TYPED_OPTIONS, caption_words
+from browser.captioning import TYPED_OPTIONS, make_caption_words
 from browser.jobs import WAITING, open_queue
 from browser.launch import READ_OPTIONS, check_options
-from browser.queue_views import read_jobs
+from browser.queue_pages import read_jobs
 from browser.runs import RUNNING, Runs
 from modules.errors import OptionError
 from modules.run_limits import FOLDERS
@@ -261,7 +261,7 @@ def test_many_jobs_at_once_are_refused_before_a_script_is_started(
     def check(*_: object) -> None:
         pytest.fail("a script was started")
 
-    monkeypatch.setattr("browser.queue_views.check_options", check)
+    monkeypatch.setattr("browser.queue_pages.check_options", check)
     lines = "\n# a comment\n\npython wan_train_network.py --seed 1" * 900
     assert "900 jobs are more than the 40" in press(served, "/queue/add", line=lines).text
     lines = "\npython wan_train_network.py --seed 1" * 30 + "\npython evil.py"
@@ -276,8 +276,8 @@ def test_checking_many_jobs_takes_no_more_time_than_all_may_take(monkeypatch: py
         given.append(seconds)
         now[0] += 11.0
 
-    monkeypatch.setattr("browser.queue_views.check_options", check)
-    monkeypatch.setattr("browser.queue_views.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("browser.queue_pages.check_options", check)
+    monkeypatch.setattr("browser.queue_pages.time.monotonic", lambda: now[0])
     lines = "\npython wan_train_network.py --seed 1" * 20
     read_jobs(lines, None, may_come=False)
     assert given == [30.0, 19.0, 8.0]
@@ -324,7 +324,7 @@ def test_pictures_go_only_to_a_server_that_was_typed(root: Path, folder: Path) -
     (folder / "cat.txt").write_text("a cat", encoding="utf-8")
     queue = open_queue(Runs((root,)), read_only=False)
     background_jobs = BackgroundJobs(queue)
-    words = caption_words("http://127.0.0.1:9/v1 model", "", try_on=1)
+    words = make_caption_words("http://127.0.0.1:9/v1 model", "", try_on=1)
     name = name_background_job("try", folder)
 
     background_jobs.start(name, words, folder, within=folder)

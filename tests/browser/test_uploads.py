@@ -23,7 +23,7 @@ from browser.uploads import (
     check_content,
     check_file_name,
     find_kind,
-    name_of_day,
+    name_upload_folder,
 )
 from modules.errors import OptionError, OutputError
 from tests.browser.serving import Answer, Served, serve_runs
@@ -216,9 +216,9 @@ def test_limits_are_said_in_numbers(tmp_path: Path) -> None:
 
 def test_folders_of_a_day_have_names_of_their_own(tmp_path: Path) -> None:
     day = date(2026, 11, 26)
-    assert name_of_day(tmp_path, day) == "2026-11-26"
+    assert name_upload_folder(tmp_path, day) == "2026-11-26"
     (tmp_path / "2026-11-26").mkdir()
-    assert name_of_day(tmp_path, day) == "2026-11-26-2"
+    assert name_upload_folder(tmp_path, day) == "2026-11-26-2"
 
 
 @pytest.mark.parametrize("name", ["Käse 1.png", "console.png", "a.b.png", "日本.txt", "comma, (1).jpg"])

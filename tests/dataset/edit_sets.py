@@ -9,7 +9,7 @@ import torch
 
 from contract.data import CacheEntry, LatentSpec, MediaBatch, MediaEncoders
 from contract.rules import ReferenceRules
-from dataset.cache.files import read_entry
+from dataset.cache_files import read_entry
 from dataset.caching.loop import cache_media
 from dataset.caching.prefetch import CacheReport
 from dataset.config import DatasetConfig, load_dataset_config, with_references

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from dataset.config import DatasetConfig, DatasetTable, load_dataset_config
+from dataset.forms import FORMS
 from dataset.subset_options import DATASET, SUBSET_KEYS, SubsetOptions
 from modules.media.writing import write_video
 from modules.parser import parse_options
@@ -24,7 +25,26 @@ def make_table(folder: Path, source: str = "video_directory", **changes: Any) ->
         f"[[datasets]]\n{source} = {str(target)!r}\ncache_directory = {str(folder / 'cache')!r}\n",
         encoding="utf-8",
     )
-    return dataclasses.replace(load_dataset_config(path).datasets[0], **changes)
+    table = load_dataset_config(path).datasets[0]
+    own = {name: changes.pop(name) for name in {*changes} & OWN_NAMES}
+    if own:
+        changes["own"] = make_own_keys(**own)
+    return dataclasses.replace(table, **changes)
+
+
+def make_own_keys(**keys: Any) -> Any:
+    """The record of the form of data that has these keys, with a source if none is among them."""
+    form = next(form for form in FORMS if form.keys and keys.keys() <= declared(form.keys))
+    assert form.keys is not None
+    usual = {form.source: Path("source")} if form.source else {}
+    return form.keys(**{**usual, **keys})
+
+
+def declared(record: type[Any]) -> set[str]:
+    return {field.name for field in dataclasses.fields(record)}
+
+
+OWN_NAMES = {name for form in FORMS if form.keys is not None for name in declared(form.keys)}
 
 
 def subset_table(folder: Path, **keys: Any) -> DatasetTable:

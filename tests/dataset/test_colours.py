@@ -15,15 +15,15 @@ from PIL import Image
 from data_tools.report.check import check_caching
 from data_tools.report.options import ReportOptions
 from data_tools.report.run import run_report
-from dataset.cache.files import read_entry, write_tensors
 from dataset.cache.records import latent_record, record_metadata, text_records
+from dataset.cache_files import read_entry, write_tensors
 from dataset.caching import planning
 from dataset.caching.loop import cache_media
 from dataset.caching.prefetch import SIZE_CHANGES, conclude
 from dataset.config import DatasetConfig
+from dataset.listing import find_sources
 from dataset.sources.colours import MOVING, REORDERED, find_colours, find_reordered, shown_otherwise
 from dataset.sources.decoding import decode_source
-from dataset.sources.listing import find_sources
 from dataset.table import DatasetTable
 from tests.dataset.caching.test_loop import make_config
 from tests.dataset.caching.test_reference_texts import cache_seen, values

@@ -14,14 +14,16 @@ from dataset.cache.store import Stores
 from dataset.caching.planning import Recipe
 from dataset.config import KEYS, MODES, DatasetTable, for_family, load_dataset_config
 from dataset.config_keys import FRAMES, LATENTS, LEARNING, REFERENCES, SECTIONS, TEXTS
+from dataset.forms.cogvideox_lists import CogVideoXTensors
+from dataset.forms.composing import OWN_KEYS, SOURCES
 from dataset.sources.frames import bucket_of, spans
-from dataset.sources.media_source import GivenTensors, MediaSource
+from dataset.sources.media_source import MediaSource
 from dataset.subset_options import ANYWHERE, DATASET, SUBSET, SUBSET_KEYS
-from dataset.table import SOURCES, Augmentation, CaptionChanges
+from dataset.table import Augmentation, CaptionChanges
 from modules.errors import DatasetError
 from modules.media.lengths import ClipLengths
 from tests.commands import ROOT
-from tests.dataset.making import make_table
+from tests.dataset.making import make_own_keys, make_table
 from tests.dataset.toy_family import LATENT
 
 
@@ -349,7 +351,7 @@ RANKED = [  # as states and LoRA files have them since the keys exist
 
 def what_caches_tell(table: DatasetTable) -> tuple[object, object]:
     """What is compared of latents and of texts, of a source with whatever the table may ask for."""
-    tensors = GivenTensors(Path(), "a", False) if table.load_tensors else None
+    tensors = CogVideoXTensors(Path(), "a", False) if table.gives_latents else None
     mask = None if table.mask_directory is None else table.mask_directory / "a.png"
     picture = Path("a.png")
     source = MediaSource(picture, "a", None, None, (picture,), table, mask=mask, tensors=tensors)
@@ -364,7 +366,11 @@ def what_caches_tell(table: DatasetTable) -> tuple[object, object]:
 def test_each_key_makes_stale_what_it_says_and_nothing_else(tmp_path: Path, name: str) -> None:
     usual = make_table(tmp_path, target_frames=(5,), enable_bucket=name == "bucket_no_upscale")
     stale, latents = KEYS[name].stale, LATENTS | FRAMES | SECTIONS | REFERENCES
-    other = dataclasses.replace(usual, **{name: OTHER.get(name, "other")})
+    changes: dict[str, Any] = {name: OTHER.get(name, "other")}
+    if name in OWN_KEYS:  # of a form of data, whose tables alone have it
+        usual = dataclasses.replace(usual, own=make_own_keys(**{name: OWN_KEYS[name].default}))
+        changes = {"own": make_own_keys(**changes), "gives_latents": name == "load_tensors"}
+    other = dataclasses.replace(usual, **changes)
     (before, texts), (now, texts_now) = map(what_caches_tell, (usual, other))
 
     assert (now != before, texts_now != texts) == (bool(stale & latents), bool(stale & TEXTS))

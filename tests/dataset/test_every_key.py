@@ -19,8 +19,8 @@ from contract.family import TextEncoder
 from contract.requests import Prompt
 from dataset.caching.loop import cache_media
 from dataset.config import load_dataset_config
+from dataset.forms.composing import KEYS, SOURCES
 from dataset.subset_options import DATASET, SUBSET_KEYS
-from dataset.table import KEYS, SOURCES
 from modules.options import NoOptions
 from tests.dataset.making import make_clip
 from tests.dataset.toy_family import ToyFamily, options

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from dataset.cache.files import read_entry
+from dataset.cache_files import read_entry
 from tests.commands import run_script
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.tiny.families import FAMILIES, TinyFamily

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from dataset.config import load_dataset_config, with_references
+from dataset.listing import find_sources
 from dataset.sources.decoding import check_resolution, decode_source
-from dataset.sources.listing import find_sources
 from modules.errors import DatasetError
 from tests.dataset.edit_sets import RULES, SIZE, cache, make_set
 from tests.dataset.sources.test_addresses import write_tar

@@ -17,14 +17,14 @@ from dataset.batches.items import CachingCommands, group_items
 from dataset.batches.reading import read_batch
 from dataset.batches.starting import compare_sources
 from dataset.cache.converting import files_to_shards, shards_to_files
-from dataset.cache.files import read_entry, write_tensors
+from dataset.cache_files import read_entry, write_tensors
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.caching.on_ray import CachingActor
 from dataset.caching.prefetch import CacheReport, estimate_decoded_bytes
 from dataset.config import DatasetConfig, load_dataset_config
+from dataset.listing import find_sources
 from dataset.sources import sound
 from dataset.sources.decoding import decode_source
-from dataset.sources.listing import find_sources
 from dataset.sources.media_source import MediaSource
 from modules.errors import CacheError, DatasetError
 from modules.media.samples import read_track

@@ -14,7 +14,7 @@ from dataset.batches.items import TrainingItem, group_items
 from dataset.batches.reading import read_batch
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.config import DatasetConfig
-from dataset.sources.listing import find_sources
+from dataset.listing import find_sources
 from dataset.subsets import folders_config
 from dataset.table import Augmentation, BucketRule, CaptionChanges
 from modules.errors import DatasetError

@@ -17,7 +17,7 @@ from data_tools.report.check import check_training
 from dataset.batches.finding import find_items, require_items
 from dataset.batches.items import CachingCommands
 from dataset.batches.reading import read_batch
-from dataset.cache.files import read_entry
+from dataset.cache_files import read_entry
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.config import DatasetConfig
 from modules.errors import CacheError

@@ -17,7 +17,7 @@ from flux.family import Flux
 from flux.files import FluxFiles
 from flux.kontext.family import TRAINED_SIZES, Kontext, KontextFiles
 from generation.denoise import SeededNoise
-from generation.expert_memory import largest_of
+from generation.expert_memory import find_largest
 from modules.errors import CacheError, OptionError
 from tests.faults.messages import succeed_here
 from tests.flux.making import in_diffusers, run_there, tiny_inputs, tiny_model
@@ -94,7 +94,9 @@ def test_a_plan_is_made_of_the_request_with_the_largest_reference(tmp_path: Path
     smaller = replace(of_large, width=32)
 
     def planned(*requests: Request) -> list[Request]:
-        return [one.request for one in largest_of(family, [family.prepare(request) for request in requests])]
+        return [
+            one.request for one in find_largest(family, [family.prepare(request) for request in requests])
+        ]
 
     assert planned(of_large, of_small, start) == [of_large]
     assert planned(start, smaller) == [start, smaller]  # a rehearsal shows which needs more

@@ -18,12 +18,12 @@ from frame_pack.sections import (
     F1,
     Order,
     blend_overlaps,
+    choose_entry,
+    compute_flow_shift,
     count_sections,
     count_tokens,
-    entry_for,
-    flow_shift_for,
+    count_window_sections,
     parse_paddings,
-    sections_in,
 )
 from modules.compile_options import Compilation
 from modules.errors import OptionError
@@ -50,7 +50,7 @@ def test_the_shortest_video_has_one_section() -> None:
 
 
 def test_a_training_video_shorter_than_a_section_has_none() -> None:
-    assert [sections_in(frames, 9) for frames in (1, 9, 10, 18, 19)] == [0, 0, 1, 1, 2]
+    assert [count_window_sections(frames, 9) for frames in (1, 9, 10, 18, 19)] == [0, 0, 1, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_a_training_video_shorter_than_a_section_has_none() -> None:
     ],
 )
 def test_each_section_finds_its_entry(entries: dict[int, str], found: list[str]) -> None:
-    assert [entry_for(entries, index, 3) for index in range(3)] == found
+    assert [choose_entry(entries, index, 3) for index in range(3)] == found
 
 
 # The flow shift
@@ -80,16 +80,16 @@ def test_each_section_finds_its_entry(entries: dict[int, str], found: list[str])
 )
 def test_flow_shift_follows_the_number_of_tokens(size: tuple[int, int, int], shift: float) -> None:
     # as many digits as are documented
-    assert flow_shift_for(count_tokens(*size)) == pytest.approx(shift, rel=5e-5)
+    assert compute_flow_shift(count_tokens(*size)) == pytest.approx(shift, rel=5e-5)
 
 
 @pytest.mark.parametrize("case", DESCRIPTION["sampler_cases"], ids=lambda case: str(case["latent"]))
 def test_noise_levels_are_those_recorded(case: dict[str, Any]) -> None:
     tokens = count_tokens(*case["latent"])
     assert tokens == case["seq_len"]
-    assert torch.tensor(flow_shift_for(tokens)).log().item() == pytest.approx(case["mu"], abs=1e-6)
+    assert torch.tensor(compute_flow_shift(tokens)).log().item() == pytest.approx(case["mu"], abs=1e-6)
 
-    sigmas = make_schedule("unipc-bh1", case["steps"], flow_shift_for(tokens)).sigmas
+    sigmas = make_schedule("unipc-bh1", case["steps"], compute_flow_shift(tokens)).sigmas
 
     name = f"lat{'x'.join(map(str, case['latent']))}_steps{case['steps']}.sigmas"
     assert (sigmas - TENSORS[name]).abs().max() <= DESCRIPTION["tolerance"]["sigmas"]["atol"]

@@ -15,7 +15,7 @@ from contract.requests import Prompt
 from encoders.text_encoder import FileTextEncoder
 from frame_pack.files import FramePackClip, FramePackLlama
 from frame_pack.image_encoder import SiglipConfig, SiglipVision, load_siglip, read_siglip
-from hunyuan_model.text_encoders import VIDEO_TEMPLATE, template_of
+from hunyuan_model.text_encoders import VIDEO_TEMPLATE, choose_template
 from modules.media.pixels import to_pixels
 from tests.golden_cases import read_case
 from tests.manifests import fit, tensor_list, write_hollow
@@ -105,7 +105,7 @@ def test_a_system_prompt_of_ones_own_is_told_and_cut_off(
 ) -> None:
     caplog.set_level(logging.INFO)
     usual = encoded(FramePackLlama(folder, torch.float32), PROMPTS)
-    own = encoded(FramePackLlama(folder, torch.float32, template=template_of(system)), PROMPTS)
+    own = encoded(FramePackLlama(folder, torch.float32, template=choose_template(system)), PROMPTS)
     before, behind = template_there(system)
     counted = len(there.pipe.tokenizer(before).input_ids)
     escaped = before.replace("{", "{{").replace("}", "}}")
@@ -122,7 +122,7 @@ def test_a_system_prompt_of_ones_own_is_told_and_cut_off(
 
 def test_the_usual_system_prompt_given_as_ones_own_changes_nothing(folder: Path) -> None:
     usual = FramePackLlama(folder)
-    own = FramePackLlama(folder, template=template_of(VIDEO_TEMPLATE.system))
+    own = FramePackLlama(folder, template=choose_template(VIDEO_TEMPLATE.system))
     assert own.identity == usual.identity
     for found, expected in zip(encoded(own, PROMPTS), encoded(usual, PROMPTS), strict=True):
         assert torch.equal(found["llama_vec"], expected["llama_vec"])

@@ -12,7 +12,7 @@ from torch import Tensor
 import hv_generate_video
 import sample_video
 import wan_generate_video
-from blissful_tuner.metadata import seed_in
+from blissful_tuner.metadata import read_stored_seed
 from hunyuan_model.official_options import NEGATIVE_PROMPT, SIZES, generation_words, read_official
 from modules.errors import OptionError
 from modules.media.reading import read_tags, video_frames
@@ -200,7 +200,7 @@ def test_it_equals_our_command(ckpts: Path, tmp_path: Path) -> None:
     (path,) = (tmp_path / "ours").iterdir()
     assert torch.equal(pixels(made[0]), pixels(path))
     assert not torch.equal(pixels(made[1]), pixels(path))
-    assert [seed_in(read_tags(one)) for one in made] == [5, 6]
+    assert [read_stored_seed(read_tags(one)) for one in made] == [5, 6]
 
 
 def test_every_option_has_its_word() -> None:

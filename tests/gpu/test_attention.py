@@ -26,7 +26,7 @@ from checkpoints.stored.fp8_products import (
     supports_fp8,
     tensor_scaled_product,
 )
-from modules.attention.attend import BACKENDS, attend, check_backend, lengths_on
+from modules.attention.attend import BACKENDS, attend, check_backend, make_lengths
 from modules.attention.sdpa import attend_with_bias, kernels
 from modules.errors import OptionError
 from modules.speed_options import SDPA, AttentionChoice, Quantisation
@@ -100,7 +100,7 @@ def attend_on(
     *sources, gradient = (tensor.to(device).detach() for tensor in inputs)
     for source in sources:
         source.requires_grad_(learns)
-    lengths = None if counts is None else lengths_on(counts, device)
+    lengths = None if counts is None else make_lengths(counts, device)
     result = attend(*sources, choice, lengths, None if repeats is None else repeats.to(device))
     return [result.detach(), *(torch.autograd.grad(result, sources, gradient) if learns else ())]
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import ltx2_cache_latents
 from contract.rules import ReferenceRules
-from ltx_2.references import factors_of, thin_out
+from ltx_2.references import read_factors, thin_out
 from ltx_2.rope import Places, make_table
 from modules.errors import OptionError
 from modules.media.writing import write_png
@@ -287,11 +287,11 @@ def test_references_with_sound_do_not_depend_on_where_weights_are(
 
 def test_a_loras_frames_are_taken_and_wild_factors_refused(tmp_path: Path) -> None:
     good = write_lora(tmp_path / "good.safetensors", reference_frames="1", reference_downscale_factor="2")
-    assert factors_of([good]) == {"reference_frames": 1, "reference_downscale": 2}
+    assert read_factors([good]) == {"reference_frames": 1, "reference_downscale": 2}
     for number, text in enumerate(("9" * 5000, "0", "2.0", "two", "")):
         lora = write_lora(tmp_path / f"{number}.safetensors", reference_downscale_factor=text)
         with pytest.raises(OptionError, match="reference_downscale_factor"):
-            factors_of([lora])
+            read_factors([lora])
 
 
 def test_loras_of_other_factors_do_not_work_together(release: TinyRelease, tmp_path: Path) -> None:

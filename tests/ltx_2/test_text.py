@@ -12,7 +12,7 @@ from torch import Tensor
 
 from contract.family import DividedEncoder, LayeredEncoder
 from contract.requests import Prompt
-from dataset.cache.files import tensor_key
+from dataset.cache_files import tensor_key
 from encoders.language_models import ALL_STATES, SPEC, build_language_model, read_language_model
 from ltx_2.connectors import TextConnectors, read_connectors
 from ltx_2.text_encoder import GEMMA_3, MASK, ROWS, Ltx2TextEncoder

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import ltx2_cache_latents
-from dataset.cache.files import tensor_name
+from dataset.cache_files import tensor_name
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.ltx_2.release import TinyRelease, dit_config, write_release
 from tests.ltx_2.test_model import in_diffusers

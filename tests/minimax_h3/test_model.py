@@ -16,7 +16,7 @@ from torch import Tensor
 
 from contract.loading import Placement
 from minimax_h3.configs import SOUND
-from minimax_h3.dit_checkpoints import format_of, load_dit
+from minimax_h3.dit_checkpoints import load_dit, make_format
 from minimax_h3.model import H3Condition, H3Model
 from minimax_h3.places import PictureGrid, PicturePlace, SoundPlace, last_frame_place
 from tests.manifests import tensor_list, write_hollow
@@ -124,7 +124,7 @@ def test_the_layout_of_rows_can_be_given(tmp_path: Path) -> None:
     path = tmp_path / "joined.safetensors"
     save_file(released(their_dit().state_dict(), is_interleaved=True), path)
 
-    ours = format_of("interleaved").load(path, Placement(CPU))
+    ours = make_format("interleaved").load(path, Placement(CPU))
 
     name = "blocks.0.attn.qkv_proj.weight"
     assert torch.equal(ours.state_dict()[name], load(tmp_path).state_dict()[name])

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dataset.sources.listing import companions_now
+from dataset.listing import companions_now
 from modules.media.tracks import write_wav
 from modules.media.writing import write_video
 from tests.faults.messages import assert_one_message, run_here, succeed_here

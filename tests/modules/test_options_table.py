@@ -14,7 +14,7 @@ from modules.errors import OptionError
 from modules.option_values import check_numbers, to_path, value_words
 from modules.options import Options, default_of, hints_of, option_name, read_options, record_of
 from modules.parser import Parser, add_options
-from modules.speed_options import SwapOptions
+from running.options import SwapOptions
 from training.options import TrainingOptions
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -18,12 +18,10 @@ from modules.parser import parse_options
 from modules.speed_options import (
     AttentionChoice,
     GenerationAttentionOptions,
-    GenerationSpeedOptions,
     TrainingAttentionOptions,
-    TrainingSpeedOptions,
     flag_of,
-    say_for_generation,
 )
+from running.options import GenerationSpeedOptions, TrainingSpeedOptions, say_for_generation
 from tests.faults.messages import assert_one_message, run_here
 
 

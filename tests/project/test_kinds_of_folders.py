@@ -14,7 +14,7 @@ from PIL import Image
 
 import stable_diffusion.family  # noqa: F401  # packages of it warn when they are imported
 from dataset.config import load_dataset_config
-from dataset.sources.listing import find_sources
+from dataset.listing import find_sources
 from modules.installation import RUN_CHECKS, RUN_GOES_ON
 from modules.text_files import parse_toml
 from tests.commands import ROOT, run_script

@@ -11,11 +11,11 @@ from PIL import Image
 from browser.described_folder import read_described
 from dataset.config import load_dataset_config
 from modules.parser import parse_options
-from modules.speed_options import PlanOptions
 from modules.text_files import parse_toml
 from project import choosing
 from project.files import write_project
 from project.options import NewOptions, find_models
+from running.options import PlanOptions
 from tests.commands import run_script
 from tests.faults.messages import assert_one_message, run_here
 from tests.sound_media import Track, write_media

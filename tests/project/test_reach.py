@@ -10,8 +10,8 @@ import pytest
 
 from contract.families import with_scripts
 from dataset import config_keys as forms
+from dataset.forms.composing import KEYS, SOURCES, SOURCES_WITH_ADDRESSES
 from dataset.subset_options import SUBSET_KEYS
-from dataset.table import KEYS, OF_TABLES, SOURCES
 from generation.prompt_lines import (
     EMBEDDED_GENERATION_OPTIONS,
     IMAGE_GENERATION_OPTIONS,
@@ -110,7 +110,7 @@ def test_every_key_of_a_dataset_with_a_path_is_listed() -> None:
     assert made <= keys & listed["Write"]
     assert keys - made <= listed["Read"], sorted(keys - made - listed["Read"])
     assert keys >= {*SOURCES}
-    assert "allow_urls" in OF_TABLES or "allow_urls" in KEYS
+    assert "allow_urls" in SOURCES_WITH_ADDRESSES or "allow_urls" in KEYS
 
 
 def test_every_path_in_a_line_of_prompts_is_listed() -> None:

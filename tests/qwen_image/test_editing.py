@@ -16,8 +16,8 @@ from contract.data import Batch, MadeBy
 from contract.requests import Prepared, Request
 from contract.rules import ConsistencyRules
 from contract.steps import Anchor, Section
-from dataset.cache.files import read_entry
 from dataset.cache.records import latent_record, record_metadata
+from dataset.cache_files import read_entry
 from generation.anchors import blur, find_changes, hold_consistent, hold_masked
 from modules.errors import CacheError, OptionError
 from modules.flow.solvers import solver_for

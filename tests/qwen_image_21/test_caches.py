@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from contract.data import Batch, CacheEntry, MadeBy, MediaBatch
-from dataset.cache.files import read_entry
 from dataset.cache.records import record_metadata, text_records
+from dataset.cache_files import read_entry
 from modules.errors import CacheError
 from qwen_image_21.caches import (
     HASHES,

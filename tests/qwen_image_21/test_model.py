@@ -9,7 +9,7 @@ from torch import Tensor
 from contract.steps import Turn, Tweaks
 from modules.compile_options import Compilation
 from qwen_image_21.configs import usual_axes
-from qwen_image_21.model import Prefix, QwenImage21Model, prefixes_of
+from qwen_image_21.model import Prefix, QwenImage21Model, order_prefixes
 from running.compile import compile_blocks
 from tests.parity.running import assert_equal
 from tests.qwen_image_21.making import in_diffusers, predict_with, tiny_inputs, tiny_model
@@ -59,12 +59,12 @@ class Mistaken(QwenImage21Model):
             times = times[:, :1].expand_as(times)
         return super().modulation_rows(times)
 
-    def _table_of(self, layout: Any, prefix: Any, device: torch.device) -> Tensor:
-        table = super()._table_of(layout, prefix, device)
+    def _make_sample_table(self, layout: Any, prefix: Any, device: torch.device) -> Tensor:
+        table = super()._make_sample_table(layout, prefix, device)
         if self.mistake == "rows from 0":
             rows, columns = layout.grid
             moved = layout._replace(grid=(2 * rows, 2 * columns))
-            whole = super()._table_of(moved, prefix, device)[: 4 * rows * columns]
+            whole = super()._make_sample_table(moved, prefix, device)[: 4 * rows * columns]
             quarter = whole.unflatten(0, (2 * rows, 2 * columns))[rows:, columns:].flatten(0, 1)
             table = torch.cat([quarter, table[rows * columns :]])
         return table
@@ -128,7 +128,7 @@ def test_sizes_and_slots_that_do_not_fit_are_refused() -> None:
         tiny_model()(**{**given, "noisy": given["noisy"][:, 1:]})
     for slots in ((12,), (-1,), (), (5, 3)):
         with pytest.raises(ValueError, match=r"slots .* in a text of 9 tokens for 1 references"):
-            prefixes_of(given["text_mask"], torch.tensor([slots]), draw_references(1)[:1])
+            order_prefixes(given["text_mask"], torch.tensor([slots]), draw_references(1)[:1])
 
 
 def test_a_prefix_is_cut_where_references_stand() -> None:

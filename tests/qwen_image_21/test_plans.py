@@ -7,7 +7,7 @@ import torch
 
 import qwen_image_21_generate_image
 from contract.data import MediaEncoders
-from generation.memory import memory_plan, phase_of, rehearsing
+from generation.memory import make_phase, memory_plan, rehearsing
 from qwen_image_21.vae import load_vae
 from tests.manifests import tensor_list, write_hollow
 from tests.tiny.project import write_image
@@ -50,7 +50,9 @@ def test_a_tile_bounds_the_memory_of_the_released_vae(tmp_path: Path, tile: int 
             else:
                 vae.encode(torch.empty(1, 4, 1, 2048, 2048, dtype=torch.uint8))
         work = next(
-            part for part in phase_of("", ledger, memory_plan.MemoryPart("", 0)).parts if part.name == "work"
+            part
+            for part in make_phase("", ledger, memory_plan.MemoryPart("", 0)).parts
+            if part.name == "work"
         )
         assert work.device < most * GIB
         if tile is None and is_decoding:

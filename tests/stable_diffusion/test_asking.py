@@ -188,11 +188,11 @@ def test_each_picture_takes_as_many_guides_as_there_are_control_nets(tmp_path: P
         *("--guide_image_path", tmp_path / "in", single, "--control_net_models", "a", "b")
     ).prompts
     inputs = find_inputs(prompts, 2)
-    stems = [[path.stem for path in inputs.guides_of(number)] for number in range(4)]
+    stems = [[path.stem for path in inputs.choose_guides(number)] for number in range(4)]
     assert stems == [["a", "b"], ["c", "d"], ["e", "z"], ["a", "b"]]
     with pytest.raises(OptionError, match="6 pictures for 7 ControlNets. Give one for each"):
         find_inputs(prompts, 7)
-    assert Inputs().guides_of(3) == ()
+    assert Inputs().choose_guides(3) == ()
 
 
 def test_a_mask_needs_a_picture_or_parts(tmp_path: Path) -> None:

@@ -328,7 +328,7 @@ def test_pictures_that_a_json_file_lists() -> None:
     assert options.optimizer.max_grad_norm == 0
     assert options.lr_schedule.lr_warmup_steps == 80
     _, _, (listed,) = read("train_network.py --dataset_config listed.toml --output_dir out")
-    assert listed.metadata_file is not None
+    assert listed.source_key == "metadata_file"
 
 
 COMMON = "--network_module networks.lora --output_dir=out --learning_rate=1e-4"

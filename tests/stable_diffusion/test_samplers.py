@@ -13,9 +13,9 @@ from torch.nn.functional import interpolate
 
 from modules.errors import OptionError
 from stable_diffusion.contract import AskedPicture, PictureSettings
-from stable_diffusion.samplers import SchedulerSolver, begin_sampling, make_scheduler
+from stable_diffusion.samplers import SchedulerSolver, begin_sampling, count_left_out, make_scheduler
 from stable_diffusion.sampling_options import SAMPLERS, GradualLatentOptions, StartNoiseOptions, Unsharp
-from stable_diffusion.small_start import begin_small, check_batch, plan_growth, size_at
+from stable_diffusion.small_start import begin_small, check_batch, plan_growth, scale_size
 from stable_diffusion.starting import add_offset, add_pyramid, vary_noise
 from tests.parity.stable_diffusion import generators, their_scheduler
 
@@ -266,9 +266,9 @@ def test_growth_begins_below_the_timestep_and_is_counted_from_there() -> None:
     growth = plan_growth(timesteps, gradual)
     assert [timesteps[index] for index in growth] == [650, 500, 350, 200, 50]
     assert [round(ratio, 6) for ratio in growth.values()] == [0.6, 0.7, 0.8, 0.9, 1.0]
-    assert size_at((65, 128), 0.1 * 7) == (40, 88)
-    assert size_at((65, 128), 0.1 + 0.2 + 0.7) == (65, 128)
-    assert size_at((8, 12), 0.5) == (8, 8)
+    assert scale_size((65, 128), 0.1 * 7) == (40, 88)
+    assert scale_size((65, 128), 0.1 + 0.2 + 0.7) == (65, 128)
+    assert scale_size((8, 12), 0.5) == (8, 8)
 
 
 def test_too_few_steps_are_said(caplog: pytest.LogCaptureFixture) -> None:
@@ -285,3 +285,19 @@ def test_what_cannot_be_is_refused() -> None:
         check_batch([picture], "ddim")
     with pytest.raises(OptionError, match="line 3.*mask"):
         check_batch([replace(picture, mask=picture.label)], "euler_a")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("strength", "left_out"), [(None, None), (1.0, 0), (0.29, 8), (0.5, 5), (0.05, 10), (0.0, 10)]
+)
+def test_steps_that_image_to_image_leaves_out(strength: float | None, left_out: int | None) -> None:
+    # diffusers: init_timestep = min(int(num_inference_steps * strength), num_inference_steps)
+    assert count_left_out(10, strength) == left_out
+
+
+@pytest.mark.parametrize("sampler", ["dpm_2", "heun", "euler"])
+def test_image_to_image_begins_at_a_whole_step(sampler: str) -> None:
+    solver = begin_sampling(make_scheduler(sampler, predicts_velocity=False), STEPS, [], left_out=2)
+
+    first_timestep = solver.schedule.timesteps[solver.first]
+    assert first_timestep == solver.timesteps_of_steps[2]

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from contract.data import LOSS_MASK
 from contract.family import NoiseSpec
-from dataset.cache.files import checksum, read_entry, write_tensors
 from dataset.cache.records import TextRecord, record_metadata
+from dataset.cache_files import checksum, read_entry, write_tensors
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.config import load_dataset_config
 from modules.errors import OptionError

@@ -1,4 +1,4 @@
-"""Features of training and kinds of networks: each can be deleted, and no other part names it."""
+"""Features of training, kinds of networks, ways to run, forms of data: each can be deleted with its lines."""
 
 from pathlib import Path
 
@@ -13,12 +13,12 @@ from training.resuming import first_progress
 from training.saving.states import SavedState, read_state
 from training.steps import Progress
 
-NAMES = list(deleting.FOLDERS)  # of features, and of kinds of networks
+NAMES = list(deleting.FOLDERS)  # of features, kinds of networks, ways to run and forms of data
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_a_feature_or_a_kind_of_network_can_be_deleted(tmp_path: Path, name: str) -> None:
+def test_what_lies_in_one_file_can_be_deleted(tmp_path: Path, name: str) -> None:
     assert deleting.check_deletion(name, tmp_path) == []
 
 

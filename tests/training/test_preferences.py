@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from checkpoints.writing import save_tensors
-from dataset.cache.files import FLIPPED
 from dataset.cache.records import CacheChecks
+from dataset.cache_files import FLIPPED
 from modules.errors import CacheError, DatasetError, OptionError
 from tests.training import toy
 from tests.training.test_targets import Step, compare_steps, masks_of, write_masks

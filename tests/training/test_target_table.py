@@ -450,7 +450,14 @@ OF_NO_TARGET = {
     *("EmaOptions", "SkipOptions", "LogOptions", "EndOptions", "MetadataOptions", "UploadOptions"),
     *("TrackerOptions", "BaseWeightsOptions"),
     *("TrainingSpeedOptions", "TrainingAttentionOptions", "TrainingFp8Options", "SwapOptions"),
-    *("ShardingOptions", "TrainingCompileOptions", "PlanOptions", "FrozenModelOptions"),
+    *(
+        "WayOptions",
+        "ShardBaseOptions",
+        "ContextParallelOptions",
+        "TrainingCompileOptions",
+        "PlanOptions",
+        "FrozenModelOptions",
+    ),
     *("FeatureOptions", "OutputPreservationOptions"),
 }
 

@@ -14,7 +14,7 @@ from torch.nn.functional import cosine_similarity, mse_loss
 
 from checkpoints.writing import save_tensors
 from contract.data import LOSS_MASK
-from dataset.cache.files import write_tensors
+from dataset.cache_files import write_tensors
 from modules.errors import CacheError, OptionError
 from tests.training import toy
 from training.features.teacher_errors import Split, split_errors

@@ -30,8 +30,8 @@ from contract.loading import Placement
 from contract.requests import Prepared, Prompt, Request, settle, size_of
 from contract.rules import ONE_EXPERT, CountTokens, Expert, ModelRelease, ReferenceRules, TokenCount
 from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
-from dataset.cache.files import checksum, read_entry, write_tensors
 from dataset.cache.records import TextRecord, record_metadata
+from dataset.cache_files import checksum, read_entry, write_tensors
 from modules.errors import OptionError
 from modules.options import NO_OPTIONS, read_options
 from modules.parser import add_options

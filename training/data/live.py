@@ -16,7 +16,7 @@ from contract.family import LearningEncoder, TextEncoder, can_divide
 from contract.loading import BlockPlace
 from contract.requests import Prompt, Prompts
 from contract.steps import EncodedPrompts
-from running.offload.sharding import take_turns
+from running.offload.joining import take_turns
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ slider_passes: a file of captions to slide between, and its passes
 teacher: learn from a frozen model
 teacher_errors: size and direction of two predictions, compared apart
 teacher_model: another frozen model as a teacher, with its LoRAs
-teacher_options: which model teaches, at which noise, and how it is compared
+teacher_options: which model teaches, and how it is compared
 teacher_passes: the comparison with the teacher, in its band and outside
 tread: let tokens pass by the middle blocks
 tread_routes: which tokens pass by the middle blocks

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modules.errors import OptionError
-from modules.options import Options, facts_of, option, reach_of
+from modules.options import Options, facts_of, find_reach, option
 from training.features import FEATURES
 from training.features.contract import (
     AT_NETWORK,
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from contract.rules import Expert
     from dataset.batches.items import TrainingItem
     from dataset.table import DatasetTable
+    from running.ways.contract import FurtherModel
     from training.data.feed import BatchSources
     from training.data.live import LiveTexts
     from training.loss import NoisyBatch
@@ -101,7 +102,7 @@ def options_reaching(*reaches: str) -> dict[str, Mapping[str, Any]]:
     of_features: dict[str, Mapping[str, Any]] = {}
     for feature in FEATURES:
         of_features |= facts_of(feature.options)
-    return {name: facts for name, facts in of_features.items() if reach_of(facts) in reaches}
+    return {name: facts for name, facts in of_features.items() if find_reach(facts) in reaches}
 
 
 def options_by_expert() -> list[type[Options]]:
@@ -215,10 +216,10 @@ def find_view(options: OptionsOfRun) -> str:
     return next(filter(None, (find() for find in _functions(options, lambda feature: feature.view))), "")
 
 
-def further_models(options: OptionsOfRun) -> list[str]:
-    """Return the frozen transformers that features load besides that of the run, in words."""
-    names = [describe() for describe in _functions(options, lambda feature: feature.further_model)]
-    return [name for name in names if name]
+def further_models(options: OptionsOfRun) -> list["FurtherModel"]:
+    """Return the frozen transformers that features load besides that of the run."""
+    models = [find() for find in _functions(options, lambda feature: feature.further_model)]
+    return [model for model in models if model is not None]
 
 
 def count_passes(options: OptionsOfRun) -> StepPasses:

@@ -25,9 +25,10 @@ if TYPE_CHECKING:  # --help does without torch
     from dataset.batches.items import TrainingItem
     from dataset.table import DatasetTable
     from modules.pages.charts import Chart
-    from modules.speed_options import TrainingSpeedOptions
     from networks.added import AddedLoras
     from networks.loading import LoraUse
+    from running.options import TrainingSpeedOptions
+    from running.ways.contract import FurtherModel
     from training.data.feed import BatchSources, Randomness
     from training.data.live import LiveTexts
     from training.learning_options import WholeDitOptions
@@ -370,8 +371,8 @@ class Feature:
     needs: tuple[str, ...] = ()  # what its batches have: EMPTY_PROMPT, WORSE_ONES, DROPPED_CAPTIONS
     # given its options: further conditions that its passes see, as `Batch.view`
     view: Callable[[Any], str] | None = None
-    # likewise, what a further frozen transformer is called in plans of memory; "": there is none
-    further_model: Callable[[Any], str] | None = None
+    # likewise, a further frozen transformer that it loads, of the size of the trained one
+    further_model: "Callable[[Any], FurtherModel | None] | None" = None
     joins_streams: bool = False  # its passes have one loss of picture and sound
     # given its options and the text encoders that work while training: raises OptionError
     check_texts: "Callable[[Any, LiveTexts | None], None] | None" = None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from contract.rules import INPUTS
 from modules.console import count_of
 from modules.errors import OptionError
+from running.ways.contract import FurtherModel
 from training.features.contract import (
     AT_NETWORK,
     DROPPED_CAPTIONS,
@@ -56,7 +57,13 @@ def _check_files(options: OptionsOfRun, family: "Family", others: "OtherFamilies
     if values.teacher == OTHER_DIT:
         from training.features.teacher_model import check_other_teacher  # torch: only with --teacher dit
 
-        check_other_teacher(values, family, others, options.speed.sharding.shard_base)
+        check_other_teacher(values, family, others)
+
+
+def _find_model(options: TeacherOptions) -> FurtherModel | None:
+    if options.teacher_dit is None:
+        return None
+    return FurtherModel("the teacher", f"--teacher_dit {options.teacher_dit}")
 
 
 def _check_texts(options: TeacherOptions, texts: "LiveTexts | None") -> None:
@@ -118,7 +125,7 @@ TEACHER = Feature(
     needs=(DROPPED_CAPTIONS,),
     view=lambda options: options.view,
     check_texts=_check_texts,
-    further_model=lambda options: "" if options.teacher_dit is None else "the teacher's transformer",
+    further_model=_find_model,
     describe=_describe,
     metadata=_metadata,
     install=_install,

@@ -102,12 +102,10 @@ class OtherTeacher:
         return add_loras(network.dit, uses, self.is_compiled, "--teacher_lora")
 
 
-def check_other_teacher(
-    options: TeacherOptions, family: Family, others: OtherFamilies, is_shared: bool
-) -> None:
+def check_other_teacher(options: TeacherOptions, family: Family, others: OtherFamilies) -> None:
     """Raise UserError if the model of --teacher dit cannot teach the trained one. Loads nothing.
 
-    family: the trained model. others: makes that of --teacher_dit. is_shared: processes share the base.
+    family: the trained model. others: makes that of --teacher_dit.
     """
     if len(family.experts) > 1:
         raise OptionError(
@@ -119,11 +117,6 @@ def check_other_teacher(
         return
     name = f"--teacher_dit {options.teacher_dit}"
     teacher = others.with_dit(options.teacher_dit)
-    if is_shared:
-        raise OptionError(
-            f"{name} with --shard_base: the teacher would not be split over the processes. Leave out one of "
-            "the two"
-        )
     with _naming("--teacher_dit"):
         files = set(teacher.dit_files)
         teacher.check_given_files()

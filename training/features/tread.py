@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from modules.errors import OptionError
 from modules.options import HABIT, Options, option
+from running.ways.composing import tokens_option
 from training.features.contract import AT_LOSS, Feature, Hooks, LearningPass, OptionsOfRun
 
 if TYPE_CHECKING:
@@ -57,11 +58,11 @@ class TreadOptions(Options, title="fewer tokens"):
 
 
 def _refuse(options: OptionsOfRun) -> None:
-    parts = options.speed.sharding.context_parallel
-    if parts > 1:
+    dividing = tokens_option(options.speed)
+    if dividing:
         raise OptionError(
-            f"--tread {options.of(TreadOptions).tread:g} with --context_parallel {parts}: each process has "
-            "some of the tokens, and --tread leaves out tokens of the whole clip. Leave out one of the two"
+            f"--tread {options.of(TreadOptions).tread:g} with {dividing}: each process has some of the "
+            "tokens, and --tread leaves out tokens of the whole clip. Leave out one of the two"
         )
 
 

@@ -248,20 +248,20 @@ def check_fused_backward(optimizer_type: str, processes: int) -> None:
         _refuse("--fused_backward_pass", optimizer_type)
 
 
-def check_split(optimizer_type: str) -> None:
+def check_split(option: str, optimizer_type: str) -> None:
     """Raise OptionError if a transformer that is split over processes cannot be trained with an optimizer, or
-    with this torch.
+    with this torch. option: by which it is split.
     """
     from torch.distributed.fsdp import FSDPModule
 
     if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
         raise OptionError(
-            f"--shard_base with a whole transformer: torch {torch.__version__} only averages its gradients. "
+            f"{option} with a whole transformer: torch {torch.__version__} only averages its gradients. "
             "Update torch"
         )
     kind = find_optimizer(optimizer_type)
     if not (steps_numbers(kind) or steps_alone(kind)):
-        _refuse("--shard_base", optimizer_type)
+        _refuse(option, optimizer_type)
 
 
 def _refuse(option: str, optimizer_type: str) -> None:

@@ -22,7 +22,7 @@ from dataset.cache.records import CacheChecks
 from modules.console import quiet
 from modules.devices import gib
 from modules.options import override_options
-from modules.speed_options import SwapOptions
+from running.options import SwapOptions
 from running.planning import dry_run as dry
 from running.planning import memory_plan
 from running.planning.device_memory import MemoryWatch, Room, host_room, room_on
@@ -84,9 +84,9 @@ class StepPrediction:
                 kinds.append(dry.GRADIENTS)
             learning = sum(moment.get(kind, 0) for kind in kinds)
             parts.append(memory_plan.MemoryPart("what learns in them", self.further * learning))
-        for name in further_models(self.options):
+        for model in further_models(self.options):
             device = moment.get(dry.WEIGHTS, 0) - swap.saved
-            parts.append(memory_plan.MemoryPart(name, device, swap.host))
+            parts.append(memory_plan.MemoryPart(f"{model.name}'s transformer", device, swap.host))
         if self.average:
             name = f"average of the weights ({kept_average(self.options)})"
             parts.append(memory_plan.MemoryPart(name, 0, self.average))

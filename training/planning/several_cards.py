@@ -7,12 +7,13 @@ import torch
 
 from contract.family import Family
 from running.planning.device_memory import Room
-from running.planning.division import Division, TokenCounter, divide_tokens
+from running.planning.division import TokenCounter, divide_tokens
 from running.planning.memory_plan import share_blocks
 from running.planning.several_cards import Rehearsed, print_ways, with_division
-from training.checks import check_networks
+from running.ways.composing import check_ways
+from running.ways.contract import Division
+from training.checks import uses_of
 from training.data.live import LiveTexts
-from training.experts import check_experts
 from training.loss import NoisyBatch
 from training.optimizers.stepping import check_fused_backward
 from training.options import TrainingOptions
@@ -48,9 +49,7 @@ def plan_ways(
             if options.is_fused:
                 check_fused_backward(options.optimizer.optimizer_type, cards)
             if division != Division(cards):
-                divided = replace(options, speed=with_division(options.speed, division))
-                check_experts(family, divided)
-                check_networks(family, divided)
+                check_ways(with_division(options.speed, division), uses_of(family, options))
             if division.context > 1:
                 moments = divide_tokens(moments, division.context, counter)
             if division.shards:

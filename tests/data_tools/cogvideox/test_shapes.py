@@ -14,8 +14,8 @@ from PIL import Image
 import wan_cache_latents
 from data_tools.cogvideox.clips import Draws, choose_frames, choose_size, read_clip, shape_frame
 from data_tools.cogvideox.options import SIDES, ShapeOptions
-from dataset.cache.files import read_entry
 from dataset.cache.records import latent_record
+from dataset.cache_files import read_entry
 from dataset.caching.prefetch import fill_batches
 from modules.errors import DatasetError, MediaError, UserError
 from modules.media import reading

@@ -13,7 +13,7 @@ import pytest
 from data_tools.cutting.clips import VideoLook, look_at
 from dataset.caching.loop import cache_media
 from dataset.config import DatasetConfig
-from dataset.sources.listing import find_sources
+from dataset.listing import find_sources
 from modules.errors import DatasetError, MediaError, OptionError, OutputError
 from modules.media.streams import shown_frames, source_info
 from tests.data_tools.cutting.films import find_frame, plain, scene, write_film

@@ -14,7 +14,7 @@ from data_tools.report.findings import TableFindings
 from data_tools.report.looks import draw_crop, show
 from data_tools.report.page import CHECK_STRIP, choose_sources, write_check_page
 from dataset.config import DatasetConfig
-from dataset.sources.listing import find_sources
+from dataset.listing import find_sources
 from dataset.sources.media_source import Fault, MediaSource
 from modules.media.buckets import fit_cover
 from tests.chromium import open_page

@@ -8,8 +8,8 @@ from data_tools.report.page import write_check_page
 from data_tools.report.views import side_by_side
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.config import load_dataset_config, with_references
+from dataset.listing import find_sources
 from dataset.sources.decoding import decode_source
-from dataset.sources.listing import find_sources
 from tests.data_tools.report.making import report
 from tests.dataset.edit_sets import RULES, SIZE, EditFamily, make_set, read_set
 from tests.dataset.making import make_image

@@ -14,8 +14,8 @@ from dataset.batches.items import CachingCommands, ItemKind, TrainingItem
 from dataset.batches.order import BatchOrder, repeat_regularisation, split_validation
 from dataset.batches.reading import read_batch
 from dataset.batches.starting import check_caches, compare_sources
-from dataset.cache.files import write_tensors
 from dataset.cache.store import Stores
+from dataset.cache_files import write_tensors
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.config import DatasetConfig, DatasetTable
 from modules.errors import CacheError
@@ -345,7 +345,7 @@ def test_a_window_without_latents_is_told(
     count = reading._count_windows
 
     def given(item: TrainingItem) -> TrainingItem:
-        return replace(item, table=replace(item.table, load_tensors=True))
+        return replace(item, table=replace(item.table, gives_latents=True))
 
     config = cached(tmp_path, clips=(10, 10), frame_extraction=mode, frame_sample=3)
 

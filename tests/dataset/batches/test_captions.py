@@ -13,11 +13,11 @@ from dataset.batches.finding import find_items
 from dataset.batches.items import CachingCommands, ItemKind, TrainingItem
 from dataset.batches.order import RunPlace, change_captions, changed_caption, choose_captions
 from dataset.batches.reading import read_batch
-from dataset.cache.files import EMPTY, read_entry
+from dataset.cache_files import EMPTY, read_entry
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.config import DatasetConfig, load_dataset_config
+from dataset.listing import find_sources
 from dataset.sources.captions import captions_in
-from dataset.sources.listing import find_sources
 from dataset.table import DatasetTable
 from modules.errors import CacheError
 from tests.dataset.making import make_image, make_table, subset_table

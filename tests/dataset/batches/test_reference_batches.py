@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from dataset import listing
 from dataset.batches.finding import find_items, require_items, with_reference_sizes
 from dataset.batches.order import BatchOrder
 from dataset.batches.reading import read_batch
 from dataset.cache.store import Stores
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.config import DatasetConfig, load_dataset_config, with_references
-from dataset.sources import listing
 from modules.errors import CacheError
 from tests.dataset.edit_sets import RULES, SIZE, EditFamily, cache, make_set, read_set
 from tests.dataset.toy_family import options

@@ -6,7 +6,7 @@ import torch
 
 from dataset.cache.catalog import list_shards
 from dataset.cache.shards import ShardStore
-from dataset.cache.store import CacheStore
+from dataset.cache_files import CacheStore
 from modules.errors import CacheError
 
 NAMES = [f"clip_{number}_00000-005_0032x0032_toy.safetensors" for number in range(6)]

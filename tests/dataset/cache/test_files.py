@@ -7,7 +7,9 @@ import torch
 
 from dataset.cache.catalog import list_shards
 from dataset.cache.converting import files_to_shards, shards_to_files
-from dataset.cache.files import (
+from dataset.cache.form import other_form
+from dataset.cache.shards import ShardStore
+from dataset.cache_files import (
     LatentName,
     checksum,
     grid_in_name,
@@ -19,8 +21,6 @@ from dataset.cache.files import (
     tensor_name,
     write_tensors,
 )
-from dataset.cache.form import other_form
-from dataset.cache.shards import ShardStore
 from dataset.sources.media_source import OF_SHARDS
 from modules.errors import CacheError
 from tests.dataset.cache.killing import needs_fork, run_and_kill

@@ -17,13 +17,13 @@ from contract.data import LOSS_MASK, Batch, CacheEntry, LatentSpec, MediaBatch, 
 from contract.rules import NpzFormat
 from dataset.batches.finding import find_items, require_items
 from dataset.batches.reading import read_batch
-from dataset.cache import npz_files
 from dataset.cache.converting import convert_caches
-from dataset.cache.files import EMPTY
-from dataset.cache.npz_files import format_array, read_arrays, read_members, write_members
 from dataset.cache.store import Stores, npz_names
+from dataset.cache_files import EMPTY
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.config import DatasetConfig, load_dataset_config
+from dataset.forms import npz_files
+from dataset.forms.npz_files import format_array, read_arrays, read_members, write_members
 from dataset.options import ConvertCacheOptions
 from dataset.table import Augmentation
 from modules.errors import CacheError, DatasetError, OptionError

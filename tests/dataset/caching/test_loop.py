@@ -13,8 +13,8 @@ import torch
 from data_tools.report.check import check_caching
 from dataset.batches.finding import find_items
 from dataset.batches.reading import read_batch
-from dataset.cache.files import read_entry, write_tensors
 from dataset.cache.records import latent_record, record_metadata
+from dataset.cache_files import read_entry, write_tensors
 from dataset.caching import planning, text_plans
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.caching.prefetch import CacheReport, Failure, conclude, failure_error

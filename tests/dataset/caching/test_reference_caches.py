@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from dataset.cache.files import read_entry
 from dataset.cache.records import latent_record
+from dataset.cache_files import read_entry
 from dataset.caching import planning
 from tests.dataset.edit_sets import SIZE, cache, make_set, read_set, shapes
 

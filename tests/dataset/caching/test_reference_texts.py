@@ -12,7 +12,7 @@ from contract.data import Conditions
 from contract.requests import Prompt
 from dataset.batches.finding import find_items, require_items
 from dataset.batches.reading import read_batch
-from dataset.cache.files import EMPTY, read_entry
+from dataset.cache_files import EMPTY, read_entry
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.caching.prefetch import CacheReport
 from dataset.config import DatasetConfig, with_references

@@ -18,13 +18,13 @@ import fsspec
 import pytest
 import requests
 
+from dataset.forms.tars_index import FOLDER, LEAST_SAMPLES, TarDamage, read_members
+from dataset.forms.tars_listing import expand_braces
+from dataset.listing import find_sources
 from dataset.sources.decoding import decode_source
 from dataset.sources.downloads import download, protocol_problem
 from dataset.sources.fetching import fetch
-from dataset.sources.listing import find_sources
 from dataset.sources.media_source import Fault, MediaSource, local_name
-from dataset.sources.tar_index import FOLDER, LEAST_SAMPLES, TarDamage, read_members
-from dataset.sources.tars import expand_braces
 from modules.errors import DatasetError, MediaError
 from modules.paths import address_identity, hide_secrets, is_address
 from tests.dataset.making import make_table

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from dataset.config import DatasetConfig
+from dataset.listing import find_sources
 from dataset.sources.left_out import TableFolders
-from dataset.sources.listing import find_sources
 from dataset.sources.remarks import (
     BACKSLASH,
     LONE_BRACE,

@@ -14,13 +14,13 @@ from data_tools.report.check import check_caching
 from dataset.batches.finding import find_items
 from dataset.batches.items import NO_COMMANDS
 from dataset.batches.starting import check_caches
-from dataset.cache.files import read_entry, write_tensors
 from dataset.cache.records import latent_record, record_metadata
 from dataset.cache.store import Stores
+from dataset.cache_files import read_entry, write_tensors
 from dataset.caching.loop import cache_media
 from dataset.config import DatasetConfig, DatasetTable
+from dataset.listing import find_sources
 from dataset.sources.decoding import decode_source
-from dataset.sources.listing import find_sources
 from modules.media.writing import write_video
 from tests.dataset.making import frame_numbers, make_animation, make_frames, make_table
 from tests.dataset.toy_family import LATENT, ToyFamily, options

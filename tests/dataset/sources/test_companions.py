@@ -10,9 +10,9 @@ import pytest
 from contract.rules import ReferenceRules
 from dataset.caching.latents import batch_media
 from dataset.config import DatasetConfig, load_dataset_config, with_references
+from dataset.listing import find_sources
 from dataset.sources.companions import refuse_companions
 from dataset.sources.decoding import decode_source
-from dataset.sources.listing import find_sources
 from modules.errors import DatasetError
 from tests.dataset.making import GREY_STEP, make_clip, make_frames, make_image, make_table
 

@@ -11,10 +11,10 @@ from PIL import Image
 
 from contract.rules import ReferenceRules
 from dataset.config import load_dataset_config, with_lengths
+from dataset.listing import find_sources
 from dataset.sources.companions import find_moving_references
 from dataset.sources.decoding import decode_source, plan_source
 from dataset.sources.frames import find_far_rates, resample_indices, spans
-from dataset.sources.listing import find_sources
 from modules.errors import MediaError
 from modules.media.lengths import ClipLengths
 from modules.media.reading import resize_cover, video_frames

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from dataset.listing import find_sources
 from dataset.sources.decoding import ByteBudget, planned_bytes
-from dataset.sources.listing import find_sources
 from tests.dataset.making import make_table
 
 

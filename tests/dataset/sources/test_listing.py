@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from dataset.config import DatasetConfig, load_dataset_config
-from dataset.sources.cogvideox import list_cogvideox
-from dataset.sources.listing import find_all_sources, find_sources, missing_captions, require_captions
+from dataset.forms.cogvideox_lists import list_cogvideox
+from dataset.listing import find_all_sources, find_sources, missing_captions, require_captions
 from dataset.sources.media_source import Fault
 from modules.errors import DatasetError
 from modules.media.writing import write_png

@@ -13,12 +13,12 @@ from contract.data import LOSS_MASK
 from dataset.batches.finding import find_items
 from dataset.batches.items import CachingCommands
 from dataset.batches.reading import read_batch
-from dataset.cache.files import read_entry
+from dataset.cache_files import read_entry
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.config import DatasetConfig
+from dataset.listing import find_sources
 from dataset.sources.decoding import decode_source
 from dataset.sources.frames import shrink_mask
-from dataset.sources.listing import find_sources
 from modules.errors import CacheError, DatasetError, MediaError
 from tests.dataset.caching.test_loop import make_config
 from tests.dataset.making import make_clip, make_frames, make_image, make_table, subset_table

@@ -18,13 +18,14 @@ import pytest
 from contract.rules import ReferenceRules
 from dataset.cache.records import identify, is_unchanged
 from dataset.config import DatasetTable
-from dataset.sources import parquet
-from dataset.sources.columns import column_names, read_columns, read_jsonl
+from dataset.forms import parquet_files as parquet
+from dataset.forms.composing import column_names, read_columns
+from dataset.forms.jsonl_rows import read_jsonl
+from dataset.forms.parquet_files import cells_of, read_cell
+from dataset.forms.unread import find_unread
+from dataset.listing import find_sources
 from dataset.sources.fetching import fetch
-from dataset.sources.listing import find_sources
 from dataset.sources.media_source import Fault
-from dataset.sources.parquet import cells_of, read_cell
-from dataset.sources.unread import find_unread
 from modules.errors import DatasetError, MediaError
 from tests.dataset.making import make_image, make_table
 

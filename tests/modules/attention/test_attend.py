@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modules.attention.attend import BACKENDS, attend, check_backend, lengths_on, refusal, try_out
+from modules.attention.attend import BACKENDS, attend, check_backend, make_lengths, refusal, try_out
 from modules.errors import OptionError
 from modules.speed_options import SDPA, AttentionChoice
 from tests.modules.attention_packages import PACKAGES, Call, put_in
@@ -56,7 +56,7 @@ def test_a_padded_batch_equals_its_samples_alone_whatever_stands_in_the_padding(
     choice, _ = _choice(monkeypatch, mode, split)
     weights = torch.rand(3, 9, 3, 8, generator=torch.Generator().manual_seed(1))
 
-    result = attend(*inputs, choice, lengths_on(COUNTS, CPU))
+    result = attend(*inputs, choice, make_lengths(COUNTS, CPU))
     gradients = torch.autograd.grad((result * weights).sum(), inputs)
 
     for sample, count in enumerate(COUNTS):
@@ -75,14 +75,14 @@ def test_keys_in_front_of_a_padded_batch_are_all_seen(monkeypatch: pytest.Monkey
         query[sample, count:] = key[sample, 4 + count :] = value[sample, 4 + count :] = torch.nan
     choice, _ = _choice(monkeypatch, mode)
 
-    result = attend(query, key, value, choice, lengths_on(COUNTS, CPU))
+    result = attend(query, key, value, choice, make_lengths(COUNTS, CPU))
 
     for one, count in enumerate(COUNTS):
         alone = attend(query[one, None, :count], key[one, None, : 4 + count], value[one, None, : 4 + count])
         torch.testing.assert_close(result[one, :count], alone[0], atol=NEAR, rtol=1e-5)
         assert not result[one, count:].any()
     with pytest.raises(ValueError, match="self-attention only"):
-        attend(query, key[:, :8], value[:, :8], choice, lengths_on(COUNTS, CPU))
+        attend(query, key[:, :8], value[:, :8], choice, make_lengths(COUNTS, CPU))
 
 
 @pytest.mark.parametrize("split", [False, True])
@@ -92,7 +92,7 @@ def test_packages_get_real_tokens_only_with_arguments_in_their_order(
 ) -> None:
     choice, calls = _choice(monkeypatch, mode, split)
 
-    attend(*_inputs(3, 9, 9), choice, lengths_on(COUNTS, CPU))
+    attend(*_inputs(3, 9, 9), choice, make_lengths(COUNTS, CPU))
 
     one_by_one = {"sage": ("sageattn", (False,)), "xformers": ("memory_efficient_attention", ())}
     together = {"xformers": Call("memory_efficient_attention", (1, 20, 3, 8), (COUNTS,))}
@@ -109,7 +109,7 @@ def test_packages_compute_in_autocasts_dtype(monkeypatch: pytest.MonkeyPatch, mo
     choice, _ = _choice(monkeypatch, mode)
 
     with torch.autocast("cpu", torch.bfloat16):
-        result = attend(*_inputs(2, 9, 9), choice, lengths_on((9, 5), CPU))
+        result = attend(*_inputs(2, 9, 9), choice, make_lengths((9, 5), CPU))
 
     assert result.dtype == torch.bfloat16
 
@@ -118,7 +118,7 @@ def test_packages_compute_in_autocasts_dtype(monkeypatch: pytest.MonkeyPatch, mo
 def test_few_tokens_in_bfloat16_on_a_cpu_stay_near_float32(counts: tuple[int, ...] | None) -> None:
     inputs = _inputs(queries=20, keys=20)
     repeats = torch.rand(20) * 9 + 1 if counts is None else None
-    lengths = None if counts is None else lengths_on(counts, CPU)
+    lengths = None if counts is None else make_lengths(counts, CPU)
 
     result = attend(*(tensor.to(torch.bfloat16) for tensor in inputs), SDPA, lengths, repeats)
 
@@ -254,7 +254,7 @@ def test_attention_in_float32_is_that_of_wide_inputs(autocast: bool, padded: boo
     """Float16 overflows in some models: neither inputs nor autocast may narrow it."""
     generator = torch.Generator().manual_seed(0)
     narrow = [torch.randn(2, 6, 2, 16, generator=generator).bfloat16() for _ in range(3)]
-    lengths = lengths_on([6, 4], CPU) if padded else None
+    lengths = make_lengths([6, 4], CPU) if padded else None
     expected = attend(*(one.float() for one in narrow), lengths=lengths).bfloat16()
 
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):

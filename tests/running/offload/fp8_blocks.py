@@ -60,7 +60,7 @@ class Network(nn.Module):
 def compare(scales: str) -> None:
     """Compare both for a kind of scales."""
     whole, split = Network(scales), Network(scales)
-    ShardedBlocks(torch.device("cpu")).finish(split)
+    ShardedBlocks(torch.device("cpu"), "--shard_base").finish(split)
     kept = split.blocks[0].get_submodule("linear").get_parameter("weight")
     assert kept.to_local().numel() * 2 == kept.numel()  # type: ignore[attr-defined]
     torch.manual_seed(1 + distributed.get_rank())

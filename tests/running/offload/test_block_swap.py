@@ -18,10 +18,10 @@ from krea2.configs import DIT as KREA2
 from minimax_h3.configs import DIT as H3
 from modules.errors import OptionError
 from modules.parser import parse_options
-from modules.speed_options import SwapOptions
 from running.offload.block_swap import move_network, settle_all, swap_of
 from running.offload.checkpointing import checkpoint_blocks
 from running.offload.swap_plan import SwapPlan, check_swap, most_blocks, plan_list
+from running.options import SwapOptions
 from tests.modules.fake_device import FakeDevice, Interruption, hide
 from tests.modules.swap_cases import CASES, Case, gradients, learner, same, step_in_backward, swapped
 from wan.spec import DIT as WAN

@@ -12,8 +12,8 @@ from torch import nn
 from contract.family import DitSpec
 from modules.devices import GIB
 from modules.errors import MemoryPlanError, OptionError
-from modules.speed_options import AUTO, SwapOptions, TrainingSpeedOptions
 from running.offload.swap_plan import SwapPlan
+from running.options import AUTO, SwapOptions, TrainingSpeedOptions
 from running.planning.device_memory import CONTEXT, MARGIN, Room, comparison
 from running.planning.dry_run import KEPT, WEIGHTS, WORKING
 from running.planning.memory_plan import (

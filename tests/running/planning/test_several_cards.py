@@ -8,11 +8,11 @@ import pytest
 
 from modules.devices import GIB
 from modules.errors import OptionError
-from modules.speed_options import PlanOptions, cards_or_size
+from running.options import PlanOptions, cards_or_size
 from running.planning.device_memory import Room
-from running.planning.division import Division
 from running.planning.memory_plan import MemoryPart, MemoryPlan, Phase, Swapped, share_blocks
 from running.planning.several_cards import Rehearsed, Way, command_of, find_ways, print_ways
+from running.ways.contract import Division
 
 
 def test_a_part_of_every_block_stays_and_three_blocks_are_gathered() -> None:

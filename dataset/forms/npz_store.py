@@ -24,8 +24,8 @@ from torch import Tensor
 
 from contract.data import LOSS_MASK, SAID_SIZES, LatentSpec
 from contract.rules import NpzFormat
-from dataset.cache import files as cache_files
-from dataset.cache.npz_files import (
+from dataset import cache_files
+from dataset.forms.npz_files import (
     OURS,
     Array,
     NpzArray,
@@ -38,12 +38,11 @@ from dataset.cache.npz_files import (
     read_members,
     write_members,
 )
-from dataset.config import DatasetTable
 from dataset.sources.frames import bucket_of, shrink_mask
-from dataset.sources.listing import find_sources
+from dataset.table import DatasetTable
 from modules.atomic_write import explain_errors
 from modules.devices import dtype_name
-from modules.errors import CacheError, DatasetError
+from modules.errors import CacheError
 from modules.file_locks import only_one
 from modules.media.buckets import Size, inner_box
 
@@ -118,7 +117,7 @@ class NpzStore:
 
     @property
     def form(self) -> NpzFormat:
-        assert self.latent.npz is not None  # `open_npz`
+        assert self.latent.npz is not None  # `dataset.forms.npz`
         return self.latent.npz
 
     # --- names ---
@@ -409,25 +408,3 @@ def _replace_end(stem: str, ends: Sequence[tuple[str, str]]) -> str:
         if stem.endswith(end):
             return stem.removesuffix(end) + replacement
     return stem
-
-
-def open_npz(table: DatasetTable, names: cache_files.NpzNames | None, folder: Path) -> NpzStore:
-    """Return the npz files of a table. folder: of its pictures; those that a list names may be elsewhere.
-
-    Raises DatasetError if the family has no caches in npz files.
-    """
-    if names is None or names[1].npz is None:
-        raise DatasetError(
-            f'{table.name}: cache_format = "npz": this model has no caches in npz files. Use "files" or '
-            '"shards"'
-        )
-    sources = [] if table.metadata_file is None else find_sources(table, captions=False, faults=[])
-    tag, latent, text_keys = names
-    return NpzStore(
-        table=table,
-        tag=tag,
-        latent=latent,
-        text_keys=text_keys,
-        folder=folder,
-        listed={source.stem: source.path.with_suffix("") for source in sources},
-    )

@@ -23,7 +23,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dataset.cache.files import Entry, tensor_key
+from dataset.cache_files import Entry, tensor_key
 from modules.atomic_write import atomic_path
 from modules.devices import dtype_name
 from modules.errors import CacheError

@@ -1,17 +1,17 @@
-"""Find the sources of a dataset table, whatever its source is, and check what holds for all of them.
+"""Find the sources of a dataset table, whatever its form is, and check what holds for all of them.
 
-The modules that read lists, tables and tars are imported when the first table needs them.
+Folders are listed here; the modules that read another form are imported when the first table needs them.
 """
 
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from contract.rules import ShownMedium
-from dataset.config import DatasetConfig, DatasetTable
+from dataset.forms.composing import form_of
 from dataset.sources.captions import NOT_UTF8, describe_encoding, explain_captions, read_caption
 from dataset.sources.folders import list_table_folder, log_lone_controls
 from dataset.sources.left_out import TableFolders, describe_entries
@@ -25,6 +25,7 @@ from dataset.sources.media_source import (
     raise_faults,
 )
 from dataset.sources.references import lack_references, limit_references
+from dataset.table import DatasetConfig, DatasetTable
 from modules.console import quiet
 from modules.control_codes import escape_control_codes
 from modules.errors import DatasetError
@@ -57,9 +58,9 @@ def find_sources(
     with pause_collection():
         sources = _list_sources(table, captions, problems)
     if not sources and not problems:
-        contents = describe_entries(table) if table.directory is not None else "has no lines"
-        if table.tars is not None:
-            contents = f"holds no {table.kind}s"
+        contents = form_of(table).empty.format(kind=table.kind)
+        if table.directory is not None:
+            contents = describe_entries(table)
         hint = _hint_of_start(table)
         raise DatasetError(f"{table.name}: {table.source} {contents}. Add some, or correct the path.{hint}")
     if table.directory is None:  # those of a folder are sorted
@@ -77,7 +78,9 @@ def find_sources(
 
 def _list_sources(table: DatasetTable, captions: bool, faults: list[Fault]) -> list[MediaSource]:
     if table.directory is None:
-        return _lister(table)(table, faults)
+        list_sources = form_of(table).list_sources
+        assert list_sources is not None
+        return list_sources(table, faults)
     if not table.directory.is_dir():
         hint = _hint_of_start(table)
         if hint:
@@ -112,21 +115,6 @@ def _check_stems(table: DatasetTable, sources: Sequence[MediaSource], faults: li
         if size > MOST_OF_STEM:
             text = f"{source.path}: {size} bytes, at most {MOST_OF_STEM} leave room"
             faults.append(Fault(too_long, text, source.stem))
-
-
-def _lister(table: DatasetTable) -> Callable[[DatasetTable, list[Fault]], list[MediaSource]]:
-    """Return the function that lists a table whose source is not a folder."""
-    if table.tars is not None:
-        from dataset.sources.tars import list_tars
-
-        return list_tars
-    if table.cogvideox_root is not None:
-        from dataset.sources.cogvideox import list_cogvideox
-
-        return list_cogvideox
-    from dataset.sources.tables import list_metadata, list_rows
-
-    return list_rows if table.metadata_file is None else list_metadata
 
 
 class CompanionCounts(NamedTuple):
@@ -221,11 +209,11 @@ def find_encodings(sources: Iterable[MediaSource]) -> list[Fault]:
 def warn_unused(config: DatasetConfig, sources: Sequence[MediaSource]) -> None:
     """Warn about columns that nothing reads, and if a model that edits gets no reference picture at all."""
     unread: list[Fault] = []
-    tables = [table for table in config.datasets if table.directory is None]
-    if tables:
-        from dataset.sources.unread import find_unread  # only with lists or tables
+    for table in config.datasets:
+        if form_of(table).look_at is not None:
+            from dataset.forms.unread import find_unread  # only with lists or tables
 
-        unread = [fault for table in tables for fault in find_unread(table)]
+            unread += find_unread(table)
     if unread:
         logger.warning("%s", escape_control_codes("\n".join(list_faults(unread, LISTED))))
     if any(table.references for table in config.datasets) and lack_references(config.datasets, sources):
@@ -243,14 +231,9 @@ def _caption_place(source: MediaSource) -> str:
     if source.caption_path is not None:
         hint = ", and no class_tokens in its table" if table.group is not None else ""
         return f"no {source.caption_path.name} next to it{hint}"
-    if table.metadata_file:
-        return 'neither "caption" nor "tags" in its entry'
-    if table.jsonl_file:
-        return 'no "caption" in its line'
-    if table.table_file:
-        return f'no "{table.caption_column or "caption"}" in its row'
-    if table.tars:
-        return "no text file and no caption in a .json of the same name in the tar"
+    describe = form_of(table).caption_place
+    if describe is not None:
+        return describe(table)
     return "no caption_extension in its table, such as .txt"
 
 

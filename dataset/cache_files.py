@@ -1,4 +1,4 @@
-"""Cache files: their names, the names of their tensors, reading and writing.
+"""Cache files: their names, the names of their tensors, reading and writing; what keeps them is a store.
 
 Names and tensors are those of existing tuners, so that files can be exchanged. The metadata also record a
 file's origin (see records.py).
@@ -8,9 +8,10 @@ import os
 import re
 import stat
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -266,6 +267,52 @@ class Entry:
     @property
     def variable(self) -> frozenset[str]:
         return frozenset(tensor_key(name) for name in self.named if name.startswith(VARIABLE))
+
+
+class CacheStore(Protocol):
+    """The entries of one cache folder. An entry exists whole or not at all. Several threads may use the store
+    at once, and other processes may write other entries of the same folder meanwhile.
+    """
+
+    @property
+    def folder(self) -> Path:
+        """Return the cache folder, which need not exist."""
+
+    @property
+    def holds_only_caches(self) -> bool:
+        """Return whether all names are those of caches, so that a damaged one may be removed."""
+
+    @property
+    def is_shared(self) -> bool:
+        """Return whether other programs keep entries there: theirs count if they fit, and none is stale."""
+
+    def names(self) -> Collection[str]:
+        """Return the names of all entries, and of other files that are next to them."""
+
+    def __contains__(self, name: str) -> bool:
+        """Return whether there is an entry of that name, whole or damaged."""
+
+    def read(self, name: str, is_whole: bool = True) -> Entry:
+        """Read an entry to the CPU; its header alone if it is not wanted whole.
+
+        Raises CacheError if it is missing or damaged.
+        """
+
+    def write(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        """Write an entry, in place of one of the same name. tensors: by their names in the file.
+
+        Equal contents give equal bytes. Raises OutputError.
+        """
+
+    def remove(self, name: str) -> None:
+        """Remove an entry, if it is there."""
+
+    def close(self, is_last: bool = False) -> None:
+        """Make sure that all that was written survives, as the last act of a writer; more may follow.
+
+        is_last: all writers of a run have finished, and this process puts the store in order. Raises
+        OutputError if there is no room for it; nothing is lost then.
+        """
 
 
 def read_entry(path: Path | str, is_whole: bool = True) -> Entry:

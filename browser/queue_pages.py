@@ -1,12 +1,11 @@
-"""Make the pages of the queue and of comparisons, and handle their buttons."""
+"""The page of the queue: its jobs, their buttons, and commands that are read before they are added."""
 
 import contextlib
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-from urllib.parse import urlencode
+from typing import NamedTuple
 
 import psutil  # comes with accelerate
 from starlette.requests import Request
@@ -14,15 +13,13 @@ from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 from browser import compare
-from browser.command_lines import format_command
 from browser.folders import find_folder
-from browser.jobs import ENDED, ENTRY, QUEUE, WAITING, Job, JobQueue, is_to_come
+from browser.jobs import ENDED, ENTRY, QUEUE, WAITING, Job, JobQueue, may_still_write
 from browser.launch import check_options, command_part, find_program, split_folder, split_words
-from browser.responses import Form, answer_form, answer_page, answer_unknown, read_query
+from browser.responses import Form, answer_form, answer_page, answer_unknown
 from browser.run_start import TrackedRuns
-from browser.run_views import HERE, PLAYED, POLICY, FileNotes
+from browser.run_views import HERE, POLICY
 from browser.runs import RUNNING, Runs, RunSummary, is_living
-from modules.atomic_write import write_text
 from modules.command import as_typed
 from modules.console import in_words
 from modules.control_codes import escape_control_codes
@@ -37,95 +34,7 @@ MOST_ADDED = 40  # jobs, at once
 CHECK_SECONDS = 30.0  # for the options of all of them
 
 
-def compare_routes(runs: Runs, notes: FileNotes, queue: JobQueue) -> list[Route]:
-    """Return the routes of comparisons."""
-    pages = ComparePages(runs, notes, queue)
-    return [
-        Route("/compare", pages.show),
-        Route("/compare", answer_form(pages.make), methods=["POST"]),
-    ]
-
-
-class ComparePages:
-    """Show comparisons, and queue the jobs that make their clips."""
-
-    def __init__(self, runs: Runs, notes: FileNotes, queue: JobQueue) -> None:
-        self.runs = runs
-        self.notes = notes
-        self.queue = queue
-
-    def show(self, request: Request) -> Response:
-        return self.answer(read_query(request))
-
-    def make(self, _: Request, form: Form) -> Response:
-        """Queue the jobs for the missing clips of a comparison."""
-        try:
-            with self.runs.lock:
-                comparison = compare.read_comparison(self.runs, form)
-            for job in compare.plan_jobs(comparison, self.fill_cells(comparison)):
-                write_text(job.prompt_file, job.prompts)
-                # its options are from a history, which may be somebody else's
-                source = comparison.sources[0]
-                self.queue.add(job.words, source.working_folder, within=source.run.history.parent)
-        except (OSError, UserError) as error:
-            return self.answer(form, str(error))
-        return RedirectResponse(f"/compare?{urlencode(form, doseq=True)}", 303)
-
-    def answer(self, form: Form, error: str = "") -> Response:
-        """Return the page of the comparison that a form asks for. error: a message to show."""
-        status = 422 if error else 200
-        comparison = compare.Comparison()
-        try:
-            with self.runs.lock:
-                try:
-                    comparison = compare.read_comparison(self.runs, form)
-                except OptionError as problem:
-                    error = str(problem)
-                runs = self.runs.list_all()
-            return answer_page(self.page(comparison, runs, error), status)
-        except (OSError, UserError) as problem:
-            return PlainTextResponse(str(problem), 422 if error else 500)
-
-    def fill_cells(self, comparison: compare.Comparison) -> list[list[compare.ShownClip]]:
-        return compare.fill_cells(comparison, self.notes, compare.find_queued_clips(self.queue))
-
-    def page(self, comparison: compare.Comparison, runs: Sequence[RunSummary], error: str) -> str:
-        """Return the page of a comparison. runs: all that there are.
-
-        Raises UserError if the queue cannot be read, OSError if a file vanishes.
-        """
-        cells = self.fill_cells(comparison)
-        compared = {source.run.id for source in comparison.sources}
-        models = {source.run.model for source in comparison.sources}
-        further = [run for run in runs if run.id not in compared and (not models or run.model in models)]
-        values: dict[str, Any] = {
-            "comparison": comparison,
-            "cells": cells,
-            "chosen": {file.key for file in comparison.columns},
-            "titles": [file.title for file in comparison.columns],
-            "others": further,
-            "missing": count_missing(cells),
-            "plays": any(cell.href.endswith(PLAYED) for cells_of_row in cells for cell in cells_of_row),
-            "commands": [
-                format_command(job.words, comparison.sources[0].working_folder)
-                for job in compare.plan_jobs(comparison, cells)
-            ],
-            "is_of_here": all(source.run.is_of_here for source in comparison.sources),
-            "can_write": not self.queue.read_only,
-            "message": error,
-        }
-        return render_page(HERE / "compare.html", "Compare", values, POLICY)
-
-
-def count_missing(cells: Sequence[Sequence[compare.ShownClip]]) -> int:
-    """Return the number of clips that are not made, and by no job. Those without LoRA do not count."""
-    count = 0
-    for _, *column_cells in cells:
-        count += sum(not cell.href and not cell.is_asked for cell in column_cells)
-    return count
-
-
-def is_of(run: RunSummary, job: Job) -> bool:
+def is_started_by(run: RunSummary, job: Job) -> bool:
     """Return whether a job's process has started this running training."""
     if run.state != RUNNING or run.start is None or not job.process or not is_living(run.start.process):
         return False
@@ -135,7 +44,7 @@ def is_of(run: RunSummary, job: Job) -> bool:
     return False
 
 
-def when_begun(job: Job) -> tuple[float, int]:
+def order_by_begin(job: Job) -> tuple[float, int]:
     return job.born, job.id
 
 
@@ -247,7 +156,7 @@ class QueuePages:
             "trainings": trainings,
             "shown_runs": shown_runs,
             "waiting": [job for job in jobs if job.state == WAITING],
-            "ended": sorted(ended, key=when_begun, reverse=True),
+            "ended": sorted(ended, key=order_by_begin, reverse=True),
             "worker": worker,
             "can_write": not self.queue.read_only,
             "message": error or self.queue.problem,
@@ -267,7 +176,7 @@ class QueuePages:
         trainings = {}
         for run in self.runs.list_all():
             for job in jobs:
-                if is_of(run, job):
+                if is_started_by(run, job):
                     trainings[job.id] = run
         return trainings
 
@@ -301,7 +210,7 @@ class QueuePages:
             limits = find_folder(self.runs, within)
             if within and limits is None:
                 raise OptionError(f"{within}: there is no such folder below those that are shown.")
-            may_come = any(map(is_to_come, self.queue.jobs()))
+            may_come = any(map(may_still_write, self.queue.jobs()))
             for words, folder in read_jobs(line, run, may_come):
                 self.queue.add(words, folder, within=limits)
         elif not NUMBER.fullmatch(number):

@@ -1,24 +1,32 @@
 """Turn the rows of lists and tables into sources: paths or addresses, captions, control media, masks."""
 
+import contextlib
+import itertools
 import json
+import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 from urllib.request import url2pathname
 
-from dataset.config import DatasetTable
+from dataset.forms.contract import FindCell, TableRow
 from dataset.sources import media_source
 from dataset.sources.captions import complete_captions, first_and_more, lines_of
-from dataset.table import TEACHER_CAPTION
+from dataset.table import TEACHER_CAPTION, DatasetTable
 from modules.control_codes import shorten
 from modules.errors import DatasetError
 from modules.limits import MAX_CAPTION_BYTES
 from modules.paths import address_identity, expand_path, hide_secrets, is_address, protocol_of, split_address
 from modules.text_files import bad_character
 
+logger = logging.getLogger(__name__)
+
 MOST_SHOWN = 80  # characters of a path in a message
+CAPTION_COLUMNS = ("caption", "text", "prompt")  # in order; the first that a table has is used
+FIRST_ROWS = 100  # of which one shows where relative paths start
 # names of the column with the paths of a table, in order, behind image_path or video_path; the first that it
 # has is used. Behind them all: a column `image` or `video`, of paths or of whole files
 PATH_COLUMNS = ("path", "file_name", "url")
@@ -268,6 +276,49 @@ class RowReader:
         return self._locate(value, where)
 
 
+def list_rows(
+    reader: RowReader,
+    rows: Iterable[TableRow],
+    faults: list[media_source.Fault],
+    cells: Mapping[str, FindCell] = MappingProxyType({}),
+) -> list[media_source.MediaSource]:
+    """Return the sources of rows, in their order; add errors to `faults`, with numbers of rows.
+
+    cells: finders of the files in rows, by column.
+    """
+    sources = []
+    kind = f"{reader.unit}s of {reader.file} cannot be used"
+    for row in rows:
+        try:
+            sources.append(_read_row(reader, row, cells))
+        except RefusedAddress as refused:
+            faults.append(media_source.Fault(f"{kind}: {refused.reason}", refused.shown))
+        except DatasetError as error:
+            faults.append(media_source.Fault(kind, f"{str(error).rstrip('.')}."))
+    return reader.finish(sources, faults)
+
+
+def _read_row(reader: RowReader, row: TableRow, cells: Mapping[str, FindCell]) -> media_source.MediaSource:
+    """Return the source of a row. cells: by column, finders of files in rows. Raises DatasetError."""
+    if row.fault is not None:
+        raise DatasetError(f"{row.where}: {row.fault}")
+    if not cells:
+        return reader.read(row.values, row.where)
+    media: tuple[str, Part] | None = None
+    values = {**row.values}
+    for column, find_cell in cells.items():
+        origin = find_cell(row)
+        if origin is None:  # null: the row has no such file
+            continue
+        name = f"{row.number:08d}"
+        if column == reader.path_column:  # `train-00000-of-00002_00000012`
+            stem = f"{media_source.readable_stem(row.file.stem).replace('.', '_')}_{name}"
+            media = stem, (row.file / name, origin)
+        else:
+            values[column] = row.file / f"{name} {media_source.readable_stem(column)}", origin
+    return reader.read(values, row.where, media)
+
+
 def make_source(
     table: DatasetTable,
     where: Path | str,
@@ -356,3 +407,61 @@ def check_controls(
 
 def _show(value: Any) -> str:
     return hide_secrets(json.dumps(value, default=repr)[:80])
+
+
+def require_file(table: DatasetTable) -> Path:
+    """Return the file of a list or table. Raises DatasetError if there is none."""
+    path = table.source
+    if not path.exists():
+        raise DatasetError(f"{table.name}: {table.source_key} = {path}: no such file. Correct the path.")
+    return path
+
+
+def names_read(table: DatasetTable, path_column: str, caption_column: str) -> set[str]:
+    """Return the columns that are read, except companions by number: see `is_companion`."""
+    names = {path_column, caption_column, table.control_column or "", "mask_path", "control_mask_path"}
+    names.add("worse_path")
+    if table.multi_caption:
+        names.add("captions")
+    if table.kind == "video":
+        names.add("audio_path")
+    return names - {""}
+
+
+def is_companion(name: str) -> bool:
+    """Return whether a column holds control media or references, by number."""
+    return control_number(name) is not None or control_number(name, "reference_path") is not None
+
+
+def is_control(table: DatasetTable, name: str) -> bool:
+    return name == table.control_column or control_number(name) is not None
+
+
+def find_base(path: Path, column: str, rows: Iterable[TableRow]) -> Path | None:
+    """Return the folder that relative paths start in; None: the working folder, also if no file is found.
+
+    rows: those of the list or table at `path`, with the column of its media.
+    """
+    folder = path if path.is_dir() else path.parent
+    for row in itertools.islice(rows, FIRST_ROWS):
+        text = row.values.get(column)
+        if not isinstance(text, str) or "\0" in text or not text.strip() or is_address(text):
+            continue
+        with contextlib.suppress(ValueError):  # of a name that no file can have, which its row reports
+            file = expand_path(text)
+            if file.is_absolute():
+                continue
+            beside = expand_path(text, folder)
+            if file.exists():
+                if beside.exists() and not file.samefile(beside):
+                    logger.warning(
+                        "%s: %s is both in the working folder and in %s: the first is used. Write absolute "
+                        "paths, or start in another folder, if that is wrong.",
+                        path,
+                        text,
+                        folder,
+                    )
+                return None
+            if beside.exists():
+                return folder
+    return None

@@ -15,13 +15,13 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from dataset.sources.media_source import ParquetCell
+from dataset.forms.composing import FORM_OF_SUFFIX, row_form
+from dataset.forms.contract import FindCell
 from modules.errors import DatasetError, MediaError
 from modules.limits import MAX_GROUP_BYTES, MAX_UNPACKED_TIMES, MIN_UNPACKED_BYTES
 from modules.text_files import require_regular_file
 from modules.varints import read_varint
 
-SUFFIXES = (".parquet", ".pq")
 ROW_BYTES, VALUE_BYTES = 256, 16  # memory of a row, and of a value, besides its content
 # bytes of a page's header, with the statistics in it: usual ones, and at most, which is pyarrow's own limit
 _HEADERS = (1 << 12, 1 << 16, 1 << 20, 1 << 24)
@@ -42,7 +42,7 @@ def parquet_parts(path: Path) -> list[Path]:
     parts = sorted(
         part
         for part in path.iterdir()
-        if part.suffix.lower() in SUFFIXES and not part.name.startswith((".", "_"))
+        if FORM_OF_SUFFIX.get(part.suffix.lower()) is row_form(path) and not part.name.startswith((".", "_"))
     )
     if not parts:
         raise DatasetError(
@@ -203,6 +203,38 @@ def _signed(data: memoryview, place: int) -> tuple[int, int]:
 # ------------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class ParquetCell:
+    """A file in a row of a Parquet file."""
+
+    container: Path
+    group: int  # of rows; both from 0
+    row: int  # in the group
+    column: str  # "image.bytes"
+    size_bytes = 0  # not known without reading it
+    has_suffix = False
+
+    def pieces(self) -> Iterator[bytes]:
+        """Yield its bytes at once. Raises MediaError if it is empty or cannot be read."""
+        yield read_cell(self)
+
+    def describe(self) -> dict[str, Any]:
+        return {"in": str(self.container)}
+
+
+def cells_of_parts(path: Path, name: str, finds_nulls: bool) -> FindCell | None:
+    """Return a function row -> place of its file if the column `name` holds files; None if it does not.
+
+    finds_nulls: see `cells_of`.
+    """
+    parts = parquet_parts(path)
+    column = cell_column(parts[0], name)
+    if column is None:
+        return None
+    places = {part: cells_of(part, column, finds_nulls) for part in parts}
+    return lambda row: places[row.file](row.number)
+
+
 def cell_column(path: Path, name: str) -> str | None:
     """Return the column with the bytes of `name`: itself, or `name.bytes`; None if it holds no bytes."""
     from pyarrow import types
@@ -281,9 +313,9 @@ def _may_have_nulls(chunks: Sequence[Any]) -> bool:
 
 def read_cell(origin: ParquetCell) -> bytes:
     """Return the bytes of a cell. Raises MediaError if it is empty or cannot be read."""
-    where = f"{origin.file}, row {origin.row + 1} of row group {origin.group + 1}"
+    where = f"{origin.container}, row {origin.row + 1} of row group {origin.group + 1}"
     try:
-        content = _column(origin.file, origin.group, origin.column)[origin.row].as_py()
+        content = _column(origin.container, origin.group, origin.column)[origin.row].as_py()
     except OSError as error:
         raise MediaError(f"{where}: it cannot be read: {error.strerror or error}") from error
     except (DatasetError, ValueError, IndexError) as error:

@@ -3,16 +3,14 @@
 import difflib
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from dataset.config import DatasetTable
-from dataset.sources.columns import TableRow, column_names, plain_columns, read_columns, read_jsonl
+from dataset.forms.composing import KEYS, find_cells, form_of
+from dataset.forms.rows import CAPTION_COLUMNS, control_number, is_companion, is_control
 from dataset.sources.media_source import Fault
-from dataset.sources.rows import control_number
-from dataset.sources.tables import CAPTION_COLUMNS, choose_columns, find_cells, names_read
-from dataset.table import KEYS, TEACHER_CAPTION
+from dataset.table import TEACHER_CAPTION, DatasetTable
 from dataset.timestep_keys import TIMESTEP_KEYS
 from modules.control_codes import shorten
 from modules.media.decoding import ANIMATION_SUFFIXES
@@ -46,18 +44,17 @@ def find_unread(table: DatasetTable) -> list[Fault]:
 
     Looks at LOOKED_AT rows at most. Raises DatasetError as listing the table does.
     """
-    path = table.jsonl_file or table.table_file
-    if path is None or not path.exists():  # reported by the listing
+    path, look_at = table.source, form_of(table).look_at
+    if look_at is None or not path.exists():  # reported by the listing
         return []
-    columns = _open(table, path)
-    companion_cells = [name for name in columns.cells if _place(name, table) is not None]
+    columns = look_at(table)
+    companion_cells = [name for name in columns.cells if is_control(table, name)]
     unread: dict[str, str] = {}  # text by column
     for name in columns.cells:
         if name not in companion_cells:
             unread[name] = f", which holds files{_hint(name, table) or ''}"
     finders = {name: find_cells(path, name, finds_nulls=True) for name in companion_cells}
-    is_list = table.jsonl_file is not None
-    read = names_read(table, columns.media, "caption" if is_list else "")
+    is_list = columns.is_list
     for row in itertools.islice(columns.rows, LOOKED_AT):
         values: dict[str, Any] = {}
         for name, finder in finders.items():
@@ -67,7 +64,7 @@ def find_unread(table: DatasetTable) -> list[Fault]:
         for name in _surplus(values, table):
             unread[name] = f": of such files the model takes {table.control_count} an item"
         for name, value in row.values.items():
-            if name in read or name in unread or _is_companion(name):
+            if name in columns.read or name in unread or is_companion(name):
                 continue
             if name in CAPTION_COLUMNS and value:
                 unread[name] = ": captions are read from another column"
@@ -96,45 +93,17 @@ def _as_faults(path: Path, unread: Mapping[str, str]) -> list[Fault]:
     return [Fault(kind, line if line.endswith("?") else f"{line}.") for line in lines]
 
 
-class _Columns(NamedTuple):
-    """A list or table, as this module looks at it."""
-
-    media: str  # column of the media
-    cells: list[str]  # unread columns that hold whole files
-    rows: Iterator[TableRow]  # with the media, control and other unread columns
-
-
-def _open(table: DatasetTable, path: Path) -> _Columns:
-    if table.jsonl_file is not None:
-        return _Columns(table.path_key, [], read_jsonl(path, None))
-    columns = column_names(path)
-    media, caption = choose_columns(table, columns)
-    read = names_read(table, media, caption or "") - {media}
-    control = [name for name in columns if _place(name, table) is not None]
-    unread = [name for name in columns if name not in read and not _is_companion(name)]
-    plain, cells = plain_columns(path, [*unread, *control])
-    return _Columns(media, [name for name in cells if name != media], read_columns(path, plain))
-
-
-def _is_companion(name: str) -> bool:
-    return control_number(name) is not None or control_number(name, "reference_path") is not None
-
-
 def _surplus(values: Mapping[str, Any], table: DatasetTable) -> list[str]:
     """Return the columns of a row with control media beyond those that the model takes."""
     numbered = []
     for name, value in values.items():
-        first = _place(name, table)
-        if first is None or not value:
+        if not is_control(table, name) or not value:
             continue
+        first = 0 if name == table.control_column else control_number(name) or 0
         count = len([*filter(None, value)]) if isinstance(value, list) else 1
         numbered += [(first + place, name) for place in range(count)]
     most = len(numbered) if table.control_count is None else table.control_count
     return [name for _, name in sorted(numbered)[most:]]
-
-
-def _place(name: str, table: DatasetTable) -> int | None:
-    return 0 if name == table.control_column else control_number(name)
 
 
 def _explain(name: str, value: Any, table: DatasetTable, path: Path, media: Any) -> str | None:

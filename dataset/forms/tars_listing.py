@@ -1,23 +1,24 @@
 """Find the sources of image_tars and video_tars: WebDataset tars, which are not unpacked."""
 
+import errno
 import glob
 import logging
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.request import url2pathname
 
-from dataset.config import DatasetTable
+from dataset.forms.rows import CAPTION_COLUMNS, Part, check_controls, download_folder, make_source
+from dataset.forms.tars_index import CONTROL, MASK, Member, TarRules, TarSample, read_index
 from dataset.sources import media_source
 from dataset.sources.captions import captions_in
 from dataset.sources.downloads import HTTP, check_tar, download, find_remote
 from dataset.sources.folders import media_suffixes
 from dataset.sources.frames import mask_suffixes
-from dataset.sources.rows import Part, check_controls, download_folder, make_source
-from dataset.sources.tables import CAPTION_COLUMNS
-from dataset.sources.tar_index import CONTROL, MASK, Member, TarRules, TarSample, read_index
+from dataset.table import DatasetTable
 from modules.control_codes import shorten
 from modules.errors import DatasetError, MediaError
 from modules.limits import MAX_PATTERN_NAMES
@@ -27,10 +28,39 @@ logger = logging.getLogger(__name__)
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d{1,12})\.\.(\d{1,12})", re.ASCII)
+PIECE = 1 << 20  # bytes
 
 
-def list_tars(table: DatasetTable, faults: list[media_source.Fault]) -> list[media_source.MediaSource]:
-    """Return the sources of the table, in any order; add errors to `faults`.
+@dataclass(frozen=True, slots=True)
+class TarMember:
+    """A file in a tar that is not compressed."""
+
+    container: Path  # the tar
+    offset: int  # of its first byte
+    size_bytes: int
+    has_suffix = True
+
+    def pieces(self) -> Iterator[bytes]:
+        """Yield its bytes. Raises OSError if the tar is gone, or shorter than it was."""
+        left = self.size_bytes
+        with self.container.open("rb") as file:
+            file.seek(self.offset)
+            while left:
+                piece = file.read(min(PIECE, left))
+                if not piece:
+                    raise OSError(errno.EIO, "the tar is shorter than it was", str(self.container))
+                left -= len(piece)
+                yield piece
+
+    def describe(self) -> dict[str, Any]:
+        return {"in": str(self.container), "offset": self.offset, "bytes": self.size_bytes}
+
+
+def list_tars(
+    table: DatasetTable, patterns: Sequence[str], faults: list[media_source.Fault]
+) -> list[media_source.MediaSource]:
+    """Return the sources of the table, in any order; add errors to `faults`. patterns: paths, globs or
+    addresses of its tars, with braces.
 
     Tars at addresses are downloaded first. A tar that is cut or cannot be downloaded is a fault that ends no
     run. Raises DatasetError if no tar is named.
@@ -48,7 +78,7 @@ def list_tars(table: DatasetTable, faults: list[media_source.Fault]) -> list[med
     )
     num_others = 0
     example = ""
-    for tar in _find_tars(table, faults):
+    for tar in _find_tars(table, patterns, faults):
         kind = f"tars of {table.name} cannot be read to their end"
         try:
             index = read_index(tar, rules, table.cache_directory)
@@ -121,7 +151,7 @@ def _source(table: DatasetTable, tar: Path, sample: TarSample, stem: str) -> med
 
 def _part(tar: Path, member: Member) -> Part:
     """Return a name for a member, and where its bytes are."""
-    origin = media_source.TarMember(tar, member.offset, member.size_bytes)
+    origin = TarMember(tar, member.offset, member.size_bytes)
     return name_parts(tar, readable_path(member.name)), origin
 
 
@@ -142,11 +172,10 @@ def readable_path(name: str) -> str:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def _find_tars(table: DatasetTable, faults: list[media_source.Fault]) -> list[Path]:
+def _find_tars(table: DatasetTable, patterns: Sequence[str], faults: list[media_source.Fault]) -> list[Path]:
     """Return the tars that a table names, each once, in order; those at addresses are downloaded."""
-    assert table.tars is not None
     tars: dict[Path, None] = {}
-    for pattern in table.tars:
+    for pattern in patterns:
         for name in expand_braces(pattern, table.name):
             if is_address(name) and not table.allow_urls:
                 kind = f"tars of {table.name} are at addresses, read only with allow_urls = true"

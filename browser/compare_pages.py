@@ -1,0 +1,107 @@
+"""The page Compare: samples and clips of chosen files, and the jobs that make the missing ones."""
+
+from collections.abc import Sequence
+from typing import Any
+from urllib.parse import urlencode
+
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, RedirectResponse, Response
+from starlette.routing import Route
+
+from browser import compare
+from browser.command_lines import format_command
+from browser.jobs import JobQueue
+from browser.responses import Form, answer_form, answer_page, read_query
+from browser.run_views import HERE, PLAYED, POLICY, FileNotes
+from browser.runs import Runs, RunSummary
+from modules.atomic_write import write_text
+from modules.errors import OptionError, UserError
+from modules.pages.page import render_page
+
+
+class ComparePages:
+    """Show comparisons, and queue the jobs that make their clips."""
+
+    def __init__(self, runs: Runs, notes: FileNotes, queue: JobQueue) -> None:
+        self.runs = runs
+        self.notes = notes
+        self.queue = queue
+
+    def show(self, request: Request) -> Response:
+        return self.answer(read_query(request))
+
+    def make(self, _: Request, form: Form) -> Response:
+        """Queue the jobs for the missing clips of a comparison."""
+        try:
+            with self.runs.lock:
+                comparison = compare.read_comparison(self.runs, form)
+            for job in compare.plan_jobs(comparison, self.fill_cells(comparison)):
+                write_text(job.prompt_file, job.prompts)
+                # its options are from a history, which may be somebody else's
+                source = comparison.sources[0]
+                self.queue.add(job.words, source.working_folder, within=source.run.history.parent)
+        except (OSError, UserError) as error:
+            return self.answer(form, str(error))
+        return RedirectResponse(f"/compare?{urlencode(form, doseq=True)}", 303)
+
+    def answer(self, form: Form, error: str = "") -> Response:
+        """Return the page of the comparison that a form asks for. error: a message to show."""
+        status = 422 if error else 200
+        comparison = compare.Comparison()
+        try:
+            with self.runs.lock:
+                try:
+                    comparison = compare.read_comparison(self.runs, form)
+                except OptionError as problem:
+                    error = str(problem)
+                runs = self.runs.list_all()
+            return answer_page(self.page(comparison, runs, error), status)
+        except (OSError, UserError) as problem:
+            return PlainTextResponse(str(problem), 422 if error else 500)
+
+    def fill_cells(self, comparison: compare.Comparison) -> list[list[compare.ShownClip]]:
+        return compare.fill_cells(comparison, self.notes, compare.find_queued_clips(self.queue))
+
+    def page(self, comparison: compare.Comparison, runs: Sequence[RunSummary], error: str) -> str:
+        """Return the page of a comparison. runs: all that there are.
+
+        Raises UserError if the queue cannot be read, OSError if a file vanishes.
+        """
+        cells = self.fill_cells(comparison)
+        compared = {source.run.id for source in comparison.sources}
+        models = {source.run.model for source in comparison.sources}
+        further = [run for run in runs if run.id not in compared and (not models or run.model in models)]
+        values: dict[str, Any] = {
+            "comparison": comparison,
+            "cells": cells,
+            "chosen": {file.key for file in comparison.columns},
+            "titles": [file.title for file in comparison.columns],
+            "others": further,
+            "missing": count_missing(cells),
+            "plays": any(cell.href.endswith(PLAYED) for cells_of_row in cells for cell in cells_of_row),
+            "commands": [
+                format_command(job.words, comparison.sources[0].working_folder)
+                for job in compare.plan_jobs(comparison, cells)
+            ],
+            "is_of_here": all(source.run.is_of_here for source in comparison.sources),
+            "can_write": not self.queue.read_only,
+            "message": error,
+        }
+        return render_page(HERE / "compare.html", "Compare", values, POLICY)
+
+
+def count_missing(cells: Sequence[Sequence[compare.ShownClip]]) -> int:
+    """Return the number of clips that are not made, and by no job. Those without LoRA do not count."""
+    count = 0
+    for _, *column_cells in cells:
+        count += sum(not cell.href and not cell.is_asked for cell in column_cells)
+    return count
+
+
+def compare_routes(runs: Runs, notes: FileNotes, queue: JobQueue) -> list[Route]:
+    """Return the routes of comparisons."""
+    pages = ComparePages(runs, notes, queue)
+    return [
+        Route("/compare", pages.show),
+        Route("/compare", answer_form(pages.make), methods=["POST"]),
+    ]

@@ -1,0 +1,313 @@
+"""Change the three files of a described folder: show the difference, let the scripts check it, and save it.
+
+Nothing is kept between two requests. A form carries the text that it was made from, so that its edits are
+known, and the file's mark, so that a file that changed meanwhile is never overwritten.
+"""
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import tomlkit
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+from tomlkit.exceptions import TOMLKitError
+
+from browser import launch
+from browser.described_folder import (
+    DATASET_FILE,
+    PROMPTS_FILE,
+    TRAINING_TABLE,
+    DraftFile,
+    change_steps,
+    is_described,
+    tidy_lines,
+)
+from browser.folders import find_folder
+from browser.responses import Form, answer_form
+from browser.site import Site
+from generation.prompt_lines import numbered_lines
+from generation.sample_lines import parse_sample_line, read_all
+from modules.errors import OptionError, UserError
+from modules.run_limits import temporary_folder
+from modules.text_files import bad_character, parse_toml, read_content
+from project.options import RUN_FILE
+from training.config_options import OTHERS_TABLE, toml_value
+
+TRAINS = ("train", "finetune")  # first words of the commands that train
+CACHES = "cache"  # likewise, of those that cache
+STEPS = "max_train_steps"
+
+
+@dataclass(frozen=True)
+class DraftChange:
+    """Change that a form would save of a part of the page."""
+
+    part: str  # TABLE or the name of a file
+    difference: Sequence[str] = ()
+    fault: str = ""  # why it cannot be saved
+    message: str = ""  # after a press of its button
+    text: str | None = None  # that was typed, of a file
+    note: str = ""  # of the script that has checked it, or why none has
+
+
+def read_draft_file(site: Site, folder: Path, name: str) -> DraftFile:
+    """Read a file of a folder. Raises OSError if it cannot be read or a link in its place leads outside."""
+    path = folder / name
+    if not path.exists():
+        return DraftFile(path, None)
+    if not site.runs.is_below(path):
+        raise OSError(f"{path} leads out of the folders that are shown")
+    return DraftFile(path, read_content(path))
+
+
+def read_keys(text: str) -> dict[str, Any]:
+    """Return the options of a run.toml by key, as `--config_file` reads them. Raises ValueError."""
+    try:
+        document = tomlkit.parse(text)
+    except TOMLKitError as error:
+        raise ValueError(f"{RUN_FILE} is no TOML: {error}") from None
+    keys: dict[str, Any] = {}
+    tables: list[Any] = [document]
+    while tables:
+        for key, value in tables.pop(0).items():
+            if not isinstance(value, dict):
+                keys[key] = value
+            elif key != OTHERS_TABLE:
+                tables.append(value)
+    return keys
+
+
+def plan_change(
+    site: Site, part: str, texts: Mapping[DraftFile, str], run: DraftFile, typed: str | None = None
+) -> DraftChange:
+    """Return the change that a form would save, after the scripts have checked it.
+
+    A running training has read all files but the prompts, so these are not changed under it. texts: the new
+    text of each file. run: the folder's current run.toml. typed: the text of a file that was typed as a
+    whole.
+    """
+    difference: list[str] = []
+    for draft, after in texts.items():
+        difference += describe_difference(draft.text, after)
+    change = DraftChange(part, difference, text=typed)
+    try:
+        for draft, after in texts.items():
+            if after == draft.text:
+                continue
+            if draft.name != PROMPTS_FILE:
+                site.tracked_runs.refuse_while_it_runs(draft.path.parent)
+            notes = [change.note, refuse_new_faults(draft, after, run.text)]
+            if draft.name == RUN_FILE:
+                notes.append(describe_following(draft.text, after))
+            change = replace(change, note=" ".join(filter(None, notes)))
+    except (ValueError, UserError) as error:
+        return replace(change, fault=str(error))
+    return change
+
+
+def save_change(change: DraftChange, texts: Mapping[DraftFile, str]) -> DraftChange:
+    """Write a change unless it has a fault, and return what is left to say.
+
+    texts: see `plan_change`. Raises as `replace_content`, also if a file changed since it was read.
+    """
+    if change.fault:
+        return change
+    changed = {draft: after for draft, after in texts.items() if after != draft.text}
+    if not changed:
+        return DraftChange(part=change.part, message="Nothing is changed.")
+    for draft, after in changed.items():
+        draft.save(after)
+    names = " and ".join(draft.name for draft in changed)
+    message = f"Saved into {names}: {'; '.join(change.difference)}"
+    return DraftChange(part=change.part, message=message, note=change.note)
+
+
+def describe_following(before: str, after: str) -> str:
+    """Describe the values that `new` derives from the steps but a changed run.toml leaves; empty if none.
+
+    before, after: texts of the file.
+    """
+    keys, changed = read_keys(before), read_keys(after)
+    steps = changed.get(STEPS)
+    if not isinstance(steps, int) or steps < 1 or steps == keys.get(STEPS):
+        return ""
+    derived = change_steps(keys, steps).changes
+    stays = {
+        name: value
+        for name, value in derived.items()
+        if value is not None and name != STEPS and changed.get(name) == keys.get(name)
+    }
+    if not stays:
+        return ""
+    now = ", ".join(f"{name} = {toml_value(keys[name])}" for name in stays)
+    wanted = ", ".join(f"{name} = {toml_value(value)}" for name, value in stays.items())
+    return (
+        f"{now}: as for the steps before. For {steps:,} steps `new` writes {wanted}. The field Steps, at the "
+        "top, changes them together."
+    )
+
+
+def describe_difference(before: str, after: str) -> list[str]:
+    """Return the lines that go and come, marked with - and +."""
+    lines = difflib.unified_diff(before.splitlines(), after.splitlines(), lineterm="", n=0)
+    return [line for line in lines if not line.startswith(("---", "+++", "@@"))]
+
+
+def refuse_new_faults(draft: DraftFile, after: str, run_text: str) -> str:
+    """Raise UserError or ValueError if a changed file has a fault that it did not have before.
+
+    after: its text. run_text: of the folder's run.toml. Return what is to be said of it, as `check_text`.
+    """
+    folder = draft.path.parent
+    try:
+        return check_text(draft.name, after, folder, run_text)
+    except (UserError, ValueError) as error:
+        try:
+            check_text(draft.name, draft.text, folder, run_text)
+        except (UserError, ValueError) as earlier:
+            if str(earlier) == str(error):
+                return ""
+        raise
+
+
+def check_text(name: str, text: str, folder: Path, run_text: str) -> str:
+    """Check one of the three files of a folder, before it is written, as the scripts will read it.
+
+    run_text: of the folder's run.toml. Return the script's warnings, or why no script has checked it; empty
+    without either. Raises UserError or ValueError with the script's own message.
+    """
+    reason = bad_character(text)
+    if reason is not None:
+        raise ValueError(f"{name} cannot hold {reason}")
+    if name == PROMPTS_FILE:
+        lines = numbered_lines(text)
+        read_all(lines, lambda line: parse_sample_line(line[1], f"{PROMPTS_FILE}, line {line[0]}"))
+        return ""
+    try:
+        content = parse_toml(text)
+    except ValueError as error:
+        raise ValueError(f"{name} is not valid TOML: {error}") from None
+    if name == RUN_FILE:
+        if not isinstance(content.get(TRAINING_TABLE), dict):
+            raise ValueError(f"{RUN_FILE}: the table [{TRAINING_TABLE}] is missing")
+        script = find_training_script(text)
+        return _check_by_script(["python", script, "--config_file", name], name, text=text, folder=folder)
+    if name == DATASET_FILE:
+        try:
+            words = find_caching_words(run_text)
+        except OptionError as error:
+            return f"No script has checked {name}: {error}."
+        return _check_by_script(words, name, text=text, folder=folder)
+    return ""
+
+
+def find_training_script(text: str) -> str:
+    """Return the script that trains a described folder. text: of its run.toml.
+
+    Raises ValueError if the file does not name one, OptionError if it names no training of ours.
+    """
+    try:
+        words = parse_toml(text)[OTHERS_TABLE]["commands"][-1]
+        script = str(words[1])
+    except (KeyError, IndexError, TypeError):
+        raise ValueError(f"{RUN_FILE} names no training script") from None
+    command, _ = launch.find_program(["python", script], Path.cwd())
+    if command.words[0] not in TRAINS:
+        raise OptionError(f"{RUN_FILE}: {script} does not train")
+    return script
+
+
+def find_caching_words(run_text: str) -> list[str]:
+    """Return the command of a run.toml that caches the dataset.
+
+    The file may be somebody else's: only scripts of ours that cache are taken, which write nothing before
+    they have read their options. Raises OptionError, with the reason, if there is none.
+    """
+    try:
+        commands = parse_toml(run_text)[OTHERS_TABLE]["commands"]
+        for line in commands:
+            words = [str(word) for word in line]
+            if DATASET_FILE not in words or "--check" in words:
+                continue
+            command, _ = launch.find_program(words, Path.cwd())
+            if command.words[0] == CACHES:
+                return words
+        reason = "none of its commands does"
+    except KeyError as error:
+        reason = f"it has no {error}"
+    except (TypeError, ValueError, OptionError) as error:
+        reason = str(error)
+    raise OptionError(f"{RUN_FILE} names no script of ours that caches {DATASET_FILE}: {reason}")
+
+
+def _check_by_script(words: Sequence[str], name: str, text: str, folder: Path) -> str:
+    """Let a script read a text as its file of options; return its warnings.
+
+    words: of its command, with the file's name.
+    """
+    with temporary_folder() as temporary:
+        path = temporary / name
+        path.write_text(text, encoding="utf-8")
+        try:
+            typed = [str(path) if word == name else word for word in words]
+            # the model may still have to be loaded, which Start does
+            warnings = launch.check_options(typed, folder, checks_files=False)
+        except OptionError as error:
+            raise OptionError(str(error).replace(str(path), name)) from None
+    return " ".join(warnings).replace(str(path), name)
+
+
+def find_described(site: Site, text: str) -> Path | None:
+    """Return a described folder below the roots; None for any other text."""
+    folder = find_folder(site.runs, text)
+    if folder is None or not is_described(folder) or not site.runs.is_below(folder / RUN_FILE):
+        return None
+    return folder
+
+
+def require_whole(fields: Mapping[str, str]) -> None:
+    """Raise OptionError if the end of a form is missing."""
+    if "complete" not in fields:
+        raise OptionError("The form did not arrive as a whole. Load the page again.")
+
+
+class FolderPages(Protocol):
+    """A part of the page New about a described folder.
+
+    Its functions raise OSError, ValueError or UserError if a file of the folder cannot be read.
+    """
+
+    def show(self, folder: Path, query: Mapping[str, str]) -> Response: ...
+
+    def change(self, folder: Path, what: str, fields: Mapping[str, str]) -> Response: ...
+
+
+def folder_routes(site: Site, part: str, pages: FolderPages) -> list[Route]:
+    """Return the routes of a part of the page New: one that shows it, and one for its buttons."""
+
+    def answer(folder_text: str, act: Callable[[Path], Response]) -> Response:
+        folder = find_described(site, folder_text)
+        if folder is None:
+            return PlainTextResponse("There is no such described folder.", 404)
+        try:
+            return act(folder)
+        except (OSError, ValueError, UserError) as error:
+            return PlainTextResponse(str(error), 422)
+
+    def show(request: Request) -> Response:
+        query = request.query_params
+        return answer(query.get("folder", ""), lambda folder: pages.show(folder, query))
+
+    def change(request: Request, form: Form) -> Response:
+        fields = {name: tidy_lines("".join(values)) for name, values in form.items()}
+        what = request.path_params["what"]
+        return answer(fields.get("folder", ""), lambda folder: pages.change(folder, what, fields))
+
+    return [
+        Route(f"/new/{part}", show),
+        Route(f"/new/{part}/{{what}}", answer_form(change), methods=["POST"]),
+    ]

@@ -1,0 +1,57 @@
+"""Forms of data, each in files that can be deleted with its lines below; but folder, jsonl and metadata.
+
+cogvideox: prompts and clips in two lists or a table
+cogvideox_keys: the keys of such tables
+cogvideox_lists: read these lists, and find tensors computed before
+columns: the rows and columns of a table of any format
+composing: what reading a dataset asks all forms for
+contract: what a form of data is
+delimited: tables as text, CSV and TSV
+delimited_rows: read CSV and TSV row by row
+folder: images or clips in a folder
+jsonl: lists with a JSON object on each line
+jsonl_rows: read JSONL row by row, and list its sources
+metadata: a JSON file of image trainers with captions
+metadata_listing: find the pictures of such a file
+npz: caches that image trainers share
+npz_files: read npz files without trust, write them completely
+npz_store: caches in npz files next to the pictures
+parquet: tables in Parquet, a file or a folder of parts
+parquet_files: bounded reading of Parquet files, files in columns
+parquet_rows: read Parquet row by row
+rows: turn rows of lists and tables into sources
+tables: tables of any format with a column of paths
+tables_listing: find the sources of a table
+tars: WebDataset tars, which are not unpacked
+tars_index: samples of a tar, kept for the next run
+tars_listing: find the sources of tars
+unread: columns of lists and tables that nothing reads
+"""
+
+from dataset.forms.cogvideox import COGVIDEOX
+from dataset.forms.contract import DataForm
+from dataset.forms.delimited import DELIMITED
+from dataset.forms.folder import FOLDER
+from dataset.forms.jsonl import JSONL
+from dataset.forms.metadata import METADATA
+from dataset.forms.npz import NPZ
+from dataset.forms.parquet import PARQUET
+from dataset.forms.tables import TABLES
+from dataset.forms.tars import TARS
+
+__all__ = ["FOLDER", "FORMS", "JSONL"]
+
+# in the order in which messages name them, one a line
+# fmt: off
+FORMS: tuple[DataForm, ...] = (
+    FOLDER,
+    PARQUET,
+    DELIMITED,
+    JSONL,
+    TABLES,
+    TARS,
+    COGVIDEOX,
+    METADATA,
+    NPZ,
+)
+# fmt: on

@@ -1,0 +1,52 @@
+"""Data sets as CogVideoX's tools read and write them: prompts and clips, in two lists or a table, and next to
+the clips, on request, tensors that were computed before.
+"""
+
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from dataset.config_keys import FRAMES
+from dataset.forms.cogvideox_keys import CogVideoXKeys
+from dataset.forms.contract import DataForm
+from dataset.table import DatasetTable, defaults_of
+
+if TYPE_CHECKING:  # torch is not loaded to read a dataset file
+    from dataset.sources.media_source import Fault, MediaSource
+
+logger = logging.getLogger(__name__)
+
+
+def find_conflict(fields: Mapping[str, Any]) -> str | None:
+    if fields["own"].load_tensors and fields["alpha_mask"]:
+        return "alpha_mask cannot be used with load_tensors, which reads no frames; leave out one"
+    return None
+
+
+def complete(fields: dict[str, Any], where: str) -> None:
+    fields["gives_latents"] = fields["own"].load_tensors
+    of_frames = defaults_of(FRAMES) if fields["gives_latents"] else {}
+    unused = [name for name, default in of_frames.items() if fields[name] != default]
+    if unused:
+        logger.warning(
+            "%s: %s is ignored because with load_tensors each clip is what was prepared, whole",
+            where,
+            " and ".join(unused),
+        )
+
+
+def list_sources(table: DatasetTable, faults: "list[Fault]") -> "list[MediaSource]":
+    from dataset.forms.cogvideox_lists import list_cogvideox  # it loads torch
+
+    return list_cogvideox(table, faults)
+
+
+COGVIDEOX = DataForm(
+    "CogVideoX",
+    source="cogvideox_root",
+    keys=CogVideoXKeys,
+    shared_keys=("caption_column",),
+    find_conflict=find_conflict,
+    complete=complete,
+    list_sources=list_sources,
+)

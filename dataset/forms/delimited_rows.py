@@ -1,0 +1,91 @@
+"""Read CSV and TSV row by row; values are texts, as in the file."""
+
+import csv
+import itertools
+import re
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+from dataset.forms.columns import check_names, table_lines
+from dataset.forms.contract import TableRow
+from modules.errors import DatasetError
+from modules.limits import MAX_CELL_CHARACTERS
+
+CSV, TSV = "CSV", "TSV"
+
+
+def _kind_of(path: Path) -> str:
+    return CSV if path.suffix.lower() == ".csv" else TSV
+
+
+def header_of(path: Path) -> tuple[str, ...]:
+    """Return the names of the columns. Raises DatasetError if the file has none."""
+    names, _ = _open(path)
+    return tuple(names)
+
+
+def read_delimited(path: Path, names: Collection[str] | None) -> Iterator[TableRow]:
+    """Yield the rows; bad ones have a fault. Raises DatasetError if the file cannot be read."""
+    header, rows = _open(path)
+    places = [(name, place) for place, name in enumerate(header) if names is None or name in names]
+    while True:
+        number = rows.line_num + 1
+        try:
+            cells = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            if "limit" in str(error):
+                raise DatasetError(
+                    f"{path}, line {number}: a cell has more than {MAX_CELL_CHARACTERS:,} characters. A "
+                    "quote that is not closed looks like that; correct it, or use JSONL or Parquet."
+                ) from None
+            yield TableRow(path, "line", number, fault=f"it is not valid {_kind_of(path)}: {error}")
+            continue
+        if len(cells) == len(header):
+            yield TableRow(path, "line", number, {name: cells[place] for name, place in places})
+        elif cells:  # else an empty line
+            fault = f"it has {len(cells)} cells, the header has {len(header)}"
+            yield TableRow(path, "line", number, fault=fault)
+
+
+def _open(path: Path) -> tuple[list[str], Any]:
+    """Return the columns of a CSV or TSV file, and a reader of the rows after the first line."""
+    lines = table_lines(path)
+    num_empty = 0
+    header = ""  # the line that names the columns
+    for header in lines:
+        if header.strip():
+            break
+        num_empty += 1
+    if not header.strip():
+        raise DatasetError(f"{path} is empty; its first line names the columns")
+    kind = _kind_of(path)
+    mark = _mark_between(header, kind)
+    separator_line = re.fullmatch(r"sep=(.) *", header) if kind == CSV else None
+    if separator_line is not None:  # as spreadsheets write it: the next line names the columns
+        mark = separator_line[1]
+        header = ""
+    head = [*[""] * num_empty, header]
+    lines_with_ends = (f"{line}\n" for line in itertools.chain(head, lines))
+    rows = csv.reader(lines_with_ends, delimiter=mark, strict=True)
+    try:
+        first_row = next(row for row in rows if row)
+        names = [name.strip() for name in first_row]
+    except StopIteration:
+        raise DatasetError(f"{path} ends before the names of its columns") from None
+    except csv.Error as error:
+        raise DatasetError(
+            f"{path}, line {len(head)}: the names of the columns cannot be read: {error}"
+        ) from None
+    check_names(path, names)
+    return names, rows
+
+
+def _mark_between(first: str, kind: str) -> str:
+    """Return the separator of a table's cells, from the line that names its columns."""
+    if kind == TSV or ("," not in first and ";" not in first and "\t" in first):
+        return "\t"
+    # spreadsheets write semicolons where the comma stands in numbers
+    return ";" if "," not in first and ";" in first else ","

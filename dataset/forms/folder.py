@@ -1,0 +1,22 @@
+"""Images or clips in a folder, with captions and other companions in files named like them.
+
+`dataset/listing.py` lists them: it is what every dataset may have.
+"""
+
+from dataset.forms.contract import DataForm
+
+FOLDER = DataForm(
+    "folders",
+    source="directory",
+    shared_keys=(
+        "class_tokens",
+        "control_directory",
+        "reference_directory",
+        "control_mask_directory",
+        "worse_directory",
+        "mask_directory",
+        "audio_directory",
+    ),
+    is_listed_in_training=True,
+    has_caches_of_others=True,
+)

@@ -1,0 +1,105 @@
+"""Read JSONL row by row, and list the sources of such a list."""
+
+import itertools
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dataset.forms.columns import table_lines
+from dataset.forms.contract import LookedAt, TableRow
+from dataset.forms.rows import RowReader, find_base, list_rows, names_read, require_file
+from dataset.sources.media_source import Fault, MediaSource
+from dataset.table import DatasetTable
+from modules.command import as_typed
+from modules.errors import DatasetError
+from modules.text_files import parse_json
+
+FIRST_LINES = 100  # whose keys are taken for the columns
+
+
+def list_lines(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
+    """Return the sources of a list, in any order; add errors to `faults`, with numbers of lines.
+
+    Raises DatasetError if the file cannot be read.
+    """
+    path = require_file(table)
+    name = table.path_key
+    example = f'{{"{name}": "...", "caption": "..."}}'
+    base = find_base(path, name, read_jsonl(path, [name]))
+    reader = RowReader(table, path, name, is_list=True, base=base)
+    return list_rows(reader, read_jsonl(path, None, example), faults)
+
+
+def look_at_lines(table: DatasetTable) -> LookedAt:
+    media = table.path_key
+    read = names_read(table, media, "caption")
+    return LookedAt(media, read, cells=[], rows=read_jsonl(table.source, None), is_list=True)
+
+
+def first_keys(path: Path) -> tuple[str, ...]:
+    """Return the keys of the first lines of a file. Raises DatasetError if it cannot be read."""
+    keys: dict[str, None] = {}
+    for row in itertools.islice(read_jsonl(path, None), FIRST_LINES):
+        keys |= dict.fromkeys(row.values)
+    return tuple(keys)
+
+
+def read_jsonl(path: Path, names: Collection[str] | None, example: str = "") -> Iterator[TableRow]:
+    """Yield the rows of a JSONL file, whatever its suffix is; empty lines are skipped.
+
+    example: of a line, which faults then show. Raises DatasetError if it cannot be read, and for a file of
+    another form: an array, an object over several lines, or CSV.
+    """
+    hint = f". Each line is one object such as {example}" if example else ""
+    is_first = True
+    for number, line in enumerate(table_lines(path), 1):
+        if not line.strip():
+            continue
+        fault = None
+        record = None
+        try:
+            record = parse_json(line, no_repeats=True)
+        except ValueError as error:
+            fault = f"invalid JSON: {error}{hint}"
+            if line.rstrip().endswith("},"):
+                fault = f"there is a comma after the object. Remove it{hint}"
+        if is_first and not isinstance(record, dict):
+            _refuse_other_form(path, line)
+        is_first = False
+        if fault is None and not isinstance(record, dict):
+            fault = f"it is not an object of columns and values{hint}"
+        cells: Mapping[str, Any] = {} if fault is not None else record or {}
+        keys = cells if names is None else names
+        values = {key: cells[key] for key in keys if cells.get(key) is not None}
+        yield TableRow(path, "line", number, values, fault=fault)
+
+
+TO_LINES = (
+    "import json, sys; [print(json.dumps(row)) for row in json.load(open(sys.argv[1], encoding='utf-8'))]"
+)
+
+
+def _refuse_other_form(path: Path, line: str) -> None:
+    """Raise DatasetError if the first line of a list shows that the file is none of lines of JSON.
+
+    line: not empty, and no object.
+    """
+    start = line.strip()
+    form = "a list has one object on each line, with nothing around or between them (JSONL)"
+    is_array = start.startswith("[") and start[1:].strip()[:1] in {"", "{"}
+    if is_array:
+        lines = as_typed([str(path.with_name(f"{path.stem}_lines.jsonl"))])
+        remedy = f"{as_typed(['python', '-c', TO_LINES, str(path)])} > {lines}"
+        raise DatasetError(f"{path} is one JSON array; {form}.\n  Convert it: {remedy}")
+    continues = start.endswith(("{", "[", ":", ",")) and not start.endswith("},")
+    if start.startswith("{") and continues:
+        raise DatasetError(
+            f"{path} has an object over several lines; {form}. Write each object on one line, as json.dumps "
+            "without indent does."
+        )
+    has_separator = any(mark in start for mark in ",\t;")
+    if has_separator and not start.startswith(("{", "[")):
+        raise DatasetError(
+            f"{path} looks like a table with a header ({start[:60]!r}); {form}. Name it .csv or .tsv, and "
+            "give it to image_table_file or video_table_file."
+        )

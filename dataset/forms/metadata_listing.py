@@ -1,0 +1,108 @@
+"""Find the pictures that a metadata JSON of image trainers names."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from dataset.sources.captions import captions_in, lines_of, not_utf8
+from dataset.sources.media_source import Fault, MediaSource, unique_stems
+from dataset.table import DatasetTable
+from modules.errors import DatasetError
+from modules.limits import MAX_METADATA_BYTES
+from modules.media.reading import image_suffixes
+from modules.paths import check_length
+from modules.text_files import bad_character, parse_json, read_text
+
+logger = logging.getLogger(__name__)
+
+SIZE_KEY = "train_resolution"  # in one, written by the preparing scripts of image trainers
+
+
+def list_metadata(table: DatasetTable, path: Path, faults: list[Fault]) -> list[MediaSource]:
+    """Return a source for each picture that a table's metadata_file names, with its captions and tags.
+
+        {"cat.png": {"caption": "a cat", "tags": "red, chair"}, "sub/dog": {"tags": "dog"}}
+
+    A key is a path, or a name in the table's folder of pictures, with or without its suffix. Raises
+    DatasetError if the file cannot be read. Faults of single entries are added to `faults`.
+    """
+    try:
+        content = parse_json(read_text(path, MAX_METADATA_BYTES))
+    except UnicodeDecodeError:
+        raise not_utf8(path, 0) from None
+    except OSError as error:
+        raise DatasetError(
+            f"{table.name}: metadata_file = {path}: {error.strerror}. Correct the path."
+        ) from error
+    except ValueError as error:
+        raise DatasetError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise DatasetError(
+            f'{path}: the top level must be an object with a picture for each key: {{"cat": {{"caption": '
+            '"a cat"}}'
+        )
+    listed: dict[Path, dict[str, Path]] = {}
+    pictures: list[Path] = []
+    texts: list[str | None] = []
+    for key, entry in content.items():
+        try:
+            picture = _find_picture(key, table.image_folder, listed)
+            text = _caption(entry, table)
+        except (ValueError, OSError) as error:
+            faults.append(Fault(f"entries of {path} cannot be used", f"{key[:200]!r}: {error}."))
+            continue
+        pictures.append(picture)
+        texts.append(text)
+    if any(isinstance(entry, dict) and SIZE_KEY in entry for entry in content.values()):
+        logger.info(
+            "%s: %s is not needed: the sizes of pictures are read from the pictures", table.name, SIZE_KEY
+        )
+    stems = unique_stems([picture.stem for picture in pictures], [str(picture) for picture in pictures])
+    sources = []
+    for picture, text, stem in zip(pictures, texts, stems, strict=True):
+        caption = None if text is None else captions_in(text, table)[0]
+        source = MediaSource(
+            path=picture, stem=stem, caption=caption, caption_path=None, control=(), table=table
+        )
+        sources.append(source)
+    return sources
+
+
+def _find_picture(key: str, folder: Path | None, listed: dict[Path, dict[str, Path]]) -> Path:
+    """Return the picture of a key of a metadata file. Raises ValueError if there is none.
+
+    listed: by folder, its pictures by name without suffix; a folder that is missing there is added.
+    """
+    if bad_character(key) or not key.strip():
+        raise ValueError("this is not a path")
+    path = Path(key) if folder is None else folder / key
+    check_length(path)
+    if path.suffix.lower() in image_suffixes() and path.is_file():
+        return path
+    parent = path.parent
+    if parent not in listed:
+        entries = sorted(parent.iterdir(), reverse=True) if parent.is_dir() else []
+        listed[parent] = {entry.stem: entry for entry in entries if entry.suffix.lower() in image_suffixes()}
+    if path.name not in listed[parent]:
+        raise ValueError(f"there is no such picture{'' if folder is None else f' in {folder}'}")
+    return listed[parent][path.name]
+
+
+def _caption(entry: Any, table: DatasetTable) -> str | None:
+    """Return the text of an entry: its caption, then its tags; with wildcards the tags end every line.
+
+    Raises ValueError if a value is not a text.
+    """
+    if not isinstance(entry, dict):
+        raise ValueError("its value is not an object with caption or tags")
+    texts = {name: "" if entry.get(name) is None else entry[name] for name in ("caption", "tags")}
+    for name, text in texts.items():
+        if not isinstance(text, str) or bad_character(text):
+            raise ValueError(f"{name} is not a text")
+    caption, tags = (text.strip() for text in texts.values())
+    separator = table.changes.separator
+    if caption and tags:
+        tags = separator.join(lines_of(tags)) if table.changes.wildcards else tags
+        lines = lines_of(caption) if table.changes.wildcards else [caption]
+        return "\n".join(f"{line}{separator} {tags}" for line in lines)
+    return caption or tags or table.class_tokens

@@ -1,0 +1,111 @@
+"""Read Parquet row by row. Only the rows of one batch are in memory; values are any that the file has."""
+
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dataset.forms import parquet_files
+from dataset.forms.columns import check_names
+from dataset.forms.contract import TableRow
+from modules.errors import DatasetError
+
+BATCH_ROWS, BATCH_BYTES = 4096, 1 << 26  # in memory at a time
+
+
+def columns_of_parts(path: Path) -> tuple[str, ...]:
+    """Return the names of the columns. Raises DatasetError if the file cannot be read."""
+    return _find_columns(parquet_files.parquet_parts(path)[0], None).names
+
+
+def read_parts(path: Path, names: Collection[str] | None) -> Iterator[TableRow]:
+    """Yield the rows of a file, or of the parts in a folder. Raises DatasetError if it cannot be read."""
+    for part in parquet_files.parquet_parts(path):
+        yield from _read_rows(part, names)
+
+
+def plain_columns_of(path: Path, names: Collection[str]) -> tuple[list[str], list[str]]:
+    """Return those columns whose values can be read cheaply, and those that hold whole files."""
+    part = parquet_files.parquet_parts(path)[0]
+    cells = [name for name in names if parquet_files.cell_column(part, name) is not None]
+    nested = _find_columns(part, names).nested
+    return [name for name in names if name not in nested and name not in cells], cells
+
+
+def _read_rows(path: Path, names: Collection[str] | None) -> Iterator[TableRow]:
+    columns = _find_columns(path, names)
+    if columns.nested:  # their size is unknown
+        name, kind = next(iter(columns.nested.items()))
+        raise DatasetError(
+            f"{path}: the column {name!r} holds {kind}, which is neither a text nor a list of them"
+        )
+    with parquet_files.open_parquet(path, columns.leaves_of_lists) as file:
+        limit = parquet_files.Unpacking.of(path)
+        if not columns.names:
+            limit.add(parquet_files.ROW_BYTES * file.metadata.num_rows)
+            for number in range(1, file.metadata.num_rows + 1):
+                yield TableRow(path, "row", number)
+            return
+        number = 0
+        for cells in _read_batches(file, path, columns.names, limit):
+            for row in zip(*cells, strict=True):
+                number += 1
+                pairs = zip(columns.names, row, strict=True)
+                values = {name: value for name, value in pairs if value is not None}
+                yield TableRow(path, "row", number, values)
+
+
+def _read_batches(
+    file: Any, path: Path, names: Sequence[str], limit: parquet_files.Unpacking
+) -> Iterator[list[list[Any]]]:
+    """Yield the values of rows by column, some rows at a time. limit: counts the memory that they take."""
+    for group in range(file.metadata.num_row_groups):
+        largest = parquet_files.largest_value(file, parquet_files.Unpacking.of(path), group, names)
+        num_rows = max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, largest)))
+        for batch in file.iter_batches(num_rows, [group], names, use_threads=False):
+            limit.add(parquet_files.ROW_BYTES * len(batch))
+            yield [_values(batch.column(name), limit) for name in names]
+
+
+class _ParquetColumns(NamedTuple):
+    """Columns of a Parquet file."""
+
+    names: tuple[str, ...]
+    nested: dict[str, Any]  # types of those with nested values
+    leaves_of_lists: list[str]  # for `open_parquet`, which then holds equal texts once
+
+
+def _find_columns(path: Path, names: Collection[str] | None) -> _ParquetColumns:
+    """Return the columns of these names; None: all of them."""
+    with parquet_files.open_parquet(path) as file:
+        schema = file.schema_arrow
+        leaves = [file.schema.column(number).path for number in range(len(file.schema))]
+    from pyarrow import types
+
+    check_names(path, schema.names)
+    columns = tuple(name for name in schema.names if names is None or name in names)
+    nested: dict[str, Any] = {}
+    leaves_of_lists: list[str] = []
+    for name in columns:
+        kind = schema.field(name).type
+        if types.is_list(kind) or types.is_large_list(kind):
+            kind = kind.value_type
+            leaves_of_lists += [leaf for leaf in leaves if leaf.startswith(f"{name}.")]
+        if types.is_nested(kind):
+            nested[name] = kind
+    return _ParquetColumns(columns, nested, leaves_of_lists)
+
+
+def _values(array: Any, limit: parquet_files.Unpacking) -> list[Any]:
+    from pyarrow import compute, types
+
+    if types.is_list(array.type) or types.is_large_list(array.type):
+        array.validate(full=True)  # else indices into dictionaries are not checked
+        inner = array.flatten()
+        limit.add(parquet_files.VALUE_BYTES * len(inner))
+        if types.is_dictionary(inner.type):
+            sizes = compute.binary_length(inner.dictionary)
+            limit.add(compute.sum(compute.take(sizes, inner.indices)).as_py() or 0)
+        return list(array.to_pylist())
+    values: list[Any] = array.to_pylist()
+    limit.add(sum(len(value) for value in values if isinstance(value, (str, bytes))))
+    return values

@@ -1,0 +1,53 @@
+"""Tables that others made, of any format, with a column of paths, addresses or whole files."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dataset import config_keys as forms
+from dataset.config_keys import NOTHING, key, of_kind
+from dataset.forms.contract import DataForm, LookedAt
+from dataset.table import DatasetTable
+
+if TYPE_CHECKING:  # torch is not loaded to read a dataset file
+    from dataset.sources.media_source import Fault, MediaSource
+
+
+@dataclass(frozen=True)
+class TableKeys:
+    """The keys that only these tables have."""
+
+    table_file: Path = of_kind(forms.LIST_PATH)
+    path_column: str | None = key(forms.COLUMN, stale=NOTHING)  # None: the usual names
+    folder = None  # where their caches are, the dataset file has to say
+
+    @property
+    def source(self) -> Path:
+        return self.table_file
+
+    def source_key(self, kind: str) -> str:
+        return f"{kind}_table_file"
+
+
+def list_sources(table: DatasetTable, faults: "list[Fault]") -> "list[MediaSource]":
+    from dataset.forms.tables_listing import list_table  # it loads what decodes
+
+    return list_table(table, table.of(TableKeys).path_column, faults)
+
+
+def look_at(table: DatasetTable) -> LookedAt:
+    from dataset.forms.tables_listing import look_at_table
+
+    return look_at_table(table, table.of(TableKeys).path_column)
+
+
+TABLES = DataForm(
+    "tables",
+    source="table_file",
+    keys=TableKeys,
+    shared_keys=("control_column", "caption_column", "allow_urls", "download_directory"),
+    list_sources=list_sources,
+    caption_place=lambda table: f'no "{table.caption_column or "caption"}" in its row',
+    look_at=look_at,
+    is_listed_in_training=True,
+)

@@ -1,0 +1,101 @@
+"""Find the sources of a table of any format, and its columns that nothing reads."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from dataset.forms import JSONL
+from dataset.forms.composing import column_names, find_cells, plain_columns, read_columns, row_form
+from dataset.forms.contract import LookedAt
+from dataset.forms.rows import (
+    CAPTION_COLUMNS,
+    PATH_COLUMNS,
+    RowReader,
+    find_base,
+    is_companion,
+    is_control,
+    list_rows,
+    names_read,
+    require_file,
+)
+from dataset.sources.media_source import Fault, MediaSource
+from dataset.table import DatasetTable
+from modules.errors import DatasetError
+
+MOST_SHOWN = 20  # columns in a message
+
+
+def list_table(table: DatasetTable, path_column: str | None, faults: list[Fault]) -> list[MediaSource]:
+    """Return the sources of a table, in any order; add errors to `faults`, with numbers of rows.
+
+    path_column: as the dataset file has it. Raises DatasetError if the file cannot be read or has no paths.
+    """
+    path = require_file(table)
+    columns = column_names(path)
+    media, caption_column = _choose_columns(table, path_column, columns)
+    names = names_read(table, media, caption_column or "")
+    names |= {name for name in columns if is_companion(name)}
+    cells = {}  # by column: finds its files, if it holds files
+    for name in names - {"audio_path", caption_column}:
+        find_cell = find_cells(path, name, finds_nulls=name != media)
+        if find_cell is not None:
+            cells[name] = find_cell
+    names -= cells.keys()
+    base = None if media in cells else find_base(path, media, read_columns(path, [media]))
+    reader = RowReader(table, path, media, caption_column, base=base)
+    rows = read_columns(path, None if row_form(path) is JSONL else names)
+    return list_rows(reader, rows, faults, cells)
+
+
+class _ReadColumns(NamedTuple):
+    """The columns of a table's media and captions."""
+
+    media: str
+    caption: str | None  # None: it has none
+
+
+def _choose_columns(table: DatasetTable, path_column: str | None, columns: Sequence[str]) -> _ReadColumns:
+    """Return the columns that are read. path_column: as the dataset file has it.
+
+    Raises DatasetError if the column of the media, or a column that a key names, is missing.
+    """
+    named = {
+        "path_column": path_column,
+        "control_column": table.control_column,
+        "caption_column": table.caption_column,
+    }
+    usual_media = (f"{table.kind}_path", *PATH_COLUMNS)
+    media = path_column or next((name for name in usual_media if name in columns), None)
+    if media is None and table.kind not in columns:
+        usual = ", ".join((*usual_media, table.kind))
+        raise DatasetError(
+            f"{table.name}: none of the columns {usual} is there. Name the one with the paths: "
+            f"path_column = ... It has {_shown(columns)}."
+        )
+    for key, name in named.items():
+        if name is not None and name not in columns:
+            raise DatasetError(f"{table.name}: {key} = {name!r} is not a column. It has {_shown(columns)}.")
+    caption = table.caption_column or next((name for name in CAPTION_COLUMNS if name in columns), None)
+    return _ReadColumns(media or table.kind, caption)
+
+
+def _shown(columns: Sequence[str]) -> str:
+    if not columns:
+        return "no columns"
+    shown = ", ".join(map(repr, columns[:MOST_SHOWN]))
+    return f"{shown} and {len(columns) - MOST_SHOWN} more" if len(columns) > MOST_SHOWN else shown
+
+
+def look_at_table(table: DatasetTable, path_column: str | None) -> LookedAt:
+    """Open a table for remarks about its columns. path_column: as the dataset file has it.
+
+    Raises DatasetError as listing it does.
+    """
+    path = table.source
+    columns = column_names(path)
+    media, caption = _choose_columns(table, path_column, columns)
+    read = names_read(table, media, caption or "") - {media}
+    control = [name for name in columns if is_control(table, name)]
+    unread = [name for name in columns if name not in read and not is_companion(name)]
+    plain, cells = plain_columns(path, [*unread, *control])
+    unread_cells = [name for name in cells if name != media]
+    return LookedAt(media, names_read(table, media, ""), unread_cells, read_columns(path, plain))

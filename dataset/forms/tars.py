@@ -1,0 +1,52 @@
+"""WebDataset tars: a sample is the files of a tar whose names are equal up to the first dot."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dataset import config_keys as forms
+from dataset.config_keys import of_kind
+from dataset.forms.contract import DataForm
+from dataset.table import DatasetTable
+from modules.paths import hide_secrets, is_address
+
+if TYPE_CHECKING:  # torch is not loaded to read a dataset file
+    from dataset.sources.media_source import Fault, MediaSource
+
+
+@dataclass(frozen=True)
+class TarKeys:
+    """The keys that only tables of tars have."""
+
+    tars: tuple[str, ...] = of_kind(forms.TARS)  # paths, globs or addresses
+    folder = None  # where their caches are, the dataset file has to say
+
+    @property
+    def source(self) -> Path:
+        """Return the first name, without passwords."""
+        return Path(hide_secrets(self.tars[0]))
+
+    def source_key(self, kind: str) -> str:
+        return f"{kind}_tars"
+
+
+def list_sources(table: DatasetTable, faults: "list[Fault]") -> "list[MediaSource]":
+    from dataset.forms.tars_listing import list_tars  # it loads what decodes
+
+    return list_tars(table, table.of(TarKeys).tars, faults)
+
+
+def addresses(table: DatasetTable) -> list[str]:
+    return [tar for tar in table.of(TarKeys).tars if is_address(tar)]
+
+
+TARS = DataForm(
+    "tars",
+    source="tars",
+    keys=TarKeys,
+    shared_keys=("caption_column", "allow_urls", "download_directory"),
+    list_sources=list_sources,
+    empty="holds no {kind}s",
+    caption_place=lambda table: "no text file and no caption in a .json of the same name in the tar",
+    addresses=addresses,
+)

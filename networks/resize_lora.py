@@ -1,0 +1,21 @@
+"""Make a LoRA smaller: keep the strongest directions of the change of each module.
+
+All options: python networks/resize_lora.py --help
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a file: then Python looks for modules in its folder
+    _FOLDER = Path(__file__).resolve().parent
+    sys.path[:] = [str(_FOLDER.parent), *(path for path in sys.path if Path(path).resolve() != _FOLDER)]
+
+import modules.interpreter  # noqa: F401
+from contract.families import plain_script
+from networks.resize_options import ResizeOptions
+
+main = plain_script(__doc__, "networks.resizing.resize_file", ResizeOptions)
+
+
+if __name__ == "__main__":
+    main.run()

@@ -1,0 +1,367 @@
+"""Make a LoRA smaller: the best factors of a smaller rank for the change of each module.
+
+The change of a module is the product of its factors. Of its singular values the largest are kept, which is
+the nearest product of that rank (Eckart and Young 1936). Names, other tensors and the strength alpha / rank
+stay as they are in the file.
+"""
+# Letters: R rank, K values of a kernel
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from logging import getLogger
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from checkpoints.finite import check_finite
+from checkpoints.opening import open_checkpoint
+from checkpoints.writing import save_tensors
+from modules.command import as_typed
+from modules.console import as_size, count_of, show_box
+from modules.errors import CheckpointError
+from modules.text_files import parse_json
+from networks.alphas import PEFT_FILE, without_alphas
+from networks.kinds import KINDS
+from networks.kinds.composing import usual_key
+from networks.kinds.contract import named
+from networks.kinds.lora import LORA
+from networks.merging import DTYPES
+from networks.metadata import LAYOUT_KEY, STALE, add_hashes, layout_hash
+from networks.names.layouts import FOLDED
+from networks.rank_masks import rule_of
+from networks.resize_options import RATIO, SHARE_OF_SUM, ResizeOptions
+
+logger = getLogger(__name__)
+# `x.lora_down.weight`, `x.lora_A.default.weight`, `x.lora.down.weight`, `x.to_q_lora.down.weight`
+_DOWN_NAME = re.compile(
+    r"(?P<module>.*?)[._](?P<start>lora[._]|lora_linear_layer\.)(?P<factor>down|A|a)(?P<end>(\.[^.]+)*)"
+)
+_UP_WORDS = {"down": "up", "A": "B", "a": "b"}
+SMALLEST = 1e-6  # a largest singular value of at most this is that of a module that learned nothing
+ROUNDING = 1e-12  # of shares: all singular values together may have a little less than 1
+OWN_RANKS = "Dynamic"  # in metadata, in place of a number
+
+
+@dataclass(frozen=True)
+class FactorNames:
+    """The names of the tensors of one module in a file."""
+
+    module: str
+    down: str
+    up: str
+    core: str | None  # between both, of a convolution
+    alpha: str | None
+
+    @property
+    def all(self) -> set[str]:
+        return {name for name in (self.down, self.up, self.core, self.alpha) if name is not None}
+
+
+@dataclass(frozen=True)
+class ResizedModule:
+    """A module with its new factors, and what they keep."""
+
+    names: FactorNames
+    down: Tensor  # R in (kernel), float64
+    up: Tensor  # out R (1 1), float64
+    old_rank: int
+    strength: float  # alpha / rank
+    kept_sum: float  # share of the sum of the singular values
+    kept_norm: float  # share of the Frobenius norm of the change
+    largest_ratio: float  # of the largest singular value to the smallest that is kept
+    has_learned: bool
+
+    @property
+    def rank(self) -> int:
+        return len(self.down)
+
+    @property
+    def alpha(self) -> float:
+        return self.strength * self.rank
+
+    @property
+    def is_convolution(self) -> bool:
+        return self.down.ndim > 2
+
+
+def resize_file(options: ResizeOptions) -> None:
+    """Write a LoRA with fewer ranks.
+
+    Memory: both LoRAs. Raises CheckpointError if the file is of another kind of network, has no alpha beside
+    its factors but elsewhere, or holds NaN or infinite values.
+    """
+    source = options.model
+    with open_checkpoint(source) as checkpoint:
+        shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+        _refuse_other_kinds(source, shapes, checkpoint.metadata)
+        modules = find_factors(shapes)
+        if not modules:
+            raise CheckpointError(
+                f"{source} has no LoRA: no two factors such as x.lora_down.weight and x.lora_up.weight.\n"
+                "  Give a LoRA file to --model.",
+                source,
+            )
+        is_written_here = checkpoint.metadata.get(LAYOUT_KEY) == layout_hash(checkpoint.tensors)
+        if not is_written_here and any(names.alpha is None for names in modules):
+            _refuse_other_alphas(source, checkpoint.metadata)
+        tensors = {name: checkpoint.read(name) for name in shapes}
+        metadata = {key: text for key, text in checkpoint.metadata.items() if not key.startswith(STALE)}
+    metadata.pop(FOLDED, None)  # it names strengths by rank, of factors that are multiplied by them already
+    for name, tensor in tensors.items():
+        check_finite(source, name, tensor)
+    resized = [_resize_module(names, tensors, options, source) for names in modules]
+    dtype = DTYPES[options.save_precision]
+    for module in resized:
+        tensors[module.names.down] = module.down.to(dtype).contiguous()
+        tensors[module.names.up] = module.up.to(dtype).contiguous()
+        if module.names.core is not None:
+            del tensors[module.names.core]
+        if module.names.alpha is not None:
+            tensors[module.names.alpha] = torch.tensor(module.alpha)
+    metadata |= _changed_metadata(metadata, resized, options)
+    save_tensors(options.save_to, tensors, add_hashes(tensors, metadata))
+    if options.verbose:
+        for module in resized:
+            logger.info("%s", _describe_module(module))
+    _show_result(options, resized)
+
+
+def _refuse_other_kinds(
+    source: Path, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]
+) -> None:
+    """Raise CheckpointError if a file has tensors of another kind than LoRA, or its ranks act at times."""
+    names = [usual_key(name) for name in shapes]
+    lines = "\n".join(names)  # also of forms that are not read here
+    for kind in KINDS:
+        if kind is LORA or not kind.parts:
+            continue
+        is_of_kind = any(name.endswith((*kind.parts, *kind.ends)) for name in names)
+        if is_of_kind or re.search(rf"[._]{kind.word}_", lines):
+            command = _to_plain_file(source, "--bake", "RANK")
+            raise CheckpointError(
+                f"{source} is {named(kind)}, and only the change of a LoRA is a product of two factors, "
+                "of which the strongest directions can be kept.\n"
+                f"  Make a plain LoRA of it first: {command}",
+                source,
+            )
+    rule = rule_of(metadata, source)
+    if rule is not None:
+        raise CheckpointError(
+            f"{source} is {named(rule.kind)}, whose ranks act by the noise ({rule.in_words()}): new "
+            "directions would mix those that act with those that do not.\n"
+            "  Train it again with a smaller --network_dim.",
+            source,
+        )
+
+
+def _refuse_other_alphas(source: Path, metadata: Mapping[str, str]) -> None:
+    """Raise CheckpointError if the strength of modules without alpha is said in the header or by PEFT."""
+    places = sorted(metadata.keys() - without_alphas(metadata).keys())
+    if "ss_network_alpha" in metadata:
+        places.append("ss_network_alpha")
+    if (source.parent / PEFT_FILE).is_file():
+        places.append(PEFT_FILE)
+    if places:
+        command = _to_plain_file(source)
+        raise CheckpointError(
+            f"{source} has modules without an alpha of their own: {places[0]} has it for all, together with "
+            "their rank.\n"
+            f"  Write alphas beside the factors first: {command}",
+            source,
+        )
+
+
+def _to_plain_file(source: Path, *options: str) -> str:
+    """Return the command that writes a LoRA with its alphas as tensors."""
+    words = ["python", "convert_lora.py", "--input", str(source), "--target", "default", *options]
+    return as_typed([*words, "--output", "PLAIN.safetensors"])
+
+
+def find_factors(shapes: Mapping[str, Sequence[int]]) -> list[FactorNames]:
+    """Return the modules of a file that have both factors of a LoRA. shapes: of its tensors, by name."""
+    modules: list[FactorNames] = []
+    for down in shapes:
+        match = _DOWN_NAME.fullmatch(down)
+        if match is None or not down.endswith((match["factor"], ".weight")):
+            continue
+        begin, end = down[: match.start("factor")], match["end"]
+        up = f"{begin}{_UP_WORDS[match['factor']]}{end}"
+        core = f"{begin}mid{end}"
+        alpha = f"{match['module']}.alpha"
+        if up in shapes:
+            modules.append(
+                FactorNames(
+                    module=match["module"],
+                    down=down,
+                    up=up,
+                    core=core if core in shapes else None,
+                    alpha=alpha if alpha in shapes else None,
+                )
+            )
+    return modules
+
+
+@dataclass(frozen=True)
+class FactorProduct:
+    """The change of a module as a product, without its strength."""
+
+    up: np.ndarray[Any, Any]  # out R
+    down: np.ndarray[Any, Any]  # R in*K
+    inputs: int
+    kernel: tuple[int, ...]  # () of a linear layer
+
+
+def _read_product(names: FactorNames, tensors: Mapping[str, Tensor], source: Path) -> FactorProduct:
+    """Return the factors of a module, float64. Raises CheckpointError if they do not fit."""
+    down, up = (tensors[name].double().numpy() for name in (names.down, names.up))
+    core = None if names.core is None else tensors[names.core].double().numpy()
+    ranks = len(down) if core is None else core.shape[0]
+    fits = min(down.ndim, up.ndim) >= 2 and math.prod(up.shape[1:]) == ranks
+    if core is not None:
+        fits = fits and core.shape[1] == len(down) and math.prod(down.shape[2:]) == 1
+    if not fits:
+        raise CheckpointError(
+            f"{source}: the factors of {names.module} do not fit: {list(down.shape)} and {list(up.shape)}.\n"
+            "  Give a LoRA that is whole.",
+            source,
+        )
+    up = up.reshape(len(up), ranks)
+    if core is None:
+        return FactorProduct(up, down.reshape(ranks, -1), down.shape[1], down.shape[2:])
+    columns = np.einsum("p q ..., q i -> p i ...", core, down.reshape(len(down), -1))
+    return FactorProduct(up, columns.reshape(ranks, -1), down.shape[1], core.shape[2:])
+
+
+def _resize_module(
+    names: FactorNames, tensors: Mapping[str, Tensor], options: ResizeOptions, source: Path
+) -> ResizedModule:
+    """Return a module with factors of its new rank. Raises CheckpointError as `_read_product`."""
+    product = _read_product(names, tensors, source)
+    left, sizes, right = decompose_product(product.up, product.down)
+    old_rank = len(tensors[names.down])
+    most = options.new_rank
+    if product.kernel and options.new_conv_rank is not None:
+        most = options.new_conv_rank
+    rank = choose_rank(sizes, min(most, old_rank), options.dynamic_method, options.dynamic_param)
+    kept = sizes[:rank]
+    kernel_axes = [1] * len(product.kernel)
+    return ResizedModule(
+        names=names,
+        down=torch.from_numpy(right[:rank]).reshape(rank, product.inputs, *product.kernel),
+        up=torch.from_numpy(left[:, :rank] * kept).reshape(len(left), rank, *kernel_axes),
+        old_rank=old_rank,
+        strength=1.0 if names.alpha is None else float(tensors[names.alpha]) / old_rank,
+        kept_sum=_share(kept.sum(), sizes.sum()),
+        kept_norm=_share(np.linalg.norm(kept), np.linalg.norm(sizes)),
+        largest_ratio=float(sizes[0] / kept[-1]) if kept[-1] else math.inf,
+        has_learned=bool(sizes[0] > SMALLEST),
+    )
+
+
+def decompose_product(
+    up: np.ndarray[Any, Any], down: np.ndarray[Any, Any]
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Return U, S and V^T of up @ down, out x R and R x in, float64, without forming the product.
+
+    With up = P A and down = B^T Q^T, where P and Q have orthogonal columns, those of the small A B^T are it.
+    """
+    up_basis, up_rest = np.linalg.qr(up)
+    down_basis, down_rest = np.linalg.qr(down.T)
+    u, sizes, vh = np.linalg.svd(up_rest @ down_rest.T, full_matrices=False)
+    return up_basis @ u, sizes, vh @ down_basis.T
+
+
+def choose_rank(sizes: np.ndarray[Any, Any], most: int, method: str | None, param: float | None) -> int:
+    """Return the rank of a module, 1 to `most`, from its singular values, the largest first.
+
+    method, param: of --dynamic_method. A module that learned nothing has rank 1.
+    """
+    if sizes[0] <= SMALLEST:
+        return 1
+    rank = len(sizes)
+    if method is not None:
+        assert param is not None
+        if method == RATIO:
+            rank = int((sizes > sizes[0] / param).sum())
+        else:
+            weights = sizes if method == SHARE_OF_SUM else sizes**2
+            wanted = param if method == SHARE_OF_SUM else param**2
+            shares = np.cumsum(weights) / weights.sum()
+            rank = int((shares < wanted - ROUNDING).sum()) + 1
+    return max(1, min(rank, most, len(sizes)))
+
+
+def _share(part: Any, whole: Any) -> float:
+    return float(part / whole) if whole else 1.0
+
+
+def _changed_metadata(
+    metadata: Mapping[str, str], modules: Sequence[ResizedModule], options: ResizeOptions
+) -> dict[str, str]:
+    """Return the entries about ranks with their new values, and a comment on what was done."""
+    old_rank = metadata.get("ss_network_dim") or str(max(module.old_rank for module in modules))
+    linear = [module for module in modules if not module.is_convolution] or modules
+    rank, alpha = _common_sizes(linear, options)
+    changed = {"ss_network_dim": rank, "ss_network_alpha": alpha}
+    if options.dynamic_method is None:
+        done = f"dimension is resized from {old_rank} to {rank}"
+    else:
+        done = f"Dynamic resize with {options.dynamic_method}: {options.dynamic_param:g} from {old_rank}"
+    before = metadata.get("ss_training_comment", "")
+    changed["ss_training_comment"] = f"{done}; {before}"
+    convolutions = [module for module in modules if module.is_convolution]
+    try:
+        arguments = parse_json(metadata.get("ss_network_args", ""))
+    except ValueError:
+        arguments = None
+    if convolutions and isinstance(arguments, dict) and "conv_dim" in arguments:
+        sizes = dict(zip(("conv_dim", "conv_alpha"), _common_sizes(convolutions, options), strict=True))
+        changed["ss_network_args"] = json.dumps({**arguments, **sizes})
+    return changed
+
+
+def _common_sizes(modules: Sequence[ResizedModule], options: ResizeOptions) -> tuple[str, str]:
+    """Return rank and alpha of modules as metadata have them; modules that learned nothing do not count."""
+    pairs = {(module.rank, module.alpha) for module in modules if module.has_learned}
+    if options.dynamic_method is not None or len(pairs) != 1:
+        return OWN_RANKS, OWN_RANKS
+    (rank, alpha) = pairs.pop()
+    return str(rank), str(alpha)
+
+
+def _describe_module(module: ResizedModule) -> str:
+    return (
+        f"{module.names.module}: rank {module.rank} of {module.old_rank}, alpha {module.alpha:g}, sum kept "
+        f"{module.kept_sum:.1%}, Frobenius norm kept {module.kept_norm:.1%}, largest / smallest "
+        f"{module.largest_ratio:.1f}"
+    )
+
+
+def _show_result(options: ResizeOptions, modules: Sequence[ResizedModule]) -> None:
+    learned = [module for module in modules if module.has_learned]
+    old_ranks = sorted({module.old_rank for module in modules})
+    ranks = sorted(module.rank for module in learned) or [1]
+    new_ranks = str(ranks[0])
+    if ranks[0] != ranks[-1]:
+        new_ranks = f"{ranks[0]} to {ranks[-1]}, {np.mean(ranks):.1f} on average"
+    kept = np.array([100 * module.kept_norm for module in learned] or [100.0])
+    files = [f"{path} ({as_size(path.stat().st_size)})" for path in (options.model, options.save_to)]
+    rows = [
+        ("from", files[0]),
+        ("to", files[1]),
+        ("rank", f"{new_ranks}, before {', '.join(map(str, old_ranks))}"),
+        ("modules", str(len(modules))),
+        ("kept", f"{kept.mean():.2f} % of the Frobenius norm, spread {kept.std():.2f} %"),
+    ]
+    if len(learned) < len(modules):
+        idle = count_of(len(modules) - len(learned), "module")
+        rows.append(("learned nothing", f"{idle}, of rank 1 now"))
+    if all(module.rank == module.old_rank for module in modules):
+        rows.append(("smaller", "no: no module has more ranks than asked for"))
+    show_box("The LoRA is resized", rows)

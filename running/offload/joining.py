@@ -1,0 +1,66 @@
+"""Join the processes that a launcher has started, and agree on what only one of them knows."""
+
+import os
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import distributed
+
+from modules.devices import choose_device
+from modules.errors import OptionError
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+PATIENCE = timedelta(days=1)  # for a process that waits for a prompt, or writes files
+
+
+def take_turns(work: Callable[[U], T], item: U) -> T:
+    """Return `work(item)`, which all processes do for each of them, one after the other; all must call it."""
+    items: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(items, item)
+    return [work(element) for element in items][distributed.get_rank()]
+
+
+def have_joined() -> bool:
+    has_joined = distributed.is_available() and distributed.is_initialized()
+    return has_joined and distributed.get_world_size() > 1
+
+
+def launched_processes(environment: Mapping[str, str] = os.environ) -> int:
+    return int(environment.get("WORLD_SIZE", "1"))
+
+
+def join_processes(
+    device: str | None, option: str, environment: Mapping[str, str] = os.environ
+) -> torch.device:
+    """Join the launcher's processes, and return the device of this one. device: as --device has it.
+
+    option: that wants them, for messages.
+
+    Raises OptionError if the machine has fewer GPUs than processes.
+    """
+    kind = choose_device(device).type
+    local = int(environment.get("LOCAL_RANK", "0"))
+    if device is not None and ":" in device:
+        raise OptionError(
+            f"--device {device} with {option}: each process has a GPU of its own. Give cuda, or leave it out"
+        )
+    if kind not in {"cpu", "cuda"}:
+        raise OptionError(f"{option}: processes do not share a model on {kind}. Use CUDA GPUs")
+    chosen = choose_device(f"cuda:{local}" if kind == "cuda" else "cpu")
+    # objects go between the hosts: on a GPU waiting for a prompt would keep it busy
+    backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+    distributed.init_process_group(backend, timeout=PATIENCE)
+    return chosen
+
+
+def agree(value: T, group: "distributed.ProcessGroup | None" = None) -> T:
+    """Return the value of the first process, of all or of a group. All call it, after `join_processes`."""
+    first = 0 if group is None else distributed.get_global_rank(group, 0)
+    values = [value]
+    distributed.broadcast_object_list(values, first, group, device=torch.device("cpu"))
+    agreed: T = values[0]
+    return agreed

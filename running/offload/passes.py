@@ -1,0 +1,50 @@
+"""Divide the passes of a step over processes.
+
+The velocity of a pass comes from the process that runs it, so that all have the same bits.
+"""
+
+import torch
+from torch import Tensor
+
+from contract.steps import Calls, Made, Predict, Section, Tweaks
+from running.offload.context import ProcessGrid, device_mesh
+from running.offload.sharding import gather_parts
+
+
+class SharedPasses:
+    """Divide the passes of each step over processes; a `RunPasses`.
+
+    Each pass is run by itself. If the transformer is split too, all processes run passes that skip the same
+    blocks at the same time; if there are fewer such passes than processes, some are run twice.
+    """
+
+    def __init__(self, grid: ProcessGrid, in_lockstep: bool, device: torch.device) -> None:
+        """in_lockstep: the transformer is split too. device: of this process; all have joined before."""
+        self.processes = grid.passes
+        self._rank = grid.pass_rank
+        self._group = device_mesh(grid, device)["passes"].get_group()
+        self._in_lockstep = in_lockstep
+
+    def __call__(self, calls: Calls, predict: Predict, section: Section) -> Made:
+        """Run this process' share of a step's passes, and return the velocities of all, float32."""
+        velocities: dict[tuple[Tweaks, int], Tensor] = {}
+        for group in self._group_passes(calls):
+            for start in range(0, len(group), self.processes):
+                at_once = group[start : start + self.processes]
+                velocity = section.noise.new_zeros(section.noise.shape, dtype=torch.float32)
+                if self._in_lockstep or self._rank < len(at_once):
+                    tweaks, key = at_once[self._rank % len(at_once)]
+                    (predicted,) = predict(calls[tweaks][key], tweaks=tweaks)
+                    velocity.copy_(predicted)
+                gathered = velocity.new_empty(self.processes * len(velocity), *velocity.shape[1:])
+                gather_parts(gathered, velocity, self._group)
+                velocities.update(zip(at_once, gathered.chunk(self.processes), strict=False))
+        return velocities
+
+    def _group_passes(self, calls: Calls) -> list[list[tuple[Tweaks, int]]]:
+        """Return groups of passes that can run at the same time: in lockstep those that skip equal blocks."""
+        groups: dict[object, list[tuple[Tweaks, int]]] = {}
+        for tweaks, conditions in calls.items():
+            passes = [(tweaks, key) for key in conditions]
+            groups.setdefault(tweaks.skip_blocks if self._in_lockstep else None, []).extend(passes)
+        return list(groups.values())

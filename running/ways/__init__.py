@@ -1,0 +1,22 @@
+"""Ways to run a transformer, each in one file that can be deleted together with its lines below.
+
+cfg_parallel: processes share the passes of a step
+composing: what options, phases and plans ask all ways for
+context_parallel: processes share the tokens of a clip
+contract: what a way to run is
+shard_base: processes share the weights
+"""
+
+from running.ways.cfg_parallel import CFG_PARALLEL
+from running.ways.context_parallel import CONTEXT_PARALLEL
+from running.ways.contract import WayToRun
+from running.ways.shard_base import SHARD_BASE
+
+# in the order of their options in --help, one a line
+# fmt: off
+WAYS: tuple[WayToRun, ...] = (
+    SHARD_BASE,
+    CONTEXT_PARALLEL,
+    CFG_PARALLEL,
+)
+# fmt: on

@@ -1,0 +1,57 @@
+"""Share the passes of a step among processes: --cfg_parallel, of generation. Standard library only.
+
+How they are divided is in `running/offload/passes.py`.
+"""
+
+from typing import TYPE_CHECKING
+
+from modules.errors import OptionError
+from modules.options import Options, option
+from running.ways.contract import RunUses, WayToRun
+
+if TYPE_CHECKING:
+    import torch
+
+    from contract.steps import RunPasses
+    from running.offload.context import ProcessGrid
+
+
+class CfgParallelOptions(Options):
+    """Whether processes share the passes of a step."""
+
+    cfg_parallel: bool = option(
+        "with several processes (accelerate launch --multi_gpu --num_processes N): they share the passes of "
+        "each step, such as the one with the prompt and the one with the negative prompt. Each has the whole "
+        "transformer, or with --shard_base a part of it",
+    )
+
+
+def _check(uses: RunUses, splitting: str) -> None:
+    if uses.calibrates:
+        raise OptionError(
+            "--cfg_parallel: a step cache is calibrated by one process, which sees all passes. Leave "
+            "--cfg_parallel out"
+        )
+    if uses.has_step_cache and splitting:
+        raise OptionError(
+            f"--cfg_parallel and {splitting} cannot be used together with a step cache: it decides for each "
+            "pass by itself, and processes that gather blocks have to run the same ones. Leave one of the "
+            "three out"
+        )
+
+
+def _make_passes(grid: "ProcessGrid", in_lockstep: bool, device: "torch.device") -> "RunPasses":
+    from running.offload.passes import SharedPasses  # torch: only where networks are loaded
+
+    return SharedPasses(grid, in_lockstep, device)
+
+
+CFG_PARALLEL = WayToRun(
+    name="cfg_parallel",
+    options=CfgParallelOptions,
+    typed=lambda options: "--cfg_parallel" if options.cfg_parallel else "",
+    in_training=False,
+    divides_passes=True,
+    check=_check,
+    make_passes=_make_passes,
+)
