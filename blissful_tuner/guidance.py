@@ -156,9 +156,11 @@ class _StepPlanner:
         of_picture: tuple[GuidanceStage, ...] = ()
         of_sound: tuple[GuidanceStage, ...] = ()
         if scale is not None and self._rules.streams:
-            of_picture, of_sound = (self._stream_stages(rule, scale) for rule in self._rules.streams)
+            of_picture, of_sound = (self._make_stream_stages(rule, scale) for rule in self._rules.streams)
         elif scale is not None:
-            of_picture, of_sound = (self._plain_stages(index, scale, momentum) for momentum in self._momenta)
+            of_picture, of_sound = (
+                self._make_plain_stages(index, scale, momentum) for momentum in self._momenta
+            )
         if self._prepared.joint is None:
             of_sound = ()
         passes: list[Pass] = []
@@ -169,7 +171,7 @@ class _StepPlanner:
         tweaks = NO_TWEAKS if scale is None else self._guided_tweaks
         return PassPlan(tuple(dict.fromkeys(passes)), (of_picture, of_sound), factor, tweaks)
 
-    def _stream_stages(self, rule: StreamGuidance, scale: float) -> tuple[GuidanceStage, ...]:
+    def _make_stream_stages(self, rule: StreamGuidance, scale: float) -> tuple[GuidanceStage, ...]:
         """Return the stages of a picture or a sound that has scales of its own."""
         text_scale = scale if rule.text is None else rule.text
         weights = {
@@ -180,14 +182,16 @@ class _StepPlanner:
         weights = {pass_: weight for pass_, weight in weights.items() if weight}
         return (guide_stream(rule, weights),) if weights else ()
 
-    def _plain_stages(self, index: int, scale: float, momentum: Momentum | None) -> tuple[GuidanceStage, ...]:
+    def _make_plain_stages(
+        self, index: int, scale: float, momentum: Momentum | None
+    ) -> tuple[GuidanceStage, ...]:
         """Return the stages of a step by the options and the model's rules."""
         options = self._options
         rules = self._rules
         rule = rules.projection
         weakens = index in self._weakened_steps
         negative = self._weakened if weakens and options.slg_mode == "uncond" else NEGATIVE
-        stages = self._guiding_stages(scale, negative)
+        stages = self._make_guiding_stages(scale, negative)
         share = options.guidance_rescale
         if stages and rule is not None and momentum is not None:
             if self._prepared.first_step + index > rule.after_step:
@@ -207,7 +211,7 @@ class _StepPlanner:
             stages.append(keep_norms(rules.token_side))
         return tuple(stages)
 
-    def _guiding_stages(self, scale: float, negative: Pass) -> list[GuidanceStage]:
+    def _make_guiding_stages(self, scale: float, negative: Pass) -> list[GuidanceStage]:
         """Return the stage of the formula that the options choose; [] if the scale turns guidance off."""
         options = self._options
         if options.perp_neg is not None:
@@ -466,35 +470,40 @@ def warn_of_low_scales(prepared: Prepared, options: GuidanceOptions = PLAIN_GUID
     for scales in scheduled:
         for weight in scales:
             if weight is not None:
-                named.setdefault(weight - 1 + off, "the scale {} of --cfg_schedule")
+                scale = weight - 1 + off
+                named.setdefault(scale, f"the scale {scale:g} of --cfg_schedule")
     used = {*prepared.guidance_scale, *(stream.text for stream in prepared.rules.streams)}
     for scale, option in named.items():
         if scale < off and (scale in used or scheduled):
-            logger.warning("%s: %s", option.format(f"{scale:g}"), _low_scale_in_words(scale, off))
+            logger.warning("%s: %s", option, _describe_low_scale(scale, off))
 
 
 def _name_scales(prepared: Prepared) -> dict[float, str]:
-    """Return by scale the first option that gives it: each is reported once."""
+    """Map each scale of a request to the first option that sets it, with its value, for messages."""
     request = prepared.request
     named: dict[float, str] = {}
     if request.guidance_scale is not None:
-        named[request.guidance_scale] = "--guidance_scale {} (--l in a prompt line)"
+        named[request.guidance_scale] = f"--guidance_scale {request.guidance_scale:g} (--l in a prompt line)"
     for expert, scale in request.expert_guidance.items():
-        named.setdefault(scale, f"--guidance_scale_{expert} {{}}")
+        named.setdefault(scale, f"--guidance_scale_{expert} {scale:g}")
     for name, stream in zip(("video", "audio"), prepared.rules.streams, strict=False):
         if stream.text is not None:
-            named.setdefault(stream.text, f"--{name}_cfg_scale {{}}")
+            named.setdefault(stream.text, f"--{name}_cfg_scale {stream.text:g}")
     return named
 
 
-def _low_scale_in_words(scale: float, off: float) -> str:
+def _describe_low_scale(scale: float, off: float) -> str:
     """Describe the effect of a guidance scale below `off`, the scale that turns guidance off."""
-    weight = scale + 1 - off  # of the usual formula, in which 0 is the negative prompt alone
-    effect = f"{scale:g} leaves the prompt out"
-    if weight:
-        effect = f"{scale:g} {'weakens' if weight > 0 else 'steers away from'} the prompt"
-    elsewhere = f"; what programs that count from 0 call {scale:g} is {scale + 1:g} here"
-    return f"it counts from {off:g} here; {effect}; {off:g} turns guidance off{elsewhere if off else ''}"
+    weight = scale + 1 - off  # in the usual formula: 1 turns guidance off, 0 is the negative prompt alone
+    effect = "leaves the prompt out"
+    if weight > 0:
+        effect = "weakens the prompt"
+    elif weight < 0:
+        effect = "steers away from the prompt"
+    text = f"it counts from {off:g} here; {scale:g} {effect}; {off:g} turns guidance off"
+    if off == 0:
+        return text
+    return f"{text}; what programs that count from 0 call {scale:g} is {scale + 1:g} here"
 
 
 def why_none_skipped(options: GuidanceOptions, num_steps: int) -> str:

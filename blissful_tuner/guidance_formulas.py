@@ -222,15 +222,15 @@ def keep_norms(side: int) -> GuidanceStage:
     """
 
     def change(velocity: Tensor, velocities: Velocities) -> Tensor:
-        positive_norms = _token_norms(velocities[POSITIVE], side)
-        norms = _token_norms(velocity, side)
+        positive_norms = _measure_token_norms(velocities[POSITIVE], side)
+        norms = _measure_token_norms(velocity, side)
         ratio = torch.where(norms > 0, positive_norms / norms, 1.0).unsqueeze(1)
         return velocity * ratio.repeat_interleave(side, dim=-1).repeat_interleave(side, dim=-2)
 
     return GuidanceStage((POSITIVE,), change)
 
 
-def _token_norms(velocity: Tensor, side: int) -> Tensor:
+def _measure_token_norms(velocity: Tensor, side: int) -> Tensor:
     """Return for each token a multiple of its Euclidean norm, B F h w."""
     return functional.avg_pool2d(velocity.square().sum(dim=1), side).sqrt()
 
@@ -272,14 +272,14 @@ def projected(rule: Projection, momentum: Momentum, negative: Pass) -> GuidanceS
         positive = velocities[POSITIVE]
         without = velocities[negative]
         total = momentum.add(positive - without)
-        shrinking = (rule.norm_limit / _norms(total)).clamp(max=1.0)
+        shrinking = (rule.norm_limit / _measure_norms(total)).clamp(max=1.0)
         step = total * shrinking
         # its parts along the positive velocity and across. float64, as released: the part across is a small
         # difference of large numbers; MPS has no float64
         exact = step.dtype if step.device.type == "mps" else torch.float64
         exact_step = step.to(exact)
         direction = positive.to(exact)
-        unit = direction / _norms(direction).clamp(min=1e-12)
+        unit = direction / _measure_norms(direction).clamp(min=1e-12)
         along = _sum_sample(exact_step * unit) * unit
         across = (exact_step - along).to(step.dtype)
         return without + rule.scale * (across + rule.eta * along.to(step.dtype))
@@ -287,7 +287,7 @@ def projected(rule: Projection, momentum: Momentum, negative: Pass) -> GuidanceS
     return GuidanceStage((POSITIVE, negative), change)
 
 
-def _norms(velocity: Tensor) -> Tensor:
+def _measure_norms(velocity: Tensor) -> Tensor:
     """Return the Euclidean norm of each sample, B 1 1 1 1."""
     return _sum_sample(velocity.square()).sqrt()
 
@@ -311,10 +311,14 @@ class NormalisedGuidance:
         token.
         """
         guided = torch.lerp(away, toward, self.scale)  # rounded once: large terms almost cancel in it
-        allowed = self.tau * _size(toward) / _size(guided).clamp(min=torch.finfo(torch.float32).tiny)
+        allowed = (
+            self.tau
+            * _measure_size(toward)
+            / _measure_size(guided).clamp(min=torch.finfo(torch.float32).tiny)
+        )
         return torch.lerp(toward, guided * allowed.clamp(max=1).to(guided.dtype), self.alpha)
 
 
-def _size(attended: Tensor) -> Tensor:
+def _measure_size(attended: Tensor) -> Tensor:
     """Return the L1 norm over the heads and channels of each token: B L 1 1 float32."""
     return torch.linalg.vector_norm(attended, 1, dim=(-2, -1), keepdim=True, dtype=torch.float32)

@@ -198,41 +198,49 @@ def preview_clip(
     if previews is None:
         yield [], lambda _: None
         return
-    on_cpu = previews.device.type == "cpu"
-    made_sections = 0
-    writer = LatestWriter(previews.write, REST_ON_CPU if on_cpu else 0.0)
-
-    def show(latents: Callable[[], Tensor], count: int) -> None:
-        """Show a clip if a preview is due after `count` steps, or sections."""
-        if count % previews.every or previews.has_ended:
-            return
-        with previews.optional(), torch.no_grad():
-            if on_cpu:  # all work is done in the thread, only for previews that are written
-                writer.put(lambda: previews.take(latents(), fps))
-                return
-            shot = previews.take(latents(), fps)
-            writer.put(lambda: shot)
-
-    def watch(done: StepDone) -> bool:
-        """Show the clean clip predicted from a step, without its sound. Return False: denoising continues."""
-        if done.section.count == 1 and first_step <= done.step.index < done.step.num_steps - 1:
-            show(lambda: done.picture, done.step.index + 1)
-        return False
-
-    def on_section(section: Section) -> None:
-        """Show the finished sections before the next one is denoised."""
-        nonlocal made_sections
-        if section.previous is not None:
-            made_sections += 1
-            so_far = section.previous.so_far
-            show(lambda: so_far, made_sections)
-
+    clip = _ClipPreviews(previews, fps, first_step)
     is_done = False
     try:
-        yield [watch], on_section
+        yield [clip.watch], clip.on_section
         is_done = True
     finally:
-        writer.close(drop=not is_done)
+        clip.writer.close(drop=not is_done)
+
+
+class _ClipPreviews:
+    """The previews of one clip. Arguments as of `preview_clip`."""
+
+    def __init__(self, previews: LatentPreviews, fps: float, first_step: int) -> None:
+        self.previews = previews
+        self.fps = fps
+        self.first_step = first_step
+        self.made_sections = 0
+        self.on_cpu = previews.device.type == "cpu"
+        self.writer = LatestWriter(previews.write, REST_ON_CPU if self.on_cpu else 0.0)
+
+    def watch(self, done: StepDone) -> bool:
+        """Show the clean clip predicted from a step, without its sound. Return False: denoising continues."""
+        if done.section.count == 1 and self.first_step <= done.step.index < done.step.num_steps - 1:
+            self._show(lambda: done.picture, done.step.index + 1)
+        return False
+
+    def on_section(self, section: Section) -> None:
+        """Show the finished sections before the next one is denoised."""
+        if section.previous is not None:
+            self.made_sections += 1
+            so_far = section.previous.so_far
+            self._show(lambda: so_far, self.made_sections)
+
+    def _show(self, latents: Callable[[], Tensor], count: int) -> None:
+        """Show a clip if a preview is due after `count` steps, or sections."""
+        if count % self.previews.every or self.previews.has_ended:
+            return
+        with self.previews.optional(), torch.no_grad():
+            if self.on_cpu:  # the thread does all of the work, only for previews that are written
+                self.writer.put(lambda: self.previews.take(latents(), self.fps))
+                return
+            shot = self.previews.take(latents(), self.fps)
+            self.writer.put(lambda: shot)
 
 
 def bring_home(tensor: Tensor) -> Callable[[], Tensor]:

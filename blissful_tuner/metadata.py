@@ -73,7 +73,7 @@ def output_metadata(
         "video_length": prepared.frames,
         "fps": f"{prepared.fps:g}",
     }
-    values |= _optional(prepared, device, created)
+    values |= _list_optional(prepared, device, created)
     values |= _describe_experts(prepared, experts)
     if prepared.shown is not None:
         values[SHOWN] = " ".join(map(str, prepared.shown))
@@ -103,7 +103,7 @@ def _describe_experts(prepared: Prepared, experts: Sequence[Expert]) -> dict[str
     return values
 
 
-def _optional(prepared: Prepared, device: str | None, created: datetime | None) -> dict[str, object]:
+def _list_optional(prepared: Prepared, device: str | None, created: datetime | None) -> dict[str, object]:
     """Return the values that only some outputs have."""
     options = prepared.request
     values: dict[str, object] = {
@@ -198,11 +198,11 @@ def as_png_texts(metadata: Mapping[str, str]) -> dict[str, str]:
     negative = read_value(metadata, "negative_prompt")
     if negative and negative != NOT_SET:
         lines.append(f"{NEGATIVE} {negative.strip()}")
-    lines.append(_settings_line(metadata))
+    lines.append(_format_settings(metadata))
     return as_tags(metadata) | {"parameters": "\n".join(lines)}
 
 
-def _settings_line(metadata: Mapping[str, str]) -> str:
+def _format_settings(metadata: Mapping[str, str]) -> str:
     """Return the last line of `parameters`."""
     settings = []
     for name, text in _list_parameters(metadata).items():

@@ -85,11 +85,11 @@ def as_lines(facts: Facts, listed: Mapping[str, TensorInfo] | None) -> Iterator[
     for name, count, size_bytes in dtypes_of(facts.tensors):
         yield f"  {name}: {count_of(count, 'tensor')}, {as_size(size_bytes)} ({size_bytes:,} bytes)"
     if facts.left_out:
-        yield f"in addition to the tensors, not read: {_line(', '.join(facts.left_out))}"
+        yield f"in addition to the tensors, not read: {_format_line(', '.join(facts.left_out))}"
     if facts.metadata:
         yield "metadata:"
         for key, text in list(facts.metadata.items())[:MOST_VALUES]:
-            yield f"  {_line(key)}: {_line(text)}"
+            yield f"  {_format_line(key)}: {_format_line(text)}"
         if len(facts.metadata) > MOST_VALUES:
             yield f"  and {len(facts.metadata) - MOST_VALUES} more, which metaview.py shows"
     for name, info in (listed or {}).items():
@@ -167,7 +167,7 @@ def file_hashes(path: Path) -> dict[str, str]:
     return hashes
 
 
-def _line(text: str) -> str:
+def _format_line(text: str) -> str:
     return shorten(_in_one_line(text), MOST_OF_VALUE)
 
 
@@ -239,14 +239,14 @@ def output_name(path: Path, in_shards: bool) -> Path:
 def _make_change(options: ModelUtilityOptions) -> changing.CheckpointChange:
     """Return the change to a file that the options ask for."""
     dtype = None if options.dtype is None else dtype_named(options.dtype, "--dtype")
-    cast = _selection(options)
+    cast = _make_selection(options)
     written = changing.Selection(options.full_target_keys or (), options.full_exclude_keys or ())
     return changing.CheckpointChange(
         dtype, cast, written, strip=options.strip_prefix or (), add=options.add_prefix or ""
     )
 
 
-def _selection(options: ModelUtilityOptions) -> changing.Selection:
+def _make_selection(options: ModelUtilityOptions) -> changing.Selection:
     return changing.Selection(options.target_keys or (), options.exclude_keys or ())
 
 
@@ -268,7 +268,7 @@ def _show(options: ModelUtilityOptions, knowledge: Knowledge, checkpoint: Checkp
     if options.json:
         lines = [as_json(facts, listed, hashes, lora_hashes)]
     else:
-        plain = [*as_lines(facts, listed), *_hash_lines(hashes, lora_hashes, facts.metadata)]
+        plain = [*as_lines(facts, listed), *_format_hashes(hashes, lora_hashes, facts.metadata)]
         lines = [escape_control_codes(line) for line in plain]  # names of files and tensors may hold some
     sys.stdout.write("\n".join(lines) + "\n")
     sys.stdout.flush()
@@ -288,14 +288,14 @@ def _identify(knowledge: Knowledge, checkpoint: Checkpoint) -> str:
 
 def _list_tensors(options: ModelUtilityOptions, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     """Return the tensors to list. Raises OptionError if the options leave none."""
-    selection = _selection(options)
+    selection = _make_selection(options)
     listed = {name: info for name, info in tensors.items() if selection.takes(name)}
     if not listed:
         raise OptionError("--target_keys and --exclude_keys leave no tensor to list: give other names")
     return listed
 
 
-def _hash_lines(
+def _format_hashes(
     hashes: Sequence[Mapping[str, str]], lora_hashes: Mapping[str, str], metadata: Mapping[str, str]
 ) -> list[str]:
     lines = []

@@ -40,7 +40,7 @@ def check_source(request: Request, source: Source, rules: SourceRules, latent: L
     Reads headers, and one frame of a video. Raises OptionError if the source does not exist or the family
     does not take it, MediaError or CheckpointError if it cannot be read.
     """
-    named = _named(source)
+    named = _name_source(source)
     if source.option not in rules.takes:
         options = " or ".join(f"--{option}" for option in rules.takes)
         raise OptionError(f"{named}: {rules.who} does not take it. Use {options}")
@@ -71,7 +71,7 @@ def begin_late(prepared: Prepared, source: Source, family: Family) -> Prepared:
     """
     if prepared.joint is not None:
         raise OptionError(
-            f"{_named(source)}: a video that is made with its sound starts from noise. Make it without "
+            f"{_name_source(source)}: a video that is made with its sound starts from noise. Make it without "
             f"sound, or leave --{source.option} out"
         )
     if source.option == LATENTS:
@@ -79,7 +79,7 @@ def begin_late(prepared: Prepared, source: Source, family: Family) -> Prepared:
     elif source.option == VIDEO:
         num_frames = count_frames_up_to(source.path, prepared.frames)
         if num_frames < prepared.frames and source.pad_mode is None:
-            raise _too_short(source, num_frames, prepared.frames)
+            raise _make_length_error(source, num_frames, prepared.frames)
     if source.needs_vae and family.source.stretches:
         _warn_of_stretching(prepared, source, family.latent)
     timesteps: Sequence[float] = prepared.timesteps
@@ -101,7 +101,7 @@ def _check_latent_frames(prepared: Prepared, source: Source, family: Family) -> 
     needed = family.latent.shape(prepared.frames, prepared.height, prepared.width)[2]
     if num_frames != needed:
         raise OptionError(
-            f"{_named(source)}: it has {num_frames} latent frames, the video asked for has {needed} "
+            f"{_name_source(source)}: it has {num_frames} latent frames, the video asked for has {needed} "
             f"({prepared.frames} frames). Ask for the length that the file was made with: "
             f"{family.latent.count_frames(num_frames)} frames"
         )
@@ -150,14 +150,15 @@ def first_step(source: Source, timesteps: Sequence[float], steps: int) -> int:
     return steps - min(max(int(steps * source.denoise), 1), steps)
 
 
-def _too_short(source: Source, num_frames: int, needed: int) -> MediaError:
+def _make_length_error(source: Source, num_frames: int, needed: int) -> MediaError:
     return MediaError(
-        f"{_named(source)}: it has {num_frames} frames, {needed} are needed. Lower the length, give a longer "
+        f"{_name_source(source)}: it has {num_frames} frames, {needed} are needed. Lower the length, give a "
+        "longer "
         "video, or repeat its last frame with --v2v_pad_mode end."
     )
 
 
-def _named(source: Source) -> str:
+def _name_source(source: Source) -> str:
     """Return the option and the path of a source, for messages."""
     return f"--{source.option} {source.path}"
 
@@ -178,7 +179,7 @@ def encode_source(family: Family, encoders: MediaEncoders, prepared: Prepared) -
         return _resize_latents(saved, shape[-2], shape[-1])
     frames = _read_frames(source, prepared, family.source.stretches, alpha=family.latent.has_alpha)
     if source.pad_mode is None and len(frames) < prepared.frames:
-        raise _too_short(source, len(frames), prepared.frames)
+        raise _make_length_error(source, len(frames), prepared.frames)
     num_frames = family.latent.lengths.fit(len(frames))
     latents = family.encode_source(encoders, frames[None, :num_frames], prepared.seed).float().cpu()
     return fit_frames(latents, shape[2], source.pad_mode or "end")
@@ -248,13 +249,13 @@ def _load_saved_latents(
     model = saved.metadata.get("bt_model_type")
     if model is not None and model not in rules.latents_of:
         raise CheckpointError(
-            f"{_named(source)}: the latents were made by {model}, whose latents mean something else to "
+            f"{_name_source(source)}: the latents were made by {model}, whose latents mean something else to "
             f"{rules.who}. Decode them with that model's script, and give the video to --video_path",
             source.path,
         )
     if saved.latents.shape[1] != latent.channels:
         raise CheckpointError(
-            f"{_named(source)}: the latents have {saved.latents.shape[1]} channels, {rules.who} has "
+            f"{_name_source(source)}: the latents have {saved.latents.shape[1]} channels, {rules.who} has "
             f"{latent.channels}",
             source.path,
         )

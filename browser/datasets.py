@@ -68,12 +68,6 @@ def picture_families() -> frozenset[str]:
     return frozenset(name for name, most in frames.items() if most == 1)
 
 
-def find_run_model(name: str) -> str:
-    """Return the key of MODELS for a run. name: that of its model, as the run calls it."""
-    usual = PICTURES if name in picture_families() else next(iter(MODELS))
-    return OF_RUNS.get(name, usual)
-
-
 File = dict[str, Any]  # as `data_tools/report/files.py` lists it
 
 
@@ -250,7 +244,8 @@ class Datasets:
             if typed:
                 folder, path = _locate(typed, run)
                 runs.setdefault((path, folder), []).append((run.id, run.name))
-                models.setdefault(path, find_run_model(run.model))
+                usual_model = PICTURES if run.model in picture_families() else next(iter(MODELS))
+                models.setdefault(path, OF_RUNS.get(run.model, usual_model))
         datasets = {}
         for (path, folder), names in runs.items():
             datasets[path] = FoundDataset(

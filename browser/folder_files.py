@@ -135,7 +135,8 @@ class LeftOut:
         paths = [path]
         others = [other for other in list_names(start) if Path(other).stem == path.stem]
         if len(others) == 1:  # else the caption is also that of another file
-            paths += [caption for caption in _caption_files(path) if caption.is_file()]
+            captions = [path.with_suffix(suffix) for suffix in (".txt", ".caption")]
+            paths += [caption for caption in captions if caption.is_file()]
         for moved in paths:
             if os.path.lexists(target / moved.name):
                 raise OptionError(f"{target / moved.name} is there already. Rename one of the two")
@@ -147,10 +148,6 @@ class LeftOut:
                 if error.errno != errno.EXDEV:
                     raise
                 raise OutputError(f"{path} is on another disk than {target}. Move it by hand") from None
-
-
-def _caption_files(path: Path) -> list[Path]:
-    return [path.with_suffix(suffix) for suffix in (".txt", ".caption")]
 
 
 class FolderFiles:

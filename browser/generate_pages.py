@@ -413,7 +413,11 @@ class GeneratePages:
             check_family(recipe.folder / lora.path, recipe.family)
         seeds = choose_seeds(form)
         launch.check_options(render_request.command(seeds[0]), recipe.folder)
-        self.render_worker.add([make_render_job(render_request, seed, form) for seed in seeds])
+        render_jobs = []
+        for seed in seeds:
+            repeated = replace(form, texts={**form.texts, "seed": seed}, count="1", is_locked=True)
+            render_jobs.append(replace(render_request.as_render_job(seed), form=repeated.as_fields()))
+        self.render_worker.add(render_jobs)
 
     def _check_paths(self, render_request: RenderRequest) -> None:
         """Raise OptionError for a picture outside the roots that the model's own command does not name."""
@@ -596,12 +600,6 @@ def choose_seeds(form: GenerateForm) -> list[str]:
         raise OptionError(f"How many {count}: give a number from 1 to {MOST_AT_ONCE}.")
     first = int(seed) if seed else secrets.randbits(SEED_BITS)
     return [str(first + place) for place in range(int(count))]
-
-
-def make_render_job(render_request: RenderRequest, seed: str, form: GenerateForm) -> RenderJob:
-    """Return the record of one result, with the form that asks for it again."""
-    fields = replace(form, texts={**form.texts, "seed": seed}, count="1", is_locked=True).as_fields()
-    return replace(render_request.as_render_job(seed), form=fields)
 
 
 def generate_routes(site: Site) -> list[Route]:

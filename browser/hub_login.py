@@ -14,7 +14,9 @@ def describe_login() -> str:
     for name in VARIABLES:
         if os.environ.get(name, "").strip():
             return f"A token is there: the variable {name}."
-    path = find_token_path()
+    from huggingface_hub import constants  # takes a while to load
+
+    path = Path(constants.HF_TOKEN_PATH)
     try:
         is_there = path.is_file() and path.stat().st_size > 0
     except OSError:
@@ -25,10 +27,3 @@ def describe_login() -> str:
         f"No token. Models whose licence is accepted on their page need one: make it at {TOKENS} and type "
         "hf auth login in a terminal."
     )
-
-
-def find_token_path() -> Path:
-    """Return the path of the token that the hub's own program keeps."""
-    from huggingface_hub import constants  # takes a while to load
-
-    return Path(constants.HF_TOKEN_PATH)

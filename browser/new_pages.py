@@ -192,7 +192,7 @@ class NewPages:
                 return NewForm(folder=str(folder))
         if job is not None:
             return NewForm.of_words(shlex.split(job.line))
-        return NewForm(folder=str(folder), name=self.suggest_name(folder))
+        return NewForm(folder=str(folder), name=find_free_name(folder / "output", folder.name))
 
     def is_as_shown(self, folder: Path, shown: str) -> bool:
         """Return whether the files of a folder still say what a page has shown in its fields.
@@ -201,10 +201,6 @@ class NewPages:
         """
         described, _ = self.try_read(folder)
         return described is not None and self.make_form(described).address == shown
-
-    def suggest_name(self, folder: Path) -> str:
-        """Return a free name for a LoRA if the usual one, that of the folder, is taken; else nothing."""
-        return find_free_name(folder / "output", folder.name)
 
     def is_pending(self, comparing: Job, folder: Path) -> bool:
         """Return whether shown changes are still those that the files would get."""

@@ -44,10 +44,6 @@ def is_started_by(run: RunSummary, job: Job) -> bool:
     return False
 
 
-def order_by_begin(job: Job) -> tuple[float, int]:
-    return job.born, job.id
-
-
 class Draft(NamedTuple):
     """A command for the user to edit, and the run that it is from."""
 
@@ -156,7 +152,7 @@ class QueuePages:
             "trainings": trainings,
             "shown_runs": shown_runs,
             "waiting": [job for job in jobs if job.state == WAITING],
-            "ended": sorted(ended, key=order_by_begin, reverse=True),
+            "ended": sorted(ended, key=lambda job: (job.born, job.id), reverse=True),
             "worker": worker,
             "can_write": not self.queue.read_only,
             "message": error or self.queue.problem,

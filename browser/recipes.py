@@ -218,10 +218,6 @@ class ModelRecipe:
         fits = lengths.fit(int(value)), lengths.fit(int(value) + lengths.step)
         return min(fits, key=lambda frames: abs(frames - value))
 
-    def describe_rule(self, name: str) -> str:
-        """Return the rule for a field's values, in words, if not all within its limits are allowed."""
-        return f"a multiple of {self.side_step}" if name in SIDES else f"a length of {self.defaults.lengths}"
-
     @property
     def shapes(self) -> list[tuple[int, int]]:
         """Return usual sizes, width and height, of about as many pixels as the model's usual size."""
@@ -531,7 +527,9 @@ class RenderRequest:
             raise OptionError(f"{self._label(name)} {text}: give a {what} from {least:,g} to {most:,g}")
         near = self.recipe.nearest(name, value)
         if near != value:
-            rule = self.recipe.describe_rule(name)
+            rule = f"a length of {self.recipe.defaults.lengths}"
+            if name in SIDES:
+                rule = f"a multiple of {self.recipe.side_step}"
             raise OptionError(f"{self._label(name)} {text}: give {rule}. Nearest: {near}")
 
     def _lora_options(self) -> dict[str, list[str]]:

@@ -125,7 +125,7 @@ class RenderWorker:
             self._end_orphan()
             queue.before_start = self.make_room
             atexit.register(self.close)
-            if any(render_job.state == WAITING for render_job in self.store.list_all()):
+            if self._has_waiting():
                 self._begin()
 
     def list_all(self) -> list[RenderJob]:

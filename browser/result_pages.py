@@ -422,9 +422,6 @@ class ResultPages:
             read = self.cache.get(result)
             job = jobs.get(str(result.path))
             tiles.append(ResultTile(result, read.settings, problem=read.problem, job=job))
-        return self.answer_tiles(tiles)
-
-    def answer_tiles(self, tiles: Sequence[ResultTile]) -> Response:
         values = {"tiles": tiles, "can_write": not self.site.read_only}
         return answer_template("result_tiles.html", "Results", values)
 
@@ -530,7 +527,9 @@ class ResultPages:
     def add_render_job(self, result: Result, settings: ResultSettings, seed: str) -> Response:
         """Let a result be made again. Raises OptionError or OutputError if it takes none."""
         remade = self.remaker.remake(result, settings, seed)
-        missing = [word for word in _list_files(remade) if not Path(remade.folder, word).exists()]
+        suffixes = (".safetensors", ".pth", ".gguf", ".sft")
+        files = [word for word in remade.session if Path(word).suffix in suffixes]
+        missing = [word for word in files if not Path(remade.folder, word).exists()]
         if missing:
             raise OptionError(f"{missing[0]} is missing: load the model first (Models).")
 
@@ -636,14 +635,10 @@ class ResultPages:
                 pass
             if frame is None:
                 raise MediaError(f"{result.path} has no frame")
-            write_png(path, frame, self.last_frame_tags(result))
+            write_png(path, frame, {f"{PREFIX}last_frame_of": result.path.name})
         self.folders.list_all()
         status = path.stat()
         return Result(path, status.st_mtime, status.st_size)
-
-    def last_frame_tags(self, result: Result) -> dict[str, str]:
-        """Return the texts of a last frame: what clip it is of."""
-        return {f"{PREFIX}last_frame_of": result.path.name}
 
     # --- use as sample prompt
 
@@ -718,12 +713,6 @@ class ResultPages:
             return change(result, form)
         except (UserError, OSError, ValueError) as error:
             return answer_message(str(error), is_refused=True)
-
-
-def _list_files(remade: RenderJob) -> list[str]:
-    """Return the words of a session that name files of a model."""
-    words = remade.session
-    return [word for word in words if Path(word).suffix in (".safetensors", ".pth", ".gguf", ".sft")]
 
 
 def _free_path(path: Path, added: str) -> Path:

@@ -41,7 +41,7 @@ from browser.run_start import (
     DRAFT,
     FAULTS,
     TRAINING,
-    PlannedRun,
+    FolderPlan,
     ShownRun,
     find_start_words,
     is_run_of_folder,
@@ -114,7 +114,7 @@ class RunButtons:
             "plan": shown.plan,
             "is_known": shown.plan is None or self.tracked_runs.is_known(shown.plan),
         }
-        return render_page(HERE / "planned_run.html", shown.summary.name, values, POLICY)
+        return render_page(HERE / "folder_plan.html", shown.summary.name, values, POLICY)
 
     def render(self, shown: ShownRun) -> str:
         """Return the buttons of a run, with the texts that a page shows next to them."""
@@ -166,7 +166,7 @@ class RunButtons:
             return self.add_history_actions(actions, shown)
         return self.add_plan_actions(actions, shown, shown.plan)
 
-    def add_plan_actions(self, actions: RunActions, shown: ShownRun, plan: PlannedRun) -> RunActions:
+    def add_plan_actions(self, actions: RunActions, shown: ShownRun, plan: FolderPlan) -> RunActions:
         """Add the buttons of a run that can be started from its described folder."""
         run = shown.summary
         has_run = run.history.exists()

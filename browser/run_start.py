@@ -104,7 +104,7 @@ class RunState:
 
 
 @dataclass(frozen=True)
-class PlannedRun:
+class FolderPlan:
     """Hold what the run.toml of a described folder says of its run."""
 
     folder: Path
@@ -150,7 +150,7 @@ class PlannedRun:
         )
 
 
-def read_plan(path: Path, changed: float) -> PlannedRun | None:
+def read_plan(path: Path, changed: float) -> FolderPlan | None:
     """Read a run.toml; None if it is another program's.
 
     changed: when it was. Raises OSError if it cannot be read.
@@ -161,7 +161,7 @@ def read_plan(path: Path, changed: float) -> PlannedRun | None:
     except ValueError as error:
         if not (folder / DATASET_FILE).is_file():
             return None
-        return PlannedRun(folder, _find_usual_history(folder), changed, problem=f"{path}: {error}")
+        return FolderPlan(folder, _find_usual_history(folder), changed, problem=f"{path}: {error}")
     if OTHERS_TABLE not in tables:
         return None
     try:
@@ -169,14 +169,14 @@ def read_plan(path: Path, changed: float) -> PlannedRun | None:
     except (OptionError, ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         problem = f"{path} is not as `new` writes it ({reason})"
-        return PlannedRun(folder, _find_usual_history(folder), changed, problem=problem)
+        return FolderPlan(folder, _find_usual_history(folder), changed, problem=problem)
 
 
 def _find_usual_history(folder: Path) -> Path:
     return history_path(folder / "output", folder.name)
 
 
-def _parse_plan(folder: Path, tables: Mapping[str, Any], changed: float) -> PlannedRun:
+def _parse_plan(folder: Path, tables: Mapping[str, Any], changed: float) -> FolderPlan:
     values = tables[TRAINING_TABLE]
     name = str(values["output_name"])
     check_output_name("output_name", name, is_new=False)
@@ -186,7 +186,7 @@ def _parse_plan(folder: Path, tables: Mapping[str, Any], changed: float) -> Plan
     prompts = values.get("sample_prompts")
     for text in (str(values["output_dir"]), str(prompts or "")):
         refuse_share(text, folder)
-    return PlannedRun(
+    return FolderPlan(
         folder=folder,
         history=history_path(real_path(expand_path(str(values["output_dir"]), folder)), name),
         changed=changed,
@@ -211,7 +211,7 @@ class ShownRun:
 
     summary: RunSummary
     state: RunState
-    plan: PlannedRun | None = None  # of the described folder that it can be started from
+    plan: FolderPlan | None = None  # of the described folder that it can be started from
 
     @property
     def ended_at_once(self) -> str:
@@ -234,15 +234,15 @@ class TrackedRuns:
         self.runs = runs
         self.queue = queue
         self.background_jobs = background_jobs
-        self._plans: dict[Path, tuple[tuple[int, int, int], PlannedRun | None]] = {}
+        self._plans: dict[Path, tuple[tuple[int, int, int], FolderPlan | None]] = {}
 
     # ---- what there is
 
-    def list_plans(self) -> list[PlannedRun]:
+    def list_plans(self) -> list[FolderPlan]:
         """Return the described folders below the roots. Call it after the runs were listed."""
         with self.runs.lock:
             plans = {}
-            known: dict[Path, tuple[tuple[int, int, int], PlannedRun | None]] = {}
+            known: dict[Path, tuple[tuple[int, int, int], FolderPlan | None]] = {}
             for path in self.runs.configs():
                 if path.name == RUN_FILE and path not in known:
                     with contextlib.suppress(OSError):
@@ -253,7 +253,7 @@ class TrackedRuns:
                     plans[plan.history] = plan
             return list(plans.values())
 
-    def _read_plan(self, path: Path) -> tuple[tuple[int, int, int], PlannedRun | None]:
+    def _read_plan(self, path: Path) -> tuple[tuple[int, int, int], FolderPlan | None]:
         """Return a plan with the state of its file; the file is read only if it has changed."""
         status = path.lstat()
         mark = status.st_mtime_ns, status.st_size, status.st_ino
@@ -262,7 +262,7 @@ class TrackedRuns:
             return before
         return mark, read_plan(path, status.st_mtime)
 
-    def find_plan(self, run: RunSummary) -> PlannedRun | None:
+    def find_plan(self, run: RunSummary) -> FolderPlan | None:
         """Return the described folder that a run can be started from again; None if there is none."""
         plans = self.list_plans()
         return next((plan for plan in plans if run.history in (plan.history, plan.trace)), None)
@@ -326,7 +326,7 @@ class TrackedRuns:
 
     def _show(
         self,
-        plan: PlannedRun,
+        plan: FolderPlan,
         run: RunSummary | None,
         trace: RunSummary | None,
         of_folder: Sequence[Job],
@@ -364,7 +364,7 @@ class TrackedRuns:
             return False
 
     def _find_state(
-        self, plan: PlannedRun, run: RunSummary | None, trace: RunSummary | None, job: Job | None
+        self, plan: FolderPlan, run: RunSummary | None, trace: RunSummary | None, job: Job | None
     ) -> RunState:
         """Return the state of a described folder's run: by what works now, else by what ended last."""
         is_asked = job is not None and job.state == RUNNING and job.stops > 0
@@ -384,7 +384,7 @@ class TrackedRuns:
 
     # ---- starting
 
-    def is_known(self, plan: PlannedRun) -> bool:
+    def is_known(self, plan: FolderPlan) -> bool:
         """Return whether the user has described or read a folder here; else it may be somebody else's.
 
         Nothing below the roots counts, neither its histories nor the queue: that may all be from elsewhere.
@@ -473,7 +473,7 @@ def make_check_words(folder: Path) -> list[str]:
     return ["reelsmith", "run", str(folder), "--check"]
 
 
-def find_start_words(plan: PlannedRun, models: Path) -> list[str]:
+def find_start_words(plan: FolderPlan, models: Path) -> list[str]:
     """Return the command that starts a plan, also of a run.toml that `new` has not written."""
     try:
         return make_run_words(read_described(plan.folder), models)
@@ -564,7 +564,7 @@ def read_trace_state(trace: RunSummary) -> RunState:
 
 
 def _find_last_ending(
-    plan: PlannedRun, run: RunSummary | None, trace: RunSummary | None, job: Job | None, check: Job | None
+    plan: FolderPlan, run: RunSummary | None, trace: RunSummary | None, job: Job | None, check: Job | None
 ) -> RunState:
     """Return the state of a run on which nothing works: the latest of its job, histories and check."""
     candidates: list[tuple[float, RunState]] = [(0.0, RunState(DRAFT, reason=plan.problem))]
@@ -619,7 +619,7 @@ def explain_end_at_once(run: RunSummary) -> str:
     return f"{text}; continues from {place}."
 
 
-def _has_no_history(job: Job, plan: PlannedRun, histories: Sequence[RunSummary]) -> bool:
+def _has_no_history(job: Job, plan: FolderPlan, histories: Sequence[RunSummary]) -> bool:
     """Return whether a job has written no history, so that only its own end tells of the run."""
     # a job of before run.toml was changed may be of another name
     if not histories and job.born + SECOND < plan.changed:

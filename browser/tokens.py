@@ -36,7 +36,9 @@ def choose_token(options: BrowserOptions) -> PageToken:
     """Return the word of --token, or the user's own. Raises OptionError as `BrowserOptions.read_token`."""
     if options.token is not None:
         word = options.read_token()
-        _warn_if_open(options.token)
+        if os.name != "nt" and stat.S_IMODE(options.token.stat().st_mode) & 0o077:
+            warning = "--token %s: other users of this machine can read it. Run: chmod 600 %s"
+            logger.warning(warning, options.token, options.token)
         return PageToken(word, options.token)
     if options.no_token:
         return PageToken(None)
@@ -56,11 +58,6 @@ def _own_token() -> PageToken:
     if not WORD.fullmatch(word):
         return PageToken(secrets.token_urlsafe(32))
     return PageToken(word, user_folder() / FILE)
-
-
-def _warn_if_open(path: Path) -> None:
-    if os.name != "nt" and stat.S_IMODE(path.stat().st_mode) & 0o077:
-        logger.warning("--token %s: other users of this machine can read it. Run: chmod 600 %s", path, path)
 
 
 @dataclass

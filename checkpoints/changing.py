@@ -133,7 +133,7 @@ def plan_change(checkpoint: Checkpoint, change: CheckpointChange, stale: Sequenc
         tensor = checkpoint.read(name)
         return _as_dtype(checkpoint, name, tensor=tensor, scale=scale, dtype=tensors[new_name].dtype)
 
-    metadata, notes = _metadata(checkpoint, change, unscaled, stale)
+    metadata, notes = _make_metadata(checkpoint, change, unscaled, stale)
     if unscaled:
         weights = count_of(len(unscaled), "weight")
         notes.append(f"in 8 bits: {weights}, multiplied by their scales, which are left out")
@@ -234,7 +234,7 @@ def _as_dtype(
     return converted
 
 
-def _metadata(
+def _make_metadata(
     checkpoint: Checkpoint, change: CheckpointChange, unscaled: set[str], stale: Sequence[str]
 ) -> tuple[dict[str, str], list[str]]:
     """Return the metadata of the new file, and notes on the old metadata that are left out."""
@@ -248,7 +248,7 @@ def _metadata(
     if HEADER in metadata:
         try:
             record = parse_json(metadata[HEADER])
-            layers = _renamed_layers(checkpoint, change, unscaled, record["layers"])
+            layers = _rename_layers(checkpoint, change, unscaled, record["layers"])
             if layers:
                 metadata[HEADER] = json.dumps({**record, "layers": layers})
             else:
@@ -260,7 +260,7 @@ def _metadata(
     return {"format": "pt", **metadata}, notes  # transformers loads no file without a format
 
 
-def _renamed_layers(
+def _rename_layers(
     checkpoint: Checkpoint, change: CheckpointChange, unscaled: set[str], layers: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return ComfyUI's record of layers in 8 bits, for those that stay so and by their new names."""
@@ -351,12 +351,12 @@ def gather(path: Path) -> Checkpoint:
     two files if it is the same in both. Raises CheckpointError as `open_checkpoint`, and if files contradict
     each other or lack tensors of the index.
     """
-    parts, index = _parts_and_index(path)
+    parts, index = _find_parts_and_index(path)
     repeated: list[str] = []
 
     def are_equal(first: TensorFile, second: TensorFile, name: str) -> bool:
         have_equal_facts = first.tensors[name] == second.tensors[name]
-        is_repeated = have_equal_facts and _digest(first, name) == _digest(second, name)
+        is_repeated = have_equal_facts and _hash_tensor(first, name) == _hash_tensor(second, name)
         if is_repeated:
             repeated.append(name)
         return is_repeated
@@ -379,7 +379,7 @@ def gather(path: Path) -> Checkpoint:
     return checkpoint
 
 
-def _parts_and_index(path: Path) -> tuple[list[Path], Path | None]:
+def _find_parts_and_index(path: Path) -> tuple[list[Path], Path | None]:
     """Return the files of a model, and their index if there is one; see `gather`."""
     if not path.is_dir():
         return checkpoint_paths(path), path if path.name.endswith(INDEX) else None
@@ -407,7 +407,7 @@ def _check_index(checkpoint: Checkpoint, index: Path) -> None:
         )
 
 
-def _digest(file: TensorFile, name: str) -> bytes:
+def _hash_tensor(file: TensorFile, name: str) -> bytes:
     info = file.tensors[name]
     tensor = file.borrow(name, torch.empty(info.size_bytes, dtype=torch.uint8)).contiguous()
     return hashlib.sha256(memoryview(cast(Any, tensor.view(-1).view(torch.uint8).numpy()))).digest()

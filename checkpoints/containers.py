@@ -144,7 +144,7 @@ class SafetensorsFile(HeaderFile):
         shape = entry["shape"]
         begin, end = entry["data_offsets"]
         dtype = self._find_dtype(name, entry["dtype"])
-        info = TensorInfo(dtype, _checked_shape(name, shape, begin, end))
+        info = TensorInfo(dtype, _check_shape(name, shape, begin, end))
         if end - begin != info.size_bytes:
             raise ValueError(f"{name} has {end - begin} bytes for shape {list(shape)}")
         return info
@@ -174,7 +174,7 @@ def _check_places(places: Iterable[tuple[int, int, str]]) -> int:
     return last
 
 
-def _checked_shape(name: str, shape: Sequence[Any], begin: Any, end: Any) -> tuple[int, ...]:
+def _check_shape(name: str, shape: Sequence[Any], begin: Any, end: Any) -> tuple[int, ...]:
     """Return a tensor's shape. Raises ValueError if no tensor can have it, or bytes at that place."""
     if any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
         raise ValueError(f"{name} has the shape {shape} at bytes {begin} to {end}")
@@ -190,7 +190,7 @@ class TorchFile:
         self.path = path
         self.metadata: dict[str, str] = {}
         content = load_pickled(path)
-        self._tensors, self.left_out = _named_tensors(content, set())
+        self._tensors, self.left_out = _find_tensors(content, set())
         if not self._tensors:
             raise CheckpointError(
                 f"{path} holds no named tensors ({type(content).__name__}). Give a model's state dict.", path
@@ -207,11 +207,11 @@ class TorchFile:
         try:
             "".join(self.tensors).encode("utf-8")
         except UnicodeEncodeError as error:  # it could not be shown, nor written again
-            raise _pickle_damage_error(path, f"a tensor's name is no text ({error})") from error
+            raise _make_damage_error(path, f"a tensor's name is no text ({error})") from error
         for name, info in self.tensors.items():
             if len(name) > MAX_TENSOR_NAME:
                 what = f"a tensor has a name of {len(name)} characters, {shorten(name, 60)}"
-                raise _pickle_damage_error(path, what)
+                raise _make_damage_error(path, what)
             if info.dtype not in SAFETENSORS_DTYPES.values():
                 raise CheckpointError(f"{path}: {name} is of type {dtype_name(info.dtype)}. {_PLAIN}", path)
             # a few bytes repeated over a shape that no memory holds, or a tensor without data
@@ -262,7 +262,7 @@ def load_pickled(path: Path, times: int = 1) -> Any:
     except pickle.UnpicklingError as error:
         nonsense = re.search(r"Unsupported operand \d+", str(error))
         if nonsense is not None or "weights_only" not in str(error):
-            raise _pickle_damage_error(path, nonsense[0] if nonsense else str(error)) from error
+            raise _make_damage_error(path, nonsense[0] if nonsense else str(error)) from error
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         raise CheckpointError(
             f"{path} holds program code in addition to its tensors and is refused: opening it would run that "
@@ -273,7 +273,7 @@ def load_pickled(path: Path, times: int = 1) -> Any:
     except (MemoryError, CheckpointError):
         raise
     except Exception as error:  # torch's reader meets a damaged file with whatever its next step raises
-        raise _pickle_damage_error(path, str(error) or type(error).__name__) from error
+        raise _make_damage_error(path, str(error) or type(error).__name__) from error
 
 
 class _Counted:
@@ -324,12 +324,12 @@ def _check_plain(content: Any, path: Path) -> None:
             inner = value.items() if isinstance(value, dict) else enumerate(value)
             waiting += [(f"{name}.{key}".lstrip("."), item) for key, item in inner]
         if isinstance(value, Tensor):
-            kind = _special_kind(value)
+            kind = _name_special_kind(value)
             if kind is not None:
                 raise CheckpointError(f"{path}: {name or 'its tensor'} is {kind}. {_PLAIN}", path)
 
 
-def _special_kind(tensor: Tensor) -> str | None:
+def _name_special_kind(tensor: Tensor) -> str | None:
     """Return the kind of a tensor that is not dense and plain, in words; None for a plain one."""
     if tensor.is_nested:
         return "a nested tensor"
@@ -342,12 +342,12 @@ def _special_kind(tensor: Tensor) -> str | None:
     return None
 
 
-def _pickle_damage_error(path: Path, reason: str) -> CheckpointError:
+def _make_damage_error(path: Path, reason: str) -> CheckpointError:
     reason = reason.strip().splitlines()[0].split(". ")[0]
     return CheckpointError(f"{path} is damaged or incomplete: {reason}. Download or copy it again.", path)
 
 
-def _named_tensors(content: Any, visited: set[int]) -> tuple[dict[str, Tensor], list[str]]:
+def _find_tensors(content: Any, visited: set[int]) -> tuple[dict[str, Tensor], list[str]]:
     """Return the tensors of the first wrapper dictionary that has any, else of `content`, and the names of
     all other entries.
 
@@ -359,7 +359,7 @@ def _named_tensors(content: Any, visited: set[int]) -> tuple[dict[str, Tensor], 
     visited.add(id(content))
     wrappers = [*WRAPPERS, *content] if len(content) == 1 else WRAPPERS
     for key in wrappers:
-        inner, left_out = _named_tensors(content.get(key), visited)
+        inner, left_out = _find_tensors(content.get(key), visited)
         if inner:
             return inner, [str(name) for name in content if name != key] + left_out
     tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}

@@ -230,7 +230,7 @@ def stored_layers(
         if not staying:
             return None
         return StoredLoading(None, staying=_without_patched(staying, dit, checkpoint.path, placement))
-    wide = _wide_blocks(dit, spec) if quantisation.fp8_matmul else ()
+    wide = _list_wide_blocks(dit, spec) if quantisation.fp8_matmul else ()
 
     def narrow(names: frozenset[str]) -> frozenset[str]:
         return frozenset(name for name in names if not name.startswith(wide))
@@ -248,11 +248,11 @@ def stored_layers(
     elif quantisation.kind != "cast":
         infos = [checkpoint.tensors[sources[name].names[0]] for name in staying]
         is_packed = any(info.packing is not None for info in infos)
-        raise _already_quantised(checkpoint.path, quantisation.asked_by, is_packed)
+        raise _make_quantised_error(checkpoint.path, quantisation.asked_by, is_packed)
     return StoredLoading(form, staying=_without_patched(staying, dit, checkpoint.path, placement))
 
 
-def _wide_blocks(dit: nn.Module, spec: DitSpec) -> tuple[str, ...]:
+def _list_wide_blocks(dit: nn.Module, spec: DitSpec) -> tuple[str, ...]:
     """Return the beginnings of the names of the last blocks, in the order that they run; () of few blocks."""
     counts = []
     names = []
@@ -265,7 +265,7 @@ def _wide_blocks(dit: nn.Module, spec: DitSpec) -> tuple[str, ...]:
     return tuple(in_order[-LAST_IN_16_BITS:])
 
 
-def _already_quantised(path: Path, flag: str, is_packed: bool) -> CheckpointError:
+def _make_quantised_error(path: Path, flag: str, is_packed: bool) -> CheckpointError:
     """Return the error for a file that would be rounded a second time. flag: the option that asks for it."""
     state = "quantised"
     instead = "layers stay as the file has them."

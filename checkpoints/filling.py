@@ -252,7 +252,7 @@ class _Filling:
         self._shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
         self.on_host: Mapping[str, Tensor] = {}  # memory for the tensors that stay on the host
         if host is not None and device.type != "meta":
-            infos = {name: self._target_info(name) for name in self._shapes}
+            infos = {name: self._describe_target(name) for name in self._shapes}
             self.on_host = host.hold(module, infos)
         self._is_filled_here = host is None or host.is_filled_here
         self.are_finite: dict[str, Tensor] = {}  # by parts of the file, on another device than a CPU
@@ -260,20 +260,20 @@ class _Filling:
         self.rounded_forms: dict[str, str] = {}  # by name, as the log tells them
         self.kept_forms: list[str] = []  # of the file's own
         # one buffer for all reading: temporary tensors would leave holes in the heap between those that stay
-        size_bytes = 0 if device.type == "meta" else max(map(self._buffer_bytes, dtypes), default=0)
+        size_bytes = 0 if device.type == "meta" else max(map(self._count_buffer_bytes, dtypes), default=0)
         if device.type == "cuda":
             self.scratch = empty_pinned([size_bytes], torch.uint8)
         else:
             self.scratch = torch.empty(size_bytes, dtype=torch.uint8)
 
-    def _target_info(self, name: str) -> TensorInfo:
+    def _describe_target(self, name: str) -> TensorInfo:
         """Return dtype and shape of a tensor in the model."""
         if self._stored is not None and name in self._stored:
-            weight = self._empty(name).weight
+            weight = self._make_empty(name).weight
             return TensorInfo(weight.dtype, tuple(weight.shape))
         return TensorInfo(self._dtypes[name], self._shapes[name])
 
-    def _buffer_bytes(self, name: str) -> int:
+    def _count_buffer_bytes(self, name: str) -> int:
         """Return the bytes of the buffer that reading the parts of a tensor takes."""
         parts = self._sources[name].names
         return sum(self._checkpoint.tensors[part].size_bytes + _ALIGNMENT for part in parts)
@@ -300,7 +300,8 @@ class _Filling:
             self._write(name, place)
         elif self._is_filled_here:
             self._write(name, place)
-        elif self._patch is not None:  # it notes which deltas find their weight
+        elif self._patch is not None:
+            # another process writes the values; the patch only notes here that its delta has a weight
             dtype = self._dtypes[name]
             self._patch(name, torch.empty(place.shape, dtype=dtype, device="meta"), dtype)
         return place
@@ -311,9 +312,9 @@ class _Filling:
         All processes that share places make the companions, one of them writes the weights.
         """
         if self._device.type == "meta":
-            stored = self._empty(name)
+            stored = self._make_empty(name)
         elif name in loading.staying:
-            stored = self._stored_in_file(name, layer)
+            stored = self._read_stored(name, layer)
         else:
             assert loading.form is not None
             stored = self._round(name, loading.form)
@@ -330,10 +331,10 @@ class _Filling:
         copies = [None if tensor is None else tensor.clone() for tensor in companions]
         return Stored(form, stored.shape, (weight, *copies))
 
-    def _stored_in_file(self, name: str, layer: nn.Linear) -> Stored:
+    def _read_stored(self, name: str, layer: nn.Linear) -> Stored:
         """Return a weight in the form of the file; its tensors may be views of the buffer."""
         source = self._sources[name]
-        stored = source.make_stored(self._parts(source))
+        stored = source.make_stored(self._read_parts(source))
         assert stored is not None
         self.kept_forms.append(stored.form.name)
         return Stored(stored.form, (layer.out_features, layer.in_features), stored.tensors)
@@ -343,11 +344,11 @@ class _Filling:
         first_part = self._sources[name].names[0]
         plain = self._make(name, self._checkpoint.tensors[first_part].dtype)
         stored = form.quantise(plain)
-        self.errors[name] = _rounding_error(plain, stored)
+        self.errors[name] = _measure_rounding_error(plain, stored)
         self.rounded_forms[name] = stored.form.how
         return stored
 
-    def _empty(self, name: str) -> Stored:
+    def _make_empty(self, name: str) -> Stored:
         """Return the stored weight of a layer on the meta device."""
         assert self._stored is not None
         if name in self._stored.staying:
@@ -378,7 +379,7 @@ class _Filling:
     def _make(self, name: str, target: torch.dtype) -> Tensor:
         """Make a tensor on the device, not yet rounded to `target`; it may be a view of the buffer."""
         source = self._sources[name]
-        tensor = source.make(self._parts(source))
+        tensor = source.make(self._read_parts(source))
         tensor = tensor.view(add_leading_sides(tuple(tensor.shape), len(self._shapes[name])))
         if self._checkpoint.tensors[source.names[0]].packing is not None:  # it may be padded
             tensor = tensor[tuple(slice(length) for length in self._shapes[name])]
@@ -389,7 +390,7 @@ class _Filling:
             tensor = tensor.to(target if target.itemsize > 1 else torch.float32)
         return self._patch(name, tensor, target)
 
-    def _parts(self, source: TensorSource) -> list[Tensor]:
+    def _read_parts(self, source: TensorSource) -> list[Tensor]:
         """Read the parts of a tensor, on the device; may be views of the buffer."""
         parts: list[Tensor] = []
         start = 0
@@ -408,7 +409,7 @@ class _Filling:
             self.are_finite[part] = is_finite(tensor)
 
 
-def _rounding_error(weight: Tensor, stored: Stored) -> Tensor:
+def _measure_rounding_error(weight: Tensor, stored: Stored) -> Tensor:
     """Return the sum of |difference| over that of |weight|, on some rows; NaN if a scale is not finite."""
     sample = weight[:: max(1, len(weight) // _SAMPLED_ROWS)]
     back = stored.form.quantise(sample).value()
@@ -511,7 +512,7 @@ def compress_names(names: Iterable[str]) -> list[str]:
             groups.setdefault(key, []).append(int(match[0]))
     lines = []
     for (before, after), numbers in sorted(groups.items()):
-        for first, last in _runs(sorted(numbers)):
+        for first, last in _find_runs(sorted(numbers)):
             number = str(first) if first == last else f"{{{first}..{last}}}"
             lines.append(f"{before}{number}{after}")
         if not numbers:
@@ -519,7 +520,7 @@ def compress_names(names: Iterable[str]) -> list[str]:
     return lines
 
 
-def _runs(numbers: Iterable[int]) -> list[tuple[int, int]]:
+def _find_runs(numbers: Iterable[int]) -> list[tuple[int, int]]:
     """Return the first and last of sorted numbers without a gap between them."""
     runs: list[tuple[int, int]] = []
     for number in numbers:

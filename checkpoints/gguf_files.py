@@ -91,7 +91,7 @@ class GgufFile(HeaderFile):
         own_shape = own_shapes.get(name, shape)
         if math.prod(own_shape) != math.prod(shape) or not all(length > 0 for length in own_shape):
             raise ValueError(f"{name} lies as {shape}, and {_SHAPE_KEY} says {shorten(str(own_shape), 60)}")
-        self.tensors[name] = self._info(name, head.number("I"), shape, own_shape)
+        self.tensors[name] = self._make_info(name, head.number("I"), shape, own_shape)
         return name
 
     def _place_tensors(self, starts: Mapping[str, int], data: int, size: int) -> None:
@@ -125,9 +125,11 @@ class GgufFile(HeaderFile):
                 self.metadata[key] = str(value)
         return own_shapes
 
-    def _info(self, name: str, number: int, shape: tuple[int, ...], own_shape: tuple[int, ...]) -> TensorInfo:
+    def _make_info(
+        self, name: str, number: int, shape: tuple[int, ...], own_shape: tuple[int, ...]
+    ) -> TensorInfo:
         """Return the facts of a tensor. number: GGUF type. shape: in the file. own_shape: in the model."""
-        value_shape = _full_shape(name, shape) if own_shape == shape else own_shape
+        value_shape = _restore_shape(name, shape) if own_shape == shape else own_shape
         if number in _PLAIN:
             return TensorInfo(_PLAIN[number], value_shape)
         try:
@@ -182,13 +184,13 @@ class GgufFile(HeaderFile):
                 number, part, kind = match.groups()
                 new = f"{blocks}.{number}.{inside.get(part, part)}.{kind}"
                 if is_llama and part in ("attn_q", "attn_k"):
-                    self._heads[new] = self._head_count(part, self.tensors[old])
+                    self._heads[new] = self._count_heads(part, self.tensors[old])
             if new != old and new in self.tensors:
                 raise ValueError(f"{shorten(old, 60)} and {shorten(new, 60)} are the same tensor")
             self.tensors[new] = self.tensors.pop(old)
             self._places[new] = self._places.pop(old)
 
-    def _head_count(self, part: str, info: TensorInfo) -> int:
+    def _count_heads(self, part: str, info: TensorInfo) -> int:
         key = "llama.attention.head_count" + ("_kv" if part == "attn_k" else "")
         heads = int(self.metadata.get(key, 0))
         if heads < 1 or len(info.shape) != 2 or info.shape[0] % (2 * heads):
@@ -270,7 +272,7 @@ def _keep(kind: Kind, shape: tuple[int, int], packed: Tensor) -> Stored:
     return Stored(RowForm(kind.name, make=kind.rows), shape, (packed,))
 
 
-def _full_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+def _restore_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the five axes of a patch embedding that a writer with at most four axes has flattened.
 
     All released models with one have patches of 1 x 2 x 2.

@@ -38,7 +38,7 @@ def find_packed(
     read: returns a tensor. Raises ValueError that names the layer for a form that is unknown or incomplete.
     """
     new_infos: dict[str, TensorInfo] = {}
-    for stem, settings in _marks(tensors, metadata, read).items():
+    for stem, settings in _read_marks(tensors, metadata, read).items():
         layer = _Layer(stem, settings, tensors, new_infos)
         try:
             name = settings["format"]
@@ -58,7 +58,7 @@ def find_packed(
         if is_state:
             stem = weight.removesuffix(".weight")
             try:
-                _bitsandbytes(_Layer(stem, _parse(read, tensors, name), tensors, new_infos), read)
+                _set_bitsandbytes(_Layer(stem, _parse(read, tensors, name), tensors, new_infos), read)
             except (ValueError, TypeError, KeyError) as error:
                 raise ValueError(
                     f"the layer {stem}: its bitsandbytes state cannot be read ({error})"
@@ -66,20 +66,20 @@ def find_packed(
     return new_infos
 
 
-def _marks(
+def _read_marks(
     tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str], read: Callable[[str], Tensor]
 ) -> dict[str, Mapping[str, Any]]:
     """Return the settings of each marked layer, by its name in the file."""
     marks: dict[str, Mapping[str, Any]] = {}
     for name in tensors:
         if name.endswith(MARK):
-            marks[name.removesuffix(MARK)] = _settings(_parse(read, tensors, name))
-    record = _json(metadata.get(HEADER, "{}"), HEADER)
-    layers = _table(record.get("layers", {}))
+            marks[name.removesuffix(MARK)] = _read_settings(_parse(read, tensors, name))
+    record = _parse_json(metadata.get(HEADER, "{}"), HEADER)
+    layers = _require_table(record.get("layers", {}))
     prefix = _find_prefix(layers, tensors)
     for layer, mark in layers.items():
         stem = f"{prefix}{layer}"
-        settings = _settings(mark)
+        settings = _read_settings(mark)
         if marks.setdefault(stem, settings) != settings:
             raise ValueError(f"the layer {stem} is marked as {marks[stem]} and as {settings}")
     missing = [stem for stem in marks if f"{stem}.weight" not in tensors]
@@ -103,16 +103,16 @@ def _find_prefix(header: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -
     return longer[0].removesuffix(first) if len(longer) == 1 else ""
 
 
-def _table(value: Any) -> dict[str, Any]:
+def _require_table(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"its record of quantisation has {str(value)[:60]!r} in place of a table")
     return value
 
 
-def _settings(mark: Any) -> dict[str, Any]:
+def _read_settings(mark: Any) -> dict[str, Any]:
     """Return a layer's settings, with those of `params` moved to the top level."""
-    settings = {"format": mark} if isinstance(mark, str) else _table(mark)
-    parameters = _table(settings.get("params") or {})
+    settings = {"format": mark} if isinstance(mark, str) else _require_table(mark)
+    parameters = _require_table(settings.get("params") or {})
     return {key: value for key, value in settings.items() if key != "params"} | parameters
 
 
@@ -120,12 +120,12 @@ def _parse(read: Callable[[str], Tensor], tensors: Mapping[str, TensorInfo], nam
     info = tensors[name]
     if info.dtype != torch.uint8 or info.size_bytes > _MOST_BYTES:
         raise ValueError(f"{name} is no text: {info.dtype} of {info.size_bytes:,} bytes")
-    return _json(bytes(read(name).flatten().tolist()), name)
+    return _parse_json(bytes(read(name).flatten().tolist()), name)
 
 
-def _json(text: str | bytes, name: str) -> dict[str, Any]:
+def _parse_json(text: str | bytes, name: str) -> dict[str, Any]:
     try:
-        return _table(parse_json(text if isinstance(text, str) else text.decode()))
+        return _require_table(parse_json(text if isinstance(text, str) else text.decode()))
     except ValueError as error:
         raise ValueError(f"{name} is no JSON text ({error})") from error
 
@@ -202,14 +202,14 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _E4M3, _E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
 
 
-def _per_row(scale: Tensor, rows: int) -> Tensor:
+def _expand_scale(scale: Tensor, rows: int) -> Tensor:
     """Return a scale of a layer, whole or by row, as N 1 float32. Raises ValueError if it is not positive."""
     if scale.device.type != "meta" and not (scale.float().isfinite() & (scale > 0)).all():
         raise ValueError("has scales that are zero, negative, NaN or infinite")
     return scale.float().reshape(-1, 1).expand(rows, 1).contiguous()
 
 
-def _int8(layer: _Layer) -> None:
+def _set_int8(layer: _Layer) -> None:
     shape = layer.weight.shape
     if layer.weight.dtype != torch.int8 or len(shape) < 2 or 0 in shape:
         raise ValueError(f"has a weight of {layer.weight.dtype} {list(shape)}, which its form does not have")
@@ -227,7 +227,7 @@ def _int8(layer: _Layer) -> None:
 def _keep_int8(rotation: int, in_16_bits: bool, weight: Tensor, scale: Tensor) -> Stored:
     flat = weight.flatten(1)
     form = RowForm("int8", ("scale_weight",), packed.int8_rows, rotation) if in_16_bits else Int8(rotation)
-    return Stored(form, (flat.shape[0], flat.shape[1]), (flat, _per_row(scale, len(flat))))
+    return Stored(form, (flat.shape[0], flat.shape[1]), (flat, _expand_scale(scale, len(flat))))
 
 
 def _check_tiled_scale(layer: _Layer, dtype: torch.dtype, rows: int, columns: int) -> None:
@@ -235,7 +235,7 @@ def _check_tiled_scale(layer: _Layer, dtype: torch.dtype, rows: int, columns: in
     layer.companion("weight_scale", (dtype,), shape)
 
 
-def _mxfp8(layer: _Layer) -> None:
+def _set_mxfp8(layer: _Layer) -> None:
     rows, columns = layer.pair(_E4M3, torch.uint8)
     if rows % 32 or columns % 32:
         raise ValueError(f"has {rows} x {columns} weights, which its form pads to multiples of 32")
@@ -250,7 +250,7 @@ def _keep_mxfp8(weight: Tensor, scales: Tensor) -> Stored:
     return Stored(form, (rows, columns), (weight.view(_E4M3), flat))
 
 
-def _nvfp4(layer: _Layer) -> None:
+def _set_nvfp4(layer: _Layer) -> None:
     rows, half = layer.pair(torch.uint8)
     if rows % 16 or half % 8:
         raise ValueError(f"has {rows} x {2 * half} weights, which its form pads to multiples of 16")
@@ -272,10 +272,10 @@ def _keep_nvfp4(weight: Tensor, scales: Tensor, scale: Tensor, of_input: Tensor 
         missing = 2 * half - len(of_input)
         of_input = functional.pad(of_input.float(), (0, missing), value=1.0).reshape(1, -1)
     scale_blocks = packed.untile(scales, rows, half // 8)
-    return Stored(form, (rows, 2 * half), (weight, scale_blocks, _per_row(scale, rows), of_input))
+    return Stored(form, (rows, 2 * half), (weight, scale_blocks, _expand_scale(scale, rows), of_input))
 
 
-def _w4a4(layer: _Layer) -> None:
+def _set_w4a4(layer: _Layer) -> None:
     rows, half = layer.pair(torch.int8, torch.uint8)
     end = layer.scale((rows,), (rows, 1))
     layer.set((rows, 2 * half), (end,), partial(_keep_w4a4, layer.rotation(2 * half)))
@@ -283,10 +283,10 @@ def _w4a4(layer: _Layer) -> None:
 
 def _keep_w4a4(rotation: int, weight: Tensor, scale: Tensor) -> Stored:
     form = RowForm("convrot_w4a4", ("scale_weight",), packed.w4a4_rows, rotation)
-    return Stored(form, (len(weight), 2 * weight.shape[1]), (weight, _per_row(scale, len(weight))))
+    return Stored(form, (len(weight), 2 * weight.shape[1]), (weight, _expand_scale(scale, len(weight))))
 
 
-def _w4a8(layer: _Layer) -> None:
+def _set_w4a8(layer: _Layer) -> None:
     rows, width = layer.pair(torch.int8, torch.uint8)
     if f"{layer.stem}.weight_correction" in layer.tensors:
         raise ValueError("has a weight_correction, which is not supported")
@@ -315,10 +315,10 @@ def _keep_w4a8(
     rows = packed.w4a8_rows if bits == 4 else packed.w6a8_rows
     form = RowForm("asym_w4a8_int8", ("scale_blocks", "scale_weight", "codebook"), rows, rotation)
     codes = None if codes is None else codes.float().reshape(1, 16)
-    return Stored(form, (len(weight), columns), (weight, scales, _per_row(scale, len(weight)), codes))
+    return Stored(form, (len(weight), columns), (weight, scales, _expand_scale(scale, len(weight)), codes))
 
 
-def _awq(layer: _Layer) -> None:
+def _set_awq(layer: _Layer) -> None:
     rows, half = layer.pair(torch.int8, torch.uint8)
     group = layer.number("group_size", 64)
     if 2 * half % group:
@@ -335,16 +335,16 @@ def _keep_awq(weight: Tensor, scales: Tensor, zeros: Tensor) -> Stored:
 
 
 LAYOUTS: Mapping[str, Callable[[_Layer], None]] = {
-    "int8_tensorwise": _int8,
-    "mxfp8": _mxfp8,
-    "nvfp4": _nvfp4,
-    "convrot_w4a4": _w4a4,
-    "asym_w4a8_int8": _w4a8,
-    "awq_w4a16": _awq,
+    "int8_tensorwise": _set_int8,
+    "mxfp8": _set_mxfp8,
+    "nvfp4": _set_nvfp4,
+    "convrot_w4a4": _set_w4a4,
+    "asym_w4a8_int8": _set_w4a8,
+    "awq_w4a16": _set_awq,
 }
 
 
-def _bitsandbytes(layer: _Layer, read: Callable[[str], Tensor]) -> None:
+def _set_bitsandbytes(layer: _Layer, read: Callable[[str], Tensor]) -> None:
     """Recognise a 4-bit weight of bitsandbytes; `layer.settings` is its `QuantState`."""
     state = layer.settings
     block = layer.number("blocksize", 64)

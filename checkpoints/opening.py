@@ -436,7 +436,7 @@ def plain_sources(checkpoint: Checkpoint) -> dict[str, TensorSource]:
     sources = {}
     for name, info in checkpoint.tensors.items():
         if name in packed:
-            sources[name] = _packed_source(checkpoint.path, name, info)
+            sources[name] = _make_packed_source(checkpoint.path, name, info)
             continue
         if name in companions or any(fnmatch.fnmatchcase(name, pattern) for pattern in QUANT_EXTRAS):
             continue
@@ -455,7 +455,8 @@ def plain_sources(checkpoint: Checkpoint) -> dict[str, TensorSource]:
     return sources
 
 
-def _packed_source(path: Path, name: str, info: TensorInfo) -> TensorSource:
+def _make_packed_source(path: Path, name: str, info: TensorInfo) -> TensorSource:
+    """Return the source of a packed weight. CheckpointError names file and tensor if they do not fit."""
     assert info.packing is not None
     keep = info.packing.keep
 

@@ -159,7 +159,7 @@ def _recognise(checkpoint: Checkpoint, form: str = "") -> Recognised:
         dit_format: DitFormat[Any, Any] | None = getattr(files, "FORMAT", None)
         try:
             if dit_format is not None:
-                return _transformer(checkpoint, bare, family, dit_format, form=form)
+                return _recognise_transformer(checkpoint, bare, family, dit_format, form=form)
         except CheckpointError as error:
             logger.debug("%s is not %s: %s", checkpoint.path, family, error)
     if is_lora(names):
@@ -175,28 +175,29 @@ def _recognise(checkpoint: Checkpoint, form: str = "") -> Recognised:
     )
 
 
-def _transformer(
+def _recognise_transformer(
     checkpoint: Checkpoint, bare: Checkpoint, family: str, dit_format: DitFormat[Any, Any], form: str
 ) -> Recognised:
+    """Find the layers of a family's transformer that a form quantises. bare: the file without prefixes."""
     header = dit_format.read_header(bare)
     with on_meta_device():
         dit: Any = dit_format.network(header.config, SDPA)
     sources = dit_format.sources(bare, header)
     exclude = dit.spec.form_exclude.get("int8" if form == "convrot" else form, dit.spec.fp8_exclude)
     linear = linear_weights(dit, dit.spec.block_lists, exclude)
-    ours_of: dict[str, set[str]] = {}  # tensor of the file -> ours that are made of it
+    made_from: dict[str, set[str]] = {}  # tensor of the file -> tensors of the network made from it
     for name, source in sources.items():
-        ours_of.setdefault(source.names[0], set()).add(name)
-    prefix = _common_prefix(checkpoint, list(ours_of))
+        made_from.setdefault(source.names[0], set()).add(name)
+    prefix = _find_prefix(checkpoint, list(made_from))
     weights = dit.state_dict()
     layers: set[str] = set()
     shapes_in_file = {}
-    for name, ours in ours_of.items():
+    for name, ours in made_from.items():
         if ours <= linear and len(bare.tensors[name].shape) == 2:
             layers.add(prefix + name)
         if len(ours) == 1:
             (our_name,) = ours
-            if our_name in weights:  # files have tensors that are computed here, too
+            if our_name in weights:  # the network computes some tensors of the file instead of loading them
                 shapes_in_file[prefix + name] = tuple(weights[our_name].shape)
     return Recognised(
         what=dit_format.describe(header),
@@ -207,7 +208,7 @@ def _transformer(
     )
 
 
-def _common_prefix(checkpoint: Checkpoint, names: Sequence[str]) -> str:
+def _find_prefix(checkpoint: Checkpoint, names: Sequence[str]) -> str:
     """Return the prefix that all of these names have in the file."""
     for name in checkpoint.tensors:
         if name.endswith(names[0]):
@@ -428,7 +429,7 @@ class _Values:
         self.plain: set[str] = set()
         for name, source in self._sources.items():
             info = checkpoint.tensors[name]
-            shape = self._plain_shape(name, info, shapes)
+            shape = self._unpad_shape(name, info, shapes)
             if not _is_narrow(info):
                 self.plain.add(name)
                 self.tensors[name] = info
@@ -439,7 +440,7 @@ class _Values:
                 )
             self.tensors[name] = TensorInfo(torch.float32, shape)
 
-    def _plain_shape(
+    def _unpad_shape(
         self, name: str, info: TensorInfo, shapes: Mapping[str, tuple[int, ...]]
     ) -> tuple[int, ...]:
         """Return the shape of a tensor without its padding. Raises CheckpointError if it is unknown."""

@@ -116,7 +116,7 @@ class TokenizerFiles:
         with self.explain(file):
             tokenizer = Tokenizer.from_file(str(file)) if content is None else Tokenizer.from_buffer(content)
             if tokenizer.normalizer is not None:
-                _check(_growth(json.loads(tokenizer.normalizer.__getstate__())))
+                _check(_measure_growth(json.loads(tokenizer.normalizer.__getstate__())))
         tokenizer.no_padding()
         tokenizer.no_truncation()
         return tokenizer
@@ -200,9 +200,9 @@ def check_sentencepiece(model: bytes) -> None:
     Its normaliser may make a text MAX_TOKENIZER_GROWTH times longer at most. Source:
     sentencepiece_model.proto, ModelProto and NormalizerSpec.
     """
-    for specification in _entries(model, 3):
-        for charsmap in _entries(specification, 2):
-            _check(_growth_of_charsmap(charsmap))
+    for specification in _read_entries(model, 3):
+        for charsmap in _read_entries(specification, 2):
+            _check(_measure_charsmap(charsmap))
 
 
 def piece_surfaces(encoded: bytes) -> list[str]:
@@ -211,7 +211,9 @@ def piece_surfaces(encoded: bytes) -> list[str]:
     If the bytes of one character are pieces of their own, only the last piece has the character. Source:
     sentencepiece.proto.
     """
-    return [b"".join(_entries(piece, 3)).decode("utf-8", "replace") for piece in _entries(encoded, 2)]
+    return [
+        b"".join(_read_entries(piece, 3)).decode("utf-8", "replace") for piece in _read_entries(encoded, 2)
+    ]
 
 
 def _check(growth: float) -> None:
@@ -221,13 +223,13 @@ def _check(growth: float) -> None:
         )
 
 
-def _growth(normaliser: Mapping[str, Any]) -> float:
+def _measure_growth(normaliser: Mapping[str, Any]) -> float:
     """Return the most characters that one may become; Unicode's own forms and unknown steps count as 1."""
     match normaliser.get("type"):
         case "Sequence":
             product = 1.0
             for inner in normaliser["normalizers"]:
-                product *= _growth(inner)
+                product *= _measure_growth(inner)
             return product
         case "Replace":
             pattern = normaliser["pattern"]
@@ -238,17 +240,17 @@ def _growth(normaliser: Mapping[str, Any]) -> float:
         case "Prepend":
             return 1.0 + len(normaliser["prepend"])
         case "Precompiled":
-            return _growth_of_charsmap(base64.b64decode(normaliser["precompiled_charsmap"]))
+            return _measure_charsmap(base64.b64decode(normaliser["precompiled_charsmap"]))
     return 1.0
 
 
-def _growth_of_charsmap(charsmap: bytes) -> float:
+def _measure_charsmap(charsmap: bytes) -> float:
     """Return the length of the longest text in a charsmap: index size, index, texts that end in NUL."""
     texts = charsmap[4 + int.from_bytes(charsmap[:4], "little") :]
     return float(max(map(len, texts.split(b"\0"))))
 
 
-def _entries(message: bytes, field: int) -> Iterator[bytes]:
+def _read_entries(message: bytes, field: int) -> Iterator[bytes]:
     """Yield the texts and inner messages of a field.
 
     Source: protobuf.dev, "Encoding". Raises ValueError if it is damaged.

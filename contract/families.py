@@ -192,16 +192,18 @@ def read_names() -> list[ModuleType]:
     return [import_own(f"{folder}.names") for folder in FOLDERS.values()]
 
 
-def share_latents(name: str) -> frozenset[str]:
+def list_same_latents(name: str) -> frozenset[str]:
     """Return the names of all models that share the latent space of a model, including itself.
 
     name: as outputs name the model.
     """
-    family_of: dict[str, str] = {}
+    spaces: dict[str, str] = {}  # model -> the family whose latent space it has
     for family, entry in FAMILIES.items():
-        family_of |= dict.fromkeys((family, *entry.further_models), family)
-    base = {model: FAMILIES[family].same_latents or family for model, family in family_of.items()}
-    return frozenset(model for model in base if base[model] == base.get(name)) or frozenset({name})
+        for model in (family, *entry.further_models):
+            spaces[model] = entry.same_latents or family
+    if name not in spaces:
+        return frozenset({name})
+    return frozenset(model for model, space in spaces.items() if space == spaces[name])
 
 
 @cache

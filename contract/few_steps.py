@@ -79,7 +79,7 @@ class FewSteps:
         """
         words = "|".join(filter(None, (_WORDS, self.words)))
         distilled = re.compile(rf"{_ANYWHERE}|(?<![a-z0-9])(?:{words})(?![a-z0-9])")
-        for name, where in _telling_names(path.absolute(), metadata):
+        for name, where in _list_telling_names(path.absolute(), metadata):
             apart = _with_underscores(re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name))
             if self.unless and re.search(self.unless, apart):
                 return Verdict(False, where)
@@ -91,7 +91,7 @@ class FewSteps:
         return None
 
 
-def _telling_names(path: Path, metadata: Mapping[str, str]) -> list[tuple[str, str]]:
+def _list_telling_names(path: Path, metadata: Mapping[str, str]) -> list[tuple[str, str]]:
     """Return the names that may tell of distillation, nearest first, each with a phrase on its origin."""
     name = _FILE_ENDING.sub("", path.name)
     names = [(name, f"its name is {name}")]

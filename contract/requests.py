@@ -289,7 +289,7 @@ def check_opens(name: str, path: Path, is_image: bool) -> None:
 
     try:
         if is_image:
-            _decode_image(path, *_identity(path))
+            _decode_image(path, *_stat_file(path))
             if is_animation(path):
                 logger.warning("--%s %s is animated: only its first picture is used", name, path)
         else:
@@ -317,10 +317,10 @@ def count_frames_up_to(path: Path, most: int) -> int:
 
     Raises MediaError if it cannot be decoded.
     """
-    return _decode_frames(path, most, *_identity(path))
+    return _decode_frames(path, most, *_stat_file(path))
 
 
-def _identity(path: Path) -> tuple[int, int]:
+def _stat_file(path: Path) -> tuple[int, int]:
     """Return time and size of a file, (0, 0) if it is missing: a key for results cached by content."""
     if not path.exists():
         return 0, 0

@@ -295,19 +295,17 @@ def token_weights(text: str, places: Sequence[Place], spans: Sequence[tuple[int,
     Blanks at the start of a token are ignored. spans: (start, end, weight) in characters, as in `Prompt`.
     """
     starts = [start for start, _, _ in spans]
-
-    def weight_at(place: Place) -> float:
-        if place is None:
-            return 1.0
-        visible = (index for index in range(*place) if not text[index].isspace())
-        first = next(visible, place[0])
-        number = bisect.bisect_right(starts, first) - 1
-        if number < 0:
-            return 1.0
-        _, end, weight = spans[number]
-        return weight if first < end else 1.0
-
-    return [weight_at(place) for place in places]
+    weights = []
+    for place in places:
+        weight = 1.0
+        if place is not None:
+            visible = (index for index in range(*place) if not text[index].isspace())
+            first = next(visible, place[0])
+            number = bisect.bisect_right(starts, first) - 1  # of the last span that begins here or before
+            if number >= 0 and first < spans[number][1]:
+                weight = spans[number][2]
+        weights.append(weight)
+    return weights
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ of a file are reported together.
 """
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +27,7 @@ from dataset.forms.composing import (
 from dataset.forms.contract import DataForm
 from dataset.subset_options import OTHER_NAMES, SUBSET, SUBSET_KEYS, SubsetOptions
 from dataset.subsets import read_subsets, typed_options
-from dataset.table import DatasetConfig, DatasetTable, Table
+from dataset.table import DatasetConfig, DatasetTable, Table, folder_id
 from dataset.timestep_keys import find_unused, find_window_problem
 from modules.command import did_you_mean
 from modules.errors import DatasetError
@@ -141,7 +140,7 @@ def _check_cache_folders(tables: Sequence[DatasetTable], problems: list[str]) ->
             conflict = shared.cache_conflict(table.kind)
         if conflict is not None:
             problems.append(f"{table.place}: {conflict}")
-        first = users.setdefault(_folder_id(folder), table)
+        first = users.setdefault(folder_id(folder), table)
         is_shared_by_both = shared is not None and first.cache_format == table.cache_format
         may_share = first is table or is_shared_by_both
         if not may_share:
@@ -184,17 +183,13 @@ def with_downloads(config: DatasetConfig, folder: Path | None) -> DatasetConfig:
 
 def _share_folders(tables: tuple[DatasetTable, ...]) -> tuple[DatasetTable, ...]:
     """Let tables of images leave the animations of a folder to the table of clips that has it too."""
-    of_clips = {_folder_id(table.directory) for table in tables if table.kind == "video" and table.directory}
+    of_clips = {folder_id(table.directory) for table in tables if table.kind == "video" and table.directory}
     changed = []
     for table in tables:
-        if table.kind == "image" and table.directory and _folder_id(table.directory) in of_clips:
+        if table.kind == "image" and table.directory and folder_id(table.directory) in of_clips:
             table = replace(table, leaves_animations=True)
         changed.append(table)
     return tuple(changed)
-
-
-def _folder_id(folder: Path) -> str:
-    return os.path.normcase(os.path.realpath(folder))
 
 
 def _with_keys_in_general(path: Path, content: Table, problems: list[str]) -> Table:

@@ -67,7 +67,10 @@ def cache_family_latents(
 
         caches = entry.make_family("latent_caching", family_options)
         config = for_family(config, caches)
-        words = [*_caption_words(config, family, family_options, typed), *_shared_words(options)]
+        words = [
+            *_caption_words(config, family, family_options, typed),
+            *option_words({"--dataset_config": options.dataset_config, "--device": options.device}),
+        ]
         remember = partial(
             remember_options,
             config,
@@ -154,7 +157,3 @@ def _recall(config: "DatasetConfig", family: str, kind: str) -> "list[RepeatedOp
 
     folders = (table.cache_directory for table in config.datasets)
     return recall_options(folders, family, entry=FAMILIES[family], kinds=(kind,), for_training=True)
-
-
-def _shared_words(options: CachingOptions) -> list[str]:
-    return option_words({"--dataset_config": options.dataset_config, "--device": options.device})

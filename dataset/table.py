@@ -4,6 +4,7 @@ Standard library only.
 """
 
 import functools
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -250,13 +251,10 @@ class DatasetTable:
         return self.own
 
     @property
-    def drops_captions(self) -> bool:
-        return self.caption_dropout_rate > 0 or self.changes.dropout_every_n_epochs > 0
-
-    @property
     def caches_empty_prompt(self) -> bool:
         """Return whether the empty prompt is cached with the texts, and read from these caches."""
-        return self.drops_captions or self.uses_empty_prompt
+        drops_captions = self.caption_dropout_rate > 0 or self.changes.dropout_every_n_epochs > 0
+        return drops_captions or self.uses_empty_prompt
 
     @property
     def picture_folder(self) -> Path:
@@ -434,3 +432,8 @@ def _as_json(value: Any) -> Any:
     if isinstance(value, tuple):
         return list(value)
     return value
+
+
+def folder_id(folder: str | os.PathLike[str]) -> str:
+    """Return the same text for all paths of one folder."""
+    return os.path.normcase(os.path.realpath(folder))

@@ -81,7 +81,7 @@ class TransformerFiles(ABC):
             return self.dit_dtype
         return self.dit_header().compute_dtype
 
-    def beside(self, chosen: torch.dtype | None, usual: torch.dtype | None = None) -> torch.dtype:
+    def encoder_dtype(self, chosen: torch.dtype | None, usual: torch.dtype | None = None) -> torch.dtype:
         """Return an encoder's dtype: `chosen`, float32 with a float32 transformer, or the usual one."""
         in_float32 = self.compute_dtype() == torch.float32
         if chosen:
@@ -94,7 +94,7 @@ class TransformerFiles(ABC):
 
     def vae_identity(self) -> Mapping[str, str]:
         """Return the facts that latents depend on besides the pixels."""
-        dtype = dtype_name(self.beside(self.vae_dtype))
+        dtype = dtype_name(self.encoder_dtype(self.vae_dtype))
         return {"vae": fingerprint(self.vae_path), "vae_dtype": dtype, "tile": str(self.vae_tile)}
 
     @abstractmethod

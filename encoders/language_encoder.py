@@ -356,7 +356,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         for first in range(0, len(rows), use.at_once):
             group = rows[first : first + use.at_once]
             group_pictures = pictures[first : first + use.at_once]
-            ids, mask = fill_rows(group, self._padded_length(group, dropped), pad, use.pads_left)
+            ids, mask = fill_rows(group, self._choose_length(group, dropped), pad, use.pads_left)
             inputs = self._embed(network, tokenizer, ids, group_pictures, mask=mask)
             states = language_states(
                 network,
@@ -371,15 +371,15 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             states = states[:, dropped:].cpu()
             mask = mask[:, dropped:]
             for number, (row_states, row_mask, row) in enumerate(zip(states, mask, group, strict=True)):
-                length = self._padded_length([row], dropped) if use.pads_to else len(row)
-                conditions = self._conditions(row_states, row_mask, length - dropped)
+                length = self._choose_length([row], dropped) if use.pads_to else len(row)
+                conditions = self._make_conditions(row_states, row_mask, length - dropped)
                 if use.slots_key:
                     sides = group_pictures[number].sides if group_pictures else ()
-                    conditions |= self._part_pictures(tokenizer, row_states, row[dropped:], sides)
+                    conditions |= self._split_pictures(tokenizer, row_states, row[dropped:], sides)
                 results.append(conditions)
         return results
 
-    def _part_pictures(
+    def _split_pictures(
         self, tokenizer: TextTokenizer, states: Tensor, ids: Sequence[int], sides: Sequence[tuple[int, int]]
     ) -> dict[str, Tensor | list[Tensor]]:
         """Split a prompt's states: return those of its words, and the places and sizes of its pictures.
@@ -411,7 +411,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             parted[use.sizes_key] = [torch.tensor(sizes, dtype=torch.int64).view(-1, 2)]
         return parted
 
-    def _padded_length(self, rows: Sequence[list[int]], dropped: int) -> int:
+    def _choose_length(self, rows: Sequence[list[int]], dropped: int) -> int:
         """Return the number of tokens that prompts of a group are filled up to."""
         use = self.use
         longest = max(map(len, rows))
@@ -449,7 +449,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             places = torch.arange(ids.shape[1]).masked_fill(mask == 0, 1)
         return PictureTokens(tokens, places, [])
 
-    def _conditions(self, states: Tensor, mask: Tensor, length: int) -> dict[str, Tensor | list[Tensor]]:
+    def _make_conditions(self, states: Tensor, mask: Tensor, length: int) -> dict[str, Tensor | list[Tensor]]:
         """Return a prompt's conditions: the states of its tokens, or of all rows if prompts are padded.
 
         length: number of its tokens, including the filling up to a multiple.
@@ -544,7 +544,7 @@ class LanguageModelFiles(TransformerFiles):
         return self.encoder_class(
             self.text_use,
             self.text_encoder_path,
-            dtype=self.beside(self.text_dtype),
+            dtype=self.encoder_dtype(self.text_dtype),
             tokenizer=self.text_encoder_tokenizer,
             form=self.text_form,
             on_cpu=self.text_on_cpu,
@@ -555,7 +555,7 @@ class LanguageModelFiles(TransformerFiles):
 
     def text_width(self) -> int:
         """Return the width of a token's states: of all joined, or of each if they are stacked."""
-        return read_once(self.language_model().path, _state_width, self.text_use)
+        return read_once(self.language_model().path, _measure_states, self.text_use)
 
     def check_texts(self, config: Any, needed: bool) -> None:
         use = self.text_use
@@ -601,7 +601,7 @@ def _put_in_front(written: Written, pictures: ReadPictures, use: PictureUse) -> 
     )
 
 
-def _state_width(checkpoint: Checkpoint, use: LanguageUse) -> int:
+def _measure_states(checkpoint: Checkpoint, use: LanguageUse) -> int:
     config = read_language_model(checkpoint, use.model, use.numbers).config
     if use.stacked:
         return config.dim

@@ -207,7 +207,7 @@ def read_language_model(
     shape = shapes_of(network, sources, wrong)
     all_layers = count(sources, r"layers\.\d+", path)
     states = states or all_states(all_layers)
-    num_layers = _layers_before(states[-1], all_layers, path, model)
+    num_layers = _count_layers_before(states[-1], all_layers, path, model)
     vocabulary, dim = shape("embed_tokens.weight", 2)
     query_rows = shape("layers.0.self_attn.q_proj.weight", 2)[0]
     key_rows = shape("layers.0.self_attn.k_proj.weight", 2)[0]
@@ -222,7 +222,7 @@ def read_language_model(
     if Q_NORM in model.marks:
         width = shape(f"layers.0.{Q_NORM}", 1)[0]
     else:
-        width = head_width(path, query_rows, config_json, _usual_width(config_json, model))
+        width = head_width(path, query_rows, config_json, _read_head_width(config_json, model))
     _check_heads(path, width, query_rows=query_rows, key_rows=key_rows, dim=dim, model=model)
     shapes = {name: network.tensors[source.names[0]].shape for name, source in sources.items()}
     constants = _read_constants(
@@ -248,10 +248,10 @@ def read_language_model(
         sections=constants.sections,
         settings=constants.settings,
     )
-    return LoadPlan(config, network, sources, _unused_names(config, all_layers))
+    return LoadPlan(config, network, sources, _list_unused_names(config, all_layers))
 
 
-def _unused_names(config: LanguageConfig, all_layers: int) -> tuple[str, ...]:
+def _list_unused_names(config: LanguageConfig, all_layers: int) -> tuple[str, ...]:
     """Return patterns of the file's tensors that are not loaded. all_layers: how many the file has."""
     names = [*_COMPUTED]
     names += [f"{start}*" for start in OTHER_TENSORS]
@@ -261,7 +261,7 @@ def _unused_names(config: LanguageConfig, all_layers: int) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _usual_width(config_json: Mapping[str, Any], model: LanguageModel) -> int:
+def _read_head_width(config_json: Mapping[str, Any], model: LanguageModel) -> int:
     """Return the width of a head as config.json states it, else that of the released model."""
     width = config_json.get("head_dim")
     return width if isinstance(width, int) and width > 0 else model.head_width
@@ -286,7 +286,7 @@ def _check_heads(
         )
 
 
-def _layers_before(state: int, all_layers: int, path: Path, model: LanguageModel) -> int:
+def _count_layers_before(state: int, all_layers: int, path: Path, model: LanguageModel) -> int:
     """Return the number of layers before a state. Raises CheckpointError if the file has fewer."""
     num_layers = state if state >= 0 else all_layers + 1 + state
     if 0 <= num_layers <= all_layers:
@@ -396,7 +396,7 @@ def build_language_model(config: LanguageConfig) -> nn.Module:
         **config.model.settings,
         **config.settings,
     }
-    sections = _rotary_sections(config)
+    sections = _split_frequencies(config)
     if sections:
         settings["rope_scaling"] = {"rope_type": "default", "mrope_section": sections}
     classes = config.model.classes
@@ -418,7 +418,7 @@ def build_language_model(config: LanguageConfig) -> nn.Module:
     return built
 
 
-def _rotary_sections(config: LanguageConfig) -> list[int]:
+def _split_frequencies(config: LanguageConfig) -> list[int]:
     """Return the numbers of frequencies for time, rows and columns; [] for a model of text only."""
     if config.model.grid_shares is None:
         return []

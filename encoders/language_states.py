@@ -29,7 +29,7 @@ def language_states(
     layers: Any = network.layers
     states = states or all_states(len(layers))
     places = torch.arange(tokens.shape[1])[None] if places is None else places
-    masks = _attention_masks(network.config, tokens, mask)
+    masks = _make_attention_masks(network.config, tokens, mask)
     earlier_states = [tokens] if states[0] == 0 and len(states) > 1 else []
     hooks = []
     for state in states[len(earlier_states) : -1]:
@@ -52,7 +52,7 @@ def language_states(
     return torch.cat([*earlier_states, last], dim=-1) if earlier_states else last
 
 
-def _attention_masks(config: Any, tokens: Tensor, mask: Tensor) -> dict[str, Tensor]:
+def _make_attention_masks(config: Any, tokens: Tensor, mask: Tensor) -> dict[str, Tensor]:
     """Return attention masks B 1 L L, queries by keys: for all layers (FAR), or for each kind of layers.
 
     tokens: B L C. mask: B L.

@@ -194,7 +194,7 @@ def read_pictures(
     merge = config.spatial_merge_size
     patch = config.patch_size
     frames = config.temporal_patch_size
-    processor_class = _processor_class()
+    processor_class = _import_processor()
     if not pictures:
         return ReadPictures(torch.zeros(0, 3 * frames * patch**2))
     for picture in pictures:
@@ -217,7 +217,7 @@ def read_pictures(
     return ReadPictures(inputs["pixel_values"], tuple(sides))
 
 
-def _processor_class() -> Any:
+def _import_processor() -> Any:
     """Return transformers' image processor of Qwen2-VL that works without torchvision."""
     try:  # that of transformers 5 under the older name needs torchvision
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil

@@ -23,7 +23,7 @@ from contract.data import (
     MomentsRules,
     SamplingDefaults,
 )
-from contract.families import share_latents
+from contract.families import list_same_latents
 from contract.family import NoiseSource
 from contract.requests import (
     NO_MEDIA,
@@ -84,7 +84,7 @@ class AutoencoderFiles(TransformerFiles):
     vae_folder: ClassVar[str] = "vae"
 
     def load_vae(self, device: torch.device) -> Any:
-        return load_autoencoder(self.vae_path, device, self.beside(self.vae_dtype), self.vae_tile)
+        return load_autoencoder(self.vae_path, device, self.encoder_dtype(self.vae_dtype), self.vae_tile)
 
     def check_vae(self) -> None:
         read_autoencoder_header(self.vae_path, self.vae_option)
@@ -276,7 +276,7 @@ class ModelOfPictures(OneTransformer):
 
     @property
     def same_latents(self) -> frozenset[str]:
-        return share_latents(self.name)
+        return list_same_latents(self.name)
 
     @property
     def source(self) -> SourceRules:

@@ -250,12 +250,12 @@ class T5Block(nn.Module):
             # query i takes the window that begins at distance -i
             tokens.bias = by_distance.unfold(1, length, 1).flip(1)
         assert tokens.bias is not None
-        x = _within_float16(x + self.attn(self.norm1(x), tokens.bias, tokens))
+        x = _clamp_float16(x + self.attn(self.norm1(x), tokens.bias, tokens))
         h = self.norm2(x)
-        return _within_float16(x + self.ffn["fc2"](self.ffn["fc1"](h) * self.ffn["gate"](h)))
+        return _clamp_float16(x + self.ffn["fc2"](self.ffn["fc1"](h) * self.ffn["gate"](h)))
 
 
-def _within_float16(x: Tensor) -> Tensor:
+def _clamp_float16(x: Tensor) -> Tensor:
     """Clamp a float16 residual stream, which overflows in T5. Other dtypes pass unchanged."""
     if x.dtype != torch.float16:
         return x

@@ -94,7 +94,7 @@ class TokenizerSource:
         if file is not None or not self.may_be_inside:
             return file, False
         with open_checkpoint(checkpoint_path) as checkpoint:
-            return None, _inside(checkpoint) is not None
+            return None, _find_inside(checkpoint) is not None
 
     def identity(self, path: Path | None, checkpoint_path: Path) -> str:
         file, is_inside = self.find(path, checkpoint_path)
@@ -124,7 +124,7 @@ class TokenizerSource:
     def _load_inside(self, checkpoint_path: Path) -> TextTokenizer:
         """Load the tokenizer that a checkpoint holds as a tensor of bytes."""
         with open_checkpoint(checkpoint_path) as checkpoint:
-            name = _inside(checkpoint) or ""
+            name = _find_inside(checkpoint) or ""
             info = checkpoint.tensors[name]
             if len(info.shape) != 1 or math.prod(info.shape) * info.dtype.itemsize > MAX_TOKENIZER_BYTES:
                 error = ValueError(f"{name} is too large, or no row of bytes")
@@ -190,7 +190,7 @@ class TokenizerSource:
         return TextTokenizer(read, processor.piece_to_id, origin)
 
 
-def _inside(checkpoint: Checkpoint) -> str | None:
+def _find_inside(checkpoint: Checkpoint) -> str | None:
     """Return the name of the tensor that holds a tokenizer's bytes; None if there is none."""
     return next((name for name in checkpoint.tensors if name.endswith((SPIECE_MODEL, TOKENIZER_JSON))), None)
 

@@ -121,12 +121,12 @@ class Tile:
         rise = self.before * unit
         fall = self.after * unit
         weights = torch.ones(self.size * unit)
-        weights[:rise] = _ramp(rise)
-        weights[self.size * unit - fall :] = _ramp(fall).flip(0)
+        weights[:rise] = _make_ramp(rise)
+        weights[self.size * unit - fall :] = _make_ramp(fall).flip(0)
         return weights
 
 
-def _ramp(length: int) -> Tensor:
+def _make_ramp(length: int) -> Tensor:
     return (torch.arange(length) + 0.5) / length
 
 

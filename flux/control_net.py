@@ -156,7 +156,7 @@ def read_control_net(path: Path, checkpoint: Checkpoint, config: FluxConfig) -> 
             "fit dev and schnell, not Chroma",
             path,
         )
-    return _settings(path, checkpoint)
+    return _read_settings(path, checkpoint)
 
 
 def _open(path: Path) -> Checkpoint:
@@ -180,7 +180,7 @@ def _read_config(path: Path, checkpoint: Checkpoint) -> dict[str, Any] | None:
     return {name: value for name, value in settings.items() if name in parameters}
 
 
-def _settings(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
+def _read_settings(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
     names = checkpoint.tensors
     settings = _read_config(path, checkpoint)
     if settings is not None:

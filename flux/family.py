@@ -335,7 +335,7 @@ def family_for_text_caching(options: FluxTextCachingOptions) -> Flux:
 
 def family_for_training(options: FluxTrainingOptions) -> Flux:
     return Flux(
-        _files(options),
+        _make_files(options),
         trained_guidance=options.embedded_guidance,
         options=options,
         controlnet=options.controlnet,
@@ -343,10 +343,10 @@ def family_for_training(options: FluxTrainingOptions) -> Flux:
 
 
 def family_for_generation(options: FluxGenerationOptions) -> Flux:
-    return Flux(_files(options))
+    return Flux(_make_files(options))
 
 
-def _files(options: FluxTrainingOptions | FluxGenerationOptions) -> FluxFiles:
+def _make_files(options: FluxTrainingOptions | FluxGenerationOptions) -> FluxFiles:
     files = FluxFiles(says_chroma=options.model_type == SAYS_CHROMA).add_dit(options.dit, options.dit_dtype)
     return files.add_vae(options.vae).add_text(options.text)
 

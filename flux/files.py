@@ -62,7 +62,7 @@ OTHERS = (
 HEAD_MULTIPLE = 16  # a head's width divides into whole pairs for frames, rows and columns
 
 
-def _header(checkpoint: Checkpoint) -> DitHeader[FluxConfig]:
+def _read_header(checkpoint: Checkpoint) -> DitHeader[FluxConfig]:
     names = checkpoint.tensors
     dialect = next((name for name, (mark, _) in DIALECTS.items() if mark in names), "official")
     mark, table = DIALECTS[dialect]
@@ -91,7 +91,7 @@ def _header(checkpoint: Checkpoint) -> DitHeader[FluxConfig]:
         "text_dim": shapes.of("txt_in.weight")[1],
     }
     if f"{APPROXIMATOR}.in_proj.weight" in file_shapes:  # Chroma
-        sizes["approximator"] = _approximator(shapes)
+        sizes["approximator"] = _read_approximator(shapes)
     else:
         sizes["pooled_dim"] = shapes.of("vector_in.in_layer.weight")[1]
         sizes["freq_dim"] = shapes.of("time_in.in_layer.weight")[1]
@@ -99,7 +99,7 @@ def _header(checkpoint: Checkpoint) -> DitHeader[FluxConfig]:
     return DitHeader(FluxConfig(**sizes), dialect, names[mark].dtype)
 
 
-def _approximator(shapes: DitShapes) -> ApproximatorConfig:
+def _read_approximator(shapes: DitShapes) -> ApproximatorConfig:
     """Read the dimensions of the network that computes Chroma's modulation."""
     width, in_dim = shapes.of(f"{APPROXIMATOR}.in_proj.weight")
     layers = count(shapes.shapes, rf"{APPROXIMATOR}\.layers\.\d+")
@@ -111,16 +111,16 @@ def _approximator(shapes: DitShapes) -> ApproximatorConfig:
     return ApproximatorConfig(in_dim, width, layers)
 
 
-def _sources(checkpoint: Checkpoint, header: DitHeader[FluxConfig]) -> Mapping[str, TensorSource]:
+def _make_sources(checkpoint: Checkpoint, header: DitHeader[FluxConfig]) -> Mapping[str, TensorSource]:
     swapped = SWAPPED if header.dialect == "diffusers" else ()
     return join_parts(plain_sources(checkpoint), DIALECTS[header.dialect][1], swapped)
 
 
 FORMAT = DitFormat(
-    _header,
+    _read_header,
     lambda header: NAMES[header.config.kind],
     network=FluxModel,
-    sources=_sources,
+    sources=_make_sources,
     option=OPTION,
 )
 read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMAT.load
@@ -204,7 +204,7 @@ class FluxFiles(AutoencoderFiles):
         return self.max_tokens or T5_TOKENS[self.kind]
 
     def text_encoders(self) -> list[TextEncoder]:
-        dtype = self.beside(self.text_dtype)
+        dtype = self.encoder_dtype(self.text_dtype)
         t5 = T5TextEncoder(
             self.t5xxl_path,
             dtype,
@@ -214,14 +214,14 @@ class FluxFiles(AutoencoderFiles):
             form=self.t5_form,
             use=self.t5_use,
         )
-        return [*([self._clip(dtype)] if self.has_pooled else []), t5]
+        return [*([self._make_clip(dtype)] if self.has_pooled else []), t5]
 
     def check_texts(self, config: Any, needed: bool) -> None:
         pooled_dim = None if config is None else config.pooled_dim or None
         text_dim = None if config is None else config.text_dim
         clip, t5 = self.clip_use, self.t5_use
         if self.clip_l is not None or (needed and self.has_pooled):
-            path = self._clip().path
+            path = self._make_clip().path
             check_state_width(
                 clip.option, path, read_once(path, clip.read_width), self.dit, pooled_dim, clip.release
             )
@@ -235,5 +235,5 @@ class FluxFiles(AutoencoderFiles):
         if self.t5xxl_tokenizer is not None:
             t5.tokenizer.check_given(self.t5xxl_tokenizer)
 
-    def _clip(self, dtype: torch.dtype = torch.bfloat16) -> ClipTextEncoder:
+    def _make_clip(self, dtype: torch.dtype = torch.bfloat16) -> ClipTextEncoder:
         return ClipTextEncoder(self.clip_l_path, dtype, self.clip_l_tokenizer, self.clip_use)

@@ -122,7 +122,7 @@ class FluxGenerationOptions(Options, title=NAME):
 
 def caching_options(options: FluxTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
     latents = {"--ae": options.vae.vae or FillIn("AE_FILE"), CONTROL_NET: options.controlnet}
-    return latents, _text_options(options)
+    return latents, _list_text_options(options)
 
 
 def generation_options(options: FluxTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,13 +130,13 @@ def generation_options(options: FluxTrainingOptions, sample: Mapping[str, Any]) 
     return {
         "--dit": options.dit or FillIn("DIT_FILE"),
         "--ae": options.vae.vae or FillIn("AE_FILE"),
-        **_text_options(options),
+        **_list_text_options(options),
         "--dit_dtype": options.dit_dtype,
         "--embedded_cfg_scale": sample.get("embedded_guidance"),
     }
 
 
-def _text_options(options: FluxTrainingOptions) -> dict[str, Any]:
+def _list_text_options(options: FluxTrainingOptions) -> dict[str, Any]:
     text = options.text
     is_chroma = options.model_type == CHROMA
     return {

@@ -18,7 +18,7 @@ from contract.data import (
     SamplingDefaults,
     name_texts,
 )
-from contract.families import share_latents
+from contract.families import list_same_latents
 from contract.family import DitSpec, Family, NoiseSpec
 from contract.few_steps import GUIDED, FewSteps, make_transfer_target
 from contract.requests import Prepared, Request
@@ -88,7 +88,7 @@ class Flux2(pictures.ModelOfPictures):
     @property
     def same_latents(self) -> frozenset[str]:
         """Return the names of all releases, and of the other families that share FLUX.2's autoencoder."""
-        return frozenset(version.name for version in VERSIONS.values()) | share_latents("flux_2")
+        return frozenset(version.name for version in VERSIONS.values()) | list_same_latents("flux_2")
 
     @property
     def cache_tag(self) -> str:

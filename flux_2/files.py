@@ -38,7 +38,7 @@ DIALECTS: dict[str, tuple[str, Names]] = {
 HEADS = "double_blocks.0.img_attn.norm.query_norm.scale"
 
 
-def _header(checkpoint: Checkpoint) -> DitHeader[Flux2Config]:
+def _read_header(checkpoint: Checkpoint) -> DitHeader[Flux2Config]:
     names = checkpoint.tensors
     dialect = next((name for name, (mark, _) in DIALECTS.items() if mark in names), None)
     if dialect is None:
@@ -71,7 +71,7 @@ def _header(checkpoint: Checkpoint) -> DitHeader[Flux2Config]:
     return DitHeader(config, dialect, names[block].dtype)
 
 
-def _sources(checkpoint: Checkpoint, header: DitHeader[Flux2Config]) -> Mapping[str, TensorSource]:
+def _make_sources(checkpoint: Checkpoint, header: DitHeader[Flux2Config]) -> Mapping[str, TensorSource]:
     swapped = swapped_tensors(FLUX_2) if header.dialect == "diffusers" else ()
     return join_parts(plain_sources(checkpoint), DIALECTS[header.dialect][1], swapped)
 
@@ -80,7 +80,7 @@ def describe(header: DitHeader[Flux2Config]) -> str:
     return f"a {NAME} dev transformer" if header.config.has_guidance else f"a {NAME} klein transformer"
 
 
-FORMAT = DitFormat(_header, describe, network=Flux2Model, sources=_sources, option=OPTION)
+FORMAT = DitFormat(_read_header, describe, network=Flux2Model, sources=_make_sources, option=OPTION)
 read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMAT.load
 
 
@@ -132,7 +132,7 @@ class Flux2Files(LanguageModelFiles):
         return header
 
     def load_vae(self, device: torch.device) -> Flux2Vae:
-        return load_vae(self.vae_path, device, self.beside(self.vae_dtype), self.vae_tile)
+        return load_vae(self.vae_path, device, self.encoder_dtype(self.vae_dtype), self.vae_tile)
 
     def check_vae(self) -> None:
         read_once(self.vae_path, read_vae)

@@ -18,7 +18,7 @@ from contract.data import (
     SamplingDefaults,
     name_text_and_mask,
 )
-from contract.families import share_latents
+from contract.families import list_same_latents
 from contract.family import Abilities, DitSpec, Family, NoiseSpec
 from contract.few_steps import FewSteps
 from contract.requests import Box, Prepared, Request
@@ -88,7 +88,7 @@ class Flux3(pictures.ModelOfPictures):
     @property
     def same_latents(self) -> frozenset[str]:
         """Return the names of all models that use FLUX.2's autoencoder: its releases, and this model."""
-        return share_latents(self.name) | {version.name for version in VERSIONS.values()}
+        return list_same_latents(self.name) | {version.name for version in VERSIONS.values()}
 
     @property
     def references(self) -> ReferenceRules:
@@ -150,14 +150,15 @@ class Flux3(pictures.ModelOfPictures):
         if self.is_distilled:
             request = self._settle_distilled(request)
         request = self.keep_media(request, self.called)
-        if not request.control_images or (request.width is not None and request.height is not None):
+        has_side = request.width is not None or request.height is not None
+        has_size = request.width is not None and request.height is not None
+        if not request.control_images or has_size:
             return self.settle_picture(request, SHIFT, "")
-        size, shown = self._size_like(request.control_images)
-        if request.width is not None or request.height is not None:
-            shown = None
-        width, height = size
+        (width, height), region = self._size_like(request.control_images)
         sized = replace(request, width=request.width or width, height=request.height or height)
-        return replace(self.settle_picture(sized, SHIFT, ""), shown=shown)
+        prepared = self.settle_picture(sized, SHIFT, "")
+        # with a side of the user's the result is not the size of the canvas, and is not cut
+        return replace(prepared, shown=None if has_side else region)
 
     def _settle_distilled(self, request: Request) -> Request:
         """Return the request without guidance by a second pass."""
@@ -210,23 +211,25 @@ def family_for_text_caching(options: own.Flux3TextCachingOptions) -> Flux3:
 
 def family_for_training(options: own.Flux3TrainingOptions) -> Flux3:
     """Describe the family for training, which is on base."""
-    return Flux3(replace(_files(options), needs_distilled=False), options=options)
+    return Flux3(replace(_make_files(options), needs_distilled=False), options=options)
 
 
 def family_for_samples(options: own.Flux3TrainingOptions) -> Flux3 | None:
     """Describe samples made with --distilled_dit. Raises OptionError if that file is of base."""
     if options.distilled_dit is None:
         return None
-    files = replace(_files(options), dit=options.distilled_dit, dit_option=OF_SAMPLES, needs_distilled=True)
+    files = replace(
+        _make_files(options), dit=options.distilled_dit, dit_option=OF_SAMPLES, needs_distilled=True
+    )
     files.dit_header()
     return Flux3(files, options=options)
 
 
 def family_for_generation(options: own.Flux3GenerationOptions) -> Flux3:
-    return Flux3(_files(options))
+    return Flux3(_make_files(options))
 
 
-def _files(options: own.Flux3TrainingOptions | own.Flux3GenerationOptions) -> Flux3Files:
+def _make_files(options: own.Flux3TrainingOptions | own.Flux3GenerationOptions) -> Flux3Files:
     files = Flux3Files().add_dit(options.dit, options.dit_dtype)
     return files.add_vae(options.vae.file).add_text(options.text)
 

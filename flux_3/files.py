@@ -56,7 +56,7 @@ FLUX_3_USE = LanguageUse(
 )
 
 
-def _header(checkpoint: Checkpoint) -> DitHeader[Flux3Config]:
+def _read_header(checkpoint: Checkpoint) -> DitHeader[Flux3Config]:
     names = checkpoint.tensors
     dialect = next((name for name, (mark, _) in DIALECTS.items() if mark in names), None)
     if dialect is None:
@@ -103,7 +103,7 @@ def _read_config(shapes: DitShapes) -> Flux3Config:
     )
 
 
-def _sources(checkpoint: Checkpoint, header: DitHeader[Flux3Config]) -> Mapping[str, TensorSource]:
+def _make_sources(checkpoint: Checkpoint, header: DitHeader[Flux3Config]) -> Mapping[str, TensorSource]:
     swapped = swapped_tensors(FLUX_3) if header.dialect == "diffusers" else ()
     return join_parts(plain_sources(checkpoint), DIALECTS[header.dialect][1], swapped)
 
@@ -114,10 +114,10 @@ def describe(header: DitHeader[Flux3Config]) -> str:
 
 
 FORMAT = DitFormat(
-    _header,
+    _read_header,
     describe,
     network=Flux3Model,
-    sources=_sources,
+    sources=_make_sources,
     option=OPTION,
     ignore=("repa_projectors.*",),  # layers of pre-training that are left in some files
 )
@@ -163,7 +163,7 @@ class Flux3Files(LanguageModelFiles):
         return header
 
     def load_vae(self, device: torch.device) -> Flux2Vae:
-        return load_vae(self.vae_path, device, self.beside(self.vae_dtype), self.vae_tile)
+        return load_vae(self.vae_path, device, self.encoder_dtype(self.vae_dtype), self.vae_tile)
 
     def check_vae(self) -> None:
         read_once(self.vae_path, read_vae)

@@ -260,7 +260,7 @@ class Flux3Text(NamedTuple):
         return make_lengths([before + count for count in self.counts], self.states.device)
 
 
-def _modulations(config: Flux3Config) -> nn.ModuleDict:
+def _make_modulations(config: Flux3Config) -> nn.ModuleDict:
     return nn.ModuleDict({mode: SharedModulation(config.dim, ROWS) for mode in MODES})
 
 
@@ -296,14 +296,14 @@ class Flux3Model(BlockNetwork):
         self.time_in = number_embedding(config.freq_dim, config.dim)
         if config.is_flow_map:
             self.ref_time_in = number_embedding(config.freq_dim, config.dim)
-        self.early_stream_modulations = _modulations(config)
-        self.single_stream_modulations = _modulations(config)
+        self.early_stream_modulations = _make_modulations(config)
+        self.single_stream_modulations = _make_modulations(config)
         self.emb_in = nn.ModuleDict(
             {mode: nn.Linear(config.channels, config.dim, bias=False) for mode in CONTENT}
         )
         self.txt_in = nn.Linear(config.text_dim, config.dim, bias=False)
-        self.content_mode_blocks = nn.ModuleDict({mode: _mode_blocks(config, mode) for mode in CONTENT})
-        self.txt_mode_blocks = _mode_blocks(config, TEXT)
+        self.content_mode_blocks = nn.ModuleDict({mode: _make_mode_blocks(config, mode) for mode in CONTENT})
+        self.txt_mode_blocks = _make_mode_blocks(config, TEXT)
         self.single_blocks = nn.ModuleList(JointBlock(config) for _ in range(config.joint_blocks))
         self.final_layer = nn.ModuleDict({PICTURE: PixelFinalLayer(config.dim, config.channels, config.eps)})
         self._rotary = GridTable[Flux3Layout](self._make_table)
@@ -387,10 +387,10 @@ class Flux3Model(BlockNetwork):
 
     def _embed_times(self, timesteps: Tensor, next_timesteps: Tensor | None, modes: Sequence[str]) -> Tensor:
         """Return the rows for each kind of tokens, B S 7 C float32. References and texts have time 0."""
-        time = self.time_in(self._waves(timesteps))
-        zero = self.time_in(self._waves(torch.zeros_like(timesteps)))
+        time = self.time_in(self._embed_waves(timesteps))
+        zero = self.time_in(self._embed_waves(torch.zeros_like(timesteps)))
         if next_timesteps is not None:
-            step_end = self.ref_time_in(self._waves(next_timesteps))
+            step_end = self.ref_time_in(self._embed_waves(next_timesteps))
             time = time + step_end
             zero = zero + step_end
         rows = []
@@ -401,7 +401,7 @@ class Flux3Model(BlockNetwork):
             rows.append(torch.cat([early, joint, embedded.unsqueeze(1)], dim=1))
         return torch.stack(rows, dim=1)
 
-    def _waves(self, timesteps: Tensor) -> Tensor:
+    def _embed_waves(self, timesteps: Tensor) -> Tensor:
         return sinusoid(timesteps, self.config.freq_dim, torch.float32)
 
     def unembed(self, x: Tensor, tokens: Flux3Tokens) -> Tensor:
@@ -437,7 +437,7 @@ class Flux3Model(BlockNetwork):
         return on_grid(pairs).unsqueeze(1)
 
 
-def _mode_blocks(config: Flux3Config, mode: str) -> nn.ModuleList:
+def _make_mode_blocks(config: Flux3Config, mode: str) -> nn.ModuleList:
     return nn.ModuleList(ModeBlock(config, mode) for _ in range(config.mode_blocks))
 
 

@@ -53,7 +53,7 @@ def check_table(table: MediaTable, one_frame: bool) -> None:
         raise DatasetError(
             f"{table.name}: FramePack takes no control video. Remove control_directory or control_path."
         )
-    least = _least_frames(table)
+    least = _count_least_frames(table)
     if table.max_frames is not None and table.max_frames < least:
         raise DatasetError(
             f"{table.name}: max_frames = {table.max_frames} is less than a section takes: {least}, 4 x "
@@ -72,7 +72,7 @@ def check_table(table: MediaTable, one_frame: bool) -> None:
             '"full".'
         )
     for frames in table.target_frames:
-        used = video_frames(_whole_sections(table, frames), table.window)
+        used = video_frames(_count_whole_sections(table, frames), table.window)
         if used < frames:
             logger.warning(
                 "%s: of clips of %d frames the last %d are left out, because %d make whole sections",
@@ -101,21 +101,21 @@ def count_sections(table: MediaTable, frames: int) -> int:
 
     Raises MediaError if it is too short for one section.
     """
-    sections = _whole_sections(table, frames)
+    sections = _count_whole_sections(table, frames)
     if sections == 0:
         raise MediaError(
             f"{frames} usable frames (4 n + 1 of the clip's) are too few: a section takes "
-            f"{_least_frames(table)}, "
+            f"{_count_least_frames(table)}, "
             f"4 x {table.window} (fp_latent_window_size) + 1. Use a longer clip, or take this one out"
         )
     return sections
 
 
-def _whole_sections(table: MediaTable, frames: int) -> int:
+def _count_whole_sections(table: MediaTable, frames: int) -> int:
     return count_window_sections((frames - 1) // LATENT_STRIDE + 1, table.window)
 
 
-def _least_frames(table: MediaTable) -> int:
+def _count_least_frames(table: MediaTable) -> int:
     return video_frames(1, table.window)
 
 
@@ -131,7 +131,7 @@ def clip_entries(encoders: MediaEncoders, media: MediaBatch, order: Order) -> li
     window = media.table.window
     frames = video_frames(count_sections(media.table, media.frames.shape[1]), window)
     latents = _encode(encoders, media.keys, [media.frames[:, :frames]])[0]
-    features = _features(encoders, media.frames[:, :1])
+    features = _encode_features(encoders, media.frames[:, :1])
     entries = []
     for clip_latents, clip_features in zip(latents.split(1), features, strict=True):
         entries.append(clip_sections(clip_latents, clip_features, order, window))
@@ -153,7 +153,7 @@ def clip_sections(latents: Tensor, features: Tensor, order: Order, window: int) 
         batched = {"latents": target, **clean.by_name()}
         # a copy; else each section would keep the whole history
         tensors = {name: latents[0].clone() for name, latents in batched.items()}
-        entry = _entry(tensors, plan.indices, features, section=plan.index)
+        entry = _make_entry(tensors, plan.indices, features, section=plan.index)
         entries.append(replace(entry, start=start.shape[2] + plan.index * window))
         history = order.extend(history, target)
     return entries
@@ -185,11 +185,11 @@ def picture_entries(encoders: MediaEncoders, media: MediaBatch, switches: OneFra
     num_black = len(indices.clean) - len(frames_before)
     frames_before += [torch.zeros_like(target)] * num_black
     clean = torch.cat(frames_before, dim=2)
-    features = _features(encoders, media.control[0])
+    features = _encode_features(encoders, media.control[0])
     entries = []
     for item in range(len(media.keys)):
         tensors = {"latents": target[item], "latents_clean": clean[item]}
-        entries.append([_entry(tensors, indices, features[item])])
+        entries.append([_make_entry(tensors, indices, features[item])])
     return entries
 
 
@@ -206,12 +206,12 @@ def _encode(encoders: MediaEncoders, keys: Sequence[str], clips: Sequence[Tensor
     ]
 
 
-def _features(encoders: MediaEncoders, frames: Tensor) -> Tensor:
+def _encode_features(encoders: MediaEncoders, frames: Tensor) -> Tensor:
     """Encode the first of `frames`, B F H W C uint8, as features B L C: in the latents' dtype, on the CPU."""
     return encoders.image_encoder.encode(to_pixels(frames[:, :1]).squeeze(2)).to("cpu", encoders.vae.dtype)
 
 
-def _entry(
+def _make_entry(
     tensors: dict[str, Tensor], indices: Indices, features: Tensor, section: int | None = None
 ) -> CacheEntry:
     """Build an entry. tensors: C F h w each; all their names get the size of `latents`, the target."""

@@ -147,7 +147,7 @@ class FramePack(OneTransformer):
 
     def media_encoders(self, device: torch.device, images: bool = True) -> data.MediaEncoders:
         files = self.files
-        siglip = load_siglip(files.image_encoder_path, device, files.beside(None)) if images else None
+        siglip = load_siglip(files.image_encoder_path, device, files.encoder_dtype(None)) if images else None
         return data.MediaEncoders(files.load_vae(device), siglip)
 
     def check_table(self, table: data.MediaTable) -> None:
@@ -318,7 +318,7 @@ class FramePack(OneTransformer):
 
 
 def family_for_latent_caching(options: FramePackLatentCachingOptions) -> FramePack:
-    files = _tiled(FramePackFiles(image_encoder=options.image_encoder).add_chunks(options.vae))
+    files = _tile_vae(FramePackFiles(image_encoder=options.image_encoder).add_chunks(options.vae))
     one_frame = OneFrame(has_2x=not options.one_frame_no_2x, has_4x=not options.one_frame_no_4x)
     return FramePack(
         replace(files, vae_tile_frames=caching.WHOLE_FRAMES),
@@ -335,7 +335,7 @@ def family_for_training(options: FramePackTrainingOptions) -> FramePack:
     """Describe the family for fpack_train_network.py; options of sections affect only its samples."""
     options = replace(options, f1=options.f1 and not options.one_frame)  # ignored then, as was warned
     return FramePack(
-        _all_files(options),
+        _make_files(options),
         window=options.latent_window_size,
         is_f1=options.f1,
         bulk_decode=options.bulk_decode,
@@ -352,7 +352,7 @@ def family_for_generation(options: FramePackGenerationOptions) -> FramePack:
             options.latent_paddings,
         )
     return FramePack(
-        replace(_all_files(options), reading=options.reading),
+        replace(_make_files(options), reading=options.reading),
         window=options.latent_window_size,
         is_f1=options.f1,
         bulk_decode=options.bulk_decode,
@@ -363,15 +363,15 @@ def family_for_generation(options: FramePackGenerationOptions) -> FramePack:
     )
 
 
-def _tiled(files: FramePackFiles) -> FramePackFiles:
+def _tile_vae(files: FramePackFiles) -> FramePackFiles:
     """Turn on tiling of the VAE, because FramePack's clips are long."""
     return replace(files, vae_tile=files.vae_tile or VAE_TILE)
 
 
-def _all_files(options: FramePackTrainingOptions | FramePackGenerationOptions) -> FramePackFiles:
+def _make_files(options: FramePackTrainingOptions | FramePackGenerationOptions) -> FramePackFiles:
     """Return all files. Clips decoded together are not tiled in time: sections have their own transitions."""
     files = FramePackFiles(options.dit, image_encoder=options.image_encoder, vae_tile_frames=UNCUT)
-    return _tiled(files.add_encoders(options.vae, options.text))
+    return _tile_vae(files.add_encoders(options.vae, options.text))
 
 
 _: type[Family] = FramePack

@@ -88,7 +88,7 @@ DIMENSIONS = {  # for `hunyuan.read_dimensions`
 MARKS = ("clean_x_embedder.proj.weight", "image_projection.up.weight")  # what HunyuanVideo does not have
 
 
-def _header(checkpoint: Checkpoint) -> DitHeader[FramePackConfig]:
+def _read_header(checkpoint: Checkpoint) -> DitHeader[FramePackConfig]:
     path, names = checkpoint.path, checkpoint.tensors
     if not any(mark in names for mark in MARKS):
         files = (
@@ -108,7 +108,7 @@ def _header(checkpoint: Checkpoint) -> DitHeader[FramePackConfig]:
     return DitHeader(config, "official", names[FEED_FORWARD].dtype)
 
 
-FORMAT = DitFormat(_header, lambda _: WHAT, FramePackModel, own_names)
+FORMAT = DitFormat(_read_header, lambda _: WHAT, FramePackModel, own_names)
 read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMAT.load
 
 
@@ -135,7 +135,7 @@ class FramePackFiles(HunyuanFiles):
             path, takes = self.image_encoder_path, None
             if self.dit is not None:
                 takes = self.dit_header().config.image_dim
-            check_state_width(OPTION, path, read_once(path, _siglip_width), self.dit, takes, FILES)
+            check_state_width(OPTION, path, read_once(path, _read_siglip_width), self.dit, takes, FILES)
 
 
 def saved_window(paths: Sequence[Path], otherwise: int) -> int:
@@ -160,5 +160,5 @@ def saved_window(paths: Sequence[Path], otherwise: int) -> int:
     return next(iter(windows.values()), otherwise)
 
 
-def _siglip_width(checkpoint: Checkpoint) -> int:
+def _read_siglip_width(checkpoint: Checkpoint) -> int:
     return read_siglip(checkpoint).config.dim

@@ -72,12 +72,12 @@ def video_sections(
         )
         device = latents.device
         history = order.extend(history, latents.to(CPU))
-        piece = _newest(order, history, window, number)
+        piece = _take_newest(order, history, window, number)
     first_image = _tensor(inputs[0], "start_latents")
     return order.video(first_image, history, len(plan) * window).to(device)
 
 
-def _newest(order: Order, history: Tensor, window: int, number: int) -> Piece:
+def _take_newest(order: Order, history: Tensor, window: int, number: int) -> Piece:
     """Return the newest section together with its neighbour, so that the transition is as in the finished
     video.
     """

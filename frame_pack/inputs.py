@@ -31,9 +31,9 @@ def video_inputs(encoders: MediaEncoders, prepared: Prepared) -> dict[int, Condi
     """
     settings: FramePackRequest = prepared.family_record
     images, end_image = settings.images, prepared.request.end_image_path
-    embeddings = {path: _embeddings(encoders, path, prepared) for path in dict.fromkeys(images)}
+    embeddings = {path: _encode_embeddings(encoders, path, prepared) for path in dict.fromkeys(images)}
     end = [] if end_image is None else [end_image]
-    latents = {path: _latents(encoders, path, prepared) for path in dict.fromkeys([*images, *end])}
+    latents = {path: _encode_latents(encoders, path, prepared) for path in dict.fromkeys([*images, *end])}
     inputs: dict[int, Conditions] = {
         index: {"image_embeddings": embeddings[path], "start_latents": latents[path]}
         for index, path in enumerate(images)
@@ -68,13 +68,13 @@ def one_frame_inputs(encoders: MediaEncoders, prepared: Prepared) -> dict[int, C
     (image,) = settings.images
     masks = settings.masks
     conditions: dict[str, Tensor | list[Tensor]] = {
-        "image_embeddings": _embeddings(encoders, image, prepared, on_white=False)
+        "image_embeddings": _encode_embeddings(encoders, image, prepared, on_white=False)
     }
     if not settings.controls:
         return {0: conditions}
     latents = {}
     for path in dict.fromkeys(settings.controls):
-        latents[path] = _latents(encoders, path, prepared, on_white=False)
+        latents[path] = _encode_latents(encoders, path, prepared, on_white=False)
     masked = []
     for index, path in enumerate(settings.controls):
         *_, height, width = latents[path].shape
@@ -102,12 +102,14 @@ def read_alpha(path: Path, size: Size) -> Tensor | None:
 
 
 # one frame: what is transparent counts as a mask, as in training, so its colours stay
-def _embeddings(encoders: MediaEncoders, path: Path, prepared: Prepared, on_white: bool = True) -> Tensor:
+def _encode_embeddings(
+    encoders: MediaEncoders, path: Path, prepared: Prepared, on_white: bool = True
+) -> Tensor:
     pixels = image_pixels(path, prepared.width, prepared.height, on_white=on_white)
     return encoders.image_encoder.encode(rearrange(pixels, "b c 1 h w -> b c h w")).cpu()
 
 
-def _latents(encoders: MediaEncoders, path: Path, prepared: Prepared, on_white: bool = True) -> Tensor:
+def _encode_latents(encoders: MediaEncoders, path: Path, prepared: Prepared, on_white: bool = True) -> Tensor:
     pixels = image_pixels(path, prepared.width, prepared.height, on_white=on_white)
     return (encoders.vae.encode(pixels, [posterior_generator(prepared.seed)]) * VAE_LATENT.scale).cpu()
 

@@ -94,12 +94,12 @@ def _table(
     for stretch, frames in zip(layout.stretches, indices, strict=True):
         axes = []
         for positions, width in zip((torch.tensor(frames), rows, columns), widths, strict=True):
-            axes.append(send_ahead(_axis(positions, width, theta, stretch.coarseness), device))
+            axes.append(send_ahead(_average_turns(positions, width, theta, stretch.coarseness), device))
         parts.append(on_grid(axes))
     return torch.cat(parts).unsqueeze(1)
 
 
-def _axis(positions: Tensor, width: int, theta: float, coarseness: int) -> Tensor:
+def _average_turns(positions: Tensor, width: int, theta: float, coarseness: int) -> Tensor:
     """Return the turns along one axis: ceil(n / coarseness) x width/2 x 2 float32.
 
     It averages cosines and sines, not positions, as in training: the turns of coarse tokens also shrink the
@@ -307,7 +307,7 @@ class FramePackModel(BlockNetwork):
         grid = (patches.shape[2], patches.shape[3], patches.shape[4])
         video = [self.clean_x_embedder(kind.latents, kind.times).to(dtype) for kind in clean]
         video.append(patches.to(dtype).flatten(2).transpose(1, 2))
-        rotary = self._rotary.get_table(_layout(kinds, grid, position_scale), noisy.device)
+        rotary = self._rotary.get_table(_make_layout(kinds, grid, position_scale), noisy.device)
         image = self.image_projection(image_embeddings).to(dtype)
         guided = guidance if tweaks.embedded_guidance else None
         before = rotary.shape[-4] + image.shape[1]  # the image's tokens become part of the text
@@ -369,7 +369,7 @@ def _describe_given(name: str, latents: Tensor | None, indices: Tensor | None, t
     raise ValueError(f"{name} and their indices must be given together")
 
 
-def _layout(kinds: Sequence[Given], grid: tuple[int, int, int], scale: float) -> WindowLayout:
+def _make_layout(kinds: Sequence[Given], grid: tuple[int, int, int], scale: float) -> WindowLayout:
     # indices on the device would make the host wait for it; this waits once for all kinds
     rows: list[list[int]] = torch.cat([kind.indices for kind in kinds], dim=1).tolist()
     stretches = []

@@ -36,14 +36,14 @@ def parse_entries(text: str, option: str) -> dict[int, str]:
     entries: dict[int, str] = {}
     for piece in text.split(SEPARATOR):
         if piece.strip():
-            entries.update(_pieces(piece, option))
+            entries.update(_parse_piece(piece, option))
     if not entries:
         return {0: ""}
     nearest = min((index for index in entries if index >= 0), default=min(entries))
     return {0: entries[nearest], **entries}
 
 
-def _pieces(piece: str, option: str) -> Iterator[tuple[int, str]]:
+def _parse_piece(piece: str, option: str) -> Iterator[tuple[int, str]]:
     head, colon, text = piece.partition(":")
     places = _PLACES.fullmatch(head.strip())
     if not colon or places is None:

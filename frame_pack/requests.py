@@ -65,7 +65,7 @@ def prepare_request(
             "--one_frame_inference needs the FramePack model: leave --f1 out and give that model to --dit."
         )
     request = _with_media(request, is_f1, is_picture)
-    sections = _count(request, usual, window, is_picture)
+    sections = _count_sections(request, usual, window, is_picture)
     width, height, _ = requests.size_of(request, usual)
     frames = 1 if is_picture else video_frames(sections, window)
     requests.check_size((width, height, min(frames, video_frames(1, window))), latent)
@@ -74,11 +74,11 @@ def prepare_request(
         _list_images(request, sections, is_picture),
         one_frame,
         request.control_images,
-        _paths(request.extra, "control_image_mask_path"),
+        _read_paths(request.extra, "control_image_mask_path"),
     )
     if takes_shape and is_picture:
         images = (*settings.controls, *settings.images)
-        width, height = _size_like(images, width, height, latent.pixel_step)
+        width, height = _choose_bucket(images, width, height, latent.pixel_step)
     elif takes_shape:
         logger.warning("--one_frame_auto_resize is ignored because a video is made")
     flow_shift = request.flow_shift
@@ -104,7 +104,7 @@ def prepare_request(
     )
 
 
-def _size_like(images: Sequence[Path], width: int, height: int, step: int) -> tuple[int, int]:
+def _choose_bucket(images: Sequence[Path], width: int, height: int, step: int) -> tuple[int, int]:
     """Return the bucket, of a dataset with this resolution, to which the first image would be assigned."""
     from modules.media.reading import image_size  # only for single pictures
 
@@ -152,7 +152,7 @@ def _with_media(request: requests.Request, is_f1: bool, is_picture: bool) -> req
     return requests.keep_usable_media(request, {"control_path": False}, "FramePack does not take it")
 
 
-def _count(request: requests.Request, usual: SamplingDefaults, window: int, is_picture: bool) -> int:
+def _count_sections(request: requests.Request, usual: SamplingDefaults, window: int, is_picture: bool) -> int:
     typed_sections = request.extra.get("video_sections")
     seconds = request.extra.get("video_seconds")
     if is_picture:
@@ -189,7 +189,7 @@ def _with_controls(request: requests.Request) -> requests.Request:
     """
     images = request.control_images
     extra = dict(request.extra)
-    masks = _paths(extra, "control_image_mask_path")
+    masks = _read_paths(extra, "control_image_mask_path")
     named = {"control_image_path": images, "control_image_mask_path": masks}
     if "one_frame" not in extra:
         for name in (name for name, paths in named.items() if paths):
@@ -249,5 +249,5 @@ def _check_image(option: str, path: Path) -> None:
     requests.check_opens(option.removeprefix("--"), path, is_image=True)
 
 
-def _paths(extra: Mapping[str, str], name: str) -> tuple[Path, ...]:
+def _read_paths(extra: Mapping[str, str], name: str) -> tuple[Path, ...]:
     return tuple(to_path(f"--{name}", line) for line in extra.get(name, "").split("\n") if line)

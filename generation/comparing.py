@@ -30,7 +30,7 @@ from generation.options import GenerationOptions
 from generation.outputs import LATENT_SUFFIX, PREVIEW_SUFFIX, own_stem, words_of
 from generation.progress import NAMING, in_short
 from generation.prompt_lines import lines_of
-from generation.request import GenerationJob, GenerationRun, make_job, of_each_line
+from generation.request import GenerationJob, GenerationRun, make_job, map_lines
 from generation.run import check_models, explain_lack, make_session
 from generation.session import wanted_texts
 from generation.sheets import ClipGrid, Row, write_grids
@@ -103,7 +103,7 @@ def compare(family: Family, options: GenerationOptions, comparison: CompareOptio
     run = run.with_previews()
     make_folder(options.output.save_path, "--save_path")
     columns = _make_columns(run, variants, jobs)
-    missing = _missing_cells(options, columns)
+    missing = _list_missing_cells(options, columns)
     _show_start(run, jobs, columns, missing)
     if missing:
         denoise_cells(run, missing)
@@ -158,13 +158,13 @@ def _make_prompts(run: GenerationRun) -> list[GenerationJob]:
     options = run.options
     lines = lines_of(options.from_file)
     failures = Failures(strict=options.from_file is None)
-    jobs = list(of_each_line(run, lines, failures, make_job).values())
+    jobs = list(map_lines(run, lines, failures, make_job).values())
     failures.raise_if_any(len(lines))
     making.warn_of_unused_sources(options.request.source, options.typed_options, jobs)
     return jobs
 
 
-def _missing_cells(options: GenerationOptions, columns: Sequence[Column]) -> list[Column]:
+def _list_missing_cells(options: GenerationOptions, columns: Sequence[Column]) -> list[Column]:
     """Return the columns that are not complete, each with its cells that have neither a clip nor latents."""
     incomplete: list[Column] = []
     for variant, cells in columns:
@@ -232,13 +232,13 @@ def make_variants(
     columns = []  # for each expert one file, or none
     for index in range(num_columns):
         columns.append([expert_uses[index : index + 1] for expert_uses in uses])
-    paths = [_first_path(column) for column in columns]
+    paths = [_find_first_path(column) for column in columns]
     names = [path.stem for path in paths]
     for column, path in zip(columns, paths, strict=True):
         heading = path.stem
         if names.count(heading) > 1:
             heading = f"{path.parent.name}/{heading}"
-        sha256 = _hashes(experts, column)
+        sha256 = _hash_files(experts, column)
         for strength in dict.fromkeys(strengths):
             weighted = [
                 tuple(replace(use, multiplier=strength) for use in expert_uses) for expert_uses in column
@@ -247,12 +247,12 @@ def make_variants(
     return variants
 
 
-def _first_path(column: dressing.LorasByExpert) -> Path:
+def _find_first_path(column: dressing.LorasByExpert) -> Path:
     """Return the file of the first expert that has one."""
     return next(expert_uses[0] for expert_uses in column if expert_uses).lora.path
 
 
-def _hashes(experts: Sequence[Expert], column: dressing.LorasByExpert) -> dict[str, str]:
+def _hash_files(experts: Sequence[Expert], column: dressing.LorasByExpert) -> dict[str, str]:
     """Return the SHA-256 of a column's files, by the names that metadata give them."""
     hashes: dict[str, str] = {}
     for expert, expert_uses in zip(experts, column, strict=True):
@@ -300,16 +300,16 @@ def _files(options: GenerationOptions, cell: GenerationJob) -> ClipFiles:
 def _is_own(options: GenerationOptions, cell: GenerationJob) -> bool:
     """Return whether existing files of this name are of exactly this clip; True if there are none."""
     video, latents = _files(options, cell)
-    settings = _making_settings(as_tags(cell.metadata or {}))
+    settings = _select_making_settings(as_tags(cell.metadata or {}))
     try:
-        if video.exists() and _making_settings(read_tags(video)) != settings:
+        if video.exists() and _select_making_settings(read_tags(video)) != settings:
             return False
-        return not latents.exists() or _making_settings(load_latents(latents).metadata) == settings
+        return not latents.exists() or _select_making_settings(load_latents(latents).metadata) == settings
     except (UserError, OSError):
         return False  # damaged, or another program's
 
 
-def _making_settings(tags: Mapping[str, str]) -> dict[str, str]:
+def _select_making_settings(tags: Mapping[str, str]) -> dict[str, str]:
     """Return the metadata of a clip that record how it was made, except the time."""
     return {
         name: text
@@ -347,7 +347,7 @@ def _encode_texts(
         texts[variant.label] = plain_texts
         loras = TextLoras(variant.uses[0], run.options.lora_rounding)
         if not loras.is_empty:
-            encoded = run.session.texts_with(loras, prompts)
+            encoded = run.session.encode_with_loras(loras, prompts)
             texts[variant.label] = dict(zip(jobs, encoded, strict=True))
     return texts
 
@@ -365,14 +365,14 @@ def load_for_columns(
     is_plain = speed.fp8.quantisation is None and not speed.swap.number and speed.compilation.choice is None
     is_masked = any(split_masked(uses)[1] for variant, _ in columns for uses in variant.uses)  # T-LoRAs
     if is_plain and not is_masked and len(run.family.experts) <= 1:
-        yield from _switched_networks(run, columns)
+        yield from _load_switched_networks(run, columns)
         return
     for variant, ready in columns:
         with _begin_phase(run, ready, variant.uses) as dit_at:
             yield ready, dit_at
 
 
-def _switched_networks(
+def _load_switched_networks(
     run: GenerationRun, columns: Sequence[tuple[Variant, Sequence[making.Ready]]]
 ) -> making.Networks:
     """Yield the clips of each column with one network, whose weights are changed for each."""

@@ -248,7 +248,7 @@ def leave_out_missing(family: Family, options: GenerationOptions, device: torch.
 
     Options given by name stay: if unavailable, they are an error later.
     """
-    checks = _checks_of_preset(family, device)
+    checks = _make_preset_checks(family, device)
     speed = options.speed
     left_out: list[str] = []
     for name in checks:
@@ -271,7 +271,7 @@ def leave_out_missing(family: Family, options: GenerationOptions, device: torch.
     return replace(options, speed=speed, settings=settings)
 
 
-def _checks_of_preset(
+def _make_preset_checks(
     family: Family, device: torch.device
 ) -> dict[str, Callable[[GenerationSpeedOptions], object]]:
     """Return a check for each option of --optimized; it raises OptionError if the option is unavailable."""

@@ -161,7 +161,7 @@ class DitTurns:
             yield
         finally:
             for dit, copy in working:
-                _come(dit, copy, self.device)
+                _move_to_device(dit, copy, self.device)
 
     def can_stay(self, needed: int | None) -> bool:
         """Return whether the working networks may stay on the device while something else needs `needed`
@@ -199,7 +199,7 @@ class DitTurns:
             else:
                 self._working.add(expert)  # now, as it may be interrupted half-way
                 try:
-                    _come(self._dits[expert], self._copies.get(expert), self.device)
+                    _move_to_device(self._dits[expert], self._copies.get(expert), self.device)
                 except Exception:  # too little memory: a smaller video may still find it complete
                     self._put_away(expert)
                     raise
@@ -214,12 +214,15 @@ class DitTurns:
 
         The next expert is assumed to be as large.
         """
-        if self.lazy or self.together:
-            return self.together
+        if self.together:
+            return True
+        if self.lazy:
+            return False
         weights = bytes_on(self._dits[working], self.device)
         if self.device.type == "cpu":
             room = self.host_room()
-            return coming in self._dits or room is None or weights <= room
+            is_loaded = coming in self._dits  # then it takes no further memory
+            return is_loaded or room is None or weights <= room
         if self.device.type != "cuda" or self.never_beside:
             return False
         # the next steps need as much memory in addition to the weights as those until now
@@ -263,7 +266,7 @@ class DitTurns:
         if coming is None or coming in self._dits or self._ahead is not None or self.load_aside is None:
             return
         words = self.experts[coming].words
-        reason = self._why_not_ahead(present)
+        reason = self._explain_not_ahead(present)
         if reason:
             if coming not in self._logged:
                 logger.info("The %s is loaded when its steps begin%s", words, reason)
@@ -282,7 +285,7 @@ class DitTurns:
         pool.shutdown(wait=False)  # once it is made
         self._ahead = ReadingAhead(coming, reading, stop)
 
-    def _why_not_ahead(self, present: int) -> str:
+    def _explain_not_ahead(self, present: int) -> str:
         """Return the reason why the next expert is not read while this one works; "" if it can be."""
         if self.lazy:
             return ", as --lazy_loading asks"
@@ -324,7 +327,7 @@ class DitTurns:
         self._ahead = None
 
 
-def _come(dit: nn.Module, copy: WaitingNetwork | None, device: torch.device) -> None:
+def _move_to_device(dit: nn.Module, copy: WaitingNetwork | None, device: torch.device) -> None:
     if copy is not None:
         copy.bring()
     elif device.type != "cpu":  # where it was loaded

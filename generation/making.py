@@ -310,7 +310,7 @@ def watch(run: GenerationRun, job: GenerationJob, stem: str) -> Iterator[tuple[l
     prepared = job.prepared
     output = run.options.output
     preview = output.save_path / f"{stem}{outputs.PREVIEW_SUFFIX}"
-    grow_preview = _preview_of_sections(run, job, preview)
+    grow_preview = _make_section_preview(run, job, preview)
     with name_preview_on_failure(preview), ExitStack() as previews, ExitStack() as bars:
         watchers: list[Watcher] = []
         preview_section: OnSection | None = None
@@ -321,10 +321,12 @@ def watch(run: GenerationRun, job: GenerationJob, stem: str) -> Iterator[tuple[l
             watchers, preview_section = previews.enter_context(
                 preview_clip(run.previews, prepared.fps, steps)
             )
-        section_bars: list[Bar] = []  # over the steps of each section
+        bar: Bar | None = None  # over the steps of the present section
 
         def advance(step: StepDone) -> bool:
-            section_bars[-1].update()
+            """Advance the bar, and save changes for an anchor. Return False: denoising continues."""
+            assert bar is not None, "a section begins before its steps"
+            bar.update()
             if step.section.anchor is not None and output.output_type != NOTHING:
                 from generation.anchors import save_changes  # few sections have an anchor
 
@@ -332,18 +334,19 @@ def watch(run: GenerationRun, job: GenerationJob, stem: str) -> Iterator[tuple[l
             return False
 
         def on_section(section: Section) -> None:
+            """Show the result so far, and begin the bar of the next section."""
+            nonlocal bar
             bars.close()
             if preview_section is not None:
                 preview_section(section)
             grow_preview(section)
             stage = prepared.stages[section.stage] if prepared.stages else prepared
-            bar = Bar(stage.num_steps, section.label or "Denoising")
-            section_bars.append(bars.enter_context(bar))
+            bar = bars.enter_context(Bar(stage.num_steps, section.label or "Denoising"))
 
         yield [advance, *watchers, *run.watchers], on_section
 
 
-def _preview_of_sections(run: GenerationRun, job: GenerationJob, path: Path) -> OnSection:
+def _make_section_preview(run: GenerationRun, job: GenerationJob, path: Path) -> OnSection:
     """Return a function that adds each finished section of a video to its growing preview."""
     output = run.options.output
     fps = job.prepared.fps

@@ -249,7 +249,7 @@ def rehearse_denoising(
         moments=moments,
         swaps=swaps,
         weights=weights,
-        between=_work_between_steps(family, options, prepared),
+        between=_list_work_between_steps(family, options, prepared),
         turns=turns,
         extra=extra,
     )
@@ -279,7 +279,7 @@ def _cached_dit(family: Family, prepared: Prepared, dit: nn.Module) -> AbstractC
     return StepCaches(prepared, family.dit).section(lambda _: dit)
 
 
-def _work_between_steps(
+def _list_work_between_steps(
     family: Family, options: GenerationOptions, prepared: Prepared
 ) -> list[tuple[int, str]]:
     """Return bytes and names of the networks that run between steps: for previews, and to begin a stage."""

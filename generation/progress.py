@@ -68,11 +68,11 @@ def show_start(
     box: list[Row] = [
         ("model", ", ".join(model_names)),
         ("experts", "\n".join(experts_in_words(family)) if has_names else None),
-        ("LoRAs", "\n".join(_loras_in_words(loras))),
-        _results_in_words(requests),
+        ("LoRAs", "\n".join(_describe_loras(loras))),
+        _describe_results(requests),
         ("turns", turns_in_words(family, first) if has_names else None),
         ("prompt", in_short(first.request.prompt, 3 * PROMPT_LENGTH) if is_single else None),
-        ("from", _source_in_words(first) if is_single else None),
+        ("from", _describe_source(first) if is_single else None),
         ("device", str(device)),
         ("disk", f"latents {latents_size}; {free} free"),
         ("folder", str(folder)),
@@ -87,7 +87,7 @@ def _count_latents(family: Family, request: Prepared) -> int:
     return prod(family.latent.shape(request.frames, request.height, request.width))
 
 
-def _loras_in_words(loras: Mapping[str, Sequence[tuple[str, float]]]) -> list[str]:
+def _describe_loras(loras: Mapping[str, Sequence[tuple[str, float]]]) -> list[str]:
     lines = []
     for expert, files in loras.items():
         purpose = f", for {expert.replace('_', ' ')}" if expert else ""
@@ -95,14 +95,14 @@ def _loras_in_words(loras: Mapping[str, Sequence[tuple[str, float]]]) -> list[st
     return lines
 
 
-def _source_in_words(prepared: Prepared) -> str | None:
+def _describe_source(prepared: Prepared) -> str | None:
     source = prepared.request.source
     if source is None:
         return None
     return f"{source.path}, the last {prepared.num_steps} of {count_of(prepared.steps, 'step')}"
 
 
-def _results_in_words(requests: Sequence[Prepared]) -> Row:
+def _describe_results(requests: Sequence[Prepared]) -> Row:
     """Return the row of the box that describes the results: their kind, such as `clip`, and the size of the
     first.
     """
@@ -215,7 +215,7 @@ class GrowingVideo:
     _edge: Tensor | None = None
     _grows_in_front: bool | None = None
     _has_failed: bool = False
-    _is_held: bool = False
+    _is_locked: bool = False
 
     def add(self, piece: Piece) -> None:
         """Add a new piece to the preview.
@@ -227,12 +227,12 @@ class GrowingVideo:
         if self._has_failed:
             return
         clip = None
-        with self._optional():
+        with self._end_on_error():
             if self.session.dits.can_stay(self.needed):
                 clip = self._decode_next_to_dit(piece)
         if clip is None and not self._has_failed:
             clip = self._decode_without_dit(piece)
-        with self._optional():
+        with self._end_on_error():
             if clip is not None:
                 if self._grows_in_front not in (None, piece.in_front):
                     raise ValueError("a video can grow at one end only")
@@ -258,15 +258,15 @@ class GrowingVideo:
         """Decode a piece while the DiT waits in host memory; return None if that fails."""
         clip = None
         with ExitStack() as stack:
-            with self._optional():  # if the DiT cannot be moved away, it stays where it was
+            with self._end_on_error():  # if the DiT cannot be moved away, it stays where it was
                 stack.enter_context(self.session.dits.aside())
             if not self._has_failed:
-                with self._optional():
+                with self._end_on_error():
                     clip = self._decode(piece)
         return clip
 
     @contextmanager
-    def _optional(self) -> Iterator[None]:
+    def _end_on_error(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:
@@ -285,20 +285,21 @@ class GrowingVideo:
 
     def _write(self, final: Tensor | None) -> None:
         """Encode the frames that are final now, then write them together with the frames that still wait."""
-        self._segments = self._with(final)
+        self._segments = self._add_segment(final)
         is_first = not self.path.exists()
         try:
-            self.join(self.path, self._with(self._edge), self.fps, self.tags)
+            self.join(self.path, self._add_segment(self._edge), self.fps, self.tags)
         except OutputError as error:
             if not self.path.is_file():
                 raise
-            if not self._is_held:  # Windows: a file that a player has open may not be replaceable
+            if not self._is_locked:  # Windows: a file that a player has open may not be replaceable
                 logger.warning("%s Replacing it is tried again after each section.", error)
-            self._is_held = True
+            self._is_locked = True
         if is_first:
             logger.info("Preview: %s, updated after each section", self.path)
 
-    def _with(self, pixels: Tensor | None) -> list[bytes]:
+    def _add_segment(self, pixels: Tensor | None) -> list[bytes]:
+        """Return the encoded segments with one of further pixels, at the end that grows."""
         if pixels is None or not pixels.shape[2]:
             return self._segments
         segment = encode_segment(frames_of(pixels.split(4, dim=2)), self.fps)

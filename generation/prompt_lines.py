@@ -74,7 +74,7 @@ def read_number(text: str) -> float:
         raise ValueError(f"{text!r} is not a number") from None
 
 
-def _rate(text: str) -> int:
+def _read_rate(text: str) -> int:
     rate = read_whole(text)
     if not 1 <= rate <= MOST_FPS:
         raise ValueError(f"{text} is no frame rate: give a number from 1 to {MOST_FPS}")
@@ -94,7 +94,7 @@ def read_size(text: str) -> dict[str, int]:
     return {"video_size_height": few_digits(height), "video_size_width": few_digits(width)}
 
 
-def _side(text: str) -> int:
+def _read_side(text: str) -> int:
     joined = JOINED.fullmatch(text)
     if joined is not None:
         height, width = height_width(joined)
@@ -112,8 +112,8 @@ def read_name(text: str) -> str:
 
 # --from_file and --interactive: letters of the established Wan script, and its newer `ei`
 GENERATION_OPTIONS: Mapping[str, LineOption] = {
-    "w": LineOption("video_size_width", _side),
-    "h": LineOption("video_size_height", _side),
+    "w": LineOption("video_size_width", _read_side),
+    "h": LineOption("video_size_height", _read_side),
     "f": LineOption("video_length", read_whole),
     "d": LineOption("seed", read_seed),
     "s": LineOption("infer_steps", read_whole),
@@ -179,7 +179,7 @@ EMBEDDED_IMAGE_OPTIONS: Mapping[str, LineOption] = {
 # what generation lines know by the name on the command line only
 NAMED_OPTIONS: Mapping[str, LineOption] = {
     **dict.fromkeys(("video_size", "image_size"), LineOption("video_size", read_size)),
-    "fps": LineOption("fps", _rate),
+    "fps": LineOption("fps", _read_rate),
     "guidance_scale_high_noise": LineOption("guidance_scale_high_noise", read_number),
     "sample_solver": LineOption("sample_solver", read_name),
     "from_latent": LineOption("from_latent", read_path, CANCELS),
@@ -259,7 +259,7 @@ def parse_words(
     shown_line = f"{where} {shorten(line.strip(), MAX_LINE_SHOWN)!r}"
     values: dict[str, Any] = {"prompt": prompt.strip()}
     words = [part.partition(" ")[0] for part in parts]
-    spellings_by_key = _spellings_by_key(words, find)
+    spellings_by_key = _list_spellings(words, find)
     problems = _find_odd_options(line, find)
 
     @functools.cache  # only if an option is unknown, and once for all such options
@@ -293,7 +293,7 @@ def parse_words(
     return values
 
 
-def _spellings_by_key(words: Sequence[str], find: Callable[[str], LineOption | None]) -> dict[str, list[str]]:
+def _list_spellings(words: Sequence[str], find: Callable[[str], LineOption | None]) -> dict[str, list[str]]:
     """Return the spellings of each option of a line, in their order."""
     spellings: dict[str, list[str]] = {}
     for word in words:

@@ -115,12 +115,12 @@ def make_request(
         away_prompt=texts["nag_prompt"] or None,
         second_prompt=texts["prompt_2"],
         cfg_schedule=line.get("cfg_schedule", options.cfg_schedule) or None,
-        image_path=_media_path(options, line, "image_path"),
-        end_image_path=_media_path(options, line, "end_image_path"),
-        control_path=_media_path(options, line, "control_path"),
-        control_images=_control_images(options, line),
-        source=_source(options.source, line),
-        extra=_extra_settings(options, line) if options.extras else {},
+        image_path=_choose_media_path(options, line, "image_path"),
+        end_image_path=_choose_media_path(options, line, "end_image_path"),
+        control_path=_choose_media_path(options, line, "control_path"),
+        control_images=_list_control_images(options, line),
+        source=_choose_source(options.source, line),
+        extra=_collect_extras(options, line) if options.extras else {},
         settings={"sample_solver": line["sample_solver"]} if "sample_solver" in line else {},
         typed={name: text for name, text in typed_texts.items() if text is not None and text != texts[name]},
     )
@@ -137,18 +137,18 @@ def _expand(texts: Mapping[str, str | None], prompts: PromptOptions, seed: int) 
     return expand_texts(texts, prompts, seed)
 
 
-def _media_path(options: RequestOptions, line: Mapping[str, Any], name: str) -> Path | None:
+def _choose_media_path(options: RequestOptions, line: Mapping[str, Any], name: str) -> Path | None:
     """Return the file of an option, unless it is an option of the family or empty."""
     value = None if name in options.extras else line.get(name, getattr(options, name))
     return None if value is None or str(value) == "" else to_path(f"--{name}", str(value))
 
 
-def _control_images(options: RequestOptions, line: Mapping[str, Any]) -> tuple[Path, ...]:
+def _list_control_images(options: RequestOptions, line: Mapping[str, Any]) -> tuple[Path, ...]:
     paths = line.get("control_image_path", options.control_image_path) or ()
     return tuple(to_path("--control_image_path", str(path)) for path in paths if str(path))
 
 
-def _extra_settings(options: RequestOptions, line: Mapping[str, Any]) -> dict[str, str]:
+def _collect_extras(options: RequestOptions, line: Mapping[str, Any]) -> dict[str, str]:
     """Return settings that only the family reads, as text; a list gives one line per entry."""
     extra = {}
     for name, (key, option_value) in options.extras.items():
@@ -159,7 +159,7 @@ def _extra_settings(options: RequestOptions, line: Mapping[str, Any]) -> dict[st
     return extra
 
 
-def _source(options: SourceOptions, line: Mapping[str, Any]) -> Source | None:
+def _choose_source(options: SourceOptions, line: Mapping[str, Any]) -> Source | None:
     """Return the source that the command line or a prompt line names. Raises OptionError for several."""
     paths = {name: line[name] for name in SOURCES if name in line}
     if not paths:
@@ -379,7 +379,7 @@ def make_job(run: GenerationRun, label: str, overrides: Mapping[str, Any]) -> Ge
     return GenerationJob(label, prepared)
 
 
-def of_each_line(
+def map_lines(
     run: GenerationRun,
     lines: Mapping[str, str | None],
     failures: Failures,

@@ -35,7 +35,7 @@ from generation.options import GenerationOptions
 from generation.outputs import SUFFIXES, FrameTools, output_stem, own_stem, save_pixels
 from generation.progress import show_end
 from generation.prompt_lines import find_option, is_blank, lines_of
-from generation.request import GenerationRun, make_job, of_each_line, seed_of
+from generation.request import GenerationRun, make_job, map_lines, seed_of
 from generation.script_options import LATENT_OUTPUTS, UNDECODED
 from generation.session import Session
 from modules.atomic_write import make_folder
@@ -119,7 +119,7 @@ def _decode_file(
         return save_pixels(
             output,
             stem,
-            decode(run.family, encoders, saved.latents, _shown_part(run.family, path, saved)),
+            decode(run.family, encoders, saved.latents, _read_shown_part(run.family, path, saved)),
             fps=fps,
             metadata=None if output.no_metadata else metadata,
             post=run.post,
@@ -127,7 +127,7 @@ def _decode_file(
         )
 
 
-def _shown_part(family: Family, path: Path, saved: "SavedLatents") -> Box | None:
+def _read_shown_part(family: Family, path: Path, saved: "SavedLatents") -> Box | None:
     """Return the part of the pixels that is the result, which the file may say; None: all of them.
 
     Raises CheckpointError if the file has fewer pixels.
@@ -392,11 +392,15 @@ def make_session(family: Family, options: GenerationOptions, loader: DitLoader, 
         together=blocks is not None,
     )
     return Session(
-        family, loader.device, dits, text_loras=_text_loras(loader.uses, options.lora_rounding), blocks=blocks
+        family,
+        loader.device,
+        dits,
+        text_loras=_make_text_loras(loader.uses, options.lora_rounding),
+        blocks=blocks,
     )
 
 
-def _text_loras(uses: LorasByExpert, rounding: str) -> "TextLoras | None":
+def _make_text_loras(uses: LorasByExpert, rounding: str) -> "TextLoras | None":
     """Return the LoRAs that change text encoders, if there are any. rounding: value of --lora_rounding."""
     if not uses or not uses[0]:
         return None
@@ -512,7 +516,7 @@ def make_lines(run: GenerationRun) -> None:
 
         count = make_sheets(run, lines, failures)
     else:
-        jobs = list(of_each_line(run, lines, failures, make_job).values())
+        jobs = list(map_lines(run, lines, failures, make_job).values())
         if jobs:
             make_outputs(run, jobs, failures)
     failures.raise_if_any(count, "" if path is None else f"{path}: ")

@@ -19,22 +19,22 @@ Entry = TypeVar("Entry")
 Made = TypeVar("Made")
 
 
-def _leading_whole(text: str) -> int:
-    return few_digits(_leading(r"[+-]?[0-9]+", text))
+def _read_leading_whole(text: str) -> int:
+    return few_digits(_match_leading(r"[+-]?[0-9]+", text))
 
 
-def _sample_seed(text: str) -> int:
+def _read_sample_seed(text: str) -> int:
     """Return the number at the beginning of a text, as other trainers read it, else the hash of the text."""
     if not text.strip():
         raise ValueError("give a number or a text")
-    return _leading_whole(text) if re.match(r"[+-]?[0-9]", text) else prompt_lines.read_seed(text)
+    return _read_leading_whole(text) if re.match(r"[+-]?[0-9]", text) else prompt_lines.read_seed(text)
 
 
-def _leading_number(text: str) -> float:
-    return float(_leading(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", text))
+def _read_leading_number(text: str) -> float:
+    return float(_match_leading(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", text))
 
 
-def _leading(pattern: str, text: str) -> str:
+def _match_leading(pattern: str, text: str) -> str:
     match = re.match(pattern, text, re.IGNORECASE)
     if match is None:
         raise ValueError(f"{text!r} does not begin with a number")
@@ -50,9 +50,9 @@ def _leading(pattern: str, text: str) -> str:
 OF_SOME_MODELS: Mapping[str, prompt_lines.LineOption] = {
     "of": prompt_lines.LineOption("one_frame", prompt_lines.read_name),
     "v": prompt_lines.LineOption("reference_video", prompt_lines.read_path),
-    "ctr": prompt_lines.LineOption("cfg_trunc_ratio", _leading_number),
-    "rcfg": prompt_lines.LineOption("renorm_cfg", _leading_number),
-    **{name: prompt_lines.LineOption(name, _leading_number) for name in ("mu", "y1", "y2")},
+    "ctr": prompt_lines.LineOption("cfg_trunc_ratio", _read_leading_number),
+    "rcfg": prompt_lines.LineOption("renorm_cfg", _read_leading_number),
+    **{name: prompt_lines.LineOption(name, _read_leading_number) for name in ("mu", "y1", "y2")},
     # of VACE
     "sm": prompt_lines.LineOption("src_mask", prompt_lines.read_path),
     "vs": prompt_lines.LineOption("vace_scale", prompt_lines.read_name),
@@ -64,20 +64,20 @@ OF_SOME_MODELS: Mapping[str, prompt_lines.LineOption] = {
     "keyframe": prompt_lines.LineOption("keyframe", prompt_lines.read_path, repeats=True),
     "condition_image": prompt_lines.LineOption("condition_image", prompt_lines.read_path, repeats=True),
     "reference_jsonl": prompt_lines.LineOption("reference_jsonl", prompt_lines.read_path),
-    "reference_index": prompt_lines.LineOption("reference_index", _leading_whole),
+    "reference_index": prompt_lines.LineOption("reference_index", _read_leading_whole),
     "task": prompt_lines.LineOption("task", prompt_lines.read_name),
-    "fsa": prompt_lines.LineOption("h3_shift_audio", _leading_number),
+    "fsa": prompt_lines.LineOption("h3_shift_audio", _read_leading_number),
 }
 # prompt files of training samples; numbers are read from their leading digits, as other trainers do
 SAMPLE_OPTIONS: Mapping[str, prompt_lines.LineOption] = {
-    "w": prompt_lines.LineOption("width", _leading_whole),
-    "h": prompt_lines.LineOption("height", _leading_whole),
-    "f": prompt_lines.LineOption("frame_count", _leading_whole),
-    "d": prompt_lines.LineOption("seed", _sample_seed),
-    "s": prompt_lines.LineOption("sample_steps", _leading_whole),
-    "g": prompt_lines.LineOption("guidance_scale", _leading_number),
-    "l": prompt_lines.LineOption("cfg_scale", _leading_number),
-    "fs": prompt_lines.LineOption("discrete_flow_shift", _leading_number),
+    "w": prompt_lines.LineOption("width", _read_leading_whole),
+    "h": prompt_lines.LineOption("height", _read_leading_whole),
+    "f": prompt_lines.LineOption("frame_count", _read_leading_whole),
+    "d": prompt_lines.LineOption("seed", _read_sample_seed),
+    "s": prompt_lines.LineOption("sample_steps", _read_leading_whole),
+    "g": prompt_lines.LineOption("guidance_scale", _read_leading_number),
+    "l": prompt_lines.LineOption("cfg_scale", _read_leading_number),
+    "fs": prompt_lines.LineOption("discrete_flow_shift", _read_leading_number),
     "n": prompt_lines.LineOption("negative_prompt", str, prompt_lines.NO_TEXT),
     "i": prompt_lines.LineOption("image_path", prompt_lines.read_path),
     "ei": prompt_lines.LineOption("end_image_path", prompt_lines.read_path),
@@ -106,13 +106,13 @@ _LETTERS = {
 }
 
 
-def _size(text: str) -> Mapping[str, int]:
+def _read_size(text: str) -> Mapping[str, int]:
     """Read `480 832`, in the order of --video_size. Raises ValueError."""
     sides = prompt_lines.read_size(text)
     return {"height": sides["video_size_height"], "width": sides["video_size_width"]}
 
 
-_SIZE = prompt_lines.LineOption("size", _size)
+_SIZE = prompt_lines.LineOption("size", _read_size)
 
 
 def find_sample_option(word: str) -> prompt_lines.LineOption | None:
@@ -188,7 +188,7 @@ def _split_entries(text: str, suffix: str) -> list[tuple[int, Any]]:
     if suffix == ".txt":
         return [*prompt_lines.numbered_lines(text)]
     if suffix == ".toml":
-        return [*enumerate(_toml_entries(text), 1)]
+        return [*enumerate(_read_toml_entries(text), 1)]
     if suffix == ".json":
         entries = parse_json(text)
         if not isinstance(entries, list) or not all(isinstance(entry, (str, dict)) for entry in entries):
@@ -197,7 +197,7 @@ def _split_entries(text: str, suffix: str) -> list[tuple[int, Any]]:
     raise ValueError(f"{suffix or 'a file without suffix'} is not supported. Use .txt, .toml or .json")
 
 
-def _toml_entries(text: str) -> list[dict[str, Any]]:
+def _read_toml_entries(text: str) -> list[dict[str, Any]]:
     """Return the subsets of a prompt file, each with the values that all share. Raises ValueError."""
     table = parse_toml(text).get("prompt")
     subsets = table.get("subset", []) if isinstance(table, dict) else None
@@ -223,7 +223,7 @@ def read_all(entries: Iterable[Entry], read: Callable[[Entry], Made]) -> list[Ma
 
 def _check_entry(entry: dict[str, Any], where: str) -> dict[str, Any]:
     """Return the values of a prompt's table by key, converted. Raises OptionError for wrong types."""
-    kinds = _kinds_by_key()
+    kinds = _list_kinds()
     values: dict[str, Any] = {}
     for name, value in entry.items():
         key = name
@@ -233,7 +233,7 @@ def _check_entry(entry: dict[str, Any], where: str) -> dict[str, Any]:
         if key != name and key in entry:
             continue
         if option is _SIZE:
-            sides = _sides(value, where)
+            sides = _read_sides(value, where)
             values |= {side: number for side, number in sides.items() if side not in entry}
             continue
         if key not in kinds:
@@ -244,7 +244,7 @@ def _check_entry(entry: dict[str, Any], where: str) -> dict[str, Any]:
     return values
 
 
-def _kinds_by_key() -> dict[str, type]:
+def _list_kinds() -> dict[str, type]:
     """Return the types of the values that a prompt's table may have."""
     kinds: dict[str, type] = {}
     for option in SAMPLE_OPTIONS.values():
@@ -259,7 +259,7 @@ def _convert(key: str, value: Any, kind: type, where: str) -> Any:
         value = [value]
     if key == "seed" and isinstance(value, str):
         try:
-            value = _sample_seed(value)
+            value = _read_sample_seed(value)
         except ValueError as error:
             raise OptionError(f"{where}: seed: {error}") from None
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
@@ -269,9 +269,9 @@ def _convert(key: str, value: Any, kind: type, where: str) -> Any:
     return value
 
 
-def _sides(size: Any, where: str) -> Mapping[str, int]:
+def _read_sides(size: Any, where: str) -> Mapping[str, int]:
     """Return the sides of a size such as [480, 832] or "480 832". Raises OptionError."""
     try:
-        return _size(" ".join(map(str, size)) if isinstance(size, list) else str(size))
+        return _read_size(" ".join(map(str, size)) if isinstance(size, list) else str(size))
     except ValueError as error:
         raise OptionError(f"{where}: size: {error}") from None

@@ -179,7 +179,11 @@ class OutputOptions(Options, title="output"):
         return replace(self, save_path=self.save_path.parent, file_name=self.save_path.name)
 
     def is_picture(self, is_single: bool) -> bool:
-        """Return whether a result is written as a single picture. is_single: it has one frame."""
+        """Return whether a result is written as a single picture. is_single: it has one frame.
+
+        With --output_type images it is a folder of images, unless the script makes pictures or numbers them,
+        or the file has a given name.
+        """
         return is_single and (
             self.pictures
             or self.numbers_single
@@ -306,13 +310,13 @@ class ScriptDefaults:
         source = self.source.declared()
         refused_videos = dict.fromkeys(OF_VIDEOS, NO_VIDEOS) if self.pictures else {}
         return {
-            "without": {*source["without"], *self._absent()},
-            "defaults": {**self._defaults(), **source["defaults"]},
+            "without": {*source["without"], *self._list_absent()},
+            "defaults": {**self._list_defaults(), **source["defaults"]},
             "settings": self._settings(source["settings"]),
             "refused": {**source["refused"], **refused_videos, **self.refused},
         }
 
-    def _defaults(self) -> dict[str, Any]:
+    def _list_defaults(self) -> dict[str, Any]:
         return {
             "video_size": list(self.size),
             "video_length": 1 if self.pictures else self.video_length,
@@ -331,7 +335,7 @@ class ScriptDefaults:
 
     def _settings(self, source_settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """Return choices, helps and flags of options. source_settings: of options of video-to-video."""
-        settings = self._choices_and_helps()
+        settings = self._list_choices_and_helps()
         if self.pictures:
             settings["output_type"]["refused"] = dict.fromkeys(("video", "both"), NO_VIDEOS)
         for name, about in self.by_model.items():
@@ -342,7 +346,7 @@ class ScriptDefaults:
             with_flags[name] = {**settings.get(name, {}), "flags": flags}
         return {**settings, **source_settings, **with_flags}
 
-    def _choices_and_helps(self) -> dict[str, dict[str, Any]]:
+    def _list_choices_and_helps(self) -> dict[str, dict[str, Any]]:
         """Return the parser settings of the options whose choices or help differ in this script."""
         output_types = ", ".join(f"{name} ({OUTPUT_TYPES[name]})" for name in self.output_types)
         solvers = ", ".join(f"{name} is {solver}" for name, solver in self.solver_names.items())
@@ -368,7 +372,7 @@ class ScriptDefaults:
             "video_size": {"help": f"size in pixels; default {height} {width}"},
         }
 
-    def _absent(self) -> list[str]:
+    def _list_absent(self) -> list[str]:
         """Return the shared options that the script does not have."""
         absent = {
             "prompt_2": not self.has_second_prompt,

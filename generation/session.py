@@ -117,13 +117,13 @@ class Session:
             self.text_loras.warn_of_unused(encoders)
         return encoders
 
-    def texts_with(
+    def encode_with_loras(
         self, loras: "TextLoras", prompts: Sequence[Mapping[int, Prompts]]
     ) -> list[Mapping[int, EncodedPrompts]]:
         """Encode texts as `texts` does, with these LoRAs in encoders that are not kept between calls."""
         assert not self.dits.keep, "kept encoders have the LoRAs of before in their weights"
         before = self._encoded, self.text_loras
-        self._encoded = {}
+        self._encoded = {}  # results of `texts` are kept by text, and these depend on the LoRAs too
         self.text_loras = loras
         try:
             return self.texts(prompts)

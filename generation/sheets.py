@@ -21,7 +21,7 @@ from generation.grid_options import Axis, list_cells
 from generation.making import make_outputs
 from generation.outputs import own_stem, words_of
 from generation.progress import in_short
-from generation.request import GenerationJob, GenerationRun, draw_seed, make_job, of_each_line
+from generation.request import GenerationJob, GenerationRun, draw_seed, make_job, map_lines
 from modules.command import as_typed
 from modules.control_codes import escape_control_codes
 from modules.devices import Failures
@@ -73,11 +73,11 @@ def write_grids(folder: Path, stem: str, grid: ClipGrid, title: str) -> list[Pat
     prompts = []
     for _, rows in groupby(grid.rows, key=lambda row: (row.prompt, row.facts)):
         rows_of_prompt = [
-            (row, list(_cells(grid.columns, row, is_lower=index > 0))) for index, row in enumerate(rows)
+            (row, list(_embed_cells(grid.columns, row, is_lower=index > 0))) for index, row in enumerate(rows)
         ]
         prompts.append({"rows": rows_of_prompt})
     write_page(page, TEMPLATE, title, {"columns": grid.columns, "prompts": prompts})
-    write_png(sheet, compose(grid, _middle_frames(grid)))
+    write_png(sheet, compose(grid, _read_middle_frames(grid)))
     if all(map(is_picture, grid.clips)):
         return [page, sheet]
     few = max(1, min(MOST_PLAYING // len(grid.columns), TALLEST // (CELL + LINE)))
@@ -88,7 +88,7 @@ def write_grids(folder: Path, stem: str, grid: ClipGrid, title: str) -> list[Pat
     return [page, sheet, video]
 
 
-def _cells(columns: Sequence[str], row: Row, is_lower: bool) -> Iterator[Mapping[str, str]]:
+def _embed_cells(columns: Sequence[str], row: Row, is_lower: bool) -> Iterator[Mapping[str, str]]:
     """Yield the cells of a row on the page. is_lower: leave out the first cell, which the row above already
     shows.
     """
@@ -115,7 +115,7 @@ def read_middle_frame(path: Path | None) -> Frame | None:
     return next(islice(frames_of(path), count // 2, None))
 
 
-def _middle_frames(grid: ClipGrid) -> list[list[Frame | None]]:
+def _read_middle_frames(grid: ClipGrid) -> list[list[Frame | None]]:
     return [[read_middle_frame(path) for path in row.paths] for row in grid.rows]
 
 
@@ -141,12 +141,12 @@ def compose(grid: ClipGrid, frames: Sequence[Sequence[Frame | None]]) -> Frame:
 
     Frames may differ in size. A missing frame is an empty cell as large as the first existing frame.
     """
-    sizes = _cell_sizes(grid, frames)
+    sizes = _measure_cells(grid, frames)
     widths = [width for row in sizes for width, _ in row]
     column_width = max(NARROWEST_COLUMN, *widths)
     row_heights = [LINE + max(height for _, height in row) for row in sizes]
     top = HEAD + LINE if grid.title else HEAD
-    sheet = _blank_sheet(column_width * len(grid.columns), top + sum(row_heights))
+    sheet = _make_blank_sheet(column_width * len(grid.columns), top + sum(row_heights))
     pen = _Pen(ImageDraw.Draw(sheet), ImageFont.load_default(size=FONT_SIZE))
     pen.write((0, 0), grid.title, sheet.width)
     left = 0
@@ -170,17 +170,17 @@ def compose(grid: ClipGrid, frames: Sequence[Sequence[Frame | None]]) -> Frame:
     return np.asarray(sheet)
 
 
-def _blank_sheet(width: int, height: int) -> Image.Image:
+def _make_blank_sheet(width: int, height: int) -> Image.Image:
     """Return a sheet of at least this size, with even sides, which videos need."""
     return Image.new("RGB", (width + width % 2, height + height % 2), BACKGROUND)
 
 
-def _cell_sizes(grid: ClipGrid, frames: Sequence[Sequence[Frame | None]]) -> list[list[tuple[int, int]]]:
+def _measure_cells(grid: ClipGrid, frames: Sequence[Sequence[Frame | None]]) -> list[list[tuple[int, int]]]:
     """Return width and height of each frame in pixels of the sheet."""
     side = max(NARROWEST_CELL, min(grid.cell, WIDEST // len(grid.columns)))
     first_frame = next((frame for row in frames for frame in row if frame is not None), None)
-    empty_size = (side, side) if first_frame is None else _fit(first_frame, side)
-    return [[empty_size if frame is None else _fit(frame, side) for frame in row] for row in frames]
+    empty_size = (side, side) if first_frame is None else _fit_side(first_frame, side)
+    return [[empty_size if frame is None else _fit_side(frame, side) for frame in row] for row in frames]
 
 
 def _draw_cell(
@@ -199,7 +199,7 @@ def _draw_cell(
     pen.write(corner, "not made", width)
 
 
-def _fit(frame: Frame, side: int) -> tuple[int, int]:
+def _fit_side(frame: Frame, side: int) -> tuple[int, int]:
     height, width = frame.shape[:2]
     scale = min(1.0, side / max(height, width))
     return max(1, round(width * scale)), max(1, round(height * scale))
@@ -233,16 +233,17 @@ Cells = Mapping[Place, GenerationJob]  # of one sheet, without cells that cannot
 
 def make_sheets(run: GenerationRun, lines: Mapping[str, str | None], failures: Failures) -> int:
     """Make a sheet of each prompt line, and return the number of cells. lines: prompt lines by their labels,
-    as in `of_each_line`.
+    as in `map_lines`.
     """
-    sheets = of_each_line(run, lines, failures, partial(lay_out, failures=failures))
+    sheets = map_lines(run, lines, failures, partial(lay_out, failures=failures))
     jobs = [job for cells in sheets.values() for job in cells.values()]
     clips = make_outputs(run, jobs, failures) if jobs else {}
     for label, cells in sheets.items():
         paths = {place: clips[job.label] for place, job in cells.items() if job.label in clips}
         if paths:
             logger.info("Sheet of %s: %s", label, write_sheet(run, cells, paths))
-    return sum(1 for _ in list_cells(run.options.axes, {})) * len(lines)
+    cells_of_sheet = sum(1 for _ in list_cells(run.options.axes, {}))
+    return cells_of_sheet * len(lines)  # also those that could not be made
 
 
 def lay_out(run: GenerationRun, label: str, line: Mapping[str, object], failures: Failures) -> Cells:
@@ -272,8 +273,8 @@ def write_sheet(run: GenerationRun, cells: Cells, paths: Mapping[Place, Path]) -
     first_place = next(iter(paths))
     first = cells[first_place].prepared
     prompt = first.request.prompt
-    grid = _sheet_grid(run.options.axes, paths, prompt, first.fps)
-    metadata = {} if output.no_metadata else _sheet_metadata(run, cells, paths)
+    grid = _make_grid(run.options.axes, paths, prompt, first.fps)
+    metadata = {} if output.no_metadata else _make_metadata(run, cells, paths)
     name = f"{datetime.now():%Y%m%d-%H%M%S}_sheet"
     words = words_of(prompt) if output.prompt_in_name else ""
     if words:
@@ -281,14 +282,14 @@ def write_sheet(run: GenerationRun, cells: Cells, paths: Mapping[Place, Path]) -
     with own_stem(output.save_path, name) as stem:
         if all(map(is_picture, grid.clips)):
             path = output.save_path / f"{stem}.png"
-            write_png(path, compose(grid, _middle_frames(grid)), as_png_texts(metadata))
+            write_png(path, compose(grid, _read_middle_frames(grid)), as_png_texts(metadata))
         else:
             path = output.save_path / f"{stem}{output.format.suffix}"
             write_video(path, play(grid), first.fps, codec=output.format.codec, tags=as_tags(metadata))
     return path
 
 
-def _sheet_grid(axes: Sequence[Axis], paths: Mapping[Place, Path], prompt: str, fps: float) -> ClipGrid:
+def _make_grid(axes: Sequence[Axis], paths: Mapping[Place, Path], prompt: str, fps: float) -> ClipGrid:
     across = axes[0]
     down = axes[1] if len(axes) > 1 else None
     num_rows = 1 if down is None else len(down.texts)
@@ -307,7 +308,7 @@ def _sheet_grid(axes: Sequence[Axis], paths: Mapping[Place, Path], prompt: str, 
     )
 
 
-def _sheet_metadata(run: GenerationRun, cells: Cells, paths: Mapping[Place, Path]) -> dict[str, str]:
+def _make_metadata(run: GenerationRun, cells: Cells, paths: Mapping[Place, Path]) -> dict[str, str]:
     """Return the metadata that all cells share, the axes as --sheet takes them, and the file of each cell."""
     by_cell = [run.metadata(cells[place].prepared) or {} for place in paths]
     metadata = {

@@ -10,13 +10,14 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cache
+from functools import cached_property
 
 import torch
 from torch import distributed
 
 from blissful_tuner.options import NO_PREVIEW, PromptRewriteOptions
 from contract.family import Family
+from contract.requests import Prepared
 from generation.expert_memory import all_requests
 from generation.memory import PhasePrediction, predict, predict_largest
 from generation.options import GenerationOptions
@@ -43,34 +44,60 @@ def plan_ways(
     with quiet():
         prepared, _ = predict_largest(family, alone, all_requests(family, alone), device=device, room=room)
 
-    def rehearse(options: GenerationOptions, *words: str) -> Rehearsed:
-        counter = TokenCounter()
-        with quiet():
-            whole_network = predict(family, options, prepared, device, room=room, watch=counter.watch)
-
-        @cache
-        def predict_shards() -> PhasePrediction:
-            sharded = replace(options, speed=with_division(options.speed, Division(cards, shards=True)))
-            with quiet():
-                return predict(family, sharded, prepared, device, room=room)
-
-        def divide(division: Division) -> PhasePrediction:
-            if division != Division(cards):
-                check_together(family, replace(options, speed=with_division(options.speed, division)))
-            prediction = predict_shards() if division.shards else whole_network
-            if division.context == 1:
-                return prediction
-            return replace(prediction, moments=divide_tokens(prediction.moments, division.context, counter))
-
-        return Rehearsed(words, counter.heads, True, divide)
-
     def runs() -> Iterator[Rehearsed]:
-        yield rehearse(alone)
+        run = _DividedRun(family, alone, prepared, device=device, cards=cards, room=room)
+        yield Rehearsed((), run.counter.heads, True, run.divide)
         if alone.speed.fp8.quantisation is None:
             fp8 = replace(alone, speed=override_options(alone.speed, {"fp8_scaled": True}))
-            yield rehearse(fp8, "--fp8_scaled")
+            run = _DividedRun(family, fp8, prepared, device=device, cards=cards, room=room)
+            yield Rehearsed(("--fp8_scaled",), run.counter.heads, True, run.divide)
 
     print_ways(runs(), cards, room, is_training=False)
+
+
+class _DividedRun:
+    """Predict the memory of a run on several cards, from rehearsals of the whole and of the split network."""
+
+    def __init__(
+        self,
+        family: Family,
+        options: GenerationOptions,
+        prepared: Prepared,
+        *,
+        device: torch.device,
+        cards: int,
+        room: Room,
+    ) -> None:
+        self.family = family
+        self.options = options
+        self.prepared = prepared
+        self.device = device
+        self.cards = cards
+        self.room = room
+        self.counter = TokenCounter()
+        with quiet():
+            self.whole_network = predict(
+                family, options, prepared, device, room=room, watch=self.counter.watch
+            )
+
+    @cached_property
+    def shards(self) -> PhasePrediction:
+        """Rehearse the run with the network split over all cards."""
+        options = self._set_division(Division(self.cards, shards=True))
+        with quiet():
+            return predict(self.family, options, self.prepared, self.device, room=self.room)
+
+    def divide(self, division: Division) -> PhasePrediction:
+        """Predict the memory of one card. Raises OptionError if the model cannot be divided so."""
+        if division != Division(self.cards):
+            check_together(self.family, self._set_division(division))
+        prediction = self.shards if division.shards else self.whole_network
+        if division.context == 1:
+            return prediction
+        return replace(prediction, moments=divide_tokens(prediction.moments, division.context, self.counter))
+
+    def _set_division(self, division: Division) -> GenerationOptions:
+        return replace(self.options, speed=with_division(self.options.speed, division))
 
 
 logger = logging.getLogger(__name__)

@@ -69,7 +69,7 @@ def _is_distilled(checkpoint: Checkpoint) -> bool:
     return any(name in checkpoint.tensors for name in DISTILLED)
 
 
-def _header(checkpoint: Checkpoint) -> DitHeader[HunyuanImageConfig]:
+def _read_header(checkpoint: Checkpoint) -> DitHeader[HunyuanImageConfig]:
     path = checkpoint.path
     names = checkpoint.tensors
     dialect = next((name for name, (mark, _) in DIALECTS.items() if mark in names), None)
@@ -88,11 +88,11 @@ def _header(checkpoint: Checkpoint) -> DitHeader[HunyuanImageConfig]:
         )
     mark, table = DIALECTS[dialect]
     file_shapes = {translate_name(name, table): info.shape for name, info in names.items()}
-    config = _config(DitShapes(path, file_shapes, "HunyuanImage-2.1"))
+    config = _read_config(DitShapes(path, file_shapes, "HunyuanImage-2.1"))
     return DitHeader(config, dialect, names[mark].dtype)
 
 
-def _config(shapes: DitShapes) -> HunyuanImageConfig:
+def _read_config(shapes: DitShapes) -> HunyuanImageConfig:
     """Return the dimensions. Raises CheckpointError if they are not those of the model."""
     dim, in_dim, rows, columns = shapes.of("img_in.proj.weight", axes=4)
     if (rows, columns) != (1, 1):
@@ -118,12 +118,14 @@ def _config(shapes: DitShapes) -> HunyuanImageConfig:
     )
 
 
-def _sources(checkpoint: Checkpoint, header: DitHeader[HunyuanImageConfig]) -> Mapping[str, TensorSource]:
+def _make_sources(
+    checkpoint: Checkpoint, header: DitHeader[HunyuanImageConfig]
+) -> Mapping[str, TensorSource]:
     swapped = swapped_tensors(HUNYUAN_IMAGE) if header.dialect == "diffusers" else ()
     return join_parts(plain_sources(checkpoint), DIALECTS[header.dialect][1], swapped)
 
 
-FORMAT = DitFormat(_header, lambda _: WHAT, HunyuanImageModel, _sources)
+FORMAT = DitFormat(_read_header, lambda _: WHAT, HunyuanImageModel, _make_sources)
 read_dit_header, load_dit = FORMAT.read_header, FORMAT.load
 
 
@@ -172,15 +174,15 @@ class HunyuanImageFiles(TransformerFiles):
     def text_encoders(self) -> list[TextEncoder]:
         qwen = QwenTextEncoder(
             self.text_encoder_path,
-            dtype=self.beside(self.text_dtype, TEXT_DTYPE),
+            dtype=self.encoder_dtype(self.text_dtype, TEXT_DTYPE),
             tokenizer=self.text_encoder_tokenizer,
             form=self.text_form,
             on_cpu=self.text_on_cpu,
         )
-        return [qwen, GlyphTextEncoder(self.byt5_path, self.beside(self.text_dtype), self.text_on_cpu)]
+        return [qwen, GlyphTextEncoder(self.byt5_path, self.encoder_dtype(self.text_dtype), self.text_on_cpu)]
 
     def load_vae(self, device: torch.device) -> HunyuanImageVae:
-        dtype = self.beside(self.vae_dtype)
+        dtype = self.encoder_dtype(self.vae_dtype)
         return load_vae(self.vae_path, device, dtype, self.vae_chunk_size, tile=self.vae_tile)
 
     def check_vae(self) -> None:
@@ -189,7 +191,7 @@ class HunyuanImageFiles(TransformerFiles):
     def check_texts(self, config: Any, needed: bool) -> None:
         if self.text_encoder is not None or needed:
             path, qwen = QwenTextEncoder(self.text_encoder_path).path, QWEN_USE.model
-            width = read_once(path, _text_width)
+            width = read_once(path, _read_text_width)
             takes = None if config is None else config.text_dim
             check_state_width(qwen.option, path, width, self.dit, takes, qwen.files)
         if self.byt5 is not None or needed:
@@ -200,5 +202,5 @@ class HunyuanImageFiles(TransformerFiles):
             TOKENIZER.files.check_given(self.text_encoder_tokenizer)
 
 
-def _text_width(checkpoint: Checkpoint) -> int:
+def _read_text_width(checkpoint: Checkpoint) -> int:
     return read_language_model(checkpoint, QWEN_USE.model, QWEN_USE.states).config.dim

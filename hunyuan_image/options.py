@@ -163,15 +163,15 @@ def translate_training(args: argparse.Namespace) -> None:
 
 
 def caching_options(options: HunyuanImageTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    return options.vae.file.words(), _text_options(options.text)
+    return options.vae.file.words(), _list_text_options(options.text)
 
 
 def generation_options(options: HunyuanImageTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
     files = {"--dit": options.dit or FillIn("DIT_FILE"), **options.vae.file.words()}
-    return files | _text_options(options.text)
+    return files | _list_text_options(options.text)
 
 
-def _text_options(text: HunyuanImageTextOptions) -> dict[str, Any]:
+def _list_text_options(text: HunyuanImageTextOptions) -> dict[str, Any]:
     return {
         "--text_encoder": text.text_encoder or FillIn("QWEN_FILE"),
         "--byt5": text.byt5 or FillIn("BYT5_FILE"),

@@ -200,20 +200,24 @@ def read_vae(checkpoint: Checkpoint) -> LoadPlan[HunyuanImageVaeConfig]:
     sources = plain_sources(checkpoint)
     if "encoder.down_blocks.0.conv1.weight" in sources:
         sources = rename_sources(sources, NamesByLevel(sources))
-    refusal = other_kind(checkpoint, WHAT, "--vae", RELEASE)
+    wrong_kind = other_kind(checkpoint, WHAT, "--vae", RELEASE)
     if not sources.keys() >= {"encoder.down.0.downsample.conv.weight", "decoder.conv_in.weight"}:
-        raise refusal
-    as_matrices(sources, ATTENTION)
-    shape = shapes_of(checkpoint, sources, refusal)
+        raise wrong_kind
+    as_matrices(sources, ATTENTION)  # 1x1 convolutions in the file, linear layers here
+    shape = shapes_of(checkpoint, sources, wrong_kind)
     levels = {count(sources, r"encoder\.down\.\d+"), count(sources, r"decoder\.up\.\d+")}
     if levels != {LEVELS}:
-        raise _wrong(checkpoint, f"it has {' and '.join(map(str, levels))} levels, the model has {LEVELS}")
+        raise _make_error(
+            checkpoint, f"it has {' and '.join(map(str, levels))} levels, the model has {LEVELS}"
+        )
     widths = tuple(shape(f"encoder.down.{level}.block.0.conv1.weight")[0] for level in range(LEVELS))
     channels = shape("decoder.conv_in.weight")[1]
     if channels != LATENT.channels:
-        raise _wrong(checkpoint, f"it has {channels} latent channels, the model has {LATENT.channels}")
+        raise _make_error(checkpoint, f"it has {channels} latent channels, the model has {LATENT.channels}")
     if not _widths_fit(widths, channels):
-        raise _wrong(checkpoint, f"its levels have {', '.join(map(str, widths))} channels, which do not fit")
+        raise _make_error(
+            checkpoint, f"its levels have {', '.join(map(str, widths))} channels, which do not fit"
+        )
     encoder_blocks = count(sources, r"encoder\.down\.0\.block\.\d+")
     decoder_blocks = count(sources, r"decoder\.up\.0\.block\.\d+")
     config = HunyuanImageVaeConfig(channels, widths, encoder_blocks, decoder_blocks)
@@ -227,7 +231,7 @@ def _widths_fit(widths: Sequence[int], channels: int) -> bool:
     return all((FOLDED * near) % far == 0 for near, far in pairwise(widths))
 
 
-def _wrong(checkpoint: Checkpoint, why: str) -> CheckpointError:
+def _make_error(checkpoint: Checkpoint, why: str) -> CheckpointError:
     return CheckpointError(
         f"{checkpoint.path} is not {WHAT}: {why}.\n  Give {RELEASE} to --vae.", checkpoint.path
     )

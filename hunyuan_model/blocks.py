@@ -195,8 +195,8 @@ class DoubleStreamBlock(nn.Module):
         video_rows = video_modulation(video_vector)
         text_rows = text_modulation(text_vector)
 
-        video_heads = self._modulated_heads(video, video_rows, tokens, is_text=False)
-        text_heads = self._modulated_heads(text, text_rows, tokens, is_text=True)
+        video_heads = self._modulate_heads(video, video_rows, tokens, is_text=False)
+        text_heads = self._modulate_heads(text, text_rows, tokens, is_text=True)
         heads = tokens.join(video_heads, text_heads)
         del video_heads, text_heads
         video_branch, text_branch = tokens.split_video(attend_jointly(*heads, tokens))
@@ -211,7 +211,7 @@ class DoubleStreamBlock(nn.Module):
             parts.append(self.feed_forward(part, video_mlp, tokens.dtype, 0, *rows))
         return torch.cat([*parts, text], dim=1)
 
-    def _modulated_heads(
+    def _modulate_heads(
         self, x: Tensor, rows: Sequence[Tensor], tokens: HunyuanTokens, is_text: bool
     ) -> Heads:
         """Return query, key and value of a stream's tokens B L C. rows: its shift, scale, ..., each B S C."""

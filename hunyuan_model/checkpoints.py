@@ -59,21 +59,21 @@ def identify(path: Path) -> str | None:
     try:
         with open_checkpoint(path) as checkpoint:
             named = bare_names(checkpoint)
-            relative = _relative(named)
+            relative = _name_relative(named)
             if relative is not None:
                 return f"it looks like {relative}"
-            return f"it is {_name_model(_header(named).config)} (--dit)"
+            return f"it is {_name_model(_read_header(named).config)} (--dit)"
     except CheckpointError:
         return None
 
 
 def describe(checkpoint: Checkpoint) -> str | None:
     """Return the model's name for an open file without prefixes, for another family's error message."""
-    relative = _relative(checkpoint)
+    relative = _name_relative(checkpoint)
     if relative is not None:
         return relative
     try:
-        return _name_model(_header(checkpoint).config)
+        return _name_model(_read_header(checkpoint).config)
     except CheckpointError:
         return None
 
@@ -87,10 +87,10 @@ def _name_model(config: HunyuanVideoConfig) -> str:
     )
 
 
-def _header(checkpoint: Checkpoint) -> DitHeader[HunyuanVideoConfig]:
+def _read_header(checkpoint: Checkpoint) -> DitHeader[HunyuanVideoConfig]:
     path = checkpoint.path
     names = checkpoint.tensors
-    relative = _relative(checkpoint)
+    relative = _name_relative(checkpoint)
     if relative is not None:
         raise CheckpointError(
             f"{path} is {relative}, which is not supported here.\n  Give a HunyuanVideo T2V or SkyReels V1 "
@@ -172,7 +172,7 @@ def _has_refiner(names: Iterable[str]) -> bool:
     )
 
 
-def _relative(checkpoint: Checkpoint) -> str | None:
+def _name_relative(checkpoint: Checkpoint) -> str | None:
     """Return the name of a related model with blocks of the same names but other inputs; None for others."""
     names = checkpoint.tensors
     patches = names.get("img_in.proj.weight")
@@ -193,7 +193,7 @@ def _relative(checkpoint: Checkpoint) -> str | None:
     return None
 
 
-def _sources(checkpoint: Checkpoint, header: DitHeader[HunyuanVideoConfig]) -> dict[str, TensorSource]:
+def _make_sources(checkpoint: Checkpoint, header: DitHeader[HunyuanVideoConfig]) -> dict[str, TensorSource]:
     """Map each published name to how its tensor is made from the file's tensors."""
     swapped = SWAPPED if header.dialect == "diffusers" else ()
     return join_parts(_with_scales(checkpoint, header), DIALECTS[header.dialect][1], swapped)
@@ -229,7 +229,7 @@ def _with_scales(checkpoint: Checkpoint, header: DitHeader[HunyuanVideoConfig]) 
             raise CheckpointError(
                 f"{scales_path} has no scale for {name}: it does not belong to {path}.", path
             )
-        sources[name] = _times(name, scale)
+        sources[name] = _scale_source(name, scale)
     return sources
 
 
@@ -244,7 +244,7 @@ def _read_scales(path: Path) -> dict[str, float]:
         ) from error
 
 
-def _times(name: str, scale: float) -> TensorSource:
+def _scale_source(name: str, scale: float) -> TensorSource:
     def factor(weight: Tensor) -> Tensor:
         return torch.tensor([scale], device=weight.device)
 
@@ -255,5 +255,5 @@ def _times(name: str, scale: float) -> TensorSource:
     )
 
 
-FORMAT = DitFormat(_header, lambda header: _name_model(header.config), HunyuanVideoModel, _sources)
+FORMAT = DitFormat(_read_header, lambda header: _name_model(header.config), HunyuanVideoModel, _make_sources)
 read_dit_header, load_dit = FORMAT.read_header, FORMAT.load

@@ -124,7 +124,7 @@ class HunyuanVideo(OneTransformer):
         return data.MomentsRules(with_image=self.caches_image)
 
     def latents_from_moments(self, media: data.MomentsBatch) -> list[data.CacheEntry]:
-        return sample_moments(media, self.files.beside(self.files.vae_dtype))
+        return sample_moments(media, self.files.encoder_dtype(self.files.vae_dtype))
 
     # the network
 

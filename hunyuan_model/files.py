@@ -74,7 +74,7 @@ class HunyuanFiles(TransformerFiles):
         )
 
     def text_encoders(self) -> list[TextEncoder]:
-        dtype, reading, (llava, clip) = self.beside(self.text_dtype), self.reading, self.encoders
+        dtype, reading, (llava, clip) = self.encoder_dtype(self.text_dtype), self.reading, self.encoders
         return [
             llava(
                 self.text_encoder1_path,
@@ -98,7 +98,7 @@ class HunyuanFiles(TransformerFiles):
         return load_vae(
             self.vae_path,
             device,
-            self.beside(self.vae_dtype),
+            self.encoder_dtype(self.vae_dtype),
             chunk_size=self.vae_chunk_size,
             tile=self.vae_tile,
             tile_frames=self.vae_tile_frames,
@@ -111,11 +111,11 @@ class HunyuanFiles(TransformerFiles):
         text_dim, pooled_dim = (None, None) if config is None else (config.text_dim, config.pooled_dim)
         if self.text_encoder1 is not None or needed:
             path = LlavaTextEncoder(self.text_encoder1_path).path
-            width = read_once(path, _llama_width)
+            width = read_once(path, _read_llama_width)
             check_state_width("--text_encoder1", path, width, self.dit, text_dim, LLAMA.files)
         if self.text_encoder2 is not None or needed:
             path = HunyuanClip(self.text_encoder2_path).path
-            width = read_once(path, _clip_width)
+            width = read_once(path, _read_clip_width)
             check_state_width("--text_encoder2", path, width, self.dit, pooled_dim, CLIP.release)
         if self.text_encoder1_tokenizer is not None:
             LLAMA_TOKENIZER.files.check_given(self.text_encoder1_tokenizer)
@@ -123,9 +123,9 @@ class HunyuanFiles(TransformerFiles):
             CLIP.tokenizer.check_given(self.text_encoder2_tokenizer)
 
 
-def _llama_width(checkpoint: Checkpoint) -> int:
+def _read_llama_width(checkpoint: Checkpoint) -> int:
     return read_language_model(checkpoint, LLAMA).config.dim  # the same for every state
 
 
-def _clip_width(checkpoint: Checkpoint) -> int:
+def _read_clip_width(checkpoint: Checkpoint) -> int:
     return read_clip_text(checkpoint, CLIP).config.dim

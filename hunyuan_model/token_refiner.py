@@ -144,12 +144,12 @@ def multiply_text(dit: nn.Module, refiner: tuple[str, str], llm: float, clip: fl
     blocks, mean = map(dit.get_submodule, refiner)
     if llm != 1:
         for block in blocks.children():
-            block.register_forward_hook(_times(llm))
+            block.register_forward_hook(_make_scaling(llm))
     if clip != 1:
-        mean.register_forward_hook(_times(clip))
+        mean.register_forward_hook(_make_scaling(clip))
 
 
-def _times(factor: float) -> Callable[[nn.Module, tuple[object, ...], Tensor], Tensor]:
+def _make_scaling(factor: float) -> Callable[[nn.Module, tuple[object, ...], Tensor], Tensor]:
     def multiplied(module: nn.Module, inputs: tuple[object, ...], output: Tensor) -> Tensor:
         return output * factor
 

@@ -228,15 +228,15 @@ def sample_moments(media: MomentsBatch, dtype: torch.dtype) -> list[CacheEntry]:
     dtype: of the VAE. With moments of first frames, also `latents_image`.
     """
     generators = [posterior_generator(key) for key in media.keys]
-    latents = sample_posterior(_copied(media.moments), generators, LOG_VARIANCE)
+    latents = sample_posterior(_copy_moments(media.moments), generators, LOG_VARIANCE)
     tensors = {"latents": latents.to(dtype)}
     if media.image is not None:
-        image = sample_posterior(_copied(media.image), generators, LOG_VARIANCE)
+        image = sample_posterior(_copy_moments(media.image), generators, LOG_VARIANCE)
         tensors["latents_image"] = image.to(dtype)
     return split_items(tensors)
 
 
-def _copied(moments: Tensor) -> Tensor:
+def _copy_moments(moments: Tensor) -> Tensor:
     return moments.to(torch.float32, copy=True)
 
 

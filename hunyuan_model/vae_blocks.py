@@ -152,7 +152,7 @@ class HunyuanCausalConv(nn.Module):
         """Return the input of the results `start` to `stop`, B C T H+2 W+2. A single frame stays one."""
         if self.conv.kernel_size[0] == 1:
             return x[:, :, start:stop]
-        sources = self._source_frames(start, stop) if x.shape[2] > 1 else [0]
+        sources = self._list_source_frames(start, stop) if x.shape[2] > 1 else [0]
         _, rows, columns = self.enlarge
         batch, channels, _, height, width = x.shape
         size = (batch, channels, len(sources), height * rows + 2, width * columns + 2)
@@ -176,7 +176,7 @@ class HunyuanCausalConv(nn.Module):
         inside.copy_(frame[..., :, None, :, None])
         _repeat_borders(place.squeeze(2))
 
-    def _source_frames(self, start: int, stop: int) -> list[int]:
+    def _list_source_frames(self, start: int, stop: int) -> list[int]:
         """Return the indices of the frames that results `start` to `stop` see; the first one is repeated."""
         step = self.conv.stride[0]
         frames = range(start * step - KERNEL + 1, (stop - 1) * step + 1)
@@ -302,7 +302,7 @@ class HunyuanVaeEncoder(nn.Module):
         self.conv_in = HunyuanCausalConv(3, widths[0])
         self.down_blocks = nn.ModuleList(
             CausalLevel(before, width, config.encoder_blocks, groups, down=down)
-            for before, width, down in _levels(widths, DOWN)
+            for before, width, down in _list_levels(widths, DOWN)
         )
         self.mid_block = CausalMiddle(widths[-1], groups)
         self.conv_norm_out = ClipNorm(groups, widths[-1])
@@ -325,7 +325,7 @@ class HunyuanVaeDecoder(nn.Module):
         self.mid_block = CausalMiddle(widths[0], groups)
         self.up_blocks = nn.ModuleList(
             CausalLevel(before, width, config.decoder_blocks, groups, up=up)
-            for before, width, up in _levels(widths, UP)
+            for before, width, up in _list_levels(widths, UP)
         )
         self.conv_norm_out = ClipNorm(groups, widths[-1])
         self.conv_out = HunyuanCausalConv(widths[-1], 3)
@@ -337,6 +337,8 @@ class HunyuanVaeDecoder(nn.Module):
         return self.conv_out(x, chunk, self.conv_norm_out)
 
 
-def _levels(widths: Sequence[int], changes: Sequence[Factors]) -> Iterator[tuple[int, int, Factors | None]]:
+def _list_levels(
+    widths: Sequence[int], changes: Sequence[Factors]
+) -> Iterator[tuple[int, int, Factors | None]]:
     """Yield the input width, the output width and the final change of resolution of each level."""
     return zip((widths[0], *widths[:-1]), widths, (*changes, None), strict=True)

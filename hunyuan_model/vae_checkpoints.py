@@ -19,7 +19,7 @@ MOST_GROUPS = 32  # in a group norm: as in the released VAE, whose narrowest lev
 RELEASE = "the official vae/pytorch_model.pt, hunyuan_video_vae_bf16.safetensors or a diffusers vae folder"
 CONFIG_CLASSES = {"AutoencoderKLCausal3D", "AutoencoderKLHunyuanVideo"}  # in a config.json next to the file
 
-COMFY: dialects.Names = (  # which counts the decoder's levels from the end: see `_comfy_name`
+COMFY: dialects.Names = (  # which counts the decoder's levels from the end: see `_translate_comfy_name`
     (r"encoder\.down\.(\d+)\.(.+)", r"encoder.down_blocks.\1.\2"),
     (r"(encoder|decoder)\.mid\.block_1\.(.+)", r"\1.mid_block.resnets.0.\2"),
     (r"(encoder|decoder)\.mid\.block_2\.(.+)", r"\1.mid_block.resnets.1.\2"),
@@ -54,15 +54,15 @@ def read_vae(checkpoint: Checkpoint) -> dialects.LoadPlan[HunyuanVaeConfig]:
     sources = plain_sources(checkpoint)
     if "encoder.down.0.block.0.conv1.conv.weight" in names:
         levels_up = dialects.count(sources, r"decoder\.up\.\d+")
-        sources = dialects.rename_sources(sources, lambda name: _comfy_name(name, levels_up))
+        sources = dialects.rename_sources(sources, lambda name: _translate_comfy_name(name, levels_up))
         as_matrices(sources, r".+\.attentions\.0\.to_.+\.weight")
     shape = dialects.shapes_of(checkpoint, sources)
     config = HunyuanVaeConfig(
         latent_channels=shape("post_quant_conv.weight")[0],
-        groups=_groups(checkpoint, shape("encoder.conv_in.conv.weight")[0]),
-        encoder=_widths(checkpoint, sources, "encoder.down_blocks", len(DOWN) + 1),
+        groups=_read_groups(checkpoint, shape("encoder.conv_in.conv.weight")[0]),
+        encoder=_read_widths(checkpoint, sources, "encoder.down_blocks", len(DOWN) + 1),
         encoder_blocks=dialects.count(sources, r"encoder\.down_blocks\.0\.resnets\.\d+"),
-        decoder=_widths(checkpoint, sources, "decoder.up_blocks", len(UP) + 1),
+        decoder=_read_widths(checkpoint, sources, "decoder.up_blocks", len(UP) + 1),
         decoder_blocks=dialects.count(sources, r"decoder\.up_blocks\.0\.resnets\.\d+"),
     )
     if config.latent_channels != LATENT_CHANNELS:
@@ -75,14 +75,14 @@ def read_vae(checkpoint: Checkpoint) -> dialects.LoadPlan[HunyuanVaeConfig]:
     return dialects.LoadPlan(config, checkpoint, sources)
 
 
-def _comfy_name(name: str, levels: int) -> str:
+def _translate_comfy_name(name: str, levels: int) -> str:
     up = re.fullmatch(r"decoder\.up\.(\d+)\.(.+)", name)
     if up:
         name = f"decoder.up_blocks.{levels - 1 - int(up[1])}.{up[2]}"
     return dialects.translate_name(dialects.translate_name(name, COMFY), COMFY_LEVEL)
 
 
-def _widths(
+def _read_widths(
     checkpoint: Checkpoint, sources: Mapping[str, TensorSource], start: str, levels: int
 ) -> tuple[int, ...]:
     """Return the channels of each level.
@@ -100,7 +100,7 @@ def _widths(
     return tuple(shape(f"{start}.{level}.resnets.0.conv1.conv.weight")[0] for level in range(levels))
 
 
-def _groups(checkpoint: Checkpoint, narrowest: int) -> int:
+def _read_groups(checkpoint: Checkpoint, narrowest: int) -> int:
     """Return the number of norm groups: config.json's, else 32, or fewer, of two channels each."""
     stated = stated_groups(checkpoint, CONFIG_CLASSES)
     return stated if stated is not None else max(1, min(MOST_GROUPS, narrowest // 2))

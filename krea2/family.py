@@ -197,10 +197,10 @@ class Krea2(pictures.ModelOfPictures):
         if "mu" in levels and len(levels) > 1:
             unused = " ".join(f"--{name}" for name in levels if name != "mu")
             logger.warning("%s is ignored because --mu %g fixes the noise levels", unused, levels["mu"])
-        flow_shift = self._flow_shift(levels, prepared.height, prepared.width)
+        flow_shift = self._compute_flow_shift(levels, prepared.height, prepared.width)
         return replace(prepared, flow_shift=flow_shift)
 
-    def _flow_shift(self, levels: Mapping[str, float], height: int, width: int) -> float:
+    def _compute_flow_shift(self, levels: Mapping[str, float], height: int, width: int) -> float:
         """Return the flow shift of a picture. levels: values of mu, y1 and y2 in the request."""
         if "mu" in levels:
             return math.exp(levels["mu"])
@@ -241,19 +241,19 @@ class Krea2(pictures.ModelOfPictures):
 
 
 def family_for_latent_caching(options: own.Krea2LatentCachingOptions) -> Krea2:
-    return Krea2(Krea2Files().add_vae(options.vae.file), references=_rules(options, options.edit))
+    return Krea2(Krea2Files().add_vae(options.vae.file), references=_make_rules(options, options.edit))
 
 
 def family_for_text_caching(options: own.Krea2TextCachingOptions) -> Krea2:
     files = Krea2Files(text_use=EDIT_USE if options.edit else KREA_2_USE).add_text(options.text)
-    return Krea2(files, references=_rules(options, options.edit))
+    return Krea2(files, references=_make_rules(options, options.edit))
 
 
 def family_for_training(options: own.Krea2TrainingOptions, dit: Path | None = None) -> Krea2:
     """Describe the family for training. dit: a transformer in place of the trained one."""
     use = EDIT_USE if options.edit else KREA_2_USE
-    files = _files(options, use, dit)
-    return Krea2(files, options, references=_rules(options, options.edit), isolated=options.kv_cache)
+    files = _make_files(options, use, dit)
+    return Krea2(files, options, references=_make_rules(options, options.edit), isolated=options.kv_cache)
 
 
 def family_for_samples(options: own.Krea2TrainingOptions) -> Krea2 | None:
@@ -273,10 +273,12 @@ def family_for_samples(options: own.Krea2TrainingOptions) -> Krea2 | None:
 
 
 def family_for_generation(options: own.Krea2GenerationOptions) -> Krea2:
-    return Krea2(_files(options, MIXED_USE), references=_rules(options, None), isolated=options.kv_cache)
+    return Krea2(
+        _make_files(options, MIXED_USE), references=_make_rules(options, None), isolated=options.kv_cache
+    )
 
 
-def _rules(options: Any, is_edit: bool | None) -> ReferenceRules | None:
+def _make_rules(options: Any, is_edit: bool | None) -> ReferenceRules | None:
     """Return the rules for reference pictures; None if the model takes none. is_edit: None for a generation,
     which may be an edit.
     """
@@ -286,7 +288,7 @@ def _rules(options: Any, is_edit: bool | None) -> ReferenceRules | None:
     return ReferenceRules(MOST, seen_by_text=True, edits=bool(is_edit), own_shape=True, area=area)
 
 
-def _files(options: own.Krea2ModelOptions, use: LanguageUse, dit: Path | None = None) -> Krea2Files:
+def _make_files(options: own.Krea2ModelOptions, use: LanguageUse, dit: Path | None = None) -> Krea2Files:
     files = Krea2Files(text_use=use).add_dit(dit or options.dit, options.dit_dtype)
     return files.add_vae(options.vae.file).add_text(options.text)
 

@@ -58,11 +58,11 @@ FILES = (
 )
 # dialect -> a tensor that only it has
 DIALECTS = {"released": "txtfusion.projector.weight", "diffusers": "text_fusion.projector.weight"}
-TEXT_BLOCKS = tuple((f"txtfusion.{name}_blocks", 2) for name in ("layerwise", "refiner"))
+TEXT_BLOCKS = tuple((f"txtfusion.{name}_count_blocks", 2) for name in ("layerwise", "refiner"))
 PATTERNS = {"released": (), "diffusers": tensor_patterns(KREA_2)}
 
 
-def _stream(shapes: DitShapes, start: str) -> Krea2StreamConfig:
+def _read_stream(shapes: DitShapes, start: str) -> Krea2StreamConfig:
     """Return the dimensions of blocks. Raises CheckpointError if they do not go together."""
     rows, dim = shapes.of(f"{start}.0.attn.wq.weight")
     key_rows, _ = shapes.of(f"{start}.0.attn.wk.weight")
@@ -81,7 +81,7 @@ def _stream(shapes: DitShapes, start: str) -> Krea2StreamConfig:
     return Krea2StreamConfig(dim, ffn_dim, heads, kv_heads)
 
 
-def _blocks(shapes: DitShapes, name: str, released: Iterable[tuple[str, int]]) -> int:
+def _count_blocks(shapes: DitShapes, name: str, released: Iterable[tuple[str, int]]) -> int:
     """Return the number of blocks of a list. Raises CheckpointError if the release has more."""
     number = shapes.blocks(name)
     least = dict(released).get(name, 0)
@@ -93,15 +93,15 @@ def _blocks(shapes: DitShapes, name: str, released: Iterable[tuple[str, int]]) -
     return number
 
 
-def _header(checkpoint: Checkpoint) -> DitHeader[Krea2Config]:
+def _read_header(checkpoint: Checkpoint) -> DitHeader[Krea2Config]:
     names = checkpoint.tensors
     dialect = next((name for name, mark in DIALECTS.items() if mark in names), None)
     if dialect is None:
         raise other_kind(checkpoint, WHAT, OPTION, FILES)
     stored_shapes = {name: info.shape for name, info in names.items()}
     shapes = DitShapes(checkpoint.path, joined_shapes(stored_shapes, PATTERNS[dialect]), NAME)
-    blocks = _stream(shapes, "blocks")
-    text = _stream(shapes, "txtfusion.layerwise_blocks")
+    blocks = _read_stream(shapes, "blocks")
+    text = _read_stream(shapes, "txtfusion.layerwise_blocks")
     numbers = shapes.of("first.weight")[1]
     if numbers % PATCH**2:
         raise CheckpointError(
@@ -115,9 +115,9 @@ def _header(checkpoint: Checkpoint) -> DitHeader[Krea2Config]:
         num_heads=blocks.num_heads,
         num_kv_heads=blocks.num_kv_heads,
         text=text,
-        num_layers=_blocks(shapes, "blocks", released_blocks),
-        layerwise_blocks=_blocks(shapes, "txtfusion.layerwise_blocks", TEXT_BLOCKS),
-        refiner_blocks=_blocks(shapes, "txtfusion.refiner_blocks", TEXT_BLOCKS),
+        num_layers=_count_blocks(shapes, "blocks", released_blocks),
+        layerwise_blocks=_count_blocks(shapes, "txtfusion.layerwise_blocks", TEXT_BLOCKS),
+        refiner_blocks=_count_blocks(shapes, "txtfusion.refiner_blocks", TEXT_BLOCKS),
         states=shapes.of("txtfusion.projector.weight")[1],
         channels=numbers // PATCH**2,
         freq_dim=shapes.of("tmlp.0.weight")[1],
@@ -126,7 +126,7 @@ def _header(checkpoint: Checkpoint) -> DitHeader[Krea2Config]:
     return DitHeader(config, dialect, names[query].dtype)
 
 
-def _sources(checkpoint: Checkpoint, header: DitHeader[Krea2Config]) -> Mapping[str, TensorSource]:
+def _make_sources(checkpoint: Checkpoint, header: DitHeader[Krea2Config]) -> Mapping[str, TensorSource]:
     sources = join_parts(plain_sources(checkpoint), PATTERNS[header.dialect])
     flat = [name for name in sources if re.fullmatch(r"blocks\.\d+\.mod\.lin", name)]
     # diffusers has a row for each of what modulates a block
@@ -135,10 +135,10 @@ def _sources(checkpoint: Checkpoint, header: DitHeader[Krea2Config]) -> Mapping[
 
 # the last two are in files of the first days; no tool uses them
 FORMAT = DitFormat(
-    _header,
+    _read_header,
     lambda _: WHAT,
     network=Krea2Model,
-    sources=_sources,
+    sources=_make_sources,
     option=OPTION,
     ignore=("last.down.weight", "last.up.weight"),
 )

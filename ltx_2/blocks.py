@@ -164,10 +164,10 @@ class LtxAttention(nn.Module):
 
     def queries(self, x: Tensor, rotary: Tensor | None = None) -> Tensor:
         """Return the queries of x, B L N D."""
-        return self._rotated_heads(self.q_norm(in_own_dtype(self.to_q, x)), rotary)
+        return self._rotate_heads(self.q_norm(in_own_dtype(self.to_q, x)), rotary)
 
     def keys(self, x: Tensor, rotary: Tensor | None = None) -> Tensor:
-        return self._rotated_heads(self.k_norm(in_own_dtype(self.to_k, x)), rotary)
+        return self._rotate_heads(self.k_norm(in_own_dtype(self.to_k, x)), rotary)
 
     def values(self, x: Tensor) -> Tensor:
         return in_own_dtype(self.to_v, x).unflatten(-1, (self.num_heads, -1))
@@ -179,7 +179,7 @@ class LtxAttention(nn.Module):
             attended = attended * gates.unsqueeze(-1).to(attended.dtype)
         return in_own_dtype(self.to_out[0], attended.flatten(2))
 
-    def _rotated_heads(self, x: Tensor, rotary: Tensor | None) -> Tensor:
+    def _rotate_heads(self, x: Tensor, rotary: Tensor | None) -> Tensor:
         heads = x.unflatten(-1, (self.num_heads, -1))
         return heads if rotary is None else self._rotate(heads, rotary)
 
@@ -231,14 +231,14 @@ class LtxBlock(nn.Module):
         """Return the input of self-attention of the first stream, B L C, for an input x of the block."""
         names, first = next(iter(tokens.split(x).items()))
         stream = tokens.streams[names]
-        shift, scale, *_ = self._rows(names, stream)
+        shift, scale, *_ = self._split_rows(names, stream)
         return modulate(norm_tokens(first.float()), shift, scale, tokens.dtype, split=stream.num_given)
 
     def see_itself_and_text(self, names: StreamNames, x: Tensor, tokens: LtxTokens) -> Tensor:
         """Add attention of a stream, B L C, to itself and to its text."""
         stream = tokens.streams[names]
         # the last three, of the attention to the text, are not in LTX-2.0
-        shift, scale, gate, _, _, _, *text_rows = self._rows(names, stream)
+        shift, scale, gate, _, _, _, *text_rows = self._split_rows(names, stream)
         h = modulate(norm_tokens(x.float()), shift, scale, tokens.dtype, split=stream.num_given)
         x = add_gated(x, gate, self._see_itself(names, h, tokens), stream.num_given)
 
@@ -248,7 +248,7 @@ class LtxBlock(nn.Module):
 
     def see_each_other(self, parts: Parts, tokens: LtxTokens) -> Parts:
         """Add attention between the streams; both directions start from the same tokens."""
-        inputs = {names: self._cross_inputs(names, x, tokens) for names, x in parts.items()}
+        inputs = {names: self._modulate_cross_inputs(names, x, tokens) for names, x in parts.items()}
         changed = {}
         for names, other in ((VIDEO, SOUND), (SOUND, VIDEO)):
             cross = tokens.streams[names].cross
@@ -261,7 +261,9 @@ class LtxBlock(nn.Module):
             changed[names] = add_gated(parts[names], gate, branch)
         return changed
 
-    def _cross_inputs(self, names: StreamNames, x: Tensor, tokens: LtxTokens) -> dict[StreamNames, Tensor]:
+    def _modulate_cross_inputs(
+        self, names: StreamNames, x: Tensor, tokens: LtxTokens
+    ) -> dict[StreamNames, Tensor]:
         """Return a stream's input of the attention between the streams, B L C, by the stream that sees."""
         stream = tokens.streams[names]
         assert stream.cross is not None
@@ -276,7 +278,7 @@ class LtxBlock(nn.Module):
     def change(self, names: StreamNames, x: Tensor, tokens: LtxTokens) -> Tensor:
         """Add the feed-forward branch of a stream, B L C."""
         stream = tokens.streams[names]
-        rows = self._rows(names, stream)[3:6]
+        rows = self._split_rows(names, stream)[3:6]
         layer = getattr(self, f"{names.prefix}ff")
         parts = []
         for part, *row in split_segments(stream.num_given, rows, x):
@@ -331,7 +333,7 @@ class LtxBlock(nn.Module):
         key, value = other_stream.part.gather_tokens(key, value)
         return layer.project(x, stream.part.gather_heads(_attend(query, key, value, tokens)))
 
-    def _rows(self, names: StreamNames, stream: Stream) -> Sequence[Tensor]:
+    def _split_rows(self, names: StreamNames, stream: Stream) -> Sequence[Tensor]:
         """Return the shifts, scales and gates of a stream's layers, each B S C float32."""
         table: Tensor = getattr(self, f"{names.prefix}scale_shift_table")
         return (table.float() + stream.rows).unbind(2)

@@ -34,7 +34,7 @@ PROMPT_TIMES, MARKER = "prompt_adaln_single.linear.weight", "keyframes_abs_pos_e
 USUAL_HEADS = 32  # of all releases; without gates no tensor tells
 
 
-def _header(checkpoint: Checkpoint) -> DitHeader[LtxConfig]:
+def _read_header(checkpoint: Checkpoint) -> DitHeader[LtxConfig]:
     names = checkpoint.tensors
     dialect = next((name for name, (mark, _) in DIALECTS.items() if mark in names), None)
     if dialect is None:
@@ -83,16 +83,16 @@ def _config(shapes: DitShapes, settings: Mapping[str, Any]) -> LtxConfig:
     stated_heads = settings.get("num_attention_heads", USUAL_HEADS)
     num_heads = shapes.of(gates)[0] if is_gated else int(stated_heads)
     return LtxConfig(
-        video=_stream(shapes, VIDEO, projects_text, settings),
-        sound=_stream(shapes, SOUND, projects_text, settings),
+        video=_read_stream(shapes, VIDEO, projects_text, settings),
+        sound=_read_stream(shapes, SOUND, projects_text, settings),
         num_heads=num_heads,
         num_layers=shapes.blocks("transformer_blocks"),
         cross_dim=shapes.of(f"{BLOCK}.{VIDEO.cross_attn}.to_q.weight")[0],
         projects_text=projects_text,
         is_gated=is_gated,
         modulates_text=f"{BLOCK}.prompt_scale_shift_table" in names,
-        times_text=_switch(settings, "use_prompt_adaln_single", PROMPT_TIMES in names or not is_gated),
-        marks_first=_switch(settings, "use_keyframes_abs_pos_embedding", MARKER in names),
+        times_text=_read_switch(settings, "use_prompt_adaln_single", PROMPT_TIMES in names or not is_gated),
+        marks_first=_read_switch(settings, "use_keyframes_abs_pos_embedding", MARKER in names),
         freq_dim=shapes.of("adaln_single.emb.timestep_embedder.linear_1.weight")[1],
         **_read_fields(settings),
     )
@@ -108,7 +108,7 @@ def _read_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
     columns = settings.get("base_width", 2048)
     longest = tuple(map(float, settings.get("positional_embedding_max_pos", (frames, rows, columns))))
     stride = tuple(map(int, settings.get("vae_scale_factors", LATENT.stride)))
-    gate_time = _gate_time(settings)
+    gate_time = _read_gate_time(settings)
     theta = settings.get("rope_theta", 10000)
     theta = float(settings.get("positional_embedding_theta", theta))
     have_axes = len(longest) == len(stride) == 3  # frames, rows, columns
@@ -126,14 +126,14 @@ def _read_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _gate_time(settings: Mapping[str, Any]) -> float:
+def _read_gate_time(settings: Mapping[str, Any]) -> float:
     """Return the factor of the time for the gates between the streams."""
     multiplier = settings.get("cross_attn_timestep_scale_multiplier", 1000)
     multiplier = settings.get("av_ca_timestep_scale_multiplier", multiplier)
     return float(multiplier) / float(settings.get("timestep_scale_multiplier", 1000))
 
 
-def _switch(settings: Mapping[str, Any], key: str, default: bool) -> bool:
+def _read_switch(settings: Mapping[str, Any], key: str, default: bool) -> bool:
     """Read a boolean setting from the record of settings, else return `default`, which the tensors show.
 
     Raises ValueError if it is neither true nor false. If the two differ, loading names the tensors.
@@ -144,7 +144,7 @@ def _switch(settings: Mapping[str, Any], key: str, default: bool) -> bool:
     return value
 
 
-def _stream(
+def _read_stream(
     shapes: DitShapes, names: StreamNames, projects: bool, settings: Mapping[str, Any]
 ) -> StreamConfig:
     block = f"{BLOCK}.{names.prefix}"
@@ -155,12 +155,12 @@ def _stream(
         ffn_dim=shapes.of(f"{block}ff.net.2.weight")[1],
         channels=channels,
         text_dim=shapes.of(f"{text}.weight")[1],
-        ff_bias=_switch(settings, f"{names.prefix}ff_bias", f"{block}ff.net.2.bias" in shapes.shapes),
+        ff_bias=_read_switch(settings, f"{names.prefix}ff_bias", f"{block}ff.net.2.bias" in shapes.shapes),
     )
 
 
 FORMAT = DitFormat(
-    _header,
+    _read_header,
     lambda header: f"an {NAME} transformer (version {header.config.kind})",
     network=LtxModel,
     sources=lambda checkpoint, header: join_parts(plain_sources(checkpoint), DIALECTS[header.dialect][1]),

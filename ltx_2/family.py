@@ -120,7 +120,7 @@ class Ltx2(Ltx2Media):
 
     @property
     def vae_dtype(self) -> torch.dtype:
-        return self.files.beside(self.files.vae_dtype)
+        return self.files.encoder_dtype(self.files.vae_dtype)
 
     @property
     def version(self) -> str:
@@ -244,7 +244,7 @@ class Ltx2(Ltx2Media):
             sound_timesteps=sound_times,
             has_sound=has_sound if isinstance(has_sound, Tensor) else None,
             tweaks=tweaks.rename_away(arguments_of),
-            references=self._network_references(references, denoised, cond.get(STRENGTHS), noisy.device),
+            references=self._make_network_references(references, denoised, cond.get(STRENGTHS), noisy.device),
             **arguments_of(cond),
         )
         if not self.files.has_pictures:
@@ -262,7 +262,7 @@ class Ltx2(Ltx2Media):
             return self.defaults.fps
         return [rate / 1000 for rate in rates.tolist()]
 
-    def _network_references(
+    def _make_network_references(
         self,
         references: Sequence[Tensor],
         denoised: DenoisedReferences | None,
@@ -321,7 +321,7 @@ class Ltx2(Ltx2Media):
             rules=self._settle_guidance(request),
             solver=SOLVER if prepared.solver == "euler" else prepared.solver,
             family_record=references,
-            own_metadata=self._output_metadata(references),
+            own_metadata=self._make_output_metadata(references),
         )
         if self.stages is not None:
             prepared = self.stages.split(prepared, self.latent, self.vae_dtype)
@@ -363,7 +363,7 @@ class Ltx2(Ltx2Media):
             is_alone=not self.files.has_pictures,
         )
 
-    def _output_metadata(self, references: Sequence[Path]) -> dict[str, str]:
+    def _make_output_metadata(self, references: Sequence[Path]) -> dict[str, str]:
         """Return the metadata of outputs about the references and the stages."""
         metadata = {}
         if references:
@@ -471,11 +471,11 @@ class Ltx2(Ltx2Media):
         mask, strength = self.reference_attention
         if mask is not None or strength < 1:
             if mask is None:
-                white = torch.ones(1)
+                mask_strengths = torch.ones(1)  # the same for all tokens
             else:
-                white = read_strengths(mask, pixels, reference_rules, self.latent)
+                mask_strengths = read_strengths(mask, pixels, reference_rules, self.latent)
             num_tokens = sum(latents[0, 0].numel() for latents in conditions.values())
-            conditions[STRENGTHS] = (strength * white).expand(1, num_tokens)
+            conditions[STRENGTHS] = (strength * mask_strengths).expand(1, num_tokens)
         return conditions
 
     def _read_frames(self, prepared: Prepared) -> Tensor | None:
@@ -502,12 +502,12 @@ class Ltx2(Ltx2Media):
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
         """Yield the sections. Noise is drawn for video, then for sound, then for references."""
-        sections = self._plain_sections(prepared, prompts, inputs, noise)
+        sections = self._make_plain_sections(prepared, prompts, inputs, noise)
         if self.reference_strength < 1:
             sections = with_noisy_references(sections, self.reference_strength, prepared.joint, noise)
         return (yield from sections)
 
-    def _plain_sections(
+    def _make_plain_sections(
         self,
         prepared: Prepared,
         prompts: Mapping[int, EncodedPrompts],
@@ -596,11 +596,11 @@ def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
         makes_sound=not options.silent,
         stages=two_stages(options.stages),
         options=options,
-        references=_training_references(options) if takes_references else None,
+        references=_settle_training_references(options) if takes_references else None,
     )
 
 
-def _training_references(options: Ltx2TrainingOptions) -> rules.ReferenceRules:
+def _settle_training_references(options: Ltx2TrainingOptions) -> rules.ReferenceRules:
     dropped = 1 - options.ic_lora_ref_probability
     edits = dropped > 0 or "v2v" in (options.lora_target_preset, options.ic_lora_strategy)
     return replace(make_rules(options.references), dropped=dropped, edits=edits)

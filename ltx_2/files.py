@@ -99,7 +99,7 @@ class Ltx2Files(TransformerFiles):
     def has_pictures(self) -> bool:
         return VIDEO in self.streams
 
-    def _part(self, part: Path | None, option: str, folder: str, what: str) -> Path:
+    def _find_part(self, part: Path | None, option: str, folder: str, what: str) -> Path:
         """Return the file of a part: the file given by its option, else the released one."""
         release = require_file(part or self.checkpoint, option if part else RELEASED, what, CHECKPOINT)
         path = inside(release, folder)
@@ -130,7 +130,7 @@ class Ltx2Files(TransformerFiles):
 
     @property
     def vae_path(self) -> Path:
-        return self._part(self.vae, "--vae", "vae", "it turns pixels into latents and back")
+        return self._find_part(self.vae, "--vae", "vae", "it turns pixels into latents and back")
 
     @property
     def latent(self) -> LatentSpec:
@@ -143,7 +143,7 @@ class Ltx2Files(TransformerFiles):
         try:
             config: VideoVaeConfig = read_once(self.vae_path, _read_video_vae)
         except (OptionError, OSError):
-            return LATENT if self.dit is None else replace(LATENT, channels=self._channels())
+            return LATENT if self.dit is None else replace(LATENT, channels=self._count_channels())
         frames, height, _ = config.stride
         return replace(
             LATENT,
@@ -153,12 +153,12 @@ class Ltx2Files(TransformerFiles):
             frame_step=frames,
         )
 
-    def _channels(self) -> int:
+    def _count_channels(self) -> int:
         channels: int = self.dit_header().config.video.channels
         return channels
 
     def load_vae(self, device: torch.device) -> LtxVideoVae:
-        return load_video_vae(self.vae_path, device, self.beside(self.vae_dtype), self.vae_tile)
+        return load_video_vae(self.vae_path, device, self.encoder_dtype(self.vae_dtype), self.vae_tile)
 
     def vae_identity(self) -> Mapping[str, str]:
         return super().vae_identity() if self.has_pictures else NO_PICTURES
@@ -171,7 +171,7 @@ class Ltx2Files(TransformerFiles):
 
     def sound_path(self, part: str) -> Path:
         """Return the path of a part that makes sound: audio_vae or vocoder."""
-        return self._part(self.audio_vae, AUDIO_VAE, part, "it turns sound into latents and back")
+        return self._find_part(self.audio_vae, AUDIO_VAE, part, "it turns sound into latents and back")
 
     @property
     def sound(self) -> SoundSpec | None:
@@ -232,12 +232,12 @@ class Ltx2Files(TransformerFiles):
                 )
             folder = require_file(self.gemma, "--gemma_root", "Gemma 3 encodes the prompts", GEMMA)
             gemma = inside(folder, "text_encoder")
-        connectors = self._part(apart, gemma_4.OPTION, "connectors", "it joins texts")
+        connectors = self._find_part(apart, gemma_4.OPTION, "connectors", "it joins texts")
         gemma_4.check_version(connectors, gemma)
         return Ltx2TextEncoder(
             gemma,
             connectors,
-            dtype=self.beside(self.text_dtype),
+            dtype=self.encoder_dtype(self.text_dtype),
             tokenizer=self.tokenizer,
             form=self.text_form,
             on_cpu=self.text_on_cpu,

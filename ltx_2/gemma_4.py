@@ -31,7 +31,7 @@ def read_settings(
     Layers without a value projection see all tokens, have wider heads, and use their keys as values. Raises
     ValueError or TypeError for impossible values, and for another pattern of layers.
     """
-    layers = _layer_types(num_layers, shapes)
+    layers = _list_layer_types(num_layers, shapes)
     rope = settings.get("rope_parameters") or {}
     far = rope.get(FAR) or {}
     near = rope.get(NEAR) or {}
@@ -72,7 +72,7 @@ def read_settings(
     }
 
 
-def _layer_types(num_layers: int, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+def _list_layer_types(num_layers: int, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     """Return the kind of each layer: layers with a value projection attend to nearby tokens only, others to
     all.
     """
@@ -117,14 +117,14 @@ def is_gemma_4(checkpoint: Checkpoint) -> bool:
 
 def wanted_gemma(checkpoint: Checkpoint) -> str | None:
     """Return the version of Gemma that a transformer was trained with; None if its file does not say."""
-    return _version(checkpoint, OF_GEMMA_4)
+    return _read_version(checkpoint, OF_GEMMA_4)
 
 
 def _own_version(checkpoint: Checkpoint) -> str | None:
-    return _version(checkpoint, CONFIG)
+    return _read_version(checkpoint, CONFIG)
 
 
-def _version(checkpoint: Checkpoint, key: str) -> str | None:
+def _read_version(checkpoint: Checkpoint, key: str) -> str | None:
     try:
         settings = parse_json(checkpoint.metadata[key]) if key in checkpoint.metadata else {}
         if not settings and key == CONFIG:

@@ -21,7 +21,7 @@ def guidance_rules(
     self-attention the release skips. is_alone: sound is made without video. Raises OptionError if
     --stg_blocks names a block that does not exist.
     """
-    perturbed_scale = _or_default(options.stg_scale, 1.0)
+    perturbed_scale = _choose_weight(options.stg_scale, 1.0)
     text_scales = {VIDEO: options.video_cfg_scale, AUDIO: options.audio_cfg_scale}
     if text_scales[AUDIO] is None and scale is None:
         text_scales[AUDIO] = 7.0
@@ -34,8 +34,8 @@ def guidance_rules(
         return StreamGuidance(
             text=text_scales[stream],
             perturbed=perturbed_scale if options.stg_mode in (None, "both", stream) else 0.0,
-            modality=1.0 if is_alone else _or_default(modality_scales[stream], 3.0),
-            rescale=_or_default(options.rescaling(stream), 0.7),
+            modality=1.0 if is_alone else _choose_weight(modality_scales[stream], 3.0),
+            rescale=_choose_weight(options.rescaling(stream), 0.7),
         )
 
     picture = StreamGuidance(text=1.0) if is_alone else guidance_of(VIDEO)
@@ -43,5 +43,5 @@ def guidance_rules(
     return GuidanceRules(streams=(picture, sound), perturbed_blocks=frozenset(skipped))
 
 
-def _or_default(typed: float | None, default: float) -> float:
+def _choose_weight(typed: float | None, default: float) -> float:
     return default if typed is None else typed

@@ -251,9 +251,9 @@ class LtxModel(nn.Module):
 
         texts: embedded, each B T C.
         """
-        rows, time = self._embed_times(self._part(inputs.names, "adaln_single"), inputs)
+        rows, time = self._embed_times(self._get_layer(inputs.names, "adaln_single"), inputs)
         return Stream(
-            rotary=self._rotation(inputs, fps, by_time=False),
+            rotary=self._make_rotation(inputs, fps, by_time=False),
             texts=tuple(texts),
             rows=rows,
             time=time,
@@ -266,7 +266,7 @@ class LtxModel(nn.Module):
         """Return the embedded texts of a stream, for attention to them, each B T C."""
         if not self.config.projects_text:
             return texts
-        layer = self._part(names, "caption_projection")
+        layer = self._get_layer(names, "caption_projection")
         return [layer(text) for text in texts]
 
     def _embed_text_times(self, inputs: StreamInputs, rows: Tensor) -> Tensor | None:
@@ -278,7 +278,7 @@ class LtxModel(nn.Module):
             return None
         if not self.config.times_text:
             return rows.new_zeros(1, 1, 2, 1)
-        text_rows, _ = self._part(inputs.names, "prompt_adaln_single")(inputs.timesteps)
+        text_rows, _ = self._get_layer(inputs.names, "prompt_adaln_single")(inputs.timesteps)
         return text_rows.unsqueeze(1)
 
     def _embed_cross(
@@ -293,7 +293,7 @@ class LtxModel(nn.Module):
         gate, _ = getattr(self, inputs.names.cross_gate)(other_times * self.config.gate_time)
         if influence is not None:
             influence = influence.to(rows.device, torch.float32).view(-1, 1, 1)
-        rotary = self._rotation(inputs, fps, by_time=True)
+        rotary = self._make_rotation(inputs, fps, by_time=True)
         return CrossInputs(rotary, rows, gate, influence)
 
     def _project(self, inputs: StreamInputs, dtype: torch.dtype) -> Tensor:
@@ -304,7 +304,7 @@ class LtxModel(nn.Module):
         if references.latents:
             in_front = [reference.flatten(2).mT for reference in references.latents]
             flat = torch.cat([*in_front, flat], dim=1)
-        tokens = in_own_dtype(self._part(names, "patchify_proj"), flat).to(dtype)
+        tokens = in_own_dtype(self._get_layer(names, "patchify_proj"), flat).to(dtype)
         if names is not VIDEO or not self.config.marks_first:
             return tokens
         return self._mark_first(tokens, sum(references.counts), latents.shape[-1] * latents.shape[-2])
@@ -314,11 +314,11 @@ class LtxModel(nn.Module):
         velocities = {}
         for names, stream_x in tokens.split(x).items():
             stream = tokens.streams[names]
-            table = self._part(names, "scale_shift_table").float()
+            table = self._get_layer(names, "scale_shift_table").float()
             shift, scale = (table + stream.time.unsqueeze(2)).unbind(2)  # each B S C
-            normed = self._part(names, "norm_out")(stream_x)
+            normed = self._get_layer(names, "norm_out")(stream_x)
             h = modulate(normed, shift, scale, tokens.dtype, split=stream.num_given)
-            out = in_own_dtype(self._part(names, "proj_out"), h).float()
+            out = in_own_dtype(self._get_layer(names, "proj_out"), h).float()
             velocities[names] = _shape_velocity(out, names, tokens)
         return velocities
 
@@ -331,7 +331,7 @@ class LtxModel(nn.Module):
         in_front, first, behind = x.split([before, count, x.shape[1] - before - count], dim=1)
         return torch.cat([in_front, first + self.keyframes_abs_pos_embedding.to(x.dtype), behind], dim=1)
 
-    def _part(self, names: StreamNames, name: str) -> Any:
+    def _get_layer(self, names: StreamNames, name: str) -> Any:
         return getattr(self, names.prefix + name)
 
     def _embed_times(self, layer: nn.Module, inputs: StreamInputs) -> tuple[Tensor, Tensor]:
@@ -348,7 +348,7 @@ class LtxModel(nn.Module):
         rows, time = layer(torch.cat([timesteps, given_times]))
         return _pair_times(rows, len(timesteps)), _pair_times(time, len(timesteps))
 
-    def _rotation(self, inputs: StreamInputs, fps: Fps, by_time: bool) -> Tensor:
+    def _make_rotation(self, inputs: StreamInputs, fps: Fps, by_time: bool) -> Tensor:
         """Return the rotations of a stream's tokens, L N D/2 2, or B L N D/2 2 if samples differ in fps.
 
         by_time: for the attention between the streams, by time alone.
@@ -359,7 +359,7 @@ class LtxModel(nn.Module):
         if inputs.names is SOUND:
             _, _, length, _ = latents.shape
             return tables.get_table((Places(width, (length,), by_time=by_time),), latents.device)
-        places_of = partial(Places, width, fps=_distinct_rates(fps), by_time=by_time)
+        places_of = partial(Places, width, fps=_list_distinct_rates(fps), by_time=by_time)
         places = []
         for reference in inputs.references.latents:
             size_factor = latents.shape[-1] // reference.shape[-1]
@@ -408,7 +408,7 @@ def _pair_times(rows: Tensor, batch: int) -> Tensor:
     return torch.stack([of_given.expand_as(of_timesteps), of_timesteps], dim=1)
 
 
-def _distinct_rates(fps: Fps) -> tuple[float, ...]:
+def _list_distinct_rates(fps: Fps) -> tuple[float, ...]:
     """Return the frames a second of each sample; a single number if all have the same."""
     numbers = fps.tolist() if isinstance(fps, Tensor) else fps
     rates = (numbers,) if isinstance(numbers, (int, float)) else tuple(numbers)

@@ -396,7 +396,7 @@ def settle_generation(shared: T, own_options: Ltx2GenerationOptions) -> tuple[T,
             typed_names[f"--{name}"] = f"--{other_name}"
     if own_options.sample_audio_only:
         typed_names["--ltx2_mode audio"] = "--sample_audio_only"
-    kernels = _chosen_kernels(values, own_options)
+    kernels = _list_chosen_kernels(values, own_options)
     kernel = next(iter(kernels.values()), "torch")
     changes["attn_mode"] = kernel
     for flag in _KERNELS.keys() & {name.removeprefix("--") for name in kernels}:
@@ -413,7 +413,7 @@ def settle_generation(shared: T, own_options: Ltx2GenerationOptions) -> tuple[T,
     return override_options(shared, changes), own_options
 
 
-def _chosen_kernels(values: Mapping[str, Any], own_options: Ltx2GenerationOptions) -> dict[str, str]:
+def _list_chosen_kernels(values: Mapping[str, Any], own_options: Ltx2GenerationOptions) -> dict[str, str]:
     """Return the attention modes that were chosen, by the option. Raises OptionError if they differ.
 
     values: of the shared options. A preset's mode gives way to an option of the known script.

@@ -73,12 +73,12 @@ def log_mel(waveform: Tensor, bins: int) -> Tensor:
     spectrum = torch.stft(
         samples.flatten(0, 1), WINDOW, HOP, window=torch.hann_window(WINDOW), return_complex=True
     )
-    mel = spectrum.abs().transpose(1, 2) @ _mel_filters(bins)  # BC T M
+    mel = spectrum.abs().transpose(1, 2) @ _make_mel_filters(bins)  # BC T M
     return mel.clamp_(min=LEAST).log_().unflatten(0, samples.shape[:2])
 
 
 @functools.cache
-def _mel_filters(bins: int) -> Tensor:
+def _make_mel_filters(bins: int) -> Tensor:
     """Return the share of each frequency in each bin, frequencies bins."""
     from transformers.audio_utils import mel_filter_bank
 
@@ -187,17 +187,17 @@ def read_vocoder(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
     they have `bwe_in_channels`. Raises CheckpointError for any other file.
     """
     checkpoint = own_part(checkpoint, "vocoder.")
-    sources = rename_sources(plain_sources(checkpoint), _vocoder_name)
+    sources = rename_sources(plain_sources(checkpoint), _translate_vocoder_name)
     refusal = other_kind(checkpoint, "a vocoder of LTX-2", option, f"{FILES} vocoder")
     shape = shapes_of(checkpoint, sources, refusal)
     if "upsamplers.0.weight" in sources:
-        settings = _generator(shape, sources, "", refusal)
+        settings = _read_generator(shape, sources, "", refusal)
         return LoadPlan({**settings, "final_act_fn": "tanh"}, checkpoint, sources)
     if "vocoder.upsamplers.0.weight" not in sources or "mel_stft.mel_basis" not in sources:
         raise refusal
     window = shape("mel_stft.stft_fn.forward_basis", 3)[2]
-    settings = _generator(shape, sources, "vocoder.", refusal)
-    extension = _generator(shape, sources, "bwe_generator.", refusal)
+    settings = _read_generator(shape, sources, "vocoder.", refusal)
+    extension = _read_generator(shape, sources, "bwe_generator.", refusal)
     settings = {
         **settings,
         # as in the official code; diffusers' own settings leave the waveform unlimited here
@@ -211,13 +211,15 @@ def read_vocoder(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
     return LoadPlan(settings, checkpoint, sources)
 
 
-def _vocoder_name(name: str) -> str:
+def _translate_vocoder_name(name: str) -> str:
     for official, ours in VOCODER:
         name = re.sub(official, ours, name)
     return name
 
 
-def _generator(shape: Shape, names: Collection[str], start: str, refusal: CheckpointError) -> dict[str, Any]:
+def _read_generator(
+    shape: Shape, names: Collection[str], start: str, refusal: CheckpointError
+) -> dict[str, Any]:
     """Read the settings of one generator of waveforms."""
     escaped = re.escape(start)
     num_upsamplings = count(names, rf"{escaped}upsamplers\.\d+")
@@ -271,7 +273,7 @@ def load_vocoder(path: Path, device: torch.device, option: str = "--audio_vae") 
         network = load_planned(plan, build_vocoder, device, torch.float32, what="the vocoder of LTX-2").to(
             device
         )
-    rate = OUTPUT_RATE if "bwe_in_channels" in plan.config else _rate(plan.config)
+    rate = OUTPUT_RATE if "bwe_in_channels" in plan.config else _read_rate(plan.config)
     logger.info("Vocoder: %s, %d samples a second", path, rate)
     return Vocoder(network, rate)
 
@@ -285,7 +287,7 @@ def build_sound_vae(settings: Settings) -> nn.Module:
     return network
 
 
-def _rate(settings: Settings) -> int:
+def _read_rate(settings: Settings) -> int:
     """Return the sample rate of the sound that a generator makes."""
     return RATE // HOP * prod(settings["upsample_factors"])
 
@@ -299,7 +301,7 @@ def build_vocoder(settings: Settings) -> nn.Module:
     if "bwe_in_channels" not in settings:
         network = LTX2Vocoder(**settings)
         return network
-    low = _rate(settings)
+    low = _read_rate(settings)
     ratio = OUTPUT_RATE // low
     network = LTX2VocoderWithBWE(
         **settings,

@@ -103,7 +103,7 @@ class TwoStages:
                 f"--{request.source.option} with --sample_two_stage: the first stage starts from noise. "
                 "Leave one of them out"
             )
-        first = self._first_stage(prepared, latent)
+        first = self._make_first_stage(prepared, latent)
         if self.ends_early:
             return first
         positions = numpy.linspace(0, len(LEVELS) - 1, self.steps + 1)
@@ -119,11 +119,11 @@ class TwoStages:
             rules=AS_PLAIN,
             family_record=(),  # references are for the first stage alone
             added=tuple(lora.second for lora in self.loras),
-            begun_by=self._upscaling(shape, dtype),
+            begun_by=self._plan_upscaling(shape, dtype),
         )
         return replace(prepared, stages=(first, second))
 
-    def _first_stage(self, prepared: Prepared, latent: LatentSpec) -> Prepared:
+    def _make_first_stage(self, prepared: Prepared, latent: LatentSpec) -> Prepared:
         """Return the request of the small clip that the first stage makes."""
         growth = self.growth(latent)
         width = int(prepared.width / growth.side)
@@ -143,7 +143,7 @@ class TwoStages:
             added=tuple(lora.first for lora in self.loras),
         )
 
-    def _upscaling(
+    def _plan_upscaling(
         self, shape: tuple[int, int, int, int, int], dtype: torch.dtype
     ) -> tuple[tuple[Callable[[Any], Any], tuple[int, ...]], ...]:
         """Return functions that load the upscalers, and the shapes of their inputs.

@@ -82,11 +82,11 @@ def read_settings(
         "rope_scaling": rope_scaling,
         "query_pre_attn_scalar": scalar,
         "sliding_window": window,
-        "layer_types": _layer_types(settings, num_layers, pattern),
+        "layer_types": _list_layer_types(settings, num_layers, pattern),
     }
 
 
-def _layer_types(settings: Mapping[str, Any], num_layers: int, pattern: int) -> list[str]:
+def _list_layer_types(settings: Mapping[str, Any], num_layers: int, pattern: int) -> list[str]:
     """Return the kind of each layer; without a list in the settings every `pattern`-th is FAR."""
     layers = settings.get("layer_types")
     if not layers:

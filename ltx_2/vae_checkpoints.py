@@ -50,13 +50,13 @@ def read_video_vae(checkpoint: Checkpoint) -> LoadPlan[VideoVaeConfig]:
     refusal = other_kind(checkpoint, "a video VAE of LTX-2", "--vae", FILES)
     _refuse_other_decoders(checkpoint)
     if "latents_mean" in names and "decoder.mid_block.resnets.0.conv1.conv.weight" in names:
-        sources = rename_sources(sources, _flat_names(names))
+        sources = rename_sources(sources, _translate_flat_names(names))
     elif "decoder.up_blocks.0.res_blocks.0.conv1.conv.weight" not in names:
         raise refusal
     sources = rename_sources(sources, lambda name: STATISTICS.get(name, name))
     shape = shapes_of(checkpoint, sources, refusal)
-    encoder = _half(shape, sources, "encoder", refusal)
-    decoder = _half(shape, sources, "decoder", refusal)
+    encoder = _read_half(shape, sources, "encoder", refusal)
+    decoder = _read_half(shape, sources, "decoder", refusal)
     config = _with_facts(checkpoint, encoder, decoder)
     colours = shape("encoder.conv_in.conv.weight", 5)[1]
     if colours != 3 * config.patch**2:
@@ -116,7 +116,7 @@ def _read_level(match: re.Match[str]) -> _NestedLevel:
     )
 
 
-def _flat_names(names: Iterable[str]) -> Callable[[str], str]:
+def _translate_flat_names(names: Iterable[str]) -> Callable[[str], str]:
     """Translate diffusers' names: a level's resampling comes first in the decoder, last in the encoder."""
     matches = [_LEVEL.fullmatch(name) for name in names]
     levels = sorted({_read_level(match) for match in matches if match})
@@ -135,7 +135,7 @@ def _flat_names(names: Iterable[str]) -> Callable[[str], str]:
     return translate
 
 
-def _half(
+def _read_half(
     shape: Callable[..., tuple[int, ...]], names: Iterable[str], half: str, refusal: CheckpointError
 ) -> HalfConfig:
     """Read the encoder or the decoder; facts that no tensor shows are taken from LTX-2.3.

@@ -142,15 +142,15 @@ def family_for_text_caching(options: LuminaTextCachingOptions) -> Lumina:
 
 
 def family_for_training(options: LuminaTrainingOptions) -> Lumina:
-    return Lumina(_files(options), options)
+    return Lumina(_make_files(options), options)
 
 
 def family_for_generation(options: LuminaGenerationOptions) -> Lumina:
     in_negative = options.add_system_prompt_to_negative_prompt
-    return Lumina(replace(_files(options), system_prompt_in_negative=in_negative))
+    return Lumina(replace(_make_files(options), system_prompt_in_negative=in_negative))
 
 
-def _files(options: LuminaTrainingOptions | LuminaGenerationOptions) -> LuminaFiles:
+def _make_files(options: LuminaTrainingOptions | LuminaGenerationOptions) -> LuminaFiles:
     return LuminaFiles().add_dit(options.dit, options.dit_dtype).add_vae(options.vae).add_text(options.text)
 
 

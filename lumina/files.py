@@ -40,7 +40,7 @@ MARK = "cap_embedder.1.weight"  # of Lumina-Image-2.0, in published names
 UNUSED = "norm_final.weight"  # in the published files; the model does not use it
 
 
-def _header(checkpoint: Checkpoint) -> DitHeader[LuminaConfig]:
+def _read_header(checkpoint: Checkpoint) -> DitHeader[LuminaConfig]:
     names = checkpoint.tensors
     known_dialects = (name for name, (mark, _) in DIALECTS.items() if mark in names)
     dialect = next(known_dialects, "official")
@@ -89,15 +89,15 @@ def _read_config(shapes: DitShapes) -> LuminaConfig:
     )
 
 
-def _sources(checkpoint: Checkpoint, header: DitHeader[LuminaConfig]) -> Mapping[str, TensorSource]:
+def _make_sources(checkpoint: Checkpoint, header: DitHeader[LuminaConfig]) -> Mapping[str, TensorSource]:
     return join_parts(plain_sources(checkpoint), DIALECTS[header.dialect][1])
 
 
 FORMAT = DitFormat(
-    _header,
+    _read_header,
     lambda _: WHAT,
     network=LuminaModel,
-    sources=_sources,
+    sources=_make_sources,
     option=OPTION,
     ignore=(UNUSED,),
 )
@@ -133,7 +133,7 @@ class LuminaFiles(AutoencoderFiles):
     def text_encoders(self) -> list[TextEncoder]:
         gemma = GemmaTextEncoder(
             self.gemma2_path,
-            self.beside(self.text_dtype),
+            self.encoder_dtype(self.text_dtype),
             tokenizer=self.gemma2_tokenizer,
             system_prompt=self.system_prompt,
             in_negative=self.system_prompt_in_negative,
@@ -145,10 +145,12 @@ class LuminaFiles(AutoencoderFiles):
         if self.gemma2 is not None or needed:
             path = GemmaTextEncoder(self.gemma2_path).path
             takes = None if config is None else config.text_dim
-            check_state_width(GEMMA_OPTION, path, read_once(path, _gemma_width), self.dit, takes, GEMMA_NAMES)
+            check_state_width(
+                GEMMA_OPTION, path, read_once(path, _read_gemma_width), self.dit, takes, GEMMA_NAMES
+            )
         if self.gemma2_tokenizer is not None:
             GEMMA_FILES.check_given(self.gemma2_tokenizer)
 
 
-def _gemma_width(checkpoint: Checkpoint) -> int:
+def _read_gemma_width(checkpoint: Checkpoint) -> int:
     return read_gemma(checkpoint).config.dim

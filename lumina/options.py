@@ -132,7 +132,7 @@ def translate_training(args: argparse.Namespace) -> None:
 
 
 def caching_options(options: LuminaTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    return {"--ae": options.vae.vae or FillIn("AE_FILE")}, _text_options(options.text)
+    return {"--ae": options.vae.vae or FillIn("AE_FILE")}, _list_text_options(options.text)
 
 
 def generation_options(options: LuminaTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def generation_options(options: LuminaTrainingOptions, sample: Mapping[str, Any]
         "--ae": options.vae.vae or FillIn("AE_FILE"),
         "--vae_dtype": options.vae.vae_dtype,
         "--text_encoder_dtype": options.text.text_encoder_dtype,
-        **_text_options(options.text),
+        **_list_text_options(options.text),
         **extra_words(sample),
     }
 
@@ -152,7 +152,7 @@ def extra_words(sample: Mapping[str, Any]) -> dict[str, Any]:
     return {f"--{option}": extra.get(name) for option, name in EXTRAS.items()}
 
 
-def _text_options(text: LuminaTextOptions) -> dict[str, Any]:
+def _list_text_options(text: LuminaTextOptions) -> dict[str, Any]:
     return {
         "--gemma2": text.gemma2 or FillIn("GEMMA2_FILE"),
         "--gemma2_tokenizer": text.gemma2_tokenizer,

@@ -123,7 +123,7 @@ class H3CachingEncoder(H3TextEncoder):
         return [self._encode_item(prompt) for prompt in prompts]
 
     def _encode_item(self, prompt: Prompt) -> Conditions:
-        (conditions,) = super().encode([replace(prompt, presented=self._presented(prompt))])
+        (conditions,) = super().encode([replace(prompt, presented=self._present(prompt))])
         if self.teacher is not None and prompt.clip is not None:
             (of_teacher,) = super().encode([self._as_teacher_reads(prompt, prompt.clip)])
             rows = TEACHER_ROWS[self.teacher]
@@ -134,7 +134,7 @@ class H3CachingEncoder(H3TextEncoder):
         dtype = self.states_dtype
         return rows if dtype is None or not rows.is_floating_point() else rows.to(dtype)
 
-    def _presented(self, prompt: Prompt) -> tuple[Shown, ...]:
+    def _present(self, prompt: Prompt) -> tuple[Shown, ...]:
         """Return the pictures, clips and sounds that the task shows in front of a caption.
 
         Raises MediaError if the task is ref2va and the row has no references.
@@ -142,7 +142,7 @@ class H3CachingEncoder(H3TextEncoder):
         if prompt.clip is None:
             return ()
         if self.task == KEYFRAMES:
-            return present_keyframes(_keyframes(prompt))
+            return present_keyframes(_list_keyframes(prompt))
         if self.task != REFERENCES:
             return ()
         if not prompt.media:
@@ -164,7 +164,7 @@ class H3CachingEncoder(H3TextEncoder):
 
     def _as_teacher_reads(self, prompt: Prompt, clip: Tensor) -> Prompt:
         if self.teacher == FIRST_LAST:
-            return replace(prompt, presented=present_keyframes(_keyframes(prompt)))
+            return replace(prompt, presented=present_keyframes(_list_keyframes(prompt)))
         if self.teacher == CLIP:
             shown = show_clip(clip[..., :3], has_sound=True)
             return replace(prompt, text=describe_copy(prompt.text), presented=(shown,))
@@ -181,7 +181,7 @@ class H3CachingEncoder(H3TextEncoder):
         return replace(prompt, text=text, presented=pictures)
 
 
-def _keyframes(prompt: Prompt) -> list[Tensor]:
+def _list_keyframes(prompt: Prompt) -> list[Tensor]:
     """Return the first and the last frame of a clip; of a picture, its control pictures.
 
     Raises MediaError for a picture that has none.

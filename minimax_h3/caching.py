@@ -151,7 +151,7 @@ class H3Caching:
         if media.table.kind == "image":
             metadata["cache_format"] = ONE_FRAME_FORMAT
             metadata["one_frame"] = "1"
-            metadata[TARGET_INDEX] = str(self._target_index(media))
+            metadata[TARGET_INDEX] = str(self._choose_target_index(media))
         return metadata
 
     def encode(self, files: H3Files, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
@@ -159,11 +159,11 @@ class H3Caching:
         entries = []
         for number in range(len(media.keys)):
             item = media.item(number)
-            tensors = self._tensors(encoders.vae, encoders.sound, item, files.latent.pixel_step)
+            tensors = self._make_tensors(encoders.vae, encoders.sound, item, files.latent.pixel_step)
             entries.append([CacheEntry(tensors, metadata=self.metadata(files, item))])
         return entries
 
-    def _tensors(
+    def _make_tensors(
         self, vae: H3VideoVae, sound_vae: H3SoundVae, media: MediaBatch, step: int
     ) -> dict[str, Tensor]:
         """Return the tensors of one item. media: of that item alone. step: of sides in pixels."""
@@ -177,7 +177,7 @@ class H3Caching:
             IS_HEARD: torch.tensor(float(any(media.heard))),
         }
         if media.table.kind == "image":
-            tensors |= self._place_tensors(vae, media)
+            tensors |= self._make_place_tensors(vae, media)
         elif self.task == KEYFRAMES:
             for name, frame in ((FIRST, 0), (LAST, num_frames - 1)):
                 pixels = byte_clips(media.frames[:, frame : frame + 1])
@@ -191,13 +191,13 @@ class H3Caching:
             tensors |= encode_references(vae, sound_vae, shown, frames=num_frames, sizes=sizes)
         return tensors
 
-    def _target_index(self, media: MediaBatch) -> int:
+    def _choose_target_index(self, media: MediaBatch) -> int:
         """Return the position of a picture in time, in frames at 24 a second."""
         return (media.table.target_index or 0) if self.one_frame else 0
 
-    def _place_tensors(self, vae: H3VideoVae, media: MediaBatch) -> dict[str, Tensor]:
+    def _make_place_tensors(self, vae: H3VideoVae, media: MediaBatch) -> dict[str, Tensor]:
         """Return the position of a picture in time, and the latents and positions of its control images."""
-        tensors = {TARGET_INDEX: torch.tensor(self._target_index(media))}
+        tensors = {TARGET_INDEX: torch.tensor(self._choose_target_index(media))}
         if not media.control:
             return tensors
         for number, control in enumerate(media.control):

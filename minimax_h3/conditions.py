@@ -93,10 +93,10 @@ def in_order(keys: Iterable[str]) -> list[str]:
     frames = [key for key in (FIRST, LAST) if key in names]
     controls = sorted(key for key in names if key.startswith(CONTROL))
     references = [key for key in names if _REFERENCE_KEY.fullmatch(key)]
-    return [*frames, *controls, *sorted(references, key=_place_of_reference)]
+    return [*frames, *controls, *sorted(references, key=_order_reference)]
 
 
-def _place_of_reference(key: str) -> tuple[int, bool]:
+def _order_reference(key: str) -> tuple[int, bool]:
     match = _REFERENCE_KEY.fullmatch(key)
     assert match is not None, "only references are sorted"
     return int(match[1]), match[2] != AUDIO
@@ -136,7 +136,7 @@ def place_conditions(conditions: Conditions, sample: int, num_text: int, target:
     clock = float(num_text)
     placed: list[H3Condition] = []
     sound_latents = 0  # of the clip that follows
-    control_starts = iter(_control_starts(conditions, sample, clock))
+    control_starts = iter(_list_control_starts(conditions, sample, clock))
     keys = in_order(conditions)
     for key in keys:
         latents = _of_sample(conditions, key, sample)
@@ -167,7 +167,7 @@ def place_conditions(conditions: Conditions, sample: int, num_text: int, target:
     return H3Placement(tuple(placed), clock)
 
 
-def _control_starts(conditions: Conditions, sample: int, clock: float) -> list[float]:
+def _list_control_starts(conditions: Conditions, sample: int, clock: float) -> list[float]:
     """Return the start times of the control pictures of a single picture, on the clock of the tokens."""
     indices = conditions.get(CONTROL_INDICES)
     if indices is None:

@@ -106,14 +106,14 @@ def read_header(checkpoint: Checkpoint, layout: str | None) -> DitHeader[H3Confi
         checkpoint.path, joined_shapes(stored_shapes, TABLE) if dialect == DIFFUSERS else stored_shapes, NAME
     )
     config = _read_config(shapes)
-    frequencies = _stated_frequencies(checkpoint)
+    frequencies = _read_frequencies(checkpoint)
     if frequencies is not None:
         config = replace(config, frequencies=frequencies)
     _check_positions(config, checkpoint.path)
     return DitHeader(config, dialect, names[mark].dtype)
 
 
-def _stated_frequencies(checkpoint: Checkpoint) -> int | None:
+def _read_frequencies(checkpoint: Checkpoint) -> int | None:
     """Return the frequencies of positions on each axis that the config.json next to the file says, if any.
 
     Raises CheckpointError if that is not a whole number.
@@ -174,16 +174,18 @@ def _read_config(shapes: DitShapes) -> H3Config:
     )
 
 
-def _sources(checkpoint: Checkpoint, header: DitHeader[H3Config]) -> Mapping[str, TensorSource]:
+def _make_sources(checkpoint: Checkpoint, header: DitHeader[H3Config]) -> Mapping[str, TensorSource]:
     stored = plain_sources(checkpoint)
     if header.dialect == DIFFUSERS:
         swapped = [name for name in join_parts(stored, TABLE) if name.endswith(".mlp.fc1.weight")]
         return join_parts(stored, TABLE, swapped)
-    stacks = _stacks(checkpoint, header)
+    stacks = _make_stackers(checkpoint, header)
     return {name: source.then(stacks[name]) if name in stacks else source for name, source in stored.items()}
 
 
-def _stacks(checkpoint: Checkpoint, header: DitHeader[H3Config]) -> dict[str, Callable[[Tensor], Tensor]]:
+def _make_stackers(
+    checkpoint: Checkpoint, header: DitHeader[H3Config]
+) -> dict[str, Callable[[Tensor], Tensor]]:
     """Return a function for each tensor with interleaved rows, by name, that stacks these rows."""
     if header.dialect != INTERLEAVED:
         return {}
@@ -199,10 +201,10 @@ def make_format(layout: str | None = None) -> DitFormat[H3Config, H3Model]:
         functools.partial(read_header, layout=layout),
         lambda header: f"{WHAT}, pruned" if header.config.table_rows else WHAT,
         network=H3Model,
-        sources=_sources,
+        sources=_make_sources,
         option=OPTION,
         ignore=IGNORED,
-        single_rows=_stacks,
+        single_rows=_make_stackers,
     )
 
 

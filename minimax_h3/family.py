@@ -260,9 +260,9 @@ class MiniMaxH3(OneTransformer):
         if batch.view:
             texts = dict(zip((KEY, TAGS), teacher_rows(batch), strict=True))
             batch.check_widths({teacher_key(batch.view): config.text_dim}, self.files.dit_path, remedy)
-        return {**texts, **told_media(batch, self.files.task, latents), **self._shares()}
+        return {**texts, **told_media(batch, self.files.task, latents), **self._make_shares()}
 
-    def _shares(self) -> Conditions:
+    def _make_shares(self) -> Conditions:
         """Return the condition with the shares of clean signal in a training; empty outside of one."""
         if not isinstance(self.options, H3TrainingOptions):
             return {}
@@ -361,7 +361,7 @@ class MiniMaxH3(OneTransformer):
         )
         _, *picture = self.latent.shape(frames, height, width)
         channels, length, rows, columns = picture
-        sources = self._sources(media, (width, height), frames)
+        sources = self._make_sources(media, (width, height), frames)
         if not media.references:
             warn_of_edges(self.image_edge, self.video_edge, "there are no references")
         return replace(
@@ -370,7 +370,7 @@ class MiniMaxH3(OneTransformer):
             family_record=H3Request(media, sources),
             own_metadata=_describe_media(media),
             joint=Joint((channels, length, rows, columns), self.sound.shape(frames, FPS)),
-            sound_shift=_shift_of_sound(request, self.noise) / flow_shift,
+            sound_shift=_find_sound_shift(request, self.noise) / flow_shift,
         )
 
     def _check_frames(self, frames: int) -> None:
@@ -423,7 +423,7 @@ class MiniMaxH3(OneTransformer):
             height, width = canvas(picture_width / picture_height, step=self.latent.pixel_step)
         return width, height, frames
 
-    def _sources(self, media: H3Media, size: tuple[int, int], frames: int) -> H3Sources:
+    def _make_sources(self, media: H3Media, size: tuple[int, int], frames: int) -> H3Sources:
         """Return the sources of the pixels that are read from media. size: width and height of the clip."""
         step = self.latent.pixel_step
         references: list[PictureSource | ClipSource | None] = []
@@ -546,7 +546,7 @@ def _describe_media(media: H3Media) -> dict[str, str]:
     return metadata
 
 
-def _shift_of_sound(request: Request, noise: NoiseSpec) -> float:
+def _find_sound_shift(request: Request, noise: NoiseSpec) -> float:
     """Return the time shift of the sound's schedule. Raises OptionError if it is not above 0."""
     shift = float(request.extra.get(SHIFT_OF_SOUND, noise.base_shift * noise.sound_shift))
     if not 0 < shift < float("inf"):

@@ -225,7 +225,9 @@ class H3Files(LanguageModelFiles):
     # the autoencoders
 
     def load_vae(self, device: torch.device) -> H3VideoVae:
-        return load_video_vae(self.vae_path, device, self.beside(self.vae_dtype), self.vae_tile or TILE)
+        return load_video_vae(
+            self.vae_path, device, self.encoder_dtype(self.vae_dtype), self.vae_tile or TILE
+        )
 
     def vae_identity(self) -> dict[str, str]:
         """Return the facts, besides pixels and sound, on which latents depend; all is encoded in float32."""

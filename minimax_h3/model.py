@@ -179,7 +179,7 @@ class H3TokenRefiner(nn.Module):
         return normed
 
 
-def _modulation(config: H3Config, rows: int) -> nn.ModuleDict:
+def _make_modulation(config: H3Config, rows: int) -> nn.ModuleDict:
     """Return the layer that makes so many rows of an embedded time."""
     return nn.ModuleDict({"linear": nn.Linear(config.time_dim, rows * config.dim)})
 
@@ -189,7 +189,7 @@ class H3Block(H3StreamBlock):
 
     def __init__(self, config: H3Config) -> None:
         super().__init__(config)
-        self.adaln_proj = _modulation(config, KINDS * ROWS)
+        self.adaln_proj = _make_modulation(config, KINDS * ROWS)
 
     def rows(self, tokens: H3Tokens) -> tuple[Tensor, ...]:
         """Return shift, scale and gate of attention and of feed-forward, each 1 S C float32."""
@@ -227,7 +227,7 @@ class FinalLayer(nn.Module):
     def __init__(self, config: H3Config) -> None:
         super().__init__()
         self.norm = RMSNorm(config.dim, config.eps)
-        self.adaln_proj = _modulation(config, 2)
+        self.adaln_proj = _make_modulation(config, 2)
         self.video_out = nn.Linear(config.dim, config.channels * PATCH**2)
         self.audio_out = nn.Linear(config.dim, config.sound_channels)
 
@@ -348,7 +348,7 @@ class H3Model(nn.Module):
         segments = []
         for medium, part, rule in zip(media, parts, rules, strict=True):
             segments.append(TokenRun(part.shape[1], numbers.index(rule), medium.kind))
-        segments += _text_segments(shown, num_text)
+        segments += _split_text(shown, num_text)
         places = tuple(medium.place for medium in media)
         tokens = H3Tokens(
             grid,
@@ -435,7 +435,7 @@ class H3Model(nn.Module):
         return turns(angles.flatten(1)).unsqueeze(1).to(device)
 
 
-def _text_segments(shown: Sequence[bool], num_text: int) -> list[TokenRun]:
+def _split_text(shown: Sequence[bool], num_text: int) -> list[TokenRun]:
     """Return the segments of a text, which has the time of the pictures. shown: whether each token stands for
     a part of a picture; see `H3Model.embed`.
     """

@@ -335,10 +335,10 @@ def caching_options(options: H3TrainingOptions) -> tuple[dict[str, Any], dict[st
         "--video_vae": options.vae.file.vae or FillIn("VIDEO_VAE_FILE"),
         "--audio_vae": options.vae.audio_vae or FillIn("AUDIO_VAE_FILE"),
     }
-    return {**latents, **task}, {**_text_words(options), **task}
+    return {**latents, **task}, {**_list_text_words(options), **task}
 
 
-def _text_words(options: H3ModelOptions) -> dict[str, Any]:
+def _list_text_words(options: H3ModelOptions) -> dict[str, Any]:
     return {
         "--text_encoder": options.text.text_encoder or FillIn("QWEN3_VL_FILE"),
         "--tokenizer": options.text.text_encoder_tokenizer,
@@ -352,7 +352,7 @@ def generation_options(options: H3TrainingOptions, sample: Mapping[str, Any]) ->
         "--dit": options.dit or FillIn("DIT_FILE"),
         "--dit_dtype": options.dit_dtype,
         **latents,
-        **_text_words(options),
+        **_list_text_words(options),
         "--video_length": sample.get("frames"),
     }
 

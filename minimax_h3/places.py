@@ -73,7 +73,7 @@ def picture_places(place: PicturePlace) -> Tensor:
     grid = place.grid
     lengths = spans(grid.frames)
     times = place.start + torch.cat([lengths.new_zeros(1), lengths[:-1].cumsum(0)])
-    heights, widths = _edges(grid)
+    heights, widths = _measure_edges(grid)
     axes = torch.meshgrid(times, heights, widths, indexing="ij")
     return torch.stack([axis.flatten() for axis in axes], dim=1)
 
@@ -81,7 +81,7 @@ def picture_places(place: PicturePlace) -> Tensor:
 def sound_places(place: SoundPlace) -> Tensor:
     """Return time, height and width of each token: 2 latents x 3 float64. Sound has no height."""
     times = place.start + torch.arange(place.latents, dtype=torch.float64)
-    _, widths = _edges(place.grid)
+    _, widths = _measure_edges(place.grid)
     channels = []
     for width in (widths[0], widths[-1]):
         zeros = torch.zeros_like(times)
@@ -96,7 +96,7 @@ def text_places(tokens: int) -> Tensor:
     return places
 
 
-def _edges(grid: PictureGrid) -> tuple[Tensor, Tensor]:
+def _measure_edges(grid: PictureGrid) -> tuple[Tensor, Tensor]:
     """Return the upper edges of rows and the left edges of columns: a square picture spans 0 to 32."""
     root = torch.tensor(grid.rows * grid.columns, dtype=torch.float64).sqrt()
     edges = []

@@ -44,7 +44,7 @@ def resample(samples: Tensor, rate: int, wanted: int) -> Tensor:
     shared = math.gcd(rate, wanted)
     step = rate // shared
     count = wanted // shared  # new samples for each `step` old ones
-    filters = _low_pass_filters(step, count)
+    filters = _make_low_pass_filters(step, count)
     reach = (filters.shape[1] - step) // 2
     padded = functional.pad(samples, (reach, reach + step))
     resampled = functional.conv1d(padded.unsqueeze(1), filters.unsqueeze(1), stride=step)
@@ -53,7 +53,7 @@ def resample(samples: Tensor, rate: int, wanted: int) -> Tensor:
     return in_order[:, :length].contiguous()
 
 
-def _low_pass_filters(step: int, count: int) -> Tensor:
+def _make_low_pass_filters(step: int, count: int) -> Tensor:
     """Return the factors of the old samples around each new one: count x (2 reach + step), float32.
 
     step: old samples in the time of `count` new ones.

@@ -98,8 +98,8 @@ class H3Media:
 
 def read_media(request: Request) -> H3Media:
     """Return the media of a request. Raises OptionError if they contradict each other or cannot be used."""
-    first, last = _keyframes(request)
-    texts = _lines(request, CONDITION_IMAGES)
+    first, last = _choose_keyframes(request)
+    texts = _split_lines(request, CONDITION_IMAGES)
     controls = tuple(to_path("--condition_image", text) for text in texts)
     one_frame = request.extra.get(ONE_FRAME)
     places = None if one_frame is None else _read_places(one_frame)
@@ -117,7 +117,7 @@ def read_media(request: Request) -> H3Media:
         last=last,
         controls=controls,
         one_frame=places,
-        references=tuple(_references(request)),
+        references=tuple(_read_references(request)),
     )
     for path in media.keyframes:
         _require("--first_frame, --last_frame, --condition_image", path, is_image=True)
@@ -130,13 +130,13 @@ def read_media(request: Request) -> H3Media:
     return media
 
 
-def _lines(request: Request, name: str) -> list[str]:
+def _split_lines(request: Request, name: str) -> list[str]:
     return [line for line in request.extra.get(name, "").split("\n") if line]
 
 
-def _keyframes(request: Request) -> tuple[Path | None, Path | None]:
+def _choose_keyframes(request: Request) -> tuple[Path | None, Path | None]:
     """Return first and last frame. Raises OptionError if they are given twice."""
-    frames = [to_path("--keyframe", text) for text in _lines(request, KEYFRAMES)]
+    frames = [to_path("--keyframe", text) for text in _split_lines(request, KEYFRAMES)]
     if not frames:
         return request.image_path, request.end_image_path
     if request.image_path is not None or request.end_image_path is not None:
@@ -167,7 +167,7 @@ def _check_places(places: OneFrame, controls: int) -> None:
         )
 
 
-def _references(request: Request) -> Iterator[H3Reference]:
+def _read_references(request: Request) -> Iterator[H3Reference]:
     """Yield references in their order. Raises OptionError if two ways of naming them are mixed."""
     by_kind = [name for name in BY_KIND.values() if request.extra.get(name)]
     ways = [*(name for name in (REF, JSONL) if request.extra.get(name)), *by_kind[:1]]
@@ -176,17 +176,17 @@ def _references(request: Request) -> Iterator[H3Reference]:
         raise OptionError(f"{listed}: their order would be unknown. Name all references in one of these ways")
     if int(request.extra.get(INDEX, 0)) and JSONL not in ways:
         logger.warning("--%s is ignored because --%s is not given", INDEX, JSONL)
-    for text in _lines(request, REF):
+    for text in _split_lines(request, REF):
         path, fields = split_ref(text)
-        yield _reference(f"--ref {path}", path, fields)
+        yield _make_reference(f"--ref {path}", path, fields)
     for kind, name in BY_KIND.items():
-        for text in _lines(request, name):
-            yield _reference(f"--{name}", text, {"type": kind})
+        for text in _split_lines(request, name):
+            yield _make_reference(f"--{name}", text, {"type": kind})
     if JSONL in ways:
-        yield from _references_in_line(request)
+        yield from _read_line_references(request)
 
 
-def _references_in_line(request: Request) -> Iterator[H3Reference]:
+def _read_line_references(request: Request) -> Iterator[H3Reference]:
     """Yield the references in a line of a dataset. Raises OptionError if it has none that can be read."""
     path = to_path(f"--{JSONL}", request.extra[JSONL])
     number = int(request.extra.get(INDEX, 0))
@@ -229,13 +229,13 @@ def _read_reference(where: str, file: Path, entry: Any) -> H3Reference:
         fields["type"] = kind
     if sound:
         fields["audio"] = sound
-    reference = _reference(where, entry["path"], fields)
+    reference = _make_reference(where, entry["path"], fields)
     if sound is None and reference.kind == VIDEO:
         return H3Reference(VIDEO, reference.path)
     return reference
 
 
-def _reference(where: str, text: str, fields: Mapping[str, str]) -> H3Reference:
+def _make_reference(where: str, text: str, fields: Mapping[str, str]) -> H3Reference:
     """Make a reference. fields: its kind, unless the suffix tells it, and the sound file of a video."""
     path = to_path(where, text)
     kind = fields.get(FIELDS[0]) or _find_kind(path)
@@ -333,9 +333,9 @@ class PictureSource:
 
     def read(self) -> Tensor:
         """Return its pixels: H W 3 uint8."""
-        return torch.from_numpy(np.ascontiguousarray(self._resized(read_image(self.path))))
+        return torch.from_numpy(np.ascontiguousarray(self._resize(read_image(self.path))))
 
-    def _resized(self, frame: Frame) -> Frame:
+    def _resize(self, frame: Frame) -> Frame:
         width, height = self.size
         sides = frame.shape[1], frame.shape[0]
         if sides == self.size:
@@ -364,22 +364,22 @@ class ClipSource:
         for number, frame in enumerate(video_frames(self.path)):
             if len(frames) >= self.most:
                 break
-            end = _slot(number + 1, fps)
-            if end > _slot(number, fps):
-                resized = self._resized(frame)
-                frames += [resized] * (end - _slot(number, fps))
+            end = _find_slot(number + 1, fps)
+            if end > _find_slot(number, fps):
+                resized = self._resize(frame)
+                frames += [resized] * (end - _find_slot(number, fps))
         if not frames:
             raise MediaError(f"{self.path} has no frame at {FPS:g} frames a second. Give a longer video")
         return torch.from_numpy(np.stack(frames[: self.most]))
 
-    def _resized(self, frame: Frame) -> Frame:
+    def _resize(self, frame: Frame) -> Frame:
         colours = frame[..., :3]
         if (frame.shape[1], frame.shape[0]) == self.size:
             return colours
         return resize_frame(np.ascontiguousarray(colours), self.size, "lanczos")
 
 
-def _slot(number: int, fps: float) -> int:
+def _find_slot(number: int, fps: float) -> int:
     """Return the index, at 24 frames a second, at which a frame of a video begins."""
     return math.floor(number * (FPS / fps) + 0.5)
 

@@ -120,12 +120,12 @@ def read_sound_vae(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
     num_stages, num_blocks = (count(sources, rf"decoder\.{name}\.\d+") for name in ("ups", "resblocks"))
     settings = {
         "encoder_dim": shape("encoder.block.0.weight_v", 3)[0],
-        "encoder_rates": _encoder_rates(shape, count(sources, r"encoder\.block\.\d+\.block\.4")),
+        "encoder_rates": _read_encoder_rates(shape, count(sources, r"encoder\.block\.\d+\.block\.4")),
         "latent_dim": shape("dec_in_proj.weight", 3)[0],
         "latent_channels": latent_channels,
         "num_attention_heads": HEADS,
         "sampling_rate": RATE,
-        **_decoder_settings(shape, num_stages, num_blocks),
+        **_read_decoder_settings(shape, num_stages, num_blocks),
     }
     stated = stated_settings(checkpoint, {DIFFUSERS_CLASS})[1]
     for key in ("num_attention_heads", "latents_mean", "latents_std"):
@@ -148,14 +148,14 @@ def _are_numbers(values: Any, count: int) -> bool:
     return isinstance(values, list | tuple) and len(values) == count and all(type(x) is float for x in values)
 
 
-def _encoder_rates(shape: Shape, stages: int) -> tuple[int, ...]:
+def _read_encoder_rates(shape: Shape, stages: int) -> tuple[int, ...]:
     """Return the strides of the encoder: half of the kernels."""
     return tuple(
         shape(f"encoder.block.{stage}.block.4.weight_v", 3)[2] // 2 for stage in range(1, stages + 1)
     )
 
 
-def _decoder_settings(shape: Shape, stages: int, blocks: int) -> dict[str, Any]:
+def _read_decoder_settings(shape: Shape, stages: int, blocks: int) -> dict[str, Any]:
     """Return the settings of the decoder. The rate of a stage follows from its kernel, which is 2 * rate or 2
     * rate - 1.
     """

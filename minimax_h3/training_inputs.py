@@ -57,16 +57,16 @@ def noise_inputs(clean: Clean, tensors: Conditions, view: str, generator: torch.
     """Return the tensors of a batch with noised keyframes and references, for `NoiseSpec.vary_inputs`."""
     noised = dict(tensors)
     for key in in_order(tensors):
-        noised[key] = _noise(
-            _tensor(tensors, key), clean.visual if is_visual(key) else clean.sound, generator
+        noised[key] = _add_noise(
+            _read_tensor(tensors, key), clean.visual if is_visual(key) else clean.sound, generator
         )
     if view == CLIP:
-        noised[TAUGHT] = _noise(_tensor(tensors, "latents"), clean.visual, generator)
-        noised[TAUGHT_SOUND] = _noise(_tensor(tensors, SOUND), clean.sound, generator)
+        noised[TAUGHT] = _add_noise(_read_tensor(tensors, "latents"), clean.visual, generator)
+        noised[TAUGHT_SOUND] = _add_noise(_read_tensor(tensors, SOUND), clean.sound, generator)
     return noised
 
 
-def _noise(latents: Tensor, clean: float, generator: torch.Generator) -> Tensor:
+def _add_noise(latents: Tensor, clean: float, generator: torch.Generator) -> Tensor:
     latents = latents.float()
     if clean == 1:
         return latents
@@ -74,7 +74,7 @@ def _noise(latents: Tensor, clean: float, generator: torch.Generator) -> Tensor:
     return add_condition_noise(latents, noise, clean)
 
 
-def _tensor(tensors: Conditions, key: str) -> Tensor:
+def _read_tensor(tensors: Conditions, key: str) -> Tensor:
     tensor = tensors[key]
     assert isinstance(tensor, Tensor), "only texts have different lengths"
     # of files whose names say sizes, sound is read with an axis of frames
@@ -105,7 +105,7 @@ def told_media(batch: Batch, task: str, latents: Tensor) -> dict[str, Tensor]:
     """
     tensors = batch.tensors
     if batch.view == CLIP:
-        return {**_whole_clip(tensors, latents), **_places(tensors)}
+        return {**_show_whole_clip(tensors, latents), **_read_places(tensors)}
     keys: list[str] = []
     if batch.view == FIRST_LAST or (not batch.view and task == "fl2va"):
         keys = [key for key in in_order(tensors) if not key.startswith(REFERENCE)]
@@ -115,14 +115,14 @@ def told_media(batch: Batch, task: str, latents: Tensor) -> dict[str, Tensor]:
         _require(batch, task, keys, ("latents_ref_000_...",))
     media: dict[str, Tensor] = {}
     for key in keys:
-        media[key] = _tensor(tensors, key)
+        media[key] = _read_tensor(tensors, key)
         _check_shape(batch, key, media[key], latents)
-    return {**media, **_places(tensors)}
+    return {**media, **_read_places(tensors)}
 
 
-def _places(tensors: Conditions) -> dict[str, Tensor]:
+def _read_places(tensors: Conditions) -> dict[str, Tensor]:
     """Return the positions in time of a picture and its control images; {} if caches do not have them."""
-    return {key: _tensor(tensors, key) for key in (TARGET_INDEX, CONTROL_INDICES) if key in tensors}
+    return {key: _read_tensor(tensors, key) for key in (TARGET_INDEX, CONTROL_INDICES) if key in tensors}
 
 
 def _require(batch: Batch, task: str, keys: list[str], names: tuple[str, ...]) -> None:
@@ -157,13 +157,13 @@ def _check_shape(batch: Batch, key: str, found: Tensor, latents: Tensor) -> None
         )
 
 
-def _whole_clip(tensors: Conditions, latents: Tensor) -> dict[str, Tensor]:
+def _show_whole_clip(tensors: Conditions, latents: Tensor) -> dict[str, Tensor]:
     """Return a clip, with its sound if it has some, as a reference for itself."""
     clip = tensors.get(TAUGHT, latents)  # noised, except for a check of caches
     assert isinstance(clip, Tensor)
     if clip.shape[2] == 1:
         return {reference_key(0, IMAGE): clip}
     media = {reference_key(0, VIDEO): clip}
-    if bool(_tensor(tensors, HAS_SOUND).all()):
-        media[reference_key(0, AUDIO)] = _tensor(tensors, TAUGHT_SOUND if TAUGHT in tensors else SOUND)
+    if bool(_read_tensor(tensors, HAS_SOUND).all()):
+        media[reference_key(0, AUDIO)] = _read_tensor(tensors, TAUGHT_SOUND if TAUGHT in tensors else SOUND)
     return media

@@ -61,7 +61,7 @@ def read_video_vae(checkpoint: Checkpoint) -> LoadPlan[H3VideoVaeConfig]:
     stored = plain_sources(checkpoint)
     stored_shapes = {name: info.shape for name, info in names.items()}
     has_encoder = "encoder.conv_in.weight" in names
-    facts = _stated_facts(checkpoint)
+    facts = _read_stated_facts(checkpoint)
     if has_encoder and "decoder.transformer_blocks.0.attn.to_qkv.weight" in names:
         sources = _separate_heads(stored, facts.head_width)
         shapes = stored_shapes
@@ -114,7 +114,7 @@ _KEYS: Mapping[str, tuple[str, type]] = {
 }
 
 
-def _stated_facts(checkpoint: Checkpoint) -> _StatedFacts:
+def _read_stated_facts(checkpoint: Checkpoint) -> _StatedFacts:
     """Return the facts in config.json next to the file. Raises CheckpointError if it cannot be used."""
     path, settings = stated_settings(checkpoint, {DIFFUSERS_CLASS})
     facts: dict[str, Any] = {}
@@ -179,7 +179,7 @@ def _read_levels(shapes: DitShapes, facts: _StatedFacts) -> tuple[H3VaeLevel, ..
     if not time_strides:
         side = math.prod(space_strides)
         frames = shapes.of("decoder.proj_out.weight")[0] // (3 * side**2)
-        time_strides = _halvings(resamples, frames)
+        time_strides = _list_time_strides(resamples, frames)
     if not len(space_strides) == len(time_strides) == len(starts):
         raise CheckpointError(
             f"{shapes.path}: its config.json has strides of {len(space_strides)} and {len(time_strides)} "
@@ -193,7 +193,7 @@ def _read_levels(shapes: DitShapes, facts: _StatedFacts) -> tuple[H3VaeLevel, ..
     return tuple(levels)
 
 
-def _halvings(resamples: Sequence[bool], frames: int) -> tuple[int, ...]:
+def _list_time_strides(resamples: Sequence[bool], frames: int) -> tuple[int, ...]:
     """Return the strides in time: 2 at each resampling but the first, until they multiply to `frames`."""
     strides: list[int] = []
     has_first = False

@@ -160,7 +160,7 @@ class H3VideoVae(nn.Module):
         padded = torch.cat([latents, *[latents[:, :, -1:]] * missing], dim=2)
         has_overlap = config.dropped > 0
         clips = (padded.shape[2] + config.dropped) // size - int(has_overlap)
-        frames_left = self._num_frames(latents.shape[2])
+        frames_left = self._count_frames(latents.shape[2])
         own_frames = size * config.time_stride  # of a clip, with the padding in front
         before: Tensor | None = None
         for number in range(clips):
@@ -177,7 +177,7 @@ class H3VideoVae(nn.Module):
         if before is not None and frames_left > 0:
             yield before[:, :, :frames_left]
 
-    def _num_frames(self, latent_frames: int) -> int:
+    def _count_frames(self, latent_frames: int) -> int:
         """Return the frames of so many latent frames: the first of each clip covers fewer."""
         clips = math.ceil(latent_frames / self.config.clip_latents)
         return latent_frames * self.config.time_stride - clips * self.config.first_padding

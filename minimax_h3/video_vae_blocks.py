@@ -195,12 +195,12 @@ class DecoderAttention(nn.Module):
     def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
         # x: B L C, returned alike
         query, key, value = self.to_qkv(x).unflatten(-1, (3, -1, self.head_width)).unbind(2)
-        query = rotate_first(_norm_head(query), rotary)
-        key = rotate_first(_norm_head(key), rotary)
+        query = rotate_first(_normalise_head(query), rotary)
+        key = rotate_first(_normalise_head(key), rotary)
         return self.to_out(attend(query, key, value).flatten(2))
 
 
-def _norm_head(x: Tensor) -> Tensor:
+def _normalise_head(x: Tensor) -> Tensor:
     return functional.rms_norm(x.float(), x.shape[-1:], eps=DECODER_EPS).to(x.dtype)
 
 
@@ -268,7 +268,7 @@ class H3VideoDecoder(nn.Module):
         registers = self.register_tokens.float().expand(len(x), -1, -1)
         empty = x.new_zeros(len(x), 1, x.shape[2])  # a token of zeros, as trained
         x = torch.cat([x, registers, empty], dim=1)
-        rotary = self._rotation(tuple(grid), x.shape[1] - num_latents, x.device)
+        rotary = self._make_rotation(tuple(grid), x.shape[1] - num_latents, x.device)
         for block in self.transformer_blocks:
             x = block(x, rotary)
         patches = in_own_dtype(self.proj_out, self.norm_out(x[:, :num_latents])).float()
@@ -277,7 +277,7 @@ class H3VideoDecoder(nn.Module):
         pixels = patches.permute(0, 4, 1, 5, 2, 6, 3, 7)
         return pixels.flatten(6).flatten(4, 5).flatten(2, 3)
 
-    def _rotation(self, grid: tuple[int, ...], others: int, device: torch.device) -> Tensor:
+    def _make_rotation(self, grid: tuple[int, ...], others: int, device: torch.device) -> Tensor:
         """Return (cosine, sine) pairs of all tokens, L 1 K 2.
 
         The centres of a clip's tokens are spread over -1..1 along each axis. `others` is the number of

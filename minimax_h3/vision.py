@@ -57,12 +57,12 @@ def read_preprocessing(folders: Iterable[Path]) -> Preprocessing:
     """
     looked_in = tuple(folders)
     return Preprocessing(
-        pictures=_read_limits(_settings(looked_in, PICTURE_FILE), RELEASED.pictures),
-        clips=_read_limits(_settings(looked_in, CLIP_FILE), RELEASED.clips),
+        pictures=_read_limits(_read_settings(looked_in, PICTURE_FILE), RELEASED.pictures),
+        clips=_read_limits(_read_settings(looked_in, CLIP_FILE), RELEASED.clips),
     )
 
 
-def _settings(folders: Sequence[Path], name: str) -> tuple[Path, Mapping[str, Any]]:
+def _read_settings(folders: Sequence[Path], name: str) -> tuple[Path, Mapping[str, Any]]:
     """Return the file with the settings for pictures or for clips, and the settings; {} if there is none."""
     for folder in folders:
         for file, part in ((folder / name, None), (folder / BOTH_FILE, PARTS[name])):
@@ -71,12 +71,12 @@ def _settings(folders: Sequence[Path], name: str) -> tuple[Path, Mapping[str, An
             try:
                 content = parse_json(read_text(file))
             except (OSError, ValueError) as error:
-                raise _unreadable(file, str(error)) from error
+                raise _make_error(file, str(error)) from error
             settings = content.get(part) if part and isinstance(content, dict) else content
             if part and settings is None:
                 continue
             if not isinstance(settings, dict):
-                raise _unreadable(file, "it is no object")
+                raise _make_error(file, "it is no object")
             return file, settings
     return Path(), {}
 
@@ -86,19 +86,19 @@ def _read_limits(source: tuple[Path, Mapping[str, Any]], released: Limits) -> Li
     file, settings = source
     sizes = settings.get("size") or {}
     if not isinstance(sizes, dict):
-        raise _unreadable(file, '"size" is no object')
+        raise _make_error(file, '"size" is no object')
     fewest = sizes.get("shortest_edge", settings.get("min_pixels", released.fewest))
     most = sizes.get("longest_edge", settings.get("max_pixels", released.most))
     are_whole = type(fewest) is int and type(most) is int
     if not are_whole or not 0 < fewest <= most <= MOST_PIXELS or fewest > MOST_ENLARGED:
-        raise _unreadable(file, f"sizes of {fewest} to {most} pixels")
+        raise _make_error(file, f"sizes of {fewest} to {most} pixels")
     tokens = settings.get("max_video_tokens", 768) if settings.get("cap_pixels_per_frame") is True else 0
     if type(tokens) is not int or not 0 <= tokens <= MOST_PIXELS:
-        raise _unreadable(file, f'"max_video_tokens" is {tokens!r}')
+        raise _make_error(file, f'"max_video_tokens" is {tokens!r}')
     colours = {name: settings[name] for name in COLOURS if settings.get(name) is not None}
     for name, numbers in colours.items():
         if not _are_colours(numbers, above=0 if name == "image_std" else -math.inf):
-            raise _unreadable(file, f'"{name}" is {numbers!r}')
+            raise _make_error(file, f'"{name}" is {numbers!r}')
     return replace(released, fewest=fewest, most=most, colours=colours, tokens_of_frame=tokens)
 
 
@@ -107,7 +107,7 @@ def _are_colours(numbers: Any, above: float) -> bool:
     return is_row and all(type(value) in (int, float) and above < value < math.inf for value in numbers)
 
 
-def _unreadable(file: Path, why: str) -> CheckpointError:
+def _make_error(file: Path, why: str) -> CheckpointError:
     return CheckpointError(f"{file} cannot be read as the settings of a preprocessor ({why}).", file)
 
 
@@ -132,7 +132,7 @@ def cut_clip(tower: nn.Module, frames: Tensor, limits: Limits) -> ReadPictures:
     pixels = rearrange(frames, "f h w c -> f c h w").contiguous()
     if (height, width) != tuple(pixels.shape[2:]):
         pixels = functional.interpolate(pixels, size=(height, width), mode="bicubic", antialias=True)
-    colours = {**_tower_colours(tower), **limits.colours}
+    colours = {**_read_tower_colours(tower), **limits.colours}
     by_channel = [torch.tensor(colours[name], dtype=torch.float32) for name in COLOURS]
     mean, std = (numbers.view(3, 1, 1) for numbers in by_channel)
     normalised = (pixels.float() - mean * 255) / (std * 255)
@@ -152,7 +152,7 @@ def cut_clip(tower: nn.Module, frames: Tensor, limits: Limits) -> ReadPictures:
     return ReadPictures(patches, (sides,) * num_pictures)
 
 
-def _tower_colours(tower: nn.Module) -> Mapping[str, Sequence[float]]:
+def _read_tower_colours(tower: nn.Module) -> Mapping[str, Sequence[float]]:
     colours: Any = tower.colours
     return colours
 

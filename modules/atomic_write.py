@@ -190,7 +190,7 @@ def remove_leftovers(
                 # a folder's time changes with every file put into it
                 changed = entry.stat(follow_symlinks=False).st_mtime
                 writer = _read_claim(entry) or temporary
-                if changed > now - _least_age(writer, older_seconds):
+                if changed > now - _choose_least_age(writer, older_seconds):
                     continue
                 if entry.is_dir(follow_symlinks=False):
                     shutil.rmtree(entry.path, ignore_errors=True)
@@ -305,7 +305,7 @@ def _mark_of_writer() -> str:
     return f"{identify_machine():08x}{os.getpid() & 0xFFFFFF:06x}{secrets.token_hex(2)}"
 
 
-def _least_age(writer: re.Match[str], older_seconds: float) -> float:
+def _choose_least_age(writer: re.Match[str], older_seconds: float) -> float:
     """Return the number of seconds for which a leftover must be unchanged before it may be removed.
 
     writer: the match of a mark. -inf if the process that wrote it has ended; `older_seconds` if it runs on

@@ -91,29 +91,31 @@ def wants_colour(stream: Any) -> bool:
 @contextlib.contextmanager
 def each_warning_once() -> Iterator[None]:
     """Show no warning twice inside the block: each line of a prompt file would repeat those about options."""
-    filters = [(handler, _once()) for handler in logging.getLogger().handlers]
-    for handler, is_new in filters:
-        handler.addFilter(is_new)
+    filters = [(handler, _RepeatedWarnings()) for handler in logging.getLogger().handlers]
+    for handler, repeated_warnings in filters:
+        handler.addFilter(repeated_warnings)
     try:
         yield
     finally:
-        for handler, is_new in filters:
-            handler.removeFilter(is_new)
+        for handler, repeated_warnings in filters:
+            handler.removeFilter(repeated_warnings)
 
 
-def _once() -> Callable[[logging.LogRecord], bool]:
-    logged: set[str] = set()
+class _RepeatedWarnings(logging.Filter):
+    """Remove warnings whose message was logged before."""
 
-    def is_new(record: logging.LogRecord) -> bool:
+    def __init__(self) -> None:
+        super().__init__()
+        self._messages: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
         try:
             message = record.getMessage()
-        except (TypeError, ValueError, LookupError):  # a faulty one: the handler itself reports it
+        except (TypeError, ValueError, LookupError):  # a faulty record, which the handler itself reports
             return True
-        is_repeated = record.levelno == logging.WARNING and message in logged
-        logged.add(message)
+        is_repeated = record.levelno == logging.WARNING and message in self._messages
+        self._messages.add(message)
         return not is_repeated
-
-    return is_new
 
 
 # a script and its options within a message, which are typed as that script has them
@@ -251,7 +253,7 @@ def explain_compilation(error: Exception) -> str | None:
     summary, _, output = str(error).partition("Output:\n")
     lines = [line.strip() for line in (output or summary).splitlines() if line.strip()]
     reason = next((line for line in lines if re.search("error|cannot|not found", line, re.IGNORECASE)), "")
-    folder = _folder_with_blank(summary)
+    folder = _find_folder_with_blank(summary)
     remedy = "Update the compiler (g++ or clang; on a GPU Triton) and its headers"
     if folder is not None:
         remedy = (
@@ -265,7 +267,7 @@ def explain_compilation(error: Exception) -> str | None:
     )
 
 
-def _folder_with_blank(command: str) -> str | None:
+def _find_folder_with_blank(command: str) -> str | None:
     """Return a folder of torch or of its compiled code whose path has a blank and is in a failed command.
 
     torch does not quote paths there, so that the compiler reads such a path as two.

@@ -144,7 +144,7 @@ def _write(path: Path, answer: Answer, most_bytes: int, progress: Callable[[int]
 
 
 @lru_cache(maxsize=256)
-def _session(thread: int) -> "requests.Session":
+def _get_session(thread: int) -> "requests.Session":
     """Return a thread's connections, kept open between files. thread: its number."""
     import requests
 
@@ -165,13 +165,13 @@ def ask_http(
     if have and version is not None:
         request_headers["if-range"] = version
     try:
-        session = _session(threading.get_ident())
+        session = _get_session(threading.get_ident())
         with session.get(address, headers=request_headers, stream=True, timeout=TIMEOUTS) as answer:
             _check_answer(address, answer)
-            start = _first_byte(answer, have)
+            start = _find_first_byte(answer, have)
             end = None
             if not answer.headers.get("content-encoding"):  # else it has another length than the file
-                length = _number(answer, "content-length")
+                length = _read_number(answer, "content-length")
                 end = None if length is None else start + length
             etag = answer.headers.get("etag", "")
             # a weak version may be of other bytes
@@ -213,7 +213,7 @@ def _check_answer(address: str, answer: "requests.Response") -> None:
     if protocol_of(address) == "https" and not all(url.startswith("https:") for url in hops):
         raise RefusedBySite("the site passes it on without encryption")
     if code in AGAIN or code >= 500:
-        raise BrokenTry(f"the site answers {code}", _number(answer, "retry-after") or 0.0)
+        raise BrokenTry(f"the site answers {code}", _read_number(answer, "retry-after") or 0.0)
     if code == 416:  # what is there now is shorter than what is here
         raise BrokenTry("the site cannot continue the file", from_start=True)
     if code not in (200, 206):
@@ -223,7 +223,7 @@ def _check_answer(address: str, answer: "requests.Response") -> None:
         raise RefusedBySite("the site packs it in a way that was not asked for")
 
 
-def _first_byte(answer: "requests.Response", have: int) -> int:
+def _find_first_byte(answer: "requests.Response", have: int) -> int:
     """Return the offset of an answer's data in the file: `have`, the bytes that exist already, or 0.
 
     Raises RefusedBySite if the answer begins elsewhere.
@@ -239,6 +239,6 @@ def _first_byte(answer: "requests.Response", have: int) -> int:
     raise RefusedBySite(f"asked for a file from byte {have} on, the site sends {shorten(sent, 60)!r}")
 
 
-def _number(answer: "requests.Response", name: str) -> int | None:
+def _read_number(answer: "requests.Response", name: str) -> int | None:
     text = answer.headers.get(name, "")
     return int(text) if text.isascii() and text.isdecimal() and len(text) < 16 else None

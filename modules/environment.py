@@ -63,7 +63,7 @@ def create_environment(folder: Path) -> None:
         # links, as in `python -m venv`: some builds of Python do not run as a copy
         venv.create(
             folder,
-            system_site_packages=_runs(Path(sys.executable), "-c", "import torch"),
+            system_site_packages=_succeeds(Path(sys.executable), "-c", "import torch"),
             symlinks=os.name != "nt",
         )
     except OSError as error:
@@ -78,9 +78,9 @@ def provide_pip(python: Path) -> None:
 
     Raises UserError if that fails.
     """
-    if _runs(python, "-m", "pip", "--version"):
+    if _succeeds(python, "-m", "pip", "--version"):
         return
-    if not _runs(python, "-m", "ensurepip", "--default-pip"):
+    if not _succeeds(python, "-m", "ensurepip", "--default-pip"):
         raise UserError(
             f"{python} has no pip and cannot install it. On Debian and Ubuntu: apt install python3-venv; "
             "then run again.\n"
@@ -90,7 +90,7 @@ def provide_pip(python: Path) -> None:
 
 def _install(python: Path, packages: list[str]) -> None:
     provide_pip(python)
-    has_torch = _runs(python, "-c", "import torch")
+    has_torch = _succeeds(python, "-c", "import torch")
     torch_alone = []  # first, so that no other package chooses its version
     following = []
     without_dependencies = []
@@ -113,5 +113,5 @@ def _install(python: Path, packages: list[str]) -> None:
                 )
 
 
-def _runs(python: Path, *arguments: str) -> bool:
+def _succeeds(python: Path, *arguments: str) -> bool:
     return subprocess.run([str(python), *arguments], capture_output=True).returncode == 0

@@ -36,9 +36,9 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 def full_help(parser: argparse.ArgumentParser) -> str:
     """Return all options: groups with much used ones first, refused and unneeded options at the end."""
     formatter = HelpFormatter(parser.prog)
-    formatter.add_usage(_usage(parser), [], [])
+    formatter.add_usage(_format_usage(parser), [], [])
     formatter.add_text(parser.description)
-    groups = sorted(parser._action_groups, key=_rank)
+    groups = sorted(parser._action_groups, key=_rank_group)
     for group in groups:
         formatter.start_section(group.title)  # shown if there is something in it
         formatter.add_arguments([action for action in group._group_actions if not find_refusal(action)])
@@ -72,7 +72,7 @@ def help_as_json(parser: argparse.ArgumentParser) -> str:
     import json  # here: few commands print it
 
     options = []
-    for group in sorted(parser._action_groups, key=_rank):
+    for group in sorted(parser._action_groups, key=_rank_group):
         for action in group._group_actions:
             if action.option_strings and action.dest != "help" and not find_refusal(action):
                 options.append(_describe(action, group.title or ""))
@@ -112,7 +112,7 @@ def short_help(parser: argparse.ArgumentParser) -> str:
     if len(often) < FEWEST or full.count("\n") <= SCREEN:
         return full
     formatter = HelpFormatter(parser.prog)
-    formatter.add_usage(_usage(parser), [], [])
+    formatter.add_usage(_format_usage(parser), [], [])
     width = max(60, formatter._width)
     about = f"{parser.description or ''}\n".splitlines()[0]
     lines = [formatter.format_help() + about, ""]
@@ -138,7 +138,7 @@ def _in_short(
     if len(words) > COLUMN - 4 and len(action.option_strings) > 1:
         words = f"{shown} {value}".strip()
     help_text = (action.help or "").replace("%%", "%")
-    text = _first_clauses(help_text)
+    text = _shorten_clauses(help_text)
     if is_long:
         text += f": {', '.join(names)}"
     match = re.search(r"\bdefault:? ([^;]+)", help_text)
@@ -154,7 +154,7 @@ def _in_short(
     )
 
 
-def _first_clauses(text: str) -> str:
+def _shorten_clauses(text: str) -> str:
     first, *clauses = re.split(r"; |(?<!e\.g)\. ", text)[0].split(": ")
     for clause in clauses:
         first += f": {clause}" if len(f"{first}: {clause}") <= LONGEST_CLAUSE else ""
@@ -173,14 +173,14 @@ def _describe_default(action: argparse.Action) -> str:
     return str(default) if len(str(default)) <= LONGEST_DEFAULT else ""
 
 
-def _rank(group: argparse._ArgumentGroup) -> int:
+def _rank_group(group: argparse._ArgumentGroup) -> int:
     actions = group._group_actions
     if not any(action.required or not action.option_strings for action in actions):
         return 1 if any(getattr(action, "often", False) for action in actions) else 2
     return 0
 
 
-def _usage(parser: argparse.ArgumentParser) -> str:
+def _format_usage(parser: argparse.ArgumentParser) -> str:
     """Return the usage line with the required options only."""
     formatter = HelpFormatter(parser.prog)
     words = []

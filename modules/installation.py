@@ -95,7 +95,7 @@ def command_words(words: Sequence[str]) -> list[str]:
     """
     words = list(words)
     if not PREFIX:
-        return _words_in_checkout(words)
+        return _locate_script(words)
     if words[:2] == ["python", FRONT_SCRIPT]:
         return ["reelsmith", *words[2:]]
     if words[:1] == ["python"] and any(map(find_script, words[1:2])):
@@ -107,18 +107,18 @@ def command_words(words: Sequence[str]) -> list[str]:
     return words
 
 
-def _words_in_checkout(words: list[str]) -> list[str]:
+def _locate_script(words: list[str]) -> list[str]:
     """Return a command with the path of its script as it can be typed; see `command_words`."""
     if words[:1] not in (["python"], ["accelerate"]):
         return words
     for place, word in enumerate(words[:MOST_BEFORE]):
         script = find_script(word)
         if script is not None:
-            return [*words[:place], str(_typed_folder() / script), *words[place + 1 :]]
+            return [*words[:place], str(_find_typed_folder() / script), *words[place + 1 :]]
     return words
 
 
-def _typed_folder() -> Path:
+def _find_typed_folder() -> Path:
     """Return the folder of this checkout as the running script's path was typed; "." if none was running."""
     typed = Path(sys.argv[0])
     try:
@@ -173,11 +173,11 @@ def check_requirements() -> None:
         # without torch this is not the Python that was set up: no need to name the rest
         what = "torch is" if "torch" in missing else f"{', '.join(missing)} {verb}"
         raise InstallationError(
-            f"{what} not installed in this Python ({sys.executable}).\n  {_remedy(missing)}"
+            f"{what} not installed in this Python ({sys.executable}).\n  {_describe_remedy(missing)}"
         )
 
 
-def _remedy(missing: Sequence[str]) -> str:
+def _describe_remedy(missing: Sequence[str]) -> str:
     python = f'"{sys.executable}"' if " " in sys.executable else sys.executable
     if PREFIX:
         return f"Install what is missing: {python} -m pip install {' '.join(missing)}"

@@ -45,7 +45,7 @@ def find_installed(name: str) -> Path | None:
     if any(not part.isidentifier() or part.startswith("_") for part in parts):
         return None
     spec = _find_top(parts[0])
-    is_required = spec is not None and parts[0] in _required_packages()
+    is_required = spec is not None and parts[0] in _list_required_packages()
     for place in range(1, len(parts) + 1):
         if spec is None or not (is_required or _has_installed_file(spec)):
             return None
@@ -74,10 +74,10 @@ def _has_installed_file(spec: ModuleSpec) -> bool:
 
 def is_installed_file(file: Path) -> bool:
     """Return whether a file is in a folder of installed packages, or in one that is installed in place."""
-    if _is_below(file, _package_folders()):
+    if _is_below(file, _list_package_folders()):
         return True
     here = real_path(Path.cwd())
-    return _is_below(file, _editable_folders()) and not real_path(file).is_relative_to(here)
+    return _is_below(file, _list_editable_folders()) and not real_path(file).is_relative_to(here)
 
 
 def _is_below(file: Path, folders: Sequence[Path]) -> bool:
@@ -86,7 +86,7 @@ def _is_below(file: Path, folders: Sequence[Path]) -> bool:
 
 
 @functools.cache
-def _package_folders() -> tuple[Path, ...]:
+def _list_package_folders() -> tuple[Path, ...]:
     """Return the folders that pip installs into, of this Python and of its user."""
     texts = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()]
     if site.ENABLE_USER_SITE:
@@ -96,7 +96,7 @@ def _package_folders() -> tuple[Path, ...]:
 
 
 @functools.cache
-def _editable_folders() -> tuple[Path, ...]:
+def _list_editable_folders() -> tuple[Path, ...]:
     """Return the folders of packages that are installed in place (`pip install -e`)."""
     import json  # here: options import this file
     from importlib.metadata import distributions  # likewise
@@ -116,7 +116,7 @@ def _editable_folders() -> tuple[Path, ...]:
 
 
 @functools.cache
-def _required_packages() -> frozenset[str]:
+def _list_required_packages() -> frozenset[str]:
     """Return the names under which the packages of requirements.txt are imported."""
     names = [requirement_name(line) for line in read_requirements()]
     return frozenset(IMPORTED_AS.get(name, name.replace("-", "_")) for name in names)

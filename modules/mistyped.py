@@ -202,12 +202,6 @@ def _lines_with(name: str) -> list[list[str]]:
     return [names for names in lines if name in "+".join(names).split("+")]
 
 
-def _pair_for(theirs: str, has: Collection[str]) -> list[str]:
-    """Return two options that together mean what another script has as one; none if there are none."""
-    pairs = [name.split("+") for names in _lines_with(theirs) for name in names if "+" in name]
-    return next((pair for pair in pairs if all(name in has for name in pair)), [])
-
-
 def guess_option(flags: Flags, name: str) -> str:
     """Return the advice for an unknown option name: the option that was probably meant, or to leave it out.
 
@@ -231,11 +225,14 @@ def meant_elsewhere(flags: Flags, name: str, key_files: Iterable[KeyFile] = ()) 
     ours = options.get(ours_for(name, options)) or _option_known_as(flags, name)
     if ours:
         return _suggest_option(flags, ours)
-    pair = _pair_for(name, options.keys())
-    if pair:
-        return f" Did you mean --{pair[0]} HEIGHT --{pair[1]} WIDTH?"
+    # two options here that together mean it
+    pairs = [same.split("+") for line in _lines_with(name) for same in line if "+" in same]
+    for height, width in pairs:
+        if height in options and width in options:
+            return f" Did you mean --{height} HEIGHT --{width} WIDTH?"
     for key_file in key_files:
-        key = _key_for(name, key_file.read_keys())
+        keys = key_file.read_keys()
+        key = name if name in keys else ours_for(name, keys)
         if key in options:
             return _suggest_option(flags, key)
         if key:
@@ -257,11 +254,6 @@ def _option_known_as(flags: Flags, theirs: str) -> str:
 def _suggest_option(flags: Flags, name: str) -> str:
     is_size = flags[f"--{name}"].metavar == HEIGHT_WIDTH
     return f" Did you mean --{name}{' HEIGHT WIDTH' if is_size else ''}?"
-
-
-def _key_for(name: str, keys: Collection[str]) -> str:
-    """Return the key of this name, or of ours for what other programs call so; "" if there is none."""
-    return name if name in keys else ours_for(name, keys)
 
 
 def explain_role(flags: Flags, name: str) -> str:

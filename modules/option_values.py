@@ -233,10 +233,10 @@ def _check_single_pair(option: str, item: str, value: str) -> None:
 
 def read_literals(option: str, items: Sequence[str]) -> dict[str, Any]:
     """Parse `key=value` texts with values as Python literals (0.9,0.95 is a tuple); bare words stay text."""
-    return {key: _literal(value) for key, value in split_pairs(option, items).items()}
+    return {key: _parse_literal(value) for key, value in split_pairs(option, items).items()}
 
 
-def _literal(text: str) -> Any:
+def _parse_literal(text: str) -> Any:
     try:
         return ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, MemoryError, RecursionError):  # a bare word; what is nested too deeply

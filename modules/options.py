@@ -259,17 +259,17 @@ class Options:
         raise dataclasses.FrozenInstanceError(f"{type(self).__name__}.{name} cannot be set")
 
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and _values(self) == _values(other)
+        return type(self) is type(other) and _list_values(self) == _list_values(other)
 
     def __hash__(self) -> int:
-        return hash(tuple(_values(self).values()))
+        return hash(tuple(_list_values(self).values()))
 
     def __repr__(self) -> str:
-        shown = ", ".join(f"{name}={value!r}" for name, value in _values(self).items())
+        shown = ", ".join(f"{name}={value!r}" for name, value in _list_values(self).items())
         return f"{type(self).__name__}({shown})"
 
 
-def _values(record: Options) -> dict[str, Any]:
+def _list_values(record: Options) -> dict[str, Any]:
     """Return field -> value, without the cached values of properties, and without `OF_TYPING`."""
     of_options = (field for field in dataclasses.fields(record) if not field.metadata.get("typing"))
     return {field.name: getattr(record, field.name) for field in of_options}
@@ -320,7 +320,7 @@ def _check_facts(record: Any, field: "dataclasses.Field[Any]") -> None:
         _check_limits(option, number, facts, hint)
     if "one_of" in facts and value not in facts["one_of"]:
         near = f", not {shorten(str(value), 80)!r}" if not value else ""
-        raise OptionError(f"{option} {value}: use {_either(facts['one_of'])}{near}{hint}")
+        raise OptionError(f"{option} {value}: use {_join_alternatives(facts['one_of'])}{near}{hint}")
     if is_given(record, field):
         _check_excluded(record, field)
         _check_needed(record, field)
@@ -331,7 +331,7 @@ def _find_hint(facts: Mapping[str, Any]) -> str:
     return f" ({facts['hint']})" if facts.get("hint", "") else ""
 
 
-def _hint_of_relations(facts: Mapping[str, Any]) -> str:
+def _find_relation_hint(facts: Mapping[str, Any]) -> str:
     """Return the end of messages on options that go together; a hint is about the value if it has limits."""
     is_of_value = "one_of" in facts or any(fact in facts for fact in _LIMITS)
     return "" if is_of_value else _find_hint(facts)
@@ -357,9 +357,9 @@ def _check_limits(option: str, number: Any, facts: Mapping[str, Any], hint: str)
 def _check_excluded(record: Any, field: "dataclasses.Field[Any]") -> None:
     """Raise OptionError if an option that a given one excludes is given too."""
     facts = field.metadata
-    for name in _names_of_given(record, facts.get("excludes", ())):
+    for name in _list_given(record, facts.get("excludes", ())):
         option = f"--{option_name(field)}"
-        hint = _hint_of_relations(facts)
+        hint = _find_relation_hint(facts)
         raise OptionError(f"{option} and --{name} exclude each other: give one of them{hint}")
 
 
@@ -369,23 +369,23 @@ def _check_needed(record: Any, field: "dataclasses.Field[Any]") -> None:
     if flags:
         facts = field.metadata
         what = "both" if len(facts["needs"]) == 1 else "one of them too"
-        hint = "" if facts.get("excludes") else _hint_of_relations(facts)
+        hint = "" if facts.get("excludes") else _find_relation_hint(facts)
         raise OptionError(f"--{option_name(field)} needs {flags}: give {what}{hint}")
 
 
 def _find_needed(record: Any, field: "dataclasses.Field[Any]") -> str:
     """Return the options of which an option needs one, if none is given; else nothing."""
     needed = field.metadata.get("needs", ())
-    if not needed or _names_of_given(record, needed):
+    if not needed or _list_given(record, needed):
         return ""
-    return _either([f"--{name}" for name in needed])
+    return _join_alternatives([f"--{name}" for name in needed])
 
 
 def _warn_of_ignored(record: Any, field: "dataclasses.Field[Any]") -> None:
     """Warn if an option is ignored, as none of `only_with` is given."""
     option = f"--{option_name(field)}"
     useful = field.metadata.get("only_with", ())
-    if useful and not _names_of_given(record, useful):
+    if useful and not _list_given(record, useful):
         value = getattr(record, field.name)
         if isinstance(value, (str, int, float)) and not isinstance(value, bool):
             option += f" {value}"
@@ -428,11 +428,11 @@ def list_idle(record: Any, written: Collection[str]) -> list[str]:
 def _can_act(record: Any, field: "dataclasses.Field[Any]") -> bool:
     facts = field.metadata
     relations = [facts[fact] for fact in ("needs", "only_with") if facts.get(fact)]
-    has_all = all(_names_of_given(record, names) for names in relations)
+    has_all = all(_list_given(record, names) for names in relations)
     return has_all and all(acts(record) for acts in facts.get("acts_if", {}).values())
 
 
-def _names_of_given(record: Any, names: Collection[str]) -> list[str]:
+def _list_given(record: Any, names: Collection[str]) -> list[str]:
     """Return those of some options of a record, by public name, that are given and not turned off."""
     fields = {option_name(field): field for field in dataclasses.fields(record)}
     given = [name for name in names if is_given(record, fields[name])]
@@ -451,7 +451,7 @@ def _check_reach(record: Any, field: "dataclasses.Field[Any]") -> None:
     reach = find_reach(field.metadata)
     name = option_name(field)
     if reach in ("writes", "appends"):
-        for path in _paths(value):
+        for path in _list_paths(value):
             refuse_outside(name, path)
     elif reach in ("sends", "configures") and is_given(record, field):
         if value not in field.metadata.get("stays", ()):
@@ -470,13 +470,13 @@ def _check_paths(record: Any, field: "dataclasses.Field[Any]") -> None:
     names = {option_name(spared): spared.name for spared in dataclasses.fields(record)}
     dashes = "" if facts["declared"].positional else "--"
     flag = f"{dashes}{option_name(field)}"
-    for path in _paths(getattr(record, field.name)):
+    for path in _list_paths(getattr(record, field.name)):
         check_path(flag, path, facts["place"], facts.get("hint", ""))
         for name in facts.get("spares", ()):
-            refuse_replacing(flag, path, _paths(getattr(record, names[name])))
+            refuse_replacing(flag, path, _list_paths(getattr(record, names[name])))
 
 
-def _paths(value: Any) -> list[Path]:
+def _list_paths(value: Any) -> list[Path]:
     values = value if isinstance(value, tuple) else (value,)
     return [path for path in values if isinstance(path, Path)]
 
@@ -494,7 +494,7 @@ _LIMITS = {
 }
 
 
-def _either(words: Collection[str]) -> str:
+def _join_alternatives(words: Collection[str]) -> str:
     *first, last = words
     return f"{', '.join(first)} or {last}" if first else last
 

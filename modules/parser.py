@@ -184,21 +184,21 @@ class Parser(argparse.ArgumentParser):
     def _give_flags(self, words: Sequence[str], takers: Sequence[argparse.Action]) -> list[str]:
         """Return the words, with those that belong to no option placed after flags of `by_place` options.
 
-        takers: the `by_place` options. The first word goes to the first taker that is not given, and so on; a
-        taker of several values takes all.
+        takers: the `by_place` options. The first free word goes to the first one without a value, and
+        so on; an option of several values takes all words.
         """
         typed = [_Word(word) for word in words]  # argparse returns these same objects: equal words differ
         parsed, unused = self._parse_without_required(typed)
-        takers = [action for action in takers if getattr(parsed, action.dest) is action.default]
+        waiting = [action for action in takers if getattr(parsed, action.dest) is action.default]
         free = [word for word in unused if word != "--"]
-        if not free or not takers:
+        if not free or not waiting:
             return list(words)
         unused_ids = {id(word) for word in unused}
         used = [word for word in typed if id(word) not in unused_ids]
-        flags = [action.option_strings[-1] for action in takers]
-        if takers[0].nargs is not None:
+        flags = [action.option_strings[-1] for action in waiting]
+        if waiting[0].nargs is not None:  # it takes several values
             return [*used, flags[0], *free]
-        if len(free) > len(takers):
+        if len(free) > len(waiting):
             self.error(
                 f"{as_typed(free)}: {len(free)} words without an option, and only {' and '.join(flags)} can "
                 "be left out. Put a name with blanks in quotes."
@@ -432,7 +432,7 @@ def add_options(
         place = group_of(parser, cls.heading) if cls.heading else group or parser
         for field in fields(cls):
             _add_field(parser, place, cls, field=field, changes=changes)
-        for name, refusal in _refusals(cls):
+        for name, refusal in _list_refusals(cls):
             if name not in without:
                 _add_refusal(place, cls, name, refusal)
 
@@ -498,7 +498,7 @@ def _add_field(
         )
 
 
-def _refusals(cls: type[Options]) -> list[tuple[str, Refusal]]:
+def _list_refusals(cls: type[Options]) -> list[tuple[str, Refusal]]:
     """Return the attributes of a record and its bases that are options of other programs, by name."""
     attributes = [(name, getattr(cls, name)) for base in cls.__mro__ for name in vars(base)]
     return [(name, refusal) for name, refusal in attributes if isinstance(refusal, Refusal)]

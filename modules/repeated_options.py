@@ -88,16 +88,16 @@ def repeat_given(options: Options, typed: Mapping[str, str] | None = None) -> li
     accepted = accepted_options(type(options))
     return [
         RepeatedOption(name, accepted[name].flags, f"--{name}" if typed is None else typed[name], value)
-        for name, value in _given_values(options)
+        for name, value in _list_given_values(options)
         if typed is None or name in typed
     ]
 
 
-def _given_values(options: Any) -> Iterator[tuple[str, Any]]:
+def _list_given_values(options: Any) -> Iterator[tuple[str, Any]]:
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         if dataclasses.is_dataclass(value):
-            yield from _given_values(value)
+            yield from _list_given_values(value)
         elif is_given(options, field):
             yield option_name(field), value
 
@@ -146,7 +146,7 @@ def fill_options(options: T, repeated: Iterable[RepeatedOption]) -> T:
     accepted = accepted_options(type(options))
     by_flag = {flag: name for name, option in accepted.items() for flag in option.flags}
     facts = facts_of(type(options))
-    names = {name for name, _ in _given_values(options)}
+    names = {name for name, _ in _list_given_values(options)}
     values: dict[str, Any] = {}
     for option in repeated:
         for name in find_names(option, accepted, by_flag):

@@ -88,7 +88,7 @@ def describe_outside(path: Path, option: str = "") -> str | None:
     text = os.environ.get(FOLDERS)
     if not text:
         return None
-    place, folders = _resolved(os.path.abspath(path)), _folders(text)  # noqa: PTH100
+    place, folders = _resolve(os.path.abspath(path)), _read_folders(text)  # noqa: PTH100
     inside = [place.relative_to(folder) for folder in folders if place.is_relative_to(folder)]
     if inside:
         if not all(map(is_in_queue, inside)):
@@ -152,12 +152,12 @@ def _run_command(*words: str) -> str:
 
 
 @functools.lru_cache(maxsize=4096)  # asked for at each file that is written
-def _resolved(path: str) -> Path:
+def _resolve(path: str) -> Path:
     return Path(os.path.normcase(os.path.realpath(path)))
 
 
 @functools.lru_cache(maxsize=8)
-def _folders(text: str) -> tuple[Path, ...]:
+def _read_folders(text: str) -> tuple[Path, ...]:
     import json  # likewise
 
     return tuple(Path(os.path.normcase(folder)) for folder in json.loads(text))

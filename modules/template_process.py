@@ -12,7 +12,7 @@ from typing import Any
 
 def render(job: dict[str, Any]) -> dict[str, str]:
     """Return {"text": the rendered template}, or {"error": the reason why it failed}."""
-    _bound_memory(job["memory"])
+    _limit_memory(job["memory"])
     try:
         return {"text": _generate(job)}
     except MemoryError:
@@ -23,7 +23,7 @@ def render(job: dict[str, Any]) -> dict[str, str]:
         return {"error": str(error) or type(error).__name__}
 
 
-def _bound_memory(size_bytes: int) -> None:
+def _limit_memory(size_bytes: int) -> None:
     """Let allocations fail beyond a size, where the system can; elsewhere time alone is bounded."""
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource

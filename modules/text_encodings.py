@@ -116,7 +116,7 @@ def _rank_encodings(content: bytes) -> list[_Scored]:
     for encoding in NAMES:
         text = None if encoding.startswith("utf") else _decode(content, encoding)
         if text is not None:
-            scored.append(_Scored(_score(text, encoding), encoding, text))
+            scored.append(_Scored(_rate_text(text, encoding), encoding, text))
     return sorted(scored, key=lambda guess: -guess.score)  # stable: NAMES has the order of equals
 
 
@@ -131,7 +131,7 @@ def _guess_wide(content: bytes, marked: str | None) -> EncodingGuess | None:
     # without a mark only ASCII is recognised, half of whose bytes are 0
     name = marked or ("utf-16-le" if zeros[1] > zeros[0] else "utf-16-be")
     text = _decode(content, name)
-    if text is None or "\0" in text or _share_of_letters(text) < LETTERS:
+    if text is None or "\0" in text or _measure_letters(text) < LETTERS:
         return None
     return EncodingGuess(name, text, is_sure=True) if marked or max(zeros) > LETTERS * half else None
 
@@ -168,16 +168,16 @@ def _decode(content: bytes, encoding: str) -> str | None:
         return None
 
 
-def _share_of_letters(text: str) -> float:
+def _measure_letters(text: str) -> float:
     usual = sum(char.isalnum() or char.isspace() or char in _PUNCTUATION or char < "\x7f" for char in text)
     return usual / max(len(text), 1)
 
 
-def _score(text: str, encoding: str) -> float:
+def _rate_text(text: str, encoding: str) -> float:
     """Return the plausibility of the characters beyond ASCII: 1 and more for a text, below 0 for nonsense."""
     padded = f" {text[:SCORED]} "
     points = [
-        _points(padded[index - 1], char, padded[index + 1], encoding)
+        _rate_character(padded[index - 1], char, padded[index + 1], encoding)
         for index, char in enumerate(padded[1:-1], 1)
         if char > "\x7f"
     ]
@@ -185,7 +185,7 @@ def _score(text: str, encoding: str) -> float:
 
 
 @functools.lru_cache(1 << 16)
-def _points(before: str, char: str, after: str, encoding: str) -> float:
+def _rate_character(before: str, char: str, after: str, encoding: str) -> float:
     if char in _PUNCTUATION:
         return 0.8
     category = unicodedata.category(char)
@@ -198,7 +198,7 @@ def _points(before: str, char: str, after: str, encoding: str) -> float:
     if char >= "\uff00":  # half-width and full-width forms: what single bytes look like in Shift-JIS
         return -0.5
     if char >= "\u2e80":
-        return _sign_points(char, encoding) + 2 * bonus
+        return _rate_sign(char, encoding) + 2 * bonus
     neighbours = [neighbour for neighbour in (before, after) if neighbour.isalpha()]
     script = _SCRIPTS.get(encoding, "LATIN")
     for letter in (char, *neighbours):
@@ -213,7 +213,7 @@ def _points(before: str, char: str, after: str, encoding: str) -> float:
     return 0.3 + bonus + 0.0
 
 
-def _sign_points(char: str, encoding: str) -> float:
+def _rate_sign(char: str, encoding: str) -> float:
     """Rate an East Asian character: above 0 for one of daily use, else below."""
     lead = char.encode(encoding)[0]
     match encoding:

@@ -325,8 +325,14 @@ def _sources_in_json(place: str, settings: Mapping[str, Any], start: str, networ
     """
     entries = [(_split_key(full_key), value) for full_key, value in settings.items()]
     all_names = {key.name for key, _ in entries}
+    sources: list[_Source] = []
     if all_names.isdisjoint({*_KEYS, "alphapattern"}):
-        return _nested_sources(place, settings, start, network)
+        for full_key, value in settings.items():
+            if isinstance(value, Mapping):
+                starts_network = f"{full_key}." in (*EXPERT_STARTS, UNET_IN_DIFFUSERS)
+                inner_network = full_key if starts_network or full_key.startswith(_TEXTS) else network
+                sources += _sources_in_json(f"{place}: {full_key}", value, start, inner_network)
+        return sources
     values: dict[str, Any] = {}
     for key, value in entries:
         if _is_of(key.network or network, start):
@@ -337,26 +343,11 @@ def _sources_in_json(place: str, settings: Mapping[str, Any], start: str, networ
     alpha_keys = [name for name in _KEYS if name in values]
     if not alpha_keys and common:
         alpha_keys = [""]  # patterns without an alpha for all modules are one source, too
-    sources: list[_Source] = []
     for alpha_key in alpha_keys:
         rank = _first_of(values, _KEYS.get(alpha_key, _RANKS))
         peft_settings = {"lora_alpha": values.get(alpha_key), "r": rank, **common}
         sources.append(_Source(place, peft_settings))
     return sources
-
-
-def _nested_sources(place: str, settings: Mapping[str, Any], start: str, network: str) -> list[_Source]:
-    """Return the settings in the values of a JSON object. Arguments as for `_sources_in_json`."""
-    sources: list[_Source] = []
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            inner_network = key if _is_network(key) else network
-            sources += _sources_in_json(f"{place}: {key}", value, start, inner_network)
-    return sources
-
-
-def _is_network(key: str) -> bool:
-    return f"{key}." in (*EXPERT_STARTS, UNET_IN_DIFFUSERS) or key.startswith(_TEXTS)
 
 
 def _split_key(key: str) -> _Key:

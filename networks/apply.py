@@ -285,13 +285,6 @@ def _as_whole(found: Sequence[FoundChange]) -> list[FoundChange]:
     return joined
 
 
-def _our_names(parameter_names: Iterable[str]) -> dict[str, str]:
-    """Return our names of a file's modules, by theirs; {} if no family has such modules."""
-    modules = list(dict.fromkeys(module_of_tensor(name)[0] for name in parameter_names))
-    family = choose_family(modules)
-    return {} if family is None else {module: alias(module, family) for module in modules}
-
-
 def _blocks(weight: Tensor, changes: Sequence[Change]) -> list[slice] | list[None]:
     """Return the blocks of rows to change; a single None if the weight is small or a change has no rows."""
     if not changes or not weight.numel():
@@ -379,7 +372,12 @@ class LoraPatch:
         self._modules: dict[str, None] = {}  # of the model, as far as its weights were passed in
         # parameter -> its changes that the patterns keep
         self._found: dict[str, list[FoundChange]] = {}
-        self._renamed = _our_names(parameter_names or ())
+        # our names of the model's modules, by theirs; {} if no family has such modules
+        self._renamed: dict[str, str] = {}
+        modules = dict.fromkeys(module_of_tensor(name)[0] for name in parameter_names or ())
+        family = choose_family(modules)
+        if family is not None:
+            self._renamed = {module: alias(module, family) for module in modules}
 
     def __call__(self, name: str, weight: Tensor, target: torch.dtype | None = None) -> Tensor:
         """Return the changed weight, a new tensor, or `weight` if nothing changes it. target, errors: as

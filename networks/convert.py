@@ -23,7 +23,7 @@ from networks.deltas import Factors, add_missing_alphas, group_by_module, ungrou
 from networks.formats import TARGETS
 from networks.key_formats import can_be_for
 from networks.kinds import KINDS
-from networks.kinds.composing import MAGNITUDES, is_rotating, kind_of_files
+from networks.kinds.composing import MAGNITUDES, PRODUCTS, in_series, is_rotating, kind_of_files
 from networks.loading import LoraFile, read_lora, warn_of_other_expert
 from networks.metadata import PARTS_METADATA, STALE, add_hashes
 from networks.names.layouts import (
@@ -173,12 +173,12 @@ def convert_z_image(options: ZImageConvertOptions) -> None:
     words = ""
     unjoinable = _unjoinable_factors(tensors)
     if unjoinable:
-        # LoHas and LoKrs of joined modules are replaced by plain LoRAs
         if options.lokr_rank is None:
             raise OptionError(
-                f"{source} is a LoHa or LoKr for queries, keys and values ({next(iter(unjoinable))}), which "
-                "are one module in ComfyUI, and only plain LoRAs can be joined. Add --lokr_rank RANK, such "
-                "as 64: the best LoRA of that rank takes the place of each"
+                f"{source} is a {in_series(PRODUCTS)} for queries, keys and values "
+                f"({next(iter(unjoinable))}), which are one module in ComfyUI, and only plain "
+                "LoRAs can be joined. Add --lokr_rank RANK, such as 64: the best LoRA of that rank "
+                "takes the place of each"
             )
         replaced = ungroup(unjoinable)
         baking = Baking(options.lokr_rank, choose_device(None))
@@ -204,7 +204,7 @@ def _refuse_for_comfyui(source: Path, names: Iterable[str]) -> None:
 
 
 def _unjoinable_factors(tensors: Mapping[str, Tensor]) -> dict[str, Factors]:
-    """Return the LoHas and LoKrs of the modules that ComfyUI joins."""
+    """Return the factors, of kinds that cannot be joined, of the modules that ComfyUI joins."""
     unjoinable: dict[str, Factors] = {}
     for name, factors in group_by_module(tensors).items():
         is_other_kind = bool(factors.keys() & (OTHER_KINDS - {MAGNITUDES}))

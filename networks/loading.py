@@ -251,7 +251,6 @@ def _read_part(
     native = replace(native, tensors=tensors, texts=texts)
     modules = group_by_module(tensors) | group_by_module(texts)
     _refuse_faulty(path, modules, native.unknown)
-    _refuse_other_forms(path, modules)
     alphas = FoundAlphas({}, "")
     if any("alpha" not in factors and rank_of(factors) is not None for factors in modules.values()):
         alphas = read_alphas(
@@ -280,13 +279,6 @@ def _read_part(
     )
 
 
-def _refuse_other_forms(path: Path, modules: Mapping[str, Factors]) -> None:
-    """Raise CheckpointError for a file of a kind that is to be read otherwise."""
-    for kind in KINDS:
-        if kind.check_file is not None and any(kind in kinds_in(factors) for factors in modules.values()):
-            kind.check_file(path)
-
-
 def _recognise(
     path: Path,
     stored: Mapping[str, Tensor],
@@ -303,7 +295,8 @@ def _recognise(
     native = key_formats.to_native(stored, hint, with_texts)
     if trained_family is None and native.family_name is not None:
         metadata = {**metadata, TRAINED_ON: native.family_name}
-    if native.dialect == "other" and _is_of_frozen_norms(native.tensors, metadata):
+    tests_of_norms = [kind.is_of_frozen_norms for kind in KINDS if kind.is_of_frozen_norms is not None]
+    if native.dialect == "other" and any(test(native.tensors, metadata) for test in tests_of_norms):
         metadata = {**metadata, NORMS_FORM: FROZEN_NORMS}
         logger.info(
             f"{path}: its {OF_MAGNITUDES} magnitudes are in ComfyUI's form, as its writer has them there"
@@ -317,12 +310,6 @@ def _recognise(
     if native.text_encoder or native.repeated or native.unknown:
         _warn_of_unused(path, native, trained_family or native.family, len(stored))
     return native, metadata
-
-
-def _is_of_frozen_norms(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bool:
-    return any(
-        kind.is_of_frozen_norms is not None and kind.is_of_frozen_norms(tensors, metadata) for kind in KINDS
-    )
 
 
 def _metadata_of_expert(path: Path, metadata: Mapping[str, str], expert: str) -> dict[str, str]:
@@ -379,7 +366,10 @@ def _part_in_words(
 
 
 def _refuse_faulty(path: Path, modules: Mapping[str, Factors], unknown: Sequence[str]) -> None:
-    """Raise CheckpointError for factors that define no change. unknown: keys that are not read."""
+    """Raise CheckpointError for factors that define no change, or are of a kind that is to be read otherwise.
+
+    unknown: keys that are not read.
+    """
     for module, factors in modules.items():
         reason = find_fault(factors)
         if reason is None:
@@ -394,6 +384,9 @@ def _refuse_faulty(path: Path, modules: Mapping[str, Factors], unknown: Sequence
             f"{path} cannot be used: {module}: {reason}. Download or copy it again, or give another LoRA.",
             path,
         )
+    for kind in KINDS:
+        if kind.check_file is not None and any(kind in kinds_in(factors) for factors in modules.values()):
+            kind.check_file(path)
 
 
 def _named_twice(native: key_formats.NativeTensors) -> tuple[str, str] | None:

@@ -142,7 +142,9 @@ class LoraLayer(nn.Module):
             added = self._added(x.to(dtype), dropouts).to(out.dtype)
             total = out + added if self.combine is None else self.combine(self, out, added, input_dtype)
         if self.training and self.noise_of is not None:
-            noise = self._noise(x.to(dtype), *self.noise_of)
+            strengths, name = self.noise_of
+            seed = self.seed.derive(self.index, "noise")
+            noise = perturbed(x.to(dtype), getattr(strengths, name), seed)
             total = total + noise.to(total.dtype)
         if drops_after and dropouts and dropouts.module > 0:
             return self._without_dropped(out, total, dropouts.module)
@@ -153,10 +155,6 @@ class LoraLayer(nn.Module):
         assert self.seed_table is not None
         is_dropped = self.seed_table[KINDS.index("module"), 0] < share * (_32_BITS + 1)
         return torch.where(is_dropped, out, total)
-
-    def _noise(self, x: Tensor, strengths: nn.Module, name: str) -> Tensor:
-        """Return the effect of the noise on the weight; the buffer `name` has its standard deviations."""
-        return perturbed(x, getattr(strengths, name), self.seed.derive(self.index, "noise"))
 
     def _added(self, x: Tensor, dropouts: Dropouts | None) -> Tensor:
         """Return the addition by the LoRA. x: ... in, or B in H W, in the dtype of the products."""

@@ -35,15 +35,8 @@ Pattern = re.Pattern[str] | NamePattern
 ByPattern = tuple[tuple[Pattern, float], ...]
 BlockNumbers = frozenset[int] | None  # numbers of blocks of one list; None: all
 
-
 # `algo` of LyCORIS -> the module of the same kind
-ALGORITHMS = {
-    "lora": "networks.lora",
-    "locon": "networks.lora",
-    "loha": "networks.loha",
-    "lokr": "networks.lokr",
-    "diag-oft": "networks.oft",
-}
+ALGORITHMS = {name: kind.network_module for kind in KINDS for name in kind.algorithms}
 
 
 def readers_of(rules: LoraRules) -> dict[str, Reader]:

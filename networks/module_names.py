@@ -28,14 +28,11 @@ def choose_family(names: Iterable[str], hint: str | None = None) -> FamilyNames 
     """
     names = list(names)
     families = _families_knowing(names, hint)
-    counts = [_count_modules(names, family) for family in families]
+    counts: list[int] = []  # of the names that are modules, not only aliases
+    for family in families:
+        modules = _tables(family).ours
+        counts.append(sum(modules.first(name) is not None for name in names))
     return families[counts.index(max(counts))] if families else None
-
-
-def _count_modules(names: Iterable[str], family: FamilyNames) -> int:
-    """Return the number of names that are a family's modules, not only aliases."""
-    modules = _tables(family).ours
-    return sum(modules.first(name) is not None for name in names)
 
 
 def _families_knowing(names: Sequence[str], hint: str | None) -> list[FamilyNames]:

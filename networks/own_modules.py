@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from checkpoints.opening import open_checkpoint
 from modules.console import list_some
 from modules.errors import CheckpointError, OptionError
-from networks.deltas import Factors, add_missing_alphas, group_by_module
-from networks.kinds.contract import LoraModule, NetworkKind, Target
+from networks.deltas import add_missing_alphas, group_by_module
+from networks.kinds.contract import LoraModule, Target
 from networks.lora_layer import LoraLayer
 from networks.lora_network import OwnNetwork
 from networks.lora_settings import LoraSettings, find_by_pattern, fit_patterns, log_overlaps
@@ -278,20 +278,16 @@ def _joining_layers(
 
     name: of the network's module. by_name: all modules that can have a LoRA.
     """
+    kind = OWN_MODULES[name].kind
+    assert kind.layer_of is not None
     joining: dict[str, nn.Module] = {}
     for path, factors in _factors_for(by_name, begun).items():
-        is_of_kind = any(part in factors for part in OWN_MODULES[name].kind.marks)
+        is_of_kind = any(part in factors for part in kind.marks)
         if path not in by_name or path in layers or not is_of_kind:
             continue
         placed = by_name[path]
         if not _is_left_out(placed, path, settings):
-            joining[path] = _layer_of(
-                OWN_MODULES[name].kind,
-                placed.module,
-                path=path,
-                factors=factors,
-                settings=settings,
-            )
+            joining[path] = kind.layer_of(placed.module, path, factors, settings)
     return joining
 
 
@@ -370,6 +366,7 @@ def build_from_tensors(
     have are logged. Raises CheckpointError if nothing fits, or if the file holds another kind of network.
     """
     kind = OWN_MODULES[name].kind
+    assert kind.layer_of is not None
     settings = _settings_with_file(name, typed)
     by_name = _layers_by_name(dit, encoders)
     layers: dict[str, nn.Module] = {}
@@ -384,13 +381,7 @@ def build_from_tensors(
         if module is None or not (kind.is_for_convolutions or isinstance(module, nn.Linear)):
             absent.append(path)
         else:
-            layers[path] = _layer_of(
-                kind,
-                module,
-                path=path,
-                factors=factors,
-                settings=settings,
-            )
+            layers[path] = kind.layer_of(module, path, factors, settings)
     if not layers:
         raise CheckpointError(
             "--dim_from_weights: the model has none of the file's modules, such as "
@@ -425,16 +416,6 @@ def _settings_with_file(name: str, typed: NetworkArguments) -> LoraSettings:
     arguments = {key: value for key, value in typed.arguments.items() if key in WITH_FILE}
     settings, _ = read_own(name, NetworkArguments(dropout=typed.dropout, arguments=arguments))
     return settings
-
-
-def _layer_of(
-    kind: NetworkKind, module: LoraModule, path: str, factors: Factors, settings: LoraSettings
-) -> nn.Module:
-    """Return a layer of a network module with the rank and alpha of factors. Raises CheckpointError if these
-    cannot be trained, or do not fit the layer.
-    """
-    assert kind.layer_of is not None
-    return kind.layer_of(module, path, factors, settings)
 
 
 def smallest_lora_bytes(model: Path, rank: int) -> int:

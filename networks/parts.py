@@ -485,7 +485,8 @@ def _one_layer(parts: Sequence[Factors]) -> Factors | None:
         by_rows -= {MAGNITUDES}
     if ROWS in names:  # only magnitudes and biases have rows of the part
         by_rows &= {MAGNITUDES, *deltas.OF_BIAS}
-        if not _cover_layer(parts):
+        size = deltas.size_of(first)
+        if size is None or not _are_gapless([deltas.rows_in(part) for part in parts], size[0]):
             return None
     shared = names - by_rows - {ROWS}
     for name in shared:
@@ -495,13 +496,6 @@ def _one_layer(parts: Sequence[Factors]) -> Factors | None:
     for name in by_rows:
         layer[name] = torch.cat([part[name] for part in parts])
     return layer
-
-
-def _cover_layer(parts: Sequence[Factors]) -> bool:
-    """Return whether the rows of parts, by `ROWS`, are those of the whole layer, in order, without gaps."""
-    size = deltas.size_of(parts[0])
-    ranges = [deltas.rows_in(part) for part in parts]
-    return size is not None and _are_gapless(ranges, size[0])
 
 
 def settle_rows(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -572,8 +566,9 @@ def stack_rows(
         height = deltas.height_of(factors) if name.endswith(ending) else None
         if height is None:
             continue
-        fits = height % (3 * rule.head_width) == 0
-        stacked = deltas.rows_of(factors, _order_of_rows(height, rule.head_width)) if fits else None
+        stacked = None
+        if height % (3 * rule.head_width) == 0:
+            stacked = deltas.rows_of(factors, stack_heads(torch.arange(height), rule.head_width))
         if stacked is None:
             raise CheckpointError(
                 f"{path} cannot be used: {name} has {height} rows, and its program has them by head, "
@@ -583,11 +578,6 @@ def stack_rows(
             )
         modules[name] = dict(stacked)
     return deltas.ungroup(modules)
-
-
-def _order_of_rows(height: int, head_width: int) -> Tensor:
-    """Return the place by head, [q0 k0 v0, q1 k1 v1, ...], of each row of [q; k; v]."""
-    return stack_heads(torch.arange(height), head_width)
 
 
 def mend_split_alphas(
@@ -609,16 +599,12 @@ def mend_split_alphas(
         alpha = factors["alpha"]
         if f"{float(alpha):g}" != trained_alpha:
             continue
-        heights = fused_heights(_count_parts(name), len(up), down.shape[1])
+        parts = [relative.part for relative in relatives(name.removeprefix(OURS)) if relative.is_part]
+        num_parts = len({part.index for part in parts} - {None, SWAPPED})  # each with some of its rows
+        heights = fused_heights(num_parts, len(up), down.shape[1])
         if heights and diagonal_blocks(up, heights) is not None:
             mended[f"{name}.alpha"] = alpha * len(heights)
             changed += 1
     if changed:
         logger.info(f"{path}: the alphas of {changed} modules with split factors are set right")
     return mended
-
-
-def _count_parts(name: str) -> int:
-    """Return the number of parts, each with some of its rows, that other layouts make of a module."""
-    parts = [relative.part for relative in relatives(name.removeprefix(OURS)) if relative.is_part]
-    return len({part.index for part in parts} - {None, SWAPPED})

@@ -250,16 +250,21 @@ def _resize_module(
         most = options.new_conv_rank
     rank = choose_rank(sizes, min(most, old_rank), options.dynamic_method, options.dynamic_param)
     kept = sizes[:rank]
+    down = torch.from_numpy(right[:rank])
+    up = torch.from_numpy(left[:, :rank] * kept)
     kernel_axes = [1] * len(product.kernel)
+    strength = 1.0
+    if names.alpha is not None:
+        strength = float(tensors[names.alpha]) / old_rank
     return ResizedModule(
         names=names,
-        down=torch.from_numpy(right[:rank]).reshape(rank, product.inputs, *product.kernel),
-        up=torch.from_numpy(left[:, :rank] * kept).reshape(len(left), rank, *kernel_axes),
+        down=down.reshape(rank, product.inputs, *product.kernel),
+        up=up.reshape(*up.shape, *kernel_axes),
         old_rank=old_rank,
-        strength=1.0 if names.alpha is None else float(tensors[names.alpha]) / old_rank,
+        strength=strength,
         kept_sum=_share(kept.sum(), sizes.sum()),
         kept_norm=_share(np.linalg.norm(kept), np.linalg.norm(sizes)),
-        largest_ratio=float(sizes[0] / kept[-1]) if kept[-1] else math.inf,
+        largest_ratio=_share(sizes[0], kept[-1]),
         has_learned=bool(sizes[0] > SMALLEST),
     )
 
@@ -305,25 +310,35 @@ def _changed_metadata(
     metadata: Mapping[str, str], modules: Sequence[ResizedModule], options: ResizeOptions
 ) -> dict[str, str]:
     """Return the entries about ranks with their new values, and a comment on what was done."""
-    old_rank = metadata.get("ss_network_dim") or str(max(module.old_rank for module in modules))
-    linear = [module for module in modules if not module.is_convolution] or modules
-    rank, alpha = _common_sizes(linear, options)
-    changed = {"ss_network_dim": rank, "ss_network_alpha": alpha}
-    if options.dynamic_method is None:
-        done = f"dimension is resized from {old_rank} to {rank}"
-    else:
+    convolutions = [module for module in modules if module.is_convolution]
+    linear = [module for module in modules if not module.is_convolution]
+    rank, alpha = _common_sizes(linear or modules, options)
+    old_rank = metadata.get("ss_network_dim")
+    if not old_rank:
+        old_rank = str(max(module.old_rank for module in modules))
+    done = f"dimension is resized from {old_rank} to {rank}"
+    if options.dynamic_method is not None:
         done = f"Dynamic resize with {options.dynamic_method}: {options.dynamic_param:g} from {old_rank}"
     before = metadata.get("ss_training_comment", "")
-    changed["ss_training_comment"] = f"{done}; {before}"
-    convolutions = [module for module in modules if module.is_convolution]
+    changed = {
+        "ss_network_dim": rank,
+        "ss_network_alpha": alpha,
+        "ss_training_comment": f"{done}; {before}",
+    }
+    arguments = _read_arguments(metadata)
+    if convolutions and "conv_dim" in arguments:
+        arguments["conv_dim"], arguments["conv_alpha"] = _common_sizes(convolutions, options)
+        changed["ss_network_args"] = json.dumps(arguments)
+    return changed
+
+
+def _read_arguments(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Return the arguments of the network; {} if they are of another program's form."""
     try:
         arguments = parse_json(metadata.get("ss_network_args", ""))
     except ValueError:
-        arguments = None
-    if convolutions and isinstance(arguments, dict) and "conv_dim" in arguments:
-        sizes = dict(zip(("conv_dim", "conv_alpha"), _common_sizes(convolutions, options), strict=True))
-        changed["ss_network_args"] = json.dumps({**arguments, **sizes})
-    return changed
+        return {}
+    return dict(arguments) if isinstance(arguments, dict) else {}
 
 
 def _common_sizes(modules: Sequence[ResizedModule], options: ResizeOptions) -> tuple[str, str]:
@@ -344,24 +359,29 @@ def _describe_module(module: ResizedModule) -> str:
 
 
 def _show_result(options: ResizeOptions, modules: Sequence[ResizedModule]) -> None:
-    learned = [module for module in modules if module.has_learned]
-    old_ranks = sorted({module.old_rank for module in modules})
-    ranks = sorted(module.rank for module in learned) or [1]
-    new_ranks = str(ranks[0])
-    if ranks[0] != ranks[-1]:
-        new_ranks = f"{ranks[0]} to {ranks[-1]}, {np.mean(ranks):.1f} on average"
-    kept = np.array([100 * module.kept_norm for module in learned] or [100.0])
-    files = [f"{path} ({as_size(path.stat().st_size)})" for path in (options.model, options.save_to)]
+    learned = [module for module in modules if module.has_learned] or modules
+    kept = [100 * module.kept_norm for module in learned]
+    mean = float(np.mean(kept))
+    spread = float(np.std(kept))
+    new_ranks = _describe_ranks([module.rank for module in learned])
+    old_ranks = _describe_ranks([module.old_rank for module in modules])
     rows = [
-        ("from", files[0]),
-        ("to", files[1]),
-        ("rank", f"{new_ranks}, before {', '.join(map(str, old_ranks))}"),
+        ("from", str(options.model)),
+        ("to", f"{options.save_to} ({as_size(options.save_to.stat().st_size)})"),
+        ("rank", f"{new_ranks}; before {old_ranks}"),
         ("modules", str(len(modules))),
-        ("kept", f"{kept.mean():.2f} % of the Frobenius norm, spread {kept.std():.2f} %"),
+        ("kept", f"{mean:.2f} % of the Frobenius norm, spread {spread:.2f} %"),
     ]
-    if len(learned) < len(modules):
-        idle = count_of(len(modules) - len(learned), "module")
-        rows.append(("learned nothing", f"{idle}, of rank 1 now"))
+    idle = [module for module in modules if not module.has_learned]
+    if idle:
+        rows.append(("learned nothing", f"{count_of(len(idle), 'module')}, of rank 1 now"))
     if all(module.rank == module.old_rank for module in modules):
         rows.append(("smaller", "no: no module has more ranks than asked for"))
     show_box("The LoRA is resized", rows)
+
+
+def _describe_ranks(ranks: Sequence[int]) -> str:
+    least, most = min(ranks), max(ranks)
+    if least == most:
+        return str(most)
+    return f"{least} to {most}, {sum(ranks) / len(ranks):.1f} on average"

@@ -111,7 +111,9 @@ def _take_apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     apart = dict(tensors)
     for layer, keys in _fused_layers(tensors).items():
-        factors = {part: _as_column(part, tensors[key]) for part, key in keys.items()}
+        factors = {part: tensors[key] for part, key in keys.items()}
+        if MAGNITUDES in factors and factors[MAGNITUDES].ndim == 1:  # as PEFT has them
+            factors[MAGNITUDES] = factors[MAGNITUDES].view(-1, 1)
         heights = _heights_of_parts(layer.name, factors)
         if not heights:
             continue
@@ -175,11 +177,6 @@ def _fit_rows(factors: Factors, height: int) -> bool:
     if MAGNITUDES in factors and not has_input_magnitudes(factors):
         by_rows.add(MAGNITUDES)
     return all(len(factors[part]) == height for part in by_rows)
-
-
-def _as_column(part: str, tensor: Tensor) -> Tensor:
-    """Return magnitudes as out x 1, as PEFT has them in one axis."""
-    return tensor.view(-1, 1) if part == MAGNITUDES and tensor.ndim == 1 else tensor
 
 
 def _put_together(tensors: Mapping[str, Tensor]) -> Rewritten:

@@ -150,22 +150,17 @@ class RandomRounding:
         values.copy_(best)
 
     def _round_with(self, values: Tensor, noise: Tensor) -> None:
-        shift = _shift_of_small(values) if self.dtype == torch.float16 else None
-        if shift is not None:
+        shift = None
+        if self.dtype == torch.float16:
+            # moves small values to where the distances are equal, and those of all dropped bits
+            is_small = values.abs() < _SMALLEST_FP16
+            shift = torch.copysign(is_small * _SMALLEST_FP16, values)
             values.add_(shift)
         # adds up to almost one step to the magnitude, then cuts off what is no whole step
         bits = values.view(torch.int32)
         bits.add_(noise).bitwise_and_(-(1 << _DROPPED_BITS[self.dtype]))
         if shift is not None:
             values.sub_(shift)
-
-
-def _shift_of_small(values: Tensor) -> Tensor:
-    """Return the shift that moves small values to where the distances are equal, and those of all dropped
-    bits.
-    """
-    is_small = values.abs() < _SMALLEST_FP16
-    return torch.copysign(is_small * _SMALLEST_FP16, values)
 
 
 def seed_of(name: str, factors: Iterable[Tensor]) -> bytes:

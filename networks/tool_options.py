@@ -9,6 +9,7 @@ from modules.options import Options, not_needed, option, unsupported
 from modules.output_files import check_output_file, refuse_replacing
 from modules.paths import explain_missing, sort_by_numbers
 from modules.text_files import real_path
+from networks.kinds.composing import OF_MAGNITUDES, PRODUCTS, in_series
 from networks.use_options import (
     LoraOptions,
     lora_rounding_option,
@@ -34,6 +35,9 @@ OF_LORAS = "it is for merging LoRAs into one"
 FLUX_OUTPUTS = {"flux_model": "save_to", "clip_l": "clip_l_save_to", "t5xxl": "t5xxl_save_to"}
 NO_SHUFFLE = not_needed("the merged LoRA is exact, in whatever order its ranks are.")
 MIN_DIFF = 0.01
+# kinds of which --bake makes plain LoRAs without the model, and with it
+_BAKED = (*PRODUCTS, *filter(None, (OF_MAGNITUDES,)))
+_UNJOINABLE = in_series([f"{name}s" for name in PRODUCTS], "and")
 OF_WHOLE = ("conv_dim", "min_diff")  # of `ExtractOptions`: what a DiT has no use for
 
 
@@ -104,8 +108,8 @@ class ConvertOptions(Options):
         "names and sizes say"
     )
     bake: int | None = option(
-        "make a plain LoRA of this rank of each LoHa, LoKr and DoRA, for tools that do not know them; "
-        "says how much of the change is lost",
+        f"make a plain LoRA of this rank of each {in_series(_BAKED, 'and')}, for "
+        "tools that do not know them; says how much of the change is lost",
         least=1,
         hint="a rank",
     )
@@ -371,7 +375,7 @@ class ZImageConvertOptions(ComfyConvertOptions):
     """Options of `networks/convert_z_image_lora_to_comfy.py`."""
 
     lokr_rank: int | None = option(
-        "rank of the plain LoRAs that take the place of LoHas and LoKrs for queries, keys and values, which "
+        f"rank of the plain LoRAs that take the place of {_UNJOINABLE} for queries, keys and values, which "
         "cannot be joined; more loses less",
         least=1,
         excludes="reverse",

@@ -167,8 +167,8 @@ def read_tool(words: Sequence[str], before: str) -> ToolOptions:
     add_options(parser, tool.record)
     run_parser = Parser(add_help=False)
     add_options(run_parser, ToolRunOptions)
-    tool_flags = _flags(parser)
-    run_flags = _flags(run_parser)
+    tool_flags = _list_flags(parser)
+    run_flags = _list_flags(run_parser)
     typed_words = [_as_typed_word(word, {**run_flags, **tool_flags}) for word in words[1:]]
     for word in typed_words:
         name = word.partition("=")[0]
@@ -187,7 +187,7 @@ def _as_typed_word(word: str, flags: Mapping[str, argparse.Action]) -> str:
 
 def _parse(parser: Parser, tool: Tool, words: Sequence[str]) -> argparse.Namespace:
     """Parse a tool's options; --model is the downloaded one if not given. Raises OptionError without one."""
-    _flags(parser)["--model"].required = False
+    _list_flags(parser)["--model"].required = False
     args = parser.parse_args(words)
     if args.model is None:
         args.model = default_model(tool.name, getattr(args, "mode", ""))
@@ -268,7 +268,7 @@ def split_assigned(words: Sequence[str], flag: str) -> list[str]:
     return parts
 
 
-def _flags(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+def _list_flags(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
     return {flag: action for action in parser._actions for flag in action.option_strings}
 
 

@@ -175,10 +175,10 @@ class Fitting:
                     raise
                 reason = short_reason(error)
             # here, as the error holds the tensors of the run that failed
-            self._reduce(images, reason)
+            self._shrink_batch(images, reason)
             free_memory(self.device)
 
-    def _reduce(self, images: Tensor, reason: str) -> None:
+    def _shrink_batch(self, images: Tensor, reason: str) -> None:
         """Choose a smaller batch or smaller tiles. reason: why `images` failed, for MemoryPlanError."""
         batch = min(self.batch, len(images))
         longest = max(images.shape[-2:])

@@ -116,7 +116,8 @@ def _gather_choice(options: NewOptions, model_choice: ModelChoice, memory: float
     """Return all that the three files are made of: looks at the folder, and checks named model files."""
     model = model_choice.model
     if 0 < memory < describing.SMALL:
-        model = _with_small_encoders(model)
+        small = {(entry.family, entry.task): entry for entry in find_models(fp8_encoders=True)}
+        model = small[model.family, model.task]
     typed = typed_files(options)
     inside = find_inside(model, typed)
     if inside:
@@ -138,12 +139,6 @@ def _gather_choice(options: NewOptions, model_choice: ModelChoice, memory: float
         kept=[*typed, *inside],
         trigger=model_choice.trigger,
     )
-
-
-def _with_small_encoders(model: ModelSet) -> ModelSet:
-    """Return the same model with text encoders in 8 bits."""
-    models = {(entry.family, entry.task): entry for entry in find_models(fp8_encoders=True)}
-    return models[model.family, model.task]
 
 
 def _collect_content(options: NewOptions, model: ModelSet, facts: ModelFacts) -> FolderContent:

@@ -80,7 +80,7 @@ MARK = "transformer_blocks.0.img_mod.1.weight"
 QUERY = "transformer_blocks.0.attn.to_q.weight"  # whose dtype is that of the file
 
 
-def _header(checkpoint: Checkpoint) -> DitHeader[QwenImageConfig]:
+def _read_header(checkpoint: Checkpoint) -> DitHeader[QwenImageConfig]:
     names = checkpoint.tensors
     if MARK not in names:
         raise other_kind(checkpoint, WHAT, OPTION, FILES)
@@ -111,7 +111,7 @@ def _read_config(shapes: DitShapes) -> QwenImageConfig:
     )
 
 
-FORMAT = DitFormat(_header, lambda _: WHAT, network=QwenImageModel, sources=own_names, option=OPTION)
+FORMAT = DitFormat(_read_header, lambda _: WHAT, network=QwenImageModel, sources=own_names, option=OPTION)
 read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMAT.load
 
 
@@ -132,7 +132,7 @@ class Version:
     clean_references: bool = False  # their tokens are modulated with time 0
 
 
-def _edits(option: str, use: LanguageUse, most: int, clean_references: bool = False) -> Version:
+def _make_edit_version(option: str, use: LanguageUse, most: int, clean_references: bool = False) -> Version:
     rules = ReferenceRules(most, seen_by_text=True, edits=True)
     called = f"{NAME}-{option.capitalize()}"
     architecture = f"{NAME}-Edit-Plus" if option == EDIT_2509 else called
@@ -150,9 +150,9 @@ def _edits(option: str, use: LanguageUse, most: int, clean_references: bool = Fa
 
 VERSIONS = {
     ORIGINAL: Version("qwen_image", "qi", called=NAME, architecture=NAME, release=QWEN_IMAGE, use=QWEN_USE),
-    EDIT: _edits(EDIT, EDIT_USE, 1),
-    EDIT_2509: _edits(EDIT_2509, PLUS_USE, MOST),
-    EDIT_2511: _edits(EDIT_2511, PLUS_USE, MOST, clean_references=True),
+    EDIT: _make_edit_version(EDIT, EDIT_USE, 1),
+    EDIT_2509: _make_edit_version(EDIT_2509, PLUS_USE, MOST),
+    EDIT_2511: _make_edit_version(EDIT_2511, PLUS_USE, MOST, clean_references=True),
 }
 
 
@@ -172,7 +172,7 @@ class QwenImageFiles(LanguageModelFiles):
 
     def load_vae(self, device: torch.device) -> WanVae:
         self.check_vae()
-        return load_vae(self.vae_path, device, self.beside(self.vae_dtype), tile=self.vae_tile)
+        return load_vae(self.vae_path, device, self.encoder_dtype(self.vae_dtype), tile=self.vae_tile)
 
     def check_vae(self) -> None:
         config = read_once(self.vae_path, read_vae, "the VAE of Qwen-Image", VAE_FILES).config

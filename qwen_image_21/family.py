@@ -232,15 +232,15 @@ def family_for_text_caching(options: own.QwenImage21TextCachingOptions) -> QwenI
 
 
 def family_for_training(options: own.QwenImage21TrainingOptions) -> QwenImage21:
-    return QwenImage21(_files(options, options.dit_dtype), options)
+    return QwenImage21(_make_files(options, options.dit_dtype), options)
 
 
 def family_for_generation(options: own.QwenImage21GenerationOptions) -> QwenImage21:
-    files = _files(options, options.dit_dtype or options.dtype)
+    files = _make_files(options, options.dit_dtype or options.dtype)
     return QwenImage21(files, edit=options.references, keeps_prefix=not options.no_kv_cache)
 
 
-def _files(options: own.QwenImage21ModelOptions, dtype: str | None) -> QwenImage21Files:
+def _make_files(options: own.QwenImage21ModelOptions, dtype: str | None) -> QwenImage21Files:
     files = QwenImage21Files().add_dit(options.dit, dtype).add_config(options.dit_config)
     return files.add_vae(options.vae.file).add_text(options.text)
 

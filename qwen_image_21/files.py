@@ -92,7 +92,7 @@ TURBO_LEVELS = (1.0, 0.978453, 0.95418, 0.926626, 0.89508, 0.845148, 0.704534, 0
 MOST_LEVELS = 1000
 
 
-def _header(checkpoint: Checkpoint, config_json: Path | None) -> DitHeader[QwenImage21Config]:
+def _read_header(checkpoint: Checkpoint, config_json: Path | None) -> DitHeader[QwenImage21Config]:
     """Read a file's header. config_json: path given by --dit_config; None: the one next to the file, if there
     is one.
     """
@@ -208,7 +208,7 @@ def _read_axes(settings: Mapping[str, Any], source: Path, width: int) -> tuple[i
     return times, rows, columns
 
 
-def _sources(checkpoint: Checkpoint, _: DitHeader[QwenImage21Config]) -> Mapping[str, TensorSource]:
+def _make_sources(checkpoint: Checkpoint, _: DitHeader[QwenImage21Config]) -> Mapping[str, TensorSource]:
     return cut_parts(plain_sources(checkpoint), CUTS)
 
 
@@ -216,10 +216,10 @@ def _sources(checkpoint: Checkpoint, _: DitHeader[QwenImage21Config]) -> Mapping
 def make_format(config_json: Path | None) -> DitFormat[QwenImage21Config, QwenImage21Model]:
     """Return the format of transformer files. config_json: of --dit_config."""
     return DitFormat(
-        functools.partial(_header, config_json=config_json),
+        functools.partial(_read_header, config_json=config_json),
         lambda _: WHAT,
         network=QwenImage21Model,
-        sources=_sources,
+        sources=_make_sources,
         option=OPTION,
     )
 
@@ -302,7 +302,7 @@ class QwenImage21Files(LanguageModelFiles):
 
     def load_vae(self, device: torch.device) -> QwenImage21Vae:
         self.check_vae()
-        return load_vae(self.vae_path, device, self.beside(self.vae_dtype), tile=self.vae_tile)
+        return load_vae(self.vae_path, device, self.encoder_dtype(self.vae_dtype), tile=self.vae_tile)
 
     def check_vae(self) -> None:
         """Raise CheckpointError if the file is not the model's VAE, or has other latents than --dit takes."""

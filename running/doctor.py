@@ -29,11 +29,13 @@ class Finding:
 def examine(folder: Path) -> list[Finding]:
     """Return the findings about this environment, a line each. folder: of models and caches, for its disk."""
     python = f"{platform.python_version()} ({sys.executable}) on {platform.system()} {platform.machine()}"
+    free = shutil.disk_usage(folder).free / _GB
+    few = f"; a model of 14 billion weights and its caches need about {FEW_GB} GB" if free < FEW_GB else ""
     return [
         Finding("Python", python),
         *_examine_packages(),
         *_examine_torch(),
-        _examine_disk(folder),
+        Finding("disk", f"{free:.0f} GB free in {folder}{few}"),
     ]
 
 
@@ -117,12 +119,6 @@ def _without_cuda(kind: str) -> Finding:
         f"install the build of torch for CUDA ({INDEX})"
     )
     return Finding("GPU", verdict, is_fit=False)
-
-
-def _examine_disk(folder: Path) -> Finding:
-    free = shutil.disk_usage(folder).free / _GB
-    few = f"; a model of 14 billion weights and its caches need about {FEW_GB} GB" if free < FEW_GB else ""
-    return Finding("disk", f"{free:.0f} GB free in {folder}{few}")
 
 
 def _is_there(distribution: str) -> bool:

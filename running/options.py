@@ -30,6 +30,10 @@ else:
 AUTO = "auto"
 
 
+# options of swapping that act on the blocks of a transformer, or on the layers around them
+SWAPPING = ("blocks_to_swap", "img_in_txt_in_offloading")
+
+
 def number_or_auto(text: str) -> int | str:
     """Parse the value of --blocks_to_swap. Raises ArgumentTypeError if it is neither."""
     if text.strip().lower() == AUTO:
@@ -85,6 +89,22 @@ class SwapOptions(Options):
         if self.blocks_to_swap:
             return f"--blocks_to_swap {self.blocks_to_swap}"
         return "--img_in_txt_in_offloading" if self.img_in_txt_in_offloading else ""
+
+    def refuse_trained(self, steps_in_backward: bool) -> None:
+        """Raise OptionError if the swapped weights themselves cannot learn.
+
+        steps_in_backward: each is stepped during the backward pass (--fused_backward_pass).
+        """
+        if self.blocks_to_swap and not steps_in_backward:
+            raise OptionError(
+                f"--blocks_to_swap {self.blocks_to_swap} with trained weights: each must be stepped "
+                "while its block is on the device. Add --fused_backward_pass, or leave it out"
+            )
+        if self.img_in_txt_in_offloading:
+            raise OptionError(
+                "--img_in_txt_in_offloading: these layers are trained, so they must be on the device. Leave "
+                "it out"
+            )
 
     @property
     def number(self) -> int:

@@ -104,13 +104,13 @@ class Asking:
             self.num_lines += 1
             with failures.note_errors(line.label):
                 pictures = [
-                    self._picture(line, text, seed, number)
-                    for number, (seed, text) in enumerate(self._texts(line), self.num_pictures)
+                    self._make_picture(line, text, seed, number)
+                    for number, (seed, text) in enumerate(self._expand_texts(line), self.num_pictures)
                 ]
                 self.num_pictures += len(pictures)
             yield from pictures
 
-    def _texts(self, line: Line) -> list[tuple[int, str]]:
+    def _expand_texts(self, line: Line) -> list[tuple[int, str]]:
         """Return the seeds of a line's pictures, and the line with its `{...}` variants expanded."""
         count = line.pictures or self.options.prompts.images_per_prompt
         if line.is_plain:
@@ -131,7 +131,7 @@ class Asking:
         chosen = [next(seeds) for _ in range(count)]
         return [(seed, expand(line.text, Random(seed))[0]) for seed in chosen]
 
-    def _picture(self, line: Line, text: str, seed: int, number: int) -> AskedPicture:
+    def _make_picture(self, line: Line, text: str, seed: int, number: int) -> AskedPicture:
         values: dict[str, Any] = {"prompt": text, "negative_prompt": line.negative_prompt}
         if not line.is_plain:
             values = read_line(text, line.label)
@@ -183,7 +183,7 @@ def check_line(options: GenImgOptions, line: Line) -> None:
         if parts > 1:
             is_folded = networks.network_pre_calc and networks.num_adjustable > 0
             check_regions(parts, networks.num_adjustable, is_folded)
-    _strengths(with_line(options, values), values)
+    _choose_strengths(with_line(options, values), values)
 
 
 def with_line(options: GenImgOptions, values: Mapping[str, Any]) -> GenImgOptions:
@@ -192,7 +192,7 @@ def with_line(options: GenImgOptions, values: Mapping[str, Any]) -> GenImgOption
     return override_options(options, {name: value for name, value in values.items() if name in names})
 
 
-def _strengths(options: GenImgOptions, values: Mapping[str, Any]) -> tuple[float, ...] | None:
+def _choose_strengths(options: GenImgOptions, values: Mapping[str, Any]) -> tuple[float, ...] | None:
     """Return the strengths of --am in a line; None: those of the command line."""
     strengths: tuple[float, ...] | None = values.get(MULTIPLIERS)
     if strengths is not None and not options.networks.num_adjustable:
@@ -213,7 +213,7 @@ def settle(
     is the default. Warns of values without effect. Raises OptionError if a value cannot be used.
     """
     options = with_line(options, values)
-    multipliers = _strengths(options, values)
+    multipliers = _choose_strengths(options, values)
     sampling = options.sampling
     width, height = _settle_size(sampling, kind, image)
     shrink = options.deep_shrink

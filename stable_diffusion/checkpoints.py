@@ -119,7 +119,7 @@ def read_unet(checkpoint: Checkpoint, kind: ModelKind, pooled: int) -> dialects.
             raise broken("some of its input_blocks are missing")
     widths = tuple(shape(f"down_blocks.{level}.resnets.0.conv1.weight")[0] for level in range(len(layers)))
     depths = _read_depths(sources, layers)
-    attention = _last_attention(sources, depths)
+    attention = _find_last_attention(sources, depths)
     if attention is None:
         raise broken("it has no attention to the text")
     projection = sources.get(f"{attention}.proj_in.weight")
@@ -132,16 +132,16 @@ def read_unet(checkpoint: Checkpoint, kind: ModelKind, pooled: int) -> dialects.
         "out_channels": shape("conv_out.weight")[0],
         "block_out_channels": widths,
         "layers_per_block": layers,
-        "down_block_types": tuple(_block_type(of_level, "Down") for of_level in depths.down),
-        "up_block_types": tuple(_block_type(of_level, "Up") for of_level in depths.up),
+        "down_block_types": tuple(_choose_block_type(of_level, "Down") for of_level in depths.down),
+        "up_block_types": tuple(_choose_block_type(of_level, "Up") for of_level in depths.up),
         "norm_num_groups": GROUPS,
         "cross_attention_dim": shape(f"{attention}.transformer_blocks.0.attn2.to_k.weight", 2)[1],
         "use_linear_projection": projection is not None and len(names[projection.names[0]].shape) == 2,
         "attention_head_dim": tuple(heads),  # diffusers' name for the number of heads
-        **_depth_settings(depths.down, depths.up),
+        **_make_depth_settings(depths.down, depths.up),
     }
     if kind is SDXL:
-        config |= _pooled_settings(shape("add_embedding.linear_1.weight", 2)[1], pooled, broken)
+        config |= _read_pooled_settings(shape("add_embedding.linear_1.weight", 2)[1], pooled, broken)
     for width, of_level in zip(widths, depths.down, strict=True):
         divisor = SD1_HEADS if kind is SD1 else HEAD_WIDTH
         if width % GROUPS or (any(of_level) and width % divisor):
@@ -149,7 +149,7 @@ def read_unet(checkpoint: Checkpoint, kind: ModelKind, pooled: int) -> dialects.
     return dialects.LoadPlan(config, checkpoint, sources)
 
 
-def _last_attention(sources: Mapping[str, TensorSource], depths: UnetDepths) -> str | None:
+def _find_last_attention(sources: Mapping[str, TensorSource], depths: UnetDepths) -> str | None:
     """Return the path of the first attention in the deepest level of the down path that has one.
 
     None if there is none, or none in the middle.
@@ -174,7 +174,7 @@ def _read_depths(sources: Mapping[str, TensorSource], layers: Sequence[int]) -> 
     )
 
 
-def _pooled_settings(width: int, pooled: int, broken: Callable[[str], Exception]) -> dict[str, Any]:
+def _read_pooled_settings(width: int, pooled: int, broken: Callable[[str], Exception]) -> dict[str, Any]:
     """Return the settings of SDXL's conditions besides the text: pooled state, and sizes as sinusoids."""
     waves, remainder = divmod(width - pooled, SIZE_NUMBERS)
     if remainder or waves < 2 or waves % 2:
@@ -186,11 +186,11 @@ def _pooled_settings(width: int, pooled: int, broken: Callable[[str], Exception]
     }
 
 
-def _block_type(depths: Sequence[int], way: str) -> str:
+def _choose_block_type(depths: Sequence[int], way: str) -> str:
     return f"CrossAttn{way}Block2D" if any(depths) else f"{way}Block2D"
 
 
-def _depth_settings(down: Sequence[Sequence[int]], up: Sequence[Sequence[int]]) -> dict[str, Any]:
+def _make_depth_settings(down: Sequence[Sequence[int]], up: Sequence[Sequence[int]]) -> dict[str, Any]:
     """Return the numbers of transformer layers: one for each level if its blocks are alike, as released."""
     by_level = [{*depths, *up[len(down) - 1 - level]} for level, depths in enumerate(down)]
     if all(len(depths) == 1 for depths in by_level):
@@ -277,7 +277,7 @@ def vae_sources(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, TensorSou
     vae = checkpoint.without_prefix(prefix, others=("",)) if prefix else checkpoint
     stored = plain_sources(vae)
     try:
-        names = _names_in_diffusers(stored)
+        names = _translate_names(stored)
     except KeyError as error:  # it asks for the other half of a pair
         raise CheckpointError(
             f"{checkpoint.path} is incomplete: {prefix}{error.args[0]} is missing. Download or copy it "
@@ -293,7 +293,7 @@ def vae_sources(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, TensorSou
     return vae, sources
 
 
-def _names_in_diffusers(sources: Mapping[str, TensorSource]) -> dict[str, str]:
+def _translate_names(sources: Mapping[str, TensorSource]) -> dict[str, str]:
     """Map released names to diffusers' names, for the tensors that its single-file loader knows."""
     levels = [""] * dialects.count(sources, r"decoder\.up\.\d+")
     if not levels:

@@ -72,12 +72,12 @@ class ControlNets:
             if not active:
                 return call
             images = guides.at(call, self._model.dtype)
-            residuals = [self._residuals(number, call, images[number], parts) for number in active]
+            residuals = [self._compute_residuals(number, call, images[number], parts) for number in active]
             return replace(call, residuals=_mean_residuals(residuals))
 
         yield control
 
-    def _residuals(self, number: int, call: UnetCall, guides: Tensor, parts: int) -> Residuals:
+    def _compute_residuals(self, number: int, call: UnetCall, guides: Tensor, parts: int) -> Residuals:
         # guides: B 3 H W; row r of the call belongs to picture r modulo B
         network = self._networks[number]
         dtype = self._model.dtype

@@ -285,10 +285,11 @@ def _compare(checkpoint: Checkpoint, config: Mapping[str, Any], unet: Mapping[st
     }
     lines = ""
     for name, what in sizes.items():
-        in_control_net = _values(config, name)
-        in_unet = _values(unet, name)
+        in_control_net = _list_values(config, name)
+        in_unet = _list_values(unet, name)
         if in_control_net != in_unet:
-            lines += f"\n  {what}: {_words(in_control_net)} in the ControlNet, {_words(in_unet)} in the model"
+            theirs = _join_words(in_control_net)
+            lines += f"\n  {what}: {theirs} in the ControlNet, {_join_words(in_unet)} in the model"
     if lines:
         if config.get("addition_embed_type"):
             kind = SDXL
@@ -303,12 +304,12 @@ def _compare(checkpoint: Checkpoint, config: Mapping[str, Any], unet: Mapping[st
         )
 
 
-def _values(config: Mapping[str, Any], name: str) -> tuple[Any, ...]:
+def _list_values(config: Mapping[str, Any], name: str) -> tuple[Any, ...]:
     """Return the distinct values of a setting: one value for all levels, or a list with one for each."""
     value = config.get(name)
     values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
     return tuple(dict.fromkeys(values)) if name == "layers_per_block" else values
 
 
-def _words(values: tuple[Any, ...]) -> str:
+def _join_words(values: tuple[Any, ...]) -> str:
     return ", ".join("none" if value is None else str(value) for value in values)

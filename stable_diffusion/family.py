@@ -319,10 +319,12 @@ class StableDiffusion(ModelOfPictures):
         has_negative = is_guided(scale, negative_scale=None)
         if not has_negative:
             prepared = replace(prepared, guidance_scale=(1.0,))
-        marked = {section: self._marked(texts, has_negative) for section, texts in prepared.prompts.items()}
+        marked = {
+            section: self._mark_texts(texts, has_negative) for section, texts in prepared.prompts.items()
+        }
         return replace(prepared, prompts=marked)
 
-    def _marked(self, texts: Prompts, has_negative: bool) -> Prompts:
+    def _mark_texts(self, texts: Prompts, has_negative: bool) -> Prompts:
         """Return texts whose brackets are weights, all with the number of chunks that the longest takes.
 
         has_negative: guidance uses the negative text; otherwise its length is ignored.

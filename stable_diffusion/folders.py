@@ -81,7 +81,7 @@ def read_folder_unet(folder: Path, files: ExitStack) -> LoadPlan[UnetSizes]:
     checkpoint = files.enter_context(open_part(folder / "unet", ("diffusion_pytorch_model",)))
     config = _read_config(folder / "unet", UNet2DConditionModel)
     _check_levels(config, folder / "unet" / "config.json")
-    layers = max(_largest(config.get(name)) for name in _COUNTED)
+    layers = max(_find_largest(config.get(name)) for name in _COUNTED)
     if layers > len(checkpoint.tensors):  # they bound what is built
         file = folder / "unet" / "config.json"
         raise CheckpointError(f"{file}: it has more layers than its file has tensors. Copy it again.", file)
@@ -149,7 +149,7 @@ def open_part(folder: Path, stems: Collection[str]) -> Checkpoint:
 def _read_kind(folder: Path) -> ModelKind:
     if not (folder / "unet").is_dir():
         raise CheckpointError(
-            f"--ckpt {folder} has no folder unet{_named(folder)}.\n  Give {GIVE}.",
+            f"--ckpt {folder} has no folder unet{_name_parts(folder)}.\n  Give {GIVE}.",
             folder,
         )
     if (folder / "text_encoder_2").is_dir():
@@ -165,14 +165,14 @@ def _read_kind(folder: Path) -> ModelKind:
     if not kind.startswith("clip"):
         raise CheckpointError(
             f"--ckpt {folder}: its text encoder is a {kind}; those of Stable Diffusion 1.x, 2.x and XL are "
-            f"CLIP{_named(folder)}.\n  Give {GIVE}.",
+            f"CLIP{_name_parts(folder)}.\n  Give {GIVE}.",
             folder,
         )
     # among the CLIPs in use only OpenAI's has this activation, which is also config.json's default
     return SD1 if config.get("hidden_act", "quick_gelu") == "quick_gelu" else SD2
 
 
-def _named(folder: Path) -> str:
+def _name_parts(folder: Path) -> str:
     file = folder / "model_index.json"
     name = _read_json(file).get("_class_name") if file.is_file() else None
     return f"; its model_index.json names a {name}" if isinstance(name, str) else ""
@@ -239,7 +239,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _largest(value: Any) -> float:
+def _find_largest(value: Any) -> float:
     if isinstance(value, list):
-        return max(map(_largest, value), default=0)
+        return max(map(_find_largest, value), default=0)
     return value if isinstance(value, int | float) else 0

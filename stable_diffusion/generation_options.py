@@ -11,6 +11,7 @@ from blissful_tuner.video_to_video_options import SourceDefaults
 from generation.prompt_lines import IMAGE_GENERATION_OPTIONS, LineOption, read_name, read_number
 from generation.script_options import PICTURE_FPS, PICTURE_OUTPUTS, ScriptDefaults
 from modules.options import NO_PIXELS, Options, not_needed, option, unsupported
+from running.options import SWAPPING
 from running.ways.composing import list_block_options
 from stable_diffusion.sampling_options import SAMPLERS, USUAL_STRENGTH
 from stable_diffusion.training_options import (
@@ -34,7 +35,7 @@ _NO_SECOND = _OWN_LOOP.format("attend to a second text")
 _NO_SHARE = _OWN_LOOP.format("share them between processes")
 # shared options that act on the blocks of a transformer
 REFUSED: Mapping[str, str] = {
-    **dict.fromkeys(("blocks_to_swap", "img_in_txt_in_offloading", "block_swap_ring_size"), _NO_SWAP),
+    **dict.fromkeys((*SWAPPING, "block_swap_ring_size"), _NO_SWAP),
     **dict.fromkeys(("slg_mode", "slg_layers", "slg_scale", "slg_start", "slg_end"), _NO_SKIP),
     **dict.fromkeys(("nag_prompt", "nag_scale", "nag_tau", "nag_alpha"), _NO_SECOND),
     **dict.fromkeys(list_block_options(), _NO_SHARE),

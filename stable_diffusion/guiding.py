@@ -195,16 +195,16 @@ class Guides:
         clip = self.clip
         measures: list[Measure] = []
         if clip is not None and options.clip_guidance_scale:
-            vector = clip.encode_text(self._clip_tokens(picture))
-            measures.append(_near(clip, vector, options.clip_guidance_scale))
+            vector = clip.encode_text(self._read_clip_tokens(picture))
+            measures.append(_measure_vector(clip, vector, options.clip_guidance_scale))
         if clip is not None and options.clip_image_guidance_scale:
             vector = clip.vision.encode([read_picture(picture.guides[0])])
-            measures.append(_near(clip, vector, options.clip_image_guidance_scale))
+            measures.append(_measure_vector(clip, vector, options.clip_image_guidance_scale))
         if self.vgg is not None:
-            measures.append(_alike(self.vgg, picture.guides[0], options.vgg16_guidance_scale))
+            measures.append(_measure_features(self.vgg, picture.guides[0], options.vgg16_guidance_scale))
         return lambda pixels: torch.stack([measure(pixels) for measure in measures]).sum()
 
-    def _clip_tokens(self, picture: AskedPicture) -> list[int]:
+    def _read_clip_tokens(self, picture: AskedPicture) -> list[int]:
         """Return the first tokens of the text that CLIP reads, without weights, between start and end."""
         text = picture.clip_prompt
         if text is None:
@@ -221,7 +221,7 @@ def _decode(model: Model, latents: Tensor) -> Tensor:
     return (model.vae.decode(scaled).sample.float() / 2 + 0.5).clamp(0, 1)
 
 
-def _near(clip: WholeClip, vector: Tensor, scale: float) -> Measure:
+def _measure_vector(clip: WholeClip, vector: Tensor, scale: float) -> Measure:
     """Return a measure of pixels: half the squared angle between their CLIP vector and `vector`, 1 P."""
     target = normalize(vector.float(), dim=-1)
     weight = clip.vision.visual_projection.weight
@@ -233,7 +233,7 @@ def _near(clip: WholeClip, vector: Tensor, scale: float) -> Measure:
     return measure
 
 
-def _alike(vgg: Vgg16, path: Path, scale: float) -> Measure:
+def _measure_features(vgg: Vgg16, path: Path, scale: float) -> Measure:
     """Return a measure of pixels: the mean squared difference between their features and a picture's."""
     picture = read_picture(path)
     features: dict[torch.Size, Tensor] = {}  # of the picture, by size, as the pictures of Gradual Latent grow

@@ -170,7 +170,7 @@ def make_pictures(
         return
     options, upscaler = highres
     settings = pictures[0].settings
-    small = _first_settings(options, settings)
+    small = _make_first_settings(options, settings)
     first = [replace(picture, settings=small) for picture in pictures]
     takes_latents = options.highres_fix_latents_upscaling if upscaler is None else upscaler.takes_latents
     wants_images = options.highres_fix_save_1st or not takes_latents
@@ -191,7 +191,7 @@ def make_pictures(
     yield SavedStage(second, maker.make(reseeded, start), SECOND)
 
 
-def _first_settings(options: HighresOptions, settings: PictureSettings) -> PictureSettings:
+def _make_first_settings(options: HighresOptions, settings: PictureSettings) -> PictureSettings:
     """Return the settings of the first stage. settings: those of the final picture."""
     scale = options.highres_fix_scale
     assert scale is not None

@@ -36,14 +36,14 @@ SEED_BITS = 64
 LONGEST_NAME = MOST_OF_NAME - 35
 
 
-def _seeds(text: str) -> tuple[int, ...]:
+def _read_seeds(text: str) -> tuple[int, ...]:
     seeds = tuple(read_whole(part.strip()) for part in text.split(","))
     if not all(-(2**63) <= seed < 2**SEED_BITS for seed in seeds):
         raise ValueError("a seed has at most 64 bits")
     return seeds
 
 
-def _numbers(text: str) -> tuple[float, ...]:
+def _read_numbers(text: str) -> tuple[float, ...]:
     return tuple(prompt_lines.read_number(part.strip()) for part in text.split(","))
 
 
@@ -51,7 +51,7 @@ def _or_none(read: Callable[[str], prompt_lines.Value]) -> Callable[[str], promp
     return lambda text: None if text.lower() == "none" else read(text)
 
 
-def _unsharp(text: str) -> str | None:
+def _read_unsharp(text: str) -> str | None:
     if text.lower() == "none":
         return None
     try:
@@ -66,11 +66,11 @@ LINE_OPTIONS: Mapping[str, prompt_lines.LineOption] = {
     "w": prompt_lines.LineOption("W", read_whole),
     "h": prompt_lines.LineOption("H", read_whole),
     "s": prompt_lines.LineOption("steps", read_whole),
-    "d": prompt_lines.LineOption(SEEDS, _seeds),
+    "d": prompt_lines.LineOption(SEEDS, _read_seeds),
     "l": prompt_lines.LineOption("scale", prompt_lines.read_number),
     "nl": prompt_lines.LineOption("negative_scale", _or_none(prompt_lines.read_number)),
     "t": prompt_lines.LineOption("strength", prompt_lines.read_number),
-    "am": prompt_lines.LineOption(MULTIPLIERS, _numbers),
+    "am": prompt_lines.LineOption(MULTIPLIERS, _read_numbers),
     "c": prompt_lines.LineOption("clip_prompt", str, prompt_lines.NO_TEXT),
     "f": prompt_lines.LineOption("file_name", str, prompt_lines.NO_TEXT),
     "ow": prompt_lines.LineOption("original_width", read_whole),
@@ -89,7 +89,7 @@ LINE_OPTIONS: Mapping[str, prompt_lines.LineOption] = {
     "gls": prompt_lines.LineOption("gradual_latent_ratio_step", prompt_lines.read_number),
     "gle": prompt_lines.LineOption("gradual_latent_every_n_steps", read_whole),
     "glsn": prompt_lines.LineOption("gradual_latent_s_noise", prompt_lines.read_number),
-    "glus": prompt_lines.LineOption("gradual_latent_unsharp_params", _unsharp),
+    "glus": prompt_lines.LineOption("gradual_latent_unsharp_params", _read_unsharp),
 }
 
 # names of options in lines of the other scripts -> ours
@@ -148,7 +148,7 @@ def split_seeds(line: str) -> tuple[int, ...] | None:
         word, _, text = part.partition(" ")
         if find_option(word) is LINE_OPTIONS["d"]:
             try:
-                return _seeds(text.strip())
+                return _read_seeds(text.strip())
             except ValueError as error:
                 raise OptionError(f"--d: {error}") from None
     return None
@@ -182,14 +182,14 @@ def expand(text: str, random: Random) -> list[str]:
     Raises OptionError if there are more than MAX_VARIANTS texts.
     """
     texts: dict[str, None] = {}
-    for number, variant in enumerate(_expansions(text, random), 1):
+    for number, variant in enumerate(_expand_groups(text, random), 1):
         texts[re.sub(r"\\([{}])", r"\1", variant)] = None
         if number > MAX_VARIANTS:
             raise OptionError(f"{text[:60]!r} has more than {MAX_VARIANTS:,} variants. Leave some out")
     return list(texts)
 
 
-def _expansions(text: str, random: Random) -> Iterator[str]:
+def _expand_groups(text: str, random: Random) -> Iterator[str]:
     while (group := _GROUP.search(text)) is not None:
         before = text[: group.start()]
         after = text[group.end() :]
@@ -200,7 +200,7 @@ def _expansions(text: str, random: Random) -> Iterator[str]:
             for size in range(fewest, most + 1):
                 for chosen in combinations(options, size):
                     random.setstate(state)
-                    yield from _expansions(before + joiner.join(chosen) + after, random)
+                    yield from _expand_groups(before + joiner.join(chosen) + after, random)
             return
         options, fewest, most, joiner = _read_group(group[1])
         places = sorted(random.sample(range(len(options)), random.randint(fewest, most)))

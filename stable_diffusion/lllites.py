@@ -2,8 +2,9 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +69,11 @@ class LlliteModule(nn.Module):
             layers += [nn.Conv2d(channels, width, kernel_size=stride, stride=stride), nn.ReLU()]
             channels = width
         self.conditioning1 = nn.Sequential(*layers[:-1])  # no activation after the last
-        self.down = nn.Sequential(self._layer(part.width, part.rank), nn.ReLU())
-        self.mid = nn.Sequential(self._layer(part.rank + channels, part.rank), nn.ReLU())
-        self.up = nn.Sequential(self._layer(part.rank, part.width))
+        self.down = nn.Sequential(self._make_layer(part.width, part.rank), nn.ReLU())
+        self.mid = nn.Sequential(self._make_layer(part.rank + channels, part.rank), nn.ReLU())
+        self.up = nn.Sequential(self._make_layer(part.rank, part.width))
 
-    def _layer(self, width: int, out: int) -> nn.Module:
+    def _make_layer(self, width: int, out: int) -> nn.Module:
         return nn.Conv2d(width, out, kernel_size=1) if self.part.is_convolution else nn.Linear(width, out)
 
     def embed(self, guides: Tensor) -> Tensor:
@@ -179,39 +180,48 @@ class Lllites:
             yield None
             return
         guides = BatchGuides(self._uses, OPTION, pictures, width=width, height=height)
-        # guides of each LLLite that acts in the present step, B 3 H W in 0..1
-        acting: list[Tensor | None] = []
-        # for modules that have run: the guides, and their embedding
-        embedded: dict[LlliteModule, tuple[Tensor, Tensor]] = {}
-
-        def begin(call: UnetCall) -> UnetCall:
-            images = guides.at(call, self._model.dtype)
-            acting.clear()
-            for use, use_images in zip(self._uses, images, strict=True):
-                acting.append(use_images if is_active(use, call) else None)
-            return call
-
-        def changed_by(number: int, module: LlliteModule) -> Callable[..., tuple[Any, ...] | None]:
-            """Return a hook that changes the input of a layer."""
-
-            def change(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-                images = acting[number] if acting else None
-                if images is None:
-                    return None
-                if module not in embedded or embedded[module][0] is not images:
-                    embedded[module] = images, module.embed(images * 2 - 1)
-                x = inputs[0]
-                return x + self._uses[number].multiplier * module(x, embedded[module][1]), *inputs[1:]
-
-            return change
-
+        batch = _LlliteBatch(self._uses, guides, self._model.dtype)
         with contextlib.ExitStack() as hooks:
             # if several change one layer, the last one is applied first
             for number, layers in reversed(list(enumerate(self._layers))):
                 for layer, module in layers:
-                    hook = layer.register_forward_pre_hook(changed_by(number, module))
+                    hook = layer.register_forward_pre_hook(partial(batch.change_input, number, module))
                     hooks.callback(hook.remove)
-            yield begin
+            yield batch.begin
+
+
+class _LlliteBatch:
+    """The guides of a batch and their embeddings, while the U-Net makes it."""
+
+    def __init__(self, uses: Sequence[ControlUse], guides: BatchGuides, dtype: torch.dtype) -> None:
+        self._uses = uses
+        self._guides = guides
+        self._dtype = dtype
+        # guides of each LLLite that acts in the present call, B 3 H W in 0..1
+        self._acting: list[Tensor | None] = []
+        # for modules that have run: the guides, and their embedding
+        self._embedded: dict[LlliteModule, tuple[Tensor, Tensor]] = {}
+
+    def begin(self, call: UnetCall) -> UnetCall:
+        """Choose the guides for a call of the U-Net, which is returned unchanged."""
+        images = self._guides.at(call, self._dtype)
+        self._acting = []
+        for use, use_images in zip(self._uses, images, strict=True):
+            self._acting.append(use_images if is_active(use, call) else None)
+        return call
+
+    def change_input(
+        self, number: int, module: LlliteModule, _: nn.Module, inputs: tuple[Any, ...]
+    ) -> tuple[Any, ...] | None:
+        """Return the changed inputs of a layer, as its forward pre-hook; None if LLLite `number` is idle."""
+        images = self._acting[number] if self._acting else None
+        if images is None:
+            return None
+        if module not in self._embedded or self._embedded[module][0] is not images:
+            self._embedded[module] = images, module.embed(images * 2 - 1)
+        _, embedding = self._embedded[module]
+        x = inputs[0]
+        return x + self._uses[number].multiplier * module(x, embedding), *inputs[1:]
 
 
 def _find_layer(unet: nn.Module, name: str, part: LllitePart, path: Path) -> nn.Module:

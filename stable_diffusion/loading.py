@@ -161,7 +161,7 @@ def open_release(options: ModelOptions, files: ExitStack) -> OpenedCheckpoint:
             logger.info("%s says that it predicts v%s", path, also)
         texts = read_texts(checkpoint, marks.kind)
         unet_part = checkpoint.without_prefix(UNET, others=("",))
-        unet = checkpoints.read_unet(unet_part, marks.kind, _pooled(texts))
+        unet = checkpoints.read_unet(unet_part, marks.kind, _find_pooled_width(texts))
         vae = (
             checkpoints.read_vae(checkpoint, "--ckpt", marks.kind.latent_scale)
             if options.vae is None
@@ -225,7 +225,7 @@ def read_chosen_vae(
 PATTERNS_VAE = ("config.json", "diffusion_pytorch_model.safetensors", "vae/*.json", "vae/*.safetensors")
 
 
-def _pooled(texts: tuple[TextPlan, ...]) -> int:
+def _find_pooled_width(texts: tuple[TextPlan, ...]) -> int:
     return texts[-1].network.config.projection_dim
 
 
@@ -249,7 +249,7 @@ def _check_together(release: OpenedCheckpoint) -> None:
             path,
         )
     if release.kind is SDXL:
-        pooled = _pooled(release.texts)
+        pooled = _find_pooled_width(release.texts)
         needed = pooled + checkpoints.SIZE_NUMBERS * (config.get("addition_time_embed_dim") or 0)
         pooled_width = config.get("projection_class_embeddings_input_dim")
         if pooled_width != needed:
@@ -301,8 +301,8 @@ def check_attention(options: ModelOptions, device: torch.device) -> None:
     if not options.xformers and not options.diffusers_xformers:
         return
     try:
-        # names --xformers
         check_backend(AttentionChoice("xformers"), device, lambda: _choose_dtype(options), training=True)
     except OptionError as error:
+        # the message names --xformers: show the flag that the user typed
         flag = "--xformers" if options.xformers else "--diffusers_xformers"
         raise OptionError(str(error).replace("--xformers", flag)) from error

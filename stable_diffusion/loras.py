@@ -189,8 +189,8 @@ def load_networks(
         return None
     defaults = tuple(use.multiplier for use in adjustable)
     if options.network_pre_calc:
-        return ChosenLoras(defaults, _folded(targets, adjustable, options.lora_rounding), None)
-    by_target = [_added(target, adjustable, model) for target in targets]
+        return ChosenLoras(defaults, _make_folding(targets, adjustable, options.lora_rounding), None)
+    by_target = [_attach_loras(target, adjustable, model) for target in targets]
     for index, use in enumerate(adjustable):
         _log_added(use, [part for files in by_target for part in files[index].values()])
 
@@ -222,7 +222,7 @@ def _log_added(use: LoraUse, parts: Sequence[AddedPart]) -> None:
     logger.info(f"{use.lora.path}: added to {modules}, strength {use.multiplier:g}{hint}")
 
 
-def _folded(
+def _make_folding(
     targets: Sequence[_Target], uses: Sequence[LoraUse], rounding: str
 ) -> Callable[[Multipliers], None]:
     """Return a function that folds LoRAs of some strengths into the networks' original weights.
@@ -249,7 +249,7 @@ def _folded(
     return use_multipliers
 
 
-def _added(target: _Target, uses: Sequence[LoraUse], model: Model) -> list[dict[str, AddedPart]]:
+def _attach_loras(target: _Target, uses: Sequence[LoraUse], model: Model) -> list[dict[str, AddedPart]]:
     """Attach each file's LoRA to a network; return what each adds, by our names of modules."""
     changeable = places(target.network, target.published_module)
     files: list[dict[str, AddedPart]] = []

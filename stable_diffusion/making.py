@@ -85,7 +85,7 @@ class Maker:
         def kind_of(index: int) -> tuple[int, ...]:
             picture = pictures[index]
             place = 0 if self.guides is None else index
-            return self._chunks(picture), picture.image is not None, picture.mask is not None, place
+            return self._count_chunks(picture), picture.image is not None, picture.mask is not None, place
 
         latents: dict[int, Tensor] = {}
         for _, group in groupby(sorted(range(len(pictures)), key=kind_of), kind_of):
@@ -151,7 +151,7 @@ class Maker:
         guidance = samplers.make_guidance(settings.scale, settings.negative_scale)
         if self.guides is not None:
             guidance = self.guides.steer(guidance, passes, picture)
-        section = self._section(beginning.latents, texts, settings)
+        section = self._make_section(beginning.latents, texts, settings)
 
         def network(_: float) -> nn.Module:
             unet: nn.Module = self.model.unet
@@ -177,7 +177,7 @@ class Maker:
             )
         return latents.squeeze(2)
 
-    def _section(self, latents: Tensor, texts: _Texts, settings: contract.PictureSettings) -> Section:
+    def _make_section(self, latents: Tensor, texts: _Texts, settings: contract.PictureSettings) -> Section:
         """Return latents and texts as a section for the denoising loop."""
         device = self.model.device
         positive_sizes = negative_sizes = None
@@ -195,13 +195,13 @@ class Maker:
 
     # Texts
 
-    def _chunks(self, picture: contract.AskedPicture) -> int:
-        return max(map(self.texts.chunks, [*self._parts(picture), *self._avoided(picture)]))
+    def _count_chunks(self, picture: contract.AskedPicture) -> int:
+        return max(map(self.texts.chunks, [*self._split_parts(picture), *self._list_avoided(picture)]))
 
-    def _parts(self, picture: contract.AskedPicture) -> list[str]:
+    def _split_parts(self, picture: contract.AskedPicture) -> list[str]:
         return split_parts(picture.prompt) if picture.settings.parts > 1 else [picture.prompt]
 
-    def _avoided(self, picture: contract.AskedPicture) -> list[str]:
+    def _list_avoided(self, picture: contract.AskedPicture) -> list[str]:
         """Return the negative text, with three passes also the empty one; [] without guidance."""
         settings = picture.settings
         if not samplers.is_guided(settings.scale, settings.negative_scale):
@@ -210,8 +210,8 @@ class Maker:
 
     def _encode(self, pictures: Sequence[contract.AskedPicture]) -> _Texts:
         settings = pictures[0].settings
-        prompts = [self._parts(picture) for picture in pictures]
-        avoided = [self._avoided(picture) for picture in pictures]
+        prompts = [self._split_parts(picture) for picture in pictures]
+        avoided = [self._list_avoided(picture) for picture in pictures]
         # with a mask of regions part i has LoRA i alone, in the negative text too; without one, all LoRAs
         is_regional = settings.parts > 1 and pictures[0].mask is not None
         states = self._encode_parts(pictures[0], prompts, avoided, is_regional)
@@ -233,7 +233,7 @@ class Maker:
 
         positive = [join(picture, parts) for picture, parts in zip(pictures, prompts, strict=True)]
         if self.vision is not None:
-            positive = self.vision.replace_pooled(positive, _paths_for_vision(pictures))
+            positive = self.vision.replace_pooled(positive, _list_vision_paths(pictures))
         return _Texts(positive, negative=join_avoided(0), blank=join_avoided(1))
 
     def _encode_parts(
@@ -248,7 +248,7 @@ class Maker:
         picture: any of the group. prompts: parts of each picture's prompt. avoided: its texts to avoid.
         """
         settings = picture.settings
-        chunks = self._chunks(picture)
+        chunks = self._count_chunks(picture)
         states: dict[tuple[str, int | None], contract.TextState] = {}
         for number in range(settings.parts):
             part = number if is_regional else None
@@ -282,7 +282,7 @@ def time_ids(settings: contract.PictureSettings, negative: bool) -> Tensor:
     return torch.tensor([(height, width, top, left, settings.height, settings.width)], dtype=torch.float32)
 
 
-def _paths_for_vision(pictures: Sequence[contract.AskedPicture]) -> list[Path]:
+def _list_vision_paths(pictures: Sequence[contract.AskedPicture]) -> list[Path]:
     """Return the image that CLIP sees for each picture. Raises OptionError if one has none."""
     paths = [picture.image for picture in pictures if picture.image is not None]
     if len(paths) < len(pictures):

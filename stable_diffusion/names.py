@@ -77,7 +77,7 @@ def unet_samplers(layers: Sequence[int]) -> Iterator[tuple[str, tuple[str, str],
         )
 
 
-def _pairs(levels: int, transformer: str, plain: tuple[int, ...]) -> Pairs:
+def _pair_names(levels: int, transformer: str, plain: tuple[int, ...]) -> Pairs:
     """Return the names of all modules of a U-Net.
 
     transformer: index of the transformer block, or `{n}`. plain: levels on the way up that have no attention
@@ -101,8 +101,8 @@ def _pairs(levels: int, transformer: str, plain: tuple[int, ...]) -> Pairs:
     return tuple(pairs)
 
 
-_SD = _pairs(4, "0", (0,))
-_SDXL = (*_pairs(3, "{n}", (2,)), *ADDED)
+_SD = _pair_names(4, "0", (0,))
+_SDXL = (*_pair_names(3, "{n}", (2,)), *ADDED)
 _OF_TEXTS: Sides = ((".attn2.to_k", 0, 1), (".attn2.to_v", 0, 1))
 
 

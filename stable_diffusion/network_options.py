@@ -7,14 +7,19 @@ from pathlib import Path
 
 from modules.errors import OptionError
 from modules.options import Options, option
+from networks.kinds.composing import BY_MODULE, OTHER_MODULES
 from networks.use_options import lora_rounding_option, multipliers_for
 
+NOT_READ = {"networks.boft": "BOFT", "networks.control_net_lllite": "a ControlNet-LLLite"}
 # of known scripts, for files that say themselves what they are; our own modules are read in the same way
 KNOWN_MODULES = (
-    "networks.lora", "networks.loha", "networks.lokr", "networks.lora_fa", "networks.dylora",
-    "networks.oft", "networks.oft_v2", "lycoris", "lycoris.kohya",
-)  # fmt: skip
-NOT_READ = {"networks.boft": "BOFT", "networks.control_net_lllite": "a ControlNet-LLLite"}
+    *BY_MODULE,
+    "networks.lora_fa",
+    "networks.dylora",
+    *(name for name in OTHER_MODULES if name not in NOT_READ),
+    "lycoris",
+    "lycoris.kohya",
+)
 LOW, HIGH = 63, 191  # thresholds of "canny" alone
 VGG_LAYER, VGG_LAYERS = 20, 30  # the default: after conv4_2 and its ReLU; the last one is a pooling
 

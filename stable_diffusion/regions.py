@@ -186,21 +186,21 @@ class _Batch:
                 changes.callback(hook.remove)
             elif name.endswith(".attn2"):
                 changes.callback(put_back, module, module.__dict__.get("forward"))
-                module.forward = self._coupled(module.forward)
+                module.forward = self._couple(module.forward)
 
     def region_of(self, part: int, name: str) -> Callable[[Tensor], Tensor]:
         """Return a function that limits the effect of a part's LoRA on the module `name` to the part's
         region.
         """
         if name.endswith((".attn2.to_k", ".attn2.to_v")):
-            return lambda added: self._for_text(part, added)
-        return lambda added: self._for_features(part, added)
+            return lambda added: self._limit_text(part, added)
+        return lambda added: self._limit_features(part, added)
 
     def _see_size(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         features = args[0] if args else kwargs["hidden_states"]
         self._size = (int(features.shape[-2]), int(features.shape[-1]))
 
-    def _coupled(self, attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def _couple(self, attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Return a cross-attention with a separate pass for each part of the context."""
 
         def forward(hidden_states: Tensor, encoder_hidden_states: Tensor, **settings: Any) -> Tensor:
@@ -209,36 +209,38 @@ class _Batch:
             parts = self.parts
             context = encoder_hidden_states.unflatten(1, (parts, -1)).transpose(0, 1).flatten(0, 1)
             out = attend(hidden_states.repeat(parts, 1, 1), encoder_hidden_states=context, **settings)
-            weights = self._at(self._weights, self._spatial_size(hidden_states))  # B P h w
+            weights = self._resize_masks(self._weights, self._find_spatial_size(hidden_states))  # B P h w
             weights = weights.flatten(2).transpose(0, 1).repeat(1, rows // weights.shape[0], 1)  # P R N
             return (out.unflatten(0, (parts, rows)) * weights[..., None].to(out.dtype)).sum(0)
 
         return forward
 
-    def _for_text(self, part: int, added: Tensor) -> Tensor:
+    def _limit_text(self, part: int, added: Tensor) -> Tensor:
         # added: P*R L C, of a part's own texts only
         limited = torch.zeros_like(added)
         rows = len(added) // self.parts
         limited[part * rows : (part + 1) * rows] = added[part * rows : (part + 1) * rows]
         return limited
 
-    def _for_features(self, part: int, added: Tensor) -> Tensor:
+    def _limit_features(self, part: int, added: Tensor) -> Tensor:
         # added: R C h w of convolutions, R (or P*R) N C of linear layers, R C of what has no places
         repeats = len(added) // len(self._regions)
         if added.ndim == 2:
             mask = self._means[:, part, None]
         elif added.ndim == 3:
-            mask = self._at(self._masks, self._spatial_size(added))[:, part].flatten(1)[..., None]
+            mask = self._resize_masks(self._masks, self._find_spatial_size(added))[:, part].flatten(1)[
+                ..., None
+            ]
         else:
-            mask = self._at(self._masks, (added.shape[-2], added.shape[-1]))[:, part : part + 1]
+            mask = self._resize_masks(self._masks, (added.shape[-2], added.shape[-1]))[:, part : part + 1]
         return added * mask.repeat(repeats, *[1] * (mask.ndim - 1)).to(added.dtype)
 
-    def _spatial_size(self, tokens: Tensor) -> tuple[int, int]:
+    def _find_spatial_size(self, tokens: Tensor) -> tuple[int, int]:
         assert self._size is not None
         assert self._size[0] * self._size[1] == tokens.shape[1], (self._size, tokens.shape)
         return self._size
 
-    def _at(self, by_size: dict[tuple[int, int], Tensor], size: tuple[int, int]) -> Tensor:
+    def _resize_masks(self, by_size: dict[tuple[int, int], Tensor], size: tuple[int, int]) -> Tensor:
         """Return masks or weights at a size of features, B P h w float32; `by_size` remembers them."""
         if size not in by_size:
             resized = resize(self._regions, size)

@@ -91,11 +91,11 @@ class PictureFiles:
                 "crop-left": sizes.crop_left or 0,
             }
         storable = {name: make_storable(str(value)) for name, value in texts.items() if value is not None}
-        with self._free(self._names(picture, digit, number)) as path:
+        with self._free(self._yield_names(picture, digit, number)) as path:
             write_png(path, np.asarray(image.convert("RGB")), storable)
         return path
 
-    def _names(self, picture: AskedPicture, digit: str, number: int) -> Iterator[str]:
+    def _yield_names(self, picture: AskedPicture, digit: str, number: int) -> Iterator[str]:
         """Yield names without suffix, the best first."""
         if picture.file_name is not None:
             return _named(picture.file_name.removesuffix(".png"), digit)
@@ -104,11 +104,11 @@ class PictureFiles:
             stem = replace_control_codes(picture.image.stem).encode("utf-8")[:LONGEST_NAME]
             return _named(stem.decode("utf-8", "ignore"), digit)
         if self.options.sequential_file_name:
-            return self._numbered(f"im_{digit}")
+            return self._yield_numbered(f"im_{digit}")
         start = f"im_{self.now():%Y%m%d%H%M%S}_{digit}"
         return (f"{start}{free:03d}_{picture.seed}" for free in count(number))
 
-    def _numbered(self, start: str) -> Iterator[str]:
+    def _yield_numbered(self, start: str) -> Iterator[str]:
         """Yield numbered names, beginning after the last existing file, whoever wrote it."""
         if start not in self._last:
             names = (path.stem.removeprefix(start) for path in self.options.outdir.glob(f"{start}??????.png"))
@@ -267,7 +267,7 @@ def _make_prompted(run: Run, module: ModuleType, failures: Failures) -> list[Pat
         with failures.note_errors("the next prompt"):
             yield from lines_of_round(asking.seeds.round_seed)
 
-    return run.make_all(_rounds(run, prompted), failures)
+    return run.make_all(_yield_rounds(run, prompted), failures)
 
 
 def _make_lines(
@@ -282,7 +282,7 @@ def _make_lines(
     if not usable:
         return []
     run = start(lines)
-    paths = run.make_all(_rounds(run, lambda: usable), failures)
+    paths = run.make_all(_yield_rounds(run, lambda: usable), failures)
     images = run.asking.inputs.images
     unused = len(images) - run.asking.num_pictures
     if unused > 0 and not lines[0].is_plain:
@@ -296,7 +296,7 @@ def _make_lines(
     return paths
 
 
-def _rounds(run: Run, lines_of_round: Callable[[], Iterable[Line]]) -> Iterator[Line]:
+def _yield_rounds(run: Run, lines_of_round: Callable[[], Iterable[Line]]) -> Iterator[Line]:
     """Yield the lines of --n_iter rounds; each begins when its first line is asked for."""
     prompts = run.options.prompts
     asking = run.asking

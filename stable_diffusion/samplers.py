@@ -78,16 +78,16 @@ def make_scheduler(
         if "rescale_betas_zero_snr" in accepted:
             settings["rescale_betas_zero_snr"] = True
         else:
-            settings["trained_betas"] = _zero_snr_betas()
+            settings["trained_betas"] = _make_zero_snr_betas()
     settings |= {name: value for name, value in optional.items() if name in accepted}
     with _no_warnings_to_developers():
         scheduler = scheduler_class(**settings)
     if isinstance(scheduler, LMSDiscreteScheduler):  # its own way takes scipy, which may not be installed
-        scheduler.get_lms_coefficient = partial(_lms_coefficient, scheduler)
+        scheduler.get_lms_coefficient = partial(_compute_lms_coefficient, scheduler)
     return scheduler
 
 
-def _lms_coefficient(scheduler: Any, order: int, index: int, which: int) -> float:
+def _compute_lms_coefficient(scheduler: Any, order: int, index: int, which: int) -> float:
     """Return the weight of the derivative from `which` steps ago (0: the latest) in a linear multistep of
     that order.
 
@@ -120,7 +120,7 @@ def check_sampling(zero_terminal_snr: bool, predicts_velocity: bool) -> None:
         )
 
 
-def _zero_snr_betas() -> list[float]:
+def _make_zero_snr_betas() -> list[float]:
     """Return betas that leave almost no data at the last timestep: 2^-24, as in diffusers' own classes."""
     low, high = (float(TRAINED[name]) ** 0.5 for name in ("beta_start", "beta_end"))
     betas = rescale_zero_terminal_snr(torch.linspace(low, high, TRAINED["num_train_timesteps"]) ** 2)
@@ -316,7 +316,7 @@ class UnetPasses:
             encoder_hidden_states=call.context.to(dtype),
             added_cond_kwargs=dict(call.added) or None,
             return_dict=False,
-            **_residuals_for_unet(call, dtype),
+            **_pass_residuals(call, dtype),
         )
         return output.float().unsqueeze(2)
 
@@ -327,7 +327,7 @@ def _tensor(conditions: Conditions, name: str) -> Tensor:
     return value
 
 
-def _residuals_for_unet(call: UnetCall, dtype: torch.dtype) -> dict[str, Any]:
+def _pass_residuals(call: UnetCall, dtype: torch.dtype) -> dict[str, Any]:
     """Return the arguments that pass the residuals of ControlNets to the U-Net; none without ControlNets."""
     if call.residuals is None:
         return {}

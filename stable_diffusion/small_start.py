@@ -124,11 +124,11 @@ class _Shrinking:
             return call
         # a ControlNet sees the whole size: what it adds has to be of the features' size
         skips, middle = call.residuals
-        sizes = self._feature_sizes()
+        sizes = self._list_feature_sizes()
         fitted = [resize_like(skip, size) for skip, size in zip(skips, sizes, strict=True)]
         return replace(call, residuals=(fitted, resize_like(middle, sizes[-1])))
 
-    def _feature_sizes(self) -> list[Size]:
+    def _list_feature_sizes(self) -> list[Size]:
         """Return the sizes of the input blocks' outputs in this call."""
         size = self.size
         sizes = []
@@ -311,7 +311,7 @@ class GrowingSteps:
         stepped = step(index, velocity, sample)
         if unsharp is None and self.s_noise == 1:
             return stepped
-        # all is linear: the derivative of what is resized is the derivative, resized
+        # split Euler's change of the sample from the noise that euler_a added: only the former is sharpened
         change = self._change(index, velocity, sample)
         noise = stepped - (sample + change)
         if unsharp is None:

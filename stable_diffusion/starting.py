@@ -35,12 +35,12 @@ LEAST_STEP, MOST_STEP = 2.0, 4.0
 
 def vary_noise(noise: Tensor, options: StartNoiseOptions, generator: torch.Generator) -> Tensor:
     """Add pyramid noise, then an offset, each with its probability. noise: C h w, standard deviation 1."""
-    if _hits(options.pyramid_noise_prob, generator):
+    if _draw_hit(options.pyramid_noise_prob, generator):
         assert options.pyramid_noise_discount_range is not None
-        noise = add_pyramid(noise, _between(options.pyramid_noise_discount_range, generator), generator)
-    if _hits(options.noise_offset_prob, generator):
+        noise = add_pyramid(noise, _draw_between(options.pyramid_noise_discount_range, generator), generator)
+    if _draw_hit(options.noise_offset_prob, generator):
         assert options.noise_offset_range is not None
-        noise = add_offset(noise, _between(options.noise_offset_range, generator), generator)
+        noise = add_offset(noise, _draw_between(options.noise_offset_range, generator), generator)
     return noise
 
 
@@ -59,7 +59,7 @@ def add_pyramid(noise: Tensor, discount: float, generator: torch.Generator) -> T
     level_height = float(height)
     level_width = float(width)
     for level in range(1, LEVELS + 1):
-        step = _between((LEAST_STEP, MOST_STEP), generator)
+        step = _draw_between((LEAST_STEP, MOST_STEP), generator)
         level_height = max(level_height / step, 1.0)
         level_width = max(level_width / step, 1.0)
         coarse = _draw((channels, int(level_height), int(level_width)), noise, generator)
@@ -70,11 +70,11 @@ def add_pyramid(noise: Tensor, discount: float, generator: torch.Generator) -> T
     return total / total.std()
 
 
-def _hits(probability: float | None, generator: torch.Generator) -> bool:
-    return bool(probability) and _between((0.0, 1.0), generator) < (probability or 0)
+def _draw_hit(probability: float | None, generator: torch.Generator) -> bool:
+    return bool(probability) and _draw_between((0.0, 1.0), generator) < (probability or 0)
 
 
-def _between(limits: tuple[float, ...], generator: torch.Generator) -> float:
+def _draw_between(limits: tuple[float, ...], generator: torch.Generator) -> float:
     share = torch.rand((), generator=generator, device=generator.device).item()
     return limits[0] + (limits[1] - limits[0]) * share
 

@@ -77,12 +77,12 @@ def read_folder_text(checkpoint: Checkpoint, is_open_clip: bool, is_projected: b
 
 
 def _read_clip_l(checkpoint: Checkpoint, prefix: str) -> TextPlan:
-    tower = _part(checkpoint, prefix, "CLIP-L")
+    tower = _select_part(checkpoint, prefix, "CLIP-L")
     return TextPlan(read_clip_text(tower, USE, {"hidden_act": "quick_gelu"}), is_open_clip=False)
 
 
 def _read_open_clip(checkpoint: Checkpoint, prefix: str, is_projected: bool = False) -> TextPlan:
-    tower = _part(checkpoint, prefix, "OpenCLIP")
+    tower = _select_part(checkpoint, prefix, "OpenCLIP")
     sources: dict[str, TensorSource] = {}
     for name, source in plain_sources(tower).items():
         for our_name, third in open_clip_names(name) or [(name, None)]:
@@ -96,7 +96,7 @@ def _cut_third(third: int, rows: Tensor) -> Tensor:
     return rows.chunk(3)[third]
 
 
-def _part(checkpoint: Checkpoint, prefix: str, what: str) -> Checkpoint:
+def _select_part(checkpoint: Checkpoint, prefix: str, what: str) -> Checkpoint:
     """Return the tensors below a prefix, by names without it."""
     if not any(name.startswith(prefix) for name in checkpoint.tensors):
         raise CheckpointError(

@@ -110,13 +110,13 @@ def _learn(tower: TextTower, words: Sequence[LearnedWord], index: int) -> TextTo
         first += len(word.vectors[index])
     # names of files take precedence over names derived from other files
     file_names = {name.lower() for name in ids}
-    for name, numbers in _derived_names(words, ids).items():
+    for name, numbers in _derive_names(words, ids).items():
         if name.lower() not in file_names:
             ids[name] = numbers
     return replace(tower, tokenize=with_words(tower.tokenize, ids), strides=strides)
 
 
-def _derived_names(words: Sequence[LearnedWord], ids: Mapping[str, list[int]]) -> dict[str, list[int]]:
+def _derive_names(words: Sequence[LearnedWord], ids: Mapping[str, list[int]]) -> dict[str, list[int]]:
     """Return the derived names and their ids: names of each word's single vectors, and the names in the
     files.
     """

@@ -271,11 +271,11 @@ def unet_parts(config: Mapping[str, Any]) -> list[tuple[str, int]]:
     counts = _count_layers(config)
     parts: list[tuple[str, int]] = []
     for level, (kind, count) in enumerate(zip(down_types, counts, strict=True)):
-        parts += _parts_of_level(f"down_blocks.{level}", kind, count)
+        parts += _list_level_parts(f"down_blocks.{level}", kind, count)
     parts += [("mid_block.resnets", 2), ("mid_block.attentions", 1)]
     up_types: Sequence[str] = config["up_block_types"]
     for level, (kind, count) in enumerate(zip(up_types, reversed(counts), strict=True)):
-        parts += _parts_of_level(f"up_blocks.{level}", kind, count + 1)
+        parts += _list_level_parts(f"up_blocks.{level}", kind, count + 1)
     return parts
 
 
@@ -285,7 +285,7 @@ def _count_layers(config: Mapping[str, Any]) -> list[int]:
     return [layers] * len(config["down_block_types"]) if isinstance(layers, int) else [*layers]
 
 
-def _parts_of_level(path: str, kind: str, count: int) -> list[tuple[str, int]]:
+def _list_level_parts(path: str, kind: str, count: int) -> list[tuple[str, int]]:
     parts = [(f"{path}.resnets", count)]
     return [*parts, (f"{path}.attentions", count)] if kind.startswith("CrossAttn") else parts
 

@@ -60,7 +60,7 @@ def check_before_loading(family: Family, options: TrainingOptions, others: Other
     check_ways(options.speed, uses_of(family, options, others))
     counts = family.block_counts()
     swap = options.speed.swap
-    if counts and isinstance(swap.blocks_to_swap, int):
+    if counts and not swap.is_auto:
         check_swap(family.dit, swap.number, counts)
     check_model(options, family, lambda: counts)
     check_schedule(options, options.loop.known_steps)

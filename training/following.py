@@ -1,18 +1,22 @@
 """Make the command lines that can follow a training: continue, generate, convert."""
 
 import shlex
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from contract.families import HIGH_NOISE
+from contract.families import HIGH_NOISE, FamilyEntry
+from contract.family import Family
 from dataset.batches.example import find_example
+from dataset.batches.items import NO_COMMANDS, CachingCommands
 from modules.command import quote_for_powershell
+from modules.console import quiet
 from modules.installation import command_words
 from modules.limits import MAX_EXAMPLE_CHARACTERS
 from modules.option_values import FillIn, missing_words, option_words
 from modules.options import STARTS, option_values, options_with
+from modules.repeated_options import RepeatedOption, fill_options
 from networks.kinds.contract import NetworkKind
 from networks.module_names import read_family
 from networks.names.layouts import KNOWN, TRAINED_ON
@@ -37,8 +41,57 @@ STARTING = {"initial_step", "initial_epoch"}
 SCALES = ("guidance_scale", f"guidance_scale_{HIGH_NOISE}")
 OF_SAMPLES = ("infer_steps", *SCALES, "flow_shift", "sample_solver", "seed", "negative_prompt")
 OTHER_NAMES = {"infer_steps": "steps", "sample_solver": "solver"}
-# given a sample as `Request` names its values: the script and the options that generate
-Generation = Callable[[Mapping[str, Any]], Sequence[str]]
+
+
+@dataclass(frozen=True)
+class TrainingCommand:
+    """The command of a training, whose options the commands before and after it repeat."""
+
+    script: str = "the training script"
+    script_options: Sequence[ScriptOption] = ()
+    entry: FamilyEntry | None = None  # None: no script caches for this model or generates with it
+    family_options: Any = None  # record of the family's options
+    recalled: Sequence[RepeatedOption] = ()  # options that made the caches, see `recall_options`
+
+    @property
+    def typed(self) -> dict[str, str]:
+        """Return the flags of the options that were typed, by public name."""
+        return {option.name: option.flag for option in self.script_options if option.is_changed}
+
+    @property
+    def spellings(self) -> Mapping[str, str]:
+        """Return the flags of shared options of generation; see `FamilyEntry.spellings`."""
+        return {} if self.entry is None else self.entry.spellings
+
+    def caching_commands(self, dataset_config: Path | None, family: Family) -> CachingCommands:
+        """Return the commands that make missing caches.
+
+        They have what follows from the checkpoint; not the files of the caches that are there, which may be
+        of another model.
+        """
+        if self.entry is None:
+            return NO_COMMANDS
+        return CachingCommands(
+            *self.entry.caching_commands(
+                self.family_options, dataset_config, family.caching_switches, self.typed
+            )
+        )
+
+    def generation_words(self, sample: Mapping[str, Any], with_caches: bool) -> list[str]:
+        """Return the script and the options that generate. sample: its values as `Request` names them.
+
+        with_caches: name the files that made the caches, which a training without samples does not need.
+        """
+        assert self.entry is not None
+        if not with_caches:
+            return self.entry.generation_words(self.family_options, sample, self.typed)
+        with quiet():  # a record that is made again warns again
+            filled = fill_options(self.family_options, self.recalled)
+        typed_before = {option.name: option.typed for option in self.recalled}
+        return self.entry.generation_words(filled, sample, {**typed_before, **self.typed})
+
+
+NO_COMMAND = TrainingCommand()
 
 
 def describe_elsewhere(network: NetworkOptions | None) -> str | None:
@@ -59,13 +112,12 @@ class NextSteps:
     """Make the command lines that can follow a run."""
 
     plan: TrainingPlan
-    script: str  # that trains
-    script_options: Sequence[ScriptOption]
-    generation: Generation | None
-    # of the first sample, see `Generation`; in a run without samples caption and files of a training item
+    command: TrainingCommand
+    # of the first sample, as `Request` names its values; in a run without samples caption and files of a
+    # training item
     sample: Mapping[str, Any]
     sample_loras: Sequence[tuple[Path, float]] = ()  # that the samples have besides, with multipliers
-    spellings: Mapping[str, str] = field(default_factory=dict)  # of shared options: `FamilyEntry.spellings`
+    is_of_caches: bool = False  # the run makes no samples: the files that made the caches are named
 
     @property
     def options(self) -> TrainingOptions:
@@ -98,8 +150,8 @@ class NextSteps:
             if values[name] is not None:
                 here += f" --{name} is written into no file: add it if you want it again."
         commands = [replace(resume, note=" ".join(filter(None, (resume.note, here))))]
-        if self.generation is not None:
-            generate = self._generate(self.generation, file)
+        if self.command.entry is not None:
+            generate = self._generate(file)
             if saved is None and not file.exists():
                 generate = replace(generate, note=f"{generate.note} {file.name} is not saved yet.".lstrip())
             commands.append(generate)
@@ -180,11 +232,11 @@ class NextSteps:
     def _words(self, without: Collection[str] = ()) -> list[str]:
         options = [
             option
-            for option in self.script_options
+            for option in self.command.script_options
             if option.is_changed and option.is_typed and option.name not in without
         ]
         words = [word for option in options for word in option.words]
-        return [*self._launcher(), self.script, *words]
+        return [*self._launcher(), self.command.script, *words]
 
     def _launcher(self) -> list[str]:
         processes = self.plan.accelerator.num_processes
@@ -201,16 +253,21 @@ class NextSteps:
         entries = [entry.name for entry in self.names.folder.iterdir()]
         return any(map(state_pattern(self.names.name).fullmatch, entries))
 
-    def _generate(self, generation: Generation, file: Path) -> PageCommand:
+    def _generate(self, file: Path) -> PageCommand:
         speed = self.options.speed
         launcher = self._launcher() if needed_in_generation(speed) else ["python"]
-        words = [*launcher, *generation(self.sample), *option_words(say_for_generation(speed))]
+        generation = self.command.generation_words(self.sample, with_caches=self.is_of_caches)
+        words = [*launcher, *generation, *option_words(say_for_generation(speed))]
         high_files, other_files = self._trained_files(file)
         words = self._with_trained(words, "", other_files)
         if f"--dit_{HIGH_NOISE}" in words:
             words = self._with_trained(words, f"_{HIGH_NOISE}", high_files)
-        folder_flag = self.spellings.get("save_path", "--save_path")
-        words += [*say_sample(self.sample, self.spellings), folder_flag, str(file.parent / "generated")]
+        folder_flag = self.command.spellings.get("save_path", "--save_path")
+        words += [
+            *say_sample(self.sample, self.command.spellings),
+            folder_flag,
+            str(file.parent / "generated"),
+        ]
         shows_sample = self.options.samples.are_made and self.sample
         note = "The first sample again; change the prompt." if shows_sample else ""
         return _command("Generate with it", words, note)
@@ -242,10 +299,10 @@ class NextSteps:
             words[words.index(f"--dit{ending}") + 1] = str(files[0])
         loras += self.sample_loras
         if loras:
-            flag = self.spellings.get("lora_weight", "--lora_weight")
+            flag = self.command.spellings.get("lora_weight", "--lora_weight")
             words += [f"{flag}{ending}", *(str(path) for path, _ in loras)]
         if self.sample_loras:
-            flag = self.spellings.get("lora_multiplier", "--lora_multiplier")
+            flag = self.command.spellings.get("lora_multiplier", "--lora_multiplier")
             words += [f"{flag}{ending}", *(f"{multiplier:g}" for _, multiplier in loras)]
         return words
 
@@ -256,7 +313,7 @@ def _file_index(files: Sequence[Path], expert: int) -> int:
 
 
 def say_sample(sample: Mapping[str, Any], spellings: Mapping[str, str] | None = None) -> list[str]:
-    """Return the words of shared options that make a sample; see `Generation`.
+    """Return the words of shared options that make a sample, given by the names of `Request`.
 
     spellings: see `FamilyEntry`.
     """
@@ -286,34 +343,14 @@ def _command(title: str, words: Sequence[str], note: str = "") -> PageCommand:
     )
 
 
-def plan_next_steps(
-    plan: TrainingPlan,
-    sampler: "Sampler | None",
-    script: str = "the training script",
-    script_options: Sequence[ScriptOption] = (),
-    generation: Generation | None = None,
-    generation_of_caches: Generation | None = None,
-    cached_with: Mapping[str, Any] | None = None,
-    spellings: Mapping[str, str] | None = None,
-) -> NextSteps:
-    """Return a maker of the command lines that can follow the run. What follows `sampler` is as there.
-
-    generation_of_caches: in place of `generation` for a run without samples, which needs no encoders and may
-    not know their files. cached_with: the options that made the caches, by name. spellings: see `NextSteps`.
-    """
-    sample: dict[str, Any] = {} if sampler is None else sampler.first_values
-    if sampler is None and plan.accelerator.is_main_process:
-        generation = generation_of_caches or generation
-        sample = say_example(plan, cached_with or {})
-    return NextSteps(
-        plan,
-        script=script,
-        script_options=script_options,
-        generation=generation,
-        sample=sample,
-        sample_loras=() if sampler is None else plan.options.samples.loras(),
-        spellings=spellings or {},
-    )
+def plan_next_steps(plan: TrainingPlan, sampler: "Sampler | None", command: TrainingCommand) -> NextSteps:
+    """Return a maker of the command lines that can follow the run."""
+    if sampler is not None:
+        return NextSteps(plan, command, sampler.first_values, plan.options.samples.loras())
+    if not plan.accelerator.is_main_process:
+        return NextSteps(plan, command, sample={})
+    cached_with = {option.name: option.value for option in command.recalled}
+    return NextSteps(plan, command, sample=say_example(plan, cached_with), is_of_caches=True)
 
 
 def say_example(plan: TrainingPlan, cached_with: Mapping[str, Any]) -> dict[str, Any]:

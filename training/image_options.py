@@ -18,6 +18,7 @@ from modules.errors import OptionError
 from modules.option_values import to_path
 from modules.options import STARTS, Options, not_needed, option, read_options, unsupported
 from modules.parser import Parser, add_options, typed_names
+from running.options import SWAPPING
 from running.ways.composing import list_block_options, list_shared_things
 from training.config_options import write_config_file
 from training.features.composing import options_of_blocks
@@ -357,7 +358,7 @@ _refused_by_noise = {
     ),
     **dict.fromkeys(
         (
-            *("blocks_to_swap", "use_pinned_memory_for_block_swap", "img_in_txt_in_offloading"),
+            *(*SWAPPING, "use_pinned_memory_for_block_swap"),
             *(*list_block_options(), *options_of_blocks()),
         ),
         _OF_BLOCKS,

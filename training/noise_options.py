@@ -1,7 +1,7 @@
 """Options of how noisy the training samples are, and how losses are measured and weighted."""
 
 from modules.errors import OptionError
-from modules.options import FREE, Options, option
+from modules.options import Options, option
 
 # mu of a shift that follows the size: how many tokens and mu there, at two places of a straight line
 SIZE_SHIFTS = {
@@ -130,9 +130,6 @@ class TimestepOptions(Options, title="timesteps and loss weights"):
         nargs=2,
         metavar=("LOW", "HIGH"),
         needs="timestep_focus",
-    )
-    show_timesteps: str | None = option(
-        "show the distribution of timesteps and weights, then exit", choices=("image", "console"), facts=FREE
     )
 
     def __post_init__(self) -> None:

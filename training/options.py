@@ -39,6 +39,7 @@ from training.config_options import (
 )
 from training.features.composing import (
     find_record,
+    find_show,
     options_at,
     refuse_combinations,
     refused_for_whole,
@@ -136,7 +137,7 @@ class TrainingOptions(Options):
         if self.is_fused:
             self._check_fused()
         refuse_combinations(self)
-        if self.timesteps.show_timesteps is not None:
+        if find_show(self) is not None:
             return
         if self.subset is None or not self.subset.replaces_toml:
             require(self.loop.dataset_config, "--dataset_config", "a TOML file that describes the data sets")
@@ -160,8 +161,8 @@ class TrainingOptions(Options):
     @property
     def only_shows(self) -> bool:
         shows_pictures = self.subset is not None and self.subset.debug_dataset
-        shows_timesteps = self.timesteps.show_timesteps is not None
-        return shows_timesteps or shows_pictures or self.loop.check or self.speed.plan.is_planning
+        is_shown = find_show(self) is not None or shows_pictures
+        return is_shown or self.loop.check or self.speed.plan.is_planning
 
     @property
     def by_expert(self) -> learning_options.ExpertTrainingOptions:
@@ -212,17 +213,7 @@ class TrainingOptions(Options):
                 f"{flags}: trained weights are kept in float32, or in bfloat16 with --full_bf16, because "
                 f"{stored.form} would lose the steps; leave it out, or train a LoRA"
             )
-        swap = self.speed.swap
-        if swap.blocks_to_swap and not options.fused_backward_pass:
-            raise OptionError(
-                f"--blocks_to_swap {swap.blocks_to_swap} with trained weights: each must be stepped "
-                "while its block is on the device. Add --fused_backward_pass, or leave it out"
-            )
-        if swap.img_in_txt_in_offloading:
-            raise OptionError(
-                "--img_in_txt_in_offloading: these layers are trained, so they must be on the device. Leave "
-                "it out"
-            )
+        self.speed.swap.refuse_trained(options.fused_backward_pass)
 
     def _check_fused(self) -> None:
         accumulation = self.loop.gradient_accumulation_steps

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from contract.family import Family
-from dataset.batches.items import NO_COMMANDS, CachingCommands
 from modules.installation import RUN_CHECKS, RUN_GOES_ON
 from modules.lost_processes import LostProcessError
 from modules.options import option_values
@@ -29,7 +28,7 @@ from training.features.composing import (
     sampled_average,
 )
 from training.features.contract import Hooks, RunEnd
-from training.following import NextSteps, plan_next_steps
+from training.following import NO_COMMAND, TrainingCommand, plan_next_steps
 from training.learning import load_model, make_run
 from training.loop import train
 from training.options import TrainingOptions
@@ -53,15 +52,14 @@ logger = logging.getLogger(__name__)
 def train_network(
     family: Family,
     options: TrainingOptions,
-    commands: CachingCommands = NO_COMMANDS,
-    follow: Callable[..., NextSteps] = plan_next_steps,
+    command: TrainingCommand = NO_COMMAND,
     others: OtherFamilies = NO_OTHERS,
 ) -> int:
     """Train a network (a LoRA) for a family's DiT, or the whole DiT, from the first step or a saved state.
 
-    commands: to show if caches are missing. follow: given the plan and the sampler, makes the commands that
-    the page shows as next steps. others: models besides the trained one. Returns the program's exit code.
-    Raises UserError if the user has to change something.
+    command: that was typed; the commands for missing caches and those that can follow repeat its options.
+    others: models besides the trained one. Returns the program's exit code. Raises UserError if the user has
+    to change something.
     """
     if os.environ.get(RUN_GOES_ON) == RUN_CHECKS:
         read_config(options, family)
@@ -70,10 +68,11 @@ def train_network(
     if options.only_shows:
         from training.previews import show_preview  # trains nothing
 
+        commands = command.caching_commands(options.loop.dataset_config, family)
         return show_preview(family, options, commands, others)
     with end_of_run(options) as end:
         try:
-            with prepare_run(family, options, commands, follow=follow, others=others, end=end) as run:
+            with prepare_run(family, options, command, others=others, end=end) as run:
                 end.has_begun = True
                 train(run)
         except torch.OutOfMemoryError as error:
@@ -89,8 +88,7 @@ def train_network(
 def prepare_run(
     family: Family,
     options: TrainingOptions,
-    commands: CachingCommands = NO_COMMANDS,
-    follow: Callable[..., NextSteps] = plan_next_steps,
+    command: TrainingCommand = NO_COMMAND,
     others: OtherFamilies = NO_OTHERS,
     end: RunEnd | None = None,
 ) -> Iterator[TrainingRun]:
@@ -105,12 +103,19 @@ def prepare_run(
         end.is_due = accelerator.is_main_process
         if processes is not None:
             processes.at_end = lambda reason: act_at_end(end, LostProcessError(reason))
-        plan = make_plan(family, options, commands, config=config, accelerator=accelerator, others=others)
+        plan = make_plan(
+            family,
+            options,
+            command.caching_commands(options.loop.dataset_config, family),
+            config=config,
+            accelerator=accelerator,
+            others=others,
+        )
         end.progress, end.total_steps = plan.progress, plan.steps.total_steps
         # texts and images are encoded while there is no DiT
         sampler = _make_sampler(plan)
         hooks = prepare_features(plan)
-        following = follow(plan, sampler)
+        following = plan_next_steps(plan, sampler, command)
         if processes is not None:
             processes.advice = following.after_loss
         swap, memory = _plan_memory(plan)

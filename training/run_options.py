@@ -35,7 +35,7 @@ def read_seed(text: str) -> int:
 
 
 class LoopOptions(Options, title="training run"):
-    """Length and data of a training. `dataset_config` is None only with --show_timesteps."""
+    """Length and data of a training. `dataset_config` is None only if no data are trained on."""
 
     key_files = (DATASET_FILE,)
 

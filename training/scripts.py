@@ -1,11 +1,11 @@
 """Make the training scripts of a family: read its options, then hand it to the training loop."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from contract.families import FAMILIES, FamilyEntry, Script
+from contract.families import FAMILIES, Script
 from modules.command import name_as_typed, print_loading
 from modules.errors import UserError
 from modules.installation import import_own
@@ -68,27 +68,17 @@ def training_script(
 
             entry.say_notice()
             print_loading()
-            from dataset.batches.items import CachingCommands
-            from training.following import plan_next_steps
+            from training.following import TrainingCommand
             from training.other_families import OtherFamilies
             from training.run import train_network  # torch loads here, after every option has been read
 
             model = entry.make_family("training", family_options)
-            typed = {option.name: option.flag for option in script_options if option.is_changed}
-            # options of the caching script that follow from the checkpoint; not the files of the caches that
-            # are there, which may be of another model
-            commands = entry.caching_commands(
-                family_options, options.loop.dataset_config, model.caching_switches, typed
-            )
-            recalled = _recall(options, family)
-            follow = partial(
-                plan_next_steps,
-                script=f"{entry.script}_train.py" if whole_dit else f"{entry.training_script}.py",
-                script_options=script_options,
-                generation=partial(entry.generation_words, family_options, typed=typed),
-                generation_of_caches=_generation_of_caches(entry, family_options, recalled, typed),
-                spellings=entry.spellings,
-                cached_with={option.name: option.value for option in recalled},
+            command = TrainingCommand(
+                f"{entry.script}_train.py" if whole_dit else f"{entry.training_script}.py",
+                script_options,
+                entry=entry,
+                family_options=family_options,
+                recalled=_recall(options, family),
             )
             room = import_own(f"{entry.room}.family")
             make_sampling = getattr(room, "family_for_samples", lambda options: None)
@@ -98,31 +88,13 @@ def training_script(
             code = train_network(
                 model,
                 options,
-                commands=CachingCommands(*commands),
-                follow=follow,
+                command,
                 others=OtherFamilies(make_sampling(family_options), make_other),
             )
         if code:
             raise SystemExit(code)
 
     return Script(train)
-
-
-def _generation_of_caches(
-    entry: FamilyEntry, family_options: Any, recalled: "Sequence[RepeatedOption]", typed: Mapping[str, str]
-) -> Callable[[Mapping[str, Any]], Sequence[str]]:
-    """Return a function as `following.Generation`, with the files that made the caches.
-
-    The training does not need them itself. recalled: the options that made the caches. typed: flags of the
-    options of this run.
-    """
-    from modules.console import quiet
-    from modules.repeated_options import fill_options
-
-    with quiet():  # a record that is made again warns again
-        filled = fill_options(family_options, recalled)
-    typed_before = {option.name: option.typed for option in recalled}
-    return partial(entry.generation_words, filled, typed={**typed_before, **typed})
 
 
 def _recall(options: TrainingOptions, family: str) -> "list[RepeatedOption]":

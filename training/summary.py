@@ -366,7 +366,7 @@ def make_reporter(plan: TrainingPlan, following: NextSteps, memory: MemoryWatch 
         progress.step if is_main else 0,  # other processes read nothing of it
         is_written=is_main and not plan.options.logs.no_page,
     )
-    script_options = following.script_options
+    script_options = following.command.script_options
     start = history.Start(
         model=plan.family.name,
         total_steps=plan.steps.total_steps,

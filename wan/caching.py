@@ -110,7 +110,7 @@ def batch_conditions(
     batch.check(needed, f"--task {task.name}")
     conditions: dict[str, Tensor | list[Tensor]] = {"t5": batch.tensors["t5"]}
     if task.has_features:
-        conditions["clip"] = _cached_features(task, config, batch)
+        conditions["clip"] = _read_features(task, config, batch)
     elif zeros_on is not None:
         conditions |= no_features(config, len(batch), zeros_on)
     image = batch.tensor("latents_image").float() if task.takes_image else None
@@ -127,7 +127,7 @@ def batch_conditions(
     return conditions
 
 
-def _cached_features(task: WanTask, config: WanConfig, batch: Batch) -> Tensor:
+def _read_features(task: WanTask, config: WanConfig, batch: Batch) -> Tensor:
     """Return the CLIP features of a batch. Raises CacheError if they are of another number of images."""
     clip = batch.tensor("clip")
     positions = config.image_positions

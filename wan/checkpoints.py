@@ -66,8 +66,8 @@ def identify(path: Path) -> str | None:
         with open_checkpoint(path) as checkpoint:
             named = bare_names(checkpoint)
             kind = kind_of(named.tensors)
-            if _is_wan(_shapes(named)):
-                return f"it is a Wan transformer (--dit) for --task {_name_models(_header(named))}"
+            if _is_wan(_list_shapes(named)):
+                return f"it is a Wan transformer (--dit) for --task {_name_models(_read_header(named))}"
             return None if kind is None else f"it looks like {kind}"
     except CheckpointError:
         return None
@@ -79,10 +79,10 @@ def check_task(header: DitHeader[WanConfig], task: WanTask, path: Path, option: 
     option: the option that named the file.
     """
     if header.config.kind != task.model_kind:
-        versions = dict.fromkeys(f"Wan{TASKS[name].version}" for name in _fitting(header))
+        versions = dict.fromkeys(f"Wan{TASKS[name].version}" for name in _list_fitting_tasks(header))
         raise CheckpointError(
             f"{path} does not fit --task {task.name}:\n"
-            f"  {_difference(header.config, task)} The file looks like {_name_models(header)} of "
+            f"  {_describe_difference(header.config, task)} The file looks like {_name_models(header)} of "
             f"{' or '.join(versions)}.\n"
             f"  Use --task {_name_models(header)}, or give a {KIND_WORDS[task.model_kind]} checkpoint to "
             f"{option}.",
@@ -104,7 +104,7 @@ def note_task(
             "rounds it while it is read",
             path.name,
         )
-    alike = [name for name in _fitting(header) if TASKS[name].version != task.version]
+    alike = [name for name in _list_fitting_tasks(header) if TASKS[name].version != task.version]
     if alike and config.dim == task.dim:
         logger.info(
             "%s is used as Wan%s %s, as --task says: a file of %s has the same tensors",
@@ -124,12 +124,12 @@ def note_task(
         )
 
 
-def _sources(checkpoint: Checkpoint, header: DitHeader[WanConfig]) -> Mapping[str, TensorSource]:
+def _make_sources(checkpoint: Checkpoint, header: DitHeader[WanConfig]) -> Mapping[str, TensorSource]:
     # any dialect: a file of VACE's blocks may have another one than the transformer
     return rename_sources(plain_sources(checkpoint), lambda name: translate_name(name, FROM_DIFFUSERS))
 
 
-def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+def _list_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
     tensors = checkpoint.tensors.items()
     return {translate_name(name, FROM_DIFFUSERS): tuple(info.shape) for name, info in tensors}
 
@@ -138,9 +138,9 @@ def _is_wan(shapes: Mapping[str, tuple[int, ...]]) -> bool:
     return len(shapes.get("patch_embedding.weight", ())) == 5 and "blocks.0.self_attn.q.weight" in shapes
 
 
-def _header(checkpoint: Checkpoint) -> DitHeader[WanConfig]:
+def _read_header(checkpoint: Checkpoint) -> DitHeader[WanConfig]:
     names = checkpoint.tensors
-    shapes = _shapes(checkpoint)
+    shapes = _list_shapes(checkpoint)
     dialect = "diffusers" if "condition_embedder.time_proj.weight" in names else "official"
     if not _is_wan(shapes):
         raise other_kind(checkpoint, "a Wan transformer", "--dit", "the checkpoint of a transformer")
@@ -155,7 +155,7 @@ def _header(checkpoint: Checkpoint) -> DitHeader[WanConfig]:
             path,
         )
     block_weight = "blocks.0.attn1.to_q.weight" if dialect == "diffusers" else "blocks.0.self_attn.q.weight"
-    return DitHeader(_config(path, shapes), dialect, names[block_weight].dtype)
+    return DitHeader(_read_config(path, shapes), dialect, names[block_weight].dtype)
 
 
 def _refuse_variants(path: Path, names: Iterable[str], has_image: bool) -> None:
@@ -173,7 +173,7 @@ def add_vace_header(checkpoint: Checkpoint, header: DitHeader[WanConfig], dit: P
     """
     path = checkpoint.path
     config = header.config
-    shapes = _shapes(bare_names(checkpoint))
+    shapes = _list_shapes(bare_names(checkpoint))
     weight = shapes.get("vace_patch_embedding.weight", ())
     layers = _count_blocks(shapes, "vace_blocks")
     if len(weight) != 5 or weight[1] != VACE_DIM or not layers:
@@ -191,7 +191,7 @@ def add_vace_header(checkpoint: Checkpoint, header: DitHeader[WanConfig], dit: P
     return replace(header, config=replace(config, vace_layers=layers, vace_dim=channels))
 
 
-# axes of the weights that `_config` reads; GGUF files may lack leading sides of 1
+# axes of the weights that `_read_config` reads; GGUF files may lack leading sides of 1
 _LEAST_AXES = {
     "patch_embedding.weight": 5,
     "blocks.0.ffn.0.weight": 2,
@@ -213,7 +213,7 @@ _NEEDED = (
 
 
 def _check_shapes(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise CheckpointError if a weight that `_config` reads is missing or has too few axes."""
+    """Raise CheckpointError if a weight that `_read_config` reads is missing or has too few axes."""
     missing = [name for name in _NEEDED if name not in shapes]
     if missing:
         raise CheckpointError(
@@ -227,7 +227,7 @@ def _check_shapes(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
             raise CheckpointError(f"{path} does not fit Wan: {name} is {sizes}. Download it again.", path)
 
 
-def _config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> WanConfig:
+def _read_config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> WanConfig:
     _check_shapes(path, shapes)
     dim, in_dim, *patch = shapes["patch_embedding.weight"]
     layers = _count_blocks(shapes, "blocks")
@@ -291,19 +291,19 @@ def _count_blocks(shapes: Mapping[str, tuple[int, ...]], blocks: str) -> int:
 
 
 def _name_models(header: DitHeader[WanConfig]) -> str:
-    names = _fitting(header)
+    names = _list_fitting_tasks(header)
     both = len({TASKS[name].version for name in names}) > 1
     return " or ".join(names) + (" (their files have the same tensors)" if both else "")
 
 
-def _fitting(header: DitHeader[WanConfig]) -> list[str]:
+def _list_fitting_tasks(header: DitHeader[WanConfig]) -> list[str]:
     """Return the tasks that a file fits; only those of its size, if there are any."""
     tasks = [task for task in TASKS.values() if task.model_kind == header.config.kind and task.frames > 1]
     sized = [task for task in tasks if task.dim == header.config.dim]
     return [task.name for task in sized or tasks]
 
 
-def _difference(config: WanConfig, task: WanTask) -> str:
+def _describe_difference(config: WanConfig, task: WanTask) -> str:
     if config.in_dim != task.in_dim:
         return f"patch_embedding.weight takes {config.in_dim} input channels, {task.name} has {task.in_dim}."
     if (config.kind == VACE) != (task.kind == VACE):
@@ -328,7 +328,7 @@ def make_dit(config: WanConfig, *settings: Any) -> WanModel:
     return WanVaceModel(config, *settings)
 
 
-FORMAT = DitFormat(_header, lambda header: KIND_WORDS[header.config.kind], make_dit, _sources)
+FORMAT = DitFormat(_read_header, lambda header: KIND_WORDS[header.config.kind], make_dit, _make_sources)
 # loading takes rope and precision of `WanModel` too
 read_dit_header, load_dit = (
     FORMAT.read_header,

@@ -227,7 +227,7 @@ class Wan(OneTransformer):
         With an image kind, also return the CLIP features and the image condition. Stored in the VAE's dtype,
         CLIP features in float16, as in the caches of other tuners.
         """
-        dtype = self.files.beside(self.files.vae_dtype)
+        dtype = self.files.encoder_dtype(self.files.vae_dtype)
         entries = []
         for part in media.split_for(encoders.vae.device):
             entries += encode_together(encoders, part, dtype, self.image_kind)
@@ -240,7 +240,7 @@ class Wan(OneTransformer):
 
     def latents_from_moments(self, media: MomentsBatch) -> list[CacheEntry]:
         """Return normalised means of the posteriors: no sample is drawn, as for clips encoded here."""
-        dtype = self.files.beside(self.files.vae_dtype)
+        dtype = self.files.encoder_dtype(self.files.vae_dtype)
         latents = normalise(media.moments.float().chunk(2, dim=1)[0]).to(dtype)
         return [CacheEntry({"latents": latent}) for latent in latents]
 

@@ -112,7 +112,7 @@ class WanFiles(TransformerFiles):
         dit = self.dit or self.dit_high_noise
         return None if dit is None else self.dit_dtype or self.dit_header().compute_dtype
 
-    def beside(self, chosen: torch.dtype | None, usual: torch.dtype | None = None) -> torch.dtype:
+    def encoder_dtype(self, chosen: torch.dtype | None, usual: torch.dtype | None = None) -> torch.dtype:
         return chosen or self.compute_dtype() or usual or self.usual
 
     def text_encoders(self) -> list[TextEncoder]:
@@ -121,7 +121,7 @@ class WanFiles(TransformerFiles):
         return [WanTextEncoder(self.t5_path, self.t5_tokenizer, self.t5_form)]
 
     def load_vae(self, device: torch.device) -> WanVae:
-        dtype = self.beside(self.vae_dtype)
+        dtype = self.encoder_dtype(self.vae_dtype)
         return load_vae(self.vae_path, device, dtype, self.vae_cache_cpu, tile=self.vae_tile)
 
     def check_vae(self) -> None:
@@ -195,11 +195,11 @@ def read_release(folder: Path, latent: LatentSpec) -> WanRelease:
     index = folder / PIPELINE_INDEX
     if index.exists():
         if (folder / PIPELINE_EXPERTS["dit"]).is_dir():
-            files = _existing(folder, PIPELINE | PIPELINE_EXPERTS)
+            files = _find_existing(folder, PIPELINE | PIPELINE_EXPERTS)
             return WanRelease(files, _read_boundary(index))
-        return WanRelease(_existing(folder, PIPELINE | PIPELINE_DIT))
+        return WanRelease(_find_existing(folder, PIPELINE | PIPELINE_DIT))
     names = {**OFFICIAL, "vae": RELEASES[latent.channels].file, **OFFICIAL_EXPERTS}
-    files = _existing(folder, names)
+    files = _find_existing(folder, names)
     has_experts = not files.keys().isdisjoint(OFFICIAL_EXPERTS)
     if not has_experts and any(folder.glob(OFFICIAL_DIT)):
         files["dit"] = folder
@@ -275,18 +275,18 @@ def check_names(dit: Path | None, dit_high_noise: Path | None) -> None:
             "%s %s is used for %s, but its name says that it is for %s noise",
             named.option,
             named.path,
-            "all noise levels" if is_alone else f"{_amount_of_noise(named.use)} noise",
-            _amount_of_noise(named.name),
+            "all noise levels" if is_alone else f"{_name_noise(named.use)} noise",
+            _name_noise(named.name),
         )
     if dit is not None and dit == dit_high_noise:
         logger.warning("--dit and --dit_high_noise are the same file: %s does all steps", dit)
 
 
-def _amount_of_noise(expert: str | None) -> str:
+def _name_noise(expert: str | None) -> str:
     return "much" if expert == HIGH_NOISE else "little"
 
 
-def _existing(folder: Path, parts: Mapping[str, str]) -> dict[str, Path]:
+def _find_existing(folder: Path, parts: Mapping[str, str]) -> dict[str, Path]:
     return {key: folder / name for key, name in parts.items() if (folder / name).exists()}
 
 
@@ -368,7 +368,7 @@ def caching_files(options: WanLatentCachingOptions) -> tuple[WanFiles, str | Non
     that do not apply to those latents.
     """
     files = WanFiles(clip=options.clip, vae_cache_cpu=options.vae_cache_cpu).add_vae(options.vae)
-    image_kind = _image_kind(options)
+    image_kind = _choose_image_kind(options)
     release = None
     if files.vae is not None:
         release = RELEASES[read_once(files.vae_path, read_vae).config.latent_channels]
@@ -388,7 +388,7 @@ def caching_files(options: WanLatentCachingOptions) -> tuple[WanFiles, str | Non
     return replace(files, task=TASKS["ti2v-5B"]), None
 
 
-def _image_kind(options: WanLatentCachingOptions) -> str | None:
+def _choose_image_kind(options: WanLatentCachingOptions) -> str | None:
     """Return the kind of condition that the switches ask for."""
     if options.flf2v:
         return "flf2v"

@@ -48,10 +48,10 @@ def size_like_image(image: tuple[int, int], area: int) -> tuple[int, int]:
     # add a little because the root of an exact square may come out just below it
     width = (area / aspect) ** 0.5 + 1e-6
     height = (area * aspect) ** 0.5 + 1e-6
-    return _floor_side(width, SIZE_STEP), _floor_side(height, SIZE_STEP)
+    return _round_side(width, SIZE_STEP), _round_side(height, SIZE_STEP)
 
 
-def _floor_side(side: float, step: int) -> int:
+def _round_side(side: float, step: int) -> int:
     """Return the multiple of `step` below a side, one step at least."""
     return max(int(side // step) * step, step)
 
@@ -65,11 +65,11 @@ def nearest_size(image: tuple[int, int], area: int, step: int) -> tuple[int, int
     """
     aspect = image[0] / image[1]
     # add a little because the root of an exact square may come out just below it
-    width = _floor_side((area * aspect) ** 0.5 + 1e-6, step)
-    height = _floor_side((area * (1 / aspect)) ** 0.5 + 1e-6, step)
+    width = _round_side((area * aspect) ** 0.5 + 1e-6, step)
+    height = _round_side((area * (1 / aspect)) ** 0.5 + 1e-6, step)
     sizes = [
-        (width, _floor_side(area // width, step)),
-        (_floor_side(area // height, step), height),
+        (width, _round_side(area // width, step)),
+        (_round_side(area // height, step), height),
     ]
 
     def stretch(size: tuple[int, int]) -> float:

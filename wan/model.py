@@ -350,18 +350,18 @@ class WanModel(BlockNetwork):
         Each distinct time is embedded once, not once for each token as the released code does.
         """
         if has_given:
-            timesteps = torch.cat([timesteps, timesteps.new_zeros(1)])
+            timesteps = torch.cat([timesteps, timesteps.new_zeros(1)])  # B+1: time 0 is embedded once for all
         time = run_float32(self.time_embedding[0], sinusoid(timesteps, self.config.freq_dim))
         time = run_float32(self.time_embedding[2], functional.silu(time))
         modulation = run_float32(self.time_projection[1], functional.silu(time)).unflatten(1, (6, -1))
         time, modulation = time.to(self._precision), modulation.to(self._precision)
         if not has_given:
             return time.unsqueeze(1), modulation.unsqueeze(1)
-        return _put_last_first(time), _put_last_first(modulation)
+        return _pair_with_last(time), _pair_with_last(modulation)
 
 
-def _put_last_first(rows: Tensor) -> Tensor:
-    """Return B 2 ... from B+1 rows: the last row, repeated, comes before each of the other rows."""
+def _pair_with_last(rows: Tensor) -> Tensor:
+    """Pair each of the first B of B+1 rows with the last row, which comes first: B 2 ..."""
     last = rows[-1:]
     front = rows[:-1]
     return torch.stack([last.expand_as(front), front], dim=1)

@@ -156,7 +156,7 @@ def _take_images(task: WanTask, request: Request, where: str) -> Request:
         )
     for path in request.control_images:
         check_opens("control_image_path", path, is_image=True)
-    if task.kind == "flf2v" and len(_feature_images(request)) != MOST_FEATURES:
+    if task.kind == "flf2v" and len(_list_feature_images(request)) != MOST_FEATURES:
         raise OptionError(
             f"{where}: --task {task.name} sees two images. Give --image_path and --end_image_path, or two "
             "control images and neither of these"
@@ -164,7 +164,7 @@ def _take_images(task: WanTask, request: Request, where: str) -> Request:
     return request
 
 
-def _feature_images(request: Request) -> list[Path]:
+def _list_feature_images(request: Request) -> list[Path]:
     """Return the images for the image encoder: start and end image, else the first control images."""
     named = [path for path in (request.image_path, request.end_image_path) if path is not None]
     return named or [*request.control_images[:MOST_FEATURES]]
@@ -186,13 +186,13 @@ def encode_request(
     controls = [vae.encode(image).cpu() for image in pixels]
     conditions = dict[str, Tensor | list[Tensor]]()
     if task.has_features:
-        conditions["clip"] = encode_features(encoders, _feature_images(request))
+        conditions["clip"] = encode_features(encoders, _list_feature_images(request))
     conditions[PLACES] = torch.tensor([order.places])
-    conditions["condition_latents"] = _condition(order, controls, grey)
+    conditions["condition_latents"] = _make_condition(order, controls, grey)
     return conditions
 
 
-def _condition(order: FrameOrder, controls: Sequence[Tensor], grey: Tensor) -> Tensor:
+def _make_condition(order: FrameOrder, controls: Sequence[Tensor], grey: Tensor) -> Tensor:
     """Return mask and latents, B 20 F h w. controls, grey: B 16 1 h w each."""
     frames = [*controls, grey]  # the picture, -1 in the order, is grey
     mask = grey[:, :FRAMES_PER_LATENT]
@@ -233,16 +233,16 @@ def encode_items(encoders: MediaEncoders, media: MediaBatch, store: torch.dtype)
     grey = vae.encode(torch.zeros_like(controls[0]))
     tensors = {
         "latents": torch.cat([latents[image] for image in order.images], dim=2).to(store),
-        "latents_image": _condition(order, control_latents, grey).to(store),
+        "latents_image": _make_condition(order, control_latents, grey).to(store),
     }
     if encoders.image_encoder is not None:
         features = [encoders.image_encoder.encode(image[:, :, 0]) for image in controls]
         tensors["clip"] = torch.cat(features, dim=1).to(torch.float16)
     places = torch.tensor(order.places, dtype=torch.int32)
-    return [_entry(tensors, item, places) for item in range(len(media.keys))]
+    return [_make_entry(tensors, item, places) for item in range(len(media.keys))]
 
 
-def _entry(tensors: Mapping[str, Tensor], item: int, places: Tensor) -> CacheEntry:
+def _make_entry(tensors: Mapping[str, Tensor], item: int, places: Tensor) -> CacheEntry:
     item_tensors = {name: tensor[item] for name, tensor in tensors.items()}
     return CacheEntry({**item_tensors, PLACES: places})
 
@@ -266,7 +266,7 @@ def batch_conditions(task: WanTask, config: WanConfig, batch: Batch) -> Conditio
         "condition_latents": image,
     }
     if task.has_features:
-        conditions["clip"] = _batch_features(batch, task, config.image_positions)
+        conditions["clip"] = _read_features(batch, task, config.image_positions)
     return conditions
 
 
@@ -283,7 +283,7 @@ def _check_places(batch: Batch, places: Tensor, num_frames: int) -> None:
         )
 
 
-def _batch_features(batch: Batch, task: WanTask, positions: int) -> Tensor:
+def _read_features(batch: Batch, task: WanTask, positions: int) -> Tensor:
     """Return CLIP features, B T D. Raises CacheError if the network has another number of positions."""
     features = batch.tensor("clip")
     if features.ndim == 4:  # B images T D, as other tuners cache them

@@ -386,25 +386,25 @@ def generation_options(options: WanTrainingOptions, sample: Mapping[str, Any]) -
         "--clip": clip,
         "--t5_tokenizer": options.text.t5_tokenizer,
         "--dit_dtype": options.dit_dtype,
-        **_generation_inputs(options, sample),
+        **_list_inputs(options, sample),
         "--video_length": sample.get("frames"),
     }
 
 
-def _generation_inputs(options: WanTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
+def _list_inputs(options: WanTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return the pictures and clips of a sample; placeholders for those that its task needs."""
     task = TASKS[options.task]
     one_frame = options.one_frame or ONE_FRAME in (sample.get("extra") or {})
     if sample.get("example"):
         one_frame |= PLACES_KEY in sample["example"].cached
-        inputs = _inputs_of_item(task, one_frame, sample)
+        inputs = _list_item_inputs(task, one_frame, sample)
     else:
-        inputs = _inputs_of_sample(options, sample)
+        inputs = _list_sample_inputs(options, sample)
     present = {flag: value for flag, value in inputs.items() if value}
-    return _needed_inputs(task, one_frame) | present
+    return _list_needed_inputs(task, one_frame) | present
 
 
-def _needed_inputs(task: WanTask, one_frame: bool) -> dict[str, Any]:
+def _list_needed_inputs(task: WanTask, one_frame: bool) -> dict[str, Any]:
     """Return the pictures and clips that a task cannot do without, each with a word in place of the path."""
     if one_frame:
         return {"--one_frame_inference": "default", "--control_image_path": FillIn("CONTROL_IMAGE_FILE")}
@@ -415,7 +415,7 @@ def _needed_inputs(task: WanTask, one_frame: bool) -> dict[str, Any]:
     }
 
 
-def _inputs_of_sample(options: WanTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
+def _list_sample_inputs(options: WanTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return the pictures and clips that a sample was made from."""
     extra = sample.get("extra") or {}
     images = sample.get("control_images")
@@ -434,7 +434,7 @@ def _inputs_of_sample(options: WanTrainingOptions, sample: Mapping[str, Any]) ->
     return inputs
 
 
-def _inputs_of_item(task: WanTask, one_frame: bool, sample: Mapping[str, Any]) -> dict[str, Any]:
+def _list_item_inputs(task: WanTask, one_frame: bool, sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return the pictures and clips that a training item was learned with."""
     example = sample["example"]
     control = next(iter(example.controls), None)

@@ -184,7 +184,7 @@ class Downsample(nn.Module):
         self.time_conv = nn.Conv3d(width, width, (TIME_KERNEL, 1, 1), stride=(2, 1, 1)) if temporal else None
 
     def forward(self, x: Tensor, memory: TimeMemory | None) -> Tensor:
-        x = _each_frame(self.resample["1"], x, pad=True)
+        x = _convolve_frames(self.resample["1"], x, pad=True)
         if self.time_conv is None or memory is None:  # the only frame of a clip passes unchanged
             return x
         before = memory.take(self, x.device)
@@ -216,10 +216,10 @@ class Upsample(nn.Module):
                 pairs = self.time_conv(h).unflatten(1, (2, -1))  # B 2 C T H W
                 x = pairs.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
                 del h, pairs
-        return _each_frame(self.resample["1"], x, enlarge=True)
+        return _convolve_frames(self.resample["1"], x, enlarge=True)
 
 
-def _each_frame(conv: nn.Module, x: Tensor, pad: bool = False, enlarge: bool = False) -> Tensor:
+def _convolve_frames(conv: nn.Module, x: Tensor, pad: bool = False, enlarge: bool = False) -> Tensor:
     """Apply an image convolution to every frame.
 
     pad: add one row below and one column right first. enlarge: first repeat each pixel in both directions.
@@ -249,14 +249,14 @@ class WanVaeHalf(nn.Module):
         pixel_channels = 3 * config.patch**2
         if is_encoder:
             self.conv1 = WanCausalConv(pixel_channels, width_in)
-            self.downsamples = _layer_list(layers, is_down=True)
-            self.middle = _middle(width_out)
+            self.downsamples = _make_layers(layers, is_down=True)
+            self.middle = _make_middle(width_out)
             channels_out = 2 * config.latent_channels  # means and log variances
         else:
             self.conv1 = WanCausalConv(config.latent_channels, width_in)
             # weights are drawn in this order, though the middle runs first
-            upsamples = _layer_list(layers, is_down=False)
-            self.middle = _middle(width_in)
+            upsamples = _make_layers(layers, is_down=False)
+            self.middle = _make_middle(width_in)
             self.upsamples = upsamples
             channels_out = pixel_channels
         self.head = nn.ModuleDict({"0": RmsNorm(width_out), "2": WanCausalConv(width_out, channels_out)})
@@ -274,7 +274,7 @@ class DownStage(nn.Module):
 
     def __init__(self, stage: VaeLayer) -> None:
         super().__init__()
-        self.downsamples = _layer_list(stage.layers, is_down=True)
+        self.downsamples = _make_layers(stage.layers, is_down=True)
         self.factors = FACTORS[stage.kind]
 
     def forward(self, x: Tensor, memory: TimeMemory | None) -> Tensor:
@@ -289,7 +289,7 @@ class UpStage(nn.Module):
 
     def __init__(self, stage: VaeLayer) -> None:
         super().__init__()
-        self.upsamples = _layer_list(stage.layers, is_down=False)
+        self.upsamples = _make_layers(stage.layers, is_down=False)
         self.factors = FACTORS[stage.kind]
 
     def forward(self, x: Tensor, memory: TimeMemory | None) -> Tensor:
@@ -299,13 +299,13 @@ class UpStage(nn.Module):
         return h if self.factors == (1, 1, 1) else add_repeated(h, x, self.factors)
 
 
-def _middle(width: int) -> nn.ModuleList:
+def _make_middle(width: int) -> nn.ModuleList:
     return nn.ModuleList(
         [WanResidualBlock(width, width), WanFrameAttention(width), WanResidualBlock(width, width)]
     )
 
 
-def _layer_list(layers: Sequence[VaeLayer], is_down: bool) -> nn.ModuleList:
+def _make_layers(layers: Sequence[VaeLayer], is_down: bool) -> nn.ModuleList:
     return nn.ModuleList(_make_layer(layer, is_down) for layer in layers)
 
 

@@ -74,9 +74,9 @@ def read_vae(
     if kind_of(names, OF_OTHERS) is not None:
         pass  # a relative, whose layers have the same names
     elif "quant_conv.weight" in names and "encoder.down_blocks.0.conv1.weight" in names:
-        translate = _flat_names(names)
+        translate = _translate_flat_names(names)
     elif _is_of_clips(checkpoint) and "encoder.down_blocks.0.resnets.0.norm1.gamma" in names:
-        translate = _staged_names(names)
+        translate = _translate_staged_names(names)
     elif "decoder.conv1.weight" in names and not _OFFICIAL_FIRST.isdisjoint(names):
         translate = str
     if translate is None:
@@ -84,8 +84,8 @@ def read_vae(
     sources = rename_sources(sources, translate)
     shape = shapes_of(checkpoint, sources)
     latent_channels = shape("conv2.weight")[0]
-    encoder = _layers(shape, sources, "encoder.downsamples")
-    decoder = _layers(shape, sources, "decoder.upsamples")
+    encoder = _read_layers(shape, sources, "encoder.downsamples")
+    decoder = _read_layers(shape, sources, "decoder.upsamples")
     colours = shape("encoder.conv1.weight")[1]
     config = WanVaeConfig(latent_channels, encoder, decoder, patch=isqrt(colours // 3))
     _check_dimensions(config, colours, checkpoint.path)
@@ -113,14 +113,14 @@ def check_latents(config: WanVaeConfig, latent: LatentSpec, path: Path, needed_b
     )
 
 
-def _flat_names(names: Iterable[str]) -> Callable[[str], str]:
+def _translate_flat_names(names: Iterable[str]) -> Callable[[str], str]:
     """Translate diffusers' names of Wan2.1, whose decoder has the layers of all levels in one row."""
     layers = sorted({_read_layer(match) for match in map(_LAYER.fullmatch, names) if match})
     numbers = {layer: number for number, layer in enumerate(layers)}
     return lambda name: _translate(name, lambda layer: str(numbers[layer]))
 
 
-def _staged_names(names: Iterable[str]) -> Callable[[str], str]:
+def _translate_staged_names(names: Iterable[str]) -> Callable[[str], str]:
     """Translate diffusers' names of Wan2.2, where each level is a list."""
     layers = {_read_layer(match) for match in map(_LAYER.fullmatch, names) if match}
 
@@ -144,7 +144,7 @@ def _translate(name: str, number: Callable[[_Layer], str]) -> str:
     return translate_name(translate_name(name, DIFFUSERS), DIFFUSERS_RESIDUAL)
 
 
-def _layers(
+def _read_layers(
     shape: Callable[[str], tuple[int, ...]], names: Collection[str], start: str
 ) -> tuple[VaeLayer, ...]:
     """Read the layers of a list. The entries of Wan2.2's lists are stages, which hold a list of the same
@@ -154,7 +154,7 @@ def _layers(
     for index in range(count(names, rf"{re.escape(start)}\.\d+")):
         name = f"{start}.{index}"
         kind = "residual"
-        inner = _layers(shape, names, f"{name}.{start.split('.')[-1]}")
+        inner = _read_layers(shape, names, f"{name}.{start.split('.')[-1]}")
         if inner:
             layers.append(VaeLayer(inner[-1].kind, inner[0].width_in, inner[-1].width_out, inner))
             continue
@@ -171,9 +171,9 @@ def _check_dimensions(config: WanVaeConfig, colours: int, path: Path) -> None:
     """Raise CheckpointError if a VAE is of neither generation. colours: input channels of its first layer."""
     release = RELEASES.get(config.latent_channels)
     if release is None:
-        raise _unknown_vae(path, f"has {config.latent_channels} latent channels")
+        raise _make_vae_error(path, f"has {config.latent_channels} latent channels")
     if colours != 3 * config.patch**2:
-        raise _unknown_vae(path, f"takes {colours} channels")
+        raise _make_vae_error(path, f"takes {colours} channels")
     frame_stride, side_stride, _ = release.stride
     for half, layers in (("encoder", config.encoder), ("decoder", config.decoder)):
         frames = 1
@@ -192,7 +192,7 @@ def _check_dimensions(config: WanVaeConfig, colours: int, path: Path) -> None:
     _check_shortcuts(config, release, path)
 
 
-def _unknown_vae(path: Path, difference: str) -> CheckpointError:
+def _make_vae_error(path: Path, difference: str) -> CheckpointError:
     return CheckpointError(
         f"{path}: this VAE {difference}; known are {WAN_2_1.about} and {WAN_2_2.about}.\n"
         f"  Give {WAN_2_1.file} or {WAN_2_2.file} to --vae.",

@@ -222,14 +222,14 @@ def family_for_text_caching(options: ZImageTextCachingOptions) -> ZImage:
 
 
 def family_for_training(options: ZImageTrainingOptions) -> ZImage:
-    return ZImage(_files(options), options, options.use_32bit_attention)
+    return ZImage(_make_files(options), options, options.use_32bit_attention)
 
 
 def family_for_generation(options: ZImageGenerationOptions) -> ZImage:
-    return ZImage(_files(options), NO_OPTIONS, options.use_32bit_attention, options.even_steps)
+    return ZImage(_make_files(options), NO_OPTIONS, options.use_32bit_attention, options.even_steps)
 
 
-def _files(options: ZImageModelOptions) -> ZImageFiles:
+def _make_files(options: ZImageModelOptions) -> ZImageFiles:
     return ZImageFiles().add_dit(options.dit, options.dit_dtype).add_vae(options.vae).add_text(options.text)
 
 

@@ -31,7 +31,7 @@ def _our_name(name: str) -> str:
     return dialects.translate_name(name, NAMES)
 
 
-def _header(checkpoint: Checkpoint) -> DitHeader[ZImageConfig]:
+def _read_header(checkpoint: Checkpoint) -> DitHeader[ZImageConfig]:
     names = checkpoint.tensors
     known_dialects = (name for name, mark in DIALECTS.items() if mark in names)
     dialect = next(known_dialects, None)
@@ -79,16 +79,16 @@ def _read_config(shapes: dialects.DitShapes) -> ZImageConfig:
     )
 
 
-def _sources(checkpoint: Checkpoint, _: DitHeader[ZImageConfig]) -> Mapping[str, TensorSource]:
+def _make_sources(checkpoint: Checkpoint, _: DitHeader[ZImageConfig]) -> Mapping[str, TensorSource]:
     return dialects.cut_parts(dialects.rename_sources(plain_sources(checkpoint), _our_name), CUTS)
 
 
 # the last is in some community files; the model does not use it
 FORMAT = DitFormat(
-    _header,
+    _read_header,
     lambda _: WHAT,
     network=ZImageModel,
-    sources=_sources,
+    sources=_make_sources,
     option=OPTION,
     ignore=("norm_final.weight",),
 )

@@ -89,7 +89,7 @@ def tensor_scaled_product(
     """
     no_scale = torch.ones(1, device=a.device)
     sums = scaled_product(a, b, no_scale, no_scale, out_dtype=torch.bfloat16, use_fast_accum=fast_sums)
-    parts = _parts(sums, piece)
+    parts = _split_rows(sums, piece)
     if len(parts) == 1:
         return _scale_sums(sums, scale_a, scale_b, bias).to(dtype)
     out = sums if dtype == sums.dtype else torch.empty(sums.shape, dtype=dtype, device=sums.device)
@@ -103,7 +103,7 @@ def _scale_sums(sums: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | N
     return out if bias is None else out + bias
 
 
-def _parts(x: Tensor, piece: int) -> list[slice]:
+def _split_rows(x: Tensor, piece: int) -> list[slice]:
     """Return the rows of x: M K that have float32 copies at a time; all of them while compiling."""
     rows = len(x) if torch.compiler.is_compiling() else max(1, piece // x.shape[1])
     if len(x) <= rows:
@@ -215,9 +215,9 @@ class _FrozenLinear(torch.autograd.Function):
             quantised,
             weight.t(),
             row_scales,
-            _column_scales(weight, scale),
+            _expand_scale(weight, scale),
             bias,
-            _product_dtype(dtype),
+            _choose_product_dtype(dtype),
             FAST_SUMS,
         )
         return out.to(dtype).view(*x.shape[:-1], weight.shape[0])
@@ -229,13 +229,13 @@ class _FrozenLinear(torch.autograd.Function):
         (gradient,) = gradients
         weight, scale = ctx.saved_tensors
         quantised, row_scales = quantise_rows(
-            gradient.reshape(-1, gradient.shape[-1]), _column_scales(weight, scale)
+            gradient.reshape(-1, gradient.shape[-1]), _expand_scale(weight, scale)
         )
         # N K, column-major as the fp8 units need it; freed when this call ends
         columns = weight.t().contiguous().t()
         ones = torch.ones(1, weight.shape[1], device=weight.device)
         out = ctx.product(
-            quantised, columns, row_scales, ones, None, _product_dtype(gradient.dtype), EXACT_SUMS
+            quantised, columns, row_scales, ones, None, _choose_product_dtype(gradient.dtype), EXACT_SUMS
         )
         return out.to(ctx.dtype).view(*gradient.shape[:-1], weight.shape[1]), None, None, None, None, None
 
@@ -247,7 +247,7 @@ def quantise_rows(x: Tensor, fold: Tensor | None = None, piece: int = PIECE) -> 
     infinite value makes the scale NaN or infinite, and so the row of any product NaN. piece: how many values
     have a float32 copy at a time; unlimited while compiling, because the copy is fused away.
     """
-    parts = _parts(x, piece)
+    parts = _split_rows(x, piece)
     if len(parts) == 1:
         return _quantise(x, fold)
     out = torch.empty(x.shape, dtype=WEIGHT_DTYPE, device=x.device)
@@ -267,13 +267,13 @@ def _quantise(x: Tensor, fold: Tensor | None) -> tuple[Tensor, Tensor]:
     return (x / scales).to(WEIGHT_DTYPE), scales
 
 
-def _column_scales(weight: Tensor, scale: Tensor | None) -> Tensor:
+def _expand_scale(weight: Tensor, scale: Tensor | None) -> Tensor:
     """Return the weight's scale for each output feature, 1 N float32."""
     if scale is None:
         return torch.ones(1, weight.shape[0], device=weight.device)
     return scale.float().reshape(1, -1).expand(1, weight.shape[0]).contiguous()
 
 
-def _product_dtype(dtype: torch.dtype) -> torch.dtype:
+def _choose_product_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of a product: 16 bits hold more digits than an fp8 product has."""
     return dtype if dtype == torch.float16 else torch.bfloat16

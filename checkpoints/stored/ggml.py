@@ -15,46 +15,46 @@ import torch
 from torch import Tensor
 
 
-def _half(blocks: Tensor, start: int) -> Tensor:
+def _read_float16(blocks: Tensor, start: int) -> Tensor:
     """Return a float16 of each block, B 1."""
     return blocks[:, start : start + 2].contiguous().view(torch.float16).float()
 
 
-def _planes(codes: Tensor, bits: int) -> Tensor:
+def _unpack_fields(codes: Tensor, bits: int) -> Tensor:
     """Unpack bytes, B n, into fields of `bits` bits, lowest field of all bytes first: B 8/bits n."""
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
     return (codes[:, None] >> shifts[:, None]) & ((1 << bits) - 1)
 
 
-def _fifth_bits(blocks: Tensor, start: int) -> Tensor:
+def _unpack_fifth_bits(blocks: Tensor, start: int) -> Tensor:
     """Return 32 bits of four bytes as the value 16 or 0, B 32."""
     shifts = torch.arange(8, dtype=torch.uint8, device=blocks.device)
     return ((blocks[:, start : start + 4, None] >> shifts & 1) << 4).flatten(1)
 
 
 def _q8_0(blocks: Tensor) -> Tensor:
-    return _half(blocks, 0) * blocks[:, 2:].view(torch.int8)
+    return _read_float16(blocks, 0) * blocks[:, 2:].view(torch.int8)
 
 
 def _q4_0(blocks: Tensor) -> Tensor:
-    return _half(blocks, 0) * (_planes(blocks[:, 2:], 4).flatten(1).float() - 8)
+    return _read_float16(blocks, 0) * (_unpack_fields(blocks[:, 2:], 4).flatten(1).float() - 8)
 
 
 def _q4_1(blocks: Tensor) -> Tensor:
-    return _half(blocks, 0) * _planes(blocks[:, 4:], 4).flatten(1) + _half(blocks, 2)
+    return _read_float16(blocks, 0) * _unpack_fields(blocks[:, 4:], 4).flatten(1) + _read_float16(blocks, 2)
 
 
 def _q5_0(blocks: Tensor) -> Tensor:
-    codes = _planes(blocks[:, 6:], 4).flatten(1) | _fifth_bits(blocks, 2)
-    return _half(blocks, 0) * (codes.float() - 16)
+    codes = _unpack_fields(blocks[:, 6:], 4).flatten(1) | _unpack_fifth_bits(blocks, 2)
+    return _read_float16(blocks, 0) * (codes.float() - 16)
 
 
 def _q5_1(blocks: Tensor) -> Tensor:
-    codes = _planes(blocks[:, 8:], 4).flatten(1) | _fifth_bits(blocks, 4)
-    return _half(blocks, 0) * codes + _half(blocks, 2)
+    codes = _unpack_fields(blocks[:, 8:], 4).flatten(1) | _unpack_fifth_bits(blocks, 4)
+    return _read_float16(blocks, 0) * codes + _read_float16(blocks, 2)
 
 
-def _sixths(packed: Tensor) -> tuple[Tensor, Tensor]:
+def _unpack_six_bits(packed: Tensor) -> tuple[Tensor, Tensor]:
     """Return the 8 scales and 8 minima of 6 bits in 12 bytes of Q4_K and Q5_K, each B 8."""
     first = packed[:, :4]
     second = packed[:, 4:8]
@@ -65,41 +65,44 @@ def _sixths(packed: Tensor) -> tuple[Tensor, Tensor]:
 
 def _with_minima(blocks: Tensor, codes: Tensor) -> Tensor:
     """Apply the scales and minima of 8 x 32 codes, B 8 32."""
-    scales, minima = _sixths(blocks[:, 4:16])
-    scales, minima = _half(blocks, 0) * scales, _half(blocks, 2) * minima
+    scales, minima = _unpack_six_bits(blocks[:, 4:16])
+    scales, minima = _read_float16(blocks, 0) * scales, _read_float16(blocks, 2) * minima
     return (scales[..., None] * codes - minima[..., None]).flatten(1)
 
 
 def _q4_k(blocks: Tensor) -> Tensor:
     # 4 x 32 bytes, each two times 32 codes
-    return _with_minima(blocks, _planes(blocks[:, 16:].reshape(-1, 32), 4).reshape(-1, 8, 32))
+    return _with_minima(blocks, _unpack_fields(blocks[:, 16:].reshape(-1, 32), 4).reshape(-1, 8, 32))
 
 
 def _q5_k(blocks: Tensor) -> Tensor:
-    low = _planes(blocks[:, 48:].reshape(-1, 32), 4).reshape(-1, 8, 32)
-    return _with_minima(blocks, low | _planes(blocks[:, 16:48], 1) << 4)
+    low = _unpack_fields(blocks[:, 48:].reshape(-1, 32), 4).reshape(-1, 8, 32)
+    return _with_minima(blocks, low | _unpack_fields(blocks[:, 16:48], 1) << 4)
 
 
 def _q6_k(blocks: Tensor) -> Tensor:
     # two halves of 128 weights: 64 bytes of low nibbles, 32 of the upper two bits
-    low = _planes(blocks[:, :128].reshape(-1, 64), 4).reshape(-1, 2, 128)
-    codes = low | _planes(blocks[:, 128:192].reshape(-1, 32), 2).reshape(-1, 2, 128) << 4
-    scales = _half(blocks, 208) * blocks[:, 192:208].view(torch.int8)
+    low = _unpack_fields(blocks[:, :128].reshape(-1, 64), 4).reshape(-1, 2, 128)
+    codes = low | _unpack_fields(blocks[:, 128:192].reshape(-1, 32), 2).reshape(-1, 2, 128) << 4
+    scales = _read_float16(blocks, 208) * blocks[:, 192:208].view(torch.int8)
     return (scales[..., None] * (codes.reshape(-1, 16, 16).float() - 32)).flatten(1)
 
 
 def _q2_k(blocks: Tensor) -> Tensor:
-    codes = _planes(blocks[:, 16:80].reshape(-1, 32), 2).reshape(-1, 16, 16)
-    scales, minima = _half(blocks, 80) * (blocks[:, :16] & 15), _half(blocks, 82) * (blocks[:, :16] >> 4)
+    codes = _unpack_fields(blocks[:, 16:80].reshape(-1, 32), 2).reshape(-1, 16, 16)
+    scales, minima = (
+        _read_float16(blocks, 80) * (blocks[:, :16] & 15),
+        _read_float16(blocks, 82) * (blocks[:, :16] >> 4),
+    )
     return (scales[..., None] * codes - minima[..., None]).flatten(1)
 
 
 def _q3_k(blocks: Tensor) -> Tensor:
-    low = _planes(blocks[:, 32:96].reshape(-1, 32), 2).reshape(-1, 8, 32)
-    codes = (low | _planes(blocks[:, :32], 1) << 2).float() - 4
+    low = _unpack_fields(blocks[:, 32:96].reshape(-1, 32), 2).reshape(-1, 8, 32)
+    codes = (low | _unpack_fields(blocks[:, :32], 1) << 2).float() - 4
     packed = blocks[:, 96:108]  # 16 scales of 6 bits: 8 bytes of nibbles, 4 of the upper two bits
-    scales = _planes(packed[:, :8], 4).flatten(1) | _planes(packed[:, 8:], 2).flatten(1) << 4
-    scales = _half(blocks, 108) * (scales.float() - 32)
+    scales = _unpack_fields(packed[:, :8], 4).flatten(1) | _unpack_fields(packed[:, 8:], 2).flatten(1) << 4
+    scales = _read_float16(blocks, 108) * (scales.float() - 32)
     return (scales[..., None] * codes.reshape(-1, 16, 16)).flatten(1)
 
 
@@ -122,7 +125,7 @@ class Kind:
     def is_sound(self, packed: Tensor) -> bool:
         """Return whether all float16 numbers of rows of bytes are finite."""
         blocks = packed.reshape(-1, self.size)
-        return all(bool(_half(blocks, start).isfinite().all()) for start in self.halves)
+        return all(bool(_read_float16(blocks, start).isfinite().all()) for start in self.halves)
 
 
 KINDS = {  # by the number in files

@@ -56,7 +56,7 @@ class Int8:
         form = self._for_width(columns)
         codes = torch.empty(rows, columns, dtype=torch.int8, device=weight.device)
         scales = torch.empty(rows, 1, device=weight.device)
-        for part in _parts(weight):
+        for part in _split_rows(weight):
             codes[part], scales[part] = round_rows(rotate(weight[part], form.group))
         return Stored(form, (rows, columns), (codes, scales))
 
@@ -66,7 +66,7 @@ class Int8:
 
     def value(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:
         codes, scale = _pair(tensors)
-        return _by_parts(lambda part: rotate(_scaled(codes, scale, part), self.group), codes, dtype)
+        return _by_parts(lambda part: rotate(_scale_codes(codes, scale, part), self.group), codes, dtype)
 
     def multiply(self, x: Tensor, tensors: Tensors, shape: Shape, bias: Tensor | None) -> Tensor:
         dtype = computed_dtype(x)
@@ -145,7 +145,7 @@ class _Int8Product(torch.autograd.Function):
         flat = gradient.reshape(-1, gradient.shape[-1])
         of_x = None
         if ctx.needs_input_grad[0]:
-            make_product = _narrow_product if form.rounds_gradients else _wide_product
+            make_product = _multiply_in_int8 if form.rounds_gradients else _multiply_dequantised
             product = make_product(flat, codes, scale, form.group)
             in_features = codes.shape[1]
             of_x = _by_parts(product, flat, ctx.dtype, in_features)
@@ -154,7 +154,9 @@ class _Int8Product(torch.autograd.Function):
         return of_x, None, None, of_bias, None, None
 
 
-def _narrow_product(gradients: Tensor, codes: Tensor, scale: Tensor, group: int) -> Callable[[slice], Tensor]:
+def _multiply_in_int8(
+    gradients: Tensor, codes: Tensor, scale: Tensor, group: int
+) -> Callable[[slice], Tensor]:
     """Return a function from rows to the gradients of their inputs, multiplied in int8."""
     # column-major, as int8 units need it; freed with the function that is returned
     columns = codes.t().contiguous().t()
@@ -166,9 +168,11 @@ def _narrow_product(gradients: Tensor, codes: Tensor, scale: Tensor, group: int)
     return product
 
 
-def _wide_product(gradients: Tensor, codes: Tensor, scale: Tensor, group: int) -> Callable[[slice], Tensor]:
+def _multiply_dequantised(
+    gradients: Tensor, codes: Tensor, scale: Tensor, group: int
+) -> Callable[[slice], Tensor]:
     """Return a function from rows to the gradients of their inputs, multiplied in 16 bits."""
-    plain = _by_parts(lambda part: _scaled(codes, scale, part), codes, gradients.dtype)
+    plain = _by_parts(lambda part: _scale_codes(codes, scale, part), codes, gradients.dtype)
 
     def product(part: slice) -> Tensor:
         return rotate(gradients[part] @ plain, group)
@@ -192,10 +196,10 @@ def rotate(x: Tensor, group: int | None) -> Tensor:
 
 def hadamard(size: int, device: torch.device) -> Tensor:
     """Return the regular Hadamard matrix of size 4 or 16, divided by its root."""
-    return _hadamard(size, device) if torch.compiler.is_compiling() else _hadamard_once(size, device)
+    return _make_hadamard(size, device) if torch.compiler.is_compiling() else _hadamard_once(size, device)
 
 
-def _hadamard(size: int, device: torch.device) -> Tensor:
+def _make_hadamard(size: int, device: torch.device) -> Tensor:
     # that of size 4 is negative on the other diagonal; of 16, where one of both digits to base 4 is there
     place = torch.arange(size, device=device)
     low, high = place % 4, place // 4
@@ -205,7 +209,7 @@ def _hadamard(size: int, device: torch.device) -> Tensor:
     return sign / size**0.5
 
 
-_hadamard_once = lru_cache(maxsize=16)(_hadamard)  # it would be eight launches for each layer
+_hadamard_once = lru_cache(maxsize=16)(_make_hadamard)  # it would be eight launches for each layer
 
 
 def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -221,11 +225,11 @@ def _pair(tensors: Tensors) -> tuple[Tensor, Tensor]:
     return codes, scale
 
 
-def _scaled(codes: Tensor, scale: Tensor, part: slice) -> Tensor:
+def _scale_codes(codes: Tensor, scale: Tensor, part: slice) -> Tensor:
     return codes[part] * scale[part]
 
 
-def _parts(x: Tensor) -> list[slice]:
+def _split_rows(x: Tensor) -> list[slice]:
     """Return the rows of x that have float32 copies at a time; all of them while compiling."""
     rows = len(x) if torch.compiler.is_compiling() else max(FEW_TOKENS + 1, PIECE // max(1, x.shape[1]))
     if len(x) <= rows:
@@ -240,7 +244,7 @@ def _by_parts(
 
     columns: those of x if None.
     """
-    parts = _parts(x)
+    parts = _split_rows(x)
     if len(parts) == 1:
         return make(parts[0]).to(dtype)
     out = torch.empty(len(x), x.shape[1] if columns is None else columns, dtype=dtype, device=x.device)

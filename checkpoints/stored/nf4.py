@@ -33,7 +33,7 @@ PIECE = 1 << 24  # weights rounded at a time
 
 
 @lru_cache(maxsize=4)
-def _pairs(device: torch.device) -> Tensor:
+def _make_value_pairs(device: torch.device) -> Tensor:
     """Return the two values of each byte, 256 2; made once, as each copy to a card waits for it."""
     return torch.cartesian_prod(*[torch.tensor(LEVELS, device=device)] * 2)
 
@@ -63,9 +63,9 @@ class Nf4:
             peaks[start // BLOCK : start // BLOCK + len(block_peaks)] = block_peaks
         offset = peaks.mean()
         values = nested_values(weight.device)
-        blocks = _padded(peaks - offset, NESTED_BLOCK)
+        blocks = _pad_rows(peaks - offset, NESTED_BLOCK)
         nested = blocks.abs().amax(1)
-        codes = _nearest(blocks / nested.clamp_min(1e-30)[:, None], values).to(torch.uint8)
+        codes = _find_nearest(blocks / nested.clamp_min(1e-30)[:, None], values).to(torch.uint8)
         shape = (rows, columns)
         companions = (codes.view(-1)[: len(peaks)], nested, values, offset.view(1))
         return Stored(self, shape, (packed.view(_packed_shape(shape)), *companions))
@@ -79,14 +79,14 @@ class Nf4:
 
     def value(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:
         packed, codes, nested, values, offset = cast(tuple[Tensor, ...], tensors)
-        wide = _padded(values.index_select(0, codes.int()), NESTED_BLOCK) * nested[:, None]
+        wide = _pad_rows(values.index_select(0, codes.int()), NESTED_BLOCK) * nested[:, None]
         peaks = wide.view(-1)[: len(codes)] + offset
         if self.expand is not None:
             return self.expand(packed.reshape(-1, 1), peaks, BLOCK, "nf4", shape, dtype)
-        pairs = _pairs(packed.device)
+        pairs = _make_value_pairs(packed.device)
         count = math.prod(shape)
         flat = pairs.index_select(0, packed.reshape(-1).int()).view(-1)[:count]
-        return (_padded(flat, BLOCK) * peaks[:, None]).to(dtype).view(-1)[:count].view(shape)
+        return (_pad_rows(flat, BLOCK) * peaks[:, None]).to(dtype).view(-1)[:count].view(shape)
 
     def multiply(self, x: Tensor, tensors: Tensors, shape: Shape, bias: Tensor | None) -> Tensor:
         return multiply_value(self, x.to(computed_dtype(x)), tensors, shape=shape, bias=bias)
@@ -150,19 +150,19 @@ def nested_values(device: torch.device) -> Tensor:
 
 def _round_blocks(flat: Tensor) -> tuple[Tensor, Tensor]:
     """Return packed codes, and the largest magnitude of each block."""
-    blocks = _padded(flat, BLOCK)
+    blocks = _pad_rows(flat, BLOCK)
     peaks = blocks.abs().amax(1)
     levels = torch.tensor(LEVELS, device=flat.device)
-    codes = _nearest(blocks / peaks.clamp_min(1e-30)[:, None], levels).to(torch.uint8).view(-1)
+    codes = _find_nearest(blocks / peaks.clamp_min(1e-30)[:, None], levels).to(torch.uint8).view(-1)
     codes = codes[: len(flat) + len(flat) % 2]
     return codes[::2] << 4 | codes[1::2], peaks
 
 
-def _nearest(x: Tensor, levels: Tensor) -> Tensor:
+def _find_nearest(x: Tensor, levels: Tensor) -> Tensor:
     return torch.bucketize(x, (levels[1:] + levels[:-1]) / 2, out_int32=True)
 
 
-def _padded(flat: Tensor, width: int) -> Tensor:
+def _pad_rows(flat: Tensor, width: int) -> Tensor:
     """Return a flat tensor as rows of this width, the last filled with zeros."""
     return functional.pad(flat, (0, -len(flat) % width)).view(-1, width)
 

@@ -106,13 +106,13 @@ def untile(scales: Tensor, rows: int, columns: int) -> Tensor:
     return flat[:rows, :columns].contiguous().view(scales.dtype)
 
 
-def _nibbles(packed: Tensor, high_first: bool = False) -> Tensor:
+def _unpack_nibbles(packed: Tensor, high_first: bool = False) -> Tensor:
     """Return the two codes of each byte, 0 to 15, as uint8 N 2K."""
     low, high = packed.view(torch.uint8) & 15, packed.view(torch.uint8) >> 4
     return torch.stack((high, low) if high_first else (low, high), dim=-1).flatten(1)
 
 
-def _grouped(values: Tensor, scales: Tensor) -> Tensor:
+def _scale_groups(values: Tensor, scales: Tensor) -> Tensor:
     """Multiply N K by scales N K/G."""
     return (values.unflatten(1, (scales.shape[1], -1)) * scales.float()[..., None]).flatten(1)
 
@@ -124,24 +124,26 @@ def _levels(device: torch.device, values: tuple[float, ...] = _E2M1) -> Tensor:
 
 def mxfp8_rows(weight: Tensor, scales: Tensor) -> Tensor:
     # N K e4m3, N K/32 e8m0
-    return _grouped(weight.float(), scales)
+    return _scale_groups(weight.float(), scales)
 
 
 def nvfp4_rows(weight: Tensor, scales: Tensor, scale: Tensor, input_scale: Tensor | None) -> Tensor:
     # N K/2, N K/16 e4m3, N 1; 1 K: what the layer's input is multiplied by, which the weight may be as well
-    values = _grouped(_levels(weight.device)[_nibbles(weight, high_first=True).int()], scales.float() * scale)
+    values = _scale_groups(
+        _levels(weight.device)[_unpack_nibbles(weight, high_first=True).int()], scales.float() * scale
+    )
     return values if input_scale is None else values * input_scale
 
 
 def w4a4_rows(weight: Tensor, scale: Tensor) -> Tensor:
     # N K/2, signed, N 1
-    codes = _nibbles(weight)
+    codes = _unpack_nibbles(weight)
     return ((codes ^ 8).float() - 8) * scale
 
 
 def w4a8_rows(weight: Tensor, scales: Tensor, scale: Tensor, codebook: Tensor | None) -> Tensor:
     # N K/2, N K/16, N 1, 1 16
-    return _w8(_nibbles(weight), 8, scales, scale, codebook=codebook)
+    return _w8(_unpack_nibbles(weight), 8, scales, scale, codebook=codebook)
 
 
 def w6a8_rows(weight: Tensor, scales: Tensor, scale: Tensor, codebook: Tensor | None) -> Tensor:
@@ -149,18 +151,18 @@ def w6a8_rows(weight: Tensor, scales: Tensor, scale: Tensor, codebook: Tensor | 
     columns = weight.shape[1] // 3 * 4
     shifts = torch.arange(0, 8, 2, device=weight.device, dtype=torch.uint8)
     upper = weight[:, columns // 2 :].contiguous().view(torch.uint8)[..., None] >> shifts
-    codes = _nibbles(weight[:, : columns // 2].contiguous()) | (upper & 3).flatten(1) << 4
+    codes = _unpack_nibbles(weight[:, : columns // 2].contiguous()) | (upper & 3).flatten(1) << 4
     return _w8(codes, 32, scales, scale, codebook=codebook)
 
 
 def _w8(codes: Tensor, middle: int, scales: Tensor, scale: Tensor, codebook: Tensor | None) -> Tensor:
     levels = codes.float() - middle if codebook is None else codebook.flatten()[codes.int()]
-    return _grouped(levels, scales).round_().clamp_(-127, 127) * scale
+    return _scale_groups(levels, scales).round_().clamp_(-127, 127) * scale
 
 
 def awq_rows(weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     # N K/2, N K/64 twice
-    values = _grouped(_nibbles(weight).float() - 8, scales)
+    values = _scale_groups(_unpack_nibbles(weight).float() - 8, scales)
     return (values.unflatten(1, (zeros.shape[1], -1)) + zeros.float()[..., None]).flatten(1)
 
 
@@ -175,6 +177,8 @@ def four_bits(values: tuple[float, ...]) -> Callable[[Tensor, Tensor], Tensor]:
 
     def rows(weight: Tensor, largest: Tensor) -> Tensor:
         # N K/2, N K/64: the largest magnitude of a block
-        return _grouped(_levels(weight.device, values)[_nibbles(weight, high_first=True).int()], largest)
+        return _scale_groups(
+            _levels(weight.device, values)[_unpack_nibbles(weight, high_first=True).int()], largest
+        )
 
     return rows

@@ -71,7 +71,7 @@ def prepare(options: PrepareOptions) -> None:
             if failures:
                 raise SystemExit(DatasetError.exit_code)
             return
-        complete = [item for item in items if _is_complete(item, options, maker)]
+        complete = [item for item in items if _find_work([item], options, maker).num_items == 0]
         _write_lists(complete, folder)
     num_prepared = sum(count for count, _ in gathered) - len(failures)
     rows: list[Row] = [
@@ -110,10 +110,6 @@ def _find_work(
     without_texts = [item for item in items if not item.has_texts(saves_latents)]
     without_media = [item for item in items if not item.has_media(saves_latents, saves_images)]
     return _Work(without_texts, without_media)
-
-
-def _is_complete(item: clips.PreparedItem, options: PrepareOptions, maker: PipelineNetworks | None) -> bool:
-    return _find_work([item], options, maker).num_items == 0
 
 
 def _write_lists(items: Sequence[clips.PreparedItem], folder: Path) -> None:

@@ -114,9 +114,14 @@ def text_faults(
         file = checks.changed_file(folders, record.references)
         if file is not None:
             yield f"{file} has changed since its encoder saw it"
-        if record.file is not None:
-            path = table.directory / record.file.name
-            yield from _caption_faults(path, number, record=record, table=table, checks=checks)
+        if record.file is None:
+            continue
+        path = table.directory / record.file.name
+        text = read_caption(path)
+        if text is None or captions_in(text, table)[number : number + 1] == (record.caption,):
+            continue
+        if stamp_of(path)[1] <= checks.started_ns:  # else it was edited during the run
+            yield f"made from the caption {record.caption!r}, which now is {text!r}"
 
 
 def _sight_now(item: TrainingItem, recorded: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,18 +136,6 @@ def _sight_now(item: TrainingItem, recorded: Mapping[str, Any]) -> dict[str, Any
         return item.table.sight_settings(sees_clip, companions.shown, further_text=caption)
     settings = item.table.sight_settings(sees_clip, shown=None)
     return settings | {key: recorded[key] for key in (MEDIA, FURTHER_TEXT.key) if key in recorded}
-
-
-def _caption_faults(
-    path: Path, number: int, record: TextRecord, table: DatasetTable, checks: CacheChecks
-) -> Iterator[str]:
-    """Yield a fault if the caption in a file has changed, unless since the start of the run."""
-    text = read_caption(path)
-    if text is None:
-        return
-    is_same = captions_in(text, table)[number : number + 1] == (record.caption,)
-    if not is_same and stamp_of(path)[1] <= checks.started_ns:
-        yield f"made from the caption {record.caption!r}, which now is {text!r}"
 
 
 def _seen_reference_faults(item: TrainingItem, records: Mapping[str, TextRecord]) -> Iterator[str]:
@@ -179,7 +172,11 @@ def latent_faults(
     if table.references is not None or table.clip_references is not None:
         yield from _reference_faults(item, tensors)
     if record is not None:
-        yield from _option_faults(item, tensors, record, latent)
+        bucket = bucket_of(table, tuple(record.options["size"]), latent.pixel_step, item.latent_path)
+        made_for = record.options["bucket"]
+        if tuple(made_for) != bucket:
+            yield f"made for {as_shape(made_for)} pixels, {table.name} asks for {as_shape(bucket)}"
+        yield from _key_faults(table, tensors, record.options, latent)
         if record.parts != item.parts:
             yield f"{record.parts} files of its clip belong together, {item.parts} are there"
         yield from _source_faults(item, _source_folders(table, record), record, checks)
@@ -235,7 +232,7 @@ def _source_folders(table: DatasetTable, record: LatentRecord) -> list[Path | No
 def _shape_faults(
     item: TrainingItem, tensors: Mapping[str, Tensor], latent: data.LatentSpec
 ) -> Iterator[str]:
-    """Yield a line if latents, or the mask of their loss, have another shape than the table asks for."""
+    """Yield a line if latents, or what goes with them, have another shape than the table asks for."""
     shape = list(tensors["latents"].shape)
     width, height, frames = (*item.bucket, 1)[:3]
     expected = list(latent.shape(frames, height, width)[1:])
@@ -246,30 +243,12 @@ def _shape_faults(
             f"its latents have the shape {as_shape(shape)}, {item.table.name} asks for {as_shape(expected)} "
             f"({frames} frames of {width}x{height})"
         )
-    yield from _companion_faults(tensors, shape, expected)
-
-
-def _companion_faults(
-    tensors: Mapping[str, Tensor], shape: Sequence[int], expected: Sequence[int]
-) -> Iterator[str]:
-    """Yield a line if what goes with latents has another shape. shape, expected: of the latents, C F H W."""
     worse = tensors.get(data.WORSE_LATENTS)
     if worse is not None and list(worse.shape) != shape:
         yield f"the latents of its worse one are {as_shape(worse.shape)}, its own are {as_shape(shape)}"
     mask = tensors.get(data.LOSS_MASK)
     if mask is not None and list(mask.shape) != expected[1:]:
         yield f"the mask of its loss is {as_shape(mask.shape)}, its latents are {as_shape(expected[1:])}"
-
-
-def _option_faults(
-    item: TrainingItem, tensors: Iterable[str], record: LatentRecord, latent: data.LatentSpec
-) -> Iterator[str]:
-    """Yield the keys of the table whose values differ from those that the latents were made with."""
-    table, options = item.table, record.options
-    bucket = bucket_of(table, tuple(options["size"]), latent.pixel_step, item.latent_path)
-    if tuple(options["bucket"]) != bucket:
-        yield f"made for {as_shape(options['bucket'])} pixels, {table.name} asks for {as_shape(bucket)}"
-    yield from _key_faults(table, tensors, options, latent)
 
 
 def _key_faults(
@@ -440,7 +419,10 @@ class SameEncoders:
         has_other_networks = False
         for origin in made_by:
             first = self._first.setdefault(origin.part, origin)
-            keys = _different_keys(first, origin)
+            names = origin.encoder.keys() | first.encoder.keys()
+            if origin.part == data.LATENTS_MADE:  # without image conditions a file has no image encoder
+                names = (origin.encoder.keys() & first.encoder.keys()) - _BESIDE_LATENTS
+            keys = [name for name in sorted(names) if first.encoder.get(name) != origin.encoder.get(name)]
             if origin.part in self._warned or not keys:
                 continue
             self._warned.add(origin.part)
@@ -467,14 +449,6 @@ class SameEncoders:
             consequence = "Their values differ slightly."
         remedy = f"{consequence} To make all caches alike, cache again with:"
         return "\n  ".join(["Not all caches were made by the same encoders:", *lines, remedy, *commands])
-
-
-def _different_keys(first: data.MadeBy, second: data.MadeBy) -> list[str]:
-    """Return the keys in which the encoders of two files differ, sorted."""
-    keys = second.encoder.keys() | first.encoder.keys()
-    if second.part == data.LATENTS_MADE:  # without image conditions a file has no image encoder
-        keys = (second.encoder.keys() & first.encoder.keys()) - _BESIDE_LATENTS
-    return sorted(key for key in keys if first.encoder.get(key) != second.encoder.get(key))
 
 
 def shorten_fingerprint(text: str) -> str:

@@ -88,18 +88,14 @@ def record_metadata(record: LatentRecord | Mapping[str, TextRecord]) -> dict[str
             del latents["clip"]["size_changes"]
         content["latents"] = latents
     else:
-        content["texts"] = {name: _text_content(text_record) for name, text_record in record.items()}
+        content["texts"] = {}
+        for name, text_record in record.items():
+            texts = content["texts"][name] = dataclasses.asdict(text_record)
+            for key in ("settings", "references", "as_shown"):  # which early versions lacked
+                if not texts[key]:
+                    del texts[key]
     text = json.dumps(content, sort_keys=True, ensure_ascii=False)
     return {RECORD_KEY: text, CHECK_KEY: _crc(text)}
-
-
-def _text_content(record: TextRecord) -> dict[str, Any]:
-    """Return the fields of a record, without those that early versions lacked if they are empty."""
-    content = dataclasses.asdict(record)
-    for key in ("settings", "references", "as_shown"):
-        if not content[key]:
-            del content[key]
-    return content
 
 
 def latent_record(entry: Entry) -> LatentRecord | None:

@@ -116,7 +116,12 @@ class Recipe:
 
     def parts_of(self, source: MediaSource) -> tuple[tuple[Path, Origin | None], ...]:
         """Return all files that the caches of a source are made from."""
-        return source.parts_with(sound=self.keeps_sound and source.table.audio != IGNORE)
+        parts = list(source.parts)
+        if source.sound is not None and self.keeps_sound and source.table.audio != IGNORE:
+            parts.append(source.sound)
+        for medium in source.shown:
+            parts += [(path, None) for path in (medium.path, medium.sound) if path is not None]
+        return tuple(parts)
 
     def difference(
         self, record: records.LatentRecord, source: MediaSource, size: Size, bucket: Size, span: Span
@@ -346,7 +351,9 @@ class Planning:
         """
         table, recipe = self.table, self.recipe
         bucket = bucket_of(table, size, recipe.latent.pixel_step, self.source.path)
-        by_item = self._files_by_item()
+        by_item: dict[tuple[Size, Span | None], dict[str, LatentName]] = {}  # in the order of sections
+        for file, name in sorted(self.existing.items(), key=lambda pair: pair[1].section or 0):
+            by_item.setdefault((name.size, name.span), {})[file] = name
         progress = _Comparison()
         items: list[tuple[int, ...]] = []
         for span in source_spans:
@@ -384,13 +391,6 @@ class Planning:
             outdated=progress.outdated,
             is_other=progress.is_other,
         )
-
-    def _files_by_item(self) -> dict[tuple[Size, Span | None], dict[str, LatentName]]:
-        """Return the existing files by item (from their names), in the order of their sections."""
-        by_item: dict[tuple[Size, Span | None], dict[str, LatentName]] = {}
-        for file, name in sorted(self.existing.items(), key=lambda pair: pair[1].section or 0):
-            by_item.setdefault((name.size, name.span), {})[file] = name
-        return by_item
 
     def _trained_sizes(self, bucket: Size, span: Span, num_sections: int | None) -> list[tuple[int, ...]]:
         """Return the sizes that training sees of an item: of the whole, or of each of its sections."""

@@ -200,7 +200,14 @@ class MediaWork:
             show_progress=shows,
         )
         to_do = [plan for plan in plans if plan.missing is None or plan.missing]
-        self._warn_of_sources([plan.source for plan in to_do])
+        sources = [plan.source for plan in to_do]
+        recipe = self._recipe
+        faults: list[Fault] = []  # of sources whose rate, order or colours may be wrong
+        # source_fps decides, as a file's header may be wrong
+        if any(table.stated_fps is not None for table in self._config.datasets):
+            faults += find_wrong_rates(sources)
+        faults += find_media_remarks(sources, recipe.latent, recipe.fps, recipe.has_rates)
+        warn_of_remarks(faults, LISTED)
         if who is not None:
             self._show(to_do, len(pieces), who)
         of_another_kind = [plan.outdated for plan in to_do if plan.outdated is not None and plan.is_other]
@@ -226,16 +233,6 @@ class MediaWork:
             return report
         of_sound = self._sound.encode(pieces, report.right, workers, shows)
         return prefetch.join_reports([report, of_sound])
-
-    def _warn_of_sources(self, sources: Sequence[MediaSource]) -> None:
-        """Warn about sources that are encoded, but whose rate, order or colours may be wrong."""
-        faults: list[Fault] = []
-        # source_fps decides, as a file's header may be wrong
-        if any(table.stated_fps is not None for table in self._config.datasets):
-            faults += find_wrong_rates(sources)
-        recipe = self._recipe
-        faults += find_media_remarks(sources, recipe.latent, recipe.fps, recipe.has_rates)
-        warn_of_remarks(faults, LISTED)
 
     def remove_stale(
         self,

@@ -60,8 +60,8 @@ def _compose_keys() -> dict[str, TableKey]:
 
 
 KEYS: Mapping[str, TableKey] = _compose_keys()
-# of forms whose rows may name addresses
-SOURCES_WITH_ADDRESSES = [form.source for form in FORMS if "allow_urls" in form.shared_keys]
+_ADDRESSING = [form for form in FORMS if "allow_urls" in form.shared_keys]  # in rows, or by their key
+SOURCES_WITH_ADDRESSES = [form.source for form in sorted(_ADDRESSING, key=lambda form: form is JSONL)]
 
 
 def form_of(table: DatasetTable) -> DataForm:

@@ -12,7 +12,7 @@ from dataset.config_keys import IGNORE
 from dataset.sources.captions import captions_in, explain_captions, first_and_more, read_caption_file
 from dataset.sources.frames import files_by_stem, mask_suffixes
 from dataset.sources.media_source import Fault, MediaSource
-from dataset.table import DatasetTable
+from dataset.table import DatasetTable, folder_id
 from modules.console import count_of
 from modules.errors import DatasetError, MediaError
 from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
@@ -533,7 +533,3 @@ def _leave_out_results(table: DatasetTable, paths: Sequence[Path]) -> list[Path]
             min(results),
         )
     return [path for path in paths if path not in results] if results else list(paths)
-
-
-def folder_id(folder: "str | os.PathLike[str]") -> str:
-    return os.path.normcase(os.path.realpath(folder))

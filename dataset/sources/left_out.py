@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dataset.sources.folders import folder_id, is_file, list_entries, media_suffixes, split_name
+from dataset.sources.folders import is_file, list_entries, media_suffixes, split_name
 from dataset.sources.media_source import OF_SHARDS
-from dataset.table import DatasetConfig, DatasetTable
+from dataset.table import DatasetConfig, DatasetTable, folder_id
 from modules.errors import MediaError
 from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
 from modules.media.labels import MASK_LABEL, label_of
@@ -114,8 +114,8 @@ def _count_unread(table: DatasetTable, folder: Path, rules: "_UnreadRules") -> d
             continue
         ending = suffix.lower()
         if ending in rules.read:
-            is_unread = rules.may_be_still(ending) and _is_still(folder / entry.name)
-            if not is_unread:
+            may_be_still = rules.kinds == {"video"} and ending in ANIMATION_SUFFIXES
+            if not (may_be_still and _is_still(folder / entry.name)):
                 continue
         if not is_file(entry) or OF_SHARDS.fullmatch(entry.name):
             continue
@@ -238,10 +238,6 @@ class _UnreadRules:
             return True
         ending = suffix.lower()
         return ending not in self.caption_endings and ending in _USUAL
-
-    def may_be_still(self, ending: str) -> bool:
-        """Return whether files with this ending may be pictures, which no table of the folder reads."""
-        return self.kinds == {"video"} and ending in ANIMATION_SUFFIXES
 
 
 def _all_suffixes(kinds: Iterable[str]) -> frozenset[str]:

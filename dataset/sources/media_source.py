@@ -121,18 +121,6 @@ class MediaSource:
         paths = (self.path, *self.control, *masks, *self.references, *filter(None, (self.worse,)))
         return tuple(zip(paths, self.origins or (None,) * len(paths), strict=True))
 
-    def parts_with(self, sound: bool) -> tuple[tuple[Path, Origin | None], ...]:
-        """Return `parts`, the file with its sound, and shown media.
-
-        sound: that file counts, because sound is cached with the latents.
-        """
-        parts = list(self.parts)
-        if sound and self.sound is not None:
-            parts.append(self.sound)
-        for medium in self.shown:
-            parts += [(path, None) for path in (medium.path, medium.sound) if path is not None]
-        return tuple(parts)
-
     @property
     def mask_from(self) -> str | None:
         if self.table.alpha_mask:

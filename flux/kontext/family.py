@@ -201,7 +201,7 @@ def family_for_text_caching(options: KontextTextCachingOptions) -> Kontext:
 
 def family_for_training(options: KontextTrainingOptions) -> Kontext:
     return Kontext(
-        _kontext_files(options),
+        _make_files(options),
         trained_guidance=options.embedded_guidance,
         options=options,
         resizes_references=not options.no_resize_control,
@@ -209,10 +209,10 @@ def family_for_training(options: KontextTrainingOptions) -> Kontext:
 
 
 def family_for_generation(options: KontextGenerationOptions) -> Kontext:
-    return Kontext(_kontext_files(options), resizes_references=not options.no_resize_control)
+    return Kontext(_make_files(options), resizes_references=not options.no_resize_control)
 
 
-def _kontext_files(options: KontextTrainingOptions | KontextGenerationOptions) -> KontextFiles:
+def _make_files(options: KontextTrainingOptions | KontextGenerationOptions) -> KontextFiles:
     files = KontextFiles().add_dit(options.dit, options.dit_dtype)
     return files.add_vae(options.vae.file).add_encoders(options.text)
 

@@ -75,7 +75,7 @@ class KontextGenerationOptions(Options, title=NAME):
 
 
 def caching_options(options: KontextTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    return options.vae.file.words(), _text_options(options.text)
+    return options.vae.file.words(), _list_text_options(options.text)
 
 
 def generation_options(options: KontextTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def generation_options(options: KontextTrainingOptions, sample: Mapping[str, Any
     return {
         "--dit": options.dit or FillIn("DIT_FILE"),
         **options.vae.file.words(),
-        **_text_options(options.text),
+        **_list_text_options(options.text),
         "--dit_dtype": options.dit_dtype,
         "--control_image_path": controls,
         "--no_resize_control": bool(controls) and options.no_resize_control,
@@ -92,7 +92,7 @@ def generation_options(options: KontextTrainingOptions, sample: Mapping[str, Any
     }
 
 
-def _text_options(text: KontextTextOptions) -> dict[str, Any]:
+def _list_text_options(text: KontextTextOptions) -> dict[str, Any]:
     return {
         "--text_encoder1": text.text_encoder1 or FillIn("T5_FILE"),
         "--text_encoder1_tokenizer": text.text_encoder1_tokenizer,

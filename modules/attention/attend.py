@@ -95,7 +95,7 @@ def flash3(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Run FlashAttention 3 (Shah et al. 2024, arXiv 2407.08608): B L N D."""
     from flash_attn_interface import flash_attn_func
 
-    return _output(flash_attn_func(query, key, value))
+    return _take_output(flash_attn_func(query, key, value))
 
 
 def flash3_packed(query: Tensor, key: Tensor, value: Tensor, lengths: Lengths) -> Tensor:
@@ -103,7 +103,7 @@ def flash3_packed(query: Tensor, key: Tensor, value: Tensor, lengths: Lengths) -
     from flash_attn_interface import flash_attn_varlen_func
 
     starts, longest = lengths.starts, lengths.longest
-    return _output(flash_attn_varlen_func(query, key, value, starts, starts, longest, longest))
+    return _take_output(flash_attn_varlen_func(query, key, value, starts, starts, longest, longest))
 
 
 def sage(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ def xformers_packed(query: Tensor, key: Tensor, value: Tensor, lengths: Lengths)
     return memory_efficient_attention(query[None], key[None], value[None], attn_bias=mask)[0]
 
 
-def _output(result: Any) -> Tensor:
+def _take_output(result: Any) -> Tensor:
     """Return the attention output alone: early builds return the softmax's normaliser too."""
     return result[0] if isinstance(result, tuple) else result
 

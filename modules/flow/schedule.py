@@ -130,14 +130,14 @@ def flow_schedule(sigmas: Tensor, timesteps: Tensor) -> Schedule:
     return Schedule(sigmas, timesteps, 1 - sigmas.double())
 
 
-def _even_grid(lowest: float, keeps_lowest: bool, steps: int, flow_shift: float) -> Schedule:
+def _make_even_grid(lowest: float, keeps_lowest: bool, steps: int, flow_shift: float) -> Schedule:
     # evenly from 1 down to `lowest`, which is the last level before 0, or is left out for 0
     levels = torch.linspace(1, lowest, steps + (not keeps_lowest), dtype=torch.float32)[:steps]
     sigmas = shift_sigmas(levels, flow_shift)
     return flow_schedule(torch.cat([sigmas, sigmas.new_zeros(1)]), sigmas * TRAIN_TIMESTEPS)
 
 
-def _terminal_grid(terminal: float, steps: int, flow_shift: float) -> Schedule:
+def _make_terminal_grid(terminal: float, steps: int, flow_shift: float) -> Schedule:
     # stretched after the shift, so that the last level before 0 is `terminal`
     levels = stretch_levels(torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1], flow_shift, terminal)
     sigmas = torch.cat([levels, levels.new_zeros(1)]).float()
@@ -154,7 +154,7 @@ def stretch_levels(levels: Tensor, flow_shift: float, terminal: float) -> Tensor
     return levels if len(levels) == 1 else 1 - (1 - levels) * (1 - terminal) / (1 - levels[-1])
 
 
-def _trained_grid(steps: int, flow_shift: float) -> Schedule:
+def _make_trained_grid(steps: int, flow_shift: float) -> Schedule:
     # between the ends of the training table, of which the lower one is shifted before and after it is spread:
     # as diffusers' FlowMatchEulerDiscreteScheduler does without given sigmas
     low = shift_sigmas(torch.tensor(1 / TRAIN_TIMESTEPS, dtype=torch.float64), flow_shift)
@@ -163,7 +163,7 @@ def _trained_grid(steps: int, flow_shift: float) -> Schedule:
     return flow_schedule(torch.cat([sigmas, sigmas.new_zeros(1)]).float(), (sigmas * TRAIN_TIMESTEPS).float())
 
 
-def _whole_timesteps(noisiest: float, steps: int, flow_shift: float) -> Schedule:
+def _make_whole_timesteps(noisiest: float, steps: int, flow_shift: float) -> Schedule:
     # float64: in float32 0.75 * 1000 may come out as 749.99 and be cut to 749
     grid = torch.from_numpy(np.linspace(noisiest, 0.0, steps + 1)[:-1])
     sigmas = shift_sigmas(grid, flow_shift)
@@ -172,16 +172,16 @@ def _whole_timesteps(noisiest: float, steps: int, flow_shift: float) -> Schedule
 
 
 _GRIDS: dict[str, Callable[[int, float], Schedule]] = {
-    "euler": partial(_even_grid, 0.0, False),
-    "euler-trained": _trained_grid,
+    "euler": partial(_make_even_grid, 0.0, False),
+    "euler-trained": _make_trained_grid,
     # `shift_terminal` of the releases of Qwen-Image and of LTX-2
-    "euler-terminal": partial(_terminal_grid, 0.02),
-    "euler-tenth": partial(_terminal_grid, 0.1),
-    "euler-thousandth": partial(_even_grid, 1 / TRAIN_TIMESTEPS, False),
-    "unipc": partial(_whole_timesteps, _NOISIEST_TRAINED_SIGMA),
-    "unipc-bh1": partial(_even_grid, 0.0, False),
-    "dpm++": partial(_whole_timesteps, 1.0),
-    "dpm++sde": partial(_whole_timesteps, 1.0),
+    "euler-terminal": partial(_make_terminal_grid, 0.02),
+    "euler-tenth": partial(_make_terminal_grid, 0.1),
+    "euler-thousandth": partial(_make_even_grid, 1 / TRAIN_TIMESTEPS, False),
+    "unipc": partial(_make_whole_timesteps, _NOISIEST_TRAINED_SIGMA),
+    "unipc-bh1": partial(_make_even_grid, 0.0, False),
+    "dpm++": partial(_make_whole_timesteps, 1.0),
+    "dpm++sde": partial(_make_whole_timesteps, 1.0),
     # down to the lowest timestep that models are trained on, from which the last jump goes to 0
-    "lcm": partial(_even_grid, 1 / TRAIN_TIMESTEPS, True),
+    "lcm": partial(_make_even_grid, 1 / TRAIN_TIMESTEPS, True),
 }

@@ -186,7 +186,7 @@ class UniPC:
             ratios.append(1.0)
             differences.append(after.x0 - last.x0)
         alone = len(ratios) == 1  # then 1/2, the exact weight's limit for small steps, as the released code
-        weights = [self.variant.lone_weight(step)] if alone else _weights(step, ratios)
+        weights = [self.variant.lone_weight(step)] if alone else _solve_weights(step, ratios)
         change: Tensor | float = 0.0
         for weight, ratio, difference in zip(weights, ratios, differences, strict=True):
             change = change + weight / ratio * difference
@@ -220,7 +220,7 @@ class _Prediction:
     x0: Tensor
 
 
-def _weights(step: float, ratios: list[float]) -> list[float]:
+def _solve_weights(step: float, ratios: list[float]) -> list[float]:
     """Return the weights of the differences to other predictions (paper, equation 9), solved in float64.
 
     step: h of this step. ratios: distances of the predictions from its start, in units of h; one weight each.

@@ -102,8 +102,8 @@ def shown_pixels(path: Path, image: Image.Image, alpha: bool) -> NDArray[np.uint
 
     image: from `upright`. path: for messages.
     """
-    opacity = _opacity(image)
-    colours = _srgb(path, image)
+    opacity = _read_opacity(image)
+    colours = _convert_to_srgb(path, image)
     if opacity is None:
         return colours
     with_alpha = np.dstack([colours, opacity])
@@ -136,8 +136,8 @@ def look_at(path: Path, file: Image.Image) -> Colours:
     _note_facts(file)
     profile = _find_profile(path, file)
     transform, fault = (None, None) if profile is None else _transform(profile)
-    is_converted = transform is not None or (profile is None and _curve(file.info) is not None)
-    opacity = _opacity(file)
+    is_converted = transform is not None or (profile is None and _make_curve(file.info) is not None)
+    opacity = _read_opacity(file)
     transfer = file.info.get(_CICP, (0, 0))[1]
     is_transparent = opacity is not None and int(opacity.min()) < 255
     by_codes = is_converted and file.format == "AVIF" and _CICP in file.info
@@ -158,7 +158,7 @@ def blend_on_white(frame: NDArray[Any]) -> NDArray[Any]:
     return blended
 
 
-def _opacity(image: Image.Image) -> NDArray[np.uint8] | None:
+def _read_opacity(image: Image.Image) -> NDArray[np.uint8] | None:
     """Return the opacity of each pixel, H W from 0 to 255; None if nothing can be transparent."""
     key = image.info.get("transparency")
     if image.mode.startswith("I;16") and key is not None:
@@ -168,7 +168,7 @@ def _opacity(image: Image.Image) -> NDArray[np.uint8] | None:
     return np.asarray(image.convert("RGBA"))[..., 3]
 
 
-def _srgb(path: Path, image: Image.Image) -> NDArray[np.uint8]:
+def _convert_to_srgb(path: Path, image: Image.Image) -> NDArray[np.uint8]:
     """Return the colours of a picture as sRGB, H W 3, also below transparent pixels."""
     if image.mode.startswith("I;16"):  # Pillow would clip 16 bit grey instead of scaling it
         info = image.info
@@ -180,7 +180,7 @@ def _srgb(path: Path, image: Image.Image) -> NDArray[np.uint8]:
     if profile is not None and transform is not None:
         return np.array(ImageCms.applyTransform(_in_mode(image, profile.mode), transform))
     colours = _in_mode(image, "RGB")
-    curve = _curve(image.info) if profile is None else None
+    curve = _make_curve(image.info) if profile is None else None
     if curve is not None:
         colours = colours.point(curve * 3)
     return np.array(colours)
@@ -210,7 +210,7 @@ def _find_profile(path: Path, image: Image.Image) -> _Profile | None:
     if content:
         return _Profile(content, _choose_mode(image.mode, content), path)
     places = None if transfer else image.info.get("chromaticity")
-    gamma = _gamma(image.info)
+    gamma = _read_gamma(image.info)
     if places is None or gamma is None or np.allclose(places, _SRGB_PLACES, atol=2e-3):
         return None
     content = _make_profile(gamma, tuple(places))
@@ -263,7 +263,7 @@ def _changes_nothing(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
 # What PNGs say in chunks of their own
 
 
-def _gamma(info: dict[Any, Any]) -> float | None:
+def _read_gamma(info: dict[Any, Any]) -> float | None:
     """Return the exponent of a PNG's gAMA chunk; None if there is none, or if another chunk overrides it."""
     gamma = info.get("gamma")
     return None if not gamma or gamma <= 0 or "srgb" in info or _CICP in info else float(gamma)
@@ -302,9 +302,9 @@ def _read_nclx(file: Image.Image) -> tuple[int, int] | None:
     return primaries, 1 if transfer == _UNSAID else transfer
 
 
-def _curve(info: dict[Any, Any]) -> list[int] | None:
+def _make_curve(info: dict[Any, Any]) -> list[int] | None:
     """Return the levels of sRGB for the 256 values of a PNG with gAMA alone; None: they are the same."""
-    gamma = _gamma(info)
+    gamma = _read_gamma(info)
     if gamma is None or abs(_SCREEN * gamma - 1) <= _NEAR:
         return None
     light = (np.arange(256) / 255) ** (1 / gamma)
@@ -320,17 +320,17 @@ def _make_profile(gamma: float | None, places: tuple[float, ...]) -> bytes | Non
 
     Source: ICC.1, 8.3.
     """
-    colorants = _colorants(places)
+    colorants = _make_colorants(places)
     if colorants is None:
         return None
     if gamma is None:
         curve = b"para" + bytes(5) + b"\3" + bytes(2)
-        curve += _fixed([2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045])
+        curve += _encode_fixed([2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045])
     else:
-        curve = b"para" + bytes(8) + _fixed([1 / (gamma or 1)])
-    tags = {b"wtpt": _xyz(_D50)}
+        curve = b"para" + bytes(8) + _encode_fixed([1 / (gamma or 1)])
+    tags = {b"wtpt": _encode_xyz(_D50)}
     for letter, colorant in zip((b"r", b"g", b"b"), colorants.T, strict=True):
-        tags[letter + b"XYZ"] = _xyz(colorant)
+        tags[letter + b"XYZ"] = _encode_xyz(colorant)
         tags[letter + b"TRC"] = curve
     return _with_header(tags)
 
@@ -341,23 +341,23 @@ def _with_header(tags: dict[bytes, bytes]) -> bytes:
     table, body = b"", b""
     for name, content in tags.items():
         place = start + len(body)
-        table += name + _four_bytes(place) + _four_bytes(len(content))
+        table += name + _encode_number(place) + _encode_number(len(content))
         body += content
-    head = _four_bytes(start + len(body)) + bytes(4) + b"\x04\x20\x00\x00mntrRGB XYZ " + bytes(12)
-    head += b"acsp" + bytes(28) + _fixed(_D50)
-    return head.ljust(128, b"\0") + _four_bytes(len(tags)) + table + body
+    head = _encode_number(start + len(body)) + bytes(4) + b"\x04\x20\x00\x00mntrRGB XYZ " + bytes(12)
+    head += b"acsp" + bytes(28) + _encode_fixed(_D50)
+    return head.ljust(128, b"\0") + _encode_number(len(tags)) + table + body
 
 
-def _four_bytes(number: int) -> bytes:
+def _encode_number(number: int) -> bytes:
     return number.to_bytes(4, "big")
 
 
-def _xyz(values: Any) -> bytes:
+def _encode_xyz(values: Any) -> bytes:
     """Return the content of a tag of the type XYZ."""
-    return b"XYZ " + bytes(4) + _fixed(values)
+    return b"XYZ " + bytes(4) + _encode_fixed(values)
 
 
-def _colorants(places: tuple[float, ...]) -> Any:
+def _make_colorants(places: tuple[float, ...]) -> Any:
     """Return the primaries of a cHRM chunk as columns of XYZ under D50; None if they are not a triangle.
 
     places: x y of the white point, red, green and blue.
@@ -375,6 +375,6 @@ def _colorants(places: tuple[float, ...]) -> Any:
         return None
 
 
-def _fixed(values: Any) -> bytes:
+def _encode_fixed(values: Any) -> bytes:
     """Return numbers in ICC's s15Fixed16Number."""
     return bytes(np.rint(np.asarray(values) * 65536).astype(">i4").tobytes())

@@ -68,7 +68,7 @@ class Companions:
 
     @property
     def tags(self) -> dict[str, str]:
-        return self._cleaned(self._source.metadata)
+        return self._clean_tags(self._source.metadata)
 
     def add_streams(self, target: Any, video: Any) -> None:
         """Add a stream to the new file for each one of the source, and its chapters.
@@ -112,7 +112,7 @@ class Companions:
         """Write a packet of the pictures, even if an earlier one that FFmpeg held back cannot be written."""
         try:
             target.mux(packet)
-        except _damage():
+        except _list_damage_errors():
             if not self._sent:
                 raise
             self._sent -= 1
@@ -146,7 +146,7 @@ class Companions:
             try:
                 target.mux(new_packet)
                 self._sent += 1
-            except _damage():
+            except _list_damage_errors():
                 track.lost += 1
 
     def _add(self, target: Any, stream: Any) -> None:
@@ -188,7 +188,7 @@ class Companions:
             self._leave_out(name, "it is a picture that no tool has worked on", remedy="")
         elif self._suffix == ".mkv" and codec in _COVERS:
             with open_container(self._path) as again:
-                picture = _first_packet(again, stream.index)
+                picture = _read_first_packet(again, stream.index)
             if picture is not None:
                 target.add_attachment(*_COVERS[codec], bytes(picture))
         elif self._suffix == ".mp4" and codec in _COVERS and not needs_own_tags(self.tags):
@@ -213,7 +213,7 @@ class Companions:
         delayed = None
         if self._suffix == ".mkv" and stream.type == "audio":
             with open_container(self._path) as again:
-                first = _first_packet(again, stream.index)
+                first = _read_first_packet(again, stream.index)
             if first is not None and first.pts is not None:
                 before = self._origin - first.pts * first.time_base  # what comes before time 0
                 samples = round(before * stream.codec_context.sample_rate)
@@ -237,7 +237,7 @@ class Companions:
                 added = trial.add_stream_from_template(stream, opaque=True)
                 trial.start_encoding()
                 # text may begin anywhere in a long file
-                first = None if stream.type == "subtitle" else _first_packet(again, stream.index)
+                first = None if stream.type == "subtitle" else _read_first_packet(again, stream.index)
                 if first is not None:
                     first.stream = added
                     trial.mux(first)
@@ -251,7 +251,7 @@ class Companions:
 
     def _describe(self, target: Any, source: Any) -> None:
         """Copy language, title and purpose of a stream to the new one."""
-        tags = self._cleaned(source.metadata)
+        tags = self._clean_tags(source.metadata)
         title = tags.pop("name", None)  # as FFmpeg calls the title in MP4
         if title is not None:
             tags.setdefault("title", title)
@@ -262,7 +262,7 @@ class Companions:
         target.metadata.update(tags)
         target.disposition = int(source.disposition)
 
-    def _cleaned(self, tags: Mapping[str, str]) -> dict[str, str]:
+    def _clean_tags(self, tags: Mapping[str, str]) -> dict[str, str]:
         cleaned = {name: value for name, value in tags.items() if not _NOISE.fullmatch(name)}
         # FFmpeg fails at time codes that leave frames out (;), unless the rate is 29.97 or a multiple of it
         if ";" in cleaned.get("timecode", "") and round(self._rate) % 30:
@@ -280,7 +280,7 @@ def _copy(packet: Any) -> list[Any]:
     return [packet] if packet.size else []
 
 
-def _first_packet(container: Any, index: int) -> Any | None:
+def _read_first_packet(container: Any, index: int) -> Any | None:
     """Return the first packet of a stream, if it is at the beginning of a file that has just been opened."""
     beginning = itertools.islice(container.demux(), _BEGINNING)
     return next((packet for packet in beginning if packet.stream.index == index and packet.size), None)
@@ -296,7 +296,7 @@ def _name(stream: Any) -> str:
     return f"stream {stream.index} ({kind}: {details})"
 
 
-def _damage() -> tuple[type[Exception], ...]:
+def _list_damage_errors() -> tuple[type[Exception], ...]:
     """Return FFmpeg's exceptions for packets that it cannot write, for example with times that do not rise;
     the one for a full disk is left out.
     """

@@ -90,7 +90,7 @@ def decode_frames(path: Path, container: Any, stream: Any) -> Iterator[TimedFram
     decoder: Any = None  # for packets with transparency, if the stream's own decoder would drop it
     orientation = AS_STORED
     if hides_alpha(stream):
-        decoder = _alpha_decoder(path, stream.codec_context.name)
+        decoder = _open_alpha_decoder(path, stream.codec_context.name)
         # frames of this decoder lack the rotation that the container states: take it from the stream's own
         with open_video(path) as (again, same_stream):
             first, _, _ = first_picture(path, again, same_stream)
@@ -132,7 +132,7 @@ def decode_frames(path: Path, container: Any, stream: Any) -> Iterator[TimedFram
         )
 
 
-def _alpha_decoder(path: Path, codec: str) -> Any:
+def _open_alpha_decoder(path: Path, codec: str) -> Any:
     """Return a decoder that reads the transparency of this codec. Raises MediaError if FFmpeg lacks it."""
     try:
         decoder = av.CodecContext.create(_ALPHA_DECODERS[codec], "r")
@@ -147,7 +147,7 @@ def _alpha_decoder(path: Path, codec: str) -> Any:
 
 def _has_all_bytes(path: Path) -> bool:
     """Return whether a Matroska file has the size that it states, with no zeros for an end not fetched."""
-    stated = _matroska_size(path)
+    stated = _read_matroska_size(path)
     if not 0 < stated <= path.stat().st_size:
         return False
     with path.open("rb") as file:
@@ -197,7 +197,7 @@ def check_size(path: Path, container: Any, stream: Any) -> None:
     size = path.stat().st_size
     stated = 0
     if "matroska" in container.format.name:
-        stated = _matroska_size(path)
+        stated = _read_matroska_size(path)
     elif "mov" in container.format.name:
         places = stream.index_entries
         stated = places[-1].pos + places[-1].size if len(places) else 0
@@ -207,7 +207,7 @@ def check_size(path: Path, container: Any, stream: Any) -> None:
         )
 
 
-def _matroska_size(path: Path) -> int:
+def _read_matroska_size(path: Path) -> int:
     """Return the bytes of a Matroska file by its header, 0 if that does not say. Source: RFC 9559, EBML."""
     with path.open("rb") as file:
         for _ in range(2):  # the header of EBML, and the segment
@@ -303,12 +303,16 @@ def is_animation(path: Path) -> bool:
     Reads block headers only, and no more of them than necessary. Raises MediaError if they are damaged or end
     early.
     """
-    return path.suffix.lower() in ANIMATION_SUFFIXES and path.is_file() and len(_durations(path, most=2)) > 1
+    return (
+        path.suffix.lower() in ANIMATION_SUFFIXES
+        and path.is_file()
+        and len(_read_durations(path, most=2)) > 1
+    )
 
 
 def animation_durations(path: Path) -> tuple[float, ...]:
     """Return the seconds that each frame is shown. Raises MediaError if the file is damaged or cut short."""
-    return tuple(_durations(path))
+    return tuple(_read_durations(path))
 
 
 def animation_frames(path: Path) -> Iterator[tuple[NDArray[np.uint8], float]]:
@@ -316,7 +320,7 @@ def animation_frames(path: Path) -> Iterator[tuple[NDArray[np.uint8], float]]:
 
     Raises MediaError if the file is damaged or cut short.
     """
-    durations = _durations(path)
+    durations = _read_durations(path)
     with open_image(path) as image:
         orientation = _BY_EXIF.get(image.getexif().get(EXIF_ORIENTATION, 1), AS_STORED)
         for index, seconds in enumerate(durations):
@@ -327,7 +331,7 @@ def animation_frames(path: Path) -> Iterator[tuple[NDArray[np.uint8], float]]:
             yield turn_upright(pixels, orientation), seconds
 
 
-def _durations(path: Path, most: int | None = None) -> list[float]:
+def _read_durations(path: Path, most: int | None = None) -> list[float]:
     """Return the seconds of all frames, or of the first `most`.
 
     Empty for a picture that is not an animation.
@@ -335,9 +339,9 @@ def _durations(path: Path, most: int | None = None) -> list[float]:
     with reading(path), path.open("rb") as file:
         start = file.read(6)
         if start[:4] == b"GIF8":
-            read_durations = _gif_durations
+            read_durations = _read_gif_durations
         elif start[:4] == b"RIFF":
-            read_durations = _webp_durations
+            read_durations = _read_webp_durations
         else:
             return []
         durations: list[float] = []
@@ -351,7 +355,7 @@ def _durations(path: Path, most: int | None = None) -> list[float]:
         return durations
 
 
-def _gif_durations(file: BinaryIO) -> Iterator[float]:
+def _read_gif_durations(file: BinaryIO) -> Iterator[float]:
     """Yield the seconds of each frame of a GIF from behind its first 6 bytes. Raises EOFError at a cut."""
     _skip_colours(file, _take(file, 7)[4])
     hundredths = 0
@@ -384,7 +388,7 @@ def _skip_blocks(file: BinaryIO) -> None:
         _take(file, size)
 
 
-def _webp_durations(file: BinaryIO) -> Iterator[float]:
+def _read_webp_durations(file: BinaryIO) -> Iterator[float]:
     """Yield the seconds of each frame of an animated WebP from behind its first 6 bytes."""
     _take(file, 6)  # the rest of the file's size, and WEBP
     while header := file.read(8):

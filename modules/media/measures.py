@@ -46,12 +46,12 @@ CLIP_FRAMES = 4  # frames whose hashes make up a clip's
 
 
 def brightness(frame: Frame) -> float:
-    return float(_grey(frame, BLACK_SIDE).mean())
+    return float(_reduce_to_grey(frame, BLACK_SIDE).mean())
 
 
 def is_black(frame: Frame, threshold: float = BLACK_PIXEL, share: float = BLACK_SHARE) -> bool:
     """Return whether `share` of pixels have a luma below `threshold`, 0..1. Source: FFmpeg's blackdetect."""
-    return bool((_grey(frame, BLACK_SIDE) < threshold).mean() >= share)
+    return bool((_reduce_to_grey(frame, BLACK_SIDE) < threshold).mean() >= share)
 
 
 def motion(frames: Sequence[Frame]) -> float:
@@ -59,7 +59,7 @@ def motion(frames: Sequence[Frame]) -> float:
 
     0.01 is a calm picture, 0.1 a wild one, if neighbours are some tenths of a second apart.
     """
-    cells = [_cells(frame) for frame in frames]
+    cells = [_average_cells(frame) for frame in frames]
     changes = [np.abs(after - before).mean() for before, after in zip(cells, cells[1:], strict=False)]
     return float(np.mean(changes)) if changes else 0.0
 
@@ -71,7 +71,7 @@ def is_static(frames: Sequence[Frame], threshold: float = STATIC_CHANGE) -> bool
     a small part moves; and any two frames are compared, so that slow motion counts too. A single frame is
     static.
     """
-    cells = (_cells(frame) for frame in frames)
+    cells = (_average_cells(frame) for frame in frames)
     low = high = next(cells, None)
     if low is None or high is None:
         raise ValueError("no frame to measure")
@@ -90,7 +90,7 @@ def sharpness(frame: Frame) -> float:
     Source: variance of the Laplacian, Pech-Pacheco et al. 2000, "Diatom autofocusing in brightfield
     microscopy", ICPR; tiles, smoothing and division are ours.
     """
-    grey = _grey(frame, SHARP_SIDE)
+    grey = _reduce_to_grey(frame, SHARP_SIDE)
     variance = float(grey.var())
     if variance < FLAT**2:
         return 0.0
@@ -103,7 +103,7 @@ def sharpness(frame: Frame) -> float:
 
 def is_flat(frame: Frame) -> bool:
     """Return whether a frame has one colour, or nearly so: it can be neither sharp nor blurred."""
-    return bool(_grey(frame, BLACK_SIDE).std() < FLAT)
+    return bool(_reduce_to_grey(frame, BLACK_SIDE).std() < FLAT)
 
 
 def perceptual_hash(frame: Frame) -> int:
@@ -115,7 +115,9 @@ def perceptual_hash(frame: Frame) -> int:
     Source: Zauner 2010, "Implementation and Benchmarking of Perceptual Image Hash Functions", section 3.2.1;
     it leaves out the terms that are constant in one direction, which we keep: stripes have no others.
     """
-    grey = cv2.resize(_grey(frame, BLACK_SIDE), (HASH_SIDE, HASH_SIDE), interpolation=cv2.INTER_AREA)
+    grey = cv2.resize(
+        _reduce_to_grey(frame, BLACK_SIDE), (HASH_SIDE, HASH_SIDE), interpolation=cv2.INTER_AREA
+    )
     if grey.std() < FLAT:
         return 0
     terms = cv2.dct(grey)[:HASH_BLOCK, :HASH_BLOCK].ravel()[1:]
@@ -139,11 +141,11 @@ def hashed_frames(frames: Sequence[Frame]) -> list[Frame]:
     return [frames[place] for place in np.linspace(0, len(frames) - 1, count).round().astype(int)]
 
 
-def _grey(frame: Frame, longest: int) -> Grey:
+def _reduce_to_grey(frame: Frame, longest: int) -> Grey:
     return _reduce(frame, longest / max(frame.shape[:2]))
 
 
-def _cells(frame: Frame) -> Grey:
+def _average_cells(frame: Frame) -> Grey:
     """Return the luma 0..1 in a grid of CELLS along the shorter side; a smaller frame keeps its pixels."""
     return _reduce(frame, CELLS / min(frame.shape[:2]))
 
@@ -214,17 +216,17 @@ def scene_distance(first: Thumbnail, second: Thumbnail, least: float = 0.0) -> f
     height, width = first.grey.shape
     most_y = min(MOST_SHIFT, height // 4)
     most_x = min(MOST_SHIFT, width // 4)
-    best = _correlation(first, second, 0, 0)
+    best = _correlate(first, second, 0, 0)
     if best is None:  # the structure counts 0
         return 0.0
     for y in range(-most_y, most_y + 1):
         for x in range(-most_x, most_x + 1):
-            best = max(best, _correlation(first, second, y, x) or 0.0)
+            best = max(best, _correlate(first, second, y, x) or 0.0)
     structure = 1 - min(1.0, best)
     return float(np.sqrt(structure * colours)) * smallness
 
 
-def _correlation(first: Thumbnail, second: Thumbnail, y: int, x: int) -> float | None:
+def _correlate(first: Thumbnail, second: Thumbnail, y: int, x: int) -> float | None:
     """Return the correlation of the first, shifted, with the second, over the cells where both are not white.
 
     None: too little is left, or the rest has a single grey in either.
@@ -235,8 +237,8 @@ def _correlation(first: Thumbnail, second: Thumbnail, y: int, x: int) -> float |
     is_seen = ~(first.is_white[first_area] | second.is_white[second_area])
     if 4 * is_seen.sum() < is_seen.size:
         return None
-    first_values = _centred(first.grey[first_area][is_seen])
-    second_values = _centred(second.grey[second_area][is_seen])
+    first_values = _centre(first.grey[first_area][is_seen])
+    second_values = _centre(second.grey[second_area][is_seen])
     first_spread = float(np.sqrt(np.square(first_values).mean()))
     second_spread = float(np.sqrt(np.square(second_values).mean()))
     if min(first_spread, second_spread) < FLAT_SCENE:
@@ -244,7 +246,7 @@ def _correlation(first: Thumbnail, second: Thumbnail, y: int, x: int) -> float |
     return float((first_values * second_values).mean()) / (first_spread * second_spread)
 
 
-def _centred(values: Grey) -> Grey:
+def _centre(values: Grey) -> Grey:
     """Return values without their mean."""
     return values - values.mean()
 

@@ -47,7 +47,7 @@ def track_facts(path: Path) -> TrackFacts | None:
         stream = _track(container)
         if stream is None:
             return None
-        origin = _origin(container)
+        origin = _find_origin(container)
         start = Fraction(0) if stream.start_time is None else stream.start_time * stream.time_base - origin
         end = start + stream.duration * stream.time_base if stream.duration else stated_end(container, stream)
         if end is None and container.duration:
@@ -76,7 +76,7 @@ def read_track(path: Path, start: Fraction, count: int, rate: int, channels: int
             if stream is None:
                 return None
             index = stream.index
-            begin = start + _origin(container)
+            begin = start + _find_origin(container)
             channels_read = 1 if stream.codec_context.channels == 1 else channels
         track = np.zeros((channels_read, count), np.float32)
         place = 0
@@ -115,14 +115,14 @@ def read_beginning(path: Path, seconds: float, channels: int) -> TrackBeginning 
             if stream is None:
                 return None
             index = stream.index
-            begin = _origin(container)
+            begin = _find_origin(container)
             rate = stream.codec_context.sample_rate
             layout = LAYOUTS[1 if stream.codec_context.channels == 1 else channels]
         most = int(seconds * rate)
         parts = []
         position = 0
         try:
-            for first, samples in _decoded(path, index, begin, rate=rate, layout=layout, lenient=False):
+            for first, samples in _decode(path, index, begin, rate=rate, layout=layout, lenient=False):
                 if first > position:  # a gap
                     parts.append(np.zeros((samples.shape[0], first - position), np.float32))
                     position = first
@@ -145,7 +145,7 @@ def _track(container: Any) -> Any | None:
     return None if stream is None or stream.codec_context is None else stream
 
 
-def _origin(container: Any) -> Fraction:
+def _find_origin(container: Any) -> Fraction:
     """Return the second at which the first picture is shown, or without pictures the first sound is heard."""
     main = container.streams.best("video")
     if main is None or is_cover(main) or main.start_time is None:
@@ -163,7 +163,7 @@ def filled(
     """
     total = round(seconds * rate)
     position = 0
-    for first, samples in _decoded(path, index, begin, rate=rate, layout=layout, lenient=lenient):
+    for first, samples in _decode(path, index, begin, rate=rate, layout=layout, lenient=lenient):
         if first > position:
             gap = min(first, total) - position
             yield np.zeros((samples.shape[0], gap), np.float32)
@@ -178,7 +178,7 @@ def filled(
         yield np.zeros((av.AudioLayout(layout).nb_channels, total - position), np.float32)
 
 
-def _decoded(
+def _decode(
     path: Path, index: int, begin: Fraction, *, rate: int, layout: str, lenient: bool
 ) -> Iterator[tuple[int, Samples]]:
     """Yield blocks of decoded samples, each with the number of its first sample, counted from `begin`."""
@@ -190,7 +190,9 @@ def _decoded(
             if seeks:
                 with contextlib.suppress(av.FFmpegError):
                     container.seek(int((begin - EARLIER) / stream.time_base), stream=stream)
-            numbered = _resampled(path, container, stream, begin, rate=rate, layout=layout, lenient=lenient)
+            numbered = _decode_resampled(
+                path, container, stream, begin, rate=rate, layout=layout, lenient=lenient
+            )
             first = next(numbered, None)
             if seeks and (first is None or first[0] > 0):
                 continue  # a file that cannot be searched: read from its beginning
@@ -200,22 +202,22 @@ def _decoded(
             return
 
 
-def _resampled(
+def _decode_resampled(
     path: Path, container: Any, stream: Any, begin: Fraction, *, rate: int, layout: str, lenient: bool
 ) -> Iterator[tuple[int, Samples]]:
-    """Yield as `_decoded` does. If the times or the form of the sound jump, resampling begins again."""
+    """Yield as `_decode` does. If the times or the form of the sound jump, resampling begins again."""
     resampler = None
     form = None  # of the samples that it takes
     place = 0  # where the next sample is, counted from `begin`
     decoded_end = Fraction(0)  # at which second the sound that was decoded so far ends
     try:
-        for frame in _frames(container, stream, lenient):
+        for frame in _decode_frames(container, stream, lenient):
             time = None if frame.pts is None else frame.pts * (frame.time_base or stream.time_base) - begin
             frame_form = (frame.format.name, frame.layout.name, frame.sample_rate)
             jumps = time is not None and abs(time - decoded_end) >= ROUNDING
             if resampler is None or frame_form != form or jumps:
                 if resampler is not None:
-                    yield from _numbered(resampler.resample(None), place)
+                    yield from _number_samples(resampler.resample(None), place)
                 if time is not None:
                     decoded_end = time
                 resampler = av.AudioResampler(format="fltp", layout=layout, rate=rate)
@@ -223,11 +225,11 @@ def _resampled(
                 place = round(decoded_end * rate)
             frame.pts = None
             decoded_end += Fraction(frame.samples, frame.sample_rate)
-            for first, samples in _numbered(resampler.resample(frame), place):
+            for first, samples in _number_samples(resampler.resample(frame), place):
                 yield first, samples
                 place = first + samples.shape[1]
         if resampler is not None:
-            yield from _numbered(resampler.resample(None), place)
+            yield from _number_samples(resampler.resample(None), place)
     except av.FFmpegError as error:
         if not lenient:
             raise
@@ -239,14 +241,14 @@ def _resampled(
         )
 
 
-def _frames(container: Any, stream: Any, lenient: bool) -> Iterator[Any]:
+def _decode_frames(container: Any, stream: Any, lenient: bool) -> Iterator[Any]:
     for packet in container.demux(stream):
         if packet.is_corrupt and not lenient:
             raise av.InvalidDataError(errno.EINVAL, "it is cut short")
         yield from packet.decode()
 
 
-def _numbered(parts: Any, place: int) -> Iterator[tuple[int, Samples]]:
+def _number_samples(parts: Any, place: int) -> Iterator[tuple[int, Samples]]:
     """Yield the samples of FFmpeg's frames with the number of the first one of each."""
     for part in parts:
         samples = np.asarray(part.to_ndarray(), np.float32)

@@ -65,17 +65,17 @@ class _Gapless:
                 self._next = expected
             elif SHORTEST_GAP * rate < gap < LONGEST_GAP * rate:
                 for start in range(0, gap, rate):
-                    yield self._numbered(_silence(frame, min(rate, gap - start)))
-        yield self._numbered(frame)
+                    yield self._number_frame(_make_silence(frame, min(rate, gap - start)))
+        yield self._number_frame(frame)
 
-    def _numbered(self, frame: Any) -> Any:
+    def _number_frame(self, frame: Any) -> Any:
         frame.pts = self._next = self._next or 0
         frame.time_base = Fraction(1, frame.sample_rate)
         self._next += frame.samples
         return frame
 
 
-def _silence(like: Any, samples: int) -> Any:
+def _make_silence(like: Any, samples: int) -> Any:
     frame = av.AudioFrame(format=like.format.name, layout=like.layout.name, samples=samples)
     frame.sample_rate = like.sample_rate
     middle = b"\x80" if like.format.name.startswith("u8") else b"\0"
@@ -109,15 +109,17 @@ def open_delayed(stream: Any, samples: int) -> Any | None:
     context = stream.codec_context
     if context is None or context.name not in _CODECS or context.delay:
         return None
-    doc_type = _element(0x4282, b"matroska")
-    versions = _number(0x4287, 4) + _number(0x4285, 2)  # of the format, and the least to read it
-    head = _element(0x1A45DFA3, doc_type + versions)
-    clock = _element(0x1549A966, _number(0x2AD7B1, 1_000_000))
-    track = _element(0xAE, _track_facts(context, samples))
-    tracks = _element(0x1654AE6B, track)
-    packet = _element(0xA3, b"\x81\0\0\x80" + bytes(8))  # a file without any cannot be opened
-    cluster = _element(0x1F43B675, _number(0xE7, 0) + packet)
-    segment = _element(0x18538067, clock + tracks + cluster)
+    doc_type = _encode_element(0x4282, b"matroska")
+    versions = _encode_number(0x4287, 4) + _encode_number(
+        0x4285, 2
+    )  # of the format, and the least to read it
+    head = _encode_element(0x1A45DFA3, doc_type + versions)
+    clock = _encode_element(0x1549A966, _encode_number(0x2AD7B1, 1_000_000))
+    track = _encode_element(0xAE, _track_facts(context, samples))
+    tracks = _encode_element(0x1654AE6B, track)
+    packet = _encode_element(0xA3, b"\x81\0\0\x80" + bytes(8))  # a file without any cannot be opened
+    cluster = _encode_element(0x1F43B675, _encode_number(0xE7, 0) + packet)
+    segment = _encode_element(0x18538067, clock + tracks + cluster)
     try:
         return av.open(BytesIO(head + segment))
     except av.FFmpegError:
@@ -126,17 +128,17 @@ def open_delayed(stream: Any, samples: int) -> Any | None:
 
 def _track_facts(context: Any, samples: int) -> bytes:
     """Return number, codec, delay and sound of a track, as Matroska has them."""
-    numbers = _number(0xD7, 1) + _number(0x73C5, 1)  # of the track, and its identity
-    audio_type = _number(0x83, 2)
-    codec = _element(0x86, _CODECS[context.name])
-    private = _element(0x63A2, bytes(context.extradata)) if context.extradata else b""
-    delay = _number(0x56AA, round(samples * _NANOSECONDS / context.sample_rate))
-    rate = _element(0xB5, struct.pack(">d", context.sample_rate))
-    sound = _element(0xE1, rate + _number(0x9F, context.channels))
+    numbers = _encode_number(0xD7, 1) + _encode_number(0x73C5, 1)  # of the track, and its identity
+    audio_type = _encode_number(0x83, 2)
+    codec = _encode_element(0x86, _CODECS[context.name])
+    private = _encode_element(0x63A2, bytes(context.extradata)) if context.extradata else b""
+    delay = _encode_number(0x56AA, round(samples * _NANOSECONDS / context.sample_rate))
+    rate = _encode_element(0xB5, struct.pack(">d", context.sample_rate))
+    sound = _encode_element(0xE1, rate + _encode_number(0x9F, context.channels))
     return numbers + audio_type + codec + private + delay + sound
 
 
-def _element(name: int, data: bytes) -> bytes:
+def _encode_element(name: int, data: bytes) -> bytes:
     return (
         name.to_bytes((name.bit_length() + 7) // 8, "big")
         + (0x10000000 | len(data)).to_bytes(4, "big")
@@ -144,8 +146,8 @@ def _element(name: int, data: bytes) -> bytes:
     )
 
 
-def _number(name: int, value: int) -> bytes:
-    return _element(name, value.to_bytes(8, "big"))
+def _encode_number(name: int, value: int) -> bytes:
+    return _encode_element(name, value.to_bytes(8, "big"))
 
 
 # Repack subtitles of text between files that hold text in different ways; styles are dropped.
@@ -182,7 +184,7 @@ def add_text(target: Any, source: Any, suffix: str) -> tuple[Any, Callable[[Any]
 
     def convert(packet: Any) -> Iterator[Any]:
         content = bytes(packet) if packet.size else b""
-        text = _plain_text(codec, content)
+        text = _read_plain_text(codec, content)
         if text:
             encoded = text.encode("utf-8")
             if suffix != ".mkv":
@@ -198,7 +200,7 @@ def add_text(target: Any, source: Any, suffix: str) -> tuple[Any, Callable[[Any]
     return stream, convert
 
 
-def _plain_text(codec: str, content: bytes) -> str:
+def _read_plain_text(codec: str, content: bytes) -> str:
     """Return the text of a packet of subtitles, without marks of style."""
     if codec == "mov_text":
         length = int.from_bytes(content[:2], "big")

@@ -47,12 +47,12 @@ def source_info(path: Path) -> SourceInfo:
     """
     if decoding.is_animation(path):
         durations = decoding.animation_durations(path)
-        rate = len(durations) / sum(map(_animation_seconds, durations), Fraction(0))
+        rate = len(durations) / sum(map(_round_animation_seconds, durations), Fraction(0))
         return SourceInfo(*image_size(path), rate, len(durations), is_deep=False)
     with open_video(path) as (container, stream):
         decoding.check_size(path, container, stream)
         first, width, height = decoding.first_picture(path, container, stream)
-        rate = _plain_rate(stream)
+        rate = _find_rate(stream)
         frames = _count_frames(path, container, stream, rate)
         return SourceInfo(width, height, rate, frames, is_deep=_is_deep(first))
 
@@ -82,7 +82,9 @@ def shown_frames(path: Path, deep: bool = False, limit: int | None = None) -> It
     if limit is not None and limit < 1:
         return
     previous: Picture | None = None
-    for number, frame in enumerate(_animation(path) if decoding.is_animation(path) else _timed(path, deep)):
+    for number, frame in enumerate(
+        _read_animation(path) if decoding.is_animation(path) else _read_timed(path, deep)
+    ):
         if previous is not None:
             yield Picture(previous.pixels, previous.start, frame.start - previous.start)
         if number == limit:
@@ -100,28 +102,28 @@ def shown_frames(path: Path, deep: bool = False, limit: int | None = None) -> It
         yield previous
 
 
-def _animation(path: Path) -> Iterator[Picture]:
+def _read_animation(path: Path) -> Iterator[Picture]:
     start = Fraction(0)
     for pixels, duration in decoding.animation_frames(path):
-        seconds = _animation_seconds(duration)
+        seconds = _round_animation_seconds(duration)
         yield Picture(blend_on_white(pixels), start, seconds)
         start += seconds
 
 
-def _animation_seconds(duration: float) -> Fraction:
+def _round_animation_seconds(duration: float) -> Fraction:
     return Fraction(duration).limit_denominator(1000)  # GIF counts hundredths, WebP thousandths
 
 
-def _upright_pixels(timed: decoding.TimedFrame, stream: Any, deep: bool) -> NDArray[Any]:
+def _turn_pixels(timed: decoding.TimedFrame, stream: Any, deep: bool) -> NDArray[Any]:
     pixels = decoding.frame_pixels(timed.frame, stream, _is_deep(timed.frame))
     if not deep:
         pixels = in_eight_bits(pixels)
     return decoding.turn_upright(pixels, timed.orientation)
 
 
-def _timed(path: Path, deep: bool) -> Iterator[Picture]:
+def _read_timed(path: Path, deep: bool) -> Iterator[Picture]:
     with open_video(path) as (container, stream):
-        rate = _plain_rate(stream)
+        rate = _find_rate(stream)
         origin = decoding.time_origin(container)
         clock = Clock(rate, Fraction(stream.time_base))
         end = _find_end(container, stream)
@@ -136,7 +138,7 @@ def _timed(path: Path, deep: bool) -> Iterator[Picture]:
                     origin = (frame.pts or 0) * base
             time = None if frame.pts is None else frame.pts * base - origin
             start = clock.place(time)
-            pixels = _upright_pixels(timed, stream, deep)
+            pixels = _turn_pixels(timed, stream, deep)
             stated = Fraction(frame.duration * base) if frame.duration else None
             seconds = clock.duration(stated)
             if end is not None and end - start > seconds + 1 / rate:
@@ -217,7 +219,7 @@ class Clock:
         return seconds
 
 
-def _plain_rate(stream: Any) -> Fraction:
+def _find_rate(stream: Any) -> Fraction:
     """Return the average number of pictures a second, rounded to a usual rate if it is very close to one."""
     average = stream.average_rate or stream.base_rate
     if not average or average < 0:

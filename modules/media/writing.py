@@ -59,7 +59,7 @@ class SectionSound:
         from modules.media.sound import add_aac_stream
 
         stream = add_aac_stream(target, context.channels, context.sample_rate)
-        self._packets = self._encoded(sound.index, stream)
+        self._packets = self._encode_track(sound.index, stream)
 
     def write(self, target: Any, seconds: Fraction | None) -> None:
         """Write the sound before the given second of the new file; None: all of the rest."""
@@ -73,7 +73,7 @@ class SectionSound:
             target.mux(self._waiting)
             self._waiting = None
 
-    def _encoded(self, index: int, stream: Any) -> Iterator[Any]:
+    def _encode_track(self, index: int, stream: Any) -> Iterator[Any]:
         from modules.media.samples import filled
 
         layout, rate = stream.layout.name, stream.rate
@@ -123,7 +123,7 @@ class Timing:
     def __init__(self, rate: Fraction) -> None:
         """rate: pictures a second, which the encoder counts with."""
         self.count = 0  # pictures so far
-        self._rate = rate
+        self._make_rate = rate
         self._ticks = ticks_per_second(rate)
         self._begin = Fraction(0)
         self._end = Fraction(0)
@@ -160,8 +160,8 @@ class Timing:
         first: int | None = None  # when the first packet is stored, in ticks
         ahead: int | None = None  # ticks between packets that are stored before the first picture is shown
         for packet in packets:
-            shown = round(packet.pts * packet.time_base * self._rate)
-            stored = round(packet.dts * packet.time_base * self._rate)
+            shown = round(packet.pts * packet.time_base * self._make_rate)
+            stored = round(packet.dts * packet.time_base * self._make_rate)
             packet.time_base = Fraction(1, self._ticks)
             packet.pts, packet.duration = self._shown[shown]
             if stored >= 0:
@@ -181,10 +181,10 @@ class Timing:
         if waiting is None:
             return
         assert first is not None
-        self._time_last(waiting, first)
+        self._set_last_times(waiting, first)
         yield waiting
 
-    def _time_last(self, packet: Any, first: int) -> None:
+    def _set_last_times(self, packet: Any, first: int) -> None:
         """Set the times of the last packet. first: when the first packet is stored, in ticks."""
         # stored so late that all together last as long as the pictures are shown: MP4 counts from one packet
         # to the next one stored, and would lose what the encoder is ahead of a picture held near the end
@@ -229,7 +229,7 @@ def write_video(
     Raises MediaError if there is no frame, the codec does not fit the suffix, or the frames are too small for
     it; OutputError if the file cannot be written.
     """
-    rate = _rate(fps)
+    rate = _make_rate(fps)
     pictures = (encoding.Picture(frame, index / rate, 1 / rate) for index, frame in enumerate(frames))
     write_shown(
         path, pictures, rate, codec, crf=crf, preset=preset, bit_rate=bit_rate, tags=tags, track=track
@@ -294,7 +294,7 @@ def write_shown(
     ):
         all_tags = _replace_tags({} if companions is None else companions.tags, tags or {})
         with encoding.create_container(
-            temporary, suffix, all_tags, _muxing(suffix, rate, all_tags)
+            temporary, suffix, all_tags, _choose_muxing(suffix, rate, all_tags)
         ) as container:
             stream = encoding.add_video_stream(
                 container, kind, first.pixels, rate, crf=crf, preset=preset, bit_rate=bit_rate
@@ -330,7 +330,7 @@ def _replace_tags(old: Mapping[str, str], new: Mapping[str, str]) -> dict[str, s
     return {name: text for name, text in old.items() if name.lower() not in replaced} | dict(new)
 
 
-def _muxing(suffix: str, rate: Fraction, tags: Mapping[str, str]) -> dict[str, str]:
+def _choose_muxing(suffix: str, rate: Fraction, tags: Mapping[str, str]) -> dict[str, str]:
     options = {"max_interleave_delta": "1000000"}  # microseconds: gaps in subtitles hold nothing up
     if suffix != ".mkv":
         options["movie_timescale"] = str(ticks_per_second(rate))  # of the start; usually milliseconds
@@ -383,7 +383,7 @@ def encode_segment(frames: Iterable[Frame], fps: float) -> bytes:
             container,
             encoding.choose_codec(Path("x.mp4"), "h264"),
             first,
-            _rate(fps),
+            _make_rate(fps),
             crf=12,
             preset="veryfast",
         )
@@ -413,15 +413,15 @@ def join_segments(
             with av.open(io.BytesIO(segment), "r") as source:
                 if stream is None:
                     stream = target.add_stream_from_template(source.streams.video[0], opaque=True)
-                    stream.time_base = 1 / _rate(fps)
+                    stream.time_base = 1 / _make_rate(fps)
                 for packet in source.demux(source.streams.video[0]):
                     if packet.size:  # the last one is empty
-                        packet.time_base = 1 / _rate(fps)
+                        packet.time_base = 1 / _make_rate(fps)
                         packet.duration = 1
                         packet.stream = stream
                         packet.pts = packet.dts = next(number)
                         target.mux(packet)
 
 
-def _rate(fps: float) -> Fraction:
+def _make_rate(fps: float) -> Fraction:
     return Fraction(fps).limit_denominator(1001)

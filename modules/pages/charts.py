@@ -71,7 +71,7 @@ def draw_chart(chart: Chart) -> Markup:
     if len(chart.curves) > 1:
         y = TOP + 15
         for curve, colour in coloured:
-            parts.append(_text(RIGHT - 4, y, curve.name, f'text-anchor="end" fill="{colour}"'))
+            parts.append(_draw_text(RIGHT - 4, y, curve.name, f'text-anchor="end" fill="{colour}"'))
             y += 17
     drawing = as_url("image/svg+xml", "".join([*parts, "</svg>"]).encode())
     return Markup('<img class="chart" src="{}" alt="{}">').format(drawing, chart.title)
@@ -81,20 +81,20 @@ def _draw_labels(chart: Chart) -> Iterator[str]:
     """Yield the labels of both axes and the title."""
     centre = (LEFT + RIGHT) / 2
     middle = (TOP + BOTTOM) / 2
-    yield _text(centre, HEIGHT - 8, chart.x_label)
-    yield _text(12, middle, chart.y_label, f'transform="rotate(-90 12 {middle:g})"')
-    yield _text(centre, TOP - 11, chart.title, 'font-size="16"')
+    yield _draw_text(centre, HEIGHT - 8, chart.x_label)
+    yield _draw_text(12, middle, chart.y_label, f'transform="rotate(-90 12 {middle:g})"')
+    yield _draw_text(centre, TOP - 11, chart.title, 'font-size="16"')
 
 
 def _draw_frame(across: "_Axis", up: "_Axis") -> Iterator[str]:
     """Yield rules and labels at the ticks of both axes, and the axes."""
     for place, label in across.ticks():
-        yield from _lines([(place, TOP), (place, BOTTOM)], RULE)
-        yield _text(place, BOTTOM + 19, label)
+        yield from _draw_lines([(place, TOP), (place, BOTTOM)], RULE)
+        yield _draw_text(place, BOTTOM + 19, label)
     for place, label in up.ticks():
-        yield from _lines([(LEFT, place), (RIGHT, place)], RULE)
-        yield _text(LEFT - 6, place + 5, label, 'text-anchor="end"')
-    yield from _lines([(LEFT, TOP), (LEFT, BOTTOM), (RIGHT, BOTTOM)], AXIS)
+        yield from _draw_lines([(LEFT, place), (RIGHT, place)], RULE)
+        yield _draw_text(LEFT - 6, place + 5, label, 'text-anchor="end"')
+    yield from _draw_lines([(LEFT, TOP), (LEFT, BOTTOM), (RIGHT, BOTTOM)], AXIS)
 
 
 class _Axis:
@@ -131,9 +131,9 @@ def _draw_curve(curve: Curve, across: _Axis, up: _Axis, colour: str) -> Iterator
     if curve.low is not None and curve.high is not None:
         yield from _draw_band(points(curve.low), points(curve.high), colour)
     drawn = points(curve.y)
-    yield from _lines(drawn, colour, FADED if curve.smoothing else 1.0)
+    yield from _draw_lines(drawn, colour, FADED if curve.smoothing else 1.0)
     if curve.smoothing:
-        yield from _lines(points(smooth(curve.y, curve.smoothing)), colour)
+        yield from _draw_lines(points(smooth(curve.y, curve.smoothing)), colour)
     if curve.has_dots:
         for x, y in drawn:
             if math.isfinite(y):
@@ -141,7 +141,7 @@ def _draw_curve(curve: Curve, across: _Axis, up: _Axis, colour: str) -> Iterator
     if curve.best is not None:
         x, y = drawn[curve.best]
         if math.isfinite(y):
-            yield _text(x, y + 6, "\N{BLACK STAR}", f'font-size="18" fill="{colour}"')
+            yield _draw_text(x, y + 6, "\N{BLACK STAR}", f'font-size="18" fill="{colour}"')
 
 
 def _draw_band(low: Sequence[Point], high: Sequence[Point], colour: str) -> Iterator[str]:
@@ -153,11 +153,11 @@ def _draw_band(low: Sequence[Point], high: Sequence[Point], colour: str) -> Iter
     for is_drawn, run in groupby(zip(low, high, strict=True), are_finite):
         if is_drawn:
             below, above = zip(*run, strict=True)
-            corners = _numbers([*below, *reversed(above)])
+            corners = _format_points([*below, *reversed(above)])
             yield f'<polygon points="{corners}" fill="{colour}" fill-opacity="{FADED / 2}"/>'
 
 
-def _lines(points: Sequence[Point], colour: str, opacity: float = 1.0) -> Iterator[str]:
+def _draw_lines(points: Sequence[Point], colour: str, opacity: float = 1.0) -> Iterator[str]:
     """Yield a line for each run of points of finite values."""
     look = f'fill="none" stroke="{colour}" stroke-opacity="{opacity}"'
     for is_finite, run in groupby(points, lambda point: math.isfinite(point[1])):
@@ -165,16 +165,16 @@ def _lines(points: Sequence[Point], colour: str, opacity: float = 1.0) -> Iterat
             ends = list(run)
             ends += ends if len(ends) == 1 else []  # a line of no length is a dot where its ends are round
             yield (
-                f'<polyline points="{_numbers(ends)}" {look}'
+                f'<polyline points="{_format_points(ends)}" {look}'
                 ' stroke-width="1.5" stroke-linecap="round" stroke-linejoin="round"/>'
             )
 
 
-def _numbers(points: Iterable[Point]) -> str:
+def _format_points(points: Iterable[Point]) -> str:
     return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
 
 
-def _text(x: float, y: float, text: str, how: str = "") -> str:
+def _draw_text(x: float, y: float, text: str, how: str = "") -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" {how}>{escape(escape_control_codes(text))}</text>'
 
 

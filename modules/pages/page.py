@@ -80,7 +80,7 @@ def _encode_name(name: str) -> bytes:
 
 
 @functools.cache
-def _templates(folder: Path) -> jinja2.Environment:  # each template is compiled once
+def _load_templates(folder: Path) -> jinja2.Environment:  # each template is compiled once
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader([folder, HERE]),
         autoescape=True,
@@ -112,7 +112,7 @@ def render_page(template: Path, title: str, values: Mapping[str, Any], policy: s
     """
     values = {**values, "reelsmith": as_typed(["python", "reelsmith.py"]), "sheet": SHEET, "script": SCRIPT}
     context = {**values, "title": escape_control_codes(title), "policy": policy}
-    return _templates(template.parent).get_template(template.name).render(context)
+    return _load_templates(template.parent).get_template(template.name).render(context)
 
 
 CLIP_CRF = 24  # smaller than what is kept: a page holds many clips

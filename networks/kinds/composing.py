@@ -1,6 +1,6 @@
 """What the tools for networks and the phases of a training ask all kinds for. Standard library only."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from networks.kinds import KINDS, LORA
@@ -16,6 +16,8 @@ ROTATING = tuple(kind for kind in KINDS if kind.load_rotation is not None)
 MAGNITUDE_KIND = next((kind for kind in KINDS if kind.magnitudes), None)
 MAGNITUDES = "" if MAGNITUDE_KIND is None else MAGNITUDE_KIND.magnitudes
 OF_MAGNITUDES = "" if MAGNITUDE_KIND is None else MAGNITUDE_KIND.name
+# kinds whose change of a weight is a product of other factors than a LoRA's
+PRODUCTS = tuple(kind.name for kind in KINDS if kind.load_change is not None)
 NEEDING_WEIGHT = tuple(part for kind in KINDS if kind.needs_weight for part in kind.parts)
 ENDS = {end: part for kind in KINDS for end, part in kind.ends.items()}  # other programs' -> our parts
 # beginnings of the names of modules whose files grow with --network_dim
@@ -96,8 +98,12 @@ def usual_key(key: str) -> str:
 
 def list_kinds(is_listed: Callable[[NetworkKind], object], last: str = "or") -> str:
     """Return the names of some kinds, as in "LoRA, LoHa or LoKr"."""
-    *names, final = [kind.name for kind in KINDS if is_listed(kind)]
-    return f"{', '.join(names)} {last} {final}" if names else final
+    return in_series([kind.name for kind in KINDS if is_listed(kind)], last)
+
+
+def in_series(names: Sequence[str], last: str = "or") -> str:
+    """Return names as in "LoRA, LoHa or LoKr"; "" if there are none."""
+    return f" {last} ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
 
 
 def list_additive() -> str:

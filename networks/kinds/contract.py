@@ -165,6 +165,9 @@ class NetworkKind:
     is_for_texts: bool = True
     is_for_convolutions: bool = True
     other_modules: Mapping[str, str] = field(default_factory=dict)  # not built here -> what to use instead
+    algorithms: tuple[str, ...] = ()  # `algo` of LyCORIS for the same network
+    # orders of a layer's parameters in states of optimizers, here and in other programs
+    orders: tuple[tuple[str, ...], ...] = ()
     # of a kind that arguments of a LoRA ask for: the switch, and numbers by type (whole ones from 1 on)
     switch: str = ""
     numbers: Mapping[str, type[int] | type[float]] = field(default_factory=dict)

@@ -99,6 +99,12 @@ LOHA = NetworkKind(
     rows_of=_rows_of,
     word="hada",
     network_module="networks.loha",
+    algorithms=("loha",),
+    # programs differ, and shapes tell which it is
+    orders=(
+        ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
+        ("hada_w1_b", "hada_w1_a", "hada_w2_b", "hada_w2_a"),
+    ),
     is_sized_by_rank=True,
     make_layers=_make_layers,
     layer_of=_layer_of,

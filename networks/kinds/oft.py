@@ -221,6 +221,7 @@ OFT = NetworkKind(
     read_form=PART,
     check_file=_refuse_other_series,
     network_module=MODULE,
+    algorithms=("diag-oft",),
     module_note=f"its --network_dim is the number of values in a block, {DEFAULT_BLOCK} by default",
     dropout_note="of an OFT the share of blocks that do not rotate",
     size_word="block size",

@@ -58,7 +58,7 @@ def _cover_box(pixels: Pixels, box: Box, options: BlurOptions) -> None:
         pixels[place] = covered
         return
     ellipse = (left, top, right, bottom) if options.ellipse else None
-    weight = _weights(area, core, ellipse, feather)
+    weight = _make_opacity(area, core, ellipse, feather)
     plain = pixels[place].astype(np.float32)
     mixed = plain + weight[..., None] * (covered.astype(np.float32) - plain)
     pixels[place] = np.rint(mixed).astype(pixels.dtype)
@@ -99,7 +99,7 @@ def blurred(pixels: Pixels, size: int, sigma: float) -> Pixels:
     return result
 
 
-def _weights(area: Area, core: Area, ellipse: Box | None, feather: int) -> NDArray[np.float32]:
+def _make_opacity(area: Area, core: Area, ellipse: Box | None, feather: int) -> NDArray[np.float32]:
     """Return the opacity of the cover, 0..1, for each pixel of an area: falling in the soft edge."""
     x = np.arange(area.left, area.right, dtype=np.float32)[None]
     y = np.arange(area.top, area.bottom, dtype=np.float32)[:, None]

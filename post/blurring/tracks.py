@@ -41,8 +41,8 @@ class Track:
         return self.sightings[-1]
 
     def expected(self, index: int) -> Box:
-        motion = _motion(list(self.sightings)[-MOTION:])
-        return _moved(self.last.box, motion, index - self.last.number)
+        motion = _measure_motion(list(self.sightings)[-MOTION:])
+        return _move_box(self.last.box, motion, index - self.last.number)
 
     def covered(self, index: int, hold: int, lookback: int) -> Box | None:
         """Return the box to cover in a picture; None if it is too far before or after the sightings."""
@@ -52,17 +52,17 @@ class Track:
             away = first.number - index
             if not self.is_new or away > lookback:
                 return None
-            motion = _motion(list(self.sightings)[:MOTION])
-            earlier_box = _moved(first.box, motion, -away)
-            return _grown(_hull(first.box, earlier_box), away)
+            motion = _measure_motion(list(self.sightings)[:MOTION])
+            earlier_box = _move_box(first.box, motion, -away)
+            return _grow_box(_join_boxes(first.box, earlier_box), away)
         if index > last.number:
             away = index - last.number
-            return _grown(_hull(last.box, self.expected(index)), away) if away <= hold else None
+            return _grow_box(_join_boxes(last.box, self.expected(index)), away) if away <= hold else None
         before = [sighting for sighting in self.sightings if sighting.number <= index]
         if before[-1].number == index:
             return before[-1].box
         after = [sighting for sighting in self.sightings if sighting.number > index]
-        return _between(before[-MOTION:], after[:MOTION], index)
+        return _interpolate(before[-MOTION:], after[:MOTION], index)
 
 
 @dataclass
@@ -84,10 +84,10 @@ class Tracks:
             track for track in self._tracks if track.is_open and index - track.last.number <= self.hold + 1
         ]
         unmatched = list(boxes)
-        for track, box in _take_pairs(waiting, unmatched, _closeness, index):
+        for track, box in _take_pairs(waiting, unmatched, _measure_closeness, index):
             self._note_gap(track, index)
             track.sightings.append(Sighting(index, box))
-        for track, box in _take_pairs(waiting, unmatched, _nearness, index):
+        for track, box in _take_pairs(waiting, unmatched, _measure_nearness, index):
             # perhaps another one: where it was stays covered, and so is the way from there
             self._note_gap(track, index)
             track.is_open = False
@@ -132,24 +132,24 @@ def _take_pairs(
     return pairs
 
 
-def _closeness(track: Track, boxes: Numbers, index: int) -> Numbers:
+def _measure_closeness(track: Track, boxes: Numbers, index: int) -> Numbers:
     last, expected = np.array([track.last.box, track.expected(index)], np.float32)
     best = np.maximum(overlaps(last, boxes), overlaps(expected, boxes))
     return np.where(best >= LEAST_OVERLAP, best, 0)
 
 
-def _nearness(track: Track, boxes: Numbers, index: int) -> Numbers:
+def _measure_nearness(track: Track, boxes: Numbers, index: int) -> Numbers:
     """Return the nearness of boxes to a track's last or expected place, 0..1; 0 if they are too far."""
     longer_sides = (boxes[:, 2:] - boxes[:, :2]).max(axis=1)
-    reach = REACH * np.maximum(_longer(track.last.box), longer_sides)
+    reach = REACH * np.maximum(_find_longer_side(track.last.box), longer_sides)
     centres = (boxes[:, :2] + boxes[:, 2:]) / 2
-    places = np.array([_centre(track.last.box), _centre(track.expected(index))], np.float32)
+    places = np.array([_find_centre(track.last.box), _find_centre(track.expected(index))], np.float32)
     from_last, from_expected = (np.hypot(*(centres - place).T) for place in places)
     away = np.minimum(from_last, from_expected)
     return np.maximum(0, 1 - away / np.maximum(reach, 1e-6))
 
 
-def _between(before: Sequence[Sighting], after: Sequence[Sighting], index: int) -> Box:
+def _interpolate(before: Sequence[Sighting], after: Sequence[Sighting], index: int) -> Box:
     """Return a box to cover between two sightings, around the interpolated box and the extrapolated one.
 
     Something that changes its speed in between is near one of the two.
@@ -161,33 +161,33 @@ def _between(before: Sequence[Sighting], after: Sequence[Sighting], index: int) 
     interpolated = (left, top, right, bottom)
     if index - first.number <= last.number - index:
         away = index - first.number
-        extrapolated = _moved(first.box, _motion(before), away)
+        extrapolated = _move_box(first.box, _measure_motion(before), away)
     else:
         away = last.number - index
-        extrapolated = _moved(last.box, _motion(after), -away)
-    return _grown(_hull(interpolated, extrapolated), away)
+        extrapolated = _move_box(last.box, _measure_motion(after), -away)
+    return _grow_box(_join_boxes(interpolated, extrapolated), away)
 
 
-def _motion(sightings: Sequence[Sighting]) -> tuple[float, float]:
+def _measure_motion(sightings: Sequence[Sighting]) -> tuple[float, float]:
     """Return the mean motion from picture to picture, in pixels to the right and down."""
     first = sightings[0]
     last = sightings[-1]
     pictures = last.number - first.number
     if not pictures:
         return 0.0, 0.0
-    x0, y0 = _centre(first.box)
-    x1, y1 = _centre(last.box)
+    x0, y0 = _find_centre(first.box)
+    x1, y1 = _find_centre(last.box)
     return (x1 - x0) / pictures, (y1 - y0) / pictures
 
 
-def _moved(box: Box, motion: tuple[float, float], pictures: int) -> Box:
+def _move_box(box: Box, motion: tuple[float, float], pictures: int) -> Box:
     """Return a box moved by `pictures` pictures of motion; negative numbers move it back."""
-    most = MOST_MOVED * _longer(box)
+    most = MOST_MOVED * _find_longer_side(box)
     x, y = (max(-most, min(most, step * pictures)) for step in motion)
     return box[0] + x, box[1] + y, box[2] + x, box[3] + y
 
 
-def _grown(box: Box, away: int) -> Box:
+def _grow_box(box: Box, away: int) -> Box:
     return widened(box, min(GROWTH * away, MOST_GROWN))
 
 
@@ -199,7 +199,7 @@ def widened(box: Box, margin: float) -> Box:
     return left - across, top - down, right + across, bottom + down
 
 
-def _hull(first: Box, second: Box) -> Box:
+def _join_boxes(first: Box, second: Box) -> Box:
     return (
         min(first[0], second[0]),
         min(first[1], second[1]),
@@ -208,9 +208,9 @@ def _hull(first: Box, second: Box) -> Box:
     )
 
 
-def _centre(box: Box) -> tuple[float, float]:
+def _find_centre(box: Box) -> tuple[float, float]:
     return (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
 
 
-def _longer(box: Box) -> float:
+def _find_longer_side(box: Box) -> float:
     return max(box[2] - box[0], box[3] - box[1])

@@ -60,11 +60,11 @@ class CodeFormerConfig:
         return self.side << sum(block.kind == RESIZE for block in self.encoder)
 
 
-def _norm(width: int) -> nn.GroupNorm:
+def _make_norm(width: int) -> nn.GroupNorm:
     return nn.GroupNorm(GROUPS, width, eps=EPS)
 
 
-def _conv(width_in: int, width: int) -> nn.Conv2d:
+def _make_conv(width_in: int, width: int) -> nn.Conv2d:
     return nn.Conv2d(width_in, width, 3, padding=1)
 
 
@@ -73,10 +73,10 @@ class ResBlock(nn.Module):
 
     def __init__(self, width_in: int, width: int) -> None:
         super().__init__()
-        self.norm1 = _norm(width_in)
-        self.conv1 = _conv(width_in, width)
-        self.norm2 = _norm(width)
-        self.conv2 = _conv(width, width)
+        self.norm1 = _make_norm(width_in)
+        self.conv1 = _make_conv(width_in, width)
+        self.norm2 = _make_norm(width)
+        self.conv2 = _make_conv(width, width)
         self.conv_out = None if width_in == width else nn.Conv2d(width_in, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ class AttentionBlock(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm = _norm(width)
+        self.norm = _make_norm(width)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(width, width, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ class Doubling(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.conv = _conv(width, width)
+        self.conv = _make_conv(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(interpolate(x, scale_factor=2, mode="nearest"))
@@ -136,9 +136,9 @@ def _build(blocks: Sequence[CodeFormerBlock], resize: Callable[[int], nn.Module]
             case "resize":
                 modules.append(resize(block.width))
             case "norm":
-                modules.append(_norm(block.width))
+                modules.append(_make_norm(block.width))
             case _:
-                modules.append(_conv(block.width_in, block.width))
+                modules.append(_make_conv(block.width_in, block.width))
     return nn.ModuleDict({"blocks": modules})
 
 
@@ -183,7 +183,7 @@ class Fusion(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.encode_enc = ResBlock(2 * width, width)
-        self.scale, self.shift = _steering(width), _steering(width)
+        self.scale, self.shift = _make_steering(width), _make_steering(width)
 
     def forward(self, encoded: Tensor, x: Tensor, fidelity: float) -> Tensor:
         """encoded, x: B C h w, features of the encoder and of the generator."""
@@ -191,8 +191,8 @@ class Fusion(nn.Module):
         return x + fidelity * (x * self.scale(both) + self.shift(both))
 
 
-def _steering(width: int) -> nn.Sequential:
-    return nn.Sequential(_conv(width, width), nn.LeakyReLU(0.2), _conv(width, width))
+def _make_steering(width: int) -> nn.Sequential:
+    return nn.Sequential(_make_conv(width, width), nn.LeakyReLU(0.2), _make_conv(width, width))
 
 
 class CodeFormer(nn.Module):
@@ -222,8 +222,8 @@ class CodeFormer(nn.Module):
         # the features of the codes get the mean and spread that the latents have
         codes = self.quantize["embedding"](self._choose(latents))
         codes = rearrange(codes, "b (h w) c -> b c h w", h=self.config.side)
-        mean, spread = _statistics(codes)
-        latents_mean, latents_spread = _statistics(latents.float())
+        mean, spread = _measure_statistics(codes)
+        latents_mean, latents_spread = _measure_statistics(latents.float())
         x = ((codes - mean) / spread * latents_spread + latents_mean).to(latents.dtype)
         return self._generate(x, encoded, fidelity).float()
 
@@ -261,7 +261,7 @@ class CodeFormer(nn.Module):
         return self.idx_pred_layer(tokens).argmax(dim=-1)
 
 
-def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+def _measure_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation of each channel of B C h w."""
     variance, mean = torch.var_mean(x, dim=(2, 3), keepdim=True)
     return mean, (variance + 1e-5).sqrt()
@@ -286,8 +286,8 @@ def read_codeformer(checkpoint: Checkpoint) -> LoadPlan[CodeFormerConfig]:
         raise wrong_kind
     sources = plain_sources(checkpoint)
     shape = shapes_of(checkpoint, sources, wrong_kind)
-    encoder = _blocks("encoder", checkpoint)
-    generator = _blocks("generator", checkpoint)
+    encoder = _read_blocks("encoder", checkpoint)
+    generator = _read_blocks("generator", checkpoint)
     places, tokens = shape("position_emb", 2)
     codes, code_width = shape("quantize.embedding.weight", 2)
     matches = [re.match(r"fuse_convs_dict\.(\d{1,5})\.", name) for name in names]
@@ -323,13 +323,13 @@ def _is_possible(config: CodeFormerConfig) -> bool:
 _MARKS = {"conv1.weight": RES, "q.weight": ATTENTION, "conv.weight": RESIZE, "weight": CONV}
 
 
-def _blocks(part: str, checkpoint: Checkpoint) -> tuple[CodeFormerBlock, ...]:
+def _read_blocks(part: str, checkpoint: Checkpoint) -> tuple[CodeFormerBlock, ...]:
     """Derive the blocks of the encoder or the generator from their tensors."""
     num_blocks = count(checkpoint.tensors, rf"{part}\.blocks\.\d+")
-    return tuple(_block(f"{part}.blocks.{number}", checkpoint) for number in range(num_blocks))
+    return tuple(_read_block(f"{part}.blocks.{number}", checkpoint) for number in range(num_blocks))
 
 
-def _block(name: str, checkpoint: Checkpoint) -> CodeFormerBlock:
+def _read_block(name: str, checkpoint: Checkpoint) -> CodeFormerBlock:
     """Derive a block from its tensors. Raises CheckpointError if it has none."""
     shapes = {}
     for tensor_name, info in checkpoint.tensors.items():

@@ -30,7 +30,7 @@ def check_detector(path: Path, option: str = "--model", needs_landmarks: bool = 
     """
     if may_be_onnx(path):
         header, _ = read_onnx(path)
-        layout = _layout(path, header, None, option)
+        layout = _read_layout(path, header, None, option)
         if needs_landmarks and layout is not None and layout.classes is not None and not layout.landmarks:
             raise no_landmarks(f"{option} {path}")
         return
@@ -52,7 +52,7 @@ def load_detector(
     """
     if may_be_onnx(path):
         header, content = read_onnx(path)
-        layout = _layout(path, header, side, option)
+        layout = _read_layout(path, header, side, option)
         if dtype != torch.float32 or device.type != "cpu":
             logger.info("%s runs on the CPU in float32: OpenCV computes it.", path.name)
         if layout is None:
@@ -73,7 +73,7 @@ def no_landmarks(detector: str) -> CheckpointError:
     )
 
 
-def _layout(path: Path, header: OnnxHeader, side: int | None, option: str) -> YoloLayout | None:
+def _read_layout(path: Path, header: OnnxHeader, side: int | None, option: str) -> YoloLayout | None:
     """Return the layout of a YOLO's result, None for a YuNet. Raises CheckpointError for other files."""
     if header.outputs.keys() >= OUTPUTS:  # a YuNet that today's OpenCV knows
         return None

@@ -173,8 +173,8 @@ class Gfpgan(nn.Module):
         upwards = body[::-1]
         self.conv_body_up = nn.ModuleList(StyleResidualBlock(a, b, 2) for a, b in pairwise(upwards))
         steered = list(zip(upwards[1:], config.steered, strict=True))
-        self.condition_scale = nn.ModuleList(_steering(a, b) for a, b in steered)
-        self.condition_shift = nn.ModuleList(_steering(a, b) for a, b in steered)
+        self.condition_scale = nn.ModuleList(_make_steering(a, b) for a, b in steered)
+        self.condition_shift = nn.ModuleList(_make_steering(a, b) for a, b in steered)
         self.stylegan_decoder = StyleDecoder(config)
 
     def forward(self, faces: Tensor) -> Tensor:
@@ -199,7 +199,7 @@ class Gfpgan(nn.Module):
             noise.copy_(torch.randn(noise.shape, generator=generator))
 
 
-def _steering(width_in: int, width: int) -> nn.Sequential:
+def _make_steering(width_in: int, width: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(width_in, width_in, 3, padding=1),
         nn.LeakyReLU(0.2),

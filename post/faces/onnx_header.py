@@ -101,7 +101,7 @@ def _parse(content: bytes) -> OnnxHeader:
     model = checks.parts(memoryview(content))
     if not model[_GRAPH]:
         raise ValueError("no graph")
-    notes = [dict(_fields(note)) for note in model[_NOTES]]
+    notes = [dict(_read_fields(note)) for note in model[_NOTES]]
     graph = checks.parts(model[_GRAPH][-1])
     values = [_read_value(value) for value in graph[_INPUTS]]
     for name, shape in values:
@@ -110,17 +110,17 @@ def _parse(content: bytes) -> OnnxHeader:
     if not graph[_NODES] or not outputs:
         raise ValueError("an empty graph")
     checks.graph(graph)
-    filled = _initializer_names(graph)
+    filled = _list_initializers(graph)
     inputs = {name: shape for name, shape in values if name not in filled}
     _check_inputs(inputs)
-    texts = {_text(note.get(1)): _text(note.get(2)) for note in notes}
+    texts = {_read_text(note.get(1)): _read_text(note.get(2)) for note in notes}
     return OnnxHeader(inputs, outputs, texts)
 
 
-def _initializer_names(graph: _Parts) -> set[str]:
+def _list_initializers(graph: _Parts) -> set[str]:
     """Return the names of the inputs that the file itself fills."""
-    tensors = [dict(_fields(tensor)) for tensor in graph[_INITIALIZERS]]
-    return {_text(tensor.get(_TENSOR_NAME)) for tensor in tensors}
+    tensors = [dict(_read_fields(tensor)) for tensor in graph[_INITIALIZERS]]
+    return {_read_text(tensor.get(_TENSOR_NAME)) for tensor in tensors}
 
 
 def _check_inputs(inputs: Mapping[str, Shape]) -> None:
@@ -158,19 +158,19 @@ class _Checks:
         if depth > limits.MAX_ONNX_DEPTH:
             raise _RefusedError("it has graphs in graphs in graphs")
         for tensor in graph[_INITIALIZERS]:
-            self._tensor(self.parts(tensor))
+            self._check_tensor(self.parts(tensor))
         for node in map(self.parts, graph[_NODES]):
-            self._node(node, depth)
+            self._check_node(node, depth)
 
-    def _node(self, node: _Parts, depth: int) -> None:
+    def _check_node(self, node: _Parts, depth: int) -> None:
         """Check an operator, and record the sizes that it makes."""
-        outputs = list(map(_text, node[_NODE_OUTPUTS]))
+        outputs = list(map(_read_text, node[_NODE_OUTPUTS]))
         settings: dict[str, Sequence[int]] = {}
         for attribute in map(self.parts, node[_ATTRIBUTES]):
-            name, numbers = self._attribute(attribute, outputs, depth)
+            name, numbers = self._check_attribute(attribute, outputs, depth)
             settings[name] = numbers
-        kind = _first_text(node[_KIND])
-        inputs = list(map(_text, node[_NODE_INPUTS]))
+        kind = _read_first_text(node[_KIND])
+        inputs = list(map(_read_text, node[_NODE_INPUTS]))
         products = [self.constants[name] for name in inputs if name in self.constants]
         if kind in _GROWING and max(products, default=0) > limits.MAX_ONNX_VALUES:
             raise _RefusedError(f"{_shown(outputs)} makes more numbers than any detector")
@@ -180,18 +180,20 @@ class _Checks:
         elif kind in _FOLDED and inputs and len(products) == len(inputs):
             self._fold(outputs, math.inf if kind in _UNBOUNDED else math.prod(products))
 
-    def _attribute(self, attribute: _Parts, outputs: Sequence[str], depth: int) -> tuple[str, Sequence[int]]:
+    def _check_attribute(
+        self, attribute: _Parts, outputs: Sequence[str], depth: int
+    ) -> tuple[str, Sequence[int]]:
         """Check the tensors, graphs and sizes of an attribute; return its name and numbers."""
         for tensor in attribute[_TENSOR] + attribute[_TENSORS]:
-            self._tensor(self.parts(tensor), outputs)
+            self._check_tensor(self.parts(tensor), outputs)
         for inner in attribute[_INNER_GRAPH] + attribute[_INNER_GRAPHS]:
             self.graph(self.parts(inner), depth + 1)
-        numbers = _numbers(attribute[_NUMBERS] or attribute[_NUMBER])
-        name = _first_text(attribute[_SETTING])
+        numbers = _read_numbers(attribute[_NUMBERS] or attribute[_NUMBER])
+        name = _read_first_text(attribute[_SETTING])
         if attribute[_NUMBERS]:
             # 2**31 - 1: the end, of old files
             sizes = (number for number in numbers if number != 2**31 - 1)
-            if _product(sizes) > limits.MAX_ONNX_VALUES:
+            if _multiply_sizes(sizes) > limits.MAX_ONNX_VALUES:
                 raise _RefusedError(f"{_shown(outputs)} asks for sizes that no detector has")
         return name, numbers
 
@@ -211,25 +213,25 @@ class _Checks:
             raise _RefusedError(f"{_shown(outputs)} makes more numbers than any detector")
         self.counts |= dict.fromkeys(outputs, count)
 
-    def _tensor(self, tensor: _Parts, names: Sequence[str] = ()) -> None:
+    def _check_tensor(self, tensor: _Parts, names: Sequence[str] = ()) -> None:
         """Check that a tensor's values are in the file; record the product of small tensors."""
-        names = [*names, *map(_text, tensor[_TENSOR_NAME])]
+        names = [*names, *map(_read_text, tensor[_TENSOR_NAME])]
         if tensor[_EXTERNAL] or any(tensor[_PLACE]):
             raise _RefusedError("its numbers are in another file. Export it again as one file")
-        dims = _numbers(tensor[_DIMS])
+        dims = _read_numbers(tensor[_DIMS])
         count = math.prod(dims)
-        if count > 2 * _stored_size(tensor):  # the smallest numbers have four bits
+        if count > 2 * _measure_stored(tensor):  # the smallest numbers have four bits
             raise _RefusedError(f"its tensor {_shown(names)} of shape {dims[:8]} has not so many numbers")
         self.counts |= dict.fromkeys(names, float(count))
         self.tensors |= dict.fromkeys(names, Constant(tuple(dims)))
         layout = _read_layout(tensor)
         if layout is not None and count <= _MOST_SIZES:
             values = tuple(_read_values(tensor, layout, count))
-            self._sizes(Constant(tuple(dims), values, is_float=layout.letter == "f"), names)
+            self._record_sizes(Constant(tuple(dims), values, is_float=layout.letter == "f"), names)
 
-    def _sizes(self, constant: Constant, names: Sequence[str]) -> None:
+    def _record_sizes(self, constant: Constant, names: Sequence[str]) -> None:
         """Record a small tensor, whose values may be sizes."""
-        product = _product(constant.values)
+        product = _multiply_sizes(constant.values)
         if constant.is_float:
             product *= limits.MAX_ONNX_VALUES / limits.MAX_ONNX_SCALE
         self.tensors |= dict.fromkeys(names, constant)
@@ -238,7 +240,7 @@ class _Checks:
     def parts(self, message: _Value) -> _Parts:
         """Return the values of a message by field number; all messages together may have MAX_ONNX_FIELDS."""
         parts: _Parts = defaultdict(list)
-        for number, value in _fields(message):
+        for number, value in _read_fields(message):
             self.fields += 1
             if self.fields > limits.MAX_ONNX_FIELDS:
                 raise _RefusedError(f"it has more than {limits.MAX_ONNX_FIELDS:,} parts")
@@ -246,7 +248,7 @@ class _Checks:
         return parts
 
 
-def _stored_size(tensor: _Parts) -> int:
+def _measure_stored(tensor: _Parts) -> int:
     """Return the size of a tensor's values in the file, in bytes; a number in a field of its own counts as
     one.
     """
@@ -267,7 +269,7 @@ def _read_values(tensor: _Parts, layout: _Layout, count: int) -> Sequence[float]
     """Return the values of a small tensor."""
     stored = tensor[_RAW][-1:] or tensor[layout.field_number]
     if layout.letter != "f" and not tensor[_RAW]:
-        return _numbers(stored)
+        return _read_numbers(stored)
     content = b"".join(value for value in stored if not isinstance(value, int))
     return struct.unpack(f"<{count}{layout.letter}", content)
 
@@ -275,19 +277,19 @@ def _read_values(tensor: _Parts, layout: _Layout, count: int) -> Sequence[float]
 def _read_value(content: _Value) -> tuple[str, Shape]:
     """Return the name of a value, and the sizes in the shape of its type."""
     sizes = []
-    for size in _inside(content, (2, 1, 2, 1)):  # type, of a tensor, shape, size
-        fixed = dict(_fields(size)).get(1)
+    for size in _open_message(content, (2, 1, 2, 1)):  # type, of a tensor, shape, size
+        fixed = dict(_read_fields(size)).get(1)
         sizes.append(fixed if isinstance(fixed, int) and fixed > 0 else None)
-    return _text(dict(_fields(content)).get(1)), tuple(sizes)
+    return _read_text(dict(_read_fields(content)).get(1)), tuple(sizes)
 
 
-def _inside(content: _Value, path: Sequence[int]) -> Iterator[_Value]:
-    for number, value in _fields(content):
+def _open_message(content: _Value, path: Sequence[int]) -> Iterator[_Value]:
+    for number, value in _read_fields(content):
         if number == path[0]:
-            yield from _inside(value, path[1:]) if len(path) > 1 else [value]
+            yield from _open_message(value, path[1:]) if len(path) > 1 else [value]
 
 
-def _fields(content: _Value) -> Iterator[tuple[int, _Value]]:
+def _read_fields(content: _Value) -> Iterator[tuple[int, _Value]]:
     """Yield the numbers and values of the fields. Raises ValueError or IndexError if they are damaged."""
     if isinstance(content, int):
         raise ValueError("a number in place of a message")
@@ -311,7 +313,7 @@ def _fields(content: _Value) -> Iterator[tuple[int, _Value]]:
         position += size
 
 
-def _numbers(values: Iterable[_Value]) -> list[int]:
+def _read_numbers(values: Iterable[_Value]) -> list[int]:
     """Return the integers of a repeated field."""
     numbers: list[int] = []
     for value in values:
@@ -327,7 +329,7 @@ def _numbers(values: Iterable[_Value]) -> list[int]:
     return numbers
 
 
-def _product(sizes: Iterable[float]) -> float:
+def _multiply_sizes(sizes: Iterable[float]) -> float:
     """Multiply sizes, skipping special values that mean the end of an axis or a count from the end."""
     return math.prod(max(1, size) for size in sizes if size < 2**63 - 1)
 
@@ -336,9 +338,9 @@ def _shown(names: Sequence[str]) -> str:
     return repr(", ".join(names)[:80])
 
 
-def _first_text(values: Iterable[_Value]) -> str:
-    return next(map(_text, values), "")
+def _read_first_text(values: Iterable[_Value]) -> str:
+    return next(map(_read_text, values), "")
 
 
-def _text(value: _Value | None) -> str:
+def _read_text(value: _Value | None) -> str:
     return bytes(value).decode("utf-8") if isinstance(value, memoryview) else ""

@@ -51,9 +51,9 @@ def output_count(node: Node, counts: Mapping[str, float], constants: Mapping[str
     weight = operands[0].dims if operands else ()
     match node.kind:
         case "Conv" | "ConvTranspose" if len(weight) > 2:
-            return _convolved(first, node, weight)
+            return _count_convolved(first, node, weight)
         case "MaxPool" | "AveragePool":
-            return first / _strides(node)
+            return first / _read_strides(node)
         case "MatMul" | "Gemm" if len(weight) == 2:
             rows, columns = sorted(weight)
             return first * columns / max(1, rows)  # whichever of them is summed over
@@ -63,42 +63,44 @@ def output_count(node: Node, counts: Mapping[str, float], constants: Mapping[str
             indices = constants.get(node.inputs[1]) if len(node.inputs) > 1 else None
             return first if indices is None else first * max(1, math.prod(indices.dims))
         case "Tile" | "OneHot":
-            repeats = map(_product, operands)
+            repeats = map(_multiply_constant, operands)
             return first * max(repeats, default=1.0)
         case "Expand":
-            expanded_counts = (_expanded(first, shape) for shape in operands)
+            expanded_counts = (_count_expanded(first, shape) for shape in operands)
             return max(expanded_counts, default=first)
         case "Resize" | "Upsample":
-            return _resized(first, operands)
+            return _count_resized(first, operands)
         case _:
             return max(input_counts, default=1.0)
 
 
-def _convolved(count: float, node: Node, weight: Sequence[int]) -> float:
+def _count_convolved(count: float, node: Node, weight: Sequence[int]) -> float:
     """Return the numbers of the result of a convolution, or of a transposed one."""
     groups = next(iter(node.settings.get("group", ())), 1)
     if node.kind == "Conv":
         outputs, inputs_of_group, *_ = weight
-        return count * outputs / max(1, inputs_of_group * groups) / _strides(node)
+        return count * outputs / max(1, inputs_of_group * groups) / _read_strides(node)
     inputs, outputs_of_group, *_ = weight
-    return count * outputs_of_group * groups / max(1, inputs) * _strides(node)
+    return count * outputs_of_group * groups / max(1, inputs) * _read_strides(node)
 
 
-def _strides(node: Node) -> float:
+def _read_strides(node: Node) -> float:
     return math.prod(map(float, node.settings.get("strides", ()))) or 1.0
 
 
-def _resized(count: float, operands: Sequence[Constant]) -> float:
+def _count_resized(count: float, operands: Sequence[Constant]) -> float:
     """Return the numbers of what is resized by factors, or to sizes."""
-    products = [_product(sizes) * (count if sizes.is_float else 1) for sizes in operands if sizes.values]
+    products = [
+        _multiply_constant(sizes) * (count if sizes.is_float else 1) for sizes in operands if sizes.values
+    ]
     return max(products, default=count)
 
 
-def _product(constant: Constant) -> float:
+def _multiply_constant(constant: Constant) -> float:
     return math.prod(max(1.0, value) for value in constant.values if value < 2**63 - 1)
 
 
-def _expanded(count: float, shape: Constant) -> float:
+def _count_expanded(count: float, shape: Constant) -> float:
     """Return the number of values after expanding to a shape, in which 1 keeps the input's size."""
     keeps_size = any(value <= 1 for value in shape.values[1:])
-    return max(count, _product(shape) * (count if keeps_size else 1))
+    return max(count, _multiply_constant(shape) * (count if keeps_size else 1))

@@ -278,14 +278,14 @@ def find_files(options: FacefixOptions) -> FacefixFiles:
     mode = options.mode
     model = options.network.model
     if model.is_dir():
-        model = _first_file(model, MODELS[mode], "--model", origin=ORIGINS[mode], task=mode)
+        model = _find_first_file(model, MODELS[mode], "--model", origin=ORIGINS[mode], task=mode)
     elif not model.exists():
         raise CheckpointError(
             f"--model {model}: there is no such file or folder.{explain_missing(model)}", model
         )
     detector = _find_detector(options.detection_model, model.parent, mode)
     what = "ParseNet, which finds the parts of a face"
-    parsenet = _first_file(model.parent, (PARSENET,), what, origin=ORIGINS[PARSENET], task=mode)
+    parsenet = _find_first_file(model.parent, (PARSENET,), what, origin=ORIGINS[PARSENET], task=mode)
     return FacefixFiles(model, parsenet, detector)
 
 
@@ -296,12 +296,12 @@ def _find_detector(name: str, folder: Path, mode: str) -> Path:
         stem = RETINAFACES[name]
         is_first = stem == next(iter(RETINAFACES.values()))
         task = mode if is_first else None  # tools/download.py has only the first
-        return _first_file(folder, (stem,), what, origin=ORIGINS[stem], task=task)
+        return _find_first_file(folder, (stem,), what, origin=ORIGINS[stem], task=task)
     if name == YUNET:
         files = [path for path in sorted(folder.glob("*.onnx")) if "yunet" in path.name.lower()]
         if not files:
             file = ".onnx file with yunet in its name"
-            raise _missing(what, file, folder, origin=ORIGINS[YUNET], task=YUNET)
+            raise _make_missing_error(what, file, folder, origin=ORIGINS[YUNET], task=YUNET)
         return files[-1]  # their names end with a date
     path = to_path("--detection_model", name)
     if not path.exists():
@@ -313,10 +313,10 @@ def _find_detector(name: str, folder: Path, mode: str) -> Path:
     return path
 
 
-def _first_file(folder: Path, stems: Sequence[str], what: str, origin: str, task: str | None) -> Path:
+def _find_first_file(folder: Path, stems: Sequence[str], what: str, origin: str, task: str | None) -> Path:
     """Return the first of these files that exists, with any known suffix, ignoring case.
 
-    what, origin, task: as for `_missing`. Raises CheckpointError if none is there.
+    what, origin, task: as for `_make_missing_error`. Raises CheckpointError if none is there.
     """
     files: dict[str, Path] = {}
     with contextlib.suppress(OSError):  # the folder of a file that is not there
@@ -325,10 +325,10 @@ def _first_file(folder: Path, stems: Sequence[str], what: str, origin: str, task
         for suffix in SUFFIXES:
             if f"{stem}{suffix}".lower() in files:
                 return files[f"{stem}{suffix}".lower()]
-    raise _missing(what, f"{stems[0]}.pth", folder, origin=origin, task=task)
+    raise _make_missing_error(what, f"{stems[0]}.pth", folder, origin=origin, task=task)
 
 
-def _missing(what: str, file: str, folder: Path, origin: str, task: str | None) -> CheckpointError:
+def _make_missing_error(what: str, file: str, folder: Path, origin: str, task: str | None) -> CheckpointError:
     """Return the error for a missing file. task: of tools/download.py, if that has it."""
     command = as_typed(["python", "tools/download.py", "--family", "tools", "--task", task or ""])
     download = "" if task is None else f"download it with {command}, or "

@@ -60,9 +60,9 @@ class Pyramid(nn.Module):
 
     def __init__(self, widths: Sequence[int], width: int, slope: float) -> None:
         super().__init__()
-        self.output1, self.output2, self.output3 = (_conv(inner, width, 1, slope) for inner in widths)
-        self.merge1 = _conv(width, width, 3, slope)
-        self.merge2 = _conv(width, width, 3, slope)
+        self.output1, self.output2, self.output3 = (_make_conv(inner, width, 1, slope) for inner in widths)
+        self.merge1 = _make_conv(width, width, 3, slope)
+        self.merge2 = _make_conv(width, width, 3, slope)
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         fine, middle, coarse = self.output1(features[0]), self.output2(features[1]), self.output3(features[2])
@@ -77,11 +77,11 @@ class Context(nn.Module):
     def __init__(self, width: int, slope: float) -> None:
         super().__init__()
         half, quarter = width // 2, width // 4
-        self.conv3X3 = _conv(width, half, 3, None)
-        self.conv5X5_1 = _conv(width, quarter, 3, slope)
-        self.conv5X5_2 = _conv(quarter, quarter, 3, None)
-        self.conv7X7_2 = _conv(quarter, quarter, 3, slope)
-        self.conv7x7_3 = _conv(quarter, quarter, 3, None)
+        self.conv3X3 = _make_conv(width, half, 3, None)
+        self.conv5X5_1 = _make_conv(width, quarter, 3, slope)
+        self.conv5X5_2 = _make_conv(quarter, quarter, 3, None)
+        self.conv7X7_2 = _make_conv(quarter, quarter, 3, slope)
+        self.conv7x7_3 = _make_conv(quarter, quarter, 3, None)
 
     def forward(self, x: Tensor) -> Tensor:
         shared = self.conv5X5_1(x)
@@ -269,7 +269,7 @@ def load_retinaface(
     return RetinaFaceDetector(network, side, device)
 
 
-def _conv(width: int, wider: int, size: int, slope: float | None) -> nn.Sequential:
+def _make_conv(width: int, wider: int, size: int, slope: float | None) -> nn.Sequential:
     """Build a convolution and its norm, followed by a leaky ReLU unless `slope` is None."""
     layers: list[nn.Module] = [
         nn.Conv2d(width, wider, size, padding=size // 2, bias=False),

@@ -106,9 +106,11 @@ class MobileNet(nn.Module):
             blocks = []
             for stride, wider in zip(strides, widths, strict=True):
                 if width == 3:
-                    layers = _layers(width, wider, 3, stride)
+                    layers = _make_layers(width, wider, 3, stride)
                 else:  # each channel by itself, then across channels
-                    layers = _layers(width, width, 3, stride, groups=width) + _layers(width, wider, 1)
+                    layers = _make_layers(width, width, 3, stride, groups=width) + _make_layers(
+                        width, wider, 1
+                    )
                 blocks.append(nn.Sequential(*layers))
                 width = wider
             stages.append(nn.Sequential(*blocks))
@@ -123,6 +125,6 @@ class MobileNet(nn.Module):
         return features
 
 
-def _layers(width: int, wider: int, size: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
+def _make_layers(width: int, wider: int, size: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
     convolve = nn.Conv2d(width, wider, size, stride, padding=size // 2, groups=groups, bias=False)
     return [convolve, batch_norm(wider), nn.LeakyReLU(MOBILE_SLOPE)]

@@ -42,7 +42,7 @@ class SteadyLandmarks:
     def steady(self, landmarks: Sequence[Landmarks]) -> list[Landmarks]:
         """Return the landmarks of the next picture's faces, damped the less the more they have moved."""
         distances = {
-            (new, old): _distance(landmarks[new], self._last[old])
+            (new, old): _measure_distance(landmarks[new], self._last[old])
             for new, old in product(range(len(landmarks)), range(len(self._last)))
         }
         steadied = list(landmarks)
@@ -58,7 +58,7 @@ class SteadyLandmarks:
         return list(steadied)
 
 
-def _distance(new: Landmarks, old: Landmarks) -> float:
+def _measure_distance(new: Landmarks, old: Landmarks) -> float:
     """Return the distance of landmarks from earlier ones, in units of the distance between the eyes."""
     return float(np.hypot(*(new - old).T).mean()) / eye_distance(new)
 
@@ -111,13 +111,13 @@ def paste(
     in memory. Of overlapping faces, the later one is on top. Values are rounded once.
     """
     canvas = enlarge(pixels, upscale)
-    to_canvas = _canvas_matrix(pixels, canvas)
+    to_canvas = _make_canvas_matrix(pixels, canvas)
     face_to_canvas = []
     for matrix in matrices:
         to_picture = np.vstack([cv2.invertAffineTransform(matrix), [[0.0, 0.0, 1.0]]])
         face_to_canvas.append(to_canvas @ to_picture)
     regions = [_find_region(matrix, size, canvas) for matrix in face_to_canvas]
-    changed = _enclosing(regions)
+    changed = _enclose(regions)
     if changed.is_empty:
         return canvas
     white = float(np.iinfo(canvas.dtype).max)
@@ -132,7 +132,7 @@ def paste(
     return result
 
 
-def _enclosing(regions: Sequence[Area]) -> Area:
+def _enclose(regions: Sequence[Area]) -> Area:
     """Return the smallest rectangle around all regions."""
     return Area(
         left=min(region.left for region in regions),
@@ -142,7 +142,7 @@ def _enclosing(regions: Sequence[Area]) -> Area:
     )
 
 
-def _canvas_matrix(pixels: Pixels, canvas: Pixels) -> NDArray[np.float64]:
+def _make_canvas_matrix(pixels: Pixels, canvas: Pixels) -> NDArray[np.float64]:
     """Return the matrix from places in the picture to those in the enlarged one; pixels have centres."""
     across = canvas.shape[1] / pixels.shape[1]
     down = canvas.shape[0] / pixels.shape[0]
@@ -199,7 +199,7 @@ class Facefix:
         num_changed = 0
         num_faces = 0
         for picture in pictures:
-            matrices = self._align(picture, steady)
+            matrices = self._find_matrices(picture, steady)
             num_pictures += 1
             num_changed += bool(matrices)
             num_faces += len(matrices)
@@ -221,7 +221,7 @@ class Facefix:
                 self.least_score,
             )
 
-    def _align(self, picture: Picture, steady: SteadyLandmarks) -> list[Matrix]:
+    def _find_matrices(self, picture: Picture, steady: SteadyLandmarks) -> list[Matrix]:
         """Find the faces to restore; return the matrices from the picture to each."""
         faces = self.detector.find(in_eight_bits(picture.pixels), self.least_score)
         if any(face.landmarks is None for face in faces):

@@ -67,7 +67,7 @@ class YoloDetector:
             outputs = self.network.forward(self.network.getUnconnectedOutLayersNames())
         except cv2.error as error:
             raise _cannot_run(self.path, error) from error
-        rows = self._read(self._result(outputs), least_score)
+        rows = self._read(self._take_boxes(outputs), least_score)
         shift = np.array(offset, np.float32)
         boxes = ((rows.boxes.reshape(-1, 2, 2) - shift) / factor).reshape(-1, 4)
         points = None if rows.points is None else (rows.points - shift) / factor
@@ -78,7 +78,7 @@ class YoloDetector:
             faces.append(FoundFace(box, float(rows.scores[index]), landmarks))
         return faces
 
-    def _result(self, outputs: Sequence[NDArray[np.float32] | None]) -> NDArray[np.float32]:
+    def _take_boxes(self, outputs: Sequence[NDArray[np.float32] | None]) -> NDArray[np.float32]:
         """Return the rows of boxes; skip the mask output (four axes) of segmentation models."""
         arrays = [output for output in outputs if output is not None]  # a damaged file may give none
         for output in arrays:
@@ -98,22 +98,22 @@ class YoloDetector:
         counts = [sum((self.layout.side // step) ** 2 for step in steps) for steps in (STEPS, *OTHER_STEPS)]
         if result.shape[1] in FINISHED and result.shape[0] not in counts:
             rows = result[result[:, BOX] >= least_score]
-            return _Rows(rows[:, :BOX], rows[:, BOX], _points(rows[:, BOX + 2 :], 3))
+            return _Rows(rows[:, :BOX], rows[:, BOX], _read_points(rows[:, BOX + 2 :], 3))
         if result.shape[1] in counts:
             result = result.T
         if result.shape[0] not in counts or result.shape[1] <= BOX:
             raise _other_layout(self.path, str(list(result.shape)))
-        num_classes, numbers_of_point = self._columns(result.shape[1])
+        num_classes, numbers_of_point = self._split_columns(result.shape[1])
         scores = result[:, BOX : BOX + num_classes].max(axis=1)
         is_chosen = scores >= least_score
         rows = result[is_chosen]
         centres = rows[:, :2]
         half = rows[:, 2:BOX] / 2
         boxes = np.concatenate([centres - half, centres + half], axis=1)
-        points = _points(rows[:, BOX + num_classes :], numbers_of_point)
+        points = _read_points(rows[:, BOX + num_classes :], numbers_of_point)
         return _Rows(boxes, scores[is_chosen], points)
 
-    def _columns(self, width: int) -> tuple[int, int]:
+    def _split_columns(self, width: int) -> tuple[int, int]:
         """Return the classes in a row of `width` numbers, and the numbers of each landmark behind them."""
         if self.layout.classes is not None:
             return self.layout.classes, self.layout.landmarks
@@ -151,17 +151,17 @@ def read_layout(path: Path, header: OnnxHeader, side: int | None) -> YoloLayout 
     return YoloLayout(
         side=height or round_up(side or USUAL_SIDE, max(STEPS)),
         classes=_count_classes(header),
-        landmarks=_numbers_of_landmark(header),
+        landmarks=_count_landmark_numbers(header),
     )
 
 
 def _count_classes(header: OnnxHeader) -> int | None:
-    names = _literal(header.notes.get("names"))
+    names = _parse_literal(header.notes.get("names"))
     return len(names) if isinstance(names, (dict, list)) and names else None
 
 
-def _numbers_of_landmark(header: OnnxHeader) -> Any:
-    points = _literal(header.notes.get("kpt_shape"))
+def _count_landmark_numbers(header: OnnxHeader) -> Any:
+    points = _parse_literal(header.notes.get("kpt_shape"))
     is_face = isinstance(points, list) and len(points) == 2 and points[0] == POINTS
     return points[1] if is_face else 0
 
@@ -174,7 +174,7 @@ def load_yolo(path: Path, content: bytes, header: OnnxHeader, layout: YoloLayout
         raise _cannot_run(path, error) from error
     detector = YoloDetector(path, network, layout)
     detector.find(np.zeros((64, 96, 3), np.uint8), 0.5)
-    names = _literal(header.notes.get("names"))
+    names = _parse_literal(header.notes.get("names"))
     if isinstance(names, dict) and len(names) > 1:
         shown = ", ".join(str(name) for name in list(names.values())[:CLASSES_SHOWN])
         left = f" and {len(names) - CLASSES_SHOWN} more" if len(names) > CLASSES_SHOWN else ""
@@ -198,7 +198,7 @@ def letterbox(pixels: NDArray[np.uint8], side: int) -> tuple[NDArray[np.uint8], 
     return square, factor, (x, y)
 
 
-def _points(numbers: Numbers, numbers_of_point: int) -> Numbers | None:
+def _read_points(numbers: Numbers, numbers_of_point: int) -> Numbers | None:
     """Return landmarks N 5 2 from rows of (x, y) or (x, y, visibility); None if there are none."""
     if numbers_of_point not in (2, 3) or numbers.shape[1] < numbers_of_point * POINTS:
         return None
@@ -206,7 +206,7 @@ def _points(numbers: Numbers, numbers_of_point: int) -> Numbers | None:
     return points
 
 
-def _literal(text: str | None) -> Any:
+def _parse_literal(text: str | None) -> Any:
     """Return the value of a metadata entry, a Python literal; None if it cannot be parsed."""
     if len(text or "") > MAX_NOTE_CHARACTERS:
         return None
@@ -256,7 +256,7 @@ class YuNetDetector:
     def find(self, pixels: NDArray[np.uint8], least_score: float) -> Sequence[FoundFace]:
         """Return the faces in a picture (H W 3, RGB) with at least that score, best first."""
         height, width = pixels.shape[:2]
-        small = shrunk(pixels, self._factor(height, width))
+        small = shrunk(pixels, self._choose_factor(height, width))
         small_height, small_width = small.shape[:2]
         canvas_width, canvas_height = self.canvas or (small_width, small_height)
         image = np.zeros((canvas_height, canvas_width, 3), np.uint8)
@@ -273,7 +273,7 @@ class YuNetDetector:
         best_first = sorted(rows, key=lambda row: -row[14])
         return [_read_row(row, scale) for row in best_first]
 
-    def _factor(self, height: int, width: int) -> float:
+    def _choose_factor(self, height: int, width: int) -> float:
         """Return the factor by which a picture is scaled down for the search."""
         factor = 1.0 if self.side is None else min(1.0, self.side / max(height, width))
         if self.canvas is not None:
@@ -313,7 +313,7 @@ def load_yunet(path: Path, content: bytes, header: OnnxHeader, side: int | None)
         for shape in ((96, 160, 3), (64, 64, 3)):  # pictures of another size must do, too
             YuNetDetector(path, network, None).find(np.zeros(shape, np.uint8), 0.5)
     except CheckpointError:
-        canvas = _canvas_in_file(header)
+        canvas = _read_canvas(header)
         if canvas is None:
             raise
         detector = YuNetDetector(path, network, side, canvas)
@@ -321,7 +321,7 @@ def load_yunet(path: Path, content: bytes, header: OnnxHeader, side: int | None)
     return detector
 
 
-def _canvas_in_file(header: OnnxHeader) -> tuple[int, int] | None:
+def _read_canvas(header: OnnxHeader) -> tuple[int, int] | None:
     """Return the width and height that a file requires; None if it takes any."""
     shape = next(iter(header.inputs.values()), ())
     if len(shape) != 4:

@@ -91,8 +91,8 @@ def _read_motion(names: Iterable[str], shape: Shape, weight_shape: WeightShape) 
 
 
 def _read_synthesis(names: Container[str], weight_shape: WeightShape) -> SynthesisConfig:
-    first = _decoder("amt_init_decoder", 1, weight_shape)
-    last = _decoder("amt_final_decoder", 2, weight_shape)
+    first = _read_decoder("amt_init_decoder", 1, weight_shape)
+    last = _read_decoder("amt_final_decoder", 2, weight_shape)
     projections = []
     if f"{PROJECTIONS[0]}.weight" in names:
         for name in PROJECTIONS:
@@ -110,7 +110,7 @@ def _read_synthesis(names: Container[str], weight_shape: WeightShape) -> Synthes
     )
 
 
-def _decoder(name: str, doublings: int, weight_shape: WeightShape) -> RefinementConfig:
+def _read_decoder(name: str, doublings: int, weight_shape: WeightShape) -> RefinementConfig:
     entry = weight_shape(f"{name}.convblock.0.0")
     return RefinementConfig(
         doublings=doublings,
@@ -241,10 +241,10 @@ def _parse_settings(path: Path) -> ModeSettings:
 
     Raises CheckpointError for an unsupported computation, and any other error if the file cannot be read.
     """
-    arch = _mapping(_mapping(yaml.safe_load(read_text(path))).get("arch"))
-    hyponet = _mapping(arch.get("hyponet"))
+    arch = _require_mapping(_require_mapping(yaml.safe_load(read_text(path))).get("arch"))
+    hyponet = _require_mapping(arch.get("hyponet"))
     activation = hyponet.get("activation", "siren")
-    sine = _mapping(activation) or {"type": activation}
+    sine = _require_mapping(activation) or {"type": activation}
     for name, setting, supported in (
         ("fwarp_type", arch.get("fwarp_type", "linear"), "linear"),
         ("activation", sine.get("type", "siren"), "siren"),
@@ -264,7 +264,7 @@ def _parse_settings(path: Path) -> ModeSettings:
     )
 
 
-def _mapping(value: Any) -> Mapping[str, Any]:
+def _require_mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
 
 

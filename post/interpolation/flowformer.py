@@ -53,20 +53,20 @@ class Alike(nn.Module):
 
         keeps_table: store the weights of all pairs of places, not recompute them in every call.
         """
-        q, k = (x.contiguous() for x in _rows(self.to_qk(context)).chunk(2, dim=1))  # N . each
+        q, k = (x.contiguous() for x in _flatten_rows(self.to_qk(context)).chunk(2, dim=1))  # N . each
         if keeps_table:
             weights = q.new_empty(len(q), len(k))
             rows = rows_of_part(8 * len(k), q.device)
             scaled = q * q.shape[1] ** -0.5
             for part, queries in zip(weights.split(rows), scaled.split(rows), strict=True):
                 part.copy_((queries @ k.T).softmax(dim=1))
-            return partial(_over_places, weights.matmul)
+            return partial(_apply_to_places, weights.matmul)
 
         def attend(v: Tensor) -> Tensor:
             # four axes: with fewer there is no kernel that leaves out the table
             return scaled_dot_product_attention(q[None, None], k[None, None], v[None, None])[0, 0]
 
-        return partial(_over_places, attend)
+        return partial(_apply_to_places, attend)
 
 
 class Aggregator(nn.Module):
@@ -129,30 +129,30 @@ class MemoryDecoder(nn.Module):
         start = places = grid_of(context)
         for _ in range(iterations):
             near = costs.lookup(places)
-            recalled = self._recall(near, places, keys_and_values)
+            recalled = self._read_memory_features(near, places, keys_and_values)
             motion = block.encoder(torch.cat([recalled, near], dim=1), places - start)
             moving = torch.cat([motion, block.aggregator(motion, mean)], dim=1)
             hidden = block.gru(hidden, moving, turns)
             places = places + block.flow_head(hidden)
         return upsample_flow(places - start, 0.25 * block.mask(hidden))
 
-    def _recall(self, near: Tensor, places: Tensor, keys_and_values: Any) -> Tensor:
+    def _read_memory_features(self, near: Tensor, places: Tensor, keys_and_values: Any) -> Tensor:
         """Return the features of each place from memory, 1 . H W. near: the costs around the places."""
         query = self.flow_token_encoder(near)
-        code = flowformer_memory.position_code(_rows(places), query.shape[1])
+        code = flowformer_memory.position_code(_flatten_rows(places), query.shape[1])
         attend = self.decoder_layer["cross_attend"]
-        recalled = attend(_rows(query)[:, None], keys_and_values, code[:, None])
+        recalled = attend(_flatten_rows(query)[:, None], keys_and_values, code[:, None])
         return recalled.squeeze(1).T.view(query.shape)
 
 
-def _rows(x: Tensor) -> Tensor:
+def _flatten_rows(x: Tensor) -> Tensor:
     """Reshape 1 C H W to N C."""
     return x[0].flatten(1).T
 
 
-def _over_places(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def _apply_to_places(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Apply a function of rows (N C) to a map (1 C H W)."""
-    return run(_rows(x).contiguous()).T.reshape(x.shape)
+    return run(_flatten_rows(x).contiguous()).T.reshape(x.shape)
 
 
 # Letters: H W sides of a picture, C width of the features at an eighth of them

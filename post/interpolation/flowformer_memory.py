@@ -107,10 +107,10 @@ class CostEmbed(nn.Module):
         x = torch.cat([x.permute(0, 2, 3, 1), code], dim=-1).flatten(1, 2)
         # as matrix products: 1x1 convolutions are slower, and change the memory layout twice
         widen, activate, mix = self.ffn_with_coord.children()
-        return self.norm(_product(mix, activate(_product(widen, x))))
+        return self.norm(_multiply_rows(mix, activate(_multiply_rows(widen, x))))
 
 
-def _product(layer: nn.Module, x: Tensor) -> Tensor:
+def _multiply_rows(layer: nn.Module, x: Tensor) -> Tensor:
     """Apply a 1x1 convolution to rows. x: ... C."""
     weight, bias = layer.parameters()
     return linear(x, weight.flatten(1), bias)

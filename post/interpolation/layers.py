@@ -105,28 +105,28 @@ def splat(image: Tensor, flow: Tensor, weight: Tensor) -> Tensor:
     """
     weighted = torch.cat([image * weight, weight], dim=1).float()
     # H*W rows: one place each, so that what arrives is added in whole rows
-    total = _moved(weighted[0].flatten(1).t().contiguous(), flow)
+    total = _sum_arrivals(weighted[0].flatten(1).t().contiguous(), flow)
     colours = total[:, :-1]
     norm = total[:, -1:]
     mean = colours / torch.where(norm == 0, 1.0, norm)
     return mean.t().reshape(image.shape)
 
 
-def _moved(values: Tensor, flow: Tensor) -> Tensor:
+def _sum_arrivals(values: Tensor, flow: Tensor) -> Tensor:
     """Return the sum of the rows that arrive at each place. values: H*W C. flow: 1 2 H W."""
     height, width = flow.shape[-2:]
     total = torch.zeros_like(values)
-    x, y = _targets(flow)
+    x, y = _find_targets(flow)
     left = x.floor()
     top = y.floor()
     for dx, dy in product((0, 1), (0, 1)):
-        place, share = _neighbour(x, y, column=left + dx, row=top + dy, size=(height, width))
+        place, share = _weigh_neighbour(x, y, column=left + dx, row=top + dy, size=(height, width))
         index = place[:, None].expand_as(values)
         total.scatter_add_(0, index, values * share[:, None])
     return total
 
 
-def _neighbour(
+def _weigh_neighbour(
     x: Tensor, y: Tensor, column: Tensor, row: Tensor, size: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
     """Return the index of a place next to each target, and the share of the pixel that it gets.
@@ -141,7 +141,7 @@ def _neighbour(
     return place, torch.where(is_inside, share, 0.0)
 
 
-def _targets(flow: Tensor) -> tuple[Tensor, Tensor]:
+def _find_targets(flow: Tensor) -> tuple[Tensor, Tensor]:
     """Return x and y, H*W each, of the places that 1 2 H W points to; outside if they are not finite."""
     height, width = flow.shape[-2:]
     rows = torch.arange(height, device=flow.device, dtype=torch.float32)[:, None]
@@ -203,7 +203,7 @@ class Correlation:
         if keeps_volume is None:
             # by the size alone, so that a clip gives the same pictures on every device
             height, width = self._size
-            keeps_volume = _volume_bytes(height, width, levels) <= VOLUME_BYTES
+            keeps_volume = _count_volume_bytes(height, width, levels) <= VOLUME_BYTES
         self._keeps_volume = keeps_volume
         if keeps_volume:
             self._levels = [self._first @ features[0].flatten(1) for features in pyramid]
@@ -220,7 +220,7 @@ class Correlation:
         centres = rearrange(places.float(), "1 two h w -> (h w) two")
         # a place that is not finite lies outside; so far outside that nothing near the edge is meant
         centres = centres.nan_to_num(-1e6, -1e6, -1e6).clamp(-1e6, 1e6)
-        products = [self._around(level, centres / 2**level) for level in range(len(self._levels))]
+        products = [self._look_around(level, centres / 2**level) for level in range(len(self._levels))]
         height, width = self._size
         return rearrange(torch.cat(products, dim=1), "(h w) c -> 1 c h w", h=height, w=width)
 
@@ -229,12 +229,14 @@ class Correlation:
         rows = self._levels[0][start:end] if self._keeps_volume else self._first[start:end] @ self._second
         return rows.unflatten(1, self._sizes[0])
 
-    def _around(self, level: int, centres: Tensor) -> Tensor:
+    def _look_around(self, level: int, centres: Tensor) -> Tensor:
         """Return the products around centres, P 81. centres: P 2, at this scale."""
         corner = centres.floor()
         share = centres - corner
         start = corner.long() - RADIUS
-        products = self._from_volume(level, start) if self._keeps_volume else self._sampled(level, start)
+        products = (
+            self._from_volume(level, start) if self._keeps_volume else self._compute_products(level, start)
+        )
         x, y = share[:, 0, None, None], share[:, 1, None, None]
         rows = products[:, :-1] * (1 - y) + products[:, 1:] * y  # P 9 10
         mixed = rows[:, :, :-1] * (1 - x) + rows[:, :, 1:] * x  # P 9 9: y, x
@@ -254,7 +256,7 @@ class Correlation:
         products = self._levels[level].gather(1, index.flatten(1)).view_as(index)
         return products * (is_row[:, :, None] & is_column[:, None])
 
-    def _sampled(self, level: int, start: Tensor) -> Tensor:
+    def _compute_products(self, level: int, start: Tensor) -> Tensor:
         """Return products P 10 10 (y, x), computed from the features around each place."""
         height, width = self._sizes[level]
         features = self._levels[level]
@@ -273,7 +275,7 @@ class Correlation:
         return torch.cat(products).view(-1, REACH, REACH)
 
 
-def _volume_bytes(height: int, width: int, levels: int) -> int:
+def _count_volume_bytes(height: int, width: int, levels: int) -> int:
     """Return the bytes of the products of all pairs of places, at all scales."""
     places = sum((height >> level) * (width >> level) for level in range(levels))
     return 4 * height * width * places

@@ -127,15 +127,14 @@ class MotionField(nn.Module):
         return self._weigh(forth, back), self._weigh(back, forth)
 
     def _weigh(self, flow: Tensor, opposite: Tensor) -> Tensor:
-        near = torch.tensor([1.0, 2.0, 1.0], device=flow.device)
-        kernel = (near[:, None] * near / 16).expand(2, 1, 3, 3)
-        error = (-warp(opposite, flow) - flow).abs().mean(dim=1, keepdim=True)
-        # the deviation of the flow around each pixel, the mean of x and y
-        mean, of_squares = (
-            conv2d(pad(values, (1, 1, 1, 1), mode="reflect"), kernel, groups=2) for values in (flow, flow**2)
-        )
-        uneven = (of_squares - mean**2).clamp(min=LEAST_VARIANCE).sqrt().mean(dim=1, keepdim=True)
-        return 1 / (1 + self.alpha_fe * error) + 1 / (1 + self.alpha_v * uneven)
+        """Return the weights of a picture, 1 1 H W, from its flow and the flow back to it, 1 2 H W each."""
+        # the flow back, at the place that the flow points to, should be the opposite
+        disagreement = (-warp(opposite, flow) - flow).abs().mean(dim=1, keepdim=True)
+        # the standard deviation of the flow around each pixel, the mean of x and y
+        mean = _blur(flow)
+        mean_of_squares = _blur(flow**2)
+        deviation = (mean_of_squares - mean**2).clamp(min=LEAST_VARIANCE).sqrt().mean(dim=1, keepdim=True)
+        return 1 / (1 + self.alpha_fe * disagreement) + 1 / (1 + self.alpha_v * deviation)
 
     def at(self, motion: "Motion", time: float) -> Tensor:
         """Return the motion from the first picture to the second, 1 2 H W in pixels, as seen at `time`."""
@@ -161,6 +160,13 @@ class Motion:
     second: Tensor
     first_weight: Tensor
     second_weight: Tensor
+
+
+def _blur(values: Tensor) -> Tensor:
+    """Average each channel of values, 1 2 H W, with binomial weights over 3 x 3 pixels."""
+    row = torch.tensor([1.0, 2.0, 1.0], device=values.device)
+    kernel = (row[:, None] * row / 16).expand(2, 1, 3, 3)
+    return conv2d(pad(values, (1, 1, 1, 1), mode="reflect"), kernel, groups=2)
 
 
 def normalised(forth: Tensor, back: Tensor) -> tuple[Tensor, Tensor]:

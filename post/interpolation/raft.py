@@ -135,10 +135,10 @@ class SeparableGru(nn.Module):
         """Return the new hidden state, 1 C h w."""
         width = hidden.shape[1]
         for turn in turns:
-            inputs = turn.constant + _keeping_size(motion, turn.moving)
-            gates = _keeping_size(hidden, turn.recurrent) + inputs[:, : 2 * width]
+            inputs = turn.constant + _convolve_same_size(motion, turn.moving)
+            gates = _convolve_same_size(hidden, turn.recurrent) + inputs[:, : 2 * width]
             share, reset = torch.sigmoid(gates).chunk(2, dim=1)
-            fresh = torch.tanh(_keeping_size(reset * hidden, turn.fresh) + inputs[:, 2 * width :])
+            fresh = torch.tanh(_convolve_same_size(reset * hidden, turn.fresh) + inputs[:, 2 * width :])
             hidden = (1 - share) * hidden + share * fresh
         return hidden
 
@@ -151,14 +151,14 @@ class SeparableGru(nn.Module):
         motion = weight.shape[1] - width - inputs
         of_hidden, of_context, moving = weight.split([width, inputs, motion], dim=1)
         return RecurrentTurn(
-            constant=_keeping_size(context, of_context, bias),
+            constant=_convolve_same_size(context, of_context, bias),
             moving=moving.contiguous(),
             recurrent=of_hidden[: 2 * width].contiguous(),
             fresh=of_hidden[2 * width :].contiguous(),
         )
 
 
-def _keeping_size(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _convolve_same_size(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return conv2d(x, weight, bias, padding=(weight.shape[2] // 2, weight.shape[3] // 2))
 
 

@@ -64,7 +64,7 @@ class Interpolator:
         if clip.rate is None:  # the frame count of a file may be wrong: `run` counts
             raise MediaError(f"{clip.path} is one picture: pictures can be made between two or more only.")
         part = self._options.part
-        left, right, top, bottom = self._edges(clip.height, clip.width)
+        left, right, top, bottom = self._measure_margins(clip.height, clip.width)
         if min(clip.height + top + bottom, clip.width + left + right) * part < LEAST_SIDE:
             step = self._options.alignment
             needed = (math.ceil(LEAST_SIDE / part / step) - 1) * step + 1  # the rest is added
@@ -85,7 +85,7 @@ class Interpolator:
         count = 0
         before = None
         for picture in pictures:
-            now = _Shown(picture, self._frame)
+            now = _Shown(picture, self._make_frame)
             if before is not None:
                 yield from self._pair(before, now, clip.is_deep, cuts)
             count += 1
@@ -122,30 +122,30 @@ class Interpolator:
         if is_same or is_cut:
             new_pixels = repeat(first.picture.pixels, factor - 1)
         else:
-            new_pixels = self._between(first, second, is_deep)
+            new_pixels = self._interpolate(first, second, is_deep)
         for number, pixels in enumerate(new_pixels, start=1):
             yield Picture(pixels, start + number * step, step)
 
-    def _between(self, first: "_Shown", second: "_Shown", is_deep: bool) -> Iterator[Pixels]:
+    def _interpolate(self, first: "_Shown", second: "_Shown", is_deep: bool) -> Iterator[Pixels]:
         times = [number / self._options.factor for number in range(1, self._options.factor)]
         images = self._network.between(first.frame, second.frame, times)
-        return (self._pixels(image, first.picture, is_deep) for image in images)
+        return (self._make_pixels(image, first.picture, is_deep) for image in images)
 
     def _is_cut(self, first: "_Shown", second: "_Shown") -> bool:
         threshold = self._options.scene_threshold
         return threshold > 0 and threshold <= scene_distance(first.thumbnail, second.thumbnail)
 
-    def _edges(self, height: int, width: int) -> tuple[int, int, int, int]:
+    def _measure_margins(self, height: int, width: int) -> tuple[int, int, int, int]:
         across, down = (-side % self._options.alignment for side in (width, height))
         return across // 2, across - across // 2, down // 2, down - down // 2
 
-    def _frame(self, pixels: Pixels) -> Frame:
+    def _make_frame(self, pixels: Pixels) -> Frame:
         image = to_tensor(pixels, self._device)
-        return self._network.frame(pad(image, self._edges(*pixels.shape[:2]), mode="replicate"))
+        return self._network.frame(pad(image, self._measure_margins(*pixels.shape[:2]), mode="replicate"))
 
-    def _pixels(self, image: Tensor, like: Picture, is_deep: bool) -> Pixels:
+    def _make_pixels(self, image: Tensor, like: Picture, is_deep: bool) -> Pixels:
         height, width = like.pixels.shape[:2]
-        left, _, top, _ = self._edges(height, width)
+        left, _, top, _ = self._measure_margins(height, width)
         image = image[..., top : top + height, left : left + width]
         if not bool(image.isfinite().all()):
             what = f"a picture of {NAME} has values that are NaN or infinite"

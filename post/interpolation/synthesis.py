@@ -110,12 +110,12 @@ class Update(nn.Module):
         self.convf2 = conv(*config.flow)
         self.conv = conv(config.correlation[1] + config.flow[1], config.motion)
         hidden = config.hidden
-        self.gru = self._two(config.motion + 4 + feature, hidden, hidden)
-        self.feat_head = self._two(hidden, hidden, feature)
-        self.flow_head = self._two(hidden, hidden, 4)
+        self.gru = self._make_two_layers(config.motion + 4 + feature, hidden, hidden)
+        self.feat_head = self._make_two_layers(hidden, hidden, feature)
+        self.flow_head = self._make_two_layers(hidden, hidden, 4)
 
     @staticmethod
-    def _two(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    def _make_two_layers(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
         return nn.Sequential(conv(inputs, hidden), nn.LeakyReLU(SLOPE), conv(hidden, outputs))
 
     def forward(self, feature: Tensor, flow: Tensor, correlation: Tensor) -> tuple[Tensor, Tensor]:
@@ -247,14 +247,14 @@ class Synthesis(nn.Module):
         flow = 0.25 * resize(flow, 0.25)
         images = resize(images, 0.25)
         decoder = self.amt_init_decoder
-        both = _joined(flow)
+        both_flows = _join_channels(flow)  # 1 4 h w
         parts = []
-        for place, features in enumerate((first, second)):
-            parts.append(warp(decoder.upsample(features), flow[place, None]))
-        parts += [both, _joined(images), _joined(warp(images, flow))]
-        predicted = _through(decoder.convblock, parts, self.dtype)
+        for index, features in enumerate((first, second)):
+            parts.append(warp(decoder.upsample(features), flow[index, None]))
+        parts += [both_flows, _join_channels(images), _join_channels(warp(images, flow))]
+        predicted = _apply_layers(decoder.convblock, parts, self.dtype)
         change, mask, feature = predicted.split([FLOWS, 1, predicted.shape[1] - FLOWS - 1], dim=1)
-        return both + change.float(), mask.float(), feature
+        return both_flows + change.float(), mask.float(), feature
 
     def _refine(self, refined: Refined, compared: "Compared", time: float) -> Refined:
         """Refine flow and feature by comparing the pictures where the flow points to."""
@@ -271,17 +271,17 @@ class Synthesis(nn.Module):
         """Make the estimate at full size. first, second: maps at a quarter."""
         decoder = self.amt_final_decoder
         flow, mask, feature = refined
-        both = 4 * resize(flow, 4)
+        both_flows = 4 * resize(flow, 4)
         mask = resize(mask, 4)
-        flow = both[0].unflatten(0, (2, 2))  # 2 2 H W
+        flow = both_flows[0].unflatten(0, (2, 2))  # 2 2 H W
         parts = [resize(feature, 4)]
-        for place, features_of_picture in enumerate((first, second)):
-            parts.append(warp(decoder.upsample(features_of_picture), flow[place, None]).to(self.dtype))
-        parts += [both, mask, _joined(images), _joined(warp(images, flow))]
-        predicted = _through(decoder.convblock, parts, self.dtype).float()
+        for index, features_of_picture in enumerate((first, second)):
+            parts.append(warp(decoder.upsample(features_of_picture), flow[index, None]).to(self.dtype))
+        parts += [both_flows, mask, _join_channels(images), _join_channels(warp(images, flow))]
+        predicted = _apply_layers(decoder.convblock, parts, self.dtype).float()
         blends = predicted.shape[1] // PER_BLEND
         change, shift, colours = predicted.split([FLOWS * blends, blends, 3 * blends], dim=1)
-        repeated = _joined(flow.repeat(1, blends, 1, 1))
+        repeated = _join_channels(flow.repeat(1, blends, 1, 1))
         return Blend(repeated + change, torch.sigmoid(mask + shift), colours)
 
     def put_together(self, images: Tensor, blend: Blend) -> Tensor:
@@ -314,12 +314,12 @@ class Compared:
         return torch.cat([forth, self._back.lookup(self._grid + to_first / time)], dim=1)
 
 
-def _joined(both: Tensor) -> Tensor:
+def _join_channels(both: Tensor) -> Tensor:
     """Reshape 2 C H W to 1 2C H W."""
     return both.flatten(0, 1)[None]
 
 
-def _through(layers: nn.Sequential, parts: list[Tensor], dtype: torch.dtype) -> Tensor:
+def _apply_layers(layers: nn.Sequential, parts: list[Tensor], dtype: torch.dtype) -> Tensor:
     """Return the layers' output for the concatenated parts; empties `parts` to free its large tensors."""
     x = torch.cat([part.to(dtype) for part in parts], dim=1)
     parts.clear()

@@ -108,7 +108,7 @@ def load_upscaler(path: Path, device: torch.device, dtype: torch.dtype) -> Upsca
 
 
 def _read_rrdb(checkpoint: Checkpoint) -> LoadPlan[RrdbConfig]:
-    table = _rrdb_names(checkpoint)
+    table = _list_rrdb_names(checkpoint)
     sources = rename_sources(plain_sources(checkpoint), lambda name: translate_name(name, table))
     shape = _Shapes(checkpoint, shapes_of(checkpoint, sources))
     features, channels, *_ = shape.of("conv_first.weight", 4)
@@ -133,7 +133,7 @@ def _read_rrdb(checkpoint: Checkpoint) -> LoadPlan[RrdbConfig]:
     return LoadPlan(config, checkpoint, sources)
 
 
-def _rrdb_names(checkpoint: Checkpoint) -> Names:
+def _list_rrdb_names(checkpoint: Checkpoint) -> Names:
     """Return patterns that turn a file's names into ours. Raises CheckpointError if it is not one."""
     names = checkpoint.tensors
     if "model.1.sub.0.RDB1.conv1.0.weight" in names:
@@ -160,7 +160,7 @@ def _read_compact(checkpoint: Checkpoint) -> LoadPlan[CompactConfig]:
     if layers < 5 or layers % 2 == 0:
         raise shape.error(f"it has {layers} layers, not convolutions and PReLUs in turns")
     shape.of("body.1.weight", 1)
-    factor = _factor(shape, f"body.{layers - 1}.weight", COLOURS)
+    factor = _read_factor(shape, f"body.{layers - 1}.weight", COLOURS)
     features = shape.of("body.0.weight", 4)[0]
     config = CompactConfig(features, (layers - 3) // 2, factor)
     return LoadPlan(config, checkpoint, sources)
@@ -221,15 +221,15 @@ def _read_swinir_end(shape: "_Shapes", sources: Collection[str]) -> _SwinirEnd:
             return _SwinirEnd("nearest+conv", [2] * count(sources, r"conv_up\d+"), features)
         names = [name for name in sources if name.startswith("upsample.") and name.endswith(".weight")]
         layers = sorted(int(name.split(".")[1]) for name in names)
-        ups = [_factor(shape, f"upsample.{layer}.weight", features) for layer in layers]
+        ups = [_read_factor(shape, f"upsample.{layer}.weight", features) for layer in layers]
         return _SwinirEnd("pixelshuffle", ups, features)
     if "upsample.0.weight" in sources:
-        return _SwinirEnd("pixelshuffledirect", [_factor(shape, "upsample.0.weight", COLOURS)])
+        return _SwinirEnd("pixelshuffledirect", [_read_factor(shape, "upsample.0.weight", COLOURS)])
     shape.expect("conv_last.weight", 4, axis=0, size=COLOURS)
     return _SwinirEnd("none")
 
 
-def _factor(shape: "_Shapes", name: str, channels: int) -> int:
+def _read_factor(shape: "_Shapes", name: str, channels: int) -> int:
     """Return the factor of a convolution with pixel shuffle that ends in `channels` channels."""
     rows = shape.of(name, 4)[0]
     factor = isqrt(rows // channels)

@@ -103,7 +103,7 @@ class UpscalerStage:
         """Yield the enlarged pictures; one batch is in memory at a time."""
         result = self.result(clip)
         size = (result.height, result.width)
-        fitting = self._fitting(clip)
+        fitting = self._make_fitting(clip)
         while some := list(islice(pictures, fitting.batch)):
             enlarged = self.enlarge([picture.pixels for picture in some], size, fitting)
             for index, picture in enumerate(some):
@@ -125,7 +125,7 @@ class UpscalerStage:
 
         return fitting(self.network, images, finish)
 
-    def _fitting(self, clip: Clip) -> tiling.Fitting:
+    def _make_fitting(self, clip: Clip) -> tiling.Fitting:
         """Choose the sizes of batch and tiles to try first for a clip."""
         options = self.options
         config = self.upscaler.config
@@ -135,7 +135,7 @@ class UpscalerStage:
             batch = min(max(fits, 1), MOST_AT_ONCE)
         tile = options.tile
         if tile is None:
-            tile = self._forecast(clip, batch)
+            tile = self._predict_tile(clip, batch)
         elif tile % config.step:
             multiple = max(tile // config.step, 1) * config.step
             logger.info("--tile %d: tiles of %d, a multiple of %d, are used.", tile, multiple, config.step)
@@ -150,7 +150,7 @@ class UpscalerStage:
             factor=config.factor,
         )
 
-    def _forecast(self, clip: Clip, batch: int) -> int:
+    def _predict_tile(self, clip: Clip, batch: int) -> int:
         """Return the size of the largest tiles that fit memory, `WHOLE` if whole pictures do.
 
         It is estimated, not tried: on a CPU the system would kill the program, and some GPU drivers would

@@ -142,15 +142,15 @@ class ResidualGroup(nn.Module):
     def _in_windows(self, x: Tensor, block: nn.Module, index: Tensor, shift: int) -> Tensor:
         """Apply a block to the windows of a map, a few windows at a time."""
         out = torch.empty_like(x)
-        windows = self._windows(x)
-        results = self._windows(out)
+        windows = self._view_windows(x)
+        results = self._view_windows(out)
         batch, rows, columns = windows.shape[:3]
         most = WINDOWS_ON_CPU * torch.get_num_threads() if x.device.type == "cpu" else WINDOWS
         attention = block.get_submodule("attn")
         assert isinstance(attention, Attention)
         bias = attention.bias(index)
         # only windows in the last row and in the last column hold tokens that shifting has brought together
-        for row_part, column_part in product(_parts(rows, shift), _parts(columns, shift)):
+        for row_part, column_part in product(_split_windows(rows, shift), _split_windows(columns, shift)):
             mask = apart(self.window, row_part.masked, column_part.masked, bias)
             for piece in pieces(batch, row_part.windows, column_part.windows, most):
                 some = windows[piece]
@@ -158,7 +158,7 @@ class ResidualGroup(nn.Module):
                 results[piece] = block(tokens, mask).reshape(some.shape)
         return out
 
-    def _windows(self, x: Tensor) -> Tensor:
+    def _view_windows(self, x: Tensor) -> Tensor:
         """Return a view of B H W C as B, rows and columns of windows, S S C."""
         return rearrange(x, "b (h p) (w q) c -> b h w p q c", p=self.window, q=self.window)
 
@@ -183,7 +183,7 @@ class _WindowRange(NamedTuple):
     masked: int  # tokens at the end of each window that shifting has brought there
 
 
-def _parts(count: int, shift: int) -> list[_WindowRange]:
+def _split_windows(count: int, shift: int) -> list[_WindowRange]:
     """Return the rows, or columns, of windows; the last one is for itself if they are shifted."""
     if not shift:
         return [_WindowRange(range(count), 0)]

@@ -327,21 +327,14 @@ def _make_rings(dit: nn.Module, lists: Sequence[ListPlan], places: Mapping[str, 
     for plan in lists:
         units = {}
         for index in plan.streamed:
-            weights, host_tensors = _weights_of(dit, f"{plan.name}.{index}", places)
-            units[start + index] = Unit(start + index, weights, host_tensors)
+            layers = [name for name, _ in big_layers(dit, f"{plan.name}.{index}")]
+            names = [f"{name}.weight" for name in layers if f"{name}.weight" in places]
+            weights = [dit.get_parameter(name) for name in names]
+            units[start + index] = Unit(start + index, weights, [places[name] for name in names])
         if units:
             rings.append(Ring(units, [Slot() for _ in range(plan.slots)]))
         start += plan.num_blocks
     return rings
-
-
-def _weights_of(
-    dit: nn.Module, block: str, places: Mapping[str, Tensor]
-) -> tuple[list[Parameter], list[Tensor]]:
-    """Return the weights of a block that are streamed, and their places in host memory."""
-    layers = [name for name, _ in big_layers(dit, block)]
-    names = [f"{name}.weight" for name in layers if f"{name}.weight" in places]
-    return [dit.get_parameter(name) for name in names], [places[name] for name in names]
 
 
 def _report(

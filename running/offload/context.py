@@ -13,7 +13,6 @@ divides its loss by the number of processes, and gradients are summed over them.
 """
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -92,24 +91,19 @@ def _run_part(
     # lengths of the streams of tokens; if there are several, the record of tokens states them
     lengths = getattr(tokens, "stream_lengths", (hidden.x.shape[1],))
     parts = [TokenPart(length, group.rank(), group.size(), group) for length in lengths]
-    _take_parts(hidden, parts, lengths)
+    streams = zip(parts, hidden.x.split(lengths, dim=1), strict=True)
+    hidden.x = torch.cat([part.take(stream) for part, stream in streams], dim=1)
+    hidden.tokens = tokens.cut(*parts)
+    hidden.added = [None if tensor is None else parts[0].take(tensor) for tensor in added]
+    if hidden.side is not None:
+        hidden.side = parts[0].take(hidden.side)
     inner(dit, hidden, tweaks)
     hidden.added = added
     lengths_here = [part.of_first(part.length) for part in parts]
-    streams = hidden.x.split(lengths_here, dim=1)
-    joined = [part.join(stream) for part, stream in zip(parts, streams, strict=True)]
+    streams = zip(parts, hidden.x.split(lengths_here, dim=1), strict=True)
+    joined = [part.join(stream) for part, stream in streams]
     hidden.x = joined[0] if len(joined) == 1 else torch.cat(joined, dim=1)
     hidden.tokens = tokens
-
-
-def _take_parts(hidden: Hidden, parts: Sequence["TokenPart"], lengths: Sequence[int]) -> None:
-    """Cut the tokens, and all that is added to them, to this process' parts of their streams."""
-    streams = zip(parts, hidden.x.split(lengths, dim=1), strict=True)
-    hidden.x = torch.cat([part.take(stream) for part, stream in streams], dim=1)
-    hidden.tokens = hidden.tokens.cut(*parts)
-    hidden.added = [None if tensor is None else parts[0].take(tensor) for tensor in hidden.added]
-    if hidden.side is not None:
-        hidden.side = parts[0].take(hidden.side)
 
 
 @dataclass(frozen=True)

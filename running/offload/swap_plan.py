@@ -57,12 +57,9 @@ def most_blocks(
 
 
 def _fits(num_blocks: Sequence[int], swapped: Sequence[int], unswapped: int) -> bool:
-    return all(count <= _most_of(total, unswapped) for total, count in zip(num_blocks, swapped, strict=True))
-
-
-def _most_of(num_blocks: int, unswapped: int) -> int:
-    """Return the largest number of blocks of a list that can be swapped."""
-    return max(num_blocks - unswapped, 1 if num_blocks > 1 else 0)
+    """Return whether so many blocks of each list can be swapped: of several blocks always one."""
+    most = [max(total - unswapped, 1 if total > 1 else 0) for total in num_blocks]
+    return all(count <= limit for count, limit in zip(swapped, most, strict=True))
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from browser.jobs import open_queue
 from tests.browser.serving import Served, serve_runs, write_run
 from tests.chromium import open_page, wait_until
 from tests.training.toy import ToyFamily, toy_options, toy_parser, write_caches, write_prompts
-from training.following import plan_next_steps
+from training.following import TrainingCommand
 from training.options import list_script_options
 from training.reports.history import History
 from training.run import train_network
@@ -42,7 +41,7 @@ class SteppedTraining:
         self.thread = threading.Thread(
             target=train_network,
             args=(ToyFamily(watch=self._wait), options),
-            kwargs={"follow": partial(plan_next_steps, script_options=script_options)},
+            kwargs={"command": TrainingCommand(script_options=script_options)},
         )
         self.thread.start()
 

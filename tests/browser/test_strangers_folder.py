@@ -306,7 +306,7 @@ def test_new_says_that_there_is_no_such_user(folder: Path) -> None:
 def test_a_style_of_the_working_folder_draws_no_picture(folder: Path) -> None:
     """Matplotlib reads the file of this name; with usetex it starts LaTeX with words of the file."""
     code = (
-        "import torch, sys; from training.previews import draw_statistics; "
+        "import torch, sys; from training.features.show_timesteps_drawing import draw_statistics; "
         "data = draw_statistics({'': torch.ones(1000)}, torch.ones(1000)); "
         "sys.stdout.write(str(hash(data)) if len(data) > 999 else 'none')"
     )

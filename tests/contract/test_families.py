@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from contract.families import FAMILIES, FOLDERS, share_latents, with_scripts
+from contract.families import FAMILIES, FOLDERS, list_same_latents, with_scripts
 from downloads.catalogue import model_sets
 from networks.module_names import FAMILIES as NAMED
 from networks.own_kinds import OWN_MODULES
@@ -35,10 +35,12 @@ def test_all_lists_of_families_follow_the_one() -> None:
     trained_by = {script for one in model_sets() for script in one.commands.get("train", "").split()}
     assert trained_by >= {f"{entry.training_script}.py" for entry in with_scripts().values()}
     assert {one.network_module for one in NAMED} - {""} <= set(OWN_MODULES)
-    assert share_latents("chroma") == {"flux", "flux_kontext", "chroma", "lumina", "z_image"}
-    assert share_latents("qwen_image_edit") == {"qwen_image", "qwen_image_edit", "krea2"}
-    assert share_latents("flux_3") == {"flux_2", "flux_3"}
-    assert share_latents("krea2") == share_latents("qwen_image") == share_latents("qwen_image_edit")
+    assert list_same_latents("chroma") == {"flux", "flux_kontext", "chroma", "lumina", "z_image"}
+    assert list_same_latents("qwen_image_edit") == {"qwen_image", "qwen_image_edit", "krea2"}
+    assert list_same_latents("flux_3") == {"flux_2", "flux_3"}
+    assert (
+        list_same_latents("krea2") == list_same_latents("qwen_image") == list_same_latents("qwen_image_edit")
+    )
 
 
 def _texts(path: Path) -> Iterator[str]:

@@ -2,7 +2,6 @@
 
 import shlex
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +18,7 @@ from modules.options import read_options
 from modules.parser import add_options
 from tests.training.toy import TWO_EXPERTS, Killed, killed_at, toy_options, write_caches
 from training import following
-from training.following import NextSteps
+from training.following import NextSteps, TrainingCommand
 from training.learning_options import WholeDitOptions
 from training.options import (
     ScriptOption,
@@ -67,8 +66,8 @@ def next_steps(
     """What follows a run of Wan. family: the name by which it is known which tool reads its LoRAs."""
     options, own, given = read([*NEEDED, "--output_dir", str(folder), "--output_name", "x", *words])
     plan = plan_of(options, folder, family, processes)
-    generation = partial(FAMILIES["wan"].generation_words, own)
-    return NextSteps(plan, "wan_train_network.py", given, generation, sample)
+    command = TrainingCommand("wan_train_network.py", given, FAMILIES["wan"], own)
+    return NextSteps(plan, command, sample)
 
 
 def words_of(command: PageCommand) -> list[str]:
@@ -167,7 +166,8 @@ def test_two_transformers_are_generated_with_by_the_files_for_each(
     generation = ["wan_generate_video.py", "--dit", "low", "--dit_high_noise", "high"]
     steps = next_steps(tmp_path, ["--ema_decay", "0.9", "--sample_ema"], guidance_scale_high_noise=4.0)
     loras = [(Path("distilled.safetensors"), 0.8)]
-    steps = replace(steps, generation=lambda _: generation, sample_loras=loras)
+    entry: Any = SimpleNamespace(generation_words=lambda *_: generation, spellings={})
+    steps = replace(steps, command=replace(steps.command, entry=entry), sample_loras=loras)
     steps.plan.family.experts = TWO_EXPERTS
     steps.plan.names = Names(tmp_path, "x", parts)
     best = tmp_path / f"x-step00000010{marks[1]}.safetensors"
@@ -244,10 +244,10 @@ def test_a_whole_transformer_takes_the_place_of_the_released_one(tmp_path: Path)
     add_options(parser, HunyuanTrainingOptions)
     args = read_arguments(parser, [*NEEDED, "--dit", "released.safetensors"], {})
     options, own = read_options(TrainingOptions, args), read_options(HunyuanTrainingOptions, args)
-    generation = partial(FAMILIES["hunyuan_video"].generation_words, own)
     given = list_script_options(parser, own, options)
+    command = TrainingCommand("hv_train.py", given, FAMILIES["hunyuan_video"], own)
 
-    steps = NextSteps(plan_of(options, tmp_path, "wan"), "hv_train.py", given, generation, {})
+    steps = NextSteps(plan_of(options, tmp_path, "wan"), command, sample={})
     resume, generate, _ = steps.commands(None, is_finished=False)
 
     assert words_of(resume)[:2] == ["python", "hv_train.py"]
@@ -280,10 +280,14 @@ def test_a_killed_run_names_the_file_that_was_saved_last(removed: tuple[object, 
     write_caches(tmp_path)
     saves = ["--max_train_steps", 20, "--save_every_n_steps", 2, *removed]
     options = toy_options(tmp_path, *saves, has_page=True)
-    follow = partial(following.plan_next_steps, generation_of_caches=lambda _: ["toy_generate.py"])
+    entry: Any = SimpleNamespace(
+        caching_commands=lambda *_: ("cache", "cache"),
+        generation_words=lambda *_: ["toy_generate.py"],
+        spellings={},
+    )
 
     with pytest.raises(Killed):
-        train_network(killed_at(8), options, follow=follow)
+        train_network(killed_at(8), options, TrainingCommand(entry=entry, family_options=options))
 
     *_, newest = sorted((tmp_path / "output").glob("x-step*.safetensors"))
     path = tmp_path / "output" / "x-history.jsonl"

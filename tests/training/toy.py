@@ -3,7 +3,6 @@
 import argparse
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ from modules.errors import OptionError
 from modules.options import NO_OPTIONS, read_options
 from modules.parser import add_options
 from training.features.composing import options_by_expert
-from training.following import plan_next_steps
+from training.following import TrainingCommand
 from training.learning_options import ExpertTrainingOptions, WholeDitOptions
 from training.loss import Trains
 from training.options import (
@@ -139,6 +138,7 @@ class ToyFamily:
     defaults: SamplingDefaults = SamplingDefaults(3, 16.0, 5.0, None, 3.0, "unipc", 32, 32, 5)
     experts: tuple[Expert, ...] = ONE_EXPERT
     fuller: tuple[str, ...] = (CAPTION,)
+    caching_switches: tuple[str, ...] = ()
     options: Any = NO_OPTIONS
     media_identity: Mapping[str, str] = field(default_factory=dict)
     passes: list[bool] = field(default_factory=list)  # one for each pass: with gradients
@@ -303,8 +303,8 @@ def train_toy(
     """Train the whole way; returns the tensors of the final file, none if the run was asked to stop."""
     options = toy_options(folder, *arguments, whole_dit=whole_dit, has_page=has_page)
     script_options = list_script_options(toy_parser(whole_dit), options) if has_page else ()
-    follow = partial(plan_next_steps, script_options=script_options)
-    assert train_network(family or ToyFamily(), options, follow=follow) == 0
+    command = TrainingCommand(script_options=script_options)
+    assert train_network(family or ToyFamily(), options, command) == 0
     folder, name = options.saving.place
     path = folder / f"{name}.safetensors"
     return load_file(path) if path.exists() else {}

@@ -13,6 +13,8 @@ on_end: start a command when the run is over
 output_preservation: let samples of some tables stay as they are
 preference: learn from pairs of a better and a worse one
 preference_pairs: the loss of such pairs
+show_timesteps: show which timesteps would be drawn
+show_timesteps_drawing: count and draw them
 skip: leave out steps that went wrong, and remember them
 slider: slide between the captions of a file
 slider_passes: a file of captions to slide between, and its passes
@@ -39,6 +41,7 @@ from training.features.mask_prior import MASK_PRIOR
 from training.features.on_end import ON_END
 from training.features.output_preservation import OUTPUT_PRESERVATION
 from training.features.preference import PREFERENCE
+from training.features.show_timesteps import SHOW_TIMESTEPS
 from training.features.skip import SKIP
 from training.features.slider import SLIDER
 from training.features.teacher import TEACHER
@@ -50,6 +53,7 @@ from training.features.uploads import UPLOADS
 # fmt: off
 FEATURES: tuple[Feature, ...] = (
     BASE_WEIGHTS,
+    SHOW_TIMESTEPS,
     IP_NOISE,
     OUTPUT_PRESERVATION,
     GUIDED,

@@ -91,6 +91,13 @@ def refuse_combinations(options: OptionsOfRun) -> None:
             feature.refuse(options)
 
 
+def find_show(
+    options: OptionsOfRun,
+) -> "Callable[[OptionsOfRun, Family, Callable[[], Sequence[DatasetTable]]], None] | None":
+    """Return what a feature shows in place of a training, see `Feature.show`; None if there is a training."""
+    return next((feature.show for feature in active_features(options) if feature.show is not None), None)
+
+
 def check_start(options: OptionsOfRun) -> None:
     """Raise UserError for a package or file that a feature needs and that is missing."""
     for check in _functions(options, lambda feature: feature.check_start):

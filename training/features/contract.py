@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # --help does without torch
     from training.data.live import LiveTexts
     from training.learning_options import WholeDitOptions
     from training.loss import NoisyBatch
-    from training.noise_options import LossOptions
+    from training.noise_options import LossOptions, TimestepOptions
     from training.other_families import OtherFamilies
     from training.reports.history import Story
     from training.reports.logs import Recorder
@@ -99,6 +99,12 @@ class OptionsOfRun(Protocol):
 
     @property
     def speed(self) -> "TrainingSpeedOptions": ...
+
+    @property
+    def timesteps(self) -> "TimestepOptions": ...
+
+    @property
+    def weighted_by(self) -> str: ...
 
     @property
     def is_for_images(self) -> bool: ...
@@ -349,6 +355,9 @@ class Feature:
     options_of_run: type[Options] | None = None  # those that `run` has too, and hands to its training
     # raises OptionError for options of others that do not go with it; asked only if it is on
     refuse: Callable[[OptionsOfRun], None] | None = None
+    # shows something in place of a training, which then needs no data; its last argument reads the tables of
+    # the dataset, none if there is no dataset
+    show: "Callable[[OptionsOfRun, Family, Callable[[], Sequence[DatasetTable]]], None] | None" = None
     # given its options, before processes are joined: raises UserError for a package or file that is missing
     check_start: Callable[[Any], None] | None = None
     # given its options, the model and the numbers of its blocks, which may be unknown: raises OptionError

@@ -10,17 +10,11 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Parameter
 
+from networks.kinds import KINDS
 from networks.module_names import choose_family, number_modules, read_family
 from networks.names.layouts import OURS, TRAINED_ON
 from training.optimizers.optimizer import MOMENTS
 
-# orders of a layer's parameters, by name; for LoHa programs differ, and shapes tell which it is
-FACTORS = (
-    ("lora_down.weight", "lora_up.weight"),
-    ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
-    ("hada_w1_b", "hada_w1_a", "hada_w2_b", "hada_w2_a"),
-    ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"),
-)
 Groups = Sequence[Sequence[Parameter]]
 Place = Callable[[Parameter], tuple[int, ...]]  # of a parameter, in the order of that program
 
@@ -83,7 +77,8 @@ def _by_names(groups: Groups, names: Mapping[Tensor, str], version: str) -> list
         return lambda parameter: (places[split[parameter][1]], factors.index(split[parameter][2]))
 
     used = {factor for _, _, factor in split.values()}
-    return [place_by(factors) for factors in FACTORS if used <= set(factors)]
+    orders = [order for kind in KINDS for order in kind.orders]
+    return [place_by(order) for order in orders if used <= set(order)]
 
 
 def _fit(state: Mapping[str, Any], groups: Groups, place: Place) -> dict[str, Any] | None:
@@ -103,7 +98,8 @@ def _fit(state: Mapping[str, Any], groups: Groups, place: Place) -> dict[str, An
             moments = state["state"].get(number)
             if moments is None:
                 continue
-            if not _have_shape_of(parameter, moments):
+            names = MOMENTS & moments.keys()
+            if any(moments[name].shape != parameter.shape for name in names):
                 return None
             moments_by_number[our_numbers[parameter]] = moments
     our_groups: list[dict[str, Any]] = []
@@ -112,8 +108,3 @@ def _fit(state: Mapping[str, Any], groups: Groups, place: Place) -> dict[str, An
         settings["params"] = [our_numbers[parameter] for parameter in group]
         our_groups.append(settings)
     return {"state": moments_by_number, "param_groups": our_groups}
-
-
-def _have_shape_of(parameter: Parameter, moments: Mapping[str, Any]) -> bool:
-    names = MOMENTS & moments.keys()
-    return all(moments[name].shape == parameter.shape for name in names)

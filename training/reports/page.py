@@ -119,7 +119,10 @@ def list_charts(story: Story, parts: PageParts = NO_PARTS, most: int = MOST_BINS
     further = [chart for draw in parts.charts for chart in draw(story, most)]
     losses = make_curves({"loss": story.loss}, most, SMOOTHING)
     if story.validations:
-        losses.append(_validation_curve(story.validations))
+        steps = sorted(story.validations)
+        values = [story.validations[step] for step in steps]
+        lowest = values.index(min(values))
+        losses.append(Curve("validation", steps, values, has_dots=len(steps) < 60, best=lowest))
     charts = (
         Chart(losses, "step", "loss", "Loss"),
         Chart(make_curves(experts, most, SMOOTHING), "step", "loss", expert_title),
@@ -129,13 +132,6 @@ def list_charts(story: Story, parts: PageParts = NO_PARTS, most: int = MOST_BINS
         Chart(make_curves(bands, most, has_dots=True), "step", "loss", "Validation loss by noise"),
     )
     return [chart for chart in charts if chart.curves]
-
-
-def _validation_curve(losses: Mapping[int, float]) -> Curve:
-    """Return the curve of the validation loss, by step, with a mark at the best one."""
-    steps = sorted(losses)
-    values = [losses[step] for step in steps]
-    return Curve("validation", steps, values, has_dots=len(steps) < 60, best=values.index(min(values)))
 
 
 def make_curves(

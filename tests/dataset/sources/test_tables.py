@@ -29,6 +29,13 @@ from dataset.sources.media_source import Fault
 from modules.errors import DatasetError, MediaError
 from tests.dataset.making import make_image, make_table
 
+
+@pytest.fixture(autouse=True)
+def _memory_of_arrow() -> Iterator[None]:
+    yield
+    pa.default_memory_pool().release_unused()  # it keeps 600 MB of the tables that are large once unpacked
+
+
 Rows = list[dict[str, Any]]
 
 

@@ -14,8 +14,8 @@ from tests.training import toy
 from tests.training.data.test_timesteps import IMAGE_NOISE, TWO, drawn, options
 from training.data.focus import FocusBalance, find_balance
 from training.data.timesteps import draw, shares_of_uniform
+from training.features.show_timesteps_drawing import timestep_statistics
 from training.noise_options import SAMPLERS
-from training.previews import timestep_statistics
 
 SHIFTED = "--timestep_sampling shift --discrete_flow_shift 5"
 

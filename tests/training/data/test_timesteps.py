@@ -31,8 +31,8 @@ from training.data.timesteps import (
     takes_normal,
     times_at,
 )
+from training.features.show_timesteps_drawing import bars, show_timesteps, timestep_statistics
 from training.noise_options import SAMPLERS, SIZE_SAMPLERS, WEIGHTINGS, TimestepOptions
-from training.previews import bars, show_timesteps, timestep_statistics
 
 GOLDEN, _ = read_case("timestep_sampling")
 IMAGES, _ = read_case("image_timesteps")
@@ -294,7 +294,7 @@ def test_statistics_count_every_draw_once() -> None:
 
 
 def test_the_console_shows_forty_bars_for_counts_and_weights(capsys: pytest.CaptureFixture[str]) -> None:
-    show_timesteps(options("--show_timesteps console --timestep_sampling uniform"))
+    show_timesteps(options("--timestep_sampling uniform"), "console")
 
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 82
@@ -307,12 +307,12 @@ def test_experts_are_named_with_their_share_of_the_draws(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for kind in ("console", "image"):
-        made = options(f"--show_timesteps {kind} --timestep_sampling uniform")
-        show_timesteps(made, folder=tmp_path, experts=TWO)
+        made = options("--timestep_sampling uniform")
+        show_timesteps(made, kind, folder=tmp_path, experts=TWO)
         said = capsys.readouterr().out
         assert "low-noise transformer: timesteps from 0 to 875, 87." in said
         assert "high-noise transformer: timesteps from 875 to 1000, 12." in said
     plain, marked = tmp_path / "plain", read_image(tmp_path / "timesteps.png")
     assert marked.shape == (700, 1000, 3)
-    show_timesteps(made, folder=plain)
+    show_timesteps(made, kind, folder=plain)
     assert (read_image(plain / "timesteps.png") != marked).any()  # the line at the boundary

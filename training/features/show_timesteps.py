@@ -1,0 +1,56 @@
+"""Show which timesteps would be drawn, in place of a training: --show_timesteps.
+
+They are counted and drawn in `show_timesteps_drawing.py`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from modules.options import FREE, Options, option
+from training.features.contract import AT_NOISE, Feature, OptionsOfRun
+from training.noise_options import NOTHING, WEIGHTS_OF_LOSS
+
+if TYPE_CHECKING:
+    from contract.family import Family
+    from dataset.table import DatasetTable
+
+
+class ShowTimestepsOptions(Options, title="timesteps and loss weights"):
+    """Whether timesteps are shown, and where."""
+
+    show_timesteps: str | None = option(
+        "show the distribution of timesteps and weights, then exit", choices=("image", "console")
+    )
+
+
+def _show(
+    options: OptionsOfRun, family: "Family", read_tables: "Callable[[], Sequence[DatasetTable]]"
+) -> None:
+    from training.features.show_timesteps_drawing import show_timesteps  # torch: only in place of a training
+
+    kind = options.of(ShowTimestepsOptions).show_timesteps
+    assert kind is not None  # the feature is on
+    timesteps = options.timesteps
+    if options.weighted_by == NOTHING and timesteps.weighting_scheme in WEIGHTS_OF_LOSS:
+        timesteps = replace(timesteps, weighting_scheme="none")
+    show_timesteps(
+        timesteps,
+        kind,
+        seed=options.loop.seed or 0,
+        folder=options.saving.output_dir or Path(),
+        noise=family.noise,
+        experts=family.experts,
+        tables=read_tables(),
+    )
+
+
+SHOW_TIMESTEPS = Feature(
+    name="show_timesteps",
+    options=ShowTimestepsOptions,
+    place=AT_NOISE,
+    is_on=lambda options: options.show_timesteps is not None,
+    facts=FREE,
+    show=_show,
+)

@@ -1,0 +1,151 @@
+"""Count the timesteps that a run would draw, and print or draw their distribution and the loss weights."""
+
+import io
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from contract.family import FLOW, NoiseSpec
+from contract.rules import ONE_EXPERT, Expert
+from dataset.table import DatasetTable
+from modules.atomic_write import write_bytes
+from modules.control_codes import escape_control_codes, shorten
+from modules.seeds import derive_seed
+from training.data.table_times import group_tables
+from training.data.timesteps import Timesteps, draw, loss_weights
+from training.noise_options import NUM_TIMESTEPS, TimestepOptions
+
+TITLE_LENGTH = 100  # characters above a diagram
+SHOWN_LATENTS = (1, 16, 1, 128, 128)  # of a picture of 1024 x 1024 pixels
+
+
+def show_timesteps(
+    options: TimestepOptions,
+    kind: str,
+    seed: int = 0,
+    folder: Path = Path(),
+    noise: NoiseSpec = FLOW,
+    experts: Sequence[Expert] = ONE_EXPERT,
+    tables: Sequence[DatasetTable] = (),
+) -> None:
+    """Print the distribution of timesteps and the loss weights, or draw both into `folder`/timesteps.png.
+
+    kind: console to print, image to draw. tables: of the dataset. If some have timesteps of their own, each
+    different distribution is shown. Raises OutputError if the picture cannot be written.
+    """
+    by_label = {"": options}
+    grouped = group_tables(options, tables)
+    if grouped:
+        by_label = {", ".join(table.name for table in group): times for times, group in grouped.items()}
+    drawn: dict[str, Tensor] = {}
+    shares: dict[str, str] = {}
+    for label, times in by_label.items():
+        counts, weights = timestep_statistics(times, seed, noise=noise, experts=experts)
+        drawn[label] = counts
+        shares[label] = shares_in_words(counts, experts)
+    if kind == "console":
+        for label, counts in drawn.items():
+            title = f"{label}: timesteps drawn" if label else "timesteps drawn"
+            sys.stdout.write(escape_control_codes(f"{title}\n{bars(counts)}\n{shares[label]}"))
+        sys.stdout.write(f"loss weights\n{bars(weights)}\n")
+        return
+    path = folder / "timesteps.png"
+    write_bytes(path, draw_statistics(drawn, weights, [expert.lowest for expert in experts]))
+    what = f"timesteps drawn (above) and loss weights (below), from 0 at the left to {NUM_TIMESTEPS}"
+    lines = [f"{path}: {what}\n"]
+    for label, text in shares.items():
+        lines += [f"{label}:\n{text}" if label and text else text]
+    sys.stdout.write(escape_control_codes("".join(lines)))
+
+
+def shares_in_words(counts: Tensor, experts: Sequence[Expert]) -> str:
+    """Return a line for each expert that says how many of the draws it gets; empty for a model with one."""
+    if experts[0] == ONE_EXPERT[0]:
+        return ""
+    lines = []
+    for expert in experts:
+        end = min(expert.highest, NUM_TIMESTEPS)
+        share = float(counts[math.ceil(expert.lowest) : math.ceil(end)].sum() / counts.sum())
+        lines.append(
+            f"{expert.words}: timesteps from {expert.lowest:g} to {end:g}, {share:.1%} of the draws\n"
+        )
+    return "".join(lines)
+
+
+def timestep_statistics(
+    options: TimestepOptions,
+    seed: int,
+    num_batches: int = 100,
+    batch_size: int = 1000,
+    noise: NoiseSpec = FLOW,
+    experts: Sequence[Expert] = ONE_EXPERT,
+) -> tuple[Tensor, Tensor]:
+    """Return the number of draws of each of 1000 timesteps, and the loss weight of each."""
+    counts = torch.zeros(NUM_TIMESTEPS, dtype=torch.float64)
+    # all batches together have this distribution, whichever expert each of them goes to
+    lowest_expert = [min(experts, key=lambda expert: expert.lowest)]
+    for number in range(num_batches):
+        times = draw(
+            options,
+            batch_size,
+            torch.Generator().manual_seed(derive_seed(seed, "shown timesteps", number)),
+            seed=seed,
+            first_sample=number * batch_size,
+            noise=noise,
+            shape=SHOWN_LATENTS,
+            experts=lowest_expert,
+        )
+        shares = times.timesteps / NUM_TIMESTEPS if noise.table else times.levels
+        # float32 holds 0.7 as 0.69999999
+        index = (shares.double() * NUM_TIMESTEPS + 1e-4).long().clamp(0, NUM_TIMESTEPS - 1)
+        counts += torch.bincount(index, minlength=NUM_TIMESTEPS)
+    timesteps = torch.arange(NUM_TIMESTEPS).float()
+    levels = timesteps / NUM_TIMESTEPS
+    return counts, loss_weights(options, Timesteps(levels, timesteps, levels)).double()
+
+
+def bars(values: Tensor, lines: int = 40, width: int = 64) -> str:
+    """Return text with a bar for the mean of each of `lines` equal runs, the longest `width` characters."""
+    means = values.double().view(lines, -1).mean(1)
+    step = len(values) // lines
+    scale = width / max(float(means.max()), 1e-12)
+    return "\n".join(
+        f"{i * step:4d}..{(i + 1) * step - 1:4d} {mean:10.2f} {'#' * round(mean * scale)}"
+        for i, mean in enumerate(means.tolist())
+    )
+
+
+def draw_statistics(drawn: Mapping[str, Tensor], weights: Tensor, boundaries: Sequence[float] = ()) -> bytes:
+    """Return a PNG: how many of the draws fall on each timestep, and the loss weight of each.
+
+    drawn: counts of the draws, by the tables that they are of; "" for all tables. boundaries: timesteps at
+    which an expert begins; those above 0 are marked.
+    """
+    import matplotlib  # slow to import, and only this needs it
+    from matplotlib.figure import Figure  # likewise
+
+    matplotlib.rcdefaults()  # without the matplotlibrc of the working folder: it may be somebody else's
+    rows = []
+    for title, counts in drawn.items():
+        shares = 100 * counts / counts.sum()
+        by_tens = shares.view(-1, 10).sum(1).repeat_interleave(10)
+        rows.append((by_tens, "% of the draws, per 10 timesteps", shorten(title, TITLE_LENGTH)))
+    rows.append((weights, "loss weight", ""))
+    figure = Figure(figsize=(10, 3.5 * len(rows)), layout="constrained")
+    for axes, (values, label, title) in zip(figure.subplots(len(rows), 1, sharex=True), rows, strict=True):
+        axes.set_title(title)
+        axes.fill_between(range(NUM_TIMESTEPS), values.tolist(), step="mid", alpha=0.7)
+        axes.set_ylabel(label)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        for boundary in boundaries:
+            if boundary > 0:
+                axes.axvline(boundary, linestyle="--", color="black", linewidth=1)
+    axes.set_xlabel("timestep: 0 is clean, 1000 pure noise")
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=100)
+    return data.getvalue()
