@@ -367,7 +367,8 @@ def _show_result(options: ResizeOptions, modules: Sequence[ResizedModule]) -> No
     old_ranks = _describe_ranks([module.old_rank for module in modules])
     rows = [
         ("from", str(options.model)),
-        ("to", f"{options.save_to} ({as_size(options.save_to.stat().st_size)})"),
+        ("to", str(options.save_to)),
+        ("size", as_size(options.save_to.stat().st_size)),
         ("rank", f"{new_ranks}; before {old_ranks}"),
         ("modules", str(len(modules))),
         ("kept", f"{mean:.2f} % of the Frobenius norm, spread {spread:.2f} %"),

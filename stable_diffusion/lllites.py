@@ -219,9 +219,9 @@ class _LlliteBatch:
             return None
         if module not in self._embedded or self._embedded[module][0] is not images:
             self._embedded[module] = images, module.embed(images * 2 - 1)
-        _, embedding = self._embedded[module]
-        x = inputs[0]
-        return x + self._uses[number].multiplier * module(x, embedding), *inputs[1:]
+        embedding = self._embedded[module][1]
+        x, *others = inputs
+        return x + self._uses[number].multiplier * module(x, embedding), *others
 
 
 def _find_layer(unet: nn.Module, name: str, part: LllitePart, path: Path) -> nn.Module:
