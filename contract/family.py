@@ -317,7 +317,7 @@ class Abilities:
     show_media: bool = False  # rows of lists have `references` (`MediaBatch.shown`)
     sample_apart: str = ""  # its option of a transformer that makes samples of a training and does not learn
     references: str = ""  # which of its variants takes references of clips, and how to ask for it
-    teacher_views: tuple[str, ...] = ()  # what a teacher of it can see (--teacher_sees), besides inputs
+    views: tuple[str, ...] = ()  # further conditions that it can have in a training (`Batch.view`)
     one_sample: str = ""  # why a batch of a training has one sample: completes "batch_size 2: ..."
     bring_empty: bool = False  # it is a `BringsEmptyText`
     bring_texts: bool = False  # its checkpoint has the text encoders too, so that a training knows them

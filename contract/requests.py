@@ -47,7 +47,7 @@ class Prompt:
     # of a caption that is cached: frames of its clip as they are learned, F H W C uint8, and its references
     clip: "Tensor | None" = field(default=None, compare=False)
     media: tuple[Any, ...] = ()
-    teacher_text: str | None = None  # of such a caption: what a teacher reads that sees its references
+    further_text: str | None = None  # of such a caption: read with its references, in place of it
     # pictures, clips and sounds that the family presents in front of the text, in order: its own records
     presented: tuple[Any, ...] = ()
 

@@ -124,7 +124,7 @@ class CompanionCounts(NamedTuple):
     num_references: int
     has_mask: bool
     shown: tuple[ShownMedium, ...]  # `references` of its row
-    teacher_caption: str | None  # of its row
+    further_text: str | None  # of its row
 
 
 @functools.lru_cache(maxsize=64)
@@ -143,7 +143,7 @@ def companions_now(table: DatasetTable) -> Mapping[str, CompanionCounts]:
             num_references=len(source.references),
             has_mask=source.mask is not None,
             shown=source.shown,
-            teacher_caption=source.teacher_caption,
+            further_text=source.further_text,
         )
         for source in sources
     }

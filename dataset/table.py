@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 from contract.rules import ReferenceRules, ShownMedium
 from dataset import config_keys as forms
@@ -304,12 +304,12 @@ class DatasetTable:
         return {"bucket": list(bucket), **self.changed(REFERENCES)}
 
     def sight_settings(
-        self, sees_clip: bool, shown: Iterable[ShownMedium] | None, teacher_caption: str | None = None
+        self, sees_clip: bool, shown: Iterable[ShownMedium] | None, further_text: str | None = None
     ) -> dict[str, Any]:
         """Return the settings that decide what text encoders see of a clip and of the references in its row.
 
         sees_clip: they see its frames. shown: the references, in their order; None: they see none of them.
-        teacher_caption: of the row, with `shown`. The values are JSON.
+        further_text: of the row, with `shown`. The values are JSON.
         """
         settings: dict[str, Any] = {}
         if sees_clip:
@@ -317,8 +317,8 @@ class DatasetTable:
             settings[CLIP] = sizes
         if shown is not None:
             settings[MEDIA] = [[medium.kind, medium.is_silent] for medium in shown]
-            if teacher_caption is not None:
-                settings[TEACHER_CAPTION] = teacher_caption
+            if further_text is not None:
+                settings[FURTHER_TEXT.key] = further_text
         return settings
 
     @property
@@ -398,7 +398,16 @@ class DatasetConfig:
 FROM_FILE, FROM_ALPHA = "file", "alpha"
 # in the settings of a text record: what its encoder saw besides the caption
 CLIP, MEDIA = "clip", "media"
-TEACHER_CAPTION = "teacher_caption"  # also a key of rows, next to `references`
+
+
+class FurtherText(NamedTuple):
+    """A text that a row gives next to `references`: read together with these, in place of the caption."""
+
+    key: str  # of rows, and in the settings of a text record
+    reader: str
+
+
+FURTHER_TEXT = FurtherText("teacher_caption", "the teacher")
 
 
 def declared_keys(record: Any) -> dict[str, forms.TableKey]:

@@ -175,7 +175,7 @@ class H3CachingEncoder(H3TextEncoder):
                 "--teacher_conditions subject_ref shows pictures of the subject to the teacher, and nothing "
                 "else. Give the table control_directory, or name pictures in `references` of its rows."
             )
-        text = prompt.teacher_text
+        text = prompt.further_text
         if text is None:
             text = describe_subjects(prompt.text, len(pictures), is_still=len(clip) == 1)
         return replace(prompt, text=text, presented=pictures)

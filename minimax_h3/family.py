@@ -139,7 +139,7 @@ class MiniMaxH3(OneTransformer):
         show_media=True,
         one_sample="MiniMax-H3 packs a clip with its text and sound in a sequence of its own",
         bring_empty=True,
-        teacher_views=(rules.FIRST_LAST, rules.CLIP, rules.SUBJECT),
+        views=(rules.FIRST_LAST, rules.CLIP, rules.SUBJECT),
     )
     few_steps: ClassVar = FEW_STEPS
     named: ClassVar = {

@@ -67,13 +67,6 @@ fp8_text_encoder: fp8_vl fp8_llm
 batch_size: train_batch_size per_device_train_batch_size
 caption_dropout_rate: caption_dropout
 save_merged_model: out output output_path save_to
-teacher: teacher_matching h3_teacher_matching
-teacher_sees: h3_teacher_conditions
-teacher_max_timestep: h3_teacher_condition_sigma_max
-teacher_min_timestep: h3_teacher_condition_sigma_min
-teacher_size_weight: h3_teacher_loss_mag_weight
-teacher_colour_weight: h3_teacher_loss_dc_weight
-teacher_anchor_weight: h3_teacher_preservation_weight
 timestep_focus: h3_timestep_focus_prob
 timestep_focus_range: h3_timestep_focus_min h3_timestep_focus_max
 network_multiplier: slider_strength

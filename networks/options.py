@@ -10,7 +10,6 @@ from networks.kinds import KINDS
 from networks.kinds.composing import SWITCHES, kind_of_module
 from networks.kinds.contract import NetworkKind, named
 from networks.names.layouts import COMFYUI, DIFFUSERS, KNOWN
-from networks.teacher_options import TeacherOptions
 from networks.use_options import MOST_MULTIPLIER
 
 DEFAULT_RANK = 4
@@ -110,7 +109,6 @@ class NetworkOptions(Options, title="network"):
         facts=FREE,
     )
     frozen: FrozenModelOptions
-    teacher: TeacherOptions
 
     def __post_init__(self) -> None:
         self.arguments()

@@ -36,8 +36,6 @@ saving/: models and states on disk
 scripts: make the training scripts of a family
 steps: which micro-batches form which optimizer step
 summary: boxes of a run: plan and result
-target_costs: targets and passes of a run, in words
-target_rules: records of the targets of a run
 targets/: what predictions are compared with, besides the clip
 trainable: the trained part: a LoRA, or the DiT
 training_run: the record that the training loop works with

@@ -1,8 +1,6 @@
 """Check a run's options and file headers before gigabytes are loaded; name given options without effect."""
 
-import contextlib
 import logging
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from itertools import zip_longest
@@ -12,11 +10,10 @@ import torch
 from torch.nn import Parameter
 
 from contract.family import Family, LearningEncoder
-from contract.rules import INPUTS
 from dataset.table import DatasetTable
 from modules.atomic_write import check_space
 from modules.console import quiet
-from modules.errors import CheckpointError, OptionError
+from modules.errors import OptionError
 from modules.options import argument_of, is_given, option_name, option_values, options_with
 from modules.speed_options import TRAINING_FLAGS
 from networks.adapter import check_network
@@ -27,14 +24,12 @@ from networks.lora_settings import REG_RATES, read_rates
 from networks.options import NetworkOptions
 from networks.own_kinds import OWN_MODULES
 from networks.own_modules import smallest_lora_bytes
-from networks.teacher_options import BASE, OTHER_DIT, TeacherOptions
 from running.offload.swap_plan import check_swap
 from running.ways.composing import check_ways
 from running.ways.contract import RunUses
-from training.data.live import LiveTexts
 from training.data.table_times import list_replaced
 from training.experts import TRAINING_ADAPTER, check_experts, network_for, read_adapter
-from training.features.composing import check_model, check_texts, merged_loras
+from training.features.composing import check_files, check_model, further_models, merged_loras
 from training.learning_options import FIND_RATE, PartsOptions
 from training.noise_options import NOTHING, WEIGHTS_OF_LOSS
 from training.optimizers.lr_schedule import make_lr_schedule
@@ -56,8 +51,7 @@ def check_before_loading(family: Family, options: TrainingOptions, others: Other
     """Raise UserError for a run that is impossible. others: models besides the trained one."""
     sampling = others.sampling
     family.check_given_files()
-    if options.teacher.teacher == OTHER_DIT:
-        check_other_teacher(family, options, others.teacher)
+    check_files(options, family, others)
     if sampling is not None:
         sampling.check_given_files()
         option = family.can.sample_apart
@@ -162,11 +156,10 @@ def uses_of(family: Family, options: TrainingOptions, others: OtherFamilies = NO
         if network is not None:
             modules.append(network.network_module or family.lora_module)
     takes_turns = len(family.experts) > 1 and options.by_expert.offload_inactive_dit
-    teacher = options.teacher.teacher_dit
     return RunUses(
         takes_turns=("--offload_inactive_dit",) if takes_turns else (),
         samples_apart="" if others.sampling is None else family.can.sample_apart,
-        other_teacher="" if teacher is None else f"--teacher_dit {teacher}",
+        further_models=tuple(further_models(options)),
         foreign_module=next((module for module in modules if module not in OWN_MODULES), ""),
         own_modules=tuple(OWN_MODULES),
     )
@@ -243,95 +236,6 @@ def choose_lora_format(
     module = options.network.network_module or family.lora_module
     names = {encoder.lora_prefix: encoder.name for encoder in texts}
     return choose_format(options.network, family.name, module, names)
-
-
-def check_targets(family: Family, options: TrainingOptions, texts: LiveTexts | None) -> None:
-    """Raise OptionError for targets that the family, or the way its texts are encoded, cannot serve."""
-    if options.teacher.teacher is not None:
-        check_teacher(family, options.teacher, texts)
-    check_texts(options, texts)
-
-
-def check_other_teacher(family: Family, options: TrainingOptions, teacher: Family | None) -> None:
-    """Raise UserError if the model of --teacher dit cannot teach the trained one. Loads nothing.
-
-    teacher: of --teacher_dit; None: the trained transformer itself.
-    """
-    if len(family.experts) > 1:
-        raise OptionError(
-            "--teacher dit: two transformers are trained, and one cannot teach both. Train them one at a "
-            "time, each with its own teacher"
-        )
-    if teacher is None:
-        _check_teacher_loras(family, options)
-        return
-    name = f"--teacher_dit {options.teacher.teacher_dit}"
-    with _naming("--teacher_dit"):
-        files = set(teacher.dit_files)
-        teacher.check_given_files()
-    if files & set(family.dit_files):
-        raise OptionError(
-            f"{name}: this is the transformer that is trained. Leave it out: --teacher dit with "
-            "--teacher_lora alone learns from the trained one"
-        )
-    if teacher.latent != family.latent:
-        raise OptionError(
-            f"{name}: its latents are not those of the trained transformer, so it cannot teach it. Give the "
-            "model that the trained one was made from"
-        )
-    with _naming("--teacher_dit"):
-        require_equal_shapes(teacher, family, name, "the caches of one are not for the other")
-    _check_teacher_loras(teacher, options)
-
-
-@contextlib.contextmanager
-def _naming(option: str) -> Iterator[None]:
-    """Name another option in errors of the block, which name that of the trained transformer."""
-    try:
-        yield
-    except CheckpointError as error:
-        text = re.sub(r"--dit\b(?!_)", option, str(error))
-        raise CheckpointError(text, error.path) from None
-
-
-def _check_teacher_loras(model: Family, options: TrainingOptions) -> None:
-    """Raise CheckpointError if a file of --teacher_lora is no LoRA, or none for the model that teaches."""
-    if not options.teacher.loras():
-        return
-    from networks.added import refuse_magnitudes  # only with LoRA files
-    from networks.apply import check_loras_fit
-    from networks.loading import read_use
-
-    (expert,) = model.experts
-    with quiet():  # all warnings come again when they are added
-        uses = [read_use(path, expert.name, multiplier) for path, multiplier in options.teacher.loras()]
-        for use in uses:
-            refuse_magnitudes(use.lora, "--teacher_lora")
-        if model.dit_files:
-            file = model.dit_files[0]
-            check_loras_fit(file, uses, model.file_beside(file))
-
-
-def check_teacher(family: Family, options: TeacherOptions, texts: LiveTexts | None) -> None:
-    """Raise OptionError if the family has no extra inputs for --teacher, or if texts are not cached."""
-    teacher = options.teacher
-    if options.teacher_sees not in (INPUTS, *family.can.teacher_views):
-        raise OptionError(
-            f"--teacher_sees {options.teacher_sees}: the model {family.name} takes no such condition. Leave "
-            "it out: the teacher then knows all conditions of the caches"
-        )
-    if not family.fuller and teacher == BASE:
-        raise OptionError(
-            f"--teacher {teacher}: the model {family.name} takes no further conditions, so the teacher "
-            "would know no more than the network. Leave it out"
-        )
-    if texts is not None:
-        names = " and ".join(encoder.name for encoder in texts.encoders)
-        raise OptionError(
-            f"--teacher {teacher}: captions are encoded while training here, by {names}, and the teacher's "
-            "come from caches. Cache them (--cache_text_encoder_outputs), train the transformer alone "
-            "(--network_train_unet_only), or leave --teacher out"
-        )
 
 
 def _smallest_file(family: Family, options: TrainingOptions) -> int:

@@ -24,7 +24,6 @@ from networks.kinds.contract import named
 from networks.names.layouts import EXPERT_VALUES, FOR_BOTH, TRAINED_EXPERT
 from networks.options import NetworkOptions
 from networks.own_kinds import OWN_MODULES
-from networks.teacher_options import OTHER_DIT
 from running import dressing
 from running.offload.swap_plan import HostWeights
 from running.offload.turns import HostCopy
@@ -170,9 +169,7 @@ def _warn_of_few_steps(family: Family, options: TrainingOptions) -> None:
     # what is merged counts as an adapter
     is_adapted = options.frozen.training_adapter or may_undo_distillation(options)
     # what these learn towards are predictions of models that keep their steps
-    keeps_steps = options.teacher.teacher == OTHER_DIT or keep_steps(options)
-    keeps_steps |= options.teacher.teacher is not None and options.teacher.teacher_weight == 1
-    if is_adapted or keeps_steps or not knows_few_steps(family):
+    if is_adapted or keep_steps(options) or not knows_few_steps(family):
         return
     why = family.why_few_steps()
     if why is not None:

@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,6 @@ from modules.devices import dtype_of, gib, keep_heap_small, warn_if_emulated
 from modules.errors import MemoryPlanError
 from networks.adapter import make_network
 from networks.options import NetworkOptions
-from networks.teacher_options import OTHER_DIT
 from running.dressing import swapped_weights
 from running.offload.turns import HostCopy
 from running.options import SwapOptions
@@ -28,9 +27,9 @@ from running.ways.composing import finish_network, make_block_place
 from training import experts
 from training.data.feed import Feed, Randomness
 from training.data.table_times import times_by_group
-from training.features.composing import merged_loras, need, need_base
-from training.features.contract import EMPTY_PROMPT, WORSE_ONES, Hooks
-from training.loss import LossRule, NoisyBatch
+from training.features.composing import find_view, merged_loras, need, need_base
+from training.features.contract import DROPPED_CAPTIONS, EMPTY_PROMPT, WORSE_ONES, Hooks
+from training.loss import LossRule
 from training.optimizers import stepping
 from training.optimizers.lr_schedule import make_lr_schedule
 from training.optimizers.optimizer import check_rates, find_averaging, make_optimizer
@@ -40,8 +39,6 @@ from training.reports.reporter import RunReporter
 from training.saver import restore
 from training.saving.files import MinuteClock, Saver
 from training.saving.states import SavedState
-from training.target_rules import make_targets
-from training.targets.passes import TrainingPasses, teach_as_base
 from training.trainable import (
     Rates,
     Trainable,
@@ -61,7 +58,6 @@ if TYPE_CHECKING:  # loaded only with LoRA files, with prompts
     from networks.loading import LoraUse
     from running.offload.swap_plan import HostWeights
     from training.samples import Sampler
-    from training.targets.teachers import TeacherModel
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +69,7 @@ def load_model(plan: TrainingPlan, swap: SwapOptions, hooks: Hooks) -> TrainedMo
     a part of the network.
     """
     accelerator = plan.accelerator
-    networks = load_networks(plan, swap)
+    networks = load_networks(plan, swap, hooks)
     trainable = networks.trainable
     optimizer, optimizer_name = _make_optimizer(plan, trainable)
     schedule = make_lr_schedule(plan.options.lr_schedule, optimizer, plan.steps.total_steps)
@@ -85,7 +81,7 @@ def load_model(plan: TrainingPlan, swap: SwapOptions, hooks: Hooks) -> TrainedMo
         plan=plan,
         dits=networks.dits,
         sample_dits=networks.sample_dits,
-        teacher=networks.teacher,
+        loading=networks.loading,
         trainable=trainable,
         optimizer=optimizer,
         optimizer_name=optimizer_name,
@@ -98,8 +94,6 @@ def load_model(plan: TrainingPlan, swap: SwapOptions, hooks: Hooks) -> TrainedMo
         hook(model)
     for adapter in model.dits.loras:
         adapter.place_on(accelerator.device, model.compute_dtype)
-    if model.teacher is not None:
-        model.teacher.loras.place_on(accelerator.device, model.compute_dtype)
     restore(model)
     return model
 
@@ -110,13 +104,13 @@ class LoadedNetworks:
 
     dits: experts.ExpertNetworks
     sample_dits: experts.ExpertNetworks  # see `TrainedModel`
-    teacher: "TeacherModel | None"
+    loading: "Loading"
     trainable: Trainable
 
 
-def load_networks(plan: TrainingPlan, swap: SwapOptions) -> LoadedNetworks:
+def load_networks(plan: TrainingPlan, swap: SwapOptions, hooks: Hooks) -> LoadedNetworks:
     """Load the networks one after the other, add the trained part to each, and dress it."""
-    loading = Loading(plan, swap)
+    loading = Loading(plan, swap, hooks)
     learners = Learners(plan)
     networks: list[nn.Module] = []
     for index in range(len(plan.family.experts)):
@@ -128,7 +122,7 @@ def load_networks(plan: TrainingPlan, swap: SwapOptions) -> LoadedNetworks:
     return LoadedNetworks(
         dits=experts.ExpertNetworks(networks, loading.copies, loading.adapters),
         sample_dits=experts.ExpertNetworks(sampled, loading.copies, loading.sample_loras),
-        teacher=loading.load_teacher(networks[0]) if plan.options.teacher.teacher == OTHER_DIT else None,
+        loading=loading,
         trainable=learners.join(),
     )
 
@@ -214,31 +208,19 @@ def _make_rule(model: TrainedModel) -> LossRule:
 
 def _add_targets(rule: LossRule, model: TrainedModel) -> LossRule:
     """Return the rule with all that predictions are compared with besides the clip."""
-    plan, options = model.plan, model.plan.options
-    targets = make_targets(options.teacher)
+    plan = model.plan
     return replace(
         rule,
-        targets=targets,
         make_target=model.hooks.make_target,
         compare=model.hooks.compare,
+        revise_comparisons=model.hooks.revise_comparisons,
         further_passes=model.hooks.further_passes,
-        teach=_choose_teaching(model),
         in_lockstep=plan.steps.in_lockstep,
         seed_networks=functools.partial(
             seed_networks, model.trainable, plan.progress.seed, device=plan.accelerator.device
         ),
         other_passes=model.hooks.other_passes,
     )
-
-
-def _choose_teaching(model: TrainedModel) -> Callable[[TrainingPasses, NoisyBatch], Tensor]:
-    """Return the function that computes the prediction of the teacher of --teacher."""
-    if model.teacher is None:
-        return teach_as_base
-    from training.targets.teachers import teach_as_model, teach_change  # only with --teacher dit
-
-    teach = teach_change if model.plan.options.teacher.teacher_delta else teach_as_model
-    return functools.partial(teach, model.teacher)
 
 
 def _make_feed(model: TrainedModel) -> Feed:
@@ -254,8 +236,8 @@ def _make_feed(model: TrainedModel) -> Feed:
         on_noise=tuple(model.hooks.on_noise),
         weighted_by=options.weighted_by,
         sound=family.sound_learning if hears_sound(family) else None,
-        teacher_band=options.teacher.band,
-        teacher_view=options.teacher.view,
+        on_batch=tuple(model.hooks.on_batch),
+        view=find_view(options),
     )
     return Feed(
         order=plan.order,
@@ -265,7 +247,7 @@ def _make_feed(model: TrainedModel) -> Feed:
         process=accelerator.process_index // plan.steps.peers,
         workers=options.loop.max_data_loader_n_workers,
         pin_memory=accelerator.device.type == "cuda",
-        reads_dropped=options.teacher.teacher is not None and CAPTION in family.fuller,
+        reads_dropped=need(options, DROPPED_CAPTIONS) and CAPTION in family.fuller,
         reads_empty=need(options, EMPTY_PROMPT),
         table_times=times_by_group(options.timesteps, plan.config.datasets),
         reads_worse=need(options, WORSE_ONES),
@@ -293,10 +275,9 @@ class Loading:
 
     plan: TrainingPlan
     swap: SwapOptions  # auto is resolved
+    hooks: Hooks
     sample_loras: "list[AddedLoras]" = field(default_factory=list)
     adapters: "list[AddedLoras]" = field(default_factory=list)  # in networks that are trained
-    # in the trained network, as its own teacher
-    teacher_loras: "list[AddedLoras]" = field(default_factory=list)
     copies: dict[nn.Module, HostCopy] = field(default_factory=dict)  # of networks that take turns
 
     @property
@@ -316,7 +297,7 @@ class Loading:
         return alternates or self.samples_with_others
 
     def load(self, family: Family, index: int) -> UndressedNetwork:
-        """Load the network of an expert, frozen, with what is merged into it, but for a teacher.
+        """Load the network of an expert, frozen, with what is merged into those that learn or make samples.
 
         A network to train gets the training dtype. Its trained part is added before it is dressed.
         """
@@ -327,7 +308,7 @@ class Loading:
         network_options = experts.network_for(options, expert)
         patch: LoraPatch | None = None
         masked: Sequence[LoraUse] = ()
-        if family is not plan.teacher:
+        if family is plan.family or family is plan.sampled:
             patch, masked = self._read_merged(network_options, expert)
         placement = experts.placement_of(options, device, plan.quantisation)
         # a DoRA learns the norms of the weights, which include merged LoRAs
@@ -373,36 +354,6 @@ class Loading:
             return None, masked
         return LoraPatch(merged, rounding=LoraRounding(loras.rounding)), masked
 
-    def load_teacher(self, trained: nn.Module) -> "TeacherModel":
-        """Load the model of --teacher dit with its LoRAs, or take the trained one, which has them already."""
-        from training.targets.teachers import TeacherModel  # only with such a teacher
-
-        plan = self.plan
-        if plan.teacher is None:
-            return TeacherModel(
-                family=plan.family,
-                dit=trained,
-                loras=self.teacher_loras[0],
-                adapters=self.adapters,
-                is_trained_one=True,
-            )
-        network = self.load(plan.teacher, 0)
-        loras = self._add_teacher_loras(network)
-        self._dress_blocks(network)
-        network.dit.eval()
-        return TeacherModel(plan.teacher, network.dit, loras)
-
-    def _add_teacher_loras(self, network: UndressedNetwork) -> "AddedLoras":
-        from networks.added import add_loras  # only with such a teacher
-        from networks.loading import read_use
-
-        options = self.plan.options
-        is_compiled = options.speed.compilation.choice is not None
-        uses = [
-            read_use(path, network.expert.name, multiplier) for path, multiplier in options.teacher.loras()
-        ]
-        return add_loras(network.dit, uses, is_compiled, "--teacher_lora")
-
     def dress(self, network: UndressedNetwork) -> None:
         """Add the LoRAs that do not learn, compile, checkpoint and swap the blocks.
 
@@ -411,7 +362,7 @@ class Loading:
         device = self.plan.accelerator.device
         dit, family = network.dit, network.family
         self._add_frozen_loras(network)
-        self._dress_blocks(network)
+        self.dress_blocks(network)
         if self.plan.quantisation is not None and device.type == "cpu":
             keep_heap_small()  # else temporary whole weights fragment the heap
         if self.takes_turns:
@@ -419,7 +370,7 @@ class Loading:
         elif network.index + 1 < len(family.experts) and device.type == "cuda":
             _require_room(bytes_on(dit, device), spare_bytes(device))
 
-    def _dress_blocks(self, network: UndressedNetwork) -> None:
+    def dress_blocks(self, network: UndressedNetwork) -> None:
         """Compile, checkpoint and swap the blocks of a network; share its tokens between processes."""
         options, device = self.plan.options, self.plan.accelerator.device
         dit, family = network.dit, network.family
@@ -442,8 +393,8 @@ class Loading:
         adapter = None
         if family is self.plan.family:
             adapter = experts.read_adapter(options, expert, family.experts)
-        if options.teacher.teacher == OTHER_DIT and self.plan.teacher is None and family is self.plan.family:
-            self.teacher_loras.append(self._add_teacher_loras(network))
+            for add in self.hooks.before_dress:
+                add(network)
         sample_files = options.samples.loras() if self.has_samples else []
         has_stages = self.has_samples and bool(stage_files_of(dit))
         if adapter is None and not sample_files and not has_stages:

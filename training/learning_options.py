@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from contract.rules import CLIP, FIRST_LAST, INPUTS, SUBJECT
 from modules.command import did_you_mean
 from modules.errors import OptionError
 from modules.option_values import int_or_float, read_literals
@@ -23,7 +22,6 @@ from modules.options import (
     unsupported,
 )
 from networks.names.layouts import COMFYUI, DIFFUSERS, KNOWN
-from networks.teacher_options import BASE, OTHER_DIT
 
 logger = logging.getLogger(__name__)
 
@@ -66,20 +64,6 @@ class WholeDitOptions(Options, title="full fine-tuning"):
 
     training_adapter = unsupported(NO_FROZEN_MODEL, "LoRA in training steps only", metavar="FILE")
     training_adapter_multiplier = unsupported(NO_FROZEN_MODEL, "its strength", type=float)
-    teacher = unsupported(NO_FROZEN_MODEL, "a frozen model as a teacher", choices=(BASE, OTHER_DIT))
-    teacher_weight = unsupported(NO_FROZEN_MODEL, "its share in the loss", type=float)
-    teacher_dit = unsupported(NO_FROZEN_MODEL, "transformer that teaches", metavar="FILE")
-    teacher_lora = unsupported(NO_FROZEN_MODEL, "LoRA files of the teacher", nargs="*")
-    teacher_delta = unsupported(NO_FROZEN_MODEL, "teach only what these LoRAs change")
-    teacher_min_timestep = unsupported(NO_FROZEN_MODEL, "lower bound of the teacher", type=int)
-    teacher_max_timestep = unsupported(NO_FROZEN_MODEL, "upper bound of the teacher", type=int)
-    teacher_anchor_weight = unsupported(NO_FROZEN_MODEL, "factor outside these bounds", type=float)
-    teacher_split = unsupported(NO_FROZEN_MODEL, "compare size and direction apart")
-    teacher_size_weight = unsupported(NO_FROZEN_MODEL, "weight of the size", type=float)
-    teacher_colour_weight = unsupported(NO_FROZEN_MODEL, "weight of the colour", type=float)
-    teacher_sees = unsupported(
-        NO_FROZEN_MODEL, "what the teacher knows", choices=(INPUTS, FIRST_LAST, CLIP, SUBJECT)
-    )
     network_weights = unsupported(MERGED_BEFORE, "LoRA file to start from", type=str)
     dim_from_weights = not_needed(_NO_NETWORK)
     lora_format = not_needed(_NO_NETWORK, choices=(KNOWN, COMFYUI, DIFFUSERS))

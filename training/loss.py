@@ -1,9 +1,9 @@
 """Flow-matching loss: add noise, predict the velocity, compare it with the true one."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +17,6 @@ from modules.devices import send
 from modules.flow.schedule import TRAIN_TIMESTEPS, add_noise
 from networks.rank_masks import set_levels
 from training.noise_options import ADDITIVE, L2, RAW, WITH_THRESHOLD, LossOptions
-from training.target_rules import NO_TARGETS, Targets
 
 Autocast = Callable[[], AbstractContextManager[object]]  # mixed precision around the network only
 DitOf = Callable[[int], nn.Module]  # index of an expert -> its network, ready to be called
@@ -65,7 +64,7 @@ class NoisyBatch:
     sound: NoisySound | None = None  # None: no sample has sound, and the network is not given any
     number: int = 0  # of the micro-batch in the whole run, over all processes
     levels: tuple[float, ...] = ()  # the sigmas on the host, where targets depend on them
-    anchor_balance: float = 1.0  # factor on a teacher's anchor, see --timestep_focus
+    notes: Mapping[str, float] = field(default_factory=dict)  # of features, for their passes
 
     @property
     def joint(self) -> Joint:
@@ -116,19 +115,18 @@ class LossRule:
     # inside it the DiT is the base model, without what learns; None: no batch asks for that
     as_base: Autocast | None = None
     always_as_base: bool = False  # the base model is run for every batch: processes have to run equal passes
-    targets: Targets = NO_TARGETS
     # what takes the place of the velocity, from `targets.passes.TrainingPasses`, a batch and the velocity
     own_targets: Sequence[Callable[[Any, NoisyBatch, Tensor], Tensor]] = ()
     make_target: Sequence[Callable[[Any, NoisyBatch, Tensor], Tensor]] = ()  # likewise, once those have acted
     # what predictions are compared with besides the clip, from `targets.passes.TrainingPasses` and a batch
     compare: Sequence[Callable[[Any, NoisyBatch], Sequence[Any]]] = ()
+    # given all these comparisons too: those in their place
+    revise_comparisons: Sequence[Callable[[Any, NoisyBatch, list[Any]], list[Any]]] = ()
     # likewise, further passes with gradients: errors of each stream
     further_passes: Sequence[Callable[[Any, NoisyBatch], Iterator[tuple[Tensor, ...]]]] = ()
     other_passes: Sequence[
         Callable[[Any, NoisyBatch], Iterator[tuple[Tensor, ...]]]
     ] = ()  # that replace the usual
-    # what the teacher of `targets` predicts, from `targets.passes.TrainingPasses` and a batch
-    teach: Callable[[Any, NoisyBatch], Tensor] | None = None
     in_lockstep: bool = False  # processes share a model, so that all run equal passes
     # what passes that learn run in, given the DiT and their batch
     learning_pass: Sequence[Callable[[nn.Module, NoisyBatch], AbstractContextManager[None]]] = ()

@@ -17,7 +17,6 @@ from modules.atomic_write import make_storable
 from networks.names.layouts import TRAINED_FOR
 from networks.options import NetworkOptions
 from training.data.table_times import list_times
-from training.features.contract import given_values
 from training.image_metadata import image_values
 from training.noise_options import L2
 from training.optimizers.lr_schedule import count_steps
@@ -115,18 +114,8 @@ def _optional_values(plan: TrainingPlan) -> dict[str, Any]:
     if frozen.training_adapter is not None:
         adapter = describe_adapter(frozen.training_adapter, frozen.training_adapter_multiplier)
         values["ss_training_adapter"] = adapter
-    values |= _target_values(options)
     if plan.progress.changes:
         values["ss_resume_changes"] = json.dumps(plan.progress.changes, ensure_ascii=False)
-    return values
-
-
-def _target_values(options: TrainingOptions) -> dict[str, Any]:
-    """Return the entries on the targets of a training, as far as they are given."""
-    values: dict[str, Any] = {}
-    values |= {f"ss_{name}": value for name, value in given_values(options.teacher).items()}
-    if options.teacher.teacher is not None:
-        values["ss_teacher_weight"] = options.teacher.teacher_weight
     return values
 
 

@@ -29,7 +29,6 @@ from modules.parser import Parser, add_options, refuse_unsupported, typed_names
 from modules.run_limits import is_limited
 from networks.kinds.composing import RANKED_NETWORKS
 from networks.options import NOTHING_FROZEN, FrozenModelOptions, NetworkOptions
-from networks.teacher_options import NO_TEACHER, TeacherOptions
 from running.options import TrainingSpeedOptions
 from running.ways.composing import refuse_whole, splitting_option
 from training import learning_options, noise_options, run_options
@@ -137,7 +136,6 @@ class TrainingOptions(Options):
             raise OptionError(f"--network_dim {rank}: {MOST_RANK} is the most. Usual ranks are 4 to 128.")
         if self.is_fused:
             self._check_fused()
-        self._check_targets()
         refuse_combinations(self)
         if find_show(self) is not None:
             return
@@ -175,17 +173,9 @@ class TrainingOptions(Options):
         return NOTHING_FROZEN if self.network is None else self.network.frozen
 
     @property
-    def teacher(self) -> TeacherOptions:
-        return NO_TEACHER if self.network is None else self.network.teacher
-
-    @property
     def typed_targets(self) -> list[str]:
         """Return the given options of targets besides the clip, as they are typed."""
-        words = []
-        if self.teacher.teacher is not None:
-            words.append(f"--teacher {self.teacher.teacher}")
-        words += typed_targets(self)
-        return words
+        return typed_targets(self)
 
     @property
     def is_for_images(self) -> bool:
@@ -224,15 +214,6 @@ class TrainingOptions(Options):
                 f"{stored.form} would lose the steps; leave it out, or train a LoRA"
             )
         self.speed.swap.refuse_trained(options.fused_backward_pass)
-
-    def _check_targets(self) -> None:
-        """Refuse targets that answer one question differently."""
-        teacher = self.teacher
-        if teacher.teacher_split and self.loss.loss_type != "l2":
-            raise OptionError(
-                f"--teacher_split with --loss_type {self.loss.loss_type}: size and direction are those of "
-                "squared differences. Use --loss_type l2, or leave out --teacher_split"
-            )
 
     def _check_fused(self) -> None:
         accumulation = self.loop.gradient_accumulation_steps

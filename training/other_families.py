@@ -1,7 +1,8 @@
 """Models that a run loads besides the one that it trains."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -15,12 +16,17 @@ Shapes = Mapping[str, tuple[int, ...]]
 UNREAD = Placement(torch.device("meta"))  # of networks of which nothing but headers is read
 
 
+def _make_none(dit: Path) -> Family:
+    raise ValueError(f"nothing makes the model of {dit}")
+
+
 @dataclass(frozen=True)
 class OtherFamilies:
     """Hold the models of a run besides the trained one."""
 
     sampling: Family | None = None  # that samples are made with, if it has transformers that are not trained
-    teacher: Family | None = None  # of --teacher_dit
+    # the trained model with another transformer; all other options are equal
+    with_dit: Callable[[Path], Family] = _make_none
 
 
 NO_OTHERS = OtherFamilies()

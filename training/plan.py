@@ -28,7 +28,6 @@ from running.ways.composing import count_groups, count_peers, splitting_option, 
 from training.checks import (
     check_before_loading,
     check_schedule,
-    check_targets,
     choose_lora_format,
     list_unused_options,
 )
@@ -36,7 +35,15 @@ from training.data.feed import BatchSources
 from training.data.live import LiveTexts
 from training.data.table_times import check_times, list_times
 from training.experts import check_computing, module_of, note_experts
-from training.features.composing import check_items, check_start, check_tables, need, note_unused
+from training.features.composing import (
+    check_items,
+    check_start,
+    check_tables,
+    check_texts,
+    find_view,
+    need,
+    note_unused,
+)
 from training.features.contract import EMPTY_PROMPT
 from training.optimizers.stepping import check_fused_backward, check_split
 from training.options import TrainingOptions
@@ -65,8 +72,7 @@ class TrainingPlan:
 
     family: Family
     options: TrainingOptions  # as given; --blocks_to_swap may be auto
-    sampled: Family  # the model that samples are made with: may have transformers that are not trained
-    teacher: Family | None  # the model of --teacher_dit
+    others: OtherFamilies
     accelerator: Accelerator
     quantisation: Quantisation | None  # with what multiplies on the device
     saved: SavedState | ForeignState | None
@@ -82,6 +88,11 @@ class TrainingPlan:
     texts: LiveTexts | None  # encoded while training; None: all come from caches
     settings: RunSettings  # that states record
     changes: Mapping[str, str]  # of settings, by --resume_changed
+
+    @property
+    def sampled(self) -> Family:
+        """Return the model of samples, which may have transformers that are not trained."""
+        return self.others.sampling or self.family
 
     @property
     def names(self) -> Names:
@@ -139,7 +150,7 @@ def make_plan(
         sources,
         accelerator=accelerator,
         has_live_texts=texts is not None,
-        view=options.teacher.view,
+        view=find_view(options),
         trusts_caches=options.caching is not None and options.caching.skip_cache_check,
     )
     training, validation = _split_items(options, config, items, progress.seed)
@@ -168,8 +179,7 @@ def make_plan(
     return TrainingPlan(
         family=family,
         options=options,
-        sampled=others.sampling or family,
-        teacher=others.teacher,
+        others=others,
         accelerator=accelerator,
         quantisation=quantisation,
         saved=saved,
@@ -202,7 +212,7 @@ def _find_texts(family: Family, options: TrainingOptions, config: DatasetConfig)
         from training.caching_inside import find_live_texts  # most runs read caches alone
 
         texts = find_live_texts(family, options, config)
-    check_targets(family, options, texts)
+    check_texts(options, texts)
     return texts
 
 
@@ -316,7 +326,7 @@ def _find_items(
     view: str,
     trusts_caches: bool,
 ) -> Sequence[TrainingItem]:
-    """Find the caches by their names and check them. view: what a teacher sees, as `Batch.view`.
+    """Find the caches by their names and check them. view: further conditions, as `Batch.view`.
 
     trusts_caches: texts may be of another checkpoint (--skip_cache_check).
 

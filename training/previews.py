@@ -20,17 +20,16 @@ from modules.devices import choose_device
 from modules.errors import OptionError
 from running.planning.device_memory import room_on
 from training.caching_inside import TablePlan, find_live_texts, list_live_tables, open_stores, plan_tables
-from training.checks import check_targets, judge_rate
+from training.checks import judge_rate
 from training.data.feed import BatchSources
 from training.data.live import LiveTexts
 from training.data.table_times import describe_times
-from training.features.composing import check_model, find_show
+from training.features.composing import check_model, check_texts, describe_targets, find_show
 from training.loss import NoisyBatch
 from training.options import TrainingOptions
 from training.other_families import NO_OTHERS, OtherFamilies
 from training.plan import read_config
 from training.planning.memory import plan_one_card, read_largest
-from training.target_costs import describe_targets
 
 # of --debug_dataset: windows, or files where there are none
 DEBUG_VIEW = DebugOptions(debug_mode="image", console_width=80, console_back=None, console_num_images=None)
@@ -76,7 +75,7 @@ def _check(family: Family, options: TrainingOptions, commands: CachingCommands) 
     config = read_config(options, family)
     counters = findings.load_counters(family.text_encoders)
     texts = find_live_texts(family, options, config)
-    check_targets(family, options, texts)
+    check_texts(options, texts)
     check_model(options, family, lambda: family.block_counts() if family.dit_files else ())
     plans = plan_tables(family, config, options.caching, () if texts is None else texts.keys)
     seed = options.validation.validation_seed
@@ -153,7 +152,7 @@ def _plan(family: Family, options: TrainingOptions, commands: CachingCommands, o
     family.check_given_files()  # first: caches are made with them
     config = read_config(options, family)
     texts = find_live_texts(family, options, config)
-    check_targets(family, options, texts)
+    check_texts(options, texts)
     check_model(options, family, family.block_counts)
     noisy_batch = _read_for_plan(family, options, commands, config=config, texts=texts)
     sample_files: Sequence[Path] = ()

@@ -20,7 +20,6 @@ from modules.option_values import read_literals, to_path
 from modules.options import in_one_spelling, options_with
 from networks.kinds.composing import kind_of_module
 from networks.options import DEFAULT_RANK, NOTHING_FROZEN
-from networks.teacher_options import NO_TEACHER
 from training.experts import TRAINING_ADAPTER, module_of
 from training.features.composing import claim_progress, fetch_state, own_habits, usual_habits
 from training.optimizers.optimizer import PATHS
@@ -213,7 +212,7 @@ def check_resumable(
     identity = _resolve(settings.identity, settings.record)
     # likewise of before there were targets and features
     unsaid: dict[str, Any] = {}
-    for record in (NOTHING_FROZEN, NO_TEACHER, *usual_habits()):
+    for record in (NOTHING_FROZEN, *usual_habits()):
         unsaid |= {f"--{name}": value for name, value in public_config(record).items()}
     habits_before = {name: habits.get(name) and value for name, value in unsaid.items()} | dict(saved.habits)
     unknown = {*identity} - {*before} | {*habits} - {*habits_before}

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from contract.families import FAMILIES, FamilyEntry, Script
+from contract.families import FAMILIES, Script
 from modules.command import name_as_typed, print_loading
 from modules.errors import UserError
 from modules.installation import import_own
@@ -22,7 +23,6 @@ from training.options import (
 )
 
 if TYPE_CHECKING:
-    from contract.family import Family
     from modules.repeated_options import RepeatedOption
     from training.image_options import ImageTrainerDefaults
 
@@ -82,26 +82,19 @@ def training_script(
             )
             room = import_own(f"{entry.room}.family")
             make_sampling = getattr(room, "family_for_samples", lambda options: None)
+            make_other = cache(
+                lambda dit: entry.make_family("training", replace(family_options, dit=dit))
+            )  # once, with what it logs
             code = train_network(
                 model,
                 options,
                 command,
-                others=OtherFamilies(
-                    make_sampling(family_options), _teacher_of(entry, options, family_options)
-                ),
+                others=OtherFamilies(make_sampling(family_options), make_other),
             )
         if code:
             raise SystemExit(code)
 
     return Script(train)
-
-
-def _teacher_of(entry: FamilyEntry, options: TrainingOptions, family_options: Any) -> "Family | None":
-    """Return the model of --teacher_dit, with all other options of the trained one."""
-    dit = options.teacher.teacher_dit
-    if dit is None:
-        return None
-    return entry.make_family("training", replace(family_options, dit=dit))
 
 
 def _recall(options: TrainingOptions, family: str) -> "list[RepeatedOption]":

@@ -20,7 +20,14 @@ from networks.options import NetworkOptions
 from running.planning.device_memory import MemoryWatch
 from training.checks import judge_rate
 from training.data.table_times import describe_times
-from training.features.composing import commands_at_end, kept_average, parts_of_page, result_rows, start_rows
+from training.features.composing import (
+    commands_at_end,
+    describe_targets,
+    kept_average,
+    parts_of_page,
+    result_rows,
+    start_rows,
+)
 from training.following import NextSteps, describe_elsewhere
 from training.metadata import continued_sizes
 from training.options import TrainingOptions
@@ -33,7 +40,6 @@ from training.reports.sample_files import FOLDER
 from training.run_options import LEAST_STEPS, SampleOptions
 from training.saving.options import SavingOptions
 from training.steps import StepPlan
-from training.target_costs import describe_targets
 from training.training_run import TrainingRun
 
 MOMENTS_BYTES = 8  # of AdamW's two moments, for each trained weight; other optimizers keep less

@@ -27,7 +27,7 @@ from running.planning.device_memory import MemoryWatch
 from training.data.feed import Feed
 from training.experts import AUTOCAST, ExpertNetworks
 from training.features.composing import join_streams
-from training.features.contract import Average, Hooks
+from training.features.contract import Average, Hooks, NetworkLoading
 from training.loss import Autocast, LossRule
 from training.optimizers.lr_schedule import LrSchedule
 from training.optimizers.stepping import FusedBackward, StepAfterBackward
@@ -40,8 +40,8 @@ from training.steps import Progress, StepPlan
 from training.trainable import Trainable
 
 if TYPE_CHECKING:  # loaded where they are made
+    from networks.added import AddedLoras
     from training.samples import Sampler
-    from training.targets.teachers import TeacherModel
     from training.validation import Validation
 
 logger = logging.getLogger(__name__)
@@ -159,7 +159,7 @@ class TrainedModel:
     plan: TrainingPlan
     dits: ExpertNetworks  # of the experts that are trained
     sample_dits: ExpertNetworks  # those, or more that only samples are made with
-    teacher: "TeacherModel | None"  # of --teacher dit
+    loading: NetworkLoading  # loads further ones
     trainable: Trainable
     optimizer: Optimizer
     optimizer_name: str  # for metadata
@@ -182,6 +182,11 @@ class TrainedModel:
     def networks(self) -> Sequence[nn.Module]:
         """Return the networks of the experts that are trained."""
         return self.dits.networks
+
+    @property
+    def adapters(self) -> "Sequence[AddedLoras]":
+        """Return the LoRAs of --training_adapter in these."""
+        return self.dits.loras
 
     @property
     def takes_part_in_saving(self) -> bool:

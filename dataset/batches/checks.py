@@ -27,7 +27,7 @@ from dataset.forms.composing import form_of
 from dataset.sources.captions import captions_in, read_caption
 from dataset.sources.frames import bucket_of
 from dataset.sources.media_source import CLIP_REFERENCES, CONTROL_MASK, SOUND_FILE, WORSE
-from dataset.table import CLIP, FROM_ALPHA, FROM_FILE, MEDIA, TEACHER_CAPTION, defaults_of
+from dataset.table import CLIP, FROM_ALPHA, FROM_FILE, FURTHER_TEXT, MEDIA, defaults_of
 from modules.console import count_of
 from modules.errors import CacheError
 from modules.option_values import as_shape
@@ -132,10 +132,10 @@ def _sight_now(item: TrainingItem, recorded: Mapping[str, Any]) -> dict[str, Any
     companions = _companions_now(item) if MEDIA in recorded else None
     sees_clip = CLIP in recorded
     if companions is not None:
-        caption = companions.teacher_caption
-        return item.table.sight_settings(sees_clip, companions.shown, teacher_caption=caption)
+        caption = companions.further_text
+        return item.table.sight_settings(sees_clip, companions.shown, further_text=caption)
     settings = item.table.sight_settings(sees_clip, shown=None)
-    return settings | {key: recorded[key] for key in (MEDIA, TEACHER_CAPTION) if key in recorded}
+    return settings | {key: recorded[key] for key in (MEDIA, FURTHER_TEXT.key) if key in recorded}
 
 
 def _seen_reference_faults(item: TrainingItem, records: Mapping[str, TextRecord]) -> Iterator[str]:

@@ -103,7 +103,7 @@ def _files_of_table(
             shown_source = source
             pictures = (*pictures, *_seen_files(source, sight))
             media = source.shown if sight.media else None
-            seen = table.sight_settings(sight.clip, media, teacher_caption=source.teacher_caption)
+            seen = table.sight_settings(sight.clip, media, further_text=source.further_text)
             settings = {**settings, **seen}
         if len(captions) > 1:
             settings = {**settings, "captions": len(captions)}

@@ -297,7 +297,7 @@ class TextWork:
             clip=clip,
             frames=prompt.frames or controls,
             media=shown,
-            teacher_text=source.teacher_caption,
+            further_text=source.further_text,
         )
 
     def _frames_of(self, source: MediaSource | None) -> tuple[Tensor, ...]:

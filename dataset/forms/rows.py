@@ -15,7 +15,7 @@ from urllib.request import url2pathname
 from dataset.forms.contract import FindCell, TableRow
 from dataset.sources import media_source
 from dataset.sources.captions import complete_captions, first_and_more, lines_of
-from dataset.table import TEACHER_CAPTION, DatasetTable
+from dataset.table import FURTHER_TEXT, DatasetTable
 from modules.control_codes import shorten
 from modules.errors import DatasetError
 from modules.limits import MAX_CAPTION_BYTES
@@ -107,8 +107,8 @@ class RowReader:
             from dataset.sources.shown import read_shown  # few lists have any
 
             source = replace(source, shown=read_shown(values["references"], self.file, where))
-        if self.table.shows_media and values.get(TEACHER_CAPTION) is not None:
-            source = replace(source, teacher_caption=self._teacher_caption(values[TEACHER_CAPTION], where))
+        if self.table.shows_media and values.get(FURTHER_TEXT.key) is not None:
+            source = replace(source, further_text=self._read_further_text(values[FURTHER_TEXT.key], where))
         self._identities.append(media.identity)
         return source
 
@@ -241,13 +241,13 @@ class RowReader:
         lines = lines_of(stripped[0]) or [""]
         return [*lines, *stripped[1:]]
 
-    def _teacher_caption(self, value: Any, where: str) -> str:
+    def _read_further_text(self, value: Any, where: str) -> str:
         if not isinstance(value, str) or not value.strip():
             raise DatasetError(
-                f"{where}: {TEACHER_CAPTION} = {_show(value)} is not a text. Write what the teacher reads, "
-                "or leave it out"
+                f"{where}: {FURTHER_TEXT.key} = {_show(value)} is not a text. Write what "
+                f"{FURTHER_TEXT.reader} reads, or leave it out"
             )
-        check_text(value, f"{where}: {TEACHER_CAPTION}")
+        check_text(value, f"{where}: {FURTHER_TEXT.key}")
         return value
 
     def _further_captions(self, values: Mapping[str, Any], where: str) -> list[str]:

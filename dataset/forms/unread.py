@@ -10,7 +10,7 @@ from typing import Any
 from dataset.forms.composing import KEYS, find_cells, form_of
 from dataset.forms.rows import CAPTION_COLUMNS, control_number, is_companion, is_control
 from dataset.sources.media_source import Fault
-from dataset.table import TEACHER_CAPTION, DatasetTable
+from dataset.table import FURTHER_TEXT, DatasetTable
 from dataset.timestep_keys import TIMESTEP_KEYS
 from modules.control_codes import shorten
 from modules.media.decoding import ANIMATION_SUFFIXES
@@ -22,7 +22,7 @@ LOOKED_AT = 1000  # rows of a file
 MOST_SHOWN = 80  # characters of a value
 NEAR = 0.84  # how alike names are, 0..1: contol_path is near control_path, caption_en not near caption
 # of rows of models whose tables have `shows_media`
-OF_SHOWN_MEDIA = frozenset({"references", TEACHER_CAPTION})
+OF_SHOWN_MEDIA = frozenset({"references", FURTHER_TEXT.key})
 # our column name -> what it holds, and words in other programs' names of such columns
 MEANT: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "control_path": (

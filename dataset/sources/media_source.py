@@ -105,7 +105,7 @@ class MediaSource:
         None  # an image, clip or folder of images of the same size, which is to be less likely
     )
     shown: tuple[ShownMedium, ...] = ()  # `references` of its row, on disk
-    teacher_caption: str | None = None  # of its row: what a teacher reads that sees `shown`
+    further_text: str | None = None  # of its row, to be read with `shown`
 
     @property
     def parts(self) -> tuple[tuple[Path, Origin | None], ...]:
@@ -217,7 +217,7 @@ def number_repeats(sources: Sequence[MediaSource]) -> list[MediaSource]:
             source.control_mask,
             source.worse,
             source.shown,
-            source.teacher_caption,
+            source.further_text,
         )
         stems = by_file.setdefault(file, {}) if places[file] > 1 else {}
         if row not in stems:

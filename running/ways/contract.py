@@ -6,7 +6,7 @@ A way is one light file, and its line in `running/ways/__init__.py`. What it doe
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from modules.options import Options
 
@@ -36,16 +36,23 @@ class SpeedOptions(Protocol):
     def swap(self) -> SwapsBlocks: ...
 
 
+class FurtherModel(NamedTuple):
+    """A frozen transformer that a run loads besides its own."""
+
+    name: str  # completes "... would not be split"
+    option: str  # that gives its file, as it is typed
+
+
 @dataclass(frozen=True)
 class RunUses:
     """What a run does that ways may not go with: options as they are typed, "" for what it does not do."""
 
     takes_turns: tuple[str, ...] = ()  # options by which two transformers take turns on a device
-    # of a training: the option of the model that makes samples, the file of a teacher, a module of a network
+    # of a training: the option of the model that makes samples, and a module of a network
     samples_apart: str = ""
-    other_teacher: str = ""
     foreign_module: str = ""  # of another package
     own_modules: tuple[str, ...] = ()  # that can take its place
+    further_models: tuple[FurtherModel, ...] = ()
     # of a generation
     has_step_cache: bool = False
     calibrates: bool = False  # a step cache

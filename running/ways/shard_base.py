@@ -44,10 +44,10 @@ def _refuse_whole(precision: str) -> None:
 
 
 def _check(uses: RunUses, _: str) -> None:
-    if uses.other_teacher:
+    for model in uses.further_models:
         raise OptionError(
-            f"{uses.other_teacher} with --shard_base: the teacher would not be split over the processes. "
-            "Leave out one of the two"
+            f"{model.option} with --shard_base: {model.name} would not be split over the processes. Leave "
+            "out one of the two"
         )
     if uses.takes_turns:
         raise OptionError(

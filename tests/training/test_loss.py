@@ -25,12 +25,12 @@ from modules.parser import add_options
 from tests.golden_cases import read_case
 from tests.training.toy import LATENT, ToyFamily, record_encoders, toy_options, train_toy, write_caches
 from training.features.output_preservation import preserve_output
+from training.features.teacher_passes import TeacherTarget, Teaching, teach_as_base
 from training.loss import PLAIN_LOSS, LossRule, NoisyBatch, compared, element_errors, find_thresholds
 from training.noise_options import PREDICTIONS, LossOptions
 from training.run import prepare_run
 from training.run_options import LoopOptions, ValidationOptions
-from training.target_rules import Targets, TeacherTarget
-from training.targets.passes import measure_streams, teach_as_base, training_loss
+from training.targets.passes import measure_streams, training_loss
 
 
 class Constant(torch.nn.Module):
@@ -219,11 +219,10 @@ def test_preserved_samples_and_a_teachers_share_are_compared_with_the_base_model
     """Its prediction is a constant 0.25 here, whatever the latents and the noise are."""
     batch, dit = with_batch(noisy_batch(), preserved=(False, True)), Constant()
 
-    teacher = TeacherTarget(teacher_weight) if teacher_weight else None
+    teaching = Teaching(TeacherTarget(teacher_weight), teach_as_base)
     rule = LossRule(
         as_base=lambda: saying(dit, 0.25),
-        targets=Targets(teacher=teacher),
-        teach=teach_as_base,
+        revise_comparisons=[teaching.compare] if teacher_weight else (),
         own_targets=[preserve_output],
     )
     errors = errors_of(batch, dit, rule=rule)
@@ -247,8 +246,8 @@ def test_a_teacher_is_told_dropped_captions_and_the_first_frame() -> None:
     dit = Constant()
     batch = noisy_batch().moved(lambda tensor: tensor.repeat(1, 1, 3, 1, 1) if tensor.ndim == 5 else tensor)
     batch = with_batch(batch, undropped={"letters": [torch.full((1, 1), 7.0), torch.ones(3, 1)]})
-    targets = Targets(teacher=TeacherTarget(1.0))
-    rule = LossRule(as_base=lambda: saying(dit, 0.75), targets=targets, teach=teach_as_base)
+    teaching = Teaching(TeacherTarget(1.0), teach_as_base)
+    rule = LossRule(as_base=lambda: saying(dit, 0.75), revise_comparisons=[teaching.compare])
 
     errors = errors_of(batch, dit, Watching(fuller=(CAPTION, FIRST_FRAME)), rule)
     assert errors.tolist() == [0.25**2, 0.25**2]

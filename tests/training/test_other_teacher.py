@@ -20,6 +20,7 @@ from tests.training.test_targets import Step, write_project
 from training.other_families import OtherFamilies
 from training.run import prepare_run
 from training.targets.passes import loss_passes
+from training.training_run import TrainingRun
 
 pytestmark = pytest.mark.usefixtures("nothing_compiled")
 
@@ -54,6 +55,12 @@ def other_words(folder: Path) -> list[object]:
     return ["--teacher", "dit", "--teacher_weight", 1, "--teacher_dit", file]
 
 
+def teacher_of(run: TrainingRun) -> Any:
+    """Return the model that teaches, of the function of the hooks."""
+    (compare,) = run.model.hooks.revise_comparisons
+    return compare.__self__.teach.__self__  # type: ignore[attr-defined]
+
+
 def compare_losses(
     folder: Path,
     words: list[object],
@@ -62,14 +69,14 @@ def compare_losses(
 ) -> None:
     """Compare the loss of three steps, of a network that has an effect, with the distance to a target."""
     family = toy.ToyFamily()
-    others = OtherFamilies(teacher=teacher)
+    others = OtherFamilies(with_dit=lambda dit: teacher)
     with prepare_run(family, toy.toy_options(folder, *words), others=others) as run:
         for parameter in run.parameters:
             parameter.data.normal_(generator=torch.Generator().manual_seed(parameter.numel()))
-        assert run.model.teacher is not None
+        model = teacher_of(run)
         for index in range(3):
             step = Step(run, run.feed.read((0, index)))
-            target = expected_target(step, run.model.teacher)
+            target = expected_target(step, model)
             with torch.no_grad(), contextlib.ExitStack() as stack:
                 for adapter in run.model.dits.loras:  # as the loop has them in a step
                     stack.enter_context(adapter.switched_to(is_on=True))
@@ -139,7 +146,7 @@ def test_a_teacher_of_another_width_is_refused_by_its_shapes(tmp_path: Path) -> 
         prepare_run(
             OtherToy(is_unread=True),
             options,
-            others=OtherFamilies(teacher=OtherToy(width=6, is_unread=True)),
+            others=OtherFamilies(with_dit=lambda dit: OtherToy(width=6, is_unread=True)),
         ),
     ):
         pass

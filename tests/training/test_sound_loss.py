@@ -18,10 +18,11 @@ from tests.training.toy import LATENT, ToyFamily
 from training.data.feed import Randomness
 from training.data.timesteps import draw
 from training.features.guided import GuidedTarget, guide
+from training.features.teacher_errors import Split
+from training.features.teacher_passes import TeacherTarget, Teaching, teach_as_base
 from training.loss import PLAIN_LOSS, LossRule, NoisyBatch
 from training.noise_options import SHIFTED_LOGIT, TimestepOptions
-from training.target_rules import Split, Targets, TeacherTarget
-from training.targets.passes import measure_streams, teach_as_base, training_loss
+from training.targets.passes import measure_streams, training_loss
 
 JOINT = Joint((2, 3, 2, 2), (2, 4, 3))
 
@@ -150,8 +151,8 @@ def test_the_colour_of_a_teacher_is_of_the_picture_alone() -> None:
         Shifted.is_base = False
 
     noisy = drawn(batch_of(True))
-    teacher = TeacherTarget(1.0, split=Split(1.0, 0.25))
-    rule = LossRule(as_base=as_base, targets=Targets(teacher=teacher), teach=teach_as_base)
+    teaching = Teaching(TeacherTarget(1.0, split=Split(1.0, 0.25)), teach_as_base)
+    rule = LossRule(as_base=as_base, revise_comparisons=[teaching.compare])
 
     picture, heard = measure_streams(Shifted(), nn.Identity(), noisy, nullcontext, rule)
 

@@ -12,10 +12,9 @@ from tests.training.test_preferences import write_pairs
 from tests.training.test_sliders import FILE, write_slider
 from tests.training.test_speed import KINDS, write_file
 from tests.training.test_targets import write_project
-from training.features.composing import need
-from training.features.contract import EMPTY_PROMPT
+from training.features.composing import count_passes, describe_targets, need
+from training.features.contract import EMPTY_PROMPT, StepPasses
 from training.run import train_network
-from training.target_costs import StepPasses, count_passes, describe_targets
 
 pytestmark = pytest.mark.usefixtures("nothing_compiled")
 

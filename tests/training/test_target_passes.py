@@ -18,10 +18,17 @@ from training.features.guided import GuidedTarget, guide
 from training.features.output_preservation import preserve_output
 from training.features.preference_pairs import add_streams, join_pairs
 from training.features.slider_passes import Slider, SliderFile, SliderTarget, slider_passes
+from training.features.teacher_errors import Split, split_errors
+from training.features.teacher_passes import (
+    BALANCE,
+    Band,
+    TeacherTarget,
+    Teaching,
+    teach_as_base,
+    tell_teacher,
+)
 from training.loss import LossRule, NoisyBatch
-from training.target_rules import Band, Split, Targets, TeacherTarget
-from training.targets.errors import split_errors
-from training.targets.passes import TrainingPasses, loss_passes, tell_teacher
+from training.targets.passes import TrainingPasses, loss_passes
 
 RESTART, BASE, LEARNING = "restart", "base", "learning"
 
@@ -52,7 +59,7 @@ def make_batch(*levels: float, frames: int = 1) -> NoisyBatch:
 class Step:
     """The toy as a network, whose base model is the toy with another head; `events` are its passes."""
 
-    def __init__(self, targets: Targets, **changes: Any) -> None:
+    def __init__(self, **changes: Any) -> None:
         self.events: list[str] = []
         self.family = toy.ToyFamily(watch=lambda _: self.events.append(LEARNING))
         self.dit = toy.ToyDit()
@@ -60,9 +67,7 @@ class Step:
         for parameter in self.dit.parameters():
             parameter.data.normal_(generator=generator)
         self.rule = LossRule(
-            targets=targets,
             as_base=self.as_base,
-            teach=lambda passes, noisy_batch: passes.base(noisy_batch),
             seed_networks=lambda number: self.events.append(RESTART),
             **changes,
         )
@@ -98,7 +103,7 @@ def velocity_of(noisy_batch: NoisyBatch) -> Tensor:
 
 def test_a_sample_at_the_lowest_level_is_guided() -> None:
     guided = GuidedTarget(scale=3.0, sound_scale=2.0, lowest_level=0.5)
-    step = Step(Targets(), make_target=[partial(guide, guided)])
+    step = Step(make_target=[partial(guide, guided)])
     noisy_batch = make_batch(0.5, 0.499)
 
     away = step.predict(replace(noisy_batch, batch=noisy_batch.batch.with_empty_text()))
@@ -110,8 +115,9 @@ def test_a_sample_at_the_lowest_level_is_guided() -> None:
 
 def test_an_anchor_has_its_weight_and_its_balance() -> None:
     band = Band(0.0, 0.5)
-    step = Step(Targets(teacher=TeacherTarget(0.7, band=band, anchor_weight=0.5)))
-    noisy_batch = replace(make_batch(0.5, 0.6), anchor_balance=2.0)
+    teaching = Teaching(TeacherTarget(0.7, band=band, anchor_weight=0.5), teach_as_base)
+    step = Step(revise_comparisons=[teaching.compare])
+    noisy_batch = replace(make_batch(0.5, 0.6), notes={BALANCE: 2.0})
 
     output, base = step.predict(noisy_batch), step.predict_base(noisy_batch)
     inside, outside = (output - base).square().flatten(1).mean(1)
@@ -132,7 +138,7 @@ def test_a_teacher_that_knows_the_first_frame_is_not_compared_there(
 @pytest.mark.parametrize("preserved", [(), (False, True)])
 def test_processes_that_share_a_model_run_the_base_model_for_every_batch(preserved: tuple[bool, ...]) -> None:
     """What no sample asks for is dropped."""
-    step = Step(Targets(), always_as_base=True, own_targets=[preserve_output])
+    step = Step(always_as_base=True, own_targets=[preserve_output])
     noisy_batch = make_batch(0.5, 0.6)
     noisy_batch = replace(noisy_batch, batch=replace(noisy_batch.batch, preserved=preserved))
 
@@ -147,7 +153,7 @@ def test_processes_that_share_a_model_run_the_base_model_for_every_batch(preserv
 
 def test_random_numbers_of_the_network_begin_anew_before_each_pass_that_learns() -> None:
     guided = partial(guide, GuidedTarget(3.0, 3.0, 0.0))
-    step = Step(Targets(), make_target=[guided], further_passes=[partial(blank_pass, 0.5)])
+    step = Step(make_target=[guided], further_passes=[partial(blank_pass, 0.5)])
     step.loss(make_batch(0.5))
     assert step.events == [BASE, RESTART, LEARNING, RESTART, RESTART, LEARNING]
 

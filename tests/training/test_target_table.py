@@ -18,7 +18,6 @@ from contract.family import Abilities
 from contract.steps import NO_TWEAKS, Tweaks
 from modules.errors import OptionError
 from modules.options import Options
-from networks.teacher_options import TeacherOptions
 from running.routes import Route, routed
 from running.run_blocks import runner_of
 from tests.training import toy
@@ -33,11 +32,12 @@ from training.features.preference import PreferenceOptions
 from training.features.preference_pairs import Preference, pair_passes
 from training.features.slider import SliderOptions
 from training.features.slider_passes import Slider, SliderFile, SliderTarget, slider_passes
+from training.features.teacher_options import TeacherOptions
+from training.features.teacher_passes import Band, TeacherTarget, Teaching, teach_as_base
 from training.features.tread import TreadOptions, check_tread
 from training.loss import MASK, LossRule, NoisyBatch, NoisySound
 from training.noise_options import L2, LossOptions
 from training.options import TrainedNetworkOptions, TrainingOptions
-from training.target_rules import Band, Targets, TeacherTarget
 from training.targets.passes import loss_passes
 
 # of a run: what a network learns towards, and which tokens take part
@@ -197,16 +197,14 @@ def losses_of(names: tuple[str, ...], noisy_batch: NoisyBatch) -> Tensor:
         dit.strength = before
 
     family = LinearFamily()
-    targets = Targets(teacher=TEACHER if "teacher" in names else None)
     rule = LossRule(
         LossOptions.usual(loss_type="l1") if "loss_type" in names else L2,
         as_base=lambda: at_strength(0.0),
-        targets=targets,
         own_targets=[preserve_output],
         make_target=[partial(guide, GUIDED)] if "guided" in names else (),
         compare=[partial(compare_outside_masks, MASK_PRIOR)] if "mask_prior_weight" in names else (),
         further_passes=[partial(blank_pass, BLANK_PRIOR)] if "blank_prior_weight" in names else (),
-        teach=lambda passes, told: passes.base(told),
+        revise_comparisons=[Teaching(TEACHER, teach_as_base).compare] if "teacher" in names else (),
     )
     if "preference" in names:
         rule = replace(rule, other_passes=[partial(pair_passes, PREFERENCE, Tally(("a", "b", "c")))])
@@ -406,12 +404,17 @@ def test_two_things_that_answer_one_question_are_refused_by_name(
 
 # fields of the records that say nothing of how an output is judged, or that belong to an entry of the table
 WITHOUT_SAY = {
-    Targets: set(),
     Batch: {"tensors", "captions", "keys", "made_by", "text_metadata", "undropped", "view", "empty_text"}
     | {"worse", "loss_weights"},  # of pairs; in the weights of a `NoisyBatch`
-    NoisyBatch: {"batch", "noise", "sigmas", "timesteps", "levels", "expert", "number", "anchor_balance"},
-    LossRule: {"options", "prediction", "as_base", "always_as_base", "targets", "teach", "other_passes"}
-    | {"own_targets", "make_target", "compare", "further_passes"}  # functions of targets
+    NoisyBatch: {"batch", "noise", "sigmas", "timesteps", "levels", "expert", "number", "notes"},
+    LossRule: {"options", "prediction", "as_base", "always_as_base", "other_passes"}
+    | {
+        "own_targets",
+        "make_target",
+        "compare",
+        "revise_comparisons",
+        "further_passes",
+    }  # functions of targets
     | {"in_lockstep", "learning_pass", "seed_networks"},
 }
 

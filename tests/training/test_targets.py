@@ -17,10 +17,9 @@ from contract.data import LOSS_MASK
 from dataset.cache_files import write_tensors
 from modules.errors import CacheError, OptionError
 from tests.training import toy
+from training.features.teacher_errors import Split, split_errors
 from training.loss import NoisyBatch
 from training.run import prepare_run
-from training.target_rules import Split
-from training.targets.errors import split_errors
 from training.targets.passes import loss_passes
 from training.training_run import TrainingRun
 

@@ -40,7 +40,7 @@ from dataset.cache.store import Stores
 from modules.devices import pin
 from modules.errors import UserError
 from modules.seeds import derive_seed
-from training.data.timesteps import Timesteps, draw, find_shift, loss_weights, times_of_sound
+from training.data.timesteps import Timesteps, draw, loss_weights, times_of_sound
 from training.loss import NoisyBatch, NoisySound
 from training.noise_options import NOTHING, SIGMA, TIMESTEP, TimestepOptions
 from training.steps import StepPlan
@@ -160,8 +160,9 @@ class Randomness:
     on_noise: Sequence[Callable[[torch.Size, int, int], Tensor]] = ()
     weighted_by: str = TIMESTEP  # timestep or sigma: what --weighting_scheme computes the loss weight from
     sound: SoundLearning | None = None  # None: the family has no sound
-    teacher_band: tuple[int, int] | None = None  # of --teacher, in thousandths of noise; None: all levels
-    teacher_view: str = ""  # as `Batch.view`
+    # given this and a drawn micro-batch: the one in its place
+    on_batch: Sequence[Callable[["Randomness", NoisyBatch], NoisyBatch]] = ()
+    view: str = ""  # further conditions of a feature, as `Batch.view`
 
     def add(self, batch: Batch, number: int, first_sample: int) -> NoisyBatch:
         """Draw noise and timesteps for micro-batch `number` of the run.
@@ -180,7 +181,7 @@ class Randomness:
         if self.sound is not None and self.sound.given == PICTURE_STREAM:
             weights = zeros = torch.zeros(len(batch))
             times = replace(times, sigmas=zeros, timesteps=zeros, levels=zeros)
-        return NoisyBatch(
+        drawn = NoisyBatch(
             batch=self._vary_inputs(batch, number),
             noise=noise,
             sigmas=times.sigmas,
@@ -192,8 +193,10 @@ class Randomness:
             sound=sound,
             number=number,
             levels=tuple(times.levels.tolist()),
-            anchor_balance=self._balance_anchor(shape, times.expert),
         )
+        for change in self.on_batch:
+            drawn = change(self, drawn)
+        return drawn
 
     def _vary(self, noise: Tensor, batch: Batch, number: int) -> Tensor:
         """Return the noise as the family changes it for training, such as by an offset."""
@@ -208,22 +211,7 @@ class Randomness:
         if self.noise.vary_inputs is None:
             return batch
         generator = seed_generator(self.seed, "varied inputs", number)
-        return replace(batch, tensors=self.noise.vary_inputs(batch.tensors, self.teacher_view, generator))
-
-    def _balance_anchor(self, shape: Sequence[int], expert: int) -> float:
-        """Return the factor that compensates for --timestep_focus outside of a teacher's band."""
-        if self.teacher_band is None or self.timesteps.timestep_focus is None:
-            return 1.0
-        from training.data.focus import find_balance  # only with both
-
-        balance = find_balance(
-            self.timesteps,
-            *self.teacher_band,
-            noise=self.noise,
-            flow_shift=find_shift(self.timesteps, self.noise, shape),
-            expert=self.experts[expert],
-        )
-        return balance.outside
+        return replace(batch, tensors=self.noise.vary_inputs(batch.tensors, self.view, generator))
 
     def _add_sound(self, batch: Batch, times: Timesteps, number: int, first_sample: int) -> NoisySound | None:
         """Draw the noise of a batch's sound, and its timesteps if they are not those of the picture.
@@ -309,11 +297,11 @@ class Feed:
     process: int = 0
     workers: int = 0  # as asked for; never more than there are CPUs
     pin_memory: bool = False
-    reads_dropped: bool = False  # captions that are dropped are read too, for a teacher
+    reads_dropped: bool = False  # captions that are dropped are read too, for passes that see them
     reads_empty: bool = False  # the empty prompt is read too, for a target that asks for it
     # by `DatasetTable.batch_group`; empty: all tables have the timesteps of the run
     table_times: Mapping[int, TimestepOptions] = field(default_factory=dict)
-    reads_worse: bool = False  # latents of the worse ones of pairs, for --preference
+    reads_worse: bool = False  # latents of the worse ones of pairs, for a target that asks for it
     checks: CacheChecks = field(default_factory=CacheChecks, init=False)  # of the run, which begins here
 
     def start(self, epoch: int, position: int) -> Generator[NoisyBatch]:

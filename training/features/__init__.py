@@ -18,6 +18,11 @@ show_timesteps_drawing: count and draw them
 skip: leave out steps that went wrong, and remember them
 slider: slide between the captions of a file
 slider_passes: a file of captions to slide between, and its passes
+teacher: learn from a frozen model
+teacher_errors: size and direction of two predictions, compared apart
+teacher_model: another frozen model as a teacher, with its LoRAs
+teacher_options: which model teaches, and how it is compared
+teacher_passes: the comparison with the teacher, in its band and outside
 tread: let tokens pass by the middle blocks
 tread_routes: which tokens pass by the middle blocks
 trackers: send numbers and samples to TensorBoard, wandb and others
@@ -39,6 +44,7 @@ from training.features.preference import PREFERENCE
 from training.features.show_timesteps import SHOW_TIMESTEPS
 from training.features.skip import SKIP
 from training.features.slider import SLIDER
+from training.features.teacher import TEACHER
 from training.features.trackers import TRACKERS
 from training.features.tread import TREAD
 from training.features.uploads import UPLOADS
@@ -51,6 +57,7 @@ FEATURES: tuple[Feature, ...] = (
     IP_NOISE,
     OUTPUT_PRESERVATION,
     GUIDED,
+    TEACHER,
     MASK_PRIOR,
     BLANK_PRIOR,
     SLIDER,

@@ -7,7 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modules.options import HABIT, Options, facts_of, find_reach, option
+from modules.errors import OptionError
+from modules.options import Options, facts_of, find_reach, option
 from training.features import FEATURES
 from training.features.contract import (
     AT_NETWORK,
@@ -27,9 +28,11 @@ if TYPE_CHECKING:
     from contract.rules import Expert
     from dataset.batches.items import TrainingItem
     from dataset.table import DatasetTable
+    from running.ways.contract import FurtherModel
     from training.data.feed import BatchSources
     from training.data.live import LiveTexts
     from training.loss import NoisyBatch
+    from training.other_families import OtherFamilies
     from training.reports.page import PageParts
     from training.saving.files import Publisher
     from training.steps import Progress
@@ -77,6 +80,12 @@ def _functions(
 
 def refuse_combinations(options: OptionsOfRun) -> None:
     """Raise OptionError for options that a feature does not go with."""
+    targets = _functions(options, lambda feature: feature.target if feature.replaces_clip else None)
+    if len(targets) > 1:
+        raise OptionError(
+            f"{targets[0]()} and {targets[1]()} are two answers to one question: what to learn in place of "
+            "the clip. Leave out one of the two"
+        )
     for feature in active_features(options):
         if feature.refuse is not None:
             feature.refuse(options)
@@ -177,6 +186,13 @@ def check_model(options: OptionsOfRun, family: "Family", count_blocks: Callable[
         check(family, count_blocks())
 
 
+def check_files(options: OptionsOfRun, family: "Family", others: "OtherFamilies") -> None:
+    """Raise UserError for files that a feature cannot use. others: models besides the trained one."""
+    for feature in active_features(options):
+        if feature.check_files is not None:
+            feature.check_files(options, family, others)
+
+
 def options_of_blocks() -> list[str]:
     """Return the options that need the blocks of a transformer."""
     return [name for feature in FEATURES for name in feature.of_blocks]
@@ -189,7 +205,7 @@ def typed_targets(options: OptionsOfRun) -> list[str]:
 
 def keep_steps(options: OptionsOfRun) -> bool:
     """Return whether what is learned towards keeps that a transformer was distilled for few steps."""
-    return any(feature.keeps_steps for feature in active_features(options))
+    return any(keeps() for keeps in _functions(options, lambda feature: feature.keeps_steps))
 
 
 def need(options: OptionsOfRun, part: str) -> bool:
@@ -202,11 +218,23 @@ def join_streams(options: OptionsOfRun) -> bool:
     return any(feature.joins_streams for feature in active_features(options))
 
 
-def add_passes(usual: StepPasses, options: OptionsOfRun) -> StepPasses:
-    """Return the passes of a micro-batch, those of features included. usual: without these."""
-    for count_passes in _functions(options, lambda feature: feature.passes):
-        usual = usual.plus(count_passes())
-    return usual
+def find_view(options: OptionsOfRun) -> str:
+    """Return the further conditions that passes of a feature see, as `Batch.view`; "" if there are none."""
+    return next(filter(None, (find() for find in _functions(options, lambda feature: feature.view))), "")
+
+
+def further_models(options: OptionsOfRun) -> list["FurtherModel"]:
+    """Return the frozen transformers that features load besides that of the run."""
+    models = [find() for find in _functions(options, lambda feature: feature.further_model)]
+    return [model for model in models if model is not None]
+
+
+def count_passes(options: OptionsOfRun) -> StepPasses:
+    """Return the passes of a micro-batch. Raises OptionError for a file of them with faults."""
+    passes = StepPasses()
+    for count in _functions(options, lambda feature: feature.passes):
+        passes = passes.plus(count())
+    return passes
 
 
 def check_tables(options: OptionsOfRun, tables: "Sequence[DatasetTable]") -> None:
@@ -242,13 +270,13 @@ def note_unused(options: OptionsOfRun, items: "Sequence[TrainingItem]") -> None:
             feature.note_unused(items)
 
 
-def describe_features(options: OptionsOfRun, are_targets: bool) -> list[str]:
-    """Return the lines of features among the targets of a run: of targets, or of all others."""
-    return [
-        feature.describe(options.of(feature.options))
-        for feature in active_features(options)
-        if feature.describe is not None and (feature.passes is not None) == are_targets
-    ]
+def describe_targets(options: OptionsOfRun) -> list[str]:
+    """Return a line for each target of a run and one on its passes, then those of other features."""
+    lines = _functions(options, lambda feature: feature.describe if feature.passes else None)
+    further = _functions(options, lambda feature: None if feature.passes else feature.describe)
+    passes = count_passes(options)
+    told = [] if passes == StepPasses() else [f"passes in a step: {passes.words}"]
+    return [*(describe() for describe in lines), *told, *(describe() for describe in further)]
 
 
 def rehearsed_passes(options: OptionsOfRun, noisy_batch: "NoisyBatch") -> list[LearningPass]:
@@ -259,11 +287,8 @@ def rehearsed_passes(options: OptionsOfRun, noisy_batch: "NoisyBatch") -> list[L
 
 
 def usual_habits() -> list[Options]:
-    """Return the usual options of the features that a resumed run may change.
-
-    States of before there was a feature do not say that it was off.
-    """
-    return [feature.options.usual() for feature in FEATURES if feature.facts == HABIT]
+    """Return the usual options of all features: states of before there was one do not say that it was off."""
+    return [feature.options.usual() for feature in FEATURES]
 
 
 def claim_progress(progress: "Progress") -> None:

@@ -25,14 +25,16 @@ if TYPE_CHECKING:  # --help does without torch
     from dataset.batches.items import TrainingItem
     from dataset.table import DatasetTable
     from modules.pages.charts import Chart
+    from networks.added import AddedLoras
     from networks.loading import LoraUse
-    from networks.teacher_options import TeacherOptions
     from running.options import TrainingSpeedOptions
-    from training.data.feed import BatchSources
+    from running.ways.contract import FurtherModel
+    from training.data.feed import BatchSources, Randomness
     from training.data.live import LiveTexts
     from training.learning_options import WholeDitOptions
     from training.loss import NoisyBatch
-    from training.noise_options import TimestepOptions
+    from training.noise_options import LossOptions, TimestepOptions
+    from training.other_families import OtherFamilies
     from training.reports.history import Story
     from training.reports.logs import Recorder
     from training.reports.page import Tile
@@ -53,6 +55,7 @@ AT_WEIGHTS, AT_LOGS, AT_ENDING, AT_METADATA = "weights", "logs", "ending", "meta
 
 # of `Feature.needs`: what batches have besides pictures and captions
 EMPTY_PROMPT, WORSE_ONES = "the empty prompt", "the worse one of each pair"
+DROPPED_CAPTIONS = "captions as they are before dropout"
 
 # time of a pass without gradients as a share of one with: a LoRA's backward pass takes as long as the forward
 # pass; with checkpointed blocks, or if the model itself learns, twice as long
@@ -113,7 +116,7 @@ class OptionsOfRun(Protocol):
     def saving(self) -> "SavingOptions": ...
 
     @property
-    def teacher(self) -> "TeacherOptions": ...
+    def loss(self) -> "LossOptions": ...
 
     @property
     def typed_targets(self) -> list[str]: ...
@@ -146,6 +149,9 @@ class PlannedRun(Protocol):
 
     @property
     def options(self) -> OptionsOfRun: ...
+
+    @property
+    def others(self) -> "OtherFamilies": ...
 
     @property
     def progress(self) -> "Progress": ...
@@ -193,10 +199,40 @@ class Average(Protocol):
     def restore(self, saved: "SavedState") -> None: ...
 
 
+class FrozenNetwork(Protocol):
+    """A network that is loaded and frozen, before its blocks are compiled and swapped."""
+
+    @property
+    def dit(self) -> "nn.Module": ...
+
+    @property
+    def expert(self) -> "Expert": ...
+
+
+class NetworkLoading(Protocol):
+    """What loads the networks of a run, and further ones."""
+
+    def load(self, family: "Family", index: int) -> FrozenNetwork: ...  # of an expert
+
+    def dress_blocks(self, network: Any) -> None: ...  # one that `load` returned
+
+
 class HookedModel(Protocol):
     """The loaded networks of a run with what is trained, before a state is restored."""
 
     average: Average | None
+
+    @property
+    def plan(self) -> PlannedRun: ...
+
+    @property
+    def loading(self) -> NetworkLoading: ...
+
+    @property
+    def adapters(self) -> "Sequence[AddedLoras]": ...  # of --training_adapter, in the trained networks
+
+    @property
+    def compute_dtype(self) -> "torch.dtype": ...
 
     @property
     def options(self) -> OptionsOfRun: ...
@@ -261,9 +297,11 @@ class Tally:
 
 OnNoise = Callable[["torch.Size", int, int], "Tensor"]
 BeforeStep = Callable[[HookedRun, GradientStep, "Tensor"], str]
+OnBatch = Callable[["Randomness", "NoisyBatch"], "NoisyBatch"]
 LearningPass = Callable[["nn.Module", "NoisyBatch"], AbstractContextManager[None]]
 MakeTarget = Callable[["TrainingPasses", "NoisyBatch", "Tensor"], "Tensor"]
 Compare = Callable[["TrainingPasses", "NoisyBatch"], "Sequence[TargetComparison]"]
+Revise = Callable[["TrainingPasses", "NoisyBatch", "list[TargetComparison]"], "list[TargetComparison]"]
 MorePasses = Callable[["TrainingPasses", "NoisyBatch"], "Iterator[Streams]"]
 
 
@@ -274,9 +312,13 @@ class Hooks:
     # given the shape of latents, the seed of the run and the number of the micro-batch: further noise of the
     # input, which is not to be predicted
     on_noise: list[OnNoise] = field(default_factory=list)
+    # given what draws a micro-batch, and the drawn one: the one in its place. Workers get these functions
+    on_batch: list[OnBatch] = field(default_factory=list)
     before_load: list[Callable[[PlannedRun], None]] = field(default_factory=list)  # texts are encoded here
     # given the records of all options, as they are resolved: entered before the first step
     recorders: list[Callable[[PlannedRun, Sequence[Any]], "Recorder"]] = field(default_factory=list)
+    # given each network to train, once its trained part is in it
+    before_dress: list[Callable[[FrozenNetwork], None]] = field(default_factory=list)
     after_load: list[Callable[[HookedModel], None]] = field(default_factory=list)
     # given the passes of a step, its batch and the velocity: what samples are compared with in place of it,
     # in validation too
@@ -285,6 +327,8 @@ class Hooks:
     make_target: list[MakeTarget] = field(default_factory=list)
     # given the passes of a step and its batch: what the prediction is compared with besides the clip
     compare: list[Compare] = field(default_factory=list)
+    # given all these comparisons too, that with the clip first: those in their place
+    revise_comparisons: list[Revise] = field(default_factory=list)
     # likewise: errors of each sample in passes with gradients that come before the usual one
     further_passes: list[MorePasses] = field(default_factory=list)
     other_passes: list[MorePasses] = field(default_factory=list)  # likewise, in place of the usual one
@@ -324,13 +368,20 @@ class Feature:
     target: Callable[[Any], str] | None = None
     # given its options: the passes of its target, in addition to the usual ones
     passes: Callable[[Any], StepPasses] | None = None
+    # given a run's options, model and other models: raises UserError for files of the feature. Loads nothing
+    check_files: "Callable[[OptionsOfRun, Family, OtherFamilies], None] | None" = None
     # given the tables of a run: raises OptionError for those that do not go with its options
     check_tables: "Callable[[OptionsOfRun, Sequence[DatasetTable]], None] | None" = None
     # given the tables of a run: whether batches of it need the model without the network
     needs_base: "Callable[[Sequence[DatasetTable]], bool] | None" = None
-    # what it learns towards keeps that a transformer was distilled for few steps
-    keeps_steps: bool = False
-    needs: tuple[str, ...] = ()  # what its batches have: EMPTY_PROMPT, WORSE_ONES
+    replaces_clip: bool = False  # it says what to learn in place of the clip, which only one feature may
+    # given its options: whether what it learns towards keeps that a transformer was distilled for few steps
+    keeps_steps: Callable[[Any], bool] | None = None
+    needs: tuple[str, ...] = ()  # what its batches have: EMPTY_PROMPT, WORSE_ONES, DROPPED_CAPTIONS
+    # given its options: further conditions that its passes see, as `Batch.view`
+    view: Callable[[Any], str] | None = None
+    # likewise, a further frozen transformer that it loads, of the size of the trained one
+    further_model: "Callable[[Any], FurtherModel | None] | None" = None
     joins_streams: bool = False  # its passes have one loss of picture and sound
     # given its options and the text encoders that work while training: raises OptionError
     check_texts: "Callable[[Any, LiveTexts | None], None] | None" = None

@@ -118,16 +118,6 @@ def _above(levels: Sequence[float], lowest: float, keeps: Sequence[bool]) -> lis
     return [level >= lowest and not keep for level, keep in zip(levels, keeps, strict=True)]
 
 
-def _refuse(options: OptionsOfRun) -> None:
-    teacher = options.teacher.teacher
-    if teacher is not None:
-        scale = options.of(GuidedTargetOptions).guided_target
-        raise OptionError(
-            f"--guided_target {scale:g} and --teacher {teacher} are two answers to one question: what to "
-            "learn in place of the clip. Leave out one of the two"
-        )
-
-
 def _check(options: GuidedTargetOptions, family: "Family", counts: Sequence[int]) -> None:
     from contract.family import hears_sound  # torch, as --help does without
 
@@ -154,12 +144,12 @@ GUIDED = Feature(
     place=AT_LOSS,
     is_on=lambda options: options.guided_target is not None,
     facts=HABIT,
-    refuse=_refuse,
     check=_check,
     target=lambda options: f"--guided_target {options.guided_target:g}",
+    replaces_clip=True,
     passes=lambda options: StepPasses(with_gradients=0, without=1),
     needs=(EMPTY_PROMPT,),
-    keeps_steps=True,
+    keeps_steps=lambda options: True,
     describe=_describe,
     metadata=lambda options, progress: given_values(options),
     install=_install,

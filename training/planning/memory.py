@@ -29,7 +29,7 @@ from running.planning.device_memory import MemoryWatch, Room, host_room, room_on
 from training.data.feed import BatchSources, Randomness
 from training.data.live import LiveTexts
 from training.experts import placement_of
-from training.features.composing import install_features, kept_average, need
+from training.features.composing import find_view, further_models, install_features, kept_average, need
 from training.features.contract import EMPTY_PROMPT, WORSE_ONES
 from training.loss import NoisyBatch, Trains
 from training.options import TrainingOptions
@@ -62,7 +62,6 @@ class StepPrediction:
     average: int = 0  # bytes of a whole model's average in host memory
     further: int = 0  # transformers that are trained, each like the one that was rehearsed
     sampled: int = 0  # transformers that only samples need
-    has_teacher: bool = False  # another transformer teaches, of the size of the trained one
     texts: LiveTexts | None = None  # encoded in each step
 
     def phase(self, blocks: int) -> memory_plan.Phase:
@@ -85,9 +84,9 @@ class StepPrediction:
                 kinds.append(dry.GRADIENTS)
             learning = sum(moment.get(kind, 0) for kind in kinds)
             parts.append(memory_plan.MemoryPart("what learns in them", self.further * learning))
-        if self.has_teacher:
-            teaching = moment.get(dry.WEIGHTS, 0) - swap.saved
-            parts.append(memory_plan.MemoryPart("the teacher's transformer", teaching, swap.host))
+        for model in further_models(self.options):
+            device = moment.get(dry.WEIGHTS, 0) - swap.saved
+            parts.append(memory_plan.MemoryPart(f"{model.name}'s transformer", device, swap.host))
         if self.average:
             name = f"average of the weights ({kept_average(self.options)})"
             parts.append(memory_plan.MemoryPart(name, 0, self.average))
@@ -180,7 +179,6 @@ def predict(
         average=average,
         further=len(family.experts) - 1,
         sampled=sampled,
-        has_teacher=options.teacher.teacher_dit is not None,
         texts=texts,
     )
 
@@ -240,7 +238,7 @@ def read_largest(
         noise,
         on_noise=install_features(options, Progress(0, 0, 0.0)).on_noise,
         sound=SoundLearning(),
-        teacher_view=options.teacher.view,
+        view=find_view(options),
     )
     return drawn.add(batch, 0, 0)
 

@@ -30,9 +30,7 @@ from training.optimizers.stepping import FusedBackward, ParameterSteps, StepAfte
 from training.options import TrainingOptions
 from training.processes import fill_missing_gradients
 from training.steps import Progress
-from training.target_rules import make_targets
-from training.targets.passes import teach_as_base, training_loss
-from training.targets.teachers import rehearse_change
+from training.targets.passes import training_loss
 from training.trainable import train_dit
 
 logger = logging.getLogger(__name__)
@@ -99,13 +97,12 @@ class Rehearsal:
             self.options.loss,
             self.options.predicted,
             as_base=contextlib.nullcontext,
-            targets=make_targets(self.options.teacher),
             own_targets=hooks.own_targets,
             make_target=hooks.make_target,
             compare=hooks.compare,
+            revise_comparisons=hooks.revise_comparisons,
             further_passes=hooks.further_passes,
             other_passes=hooks.other_passes,
-            teach=rehearse_change if self.options.teacher.teacher_delta else teach_as_base,
             in_lockstep=True,  # so that no level and no mask leaves out a pass
             learning_pass=self.learning_pass,
         )

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from contract.data import FIRST_FRAME, LOSS_MASK, SOUND
+from contract.data import LOSS_MASK, SOUND
 from modules.devices import numbers_on
 from training.loss import (
     MASK,
@@ -27,10 +27,7 @@ from training.loss import (
     per_sample,
     predict,
     sample_errors,
-    split_streams,
 )
-from training.target_rules import EVEN_SPLIT, Split, TeacherTarget
-from training.targets.errors import split_errors
 
 # numbers of each sample, B: of the picture; if the batch has sound, also of that
 Streams = tuple[Tensor, ...]
@@ -165,11 +162,10 @@ def measure_streams(
 
 def _measure(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Streams:
     comparisons = [_compare_with_clip(passes, noisy_batch)]
-    targets = passes.rule.targets
     for compare in passes.rule.compare:
         comparisons += compare(passes, noisy_batch)
-    if targets.teacher is not None:
-        comparisons += _compare_with_teacher(passes, noisy_batch, targets.teacher)
+    for revise in passes.rule.revise_comparisons:
+        comparisons = revise(passes, noisy_batch, comparisons)
     output = passes.learning(noisy_batch)
     errors: Streams = ()
     for comparison in comparisons:
@@ -192,19 +188,13 @@ def _add_weighted(sums: Streams, errors: Streams, weight: "float | Tensor") -> S
 def _compare_with_clip(passes: TrainingPasses, noisy_batch: NoisyBatch) -> TargetComparison:
     """Return the comparison with the velocity from the clip to its noise, or with what replaces it.
 
-    For preserved samples that is the base model's prediction, whatever other targets a run has: they are not
-    guided, and a teacher has no share in them.
+    For preserved samples that is the base model's prediction, whatever other targets a run has.
     """
     rule = passes.rule
     target = velocity_of(passes, noisy_batch)
     for make_target in (*rule.own_targets, *rule.make_target):
         target = make_target(passes, noisy_batch, target)
-    teacher = rule.targets.teacher
-    weight: float | Tensor = 1.0
-    if teacher is not None:
-        shares = [0.0 if preserved else teacher.weight for preserved in preserved_samples(noisy_batch)]
-        weight = _weight_of_samples([1 - share for share in shares], target.device)
-    return TargetComparison(target, functools.partial(measure_plainly, passes), noisy_batch, weight)
+    return TargetComparison(target, functools.partial(measure_plainly, passes), noisy_batch, weight=1.0)
 
 
 def measure_plainly(
@@ -232,67 +222,3 @@ def preserved_samples(noisy_batch: NoisyBatch) -> Sequence[bool]:
 
 def has_mask(noisy_batch: NoisyBatch) -> bool:
     return MASK in noisy_batch.batch.tensors or LOSS_MASK in noisy_batch.batch.tensors
-
-
-def _compare_with_teacher(
-    passes: TrainingPasses, noisy_batch: NoisyBatch, teacher: TeacherTarget
-) -> list[TargetComparison]:
-    """Return the comparisons with the teacher: inside its band with all that is known, outside as an anchor,
-    with what the network itself is told. Preserved samples have no part in either.
-    """
-    teach = passes.rule.teach
-    assert teach is not None  # a rule with a teacher has it
-    full_batch = tell_teacher(passes.family, noisy_batch, teacher.view)
-    band = teacher.band
-    in_band = [band is None or band.holds(level) for level in levels_of(noisy_batch)]
-    is_taught = [not preserved for preserved in preserved_samples(noisy_batch)]
-    is_inside = [taught and inside for taught, inside in zip(is_taught, in_band, strict=True)]
-    is_outside = [taught and not inside for taught, inside in zip(is_taught, in_band, strict=True)]
-    comparisons = []
-    if any(is_inside) or passes.rule.in_lockstep:
-        target = teach(passes, full_batch)
-        weight = _weight_of_samples([teacher.weight * inside for inside in is_inside], target.device)
-        measure = _measure_for(passes, teacher.split)
-        comparisons.append(TargetComparison(target, measure, full_batch, weight))
-    if any(is_outside) or (passes.rule.in_lockstep and band is not None):
-        target = teach(passes, noisy_batch)
-        anchor_weight = teacher.weight * teacher.anchor_weight * noisy_batch.anchor_balance
-        weight = _weight_of_samples([anchor_weight * outside for outside in is_outside], target.device)
-        measure = _measure_for(passes, None if teacher.split is None else EVEN_SPLIT)
-        comparisons.append(TargetComparison(target, measure, noisy_batch, weight))
-    return comparisons
-
-
-def _weight_of_samples(weights: Sequence[float], device: torch.device) -> "float | Tensor":
-    """Return the weights of samples, B; one number if all are equal."""
-    if len(set(weights)) == 1:
-        return weights[0]
-    return numbers_on(device, weights, torch.float32)
-
-
-def _measure_for(passes: TrainingPasses, split: Split | None) -> Measure:
-    if split is None:
-        return functools.partial(measure_plainly, passes)
-    return functools.partial(_measure_split, split)
-
-
-def _measure_split(split: Split, output: Tensor, target: Tensor, noisy_batch: NoisyBatch) -> Streams:
-    """Return the errors of `split_errors`, of places as far as they count."""
-    outputs = split_streams(output, noisy_batch)
-    targets = split_streams(target, noisy_batch)
-    errors = [split_errors(outputs[0], targets[0], split, has_channels=True)]
-    for sound_output, sound_target in zip(outputs[1:], targets[1:], strict=True):
-        errors.append(split_errors(sound_output, sound_target, split, has_channels=False))
-    return tuple(errors)
-
-
-def tell_teacher(family: Trains, noisy_batch: NoisyBatch, view: str) -> NoisyBatch:
-    """Return the batch with all inputs, also those that the trained network lacks. view: as `Batch.view`."""
-    has_first = FIRST_FRAME in family.fuller and noisy_batch.noise.shape[2] > 1
-    given_frames = max(noisy_batch.given_frames, int(has_first))
-    batch = replace(noisy_batch.batch.tell(family.fuller), view=view)
-    return replace(noisy_batch, batch=batch, given_frames=given_frames)
-
-
-def teach_as_base(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:
-    return passes.base(noisy_batch)

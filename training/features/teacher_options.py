@@ -1,4 +1,4 @@
-"""Options of what a frozen model teaches the network. Standard library only."""
+"""Options of what a frozen model teaches the network."""
 
 from pathlib import Path
 
@@ -19,6 +19,7 @@ class TeacherOptions(Options, title="teacher"):
         "also a dropped caption, and the first frame if the model takes one. base: the model without the "
         "network; dit: the model of --teacher_dit. More passes in each step, without gradients",
         choices=(BASE, OTHER_DIT),
+        known_as=("teacher_matching", "h3_teacher_matching"),
         facts=HABIT,
     )
     teacher_weight: float = option(
@@ -57,6 +58,7 @@ class TeacherOptions(Options, title="teacher"):
         most=NUM_TIMESTEPS,
         needs="teacher",
         hint="0 is no lower bound",
+        known_as=("h3_teacher_condition_sigma_min",),
         facts=HABIT,
     )
     teacher_max_timestep: int = option(
@@ -66,6 +68,7 @@ class TeacherOptions(Options, title="teacher"):
         most=NUM_TIMESTEPS,
         needs="teacher",
         hint="1000 is no upper bound, 750 is usual for a teacher that knows more",
+        known_as=("h3_teacher_condition_sigma_max",),
         facts=HABIT,
     )
     teacher_anchor_weight: float = option(
@@ -75,6 +78,7 @@ class TeacherOptions(Options, title="teacher"):
         most=1000,
         needs=("teacher_min_timestep", "teacher_max_timestep"),
         hint="1 is usual",
+        known_as=("h3_teacher_preservation_weight",),
         facts=HABIT,
     )
     teacher_split: bool = option(
@@ -89,6 +93,7 @@ class TeacherOptions(Options, title="teacher"):
         most=100,
         needs="teacher_split",
         hint="0.25 to 1 are usual",
+        known_as=("h3_teacher_loss_mag_weight",),
         facts=HABIT,
     )
     teacher_colour_weight: float = option(
@@ -99,6 +104,7 @@ class TeacherOptions(Options, title="teacher"):
         most=100,
         needs="teacher_split",
         hint="0.3 is usual",
+        known_as=("h3_teacher_loss_dc_weight",),
         facts=HABIT,
     )
     teacher_sees: str = option(
@@ -107,6 +113,7 @@ class TeacherOptions(Options, title="teacher"):
         default=INPUTS,
         choices=(INPUTS, FIRST_LAST, CLIP, SUBJECT),
         needs="teacher",
+        known_as=("h3_teacher_conditions",),
         facts=HABIT,
     )
 
@@ -142,6 +149,3 @@ class TeacherOptions(Options, title="teacher"):
         """Return the noise, in thousandths, at which the teacher knows more; None: everywhere."""
         band = (self.teacher_min_timestep, self.teacher_max_timestep)
         return None if self.teacher is None or band == (0, NUM_TIMESTEPS) else band
-
-
-NO_TEACHER = TeacherOptions.usual()

@@ -1,9 +1,20 @@
 """Compare the size and the direction of two predictions apart."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from training.target_rules import Split
+
+@dataclass(frozen=True)
+class Split:
+    """Weights of the parts of a comparison: see `split_errors`."""
+
+    size_weight: float
+    colour_weight: float
+
+
+EVEN_SPLIT = Split(1.0, 1.0)
 
 
 def split_errors(output: Tensor, target: Tensor, split: Split, has_channels: bool) -> Tensor:

@@ -1,0 +1,163 @@
+"""Another frozen model as a teacher: --teacher dit."""
+
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from contract.family import Family
+from modules.console import quiet
+from modules.errors import CheckpointError, OptionError
+from training.features.contract import FrozenNetwork, HookedModel
+from training.features.teacher_options import TeacherOptions
+from training.features.teacher_passes import Teaching
+from training.loss import NoisyBatch, Trains
+from training.other_families import OtherFamilies, require_equal_shapes
+from training.targets.passes import TrainingPasses
+
+if TYPE_CHECKING:  # only with LoRA files
+    from networks.added import AddedLoras
+
+
+@dataclass(frozen=True)
+class TeacherModel:
+    """A transformer with the LoRAs whose effect is taught. It may be the trained one, without its network."""
+
+    family: Trains
+    dit: nn.Module
+    loras: "AddedLoras"  # switched off
+    adapters: "Sequence[AddedLoras]" = ()  # of the trained transformer; the teacher is without them
+    is_trained_one: bool = False
+
+    def predict(self, passes: TrainingPasses, noisy_batch: NoisyBatch, has_loras: bool) -> Tensor:
+        """Return the prediction for a batch, without gradients. has_loras: whether the LoRAs are on."""
+        own_passes = replace(passes, family=self.family, dit=self.dit)
+        with self.loras.switched_to(has_loras), self._without_adapters():
+            if self.is_trained_one:
+                return own_passes.base(noisy_batch)
+            return own_passes.frozen(noisy_batch)
+
+    @contextlib.contextmanager
+    def _without_adapters(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for adapter in self.adapters:
+                stack.enter_context(adapter.switched_to(is_on=False))
+            yield
+
+    def teach(self, passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:
+        """Return the prediction of the teacher with its LoRAs."""
+        return self.predict(passes, noisy_batch, has_loras=True)
+
+    def teach_change(self, passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:
+        """Return b + T' - T: what the trained model predicts without its network, with the change that the
+        LoRAs make in the teacher. So only what they change is taught, not the teacher's own way to a picture.
+        """
+        changed = self.predict(passes, noisy_batch, has_loras=True)
+        change = changed - self.predict(passes, noisy_batch, has_loras=False)
+        return passes.base(noisy_batch) + change
+
+
+@dataclass
+class OtherTeacher:
+    """Load the model of --teacher dit, and let it teach."""
+
+    options: TeacherOptions
+    teaching: Teaching
+    is_compiled: bool
+    loras: "list[AddedLoras]" = field(default_factory=list)  # in the trained transformer, if it teaches
+
+    def add_to_trained(self, network: FrozenNetwork) -> None:
+        """Add the LoRAs to the trained transformer if it is its own teacher."""
+        if self.options.teacher_dit is None:
+            self.loras.append(self._add_loras(network))
+
+    def load(self, model: HookedModel) -> None:
+        plan = model.plan
+        if self.options.teacher_dit is None:
+            teacher = TeacherModel(
+                family=plan.family,
+                dit=model.networks[0],
+                loras=self.loras[0],
+                adapters=model.adapters,
+                is_trained_one=True,
+            )
+        else:
+            family = plan.others.with_dit(self.options.teacher_dit)
+            network = model.loading.load(family, 0)
+            loras = self._add_loras(network)
+            model.loading.dress_blocks(network)
+            network.dit.eval()
+            teacher = TeacherModel(family, network.dit, loras)
+        teacher.loras.place_on(plan.accelerator.device, model.compute_dtype)
+        self.teaching.teach = teacher.teach_change if self.options.teacher_delta else teacher.teach
+
+    def _add_loras(self, network: FrozenNetwork) -> "AddedLoras":
+        from networks.added import add_loras  # only with such a teacher
+        from networks.loading import read_use
+
+        uses = [read_use(path, network.expert.name, multiplier) for path, multiplier in self.options.loras()]
+        return add_loras(network.dit, uses, self.is_compiled, "--teacher_lora")
+
+
+def check_other_teacher(options: TeacherOptions, family: Family, others: OtherFamilies) -> None:
+    """Raise UserError if the model of --teacher dit cannot teach the trained one. Loads nothing.
+
+    family: the trained model. others: makes that of --teacher_dit.
+    """
+    if len(family.experts) > 1:
+        raise OptionError(
+            "--teacher dit: two transformers are trained, and one cannot teach both. Train them one at a "
+            "time, each with its own teacher"
+        )
+    if options.teacher_dit is None:
+        _check_loras(family, options)
+        return
+    name = f"--teacher_dit {options.teacher_dit}"
+    teacher = others.with_dit(options.teacher_dit)
+    with _naming("--teacher_dit"):
+        files = set(teacher.dit_files)
+        teacher.check_given_files()
+    if files & set(family.dit_files):
+        raise OptionError(
+            f"{name}: this is the transformer that is trained. Leave it out: --teacher dit with "
+            "--teacher_lora alone learns from the trained one"
+        )
+    if teacher.latent != family.latent:
+        raise OptionError(
+            f"{name}: its latents are not those of the trained transformer, so it cannot teach it. Give the "
+            "model that the trained one was made from"
+        )
+    with _naming("--teacher_dit"):
+        require_equal_shapes(teacher, family, name, "the caches of one are not for the other")
+    _check_loras(teacher, options)
+
+
+@contextlib.contextmanager
+def _naming(option: str) -> Iterator[None]:
+    """Name another option in errors of the block, which name that of the trained transformer."""
+    try:
+        yield
+    except CheckpointError as error:
+        text = re.sub(r"--dit\b(?!_)", option, str(error))
+        raise CheckpointError(text, error.path) from None
+
+
+def _check_loras(model: Family, options: TeacherOptions) -> None:
+    """Raise CheckpointError if a file of --teacher_lora is no LoRA, or none for the model that teaches."""
+    if not options.loras():
+        return
+    from networks.added import refuse_magnitudes  # only with LoRA files
+    from networks.apply import check_loras_fit
+    from networks.loading import read_use
+
+    (expert,) = model.experts
+    with quiet():  # all warnings come again when they are added
+        uses = [read_use(path, expert.name, multiplier) for path, multiplier in options.loras()]
+        for use in uses:
+            refuse_magnitudes(use.lora, "--teacher_lora")
+        if model.dit_files:
+            file = model.dit_files[0]
+            check_loras_fit(file, uses, model.file_beside(file))

@@ -1,0 +1,181 @@
+"""Compare the network with the prediction of a frozen model, which may know more than the network."""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from contract.data import FIRST_FRAME
+from modules.devices import numbers_on
+from training.data.feed import Randomness
+from training.data.focus import find_balance
+from training.data.timesteps import find_shift
+from training.features.contract import Hooks
+from training.features.teacher_errors import EVEN_SPLIT, Split, split_errors
+from training.features.teacher_options import TeacherOptions
+from training.loss import NoisyBatch, Trains, split_streams
+from training.targets.passes import (
+    Measure,
+    Streams,
+    TargetComparison,
+    TrainingPasses,
+    levels_of,
+    measure_plainly,
+    preserved_samples,
+)
+
+THOUSAND = 1000
+BALANCE = "anchor"  # in the notes of a batch: the factor on the anchor
+
+Teach = Callable[[TrainingPasses, NoisyBatch], Tensor]  # returns the teacher's prediction
+
+
+def install_teacher(hooks: Hooks, options: TeacherOptions) -> "Teaching":
+    """Put the comparison with the teacher into the hooks of a run.
+
+    Until another model is loaded, as while memory is measured, the trained one stands in for it.
+    """
+    teaching = Teaching(make_target(options), rehearse_change if options.teacher_delta else teach_as_base)
+    hooks.revise_comparisons.append(teaching.compare)
+    if options.band is not None:
+        hooks.on_batch.append(functools.partial(balance_anchor, options.band))
+    return teaching
+
+
+@dataclass(frozen=True)
+class Band:
+    """The shares of noise, 0..1, at which a teacher knows more than the network; both ends count."""
+
+    lowest: float
+    highest: float
+
+    def holds(self, level: float) -> bool:
+        return self.lowest <= level <= self.highest
+
+
+@dataclass(frozen=True)
+class TeacherTarget:
+    """How the network is compared with a frozen model."""
+
+    weight: float  # share in the loss, 0..1
+    band: Band | None = None  # None: the teacher knows more at all levels
+    anchor_weight: float = 1.0  # factor outside the band
+    split: Split | None = None  # None: squared differences, or those of --loss_type
+    view: str = ""  # `Batch.view` inside the band
+
+
+def make_target(options: TeacherOptions) -> TeacherTarget:
+    band = None
+    if options.band is not None:
+        low, high = options.band
+        band = Band(low / THOUSAND, high / THOUSAND)
+    split = None
+    if options.teacher_split:
+        split = Split(options.teacher_size_weight, options.teacher_colour_weight)
+    return TeacherTarget(
+        options.teacher_weight,
+        band=band,
+        anchor_weight=options.teacher_anchor_weight,
+        split=split,
+        view=options.view,
+    )
+
+
+@dataclass
+class Teaching:
+    """Compare what is learned with what is taught."""
+
+    target: TeacherTarget
+    teach: Teach
+
+    def compare(
+        self, passes: TrainingPasses, noisy_batch: NoisyBatch, comparisons: list[TargetComparison]
+    ) -> list[TargetComparison]:
+        """Return the comparisons with the teacher's share in the loss: that with the clip has the rest of it.
+
+        Inside its band the teacher has all that is known, outside it is an anchor, with what the network
+        itself is told. Preserved samples have no part in either.
+        """
+        clip, *others = comparisons
+        shares = [0.0 if preserved else self.target.weight for preserved in preserved_samples(noisy_batch)]
+        weight = _weight_of_samples([1 - share for share in shares], clip.target.device)
+        return [replace(clip, weight=weight), *others, *self._compare_with_teacher(passes, noisy_batch)]
+
+    def _compare_with_teacher(
+        self, passes: TrainingPasses, noisy_batch: NoisyBatch
+    ) -> list[TargetComparison]:
+        teacher = self.target
+        full_batch = tell_teacher(passes.family, noisy_batch, teacher.view)
+        band = teacher.band
+        in_band = [band is None or band.holds(level) for level in levels_of(noisy_batch)]
+        is_taught = [not preserved for preserved in preserved_samples(noisy_batch)]
+        is_inside = [taught and inside for taught, inside in zip(is_taught, in_band, strict=True)]
+        is_outside = [taught and not inside for taught, inside in zip(is_taught, in_band, strict=True)]
+        comparisons = []
+        if any(is_inside) or passes.rule.in_lockstep:
+            target = self.teach(passes, full_batch)
+            weight = _weight_of_samples([teacher.weight * inside for inside in is_inside], target.device)
+            measure = _measure_for(passes, teacher.split)
+            comparisons.append(TargetComparison(target, measure, full_batch, weight))
+        if any(is_outside) or (passes.rule.in_lockstep and band is not None):
+            target = self.teach(passes, noisy_batch)
+            anchor_weight = teacher.weight * teacher.anchor_weight * noisy_batch.notes.get(BALANCE, 1.0)
+            weight = _weight_of_samples([anchor_weight * outside for outside in is_outside], target.device)
+            measure = _measure_for(passes, None if teacher.split is None else EVEN_SPLIT)
+            comparisons.append(TargetComparison(target, measure, noisy_batch, weight))
+        return comparisons
+
+
+def balance_anchor(band: tuple[int, int], drawn: Randomness, noisy_batch: NoisyBatch) -> NoisyBatch:
+    """Note the factor that makes up for more or fewer draws outside of the band, by --timestep_focus."""
+    balance = find_balance(
+        drawn.timesteps,
+        *band,
+        noise=drawn.noise,
+        flow_shift=find_shift(drawn.timesteps, drawn.noise, noisy_batch.noise.shape),
+        expert=drawn.experts[noisy_batch.expert],
+    )
+    return replace(noisy_batch, notes={**noisy_batch.notes, BALANCE: balance.outside})
+
+
+def _weight_of_samples(weights: Sequence[float], device: torch.device) -> "float | Tensor":
+    """Return the weights of samples, B; one number if all are equal."""
+    if len(set(weights)) == 1:
+        return weights[0]
+    return numbers_on(device, weights, torch.float32)
+
+
+def _measure_for(passes: TrainingPasses, split: Split | None) -> Measure:
+    if split is None:
+        return functools.partial(measure_plainly, passes)
+    return functools.partial(_measure_split, split)
+
+
+def _measure_split(split: Split, output: Tensor, target: Tensor, noisy_batch: NoisyBatch) -> Streams:
+    """Return the errors of `split_errors`, of places as far as they count."""
+    outputs = split_streams(output, noisy_batch)
+    targets = split_streams(target, noisy_batch)
+    errors = [split_errors(outputs[0], targets[0], split, has_channels=True)]
+    for sound_output, sound_target in zip(outputs[1:], targets[1:], strict=True):
+        errors.append(split_errors(sound_output, sound_target, split, has_channels=False))
+    return tuple(errors)
+
+
+def tell_teacher(family: Trains, noisy_batch: NoisyBatch, view: str) -> NoisyBatch:
+    """Return the batch with all inputs, also those that the trained network lacks. view: as `Batch.view`."""
+    has_first = FIRST_FRAME in family.fuller and noisy_batch.noise.shape[2] > 1
+    given_frames = max(noisy_batch.given_frames, int(has_first))
+    batch = replace(noisy_batch.batch.tell(family.fuller), view=view)
+    return replace(noisy_batch, batch=batch, given_frames=given_frames)
+
+
+def teach_as_base(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:
+    return passes.base(noisy_batch)
+
+
+def rehearse_change(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:
+    """Run the passes of `teach_change` with one model, on tensors without content: for their memory."""
+    with torch.no_grad():
+        return passes.base(noisy_batch) + (passes.frozen(noisy_batch) - passes.frozen(noisy_batch))
