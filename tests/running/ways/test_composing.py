@@ -15,7 +15,7 @@ from running.ways.composing import (
     needed_in_generation,
     typed_ways,
 )
-from running.ways.contract import Division, RunUses
+from running.ways.contract import Division, FurtherModel, RunUses
 
 
 def training(words: str) -> TrainingSpeedOptions:
@@ -27,7 +27,10 @@ def generation(words: str) -> GenerationSpeedOptions:
 
 
 USED = {
-    "teacher": (RunUses(other_teacher="--teacher_dit x"), "--teacher_dit x with --shard_base"),
+    "teacher": (
+        RunUses(further_models=(FurtherModel("the teacher", "--teacher_dit x"),)),
+        "--teacher_dit x with --shard_base: the teacher would not be split",
+    ),
     "turns": (RunUses(takes_turns=("--lazy_loading",)), "--lazy_loading and --shard_base"),
     "samples": (RunUses(samples_apart="--sample_dit"), "--shard_base: samples .* Leave --sample_dit out"),
     "module": (
