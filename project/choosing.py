@@ -408,21 +408,23 @@ def _read_tasks(text: str, tasks: Sequence[ModelSet]) -> list[ModelSet]:
         exact = [model for model in tasks if is_task_spelling(text, _training_task(model))]
     if exact:
         return exact
-    near = [model for model in tasks if len(plain) > 1 and plain in plain_name(model.task)]
-    near = [model for model in near if not has_other_number(text, model.task)]
+    near = []
+    for model in tasks:
+        is_part = len(plain) > 1 and plain in plain_name(model.task)
+        if is_part and not has_other_number(text, model.task):
+            near.append(model)
     if len(near) == 1:
         return near
+    names = [model.task for model in tasks]
     script = _training_script(tasks[0])
     alike = [model for model in find_models() if _training_script(model) == script]
     others = [model for model in alike if is_task_spelling(text, model.task)]
     if others:
         families = dict.fromkeys(model.family for model in others)
-        names = [model.task for model in tasks]
         raise OptionError(
             f"--task {text} is one of --family {' or '.join(families)}; {tasks[0].family} has "
             f"{', '.join(names)}"
         )
-    names = [model.task for model in tasks]
     hint = did_you_mean(text, names)
     if near:
         hint = f" Did you mean {' or '.join(model.task for model in near)}?"

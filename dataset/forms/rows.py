@@ -223,13 +223,17 @@ class RowReader:
     def _captions(self, values: Mapping[str, Any], where: str) -> list[str]:
         """Return the caption, followed with multi_caption by the texts of the list `captions`."""
         name = self.caption_column
-        caption = None if name is None else values.get(name)
+        caption = None
+        if name is not None:
+            caption = values.get(name)
         if caption is not None and not isinstance(caption, str):
             hint = ""
             if isinstance(caption, list):
                 hint = f". Write one text, or all in a list captions, with {MULTI_CAPTION} in the table"
             raise DatasetError(f"{where}: {name} = {_show(caption)} is not a text{hint}")
-        captions = [] if caption is None else [caption]
+        captions = []
+        if caption is not None:
+            captions.append(caption)
         captions += self._further_captions(values, where)
         for text in captions:
             check_text(text, f"{where}: {name or 'captions'}")

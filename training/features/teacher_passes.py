@@ -109,10 +109,13 @@ class Teaching:
         teacher = self.target
         full_batch = tell_teacher(passes.family, noisy_batch, teacher.view)
         band = teacher.band
-        in_band = [band is None or band.holds(level) for level in levels_of(noisy_batch)]
-        is_taught = [not preserved for preserved in preserved_samples(noisy_batch)]
-        is_inside = [taught and inside for taught, inside in zip(is_taught, in_band, strict=True)]
-        is_outside = [taught and not inside for taught, inside in zip(is_taught, in_band, strict=True)]
+        is_inside = []  # of each sample: taught, and its noise level is in the band
+        is_outside = []
+        samples = zip(levels_of(noisy_batch), preserved_samples(noisy_batch), strict=True)
+        for level, is_preserved in samples:
+            in_band = band is None or band.holds(level)
+            is_inside.append(in_band and not is_preserved)
+            is_outside.append(not in_band and not is_preserved)
         comparisons = []
         if any(is_inside) or passes.rule.in_lockstep:
             target = self.teach(passes, full_batch)

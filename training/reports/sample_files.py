@@ -216,12 +216,17 @@ def make_grid(story: Story, load: LoadClip, most_columns: int, most_prompts: int
     grid_rows: list[dict[str, Any]] = []
     for index, prompt in shown:
         grid_rows.append({"prompt": prompt, "index": index, "cells": [None] * len(columns)})
-    for place, row in reversed([*enumerate(columns)]):  # the newest first: they are shown in any case
+    titles = []
+    for row in columns:
+        titles.append({"title": _column_title(row), "is_best": row is best_column})
+    for column in reversed(range(len(columns))):  # the newest first: they are shown in any case
+        row = columns[column]
+        is_newest = row is columns[-1]
         for grid_row in grid_rows:
-            cell = _load_cell(row, grid_row["index"], grid_row["prompt"], load, is_newest=row is columns[-1])
-            grid_row["cells"][place] = cell
+            cell = _load_cell(row, grid_row["index"], grid_row["prompt"], load, is_newest=is_newest)
+            grid_row["cells"][column] = cell
     return {
-        "columns": [{"title": _column_title(row), "is_best": row is best_column} for row in columns],
+        "columns": titles,
         "rows": grid_rows,
         "times": len(rows),
         "prompts": len(prompts),
