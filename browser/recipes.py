@@ -410,7 +410,7 @@ def _make_recipe(
     fixed = [option for option in typed if option.is_fixed]
     examples = [option.field for option in typed if option.has_example and not option.is_size]
     by_key = {option.key: option.words for option in typed}
-    usual = _usual_texts(typed, defaults)
+    usual = _list_usual_texts(typed, defaults)
     return ModelRecipe(
         title=title,
         family=family,
@@ -425,7 +425,7 @@ def _make_recipe(
     )
 
 
-def _usual_texts(typed: Sequence[_TypedOption], defaults: ScriptDefaults) -> dict[str, str]:
+def _list_usual_texts(typed: Sequence[_TypedOption], defaults: ScriptDefaults) -> dict[str, str]:
     """Return the first texts of the fields, by name: those of a command, else the script's size."""
     height, width = (str(side) for side in defaults.size)
     usual = {"height": height, "width": width}

@@ -113,7 +113,7 @@ def find_alphas(
     if not is_written_here:
         sources, warnings = _sources(path, metadata, paths, start)
     distinct_ranks = set(ranks.values())
-    warnings += _warnings_of_other_ranks(sources, distinct_ranks)
+    warnings += _list_warnings_of_other_ranks(sources, distinct_ranks)
     sources = [source for source in sources if source.fits(distinct_ranks)]
     scaled = [source for source in sources if source.settings.get("lora_alpha")]
     alphas = [_finite(source.settings["lora_alpha"]) for source in scaled]
@@ -138,7 +138,7 @@ def find_alphas(
     return FoundAlphas(tensors, ", ".join(words), tuple(warnings))
 
 
-def _warnings_of_other_ranks(sources: Iterable[_Source], ranks: Collection[int]) -> list[str]:
+def _list_warnings_of_other_ranks(sources: Iterable[_Source], ranks: Collection[int]) -> list[str]:
     """Return a warning for each source of the file whose alpha is for other ranks than the file has."""
     shown = ", ".join(map(str, sorted(ranks)))
     warnings: list[str] = []

@@ -139,7 +139,7 @@ class LoraLayer(nn.Module):
             total = out
         else:
             out = self._original_forward(x)
-            added = self._added(x.to(dtype), dropouts).to(out.dtype)
+            added = self._compute_addition(x.to(dtype), dropouts).to(out.dtype)
             total = out + added if self.combine is None else self.combine(self, out, added, input_dtype)
         if self.training and self.noise_of is not None:
             strengths, name = self.noise_of
@@ -156,7 +156,7 @@ class LoraLayer(nn.Module):
         is_dropped = self.seed_table[KINDS.index("module"), 0] < share * (_32_BITS + 1)
         return torch.where(is_dropped, out, total)
 
-    def _added(self, x: Tensor, dropouts: Dropouts | None) -> Tensor:
+    def _compute_addition(self, x: Tensor, dropouts: Dropouts | None) -> Tensor:
         """Return the addition by the LoRA. x: ... in, or B in H W, in the dtype of the products."""
         factors = self._factors_in(x.dtype)
         if factors is None:

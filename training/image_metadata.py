@@ -46,7 +46,7 @@ def image_values(plan: TrainingPlan, parts: PartsOptions, prediction: Prediction
         "validate_every_n_steps": validation.validate_every_n_steps,
         "num_validation_images": len(plan.validation),
         **({} if model_type is None else {"model_type": model_type}),
-        **_picture_counts(tables, items),
+        **_make_picture_counts(tables, items),
         **_common_settings(tables),
         "tag_frequency": _as_json(tags),
         "datasets": _as_json(_describe_datasets(tables, items, tags)),
@@ -160,7 +160,7 @@ def _count_pictures(items: Iterable[TrainingItem]) -> _PictureCounts:
     return _PictureCounts(of_table, totals[False], totals[True], info)
 
 
-def _picture_counts(tables: Sequence[DatasetTable], items: Sequence[TrainingItem]) -> dict[str, Any]:
+def _make_picture_counts(tables: Sequence[DatasetTable], items: Sequence[TrainingItem]) -> dict[str, Any]:
     """Return the entries on the numbers of pictures: in total, by folder, by size."""
     counted = _count_pictures(items)
     folders: dict[bool, dict[str, dict[str, int]]] = {False: {}, True: {}}

@@ -452,7 +452,7 @@ class Learners:
             return
         trainable = train_network(
             network,
-            self._rates(),
+            self._list_rates(),
             max_norm=network_options.scale_weight_norms,
             device=device,
             lora_format=self.plan.lora_format,
@@ -484,7 +484,7 @@ class Learners:
             return {**saved.parts.get(part, {})}
         return {**saved.network}
 
-    def _rates(self) -> Rates:
+    def _list_rates(self) -> Rates:
         """Return the learning rates of a network: of all, of the DiT's part, and of each text encoder."""
         options, texts = self.plan.options, self.plan.texts
         rate, parts = options.optimizer.learning_rate, options.parts

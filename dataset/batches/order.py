@@ -83,10 +83,10 @@ class BatchOrder:
             with pause_collection():
                 for _, pool in sorted(self._pools.items()):
                     size = pool[0].table.batch_size
-                    shuffled = _shuffled(pool, draw_bits)
+                    shuffled = _shuffle(pool, draw_bits)
                     starts = range(0, len(pool), size)
                     batches += [tuple(shuffled[start : start + size]) for start in starts]
-                self._batches = _shuffled(batches, draw_bits)
+                self._batches = _shuffle(batches, draw_bits)
                 self._last = number
             self._starts = array("q", itertools.accumulate(map(len, self._batches), initial=0))
             self._group_starts = array("q")
@@ -176,7 +176,7 @@ def _count_repeats(items: Sequence[TrainingItem]) -> list[int]:
     return counts
 
 
-def _shuffled(values: Sequence[T], draw_bits: Callable[[int], int]) -> list[T]:
+def _shuffle(values: Sequence[T], draw_bits: Callable[[int], int]) -> list[T]:
     """Return a list shuffled as `random.shuffle` does it.
 
     draw_bits: `getrandbits` of the generator. Written out, as later Pythons must give the same batches; it is

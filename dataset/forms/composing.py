@@ -16,7 +16,7 @@ from modules.errors import DatasetError
 # ------------------------------------------------------------------------------------------------------------
 
 
-def _declared_sources() -> dict[str, tuple[TableKey, DataForm]]:
+def _list_declared_sources() -> dict[str, tuple[TableKey, DataForm]]:
     """Return the keys that say where items are: those of pictures, of clips, then the ones without a kind."""
     of_kind: list[tuple[str, forms.Form, DataForm]] = []
     alone: dict[str, tuple[TableKey, DataForm]] = {}
@@ -34,7 +34,7 @@ def _declared_sources() -> dict[str, tuple[TableKey, DataForm]]:
     return by_key | alone
 
 
-_SOURCES = _declared_sources()
+_SOURCES = _list_declared_sources()
 FORM_OF_SOURCE: Mapping[str, DataForm] = {name: form for name, (_, form) in _SOURCES.items()}
 # a table has exactly one of these source keys; its other keys must fit that kind of source
 SOURCES = tuple(_SOURCES)

@@ -64,7 +64,7 @@ def with_division(speed: Speed, division: Division) -> Speed:
 
 def find_ways(rehearsed: Rehearsed, cards: int, room: Room, is_training: bool) -> Iterator[Way]:
     """Yield the ways to use equal cards, first the one with the least waiting. room: of each card."""
-    for division in _divisions(cards, is_training):
+    for division in _list_divisions(cards, is_training):
         words = _words_of(division)
         at_once = cards // division.context
         if division.shards and not is_training:
@@ -78,7 +78,7 @@ def find_ways(rehearsed: Rehearsed, cards: int, room: Room, is_training: bool) -
         except OptionError as error:
             yield replace(way, refusal=str(error))
             continue
-        yield _planned(way, prediction, 0, room=room, is_training=is_training)
+        yield _plan_way(way, prediction, 0, room=room, is_training=is_training)
         if words or not rehearsed.can_swap:
             continue
         # as few as fit; if none are too many, all that can be
@@ -86,10 +86,10 @@ def find_ways(rehearsed: Rehearsed, cards: int, room: Room, is_training: bool) -
         if count != 0 and prediction.most:
             count = count or prediction.most
             way = replace(way, words=("--blocks_to_swap", str(count)))
-            yield _planned(way, prediction, count, room=room, is_training=is_training)
+            yield _plan_way(way, prediction, count, room=room, is_training=is_training)
 
 
-def _divisions(cards: int, is_training: bool) -> list[Division]:
+def _list_divisions(cards: int, is_training: bool) -> list[Division]:
     """Return the divisions of a run among cards, first the one whose cards wait least for each other."""
     # blocks arrive while others compute, and tokens are waited for; a generation makes one clip at a time if
     # its processes share anything, and then each computes all tokens unless it shares them
@@ -112,7 +112,7 @@ def _words_of(division: Division) -> tuple[str, ...]:
     )
 
 
-def _planned(way: Way, prediction: Divided, blocks: int, *, room: Room, is_training: bool) -> Way:
+def _plan_way(way: Way, prediction: Divided, blocks: int, *, room: Room, is_training: bool) -> Way:
     memory = prediction.plan(blocks)
     swapped = prediction.swaps[blocks]
     processes = way.division.processes

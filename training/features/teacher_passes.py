@@ -100,7 +100,7 @@ class Teaching:
         """
         clip, *others = comparisons
         shares = [0.0 if preserved else self.target.weight for preserved in preserved_samples(noisy_batch)]
-        weight = _weight_of_samples([1 - share for share in shares], clip.target.device)
+        weight = _make_weight_of_samples([1 - share for share in shares], clip.target.device)
         return [replace(clip, weight=weight), *others, *self._compare_with_teacher(passes, noisy_batch)]
 
     def _compare_with_teacher(
@@ -119,13 +119,15 @@ class Teaching:
         comparisons = []
         if any(is_inside) or passes.rule.in_lockstep:
             target = self.teach(passes, full_batch)
-            weight = _weight_of_samples([teacher.weight * inside for inside in is_inside], target.device)
+            weight = _make_weight_of_samples([teacher.weight * inside for inside in is_inside], target.device)
             measure = _measure_for(passes, teacher.split)
             comparisons.append(TargetComparison(target, measure, full_batch, weight))
         if any(is_outside) or (passes.rule.in_lockstep and band is not None):
             target = self.teach(passes, noisy_batch)
             anchor_weight = teacher.weight * teacher.anchor_weight * noisy_batch.notes.get(BALANCE, 1.0)
-            weight = _weight_of_samples([anchor_weight * outside for outside in is_outside], target.device)
+            weight = _make_weight_of_samples(
+                [anchor_weight * outside for outside in is_outside], target.device
+            )
             measure = _measure_for(passes, None if teacher.split is None else EVEN_SPLIT)
             comparisons.append(TargetComparison(target, measure, noisy_batch, weight))
         return comparisons
@@ -143,7 +145,7 @@ def balance_anchor(band: tuple[int, int], drawn: Randomness, noisy_batch: NoisyB
     return replace(noisy_batch, notes={**noisy_batch.notes, BALANCE: balance.outside})
 
 
-def _weight_of_samples(weights: Sequence[float], device: torch.device) -> "float | Tensor":
+def _make_weight_of_samples(weights: Sequence[float], device: torch.device) -> "float | Tensor":
     """Return the weights of samples, B; one number if all are equal."""
     if len(set(weights)) == 1:
         return weights[0]

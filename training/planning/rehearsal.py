@@ -234,7 +234,7 @@ def dress_trainable(
         for module in dry.modules_in(encoder):
             dry.place(module.requires_grad_(False), ledger, dry.TEXTS)
     dit.requires_grad_(False)
-    groups = _learning_groups(family, options, dit, ledger=ledger, texts=texts)
+    groups = _make_learning_groups(family, options, dit, ledger=ledger, texts=texts)
     blocks = family.dit.blocks(dit)
     dry.watch_blocks(blocks, ledger)
     dress(dit, family.dit, options.loop, ledger.device)
@@ -283,7 +283,7 @@ def _single_steps(
     return ParameterSteps(optimizer, names, Progress(0, 0, 0.0))
 
 
-def _learning_groups(
+def _make_learning_groups(
     family: Trains,
     options: TrainingOptions,
     dit: nn.Module,
