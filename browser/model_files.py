@@ -45,7 +45,7 @@ class ModelPart:
 
     @property
     def shown_size(self) -> str:
-        """Return its size on disk, or the size to load."""
+        """Return the size of the part on disk, or of its download."""
         known = self.size_bytes if self.is_there else self.component.size_bytes
         return "a few MB" if known is None else gigabytes(known)
 

@@ -426,7 +426,10 @@ def _make_recipe(
 
 
 def _list_usual_texts(typed: Sequence[_TypedOption], defaults: ScriptDefaults) -> dict[str, str]:
-    """Return the first texts of the fields, by name: those of a command, else the script's size."""
+    """Return the texts that the fields of the form begin with, by name.
+
+    They come from the options of a command; width and height, if it has none, from the script's defaults.
+    """
     height, width = (str(side) for side in defaults.size)
     usual = {"height": height, "width": width}
     for option in typed:

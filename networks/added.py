@@ -323,7 +323,9 @@ class AddedLayer(nn.Module):
 
     @property
     def _is_innermost(self) -> bool:
-        """Return whether nothing else is around the frozen module, for which the input would change too."""
+        """Return whether this wraps the frozen module itself. If something is in between, it would get the
+        changed input too.
+        """
         return getattr(self._before, "__self__", None) is self._original[0]
 
     def _run_set(self, parts: Sequence[AddedPart], x: Tensor) -> Tensor:

@@ -290,7 +290,7 @@ def _warn_of_unusable(
     from networks import leftovers, loading  # only for --network_weights
 
     unusable = [name for name in stored if on_text_side(name.removeprefix(OURS))]
-    unusable += leftovers.lacking(absent, modules, family)
+    unusable += leftovers.list_lacking(absent, modules, family)
     what = "modules are not in this network"
     loading.warn_of_absent(path, unusable, total=len(stored), what=what, model=family)
     return unusable

@@ -108,7 +108,9 @@ def _rate_agreement(family: FamilyNames, names: Sequence[str], sizes: Mapping[st
     rules = list(_rules(family, sizes))
     numbers = _block_numbers(family, names)
     level = _CONTRADICTS
-    for width, lists in family.released or ((0, ()),):
+    if not family.released:  # neither widths nor numbers of blocks are known: nothing can contradict
+        level = _rate_agreement_of_numbers(numbers, {})
+    for width, lists in family.released:
         if not width or all(_agrees(rule, width) for rule in rules):
             level = max(level, _rate_agreement_of_numbers(numbers, dict(lists)))
     if level == _CONTRADICTS and rules:

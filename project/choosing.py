@@ -132,7 +132,7 @@ def _make_family_for_caching(model: ModelSet) -> Any:
 
 @contextlib.contextmanager
 def _without_log() -> Iterator[None]:
-    """Keep a family that is made from logging about files that are not given."""
+    """Log nothing below warnings during the block: making a family would log that files are not given."""
     logging.disable(logging.INFO)
     try:
         yield

@@ -385,7 +385,7 @@ def _start_options(choice: Choice) -> list[str]:
 
 
 def _list_reference_options(choice: Choice) -> list[str]:
-    """Return for each picture whose references can be read the options that give them to a sample."""
+    """Return a line of --ci options for each picture whose references can all be read."""
     references = choice.content.references
     lines = []
     for item in choice.media:

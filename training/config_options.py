@@ -221,6 +221,7 @@ def _convert_single(path: Path, action: argparse.Action, value: Any) -> Any:
 
 
 def _explain_wrong_value(path: Path, action: argparse.Action, value: Any) -> OptionError:
+    """Return the error for a value of another type, or in another number, than the option takes."""
     kind = bool if action.nargs == 0 else action.type
     names: dict[Any, str] = {
         bool: "true or false",

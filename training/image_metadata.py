@@ -90,8 +90,9 @@ def count_tags(items: Iterable[TrainingItem]) -> dict[str, dict[str, int]]:
     """Return the number of captions with each tag (a part between commas), by the names of the items'
     folders.
 
-    Captions are counted once, without repeats; those that are not there, as with copied caches, not at all.
-    Of a folder with more parts than MOST_TAGS, only the most frequent ones: they are in a file's header.
+    A caption counts once, however often its item is repeated. If a table's captions are not on this machine
+    (its caches were copied), it is left out. A folder keeps its MOST_TAGS most frequent tags, because they
+    are written into a file's header.
     """
     from dataset.listing import find_sources  # other trainings read caches alone
 

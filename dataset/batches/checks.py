@@ -234,7 +234,8 @@ def _find_shape_faults(
 ) -> Iterator[str]:
     """Yield a line if latents, or the mask of their loss, have another shape than the table asks for."""
     shape = list(tensors["latents"].shape)
-    width, height, frames = (*item.bucket, 1)[:3]
+    width, height = item.bucket[:2]
+    frames = item.bucket[2] if len(item.bucket) == 3 else 1
     expected = list(latent.shape(frames, height, width)[1:])
     if data.PLACES in tensors:
         expected[1] = len(tensors[data.PLACES])

@@ -100,7 +100,9 @@ FORM_OF_SUFFIX: Mapping[str, DataForm] = {suffix: form for form in FORMS for suf
 def row_form(path: Path) -> DataForm:
     """Return the form of a table's rows, by its suffix. Raises DatasetError if it has another one."""
     of_folders = [form for form in FORMS if form.folder_of_parts]
-    form = next(iter(of_folders), None) if path.is_dir() else FORM_OF_SUFFIX.get(path.suffix.lower())
+    form = FORM_OF_SUFFIX.get(path.suffix.lower())
+    if path.is_dir():
+        form = of_folders[0] if of_folders else None
     if form is None:
         forms_read = ", ".join([*FORM_OF_SUFFIX, *(f"or {form.folder_of_parts}" for form in of_folders)])
         raise DatasetError(

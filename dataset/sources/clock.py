@@ -184,7 +184,8 @@ class _Pair:
         clip_rate = self.clip.rate if self._clip_is_timed else self._usual_rate
         ratio_now = 1.0 if self.is_numbered else self.companion.rate / self.clip.rate
         drift = abs(companion_rate / clip_rate / ratio_now - 1)
-        return drift * (self.clip.likely or MANY_FRAMES) < reading.PLACE_IN_FRAME
+        frames_apart = drift * (self.clip.likely or MANY_FRAMES)  # at the end of the clip
+        return frames_apart < reading.PLACE_IN_FRAME
 
     @property
     def differs(self) -> bool:

@@ -139,7 +139,7 @@ def print_ways(runs: Iterable[Rehearsed], cards: int, room: Room, is_training: b
         raise OptionError(ways[0].refusal)
     title = f"\n{cards} cards of {room.total / GIB:g} GiB, {gib(room.usable)} GiB of each for tensors"
     with_words = f", with {' '.join(added)}, as nothing fits without" if added else ""
-    lines = [f"{title}{with_words}:", *table_of(ways)]
+    lines = [f"{title}{with_words}:", *format_table(ways)]
     lines += [f"{' '.join(way.words)} is not possible: {way.refusal}" for way in ways if way.refusal]
     fitting = [way for way in ways if way.fits]
     if fitting:
@@ -167,7 +167,8 @@ def _advise(fitting: Sequence[Way], added: Sequence[str], is_training: bool) -> 
     return lines
 
 
-def table_of(ways: Sequence[Way]) -> list[str]:
+def format_table(ways: Sequence[Way]) -> list[str]:
+    """Return the lines of a table of the ways whose memory is known, with a heading."""
     rows = [("way", "GiB a card", "host", "", "at once")]
     for way in ways:
         if way.memory is not None:

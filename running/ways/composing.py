@@ -120,7 +120,7 @@ def count_groups(speed: SpeedOptions, processes: int, passes: int = 1) -> int:
 
 
 def count_shared_passes(speed: SpeedOptions, processes: int) -> int:
-    """Return among how many processes the passes of a step are divided. Raises as `count_groups` does."""
+    """Return the number of processes that divide the passes of a step. Raises as `count_groups` does."""
     if not passes_option(speed):
         return 1
     passes = max(processes // count_peers(speed), 1)

@@ -363,6 +363,7 @@ def is_reached(options: TimestepOptions, noise: NoiseSpec, expert: Expert) -> bo
 
 
 def _list_shifts(options: TimestepOptions) -> list[float]:
+    """Return the flow shifts to try: of a sampler that follows the size, those at both ends of its line."""
     if options.timestep_sampling == IDEOGRAM_SHIFT:
         return [ideogram_shift(tokens) for tokens in _IDEOGRAM_TOKENS]
     if not options.follows_size or options.timestep_sampling == SHIFTED_LOGIT:

@@ -123,9 +123,10 @@ class Rehearsal:
         return peaks
 
     def measure_step(self) -> dict[str, dry.Moment]:
-        """Clip and step once, which creates the optimizer's states.
+        """Clip the gradients and make an optimizer step, which creates the optimizer's states.
 
-        Returns the largest moment of such a step.
+        Returns the moment of the step at which most memory is in use, by phase; empty if the optimizer cannot
+        be rehearsed, or if weights step during the backward pass.
         """
         whole_dit = self.options.whole_dit
         max_norm = self.options.optimizer.max_grad_norm

@@ -66,7 +66,7 @@ class PublishedRun:
 
 
 class Publisher(Protocol):
-    """Functions that pass on what is saved."""
+    """Send saved files and states to another place, such as a hub."""
 
     def about(self, run: PublishedRun) -> "Publisher": ...  # one that can say this of the run
 
