@@ -373,7 +373,7 @@ class ShownClip:
 
 
 class ClipKey(NamedTuple):
-    """Key by which a made clip is found."""
+    """Identify a rendered clip: the key to find it by."""
 
     prompt: str
     seed: str

@@ -22,7 +22,7 @@ _LEAVES = (".weight", ".bias")
 
 
 class UnusedKind(NamedTuple):
-    """What tensors that are left out are, for messages."""
+    """Describe tensors that are left out, for messages."""
 
     words: str
     consequence: str = ""  # if many are left out

@@ -134,7 +134,7 @@ class LoraLayer(nn.Module):
             return self._original_forward(x)
         if dropouts and not drops_after and self._skips(dropouts.module):
             return self._original_forward(x)
-        if self._joins(x, dtype):
+        if self._adds_in_place(x, dtype):
             out = self._add_in_place(x, dropouts)
             total = out
         else:
@@ -216,11 +216,11 @@ class LoraLayer(nn.Module):
         self.lora_down.weight.mul_(ratio.sqrt())
         self.lora_up.weight.mul_(ratio.sqrt())
 
-    def _joins(self, x: Tensor, dtype: torch.dtype) -> bool:
+    def _adds_in_place(self, x: Tensor, dtype: torch.dtype) -> bool:
         """Return whether the LoRA's products are added to the tensors of the frozen module in place.
 
-        Compiled code fuses separate operations by itself; `combine` uses both outputs more than once. dtype:
-        of the products.
+        Not in compiled code, which fuses the operations by itself, and not with `combine`, which needs both
+        outputs more than once. dtype: of the products.
         """
         original = self._original[0]
         if torch.compiler.is_compiling() or not isinstance(original, nn.Linear) or x.dtype != dtype:

@@ -140,7 +140,7 @@ def describe_lora(checkpoint: Checkpoint) -> str | None:
 
 
 def lora_hashes(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return the checksums by which browsers find a LoRA; {} if the file is not a LoRA or too large."""
+    """Return the checksums that browsers find a LoRA by; {} if the file is not a LoRA or too large."""
     size = sum(info.size_bytes for info in checkpoint.tensors.values())
     if size > LARGEST or describe_lora(checkpoint) is None:
         return {}

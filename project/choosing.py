@@ -384,7 +384,7 @@ def _ask(question: str, read: Callable[[str], T], table: str) -> T:
 
 
 def _by_number(text: str, names: Sequence[str]) -> str:
-    """Return the name that a number in a table stands for; a text that is no such number stays."""
+    """Replace a number from a printed table by the name it stands for; other texts are unchanged."""
     if text in names or not re.fullmatch(r"[1-9]\d?", text):
         return text
     number = int(text)

@@ -61,7 +61,7 @@ SENT_AT_ONCE = 64  # entries that a process gives to the others: all at once wou
 
 
 class Where(Enum):
-    """Where a part of a table's items is."""
+    """Name the place of one part of a table's items: of their latents, or of their texts."""
 
     OWN = "in the caches that the table names"
     NPZ = "in npz files next to the pictures"
@@ -75,7 +75,7 @@ class Where(Enum):
 
 @dataclass(frozen=True)
 class TablePlan:
-    """Where latents and texts of a table are."""
+    """Hold the places of a table's latents and texts."""
 
     table: DatasetTable
     latents: Where

@@ -195,7 +195,7 @@ def make_run(
 
 
 def _make_rule(model: TrainedModel) -> LossRule:
-    """Return the rule by which predictions are judged, without targets besides the clip."""
+    """Return the rule that computes the error of predictions, without targets besides the clip."""
     plan = model.plan
     return LossRule(
         plan.options.loss,

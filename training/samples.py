@@ -61,7 +61,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class PromptSource:
-    """Where the samples of a run come from, and which of them are this process' share."""
+    """Hold the prompts and pictures of a run's samples, and the part of them that this process makes."""
 
     path: Path
     process: int

@@ -185,7 +185,7 @@ def _count_table(findings: TableFindings, epoch: int) -> Numbers:
 
 
 def _count_buckets_of(findings: TableFindings) -> list[Numbers]:
-    """Return for each bucket of a table its items, its batches, and how much is cut off."""
+    """Return the items and batches of each bucket of a table, and how much is cut off."""
     cuts: dict[Size, list[float]] = {}
     for size, fits in count_fits(findings).items():
         cuts[size] = [cut_percent(fit) for fit in fits.elements()]

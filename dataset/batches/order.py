@@ -337,7 +337,7 @@ class RunPlace:
 def choose_captions(
     items: Sequence[TrainingItem], seed: int, number: int, epoch: int = 0, drops: bool = True
 ) -> tuple[int, ...]:
-    """Return for each item the number of the caption that is used, from 0, or EMPTY.
+    """Return the number of the caption that each item uses, from 0, or EMPTY.
 
     number: of the micro-batch, in the whole run. epoch: from 0. EMPTY is chosen with the table's
     caption_dropout_rate, and in epochs whose captions are all empty; captions are equally likely.
@@ -389,7 +389,7 @@ def change_captions(
 
 
 def choose_sides(items: Sequence[TrainingItem], seed: int, number: int) -> tuple[bool, ...]:
-    """Return for each item whether it is trained mirrored: every other time, if its table says so."""
+    """Return whether each item is trained mirrored: every other time, if its table says so."""
     return tuple(
         item.table.augmentation.flip
         and random.Random(derive_seed(seed, "flip", number, place)).random() < 0.5

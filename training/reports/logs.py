@@ -54,12 +54,12 @@ class RowLayout:
 
     @property
     def part_losses(self) -> slice:
-        """Return the slice with the sums of the parts' losses."""
+        """Return the columns of a row that sum the losses of each part."""
         return slice(WISHES.stop, WISHES.stop + self.num_parts)
 
     @property
     def part_counts(self) -> slice:
-        """Return the slice with the counts of the parts' micro-batches."""
+        """Return the columns of a row that count the micro-batches of each part."""
         return slice(WISHES.stop + self.num_parts, WISHES.stop + 2 * self.num_parts)
 
     @property

@@ -56,7 +56,7 @@ class Names:
 
 @dataclass(frozen=True)
 class PublishedRun:
-    """What those who pass on files can say of the run."""
+    """Hold the facts of a run that publishers show beside its files."""
 
     names: Names
     is_lora: bool

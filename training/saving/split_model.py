@@ -69,13 +69,14 @@ def _write_model(
         weight: Any = weights[name]
         if not is_split(weight):
             return weight.detach().to(dtypes[name])
+        # the parameter that is trained in place of the weight; a frozen weight has none
         part = rows[weight].detach() if weight in rows else rows_here(weight)
         return gather_rows(part.to(weight.device, dtypes[name]), weight)
 
     infos = {name: TensorInfo(dtypes[name], tuple(weight.shape)) for name, weight in weights.items()}
     if distributed.get_rank() == 0:
         stream_tensors(path, infos, read, metadata)
-    else:
+    else:  # all processes gather each tensor, in the order in which the first one writes them
         for name in order_of(infos):
             read(name)
 
