@@ -405,7 +405,7 @@ def test_a_fault_is_shown_and_the_form_stays(served: Served, root: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "words"),
     [
         ({"prompt": ""}, "Prompt: write what is to be made."),
         ({"prompt": "a\0b"}, "Prompt: leave out the character NUL"),
@@ -424,11 +424,11 @@ def test_a_fault_is_shown_and_the_form_stays(served: Served, root: Path) -> None
     ],
 )
 def test_render_jobs_that_cannot_be_made_are_refused(
-    served: Served, root: Path, changes: dict[str, str], message: str
+    served: Served, root: Path, changes: dict[str, str], words: str
 ) -> None:
     answer = post(served, "make", fields_of(served, **changes))
     assert answer.status == 422
-    assert message in message(answer)
+    assert words in message(answer)
     assert states(root) == []
 
 
