@@ -1,6 +1,7 @@
 """Networks of any module behind the trainer's interface, their options, and LoRAs for text encoders."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from tests.flux.making import tiny_model
 from tests.networks.making import inputs, tiny_dit, wan_network
 from tests.tiny.loras import make_lora
 from tests.tiny.picture_encoders import write_clip_l
+from training.features.base_weights import BaseWeightsOptions
 
 OURS, FOREIGN = "networks.lora_wan", "tests.networks.foreign_network"
 FULL = {"network_args": ("algo=full",)}  # which takes the model's weights away
@@ -183,6 +185,10 @@ def network(*argv: str) -> NetworkOptions:
     return parse_options("", argv, NetworkOptions)[0]
 
 
+def base(*argv: str) -> BaseWeightsOptions:
+    return parse_options("", argv, BaseWeightsOptions)[0]
+
+
 def lora(*argv: str) -> LoraOptions:
     return parse_options("", argv, LoraOptions)[0]
 
@@ -201,15 +207,15 @@ def test_multipliers_without_a_file_are_told(tmp_path: Path, caplog: pytest.LogC
     lora("--lora_weight", str(file), "--lora_multiplier", "0.5")
     assert not caplog.text
     lora("--lora_weight", str(file), "--lora_multiplier", "1", "0.5", "2")
-    network("--base_weights", str(file), "--base_weights_multiplier", "1", "3")
+    base("--base_weights", str(file), "--base_weights_multiplier", "1", "3")
     assert "--lora_multiplier: 0.5 2 is ignored" in caplog.text
     assert "--base_weights_multiplier: 3 is ignored" in caplog.text
 
 
-@pytest.mark.parametrize("option", ["--network_weights", "--base_weights"])
-def test_missing_files_are_found_out_at_once(option: str) -> None:
+@pytest.mark.parametrize(("option", "read"), [("--network_weights", network), ("--base_weights", base)])
+def test_missing_files_are_found_out_at_once(option: str, read: Callable[..., Any]) -> None:
     with pytest.raises(OptionError, match=f"{option} nothing.safetensors"):
-        network(option, "nothing.safetensors")
+        read(option, "nothing.safetensors")
 
 
 CPU = torch.device("cpu")
