@@ -58,7 +58,7 @@ FILES = (
 )
 # dialect -> a tensor that only it has
 DIALECTS = {"released": "txtfusion.projector.weight", "diffusers": "text_fusion.projector.weight"}
-TEXT_BLOCKS = tuple((f"txtfusion.{name}_count_blocks", 2) for name in ("layerwise", "refiner"))
+TEXT_BLOCKS = tuple((f"txtfusion.{name}_blocks", 2) for name in ("layerwise", "refiner"))
 PATTERNS = {"released": (), "diffusers": tensor_patterns(KREA_2)}
 
 
