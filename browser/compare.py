@@ -299,8 +299,8 @@ def _choose_rows(comparison: Comparison, prompts: Sequence[str]) -> None:
         prompts = comparison.sampled_prompts[:USUAL_ROWS]
     comparison.chosen = [prompt for prompt in comparison.sampled_prompts if prompt in prompts]
     seed = sources[0].options.get("--seed", [SEED])[0] if sources else SEED
-    comparison.rows = [_sampled_row(sources, prompt, seed) for prompt in comparison.chosen]
-    comparison.rows += [_typed_row(line, seed) for line in lines]
+    comparison.rows = [_make_sampled_row(sources, prompt, seed) for prompt in comparison.chosen]
+    comparison.rows += [_make_typed_row(line, seed) for line in lines]
 
 
 def _list_prompts(sources: Sequence[ComparableRun]) -> list[str]:
@@ -312,7 +312,7 @@ def _list_prompts(sources: Sequence[ComparableRun]) -> list[str]:
     return list(prompts)
 
 
-def _typed_row(line: str, seed: str) -> ComparedPrompt:
+def _make_typed_row(line: str, seed: str) -> ComparedPrompt:
     """Return the row of a typed prompt line. seed: the usual one, for a line without its own."""
     typed_seed = re.search(r" --(?:d|seed) +(\d+)", line)
     line = line.strip()
@@ -322,7 +322,7 @@ def _typed_row(line: str, seed: str) -> ComparedPrompt:
     return ComparedPrompt(prompt, f"{line} --seed {seed}", seed)
 
 
-def _sampled_row(sources: Sequence[ComparableRun], prompt: str, seed: str) -> ComparedPrompt:
+def _make_sampled_row(sources: Sequence[ComparableRun], prompt: str, seed: str) -> ComparedPrompt:
     """Return the row of a prompt that has samples, with the settings of the first sample."""
     settings: dict[str, str] = {}
     for name, text in _first_tags(sources, prompt).items():
@@ -373,7 +373,7 @@ class ShownClip:
 
 
 class ClipKey(NamedTuple):
-    """Key by which a made clip is found."""
+    """Identify a rendered clip: the key to find it by."""
 
     prompt: str
     seed: str

@@ -163,7 +163,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class MediaFiles:
-    """Hold what the folders of a dataset have at a summary, before anything is measured."""
+    """Hold the numbers of media in a dataset's folders, found by their names without opening them."""
 
     pictures: int = 0
     clips: int = 0

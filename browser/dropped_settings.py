@@ -98,6 +98,10 @@ def _read_graph(text: str) -> dict[str, Any]:
     return {}
 
 
+_COMFYUI_NUMBERS = {"seed": "seed", "noise_seed": "seed", "steps": "infer_steps", "cfg": "guidance_scale"}
+_COMFYUI_SIZES = {"width": "video_size_width", "height": "video_size_height"}
+
+
 def _read_comfyui(graph: Mapping[str, Any]) -> DroppedSettings:
     """Return prompts and numbers of the first sampler of a graph. Raises OptionError if it names no text."""
     for node in graph.values():
@@ -108,15 +112,18 @@ def _read_comfyui(graph: Mapping[str, Any]) -> DroppedSettings:
         if not prompt:
             continue
         texts = {"prompt": prompt, "negative_prompt": _follow(graph, inputs.get("negative"))}
-        names = {"seed": "seed", "noise_seed": "seed", "steps": "infer_steps", "cfg": "guidance_scale"}
-        for name, key in names.items():
+        for name, key in _COMFYUI_NUMBERS.items():
             if isinstance(inputs.get(name), (int, float)):
                 texts[key] = f"{inputs[name]}"
-        latent = inputs.get("latent_image")
-        sizes = graph.get(str(latent[0]), {}).get("inputs", {}) if isinstance(latent, list) and latent else {}
-        for name, key in {"width": "video_size_width", "height": "video_size_height"}.items():
-            if isinstance(sizes, dict) and isinstance(sizes.get(name), int):
-                texts[key] = str(sizes[name])
+        latent = inputs.get("latent_image")  # [id of the node that makes it, number of its output]
+        sizes = {}
+        if isinstance(latent, list) and latent:
+            latent_node = graph.get(str(latent[0]), {})
+            sizes = latent_node.get("inputs", {})
+        if isinstance(sizes, dict):
+            for name, key in _COMFYUI_SIZES.items():
+                if isinstance(sizes.get(name), int):
+                    texts[key] = str(sizes[name])
         return DroppedSettings(program="ComfyUI", texts={key: text for key, text in texts.items() if text})
     raise OptionError(
         "It holds a graph of ComfyUI in which no prompt can be found plainly: copy it from there."

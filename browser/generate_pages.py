@@ -515,7 +515,9 @@ class GeneratePages:
     def _rate_source(self, found: DroppedSettings, source: str) -> int:
         """Return a score for the fit of a source to settings; below 0 if it does not fit."""
         kind, _, name = source.partition(" ")
-        if not found.family or (kind == "run" and self.run_loras.find_run_family(name) != found.family):
+        if not found.family:
+            return -1
+        if kind == "run" and self.run_loras.find_run_family(name) != found.family:
             return -1
         try:
             recipe = self.find_recipe(source)
@@ -529,9 +531,12 @@ class GeneratePages:
         names = {Path(lora.path).name for lora in recipe.loras}
         if kind == "run":
             names |= self.run_loras.find_run_files(name)
-        has_files = kind == "run" or not recipe.missing
-        has_task = kind == "model" and found.task in source.split()
-        return 4 * sum(lora in names for lora in found.loras) + 2 * has_files + has_task
+        score = 4 * sum(lora in names for lora in found.loras)
+        if kind == "run" or not recipe.missing:
+            score += 2  # its files are on disk
+        if kind == "model" and found.task in source.split():
+            score += 1
+        return score
 
 
 def make_usual_form(source: str, recipe: ModelRecipe, rows: Sequence[LoraRow]) -> GenerateForm:

@@ -168,18 +168,20 @@ def edit_switches(text: str, switches: Switches, fields: Mapping[str, str], name
     swap = fields.get("swap", "").strip()
     if switches.can_swap and swap != switches.swap:
         changes[SWAP] = tomlkit.value(swap) if NUMBER.fullmatch(swap) else swap or None
-    forms_by_field = {
+    menus = {
         "weights": (WEIGHTS, switches.weights),
         "checkpointing": (CHECKPOINTING, switches.checkpointing),
     }
-    for name, (forms, present) in forms_by_field.items():
+    for name, (keys_by_choice, present) in menus.items():
         chosen = fields.get(name, "")
-        if chosen == present or chosen not in ("", *forms):
+        if chosen == present or chosen not in ("", *keys_by_choice):
             continue
-        wanted = [key for key in forms.get(chosen, ()) if key in names]
-        for keys in forms.values():
-            changes |= dict.fromkeys(keys)
-        changes |= dict.fromkeys(wanted, True)
+        for keys in keys_by_choice.values():
+            for key in keys:
+                changes[key] = None  # removed, unless the choice sets it again
+        for key in keys_by_choice.get(chosen, ()):
+            if key in names:
+                changes[key] = True
     return edit_toml(text, changes)
 
 

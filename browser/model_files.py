@@ -45,7 +45,7 @@ class ModelPart:
 
     @property
     def shown_size(self) -> str:
-        """Return its size on disk, or the size to load."""
+        """Return the size of the part on disk, or of its download."""
         known = self.size_bytes if self.is_there else self.component.size_bytes
         return "a few MB" if known is None else gigabytes(known)
 
@@ -160,7 +160,7 @@ def read_part(component: Component, models: Path) -> ModelPart:
     """Return a part with its state in the models folder."""
     sizes = {file: _read_size(models / file.name) for file in component.files}
     size_bytes = sum(size or 0 for size in sizes.values())
-    size_bytes += sum(_read_size(path) or 0 for path in _partial_paths(component, models))
+    size_bytes += sum(_read_size(path) or 0 for path in _list_partial_paths(component, models))
     return ModelPart(
         component=component,
         tasks=_list_uses().get(component.files, ()),
@@ -188,7 +188,7 @@ def _read_size(path: Path) -> int | None:
     return None
 
 
-def _partial_paths(component: Component, models: Path) -> list[Path]:
+def _list_partial_paths(component: Component, models: Path) -> list[Path]:
     """Return the unfinished downloads of a part."""
     paths = []
     for file in component.files:
@@ -270,7 +270,7 @@ def remove_parts(models: Path, files: TaskFiles, chosen: Sequence[str], bin_fold
     for name in chosen:
         component = parts[name].component
         paths += [models / file.name for file in component.files]
-        paths += _partial_paths(component, models)
+        paths += _list_partial_paths(component, models)
     present = [path for path in paths if os.path.lexists(path)]
     for path in present:
         if not real_path(path.parent).is_relative_to(real_path(models)):

@@ -359,7 +359,7 @@ class NewPages:
         licences = list_licences(to_load)
         return {
             "licences": licences,
-            "is_gated": is_gated,
+            "is_gated": is_gated,  # a function: the template asks it of each licence
             "has_login": any(map(is_gated, licences)) and has_login(),
             "to_load": gigabytes(total_bytes(to_load)),
         }

@@ -313,12 +313,22 @@ def make_model_recipe(model: ModelSet, models: Path, folder: Path) -> ModelRecip
     """Return the recipe of a released model. models: folder of its files. folder: the working folder."""
     families = {f"{entry.generation_script}.py": name for name, entry in with_scripts().items()}
     _, script, *words = shlex.split(model.commands["generate"])
-    paths = {f"{{{part.option.lstrip('-')}}}": part.path for part in model.components if part.option}
-    options = {}
+    paths = {}  # by the place that the command has for a file, such as {dit}
+    for part in model.components:
+        if part.option:
+            place = part.option.lstrip("-")
+            paths[f"{{{place}}}"] = part.path
+    options: dict[str, list[str]] = {}
     needed = []
     for name, texts in group_options(words).items():
-        options[name] = [str(models / paths[text]) if text in paths else text for text in texts]
-        needed += [str(models / paths[text]) for text in texts if text in paths]
+        options[name] = []
+        for text in texts:
+            if text in paths:
+                path = str(models / paths[text])
+                options[name].append(path)
+                needed.append(path)
+            else:
+                options[name].append(text)
     options.pop("--seed", None)
     return _make_recipe(
         title=f"{model.family} {model.task}",
@@ -400,7 +410,7 @@ def _make_recipe(
     fixed = [option for option in typed if option.is_fixed]
     examples = [option.field for option in typed if option.has_example and not option.is_size]
     by_key = {option.key: option.words for option in typed}
-    usual = _usual_texts(typed, defaults)
+    usual = _list_usual_texts(typed, defaults)
     return ModelRecipe(
         title=title,
         family=family,
@@ -415,8 +425,11 @@ def _make_recipe(
     )
 
 
-def _usual_texts(typed: Sequence[_TypedOption], defaults: ScriptDefaults) -> dict[str, str]:
-    """Return the first texts of the fields, by name: those of a command, else the script's size."""
+def _list_usual_texts(typed: Sequence[_TypedOption], defaults: ScriptDefaults) -> dict[str, str]:
+    """Return the texts that the fields of the form begin with, by name.
+
+    They come from the options of a command; width and height, if it has none, from the script's defaults.
+    """
     height, width = (str(side) for side in defaults.size)
     usual = {"height": height, "width": width}
     for option in typed:

@@ -452,7 +452,7 @@ class RenderWorker:
             render_job.reason = reason
             render_job.doing = ""
             render_job.process = None
-            render_job.last_lines = self._last_lines() if state == DIED else ""
+            render_job.last_lines = self._read_last_lines() if state == DIED else ""
             self._unsaved[render_job.id] = render_job
         with contextlib.suppress(OutputError):  # it is tried again in the next turn, which says why
             self._save_ends()
@@ -586,7 +586,7 @@ class RenderWorker:
             return "\n".join(line.rpartition("\r")[2] for line in text.replace("\r\n", "\n").split("\n"))
         return ""
 
-    def _last_lines(self) -> str:
+    def _read_last_lines(self) -> str:
         """Return the last lines that the process has logged."""
         lines = [line for line in self._read_log().split("\n") if line.strip()]
         return shorten_lines(escape_control_codes("\n".join(lines[-LAST_LINES:])), MOST_OF_LINE)

@@ -645,7 +645,7 @@ class ResultPages:
     def list_prompt_files(self, family: str) -> list[Path]:
         """Return the prompt files of described folders that train a family."""
         files = []
-        families = {family, *_catalogue_families(family)}
+        families = {family, *_list_catalogue_families(family)}
         for folder in list_media_folders(self.site.runs):
             if not folder.is_described or (folder.path / PROMPTS_FILE).is_symlink():
                 continue
@@ -722,7 +722,7 @@ def _free_path(path: Path, added: str) -> Path:
     return next(free for free in paths if not os.path.lexists(free))
 
 
-def _catalogue_families(family: str) -> set[str]:
+def _list_catalogue_families(family: str) -> set[str]:
     """Return the families of the catalogue that a family's script makes, such as `wan22` of `wan`."""
     script = f"{with_scripts()[family].generation_script}.py" if family in with_scripts() else ""
     return {model.family for model in model_sets() if script in model.commands.get("generate", "").split()}

@@ -115,11 +115,20 @@ class ResultSettings:
             expert = f", {lora.expert.replace('_', ' ')}" if lora.expert else ""
             rows.append(("LoRA", f"{lora.name}, strength {lora.strength}{expert}"))
         rows += [("afterwards", text) for text in self.done]
-        first = {
-            *("prompt", "negative_prompt", "width", "height", "video_length", "infer_steps"),
-            *("guidance_scale", "embedded_cfg_scale", "seeds", "model_type", "task"),
+        shown_first = {
+            "prompt",
+            "negative_prompt",
+            "width",
+            "height",
+            "video_length",
+            "infer_steps",
+            "guidance_scale",
+            "embedded_cfg_scale",
+            "seeds",
+            "model_type",
+            "task",
         }
-        rows += [(name, text) for name, text in self.values.items() if name not in first]
+        rows += [(name, text) for name, text in self.values.items() if name not in shown_first]
         return rows
 
     def shortened(self) -> "ResultSettings":
@@ -407,18 +416,24 @@ def format_sample_line(settings: ResultSettings) -> str:
     """Return the line of a prompt file that samples these settings. Raises OptionError if no line can."""
     prompt = " ".join(settings.get("prompt").split())
     letters = dict(SAMPLE_LETTERS)
-    is_embedded = bool(settings.get("embedded_cfg_scale"))
-    parts = [prompt]
-    values = {letter: " ".join(settings.get(name).split()) for name, letter in letters.items()}
-    values["g"] = settings.get("embedded_cfg_scale") or settings.get("guidance_scale")
-    values["l"] = settings.get("guidance_scale") if is_embedded else ""
+    values = {}
+    for name, letter in letters.items():
+        values[letter] = " ".join(settings.get(name).split())
+    guidance = settings.get("guidance_scale")
+    embedded_guidance = settings.get("embedded_cfg_scale")
+    if embedded_guidance:
+        values["g"] = embedded_guidance
+        values["l"] = guidance
+    else:
+        values["g"] = guidance
+        values["l"] = ""
     if values["f"] == "1":
         values["f"] = ""
+    parts = [prompt]
     for letter in ("w", "h", "f", "s", "g", "l", "fs", "n", "d"):
         if values[letter]:
             parts.append(f"--{letter} {values[letter]}")
-    texts = (prompt, values["n"])
-    if any(" --" in f" {text}" for text in texts):
+    if " --" in f" {prompt}" or " --" in f" {values['n']}":
         raise OptionError("Its text has two dashes behind a blank, which a line takes for an option.")
     if prompt.startswith("#") or not prompt:
         raise OptionError("A line that begins with # is no prompt.")

@@ -260,12 +260,12 @@ def _summarise(path: Path, status: os.stat_result, content: bytes | mmap.mmap) -
         step=step,
         losses=_sample_losses(content),
         step_seconds=compute_mean(seconds[-SHOWN:]) if seconds else None,
-        sample=_newest_sample(story),
+        sample=_find_newest_sample(story),
         memory=dict(story.memory),
         model=page.model,
         total_steps=page.total_steps,
-        average=_last_number(AVERAGE, tail),
-        seconds_left=_last_number(LEFT, tail),
+        average=_read_last_number(AVERAGE, tail),
+        seconds_left=_read_last_number(LEFT, tail),
         doing=find_doing(tail),
     )
 
@@ -273,15 +273,15 @@ def _summarise(path: Path, status: os.stat_result, content: bytes | mmap.mmap) -
 def _read_story(content: bytes | mmap.mmap, tail: bytes) -> Story:
     """Return the story of the last lines that say how a run began, what it made and how it ended."""
     near_end = len(content) - NEAR_END
-    ending = _last_row(tail, "ended", 0)
+    ending = _read_last_row(tail, "ended", 0)
     # of a run that may be running the newest process counts, wherever its line is
-    started = _last_row(content, "started", 0 if ending is None else near_end)
+    started = _read_last_row(content, "started", 0 if ending is None else near_end)
     if not started:
-        started = _last_row(content[:TAIL], "started", 0)
+        started = _read_last_row(content[:TAIL], "started", 0)
     if started is not None and tail.rfind(b', "started": ') > tail.rfind(b', "ended": '):
         ending = None  # it was resumed after it had ended
-    samples = _last_row(content, "samples", near_end)
-    memory = _last_row(content, "memory", near_end)
+    samples = _read_last_row(content, "samples", near_end)
+    memory = _read_last_row(content, "memory", near_end)
     return Story.of(filter(None, [started, samples, memory, ending]))
 
 
@@ -300,7 +300,7 @@ def _sample_losses(content: bytes | mmap.mmap) -> list[float]:
     return [compute_mean(losses[index : index + width]) for index in range(0, len(losses), width)]
 
 
-def _newest_sample(story: Story) -> str:
+def _find_newest_sample(story: Story) -> str:
     """Return the name of the first sample of the newest ones; empty if there are none."""
     samples = [row.files for row in story.samples.values() if row.files]
     if not samples:
@@ -309,21 +309,21 @@ def _newest_sample(story: Story) -> str:
     return newest[min(newest)]
 
 
-def _last_number(pattern: re.Pattern[bytes], tail: bytes) -> float | None:
+def _read_last_number(pattern: re.Pattern[bytes], tail: bytes) -> float | None:
     numbers = pattern.findall(tail)
     return float(numbers[-1]) if numbers else None
 
 
 def find_doing(tail: bytes) -> str:
     """Return the work between two steps that the end of a history tells; empty if a step followed it."""
-    row = _last_row(tail, "doing", 0)
+    row = _read_last_row(tail, "doing", 0)
     place = tail.rfind(b', "doing": ')
     later = ("loss", "ended", "started", "samples", "saved", "validation")
     is_over = any(tail.rfind(f', "{key}": '.encode()) > place for key in later)
     return "" if row is None or is_over else str(row["doing"])
 
 
-def _last_row(content: bytes | mmap.mmap, key: str, least: int) -> Row | None:
+def _read_last_row(content: bytes | mmap.mmap, key: str, least: int) -> Row | None:
     """Return the last line that has this key and begins at or behind the offset `least`."""
     place = content.rfind(f', "{key}": '.encode(), max(0, least))
     if place < 0:

@@ -109,9 +109,9 @@ class SettingsPages:
         """Return the command that starts this page with these settings, and with further folders."""
         settings = self.site.settings
         port = None if settings.port in (None, USUAL_PORT) else settings.port
-        return self._words(settings.host, port, self._given_token(), worker, further)
+        return self._words(settings.host, port, self._find_token_file(), worker, further)
 
-    def _given_token(self) -> str | None:
+    def _find_token_file(self) -> str | None:
         """Return the file of --token; None without it."""
         token = self.site.settings.token
         is_given = self.site.settings.is_token_given and token.place is not None
@@ -119,7 +119,7 @@ class SettingsPages:
 
     def phone_words(self, worker: str) -> list[str]:
         """Return the command that starts this page for other devices too."""
-        token = self._given_token() or str(Path("token.txt").absolute())
+        token = self._find_token_file() or str(Path("token.txt").absolute())
         return self._words("0.0.0.0", USUAL_PORT, token, worker)
 
     def _words(

@@ -293,7 +293,7 @@ def with_references(config: DatasetConfig, rules: ReferenceRules | None, instead
     for table in config.datasets:
         problems += _clip_reference_problems(table, rules, instead)
         if rules is None or rules.clips:
-            problems += _picture_reference_problems(table)
+            problems += _find_picture_reference_problems(table)
     if problems:
         raise DatasetError("\n".join(problems))
     if rules is None:
@@ -328,7 +328,7 @@ def _clip_reference_problems(table: DatasetTable, rules: ReferenceRules | None, 
     return problems
 
 
-def _picture_reference_problems(table: DatasetTable) -> list[str]:
+def _find_picture_reference_problems(table: DatasetTable) -> list[str]:
     """Return a line for each key of reference pictures, for a model that takes none."""
     problems = []
     if table.reference_dropout_rate:
@@ -382,7 +382,7 @@ def _read_table(
         entry,
         where=where,
         problems=problems,
-        misplaced=_misplaced_keys(media_key, kind),
+        misplaced=_find_misplaced_keys(media_key, kind),
         names=forms.SPELLINGS,
     )
     unused = find_unused(entry)
@@ -424,7 +424,7 @@ def _find_source(entry: dict[str, Any], where: str, problems: list[str]) -> str 
     return None
 
 
-def _misplaced_keys(source_key: str, kind: str) -> dict[str, str]:
+def _find_misplaced_keys(source_key: str, kind: str) -> dict[str, str]:
     """Return the reasons why keys cannot stand in a table with this source, by key."""
     misplaced = {}
     for name, key in KEYS.items():

@@ -54,7 +54,7 @@ def read_subsets(
     defaults = {name: key.default for name, key in SUBSET_KEYS.items()}
     defaults |= read_keys(
         SUBSET_KEYS,
-        _option_values(typed),
+        _read_option_values(typed),
         where="the command line",
         problems=problems,
         misplaced={},
@@ -79,7 +79,7 @@ def read_subsets(
             if any(value is BAD for value in values.values()):
                 continue
             unused = {name: option for name, option in unused.items() if values[name] != from_options[name]}
-            contradictions = _contradictions(values, is_masked)
+            contradictions = _find_contradictions(values, is_masked)
             problems += [f"{subset.place}: {line}" for line in contradictions]
             if contradictions:
                 continue
@@ -126,15 +126,15 @@ def _subsets_of(entry: Any, group: int, defaults: Table, problems: list[str]) ->
 
 def typed_options(typed: SubsetOptions) -> dict[str, str]:
     """Return the options that have another value than their default, by the keys that they stand for."""
-    defaults = _option_values(SubsetOptions.usual())
+    defaults = _read_option_values(SubsetOptions.usual())
     options = {}
-    for name, value in _option_values(typed).items():
+    for name, value in _read_option_values(typed).items():
         if name in SUBSET_KEYS and value != defaults.get(name):
             options[name] = f"--{SUBSET_KEYS[name].option or name}"
     return options
 
 
-def _option_values(typed: SubsetOptions | None) -> dict[str, Any]:
+def _read_option_values(typed: SubsetOptions | None) -> dict[str, Any]:
     """Return the command line's values of keys, in the form of a dataset file."""
     if typed is None:
         return {}
@@ -227,7 +227,7 @@ def _round_buckets(rule: BucketRule, where: str, warns: bool) -> BucketRule:
     return BucketRule(minimum, maximum, step, rule.interpolation)
 
 
-def _contradictions(values: Table, is_masked: bool) -> list[str]:
+def _find_contradictions(values: Table, is_masked: bool) -> list[str]:
     """Return a line for each missing key of a subset, and for keys that conflict."""
     problems = []
     conditioning, masks = values["conditioning_data_dir"], values["mask_directory"]

@@ -64,7 +64,11 @@ HEAD_MULTIPLE = 16  # a head's width divides into whole pairs for frames, rows a
 
 def _read_header(checkpoint: Checkpoint) -> DitHeader[FluxConfig]:
     names = checkpoint.tensors
-    dialect = next((name for name, (mark, _) in DIALECTS.items() if mark in names), "official")
+    dialect = "official"
+    for name, (mark, _) in DIALECTS.items():
+        if mark in names:
+            dialect = name
+            break
     mark, table = DIALECTS[dialect]
     stored_shapes = {name: info.shape for name, info in names.items()}
     file_shapes = joined_shapes(stored_shapes, table)

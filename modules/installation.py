@@ -225,9 +225,9 @@ def refuses_code() -> str | None:
 
 
 def refuse_starting(option: str, deed: str = "starts a program") -> None:
-    """Raise OptionError if the command of this program, with an option that starts another one, is from a
-    file: of `run`, whose folder may be somebody else's, or of the browser's queue.
+    """Raise OptionError if an option that starts another program was not typed, but read from a file.
 
+    The file is the run.toml of `run`, whose folder may be somebody else's, or a job in the browser's queue.
     deed: the effect of the option, for the message.
     """
     if os.environ.get(RUN_GOES_ON):

@@ -154,7 +154,7 @@ class AddedPart:
             down, *_, up = self._chain
             hidden = self._hidden(x, down).view(-1, len(down))
             return add_product(out, hidden, up.flatten(1).t())
-        added = self._weight_addition(out, x) if has_weight else None
+        added = self._compute_weight_addition(out, x) if has_weight else None
         if self._bias is not None:
             bias = (self._bias * self.multiplier).to(out.dtype)
             bias = bias if self.place.is_linear else bias[:, None, None]
@@ -169,7 +169,7 @@ class AddedPart:
         is_recorded = torch.compiler.is_compiling() or torch.is_grad_enabled()
         return is_product and not is_recorded and out.dtype == self._chain[-1].dtype
 
-    def _weight_addition(self, out: Tensor, x: Tensor) -> Tensor | None:
+    def _compute_weight_addition(self, out: Tensor, x: Tensor) -> Tensor | None:
         """Return the addition to the output by the change of the weight; None if it does not change."""
         if self._angles is not None:
             added = frozen_product(self.place.module, self.turned(x)).to(out.dtype)
@@ -323,7 +323,9 @@ class AddedLayer(nn.Module):
 
     @property
     def _is_innermost(self) -> bool:
-        """Return whether nothing else is around the frozen module, for which the input would change too."""
+        """Return whether this wraps the frozen module itself. If something is in between, it would get the
+        changed input too.
+        """
         return getattr(self._before, "__self__", None) is self._original[0]
 
     def _run_set(self, parts: Sequence[AddedPart], x: Tensor) -> Tensor:

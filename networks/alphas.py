@@ -113,7 +113,7 @@ def find_alphas(
     if not is_written_here:
         sources, warnings = _sources(path, metadata, paths, start)
     distinct_ranks = set(ranks.values())
-    warnings += _warnings_of_other_ranks(sources, distinct_ranks)
+    warnings += _list_warnings_of_other_ranks(sources, distinct_ranks)
     sources = [source for source in sources if source.fits(distinct_ranks)]
     scaled = [source for source in sources if source.settings.get("lora_alpha")]
     alphas = [_finite(source.settings["lora_alpha"]) for source in scaled]
@@ -138,7 +138,7 @@ def find_alphas(
     return FoundAlphas(tensors, ", ".join(words), tuple(warnings))
 
 
-def _warnings_of_other_ranks(sources: Iterable[_Source], ranks: Collection[int]) -> list[str]:
+def _list_warnings_of_other_ranks(sources: Iterable[_Source], ranks: Collection[int]) -> list[str]:
     """Return a warning for each source of the file whose alpha is for other ranks than the file has."""
     shown = ", ".join(map(str, sorted(ranks)))
     warnings: list[str] = []
@@ -326,18 +326,21 @@ def _sources_in_json(place: str, settings: Mapping[str, Any], start: str, networ
     entries = [(_split_key(full_key), value) for full_key, value in settings.items()]
     all_names = {key.name for key, _ in entries}
     sources: list[_Source] = []
-    if all_names.isdisjoint({*_KEYS, "alphapattern"}):
+    has_alphas = not all_names.isdisjoint({*_KEYS, "alphapattern"})
+    if not has_alphas:  # each value may be the settings of one adapter or network
         for full_key, value in settings.items():
             if isinstance(value, Mapping):
+                inner_network = network
                 starts_network = f"{full_key}." in (*EXPERT_STARTS, UNET_IN_DIFFUSERS)
-                inner_network = full_key if starts_network or full_key.startswith(_TEXTS) else network
+                if starts_network or full_key.startswith(_TEXTS):
+                    inner_network = full_key
                 sources += _sources_in_json(f"{place}: {full_key}", value, start, inner_network)
         return sources
     values: dict[str, Any] = {}
     for key, value in entries:
         if _is_of(key.network or network, start):
             values[key.name] = value
-    common = {word: values[name] for name, word in _PEFT_KEYS.items() if name in values}
+    common = {word: values[name] for name, word in _PEFT_KEYS.items() if name in values}  # of all alphas
     if "use_rslora" in common:
         common["use_rslora"] = str(common["use_rslora"]).lower() == "true"
     alpha_keys = [name for name in _KEYS if name in values]

@@ -89,16 +89,16 @@ class Change:
             return self._fit_rotation(relative, weight, name, f"{option}{path} does not fit {model}")
         try:
             if ROWS in self.factors and has_input_magnitudes(self.factors):
-                change = self._joined(relative, weight)
+                change = self._join_factors(relative, weight)
             else:
-                change = self if relative is None else self._placed(relative, weight)
+                change = self if relative is None else self._place_factors(relative, weight)
             shape = list(change.delta(deltas.without_alpha(change.factors), META).shape)
         except (RuntimeError, IndexError) as error:
             raise CheckpointError(
                 f"{path}: the factors for {name} do not go together ({error}).", path
             ) from error
         expected = list((weight if change.rows is None else weight[change.rows]).shape)
-        fault = change._fault(shape, expected)
+        fault = change._describe_fault(shape, expected)
         if fault:
             raise CheckpointError(f"{option}{path} does not fit {model}: for {name} it has {fault}", path)
         return change
@@ -127,7 +127,7 @@ class Change:
             )
         return self if rows == slice(0, len(weight)) else replace(self, rows=rows)
 
-    def _fault(self, shape: list[int], expected: list[int]) -> str:
+    def _describe_fault(self, shape: list[int], expected: list[int]) -> str:
         """Return the reason why the change does not fit, as in "it has ..."; "" if it fits.
 
         shape: of the change. expected: shape of the rows of the parameter that it is for.
@@ -144,7 +144,7 @@ class Change:
             return ""
         return f"{magnitudes} {OF_MAGNITUDES} magnitudes, the model {expected}."
 
-    def _joined(self, relative: Relative | None, weight: Tensor) -> "Change":
+    def _join_factors(self, relative: Relative | None, weight: Tensor) -> "Change":
         """Return the change of the whole layer that this one is the first part of, if the weight has it all.
 
         Magnitudes by input need the norms of the whole layer. Raises RuntimeError if the weight is a
@@ -161,7 +161,7 @@ class Change:
         factors = {part: tensor for part, tensor in self.factors.items() if part != ROWS}
         return replace(self, factors=factors, rows=slice(start, start + size[0]))
 
-    def _placed(self, relative: Relative, weight: Tensor) -> "Change":
+    def _place_factors(self, relative: Relative, weight: Tensor) -> "Change":
         """Return the change for a relative of the LoRA's module.
 
         If the numbers of rows do not match it is unchanged, and `fit` finds the wrong shape.

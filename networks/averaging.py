@@ -48,7 +48,7 @@ def average_files(options: AveragingOptions) -> None:
         last = files[-1]
         metadata = {key: value for key, value in last.metadata.items() if not key.startswith(STALE)}
         metadata[NOTE] = _note(files, weights, options)
-        read = _averaged(files, weights)
+        read = _make_averaging(files, weights)
         size_bytes = sum(info.size_bytes for info in last.tensors.values())
         if size_bytes > LARGEST_HASHED:
             stream_tensors(output, last.tensors, read, metadata)
@@ -201,7 +201,7 @@ def _how_to_agree(file: Checkpoint, first: Checkpoint) -> str:
     return f"They were saved with other names (--lora_format). Convert it: {command}"
 
 
-def _averaged(files: Sequence[Checkpoint], weights: Sequence[float]) -> Callable[[str], Tensor]:
+def _make_averaging(files: Sequence[Checkpoint], weights: Sequence[float]) -> Callable[[str], Tensor]:
     """Return a function that reads a tensor from all files and averages it, in the last file's dtype."""
 
     def read(name: str) -> Tensor:

@@ -161,7 +161,7 @@ def convert_z_image(options: ZImageConvertOptions) -> None:
     """
     source = options.src_path
     lora = read_lora(source, family=Z_IMAGE.name)
-    _family_of(lora, Z_IMAGE.name)
+    _find_family(lora, Z_IMAGE.name)
     if not options.reverse:
         _refuse_for_comfyui(source, lora.tensors)
     metadata = {key: value for key, value in lora.metadata.items() if key != LORA_FORMAT}
@@ -171,7 +171,7 @@ def convert_z_image(options: ZImageConvertOptions) -> None:
         _save(options.dst_path, converted_lora, sources=[lora], family=Z_IMAGE)
         return
     words = ""
-    unjoinable = _unjoinable_factors(tensors)
+    unjoinable = _find_unjoinable_factors(tensors)
     if unjoinable:
         if options.lokr_rank is None:
             raise OptionError(
@@ -203,7 +203,7 @@ def _refuse_for_comfyui(source: Path, names: Iterable[str]) -> None:
         raise CheckpointError(f"{source} {kind.refusal_by_comfyui}", source)
 
 
-def _unjoinable_factors(tensors: Mapping[str, Tensor]) -> dict[str, Factors]:
+def _find_unjoinable_factors(tensors: Mapping[str, Tensor]) -> dict[str, Factors]:
     """Return the factors, of kinds that cannot be joined, of the modules that ComfyUI joins."""
     unjoinable: dict[str, Factors] = {}
     for name, factors in group_by_module(tensors).items():
@@ -246,7 +246,7 @@ def convert_file(
 
 def _convert_one(lora: LoraFile, output: Path, how: Conversion) -> None:
     """Write a LoRA in another dialect."""
-    family = _family_of(lora, how.family)
+    family = _find_family(lora, how.family)
     prepared = _prepare(lora, family, how)
     in_target_dialect = converted(prepared.lora, how.target, family)
     _save(output, in_target_dialect, sources=[prepared.lora], family=family, baked=prepared.words)
@@ -258,7 +258,7 @@ def _convert_parts(parts: Mapping[str, LoraFile], output: Path, how: Conversion)
         kind = kind_of_files(lora.tensors, [kind for kind in KINDS if kind.no_two_experts])
         if how.baking is None and kind is not None:
             raise OptionError(kind.no_two_experts)
-    families = {expert: _family_of(lora, how.family) for expert, lora in parts.items()}
+    families = {expert: _find_family(lora, how.family) for expert, lora in parts.items()}
     prepared = {expert: _prepare(lora, families[expert], how) for expert, lora in parts.items()}
     starts = {expert: start for start, expert in NETWORKS.items()}
     tensors: dict[str, Tensor] = {}
@@ -369,7 +369,7 @@ def _warn_of_left_out(path: Path, left_out: Mapping[str, str], remedy: str = "")
         logger.warning(f"{path}: {len(reasons)} modules are left out: {list_some(reasons)}{remedy}")
 
 
-def _family_of(lora: LoraFile, name: str | None) -> FamilyNames | None:
+def _find_family(lora: LoraFile, name: str | None) -> FamilyNames | None:
     """Return the family of a LoRA by its module names; None if no family has them.
 
     name: the family that the user or a family's own script names. Raises CheckpointError if the file is of

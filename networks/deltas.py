@@ -291,9 +291,10 @@ def rows_of(factors: Factors, rows: slice | Tensor) -> Factors | None:
 
 
 def part_of(factors: Factors, first: int, last: int) -> Factors:
-    """Return the factors of a part of a joined layer: these rows of the change, cut where factors have rows.
+    """Return the factors of one part of a joined layer: of the rows `first` to `last` of its change.
 
-    Others keep their factors and get `ROWS`. By output, magnitudes of a DoRA are cut, too.
+    Factors that have these rows are cut. If a kind has no factor with them (LoKr), all factors stay, and
+    `ROWS` records the rows; only biases, and a DoRA's magnitudes if there is one for each output, are cut.
     """
     cut = rows_of(factors, slice(first, last))
     if cut is None:

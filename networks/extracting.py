@@ -216,8 +216,8 @@ def extract_whole(options: ExtractOptions) -> None:
     """
     with open_checkpoint(options.model_org) as original, open_checkpoint(options.model_tuned) as tuned:
         pair = _values_of_both(original, tuned)
-        family = _family_of_both(pair)
-        unchanged = _unchanged_texts(pair, options.min_diff)
+        family = _find_family_of_both(pair)
+        unchanged = _find_unchanged_texts(pair, options.min_diff)
         plan: dict[str, list[ExtractedModule]] = {}
         for name in pair.original.tensors:
             plan[name] = []
@@ -298,7 +298,7 @@ def _factors_of_change(options: ExtractOptions, pair: Pair, plan: Plan) -> dict[
     for name, modules in plan.items():
         if not modules:
             continue
-        difference = _difference(pair, name, device)
+        difference = _compute_difference(pair, name, device)
         is_changed = is_changed or bool(difference.any())
         for module in modules:
             factors = _factors_of_module(module, difference, options.clamp_quantile, dtype)
@@ -331,7 +331,7 @@ def lora_of_shape(down: Tensor, up: Tensor, shape: torch.Size) -> dict[str, Tens
     }
 
 
-def _difference(pair: Pair, name: str, device: torch.device) -> Tensor:
+def _compute_difference(pair: Pair, name: str, device: torch.device) -> Tensor:
     """Return the change of a tensor, float32. Raises CheckpointError if it has NaN or infinite values."""
     before = pair.original.read(name)
     after = pair.tuned.read(name)
@@ -350,13 +350,13 @@ def decompose_change(change: Tensor, rank: int, quantile: float, name: str) -> t
     if min(change.shape) <= EXACT_BELOW:
         u, s, vh = torch.linalg.svd(change, full_matrices=False)
     else:
-        u, s, vh = _randomised_svd(change, rank, name)
+        u, s, vh = _compute_randomised_svd(change, rank, name)
     up = u[:, :rank] * s[:rank]
     down = vh[:rank]
     return _limit_values(down, up, quantile) if quantile < 1 else (down, up)
 
 
-def _randomised_svd(change: Tensor, rank: int, name: str) -> tuple[Tensor, Tensor, Tensor]:
+def _compute_randomised_svd(change: Tensor, rank: int, name: str) -> tuple[Tensor, Tensor, Tensor]:
     """Return U, S and V^T of a matrix, near the exact ones for the first `rank` singular values."""
     width = min(rank + OVERSAMPLING, *change.shape)
     generator = torch.Generator().manual_seed(derive_seed(0, name))
@@ -398,7 +398,7 @@ def _check_same_shapes(pair: Pair, original_names: Sequence[str], tuned_names: S
         )
 
 
-def _family_of_both(pair: Pair) -> FamilyNames:
+def _find_family_of_both(pair: Pair) -> FamilyNames:
     """Return the common family. Raises CheckpointError if the two are different kinds of checkpoint."""
     for checkpoint in pair:
         if not is_whole(checkpoint.tensors):
@@ -409,8 +409,8 @@ def _family_of_both(pair: Pair) -> FamilyNames:
                 "  Give such files to --model_org and --model_tuned.",
                 checkpoint.path,
             )
-    names = _weight_names(pair.original)
-    _check_same_shapes(pair, names, _weight_names(pair.tuned))
+    names = _list_weight_names(pair.original)
+    _check_same_shapes(pair, names, _list_weight_names(pair.tuned))
     if any(name.startswith("cond_stage_model.model.") for name in names):
         return SD2
     pieces = [piece for name in names for piece in pieces_of(name)]
@@ -418,12 +418,12 @@ def _family_of_both(pair: Pair) -> FamilyNames:
     return SDXL if choose_family(modules) is SDXL else SD1
 
 
-def _weight_names(checkpoint: Checkpoint) -> list[str]:
+def _list_weight_names(checkpoint: Checkpoint) -> list[str]:
     """Return the weights and biases: position ids, which many files lack, are no part of a LoRA."""
     return [name for name in checkpoint.tensors if name.endswith(_WEIGHTS) and pieces_of(name)]
 
 
-def _unchanged_texts(pair: Pair, least: float) -> set[str]:
+def _find_unchanged_texts(pair: Pair, least: float) -> set[str]:
     """Return the text encoders whose values all changed by at most `least`."""
     changed: dict[str, bool] = {}
     for name in pair.original.tensors:

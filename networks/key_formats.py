@@ -105,7 +105,7 @@ def to_native(
     names = {key: f"{modules[place.path]}.{place.part}" for key, place in places.in_dit.items()}
     text_names: dict[str, str] = {}
     if with_texts:
-        text_names = _name_texts(places.in_texts, _family_for_texts(places.in_texts, families, hint))
+        text_names = _name_texts(places.in_texts, _find_family_for_texts(places.in_texts, families, hint))
 
     first_keys: dict[str, str] = {}
     repeated: dict[str, str] = {}
@@ -189,7 +189,7 @@ def _our_modules(places: Mapping[str, Place], families: Sequence[FamilyNames]) -
     return modules
 
 
-def _family_for_texts(
+def _find_family_for_texts(
     places: Mapping[str, TextPlace], families: Sequence[FamilyNames], hint: str | None
 ) -> FamilyNames | None:
     """Return the family whose text encoders a file changes.
@@ -287,17 +287,17 @@ def module_of_tensor(name: str) -> tuple[str, str]:
 
 def families_of(modules: Mapping[str, Factors], hint: str | None = None) -> list[FamilyNames]:
     """Return the families that a LoRA's modules, under our names, may be for, as `likely_families`."""
-    in_dit = _modules_of_dit(modules)
+    in_dit = _list_modules_of_dit(modules)
     return likely_families(in_dit, lambda name: _size_of(in_dit[name]), hint)
 
 
 def can_be_for(family: FamilyNames, modules: Mapping[str, Factors]) -> bool:
     """Return whether the sizes of a LoRA's modules, under our names, are possible in the family."""
-    in_dit = _modules_of_dit(modules)
+    in_dit = _list_modules_of_dit(modules)
     return sizes_fit(family, in_dit, lambda name: _size_of(in_dit[name]))
 
 
-def _modules_of_dit(modules: Mapping[str, Factors]) -> dict[str, Factors]:
+def _list_modules_of_dit(modules: Mapping[str, Factors]) -> dict[str, Factors]:
     """Return the modules with our prefix for a DiT, without the prefix."""
     return {name.removeprefix(OURS): factors for name, factors in modules.items() if name.startswith(OURS)}
 

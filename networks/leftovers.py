@@ -22,7 +22,7 @@ _LEAVES = (".weight", ".bias")
 
 
 class UnusedKind(NamedTuple):
-    """What tensors that are left out are, for messages."""
+    """Describe tensors that are left out, for messages."""
 
     words: str
     consequence: str = ""  # if many are left out
@@ -161,9 +161,10 @@ def module_of(name: str) -> str:
     return name.removeprefix(OURS).partition(".")[0]
 
 
-def lacking(names: Iterable[str], weights: Collection[str], model: FamilyNames | None) -> list[str]:
-    """Return the parts of a LoRA for modules that are optional in the family, and missing in the model with
-    these `weights`.
+def list_lacking(names: Iterable[str], weights: Collection[str], model: FamilyNames | None) -> list[str]:
+    """Return the parts of a LoRA whose modules a model lacks, because not all models of its family have them.
+
+    weights: names of the model's tensors.
     """
     existing = {name.removesuffix(".weight").replace(".", "_") for name in weights}
     if model is None or not existing:

@@ -507,8 +507,8 @@ def lora_uses(
 
     with_texts: with their changes of text encoders.
     """
-    included = _patterns_by_file(patterns, "include_patterns", len(files))
-    excluded = _patterns_by_file(patterns, "exclude_patterns", len(files))
+    included = _group_patterns_by_file(patterns, "include_patterns", len(files))
+    excluded = _group_patterns_by_file(patterns, "exclude_patterns", len(files))
     uses = []
     for (path, multiplier), include, exclude in zip(files, included, excluded, strict=True):
         lora = read_lora(path, by_expert=True, with_texts=with_texts)
@@ -520,7 +520,9 @@ def lora_uses(
     return uses
 
 
-def _patterns_by_file(patterns: LoraPatternOptions | None, option: str, num_files: int) -> list[str | None]:
+def _group_patterns_by_file(
+    patterns: LoraPatternOptions | None, option: str, num_files: int
+) -> list[str | None]:
     """Return the pattern of each file, None for the last files without one."""
     typed = list(getattr(patterns, option, None) or ())
     if len(typed) > num_files:

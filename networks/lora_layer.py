@@ -134,12 +134,12 @@ class LoraLayer(nn.Module):
             return self._original_forward(x)
         if dropouts and not drops_after and self._skips(dropouts.module):
             return self._original_forward(x)
-        if self._joins(x, dtype):
+        if self._adds_in_place(x, dtype):
             out = self._add_in_place(x, dropouts)
             total = out
         else:
             out = self._original_forward(x)
-            added = self._added(x.to(dtype), dropouts).to(out.dtype)
+            added = self._compute_addition(x.to(dtype), dropouts).to(out.dtype)
             total = out + added if self.combine is None else self.combine(self, out, added, input_dtype)
         if self.training and self.noise_of is not None:
             strengths, name = self.noise_of
@@ -156,7 +156,7 @@ class LoraLayer(nn.Module):
         is_dropped = self.seed_table[KINDS.index("module"), 0] < share * (_32_BITS + 1)
         return torch.where(is_dropped, out, total)
 
-    def _added(self, x: Tensor, dropouts: Dropouts | None) -> Tensor:
+    def _compute_addition(self, x: Tensor, dropouts: Dropouts | None) -> Tensor:
         """Return the addition by the LoRA. x: ... in, or B in H W, in the dtype of the products."""
         factors = self._factors_in(x.dtype)
         if factors is None:
@@ -216,11 +216,11 @@ class LoraLayer(nn.Module):
         self.lora_down.weight.mul_(ratio.sqrt())
         self.lora_up.weight.mul_(ratio.sqrt())
 
-    def _joins(self, x: Tensor, dtype: torch.dtype) -> bool:
+    def _adds_in_place(self, x: Tensor, dtype: torch.dtype) -> bool:
         """Return whether the LoRA's products are added to the tensors of the frozen module in place.
 
-        Compiled code fuses separate operations by itself; `combine` uses both outputs more than once. dtype:
-        of the products.
+        Not in compiled code, which fuses the operations by itself, and not with `combine`, which needs both
+        outputs more than once. dtype: of the products.
         """
         original = self._original[0]
         if torch.compiler.is_compiling() or not isinstance(original, nn.Linear) or x.dtype != dtype:

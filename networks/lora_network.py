@@ -173,9 +173,9 @@ class OwnNetwork(nn.Module):
         network_reg_lrs gives a module's rate.
         """
         text_rates = [learning_rate] if text_encoder_lr is None else text_encoder_lr
-        rates = self._rates_of_text_encoders(text_rates)
+        rates = self._choose_rates_of_text_encoders(text_rates)
         rates[UNET] = learning_rate if unet_lr is None else unet_lr
-        matches = self._matches_of_patterns()
+        matches = self._find_matches_of_patterns()
         groups: dict[str, dict[str, Any]] = {}
         for name, layer, places in zip(self.names, self.layers, matches, strict=True):
             prefix = prefix_of(name)
@@ -203,7 +203,7 @@ class OwnNetwork(nn.Module):
         order = _order_of_groups(groups)
         return [groups[label] for label in order], order
 
-    def _rates_of_text_encoders(self, text_rates: Sequence[float]) -> dict[str, float]:
+    def _choose_rates_of_text_encoders(self, text_rates: Sequence[float]) -> dict[str, float]:
         """Return the rate of each text encoder by the prefix of its modules; see `parameter_groups`."""
         prefixes = [prefix for prefix in dict.fromkeys(map(prefix_of, self.names)) if prefix != UNET]
         rates: dict[str, float] = {}
@@ -211,7 +211,7 @@ class OwnNetwork(nn.Module):
             rates[prefix] = text_rates[min(index, len(text_rates) - 1)]
         return rates
 
-    def _matches_of_patterns(self) -> list[tuple[int, ...]]:
+    def _find_matches_of_patterns(self) -> list[tuple[int, ...]]:
         """Return, for each layer, the places of the patterns of network_reg_lrs that its name matches."""
         if not self.settings.reg_rates:
             return [()] * len(self.names)
@@ -290,7 +290,7 @@ def _warn_of_unusable(
     from networks import leftovers, loading  # only for --network_weights
 
     unusable = [name for name in stored if on_text_side(name.removeprefix(OURS))]
-    unusable += leftovers.lacking(absent, modules, family)
+    unusable += leftovers.list_lacking(absent, modules, family)
     what = "modules are not in this network"
     loading.warn_of_absent(path, unusable, total=len(stored), what=what, model=family)
     return unusable
@@ -321,14 +321,14 @@ def _remedy(stored: Mapping[str, Factors], factors: Factors, name: str) -> str:
             "This network trains plain LoRAs. Add the file to the model instead (--base_weights), or train "
             "on with the --network_module that made it, such as lycoris.kohya."
         )
-    if _outer_sizes(stored[name]) != _outer_sizes(factors):
+    if _read_outer_sizes(stored[name]) != _read_outer_sizes(factors):
         return "Give a LoRA that was trained for a model of this size."
     ranks = {deltas.rank_of(factors) for factors in stored.values()}
     single_rank = f"--network_dim {ranks.pop()}, or " if len(ranks) == 1 else ""
     return f"Give {single_rank}--dim_from_weights."
 
 
-def _outer_sizes(factors: Factors) -> tuple[torch.Size, int]:
+def _read_outer_sizes(factors: Factors) -> tuple[torch.Size, int]:
     """Return the inputs (x kernel) and the outputs of the layer that LoRA factors are for."""
     return factors[DOWN].shape[1:], len(factors[UP])
 

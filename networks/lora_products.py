@@ -243,12 +243,12 @@ def row_strengths(
     down, up = factors
     d_down, d_up = gradients
     sigma, beta = rule
-    weights = (base**2 + _row_squares(up, down)).sqrt()
-    changes = scale**2 * _row_squares(torch.cat([up, d_up], 1), torch.cat([d_down, down]))
+    weights = (base**2 + _sum_row_squares(up, down)).sqrt()
+    changes = scale**2 * _sum_row_squares(torch.cat([up, d_up], 1), torch.cat([d_down, down]))
     return (sigma * weights + beta * changes) / math.sqrt(len(up))
 
 
-def _row_squares(left: Tensor, right: Tensor) -> Tensor:
+def _sum_row_squares(left: Tensor, right: Tensor) -> Tensor:
     """Return the squared norms of the rows of left @ right: out x R, R x in -> out."""
     return ((left @ (right @ right.T)) * left).sum(1).clamp(min=0)
 

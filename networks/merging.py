@@ -86,7 +86,7 @@ def merge_whole(options: WholeMergeOptions) -> None:
         uses=uses,
         output=options.save_to,
         device=CPU,
-        dtype=_dtype_of(options),
+        dtype=_choose_dtype(options),
         option="--save_to",
         rounding=options.lora_rounding,
     )
@@ -118,7 +118,7 @@ def merge_flux(options: FluxMergeOptions) -> None:
             uses=parts[name],
             output=getattr(options, option),
             device=device,
-            dtype=_dtype_of(options),
+            dtype=_choose_dtype(options),
             option=f"--{option}",
             rounding=options.lora_rounding,
         )
@@ -130,7 +130,7 @@ def _read_uses(options: FluxMergeOptions | WholeMergeOptions) -> list[LoraUse]:
     return [LoraUse(read_lora(path, with_texts=True), ratio) for path, ratio in rows]
 
 
-def _dtype_of(options: FluxMergeOptions | WholeMergeOptions) -> torch.dtype | None:
+def _choose_dtype(options: FluxMergeOptions | WholeMergeOptions) -> torch.dtype | None:
     """Return the dtype to write; None: that of the base file."""
     return None if options.save_precision is None else DTYPES[options.save_precision]
 
@@ -142,10 +142,10 @@ def _write_sum(
     device: torch.device,
 ) -> None:
     """Write the sum of LoRAs as one LoRA."""
-    dtype = _dtype_of(options) or DTYPES[options.precision]
+    dtype = _choose_dtype(options) or DTYPES[options.precision]
     tensors = _add_up(uses, options.concat, dtype, device)
     loras = [use.lora for use in uses]
-    family = _family_of_sum(loras, tensors, options)
+    family = _find_family_of_sum(loras, tensors, options)
     metadata = _metadata_of_sum(loras, tensors, family, options.no_metadata)
     named = in_known_names(tensors, read_family(metadata))
     save_tensors(output, named, add_hashes(named, metadata))
@@ -192,7 +192,7 @@ def _first_of_metadata(loras: Sequence[LoraFile], key: str) -> str | None:
     return next(filter(None, (lora.metadata.get(key) for lora in loras)), None)
 
 
-def _family_of_sum(
+def _find_family_of_sum(
     loras: Sequence[LoraFile], tensors: Mapping[str, Tensor], options: FluxMergeOptions | WholeMergeOptions
 ) -> FamilyNames | None:
     """Return the family of a sum of LoRAs; None if there are only parts of text encoders.
@@ -371,7 +371,7 @@ def _add_up(
         if rule is not None:
             logger.warning(f"{use.lora.path} {rule.kind.merged}")
     merged: dict[str, Tensor] = {}
-    for name, summands in _summands(uses).items():
+    for name, summands in _list_summands(uses).items():
         total = _sum(name, summands, device)
         if not concat and len(summands) > 1:
             total = _truncate(total, len(summands[0].factors[DOWN]))
@@ -400,7 +400,7 @@ def _refuse_other_families(loras: Sequence[LoraFile]) -> None:
             )
 
 
-def _summands(uses: Sequence[LoraUse]) -> dict[str, list[_Summand]]:
+def _list_summands(uses: Sequence[LoraUse]) -> dict[str, list[_Summand]]:
     """Return the factors of all files by module. Raises CheckpointError for anything but plain LoRAs."""
     modules: dict[str, list[_Summand]] = {}
     for use in uses:

@@ -140,7 +140,7 @@ def describe_lora(checkpoint: Checkpoint) -> str | None:
 
 
 def lora_hashes(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return the checksums by which browsers find a LoRA; {} if the file is not a LoRA or too large."""
+    """Return the checksums that browsers find a LoRA by; {} if the file is not a LoRA or too large."""
     size = sum(info.size_bytes for info in checkpoint.tensors.values())
     if size > LARGEST or describe_lora(checkpoint) is None:
         return {}
@@ -173,7 +173,7 @@ def _describe_part(checkpoint: Checkpoint, names: list[str], part: str | None) -
     kinds = _kinds_in_words(modules)
     words = [
         f"{kinds}{model}, {dialect}",
-        *_scales_in_words(modules, alphas),
+        *_describe_scales(modules, alphas),
         f"{count_of(len(modules), 'layer')}: {_layers_in_words(modules)}",
     ]
     if in_texts:
@@ -184,7 +184,7 @@ def _describe_part(checkpoint: Checkpoint, names: list[str], part: str | None) -
     return ", ".join(words)
 
 
-def _scales_in_words(modules: Mapping[str, Factors], alphas: Iterable[float]) -> list[str]:
+def _describe_scales(modules: Mapping[str, Factors], alphas: Iterable[float]) -> list[str]:
     """Return the ranks, block sizes and alphas of a network in words, as far as it has any."""
     ranks = Counter(rank for rank in map(rank_of, modules.values()) if rank is not None)
     # infinite alphas belong to whole matrices, which are not scaled

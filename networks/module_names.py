@@ -70,7 +70,7 @@ def likely_families(names: Iterable[str], size_of: SizeOf, hint: str | None = No
     # blocks are alike: one name stands for those that differ in numbers only, the first in the file
     name_by_kind = {_DIGITS.sub("n", name): name for name in reversed(names)}
     sizes = _known_sizes(name_by_kind.values(), size_of)
-    levels = {family: _agreement(family, names, sizes) for family in families}
+    levels = {family: _rate_agreement(family, names, sizes) for family in families}
     best = max(levels.values())
     chosen = [family for family in families if levels[family] == best]
     if len(chosen) == 1:
@@ -91,7 +91,7 @@ def _known_sizes(names: Iterable[str], size_of: SizeOf) -> dict[str, tuple[int, 
 
 def sizes_fit(family: FamilyNames, names: Iterable[str], size_of: SizeOf) -> bool:
     """Return whether a LoRA's modules can have these sizes in the family. Arguments as `likely_families`."""
-    return _agreement(family, [], _known_sizes(names, size_of)) != _CONTRADICTS
+    return _rate_agreement(family, [], _known_sizes(names, size_of)) != _CONTRADICTS
 
 
 def have_same_names(families: Sequence[FamilyNames]) -> bool:
@@ -103,14 +103,16 @@ def have_same_names(families: Sequence[FamilyNames]) -> bool:
 _CONTRADICTS, _IN_PROPORTION, _AS_RELEASED, _COMPLETE = range(4)
 
 
-def _agreement(family: FamilyNames, names: Sequence[str], sizes: Mapping[str, tuple[int, int]]) -> int:
+def _rate_agreement(family: FamilyNames, names: Sequence[str], sizes: Mapping[str, tuple[int, int]]) -> int:
     """Return the agreement of module sizes and block numbers with a family's released models."""
     rules = list(_rules(family, sizes))
     numbers = _block_numbers(family, names)
     level = _CONTRADICTS
-    for width, lists in family.released or ((0, ()),):
+    if not family.released:  # neither widths nor numbers of blocks are known: nothing can contradict
+        level = _rate_agreement_of_numbers(numbers, {})
+    for width, lists in family.released:
         if not width or all(_agrees(rule, width) for rule in rules):
-            level = max(level, _agreement_of_numbers(numbers, dict(lists)))
+            level = max(level, _rate_agreement_of_numbers(numbers, dict(lists)))
     if level == _CONTRADICTS and rules:
         first = rules[0]
         rows, columns = first.size
@@ -120,7 +122,7 @@ def _agreement(family: FamilyNames, names: Sequence[str], sizes: Mapping[str, tu
     return level
 
 
-def _agreement_of_numbers(numbers: Mapping[str, set[int]], depths: Mapping[str, int]) -> int:
+def _rate_agreement_of_numbers(numbers: Mapping[str, set[int]], depths: Mapping[str, int]) -> int:
     """Return the level of agreement between block numbers and a released model. depths: its number of blocks
     by list.
     """
@@ -295,7 +297,7 @@ def relatives(name: str, family: FamilyNames | None = None) -> tuple[Relative, .
     A name may be ours in one family and another layout's in another family: both give relatives.
     """
     distinct: dict[tuple[str, int | None, bool], Relative] = {}  # families share names and parts
-    for template, number in _relations(family).all(name):
+    for template, number in _find_relations(family).all(name):
         relative = replace(template, name=template.name.replace("{n}", number).replace(".", "_"))
         if relative.name == name and relative.part.index is None:
             continue  # the same in both layouts
@@ -304,7 +306,7 @@ def relatives(name: str, family: FamilyNames | None = None) -> tuple[Relative, .
 
 
 @cache
-def _relations(family: FamilyNames | None) -> "_Table[Relative]":
+def _find_relations(family: FamilyNames | None) -> "_Table[Relative]":
     """Return the relatives of modules in a family, or in all, with `{n}` for the number in their names."""
     pairs: list[tuple[str, Relative]] = []
     for each in FAMILIES if family is None else (family,):

@@ -52,7 +52,7 @@ def choose_modules(unet: nn.Module, settings: LoraSettings) -> dict[str, Target]
     optional = () if spec.lora_choice else spec.lora_exclude
     if settings.blocks is not None:
         settings = replace(settings, blocks=settings.blocks.fit(spec.numbered))
-    targets = _choose(_candidates(unet, settings), settings, OURS, optional)
+    targets = _choose(_list_candidates(unet, settings), settings, OURS, optional)
     if not targets:
         raise OptionError(
             "--network_args: the LoRA has no module left. Exclude fewer (exclude_patterns, ranks of 0, "
@@ -61,7 +61,7 @@ def choose_modules(unet: nn.Module, settings: LoraSettings) -> dict[str, Target]
     return targets
 
 
-def _candidates(unet: nn.Module, settings: LoraSettings) -> Iterator[PlacedModule]:
+def _list_candidates(unet: nn.Module, settings: LoraSettings) -> Iterator[PlacedModule]:
     """Yield the modules of a DiT among which patterns and ranks choose."""
     spec = spec_of(unet)
     rules = settings.rules
@@ -74,7 +74,7 @@ def _candidates(unet: nn.Module, settings: LoraSettings) -> Iterator[PlacedModul
     patterns = [re.compile(pattern) for pattern in spec.lora_choice]
     without = () if settings.has_convolutions else spec.with_convolutions
     for start in starts:
-        for candidate in _modules_below(unet, start):
+        for candidate in _list_modules_below(unet, start):
             if any(part in f".{candidate.path}" for part in without):
                 continue
             if not patterns or any(pattern.match(candidate.path) for pattern in patterns):
@@ -103,7 +103,7 @@ def _choose(
             _, rank = settings.reg_ranks[places[-1]]
             size = LoraSize(int(rank), settings.alpha)
         is_optional = any(part in f".{path}" for part in optional)
-        if is_optional and _rank_of_kind(path, settings) is not None:
+        if is_optional and _choose_rank_of_kind(path, settings) is not None:
             is_optional = False
         if size is not None and (size.rank <= 0 or _is_excluded(path, settings, is_optional)):
             size = None
@@ -131,7 +131,7 @@ def _is_excluded(path: str, settings: LoraSettings, is_optional: bool = False) -
     return is_excluded and not any(pattern.match(path) for pattern in settings.include)
 
 
-def _modules_below(unet: nn.Module, starts: tuple[str, ...]) -> Iterator[PlacedModule]:
+def _list_modules_below(unet: nn.Module, starts: tuple[str, ...]) -> Iterator[PlacedModule]:
     """Yield each Linear and Conv2d whose path begins so, in the model's order."""
     for path, module in unet.named_modules():
         if f"{path}.".startswith(starts) and isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -181,11 +181,11 @@ def _size_by_rules(path: str, settings: LoraSettings) -> LoraSize | None:
         match = re.match(rf"{rules.indices[argument]}\.(\d+)\.", path)
         if match is not None and numbers is not None and int(match[1]) not in numbers:
             return None
-    rank_of_kind = _rank_of_kind(path, settings)
+    rank_of_kind = _choose_rank_of_kind(path, settings)
     return LoraSize(settings.rank if rank_of_kind is None else rank_of_kind, settings.alpha)
 
 
-def _rank_of_kind(path: str, settings: LoraSettings) -> int | None:
+def _choose_rank_of_kind(path: str, settings: LoraSettings) -> int | None:
     """Return the rank that an argument for this kind of module gives; None if there is none."""
     if settings.rules is None:
         return None
@@ -216,7 +216,7 @@ def build_network(
     }
     in_texts = {f"{prefix}_": list(_in_encoder(encoder)) for prefix, encoder in learning.items()}
     if settings.include or settings.exclude or settings.reg_ranks or settings.reg_rates:
-        modules = [] if dit is None else [(OURS, path) for path, _ in _candidates(dit, settings)]
+        modules = [] if dit is None else [(OURS, path) for path, _ in _list_candidates(dit, settings)]
         for start, candidates in in_texts.items():
             modules += [(start, path) for path, _ in candidates]
         settings = fit_patterns(settings, modules)
@@ -349,7 +349,7 @@ def _factors_for(
 def _in_encoder(encoder: nn.Module) -> Iterator[PlacedModule]:
     """Yield the modules of a text encoder's blocks, with their published paths."""
     starts = tuple(f"{name}." for name in spec_of(encoder).block_lists)
-    for path, module in _modules_below(encoder, starts):
+    for path, module in _list_modules_below(encoder, starts):
         yield PlacedModule(published_path(path), module)
 
 

@@ -73,7 +73,7 @@ def usual_rows(part: WeightPart, whole_height: int) -> slice | None:
     """
     if not is_cut(part):
         return slice(0, whole_height)
-    siblings = [sibling for sibling in _siblings(part.ours, {part.theirs}) if is_cut(sibling)]
+    siblings = [sibling for sibling in _find_siblings(part.ours, {part.theirs}) if is_cut(sibling)]
     unit, rest = divmod(whole_height, sum(sibling.usual_height for sibling in siblings))
     rows = part_rows(part, unit * part.usual_height, whole_height)
     return rows if not rest and isinstance(rows, slice) else None
@@ -211,7 +211,7 @@ def fuse(
             continue
         piece = FusedPiece(name, module.part, factors)
         pieces_by_name.setdefault(OURS + module.name, []).append(piece)
-    likely = _likely_heights(pieces_by_name.values()) if height is None else {}
+    likely = _guess_heights(pieces_by_name.values()) if height is None else {}
     for into, pieces in pieces_by_name.items():
         rows = likely[pieces[0].part.ours] if height is None else height(into)
         joined = _join(pieces, rows or 0, is_for_model=height is not None)
@@ -233,7 +233,7 @@ def _find_whole(
     return None
 
 
-def _likely_heights(fused: Iterable[Sequence[FusedPiece]]) -> dict[str, int]:
+def _guess_heights(fused: Iterable[Sequence[FusedPiece]]) -> dict[str, int]:
     """Estimate the rows of each fused weight, equal in all blocks, from its parts."""
     heights: dict[str, dict[int | None, int]] = {}  # path -> index of a part -> its rows
     paths: set[str] = set()  # of the parts, in their layout
@@ -243,10 +243,10 @@ def _likely_heights(fused: Iterable[Sequence[FusedPiece]]) -> dict[str, int]:
         height = deltas.height_of(piece.factors)
         if height is not None:
             rows[piece.part.index] = height
-    return {ours: _likely_height(_siblings(ours, paths), rows) for ours, rows in heights.items()}
+    return {ours: _guess_height(_find_siblings(ours, paths), rows) for ours, rows in heights.items()}
 
 
-def _siblings(ours: str, paths: Collection[str]) -> list[WeightPart]:
+def _find_siblings(ours: str, paths: Collection[str]) -> list[WeightPart]:
     """Return the parts of a weight in the families that have a module of these paths.
 
     Families may stack other parts under one name.
@@ -262,7 +262,7 @@ def _siblings(ours: str, paths: Collection[str]) -> list[WeightPart]:
     return list(siblings.values())
 
 
-def _likely_height(siblings: Sequence[WeightPart], rows: Mapping[int | None, int]) -> int:
+def _guess_height(siblings: Sequence[WeightPart], rows: Mapping[int | None, int]) -> int:
     """Estimate the rows of a weight from those of some of its parts; 0 if there are none.
 
     siblings: all parts of the weight. rows: index of a part -> its rows.
@@ -307,7 +307,7 @@ def _join(pieces: Sequence[FusedPiece], height: int, is_for_model: bool = False)
     slices = [place for place in places if isinstance(place, slice)]
     if len(slices) < len(places):
         return f"its parts do not fit into {height} rows"
-    fault = _fault_of_magnitudes([piece.factors for piece in pieces], height)
+    fault = _find_fault_of_magnitudes([piece.factors for piece in pieces], height)
     if fault:
         return fault
     return _join_low_rank(_in_order(pieces, slices), height)
@@ -316,7 +316,7 @@ def _join(pieces: Sequence[FusedPiece], height: int, is_for_model: bool = False)
 def join_rotations(pieces: Sequence[FusedPiece]) -> Factors | str:
     """Return the one rotation of the parts of a weight, or the reason why there is none."""
     first = pieces[0]
-    siblings = _siblings(first.part.ours, {first.part.theirs})
+    siblings = _find_siblings(first.part.ours, {first.part.theirs})
     joined_paths = {piece.part.theirs for piece in pieces}
     if is_cut(first.part) and any(is_cut(part) and part.theirs not in joined_paths for part in siblings):
         kind = next(filter(None, (rotating_kind(piece.factors) for piece in pieces)))
@@ -340,7 +340,7 @@ def _in_order(pieces: Sequence[FusedPiece], slices: Sequence[slice]) -> list[Pla
     return sorted(placed, key=lambda part: part.rows.start)
 
 
-def _fault_of_magnitudes(parts: Sequence[Factors], height: int) -> str:
+def _find_fault_of_magnitudes(parts: Sequence[Factors], height: int) -> str:
     """Return the reason why the magnitudes of parts cannot be joined; "" if there is none."""
     if not any(MAGNITUDES in factors for factors in parts):
         return ""

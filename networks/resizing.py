@@ -124,7 +124,7 @@ def resize_file(options: ResizeOptions) -> None:
             del tensors[module.names.core]
         if module.names.alpha is not None:
             tensors[module.names.alpha] = torch.tensor(module.alpha)
-    metadata |= _changed_metadata(metadata, resized, options)
+    metadata |= _change_metadata(metadata, resized, options)
     save_tensors(options.save_to, tensors, add_hashes(tensors, metadata))
     if options.verbose:
         for module in resized:
@@ -306,7 +306,7 @@ def _share(part: Any, whole: Any) -> float:
     return float(part / whole) if whole else 1.0
 
 
-def _changed_metadata(
+def _change_metadata(
     metadata: Mapping[str, str], modules: Sequence[ResizedModule], options: ResizeOptions
 ) -> dict[str, str]:
     """Return the entries about ranks with their new values, and a comment on what was done."""

@@ -110,7 +110,7 @@ def _take_apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Layers whose change is not a matrix, or whose factors do not fit it, stay whole.
     """
     apart = dict(tensors)
-    for layer, keys in _fused_layers(tensors).items():
+    for layer, keys in _find_fused_layers(tensors).items():
         factors = {part: tensors[key] for part, key in keys.items()}
         if MAGNITUDES in factors and factors[MAGNITUDES].ndim == 1:  # as PEFT has them
             factors[MAGNITUDES] = factors[MAGNITUDES].view(-1, 1)
@@ -138,7 +138,7 @@ class _FusedLayer(NamedTuple):
     name: str  # in `_FUSED_PARTS`
 
 
-def _fused_layers(keys: Iterable[str]) -> dict[_FusedLayer, dict[str, str]]:
+def _find_fused_layers(keys: Iterable[str]) -> dict[_FusedLayer, dict[str, str]]:
     """Return the key of each factor, by our name, of the fused layers of a file."""
     layers: dict[_FusedLayer, dict[str, str]] = {}
     for key in keys:
@@ -185,16 +185,16 @@ def _put_together(tensors: Mapping[str, Tensor]) -> Rewritten:
     stacked: dict[str, int] = {}
     single = [tensors[key] for key in FOR_ALL if key in tensors and tensors[key].numel() == 1]
     alpha_of_all = single[0] if single else None
-    for module, keys in _numbered_factors(tensors).items():
+    for module, keys in _find_numbered_factors(tensors).items():
         alpha = tensors.get(f"{module}.alpha", alpha_of_all)
-        pieces = _numbered_pieces(keys, tensors, alpha)
+        pieces = _order_pieces(keys, tensors, alpha)
         if not _can_be_joined(module, list(keys), pieces):
             continue
         for part_keys in keys.values():
             for key in part_keys.values():
                 del usual[key]
         usual.pop(f"{module}.alpha", None)
-        for part, tensor in _diagonal(pieces).items():
+        for part, tensor in _build_diagonal(pieces).items():
             usual[f"{module}.{part}"] = tensor
         stacked[f"{module}.{DOWN}"] = len(pieces)
     return Rewritten(usual, stacked)
@@ -212,7 +212,7 @@ def _can_be_joined(module: str, numbers: Sequence[int], pieces: Sequence[Factors
     return all(set(LORA) <= set(piece) and piece[UP].ndim == 2 for piece in pieces)
 
 
-def _numbered_pieces(
+def _order_pieces(
     keys: Mapping[int, Mapping[str, str]], tensors: Mapping[str, Tensor], alpha: Tensor | None
 ) -> list[Factors]:
     """Return the factors of each number in order. alpha: of those without one."""
@@ -224,7 +224,7 @@ def _numbered_pieces(
     return pieces
 
 
-def _numbered_factors(keys: Iterable[str]) -> dict[str, dict[int, dict[str, str]]]:
+def _find_numbered_factors(keys: Iterable[str]) -> dict[str, dict[int, dict[str, str]]]:
     """Return the keys of numbered factors: module -> number -> our name of the factor -> key."""
     modules: dict[str, dict[int, dict[str, str]]] = {}
     for key in keys:
@@ -237,7 +237,7 @@ def _numbered_factors(keys: Iterable[str]) -> dict[str, dict[int, dict[str, str]
     return modules
 
 
-def _diagonal(pieces: Sequence[Factors]) -> dict[str, Tensor]:
+def _build_diagonal(pieces: Sequence[Factors]) -> dict[str, Tensor]:
     """Join LoRAs for stacked rows into one LoRA with a block-diagonal up factor."""
     scales = [strength(piece) for piece in pieces]
     scale = scales[0]

@@ -57,10 +57,15 @@ def to_tensor(pixels: Pixels, device: torch.device) -> Tensor:
     """Return pixels (H W 3) as 1 3 H W in float32, 0..1, on the device; they are copied as 8 or 16 bits."""
     writable = np.require(pixels, requirements=["C", "W"])  # torch wants memory that may be written to
     is_deep = writable.dtype == np.uint16
-    # with a sign and back: not every device knows 16 bits without one
-    on_device = send_ahead(torch.from_numpy(writable.view(np.int16) if is_deep else writable), device)
-    values = on_device.to(torch.int32) & 0xFFFF if is_deep else on_device
-    return rearrange(values.to(torch.float32), "h w c -> 1 c h w") / (65535.0 if is_deep else 255.0)
+    white = 255.0
+    if is_deep:
+        # sent as int16, and its bits read without a sign again: not every device has uint16
+        signed = send_ahead(torch.from_numpy(writable.view(np.int16)), device)
+        values = signed.to(torch.int32) & 0xFFFF
+        white = 65535.0
+    else:
+        values = send_ahead(torch.from_numpy(writable), device)
+    return rearrange(values.to(torch.float32), "h w c -> 1 c h w") / white
 
 
 def to_pixels(image: Tensor, is_deep: bool) -> Pixels:

@@ -152,9 +152,11 @@ class InterpolationOptions(Options, title="interpolation"):
 
     @property
     def alignment(self) -> int:
-        """Return the step of pictures' sides for which the sides times --ds_factor are multiples of 32."""
-        step = ALIGNMENT / self.part  # whole steps of this; the first whole number among them
-        return step.numerator
+        """Return the number whose multiples, times --ds_factor, are multiples of 32: pictures' sides must be
+        multiples of it.
+        """
+        step = ALIGNMENT / self.part
+        return step.numerator  # the smallest whole multiple of the step
 
 
 METHODS = ("blur", "fill")

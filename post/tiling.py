@@ -46,7 +46,7 @@ def pad_to_multiple(images: Tensor, step: int, repeats_edge: bool) -> Tensor:
 
 
 def mirrored(size: int, length: int, repeats_edge: bool) -> Tensor:
-    """Return for each of `length` places its source index in a row of `size` with mirrored ends."""
+    """Return the source index of each of `length` places in a row of `size` with mirrored ends."""
     period = 2 * size if repeats_edge else max(2 * size - 2, 1)
     forth = torch.arange(length) % period
     back = period - forth - (1 if repeats_edge else 0)

@@ -75,7 +75,7 @@ class ModelChoice:
 
 def ask_family(model: ModelSet, files: Mapping[str, str] = MappingProxyType({})) -> ModelFacts:
     """Return the facts of a model; imports its family. files: its files by option; they need not exist."""
-    family = _family_for_caching(model)
+    family = _make_family_for_caching(model)
     rules = family.references
     references = 0 if rules is None or rules.clips else rules.most
     options = [part.option.lstrip("-") for part in transformers_of(model) if part.option]
@@ -95,14 +95,14 @@ def ask_family(model: ModelSet, files: Mapping[str, str] = MappingProxyType({}))
         learns_sounds="sound_alone" in model.data,
         regularises=bool(model.data.get("regularises")),
         learns_alpha=_learns_alpha(family),
-        dtypes=_dtype_options(model),
+        dtypes=_choose_dtype_options(model),
         few_steps=_few_steps(family, model, dits),
-        contradiction=_contradiction(family, model, dits),
+        contradiction=_find_contradiction(family, model, dits),
         family=family,
     )
 
 
-def _dtype_options(model: ModelSet) -> dict[str, list[str]]:
+def _choose_dtype_options(model: ModelSet) -> dict[str, list[str]]:
     """Return the options for the dtypes of networks that the scripts of a model take, by kind of script."""
     entry = with_scripts()[script_family(shlex.split(model.commands["latents"]))]
     return {
@@ -118,7 +118,7 @@ def _learns_alpha(family: Any) -> bool:
     return False
 
 
-def _family_for_caching(model: ModelSet) -> Any:
+def _make_family_for_caching(model: ModelSet) -> Any:
     """Return the record of a model's family for its command that caches latents, without encoders."""
     words = shlex.split(model.commands["latents"])
     entry = with_scripts()[script_family(words)]
@@ -132,7 +132,7 @@ def _family_for_caching(model: ModelSet) -> Any:
 
 @contextlib.contextmanager
 def _without_log() -> Iterator[None]:
-    """Keep a family that is made from logging about files that are not given."""
+    """Log nothing below warnings during the block: making a family would log that files are not given."""
     logging.disable(logging.INFO)
     try:
         yield
@@ -230,7 +230,7 @@ def _is_of_few_steps(family: Any, dit: Path) -> bool:
     return kind is not None and kind.has_few_steps
 
 
-def _contradiction(family: Any, model: ModelSet, dits: Sequence[Path]) -> str | None:
+def _find_contradiction(family: Any, model: ModelSet, dits: Sequence[Path]) -> str | None:
     """Return the contradiction between a file's name and the task it is given for; None if there is none."""
     if not knows_few_steps(family):
         return None
@@ -285,7 +285,7 @@ def choose_model(options: NewOptions, memory: float) -> ModelChoice:
         named = read_family(options.family, models)
         if not options.model_files:
             refuse_made_from(named, options.family, models)
-    tasks = _tasks_left(named, options.task, models)
+    tasks = _list_tasks_left(named, options.task, models)
     asks_for_task = len(tasks) > 1 and has_terminal()
     remarks: list[str] = []
     if asks_for_task:
@@ -296,7 +296,7 @@ def choose_model(options: NewOptions, memory: float) -> ModelChoice:
         remarks.append(f"--task {model.task} is taken: {model.about}. Others: {not_taken}")
     else:
         model = tasks[0]
-        if options.task is not None and plain_name(options.task) not in _plain_task_names(model):
+        if options.task is not None and plain_name(options.task) not in _list_plain_task_names(model):
             remarks.append(f"--task {options.task}: {model.task} is taken, {model.about}")
     smaller = find_smaller(model, models, memory)
     if smaller:
@@ -321,7 +321,7 @@ def _ask_for_family(options: NewOptions, models: Sequence[ModelSet], memory: flo
     def read(text: str) -> NamedModel:
         return read_family(_by_number(text, families), models)
 
-    table = _family_table(models, memory, options.memory is not None)
+    table = _make_family_table(models, memory, options.memory is not None)
     return _ask("--family", read, table)
 
 
@@ -332,12 +332,12 @@ def _ask_for_task(options: NewOptions, models: Sequence[ModelSet], memory: float
     def read(text: str) -> str:
         return _read_tasks(_by_number(text, tasks), models)[0].task
 
-    table = _task_table(models, memory, options.memory is not None)
+    table = _make_task_table(models, memory, options.memory is not None)
     task = _ask("--task", read, table)
     return next(model for model in models if model.task == task)
 
 
-def _tasks_left(named: NamedModel, typed_task: str | None, models: Sequence[ModelSet]) -> list[ModelSet]:
+def _list_tasks_left(named: NamedModel, typed_task: str | None, models: Sequence[ModelSet]) -> list[ModelSet]:
     """Return the models of a family that its name and --task leave to choose from."""
     of_family = [model for model in models if model.family == named.family]
     if typed_task is not None:
@@ -384,7 +384,7 @@ def _ask(question: str, read: Callable[[str], T], table: str) -> T:
 
 
 def _by_number(text: str, names: Sequence[str]) -> str:
-    """Return the name that a number in a table stands for; a text that is no such number stays."""
+    """Replace a number from a printed table by the name it stands for; other texts are unchanged."""
     if text in names or not re.fullmatch(r"[1-9]\d?", text):
         return text
     number = int(text)
@@ -408,29 +408,31 @@ def _read_tasks(text: str, tasks: Sequence[ModelSet]) -> list[ModelSet]:
         exact = [model for model in tasks if is_task_spelling(text, _training_task(model))]
     if exact:
         return exact
-    near = [model for model in tasks if len(plain) > 1 and plain in plain_name(model.task)]
-    near = [model for model in near if not has_other_number(text, model.task)]
+    near = []
+    for model in tasks:
+        is_part = len(plain) > 1 and plain in plain_name(model.task)
+        if is_part and not has_other_number(text, model.task):
+            near.append(model)
     if len(near) == 1:
         return near
+    names = [model.task for model in tasks]
     script = _training_script(tasks[0])
     alike = [model for model in find_models() if _training_script(model) == script]
     others = [model for model in alike if is_task_spelling(text, model.task)]
     if others:
         families = dict.fromkeys(model.family for model in others)
-        names = [model.task for model in tasks]
         raise OptionError(
             f"--task {text} is one of --family {' or '.join(families)}; {tasks[0].family} has "
             f"{', '.join(names)}"
         )
-    names = [model.task for model in tasks]
     hint = did_you_mean(text, names)
     if near:
         hint = f" Did you mean {' or '.join(model.task for model in near)}?"
-    page = page_of_control(text) or _page_of_undescribed(plain, tasks[0].family)
+    page = page_of_control(text) or _find_page_of_undescribed(plain, tasks[0].family)
     raise OptionError(f"--task {text}: choose from {', '.join(names)}.{page or hint}")
 
 
-def _plain_task_names(model: ModelSet) -> set[str]:
+def _list_plain_task_names(model: ModelSet) -> set[str]:
     """Return the plain spellings of a task: its own, and that of its training script."""
     return {plain_name(model.task), plain_name(_training_task(model))}
 
@@ -445,7 +447,7 @@ def _training_task(model: ModelSet) -> str:
     return words[words.index("--task") + 1] if "--task" in words else ""
 
 
-def _page_of_undescribed(plain: str, family: str) -> str:
+def _find_page_of_undescribed(plain: str, family: str) -> str:
     """Return a hint at the page of a task that `new` does not describe; "" if the text is no such task."""
     for model in model_sets():
         if model.family == family and plain_name(model.task) == plain:
@@ -453,7 +455,7 @@ def _page_of_undescribed(plain: str, family: str) -> str:
     return ""
 
 
-def _family_table(models: Sequence[ModelSet], memory: float, is_given: bool) -> str:
+def _make_family_table(models: Sequence[ModelSet], memory: float, is_given: bool) -> str:
     """Return a table of families: what each makes, the size of its download, and what fits the card."""
     rows = []
     for family in families_of(models):
@@ -466,7 +468,7 @@ def _family_table(models: Sequence[ModelSet], memory: float, is_given: bool) -> 
     return _table_of_fits(("family", "makes", "download"), rows, memory, is_given)
 
 
-def _task_table(tasks: Sequence[ModelSet], memory: float, is_given: bool) -> str:
+def _make_task_table(tasks: Sequence[ModelSet], memory: float, is_given: bool) -> str:
     """Return a table of tasks: what each is, the size of its download, and what fits the card."""
     rows = []
     for model in tasks:

@@ -103,15 +103,15 @@ class Choice:
 def choose_size(model: ModelSet, media: list[Media]) -> tuple[int, int]:
     """Return width and height: those of the file in the middle by area, or less to keep the usual area."""
     usual_width, usual_height = model.data["resolution"]
-    middle = _middle_by_area(model, media)
+    middle = _find_middle_by_area(model, media)
     if middle is None:
         return usual_width, usual_height
-    return _within(middle.size, usual_width * usual_height)
+    return _shrink_to_area(middle.size, usual_width * usual_height)
 
 
 def explain_size(model: ModelSet, media: list[Media]) -> str:
     """Return the reason for the size that `choose_size` chooses; "" for sounds, which have none."""
-    middle = _middle_by_area(model, media)
+    middle = _find_middle_by_area(model, media)
     if middle is None:
         return ""
     sizes = sorted({item.size for item in _learned(model, media)}, key=_area)
@@ -142,7 +142,7 @@ def _learned(model: ModelSet, media: list[Media]) -> list[Media]:
     return visible
 
 
-def _middle_by_area(model: ModelSet, media: list[Media]) -> Media | None:
+def _find_middle_by_area(model: ModelSet, media: list[Media]) -> Media | None:
     learned = _learned(model, media)
     # the shape of a panorama is that of no other file
     usual = [item for item in learned if not is_narrow(item)] or learned
@@ -150,7 +150,7 @@ def _middle_by_area(model: ModelSet, media: list[Media]) -> Media | None:
     return ranked[len(ranked) // 2] if ranked else None
 
 
-def _within(size: tuple[int, int], area: int) -> tuple[int, int]:
+def _shrink_to_area(size: tuple[int, int], area: int) -> tuple[int, int]:
     """Return a size of the same shape in steps of 32, reduced to an area if it is larger."""
     factor = sqrt(area / _area(size))
     near = round if factor < 1 else int
@@ -200,7 +200,7 @@ def describe_dataset(choice: Choice) -> str:
     """Return dataset.toml: for each folder a table of its clips, one of its pictures or one of its sounds."""
     data = choice.model.data
     from_image = data.get("from_image", False)
-    lines = _toml_table("[general]", _general_keys(choice))
+    lines = _format_toml_table("[general]", _make_general_keys(choice))
     if choice.content.regularising:
         return "\n".join([*lines, *_describe_subsets(choice), ""])
     clip_keys = _clip_keys(choice)
@@ -210,10 +210,10 @@ def describe_dataset(choice: Choice) -> str:
             continue
         if kind == "video" and choice.frames == 1 and not learns_stills_of_clips(choice.model):
             continue
-        keys = _folder_keys(choice, place, kind)
+        keys = _make_folder_keys(choice, place, kind)
         if kind == "video":
             keys |= clip_keys
-        lines += ["", *_toml_table("[[datasets]]", keys)]
+        lines += ["", *_format_toml_table("[[datasets]]", keys)]
     if "[[datasets]]" not in lines:
         least = shortest_clip(choice.model) / data["fps"]
         raise OptionError(
@@ -228,11 +228,14 @@ def _describe_subsets(choice: Choice) -> list[str]:
     shortest = min(choice.size)
     smallest = min(USUAL_SIDE, shortest // SIDE_STEP * SIDE_STEP or shortest)
     largest = -(-2 * max(choice.size) // SIDE_STEP) * SIDE_STEP
-    lines = ["", *_toml_table("[[datasets]]", {"min_bucket_reso": smallest, "max_bucket_reso": largest})]
+    lines = [
+        "",
+        *_format_toml_table("[[datasets]]", {"min_bucket_reso": smallest, "max_bucket_reso": largest}),
+    ]
     for place in dict.fromkeys(item.path.parent for item in choice.media):
-        keys = _folder_keys(choice, place, "image")
+        keys = _make_folder_keys(choice, place, "image")
         keys = {"image_dir": keys.pop("image_directory"), **keys}
-        lines += ["", *_toml_table("[[datasets.subsets]]", keys)]
+        lines += ["", *_format_toml_table("[[datasets.subsets]]", keys)]
     for place in choice.content.regularising:
         cache = Path("cache", "images", place.parent.name, place.name).as_posix()
         keys = {"image_dir": choice.inside(place), "cache_directory": cache, "is_reg": True}
@@ -243,11 +246,11 @@ def _describe_subsets(choice: Choice) -> list[str]:
             keys["class_tokens"] = name.words
         if choice.trigger:
             keys["trigger_word"] = ""  # the class has none
-        lines += ["", *_toml_table("[[datasets.subsets]]", keys)]
+        lines += ["", *_format_toml_table("[[datasets.subsets]]", keys)]
     return lines
 
 
-def _general_keys(choice: Choice) -> dict[str, Any]:
+def _make_general_keys(choice: Choice) -> dict[str, Any]:
     """Return the keys of dataset.toml that all its tables share."""
     keys: dict[str, Any] = {}
     if not choice.is_of_sound:
@@ -273,7 +276,7 @@ def _clip_keys(choice: Choice) -> dict[str, Any]:
     return keys
 
 
-def _folder_keys(choice: Choice, place: Path, kind: str) -> dict[str, Any]:
+def _make_folder_keys(choice: Choice, place: Path, kind: str) -> dict[str, Any]:
     """Return the keys of the table for the files of one kind in a folder."""
     content = choice.content
     keys: dict[str, Any] = {f"{kind}_directory": choice.inside(place)}
@@ -311,7 +314,7 @@ def describe_samples(choice: Choice) -> str:
     names = [name.words for place, name in choice.content.names.items() if place in learned]
     subject = _plain(choice.trigger or _find_subject(captions or names))
     prompts = [f"{subject}, {situation}" for situation in _choose_situations(captions)]
-    references = _reference_options(choice)
+    references = _list_reference_options(choice)
     prompts.append(OTHER_EDIT if references or choice.facts.needs_reference else OTHER)
     size = _sample_size(choice)
     released_values = _released_values(choice.model)
@@ -338,7 +341,7 @@ def _sample_size(choice: Choice) -> str:
         return f"--f {SOUND_FRAMES}"
     width, height = choice.size
     if choice.frames > 1:
-        width, height = _within(choice.size, MOST_SAMPLED)
+        width, height = _shrink_to_area(choice.size, MOST_SAMPLED)
     frames = f" --f {choice.frames}" if choice.model.data["frames"] > 1 else ""
     return f"--w {width} --h {height}{frames}"
 
@@ -381,8 +384,8 @@ def _start_options(choice: Choice) -> list[str]:
     return [_write_frames(choice)] if choice.model.data.get("from_image") else [""]
 
 
-def _reference_options(choice: Choice) -> list[str]:
-    """Return for each picture whose references can be read the options that give them to a sample."""
+def _list_reference_options(choice: Choice) -> list[str]:
+    """Return a line of --ci options for each picture whose references can all be read."""
     references = choice.content.references
     lines = []
     for item in choice.media:
@@ -462,12 +465,12 @@ def describe_run(choice: Choice, commands: list[list[str]]) -> str:
     project = {"files": list(choice.files.values()), "commands": commands}
     lines = [
         "# Paths are relative to this folder, in which `run` works; it can be moved.",
-        *_toml_table("[training]", values),
+        *_format_toml_table("[training]", values),
         *_describe_targets(choice),
         "",
         "# what `run` looks for and runs; the training leaves it alone",
     ]
-    return "\n".join([*lines, *_toml_table(f"[{OTHERS_TABLE}]", project), ""])
+    return "\n".join([*lines, *_format_toml_table(f"[{OTHERS_TABLE}]", project), ""])
 
 
 def _describe_targets(choice: Choice) -> list[str]:
@@ -482,7 +485,7 @@ def _describe_targets(choice: Choice) -> list[str]:
     for target in few_steps.targets:
         lines.append(f"# To {target.about}:")
         values = _read_options(shlex.split(target.options), {})
-        lines += [f"# {line}" for line in _toml_lines(values)]
+        lines += [f"# {line}" for line in _format_toml_lines(values)]
     return lines
 
 
@@ -564,9 +567,9 @@ def _run_values(choice: Choice) -> dict[str, Any]:
     return values
 
 
-def _toml_table(head: str, values: Mapping[str, Any]) -> list[str]:
-    return [head, *_toml_lines(values)]
+def _format_toml_table(head: str, values: Mapping[str, Any]) -> list[str]:
+    return [head, *_format_toml_lines(values)]
 
 
-def _toml_lines(values: Mapping[str, Any]) -> list[str]:
+def _format_toml_lines(values: Mapping[str, Any]) -> list[str]:
     return [f"{name} = {toml_value(value)}" for name, value in values.items()]

@@ -156,13 +156,13 @@ def _read_rows(
     """
     if path.suffix.lower() == JSON:
         content = parse_json(read_text(path, MAX_METADATA_BYTES))
-        yield from _json_rows(content, subject)
+        yield from _read_json_rows(content, subject)
     else:
         with _as_table(path, names, remarks) as table:
             yield from _table_rows(path, table, remarks)
 
 
-def _json_rows(content: Any, subject: Path | None) -> Iterator[tuple[str, Any]]:
+def _read_json_rows(content: Any, subject: Path | None) -> Iterator[tuple[str, Any]]:
     """Yield the names and captions in the content of a JSON file. subject: as `_read_rows` takes it."""
     if isinstance(content, dict) and subject is not None:
         yield subject.name, _first_text(content)
@@ -209,7 +209,7 @@ def _as_table(path: Path, names: Collection[str], remarks: list[str]) -> Iterato
     if not FORM_OF_SUFFIX[path.suffix.lower()].is_text:
         yield path
         return
-    text = _with_column_names(path, _decode_table(path, remarks), names)
+    text = _add_column_names(path, _decode_table(path, remarks), names)
     with tempfile.TemporaryDirectory() as folder:
         copied = Path(folder) / path.name
         copied.write_text(text, encoding="utf-8", newline="")
@@ -232,7 +232,7 @@ def _decode_table(path: Path, remarks: list[str]) -> str:
         return guess.text.removeprefix("\ufeff")
 
 
-def _with_column_names(path: Path, text: str, names: Collection[str]) -> str:
+def _add_column_names(path: Path, text: str, names: Collection[str]) -> str:
     """Return the text of a table with a first line of columns. names: of the media in its folder."""
     if not FORM_OF_SUFFIX[path.suffix.lower()].has_header:
         return text

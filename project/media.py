@@ -151,13 +151,13 @@ def _collect_media(
     for place in places.learned:
         sounds += _list_media(folder, place, content, facts)
         if place != folder:
-            content.lines += _describe_deep(_unsorted_folders(place, places))
+            content.lines += _describe_deep(_list_unsorted_folders(place, places))
     _add_sounds(content, sounds, facts)
     content.lines[start:start] = _describe_lists(content)
     return sounds
 
 
-def _unsorted_folders(place: Path, places: SortedFolders) -> list[Path]:
+def _list_unsorted_folders(place: Path, places: SortedFolders) -> list[Path]:
     """Return the folders in a folder that are not learned, not for regularisation and not of references."""
     sorted_folders = {*places.learned, *places.regularising}
     inner_folders = [inner for inner in _folders(place) if inner not in sorted_folders]

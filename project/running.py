@@ -93,7 +93,7 @@ def run_commands(options: RunOptions, trace: RunTrace, end: EndCommand) -> None:
     described, or if files of the model are missing and may not be downloaded. Exits with the code of the
     first command that fails.
     """
-    typed = _typed_options(options)
+    typed = _list_typed_options(options)
     folder = options.folder.parent if options.folder.name == RUN_FILE else options.folder
     folders = [folder]
     writing = {"output_dir", *options_reaching("writes")}
@@ -105,7 +105,7 @@ def run_commands(options: RunOptions, trace: RunTrace, end: EndCommand) -> None:
         _run_within_limits(options, _read_project(options.folder, typed), trace, end)
 
 
-def _typed_options(options: RunOptions) -> dict[str, Any]:
+def _list_typed_options(options: RunOptions) -> dict[str, Any]:
     """Return the options of the training that were typed for `run`; paths are absolute."""
     return {
         name: real_path(value) if isinstance(value, Path) else value
@@ -251,7 +251,7 @@ def _read_project(place: Path, typed: Mapping[str, Any]) -> Project:
     place: the folder, or its run.toml. Raises OptionError if it is not as `new` writes it, or if results
     would lie outside of what is allowed.
     """
-    folder = _described_folder(place)
+    folder = _find_described_folder(place)
     path = folder / RUN_FILE
     try:
         project = _parse_project(folder, parse_toml(read_text(path)), typed)
@@ -284,7 +284,7 @@ def _extend_training(project: Project, words: Sequence[str]) -> Project:
     return replace(project, commands=[*first_commands, [*training, *words]])
 
 
-def _described_folder(place: Path) -> Path:
+def _find_described_folder(place: Path) -> Path:
     """Return the folder of a run.toml. Raises OptionError for another file."""
     if place.name == RUN_FILE and not place.is_dir():
         return place.parent
@@ -382,14 +382,14 @@ def _find_other_model(project: Project, metadata: Mapping[str, str]) -> str | No
 
 def _download_words(project: Project, models: Path) -> str:
     """Return the options of `run` that let it download. models: the folder that --download alone may fill."""
-    target = project.folder / _typed_values(project.download).get("--to", "models")
+    target = project.folder / _list_typed_values(project.download).get("--to", "models")
     is_allowed = real_path(target).is_relative_to(real_path(models)) or describe_outside(target) is None
     return "--download" if is_allowed else as_typed(["--download", "--models", str(target)])
 
 
 def _download_size(words: Sequence[str]) -> str:
     """Return the size of the model that a command downloads, in brackets; "" for an unknown model."""
-    typed = _typed_values(words)
+    typed = _list_typed_values(words)
     for model in find_models("--fp8_encoders" in words):
         if (model.family, model.task) == (typed.get("--family"), typed.get("--task")):
             behind = itertools.dropwhile(lambda word: word != "--without", words)
@@ -403,7 +403,7 @@ def _download_size(words: Sequence[str]) -> str:
     return ""
 
 
-def _typed_values(words: Sequence[str]) -> dict[str, str]:
+def _list_typed_values(words: Sequence[str]) -> dict[str, str]:
     """Return each word of a command with the word behind it."""
     return dict(itertools.pairwise(words))
 

@@ -100,7 +100,7 @@ def missing_for_inductor(device: torch.device) -> str:
         return ""  # Metal's compiler is part of the system
     if device.type == "cpu":
         if has_cpp_compiler():
-            return _missing_headers()
+            return _explain_missing_headers()
         if sys.platform == "win32":
             return (
                 "Microsoft's C++ compiler: install the Build Tools for Visual Studio and start from "
@@ -116,10 +116,10 @@ def missing_for_inductor(device: torch.device) -> str:
         return ""  # triton-windows includes a compiler
     if not (os.environ.get("CC") or any(shutil.which(name) for name in ("gcc", "clang", "cc"))):
         return "a C compiler, which Triton needs to build its launchers: install gcc or clang"
-    return _missing_headers()
+    return _explain_missing_headers()
 
 
-def _missing_headers() -> str:
+def _explain_missing_headers() -> str:
     if Path(sysconfig.get_path("include"), "Python.h").is_file():
         return ""
     return "the header files of Python: install python3-dev, or a Python that includes them"

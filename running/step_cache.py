@@ -169,12 +169,18 @@ class MagCacheRule:
         self._forget()
 
     def skips(self, turn: Turn, signal: Signal) -> bool:
-        """Return whether the error summed since the last computed pass allows another skip."""
-        last, self._last = self._last, turn.step
+        """Return whether the error summed since the last computed pass allows another skip.
+
+        The first steps (`retention` of all, at least one) and the last step are never skipped.
+        """
+        last = self._last
+        self._last = turn.step
         first = max(int(self._retention * turn.num_steps), 1)
-        if last is None or not first <= turn.step < turn.num_steps - 1:
+        may_skip = first <= turn.step < turn.num_steps - 1
+        if last is None or not may_skip:
             self._forget()
             return False
+        # the steps' ratios, multiplied, say how the residual has changed in size; 1 would be no error
         for step in range(last + 1, turn.step + 1):  # several if steps lacked this pass: it has aged by all
             self._ratio *= self._ratios[step]
             self._error += abs(1 - self._ratio)

@@ -61,7 +61,7 @@ SENT_AT_ONCE = 64  # entries that a process gives to the others: all at once wou
 
 
 class Where(Enum):
-    """Where a part of a table's items is."""
+    """Name the place of one part of a table's items: of their latents, or of their texts."""
 
     OWN = "in the caches that the table names"
     NPZ = "in npz files next to the pictures"
@@ -75,7 +75,7 @@ class Where(Enum):
 
 @dataclass(frozen=True)
 class TablePlan:
-    """Where latents and texts of a table are."""
+    """Hold the places of a table's latents and texts."""
 
     table: DatasetTable
     latents: Where
@@ -340,7 +340,7 @@ def _choose_live_texts(family: Family, options: TrainingOptions, config: Dataset
         encoders = _encoders(family, why)
         able = [encoder for encoder in encoders if can_learn(encoder)]
         prefixes = [encoder.lora_prefix for encoder in able]
-        learning = _learning(family, options, able)
+        learning = _choose_learning_encoders(family, options, able)
         if varying is not None or (learning and not caches_texts):
             return LiveTexts(encoders, learning, prefixes)
         if 0 < len(learning) < len(encoders):
@@ -399,7 +399,7 @@ def _encoders(family: Family, why: str) -> Sequence[TextEncoder]:
         raise OptionError(f"{error}\n  Text encoders are needed because {why}.") from None
 
 
-def _learning(
+def _choose_learning_encoders(
     family: Family, options: TrainingOptions, able: Sequence[LearningEncoder]
 ) -> list[LearningEncoder]:
     """Return the encoders that get a network, of those that can learn.

@@ -74,7 +74,7 @@ def check_before_loading(family: Family, options: TrainingOptions, others: Other
     _check_samples(sampling or family, options)
     folder, name = options.saving.output_dir, options.saving.output_name
     if folder is not None and name is not None and folder.is_dir():
-        check_space(folder / f"{name}.safetensors", _smallest_file(family, options))
+        check_space(folder / f"{name}.safetensors", _find_smallest_file(family, options))
 
 
 def refuse_quantised_bases(family: Family, options: TrainingOptions) -> None:
@@ -153,11 +153,11 @@ def _list_rates(options: TrainingOptions) -> dict[str, float]:
         by_encoder = {f"--text_encoder_lr {rate:g}": rate for rate in parts.text_encoder_lr or ()}
         rates = rates | by_encoder if parts.trains_dit else by_encoder or rates
     if options.network is not None:
-        rates |= _network_rates(options.network, base, trains_texts)
+        rates |= _list_network_rates(options.network, base, trains_texts)
     return {option: rate for option, rate in rates.items() if rate > 0}
 
 
-def _network_rates(network: NetworkOptions, base: float, trains_texts: bool) -> dict[str, float]:
+def _list_network_rates(network: NetworkOptions, base: float, trains_texts: bool) -> dict[str, float]:
     """Return the learning rates that --network_args give, by argument. base: of the transformer's part."""
     rates: dict[str, float] = {}
     if not (network.network_module or RANKED_NETWORKS[0]).startswith(RANKED_NETWORKS):
@@ -262,7 +262,7 @@ def choose_lora_format(
     return choose_format(options.network, family.name, module, names)
 
 
-def _smallest_file(family: Family, options: TrainingOptions) -> int:
+def _find_smallest_file(family: Family, options: TrainingOptions) -> int:
     """Return a lower bound for the bytes of one saved model; 0 if it is not known."""
     network = options.network
     if network is None:  # half: a file in float32 may be saved in 16 bits

@@ -52,7 +52,7 @@ def read_config_file(name: str, parser: argparse.ArgumentParser) -> dict[str, An
     if name.lower().endswith((".yaml", ".yml", ".json")):
         raise UserError(f"--config_file {name} is no TOML file. Write its options as TOML: network_dim = 16")
     path = to_path("--config_file", name if name.endswith(".toml") else f"{name}.toml")
-    actions = _actions_by_key(parser)
+    actions = _map_actions_by_key(parser)
     values = {}
     tables = {name: value for name, value in _load(path).items() if name != OTHERS_TABLE}
     if isinstance(tables.get("datasets"), list):
@@ -102,7 +102,7 @@ def _is_empty(value: Any) -> bool:
     return value == "" or (isinstance(value, list) and value != [] and all(item == "" for item in value))
 
 
-def _actions_by_key(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+def _map_actions_by_key(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
     """Return the options that a file may give, by their name and their other spellings."""
     named = {action.dest: action for action in parser._actions if action.dest not in {"help", "config_file"}}
     spelled: dict[str, argparse.Action] = {}
@@ -190,27 +190,27 @@ def _convert(path: Path, action: argparse.Action, value: Any) -> Any:
     """Convert a TOML value to that of the command line."""
     if action.nargs == 0:  # a switch, which other programs also write as 0 or 1
         if not isinstance(value, (bool, int)) or value not in (0, 1):
-            raise _wrong(path, action, value)
+            raise _explain_wrong_value(path, action, value)
         return bool(value)
     if action.nargs is None:
-        return _single(path, action, value)
+        return _convert_single(path, action, value)
     items = value if isinstance(value, list) else [value]
     if isinstance(action.nargs, int) and len(items) != action.nargs:
-        raise _wrong(path, action, value)
-    return [_single(path, action, item) for item in items]
+        raise _explain_wrong_value(path, action, value)
+    return [_convert_single(path, action, item) for item in items]
 
 
-def _single(path: Path, action: argparse.Action, value: Any) -> Any:
+def _convert_single(path: Path, action: argparse.Action, value: Any) -> Any:
     if value is False and action.default in (None, ""):  # what other programs write for "not given"
         return action.default
     if isinstance(value, (bool, list)) or (action.type is None and not isinstance(value, str)):
-        raise _wrong(path, action, value)
+        raise _explain_wrong_value(path, action, value)
     if action.type is int and isinstance(value, float) and value.is_integer():  # 64.0
         value = int(value)
     try:
         converted = value if action.type is None else action.type(str(value))  # type: ignore[operator]
     except (ValueError, TypeError, argparse.ArgumentTypeError):
-        raise _wrong(path, action, value) from None
+        raise _explain_wrong_value(path, action, value) from None
     if action.choices is not None and converted not in action.choices:
         choices = [str(choice) for choice in action.choices]
         raise OptionError(
@@ -220,7 +220,8 @@ def _single(path: Path, action: argparse.Action, value: Any) -> Any:
     return converted
 
 
-def _wrong(path: Path, action: argparse.Action, value: Any) -> OptionError:
+def _explain_wrong_value(path: Path, action: argparse.Action, value: Any) -> OptionError:
+    """Return the error for a value of another type, or in another number, than the option takes."""
     kind = bool if action.nargs == 0 else action.type
     names: dict[Any, str] = {
         bool: "true or false",

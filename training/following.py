@@ -181,14 +181,14 @@ class NextSteps:
         plain_kind = _plain_kind(network)
         if plain_kind is not None:
             title, ending, note = plain_kind.plain_title, "plain", plain_kind.elsewhere
-            words += ["--bake", str(BAKED_RANK), "--dit", self._dit_of(file)]
+            words += ["--bake", str(BAKED_RANK), "--dit", self._find_dit(file)]
         elif network is not None and self.converted_for != COMFYUI_TOOL:
             words += ["--bake", str(BAKED_RANK)] if network.kind.is_for_comfyui_alone else []
         output = file.with_name(f"{file.stem}_{ending}.safetensors")
         files = ["--input", str(file), "--output", str(output)]
         return _command(title, ["python", "convert_lora.py", *files, *words], note)
 
-    def _dit_of(self, file: Path) -> str:
+    def _find_dit(self, file: Path) -> str:
         """Return the file of the transformer that a LoRA was trained in."""
         dit_files = self.plan.family.dit_files  # little noise first
         if not dit_files:

@@ -46,7 +46,7 @@ def image_values(plan: TrainingPlan, parts: PartsOptions, prediction: Prediction
         "validate_every_n_steps": validation.validate_every_n_steps,
         "num_validation_images": len(plan.validation),
         **({} if model_type is None else {"model_type": model_type}),
-        **_picture_counts(tables, items),
+        **_make_picture_counts(tables, items),
         **_common_settings(tables),
         "tag_frequency": _as_json(tags),
         "datasets": _as_json(_describe_datasets(tables, items, tags)),
@@ -90,8 +90,9 @@ def count_tags(items: Iterable[TrainingItem]) -> dict[str, dict[str, int]]:
     """Return the number of captions with each tag (a part between commas), by the names of the items'
     folders.
 
-    Captions are counted once, without repeats; those that are not there, as with copied caches, not at all.
-    Of a folder with more parts than MOST_TAGS, only the most frequent ones: they are in a file's header.
+    A caption counts once, however often its item is repeated. If a table's captions are not on this machine
+    (its caches were copied), it is left out. A folder keeps its MOST_TAGS most frequent tags, because they
+    are written into a file's header.
     """
     from dataset.listing import find_sources  # other trainings read caches alone
 
@@ -160,7 +161,7 @@ def _count_pictures(items: Iterable[TrainingItem]) -> _PictureCounts:
     return _PictureCounts(of_table, totals[False], totals[True], info)
 
 
-def _picture_counts(tables: Sequence[DatasetTable], items: Sequence[TrainingItem]) -> dict[str, Any]:
+def _make_picture_counts(tables: Sequence[DatasetTable], items: Sequence[TrainingItem]) -> dict[str, Any]:
     """Return the entries on the numbers of pictures: in total, by folder, by size."""
     counted = _count_pictures(items)
     folders: dict[bool, dict[str, dict[str, int]]] = {False: {}, True: {}}

@@ -194,7 +194,7 @@ def make_run(
 
 
 def _make_rule(model: TrainedModel) -> LossRule:
-    """Return the rule by which predictions are judged, without targets besides the clip."""
+    """Return the rule that computes the error of predictions, without targets besides the clip."""
     plan = model.plan
     return LossRule(
         plan.options.loss,
@@ -449,7 +449,7 @@ class Learners:
             return
         trainable = train_network(
             network,
-            self._rates(),
+            self._list_rates(),
             max_norm=network_options.scale_weight_norms,
             device=device,
             lora_format=self.plan.lora_format,
@@ -481,7 +481,7 @@ class Learners:
             return {**saved.parts.get(part, {})}
         return {**saved.network}
 
-    def _rates(self) -> Rates:
+    def _list_rates(self) -> Rates:
         """Return the learning rates of a network: of all, of the DiT's part, and of each text encoder."""
         options, texts = self.plan.options, self.plan.texts
         rate, parts = options.optimizer.learning_rate, options.parts

@@ -84,7 +84,7 @@ def run_metadata(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[
         of_family = recorded_values(family.options, "identity", "habit")
         values |= {f"ss_{name}": value for name, value in of_family.items()}
         values |= _training_values(plan, optimizer, lr_scheduler)
-        values |= _optional_values(plan)
+        values |= _list_optional_values(plan)
         further = [name for name in facts if name.startswith("sd_model_name_")]
         values |= {f"ss_{name}": facts.get(name) for name in ("sd_model_name", *further, "vae_name")}
         values |= _hash_files(family)
@@ -100,7 +100,7 @@ def _alpha_in_words(network: NetworkOptions) -> str | float | None:
     return "Dynamic" if network.dim_from_weights else network.network_alpha
 
 
-def _optional_values(plan: TrainingPlan) -> dict[str, Any]:
+def _list_optional_values(plan: TrainingPlan) -> dict[str, Any]:
     """Return the entries on the training that only some runs have."""
     options, frozen = plan.options, plan.options.frozen
     values: dict[str, Any] = {}
@@ -213,12 +213,12 @@ def _training_values(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> d
         "ss_full_fp16": False,
         "ss_full_bf16": options.whole_dit is not None and options.whole_dit.full_bf16,
         "ss_timestep_sampling": times.timestep_sampling,
-        **({} if plan.family.noise.keeps_variance else _flow_values(options)),
+        **({} if plan.family.noise.keeps_variance else _list_flow_values(options)),
         "ss_datasets": json.dumps([table.describe() for table in plan.config.datasets], ensure_ascii=False),
     }
 
 
-def _flow_values(options: TrainingOptions) -> dict[str, Any]:
+def _list_flow_values(options: TrainingOptions) -> dict[str, Any]:
     """Return the entries on noise levels that models of a flow have."""
     times = options.timesteps
     return {

@@ -274,9 +274,10 @@ def _describe_option(action: argparse.Action, value: Any, typed_flags: Mapping[s
     are_numbers = isinstance(value, (int, float)) and isinstance(default, (int, float))
     is_changed = value != default if are_numbers else texts != value_words(default)
     flags = [flag for flag in action.option_strings if flag.startswith("--")]
-    preferred = (typed_flags.get(action.dest), f"--{action.dest}", flags[0])
-    flag = next(flag for flag in preferred if flag in flags)
+    by_preference = (typed_flags.get(action.dest), f"--{action.dest}", flags[0])
+    flag = next(flag for flag in by_preference if flag in flags)
     is_switch = action.nargs == 0 or not texts
+    # changed, though a command line was read and did not have it: it follows from other options
     follows = is_changed and typed_flags and action.dest not in {*typed_flags, *OF_LAUNCHER}
     return ScriptOption(
         name=action.dest,

@@ -52,7 +52,7 @@ def start_command(
     code = exit_code_of(error)
     if code == OptionError.exit_code and not has_begun:
         return
-    _start_program(option, words, _variables(facts, code, error), patience)
+    _start_program(option, words, _list_variables(facts, code, error), patience)
 
 
 def exit_code_of(error: BaseException | None) -> int:
@@ -68,7 +68,7 @@ def exit_code_of(error: BaseException | None) -> int:
     return 1
 
 
-def _variables(facts: RunFacts, code: int, error: BaseException | None) -> dict[str, str]:
+def _list_variables(facts: RunFacts, code: int, error: BaseException | None) -> dict[str, str]:
     """Return the variables that say how a run has ended. code: the exit code of this program."""
     state = FAILED
     if code == INTERRUPTED:

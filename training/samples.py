@@ -61,7 +61,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class PromptSource:
-    """Where the samples of a run come from, and which of them are this process' share."""
+    """Hold the prompts and pictures of a run's samples, and the part of them that this process makes."""
 
     path: Path
     process: int
@@ -454,7 +454,7 @@ def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
         expert_guidance={} if scale is None else dict.fromkeys(expert_names, scale),
         embedded_guidance=number("guidance_scale"),
         flow_shift=None if usual.flow_shift is None else number("discrete_flow_shift"),
-        solver=_solver_of(values, usual.solvers),
+        solver=_choose_solver(values, usual.solvers),
         fps=number("fps"),
         negative_prompt=values.get("negative_prompt"),
         second_prompt=values.get("prompt_2") or None,
@@ -502,7 +502,7 @@ def _with_whole_size(
     return replace(request, width=whole_width, height=whole_height, frames=whole_frames)
 
 
-def _solver_of(values: Mapping[str, Any], own: Sequence[str] = ()) -> str | None:
+def _choose_solver(values: Mapping[str, Any], own: Sequence[str] = ()) -> str | None:
     """Return the solver of a prompt; None, with a warning, for samplers of other models.
 
     own: those of the model, in place of those of every model.

@@ -89,11 +89,11 @@ def show_start(run: TrainingRun, dtype: torch.dtype | None) -> None:
     """Show the plan of the run. dtype: of saved models; None: unchanged."""
     split = run.model.trainable.split  # rows of a weight, and the whole weight
     parameters = [split.get(parameter, parameter) for parameter in run.parameters]
-    rows = [*_learning_rows(run, parameters), *_writing_rows(run, parameters, dtype)]
+    rows = [*_make_learning_rows(run, parameters), *_make_writing_rows(run, parameters, dtype)]
     show_box(f"Training {run.plan.names.name}", rows)
 
 
-def _learning_rows(run: TrainingRun, parameters: Sequence[Tensor]) -> list[Row]:
+def _make_learning_rows(run: TrainingRun, parameters: Sequence[Tensor]) -> list[Row]:
     """Return the lines about what is learned, and how. parameters: the trained ones."""
     plan = run.plan
     options = run.options
@@ -113,7 +113,9 @@ def _learning_rows(run: TrainingRun, parameters: Sequence[Tensor]) -> list[Row]:
     ]
 
 
-def _writing_rows(run: TrainingRun, parameters: Sequence[Tensor], dtype: torch.dtype | None) -> list[Row]:
+def _make_writing_rows(
+    run: TrainingRun, parameters: Sequence[Tensor], dtype: torch.dtype | None
+) -> list[Row]:
     """Return the lines about what is written, and what follows. See `show_start`."""
     plan = run.plan
     options = run.options

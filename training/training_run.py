@@ -139,8 +139,12 @@ class Requests:
         return is_due or self.asks_for(SAVE)
 
     def finish(self, kind: str) -> None:
-        """Remove the files that asked for this; files touched again meanwhile stay, as new requests."""
-        for path in [path for path in self._found if self.paths[path] == kind]:
+        """Remove the files whose request, SAMPLE, SAVE or STOP, was served.
+
+        A file that was touched again in the meantime stays, as a new request.
+        """
+        served = [path for path in self._found if self.paths[path] == kind]
+        for path in served:
             changed = self._found.pop(path)
             try:
                 if path.lstat().st_mtime_ns == changed:

@@ -97,7 +97,7 @@ class LocalModel:
 
     @torch.no_grad()
     def describe(self, batch: Sequence[Shown]) -> list[tuple[str, bool]]:
-        """Return for each image or clip the model's answer, and whether it was cut off."""
+        """Return the model's answer for each image or clip, and whether it was cut off."""
         texts = []
         for place, frames in batch:
             prompt = prompt_for(place, self.ask)

@@ -189,11 +189,11 @@ class ApiServer:
         try:
             status, wait, text = self._post(parameters)
         except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as error:
-            raise self._connection_error(error) from None
+            raise self._explain_connection_error(error) from None
         self._has_answered = True
         if status == 200:
             return self._caption_in(text)
-        message = self._hide(_error_text(text))
+        message = self._hide(_read_error_text(text))
         if status in RETRIED:
             raise _TryAgain(f"the server answers {status}: {message}", wait)
         if status in REFUSED:
@@ -212,7 +212,7 @@ class ApiServer:
             )
         raise NoCaptionError(f"the server answers {status}: {message}")
 
-    def _connection_error(self, error: BaseException) -> UserError | _TryAgain:
+    def _explain_connection_error(self, error: BaseException) -> UserError | _TryAgain:
         """Return the exception for a failed connection: a server that never answered is not there."""
         cause = error
         while cause.__context__ is not None:  # the innermost error is the system's
@@ -305,7 +305,7 @@ def _data_url(frame: Frame) -> str:
     return f"data:image/jpeg;base64,{encoded}"
 
 
-def _error_text(text: str) -> str:
+def _read_error_text(text: str) -> str:
     """Return a server's error message: from OpenAI's form, or the text itself."""
     try:
         error = parse_json(text)["error"]

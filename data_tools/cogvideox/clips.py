@@ -343,7 +343,7 @@ def read_clip(path: Path, options: ShapeOptions, name: str, threads: int) -> Cli
     chance = random.Random(derive_seed(options.seed, "prepare", name))
     place = (chance.random(), chance.random())
     draws = Draws(place, is_flipped=chance.random() < (options.random_flip or 0.0))
-    size: Size | None = None
+    size: Size | None = None  # of the first frame's bucket: images of a folder may differ
 
     def choose(available: int) -> range:
         count = choose_frames(available, options.frame_buckets, options.max_num_frames)
@@ -357,7 +357,7 @@ def read_clip(path: Path, options: ShapeOptions, name: str, threads: int) -> Cli
 
     def shape(frame: Frame) -> Frame:
         nonlocal size
-        if size is None:  # the first frame's size: images of a folder may differ
+        if size is None:
             sides = (frame.shape[1], frame.shape[0])
             size = choose_size(sides, options.height_buckets, options.width_buckets)
         return shape_frame(frame, size, options, draws)

@@ -140,7 +140,7 @@ def make_cogvideox(folder: Path, options: EncodingOptions) -> PipelineNetworks:
     for part in ("vae", "text_encoder", "tokenizer"):
         if not (folder / part).is_dir():
             raise CheckpointError(f"--model_id {folder} has no folder {part}", folder)
-    diffusers, _ = _packages()
+    diffusers, _ = _import_packages()
     dtype = DTYPES[options.dtype]
 
     def load(device: torch.device) -> EncodeMoments:
@@ -212,13 +212,13 @@ class CogTextEncoder:
         return count
 
     def load(self, device: torch.device) -> None:
-        _, transformers = _packages()
+        _, transformers = _import_packages()
         self._tokenizer = self._load_tokenizer()
         model = _load_part(transformers.T5EncoderModel, self.folder / "text_encoder", torch_dtype=self.dtype)
         self._model = model.to(device).eval()
 
     def _load_tokenizer(self) -> Any:
-        return _load_part(_packages()[1].AutoTokenizer, self.folder / "tokenizer")
+        return _load_part(_import_packages()[1].AutoTokenizer, self.folder / "tokenizer")
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
@@ -252,7 +252,7 @@ def _load_part(kind: Any, folder: Path, **settings: Any) -> Any:
         raise CheckpointError(f"{folder} cannot be loaded: {first_line(error)}", folder) from error
 
 
-def _packages() -> tuple[Any, Any]:
+def _import_packages() -> tuple[Any, Any]:
     with hide_packages("bitsandbytes"):  # unused here
         import diffusers  # slow
         import transformers

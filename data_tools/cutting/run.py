@@ -90,7 +90,7 @@ def cut_footage(options: CuttingOptions) -> None:
             results.append(result)
             words = f"{source}: {_in_words(result.clips)}"
             if result.record is None:
-                lines = [words, *map(_scene_line, result.clips)]
+                lines = [words, *map(_format_scene_line, result.clips)]
                 sys.stdout.write(escape_control_codes("\n".join(lines)) + "\n")
                 continue
             if result.is_new:
@@ -141,7 +141,7 @@ def _show_results(results: Sequence[CutResult], list_path: Path, seconds: float)
     rows: list[Row] = [
         ("videos", f"{len(new)} cut, {len(results) - len(new)} done before"),
         ("clips", f"{num_clips}, {num_written} of them written now"),
-        ("left out", _reasons([clip for result in new for clip in result.clips])),
+        ("left out", _describe_reasons([clip for result in new for clip in result.clips])),
         ("time", in_words(seconds)),
         ("list", f'video_jsonl_file = "{list_path.as_posix()}"'),
     ]
@@ -365,7 +365,7 @@ def _cut_all(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _scene_line(clip: PlannedClip) -> str:
+def _format_scene_line(clip: PlannedClip) -> str:
     start = clock_time(Fraction(clip.start))
     end = clock_time(Fraction(clip.start + clip.seconds))
     status = f"left out: {clip.dropped}" if clip.dropped else "clip"
@@ -378,11 +378,11 @@ def _scene_line(clip: PlannedClip) -> str:
 def _in_words(clips: Sequence[PlannedClip]) -> str:
     scenes = count_of(len({clip.scene for clip in clips}), "scene")
     written = count_of(sum(not clip.dropped for clip in clips), "clip")
-    reasons = _reasons(clips)
+    reasons = _describe_reasons(clips)
     left_out = f"; left out: {reasons}" if reasons else ""
     return f"{scenes}, {written}{left_out}"
 
 
-def _reasons(clips: Sequence[PlannedClip]) -> str:
+def _describe_reasons(clips: Sequence[PlannedClip]) -> str:
     counts = Counter(clip.dropped for clip in clips if clip.dropped)
     return ", ".join(f"{count} {reason}" for reason, count in counts.most_common())

@@ -214,7 +214,7 @@ class _Dissolves:
         offset = len(self._pictures) - 2 * reach - 1
         if not self._loses_contrast(offset, reach):
             return
-        shares = self._second_shares(offset, reach)
+        shares = self._count_second_shares(offset, reach)
         for part, _ in DIPS:
             if not abs(shares[round(2 * reach * part)] - part) <= SHARE_OFF:
                 return
@@ -234,7 +234,7 @@ class _Dissolves:
                 return False
         return True
 
-    def _second_shares(self, offset: int, reach: int) -> list[float]:
+    def _count_second_shares(self, offset: int, reach: int) -> list[float]:
         """Return the share of the second scene in each picture from `offset` on."""
         begin = self._pictures[offset].grey
         way = self._pictures[-1].grey - begin

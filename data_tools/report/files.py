@@ -236,7 +236,7 @@ def _compare_texts(
     if any(record.references for record in records.values()):
         by_stem = {source.stem: source for source in sources}
         files = [_with_references(file, by_stem.get(file.name)) for file in files]
-    plans = plan_texts(files, _recorded_encoders(records), stores, workers)
+    plans = plan_texts(files, _list_recorded_encoders(records), stores, workers)
     state_of_file = {plan.file_name: _text_state(plan, store, records) for plan in plans}
     states: dict[str, State] = {}
     for source in sources:
@@ -248,7 +248,7 @@ def _compare_texts(
     return states
 
 
-def _recorded_encoders(
+def _list_recorded_encoders(
     records: Mapping[str, TextRecord],
 ) -> Sequence[tuple[TextEncoder, Mapping[str, str]]]:
     """Return the encoders that records name, with their identities; they cannot encode."""

@@ -124,7 +124,7 @@ def measure(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
     def reduce(frame: Frame) -> Frame:
         nonlocal size
         if size is None:
-            size = _measured_size(frame)
+            size = _choose_measured_size(frame)
         if (frame.shape[1], frame.shape[0]) == size:
             return frame
         return np.asarray(cv2.resize(frame, size, interpolation=cv2.INTER_AREA), np.uint8)
@@ -153,7 +153,7 @@ def measure(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
     return Look(**facts, sound=_listen(source))
 
 
-def _measured_size(frame: Frame) -> tuple[int, int]:
+def _choose_measured_size(frame: Frame) -> tuple[int, int]:
     """Return the (width, height) at which a frame is measured."""
     height, width = frame.shape[:2]
     factor = min(1.0, SHARP_SIDE / max(height, width))

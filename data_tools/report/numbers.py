@@ -85,7 +85,7 @@ def collect_numbers(
         "static": _list_measured(tables, "is_static"),
         "blurred": _list_measured(tables, "is_blurred"),
         "without_items": _with_reason(tables, "none"),
-        **_distributions([look for findings in tables for look in findings.looks]),
+        **_make_distributions([look for findings in tables for look in findings.looks]),
     }
 
 
@@ -180,12 +180,12 @@ def _count_table(findings: TableFindings, epoch: int) -> Numbers:
         # numbers of control images or clips, and how many items have so many; empty if there are none
         "control": [{"files": number, "count": count} for number, count in num_references],
         "captions": count_captions(findings.sources),
-        **_distributions(findings.looks),
+        **_make_distributions(findings.looks),
     }
 
 
 def _count_buckets_of(findings: TableFindings) -> list[Numbers]:
-    """Return for each bucket of a table its items, its batches, and how much is cut off."""
+    """Return the items and batches of each bucket of a table, and how much is cut off."""
     cuts: dict[Size, list[float]] = {}
     for size, fits in count_fits(findings).items():
         cuts[size] = [cut_percent(fit) for fit in fits.elements()]
@@ -214,19 +214,19 @@ def _complete_bucket(bucket: tuple[int, ...]) -> tuple[int, int, int]:
     return bucket[0], bucket[1], frames
 
 
-def _distributions(looks: Sequence[Look]) -> Numbers:
+def _make_distributions(looks: Sequence[Look]) -> Numbers:
     """Return durations, rates, sizes and measures of sources that can be read."""
     durations = [look.seconds for look in looks if look.seconds is not None]
     rates = Counter(round(look.fps, 3) for look in looks if look.fps)
     measures = [look.measures for look in looks if look.measures is not None]
     motions = [measured.motion for measured in measures if len(measured.hashes) > 1]
     return {
-        "durations": _distribution("seconds", durations),
+        "durations": _make_distribution("seconds", durations),
         "rates": [{"fps": rate, "count": count} for rate, count in sorted(rates.items())],
         "resolutions": _count_resolutions(looks),
-        "brightness": _distribution("values", [measured.brightness for measured in measures]),
-        "sharpness": _distribution("values", [measured.sharpness for measured in measures]),
-        "motion": _distribution("values", motions),
+        "brightness": _make_distribution("values", [measured.brightness for measured in measures]),
+        "sharpness": _make_distribution("values", [measured.sharpness for measured in measures]),
+        "motion": _make_distribution("values", motions),
         "sound": _count_sound(looks),
     }
 
@@ -253,7 +253,7 @@ def _count_sound(looks: Sequence[Look]) -> Numbers:
     }
 
 
-def _distribution(name: str, values: Sequence[float]) -> Numbers:
+def _make_distribution(name: str, values: Sequence[float]) -> Numbers:
     return {name: summarise(values), "histogram": count_bins(values)}
 
 
@@ -287,7 +287,7 @@ def count_bins(values: Sequence[float]) -> list[Numbers]:
     usual = float(np.quantile(numbers, 0.98))
     end = high if high <= 2 * usual - low else usual
     are_whole = bool((numbers == np.floor(numbers)).all())
-    width = _bin_width((end - low) / MOST_BINS, are_whole)
+    width = _choose_bin_width((end - low) / MOST_BINS, are_whole)
     edges = _place_edges(width, low, end, high)
     # a little is added, so that rounding moves no value into an earlier bin
     raised = np.minimum(numbers + 1e-9 * width, edges[-1])
@@ -309,7 +309,7 @@ def _place_edges(width: float, low: float, end: float, high: float) -> list[floa
     return edges
 
 
-def _bin_width(least: float, are_whole: bool) -> float:
+def _choose_bin_width(least: float, are_whole: bool) -> float:
     """Return 1, 2 or 5 times a power of ten, at least `least`; for whole numbers at least 1."""
     if least <= 0:
         return 1.0

@@ -340,7 +340,7 @@ def _hash_signs(measures: Sequence[Measures]) -> NDArray[np.float32]:
 
 
 def _have_same_colours(colours: _Colours, index: int, near: Indices) -> NDArray[np.bool_]:
-    """Return for each of `near` whether its colours equal those of `index` up to brightness and contrast."""
+    """Return whether the colours of each of `near` equal those of `index` up to brightness and contrast."""
     first = colours.pictures[[index]].astype(np.float32) / np.float32(255)  # 1 K C
     second = colours.pictures[near].astype(np.float32) / np.float32(255)  # N K C
     is_same_flat = np.abs(first - second).mean(axis=1).max(axis=1) <= SAME_FLAT

@@ -198,7 +198,7 @@ def coloured_text(picture: Frame, columns: int, background: str | None) -> str:
         small = cv2.resize(picture, (columns, rows), interpolation=cv2.INTER_AREA)
         back = 40 + COLOURS.index(background.lower())
         for row in small:
-            lines.append("".join(_shaded(pixel, back) for pixel in row))
+            lines.append("".join(_shade_pixel(pixel, back) for pixel in row))
     return "".join(f"{line}\033[0m\n" for line in lines)
 
 
@@ -206,7 +206,7 @@ def _half_blocks(above: NDArray[np.uint8], below: NDArray[np.uint8]) -> str:
     return f"\033[38;2;{_rgb(above)};48;2;{_rgb(below)}m▀"
 
 
-def _shaded(pixel: NDArray[np.uint8], back: int) -> str:
+def _shade_pixel(pixel: NDArray[np.uint8], back: int) -> str:
     """Return a pixel as a character of SHADES in its colour. back: terminal code of the background."""
     shade = SHADES[int(pixel.mean()) * len(SHADES) // 256]
     return f"\033[{back};38;2;{_rgb(pixel)}m{shade}"

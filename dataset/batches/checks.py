@@ -104,7 +104,7 @@ def text_faults(
         changed = difference({**defaults, **recorded_settings}, now)
         if changed is not None:
             yield f"{changed} in {table.name}"
-    yield from _seen_reference_faults(item, records)
+    yield from _find_seen_reference_faults(item, records)
     if table.directory is None:
         return
     for record in records.values():
@@ -138,7 +138,7 @@ def _sight_now(item: TrainingItem, recorded: Mapping[str, Any]) -> dict[str, Any
     return settings | {key: recorded[key] for key in (MEDIA, FURTHER_TEXT.key) if key in recorded}
 
 
-def _seen_reference_faults(item: TrainingItem, records: Mapping[str, TextRecord]) -> Iterator[str]:
+def _find_seen_reference_faults(item: TrainingItem, records: Mapping[str, TextRecord]) -> Iterator[str]:
     """Yield a line if a text encoder saw fewer reference pictures than the item has."""
     rules = item.table.references
     if rules is None or not rules.seen_by_text:
@@ -180,7 +180,7 @@ def latent_faults(
         if record.parts != item.parts:
             yield f"{record.parts} files of its clip belong together, {item.parts} are there"
         yield from _source_faults(item, _source_folders(table, record), record, checks)
-    yield from _shape_faults(item, tensors, latent)
+    yield from _find_shape_faults(item, tensors, latent)
 
 
 def _mask_faults(
@@ -229,12 +229,13 @@ def _source_folders(table: DatasetTable, record: LatentRecord) -> list[Path | No
     return [table.directory, *[table.control_directory] * num_controls, *companions]
 
 
-def _shape_faults(
+def _find_shape_faults(
     item: TrainingItem, tensors: Mapping[str, Tensor], latent: data.LatentSpec
 ) -> Iterator[str]:
     """Yield a line if latents, or the mask of their loss, have another shape than the table asks for."""
     shape = list(tensors["latents"].shape)
-    width, height, frames = (*item.bucket, 1)[:3]
+    width, height = item.bucket[:2]
+    frames = item.bucket[2] if len(item.bucket) == 3 else 1
     expected = list(latent.shape(frames, height, width)[1:])
     if data.PLACES in tensors:
         expected[1] = len(tensors[data.PLACES])
@@ -243,10 +244,10 @@ def _shape_faults(
             f"its latents have the shape {as_shape(shape)}, {item.table.name} asks for {as_shape(expected)} "
             f"({frames} frames of {width}x{height})"
         )
-    yield from _companion_faults(tensors, shape, expected)
+    yield from _find_companion_faults(tensors, shape, expected)
 
 
-def _companion_faults(
+def _find_companion_faults(
     tensors: Mapping[str, Tensor], shape: Sequence[int], expected: Sequence[int]
 ) -> Iterator[str]:
     """Yield a line if what goes with latents has another shape. shape, expected: of the latents, C F H W."""
@@ -273,10 +274,10 @@ def _key_faults(
         if changed is not None:
             yield f"{changed} in {table.name}"
     if table.clip_references is not None and CLIP_REFERENCES in options:
-        yield from _factor_faults(options[CLIP_REFERENCES], table.clip_references.factors)
+        yield from _find_factor_faults(options[CLIP_REFERENCES], table.clip_references.factors)
 
 
-def _factor_faults(recorded: Sequence[int], factors_now: Sequence[int]) -> Iterator[str]:
+def _find_factor_faults(recorded: Sequence[int], factors_now: Sequence[int]) -> Iterator[str]:
     """Yield a fault if the factors of a clip's references have changed. recorded: count, then factors."""
     _, *factors = recorded
     if factors != [*factors_now]:

@@ -110,7 +110,7 @@ def _add_table(
     latent_files = _latent_files(names, kind)
     stems = None  # of the sources that are listed; None: any
     if kind.sources or store.is_shared:
-        stems = _listed_stems(table, kind, latent_files)
+        stems = _find_listed_stems(table, kind, latent_files)
     if stems is not None:
         listing.listed.setdefault(table.picture_folder, set()).update(stems)
     texts_store = stores.of_texts(table)
@@ -390,7 +390,7 @@ def _count_captions(names: Iterable[str], tag: str) -> dict[str, int]:
     return counts
 
 
-def _listed_stems(table: DatasetTable, kind: ItemKind, latents: Sequence[str]) -> Collection[str] | None:
+def _find_listed_stems(table: DatasetTable, kind: ItemKind, latents: Sequence[str]) -> Collection[str] | None:
     """Return the stems of a table's current sources, if these are read while training or if other programs
     share its caches; None if the caches alone decide the items.
 

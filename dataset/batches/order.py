@@ -83,10 +83,10 @@ class BatchOrder:
             with pause_collection():
                 for _, pool in sorted(self._pools.items()):
                     size = pool[0].table.batch_size
-                    shuffled = _shuffled(pool, draw_bits)
+                    shuffled = _shuffle(pool, draw_bits)
                     starts = range(0, len(pool), size)
                     batches += [tuple(shuffled[start : start + size]) for start in starts]
-                self._batches = _shuffled(batches, draw_bits)
+                self._batches = _shuffle(batches, draw_bits)
                 self._last = number
             self._starts = array("q", itertools.accumulate(map(len, self._batches), initial=0))
             self._group_starts = array("q")
@@ -176,7 +176,7 @@ def _count_repeats(items: Sequence[TrainingItem]) -> list[int]:
     return counts
 
 
-def _shuffled(values: Sequence[T], draw_bits: Callable[[int], int]) -> list[T]:
+def _shuffle(values: Sequence[T], draw_bits: Callable[[int], int]) -> list[T]:
     """Return a list shuffled as `random.shuffle` does it.
 
     draw_bits: `getrandbits` of the generator. Written out, as later Pythons must give the same batches; it is
@@ -337,7 +337,7 @@ class RunPlace:
 def choose_captions(
     items: Sequence[TrainingItem], seed: int, number: int, epoch: int = 0, drops: bool = True
 ) -> tuple[int, ...]:
-    """Return for each item the number of the caption that is used, from 0, or EMPTY.
+    """Return the number of the caption that each item uses, from 0, or EMPTY.
 
     number: of the micro-batch, in the whole run. epoch: from 0. EMPTY is chosen with the table's
     caption_dropout_rate, and in epochs whose captions are all empty; captions are equally likely.
@@ -389,7 +389,7 @@ def change_captions(
 
 
 def choose_sides(items: Sequence[TrainingItem], seed: int, number: int) -> tuple[bool, ...]:
-    """Return for each item whether it is trained mirrored: every other time, if its table says so."""
+    """Return whether each item is trained mirrored: every other time, if its table says so."""
     return tuple(
         item.table.augmentation.flip
         and random.Random(derive_seed(seed, "flip", number, place)).random() < 0.5

@@ -323,10 +323,10 @@ class _Reader:
                 verify_tensors(entry, record.crc32)
         made_by: tuple[data.MadeBy, ...] = ()
         if record is not None:
-            made_by = (self._origin_of(item, path, part, tensors=tensors, record=record),)
+            made_by = (self._describe_origin(item, path, part, tensors=tensors, record=record),)
         return _Part(path, tensors, entry.variable, made_by=made_by)
 
-    def _origin_of(
+    def _describe_origin(
         self, item: TrainingItem, path: Path, part: str, tensors: Mapping[str, Tensor], record: LatentRecord
     ) -> data.MadeBy:
         """Return the facts about what made a cache of media, which may be of an earlier version."""

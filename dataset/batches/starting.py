@@ -80,7 +80,7 @@ def check_caches(
             family.batch_conditions(latents, batch)
             if view:
                 family.batch_conditions(latents, replace(batch, view=view))
-        size_bytes += _batch_bytes(batch)
+        size_bytes += _count_batch_bytes(batch)
         if size_bytes > MOST_READ_BYTES:
             break
     _warn_of_earlier(origins, family, commands)
@@ -113,7 +113,7 @@ def _sample_captions(cached: Sequence[TrainingItem]) -> Iterator[tuple[TrainingI
     return itertools.islice(itertools.chain(first, further), MOST_READ)
 
 
-def _batch_bytes(batch: Batch) -> int:
+def _count_batch_bytes(batch: Batch) -> int:
     size_bytes = 0
     for tensors in batch.tensors.values():
         for tensor in tensors if isinstance(tensors, list) else [tensors]:

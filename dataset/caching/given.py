@@ -194,7 +194,7 @@ def read_embeds(file: CaptionFile, encoder: TextEncoder, identity: Mapping[str, 
     if file.embeds is None:
         return None
     note = embeds_note(file.embeds)
-    stated = _stated_shapes(note, file, encoder, identity)
+    stated = _read_stated_shapes(note, file, encoder, identity)
     try:
         tensors = load_pickled(file.embeds)
     except CheckpointError as error:
@@ -213,7 +213,7 @@ def read_embeds(file: CaptionFile, encoder: TextEncoder, identity: Mapping[str, 
     return conditions
 
 
-def _stated_shapes(
+def _read_stated_shapes(
     note: Path, file: CaptionFile, encoder: TextEncoder, identity: Mapping[str, str]
 ) -> dict[str, Any]:
     """Return the shapes of the encoder's tensors, by key, as stated in the note on the embeddings.

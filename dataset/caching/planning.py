@@ -232,14 +232,14 @@ class Planning:
         shape = self._shape()
         valid = self.recipe.valid
         if shape in valid:
-            return self._valid_plan(valid[shape])
+            return self._find_valid_plan(valid[shape])
         plan = self.plan()
-        is_valid = self._valid_plan(plan.items) == plan
+        is_valid = self._find_valid_plan(plan.items) == plan
         if shape is not None and is_valid and not self._by_header and len(valid) < MANY:
             valid[shape] = plan.items
         return plan
 
-    def _valid_plan(self, items: tuple[tuple[int, ...], ...]) -> SourcePlan:
+    def _find_valid_plan(self, items: tuple[tuple[int, ...], ...]) -> SourcePlan:
         """Return the plan of a source whose caches are all valid and have records."""
         names = frozenset(self.existing)
         return SourcePlan(source=self.source, kept=names, foreign=0, missing=(), items=items)
@@ -258,7 +258,7 @@ class Planning:
         ]
         for file in self.existing:
             try:
-                record = records.shared_part(self._header(file))
+                record = records.shared_part(self._read_header(file))
             except CacheError:
                 return None
             if record is None:
@@ -288,9 +288,9 @@ class Planning:
         table, latent, recipe = self.table, self.recipe.latent, self.recipe
         unknown = SourcePlan(self.source, frozenset(), 0, None)
         if table.kind == "image":
-            size = self._image_size()
+            size = self._read_image_size()
             return unknown if size is None else self.compare(size, [(0, 1)])
-        clip = self._recorded_clip()
+        clip = self._read_recorded_clip()
         if self.source.tensors is not None:
             from dataset.sources.moments import measure_source, whole_span  # few tables have any
 
@@ -311,7 +311,7 @@ class Planning:
                     return plan
         return unknown
 
-    def _recorded_clip(self) -> ClipFacts | None:
+    def _read_recorded_clip(self) -> ClipFacts | None:
         """Return the facts that earlier runs found by decoding the source; None if it has changed since."""
         options = self.recipe.options(self.source)
         recorded: list[ClipFacts] = []
@@ -425,7 +425,7 @@ class Planning:
             header = entry = self.store.read(file)
             record = records.latent_record(header)
         else:
-            header = self._header(file)
+            header = self._read_header(file)
             record = self._record(file)
         if record is None:
             self._check_foreign(path, header, name=files[file], bucket=bucket, span=span)
@@ -480,14 +480,14 @@ class Planning:
             num_frames = records.section_frames(self.table.fp_latent_window_size, self.recipe.latent)
         return self.recipe.latent.shape(num_frames, height, width)[2:]
 
-    def _header(self, file: str) -> Entry:
+    def _read_header(self, file: str) -> Entry:
         if file not in self._headers:
             self._headers[file] = self.store.read(file, is_whole=False)
         return self._headers[file]
 
     def _record(self, file: str) -> records.LatentRecord | None:
         if file not in self._records:
-            self._records[file] = records.latent_record(self._header(file))
+            self._records[file] = records.latent_record(self._read_header(file))
         return self._records[file]
 
     def _read_otherwise(self, record: records.LatentRecord) -> str | None:
@@ -521,7 +521,7 @@ class Planning:
             return self._record(file)
         return None
 
-    def _image_size(self) -> Size | None:
+    def _read_image_size(self) -> Size | None:
         """Return the size of an image, from its caches if possible, as opening images takes longer. None if
         the image has to be fetched first and no cache has its size.
 

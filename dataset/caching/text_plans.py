@@ -98,10 +98,10 @@ def _files_of_table(
             shown_source = source
             pictures = source.parts[1 : 1 + len(source.control)]
         captions = (source.caption, *source.more_captions)
-        settings = of_table if shown_source is None else {**of_table, **_seen_settings(source)}
+        settings = of_table if shown_source is None else {**of_table, **_list_seen_settings(source)}
         if sight != BLIND:
             shown_source = source
-            pictures = (*pictures, *_seen_files(source, sight))
+            pictures = (*pictures, *_list_seen_files(source, sight))
             media = source.shown if sight.media else None
             seen = table.sight_settings(sight.clip, media, further_text=source.further_text)
             settings = {**settings, **seen}
@@ -133,7 +133,7 @@ def _files_of_table(
                 name=f"the empty prompt of {source.stem}",
                 caption="",
                 caption_path=None,
-                settings={} if shown_source is None else _seen_settings(source),
+                settings={} if shown_source is None else _list_seen_settings(source),
                 pass_over=2,
                 source=shown_source,
                 references=pictures,
@@ -152,7 +152,7 @@ def _files_of_table(
     return [*first, *further, *empty]
 
 
-def _seen_files(source: MediaSource, sight: Sight) -> tuple[tuple[Path, Origin | None], ...]:
+def _list_seen_files(source: MediaSource, sight: Sight) -> tuple[tuple[Path, Origin | None], ...]:
     """Return the files that an encoder sees: the clip, or the picture with its control pictures."""
     files = source.parts[: 1 + len(source.control)] if sight.clip else ()
     if not sight.media:
@@ -161,7 +161,7 @@ def _seen_files(source: MediaSource, sight: Sight) -> tuple[tuple[Path, Origin |
     return (*files, *((path, None) for path in paths))
 
 
-def _seen_settings(source: MediaSource) -> dict[str, Any]:
+def _list_seen_settings(source: MediaSource) -> dict[str, Any]:
     """Return the settings that decide how text encoders see a source's reference pictures, by its header.
 
     Of a source that has to be downloaded, and of one that cannot be read, the size is not known.

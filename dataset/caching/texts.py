@@ -331,6 +331,10 @@ class TextWork:
         file: CaptionFile,
         conditions: Conditions,
     ) -> None:
+        """Pass the cache file of a caption to `write`. identity: of the encoder, for the record.
+
+        conditions: the encoder's outputs by name; one whose length varies is a list of one tensor.
+        """
         named = {}
         for key, output in conditions.items():
             tensor = (output[0] if isinstance(output, list) else output).detach().cpu()
@@ -339,7 +343,7 @@ class TextWork:
         caption_file = None
         if file.caption_path is not None and path_exists(file.caption_path):  # else of class_tokens
             caption_file = identify(file.caption_path)
-        references = tuple(itertools.starmap(identify, file.references))
+        references = tuple(identify(*reference) for reference in file.references)
         record = TextRecord(
             encoder=identity,
             caption=file.caption or "",
@@ -349,7 +353,7 @@ class TextWork:
             references=references,
             as_shown=AS_SHOWN if references else 0,
         )
-        marks: Mapping[str, str] = {}
+        marks: Mapping[str, str] = {}  # entries of the file's header that the encoder asks for
         if can_mark(encoder):
             marks = encoder.cache_metadata(record.caption, [picture.sha256 for picture in references])
         write(partial(self._write, file, named, encoder.name, record, marks=marks))

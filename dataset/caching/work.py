@@ -333,7 +333,7 @@ class MediaWork:
             facts[FPS] = repr(item.rate)
         stamps = {}
         if self._family.latent.stated:
-            stamps["media_fingerprints"] = _fingerprints(item.files, self._recipe.parts_of(item.source))
+            stamps["media_fingerprints"] = _join_fingerprints(item.files, self._recipe.parts_of(item.source))
         store = self.stores.of(item.source.table)
         files = []
         for entry in entries:
@@ -404,7 +404,7 @@ MASKS_HINT = (
 )
 
 
-def _fingerprints(files: Sequence[FileIdentity], parts: Sequence[tuple[Path, object]]) -> str:
+def _join_fingerprints(files: Sequence[FileIdentity], parts: Sequence[tuple[Path, object]]) -> str:
     """Return size and time of the files of an item by path, as metadata of other programs have them."""
     stamps = {}
     for identity, (path, _) in zip(files, parts, strict=True):

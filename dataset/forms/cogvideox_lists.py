@@ -75,7 +75,8 @@ def read_rows(table: DatasetTable, name: str, faults: list[Fault]) -> Iterator[C
     root = keys.cogvideox_root
     if not root.is_dir():
         raise DatasetError(f"{name}: {root}: no such folder.{explain_missing(root)} Correct the path.")
-    clips = (_open_lists if keys.dataset_file is None else _open_table)(table, root, name)
+    open_rows = _open_lists if keys.dataset_file is None else _open_table
+    clips = open_rows(table, root, name)
     for row in clips.rows:
         try:
             caption = _text_in(row, clips.caption_column)

@@ -16,7 +16,7 @@ from modules.errors import DatasetError
 # ------------------------------------------------------------------------------------------------------------
 
 
-def _declared_sources() -> dict[str, tuple[TableKey, DataForm]]:
+def _list_declared_sources() -> dict[str, tuple[TableKey, DataForm]]:
     """Return the keys that say where items are: those of pictures, of clips, then the ones without a kind."""
     of_kind: list[tuple[str, forms.Form, DataForm]] = []
     alone: dict[str, tuple[TableKey, DataForm]] = {}
@@ -34,7 +34,7 @@ def _declared_sources() -> dict[str, tuple[TableKey, DataForm]]:
     return by_key | alone
 
 
-_SOURCES = _declared_sources()
+_SOURCES = _list_declared_sources()
 FORM_OF_SOURCE: Mapping[str, DataForm] = {name: form for name, (_, form) in _SOURCES.items()}
 # a table has exactly one of these source keys; its other keys must fit that kind of source
 SOURCES = tuple(_SOURCES)
@@ -100,7 +100,9 @@ FORM_OF_SUFFIX: Mapping[str, DataForm] = {suffix: form for form in FORMS for suf
 def row_form(path: Path) -> DataForm:
     """Return the form of a table's rows, by its suffix. Raises DatasetError if it has another one."""
     of_folders = [form for form in FORMS if form.folder_of_parts]
-    form = next(iter(of_folders), None) if path.is_dir() else FORM_OF_SUFFIX.get(path.suffix.lower())
+    form = FORM_OF_SUFFIX.get(path.suffix.lower())
+    if path.is_dir():
+        form = of_folders[0] if of_folders else None
     if form is None:
         forms_read = ", ".join([*FORM_OF_SUFFIX, *(f"or {form.folder_of_parts}" for form in of_folders)])
         raise DatasetError(

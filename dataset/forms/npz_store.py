@@ -80,7 +80,9 @@ class NpzStore:
         names = []
         for folder in {self.folder, *(path.parent for path in stems)}:
             for file in os.listdir(folder) if folder.is_dir() else ():
-                name = self._entry_name(file, folder, stems) or self._nameless_entry(file, folder, stems)
+                name = self._find_entry_name(file, folder, stems) or self._find_nameless_entry(
+                    file, folder, stems
+                )
                 if name is not None:
                     names.append(name)
         return [*dict.fromkeys(names)]
@@ -156,7 +158,7 @@ class NpzStore:
             )
         return nameless
 
-    def _nameless_entry(self, file: str, folder: Path, stems: Mapping[Path, str]) -> str | None:
+    def _find_nameless_entry(self, file: str, folder: Path, stems: Mapping[Path, str]) -> str | None:
         """Return the name of the latents in a file of an older program, `STEM.npz`; None if it has none."""
         stem = file.removesuffix(NPZ)
         if not self.form.has_nameless or not file.endswith(NPZ) or _OTHER_END.search(stem):
@@ -186,7 +188,7 @@ class NpzStore:
             return stem
         return cache_files.parse_text_name(finished, self.tag) or ""
 
-    def _entry_name(self, file: str, folder: Path, stems: Mapping[Path, str]) -> str | None:
+    def _find_entry_name(self, file: str, folder: Path, stems: Mapping[Path, str]) -> str | None:
         """Return the name of the entry in a file; None if it belongs to another family.
 
         stems: of pictures that a list names, by their paths without suffix.
@@ -245,9 +247,11 @@ class NpzStore:
                 return shrink_mask(tensor[None] * 255, self.latent.stride)
             return tensor.reshape(shape)
 
-        return open_record(path, arrays, reshape) or self._foreign_latents(path, arrays, self._grid(name))
+        return open_record(path, arrays, reshape) or self._read_foreign_latents(
+            path, arrays, self._grid(name)
+        )
 
-    def _foreign_latents(
+    def _read_foreign_latents(
         self, path: Path, arrays: Mapping[str, NpzArray], grid: tuple[int, int]
     ) -> cache_files.Entry:
         """Return another program's latents, if they fit the table."""
@@ -264,7 +268,7 @@ class NpzStore:
         for key in needed_by:
             tensor = arrays[key].tensor
             if key == ALPHA:
-                mask = self._foreign_mask(path, tensor, grid)
+                mask = self._read_foreign_mask(path, tensor, grid)
                 named[cache_files.tensor_name(LOSS_MASK, mask)] = mask
                 continue
             if tensor.shape != shape or not tensor.is_floating_point():
@@ -279,7 +283,7 @@ class NpzStore:
             named[cache_files.tensor_name(SAID_SIZES, sizes)] = sizes
         return cache_files.Entry.of(path, {}, named)
 
-    def _foreign_mask(self, path: Path, mask: Tensor, grid: tuple[int, int]) -> Tensor:
+    def _read_foreign_mask(self, path: Path, mask: Tensor, grid: tuple[int, int]) -> Tensor:
         """Return another program's mask, 1 H W of latents. mask: H W of latents or of pixels."""
         stride = self.latent.stride
         pixels = grid[0] * stride[1], grid[1] * stride[2]

@@ -77,9 +77,9 @@ class RowReader:
         else:
             name, part = contained
             media = _Media(part, stem=name, identity=name)
-        texts = self._captions(values, where)
+        texts = self._read_captions(values, where)
         captions = complete_captions(texts, self.table) if texts else None
-        controls, references = self._numbered_parts(values, where)
+        controls, references = self._read_parts(values, where)
         mask = self._part("mask_path", values.get("mask_path"), where)
         control_mask = self._part("control_mask_path", values.get("control_mask_path"), where)
         worse = self._part("worse_path", values.get("worse_path"), where)
@@ -116,7 +116,7 @@ class RowReader:
         """Return the image or clip that a row names."""
         text = values.get(self.path_column)
         if not isinstance(text, str) or not text.strip():
-            hint = self._hint_of_list(values) if self.is_list else ""
+            hint = self._explain_list(values) if self.is_list else ""
             is_missing = self.is_list or text is None or text == ""
             problem = "is missing" if is_missing else "is not a path"
             raise DatasetError(f"{where}: {self.path_column} {problem}{hint}")
@@ -127,7 +127,7 @@ class RowReader:
         stem, _ = media_source.split_name(text)
         return _Media((path, remote), stem=stem, identity=address_identity(text))
 
-    def _hint_of_list(self, values: Mapping[str, Any]) -> str:
+    def _explain_list(self, values: Mapping[str, Any]) -> str:
         """Return a hint at the keys that a line without a path lacks, or the option that takes such lines."""
         name = self.path_column
         if f"{name}_0" in values:
@@ -142,7 +142,7 @@ class RowReader:
         example = f'{{"{name}": "...", "caption": "..."}}'
         return f". Each line is one object such as {example}"
 
-    def _numbered_parts(self, values: Mapping[str, Any], where: str) -> tuple[list[Part], list[Part]]:
+    def _read_parts(self, values: Mapping[str, Any], where: str) -> tuple[list[Part], list[Part]]:
         """Return the control media of a row and its references, each in the order of their numbers."""
         controls: dict[int, Part] = {}
         references: dict[int, Part] = {}
@@ -199,7 +199,7 @@ class RowReader:
         if not is_address(text):
             return locate(text, self.base, where), None
         protocol = protocol_of(text)
-        problem = self._address_problem(text, protocol)
+        problem = self._find_address_problem(text, protocol)
         if problem is not None:
             raise RefusedAddress(problem, f"{where}: {hide_secrets(text)}")
         if protocol == "file":
@@ -208,7 +208,7 @@ class RowReader:
         download = download_folder(self.table) / media_source.local_name(text)
         return download, media_source.Remote(text)
 
-    def _address_problem(self, address: str, protocol: str) -> str | None:
+    def _find_address_problem(self, address: str, protocol: str) -> str | None:
         """Return the reason why an address is not followed; None if it is."""
         if not self.table.allow_urls:
             return "addresses are read only with allow_urls = true in the table"
@@ -220,16 +220,20 @@ class RowReader:
 
         return protocol_problem(protocol)
 
-    def _captions(self, values: Mapping[str, Any], where: str) -> list[str]:
+    def _read_captions(self, values: Mapping[str, Any], where: str) -> list[str]:
         """Return the caption, followed with multi_caption by the texts of the list `captions`."""
         name = self.caption_column
-        caption = None if name is None else values.get(name)
+        caption = None
+        if name is not None:
+            caption = values.get(name)
         if caption is not None and not isinstance(caption, str):
             hint = ""
             if isinstance(caption, list):
                 hint = f". Write one text, or all in a list captions, with {MULTI_CAPTION} in the table"
             raise DatasetError(f"{where}: {name} = {_show(caption)} is not a text{hint}")
-        captions = [] if caption is None else [caption]
+        captions = []
+        if caption is not None:
+            captions.append(caption)
         captions += self._further_captions(values, where)
         for text in captions:
             check_text(text, f"{where}: {name or 'captions'}")

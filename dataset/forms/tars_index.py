@@ -222,7 +222,7 @@ def _sample(key: str, group: _Group, rules: TarRules) -> TarSample | None:
     by_role: dict[tuple[str, int], list[str]] = {}  # names as `mask.png` or `control_1.png`
     candidates = []
     for ending in files:
-        role = _role_of(ending, rules)
+        role = _find_role(ending, rules)
         if role is None:
             candidates.append(ending)
         else:
@@ -241,7 +241,7 @@ def _sample(key: str, group: _Group, rules: TarRules) -> TarSample | None:
     return TarSample(key, files[media[0]], caption, tuple(extras))
 
 
-def _role_of(ending: str, rules: TarRules) -> tuple[str, int] | None:
+def _find_role(ending: str, rules: TarRules) -> tuple[str, int] | None:
     """Return MASK or CONTROL, and its number, for the name of a companion; None for other names."""
     match = _ROLE.fullmatch(ending)
     if match is None or match[3] not in rules.companions:
@@ -347,7 +347,7 @@ def read_members(file: BinaryIO, size_bytes: int) -> Iterator[Member]:
         if info.isreg() and not info.issparse():
             if info.offset_data + info.size > size_bytes:
                 raise TarDamage(f"{cut}, in {ascii(info.name[-80:])}")
-            name = _name_of(info, file)
+            name = _read_name(info, file)
             if len(name.encode()) > MAX_TAR_NAME_BYTES:
                 raise TarDamage(f"a name at byte {info.offset:,} has more than {MAX_TAR_NAME_BYTES:,} bytes")
             yield Member(name, info.offset_data, info.size)
@@ -357,7 +357,7 @@ def read_members(file: BinaryIO, size_bytes: int) -> Iterator[Member]:
         raise TarDamage(cut if len(block) < BLOCK else f"it is damaged at byte {tar.offset:,}")
 
 
-def _name_of(info: tarfile.TarInfo, file: BinaryIO) -> str:
+def _read_name(info: tarfile.TarInfo, file: BinaryIO) -> str:
     """Return the name of a member without times: GNU tar writes times into incremental archives where other
     archives have the beginning of a name, and `tarfile` reads them as such.
     """

@@ -182,7 +182,7 @@ def _find_tars(table: DatasetTable, patterns: Sequence[str], faults: list[media_
                 faults.append(media_source.Fault(kind, hide_secrets(name)))
                 continue
             try:
-                tars |= dict.fromkeys(_tars_of(table, name))
+                tars |= dict.fromkeys(_list_tars(table, name))
             except MediaError as error:
                 faults.append(
                     media_source.Fault(f"tars of {table.name} cannot be had", str(error), ends_run=False)
@@ -192,16 +192,16 @@ def _find_tars(table: DatasetTable, patterns: Sequence[str], faults: list[media_
     return list(tars)
 
 
-def _tars_of(table: DatasetTable, name: str) -> Iterator[Path]:
+def _list_tars(table: DatasetTable, name: str) -> Iterator[Path]:
     """Yield the tars of a name without braces. Raises DatasetError if there is none, MediaError if one
     cannot be downloaded.
     """
     if is_address(name) and protocol_of(name) == "file":
         name = url2pathname(split_address(name).path)
-    yield from _remote_tars(table, name) if is_address(name) else _local_tars(name)
+    yield from _list_remote_tars(table, name) if is_address(name) else _list_local_tars(name)
 
 
-def _remote_tars(table: DatasetTable, name: str) -> Iterator[Path]:
+def _list_remote_tars(table: DatasetTable, name: str) -> Iterator[Path]:
     """Yield the tars of an address, each as soon as it is downloaded."""
     has_pattern = protocol_of(name) not in HTTP and has_wildcard(name)
     addresses = find_remote(name) if has_pattern else [name]
@@ -215,7 +215,7 @@ def _remote_tars(table: DatasetTable, name: str) -> Iterator[Path]:
         yield target
 
 
-def _local_tars(name: str) -> list[Path]:
+def _list_local_tars(name: str) -> list[Path]:
     try:
         path = expand_path(name)
     except ValueError as error:

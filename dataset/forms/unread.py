@@ -52,7 +52,7 @@ def find_unread(table: DatasetTable) -> list[Fault]:
     unread: dict[str, str] = {}  # text by column
     for name in columns.cells:
         if name not in companion_cells:
-            unread[name] = f", which holds files{_hint(name, table) or ''}"
+            unread[name] = f", which holds files{_make_hint(name, table) or ''}"
     finders = {name: find_cells(path, name, finds_nulls=True) for name in companion_cells}
     is_list = columns.is_list
     for row in itertools.islice(columns.rows, LOOKED_AT):
@@ -61,7 +61,7 @@ def find_unread(table: DatasetTable) -> list[Fault]:
             if finder is not None and finder(row) is not None:
                 values[name] = True
         values |= row.values
-        for name in _surplus(values, table):
+        for name in _list_surplus(values, table):
             unread[name] = f": of such files the model takes {table.control_count} an item"
         for name, value in row.values.items():
             if name in columns.read or name in unread or is_companion(name):
@@ -93,7 +93,7 @@ def _as_faults(path: Path, unread: Mapping[str, str]) -> list[Fault]:
     return [Fault(kind, line if line.endswith("?") else f"{line}.") for line in lines]
 
 
-def _surplus(values: Mapping[str, Any], table: DatasetTable) -> list[str]:
+def _list_surplus(values: Mapping[str, Any], table: DatasetTable) -> list[str]:
     """Return the columns of a row with control media beyond those that the model takes."""
     numbered = []
     for name, value in values.items():
@@ -108,7 +108,7 @@ def _surplus(values: Mapping[str, Any], table: DatasetTable) -> list[str]:
 
 def _explain(name: str, value: Any, table: DatasetTable, path: Path, media: Any) -> str | None:
     """Return a remark on a value, or None. media: the path that the same row reads."""
-    hint = _hint(name, table)
+    hint = _make_hint(name, table)
     texts = _texts_in(value)
     for text in texts[:4]:
         if not isinstance(text, str) or not text.strip() or text == media or "\n" in text:
@@ -117,7 +117,7 @@ def _explain(name: str, value: Any, table: DatasetTable, path: Path, media: Any)
         is_media = suffix in image_suffixes() | VIDEO_SUFFIXES | ANIMATION_SUFFIXES | SOUND_SUFFIXES
         if is_media and (hint is not None or _exists(text, path)):
             return f", such as {hide_secrets(shorten(text, MOST_SHOWN))!r}{hint or ''}"
-    similar = _similar(name, table)
+    similar = _find_similar(name, table)
     return None if similar is None or not texts else f": did you mean {similar!r}?"
 
 
@@ -137,7 +137,7 @@ def _exists(text: str, path: Path) -> bool:
         return False
 
 
-def _similar(name: str, table: DatasetTable) -> str | None:
+def _find_similar(name: str, table: DatasetTable) -> str | None:
     """Return the column of ours that a name is almost equal to."""
     bare = re.sub(r"_?\d+$", "", name.lower())
     ours = [table.path_key, "caption", "control_path", "mask_path", "audio_path"]
@@ -145,10 +145,10 @@ def _similar(name: str, table: DatasetTable) -> str | None:
     return next(iter(difflib.get_close_matches(bare, ours, 1, NEAR)), None)
 
 
-def _hint(name: str, table: DatasetTable) -> str | None:
+def _make_hint(name: str, table: DatasetTable) -> str | None:
     """Return advice for a column whose name equals, or means the same as, that of a column of ours."""
     words = set(re.split(r"[^a-z]+", name.lower()))
-    similar = _similar(name, table)
+    similar = _find_similar(name, table)
     for column, (contents, synonyms) in MEANT.items():
         if similar == column or (similar is None and words.intersection(synonyms)):
             advice = f": {contents} read from {column}. Rename it"

@@ -184,7 +184,8 @@ class _Pair:
         clip_rate = self.clip.rate if self._clip_is_timed else self._usual_rate
         ratio_now = 1.0 if self.is_numbered else self.companion.rate / self.clip.rate
         drift = abs(companion_rate / clip_rate / ratio_now - 1)
-        return drift * (self.clip.likely or MANY_FRAMES) < reading.PLACE_IN_FRAME
+        frames_apart = drift * (self.clip.likely or MANY_FRAMES)  # at the end of the clip
+        return frames_apart < reading.PLACE_IN_FRAME
 
     @property
     def differs(self) -> bool:
@@ -197,7 +198,7 @@ class _Pair:
         return abs(companion.seconds - clip.seconds) > tolerance
 
 
-def _moving_companions(source: MediaSource) -> Iterator[Path]:
+def _list_moving_companions(source: MediaSource) -> Iterator[Path]:
     """Yield the control clips, masks and references of a clip that are not still pictures."""
     if source.table.kind == "video" and source.tensors is None:
         yield from source.control
@@ -218,7 +219,7 @@ def kept_one_clock(source: MediaSource, fps: float) -> bool:
     Headers are read, of files at addresses and in tars too. Raises MediaError.
     """
     with fetch(source) as here:
-        paths = _moving_companions(here)
+        paths = _list_moving_companions(here)
         return all(_Pair(path, here.path, here.table, fps).was_so_before for path in paths)
 
 
@@ -239,7 +240,7 @@ def find_other_lengths(sources: Sequence[MediaSource], fps: float) -> list[Fault
     step = -(-len(clips) // LOOKED_AT) or 1
     for source in clips[::step]:
         with contextlib.suppress(MediaError, OSError):
-            for path in _moving_companions(source):
+            for path in _list_moving_companions(source):
                 pair = _Pair(path, source.path, source.table, fps)
                 if pair.differs:
                     companion = f"{pair.companion.likely} frames, {pair.companion.seconds:.2f} s"

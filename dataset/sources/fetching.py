@@ -43,7 +43,7 @@ def fetch(source: MediaSource) -> Iterator[MediaSource]:
                 download(origin.address, path, check=check_media)
             elif origin is not None:
                 if folder is None:
-                    folder = _temporary_folder(stack)
+                    folder = _make_temporary_folder(stack)
                 copy = _extract(origin, path, folder / str(len(path_of_copy)))
                 path_of_copy[copy] = path
                 path = copy
@@ -75,7 +75,7 @@ def _sweep(folder: str) -> None:
                 shutil.rmtree(left, ignore_errors=True)
 
 
-def _temporary_folder(stack: contextlib.ExitStack) -> Path:
+def _make_temporary_folder(stack: contextlib.ExitStack) -> Path:
     """Make a temporary folder, removed with the stack; folders that killed runs left are removed first."""
     _sweep(tempfile.gettempdir())
     # Windows cannot remove a file that is still open: the next run does

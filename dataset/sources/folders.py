@@ -35,7 +35,7 @@ def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) 
     controls: list[tuple[Path, ...]] = [()] * len(paths)
     if table.control_directory is not None:
         folder = ControlFolder(table.control_directory, {path.stem for path in paths})
-        controls = _folder_controls(table, folder, paths, faults)
+        controls = _find_folder_controls(table, folder, paths, faults)
     masks: dict[Path, Path] = {}
     if table.mask_directory is not None:
         masks = _find_companions(table, "mask", table.mask_directory, media=paths, faults=faults)
@@ -261,7 +261,7 @@ def is_file(entry: "os.DirEntry[str]") -> bool:
         return False
 
 
-def _folder_controls(
+def _find_folder_controls(
     table: DatasetTable, folder: "ControlFolder", paths: Sequence[Path], faults: list[Fault]
 ) -> list[tuple[Path, ...]]:
     """Return the control media of each path; log those that are not used."""

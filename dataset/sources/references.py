@@ -25,9 +25,9 @@ _bucket_sizes = functools.cache(bucket_sizes)
 
 
 def lack_references(tables: Sequence[DatasetTable], sources: Iterable[MediaSource]) -> bool:
-    """Return whether the model was trained to edit, and no picture of its tables has a reference.
+    """Return whether there are pictures for a model that was trained to edit, and none has a reference.
 
-    A model that makes pictures from texts too gets none in most trainings.
+    Other models, which make pictures from texts too, get none in most trainings.
     """
     editing = {table.index for table in tables if table.learns_edits}
     images = [source for source in sources if source.table.index in editing]

@@ -85,7 +85,7 @@ def find_caption_remarks(sources: Iterable[MediaSource]) -> list[Fault]:
     for source in sources:
         kinds: dict[str, None] = {}
         for caption in (source.caption or "", *source.more_captions):
-            kinds |= dict.fromkeys(_marks_in(caption, draws=source.table.changes.wildcards))
+            kinds |= dict.fromkeys(_find_marks(caption, draws=source.table.changes.wildcards))
         if kinds:
             words = " ".join((source.caption or "").split())
             shown = words if len(words) <= SHOWN else f"{words[:SHOWN]}..."
@@ -94,7 +94,7 @@ def find_caption_remarks(sources: Iterable[MediaSource]) -> list[Fault]:
     return remarks
 
 
-def _marks_in(caption: str, draws: bool) -> Iterator[str]:
+def _find_marks(caption: str, draws: bool) -> Iterator[str]:
     """Yield the kinds of remarks about a caption. draws: choices are drawn."""
     if draws:
         lines = lines_of(caption)

@@ -161,15 +161,18 @@ def inner_box(size: Size, bucket: Size) -> tuple[float, float, float, float]:
 
 
 def _shrink(size: Size, area: int, step: int) -> Size:
+    """Return a size of nearly the same aspect and of about this area, with one side a multiple of `step`.
+
+    That side is the one after whose rounding both sides, cut to multiples, keep the aspect better; the height
+    if both keep it equally.
+    """
     aspect = size[0] / size[1]
     width = math.sqrt(area * aspect)
     by_width = _round_down(width, step)
     by_height = _round_down(area / width, step)
-    losses = [
-        (abs(_ratio(by_width, _round_down(by_width / aspect, step)) - aspect), 1),
-        (abs(_ratio(_round_down(by_height * aspect, step), by_height) - aspect), 0),
-    ]
-    if min(losses)[1]:
+    loss_by_width = abs(_ratio(by_width, _round_down(by_width / aspect, step)) - aspect)
+    loss_by_height = abs(_ratio(_round_down(by_height * aspect, step), by_height) - aspect)
+    if loss_by_width < loss_by_height:
         return by_width, int(by_width / aspect + 0.5)
     return int(by_height * aspect + 0.5), by_height
 

@@ -227,9 +227,10 @@ def _choose_mode(mode: str, profile: bytes) -> str:
 
 @functools.lru_cache(maxsize=64)
 def _transform(profile: _Profile) -> tuple[ImageCms.ImageCmsTransform | None, str | None]:
-    """Return a profile's transform to sRGB, None if none is needed, and why the profile cannot be used.
+    """Return a profile's transform to sRGB, and the reason why the profile cannot be used.
 
-    The reason, None for a usable profile, is logged once for each.
+    Either may be None: the transform if colours are in sRGB already, the reason if the profile is usable. A
+    reason is logged once for each profile.
     """
     space = profile.data[16:20].decode("latin-1").strip()
     mode = profile.mode

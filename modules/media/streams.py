@@ -136,10 +136,14 @@ def _read_timed(path: Path, deep: bool) -> Iterator[Picture]:
                 _warn_of_hdr(path, frame)
                 if container.format.name == "avi":  # it has no times: FFmpeg guesses a delay of its decoder
                     origin = (frame.pts or 0) * base
-            time = None if frame.pts is None else frame.pts * base - origin
+            time = None
+            if frame.pts is not None:
+                time = frame.pts * base - origin
             start = clock.place(time)
             pixels = _turn_pixels(timed, stream, deep)
-            stated = Fraction(frame.duration * base) if frame.duration else None
+            stated = None
+            if frame.duration:
+                stated = Fraction(frame.duration * base)
             seconds = clock.duration(stated)
             if end is not None and end - start > seconds + 1 / rate:
                 seconds = end - start  # of the last one; of the others it is not known yet

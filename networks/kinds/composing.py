@@ -35,7 +35,7 @@ def kinds_in(parts: Collection[str]) -> list[NetworkKind]:
 
 
 def kinds_of_parts(parts: Collection[str]) -> list[NetworkKind]:
-    """Return the kinds of which there is any part, as damaged modules have them too."""
+    """Return the kinds of which a module has any part, even if others are missing, as in damaged files."""
     return [kind for kind in KINDS if any(part in parts for part in kind.parts)]
 
 
@@ -124,7 +124,7 @@ def kind_of_module(name: str | None) -> NetworkKind:
 
 
 def sizes_by_word(modules: Iterable[Factors]) -> Mapping[str, list[int]]:
-    """Return the sizes of modules that are no ranks, by what the kind calls its size."""
+    """Return the sizes of modules of kinds without a rank, by the kind's word for its size (`block size`)."""
     modules = list(modules)
     sizes: dict[str, list[int]] = {}
     for kind in KINDS:

@@ -66,7 +66,7 @@ def _with_norms(lora: LoraFile, family: FamilyNames | None, baking: Baking, are_
         for name, factors in modules.items():
             if PART not in factors or deltas.has_input_magnitudes(factors):
                 continue
-            ratio = _ratio_of_norms(name, factors, lora=lora, weights=weights, device=baking.device)
+            ratio = _compute_ratio_of_norms(name, factors, lora=lora, weights=weights, device=baking.device)
             magnitudes = factors[PART].float().reshape(ratio.shape)
             # float32: rounding to 16 bits here would add a loss
             modules[name] = {**factors, PART: magnitudes * ratio if are_frozen else magnitudes / ratio}
@@ -76,7 +76,7 @@ def _with_norms(lora: LoraFile, family: FamilyNames | None, baking: Baking, are_
     return replace_factors(lora, modules, metadata)
 
 
-def _ratio_of_norms(
+def _compute_ratio_of_norms(
     name: str, factors: Factors, lora: LoraFile, weights: Weights, device: torch.device
 ) -> Tensor:
     """Return the norms of the frozen weight divided by those of the changed one, by output, on the CPU."""

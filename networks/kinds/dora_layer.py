@@ -29,7 +29,7 @@ def decompose(layer: LoraLayer, out: Tensor, added: Tensor, dtype: torch.dtype) 
     """
     magnitudes = layer.dora_scale
     assert isinstance(magnitudes, Tensor)
-    ratio = magnitudes.flatten() / _row_norms(layer, dtype)
+    ratio = magnitudes.flatten() / _compute_row_norms(layer, dtype)
     bias = layer.original.bias
     if isinstance(layer.original, nn.Conv2d):
         ratio = ratio.view(-1, 1, 1)
@@ -39,7 +39,7 @@ def decompose(layer: LoraLayer, out: Tensor, added: Tensor, dtype: torch.dtype) 
 
 
 @torch.no_grad()
-def _row_norms(layer: LoraLayer, dtype: torch.dtype) -> Tensor:
+def _compute_row_norms(layer: LoraLayer, dtype: torch.dtype) -> Tensor:
     """Return the norms of the rows of W + change, float32, from products no wider than the rank.
 
     |w + s b A|^2 = |w|^2 + 2 s b (A w) + s^2 b (A A^T) b^T. dtype: of the module's input.

@@ -68,14 +68,14 @@ class OftLayer(nn.Module):
     def _drop(self, by: Tensor, dropouts: Dropouts) -> Tensor:
         """Return the rotations without those that dropout leaves out: single blocks, or the whole layer."""
         if dropouts.neuron > 0:
-            keep = keep_mask((len(by), 1, 1), dropouts.neuron, self._halves("neuron"), by.device)
+            keep = keep_mask((len(by), 1, 1), dropouts.neuron, self._split_halves("neuron"), by.device)
             by = by.masked_fill(~keep, 0.0)
         if dropouts.module > 0:
-            keep = keep_mask((1, 1, 1), dropouts.module, self._halves("module"), by.device)
+            keep = keep_mask((1, 1, 1), dropouts.module, self._split_halves("module"), by.device)
             by = by.masked_fill(~keep, 0.0)
         return by
 
-    def _halves(self, kind: str) -> Halves:
+    def _split_halves(self, kind: str) -> Halves:
         if self.seed_table is not None and torch.compiler.is_compiling():
             low, high = self.seed_table[KINDS.index(kind)].unbind()
             return low, high

@@ -47,7 +47,7 @@ class TLoraRule:
         return (shares * (rank - least) + _ROUNDING).floor() + least
 
 
-def _rule_of_arguments(values: Mapping[str, Any], rank: int) -> TLoraRule | None:
+def _read_rule_of_arguments(values: Mapping[str, Any], rank: int) -> TLoraRule | None:
     if not values.get(SWITCH, False):
         further = next((name for name in (MIN_RANK, ALPHA) if name in values), None)
         if further is not None:
@@ -69,7 +69,7 @@ def _rule_of_arguments(values: Mapping[str, Any], rank: int) -> TLoraRule | None
     return TLoraRule(least, power)
 
 
-def _rule_of_file(metadata: Mapping[str, str], path: "Path | None") -> TLoraRule | None:
+def _read_rule_of_file(metadata: Mapping[str, str], path: "Path | None") -> TLoraRule | None:
     """Return the rule in a file's metadata; None: all ranks act. Raises CheckpointError for wrong numbers."""
     text = metadata.get("ss_network_args", "")
     if SWITCH not in text:
@@ -103,8 +103,8 @@ TLORA = NetworkKind(
     switch=SWITCH,
     numbers={MIN_RANK: int, ALPHA: float},
     is_with_file=True,
-    rule_of_arguments=_rule_of_arguments,
-    rule_of_file=_rule_of_file,
+    rule_of_arguments=_read_rule_of_arguments,
+    rule_of_file=_read_rule_of_file,
     merged=(
         "was trained with T-LoRA: merged, all of its ranks act at every level of noise, unlike in training"
     ),

@@ -268,7 +268,7 @@ def _measure_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def last_blocks(config: CodeFormerConfig) -> dict[int, int]:
-    """Return for each size of features the index of the encoder's last block before the next halving."""
+    """Return the index of the encoder's last block before the next halving, by the size of its features."""
     blocks = {}
     size = config.size
     for number, block in enumerate(config.encoder):

@@ -232,7 +232,7 @@ class _Checks:
     def _record_sizes(self, constant: Constant, names: Sequence[str]) -> None:
         """Record a small tensor, whose values may be sizes."""
         product = _multiply_sizes(constant.values)
-        if constant.is_float:
+        if constant.is_float:  # a scale, whose limit is MAX_ONNX_SCALE instead of MAX_ONNX_VALUES
             product *= limits.MAX_ONNX_VALUES / limits.MAX_ONNX_SCALE
         self.tensors |= dict.fromkeys(names, constant)
         self.constants |= dict.fromkeys(names, product)

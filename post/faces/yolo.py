@@ -274,7 +274,7 @@ class YuNetDetector:
         return [_read_row(row, scale) for row in best_first]
 
     def _choose_factor(self, height: int, width: int) -> float:
-        """Return the factor by which a picture is scaled down for the search."""
+        """Return the factor that scales a picture down for the search."""
         factor = 1.0 if self.side is None else min(1.0, self.side / max(height, width))
         if self.canvas is not None:
             factor = min(factor, self.canvas[0] / width, self.canvas[1] / height)

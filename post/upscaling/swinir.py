@@ -330,7 +330,7 @@ class SwinIR(nn.Module):
 
 
 def distances(window: int, device: torch.device) -> Tensor:
-    """Return for each pair of tokens the row of the bias table, N N, given by their distance in y and x."""
+    """Return the row of the bias table for each pair of tokens, N N: by their distance in y and x."""
     place = torch.arange(window, device=device)
     rows = place.repeat_interleave(window)
     columns = place.repeat(window)

@@ -91,17 +91,23 @@ def _run_part(
     # lengths of the streams of tokens; if there are several, the record of tokens states them
     lengths = getattr(tokens, "stream_lengths", (hidden.x.shape[1],))
     parts = [TokenPart(length, group.rank(), group.size(), group) for length in lengths]
-    streams = zip(parts, hidden.x.split(lengths, dim=1), strict=True)
-    hidden.x = torch.cat([part.take(stream) for part, stream in streams], dim=1)
+    taken = []
+    for part, stream in zip(parts, hidden.x.split(lengths, dim=1), strict=True):
+        taken.append(part.take(stream))
+    hidden.x = torch.cat(taken, dim=1)
     hidden.tokens = tokens.cut(*parts)
-    hidden.added = [None if tensor is None else parts[0].take(tensor) for tensor in added]
+    added_here: list[Tensor | None] = []
+    for tensor in added:
+        added_here.append(None if tensor is None else parts[0].take(tensor))
+    hidden.added = added_here
     if hidden.side is not None:
         hidden.side = parts[0].take(hidden.side)
     inner(dit, hidden, tweaks)
     hidden.added = added
     lengths_here = [part.of_first(part.length) for part in parts]
-    streams = zip(parts, hidden.x.split(lengths_here, dim=1), strict=True)
-    joined = [part.join(stream) for part, stream in streams]
+    joined = []
+    for part, stream in zip(parts, hidden.x.split(lengths_here, dim=1), strict=True):
+        joined.append(part.join(stream))
     hidden.x = joined[0] if len(joined) == 1 else torch.cat(joined, dim=1)
     hidden.tokens = tokens
 

@@ -25,7 +25,7 @@ FULL = 0.97  # of the device's memory; from here on the driver may spill to host
 
 @dataclass(frozen=True)
 class Room:
-    """The memory of a device."""
+    """Hold the memory of a device, in bytes: of the card in use, or of one to plan for."""
 
     name: str
     total: int

@@ -52,7 +52,7 @@ class _Attention(torch.autograd.Function):
 
 @planned
 def attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    return query.new_empty(query.shape), _row_numbers(query)
+    return query.new_empty(query.shape), _make_row_numbers(query)
 
 
 @planned
@@ -65,13 +65,13 @@ def attention_backward(
 
 @planned
 def attention_workspace(query: Tensor) -> tuple[Tensor, Tensor]:
-    return query.new_empty(query.shape, dtype=torch.float32), _row_numbers(query)
+    return query.new_empty(query.shape, dtype=torch.float32), _make_row_numbers(query)
 
 
 ATTENTION_WORKSPACE = "planned::attention_workspace"
 
 
-def _row_numbers(query: Tensor) -> Tensor:
+def _make_row_numbers(query: Tensor) -> Tensor:
     batch, length, heads, _ = query.shape
     return query.new_empty((batch, heads, length), dtype=torch.float32)
 

@@ -242,9 +242,9 @@ def show(plan: MemoryPlan, last_line: str) -> None:
     for phase in plan.phases:
         is_marked = phase is plan.worst and len(plan.phases) > 1
         name = f"{phase.name} (largest)" if is_marked else phase.name
-        rows.append(_row_of(MemoryPart(name, phase.device, phase.host)))
+        rows.append(_make_row(MemoryPart(name, phase.device, phase.host)))
         for part in phase.parts:
-            rows.append(_row_of(replace(part, name=f"  {part.name}")))
+            rows.append(_make_row(replace(part, name=f"  {part.name}")))
     names, devices, hosts, _ = (max(map(len, column)) for column in zip(*rows, strict=True))
     lines = []
     for name, device, host, note in rows:
@@ -254,7 +254,7 @@ def show(plan: MemoryPlan, last_line: str) -> None:
     sys.stdout.write(f"{escape_control_codes(text)}\n")
 
 
-def _row_of(part: MemoryPart) -> tuple[str, str, str, str]:
+def _make_row(part: MemoryPart) -> tuple[str, str, str, str]:
     """Return name, bytes of the device and of the host, and remark, as words."""
     host = gib(part.host) if part.host else ""
     return part.name, gib(part.device), host, part.note

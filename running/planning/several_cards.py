@@ -64,7 +64,7 @@ def with_division(speed: Speed, division: Division) -> Speed:
 
 def find_ways(rehearsed: Rehearsed, cards: int, room: Room, is_training: bool) -> Iterator[Way]:
     """Yield the ways to use equal cards, first the one with the least waiting. room: of each card."""
-    for division in _divisions(cards, is_training):
+    for division in _list_divisions(cards, is_training):
         words = _words_of(division)
         at_once = cards // division.context
         if division.shards and not is_training:
@@ -78,7 +78,7 @@ def find_ways(rehearsed: Rehearsed, cards: int, room: Room, is_training: bool) -
         except OptionError as error:
             yield replace(way, refusal=str(error))
             continue
-        yield _planned(way, prediction, 0, room=room, is_training=is_training)
+        yield _plan_way(way, prediction, 0, room=room, is_training=is_training)
         if words or not rehearsed.can_swap:
             continue
         # as few as fit; if none are too many, all that can be
@@ -86,10 +86,10 @@ def find_ways(rehearsed: Rehearsed, cards: int, room: Room, is_training: bool) -
         if count != 0 and prediction.most:
             count = count or prediction.most
             way = replace(way, words=("--blocks_to_swap", str(count)))
-            yield _planned(way, prediction, count, room=room, is_training=is_training)
+            yield _plan_way(way, prediction, count, room=room, is_training=is_training)
 
 
-def _divisions(cards: int, is_training: bool) -> list[Division]:
+def _list_divisions(cards: int, is_training: bool) -> list[Division]:
     """Return the divisions of a run among cards, first the one whose cards wait least for each other."""
     # blocks arrive while others compute, and tokens are waited for; a generation makes one clip at a time if
     # its processes share anything, and then each computes all tokens unless it shares them
@@ -112,7 +112,7 @@ def _words_of(division: Division) -> tuple[str, ...]:
     )
 
 
-def _planned(way: Way, prediction: Divided, blocks: int, *, room: Room, is_training: bool) -> Way:
+def _plan_way(way: Way, prediction: Divided, blocks: int, *, room: Room, is_training: bool) -> Way:
     memory = prediction.plan(blocks)
     swapped = prediction.swaps[blocks]
     processes = way.division.processes
@@ -139,7 +139,7 @@ def print_ways(runs: Iterable[Rehearsed], cards: int, room: Room, is_training: b
         raise OptionError(ways[0].refusal)
     title = f"\n{cards} cards of {room.total / GIB:g} GiB, {gib(room.usable)} GiB of each for tensors"
     with_words = f", with {' '.join(added)}, as nothing fits without" if added else ""
-    lines = [f"{title}{with_words}:", *table_of(ways)]
+    lines = [f"{title}{with_words}:", *format_table(ways)]
     lines += [f"{' '.join(way.words)} is not possible: {way.refusal}" for way in ways if way.refusal]
     fitting = [way for way in ways if way.fits]
     if fitting:
@@ -167,7 +167,8 @@ def _advise(fitting: Sequence[Way], added: Sequence[str], is_training: bool) -> 
     return lines
 
 
-def table_of(ways: Sequence[Way]) -> list[str]:
+def format_table(ways: Sequence[Way]) -> list[str]:
+    """Return the lines of a table of the ways whose memory is known, with a heading."""
     rows = [("way", "GiB a card", "host", "", "at once")]
     for way in ways:
         if way.memory is not None:

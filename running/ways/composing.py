@@ -48,17 +48,17 @@ def typed_ways(speed: SpeedOptions, has: Callable[[WayToRun], object] = lambda w
 
 
 def splitting_option(speed: SpeedOptions) -> str:
-    """Return the option by which each process has a part of every block; "": there is none."""
+    """Return the option that splits every block over processes; "" if there is none."""
     return " ".join(typed_ways(speed, lambda way: way.splits_weights))
 
 
 def passes_option(speed: SpeedOptions) -> str:
-    """Return the option by which processes share the passes of a step; "": there is none."""
+    """Return the option that divides the passes of a step among processes; "" if there is none."""
     return " ".join(typed_ways(speed, lambda way: way.divides_passes))
 
 
 def tokens_option(speed: SpeedOptions) -> str:
-    """Return the option by which each process has some of the tokens of a clip; "": there is none."""
+    """Return the option that divides the tokens of a clip among processes; "" if there is none."""
     return " ".join(typed_ways(speed, lambda way: way.divides_tokens))
 
 
@@ -120,7 +120,7 @@ def count_groups(speed: SpeedOptions, processes: int, passes: int = 1) -> int:
 
 
 def count_shared_passes(speed: SpeedOptions, processes: int) -> int:
-    """Return among how many processes the passes of a step are divided. Raises as `count_groups` does."""
+    """Return the number of processes that divide the passes of a step. Raises as `count_groups` does."""
     if not passes_option(speed):
         return 1
     passes = max(processes // count_peers(speed), 1)
@@ -181,7 +181,7 @@ def list_block_options() -> list[str]:
 
 
 def divided_options(division: Division) -> dict[str, Any]:
-    """Return the options by which a step is divided among cards, by name."""
+    """Return the options that divide a step among cards, by name."""
     return {way.name: way.in_division(division) for way in WAYS if way.in_division is not None}
 
 

@@ -385,10 +385,10 @@ class Feed:
             step = plan.steps_until(epoch, index - index % plan.group_size)
             place = RunPlace(seed, number, step, plan.total_steps)
             batch = replace(batch, captions=change_captions(items, batch.captions, captions, place))
-        randomness, first_sample = self._randomness_of(key)
+        randomness, first_sample = self._make_randomness(key)
         return randomness.add(batch, number, first_sample)
 
-    def _randomness_of(self, key: Key) -> tuple[Randomness, int]:
+    def _make_randomness(self, key: Key) -> tuple[Randomness, int]:
         """Return the randomness of a micro-batch, and how many samples have been drawn like it before.
 
         If tables have timesteps of their own, the samples of each group of tables are counted for themselves.
@@ -414,7 +414,7 @@ class Feed:
         items = self.order.epoch(epoch)[index]
         width, height, *frames = items[0].bucket
         shape = self.sources.latent.shape(frames[0] if frames else 1, height, width)
-        randomness, first_sample = self._randomness_of(key)
+        randomness, first_sample = self._make_randomness(key)
         return randomness.draw(len(items), number, first_sample, shape).expert
 
 

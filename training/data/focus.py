@@ -54,7 +54,7 @@ def find_balance(
     if focus is None:
         return NO_FOCUS
     lowest, highest = expert.lowest, min(expert.highest, NUM_TIMESTEPS)
-    usual = _usual_shares(options, low, high, noise=noise, flow_shift=flow_shift, expert=expert)
+    usual = _compute_usual_shares(options, low, high, noise=noise, flow_shift=flow_shift, expert=expert)
     in_range = _BandShares(
         inside=_share_of_range(options, max(low, lowest), min(high, highest)),
         trained=_share_of_range(options, lowest, highest),
@@ -77,7 +77,7 @@ class _BandShares:
     trained: float
 
 
-def _usual_shares(
+def _compute_usual_shares(
     options: TimestepOptions, low: float, high: float, *, noise: NoiseSpec, flow_shift: float, expert: Expert
 ) -> _BandShares:
     """Return the shares of the draws of the sampler without its focus."""

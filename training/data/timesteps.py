@@ -150,7 +150,7 @@ def find_shift(options: TimestepOptions, noise: NoiseSpec, shape: Sequence[int])
     if options.timestep_sampling == IDEOGRAM_SHIFT:
         return ideogram_shift(tokens)
     if options.timestep_sampling == SHIFTED_LOGIT:
-        return _shifted_logit(noise).shift(tokens)
+        return _require_shifted_logit(noise).shift(tokens)
     return size_shift(tokens, *_line_of(options))
 
 
@@ -163,7 +163,7 @@ def ideogram_shift(tokens: int) -> float:
     return math.sqrt(tokens) * _IDEOGRAM_SIDE
 
 
-def _shifted_logit(noise: NoiseSpec) -> ShiftedLogit:
+def _require_shifted_logit(noise: NoiseSpec) -> ShiftedLogit:
     assert noise.shifted_logit is not None, "only scripts of models that have it offer this sampler"
     return noise.shifted_logit
 
@@ -186,23 +186,23 @@ def shares_of_uniform(options: TimestepOptions, u: Tensor, noise: NoiseSpec, flo
     So the focus is a mixture. Its range is of the sample as it is trained, after any shift of the sampler.
     """
     if options.timestep_focus is not None:
-        return _focused(options, options.timestep_focus, u.double(), noise, flow_shift=flow_shift)
-    return _sampled(options, u, noise, flow_shift)
+        return _focus_shares(options, options.timestep_focus, u.double(), noise, flow_shift=flow_shift)
+    return _sample_shares(options, u, noise, flow_shift)
 
 
-def _sampled(options: TimestepOptions, u: Tensor, noise: NoiseSpec, flow_shift: float) -> Tensor:
+def _sample_shares(options: TimestepOptions, u: Tensor, noise: NoiseSpec, flow_shift: float) -> Tensor:
     """Return the shares of noise that the sampler makes of uniform numbers, without a focus."""
     u = u.double().clamp(1e-9, 1 - 1e-9)
     return shares_of(options, torch.special.ndtri(u) if takes_normal(options) else u, noise, flow_shift)
 
 
-def _focused(
+def _focus_shares(
     options: TimestepOptions, focus: float, u: Tensor, noise: NoiseSpec, *, flow_shift: float
 ) -> Tensor:
     """Return the shares of noise of uniform numbers with a focus. u: B, float64."""
     low, high = options.timestep_focus_range
     in_range = (low + (high - low) * u / focus) / NUM_TIMESTEPS
-    usual = _sampled(options, (u - focus) / (1 - focus), noise, flow_shift)
+    usual = _sample_shares(options, (u - focus) / (1 - focus), noise, flow_shift)
     return torch.where(u < focus, in_range, usual)
 
 
@@ -235,11 +235,11 @@ def shares_of(options: TimestepOptions, numbers: Tensor, noise: NoiseSpec, flow_
         case name if name == IDEOGRAM_SHIFT:
             t = shift_sigmas(torch.sigmoid(IDEOGRAM_SCALE * numbers), flow_shift)
         case "qinglong_flux" | "qinglong_qwen":
-            t = _mixed(options, numbers, flow_shift)
+            t = _sample_mixture(options, numbers, flow_shift)
         case "nextdit_shift":
             t = shift_sigmas(numbers.clamp(min=1e-7), flow_shift)
         case "shifted_logit_normal":
-            t = _stretched(_shifted_logit(noise), numbers, options.sigmoid_scale, flow_shift)
+            t = _stretched(_require_shifted_logit(noise), numbers, options.sigmoid_scale, flow_shift)
         case "logsnr":
             t = _of_logsnr(options.logit_mean, options.logit_std, numbers)
         case other:
@@ -359,10 +359,11 @@ def is_reached(options: TimestepOptions, noise: NoiseSpec, expert: Expert) -> bo
 
     Samplers that follow the size are tried at both ends of their line.
     """
-    return any(len(scan(options, noise, shift, expert)[0]) for shift in _shifts_of(options))
+    return any(len(scan(options, noise, shift, expert)[0]) for shift in _list_shifts(options))
 
 
-def _shifts_of(options: TimestepOptions) -> list[float]:
+def _list_shifts(options: TimestepOptions) -> list[float]:
+    """Return the flow shifts to try: of a sampler that follows the size, those at both ends of its line."""
     if options.timestep_sampling == IDEOGRAM_SHIFT:
         return [ideogram_shift(tokens) for tokens in _IDEOGRAM_TOKENS]
     if not options.follows_size or options.timestep_sampling == SHIFTED_LOGIT:
@@ -374,7 +375,7 @@ def check_reaches(several: Sequence[TimestepOptions], noise: NoiseSpec, experts:
     """Raise OptionError if an expert would never be trained. several: see `levels_reached`."""
     for expert in experts:
         if not any(is_reached(options, noise, expert) for options in several):
-            find_accepted_range(several[0], noise, _shifts_of(several[0])[0], expert)
+            find_accepted_range(several[0], noise, _list_shifts(several[0])[0], expert)
 
 
 def loss_weights(options: TimestepOptions, times: Timesteps, exactly: bool = False) -> Tensor:
@@ -400,7 +401,7 @@ def _of_logsnr(mean: float, std: float, numbers: Tensor) -> Tensor:
     return torch.sigmoid(-(mean + std * numbers) / 2)
 
 
-def _mixed(options: TimestepOptions, numbers: Tensor, flow_shift: float) -> Tensor:
+def _sample_mixture(options: TimestepOptions, numbers: Tensor, flow_shift: float) -> Tensor:
     """Return t from a mixture of samplers: the uniform number of each sample chooses one.
 
     The number's place within a sampler's share is uniform again, and is fed to it.

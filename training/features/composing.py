@@ -280,8 +280,9 @@ def describe_targets(options: OptionsOfRun) -> list[str]:
 
 
 def rehearsed_passes(options: OptionsOfRun, noisy_batch: "NoisyBatch") -> list[LearningPass]:
-    """Return the contexts in which passes with gradients run while their memory is measured. noisy_batch: on
-    the CPU.
+    """Return each feature's context around the passes with gradients, as a measurement of memory needs it.
+
+    noisy_batch: on the CPU.
     """
     return [rehearse(noisy_batch) for rehearse in _functions(options, lambda feature: feature.rehearse)]
 

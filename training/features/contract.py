@@ -210,7 +210,7 @@ class FrozenNetwork(Protocol):
 
 
 class NetworkLoading(Protocol):
-    """What loads the networks of a run, and further ones."""
+    """Load the networks of a run, and further ones."""
 
     def load(self, family: "Family", index: int) -> FrozenNetwork: ...  # of an expert
 
@@ -272,7 +272,7 @@ class GradientStep:
 
 @dataclass
 class RunEnd:
-    """How far a run has come, for features that act when it is over, whether or not it was put together."""
+    """Hold how far a run has come, for features that act when it is over, even if it failed while loading."""
 
     options: OptionsOfRun
     is_due: bool = False  # features act in this process: the first one, once all have joined

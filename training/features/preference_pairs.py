@@ -91,30 +91,30 @@ def join_pairs(noisy_batch: NoisyBatch) -> NoisyBatch:
     return replace(
         noisy_batch,
         batch=doubled,
-        noise=_twice(noisy_batch.noise),
-        sigmas=_twice(noisy_batch.sigmas),
-        timesteps=_twice(noisy_batch.timesteps),
-        weights=_twice(noisy_batch.weights),
-        perturbation=None if perturbation is None else _twice(perturbation),
+        noise=_stack_twice(noisy_batch.noise),
+        sigmas=_stack_twice(noisy_batch.sigmas),
+        timesteps=_stack_twice(noisy_batch.timesteps),
+        weights=_stack_twice(noisy_batch.weights),
+        perturbation=None if perturbation is None else _stack_twice(perturbation),
         sound=None if noisy_batch.sound is None else _repeat_sound(noisy_batch.sound),
         levels=noisy_batch.levels * 2,
     )
 
 
-def _twice(tensor: Tensor) -> Tensor:
+def _stack_twice(tensor: Tensor) -> Tensor:
     return torch.cat([tensor, tensor])
 
 
 def _repeat(value: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
-    return [*value, *value] if isinstance(value, list) else _twice(value)
+    return [*value, *value] if isinstance(value, list) else _stack_twice(value)
 
 
 def _repeat_sound(sound: NoisySound) -> NoisySound:
     return NoisySound(
-        noise=_twice(sound.noise),
-        sigmas=_twice(sound.sigmas),
-        timesteps=_twice(sound.timesteps),
-        weights=_twice(sound.weights),
+        noise=_stack_twice(sound.noise),
+        sigmas=_stack_twice(sound.sigmas),
+        timesteps=_stack_twice(sound.timesteps),
+        weights=_stack_twice(sound.weights),
         levels=sound.levels * 2,
     )
 

@@ -100,7 +100,7 @@ class Teaching:
         """
         clip, *others = comparisons
         shares = [0.0 if preserved else self.target.weight for preserved in preserved_samples(noisy_batch)]
-        weight = _weight_of_samples([1 - share for share in shares], clip.target.device)
+        weight = _make_weight_of_samples([1 - share for share in shares], clip.target.device)
         return [replace(clip, weight=weight), *others, *self._compare_with_teacher(passes, noisy_batch)]
 
     def _compare_with_teacher(
@@ -109,20 +109,25 @@ class Teaching:
         teacher = self.target
         full_batch = tell_teacher(passes.family, noisy_batch, teacher.view)
         band = teacher.band
-        in_band = [band is None or band.holds(level) for level in levels_of(noisy_batch)]
-        is_taught = [not preserved for preserved in preserved_samples(noisy_batch)]
-        is_inside = [taught and inside for taught, inside in zip(is_taught, in_band, strict=True)]
-        is_outside = [taught and not inside for taught, inside in zip(is_taught, in_band, strict=True)]
+        is_inside = []  # of each sample: taught, and its noise level is in the band
+        is_outside = []
+        samples = zip(levels_of(noisy_batch), preserved_samples(noisy_batch), strict=True)
+        for level, is_preserved in samples:
+            in_band = band is None or band.holds(level)
+            is_inside.append(in_band and not is_preserved)
+            is_outside.append(not in_band and not is_preserved)
         comparisons = []
         if any(is_inside) or passes.rule.in_lockstep:
             target = self.teach(passes, full_batch)
-            weight = _weight_of_samples([teacher.weight * inside for inside in is_inside], target.device)
+            weight = _make_weight_of_samples([teacher.weight * inside for inside in is_inside], target.device)
             measure = _measure_for(passes, teacher.split)
             comparisons.append(TargetComparison(target, measure, full_batch, weight))
         if any(is_outside) or (passes.rule.in_lockstep and band is not None):
             target = self.teach(passes, noisy_batch)
             anchor_weight = teacher.weight * teacher.anchor_weight * noisy_batch.notes.get(BALANCE, 1.0)
-            weight = _weight_of_samples([anchor_weight * outside for outside in is_outside], target.device)
+            weight = _make_weight_of_samples(
+                [anchor_weight * outside for outside in is_outside], target.device
+            )
             measure = _measure_for(passes, None if teacher.split is None else EVEN_SPLIT)
             comparisons.append(TargetComparison(target, measure, noisy_batch, weight))
         return comparisons
@@ -140,7 +145,7 @@ def balance_anchor(band: tuple[int, int], drawn: Randomness, noisy_batch: NoisyB
     return replace(noisy_batch, notes={**noisy_batch.notes, BALANCE: balance.outside})
 
 
-def _weight_of_samples(weights: Sequence[float], device: torch.device) -> "float | Tensor":
+def _make_weight_of_samples(weights: Sequence[float], device: torch.device) -> "float | Tensor":
     """Return the weights of samples, B; one number if all are equal."""
     if len(set(weights)) == 1:
         return weights[0]

@@ -216,12 +216,12 @@ class Trackers:
             elif tracker.name == "wandb":
                 media = {}
                 for index, path in files.items():
-                    media[f"samples/{index:02d}"] = _wandb_media(path, prompts[index])
+                    media[f"samples/{index:02d}"] = _make_wandb_media(path, prompts[index])
                 if media:
                     tracker.log(media, step=step)
 
 
-def _wandb_media(path: Path, prompt: str) -> Any:
+def _make_wandb_media(path: Path, prompt: str) -> Any:
     """Return a sample as an object that wandb shows."""
     import wandb  # optional; `check_trackers` has found it
 

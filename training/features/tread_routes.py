@@ -17,7 +17,7 @@ def choose_places(noisy_batch: NoisyBatch, grid: tuple[int, ...], share: float, 
     out, as many in each sample. grid: tokens along frames, rows, columns; pictures may have no frames.
     """
     sizes = (*(1,) * (3 - len(grid)), *grid)
-    needed = _needed(noisy_batch, sizes)  # B L
+    needed = _find_needed(noisy_batch, sizes)  # B L
     length = needed.shape[1]
     given = _given_tokens(noisy_batch, sizes)
     fewest_free = length - int(needed.sum(1).max())
@@ -34,7 +34,7 @@ def _given_tokens(noisy_batch: NoisyBatch, sizes: tuple[int, ...]) -> int:
     return -(-noisy_batch.given_frames * frames // num_latent_frames) * rows * columns
 
 
-def _needed(noisy_batch: NoisyBatch, sizes: tuple[int, ...]) -> Tensor:
+def _find_needed(noisy_batch: NoisyBatch, sizes: tuple[int, ...]) -> Tensor:
     """Return a mask of the tokens that take part in any case, B L bool on the CPU."""
     needed = torch.zeros(len(noisy_batch.noise), sizes[0] * sizes[1] * sizes[2], dtype=torch.bool)
     weights = place_weights(noisy_batch.batch, noisy_batch.noise)

@@ -48,7 +48,9 @@ def make_lr_schedule(options: LrScheduleOptions, optimizer: Optimizer, total_ste
         return Imported(options.lr_scheduler_type, _import_scheduler(options, optimizer))
     name, _, first_rate = options.lr_scheduler.partition(":")
     if optimizer.defaults.get("relative_step"):  # an Adafactor that sets its rate from the step
-        return OwnRates(ADAFACTOR, optimizer, lambda: _adafactor_rates(optimizer, float(first_rate or 0)))
+        return OwnRates(
+            ADAFACTOR, optimizer, lambda: _read_adafactor_rates(optimizer, float(first_rate or 0))
+        )
     if name == ADAFACTOR:
         raise OptionError("--lr_scheduler adafactor needs --optimizer_type Adafactor and relative_step=True")
     if "relative_step" in optimizer.defaults and name != "constant_with_warmup":
@@ -313,7 +315,7 @@ def _other_schedule(name: str) -> str:
     )
 
 
-def _adafactor_rates(optimizer: Any, before: float) -> list[float]:
+def _read_adafactor_rates(optimizer: Any, before: float) -> list[float]:
     """Return the rate that Adafactor found for each group in its last step; `before` if it has made none."""
     rates = []
     for group in optimizer.param_groups:

@@ -68,7 +68,7 @@ def make_optimizer(
     groups = [dict(group) for group in parameter_groups]
     rate: float | None = options.learning_rate
     if kind.__name__ == "Adafactor" and kind.__module__.startswith("transformers"):
-        arguments, rate = _adafactor_arguments(options, arguments, groups)
+        arguments, rate = _choose_adafactor_arguments(options, arguments, groups)
     elif kind.__name__ == "Prodigy" and rate is not None and rate < 0.1:
         logger.warning(f"Prodigy finds its own rate and multiplies it by --learning_rate {rate}: 1 is usual.")
     described = ",".join(f"{key}={value}" for key, value in arguments.items())
@@ -231,7 +231,7 @@ def find_averaging(optimizer: Optimizer) -> Any:
     return next(averaging, None)
 
 
-def _adafactor_arguments(
+def _choose_adafactor_arguments(
     options: OptimizerOptions, arguments: dict[str, Any], groups: list[dict[str, Any]]
 ) -> tuple[dict[str, Any], float | None]:
     """Return Adafactor's arguments and learning rate.
@@ -344,7 +344,7 @@ def restore_optimizer(
     groups = []
     for group, saved_group in zip(optimizer.param_groups, saved["groups"], strict=True):
         group_numbers = [numbers[name] for name in saved_group["params"]]
-        groups.append({**_settings(group), **_copied(saved_group), "params": group_numbers})
+        groups.append({**_settings(group), **_copy_state(saved_group), "params": group_numbers})
     optimizer.load_state_dict({"state": {}, "param_groups": groups})
     for parameter in parameters:  # one by one, and past the casts of load_state_dict
         saved_state = saved["states"].pop(names[parameter], None)  # two copies of one at a time
@@ -354,7 +354,7 @@ def restore_optimizer(
         for key, value in saved_state.items():
             # step counters stay on the host if they were there; a run on the CPU had the moments there, too
             stays_on_host = key in saved["on_host"] and not getattr(value, "ndim", 0)
-            state[key] = _copied(value, "cpu" if stays_on_host else device)
+            state[key] = _copy_state(value, "cpu" if stays_on_host else device)
         optimizer.state[parameter] = state
         if getattr(optimizer, "is_paged", False):
             _page(optimizer, parameter, state, device)
@@ -409,14 +409,14 @@ def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key != "params"}
 
 
-def _copied(value: Any, device: torch.device | str = "cpu") -> Any:
+def _copy_state(value: Any, device: torch.device | str = "cpu") -> Any:
     """Return a saved value on a device; its tensors no longer need the file."""
     if isinstance(value, Tensor):
         return value.to(device, copy=True)
     if isinstance(value, dict):
-        return {key: _copied(item, device) for key, item in value.items()}
+        return {key: _copy_state(item, device) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_copied(item, device) for item in value)
+        return type(value)(_copy_state(item, device) for item in value)
     return value
 
 

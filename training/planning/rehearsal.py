@@ -123,9 +123,10 @@ class Rehearsal:
         return peaks
 
     def measure_step(self) -> dict[str, dry.Moment]:
-        """Clip and step once, which creates the optimizer's states.
+        """Clip the gradients and make an optimizer step, which creates the optimizer's states.
 
-        Returns the largest moment of such a step.
+        Returns the moment of the step at which most memory is in use, by phase; empty if the optimizer cannot
+        be rehearsed, or if weights step during the backward pass.
         """
         whole_dit = self.options.whole_dit
         max_norm = self.options.optimizer.max_grad_norm
@@ -234,7 +235,7 @@ def dress_trainable(
         for module in dry.modules_in(encoder):
             dry.place(module.requires_grad_(False), ledger, dry.TEXTS)
     dit.requires_grad_(False)
-    groups = _learning_groups(family, options, dit, ledger=ledger, texts=texts)
+    groups = _make_learning_groups(family, options, dit, ledger=ledger, texts=texts)
     blocks = family.dit.blocks(dit)
     dry.watch_blocks(blocks, ledger)
     dress(dit, family.dit, options.loop, ledger.device)
@@ -283,7 +284,7 @@ def _single_steps(
     return ParameterSteps(optimizer, names, Progress(0, 0, 0.0))
 
 
-def _learning_groups(
+def _make_learning_groups(
     family: Trains,
     options: TrainingOptions,
     dit: nn.Module,

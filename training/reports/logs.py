@@ -54,12 +54,12 @@ class RowLayout:
 
     @property
     def part_losses(self) -> slice:
-        """Return the slice with the sums of the parts' losses."""
+        """Return the columns of a row that sum the losses of each part."""
         return slice(WISHES.stop, WISHES.stop + self.num_parts)
 
     @property
     def part_counts(self) -> slice:
-        """Return the slice with the counts of the parts' micro-batches."""
+        """Return the columns of a row that count the micro-batches of each part."""
         return slice(WISHES.stop + self.num_parts, WISHES.stop + 2 * self.num_parts)
 
     @property
@@ -205,7 +205,7 @@ class Logs:
                 numbers = ", ".join(f"{name} {text}" for name, text in self._numbers(report).items())
                 logger.info("Step %d of %d: %s", report.step, self.total_steps, numbers)
             self._shown = now
-        self.values(_tracked_values(report), report.step)
+        self.values(_list_tracked_values(report), report.step)
 
     def _fitting(self, numbers: Mapping[str, str]) -> dict[str, str]:
         """Return as many of the numbers as fit next to a bar of some columns."""
@@ -241,7 +241,7 @@ class Logs:
                 recorder.note_values(values, step)
 
 
-def _tracked_values(report: StepReport) -> dict[str, float]:
+def _list_tracked_values(report: StepReport) -> dict[str, float]:
     """Return the numbers of a step by the names that trackers show."""
     values = {"loss/current": report.loss, "loss/average": report.average, **report.rates}
     values |= {f"loss/{name}": loss for name, loss in report.by_part.items()}

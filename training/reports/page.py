@@ -178,10 +178,10 @@ def list_tiles(standing: Standing, story: Story, parts: PageParts = NO_PARTS) ->
     """Return the numbers at the top of the page: label, value and a note."""
     tiles = [
         _step_tile(standing, story),
-        _loss_tile(story),
+        _make_loss_tile(story),
         _validation_tile(story),
         *[make_tile(story) for make_tile in parts.tiles],
-        _seconds_tile(story),
+        _make_seconds_tile(story),
     ]
     return [tile for tile in tiles if tile is not None]
 
@@ -199,7 +199,7 @@ def _validation_tile(story: Story) -> Tile | None:
     return "Best validation loss", f"{loss:.4g}", f"at step {step:,}"
 
 
-def _seconds_tile(story: Story) -> Tile | None:
+def _make_seconds_tile(story: Story) -> Tile | None:
     seconds = [number for number in story.seconds.values() if number is not None]
     if not seconds:
         return None
@@ -209,7 +209,7 @@ def _seconds_tile(story: Story) -> Tile | None:
     return "Seconds per step", f"{sum(last) / len(last):.3g}", note
 
 
-def _loss_tile(story: Story) -> Tile | None:
+def _make_loss_tile(story: Story) -> Tile | None:
     """Return the tile of the training loss; None if no step had a finite one."""
     if all(loss is None for loss in story.loss.values()):
         return None

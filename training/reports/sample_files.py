@@ -113,11 +113,11 @@ def write_sheet(path: Path, title: str, strips: Mapping[int, Frame], prompts: Ma
     width = max(LEAST_WIDTH, *(strip.shape[1] for _, strip in rows)) + 2 * GAP
     sheet = Image.new("RGB", (width, title_height + sum(row_heights)), (24, 24, 27))
     draw = ImageDraw.Draw(sheet)
-    draw.text((GAP, GAP), _fit(title, width, TITLE_SIZE), font=_font(TITLE_SIZE), fill=(250, 250, 250))
+    draw.text((GAP, GAP), _fit(title, width, TITLE_SIZE), font=_load_font(TITLE_SIZE), fill=(250, 250, 250))
     y = title_height
     for (prompt, strip), row_height in zip(rows, row_heights, strict=True):
         text = _fit(prompt, width, TEXT_SIZE)
-        draw.text((GAP, y), text, font=_font(TEXT_SIZE), fill=(210, 210, 215))
+        draw.text((GAP, y), text, font=_load_font(TEXT_SIZE), fill=(210, 210, 215))
         sheet.paste(Image.fromarray(strip), (GAP, y + text_height))
         y += row_height
     from modules.media.writing import write_png  # only while training
@@ -128,7 +128,7 @@ def write_sheet(path: Path, title: str, strips: Mapping[int, Frame], prompts: Ma
 def _fit(text: str, width: int, size: int) -> str:
     """Cut a text to one line of the sheet's width."""
     text = escape_control_codes(" ".join(text[:1000].split()))
-    font = _font(size)
+    font = _load_font(size)
     if font.getlength(text) <= width - 2 * GAP:
         return text
     while text and font.getlength(text + "\u2026") > width - 2 * GAP:
@@ -137,7 +137,7 @@ def _fit(text: str, width: int, size: int) -> str:
 
 
 @lru_cache(maxsize=4)
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def _load_font(size: int) -> ImageFont.FreeTypeFont:
     from matplotlib import get_data_path  # slow to import
 
     return ImageFont.truetype(str(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
@@ -216,12 +216,17 @@ def make_grid(story: Story, load: LoadClip, most_columns: int, most_prompts: int
     grid_rows: list[dict[str, Any]] = []
     for index, prompt in shown:
         grid_rows.append({"prompt": prompt, "index": index, "cells": [None] * len(columns)})
-    for place, row in reversed([*enumerate(columns)]):  # the newest first: they are shown in any case
+    titles = []
+    for row in columns:
+        titles.append({"title": _format_column_title(row), "is_best": row is best_column})
+    for column in reversed(range(len(columns))):  # the newest first: they are shown in any case
+        row = columns[column]
+        is_newest = row is columns[-1]
         for grid_row in grid_rows:
-            cell = _load_cell(row, grid_row["index"], grid_row["prompt"], load, is_newest=row is columns[-1])
-            grid_row["cells"][place] = cell
+            cell = _load_cell(row, grid_row["index"], grid_row["prompt"], load, is_newest=is_newest)
+            grid_row["cells"][column] = cell
     return {
-        "columns": [{"title": _column_title(row), "is_best": row is best_column} for row in columns],
+        "columns": titles,
         "rows": grid_rows,
         "times": len(rows),
         "prompts": len(prompts),
@@ -238,7 +243,7 @@ def _load_cell(
     return {"clip": load(name, prompt, row.step, is_newest), "href": link("sample", name)}
 
 
-def _column_title(row: SampleRow) -> str:
+def _format_column_title(row: SampleRow) -> str:
     """Return the step of samples, and the epoch if they were made at the end of one."""
     if not row.step:
         return "before training"

@@ -56,7 +56,7 @@ class Names:
 
 @dataclass(frozen=True)
 class PublishedRun:
-    """What those who pass on files can say of the run."""
+    """Hold the facts of a run that publishers show beside its files."""
 
     names: Names
     is_lora: bool
@@ -66,7 +66,7 @@ class PublishedRun:
 
 
 class Publisher(Protocol):
-    """Functions that pass on what is saved."""
+    """Send saved files and states to another place, such as a hub."""
 
     def about(self, run: PublishedRun) -> "Publisher": ...  # one that can say this of the run
 

@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
 
@@ -69,13 +68,14 @@ def _write_model(
         weight: Any = weights[name]
         if not is_split(weight):
             return weight.detach().to(dtypes[name])
+        # the parameter that is trained in place of the weight; a frozen weight has none
         part = rows[weight].detach() if weight in rows else rows_here(weight)
         return gather_rows(part.to(weight.device, dtypes[name]), weight)
 
     infos = {name: TensorInfo(dtypes[name], tuple(weight.shape)) for name, weight in weights.items()}
     if distributed.get_rank() == 0:
         stream_tensors(path, infos, read, metadata)
-    else:
+    else:  # all processes gather each tensor, in the order in which the first one writes them
         for name in order_of(infos):
             read(name)
 
@@ -105,10 +105,13 @@ def _tensors(state: SavedState) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _write_files(folder: Path | None, tensors: Mapping[str, Any]) -> dict[str, int]:
     """Write the rows of all processes to the first one's `folder`; return the checksums of the files."""
-    (folder,) = broadcast_object_list([folder])
+    (folder,) = broadcast_object_list([folder])  # from the first process
     assert folder is not None
-    ends = accumulate(tensor.to_local().nbytes for tensor in tensors.values())
-    numbers = {name: 1 + end // FILE_BYTES for name, end in zip(tensors, ends, strict=True)}
+    numbers = {}  # of the file that a tensor is written to
+    total_bytes = 0
+    for name, tensor in tensors.items():
+        total_bytes += tensor.to_local().nbytes
+        numbers[name] = 1 + total_bytes // FILE_BYTES
     save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(folder), numbers, save_distributed=True))
     return dict(gather_object([(path.name, file_checksum(path)) for path in share_of_files(folder)]))
 

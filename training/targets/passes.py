@@ -108,13 +108,13 @@ def loss_passes(
     passes = _make_passes(family, dit, noisy_batch, autocast=autocast, rule=rule)
     for more_passes in rule.other_passes or rule.further_passes:
         for errors in more_passes(passes, noisy_batch):
-            yield _weighted(errors, noisy_batch)
+            yield _weigh_losses(errors, noisy_batch)
     if rule.other_passes:
         return
-    yield _weighted(_measure(passes, noisy_batch), noisy_batch)
+    yield _weigh_losses(_measure(passes, noisy_batch), noisy_batch)
 
 
-def _weighted(errors: Streams, noisy_batch: NoisyBatch) -> Streams:
+def _weigh_losses(errors: Streams, noisy_batch: NoisyBatch) -> Streams:
     weights = [noisy_batch.weights]
     if noisy_batch.sound is not None:
         weights.append(noisy_batch.sound.weights)
