@@ -186,7 +186,26 @@ class DitFormat(Generic[Config, Dit]):
                 check=placement.check,
                 filled=None if placement.blocks is None else placement.blocks.watch(dit),
             )
+            saved = _choose_saved_dtypes(checkpoint, sources, target, header.block_dtype)
+            dit.saved_dtypes = saved  # type: ignore[assignment]
         return dit.eval()
+
+
+def _choose_saved_dtypes(
+    checkpoint: Checkpoint,
+    sources: Mapping[str, TensorSource],
+    target: torch.dtype,
+    block_dtype: torch.dtype,
+) -> dict[str, torch.dtype]:
+    """Return the dtypes in which a trained transformer in 16 bits is written: those of its file.
+
+    Layers that compute in float32 are narrowed again if the file has them in 16 bits. Empty, so that weights
+    are written as they are in memory, if the file's blocks or the target have more or fewer bits.
+    """
+    if target.itemsize != 2 or block_dtype.itemsize != 2:
+        return {}
+    stored = {name: checkpoint.tensors[source.names[0]].dtype for name, source in sources.items()}
+    return {name: dtype if dtype.itemsize > 2 else target for name, dtype in stored.items()}
 
 
 def own_names(checkpoint: Checkpoint, _: object) -> Mapping[str, TensorSource]:

@@ -28,7 +28,17 @@ from encoders import pictures
 from encoders.language_encoder import LanguageUse
 from krea2 import options as own
 from krea2.configs import DIT, FEW_STEPS, KREA_2, LATENT, NOISE, PATCH
-from krea2.files import EDIT_USE, KEY, KREA_2_USE, MEGAPIXEL, MIXED_USE, MOST, Krea2Files, find_release
+from krea2.files import (
+    EDIT_USE,
+    KEY,
+    KREA_2_USE,
+    MEGAPIXEL,
+    MIXED_USE,
+    MOST,
+    Krea2Files,
+    Krea2Release,
+    find_release,
+)
 from krea2.names import LORA
 from krea2.options import EXTRAS, NAME, SIDE, check_levels, check_mu
 from modules.errors import CacheError, OptionError
@@ -85,25 +95,36 @@ class Krea2(pictures.ModelOfPictures):
             "implementation": "https://github.com/krea-ai/krea-2",
             "model_type": "krea2",
         }
-        return self.metadata_of(names | ({"task": "edit"} if self.edits else {}))
+        release = self._find_release() if hasattr(self.options, "dit_variant") else None
+        of_variant = {}
+        if release is not None:
+            of_variant = {own.VARIANT_KEY: own.TURBO if release.is_turbo else own.RAW}
+        return self.metadata_of(names | of_variant | ({"task": "edit"} if self.edits else {}))
 
     @property
     def is_turbo(self) -> bool:
         if self.samples_on_turbo:
             return True
-        release = find_release(self.files.dit)
+        release = self._find_release()
         return release is not None and release.is_turbo
 
     @property
     def defaults(self) -> SamplingDefaults:
         return TURBO if self.is_turbo else DEFAULTS
 
+    def _find_release(self) -> Krea2Release | None:
+        """Return the release that --dit_variant names; without it, what the transformer's file says."""
+        variant = getattr(self.options, "dit_variant", None)
+        if variant is not None:
+            return Krea2Release(variant == own.TURBO, f"--dit_variant {variant}")
+        return find_release(self.files.dit)
+
     def _says_raw(self) -> bool:
-        release = find_release(self.files.dit)
+        release = self._find_release()
         return release is not None and not release.is_turbo
 
     def why_few_steps(self) -> str | None:
-        release = find_release(self.files.dit)
+        release = self._find_release()
         if release is None or not release.is_turbo:
             return None
         return f"{self.files.dit} is {NAME} Turbo: {release.source}"

@@ -21,9 +21,9 @@ from encoders.picture_prompts import PictureUse, read_within
 from krea2.configs import FEW_STEPS, PATCH, STATES, Krea2Config, Krea2StreamConfig
 from krea2.model import Krea2Model
 from krea2.names import KREA_2
-from krea2.options import NAME
+from krea2.options import NAME, TURBO, VARIANT_KEY, VARIANTS
 from modules.errors import CheckpointError
-from modules.text_files import parse_json, read_text
+from modules.text_files import parse_json, read_text, texts_of_files
 from networks.names.layouts import tensor_patterns
 from qwen_image.files import QWEN_USE, TOKENIZER, QwenImageFiles
 
@@ -155,10 +155,15 @@ class Krea2Release(NamedTuple):
 def find_release(dit: Path | None) -> Krea2Release | None:
     """Return whether a transformer is Turbo or raw, and the evidence; None if nothing tells.
 
-    The evidence is the release's model_index.json, else the nearest name, as in `FewSteps.judge`.
+    The evidence is what a training wrote into the file, then the release's model_index.json, then the nearest
+    name, as in `FewSteps.judge`.
     """
     if dit is None:
         return None
+    for _, metadata in texts_of_files([dit]):
+        variant = metadata.get(VARIANT_KEY)
+        if variant in VARIANTS:
+            return Krea2Release(variant == TURBO, f"its {VARIANT_KEY} is {variant}")
     folder = dit.absolute().parent if dit.suffix else dit.absolute()
     index = folder.parent / "model_index.json"
     if folder.name == "transformer" and index.is_file():

@@ -26,6 +26,8 @@ from qwen_image.options import QwenImageVaeOptions
 logger = logging.getLogger(__name__)
 
 NAME = "Krea 2"
+VARIANTS = RAW, TURBO = ("raw", "turbo")
+VARIANT_KEY = "ss_krea2_dit_variant"  # in the metadata of a trained transformer
 SIDE = 1024  # of pictures, where nothing is said
 MOST_SIDE = 16384
 MOST_MU = 20.0  # e^20: all steps at pure noise
@@ -105,6 +107,17 @@ class Krea2TrainingOptions(Krea2ModelOptions, title=NAME):
                 f"--turbo_dit {self.turbo_dit}: this is what --dit trains. Give the file of Turbo, or leave "
                 "the option out"
             )
+
+
+class Krea2WholeTrainingOptions(Krea2TrainingOptions, title=NAME):
+    """Options of krea2_train.py besides the shared ones."""
+
+    dit_variant: str | None = option(
+        "release that --dit is: Turbo makes samples in eight steps without guidance; default: what the names "
+        "of the file and its folders say",
+        choices=VARIANTS,
+        facts=FREE,
+    )
 
 
 class Krea2GenerationOptions(Krea2ModelOptions, title=NAME):

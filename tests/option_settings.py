@@ -447,4 +447,5 @@ SETTINGS: dict[str, Setting] = {
     },
     # the whole transformer
     "trainable_modules": Setting(("attn",)),
+    "dit_variant": Setting(("turbo",), also=PROMPTS),
 }

@@ -64,6 +64,7 @@ OF_PICTURES = (
     "qwen_image_21",
     "zimage",
 )
+WHOLE_MODELS = ("flux_2", "flux_3", "hv", "krea2", "qwen_image", "qwen_image_21", "wan", "zimage")
 EXEMPT = tomllib.loads((ROOT / "tests" / "data" / "page_blocks.toml").read_text(encoding="utf-8"))
 NOT_HERE = tuple(row["command"] for row in EXEMPT["not_run"])
 # appended to a script's words, so that the last value of an option wins
@@ -92,7 +93,8 @@ SMALLER = {
     "lumina_minimal_inference.py": "--image_width 64 --image_height 64 --steps 2",
     "fpack_train.py": f"{TRAINING} --latent_window_size 1",
     "fpack_train_network.py": f"{LORA} --latent_window_size 1 --sample_every_n_epochs 1",
-    **dict.fromkeys(("hv_train.py", "qwen_image_train.py", "wan_train.py", "zimage_train.py"), TRAINING),
+    **{f"{name}_train.py": TRAINING for name in WHOLE_MODELS},
+    "flux_kontext_train.py": f"{TRAINING} --no_resize_control",
     **{f"{name}_train_network.py": LORA for name in ("hv", "ltx2", "wan", *OF_PICTURES)},
     **{f"{name}_generate_image.py": PICTURE for name in OF_PICTURES if name != "hunyuan_image"},
     "krea2_generate_image.py": f"{PICTURE} --width 64 --height 64",

@@ -250,8 +250,9 @@ def test_a_comparison_makes_what_the_generation_script_makes(trained: tuple[Tiny
     assert list((folder / "compared").glob("compare_*.html"))
 
 
-WHOLE_SLOW = ("wan i2v-14B-FC", "framepack one frame", "qwen_image edit-2511")
-CHOSEN = ("wan t2v-1.3B", "hunyuan_video", "framepack", "qwen_image", *WHOLE_SLOW)
+OF_PICTURES = ("flux_2", "flux_3", "qwen_image_21 edit", "kontext", "krea2 edit")
+WHOLE_SLOW = ("wan i2v-14B-FC", "framepack one frame", "qwen_image edit-2511", *OF_PICTURES)
+CHOSEN = ("wan t2v-1.3B", "hunyuan_video", "framepack", "qwen_image", "krea2", *WHOLE_SLOW)
 WHOLE_CASES = [
     pytest.param(each, id=each.name, marks=pytest.mark.slow if each.name in WHOLE_SLOW else ())
     for each in FAMILIES

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import Parameter
 
+from checkpoints.opening import open_checkpoint
 from contract.family import Family, LearningEncoder
 from dataset.table import DatasetTable
 from modules.atomic_write import check_space
 from modules.console import quiet
-from modules.errors import OptionError
+from modules.devices import dtype_name
+from modules.errors import CheckpointError, OptionError
 from modules.options import argument_of, is_given, option_name, option_values, options_with
 from modules.speed_options import TRAINING_FLAGS
 from networks.adapter import check_network
@@ -42,7 +44,7 @@ if TYPE_CHECKING:  # only with LoRA files
     from networks.loading import LoraFile
 
 # of a network, of a whole model: the lowest and the highest usual rate of Adam; between them the usual one
-USUAL_RATES = (2e-5, "1e-4", 5e-3), (5e-8, "1e-5", 1e-4)
+USUAL_RATES = (2e-5, "1e-4", 5e-3), (5e-8, "1e-5", 4e-5)
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +53,7 @@ def check_before_loading(family: Family, options: TrainingOptions, others: Other
     """Raise UserError for a run that is impossible. others: models besides the trained one."""
     sampling = others.sampling
     family.check_given_files()
+    refuse_quantised_bases(family, options)
     check_files(options, family, others)
     if sampling is not None:
         sampling.check_given_files()
@@ -72,6 +75,27 @@ def check_before_loading(family: Family, options: TrainingOptions, others: Other
     folder, name = options.saving.output_dir, options.saving.output_name
     if folder is not None and name is not None and folder.is_dir():
         check_space(folder / f"{name}.safetensors", _find_smallest_file(family, options))
+
+
+def refuse_quantised_bases(family: Family, options: TrainingOptions) -> None:
+    """Raise CheckpointError if all weights are to be trained of a transformer whose file has 8 or 4 bits."""
+    for path in () if options.whole_dit is None else family.dit_files:
+        with open_checkpoint(path) as checkpoint:
+            infos = checkpoint.tensors.values()
+        narrow = [info.dtype for info in infos if info.dtype.itemsize == 1]
+        if any(info.packing is not None for info in infos):
+            what = "quantised"
+        elif narrow:
+            what = f"in {dtype_name(narrow[0])}"
+        else:
+            continue
+        repositories = " or ".join(family.release.repositories)
+        raise CheckpointError(
+            f"{path} is {what}, and the steps of a training of all weights would be lost in rounding.\n"
+            f"  Give the bf16 file of the model ({repositories}), make one of yours "
+            "(tools/quantise.py FILE RESULT --form bf16), or train a LoRA.",
+            path,
+        )
 
 
 def check_schedule(options: TrainingOptions, total_steps: int | None) -> None:
@@ -340,7 +364,9 @@ def judge_rate(options: TrainingOptions) -> str:
     text = f"{rate:g}"
     name = (optimizer.optimizer_type or "AdamW").rpartition(".")[2].lower()
     low, usual, high = USUAL_RATES[is_whole]
-    if "adam" not in name or name.startswith(FIND_RATE) or low <= rate <= high:
+    finds_rate = name.startswith(FIND_RATE) and optimizer.arguments().get("relative_step") is not False
+    is_comparable = "adam" in name or (is_whole and name == "adafactor")
+    if not is_comparable or finds_rate or low <= rate <= high:
         return text
     what = "a whole model" if is_whole else "a LoRA"
     return f"{text}, which is {'LOW' if rate < low else 'HIGH'} for {what}: {usual} is usual"

@@ -42,7 +42,6 @@ from training.saving.states import SavedState
 from training.trainable import (
     Rates,
     Trainable,
-    refuse_quantised_bases,
     seed_networks,
     share_network,
     train_apart,
@@ -315,8 +314,6 @@ class Loading:
         must_merge = network_options is not None and network_options.decomposes
         leave_unmerged = None if patch is None or must_merge else patch.leave_unmerged
         placement = replace(placement, patch=patch, leave_unmerged=leave_unmerged, host=host, blocks=blocks)
-        if options.network is None:
-            refuse_quantised_bases(family.dit_files[index : index + 1])
         dit = family.load_dit(placement, index)
         experts.check_dtype(family, options, dtype_of(dit))
         compute_dtype = experts.AUTOCAST.get(options.accelerator.mixed_precision) or dtype_of(dit)

@@ -317,7 +317,7 @@ def read_training(
     parser = training_parser(
         doc, learner, defaults=changes.defaults, settings=changes.settings, refused=changes.refused
     )
-    add_options(parser, record, *shared)
+    add_options(parser, record, *shared, refused=changes.refused)
     args = read_arguments(parser, argv)
     changes.translate(args)
     with name_as_typed(typed_names(args)):

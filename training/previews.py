@@ -20,7 +20,7 @@ from modules.devices import choose_device
 from modules.errors import OptionError
 from running.planning.device_memory import room_on
 from training.caching_inside import TablePlan, find_live_texts, list_live_tables, open_stores, plan_tables
-from training.checks import judge_rate
+from training.checks import judge_rate, refuse_quantised_bases
 from training.data.feed import BatchSources
 from training.data.live import LiveTexts
 from training.data.table_times import describe_times
@@ -150,6 +150,7 @@ def describe_run(options: TrainingOptions, num_validation: int) -> list[str]:
 def _plan(family: Family, options: TrainingOptions, commands: CachingCommands, others: OtherFamilies) -> None:
     """Print how much memory the run would need (--plan)."""
     family.check_given_files()  # first: caches are made with them
+    refuse_quantised_bases(family, options)
     config = read_config(options, family)
     texts = find_live_texts(family, options, config)
     check_texts(options, texts)

@@ -32,6 +32,7 @@ def training_script(
     about: str | None,
     *,
     whole_dit: bool = False,
+    kind: str = "Training",
     images: "ImageTrainerDefaults | None" = None,
     extra_options: Sequence[type[Options]] = (),
     check: Callable[[Any], None] = lambda options: None,
@@ -40,9 +41,10 @@ def training_script(
 ) -> Script:
     """Return the script that trains a LoRA for a family, or with `whole_dit` its transformer.
 
-    about: the script's docstring. images: differences between image families; None for video.
-    extra_options: records of options besides the family's. check: raises OptionError if the family's options
-    do not fit. samplers: choices of --timestep_sampling for video. changes: of shared options, for video.
+    about: the script's docstring. kind: of the family's options, see `FamilyEntry.options_record`. images:
+    differences between image families; None for video. extra_options: records of options besides the
+    family's. check: raises OptionError if the family's options do not fit. samplers: choices of
+    --timestep_sampling for video. changes: of shared options, and what is refused of the family's.
     """
     entry = FAMILIES[family]
     if ExpertTrainingOptions in extra_options:
@@ -52,7 +54,7 @@ def training_script(
     changes = replace(changes, settings={**changes.settings, "timestep_sampling": sampling})
 
     def train(argv: Sequence[str] | None = None) -> None:
-        record = entry.options_record("Training")
+        record = entry.options_record(kind)
         if images is None:
             options, family_options, script_options = read_training(
                 about, record, argv, learner=learner, shared=extra_options, changes=changes

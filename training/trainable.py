@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from checkpoints.opening import open_checkpoint
 from checkpoints.writing import stream_tensors
 from contract.loading import TensorInfo
-from modules.errors import CheckpointError, OptionError
+from modules.errors import OptionError
 from modules.seeds import derive_seed
 from networks.adapter import ForeignNetwork, TrainableNetwork, tie_network
 from networks.deltas import sizes_of
@@ -189,20 +188,6 @@ def train_apart(parts: Mapping[str, Trainable]) -> Trainable:
     )
 
 
-def refuse_quantised_bases(paths: Sequence[Path]) -> None:
-    """Raise CheckpointError for files that `train_dit` cannot train: their layers stay in 4 or 8 bits."""
-    for path in paths:
-        with open_checkpoint(path) as checkpoint:
-            is_packed = any(info.packing is not None for info in checkpoint.tensors.values())
-        if is_packed:
-            raise CheckpointError(
-                f"{path} is quantised, and the steps of a training of all weights would be lost in rounding. "
-                "Give the bf16 file, make one of it (tools/quantise.py FILE RESULT --form bf16), or train a "
-                "LoRA.",
-                path,
-            )
-
-
 def train_dit(dit: nn.Module, learning_rate: float, name_parts: Sequence[str] = ()) -> Trainable:
     """Train the whole DiT, or only the parameters whose name contains one of `name_parts`; freeze the rest.
 
@@ -223,8 +208,14 @@ def train_dit(dit: nn.Module, learning_rate: float, name_parts: Sequence[str] = 
         )
 
     groups = [{"params": learning, "lr": learning_rate}]
-    dtypes = {name: tensor.dtype for name, tensor in dit.state_dict().items()}
+    dtypes = written_dtypes(dit)
     return Trainable({"dit": dit}, groups, ("dit",), writes={"": partial(_write_dit, dit, dtypes)})
+
+
+def written_dtypes(dit: nn.Module) -> dict[str, torch.dtype]:
+    """Return the dtypes of a trained DiT's weights in its file: see `DitFormat.load`, else as they are."""
+    of_file: Any = getattr(dit, "saved_dtypes", {})
+    return {name: of_file.get(name, tensor.dtype) for name, tensor in dit.state_dict().items()}
 
 
 def saved_dtypes(dtypes: Mapping[str, torch.dtype], dtype: torch.dtype | None) -> Mapping[str, torch.dtype]:

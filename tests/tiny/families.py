@@ -281,6 +281,7 @@ def _kontext() -> TinyFamily:
         training=["--sdpa", "--no_resize_control"],
         making=["--control_image_path", "start.png", "--no_resize_control"],
         line="--ci start.png",
+        train_whole="flux_kontext_train.py",
     )
 
 
@@ -300,6 +301,7 @@ def _flux_2() -> TinyFamily:
         making=["--control_image_path", "start.png", "end.png"],
         line="--ci start.png --ci end.png",
         another_run=["--model_version", "klein-4b"],
+        train_whole="flux_2_train.py",
     )
 
 
@@ -317,6 +319,7 @@ def _flux_3() -> TinyFamily:
         texts=TEXTS,
         making=["--control_image_path", "start.png", "end.png"],
         line="--ci start.png --ci end.png",
+        train_whole="flux_3_train.py",
     )
 
 
@@ -377,6 +380,7 @@ def _krea2(edits: bool = False) -> TinyFamily:
         training=["--sdpa", *["--edit", "--kv_cache"] * edits],
         making=["--control_image_path", "start.png", "--kv_cache"] * edits,
         line="--ci start.png" * edits,
+        train_whole="krea2_train.py",
     )
     edit = ["--edit"] * edits
     return replace(made, cache_latents=[*made.cache_latents, *edit], cache_texts=[*made.cache_texts, *edit])
@@ -396,6 +400,7 @@ def _qwen_image_21(edits: bool = False) -> TinyFamily:
         texts=TEXTS,
         making=["--control_image_path", "start.png"] * edits,
         line="--ci start.png" * edits,
+        train_whole="qwen_image_21_train.py",
     )
 
 

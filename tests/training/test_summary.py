@@ -98,6 +98,22 @@ def test_a_rate_and_an_alpha_that_were_forgotten_are_judged(
 
 
 @pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--learning_rate 5e-5", "5e-05, which is HIGH for a whole model: 1e-5 is usual"),
+        ("--learning_rate 1e-5", "1e-05"),
+        ("--learning_rate 1e-4 --optimizer_type adafactor", "0.0001"),  # it finds its own rate
+        (
+            "--learning_rate 1e-4 --optimizer_type adafactor --optimizer_args relative_step=False",
+            "0.0001, which is HIGH for a whole model: 1e-5 is usual",
+        ),
+    ],
+)
+def test_a_loras_rate_is_high_for_a_whole_model(tmp_path: Path, words: str, expected: str) -> None:
+    assert judge_rate(toy_options(tmp_path, *words.split(), whole_dit=True)) == expected
+
+
+@pytest.mark.parametrize(
     ("words", "held", "lines"),
     [
         ("--learning_rate 1e-4", 0, []),

@@ -30,7 +30,7 @@ from modules.atomic_write import check_space
 from modules.errors import CheckpointError
 from running.offload.sharding import as_split, gather_rows, is_split, rows_here, rows_of, trained_rows
 from training.saving.states import REMEDY, SavedState, file_checksum, share_of_files, write_state
-from training.trainable import Trainable, saved_dtypes, train_dit
+from training.trainable import Trainable, saved_dtypes, train_dit, written_dtypes
 
 FILE_BYTES = 128 << 20  # about so much of a process' rows is in a file: two copies of it are made to write it
 OPTIMIZER = "optimizer"  # in addition to the parts of a state
@@ -44,11 +44,10 @@ def train_split_dit(dit: nn.Module, learning_rate: float, name_parts: Sequence[s
         {**group, "params": [rows.get(weight, weight) for weight in group["params"]]}
         for group in usual.groups
     ]
-    dtypes = {name: tensor.dtype for name, tensor in dit.state_dict().items()}
     return replace(
         usual,
         groups=groups,
-        writes={"": partial(_write_model, dit, rows, dtypes)},
+        writes={"": partial(_write_model, dit, rows, written_dtypes(dit))},
         split={part: weight for weight, part in rows.items()},
     )
 

@@ -1,0 +1,10 @@
+"""Fine-tune the whole transformer of FLUX.2 dev or klein. All options: python flux_2_train.py --help"""
+
+import modules.interpreter  # noqa: F401
+from training.scripts import training_script
+
+main = training_script("flux_2", __doc__, whole_dit=True)
+
+
+if __name__ == "__main__":
+    main.run()

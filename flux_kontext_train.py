@@ -1,0 +1,10 @@
+"""Fine-tune the whole transformer of FLUX.1 Kontext. All options: python flux_kontext_train.py --help"""
+
+import modules.interpreter  # noqa: F401
+from training.scripts import training_script
+
+main = training_script("flux_kontext", __doc__, whole_dit=True)
+
+
+if __name__ == "__main__":
+    main.run()

@@ -1,0 +1,22 @@
+"""Fine-tune the whole transformer of Krea 2. All options: python krea2_train.py --help"""
+
+import modules.interpreter  # noqa: F401
+from training.options import TrainerChanges
+from training.scripts import training_script
+
+TURBO_LACKS_IT = (
+    "Turbo's file does not contain what is trained here: samples are made with the trained transformer. To "
+    "train Turbo itself, give it to --dit with --dit_variant turbo"
+)
+
+main = training_script(
+    "krea2",
+    __doc__,
+    whole_dit=True,
+    kind="WholeTraining",
+    changes=TrainerChanges(refused={"turbo_dit": TURBO_LACKS_IT}),
+)
+
+
+if __name__ == "__main__":
+    main.run()

@@ -1,0 +1,10 @@
+"""Fine-tune the whole transformer of Qwen-Image-2.1. All options: python qwen_image_21_train.py --help"""
+
+import modules.interpreter  # noqa: F401
+from training.scripts import training_script
+
+main = training_script("qwen_image_21", __doc__, whole_dit=True)
+
+
+if __name__ == "__main__":
+    main.run()
