@@ -235,7 +235,6 @@ SETTINGS: dict[str, Setting] = {
     "magcache_calibration": Setting(shows="MagCache's ratios"),
     "teacache_calibration": Setting(also=("--infer_steps", "7"), shows="TeaCache's"),
     "riflex_index": Setting(("1",), also=("--rope_func", "comfy")),
-    "dump_dir": Setting(("dumped",)),
     # of training, for samples alone
     **{
         f"training.{name}": Setting(value, also=PROMPTS)
