@@ -471,19 +471,32 @@ def _sum(name: str, summands: Sequence[_Summand], device: torch.device) -> _LowR
     )
 
 
-def _truncate(change: _LowRank, rank: int) -> _LowRank:
-    """Return the best approximation of up @ down at this rank, without computing the product.
+class DecomposedProduct(NamedTuple):
+    """The singular value decomposition of a product: left @ u, sizes and vh @ right^T."""
 
-    Source: Eckart and Young 1936, by two QR decompositions.
-    """
+    left: Tensor  # out x R, orthogonal columns
+    u: Tensor
+    sizes: Tensor  # singular values, the largest first
+    vh: Tensor
+    right: Tensor  # in x R, orthogonal columns
+
+
+def decompose_product(up: Tensor, down: Tensor) -> DecomposedProduct:
+    """Decompose up @ down, out x R and R x in, without computing the product: by two QR decompositions."""
+    left, small_left = torch.linalg.qr(up)
+    right, small_right = torch.linalg.qr(down.T)
+    u, sizes, vh = torch.linalg.svd(small_left @ small_right.T, full_matrices=False)
+    return DecomposedProduct(left, u, sizes, vh, right)
+
+
+def _truncate(change: _LowRank, rank: int) -> _LowRank:
+    """Return the best approximation of up @ down at this rank. Source: Eckart and Young 1936."""
     down, up = change
-    left, small_left = torch.linalg.qr(up.flatten(1))
-    right, small_right = torch.linalg.qr(down.flatten(1).T)
-    u, s, vh = torch.linalg.svd(small_left @ small_right.T, full_matrices=False)
-    rank = min(rank, len(s))
-    root = s[:rank].sqrt()
-    new_up = left @ (u[:, :rank] * root)
-    new_down = (root[:, None] * vh[:rank]) @ right.T
+    product = decompose_product(up.flatten(1), down.flatten(1))
+    rank = min(rank, len(product.sizes))
+    root = product.sizes[:rank].sqrt()
+    new_up = product.left @ (product.u[:, :rank] * root)
+    new_down = (root[:, None] * product.vh[:rank]) @ product.right.T
     return _LowRank(
         down=new_down.unflatten(1, down.shape[1:]),
         up=new_up.reshape(*new_up.shape, *up.shape[2:]),

@@ -31,7 +31,7 @@ from networks.kinds import KINDS
 from networks.kinds.composing import usual_key
 from networks.kinds.contract import named
 from networks.kinds.lora import LORA
-from networks.merging import DTYPES
+from networks.merging import DTYPES, decompose_product
 from networks.metadata import LAYOUT_KEY, STALE, add_hashes, layout_hash
 from networks.names.layouts import FOLDED
 from networks.rank_masks import rule_of
@@ -57,10 +57,6 @@ class FactorNames:
     up: str
     core: str | None  # between both, of a convolution
     alpha: str | None
-
-    @property
-    def all(self) -> set[str]:
-        return {name for name in (self.down, self.up, self.core, self.alpha) if name is not None}
 
 
 @dataclass(frozen=True)
@@ -211,16 +207,16 @@ def find_factors(shapes: Mapping[str, Sequence[int]]) -> list[FactorNames]:
 class FactorProduct:
     """The change of a module as a product, without its strength."""
 
-    up: np.ndarray[Any, Any]  # out R
-    down: np.ndarray[Any, Any]  # R in*K
+    up: Tensor  # out R
+    down: Tensor  # R in*K
     inputs: int
     kernel: tuple[int, ...]  # () of a linear layer
 
 
 def _read_product(names: FactorNames, tensors: Mapping[str, Tensor], source: Path) -> FactorProduct:
     """Return the factors of a module, float64. Raises CheckpointError if they do not fit."""
-    down, up = (tensors[name].double().numpy() for name in (names.down, names.up))
-    core = None if names.core is None else tensors[names.core].double().numpy()
+    down, up = (tensors[name].double() for name in (names.down, names.up))
+    core = None if names.core is None else tensors[names.core].double()
     ranks = len(down) if core is None else core.shape[0]
     fits = min(down.ndim, up.ndim) >= 2 and math.prod(up.shape[1:]) == ranks
     if core is not None:
@@ -234,7 +230,7 @@ def _read_product(names: FactorNames, tensors: Mapping[str, Tensor], source: Pat
     up = up.reshape(len(up), ranks)
     if core is None:
         return FactorProduct(up, down.reshape(ranks, -1), down.shape[1], down.shape[2:])
-    columns = np.einsum("p q ..., q i -> p i ...", core, down.reshape(len(down), -1))
+    columns = torch.einsum("p q ..., q i -> p i ...", core, down.reshape(len(down), -1))
     return FactorProduct(up, columns.reshape(ranks, -1), down.shape[1], core.shape[2:])
 
 
@@ -243,15 +239,16 @@ def _resize_module(
 ) -> ResizedModule:
     """Return a module with factors of its new rank. Raises CheckpointError as `_read_product`."""
     product = _read_product(names, tensors, source)
-    left, sizes, right = decompose_product(product.up, product.down)
+    decomposed = decompose_product(product.up, product.down)
+    sizes = decomposed.sizes.numpy()
     old_rank = len(tensors[names.down])
     most = options.new_rank
     if product.kernel and options.new_conv_rank is not None:
         most = options.new_conv_rank
     rank = choose_rank(sizes, min(most, old_rank), options.dynamic_method, options.dynamic_param)
     kept = sizes[:rank]
-    down = torch.from_numpy(right[:rank])
-    up = torch.from_numpy(left[:, :rank] * kept)
+    down = decomposed.vh[:rank] @ decomposed.right.T
+    up = decomposed.left @ (decomposed.u[:, :rank] * decomposed.sizes[:rank])
     kernel_axes = [1] * len(product.kernel)
     strength = 1.0
     if names.alpha is not None:
@@ -267,19 +264,6 @@ def _resize_module(
         largest_ratio=_share(sizes[0], kept[-1]),
         has_learned=bool(sizes[0] > SMALLEST),
     )
-
-
-def decompose_product(
-    up: np.ndarray[Any, Any], down: np.ndarray[Any, Any]
-) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Return U, S and V^T of up @ down, out x R and R x in, float64, without forming the product.
-
-    With up = P A and down = B^T Q^T, where P and Q have orthogonal columns, those of the small A B^T are it.
-    """
-    up_basis, up_rest = np.linalg.qr(up)
-    down_basis, down_rest = np.linalg.qr(down.T)
-    u, sizes, vh = np.linalg.svd(up_rest @ down_rest.T, full_matrices=False)
-    return up_basis @ u, sizes, vh @ down_basis.T
 
 
 def choose_rank(sizes: np.ndarray[Any, Any], most: int, method: str | None, param: float | None) -> int:
