@@ -132,9 +132,9 @@ FLOORS = {
     ),
 }
 _LIGHT = {
-    "contract": ("families", "rules"),
+    "contract": ("families", "inputs", "rules"),
     "modules": (
-        *("command", "control_codes", "errors", "installation", "interpreter", "limits"),
+        *("command", "console", "control_codes", "errors", "installation", "interpreter", "limits"),
         *(
             "help_text",
             "installed",
@@ -182,6 +182,7 @@ _LIGHT = {
     "post": ("chain_options",),
     "running/ways": ("cfg_parallel", "composing", "context_parallel", "contract", "shard_base"),
     "training/features": (
+        "base_weights",
         "blank_prior",
         "composing",
         "contract",
@@ -191,8 +192,12 @@ _LIGHT = {
         "mask_prior",
         "on_end",
         "output_preservation",
+        "preference",
+        "show_timesteps",
         "skip",
         "slider",
+        "teacher",
+        "trackers",
         "tread",
         "uploads",
     ),
