@@ -29,7 +29,8 @@ from modules.text_files import real_path
 from project.choosing import ModelFacts
 from project.fitting import FP8, is_small, weight_options
 from project.media import CHECK_PAGE, FolderContent, Media, is_narrow, reference_of, why_unread
-from project.options import RUN_FILE, NewOptions, times_of_steps
+from project.new_options import NewOptions
+from project.options import RUN_FILE, times_of_steps
 from training.config_options import OTHERS_TABLE, toml_value
 
 USUAL_SIDE, SIDE_STEP = 256, 64  # shortest side of pictures, and what sides are multiples of, in subsets

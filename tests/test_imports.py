@@ -45,7 +45,9 @@ MAY_IMPORT = {
     | {"training.reports", "training.config_options", "training.features.composing"}
     | {"downloads.catalogue", "downloads.listing"}
     | {
+        "project.new_options",
         "project.options",
+        "project.run_options",
         "project.fitting",
         "project.known",
         "generation.prompt_lines",
