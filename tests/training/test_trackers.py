@@ -24,10 +24,10 @@ from tests.training.reports.test_logs import options as run_options
 from training.features.trackers import (
     NO_GIT,
     TrackerOptions,
-    Trackers,
     check_trackers,
     tracker_arguments,
 )
+from training.features.trackers_sending import Trackers
 from training.processes import make_accelerator
 from training.reports.logs import Logs, StepReport
 
