@@ -69,7 +69,7 @@ def select_runs(
     words = query.get("text", "").lower().split()
     chosen = []
     for run in runs:
-        text = f"{run.name} {run.model} {run.history.parent}".lower()
+        text = f"{run.name} {run.model} {run.title} {run.history.parent}".lower()
         if not all(word in text for word in words):
             continue
         if query.get("family") not in (None, "", run.model):
@@ -98,7 +98,7 @@ def list_page(
     states_of_runs = {one.summary.id: one.state for one in shown_runs}
     chosen = select_runs(runs, query, states_of_runs)
     shown = chosen if query.get("all") else chosen[:MOST_RUNS]
-    families = sorted({run.model for run in runs if run.model})
+    families = {run.title: run.model for run in runs if run.model}
     view = query.get("view")
     is_table = view == "table" or (len(chosen) > MOST_CARDS and view != "cards")
     values = {
@@ -110,7 +110,7 @@ def list_page(
         "running": sum(state.name in BUSY for state in states_of_runs.values()),
         "states_of_runs": states_of_runs,
         "can_write": can_write,
-        "families": families,
+        "families": sorted(families.items(), key=lambda names: names[0].lower()),
         "asked": {name: query.get(name, "") for name in LIST_CHOICES},
         "states": (RUNNING, *STATES),
         "sorts": list(SORTS),

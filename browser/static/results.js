@@ -30,7 +30,7 @@
     const count = news.chosen === news.all ? `${news.all.toLocaleString("en")}` : `${news.chosen.toLocaleString("en")} of ${news.all.toLocaleString("en")}`;
     document.getElementById("counted").textContent = news.unread ? `${count} · ${news.unread.toLocaleString("en")} are still being read` : count;
     fillChoices(form.elements.of, "all runs", news.runs);
-    fillChoices(form.elements.model, "all models", news.models.map((name) => [name, name]));
+    fillChoices(form.elements.model, "all models", news.models);
     const earlier = [...shelf.querySelectorAll(".part")];
     const rows = [];
     let first = 0, place = 0;
