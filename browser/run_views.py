@@ -1,5 +1,7 @@
 """Make the pages of runs, their curves as JSON and descriptions of files; write a run as one page."""
 
+import contextlib
+import functools
 import hashlib
 import logging
 import math
@@ -20,6 +22,7 @@ from browser.runs import DIED, RUNNING, STOPPED, Runs, RunSummary, compute_mean,
 from modules.atomic_write import write_text
 from modules.control_codes import escape_control_codes, shorten
 from modules.errors import OptionError, UserError
+from modules.media.reading import image_size, video_info
 from modules.pages.page import END, PRIVATE, link, render_page
 from modules.text_files import read_safetensors_texts, require_regular_file
 from training.features.composing import parts_of_page
@@ -206,6 +209,7 @@ def run_page(
         "can_ask": can_write and start.listens and now.state == RUNNING,
         "can_sample": bool(dict(start.changed).get("sample_prompts")),
         "can_queue": can_write,
+        "shape": read_shape(runs, run.history.parent, sample_names),
         "plays": any(name.endswith(PLAYED) for name in sample_names),
         "is_paused": is_paused,
         "actions": Markup(actions),
@@ -216,6 +220,30 @@ def run_page(
         "messages": story.messages[-MOST_MESSAGES:],
     }
     return render_page(TEMPLATE, run.name, values, POLICY)
+
+
+def read_shape(runs: Runs, folder: Path, sample_names: Sequence[str]) -> str:
+    """Return the shape of the newest sample as a ratio for the style sheet; "" if it has none.
+
+    The page reserves the place of samples that are loaded later.
+    """
+    path = folder / SAMPLES / sample_names[-1] if sample_names else None
+    if path is None or path.suffix == ".wav" or not runs.is_inside(path):
+        return ""
+    with contextlib.suppress(OSError, UserError):
+        return _read_shape(path, path.stat().st_mtime_ns)
+    return ""
+
+
+@functools.lru_cache(maxsize=256)
+def _read_shape(path: Path, changed: int) -> str:
+    """Read the shape of a file that was changed at this time. Raises MediaError if it cannot be read."""
+    if path.suffix == ".png":
+        width, height = image_size(path)
+    else:
+        info = video_info(path)
+        width, height = info.width, info.height
+    return f"{width} / {height}"
 
 
 def _list_other_runs(runs: Runs, run: RunSummary) -> list[tuple[str, str]]:

@@ -140,7 +140,7 @@ def test_a_button_shows_the_command_that_it_stands_for(page: Any) -> None:
     typed = page.locator("#types").inner_text()
     assert f" && {python_of('wan_generate_video.py')} --task t2v-1.3B" in typed
     assert "--seed 8" in typed
-    page.locator("#sift input").focus()
+    page.locator("#sift input[type=search]").focus()
     assert page.locator("#types").is_hidden()
 
 
