@@ -21,7 +21,7 @@ from modules.errors import OptionError, UserError
 from networks.adapter import NormReport
 from tests.training.reports.test_logs import PLAIN
 from tests.training.reports.test_logs import options as run_options
-from training.features.trackers import (
+from training.features.trackers_options import (
     NO_GIT,
     TrackerOptions,
     check_trackers,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate.tracking import filter_trackers
 
 from training.features.hooks import PlannedRun
-from training.features.trackers import TrackerOptions, tracker_arguments
+from training.features.trackers_options import TrackerOptions, tracker_arguments
 from training.reports.logs import public_config
 
 if TYPE_CHECKING:
