@@ -119,8 +119,8 @@ class Batch:
     keys: tuple[str, ...]  # which items, for messages
     made_by: tuple[MadeBy, ...] = ()  # of all files that say so
     loss_weights: tuple[float, ...] = ()  # factors on the samples' losses in training; () if all are 1
-    # whether to preserve what the base model predicts for each sample; () if for none
-    preserved: tuple[bool, ...] = ()
+    # custom_attributes that are on in the table of each sample; () if no table has some
+    attributes: tuple[frozenset[str], ...] = ()
     # dropped tensors, for a teacher: encoded captions before dropout, latents of reference pictures
     undropped: Conditions = field(default_factory=dict)
     network_multiplier: float = 1.0  # strength of the network while it learns this batch

@@ -197,7 +197,7 @@ def _table_fields(values: Table, where: str, is_masked: bool) -> dict[str, Any]:
         "buckets": buckets,
         "changes": dataclasses.replace(changes, is_raw=bool(changes.varying_keys)),
         "augmentation": Augmentation(**by_record["augmentation"]),
-        "preserves_output": bool(values["custom_attributes"].get("diff_output_preservation", False)),
+        "attributes": frozenset(name for name, value in values["custom_attributes"].items() if value),
     }
 
 

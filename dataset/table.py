@@ -214,7 +214,7 @@ class DatasetTable:
     conditioning_directory: Path | None = None
     validation_split: float | None = None  # share that is not trained on; None: the command line says it
     validation_seed: int | None = None  # chooses the items; None: likewise
-    preserves_output: bool = False  # custom_attributes: its outputs are compared with those without a LoRA
+    attributes: frozenset[str] = frozenset()  # names of custom_attributes that are on: targets read them
 
     @property
     def name(self) -> str:

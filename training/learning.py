@@ -202,6 +202,7 @@ def _make_rule(model: TrainedModel) -> LossRule:
         plan.options.predicted,
         as_base=model.trainable.as_base if model.trainable.networks else None,
         always_as_base=plan.steps.in_lockstep and need_base(plan.options, plan.config.datasets),
+        kept_attributes=frozenset(model.hooks.kept_attributes),
         own_targets=model.hooks.own_targets,
     )
 

@@ -115,6 +115,7 @@ class LossRule:
     # inside it the DiT is the base model, without what learns; None: no batch asks for that
     as_base: Autocast | None = None
     always_as_base: bool = False  # the base model is run for every batch: processes have to run equal passes
+    kept_attributes: frozenset[str] = frozenset()  # of tables whose samples stay as the base model predicts
     # what takes the place of the velocity, from `targets.passes.TrainingPasses`, a batch and the velocity
     own_targets: Sequence[Callable[[Any, NoisyBatch, Tensor], Tensor]] = ()
     make_target: Sequence[Callable[[Any, NoisyBatch, Tensor], Tensor]] = ()  # likewise, once those have acted

@@ -84,14 +84,14 @@ def read_batch(
         empty_texts = reader.read_texts(items, [EMPTY] * len(items))
     are_empty = tuple(text.is_empty for text in texts)
     weights = tuple(item.table.prior_loss_weight for item in items)
-    preserved = tuple(item.table.preserves_output for item in items)
+    attributes = tuple(item.table.attributes for item in items)
     return data.Batch(
         tensors=tensors,
         captions=tuple(text.caption for text in texts),
         keys=tuple(item.key for item in items),
         made_by=_list_makers(media, texts, further_texts=(*full_texts, *empty_texts)),
         loss_weights=() if set(weights) == {1.0} else weights,
-        preserved=preserved if any(preserved) else (),
+        attributes=attributes if any(attributes) else (),
         undropped=_stack(full_texts, commands.text),
         network_multiplier=items[0].table.network_multiplier,
         empty_text=_stack(empty_texts, commands.text),

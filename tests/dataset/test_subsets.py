@@ -78,7 +78,7 @@ def test_a_subset_is_a_table_and_values_fall_back(tmp_path: Path) -> None:
     assert small.changes == CaptionChanges(keep_tokens=1)
     assert small.augmentation == Augmentation(flip=True, random_crop=True)
     assert (small.caption_extension, cat.caption_extension) == (".caption", ".txt")
-    assert small.preserves_output
+    assert small.attributes == {"diff_output_preservation"}
     assert cat.name.endswith(f"data.toml, [[datasets]] 1, subset 1 ({tmp_path / 'cat'})")
     more = TWO_SIZES + '\n  [[datasets.subsets]]\n  image_dir = "FOLDER/cat"\n'
     folders = [table.cache_directory.relative_to(tmp_path) for table in load(tmp_path, more).datasets]

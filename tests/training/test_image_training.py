@@ -113,6 +113,18 @@ def test_samples_that_preserve_the_output_have_the_base_model_as_target(tmp_path
     assert not any(tensor.any() for name, tensor in tensors.items() if "lora_up" in name)
 
 
+def test_attributes_of_a_table_that_nothing_reads_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_subset(tmp_path, "custom_attributes = { diff_output_preserve = true, off = false }")
+
+    train_image_toy(tmp_path, ONLY, "--max_train_steps", 1)
+
+    told = [record.getMessage() for record in caplog.records if "custom_attributes" in record.message]
+    assert len(told) == 1
+    assert told[0].endswith("custom_attributes.diff_output_preserve is ignored: nothing reads it")
+
+
 def test_samples_that_preserve_the_output_are_refused_beside_a_slider(tmp_path: Path) -> None:
     write_subset(tmp_path, "custom_attributes.diff_output_preservation = true")
     slider = tmp_path / "slider.toml"

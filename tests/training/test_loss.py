@@ -24,6 +24,7 @@ from modules.options import read_options
 from modules.parser import add_options
 from tests.golden_cases import read_case
 from tests.training.toy import LATENT, ToyFamily, record_encoders, toy_options, train_toy, write_caches
+from training.features.contract import KEPT
 from training.features.output_preservation import preserve_output
 from training.features.teacher_passes import TeacherTarget, Teaching, teach_as_base
 from training.loss import PLAIN_LOSS, LossRule, NoisyBatch, compared, element_errors, find_thresholds
@@ -217,12 +218,13 @@ def test_preserved_samples_and_a_teachers_share_are_compared_with_the_base_model
     teacher_weight: float, expected: list[float]
 ) -> None:
     """Its prediction is a constant 0.25 here, whatever the latents and the noise are."""
-    batch, dit = with_batch(noisy_batch(), preserved=(False, True)), Constant()
+    batch, dit = with_batch(noisy_batch(), attributes=(frozenset(), frozenset({KEPT}))), Constant()
 
     teaching = Teaching(TeacherTarget(teacher_weight), teach_as_base)
     rule = LossRule(
         as_base=lambda: saying(dit, 0.25),
         revise_comparisons=[teaching.compare] if teacher_weight else (),
+        kept_attributes=frozenset({KEPT}),
         own_targets=[preserve_output],
     )
     errors = errors_of(batch, dit, rule=rule)

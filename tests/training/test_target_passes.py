@@ -14,6 +14,7 @@ from torch.nn.functional import mse_loss
 from contract.data import FIRST_FRAME, HAS_SOUND, Batch
 from tests.training import toy
 from training.features.blank_prior import blank_pass
+from training.features.contract import KEPT
 from training.features.guided import GuidedTarget, guide
 from training.features.output_preservation import preserve_output
 from training.features.preference_pairs import add_streams, join_pairs
@@ -135,15 +136,17 @@ def test_a_teacher_that_knows_the_first_frame_is_not_compared_there(
     assert tell_teacher(family, noisy_batch, "").given_frames == expected
 
 
-@pytest.mark.parametrize("preserved", [(), (False, True)])
-def test_processes_that_share_a_model_run_the_base_model_for_every_batch(preserved: tuple[bool, ...]) -> None:
+@pytest.mark.parametrize("attributes", [(), (frozenset(), frozenset({KEPT}))])
+def test_processes_that_share_a_model_run_the_base_model_for_every_batch(
+    attributes: tuple[frozenset[str], ...],
+) -> None:
     """What no sample asks for is dropped."""
-    step = Step(always_as_base=True, own_targets=[preserve_output])
+    step = Step(always_as_base=True, kept_attributes=frozenset({KEPT}), own_targets=[preserve_output])
     noisy_batch = make_batch(0.5, 0.6)
-    noisy_batch = replace(noisy_batch, batch=replace(noisy_batch.batch, preserved=preserved))
+    noisy_batch = replace(noisy_batch, batch=replace(noisy_batch.batch, attributes=attributes))
 
     target = velocity_of(noisy_batch)
-    if preserved:
+    if attributes:
         target[1] = step.predict_base(noisy_batch)[1]
     expected = mse_loss(step.predict(noisy_batch), target)
     step.events.clear()

@@ -23,6 +23,7 @@ from running.run_blocks import runner_of
 from tests.training import toy
 from tests.training.toy_images import train_image_toy, write_subset
 from training.features.blank_prior import BlankPriorOptions, blank_pass
+from training.features.contract import KEPT
 from training.features.guided import GuidedTarget, GuidedTargetOptions, guide
 from training.features.hooks import Tally
 from training.features.ip_noise import IpNoiseOptions
@@ -164,7 +165,7 @@ def make_batch(names: tuple[str, ...]) -> NoisyBatch:
         tensors,
         captions=("a",) * 4,
         keys=("a",) * 4,
-        preserved=having(names, "preserved") if "preserved" in names else (),
+        attributes=tuple(frozenset({KEPT} if has else ()) for has in having(names, "preserved")),
         empty_text={"letters": [torch.full((1, 1), EMPTY)] * 4},
         has_empty_text=is_empty if "has_empty_text" in names else (),
         worse=draw(*SHAPE) if "preference" in names else None,
@@ -200,6 +201,7 @@ def losses_of(names: tuple[str, ...], noisy_batch: NoisyBatch) -> Tensor:
     rule = LossRule(
         LossOptions.usual(loss_type="l1") if "loss_type" in names else L2,
         as_base=lambda: at_strength(0.0),
+        kept_attributes=frozenset({KEPT}),
         own_targets=[preserve_output],
         make_target=[partial(guide, GUIDED)] if "guided" in names else (),
         compare=[partial(compare_outside_masks, MASK_PRIOR)] if "mask_prior_weight" in names else (),
@@ -369,7 +371,7 @@ def test_preserved_samples_stay_with_the_base_model_whatever_else_is_asked(name:
     """Where all samples are preserved, a loss is only what the network does differently."""
     names = (name,) if name == "preserved" else ("preserved", name)
     noisy_batch = make_batch(names)
-    preserved = replace(noisy_batch, batch=replace(noisy_batch.batch, preserved=(True,) * 4))
+    preserved = replace(noisy_batch, batch=replace(noisy_batch.batch, attributes=(frozenset({KEPT}),) * 4))
     still = replace(preserved, batch=replace(preserved.batch, network_multiplier=0.0))
 
     loss = losses_of(names, still)
@@ -405,9 +407,10 @@ def test_two_things_that_answer_one_question_are_refused_by_name(
 # fields of the records that say nothing of how an output is judged, or that belong to an entry of the table
 WITHOUT_SAY = {
     Batch: {"tensors", "captions", "keys", "made_by", "text_metadata", "undropped", "view", "empty_text"}
-    | {"worse", "loss_weights"},  # of pairs; in the weights of a `NoisyBatch`
+    # of pairs; in the weights of a `NoisyBatch`; the entry "preserved"
+    | {"worse", "loss_weights", "attributes"},
     NoisyBatch: {"batch", "noise", "sigmas", "timesteps", "levels", "expert", "number", "notes"},
-    LossRule: {"options", "prediction", "as_base", "always_as_base", "other_passes"}
+    LossRule: {"options", "prediction", "as_base", "always_as_base", "kept_attributes", "other_passes"}
     | {
         "own_targets",
         "make_target",

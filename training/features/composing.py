@@ -1,6 +1,7 @@
 """What the phases of a run ask all features for. Standard library only."""
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from training.saving.files import Publisher
     from training.steps import Progress
 
+
+logger = logging.getLogger(__name__)
 
 NO_FACTS: Mapping[str, Mapping[str, Any]] = {}
 
@@ -230,10 +233,16 @@ def count_passes(options: "OptionsOfRun") -> StepPasses:
 
 
 def check_tables(options: "OptionsOfRun", tables: "Sequence[DatasetTable]") -> None:
-    """Raise OptionError for keys of tables that a feature reads and that do not go with the options."""
+    """Raise OptionError for keys of tables that a feature reads and that do not go with the options; warn of
+    attributes that none reads.
+    """
     for feature in active_features(options):
         if feature.check_tables is not None:
             feature.check_tables(options, tables)
+    known = {name for feature in FEATURES for name in feature.attributes}
+    for table in tables:
+        for name in sorted(table.attributes - known):
+            logger.warning("%s: custom_attributes.%s is ignored: nothing reads it", table.name, name)
 
 
 def need_base(options: "OptionsOfRun", tables: "Sequence[DatasetTable]") -> bool:

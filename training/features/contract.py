@@ -41,6 +41,9 @@ AT_WEIGHTS, AT_LOGS, AT_ENDING, AT_METADATA = "weights", "logs", "ending", "meta
 EMPTY_PROMPT, WORSE_ONES = "the empty prompt", "the worse one of each pair"
 DROPPED_CAPTIONS = "captions as they are before dropout"
 
+# of `custom_attributes` of a table: its samples stay as the model without the network predicts them
+KEPT = "diff_output_preservation"
+
 # time of a pass without gradients as a share of one with: a LoRA's backward pass takes as long as the forward
 # pass; with checkpointed blocks, or if the model itself learns, twice as long
 SHARES = 1 / 3, 1 / 2
@@ -119,6 +122,8 @@ class Feature:
     check_tables: "Callable[[OptionsOfRun, Sequence[DatasetTable]], None] | None" = None
     # given the tables of a run: whether batches of it need the model without the network
     needs_base: "Callable[[Sequence[DatasetTable]], bool] | None" = None
+    # of custom_attributes of a table: what it reads
+    attributes: tuple[str, ...] = ()
     replaces_clip: bool = False  # it says what to learn in place of the clip, which only one feature may
     # given its options: whether what it learns towards keeps that a transformer was distilled for few steps
     keeps_steps: Callable[[Any], bool] | None = None

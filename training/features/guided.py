@@ -85,11 +85,11 @@ def guide(
     they would be pushed away from themselves. Preserved samples keep what they have in its place. Sound has
     its own scale and its own levels.
     """
-    from training.targets.passes import choose, levels_of, preserved_samples  # torch: only with this target
+    from training.targets.passes import choose, kept_samples, levels_of  # torch: only with this target
 
     batch = noisy_batch.batch
     is_empty = batch.has_empty_text or (False,) * len(batch)
-    keeps = [empty or kept for empty, kept in zip(is_empty, preserved_samples(noisy_batch), strict=True)]
+    keeps = [empty or kept for empty, kept in zip(is_empty, kept_samples(passes, noisy_batch), strict=True)]
     uses_picture = _above(levels_of(noisy_batch), guided.lowest_level, keeps)
     uses_sound: list[bool] = []
     if noisy_batch.sound is not None:

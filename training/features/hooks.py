@@ -254,6 +254,7 @@ class Hooks:
     # given each network to train, once its trained part is in it
     before_dress: list[Callable[[FrozenNetwork], None]] = field(default_factory=list)
     after_load: list[Callable[[HookedModel], None]] = field(default_factory=list)
+    kept_attributes: set[str] = field(default_factory=set)  # see `kept_samples` in targets/passes.py
     # given the passes of a step, its batch and the velocity: what samples are compared with in place of it,
     # in validation too
     own_targets: list[MakeTarget] = field(default_factory=list)

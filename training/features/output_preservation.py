@@ -1,7 +1,7 @@
 """Let what the model makes of some captions stay as it is: diff_output_preservation of a table.
 
 Samples of such a table are compared with the prediction of the model without the network, in validation too,
-whatever other targets a run has: see `preserved_samples` in `training/targets/passes.py`.
+whatever other targets a run has: see `kept_samples` in `training/targets/passes.py`.
 """
 
 from collections.abc import Sequence
@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING
 
 from modules.errors import OptionError
 from modules.options import Options
-from training.features.contract import AT_NETWORK, Feature
+from training.features.contract import AT_NETWORK, KEPT, Feature
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from dataset.table import DatasetTable
-    from training.features.hooks import OptionsOfRun
+    from training.features.hooks import Hooks, OptionsOfRun
     from training.loss import NoisyBatch
+    from training.steps import Progress
     from training.targets.passes import TrainingPasses
 
 
@@ -25,31 +26,36 @@ class OutputPreservationOptions(Options):
 
 
 def _are_preserved(tables: "Sequence[DatasetTable]") -> bool:
-    return any(table.preserves_output for table in tables)
+    return any(KEPT in table.attributes for table in tables)
 
 
 def _check_tables(options: "OptionsOfRun", tables: "Sequence[DatasetTable]") -> None:
     """Raise OptionError for a table with this key if there is no model without the network."""
-    name = next((table.name for table in tables if table.preserves_output), None)
+    name = next((table.name for table in tables if KEPT in table.attributes), None)
     if name is not None and options.whole_dit is not None:
         raise OptionError(
-            f"{name}: diff_output_preservation compares a LoRA with the model without it, and here the model "
+            f"{name}: {KEPT} compares a LoRA with the model without it, and here the model "
             "itself is trained. Leave it out"
         )
 
 
 def preserve_output(passes: "TrainingPasses", noisy_batch: "NoisyBatch", velocity: "Tensor") -> "Tensor":
-    """Return the velocity, for samples in `preserved` replaced by the base model's prediction.
+    """Return the velocity, for samples that stay with it replaced by the base model's prediction.
 
     The model runs for every batch if processes have to run equal passes.
     """
-    from training.targets.passes import choose  # torch: only in a training
+    from training.targets.passes import choose, kept_samples  # torch: only in a training
 
-    preserved = noisy_batch.batch.preserved
+    preserved = kept_samples(passes, noisy_batch)
     if not (any(preserved) or passes.rule.always_as_base):
         return velocity
     base_output = passes.base(noisy_batch)
     return choose(preserved, base_output, velocity) if any(preserved) else velocity
+
+
+def _install(hooks: "Hooks", options: "OptionsOfRun", progress: "Progress") -> None:
+    hooks.kept_attributes.add(KEPT)
+    hooks.own_targets.append(preserve_output)
 
 
 OUTPUT_PRESERVATION = Feature(
@@ -59,5 +65,6 @@ OUTPUT_PRESERVATION = Feature(
     is_on=lambda options: True,
     check_tables=_check_tables,
     needs_base=_are_preserved,
-    install=lambda hooks, options, progress: hooks.own_targets.append(preserve_output),
+    attributes=(KEPT,),
+    install=_install,
 )

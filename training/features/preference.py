@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from modules.console import count_of
 from modules.errors import OptionError
 from modules.options import HABIT, Options, option
-from training.features.contract import AT_NETWORK, WORSE_ONES, Feature, StepPasses, given_values
+from training.features.contract import AT_NETWORK, KEPT, WORSE_ONES, Feature, StepPasses, given_values
 
 if TYPE_CHECKING:
     from contract.family import Family
@@ -83,10 +83,10 @@ def _check(options: PreferenceOptions, family: "Family", counts: Sequence[int]) 
 
 def _check_tables(options: "OptionsOfRun", tables: "Sequence[DatasetTable]") -> None:
     """Raise OptionError for tables that ask for another target."""
-    preserving = next((table.name for table in tables if table.preserves_output), None)
+    preserving = next((table.name for table in tables if KEPT in table.attributes), None)
     if preserving is not None:
         raise OptionError(
-            f"{preserving}: diff_output_preservation cannot be had with --preference, whose loss has no "
+            f"{preserving}: {KEPT} cannot be had with --preference, whose loss has no "
             "place for another target. Leave out one of the two"
         )
 

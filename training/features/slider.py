@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from modules.errors import OptionError
 from modules.options import HABIT, Options, option
-from training.features.contract import AT_NETWORK, Feature, StepPasses, given_values
+from training.features.contract import AT_NETWORK, KEPT, Feature, StepPasses, given_values
 
 if TYPE_CHECKING:
     from dataset.table import DatasetTable
@@ -60,9 +60,9 @@ def _check_tables(options: "OptionsOfRun", tables: "Sequence[DatasetTable]") -> 
     """Raise OptionError for tables that ask for another target or strength."""
     path = options.of(SliderOptions).slider
     for table in tables:
-        if table.preserves_output:
+        if KEPT in table.attributes:
             raise OptionError(
-                f"{table.name}: diff_output_preservation cannot be had with --slider {path}, which learns "
+                f"{table.name}: {KEPT} cannot be had with --slider {path}, which learns "
                 "its own captions and not those of the table. Leave it out; an anchor in the slider's file "
                 "keeps what a caption makes"
             )

@@ -21,9 +21,9 @@ from training.targets.passes import (
     Streams,
     TargetComparison,
     TrainingPasses,
+    kept_samples,
     levels_of,
     measure_plainly,
-    preserved_samples,
 )
 
 THOUSAND = 1000
@@ -96,10 +96,10 @@ class Teaching:
         """Return the comparisons with the teacher's share in the loss: that with the clip has the rest of it.
 
         Inside its band the teacher has all that is known, outside it is an anchor, with what the network
-        itself is told. Preserved samples have no part in either.
+        itself is told. Samples that stay with the base model have no part in either.
         """
         clip, *others = comparisons
-        shares = [0.0 if preserved else self.target.weight for preserved in preserved_samples(noisy_batch)]
+        shares = [0.0 if is_kept else self.target.weight for is_kept in kept_samples(passes, noisy_batch)]
         weight = _make_weight_of_samples([1 - share for share in shares], clip.target.device)
         return [replace(clip, weight=weight), *others, *self._compare_with_teacher(passes, noisy_batch)]
 
@@ -111,11 +111,11 @@ class Teaching:
         band = teacher.band
         is_inside = []  # of each sample: taught, and its noise level is in the band
         is_outside = []
-        samples = zip(levels_of(noisy_batch), preserved_samples(noisy_batch), strict=True)
-        for level, is_preserved in samples:
+        samples = zip(levels_of(noisy_batch), kept_samples(passes, noisy_batch), strict=True)
+        for level, is_kept in samples:
             in_band = band is None or band.holds(level)
-            is_inside.append(in_band and not is_preserved)
-            is_outside.append(not in_band and not is_preserved)
+            is_inside.append(in_band and not is_kept)
+            is_outside.append(not in_band and not is_kept)
         comparisons = []
         if any(is_inside) or passes.rule.in_lockstep:
             target = self.teach(passes, full_batch)

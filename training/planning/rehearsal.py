@@ -97,6 +97,7 @@ class Rehearsal:
             self.options.loss,
             self.options.predicted,
             as_base=contextlib.nullcontext,
+            kept_attributes=frozenset(hooks.kept_attributes),
             own_targets=hooks.own_targets,
             make_target=hooks.make_target,
             compare=hooks.compare,

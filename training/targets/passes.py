@@ -154,8 +154,7 @@ def measure_streams(
 ) -> Streams:
     """Return the error of each sample's picture: B; if the batch has sound, a second one of the sound.
 
-    Samples that the batch names in `preserved` are compared with the base model's prediction. What else the
-    prediction is compared with, the rule's targets say.
+    What it is compared with, the rule's targets say.
     """
     return _measure(_make_passes(family, dit, noisy_batch, autocast=autocast, rule=rule), noisy_batch)
 
@@ -186,10 +185,7 @@ def _add_weighted(sums: Streams, errors: Streams, weight: "float | Tensor") -> S
 
 
 def _compare_with_clip(passes: TrainingPasses, noisy_batch: NoisyBatch) -> TargetComparison:
-    """Return the comparison with the velocity from the clip to its noise, or with what replaces it.
-
-    For preserved samples that is the base model's prediction, whatever other targets a run has.
-    """
+    """Return the comparison with the velocity from the clip to its noise, or with what replaces it."""
     rule = passes.rule
     target = velocity_of(passes, noisy_batch)
     for make_target in (*rule.own_targets, *rule.make_target):
@@ -215,9 +211,12 @@ def levels_of(noised: NoisyBatch | NoisySound) -> Sequence[float]:
     return noised.levels or noised.sigmas.tolist()
 
 
-def preserved_samples(noisy_batch: NoisyBatch) -> Sequence[bool]:
-    """Return whether each sample is to stay as the base model predicts it."""
-    return noisy_batch.batch.preserved or (False,) * len(noisy_batch.batch)
+def kept_samples(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Sequence[bool]:
+    """Return whether each sample is to stay as the base model predicts it, as its table asks."""
+    batch = noisy_batch.batch
+    return [bool(passes.rule.kept_attributes & attributes) for attributes in batch.attributes] or [
+        False
+    ] * len(batch)
 
 
 def has_mask(noisy_batch: NoisyBatch) -> bool:
