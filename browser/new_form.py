@@ -13,7 +13,8 @@ from modules.option_values import option_words
 from modules.output_files import check_output_name
 from modules.pages.page import encode_address
 from modules.paths import without_quotes
-from project.options import MODELS, NewOptions, check_trigger, find_models
+from project.new_options import NewOptions
+from project.options import MODELS, check_trigger, find_models
 from project.whole_model import trains_whole
 
 USUAL_STEPS = NewOptions(folder=Path()).max_train_steps

@@ -29,7 +29,8 @@ from modules.text_files import real_path
 from project.choosing import ModelFacts
 from project.fitting import FP8, is_small, weight_options
 from project.media import CHECK_PAGE, FolderContent, Media, is_narrow, reference_of, why_unread
-from project.options import RUN_FILE, NewOptions
+from project.new_options import NewOptions
+from project.options import RUN_FILE
 from project.whole_model import change_to_whole, derive_times, find_whole_script
 from training.config_options import OTHERS_TABLE, toml_value
 

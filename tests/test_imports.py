@@ -46,7 +46,9 @@ MAY_IMPORT = {
     | {"training.reports", "training.config_options", "training.features.composing"}
     | {"downloads.catalogue", "downloads.listing"}
     | {
+        "project.new_options",
         "project.options",
+        "project.run_options",
         "project.fitting",
         "project.known",
         "generation.prompt_lines",
@@ -133,9 +135,9 @@ FLOORS = {
     ),
 }
 _LIGHT = {
-    "contract": ("families", "rules"),
+    "contract": ("families", "inputs", "rules"),
     "modules": (
-        *("command", "control_codes", "errors", "installation", "interpreter", "limits"),
+        *("command", "console", "control_codes", "errors", "installation", "interpreter", "limits"),
         *(
             "help_text",
             "installed",
@@ -183,6 +185,7 @@ _LIGHT = {
     "post": ("chain_options",),
     "running/ways": ("cfg_parallel", "composing", "context_parallel", "contract", "shard_base"),
     "training/features": (
+        "base_weights",
         "blank_prior",
         "composing",
         "contract",
@@ -192,8 +195,12 @@ _LIGHT = {
         "mask_prior",
         "on_end",
         "output_preservation",
+        "preference",
+        "show_timesteps",
         "skip",
         "slider",
+        "teacher",
+        "trackers",
         "tread",
         "uploads",
     ),

@@ -28,7 +28,8 @@ from training import experts
 from training.data.feed import Feed, Randomness
 from training.data.table_times import times_by_group
 from training.features.composing import find_view, merged_loras, need, need_base
-from training.features.contract import DROPPED_CAPTIONS, EMPTY_PROMPT, WORSE_ONES, Hooks
+from training.features.contract import DROPPED_CAPTIONS, EMPTY_PROMPT, WORSE_ONES
+from training.features.hooks import Hooks
 from training.loss import LossRule
 from training.optimizers import stepping
 from training.optimizers.lr_schedule import make_lr_schedule
