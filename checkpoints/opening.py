@@ -94,6 +94,10 @@ class Checkpoint(contextlib.ExitStack):
             why = f"{self.path} cannot be read: {error.strerror or error}."
             raise CheckpointError(why, self.path) from error
 
+    def stored_name(self, name: str) -> str:
+        """Return the name that a tensor has in its file, with the prefixes that were removed here."""
+        return self._places[name][1]
+
     def without_prefix(self, *prefixes: str, others: Sequence[str] = ()) -> "Checkpoint":
         """Return the same tensors without prefixes. Each prefix is removed in turn if all names begin with
         it.

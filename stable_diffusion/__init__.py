@@ -39,4 +39,6 @@ tokenizers: tokenizers of the text encoders, and chunks of tokens
 towers: text encoders that caption pictures, and may learn
 training_files: the checkpoint of a training, network by network
 training_options: options of training and of its caches
+whole_files: write a whole checkpoint after a training
+whole_options: options of training a whole checkpoint
 """

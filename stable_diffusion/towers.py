@@ -31,7 +31,7 @@ from modules.devices import dtype_name
 from running.offload.block_swap import move_network
 from running.offload.host_memory import LoadedNetwork
 from stable_diffusion import tokenizers
-from stable_diffusion.contract import SD2, SDXL
+from stable_diffusion.contract import SD2, SDXL, text_encoder_name
 from stable_diffusion.options import TextOptions
 from stable_diffusion.text import (
     check_layer,
@@ -54,6 +54,7 @@ from stable_diffusion.training_files import TrainingFiles
 
 STATES, STATES_1, STATES_2, POOLED = "hidden_state", "hidden_state1", "hidden_state2", "pool2"  # in caches
 WEIGHING = TextOptions.usual().emb_normalize_mode  # what weights leave unchanged, as gen_img.py has it
+NO_DTYPES: Mapping[str, torch.dtype] = {}
 # of each encoder, by the number of encoders that a model has
 _KEYS = {1: (frozenset({STATES}),), 2: (frozenset({STATES_1}), frozenset({STATES_2, POOLED}))}
 
@@ -80,27 +81,44 @@ class TowerEncoder:
         chunks: int = 1,
         clip_skip: int | None = None,
         tells_cut: bool = False,
+        dtype: torch.dtype | None = None,
     ) -> None:
         """number: of the encoder in the checkpoint. chunks: of 75 tokens that are read.
 
         clip_skip: as the option says; None: the layer that the model was trained with. tells_cut: warn of
-        prompts that are not read to their end.
+        prompts that are not read to their end. dtype: to load it in; None: that of all.
         """
         prefixes = files.kind.lora_prefixes
         self.files = files
         self.lora_prefix = prefixes[number]
         self.keys = _KEYS[len(prefixes)][number]
-        self.name = f"text_encoder_{number + 1}" if number else "text_encoder"
+        self.name = text_encoder_name(number)
         self._number = number
         self._chunks = chunks
         self._clip_skip = clip_skip
         self._tells_cut = tells_cut
+        self._dtype = dtype or files.dtype
         self._loaded = LoadedNetwork[ClipText, LoadedWords]()
 
     @property
     def network(self) -> ClipText:
         """The network. Call `load` first."""
         return self._loaded.get()[0]
+
+    def reads_weight(self, name: str) -> bool:
+        """Return whether an output depends on a weight: not of layers behind the one whose states are used.
+
+        Reads the header of the checkpoint.
+        """
+        with self.files.opened() as release:
+            plan = release.texts[self._number]
+            used = plan.network.config.num_layers + 1 - self._choose_layer(plan)
+        if POOLED in self.keys:
+            return True
+        if name.startswith("final_layer_norm."):
+            return self.files.kind is not SDXL
+        layer = re.match(r"encoder\.layers\.(\d+)\.", name)
+        return layer is None or int(layer[1]) < used
 
     @property
     def identity(self) -> Mapping[str, str]:
@@ -118,7 +136,7 @@ class TowerEncoder:
             f"{self.name}_tokenizer": source.identity(file),
             f"{self.name}_layer": str(layer),
             f"{self.name}_chunks": str(self._chunks),
-            f"{self.name}_dtype": dtype_name(self.files.dtype),
+            f"{self.name}_dtype": dtype_name(self._dtype),
         }
 
     def token_counter(self) -> CountTokens:
@@ -153,7 +171,7 @@ class TowerEncoder:
             layer = self._choose_layer(plan)
             words = self.files.tokenizers[self._number]
             check_vocabulary(words, plan.network.config.vocabulary, self.files.path)
-            network = self.files.load_text(plan, device)
+            network = self.files.load_text(plan, device, self._dtype)
         pad = OPEN_CLIP_PAD if plan.is_open_clip else words.end
         return network, LoadedWords(words, pad, layer)
 
@@ -244,7 +262,14 @@ def _find_cut(text: str, tokenize: Callable[[str], list[int]], most: int) -> int
 
 
 def make_encoders(
-    files: TrainingFiles, chunks: int, clip_skip: int | None, tells_cut: bool = False
+    files: TrainingFiles,
+    chunks: int,
+    clip_skip: int | None,
+    tells_cut: bool = False,
+    dtypes: Mapping[str, torch.dtype] = NO_DTYPES,
 ) -> list[TowerEncoder]:
-    count = len(files.kind.lora_prefixes)
-    return [TowerEncoder(files, number, chunks, clip_skip, tells_cut) for number in range(count)]
+    """Return the text encoders of a checkpoint. dtypes: of those that learn, by name; see `TowerEncoder`."""
+    return [
+        TowerEncoder(files, number, chunks, clip_skip, tells_cut, dtypes.get(text_encoder_name(number)))
+        for number in range(len(files.kind.lora_prefixes))
+    ]

@@ -225,11 +225,11 @@ class TrainingFiles:
             are_open_clip = [text.is_open_clip for text in release.texts]
         return find_tokenizers(self.tokenizer_cache_dir, self.path, are_open_clip)
 
-    def load_text(self, plan: TextPlan, device: torch.device) -> ClipText:
+    def load_text(self, plan: TextPlan, device: torch.device, dtype: torch.dtype) -> ClipText:
         """Load a text encoder of an open checkpoint."""
         check_activation(plan.network.config, self.path, "CLIP has quick_gelu or gelu")
         return load_planned(
-            plan.network, ClipText, device=device, dtype=self.dtype, what="the text encoder of --ckpt"
+            plan.network, ClipText, device=device, dtype=dtype, what="the text encoder of --ckpt"
         ).requires_grad_(False)
 
 
@@ -339,6 +339,10 @@ def number_blocks(config: Mapping[str, Any]) -> NumberedBlocks:
         ("mid_lr_weight", sides.first_middle, sides.middle),
         ("up_lr_weight", sides.first_up, sides.up),
     )
+    if is_xl:  # what comes before the first block, and behind the last
+        outputs = sides.first_up + sides.up
+        numbers += [(ours, 0) for ours in ("time_embedding", "add_embedding")]
+        numbers += [("conv_in", sides.first), ("conv_norm_out", outputs), ("conv_out", outputs)]
     count = sides.first_up + sides.up + sides.first  # as many outputs as inputs
     return NumberedBlocks(count, rates, tuple(numbers))
 

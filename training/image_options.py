@@ -6,7 +6,7 @@ A script calls `read_image_training` with its family's differences, then `train_
 import argparse
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +16,7 @@ from modules.command import name_as_typed
 from modules.console_options import ConsoleOptions
 from modules.errors import OptionError
 from modules.option_values import to_path
-from modules.options import STARTS, Options, not_needed, option, read_options, unsupported
+from modules.options import HABIT, STARTS, Options, not_needed, option, read_options, unsupported
 from modules.parser import Parser, add_options, typed_names
 from running.options import SWAPPING
 from running.ways.composing import list_block_options, list_shared_things
@@ -26,6 +26,7 @@ from training.learning_options import PartsOptions
 from training.noise_options import RAW, WEIGHTINGS, PredictionOptions
 from training.options import (
     ScriptOption,
+    TrainedNetworkOptions,
     TrainingOptions,
     list_script_options,
     log_idle,
@@ -45,6 +46,10 @@ OPTIMIZERS = {"use_8bit_adam": "AdamW8bit", "use_lion_optimizer": "Lion"}  # swi
 SWITCHES = {  # another name of a switch -> ours
     "cpu_offload_checkpointing": "gradient_checkpointing_cpu_offload",
     "fp8_base_unet": "fp8_base",
+    # of whole models
+    "blockwise_fused_optimizers": "fused_backward_pass",
+    "skip_latents_validity_check": "skip_cache_check",
+    "diffusers_xformers": "xformers",
 }
 
 
@@ -67,17 +72,24 @@ class ImageTrainerDefaults:
     shown_as: Mapping[str, str] = field(default_factory=dict)
     # options of other trainers that the family does not have; None: `FOREIGN`
     foreign: tuple[type[Options], ...] | None = None
+    # what a script that trains all weights has in place of the options for LoRAs; None: `OF_WHOLE_MODELS`
+    whole: tuple[type[Options], ...] | None = None
 
 
 def read_image_training(
-    doc: str | None, record: type[R], defaults: ImageTrainerDefaults, argv: Sequence[str] | None
+    doc: str | None,
+    record: type[R],
+    defaults: ImageTrainerDefaults,
+    argv: Sequence[str] | None,
+    learner: type[Options] = TrainedNetworkOptions,
 ) -> tuple[TrainingOptions, R, list[ScriptOption]]:
     """Read the options of a script that trains an image model; return what `read_training` does.
 
-    record: the family's own options. --pretrained_model_name_or_path and --vae are declared
-    here, and are read by a field of the record with that option name. Ends the program after --output_config.
+    record: the family's own options. learner: see `training_parser`. --pretrained_model_name_or_path and
+    --vae are declared here, and are read by a field of the record with that option name. Ends the program
+    after --output_config.
     """
-    parser = image_training_parser(doc, defaults)
+    parser = image_training_parser(doc, defaults, learner)
     add_options(parser, record)
     args = read_arguments(parser, argv)
     read_options(ConsoleOptions, args).apply()
@@ -130,8 +142,13 @@ class OtherNames(Options, title="other names"):
     )
 
 
-def image_training_parser(doc: str | None, defaults: ImageTrainerDefaults) -> argparse.ArgumentParser:
-    """Return a parser with all options that every image trainer has. doc: the script's docstring."""
+def image_training_parser(
+    doc: str | None, defaults: ImageTrainerDefaults, learner: type[Options] = TrainedNetworkOptions
+) -> argparse.ArgumentParser:
+    """Return a parser with all options that every image trainer has.
+
+    doc: the script's docstring. learner: see `training_parser`.
+    """
     usual = {
         "timestep_sampling": defaults.timestep_sampling,
         "model_prediction_type": defaults.model_prediction_type,
@@ -142,8 +159,11 @@ def image_training_parser(doc: str | None, defaults: ImageTrainerDefaults) -> ar
     choices = {"timestep_sampling": defaults.samplers, "weighting_scheme": (*WEIGHTINGS, UNIFORM)}
     settings = {name: {"choices": values} for name, values in choices.items()}
     script: dict[str, Any] = {"defaults": usual, "refused": defaults.refused}
-    parser = training_parser(doc, settings=settings, **script)
-    add_options(parser, ImageModelOptions, PartsOptions, PredictionOptions, **script)
+    parser = training_parser(doc, learner, settings=settings, **script)
+    of_learner = OF_LORAS
+    if learner is not TrainedNetworkOptions:
+        of_learner = OF_WHOLE_MODELS if defaults.whole is None else defaults.whole
+    add_options(parser, ImageModelOptions, *of_learner, PredictionOptions, **script)
     add_options(parser, SubsetOptions, CachingInRunOptions, **script)
     foreign = FOREIGN if defaults.foreign is None else defaults.foreign
     add_options(parser, StartOptions, ConsoleOptions, OtherNames, *foreign, **script)
@@ -167,7 +187,7 @@ def _translate(args: argparse.Namespace) -> None:
             args.optimizer_type = optimizer
     names = dict(typed_names(args))
     for other_name, name in SWITCHES.items():
-        if getattr(args, other_name) and not getattr(args, name):
+        if getattr(args, other_name, False) and not getattr(args, name):
             setattr(args, name, True)
             names[f"--{name}"] = f"--{other_name}"
     args.typed_names = names
@@ -195,7 +215,7 @@ def _translate(args: argparse.Namespace) -> None:
 
 def _named_otherwise(args: argparse.Namespace, tokenizers: Collection[str]) -> set[str]:
     """Return the options whose values were given by `OtherNames`. tokenizers: names of their options."""
-    names = {name for other_name, name in SWITCHES.items() if getattr(args, other_name)}
+    names = {name for other_name, name in SWITCHES.items() if getattr(args, other_name, False)}
     if any(getattr(args, other_name) for other_name in OPTIMIZERS):
         names.add("optimizer_type")
     if args.caption_extention is not None:
@@ -282,11 +302,6 @@ class OtherModels(Options, title="for other models"):
     scale_v_pred_loss_like_noise_pred = unsupported(EPSILON)
     v_pred_like_loss = unsupported(EPSILON, type=float)
     debiased_estimation_loss = unsupported(EPSILON)
-    save_model_as = unsupported(
-        "only safetensors files are written: other forms can hold code",
-        default="safetensors",
-        choices=("ckpt", "pt", "safetensors"),
-    )
 
 
 class DeepspeedOptions(Options, title="DeepSpeed"):
@@ -308,8 +323,6 @@ class NotNeeded(Options, title="not needed"):
 
     lowram = not_needed("weights are read in pieces, straight to the device.")
     highvram = not_needed("no cache of the device is emptied between steps.")
-    full_fp16 = not_needed(ROUNDING, "train in fp16")
-    full_bf16 = not_needed(ROUNDING, "train in bf16")
     mem_eff_attn = not_needed("torch's own attention (--sdpa) is as lean.", "attention in pieces")
     disable_mmap_load_safetensors = not_needed("safetensors files are read in pieces, never mapped.")
 
@@ -327,6 +340,40 @@ class NotNeededByFlows(Options, title="not needed"):
     )
 
 
+CODE = "only safetensors files are written: other forms can hold code"
+
+
+class OfLoraFiles(Options, title="not built"):
+    """Options on the file and the dtype of what is trained that other trainers have for LoRAs."""
+
+    save_model_as = unsupported(CODE, default="safetensors", choices=("ckpt", "pt", "safetensors"))
+    full_fp16 = not_needed(ROUNDING, "train in fp16")
+    full_bf16 = not_needed(ROUNDING, "train in bf16")
+
+
+_TEXTS_STAY = "the text encoders are not trained. Leave it out, or train a LoRA"
+
+
+class OfWholeModels(Options, title="full fine-tuning"):
+    """Options of image trainers for whole models, and those for LoRAs that have no part in it."""
+
+    blockwise_fused_optimizers: bool = option(
+        "--fused_backward_pass, which steps each weight by itself instead of each block"
+    )
+    skip_latents_validity_check: bool = option("--skip_cache_check")
+    fused_optimizer_groups = not_needed(
+        "--fused_backward_pass steps each weight by itself, which takes less memory than groups of weights.",
+        type=int,
+    )
+    use_safetensors = not_needed("only safetensors files are written.")
+    network_train_unet_only = not_needed("the text encoders are not trained.")
+    network_train_text_encoder_only = unsupported(_TEXTS_STAY)
+    unet_lr = unsupported("the rate of the transformer is that of --learning_rate. Give it there", type=float)
+    text_encoder_lr = unsupported(_TEXTS_STAY, nargs="*", type=float)
+
+
+OF_LORAS = (PartsOptions, OfLoraFiles)
+OF_WHOLE_MODELS = (OfWholeModels,)
 FOREIGN = (OtherModels, DeepspeedOptions, NotNeeded, NotNeededByFlows)
 
 
@@ -335,11 +382,6 @@ class NotForNoise(Options, title="not built"):
 
     weighted_captions = unsupported(
         "captions are read as they are; weights of words are for generation (gen_img.py)"
-    )
-    save_model_as = unsupported(
-        "only safetensors files are written: other forms can hold code",
-        default="safetensors",
-        choices=("ckpt", "pt", "safetensors"),
     )
 
 
@@ -379,6 +421,47 @@ def read_as_known(args: argparse.Namespace) -> None:
         args.max_timestep = lowest + 1
 
 
+class OfWholeCheckpoints(Options, title="full fine-tuning"):
+    """Options of trainers of whole checkpoints, whose text encoders may learn, and those for LoRAs."""
+
+    fused_optimizer_groups: int | None = option(
+        "--fused_backward_pass, which steps each weight by itself instead of so many groups of weights",
+        least=0,
+        facts=HABIT,
+    )
+    diffusers_xformers: bool = option("--xformers")
+    use_safetensors = not_needed("only safetensors files are written.")
+    network_train_unet_only = not_needed("the U-Net learns, and text encoders on request.")
+    network_train_text_encoder_only = unsupported(
+        "it is of LoRAs. Leave it out; --learning_rate 0 freezes the U-Net of a whole checkpoint"
+    )
+    unet_lr = unsupported("it is of LoRAs. Give the rate of the U-Net to --learning_rate", type=float)
+    text_encoder_lr = unsupported(
+        "it is of LoRAs. Give the rates of text encoders to --learning_rate_te, of Stable Diffusion XL to "
+        "--learning_rate_te1 and --learning_rate_te2",
+        nargs="*",
+        type=float,
+    )
+
+
+def _read_groups(args: argparse.Namespace) -> None:
+    """Read --fused_optimizer_groups as --fused_backward_pass. Raises OptionError if both are given."""
+    groups = args.fused_optimizer_groups
+    if groups:
+        if args.fused_backward_pass:
+            raise OptionError(
+                f"--fused_optimizer_groups {groups} with --fused_backward_pass: both say when weights are "
+                "stepped. Give --fused_backward_pass alone, which takes less memory"
+            )
+        args.fused_backward_pass = True
+        args.typed_names = {
+            **typed_names(args),
+            "--fused_backward_pass": f"--fused_optimizer_groups {groups}",
+        }
+        logger.info("--fused_optimizer_groups %d is read as --fused_backward_pass.", groups)
+    read_as_known(args)
+
+
 UNNAMED = "last"  # what known trainers call a file without a name
 
 # of models that predict noise
@@ -391,3 +474,5 @@ NOISE_TRAINER = ImageTrainerDefaults(
     foreign=(NotForNoise, DeepspeedOptions, NotNeeded),
     translate=read_as_known,
 )
+# of those of which a training writes the whole checkpoint
+CHECKPOINT_TRAINER = replace(NOISE_TRAINER, whole=(OfWholeCheckpoints,), translate=_read_groups)

@@ -32,6 +32,7 @@ def training_script(
     about: str | None,
     *,
     whole_dit: bool = False,
+    script: str = "",
     kind: str = "Training",
     images: "ImageTrainerDefaults | None" = None,
     extra_options: Sequence[type[Options]] = (),
@@ -41,10 +42,11 @@ def training_script(
 ) -> Script:
     """Return the script that trains a LoRA for a family, or with `whole_dit` its transformer.
 
-    about: the script's docstring. kind: of the family's options, see `FamilyEntry.options_record`. images:
-    differences between image families; None for video. extra_options: records of options besides the
-    family's. check: raises OptionError if the family's options do not fit. samplers: choices of
-    --timestep_sampling for video. changes: of shared options, and what is refused of the family's.
+    about: the script's docstring. script: its file, if that is not `..._train.py` with `whole_dit`. kind: of
+    the family's options, see `FamilyEntry.options_record`. images: differences between image families; None
+    for video. extra_options: records of options besides the family's. check: raises OptionError if the
+    family's options do not fit. samplers: choices of --timestep_sampling for video. changes: of shared
+    options, and what is refused of the family's.
     """
     entry = FAMILIES[family]
     if ExpertTrainingOptions in extra_options:
@@ -62,7 +64,9 @@ def training_script(
         else:
             from training.image_options import read_image_training  # only for image models
 
-            options, family_options, script_options = read_image_training(about, record, images, argv)
+            options, family_options, script_options = read_image_training(
+                about, record, images, argv, learner=learner
+            )
         with name_as_typed(options.typed_names):
             if whole_dit:
                 refuse_for_whole(option_values(family_options).get("dit_dtype"))
@@ -76,7 +80,7 @@ def training_script(
 
             model = entry.make_family("training", family_options)
             command = TrainingCommand(
-                f"{entry.script}_train.py" if whole_dit else f"{entry.training_script}.py",
+                script or (f"{entry.script}_train.py" if whole_dit else f"{entry.training_script}.py"),
                 script_options,
                 entry=entry,
                 family_options=family_options,
