@@ -50,7 +50,7 @@ from stable_diffusion.training_options import (
     StableDiffusionTrainingOptions,
     TextCachingOptions,
 )
-from stable_diffusion.whole_files import SingleFileWriter, make_writer
+from stable_diffusion.whole_files import CheckpointFiles, make_writer
 
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}  # of --mixed_precision; else float32
 OF_SD, OF_XL = (SD1, SD2), (SDXL,)  # kinds that a script trains
@@ -261,7 +261,7 @@ class StableDiffusion(ModelOfPictures):
         by_name = {encoder.name: encoder for encoder in self._counting}
         return by_name[text_encoder].reads_weight(weight)
 
-    def checkpoint_writer(self, networks: Mapping[str, nn.Module]) -> SingleFileWriter:
+    def checkpoint_writer(self, networks: Mapping[str, nn.Module]) -> CheckpointFiles:
         return make_writer(self.files, networks)
 
     # the network

@@ -268,7 +268,7 @@ class DiffusersVae:
 def unet_parts(config: Mapping[str, Any]) -> list[tuple[str, int]]:
     """Return the lists of residual blocks and of transformers of a U-Net with their lengths, in its order."""
     down_types: Sequence[str] = config["down_block_types"]
-    counts = _count_layers(config)
+    counts = count_layers(config)
     parts: list[tuple[str, int]] = []
     for level, (kind, count) in enumerate(zip(down_types, counts, strict=True)):
         parts += _list_level_parts(f"down_blocks.{level}", kind, count)
@@ -279,7 +279,7 @@ def unet_parts(config: Mapping[str, Any]) -> list[tuple[str, int]]:
     return parts
 
 
-def _count_layers(config: Mapping[str, Any]) -> list[int]:
+def count_layers(config: Mapping[str, Any]) -> list[int]:
     """Return the number of residual blocks of each level on the way down."""
     layers = config.get("layers_per_block", 2)
     return [layers] * len(config["down_block_types"]) if isinstance(layers, int) else [*layers]
@@ -325,7 +325,7 @@ def number_blocks(config: Mapping[str, Any]) -> NumberedBlocks:
     SDXL, of three levels, counts its inputs, then input blocks, the three parts of the middle, output blocks
     and its outputs: 23. In other models the middle is one block, and inputs and outputs have no numbers: 25.
     """
-    layers = _count_layers(config)
+    layers = count_layers(config)
     blocks = sum(layers) + len(layers)  # the first convolution; a sampler after each level but the last
     is_xl = config.get("addition_embed_type") is not None
     sides = _Sides(first=1 if is_xl else 0, down=blocks, middle=3 if is_xl else 1, up=blocks)
