@@ -40,7 +40,15 @@ from stable_diffusion.noise import make_noise_spec, read_noise_changes
 from stable_diffusion.samplers import SeenSolver, begin_sampling, check_sampling, is_guided, make_scheduler
 from stable_diffusion.sampling_options import SAMPLERS, check_sampler_steps
 from stable_diffusion.tokenizers import SIZE as CHUNK
-from stable_diffusion.towers import POOLED, STATES, STATES_1, STATES_2, TowerEncoder, make_encoders
+from stable_diffusion.towers import (
+    POOLED,
+    STATES,
+    STATES_1,
+    STATES_2,
+    LearningTexts,
+    TowerEncoder,
+    make_encoders,
+)
 from stable_diffusion.training_files import GENERATED_BY, TrainingFiles, number_blocks, unet_parts, unet_spec
 from stable_diffusion.training_options import (
     GUIDANCE_SCALE,
@@ -126,7 +134,7 @@ class StableDiffusion(ModelOfPictures):
     sampler: str = USUAL_SAMPLER  # of a training's samples
     options: Any = NO_OPTIONS  # of a training
     tells_cut: bool = False  # warn of prompts that are not read to their end
-    text_dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)  # of text encoders that learn
+    learning_texts: LearningTexts | None = None  # of a training of all weights
 
     can: ClassVar[Abilities] = Abilities(bring_texts=True, train_checkpoint=True)
     lora_module: str = field(default="networks.lora", init=False)
@@ -244,7 +252,7 @@ class StableDiffusion(ModelOfPictures):
     # texts
 
     def text_encoders(self) -> list[TextEncoder]:
-        return [*make_encoders(self.files, self.chunks, self.clip_skip, dtypes=self.text_dtypes)]
+        return [*make_encoders(self.files, self.chunks, self.clip_skip, learning=self.learning_texts)]
 
     @property
     def text_keys(self) -> frozenset[str]:
@@ -284,10 +292,12 @@ class StableDiffusion(ModelOfPictures):
                 "again."
             )
         length = CHUNK * self.chunks + 2
+        fills = self.learning_texts is None or self.learning_texts.fills_captions
         for name in names:
-            if conditions[name].shape[1] != length:
+            found = conditions[name].shape[1]
+            if found != length and (fills or found > length):
                 raise CacheError(
-                    f"{batch.keys[0]}: its text has {conditions[name].shape[1]} states, this training has "
+                    f"{batch.keys[0]}: its text has {found} states, this training has "
                     f"{length}. Cache texts again with the same --max_token_length, or change it here."
                 )
         if self.kind is SDXL:
@@ -453,7 +463,9 @@ def family_for_training(
         clip_skip,
         sampler=options.sample_sampler,
         options=options,
-        text_dtypes=dict.fromkeys(options.text_rates, learning_dtype),
+        learning_texts=LearningTexts(
+            dict.fromkeys(options.text_rates, learning_dtype), options.fills_captions
+        ),
     )
 
 

@@ -54,7 +54,6 @@ from stable_diffusion.training_files import TrainingFiles
 
 STATES, STATES_1, STATES_2, POOLED = "hidden_state", "hidden_state1", "hidden_state2", "pool2"  # in caches
 WEIGHING = TextOptions.usual().emb_normalize_mode  # what weights leave unchanged, as gen_img.py has it
-NO_DTYPES: Mapping[str, torch.dtype] = {}
 # of each encoder, by the number of encoders that a model has
 _KEYS = {1: (frozenset({STATES}),), 2: (frozenset({STATES_1}), frozenset({STATES_2, POOLED}))}
 
@@ -66,6 +65,14 @@ class LoadedWords:
     words: ClipWords
     pad: int
     layer: int  # whose states are used, from the end
+
+
+@dataclass(frozen=True)
+class LearningTexts:
+    """How a training of all weights treats text encoders and captions."""
+
+    dtypes: Mapping[str, torch.dtype]  # to load those in that learn, by name
+    fills_captions: bool = True  # up to whole chunks; else to the longest caption of a batch
 
 
 class TowerEncoder:
@@ -81,12 +88,12 @@ class TowerEncoder:
         chunks: int = 1,
         clip_skip: int | None = None,
         tells_cut: bool = False,
-        dtype: torch.dtype | None = None,
+        learning: LearningTexts | None = None,
     ) -> None:
         """number: of the encoder in the checkpoint. chunks: of 75 tokens that are read.
 
         clip_skip: as the option says; None: the layer that the model was trained with. tells_cut: warn of
-        prompts that are not read to their end. dtype: to load it in; None: that of all.
+        prompts that are not read to their end. learning: of a training of all weights.
         """
         prefixes = files.kind.lora_prefixes
         self.files = files
@@ -97,7 +104,11 @@ class TowerEncoder:
         self._chunks = chunks
         self._clip_skip = clip_skip
         self._tells_cut = tells_cut
-        self._dtype = dtype or files.dtype
+        self._dtype = files.dtype
+        self._fills = True
+        if learning is not None:
+            self._dtype = learning.dtypes.get(self.name, files.dtype)
+            self._fills = learning.fills_captions
         self._loaded = LoadedNetwork[ClipText, LoadedWords]()
 
     @property
@@ -137,6 +148,7 @@ class TowerEncoder:
             f"{self.name}_layer": str(layer),
             f"{self.name}_chunks": str(self._chunks),
             f"{self.name}_dtype": dtype_name(self._dtype),
+            **({} if self._fills else {f"{self.name}_fills": "no"}),
         }
 
     def token_counter(self) -> CountTokens:
@@ -205,13 +217,16 @@ class TowerEncoder:
         """Return the tensors `keys` of each prompt, on the CPU; gradients flow to trained parts.
 
         Prompts with marks (`Prompt.marked_chunks`) are read as gen_img.py does. All texts of a call have
-        equally many chunks.
+        equally many chunks, or without filling the length of the longest of them.
         """
         if not prompts:
             return []
         loaded = self._loaded.get()[1]
         texts = [self._read_chunks(prompt, loaded) for prompt in prompts]
         count = len(texts[0])
+        length = None  # of the states that are used; None: all
+        if not self._fills and prompts[0].marked_chunks is None:
+            length = max(len(chunks[0].ids) for chunks in texts) + 2
         states, pooled = self._read_rows(
             [self._make_row(chunk, loaded) for chunks in texts for chunk in chunks]
         )
@@ -219,7 +234,8 @@ class TowerEncoder:
         results: list[Conditions] = []
         for chunks, place in zip(texts, range(0, len(states), count), strict=True):
             joined = join_chunks(states[place : place + count])
-            conditions = {states_key: weigh_states(joined, weights_of(chunks), WEIGHING).cpu()}
+            weighed = weigh_states(joined, weights_of(chunks), WEIGHING)
+            conditions = {states_key: weighed[:length].cpu()}
             if pooled is not None:
                 conditions[POOLED] = pooled[place].cpu().clone()
             results.append(conditions)
@@ -266,10 +282,7 @@ def make_encoders(
     chunks: int,
     clip_skip: int | None,
     tells_cut: bool = False,
-    dtypes: Mapping[str, torch.dtype] = NO_DTYPES,
+    learning: LearningTexts | None = None,
 ) -> list[TowerEncoder]:
-    """Return the text encoders of a checkpoint. dtypes: of those that learn, by name; see `TowerEncoder`."""
-    return [
-        TowerEncoder(files, number, chunks, clip_skip, tells_cut, dtypes.get(text_encoder_name(number)))
-        for number in range(len(files.kind.lora_prefixes))
-    ]
+    count = len(files.kind.lora_prefixes)
+    return [TowerEncoder(files, number, chunks, clip_skip, tells_cut, learning) for number in range(count)]

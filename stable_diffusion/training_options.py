@@ -142,6 +142,11 @@ class StableDiffusionTrainingOptions(Options, title="Stable Diffusion"):
         """Return the number of steps during which text encoders learn; None: to the end."""
         return None
 
+    @property
+    def fills_captions(self) -> bool:
+        """Return whether captions are filled up to whole chunks."""
+        return True
+
 
 class LatentCachingOptions(Options, title="Stable Diffusion"):
     """Options of the scripts that cache latents, besides the shared ones."""

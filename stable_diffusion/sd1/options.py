@@ -59,7 +59,17 @@ class Sd1DreamBoothOptions(Sd1TrainingOptions, title=NAME):
         least=-1,
         facts=CHANGEABLE,
     )
+    no_token_padding: bool = option(
+        "do not fill captions up to 75 tokens, but to the longest one of each batch",
+        excludes="max_token_length",
+        hint="both change how many tokens are read",
+        facts=IDENTITY,
+    )
     full_bf16: bool = option(name="full_bf16", facts=FREE)  # the shared one: text encoders learn in it too
+
+    @property
+    def fills_captions(self) -> bool:
+        return not self.no_token_padding
 
     @property
     def learns_in_bf16(self) -> bool:

@@ -16,6 +16,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from contract.requests import Prompt
+from stable_diffusion.contract import SD1
+from stable_diffusion.towers import LearningTexts, make_encoders
+from stable_diffusion.training_files import TrainingFiles
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.parity.training import stream
 from tests.stable_diffusion.test_training_step import encode_plainly, plain_encoders
@@ -318,3 +322,21 @@ def test_a_folder_of_diffusers_becomes_a_single_file_with_released_names(folder:
     for name in expected:
         if kind != "sd2" or ".resblocks.3." not in name:  # the layer that is not used
             torch.testing.assert_close(saved[name], released[name], rtol=0, atol=1e-4)
+
+
+def test_captions_are_not_filled_up_on_request(tmp_path: Path) -> None:
+    """The states of the longest caption of a batch are used, which are those of filled ones."""
+    write_folder("sd1", tmp_path / "model")
+    files = TrainingFiles((SD1,), tmp_path / "model", tokenizer_cache_dir=tokenizer_folder(tmp_path / "tok"))
+    prompts = [Prompt("a cat"), Prompt("a red cat on the grass")]
+    states = []
+    for fills in (True, False):
+        (encoder,) = make_encoders(files, 1, None, learning=LearningTexts({}, fills))
+        encoder.load(torch.device("cpu"))
+        states.append([row["hidden_state"] for row in encoder.encode(prompts)])
+        tokens = encoder.token_counter()
+    longest = max(tokens(prompt.text).tokens for prompt in prompts)
+
+    for filled, unfilled in zip(*states, strict=True):
+        assert unfilled.shape[0] == longest < 77 == filled.shape[0]
+        torch.testing.assert_close(unfilled, filled[:longest])
