@@ -49,7 +49,15 @@ from stable_diffusion.towers import (
     TowerEncoder,
     make_encoders,
 )
-from stable_diffusion.training_files import GENERATED_BY, TrainingFiles, number_blocks, unet_parts, unet_spec
+from stable_diffusion.training_files import (
+    GENERATED_BY,
+    TRAINED_BY,
+    WHOLE_BY,
+    TrainingFiles,
+    number_blocks,
+    unet_parts,
+    unet_spec,
+)
 from stable_diffusion.training_options import (
     GUIDANCE_SCALE,
     STEPS,
@@ -445,6 +453,7 @@ def family_for_training(
         says_v2=says_v2,
         says_v=options.v_parameterization,
         dtype=PRECISIONS.get(options.mixed_precision, torch.float32),
+        scripts=WHOLE_BY if options.is_whole else TRAINED_BY,
     )
     predicts_v = files.predicts_v
     check_prediction(options, predicts_v)

@@ -44,6 +44,11 @@ TRAINED_BY = {
     SD2: "train_network.py trains",
     SDXL: "sdxl_train_network.py trains",
 }
+WHOLE_BY = {
+    SD1: "train_db.py and fine_tune.py train",
+    SD2: "train_db.py and fine_tune.py train",
+    SDXL: "sdxl_train.py trains",
+}
 GENERATED_BY = {
     SD1: "sd_generate_image.py takes",
     SD2: "sd_generate_image.py takes",

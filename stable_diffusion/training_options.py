@@ -124,6 +124,10 @@ class StableDiffusionTrainingOptions(Options, title="Stable Diffusion"):
     # of a training of all weights
 
     @property
+    def is_whole(self) -> bool:
+        return False
+
+    @property
     def learns_in_bf16(self) -> bool:
         return False
 

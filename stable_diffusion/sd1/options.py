@@ -42,6 +42,10 @@ class Sd1FineTuningOptions(Sd1TrainingOptions, title=NAME):
     full_bf16: bool = option(name="full_bf16", facts=FREE)  # the shared one: text encoders learn in it too
 
     @property
+    def is_whole(self) -> bool:
+        return True
+
+    @property
     def learns_in_bf16(self) -> bool:
         return self.full_bf16
 
@@ -70,6 +74,10 @@ class Sd1DreamBoothOptions(Sd1TrainingOptions, title=NAME):
     @property
     def fills_captions(self) -> bool:
         return not self.no_token_padding
+
+    @property
+    def is_whole(self) -> bool:
+        return True
 
     @property
     def learns_in_bf16(self) -> bool:

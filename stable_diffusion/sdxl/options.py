@@ -61,6 +61,10 @@ class SdxlWholeTrainingOptions(SdxlLearningOptions, title=NAME):
     text_encoder_lr2 = unsupported(_OF_LORAS.format("OpenCLIP", "learning_rate_te2"), type=float)
 
     @property
+    def is_whole(self) -> bool:
+        return True
+
+    @property
     def learns_in_bf16(self) -> bool:
         return self.full_bf16
 
