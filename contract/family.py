@@ -321,6 +321,7 @@ class Abilities:
     one_sample: str = ""  # why a batch of a training has one sample: completes "batch_size 2: ..."
     bring_empty: bool = False  # it is a `BringsEmptyText`
     bring_texts: bool = False  # its checkpoint has the text encoders too, so that a training knows them
+    train_checkpoint: bool = False  # it is a `contract.whole.TrainsCheckpoint`
 
 
 class Described(Protocol):

@@ -123,7 +123,7 @@ FLOORS = {
         {"options", "samples"},
         {"caching_inside", "edited_prompts", "experts", "image_options"},
         {"checks", "resuming"},
-        {"plan"},
+        {"plan", "whole_checkpoint"},
         {"planning", "validation"},
         {"training_run"},
         {"image_metadata"},

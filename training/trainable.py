@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,8 @@ class Trainable:
     # of a DiT that is split over processes: parameters that are rows of a weight, and the weight
     split: Mapping[Tensor, Tensor] = field(default_factory=dict)
     strength: Strength = field(default_factory=Strength)
+    # how many steps a part of `modules` learns; those without an entry learn to the end
+    until: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def all_modules(self) -> tuple[nn.Module, ...]:
@@ -83,6 +85,12 @@ class Trainable:
                 network.module.train()
             if isinstance(network, ForeignNetwork):
                 network.on_epoch_start()
+
+    def start_step(self, step: int) -> None:
+        """Freeze the parts that have learned for their number of steps. step: how many were taken."""
+        for part, steps in self.until.items():
+            if step >= steps:
+                self.modules[part].requires_grad_(False)
 
     def limit_norms(self, max_norm: float, device: torch.device) -> Tensor:
         """Limit norms of the networks after an optimizer step; return the numbers of a `NormReport`."""
@@ -196,20 +204,30 @@ def train_dit(dit: nn.Module, learning_rate: float, name_parts: Sequence[str] = 
     """
     learning = []
     for name, parameter in dit.named_parameters():
-        learns = not name_parts or any(part in name for part in name_parts)
+        learns = learns_by_name(name, name_parts)
         parameter.requires_grad_(learns)
         if learns:
             learning.append(parameter)
     if not learning:
-        some = next(iter(dit.state_dict()))
-        raise OptionError(
-            f"--trainable_modules {' '.join(name_parts)}: no weight has that in its name. Use parts of names "
-            f"such as {some}"
-        )
+        refuse_no_match(dit, name_parts)
 
     groups = [{"params": learning, "lr": learning_rate}]
     dtypes = written_dtypes(dit)
     return Trainable({"dit": dit}, groups, ("dit",), writes={"": partial(_write_dit, dit, dtypes)})
+
+
+def learns_by_name(name: str, name_parts: Sequence[str]) -> bool:
+    """Return whether --trainable_modules chooses a weight. name_parts: of names; (): all learn."""
+    return not name_parts or any(part in name for part in name_parts)
+
+
+def refuse_no_match(dit: nn.Module, name_parts: Sequence[str]) -> NoReturn:
+    """Raise OptionError: no weight of the DiT has one of these parts in its name."""
+    some = next(iter(dit.state_dict()))
+    raise OptionError(
+        f"--trainable_modules {' '.join(name_parts)}: no weight has that in its name. Use parts of names "
+        f"such as {some}"
+    )
 
 
 def written_dtypes(dit: nn.Module) -> dict[str, torch.dtype]:
