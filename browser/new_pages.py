@@ -93,7 +93,7 @@ from browser.responses import (
     answer_unknown,
     read_query,
 )
-from browser.run_start import CHECK, DESCRIBE, make_check_words, make_run_words
+from browser.run_start import CHECK, DESCRIBE, make_check_words, make_run_words, read_plan
 from browser.run_views import POLICY
 from browser.runs import RUNNING
 from browser.settings_page import SettingsPages
@@ -355,7 +355,7 @@ class NewPages:
             checking=background_jobs[CHECK],
             is_check_old=output["is_check_old"],
             job=job,
-            run_address=self.find_run(described),
+            run_address=self.find_run(described, job),
         )
         return {
             **output,
@@ -517,14 +517,18 @@ class NewPages:
         jobs = [job for job in self.site.queue.jobs() if is_captioning(job, folder)]
         return jobs[-1] if jobs else None
 
-    def find_run(self, described: DescribedFolder | None) -> str:
-        """Return the address of the page of a folder's training; empty if there is none yet."""
+    def find_run(self, described: DescribedFolder | None, job: Job | None) -> str:
+        """Return the address of the page of a folder's training; empty if there is none yet.
+
+        job: of the queue, that runs the folder.
+        """
         if described is None:
             return ""
         for run in self.site.runs.list_all():
             if run.history.parent == described.output and run.name.startswith(described.name):
                 return f"/run/{run.id}/"
-        return ""
+        plan = None if job is None else read_plan(described.folder / RUN_FILE, changed=0.0)
+        return "" if plan is None else f"/run/{plan.id}/"
 
     def list_missing_parts(self, described: DescribedFolder | None) -> list[Component]:
         """Return the parts of a described folder's model that are to be loaded before the training."""

@@ -122,8 +122,7 @@
   }, true);
   function goOn() {
     const { step, folder } = find("next").dataset, isGoing = sessionStorage.getItem(GOING) === folder;
-    if (step === "busy") return;
-    sessionStorage.removeItem(GOING);
+    if (step === "busy" || step === "describe") return; // it works, or has not begun
     if (isGoing && step === "check" && !find("next").querySelector(".warn")) find("step")?.click();
     sessionStorage.removeItem(GOING); // a check is begun once
   }
