@@ -12,6 +12,12 @@ function changed(input) {
   input.dispatchEvent(new Event("input", { bubbles: true }));
 }
 
+// ---- beside the results the form is as high as what is left of the window, so that Make stays in view
+const fitForm = () => field("page").style.setProperty("--above", `${Math.max(0, field("page").parentElement.getBoundingClientRect().top)}px`);
+for (const event of ["scroll", "resize"]) addEventListener(event, fitForm, { passive: true });
+document.addEventListener("htmx:after:swap", fitForm);
+fitForm();
+
 // ---- the address names the draft, so that a reload shows what was typed
 document.addEventListener("htmx:after:request", ({ detail }) => {
   const address = detail.ctx?.request?.action ?? "";
