@@ -280,7 +280,7 @@ class NewPages:
         chosen = next((row for row in rows if row.value == f"{form.family} {form.task}"), None)
         return {
             "rows": rows,
-            "families": list(dict.fromkeys(row.model.family for row in rows)),
+            "families": list({row.model.family: row.model for row in rows}.values()),
             "tasks": [row for row in rows if row.model.family == form.family],
             "options": _file_options(chosen),
             "memory": self.memory,
