@@ -236,6 +236,7 @@ class NewPages:
             "step": choose_step(
                 form if folder is not None else replace(form, folder=""), progress["standing"], is_written
             ),
+            "free": self.describe_free(),
             "facts": self.list_facts(form, described, duration),
             "shown": "" if written is None else written.address,
             "free_name": _suggest_free_name(form, folder, described),
@@ -287,7 +288,7 @@ class NewPages:
         }
 
     def list_facts(self, form: NewForm, described: DescribedFolder | None, duration: str) -> list[str]:
-        """Return what stands beside the button: length, hours, GB to load and free.
+        """Return what stands beside the button: steps, or their hours, and GB to load.
 
         duration: of the training, in words.
         """
@@ -304,9 +305,13 @@ class NewPages:
                     missing = list_missing(model, self.site.models, form.model_files)
         if missing is not None:
             facts.append(f"{gigabytes(total_bytes(missing))} to load" if missing else "its model is here")
-        with contextlib.suppress(OSError):
-            facts.append(f"{gigabytes(free_bytes(self.site.models.absolute()))} free")
         return facts
+
+    def describe_free(self) -> str:
+        """Return the GB that are free for models; empty if that is not known."""
+        with contextlib.suppress(OSError):
+            return gigabytes(free_bytes(self.site.models.absolute()))
+        return ""
 
     def make_form(self, described: DescribedFolder) -> NewForm:
         """Return the form of a described folder."""

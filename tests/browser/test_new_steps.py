@@ -149,7 +149,7 @@ def test_lists_that_scroll_say_how_many_more(served: Served) -> None:
 
 def test_the_page_reads_without_scripts(served: Served, root: Path) -> None:
     text = served.ask(f"/new?folder={quote(str(root / 'set'))}").text
-    for words in (">Check</button>", "Described.", "10 steps", "its model is here", " free</p>"):
+    for words in (">Check</button>", "Described.", "10 steps", "its model is here", " free</span>"):
         assert words in text
     assert text.count('id="step"') == 1
 
