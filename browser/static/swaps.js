@@ -29,6 +29,9 @@
   // ---- a page that nobody sees asks for nothing again; what was pressed or typed is still sent
   document.addEventListener("htmx:before:request", (event) => {
     const isRepeated = event.detail.ctx.request.method === "GET" && event.target.closest?.("[hx-trigger*='every']");
-    if (document.hidden && isRepeated) event.preventDefault();
+    if (!document.hidden || !isRepeated) return;
+    let isAwaited = false; // the end of a run, see notices.js
+    try { isAwaited = event.target.id === "machine" && localStorage.getItem("tell of ends") === "yes"; } catch { /* kept nowhere */ }
+    if (!isAwaited) event.preventDefault();
   });
 }
