@@ -87,6 +87,8 @@ class LoraRules:
     # endings of paths of fused layers -> how many parts, see `networks.lora_products.fused_heights`
     fused: Mapping[str, int] = field(default_factory=dict)
     encoders: Mapping[str, str] = field(default_factory=dict)  # argument -> the encoder it switches on
+    # argument -> the part of `DitSpec.lora_exclude` that it switches on
+    switches: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
