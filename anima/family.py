@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from anima.configs import ANIMA as RELEASE
 from anima.configs import DIT, FEW_STEPS, LATENT, NOISE
 from anima.files import AnimaFiles
-from anima.names import LORA
+from anima.names import LORA, SOURCE_BLOCKS
 from anima.options import (
     FLOW_SHIFT,
     GUIDANCE_SCALE,
@@ -78,6 +78,12 @@ class Anima(ModelOfPictures):
     release: ModelRelease = field(default=RELEASE, init=False)
     text_keys: frozenset[str] = field(default=frozenset(INPUTS.values()), init=False)
     called: str = field(default=NAME, init=False)
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """Return names of the model, and the number of its blocks: a LoRA's names do not always tell it."""
+        blocks = {} if self.files.dit is None else {SOURCE_BLOCKS[0]: str(*self.block_counts())}
+        return self.metadata_of({**self.named, **blocks})
 
     # encoding
 

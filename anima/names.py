@@ -2,7 +2,7 @@
 
 from contract.families import PICTURES, FamilyEntry, Marks
 from networks.names import layouts
-from networks.names.layouts import FamilyNames, LoraRules, renamed_parts
+from networks.names.layouts import FamilyNames, GrownBlocks, LoraRules, renamed_parts
 
 ENTRY = FamilyEntry(
     "anima",
@@ -64,6 +64,15 @@ _ADAPTER_ORDER = (
     "cross_attn.q_proj cross_attn.k_proj cross_attn.v_proj cross_attn.o_proj mlp.0 mlp.2"
 )
 
+# metadata of LoRA files; the first is SwarmUI's
+SOURCE_BLOCKS = ("modelspec.anima_source_blocks", "anima_source_blocks")
+GROWN = GrownBlocks(
+    "blocks",
+    also_called=("transformer_blocks",),
+    depths=(28, 40, 52),
+    copied=frozenset({1, 3, 5, 7, 9, 11, 14, 16, 18, 20, 22, 24}),
+    keys=SOURCE_BLOCKS,
+)
 ANIMA = FamilyNames(
     "anima",
     "anima-preview",
@@ -86,7 +95,8 @@ ANIMA = FamilyNames(
         (".mlp.layer1", 4, 1),
         (".mlp.layer2", 1, 4),
     ),
-    released=tuple((2048, (("blocks", depth),)) for depth in (28, 40, 52)),
+    released=tuple((2048, (("blocks", depth),)) for depth in GROWN.depths),
+    grown=GROWN,
     numbered=(("blocks.{n}.", _ORDER), (f"{_ADAPTER}blocks.{{n}}.", _ADAPTER_ORDER)),
     network_module="networks.lora_anima",
     rules=LoraRules(switches={"train_llm_adapter": f".{_ADAPTER}"}),
