@@ -25,7 +25,7 @@ from running.run_blocks import BlockNetwork, Hidden
 
 
 class Approximator(nn.Module):
-    """Make the modulations of all blocks. It is never trained here: no gradient goes into it."""
+    """Make the modulations of all blocks. Only a training of the whole model trains it."""
 
     def __init__(self, config: ApproximatorConfig, rows: int, out_dim: int, eps: float) -> None:
         """rows: M, how many modulations. out_dim: C."""
@@ -37,9 +37,13 @@ class Approximator(nn.Module):
         self.norms = nn.ModuleList(ScaleNorm(config.dim, eps) for _ in range(config.layers))
         self.out_proj = nn.Linear(config.dim, out_dim)
 
-    @torch.no_grad()
     def forward(self, timesteps: Tensor, guidance: Tensor) -> Tensor:
         """Return B M C float32. timesteps: B, 0..1000. guidance: B, not scaled."""
+        learns = any(weight.requires_grad for weight in self.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and learns):  # no gradient for a LoRA
+            return self._make_rows(timesteps, guidance)
+
+    def _make_rows(self, timesteps: Tensor, guidance: Tensor) -> Tensor:
         in_dim = self.config.in_dim
         batch = len(timesteps)
         number = torch.arange(self.rows, dtype=torch.float32, device=timesteps.device)

@@ -1,5 +1,7 @@
 """FLUX.1's and Chroma's own options for caching, training and generation."""
 
+import argparse
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,7 +9,17 @@ from typing import Any
 from modules.errors import OptionError
 from modules.option_values import FillIn
 from modules.options import FREE, HABIT, NO_PIXELS, OF_DECODING, Options, option, unsupported
-from modules.speed_options import AE, AE_HELP, VaeOptions, dit_dtype_option, fp8_text_option, text_form_option
+from modules.speed_options import (
+    AE,
+    AE_HELP,
+    VaeOptions,
+    dit_dtype_option,
+    fp8_text_option,
+    take_ae,
+    text_form_option,
+)
+
+logger = logging.getLogger(__name__)
 
 FLUX, CHROMA = "flux", "chroma"  # values of --model_type
 USUAL_GUIDANCE = 3.5  # default of the embedded guidance, in training and in generation
@@ -53,6 +65,18 @@ def _model_type() -> Any:
     )
 
 
+# of `ImageTrainerDefaults`, in the scripts that train
+TRAINER: Mapping[str, Any] = {
+    "timestep_sampling": "sigma",
+    "discrete_flow_shift": 3.0,
+    "model_prediction_type": "sigma_scaled",
+    "guidance_scale": USUAL_GUIDANCE,
+    "translate": take_ae,
+    "tokenizers": {
+        "clip_l_tokenizer": "openai_clip-vit-large-patch14",
+        "t5xxl_tokenizer": "google_t5-v1_1-xxl",
+    },
+}
 CONTROL_NET = "--controlnet_model_name_or_path"
 
 
@@ -85,8 +109,8 @@ class FluxTextCachingOptions(Options, title=NAME):
             )
 
 
-class FluxTrainingOptions(Options, title=NAME):
-    """Options of flux_train_network.py besides the shared ones."""
+class FluxLearningOptions(Options, title=NAME):
+    """Options of the scripts that train, besides the shared ones."""
 
     # resume compares its name
     dit: Path | None = option(name="pretrained_model_name_or_path", facts=FREE)
@@ -100,9 +124,25 @@ class FluxTrainingOptions(Options, title=NAME):
         "ControlNet of FLUX.1 to train with: frozen; its output for the tables' control pictures is "
         "added after the blocks; a folder in diffusers' layout, its file, or owner/name of the hub"
     )
+
+
+class FluxTrainingOptions(FluxLearningOptions, title=NAME):
+    """Options of flux_train_network.py besides the shared ones."""
+
     split_mode = unsupported(
         "training both at once takes as little memory with --blocks_to_swap. Use that",
         "train double and single blocks apart",
+    )
+
+
+class FluxWholeTrainingOptions(FluxLearningOptions, title=NAME):
+    """Options of flux_train.py besides the shared ones."""
+
+    double_blocks_to_swap: int | None = option(
+        "added to --blocks_to_swap, which takes its place", least=0, facts=FREE
+    )
+    single_blocks_to_swap: int | None = option(
+        "half of it is added to --blocks_to_swap, as a single block is half as large", least=0, facts=FREE
     )
 
 
@@ -120,12 +160,31 @@ class FluxGenerationOptions(Options, title=NAME):
     text: FluxTextOptions
 
 
-def caching_options(options: FluxTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
+def join_swapped(args: argparse.Namespace) -> None:
+    """Put the older names of --blocks_to_swap and of --ae into the present ones.
+
+    Raises OptionError if both are given.
+    """
+    older = {name: getattr(args, name) for name in ("double_blocks_to_swap", "single_blocks_to_swap")}
+    typed = " ".join(f"--{name} {number}" for name, number in older.items() if number is not None)
+    if typed and args.blocks_to_swap is not None:
+        raise OptionError(
+            f"{typed} with --blocks_to_swap {args.blocks_to_swap}: they say the same in two ways. Give "
+            "--blocks_to_swap alone"
+        )
+    if typed:
+        blocks = (older["double_blocks_to_swap"] or 0) + (older["single_blocks_to_swap"] or 0) // 2
+        logger.info("%s is read as --blocks_to_swap %d.", typed, blocks)
+        args.blocks_to_swap = blocks
+    take_ae(args)
+
+
+def caching_options(options: FluxLearningOptions) -> tuple[dict[str, Any], dict[str, Any]]:
     latents = {"--ae": options.vae.vae or FillIn("AE_FILE"), CONTROL_NET: options.controlnet}
     return latents, _list_text_options(options)
 
 
-def generation_options(options: FluxTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
+def generation_options(options: FluxLearningOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
     return {
         "--dit": options.dit or FillIn("DIT_FILE"),
@@ -136,7 +195,7 @@ def generation_options(options: FluxTrainingOptions, sample: Mapping[str, Any]) 
     }
 
 
-def _list_text_options(options: FluxTrainingOptions) -> dict[str, Any]:
+def _list_text_options(options: FluxLearningOptions) -> dict[str, Any]:
     text = options.text
     is_chroma = options.model_type == CHROMA
     return {

@@ -143,15 +143,20 @@ class HunyuanImageGenerationOptions(Options, title=NAME):
     projection: ProjectedGuidanceOptions
 
 
-def translate_training(args: argparse.Namespace) -> None:
-    """Translate HunyuanImage's own names of shared options into the shared ones.
-
-    Raises OptionError if only text encoders are to be trained, as this model's cannot be.
-    """
+def name_attention(args: argparse.Namespace) -> None:
+    """Translate HunyuanImage's name of the options for attention into the shared ones."""
     if args.attn_mode is not None:
         flag = TRAINING_FLAGS[GENERATION_VALUES[args.attn_mode]]
         setattr(args, flag.removeprefix("--"), True)
         args.typed_names = {**typed_names(args), flag: f"--attn_mode {args.attn_mode}"}
+
+
+def translate_training(args: argparse.Namespace) -> None:
+    """Translate HunyuanImage's own names of shared options into the shared ones, for a LoRA.
+
+    Raises OptionError if only text encoders are to be trained, as this model's cannot be.
+    """
+    name_attention(args)
     if args.network_train_text_encoder_only:
         raise OptionError(
             f"--network_train_text_encoder_only: the text encoders of {NAME}, a language model of 7 bn "
@@ -160,6 +165,16 @@ def translate_training(args: argparse.Namespace) -> None:
     if not args.network_train_unet_only:
         logger.info("The text encoders of %s do not learn: --network_train_unet_only is assumed.", NAME)
         args.network_train_unet_only = True
+
+
+# of `ImageTrainerDefaults`, in the scripts that train
+TRAINER: Mapping[str, Any] = {
+    "timestep_sampling": "sigma",
+    "discrete_flow_shift": 5.0,
+    "model_prediction_type": "raw",
+    "translate": translate_training,
+    "tokenizers": {"text_encoder_tokenizer": "Qwen_Qwen2.5-VL-7B-Instruct"},
+}
 
 
 def caching_options(options: HunyuanImageTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:

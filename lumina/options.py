@@ -131,6 +131,17 @@ def translate_training(args: argparse.Namespace) -> None:
     take_ae(args)
 
 
+# of `ImageTrainerDefaults`, in the scripts that train
+TRAINER: Mapping[str, Any] = {
+    "timestep_sampling": "shift",
+    "discrete_flow_shift": 6.0,
+    "model_prediction_type": "raw",
+    "samplers": ("sigma", "uniform", "sigmoid", "shift", "nextdit_shift", "flux_shift"),
+    "translate": translate_training,
+    "tokenizers": {"gemma2_tokenizer": "google_gemma-2-2b"},
+}
+
+
 def caching_options(options: LuminaTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
     return {"--ae": options.vae.vae or FillIn("AE_FILE")}, _list_text_options(options.text)
 

@@ -250,7 +250,10 @@ def test_a_comparison_makes_what_the_generation_script_makes(trained: tuple[Tiny
     assert list((folder / "compared").glob("compare_*.html"))
 
 
-OF_PICTURES = ("flux_2", "flux_3", "qwen_image_21 edit", "kontext", "krea2 edit")
+OF_PICTURES = (
+    *("flux", "chroma", "lumina", "hunyuan_image"),
+    *("flux_2", "flux_3", "qwen_image_21 edit", "kontext", "krea2 edit"),
+)
 WHOLE_SLOW = ("wan i2v-14B-FC", "framepack one frame", "qwen_image edit-2511", *OF_PICTURES)
 CHOSEN = ("wan t2v-1.3B", "hunyuan_video", "framepack", "qwen_image", "krea2", *WHOLE_SLOW)
 WHOLE_CASES = [

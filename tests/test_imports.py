@@ -39,7 +39,8 @@ MAY_IMPORT = {
     "anima": GROUND | {"networks.names", "encoders", "qwen_image", "wan"},
     "generation": GROUND | {"networks", "blissful_tuner", "post"},
     "stable_diffusion": GROUND | {"networks", "encoders", "generation", "blissful_tuner", "post"},
-    "training": GROUND | {"networks", "dataset", "data_tools.report", "generation", "blissful_tuner"},
+    "training": GROUND
+    | {"networks", "dataset", "data_tools.report", "generation", "blissful_tuner", "downloads.catalogue"},
     "downloads": GROUND,
     "project": GROUND | {"dataset", "data_tools.report", "downloads", "training"},
     "browser": GROUND

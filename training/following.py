@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +15,8 @@ from modules.console import quiet
 from modules.installation import command_words
 from modules.limits import MAX_EXAMPLE_CHARACTERS
 from modules.option_values import FillIn, missing_words, option_words
-from modules.options import STARTS, option_values, options_with
-from modules.repeated_options import RepeatedOption, fill_options
+from modules.options import STARTS, option_name, option_values, options_with
+from modules.repeated_options import RepeatedOption, accepted_options, fill_options
 from networks.kinds.contract import NetworkKind
 from networks.module_names import read_family
 from networks.names.layouts import KNOWN, TRAINED_ON
@@ -225,9 +225,14 @@ class NextSteps:
     def _start_options(self) -> list[str]:
         """Return the options that start a run from trained files, one for each file."""
         is_network = self.options.network is not None
-        option = "network_weights" if is_network else "dit"
+        option = "network_weights" if is_network else self._dit_option()
         parts = self.names.parts if is_network else [expert.name for expert in self.plan.family.experts]
         return [f"{option}_{HIGH_NOISE}" if part == HIGH_NOISE else option for part in parts] or [option]
+
+    def _dit_option(self) -> str:
+        """Return the name of the training's option for the transformer."""
+        names = (option_name(field) for field in fields(self.command.family_options) if field.name == "dit")
+        return next(names)
 
     def _words(self, without: Collection[str] = ()) -> list[str]:
         options = [
@@ -296,7 +301,7 @@ class NextSteps:
         if self.options.network is not None:
             loras += [(file, 1.0) for file in files]
         elif files:
-            words[words.index(f"--dit{ending}") + 1] = str(files[0])
+            words = self._with_dit(words, f"dit{ending}", files[0])
         loras += self.sample_loras
         if loras:
             flag = self.command.spellings.get("lora_weight", "--lora_weight")
@@ -305,6 +310,14 @@ class NextSteps:
             flag = self.command.spellings.get("lora_multiplier", "--lora_multiplier")
             words += [f"{flag}{ending}", *(f"{multiplier:g}" for _, multiplier in loras)]
         return words
+
+    def _with_dit(self, words: Sequence[str], name: str, file: Path) -> list[str]:
+        """Return a command with a trained file in place of a transformer. name: of its option."""
+        assert self.command.entry is not None
+        flags = accepted_options(self.command.entry.options_record("Generation"))[name].flags
+        place = next((place for place, word in enumerate(words) if word in flags), len(words))
+        flag = words[place] if place < len(words) else f"--{name}"  # of a release that is one file
+        return [*words[:place], flag, str(file), *words[place + 2 :]]
 
 
 def _file_index(files: Sequence[Path], expert: int) -> int:

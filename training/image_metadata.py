@@ -24,7 +24,7 @@ MOST_TAGS = 5000  # of a folder; some 100 kB of a file's header
 Tags = Mapping[str, Mapping[str, int]]  # folder -> tag -> how many captions have it
 
 
-def image_values(plan: TrainingPlan, parts: PartsOptions, prediction: PredictionOptions) -> dict[str, Any]:
+def image_values(plan: TrainingPlan, prediction: PredictionOptions) -> dict[str, Any]:
     """Return the entries `ss_*` of an image trainer's file in addition to those of every training."""
     options, items = plan.options, plan.training
     model_type = plan.family.metadata.get("model_type")
@@ -34,8 +34,7 @@ def image_values(plan: TrainingPlan, parts: PartsOptions, prediction: Prediction
     tags = count_tags(items)
     values: dict[str, Any] = {
         "fp8_base_unet": options.speed.fp8.fp8_base,  # text encoders have an option of their own
-        "unet_lr": options.optimizer.learning_rate if parts.unet_lr is None else parts.unet_lr,
-        "text_encoder_lr": _text_rates_as_known(parts),
+        **_list_rates(options.optimizer.learning_rate, options.parts),
         "cache_latents": caching is not None and caching.caches_latents,
         "lowram": False,  # weights are always read in pieces
         "scale_weight_norms": None if network is None else network.scale_weight_norms,
@@ -74,12 +73,19 @@ def _tables_with_items(tables: Iterable[DatasetTable], items: Iterable[TrainingI
     return [table for table in tables if table.index in indices]
 
 
-def _text_rates_as_known(parts: PartsOptions) -> float | list[float] | None:
-    """Return the learning rates of the text encoders, in the form that image trainers write."""
-    rates = parts.text_encoder_lr
-    if rates is None:
-        return None
-    return rates[0] if len(rates) == 1 else list(rates)
+def _list_rates(rate: float, parts: PartsOptions | None) -> dict[str, Any]:
+    """Return the learning rates of a LoRA's parts, in the form that image trainers write.
+
+    parts: None if there is no LoRA.
+    """
+    if parts is None:
+        return {}
+    text_rates = parts.text_encoder_lr
+    is_single = text_rates is not None and len(text_rates) == 1
+    return {
+        "unet_lr": rate if parts.unet_lr is None else parts.unet_lr,
+        "text_encoder_lr": text_rates[0] if text_rates and is_single else text_rates and list(text_rates),
+    }
 
 
 # --- captions

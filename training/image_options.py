@@ -26,6 +26,7 @@ from training.learning_options import PartsOptions
 from training.noise_options import RAW, WEIGHTINGS, PredictionOptions
 from training.options import (
     ScriptOption,
+    TrainedNetworkOptions,
     TrainingOptions,
     list_script_options,
     log_idle,
@@ -45,6 +46,9 @@ OPTIMIZERS = {"use_8bit_adam": "AdamW8bit", "use_lion_optimizer": "Lion"}  # swi
 SWITCHES = {  # another name of a switch -> ours
     "cpu_offload_checkpointing": "gradient_checkpointing_cpu_offload",
     "fp8_base_unet": "fp8_base",
+    # of whole models
+    "blockwise_fused_optimizers": "fused_backward_pass",
+    "skip_latents_validity_check": "skip_cache_check",
 }
 
 
@@ -70,14 +74,19 @@ class ImageTrainerDefaults:
 
 
 def read_image_training(
-    doc: str | None, record: type[R], defaults: ImageTrainerDefaults, argv: Sequence[str] | None
+    doc: str | None,
+    record: type[R],
+    defaults: ImageTrainerDefaults,
+    argv: Sequence[str] | None,
+    learner: type[Options] = TrainedNetworkOptions,
 ) -> tuple[TrainingOptions, R, list[ScriptOption]]:
     """Read the options of a script that trains an image model; return what `read_training` does.
 
-    record: the family's own options. --pretrained_model_name_or_path and --vae are declared
-    here, and are read by a field of the record with that option name. Ends the program after --output_config.
+    record: the family's own options. learner: see `training_parser`. --pretrained_model_name_or_path and
+    --vae are declared here, and are read by a field of the record with that option name. Ends the program
+    after --output_config.
     """
-    parser = image_training_parser(doc, defaults)
+    parser = image_training_parser(doc, defaults, learner)
     add_options(parser, record)
     args = read_arguments(parser, argv)
     read_options(ConsoleOptions, args).apply()
@@ -130,8 +139,13 @@ class OtherNames(Options, title="other names"):
     )
 
 
-def image_training_parser(doc: str | None, defaults: ImageTrainerDefaults) -> argparse.ArgumentParser:
-    """Return a parser with all options that every image trainer has. doc: the script's docstring."""
+def image_training_parser(
+    doc: str | None, defaults: ImageTrainerDefaults, learner: type[Options] = TrainedNetworkOptions
+) -> argparse.ArgumentParser:
+    """Return a parser with all options that every image trainer has.
+
+    doc: the script's docstring. learner: see `training_parser`.
+    """
     usual = {
         "timestep_sampling": defaults.timestep_sampling,
         "model_prediction_type": defaults.model_prediction_type,
@@ -142,8 +156,9 @@ def image_training_parser(doc: str | None, defaults: ImageTrainerDefaults) -> ar
     choices = {"timestep_sampling": defaults.samplers, "weighting_scheme": (*WEIGHTINGS, UNIFORM)}
     settings = {name: {"choices": values} for name, values in choices.items()}
     script: dict[str, Any] = {"defaults": usual, "refused": defaults.refused}
-    parser = training_parser(doc, settings=settings, **script)
-    add_options(parser, ImageModelOptions, PartsOptions, PredictionOptions, **script)
+    parser = training_parser(doc, learner, settings=settings, **script)
+    of_learner = OF_LORAS if learner is TrainedNetworkOptions else OF_WHOLE_MODELS
+    add_options(parser, ImageModelOptions, *of_learner, PredictionOptions, **script)
     add_options(parser, SubsetOptions, CachingInRunOptions, **script)
     foreign = FOREIGN if defaults.foreign is None else defaults.foreign
     add_options(parser, StartOptions, ConsoleOptions, OtherNames, *foreign, **script)
@@ -167,7 +182,7 @@ def _translate(args: argparse.Namespace) -> None:
             args.optimizer_type = optimizer
     names = dict(typed_names(args))
     for other_name, name in SWITCHES.items():
-        if getattr(args, other_name) and not getattr(args, name):
+        if getattr(args, other_name, False) and not getattr(args, name):
             setattr(args, name, True)
             names[f"--{name}"] = f"--{other_name}"
     args.typed_names = names
@@ -195,7 +210,7 @@ def _translate(args: argparse.Namespace) -> None:
 
 def _named_otherwise(args: argparse.Namespace, tokenizers: Collection[str]) -> set[str]:
     """Return the options whose values were given by `OtherNames`. tokenizers: names of their options."""
-    names = {name for other_name, name in SWITCHES.items() if getattr(args, other_name)}
+    names = {name for other_name, name in SWITCHES.items() if getattr(args, other_name, False)}
     if any(getattr(args, other_name) for other_name in OPTIMIZERS):
         names.add("optimizer_type")
     if args.caption_extention is not None:
@@ -282,11 +297,6 @@ class OtherModels(Options, title="for other models"):
     scale_v_pred_loss_like_noise_pred = unsupported(EPSILON)
     v_pred_like_loss = unsupported(EPSILON, type=float)
     debiased_estimation_loss = unsupported(EPSILON)
-    save_model_as = unsupported(
-        "only safetensors files are written: other forms can hold code",
-        default="safetensors",
-        choices=("ckpt", "pt", "safetensors"),
-    )
 
 
 class DeepspeedOptions(Options, title="DeepSpeed"):
@@ -308,8 +318,6 @@ class NotNeeded(Options, title="not needed"):
 
     lowram = not_needed("weights are read in pieces, straight to the device.")
     highvram = not_needed("no cache of the device is emptied between steps.")
-    full_fp16 = not_needed(ROUNDING, "train in fp16")
-    full_bf16 = not_needed(ROUNDING, "train in bf16")
     mem_eff_attn = not_needed("torch's own attention (--sdpa) is as lean.", "attention in pieces")
     disable_mmap_load_safetensors = not_needed("safetensors files are read in pieces, never mapped.")
 
@@ -327,6 +335,40 @@ class NotNeededByFlows(Options, title="not needed"):
     )
 
 
+CODE = "only safetensors files are written: other forms can hold code"
+
+
+class OfLoraFiles(Options, title="not built"):
+    """Options on the file and the dtype of what is trained that other trainers have for LoRAs."""
+
+    save_model_as = unsupported(CODE, default="safetensors", choices=("ckpt", "pt", "safetensors"))
+    full_fp16 = not_needed(ROUNDING, "train in fp16")
+    full_bf16 = not_needed(ROUNDING, "train in bf16")
+
+
+_TEXTS_STAY = "the text encoders are not trained. Leave it out, or train a LoRA"
+
+
+class OfWholeModels(Options, title="full fine-tuning"):
+    """Options of image trainers for whole models, and those for LoRAs that have no part in it."""
+
+    blockwise_fused_optimizers: bool = option(
+        "--fused_backward_pass, which steps each weight by itself instead of each block"
+    )
+    skip_latents_validity_check: bool = option("--skip_cache_check")
+    fused_optimizer_groups = not_needed(
+        "--fused_backward_pass steps each weight by itself, which takes less memory than groups of weights.",
+        type=int,
+    )
+    use_safetensors = not_needed("only safetensors files are written.")
+    network_train_unet_only = not_needed("the text encoders are not trained.")
+    network_train_text_encoder_only = unsupported(_TEXTS_STAY)
+    unet_lr = unsupported("the rate of the transformer is that of --learning_rate. Give it there", type=float)
+    text_encoder_lr = unsupported(_TEXTS_STAY, nargs="*", type=float)
+
+
+OF_LORAS = (PartsOptions, OfLoraFiles)
+OF_WHOLE_MODELS = (OfWholeModels,)
 FOREIGN = (OtherModels, DeepspeedOptions, NotNeeded, NotNeededByFlows)
 
 
@@ -335,11 +377,6 @@ class NotForNoise(Options, title="not built"):
 
     weighted_captions = unsupported(
         "captions are read as they are; weights of words are for generation (gen_img.py)"
-    )
-    save_model_as = unsupported(
-        "only safetensors files are written: other forms can hold code",
-        default="safetensors",
-        choices=("ckpt", "pt", "safetensors"),
     )
 
 

@@ -62,6 +62,12 @@ class WholeDitOptions(Options, title="full fine-tuning"):
         "keep the weights in fp16",
     )
 
+    save_model_as = unsupported(
+        "only safetensors files are written: other forms can hold code",
+        "form of the trained file",
+        values=("safetensors",),
+        choices=("ckpt", "safetensors", "diffusers", "diffusers_safetensors"),
+    )
     training_adapter = unsupported(NO_FROZEN_MODEL, "LoRA in training steps only", metavar="FILE")
     training_adapter_multiplier = unsupported(NO_FROZEN_MODEL, "its strength", type=float)
     network_weights = unsupported(MERGED_BEFORE, "LoRA file to start from", type=str)

@@ -106,8 +106,8 @@ def _list_optional_values(plan: TrainingPlan) -> dict[str, Any]:
     values: dict[str, Any] = {}
     if options.loss != L2 or options.is_for_images:
         values |= {f"ss_{name}": value for name, value in asdict(options.loss).items()}
-    if options.parts is not None and options.prediction is not None:
-        values |= image_values(plan, options.parts, options.prediction)
+    if options.prediction is not None:
+        values |= image_values(plan, options.prediction)
     if options.timesteps.timestep_focus is not None:
         values["ss_timestep_focus"] = options.timesteps.timestep_focus
         values["ss_timestep_focus_range"] = " ".join(map(str, options.timesteps.timestep_focus_range))

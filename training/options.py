@@ -117,7 +117,7 @@ class TrainingOptions(Options):
     speed: TrainingSpeedOptions
     # None: the script's models have one transformer
     experts: learning_options.ExpertTrainingOptions | None = option(facts=FREE)
-    # of image trainers; None in the others
+    # of image trainers that make LoRAs; None in the others
     parts: learning_options.PartsOptions | None
     start: run_options.StartOptions | None = option(facts=FREE)
     subset: SubsetOptions | None = option(facts=FREE)  # the resulting tables are compared instead
@@ -179,7 +179,7 @@ class TrainingOptions(Options):
 
     @property
     def is_for_images(self) -> bool:
-        return self.parts is not None
+        return self.prediction is not None
 
     @property
     def can_swap(self) -> bool:

@@ -62,7 +62,9 @@ def training_script(
         else:
             from training.image_options import read_image_training  # only for image models
 
-            options, family_options, script_options = read_image_training(about, record, images, argv)
+            options, family_options, script_options = read_image_training(
+                about, record, images, argv, learner=learner
+            )
         with name_as_typed(options.typed_names):
             if whole_dit:
                 refuse_for_whole(option_values(family_options).get("dit_dtype"))

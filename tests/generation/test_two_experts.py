@@ -200,6 +200,7 @@ def uses_of(experts: tuple[Expert, ...], low: list[Path], high: list[Path]) -> l
         lora=LoraOptions.usual(lora_weight=tuple(low) or None),
         lora_patterns=LoraPatternOptions.usual(),
         experts=ExpertOptions.usual(lora_weight_high_noise=tuple(high) or None),
+        latent_path=None,
     )
     return list(expert_loras(SimpleNamespace(experts=experts), options))  # type: ignore[arg-type]
 

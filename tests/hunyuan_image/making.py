@@ -1,5 +1,6 @@
 """HunyuanImage networks for the tests: recorded ones, and the tiny one in diffusers."""
 
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -40,6 +41,11 @@ def golden_model() -> HunyuanImageModel:
 @cache
 def in_diffusers() -> nn.Module:
     """The tiny transformer as diffusers' class."""
+    return fill_diffusers(tiny_state())
+
+
+def fill_diffusers(state: Mapping[str, Tensor]) -> nn.Module:
+    """diffusers' class with the weights of a tiny transformer, by their published names."""
     from diffusers import HunyuanImageTransformer2DModel
 
     with torch.device("meta"):
@@ -61,7 +67,7 @@ def in_diffusers() -> nn.Module:
         second.linear_1 = nn.Linear(CONFIG.glyph_dim, first)
         second.linear_2 = nn.Linear(first, then)
         second.linear_3 = nn.Linear(then, CONFIG.dim)
-    model.load_state_dict(diffusers_state(tiny_state()), assign=True)
+    model.load_state_dict(diffusers_state(state), assign=True)
     return model.eval().requires_grad_(False)
 
 

@@ -476,7 +476,7 @@ CASES: dict[str, Training] = {
     ),
     "hunyuan_image": Training(
         *("hi", "vlm_embed", 8.0, ()),
-        network=lambda _: hunyuan_image.in_diffusers(),
+        network=hunyuan_image.fill_diffusers,
         parts=partial(parts_of, parts_there=tiny_hunyuan_image.diffusers_parts),
         error=error_of_hunyuan_image,
         change=partial(write_caption, "picture 2", 'a door that says "push"'),

@@ -13,7 +13,10 @@ from tests.parity.training import descent, shuffled
 from tests.tiny.families import family_called
 
 RATE = 0.1
-WHOLE = ("krea2", "flux_2", "flux_3", "qwen_image_21", "kontext")
+WHOLE = (
+    *("krea2", "flux", "chroma", "lumina", "hunyuan_image"),
+    *("flux_2", "flux_3", "qwen_image_21", "kontext"),
+)
 DAILY = {"krea2"}
 
 

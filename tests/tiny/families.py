@@ -251,6 +251,7 @@ def _flux(name: str, kind: str) -> TinyFamily:
         vae=["--ae", "model/ae.safetensors"],
         texts=[*clip, "--t5xxl", "model/t5xxl_fp16.safetensors", *mask],
         training=["--sdpa", "--model_prediction_type", "raw", "--network_train_unet_only"],
+        train_whole="flux_train.py",
     )
     first, _, *train = made.train
     return replace(made, train=[first, "--pretrained_model_name_or_path", *train])
@@ -333,6 +334,7 @@ def _lumina() -> TinyFamily:
         training=["--network_train_unet_only"],
         making=["--flow_shift", "5"],
         line="--fs 5",
+        train_whole="lumina_train.py",
     )
 
 
@@ -426,6 +428,7 @@ def _hunyuan_image() -> TinyFamily:
         texts=[*TEXTS, "--byt5", "model/byt5.safetensors"],
         training=["--sdpa", "--network_train_unet_only"],
         line="--fs 5",
+        train_whole="hunyuan_image_train.py",
     )
 
 

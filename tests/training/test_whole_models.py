@@ -16,7 +16,10 @@ FUSED = ("--full_bf16", "--fused_backward_pass", "--max_grad_norm", "0", "--opti
 KEPT = ("--optimizer_args", "relative_step=False", "scale_parameter=False", "warmup_init=False")
 BF16 = ("--mixed_precision", "bf16", "--learning_rate", "1e-2", *FUSED, *KEPT)
 DAILY = "krea2"
-NAMES = ("krea2", "flux_2", "flux_3", "qwen_image_21", "kontext", "z_image", "qwen_image")
+NAMES = (
+    *("krea2", "flux", "chroma", "lumina", "hunyuan_image"),
+    *("flux_2", "flux_3", "qwen_image_21", "kontext", "z_image", "qwen_image"),
+)
 
 
 def whole_words(family: TinyFamily) -> list[str]:
@@ -82,7 +85,7 @@ def test_a_base_in_8_bits_is_refused_at_once(project: tuple[TinyFamily, Path]) -
     path = folder / "model" / "small.safetensors"
     save_file(small, path)
     words = whole_words(family)
-    words[words.index("--dit") + 1] = str(path)
+    words[words.index("model/dit.safetensors")] = str(path)
 
     for more in ((), ("--plan",)):
         code, said = run_here(*words, "--max_train_steps", "1", *more, folder=folder)

@@ -1,0 +1,18 @@
+"""Fine-tune the whole transformer of FLUX.1 or Chroma. All options: python flux_train.py --help"""
+
+import modules.interpreter  # noqa: F401
+from flux.options import TRAINER, join_swapped
+from training.image_options import ImageTrainerDefaults
+from training.scripts import training_script
+
+main = training_script(
+    "flux",
+    __doc__,
+    whole_dit=True,
+    kind="WholeTraining",
+    images=ImageTrainerDefaults(**{**TRAINER, "translate": join_swapped}),
+)
+
+
+if __name__ == "__main__":
+    main.run()

@@ -1,0 +1,17 @@
+"""Fine-tune the whole transformer of HunyuanImage-2.1. All options: python hunyuan_image_train.py --help"""
+
+import modules.interpreter  # noqa: F401
+from hunyuan_image.options import TRAINER, name_attention
+from training.image_options import ImageTrainerDefaults
+from training.scripts import training_script
+
+main = training_script(
+    "hunyuan_image",
+    __doc__,
+    whole_dit=True,
+    images=ImageTrainerDefaults(**{**TRAINER, "translate": name_attention}),
+)
+
+
+if __name__ == "__main__":
+    main.run()
