@@ -1,5 +1,6 @@
 """Anima, described for the shared loops."""
 
+import logging
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +20,9 @@ from anima.options import (
     STEPS,
     AnimaGenerationOptions,
     AnimaLatentCachingOptions,
+    AnimaLearningOptions,
     AnimaTextCachingOptions,
-    AnimaTrainingOptions,
+    AnimaWholeTrainingOptions,
 )
 from anima.text_encoder import IDS, MASK, STATES, WEIGHTS, check_tokens
 from checkpoints.dits import with_dtype
@@ -33,7 +35,7 @@ from contract.data import (
     MediaEncoders,
     SamplingDefaults,
 )
-from contract.family import DitSpec, Family, NoiseSource, NoiseSpec
+from contract.family import Abilities, DitSpec, Family, NoiseSource, NoiseSpec
 from contract.few_steps import FewSteps
 from contract.loading import Placement
 from contract.requests import Prepared, Request
@@ -43,6 +45,8 @@ from encoders.pictures import ModelOfPictures, encode_pictures, picture_defaults
 from modules.devices import send
 from modules.media.pixels import to_pixels
 from modules.options import NO_OPTIONS
+
+logger = logging.getLogger(__name__)
 
 TEXTS_AGAIN = "anima_cache_text_encoder_outputs.py"
 # arguments of the network -> names in caches; masks stay on the host, which reads them
@@ -67,6 +71,7 @@ class Anima(ModelOfPictures):
         "base_model_version": "anima",
     }
     few_steps: ClassVar[FewSteps] = FEW_STEPS
+    can: ClassVar = Abilities(tell_few_steps=True, rate_parts=True)
     draws_latents: ClassVar[bool] = False
     cache_tag: str = field(default="anima", init=False)
     noise_dtype: torch.dtype | None = field(default=torch.float32, init=False)  # as in diffusers
@@ -93,6 +98,11 @@ class Anima(ModelOfPictures):
         return encode_pictures(media, vae.device, lambda frames: vae.encode(to_pixels(frames)).to(vae.dtype))
 
     # the network
+
+    @property
+    def part_rates(self) -> Mapping[str, float]:
+        """Return learning rates of parts, of a training of all weights that gives some."""
+        return self.options.part_rates if isinstance(self.options, AnimaWholeTrainingOptions) else {}
 
     def file_beside(self, dit: Path) -> Path | None:
         return self.files.adapter_path
@@ -170,7 +180,13 @@ def family_for_text_caching(options: AnimaTextCachingOptions) -> Anima:
     return Anima(AnimaFiles().add_texts(options.qwen3, options.text))
 
 
-def family_for_training(options: AnimaTrainingOptions) -> Anima:
+def family_for_training(options: AnimaLearningOptions) -> Anima:
+    if isinstance(options, AnimaWholeTrainingOptions) and options.llm_adapter_lr is None:
+        logger.warning(
+            "the adapter is trained too, which the authors of %s advise against. Give --llm_adapter_lr 0 to "
+            "leave it as it is",
+            NAME,
+        )
     return Anima(_make_files(options, options.qwen3), options)
 
 
@@ -179,7 +195,7 @@ def family_for_generation(options: AnimaGenerationOptions) -> Anima:
 
 
 def _make_files(
-    options: AnimaTrainingOptions | AnimaGenerationOptions, text_encoder: Path | None
+    options: AnimaLearningOptions | AnimaGenerationOptions, text_encoder: Path | None
 ) -> AnimaFiles:
     files = AnimaFiles(adapter=options.llm_adapter_path).add_dit(options.dit, options.dit_dtype)
     return files.add_vae(options.vae.file).add_texts(text_encoder, options.text)

@@ -1,13 +1,14 @@
 """Anima's own options for caching, training and generation. Standard library only."""
 
 import argparse
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from modules.errors import OptionError
 from modules.option_values import FillIn
-from modules.options import FREE, OF_DECODING, Options, not_needed, option, unsupported
+from modules.options import FREE, HABIT, OF_DECODING, Options, not_needed, option, unsupported
 from modules.parser import typed_names
 from modules.speed_options import (
     GENERATION_VALUES,
@@ -95,6 +96,15 @@ class AnimaTextOptions(Options):
         }
 
 
+def _rate_option(part: str) -> Any:
+    return option(
+        f"learning rate of {part}; 0 does not train it; default: --learning_rate",
+        least=0,
+        below=math.inf,
+        facts=HABIT,
+    )
+
+
 _QWEN3 = "Qwen3 (0.6B, base) text encoder: file or folder"
 _ADAPTER = (
     "file of the adapter, in place of the one in the transformer's file, such as the folder text_conditioner "
@@ -115,8 +125,8 @@ class AnimaTextCachingOptions(Options, title=NAME):
     text: AnimaTextOptions
 
 
-class AnimaTrainingOptions(Options, title=NAME):
-    """Options of anima_train_network.py besides those of all image trainers."""
+class AnimaLearningOptions(Options, title=NAME):
+    """Options of both training scripts besides those of all image trainers."""
 
     # resume compares its name
     dit: Path | None = option(name="pretrained_model_name_or_path", facts=FREE)
@@ -134,6 +144,11 @@ class AnimaTrainingOptions(Options, title=NAME):
     unsloth_offload_checkpointing: bool = option(
         "--gradient_checkpointing_cpu_offload", excludes=(), facts=FREE
     )
+
+
+class AnimaTrainingOptions(AnimaLearningOptions, title=NAME):
+    """Options of anima_train_network.py besides those of all image trainers."""
+
     self_attn_lr = unsupported(_OF_WHOLE, type=float)
     cross_attn_lr = unsupported(_OF_WHOLE, type=float)
     mlp_lr = unsupported(_OF_WHOLE, type=float)
@@ -143,6 +158,24 @@ class AnimaTrainingOptions(Options, title=NAME):
         "train_llm_adapter=True, and network_reg_lrs='llm_adapter=1e-5' gives it a rate",
         type=float,
     )
+
+
+class AnimaWholeTrainingOptions(AnimaLearningOptions, title=NAME):
+    """Options of anima_train.py besides those of all image trainers."""
+
+    self_attn_lr: float | None = _rate_option("self-attention")
+    cross_attn_lr: float | None = _rate_option("attention to the text")
+    mlp_lr: float | None = _rate_option("feed-forward")
+    mod_lr: float | None = _rate_option("modulation by the time")
+    llm_adapter_lr: float | None = _rate_option(
+        "the adapter, which the model's authors advise to leave as it is: 0"
+    )
+
+    @property
+    def part_rates(self) -> dict[str, float]:
+        """Return the learning rates that are given, by what names of parameters contain."""
+        rates = {part: getattr(self, name) for name, part in PARTS.items()}
+        return {part: rate for part, rate in rates.items() if rate is not None}
 
 
 class AnimaGenerationOptions(Options, title=NAME):
@@ -177,13 +210,22 @@ def translate_training(args: argparse.Namespace) -> None:
     args.typed_names = names
 
 
-def caching_options(options: AnimaTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
+TRAINER: Mapping[str, Any] = {  # of both training scripts, for `ImageTrainerDefaults`
+    "timestep_sampling": "sigmoid",
+    "discrete_flow_shift": 1.0,
+    "model_prediction_type": "raw",
+    "translate": translate_training,
+    "tokenizers": {"t5_tokenizer_path": "google_t5-v1_1-xxl", "qwen3_tokenizer": "Qwen_Qwen3-0.6B-Base"},
+}
+
+
+def caching_options(options: AnimaLearningOptions) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the options of the commands that make missing caches of latents and of texts."""
     texts = {"--qwen3": options.qwen3 or FillIn("QWEN3_FILE"), **options.text.words()}
     return options.vae.file.words(), texts
 
 
-def generation_options(options: AnimaTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
+def generation_options(options: AnimaLearningOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
     return {
         "--dit": options.dit or FillIn("DIT_FILE"),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from contract.data import CAPTION
-from contract.family import Family, hears_sound
+from contract.family import Family, hears_sound, part_rates_of
 from contract.loading import BlockPlace
 from contract.rules import Expert
 from modules.devices import dtype_of, gib, keep_heap_small, warn_if_emulated
@@ -469,7 +469,8 @@ class Learners:
         train = train_dit
         if self.plan.splits_model:
             from training.saving.split_model import train_split_dit as train  # only if it is split
-        return train(dit, options.optimizer.learning_rate, options.whole_dit.name_parts)
+        rates = part_rates_of(self.plan.family)
+        return train(dit, options.optimizer.learning_rate, options.whole_dit.name_parts, rates)
 
     def _saved_tensors(self, expert: Expert) -> dict[str, Tensor]:
         """Return the tensors of the state to resume that belong to the network of an expert."""

@@ -347,6 +347,7 @@ def _anima() -> TinyFamily:
         vae=VAE,
         texts=texts,
         training=["--network_train_unet_only"],
+        train_whole="anima_train.py",
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from contract.family import part_rates_of
 from modules.devices import dtype_of
 from modules.private_torch import disable_modes
 from networks.adapter import make_network
@@ -295,7 +296,8 @@ def _make_learning_groups(
     """Add the network and the adapters, or choose the weights that learn; return the optimizer's groups."""
     if options.network is None:
         assert options.whole_dit is not None
-        trainable = train_dit(dit, options.optimizer.learning_rate, options.whole_dit.name_parts)
+        rates = part_rates_of(family)
+        trainable = train_dit(dit, options.optimizer.learning_rate, options.whole_dit.name_parts, rates)
         return [dict(group) for group in trainable.groups]
     network_options = options.network
     if not network_options.dim_from_weights:
