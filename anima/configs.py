@@ -76,8 +76,11 @@ DIT = DitSpec(
     block_lists=("blocks",),
     fp8_exclude=("norm", "adaln_modulation"),
     lora_lists=(ADAPTER, "x_embedder", "t_embedder", "final_layer"),
-    # as the known trainer; the adapter with train_llm_adapter=True
-    lora_exclude=("_modulation", "_norm", "_embedder", ".final_layer", f".{ADAPTER}."),
+    # as the known trainer; the adapter's blocks with train_llm_adapter=True
+    lora_exclude=(
+        *("_modulation", "_norm", "_embedder", ".final_layer"),
+        *(f".{ADAPTER}.blocks.", f".{ADAPTER}.out_proj"),
+    ),
     input_layers=("x_embedder", ADAPTER),
     token_wise=("feed",),
     modulated_input="modulated_input",

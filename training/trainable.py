@@ -217,8 +217,14 @@ def train_dit(
         )
 
     groups = [{"params": learning, "lr": rate} for rate, learning in by_rate.items()]
+    names = {rate: part.strip(".") for part, rate in reversed(part_rates.items())} | {learning_rate: "dit"}
     dtypes = written_dtypes(dit)
-    return Trainable({"dit": dit}, groups, ("dit",), writes={"": partial(_write_dit, dit, dtypes)})
+    return Trainable(
+        {"dit": dit},
+        groups=groups,
+        group_names=tuple(names[rate] for rate in by_rate),
+        writes={"": partial(_write_dit, dit, dtypes)},
+    )
 
 
 def written_dtypes(dit: nn.Module) -> dict[str, torch.dtype]:
