@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "krea2": GROUND | {"networks.names", "encoders", "lumina", "qwen_image"},
     "qwen_image_21": GROUND | {"networks.names", "encoders", "qwen_image", "wan"},
     "z_image": GROUND | {"networks.names", "encoders", "lumina"},
+    "anima": GROUND | {"networks.names", "encoders", "qwen_image", "wan"},
     "generation": GROUND | {"networks", "blissful_tuner", "post"},
     "stable_diffusion": GROUND | {"networks", "encoders", "generation", "blissful_tuner", "post"},
     "training": GROUND

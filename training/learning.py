@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from contract.data import CAPTION
-from contract.family import Family, hears_sound
+from contract.family import Family, hears_sound, part_rates_of
 from contract.loading import BlockPlace
 from contract.rules import Expert
 from modules.devices import dtype_of, gib, keep_heap_small, warn_if_emulated
@@ -470,7 +470,8 @@ class Learners:
         if self.plan.splits_model:
             from training.saving.split_model import train_split_dit  # only if it is split
 
-            return train_split_dit(dit, options.optimizer.learning_rate, options.whole_dit.name_parts)
+            rates = part_rates_of(self.plan.family)
+            return train_split_dit(dit, options.optimizer.learning_rate, options.whole_dit.name_parts, rates)
         return train_whole(self.plan.family, options, dit, self.plan.texts)
 
     def _saved_tensors(self, expert: Expert) -> dict[str, Tensor]:
