@@ -31,7 +31,7 @@ from project.fitting import FP8, is_small, weight_options
 from project.media import CHECK_PAGE, FolderContent, Media, is_narrow, reference_of, why_unread
 from project.new_options import NewOptions
 from project.options import RUN_FILE
-from project.whole_model import change_to_whole, derive_times, find_whole_script
+from project.whole_model import change_to_whole, derive_times, find_whole_script, whole_words
 from training.config_options import OTHERS_TABLE, toml_value
 
 USUAL_SIDE, SIDE_STEP = 256, 64  # shortest side of pictures, and what sides are multiples of, in subsets
@@ -467,7 +467,7 @@ def describe_run(choice: Choice, commands: list[list[str]]) -> str:
     """Return run.toml: the training's options, as its --config_file takes them, and the commands."""
     values = _model_values(choice)
     if choice.options.whole_model:
-        values = change_to_whole(values, choice.model, choice.memory)
+        values = change_to_whole(values, choice.memory) | _read_options(whole_words(choice.model)[1:], {})
     values |= _run_values(choice)
     project = {"files": list(choice.files.values()), "commands": commands}
     lines = [

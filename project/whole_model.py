@@ -35,12 +35,11 @@ KEPT = 2  # saved files, and states, that are kept besides the result
 
 def find_whole_script(model: ModelSet) -> Path | None:
     """Return the script that trains a model whole; None if there is none."""
-    words = _whole_words(model)
-    return find_script(words[0])
+    return find_script(whole_words(model)[0])
 
 
-def _whole_words(model: ModelSet) -> list[str]:
-    """Return the script that would train a model whole, and the options that it needs."""
+def whole_words(model: ModelSet) -> list[str]:
+    """Return the script that would train a model whole, and the options that differ from RECIPE."""
     train = shlex.split(model.commands["train"])
     of_lora = next(word for word in train if word.endswith(".py"))
     usual = of_lora.replace("_network.py", ".py")
@@ -74,7 +73,7 @@ def refuse_whole_model(model: ModelSet, memory: float) -> None:
         raise OptionError(f"--whole_model: {reason}. Leave it out to train a LoRA, or choose another --task")
 
 
-def change_to_whole(values: Mapping[str, Any], model: ModelSet, memory: float) -> dict[str, Any]:
+def change_to_whole(values: Mapping[str, Any], memory: float) -> dict[str, Any]:
     """Return the options of a run that trains the whole model, from those of a LoRA's run.
 
     memory: GiB of the card; 0: a CPU, on which the weights stay in float32.
