@@ -310,6 +310,13 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
                 )
 
 
+class Ltx2WholeTrainingOptions(Ltx2TrainingOptions, title=NAME):
+    """Options of ltx2_train.py besides the shared ones, which have the dtypes of weights."""
+
+    full_fp16 = None
+    full_bf16 = None
+
+
 class Ltx2GenerationOptions(Ltx2TransformerOptions, title=NAME):
     """Options of ltx2_generate_video.py besides the shared ones."""
 
