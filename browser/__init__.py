@@ -33,6 +33,7 @@ model_table: models by what they make, load and fit
 names: digests as names, names that nothing has
 new_form: fields of the page New, and their command
 new_pages: describe, check and start a folder by buttons
+new_steps: how far a folder is, and its next step
 options: options of run_browser.py: folders, address, token
 permissions: what a run.toml lets its run do
 qr_code: a text as QR code, for terminal and page
@@ -51,6 +52,7 @@ runs: find runs by their histories, tell each at a summary
 samples: rows of prompts.txt, and how often they are made
 server: routes, and what a request must have to pass
 sessions: what the process behind Generate may do
+setting_words: words of other programs for settings of a training
 settings_page: page of settings: folders, server, queue, bin
 site: what all pages of one server share, how it started
 start: serve pages or export one; show the address

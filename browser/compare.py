@@ -20,6 +20,7 @@ from browser.names import short_digest
 from browser.run_views import COMPARED, COMPARED_FOLDER, FileNotes
 from browser.runs import RUNNING, Runs, RunSummary
 from contract.families import HIGH_NOISE, LOW_NOISE, with_scripts
+from downloads.catalogue import model_title
 from modules.errors import OptionError, UserError
 from modules.installation import MOST_BEFORE
 from modules.media.reading import read_tags
@@ -269,7 +270,7 @@ def _read_sources(runs: Runs, form: Mapping[str, Sequence[str]]) -> list[Compara
         names = {run.name for run in chosen_runs} - {source.run.name for source in sources}
         raise OptionError(f"{', '.join(sorted(names))}: its history has no command that generates")
     if len({source.family for source in sources}) > 1:
-        models = {f"{source.run.name} is of {source.family}" for source in sources}
+        models = {f"{source.run.name} is of {model_title(source.family)}" for source in sources}
         raise OptionError(f"Files of one model are compared: {', '.join(sorted(models))}")
     return sources
 

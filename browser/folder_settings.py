@@ -40,6 +40,7 @@ from browser.new_form import NewForm, make_new_words
 from browser.responses import answer_template, answer_unknown
 from browser.run_start import DESCRIBE
 from browser.runs import RUNNING
+from browser.setting_words import DATASET_KEYS, list_words
 from browser.site import Site
 from modules.errors import OptionError, UserError
 from modules.installation import HELP_AS_JSON, program_environment
@@ -272,6 +273,8 @@ class FolderSettingsPages:
         values = {
             "view": replace(view, chosen_problem=chosen_problem or view.chosen_problem),
             "name_field": name_field,
+            "list_words": list_words,
+            "dataset_keys": DATASET_KEYS,
             "can_write": not self.site.read_only,
             "table_part": TABLE,
         }

@@ -287,7 +287,7 @@ class GeneratePages:
             is_there = all(path.exists() for path in paths)
             group = "Models on disk" if is_there else "Models to load"
             value = f"model {model.family} {model.task}"
-            groups[group].append((value, f"{model.family} {model.task} · {model.about}"))
+            groups[group].append((value, f"{model.title} · {model.about}"))
         return {title: sources for title, sources in groups.items() if sources}
 
     @staticmethod

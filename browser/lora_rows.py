@@ -10,6 +10,7 @@ from browser.recipes import ModelRecipe, UsedLora
 from browser.run_views import label_runs
 from browser.runs import Runs, RunSummary
 from contract.families import FOLDERS, HIGH_NOISE, LOW_NOISE
+from downloads.catalogue import model_title
 from modules.errors import OptionError
 from modules.installation import import_own
 from modules.text_files import read_safetensors_texts
@@ -142,7 +143,10 @@ class RunLoras:
         rows = []
         for _, family, run_rows in self._rows.values():
             if family != recipe.family:
-                rows += [replace(row, reason=f"of {family}, not {recipe.family}") for row in run_rows]
+                rows += [
+                    replace(row, reason=f"of {model_title(family)}, not {model_title(recipe.family)}")
+                    for row in run_rows
+                ]
         return rows
 
     def find_source(self, run_id: str) -> ComparableRun | None:
@@ -188,7 +192,9 @@ def check_family(path: Path, family: str) -> None:
     names = import_own(f"{FOLDERS[family]}.names").LORA
     taken = {name for names_of_family in names for name in (names_of_family.name, *names_of_family.takes)}
     if trained_on.name not in taken:
-        raise OptionError(f"{path.name} is a LoRA of {trained_on.name}, and this model is of {family}.")
+        raise OptionError(
+            f"{path.name} is a LoRA of {model_title(trained_on.name)}, not of {model_title(family)}."
+        )
 
 
 def _read_texts(path: Path) -> Mapping[str, str]:

@@ -164,7 +164,7 @@ class MachineLine:
             things.append(RunningThing(f"making with {render_job.title}{steps}", "/generate"))
         for download in list_downloads(self.site.background_jobs, self.site.models):
             if download.state == RUNNING:
-                words = f"loading {download.family} {download.task}{download.progress_words}"
+                words = f"loading {download.files.model.title}{download.progress_words}"
                 things.append(RunningThing(words, "/models#loading"))
         return things
 

@@ -17,7 +17,7 @@ from browser.bin_folder import BinFolder
 from browser.command_lines import format_command
 from browser.jobs import Job
 from browser.runs import RUNNING
-from downloads.catalogue import Component, Licence, ModelSet, ReleasedFile, family_title, model_sets
+from downloads.catalogue import Component, Licence, ModelSet, ReleasedFile, model_sets
 from downloads.listing import gigabytes, total_bytes
 from modules.errors import OptionError, OutputError
 from modules.progress import read_progress
@@ -34,10 +34,15 @@ class ModelPart:
     """A network or tokenizer of the catalogue, and what of it is on disk."""
 
     component: Component
-    tasks: tuple[str, ...]  # `family task` of each that uses it
+    models: tuple[ModelSet, ...]  # that use it
     size_bytes: int  # on disk, with unfinished downloads
     is_there: bool  # all of its files
     has_other_size: bool  # a file is not as large as the released one
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Return `family task` of each model that uses it."""
+        return tuple(name_task(model) for model in self.models)
 
     @property
     def path(self) -> str:
@@ -69,10 +74,6 @@ class TaskFiles:
     @property
     def name(self) -> str:
         return name_task(self.model)
-
-    @property
-    def title(self) -> str:
-        return family_title(self.model.family) or self.model.family
 
     @property
     def is_there(self) -> bool:
@@ -114,14 +115,14 @@ def name_task(model: ModelSet) -> str:
 
 
 @functools.cache
-def _list_uses() -> dict[tuple[ReleasedFile, ...], tuple[str, ...]]:
-    """Return the tasks that use each part, by its files, also with text encoders in 8 bits."""
-    uses: dict[tuple[ReleasedFile, ...], dict[str, None]] = {}
+def _list_uses() -> dict[tuple[ReleasedFile, ...], tuple[ModelSet, ...]]:
+    """Return the models that use each part, by its files, also with text encoders in 8 bits."""
+    uses: dict[tuple[ReleasedFile, ...], dict[str, ModelSet]] = {}
     for in_fp8 in (False, True):
         for model in model_sets(in_fp8):
             for component in model.components:
-                uses.setdefault(component.files, {})[name_task(model)] = None
-    return {files: tuple(names) for files, names in uses.items()}
+                uses.setdefault(component.files, {})[name_task(model)] = model
+    return {files: tuple(by_name.values()) for files, by_name in uses.items()}
 
 
 KnownParts = dict[tuple[ReleasedFile, ...], ModelPart]  # parts that have been read, by their files
@@ -163,7 +164,7 @@ def read_part(component: Component, models: Path) -> ModelPart:
     size_bytes += sum(_read_size(path) or 0 for path in _list_partial_paths(component, models))
     return ModelPart(
         component=component,
-        tasks=_list_uses().get(component.files, ()),
+        models=_list_uses().get(component.files, ()),
         size_bytes=size_bytes,
         is_there=all(size is not None for size in sizes.values()),
         has_other_size=any(
@@ -263,7 +264,9 @@ def remove_parts(models: Path, files: TaskFiles, chosen: Sequence[str], bin_fold
     parts = {part.path: part for part in files.parts if part.size_bytes}
     for name in chosen:
         if name not in parts:
-            raise OptionError(f"{name} is no part of {files.name} on disk (any more). Look at it again.")
+            raise OptionError(
+                f"{name} is no part of {files.model.title} on disk (any more). Look at it again."
+            )
     if not chosen:
         raise OptionError("Tick what is to be removed.")
     paths = []

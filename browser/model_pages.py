@@ -22,6 +22,7 @@ from browser.model_files import (
     list_tasks,
     list_unknown_files,
     name_download,
+    name_task,
     remove_parts,
 )
 from browser.responses import Form, answer_form, answer_move, answer_template, answer_unknown, read_query
@@ -163,7 +164,9 @@ class ModelPages:
             loading = find_task(self.site.models, download.family, download.task, files.in_fp8)
             shared = [] if loading is None else [part.path for part in loading.parts if part.path in parts]
             if shared:
-                raise OptionError(f"{shared[0]} is being loaded for {download.files.name}: stop that first.")
+                raise OptionError(
+                    f"{shared[0]} is being loaded for {download.files.model.title}: stop that first."
+                )
         return remove_parts(self.site.models, files, parts, open_bin(self.site)).name
 
 
@@ -175,7 +178,10 @@ def _is_whole(files: TaskFiles) -> bool:
 def _find_sharing(files: TaskFiles, tasks: Sequence[TaskFiles]) -> dict[str, list[str]]:
     """Return the other tasks that use each part of a task, by its path, and are on disk whole."""
     complete = {task.name for task in tasks if task.is_there and task.name != files.name}
-    return {part.path: [name for name in part.tasks if name in complete] for part in files.parts}
+    return {
+        part.path: [model.title for model in part.models if name_task(model) in complete]
+        for part in files.parts
+    }
 
 
 def _has_smaller(files: TaskFiles) -> bool:

@@ -70,7 +70,8 @@ def list_missing(model: ModelSet, models: Path, files: Mapping[str, str]) -> lis
 
 
 def list_model_rows(models: Path, memory: float, content: MediaFolder | None = None) -> list[ModelRow]:
-    """Return all models that a folder can be described for, those that suit it first.
+    """Return all models that a folder can be described for: the best few for it, others that suit it, then
+    the rest, each by its title.
 
     memory: GiB of the card, 0 without one. content: of the folder, if it is known.
     """
@@ -87,10 +88,10 @@ def list_model_rows(models: Path, memory: float, content: MediaFolder | None = N
         )
         ranked.append((_rank_row(row, memory, content), place, row))
     ranked.sort(key=lambda entry: entry[:2])
-    rows = [row for _, _, row in ranked]
-    if content is None:
-        return rows
-    return [replace(row, is_suggested=True) for row in rows[:SUGGESTED]] + rows[SUGGESTED:]
+    num_suggested = 0 if content is None else SUGGESTED
+    suggested = [replace(row, is_suggested=True) for _, _, row in ranked[:num_suggested]]
+    others = sorted(ranked[num_suggested:], key=lambda entry: (entry[0][0], entry[2].model.title.lower()))
+    return [*suggested, *(row for _, _, row in others)]
 
 
 def _rank_row(row: ModelRow, memory: float, content: MediaFolder | None) -> tuple[bool, bool, bool, int]:

@@ -61,6 +61,7 @@ from browser.folders import (
 from browser.jobs import WAITING, Job
 from browser.launch import find_program
 from browser.machine import CardReader
+from browser.model_files import TaskFiles, find_download, find_task, name_download
 from browser.model_table import (
     ModelRow,
     describe_file,
@@ -81,6 +82,7 @@ from browser.new_form import (
     make_new_words,
     read_steps,
 )
+from browser.new_steps import FolderStanding, choose_step
 from browser.responses import (
     Form,
     answer_form,
@@ -100,6 +102,8 @@ from browser.uploads import ADDRESS as UPLOAD
 from browser.uploads import FileUploads, name_upload_folder
 from downloads.catalogue import Component
 from downloads.listing import gigabytes, total_bytes
+from modules.atomic_write import free_bytes
+from modules.console import count_of
 from modules.errors import OptionError, UserError
 from modules.pages.page import encode_address
 from modules.text_encodings import NAMES
@@ -218,14 +222,22 @@ class NewPages:
         if form.folder and folder is None and not error:
             problem = self.explain_folder(form.folder)
         content = None if folder is None else read_media_folder(folder)
+        written = None if described is None else self.make_form(described)
+        progress = self.progress_values(folder, described)
+        is_written = written is not None and not list_unwritten(form, written, written)
+        duration = self.describe_duration(form, described)
         values = {
-            **self.progress_values(folder, described),
+            **progress,
             **self.folder_values(folder, content, is_part),
             **self.list_model_values(form, content),
             "form": form,
             "plan": self.plan_or_none(form, folder, described),
-            "duration": self.describe_duration(form, described),
-            "shown": "" if described is None else self.make_form(described).address,
+            "duration": duration,
+            "step": choose_step(
+                form if folder is not None else replace(form, folder=""), progress["standing"], is_written
+            ),
+            "facts": self.list_facts(form, described, duration),
+            "shown": "" if written is None else written.address,
             "free_name": _suggest_free_name(form, folder, described),
             "engine": CAPTION_MODEL,
             "engine_size": describe_engine(CAPTION_MODEL),
@@ -268,11 +280,33 @@ class NewPages:
         chosen = next((row for row in rows if row.value == f"{form.family} {form.task}"), None)
         return {
             "rows": rows,
-            "families": list(dict.fromkeys(row.model.family for row in rows)),
+            "families": list({row.model.family: row.model for row in rows}.values()),
             "tasks": [row for row in rows if row.model.family == form.family],
             "options": _file_options(chosen),
             "memory": self.memory,
         }
+
+    def list_facts(self, form: NewForm, described: DescribedFolder | None, duration: str) -> list[str]:
+        """Return what stands beside the button: length, hours, GB to load and free.
+
+        duration: of the training, in words.
+        """
+        facts = [duration] if duration else []
+        if not duration:
+            with contextlib.suppress(OptionError):
+                facts.append(count_of(read_steps(form.steps), "step"))
+        missing: list[Component] | None = None
+        if described is not None and (described.family, described.task) == (form.family, form.task):
+            missing = self.list_missing_parts(described)
+        else:
+            for model in find_models():
+                if (model.family, model.task) == (form.family, form.task):
+                    missing = list_missing(model, self.site.models, form.model_files)
+        if missing is not None:
+            facts.append(f"{gigabytes(total_bytes(missing))} to load" if missing else "its model is here")
+        with contextlib.suppress(OSError):
+            facts.append(f"{gigabytes(free_bytes(self.site.models.absolute()))} free")
+        return facts
 
     def make_form(self, described: DescribedFolder) -> NewForm:
         """Return the form of a described folder."""
@@ -305,9 +339,28 @@ class NewPages:
         captioning = self.find_captioning(folder)
         works = [job is not None and job.state == RUNNING for job in background_jobs.values()]
         works += [entry is not None and entry.state in (WAITING, RUNNING) for entry in (job, captioning)]
+        output = self.output_values(folder, background_jobs)
+        loading = self.loading_values(described)
+        download = loading["download"]
+        works.append(download is not None and download.state == RUNNING)
+        is_loaded_here = loading["load_command"] != ""
+        standing = FolderStanding(
+            is_described=described is not None,
+            describing=output["looking"],
+            has_changes=bool(output["comparing"] is not None and output["changes"]),
+            download=download,
+            to_load=loading["to_load"] if is_loaded_here else "",
+            num_licences=len(loading["licences"]),
+            loads_at_start=bool(loading["licences"]) and not is_loaded_here,
+            checking=background_jobs[CHECK],
+            is_check_old=output["is_check_old"],
+            job=job,
+            run_address=self.find_run(described),
+        )
         return {
-            **self.output_values(folder, background_jobs),
-            **self.loading_values(described),
+            **output,
+            **loading,
+            "standing": standing,
             "folder": folder,
             "described": described,
             "tries": [] if folder is None else read_tries(background_jobs[TRY], folder),
@@ -316,7 +369,7 @@ class NewPages:
             "run_command": "" if described is None else format_command(self.make_run_words(described)),
             "check_command": "" if folder is None else format_command(make_check_words(folder)),
             "job": job,
-            "run_address": self.find_run(described),
+            "run_address": standing.run_address,
             "captioning": captioning,
             "is_busy": any(works),
             "is_paused": site.queue.worker == "",
@@ -324,6 +377,7 @@ class NewPages:
             "can_write": not site.read_only,
             "mark": "" if folder is None else mark_files(folder),
             "refused": "",
+            "is_part": False,
         }
 
     def output_values(self, folder: Path | None, background_jobs: Mapping[str, Job | None]) -> dict[str, Any]:
@@ -357,7 +411,15 @@ class NewPages:
         """Return the facts of files to load for a described folder: their size, licences and the login."""
         to_load = self.list_missing_parts(described)
         licences = list_licences(to_load)
+        files = None if described is None else self.find_files_to_load(described)
+        load_words: list[str] = []
+        download = None
+        if described is not None and files is not None:
+            load_words = self.make_load_words(described, files)
+            download = find_download(self.site.background_jobs, files, self.site.models)
         return {
+            "download": download,
+            "load_command": format_command(load_words) if load_words else "",
             "licences": licences,
             "is_gated": is_gated,  # a function: the template asks it of each licence
             "has_login": any(map(is_gated, licences)) and has_login(),
@@ -374,7 +436,7 @@ class NewPages:
     def answer_progress(self, folder: Path, refused: str = "") -> Response:
         """Return the same part. refused: why a button did nothing."""
         described, _ = self.try_read(folder)
-        values = self.progress_values(folder, described) | {"refused": refused}
+        values = self.progress_values(folder, described) | {"refused": refused, "is_part": True}
         return answer_template("new_progress.html", "New", values, is_refused=refused != "")
 
     def show_caption_line(self, request: Request) -> Response:
@@ -477,6 +539,32 @@ class NewPages:
                 return [part for part in missing if (part.option or "").lstrip("-") in described.model_files]
         return []
 
+    def find_files_to_load(self, described: DescribedFolder) -> TaskFiles | None:
+        """Return the files of a described folder's model if some are missing and their download brings them.
+
+        None if nothing is missing, or if a file that run.toml names is none of the released ones in the
+        folder of this page's models: only `run` knows where that is to be loaded to.
+        """
+        paths = [described.folder / path for path in described.model_files.values()]
+        missing = {real_path(path) for path in paths if not path.exists()}
+        for in_fp8 in (False, True):
+            files = find_task(self.site.models, described.family, described.task, in_fp8)
+            if files is None or not missing:
+                return None
+            if missing <= {real_path(self.site.models / part.path) for part in files.parts}:
+                return files
+        return None
+
+    def make_load_words(self, described: DescribedFolder, files: TaskFiles) -> list[str]:
+        """Return the command that loads what a described folder lacks of a model's files."""
+        missing = {
+            name for name, path in described.model_files.items() if not (described.folder / path).exists()
+        }
+        options = {(part.component.option or "").lstrip("-") for part in files.parts}
+        without = sorted(options - missing - {""})
+        words = files.download_words(self.site.models)
+        return [*words, "--without", *without] if without else words
+
     def make_run_words(self, described: DescribedFolder) -> list[str]:
         return make_run_words(described, self.site.models)
 
@@ -556,6 +644,8 @@ class NewPages:
         elif what == "check":
             self.refuse_unwritten(folder, sent, texts.get("shown", ""))
             background_jobs.start(name_background_job(CHECK, folder), make_check_words(folder), Path.cwd())
+        elif what == "load":
+            self.load(folder, has_accepted=bool(texts.get("accept")))
         elif what == "stop":
             for kind in BACKGROUND_KINDS:
                 background_jobs.stop(name_background_job(kind, folder))
@@ -634,6 +724,17 @@ class NewPages:
             name_background_job(DESCRIBE, folder), words, Path.cwd(), within=folder
         )
         self.site.background_jobs.forget(name_background_job(COMPARE, folder))
+
+    def load(self, folder: Path, has_accepted: bool) -> None:
+        """Start the download of what a described folder lacks of its model."""
+        described = read_described(folder)
+        files = self.find_files_to_load(described)
+        if files is None:
+            raise OptionError("Nothing of its model is to be loaded (any more). Load this page again.")
+        if not has_accepted:
+            raise OptionError("Read the licences of the model next to the button, and accept them.")
+        name = name_download(self.site.models, described.family, described.task)
+        self.site.background_jobs.start(name, self.make_load_words(described, files), Path.cwd())
 
     def start(self, folder: Path, has_accepted: bool) -> None:
         """Put the run of a folder into the queue, and start the queue unless other jobs wait in it."""

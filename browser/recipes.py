@@ -331,7 +331,7 @@ def make_model_recipe(model: ModelSet, models: Path, folder: Path) -> ModelRecip
                 options[name].append(text)
     options.pop("--seed", None)
     return _make_recipe(
-        title=f"{model.family} {model.task}",
+        title=model.title,
         family=families[script],
         options=options,
         folder=folder,

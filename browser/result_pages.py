@@ -249,7 +249,7 @@ class Remaker:
             except OptionError as error:
                 reasons.append(str(error))
         if not reasons:
-            raise OptionError(f"No run and no released model here makes {settings.model}.")
+            raise OptionError(f"No run and no released model here makes {settings.title}.")
         raise OptionError(reasons[0])
 
     def list_candidates(self, result: Result, settings: ResultSettings) -> Iterator[Candidate]:
@@ -398,14 +398,14 @@ class ResultPages:
         }
         return answer_json(answer)
 
-    def list_models(self, results: Sequence[Result]) -> list[str]:
-        """Return the models of all results that have been read."""
+    def list_models(self, results: Sequence[Result]) -> list[tuple[str, str]]:
+        """Return the models of all results that have been read, each with its name for people."""
         models = set()
         for result in results:
             read = self.cache.find_read(result)
             if read is not None and read.settings is not None:
-                models.add(read.settings.model)
-        return sorted(models)
+                models.add((read.settings.model, read.settings.title))
+        return sorted(models, key=lambda names: names[1].lower())
 
     def show_part(self, request: Request) -> Response:
         """Return the tiles of some results. query: that of `read_choice`, and `from` and `count`."""

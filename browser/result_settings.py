@@ -25,6 +25,7 @@ from browser.recipes import (
 )
 from browser.render_queue import RenderJob
 from contract.families import HIGH_NOISE, with_scripts
+from downloads.catalogue import model_title
 from generation.options import GenerationOptions, generation_parser
 from generation.prompt_lines import find_option, read_path
 from modules.control_codes import shorten
@@ -78,6 +79,11 @@ class ResultSettings:
         return " ".join(filter(None, (self.get("model_type"), self.get("task"))))
 
     @property
+    def title(self) -> str:
+        """Return the model's name for people."""
+        return model_title(self.get("model_type"), self.get("task"))
+
+    @property
     def family(self) -> str:
         """Return the family as scripts name it; empty for an unknown one."""
         return find_family(self.get("model_type"))
@@ -108,7 +114,7 @@ class ResultSettings:
             "guidance": self.get("guidance_scale"),
             "embedded guidance": self.get("embedded_cfg_scale"),
             "seed": self.get("seeds"),
-            "model": self.model,
+            "model": self.title,
         }
         rows = [(name, text) for name, text in shown.items() if text]
         for lora in self.loras:
@@ -340,12 +346,12 @@ def _refuse_options(flag: str, words: Sequence[str]) -> None:
 def _check_task(settings: ResultSettings, recipe: ModelRecipe, options: Mapping[str, KnownOption]) -> None:
     """Raise OptionError if the recipe is for another family or task."""
     if settings.family != recipe.family:
-        raise OptionError(f"It was made with {settings.model}.")
+        raise OptionError(f"It was made with {settings.title}.")
     task = settings.get("task")
     if task and "task" in options:
         task_words = recipe.fixed.get("--task", [str(options["task"].default)])
         if [*task_words] != [task]:
-            raise OptionError(f"It was made with {settings.model}.")
+            raise OptionError(f"It was made with {settings.title}.")
 
 
 def _is_line_option(name: str, recipe: ModelRecipe) -> bool:

@@ -1,5 +1,7 @@
 """Make the pages of runs, their curves as JSON and descriptions of files; write a run as one page."""
 
+import contextlib
+import functools
 import hashlib
 import logging
 import math
@@ -20,6 +22,7 @@ from browser.runs import DIED, RUNNING, STOPPED, Runs, RunSummary, compute_mean,
 from modules.atomic_write import write_text
 from modules.control_codes import escape_control_codes, shorten
 from modules.errors import OptionError, UserError
+from modules.media.reading import image_size, video_info
 from modules.pages.page import END, PRIVATE, link, render_page
 from modules.text_files import read_safetensors_texts, require_regular_file
 from training.features.composing import parts_of_page
@@ -69,7 +72,7 @@ def select_runs(
     words = query.get("text", "").lower().split()
     chosen = []
     for run in runs:
-        text = f"{run.name} {run.model} {run.history.parent}".lower()
+        text = f"{run.name} {run.model} {run.title} {run.history.parent}".lower()
         if not all(word in text for word in words):
             continue
         if query.get("family") not in (None, "", run.model):
@@ -98,7 +101,7 @@ def list_page(
     states_of_runs = {one.summary.id: one.state for one in shown_runs}
     chosen = select_runs(runs, query, states_of_runs)
     shown = chosen if query.get("all") else chosen[:MOST_RUNS]
-    families = sorted({run.model for run in runs if run.model})
+    families = {run.title: run.model for run in runs if run.model}
     view = query.get("view")
     is_table = view == "table" or (len(chosen) > MOST_CARDS and view != "cards")
     values = {
@@ -110,7 +113,7 @@ def list_page(
         "running": sum(state.name in BUSY for state in states_of_runs.values()),
         "states_of_runs": states_of_runs,
         "can_write": can_write,
-        "families": families,
+        "families": sorted(families.items(), key=lambda names: names[0].lower()),
         "asked": {name: query.get(name, "") for name in LIST_CHOICES},
         "states": (RUNNING, *STATES),
         "sorts": list(SORTS),
@@ -206,6 +209,7 @@ def run_page(
         "can_ask": can_write and start.listens and now.state == RUNNING,
         "can_sample": bool(dict(start.changed).get("sample_prompts")),
         "can_queue": can_write,
+        "shape": read_shape(runs, run.history.parent, sample_names),
         "plays": any(name.endswith(PLAYED) for name in sample_names),
         "is_paused": is_paused,
         "actions": Markup(actions),
@@ -216,6 +220,30 @@ def run_page(
         "messages": story.messages[-MOST_MESSAGES:],
     }
     return render_page(TEMPLATE, run.name, values, POLICY)
+
+
+def read_shape(runs: Runs, folder: Path, sample_names: Sequence[str]) -> str:
+    """Return the shape of the newest sample as a ratio for the style sheet; "" if it has none.
+
+    The page reserves the place of samples that are loaded later.
+    """
+    path = folder / SAMPLES / sample_names[-1] if sample_names else None
+    if path is None or path.suffix == ".wav" or not runs.is_inside(path):
+        return ""
+    with contextlib.suppress(OSError, UserError):
+        return _read_shape(path, path.stat().st_mtime_ns)
+    return ""
+
+
+@functools.lru_cache(maxsize=256)
+def _read_shape(path: Path, changed: int) -> str:
+    """Read the shape of a file that was changed at this time. Raises MediaError if it cannot be read."""
+    if path.suffix == ".png":
+        width, height = image_size(path)
+    else:
+        info = video_info(path)
+        width, height = info.width, info.height
+    return f"{width} / {height}"
 
 
 def _list_other_runs(runs: Runs, run: RunSummary) -> list[tuple[str, str]]:

@@ -18,6 +18,7 @@ import psutil  # comes with accelerate
 
 from browser.bin_folder import FOLDER as BIN
 from browser.names import short_digest
+from downloads.catalogue import model_title
 from modules.atomic_write import identify_machine
 from modules.console import in_words
 from modules.errors import OutputError
@@ -101,6 +102,11 @@ class RunSummary:
     average: float | None = None  # mean loss, as the run's own bar shows it; None: an older version's history
     seconds_left: float | None = None  # with samples, validations and saves; None: an older version's
     doing: str = ""  # current work between two steps, or before the first
+
+    @property
+    def title(self) -> str:
+        """Return the name of its model for people."""
+        return model_title(self.model)
 
     @property
     def id(self) -> str:

@@ -51,16 +51,16 @@ GUIDED = KeepingTarget(
     caching="--empty_prompt",
 )
 
+UNDOING = "a LoRA that undoes the distillation"
+
 
 @dataclass(frozen=True)
 class FewSteps:
     """Names of a model's few-step releases, and what to train instead of them or with them."""
 
-    # completes the warning: a sentence or two
-    instead: str = (
-        "Train on the model that it was made from, or give --training_adapter with a LoRA that undoes the "
-        "distillation"
-    )
+    base: str = "the model that it was made from"  # completes "Train on ..."; "": there is no such model
+    also: str = ""  # completes "whose LoRAs work on ... too"
+    adapter: str = UNDOING  # completes "give --training_adapter with ..."; "": there is none
     targets: tuple[KeepingTarget, ...] = (GUIDED,)  # for those who train it all the same, best first
     # complete "The model ...", "Plain training unlearns ..." and "with the trained network ..."
     distilled: str = "was distilled to few steps"
@@ -70,6 +70,25 @@ class FewSteps:
     words: str = ""  # regular expression of further words in names
     # likewise: names with it, "ModelRaw" as "model_raw", are of the model itself
     unless: str = ""
+
+    @property
+    def instead(self) -> str:
+        """Return the advice for those who train a LoRA on the distilled model, without its full stop."""
+        if not self.base:
+            return "Give one of the targets that keep it"
+        says = f"Train on {self.base}"
+        if self.also:
+            says += f", whose LoRAs work on {self.also} too"
+        if self.adapter:
+            says += f", or give --training_adapter with {self.adapter}"
+        return says
+
+    @property
+    def instead_of_whole(self) -> str:
+        """Return the advice for those who train the distilled model whole, likewise."""
+        if not self.base:
+            return "Train a LoRA with one of the targets that keep it: see docs/targets.md"
+        return f"Train on {self.base}"
 
     def judge(self, path: Path, metadata: Mapping[str, str]) -> Verdict | None:
         """Judge by the nearest telling name whether a transformer was distilled.

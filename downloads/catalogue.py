@@ -61,6 +61,11 @@ class Component:
     inside: Inside | None = None  # where a file of the user's own may have it already
 
     @property
+    def title(self) -> str:
+        """Return what it is, as the beginning of a label: `Transformer` of the option --dit."""
+        return f"{self.role[:1].upper()}{self.role[1:]}"
+
+    @property
     def path(self) -> PurePosixPath:
         names = [PurePosixPath(file.name) for file in self.files]
         return names[0] if len(names) == 1 else names[0].parent
@@ -81,12 +86,17 @@ class ModelSet:
 
     family: str
     task: str
+    title: str  # its name for people: Wan2.2 t2v-A14B
     about: str
     released_by: str  # the repository of the original release
     components: tuple[Component, ...]
     commands: Mapping[str, str]  # in the order they are run
     data: Mapping[str, Any]  # what its data are like; see catalogue.toml
     usual: Mapping[str, Any]  # what counts where nothing is said, by fields of a form; see catalogue.toml
+
+    @property
+    def family_title(self) -> str:
+        return family_title(self.family)
 
     def typed_commands(self, folder: Path) -> list[str]:
         """Return the commands for files below `folder`, as a user types them.
@@ -134,6 +144,7 @@ def _read_set(entry: Mapping[str, Any], family: Mapping[str, Any], components: l
     return ModelSet(
         family=entry["family"],
         task=entry["task"],
+        title=entry.get("title") or f"{family['title']} {entry['task']}",
         about=entry["about"],
         released_by=entry["released_by"],
         components=tuple(renamed),
@@ -183,6 +194,22 @@ def families() -> list[str]:
 def family_title(family: str) -> str:
     """Return the name of a family as its page has it, such as FLUX.1."""
     return str(_read_catalogue()["family"][family].get("title", ""))
+
+
+def model_title(name: str, task: str = "") -> str:
+    """Return the name for people of a model that runs, results and this list name for programs.
+
+    task: of it, if that is known: runs name Wan2.1 and Wan2.2 alike. A name without a title, as another
+    program may have written it, is returned unchanged.
+    """
+    catalogue = _read_catalogue()
+    of_task = [model for model in model_sets() if task == model.task and model.family.startswith(name)]
+    if of_task:
+        return of_task[0].title
+    if task:
+        return f"{model_title(name)} {task}"
+    family = catalogue["family"].get(name, {})
+    return str(catalogue["titles"].get(name) or family.get("title") or name)
 
 
 def further_name(family: str) -> str:

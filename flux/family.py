@@ -24,7 +24,7 @@ from contract.data import (
     name_texts,
 )
 from contract.family import DitSpec, Family, NoiseSource, NoiseSpec
-from contract.few_steps import FewSteps
+from contract.few_steps import UNDOING, FewSteps
 from contract.loading import Placement
 from contract.rules import ModelRelease
 from contract.steps import NO_TWEAKS, Tweaks
@@ -82,9 +82,9 @@ class Flux(ModelOfPictures):
     noise: NoiseSpec = field(default=NOISE, init=False)
     called: str = field(default=NAME, init=False)
     few_steps: ClassVar = FewSteps(
-        "Train on FLUX.1 dev (for Chroma on Chroma1-HD), whose LoRAs work there too, or give "
-        "--training_adapter with a LoRA that undoes the distillation, for schnell that of "
-        "ostris/FLUX.1-schnell-training-adapter",
+        base="FLUX.1 dev (for Chroma on Chroma1-HD)",
+        also="there",
+        adapter=f"{UNDOING}, for schnell that of ostris/FLUX.1-schnell-training-adapter",
         words="flash",
     )
 

@@ -67,8 +67,8 @@ class Flux2(pictures.ModelOfPictures):
     called: str = field(default=NAME, init=False)
     draws_latents: ClassVar[bool] = False
     few_steps: ClassVar = FewSteps(
-        "Train on klein-base-4b or klein-base-9b (with its file), whose LoRAs work on klein too, or give "
-        "--training_adapter with a LoRA that undoes the distillation",
+        base="klein-base-4b or klein-base-9b (with its file)",
+        also="klein",
         targets=(GUIDED, make_transfer_target("klein-base", "flux-2-klein-base.safetensors")),
         words="klein",
         unless="base",

@@ -53,7 +53,7 @@ class Flux3(pictures.ModelOfPictures):
 
     noise_dtype: torch.dtype | None = torch.float32  # whatever the transformer's, as released
     draws_latents: ClassVar[bool] = False
-    few_steps: ClassVar = FewSteps("Train on base (flux-3-image-klein-base), whose LoRAs work on it too")
+    few_steps: ClassVar = FewSteps("base (flux-3-image-klein-base)", also="it", adapter="")
     can: ClassVar = Abilities(tell_few_steps=True, sample_apart=OF_SAMPLES)
     lora_module: str = field(default=LORA[0].network_module, init=False)
     latent: LatentSpec = field(default=LATENT, init=False)

@@ -14,8 +14,8 @@ KREA_2 = ModelRelease(
     "https://github.com/krea-ai/krea-2/blob/main/docs/KREA-2-COMMUNITY-LICENSE",
 )
 FEW_STEPS = FewSteps(
-    "Train on raw (raw.safetensors), whose LoRAs work on Turbo too, or give --training_adapter with a LoRA "
-    "that undoes the distillation",
+    base="raw (raw.safetensors)",
+    also="Turbo",
     targets=(GUIDED, make_transfer_target("raw", "raw.safetensors")),
     unless=r"(?<![a-z])raw(?=_|\d|bf|fp|$)",
 )

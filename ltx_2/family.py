@@ -115,8 +115,8 @@ class Ltx2(Ltx2Media):
     can: ClassVar = Abilities(hear=True, rate=True, tell_few_steps=True)
     name: str = field(default="ltx2_v1", init=False)
     few_steps: ClassVar = FewSteps(
-        "Train on the transformer called dev, whose LoRAs work on the distilled one too, or give "
-        "--training_adapter with a LoRA that undoes the distillation",
+        base="the transformer called dev",
+        also="the distilled one",
         targets=(GUIDED, make_transfer_target("dev", "ltx-dev.safetensors")),
     )
     cache_tag: str = field(default="ltx2", init=False)

@@ -45,7 +45,7 @@ class H3Config:
 
 # Source: the known tuner's page, which has no recipe of plain training
 FEW_STEPS = FewSteps(
-    "Give one of the targets that keep it",
+    base="",
     targets=(
         GUIDED,
         KeepingTarget(

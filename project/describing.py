@@ -30,6 +30,7 @@ from project.choosing import ModelFacts
 from project.fitting import FP8, is_small, weight_options
 from project.media import CHECK_PAGE, FolderContent, Media, is_narrow, reference_of, why_unread
 from project.options import RUN_FILE, NewOptions, times_of_steps
+from project.whole_model import change_to_whole, find_whole_script, saving_of_whole
 from training.config_options import OTHERS_TABLE, toml_value
 
 USUAL_SIDE, SIDE_STEP = 256, 64  # shortest side of pictures, and what sides are multiples of, in subsets
@@ -437,6 +438,8 @@ def list_commands(choice: Choice) -> list[list[str]]:
         download += ["--without", *choice.kept]
     download += ["--to", str(real_path(choice.options.models))]
     script = next(word for word in shlex.split(model.commands["train"]) if word.endswith(".py"))
+    if choice.options.whole_model:
+        script = str(find_whole_script(model))
     return [
         download,
         [*latents, "--check", "--html", CHECK_PAGE],
@@ -461,7 +464,10 @@ def _words_of(choice: Choice, step: str) -> list[str]:
 
 def describe_run(choice: Choice, commands: list[list[str]]) -> str:
     """Return run.toml: the training's options, as its --config_file takes them, and the commands."""
-    values = _model_values(choice) | _run_values(choice)
+    values = _model_values(choice)
+    if choice.options.whole_model:
+        values = change_to_whole(values, choice.model, choice.memory)
+    values |= _run_values(choice)
     project = {"files": list(choice.files.values()), "commands": commands}
     lines = [
         "# Paths are relative to this folder, in which `run` works; it can be moved.",
@@ -476,7 +482,7 @@ def describe_run(choice: Choice, commands: list[list[str]]) -> str:
 def _describe_targets(choice: Choice) -> list[str]:
     """Return comments with the options that keep the steps of a distilled model, in the form of keys."""
     few_steps = choice.facts.few_steps
-    if few_steps is None:
+    if few_steps is None or choice.options.whole_model:  # which has no frozen model for a target
         return []
     lines = [
         "",
@@ -557,6 +563,8 @@ def _run_values(choice: Choice) -> dict[str, Any]:
         "sample_at_first": True,
         "sample_now": True,
     }
+    if choice.options.whole_model:
+        values |= saving_of_whole(steps)
     if len(choice.media) >= ENOUGH:
         values["validation_split"] = 0.1
     folder_name = re.sub(r"[^\w.-]+", "_", choice.folder.name).strip("._")[:MOST_OF_SUBJECT]

@@ -42,6 +42,7 @@ from project.options import (
     own_command,
 )
 from project.running import typed_in
+from project.whole_model import describe_whole, refuse_whole_model
 
 UNCHANGED = "Nothing is written: the three files would stay as they are."
 KIND_WORDS = {"video": "clip", "image": "picture", "audio": "sound"}  # kind of a file -> its word in a line
@@ -65,6 +66,8 @@ def write_project(options: NewOptions) -> None:
         )
     memory = find_memory() if options.memory is None else options.memory
     model_choice = choose_model(options, memory)
+    if options.whole_model:
+        refuse_whole_model(model_choice.model, memory)
     choice = _gather_choice(options, model_choice, memory)
     if options.print_run:
         print_lines(describing.describe_run(choice, describing.list_commands(choice)).splitlines())
@@ -232,6 +235,8 @@ def _describe_choice(choice: describing.Choice, remarks: list[str]) -> list[str]
     if reason:
         lines.append(f"{choice.size[0]}x{choice.size[1]}: {reason}")
     lines.append(_describe_model(choice))
+    if choice.options.whole_model:
+        lines += describe_whole(choice.model, choice.memory)
     for name, holder in choice.held.items():
         lines.append(f"--{name}: the one inside {holder}. --model_file {name}=FILE takes another")
     if choice.needs_float32:
@@ -244,14 +249,18 @@ def _describe_choice(choice: describing.Choice, remarks: list[str]) -> list[str]
     few_steps = choice.facts.few_steps
     if few_steps is not None:
         subject = "It" if choice.facts.contradiction else choice.model_name
-        # a family of distilled models alone has nothing else to train
-        taking = "Take" if few_steps.is_certain else f"{few_steps.instead}. Or take"
-        kept = "it" if few_steps.is_certain else "them"
-        lines.append(
-            f"{subject} {few_steps.distilled}, and training it as it is unlearns {few_steps.lost}. "
-            f"{taking} the comment signs from the lines of a target that keeps {kept}, in [training] of "
-            f"{RUN_FILE}"
+        told = f"{subject} {few_steps.distilled}, and training it as it is unlearns {few_steps.lost}"
+        comments = (
+            "the comment signs from the lines of a target that keeps "
+            f"{few_steps.lost}, in [training] of {RUN_FILE}"
         )
+        if choice.options.whole_model:
+            told += f". {few_steps.instead_of_whole}"
+        elif few_steps.is_certain:  # a family of distilled models alone has nothing else to train
+            told += f". Take {comments}"
+        else:
+            told += f". {few_steps.instead}. Or take {comments}"
+        lines.append(told)
     references = choice.content.references
     lines += [f"{place}: made from {source}" for place, source in references.items()]
     return lines + _describe_lengths(choice)
@@ -286,8 +295,11 @@ def _describe_model(choice: describing.Choice) -> str:
     missing_bytes = total_bytes(missing)
     download = f"{gigabytes(missing_bytes)} to download" if missing_bytes else "its files are there"
     makes = describe_makes(model, choice.facts)
+    does = f"{choice.model_name} makes {makes}; {download}"
+    if choice.options.whole_model:  # other lines say whether that fits
+        return does
     subject = "Its transformer: " if choice.memory else ""
-    return f"{choice.model_name} makes {makes}; {download}. {subject}{describe_fit(model, choice.memory)}"
+    return f"{does}. {subject}{describe_fit(model, choice.memory)}"
 
 
 def _describe_lengths(choice: describing.Choice) -> list[str]:

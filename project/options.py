@@ -122,6 +122,10 @@ class NewOptions(Options):
     max_train_steps: int = option(
         "length of the training", default=2000, least=1, hint="1500 to 3000 are usual"
     )
+    whole_model: bool = option(
+        "train the model itself rather than a LoRA, for a domain with hundreds of files; each save is a "
+        "whole model"
+    )
     models: Path = option("folder that tools/download.py fills", default=MODELS)
     model_files: tuple[str, ...] = option(
         "file of a model in another place, such as dit=my.safetensors; once for each: "

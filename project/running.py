@@ -42,6 +42,7 @@ from project.options import (
     own_command,
 )
 from project.tracing import RunTrace, trace_run
+from project.whole_model import find_whole_script
 from training.config_options import OTHERS_TABLE
 from training.features.composing import options_reaching
 from training.reports.history import history_path
@@ -519,9 +520,9 @@ def _scripts_of_runs() -> set[Path | None]:
     scripts = {installation.find_script("download")}
     for entry in with_scripts().values():
         names = [f"{entry.cache}_latents", f"{entry.cache}_text_encoder_outputs"]
-        names += [entry.training_script, f"{entry.script}_train"]
-        names.append(entry.generation_script)
+        names += [entry.training_script, entry.generation_script]
         scripts |= {Path(f"{name}.py") for name in names}
+    scripts |= {find_whole_script(model) for model in find_models()}
     return scripts
 
 

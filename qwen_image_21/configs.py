@@ -14,10 +14,7 @@ QWEN_IMAGE_21 = ModelRelease(
     "other",
     "https://huggingface.co/Qwen/Qwen-Image-2.1/blob/main/LICENSE",
 )
-FEW_STEPS = FewSteps(
-    "Train on Qwen-Image-2.1 itself, whose LoRAs work on Turbo too, or give --training_adapter with a LoRA "
-    "that undoes the distillation"
-)
+FEW_STEPS = FewSteps(base="Qwen-Image-2.1 itself", also="Turbo")
 
 
 @dataclass(frozen=True)

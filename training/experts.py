@@ -177,6 +177,9 @@ def _warn_of_few_steps(family: Family, options: TrainingOptions) -> None:
         fact = f"The transformer may be distilled for few steps ({why}). If it is, plain training unlearns"
         if rule.is_certain:
             fact = f"The transformer {rule.distilled} ({why}). Plain training unlearns"
+        if options.whole_dit is not None:  # which has no frozen model to learn towards
+            logger.warning("%s %s: %s. %s.", fact, rule.lost, rule.cost, rule.instead_of_whole)
+            return
         logger.warning(
             "%s %s: with the trained network %s. %s. If you train this one, docs/targets.md tells how it "
             "keeps more of %s: %s.",

@@ -107,8 +107,9 @@ class ZImage(ModelOfPictures):
         "model_type": "z_image",
     }
     few_steps: ClassVar = FewSteps(
-        "Train on the base (z_image_bf16.safetensors), whose LoRAs work on Turbo too, or give "
-        "--training_adapter with the file of ostris/zimage_turbo_training_adapter",
+        base="the base (z_image_bf16.safetensors)",
+        also="Turbo",
+        adapter="the file of ostris/zimage_turbo_training_adapter",
         targets=(GUIDED, make_transfer_target("the base", "z_image_bf16.safetensors")),
         words="zit",
     )

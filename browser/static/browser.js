@@ -83,33 +83,79 @@ document.addEventListener("input", (event) => {
   seen.forEach((clip) => { if (clip.duration) clip.currentTime = event.target.value * clip.duration * 0.999; });
 });
 
-// ---- the grid: arrow keys move, a click puts two samples over each other
-document.addEventListener("keydown", (event) => {
-  const cell = event.target.closest?.(".grid td");
-  const way = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] }[event.key];
-  if (!cell || !way) return;
-  const rows = all(".grid tbody tr:last-child");
-  const row = rows[rows.indexOf(cell.parentElement) + way[0]];
-  const link = row?.cells[cell.cellIndex + way[1]]?.querySelector("a");
-  if (link) { link.focus(); event.preventDefault(); }
-});
+// ---- a click shows a sample as large as the window; another one can be laid over it
+let shownCell = null; // of the grid, whose row has the samples to step through
 
 function fill(select, samples, chosen) {
   select.replaceChildren(...samples.map(([text, address]) => new Option(text, address, false, address === chosen)));
 }
 
-function showPair() {
-  for (const side of ["left", "right"]) {
-    const box = document.querySelector(side === "left" ? ".pair .a" : ".pair .b");
-    heard = show($(side).value, $(side).selectedOptions[0].text, box);
+// Shows the samples that are chosen in the dialog. isOver: two of them.
+function showPair(isOver = $("over").checked) {
+  $("over").checked = isOver;
+  all("#beside .over").forEach((label) => { label.hidden = !isOver; });
+  const boxes = { left: document.querySelector(".pair .a"), right: document.querySelector(".pair .b") };
+  boxes.left.replaceChildren();
+  for (const side of isOver ? ["left", "right"] : ["right"]) {
+    heard = show($(side).value, $(side).selectedOptions[0].text, boxes[side]);
   }
   $("open").href = $("right").value;
+  $("shown").textContent = $("right").selectedOptions[0].text;
+  $("earlier").disabled = $("right").selectedIndex === 0;
+  $("later").disabled = $("right").selectedIndex === $("right").options.length - 1;
   moveLine();
+  keepStep();
 }
 
 function moveLine() {
-  document.querySelector(".pair .b").style.clipPath = `inset(0 0 0 ${$("line").value}%)`;
+  const place = $("over").checked ? $("line").value : 0, pair = document.querySelector(".pair");
+  pair.querySelector(".b").style.clipPath = `inset(0 0 0 ${place}%)`;
+  pair.style.setProperty("--line", `${place}%`);
 }
+
+function stepBy(number) {
+  const place = $("right").selectedIndex + number;
+  if (!$("right").options[place]) return;
+  $("right").selectedIndex = place;
+  showPair();
+}
+
+async function showCell(cell) {
+  const link = cell.querySelector("a"), row = cell.parentElement;
+  const prompt = row.parentElement.querySelector(".prompt").textContent.trim();
+  const samples = await samplesOf(row, prompt);
+  shownCell = cell;
+  const earlier = $("left").selectedIndex;
+  fill($("left"), samples, samples[$("beside").open && earlier > 0 ? Math.min(earlier, samples.length - 1) : 0][1]);
+  fill($("right"), samples, link.getAttribute("href"));
+  $("shown_prompt").textContent = prompt;
+  if (!$("beside").open) $("beside").showModal();
+  showPair();
+}
+
+// Shows the next prompt's sample of the same step.
+function stepPrompt(number) {
+  const rows = all(".grid tbody tr:last-child"), row = rows[rows.indexOf(shownCell?.parentElement) + number];
+  const titles = all(".grid thead th").map((title) => title.firstChild.data.trim());
+  const place = titles.indexOf($("right").selectedOptions[0].text);
+  const cell = row && (row.cells[place] ?? row.cells[shownCell.cellIndex]);
+  if (cell?.querySelector("a")) showCell(cell);
+}
+
+$("beside")?.addEventListener("keydown", (event) => {
+  if (event.target.matches("select, input") || event.altKey || event.ctrlKey || event.metaKey) return;
+  const way = { ArrowLeft: () => stepBy(-1), ArrowRight: () => stepBy(1), ArrowUp: () => stepPrompt(-1), ArrowDown: () => stepPrompt(1) }[event.key];
+  if (!way) return;
+  event.preventDefault();
+  way();
+});
+// a pointer on the picture draws the line
+for (const kind of ["pointerdown", "pointermove"]) document.querySelector(".pair")?.addEventListener(kind, (event) => {
+  if (!event.buttons || !$("over")?.checked) return;
+  const { left, width } = event.currentTarget.getBoundingClientRect();
+  $("line").value = ((event.clientX - left) / width) * 100;
+  moveLine();
+});
 
 async function samplesOf(row, prompt) {
   const titles = all(".grid thead th").map((title) => title.firstChild.data.trim());
@@ -128,23 +174,20 @@ async function samplesOf(row, prompt) {
   return [...ours.filter(([, address]) => address), ...theirs];
 }
 
-document.addEventListener("click", async (event) => {
+document.addEventListener("click", (event) => {
   const link = event.target.closest(".grid td a");
   if (link && $("beside") && !event.ctrlKey && !event.metaKey) {
     event.preventDefault();
-    const row = link.closest("tr");
-    const samples = await samplesOf(row, row.parentElement.querySelector(".prompt").textContent.trim());
-    fill($("left"), samples, samples[0][1]);
-    fill($("right"), samples, link.getAttribute("href"));
-    $("beside").showModal();
-    showPair();
+    showCell(link.closest("td"));
   }
+  if (event.target.id === "earlier") stepBy(-1);
+  if (event.target.id === "later") stepBy(1);
   if (event.target.id === "play") setPlaying(!playing);
   if (event.target.id === "close") $("beside").close();
 });
 
 document.addEventListener("change", (event) => {
-  if (["left", "right"].includes(event.target.id)) showPair();
+  if (["left", "right", "over"].includes(event.target.id)) showPair();
   if (event.target.matches("select[name=run]")) event.target.form.requestSubmit(); // of Compare
   if (event.target.id === "part") showPart(+event.target.value);
   if (event.target.id !== "with") return;

@@ -15,13 +15,13 @@
   form.addEventListener("change", ({ target }) => { if (target.name) remember(); });
   form.addEventListener("keydown", (event) => { if (event.key === "Enter" && event.target.id === "into") event.preventDefault(); });
 
-  // Describe opens the page again: at the same place, with the focus where it was, and with what was done.
+  // The page opens again at the same place, with the focus where it was, and with what was done.
   const PLACE = `place ${location.pathname}`;
+  const keepPlace = (said) => sessionStorage.setItem(PLACE, JSON.stringify({ y: scrollY, focused: document.activeElement?.id, said }));
   document.addEventListener("htmx:after:request", ({ target, detail }) => {
     const headers = detail.ctx.response?.raw.headers;
     if (target !== form || !headers?.get("hx-redirect")) return;
-    const said = decodeURIComponent(headers.get("x-reelsmith-said") ?? "");
-    sessionStorage.setItem(PLACE, JSON.stringify({ y: scrollY, focused: document.activeElement?.id, said }));
+    keepPlace(decodeURIComponent(headers.get("x-reelsmith-said") ?? ""));
   });
   const place = JSON.parse(sessionStorage.getItem(PLACE) ?? "null");
   sessionStorage.removeItem(PLACE);
@@ -44,6 +44,15 @@
     for (let tries = 0; tries < 100 && find("task").dataset.family !== family; tries += 1) await new Promise((done) => setTimeout(done, 50));
     if (find("task").dataset.family === family) change(find("task"), task);
   };
+
+  // A folder of the list keeps the model that was chosen before; a described one has its own.
+  document.addEventListener("click", (event) => {
+    const link = event.target.closest(".folders a[href*='folder=']");
+    if (!link || link.dataset.described || event.ctrlKey || event.metaKey || event.shiftKey) return;
+    const fields = new URLSearchParams(link.search);
+    for (const [name, value] of new FormData(form)) if (value && (["family", "task", "trigger", "steps"].includes(name) || name.startsWith("file_"))) fields.set(name, value);
+    if (fields.has("family")) { event.preventDefault(); location.assign(`/new?${fields}`); }
+  });
 
   document.addEventListener("click", ({ target }) => {
     if (target.matches(".take")) {
@@ -98,14 +107,35 @@
 
   const hasDrafts = () => typeof drafts !== "undefined" && drafts.size > 0;
   function reload() {
-    if (!hasDrafts()) location.reload();
+    if (!hasDrafts()) {
+      keepPlace(find("written")?.textContent ?? "");
+      location.reload();
+    }
     else find("said").textContent = "Save the captions that you have changed, then load this page again to see more.";
   }
 
+  // ---- the button goes on by itself to what needs a person: after a description or a download the files are checked
+  const GOING = "going on in"; // the folder in which this tab has pressed the button
+  document.addEventListener("click", ({ target }) => {
+    if (target.id === "step" || target.id === "describe" && document.activeElement !== target) sessionStorage.setItem(GOING, find("next").dataset.folder); // Enter in a field presses the second
+    if (target.matches("[aria-disabled=true]")) find("said").textContent = "It goes on by itself as soon as this is done.";
+  }, true);
+  function goOn() {
+    const { step, folder } = find("next").dataset, isGoing = sessionStorage.getItem(GOING) === folder;
+    if (step === "busy") return;
+    sessionStorage.removeItem(GOING);
+    if (isGoing && step === "check" && !find("next").querySelector(".warn")) find("step")?.click();
+    sessionStorage.removeItem(GOING); // a check is begun once
+  }
+  addEventListener("load", goOn);
+
   // When the folder has been looked at, from this page or another one, there is more on the page; when a run has ended, a name is taken and speeds are known.
   const isBusy = () => find("progress").dataset.busy === "yes";
-  let { looked } = find("progress").dataset, wasBusy = isBusy();
-  document.addEventListener("htmx:after:swap", () => {
+  let { looked, standing } = find("progress").dataset, wasBusy = isBusy();
+  document.addEventListener("htmx:after:swap", ({ target }) => {
+    if (target.id === "next") goOn();
+    if (standing !== find("progress").dataset.standing) htmx.trigger(find("next"), "refresh");
+    ({ standing } = find("progress").dataset);
     if (wasBusy && !isBusy()) for (const id of ["free", "hours"]) htmx.trigger(find(id), "refresh");
     wasBusy = isBusy();
     const now = find("progress").dataset.looked;

@@ -30,7 +30,7 @@
     const count = news.chosen === news.all ? `${news.all.toLocaleString("en")}` : `${news.chosen.toLocaleString("en")} of ${news.all.toLocaleString("en")}`;
     document.getElementById("counted").textContent = news.unread ? `${count} · ${news.unread.toLocaleString("en")} are still being read` : count;
     fillChoices(form.elements.of, "all runs", news.runs);
-    fillChoices(form.elements.model, "all models", news.models.map((name) => [name, name]));
+    fillChoices(form.elements.model, "all models", news.models);
     const earlier = [...shelf.querySelectorAll(".part")];
     const rows = [];
     let first = 0, place = 0;
@@ -85,7 +85,11 @@
     select.value = rows.some(([name]) => name === value) ? value : "";
   }
 
-  const columns = () => Math.max(1, Math.floor((shelf.clientWidth + 35) / 291));
+  // as many as the style sheet lays side by side: of 16 rem each at the size 1, with a gap of 35 pixels
+  const columns = () => {
+    const size = +getComputedStyle(document.documentElement).getPropertyValue("--size") || 1;
+    return Math.max(1, Math.floor((shelf.clientWidth + 35) / (Math.min(256 * size, shelf.clientWidth) + 35)));
+  };
 
   async function load(part) {
     part.stop?.abort();
@@ -276,8 +280,9 @@
     const files = [...chosen.values()];
     fill($("left"), files, files[0][1]);
     fill($("right"), files, files.at(-1)[1]);
+    $("shown_prompt").textContent = "";
     $("beside").showModal();
-    showPair();
+    showPair(true);
   }
 
   document.getElementById("together").addEventListener("click", showTogether);

@@ -22,23 +22,23 @@ const isEdited = (field) => valueOf(field) !== defaultOf(field);
 const markEdited = () => keyFields().forEach((field) => field.closest("tr").classList.toggle("edited", isEdited(field)));
 
 // ---- the table: search over names and helps, and what was typed is marked
-const ALSO = { vram: ["memory", "swap", "fp8", "checkpointing"], gpu: ["card", "device"], speed: ["faster", "compile"], quality: ["rank", "network_dim"], rate: ["learning_rate"] }; // what people look for -> words of helps
 function filterRows(field) {
   const words = field.value.toLowerCase().split(/\s+/).filter(Boolean);
   const rows = [...document.querySelectorAll(`${field.dataset.find} tr`)];
   let count = 0;
   for (const row of rows) {
-    const text = `${row.textContent} ${row.dataset.help ?? ""}`.toLowerCase();
-    row.hidden = !words.every((word) => [word, ...ALSO[word] ?? []].some((one) => text.includes(one)));
+    const text = `${row.textContent} ${row.dataset.help ?? ""} ${row.dataset.words ?? ""}`.toLowerCase();
+    row.hidden = !words.every((word) => text.includes(word));
     count += !row.hidden;
   }
-  document.getElementById("setting-count").textContent = words.length ? `${count} of ${rows.length} keys` : `${rows.length} keys`;
+  document.getElementById("setting-count").textContent = !rows.length ? "" : words.length ? `${count} of ${rows.length} keys` : `${rows.length} keys`;
 }
 
 document.addEventListener("input", (event) => {
   const part = event.target.closest(".later");
   if (event.target.dataset.find) {
     event.stopPropagation(); // the search changes no key
+    if (event.target.value) document.getElementById(event.target.dataset.opens).open = true;
     filterRows(event.target);
   } else if (part) {
     markEdited();
@@ -52,6 +52,15 @@ document.addEventListener("click", ({ target }) => {
   field.value = target.dataset.back;
   field.dispatchEvent(new Event("input", { bubbles: true }));
   field.focus();
+});
+
+// a key of dataset.toml leads to its text, which is folded
+document.addEventListener("click", (event) => {
+  if (!event.target.matches?.(".in_text")) return;
+  const text = document.querySelector(event.target.hash);
+  event.preventDefault();
+  text.closest("details").open = true;
+  text.focus();
 });
 
 // ---- what is typed outlasts a reload, such as that of Check and Start, until it is saved

@@ -1,6 +1,7 @@
 """A described folder as `new` writes it, for a model whose files are not there."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -67,3 +68,9 @@ def write_draft(root: Path, run: str = RUN, prompts: str = PROMPTS, pictures: in
     (folder / "dataset.toml").write_text(DATASET, encoding="utf-8")
     (folder / "prompts.txt").write_text(prompts, encoding="utf-8")
     return folder
+
+
+def unfold(page: Any, *parts: str) -> None:
+    """Open parts of the page New that are folded: `memory`, `settings`."""
+    for part in parts:
+        page.locator(f"#{part}-fold > summary").click()

@@ -208,7 +208,7 @@ def test_files_of_two_models_are_not_compared(served: Served, folder: Path) -> N
 
     both = f"{form(served, (6,))}&{form(served, (6,), 'y')}"
 
-    message = "Files of one model are compared: x is of wan, y is of hunyuan_video"
+    message = "Files of one model are compared: x is of Wan, y is of HunyuanVideo"
     assert message in served.ask(f"/compare?{both}").text
     assert served.ask("/compare", "POST", both, Origin=served.url).status == 422
     assert jobs(folder) == []

@@ -16,8 +16,9 @@ from browser.captions import mark_bytes
 from browser.described_folder import FILES, ChangedMeanwhileError, change_keys, edit_toml
 from browser.draft_changes import check_text, describe_difference, find_caching_words
 from browser.folder_settings import apply_edits, list_rows, name_field, read_chosen, read_settings
+from browser.setting_words import DATASET_KEYS, WORDS
 from modules.errors import OptionError
-from tests.browser.drafts import DATASET, PROMPTS, RUN, write_draft
+from tests.browser.drafts import DATASET, PROMPTS, RUN, unfold, write_draft
 from tests.browser.serving import Answer, Served, serve_runs
 from tests.chromium import open_page, wait_until
 from tests.commands import ROOT
@@ -369,6 +370,7 @@ def test_what_new_prints_is_found_between_other_lines() -> None:
 def open_settings(served: Served, folder: Path, **look: Any) -> Iterator[Any]:
     with open_page(f"{served.url}/new?folder={quote(str(folder))}", **look) as page:
         wait_until(page, "document.querySelector('#row-network_dim') !== null")
+        unfold(page, "settings")
         yield page
 
 
@@ -376,9 +378,14 @@ def wait_for_text(page: Any, place: str, text: str) -> None:
     wait_until(page, f"document.querySelector({place!r})?.textContent.includes({text!r}) === true")
 
 
-def test_search_finds_names_and_helps(tmp_path: Path) -> None:
+def test_search_opens_the_table_and_finds_names_helps_and_words_of_others(tmp_path: Path) -> None:
     folder = write_draft(tmp_path)
-    with serve_runs(tmp_path) as served, open_settings(served, folder) as page:
+    with (
+        serve_runs(tmp_path) as served,
+        open_page(f"{served.url}/new?folder={quote(str(folder))}") as page,
+    ):
+        wait_until(page, "document.querySelector('#row-network_dim') !== null")
+        assert not page.locator("#row-network_dim").is_visible()
         page.get_by_label("Look for a setting").fill("host memory blocks")
         assert page.locator("#row-blocks_to_swap").is_visible()
         assert not page.locator("#row-network_dim").is_visible()
@@ -387,7 +394,29 @@ def test_search_finds_names_and_helps(tmp_path: Path) -> None:
         assert not page.locator("#row-blocks_to_swap").is_visible()
         count = page.locator("#setting-count").inner_text()
         assert int(count.split(" of ")[0]) <= 3  # the helps of a few others name it too
+        for word in ("vram", "rank", "dim", "epochs", "precision"):
+            page.get_by_label("Look for a setting").fill(word)
+            hidden = [
+                name
+                for name in WORDS[word]
+                if page.locator(f"#row-{name}").count() and page.locator(f"#row-{name}").is_hidden()
+            ]
+            assert (word, hidden) == (word, [])
+        for word, key in (("batch", "batch_size"), ("resolution", "resolution")):
+            page.get_by_label("Look for a setting").fill(word)
+            row = page.locator("#setting-rows tr:visible", has=page.get_by_text(key, exact=True))
+            row.get_by_role("link", name="in dataset.toml").click()
+            assert page.evaluate("document.activeElement.id") == "text-dataset-text"
         assert page.problems == []
+
+
+@pytest.mark.slow  # each script prints its options
+def test_words_of_others_stand_for_settings_that_there_are() -> None:
+    scripts = [*ROOT.glob("*_train_network.py"), ROOT / "train_network.py"]
+    options = {setting.name for script in scripts for setting in read_settings(script.name)}
+    named = {name for names in WORDS.values() for name in names}
+    assert named - options - DATASET_KEYS.keys() == set()
+    assert DATASET_KEYS.keys() <= named
 
 
 def test_the_labels_of_the_form_are_found_once(tmp_path: Path) -> None:
@@ -409,6 +438,7 @@ def test_two_browsers_lose_nothing(tmp_path: Path) -> None:
     ):
         other.goto(page.url)
         wait_until(other, "document.querySelector('#row-network_dim') !== null")
+        unfold(other, "settings")
         for browser, key, value in ((page, "network_dim", "16"), (other, "seed", "5")):
             browser.locator(f"#set-{key}").fill(value)
             wait_for_text(browser, "#changes-keys", f"+{key} = {value}")
@@ -483,6 +513,7 @@ def test_what_is_typed_stays_while_a_folder_is_described_and_checked(tmp_path: P
             assert page.locator("#set-network_dim").input_value() == "8"
             assert page.locator("#set-loss_type").input_value() == "huber"
             assert page.get_by_label("Sample 1 prompt").input_value() == "a dog"
+            unfold(page, "memory")
             page.get_by_label("Blocks swapped").fill("3")
             page.get_by_label("Blocks swapped").press("Tab")
             # another part has written the file: the table follows, and keeps what was typed

@@ -221,7 +221,7 @@ def test_loras_of_other_models_stand_behind_a_word_with_the_reason(root: Path) -
         page.get_by_text("LoRAs of other models").click()
         texts = second.locator("li").all_text_contents()
         assert ["trained for t2v-14B, not t2v-1.3B" in text for text in texts] == [True] * 3 + [False] * 3
-        assert ["of flux_2, not wan" in text for text in texts] == [False] * 3 + [True] * 3
+        assert ["of FLUX.2, not Wan" in text for text in texts] == [False] * 3 + [True] * 3
         assert second.get_by_role("checkbox").count() == 3
         page.get_by_label("use large-step4.safetensors").check()
         wait_until(page, "document.querySelector('#command').textContent.includes('large-step4')")
@@ -459,7 +459,7 @@ def test_a_lora_of_another_family_is_refused_by_its_header(root: Path) -> None:
         path = str(root / "other" / "y-step2.safetensors")
         answer = post(served, "make", fields_of(served, lora=path, **{f"strength {path}": "1"}))
         assert answer.status == 422
-        assert "y-step2.safetensors is a LoRA of flux, and this model is of wan." in message(answer)
+        assert "y-step2.safetensors is a LoRA of FLUX.1, not of Wan." in message(answer)
 
 
 def test_a_file_that_is_gone_is_said(served: Served, root: Path) -> None:

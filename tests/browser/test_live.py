@@ -125,6 +125,7 @@ def test_clips_play_in_step_and_two_lie_over_each_other(training: SteppedTrainin
         wait_until(page, "document.querySelector('.grid video').paused")
 
         page.locator(".grid td a").nth(2).click()
+        page.get_by_label("lay another one over it").check()
         box = page.locator("#line").bounding_box()
         page.mouse.click(box["x"] + box["width"] / 4, box["y"] + box["height"] / 2)
 
@@ -284,7 +285,8 @@ def test_a_sample_that_cannot_be_shown_says_so_and_the_newest_is_in_view(tmp_pat
         history.add(step, level="info", message=f"message {step}")
     history.flush()
     with serve_runs(tmp_path) as served, open_page(f"{served.url}{served.of('y')}", width=390) as page:
-        assert page.evaluate("document.querySelector('.grid').parentElement.scrollLeft") > 1000
+        page.get_by_label("all 59 steps").check()
+        wait_until(page, "document.querySelector('.grid').parentElement.scrollLeft > 1000")
         rest = "(log => log.scrollHeight - log.scrollTop - log.clientHeight)(document.querySelector('.log'))"
         assert page.evaluate(rest) < 40
         page.locator(".grid").scroll_into_view_if_needed()

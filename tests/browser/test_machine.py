@@ -119,7 +119,7 @@ def test_a_download_is_named_with_what_has_arrived(tmp_path: Path) -> None:
         line = served.ask("/machine").text
         page = served.ask("/models").text
 
-    assert '<a href="/models#loading">loading wan t2v-1.3B, 1.0 of 4.0 GB</a>' in line
+    assert '<a href="/models#loading">loading Wan2.1 t2v-1.3B, 1.0 of 4.0 GB</a>' in line
     assert '<progress value="0.25" max="1"' in page
     assert "<button>Stop</button>" in page
 

@@ -35,6 +35,7 @@ def test_of_10000_samples_those_in_view_are_loaded(tmp_path: Path) -> None:
     places = "[...document.querySelectorAll('.grid [data-src]')]"
     loaded = f"{places}.filter(one => one.firstChild)"
     with serve_runs(tmp_path) as served, open_page(served.url + served.of("x")) as page:
+        page.get_by_label(f"all {STEPS + 1} steps").check()
         wait_until(page, f"{loaded}.length > 0")
         assert page.evaluate(f"{places}.length") > 10_000
         for share in (0.5, 1):

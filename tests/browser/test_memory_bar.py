@@ -21,7 +21,7 @@ from browser.memory import ReadPlan, edit_switches, read_plan, read_size, read_s
 from modules.errors import OptionError
 from running.planning.device_memory import Room
 from running.planning.memory_plan import MemoryPart, MemoryPlan, Phase, show, verdict
-from tests.browser.drafts import RUN, write_draft
+from tests.browser.drafts import RUN, unfold, write_draft
 from tests.browser.serving import Answer, Served, serve_runs
 from tests.chromium import open_page, wait_until
 from tests.commands import ROOT
@@ -234,6 +234,7 @@ def test_a_plan_of_the_pocket_model_becomes_a_bar(tmp_path: Path) -> None:
     folder = write_draft(tmp_path, run=run)
     with serve_runs(tmp_path) as served, open_page(f"{served.url}/new?folder={quote(str(folder))}") as page:
         wait_until(page, "document.querySelector('#memory-form') !== null")
+        unfold(page, "memory")
         page.get_by_role("button", name="Plan", exact=True).click()
         message = wait_for_plan(page)
         assert "Make the caches first" in message

@@ -101,9 +101,9 @@ def test_search_and_filters_keep_what_fits(page: Any) -> None:
     page.get_by_label("Kind of results").select_option("clip")
     wait_for_plates(page, 1)
     page.get_by_label("Kind of results").select_option("")
-    page.get_by_label("Family of results").select_option("wan t2v-1.3B")
+    page.get_by_label("Model of results").select_option("wan t2v-1.3B")
     wait_for_plates(page, 3)
-    page.get_by_label("Family of results").select_option("")
+    page.get_by_label("Model of results").select_option("")
     page.get_by_label("Run of results").select_option("own")
     wait_for_plates(page, 3)
     page.get_by_label("Find results").fill("nothing at all")
@@ -140,7 +140,7 @@ def test_a_button_shows_the_command_that_it_stands_for(page: Any) -> None:
     typed = page.locator("#types").inner_text()
     assert f" && {python_of('wan_generate_video.py')} --task t2v-1.3B" in typed
     assert "--seed 8" in typed
-    page.locator("#sift input").focus()
+    page.locator("#sift input[type=search]").focus()
     assert page.locator("#types").is_hidden()
 
 

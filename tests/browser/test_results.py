@@ -250,8 +250,8 @@ def test_options_of_the_model_follow_the_file_and_not_the_run() -> None:
     ("changes", "word"),
     [
         ({"bt_dit": "other.safetensors"}, "other.safetensors"),
-        ({"bt_task": "t2v-14B"}, "wan t2v-14B"),
-        ({"bt_model_type": "flux"}, "flux"),
+        ({"bt_task": "t2v-14B"}, "Wan2.1 t2v-14B"),
+        ({"bt_model_type": "flux"}, "FLUX.1"),
         ({"bt_clip": "clip.pth"}, "clip.pth"),
         ({"bt_prompt": "x" * 70_000}, "too long"),
     ],
@@ -407,7 +407,7 @@ def test_two_thousand_results_are_paged_quickly(tmp_path: Path) -> None:
             assert time.process_time() - begin < 4, "no answer waits for all to be read"
             unread = layout["unread"]
         assert layout["all"] == sum(count for _, count in layout["days"]) == 2000
-        assert layout["models"] == ["wan t2v-1.3B"]
+        assert layout["models"] == [["wan t2v-1.3B", "Wan2.1 t2v-1.3B"]]
         begin = time.process_time()
         assert served.ask(f"/results?have={layout['mark']}").status == 204
         part = served.ask("/results/part?from=1200&count=24").text

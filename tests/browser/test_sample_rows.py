@@ -10,7 +10,7 @@ pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 from browser.captions import mark_bytes
 from browser.samples import FIELDS, edit_prompts, edit_times, list_pictures, read_rows
 from modules.errors import OptionError
-from tests.browser.drafts import PROMPTS, RUN, write_draft
+from tests.browser.drafts import PROMPTS, RUN, unfold, write_draft
 from tests.browser.serving import Answer, Served, serve_runs
 from tests.chromium import open_page, wait_until
 
@@ -261,6 +261,7 @@ def test_what_was_just_typed_is_saved_and_no_preview_follows(
     with serve_runs(tmp_path) as served, open_page(f"{served.url}/new?folder={quote(str(folder))}") as page:
         wait_until(page, "document.querySelector('#sample-form') !== null")
         wait_until(page, "document.querySelector('#set-seed') !== null")
+        unfold(page, "settings")
         field = page.locator("#set-seed") if label == "set to seed" else page.get_by_label(label)
         if "text" in label:
             page.get_by_text("prompts.txt", exact=True).last.click()
@@ -286,6 +287,7 @@ def test_enter_in_the_search_saves_nothing(tmp_path: Path) -> None:
     folder = write_draft(tmp_path)
     with serve_runs(tmp_path) as served, open_page(f"{served.url}/new?folder={quote(str(folder))}") as page:
         wait_until(page, "document.querySelector('#set-seed') !== null")
+        unfold(page, "settings")
         page.locator("#set-seed").fill("5")
         page.get_by_label("Look for a setting").fill("seed")
         page.get_by_label("Look for a setting").press("Enter")

@@ -261,7 +261,7 @@ class Turbo(toy.ToyFamily):
     """Says that its transformer is distilled."""
 
     can: Abilities = Abilities(tell_few_steps=True)
-    few_steps: FewSteps = FewSteps("Give another")
+    few_steps: FewSteps = FewSteps("another")
 
     def why_few_steps(self) -> str:
         return "it is called turbo"
@@ -285,5 +285,18 @@ def test_a_distilled_transformer_without_an_adapter_is_warned_of(
         )
 
     assert [len(texts) for texts in said] == [1, 0, 0]
-    assert "Give another. If you train this one" in said[0][0]
+    assert "Train on another, or give --training_adapter with a LoRA that undoes the dist" in said[0][0]
+    assert "If you train this one" in said[0][0]
     assert "keeps more of them: --guided_target 3" in said[0][0]
+
+
+def test_a_distilled_model_that_is_trained_whole_is_told_what_a_whole_model_can_do(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    toy.write_caches(tmp_path)
+    toy.train_toy(tmp_path, "--max_train_steps", 1, family=Turbo(), whole_dit=True)
+    [warning] = [text for text in caplog.messages if "may be distilled" in text]
+    assert "plain training unlearns them: it needs more steps, and guidance, for equal quality" in warning
+    assert warning.endswith(". Train on another.")
+    assert "--training_adapter" not in warning  # both are refused
+    assert "--guided_target" not in warning

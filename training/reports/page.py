@@ -84,6 +84,8 @@ def page_values(
     """Return the values of the template. folder: --output_dir. load: gives the clips, if the story has
     samples. most: the largest number of columns and rows in the grid of samples. parts: of features.
     """
+    from downloads.catalogue import model_title  # only for pages
+
     best = story.best_file(folder)
     grid = None
     if load:
@@ -94,6 +96,7 @@ def page_values(
     return {
         "live": None,
         "standing": standing,
+        "model": model_title(standing.start.model),
         "written": f"{datetime.now():%Y-%m-%d %H:%M:%S}",
         "tiles": list_tiles(standing, story, parts),
         "grid": grid,

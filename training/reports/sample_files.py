@@ -1,5 +1,6 @@
 """Find the samples of a run by their names and read them reduced; draw sheets and the grid of the page."""
 
+import itertools
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -203,6 +204,19 @@ def choose_columns(rows: Sequence[SampleRow], best_step: int | None, most: int) 
     return [rows[index] for index in sorted(chosen)]
 
 
+def choose_few(num_columns: int, best: int | None, most: int = 4) -> set[int]:
+    """Return the columns that a row shows first: the first, the last, the best, and others between them.
+
+    best: index of the column nearest to the lowest validation loss.
+    """
+    chosen = {0, num_columns - 1} | ({best} if best is not None else set())
+    while len(chosen) < min(most, num_columns):
+        in_order = sorted(chosen)
+        start, end = max(itertools.pairwise(in_order), key=lambda pair: pair[1] - pair[0])
+        chosen.add((start + end) // 2)
+    return chosen
+
+
 def make_grid(story: Story, load: LoadClip, most_columns: int, most_prompts: int) -> dict[str, Any]:
     """Return the values of the grid of samples: steps as columns, prompts as rows."""
     rows = [story.samples[key] for key in sorted(story.samples)]
@@ -216,9 +230,12 @@ def make_grid(story: Story, load: LoadClip, most_columns: int, most_prompts: int
     grid_rows: list[dict[str, Any]] = []
     for index, prompt in shown:
         grid_rows.append({"prompt": prompt, "index": index, "cells": [None] * len(columns)})
+    best_index = None if best_column is None else columns.index(best_column)
+    few = choose_few(len(columns), best_index)
     titles = []
-    for row in columns:
-        titles.append({"title": _format_column_title(row), "is_best": row is best_column})
+    for index, row in enumerate(columns):
+        title = _format_column_title(row)
+        titles.append({"title": title, "is_best": row is best_column, "is_further": index not in few})
     for column in reversed(range(len(columns))):  # the newest first: they are shown in any case
         row = columns[column]
         is_newest = row is columns[-1]
@@ -228,6 +245,7 @@ def make_grid(story: Story, load: LoadClip, most_columns: int, most_prompts: int
     return {
         "columns": titles,
         "rows": grid_rows,
+        "few": len(few),
         "times": len(rows),
         "prompts": len(prompts),
     }

@@ -29,6 +29,7 @@ from training.reports.sample_files import (
     TEXT_SIZE,
     TITLE_SIZE,
     choose_columns,
+    choose_few,
     find_samples,
     read_reduced,
     write_sheet,
@@ -318,6 +319,22 @@ def test_the_grid_keeps_the_first_the_last_and_the_best_column(count: int) -> No
     assert min(count, 5) <= len(chosen) <= 10
     assert {0, 10 * (count - 1), min(best, 10 * (count - 1))} <= set(chosen)
     assert chosen == sorted(chosen)
+
+
+@pytest.mark.parametrize(
+    ("count", "best", "few"),
+    [
+        (1, None, {0}),
+        (3, 1, {0, 1, 2}),
+        (5, None, {0, 1, 2, 4}),
+        (12, 8, {0, 4, 8, 11}),
+        (12, 11, {0, 5, 8, 11}),
+    ],
+)
+def test_a_row_shows_the_first_the_best_the_last_and_one_between(
+    count: int, best: int | None, few: set[int]
+) -> None:
+    assert choose_few(count, best) == few
 
 
 def test_a_sheet_shows_all_prompts_of_a_step_and_sorts_behind_their_samples(

@@ -1,0 +1,108 @@
+"""The next step on the page New: how far a folder is, and the word of the button that leads on."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from browser.jobs import WAITING, Job
+from browser.model_files import Download
+from browser.names import short_digest
+from browser.new_form import NewForm
+from browser.runs import FINISHED, RUNNING
+from modules.console import count_of
+
+DESCRIBE, LOAD, CHECK, START = "describe", "load", "check", "start"  # what a press of the button does
+CHANGES, FOLLOW = "changes", "follow"  # it leads to a place of this page, or to another page
+BUSY = "busy"  # a command works, and the button only says so
+CHANGES_PLACE = "#would-change"
+QUEUE_ADDRESS = "/queue"
+
+
+@dataclass(frozen=True)
+class NextStep:
+    """Hold what the button of the page New says and does."""
+
+    name: str
+    word: str
+    missing: Sequence[str] = ()  # what is still to be chosen or mended, in words
+    done: str = ""  # what has worked so far, in words
+    address: str = ""  # that the button opens, instead of doing something
+
+    @property
+    def mark(self) -> str:
+        """Return a text that changes with the step."""
+        return short_digest(repr(self))
+
+
+@dataclass(frozen=True)
+class FolderStanding:
+    """Hold how far a folder is, by its files and by the commands that work on it."""
+
+    is_described: bool = False
+    describing: Job | None = None  # `new`, for the files or for a comparison with them
+    has_changes: bool = False  # shown ones, of which nobody has said whether they are wanted
+    download: Download | None = None  # of its model
+    to_load: str = ""  # GB of its model that are missing, and that this page can load
+    num_licences: int = 0  # of the missing parts
+    loads_at_start: bool = False  # the training loads what is missing
+    checking: Job | None = None
+    is_check_old: bool = False
+    job: Job | None = None  # of the queue, that trains on it
+    run_address: str = ""  # of the page of its training
+
+    @property
+    def mark(self) -> str:
+        """Return a text that changes with the step of a page whose fields are as the files."""
+        return choose_step(NewForm(folder="as", family="in", task="files"), self, is_written=True).mark
+
+    @property
+    def is_checked(self) -> bool:
+        """Return whether the files as they are now have no fault."""
+        return self.checking is not None and self.checking.state == FINISHED and not self.is_check_old
+
+    @property
+    def done(self) -> str:
+        """Return what has worked, in words."""
+        words = ["Described"]
+        if self.download is not None and self.download.state == FINISHED and not self.to_load:
+            words.append("the model is here")
+        if self.is_checked:
+            words.append("checked: no fault")
+        return f"{', '.join(words)}."
+
+
+def choose_step(form: NewForm, standing: FolderStanding, is_written: bool) -> NextStep:
+    """Return the next step of a folder. is_written: its files say what the fields of the form hold."""
+    fields = {"a folder": form.folder, "a model": form.family, "a task": form.task}
+    missing = [label for label, text in fields.items() if not text]
+    if missing:
+        return NextStep(DESCRIBE, "Describe", missing=missing)
+    if standing.describing is not None and standing.describing.state == RUNNING:
+        return NextStep(BUSY, "Describing …")
+    if standing.has_changes:
+        return NextStep(CHANGES, "Look at the changes", address=CHANGES_PLACE)
+    if not (standing.is_described and is_written):
+        return NextStep(DESCRIBE, "Describe")
+    return _choose_after_describing(standing)
+
+
+def _choose_after_describing(standing: FolderStanding) -> NextStep:
+    """Return the next step of a folder whose files say what the form holds."""
+    job, download, checking = standing.job, standing.download, standing.checking
+    if job is not None and (
+        job.state in (WAITING, RUNNING) or job.state == FINISHED and standing.run_address
+    ):
+        words = {WAITING: "It waits in the queue.", RUNNING: "It trains.", FINISHED: "The LoRA is there."}
+        address = standing.run_address or QUEUE_ADDRESS
+        return NextStep(FOLLOW, "Show the training", done=words[job.state], address=address)
+    if standing.to_load and download is not None and download.state == RUNNING:
+        return NextStep(BUSY, f"Getting the model{download.progress_words} …", done=standing.done)
+    if standing.to_load:
+        licences = "licence" if standing.num_licences == 1 else count_of(standing.num_licences, "licence")
+        return NextStep(LOAD, f"Get the model ({standing.to_load}, {licences})", done=standing.done)
+    if checking is not None and checking.state == RUNNING:
+        return NextStep(BUSY, "Checking …", done=standing.done)
+    if standing.is_checked or standing.loads_at_start:
+        return NextStep(START, "Start", done=standing.done)
+    has_faults = checking is not None and checking.code not in (0, None) and not standing.is_check_old
+    missing = ["what the check has found"] if has_faults else []
+    return NextStep(CHECK, "Check", missing=missing, done=standing.done)

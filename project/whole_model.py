@@ -1,0 +1,107 @@
+"""`new --whole_model`: train the weights of the model itself instead of a LoRA.
+
+Says which models that is possible for, which options such a run gets, and what it writes.
+"""
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from downloads.catalogue import ModelSet
+from downloads.listing import gigabytes
+from modules.errors import OptionError
+from modules.installation import find_script
+from modules.speed_options import BASE_FORMS
+from project.fitting import IN_USE, transformer_bytes, transformers_of
+
+# options of a LoRA's run that a whole model has no use for, by the beginning of their names
+OF_LORA = ("network_", "lora_format", "dit_dtype")
+FORMS = frozenset(switch for form in BASE_FORMS for switch in form.switches)  # of frozen weights
+# Source: the table in docs/whole_models.md. Nearly no optimizer states, and one gradient at a time
+RECIPE: Mapping[str, Any] = {
+    "optimizer_type": "adafactor",
+    "optimizer_args": ["relative_step=False", "scale_parameter=False", "warmup_init=False"],
+    "learning_rate": 1e-5,
+    "lr_scheduler": "constant_with_warmup",
+    "lr_warmup_steps": 10,
+    "max_grad_norm": 0,
+    "fused_backward_pass": True,
+}
+SAVES = 4  # over the run: each is a whole model
+KEPT = 2  # saved files, and states, that are kept besides the result
+
+
+def find_whole_script(model: ModelSet) -> Path | None:
+    """Return the script that trains a model whole; None if there is none."""
+    words = _whole_words(model)
+    return find_script(words[0])
+
+
+def _whole_words(model: ModelSet) -> list[str]:
+    """Return the script that would train a model whole, and the options that it needs."""
+    train = shlex.split(model.commands["train"])
+    of_lora = next(word for word in train if word.endswith(".py"))
+    usual = of_lora.replace("_network.py", ".py")
+    return shlex.split(model.data.get("whole", usual))
+
+
+def refuse_whole_model(model: ModelSet, memory: float) -> None:
+    """Raise OptionError if a model cannot be trained whole on a card of `memory` GiB; 0: the CPU."""
+    name = f"{model.family} {model.task}"
+    if not model.data["fp8"]:
+        raise OptionError(
+            f"--whole_model: the file of {name} has weights in 8 bits, in which steps would be lost. "
+            "Choose a --task in 16 bits, or train a LoRA: leave it out"
+        )
+    if find_whole_script(model) is None:
+        raise OptionError(f"--whole_model: {name} has no script for it. Train a LoRA: leave it out")
+    if len(transformers_of(model)) > 1:
+        raise OptionError(
+            f"--whole_model: {name} has two transformers, and only one is trained at a time. See "
+            "docs/wan2.2.md, or train a LoRA: leave it out"
+        )
+    size = transformer_bytes(model) / 2**30
+    if memory and not model.data.get("swaps", True) and size + IN_USE > memory:
+        raise OptionError(
+            f"--whole_model: {name} takes {size:.1f} GiB of weights and about {IN_USE} more, and the "
+            f"card has {memory:g}. Train a LoRA: leave it out"
+        )
+
+
+def change_to_whole(values: Mapping[str, Any], model: ModelSet, memory: float) -> dict[str, Any]:
+    """Return the options of a run that trains the whole model, from those of a LoRA's run.
+
+    memory: GiB of the card; 0: a CPU, on which the weights stay in float32.
+    """
+    kept = {name: value for name, value in values.items() if not name.startswith(OF_LORA)}
+    kept = {name: value for name, value in kept.items() if name not in FORMS}
+    recipe = dict(RECIPE)
+    if memory:
+        recipe["full_bf16"] = True
+    return kept | recipe
+
+
+def saving_of_whole(steps: int) -> dict[str, Any]:
+    """Return the options that say when files and states of a whole model are saved, and how many stay."""
+    every = max(steps // SAVES, 1)
+    kept = (KEPT - 1) * every
+    return {"save_every_n_steps": every, "save_last_n_steps": kept, "save_last_n_steps_state": kept}
+
+
+def describe_whole(model: ModelSet, memory: float) -> list[str]:
+    """Return lines about the memory and the disk that a run takes. memory: as in `change_to_whole`."""
+    weights = transformer_bytes(model)
+    written = sum(part.size_bytes or 0 for part in transformers_of(model))
+    if not memory:
+        fit = f"{2 * weights / 2**30:.1f} GiB in float32"
+    elif weights / 2**30 + IN_USE <= memory:
+        fit = f"{weights / 2**30:.1f} GiB in bf16, which fits a card of {memory:g} GiB"
+    else:
+        left = weights / 2**30 - max(memory - IN_USE, 0)
+        fit = f"{weights / 2**30:.1f} GiB in bf16, of which about {left:.0f} GiB wait in RAM"
+    most = gigabytes((KEPT + 1) * written + KEPT * weights)
+    return [
+        f"The whole model is trained. Its weights: {fit}",
+        f"Each saved file has {gigabytes(written)}; with the states output takes about {most}",
+    ]

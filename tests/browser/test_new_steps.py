@@ -1,0 +1,223 @@
+"""The one button of the page New: its word by state, always in view, and the way to a running training."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from urllib.parse import quote, urlencode
+
+import pytest
+
+pytest.importorskip("starlette", reason="the extra `browser` is not installed")
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from browser.new_form import NewForm
+from browser.new_steps import FolderStanding, choose_step
+from browser.runs import DIED, FINISHED, RUNNING
+from project.options import find_models
+from tests.browser.described_folders import describe as describe_folder
+from tests.browser.serving import Served, serve_runs
+from tests.browser.test_new_page import PARTS, text_of, write_pictures
+from tests.browser.test_new_page import post as press_button
+from tests.chromium import open_page, wait_until
+
+SCREENS = ((1440, 900), (390, 844))
+MOST_SCREENS = 3
+FILLED = NewForm(folder="set", family="wan", task="t2v-1.3B")
+DESCRIBED = {"is_described": True}
+CHECKED = {**DESCRIBED, "checking": (FINISHED, 0)}
+SECONDS = 1000  # milliseconds
+MOST_CLICKS = 6
+
+
+def job(state: str, code: int | None = None) -> Any:
+    return SimpleNamespace(state=state, code=code, progress_words=", 11.2 of 34.8 GB")
+
+
+def standing(**facts: Any) -> FolderStanding:
+    """How far a folder is. A pair stands for a job: its state and exit code."""
+    return FolderStanding(
+        **{name: job(*fact) if isinstance(fact, tuple) else fact for name, fact in facts.items()}
+    )
+
+
+@pytest.mark.parametrize(
+    ("facts", "is_written", "word"),
+    [
+        ({}, False, "Describe"),
+        ({"describing": (RUNNING,)}, False, "Describing …"),
+        ({**DESCRIBED, "describing": (FINISHED, 0), "has_changes": True}, False, "Look at the changes"),
+        ({**CHECKED}, False, "Describe"),  # something was typed since
+        ({**DESCRIBED, "to_load": "99 GB", "num_licences": 1}, True, "Get the model (99 GB, licence)"),
+        ({**CHECKED, "to_load": "99 GB", "num_licences": 2}, True, "Get the model (99 GB, 2 licences)"),
+        (
+            {**DESCRIBED, "to_load": "99 GB", "download": (RUNNING,)},
+            True,
+            "Getting the model, 11.2 of 34.8 GB …",
+        ),
+        ({**DESCRIBED, "loads_at_start": True}, True, "Start"),
+        (DESCRIBED, True, "Check"),
+        ({**DESCRIBED, "checking": (RUNNING,)}, True, "Checking …"),
+        ({**DESCRIBED, "checking": (DIED, 1)}, True, "Check"),
+        ({**CHECKED, "is_check_old": True}, True, "Check"),
+        (CHECKED, True, "Start"),
+        ({**CHECKED, "job": ("waiting",)}, True, "Show the training"),
+        ({**CHECKED, "job": (RUNNING,), "run_address": "/run/0/"}, True, "Show the training"),
+        ({**CHECKED, "job": (DIED, 1), "run_address": "/run/0/"}, True, "Start"),
+    ],
+)
+def test_the_word_of_the_button_follows_the_state(facts: dict[str, Any], is_written: bool, word: str) -> None:
+    step = choose_step(FILLED, standing(**facts), is_written)
+    assert step.word == word
+    other = choose_step(NewForm(folder="set"), standing(**facts), is_written)
+    assert (other.word, other.missing) == ("Describe", ["a model", "a task"])
+
+
+def test_what_has_worked_and_what_is_to_be_mended_is_said() -> None:
+    assert choose_step(FILLED, standing(**CHECKED), True).done == "Described, checked: no fault."
+    loaded = standing(**DESCRIBED, download=(FINISHED, 0))
+    assert choose_step(FILLED, loaded, True).done == "Described, the model is here."
+    faulty = choose_step(FILLED, standing(**DESCRIBED, checking=(DIED, 1)), True)
+    assert faulty.missing == ["what the check has found"]
+    assert standing(**DESCRIBED).mark != standing(**CHECKED).mark
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("roots")
+    for number in range(9):
+        write_pictures(root / f"more {number}", 1)
+    describe_folder(root / "set")
+    describe_folder(root / "loaded", dit=str(root / "models" / "wan.safetensors"))
+    return root
+
+
+@pytest.fixture(scope="module")
+def served(root: Path) -> Iterator[Served]:
+    with serve_runs(root, models=root.parent / "models") as served:
+        yield served
+
+
+def is_in_view(page: Any) -> bool:
+    box = page.locator("#step").bounding_box()
+    size = page.viewport_size
+    ends = (box["x"] + box["width"], box["y"] + box["height"])
+    return min(box["x"], box["y"]) >= 0 and ends[0] <= size["width"] and ends[1] <= size["height"]
+
+
+def test_the_button_is_always_in_view_and_the_page_is_low(served: Served, root: Path) -> None:
+    described = f"/new?{urlencode({'folder': str(root / 'set')})}"
+    with open_page(served.url) as page:
+        for address in ("/new", described):
+            page.goto(served.url + address)
+            if address != "/new":
+                page.locator("#text-prompts").wait_for(state="attached")
+            for width, height in SCREENS:
+                page.set_viewport_size({"width": width, "height": height})
+                for place in ("0", "document.documentElement.scrollHeight"):
+                    page.evaluate(f"scrollTo(0, {place})")
+                    assert is_in_view(page), (address, width, place)
+                if width == SCREENS[0][0]:
+                    shown = page.evaluate("document.documentElement.scrollHeight")
+                    assert shown <= MOST_SCREENS * height, address
+        assert page.get_by_role("button", name="Check", exact=True).count() == 1
+        assert page.locator("#next").get_by_text("Described.").is_visible()
+        page.set_viewport_size({"width": 1440, "height": 900})
+        page.get_by_label("Steps", exact=True).fill("77")
+        page.get_by_role("button", name="Describe", exact=True).wait_for()
+        assert "77 steps" in page.locator("#next").inner_text()
+        assert page.evaluate("document.activeElement.id") == "steps"
+        page.get_by_text("show the command").click()
+        assert page.locator("#command").inner_text() == "run.toml: max_train_steps = 77"
+        assert page.problems == []
+
+
+def test_lists_that_scroll_say_how_many_more(served: Served) -> None:
+    with open_page(f"{served.url}/new", width=390, height=844) as page:
+        note = page.locator(".folders + .below")
+        first = int(re.findall(r"\d+", note.inner_text())[0])
+        assert 0 < first < 11
+        page.locator(".folders").evaluate("one => { one.scrollTop = 150; }")
+        wait_until(page, f"!document.querySelector('.folders + .below').textContent.includes('{first} ')")
+        page.locator(".folders").evaluate("one => { one.scrollTop = one.scrollHeight; }")
+        wait_until(page, "document.querySelector('.folders + .below').textContent === ''")
+
+
+def test_the_page_reads_without_scripts(served: Served, root: Path) -> None:
+    text = served.ask(f"/new?folder={quote(str(root / 'set'))}").text
+    for words in (">Check</button>", "Described.", "10 steps", "its model is here", " free</p>"):
+        assert words in text
+    assert text.count('id="step"') == 1
+
+
+def test_the_model_is_loaded_after_its_licences_and_only_what_is_missing(
+    served: Served, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (root / "loaded" / "run.toml").read_text(encoding="utf-8")
+    models = root.parent / "models"
+    (model,) = [one for one in find_models() if (one.family, one.task) == ("wan", "t2v-1.3B")]
+    parts = {part.option: str(models / part.path) for part in model.components if part.option}
+    files = [parts["--dit"], str(root / "set" / "cat.png"), str(root / "set" / "cat.png")]
+    (root / "loaded" / "run.toml").write_text(
+        text.replace('files = ["cache/dit.safetensors"]', f"files = {json.dumps(files)}"), encoding="utf-8"
+    )
+    page = served.ask(f"/new?folder={quote(str(root / 'loaded'))}").text
+    assert re.search(r">Get the model \([\d.]+ GB, licence\)</button>", page)
+    assert "I accept this licence" in page
+    started: list[list[str]] = []
+    monkeypatch.setattr(
+        "browser.background_jobs.BackgroundJobs.start", lambda _, name, words, folder: started.append(words)
+    )
+    refused = press_button(served, "load", folder=str(root / "loaded"))
+    assert (refused.status, started) == (422, [])
+    assert "accept them" in text_of(refused, "refused")
+    assert press_button(served, "load", folder=str(root / "loaded"), accept="yes").status == 200
+    [words] = started
+    assert words[:6] == ["reelsmith", "download", "--family", "wan", "--task", "t2v-1.3B"]
+    assert words[-3:] == ["--without", "t5", "vae"]
+    assert press_button(served, "load", folder=str(root / "set"), accept="yes").status == 422
+
+
+@pytest.mark.slow
+def test_six_clicks_and_one_typed_word_lead_to_a_running_training(tmp_path: Path) -> None:
+    """From an empty page; the model is on disk, and is small."""
+    write_pictures(tmp_path / "roots" / "kittens", 3, captions=True)
+    models = tmp_path / "models"
+    (model,) = [one for one in find_models() if (one.family, one.task) == ("wan", "t2v-1.3B")]
+    for part in model.components:
+        path = models / part.path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        option = (part.option or "").lstrip("-")
+        if option:
+            weights = load_file(PARTS[option])
+            save_file(weights, path) if path.suffix == ".safetensors" else torch.save(weights, path)
+    clicks = 0
+    with serve_runs(tmp_path / "roots", models=models) as served, open_page(f"{served.url}/new") as page:
+        for label, choice in (("Model", "wan"), ("Task", "t2v-1.3B")):
+            page.get_by_label(label).select_option(choice)
+            clicks += 1
+            wait_until(page, "document.querySelectorAll('#task option').length > 1")
+        page.get_by_text("kittens", exact=True).click()
+        page.wait_for_url("**folder=**")
+        page.get_by_label("Trigger word").fill("ohwx")
+        page.get_by_role("button", name="Describe", exact=True).click()
+        page.get_by_role("button", name="Describing …").wait_for()
+        page.get_by_role("button", name="Checking …").wait_for(timeout=90 * SECONDS)
+        start = page.get_by_role("button", name="Start", exact=True)
+        start.wait_for(timeout=90 * SECONDS)
+        assert page.locator("#standing").inner_text() == "Described, checked: no fault."
+        start.click()
+        page.get_by_role("link", name="Show the training").wait_for(timeout=30 * SECONDS)
+        clicks += 3
+        assert clicks <= MOST_CLICKS
+        page.get_by_role("link", name="Show the training").click()
+        page.locator("main .status", has_text="training").first.wait_for(timeout=120 * SECONDS)
+        (run,) = [one for one in served.runs.list_all() if one.name == "kittens"]
+        for _ in range(2):
+            served.ask(f"/run/{run.id}/do/stop", "POST", "", Origin=served.url)
+        page.locator("main .status", has_text=re.compile("stopped|died")).first.wait_for(timeout=60 * SECONDS)
+        assert page.problems == []
