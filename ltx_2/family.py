@@ -1,6 +1,5 @@
 """LTX-2, 2.3 and 2.5, described for the shared loops: video, with or without sound."""
 
-import logging
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -56,7 +55,6 @@ from ltx_2.options import (
     Ltx2LatentCachingOptions,
     Ltx2TextCachingOptions,
     Ltx2TrainingOptions,
-    Ltx2WholeTrainingOptions,
     log_ignored,
 )
 from ltx_2.reference_options import MOST
@@ -84,8 +82,6 @@ from modules.media.pixels import image_pixels, to_pixels, video_pixels
 from modules.media.reading import is_still
 from modules.option_values import to_path
 from modules.options import NO_OPTIONS, in_one_spelling
-
-logger = logging.getLogger(__name__)
 
 FIRST = "first_latents"  # condition: clean latents of the given frames in front, B C F H W
 SOLVER = "euler-tenth"
@@ -590,12 +586,6 @@ def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
         shifted_logit=shifted_logit(options.sigmas, files),
     )
     takes_references = options.ic_lora_strategy != "none" and not is_alone
-    if isinstance(options, Ltx2WholeTrainingOptions) and len(files.streams) == 1:
-        logger.warning(
-            "--ltx2_mode %s: the trained file has no weights of the other stream, so that only this mode can "
-            "use it. Train with --ltx2_mode av for a file with all weights.",
-            options.model.ltx_mode,
-        )
     return Ltx2(
         files,
         guidance=options.guidance,

@@ -170,29 +170,19 @@ def test_a_trained_file_says_how_its_rows_are_ordered(tmp_path: Path) -> None:
         assert read_header(trained, "interleaved").dialect == STACKED
 
 
-@pytest.mark.slow
-def test_a_stream_that_is_not_trained_is_missing_with_a_warning(tmp_path: Path) -> None:
-    family = BY_NAME["ltx_2"]
-    make_project(family, tmp_path)
-
-    said = succeed_here(*whole_words(family), "--max_train_steps", "1", folder=tmp_path)
-
-    assert "--ltx2_mode v: the trained file has no weights of the other stream" in said
-    trained = load_file(tmp_path / "output" / "lora.safetensors")
-    assert trained
-    assert not [name for name in trained if "audio" in name]
-
-
 def test_what_a_whole_model_has_no_use_for_is_refused_by_name(tmp_path: Path) -> None:
     """Options of LoRAs, of text encoders and of frozen models, in scripts of three kinds."""
-    picture, video = "flux_train.py", "minimax_h3_train.py"
+    picture, video, sound = "flux_train.py", "minimax_h3_train.py", "ltx2_train.py"
+    ltx = ("--ltx2_checkpoint", "ltx.safetensors", "--dataset_config", "d.toml")
+    ltx += ("--output_dir", "o", "--output_name", "x")
     for script, words, reasons in (
         (picture, ("--unet_lr", "1e-5"), ("--unet_lr is refused", "--learning_rate")),
         (picture, ("--text_encoder_lr", "1e-5"), ("--text_encoder_lr is refused", "are not trained")),
         (picture, ("--save_model_as", "ckpt"), ("can hold code",)),
         (picture, ("--double_blocks_to_swap", "2", "--blocks_to_swap", "3"), ("say the same in two ways",)),
         (video, ("--h3_teacher_matching",), ("--h3_teacher_matching is refused", "no frozen one")),
-        ("ltx2_train.py", ("--lora_target_preset", "full"), ("is refused", "--trainable_modules")),
+        (sound, ("--lora_target_preset", "full"), ("is refused", "--trainable_modules")),
+        (sound, (*ltx, "--ltx2_mode", "v"), ("would be missing", "--ltx2_mode av")),
     ):
         code, said = run_here(script, *words, folder=tmp_path)
         assert_one_message(code, said, *reasons)
