@@ -65,7 +65,7 @@ OF_PICTURES = (
     "qwen_image_21",
     "zimage",
 )
-WHOLE_MODELS = (*OF_PICTURES, "hv", "wan")
+WHOLE_MODELS = (*OF_PICTURES, "hv", "ltx2", "wan")
 EXEMPT = tomllib.loads((ROOT / "tests" / "data" / "page_blocks.toml").read_text(encoding="utf-8"))
 NOT_HERE = tuple(row["command"] for row in EXEMPT["not_run"])
 # appended to a script's words, so that the last value of an option wins
