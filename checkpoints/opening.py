@@ -117,6 +117,11 @@ class Checkpoint(contextlib.ExitStack):
         places = {name: place for name, place in self._places.items() if name.startswith(prefixes)}
         return Checkpoint(self.path, places, self._files, self.refusal)
 
+    def rename(self, name_of: Callable[[str], str]) -> "Checkpoint":
+        """Return the same tensors under other names, without those of name ""; the files stay shared."""
+        places = {name_of(name): place for name, place in self._places.items() if name_of(name)}
+        return Checkpoint(self.path, places, self._files, self.refusal)
+
     def join(self, second: "Checkpoint") -> "Checkpoint":
         """Return the tensors of both; the files stay shared. For names that both have, this one counts."""
         places = {**second._places, **self._places}

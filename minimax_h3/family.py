@@ -24,6 +24,7 @@ from contract.data import (
     SoundSpec,
 )
 from contract.family import Abilities, DitSpec, Family, HearsSound, NoiseSource, NoiseSpec
+from contract.inputs import CLIP, FIRST_LAST, SOURCES, SUBJECT
 from contract.requests import (
     NO_MEDIA,
     Prepared,
@@ -53,11 +54,13 @@ from minimax_h3.conditions import (
     reference_key,
 )
 from minimax_h3.configs import DIT, FEW_STEPS, NOISE, RELEASE
+from minimax_h3.dit_checkpoints import STACKED
 from minimax_h3.files import UNDECIDED, H3Files, files_of
 from minimax_h3.names import LORA
 from minimax_h3.options import (
     FPS,
     FRAMES,
+    LAYOUT_KEY,
     LEAST_FRAMES,
     MOST_FRAMES,
     NAME,
@@ -67,6 +70,7 @@ from minimax_h3.options import (
     H3LatentCachingOptions,
     H3TextCachingOptions,
     H3TrainingOptions,
+    H3WholeTrainingOptions,
     canvas,
     check_guidance,
     check_ratio,
@@ -139,7 +143,7 @@ class MiniMaxH3(OneTransformer):
         show_media=True,
         one_sample="MiniMax-H3 packs a clip with its text and sound in a sequence of its own",
         bring_empty=True,
-        views=(rules.FIRST_LAST, rules.CLIP, rules.SUBJECT),
+        views=(FIRST_LAST, CLIP, SUBJECT),
     )
     few_steps: ClassVar = FEW_STEPS
     named: ClassVar = {
@@ -153,6 +157,11 @@ class MiniMaxH3(OneTransformer):
     dit: DitSpec = field(default=DIT, init=False)
     release: rules.ModelRelease = field(default=RELEASE, init=False)
     text_keys: frozenset[str] = field(default=frozenset({KEY, TAGS}), init=False)
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        is_whole = isinstance(self.options, H3WholeTrainingOptions)
+        return self.metadata_of(self.named | ({LAYOUT_KEY: STACKED} if is_whole else {}))
 
     def why_few_steps(self) -> str:
         return "it makes clips without a second pass for guidance"
@@ -483,8 +492,7 @@ class MiniMaxH3(OneTransformer):
 
     @property
     def source(self) -> rules.SourceRules:
-        kinds = (rules.VIDEO, rules.IMAGE, rules.LATENTS)
-        return rules.SourceRules(kinds, NAME, True, frozenset({self.name}))
+        return rules.SourceRules(SOURCES, NAME, True, frozenset({self.name}))
 
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
         return encode_target(encoders.vae, byte_clips(frames), seed)

@@ -54,6 +54,7 @@ PYTHON = re.compile(r"^```python\n(import ray\n.*?)^```", re.MULTILINE | re.DOTA
 AGAIN = {"python reelsmith.py run clips"}  # starts a program for each step, as README's with --download does
 # how scripts begin
 OF_PICTURES = (
+    "anima",
     "flux",
     "flux_2",
     "flux_3",
@@ -64,7 +65,7 @@ OF_PICTURES = (
     "qwen_image_21",
     "zimage",
 )
-WHOLE_MODELS = (*OF_PICTURES, "hv", "wan")
+WHOLE_MODELS = (*OF_PICTURES, "hv", "ltx2", "wan")
 EXEMPT = tomllib.loads((ROOT / "tests" / "data" / "page_blocks.toml").read_text(encoding="utf-8"))
 NOT_HERE = tuple(row["command"] for row in EXEMPT["not_run"])
 # appended to a script's words, so that the last value of an option wins
@@ -177,7 +178,7 @@ PICTURE_MODELS = {
     **{name: getattr(picture_project, f"lay_out_{name}") for name in ("flux", "flux_2", "flux_3")},
     **{
         name: getattr(picture_project, f"lay_out_{name}")
-        for name in ("hunyuan_image", "krea2", "lumina", "qwen_image", "qwen_image_21", "z_image")
+        for name in ("anima", "hunyuan_image", "krea2", "lumina", "qwen_image", "qwen_image_21", "z_image")
     },
     "flux_kontext": picture_project.lay_out_kontext,
     **dict.fromkeys(("gen_img", "sdxl", "stable_diffusion"), picture_project.lay_out_stable_diffusion),

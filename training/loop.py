@@ -24,7 +24,7 @@ from modules.errors import UserError
 from networks.adapter import ForeignNetwork, NormReport
 from training.bad_steps import explain_bad_step
 from training.features.composing import bad_step_remedies, sampled_average
-from training.features.contract import GradientStep
+from training.features.hooks import GradientStep
 from training.loss import NoisyBatch
 from training.optimizers.optimizer import evaluation
 from training.optimizers.stepping import StepAfterBackward

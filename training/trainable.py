@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import torch
@@ -196,24 +197,38 @@ def train_apart(parts: Mapping[str, Trainable]) -> Trainable:
     )
 
 
-def train_dit(dit: nn.Module, learning_rate: float, name_parts: Sequence[str] = ()) -> Trainable:
+def train_dit(
+    dit: nn.Module,
+    learning_rate: float,
+    name_parts: Sequence[str] = (),
+    part_rates: Mapping[str, float] = MappingProxyType({}),
+) -> Trainable:
     """Train the whole DiT, or only the parameters whose name contains one of `name_parts`; freeze the rest.
 
-    Its files hold all weights under the names of the released checkpoints, written tensor by tensor.
-    Raises OptionError if no name matches.
+    part_rates: other learning rates, see `RatesParts`. Its files hold all weights under the names of the
+    released checkpoints, written tensor by tensor. Raises OptionError if no name matches.
     """
-    learning = []
+    by_rate: dict[float, list[Parameter]] = {}
     for name, parameter in dit.named_parameters():
-        learns = learns_by_name(name, name_parts)
+        rate = next((rate for part, rate in part_rates.items() if part in name), learning_rate)
+        learns = rate > 0 and learns_by_name(name, name_parts)
         parameter.requires_grad_(learns)
         if learns:
-            learning.append(parameter)
-    if not learning:
+            by_rate.setdefault(rate, []).append(parameter)
+    if not by_rate and not name_parts:
+        raise OptionError("all parts have the learning rate 0, so that nothing would be learned: give one")
+    if not by_rate:
         refuse_no_match(dit, name_parts)
 
-    groups = [{"params": learning, "lr": learning_rate}]
+    groups = [{"params": learning, "lr": rate} for rate, learning in by_rate.items()]
+    names = {rate: part.strip(".") for part, rate in reversed(part_rates.items())} | {learning_rate: "dit"}
     dtypes = written_dtypes(dit)
-    return Trainable({"dit": dit}, groups, ("dit",), writes={"": partial(_write_dit, dit, dtypes)})
+    return Trainable(
+        {"dit": dit},
+        groups=groups,
+        group_names=tuple(names[rate] for rate in by_rate),
+        writes={"": partial(_write_dit, dit, dtypes)},
+    )
 
 
 def learns_by_name(name: str, name_parts: Sequence[str]) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from torch.nn import Parameter
 
-from contract.family import Described, DitSpec
+from contract.family import Described, DitSpec, part_rates_of
 from contract.whole import DIT, LearningParts, TrainsCheckpoint, trains_checkpoint
 from modules.errors import OptionError
 from training.data.live import LiveTexts
@@ -30,7 +30,7 @@ def train_whole(
     assert options.whole_dit is not None
     rate, name_parts = options.optimizer.learning_rate, options.whole_dit.name_parts
     if not trains_checkpoint(family):
-        return train_dit(dit, rate, name_parts)
+        return train_dit(dit, rate, name_parts, part_rates_of(family))
     return _train_checkpoint(family, dit, texts, learning_rate=rate, name_parts=name_parts, writes=writes)
 
 

@@ -23,7 +23,7 @@ from running.planning import dry_run as dry
 from training.data.live import LiveTexts
 from training.experts import AUTOCAST, TRAINING_ADAPTER, dress, read_adapter
 from training.features.composing import install_features, kept_average, rehearsed_passes
-from training.features.contract import LearningPass
+from training.features.hooks import LearningPass
 from training.loss import Autocast, LossRule, NoisyBatch, Trains
 from training.optimizers.optimizer import find_averaging, make_optimizer
 from training.optimizers.stepping import FusedBackward, ParameterSteps, StepAfterBackward, steps_alone
