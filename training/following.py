@@ -242,8 +242,10 @@ class NextSteps:
 
     def _dit_option(self) -> str:
         """Return the name of the training's option for the transformer."""
-        names = (option_name(field) for field in fields(self.command.family_options) if field.name == "dit")
-        return next(names)
+        record = self.command.family_options
+        if record is None:  # no script trains it
+            return "dit"
+        return next(option_name(field) for field in fields(record) if field.name == "dit")
 
     def _words(self, without: Collection[str] = ()) -> list[str]:
         options = [
