@@ -76,7 +76,7 @@ def cards_of_page() -> dict[int, tuple[set[str], set[str]]]:
         if re.match(r"\| \d+ GB", line):
             card, *cells = (cell.strip() for cell in line.strip("|").split("|"))
             for models, cell in zip(fitting, cells, strict=True):
-                models.update(filter(None, cell.removeprefix("also ").split(", ")))
+                models.update(filter(None, cell.removeprefix("also ").split("; ")))
             cards[int(card.split()[0])] = (set(fitting[0]), set(fitting[1]))
     return cards
 

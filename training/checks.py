@@ -14,6 +14,7 @@ from torch.nn import Parameter
 from checkpoints.dits import bare_names
 from checkpoints.opening import open_checkpoint
 from contract.family import Family, LearningEncoder
+from contract.whole import trains_checkpoint
 from dataset.table import DatasetTable
 from modules.atomic_write import check_space
 from modules.console import quiet
@@ -268,6 +269,9 @@ def choose_lora_format(
 def _find_smallest_file(family: Family, options: TrainingOptions) -> int:
     """Return a lower bound for the bytes of one saved model; 0 if it is not known."""
     network = options.network
+    if network is None and trains_checkpoint(family):
+        precision = options.saving.save_precision
+        return family.checkpoint_bytes(None if precision is None else DTYPES[precision])
     if network is None:
         return sum(_smallest_whole_bytes(family, options, file) for file in family.dit_files)
     files = family.dit_files if options.by_expert.lora_per_expert else family.dit_files[:1]
