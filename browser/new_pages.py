@@ -110,6 +110,7 @@ from modules.text_encodings import NAMES
 from modules.text_files import read_content, real_path
 from project.fitting import find_memory
 from project.options import CAPTION_MODEL, RUN_FILE, find_models
+from project.whole_model import describe_whole, why_not_whole
 
 COMPARE = "compare"  # kind of background job: shows how the files of a described folder would change
 TRY = "try"  # captions of a few files
@@ -284,6 +285,8 @@ class NewPages:
             "families": list({row.model.family: row.model for row in rows}.values()),
             "tasks": [row for row in rows if row.model.family == form.family],
             "options": _file_options(chosen),
+            "whole_refusal": "" if chosen is None else why_not_whole(chosen.model, self.memory),
+            "whole_lines": [] if chosen is None else describe_whole(chosen.model, self.memory),
             "memory": self.memory,
         }
 
