@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from contract.families import HIGH_NOISE, LOW_NOISE
+from contract.inputs import IMAGE, LATENTS, VIDEO
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,9 @@ class NpzFormat:
     # arrays of a text file that are all zeros: name -> the array with as many rows, and the columns; "": one
     # row of so many numbers, without an axis for rows
     zeros: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    # arrays of a text file that hold a setting of the table, for other programs: a training here has its own.
+    # Name of the array -> that of the setting
+    of_table: Mapping[str, str] = field(default_factory=dict)
     # arrays of a text file whose length differs per caption
     variable_length: frozenset[str] = frozenset()
     # names of arrays of latents end in the size, so that a file has those of several resolutions
@@ -168,12 +172,6 @@ class ModelRelease:
     licence_url: str
     # False: other checkpoints of the kind, with licences of their own, are trained more often
     covers_all: bool = True
-
-
-VIDEO, IMAGE, LATENTS = "video_path", "i2i_path", "from_latent"  # the options that name it
-
-
-SOURCES = (VIDEO, IMAGE, LATENTS)  # a video starts from one of them at most
 
 
 @dataclass(frozen=True)
@@ -329,10 +327,6 @@ class ShiftedLogit:
 
 
 PICTURE_STREAM, SOUND_STREAM = "video", "audio"  # of a clip with sound: in logs
-
-
-# what a teacher knows beyond the network (--teacher_sees); all but the first are values of `Batch.view`
-INPUTS, FIRST_LAST, CLIP, SUBJECT = "inputs", "first_last", "clip", "subject"
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,7 @@ PYTHON = re.compile(r"^```python\n(import ray\n.*?)^```", re.MULTILINE | re.DOTA
 AGAIN = {"python reelsmith.py run clips"}  # starts a program for each step, as README's with --download does
 # how scripts begin
 OF_PICTURES = (
+    "anima",
     "flux",
     "flux_2",
     "flux_3",
@@ -176,7 +177,7 @@ PICTURE_MODELS = {
     **{name: getattr(picture_project, f"lay_out_{name}") for name in ("flux", "flux_2", "flux_3")},
     **{
         name: getattr(picture_project, f"lay_out_{name}")
-        for name in ("hunyuan_image", "krea2", "lumina", "qwen_image", "qwen_image_21", "z_image")
+        for name in ("anima", "hunyuan_image", "krea2", "lumina", "qwen_image", "qwen_image_21", "z_image")
     },
     "flux_kontext": picture_project.lay_out_kontext,
     **dict.fromkeys(("gen_img", "sdxl", "stable_diffusion"), picture_project.lay_out_stable_diffusion),

@@ -126,6 +126,8 @@ def test_no_two_files_have_the_same_place_and_each_is_where_its_option_says() ->
         ("z_image", "z-image-dit-comfy", None),
         ("krea2_raw", "krea2-dit", None),
         ("qwen3_vl_4b", "qwen3-vl-4b", None),
+        ("anima_base", "anima-dit", None),
+        ("qwen3_06b", "qwen3-0.6b", None),
         ("qwen_image_21", "qwen-image-2.1-dit", None),
         ("qwen_image_21_turbo", "qwen-image-2.1-dit-diffusers", None),
         ("qwen_image_21_vae", "qwen-image-2.1-vae-diffusers", None),
