@@ -346,7 +346,7 @@ async function ask() {
     return ours.state === "running" ? 3000 : 15000;
   }
   htmx.trigger(document.body, "fresh");
-  return Math.min(5000 * 1.5 ** unchanged, 15000); // milliseconds: longer while nothing changes
+  return Math.min(($("runs") ? 8000 : 5000) * 1.5 ** unchanged, 15000); // milliseconds: longer while nothing changes
 }
 
 let unchanged = 0; // answers in a row that were those before
