@@ -5,7 +5,7 @@ All options: python new_project.py --help
 
 import modules.interpreter  # noqa: F401
 from contract.families import plain_script
-from project.options import NewOptions
+from project.new_options import NewOptions
 
 main = plain_script(__doc__, "project.files.write_project", NewOptions)
 

@@ -5,7 +5,7 @@ All options: python run_project.py --help
 
 import modules.interpreter  # noqa: F401
 from contract.families import plain_script
-from project.options import RunOptions
+from project.run_options import RunOptions
 
 main = plain_script(__doc__, "project.running.run_project", RunOptions, going_on=lambda run: run.going_on)
 

@@ -74,7 +74,7 @@ def _llama(path: Path, device: torch.device, length: int) -> tuple[Any, Encode, 
     """Load HunyuanVideo's Llama; texts stand behind the template."""
     from encoders.language_models import LLAMA, load_language_model
     from encoders.language_states import language_states
-    from hunyuan_model.configs import SKIP_LAYERS
+    from hunyuan_model.options import SKIP_LAYERS
     from hunyuan_model.text_encoders import LLAVA_USE, VIDEO_TEMPLATE
 
     dtype = torch.float16 if device.type == "cuda" else torch.float32

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from contract.rules import IMAGE, LATENTS, SOURCES, VIDEO
+from contract.inputs import IMAGE, LATENTS, SOURCES, VIDEO
 from modules.errors import OptionError
 from modules.options import Options, option
 

@@ -46,7 +46,8 @@ from modules.errors import OptionError, UserError
 from modules.installation import HELP_AS_JSON, program_environment
 from modules.text_files import bad_character, parse_toml, read_text
 from modules.version import VERSION
-from project.options import RUN_FILE, STARTING
+from project.options import RUN_FILE
+from project.run_options import STARTING
 from training.config_options import OTHERS_TABLE
 
 HELP_SECONDS = 60

@@ -13,7 +13,8 @@ from modules.command import as_typed
 from modules.paths import expand_path
 from modules.run_limits import ALLOWED_BY, ANY
 from modules.text_files import parse_toml, read_content, real_path
-from project.options import RUN_FILE, STARTING
+from project.options import RUN_FILE
+from project.run_options import STARTING
 from training.config_options import OTHERS_TABLE, OUR_NETWORKS
 from training.features.composing import options_reaching
 

@@ -4,9 +4,11 @@ data: records of latents, and what caches hand over
 family: protocols that loops call, and how models learn
 families: families by name: places, scripts, kinds of files
 few_steps: names of transformers that were distilled to few steps
+inputs: where a video starts, what a teacher sees, by name
 loading: records of how and where a network is loaded
 one_frame: words of --one_frame_inference, of two families
 requests: what is asked for, settled, and checked alike
 rules: experts, releases, sources, guidance, token limits of a model
 steps: sections, one call of the network, one step
+whole: training all weights of a checkpoint of several networks
 """

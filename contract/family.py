@@ -322,6 +322,7 @@ class Abilities:
     bring_empty: bool = False  # it is a `BringsEmptyText`
     rate_parts: bool = False  # it is a `RatesParts`
     bring_texts: bool = False  # its checkpoint has the text encoders too, so that a training knows them
+    train_checkpoint: bool = False  # it is a `contract.whole.TrainsCheckpoint`
 
 
 class Described(Protocol):

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from contract.data import Joint, LatentSpec, SamplingDefaults
-from contract.rules import AS_PLAIN, ONE_EXPERT, VIDEO, Expert, GuidanceRules, Source, StepCaching
+from contract.inputs import VIDEO
+from contract.rules import AS_PLAIN, ONE_EXPERT, Expert, GuidanceRules, Source, StepCaching
 from modules.errors import MediaError, OptionError
 from modules.limits import MOST_FRAMES, MOST_SCALE, MOST_SIDE, MOST_STEPS
 from modules.option_values import check_seed, show_number

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from contract.families import HIGH_NOISE, LOW_NOISE
+from contract.inputs import IMAGE, LATENTS, VIDEO
 
 
 @dataclass(frozen=True)
@@ -173,12 +174,6 @@ class ModelRelease:
     covers_all: bool = True
 
 
-VIDEO, IMAGE, LATENTS = "video_path", "i2i_path", "from_latent"  # the options that name it
-
-
-SOURCES = (VIDEO, IMAGE, LATENTS)  # a video starts from one of them at most
-
-
 @dataclass(frozen=True)
 class Source:
     """Starting point of a request, and the share of it that is made new."""
@@ -332,10 +327,6 @@ class ShiftedLogit:
 
 
 PICTURE_STREAM, SOUND_STREAM = "video", "audio"  # of a clip with sound: in logs
-
-
-# what a teacher knows beyond the network (--teacher_sees); all but the first are values of `Batch.view`
-INPUTS, FIRST_LAST, CLIP, SUBJECT = "inputs", "first_last", "clip", "subject"
 
 
 @dataclass(frozen=True)

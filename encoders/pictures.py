@@ -25,6 +25,7 @@ from contract.data import (
 )
 from contract.families import list_same_latents
 from contract.family import NoiseSource
+from contract.inputs import IMAGE, LATENTS
 from contract.requests import (
     NO_MEDIA,
     Prepared,
@@ -37,7 +38,7 @@ from contract.requests import (
     size_of,
     whole_patches,
 )
-from contract.rules import IMAGE, LATENTS, ReferenceRules, SourceRules
+from contract.rules import ReferenceRules, SourceRules
 from contract.steps import EncodedPrompts, Section
 from encoders.autoencoder import load_autoencoder, read_autoencoder_header
 from encoders.files import OneTransformer, TransformerFiles

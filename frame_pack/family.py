@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from checkpoints.opening import fingerprint
 from contract import data
 from contract.family import FLOW, DitSpec, Family, NoiseSource, NoiseSpec
+from contract.inputs import LATENTS, VIDEO
 from contract.loading import Placement
 from contract.one_frame import OneFrame
 from contract.requests import Prepared, Request
-from contract.rules import LATENTS, VIDEO, ModelRelease, SourceRules
+from contract.rules import ModelRelease, SourceRules
 from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 from encoders.files import OneTransformer
 from frame_pack import caching

@@ -18,8 +18,8 @@ from blissful_tuner.video_to_video_options import USED_WITH, SourceOptions
 from checkpoints.finite import is_finite
 from contract.data import Conditions, MediaEncoders
 from contract.family import Family, hears_sound
+from contract.inputs import SOURCES
 from contract.requests import Box
-from contract.rules import SOURCES
 from contract.steps import DitAt, EncodedPrompts, Section, StepDone, Watcher
 from generation import outputs
 from generation.denoise import OnSection, make_latents

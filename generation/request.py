@@ -18,8 +18,9 @@ from blissful_tuner.options import PLAIN_PROMPTS, PromptOptions, SteadierOptions
 from blissful_tuner.video_to_video_options import SourceOptions, check_one_source, check_share
 from contract.families import HIGH_NOISE
 from contract.family import Family
+from contract.inputs import SOURCES
 from contract.requests import Prepared, Request, check_values
-from contract.rules import SOURCES, Source
+from contract.rules import Source
 from contract.steps import RunPasses, Watcher
 from generation.dressing import list_loras
 from generation.options import GenerationOptions

@@ -4,8 +4,6 @@ from dataclasses import dataclass
 
 from contract.rules import ModelRelease
 
-# default of --hidden_state_skip_layer: layers of the language model after the state used in training
-SKIP_LAYERS = 2
 # channels of the first frame's latents, after the noisy ones if a model is conditioned on an image
 IMAGE_CHANNELS = 16
 HUNYUAN_VIDEO = ModelRelease(

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from contract import data, requests
 from contract.family import FLOW, DitSpec, Family, NoiseSource, NoiseSpec
+from contract.inputs import IMAGE, LATENTS, VIDEO
 from contract.loading import Placement
-from contract.rules import IMAGE, LATENTS, VIDEO, ModelRelease, SourceRules
+from contract.rules import ModelRelease, SourceRules
 from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 from encoders.files import OneTransformer
 from encoders.tiles import posterior_generator

@@ -5,12 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hunyuan_model.configs import SKIP_LAYERS
 from modules.errors import OptionError
 from modules.option_values import FillIn
 from modules.options import FREE, HABIT, NO_PIXELS, OF_DECODING, Options, option
 from modules.speed_options import VAE_TILE, VaeOptions, dit_dtype_option, fp8_text_option, text_form_option
 
+# default of --hidden_state_skip_layer: layers of the language model after the state used in training
+SKIP_LAYERS = 2
 INPUT_CHANNELS = (16, 32)  # of the two kinds of transformer
 # settings of `VaeOptions` where the VAE always works in tiles
 ALWAYS_TILED: Mapping[str, Any] = {

@@ -18,7 +18,7 @@ from encoders.clip_l import ClipTextEncoder
 from encoders.language_encoder import LanguageModelEncoder, LanguageUse
 from encoders.language_models import LLAMA
 from encoders.text_encoder import TextTokenizer, TokenizerSource
-from hunyuan_model.configs import SKIP_LAYERS
+from hunyuan_model.options import SKIP_LAYERS
 from modules.text_files import parse_json, read_text
 
 logger = logging.getLogger(__name__)

@@ -13,6 +13,7 @@ from contract.data import (
     Sound,
     SoundSpec,
 )
+from contract.inputs import SOURCES
 from encoders.files import OneTransformer
 from ltx_2.files import Ltx2Files
 from ltx_2.options import NAME
@@ -43,8 +44,7 @@ class Ltx2Media(OneTransformer):
 
     @property
     def source(self) -> rules.SourceRules:
-        kinds = (rules.VIDEO, rules.IMAGE, rules.LATENTS)
-        return rules.SourceRules(kinds, NAME, True, frozenset({self.name}))
+        return rules.SourceRules(SOURCES, NAME, True, frozenset({self.name}))
 
     def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders:
         return MediaEncoders(self.files.load_vae(device) if self.files.has_pictures else None)

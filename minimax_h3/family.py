@@ -24,6 +24,7 @@ from contract.data import (
     SoundSpec,
 )
 from contract.family import Abilities, DitSpec, Family, HearsSound, NoiseSource, NoiseSpec
+from contract.inputs import CLIP, FIRST_LAST, SOURCES, SUBJECT
 from contract.requests import (
     NO_MEDIA,
     Prepared,
@@ -139,7 +140,7 @@ class MiniMaxH3(OneTransformer):
         show_media=True,
         one_sample="MiniMax-H3 packs a clip with its text and sound in a sequence of its own",
         bring_empty=True,
-        views=(rules.FIRST_LAST, rules.CLIP, rules.SUBJECT),
+        views=(FIRST_LAST, CLIP, SUBJECT),
     )
     few_steps: ClassVar = FEW_STEPS
     named: ClassVar = {
@@ -483,8 +484,7 @@ class MiniMaxH3(OneTransformer):
 
     @property
     def source(self) -> rules.SourceRules:
-        kinds = (rules.VIDEO, rules.IMAGE, rules.LATENTS)
-        return rules.SourceRules(kinds, NAME, True, frozenset({self.name}))
+        return rules.SourceRules(SOURCES, NAME, True, frozenset({self.name}))
 
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
         return encode_target(encoders.vae, byte_clips(frames), seed)

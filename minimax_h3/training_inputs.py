@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from contract.data import HAS_SOUND, SOUND, Batch, Conditions
-from contract.rules import CLIP, FIRST_LAST, SUBJECT
+from contract.inputs import CLIP, FIRST_LAST, SUBJECT
 from minimax_h3.cache_marks import TEACHER_ROWS, teacher_texts
 from minimax_h3.conditions import (
     CONTROL,

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from contract.rules import CLIP, FIRST_LAST, INPUTS, SUBJECT
+from contract.inputs import CLIP, FIRST_LAST, INPUTS, SUBJECT
 from modules.errors import OptionError
 from modules.options import FREE, HABIT, Options, not_needed, option, unsupported
 

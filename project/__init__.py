@@ -10,7 +10,9 @@ whole_model: a run that trains the model itself
 files: writes them, and tells what was found
 file_check: checks one file of a model, for a page
 known: remembers which folders were described or read here
-options: options of new_project.py and run_project.py
+options: shared parts of the options below, names and checks
+new_options: options of new_project.py alone
+run_options: options of run_project.py, and those of its training
 running: runs the commands of a described folder
 ending: starts the command of --on_end, says how a run ended
 tracing: keeps a trace of a run for the browser

@@ -36,7 +36,8 @@ from modules.parser import add_options
 from modules.speed_options import take_ae
 from modules.text_files import read_safetensors_texts
 from project.fitting import describe_fit, find_smaller, needs_picture, transformer_bytes, transformers_of
-from project.options import NewOptions, check_trigger, find_models
+from project.new_options import NewOptions
+from project.options import check_trigger, find_models
 from training.image_options import ImageModelOptions
 from training.options import training_parser
 

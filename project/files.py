@@ -32,12 +32,12 @@ from project.fitting import describe_fit, find_memory, needs_picture
 from project.known import remember_folder
 from project.media import WRITTEN, FolderContent, Media, collect_content, name_some
 from project.model_files import find_inside, name_files, typed_files, without_files
+from project.new_options import NewOptions
 from project.options import (
     CAPTION_MODEL,
     CAPTION_MODEL_SIZE,
     RUN_FILE,
     WRITE_CAPTIONS,
-    NewOptions,
     find_models,
     own_command,
 )

@@ -10,7 +10,7 @@ from downloads.catalogue import Component, Inside, ModelSet
 from modules.errors import CheckpointError, OptionError
 from modules.option_values import to_path
 from modules.paths import explain_missing, without_quotes
-from project.options import NewOptions
+from project.new_options import NewOptions
 
 
 def typed_files(options: NewOptions) -> dict[str, str]:

@@ -37,10 +37,10 @@ from project.options import (
     CAPTION_MODEL_SIZE,
     RUN_FILE,
     WRITE_CAPTIONS,
-    RunOptions,
     find_models,
     own_command,
 )
+from project.run_options import RunOptions
 from project.tracing import RunTrace, trace_run
 from project.whole_model import find_whole_script
 from training.config_options import OTHERS_TABLE

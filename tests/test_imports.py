@@ -47,8 +47,11 @@ MAY_IMPORT = {
     | {"training.reports", "training.config_options", "training.features.composing"}
     | {"downloads.catalogue", "downloads.listing"}
     | {
+        "project.new_options",
         "project.options",
+        "project.run_options",
         "project.fitting",
+        "project.whole_model",
         "project.known",
         "generation.prompt_lines",
         "generation.script_options",
@@ -122,7 +125,7 @@ FLOORS = {
         {"options", "samples"},
         {"caching_inside", "edited_prompts", "experts", "image_options"},
         {"checks", "resuming"},
-        {"plan"},
+        {"plan", "whole_checkpoint"},
         {"planning", "validation"},
         {"training_run"},
         {"image_metadata"},
@@ -134,9 +137,9 @@ FLOORS = {
     ),
 }
 _LIGHT = {
-    "contract": ("families", "rules"),
+    "contract": ("families", "inputs", "rules"),
     "modules": (
-        *("command", "control_codes", "errors", "installation", "interpreter", "limits"),
+        *("command", "console", "control_codes", "errors", "installation", "interpreter", "limits"),
         *(
             "help_text",
             "installed",
@@ -184,6 +187,7 @@ _LIGHT = {
     "post": ("chain_options",),
     "running/ways": ("cfg_parallel", "composing", "context_parallel", "contract", "shard_base"),
     "training/features": (
+        "base_weights",
         "blank_prior",
         "composing",
         "contract",
@@ -193,8 +197,12 @@ _LIGHT = {
         "mask_prior",
         "on_end",
         "output_preservation",
+        "preference",
+        "show_timesteps",
         "skip",
         "slider",
+        "teacher",
+        "trackers",
         "tread",
         "uploads",
     ),

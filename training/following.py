@@ -225,14 +225,17 @@ class NextSteps:
     def _start_options(self) -> list[str]:
         """Return the options that start a run from trained files, one for each file."""
         is_network = self.options.network is not None
-        option = "network_weights" if is_network else self._dit_option()
+        option = "network_weights" if is_network else self._trained_option()
         parts = self.names.parts if is_network else [expert.name for expert in self.plan.family.experts]
         return [f"{option}_{HIGH_NOISE}" if part == HIGH_NOISE else option for part in parts] or [option]
 
-    def _dit_option(self) -> str:
-        """Return the name of the training's option for the transformer."""
-        names = (option_name(field) for field in fields(self.command.family_options) if field.name == "dit")
-        return next(names)
+    def _trained_option(self) -> str:
+        """Return the name of the training's option for the file whose weights are trained."""
+        assert self.command.entry is not None
+        trained = self.command.entry.trained
+        return next(
+            option_name(field) for field in fields(self.command.family_options) if field.name == trained
+        )
 
     def _words(self, without: Collection[str] = ()) -> list[str]:
         options = [
@@ -301,7 +304,8 @@ class NextSteps:
         if self.options.network is not None:
             loras += [(file, 1.0) for file in files]
         elif files:
-            words = self._with_dit(words, f"dit{ending}", files[0])
+            assert self.command.entry is not None
+            words = self._with_dit(words, f"{self.command.entry.trained}{ending}", files[0])
         loras += self.sample_loras
         if loras:
             flag = self.command.spellings.get("lora_weight", "--lora_weight")

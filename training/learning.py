@@ -28,7 +28,8 @@ from training import experts
 from training.data.feed import Feed, Randomness
 from training.data.table_times import times_by_group
 from training.features.composing import find_view, merged_loras, need, need_base
-from training.features.contract import DROPPED_CAPTIONS, EMPTY_PROMPT, WORSE_ONES, Hooks
+from training.features.contract import DROPPED_CAPTIONS, EMPTY_PROMPT, WORSE_ONES
+from training.features.hooks import Hooks
 from training.loss import LossRule
 from training.optimizers import stepping
 from training.optimizers.lr_schedule import make_lr_schedule
@@ -45,11 +46,11 @@ from training.trainable import (
     seed_networks,
     share_network,
     train_apart,
-    train_dit,
     train_network,
 )
 from training.training_run import Requests, TrainedModel, TrainingRun, trigger_paths
 from training.validation import Validation
+from training.whole_checkpoint import train_whole
 
 if TYPE_CHECKING:  # loaded only with LoRA files, with prompts
     from networks.added import AddedLoras
@@ -466,11 +467,12 @@ class Learners:
     def _train_whole(self, dit: nn.Module) -> Trainable:
         options = self.plan.options
         assert options.whole_dit is not None  # one of the two is given
-        train = train_dit
         if self.plan.splits_model:
-            from training.saving.split_model import train_split_dit as train  # only if it is split
-        rates = part_rates_of(self.plan.family)
-        return train(dit, options.optimizer.learning_rate, options.whole_dit.name_parts, rates)
+            from training.saving.split_model import train_split_dit  # only if it is split
+
+            rates = part_rates_of(self.plan.family)
+            return train_split_dit(dit, options.optimizer.learning_rate, options.whole_dit.name_parts, rates)
+        return train_whole(self.plan.family, options, dit, self.plan.texts)
 
     def _saved_tensors(self, expert: Expert) -> dict[str, Tensor]:
         """Return the tensors of the state to resume that belong to the network of an expert."""

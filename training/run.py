@@ -27,7 +27,7 @@ from training.features.composing import (
     prepare_features,
     sampled_average,
 )
-from training.features.contract import Hooks, RunEnd
+from training.features.hooks import Hooks, RunEnd
 from training.following import NO_COMMAND, TrainingCommand, plan_next_steps
 from training.learning import load_model, make_run
 from training.loop import train

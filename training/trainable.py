@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,8 @@ class Trainable:
     # of a DiT that is split over processes: parameters that are rows of a weight, and the weight
     split: Mapping[Tensor, Tensor] = field(default_factory=dict)
     strength: Strength = field(default_factory=Strength)
+    # how many steps a part of `modules` learns; those without an entry learn to the end
+    until: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def all_modules(self) -> tuple[nn.Module, ...]:
@@ -84,6 +86,12 @@ class Trainable:
                 network.module.train()
             if isinstance(network, ForeignNetwork):
                 network.on_epoch_start()
+
+    def start_step(self, step: int) -> None:
+        """Freeze the parts that have learned for their number of steps. step: how many were taken."""
+        for part, steps in self.until.items():
+            if step >= steps:
+                self.modules[part].requires_grad_(False)
 
     def limit_norms(self, max_norm: float, device: torch.device) -> Tensor:
         """Limit norms of the networks after an optimizer step; return the numbers of a `NormReport`."""
@@ -203,18 +211,14 @@ def train_dit(
     by_rate: dict[float, list[Parameter]] = {}
     for name, parameter in dit.named_parameters():
         rate = next((rate for part, rate in part_rates.items() if part in name), learning_rate)
-        learns = rate > 0 and (not name_parts or any(part in name for part in name_parts))
+        learns = rate > 0 and learns_by_name(name, name_parts)
         parameter.requires_grad_(learns)
         if learns:
             by_rate.setdefault(rate, []).append(parameter)
     if not by_rate and not name_parts:
         raise OptionError("all parts have the learning rate 0, so that nothing would be learned: give one")
     if not by_rate:
-        some = next(iter(dit.state_dict()))
-        raise OptionError(
-            f"--trainable_modules {' '.join(name_parts)}: no weight has that in its name. Use parts of names "
-            f"such as {some}"
-        )
+        refuse_no_match(dit, name_parts)
 
     groups = [{"params": learning, "lr": rate} for rate, learning in by_rate.items()]
     names = {rate: part.strip(".") for part, rate in reversed(part_rates.items())} | {learning_rate: "dit"}
@@ -224,6 +228,20 @@ def train_dit(
         groups=groups,
         group_names=tuple(names[rate] for rate in by_rate),
         writes={"": partial(_write_dit, dit, dtypes)},
+    )
+
+
+def learns_by_name(name: str, name_parts: Sequence[str]) -> bool:
+    """Return whether --trainable_modules chooses a weight. name_parts: of names; (): all learn."""
+    return not name_parts or any(part in name for part in name_parts)
+
+
+def refuse_no_match(dit: nn.Module, name_parts: Sequence[str]) -> NoReturn:
+    """Raise OptionError: no weight of the DiT has one of these parts in its name."""
+    some = next(iter(dit.state_dict()))
+    raise OptionError(
+        f"--trainable_modules {' '.join(name_parts)}: no weight has that in its name. Use parts of names "
+        f"such as {some}"
     )
 
 

@@ -27,7 +27,7 @@ from running.planning.device_memory import MemoryWatch
 from training.data.feed import Feed
 from training.experts import AUTOCAST, ExpertNetworks
 from training.features.composing import join_streams
-from training.features.contract import Average, Hooks, NetworkLoading
+from training.features.hooks import Average, Hooks, NetworkLoading
 from training.loss import Autocast, LossRule
 from training.optimizers.lr_schedule import LrSchedule
 from training.optimizers.stepping import FusedBackward, StepAfterBackward

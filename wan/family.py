@@ -28,18 +28,10 @@ from contract.data import (
 )
 from contract.families import HIGH_NOISE, LOW_NOISE
 from contract.family import FLOW, Abilities, DitSpec, Family, NoiseSource, NoiseSpec
+from contract.inputs import IMAGE, LATENTS, VIDEO
 from contract.loading import Placement
 from contract.requests import Prepared, Request
-from contract.rules import (
-    IMAGE,
-    LATENTS,
-    ONE_EXPERT,
-    VIDEO,
-    Expert,
-    ModelRelease,
-    ReferenceRules,
-    SourceRules,
-)
+from contract.rules import ONE_EXPERT, Expert, ModelRelease, ReferenceRules, SourceRules
 from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 from encoders.files import OneTransformer
 from modules.errors import DatasetError

@@ -35,7 +35,7 @@ from browser.run_views import HERE
 from browser.runs import Runs
 from browser.server import MOST_BYTES, Gate, make_app
 from browser.site import Site
-from project.options import NewOptions
+from project.new_options import NewOptions
 from tests import warm_processes
 from tests.browser.serving import Served, serve_runs, write_run
 from tests.commands import ROOT

@@ -10,7 +10,7 @@ import pytest
 from modules.installation import RUN_CHECKS, RUN_GOES_ON
 from modules.options import override_options
 from modules.run_limits import limit_run
-from project.options import RunOptions
+from project.run_options import RunOptions
 from project.running import run_project
 from tests.commands import ROOT
 from tests.faults.messages import assert_one_message, run_here

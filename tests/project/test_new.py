@@ -14,7 +14,8 @@ from modules.parser import parse_options
 from modules.text_files import parse_toml
 from project import choosing
 from project.files import write_project
-from project.options import NewOptions, find_models
+from project.new_options import NewOptions
+from project.options import find_models
 from running.options import PlanOptions
 from tests.commands import run_script
 from tests.faults.messages import assert_one_message, run_here

@@ -33,7 +33,8 @@ from modules.text_files import parse_toml
 from networks.adapter import import_network_module
 from networks.loading import read_lora
 from project import running
-from project.options import RunOptions, find_models
+from project.options import find_models
+from project.run_options import RunOptions
 from project.running import MediaCheck, _check_media, _model_metadata, run_command
 from stable_diffusion.lines import import_prompter
 from tests.commands import QUIET, ROOT, run_program, run_script

@@ -94,12 +94,15 @@ def test_it_is_told_how_much_memory_and_disk_it_takes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ("--family wan22 --task t2v-A14B --memory 80", "has two transformers, and only one is trained"),
+        (
+            "--family wan22 --task t2v-A14B --memory 80",
+            "has two transformers, which are trained one at a time",
+        ),
         ("--family h3 --task t2va-small --memory 80", "has weights in 8 bits"),
     ],
 )
 def test_what_cannot_be_trained_whole_is_refused(words: str, told: str, tmp_path: Path) -> None:
     write_photos(tmp_path / "p")
     answer = run_here("new_project.py", "p", "--whole_model", *words.split(), folder=tmp_path)
-    assert_one_message(*answer, told, "rain a LoRA: leave it out")
+    assert_one_message(*answer, told, "Leave it out to train a LoRA")
     assert not (tmp_path / "p" / RUN_FILE).exists()

@@ -23,8 +23,8 @@ from running.run_blocks import runner_of
 from tests.training import toy
 from tests.training.toy_images import train_image_toy, write_subset
 from training.features.blank_prior import BlankPriorOptions, blank_pass
-from training.features.contract import Tally
 from training.features.guided import GuidedTarget, GuidedTargetOptions, guide
+from training.features.hooks import Tally
 from training.features.ip_noise import IpNoiseOptions
 from training.features.mask_prior import MaskPriorOptions, compare_outside_masks
 from training.features.output_preservation import preserve_output

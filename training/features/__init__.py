@@ -7,6 +7,7 @@ contract: what a feature is, and where it acts
 ema: keep an average of the trained weights
 ema_weights: how this average is computed
 guided: learn away from what is predicted for the empty prompt
+hooks: where features act in a run, and what they see
 ip_noise: mix in further noise, which is not to be predicted
 mask_prior: hold the network to the model outside masks
 on_end: start a command when the run is over

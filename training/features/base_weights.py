@@ -11,12 +11,13 @@ from contract.families import HIGH_NOISE
 from modules.errors import OptionError
 from modules.options import FREE, HABIT, Options, option
 from networks.use_options import AUTO, lora_rounding_option, multipliers_for, require_loras
-from training.features.contract import AT_NETWORK, Feature, MergedLoras
+from training.features.contract import AT_NETWORK, Feature
 from training.learning_options import MERGED_BEFORE
 
 if TYPE_CHECKING:
     from contract.family import Family
     from contract.rules import Expert
+    from training.features.hooks import MergedLoras
 
 
 class HighNoiseBaseOptions(Options, title="two transformers"):
@@ -89,9 +90,10 @@ def _check(options: BaseWeightsOptions, family: "Family", counts: Sequence[int])
         )
 
 
-def _read_merged(options: BaseWeightsOptions, expert: "Expert") -> MergedLoras:
+def _read_merged(options: BaseWeightsOptions, expert: "Expert") -> "MergedLoras":
     """Read the files for a transformer."""
     from networks.loading import read_use  # torch: only with such files
+    from training.features.hooks import MergedLoras
 
     files, multipliers = options.base_weights or (), options.multipliers()
     if expert.name == HIGH_NOISE and options.high_noise is not None and options.high_noise_files:

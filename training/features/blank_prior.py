@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 from modules.errors import OptionError
 from modules.options import HABIT, Options, option
-from training.features.contract import AT_NETWORK, EMPTY_PROMPT, Feature, Hooks, OptionsOfRun, StepPasses
+from training.features.contract import AT_NETWORK, EMPTY_PROMPT, Feature, StepPasses
 
 if TYPE_CHECKING:
+    from training.features.hooks import Hooks, OptionsOfRun
     from training.loss import NoisyBatch
     from training.steps import Progress
     from training.targets.passes import Streams, TrainingPasses
@@ -33,7 +34,7 @@ class BlankPriorOptions(Options, title="what the model keeps"):
         return self.blank_prior_weight or 0.0
 
 
-def _refuse(options: OptionsOfRun) -> None:
+def _refuse(options: "OptionsOfRun") -> None:
     if options.is_fused:
         raise OptionError(
             "--blank_prior_weight with --fused_backward_pass: the gradients of its two passes are added, "
@@ -56,7 +57,7 @@ def blank_pass(weight: float, passes: "TrainingPasses", noisy_batch: "NoisyBatch
     yield tuple(weight * error for error in errors)
 
 
-def _install(hooks: Hooks, options: OptionsOfRun, progress: "Progress") -> None:
+def _install(hooks: "Hooks", options: "OptionsOfRun", progress: "Progress") -> None:
     hooks.further_passes.append(partial(blank_pass, options.of(BlankPriorOptions).weight))
 
 

@@ -10,18 +10,7 @@ from typing import TYPE_CHECKING, Any
 from modules.errors import OptionError
 from modules.options import Options, facts_of, find_reach, option
 from training.features import FEATURES
-from training.features.contract import (
-    AT_NETWORK,
-    Feature,
-    Hooks,
-    LearningPass,
-    MergedLoras,
-    OptionsOfRun,
-    PlannedRun,
-    RunEnd,
-    StepPasses,
-    T,
-)
+from training.features.contract import AT_NETWORK, Feature, StepPasses, T
 
 if TYPE_CHECKING:
     from contract.family import Family
@@ -31,6 +20,7 @@ if TYPE_CHECKING:
     from running.ways.contract import FurtherModel
     from training.data.feed import BatchSources
     from training.data.live import LiveTexts
+    from training.features.hooks import Hooks, LearningPass, MergedLoras, OptionsOfRun, PlannedRun, RunEnd
     from training.loss import NoisyBatch
     from training.other_families import OtherFamilies
     from training.reports.page import PageParts
@@ -66,19 +56,19 @@ def find_record(records: tuple[Options, ...], kind: type[T]) -> T:
     return next(value for value in values if isinstance(value, kind))
 
 
-def active_features(options: OptionsOfRun) -> list[Feature]:
+def active_features(options: "OptionsOfRun") -> list[Feature]:
     return [feature for feature in FEATURES if feature.is_on(options.of(feature.options))]
 
 
 def _functions(
-    options: OptionsOfRun, of: Callable[[Feature], Callable[..., T] | None]
+    options: "OptionsOfRun", of: Callable[[Feature], Callable[..., T] | None]
 ) -> list[Callable[..., T]]:
     """Return a function of each active feature that has it, with the feature's own options given."""
     pairs = [(of(feature), options.of(feature.options)) for feature in active_features(options)]
     return [partial(function, own_options) for function, own_options in pairs if function is not None]
 
 
-def refuse_combinations(options: OptionsOfRun) -> None:
+def refuse_combinations(options: "OptionsOfRun") -> None:
     """Raise OptionError for options that a feature does not go with."""
     targets = _functions(options, lambda feature: feature.target if feature.replaces_clip else None)
     if len(targets) > 1:
@@ -92,13 +82,13 @@ def refuse_combinations(options: OptionsOfRun) -> None:
 
 
 def find_show(
-    options: OptionsOfRun,
+    options: "OptionsOfRun",
 ) -> "Callable[[OptionsOfRun, Family, Callable[[], Sequence[DatasetTable]]], None] | None":
     """Return what a feature shows in place of a training, see `Feature.show`; None if there is a training."""
     return next((feature.show for feature in active_features(options) if feature.show is not None), None)
 
 
-def check_start(options: OptionsOfRun) -> None:
+def check_start(options: "OptionsOfRun") -> None:
     """Raise UserError for a package or file that a feature needs and that is missing."""
     for check in _functions(options, lambda feature: feature.check_start):
         check()
@@ -127,18 +117,20 @@ def refused_for_whole() -> dict[str, str]:
     }
 
 
-def merged_loras(options: OptionsOfRun, expert: "Expert") -> MergedLoras:
+def merged_loras(options: "OptionsOfRun", expert: "Expert") -> "MergedLoras":
     """Read what a feature has merged into a transformer while it is loaded."""
+    from training.features.hooks import MergedLoras  # only in a run
+
     read = [merge(expert) for merge in _functions(options, lambda feature: feature.merged)]
     return next(iter(read), MergedLoras())
 
 
-def may_undo_distillation(options: OptionsOfRun) -> bool:
+def may_undo_distillation(options: "OptionsOfRun") -> bool:
     """Return whether what is merged may undo that a transformer was distilled for few steps."""
     return any(undoes() for undoes in _functions(options, lambda feature: feature.undoes_distillation))
 
 
-def own_habits(options: OptionsOfRun) -> dict[str, Any]:
+def own_habits(options: "OptionsOfRun") -> dict[str, Any]:
     """Return further settings of features, on or off, that a resumed run may change."""
     habits: dict[str, Any] = {}
     for feature in FEATURES:
@@ -152,12 +144,12 @@ def options_of_run() -> type[Options]:
     return _join_records({feature.name: feature.options_of_run for feature in FEATURES})
 
 
-def kept_average(options: OptionsOfRun) -> str:
+def kept_average(options: "OptionsOfRun") -> str:
     """Return the short name of the average of the weights that a run keeps; "": it keeps none."""
     return next((feature.average for feature in active_features(options) if feature.average), "")
 
 
-def sampled_average(options: OptionsOfRun) -> str:
+def sampled_average(options: "OptionsOfRun") -> str:
     """Return the short name of the average that samples show; "": they show the weights themselves."""
     for feature in active_features(options):
         if feature.samples_average is not None and feature.samples_average(options.of(feature.options)):
@@ -165,19 +157,19 @@ def sampled_average(options: OptionsOfRun) -> str:
     return ""
 
 
-def make_publisher(options: OptionsOfRun) -> "Publisher | None":
+def make_publisher(options: "OptionsOfRun") -> "Publisher | None":
     """Return what passes on the saved files of a run, if a feature does."""
     made = [make() for make in _functions(options, lambda feature: feature.publisher)]
     return next(filter(None, made), None)
 
 
-def fetch_state(options: OptionsOfRun, name: str, folder: Path) -> Path | None:
+def fetch_state(options: "OptionsOfRun", name: str, folder: Path) -> Path | None:
     """Return the state that --resume names if a feature fetches it, else None. folder: to write it into."""
     fetched = [fetch(name, folder) for fetch in _functions(options, lambda feature: feature.fetch_state)]
     return next(filter(None, fetched), None)
 
 
-def check_model(options: OptionsOfRun, family: "Family", count_blocks: Callable[[], Sequence[int]]) -> None:
+def check_model(options: "OptionsOfRun", family: "Family", count_blocks: Callable[[], Sequence[int]]) -> None:
     """Raise OptionError for a model that a feature does not go with.
 
     count_blocks: returns the numbers of blocks of each list; none: not known.
@@ -186,7 +178,7 @@ def check_model(options: OptionsOfRun, family: "Family", count_blocks: Callable[
         check(family, count_blocks())
 
 
-def check_files(options: OptionsOfRun, family: "Family", others: "OtherFamilies") -> None:
+def check_files(options: "OptionsOfRun", family: "Family", others: "OtherFamilies") -> None:
     """Raise UserError for files that a feature cannot use. others: models besides the trained one."""
     for feature in active_features(options):
         if feature.check_files is not None:
@@ -198,38 +190,38 @@ def options_of_blocks() -> list[str]:
     return [name for feature in FEATURES for name in feature.of_blocks]
 
 
-def typed_targets(options: OptionsOfRun) -> list[str]:
+def typed_targets(options: "OptionsOfRun") -> list[str]:
     """Return the options of features that ask for a target besides the clip, as they are typed."""
     return [describe() for describe in _functions(options, lambda feature: feature.target)]
 
 
-def keep_steps(options: OptionsOfRun) -> bool:
+def keep_steps(options: "OptionsOfRun") -> bool:
     """Return whether what is learned towards keeps that a transformer was distilled for few steps."""
     return any(keeps() for keeps in _functions(options, lambda feature: feature.keeps_steps))
 
 
-def need(options: OptionsOfRun, part: str) -> bool:
+def need(options: "OptionsOfRun", part: str) -> bool:
     """Return whether batches have a further part, as `Feature.needs` has it."""
     return any(part in feature.needs for feature in active_features(options))
 
 
-def join_streams(options: OptionsOfRun) -> bool:
+def join_streams(options: "OptionsOfRun") -> bool:
     """Return whether passes have one loss of picture and sound."""
     return any(feature.joins_streams for feature in active_features(options))
 
 
-def find_view(options: OptionsOfRun) -> str:
+def find_view(options: "OptionsOfRun") -> str:
     """Return the further conditions that passes of a feature see, as `Batch.view`; "" if there are none."""
     return next(filter(None, (find() for find in _functions(options, lambda feature: feature.view))), "")
 
 
-def further_models(options: OptionsOfRun) -> list["FurtherModel"]:
+def further_models(options: "OptionsOfRun") -> list["FurtherModel"]:
     """Return the frozen transformers that features load besides that of the run."""
     models = [find() for find in _functions(options, lambda feature: feature.further_model)]
     return [model for model in models if model is not None]
 
 
-def count_passes(options: OptionsOfRun) -> StepPasses:
+def count_passes(options: "OptionsOfRun") -> StepPasses:
     """Return the passes of a micro-batch. Raises OptionError for a file of them with faults."""
     passes = StepPasses()
     for count in _functions(options, lambda feature: feature.passes):
@@ -237,40 +229,40 @@ def count_passes(options: OptionsOfRun) -> StepPasses:
     return passes
 
 
-def check_tables(options: OptionsOfRun, tables: "Sequence[DatasetTable]") -> None:
+def check_tables(options: "OptionsOfRun", tables: "Sequence[DatasetTable]") -> None:
     """Raise OptionError for keys of tables that a feature reads and that do not go with the options."""
     for feature in active_features(options):
         if feature.check_tables is not None:
             feature.check_tables(options, tables)
 
 
-def need_base(options: OptionsOfRun, tables: "Sequence[DatasetTable]") -> bool:
+def need_base(options: "OptionsOfRun", tables: "Sequence[DatasetTable]") -> bool:
     """Return whether batches of the tables may need the model without the network."""
     return any(
         feature.needs_base is not None and feature.needs_base(tables) for feature in active_features(options)
     )
 
 
-def check_texts(options: OptionsOfRun, texts: "LiveTexts | None") -> None:
+def check_texts(options: "OptionsOfRun", texts: "LiveTexts | None") -> None:
     """Raise OptionError for text encoders that a feature cannot use. texts: at work while training."""
     for check in _functions(options, lambda feature: feature.check_texts):
         check(texts)
 
 
-def check_items(options: OptionsOfRun, items: "Sequence[TrainingItem]", sources: "BatchSources") -> None:
+def check_items(options: "OptionsOfRun", items: "Sequence[TrainingItem]", sources: "BatchSources") -> None:
     """Raise UserError for items to learn that a feature cannot use. sources: where they are read from."""
     for check in _functions(options, lambda feature: feature.check_items):
         check(items, sources)
 
 
-def note_unused(options: OptionsOfRun, items: "Sequence[TrainingItem]") -> None:
+def note_unused(options: "OptionsOfRun", items: "Sequence[TrainingItem]") -> None:
     """Log which parts of the items to learn are for features alone that are off."""
     for feature in FEATURES:
         if feature.note_unused is not None and not feature.is_on(options.of(feature.options)):
             feature.note_unused(items)
 
 
-def describe_targets(options: OptionsOfRun) -> list[str]:
+def describe_targets(options: "OptionsOfRun") -> list[str]:
     """Return a line for each target of a run and one on its passes, then those of other features."""
     lines = _functions(options, lambda feature: feature.describe if feature.passes else None)
     further = _functions(options, lambda feature: None if feature.passes else feature.describe)
@@ -279,7 +271,7 @@ def describe_targets(options: OptionsOfRun) -> list[str]:
     return [*(describe() for describe in lines), *told, *(describe() for describe in further)]
 
 
-def rehearsed_passes(options: OptionsOfRun, noisy_batch: "NoisyBatch") -> list[LearningPass]:
+def rehearsed_passes(options: "OptionsOfRun", noisy_batch: "NoisyBatch") -> "list[LearningPass]":
     """Return each feature's context around the passes with gradients, as a measurement of memory needs it.
 
     noisy_batch: on the CPU.
@@ -301,7 +293,7 @@ def claim_progress(progress: "Progress") -> None:
         raise TypeError(f"its progress has {', '.join(sorted(progress.unclaimed))}, which nothing here reads")
 
 
-def file_values(options: OptionsOfRun, progress: "Progress") -> dict[str, Any]:
+def file_values(options: "OptionsOfRun", progress: "Progress") -> dict[str, Any]:
     """Return the entries of features in the metadata of a file that is saved now."""
     values: dict[str, Any] = {}
     for feature in FEATURES:
@@ -313,17 +305,17 @@ def file_values(options: OptionsOfRun, progress: "Progress") -> dict[str, Any]:
     return values
 
 
-def start_rows(options: OptionsOfRun) -> list[tuple[str, str]]:
+def start_rows(options: "OptionsOfRun") -> list[tuple[str, str]]:
     """Return the lines of features that end the box at the start of a run."""
     return [make_row() for make_row in _functions(options, lambda feature: feature.start_row)]
 
 
-def result_rows(options: OptionsOfRun, progress: "Progress") -> list[tuple[str, str]]:
+def result_rows(options: "OptionsOfRun", progress: "Progress") -> list[tuple[str, str]]:
     """Return the lines of features in the box at the end of a run."""
     return [feature.result(progress) for feature in active_features(options) if feature.result is not None]
 
 
-def commands_at_end(options: OptionsOfRun) -> list[tuple[str, Sequence[str]]]:
+def commands_at_end(options: "OptionsOfRun") -> list[tuple[str, Sequence[str]]]:
     """Return the commands of features that may follow a finished run, in words, with their headings."""
     commands = [make() for make in _functions(options, lambda feature: feature.command_at_end)]
     return [command for command in commands if command is not None]
@@ -344,8 +336,10 @@ def parts_of_page() -> "PageParts":
     )
 
 
-def install_features(options: OptionsOfRun, progress: "Progress") -> Hooks:
+def install_features(options: "OptionsOfRun", progress: "Progress") -> "Hooks":
     """Return the hooks of a run, with the functions of its features."""
+    from training.features.hooks import Hooks  # only in a run
+
     hooks = Hooks()
     for feature in active_features(options):
         if feature.install is not None:
@@ -353,7 +347,7 @@ def install_features(options: OptionsOfRun, progress: "Progress") -> Hooks:
     return hooks
 
 
-def prepare_features(plan: PlannedRun) -> Hooks:
+def prepare_features(plan: "PlannedRun") -> "Hooks":
     """Return the hooks of a run, once its features have done what comes before networks are loaded."""
     hooks = install_features(plan.options, plan.progress)
     for prepare in hooks.before_load:
@@ -362,8 +356,10 @@ def prepare_features(plan: PlannedRun) -> Hooks:
 
 
 @contextlib.contextmanager
-def end_of_run(options: OptionsOfRun) -> Iterator[RunEnd]:
+def end_of_run(options: "OptionsOfRun") -> "Iterator[RunEnd]":
     """Have features act when the block ends. What is known of the run is noted in what this yields."""
+    from training.features.hooks import RunEnd  # only in a run
+
     end = RunEnd(options, total_steps=options.loop.known_steps)
     try:
         yield end
@@ -373,7 +369,7 @@ def end_of_run(options: OptionsOfRun) -> Iterator[RunEnd]:
     act_at_end(end, None)
 
 
-def act_at_end(end: RunEnd, error: BaseException | None) -> None:
+def act_at_end(end: "RunEnd", error: BaseException | None) -> None:
     """Have features act on the end of a run, once. error: that has ended it."""
     if not end.is_due:
         return

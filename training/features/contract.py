@@ -2,49 +2,33 @@
 
 A feature is one light file, or one with a heavy half next to it, and its lines in
 `training/features/__init__.py`. Without these every script does all the rest as before. No phase names a
-feature: what a run asks all features for is in `composing.py`.
+feature: what a run asks all features for is in `composing.py`, where features act in it is in `hooks.py`.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from modules.options import Options, is_given, option_name
 from training.learning_options import NO_FROZEN_MODEL
 
 if TYPE_CHECKING:  # --help does without torch
-    import torch
-    from accelerate import Accelerator
-    from torch import Tensor, nn
-    from torch.optim import Optimizer
-
     from contract.family import Family
     from contract.rules import Expert
     from dataset.batches.items import TrainingItem
     from dataset.table import DatasetTable
     from modules.pages.charts import Chart
-    from networks.added import AddedLoras
-    from networks.loading import LoraUse
-    from running.options import TrainingSpeedOptions
     from running.ways.contract import FurtherModel
-    from training.data.feed import BatchSources, Randomness
+    from training.data.feed import BatchSources
     from training.data.live import LiveTexts
-    from training.learning_options import WholeDitOptions
+    from training.features.hooks import Hooks, LearningPass, MergedLoras, OptionsOfRun, RunEnd
     from training.loss import NoisyBatch
-    from training.noise_options import LossOptions, TimestepOptions
     from training.other_families import OtherFamilies
     from training.reports.history import Story
-    from training.reports.logs import Recorder
     from training.reports.page import Tile
-    from training.run_options import LogOptions, LoopOptions
     from training.saving.files import Publisher
-    from training.saving.options import SavingOptions
-    from training.saving.states import SavedState
-    from training.steps import Progress, StepPlan
-    from training.targets.passes import Streams, TargetComparison, TrainingPasses
-    from training.trainable import Trainable
+    from training.steps import Progress
 
 T = TypeVar("T")
 
@@ -86,45 +70,6 @@ class StepPasses:
         return f"{counts}: about {low:.1f} to {high:.1f} times a plain step"
 
 
-class OptionsOfRun(Protocol):
-    """The options of a run, as far as features read them."""
-
-    def of(self, kind: type[T]) -> T: ...
-
-    @property
-    def is_fused(self) -> bool: ...
-
-    @property
-    def loop(self) -> "LoopOptions": ...
-
-    @property
-    def speed(self) -> "TrainingSpeedOptions": ...
-
-    @property
-    def timesteps(self) -> "TimestepOptions": ...
-
-    @property
-    def weighted_by(self) -> str: ...
-
-    @property
-    def is_for_images(self) -> bool: ...
-
-    @property
-    def whole_dit(self) -> "WholeDitOptions | None": ...
-
-    @property
-    def saving(self) -> "SavingOptions": ...
-
-    @property
-    def loss(self) -> "LossOptions": ...
-
-    @property
-    def typed_targets(self) -> list[str]: ...
-
-    @property
-    def logs(self) -> "LogOptions": ...
-
-
 def given_values(options: Options) -> dict[str, Any]:
     """Return the options of a record that are given, by name, for the metadata of files."""
     return {
@@ -141,206 +86,6 @@ def _without_folders(value: Any) -> Any:
     return value.name if isinstance(value, Path) else value
 
 
-class PlannedRun(Protocol):
-    """A run before its networks are loaded, as far as features use it."""
-
-    @property
-    def family(self) -> "Family": ...
-
-    @property
-    def options(self) -> OptionsOfRun: ...
-
-    @property
-    def others(self) -> "OtherFamilies": ...
-
-    @property
-    def progress(self) -> "Progress": ...
-
-    @property
-    def accelerator(self) -> "Accelerator": ...
-
-
-class HookedRun(Protocol):
-    """A run, as far as features use it."""
-
-    @property
-    def options(self) -> OptionsOfRun: ...
-
-    @property
-    def progress(self) -> "Progress": ...
-
-    @property
-    def steps(self) -> "StepPlan": ...
-
-    @property
-    def device(self) -> "torch.device": ...
-
-    @property
-    def is_main(self) -> bool: ...
-
-    @property
-    def has_scaler(self) -> bool: ...
-
-
-class Average(Protocol):
-    """An average of the trained weights that a run keeps: saved next to each file, and in states."""
-
-    steps: int  # that it covers
-
-    @property
-    def metadata(self) -> dict[str, str]: ...  # of its files
-
-    def begin(self) -> None: ...  # with the weights of now
-
-    def in_place(self) -> AbstractContextManager[None]: ...  # the parameters hold it during the block
-
-    def tensors(self) -> "dict[str, Tensor]": ...  # by weight name, not copied
-
-    def restore(self, saved: "SavedState") -> None: ...
-
-
-class FrozenNetwork(Protocol):
-    """A network that is loaded and frozen, before its blocks are compiled and swapped."""
-
-    @property
-    def dit(self) -> "nn.Module": ...
-
-    @property
-    def expert(self) -> "Expert": ...
-
-
-class NetworkLoading(Protocol):
-    """Load the networks of a run, and further ones."""
-
-    def load(self, family: "Family", index: int) -> FrozenNetwork: ...  # of an expert
-
-    def dress_blocks(self, network: Any) -> None: ...  # one that `load` returned
-
-
-class HookedModel(Protocol):
-    """The loaded networks of a run with what is trained, before a state is restored."""
-
-    average: Average | None
-
-    @property
-    def plan(self) -> PlannedRun: ...
-
-    @property
-    def loading(self) -> NetworkLoading: ...
-
-    @property
-    def adapters(self) -> "Sequence[AddedLoras]": ...  # of --training_adapter, in the trained networks
-
-    @property
-    def compute_dtype(self) -> "torch.dtype": ...
-
-    @property
-    def options(self) -> OptionsOfRun: ...
-
-    @property
-    def hooks(self) -> "Hooks": ...
-
-    @property
-    def networks(self) -> "Sequence[nn.Module]": ...  # that are trained
-
-    @property
-    def trainable(self) -> "Trainable": ...
-
-    @property
-    def optimizer(self) -> "Optimizer": ...
-
-    @property
-    def takes_part_in_saving(self) -> bool: ...
-
-
-@dataclass(frozen=True)
-class MergedLoras:
-    """LoRAs that are merged into a transformer while it is loaded."""
-
-    uses: "Sequence[LoraUse]" = ()
-    rounding: str = "auto"  # a value of --lora_rounding
-
-
-@dataclass(frozen=True)
-class GradientStep:
-    """A step whose gradients are summed, before the weights are stepped."""
-
-    loss: "Tensor"  # its mean: a number on the device
-    keys: tuple[str, ...]  # of the items of this process
-    kind: str  # its transformers, and whether it has sound: norms of different kinds are not compared
-
-
-@dataclass
-class RunEnd:
-    """Hold how far a run has come, for features that act when it is over, even if it failed while loading."""
-
-    options: OptionsOfRun
-    is_due: bool = False  # features act in this process: the first one, once all have joined
-    progress: "Progress | None" = None  # None: there is no plan yet
-    total_steps: int | None = None  # None: not known yet
-    has_begun: bool = False  # a wrong option is an error of the run from here on
-    error: BaseException | None = None  # that has ended it
-
-
-@dataclass
-class Tally:
-    """Further numbers of a micro-batch for the logs, from its passes to its row."""
-
-    names: tuple[str, ...]
-    numbers: "Tensor | None" = None  # of the last passes, one for each name: means
-
-    def take(self) -> "Tensor | None":
-        taken = self.numbers
-        self.numbers = None
-        return taken
-
-
-OnNoise = Callable[["torch.Size", int, int], "Tensor"]
-BeforeStep = Callable[[HookedRun, GradientStep, "Tensor"], str]
-OnBatch = Callable[["Randomness", "NoisyBatch"], "NoisyBatch"]
-LearningPass = Callable[["nn.Module", "NoisyBatch"], AbstractContextManager[None]]
-MakeTarget = Callable[["TrainingPasses", "NoisyBatch", "Tensor"], "Tensor"]
-Compare = Callable[["TrainingPasses", "NoisyBatch"], "Sequence[TargetComparison]"]
-Revise = Callable[["TrainingPasses", "NoisyBatch", "list[TargetComparison]"], "list[TargetComparison]"]
-MorePasses = Callable[["TrainingPasses", "NoisyBatch"], "Iterator[Streams]"]
-
-
-@dataclass(frozen=True)
-class Hooks:
-    """The points of a run at which features act. At each, they act in the order of their list."""
-
-    # given the shape of latents, the seed of the run and the number of the micro-batch: further noise of the
-    # input, which is not to be predicted
-    on_noise: list[OnNoise] = field(default_factory=list)
-    # given what draws a micro-batch, and the drawn one: the one in its place. Workers get these functions
-    on_batch: list[OnBatch] = field(default_factory=list)
-    before_load: list[Callable[[PlannedRun], None]] = field(default_factory=list)  # texts are encoded here
-    # given the records of all options, as they are resolved: entered before the first step
-    recorders: list[Callable[[PlannedRun, Sequence[Any]], "Recorder"]] = field(default_factory=list)
-    # given each network to train, once its trained part is in it
-    before_dress: list[Callable[[FrozenNetwork], None]] = field(default_factory=list)
-    after_load: list[Callable[[HookedModel], None]] = field(default_factory=list)
-    # given the passes of a step, its batch and the velocity: what samples are compared with in place of it,
-    # in validation too
-    own_targets: list[MakeTarget] = field(default_factory=list)
-    # likewise, in training only, once those have acted
-    make_target: list[MakeTarget] = field(default_factory=list)
-    # given the passes of a step and its batch: what the prediction is compared with besides the clip
-    compare: list[Compare] = field(default_factory=list)
-    # given all these comparisons too, that with the clip first: those in their place
-    revise_comparisons: list[Revise] = field(default_factory=list)
-    # likewise: errors of each sample in passes with gradients that come before the usual one
-    further_passes: list[MorePasses] = field(default_factory=list)
-    other_passes: list[MorePasses] = field(default_factory=list)  # likewise, in place of the usual one
-    # given the DiT and its batch: what a pass with gradients runs in
-    learning_pass: list[LearningPass] = field(default_factory=list)
-    # given the norm of the gradients before clipping: why the step is not taken, as the history has it; ""
-    # takes it. All processes answer alike. With such a hook each step waits for the device
-    before_step: list[BeforeStep] = field(default_factory=list)
-    after_step: list[Callable[[], None]] = field(default_factory=list)  # only of those that are taken
-    tallies: list[Tally] = field(default_factory=list)
-
-
 @dataclass(frozen=True)
 class Feature:
     """A feature of a training. All but name, options, place and `is_on` may be left out."""
@@ -354,7 +99,7 @@ class Feature:
     why_not_whole: str = NO_FROZEN_MODEL  # why whole models refuse options of AT_NETWORK
     options_of_run: type[Options] | None = None  # those that `run` has too, and hands to its training
     # raises OptionError for options of others that do not go with it; asked only if it is on
-    refuse: Callable[[OptionsOfRun], None] | None = None
+    refuse: "Callable[[OptionsOfRun], None] | None" = None
     # shows something in place of a training, which then needs no data; its last argument reads the tables of
     # the dataset, none if there is no dataset
     show: "Callable[[OptionsOfRun, Family, Callable[[], Sequence[DatasetTable]]], None] | None" = None
@@ -413,7 +158,7 @@ class Feature:
     # a sentence for the error of a loss or norm that is NaN or infinite
     remedy_of_bad_step: str = ""
     # puts its functions into the hooks of a run
-    install: Callable[[Hooks, OptionsOfRun, "Progress"], None] | None = None
+    install: "Callable[[Hooks, OptionsOfRun, Progress], None] | None" = None
     average: str = ""  # the short name of an average of the weights that it has the run keep
     samples_average: Callable[[Any], bool] | None = None  # given its options: whether samples show it
     # given its options: what passes on each saved file and state; None: nothing is passed on
@@ -421,6 +166,6 @@ class Feature:
     # given its options, what --resume says, and a folder to write into: the state if it fetches it, else None
     fetch_state: Callable[[Any, str, Path], Path | None] | None = None
     # acts when the run is over, however that is; in the main process only
-    at_end: Callable[[RunEnd], None] | None = None
+    at_end: "Callable[[RunEnd], None] | None" = None
     # given its options and a batch: the passes with gradients of --plan, whose batch has no content
-    rehearse: Callable[[Any, "NoisyBatch"], LearningPass] | None = None
+    rehearse: "Callable[[Any, NoisyBatch], LearningPass] | None" = None

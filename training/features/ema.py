@@ -3,9 +3,14 @@
 How it is computed is in `ema_weights.py`. It is saved next to each file, and in states.
 """
 
+from typing import TYPE_CHECKING
+
 from modules.errors import OptionError
 from modules.options import FREE, OF_SAMPLES, Options, option
-from training.features.contract import AT_WEIGHTS, Feature, HookedModel, OptionsOfRun
+from training.features.contract import AT_WEIGHTS, Feature
+
+if TYPE_CHECKING:
+    from training.features.hooks import HookedModel, OptionsOfRun
 
 
 class EmaOptions(Options, title="average of the weights (EMA)"):
@@ -30,7 +35,7 @@ class EmaOptions(Options, title="average of the weights (EMA)"):
     )
 
 
-def _refuse(options: OptionsOfRun) -> None:
+def _refuse(options: "OptionsOfRun") -> None:
     if options.whole_dit is not None and options.of(EmaOptions).sample_ema:
         raise OptionError(
             "--sample_ema: the average of a whole model is in host memory. Leave it out, and generate "
@@ -38,7 +43,7 @@ def _refuse(options: OptionsOfRun) -> None:
         )
 
 
-def _keep_average(model: HookedModel) -> None:
+def _keep_average(model: "HookedModel") -> None:
     from training.features.ema_weights import make_average  # torch: only with --ema_decay
 
     options = model.options.of(EmaOptions)

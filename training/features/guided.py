@@ -7,20 +7,13 @@ from typing import TYPE_CHECKING
 
 from modules.errors import OptionError
 from modules.options import HABIT, Options, option
-from training.features.contract import (
-    AT_LOSS,
-    EMPTY_PROMPT,
-    Feature,
-    Hooks,
-    OptionsOfRun,
-    StepPasses,
-    given_values,
-)
+from training.features.contract import AT_LOSS, EMPTY_PROMPT, Feature, StepPasses, given_values
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from contract.family import Family
+    from training.features.hooks import Hooks, OptionsOfRun
     from training.loss import NoisyBatch
     from training.steps import Progress
     from training.targets.passes import TrainingPasses
@@ -134,7 +127,7 @@ def _describe(options: GuidedTargetOptions) -> str:
     return f"away from the prediction for the empty prompt, {options.guided_target:g} times as far{above}"
 
 
-def _install(hooks: Hooks, options: OptionsOfRun, progress: "Progress") -> None:
+def _install(hooks: "Hooks", options: "OptionsOfRun", progress: "Progress") -> None:
     hooks.make_target.append(partial(guide, make_guided(options.of(GuidedTargetOptions))))
 
 

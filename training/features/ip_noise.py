@@ -9,11 +9,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from modules.options import HABIT, Options, option
-from training.features.contract import AT_NOISE, Feature, Hooks, OptionsOfRun
+from training.features.contract import AT_NOISE, Feature
 
 if TYPE_CHECKING:
     import torch
 
+    from training.features.hooks import Hooks, OptionsOfRun
     from training.steps import Progress
 
 
@@ -46,7 +47,7 @@ def draw_perturbation(options: IpNoiseOptions, shape: "torch.Size", seed: int, n
     return perturbation
 
 
-def _install(hooks: Hooks, options: OptionsOfRun, progress: "Progress") -> None:
+def _install(hooks: "Hooks", options: "OptionsOfRun", progress: "Progress") -> None:
     hooks.on_noise.append(partial(draw_perturbation, options.of(IpNoiseOptions)))
 
 

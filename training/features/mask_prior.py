@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from modules.errors import OptionError
 from modules.options import HABIT, Options, option
-from training.features.contract import AT_NETWORK, Feature, Hooks, OptionsOfRun, StepPasses
+from training.features.contract import AT_NETWORK, Feature, StepPasses
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dataset.batches.items import TrainingItem
     from dataset.cache.store import Stores
     from training.data.feed import BatchSources
+    from training.features.hooks import Hooks, OptionsOfRun
     from training.loss import NoisyBatch
     from training.steps import Progress
     from training.targets.passes import Streams, TargetComparison, TrainingPasses
@@ -87,7 +88,7 @@ def _measure_outside(
     return sample_errors_outside(passes.family.noise, output - target, noisy_batch, passes.rule)
 
 
-def _install(hooks: Hooks, options: OptionsOfRun, progress: "Progress") -> None:
+def _install(hooks: "Hooks", options: "OptionsOfRun", progress: "Progress") -> None:
     hooks.compare.append(partial(compare_outside_masks, options.of(MaskPriorOptions).weight))
 
 

@@ -4,9 +4,14 @@ How it is read is in `modules/typed_command.py`, how it is started in `training/
 option too, for the whole of its commands.
 """
 
+from typing import TYPE_CHECKING
+
 from modules.options import FREE, SECRET, STARTS, Options, option
 from modules.typed_command import AT_END, read_command
-from training.features.contract import AT_ENDING, Feature, RunEnd
+from training.features.contract import AT_ENDING, Feature
+
+if TYPE_CHECKING:
+    from training.features.hooks import RunEnd
 
 FLAG = "--on_end"
 
@@ -25,7 +30,7 @@ class EndOptions(Options, title="at the end"):
         return [] if self.on_end is None else read_command(FLAG, self.on_end)
 
 
-def start_at_end(end: RunEnd) -> None:
+def start_at_end(end: "RunEnd") -> None:
     """Start the command, with what is known of the run."""
     from training.reports.page import page_path  # only with --on_end, as what starts programs
     from training.run_end import RunFacts, start_command

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 
 from modules.errors import OptionError
 from modules.options import Options
-from training.features.contract import AT_NETWORK, Feature, OptionsOfRun
+from training.features.contract import AT_NETWORK, Feature
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from dataset.table import DatasetTable
+    from training.features.hooks import OptionsOfRun
     from training.loss import NoisyBatch
     from training.targets.passes import TrainingPasses
 
@@ -27,7 +28,7 @@ def _are_preserved(tables: "Sequence[DatasetTable]") -> bool:
     return any(table.preserves_output for table in tables)
 
 
-def _check_tables(options: OptionsOfRun, tables: "Sequence[DatasetTable]") -> None:
+def _check_tables(options: "OptionsOfRun", tables: "Sequence[DatasetTable]") -> None:
     """Raise OptionError for a table with this key if there is no model without the network."""
     name = next((table.name for table in tables if table.preserves_output), None)
     if name is not None and options.whole_dit is not None:

@@ -11,16 +11,7 @@ from typing import TYPE_CHECKING
 from modules.console import count_of
 from modules.errors import OptionError
 from modules.options import HABIT, Options, option
-from training.features.contract import (
-    AT_NETWORK,
-    WORSE_ONES,
-    Feature,
-    Hooks,
-    OptionsOfRun,
-    StepPasses,
-    Tally,
-    given_values,
-)
+from training.features.contract import AT_NETWORK, WORSE_ONES, Feature, StepPasses, given_values
 
 if TYPE_CHECKING:
     from contract.family import Family
@@ -28,6 +19,7 @@ if TYPE_CHECKING:
     from dataset.table import DatasetTable
     from modules.pages.charts import Chart
     from training.data.feed import BatchSources
+    from training.features.hooks import Hooks, OptionsOfRun
     from training.reports.history import Story
     from training.reports.page import Tile
     from training.steps import Progress
@@ -69,7 +61,7 @@ class PreferenceOptions(Options, title="preferences"):
         return self.preference
 
 
-def _refuse(options: OptionsOfRun) -> None:
+def _refuse(options: "OptionsOfRun") -> None:
     targets = options.typed_targets
     if len(targets) > 1:
         raise OptionError(
@@ -89,7 +81,7 @@ def _check(options: PreferenceOptions, family: "Family", counts: Sequence[int]) 
         )
 
 
-def _check_tables(options: OptionsOfRun, tables: "Sequence[DatasetTable]") -> None:
+def _check_tables(options: "OptionsOfRun", tables: "Sequence[DatasetTable]") -> None:
     """Raise OptionError for tables that ask for another target."""
     preserving = next((table.name for table in tables if table.preserves_output), None)
     if preserving is not None:
@@ -144,7 +136,8 @@ def _show_right(story: "Story") -> "Tile | None":
     return "Pairs that are right", f"{sum(last) / len(last):.0%}", note
 
 
-def _install(hooks: Hooks, options: OptionsOfRun, progress: "Progress") -> None:
+def _install(hooks: "Hooks", options: "OptionsOfRun", progress: "Progress") -> None:
+    from training.features.hooks import Tally
     from training.features.preference_pairs import Preference, pair_passes  # torch: only with --preference
 
     values = options.of(PreferenceOptions)

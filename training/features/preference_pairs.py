@@ -16,7 +16,7 @@ from dataset.batches.items import CachingCommands, TrainingItem
 from dataset.batches.reading import explain_no_worse
 from dataset.cache.store import Stores
 from modules.errors import CacheError, DatasetError
-from training.features.contract import Tally
+from training.features.hooks import Tally
 from training.loss import NoisyBatch, NoisySound
 from training.targets.passes import Streams, TrainingPasses, measure_plainly, velocity_of
 

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modules.options import FREE, Options, option
-from training.features.contract import AT_NOISE, Feature, OptionsOfRun
+from training.features.contract import AT_NOISE, Feature
 from training.noise_options import NOTHING, WEIGHTS_OF_LOSS
 
 if TYPE_CHECKING:
     from contract.family import Family
     from dataset.table import DatasetTable
+    from training.features.hooks import OptionsOfRun
 
 
 class ShowTimestepsOptions(Options, title="timesteps and loss weights"):
@@ -26,7 +27,7 @@ class ShowTimestepsOptions(Options, title="timesteps and loss weights"):
 
 
 def _show(
-    options: OptionsOfRun, family: "Family", read_tables: "Callable[[], Sequence[DatasetTable]]"
+    options: "OptionsOfRun", family: "Family", read_tables: "Callable[[], Sequence[DatasetTable]]"
 ) -> None:
     from training.features.show_timesteps_drawing import show_timesteps  # torch: only in place of a training
 

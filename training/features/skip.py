@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from modules.errors import OptionError
 from modules.options import HABIT, Options, option
-from training.features.contract import AT_WEIGHTS, Feature, GradientStep, HookedRun, OptionsOfRun
+from training.features.contract import AT_WEIGHTS, Feature
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from training.features.hooks import GradientStep, HookedRun, OptionsOfRun
     from training.reports.history import Story
     from training.reports.page import Tile
     from training.steps import Progress
@@ -122,7 +123,7 @@ class Skipping:
         return is_level
 
 
-def judge_step(run: HookedRun, step: GradientStep, gradient_norm: "Tensor") -> str:
+def judge_step(run: "HookedRun", step: "GradientStep", gradient_norm: "Tensor") -> str:
     """Return the reason why a step is not taken, a name of `NAMES`, and log it; "": it is taken.
 
     All processes decide alike, and together. Raises UserError if the loss or the norm is not finite in too
@@ -175,7 +176,7 @@ def describe_skip(
     return f"{text}."
 
 
-def _refuse(options: OptionsOfRun) -> None:
+def _refuse(options: "OptionsOfRun") -> None:
     if options.is_fused:
         flag = "--skip_spikes" if options.of(SkipOptions).skip_bad_steps is None else "--skip_bad_steps"
         raise OptionError(

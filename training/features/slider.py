@@ -12,20 +12,12 @@ from typing import TYPE_CHECKING
 
 from modules.errors import OptionError
 from modules.options import HABIT, Options, option
-from training.features.contract import (
-    AT_NETWORK,
-    Feature,
-    HookedModel,
-    Hooks,
-    OptionsOfRun,
-    PlannedRun,
-    StepPasses,
-    given_values,
-)
+from training.features.contract import AT_NETWORK, Feature, StepPasses, given_values
 
 if TYPE_CHECKING:
     from dataset.table import DatasetTable
     from training.data.live import LiveTexts
+    from training.features.hooks import HookedModel, Hooks, OptionsOfRun, PlannedRun
     from training.steps import Progress
 
 logger = logging.getLogger(__name__)
@@ -50,7 +42,7 @@ class SliderOptions(Options, title="slider"):
         return self.slider
 
 
-def _refuse(options: OptionsOfRun) -> None:
+def _refuse(options: "OptionsOfRun") -> None:
     targets = options.typed_targets
     if targets:
         raise OptionError(
@@ -64,7 +56,7 @@ def _refuse(options: OptionsOfRun) -> None:
         )
 
 
-def _check_tables(options: OptionsOfRun, tables: "Sequence[DatasetTable]") -> None:
+def _check_tables(options: "OptionsOfRun", tables: "Sequence[DatasetTable]") -> None:
     """Raise OptionError for tables that ask for another target or strength."""
     path = options.of(SliderOptions).slider
     for table in tables:
@@ -104,20 +96,20 @@ def _count_passes(options: SliderOptions) -> StepPasses:
     return StepPasses(with_gradients=3, without=4) if has_anchors else StepPasses(1, without=3)
 
 
-def _encode(hooks: Hooks, plan: PlannedRun) -> None:
+def _encode(hooks: "Hooks", plan: "PlannedRun") -> None:
     """Encode the captions while there is no transformer, and have its passes replace the usual one."""
     from training.features.slider_passes import encode_sliders, read_sliders, slider_passes
 
     file = read_sliders(plan.options.of(SliderOptions).path)
     target = encode_sliders(plan.family, file, plan.accelerator.device)
 
-    def learn(model: HookedModel) -> None:
+    def learn(model: "HookedModel") -> None:
         hooks.other_passes.append(partial(slider_passes, target, model.trainable.at_strength))
 
     hooks.after_load.append(learn)
 
 
-def _install(hooks: Hooks, options: OptionsOfRun, progress: "Progress") -> None:
+def _install(hooks: "Hooks", options: "OptionsOfRun", progress: "Progress") -> None:
     hooks.before_load.append(partial(_encode, hooks))
 
 

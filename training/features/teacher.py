@@ -7,29 +7,22 @@ another model as a teacher is in `teacher_model.py`.
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from contract.rules import INPUTS
+from contract.inputs import INPUTS
 from modules.console import count_of
 from modules.errors import OptionError
 from running.ways.contract import FurtherModel
-from training.features.contract import (
-    AT_NETWORK,
-    DROPPED_CAPTIONS,
-    Feature,
-    Hooks,
-    OptionsOfRun,
-    StepPasses,
-    given_values,
-)
+from training.features.contract import AT_NETWORK, DROPPED_CAPTIONS, Feature, StepPasses, given_values
 from training.features.teacher_options import BASE, OTHER_DIT, TeacherOptions
 
 if TYPE_CHECKING:
     from contract.family import Family
     from training.data.live import LiveTexts
+    from training.features.hooks import Hooks, OptionsOfRun
     from training.other_families import OtherFamilies
     from training.steps import Progress
 
 
-def _refuse(options: OptionsOfRun) -> None:
+def _refuse(options: "OptionsOfRun") -> None:
     loss_type = options.loss.loss_type
     if options.of(TeacherOptions).teacher_split and loss_type != "l2":
         raise OptionError(
@@ -52,7 +45,7 @@ def _check(options: TeacherOptions, family: "Family", counts: Sequence[int]) -> 
         )
 
 
-def _check_files(options: OptionsOfRun, family: "Family", others: "OtherFamilies") -> None:
+def _check_files(options: "OptionsOfRun", family: "Family", others: "OtherFamilies") -> None:
     values = options.of(TeacherOptions)
     if values.teacher == OTHER_DIT:
         from training.features.teacher_model import check_other_teacher  # torch: only with --teacher dit
@@ -97,7 +90,7 @@ def _metadata(options: TeacherOptions, progress: "Progress") -> Mapping[str, Any
     return {**given_values(options), "teacher_weight": options.teacher_weight}
 
 
-def _install(hooks: Hooks, options: OptionsOfRun, progress: "Progress") -> None:
+def _install(hooks: "Hooks", options: "OptionsOfRun", progress: "Progress") -> None:
     from training.features.teacher_passes import install_teacher  # torch: only with --teacher
 
     values = options.of(TeacherOptions)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from contract.family import Family
 from modules.console import quiet
 from modules.errors import CheckpointError, OptionError
-from training.features.contract import FrozenNetwork, HookedModel
+from training.features.hooks import FrozenNetwork, HookedModel
 from training.features.teacher_options import TeacherOptions
 from training.features.teacher_passes import Teaching
 from training.loss import NoisyBatch, Trains

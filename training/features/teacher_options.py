@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from contract.rules import CLIP, FIRST_LAST, INPUTS, SUBJECT
+from contract.inputs import CLIP, FIRST_LAST, INPUTS, SUBJECT
 from modules.errors import OptionError
 from modules.options import FREE, HABIT, Options, option
 from networks.multipliers import files_with_multipliers

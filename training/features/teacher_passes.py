@@ -12,7 +12,7 @@ from modules.devices import numbers_on
 from training.data.feed import Randomness
 from training.data.focus import find_balance
 from training.data.timesteps import find_shift
-from training.features.contract import Hooks
+from training.features.hooks import Hooks
 from training.features.teacher_errors import EVEN_SPLIT, Split, split_errors
 from training.features.teacher_options import TeacherOptions
 from training.loss import NoisyBatch, Trains, split_streams

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from modules.errors import OptionError, UserError
 from modules.options import CONFIGURES, FREE, OF_RUN, SECRET, SENDS, Options, option
-from training.features.contract import AT_LOGS, Feature, Hooks, OptionsOfRun, PlannedRun
+from training.features.contract import AT_LOGS, Feature
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from modules.media.reading import Frame
+    from training.features.hooks import Hooks, OptionsOfRun, PlannedRun
     from training.steps import Progress
 
 logger = logging.getLogger(__name__)
@@ -296,7 +297,7 @@ def tracker_arguments(options: TrackerOptions) -> dict[str, Any]:
     return tables
 
 
-def _make_trackers(plan: PlannedRun, records: Sequence[Any]) -> Trackers:
+def _make_trackers(plan: "PlannedRun", records: Sequence[Any]) -> Trackers:
     from training.reports.logs import public_config  # torch, as --help does without
 
     options = plan.options.of(TrackerOptions)
@@ -308,7 +309,7 @@ def _make_trackers(plan: PlannedRun, records: Sequence[Any]) -> Trackers:
     )
 
 
-def _install(hooks: Hooks, options: OptionsOfRun, progress: "Progress") -> None:
+def _install(hooks: "Hooks", options: "OptionsOfRun", progress: "Progress") -> None:
     hooks.recorders.append(_make_trackers)
 
 

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 from modules.errors import OptionError
 from modules.options import HABIT, Options, option
 from running.ways.composing import tokens_option
-from training.features.contract import AT_LOSS, Feature, Hooks, LearningPass, OptionsOfRun
+from training.features.contract import AT_LOSS, Feature
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from contract.family import Family
+    from training.features.hooks import Hooks, LearningPass, OptionsOfRun
     from training.loss import NoisyBatch
     from training.steps import Progress
 
@@ -57,7 +58,7 @@ class TreadOptions(Options, title="fewer tokens"):
         return self.tread or 0.0
 
 
-def _refuse(options: OptionsOfRun) -> None:
+def _refuse(options: "OptionsOfRun") -> None:
     dividing = tokens_option(options.speed)
     if dividing:
         raise OptionError(
@@ -108,7 +109,7 @@ def _metadata(options: TreadOptions, _: "Progress") -> Mapping[str, Any]:
 
 def _pass_by(
     options: TreadOptions, choose: "Callable[[NoisyBatch, tuple[int, ...]], Tensor]"
-) -> LearningPass:
+) -> "LearningPass":
     """Return the context in which tokens pass by the middle blocks. choose: returns the places that take
     part.
     """
@@ -124,7 +125,7 @@ def _pass_by(
     return enter
 
 
-def _install(hooks: Hooks, options: OptionsOfRun, progress: "Progress") -> None:
+def _install(hooks: "Hooks", options: "OptionsOfRun", progress: "Progress") -> None:
     from functools import partial
 
     from training.features.tread_routes import choose_places  # torch: only with --tread
@@ -133,7 +134,7 @@ def _install(hooks: Hooks, options: OptionsOfRun, progress: "Progress") -> None:
     hooks.learning_pass.append(_pass_by(tread, partial(choose_places, share=tread.share, seed=progress.seed)))
 
 
-def _rehearse(options: TreadOptions, noisy_batch: "NoisyBatch") -> LearningPass:
+def _rehearse(options: TreadOptions, noisy_batch: "NoisyBatch") -> "LearningPass":
     """Return the pass of a batch without content: it has as many tokens as the batch itself."""
     from modules.private_torch import disable_modes
     from training.features.tread_routes import choose_places

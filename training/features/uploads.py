@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING
 
 from modules.option_values import require
 from modules.options import FREE
-from training.features.contract import AT_METADATA, Feature, OptionsOfRun
+from training.features.contract import AT_METADATA, Feature
 from training.features.uploads_options import RunUploadOptions, UploadOptions
 
 if TYPE_CHECKING:
+    from training.features.hooks import OptionsOfRun
     from training.saving.files import Publisher
 
 
-def _refuse(options: OptionsOfRun) -> None:
+def _refuse(options: "OptionsOfRun") -> None:
     if options.of(UploadOptions).resume_from_huggingface:
         require(
             options.saving.resume,

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from contract.family import part_rates_of
 from modules.devices import dtype_of
 from modules.private_torch import disable_modes
 from networks.adapter import make_network
@@ -24,7 +23,7 @@ from running.planning import dry_run as dry
 from training.data.live import LiveTexts
 from training.experts import AUTOCAST, TRAINING_ADAPTER, dress, read_adapter
 from training.features.composing import install_features, kept_average, rehearsed_passes
-from training.features.contract import LearningPass
+from training.features.hooks import LearningPass
 from training.loss import Autocast, LossRule, NoisyBatch, Trains
 from training.optimizers.optimizer import find_averaging, make_optimizer
 from training.optimizers.stepping import FusedBackward, ParameterSteps, StepAfterBackward, steps_alone
@@ -32,7 +31,7 @@ from training.options import TrainingOptions
 from training.processes import fill_missing_gradients
 from training.steps import Progress
 from training.targets.passes import training_loss
-from training.trainable import train_dit
+from training.whole_checkpoint import train_whole
 
 logger = logging.getLogger(__name__)
 
@@ -295,9 +294,7 @@ def _make_learning_groups(
 ) -> list[dict[str, Any]]:
     """Add the network and the adapters, or choose the weights that learn; return the optimizer's groups."""
     if options.network is None:
-        assert options.whole_dit is not None
-        rates = part_rates_of(family)
-        trainable = train_dit(dit, options.optimizer.learning_rate, options.whole_dit.name_parts, rates)
+        trainable = train_whole(family, options, dit, texts, writes=False)
         return [dict(group) for group in trainable.groups]
     network_options = options.network
     if not network_options.dim_from_weights:

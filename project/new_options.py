@@ -1,0 +1,61 @@
+"""Options of new_project.py. Standard library only."""
+
+from pathlib import Path
+
+from dataset.options import DATASET_FILE
+from modules.option_values import gibibytes
+from modules.options import Options, option, unsupported
+from modules.output_files import check_output_name
+from project.options import MODEL_FILES, MODELS, TRAINING_TABLE, check_trigger, list_model_files
+
+
+class NewOptions(Options):
+    """Content of the project files for a folder."""
+
+    key_files = (DATASET_FILE, MODEL_FILES, TRAINING_TABLE)
+
+    folder: Path = option(
+        "clips, pictures or both, with captions in .txt files; for models that edit, with a folder control "
+        "of what each picture is made from",
+        positional=True,
+        place="folder",
+        hint="the one with clips or pictures",
+    )
+    family: str | None = option("kind of model, such as wan, kontext or qwen; asked for on a terminal")
+    task: str | None = option("which of its models, such as t2v-1.3B; likewise")
+    trigger_word: str | None = option(
+        "made-up word for what is learned, put before captions without it; alone where there is no caption"
+    )
+    output_name: str | None = option("name of the LoRA; that of the folder when not given")
+    max_train_steps: int = option(
+        "length of the training", default=2000, least=1, hint="1500 to 3000 are usual"
+    )
+    whole_model: bool = option(
+        "train the model itself rather than a LoRA, for a domain with hundreds of files; each save is a "
+        "whole model"
+    )
+    models: Path = option("folder that tools/download.py fills", default=MODELS)
+    model_files: tuple[str, ...] = option(
+        "file of a model in another place, such as dit=my.safetensors; once for each: "
+        + ", ".join(list_model_files()),
+        default=(),
+        name="model_file",
+        action="append",
+        nargs=None,
+        metavar="NAME=PATH",
+    )
+    memory: float | None = option(
+        "GiB of the card; this machine's when not given, 0: a CPU", type=gibibytes, metavar="GIB"
+    )
+    overwrite: bool = option("replace dataset.toml, prompts.txt and run.toml")
+    dry_run: bool = option("show how the three files would change, and write nothing")
+    print_run: bool = option("print what run.toml would be, and write nothing", excludes="dry_run")
+    download = unsupported("`new` only writes files: give it to `run`")
+    card = unsupported("give the GiB of the card as --memory, such as --memory 12", nargs="?")
+    vram = unsupported("give the GiB of the card as --memory, such as --memory 12", nargs="?")
+
+    def __post_init__(self) -> None:
+        if self.output_name is not None:
+            check_output_name("--output_name", self.output_name)
+        if self.trigger_word is not None:
+            check_trigger(self.trigger_word)

@@ -1,0 +1,92 @@
+"""Options of run_project.py. Standard library only."""
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dataset.options import DATASET_FILE
+from modules.option_values import option_words
+from modules.options import (
+    SECRET,
+    STARTS,
+    KeyFile,
+    Options,
+    facts_of,
+    option,
+    option_values,
+    options_with,
+    unsupported,
+)
+from modules.typed_command import AT_END, read_command
+from project.options import MODEL_FILES, MODELS, ON_END, TRAINING_TABLE, own_command
+from training.features.composing import options_of_run
+
+
+def _options_of_new() -> Collection[str]:
+    from project.new_options import NewOptions  # only mistakes need them
+
+    return facts_of(NewOptions)
+
+
+OF_NEW = KeyFile(_options_of_new, "`new` has it, which describes the folder: type `new` again with --{key}.")
+
+
+if TYPE_CHECKING:  # a record of what the list of features has
+    OptionsOfFeatures = Options
+else:
+    OptionsOfFeatures = options_of_run()
+
+
+class RunOptions(Options):
+    """Which described folder to train on."""
+
+    key_files = (DATASET_FILE, MODEL_FILES, TRAINING_TABLE, OF_NEW)
+
+    folder: Path = option("folder that `new` described", positional=True)
+    download: bool = option("download the model, after its licences")
+    models: Path = option("folder that --download may fill", default=MODELS, place="new folder")
+    output_dir: Path | None = option(
+        "folder for the trained files, anywhere; default: that of run.toml, in the folder", place="new folder"
+    )
+    of_features: OptionsOfFeatures  # of the training
+    may_write: tuple[Path, ...] = option(
+        "further folders that the run may write into, as caches may lie elsewhere; default: its own alone",
+        default=(),
+        place="new folder",
+        action="extend",
+    )
+    on_end: str | None = option(AT_END, metavar="COMMAND", facts={**STARTS, **SECRET})
+    resume = unsupported("`run` continues by itself: type the same command again", nargs="?")
+    dry_run: bool = option("print the commands, and run none")
+    check: bool = option("check the folder and the options of its training, and end", excludes="dry_run")
+
+    def __post_init__(self) -> None:
+        _ = self.end_words  # raises OptionError
+
+    @property
+    def end_words(self) -> list[str]:
+        """Return the words of the command to start at the end; none without --on_end."""
+        return [] if self.on_end is None else read_command(ON_END, self.on_end)
+
+    @property
+    def typed_for_training(self) -> dict[str, Any]:
+        """Return the options that are handed to the training, and given, by name."""
+        values = {"output_dir": self.output_dir, **option_values(self.of_features)}
+        return {name: value for name, value in values.items() if value is not None}
+
+    @property
+    def words(self) -> list[str]:
+        """Return the words behind `reelsmith` that run this again, as far as a file may keep them."""
+        unsaid = {"folder": None, "dry_run": None, "check": None, **dict.fromkeys(STARTING)}
+        if self.models == MODELS:
+            unsaid["models"] = None
+        typed = {f"--{name}": value for name, value in (option_values(self) | unsaid).items()}
+        return ["run", str(self.folder), *option_words(typed)]
+
+    @property
+    def going_on(self) -> str:
+        """Return a note with the command that continues after an interruption."""
+        return f"The same command continues: {own_command(*self.words)}"
+
+
+STARTING = options_with(RunOptions, "reach", STARTS["reach"])  # names of options that start a program
