@@ -242,11 +242,11 @@ class NextSteps:
 
     def _trained_option(self) -> str:
         """Return the name of the training's option for the file whose weights are trained."""
-        entry = self.command.entry
-        if entry is None:  # no script trains it
+        entry, options = self.command.entry, self.command.family_options
+        if entry is None or options is None:
             return "dit"
-        record = self.command.family_options
-        return next(option_name(field) for field in fields(record) if field.name == entry.trained)
+        names = (option_name(field) for field in fields(options) if field.name == entry.trained)
+        return next(names, "dit")
 
     def _words(self, without: Collection[str] = ()) -> list[str]:
         options = [
