@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import Parameter
 
-from checkpoints.dits import bare_names
 from checkpoints.opening import open_checkpoint
 from contract.family import Family, LearningEncoder
 from contract.whole import trains_checkpoint
@@ -286,6 +285,8 @@ def _smallest_whole_bytes(family: Family, options: TrainingOptions, file: Path) 
 
     file: that is trained. Counted are the weights of blocks, whose names most files have as the network.
     """
+    from checkpoints.dits import bare_names  # only for whole models
+
     with open_checkpoint(file) as checkpoint:
         tensors = bare_names(checkpoint).tensors
     starts = tuple(f"{name}." for name in family.dit.block_lists)
