@@ -45,6 +45,9 @@ class TrainsCheckpoint(Protocol):
     # whether anything that the text encoder of this name returns depends on its weight of this name
     def reads_weight(self, text_encoder: str, weight: str) -> bool: ...
 
+    # bytes of a file that is written; dtype: as `CheckpointWriter.write`. Reads headers alone
+    def checkpoint_bytes(self, dtype: torch.dtype | None) -> int: ...
+
     # networks: those that learn: by the names of text encoders, and DIT
     def checkpoint_writer(self, networks: Mapping[str, nn.Module]) -> CheckpointWriter: ...
 

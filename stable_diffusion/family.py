@@ -30,6 +30,7 @@ from contract.rules import ModelRelease, NpzFormat
 from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 from contract.whole import LearningParts
 from encoders.pictures import ModelOfPictures, picture_defaults
+from modules.console import quiet
 from modules.devices import choose_compute_dtype, dtype_of
 from modules.errors import CacheError, OptionError
 from modules.media.pixels import byte_clips
@@ -276,6 +277,11 @@ class StableDiffusion(ModelOfPictures):
     def reads_weight(self, text_encoder: str, weight: str) -> bool:
         by_name = {encoder.name: encoder for encoder in self._counting}
         return by_name[text_encoder].reads_weight(weight)
+
+    def checkpoint_bytes(self, dtype: torch.dtype | None) -> int:
+        with quiet():
+            infos = make_writer(self.files, {}).list_infos(dtype)
+        return sum(info.size_bytes for info in infos.values())
 
     def checkpoint_writer(self, networks: Mapping[str, nn.Module]) -> CheckpointFiles:
         return make_writer(self.files, networks)

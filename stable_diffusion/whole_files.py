@@ -61,19 +61,23 @@ class CheckpointFiles:
     def write(self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
         """Write a file, completely or not at all. dtype: of the networks; None: that of the source."""
         states = {name: network.state_dict() for name, network in self.networks.items()}
-        infos: dict[str, TensorInfo] = {}
+        infos = self.list_infos(dtype)
+
+        def read(name: str) -> Tensor:
+            return self._make(name, states).detach().to(infos[name].dtype)
+
+        stream_tensors(path, infos, read, metadata)
+
+    def list_infos(self, dtype: torch.dtype | None) -> dict[str, TensorInfo]:
+        """Return dtypes and shapes of the tensors of a file. dtype: as for `write`."""
+        infos = {name: TensorInfo(torch.float32, (0,)) for name in self.marks}
         stored = {} if self.source is None else self.source.tensors
         for name, info in (stored | {name: part.info for name, part in self.parts.items()}).items():
             is_of_network = info.dtype.is_floating_point and name.startswith(NETWORKS)
             kept = info.dtype if dtype is None or not is_of_network else dtype
             if not name.startswith(EMA):
                 infos[name] = TensorInfo(kept, info.shape)
-        infos |= {name: TensorInfo(torch.float32, (0,)) for name in self.marks}
-
-        def read(name: str) -> Tensor:
-            return self._make(name, states).detach().to(infos[name].dtype)
-
-        stream_tensors(path, infos, read, metadata)
+        return infos
 
     def _make(self, name: str, states: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
         """Return a tensor of the file. states: weights of the networks that learn."""

@@ -11,10 +11,11 @@ from torch.nn import Parameter
 
 from checkpoints.opening import open_checkpoint
 from contract.family import Family, LearningEncoder
+from contract.whole import trains_checkpoint
 from dataset.table import DatasetTable
 from modules.atomic_write import check_space
 from modules.console import quiet
-from modules.devices import dtype_name
+from modules.devices import DTYPES, dtype_name
 from modules.errors import CheckpointError, OptionError
 from modules.options import argument_of, is_given, option_name, option_values, options_with
 from modules.speed_options import TRAINING_FLAGS
@@ -265,6 +266,9 @@ def choose_lora_format(
 def _find_smallest_file(family: Family, options: TrainingOptions) -> int:
     """Return a lower bound for the bytes of one saved model; 0 if it is not known."""
     network = options.network
+    if network is None and trains_checkpoint(family):
+        precision = options.saving.save_precision
+        return family.checkpoint_bytes(None if precision is None else DTYPES[precision])
     if network is None:  # half: a file in float32 may be saved in 16 bits
         return sum(file.stat().st_size for file in family.dit_files if file.is_file()) // 2
     files = family.dit_files if options.by_expert.lora_per_expert else family.dit_files[:1]

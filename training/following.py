@@ -35,6 +35,7 @@ if TYPE_CHECKING:  # it is loaded only if there are prompts
 
 RESUMING = {"resume", "resume_from_huggingface", "resume_changed", "max_train_steps", "max_train_epochs"}
 BAKED_RANK = 64  # of a plain LoRA made of a network of full rank
+EXTRACTED_RANK = 32  # of a LoRA of a whole model
 COMFYUI_TOOL = "ComfyUI"
 STARTING = {"initial_step", "initial_epoch"}
 # options that make a sample; the values keep their names, except two
@@ -136,8 +137,8 @@ class NextSteps:
         return "" if family_names is None else family_names.converted_for
 
     def commands(self, saved: Path | None, is_finished: bool) -> list[PageCommand]:
-        """Return commands to train on, to generate with a file, to convert it if a tool needs that, and to
-        start this run again.
+        """Return commands to train on, to generate with a file, to convert it if a tool needs that or to
+        extract a LoRA of a whole model, and to start this run again.
 
         saved: the file, see `Story.usable_file`; None if nothing is saved yet: then they name the file of the
         whole run.
@@ -156,6 +157,8 @@ class NextSteps:
                 generate = replace(generate, note=f"{generate.note} {file.name} is not saved yet.".lstrip())
             commands.append(generate)
         network = self.options.network
+        if network is None and saved is not None:
+            commands.append(self._extract(file))
         if network is not None and (_plain_kind(network) or self._needs_conversion(network)):
             files = self.names.files(self.names.stem_of(file)).values()
             commands += [self._convert(path) for path in files]
@@ -187,6 +190,14 @@ class NextSteps:
         output = file.with_name(f"{file.stem}_{ending}.safetensors")
         files = ["--input", str(file), "--output", str(output)]
         return _command(title, ["python", "convert_lora.py", *files, *words], note)
+
+    def _extract(self, file: Path) -> PageCommand:
+        """Return the command that extracts a LoRA from the difference of a trained model and its base."""
+        output = file.with_name(f"{file.stem}_lora.safetensors")
+        files = ["--model_org", self._find_dit(file), "--model_tuned", str(file), "--save_to", str(output)]
+        words = ["python", "networks/extract_lora_from_models.py", *files, "--dim", str(EXTRACTED_RANK)]
+        note = "The difference to the base at this rank; the command says how much of it the LoRA keeps."
+        return _command("Extract a LoRA from it", words, note)
 
     def _find_dit(self, file: Path) -> str:
         """Return the file of the transformer that a LoRA was trained in."""

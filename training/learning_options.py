@@ -63,7 +63,7 @@ class WholeDitOptions(Options, title="full fine-tuning"):
     )
 
     save_model_as = unsupported(
-        "only safetensors files are written: other forms can hold code",
+        "only safetensors files are written: other forms can hold code. Leave it out",
         "form of the trained file",
         values=("safetensors",),
         choices=("ckpt", "safetensors", "diffusers", "diffusers_safetensors"),

@@ -19,7 +19,8 @@ from training.config_options import OTHERS_TABLE
 MODELS: dict[Path, ModelSet] = {}
 for _model in find_models():
     _script = find_whole_script(_model)
-    if _script is not None and _model.data["fp8"] and not _model.data.get("from_image"):
+    takes_photos = not _model.data.get("from_image") and _model.task != "av"  # which needs sound
+    if _script is not None and _model.data["fp8"] and takes_photos:
         MODELS.setdefault(_script, _model)
 
 

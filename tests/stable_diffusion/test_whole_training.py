@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from contract.requests import Prompt
-from stable_diffusion.contract import SD1
+from stable_diffusion.contract import SD1, SDXL
 from stable_diffusion.towers import LearningTexts, make_encoders
 from stable_diffusion.training_files import TrainingFiles
+from stable_diffusion.whole_files import make_writer
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.parity.training import stream
 from tests.stable_diffusion.test_training_step import encode_plainly, plain_encoders
@@ -292,6 +293,10 @@ def test_marks_of_the_source_stay_and_averages_of_it_are_left_out(folder: Path) 
     said = succeed_here("sdxl_train.py", *words(model.name, "--save_precision", "fp16"), folder=folder)
 
     saved = load_file(folder / "output" / "last.safetensors")
+    planned = make_writer(TrainingFiles((SDXL,), model), {}).list_infos(torch.float16)
+    assert {name: info.dtype for name, info in planned.items()} == {
+        name: tensor.dtype for name, tensor in saved.items()
+    }
     assert saved.keys() == {*state, "v_pred", "ztsnr"}
     assert "averaged tensors" in said
     networks = [U_NET, "first_stage_model.", *(start for start, _ in TOWERS["sdxl"])]

@@ -196,7 +196,7 @@ def _ltx_2(name: str, mode: str, version: str) -> TinyFamily:
         + ["--negative_prompt", "dull", "--video_length", "9", "--flow_shift", "5"],
         another_run=["--lora_target_preset", "full"],
         changed_habit=["--audio_loss_weight", "2"],
-        train_whole="",
+        train_whole="ltx2_train.py" if mode == "av" else "",
         sample_line="a cat --w 32 --h 32 --f 9 --d 7 --s 2 --fs 5 --l 3 --n dull --i start.png"
         + (" --v references/clip 0.mp4" if has_references else ""),
     )

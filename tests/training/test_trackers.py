@@ -21,13 +21,13 @@ from modules.errors import OptionError, UserError
 from networks.adapter import NormReport
 from tests.training.reports.test_logs import PLAIN
 from tests.training.reports.test_logs import options as run_options
-from training.features.trackers import (
+from training.features.trackers_options import (
     NO_GIT,
     TrackerOptions,
-    Trackers,
     check_trackers,
     tracker_arguments,
 )
+from training.features.trackers_sending import Trackers
 from training.processes import make_accelerator
 from training.reports.logs import Logs, StepReport
 

@@ -27,6 +27,8 @@ teacher_passes: the comparison with the teacher, in its band and outside
 tread: let tokens pass by the middle blocks
 tread_routes: which tokens pass by the middle blocks
 trackers: send numbers and samples to TensorBoard, wandb and others
+trackers_options: which trackers get numbers, and whether they can
+trackers_sending: what sends them through the trackers of accelerate
 uploads: send what is saved to the Hugging Face hub
 uploads_hub: the client of the hub, and the model card
 uploads_options: what is uploaded, and whether a state is there

@@ -1,0 +1,165 @@
+"""Which trackers get the numbers and samples of a run, and whether they can."""
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from modules.errors import OptionError, UserError
+from modules.options import CONFIGURES, OF_RUN, SECRET, SENDS, Options, option
+
+if TYPE_CHECKING:
+    pass
+
+logger = logging.getLogger(__name__)
+
+NEEDS_FOLDER = ("tensorboard", "aim")  # they write into --logging_dir
+CHOICES = ("tensorboard", "wandb", "trackio", "aim", "mlflow", "swanlab", "comet_ml")  # accelerate's names
+# tracker -> its settings in a working folder
+SETTINGS_OF_FOLDER = {
+    "wandb": ("wandb/settings",),
+    "comet_ml": (".comet.config", ".env"),
+    "swanlab": (".swanlab",),
+}
+NO_GIT = {  # variables of trackers
+    "WANDB_DISABLE_GIT": "true",
+    "COMET_AUTO_LOG_GIT_METADATA": "false",
+    "COMET_AUTO_LOG_GIT_PATCH": "false",
+}
+
+_IF_LOGGED = {"nothing is logged without --logging_dir or --log_with": lambda options: bool(options.trackers)}
+_IF_WANDB = {"wandb is not used without --log_with wandb": lambda options: "wandb" in options.trackers}
+
+
+class TrackerOptions(Options, title="logs"):
+    """Which trackers get the numbers and samples of a run."""
+
+    logging_dir: Path | None = option(
+        "folder for TensorBoard's files; each run gets a folder in it", place="new folder"
+    )
+    log_with: str | None = option(
+        "tensorboard when not given and --logging_dir is; all: tensorboard and wandb",
+        choices=(*CHOICES, "all"),
+        # those that need no folder write and send where they like
+        facts={**SENDS, **OF_RUN, "stays": NEEDS_FOLDER, "permission": "gives its losses to {}"},
+    )
+    log_prefix: str | None = option(
+        "start of the run folder's name, before its date",
+        acts_if={"there is no --logging_dir": lambda options: options.logging_dir is not None},
+    )
+    log_tracker_name: str | None = option(
+        "name of the tracker, the project of most; network_train, or MODEL_ft, when not given",
+        acts_if=_IF_LOGGED,
+    )
+    wandb_run_name: str | None = option(
+        "name of the run in wandb",
+        acts_if={
+            **_IF_WANDB,
+            "--log_tracker_config replaces it": lambda options: options.log_tracker_config is None,
+        },
+    )
+    log_tracker_config: Path | None = option(
+        "TOML file with arguments for the trackers, a table each; replaces --wandb_run_name",
+        place="there",
+        hint="a TOML file with a table [wandb] or of another tracker",
+        acts_if=_IF_LOGGED,
+        facts={**CONFIGURES, **OF_RUN, "permission": "has its trackers read {}"},
+    )
+    wandb_api_key: str | None = option(
+        "log in to wandb with this key; it is never written anywhere", acts_if=_IF_WANDB, facts=SECRET
+    )
+    log_config: bool = option("send the options, without keys and paths, to the trackers", acts_if=_IF_LOGGED)
+
+    def __post_init__(self) -> None:
+        writing = [name for name in self.trackers if name in NEEDS_FOLDER]
+        if writing and self.logging_dir is None:
+            raise OptionError(
+                f"--log_with {self.log_with} needs --logging_dir: the folder for {writing[0]}'s files"
+            )
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        if self.log_with is None:
+            return () if self.logging_dir is None else ("tensorboard",)
+        return ("tensorboard", "wandb") if self.log_with == "all" else (self.log_with,)
+
+
+class RunTrackerOptions(Options):
+    """Options of `run` that it hands to its training."""
+
+    logging_dir: Path | None = option(
+        "folder for TensorBoard's files, anywhere; default: that of run.toml, in the folder",
+        place="new folder",
+    )
+    log_with: str | None = option(
+        "a tracker for the losses; in run.toml only tensorboard and aim are taken unasked",
+        choices=(*CHOICES, "all"),
+    )
+    log_tracker_config: Path | None = option(
+        "TOML file with arguments for the trackers; in run.toml it is refused", place="there"
+    )
+
+
+def check_trackers(options: TrackerOptions) -> None:
+    """Raise OptionError, naming the package to install, if the package of a tracker is missing.
+
+    Raises UserError if --log_tracker_config cannot be read, OutputError if nothing can be written in
+    --logging_dir, and OptionError if a folder that may be somebody else's has settings of a tracker.
+    """
+    from modules.atomic_write import make_folder  # only with trackers, as what follows
+    from modules.console import quiet
+    from modules.installation import describe_missing, refuses_code
+
+    if refuses_code() is not None:
+        _refuse_settings_of_folder(options.trackers, Path.cwd())
+    if options.logging_dir is not None:
+        make_folder(options.logging_dir, "--logging_dir")
+    for tracker in options.trackers:
+        try:
+            __import__(tracker)
+        except ImportError as error:
+            raise OptionError(f"--log_with {tracker}: {describe_missing(error)}") from None
+    with quiet():  # it is read again when they start
+        tracker_arguments(options)
+
+
+def _refuse_settings_of_folder(trackers: Sequence[str], folder: Path) -> None:
+    """Raise OptionError if a working folder has settings that say where a tracker sends data, and as whom.
+
+    Also keeps trackers from asking git about that folder: its settings can name programs.
+    """
+    for tracker in trackers:
+        for name in SETTINGS_OF_FOLDER.get(tracker, ()):
+            if os.path.lexists(folder / name):
+                raise OptionError(
+                    f"--log_with {tracker}: {folder / name} has settings of {tracker}, which can name any "
+                    "server. Remove it, or start the training itself in a terminal"
+                )
+    os.environ.update(NO_GIT)
+
+
+def tracker_arguments(options: TrackerOptions) -> dict[str, Any]:
+    """Return the arguments of each tracker by name, from --log_tracker_config or --wandb_run_name."""
+    from modules.text_files import parse_toml, read_text  # only with trackers
+
+    if options.log_tracker_config is None:
+        return {} if options.wandb_run_name is None else {"wandb": {"name": options.wandb_run_name}}
+    path = options.log_tracker_config
+    try:
+        tables = parse_toml(read_text(path))
+    except OSError as error:
+        raise UserError(f"--log_tracker_config {path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise UserError(f"--log_tracker_config {path} is not valid TOML: {error}") from None
+    for name, table in tables.items():
+        if name not in options.trackers:
+            logger.warning(
+                "--log_tracker_config %s: [%s] is ignored because this run has no such tracker", path, name
+            )
+        if not isinstance(table, dict):
+            raise UserError(
+                f"--log_tracker_config {path}: {name} = {table!r} stands outside a table; write it under "
+                f"[{next(iter(options.trackers), 'wandb')}]"
+            )
+    return tables

@@ -1,0 +1,153 @@
+"""Send the numbers and samples of a run through the trackers of accelerate."""
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate.tracking import filter_trackers
+
+from training.features.hooks import PlannedRun
+from training.features.trackers_options import TrackerOptions, tracker_arguments
+from training.reports.logs import public_config
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from modules.media.reading import Frame
+
+logger = logging.getLogger(__name__)
+
+PROJECT = "network_train"  # of LoRA training; as in other tuners
+FLUSH_SECONDS = 10  # how old the data in TensorBoard may be
+
+
+@dataclass
+class Trackers:
+    """Send the numbers and samples of a run. Use it as a context manager, in every process.
+
+    Entering starts the trackers. Raises UserError if --log_tracker_config cannot be read.
+    """
+
+    accelerator: "Accelerator"
+    options: TrackerOptions
+    project: str = PROJECT  # used if the options give none
+    config: Mapping[str, Any] = field(default_factory=dict)  # stored with the run, from `public_config`
+    now: Callable[[], float] = time.monotonic  # seconds
+    started: datetime = field(default_factory=datetime.now)  # names the folder of TensorBoard's files
+    _flushed: float = field(default=0.0, init=False)
+    _is_lost: bool = field(default=False, init=False)  # a tracker takes no more numbers
+    _hook: Any = field(default=None, init=False)  # of threads, as it was
+
+    def __enter__(self) -> "Trackers":
+        options = self.options
+        arguments = tracker_arguments(options)
+        folder = None
+        if options.logging_dir is not None:
+            folder = str(options.logging_dir / f"{options.log_prefix or ''}{self.started:%Y%m%d%H%M%S}")
+            self.accelerator.project_configuration.set_directories(folder)
+        self.accelerator.log_with = filter_trackers([*options.trackers], folder)
+        if (
+            self.accelerator.is_main_process
+            and "wandb" in options.trackers
+            and options.wandb_api_key is not None
+        ):
+            import wandb  # optional; `check_trackers` has found it
+
+            wandb.login(key=options.wandb_api_key)
+        self.accelerator.init_trackers(
+            options.log_tracker_name or self.project,
+            config=dict(self.config) or None,
+            init_kwargs=arguments,
+        )
+        self._hook, threading.excepthook = threading.excepthook, self._note_thread
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        try:
+            with self._guarded(Exception):  # all that can be lost is lost
+                for tracker in self.accelerator.trackers:
+                    tracker.finish()
+        finally:
+            self.accelerator.trackers.clear()  # accelerate would finish them again
+            threading.excepthook = self._hook
+
+    def _note_thread(self, error: threading.ExceptHookArgs) -> None:
+        """Print an error of a thread, but not of TensorBoard's writer, which raises it again later."""
+        if not type(error.thread).__module__.startswith("tensorboard."):
+            self._hook(error)
+
+    def note_values(self, values: Mapping[str, float], step: int) -> None:
+        if not self._is_lost:
+            with self._guarded():
+                for tracker in self.accelerator.trackers:
+                    self._log_values(tracker, values, step)
+
+    @contextlib.contextmanager
+    def _guarded(self, kind: type[Exception] = OSError) -> Iterator[None]:
+        """Turn a tracker's first error of disk or network into a warning, and give it no more numbers."""
+        try:
+            yield
+        except kind as error:
+            if not self._is_lost:
+                names = " ".join(self.options.trackers)
+                logger.warning("--log_with %s gets no more numbers, the training continues: %s", names, error)
+            self._is_lost = True
+
+    def _log_values(self, tracker: Any, values: Mapping[str, float], step: int) -> None:
+        if tracker.name == "tensorboard":  # accelerate's own `log` waits for the disk each time
+            for name, value in values.items():
+                tracker.writer.add_scalar(name, value, step)
+            now = self.now()
+            if now - self._flushed >= FLUSH_SECONDS:
+                tracker.writer.flush()
+                self._flushed = now
+        else:  # some take no other signs in names than letters, numbers, blanks, _, - and /
+            tracker.log({name.replace("*", "-"): value for name, value in values.items()}, step=step)
+
+    def note_samples(
+        self, step: int, files: Mapping[int, Path], strips: "Mapping[int, Frame]", prompts: Mapping[int, str]
+    ) -> None:
+        """Send the samples of a step to TensorBoard and wandb.
+
+        strips: from `join_strip`. TensorBoard gets these: clips that play would need another package, and a
+        megabyte each. wandb gets the files themselves, with their prompts.
+        """
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                for index, strip in strips.items():
+                    tracker.writer.add_image(f"samples/{index:02d}", strip, step, dataformats="HWC")
+                tracker.writer.flush()
+            elif tracker.name == "wandb":
+                media = {}
+                for index, path in files.items():
+                    media[f"samples/{index:02d}"] = _make_wandb_media(path, prompts[index])
+                if media:
+                    tracker.log(media, step=step)
+
+
+def _make_wandb_media(path: Path, prompt: str) -> Any:
+    """Return a sample as an object that wandb shows."""
+    import wandb  # optional; `check_trackers` has found it
+
+    if path.suffix == ".png":
+        return wandb.Image(str(path), caption=prompt)
+    if path.suffix == ".wav":
+        return wandb.Audio(str(path), caption=prompt)
+    return wandb.Video(str(path), caption=prompt, format="mp4")
+
+
+def make_trackers(plan: "PlannedRun", records: Sequence[Any]) -> Trackers:
+    """Return what sends the numbers of a run to its trackers. records: of all options, as resolved."""
+    options = plan.options.of(TrackerOptions)
+    return Trackers(
+        plan.accelerator,
+        options,
+        project=PROJECT if plan.options.whole_dit is None else f"{plan.family.name}_ft",
+        config=public_config(*records) if options.log_config else {},
+    )
