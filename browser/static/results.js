@@ -30,7 +30,6 @@
   function lay(news) {
     const count = news.chosen === news.all ? `${news.all.toLocaleString("en")}` : `${news.chosen.toLocaleString("en")} of ${news.all.toLocaleString("en")}`;
     document.getElementById("counted").textContent = news.unread ? `${count} · ${news.unread.toLocaleString("en")} are still being read` : count;
-    form.hidden = news.all < 10 && ![...form.querySelectorAll("input[type=search], select")].some((field) => field.value);
     fillChoices(form.elements.of, "all runs", news.runs);
     fillChoices(form.elements.model, "all models", news.models);
     const earlier = [...shelf.querySelectorAll(".part")];
