@@ -7,7 +7,7 @@
   if (!box || !shelf) return;
   const address = box.dataset.address, form = document.getElementById("sift");
   const chosen = new Map(); // id of a result to compare -> its name and address
-  let mark = "", last = 0, unchanged = 0; // the latter counts answers in a row
+  let mark = "", last = 0;
 
   const query = (more = {}) => new URLSearchParams({ ...Object.fromEntries(new FormData(form)), ...more });
 
@@ -16,8 +16,7 @@
 
   async function look() {
     const answer = await fetch(`${address}?${query({ have: mark, compared: [...chosen.keys()].join(" ") })}`);
-    if (answer.status === 204) return Math.min(3000 * 1.5 ** unchanged++, 12000); // milliseconds
-    unchanged = 0;
+    if (answer.status === 204) return 3000;
     if (!answer.ok) return 8000;
     const news = await answer.json();
     if (news.mark !== mark) lay(news);
@@ -293,7 +292,7 @@
     showChosen(first);
   });
 
-  document.body.addEventListener("results", () => { unchanged = 0; goOn(0); }); // what has just been made is shown at once
+  document.body.addEventListener("results", () => goOn(0)); // what has just been made is shown at once
   const start = new URLSearchParams(location.search).get("from"); // of a link from another page
   if (start) startFrom(start, document.getElementById("counted"));
   goOn(0);
