@@ -117,7 +117,7 @@ class Anima(ModelOfPictures):
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
         """Return the captions' states and tokens. Raises CacheError, or CheckpointError, for others."""
         batch.check(dict.fromkeys(sorted(INPUTS.values()), TEXTS_AGAIN), "the transformer")
-        adapter = self.files.dit_header().config.adapter
+        adapter = self.files.adapter_config()
         remedy = f"{TEXTS_AGAIN} and Qwen3 (0.6B)"
         batch.check_widths({STATES: adapter.text_dim}, self.files.dit_path, remedy)
         check_tokens(batch.tensor(IDS), adapter.vocabulary, self.files.dit_path)
@@ -152,7 +152,7 @@ class Anima(ModelOfPictures):
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        vocabulary = self.files.dit_header().config.adapter.vocabulary
+        vocabulary = self.files.adapter_config().vocabulary
         ids = prompts[0].positive[IDS]
         assert isinstance(ids, Tensor)
         check_tokens(ids, vocabulary, self.files.dit_path)

@@ -209,6 +209,12 @@ class AnimaFiles(QwenImageFiles):
             text_on_cpu=options.text_encoder_cpu,
         )
 
+    def adapter_config(self) -> AdapterConfig:
+        """Return the sizes of the adapter. Raises as `dit_header`."""
+        adapter = self.dit_header().config.adapter
+        assert adapter is not None  # `read_dit_header` refuses a model without
+        return adapter
+
     @property
     def adapter_path(self) -> Path | None:
         return None if self.adapter is None else require_file(self.adapter, ADAPTER_OPTION, "the adapter")

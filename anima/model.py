@@ -94,11 +94,14 @@ class AnimaAttention(nn.Module):
     def attend_picture(self, x: Tensor, tokens: AnimaTokens) -> Tensor:
         """Return the attention of the picture's tokens to each other, rotated by position: B L C."""
         key, value = self.key_and_value(x)
-        heads = rotate_halves(self.query(x), tokens.rotary), rotate_halves(key, tokens.rotary), value
-        if tokens.part is None:
-            attended = attend(*heads, tokens.attention)
-        else:
-            attended = tokens.part.gather_heads(attend(*tokens.part.gather_tokens(*heads), tokens.attention))
+        query = rotate_halves(self.query(x), tokens.rotary)
+        key = rotate_halves(key, tokens.rotary)
+        part = tokens.part
+        if part is not None:
+            query, key, value = part.gather_tokens(query, key, value)
+        attended = attend(query, key, value, tokens.attention)
+        if part is not None:
+            attended = part.gather_heads(attended)
         return in_own_dtype(self.output_proj, attended.flatten(2))
 
     def attend_text(self, x: Tensor, tokens: AnimaTokens) -> Tensor:
@@ -268,7 +271,8 @@ class AnimaModel(BlockNetwork):
             attention=self.attention,
             combine=tweaks.steer,
         )
-        return Hidden(in_own_dtype(self.x_embedder["proj"][1], patches).to(dtype), tokens)
+        picture = in_own_dtype(self.x_embedder.get_submodule("proj.1"), patches).to(dtype)
+        return Hidden(picture, tokens)
 
     def _check_sizes(self, noisy: Tensor) -> None:
         if noisy.shape[1:3] != (self.config.channels, 1):

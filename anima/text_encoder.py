@@ -113,7 +113,7 @@ class AnimaTextEncoder(LanguageModelEncoder):
         """
         tokenizer = self._read_t5
         assert tokenizer is not None  # call `load` first
-        encoded = []
+        encoded: list[Conditions] = []
         for prompt, conditions in zip(prompts, super().encode(prompts), strict=True):
             written = self.write(prompt)
             tokens = tokenizer.read(written.text)

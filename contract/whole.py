@@ -12,7 +12,7 @@ from typing import Protocol, TypeGuard
 import torch
 from torch import nn
 
-from contract.family import Described
+from contract.family import Described, Encodes
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class CheckpointWriter(Protocol):
     def write(self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None: ...
 
 
-class TrainsCheckpoint(Protocol):
+class TrainsCheckpoint(Described, Encodes, Protocol):
     """A family of which a training writes whole checkpoints, and may train text encoders."""
 
     @property

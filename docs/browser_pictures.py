@@ -82,9 +82,7 @@ RESULTS = (  # seed, prompt
     (35, "a white and a green blorp"),
     (36, "a large red blorp moving right"),
 )
-TALL = {"compare": 1500, "generate": 1750, "new": 1750}  # heights of wide windows
-# the list of LoRAs is as long as in a window of usual height
-SHORTEN = "() => { document.querySelector('.loras').style.maxHeight = '17rem'; }"
+TALL = {"compare": 1500, "new": 1300}  # heights of wide windows
 SAID = {
     2: "DatasetError: stars.toml cannot be read: No such file or directory. Give --dataset_config the file's "
     "path.",
@@ -161,8 +159,6 @@ def main() -> None:
                     height = TALL.get(place, 1000) if width > 1000 else 760
                     with open_page(served.url + address, width, height, color_scheme=scheme) as page:
                         wait_until(page, READY.get(place, MOVES))
-                        if place == "generate":
-                            page.evaluate(SHORTEN)
                         if place == "new":
                             fill_new(page, is_wide=width > 1000)
                         wait_until(page, "document.getElementById('machine').textContent.includes('free')")
@@ -317,7 +313,7 @@ def fill_new(page: Any, is_wide: bool) -> None:
     if not described.count():
         page.get_by_role("button", name="Describe").click()
         described.wait_for(timeout=120_000)
-        page.get_by_role("button", name="Start").wait_for()
+        page.get_by_role("button", name=re.compile("^(Get the model|Check|Start)")).wait_for()
     if is_wide:
         page.get_by_text("Files and captions").click()
         wait_until(page, READY_CAPTIONS)

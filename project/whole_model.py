@@ -35,7 +35,8 @@ KEPT = 2  # saved files, and states, that are kept besides the result
 
 def find_whole_script(model: ModelSet) -> Path | None:
     """Return the script that trains a model whole; None if there is none."""
-    return find_script(whole_words(model)[0])
+    words = whole_words(model)
+    return find_script(words[0]) if words else None
 
 
 def whole_words(model: ModelSet) -> list[str]:
@@ -51,11 +52,11 @@ def why_not_whole(model: ModelSet, memory: float) -> str | None:
 
     memory: 0 stands for the CPU.
     """
-    name = f"{model.family_title} {model.title}"
+    name = model.title
     if not model.data["fp8"]:
         return f"the file of {name} has weights in 8 bits, in which steps would be lost"
     if find_whole_script(model) is None:
-        return f"{name} has no script for it"
+        return f"{name} has no script that trains it whole"
     if len(transformers_of(model)) > 1:
         return f"{name} has two transformers, which are trained one at a time: see docs/wan22.md"
     size = transformer_bytes(model) / 2**30

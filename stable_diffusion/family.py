@@ -479,7 +479,8 @@ def family_for_training(
         sampler=options.sample_sampler,
         options=options,
         learning_texts=LearningTexts(
-            dict.fromkeys(options.text_rates, learning_dtype), options.fills_captions
+            {name: learning_dtype for name, rate in options.text_rates.items() if rate != 0},
+            options.fills_captions,
         ),
     )
 

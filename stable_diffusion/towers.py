@@ -119,17 +119,21 @@ class TowerEncoder:
     def reads_weight(self, name: str) -> bool:
         """Return whether an output depends on a weight: not of layers behind the one whose states are used.
 
-        Reads the header of the checkpoint.
+        Reads the header of the checkpoint once.
         """
-        with self.files.opened() as release:
-            plan = release.texts[self._number]
-            used = plan.network.config.num_layers + 1 - self._choose_layer(plan)
         if POOLED in self.keys:
             return True
         if name.startswith("final_layer_norm."):
             return self.files.kind is not SDXL
         layer = re.match(r"encoder\.layers\.(\d+)\.", name)
-        return layer is None or int(layer[1]) < used
+        return layer is None or int(layer[1]) < self._num_used
+
+    @cached_property
+    def _num_used(self) -> int:
+        """Return the number of layers up to the one whose states are used."""
+        with self.files.opened() as release:
+            plan = release.texts[self._number]
+            return plan.network.config.num_layers + 1 - self._choose_layer(plan)
 
     @property
     def identity(self) -> Mapping[str, str]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 NETWORKS = (UNET, VAE, CLIP_L, OPEN_CLIP, SD1_TEXT, SD2_TEXT)  # beginnings of the names of their tensors
 _VAE_PART = "vae"
-Plans = Mapping[str, LoadPlan[object]]  # by the names of networks
+Plans = Mapping[str, LoadPlan[Any]]  # by the names of networks
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def _list_marks(marks: Marks) -> list[str]:
     return [V_PRED] * marks.predicts_velocity + [ZTSNR] * marks.zero_terminal_snr
 
 
-def _invert(name: str, network: nn.Module, plan: LoadPlan[object]) -> dict[str, PartTensor]:
+def _invert(name: str, network: nn.Module, plan: LoadPlan[Any]) -> dict[str, PartTensor]:
     """Return how each tensor of a single file is made of a network's weights, by its name in the file."""
     weights: dict[str, list[str]] = {}
     infos: dict[str, TensorInfo] = {}
@@ -158,7 +159,7 @@ def _name_parts(release: OpenedCheckpoint, plans: Plans) -> dict[str, PartTensor
     return parts
 
 
-def _list_weights(plan: LoadPlan[object]) -> list[str]:
+def _list_weights(plan: LoadPlan[Any]) -> list[str]:
     """Return the weights of a text encoder that its network has."""
     return [name for name in plan.sources if not name.endswith("position_ids")]
 

@@ -242,11 +242,11 @@ class NextSteps:
 
     def _trained_option(self) -> str:
         """Return the name of the training's option for the file whose weights are trained."""
-        assert self.command.entry is not None
-        trained = self.command.entry.trained
-        return next(
-            option_name(field) for field in fields(self.command.family_options) if field.name == trained
-        )
+        entry = self.command.entry
+        if entry is None:  # no script trains it
+            return "dit"
+        record = self.command.family_options
+        return next(option_name(field) for field in fields(record) if field.name == entry.trained)
 
     def _words(self, without: Collection[str] = ()) -> list[str]:
         options = [

@@ -160,7 +160,7 @@ def image_training_parser(
     settings = {name: {"choices": values} for name, values in choices.items()}
     script: dict[str, Any] = {"defaults": usual, "refused": defaults.refused}
     parser = training_parser(doc, learner, settings=settings, **script)
-    of_learner = OF_LORAS
+    of_learner: tuple[type[Options], ...] = OF_LORAS
     if learner is not TrainedNetworkOptions:
         of_learner = OF_WHOLE_MODELS if defaults.whole is None else defaults.whole
     add_options(parser, ImageModelOptions, *of_learner, PredictionOptions, **script)

@@ -221,7 +221,7 @@ def train_dit(
         refuse_no_match(dit, name_parts)
 
     groups = [{"params": learning, "lr": rate} for rate, learning in by_rate.items()]
-    names = {rate: part.strip(".") for part, rate in reversed(part_rates.items())} | {learning_rate: "dit"}
+    names = {rate: part.strip(".") for part, rate in part_rates.items()} | {learning_rate: "dit"}
     dtypes = written_dtypes(dit)
     return Trainable(
         {"dit": dit},

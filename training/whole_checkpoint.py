@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 from torch.nn import Parameter
@@ -34,10 +34,6 @@ def train_whole(
     return _train_checkpoint(family, dit, texts, learning_rate=rate, name_parts=name_parts, writes=writes)
 
 
-class _Trained(Described, TrainsCheckpoint, Protocol):
-    """A family of which a checkpoint is trained."""
-
-
 @dataclass
 class _Groups:
     """Collect trained weights in groups of the optimizer, by their names in logs."""
@@ -57,7 +53,7 @@ class _Groups:
 
 
 def _train_checkpoint(
-    family: _Trained,
+    family: TrainsCheckpoint,
     dit: nn.Module,
     texts: LiveTexts | None,
     *,
@@ -80,11 +76,12 @@ def _train_checkpoint(
     elif name_parts:
         refuse_no_match(dit, name_parts)
     for encoder in () if texts is None else texts.learning:
-        rate = parts.texts[encoder.name]
+        own_rate = parts.texts[encoder.name]
+        text_rate = learning_rate if own_rate is None else own_rate
         networks[encoder.name] = encoder.network
         for name, parameter in encoder.network.named_parameters():
             is_read = family.reads_weight(encoder.name, name)
-            groups.add(encoder.name, (learning_rate if rate is None else rate) * is_read, parameter)
+            groups.add(encoder.name, text_rate if is_read else 0.0, parameter)
     if not groups.params:
         raise OptionError("nothing learns: all learning rates are 0. Give a rate above 0 to --learning_rate")
     return Trainable(

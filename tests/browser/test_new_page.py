@@ -124,17 +124,16 @@ def test_twelve_dropped_pictures_become_a_lora_by_labels_alone(
         for name, path in PARTS.items():
             page.get_by_label(f"--{name}").fill(path)
         page.get_by_text("a Wan2.1 VAE (--vae)").wait_for()
-        wait_until(page, "document.querySelector('#command').innerText.includes('t5=')")
-        command = page.locator("#command").inner_text()
+        wait_until(page, "document.querySelector('#command').textContent.includes('t5=')")
+        command = page.locator("#command").text_content()
         press(page, "Describe")
         wait_page(page, "Train on it")
-        page.get_by_role("button", name="Check").wait_for()
-        wait_page(page, "described")
+        wait_page(page, "no fault")
 
         assert_equal_to_command(command, root / "kittens", tmp_path)
         (root / "kittens/prompts.txt").write_text(FEW, encoding="utf-8")
-        press(page, "Check")
-        wait_page(page, "no fault")
+        press(page, "Check")  # as a file has changed
+        page.get_by_role("button", name="Start").wait_for(timeout=90 * SECONDS)
         page.get_by_text("All files with what is cut off").click()
         frame = page.frame_locator("iframe")
         frame.get_by_text("p00.png").first.wait_for()
@@ -491,7 +490,9 @@ def test_a_model_that_is_to_be_loaded_needs_its_licences_accepted(served: Served
     write_pictures(folder, 2, captions=True)
     fields = {name: text for name, text in FIELDS.items() if not name.startswith("file_")}
     post(served, "describe", **{"folder": str(folder), **fields, "family": "krea2", "task": "raw"})
-    text = wait_for(served, folder, '">described<')
+    wait_for(served, folder, '">described<')
+    text = served.ask(f"/new?folder={quote(str(folder))}").text
+    assert re.search(r">Get the model \([\d.]+ GB, \d licences\)</button>", text)
     assert "are loaded first, under these licences" in text
     assert 'href="https://github.com/krea-ai' in text
     assert "There is no login on this machine" in text or "There is a login" in text

@@ -112,6 +112,7 @@ def test_search_and_filters_keep_what_fits(page: Any) -> None:
 
 
 def test_keys_move_open_and_close_and_the_focus_stays(page: Any, root: Path) -> None:
+    page.set_viewport_size({"width": 1000, "height": 900})  # three in a row, below the form
     tile(page, "clip.mp4").locator("a.shown").focus()
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowRight")

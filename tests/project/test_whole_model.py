@@ -99,6 +99,10 @@ def test_it_is_told_how_much_memory_and_disk_it_takes(tmp_path: Path) -> None:
             "--family wan22 --task t2v-A14B --memory 80",
             "has two transformers, which are trained one at a time",
         ),
+        (
+            "--family ltx2 --task v --memory 80",
+            "--whole_model: LTX-2 without sound has no script that trains it whole",
+        ),
         ("--family h3 --task t2va-small --memory 80", "has weights in 8 bits"),
     ],
 )

@@ -3,6 +3,7 @@
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,16 +11,21 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from checkpoints.opening import open_checkpoint
+from contract.families import FAMILIES as FAMILIES_BY_NAME
 from flux.options import TRAINER, FluxWholeTrainingOptions, join_swapped
 from krea2.files import find_release
 from minimax_h3.dit_checkpoints import DIFFUSERS_CLASS, STACKED, read_header
 from minimax_h3.options import LAYOUT_KEY
+from modules.atomic_write import SPARE_BYTES
+from modules.errors import OutputError
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.tiny.families import FAMILIES, OUTPUT, TinyFamily, family_called
 from tests.tiny.further_families import FURTHER
 from tests.tiny.runs import make_project
+from training.checks import check_before_loading
 from training.image_options import ImageTrainerDefaults, read_image_training
 from training.learning_options import WholeDitOptions
+from training.options import TrainingOptions, read_training
 
 FUSED = ("--full_bf16", "--fused_backward_pass", "--max_grad_norm", "0", "--optimizer_type", "adafactor")
 KEPT = ("--optimizer_args", "relative_step=False", "scale_parameter=False", "warmup_init=False")
@@ -200,3 +206,34 @@ def test_older_options_of_image_trainers_are_read_as_ours(caplog: pytest.LogCapt
     assert options.is_fused
     assert options.is_for_images
     assert "read as --blocks_to_swap 5" in caplog.text
+
+
+@pytest.mark.parametrize(("more", "bytes_each"), [((), 4), (("--save_state",), 8), (BF16, 2)])
+def test_a_disk_that_cannot_hold_the_file_is_named_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...], bytes_each: int
+) -> None:
+    """Also where the output folder is not there yet; the weights of blocks are counted in the saved dtype."""
+    family = BY_NAME["krea2"]
+    family.prepare(tmp_path)
+    state = load_file(tmp_path / "model" / "dit.safetensors")
+    blocks = sum(tensor.numel() for name, tensor in state.items() if name.startswith("blocks."))
+    own, options = krea2_options(tmp_path, *more)
+    model = FAMILIES_BY_NAME["krea2"].make_family("training", own)
+
+    least = bytes_each * blocks + SPARE_BYTES
+    monkeypatch.setattr("modules.atomic_write.free_bytes", lambda folder: least - 1)
+    with pytest.raises(OutputError, match="Free some space"):
+        check_before_loading(model, options)
+    monkeypatch.setattr("modules.atomic_write.free_bytes", lambda folder: least)
+    check_before_loading(model, options)
+
+
+def krea2_options(folder: Path, *more: str) -> tuple[Any, TrainingOptions]:
+    """Options of a family and of a training of krea2_train.py."""
+    record = FAMILIES_BY_NAME["krea2"].options_record("WholeTraining")
+    dit = str(folder / "model" / "dit.safetensors")
+    words = ["--dit", dit, "--dataset_config", "d.toml", "--output_dir", str(folder / "new")]
+    options, own, _ = read_training(
+        "", record, [*words, "--output_name", "x", *more], learner=WholeDitOptions
+    )
+    return own, options
