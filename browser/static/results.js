@@ -7,7 +7,7 @@
   if (!box || !shelf) return;
   const address = box.dataset.address, form = document.getElementById("sift");
   const chosen = new Map(); // id of a result to compare -> its name and address
-  let mark = "", last = 0, unchanged = 0; // the latter counts answers in a row
+  let mark = "", last = 0;
 
   const query = (more = {}) => new URLSearchParams({ ...Object.fromEntries(new FormData(form)), ...more });
 
@@ -16,8 +16,7 @@
 
   async function look() {
     const answer = await fetch(`${address}?${query({ have: mark, compared: [...chosen.keys()].join(" ") })}`);
-    if (answer.status === 204) return Math.min(3000 * 1.5 ** unchanged++, 12000); // milliseconds
-    unchanged = 0;
+    if (answer.status === 204) return 3000;
     if (!answer.ok) return 8000;
     const news = await answer.json();
     if (news.mark !== mark) lay(news);
@@ -30,7 +29,6 @@
   function lay(news) {
     const count = news.chosen === news.all ? `${news.all.toLocaleString("en")}` : `${news.chosen.toLocaleString("en")} of ${news.all.toLocaleString("en")}`;
     document.getElementById("counted").textContent = news.unread ? `${count} · ${news.unread.toLocaleString("en")} are still being read` : count;
-    form.hidden = news.all < 10 && ![...form.querySelectorAll("input[type=search], select")].some((field) => field.value);
     fillChoices(form.elements.of, "all runs", news.runs);
     fillChoices(form.elements.model, "all models", news.models);
     const earlier = [...shelf.querySelectorAll(".part")];
@@ -87,10 +85,10 @@
     select.value = rows.some(([name]) => name === value) ? value : "";
   }
 
-  // as many as the style sheet lays side by side: of 16 rem each at the size 1, with a gap of 35 pixels
+  // as many as the style sheet lays side by side
   const columns = () => {
-    const size = +getComputedStyle(document.documentElement).getPropertyValue("--size") || 1;
-    return Math.max(1, Math.floor((shelf.clientWidth + 35) / (Math.min(256 * size, shelf.clientWidth) + 35)));
+    const list = shelf.querySelector("ol.plates");
+    return list ? getComputedStyle(list).gridTemplateColumns.split(" ").length : 1;
   };
 
   async function load(part) {
@@ -294,7 +292,7 @@
     showChosen(first);
   });
 
-  document.body.addEventListener("results", () => { unchanged = 0; goOn(0); }); // what has just been made is shown at once
+  document.body.addEventListener("results", () => goOn(0)); // what has just been made is shown at once
   const start = new URLSearchParams(location.search).get("from"); // of a link from another page
   if (start) startFrom(start, document.getElementById("counted"));
   goOn(0);
