@@ -33,7 +33,7 @@ AIM, IDLE = 1.003, 0.01
 OTHERS = 50  # runs in the same folder
 # seconds between two looks at an address, as the pages ask (browser/static, `every` in browser/*.html)
 NEWS_EVERY = 3.0  # of the run that trains
-EVERY = {"/": 3.0, "/new/progress": 1.0, "/generate/work": 1.0, "/machine": 5.0}
+EVERY = {"/": 8.0, "/new/progress": 2.0, "/generate/work": 1.0, "/machine": 10.0}
 Times = tuple[float, float]  # of the processor, on the wall
 
 

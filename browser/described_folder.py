@@ -22,7 +22,8 @@ from modules.atomic_write import write_bytes
 from modules.file_locks import only_one
 from modules.paths import is_on_foreign_share
 from modules.text_files import parse_toml, read_content, real_path
-from project.options import RUN_FILE, find_models, times_of_steps
+from project.options import RUN_FILE, find_models
+from project.whole_model import derive_times, trains_whole
 from training.config_options import OTHERS_TABLE, toml_value
 
 DATASET_FILE = "dataset.toml"
@@ -87,9 +88,10 @@ def change_steps(values: Mapping[str, Any], steps: int) -> KeyChanges:
     if "max_train_epochs" in values:
         changes["max_train_epochs"] = None  # it would go first
     before = values.get("max_train_steps")
-    derived = times_of_steps(before) if isinstance(before, int) and before > 0 else {}
+    is_whole = trains_whole(values)
+    derived = derive_times(before, is_whole) if isinstance(before, int) and before > 0 else {}
     kept = {}
-    for name, value in times_of_steps(steps).items():
+    for name, value in derive_times(steps, is_whole).items():
         if name not in values or values[name] == value:
             continue
         if values[name] == derived.get(name):

@@ -44,6 +44,7 @@ from browser.responses import (
 from browser.site import Site
 from contract.families import HIGH_NOISE, LOW_NOISE
 from downloads.catalogue import model_sets
+from modules.console import count_of
 from modules.control_codes import shorten
 from modules.errors import MediaError, OptionError, UserError
 from modules.media.reading import read_tags
@@ -213,6 +214,7 @@ class GeneratePages:
             "draft": draft or self.drafts.new_name(),
             "describe_loading": describe_loading(recipe),
             **self.work_values(),
+            "is_part": False,
             "can_write": not self.site.read_only,
             "message": problem,
             "note": message,
@@ -249,9 +251,18 @@ class GeneratePages:
         """Return the part of the page about render jobs alone, for a page that asks every second."""
         return self.answer_work()
 
-    def answer_work(self, error: str = "") -> Response:
-        """Return the part of the page about render jobs, with a message."""
-        values = {**self.work_values(), "can_write": not self.site.read_only, "message": error}
+    def answer_work(self, error: str = "", on_its_way: str = "") -> Response:
+        """Return the part of the page about render jobs.
+
+        error: why nothing was done. on_its_way: what will be made.
+        """
+        values = {
+            **self.work_values(),
+            "can_write": not self.site.read_only,
+            "is_part": True,
+            "message": error,
+            "on_its_way": on_its_way,
+        }
         return answer_template("generate_work.html", "Generate", values, is_refused=error != "")
 
     def show_preview(self, request: Request) -> Response:
@@ -363,6 +374,7 @@ class GeneratePages:
         number = "".join(fields.pop("id", ()))
         is_of_render_job = what in ("cancel", "again", "remove")
         form = GenerateForm.of_fields(fields)
+        on_its_way = ""
         try:
             if what == "form":
                 if "fill" in fields:
@@ -372,7 +384,7 @@ class GeneratePages:
             if what in ("make", "four"):
                 if what == "four":
                     form = replace(form, count=str(FOUR))
-                self.make(form)
+                on_its_way = self.make(form)
                 self.drafts.write(draft, GenerateForm.of_fields(fields).as_fields())
             elif what == "free":
                 self.render_worker.free()
@@ -389,16 +401,19 @@ class GeneratePages:
                 return answer_unknown()
         except (UserError, OSError) as error:
             return self.answer_pressed(str(error))
-        return self.answer_pressed()
+        return self.answer_pressed(on_its_way=on_its_way)
 
-    def answer_pressed(self, error: str = "") -> Response:
-        """Return the same part after a button was pressed. error: why nothing was done."""
-        response = self.answer_work(error)
+    def answer_pressed(self, error: str = "", on_its_way: str = "") -> Response:
+        """Return the same part after a button was pressed. For its arguments see `answer_work`."""
+        response = self.answer_work(error, on_its_way)
         response.headers["hx-trigger"] = "wished"
         return response
 
-    def make(self, form: GenerateForm) -> None:
-        """Note the render jobs of a form. Raises OptionError if they cannot be made."""
+    def make(self, form: GenerateForm) -> str:
+        """Note the render jobs of a form, and return what will be made, in words.
+
+        Raises OptionError if they cannot be made.
+        """
         recipe = self.find_recipe(form.source)
         self.run_loras.refresh()
         rows = self.run_loras.list_rows(recipe)
@@ -418,6 +433,8 @@ class GeneratePages:
             repeated = replace(form, texts={**form.texts, "seed": seed}, count="1", is_locked=True)
             render_jobs.append(replace(render_request.as_render_job(seed), form=repeated.as_fields()))
         self.render_worker.add(render_jobs)
+        seed_words = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
+        return f"On the way: {count_of(len(seeds), 'result')}, {seed_words}."
 
     def _check_paths(self, render_request: RenderRequest) -> None:
         """Raise OptionError for a picture outside the roots that the model's own command does not name."""

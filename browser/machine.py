@@ -18,7 +18,7 @@ from browser.model_files import list_downloads
 from browser.queue_pages import is_started_by
 from browser.responses import answer_template
 from browser.run_start import read_trace_state
-from browser.runs import RUNNING, RunSummary, is_living
+from browser.runs import DIED, FINISHED, RUNNING, STOPPED, RunSummary, is_living
 from browser.settings_page import SettingsPages
 from browser.site import Site
 from downloads.listing import gigabytes
@@ -26,6 +26,7 @@ from modules.atomic_write import free_bytes
 from modules.errors import UserError
 from training.reports.history import BEFORE_TRAINING
 
+RECENT_SECONDS = 600.0  # since the end of a run that a page may tell
 EVERY_SECONDS = 4.0  # pages ask every five seconds; what one has asked for is for all
 PATIENCE = 1.0  # seconds for the driver's answer
 PAUSE_SECONDS = 60.0  # after a call that has failed
@@ -119,6 +120,7 @@ class MachineFacts:
     running: Sequence[RunningThing] = ()
     cards: Sequence[GraphicsCard] = ()
     free: str = ""  # of the disk of the first root
+    ended: Sequence[tuple[str, str]] = ()  # runs of the last minutes: a key of each end, and words on it
     command: str = ""  # that starts the page again with the same options
 
 
@@ -151,11 +153,18 @@ class MachineLine:
             free = ""
         settings = SettingsPages(self.site)
         command = format_command(settings.command_words(settings.find_worker()), Path.cwd())
-        return MachineFacts(self.list_running(), self.cards.read(), free, command)
+        runs = self.site.runs.list_all()
+        return MachineFacts(
+            running=self.list_running(runs),
+            cards=self.cards.read(),
+            free=free,
+            ended=list_ended(runs, time.time()),
+            command=command,
+        )
 
-    def list_running(self) -> list[RunningThing]:
+    def list_running(self, all_runs: Sequence[RunSummary]) -> list[RunningThing]:
         """Return the processes on this machine: trainings, other jobs of the queue, results, downloads."""
-        runs = [run for run in self.site.runs.list_all() if _is_running_here(run)]
+        runs = [run for run in all_runs if _is_running_here(run)]
         things = [_describe_run(run) for run in runs]
         things += self._list_jobs(runs)
         render_job = self.site.render_worker.current
@@ -185,6 +194,18 @@ class MachineLine:
             verb = "waits" if num_waiting == 1 else "wait"
             things.append(RunningThing(f"{num_waiting} {verb}: the queue is paused", "/queue"))
         return things
+
+
+def list_ended(runs: Sequence[RunSummary], now: float) -> list[tuple[str, str]]:
+    """Return the runs that have ended in the last minutes: a key of each end, and name and state in words.
+
+    now: as `time.time` tells it.
+    """
+    return [
+        (f"{run.id} {run.changed:.0f}", f"{run.name.removesuffix(BEFORE_TRAINING)}: {run.state}")
+        for run in runs
+        if now - run.changed < RECENT_SECONDS and run.state in (FINISHED, STOPPED, DIED)
+    ]
 
 
 def _is_running_here(run: RunSummary) -> bool:

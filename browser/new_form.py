@@ -15,11 +15,19 @@ from modules.pages.page import encode_address
 from modules.paths import without_quotes
 from project.new_options import NewOptions
 from project.options import MODELS, check_trigger, find_models
+from project.whole_model import trains_whole
 
 USUAL_STEPS = NewOptions(folder=Path()).max_train_steps
+WHOLE = "yes"  # value of the field for the whole model
 MOST_STEPS = 10_000_000
 # labels of the fields that `new` writes into all three files, by their names
-OF_ALL_FILES = {"family": "Model", "task": "Task", "trigger": "Trigger word", "model_files": "model files"}
+OF_ALL_FILES = {
+    "family": "Model",
+    "task": "Task",
+    "whole": "What is trained",
+    "trigger": "Trigger word",
+    "model_files": "model files",
+}
 OF_RUN_FILE = {"name": "Name", "steps": "Steps"}  # of those that are keys of run.toml only
 
 
@@ -30,6 +38,7 @@ class NewForm:
     folder: str = ""
     family: str = ""
     task: str = ""
+    whole: str = ""  # WHOLE if the model itself is trained; "": a LoRA
     trigger: str = ""
     name: str = ""
     steps: str = str(USUAL_STEPS)
@@ -44,6 +53,7 @@ class NewForm:
             folder=without_quotes(texts.get("folder", "")),
             family=family,
             task=texts.get("task", task_of_family),
+            whole=texts.get("whole", ""),
             trigger=texts.get("trigger", ""),
             name=texts.get("name", ""),
             steps=texts.get("steps", str(USUAL_STEPS)),
@@ -74,6 +84,7 @@ class NewForm:
             folder="".join(words[2:3]),
             family=texts.get("--family", ""),
             task=texts.get("--task", ""),
+            whole=WHOLE if "--whole_model" in words else "",
             trigger=texts.get("--trigger_word", ""),
             name=texts.get("--output_name", ""),
             steps=texts.get("--max_train_steps", str(USUAL_STEPS)),
@@ -87,6 +98,7 @@ class NewForm:
             folder=str(described.folder),
             family=described.family,
             task=described.task,
+            whole=WHOLE if trains_whole(described.values) else "",
             trigger=described.trigger,
             name=described.name,
             steps="" if described.steps is None else str(described.steps),
@@ -104,7 +116,11 @@ class NewForm:
     def address(self) -> str:
         """Return the address of the page with these fields filled."""
         fields = {"family": self.family, "task": self.task, "trigger": self.trigger, "name": self.name}
-        fields |= {"steps": self.steps, **{f"file_{name}": path for name, path in self.model_files.items()}}
+        fields |= {
+            "whole": self.whole,
+            "steps": self.steps,
+            **{f"file_{name}": path for name, path in self.model_files.items()},
+        }
         filled = {"folder": self.folder} | {name: text for name, text in fields.items() if text}
         return f"/new?{encode_address(filled)}"
 
@@ -163,6 +179,7 @@ def make_new_words(form: NewForm, models: Path, overwrite: bool = False, dry_run
     options: dict[str, Any] = {
         "--family": form.family or None,
         "--task": form.task or None,
+        "--whole_model": form.whole == WHOLE or None,
         "--trigger_word": form.trigger or None,
         "--output_name": form.name or None,
         "--max_train_steps": form.steps or None,

@@ -93,7 +93,7 @@ from browser.responses import (
     answer_unknown,
     read_query,
 )
-from browser.run_start import CHECK, DESCRIBE, make_check_words, make_run_words
+from browser.run_start import CHECK, DESCRIBE, make_check_words, make_run_words, read_plan
 from browser.run_views import POLICY
 from browser.runs import RUNNING
 from browser.settings_page import SettingsPages
@@ -110,6 +110,7 @@ from modules.text_encodings import NAMES
 from modules.text_files import read_content, real_path
 from project.fitting import find_memory
 from project.options import CAPTION_MODEL, RUN_FILE, find_models
+from project.whole_model import describe_whole, why_not_whole
 
 COMPARE = "compare"  # kind of background job: shows how the files of a described folder would change
 TRY = "try"  # captions of a few files
@@ -236,6 +237,7 @@ class NewPages:
             "step": choose_step(
                 form if folder is not None else replace(form, folder=""), progress["standing"], is_written
             ),
+            "free": self.describe_free(),
             "facts": self.list_facts(form, described, duration),
             "shown": "" if written is None else written.address,
             "free_name": _suggest_free_name(form, folder, described),
@@ -283,11 +285,13 @@ class NewPages:
             "families": list({row.model.family: row.model for row in rows}.values()),
             "tasks": [row for row in rows if row.model.family == form.family],
             "options": _file_options(chosen),
+            "whole_refusal": "" if chosen is None else why_not_whole(chosen.model, self.memory),
+            "whole_lines": [] if chosen is None else describe_whole(chosen.model, self.memory),
             "memory": self.memory,
         }
 
     def list_facts(self, form: NewForm, described: DescribedFolder | None, duration: str) -> list[str]:
-        """Return what stands beside the button: length, hours, GB to load and free.
+        """Return what stands beside the button: steps, or their hours, and GB to load.
 
         duration: of the training, in words.
         """
@@ -304,9 +308,13 @@ class NewPages:
                     missing = list_missing(model, self.site.models, form.model_files)
         if missing is not None:
             facts.append(f"{gigabytes(total_bytes(missing))} to load" if missing else "its model is here")
-        with contextlib.suppress(OSError):
-            facts.append(f"{gigabytes(free_bytes(self.site.models.absolute()))} free")
         return facts
+
+    def describe_free(self) -> str:
+        """Return the GB that are free for models; empty if that is not known."""
+        with contextlib.suppress(OSError):
+            return gigabytes(free_bytes(self.site.models.absolute()))
+        return ""
 
     def make_form(self, described: DescribedFolder) -> NewForm:
         """Return the form of a described folder."""
@@ -355,7 +363,7 @@ class NewPages:
             checking=background_jobs[CHECK],
             is_check_old=output["is_check_old"],
             job=job,
-            run_address=self.find_run(described),
+            run_address=self.find_run(described, job),
         )
         return {
             **output,
@@ -517,14 +525,18 @@ class NewPages:
         jobs = [job for job in self.site.queue.jobs() if is_captioning(job, folder)]
         return jobs[-1] if jobs else None
 
-    def find_run(self, described: DescribedFolder | None) -> str:
-        """Return the address of the page of a folder's training; empty if there is none yet."""
+    def find_run(self, described: DescribedFolder | None, job: Job | None) -> str:
+        """Return the address of the page of a folder's training; empty if there is none yet.
+
+        job: of the queue, that runs the folder.
+        """
         if described is None:
             return ""
         for run in self.site.runs.list_all():
             if run.history.parent == described.output and run.name.startswith(described.name):
                 return f"/run/{run.id}/"
-        return ""
+        plan = None if job is None else read_plan(described.folder / RUN_FILE, changed=0.0)
+        return "" if plan is None else f"/run/{plan.id}/"
 
     def list_missing_parts(self, described: DescribedFolder | None) -> list[Component]:
         """Return the parts of a described folder's model that are to be loaded before the training."""

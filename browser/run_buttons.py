@@ -129,7 +129,6 @@ class RunButtons:
             "state": state,
             "mark": mark_state(shown),
             "is_begun": run.history.exists(),
-            "says_state": state.name not in (TRAINING, STOPPED, FINISHED) or not run.history.exists(),
             "last_lines": self.last_lines(shown),
             "actions": RunActions() if self.site.read_only else self.list_actions(shown),
             "can_write": not self.site.read_only,

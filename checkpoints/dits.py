@@ -36,6 +36,7 @@ PREFIXES = (
     "model.model.",
     "diffusion_model.",
     "transformer.",
+    "net.",
 )
 # all-in-one
 OTHER_NETWORKS = (
@@ -105,6 +106,8 @@ class DitFormat(Generic[Config, Dit]):
     single_rows: Callable[[Checkpoint, DitHeader[Config]], Mapping[str, Callable[[Tensor], Tensor]]] = (
         _no_rows
     )
+    # joins the tensors of a model's two files, the first with bare names; None: both have the names of one
+    add_second: Callable[[Checkpoint, Checkpoint], Checkpoint] | None = None
 
     def read_header(self, checkpoint: Checkpoint) -> DitHeader[Config]:
         """Read dimensions, dialect and dtype of an open file.
@@ -148,7 +151,9 @@ class DitFormat(Generic[Config, Dit]):
         with contextlib.ExitStack() as opened:
             checkpoint = bare_names(opened.enter_context(open_checkpoint(path)))
             if second_file is not None:
-                checkpoint = checkpoint.join(bare_names(opened.enter_context(open_checkpoint(second_file))))
+                second = opened.enter_context(open_checkpoint(second_file))
+                add = self.add_second or (lambda first, second: first.join(bare_names(second)))
+                checkpoint = add(checkpoint, second)
             header = self.read_header(checkpoint)
             what = self.describe(header)
             target = choose_dtype(header.block_dtype, placement)

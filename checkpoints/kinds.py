@@ -12,7 +12,6 @@ _NOT_YET = "which is not supported yet"
 _HUNYUAN_15 = f"the transformer of HunyuanVideo 1.5, another network than HunyuanVideo's, {_NOT_YET}"
 _OF_LTX = "a VAE of LTX-Video or LTX-2; LTX-Video is not supported yet"
 _VOCODER = "the vocoder of LTX-2, a part of its --audio_vae"
-_COSMOS = f"a transformer of Cosmos or Anima, {_NOT_YET}"
 
 # Models that no script runs. Before the others: some have tensors of theirs too. Sources: the classes of
 # diffusers 0.42 and the marks in its `single_file_utils`, and the tensor lists of released files
@@ -42,9 +41,6 @@ OF_OTHERS: Marks = (
         f"the VAE of HunyuanVideo 1.5 or of HunyuanImage's refiner, {_NOT_YET}",
     ),
     ("norm_moe_gen.weight", f"the transformer of Cosmos 3, {_NOT_YET}"),
-    ("llm_adapter.blocks.0.cross_attn.q_proj.weight", f"the transformer of Anima, {_NOT_YET}"),
-    ("x_embedder.proj.1.weight", _COSMOS),
-    ("time_embed.t_embedder.linear_1.weight", f"{_COSMOS}, in diffusers layout"),
     ("double_stream_blocks.0.block.adaLN_modulation.1.bias", f"a transformer of HiDream-I1, {_NOT_YET}"),
     ("transformer_blocks.0.encoder_proj.weight", f"the transformer of Nucleus-Image, {_NOT_YET}"),
     ("glyph_projector.net.0.proj.weight", f"the transformer of GLM-Image, {_NOT_YET}"),

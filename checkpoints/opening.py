@@ -94,9 +94,12 @@ class Checkpoint(contextlib.ExitStack):
             why = f"{self.path} cannot be read: {error.strerror or error}."
             raise CheckpointError(why, self.path) from error
 
+    def stored_name(self, name: str) -> str:
+        """Return the name that a tensor has in its file, with the prefixes that were removed here."""
+        return self._places[name][1]
+
     def without_prefix(self, *prefixes: str, others: Sequence[str] = ()) -> "Checkpoint":
-        """Return the same tensors without prefixes. Each prefix is removed in turn if all names begin with
-        it.
+        """Return the same tensors without prefixes, each removed in turn if all names begin with it.
 
         others: prefixes of other networks in an all-in-one file; their tensors are dropped once a prefix was
         removed. The files stay shared: close one of the two.
@@ -114,6 +117,11 @@ class Checkpoint(contextlib.ExitStack):
         places = {name: place for name, place in self._places.items() if name.startswith(prefixes)}
         return Checkpoint(self.path, places, self._files, self.refusal)
 
+    def rename(self, name_of: Callable[[str], str]) -> "Checkpoint":
+        """Return the same tensors under other names, without those of name ""; the files stay shared."""
+        places = {name_of(name): place for name, place in self._places.items() if name_of(name)}
+        return Checkpoint(self.path, places, self._files, self.refusal)
+
     def join(self, second: "Checkpoint") -> "Checkpoint":
         """Return the tensors of both; the files stay shared. For names that both have, this one counts."""
         places = {**second._places, **self._places}
@@ -122,10 +130,7 @@ class Checkpoint(contextlib.ExitStack):
 
 
 def open_file(path: Path) -> TensorFile:
-    """Open one file by its content; the suffix decides only if the first bytes are damaged.
-
-    Raises CheckpointError that names the file's real kind, or its damage.
-    """
+    """Open a file by its content. Raises CheckpointError that names its real kind, or its damage."""
     try:
         require_regular_file(path)
         with path.open("rb") as file:
@@ -292,8 +297,7 @@ _SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
 def fingerprint(path: Path) -> str:
     """Return a short identity of a model file's content, for cache records. Reads about 2 MB per file.
 
-    It covers sizes, beginnings, and chunks spread over the files: equal content gives equal text under any
-    name. Raises CheckpointError as `open_checkpoint` does.
+    It covers sizes, beginnings, and chunks spread over the files. Raises as `open_checkpoint`.
     """
     digest = hashlib.sha256()
     for part in checkpoint_paths(path):

@@ -10,4 +10,5 @@ one_frame: words of --one_frame_inference, of two families
 requests: what is asked for, settled, and checked alike
 rules: experts, releases, sources, guidance, token limits of a model
 steps: sections, one call of the network, one step
+whole: training all weights of a checkpoint of several networks
 """

@@ -34,6 +34,7 @@ class FamilyEntry:
     own_files: bool = True  # there is files.py with `identify`; else its files are another family's
     script: str = ""  # what the names of its scripts begin with
     cache: str = ""  # likewise, of its caching scripts
+    trained: str = "dit"  # field of its option records that names the file whose weights a training changes
     trainer: str = ""  # its training script, if that is not `{script}_train_network`
     makes: str = "image"  # end of its generation script's name
     record: str = ""  # what the names of its option records begin with
@@ -159,6 +160,7 @@ FOLDERS: Mapping[str, str] = {
     "krea2": "krea2",
     "minimax_h3": "minimax_h3",
     "qwen_image_21": "qwen_image_21",
+    "anima": "anima",
     "stable_diffusion": "stable_diffusion",
     "sd1": "stable_diffusion.sd1",
     "sdxl": "stable_diffusion.sdxl",

@@ -320,7 +320,9 @@ class Abilities:
     views: tuple[str, ...] = ()  # further conditions that it can have in a training (`Batch.view`)
     one_sample: str = ""  # why a batch of a training has one sample: completes "batch_size 2: ..."
     bring_empty: bool = False  # it is a `BringsEmptyText`
+    rate_parts: bool = False  # it is a `RatesParts`
     bring_texts: bool = False  # its checkpoint has the text encoders too, so that a training knows them
+    train_checkpoint: bool = False  # it is a `contract.whole.TrainsCheckpoint`
 
 
 class Described(Protocol):
@@ -434,6 +436,18 @@ class BringsEmptyText(Protocol):
 
 def brings_empty_text(family: Described) -> TypeGuard[BringsEmptyText]:
     return family.can.bring_empty
+
+
+class RatesParts(Protocol):
+    """A family with options for learning rates of parts of its network, if all weights are trained."""
+
+    @property
+    # what names of parameters contain -> rate, 0: frozen; the first that fits counts, none: the usual rate
+    def part_rates(self) -> Mapping[str, float]: ...
+
+
+def part_rates_of(family: Described) -> Mapping[str, float]:
+    return cast("RatesParts", family).part_rates if family.can.rate_parts else {}
 
 
 class HearsSound(Protocol):

@@ -151,6 +151,9 @@ class NpzFormat:
     # arrays of a text file that are all zeros: name -> the array with as many rows, and the columns; "": one
     # row of so many numbers, without an axis for rows
     zeros: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    # arrays of a text file that hold a setting of the table, for other programs: a training here has its own.
+    # Name of the array -> that of the setting
+    of_table: Mapping[str, str] = field(default_factory=dict)
     # arrays of a text file whose length differs per caption
     variable_length: frozenset[str] = frozenset()
     # names of arrays of latents end in the size, so that a file has those of several resolutions

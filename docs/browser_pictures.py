@@ -29,24 +29,23 @@ from modules.atomic_write import write_text  # noqa: E402
 from modules.media.reading import Frame  # noqa: E402
 from modules.media.writing import write_video  # noqa: E402
 from modules.parser import Parser  # noqa: E402
+from pocket import drawing  # noqa: E402
 from tests.browser.serving import Served, serve_runs  # noqa: E402
 from tests.chromium import open_page, wait_until  # noqa: E402
 from tests.commands import run_script  # noqa: E402
-from tests.data_tools.cutting.films import landscape  # noqa: E402
-from tests.pictures import picture  # noqa: E402
 from training.reports.history import HIGHEST, PREDICTED, History, describe_process, history_path  # noqa: E402
 
 RUNS = (  # name, family, seed, step, total steps, how it ended
-    ("paper_harbour", "wan", 3, 1240, 2000, None),
-    ("green_hills", "wan", 5, 1600, 1600, ("finished", "good")),
-    ("rain_market", "hunyuan_video", 8, 900, 900, ("finished", "good")),
-    ("night_square", "flux_2", 13, 700, 1200, ("stopped after step 700", "")),
-    ("winter_coast", "wan", 21, 310, 1600, ("ended by an error after step 310: the loss is nan", "bad")),
+    ("blorp", "wan", 3, 1240, 2000, None),
+    ("green_squares", "wan", 5, 1600, 1600, ("finished", "good")),
+    ("two_triangles", "hunyuan_video", 8, 900, 900, ("finished", "good")),
+    ("night_circles", "flux_2", 13, 700, 1200, ("stopped after step 700", "")),
+    ("white_stars", "wan", 21, 310, 1600, ("ended by an error after step 310: the loss is nan", "bad")),
 )
-PROMPTS = (
-    "the camera moves slowly to the right",
-    "seen from a train, low sun",
-    "at night, lights in the windows",
+PROMPTS = (  # what the clips of `draw_clip` show, by the index of their seed
+    "a red blorp moving right",
+    "a yellow blorp moving down",
+    "a white blorp moving left and a green blorp moving up",
 )
 SHOWN = {  # widths and schemes of each page
     "list": ((1440, "light"), (360, "dark")),
@@ -62,40 +61,44 @@ HOME = "/home/me"  # what the pictures show in place of a temporary folder
 LOADED = (("wan", "t2v-1.3B"), ("z_image", "turbo"))  # tasks whose files are there, without content
 # number, script with its options, exit code; -1: it runs, None: it waits
 JOBS = (
-    (1, "wan_cache_latents.py --dataset_config harbour.toml --vae models/wan_2.1_vae.safetensors", 0),
-    (2, "wan_cache_latents.py --dataset_config coast.toml --vae models/wan_2.1_vae.safetensors", 1),
-    (3, "wan_train_network.py --config_file harbour.toml --output_name paper_harbour", -1),
-    (4, "wan_train_network.py --config_file coast.toml --output_name winter_coast --resume latest", None),
-    (5, "wan_generate_video.py --from_file prompts.txt --lora_weight output/paper_harbour.safetensors", None),
+    (1, "wan_cache_latents.py --dataset_config blorp.toml --vae models/wan_2.1_vae.safetensors", 0),
+    (2, "wan_cache_latents.py --dataset_config stars.toml --vae models/wan_2.1_vae.safetensors", 1),
+    (3, "wan_train_network.py --config_file blorp.toml --output_name blorp", -1),
+    (4, "wan_train_network.py --config_file stars.toml --output_name white_stars --resume latest", None),
+    (5, "wan_generate_video.py --from_file prompts.txt --lora_weight output/blorp.safetensors", None),
 )
 COMPARED = (300, 900, 1200)  # steps
 GENERATE = (
     "python {root}/wan_generate_video.py --task t2v-1.3B --dit {models}/wan2.1_t2v_1.3B_bf16.safetensors"
     " --vae {models}/Wan2.1_VAE.pth --t5 {models}/models_t5_umt5-xxl-enc-bf16.pth --video_length 33"
     " --video_size 480 832 --infer_steps 30 --guidance_scale 5.0 --flow_shift 3.0 --seed 1"
-    " --lora_weight {lora} --prompt 'hrbr, seen from a train, low sun' --save_path {folder}/generated"
+    " --lora_weight {lora} --prompt 'a red blorp moving right' --save_path {folder}/generated"
 )
 RESULTS = (  # seed, prompt
-    (31, "hrbr, seen from a train, low sun"),
-    (32, "hrbr, seen from a train, low sun"),
-    (33, "hrbr at night, lights in the windows"),
-    (34, "hrbr in falling snow"),
-    (35, "hrbr, the camera moves slowly to the right"),
-    (36, "hrbr, paper boats leave in the morning"),
+    (31, "a yellow blorp moving down"),
+    (32, "two blorps at night"),
+    (33, "a red blorp moving right"),
+    (34, "a yellow blorp moving down, slowly"),
+    (35, "a white and a green blorp"),
+    (36, "a large red blorp moving right"),
 )
-TALL = {"compare": 1500, "generate": 1750, "new": 1750}  # heights of wide windows
-# the list of LoRAs is as long as in a window of usual height
-SHORTEN = "() => { document.querySelector('.loras').style.maxHeight = '17rem'; }"
+TALL = {"compare": 1500, "new": 1300}  # heights of wide windows
 SAID = {
-    2: "DatasetError: coast.toml cannot be read: No such file or directory. Give --dataset_config the file's "
+    2: "DatasetError: stars.toml cannot be read: No such file or directory. Give --dataset_config the file's "
     "path.",
     3: "steps:  62%|######2   | 1240/2000 [1:04:26<39:30,  3.12s/it, avr_loss=0.0957]",
 }
 CAPTIONS = (  # and frames, of the clips of the dataset
-    ("a harbour in the morning, the camera moves slowly to the right", 17),
-    ("hills behind a town, low sun", 17),
-    ("rain over the market, seen from a window", 17),
-    ("a square at night", 9),
+    ("a white and a green blorp on purple", 17),
+    ("a red blorp moving right", 17),
+    ("a yellow blorp moving down, in the evening", 17),
+    ("two blorps at night", 9),
+)
+# shapes of a clip as the pocket model knows them: colour, form and direction of each, and the ground
+SCENES = (
+    ((("red", "diamond", "right"),), "navy"),
+    ((("yellow", "diamond", "down"),), "brown"),
+    ((("white", "diamond", "left"), ("green", "diamond", "up")), "purple"),
 )
 DATASET = """[general]
 resolution = [192, 112]
@@ -143,7 +146,7 @@ def main() -> None:
         for run in reversed(RUNS):  # the newest is the first
             write_run(films / run[0], *run)
         write_dataset(films / RUNS[0][0])
-        write_clips(films / "harbour_clips")
+        write_clips(films / "blorp_clips")
         write_results(films / "generated")
         write_models(Path(name) / "models")
         queue = write_queue(films / "queue")
@@ -156,8 +159,6 @@ def main() -> None:
                     height = TALL.get(place, 1000) if width > 1000 else 760
                     with open_page(served.url + address, width, height, color_scheme=scheme) as page:
                         wait_until(page, READY.get(place, MOVES))
-                        if place == "generate":
-                            page.evaluate(SHORTEN)
                         if place == "new":
                             fill_new(page, is_wide=width > 1000)
                         wait_until(page, "document.getElementById('machine').textContent.includes('free')")
@@ -176,10 +177,10 @@ def find_pages(served: Served) -> dict[str, str]:
     """Return the address of each page that is photographed."""
     run, listed = served.of(RUNS[0][0]), served.ask("/datasets").text
     files = [f"{run.split('/')[2]}/{saved_name(RUNS[0][0], step)}" for step in COMPARED]
-    asked = urlencode({"file": files, "prompt": PROMPTS[:2], "more": "in fog --d 7"}, doseq=True)
+    asked = urlencode({"file": files, "prompt": PROMPTS[:2], "more": "a blue star --d 7"}, doseq=True)
     dataset = re.findall(rf'(/dataset/\w+/)"><b>[\w.]+ in {RUNS[0][0]}', listed)[0]
-    clips = served.runs.tops[0] / "harbour_clips"
-    form = {"folder": str(clips), "family": "wan", "task": "t2v-1.3B", "trigger": "hrbr"}
+    clips = served.runs.tops[0] / "blorp_clips"
+    form = {"folder": str(clips), "family": "wan", "task": "t2v-1.3B", "trigger": "blorp"}
     return {
         "list": "/",
         "run": run,
@@ -210,7 +211,7 @@ def write_results(folder: Path) -> None:
             "bt_lora_0": f"{saved_name(RUNS[0][0], COMPARED[-1])}: 1.0",
         }
         clip = iter(draw_clip(seed, 0))
-        write_video(folder / f"harbour_{seed}.mp4", clip, 16, crf=20, preset="veryfast", tags=tags)
+        write_video(folder / f"blorp_{seed}.mp4", clip, 16, crf=20, preset="veryfast", tags=tags)
 
 
 def write_models(folder: Path) -> None:
@@ -295,7 +296,7 @@ def write_dataset(folder: Path) -> None:
     given = ("--dataset_config", folder / "dataset.toml")
     run_script("wan_cache_latents.py", *given, "--vae", ROOT / "pocket/vae.safetensors")
     run_script("wan_cache_text_encoder_outputs.py", *given, "--t5", ROOT / "pocket/t5.safetensors")
-    (folder / "clips/3.txt").write_text("hills behind a town in autumn, low sun", encoding="utf-8")
+    (folder / "clips/3.txt").write_text("a red blorp moving right, fast", encoding="utf-8")
 
 
 def write_clips(folder: Path) -> None:
@@ -312,7 +313,7 @@ def fill_new(page: Any, is_wide: bool) -> None:
     if not described.count():
         page.get_by_role("button", name="Describe").click()
         described.wait_for(timeout=120_000)
-        page.get_by_role("button", name="Start").wait_for()
+        page.get_by_role("button", name=re.compile("^(Get the model|Check|Start)")).wait_for()
     if is_wide:
         page.get_by_text("Files and captions").click()
         wait_until(page, READY_CAPTIONS)
@@ -321,12 +322,21 @@ def fill_new(page: Any, is_wide: bool) -> None:
 
 
 def draw_clip(seed: int, blur: float, frames: int = 17, width: int = 320, height: int = 240) -> list[Frame]:
-    """A camera that moves over a drawn landscape, out of focus by `blur` pixels."""
-    size = (width + 4 * frames, height)
-    colours = cv2.resize(landscape(seed) * 255, size, interpolation=cv2.INTER_CUBIC)
-    wide = 0.7 * colours + 0.3 * picture(seed, size)
-    wide = cv2.GaussianBlur(wide, (0, 0), blur + 0.01).clip(0, 255).astype(np.uint8)
-    return [np.ascontiguousarray(wide[:, 4 * index : 4 * index + width]) for index in range(frames)]
+    """Shapes of the pocket model that move over a plain ground, out of focus by `blur` pixels."""
+    random = np.random.default_rng(seed)
+    shapes, ground = SCENES[seed % len(SCENES)]
+    things = [
+        drawing.draw_thing(random, colour=colour, shape=form, direction=direction, width="large")
+        for colour, form, direction in shapes
+    ]
+    clip = drawing.draw(drawing.Scene(tuple(things), ground, drawing.GROUNDS[ground]), count=frames)
+    drawn = []
+    for frame in clip:
+        large = cv2.resize(frame, (height, height), interpolation=cv2.INTER_CUBIC)
+        side = (width - height) // 2
+        wide = cv2.copyMakeBorder(large, 0, 0, side, width - height - side, cv2.BORDER_REPLICATE)
+        drawn.append(cv2.GaussianBlur(wide, (0, 0), blur + 0.01))
+    return drawn
 
 
 if __name__ == "__main__":

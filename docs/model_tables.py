@@ -83,7 +83,8 @@ def _order(component: Component) -> tuple[int, str]:
         "--ltx2_checkpoint",
         *("--ckpt", "--dit", "--dit_high_noise", "--lora_weight", "--lora_weight_high_noise"),
         *("--video_vae", "--audio_vae"),
-        *("--vae", "--ae", "--t5", "--text_encoder1", "--t5xxl", "--text_encoder", "--tokenizer", "--byt5"),
+        *("--vae", "--ae", "--t5", "--text_encoder1", "--t5xxl", "--text_encoder", "--qwen3"),
+        *("--tokenizer", "--byt5"),
         *(
             "--gemma2",
             "--gemma_root",

@@ -63,7 +63,8 @@ class Component:
     @property
     def title(self) -> str:
         """Return what it is, as the beginning of a label: `Transformer` of the option --dit."""
-        return f"{self.role[:1].upper()}{self.role[1:]}"
+        role = self.role.removeprefix("its ")
+        return f"{role[:1].upper()}{role[1:]}"
 
     @property
     def path(self) -> PurePosixPath:

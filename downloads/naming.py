@@ -25,7 +25,6 @@ Stable Diffusion 3: sd3 stablediffusion3
 Stable Video Diffusion: svd stablevideo
 Stable Cascade: stablecascade wuerstchen cascade
 CogVideoX: cogvideo cogview
-Anima: anima
 AnimateDiff: animatediff
 Chroma1-Radiance: chromaradiance chroma1radiance radiance
 HunyuanVideo-1.5: hunyuanvideo15 hv15 hunyuan15

@@ -217,7 +217,7 @@ def check_ids(rows: Sequence[Sequence[int]], vocabulary: int, path: Path, option
 
     rows: token ids of texts. vocabulary: tokens of the encoder. option: of the tokenizer.
     """
-    largest = max((max(row) for row in rows), default=0)
+    largest = max((max(row, default=0) for row in rows), default=0)
     if largest >= vocabulary:
         raise CheckpointError(
             f"{path} knows {vocabulary} tokens, but its tokenizer has more (token {largest}). "

@@ -95,7 +95,7 @@ def compare(family: Family, options: GenerationOptions, comparison: CompareOptio
     start = time.monotonic()
     device = choose_device(options.device)
     options = _settle_options(family, options, device)
-    loras = dressing.expert_loras(family.experts, options, with_texts=True)
+    loras = dressing.expert_loras(family, options, with_texts=True)
     variants = make_variants(family.experts, loras, comparison.lora_multiplier)
     run = _make_run(family, options, device)
     jobs = _make_prompts(run)

@@ -14,7 +14,7 @@ from torch import nn
 from checkpoints.opening import open_checkpoint
 from checkpoints.stored.forms import prepare
 from contract.families import HIGH_NOISE
-from contract.family import Family
+from contract.family import Family, Predicts
 from contract.loading import Placement
 from contract.rules import Expert
 from generation.experts import Check
@@ -167,16 +167,17 @@ def key_of(expert: Expert) -> str:
 
 
 def expert_loras(
-    experts: Sequence[Expert], options: GenerationOptions, with_texts: bool = False
+    family: Predicts, options: GenerationOptions, with_texts: bool = False
 ) -> "tuple[tuple[LoraUse, ...], ...]":
-    """Return the LoRAs of each expert, in the order of `experts`; warn of those trained for another one.
+    """Return the LoRAs of each of the family's experts, in order; warn of those trained for another one.
 
     with_texts: read their changes of text encoders too.
 
     A file with a LoRA for each expert is used in both, whichever option names it. Patterns are counted over
     the files of --lora_weight, then of --lora_weight_high_noise. Raises OptionError if LoRAs are given for an
-    expert that is not given, and as `read_lora`.
+    expert that is not given, and as `read_lora` and `networks.depths.fit_to_file`.
     """
+    experts = family.experts
     files_by_key = list_loras(options)
     files = [*chain(*files_by_key.values())]
     patterns = options.lora_patterns
@@ -200,7 +201,13 @@ def expert_loras(
             if other_key != key and use.lora.parts and use.lora.path not in paths
         ]
         expert_uses.append(tuple(use.for_expert(expert.name) for use in (*uses_by_key[key], *shared)))
-    return tuple(expert_uses)
+    from networks.depths import fit_to_file, is_grown
+
+    # with latents to decode no transformer runs
+    if options.latent_path or not any(map(is_grown, chain(*expert_uses))):
+        return tuple(expert_uses)
+    by_file = zip(expert_uses, family.dit_files, strict=True)
+    return tuple(tuple(fit_to_file(uses, file)) for uses, file in by_file)
 
 
 def _check_experts(uses_by_key: "Mapping[str, Sequence[LoraUse]]", keys: Sequence[str]) -> None:

@@ -175,7 +175,7 @@ def load_with_loras(
     is_stored = any(map(stored_in, dit.modules()))
     if files is None or not (is_stored or has_rule(files)):
         return dit, {}
-    uses, masked = split_masked(on_side(expert_loras(family.experts, options)[0], False))
+    uses, masked = split_masked(on_side(expert_loras(family, options)[0], False))
     if uses and is_stored:
         patch = LoraPatch(uses)
         patched_placement = replace(placement, patch=patch, leave_unmerged=patch.leave_unmerged)

@@ -227,7 +227,7 @@ def generate(family: Family, options: GenerationOptions, device: torch.device | 
     if options.speed.fp16_accumulation:
         allow_fp16_accumulation(device)
     # read first, so that a wrong file shows at once; a merged model is the DiT alone
-    uses = expert_loras(family.experts, options, with_texts=options.save_merged_model is None)
+    uses = expert_loras(family, options, with_texts=options.save_merged_model is None)
     if options.save_merged_model is not None:
         save_merged_model(family, uses, options.save_merged_model, device, options.lora_rounding)
         return
@@ -363,7 +363,7 @@ def change_strengths(run: GenerationRun, strengths: Mapping[str, Sequence[float]
     lora = replace(options.lora, lora_multiplier=tuple(changed[""]))
     experts = replace(options.experts, lora_multiplier_high_noise=tuple(changed[HIGH_NOISE]))
     options = replace(options, lora=lora, experts=experts)
-    uses = expert_loras(run.family.experts, options, with_texts=True)
+    uses = expert_loras(run.family, options, with_texts=True)
     loader = dit_loader(run.family, uses, run.session.device, options)
     run.session.free()  # callers hold the old run for as long as the console is open
     return replace(run, options=options, session=make_session(run.family, options, loader, keep=True))

@@ -19,8 +19,8 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from ltx_2.configs import EPS, SOUND, VIDEO, LtxConfig, StreamNames
-from ltx_2.rope import rotate_halves
 from modules.attention.attend import attend
+from modules.layers.half_rope import rotate_halves
 from modules.layers.modulation import add_gated, modulate, split_segments
 from modules.layers.norms import NamedFeedForward, RMSNorm, in_own_dtype
 from modules.layers.rope import rotate

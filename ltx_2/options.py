@@ -310,6 +310,21 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
                 )
 
 
+class Ltx2WholeTrainingOptions(Ltx2TrainingOptions, title=NAME):
+    """Options of ltx2_train.py besides the shared ones, which have the dtypes of weights."""
+
+    full_fp16 = None
+    full_bf16 = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.model.streams) == 1:
+            raise OptionError(
+                f"--ltx2_mode {self.model.ltx_mode} with a whole transformer: weights of the other stream "
+                "would be missing in the file, which nothing could load. Give --ltx2_mode av, or train a LoRA"
+            )
+
+
 class Ltx2GenerationOptions(Ltx2TransformerOptions, title=NAME):
     """Options of ltx2_generate_video.py besides the shared ones."""
 

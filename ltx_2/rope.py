@@ -97,13 +97,3 @@ def _join(axes: list[Tensor], places: Places, heads: int) -> Tensor:
     missing = (len(pairs), places.width // 2 - pairs.shape[1])
     still = torch.stack([pairs.new_ones(missing), pairs.new_zeros(missing)], dim=-1)
     return torch.cat([still, pairs], dim=1).unflatten(1, (heads, -1))
-
-
-def rotate_halves(x: Tensor, table: Tensor) -> Tensor:
-    """Rotate pairs of channels of x, B L N D: one from the first half of a head, one from the second.
-
-    table: of `make_table`. Computed in float32, returned in the dtype of x; see `modules.layers.rope.rotate`.
-    """
-    first, second = x.type_as(table).chunk(2, dim=-1)
-    cosine, sine = table.unbind(-1)
-    return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1).type_as(x)

@@ -20,6 +20,7 @@ from checkpoints.opening import Checkpoint, is_sharded, plain_sources
 from contract.loading import TensorSource
 from minimax_h3.configs import KINDS, PATCH, H3Config
 from minimax_h3.model import ROWS, H3Model
+from minimax_h3.options import LAYOUT_KEY
 from modules.errors import CheckpointError
 
 NAME = "MiniMax-H3"
@@ -88,13 +89,13 @@ def find_task(path: Path) -> str | None:
 
 
 def read_header(checkpoint: Checkpoint, layout: str | None) -> DitHeader[H3Config]:
-    """Return dimensions, dialect and dtype. layout: of fused rows, STACKED or INTERLEAVED; None: by name.
-
-    Raises CheckpointError for another file.
+    """Return dimensions, dialect and dtype. layout: of fused rows, STACKED or INTERLEAVED; None: by name. A
+    trained file says its own. Raises CheckpointError for another file.
     """
     names = checkpoint.tensors
     if MARK in names and "adaln_t_table" in names or MARK in names and "video_patch_proj.weight" in names:
-        dialect = layout or find_layout(checkpoint.path)
+        is_trained = checkpoint.metadata.get(LAYOUT_KEY) == STACKED
+        dialect = STACKED if is_trained else layout or find_layout(checkpoint.path)
         mark = MARK
     elif DIFFUSERS_MARK in names and "audio_proj_in.weight" in names:
         dialect = DIFFUSERS

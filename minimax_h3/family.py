@@ -54,11 +54,13 @@ from minimax_h3.conditions import (
     reference_key,
 )
 from minimax_h3.configs import DIT, FEW_STEPS, NOISE, RELEASE
+from minimax_h3.dit_checkpoints import STACKED
 from minimax_h3.files import UNDECIDED, H3Files, files_of
 from minimax_h3.names import LORA
 from minimax_h3.options import (
     FPS,
     FRAMES,
+    LAYOUT_KEY,
     LEAST_FRAMES,
     MOST_FRAMES,
     NAME,
@@ -68,6 +70,7 @@ from minimax_h3.options import (
     H3LatentCachingOptions,
     H3TextCachingOptions,
     H3TrainingOptions,
+    H3WholeTrainingOptions,
     canvas,
     check_guidance,
     check_ratio,
@@ -154,6 +157,11 @@ class MiniMaxH3(OneTransformer):
     dit: DitSpec = field(default=DIT, init=False)
     release: rules.ModelRelease = field(default=RELEASE, init=False)
     text_keys: frozenset[str] = field(default=frozenset({KEY, TAGS}), init=False)
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        is_whole = isinstance(self.options, H3WholeTrainingOptions)
+        return self.metadata_of(self.named | ({LAYOUT_KEY: STACKED} if is_whole else {}))
 
     def why_few_steps(self) -> str:
         return "it makes clips without a second pass for guidance"

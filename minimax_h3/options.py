@@ -66,9 +66,11 @@ _BANDS = "frames are written as they are decoded. Leave it out"
 _TRAJECTORY = "latents of single steps are not written. Give --preview_latent_every to see them"
 _COMPILING = "blocks are compiled by --compile and its own options. Give --compile, or leave it out"
 _WAITING = "layers of the text encoder that do not fit on the device wait in host memory by themselves."
+LAYOUT_KEY = "ss_h3_qkv_layout"  # in the metadata of a trained transformer
 _LAYOUT = (
     "order of the rows of fused queries, keys and values in --dit. Shards of the release have them "
-    "interleaved by head, single files stacked; default: by the file's name"
+    "interleaved by head, single files stacked; default: by the file's name. Files that "
+    "minimax_h3_train.py wrote say it themselves"
 )
 
 
@@ -261,6 +263,10 @@ class H3TrainingOptions(H3ModelOptions, title=NAME):
     @property
     def chosen_task(self) -> str:
         return self.task or ("ref2va" if self.h3_training_mode == "ref2va" else "t2va")
+
+
+class H3WholeTrainingOptions(H3TrainingOptions, title=NAME):
+    """Options of minimax_h3_train.py besides the shared ones; its files say how their rows are ordered."""
 
 
 class H3GenerationOptions(H3ModelOptions, title=NAME):

@@ -4,18 +4,20 @@ Standard library only.
 """
 
 import argparse
+import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from contract.inputs import CLIP, FIRST_LAST, INPUTS, SUBJECT
 from modules.errors import OptionError
-from modules.options import FREE, HABIT, Options, not_needed, option, unsupported
+from modules.options import FREE, HABIT, Options, not_needed, option, option_name, unsupported
 
 logger = logging.getLogger(__name__)
 
 THOUSAND = 1000
+UNIFORM, NONE = "uniform", "none"  # the only sampler and weighting
 RANK = 16  # of a LoRA, and its alpha, where neither is given
 # --h3_teacher_conditions -> --teacher_sees
 VIEWS = {"first,last": FIRST_LAST, "ref": CLIP, "subject_ref": SUBJECT}
@@ -190,6 +192,11 @@ class H3TargetOptions(Options, title="other names of shared targets"):
     )
 
 
+TEACHER_OPTIONS = tuple(
+    option_name(field) for field in dataclasses.fields(H3TargetOptions) if field.name.startswith("h3_teacher")
+)
+
+
 class H3RefusedOptions(Options, title="not for this model"):
     """Options of the known tuners that this one has no use for, each with the reason."""
 
@@ -315,6 +322,25 @@ def translate(args: argparse.Namespace) -> None:
     warn_of_clean_shares(args)
 
 
+def trainer_changes(samplers: Collection[str], weightings: Collection[str]) -> dict[str, Any]:
+    """Return what the scripts that train change of the shared options, for `TrainerChanges`.
+
+    samplers, weightings: all that the shared options have.
+    """
+    other_samplers = {*samplers} - {UNIFORM}
+    other_weightings = {*weightings} - {NONE}
+    return {
+        "defaults": {"timestep_sampling": UNIFORM},
+        "settings": {
+            **SETTINGS,
+            "timestep_sampling": {"refused": dict.fromkeys(other_samplers, LEVELS)},
+            "weighting_scheme": {"choices": (NONE,), "refused": dict.fromkeys(other_weightings, LEVELS)},
+        },
+        "refused": {"discrete_flow_shift": SHIFTS},
+        "translate": translate,
+    }
+
+
 USUAL: dict[str, Any] = {
     "teacher_weight": 0.5,
     "teacher_max_timestep": THOUSAND,
@@ -414,6 +440,8 @@ def _read_bounds(args: argparse.Namespace) -> None:
 
 def _choose_rank(args: argparse.Namespace) -> None:
     """Give a LoRA the rank and the alpha that are usual for the model, if neither is given."""
+    if not hasattr(args, "network_module"):  # the transformer itself is trained
+        return
     is_lora = args.network_module is None or args.network_module.startswith("networks.lora")
     has_alpha = args.network_alpha != 1 or "network_alpha" in args.typed_options
     if args.network_dim is None and is_lora and not args.dim_from_weights and not has_alpha:

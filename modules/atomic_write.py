@@ -253,7 +253,7 @@ def free_bytes(folder: Path) -> int:
 
 def check_space(path: Path, size_bytes: int) -> None:
     """Raise OutputError if the volume of `path` has no room for `size_bytes`."""
-    free = shutil.disk_usage(path.parent).free
+    free = free_bytes(path.parent)
     if size_bytes and free < size_bytes + SPARE_BYTES:
         raise OutputError(
             f"{path}: the disk has {free / 1e6:,.1f} MB free and this takes {size_bytes / 1e6:,.1f} MB, with"

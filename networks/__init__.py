@@ -12,6 +12,7 @@ convert: LoRA files in another dialect; join, split experts
 convert_flux_lora: command: FLUX.1 LoRAs between sd-scripts' and diffusers' names
 convert_hunyuan_image_lora_to_comfy: command: HunyuanImage-2.1 LoRAs to ComfyUI's names, or back
 convert_z_image_lora_to_comfy: command: Z-Image LoRAs to ComfyUI's names, or back
+depths: LoRAs for deeper variants of their model
 deltas: what the factors of a module add to a weight
 extract_lora_from_models: command: a LoRA from any fine-tuned model
 extracting: the low-rank change of a fine-tuned model

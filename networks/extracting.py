@@ -5,7 +5,9 @@ import json
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from logging import getLogger
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -146,9 +148,25 @@ def extract_model(options: ExtractOptions) -> None:
         logger.warning("%s is ignored because the LoRA is for a transformer", "--conv_dim")
     if options.min_diff != MIN_DIFF:
         logger.warning("%s is ignored because the LoRA is for a transformer", "--min_diff")
+    weights = _without_missing_networks(options.model_tuned, weights)
     blocks = BlockWeights(family.name, tuple(weights), weights[0])
     names = _names_of_family(family)
     return _extract_blocks(options, blocks, lambda _: names)
+
+
+def _without_missing_networks(model_tuned: Path, weights: Sequence[str]) -> list[str]:
+    """Return the weights without those of networks that a fine-tuned file lacks as a whole, such as LTX-2's
+    connectors, which are not trained with the transformer.
+    """
+    with open_checkpoint(model_tuned) as tuned:
+        networks = {name.partition(".")[0] for name in bare_names(tuned).tensors}
+    kept = [name for name in weights if name.partition(".")[0] in networks]
+    if not kept:  # another model, which is reported where the two are compared
+        return [*weights]
+    missing = sorted({name.partition(".")[0] for name in weights} - networks)
+    if missing:
+        logger.info("%s has no %s: these get no LoRA", model_tuned, ", ".join(missing))
+    return kept
 
 
 def _extract_blocks(
@@ -275,7 +293,8 @@ def _extract(
     """
     start = time.monotonic()
     output = options.save_to
-    factors = _factors_of_change(options, pair, plan)
+    kept = KeptChange()
+    factors = _factors_of_change(options, pair, plan, kept)
     tensors = in_known_names(factors, family)
     save_tensors(output, tensors, add_hashes(tensors, metadata))
     of_family = "" if family is None else f" of {family.name}"
@@ -284,13 +303,37 @@ def _extract(
         ("fine-tuned", str(options.model_tuned)),
         ("LoRA", f"{output} ({as_size(output.stat().st_size)}), rank {options.dim}"),
         ("modules", f"{len(factors) // 3}{of_family}"),
+        ("kept", f"{kept.share:.1%} of the change of these modules, by its norm"),
         ("time", in_words(time.monotonic() - start)),
     ]
     show_box("The LoRA is extracted", rows)
 
 
-def _factors_of_change(options: ExtractOptions, pair: Pair, plan: Plan) -> dict[str, Tensor]:
-    """Return the LoRA of the difference of two models. Raises CheckpointError if they are equal."""
+@dataclass
+class KeptChange:
+    """Add up how much of the change of a model a LoRA keeps."""
+
+    total: float = 0.0  # sum of the squares of the change
+    lost: float = 0.0  # likewise, of what the LoRA leaves out
+
+    @property
+    def share(self) -> float:
+        """Return the norm of the kept change as a share of the norm of the change."""
+        return max(1 - self.lost / self.total, 0.0) ** 0.5 if self.total else 1.0
+
+    def add(self, change: Tensor, product: Tensor) -> None:
+        """Count the change of a module, and the product of its LoRA; both out x in, float32."""
+        self.total += float(torch.linalg.vector_norm(change)) ** 2
+        self.lost += float(torch.linalg.vector_norm(change - product)) ** 2
+
+
+def _factors_of_change(
+    options: ExtractOptions, pair: Pair, plan: Plan, kept: KeptChange
+) -> dict[str, Tensor]:
+    """Return the LoRA of the difference of two models. Raises CheckpointError if they are equal.
+
+    kept: counts the change, and what is left of it.
+    """
     device = choose_device(options.device)
     dtype = DTYPES[options.save_precision or "float"]
     lora: dict[str, Tensor] = {}
@@ -301,7 +344,9 @@ def _factors_of_change(options: ExtractOptions, pair: Pair, plan: Plan) -> dict[
         difference = _compute_difference(pair, name, device)
         is_changed = is_changed or bool(difference.any())
         for module in modules:
-            factors = _factors_of_module(module, difference, options.clamp_quantile, dtype)
+            factors = _factors_of_module(
+                module, difference, quantile=options.clamp_quantile, dtype=dtype, kept=kept
+            )
             lora |= {f"{module.name}.{part}": tensor for part, tensor in factors.items()}
     if lora and not is_changed:
         raise CheckpointError(
@@ -313,11 +358,12 @@ def _factors_of_change(options: ExtractOptions, pair: Pair, plan: Plan) -> dict[
 
 
 def _factors_of_module(
-    module: ExtractedModule, difference: Tensor, quantile: float, dtype: torch.dtype
+    module: ExtractedModule, difference: Tensor, *, quantile: float, dtype: torch.dtype, kept: KeptChange
 ) -> dict[str, Tensor]:
     """Return the LoRA of a module, on the CPU. difference: the change of its tensor."""
     change = module.piece.of(difference)
     down, up = decompose_change(change.flatten(1), module.rank, quantile, module.seed_name)
+    kept.add(change.flatten(1), up @ down)
     return lora_of_shape(down.to(dtype), up.to(dtype), change.shape)
 
 

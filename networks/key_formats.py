@@ -31,7 +31,9 @@ from networks.tensor_names import (
 _FAMILY_OF_DIALECT = {"HunyuanVideo-I2V": "hunyuan_video"}
 _LEAVES = ("weight", "bias")
 # before names in files of models, in this order
-_OF_MODELS = ("model.diffusion_model.", "model.model.", IN_COMFYUI, IN_DIFFUSERS, "module.", "_orig_mod.")
+_OF_MODELS = (
+    *("model.diffusion_model.", "model.model.", IN_COMFYUI, IN_DIFFUSERS, "module.", "_orig_mod.", "net."),
+)
 # endings of other kinds of networks, whose change is not a sum of matrices to add to a weight
 _OTHER_KINDS = {
     "GLoRA": (".a1.weight", ".a2.weight", ".b1.weight", ".b2.weight"),

@@ -49,7 +49,7 @@ def readers_of(rules: LoraRules) -> dict[str, Reader]:
         readers[rules.outside] = partial(read_ranks, rules.outside_paths)
     if rules.fused:
         readers["split_qkv"] = _read_switch
-    return readers | dict.fromkeys(rules.encoders, _read_switch)
+    return readers | dict.fromkeys((*rules.encoders, *rules.switches), _read_switch)
 
 
 def read_block_numbers(argument: str, typed: Any) -> BlockNumbers:
@@ -112,6 +112,7 @@ class LoraSettings:
     outside_ranks: tuple[int, ...] = ()
     splits: bool = False  # factors for each part of a fused layer
     encoders_off: frozenset[str] = frozenset()  # prefixes of text encoders that get no LoRA
+    switched_on: frozenset[str] = frozenset()  # parts of `DitSpec.lora_exclude` that get a LoRA
     blocks: BlockSettings | None = None  # ranks and rates of numbered blocks
 
     @property
@@ -183,6 +184,9 @@ def read_settings(
         splits=values.get("split_qkv", False),
         encoders_off=frozenset(
             prefix for argument, prefix in family_rules.encoders.items() if not values.get(argument)
+        ),
+        switched_on=frozenset(
+            part for argument, part in family_rules.switches.items() if values.get(argument)
         ),
         blocks=blocks,
     )

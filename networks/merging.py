@@ -28,6 +28,7 @@ from modules.text_files import real_path
 from networks import tool_options
 from networks.apply import LoraPatch
 from networks.deltas import CPU, DOWN, LORA, UP, Factors, group_by_module, hollow, strength
+from networks.depths import fit_depths
 from networks.fused_rows import with_stacked_rows
 from networks.key_formats import families_of
 from networks.loading import LoraFile, LoraUse, lora_uses, read_lora
@@ -306,6 +307,7 @@ def _make_patch(
     if is_whole(checkpoint.tensors):
         return WholePatch(uses, checkpoint.tensors, model, rounding)
     for_encoders(uses, str(model), prefixes=())
+    uses = fit_depths(uses, checkpoint.tensors, model)
     return LoraPatch(uses, checkpoint.tensors, model, rounding=rounding)
 
 

@@ -49,7 +49,9 @@ def choose_modules(unet: nn.Module, settings: LoraSettings) -> dict[str, Target]
         children = dict(unet.named_children())
         lists = [name for name in rules.indices.values() if name in children]
         check_blocks(settings, {name: len(list(children[name].children())) for name in lists})
-    optional = () if spec.lora_choice else spec.lora_exclude
+    optional: tuple[str, ...] = ()
+    if not spec.lora_choice:
+        optional = tuple(part for part in spec.lora_exclude if part not in settings.switched_on)
     if settings.blocks is not None:
         settings = replace(settings, blocks=settings.blocks.fit(spec.numbered))
     targets = _choose(_list_candidates(unet, settings), settings, OURS, optional)

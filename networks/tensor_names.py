@@ -89,7 +89,7 @@ _TEXT = re.compile(
     r"(?:lora_|lycoris_)te(?P<ours>[1-4]?)[_.]|lora_(?:clip|t5)[_-]|te(?P<short>[1-4])[_.]|text_encoder(?:_(?P<pipeline>[2-4]))?[_.]"
     r"|text_encoders\.(?P<comfy>\w+)\.|(?P<alone>clip_[lg]|t5(?:xxl)?)\.|cond_stage_model\.|conditioner\.embedders\.(?P<ldm>\d)\."
 )
-_TEXT_STARTS = ("transformer.", "language_model.", "model.", "base_model.model.", "module.")
+_TEXT_STARTS = ("transformer.", "language_model.", "model.", "base_model.model.", "module.", "qwen3.")
 # encoders whose files have no prefix at all
 _OF_CLIP_ALONE = ("encoder_layers_", "embeddings_", "final_layer_norm")
 _BARE_TEXTS = ("text_model.encoder.", "encoder.block.")

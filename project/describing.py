@@ -30,8 +30,8 @@ from project.choosing import ModelFacts
 from project.fitting import FP8, is_small, weight_options
 from project.media import CHECK_PAGE, FolderContent, Media, is_narrow, reference_of, why_unread
 from project.new_options import NewOptions
-from project.options import RUN_FILE, times_of_steps
-from project.whole_model import change_to_whole, find_whole_script, saving_of_whole
+from project.options import RUN_FILE
+from project.whole_model import change_to_whole, derive_times, find_whole_script, whole_words
 from training.config_options import OTHERS_TABLE, toml_value
 
 USUAL_SIDE, SIDE_STEP = 256, 64  # shortest side of pictures, and what sides are multiples of, in subsets
@@ -467,7 +467,7 @@ def describe_run(choice: Choice, commands: list[list[str]]) -> str:
     """Return run.toml: the training's options, as its --config_file takes them, and the commands."""
     values = _model_values(choice)
     if choice.options.whole_model:
-        values = change_to_whole(values, choice.model, choice.memory)
+        values = change_to_whole(values, choice.memory) | _read_options(whole_words(choice.model)[1:], {})
     values |= _run_values(choice)
     project = {"files": list(choice.files.values()), "commands": commands}
     lines = [
@@ -552,20 +552,16 @@ def _read_number(word: str) -> int | float | str:
 def _run_values(choice: Choice) -> dict[str, Any]:
     """Return the training's options that say how long it is, what it saves and where."""
     steps = choice.options.max_train_steps
-    times = times_of_steps(steps)
+    times = derive_times(steps, choice.options.whole_model)
     values: dict[str, Any] = {
         "dataset_config": "dataset.toml",
         "max_train_steps": steps,
-        "save_every_n_steps": times["save_every_n_steps"],
         "save_state": True,
-        "save_last_n_steps_state": times["save_last_n_steps_state"],
         "sample_prompts": "prompts.txt",
-        "sample_every_n_steps": times["sample_every_n_steps"],
+        **times,
         "sample_at_first": True,
         "sample_now": True,
     }
-    if choice.options.whole_model:
-        values |= saving_of_whole(steps)
     if len(choice.media) >= ENOUGH:
         values["validation_split"] = 0.1
     folder_name = re.sub(r"[^\w.-]+", "_", choice.folder.name).strip("._")[:MOST_OF_SUBJECT]

@@ -14,6 +14,7 @@ from modules.errors import OptionError
 from modules.installation import find_script
 from modules.speed_options import BASE_FORMS
 from project.fitting import IN_USE, transformer_bytes, transformers_of
+from project.options import times_of_steps
 
 # options of a LoRA's run that a whole model has no use for, by the beginning of their names
 OF_LORA = ("network_", "lora_format", "dit_dtype")
@@ -34,42 +35,46 @@ KEPT = 2  # saved files, and states, that are kept besides the result
 
 def find_whole_script(model: ModelSet) -> Path | None:
     """Return the script that trains a model whole; None if there is none."""
-    words = _whole_words(model)
-    return find_script(words[0])
+    words = whole_words(model)
+    return find_script(words[0]) if words else None
 
 
-def _whole_words(model: ModelSet) -> list[str]:
-    """Return the script that would train a model whole, and the options that it needs."""
+def whole_words(model: ModelSet) -> list[str]:
+    """Return the script that would train a model whole, and the options that differ from RECIPE."""
     train = shlex.split(model.commands["train"])
     of_lora = next(word for word in train if word.endswith(".py"))
     usual = of_lora.replace("_network.py", ".py")
     return shlex.split(model.data.get("whole", usual))
 
 
-def refuse_whole_model(model: ModelSet, memory: float) -> None:
-    """Raise OptionError if a model cannot be trained whole on a card of `memory` GiB; 0: the CPU."""
-    name = f"{model.family} {model.task}"
+def why_not_whole(model: ModelSet, memory: float) -> str | None:
+    """Return the reason why a model cannot be trained whole on a card of `memory` GiB; None if it can.
+
+    memory: 0 stands for the CPU.
+    """
+    name = model.title
     if not model.data["fp8"]:
-        raise OptionError(
-            f"--whole_model: the file of {name} has weights in 8 bits, in which steps would be lost. "
-            "Choose a --task in 16 bits, or train a LoRA: leave it out"
-        )
+        return f"the file of {name} has weights in 8 bits, in which steps would be lost"
     if find_whole_script(model) is None:
-        raise OptionError(f"--whole_model: {name} has no script for it. Train a LoRA: leave it out")
+        return f"{name} has no script that trains it whole"
     if len(transformers_of(model)) > 1:
-        raise OptionError(
-            f"--whole_model: {name} has two transformers, and only one is trained at a time. See "
-            "docs/wan2.2.md, or train a LoRA: leave it out"
-        )
+        return f"{name} has two transformers, which are trained one at a time: see docs/wan22.md"
     size = transformer_bytes(model) / 2**30
     if memory and not model.data.get("swaps", True) and size + IN_USE > memory:
-        raise OptionError(
-            f"--whole_model: {name} takes {size:.1f} GiB of weights and about {IN_USE} more, and the "
-            f"card has {memory:g}. Train a LoRA: leave it out"
+        return (
+            f"{name} takes {size:.1f} GiB of weights and about {IN_USE} more, and the card has {memory:g} GiB"
         )
+    return None
 
 
-def change_to_whole(values: Mapping[str, Any], model: ModelSet, memory: float) -> dict[str, Any]:
+def refuse_whole_model(model: ModelSet, memory: float) -> None:
+    """Raise OptionError if a model cannot be trained whole. memory: as in `why_not_whole`."""
+    reason = why_not_whole(model, memory)
+    if reason is not None:
+        raise OptionError(f"--whole_model: {reason}. Leave it out to train a LoRA, or choose another --task")
+
+
+def change_to_whole(values: Mapping[str, Any], memory: float) -> dict[str, Any]:
     """Return the options of a run that trains the whole model, from those of a LoRA's run.
 
     memory: GiB of the card; 0: a CPU, on which the weights stay in float32.
@@ -82,11 +87,22 @@ def change_to_whole(values: Mapping[str, Any], model: ModelSet, memory: float) -
     return kept | recipe
 
 
-def saving_of_whole(steps: int) -> dict[str, Any]:
-    """Return the options that say when files and states of a whole model are saved, and how many stay."""
-    every = max(steps // SAVES, 1)
-    kept = (KEPT - 1) * every
-    return {"save_every_n_steps": every, "save_last_n_steps": kept, "save_last_n_steps_state": kept}
+def trains_whole(values: Mapping[str, Any]) -> bool:
+    """Return whether the options of a run, by name, are those that `change_to_whole` has made."""
+    return "fused_backward_pass" in values and "network_module" not in values
+
+
+def derive_times(steps: int, is_whole: bool) -> dict[str, int]:
+    """Return the options that follow from the number of steps: saves, states, samples.
+
+    is_whole: of a training of the whole model, of which fewer saves are made and kept.
+    """
+    times = times_of_steps(steps)
+    if is_whole:
+        every = max(steps // SAVES, 1)
+        kept = (KEPT - 1) * every
+        times |= {"save_every_n_steps": every, "save_last_n_steps": kept, "save_last_n_steps_state": kept}
+    return times
 
 
 def describe_whole(model: ModelSet, memory: float) -> list[str]:

@@ -24,6 +24,7 @@ names: what it is called everywhere, from scripts to tensors
 noise: the schedule that is trained, varied noise, loss factors
 network_options: options of LoRAs, ControlNets, and networks that steer
 options: all options of gen_img.py
+released_names: names of released files for parts of folders
 regions: parts of a prompt, each in its own region
 run: from prompts to pictures and files, batch by batch
 samplers: diffusers' schedulers as solvers; calls of the U-Net
@@ -39,4 +40,6 @@ tokenizers: tokenizers of the text encoders, and chunks of tokens
 towers: text encoders that caption pictures, and may learn
 training_files: the checkpoint of a training, network by network
 training_options: options of training and of its caches
+whole_files: write a whole checkpoint after a training
+whole_options: options of training a whole checkpoint
 """

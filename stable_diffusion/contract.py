@@ -58,6 +58,11 @@ SDXL = ModelKind(
 KINDS = (SD1, SD2, SDXL)
 
 
+def text_encoder_name(number: int) -> str:
+    """Return the name of a text encoder in caches, states and folders. number: counted from 0."""
+    return f"text_encoder_{number + 1}" if number else "text_encoder"
+
+
 @dataclass(eq=False)
 class TextTower:
     """A text encoder with its tokenizer. Textual inversion adds rows to the first, words to the second."""

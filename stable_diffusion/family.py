@@ -5,7 +5,7 @@ Pictures are those of gen_img.py, which has further ways to make them; networks 
 # Letters: B pictures, L tokens, C width, h w latent size
 
 import re
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +28,9 @@ from contract.loading import Placement
 from contract.requests import Prepared, Prompts, Request
 from contract.rules import ModelRelease, NpzFormat
 from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
+from contract.whole import LearningParts
 from encoders.pictures import ModelOfPictures, picture_defaults
+from modules.console import quiet
 from modules.devices import choose_compute_dtype, dtype_of
 from modules.errors import CacheError, OptionError
 from modules.media.pixels import byte_clips
@@ -39,8 +41,24 @@ from stable_diffusion.noise import make_noise_spec, read_noise_changes
 from stable_diffusion.samplers import SeenSolver, begin_sampling, check_sampling, is_guided, make_scheduler
 from stable_diffusion.sampling_options import SAMPLERS, check_sampler_steps
 from stable_diffusion.tokenizers import SIZE as CHUNK
-from stable_diffusion.towers import POOLED, STATES, STATES_1, STATES_2, TowerEncoder, make_encoders
-from stable_diffusion.training_files import GENERATED_BY, TrainingFiles, unet_parts, unet_spec
+from stable_diffusion.towers import (
+    POOLED,
+    STATES,
+    STATES_1,
+    STATES_2,
+    LearningTexts,
+    TowerEncoder,
+    make_encoders,
+)
+from stable_diffusion.training_files import (
+    GENERATED_BY,
+    TRAINED_BY,
+    WHOLE_BY,
+    TrainingFiles,
+    number_blocks,
+    unet_parts,
+    unet_spec,
+)
 from stable_diffusion.training_options import (
     GUIDANCE_SCALE,
     STEPS,
@@ -49,6 +67,7 @@ from stable_diffusion.training_options import (
     StableDiffusionTrainingOptions,
     TextCachingOptions,
 )
+from stable_diffusion.whole_files import CheckpointFiles, make_writer
 
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}  # of --mixed_precision; else float32
 OF_SD, OF_XL = (SD1, SD2), (SDXL,)  # kinds that a script trains
@@ -124,8 +143,9 @@ class StableDiffusion(ModelOfPictures):
     sampler: str = USUAL_SAMPLER  # of a training's samples
     options: Any = NO_OPTIONS  # of a training
     tells_cut: bool = False  # warn of prompts that are not read to their end
+    learning_texts: LearningTexts | None = None  # of a training of all weights
 
-    can: ClassVar[Abilities] = Abilities(bring_texts=True)
+    can: ClassVar[Abilities] = Abilities(bring_texts=True, train_checkpoint=True)
     lora_module: str = field(default="networks.lora", init=False)
 
     @property
@@ -241,11 +261,30 @@ class StableDiffusion(ModelOfPictures):
     # texts
 
     def text_encoders(self) -> list[TextEncoder]:
-        return [*make_encoders(self.files, self.chunks, self.clip_skip)]
+        return [*make_encoders(self.files, self.chunks, self.clip_skip, learning=self.learning_texts)]
 
     @property
     def text_keys(self) -> frozenset[str]:
         return frozenset({STATES_1, STATES_2, POOLED} if self.kind is SDXL else {STATES})
+
+    # a training of all weights
+
+    @property
+    def learning_parts(self) -> LearningParts:
+        options = self.options
+        return LearningParts(options.text_rates, options.block_rates, options.text_steps)
+
+    def reads_weight(self, text_encoder: str, weight: str) -> bool:
+        by_name = {encoder.name: encoder for encoder in self._counting}
+        return by_name[text_encoder].reads_weight(weight)
+
+    def checkpoint_bytes(self, dtype: torch.dtype | None) -> int:
+        with quiet():
+            infos = make_writer(self.files, {}).list_infos(dtype)
+        return sum(info.size_bytes for info in infos.values())
+
+    def checkpoint_writer(self, networks: Mapping[str, nn.Module]) -> CheckpointFiles:
+        return make_writer(self.files, networks)
 
     # the network
 
@@ -267,10 +306,12 @@ class StableDiffusion(ModelOfPictures):
                 "again."
             )
         length = CHUNK * self.chunks + 2
+        fills = self.learning_texts is None or self.learning_texts.fills_captions
         for name in names:
-            if conditions[name].shape[1] != length:
+            found = conditions[name].shape[1]
+            if found != length and (fills or found > length):
                 raise CacheError(
-                    f"{batch.keys[0]}: its text has {conditions[name].shape[1]} states, this training has "
+                    f"{batch.keys[0]}: its text has {found} states, this training has "
                     f"{length}. Cache texts again with the same --max_token_length, or change it here."
                 )
         if self.kind is SDXL:
@@ -418,6 +459,7 @@ def family_for_training(
         says_v2=says_v2,
         says_v=options.v_parameterization,
         dtype=PRECISIONS.get(options.mixed_precision, torch.float32),
+        scripts=WHOLE_BY if options.is_whole else TRAINED_BY,
     )
     predicts_v = files.predicts_v
     check_prediction(options, predicts_v)
@@ -427,9 +469,31 @@ def family_for_training(
         weights=options.loss_weights,
         vary=read_noise_changes(options.varied_noise),
     )
+    learning_dtype = torch.bfloat16 if options.learns_in_bf16 else torch.float32
+    _check_block_rates(options.block_rates, files)
     return StableDiffusion(
-        files, noise, options.chunks, clip_skip, sampler=options.sample_sampler, options=options
+        files,
+        noise,
+        options.chunks,
+        clip_skip,
+        sampler=options.sample_sampler,
+        options=options,
+        learning_texts=LearningTexts(
+            {name: learning_dtype for name, rate in options.text_rates.items() if rate != 0},
+            options.fills_captions,
+        ),
     )
+
+
+def _check_block_rates(rates: Sequence[float], files: TrainingFiles) -> None:
+    """Raise OptionError if there is not one rate for each block of the U-Net."""
+    numbered = number_blocks(files.unet_config) if rates else None
+    if numbered is not None and len(rates) != numbered.count:
+        sides = ", ".join(f"{count} of {name.partition('_')[0]}" for name, _, count in numbered.sides)
+        raise OptionError(
+            f"--block_lr has {len(rates)} numbers, the U-Net of {files.path} has {numbered.count} blocks: "
+            f"give one for its embeddings, {sides}, and one for its output"
+        )
 
 
 def family_for_generation(

@@ -17,6 +17,7 @@ from stable_diffusion.options import ModelOptions
 
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
+V_PRED, ZTSNR = "v_pred", "ztsnr"  # tensors that say what the model predicts; they have no values
 EMA = "model_ema."  # averages of the U-Net that trainers keep; not used
 
 GIVE = (
@@ -83,7 +84,7 @@ def read_marks(path: Path, names: Collection[str]) -> Marks:
             path,
         )
     assert kind is not None
-    return Marks(kind, "v_pred" in names, "ztsnr" in names)
+    return Marks(kind, V_PRED in names, ZTSNR in names)
 
 
 def check_kind_flags(options: ModelOptions, kind: ModelKind) -> None:

@@ -3,9 +3,11 @@
 Both become the same network, `ClipText`. OpenCLIP's files have queries, keys and values in one tensor.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from checkpoints.dialects import LoadPlan
@@ -94,6 +96,15 @@ def _read_open_clip(checkpoint: Checkpoint, prefix: str, is_projected: bool = Fa
 
 def _cut_third(third: int, rows: Tensor) -> Tensor:
     return rows.chunk(3)[third]
+
+
+def join_released(name: str, weights: Sequence[Tensor]) -> Tensor:
+    """Return a tensor of a released file made of our weights: the inverse of how `read_texts` makes them.
+
+    name: in the file. weights: one, or OpenCLIP's queries, keys and values.
+    """
+    joined = weights[0] if len(weights) == 1 else torch.cat([*weights])
+    return joined.t() if name.endswith("text_projection") else joined
 
 
 def _select_part(checkpoint: Checkpoint, prefix: str, what: str) -> Checkpoint:

@@ -31,7 +31,7 @@ from modules.devices import dtype_name
 from running.offload.block_swap import move_network
 from running.offload.host_memory import LoadedNetwork
 from stable_diffusion import tokenizers
-from stable_diffusion.contract import SD2, SDXL
+from stable_diffusion.contract import SD2, SDXL, text_encoder_name
 from stable_diffusion.options import TextOptions
 from stable_diffusion.text import (
     check_layer,
@@ -67,6 +67,14 @@ class LoadedWords:
     layer: int  # whose states are used, from the end
 
 
+@dataclass(frozen=True)
+class LearningTexts:
+    """How a training of all weights treats text encoders and captions."""
+
+    dtypes: Mapping[str, torch.dtype]  # to load those in that learn, by name
+    fills_captions: bool = True  # up to whole chunks; else to the longest caption of a batch
+
+
 class TowerEncoder:
     """One of the text encoders of a checkpoint."""
 
@@ -80,27 +88,52 @@ class TowerEncoder:
         chunks: int = 1,
         clip_skip: int | None = None,
         tells_cut: bool = False,
+        learning: LearningTexts | None = None,
     ) -> None:
         """number: of the encoder in the checkpoint. chunks: of 75 tokens that are read.
 
         clip_skip: as the option says; None: the layer that the model was trained with. tells_cut: warn of
-        prompts that are not read to their end.
+        prompts that are not read to their end. learning: of a training of all weights.
         """
         prefixes = files.kind.lora_prefixes
         self.files = files
         self.lora_prefix = prefixes[number]
         self.keys = _KEYS[len(prefixes)][number]
-        self.name = f"text_encoder_{number + 1}" if number else "text_encoder"
+        self.name = text_encoder_name(number)
         self._number = number
         self._chunks = chunks
         self._clip_skip = clip_skip
         self._tells_cut = tells_cut
+        self._dtype = files.dtype
+        self._fills = True
+        if learning is not None:
+            self._dtype = learning.dtypes.get(self.name, files.dtype)
+            self._fills = learning.fills_captions
         self._loaded = LoadedNetwork[ClipText, LoadedWords]()
 
     @property
     def network(self) -> ClipText:
         """The network. Call `load` first."""
         return self._loaded.get()[0]
+
+    def reads_weight(self, name: str) -> bool:
+        """Return whether an output depends on a weight: not of layers behind the one whose states are used.
+
+        Reads the header of the checkpoint once.
+        """
+        if POOLED in self.keys:
+            return True
+        if name.startswith("final_layer_norm."):
+            return self.files.kind is not SDXL
+        layer = re.match(r"encoder\.layers\.(\d+)\.", name)
+        return layer is None or int(layer[1]) < self._num_used
+
+    @cached_property
+    def _num_used(self) -> int:
+        """Return the number of layers up to the one whose states are used."""
+        with self.files.opened() as release:
+            plan = release.texts[self._number]
+            return plan.network.config.num_layers + 1 - self._choose_layer(plan)
 
     @property
     def identity(self) -> Mapping[str, str]:
@@ -118,7 +151,8 @@ class TowerEncoder:
             f"{self.name}_tokenizer": source.identity(file),
             f"{self.name}_layer": str(layer),
             f"{self.name}_chunks": str(self._chunks),
-            f"{self.name}_dtype": dtype_name(self.files.dtype),
+            f"{self.name}_dtype": dtype_name(self._dtype),
+            **({} if self._fills else {f"{self.name}_fills": "no"}),
         }
 
     def token_counter(self) -> CountTokens:
@@ -153,7 +187,7 @@ class TowerEncoder:
             layer = self._choose_layer(plan)
             words = self.files.tokenizers[self._number]
             check_vocabulary(words, plan.network.config.vocabulary, self.files.path)
-            network = self.files.load_text(plan, device)
+            network = self.files.load_text(plan, device, self._dtype)
         pad = OPEN_CLIP_PAD if plan.is_open_clip else words.end
         return network, LoadedWords(words, pad, layer)
 
@@ -187,13 +221,16 @@ class TowerEncoder:
         """Return the tensors `keys` of each prompt, on the CPU; gradients flow to trained parts.
 
         Prompts with marks (`Prompt.marked_chunks`) are read as gen_img.py does. All texts of a call have
-        equally many chunks.
+        equally many chunks, or without filling the length of the longest of them.
         """
         if not prompts:
             return []
         loaded = self._loaded.get()[1]
         texts = [self._read_chunks(prompt, loaded) for prompt in prompts]
         count = len(texts[0])
+        length = None  # of the states that are used; None: all
+        if not self._fills and prompts[0].marked_chunks is None:
+            length = max(len(chunks[0].ids) for chunks in texts) + 2
         states, pooled = self._read_rows(
             [self._make_row(chunk, loaded) for chunks in texts for chunk in chunks]
         )
@@ -201,7 +238,8 @@ class TowerEncoder:
         results: list[Conditions] = []
         for chunks, place in zip(texts, range(0, len(states), count), strict=True):
             joined = join_chunks(states[place : place + count])
-            conditions = {states_key: weigh_states(joined, weights_of(chunks), WEIGHING).cpu()}
+            weighed = weigh_states(joined, weights_of(chunks), WEIGHING)
+            conditions = {states_key: weighed[:length].cpu()}
             if pooled is not None:
                 conditions[POOLED] = pooled[place].cpu().clone()
             results.append(conditions)
@@ -244,7 +282,11 @@ def _find_cut(text: str, tokenize: Callable[[str], list[int]], most: int) -> int
 
 
 def make_encoders(
-    files: TrainingFiles, chunks: int, clip_skip: int | None, tells_cut: bool = False
+    files: TrainingFiles,
+    chunks: int,
+    clip_skip: int | None,
+    tells_cut: bool = False,
+    learning: LearningTexts | None = None,
 ) -> list[TowerEncoder]:
     count = len(files.kind.lora_prefixes)
-    return [TowerEncoder(files, number, chunks, clip_skip, tells_cut) for number in range(count)]
+    return [TowerEncoder(files, number, chunks, clip_skip, tells_cut, learning) for number in range(count)]

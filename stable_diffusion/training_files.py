@@ -44,6 +44,11 @@ TRAINED_BY = {
     SD2: "train_network.py trains",
     SDXL: "sdxl_train_network.py trains",
 }
+WHOLE_BY = {
+    SD1: "train_db.py and fine_tune.py train",
+    SD2: "train_db.py and fine_tune.py train",
+    SDXL: "sdxl_train.py trains",
+}
 GENERATED_BY = {
     SD1: "sd_generate_image.py takes",
     SD2: "sd_generate_image.py takes",
@@ -225,11 +230,11 @@ class TrainingFiles:
             are_open_clip = [text.is_open_clip for text in release.texts]
         return find_tokenizers(self.tokenizer_cache_dir, self.path, are_open_clip)
 
-    def load_text(self, plan: TextPlan, device: torch.device) -> ClipText:
+    def load_text(self, plan: TextPlan, device: torch.device, dtype: torch.dtype) -> ClipText:
         """Load a text encoder of an open checkpoint."""
         check_activation(plan.network.config, self.path, "CLIP has quick_gelu or gelu")
         return load_planned(
-            plan.network, ClipText, device=device, dtype=self.dtype, what="the text encoder of --ckpt"
+            plan.network, ClipText, device=device, dtype=dtype, what="the text encoder of --ckpt"
         ).requires_grad_(False)
 
 
@@ -268,7 +273,7 @@ class DiffusersVae:
 def unet_parts(config: Mapping[str, Any]) -> list[tuple[str, int]]:
     """Return the lists of residual blocks and of transformers of a U-Net with their lengths, in its order."""
     down_types: Sequence[str] = config["down_block_types"]
-    counts = _count_layers(config)
+    counts = count_layers(config)
     parts: list[tuple[str, int]] = []
     for level, (kind, count) in enumerate(zip(down_types, counts, strict=True)):
         parts += _list_level_parts(f"down_blocks.{level}", kind, count)
@@ -279,7 +284,7 @@ def unet_parts(config: Mapping[str, Any]) -> list[tuple[str, int]]:
     return parts
 
 
-def _count_layers(config: Mapping[str, Any]) -> list[int]:
+def count_layers(config: Mapping[str, Any]) -> list[int]:
     """Return the number of residual blocks of each level on the way down."""
     layers = config.get("layers_per_block", 2)
     return [layers] * len(config["down_block_types"]) if isinstance(layers, int) else [*layers]
@@ -325,7 +330,7 @@ def number_blocks(config: Mapping[str, Any]) -> NumberedBlocks:
     SDXL, of three levels, counts its inputs, then input blocks, the three parts of the middle, output blocks
     and its outputs: 23. In other models the middle is one block, and inputs and outputs have no numbers: 25.
     """
-    layers = _count_layers(config)
+    layers = count_layers(config)
     blocks = sum(layers) + len(layers)  # the first convolution; a sampler after each level but the last
     is_xl = config.get("addition_embed_type") is not None
     sides = _Sides(first=1 if is_xl else 0, down=blocks, middle=3 if is_xl else 1, up=blocks)
@@ -339,6 +344,10 @@ def number_blocks(config: Mapping[str, Any]) -> NumberedBlocks:
         ("mid_lr_weight", sides.first_middle, sides.middle),
         ("up_lr_weight", sides.first_up, sides.up),
     )
+    if is_xl:  # what comes before the first block, and behind the last
+        outputs = sides.first_up + sides.up
+        numbers += [(ours, 0) for ours in ("time_embedding", "add_embedding")]
+        numbers += [("conv_in", sides.first), ("conv_norm_out", outputs), ("conv_out", outputs)]
     count = sides.first_up + sides.up + sides.first  # as many outputs as inputs
     return NumberedBlocks(count, rates, tuple(numbers))
 

@@ -121,6 +121,36 @@ class StableDiffusionTrainingOptions(Options, title="Stable Diffusion"):
     def chunks(self) -> int:
         return (self.max_token_length or CHUNK) // CHUNK
 
+    # of a training of all weights
+
+    @property
+    def is_whole(self) -> bool:
+        return False
+
+    @property
+    def learns_in_bf16(self) -> bool:
+        return False
+
+    @property
+    def text_rates(self) -> Mapping[str, float | None]:
+        """Return the learning rates of text encoders that learn by name; None: --learning_rate."""
+        return {}
+
+    @property
+    def block_rates(self) -> tuple[float, ...]:
+        """Return the learning rates of the U-Net's blocks; (): all have --learning_rate."""
+        return ()
+
+    @property
+    def text_steps(self) -> int | None:
+        """Return the number of steps during which text encoders learn; None: to the end."""
+        return None
+
+    @property
+    def fills_captions(self) -> bool:
+        """Return whether captions are filled up to whole chunks."""
+        return True
+
 
 class LatentCachingOptions(Options, title="Stable Diffusion"):
     """Options of the scripts that cache latents, besides the shared ones."""

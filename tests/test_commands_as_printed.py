@@ -239,6 +239,43 @@ def test_all_that_is_printed_runs(case: PrintedCase, tmp_path: Path) -> None:
     typed(longer[1], folder, ["--overwrite"])
 
 
+WHOLE = [
+    pytest.param(family, id=family.name, marks=[pytest.mark.slow] * (family.name != "krea2"))
+    for family in FAMILIES
+    if family.train_whole
+]
+
+
+@pytest.mark.parametrize("family", WHOLE)
+def test_what_is_printed_after_a_whole_training_runs(family: TinyFamily, tmp_path: Path) -> None:
+    """Generate with the file, and extract a LoRA of the change, with which generation runs too."""
+    folder = tmp_path / "a folder \u00fc"
+    folder.mkdir()
+    family.prepare(folder)
+    succeed_here(*family.cache_latents, folder=folder)
+    succeed_here(*family.cache_texts, folder=folder)
+    models = family.train[1 : family.train.index("--network_module")]
+    words = [family.train_whole, *models, *OUTPUT, "--learning_rate", "1e-3", "--max_train_steps", "1"]
+
+    said = succeed_here(*words, folder=folder)
+
+    commands = page_commands(folder)
+    generate, extract = commands["Generate with it"][1], commands["Extract a LoRA from it"][1]
+    assert extract.partition("extract_lora_from_models.py")[2] in said
+    case = PrintedCase(family, "plain")
+    typed(fill_in(generate, [*MISSING.get(family.name, ())], []), folder, small(case))
+    words = shlex.split(extract)
+    lora = succeed_here("networks/extract_lora_from_models.py", *words[2:], folder=folder)
+    kept = re.search(r"kept: +(\d+\.\d)%", lora)
+    assert kept is not None
+    assert float(kept[1]) > 50
+    used = [*words[words.index("--save_to") + 1 : words.index("--save_to") + 2]]
+    at_strength = ["--lora_weight", *used, "--lora_multiplier", "1"]
+    said = succeed_here(*family.generate, *small(case), "--prompt", "a cat", "--save_path", "with lora",
+                        *at_strength, folder=folder)  # fmt: skip
+    assert "no module" not in said
+
+
 def is_row(wanted: list[str], words: list[str]) -> bool:
     """Whether words stand in a row among others."""
     count = len(wanted)

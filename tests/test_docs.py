@@ -54,6 +54,7 @@ PYTHON = re.compile(r"^```python\n(import ray\n.*?)^```", re.MULTILINE | re.DOTA
 AGAIN = {"python reelsmith.py run clips"}  # starts a program for each step, as README's with --download does
 # how scripts begin
 OF_PICTURES = (
+    "anima",
     "flux",
     "flux_2",
     "flux_3",
@@ -64,7 +65,7 @@ OF_PICTURES = (
     "qwen_image_21",
     "zimage",
 )
-WHOLE_MODELS = (*OF_PICTURES, "hv", "wan")
+WHOLE_MODELS = (*OF_PICTURES, "hv", "ltx2", "wan")
 EXEMPT = tomllib.loads((ROOT / "tests" / "data" / "page_blocks.toml").read_text(encoding="utf-8"))
 NOT_HERE = tuple(row["command"] for row in EXEMPT["not_run"])
 # appended to a script's words, so that the last value of an option wins
@@ -94,6 +95,7 @@ SMALLER = {
     "fpack_train.py": f"{TRAINING} --latent_window_size 1",
     "fpack_train_network.py": f"{LORA} --latent_window_size 1 --sample_every_n_epochs 1",
     **{f"{name}_train.py": TRAINING for name in WHOLE_MODELS},
+    **dict.fromkeys(("sdxl_train.py", "train_db.py", "fine_tune.py"), TRAINING),
     "flux_kontext_train.py": f"{TRAINING} --no_resize_control",
     **{f"{name}_train_network.py": LORA for name in ("hv", "ltx2", "wan", *OF_PICTURES)},
     **{f"{name}_generate_image.py": PICTURE for name in OF_PICTURES if name != "hunyuan_image"},
@@ -176,7 +178,7 @@ PICTURE_MODELS = {
     **{name: getattr(picture_project, f"lay_out_{name}") for name in ("flux", "flux_2", "flux_3")},
     **{
         name: getattr(picture_project, f"lay_out_{name}")
-        for name in ("hunyuan_image", "krea2", "lumina", "qwen_image", "qwen_image_21", "z_image")
+        for name in ("anima", "hunyuan_image", "krea2", "lumina", "qwen_image", "qwen_image_21", "z_image")
     },
     "flux_kontext": picture_project.lay_out_kontext,
     **dict.fromkeys(("gen_img", "sdxl", "stable_diffusion"), picture_project.lay_out_stable_diffusion),

@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "krea2": GROUND | {"networks.names", "encoders", "lumina", "qwen_image"},
     "qwen_image_21": GROUND | {"networks.names", "encoders", "qwen_image", "wan"},
     "z_image": GROUND | {"networks.names", "encoders", "lumina"},
+    "anima": GROUND | {"networks.names", "encoders", "qwen_image", "wan"},
     "generation": GROUND | {"networks", "blissful_tuner", "post"},
     "stable_diffusion": GROUND | {"networks", "encoders", "generation", "blissful_tuner", "post"},
     "training": GROUND
@@ -50,6 +51,7 @@ MAY_IMPORT = {
         "project.options",
         "project.run_options",
         "project.fitting",
+        "project.whole_model",
         "project.known",
         "generation.prompt_lines",
         "generation.script_options",
@@ -123,7 +125,7 @@ FLOORS = {
         {"options", "samples"},
         {"caching_inside", "edited_prompts", "experts", "image_options"},
         {"checks", "resuming"},
-        {"plan"},
+        {"plan", "whole_checkpoint"},
         {"planning", "validation"},
         {"training_run"},
         {"image_metadata"},
@@ -234,7 +236,7 @@ _TOOLS = {
         "sdxl_merge_lora",
     ),
 }
-MOST_READ = 41_200  # lines that a training of caches reads at its start, without the family's
+MOST_READ = 42_000  # lines that a training of caches reads at its start, without the family's
 MOST_READ_TO_GENERATE = 22_400
 TOOLS = [f"{room}/{name}.py" for room, names in _TOOLS.items() for name in names]
 

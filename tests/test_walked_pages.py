@@ -48,7 +48,7 @@ ONE_WAY = (
         "ltx2",
     ),
     *("krea2", "z_image", "qwen_image", "flux_2", "flux_3", "flux_kontext", "hunyuan_image", "lumina"),
-    *("sdxl", "stable_diffusion"),
+    *("anima", "sdxl", "stable_diffusion"),
 )
 # pages; of one with two ways, the heading of the other way
 WALKS = {

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from contract.data import LOSS_MASK
 from contract.family import Caches, Family, LearningEncoder, TextEncoder, can_learn
+from contract.whole import trains_checkpoint
 from dataset.batches.checks import SameEncoders
 from dataset.batches.items import NO_COMMANDS, CachingCommands, ItemKind, LiveTables, TrainingItem
 from dataset.cache.store import MemoryStore, StorePair, Stores, npz_names, open_shared, open_store
@@ -335,6 +336,10 @@ def _choose_live_texts(family: Family, options: TrainingOptions, config: Dataset
             f"--cache_text_encoder_outputs: captions of {varying.name} vary (shuffle_caption, wildcards, tag "
             "dropout or token warm-up), so that they cannot be cached. Leave out one of the two"
         )
+    if options.whole_dit is not None:
+        whole_texts = _choose_whole_texts(family, caches_texts)
+        if whole_texts is not None:
+            return whole_texts
     if varying is not None or _may_learn(options):
         why = "captions vary" if varying is not None else f"they are trained without {UNET_ONLY}"
         encoders = _encoders(family, why)
@@ -354,6 +359,26 @@ def _choose_live_texts(family: Family, options: TrainingOptions, config: Dataset
     if any(name.endswith(end) for table in config.datasets for name in stores.of(table).names()):
         return None
     return LiveTexts(_encoders(family, "there are no text caches"))
+
+
+def _choose_whole_texts(family: Family, caches_texts: bool) -> LiveTexts | None:
+    """Return the text encoders if all weights of some of them learn; None if none learns.
+
+    Raises OptionError if their outputs are to be cached.
+    """
+    if not trains_checkpoint(family):
+        return None
+    parts = family.learning_parts
+    encoders = family.text_encoders() if parts.texts else []
+    learning = [encoder for encoder in encoders if can_learn(encoder) and parts.learns(encoder.name)]
+    if not learning:
+        return None
+    if caches_texts:
+        raise OptionError(
+            f"--cache_text_encoder_outputs: outputs of {' and '.join(encoder.name for encoder in learning)} "
+            "change, as they are trained. Leave out the caches, or train the U-Net alone"
+        )
+    return LiveTexts(encoders, learning)
 
 
 def _learns_in_spite_of_caches(

@@ -1,9 +1,11 @@
 """Check a run's options and file headers before gigabytes are loaded; name given options without effect."""
 
 import logging
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from itertools import zip_longest
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,10 +13,11 @@ from torch.nn import Parameter
 
 from checkpoints.opening import open_checkpoint
 from contract.family import Family, LearningEncoder
+from contract.whole import trains_checkpoint
 from dataset.table import DatasetTable
 from modules.atomic_write import check_space
 from modules.console import quiet
-from modules.devices import dtype_name
+from modules.devices import DTYPES, dtype_name
 from modules.errors import CheckpointError, OptionError
 from modules.options import argument_of, is_given, option_name, option_values, options_with
 from modules.speed_options import TRAINING_FLAGS
@@ -73,7 +76,7 @@ def check_before_loading(family: Family, options: TrainingOptions, others: Other
     check_rates(options.optimizer, _list_rates(options))
     _check_samples(sampling or family, options)
     folder, name = options.saving.output_dir, options.saving.output_name
-    if folder is not None and name is not None and folder.is_dir():
+    if folder is not None and name is not None:
         check_space(folder / f"{name}.safetensors", _find_smallest_file(family, options))
 
 
@@ -265,13 +268,35 @@ def choose_lora_format(
 def _find_smallest_file(family: Family, options: TrainingOptions) -> int:
     """Return a lower bound for the bytes of one saved model; 0 if it is not known."""
     network = options.network
-    if network is None:  # half: a file in float32 may be saved in 16 bits
-        return sum(file.stat().st_size for file in family.dit_files if file.is_file()) // 2
+    if network is None and trains_checkpoint(family):
+        precision = options.saving.save_precision
+        return family.checkpoint_bytes(None if precision is None else DTYPES[precision])
+    if network is None:
+        return sum(_smallest_whole_bytes(family, options, file) for file in family.dit_files)
     files = family.dit_files if options.by_expert.lora_per_expert else family.dit_files[:1]
     is_ranked = (network.network_module or family.lora_module).startswith(RANKED_NETWORKS)
     if not is_ranked or network.arguments() or network.dim_from_weights:  # not in every module
         return 0
     return sum(smallest_lora_bytes(file, network.rank) for file in files)
+
+
+def _smallest_whole_bytes(family: Family, options: TrainingOptions, file: Path) -> int:
+    """Return a lower bound for the bytes of a trained transformer, and of its state if one is saved with it.
+
+    file: that is trained. Counted are the weights of blocks, whose names most files have as the network.
+    """
+    from checkpoints.dits import bare_names  # only for whole models
+
+    with open_checkpoint(file) as checkpoint:
+        tensors = bare_names(checkpoint).tensors
+    starts = tuple(f"{name}." for name in family.dit.block_lists)
+    elements = sum(math.prod(info.shape) for name, info in tensors.items() if name.startswith(starts))
+    in_bf16 = options.whole_dit is not None and options.whole_dit.full_bf16
+    kept_bytes = 2 if in_bf16 else 4
+    saved = options.saving.save_precision
+    file_bytes = kept_bytes if saved is None else DTYPES[saved].itemsize
+    state_bytes = kept_bytes if options.saving.saves_state_at_end else 0
+    return elements * (file_bytes + state_bytes)
 
 
 def list_unused_options(

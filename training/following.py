@@ -35,6 +35,7 @@ if TYPE_CHECKING:  # it is loaded only if there are prompts
 
 RESUMING = {"resume", "resume_from_huggingface", "resume_changed", "max_train_steps", "max_train_epochs"}
 BAKED_RANK = 64  # of a plain LoRA made of a network of full rank
+EXTRACTED_RANK = 32  # of a LoRA of a whole model
 COMFYUI_TOOL = "ComfyUI"
 STARTING = {"initial_step", "initial_epoch"}
 # options that make a sample; the values keep their names, except two
@@ -136,8 +137,8 @@ class NextSteps:
         return "" if family_names is None else family_names.converted_for
 
     def commands(self, saved: Path | None, is_finished: bool) -> list[PageCommand]:
-        """Return commands to train on, to generate with a file, to convert it if a tool needs that, and to
-        start this run again.
+        """Return commands to train on, to generate with a file, to convert it if a tool needs that or to
+        extract a LoRA of a whole model, and to start this run again.
 
         saved: the file, see `Story.usable_file`; None if nothing is saved yet: then they name the file of the
         whole run.
@@ -156,6 +157,8 @@ class NextSteps:
                 generate = replace(generate, note=f"{generate.note} {file.name} is not saved yet.".lstrip())
             commands.append(generate)
         network = self.options.network
+        if network is None and saved is not None:
+            commands.append(self._extract(file))
         if network is not None and (_plain_kind(network) or self._needs_conversion(network)):
             files = self.names.files(self.names.stem_of(file)).values()
             commands += [self._convert(path) for path in files]
@@ -187,6 +190,14 @@ class NextSteps:
         output = file.with_name(f"{file.stem}_{ending}.safetensors")
         files = ["--input", str(file), "--output", str(output)]
         return _command(title, ["python", "convert_lora.py", *files, *words], note)
+
+    def _extract(self, file: Path) -> PageCommand:
+        """Return the command that extracts a LoRA from the difference of a trained model and its base."""
+        output = file.with_name(f"{file.stem}_lora.safetensors")
+        files = ["--model_org", self._find_dit(file), "--model_tuned", str(file), "--save_to", str(output)]
+        words = ["python", "networks/extract_lora_from_models.py", *files, "--dim", str(EXTRACTED_RANK)]
+        note = "The difference to the base at this rank; the command says how much of it the LoRA keeps."
+        return _command("Extract a LoRA from it", words, note)
 
     def _find_dit(self, file: Path) -> str:
         """Return the file of the transformer that a LoRA was trained in."""
@@ -225,14 +236,17 @@ class NextSteps:
     def _start_options(self) -> list[str]:
         """Return the options that start a run from trained files, one for each file."""
         is_network = self.options.network is not None
-        option = "network_weights" if is_network else self._dit_option()
+        option = "network_weights" if is_network else self._trained_option()
         parts = self.names.parts if is_network else [expert.name for expert in self.plan.family.experts]
         return [f"{option}_{HIGH_NOISE}" if part == HIGH_NOISE else option for part in parts] or [option]
 
-    def _dit_option(self) -> str:
-        """Return the name of the training's option for the transformer."""
-        names = (option_name(field) for field in fields(self.command.family_options) if field.name == "dit")
-        return next(names)
+    def _trained_option(self) -> str:
+        """Return the name of the training's option for the file whose weights are trained."""
+        entry, options = self.command.entry, self.command.family_options
+        if entry is None or options is None:
+            return "dit"
+        names = (option_name(field) for field in fields(options) if field.name == entry.trained)
+        return next(names, "dit")
 
     def _words(self, without: Collection[str] = ()) -> list[str]:
         options = [
@@ -301,7 +315,8 @@ class NextSteps:
         if self.options.network is not None:
             loras += [(file, 1.0) for file in files]
         elif files:
-            words = self._with_dit(words, f"dit{ending}", files[0])
+            assert self.command.entry is not None
+            words = self._with_dit(words, f"{self.command.entry.trained}{ending}", files[0])
         loras += self.sample_loras
         if loras:
             flag = self.command.spellings.get("lora_weight", "--lora_weight")

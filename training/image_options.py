@@ -6,7 +6,7 @@ A script calls `read_image_training` with its family's differences, then `train_
 import argparse
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +16,7 @@ from modules.command import name_as_typed
 from modules.console_options import ConsoleOptions
 from modules.errors import OptionError
 from modules.option_values import to_path
-from modules.options import STARTS, Options, not_needed, option, read_options, unsupported
+from modules.options import HABIT, STARTS, Options, not_needed, option, read_options, unsupported
 from modules.parser import Parser, add_options, typed_names
 from running.options import SWAPPING
 from running.ways.composing import list_block_options, list_shared_things
@@ -49,6 +49,7 @@ SWITCHES = {  # another name of a switch -> ours
     # of whole models
     "blockwise_fused_optimizers": "fused_backward_pass",
     "skip_latents_validity_check": "skip_cache_check",
+    "diffusers_xformers": "xformers",
 }
 
 
@@ -71,6 +72,8 @@ class ImageTrainerDefaults:
     shown_as: Mapping[str, str] = field(default_factory=dict)
     # options of other trainers that the family does not have; None: `FOREIGN`
     foreign: tuple[type[Options], ...] | None = None
+    # what a script that trains all weights has in place of the options for LoRAs; None: `OF_WHOLE_MODELS`
+    whole: tuple[type[Options], ...] | None = None
 
 
 def read_image_training(
@@ -157,7 +160,9 @@ def image_training_parser(
     settings = {name: {"choices": values} for name, values in choices.items()}
     script: dict[str, Any] = {"defaults": usual, "refused": defaults.refused}
     parser = training_parser(doc, learner, settings=settings, **script)
-    of_learner = OF_LORAS if learner is TrainedNetworkOptions else OF_WHOLE_MODELS
+    of_learner: tuple[type[Options], ...] = OF_LORAS
+    if learner is not TrainedNetworkOptions:
+        of_learner = OF_WHOLE_MODELS if defaults.whole is None else defaults.whole
     add_options(parser, ImageModelOptions, *of_learner, PredictionOptions, **script)
     add_options(parser, SubsetOptions, CachingInRunOptions, **script)
     foreign = FOREIGN if defaults.foreign is None else defaults.foreign
@@ -416,6 +421,47 @@ def read_as_known(args: argparse.Namespace) -> None:
         args.max_timestep = lowest + 1
 
 
+class OfWholeCheckpoints(Options, title="full fine-tuning"):
+    """Options of trainers of whole checkpoints, whose text encoders may learn, and those for LoRAs."""
+
+    fused_optimizer_groups: int | None = option(
+        "--fused_backward_pass, which steps each weight by itself instead of so many groups of weights",
+        least=0,
+        facts=HABIT,
+    )
+    diffusers_xformers: bool = option("--xformers")
+    use_safetensors = not_needed("only safetensors files are written.")
+    network_train_unet_only = not_needed("the U-Net learns, and text encoders on request.")
+    network_train_text_encoder_only = unsupported(
+        "it is of LoRAs. Leave it out; --learning_rate 0 freezes the U-Net of a whole checkpoint"
+    )
+    unet_lr = unsupported("it is of LoRAs. Give the rate of the U-Net to --learning_rate", type=float)
+    text_encoder_lr = unsupported(
+        "it is of LoRAs. Give the rates of text encoders to --learning_rate_te, of Stable Diffusion XL to "
+        "--learning_rate_te1 and --learning_rate_te2",
+        nargs="*",
+        type=float,
+    )
+
+
+def _read_groups(args: argparse.Namespace) -> None:
+    """Read --fused_optimizer_groups as --fused_backward_pass. Raises OptionError if both are given."""
+    groups = args.fused_optimizer_groups
+    if groups:
+        if args.fused_backward_pass:
+            raise OptionError(
+                f"--fused_optimizer_groups {groups} with --fused_backward_pass: both say when weights are "
+                "stepped. Give --fused_backward_pass alone, which takes less memory"
+            )
+        args.fused_backward_pass = True
+        args.typed_names = {
+            **typed_names(args),
+            "--fused_backward_pass": f"--fused_optimizer_groups {groups}",
+        }
+        logger.info("--fused_optimizer_groups %d is read as --fused_backward_pass.", groups)
+    read_as_known(args)
+
+
 UNNAMED = "last"  # what known trainers call a file without a name
 
 # of models that predict noise
@@ -428,3 +474,5 @@ NOISE_TRAINER = ImageTrainerDefaults(
     foreign=(NotForNoise, DeepspeedOptions, NotNeeded),
     translate=read_as_known,
 )
+# of those of which a training writes the whole checkpoint
+CHECKPOINT_TRAINER = replace(NOISE_TRAINER, whole=(OfWholeCheckpoints,), translate=_read_groups)

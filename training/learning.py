@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from contract.data import CAPTION
-from contract.family import Family, hears_sound
+from contract.family import Family, hears_sound, part_rates_of
 from contract.loading import BlockPlace
 from contract.rules import Expert
 from modules.devices import dtype_of, gib, keep_heap_small, warn_if_emulated
@@ -46,11 +46,11 @@ from training.trainable import (
     seed_networks,
     share_network,
     train_apart,
-    train_dit,
     train_network,
 )
 from training.training_run import Requests, TrainedModel, TrainingRun, trigger_paths
 from training.validation import Validation
+from training.whole_checkpoint import train_whole
 
 if TYPE_CHECKING:  # loaded only with LoRA files, with prompts
     from networks.added import AddedLoras
@@ -468,10 +468,12 @@ class Learners:
     def _train_whole(self, dit: nn.Module) -> Trainable:
         options = self.plan.options
         assert options.whole_dit is not None  # one of the two is given
-        train = train_dit
         if self.plan.splits_model:
-            from training.saving.split_model import train_split_dit as train  # only if it is split
-        return train(dit, options.optimizer.learning_rate, options.whole_dit.name_parts)
+            from training.saving.split_model import train_split_dit  # only if it is split
+
+            rates = part_rates_of(self.plan.family)
+            return train_split_dit(dit, options.optimizer.learning_rate, options.whole_dit.name_parts, rates)
+        return train_whole(self.plan.family, options, dit, self.plan.texts)
 
     def _saved_tensors(self, expert: Expert) -> dict[str, Tensor]:
         """Return the tensors of the state to resume that belong to the network of an expert."""

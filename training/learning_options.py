@@ -63,7 +63,8 @@ class WholeDitOptions(Options, title="full fine-tuning"):
     )
 
     save_model_as = unsupported(
-        "only safetensors files are written: other forms can hold code",
+        "the trained file is one safetensors file under the names of the released one: a ckpt can hold code, "
+        "and folders in diffusers' layout are not written. Leave it out",
         "form of the trained file",
         values=("safetensors",),
         choices=("ckpt", "safetensors", "diffusers", "diffusers_safetensors"),

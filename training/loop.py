@@ -107,6 +107,7 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch
     """Take one optimizer step on the micro-batches of `group`. Returns the requests of clock and files."""
     model = run.model
     trainable = model.trainable
+    trainable.start_step(run.progress.step)
     for network in trainable.all_networks:
         if isinstance(network, ForeignNetwork):
             network.on_step_start()
@@ -152,8 +153,9 @@ def _common_wishes(previous: StepReport | None) -> Wishes:
 def _find_reached(run: TrainingRun, group: range) -> list[Parameter]:
     """Return the parameters that a step on the micro-batches of `group` changes.
 
-    These are all but those of an expert that gets no batch of it, and those of the sound if no clip has any.
-    It depends on the whole group, not on this process' share of it, and costs no wait for the device.
+    These are all but those of an expert that gets no batch of it, those of the sound if no clip has any, and
+    those of parts that have stopped learning. It depends on the whole group, not on this process' share of
+    it, and costs no wait for the device.
     """
     trainable = run.model.trainable
     keys = [(run.progress.epoch, index) for index in group]
@@ -163,6 +165,8 @@ def _find_reached(run: TrainingRun, group: range) -> list[Parameter]:
         reached = [parameter for expert in experts for parameter in trainable.by_expert[expert]]
     if run.of_sound and not any(map(run.feed.has_sound, keys)):
         reached = [parameter for parameter in reached if parameter not in run.of_sound]
+    if trainable.until:
+        reached = [parameter for parameter in reached if parameter.requires_grad]
     return reached
 
 

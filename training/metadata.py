@@ -66,8 +66,8 @@ def run_metadata(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[
 
     optimizer, lr_scheduler: their names. `Family.metadata` has architecture, implementation, sd_model_name,
     vae_name; resolution if it is not the usual one; base_model_version if files name the model otherwise than
-    we do; trained_for if a model has several uses that its files do not distinguish; `ss_*` that its known
-    trainer writes. A whole DiT has no `ss_network_*`: these mark a LoRA.
+    we do; `modelspec.*` that loading needs; trained_for if a model has several uses that its files do not
+    distinguish; `ss_*` that its known trainer writes. A whole DiT has no `ss_network_*`: these mark a LoRA.
     """
     network, family = plan.options.network, plan.family
     facts = family.metadata
@@ -79,7 +79,7 @@ def run_metadata(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[
             "ss_network_alpha": _alpha_in_words(network),
             "ss_network_args": json.dumps(network.arguments(), ensure_ascii=False),
         }
-    values |= {key: value for key, value in facts.items() if key.startswith("reference_")}
+    values |= {key: value for key, value in facts.items() if key.startswith(("reference_", "modelspec."))}
     if not plan.options.metadata.no_metadata:
         of_family = recorded_values(family.options, "identity", "habit")
         values |= {f"ss_{name}": value for name, value in of_family.items()}

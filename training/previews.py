@@ -199,10 +199,14 @@ def _read_for_plan(
     """Read the largest batch of the training. Raises OptionError if it is not in caches on disk."""
     plans = plan_tables(family, config, options.caching, () if texts is None else texts.keys)
     if not all(plan.can_be_planned for plan in plans):
+        switches = "--cache_latents_to_disk and --cache_text_encoder_outputs_to_disk"
+        scripts = f"{commands.latents}\n  {commands.text}"
+        if texts is not None and texts.learning:  # their outputs cannot be cached
+            switches = "--cache_latents_to_disk"
+            scripts = commands.latents
         raise OptionError(
             "--plan rehearses a batch from caches on disk, and this training makes others: make them first, "
-            f"with --cache_latents_to_disk and --cache_text_encoder_outputs_to_disk, or with\n  "
-            f"{commands.latents}\n  {commands.text}"
+            f"with {switches}, or with\n  {scripts}"
         )
     stores = open_stores(family, plans)
     tables = list_live_tables(family.cache_tag, plans, needs_captions=texts is not None)

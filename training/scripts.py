@@ -32,6 +32,7 @@ def training_script(
     about: str | None,
     *,
     whole_dit: bool = False,
+    script: str = "",
     kind: str = "Training",
     images: "ImageTrainerDefaults | None" = None,
     extra_options: Sequence[type[Options]] = (),
@@ -41,10 +42,11 @@ def training_script(
 ) -> Script:
     """Return the script that trains a LoRA for a family, or with `whole_dit` its transformer.
 
-    about: the script's docstring. kind: of the family's options, see `FamilyEntry.options_record`. images:
-    differences between image families; None for video. extra_options: records of options besides the
-    family's. check: raises OptionError if the family's options do not fit. samplers: choices of
-    --timestep_sampling for video. changes: of shared options, and what is refused of the family's.
+    about: the script's docstring. script: its file, if that is not `..._train.py` with `whole_dit`. kind: of
+    the family's options, see `FamilyEntry.options_record`. images: differences between image families; None
+    for video. extra_options: records of options besides the family's. check: raises OptionError if the
+    family's options do not fit. samplers: choices of --timestep_sampling for video. changes: of shared
+    options, and what is refused of the family's.
     """
     entry = FAMILIES[family]
     if ExpertTrainingOptions in extra_options:
@@ -78,7 +80,7 @@ def training_script(
 
             model = entry.make_family("training", family_options)
             command = TrainingCommand(
-                f"{entry.script}_train.py" if whole_dit else f"{entry.training_script}.py",
+                script or (f"{entry.script}_train.py" if whole_dit else f"{entry.training_script}.py"),
                 script_options,
                 entry=entry,
                 family_options=family_options,

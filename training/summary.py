@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from contract.whole import trains_checkpoint
 from modules.atomic_write import free_bytes
 from modules.command import as_typed
 from modules.console import Row, as_size, count_of, in_words, show_box
@@ -153,7 +154,11 @@ def _describe_disk(plan: TrainingPlan, parameters: Sequence[Tensor], dtype: torc
     """Return the room that the run's files need. parameters: the trained ones. dtype: see `show_start`."""
     counts = count_saves(plan.saving, plan.steps, plan.progress.step, plan.progress.epoch)
     has_average = bool(kept_average(plan.options))
-    return disk_needed(plan.names.folder, counts, saved_bytes(parameters, dtype, has_average))
+    model, state = saved_bytes(parameters, dtype, has_average)
+    family = plan.family
+    if plan.options.network is None and trains_checkpoint(family):  # with what is frozen
+        model = family.checkpoint_bytes(dtype) * (1 + has_average)
+    return disk_needed(plan.names.folder, counts, (model, state))
 
 
 def _describe_model(plan: TrainingPlan) -> str:

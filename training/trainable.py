@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,8 @@ class Trainable:
     # of a DiT that is split over processes: parameters that are rows of a weight, and the weight
     split: Mapping[Tensor, Tensor] = field(default_factory=dict)
     strength: Strength = field(default_factory=Strength)
+    # how many steps a part of `modules` learns; those without an entry learn to the end
+    until: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def all_modules(self) -> tuple[nn.Module, ...]:
@@ -83,6 +86,12 @@ class Trainable:
                 network.module.train()
             if isinstance(network, ForeignNetwork):
                 network.on_epoch_start()
+
+    def start_step(self, step: int) -> None:
+        """Freeze the parts that have learned for their number of steps. step: how many were taken."""
+        for part, steps in self.until.items():
+            if step >= steps:
+                self.modules[part].requires_grad_(False)
 
     def limit_norms(self, max_norm: float, device: torch.device) -> Tensor:
         """Limit norms of the networks after an optimizer step; return the numbers of a `NormReport`."""
@@ -188,28 +197,52 @@ def train_apart(parts: Mapping[str, Trainable]) -> Trainable:
     )
 
 
-def train_dit(dit: nn.Module, learning_rate: float, name_parts: Sequence[str] = ()) -> Trainable:
+def train_dit(
+    dit: nn.Module,
+    learning_rate: float,
+    name_parts: Sequence[str] = (),
+    part_rates: Mapping[str, float] = MappingProxyType({}),
+) -> Trainable:
     """Train the whole DiT, or only the parameters whose name contains one of `name_parts`; freeze the rest.
 
-    Its files hold all weights under the names of the released checkpoints, written tensor by tensor.
-    Raises OptionError if no name matches.
+    part_rates: other learning rates, see `RatesParts`. Its files hold all weights under the names of the
+    released checkpoints, written tensor by tensor. Raises OptionError if no name matches.
     """
-    learning = []
+    by_rate: dict[float, list[Parameter]] = {}
     for name, parameter in dit.named_parameters():
-        learns = not name_parts or any(part in name for part in name_parts)
+        rate = next((rate for part, rate in part_rates.items() if part in name), learning_rate)
+        learns = rate > 0 and learns_by_name(name, name_parts)
         parameter.requires_grad_(learns)
         if learns:
-            learning.append(parameter)
-    if not learning:
-        some = next(iter(dit.state_dict()))
-        raise OptionError(
-            f"--trainable_modules {' '.join(name_parts)}: no weight has that in its name. Use parts of names "
-            f"such as {some}"
-        )
+            by_rate.setdefault(rate, []).append(parameter)
+    if not by_rate and not name_parts:
+        raise OptionError("all parts have the learning rate 0, so that nothing would be learned: give one")
+    if not by_rate:
+        refuse_no_match(dit, name_parts)
 
-    groups = [{"params": learning, "lr": learning_rate}]
+    groups = [{"params": learning, "lr": rate} for rate, learning in by_rate.items()]
+    names = {rate: part.strip(".") for part, rate in part_rates.items()} | {learning_rate: "dit"}
     dtypes = written_dtypes(dit)
-    return Trainable({"dit": dit}, groups, ("dit",), writes={"": partial(_write_dit, dit, dtypes)})
+    return Trainable(
+        {"dit": dit},
+        groups=groups,
+        group_names=tuple(names[rate] for rate in by_rate),
+        writes={"": partial(_write_dit, dit, dtypes)},
+    )
+
+
+def learns_by_name(name: str, name_parts: Sequence[str]) -> bool:
+    """Return whether --trainable_modules chooses a weight. name_parts: of names; (): all learn."""
+    return not name_parts or any(part in name for part in name_parts)
+
+
+def refuse_no_match(dit: nn.Module, name_parts: Sequence[str]) -> NoReturn:
+    """Raise OptionError: no weight of the DiT has one of these parts in its name."""
+    some = next(iter(dit.state_dict()))
+    raise OptionError(
+        f"--trainable_modules {' '.join(name_parts)}: no weight has that in its name. Use parts of names "
+        f"such as {some}"
+    )
 
 
 def written_dtypes(dit: nn.Module) -> dict[str, torch.dtype]:

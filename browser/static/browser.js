@@ -346,8 +346,17 @@ async function ask() {
     return ours.state === "running" ? 3000 : 15000;
   }
   htmx.trigger(document.body, "fresh");
-  return 5000;
+  return Math.min(($("runs") ? 8000 : 5000) * 1.5 ** unchanged, 15000); // milliseconds: longer while nothing changes
 }
+
+let unchanged = 0; // answers in a row that were those before
+let lastAnswer = "";
+document.addEventListener("htmx:after:request", ({ target, detail }) => {
+  if (!target.matches?.("[hx-trigger*='fresh']")) return;
+  const isSame = detail.ctx.response?.raw.status === 304 || detail.ctx.text === lastAnswer;
+  unchanged = isSame ? unchanged + 1 : 0;
+  lastAnswer = detail.ctx.text ?? lastAnswer;
+});
 
 async function goOn(wait) {
   setTimeout(async () => {

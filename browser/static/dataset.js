@@ -174,6 +174,7 @@ async function write(card, what, have) {
     return;
   }
   const { error, file } = await answer.json();
+  said.className = `note said ${error ? "bad" : "good"}`;
   said.textContent = error || { save: "saved", undo: "undone", back: "as it was" }[what];
   if (answer.status === 409 && file) {
     card.theirs = file;

@@ -12,6 +12,12 @@ function changed(input) {
   input.dispatchEvent(new Event("input", { bubbles: true }));
 }
 
+// ---- beside the results the form is as high as what is left of the window, so that Make stays in view
+const fitForm = () => field("page").style.setProperty("--above", `${Math.max(0, field("page").parentElement.getBoundingClientRect().top)}px`);
+for (const event of ["scroll", "resize"]) addEventListener(event, fitForm, { passive: true });
+document.addEventListener("htmx:after:swap", fitForm);
+fitForm();
+
 // ---- the address names the draft, so that a reload shows what was typed
 document.addEventListener("htmx:after:request", ({ detail }) => {
   const address = detail.ctx?.request?.action ?? "";
@@ -58,11 +64,50 @@ document.addEventListener("change", ({ target }) => {
     changed(seed);
     target.checked = isLocked;
   }
-  if (target.id === "shape" && target.value) {
-    [field("width").value, field("height").value] = target.value.split(" ");
-    changed(field("width"));
-  }
+  if (target.name === "lora") moveLora(target);
   if (target.matches(".chooser")) takeFiles(target.dataset.for, target.files).then(() => { target.value = ""; });
+});
+
+// ---- shapes: small drawings that set both sides
+document.addEventListener("click", ({ target }) => {
+  const shape = target.closest?.(".shapes button");
+  if (!shape) return;
+  [field("width").value, field("height").value] = [shape.dataset.width, shape.dataset.height];
+  changed(field("width"));
+});
+document.addEventListener("input", ({ target }) => {
+  if (!["width", "height"].includes(target.id)) return;
+  for (const shape of document.querySelectorAll(".shapes button")) {
+    shape.setAttribute("aria-pressed", shape.dataset.width === field("width").value.trim() && shape.dataset.height === field("height").value.trim());
+  }
+});
+
+// ---- LoRAs: chosen ones stand above, the others in a list with a search
+function moveLora(box) {
+  const row = box.closest("li"), isOther = row.closest("ul").id !== "chosen_loras" && !row.closest("#add_lora");
+  const list = box.checked ? field("chosen_loras") : field("add_lora")?.querySelector("ul");
+  if (!list || isOther || row.parentElement === list) return;
+  if (box.checked) list.append(row);
+  else list.prepend(row);
+  field("add_lora").querySelector("small").textContent = field("add_lora").querySelectorAll("li").length;
+  box.focus({ preventScroll: true });
+}
+document.addEventListener("input", (event) => {
+  if (event.target.id !== "find_lora") return;
+  event.stopPropagation(); // the search changes nothing of the form
+  const words = event.target.value.toLowerCase().split(/\s+/).filter(Boolean);
+  for (const row of field("add_lora").querySelectorAll("li")) row.hidden = !words.every((word) => row.dataset.words.includes(word));
+}, true);
+document.addEventListener("change", (event) => { if (event.target.id === "find_lora") event.stopPropagation(); }, true);
+document.addEventListener("keydown", (event) => { if (event.target.id === "find_lora" && event.key === "Enter") event.preventDefault(); });
+
+// ---- what is on its way is said until it is made, or something else is typed
+document.addEventListener("input", ({ target }) => { if (target.closest("#make")) field("on_its_way").textContent = ""; });
+let wasMaking = false;
+document.addEventListener("htmx:after:swap", () => {
+  const isMaking = document.querySelector("#work > .jobs > li") !== null, way = field("on_its_way");
+  if (wasMaking && !isMaking && way?.textContent) way.textContent = field("ended")?.querySelector(".died") ? "" : "Made: the newest of the results.";
+  wasMaking = isMaking;
 });
 
 // ---- files

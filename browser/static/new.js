@@ -27,10 +27,10 @@
   sessionStorage.removeItem(PLACE);
   if (place) {
     if (find("written")) find("written").textContent = place.said;
-    (place.focused && find(place.focused))?.focus({ preventScroll: true });
+    find(place.focused ?? "")?.focus({ preventScroll: true });
     scrollTo(0, place.y);
   }
-  form.addEventListener("input", () => find("written")?.replaceChildren());
+  form.addEventListener("input", () => { for (const id of ["written", "said", "refused"]) find(id)?.replaceChildren(); });
 
   const change = (field, value) => {
     field.value = value;
@@ -117,13 +117,12 @@
   // ---- the button goes on by itself to what needs a person: after a description or a download the files are checked
   const GOING = "going on in"; // the folder in which this tab has pressed the button
   document.addEventListener("click", ({ target }) => {
-    if (target.id === "step" || target.id === "describe" && document.activeElement !== target) sessionStorage.setItem(GOING, find("next").dataset.folder); // Enter in a field presses the second
+    if (target.id === "step" || target.id === "describe" && document.activeElement !== target) sessionStorage.setItem(GOING, find("leads").dataset.folder); // Enter in a field presses the second
     if (target.matches("[aria-disabled=true]")) find("said").textContent = "It goes on by itself as soon as this is done.";
   }, true);
   function goOn() {
-    const { step, folder } = find("next").dataset, isGoing = sessionStorage.getItem(GOING) === folder;
-    if (step === "busy") return;
-    sessionStorage.removeItem(GOING);
+    const { step, folder } = find("leads").dataset, isGoing = sessionStorage.getItem(GOING) === folder;
+    if (step === "busy" || step === "describe") return; // it works, or has not begun
     if (isGoing && step === "check" && !find("next").querySelector(".warn")) find("step")?.click();
     sessionStorage.removeItem(GOING); // a check is begun once
   }
@@ -133,8 +132,10 @@
   const isBusy = () => find("progress").dataset.busy === "yes";
   let { looked, standing } = find("progress").dataset, wasBusy = isBusy();
   document.addEventListener("htmx:after:swap", ({ target }) => {
-    if (target.id === "next") goOn();
-    if (standing !== find("progress").dataset.standing) htmx.trigger(find("next"), "refresh");
+    if (target.id === "leads") goOn();
+    const isOther = standing !== find("progress").dataset.standing;
+    if (isOther) for (const id of ["said", "refused"]) find(id).replaceChildren(); // they were about the state before
+    if (isOther || target.id === "files") htmx.trigger(find("leads"), "refresh"); // other fields
     ({ standing } = find("progress").dataset);
     if (wasBusy && !isBusy()) for (const id of ["free", "hours"]) htmx.trigger(find(id), "refresh");
     wasBusy = isBusy();

@@ -85,10 +85,10 @@
     select.value = rows.some(([name]) => name === value) ? value : "";
   }
 
-  // as many as the style sheet lays side by side: of 16 rem each at the size 1, with a gap of 35 pixels
+  // as many as the style sheet lays side by side
   const columns = () => {
-    const size = +getComputedStyle(document.documentElement).getPropertyValue("--size") || 1;
-    return Math.max(1, Math.floor((shelf.clientWidth + 35) / (Math.min(256 * size, shelf.clientWidth) + 35)));
+    const list = shelf.querySelector("ol.plates");
+    return list ? getComputedStyle(list).gridTemplateColumns.split(" ").length : 1;
   };
 
   async function load(part) {

@@ -26,9 +26,29 @@
     }
   });
 
+  // ---- a change that leads to the same page again keeps the place on it
+  const PLACE = "place on the page";
+  document.addEventListener("htmx:after:request", ({ detail }) => {
+    const address = detail.ctx.response?.raw.headers.get("hx-redirect");
+    if (!address || new URL(address, location.href).pathname !== location.pathname) return;
+    const place = { path: location.pathname, y: scrollY, id: document.activeElement.id };
+    try { sessionStorage.setItem(PLACE, JSON.stringify(place)); } catch { /* kept nowhere */ }
+  });
+  try {
+    const place = JSON.parse(sessionStorage.getItem(PLACE) ?? "{}");
+    sessionStorage.removeItem(PLACE);
+    if (place.path === location.pathname) {
+      scrollTo(0, place.y);
+      if (place.id) document.getElementById(place.id)?.focus({ preventScroll: true });
+    }
+  } catch { /* kept nowhere */ }
+
   // ---- a page that nobody sees asks for nothing again; what was pressed or typed is still sent
   document.addEventListener("htmx:before:request", (event) => {
     const isRepeated = event.detail.ctx.request.method === "GET" && event.target.closest?.("[hx-trigger*='every']");
-    if (document.hidden && isRepeated) event.preventDefault();
+    if (!document.hidden || !isRepeated) return;
+    let isAwaited = false; // the end of a run, see notices.js
+    try { isAwaited = event.target.id === "machine" && localStorage.getItem("tell of ends") === "yes"; } catch { /* kept nowhere */ }
+    if (!isAwaited) event.preventDefault();
   });
 }

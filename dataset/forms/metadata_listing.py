@@ -76,6 +76,8 @@ def _find_picture(key: str, folder: Path | None, listed: dict[Path, dict[str, Pa
     if bad_character(key) or not key.strip():
         raise ValueError("this is not a path")
     path = Path(key) if folder is None else folder / key
+    if folder is not None and Path(key).is_relative_to(folder) and not path.parent.is_dir():
+        path = Path(key)  # written with its folder, as the folder is typed
     check_length(path)
     if path.suffix.lower() in image_suffixes() and path.is_file():
         return path

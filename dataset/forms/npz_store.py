@@ -271,6 +271,8 @@ class NpzStore:
                 mask = self._read_foreign_mask(path, tensor, grid)
                 named[cache_files.tensor_name(LOSS_MASK, mask)] = mask
                 continue
+            if tensor.ndim == 4 and tensor.shape[1] == 1:  # older programs keep the axis of the one frame
+                tensor = tensor[:, 0]
             if tensor.shape != shape or not tensor.is_floating_point():
                 raise CacheError(
                     f"{path}: its {key} are {dtype_name(tensor.dtype)} of shape {tuple(tensor.shape)}, this "
@@ -383,6 +385,8 @@ class NpzStore:
         members = {key: format_array(array) for key, array in arrays.items()}
         members[OURS] = format_array(describe_tensors(tensors, tensor_names, metadata, members))
         arrays |= {constant: np.array(value) for constant, value in self.form.constants.items()}
+        for setting, key in self.form.of_table.items():
+            arrays[setting] = np.array(getattr(self.table, key), np.float32)
         for zeros, (like, columns) in self.form.zeros.items():
             if like in arrays:
                 arrays[zeros] = np.zeros((len(arrays[like]), columns), np.float32)

@@ -5,6 +5,7 @@ the path.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -87,6 +88,8 @@ class LoraRules:
     # endings of paths of fused layers -> how many parts, see `networks.lora_products.fused_heights`
     fused: Mapping[str, int] = field(default_factory=dict)
     encoders: Mapping[str, str] = field(default_factory=dict)  # argument -> the encoder it switches on
+    # argument -> the part of `DitSpec.lora_exclude` that it switches on
+    switches: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,42 @@ class RowsByHead:
     ending: str  # of our paths of the layers
     norm_ending: str  # of our paths of norms that are as wide as a head, in models' files
     head_width: int  # of released models, because no LoRA shows it
+
+
+@dataclass(frozen=True)
+class GrownBlocks:
+    """A list of blocks that deeper variants of a model have more of: copies behind some of the originals."""
+
+    blocks: str  # its name in our layout
+    also_called: tuple[str, ...]  # in other layouts
+    depths: tuple[int, ...]  # blocks of the variants; each has the copies once more than the one before
+    copied: frozenset[int]  # blocks of the first variant that the others repeat
+    keys: tuple[str, ...]  # metadata of a LoRA file that say for how many blocks it is, ours first
+    most: int = 1000  # that a file may name
+
+    def originals(self, depth: int) -> list[int]:
+        """Return, for each block of a variant, the block of the first one that it comes from."""
+        copies = self.depths.index(depth)
+        order = []
+        for block in range(self.depths[0]):
+            order += [block] * (1 + copies * (block in self.copied))
+        return order
+
+    def places(self, source: int, depth: int) -> list[list[int]]:
+        """Return, for each block of a variant, the blocks of a deeper one that come from it.
+
+        Of several copies of a block the last one is repeated.
+        """
+        places: list[list[int]] = []
+        place = 0
+        originals = self.originals(source)
+        counts = Counter(self.originals(depth))
+        for index, block in enumerate(originals):
+            is_last = index + 1 == len(originals) or originals[index + 1] != block
+            count = counts[block] - originals.count(block) + 1 if is_last else 1
+            places.append([*range(place, place + count)])
+            place += count
+        return places
 
 
 @dataclass(frozen=True, eq=False)  # compared and hashed as objects: the lists are long
@@ -165,6 +204,7 @@ class FamilyNames:
     refuses_strangers: bool = False
     # beginnings of paths, of any layout, that files write without the prefix of the transformer
     unprefixed: tuple[str, ...] = ()
+    grown: GrownBlocks | None = None  # whose LoRAs fit deeper variants too (`networks.depths`)
 
     @cached_property
     def modules(self) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ ENTRY = FamilyEntry(
     script="sd",
     cache="sd_cache",
     trainer="train_network",
+    trained="ckpt",
     record="Sd1",
     encoders=(),  # the VAE is in the checkpoint, or in a file of its own
     spelled=(("infer_steps", "--steps"), ("sample_solver", "--sampler")),

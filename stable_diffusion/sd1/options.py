@@ -1,6 +1,6 @@
 """Options of train_network.py and the sd_cache_... scripts. Standard library only."""
 
-from modules.options import HABIT, IDENTITY, option
+from modules.options import CHANGEABLE, FREE, HABIT, IDENTITY, option
 from stable_diffusion.generation_options import StableDiffusionGenerationOptions, script_defaults
 from stable_diffusion.training_options import (
     LatentCachingOptions,
@@ -9,6 +9,7 @@ from stable_diffusion.training_options import (
     caching_options,
     generation_options,
 )
+from stable_diffusion.whole_options import IF_TRAINED, text_rate, text_switch
 
 __all__ = ("caching_options", "generation_options")
 NAME = "Stable Diffusion 1.x and 2.x"
@@ -31,6 +32,65 @@ class Sd1TrainingOptions(StableDiffusionTrainingOptions, title=NAME):
 
     v2: bool = option("the checkpoint is Stable Diffusion 2.x; read from the file if not given", facts=HABIT)
     clip_skip: int | None = _clip_skip()
+
+
+class Sd1FineTuningOptions(Sd1TrainingOptions, title=NAME):
+    """Options of fine_tune.py besides the shared ones."""
+
+    train_text_encoder: bool = text_switch("train the text encoder with the U-Net")
+    learning_rate_te: float | None = text_rate("the text encoder", IF_TRAINED)
+    full_bf16: bool = option(name="full_bf16", facts=FREE)  # the shared one: text encoders learn in it too
+
+    @property
+    def is_whole(self) -> bool:
+        return True
+
+    @property
+    def learns_in_bf16(self) -> bool:
+        return self.full_bf16
+
+    @property
+    def text_rates(self) -> dict[str, float | None]:
+        return {"text_encoder": self.learning_rate_te} if self.train_text_encoder else {}
+
+
+class Sd1DreamBoothOptions(Sd1TrainingOptions, title=NAME):
+    """Options of train_db.py besides the shared ones."""
+
+    learning_rate_te: float | None = text_rate("the text encoder, which learns with the U-Net")
+    stop_text_encoder_training: int | None = option(
+        "the text encoder learns during so many steps; -1: it does not learn; default: to the end",
+        least=-1,
+        facts=CHANGEABLE,
+    )
+    no_token_padding: bool = option(
+        "do not fill captions up to 75 tokens, but to the longest one of each batch",
+        excludes="max_token_length",
+        hint="both change how many tokens are read",
+        facts=IDENTITY,
+    )
+    full_bf16: bool = option(name="full_bf16", facts=FREE)  # the shared one: text encoders learn in it too
+
+    @property
+    def fills_captions(self) -> bool:
+        return not self.no_token_padding
+
+    @property
+    def is_whole(self) -> bool:
+        return True
+
+    @property
+    def learns_in_bf16(self) -> bool:
+        return self.full_bf16
+
+    @property
+    def text_rates(self) -> dict[str, float | None]:
+        return {} if self.text_steps == 0 else {"text_encoder": self.learning_rate_te}
+
+    @property
+    def text_steps(self) -> int | None:
+        stop = self.stop_text_encoder_training
+        return None if stop is None else max(stop, 0)
 
 
 class Sd1LatentCachingOptions(LatentCachingOptions, title=NAME):

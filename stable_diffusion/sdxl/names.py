@@ -8,6 +8,7 @@ ENTRY = FamilyEntry(
     own_files=False,
     script="sdxl",
     cache="sdxl_cache",
+    trained="ckpt",
     record="Sdxl",
     encoders=(),  # the VAE is in the checkpoint, or in a file of its own
     spelled=(("infer_steps", "--steps"), ("sample_solver", "--sampler")),

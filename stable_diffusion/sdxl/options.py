@@ -1,6 +1,6 @@
 """Options of sdxl_train_network.py and the sdxl_cache_... scripts. Standard library only."""
 
-from modules.options import not_needed, unsupported
+from modules.options import CHANGEABLE, FREE, not_needed, option, unsupported
 from stable_diffusion.generation_options import StableDiffusionGenerationOptions, script_defaults
 from stable_diffusion.training_options import (
     LatentCachingOptions,
@@ -8,6 +8,12 @@ from stable_diffusion.training_options import (
     TextCachingOptions,
     caching_options,
     generation_options,
+)
+from stable_diffusion.whole_options import (
+    IF_TRAINED,
+    read_block_rates,
+    text_rate,
+    text_switch,
 )
 
 __all__ = ("caching_options", "generation_options")
@@ -19,16 +25,57 @@ _IN_GUIDES = (
 )
 
 
-class SdxlTrainingOptions(StableDiffusionTrainingOptions, title=NAME):
-    """Options of sdxl_train_network.py besides the shared ones."""
+class SdxlLearningOptions(StableDiffusionTrainingOptions, title=NAME):
+    """Options of the scripts that train, besides the shared ones."""
 
-    text_encoder_lr1 = unsupported(_IN_GUIDES, type=float)
-    text_encoder_lr2 = unsupported(_IN_GUIDES, type=float)
     v2 = unsupported("this script trains Stable Diffusion XL. Train 2.x with train_network.py --v2")
     clip_skip = not_needed(
         "Stable Diffusion XL was trained on the last but one layer of both text encoders, which is used.",
         type=int,
     )
+
+
+class SdxlTrainingOptions(SdxlLearningOptions, title=NAME):
+    """Options of sdxl_train_network.py besides the shared ones."""
+
+    text_encoder_lr1 = unsupported(_IN_GUIDES, type=float)
+    text_encoder_lr2 = unsupported(_IN_GUIDES, type=float)
+
+
+_OF_LORAS = "it is of LoRAs. Give the rate of {} to --{}"
+
+
+class SdxlWholeTrainingOptions(SdxlLearningOptions, title=NAME):
+    """Options of sdxl_train.py besides the shared ones."""
+
+    train_text_encoder: bool = text_switch("train both text encoders with the U-Net")
+    learning_rate_te1: float | None = text_rate("CLIP-L, the first text encoder", IF_TRAINED)
+    learning_rate_te2: float | None = text_rate("OpenCLIP, the second one", IF_TRAINED)
+    block_lr: str | None = option(
+        "learning rates of the U-Net's 23 blocks, with commas: embeddings of time and size, 9 input blocks, "
+        "3 middle blocks, 9 output blocks, output; 0 freezes a block",
+        facts=CHANGEABLE,
+    )
+    full_bf16: bool = option(name="full_bf16", facts=FREE)  # the shared one: text encoders learn in it too
+    text_encoder_lr1 = unsupported(_OF_LORAS.format("CLIP-L", "learning_rate_te1"), type=float)
+    text_encoder_lr2 = unsupported(_OF_LORAS.format("OpenCLIP", "learning_rate_te2"), type=float)
+
+    @property
+    def is_whole(self) -> bool:
+        return True
+
+    @property
+    def learns_in_bf16(self) -> bool:
+        return self.full_bf16
+
+    @property
+    def text_rates(self) -> dict[str, float | None]:
+        rates = {"text_encoder": self.learning_rate_te1, "text_encoder_2": self.learning_rate_te2}
+        return rates if self.train_text_encoder else {}
+
+    @property
+    def block_rates(self) -> tuple[float, ...]:
+        return read_block_rates(self.block_lr)
 
 
 class SdxlLatentCachingOptions(LatentCachingOptions, title=NAME):

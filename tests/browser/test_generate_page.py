@@ -152,9 +152,9 @@ def test_a_run_fills_the_form_with_its_own_command(served: Served) -> None:
         assert page.get_by_label("use x-step4.safetensors").is_checked()
         assert not page.get_by_label("use x-step2.safetensors").is_checked()
         assert page.get_by_label("strength of x-step4.safetensors").input_value() == "0.8"
-        rows = page.locator(".loras li").all_inner_texts()
+        rows = page.locator(".loras li").all_text_contents()
         assert ["best loss" in row for row in rows] == ["x-step2" in row for row in rows]
-        command = page.locator("#command").inner_text()
+        command = page.locator("#command").text_content()
         assert "--lora_multiplier 0.8" in command
         assert "--video_size 48 64" in command
         assert page.problems == []
@@ -165,10 +165,11 @@ def test_the_command_follows_what_is_typed_and_a_reload_keeps_it(served: Served,
         page.get_by_label("Prompt").fill(PROMPT)
         page.get_by_label("Seed").fill("7")
         page.get_by_label("How many").fill("3")
+        page.get_by_text("Add a LoRA").click()
         page.get_by_label("use x-step2.safetensors").check()
         page.get_by_label("strength of x-step2.safetensors").fill("0.35")
         wait_until(page, "document.querySelector('#command').textContent.includes('0.8 0.35')")
-        command = page.locator("#command").inner_text()
+        command = page.locator("#command").text_content()
         assert "--prompt 'a <b>cat</b> & \"dog\" ü --w 9'" in command
         assert command.endswith("--num_videos 3")
         assert page.get_by_label("Lock").is_checked()
@@ -176,7 +177,7 @@ def test_the_command_follows_what_is_typed_and_a_reload_keeps_it(served: Served,
         page.reload()
         assert page.get_by_label("Prompt").input_value() == PROMPT
         assert page.get_by_label("strength of x-step2.safetensors").input_value() == "0.35"
-        assert page.locator("#command").inner_text() == command
+        assert page.locator("#command").text_content() == command
         assert page.problems == []
         with serve(root) as again:  # the newest draft, after a restart
             page.goto(f"{again.url}/generate")
@@ -204,19 +205,21 @@ def test_a_last_file_and_its_step_file_are_one_row(served: Served, root: Path) -
     with history_path(root / "out", "x").open("a", encoding="utf-8") as history:
         history.write('{"step": 4, "saved": "x.safetensors"}\n')
     with open_page(f"{served.url}/generate?run={run_id(served)}") as page:
-        names = [text.split()[1] for text in page.locator(".loras li").all_inner_texts()]
+        names = [text.split()[1] for text in page.locator(".loras li").all_text_contents()]
         assert names == ["x-step4.safetensors", "x-step2.safetensors"]
         assert page.get_by_label("use x-step4.safetensors").is_checked()
         assert "step 4 · loss 0.3" in page.locator(".loras li").first.inner_text()
-        assert f"--lora_weight {root}/out/x-step4.safetensors" in page.locator("#command").inner_text()
+        assert f"--lora_weight {root}/out/x-step4.safetensors" in page.locator("#command").text_content()
 
 
 def test_loras_of_other_models_stand_behind_a_word_with_the_reason(root: Path) -> None:
     write_generating(root / "large", "large", task="--task t2v-14B ")
     write_generating(root / "flat", "flat", script="flux_2_generate_image.py", task="")
     with serve(root) as served, open_page(f"{served.url}/generate?run={run_id(served)}") as page:
-        first, second = page.locator(".loras").all()
-        assert all("use x" in text for text in first.locator("li").all_text_contents())
+        chosen, first, second = page.locator(".loras").all()
+        assert all(
+            "use x" in text for text in (chosen.locator("li").or_(first.locator("li"))).all_text_contents()
+        )
         assert not second.is_visible()
         page.get_by_text("LoRAs of other models").click()
         texts = second.locator("li").all_text_contents()
@@ -233,12 +236,13 @@ def test_loras_of_other_models_stand_behind_a_word_with_the_reason(root: Path) -
 
 def test_shape_slider_and_lock_set_what_they_say(served: Served) -> None:
     with open_page(f"{served.url}/generate?run={run_id(served)}") as page:
-        page.get_by_label("Shape").select_option("48 64")
+        page.get_by_role("group", name="Shape").get_by_role("button", name="48 × 64").click()
         assert page.get_by_label("Width").input_value() == "48"
         assert page.get_by_label("Height").input_value() == "64"
+        page.get_by_text("Add a LoRA").click()
+        page.get_by_label("use x-step2.safetensors").check()
         page.get_by_label("slider of x-step2.safetensors").fill("1.5")
         assert page.get_by_label("strength of x-step2.safetensors").input_value() == "1.5"
-        assert page.get_by_label("use x-step2.safetensors").is_checked()
         page.get_by_label("Lock").check()
         seed = page.get_by_label("Seed").input_value()
         assert seed.isdecimal()
@@ -336,7 +340,7 @@ def test_make_makes_what_the_form_says(served: Served, root: Path) -> None:
 
 
 def format_command_line(page: Any) -> list[str]:
-    return shlex.split(page.locator("#command").inner_text())
+    return shlex.split(page.locator("#command").text_content())
 
 
 def test_the_command_is_that_of_the_model_that_was_chosen_last(served: Served) -> None:
@@ -361,6 +365,69 @@ def test_the_command_is_that_of_the_model_that_was_chosen_last(served: Served) -
             if steps:
                 assert command[command.index(spelled) + 1] == steps
         assert page.problems == []
+
+
+def place_of(page: Any, selector: str) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom of an element in the window."""
+    box = page.locator(selector).first.bounding_box()
+    return box["x"], box["y"], box["x"] + box["width"], box["y"] + box["height"]
+
+
+def test_form_button_and_what_is_made_are_in_view_together(served: Served, root: Path) -> None:
+    for number in range(9):
+        write_png(root / "generated" / f"20261126-10101{number}_{number}.png", PICTURE)
+    with open_page(f"{served.url}/generate?run={run_id(served)}", width=1440, height=900) as page:
+        page.get_by_label("Prompt").fill("slow")
+        page.locator("#shelf .plate").first.wait_for()
+        page.get_by_role("button", name="Make", exact=True).click()
+        page.get_by_text(re.compile(r"On the way: 1 result, seed \d+\.")).wait_for()
+        page.locator(".preview img").wait_for()
+        for shown in (".preview", "#shelf .plate .picture"):
+            form, made = place_of(page, "#make"), place_of(page, shown)
+            assert form[2] < made[0]
+            if shown == "#shelf .plate .picture":
+                page.get_by_role("button", name="Cancel").click()
+                page.locator("#ended").wait_for()
+                assert place_of(page, "#ended")[3] - place_of(page, "#ended")[1] < 60  # in one line
+                made = place_of(page, shown)
+            assert made[3] <= 900
+        for top in (0, 400):
+            page.evaluate(f"scrollTo(0, {top})")
+            wait_until(page, f"scrollY === {top}")
+            page.wait_for_timeout(100)
+            assert 0 <= place_of(page, "#press")[1] < place_of(page, "#press")[3] <= 900
+        page.get_by_label("Steps").fill("3")
+        assert page.locator("#on_its_way").text_content() == ""
+        page.set_viewport_size({"width": 390, "height": 844})
+        assert place_of(page, "#press")[3] <= 844
+        assert page.problems == []
+
+
+def test_chosen_loras_are_a_list_and_others_are_added_by_a_search(served: Served, root: Path) -> None:
+    write_generating(root / "more", "style")
+    with open_page(f"{served.url}/generate?run={run_id(served)}") as page:
+        chosen, others = page.locator("#chosen_loras li"), page.locator("#add_lora li:visible")
+        assert [row.split()[1] for row in chosen.all_inner_texts()] == ["x-step4.safetensors"]
+        page.get_by_text("Add a LoRA").click()
+        assert others.count() == 5
+        page.get_by_label("Look for one").fill("STYLE step2")
+        page.get_by_label("use style-step2.safetensors").check()
+        assert chosen.count() == 2
+        assert page.evaluate("document.activeElement.value").endswith("style-step2.safetensors")
+        wait_until(page, "document.querySelector('#command').textContent.includes('style-step2')")
+        page.get_by_label("use x-step4.safetensors").uncheck()
+        wait_until(page, "!document.querySelector('#command').textContent.includes('x-step4')")
+        assert chosen.count() == 1
+        assert page.problems == []
+
+
+def test_a_run_of_stable_diffusion_fills_the_form_like_others(root: Path) -> None:
+    write_generating(root / "xl", "xl", trained_on="sdxl", script="sdxl_generate_image.py", task="")
+    with serve(root) as served, open_page(f"{served.url}/generate?run={run_id(served, 'xl')}") as page:
+        assert page.get_by_label("Model").input_value() == f"run {run_id(served, 'xl')}"
+        assert page.get_by_label("use xl-step4.safetensors").is_checked()
+        assert "sdxl_generate_image.py" in page.locator("#command").text_content()
+        assert page.get_by_role("button", name="Make", exact=True).is_visible()
 
 
 def test_four_seeds_follow_one_another(served: Served, root: Path) -> None:

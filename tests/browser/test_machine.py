@@ -79,7 +79,8 @@ def test_the_line_names_what_runs_and_links_to_it(tmp_path: Path) -> None:
     with serve_runs(tmp_path) as served:
         line = served.ask("/machine").text
         assert f'<a href="{served.of("y")}">y, step 4 of 10' in line
-    assert "over" not in line
+    assert ">over" not in line
+    assert '"over: finished"' in html.unescape(line)
 
     history = History(history_path(tmp_path, "z.run"), 1)
     told = {"model": "wan", "total_steps": 10, "changed": [], "unchanged": [], "listens": True}

@@ -1,12 +1,13 @@
 """The form of the page New: its command, what it refuses, and names that are free."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from browser.captioning import make_caption_words
 from browser.described_folder import change_steps
-from browser.new_form import NewForm, check_form, list_key_changes, make_new_words, read_steps
+from browser.new_form import WHOLE, NewForm, check_form, list_key_changes, make_new_words, read_steps
 from browser.new_pages import find_free_name
 from modules.errors import OptionError
 
@@ -28,6 +29,10 @@ def test_a_form_and_its_command_stand_for_each_other() -> None:
     assert NewForm.of_words(words) == FORM
     assert NewForm.of_words(make_new_words(FORM, Path("other"), dry_run=True)) == FORM
     assert NewForm.of_words(make_new_words(FORM, Path("models"), overwrite=True)) == FORM
+    whole = replace(FORM, whole=WHOLE)
+    assert "--whole_model" in make_new_words(whole, Path("models"))
+    assert NewForm.of_words(make_new_words(whole, Path("models"), dry_run=True)) == whole
+    assert NewForm.of_address(whole.address) == whole
 
 
 @pytest.mark.parametrize(
@@ -80,6 +85,17 @@ def test_what_new_derives_from_the_steps_follows_them() -> None:
     times = dict.fromkeys(("save_every_n_steps", "save_last_n_steps_state", "sample_every_n_steps"), 50)
     assert shorter.changes == {"max_train_steps": 100, **times}
     assert longer.changes == {"max_train_steps": 3000, **dict.fromkeys(times, 300)}
+
+
+def test_saves_of_a_whole_model_follow_its_steps_too() -> None:
+    values = {"max_train_steps": 2000, "fused_backward_pass": True, "save_every_n_steps": 500}
+    values |= {"save_last_n_steps": 500, "save_last_n_steps_state": 500, "sample_every_n_steps": 200}
+
+    change = change_steps(values, 4000)
+
+    saves = dict.fromkeys(("save_every_n_steps", "save_last_n_steps", "save_last_n_steps_state"), 1000)
+    assert change.changes == {"max_train_steps": 4000, **saves, "sample_every_n_steps": 400}
+    assert not change.kept
 
 
 def test_what_somebody_changed_by_hand_stays_and_is_named() -> None:

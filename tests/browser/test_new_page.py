@@ -124,17 +124,16 @@ def test_twelve_dropped_pictures_become_a_lora_by_labels_alone(
         for name, path in PARTS.items():
             page.get_by_label(f"--{name}").fill(path)
         page.get_by_text("a Wan2.1 VAE (--vae)").wait_for()
-        wait_until(page, "document.querySelector('#command').innerText.includes('t5=')")
-        command = page.locator("#command").inner_text()
+        wait_until(page, "document.querySelector('#command').textContent.includes('t5=')")
+        command = page.locator("#command").text_content()
         press(page, "Describe")
         wait_page(page, "Train on it")
-        page.get_by_role("button", name="Check").wait_for()
-        wait_page(page, "described")
+        wait_page(page, "no fault")
 
         assert_equal_to_command(command, root / "kittens", tmp_path)
         (root / "kittens/prompts.txt").write_text(FEW, encoding="utf-8")
-        press(page, "Check")
-        wait_page(page, "no fault")
+        press(page, "Check")  # as a file has changed
+        page.get_by_role("button", name="Start").wait_for(timeout=90 * SECONDS)
         page.get_by_text("All files with what is cut off").click()
         frame = page.frame_locator("iframe")
         frame.get_by_text("p00.png").first.wait_for()
@@ -162,6 +161,26 @@ def test_a_first_description_is_that_of_the_command(served: Served, root: Path, 
     [command] = re.findall(r'<code id="command"[^>]*>(.*?)</code>', shown)
     describe(served, root / "set")
     assert_equal_to_command(html.unescape(re.sub("<[^>]*>", "", command)), root / "set", tmp_path)
+
+
+def test_a_whole_model_is_described_as_the_command_does(served: Served, root: Path, tmp_path: Path) -> None:
+    write_pictures(root / "set", 2, captions=True)
+    fields = {"folder": str(root / "set"), **FIELDS, "whole": "yes"}
+    shown = served.ask(f"/new?{urlencode(fields)}").text
+    assert '<option value="yes" selected>the whole model</option>' in shown
+    assert "Each saved file has 2.8 GB" in shown
+    [command] = re.findall(r'<code id="command"[^>]*>(.*?)</code>', shown)
+    line = html.unescape(re.sub("<[^>]*>", "", command))
+    assert "--whole_model" in line
+    describe(served, root / "set", whole="yes")
+    assert_equal_to_command(line, root / "set", tmp_path)
+    written = served.ask(f"/new?folder={quote(str(root / 'set'))}").text
+    assert '<option value="yes" selected>the whole model</option>' in written
+    fields |= {"family": "wan22", "task": "t2v-A14B", "whole": ""}
+    shown = served.ask(f"/new?{urlencode(fields)}").text
+    assert '<option value="yes" disabled>the whole model</option>' in shown
+    assert "Not the whole model: Wan2.2" in shown
+    assert "has two transformers" in shown
 
 
 def refused(served: Served, root: Path, **changes: str) -> str:
@@ -471,7 +490,9 @@ def test_a_model_that_is_to_be_loaded_needs_its_licences_accepted(served: Served
     write_pictures(folder, 2, captions=True)
     fields = {name: text for name, text in FIELDS.items() if not name.startswith("file_")}
     post(served, "describe", **{"folder": str(folder), **fields, "family": "krea2", "task": "raw"})
-    text = wait_for(served, folder, '">described<')
+    wait_for(served, folder, '">described<')
+    text = served.ask(f"/new?folder={quote(str(folder))}").text
+    assert re.search(r">Get the model \([\d.]+ GB, \d licences\)</button>", text)
     assert "are loaded first, under these licences" in text
     assert 'href="https://github.com/krea-ai' in text
     assert "There is no login on this machine" in text or "There is a login" in text

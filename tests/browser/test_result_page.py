@@ -101,9 +101,9 @@ def test_search_and_filters_keep_what_fits(page: Any) -> None:
     page.get_by_label("Kind of results").select_option("clip")
     wait_for_plates(page, 1)
     page.get_by_label("Kind of results").select_option("")
-    page.get_by_label("Model of results").select_option("wan t2v-1.3B")
+    page.get_by_label("Made with").select_option("wan t2v-1.3B")
     wait_for_plates(page, 3)
-    page.get_by_label("Model of results").select_option("")
+    page.get_by_label("Made with").select_option("")
     page.get_by_label("Run of results").select_option("own")
     wait_for_plates(page, 3)
     page.get_by_label("Find results").fill("nothing at all")
@@ -112,6 +112,7 @@ def test_search_and_filters_keep_what_fits(page: Any) -> None:
 
 
 def test_keys_move_open_and_close_and_the_focus_stays(page: Any, root: Path) -> None:
+    page.set_viewport_size({"width": 1000, "height": 900})  # three in a row, below the form
     tile(page, "clip.mp4").locator("a.shown").focus()
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowRight")

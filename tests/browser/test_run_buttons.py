@@ -427,7 +427,7 @@ def test_a_run_is_started_and_taken_back_by_the_keyboard_alone(served: Served, q
         page.get_by_role("button", name="Start").focus()
         page.keyboard.press("Enter")
         page.get_by_text("waiting, place 1").wait_for()
-        wait_until(page, "document.activeElement.id === 'stop' || document.activeElement.id === 'go_on'")
+        wait_until(page, "document.activeElement.closest('.stands, .first') !== null")
         while page.evaluate("document.activeElement.id") != "stop":
             page.keyboard.press("Tab")
         page.keyboard.press("Enter")
@@ -450,7 +450,7 @@ def test_the_end_is_told_only_if_somebody_wants_it(served: Served, tmp_path: Pat
     output = tmp_path / "my clips" / "output"
     write_run(output, "own", kind=None)
     with open_page(f"{served.url}{address_of(served)}") as page:
-        box = page.get_by_label("tell me when it ends")
+        box = page.get_by_label("tell me when a run ends")
         assert not box.is_checked()
         box.check()
         page.locator("#told_how").get_by_text("sound").wait_for()

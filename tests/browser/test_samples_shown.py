@@ -70,7 +70,7 @@ def test_the_size_is_remembered_also_on_other_pages(served: Served, page: Any) -
     page.reload()
     assert page.evaluate(width) == pytest.approx(1.5 * before, rel=0.02)
     page.goto(f"{served.url}/generate")
-    assert page.locator("#sift .size input").input_value() == "1.5"
+    assert page.locator("#results .size input").input_value() == "1.5"
     page.goto(f"{served.url}{served.of('x')}")
     page.get_by_label("Size").fill("1")
 

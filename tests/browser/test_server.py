@@ -77,11 +77,11 @@ def test_only_a_running_training_that_listens_is_asked(served: Served, tmp_path:
     before = sorted((tmp_path / "runs").iterdir())
     for name in ("x", "deaf"):
         assert served.ask(served.of(name, "ask"), "POST", "what=stop", Origin=served.url).status == 409
-        assert 'class="ask"' not in served.ask(served.of(name)).text
+        assert 'hx-post="ask"' not in served.ask(served.of(name)).text
     assert served.ask(served.of("y", "ask"), "POST", "what=rm", Origin=served.url).status == 404
-    assert 'class="ask"' in served.ask(served.of("y")).text
+    assert 'hx-post="ask"' in served.ask(served.of("y")).text
     with serve_runs(tmp_path / "runs", read_only=True) as careful:
-        assert 'class="ask"' not in careful.ask(careful.of("y")).text
+        assert 'hx-post="ask"' not in careful.ask(careful.of("y")).text
     assert sorted((tmp_path / "runs").iterdir()) == before
 
 

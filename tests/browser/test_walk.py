@@ -141,19 +141,22 @@ def test_a_long_walk_meets_nothing_wrong(tmp_path: Path, seed: int) -> None:
 def test_the_focus_stays_near_when_a_check_begins_and_ends(tmp_path: Path) -> None:
     """Enter twice does not end what it has begun; who has the focus on a button that goes away keeps it."""
     folder = quote(str(tmp_path / "root" / "from elsewhere"))
-    words = "document.activeElement.textContent"
+    focused = "document.activeElement.id"
     with (
         serve_world(tmp_path / "root", is_real=False) as world,
         open_page(f"{world.served.url}/?token={TOKEN}") as page,
     ):
         page.goto(f"{world.served.url}/new?folder={folder}")
         page.get_by_role("button", name="Check", exact=True).press("Enter")
-        page.get_by_role("button", name="End it").wait_for()
-        assert page.evaluate(words) == "Check"
-        page.get_by_text("no fault").or_(page.get_by_text("faults: a run would stop")).wait_for()
-        assert page.evaluate(words) == "Check"
+        page.get_by_role("button", name="Checking …").wait_for()
+        page.keyboard.press("Enter")
+        page.get_by_text("It goes on by itself").wait_for()
+        assert page.evaluate(focused) == "step"
+        page.get_by_text("no fault").or_(page.get_by_text("faults: a run would stop")).first.wait_for()
+        assert page.evaluate(focused) == "step"
 
-        page.get_by_role("button", name="Check", exact=True).press("Enter")
+        page.get_by_text("the steps apart").click()
+        page.get_by_role("button", name="Only look for faults").press("Enter")
         page.get_by_role("button", name="End it").focus()
         page.get_by_role("button", name="End it").wait_for(state="detached")
         wait_until(page, "document.activeElement.closest('#progress') !== null")

@@ -107,6 +107,7 @@ def test_a_run_generate_and_the_queue_outlast_their_server(server: RestartedServ
 
         page.get_by_role("button", name="Generate with it").click()
         page.get_by_label("Prompt", exact=True).fill("a red square")
+        page.get_by_text("show the command").click()
         wait_for_text(page, "#command", "--prompt 'a red square'")
         assert "--lora_weight output/my_clips.safetensors" in page.locator("#command").inner_text()
         page.get_by_role("button", name="Make", exact=True).click()

@@ -4,7 +4,7 @@
 globalThis.walker = (() => {
   const CONTROLS = "a[href], button, input:not([type=hidden]), select, textarea, summary";
   const COMMANDS = "code, pre, textarea, input[name=line]";
-  const PARTS = "form, .ask, .deed, .command, li";
+  const PARTS = "form, .ask, .deed, .command, .next, li";
   const READ = /--(?:lora_weight|network_weights) (?:'([^']+)'|(\/\S+))/g; // LoRAs of a command
   const squeeze = (text) => (text ?? "").replace(/\s+/g, " ").trim();
 
@@ -89,7 +89,7 @@ globalThis.walker = (() => {
       const texts = [...part.querySelectorAll(COMMANDS)].map((each) => each.value ?? each.textContent);
       if (texts.length) return texts;
     }
-    return [];
+    return [...document.querySelectorAll(".next code")].map((each) => each.textContent); // Enter in a field presses its button
   }
 
   // Texts that a page asks for anew when its fields change, with what the server answers to the fields as they are now.
@@ -113,10 +113,10 @@ globalThis.walker = (() => {
     return [one.id, textOf(one), textOf(own)];
   }
 
-  // Without the parts that are filled by requests of their own.
+  // Without the parts that are filled by requests of their own or say what a press has done, and what was measured.
   function textOf(one) {
     const copy = one.cloneNode(true);
-    for (const part of copy.querySelectorAll("[hx-trigger]")) part.remove();
+    for (const part of copy.querySelectorAll("[hx-trigger], [role=alert], #written, [data-measured]")) part.remove();
     return squeeze(copy.textContent);
   }
 

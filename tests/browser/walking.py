@@ -42,7 +42,8 @@ TYPING_SECONDS = 0.35  # after which a page asks what its fields mean
 STEADY = 8  # clicks for which an address that has answered counts as there
 MOST_SHIFT = 60  # pixels that a page may move under its reader
 MEDIA = ("image", "media", "font")  # kinds of requests that a page need not wait for
-NOT_DRAWN = ("Load",)  # buttons of downloads
+NOT_DRAWN = ("Load", "Get the model")  # beginnings of the names of buttons of downloads
+GOES_ON = "--check"  # of a command that the page New begins by itself after the one of a press
 FREE_OPTIONS = (
     "--seed",
     "--num_videos",
@@ -277,6 +278,7 @@ class Walk:
         self.faults: list[str] = []
         self.place: Mapping[str, Any] = {}  # of the page, just before the click
         self.shown: Sequence[str] = ()  # the commands beside what is used, just before
+        self.promised: set[str] = set()  # commands that were shown as what follows a press
 
     # ---- drawing
 
@@ -312,7 +314,7 @@ class Walk:
         if control["kind"] in ("link", "nav"):
             return str(control["href"]).startswith(self.world.served.url)
         name = control["key"].partition('"')[2].partition('"')[0]
-        return not control["isDownload"] and name not in NOT_DRAWN
+        return not control["isDownload"] and not name.startswith(NOT_DRAWN)
 
     def draw_text(self, control: Mapping[str, Any]) -> str:
         """Return a text for a field: one that makes sense, one at a limit, or one of its choices."""
@@ -448,6 +450,8 @@ class Walk:
     def look_at_started(self, shown: Sequence[str], before: Mapping[str, object]) -> None:
         """What was started is one of the commands that stood beside the button."""
         lines = [line for text in shown for line in [text, *text.splitlines()]]
+        self.promised |= {line for line in lines if GOES_ON in line}
+        lines += self.promised if lines else ()
         programs = [found for line in lines if (found := program_of(line, Path.cwd())) is not None]
         if not programs:
             return

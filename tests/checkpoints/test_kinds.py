@@ -28,7 +28,6 @@ HIDREAM = {
 }
 ONE = {"num_layers": 1}
 CASES: list[tuple[str, dict[str, Any], str]] = [
-    ("CosmosTransformer3DModel", ONE, "Cosmos or Anima"),
     ("Cosmos3OmniTransformer", {"num_hidden_layers": 1}, "Cosmos 3"),
     ("ErnieImageTransformer2DModel", ONE, "ERNIE-Image"),
     ("GlmImageTransformer2DModel", ONE, "GLM-Image"),
@@ -49,9 +48,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
 ]
 # of layouts that no class here writes: diffusers' own marks, and released files
 RELEASED = {
-    "net.x_embedder.proj.1.weight": "Cosmos or Anima",
     "cond_type_embedding.weight": "HunyuanVideo 1.5",
-    "net.llm_adapter.blocks.0.cross_attn.q_proj.weight": "Anima",
 }
 FORMATS = [entry.room for entry in families.with_scripts().values() if entry.own_files]
 

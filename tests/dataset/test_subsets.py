@@ -212,6 +212,22 @@ def test_a_json_names_pictures_and_their_captions(tmp_path: Path) -> None:
     assert "first, x,y\nsecond, x,y" in [source.caption for source in of_wildcards]  # tags end every line
 
 
+def test_keys_of_a_json_may_have_the_folder_as_it_is_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the tools of image trainers write them with --full_path."""
+    pictures_in(tmp_path / "pics", "a.png", "sub/b.png")
+    monkeypatch.chdir(tmp_path)
+    entries = {"pics/a.png": {"tags": "one"}, "pics/sub/b": {"caption": "two"}}
+    Path("meta.json").write_text(json.dumps(entries), encoding="utf-8")
+
+    (table,) = folders_config(
+        given("--train_data_dir", "pics", "--in_json", "meta.json", "--resolution", "64")
+    ).datasets
+
+    assert [source.caption for source in find_sources(table)] == ["one", "two"]
+
+
 OF_TWO_SIZES = """
 [general]
 caption_extension = ".txt"

@@ -34,7 +34,7 @@ from stable_diffusion.options import read_gen_img
 from tests.commands import ROOT
 from tests.manifests import WIDTHS, tensor_list
 from tests.test_docs import PAGES
-from training.image_options import read_image_training
+from training.image_options import ImageTrainerDefaults, read_image_training
 from training.noise_options import SAMPLERS, SHIFTED_LOGIT
 from training.options import TrainerChanges, read_training
 from wan.configs import TASKS
@@ -64,17 +64,21 @@ def _readers() -> dict[str, Callable[[list[str]], Any]]:
         found[f"{entry.cache}_text_encoder_outputs.py"] = functools.partial(_read_texts, texts)
         training = entry.training_script
         record, module = entry.options_record("Training"), importlib.import_module(training)
-        images = hasattr(module, "DEFAULTS")  # it follows the image guides
-        defaults = (module.DEFAULTS,) if images else ()
+        # those that follow the image guides: of a family's options, or of its script
+        trainer = vars(entry.options).get("TRAINER")
+        images = hasattr(module, "DEFAULTS") or trainer is not None
+        defaults: tuple[Any, ...] = ()
+        if images:
+            defaults = (ImageTrainerDefaults(**trainer) if trainer else module.DEFAULTS,)
         read = (
             read_image_training
             if images
             else functools.partial(read_training, changes=TrainerChanges(settings=ALL_SAMPLERS))
         )
         found[f"{training}.py"] = functools.partial(read, "", record, *defaults)
-        defaults = importlib.import_module(entry.generation_script).DEFAULTS
+        of_script = importlib.import_module(entry.generation_script).DEFAULTS
         record = entry.options_record("Generation")
-        found[f"{entry.generation_script}.py"] = functools.partial(read_generation, "", defaults, record)
+        found[f"{entry.generation_script}.py"] = functools.partial(read_generation, "", of_script, record)
     return found
 
 
@@ -126,6 +130,8 @@ def test_no_two_files_have_the_same_place_and_each_is_where_its_option_says() ->
         ("z_image", "z-image-dit-comfy", None),
         ("krea2_raw", "krea2-dit", None),
         ("qwen3_vl_4b", "qwen3-vl-4b", None),
+        ("anima_base", "anima-dit", None),
+        ("qwen3_06b", "qwen3-0.6b", None),
         ("qwen_image_21", "qwen-image-2.1-dit", None),
         ("qwen_image_21_turbo", "qwen-image-2.1-dit-diffusers", None),
         ("qwen_image_21_vae", "qwen-image-2.1-vae-diffusers", None),

@@ -25,6 +25,7 @@ from tests.faults.messages import assert_one_message, run_here
         ("h3", "minimax_h3", None),
         ("kontext", "flux_kontext", None),
         ("z-image-turbo", "z_image", "turbo"),
+        ("circlestone-labs/Anima", "anima", "base"),
     ],
 )
 def test_a_model_is_found_in_any_spelling(name: str, family: str, task: str | None) -> None:
@@ -47,7 +48,7 @@ def test_a_further_trained_model_names_its_release(name: str, base: str) -> None
 @pytest.mark.parametrize(
     ("name", "title"),
     [
-        *(("sd3", "Stable Diffusion 3"), ("sd3.5-large", "Stable Diffusion 3"), ("anima", "Anima")),
+        *(("sd3", "Stable Diffusion 3"), ("sd3.5-large", "Stable Diffusion 3")),
         *(("svd", "Stable Video Diffusion"), ("cogvideox", "CogVideoX"), ("animatediff", "AnimateDiff")),
         *(("chroma-radiance", "Chroma1-Radiance"), ("HunyuanVideo-1.5", "HunyuanVideo-1.5")),
     ],

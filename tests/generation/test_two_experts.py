@@ -200,8 +200,9 @@ def uses_of(experts: tuple[Expert, ...], low: list[Path], high: list[Path]) -> l
         lora=LoraOptions.usual(lora_weight=tuple(low) or None),
         lora_patterns=LoraPatternOptions.usual(),
         experts=ExpertOptions.usual(lora_weight_high_noise=tuple(high) or None),
+        latent_path=None,
     )
-    return list(expert_loras(experts, options))  # type: ignore[arg-type]
+    return list(expert_loras(SimpleNamespace(experts=experts), options))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("options", ["low", "high", "both"])

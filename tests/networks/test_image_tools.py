@@ -355,6 +355,25 @@ def test_loras_of_another_model_are_neither_converted_nor_added_up(tmp_path: Pat
     assert not output.exists()
 
 
+@pytest.mark.parametrize(("rank", "share"), [(1, "80.0%"), (2, "100.0%")])
+def test_an_extraction_says_how_much_of_the_change_it_keeps(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, rank: int, share: str
+) -> None:
+    """Of singular values 4 and 3 the first is 4/5 of the norm."""
+    caplog.set_level("INFO")
+    state, changed = tiny_state(), "single_blocks.0.linear1.weight"
+    change = torch.zeros_like(state[changed])
+    change[0, 5], change[7, 2] = 4, 3
+    save_file(state, tmp_path / "a.safetensors")
+    save_file({**state, changed: state[changed] + change}, tmp_path / "b.safetensors")
+    words = ["--model_org", tmp_path / "a.safetensors", "--model_tuned", tmp_path / "b.safetensors"]
+    words += ["--save_to", tmp_path / "lora.safetensors", "--dim", rank, "--clamp_quantile", 1]
+
+    flux_extract_lora.main([str(word) for word in words])
+
+    assert f"kept:       {share} of the change" in caplog.text
+
+
 def test_the_same_model_twice_gives_no_lora(tmp_path: Path) -> None:
     model(tmp_path / "model.safetensors")
     same, made = str(tmp_path / "model.safetensors"), tmp_path / "lora.safetensors"

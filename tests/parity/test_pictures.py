@@ -23,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import anima_generate_image
 import flux_2_generate_image
 import flux_generate_image
 import flux_kontext_generate_image
@@ -36,10 +37,12 @@ import zimage_generate_image
 from encoders.autoencoder import SCALE, SHIFT
 from flux.model import unpack
 from tests.parity import pipelines
+from tests.parity.anima import AnimaThere
 from tests.parity.hunyuan_image import guider, load_pipeline
 from tests.parity.running import assert_equal, latents_in, picture_in
 from tests.parity.training import RANK
 from tests.qwen_image.test_family import SCHEDULER
+from tests.tiny.anima import write_tiny_anima
 from tests.tiny.dit_files import TinyModel
 from tests.tiny.flux import TinyFlux, write_tiny_flux
 from tests.tiny.flux_2 import write_tiny_flux_2
@@ -196,6 +199,15 @@ def picture_of_wan(pipe: Any, latents: Tensor) -> Tensor:
         for name in ("latents_mean", "latents_std")
     )
     return pipe.vae.decode(latents * std + mean).sample[:, :, 0]
+
+
+ANIMA = Model(
+    write_tiny_anima,
+    anima_generate_image.main,
+    AnimaThere,
+    lambda pipe, found: found[0],
+    picture_of_wan,
+)
 
 
 def qwen_image(lora: bool = False, **settings: Any) -> Model:
@@ -391,6 +403,13 @@ CASES: dict[str, tuple[Model, Sequence[object], dict[str, Any], Sequence[tuple[i
         krea2("_turbo"),
         ("--prompt", LONG),
         {"guidance_scale": 0.0, "prompt": LONG},
+        (),
+    ),
+    "anima": (ANIMA, ("--guidance_scale", 4, *AVOID), guided("guidance_scale", 4.0), ()),
+    "anima, a long prompt, no negative": (
+        ANIMA,
+        ("--guidance_scale", 4, "--prompt", LONG),
+        {"guidance_scale": 4.0, "prompt": LONG, "max_sequence_length": 512},
         (),
     ),
     "hunyuan_image": (

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+import tests.anima.making as anima
 import tests.flux.making as flux
 import tests.flux_2.making as flux_2
 import tests.flux_3.making as flux_3
@@ -29,6 +30,7 @@ import tests.parity.framepack as framepack
 import tests.parity.hunyuan as hunyuan
 import tests.qwen_image.making as qwen_image
 import tests.qwen_image_21.making as qwen_image_21
+import tests.tiny.anima as tiny_anima
 import tests.tiny.flux as tiny_flux
 import tests.tiny.flux_2 as tiny_flux_2
 import tests.tiny.flux_3 as tiny_flux_3
@@ -222,6 +224,28 @@ def error_of_lumina(dit: nn.Module, batch: Sequence[Item], step: int) -> Tensor:
     noisy, wanted = mixed(batch, step, sigmas)
     texts = stacked(batch, "hidden_state"), stacked(batch, "attention_mask")
     return dit(noisy[:, :, 0], 1 - sigmas, *texts).sample + wanted[:, :, 0]
+
+
+def error_of_anima(dit: nn.Module, batch: Sequence[Item], step: int) -> Tensor:
+    """The adapter, which does not learn, has the weights of the tiny file."""
+    sigmas = normal_share(batch, step).float()
+    noisy, wanted = mixed(batch, step, sigmas)
+    names = {"states": "prompt_embeds", "states_mask": "attn_mask", "ids": "t5_input_ids"}
+    given = {name: stacked(batch, key) for name, key in names.items()}
+    adapter = anima.conditioner_in_diffusers(tiny_anima.tiny_state())
+    text = anima.text_in_diffusers(adapter, {**given, "weights": stacked(batch, "t5_attn_mask")})
+    return anima.predict_in_diffusers(dit, noisy, sigmas, text) - wanted
+
+
+def anima_parts(dit_file: Path) -> Parts:
+    """The linear layers of attention and feed-forward: 10 of each block."""
+    parts = {}
+    for name, weight in load_file(dit_file).items():
+        if name.startswith("blocks.") and "norm" not in name and "modulation" not in name:
+            (there,) = tiny_anima.in_diffusers_names({name: weight})
+            parts[name.removesuffix(".weight").replace(".", "_")] = [there.removesuffix(".weight")]
+    assert len(parts) == 10 * tiny_anima.CONFIG.num_layers
+    return parts
 
 
 def error_of_hunyuan_image(dit: nn.Module, batch: Sequence[Item], step: int) -> Tensor:
@@ -444,6 +468,12 @@ CASES: dict[str, Training] = {
         parts=lumina_parts,
         error=error_of_lumina,
     ),
+    "anima": Training(
+        *("anima", "prompt_embeds", 20.0, ()),
+        network=anima.transformer_in_diffusers,
+        parts=anima_parts,
+        error=error_of_anima,
+    ),
     "hunyuan_image": Training(
         *("hi", "vlm_embed", 8.0, ()),
         network=hunyuan_image.fill_diffusers,
@@ -553,7 +583,7 @@ def train(folder: Path, name: str, *more: object) -> Path:
 
 
 # the networks of the others are compared with recorded numbers, and what they learn in tests/test_families.py
-DAILY = {"hunyuan_video", "chroma", "lumina", "hunyuan_image", "qwen_image", "krea2", "z_image"}
+DAILY = {"hunyuan_video", "chroma", "lumina", "hunyuan_image", "qwen_image", "krea2", "z_image"} | {"anima"}
 
 
 @pytest.mark.parametrize(

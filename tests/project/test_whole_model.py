@@ -19,7 +19,8 @@ from training.config_options import OTHERS_TABLE
 MODELS: dict[Path, ModelSet] = {}
 for _model in find_models():
     _script = find_whole_script(_model)
-    if _script is not None and _model.data["fp8"] and not _model.data.get("from_image"):
+    takes_photos = not _model.data.get("from_image") and _model.task != "av"  # which needs sound
+    if _script is not None and _model.data["fp8"] and takes_photos:
         MODELS.setdefault(_script, _model)
 
 
@@ -94,12 +95,19 @@ def test_it_is_told_how_much_memory_and_disk_it_takes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ("--family wan22 --task t2v-A14B --memory 80", "has two transformers, and only one is trained"),
+        (
+            "--family wan22 --task t2v-A14B --memory 80",
+            "has two transformers, which are trained one at a time",
+        ),
+        (
+            "--family ltx2 --task v --memory 80",
+            "--whole_model: LTX-2 without sound has no script that trains it whole",
+        ),
         ("--family h3 --task t2va-small --memory 80", "has weights in 8 bits"),
     ],
 )
 def test_what_cannot_be_trained_whole_is_refused(words: str, told: str, tmp_path: Path) -> None:
     write_photos(tmp_path / "p")
     answer = run_here("new_project.py", "p", "--whole_model", *words.split(), folder=tmp_path)
-    assert_one_message(*answer, told, "rain a LoRA: leave it out")
+    assert_one_message(*answer, told, "Leave it out to train a LoRA")
     assert not (tmp_path / "p" / RUN_FILE).exists()

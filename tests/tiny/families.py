@@ -11,6 +11,7 @@ from typing import Any
 
 from tests.ltx_2.release import write_release
 from tests.sound_media import Track, write_media
+from tests.tiny.anima import write_tiny_anima
 from tests.tiny.flux import write_tiny_flux
 from tests.tiny.flux_2 import write_tiny_flux_2
 from tests.tiny.flux_3 import write_tiny_flux_3
@@ -195,7 +196,7 @@ def _ltx_2(name: str, mode: str, version: str) -> TinyFamily:
         + ["--negative_prompt", "dull", "--video_length", "9", "--flow_shift", "5"],
         another_run=["--lora_target_preset", "full"],
         changed_habit=["--audio_loss_weight", "2"],
-        train_whole="",
+        train_whole="ltx2_train.py" if mode == "av" else "",
         sample_line="a cat --w 32 --h 32 --f 9 --d 7 --s 2 --fs 5 --l 3 --n dull --i start.png"
         + (" --v references/clip 0.mp4" if has_references else ""),
     )
@@ -334,6 +335,19 @@ def _lumina() -> TinyFamily:
         making=["--flow_shift", "5"],
         line="--fs 5",
         train_whole="lumina_train.py",
+    )
+
+
+def _anima() -> TinyFamily:
+    """Anima, whose scripts call the text encoder's file otherwise in training and generation."""
+    texts = ["--qwen3", "model/text_encoder", "--t5_tokenizer_path", "model/t5_tokenizer"]
+    return _pictures(
+        *("anima", "anima", "lora_anima", lambda folder: write_tiny_anima(folder / "model")),
+        dit="--pretrained_model_name_or_path",
+        vae=VAE,
+        texts=texts,
+        training=["--network_train_unet_only"],
+        train_whole="anima_train.py",
     )
 
 
@@ -478,6 +492,7 @@ FAMILIES = (
     _krea2(edits=True),
     _qwen_image_21(),
     _qwen_image_21(edits=True),
+    _anima(),
     _ltx_2("ltx_2", "v", "2.5"),
     _ltx_2("ltx_2 with sound", "av", "2.3"),
 )
@@ -503,6 +518,7 @@ def write_deep(family: TinyFamily, folder: Path, clips: WriteClips = write_clips
         "flux_3": write_tiny_flux_3,
         "lumina": write_tiny_lumina,
         "z_image": write_tiny_z_image,
+        "anima": write_tiny_anima,
         **dict.fromkeys(("krea2", "krea2 edit"), write_tiny_krea2),
         **dict.fromkeys(("qwen_image_21", "qwen_image_21 edit"), write_tiny_qwen_image_21),
         "qwen_image": write_tiny_qwen_image,

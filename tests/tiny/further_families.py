@@ -75,7 +75,7 @@ def _minimax_h3() -> TinyFamily:
         + ["--video_length", str(H3_FRAMES)],
         another_run=[],
         changed_habit=[],
-        train_whole="",
+        train_whole="minimax_h3_train.py",
         sample_line=f"a cat --w 32 --h 32 --f {H3_FRAMES} --d 7 --s 2",
     )
 

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from tests.ltx_2.release import write_release
+from tests.tiny.anima import write_tiny_anima
 from tests.tiny.flux import write_tiny_flux
 from tests.tiny.flux_2 import write_tiny_flux_2
 from tests.tiny.flux_3 import write_tiny_flux_3
@@ -23,6 +24,7 @@ from tests.tiny.z_image import write_tiny_z_image
 Writer = Callable[[Path], object]
 WAN = {"dit": "dit.safetensors", "vae": "vae.safetensors", "t5": "t5.safetensors"}
 PICTURES = {"dit": "dit.safetensors", "vae": "vae.safetensors", "text_encoder": "text_encoder"}
+ANIMA = {"dit": "dit.safetensors", "vae": "vae.safetensors", "qwen3": "text_encoder"}
 TWO_TEXTS = {"text_encoder1": "text_encoder", "text_encoder2": "text_encoder_2"}
 HUNYUAN = {"dit": "dit.safetensors", "vae": "vae.safetensors", **TWO_TEXTS}
 FLUX = {"dit": "dit.safetensors", "ae": "ae.safetensors", "t5xxl": "t5xxl_fp16.safetensors"}
@@ -58,6 +60,7 @@ MODELS: dict[str, tuple[Writer, dict[str, str]]] = {
     "qwen_image_21 edit": (write_tiny_qwen_image_21, PICTURES),
     "z_image turbo": (write_tiny_z_image, PICTURES),
     "krea2 raw": (write_tiny_krea2, PICTURES),
+    "anima base": (write_tiny_anima, ANIMA),
     "krea2 edit": (write_tiny_krea2, PICTURES),
     "ltx_2 av": (write_release, {"ltx2_checkpoint": "ltx 2.3.safetensors", "gemma_root": "gemma"}),
     "ltx_25 v": (partial(write_release, version="2.5"), LTX_25),

@@ -15,6 +15,7 @@ from tests.flux.making import tiny_control_net
 from tests.ltx_2.release import write_lora, write_release, write_upscaler
 from tests.sound_media import Track, write_media
 from tests.tiny import (
+    anima,
     flux,
     flux_2,
     flux_3,
@@ -100,6 +101,17 @@ def lay_out_hunyuan_image(folder: Path) -> None:
     (qwen / "model.safetensors").rename(folder / "qwen_2.5_vl_7b.safetensors")
     (qwen / "config.json").rename(folder / "config.json")
     save(folder / "byt5_small_glyphxl_fp16.safetensors", hunyuan_image.byt5_state())
+
+
+def lay_out_anima(folder: Path) -> None:
+    """Anima and what it needs."""
+    files = anima.write_tiny_anima(folder / "whole", dtype=torch.bfloat16)
+    files.dit.rename(folder / "anima-base-v1.0.safetensors")
+    files.vae.rename(folder / "qwen_image_vae.safetensors")
+    (files.text_encoder / "model.safetensors").rename(folder / "qwen_3_06b_base.safetensors")
+    (files.text_encoder / "config.json").rename(folder / "config.json")
+    files.text_encoder.rename(folder / "qwen_3")
+    (folder / "whole" / "t5_tokenizer").rename(folder / "t5xxl")
 
 
 def lay_out_lumina(folder: Path) -> None:

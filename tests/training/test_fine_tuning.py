@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.optimization import Adafactor
 
 from contract.loading import Placement
 from modules.errors import OptionError
@@ -193,6 +194,37 @@ def test_steps_far_below_bf16s_precision_are_not_lost() -> None:
 
     assert weight.dtype == torch.bfloat16
     assert float((weight.detach().float() - start).mean()) == pytest.approx(-5e-4, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (torch.optim.AdamW, {"weight_decay": 0.0}),
+        (Adafactor, {"relative_step": False, "scale_parameter": False}),
+    ],
+    ids=["AdamW", "Adafactor"],
+)
+def test_a_rate_of_1e_5_moves_weights_only_if_rounding_is_stochastic(
+    kind: type[torch.optim.Optimizer], settings: dict[str, Any]
+) -> None:
+    """Ten steps of about 1e-5: next to 1, numbers of bf16 are 1/128 apart, so one in 78 weights moves."""
+    start = torch.linspace(1, 1.9, 200 * 200).view(200, 200).bfloat16()
+    moved = {}
+    for is_stochastic in (True, False):
+        weight = nn.Parameter(start.clone())
+        optimizer: Any = kind([weight], lr=1e-5, **settings)
+        progress = Progress(seed=3, session_id=0, started_at=0.0)
+        steps = ParameterSteps(optimizer, {weight: "dit.weight"}, progress)
+        for progress.step in range(10):
+            weight.grad = torch.ones_like(weight)
+            if is_stochastic:
+                steps.step(weight)
+            else:
+                optimizer.step()
+        moved[is_stochastic] = int((weight.detach() != start).sum())
+
+    assert moved[False] == 0
+    assert moved[True] == pytest.approx(start.numel() * 10 * 1e-5 * 128, rel=0.25)
 
 
 def test_training_keeps_the_weights_in_bf16(tmp_path: Path) -> None:

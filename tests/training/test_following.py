@@ -254,6 +254,13 @@ def test_a_whole_transformer_takes_the_place_of_the_released_one(tmp_path: Path)
     words = words_of(generate)
     assert words[words.index("--dit") + 1] == str(tmp_path / "x.safetensors")
     assert "--lora_weight" not in words
+    saved = tmp_path / "x-000002.safetensors"
+    *_, extract, _ = steps.commands(saved, is_finished=False)
+    words = words_of(extract)[1:]
+    assert words[0] == "networks/extract_lora_from_models.py"
+    assert words[words.index("--model_tuned") + 1] == str(saved)
+    assert words[words.index("--save_to") + 1] == str(tmp_path / "x-000002_lora.safetensors")
+    assert "DIT_FILE" in extract.note  # of a plan without files
 
 
 def test_powershell_takes_words_literally_in_single_quotes() -> None:

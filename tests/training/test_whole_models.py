@@ -1,16 +1,31 @@
 """Whole transformers of picture families, by their scripts: files in 16 and in 8 bits, and plans."""
 
 import io
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from checkpoints.opening import open_checkpoint
+from contract.families import FAMILIES as FAMILIES_BY_NAME
+from flux.options import TRAINER, FluxWholeTrainingOptions, join_swapped
 from krea2.files import find_release
+from minimax_h3.dit_checkpoints import DIFFUSERS_CLASS, STACKED, read_header
+from minimax_h3.options import LAYOUT_KEY
+from modules.atomic_write import SPARE_BYTES
+from modules.errors import OutputError
 from tests.faults.messages import assert_one_message, run_here, succeed_here
-from tests.tiny.families import OUTPUT, TinyFamily, family_called
+from tests.tiny.families import FAMILIES, OUTPUT, TinyFamily, family_called
+from tests.tiny.further_families import FURTHER
 from tests.tiny.runs import make_project
+from training.checks import check_before_loading
+from training.image_options import ImageTrainerDefaults, read_image_training
+from training.learning_options import WholeDitOptions
+from training.options import TrainingOptions, read_training
 
 FUSED = ("--full_bf16", "--fused_backward_pass", "--max_grad_norm", "0", "--optimizer_type", "adafactor")
 KEPT = ("--optimizer_args", "relative_step=False", "scale_parameter=False", "warmup_init=False")
@@ -19,12 +34,31 @@ DAILY = "krea2"
 NAMES = (
     *("krea2", "flux", "chroma", "lumina", "hunyuan_image"),
     *("flux_2", "flux_3", "qwen_image_21", "kontext", "z_image", "qwen_image"),
+    *("ltx_2 with sound", "minimax_h3"),
 )
+BY_NAME = {family.name: family for family in (*FAMILIES, *FURTHER)}
+OF_DIT = ("--dit", "--pretrained_model_name_or_path", "--ltx2_checkpoint")
+PREFIX = "model.diffusion_model."  # in files with all networks
 
 
 def whole_words(family: TinyFamily) -> list[str]:
-    models = family.train[1 : family.train.index("--network_module")]
-    return [family.train_whole, *models, *OUTPUT]
+    ends = ("--network_module", "--network_dim")
+    end = next(place for place, word in enumerate(family.train) if word in ends)
+    return [family.train_whole, *family.train[1:end], *OUTPUT]
+
+
+def place_of_dit(words: list[str]) -> int:
+    """Where a command has the file of the transformer."""
+    return next(words.index(flag) for flag in OF_DIT if flag in words) + 1
+
+
+def read_dit(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a transformer, also from a file with all networks."""
+    state = load_file(path)
+    inside = {name: tensor for name, tensor in state.items() if name.startswith(PREFIX)}
+    inside = {name: tensor for name, tensor in inside.items() if "_connector." not in name}
+    state.pop("rope.inv_freq", None)  # computed
+    return {name.removeprefix(PREFIX): tensor for name, tensor in inside.items()} or state
 
 
 @pytest.fixture(
@@ -33,11 +67,15 @@ def whole_words(family: TinyFamily) -> list[str]:
 def project(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[TinyFamily, Path]:
-    family, folder = family_called(request.param), tmp_path_factory.mktemp("whole")
+    family, folder = BY_NAME[request.param], tmp_path_factory.mktemp("whole")
     make_project(family, folder)
-    path = folder / "model" / "dit.safetensors"
-    narrow = {name: tensor.bfloat16() for name, tensor in load_file(path).items()}
-    save_file(narrow, path)
+    path = folder / whole_words(family)[place_of_dit(whole_words(family))]
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    narrow = {
+        name: tensor.bfloat16() if "vae" not in name else tensor for name, tensor in load_file(path).items()
+    }
+    save_file(narrow, path, metadata)
     return family, folder
 
 
@@ -60,9 +98,8 @@ def test_a_file_in_bf16_has_the_names_and_dtypes_of_its_source(project: tuple[Ti
     assert not (folder / "output").exists()
     succeed_here(*words, folder=folder)
 
-    before, after = (
-        load_file(folder / name) for name in ("model/dit.safetensors", "output/lora.safetensors")
-    )
+    before = read_dit(folder / words[place_of_dit(words)])
+    after = load_file(folder / "output" / "lora.safetensors")
     assert {name: (tensor.shape, tensor.dtype) for name, tensor in after.items()} == {
         name: (tensor.shape, tensor.dtype) for name, tensor in before.items()
     }
@@ -77,15 +114,20 @@ def test_a_file_in_bf16_has_the_names_and_dtypes_of_its_source(project: tuple[Ti
 
 def test_a_base_in_8_bits_is_refused_at_once(project: tuple[TinyFamily, Path]) -> None:
     family, folder = project
-    state = load_file(folder / "model" / "dit.safetensors")
+    words = whole_words(family)
+    path = folder / words[place_of_dit(words)]
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    state = load_file(path)
     small = {
-        name: tensor.to(torch.float8_e4m3fn) if "s.0." in name and tensor.ndim == 2 else tensor
+        name: tensor.to(torch.float8_e4m3fn)
+        if "s.0." in name and name.endswith("weight") and tensor.ndim == 2
+        else tensor
         for name, tensor in state.items()
     }
     path = folder / "model" / "small.safetensors"
-    save_file(small, path)
-    words = whole_words(family)
-    words[words.index("model/dit.safetensors")] = str(path)
+    save_file(small, path, metadata)
+    words[place_of_dit(words)] = str(path)
 
     for more in ((), ("--plan",)):
         code, said = run_here(*words, "--max_train_steps", "1", *more, folder=folder)
@@ -116,3 +158,82 @@ def test_turbo_is_given_as_what_is_trained(tmp_path: Path) -> None:
         False,
         "its ss_krea2_dit_variant is raw",
     )
+
+
+@pytest.mark.slow
+def test_a_trained_file_says_how_its_rows_are_ordered(tmp_path: Path) -> None:
+    """--h3_qkv_layout was that of the base; printed commands repeat it."""
+    family = BY_NAME["minimax_h3"]
+    make_project(family, tmp_path)
+    words = [*whole_words(family), "--max_train_steps", "1", "--h3_qkv_layout", "interleaved"]
+
+    succeed_here(*words, folder=tmp_path)
+
+    narrow_heads = {"_class_name": DIFFUSERS_CLASS, "rope_freq_dim": 4}
+    (tmp_path / "output" / "config.json").write_text(json.dumps(narrow_heads), encoding="utf-8")
+    with open_checkpoint(tmp_path / "output" / "lora.safetensors") as trained:
+        assert trained.metadata[LAYOUT_KEY] == STACKED
+        assert read_header(trained, "interleaved").dialect == STACKED
+
+
+def test_what_a_whole_model_has_no_use_for_is_refused_by_name(tmp_path: Path) -> None:
+    """Options of LoRAs, of text encoders and of frozen models, in scripts of three kinds."""
+    picture, video, sound = "flux_train.py", "minimax_h3_train.py", "ltx2_train.py"
+    ltx = ("--ltx2_checkpoint", "ltx.safetensors", "--dataset_config", "d.toml")
+    ltx += ("--output_dir", "o", "--output_name", "x")
+    for script, words, reasons in (
+        (picture, ("--unet_lr", "1e-5"), ("--unet_lr is refused", "--learning_rate")),
+        (picture, ("--text_encoder_lr", "1e-5"), ("--text_encoder_lr is refused", "are not trained")),
+        (picture, ("--save_model_as", "ckpt"), ("can hold code",)),
+        (picture, ("--double_blocks_to_swap", "2", "--blocks_to_swap", "3"), ("say the same in two ways",)),
+        (video, ("--h3_teacher_matching",), ("--h3_teacher_matching is refused", "no frozen one")),
+        (sound, ("--lora_target_preset", "full"), ("is refused", "--trainable_modules")),
+        (sound, (*ltx, "--ltx2_mode", "v"), ("would be missing", "--ltx2_mode av")),
+    ):
+        code, said = run_here(script, *words, folder=tmp_path)
+        assert_one_message(code, said, *reasons)
+
+
+def test_older_options_of_image_trainers_are_read_as_ours(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    words = ["--dataset_config", "d.toml", "--output_dir", "o", "--output_name", "x"]
+    words += ["--double_blocks_to_swap", "3", "--single_blocks_to_swap", "5", "--blockwise_fused_optimizers"]
+    defaults = ImageTrainerDefaults(**{**TRAINER, "translate": join_swapped})
+
+    options, _, _ = read_image_training("", FluxWholeTrainingOptions, defaults, words, WholeDitOptions)
+
+    assert options.speed.swap.blocks_to_swap == 3 + 5 // 2
+    assert options.is_fused
+    assert options.is_for_images
+    assert "read as --blocks_to_swap 5" in caplog.text
+
+
+@pytest.mark.parametrize(("more", "bytes_each"), [((), 4), (("--save_state",), 8), (BF16, 2)])
+def test_a_disk_that_cannot_hold_the_file_is_named_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...], bytes_each: int
+) -> None:
+    """Also where the output folder is not there yet; the weights of blocks are counted in the saved dtype."""
+    family = BY_NAME["krea2"]
+    family.prepare(tmp_path)
+    state = load_file(tmp_path / "model" / "dit.safetensors")
+    blocks = sum(tensor.numel() for name, tensor in state.items() if name.startswith("blocks."))
+    own, options = krea2_options(tmp_path, *more)
+    model = FAMILIES_BY_NAME["krea2"].make_family("training", own)
+
+    least = bytes_each * blocks + SPARE_BYTES
+    monkeypatch.setattr("modules.atomic_write.free_bytes", lambda folder: least - 1)
+    with pytest.raises(OutputError, match="Free some space"):
+        check_before_loading(model, options)
+    monkeypatch.setattr("modules.atomic_write.free_bytes", lambda folder: least)
+    check_before_loading(model, options)
+
+
+def krea2_options(folder: Path, *more: str) -> tuple[Any, TrainingOptions]:
+    """Options of a family and of a training of krea2_train.py."""
+    record = FAMILIES_BY_NAME["krea2"].options_record("WholeTraining")
+    dit = str(folder / "model" / "dit.safetensors")
+    words = ["--dit", dit, "--dataset_config", "d.toml", "--output_dir", str(folder / "new")]
+    options, own, _ = read_training(
+        "", record, [*words, "--output_name", "x", *more], learner=WholeDitOptions
+    )
+    return own, options

@@ -193,7 +193,8 @@ class StepAfterBackward:
             network.before_optimizer_step()
         if self.alone is not None:
             for parameter in self.parameters:
-                self.alone.step(parameter)
+                if parameter.grad is not None:  # else it has stopped learning
+                    self.alone.step(parameter)
         else:  # as the optimizer itself does, if the scaler is off
             self.scaler.step(self.optimizer)
             self.scaler.update()
@@ -212,15 +213,16 @@ class FusedBackward:
 
     @torch.no_grad()
     def finish(self) -> Tensor:
-        """Step the weights without a gradient as if it were zero.
+        """Step the weights without a gradient as if it were zero, unless they have stopped learning.
 
         Returns the norm of all gradients before clipping.
         """
-        for parameter in self._parameters:
+        learning = [parameter for parameter in self._parameters if parameter.requires_grad]
+        for parameter in learning:
             if parameter not in self._norms:
                 parameter.grad = torch.zeros_like(parameter)
                 self._complete(parameter)
-        norms = [self._norms[parameter] for parameter in self._parameters]
+        norms = [self._norms[parameter] for parameter in learning]
         self._norms = {}
         return torch.linalg.vector_norm(torch.stack(norms))
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from checkpoints.stored.forms import rehearsed
 from contract.data import LatentSpec
-from contract.family import Described, Family
+from contract.family import Described, Family, LearningEncoder
 from contract.rules import SoundLearning
 from dataset.batches.finding import with_reference_sizes
 from dataset.batches.items import TrainingItem
@@ -162,6 +162,8 @@ def predict(
             for encoder in () if texts is None else texts.encoders:
                 encoder.load(META)
             moments, waiting = rehearse(family, options, dit, noisy_batch, texts=texts, watch=watch)
+            if average and texts is not None:
+                average += 4 * sum(map(_count_learning, texts.learning))
     finally:
         if texts is not None:
             texts.free()
@@ -195,6 +197,11 @@ def _average_bytes(options: TrainingOptions, dit: nn.Module) -> int:
         if not parts or any(part in name for part in parts)
     ]
     return 4 * sum(parameter.numel() for parameter in learning)
+
+
+def _count_learning(encoder: LearningEncoder) -> int:
+    """Return how many numbers of a text encoder learn."""
+    return sum(weight.numel() for weight in encoder.network.parameters() if weight.requires_grad)
 
 
 def largest_batch(items: Iterable[TrainingItem], latent_side: int = 8) -> tuple[TrainingItem, ...]:

@@ -31,7 +31,7 @@ from training.options import TrainingOptions
 from training.processes import fill_missing_gradients
 from training.steps import Progress
 from training.targets.passes import training_loss
-from training.trainable import train_dit
+from training.whole_checkpoint import train_whole
 
 logger = logging.getLogger(__name__)
 
@@ -295,8 +295,7 @@ def _make_learning_groups(
 ) -> list[dict[str, Any]]:
     """Add the network and the adapters, or choose the weights that learn; return the optimizer's groups."""
     if options.network is None:
-        assert options.whole_dit is not None
-        trainable = train_dit(dit, options.optimizer.learning_rate, options.whole_dit.name_parts)
+        trainable = train_whole(family, options, dit, texts, writes=False)
         return [dict(group) for group in trainable.groups]
     network_options = options.network
     if not network_options.dim_from_weights:

@@ -1,0 +1,124 @@
+"""The adapter of Anima: T5's tokens, embedded by a table of its own, attend to the states of Qwen3.
+
+What it returns takes the place of T5's states, with which Cosmos-Predict2 was trained. It is in the
+transformer's file, or in one of its own. Source: the released model, and diffusers' AnimaTextConditioner.
+"""
+# Letters: T tokens of T5, S states of the language model, N heads, D head width, C = N * D
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+
+from anima.configs import AdapterConfig
+from modules.attention.attend import attend
+from modules.layers.half_rope import rotate_halves
+from modules.layers.norms import RMSNorm, activation_dtype, in_own_dtype
+from modules.layers.rope import Grid, GridTable, exact_table, table_maker
+from modules.speed_options import AttentionChoice
+
+
+class AdapterAttention(nn.Module):
+    """Attention of T5's tokens to each other, or to states: queries and keys are normed, then rotated."""
+
+    def __init__(self, config: AdapterConfig, source_dim: int) -> None:
+        super().__init__()
+        width = config.dim // config.num_heads
+        self.q_proj = nn.Linear(config.dim, config.dim, bias=False)
+        self.q_norm = RMSNorm(width, config.eps)
+        self.k_proj = nn.Linear(source_dim, config.dim, bias=False)
+        self.k_norm = RMSNorm(width, config.eps)
+        self.v_proj = nn.Linear(source_dim, config.dim, bias=False)
+        self.o_proj = nn.Linear(config.dim, config.dim, bias=False)
+
+    def forward(
+        self, x: Tensor, source: Tensor, rotary: Tensor, source_rotary: Tensor, attention: AttentionChoice
+    ) -> Tensor:
+        # x: 1 T C    source: 1 T C or 1 S text_dim, whose rows have positions of their own, from 0
+        heads = (-1, *self.q_norm.normalized_shape)
+        query = self.q_norm(in_own_dtype(self.q_proj, x).unflatten(-1, heads))
+        key = self.k_norm(in_own_dtype(self.k_proj, source).unflatten(-1, heads))
+        value = in_own_dtype(self.v_proj, source).unflatten(-1, heads)
+        attended = attend(rotate_halves(query, rotary), rotate_halves(key, source_rotary), value, attention)
+        return in_own_dtype(self.o_proj, attended.flatten(2))
+
+
+class AdapterBlock(nn.Module):
+    """Self-attention, attention to the states, feed-forward; each is normed before and added."""
+
+    def __init__(self, config: AdapterConfig) -> None:
+        super().__init__()
+        self.norm_self_attn = RMSNorm(config.dim, config.eps)
+        self.self_attn = AdapterAttention(config, config.dim)
+        self.norm_cross_attn = RMSNorm(config.dim, config.eps)
+        self.cross_attn = AdapterAttention(config, config.text_dim)
+        self.norm_mlp = RMSNorm(config.dim, config.eps)
+        self.mlp = nn.Sequential(
+            nn.Linear(config.dim, config.ffn_dim), nn.GELU(), nn.Linear(config.ffn_dim, config.dim)
+        )
+
+    def forward(
+        self, x: Tensor, states: Tensor, rotary: Tensor, states_rotary: Tensor, attention: AttentionChoice
+    ) -> Tensor:
+        # x: 1 T C    states: 1 S text_dim
+        normed = self.norm_self_attn(x)
+        x = x + self.self_attn(normed, normed, rotary, rotary, attention)
+        x = x + self.cross_attn(self.norm_cross_attn(x), states, rotary, states_rotary, attention)
+        first, gelu, second = self.mlp
+        return x + in_own_dtype(second, gelu(in_own_dtype(first, self.norm_mlp(x))))
+
+
+class AnimaAdapter(nn.Module):
+    """Turn the tokens of a prompt and their language model's states into rows for the transformer."""
+
+    def __init__(self, config: AdapterConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocabulary, config.dim)
+        self.blocks = nn.ModuleList(AdapterBlock(config) for _ in range(config.num_layers))
+        self.out_proj = nn.Linear(config.dim, config.dim)
+        self.norm = RMSNorm(config.dim, config.eps)
+        widths = (config.dim // config.num_heads,)
+        make_table = table_maker(exact_table, widths, config.rope_theta)
+        self._rotary, self._states_rotary = GridTable(make_table), GridTable(make_table)
+
+    def forward(self, states: Tensor, ids: Tensor, attention: AttentionChoice) -> Tensor:
+        """Return the rows of one prompt, 1 T C.
+
+        states: 1 S text_dim, of the prompt's own tokens. ids: 1 T, T5's tokens with its end. Without
+        padding, so that nothing is masked. A prompt without tokens has one state of zeros: attention to it
+        adds nothing.
+        """
+        dtype = activation_dtype(states.device, self.out_proj.weight.dtype)
+        states = states.to(dtype)
+        if not states.shape[1]:
+            states = functional.pad(states, (0, 0, 0, 1))
+        rotary = self._rotary.get_table(Grid((ids.shape[1],)), states.device)
+        states_rotary = self._states_rotary.get_table(Grid((states.shape[1],)), states.device)
+        x = self.embed(ids).to(dtype)
+        for block in self.blocks:
+            x = block(x, states, rotary, states_rotary, attention)
+        return self.norm(in_own_dtype(self.out_proj, x))
+
+
+def read_texts(
+    adapter: AnimaAdapter,
+    states: Tensor,
+    counts: list[int],
+    ids: Tensor,
+    weights: Tensor,
+    rows: int,
+    attention: AttentionChoice,
+) -> list[Tensor]:
+    """Return the adapter's rows of each prompt, n C with n <= `rows`; the transformer pads them with zeros.
+
+    states: B S text_dim, of which `counts` are real. ids: B T, T5's tokens. weights: B T, on the host if it
+    can be: 0 for padding, else the weight of the token, which is 1 for the last one.
+    """
+    positions = torch.arange(1, ids.shape[1] + 1, device=weights.device)
+    ends = ((weights != 0) * positions).amax(dim=1).tolist()
+    embedded = []
+    for sample, (count, end) in enumerate(zip(counts, ends, strict=True)):
+        length = min(max(end, 1), rows)
+        prompt = adapter(states[sample : sample + 1, :count], ids[sample : sample + 1, :length], attention)
+        embedded.append(prompt[0] * weights[sample, :length, None].to(prompt.device, prompt.dtype))
+    return embedded

@@ -1,0 +1,204 @@
+"""Anima, described for the shared loops."""
+
+import logging
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from anima.configs import ANIMA as RELEASE
+from anima.configs import DIT, FEW_STEPS, LATENT, NOISE
+from anima.files import AnimaFiles
+from anima.names import LORA, SOURCE_BLOCKS
+from anima.options import (
+    FLOW_SHIFT,
+    GUIDANCE_SCALE,
+    NAME,
+    STEPS,
+    AnimaGenerationOptions,
+    AnimaLatentCachingOptions,
+    AnimaLearningOptions,
+    AnimaTextCachingOptions,
+    AnimaWholeTrainingOptions,
+)
+from anima.text_encoder import IDS, MASK, STATES, WEIGHTS, check_tokens
+from checkpoints.dits import with_dtype
+from contract.data import (
+    Batch,
+    CacheEntry,
+    Conditions,
+    LatentSpec,
+    MediaBatch,
+    MediaEncoders,
+    SamplingDefaults,
+)
+from contract.family import Abilities, DitSpec, Family, NoiseSource, NoiseSpec
+from contract.few_steps import FewSteps
+from contract.loading import Placement
+from contract.requests import Prepared, Request
+from contract.rules import ModelRelease
+from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
+from encoders.pictures import ModelOfPictures, encode_pictures, picture_defaults
+from modules.devices import send
+from modules.media.pixels import to_pixels
+from modules.options import NO_OPTIONS
+
+logger = logging.getLogger(__name__)
+
+TEXTS_AGAIN = "anima_cache_text_encoder_outputs.py"
+# arguments of the network -> names in caches; masks stay on the host, which reads them
+INPUTS = {"states": STATES, "states_mask": MASK, "ids": IDS, "weights": WEIGHTS}
+ON_HOST = {"states_mask", "weights"}
+UNIT = 1000  # of timesteps; the model takes the share of noise
+DEFAULTS = picture_defaults(STEPS, GUIDANCE_SCALE, 1024, FLOW_SHIFT)
+
+
+@dataclass(frozen=True)
+class Anima(ModelOfPictures):
+    """Description of Anima for one run, built by the `family_for_...` functions below."""
+
+    files: AnimaFiles
+    options: Any = NO_OPTIONS  # of a training
+
+    name: str = field(default="anima", init=False)
+    named: ClassVar = {
+        "architecture": "anima-preview",
+        "implementation": "https://huggingface.co/circlestone-labs/Anima",
+        "model_type": "anima",
+        "base_model_version": "anima",
+    }
+    few_steps: ClassVar[FewSteps] = FEW_STEPS
+    can: ClassVar = Abilities(tell_few_steps=True, rate_parts=True)
+    draws_latents: ClassVar[bool] = False
+    cache_tag: str = field(default="anima", init=False)
+    noise_dtype: torch.dtype | None = field(default=torch.float32, init=False)  # as in diffusers
+    lora_module: str = field(default=LORA[0].network_module, init=False)
+    latent: LatentSpec = field(default=LATENT, init=False)
+    noise: NoiseSpec = field(default=NOISE, init=False)
+    dit: DitSpec = field(default=DIT, init=False)
+    defaults: SamplingDefaults = field(default=DEFAULTS, init=False)
+    release: ModelRelease = field(default=RELEASE, init=False)
+    text_keys: frozenset[str] = field(default=frozenset(INPUTS.values()), init=False)
+    called: str = field(default=NAME, init=False)
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """Return names of the model, and the number of its blocks: a LoRA's names do not always tell it."""
+        blocks = {} if self.files.dit is None else {SOURCE_BLOCKS[0]: str(*self.block_counts())}
+        return self.metadata_of({**self.named, **blocks})
+
+    # encoding
+
+    def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
+        """Return normalised means of pictures, in the VAE's dtype."""
+        vae = encoders.vae
+        return encode_pictures(media, vae.device, lambda frames: vae.encode(to_pixels(frames)).to(vae.dtype))
+
+    # the network
+
+    @property
+    def part_rates(self) -> Mapping[str, float]:
+        """Return learning rates of parts, of a training of all weights that gives some."""
+        return self.options.part_rates if isinstance(self.options, AnimaWholeTrainingOptions) else {}
+
+    def file_beside(self, dit: Path) -> Path | None:
+        return self.files.adapter_path
+
+    def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
+        """Load the transformer with its adapter. --dit_dtype applies if the caller sets no dtype."""
+        (path,) = self.dit_files
+        placement = with_dtype(placement, self.files.dit_dtype)
+        network: nn.Module = self.files.format.load(path, placement, second_file=self.files.adapter_path)
+        return network
+
+    def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
+        """Return the captions' states and tokens. Raises CacheError, or CheckpointError, for others."""
+        batch.check(dict.fromkeys(sorted(INPUTS.values()), TEXTS_AGAIN), "the transformer")
+        adapter = self.files.adapter_config()
+        remedy = f"{TEXTS_AGAIN} and Qwen3 (0.6B)"
+        batch.check_widths({STATES: adapter.text_dim}, self.files.dit_path, remedy)
+        check_tokens(batch.tensor(IDS), adapter.vocabulary, self.files.dit_path)
+        return {name: batch.tensor(name) for name in INPUTS.values()}
+
+    def predict(
+        self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
+    ) -> Tensor:
+        """Predict from prompt_embeds B S D, attn_mask B S, t5_input_ids and t5_attn_mask, each B T."""
+        velocity: Tensor = dit(
+            noisy,
+            timesteps.float() / UNIT,
+            **_name_texts(cond, noisy.device),
+            tweaks=tweaks.rename_away(lambda text: _name_texts(text, noisy.device)),
+        )
+        return velocity
+
+    # generation
+
+    def prepare(self, request: Request) -> Prepared:
+        return self.settle_picture(request, FLOW_SHIFT)
+
+    def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
+        """Encode a picture, 1 1 H W 3 uint8, in model space, 1 C 1 h w. Nothing is drawn."""
+        latents: Tensor = encoders.vae.encode(to_pixels(frames))
+        return latents
+
+    def sections(
+        self,
+        prepared: Prepared,
+        prompts: Mapping[int, EncodedPrompts],
+        inputs: Mapping[int, Conditions],
+        noise: NoiseSource,
+    ) -> Generator[Section, Tensor, Tensor]:
+        vocabulary = self.files.adapter_config().vocabulary
+        ids = prompts[0].positive[IDS]
+        assert isinstance(ids, Tensor)
+        check_tokens(ids, vocabulary, self.files.dit_path)
+        return (yield from super().sections(prepared, prompts, inputs, noise))
+
+    def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
+        yield from encoders.vae.decode(latents)
+
+
+def _name_texts(conditions: Conditions, device: torch.device) -> dict[str, Tensor]:
+    """Return the conditions of texts under the names of the network's arguments."""
+    arguments = {}
+    for argument, name in INPUTS.items():
+        value = conditions[name]
+        assert isinstance(value, Tensor)
+        arguments[argument] = value if argument in ON_HOST else send(value, device)
+    return arguments
+
+
+def family_for_latent_caching(options: AnimaLatentCachingOptions) -> Anima:
+    return Anima(AnimaFiles().add_vae(options.vae.file))
+
+
+def family_for_text_caching(options: AnimaTextCachingOptions) -> Anima:
+    return Anima(AnimaFiles().add_texts(options.qwen3, options.text))
+
+
+def family_for_training(options: AnimaLearningOptions) -> Anima:
+    if isinstance(options, AnimaWholeTrainingOptions) and options.llm_adapter_lr is None:
+        logger.warning(
+            "the adapter is trained too, which the authors of %s advise against. Give --llm_adapter_lr 0 to "
+            "leave it as it is",
+            NAME,
+        )
+    return Anima(_make_files(options, options.qwen3), options)
+
+
+def family_for_generation(options: AnimaGenerationOptions) -> Anima:
+    return Anima(_make_files(options, options.text_encoder))
+
+
+def _make_files(
+    options: AnimaLearningOptions | AnimaGenerationOptions, text_encoder: Path | None
+) -> AnimaFiles:
+    files = AnimaFiles(adapter=options.llm_adapter_path).add_dit(options.dit, options.dit_dtype)
+    return files.add_vae(options.vae.file).add_texts(text_encoder, options.text)
+
+
+_: type[Family] = Anima

@@ -1,0 +1,242 @@
+"""Checkpoints of Anima: transformers in the released layout and in diffusers', and adapters in other files.
+
+The adapter is in the transformer's file as distributed; a diffusers release has it as `text_conditioner`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from anima.configs import ADAPTER, PATCH, AdapterConfig, AnimaConfig
+from anima.model import AnimaModel
+from anima.names import ANIMA
+from anima.options import MAX_TOKENS, NAME, AnimaTextOptions
+from anima.text_encoder import T5_FILES, AnimaTextEncoder, make_use
+from checkpoints.dialects import DitShapes, join_parts, joined_shapes, other_kind
+from checkpoints.dits import DitFormat, DitHeader, bare_names
+from checkpoints.model_files import read_once, require_file
+from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
+from contract.loading import TensorSource
+from encoders.language_encoder import LanguageUse
+from modules.devices import choose_compute_dtype
+from modules.errors import CheckpointError
+from modules.speed_options import text_form
+from networks.names.layouts import tensor_patterns
+from qwen_image.files import QwenImageFiles
+
+WHAT = f"an {NAME} transformer"
+OPTION = "--pretrained_model_name_or_path"
+ADAPTER_OPTION = "--llm_adapter_path"
+FILES = "anima-base-v1.0.safetensors, or the folder transformer of a diffusers release"
+ADAPTER_FILES = "the folder text_conditioner of a diffusers release, or a file with Anima's adapter"
+# dialect -> a tensor that only it has
+DIALECTS = {"released": "x_embedder.proj.1.weight", "diffusers": "patch_embed.proj.weight"}
+QUERIES = {
+    "released": "blocks.0.self_attn.q_proj.weight",
+    "diffusers": "transformer_blocks.0.attn1.to_q.weight",
+}
+PATTERNS = {"released": (), "diffusers": tensor_patterns(ANIMA)}
+ADAPTER_START = f"{ADAPTER}."
+ADAPTER_MARK = "out_proj.weight"
+CONNECTOR = "anima_v2_connector."  # of a community format, another network in the adapter's place
+LARGE = 5120  # width of Cosmos-Predict2 14B
+
+
+def join_adapter(transformer: Checkpoint, adapter: Checkpoint) -> Checkpoint:
+    """Return the tensors of a transformer with those of an adapter, which replace its own.
+
+    Raises CheckpointError if the second file has no adapter.
+    """
+    bare = bare_names(adapter)
+    if any(name.startswith(ADAPTER_START) for name in bare.tensors):
+        renamed = bare.select_by_prefix(ADAPTER_START)
+    elif ADAPTER_MARK in bare.tensors:
+        renamed = bare.rename(lambda name: ADAPTER_START + name)
+    else:
+        raise other_kind(adapter, f"{NAME}'s adapter", ADAPTER_OPTION, ADAPTER_FILES)
+    alone = transformer.rename(lambda name: "" if name.startswith(ADAPTER_START) else name)
+    return alone.join(renamed)
+
+
+def _read_header(checkpoint: Checkpoint) -> DitHeader[AnimaConfig]:
+    names = checkpoint.tensors
+    dialect = next((name for name, mark in DIALECTS.items() if mark in names), None)
+    if dialect is None:
+        raise other_kind(checkpoint, WHAT, OPTION, FILES)
+    path = checkpoint.path
+    if any(name.startswith(CONNECTOR) for name in names):
+        raise CheckpointError(
+            f"{path} has tensors of {CONNECTOR}*: it is for another text encoder, which is not supported. "
+            f"Give {FILES}.",
+            path,
+        )
+    stored_shapes = {name: info.shape for name, info in names.items()}
+    shapes = DitShapes(path, joined_shapes(stored_shapes, PATTERNS[dialect]), NAME)
+    return DitHeader(_read_config(shapes), dialect, names[QUERIES[dialect]].dtype)
+
+
+def _read_config(shapes: DitShapes) -> AnimaConfig:
+    """Return the sizes of a transformer. Raises CheckpointError if they are not of Anima."""
+    dim, columns = shapes.of("x_embedder.proj.1.weight")
+    numbers, _ = shapes.of("final_layer.linear.weight")
+    if columns == numbers + 2 * PATCH**2:
+        raise CheckpointError(
+            f"{shapes.path} takes two channels more than latents have: it is Cosmos-Predict2 for videos, "
+            f"which is not supported. Give {FILES}.",
+            shapes.path,
+        )
+    if dim == LARGE:
+        raise CheckpointError(
+            f"{shapes.path} is {dim} wide: it is Cosmos-Predict2 14B, and {NAME} was made from its 2B. Give "
+            f"{FILES}.",
+            shapes.path,
+        )
+    rows, _ = shapes.of("blocks.0.self_attn.q_proj.weight")
+    (width,) = shapes.of("blocks.0.self_attn.q_norm.weight", axes=1)
+    has_patches = numbers % PATCH**2 == 0 and columns == numbers + PATCH**2
+    # frequencies come in pairs, and more than one of them are stretched on each axis
+    has_heads = rows == dim and dim % width == 0 and width % 2 == 0 and width // 6 >= 2
+    if not has_heads or not has_patches:
+        raise CheckpointError(
+            f"{shapes.path}: width {dim}, {rows} rows of queries, heads of {width}, patches of {columns} and "
+            f"{numbers} numbers are not those of {WHAT}. Copy the file again.",
+            shapes.path,
+        )
+    return AnimaConfig(
+        dim=dim,
+        ffn_dim=shapes.of("blocks.0.mlp.layer1.weight")[0],
+        num_heads=dim // width,
+        num_layers=shapes.blocks("blocks"),
+        context_dim=shapes.of("blocks.0.cross_attn.k_proj.weight")[1],
+        modulation_dim=shapes.of("blocks.0.adaln_modulation_mlp.1.weight")[0],
+        adapter=_read_adapter(shapes),
+        channels=numbers // PATCH**2,
+    )
+
+
+def _read_adapter(shapes: DitShapes) -> AdapterConfig | None:
+    """Return the sizes of the adapter; None if there is none. Raises CheckpointError if they do not fit."""
+    if f"{ADAPTER_START}{ADAPTER_MARK}" not in shapes.shapes:
+        return None
+    start = f"{ADAPTER_START}blocks.0."
+    vocabulary, dim = shapes.of(f"{ADAPTER_START}embed.weight")
+    (width,) = shapes.of(f"{start}cross_attn.q_norm.weight", axes=1)
+    wanted = shapes.of("blocks.0.cross_attn.k_proj.weight")[1]
+    if dim % width or width % 2 or dim != wanted:
+        raise CheckpointError(
+            f"{shapes.path}: an adapter that is {dim} wide with heads of {width} does not fit a transformer "
+            f"that takes texts of {wanted} numbers. Give {ADAPTER_FILES} to {ADAPTER_OPTION}.",
+            shapes.path,
+        )
+    return AdapterConfig(
+        dim=dim,
+        text_dim=shapes.of(f"{start}cross_attn.k_proj.weight")[1],
+        ffn_dim=shapes.of(f"{start}mlp.0.weight")[0],
+        num_heads=dim // width,
+        num_layers=shapes.blocks(f"{ADAPTER_START}blocks"),
+        vocabulary=vocabulary,
+    )
+
+
+def _make_sources(checkpoint: Checkpoint, header: DitHeader[AnimaConfig]) -> Mapping[str, TensorSource]:
+    return join_parts(plain_sources(checkpoint), PATTERNS[header.dialect])
+
+
+def _describe(header: DitHeader[AnimaConfig]) -> str:
+    if header.config.adapter is None:
+        return "a transformer of Cosmos-Predict2 or Anima, without Anima's adapter"
+    return WHAT
+
+
+FORMAT = DitFormat(
+    _read_header,
+    _describe,
+    network=AnimaModel,
+    sources=_make_sources,
+    option=OPTION,
+    # buffers of the training code
+    ignore=("pos_embedder.*", "*_extra_state", "accum_*"),
+    add_second=join_adapter,
+)
+identify, load_dit = FORMAT.identify, FORMAT.load
+
+
+def read_dit_header(checkpoint: Checkpoint, adapter: Path | None = None) -> DitHeader[AnimaConfig]:
+    """Read dimensions, dialect and dtype of an open file with its adapter, or with that of another file.
+
+    Raises CheckpointError for another file, and if there is no adapter.
+    """
+    if adapter is None:
+        header = FORMAT.read_header(checkpoint)
+    else:
+        with open_checkpoint(adapter) as second:
+            header = FORMAT.read_header(join_adapter(bare_names(checkpoint), second))
+    if header.config.adapter is None:
+        raise CheckpointError(
+            f"{checkpoint.path} has no adapter ({ADAPTER_START}*), with which {NAME} reads texts: it is "
+            f"Cosmos-Predict2's transformer, or that of a diffusers release.\n  Give {FILES}; of a diffusers "
+            f"release, give its folder text_conditioner to {ADAPTER_OPTION} too.",
+            checkpoint.path,
+        )
+    return header
+
+
+@dataclass(frozen=True)
+class AnimaFiles(QwenImageFiles):
+    """Files of a run with Qwen-Image's VAE, Qwen3 and T5's tokenizer."""
+
+    dit_option: str = OPTION
+    adapter: Path | None = None
+    t5_tokenizer: Path | None = None
+    t5_most: int = MAX_TOKENS
+    text_use: LanguageUse = make_use(MAX_TOKENS)
+
+    format: ClassVar[DitFormat[Any, Any]] = FORMAT
+    called: ClassVar[str] = NAME
+
+    def add_texts(self, path: Path | None, options: AnimaTextOptions) -> "AnimaFiles":
+        """Return a copy with the options of texts. path: of the text encoder."""
+        return replace(
+            self,
+            text_encoder=path,
+            text_encoder_tokenizer=options.text_encoder_tokenizer,
+            t5_tokenizer=options.t5_tokenizer_path,
+            t5_most=options.t5_max_token_length,
+            text_use=make_use(options.qwen3_max_token_length),
+            text_dtype=choose_compute_dtype(options.text_encoder_dtype, "--text_encoder_dtype", None),
+            text_form=text_form(options),
+            text_on_cpu=options.text_encoder_cpu,
+        )
+
+    def adapter_config(self) -> AdapterConfig:
+        """Return the sizes of the adapter. Raises as `dit_header`."""
+        adapter = self.dit_header().config.adapter
+        assert adapter is not None  # `read_dit_header` refuses a model without
+        return adapter
+
+    @property
+    def adapter_path(self) -> Path | None:
+        return None if self.adapter is None else require_file(self.adapter, ADAPTER_OPTION, "the adapter")
+
+    def dit_header(self) -> DitHeader[AnimaConfig]:
+        return read_once(self.dit_path, read_dit_header, self.adapter_path)
+
+    def language_model(self) -> AnimaTextEncoder:
+        """Return the text encoder; its file is opened when it is loaded."""
+        return AnimaTextEncoder(
+            self.text_use,
+            self.text_encoder_path,
+            dtype=self.encoder_dtype(self.text_dtype),
+            tokenizer=self.text_encoder_tokenizer,
+            form=self.text_form,
+            on_cpu=self.text_on_cpu,
+            t5_tokenizer=self.t5_tokenizer,
+            t5_most=self.t5_most,
+        )
+
+    def check_texts(self, config: AnimaConfig | None, needed: bool) -> None:
+        """Check the text encoder and both tokenizers, if they are given or needed."""
+        super().check_texts(None if config is None else config.adapter, needed)
+        if self.t5_tokenizer is not None:
+            T5_FILES.check_given(self.t5_tokenizer)

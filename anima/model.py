@@ -1,0 +1,338 @@
+"""The transformer of Anima: Cosmos-Predict2's for pictures, which attends to the rows of Anima's adapter.
+
+Module names follow the published checkpoint. Source: the released model, NVIDIA 2025 (Cosmos-Predict2), and
+diffusers' CosmosTransformer3DModel. Always float32: the embedding of time, modulation, norms, rotary angles.
+Everything else, also the residual stream, computes in the dtype of its weights or of autocast.
+"""
+# Letters: B batch, L picture tokens, T rows of text, N heads, D head width, C = N * D
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple, Self
+
+import torch
+import torch.nn.functional as functional
+from einops import rearrange
+from torch import Tensor, nn
+
+from anima.adapter import AnimaAdapter, read_texts
+from anima.configs import DIT, PATCH, TEXT_ROWS, AnimaConfig
+from contract.steps import NO_TWEAKS, Tweaks
+from modules.attention.attend import attend
+from modules.devices import send_ahead
+from modules.layers.half_rope import rotate_halves
+from modules.layers.modulation import add_gated, modulate
+from modules.layers.norms import Float32LayerNorm, RMSNorm, TwoLayers, activation_dtype, in_own_dtype
+from modules.layers.rope import GridTable, angles_at, on_grid, sinusoid, take_rows, turns
+from modules.speed_options import SDPA, AttentionChoice
+from running.run_blocks import BlockNetwork, Hidden
+from wan.spec import pad_texts
+
+if TYPE_CHECKING:  # loaded only if processes share tokens
+    from running.offload.context import TokenPart
+
+
+@dataclass(frozen=True)
+class AnimaTokens:
+    """Inputs of the blocks besides the picture tokens x, B L C; built once per forward pass."""
+
+    grid: tuple[int, int]  # picture tokens along rows, columns; L is their product
+    rotary: Tensor  # turns by position, L 1 D/2 2, or B L 1 D/2 2
+    # B T C each, usually one; and T float32: how many equal rows each row stands for, None: one each
+    texts: tuple[tuple[Tensor, Tensor | None], ...]
+    time: Tensor  # B C float32, behind its activation
+    shifts: Tensor  # B 3C float32, added to the shift, scale and gate of every branch
+    dtype: torch.dtype  # of activations between layers
+    attention: AttentionChoice
+    combine: Callable[..., Tensor] | None  # what attention sees of each text, B L N D; None: there is one
+    part: "TokenPart | None" = None  # the tokens that this process has; None: all
+
+    def cut(self, part: "TokenPart") -> Self:
+        return replace(self, rotary=part.rows(self.rotary), part=part)
+
+    @property
+    def first_picture(self) -> int:
+        """Return the index of the first token of the latents to learn, the first token of `grid`."""
+        return 0
+
+    def select(self, kept: Tensor, num_left_out: int) -> Self:
+        """Return the inputs for some tokens of x. kept: B K, positions of the kept tokens, ascending."""
+        return replace(self, rotary=take_rows(self.rotary, kept, num_left_out))
+
+
+class BranchRows(NamedTuple):
+    """Modulation of a branch of a block, each B 1 C float32."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor
+
+
+class AnimaAttention(nn.Module):
+    """Attention with normed queries and keys of each head: of the picture, or to the text."""
+
+    def __init__(self, config: AnimaConfig, source_dim: int) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(config.dim, config.dim, bias=False)
+        self.q_norm = RMSNorm(config.head_width, config.eps)
+        self.k_proj = nn.Linear(source_dim, config.dim, bias=False)
+        self.k_norm = RMSNorm(config.head_width, config.eps)
+        self.v_proj = nn.Linear(source_dim, config.dim, bias=False)
+        self.output_proj = nn.Linear(config.dim, config.dim, bias=False)
+
+    def query(self, x: Tensor) -> Tensor:
+        """Return the queries of tokens, B L N D, normed."""
+        heads = (-1, *self.q_norm.normalized_shape)
+        return self.q_norm(in_own_dtype(self.q_proj, x).unflatten(-1, heads))
+
+    def key_and_value(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys, normed, and values of B S source_dim, each B S N D."""
+        heads = (-1, *self.k_norm.normalized_shape)
+        key = self.k_norm(in_own_dtype(self.k_proj, source).unflatten(-1, heads))
+        return key, in_own_dtype(self.v_proj, source).unflatten(-1, heads)
+
+    def attend_picture(self, x: Tensor, tokens: AnimaTokens) -> Tensor:
+        """Return the attention of the picture's tokens to each other, rotated by position: B L C."""
+        key, value = self.key_and_value(x)
+        query = rotate_halves(self.query(x), tokens.rotary)
+        key = rotate_halves(key, tokens.rotary)
+        part = tokens.part
+        if part is not None:
+            query, key, value = part.gather_tokens(query, key, value)
+        attended = attend(query, key, value, tokens.attention)
+        if part is not None:
+            attended = part.gather_heads(attended)
+        return in_own_dtype(self.output_proj, attended.flatten(2))
+
+    def attend_text(self, x: Tensor, tokens: AnimaTokens) -> Tensor:
+        """Return the attention of the picture's tokens to all rows of the text, zeros among them: B L C."""
+        query = self.query(x)
+        of_texts = []
+        for text, repeats in tokens.texts:
+            key, value = self.key_and_value(text)
+            of_texts.append(attend(query, key, value, tokens.attention, repeats=repeats))
+        attended = of_texts[0] if tokens.combine is None else tokens.combine(*of_texts)
+        return in_own_dtype(self.output_proj, attended.flatten(2))
+
+
+class AnimaFeedForward(nn.Module):
+    """layer2(gelu(layer1 x)), with the exact GELU."""
+
+    def __init__(self, config: AnimaConfig) -> None:
+        super().__init__()
+        self.layer1 = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.layer2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return in_own_dtype(self.layer2, functional.gelu(in_own_dtype(self.layer1, x)))
+
+
+def make_modulation(config: AnimaConfig, rows: int) -> nn.Sequential:
+    """Return the layers that make `rows` rows of the time; `AnimaTokens.time` is activated already."""
+    return nn.Sequential(
+        nn.Identity(),
+        nn.Linear(config.dim, config.modulation_dim, bias=False),
+        nn.Linear(config.modulation_dim, rows * config.dim, bias=False),
+    )
+
+
+def compute_rows(layers: nn.Module, time: Tensor) -> Tensor:
+    """Return the rows of `make_modulation`, B n*C float32. time: B C."""
+    _, first, second = layers.children()
+    return in_own_dtype(second, in_own_dtype(first, time)).float()
+
+
+class AnimaBlock(nn.Module):
+    """Self-attention, attention to the text, feed-forward; the time shifts, scales and gates each of them."""
+
+    def __init__(self, config: AnimaConfig) -> None:
+        super().__init__()
+        self.norm = Float32LayerNorm(config.dim, config.eps)  # without weights: one serves all branches
+        self.self_attn = AnimaAttention(config, config.dim)
+        self.cross_attn = AnimaAttention(config, config.context_dim)
+        self.mlp = AnimaFeedForward(config)
+        self.adaln_modulation_self_attn = make_modulation(config, 3)
+        self.adaln_modulation_cross_attn = make_modulation(config, 3)
+        self.adaln_modulation_mlp = make_modulation(config, 3)
+
+    def forward(self, x: Tensor, tokens: AnimaTokens) -> Tensor:
+        # x: B L C
+        branch = self.modulation(self.adaln_modulation_self_attn, tokens)
+        h = modulate(self.norm(x), branch.shift, branch.scale, tokens.dtype)
+        x = add_gated(x, branch.gate, self.self_attn.attend_picture(h, tokens))
+        branch = self.modulation(self.adaln_modulation_cross_attn, tokens)
+        h = modulate(self.norm(x), branch.shift, branch.scale, tokens.dtype)
+        x = add_gated(x, branch.gate, self.cross_attn.attend_text(h, tokens))
+        # the expensive one last: if it runs in pieces, recomputing the block stops here
+        return self.feed(x, tokens.dtype, *self.modulation(self.adaln_modulation_mlp, tokens))
+
+    def modulation(self, layers: nn.Module, tokens: AnimaTokens) -> BranchRows:
+        rows = compute_rows(layers, tokens.time) + tokens.shifts
+        return BranchRows(*rows.unsqueeze(1).chunk(3, dim=-1))
+
+    def modulated_input(self, x: Tensor, tokens: AnimaTokens) -> Tensor:
+        """Return the input of self-attention for an input x of the block, both B L C."""
+        branch = self.modulation(self.adaln_modulation_self_attn, tokens)
+        return modulate(self.norm(x), branch.shift, branch.scale, tokens.dtype)
+
+    def feed(self, x: Tensor, dtype: torch.dtype, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
+        """Add the feed-forward branch to x, B L C; each token is processed independently."""
+        return add_gated(x, gate, self.mlp(modulate(self.norm(x), shift, scale, dtype)))
+
+
+class AnimaFinalLayer(nn.Module):
+    """Final norm, shifted and scaled by the time, and projection to patches."""
+
+    def __init__(self, config: AnimaConfig) -> None:
+        super().__init__()
+        self.norm = Float32LayerNorm(config.dim, config.eps)
+        self.linear = nn.Linear(config.dim, config.channels * PATCH**2, bias=False)
+        self.adaln_modulation = make_modulation(config, 2)
+
+    def forward(self, x: Tensor, tokens: AnimaTokens) -> Tensor:
+        rows = compute_rows(self.adaln_modulation, tokens.time)
+        rows = rows + tokens.shifts[:, : rows.shape[1]]  # the first two of its three rows
+        shift, scale = rows.unsqueeze(1).chunk(2, dim=-1)
+        return in_own_dtype(self.linear, modulate(self.norm(x), shift, scale, tokens.dtype))
+
+
+class AnimaModel(BlockNetwork):
+    """Predict the velocity of noisy latents of a picture from T5's tokens and Qwen3's states.
+
+    Simplified, without a second text and the code around the blocks:
+
+        text = llm_adapter(states, ids), zeros up to 512 rows                 # B T context_dim
+        picture = x_embedder(patches of noisy)                                # B L C
+        waves = sinusoid(sigmas)                                              # B C
+        shifts = t_embedder(waves)                                            # B 3C
+        time = t_embedding_norm(waves)                                        # B C
+        for block in blocks:
+            for f in self_attn, cross_attn to text, mlp:
+                shift, scale, gate = its adaln_modulation(time) + shifts
+                picture = picture + gate * f(norm(picture) * (1 + scale) + shift)
+        velocity = final_layer(picture, time, shifts)           # B L 4*Z, returned as B Z 1 H W
+    """
+
+    spec = DIT
+    dtype_of = "blocks.0.self_attn.q_norm.weight"
+
+    def __init__(self, config: AnimaConfig, attention: AttentionChoice = SDPA) -> None:
+        """attention: passed to `modules.attention.attend`."""
+        super().__init__()
+        self.config = config
+        self.attention = attention
+        dim = config.dim
+        assert config.adapter is not None  # `anima.files` refuses a file without it
+        # a channel more than the latents have, for a mask of padding, which is 0 everywhere
+        columns = (config.channels + 1) * PATCH**2
+        proj = nn.ModuleList([nn.Identity(), nn.Linear(columns, dim, bias=False)])
+        self.x_embedder = nn.ModuleDict({"proj": proj})
+        layers = TwoLayers("linear_1 linear_2", (dim, dim, 3 * dim), bias=False, in_float32=True)
+        self.t_embedder = nn.ModuleList([nn.Identity(), layers])
+        self.t_embedding_norm = RMSNorm(dim, config.eps)
+        self.blocks = nn.ModuleList(AnimaBlock(config) for _ in range(config.num_layers))
+        self.final_layer = AnimaFinalLayer(config)
+        self.llm_adapter = AnimaAdapter(config.adapter)
+        self._rotary = GridTable[tuple[int, int]](self._make_table)
+
+    def embed(
+        self,
+        noisy: Tensor,
+        sigmas: Tensor,
+        states: Tensor,
+        states_mask: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        tweaks: Tweaks = NO_TWEAKS,
+    ) -> Hidden:
+        """Return picture tokens, B L C, and the other inputs of the blocks.
+
+        noisy: B Z 1 H W. sigmas: B, 0..1, as the model takes them. states: B S text_dim of the language
+        model. states_mask: B S, 1 for real ones, which come first. ids: B T', T5's tokens. weights: B T', 0
+        for padding behind them, 1 for tokens or their weight. tweaks: changes to this call; their second text
+        has the same four arguments. Raises ValueError if sizes do not fit.
+        """
+        self._check_sizes(noisy)
+        dtype = activation_dtype(noisy.device, self.compute_dtype)
+        grid = (noisy.shape[-2] // PATCH, noisy.shape[-1] // PATCH)
+        patches = cut_patches(noisy)
+        # columns of the mask of padding, which come last and are 0
+        patches = functional.pad(patches, (0, PATCH**2))
+        waves = sinusoid(sigmas, self.config.dim, torch.float32)
+        time = self.t_embedding_norm(waves)
+        prompts = tweaks.texts(len(noisy), states=states, states_mask=states_mask, ids=ids, weights=weights)
+        tokens = AnimaTokens(
+            grid,
+            rotary=self._rotary.get_table(grid, noisy.device),
+            texts=tuple(self._read_text(dtype, **prompt) for prompt in prompts),
+            time=functional.silu(time.float()),
+            shifts=self.t_embedder[1](waves),
+            dtype=dtype,
+            attention=self.attention,
+            combine=tweaks.steer,
+        )
+        picture = in_own_dtype(self.x_embedder.get_submodule("proj.1"), patches).to(dtype)
+        return Hidden(picture, tokens)
+
+    def _check_sizes(self, noisy: Tensor) -> None:
+        if noisy.shape[1:3] != (self.config.channels, 1):
+            raise ValueError(
+                f"latents of {noisy.shape[1]} channels and {noisy.shape[2]} frames, the model takes "
+                f"{self.config.channels} channels of a picture"
+            )
+        if noisy.shape[-2] % PATCH or noisy.shape[-1] % PATCH:
+            raise ValueError(f"latents of {tuple(noisy.shape[-2:])} cannot be cut into patches of {PATCH}")
+
+    def _read_text(
+        self, dtype: torch.dtype, states: Tensor, states_mask: Tensor, ids: Tensor, weights: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the rows of a text, B T context_dim, and how many rows each stands for, as `pad_texts`."""
+        rows = read_texts(
+            self.llm_adapter,
+            states,
+            count_real(states_mask),
+            ids=ids,
+            weights=weights,
+            rows=TEXT_ROWS,
+            attention=self.attention,
+        )
+        text, repeats = pad_texts(rows, TEXT_ROWS, self.attention)
+        return text.to(dtype), repeats
+
+    def unembed(self, x: Tensor, tokens: AnimaTokens) -> Tensor:
+        """Turn tokens B L C into the velocity, B Z 1 H W in float32."""
+        rows, columns = tokens.grid
+        patches = self.final_layer(x, tokens).float()
+        # another order than that of the input, in which the channels come first
+        return rearrange(
+            patches, "b (h w) (ph pw z) -> b z 1 (h ph) (w pw)", h=rows, w=columns, ph=PATCH, pw=PATCH
+        )
+
+    def _make_table(self, grid: tuple[int, int], /, *, device: torch.device) -> Tensor:
+        """Return (cosine, sine) pairs of all tokens, L 1 D/2 2 float32, from float64 angles."""
+        axes = []
+        sizes = (1, *grid)
+        for size, width, ratio in zip(sizes, self.config.rotary_widths, self.config.rope_ratios, strict=True):
+            theta = self.config.rope_theta * ratio ** (width / (width - 2))
+            places = torch.arange(size, dtype=torch.float64)
+            axes.append(send_ahead(turns(angles_at(places, width, theta)).float(), device))
+        return on_grid(axes).unsqueeze(1)
+
+
+def cut_patches(latents: Tensor) -> Tensor:
+    """Cut latents, B Z 1 H W, into the tokens of 2 x 2 latent pixels: B L (Z ph pw)."""
+    return rearrange(latents, "b z 1 (h ph) (w pw) -> b (h w) (z ph pw)", ph=PATCH, pw=PATCH)
+
+
+def count_real(mask: Tensor) -> list[int]:
+    """Return each text's number of real states. mask: B S, on the host if it can be.
+
+    Raises ValueError if padding is before a real state.
+    """
+    real = mask != 0
+    positions = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    counts: list[int]
+    counts, ends = torch.stack([real.sum(dim=1), (real * positions).amax(dim=1)]).tolist()
+    if counts != ends:
+        raise ValueError(f"a text mask has padding before real tokens: {counts} real tokens end at {ends}")
+    return counts

@@ -1,0 +1,241 @@
+"""Anima's own options for caching, training and generation. Standard library only."""
+
+import argparse
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from modules.errors import OptionError
+from modules.option_values import FillIn
+from modules.options import FREE, HABIT, OF_DECODING, Options, not_needed, option, unsupported
+from modules.parser import typed_names
+from modules.speed_options import (
+    GENERATION_VALUES,
+    TRAINING_FLAGS,
+    VaeOptions,
+    dit_dtype_option,
+    fp8_text_option,
+    text_form_option,
+)
+
+NAME = "Anima"
+MAX_TOKENS = 512  # of either tokenizer, where nothing is said
+MOST_QWEN3_TOKENS = 4096
+FLOW_SHIFT = 3.0  # of generations and samples, where nothing is said
+GUIDANCE_SCALE = 4.0
+STEPS = 30
+ATTENTION = ("torch", "xformers", "flash", "sageattn", "sdpa")  # values of --attn_mode in training
+# learning rates of the parts of a transformer that is trained whole: option -> what names of its parameters
+# contain, the first that fits counts
+PARTS = {
+    "llm_adapter_lr": "llm_adapter.",
+    "mod_lr": "adaln_modulation",
+    "self_attn_lr": ".self_attn.",
+    "cross_attn_lr": ".cross_attn.",
+    "mlp_lr": ".mlp.",
+}
+_OF_WHOLE = (
+    "it is for anima_train.py, which trains the whole transformer. --network_args network_reg_lrs gives "
+    "rates to parts of a LoRA"
+)
+
+
+class AnimaVaeOptions(Options):
+    """Path of the VAE and how it runs."""
+
+    file: VaeOptions = option(
+        facts=OF_DECODING, settings={"vae": {"help": "Qwen-Image's VAE: file or folder"}}
+    )
+    vae_chunk_size = not_needed(
+        "a picture goes through the VAE at once; --vae_tiling takes less memory.", type=int
+    )
+    vae_disable_cache = not_needed("a picture has one frame, for which the VAE keeps nothing.")
+
+
+class AnimaTextOptions(Options):
+    """How texts are read by the text encoder and by T5's tokenizer."""
+
+    text_encoder_tokenizer: Path | None = option(
+        "Qwen3's tokenizer: folder or file; default: in or next to the encoder's folder, else from the hub",
+        name="qwen3_tokenizer",
+    )
+    t5_tokenizer_path: Path | None = option(
+        "T5's tokenizer (the model has no weights of T5): folder or file; default: t5_tokenizer next to the "
+        "text encoder, else from the hub"
+    )
+    qwen3_max_token_length: int = option(
+        "tokens of a prompt that Qwen3 reads", default=MAX_TOKENS, least=1, most=MOST_QWEN3_TOKENS
+    )
+    t5_max_token_length: int = option(
+        "tokens of a prompt that the adapter reads, with T5's end token; the model has rows for 512",
+        default=MAX_TOKENS,
+        least=1,
+        most=MAX_TOKENS,
+    )
+    text_encoder_dtype: str | None = option(
+        "dtype that the text encoder computes in; default: bfloat16, but float32 with a float32 model, or "
+        "for a training with --mixed_precision no"
+    )
+    in_fp8: bool = fp8_text_option(
+        "fp8_text_encoder",
+        "the encoder's linear layers in fp8: half the memory, slightly different states",
+    )
+    text_encoder_form: str | None = text_form_option()
+    text_encoder_cpu: bool = option("run the text encoder on the CPU")
+
+    def words(self) -> dict[str, Any]:
+        """Return the options that encode texts in the same way."""
+        return {
+            "--qwen3_tokenizer": self.text_encoder_tokenizer,
+            "--t5_tokenizer_path": self.t5_tokenizer_path,
+            "--qwen3_max_token_length": _unless_usual(self.qwen3_max_token_length),
+            "--t5_max_token_length": _unless_usual(self.t5_max_token_length),
+            "--fp8_text_encoder": self.in_fp8,
+            "--text_encoder_form": self.text_encoder_form,
+        }
+
+
+def _rate_option(part: str) -> Any:
+    return option(
+        f"learning rate of {part}; 0 does not train it; default: --learning_rate",
+        least=0,
+        below=math.inf,
+        facts=HABIT,
+    )
+
+
+_QWEN3 = "Qwen3 (0.6B, base) text encoder: file or folder"
+_ADAPTER = (
+    "file of the adapter, in place of the one in the transformer's file, such as the folder text_conditioner "
+    "of a diffusers release; default: that one"
+)
+
+
+class AnimaLatentCachingOptions(Options, title=NAME):
+    """Options of anima_cache_latents.py besides the shared ones."""
+
+    vae: AnimaVaeOptions
+
+
+class AnimaTextCachingOptions(Options, title=NAME):
+    """Options of anima_cache_text_encoder_outputs.py besides the shared ones."""
+
+    qwen3: Path = option(_QWEN3, required=True, often=True)
+    text: AnimaTextOptions
+
+
+class AnimaLearningOptions(Options, title=NAME):
+    """Options of both training scripts besides those of all image trainers."""
+
+    # resume compares its name
+    dit: Path | None = option(name="pretrained_model_name_or_path", facts=FREE)
+    dit_dtype: str | None = dit_dtype_option()
+    llm_adapter_path: Path | None = option(_ADAPTER, facts=FREE)
+    vae: AnimaVaeOptions = option(facts=FREE, without=("vae",))
+    qwen3: Path | None = option(_QWEN3, facts=FREE, often=True)
+    text: AnimaTextOptions = option(facts=FREE)
+    attn_mode: str | None = option(
+        "another spelling of the flags for attention: "
+        + ", ".join(f"{value} is {TRAINING_FLAGS[GENERATION_VALUES[value]]}" for value in ATTENTION),
+        choices=ATTENTION,
+        facts=FREE,
+    )
+    unsloth_offload_checkpointing: bool = option(
+        "--gradient_checkpointing_cpu_offload", excludes=(), facts=FREE
+    )
+
+
+class AnimaTrainingOptions(AnimaLearningOptions, title=NAME):
+    """Options of anima_train_network.py besides those of all image trainers."""
+
+    self_attn_lr = unsupported(_OF_WHOLE, type=float)
+    cross_attn_lr = unsupported(_OF_WHOLE, type=float)
+    mlp_lr = unsupported(_OF_WHOLE, type=float)
+    mod_lr = unsupported(_OF_WHOLE, type=float)
+    llm_adapter_lr = unsupported(
+        "it is for anima_train.py. In a LoRA the adapter learns with --network_args "
+        "train_llm_adapter=True, and network_reg_lrs='llm_adapter=1e-5' gives it a rate",
+        type=float,
+    )
+
+
+class AnimaWholeTrainingOptions(AnimaLearningOptions, title=NAME):
+    """Options of anima_train.py besides those of all image trainers."""
+
+    self_attn_lr: float | None = _rate_option("self-attention")
+    cross_attn_lr: float | None = _rate_option("attention to the text")
+    mlp_lr: float | None = _rate_option("feed-forward")
+    mod_lr: float | None = _rate_option("modulation by the time")
+    llm_adapter_lr: float | None = _rate_option(
+        "the adapter, which the model's authors advise to leave as it is: 0"
+    )
+
+    @property
+    def part_rates(self) -> dict[str, float]:
+        """Return the learning rates that are given, by what names of parameters contain."""
+        rates = {part: getattr(self, name) for name, part in PARTS.items()}
+        return {part: rate for part, rate in rates.items() if rate is not None}
+
+
+class AnimaGenerationOptions(Options, title=NAME):
+    """Options of anima_generate_image.py besides the shared ones."""
+
+    dit: Path | None = option(
+        "transformer checkpoint", flags=("--dit", "--pretrained_model_name_or_path"), often=True
+    )
+    dit_dtype: str | None = dit_dtype_option()
+    llm_adapter_path: Path | None = option(_ADAPTER)
+    vae: AnimaVaeOptions
+    text_encoder: Path | None = option(_QWEN3, flags=("--text_encoder", "--qwen3"), often=True)
+    text: AnimaTextOptions
+
+
+def translate_training(args: argparse.Namespace) -> None:
+    """Translate other names of shared options into the shared ones.
+
+    Raises OptionError if two ways to keep activations in host memory are given.
+    """
+    names = dict(typed_names(args))
+    if args.attn_mode is not None:
+        flag = TRAINING_FLAGS[GENERATION_VALUES[args.attn_mode]]
+        setattr(args, flag.removeprefix("--"), True)
+        names[flag] = f"--attn_mode {args.attn_mode}"
+    if args.unsloth_offload_checkpointing:
+        if args.cpu_offload_checkpointing or args.blocks_to_swap:
+            other = "--cpu_offload_checkpointing" if args.cpu_offload_checkpointing else "--blocks_to_swap"
+            raise OptionError(f"--unsloth_offload_checkpointing and {other}: leave one of them out")
+        args.gradient_checkpointing_cpu_offload = True
+        names["--gradient_checkpointing_cpu_offload"] = "--unsloth_offload_checkpointing"
+    args.typed_names = names
+
+
+TRAINER: Mapping[str, Any] = {  # of both training scripts, for `ImageTrainerDefaults`
+    "timestep_sampling": "sigmoid",
+    "discrete_flow_shift": 1.0,
+    "model_prediction_type": "raw",
+    "translate": translate_training,
+    "tokenizers": {"t5_tokenizer_path": "google_t5-v1_1-xxl", "qwen3_tokenizer": "Qwen_Qwen3-0.6B-Base"},
+}
+
+
+def caching_options(options: AnimaLearningOptions) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the options of the commands that make missing caches of latents and of texts."""
+    texts = {"--qwen3": options.qwen3 or FillIn("QWEN3_FILE"), **options.text.words()}
+    return options.vae.file.words(), texts
+
+
+def generation_options(options: AnimaLearningOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
+    return {
+        "--dit": options.dit or FillIn("DIT_FILE"),
+        "--llm_adapter_path": options.llm_adapter_path,
+        **options.vae.file.words(),
+        "--text_encoder": options.qwen3 or FillIn("QWEN3_FILE"),
+        **options.text.words(),
+        "--dit_dtype": options.dit_dtype,
+    }
+
+
+def _unless_usual(length: int) -> int | None:
+    return None if length == MAX_TOKENS else length

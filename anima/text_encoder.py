@@ -1,0 +1,141 @@
+"""Anima's text encoder, as the shared loops use it: Qwen3's states, and T5's tokens for the adapter.
+
+Captions are read as they are: no template, no system prompt. Names and shapes of the outputs are those of the
+known caches. Source: the released model, as diffusers runs it.
+"""
+
+import functools
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from checkpoints.tokenizers import TokenizerFiles
+from contract.data import Conditions
+from contract.family import EncoderAbilities
+from contract.requests import Prompt
+from encoders.language_encoder import LanguageModelEncoder, LanguageUse, qwen_tokenizer
+from encoders.language_models import QWEN3
+from encoders.text_encoder import END, TextTokenizer, TokenizerSource, fill_rows, weights_of
+from modules.errors import CheckpointError
+
+STATES, MASK, IDS, WEIGHTS = "prompt_embeds", "attn_mask", "t5_input_ids", "t5_attn_mask"
+QWEN3_SMALL = replace(
+    QWEN3,
+    option="--qwen3",
+    files=(
+        "qwen_3_06b_base.safetensors of circlestone-labs/Anima, or the folder text_encoder of its diffusers "
+        "release,"
+    ),
+)
+T5_FILES = TokenizerFiles(
+    option="--t5_tokenizer_path",
+    names=("tokenizer.json", "spiece.model", "tokenizer.model"),
+    folder="",
+    repository="google/t5-v1_1-xxl",
+    # next to a file; diffusers: next to text_encoder
+    folders=("t5_tokenizer", "../t5_tokenizer", "t5-v1_1-xxl", "google_t5-v1_1-xxl", "t5xxl"),
+    token=END,
+    on_hub="spiece.model",
+)
+T5_SOURCE = TokenizerSource(T5_FILES, end=END)
+PAD = 0  # of both tokenizers' rows
+logger = logging.getLogger(__name__)
+
+
+@functools.cache  # one object for each length
+def make_use(most: int) -> LanguageUse:
+    """Return the settings of Qwen3. most: tokens of a prompt that it reads."""
+    return LanguageUse(
+        name="qwen3",
+        states_key=STATES,
+        model=QWEN3_SMALL,
+        source=qwen_tokenizer("--qwen3_tokenizer", "Qwen/Qwen3-0.6B-Base"),
+        most=most,
+        at_once=1,  # so that a state does not depend on other prompts, to the last bit
+    )
+
+
+class AnimaTextEncoder(LanguageModelEncoder):
+    """Qwen3 with its final norm; states behind a text's end are zeros. T5's tokens have no states."""
+
+    can = EncoderAbilities(learn=True, wait=True, divide=True)
+    lora_prefix = "lora_te"
+
+    def __init__(self, *args: Any, t5_tokenizer: Path | None = None, t5_most: int, **settings: Any) -> None:
+        """t5_tokenizer: path from its option. t5_most: T5's tokens that are kept, with the end token."""
+        super().__init__(*args, **settings)
+        self.t5_tokenizer = t5_tokenizer
+        self.t5_most = t5_most
+        self.keys = frozenset({STATES, MASK, IDS, WEIGHTS})
+        self.variable_length = frozenset()
+        self.weighed = ""  # weights of words multiply the adapter's rows
+        self._read_t5: TextTokenizer | None = None
+
+    @property
+    def identity(self) -> Mapping[str, str]:
+        lengths = {"tokens": str(self.most), "t5_tokens": str(self.t5_most)}
+        return {**super().identity, "t5": T5_SOURCE.identity(self.t5_tokenizer, self.path), **lengths}
+
+    def load(self, device: torch.device) -> None:
+        if self._read_t5 is None:
+            self._read_t5 = T5_SOURCE.load(self.t5_tokenizer, self.path, "the adapter")
+        super().load(device)
+
+    def compute(
+        self, network: nn.Module, tokenizer: TextTokenizer, rows: Sequence[list[int]], dropped: int, *_: Any
+    ) -> list[Conditions]:
+        """Return each prompt's states, `most` C, and their mask, int64; both 0 behind its tokens.
+
+        A prompt without tokens is not run: all of its states are zeros.
+        """
+        width = network.get_parameter(self.embedding).shape[1]
+        conditions: list[Conditions] = []
+        for row in rows:
+            states = torch.zeros(0, width, dtype=self.dtype)
+            if row:
+                (encoded,) = super().compute(network, tokenizer, [row], dropped)
+                (states,) = encoded[STATES]
+            mask = (torch.arange(self.most) < len(row)).to(torch.int64)
+            conditions.append({STATES: pad(states, (0, 0, 0, self.most - len(row))), MASK: mask})
+        return conditions
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
+        """Return the four tensors of each prompt, on the CPU; gradients flow to trained parts.
+
+        Where parts of a prompt have weights, the mask of T5's tokens holds these, in float32. Raises
+        CheckpointError if a tokenizer has more tokens than the network.
+        """
+        tokenizer = self._read_t5
+        assert tokenizer is not None  # call `load` first
+        encoded: list[Conditions] = []
+        for prompt, conditions in zip(prompts, super().encode(prompts), strict=True):
+            written = self.write(prompt)
+            tokens = tokenizer.read(written.text)
+            kept = tokens.cut(self.t5_most)
+            if len(kept.ids) < len(tokens.ids):
+                left_out = len(tokens.ids) - len(kept.ids)
+                text = "%d of T5's tokens of the prompt are cut off, %d are used: %.60s"
+                logger.info(text, left_out, self.t5_most, prompt.text)
+            ids, mask = (rows[0].to(torch.int32) for rows in fill_rows([kept.ids], self.t5_most, PAD))
+            if prompt.spans:
+                mask = mask.float()
+                mask[: len(kept.ids)] *= torch.tensor(weights_of(written, kept.places))
+            encoded.append({**conditions, IDS: ids, WEIGHTS: mask})
+        return encoded
+
+
+def check_tokens(ids: Tensor, vocabulary: int, path: Path) -> None:
+    """Raise CheckpointError if T5's tokenizer has more tokens than the adapter, in `path`, has embeddings."""
+    largest = int(ids.max())
+    if largest >= vocabulary or int(ids.min()) < 0:
+        raise CheckpointError(
+            f"{path} knows {vocabulary} of T5's tokens, but a text has token {largest}. Give the tokenizer "
+            f"of google/t5-v1_1-xxl to {T5_FILES.option}, and cache texts again.",
+            path,
+        )

@@ -1,0 +1,14 @@
+"""Fine-tune the whole transformer of Anima. All options: python anima_train.py --help"""
+
+import modules.interpreter  # noqa: F401
+from anima.options import TRAINER
+from training.image_options import ImageTrainerDefaults
+from training.scripts import training_script
+
+main = training_script(
+    "anima", __doc__, whole_dit=True, kind="WholeTraining", images=ImageTrainerDefaults(**TRAINER)
+)
+
+
+if __name__ == "__main__":
+    main.run()

@@ -1,0 +1,12 @@
+"""Train a LoRA for Anima. All options: python anima_train_network.py --help"""
+
+import modules.interpreter  # noqa: F401
+from anima.options import TRAINER
+from training.image_options import ImageTrainerDefaults
+from training.scripts import training_script
+
+main = training_script("anima", __doc__, images=ImageTrainerDefaults(**TRAINER))
+
+
+if __name__ == "__main__":
+    main.run()

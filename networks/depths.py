@@ -1,0 +1,139 @@
+"""LoRAs of a model for its deeper variants, in which copies of some blocks stand behind the originals.
+
+`FamilyNames.grown` says of a family which blocks were copied. The change of a block is put on the block and
+its copies, unscaled. A LoRA for more blocks than the model has is refused, and one that does not tell for how
+many it is.
+"""
+
+import logging
+import re
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from checkpoints.opening import open_checkpoint
+from modules.errors import CheckpointError
+from networks.key_formats import module_of_tensor
+from networks.loading import LoraFile, LoraUse
+from networks.module_names import choose_family
+from networks.names.layouts import OURS, FamilyNames, GrownBlocks
+
+logger = logging.getLogger(__name__)
+
+
+def fit_depths(uses: Sequence[LoraUse], names: Iterable[str], model: Path) -> list[LoraUse]:
+    """Return LoRAs with the blocks that a model has; those for as many blocks unchanged.
+
+    names: of the model's tensors. model: its file, for messages. Raises CheckpointError for a LoRA whose
+    blocks cannot be mapped to those of the model.
+    """
+    grown_of_uses = [_find_grown(use.lora) for use in uses]
+    if not any(grown_of_uses):
+        return [*uses]
+    depths: dict[str, int] = {}
+    names = [*names]
+    fitted = []
+    for use, grown in zip(uses, grown_of_uses, strict=True):
+        if grown is not None:
+            if grown.blocks not in depths:
+                depths[grown.blocks] = _count_blocks(names, grown)
+            use = replace(use, lora=_fit(use.lora, grown, depths[grown.blocks], model))
+        fitted.append(use)
+    return fitted
+
+
+def fit_to_file(uses: Sequence[LoraUse], model: Path) -> list[LoraUse]:
+    """Return LoRAs with the blocks that a transformer's file has, as `fit_depths` does."""
+    if not any(map(is_grown, uses)):
+        return [*uses]
+    with open_checkpoint(model) as checkpoint:
+        return fit_depths(uses, checkpoint.tensors, model)
+
+
+def require_depths(uses: Sequence[LoraUse], names: Iterable[str], model: Path) -> None:
+    """Raise CheckpointError for a LoRA that is for another number of blocks than a model has.
+
+    Trainings call it: they put no blocks of a LoRA elsewhere. Arguments as for `fit_depths`.
+    """
+    for use, fitted in zip(uses, fit_depths(uses, names, model), strict=True):
+        if fitted.lora is not use.lora:
+            raise CheckpointError(
+                f"{use.lora.path} is for fewer blocks than {model} has. merge_lora.py and generations put "
+                "its changes on the copies of its blocks, a training does not. Use merge_lora.py first.",
+                use.lora.path,
+            )
+
+
+def is_grown(use: LoraUse) -> bool:
+    """Return whether a LoRA is of a model that has deeper variants."""
+    return _find_grown(use.lora) is not None
+
+
+def _find_grown(lora: LoraFile) -> GrownBlocks | None:
+    """Return how the family of a LoRA grows; None if it does not, or is unknown."""
+    families: Collection[FamilyNames] = () if lora.parts else lora.families()
+    return next((family.grown for family in families if family.grown is not None), None)
+
+
+def _count_blocks(names: Iterable[str], grown: GrownBlocks) -> int:
+    """Return the number of blocks of a model. names: of its tensors, in any layout."""
+    modules = dict.fromkeys(module_of_tensor(name)[0] for name in names)
+    family = choose_family(modules)
+    starts = (
+        [grown.blocks, *grown.also_called] if family is None or family.grown is not None else [grown.blocks]
+    )
+    numbers = _numbers_in(modules, starts)
+    return max(numbers, default=-1) + 1
+
+
+def _numbers_in(modules: Iterable[str], starts: Iterable[str]) -> set[int]:
+    """Return the numbers of blocks in underscored names, with or without our prefix."""
+    pattern = re.compile(rf"(?:{OURS})?(?:{'|'.join(map(re.escape, starts))})_(\d+)_")
+    return {int(match[1]) for match in map(pattern.match, modules) if match}
+
+
+def read_depth(lora: LoraFile, grown: GrownBlocks) -> int | None:
+    """Return for how many blocks a LoRA is: as its metadata say, else by its highest one; None: unknown."""
+    highest = max(_numbers_in(lora.modules(), [grown.blocks]), default=-1)
+    for key in grown.keys:
+        text = lora.metadata.get(key, "")
+        if text.isdecimal() and highest < int(text) <= grown.most:
+            return int(text)
+    return highest + 1 if highest + 1 in grown.depths else None
+
+
+def _fit(lora: LoraFile, grown: GrownBlocks, depth: int, model: Path) -> LoraFile:
+    """Return a LoRA with the blocks of a model of so many blocks. Raises CheckpointError if it cannot be."""
+    numbers = _numbers_in(lora.modules(), [grown.blocks])
+    source = read_depth(lora, grown)
+    if not numbers or not depth or source == depth or (source is None and depth not in grown.depths[1:]):
+        return lora
+    if source is None:
+        raise CheckpointError(
+            f"{lora.path} changes blocks {min(numbers)} to {max(numbers)} and does not say for how many "
+            f"blocks it is, {model} has {depth}. Give a LoRA with {grown.keys[0]} in its metadata, or one of "
+            "all blocks.",
+            lora.path,
+        )
+    if source > depth or source not in grown.depths or depth not in grown.depths:
+        raise CheckpointError(
+            f"{lora.path} is for {source} blocks, {model} has {depth}: blocks of the same number are not the "
+            f"same there. Use the model with {source} blocks.",
+            lora.path,
+        )
+    places = grown.places(source, depth)
+    tensors = {}
+    for name, tensor in lora.tensors.items():
+        match = re.match(rf"({OURS}{re.escape(grown.blocks)}_)(\d+)(_.*)", name)
+        if match is None:
+            tensors[name] = tensor
+            continue
+        for place in places[int(match[2])]:
+            tensors[f"{match[1]}{place}{match[3]}"] = tensor
+    logger.info(
+        "%s is for %d blocks, the model has %d: what a block has learned is used in its copies too",
+        lora.path,
+        source,
+        depth,
+    )
+    return replace(lora, tensors=tensors, metadata={**lora.metadata, grown.keys[0]: str(depth)})

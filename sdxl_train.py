@@ -1,0 +1,20 @@
+"""Fine-tune a whole checkpoint of Stable Diffusion XL. All options: python sdxl_train.py --help"""
+
+from dataclasses import replace
+
+import modules.interpreter  # noqa: F401
+from stable_diffusion.training_options import SHOWN_AS
+from training.image_options import CHECKPOINT_TRAINER
+from training.scripts import training_script
+
+main = training_script(
+    "sdxl",
+    __doc__,
+    whole_dit=True,
+    script="sdxl_train.py",
+    kind="WholeTraining",
+    images=replace(CHECKPOINT_TRAINER, shown_as=SHOWN_AS),
+)
+
+if __name__ == "__main__":
+    main.run()

@@ -1,0 +1,176 @@
+"""Write a whole checkpoint after a training: what was trained from the networks, all else from the source.
+
+A file has the tensor names and dtypes of the one that was trained, and its frozen parts are copied byte by
+byte: so the VAE is that of the source, also if latents were made with another one. What was trained from a
+folder in diffusers' layout becomes one file with the names of the released ones.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from checkpoints.dialects import LoadPlan
+from checkpoints.opening import Checkpoint, open_checkpoint
+from checkpoints.writing import stream_tensors
+from contract.loading import TensorInfo
+from contract.whole import DIT
+from stable_diffusion.contract import text_encoder_name
+from stable_diffusion.files import EMA, UNET, V_PRED, VAE, ZTSNR, Marks
+from stable_diffusion.loading import OpenedCheckpoint
+from stable_diffusion.released_names import (
+    released_text_names,
+    released_unet_names,
+    released_vae_name,
+    released_vae_shape,
+)
+from stable_diffusion.text_checkpoints import CLIP_L, OPEN_CLIP, SD1_TEXT, SD2_TEXT, join_released
+from stable_diffusion.training_files import TrainingFiles, count_layers
+
+logger = logging.getLogger(__name__)
+
+NETWORKS = (UNET, VAE, CLIP_L, OPEN_CLIP, SD1_TEXT, SD2_TEXT)  # beginnings of the names of their tensors
+_VAE_PART = "vae"
+Plans = Mapping[str, LoadPlan[Any]]  # by the names of networks
+
+
+@dataclass(frozen=True)
+class PartTensor:
+    """A tensor of the file that is made of weights of one network."""
+
+    network: str  # DIT, or the name of a text encoder or the VAE
+    weights: Sequence[str]  # names of its weights, in their order in the tensor
+    info: TensorInfo  # in the source
+
+
+@dataclass(frozen=True, eq=False)
+class CheckpointFiles:
+    """Writes checkpoints of one training. The source stays open, so that nobody can take it away."""
+
+    networks: Mapping[str, nn.Module]  # that learn
+    parts: Mapping[str, PartTensor]  # by the names in the file: all that learns, and parts of a folder
+    plans: Plans = field(default_factory=dict)  # of a folder
+    source: Checkpoint | None = None  # a single file
+    opened: ExitStack | None = None  # keeps the files of the plans open
+    marks: Sequence[str] = ()  # names of empty tensors, by which a file says what its model predicts
+
+    def write(self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
+        """Write a file, completely or not at all. dtype: of the networks; None: that of the source."""
+        states = {name: network.state_dict() for name, network in self.networks.items()}
+        infos = self.list_infos(dtype)
+
+        def read(name: str) -> Tensor:
+            return self._make(name, states).detach().to(infos[name].dtype)
+
+        stream_tensors(path, infos, read, metadata)
+
+    def list_infos(self, dtype: torch.dtype | None) -> dict[str, TensorInfo]:
+        """Return dtypes and shapes of the tensors of a file. dtype: as for `write`."""
+        infos = {name: TensorInfo(torch.float32, (0,)) for name in self.marks}
+        stored = {} if self.source is None else self.source.tensors
+        for name, info in (stored | {name: part.info for name, part in self.parts.items()}).items():
+            is_of_network = info.dtype.is_floating_point and name.startswith(NETWORKS)
+            kept = info.dtype if dtype is None or not is_of_network else dtype
+            if not name.startswith(EMA):
+                infos[name] = TensorInfo(kept, info.shape)
+        return infos
+
+    def _make(self, name: str, states: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
+        """Return a tensor of the file. states: weights of the networks that learn."""
+        part = self.parts.get(name)
+        if part is not None:
+            weights = [self._read_weight(part.network, weight, states) for weight in part.weights]
+            return join_released(name, weights).reshape(part.info.shape)
+        return torch.empty(0) if self.source is None else self.source.read(name)
+
+    def _read_weight(self, network: str, name: str, states: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
+        if network in states:
+            return states[network][name]
+        plan = self.plans[network]
+        source = plan.sources[name]
+        return source.make([plan.checkpoint.read(stored) for stored in source.names])
+
+
+def make_writer(checkpoint: TrainingFiles, networks: Mapping[str, nn.Module]) -> CheckpointFiles:
+    """Return the writer for the checkpoint of a training. networks: those that learn."""
+    path = checkpoint.path
+    if path.is_dir():
+        opened = ExitStack()
+        release = opened.enter_context(checkpoint.opened())
+        plans = _list_plans(release)
+        logger.info("Trained checkpoints of %s are single files, with the names of the released ones.", path)
+        parts = _name_parts(release, plans)
+        return CheckpointFiles(networks, parts, plans, opened=opened, marks=_list_marks(release.marks))
+    with checkpoint.opened() as release:
+        plans = _list_plans(release)
+        parts = {}
+        for name, network in networks.items():
+            parts |= _invert(name, network, plans[name])
+    source = open_checkpoint(path)
+    averages = sum(name.startswith(EMA) for name in source.tensors)
+    if averages:
+        logger.info(
+            "Saved checkpoints leave out the %d averaged tensors (model_ema.) of %s, which are of the "
+            "untrained U-Net.",
+            averages,
+            path,
+        )
+    return CheckpointFiles(networks, parts, source=source)
+
+
+def _list_plans(release: OpenedCheckpoint) -> Plans:
+    texts = {text_encoder_name(number): text.network for number, text in enumerate(release.texts)}
+    return {DIT: release.unet, **texts, _VAE_PART: release.vae}
+
+
+def _list_marks(marks: Marks) -> list[str]:
+    """Return the marks of a file for what a folder says in its settings."""
+    return [V_PRED] * marks.predicts_velocity + [ZTSNR] * marks.zero_terminal_snr
+
+
+def _invert(name: str, network: nn.Module, plan: LoadPlan[Any]) -> dict[str, PartTensor]:
+    """Return how each tensor of a single file is made of a network's weights, by its name in the file."""
+    weights: dict[str, list[str]] = {}
+    infos: dict[str, TensorInfo] = {}
+    for weight in network.state_dict():
+        (stored,) = plan.sources[weight].names
+        released = plan.checkpoint.stored_name(stored)
+        weights.setdefault(released, []).append(weight)
+        infos[released] = plan.checkpoint.tensors[stored]
+    return {released: PartTensor(name, names, infos[released]) for released, names in weights.items()}
+
+
+def _name_parts(release: OpenedCheckpoint, plans: Plans) -> dict[str, PartTensor]:
+    """Return all tensors of the single file of a folder's networks."""
+    unet = released_unet_names(count_layers(release.unet.config), release.unet.sources)
+    parts = {released: _join_part(released, DIT, [ours], plans) for released, ours in unet}
+    for number, text in enumerate(release.texts):
+        name = text_encoder_name(number)
+        joined = released_text_names(release.kind, number, _list_weights(text.network))
+        parts |= {released: _join_part(released, name, ours, plans) for released, ours in joined.items()}
+    for ours in release.vae.sources:
+        released = released_vae_name(ours)
+        parts[released] = _join_part(released, _VAE_PART, [ours], plans)
+    return parts
+
+
+def _list_weights(plan: LoadPlan[Any]) -> list[str]:
+    """Return the weights of a text encoder that its network has."""
+    return [name for name in plan.sources if not name.endswith("position_ids")]
+
+
+def _join_part(released: str, network: str, weights: Sequence[str], plans: Plans) -> PartTensor:
+    """Return a tensor of a single file, which joins weights of a folder's network."""
+    plan = plans[network]
+    hollow = []
+    for weight in weights:
+        source = plan.sources[weight]
+        hollow.append(source.make([plan.checkpoint.tensors[name].hollow() for name in source.names]))
+    joined = join_released(released, hollow)
+    shape = released_vae_shape(released, tuple(joined.shape))
+    return PartTensor(network, weights, TensorInfo(joined.dtype, shape))

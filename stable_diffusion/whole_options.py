@@ -1,0 +1,44 @@
+"""Options of the scripts that train a whole checkpoint of Stable Diffusion. Standard library only."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from modules.errors import OptionError
+from modules.options import CHANGEABLE, IDENTITY, option
+
+LARGEST_RATE = 1000.0  # as of --learning_rate
+
+
+def text_rate(help: str, acts_if: Mapping[str, Callable[[Any], bool]] | None = None) -> Any:
+    """Return the option of a text encoder's learning rate."""
+    return option(
+        f"learning rate of {help}; 0 freezes it; default: --learning_rate",
+        least=0,
+        below=LARGEST_RATE,
+        hint="1e-6 is usual; 0 freezes it",
+        acts_if=acts_if,
+        facts=CHANGEABLE,
+    )
+
+
+def text_switch(help: str) -> Any:
+    return option(help, facts=IDENTITY, often=True)
+
+
+# for rates of text encoders that learn on request
+IF_TRAINED: Mapping[str, Callable[[Any], bool]] = {
+    "text encoders learn with --train_text_encoder": lambda options: options.train_text_encoder
+}
+
+
+def read_block_rates(text: str | None) -> tuple[float, ...]:
+    """Return the numbers of --block_lr. Raises OptionError if they are no learning rates."""
+    if text is None:
+        return ()
+    try:
+        rates = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise OptionError(f"--block_lr {text}: it is a list of numbers with commas between them") from None
+    if not all(0 <= rate < LARGEST_RATE for rate in rates):
+        raise OptionError(f"--block_lr {text}: learning rates are at least 0 and below {LARGEST_RATE:g}")
+    return rates

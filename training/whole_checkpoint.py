@@ -1,0 +1,103 @@
+"""Train the networks of a checkpoint that holds more than the transformer, and write whole checkpoints."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from torch.nn import Parameter
+
+from contract.family import Described, DitSpec, part_rates_of
+from contract.whole import DIT, LearningParts, TrainsCheckpoint, trains_checkpoint
+from modules.errors import OptionError
+from training.data.live import LiveTexts
+from training.options import TrainingOptions
+from training.trainable import Trainable, learns_by_name, refuse_no_match, train_dit
+
+
+def train_whole(
+    family: Described,
+    options: TrainingOptions,
+    dit: nn.Module,
+    texts: LiveTexts | None,
+    writes: bool = True,
+) -> Trainable:
+    """Train all weights, or those that options choose: of the transformer, and of text encoders that learn.
+
+    texts: the loaded text encoders. writes: files are written, for which the source of a whole checkpoint is
+    opened. Raises OptionError if nothing learns.
+    """
+    assert options.whole_dit is not None
+    rate, name_parts = options.optimizer.learning_rate, options.whole_dit.name_parts
+    if not trains_checkpoint(family):
+        return train_dit(dit, rate, name_parts, part_rates_of(family))
+    return _train_checkpoint(family, dit, texts, learning_rate=rate, name_parts=name_parts, writes=writes)
+
+
+@dataclass
+class _Groups:
+    """Collect trained weights in groups of the optimizer, by their names in logs."""
+
+    params: dict[str, list[Parameter]] = field(default_factory=dict)
+    rates: dict[str, float] = field(default_factory=dict)
+
+    def add(self, name: str, rate: float, parameter: Parameter) -> None:
+        """Let a weight learn at a rate, or freeze it if the rate is 0."""
+        parameter.requires_grad_(rate != 0)
+        if rate != 0:
+            self.params.setdefault(name, []).append(parameter)
+            self.rates[name] = rate
+
+    def list(self) -> list[dict[str, Any]]:
+        return [{"params": self.params[name], "lr": self.rates[name]} for name in self.params]
+
+
+def _train_checkpoint(
+    family: TrainsCheckpoint,
+    dit: nn.Module,
+    texts: LiveTexts | None,
+    *,
+    learning_rate: float,
+    name_parts: Sequence[str],
+    writes: bool,
+) -> Trainable:
+    """Train each part of a checkpoint at the rate of `family.learning_parts`.
+
+    learning_rate: of parts without one of their own. name_parts: as in `train_dit`.
+    """
+    parts = family.learning_parts
+    groups = _Groups()
+    networks: dict[str, nn.Module] = {}
+    for name, parameter in dit.named_parameters():
+        group, rate = _choose_rate(name, parts, family.dit, learning_rate)
+        groups.add(group, rate if learns_by_name(name, name_parts) else 0.0, parameter)
+    if groups.params:
+        networks[DIT] = dit
+    elif name_parts:
+        refuse_no_match(dit, name_parts)
+    for encoder in () if texts is None else texts.learning:
+        own_rate = parts.texts[encoder.name]
+        text_rate = learning_rate if own_rate is None else own_rate
+        networks[encoder.name] = encoder.network
+        for name, parameter in encoder.network.named_parameters():
+            is_read = family.reads_weight(encoder.name, name)
+            groups.add(encoder.name, text_rate if is_read else 0.0, parameter)
+    if not groups.params:
+        raise OptionError("nothing learns: all learning rates are 0. Give a rate above 0 to --learning_rate")
+    return Trainable(
+        modules=networks,
+        groups=groups.list(),
+        group_names=tuple(groups.params),
+        writes={"": family.checkpoint_writer(networks).write} if writes else {},
+        until={} if parts.text_steps is None else dict.fromkeys(networks.keys() - {DIT}, parts.text_steps),
+    )
+
+
+def _choose_rate(name: str, parts: LearningParts, spec: DitSpec, usual: float) -> tuple[str, float]:
+    """Return the group and the learning rate of one of the transformer's weights."""
+    if not parts.blocks:
+        return DIT, usual
+    assert spec.numbered is not None  # the family has rates of blocks
+    number = spec.numbered.number_of(name)
+    assert number is not None  # all blocks have numbers
+    return f"{DIT} block {number}", parts.blocks[number]
