@@ -13,7 +13,7 @@ from downloads.listing import gigabytes
 from modules.errors import OptionError
 from modules.installation import find_script
 from modules.speed_options import BASE_FORMS
-from project.fitting import IN_USE, transformer_bytes, transformers_of
+from project.fitting import transformer_bytes, transformers_of
 from project.options import times_of_steps
 
 # options of a LoRA's run that a whole model has no use for, by the beginning of their names
@@ -29,6 +29,7 @@ RECIPE: Mapping[str, Any] = {
     "max_grad_norm": 0,
     "fused_backward_pass": True,
 }
+FREE = 3  # GiB of a card for activations of one picture of 1024 x 1024, with checkpointing
 SAVES = 4  # over the run: each is a whole model
 KEPT = 2  # saved files, and states, that are kept besides the result
 
@@ -60,9 +61,9 @@ def why_not_whole(model: ModelSet, memory: float) -> str | None:
     if len(transformers_of(model)) > 1:
         return f"{name} has two transformers, which are trained one at a time: see docs/wan22.md"
     size = transformer_bytes(model) / 2**30
-    if memory and not model.data.get("swaps", True) and size + IN_USE > memory:
+    if memory and not model.data.get("swaps", True) and size + FREE > memory:
         return (
-            f"{name} takes {size:.1f} GiB of weights and about {IN_USE} more, and the card has {memory:g} GiB"
+            f"{name} takes {size:.1f} GiB of weights and about {FREE} more, and the card has {memory:g} GiB"
         )
     return None
 
@@ -111,10 +112,10 @@ def describe_whole(model: ModelSet, memory: float) -> list[str]:
     written = sum(part.size_bytes or 0 for part in transformers_of(model))
     if not memory:
         fit = f"{2 * weights / 2**30:.1f} GiB in float32"
-    elif weights / 2**30 + IN_USE <= memory:
+    elif weights / 2**30 + FREE <= memory:
         fit = f"{weights / 2**30:.1f} GiB in bf16, which fits a card of {memory:g} GiB"
     else:
-        left = weights / 2**30 - max(memory - IN_USE, 0)
+        left = weights / 2**30 - max(memory - FREE, 0)
         fit = f"{weights / 2**30:.1f} GiB in bf16, of which about {left:.0f} GiB wait in RAM"
     most = gigabytes((KEPT + 1) * written + KEPT * weights)
     return [

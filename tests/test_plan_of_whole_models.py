@@ -9,6 +9,7 @@ import torch
 from contract.families import FAMILIES
 from modules.options import read_options
 from modules.parser import add_options
+from project.whole_model import FREE
 from running.planning import dry_run as dry
 from tests.manifests import tensor_list, write_hollow
 from training.experts import placement_of
@@ -18,7 +19,6 @@ from training.planning.rehearsal import dress_trainable
 
 GIB = 2**30
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "whole_models.md"
-FREE = 3  # GiB of a card that are left for activations
 NEEDED = (
     "--dataset_config",
     "d.toml",
