@@ -5,7 +5,8 @@ from anima.options import TRAINER
 from training.image_options import ImageTrainerDefaults
 from training.scripts import training_script
 
-main = training_script("anima", __doc__, images=ImageTrainerDefaults(**TRAINER))
+DEFAULTS = ImageTrainerDefaults(**TRAINER)
+main = training_script("anima", __doc__, images=DEFAULTS)
 
 
 if __name__ == "__main__":

@@ -229,7 +229,7 @@ class PageStatus(NamedTuple):
 def read_page_status(history: Path) -> PageStatus | None:
     """Return model, ending and total steps from the page next to a history of an older version."""
     with contextlib.suppress(OSError), page_path(history.parent, history_name(history)).open("rb") as file:
-        match = STATUS.search(file.read(32 << 10).decode("utf-8", "replace"))
+        match = STATUS.search(file.read(TAIL).decode("utf-8", "replace"))
         if match:
             kind, standing, model, _, total_steps = match.groups()
             ending = None if standing == "running" else (html.unescape(standing), kind)

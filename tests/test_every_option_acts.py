@@ -83,7 +83,8 @@ def command_of(family: TinyFamily, kind: str) -> tuple[str, ...]:
     if kind == TRAINING:
         return (*family.train, *TRAIN)
     if kind == WHOLE:
-        models = family.train[1 : family.train.index("--network_module")] if family.train_whole else []
+        of_lora = "--network_module"  # what follows it is of the LoRA too
+        models = family.train[1 : family.train.index(of_lora) if of_lora in family.train else None]
         return (family.train_whole, *models, "--learning_rate", "1e-3", *TRAIN) if family.train_whole else ()
     if kind == PICTURES:
         return GEN_IMG if family.name == GEN_IMG_MODEL else ()

@@ -69,13 +69,17 @@ def test_leaving_the_guidance_out_is_not_a_guidance_of_zero() -> None:
     assert not torch.equal(model(**inputs, tweaks=Tweaks(embedded_guidance=False)), zero)
 
 
-def test_no_gradient_goes_into_the_approximator() -> None:
+@pytest.mark.parametrize("learns", [False, True], ids=["frozen", "learning"])
+def test_the_approximator_has_gradients_if_it_learns(learns: bool) -> None:
     model = tiny_model("chroma").requires_grad_(True)
+    model.get_submodule("distilled_guidance_layer").requires_grad_(learns)
 
     model(**tiny_inputs("chroma")).square().mean().backward()
 
     grads: dict[str, Any] = {name: one.grad for name, one in model.named_parameters()}
-    assert all(grad is None for name, grad in grads.items() if name.startswith("distilled_guidance_layer"))
+    of_approximator = [grad for name, grad in grads.items() if name.startswith("distilled_guidance_layer")]
+    assert of_approximator
+    assert all((grad is not None) is learns for grad in of_approximator)
     assert all(grad is not None for name, grad in grads.items() if "linear1" in name)
 
 
