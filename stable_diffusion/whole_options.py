@@ -21,6 +21,20 @@ def text_rate(help: str, acts_if: Mapping[str, Callable[[Any], bool]] | None = N
     )
 
 
+class OfWholeCheckpoint:
+    """What the options of every script that trains a whole checkpoint say of it."""
+
+    full_bf16: bool
+
+    @property
+    def is_whole(self) -> bool:
+        return True
+
+    @property
+    def learns_in_bf16(self) -> bool:
+        return self.full_bf16
+
+
 def text_switch(help: str) -> Any:
     return option(help, facts=IDENTITY, often=True)
 

@@ -9,7 +9,7 @@ from stable_diffusion.training_options import (
     caching_options,
     generation_options,
 )
-from stable_diffusion.whole_options import IF_TRAINED, text_rate, text_switch
+from stable_diffusion.whole_options import IF_TRAINED, OfWholeCheckpoint, text_rate, text_switch
 
 __all__ = ("caching_options", "generation_options")
 NAME = "Stable Diffusion 1.x and 2.x"
@@ -34,7 +34,7 @@ class Sd1TrainingOptions(StableDiffusionTrainingOptions, title=NAME):
     clip_skip: int | None = _clip_skip()
 
 
-class Sd1FineTuningOptions(Sd1TrainingOptions, title=NAME):
+class Sd1FineTuningOptions(OfWholeCheckpoint, Sd1TrainingOptions, title=NAME):
     """Options of fine_tune.py besides the shared ones."""
 
     train_text_encoder: bool = text_switch("train the text encoder with the U-Net")
@@ -42,19 +42,11 @@ class Sd1FineTuningOptions(Sd1TrainingOptions, title=NAME):
     full_bf16: bool = option(name="full_bf16", facts=FREE)  # the shared one: text encoders learn in it too
 
     @property
-    def is_whole(self) -> bool:
-        return True
-
-    @property
-    def learns_in_bf16(self) -> bool:
-        return self.full_bf16
-
-    @property
     def text_rates(self) -> dict[str, float | None]:
         return {"text_encoder": self.learning_rate_te} if self.train_text_encoder else {}
 
 
-class Sd1DreamBoothOptions(Sd1TrainingOptions, title=NAME):
+class Sd1DreamBoothOptions(OfWholeCheckpoint, Sd1TrainingOptions, title=NAME):
     """Options of train_db.py besides the shared ones."""
 
     learning_rate_te: float | None = text_rate("the text encoder, which learns with the U-Net")
@@ -74,14 +66,6 @@ class Sd1DreamBoothOptions(Sd1TrainingOptions, title=NAME):
     @property
     def fills_captions(self) -> bool:
         return not self.no_token_padding
-
-    @property
-    def is_whole(self) -> bool:
-        return True
-
-    @property
-    def learns_in_bf16(self) -> bool:
-        return self.full_bf16
 
     @property
     def text_rates(self) -> dict[str, float | None]:

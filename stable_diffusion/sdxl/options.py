@@ -11,6 +11,7 @@ from stable_diffusion.training_options import (
 )
 from stable_diffusion.whole_options import (
     IF_TRAINED,
+    OfWholeCheckpoint,
     read_block_rates,
     text_rate,
     text_switch,
@@ -45,7 +46,7 @@ class SdxlTrainingOptions(SdxlLearningOptions, title=NAME):
 _OF_LORAS = "it is of LoRAs. Give the rate of {} to --{}"
 
 
-class SdxlWholeTrainingOptions(SdxlLearningOptions, title=NAME):
+class SdxlWholeTrainingOptions(OfWholeCheckpoint, SdxlLearningOptions, title=NAME):
     """Options of sdxl_train.py besides the shared ones."""
 
     train_text_encoder: bool = text_switch("train both text encoders with the U-Net")
@@ -59,14 +60,6 @@ class SdxlWholeTrainingOptions(SdxlLearningOptions, title=NAME):
     full_bf16: bool = option(name="full_bf16", facts=FREE)  # the shared one: text encoders learn in it too
     text_encoder_lr1 = unsupported(_OF_LORAS.format("CLIP-L", "learning_rate_te1"), type=float)
     text_encoder_lr2 = unsupported(_OF_LORAS.format("OpenCLIP", "learning_rate_te2"), type=float)
-
-    @property
-    def is_whole(self) -> bool:
-        return True
-
-    @property
-    def learns_in_bf16(self) -> bool:
-        return self.full_bf16
 
     @property
     def text_rates(self) -> dict[str, float | None]:

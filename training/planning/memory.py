@@ -37,6 +37,7 @@ from training.plan import TrainingPlan
 from training.planning.rehearsal import STEP, rehearse
 from training.processes import largest_of_processes
 from training.steps import Progress
+from training.trainable import learns_by_name
 
 logger = logging.getLogger(__name__)
 
@@ -191,11 +192,7 @@ def _average_bytes(options: TrainingOptions, dit: nn.Module) -> int:
     if whole_dit is None or not kept_average(options):
         return 0
     parts = whole_dit.name_parts
-    learning = [
-        parameter
-        for name, parameter in dit.named_parameters()
-        if not parts or any(part in name for part in parts)
-    ]
+    learning = [parameter for name, parameter in dit.named_parameters() if learns_by_name(name, parts)]
     return 4 * sum(parameter.numel() for parameter in learning)
 
 
