@@ -26,8 +26,8 @@ from running.ways.composing import needed_in_generation
 from training.features.composing import sampled_average
 from training.options import ScriptOption, TrainingOptions
 from training.plan import TrainingPlan
-from training.reports.history import PageCommand
-from training.saving.files import AVERAGE, Names, state_pattern
+from training.reports.history import AVERAGE, PageCommand
+from training.saving.files import Names, state_pattern
 from training.saving.options import LATEST_ONLY
 
 if TYPE_CHECKING:  # it is loaded only if there are prompts

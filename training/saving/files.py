@@ -17,7 +17,7 @@ from modules.atomic_write import make_folder, recover_folder
 from modules.console import count_of
 from modules.errors import OutputError
 from modules.file_locks import only_one
-from training.reports.history import history_path
+from training.reports.history import AVERAGE, history_path
 from training.reports.page import page_path
 from training.reports.sample_files import FOLDER as SAMPLES
 from training.saving.options import SavingOptions
@@ -25,9 +25,6 @@ from training.saving.options import SavingOptions
 logger = logging.getLogger(__name__)
 
 WriteFile = Callable[[str, Path], None]  # what ends the file's name, see `Names.parts`; the file
-
-
-AVERAGE = "-ema"  # behind the stem of a file: the average of its weights
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,8 @@ class Names:
 
     @property
     def pattern(self) -> str:
-        return r"(?:-ema)?" + (f"_(?:{'|'.join(self.parts)})" if self.parts else "") + r"\.safetensors"
+        average = f"(?:{re.escape(AVERAGE)})?"
+        return average + (f"_(?:{'|'.join(self.parts)})" if self.parts else "") + r"\.safetensors"
 
 
 @dataclass(frozen=True)
