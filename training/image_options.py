@@ -22,7 +22,7 @@ from running.options import SWAPPING
 from running.ways.composing import list_block_options, list_shared_things
 from training.config_options import write_config_file
 from training.features.composing import options_of_blocks
-from training.learning_options import PartsOptions
+from training.learning_options import FOLDERS, NO_CODE, ONE_FILE, PartsOptions
 from training.noise_options import RAW, WEIGHTINGS, PredictionOptions
 from training.options import (
     ScriptOption,
@@ -74,6 +74,8 @@ class ImageTrainerDefaults:
     foreign: tuple[type[Options], ...] | None = None
     # what a script that trains all weights has in place of the options for LoRAs; None: `OF_WHOLE_MODELS`
     whole: tuple[type[Options], ...] | None = None
+    # other settings of shared options: name without dashes -> of `add_options`
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def read_image_training(
@@ -157,7 +159,7 @@ def image_training_parser(
         "weighting_scheme": UNIFORM,
     }
     choices = {"timestep_sampling": defaults.samplers, "weighting_scheme": (*WEIGHTINGS, UNIFORM)}
-    settings = {name: {"choices": values} for name, values in choices.items()}
+    settings = {name: {"choices": values} for name, values in choices.items()} | {**defaults.settings}
     script: dict[str, Any] = {"defaults": usual, "refused": defaults.refused}
     parser = training_parser(doc, learner, settings=settings, **script)
     of_learner: tuple[type[Options], ...] = OF_LORAS
@@ -475,4 +477,16 @@ NOISE_TRAINER = ImageTrainerDefaults(
     translate=read_as_known,
 )
 # of those of which a training writes the whole checkpoint
-CHECKPOINT_TRAINER = replace(NOISE_TRAINER, whole=(OfWholeCheckpoints,), translate=_read_groups)
+CHECKPOINT_TRAINER = replace(
+    NOISE_TRAINER,
+    whole=(OfWholeCheckpoints,),
+    translate=_read_groups,
+    settings={
+        "save_model_as": {
+            "help": "form of the trained checkpoint: safetensors, one file with the released names, or "
+            "diffusers, a folder in its layout, of safetensors files; default: safetensors",
+            "choices": (ONE_FILE, *FOLDERS),
+            "refused": NO_CODE,
+        }
+    },
+)
