@@ -96,6 +96,7 @@ SMALLER = {
     "fpack_train_network.py": f"{LORA} --latent_window_size 1 --sample_every_n_epochs 1",
     **{f"{name}_train.py": TRAINING for name in WHOLE_MODELS},
     **dict.fromkeys(("sdxl_train.py", "train_db.py", "fine_tune.py"), TRAINING),
+    "sdxl_train_control_net_lllite.py": TRAINING,
     "flux_kontext_train.py": f"{TRAINING} --no_resize_control",
     **{f"{name}_train_network.py": LORA for name in ("hv", "ltx2", "wan", *OF_PICTURES)},
     **{f"{name}_generate_image.py": PICTURE for name in OF_PICTURES if name != "hunyuan_image"},
