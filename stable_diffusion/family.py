@@ -533,6 +533,22 @@ def family_for_training(
     )
 
 
+def with_control_net(
+    model: StableDiffusion, path: Path | None, own_rate: float | None, checkpoints: bool
+) -> StableDiffusion:
+    """Return the model of a training of a ControlNet. The arguments: see `make_control_net`."""
+    from stable_diffusion.control_net_learning import MODULE, describe_control_net  # only to train one
+
+    made = describe_control_net(
+        model.options,
+        model.files,
+        path=path,
+        own_rate=own_rate,
+        checkpoints=checkpoints,
+    )
+    return replace(model, made_network=made, lora_module=MODULE)
+
+
 def _check_block_rates(rates: Sequence[float], files: TrainingFiles) -> None:
     """Raise OptionError if there is not one rate for each block of the U-Net."""
     numbered = number_blocks(files.unet_config) if rates else None

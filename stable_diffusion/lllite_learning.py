@@ -13,8 +13,8 @@ from checkpoints.model_files import require_file
 from checkpoints.opening import open_checkpoint
 from contract.made_networks import MadeNetwork
 from modules.errors import OptionError
-from modules.option_values import FillIn, option_words
 from stable_diffusion.beside_unet import BesideUnet
+from stable_diffusion.control_net_options import say_generation
 from stable_diffusion.lllite_modules import (
     WHAT,
     Lllite,
@@ -137,7 +137,7 @@ def describe_lllite(options: SdxlLlliteTrainingOptions) -> MadeNetwork:
         ending="control-net-lllite",
         make=partial(make_lllite, options),
         check=partial(_check_file, options),
-        generate=partial(_say_generation, options),
+        generate=partial(say_generation, options, "--control_net_lllite_models"),
         values={"ss_network_dim": rank, "ss_cond_emb_dim": width},
     )
 
@@ -156,26 +156,3 @@ def _check_file(options: SdxlLlliteTrainingOptions) -> None:
                 raise OptionError(
                     f"{WEIGHTS} {path}: Stable Diffusion XL has no layer for {name}. Give another"
                 )
-
-
-def _say_generation(options: SdxlLlliteTrainingOptions, file: Path, sample: Mapping[str, Any]) -> list[str]:
-    """Return the command that generates with a file. sample: values by the names of `Request`."""
-    words = {
-        "--ckpt": options.ckpt or FillIn("CHECKPOINT"),
-        "--vae": options.vae,
-        "--tokenizer_cache_dir": options.tokenizer_cache_dir,
-        "--fp16": options.mixed_precision == "fp16",
-        "--bf16": options.mixed_precision == "bf16",
-        "--control_net_lllite_models": file,
-        "--guide_image_path": sample.get("control_path") or FillIn("CONTROL_PICTURE"),
-        "--prompt": sample.get("prompt") or FillIn("what it should show"),
-        "--negative_prompt": sample.get("negative_prompt") or None,
-        "--W": sample.get("width"),
-        "--H": sample.get("height"),
-        "--steps": sample.get("steps"),
-        "--scale": sample.get("guidance_scale"),
-        "--sampler": sample.get("solver") or options.sample_sampler,
-        "--seed": sample.get("seed"),
-        "--outdir": file.parent / "generated",
-    }
-    return ["gen_img.py", *option_words(words)]

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from stable_diffusion import family
 from stable_diffusion.sdxl.options import (
+    SdxlControlNetTrainingOptions,
     SdxlGenerationOptions,
     SdxlLatentCachingOptions,
     SdxlLearningOptions,
@@ -26,6 +27,13 @@ def family_for_training(options: SdxlLearningOptions) -> family.StableDiffusion:
         from stable_diffusion.lllite_learning import MODULE, describe_lllite  # only to train one
 
         return replace(made, made_network=describe_lllite(options), lora_module=MODULE)
+    if isinstance(options, SdxlControlNetTrainingOptions):
+        return family.with_control_net(
+            made,
+            options.controlnet_model_name_or_path,
+            own_rate=options.control_net_lr,
+            checkpoints=options.gradient_checkpointing,
+        )
     return made
 
 

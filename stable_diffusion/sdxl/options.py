@@ -4,6 +4,7 @@ from pathlib import Path
 
 from modules.errors import OptionError
 from modules.options import CHANGEABLE, FREE, IDENTITY, not_needed, option, unsupported
+from stable_diffusion.control_net_options import rate_option, weights_option
 from stable_diffusion.generation_options import StableDiffusionGenerationOptions, script_defaults
 from stable_diffusion.training_options import (
     LatentCachingOptions,
@@ -74,6 +75,16 @@ class SdxlLlliteTrainingOptions(SdxlLearningOptions, title=NAME):
                 f"--cond_emb_dim {self.cond_emb_dim} is odd: the first convolutions have half as many "
                 f"channels. Give {self.cond_emb_dim + 1}"
             )
+
+
+class SdxlControlNetTrainingOptions(SdxlLearningOptions, title=NAME):
+    """Options of sdxl_train_control_net.py besides the shared ones."""
+
+    controlnet_model_name_or_path: Path | None = weights_option()
+    control_net_lr: float = rate_option()
+    gradient_checkpointing: bool = option(name="gradient_checkpointing", facts=FREE)
+    text_encoder_lr1 = unsupported(_NO_TEXTS, type=float)
+    text_encoder_lr2 = unsupported(_NO_TEXTS, type=float)
 
 
 _OF_LORAS = "it is of LoRAs. Give the rate of {} to --{}"
