@@ -106,7 +106,8 @@ def _choose_after_describing(standing: FolderStanding) -> NextStep:
         )
     if standing.to_load:
         licences = counted(standing.num_licences, "licence", "%(n)s licences")
-        return NextStep(LOAD, f"Get the model ({standing.to_load}, {licences})", done=standing.done)
+        word = say("Get the model (%(size)s, %(licences)s)", size=standing.to_load, licences=licences)
+        return NextStep(LOAD, word, done=standing.done)
     if checking is not None and checking.state == RUNNING:
         return NextStep(BUSY, say("Checking …"), done=standing.done)
     if standing.is_checked or standing.loads_at_start:

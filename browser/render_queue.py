@@ -170,7 +170,9 @@ class RenderQueue:
         with self._change():
             job = self.find(number)
             if job is None or job.state in (WAITING, RUNNING):
-                raise OptionError(say("there is no result %(number)s that has ended (any more)", number=number))
+                raise OptionError(
+                    say("there is no result %(number)s that has ended (any more)", number=number)
+                )
             self._path(number).unlink(missing_ok=True)
 
     def ask_to_cancel(self, number: int) -> None:

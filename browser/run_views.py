@@ -159,11 +159,13 @@ class LiveStanding:
         state = find_state(story.start, ending, run.changed)
         step = next(reversed(story.loss or story.starts or {0: None}))
         text, kind = ending or (say("died after step %(step)s, without a word", step=f"{step:,}"), "bad")
+        if text == state:  # `finished`: the history has more words for other ends
+            text = name_state(state)
         words = ""
         if state == DIED and ended_at_once:
             state, text, kind = STOPPED, ended_at_once, ""
         if state == RUNNING:
-            text = state
+            text = name_state(state)
             kind = ""
             words = _describe_time(run, story, start.total_steps - step)
         return cls(Standing(start, step, text, kind), state, words)

@@ -8,6 +8,8 @@ from pathlib import Path
 import jinja2
 from jinja2 import nodes
 
+from downloads.catalogue import model_sets
+from downloads.listing import UNVERIFIED
 from modules.installation import ROOT
 
 TEMPLATES = [
@@ -19,7 +21,9 @@ PROGRAMS = [
     *sorted((ROOT / "browser").glob("*.py")),
     ROOT / "modules/pages/language.py",
     ROOT / "training/reports/page.py",
+    ROOT / "training/reports/sample_files.py",
     ROOT / "training/features/preference.py",
+    ROOT / "project/fitting.py",
 ]
 SCRIPTS = [*sorted((ROOT / "browser/static").glob("*.js")), ROOT / "modules/pages/page.js"]
 # of a function, the place of the argument that is the key
@@ -60,6 +64,17 @@ def list_script_texts(path: Path) -> Iterator[str]:
         yield match[2].replace('\\"', '"')
 
 
+def list_catalogue_texts() -> Iterator[str]:
+    """Yield the texts of the list of models that the page shows."""
+    yield UNVERIFIED
+    for models in (model_sets(), model_sets(True)):
+        for model in models:
+            yield model.about
+            for part in model.components:
+                yield part.title
+                yield from (file.licence.terms for file in part.files)
+
+
 def list_texts() -> dict[str, list[Path]]:
     """Return each key of the page with the files that name it; those of scripts alone are left out."""
     found: dict[str, list[Path]] = {}
@@ -69,6 +84,8 @@ def list_texts() -> dict[str, list[Path]]:
     for path in PROGRAMS:
         for key in list_program_texts(path):
             found.setdefault(key, []).append(path)
+    for key in list_catalogue_texts():
+        found.setdefault(key, []).append(ROOT / "downloads/catalogue.toml")
     return found
 
 
