@@ -55,7 +55,7 @@ FOUR = 4  # of "Make with four seeds"
 SHOWN_ENDED = 12  # render jobs that were stopped, died or had a warning, in the page
 SHOWN_OF_REASON = 120  # characters
 LABELS = {
-    "prompt": "Prompt",
+    "prompt": say("Prompt"),
     "negative": say("Negative"),
     "width": say("Width"),
     "height": say("Height"),

@@ -101,11 +101,11 @@ class SettingsPages:
             ShownSetting(
                 say("relative paths begin in"), str(Path.cwd()), say("the folder where the command is typed")
             ),
-            ShownSetting("queue", str(site.queue.folder / QUEUE), say("in the first folder")),
-            ShownSetting("host", settings.host, "--host ADDRESS"),
-            ShownSetting("port", port, "--port N"),
-            ShownSetting("token", token, "--token FILE, or --no_token"),
-            ShownSetting(say("may write"), "no" if site.read_only else "yes", "--read_only"),
+            ShownSetting(say("queue"), str(site.queue.folder / QUEUE), say("in the first folder")),
+            ShownSetting(say("host"), settings.host, "--host ADDRESS"),
+            ShownSetting(say("port"), port, "--port N"),
+            ShownSetting(say("token"), token, "--token FILE, or --no_token"),
+            ShownSetting(say("may write"), say("no") if site.read_only else say("yes"), "--read_only"),
         ]
 
     def command_words(self, worker: str, further: Sequence[Path] = ()) -> list[str]:

@@ -24,6 +24,7 @@ PROGRAMS = [
     ROOT / "training/reports/sample_files.py",
     ROOT / "training/features/preference.py",
     ROOT / "project/fitting.py",
+    ROOT / "downloads/listing.py",
 ]
 SCRIPTS = [*sorted((ROOT / "browser/static").glob("*.js")), ROOT / "modules/pages/page.js"]
 # of a function, the place of the argument that is the key

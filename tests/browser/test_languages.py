@@ -285,7 +285,8 @@ MODEL_NAMES = {
     *("Wan", "best"),
 }
 DATA_NAMES = re.compile(
-    r"(?<!\w)(mrsfluff|described|languages\d*|output|runs|a cat|reelsmith run my_clips|FOLDER|DIR|N)(?!\w)"
+    r"(?<!\w)(mrsfluff|described|languages\d*|output|runs|models|a <b>cat|warning|the disk is nearly full"
+    r"|\d+ bytes|reelsmith run my_clips|FOLDER|DIR|N)(?!\w)"
     r"|--\w+( [A-Z]+\b)?|\S*/\S*|\S+\.(toml|txt|png|safetensors)|, or (?=--)"
 )
 
