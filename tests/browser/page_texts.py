@@ -22,7 +22,6 @@ PROGRAMS = [
     ROOT / "modules/pages/language.py",
     ROOT / "training/reports/page.py",
     ROOT / "training/reports/sample_files.py",
-    ROOT / "training/features/preference.py",
     ROOT / "project/fitting.py",
     ROOT / "downloads/listing.py",
 ]
@@ -56,6 +55,14 @@ def list_program_texts(path: Path) -> Iterator[str]:
             yield call.args[place].value
 
 
+def list_chart_titles() -> Iterator[str]:
+    """Yield the titles of the charts that features draw."""
+    for path in (ROOT / "training/features").glob("*.py"):
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "Chart":
+                yield ast.literal_eval(call.args[3])
+
+
 def list_script_texts(path: Path) -> Iterator[str]:
     """Yield the keys that a script names."""
     text = path.read_text(encoding="utf-8")
@@ -85,6 +92,8 @@ def list_texts() -> dict[str, list[Path]]:
     for path in PROGRAMS:
         for key in list_program_texts(path):
             found.setdefault(key, []).append(path)
+    for key in list_chart_titles():
+        found.setdefault(key, []).append(ROOT / "training/features")
     for key in list_catalogue_texts():
         found.setdefault(key, []).append(ROOT / "downloads/catalogue.toml")
     return found

@@ -282,7 +282,7 @@ MODEL_NAMES = {
     *(name for one in model_sets() for name in (one.title, one.family_title, one.task)),
     *(file.licence.name for one in model_sets() for part in one.components for file in part.files),
     *(str(part.path) for one in model_sets() for part in one.components),
-    *("Wan", "best"),
+    *("Wan", "best", Path.cwd().name),
 }
 DATA_NAMES = re.compile(
     r"(?<!\w)(mrsfluff|described|languages\d*|output|runs|models|a <b>cat|warning|the disk is nearly full"

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from modules.console import count_of
 from modules.errors import OptionError
 from modules.options import HABIT, Options, option
-from modules.pages.language import say
 from training.features.contract import AT_NETWORK, KEPT, WORSE_ONES, Feature, StepPasses, given_values
 
 if TYPE_CHECKING:
@@ -120,8 +119,8 @@ def _draw_pairs(story: "Story", most: int) -> "list[Chart]":
     errors = {"better one": story.numbers.get(BETTER, {}), "worse one": story.numbers.get(WORSE, {})}
     right = {"right": story.numbers.get(RIGHT, {})}
     return [
-        Chart(make_curves(errors, most, SMOOTHING), "step", "error", say("Error at both of a pair")),
-        Chart(make_curves(right, most, SMOOTHING), "step", "share", say("Share of pairs that are right")),
+        Chart(make_curves(errors, most, SMOOTHING), "step", "error", "Error at both of a pair"),
+        Chart(make_curves(right, most, SMOOTHING), "step", "share", "Share of pairs that are right"),
     ]
 
 

@@ -6,7 +6,7 @@ import functools
 import stat
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,7 +120,8 @@ def list_charts(story: Story, parts: PageParts = NO_PARTS, most: int = MOST_BINS
         for name, points in story.rates.items()
     }
     bands = {f"timestep {name.rpartition('_')[2]}": points for name, points in story.bands.items()}
-    further = [chart for draw in parts.charts for chart in draw(story, most)]
+    drawn = [chart for draw in parts.charts for chart in draw(story, most)]
+    further = [replace(chart, title=say(chart.title)) for chart in drawn]
     losses = make_curves({say("loss"): story.loss}, most, SMOOTHING)
     if story.validations:
         steps = sorted(story.validations)
