@@ -21,6 +21,7 @@ from modules.atomic_write import append_text, check_space, explain_errors, write
 from modules.errors import OptionError, OutputError
 from modules.file_locks import only_one
 from modules.installation import PROGRESS
+from modules.pages.language import say
 from modules.run_limits import limit_variables
 from modules.text_files import parse_json, read_text, real_path
 from training.reports.history import describe_process
@@ -77,7 +78,7 @@ class BackgroundJobs:
         if its files cannot be written.
         """
         if self.read_only:
-            raise OutputError("the browser was started with --read_only")
+            raise OutputError(say("the browser was started with --read_only"))
         _, program = launch.find_program(words, folder)
         with explain_errors(self.folder / name):
             refuse_link(self.folder.parent)
@@ -86,7 +87,7 @@ class BackgroundJobs:
             with only_one(self.folder / ".lock"):
                 earlier = self.find(name)
                 if earlier is not None and earlier.state == RUNNING:
-                    raise OptionError("it is running already: wait until it has ended, or stop it")
+                    raise OptionError(say("it is running already: wait until it has ended, or stop it"))
                 check_space(self._record(name), MOST_OF_RECORD)  # before the earlier one is gone
                 log = self._log(name)
                 progress = log.with_suffix(".progress")  # of loops, for pages that show it
@@ -140,7 +141,7 @@ class BackgroundJobs:
             return
         is_alive = is_living(job.process)
         if is_alive is None:  # its number is that of another process here
-            raise OutputError("it runs on another machine. Stop it from there")
+            raise OutputError(say("it runs on another machine. Stop it from there"))
         if not is_alive:  # it has just ended
             return
         with explain_errors(self._record(name)):

@@ -13,6 +13,7 @@ from pathlib import Path
 from browser.names import number_names, short_digest
 from modules.atomic_write import explain_errors
 from modules.errors import OptionError, OutputError
+from modules.pages.language import say
 
 FOLDER = "reelsmith-bin"
 LONGEST_TITLE = 80  # characters of it in the name of a folder
@@ -78,7 +79,13 @@ class BinFolder:
                         raise
                 else:
                     return place
-        raise OutputError(f"{path} is on another disk than {self.places[0]}. Delete it by hand")
+        raise OutputError(
+            say(
+                "%(path)s is on another disk than %(places)s. Delete it by hand",
+                path=path,
+                places=self.places[0],
+            )
+        )
 
     def find_place(self, path: Path) -> Path:
         """Return the folder that a file would be moved into; the first one if all are on other disks."""
@@ -96,7 +103,7 @@ class BinFolder:
         something cannot be deleted.
         """
         if mark != self.mark():
-            raise OptionError("The bin has changed meanwhile. Look at it again.")
+            raise OptionError(say("The bin has changed meanwhile. Look at it again."))
         size_bytes = 0
         for entry in self.list_entries():
             with explain_errors(entry.path):

@@ -6,6 +6,7 @@ from pathlib import Path
 from browser.folder_files import picture_address
 from browser.jobs import Job
 from modules.errors import OptionError
+from modules.pages.language import say
 from project.options import CAPTION_MODEL, CAPTION_MODEL_SIZE, WRITE_CAPTIONS
 
 TRIED = 3  # files of a try
@@ -33,7 +34,10 @@ def make_caption_words(engine: str, question: str, try_on: int | None = None) ->
         address, _, model = engine.partition(" ")
         if not model.strip():
             raise OptionError(
-                f"{address}: write the name of the server's model behind the address, after a blank."
+                say(
+                    "%(address)s: write the name of the server's model behind the address, after a blank.",
+                    address=address,
+                )
             )
         words = [*words, "--api_base", address, "--api_model", model.strip()]
     else:
@@ -52,7 +56,11 @@ def describe_engine(engine: str) -> str:
     from huggingface_hub import constants  # only for this page
 
     folder = Path(constants.HF_HUB_CACHE) / f"models--{CAPTION_MODEL.replace('/', '--')}"
-    return "on disk" if folder.is_dir() else f"{CAPTION_MODEL_SIZE} to load"
+    return (
+        say("on disk")
+        if folder.is_dir()
+        else say("%(caption_model_size)s to load", caption_model_size=CAPTION_MODEL_SIZE)
+    )
 
 
 def read_tries(job: Job | None, folder: Path) -> list[TriedCaption]:

@@ -16,6 +16,7 @@ from typing import Any
 from modules.atomic_write import write_bytes
 from modules.errors import OutputError
 from modules.file_locks import only_one
+from modules.pages.language import say
 from modules.text_files import bad_character, read_content
 
 BOM = b"\xef\xbb\xbf"
@@ -86,7 +87,7 @@ class Captions:
         try:
             caption, mark, saves = self.read(path)
         except UnicodeDecodeError:
-            return caption_values(f"It is not UTF-8: {remedy}")
+            return caption_values(say("It is not UTF-8: %(remedy)s", remedy=remedy))
         except OSError as error:
             return caption_values(f"It cannot be read: {error.strerror or error}")
         return caption_values(where, caption.text, mark, saves)
@@ -104,11 +105,11 @@ class Captions:
             elif what in ("undo", "back"):
                 self.undo(path, have, is_all=what == "back")
             else:
-                return 404, "There is no such request."
+                return 404, say("There is no such request.")
         except CaptionConflictError:
-            return 409, "The file has changed since it was read."
+            return 409, say("The file has changed since it was read.")
         except LookupError:
-            return 409, "There is nothing to undo."
+            return 409, say("There is nothing to undo.")
         except (OSError, OutputError) as problem:
             return 500, str(problem)
         except ValueError as problem:
@@ -123,12 +124,17 @@ class Captions:
         """
         reason = bad_character(text)
         if reason is not None:
-            raise ValueError(f"a caption cannot hold {reason}")
+            raise ValueError(say("a caption cannot hold %(reason)s", reason=reason))
         with self._lock, _only_one_writes(path):
             now = self._require_unchanged(path, have)
             new = CaptionText.of(now or b"").with_text(text)
             if len(new) > MOST_BYTES:
-                raise ValueError(f"a caption of more than {MOST_BYTES >> 10} KiB cannot be edited here")
+                raise ValueError(
+                    say(
+                        "a caption of more than %(most_bytes)s KiB cannot be edited here",
+                        most_bytes=MOST_BYTES >> 10,
+                    )
+                )
             if new != now:
                 _write(path, new)
                 self._first.setdefault(path, now)

@@ -24,6 +24,7 @@ from downloads.catalogue import model_title
 from modules.errors import OptionError, UserError
 from modules.installation import MOST_BEFORE
 from modules.media.reading import read_tags
+from modules.pages.language import join, say
 from modules.pages.page import link
 from modules.text_files import read_text, real_path
 from training.reports.history import PageCommand, SampleRow, Story
@@ -83,13 +84,20 @@ class ComparableRun:
         for name, words in self.options.items():
             is_missing = any(word in self.missing or PLACEHOLDER.fullmatch(word) for word in words)
             if is_missing and name not in REPLACED:
-                return f"{self.run.name} was trained without {name}, which a clip needs"
+                return say(
+                    "%(name)s was trained without %(name2)s, which a clip needs",
+                    name=self.run.name,
+                    name2=name,
+                )
         if self.is_link:
             return f"{self.folder} is a link"
         if LORA not in self.options:
-            return f"{self.run.name} has no LoRA for --dit, which tools/compare.py needs"
+            return say("%(name)s has no LoRA for --dit, which tools/compare.py needs", name=self.run.name)
         if len(self.options[LORA]) > 1:
-            return f"samples of {self.run.name} have a second LoRA, which tools/compare.py cannot add"
+            return say(
+                "samples of %(name)s have a second LoRA, which tools/compare.py cannot add",
+                name=self.run.name,
+            )
         return ""
 
     @property
@@ -250,7 +258,13 @@ def read_comparison(runs: Runs, form: Mapping[str, Sequence[str]]) -> Comparison
         comparison.columns += _choose_files(runs, source, form.get("file", ()))
     _choose_rows(comparison, form.get("prompt", ()))
     if len(comparison.columns) > MOST_COLUMNS or len(comparison.rows) > MOST_ROWS:
-        raise OptionError(f"{MOST_COLUMNS} files and {MOST_ROWS} prompts are the most: choose fewer")
+        raise OptionError(
+            say(
+                "%(most_columns)s files and %(most_rows)s prompts are the most: choose fewer",
+                most_columns=MOST_COLUMNS,
+                most_rows=MOST_ROWS,
+            )
+        )
     if sources:
         comparison.problem = sources[0].problem
     return comparison
@@ -268,10 +282,15 @@ def _read_sources(runs: Runs, form: Mapping[str, Sequence[str]]) -> list[Compara
             sources.append(source)
     if len(sources) < len(chosen_runs):
         names = {run.name for run in chosen_runs} - {source.run.name for source in sources}
-        raise OptionError(f"{', '.join(sorted(names))}: its history has no command that generates")
+        raise OptionError(
+            say("%(names)s: its history has no command that generates", names=join(", ", sorted(names)))
+        )
     if len({source.family for source in sources}) > 1:
-        models = {f"{source.run.name} is of {model_title(source.family)}" for source in sources}
-        raise OptionError(f"Files of one model are compared: {', '.join(sorted(models))}")
+        models = {
+            say("%(name)s is of %(family)s", name=source.run.name, family=model_title(source.family))
+            for source in sources
+        }
+        raise OptionError(say("Files of one model are compared: %(names)s", names=join(", ", sorted(models))))
     return sources
 
 
@@ -443,7 +462,7 @@ def _fill_cell(file: ComparedFile, row: ComparedPrompt, address: str, jobs: Queu
     job = jobs.get((str(file.paths[0]), row.line))
     if job is None:
         return ShownClip(address)
-    note = "" if address else f"job {job.number}: {job.state}"
+    note = "" if address else say("job %(number)s: %(state)s", number=job.number, state=job.state)
     return ShownClip(address, note, is_asked=job.state in (WAITING, RUNNING))
 
 
@@ -453,7 +472,7 @@ def _find_sample(file: ComparedFile, row: ComparedPrompt) -> ShownClip | None:
             path = file.source.run.history.parent / SAMPLES / name
             if samples.prompts.get(index) == row.prompt and path.is_file():
                 seed = read_clip_tags(path).get("bt_seeds", row.seed)
-                note = f"sample with seed {seed}" if seed != row.seed else ""
+                note = say("sample with seed %(seed)s", seed=seed) if seed != row.seed else ""
                 return ShownClip(_address(file.source, SAMPLES, name), note)
     return None
 

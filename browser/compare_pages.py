@@ -5,17 +5,18 @@ from typing import Any
 from urllib.parse import urlencode
 
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, RedirectResponse, Response
+from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
 from browser import compare
 from browser.command_lines import format_command
 from browser.jobs import JobQueue
-from browser.responses import Form, answer_form, answer_page, read_query
+from browser.responses import Form, answer_form, answer_page, answer_text, read_query
 from browser.run_views import HERE, PLAYED, POLICY, FileNotes
 from browser.runs import Runs, RunSummary
 from modules.atomic_write import write_text
 from modules.errors import OptionError, UserError
+from modules.pages.language import say
 from modules.pages.page import render_page
 
 
@@ -57,7 +58,7 @@ class ComparePages:
                 runs = self.runs.list_all()
             return answer_page(self.page(comparison, runs, error), status)
         except (OSError, UserError) as problem:
-            return PlainTextResponse(str(problem), 422 if error else 500)
+            return answer_text(str(problem), 422 if error else 500)
 
     def fill_cells(self, comparison: compare.Comparison) -> list[list[compare.ShownClip]]:
         return compare.fill_cells(comparison, self.notes, compare.find_queued_clips(self.queue))
@@ -87,7 +88,7 @@ class ComparePages:
             "can_write": not self.queue.read_only,
             "message": error,
         }
-        return render_page(HERE / "compare.html", "Compare", values, POLICY)
+        return render_page(HERE / "compare.html", say("Compare"), values, POLICY)
 
 
 def count_missing(cells: Sequence[Sequence[compare.ShownClip]]) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 from browser.captions import Captions, caption_values
@@ -27,10 +27,12 @@ from browser.responses import (
     answer_not_found,
     answer_not_found_page,
     answer_template,
+    answer_text,
 )
 from browser.runs import Runs
 from modules.errors import MediaError
 from modules.media.reading import first_frame
+from modules.pages.language import say
 from modules.pages.page import reduce_frame
 from modules.text_files import parse_json, real_path
 
@@ -39,11 +41,11 @@ MOST_PICTURES = 1000  # kept in memory, some 20 KB each
 MOST_AT_ONCE = 200  # files in an answer
 TOLD = 200  # how many remarks about no single file are shown
 ONLY = {  # filters by name; the words that the page says
-    "": "all files",
+    "": say("all files"),
     "dropped": "dropped",
-    "told": "with faults or remarks",
-    "uncaptioned": "without a caption",
-    "outdated": "caches missing or out of date",
+    "told": say("with faults or remarks"),
+    "uncaptioned": say("without a caption"),
+    "outdated": say("caches missing or out of date"),
 }
 # fmt: off
 SHOWN = (
@@ -143,11 +145,15 @@ class Thumbnails:
         if "in" not in part:
             return first_frame(path)
         if "offset" not in part:
-            raise MediaError(f"{path} is in a table")
+            raise MediaError(say("%(path)s is in a table", path=path))
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             copy = Path(folder) / f"copy{path.suffix}"
             if part["bytes"] > MOST_COPIED:
-                raise MediaError(f"{path} has more than {MOST_COPIED >> 20} MiB")
+                raise MediaError(
+                    say(
+                        "%(path)s has more than %(most_copied)s MiB", path=path, most_copied=MOST_COPIED >> 20
+                    )
+                )
             with Path(part["in"]).open("rb") as file, copy.open("wb") as target:
                 file.seek(part["offset"])
                 target.write(file.read(part["bytes"]))
@@ -206,7 +212,7 @@ class DatasetPages:
         if caption["can_edit"] and caption["text"] != (file["text"] or ""):
             for states in caches.values():
                 if states["text"][0] == "valid":
-                    states["text"] = ("stale", "the caption has changed since: cache the captions again")
+                    states["text"] = ("stale", say("the caption has changed since: cache the captions again"))
         pictures = [
             {"name": Path(part["path"]).name, "address": self.address(dataset, id, number, part)}
             for number, part in enumerate(file["parts"])
@@ -232,9 +238,11 @@ class DatasetPages:
             text = "\n".join(file["captions"])
             reason = NOT_FOUND
             if file["caption_list"]:
-                reason = f"It stands in {file['caption_list']}: edit it there."
+                reason = say(
+                    "It stands in %(caption_list)s: edit it there.", caption_list=file["caption_list"]
+                )
             return caption_values(reason, text)
-        remedy = "--check --repair_captions of the caching script converts it."
+        remedy = say("--check --repair_captions of the caching script converts it.")
         return self.captions.describe(path, NO_WRITING if self.read_only else "", remedy)
 
     def caption_path(self, dataset: FoundDataset, file: File) -> Path | None:
@@ -274,7 +282,7 @@ class DatasetPages:
             "roots": self.runs.roots,
             "can_write": not self.read_only,
         }
-        return answer_template("dataset.html", "Datasets", values)
+        return answer_template("dataset.html", say("Datasets"), values)
 
     def show_page(self, dataset: FoundDataset, _: Request) -> Response:  # its script asks for the files
         values = {
@@ -297,7 +305,7 @@ class DatasetPages:
         try:
             return answer_json(self.items(dataset, request.query_params))
         except ValueError:
-            return PlainTextResponse("from and count are numbers of files.", 400)
+            return answer_text("from and count are numbers of files.", 400)
 
     def show_first(self, dataset: FoundDataset, _: Request) -> Response:
         """Return a small picture of a dataset's first file, for the list."""
@@ -344,7 +352,7 @@ class DatasetPages:
             status, answer = self.write_caption(dataset, request.path_params["item"], query)
             return answer_json(answer, status)
         except ValueError as error:
-            return PlainTextResponse(f"This is no request: {error}", 400)
+            return answer_text(f"This is no request: {error}", 400)
 
 
 def _count_filtered(files: Collection[File]) -> dict[str, int]:

@@ -21,12 +21,12 @@ from browser.names import short_digest
 from browser.options import PROJECT_CONFIG
 from browser.runs import CONFIG, Runs, RunSummary
 from contract.families import with_scripts
-from modules.console import count_of
 from modules.control_codes import escape_control_codes
 from modules.errors import OptionError
 from modules.installation import program_environment, program_words
 from modules.media.labels import label_of
 from modules.media.reading import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from modules.pages.language import counted, join, say
 from modules.paths import is_on_foreign_share
 from modules.text_files import parse_json, parse_toml, read_text, real_path
 from project.options import find_models
@@ -178,10 +178,10 @@ class MediaFiles:
         """Return the counts in words: `5 pictures, 1 clip`."""
         counts = []
         if self.pictures:
-            counts.append(count_of(self.pictures, "picture"))
+            counts.append(counted(self.pictures, "%(n)s picture", "%(n)s pictures"))
         if self.clips:
-            counts.append(count_of(self.clips, "clip"))
-        return ", ".join(counts) or "no pictures or clips in its folders"
+            counts.append(counted(self.clips, "%(n)s clip", "%(n)s clips"))
+        return join(", ", counts) or say("no pictures or clips in its folders")
 
 
 def count_media(dataset: FoundDataset, is_open: Callable[[Path], bool]) -> MediaFiles:
@@ -319,7 +319,7 @@ class Datasets:
         """Return the media of a dataset's folders, and the known facts in words. Measures nothing."""
         try:
             if self.list_outside(dataset):
-                return MediaFiles(), "partly outside the folders that are shown"
+                return MediaFiles(), say("partly outside the folders that are shown")
             media = count_media(dataset, lambda path: self.is_open(dataset, path))
         except OSError as error:
             return MediaFiles(), f"cannot be read: {error.strerror or error}"
@@ -416,7 +416,10 @@ class Datasets:
             self._processes.discard(process)
         if process.returncode:
             text = errors.decode("utf-8", "replace").strip()[-MOST_ERROR:]
-            raise ValueError(escape_control_codes(text) or f"it ended with {process.returncode}")
+            raise ValueError(
+                escape_control_codes(text)
+                or say("it ended with %(returncode)s", returncode=process.returncode)
+            )
         return dict(json.loads(output))
 
     def close(self) -> None:
@@ -427,26 +430,26 @@ class Datasets:
 def _describe_measured(measured: Measured | None) -> str:
     """Return in words what is known of the files of a dataset. To be called with the lock of `Datasets`."""
     if measured is None:
-        return "not measured yet"
+        return say("not measured yet")
     if not measured.version:
-        return "being measured"
+        return say("being measured")
     if measured.error:
-        return "cannot be measured"
+        return say("cannot be measured")
     facts = []
     dropped = sum(bool(file["dropped"]) for file in measured.files.values())
     if dropped:
-        facts.append(f"{dropped} dropped")
+        facts.append(say("%(dropped)s dropped", dropped=dropped))
     states = set()
     for file in measured.files.values():
         for parts in file["caches"].values():
             states |= {state for state, _ in parts.values()}
     if not states:
-        facts.append("not cached")
+        facts.append(say("not cached"))
     elif states == {"valid"}:
-        facts.append("caches valid")
+        facts.append(say("caches valid"))
     else:
-        facts.append("caches out of date")
-    return ", ".join(facts)
+        facts.append(say("caches out of date"))
+    return join(", ", facts)
 
 
 def _report_options(dataset: FoundDataset, measured: Measured) -> list[str]:

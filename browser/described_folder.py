@@ -21,6 +21,7 @@ from browser.captions import BOM, mark_bytes
 from browser.names import short_digest
 from modules.atomic_write import write_bytes
 from modules.file_locks import only_one
+from modules.pages.language import counted, join, say
 from modules.paths import is_on_foreign_share
 from modules.text_files import parse_toml, read_content, real_path
 from project.options import RUN_FILE, find_models
@@ -70,14 +71,20 @@ class KeyChanges:
     def text(self) -> str:
         """Return the changed lines in words, `run.toml: max_train_steps = 100`, and the lines that stay."""
         lines = [
-            f"{name} is removed" if value is None else f"{name} = {toml_value(value)}"
+            say("%(name)s is removed", name=name) if value is None else f"{name} = {toml_value(value)}"
             for name, value in self.changes.items()
         ]
         kept = [f"{name} = {toml_value(value)}" for name, value in self.kept.items()]
-        stays = (
-            f". {', '.join(kept)} {'stay' if len(kept) > 1 else 'stays'}, as typed by hand" if kept else ""
+        written = join(": ", (RUN_FILE, join(", ", lines)))
+        if not kept:
+            return written
+        return counted(
+            len(kept),
+            "%(written)s. %(kept)s stays, as typed by hand",
+            "%(written)s. %(kept)s stay, as typed by hand",
+            written=written,
+            kept=", ".join(kept),
         )
-        return f"{RUN_FILE}: {', '.join(lines)}{stays}"
 
 
 def change_steps(values: Mapping[str, Any], steps: int) -> KeyChanges:
@@ -113,7 +120,7 @@ def read_own_file(path: Path) -> bytes:
     could show and change any file that way.
     """
     if not real_path(path).is_relative_to(real_path(path.parent)):
-        raise OSError(errno.EINVAL, "it is a link that leads out of its folder", str(path))
+        raise OSError(errno.EINVAL, say("it is a link that leads out of its folder"), str(path))
     return read_content(path)
 
 

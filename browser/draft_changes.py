@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import tomlkit
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 from tomlkit.exceptions import TOMLKitError
 
@@ -27,11 +27,12 @@ from browser.described_folder import (
     tidy_lines,
 )
 from browser.folders import find_folder
-from browser.responses import Form, answer_form
+from browser.responses import Form, answer_form, answer_text
 from browser.site import Site
 from generation.prompt_lines import numbered_lines
 from generation.sample_lines import parse_sample_line, read_all
 from modules.errors import OptionError, UserError
+from modules.pages.language import join, say
 from modules.run_limits import temporary_folder
 from modules.text_files import bad_character, parse_toml, read_content
 from project.options import RUN_FILE
@@ -60,7 +61,7 @@ def read_draft_file(site: Site, folder: Path, name: str) -> DraftFile:
     if not path.exists():
         return DraftFile(path, None)
     if not site.runs.is_below(path):
-        raise OSError(f"{path} leads out of the folders that are shown")
+        raise OSError(say("%(path)s leads out of the folders that are shown", path=path))
     return DraftFile(path, read_content(path))
 
 
@@ -69,7 +70,7 @@ def read_keys(text: str) -> dict[str, Any]:
     try:
         document = tomlkit.parse(text)
     except TOMLKitError as error:
-        raise ValueError(f"{RUN_FILE} is no TOML: {error}") from None
+        raise ValueError(say("%(run_file)s is no TOML: %(error)s", run_file=RUN_FILE, error=error)) from None
     keys: dict[str, Any] = {}
     tables: list[Any] = [document]
     while tables:
@@ -118,11 +119,11 @@ def save_change(change: DraftChange, texts: Mapping[DraftFile, str]) -> DraftCha
         return change
     changed = {draft: after for draft, after in texts.items() if after != draft.text}
     if not changed:
-        return DraftChange(part=change.part, message="Nothing is changed.")
+        return DraftChange(part=change.part, message=say("Nothing is changed."))
     for draft, after in changed.items():
         draft.save(after)
-    names = " and ".join(draft.name for draft in changed)
-    message = f"Saved into {names}: {'; '.join(change.difference)}"
+    names = ", ".join(draft.name for draft in changed)
+    message = say("Saved into %(names)s: %(names2)s", names=names, names2=join("; ", change.difference))
     return DraftChange(part=change.part, message=message, note=change.note)
 
 
@@ -145,9 +146,12 @@ def describe_following(before: str, after: str) -> str:
         return ""
     now = ", ".join(f"{name} = {toml_value(keys[name])}" for name in stays)
     wanted = ", ".join(f"{name} = {toml_value(value)}" for name, value in stays.items())
-    return (
-        f"{now}: as for the steps before. For {steps:,} steps `new` writes {wanted}. The field Steps, at the "
-        "top, changes them together."
+    return say(
+        "%(now)s: as for the steps before. For %(steps)s steps `new` writes %(wanted)s. "
+        "The field Steps, at the top, changes them together.",
+        now=now,
+        steps=f"{steps:,}",
+        wanted=wanted,
     )
 
 
@@ -182,7 +186,7 @@ def check_text(name: str, text: str, folder: Path, run_text: str) -> str:
     """
     reason = bad_character(text)
     if reason is not None:
-        raise ValueError(f"{name} cannot hold {reason}")
+        raise ValueError(say("%(name)s cannot hold %(reason)s", name=name, reason=reason))
     if name == PROMPTS_FILE:
         lines = numbered_lines(text)
         read_all(lines, lambda line: parse_sample_line(line[1], f"{PROMPTS_FILE}, line {line[0]}"))
@@ -190,17 +194,23 @@ def check_text(name: str, text: str, folder: Path, run_text: str) -> str:
     try:
         content = parse_toml(text)
     except ValueError as error:
-        raise ValueError(f"{name} is not valid TOML: {error}") from None
+        raise ValueError(say("%(name)s is not valid TOML: %(error)s", name=name, error=error)) from None
     if name == RUN_FILE:
         if not isinstance(content.get(TRAINING_TABLE), dict):
-            raise ValueError(f"{RUN_FILE}: the table [{TRAINING_TABLE}] is missing")
+            raise ValueError(
+                say(
+                    "%(run_file)s: the table [%(training_table)s] is missing",
+                    run_file=RUN_FILE,
+                    training_table=TRAINING_TABLE,
+                )
+            )
         script = find_training_script(text)
         return _check_by_script(["python", script, "--config_file", name], name, text=text, folder=folder)
     if name == DATASET_FILE:
         try:
             words = find_caching_words(run_text)
         except OptionError as error:
-            return f"No script has checked {name}: {error}."
+            return say("No script has checked %(name)s: %(error)s.", name=name, error=error)
         return _check_by_script(words, name, text=text, folder=folder)
     return ""
 
@@ -236,12 +246,19 @@ def find_caching_words(run_text: str) -> list[str]:
             command, _ = launch.find_program(words, Path.cwd())
             if command.words[0] == CACHES:
                 return words
-        reason = "none of its commands does"
+        reason = say("none of its commands does")
     except KeyError as error:
-        reason = f"it has no {error}"
+        reason = say("it has no %(error)s", error=error)
     except (TypeError, ValueError, OptionError) as error:
         reason = str(error)
-    raise OptionError(f"{RUN_FILE} names no script of ours that caches {DATASET_FILE}: {reason}")
+    raise OptionError(
+        say(
+            "%(run_file)s names no script of ours that caches %(dataset_file)s: %(reason)s",
+            run_file=RUN_FILE,
+            dataset_file=DATASET_FILE,
+            reason=reason,
+        )
+    )
 
 
 def _check_by_script(words: Sequence[str], name: str, text: str, folder: Path) -> str:
@@ -272,7 +289,7 @@ def find_described(site: Site, text: str) -> Path | None:
 def require_whole(fields: Mapping[str, str]) -> None:
     """Raise OptionError if the end of a form is missing."""
     if "complete" not in fields:
-        raise OptionError("The form did not arrive as a whole. Load the page again.")
+        raise OptionError(say("The form did not arrive as a whole. Load the page again."))
 
 
 class FolderPages(Protocol):
@@ -292,11 +309,11 @@ def folder_routes(site: Site, part: str, pages: FolderPages) -> list[Route]:
     def answer(folder_text: str, act: Callable[[Path], Response]) -> Response:
         folder = find_described(site, folder_text)
         if folder is None:
-            return PlainTextResponse("There is no such described folder.", 404)
+            return answer_text(say("There is no such described folder."), 404)
         try:
             return act(folder)
         except (OSError, ValueError, UserError) as error:
-            return PlainTextResponse(str(error), 422)
+            return answer_text(str(error), 422)
 
     def show(request: Request) -> Response:
         query = request.query_params

@@ -13,13 +13,14 @@ from typing import Any
 from browser.recipes import PICTURES, ModelRecipe, float_or_one
 from browser.result_settings import KEYS, ResultSettings, find_family, parse_tags
 from modules.errors import OptionError
+from modules.pages.language import say
 from modules.text_files import parse_json
 
 MOST_HOPS = 20  # between nodes of a graph
 MOST_OF_GRAPH = 4 << 20  # characters
-NO_SETTINGS = (
-    "It holds no settings: programs that change a picture often drop them. To start from it, drop it on the "
-    "field Start from, or on Edit."
+NO_SETTINGS = say(
+    "It holds no settings: programs that change a picture often drop them. To start "
+    "from it, drop it on the field Start from, or on Edit."
 )
 
 
@@ -126,7 +127,7 @@ def _read_comfyui(graph: Mapping[str, Any]) -> DroppedSettings:
                     texts[key] = str(sizes[name])
         return DroppedSettings(program="ComfyUI", texts={key: text for key, text in texts.items() if text})
     raise OptionError(
-        "It holds a graph of ComfyUI in which no prompt can be found plainly: copy it from there."
+        say("It holds a graph of ComfyUI in which no prompt can be found plainly: copy it from there.")
     )
 
 

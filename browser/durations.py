@@ -7,8 +7,8 @@ from typing import Any
 
 from browser.described_folder import DATASET_FILE, DescribedFolder
 from browser.runs import FINISHED, Runs, RunSummary, is_living, read_run_summary
-from modules.console import count_of
 from modules.errors import UserError
+from modules.pages.language import Words, counted, say
 from modules.paths import expand_path
 from modules.text_files import parse_toml, read_text
 from training.reports.history import history_path
@@ -32,18 +32,34 @@ def describe_duration(
         return ""
     own = _read_own(runs, described)
     if own is not None and own.step_seconds is not None and _may_be_own_measurement(own, cards):
-        return f"{_in_time(steps, own.step_seconds)}, as the run {described.name} measured."
+        time = _in_time(steps, own.step_seconds)
+        return say("%(time)s, as the run %(name)s measured.", time=time, name=described.name)
     run = _find_equal_run(runs, described, cards)
     if run is None or run.step_seconds is None:
         return ""
-    same = f"as the run {run.name} measured with the same model and size"
-    return f"{_in_time(steps, run.step_seconds, 'about ')}, {same}."
+    return say(
+        "%(time)s, as the run %(name)s measured with the same model and size.",
+        time=_in_time(steps, run.step_seconds, is_rough=True),
+        name=run.name,
+    )
 
 
-def _in_time(steps: int, seconds: float, about: str = "") -> str:
+def _in_time(steps: int, seconds: float, is_rough: bool = False) -> Words:
     hours = steps * seconds / 3600
-    whole = f"{hours:.1f} hours" if hours >= 1 else count_of(max(1, round(hours * 60)), "minute")
-    return f"{count_of(steps, 'step')} take {about}{whole}: {seconds:.2g} seconds each"
+    if hours >= 1:
+        whole = say("%(hours)s hours", hours=f"{hours:.1f}")
+    else:
+        whole = counted(max(1, round(hours * 60)), "%(n)s minute", "%(n)s minutes")
+    if is_rough:
+        whole = say("about %(time)s", time=whole)
+    return counted(
+        steps,
+        "%(steps)s step take %(time)s: %(seconds)s seconds each",
+        "%(steps)s steps take %(time)s: %(seconds)s seconds each",
+        steps=steps,
+        time=whole,
+        seconds=f"{seconds:.2g}",
+    )
 
 
 def _read_own(runs: Runs, described: DescribedFolder) -> RunSummary | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 from browser.bin_folder import FOLDER as BIN
@@ -23,7 +23,7 @@ from browser.captions import Captions, caption_values
 from browser.dataset_pages import Thumbnails, answer_stamped, answer_unreadable, read_part
 from browser.folders import MOST_ENTRIES, find_folder
 from browser.names import short_digest
-from browser.responses import NO_WRITING, NOT_FOUND, answer_body, answer_json, answer_not_found
+from browser.responses import NO_WRITING, NOT_FOUND, answer_body, answer_json, answer_not_found, answer_text
 from browser.runs import Runs
 from modules.atomic_write import explain_errors
 from modules.errors import MediaError, OptionError, OutputError, UserError
@@ -32,6 +32,7 @@ from modules.media.labels import label_of
 from modules.media.opening import SOUND_SUFFIXES
 from modules.media.reading import IMAGE_SUFFIXES, VIDEO_SUFFIXES, image_size
 from modules.media.streams import source_info
+from modules.pages.language import say
 from modules.pages.page import encode_address
 from modules.text_files import parse_json, real_path
 
@@ -130,7 +131,7 @@ class LeftOut:
     def _move(self, start: Path, target: Path, name: str) -> None:
         """Move a file and its captions, if nothing of their names is at the target."""
         if Path(name).name != name or not (start / name).is_file():
-            raise OptionError(f"{name}: there is no such file (any more)")
+            raise OptionError(say("%(name)s: there is no such file (any more)", name=name))
         path = start / name
         paths = [path]
         others = [other for other in list_names(start) if Path(other).stem == path.stem]
@@ -139,7 +140,9 @@ class LeftOut:
             paths += [caption for caption in captions if caption.is_file()]
         for moved in paths:
             if os.path.lexists(target / moved.name):
-                raise OptionError(f"{target / moved.name} is there already. Rename one of the two")
+                raise OptionError(
+                    say("%(target)s is there already. Rename one of the two", target=target / moved.name)
+                )
         with explain_errors(target / name):
             try:
                 for moved in paths:
@@ -183,7 +186,7 @@ class FolderFiles:
         except OSError as error:
             return answer_json({"state": "gone", "error": f"{folder}: {error.strerror or error}"})
         except ValueError:
-            return PlainTextResponse("from and count are numbers of files.", 400)
+            return answer_text("from and count are numbers of files.", 400)
 
     def items(self, folder: Path, query: Mapping[str, str]) -> dict[str, Any]:
         """Return files of a folder. Raises OSError, and ValueError if numbers are wrong."""
@@ -238,7 +241,7 @@ class FolderFiles:
         """Return facts of a file's header; they are read once."""
         if not self.runs.is_below(path):
             return HeaderFacts(
-                None, None, None, fault="it is gone, or leads outside the folders that are shown"
+                None, None, None, fault=say("it is gone, or leads outside the folders that are shown")
             )
         try:
             key = str(path), path.stat().st_mtime_ns
@@ -254,8 +257,8 @@ class FolderFiles:
         """Return the caption of a file, and whether it can be edited here, else the reason."""
         path = find_caption_file(folder, name)
         if path.is_symlink() and not self.runs.is_below(path):
-            return caption_values("It cannot be read: it is a link that leads outside")
-        remedy = "Convert to UTF-8, above, or save it as UTF-8 elsewhere."
+            return caption_values(say("It cannot be read: it is a link that leads outside"))
+        remedy = say("Convert to UTF-8, above, or save it as UTF-8 elsewhere.")
         return self.captions.describe(path, NO_WRITING if self.read_only else "", remedy)
 
     def write(self, request: Request, body: bytes) -> Response:
@@ -277,7 +280,7 @@ class FolderFiles:
         path = find_caption_file(folder, name)
         if path.is_symlink():
             if not self.runs.is_below(path):
-                return 400, "Its caption is a link that leads outside."
+                return 400, say("Its caption is a link that leads outside.")
             path = real_path(path)
         return self.captions.change(path, query)
 

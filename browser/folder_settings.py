@@ -44,6 +44,7 @@ from browser.setting_words import DATASET_KEYS, list_words
 from browser.site import Site
 from modules.errors import OptionError, UserError
 from modules.installation import HELP_AS_JSON, program_environment
+from modules.pages.language import join, say
 from modules.text_files import bad_character, parse_toml, read_text
 from modules.version import VERSION
 from project.options import RUN_FILE
@@ -217,7 +218,7 @@ def apply_edits(text: str, rows: Sequence[SettingRow], fields: Mapping[str, str]
             continue
         reason = bad_character(typed)
         if reason is not None:
-            raise OptionError(f"{row.key} cannot hold {reason}")
+            raise OptionError(say("%(key)s cannot hold %(reason)s", key=row.key, reason=reason))
         changes[row.key] = row.setting.convert(typed) if typed else None
     return edit_toml(text, changes)
 
@@ -378,9 +379,12 @@ class FolderSettingsPages:
             wanted = describe_difference(base, edited)
         except (ValueError, UserError) as error:
             wanted = [str(error)]
-        fault = (
-            f"{present.name} has changed meanwhile, and nothing was overwritten. The file now: "
-            f"{'; '.join(now) or 'as before'}. What you changed: {'; '.join(wanted) or 'nothing'}"
+        fault = say(
+            "%(name)s has changed meanwhile, and nothing was overwritten. The file now: "
+            "%(names)s. What you changed: %(names2)s",
+            name=present.name,
+            names=join("; ", now or [say("as before")]),
+            names2=join("; ", wanted or [say("nothing")]),
         )
         change = DraftChange(part=part, fault=fault, text=typed)
         return self.answer(folder, change, is_refused=True)

@@ -12,10 +12,10 @@ from browser.bin_folder import FOLDER as BIN
 from browser.described_folder import is_described
 from browser.names import fold_name
 from browser.runs import Runs
-from modules.console import count_of
 from modules.media.labels import label_of
 from modules.media.opening import SOUND_SUFFIXES
 from modules.media.reading import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from modules.pages.language import counted, join, say
 from modules.paths import expand_path
 from modules.run_limits import QUEUE_FOLDER
 from modules.text_files import bad_character, real_path
@@ -52,18 +52,27 @@ class MediaFolder:
     def problem(self) -> str:
         """Return the reason why no page can name the folder; empty if one can."""
         reason = bad_character(str(self.path))
-        return "" if reason is None else "Its name, or that of a folder around it, is not UTF-8: rename it."
+        return (
+            "" if reason is None else say("Its name, or that of a folder around it, is not UTF-8: rename it.")
+        )
 
     @property
     def words(self) -> str:
         """Return the counts in words: `12 clips, 3 without caption`."""
-        counts = {"picture": self.pictures, "clip": self.clips, "sound": self.sounds}
-        words = [count_of(count, name) for name, count in counts.items() if count]
+        words = []
+        if self.pictures:
+            words.append(counted(self.pictures, "%(n)s picture", "%(n)s pictures"))
+        if self.clips:
+            words.append(counted(self.clips, "%(n)s clip", "%(n)s clips"))
+        if self.sounds:
+            words.append(counted(self.sounds, "%(n)s sound", "%(n)s sounds"))
         if self.inner:
-            words[-1] += f" in {count_of(self.inner, 'folder')}"
+            words[-1] = counted(
+                self.inner, "%(files)s in %(n)s folder", "%(files)s in %(n)s folders", files=words[-1]
+            )
         if self.uncaptioned:
-            words.append(f"{self.uncaptioned} without caption")
-        return ", ".join(words)
+            words.append(say("%(uncaptioned)s without caption", uncaptioned=self.uncaptioned))
+        return join(", ", words)
 
 
 def list_media_folders(runs: Runs) -> list[MediaFolder]:

@@ -42,52 +42,53 @@ from browser.responses import (
     read_query,
 )
 from browser.site import Site
+from browser.state_names import name_state
 from contract.families import HIGH_NOISE, LOW_NOISE
 from downloads.catalogue import model_sets
-from modules.console import count_of
 from modules.control_codes import shorten
 from modules.errors import MediaError, OptionError, UserError
 from modules.media.reading import read_tags
+from modules.pages.language import counted, join, say
 
 MOST_AT_ONCE = 64  # results of one press of Make
 FOUR = 4  # of "Make with four seeds"
 SHOWN_ENDED = 12  # render jobs that were stopped, died or had a warning, in the page
 SHOWN_OF_REASON = 120  # characters
 LABELS = {
-    "prompt": "Prompt",
-    "negative": "Negative",
-    "width": "Width",
-    "height": "Height",
-    "frames": "Frames",
-    "steps": "Steps",
-    "guidance": "Guidance",
-    "cfg": "CFG",
-    "high_cfg": "CFG at high noise",
-    "seed": "Seed",
-    "start": "Start from",
-    "end": "End with",
-    "control": "Follow",
-    "references": "Edit",
-    "redraw": "Redraw",
-    "share": "Share made anew",
-    "count": "How many",
+    "prompt": say("Prompt"),
+    "negative": say("Negative"),
+    "width": say("Width"),
+    "height": say("Height"),
+    "frames": say("Frames"),
+    "steps": say("Steps"),
+    "guidance": say("Guidance"),
+    "cfg": say("CFG"),
+    "high_cfg": say("CFG at high noise"),
+    "seed": say("Seed"),
+    "start": say("Start from"),
+    "end": say("End with"),
+    "control": say("Follow"),
+    "references": say("Edit"),
+    "redraw": say("Redraw"),
+    "share": say("Share made anew"),
+    "count": say("How many"),
 }
 NUMBERS = ("width", "height", "frames", "steps", "guidance", "cfg", "high_cfg", "share")  # in their order
 NOTES = {
-    "start": "the first picture",
-    "end": "the last picture",
-    "control": "a clip whose motion is followed",
-    "references": "pictures to edit, one a line",
-    "redraw": "a picture or clip that is made anew in part",
+    "start": say("the first picture"),
+    "end": say("the last picture"),
+    "control": say("a clip whose motion is followed"),
+    "references": say("pictures to edit, one a line"),
+    "redraw": say("a picture or clip that is made anew in part"),
 }
 CHOOSERS = {
-    "start": "file of the first picture",
-    "end": "file of the last picture",
-    "control": "file of the clip",
-    "references": "files of pictures",
-    "redraw": "file of the picture or clip",
+    "start": say("file of the first picture"),
+    "end": say("file of the last picture"),
+    "control": say("file of the clip"),
+    "references": say("files of pictures"),
+    "redraw": say("file of the picture or clip"),
 }
-EXPERTS = {BOTH: "both parts", HIGH_NOISE: "high noise", LOW_NOISE: "low noise"}
+EXPERTS = {BOTH: say("both parts"), HIGH_NOISE: say("high noise"), LOW_NOISE: say("low noise")}
 SEED_BITS = 32
 
 
@@ -199,7 +200,10 @@ class GeneratePages:
         values = {
             "form": form,
             "recipe": recipe,
-            "labels": {**LABELS, "frames": "Seconds" if recipe and recipe.counts_seconds else "Frames"},
+            "labels": {
+                **LABELS,
+                "frames": say("Seconds") if recipe and recipe.counts_seconds else say("Frames"),
+            },
             "numbers": NUMBERS,
             "pictures": PICTURES,
             "notes": NOTES,
@@ -219,7 +223,7 @@ class GeneratePages:
             "message": problem,
             "note": message,
         }
-        return answer_template("generate.html", "Generate", values, is_refused=error != "")
+        return answer_template("generate.html", say("Generate"), values, is_refused=error != "")
 
     def work_values(self) -> dict[str, object]:
         """Return the values for the part of the page about render jobs."""
@@ -263,7 +267,7 @@ class GeneratePages:
             "message": error,
             "on_its_way": on_its_way,
         }
-        return answer_template("generate_work.html", "Generate", values, is_refused=error != "")
+        return answer_template("generate_work.html", say("Generate"), values, is_refused=error != "")
 
     def show_preview(self, request: Request) -> Response:
         """Return the newest preview; nothing if it was removed just now, as the next poll says."""
@@ -290,15 +294,19 @@ class GeneratePages:
 
     def list_sources(self) -> dict[str, list[tuple[str, str]]]:
         """Return the runs and models to generate with, by title of their group: field values and names."""
-        groups: dict[str, list[tuple[str, str]]] = {"Runs": [], "Models on disk": [], "Models to load": []}
+        groups: dict[str, list[tuple[str, str]]] = {
+            say("Runs"): [],
+            say("Models on disk"): [],
+            say("Models to load"): [],
+        }
         for run, label in self.run_loras.refresh():
-            groups["Runs"].append((f"run {run.id}", f"{label} (run)"))
+            groups[say("Runs")].append((f"run {run.id}", say("%(label)s (run)", label=label)))
         for model in self.models:
             paths = [self.site.models / part.path for part in model.components if part.option]
             is_there = all(path.exists() for path in paths)
-            group = "Models on disk" if is_there else "Models to load"
+            group = say("Models on disk") if is_there else say("Models to load")
             value = f"model {model.family} {model.task}"
-            groups[group].append((value, f"{model.title} · {model.about}"))
+            groups[group].append((value, join(" · ", (model.title, say(model.about)))))
         return {title: sources for title, sources in groups.items() if sources}
 
     @staticmethod
@@ -308,21 +316,23 @@ class GeneratePages:
     def find_recipe(self, source: str) -> ModelRecipe:
         """Return the recipe of a source. Raises OptionError if there is none, OSError for a lost history."""
         if not source:
-            raise OptionError("Model: choose one.")
+            raise OptionError(say("Model: choose one."))
         kind, _, name = source.partition(" ")
         if kind == "run":
             with self.site.runs.lock:
                 run_source = self.run_loras.find_source(name)
             if run_source is None:
                 raise OptionError(
-                    "This run is not there any more, or its history has no command of a script that this "
-                    "page drives. Choose a model."
+                    say(
+                        "This run is not there any more, or its history has no command of a script that "
+                        "this page drives. Choose a model."
+                    )
                 )
             return make_run_recipe(run_source)
         family, _, task = name.partition(" ")
         model = find_model_set(family, task)
         if model is None or not is_driven(model):
-            raise OptionError(f"{name or source}: there is no such model here.")
+            raise OptionError(say("%(name)s: there is no such model here.", name=name or source))
         return make_model_recipe(model, self.site.models, Path.cwd())
 
     def refill(self, form: GenerateForm) -> GenerateForm:
@@ -420,7 +430,9 @@ class GeneratePages:
         paths = {row.path for row in rows}
         for path in form.strengths:
             if path not in paths:
-                raise OptionError(f"{path}: there is no such LoRA (any more). Choose another one.")
+                raise OptionError(
+                    say("%(path)s: there is no such LoRA (any more). Choose another one.", path=path)
+                )
         render_request = self.make_render_request(recipe, form, rows)
         render_request.check()
         self._check_paths(render_request)
@@ -433,8 +445,13 @@ class GeneratePages:
             repeated = replace(form, texts={**form.texts, "seed": seed}, count="1", is_locked=True)
             render_jobs.append(replace(render_request.as_render_job(seed), form=repeated.as_fields()))
         self.render_worker.add(render_jobs)
-        seed_words = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
-        return f"On the way: {count_of(len(seeds), 'result')}, {seed_words}."
+        return counted(
+            len(seeds),
+            "On the way: %(n)s result, seed %(first)s.",
+            "On the way: %(n)s results, seeds %(first)s to %(last)s.",
+            first=seeds[0],
+            last=seeds[-1],
+        )
 
     def _check_paths(self, render_request: RenderRequest) -> None:
         """Raise OptionError for a picture outside the roots that the model's own command does not name."""
@@ -446,8 +463,11 @@ class GeneratePages:
         for path in filter(None, paths):
             if path not in named and not self.site.runs.is_inside(render_request.recipe.folder / path):
                 raise OptionError(
-                    f"{path} is outside the folders that this page shows: drop the file on the page, and it "
-                    "is copied into one of them."
+                    say(
+                        "%(path)s is outside the folders that this page shows: drop the file on the "
+                        "page, and it is copied into one of them.",
+                        path=path,
+                    )
                 )
 
     # --- dropped files
@@ -498,23 +518,27 @@ class GeneratePages:
 
     def describe_filling(self, found: DroppedSettings, form: GenerateForm) -> str:
         """Return the program whose settings fill the form, and the settings that do not fit, in words."""
-        sentences = [f"Filled with the settings of a file that {found.program} made."]
+        sentences = [say("Filled with the settings of a file that %(program)s made.", program=found.program)]
         recipe = self.find_recipe(form.source)
         if not found.family:
-            sentences.append("Its model is not known here: choose one.")
+            sentences.append(say("Its model is not known here: choose one."))
         elif self._rate_source(found, form.source) < 0:
             name = f"{found.model} {found.task}".strip()
-            sentences.append(f"Its model, {name}, is not among the models here: choose one.")
+            sentences.append(say("Its model, %(name)s, is not among the models here: choose one.", name=name))
         rows = self.run_loras.list_rows(recipe)
         chosen = {name for row in rows if row.path in form.strengths for name in row.names}
-        sentences += [f"{name}, a LoRA of it, is not here." for name in found.loras if name not in chosen]
         sentences += [
-            f"It began from {text.splitlines()[0]}: drop that on the form."
+            say("%(name)s, a LoRA of it, is not here.", name=name)
+            for name in found.loras
+            if name not in chosen
+        ]
+        sentences += [
+            say("It began from %(splitlines)s: drop that on the form.", splitlines=text.splitlines()[0])
             for name in PICTURES
             for text in [found.texts.get(recipe.keys.get(name, ""), "")]
             if text
         ]
-        return " ".join(sentences)
+        return join(" ", sentences)
 
     def _choose_source(self, found: DroppedSettings, sources: Mapping[str, Sequence[tuple[str, str]]]) -> str:
         """Return the source whose model is the one of a file; empty if there is none.
@@ -578,8 +602,10 @@ def describe_ended(ended: Sequence[RenderJob]) -> str:
     if not ended:
         return ""
     newest = ended[0]
-    words = newest.reason or newest.warnings or "stopped"
-    return f"{newest.id} {newest.state}: {shorten(' '.join(words.split()), SHOWN_OF_REASON)}"
+    words = newest.reason or newest.warnings
+    reason = shorten(" ".join(words.split()), SHOWN_OF_REASON)
+    state = join(" ", (newest.id, name_state(newest.state)))
+    return join(": ", filter(None, (state, reason)))
 
 
 def describe_loading(recipe: ModelRecipe | None) -> str:
@@ -587,10 +613,16 @@ def describe_loading(recipe: ModelRecipe | None) -> str:
     if recipe is None or not recipe.missing:
         return ""
     if recipe.missing[0].startswith("--"):
-        return f"This run was trained without {', '.join(recipe.missing)}, which making needs."
+        return say(
+            "This run was trained without %(names)s, which making needs.", names=join(", ", recipe.missing)
+        )
     if len(recipe.missing) == 1:
-        return f"Its file {recipe.missing[0]} is not on this machine yet."
-    return f"{len(recipe.missing)} of its files are not on this machine yet, such as {recipe.missing[0]}."
+        return say("Its file %(missing)s is not on this machine yet.", missing=recipe.missing[0])
+    return say(
+        "%(n)s of its files are not on this machine yet, such as %(missing)s.",
+        n=len(recipe.missing),
+        missing=recipe.missing[0],
+    )
 
 
 def read_file_tags(path: Path, suffix: str) -> dict[str, str]:
@@ -609,17 +641,25 @@ def read_file_tags(path: Path, suffix: str) -> dict[str, str]:
             continue
         finally:
             named.rename(path)
-    raise OptionError("It is neither a picture, a clip nor a sound that can be read.")
+    raise OptionError(say("It is neither a picture, a clip nor a sound that can be read."))
 
 
 def choose_seeds(form: GenerateForm) -> list[str]:
     """Return the seed of each result that a form asks for. Raises OptionError for wrong numbers."""
     seed = form.texts.get("seed", "").strip()
     if seed and not (seed.isdecimal() and len(seed) < 20):
-        raise OptionError(f"Seed {seed}: give a whole number, or leave it empty for another each time.")
+        raise OptionError(
+            say("Seed %(seed)s: give a whole number, or leave it empty for another each time.", seed=seed)
+        )
     count = form.count.strip()
     if not count.isdecimal() or len(count) > 4 or not 1 <= int(count) <= MOST_AT_ONCE:
-        raise OptionError(f"How many {count}: give a number from 1 to {MOST_AT_ONCE}.")
+        raise OptionError(
+            say(
+                "How many %(count)s: give a number from 1 to %(most_at_once)s.",
+                count=count,
+                most_at_once=MOST_AT_ONCE,
+            )
+        )
     first = int(seed) if seed else secrets.randbits(SEED_BITS)
     return [str(first + place) for place in range(int(count))]
 

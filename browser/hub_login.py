@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from modules.pages.language import say
+
 VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # as huggingface_hub reads them
 TOKENS = "https://huggingface.co/settings/tokens"
 
@@ -10,10 +12,10 @@ TOKENS = "https://huggingface.co/settings/tokens"
 def describe_login() -> str:
     """Return one sentence about the login at the hub."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        return "HF_HUB_OFFLINE is set: nothing is loaded. Start the page without it."
+        return say("HF_HUB_OFFLINE is set: nothing is loaded. Start the page without it.")
     for name in VARIABLES:
         if os.environ.get(name, "").strip():
-            return f"A token is there: the variable {name}."
+            return say("A token is there: the variable %(name)s.", name=name)
     from huggingface_hub import constants  # takes a while to load
 
     path = Path(constants.HF_TOKEN_PATH)
@@ -22,8 +24,9 @@ def describe_login() -> str:
     except OSError:
         is_there = False
     if is_there:
-        return f"A token is there: the file {path}."
-    return (
-        f"No token. Models whose licence is accepted on their page need one: make it at {TOKENS} and type "
-        "hf auth login in a terminal."
+        return say("A token is there: the file %(path)s.", path=path)
+    return say(
+        "No token. Models whose licence is accepted on their page need one: make it at "
+        "%(tokens)s and type hf auth login in a terminal.",
+        tokens=TOKENS,
     )

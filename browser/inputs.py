@@ -11,6 +11,7 @@ from browser.upload_stream import DECODING, write_arriving
 from modules.atomic_write import check_space, explain_errors, remove_leftovers, temporary_name
 from modules.errors import MediaError, OptionError
 from modules.media.opening import open_image, open_video
+from modules.pages.language import say
 from modules.run_limits import refuse_writing
 
 FOLDER = "inputs"  # in that of results
@@ -38,7 +39,13 @@ class InputFolder:
         with explain_errors(place):
             self.folder.mkdir(parents=True, exist_ok=True)
             if sum(1 for _ in os.scandir(self.folder)) >= MOST_FILES:
-                raise OptionError(f"{self.folder} has {MOST_FILES:,} files: remove some of them first")
+                raise OptionError(
+                    say(
+                        "%(folder)s has %(most_files)s files: remove some of them first",
+                        folder=self.folder,
+                        most_files=f"{MOST_FILES:,}",
+                    )
+                )
             remove_leftovers(self.folder)
             check_space(place, 1)
             try:
@@ -87,12 +94,12 @@ def find_suffix(path: Path) -> str:
                 image.load()
         if kind in SUFFIXES:
             return SUFFIXES[kind]
-        raise OptionError(f"It is a {kind} picture: give it as PNG, JPEG or WebP")
+        raise OptionError(say("It is a %(kind)s picture: give it as PNG, JPEG or WebP", kind=kind))
     with contextlib.suppress(MediaError):
         with open_video(path) as (container, _):
             names = container.format.name.split(",")
         for name, suffix in CLIPS.items():
             if name in names:
                 return suffix
-        raise OptionError(f"It is a clip of the kind {names[0]}: give it as MP4 or MKV")
-    raise OptionError("It is neither a picture nor a clip that can be read")
+        raise OptionError(say("It is a clip of the kind %(names)s: give it as MP4 or MKV", names=names[0]))
+    raise OptionError(say("It is neither a picture nor a clip that can be read"))

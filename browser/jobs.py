@@ -20,10 +20,10 @@ from browser.known_queues import KnownQueue, recall_queue, remember_queue
 from browser.names import short_digest
 from browser.runs import DIED, ELSEWHERE_SECONDS, FINISHED, RUNNING, STOPPED, Runs, is_living
 from modules.atomic_write import append_text, explain_errors, write_text
-from modules.console import count_of
 from modules.control_codes import escape_control_codes, shorten_lines
 from modules.errors import OptionError, OutputError, UserError
 from modules.file_locks import only_one
+from modules.pages.language import counted, join, say
 from modules.run_limits import QUEUE_FOLDER, limit_variables
 from modules.text_files import parse_json, read_text, real_path
 from training.reports.history import describe_process
@@ -137,7 +137,7 @@ class Job:
             return str(error)
         except (OSError, ValueError):  # of a name that no folder can have
             is_there = False
-        return "" if is_there else f"{self.folder}: there is no such folder"
+        return "" if is_there else say("%(folder)s: there is no such folder", folder=self.folder)
 
     def refuse_moved_limits(self) -> None:
         """Raise OptionError if a link has taken the place of the folder that the job may write into."""
@@ -200,7 +200,13 @@ class _Book:
         for job in self.jobs:
             if job.id == number and job.state in states:
                 return job
-        raise OptionError(f"there is no job {number} that is {' or '.join(states)} (any more)")
+        raise OptionError(
+            say(
+                "there is no job %(number)s that is %(names)s (any more)",
+                number=number,
+                names=join(" or ", states),
+            )
+        )
 
     def wait_again(self, job: Job, line: str) -> None:
         """Put a job that is not running back into the queue, with this line."""
@@ -307,7 +313,9 @@ class JobQueue:
         with self._change() as book:
             job = book.find(number, RUNNING)
             if job.process is None or not is_living(job.process):
-                raise OutputError(f"job {number} runs on another machine. Stop it from there")
+                raise OutputError(
+                    say("job %(number)s runs on another machine. Stop it from there", number=number)
+                )
             job.stops += 1
             number_of_process = job.process["number"]
             if job.stops == 1:
@@ -363,7 +371,9 @@ class JobQueue:
             try:
                 stack.enter_context(only_one(self.folder / ".worker.lock", waits=False))
             except BlockingIOError:
-                raise OutputError(f"another browser runs the jobs of {self.folder} already") from None
+                raise OutputError(
+                    say("another browser runs the jobs of %(folder)s already", folder=self.folder)
+                ) from None
             book.worker = describe_process()
             self._keeps_open = stays_open or was_open
         self._ended.clear()
@@ -435,7 +445,7 @@ class JobQueue:
     def _change(self) -> Iterator[_Book]:
         """Yield the content of both files, and write what the block has changed."""
         if self.read_only:
-            raise OutputError("the browser was started with --read_only")
+            raise OutputError(say("the browser was started with --read_only"))
         with explain_errors(self.folder / QUEUE):
             for folder in (self.folder, self.folder / LOGS):
                 refuse_link(folder)
@@ -470,8 +480,14 @@ class JobQueue:
         strange = book.count_waiting() - (Counter() if known is None else known.jobs)
         if strange:
             raise StrangeJobsError(
-                f"The queue is paused: {count_of(strange.total(), 'line')} came into {self.folder / QUEUE} "
-                "while no page was open. Read the jobs that wait, then start the queue"
+                counted(
+                    strange.total(),
+                    "The queue is paused: %(n)s line came into %(folder)s while no page was open. "
+                    "Read the jobs that wait, then start the queue",
+                    "The queue is paused: %(n)s lines came into %(folder)s while no page was open. "
+                    "Read the jobs that wait, then start the queue",
+                    folder=self.folder / QUEUE,
+                )
             )
 
     def _read_files(self) -> tuple[_Book, str]:
@@ -494,8 +510,13 @@ class JobQueue:
         entries = [entry for entry in ENTRY.findall(_read_or_empty(self.folder / QUEUE)) if entry]
         if len(entries) > MOST_LINES or any(len(entry) > MOST_OF_JOB for entry in entries):
             raise OutputError(
-                f"{self.folder / QUEUE}: at most {MOST_LINES:,} lines of {MOST_OF_JOB:,} characters are read"
-                ". Take some out"
+                say(
+                    "%(folder)s: at most %(most_lines)s lines of %(most_of_job)s characters are "
+                    "read. Take some out",
+                    folder=self.folder / QUEUE,
+                    most_lines=f"{MOST_LINES:,}",
+                    most_of_job=f"{MOST_OF_JOB:,}",
+                )
             )
         if entries and not entries[-1].endswith("\n"):
             entries[-1] += "\n"
@@ -564,7 +585,7 @@ def as_line(words: Sequence[str]) -> str:
     """Return the words as a line of the text file. Raises OptionError if they would need several lines."""
     line = shlex.join(words)
     if line.splitlines() != [line]:
-        raise OptionError(f"{line!r}: a job is one line")
+        raise OptionError(say("%(line)s: a job is one line", line=f"{line!r}"))
     return line
 
 

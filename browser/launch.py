@@ -35,6 +35,7 @@ from modules.installation import (
     program_environment,
     program_words,
 )
+from modules.pages.language import say
 from modules.paths import explain_missing
 from modules.text_files import bad_character, real_path
 from package.reelsmith.commands import ScriptCommand, find_commands
@@ -80,13 +81,21 @@ def split_words(line: str) -> list[str]:
     mark = MARKS.search(QUOTED.sub("''", line))
     if mark:
         raise OptionError(
-            f"{mark[0]!r} in {line!r}: no shell reads this line. Put quotes round the word, or leave it out"
+            say(
+                "%(mark)s in %(line)s: no shell reads this line. Put quotes round the word, or leave it out",
+                mark=f"{mark[0]!r}",
+                line=f"{line!r}",
+            )
         )
     escapes = [part for part in QUOTED.findall(line) if re.fullmatch(r"\\[\w.-]", part)]
     if escapes and os.name != "nt":
         raise OptionError(
-            f"{escapes[0]} in {line!r}: here a backslash escapes the character behind it. Write / between "
-            "folders, or put single quotes round the word"
+            say(
+                "%(escapes)s in %(line)s: here a backslash escapes the character behind it. "
+                "Write / between folders, or put single quotes round the word",
+                escapes=escapes[0],
+                line=f"{line!r}",
+            )
         )
     lexer = shlex.shlex(line.replace("\\\n", " "), posix=True)
     lexer.whitespace_split = True
@@ -122,7 +131,13 @@ def split_folder(line: str, folder: Path) -> tuple[str, Path]:
     except (OSError, ValueError):  # too long, or no name
         is_there = False
     if not is_there:
-        raise OptionError(f"cd {shorten(words[0], 80)}: there is no such folder in {folder}")
+        raise OptionError(
+            say(
+                "cd %(words)s: there is no such folder in %(folder)s",
+                words=shorten(words[0], 80),
+                folder=folder,
+            )
+        )
     return match[2], target
 
 
@@ -290,19 +305,27 @@ def refuse_endless(command: ScriptCommand, words: Sequence[str]) -> None:
     options = [word.partition("=")[0] for word in words if word.startswith("--")]
     if command.words[0] == "browser" and "--export" not in options:
         raise OptionError(
-            f"{command.name} runs until somebody ends it, and all jobs behind it would wait. Type it in a "
-            "terminal"
+            say(
+                "%(name)s runs until somebody ends it, and all jobs behind it would wait. Type "
+                "it in a terminal",
+                name=command.name,
+            )
         )
     for option in options:  # which may be shortened
         if INTERACTIVE.startswith(option) and len(option) > len("--in"):
             raise OptionError(
-                f"{option} asks for prompts in a terminal, and a job has none. Give --prompt, or --from_file "
-                "with a prompt in each line"
+                say(
+                    "%(option)s asks for prompts in a terminal, and a job has none. Give --prompt, "
+                    "or --from_file with a prompt in each line",
+                    option=option,
+                )
             )
     if command.words[0] == "new" and "--family" not in options:
         raise OptionError(
-            "new asks for a model in a terminal, and a job has none. Give --family, and --task if the family "
-            "has several"
+            say(
+                "new asks for a model in a terminal, and a job has none. Give --family, and "
+                "--task if the family has several"
+            )
         )
 
 
@@ -323,8 +346,14 @@ def _check_files(words: Sequence[str], folder: Path) -> None:
         is_read = option in _file_options() and option != written
         if is_read and FILE_NAME.fullmatch(word) and not (folder / word).exists():
             raise OptionError(
-                f"{option} {shorten(word, 200)}: no such file in {folder}, where relative paths begin."
-                f"{explain_missing(folder / word)} Correct the path"
+                say(
+                    "%(option)s %(word)s: no such file in %(folder)s, where relative paths "
+                    "begin.%(explain_missing)s Correct the path",
+                    option=option,
+                    word=shorten(word, 200),
+                    folder=folder,
+                    explain_missing=explain_missing(folder / word),
+                )
             )
 
 
@@ -339,8 +368,12 @@ def _check_folder_of_run(words: Sequence[str], folder: Path) -> None:
     described = "".join(words[script + 1 : script + 2])
     if described and not described.startswith("-") and not (folder / described).exists():
         raise OptionError(
-            f"{shorten(described, 80)}: there is no such folder in {folder}, where relative paths begin. "
-            "Give its whole path"
+            say(
+                "%(described)s: there is no such folder in %(folder)s, where relative paths "
+                "begin. Give its whole path",
+                described=shorten(described, 80),
+                folder=folder,
+            )
         )
 
 
@@ -371,8 +404,12 @@ def _find_command(words: Sequence[str], folder: Path) -> tuple[ScriptCommand, in
             return command, count
     hint = did_you_mean(word.rpartition("/")[2][:LONGEST_NAME], [command.path.name for command in commands])
     raise OptionError(
-        f"{shorten(word, 80)!r} is no command of this program.{hint} A job is a line such as "
-        "python wan_train_network.py ..., with `accelerate launch ...` before it if needed"
+        say(
+            "%(word)s is no command of this program.%(hint)s A job is a line such as python "
+            "wan_train_network.py ..., with `accelerate launch ...` before it if needed",
+            word=f"{shorten(word, 80)!r}",
+            hint=hint,
+        )
     )
 
 

@@ -13,6 +13,7 @@ from contract.families import FOLDERS, HIGH_NOISE, LOW_NOISE
 from downloads.catalogue import model_title
 from modules.errors import OptionError
 from modules.installation import import_own
+from modules.pages.language import say
 from modules.text_files import read_safetensors_texts
 from networks.module_names import read_family
 
@@ -47,7 +48,11 @@ class LoraRow:
     def for_recipe(self, recipe: ModelRecipe) -> "LoraRow":
         """Return the row with its file as the recipe's command has it, and why it may not fit."""
         task = "".join(recipe.fixed.get("--task", ()))
-        reason = f"trained for {self.task}, not {task}" if self.task and task and self.task != task else ""
+        reason = (
+            say("trained for %(task)s, not %(task2)s", task=self.task, task2=task)
+            if self.task and task and self.task != task
+            else ""
+        )
         for lora in recipe.loras:
             full = _complete_path(recipe, lora.path)
             if full == self.path:
@@ -144,7 +149,14 @@ class RunLoras:
         for _, family, run_rows in self._rows.values():
             if family != recipe.family:
                 rows += [
-                    replace(row, reason=f"of {model_title(family)}, not {model_title(recipe.family)}")
+                    replace(
+                        row,
+                        reason=say(
+                            "of %(family)s, not %(family2)s",
+                            family=model_title(family),
+                            family2=model_title(recipe.family),
+                        ),
+                    )
                     for row in run_rows
                 ]
         return rows
@@ -193,7 +205,12 @@ def check_family(path: Path, family: str) -> None:
     taken = {name for names_of_family in names for name in (names_of_family.name, *names_of_family.takes)}
     if trained_on.name not in taken:
         raise OptionError(
-            f"{path.name} is a LoRA of {model_title(trained_on.name)}, not of {model_title(family)}."
+            say(
+                "%(name)s is a LoRA of %(name2)s, not of %(family)s.",
+                name=path.name,
+                name2=model_title(trained_on.name),
+                family=model_title(family),
+            )
         )
 
 

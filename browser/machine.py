@@ -21,9 +21,11 @@ from browser.run_start import read_trace_state
 from browser.runs import DIED, FINISHED, RUNNING, STOPPED, RunSummary, is_living
 from browser.settings_page import SettingsPages
 from browser.site import Site
+from browser.state_names import name_state
 from downloads.listing import gigabytes
 from modules.atomic_write import free_bytes
 from modules.errors import UserError
+from modules.pages.language import counted, join, say
 from training.reports.history import BEFORE_TRAINING
 
 RECENT_SECONDS = 600.0  # since the end of a run that a page may tell
@@ -169,11 +171,17 @@ class MachineLine:
         things += self._list_jobs(runs)
         render_job = self.site.render_worker.current
         if render_job is not None:
-            steps = f", step {render_job.done} of {render_job.steps}" if render_job.steps else ""
-            things.append(RunningThing(f"making with {render_job.title}{steps}", "/generate"))
+            parts = [say("making with %(title)s", title=render_job.title)]
+            if render_job.steps:
+                parts.append(say("step %(done)s of %(steps)s", done=render_job.done, steps=render_job.steps))
+            things.append(RunningThing(join(", ", parts), "/generate"))
         for download in list_downloads(self.site.background_jobs, self.site.models):
             if download.state == RUNNING:
-                words = f"loading {download.files.model.title}{download.progress_words}"
+                words = say(
+                    "loading %(title)s%(progress_words)s",
+                    title=download.files.model.title,
+                    progress_words=download.progress_words,
+                )
                 things.append(RunningThing(words, "/models#loading"))
         return things
 
@@ -188,11 +196,18 @@ class MachineLine:
         things = []
         for job in jobs:
             if job.state == RUNNING and not any(is_started_by(run, job) for run in runs):
-                things.append(RunningThing(f"job {job.id}: {_shorten_line(job.line)}", f"/queue#j{job.id}"))
+                things.append(
+                    RunningThing(
+                        say("job %(id)s: %(line)s", id=job.id, line=_shorten_line(job.line)),
+                        f"/queue#j{job.id}",
+                    )
+                )
         num_waiting = sum(job.state == WAITING for job in jobs)
         if is_paused and num_waiting:
-            verb = "waits" if num_waiting == 1 else "wait"
-            things.append(RunningThing(f"{num_waiting} {verb}: the queue is paused", "/queue"))
+            words = counted(
+                num_waiting, "%(n)s waits: the queue is paused", "%(n)s wait: the queue is paused"
+            )
+            things.append(RunningThing(words, "/queue"))
         return things
 
 
@@ -202,7 +217,10 @@ def list_ended(runs: Sequence[RunSummary], now: float) -> list[tuple[str, str]]:
     now: as `time.time` tells it.
     """
     return [
-        (f"{run.id} {run.changed:.0f}", f"{run.name.removesuffix(BEFORE_TRAINING)}: {run.state}")
+        (
+            f"{run.id} {run.changed:.0f}",
+            join(": ", (run.name.removesuffix(BEFORE_TRAINING), name_state(run.state))),
+        )
         for run in runs
         if now - run.changed < RECENT_SECONDS and run.state in (FINISHED, STOPPED, DIED)
     ]
@@ -215,14 +233,20 @@ def _is_running_here(run: RunSummary) -> bool:
 def _describe_run(run: RunSummary) -> RunningThing:
     words = _shorten_line(run.name.removesuffix(BEFORE_TRAINING))
     if run.name.endswith(BEFORE_TRAINING):
-        return RunningThing(f"{words}, {read_trace_state(run).text}", f"/run/{run.id}/")
+        return RunningThing(
+            join(", ", (words, read_trace_state(run).text)),
+            f"/run/{run.id}/",
+        )
+    parts = [words]
     if run.step or not run.doing:
-        words += f", step {run.step:,} of {run.total_steps:,}"
+        parts.append(
+            say("step %(step)s of %(total_steps)s", step=f"{run.step:,}", total_steps=f"{run.total_steps:,}")
+        )
     if run.doing:
-        words += f", {run.doing}"
+        parts.append(run.doing)
     elif run.left:
-        words += f", {run.left} left"
-    return RunningThing(words, f"/run/{run.id}/")
+        parts.append(say("%(left)s left", left=run.left))
+    return RunningThing(join(", ", parts), f"/run/{run.id}/")
 
 
 def _shorten_line(text: str) -> str:

@@ -32,6 +32,7 @@ from browser.responses import answer_template, answer_unknown
 from browser.runs import RUNNING
 from browser.site import Site
 from modules.errors import OptionError, UserError
+from modules.pages.language import say
 from modules.speed_options import BASE_FORMS
 from modules.text_files import read_text
 from project.fitting import find_memory
@@ -80,7 +81,7 @@ class ReadPlan:
     @property
     def fits(self) -> bool | None:
         """Return whether it fits; None if there is no card to compare with."""
-        verdicts = {"Fits": True, "Does not fit": False}
+        verdicts = {say("Fits"): True, say("Does not fit"): False}
         for remark in self.remarks:
             if remark.partition(":")[0] in verdicts:
                 return verdicts[remark.partition(":")[0]]
@@ -88,7 +89,7 @@ class ReadPlan:
 
     def segments(self, size: float) -> list[tuple[PlannedPart, float]]:
         """Return the parts on the card, with the share of the bar in percent. size: GiB of the card."""
-        of_cuda = PlannedPart("CUDA itself", self.of_cuda, 0.0, "")
+        of_cuda = PlannedPart(say("CUDA itself"), self.of_cuda, 0.0, "")
         parts = [part for part in (*self.parts, of_cuda) if part.device]
         whole = max(size, sum(part.device for part in parts))
         return [(part, 100 * part.device / whole) for part in parts]
@@ -230,7 +231,7 @@ class MemoryPages:
             "fault": fault,
             "done": done,
         }
-        return answer_template("memory_bar.html", "Memory", values, is_refused=fault != "")
+        return answer_template("memory_bar.html", say("Memory"), values, is_refused=fault != "")
 
     def planned_size(self, job: Job | None, card: float) -> float:
         """Return the GiB that the last plan was made for, or those of this machine's card."""
@@ -285,7 +286,10 @@ class MemoryPages:
                 done = self.write_switches(folder, fields)
             self.plan(folder, read_size(fields.get("size", "")))
         except ChangedMeanwhileError:
-            fault = f"{RUN_FILE} has changed meanwhile, and was not overwritten. This is what it has now."
+            fault = say(
+                "%(run_file)s has changed meanwhile, and was not overwritten. This is what it has now.",
+                run_file=RUN_FILE,
+            )
             return self.answer(folder, fault)
         except (OSError, ValueError, UserError) as error:
             return self.answer(folder, str(error), done)
@@ -308,15 +312,23 @@ class MemoryPages:
         lines = {*text.splitlines()} ^ {*after.splitlines()}
         changed = [f"-{line}" for line in text.splitlines() if line in lines]
         changed += [f"+{line}" for line in after.splitlines() if line in lines]
-        return f"Saved into {RUN_FILE}: {'; '.join(changed)}. {note}".rstrip(". ")
+        return say(
+            "Saved into %(run_file)s: %(names)s. %(note)s",
+            run_file=RUN_FILE,
+            names="; ".join(changed),
+            note=note,
+        ).rstrip(". ")
 
     def plan(self, folder: Path, size: float) -> None:
         """Start the plan of a folder, in place of one that is running."""
         missing = self.list_missing(read_described(folder))
         if missing:
             raise OptionError(
-                f"{missing[0]} is missing. A plan reads the headers of the model's files: load them first "
-                "(Start does, with --download)."
+                say(
+                    "%(missing)s is missing. A plan reads the headers of the model's files: load "
+                    "them first (Start does, with --download).",
+                    missing=missing[0],
+                )
             )
         words = self.plan_words(read_draft_file(self.site, folder, RUN_FILE), size)
         name = name_background_job(PLAN, folder)
@@ -330,5 +342,11 @@ class MemoryPages:
 def read_size(text: str) -> float:
     """Return the GiB of a card. Raises OptionError for another text."""
     if not re.fullmatch(r"\d{1,4}(\.\d{1,3})?", text) or not float(text):
-        raise OptionError(f"{text or 'nothing'}: give the GiB of the card, such as {USUAL_SIZE}")
+        raise OptionError(
+            say(
+                "%(text)s: give the GiB of the card, such as %(usual_size)s",
+                text=text or "nothing",
+                usual_size=USUAL_SIZE,
+            )
+        )
     return float(text)

@@ -20,6 +20,7 @@ from browser.runs import RUNNING
 from downloads.catalogue import Component, Licence, ModelSet, ReleasedFile, model_sets
 from downloads.listing import gigabytes, total_bytes
 from modules.errors import OptionError, OutputError
+from modules.pages.language import say
 from modules.progress import read_progress
 from modules.text_files import real_path
 
@@ -52,15 +53,19 @@ class ModelPart:
     def shown_size(self) -> str:
         """Return the size of the part on disk, or of its download."""
         known = self.size_bytes if self.is_there else self.component.size_bytes
-        return "a few MB" if known is None else gigabytes(known)
+        return say("a few MB") if known is None else gigabytes(known)
 
     @property
     def state(self) -> str:
         if self.has_other_size:
-            return "another file than the released one, by its size"
+            return say("another file than the released one, by its size")
         if self.is_there:
-            return "on disk"
-        return f"{gigabytes(self.size_bytes)} of it on disk" if self.size_bytes else "to load"
+            return say("on disk")
+        return (
+            say("%(size_bytes)s of it on disk", size_bytes=gigabytes(self.size_bytes))
+            if self.size_bytes
+            else say("to load")
+        )
 
 
 @dataclass(frozen=True)
@@ -90,10 +95,13 @@ class TaskFiles:
     @property
     def state(self) -> str:
         if self.is_there:
-            return "on disk"
+            return say("on disk")
         if len(self.missing) == len(self.parts):
-            return "to load"
-        return f"{gigabytes(total_bytes(part.component for part in self.missing))} to load"
+            return say("to load")
+        return say(
+            "%(total_bytes)s to load",
+            total_bytes=gigabytes(total_bytes(part.component for part in self.missing)),
+        )
 
     @property
     def licences(self) -> list[Licence]:
@@ -265,10 +273,14 @@ def remove_parts(models: Path, files: TaskFiles, chosen: Sequence[str], bin_fold
     for name in chosen:
         if name not in parts:
             raise OptionError(
-                f"{name} is no part of {files.model.title} on disk (any more). Look at it again."
+                say(
+                    "%(name)s is no part of %(title)s on disk (any more). Look at it again.",
+                    name=name,
+                    title=files.model.title,
+                )
             )
     if not chosen:
-        raise OptionError("Tick what is to be removed.")
+        raise OptionError(say("Tick what is to be removed."))
     paths = []
     for name in chosen:
         component = parts[name].component
@@ -325,7 +337,11 @@ class Download:
         progress = read_progress(self.job.log.with_suffix(".progress"))
         if progress is None or not progress.total:
             return ""
-        return f", {progress.done / 1e9:.1f} of {progress.total / 1e9:.1f} GB"
+        return say(
+            ", %(done)s of %(total)s GB",
+            done=f"{progress.done / 1e9:.1f}",
+            total=f"{progress.total / 1e9:.1f}",
+        )
 
     @property
     def fraction(self) -> float | None:

@@ -31,6 +31,7 @@ from browser.site import Site
 from downloads.listing import UNVERIFIED, gigabytes
 from modules.atomic_write import free_bytes
 from modules.errors import OptionError, UserError
+from modules.pages.language import say
 from project.fitting import describe_fit, find_memory
 
 
@@ -84,7 +85,11 @@ class ModelPages:
         tasks = list_tasks(models, known=known)
         files = find_task(models, chosen.family, chosen.task, chosen.in_fp8, known) if chosen.family else None
         if chosen.family and files is None:
-            error = error or f"{chosen.family} {chosen.task}: the list of models has no such task."
+            error = error or say(
+                "%(family)s %(task)s: the list of models has no such task.",
+                family=chosen.family,
+                task=chosen.task,
+            )
         on_disk = list_parts_on_disk(models, known)
         places = [place / moved for place in open_bin(site).places]
         values = {
@@ -114,13 +119,13 @@ class ModelPages:
             "can_write": not site.read_only,
             "message": error,
         }
-        return answer_template("models.html", "Models", values, is_refused=error != "")
+        return answer_template("models.html", say("Models"), values, is_refused=error != "")
 
     def describe_free(self) -> str:
         try:
             return gigabytes(free_bytes(self.site.models.absolute()))
         except OSError:
-            return "an unknown number of GB"
+            return say("an unknown number of GB")
 
     def change(self, request: Request, form: Form) -> Response:
         """Do what a button asks for, and show the page again."""
@@ -128,7 +133,7 @@ class ModelPages:
         what = request.path_params["what"]
         files = find_task(self.site.models, chosen.family, chosen.task, chosen.in_fp8)
         if files is None:
-            return self.answer(chosen, "Choose a task from the list.")
+            return self.answer(chosen, say("Choose a task from the list."))
         moved = ""
         try:
             if what == "load":
@@ -149,9 +154,9 @@ class ModelPages:
     def load(self, files: TaskFiles, is_accepted: bool) -> None:
         """Start the download of a task. Raises UserError if its licences are not accepted."""
         if not is_accepted:
-            raise OptionError("Read the licences of its parts, and tick that you accept them.")
+            raise OptionError(say("Read the licences of its parts, and tick that you accept them."))
         if _is_whole(files):
-            raise OptionError("All of its parts are on disk.")
+            raise OptionError(say("All of its parts are on disk."))
         models = self.site.models
         name = name_download(models, files.model.family, files.model.task)
         self.site.background_jobs.start(name, files.download_words(models), Path.cwd())
@@ -165,7 +170,11 @@ class ModelPages:
             shared = [] if loading is None else [part.path for part in loading.parts if part.path in parts]
             if shared:
                 raise OptionError(
-                    f"{shared[0]} is being loaded for {download.files.model.title}: stop that first."
+                    say(
+                        "%(shared)s is being loaded for %(title)s: stop that first.",
+                        shared=shared[0],
+                        title=download.files.model.title,
+                    )
                 )
         return remove_parts(self.site.models, files, parts, open_bin(self.site)).name
 

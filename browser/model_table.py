@@ -19,6 +19,7 @@ from downloads.catalogue import Component, Licence, ModelSet
 from downloads.listing import gigabytes, total_bytes
 from modules.control_codes import escape_control_codes
 from modules.installation import PREFIX, ROOT, program_environment
+from modules.pages.language import join, say
 from modules.paths import expand_path, without_quotes
 from modules.text_files import read_tensor_header
 from project.fitting import describe_fit, is_small, needs_picture, transformer_bytes
@@ -51,12 +52,12 @@ class ModelRow:
 def describe_kind(model: ModelSet) -> str:
     """Return the kinds of results that a model makes, by the catalogue alone: `clips and sound`."""
     if needs_picture(model):
-        return "edits"
+        return say("edits")
     if model.data["frames"] == 1:
-        return "pictures and edits" if "edits" in model.about else "pictures"
+        return say("pictures and edits") if "edits" in model.about else say("pictures")
     may_hear = "sound_alone" in model.data and "without sound" not in model.about
     hears = may_hear or "with sound" in model.about
-    return "clips and sound" if hears else "clips"
+    return say("clips and sound") if hears else say("clips")
 
 
 def list_missing(model: ModelSet, models: Path, files: Mapping[str, str]) -> list[Component]:
@@ -78,7 +79,11 @@ def list_model_rows(models: Path, memory: float, content: MediaFolder | None = N
     ranked = []
     for place, model in enumerate(find_models()):
         missing = list_missing(model, models, {})
-        size = f"{gigabytes(total_bytes(missing))} to load" if missing else "on disk"
+        size = (
+            say("%(total_bytes)s to load", total_bytes=gigabytes(total_bytes(missing)))
+            if missing
+            else say("on disk")
+        )
         row = ModelRow(
             model=model,
             size=size,
@@ -137,33 +142,44 @@ def describe_file(text: str) -> str:
         reason = str(error)
         return f"{reason[:1].upper()}{reason[1:]}."
     if not path.is_absolute():
-        return "Give a whole path, which begins at the root or at a drive."
+        return say("Give a whole path, which begins at the root or at a drive.")
     suffix = path.suffix.lower()
     try:
         if path.is_dir():
-            return "a folder; Describe looks into it"
+            return say("a folder; Describe looks into it")
         if suffix not in MODEL_SUFFIXES:
-            return f"This is no model file: their names end in {', '.join(sorted(MODEL_SUFFIXES))}."
+            return say(
+                "This is no model file: their names end in %(names)s.",
+                names=join(", ", sorted(MODEL_SUFFIXES)),
+            )
         if not path.is_file():
-            return "There is no such file."
+            return say("There is no such file.")
         size_bytes = path.stat().st_size
         if suffix != ".safetensors":
-            return f"{gigabytes(size_bytes)}; what it is, Describe looks up"
+            return say("%(size_bytes)s; what it is, Describe looks up", size_bytes=gigabytes(size_bytes))
         with path.open("rb") as file:
             start = file.read(16)
             file.seek(0)
             if not start:
-                return "It is empty. Download or copy it again."
+                return say("It is empty. Download or copy it again.")
             if is_pointer_or_page(start):
                 return f"It {describe_beginning(start)}"
             header = read_tensor_header(file.read, size_bytes)
     except (OSError, ValueError) as error:
-        return f"It cannot be read: {error}. Download or copy it again."
+        return say("It cannot be read: %(error)s. Download or copy it again.", error=error)
     end = header.start + _find_end(header.entries)
     if end > size_bytes:
-        return f"It is incomplete: it has {size_bytes:,} of {end:,} bytes. Download or copy it again."
+        return say(
+            "It is incomplete: it has %(size_bytes)s of %(end)s bytes. Download or copy it again.",
+            size_bytes=f"{size_bytes:,}",
+            end=f"{end:,}",
+        )
     kind = kind_of(header.entries)
-    return f"{kind or 'a file of no model that is known here'}, {gigabytes(size_bytes)}"
+    return say(
+        "%(kind)s, %(size_bytes)s",
+        kind=kind or "a file of no model that is known here",
+        size_bytes=gigabytes(size_bytes),
+    )
 
 
 def find_misfit(family: str, task: str, option: str, text: str) -> str:

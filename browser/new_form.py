@@ -11,6 +11,7 @@ from modules.control_codes import shorten
 from modules.errors import OptionError
 from modules.option_values import option_words
 from modules.output_files import check_output_name
+from modules.pages.language import join, say
 from modules.pages.page import encode_address
 from modules.paths import without_quotes
 from project.new_options import NewOptions
@@ -22,13 +23,13 @@ WHOLE = "yes"  # value of the field for the whole model
 MOST_STEPS = 10_000_000
 # labels of the fields that `new` writes into all three files, by their names
 OF_ALL_FILES = {
-    "family": "Model",
-    "task": "Task",
-    "whole": "What is trained",
-    "trigger": "Trigger word",
-    "model_files": "model files",
+    "family": say("Model"),
+    "task": say("Task"),
+    "whole": say("What is trained"),
+    "trigger": say("Trigger word"),
+    "model_files": say("model files"),
 }
-OF_RUN_FILE = {"name": "Name", "steps": "Steps"}  # of those that are keys of run.toml only
+OF_RUN_FILE = {"name": say("Name"), "steps": say("Steps")}  # of those that are keys of run.toml only
 
 
 @dataclass(frozen=True)
@@ -130,24 +131,31 @@ def check_form(form: NewForm) -> None:
     models = find_models()
     families = list(dict.fromkeys(model.family for model in models))
     if not form.family:
-        raise OptionError("Model: choose one.")
+        raise OptionError(say("Model: choose one."))
     if form.family not in families:
-        raise OptionError(f"Model {form.family}: choose one of {', '.join(families)}.")
+        raise OptionError(
+            say("Model %(family)s: choose one of %(names)s.", family=form.family, names=join(", ", families))
+        )
     tasks = [model.task for model in models if model.family == form.family]
     if form.task not in tasks:
-        problem = f"Task {form.task}" if form.task else "Task"
-        raise OptionError(f"{problem}: choose one of {', '.join(tasks)}.")
+        problem = join(" ", filter(None, (say("Task"), form.task)))
+        raise OptionError(
+            say("%(problem)s: choose one of %(names)s.", problem=problem, names=join(", ", tasks))
+        )
     if form.trigger:
         try:
             check_trigger(form.trigger)
         except OptionError as error:
-            raise OptionError(str(error).replace("--trigger_word", "Trigger word")) from None
+            raise OptionError(str(error).replace("--trigger_word", say("Trigger word"))) from None
     if "/" in form.name or "\\" in form.name:
         raise OptionError(
-            f"Name {form.name}: a name has no slash. Give one of letters and numbers, such as my_lora."
+            say(
+                "Name %(name)s: a name has no slash. Give one of letters and numbers, such as my_lora.",
+                name=form.name,
+            )
         )
     if form.name:
-        check_output_name("Name", form.name)
+        check_output_name(say("Name"), form.name)
     if form.steps:  # else that of `new`, or of the files
         read_steps(form.steps)
 
@@ -157,7 +165,12 @@ def read_steps(text: str) -> int:
     steps = parse_whole(text, MOST_STEPS)
     if steps is None:
         raise OptionError(
-            f"Steps {shorten(text, 40)}: give a whole number from 1 to {MOST_STEPS:,}, such as {USUAL_STEPS}."
+            say(
+                "Steps %(text)s: give a whole number from 1 to %(most_steps)s, such as %(usual_steps)s.",
+                text=shorten(text, 40),
+                most_steps=f"{MOST_STEPS:,}",
+                usual_steps=USUAL_STEPS,
+            )
         )
     return steps
 
@@ -220,7 +233,7 @@ def list_key_changes(form: NewForm, before: NewForm, values: Mapping[str, Any]) 
     """
     changes: dict[str, Any] = {}
     if form.name and form.name != before.name:
-        check_output_name("Name", form.name)
+        check_output_name(say("Name"), form.name)
         changes["output_name"] = form.name
     if form.steps == before.steps or not form.steps:
         return KeyChanges(changes)

@@ -103,8 +103,8 @@ from browser.uploads import FileUploads, name_upload_folder
 from downloads.catalogue import Component
 from downloads.listing import gigabytes, total_bytes
 from modules.atomic_write import free_bytes
-from modules.console import count_of
 from modules.errors import OptionError, UserError
+from modules.pages.language import counted, join, say
 from modules.pages.page import encode_address
 from modules.text_encodings import NAMES
 from modules.text_files import read_content, real_path
@@ -174,7 +174,7 @@ class NewPages:
             mark, shown = "".join(query["mark"]), "".join(query.get("shown", ()))
             if folder is not None and mark_files(folder) != mark and not self.is_as_shown(folder, shown):
                 form = self.read_form(form.folder)
-                message = (
+                message = say(
                     "The files of this folder have changed meanwhile. The form shows them as they are now."
                 )
         is_part = "hx-request" in request.headers
@@ -249,7 +249,7 @@ class NewPages:
             "message": problem,
             "refused": error if folder is None else "",  # of a button whose folder is gone
         }
-        response = answer_template("new.html", "New", values, is_refused=error != "", policy=PAGE_POLICY)
+        response = answer_template("new.html", say("New"), values, is_refused=error != "", policy=PAGE_POLICY)
         response.headers["content-security-policy"] = f"{PAGE_POLICY}; frame-ancestors 'none'"
         return response
 
@@ -298,7 +298,14 @@ class NewPages:
         facts = [duration] if duration else []
         if not duration:
             with contextlib.suppress(OptionError):
-                facts.append(count_of(read_steps(form.steps), "step"))
+                facts.append(
+                    counted(
+                        read_steps(form.steps),
+                        "%(steps)s step",
+                        "%(steps)s steps",
+                        steps=read_steps(form.steps),
+                    )
+                )
         missing: list[Component] | None = None
         if described is not None and (described.family, described.task) == (form.family, form.task):
             missing = self.list_missing_parts(described)
@@ -307,7 +314,11 @@ class NewPages:
                 if (model.family, model.task) == (form.family, form.task):
                     missing = list_missing(model, self.site.models, form.model_files)
         if missing is not None:
-            facts.append(f"{gigabytes(total_bytes(missing))} to load" if missing else "its model is here")
+            facts.append(
+                say("%(total_bytes)s to load", total_bytes=gigabytes(total_bytes(missing)))
+                if missing
+                else say("its model is here")
+            )
         return facts
 
     def describe_free(self) -> str:
@@ -445,7 +456,7 @@ class NewPages:
         """Return the same part. refused: why a button did nothing."""
         described, _ = self.try_read(folder)
         values = self.progress_values(folder, described) | {"refused": refused, "is_part": True}
-        return answer_template("new_progress.html", "New", values, is_refused=refused != "")
+        return answer_template("new_progress.html", say("New"), values, is_refused=refused != "")
 
     def show_caption_line(self, request: Request) -> Response:
         """Return the command that writes captions as a form says, or why there is none."""
@@ -470,7 +481,7 @@ class NewPages:
             "next_folder": first + PART,
             "picture_address": picture_address,
         }
-        return answer_template("new_folders.html", "New", values)
+        return answer_template("new_folders.html", say("New"), values)
 
     def show_check(self, request: Request) -> Response:
         """Return check.html of a folder, which may be somebody else's: it runs and loads nothing."""
@@ -505,11 +516,18 @@ class NewPages:
         if path is not None:
             settings = SettingsPages(self.site)
             command = settings.command_words(settings.find_worker(), further=[real_path(path)])
-            return (
-                f"{real_path(path)} is outside of the folders of this page, {roots}. End the page, and start "
-                f"it with that folder: {format_command(command, Path.cwd())}"
+            return say(
+                "%(path)s is outside of the folders of this page, %(roots)s. End the page, and "
+                "start it with that folder: %(format_command)s",
+                path=real_path(path),
+                roots=roots,
+                format_command=format_command(command, Path.cwd()),
             )
-        return f"{text}: no such folder below {roots}. Choose one from the list, or drop files here."
+        return say(
+            "%(text)s: no such folder below %(roots)s. Choose one from the list, or drop files here.",
+            text=text,
+            roots=roots,
+        )
 
     def find_background_job(self, kind: str, folder: Path | None) -> Job | None:
         return None if folder is None else self.site.background_jobs.find(name_background_job(kind, folder))
@@ -619,7 +637,9 @@ class NewPages:
         what = request.path_params["what"]
         folder = find_folder(self.site.runs, sent.folder)
         if folder is None:
-            return self.answer(sent, self.explain_folder(sent.folder) if sent.folder else "Choose a folder.")
+            return self.answer(
+                sent, self.explain_folder(sent.folder) if sent.folder else say("Choose a folder.")
+            )
         texts = {name: "".join(values) for name, values in form.items()}
         message = ""
         try:
@@ -631,7 +651,10 @@ class NewPages:
                 return answer_unknown()
             problem = ""
         except ChangedMeanwhileError:
-            problem = f"The files of {folder} have changed meanwhile. Load this page again to see them."
+            problem = say(
+                "The files of %(folder)s have changed meanwhile. Load this page again to see them.",
+                folder=folder,
+            )
         except (UserError, OSError, ValueError) as error:
             problem = str(error)
         if what not in WHOLE_PAGE:
@@ -693,8 +716,11 @@ class NewPages:
         labels = list_unwritten(sent, NewForm.of_address(shown), present)
         if labels:
             raise OptionError(
-                f"The files of this folder do not have what you have typed yet ({', '.join(labels)}). "
-                "Press Describe first."
+                say(
+                    "The files of this folder do not have what you have typed yet (%(names)s). Press "
+                    "Describe first.",
+                    names=join(", ", labels),
+                )
             )
 
     def describe(self, folder: Path, form: NewForm, *, mark: str, shown: str) -> str:
@@ -707,13 +733,15 @@ class NewPages:
             raise ChangedMeanwhileError
         self.site.tracked_runs.refuse_while_it_runs(folder)
         if read_media_folder(folder) is None and not any(path.is_dir() for path in folder.iterdir()):
-            raise OptionError(f"{folder} has no clips, pictures or sounds. Drop some here first.")
+            raise OptionError(
+                say("%(folder)s has no clips, pictures or sounds. Drop some here first.", folder=folder)
+            )
         described, _ = self.try_read(folder)
         plan = self.plan_describe(form, folder, described)
         if plan.changes.changes:
             have = mark_bytes(read_content(folder / RUN_FILE))
             change_keys(folder / RUN_FILE, plan.changes.changes, have)
-            return f"Written into {plan.changes.text}."
+            return say("Written into %(text)s.", text=plan.changes.text)
         kind = COMPARE if plan.compares else DESCRIBE
         self.site.background_jobs.start(
             name_background_job(kind, folder), plan.words, Path.cwd(), within=folder
@@ -724,7 +752,7 @@ class NewPages:
         """Write the three files as the shown changes say; the old ones are copied into the bin first."""
         comparing = self.find_background_job(COMPARE, folder)
         if comparing is None or comparing.state == RUNNING or not self.is_pending(comparing, folder):
-            raise OptionError("There are no changes to make (any more). Press Describe to see them.")
+            raise OptionError(say("There are no changes to make (any more). Press Describe to see them."))
         if mark != mark_files(folder):
             raise ChangedMeanwhileError
         self.site.tracked_runs.refuse_while_it_runs(folder)
@@ -742,29 +770,37 @@ class NewPages:
         described = read_described(folder)
         files = self.find_files_to_load(described)
         if files is None:
-            raise OptionError("Nothing of its model is to be loaded (any more). Load this page again.")
+            raise OptionError(say("Nothing of its model is to be loaded (any more). Load this page again."))
         if not has_accepted:
-            raise OptionError("Read the licences of the model next to the button, and accept them.")
+            raise OptionError(say("Read the licences of the model next to the button, and accept them."))
         name = name_download(self.site.models, described.family, described.task)
         self.site.background_jobs.start(name, self.make_load_words(described, files), Path.cwd())
 
     def start(self, folder: Path, has_accepted: bool) -> None:
         """Put the run of a folder into the queue, and start the queue unless other jobs wait in it."""
         if not is_described(folder):
-            raise OptionError("It is not described yet: press Describe first.")
+            raise OptionError(say("It is not described yet: press Describe first."))
         words = self.make_run_words(read_described(folder))
         if "--download" in words and not has_accepted:
-            raise OptionError("Its model is to be loaded: read the licences next to Start, and accept them.")
+            raise OptionError(
+                say("Its model is to be loaded: read the licences next to Start, and accept them.")
+            )
         self.site.tracked_runs.start(folder, words)
 
     def require_inside(self, folder: Path) -> None:
         """Raise OptionError if the dataset of a folder names files outside the roots."""
         path = folder / DATASET_FILE
         if not path.is_file():
-            raise OptionError("It is not described yet: press Describe first.")
+            raise OptionError(say("It is not described yet: press Describe first."))
         outside = [place for place in find_places(path, folder) if not self.site.runs.is_below(place)]
         if outside:
-            raise OptionError(f"{path} names {outside[0]}, which is outside the folders that are shown.")
+            raise OptionError(
+                say(
+                    "%(path)s names %(outside)s, which is outside the folders that are shown.",
+                    path=path,
+                    outside=outside[0],
+                )
+            )
 
     def run_remedy(self, folder: Path, line: str) -> None:
         """Run a command that `new` or `run --check` has printed for this folder."""
@@ -774,7 +810,7 @@ class NewPages:
             lines += read_output_lines(self.find_background_job(kind, folder))
         words = find_command(lines, line)
         if words is None:
-            raise OptionError("This command is not one that was printed for this folder (any more).")
+            raise OptionError(say("This command is not one that was printed for this folder (any more)."))
         self.require_inside(folder)
         command, _ = find_program(words, folder)
         if command.words[0] == "cache":
@@ -787,10 +823,10 @@ class NewPages:
     def repair(self, folder: Path, encoding: str) -> None:
         """Convert captions of a folder that are not UTF-8. encoding: theirs; "" if it is to be guessed."""
         if encoding and encoding not in NAMES:
-            raise OptionError(f"{encoding}: no such encoding is known here.")
+            raise OptionError(say("%(encoding)s: no such encoding is known here.", encoding=encoding))
         words = find_repair(folder)
         if not words:
-            raise OptionError("It is not described yet: press Describe first.")
+            raise OptionError(say("It is not described yet: press Describe first."))
         self.require_inside(folder)
         if encoding:
             words = [*words, encoding]
@@ -812,7 +848,7 @@ class NewPages:
             "option": option,
             "asks": is_chosen and not is_known and bool(text.strip()),
         }
-        return answer_template("new_file.html", "New", values)
+        return answer_template("new_file.html", say("New"), values)
 
     def look_whether_it_fits(self, request: Request, form: Form) -> Response:
         """Explain why the file of a model does not fit the chosen one, as `new` would."""

@@ -8,7 +8,7 @@ from browser.model_files import Download
 from browser.names import short_digest
 from browser.new_form import NewForm
 from browser.runs import FINISHED, RUNNING
-from modules.console import count_of
+from modules.pages.language import counted, join, say
 
 DESCRIBE, LOAD, CHECK, START = "describe", "load", "check", "start"  # what a press of the button does
 CHANGES, FOLLOW = "changes", "follow"  # it leads to a place of this page, or to another page
@@ -62,26 +62,26 @@ class FolderStanding:
     @property
     def done(self) -> str:
         """Return what has worked, in words."""
-        words = ["Described"]
+        words = [say("Described")]
         if self.download is not None and self.download.state == FINISHED and not self.to_load:
-            words.append("the model is here")
+            words.append(say("the model is here"))
         if self.is_checked:
-            words.append("checked: no fault")
-        return f"{', '.join(words)}."
+            words.append(say("checked: no fault"))
+        return say("%(done)s.", done=join(", ", words))
 
 
 def choose_step(form: NewForm, standing: FolderStanding, is_written: bool) -> NextStep:
     """Return the next step of a folder. is_written: its files say what the fields of the form hold."""
-    fields = {"a folder": form.folder, "a model": form.family, "a task": form.task}
+    fields = {say("a folder"): form.folder, say("a model"): form.family, say("a task"): form.task}
     missing = [label for label, text in fields.items() if not text]
     if missing:
-        return NextStep(DESCRIBE, "Describe", missing=missing)
+        return NextStep(DESCRIBE, say("Describe"), missing=missing)
     if standing.describing is not None and standing.describing.state == RUNNING:
-        return NextStep(BUSY, "Describing …")
+        return NextStep(BUSY, say("Describing …"))
     if standing.has_changes:
-        return NextStep(CHANGES, "Look at the changes", address=CHANGES_PLACE)
+        return NextStep(CHANGES, say("Look at the changes"), address=CHANGES_PLACE)
     if not (standing.is_described and is_written):
-        return NextStep(DESCRIBE, "Describe")
+        return NextStep(DESCRIBE, say("Describe"))
     return _choose_after_describing(standing)
 
 
@@ -91,18 +91,27 @@ def _choose_after_describing(standing: FolderStanding) -> NextStep:
     if job is not None and (
         job.state in (WAITING, RUNNING) or job.state == FINISHED and standing.run_address
     ):
-        words = {WAITING: "It waits in the queue.", RUNNING: "It trains.", FINISHED: "The LoRA is there."}
+        words = {
+            WAITING: say("It waits in the queue."),
+            RUNNING: say("It trains."),
+            FINISHED: say("The LoRA is there."),
+        }
         address = standing.run_address or QUEUE_ADDRESS
-        return NextStep(FOLLOW, "Show the training", done=words[job.state], address=address)
+        return NextStep(FOLLOW, say("Show the training"), done=words[job.state], address=address)
     if standing.to_load and download is not None and download.state == RUNNING:
-        return NextStep(BUSY, f"Getting the model{download.progress_words} …", done=standing.done)
+        return NextStep(
+            BUSY,
+            say("Getting the model%(progress_words)s …", progress_words=download.progress_words),
+            done=standing.done,
+        )
     if standing.to_load:
-        licences = "licence" if standing.num_licences == 1 else count_of(standing.num_licences, "licence")
-        return NextStep(LOAD, f"Get the model ({standing.to_load}, {licences})", done=standing.done)
+        licences = counted(standing.num_licences, "licence", "%(n)s licences")
+        word = say("Get the model (%(size)s, %(licences)s)", size=standing.to_load, licences=licences)
+        return NextStep(LOAD, word, done=standing.done)
     if checking is not None and checking.state == RUNNING:
-        return NextStep(BUSY, "Checking …", done=standing.done)
+        return NextStep(BUSY, say("Checking …"), done=standing.done)
     if standing.is_checked or standing.loads_at_start:
-        return NextStep(START, "Start", done=standing.done)
+        return NextStep(START, say("Start"), done=standing.done)
     has_faults = checking is not None and checking.code not in (0, None) and not standing.is_check_old
-    missing = ["what the check has found"] if has_faults else []
-    return NextStep(CHECK, "Check", missing=missing, done=standing.done)
+    missing = [say("what the check has found")] if has_faults else []
+    return NextStep(CHECK, say("Check"), missing=missing, done=standing.done)

@@ -10,6 +10,7 @@ from typing import Any
 
 from browser.described_folder import DATASET_FILE, TRAINING_TABLE, refuse_share
 from modules.command import as_typed
+from modules.pages.language import say
 from modules.paths import expand_path
 from modules.run_limits import ALLOWED_BY, ANY
 from modules.text_files import parse_toml, read_content, real_path
@@ -19,7 +20,7 @@ from training.config_options import OTHERS_TABLE, OUR_NETWORKS
 from training.features.composing import options_reaching
 
 CODE = ("network_module",)  # options that load code
-NOT_STARTED = "`run` refuses it: --{} is only taken if it is typed"
+NOT_STARTED = "`run` refuses it: --%(option)s is only taken if it is typed"
 CACHES = "cache_directory"  # ends the names of keys of a dataset
 MOST_LINES = 100
 MOST_SHOWN = 64 << 10  # bytes of a file
@@ -54,7 +55,11 @@ def read_permissions(folder: Path) -> list[Permission]:
     if not hidden:
         return found
     num_unusual = sum(permission.is_unusual for permission in hidden)
-    text = f"and {len(hidden):,} more that are not listed, {num_unusual:,} of them unusual: read the files"
+    text = say(
+        "and %(n)s more that are not listed, %(num_unusual)s of them unusual: read the files",
+        n=f"{len(hidden):,}",
+        num_unusual=f"{num_unusual:,}",
+    )
     return [*found[:MOST_LINES], Permission(text, is_unusual=num_unusual > 0)]
 
 
@@ -77,10 +82,14 @@ def _describe_place(folder: Path, option: str, text: str) -> Permission:
     except ValueError as error:
         return Permission(f"--{option} {text}: {error}", is_unusual=True)
     if place.is_relative_to(folder):
-        return Permission(f"writes into {place}")
+        return Permission(say("writes into %(place)s", place=place))
     allowing = ALLOWED_BY.get(option, ANY)
-    note = f"outside of {folder}: `run` refuses it unless --{allowing} is typed"
-    return Permission(f"writes into {place}", note=note, is_unusual=True)
+    note = say(
+        "outside of %(folder)s: `run` refuses it unless --%(allowing)s is typed",
+        folder=folder,
+        allowing=allowing,
+    )
+    return Permission(say("writes into %(place)s", place=place), note=note, is_unusual=True)
 
 
 def _list_writing(folder: Path, tables: Mapping[str, Any]) -> Iterator[Permission]:
@@ -115,7 +124,7 @@ def _list_sending(tables: Mapping[str, Any]) -> Iterator[Permission]:
         value = values.get(option)
         if value:
             stays = value in facts.get("stays", ())
-            note = "" if stays else f"`run` refuses it unless --{option} is typed"
+            note = "" if stays else say("`run` refuses it unless --%(option)s is typed", option=option)
             yield Permission(facts["permission"].format(value), note=note, is_unusual=not stays)
 
 
@@ -124,15 +133,19 @@ def _list_code(tables: Mapping[str, Any]) -> Iterator[Permission]:
     for option in CODE:
         name = str(values.get(option, ""))
         if name and not name.startswith(OUR_NETWORKS):
-            note = "no code of this program: `run` refuses it"
-            yield Permission(f"loads the code {name}", note=note, is_unusual=True)
+            note = say("no code of this program: `run` refuses it")
+            yield Permission(say("loads the code %(name)s", name=name), note=note, is_unusual=True)
 
 
 def _list_starting(tables: Mapping[str, Any]) -> Iterator[Permission]:
     values = _table(tables, TRAINING_TABLE)
     for option in STARTING:
         if values.get(option) is not None:
-            yield Permission(f"starts {values[option]}", note=NOT_STARTED.format(option), is_unusual=True)
+            yield Permission(
+                say("starts %(values)s", values=values[option]),
+                note=say(NOT_STARTED, option=option),
+                is_unusual=True,
+            )
 
 
 def _list_typed_only(words: Sequence[str]) -> list[str]:
@@ -148,5 +161,5 @@ def _list_commands(tables: Mapping[str, Any]) -> Iterator[Permission]:
         texts = [str(word) for word in _as_list(words)]
         text = f"{'downloads with' if number == 0 else 'runs'} {as_typed(texts)}"
         starting = _list_typed_only(texts)
-        note = NOT_STARTED.format(starting[0]) if starting else ""
+        note = say(NOT_STARTED, option=starting[0]) if starting else ""
         yield Permission(text, note=note, is_unusual=bool(starting))

@@ -9,21 +9,21 @@ from typing import NamedTuple
 
 import psutil  # comes with accelerate
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, RedirectResponse, Response
+from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
 from browser import compare
 from browser.folders import find_folder
 from browser.jobs import ENDED, ENTRY, QUEUE, WAITING, Job, JobQueue, may_still_write
 from browser.launch import check_options, command_part, find_program, split_folder, split_words
-from browser.responses import Form, answer_form, answer_page, answer_unknown
+from browser.responses import Form, answer_form, answer_page, answer_text, answer_unknown
 from browser.run_start import TrackedRuns
 from browser.run_views import HERE, POLICY
 from browser.runs import RUNNING, Runs, RunSummary, is_living
 from modules.command import as_typed
-from modules.console import in_words
 from modules.control_codes import escape_control_codes
 from modules.errors import OptionError, UserError
+from modules.pages.language import say, say_duration
 from modules.pages.page import render_page
 from training.reports.present_files import present_commands
 
@@ -81,8 +81,13 @@ def read_jobs(text: str, run: RunSummary | None, may_come: bool) -> list[tuple[l
     lines = [line for line in entries if line and not line.startswith("#")]
     if len(lines) > MOST_ADDED:
         raise OptionError(
-            f"{len(lines):,} jobs are more than the {MOST_ADDED} that are taken at once, as each is checked "
-            f"by its script. Add them in parts, or write them into {QUEUE}"
+            say(
+                "%(n)s jobs are more than the %(most_added)s that are taken at once, as each is "
+                "checked by its script. Add them in parts, or write them into %(queue)s",
+                n=f"{len(lines):,}",
+                most_added=MOST_ADDED,
+                queue=QUEUE,
+            )
         )
     jobs = []
     for line in lines:
@@ -135,7 +140,7 @@ class QueuePages:
         try:
             return answer_page(self.page(error, query), 422 if error else 200)
         except UserError as problem:
-            return PlainTextResponse(str(problem), 422 if error else 500)
+            return answer_text(str(problem), 422 if error else 500)
 
     def page(self, error: str, query: Mapping[str, str]) -> str:
         """Return the page of the queue. Raises UserError if the queue cannot be read."""
@@ -157,7 +162,7 @@ class QueuePages:
             "can_write": not self.queue.read_only,
             "message": error or self.queue.problem,
             "file": self.queue.folder / QUEUE,
-            "in_words": in_words,
+            "in_words": say_duration,
             "draft": draft.line,
             "draft_of": draft.run,
             "example": EXAMPLE,
@@ -165,7 +170,7 @@ class QueuePages:
             "is_paused": worker == "",
             "short": SHORT_SECONDS,
         }
-        return render_page(HERE / "queue.html", "Queue", values, POLICY)
+        return render_page(HERE / "queue.html", say("Queue"), values, POLICY)
 
     def find_trainings(self, jobs: Sequence[Job]) -> dict[int, RunSummary]:
         """Return the running training of each job that has started one, by the job's number."""
@@ -205,7 +210,9 @@ class QueuePages:
                 run = self.runs.find(run_id)
             limits = find_folder(self.runs, within)
             if within and limits is None:
-                raise OptionError(f"{within}: there is no such folder below those that are shown.")
+                raise OptionError(
+                    say("%(within)s: there is no such folder below those that are shown.", within=within)
+                )
             may_come = any(map(may_still_write, self.queue.jobs()))
             for words, folder in read_jobs(line, run, may_come):
                 self.queue.add(words, folder, within=limits)

@@ -25,6 +25,7 @@ from modules.installation import import_own
 from modules.limits import MOST_FRAMES, MOST_SCALE, MOST_SIDE, MOST_STEPS
 from modules.media.reading import VIDEO_SUFFIXES
 from modules.option_values import option_words
+from modules.pages.language import say
 from modules.text_files import bad_character
 
 LORA = "--lora_weight"
@@ -466,15 +467,22 @@ class RenderRequest:
     def check(self) -> None:
         """Raise OptionError for what no command can be made of."""
         if not self.prompt.strip():
-            raise OptionError("Prompt: write what is to be made.")
+            raise OptionError(say("Prompt: write what is to be made."))
         for name, text in {"prompt": self.prompt, **self.texts}.items():
             character = bad_character(text)
             if character is not None:
-                raise OptionError(f"{self._label(name)}: leave out {character}.")
+                raise OptionError(
+                    say("%(label)s: leave out %(character)s.", label=self._label(name), character=character)
+                )
             if len(text) > MOST_OF_TEXT:
                 raise OptionError(
-                    f"{self._label(name)} has {len(text):,} characters: {MOST_OF_TEXT:,} are the most, and "
-                    "models read far fewer."
+                    say(
+                        "%(label)s has %(n)s characters: %(most_of_text)s are the most, and models read "
+                        "far fewer.",
+                        label=self._label(name),
+                        n=f"{len(text):,}",
+                        most_of_text=f"{MOST_OF_TEXT:,}",
+                    )
                 )
         self._check_recipe()
         for lora in self.loras:
@@ -483,7 +491,7 @@ class RenderRequest:
             if text.strip() and name in self.recipe.fields:
                 self._check_text(name, text.strip())
         if "width" in self.recipe.fields and bool(self._text("width")) != bool(self._text("height")):
-            raise OptionError("Width and Height: give both, or neither for the model's usual size.")
+            raise OptionError(say("Width and Height: give both, or neither for the model's usual size."))
         for name in PICTURES:
             self._check_pictures(name)
 
@@ -491,13 +499,23 @@ class RenderRequest:
         """Raise OptionError if the model, or a picture that it needs, is not there."""
         recipe = self.recipe
         if recipe.missing and recipe.missing[0].startswith("--"):
-            raise OptionError(f"{recipe.title} was trained without {recipe.missing[0]}, which making needs.")
+            raise OptionError(
+                say(
+                    "%(title)s was trained without %(missing)s, which making needs.",
+                    title=recipe.title,
+                    missing=recipe.missing[0],
+                )
+            )
         if recipe.missing:
-            raise OptionError(f"{recipe.missing[0]} is missing: load the model first (Models).")
+            raise OptionError(
+                say("%(missing)s is missing: load the model first (Models).", missing=recipe.missing[0])
+            )
         for name in recipe.needed:
             is_filled = self.references if name == "references" else self.texts.get(name, "").strip()
             if not is_filled:
-                raise OptionError(f"{self._label(name)}: this model needs one. Drop it on the field.")
+                raise OptionError(
+                    say("%(label)s: this model needs one. Drop it on the field.", label=self._label(name))
+                )
 
     def _check_pictures(self, name: str) -> None:
         """Raise OptionError if a file that a field names is not there."""
@@ -506,7 +524,9 @@ class RenderRequest:
         paths = self.references if name == "references" else [self._text(name)]
         for path in filter(None, paths):
             if not (self.recipe.folder / path).is_file():
-                raise OptionError(f"{self._label(name)} {path}: there is no such file.")
+                raise OptionError(
+                    say("%(label)s %(path)s: there is no such file.", label=self._label(name), path=path)
+                )
 
     def _label(self, name: str) -> str:
         return self.labels.get(name, name.capitalize())
@@ -521,29 +541,52 @@ class RenderRequest:
         except ValueError:
             is_number = False
         if not is_number:
-            raise OptionError(f"strength {lora.strength} of {name}: give a number, such as 0.8")
+            raise OptionError(
+                say(
+                    "strength %(strength)s of %(name)s: give a number, such as 0.8",
+                    strength=lora.strength,
+                    name=name,
+                )
+            )
         if not (self.recipe.folder / lora.path).is_file():
-            raise OptionError(f"{lora.path} is not there any more. Choose another LoRA")
+            raise OptionError(say("%(path)s is not there any more. Choose another LoRA", path=lora.path))
 
     def _check_text(self, name: str, text: str) -> None:
         option = self.recipe.find_line_option(name)
-        assert option is not None, "the model has the field"
+        assert option is not None, say("the model has the field")
         try:
             value = option.read(text)
         except ValueError as error:
-            raise OptionError(f"{self._label(name)}: {error}") from None
+            raise OptionError(say("%(label)s: %(error)s", label=self._label(name), error=error)) from None
         if not isinstance(value, (int, float)):
             return
         least, most = self.recipe.find_limits(name)
         if not least <= value <= most:
             what = "share" if name == "share" else "number"
-            raise OptionError(f"{self._label(name)} {text}: give a {what} from {least:,g} to {most:,g}")
+            raise OptionError(
+                say(
+                    "%(label)s %(text)s: give a %(what)s from %(least)s to %(most)s",
+                    label=self._label(name),
+                    text=text,
+                    what=what,
+                    least=f"{least:,g}",
+                    most=f"{most:,g}",
+                )
+            )
         near = self.recipe.nearest(name, value)
         if near != value:
-            rule = f"a length of {self.recipe.defaults.lengths}"
+            rule = say("a length of %(lengths)s", lengths=self.recipe.defaults.lengths)
             if name in SIDES:
-                rule = f"a multiple of {self.recipe.side_step}"
-            raise OptionError(f"{self._label(name)} {text}: give {rule}. Nearest: {near}")
+                rule = say("a multiple of %(side_step)s", side_step=self.recipe.side_step)
+            raise OptionError(
+                say(
+                    "%(label)s %(text)s: give %(rule)s. Nearest: %(near)s",
+                    label=self._label(name),
+                    text=text,
+                    rule=rule,
+                    near=near,
+                )
+            )
 
     def _lora_options(self) -> dict[str, list[str]]:
         """Return the options of the LoRAs, their strengths not included."""

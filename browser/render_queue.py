@@ -19,6 +19,7 @@ from browser.runs import DIED, FINISHED, RUNNING, STOPPED, is_living
 from modules.atomic_write import explain_errors, write_text
 from modules.errors import OptionError, OutputError
 from modules.file_locks import only_one
+from modules.pages.language import say
 from modules.text_files import parse_json, read_text
 
 NAME = re.compile(r"(\d{1,9})\.json")
@@ -26,7 +27,7 @@ CANCELS = "{}.cancel"  # name of the file that asks the server that makes a rend
 MOST_OF_RENDER_JOB = 2 << 20  # bytes of a file; it has the prompt three times
 MOST_WAITING = 200
 MOST_ENDED = 300  # older ones are forgotten; their results stay
-ENDED_MEANWHILE = "the page's server was ended meanwhile"
+ENDED_MEANWHILE = say("the page's server was ended meanwhile")
 
 
 @dataclass
@@ -125,7 +126,13 @@ class RenderQueue:
             jobs = self.list_all()
             waiting = sum(job.state == WAITING for job in jobs)
             if waiting + len(new_jobs) > MOST_WAITING:
-                raise OptionError(f"{waiting} are waiting: {MOST_WAITING} are the most")
+                raise OptionError(
+                    say(
+                        "%(waiting)s are waiting: %(most_waiting)s are the most",
+                        waiting=waiting,
+                        most_waiting=MOST_WAITING,
+                    )
+                )
             numbers: list[int] = []
             try:
                 for new_job in new_jobs:
@@ -163,7 +170,9 @@ class RenderQueue:
         with self._change():
             job = self.find(number)
             if job is None or job.state in (WAITING, RUNNING):
-                raise OptionError(f"there is no result {number} that has ended (any more)")
+                raise OptionError(
+                    say("there is no result %(number)s that has ended (any more)", number=number)
+                )
             self._path(number).unlink(missing_ok=True)
 
     def ask_to_cancel(self, number: int) -> None:

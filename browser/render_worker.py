@@ -31,6 +31,7 @@ from modules.control_codes import escape_control_codes, shorten_lines
 from modules.errors import OptionError, OutputError, UserError
 from modules.file_locks import only_one
 from modules.installation import DRIVEN, FROM_QUEUE, program_environment
+from modules.pages.language import say
 from modules.text_files import parse_json, read_text
 from training.reports.history import describe_process
 
@@ -53,15 +54,15 @@ TAIL = 64 << 10  # bytes at the end of the log that are searched for an error
 LAST_LINES = 12
 MOST_OF_LINE = 500
 MOST_OF_WARNINGS = 4000  # characters that are kept of a render job
-LOADING = "loading the model"
+LOADING = say("loading the model")
 FindProgram = Callable[[Sequence[str], Path], tuple[object, list[str]]]
 ENDS = ("state", "reason", "file", "process", "doing", "done", "steps", "last_lines", "warnings")
-GENERATE = "the page Generate"
-CANCELLING = "cancelling; once more ends the process, and the model is loaded again for the next"
-NO_WRITING = "the browser was started with --read_only"
-KILLED = (
-    "the process was killed. Often the machine had too little memory: try a smaller size, or options that "
-    "take less"
+GENERATE = say("the page Generate")
+CANCELLING = say("cancelling; once more ends the process, and the model is loaded again for the next")
+NO_WRITING = say("the browser was started with --read_only")
+KILLED = say(
+    "the process was killed. Often the machine had too little memory: try a smaller "
+    "size, or options that take less"
 )
 
 
@@ -214,7 +215,7 @@ class RenderWorker:
             # a result that has just ended is tidied up for a moment longer
             self._changed.wait_for(lambda: self._current is None or self._current.state == RUNNING, PATIENCE)
             if self._current is not None:
-                raise OptionError(f"result {self._current.id} is being made: cancel it first")
+                raise OptionError(say("result %(id)s is being made: cancel it first", id=self._current.id))
             session = self._take_session()
         self._end_process(session)
 
@@ -222,8 +223,10 @@ class RenderWorker:
         """Free a loaded model, unless something is made. Return why the card is not free; empty if it is."""
         with self._lock:
             if self._current is not None:
-                return (
-                    f"{GENERATE} makes result {self._current.id}: the job begins after it, or cancel it there"
+                return say(
+                    "%(generate)s makes result %(id)s: the job begins after it, or cancel it there",
+                    generate=GENERATE,
+                    id=self._current.id,
                 )
             session = self._take_session()
         self._end_process(session)
@@ -231,9 +234,14 @@ class RenderWorker:
             if self.session is None:
                 self._end_orphan()
         if any(render_job.state == RUNNING for render_job in self.list_all()):
-            return f"{GENERATE} of another server makes a result: the job begins after it"
+            return say(
+                "%(generate)s of another server makes a result: the job begins after it", generate=GENERATE
+            )
         if self._is_loaded_elsewhere():
-            return f"{GENERATE} of another server still holds its model: the job begins when that has ended"
+            return say(
+                "%(generate)s of another server still holds its model: the job begins when that has ended",
+                generate=GENERATE,
+            )
         return ""
 
     def _is_loaded_elsewhere(self) -> bool:
@@ -282,7 +290,7 @@ class RenderWorker:
                     if self._has_ended():
                         return
                 except BlockingIOError:
-                    self.problem = "another server of these folders makes the results"
+                    self.problem = say("another server of these folders makes the results")
                     wait = RETRIED_EVERY
                     if self._has_ended():
                         return
@@ -339,8 +347,8 @@ class RenderWorker:
         for state in (RUNNING, WAITING) if works else (RUNNING,):
             for job in jobs:
                 if job.state == state:
-                    verb = "runs" if state == RUNNING else "is next"
-                    self.waits_for = f"job {job.id} of the queue {verb}"
+                    verb = "runs" if state == RUNNING else say("is next")
+                    self.waits_for = say("job %(id)s of the queue %(verb)s", id=job.id, verb=verb)
                     return job
         self.waits_for = ""
         return None
@@ -441,7 +449,7 @@ class RenderWorker:
         if self._cancels:
             self._end_render_job(render_job, STOPPED)
         elif self._is_ended:
-            self._end_render_job(render_job, STOPPED, "the page's server was ended")
+            self._end_render_job(render_job, STOPPED, say("the page's server was ended"))
         else:
             is_killed = session.process.returncode == -getattr(signal, "SIGKILL", 9)
             self._end_render_job(render_job, DIED, KILLED if is_killed else self.last_words())
@@ -596,4 +604,4 @@ class RenderWorker:
 
     def last_words(self) -> str:
         """Return the message of the error that the process has logged, else that it said nothing."""
-        return message_of(self._read_log()) or "the process has ended without a word"
+        return message_of(self._read_log()) or say("the process has ended without a word")

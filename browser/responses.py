@@ -11,11 +11,12 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, PlainTextResponse, Response
 
 from browser.run_views import HERE, POLICY
+from modules.pages.language import say, show, show_all
 from modules.pages.page import render_page
 
 Form = dict[str, list[str]]
-NOT_FOUND = "It is not there (any more)."
-NO_WRITING = "The server was started with --read_only."
+NOT_FOUND = say("It is not there (any more).")
+NO_WRITING = say("The server was started with --read_only.")
 # what trainings write for a page to show; a history from elsewhere may name pages, scripts and drawings too
 SHOWN = {".png": "image/png", ".mp4": "video/mp4", ".wav": "audio/wav"}
 
@@ -39,8 +40,13 @@ def answer_message(text: str, is_refused: bool = False) -> Response:
 
 def answer_json(value: Any, status: int = 200) -> Response:
     """Return a JSON response. value: anything that `json.dumps` takes."""
-    text = json.dumps(value, ensure_ascii=True, separators=(",", ":"))
+    text = json.dumps(show_all(value), ensure_ascii=True, separators=(",", ":"))
     return Response(text, status, media_type="application/json")
+
+
+def answer_text(text: str, status: int = 200) -> Response:
+    """Return a plain text, in the language of the page if it can be translated."""
+    return PlainTextResponse(show(text), status)
 
 
 def answer_file(path: Path) -> Response:
@@ -61,19 +67,19 @@ def answer_move(address: str) -> Response:
 
 
 def answer_not_found() -> Response:
-    return PlainTextResponse(NOT_FOUND, 404)
+    return answer_text(NOT_FOUND, 404)
 
 
 def answer_not_found_page(request: Request) -> Response:
     """Return the page for an address that leads nowhere any more, with links; for a part of a page a text."""
     if "hx-request" in request.headers:
         return answer_not_found()
-    page = render_page(HERE / "not_found.html", "Not there", {"message": NOT_FOUND}, POLICY)
+    page = render_page(HERE / "not_found.html", say("Not there"), {"message": NOT_FOUND}, POLICY)
     return answer_page(page, 404)
 
 
 def answer_unknown() -> Response:
-    return PlainTextResponse("There is no such request.", 404)
+    return answer_text(say("There is no such request."), 404)
 
 
 def read_query(request: Request) -> Form:

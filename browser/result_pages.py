@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 from browser import compare
@@ -37,6 +37,7 @@ from browser.responses import (
     answer_message,
     answer_not_found,
     answer_template,
+    answer_text,
     answer_unknown,
 )
 from browser.result_settings import PREFIX, ResultSettings, format_sample_line, read_settings, remake
@@ -44,6 +45,7 @@ from browser.results import LARGER, LAST_FRAME, Result, ResultFolders
 from browser.run_views import label_runs
 from browser.runs import DIED, FINISHED, RUNNING, RunSummary
 from browser.site import Site
+from browser.state_names import name_state
 from contract.families import with_scripts
 from downloads.catalogue import ModelSet, model_sets
 from downloads.listing import gigabytes, total_bytes
@@ -52,6 +54,7 @@ from modules.control_codes import escape_control_codes
 from modules.errors import MediaError, OptionError, UserError
 from modules.media.reading import frame_size, video_frames
 from modules.media.writing import write_png
+from modules.pages.language import say
 from modules.text_files import read_content
 from project.options import MODELS
 
@@ -184,8 +187,8 @@ class ResultTile:
             return ""
         if self.job.state == DIED:
             lines = self.job.last_lines(1)
-            return f"larger: died. {lines}"
-        return f"larger: {self.job.state}"
+            return say("larger: died. %(lines)s", lines=lines)
+        return say("larger: %(state)s", state=name_state(self.job.state))
 
     @property
     def mark(self) -> str:
@@ -198,14 +201,30 @@ class ResultTile:
         return f"{datetime.fromtimestamp(self.result.changed):%H:%M}"
 
 
+MONTHS = (
+    say("January"),
+    say("February"),
+    say("March"),
+    say("April"),
+    say("May"),
+    say("June"),
+    say("July"),
+    say("August"),
+    say("September"),
+    say("October"),
+    say("November"),
+    say("December"),
+)
+
+
 def name_day(seconds: float, today: date) -> str:
     """Return the day of a result in words."""
     day = datetime.fromtimestamp(seconds).date()
     if day == today:
-        return "Today"
+        return say("Today")
     if day == today - timedelta(days=1):
-        return "Yesterday"
-    return f"{day.day} {day:%B %Y}"
+        return say("Yesterday")
+    return say("%(day)s %(month)s %(year)s", day=day.day, month=MONTHS[day.month - 1], year=day.year)
 
 
 def count_days(results: Sequence[Result]) -> list[tuple[str, int]]:
@@ -249,7 +268,7 @@ class Remaker:
             except OptionError as error:
                 reasons.append(str(error))
         if not reasons:
-            raise OptionError(f"No run and no released model here makes {settings.title}.")
+            raise OptionError(say("No run and no released model here makes %(title)s.", title=settings.title))
         raise OptionError(reasons[0])
 
     def list_candidates(self, result: Result, settings: ResultSettings) -> Iterator[Candidate]:
@@ -293,7 +312,7 @@ class Remaker:
             path = run.history.parent / name
             if Path(name).name == name and self.site.runs.is_inside(path):
                 return str(path)
-        raise OptionError(f"{name}: no run here has this LoRA (any more).")
+        raise OptionError(say("%(name)s: no run here has this LoRA (any more).", name=name))
 
     def find_media(self, name: str, result: Result) -> str:
         """Return the path of a picture or clip that a result began from. Raises OptionError."""
@@ -306,7 +325,9 @@ class Remaker:
         for candidate in self.folders.list_all():
             if candidate.path.name == name:
                 return str(candidate.path)
-        raise OptionError(f"{name}, which it began from, is not among the results. Choose it in the form.")
+        raise OptionError(
+            say("%(name)s, which it began from, is not among the results. Choose it in the form.", name=name)
+        )
 
     def find_render_job(self, result: Result) -> RenderJob | None:
         """Return the render job of the page that has made a result; None if it was made elsewhere."""
@@ -412,7 +433,7 @@ class ResultPages:
         query = request.query_params
         texts = (query.get("from", ""), query.get("count", ""))
         if not all(text.isdecimal() and len(text) < 9 for text in texts):
-            return PlainTextResponse("from and count are numbers of results.", 400)
+            return answer_text("from and count are numbers of results.", 400)
         first = int(texts[0])
         count = min(int(texts[1]), 2 * PART)
         _, chosen, _ = self.choose(query)
@@ -423,7 +444,7 @@ class ResultPages:
             job = jobs.get(str(result.path))
             tiles.append(ResultTile(result, read.settings, problem=read.problem, job=job))
         values = {"tiles": tiles, "can_write": not self.site.read_only}
-        return answer_template("result_tiles.html", "Results", values)
+        return answer_template("result_tiles.html", say("Results"), values)
 
     def find_larger(self) -> dict[str, Job]:
         """Return the newest job of the queue that enlarges each file, by its path."""
@@ -453,7 +474,7 @@ class ResultPages:
         """Return all settings of a file, read now. Raises OptionError if it has none, MediaError, OSError."""
         settings = read_settings(result.path)
         if settings is None:
-            raise OptionError("This file does not say how it was made.")
+            raise OptionError(say("This file does not say how it was made."))
         return settings
 
     def show_sheet(self, request: Request) -> Response:
@@ -531,10 +552,14 @@ class ResultPages:
         files = [word for word in remade.session if Path(word).suffix in suffixes]
         missing = [word for word in files if not Path(remade.folder, word).exists()]
         if missing:
-            raise OptionError(f"{missing[0]} is missing: load the model first (Models).")
+            raise OptionError(
+                say("%(missing)s is missing: load the model first (Models).", missing=missing[0])
+            )
 
         [number] = self.site.render_worker.add([remade])
-        return answer_message(f"It waits above as {number}, with seed {seed}.")
+        return answer_message(
+            say("It waits above as %(number)s, with seed %(seed)s.", number=number, seed=seed)
+        )
 
     # --- larger
 
@@ -590,7 +615,7 @@ class ResultPages:
                 name = name_background_job(LOAD, self.site.models)
                 self.site.background_jobs.start(name, self.load_words(model), Path.cwd())
                 return self.show_larger(result, "")
-        return self.show_larger(result, "Choose a file to load.")
+        return self.show_larger(result, say("Choose a file to load."))
 
     def make_larger(self, result: Result, form: Form) -> Response:
         """Queue the job that enlarges a result, and start the queue unless other jobs wait in it."""
@@ -599,23 +624,29 @@ class ResultPages:
         network = next((path for path in self.list_networks() if path.name == chosen), None)
         earlier = self.find_larger().get(str(result.path))
         if result.kind == "sound":
-            raise OptionError("A sound has no size.")
+            raise OptionError(say("A sound has no size."))
         if network is None:
-            return self.show_larger(result, "Choose an upscaler's file.")
+            return self.show_larger(result, say("Choose an upscaler's file."))
         if earlier is not None and earlier.state in (WAITING, RUNNING):
-            return self.show_larger(result, "It is being enlarged already.")
+            return self.show_larger(result, say("It is being enlarged already."))
         number = queue.add_and_begin(self.larger_words(result, network), Path.cwd())
-        where = "It is job {} of the queue. The larger one will stand here when it is made."
+        where = say(
+            "It is job %(number)s of the queue. The larger one will stand here when it is made.",
+            number=number,
+        )
         if queue.worker == "":
-            where = "It is job {} of the queue, which is paused: start it on the page Queue."
-        return self.answer_sheet("done", result, text=where.format(number))
+            where = say(
+                "It is job %(number)s of the queue, which is paused: start it on the page Queue.",
+                number=number,
+            )
+        return self.answer_sheet("done", result, text=where)
 
     # --- start from this
 
     def start_from(self, result: Result, _: Form) -> Response:
         """Return the path of this picture, or of the last frame of this clip, written as a picture."""
         if result.kind == "sound":
-            raise OptionError("A sound is no picture to start from.")
+            raise OptionError(say("A sound is no picture to start from."))
         if result.kind == "clip":
             result = self.write_last_frame(result)
         return answer_json({"path": str(result.path), "name": result.path.name})
@@ -629,12 +660,12 @@ class ResultPages:
         path = result.path.with_name(f"{result.path.stem}{LAST_FRAME}.png")
         if not path.is_file() or path.is_symlink() or path.stat().st_mtime < result.changed:
             if path.is_symlink() or path.is_dir():
-                raise OptionError(f"{path} is no picture. Remove it first.")
+                raise OptionError(say("%(path)s is no picture. Remove it first.", path=path))
             frame = None
             for frame in video_frames(result.path):  # noqa: B007 (the last one is meant)
                 pass
             if frame is None:
-                raise MediaError(f"{result.path} has no frame")
+                raise MediaError(say("%(path)s has no frame", path=result.path))
             write_png(path, frame, {f"{PREFIX}last_frame_of": result.path.name})
         self.folders.list_all()
         status = path.stat()
@@ -678,15 +709,17 @@ class ResultPages:
         family = self.require_settings(result).family
         path = next((file for file in self.list_prompt_files(family) if str(file) == name), None)
         if path is None:
-            return self.show_sample(result, "Choose a folder.")
+            return self.show_sample(result, say("Choose a folder."))
         try:
             with self._prompts_lock:
                 is_added = add_line(path, line, have)
         except ChangedMeanwhileError:
-            return self.show_sample(result, f"{path} has changed meanwhile. It is shown as it is now.")
-        text = f"{path} has it as its last line now. The next samples are made of it too."
+            return self.show_sample(
+                result, say("%(path)s has changed meanwhile. It is shown as it is now.", path=path)
+            )
+        text = say("%(path)s has it as its last line now. The next samples are made of it too.", path=path)
         if not is_added:
-            text = f"{path} has this line already."
+            text = say("%(path)s has this line already.", path=path)
         return self.answer_sheet("done", result, text=text)
 
     # --- remove
@@ -699,7 +732,7 @@ class ResultPages:
         root = self.site.runs.find_top(result.path)
         folder = BinFolder(root / BIN).take(title=result.path.name, base=root, paths=[result.path])
         self.folders.list_all()
-        return self.answer_sheet("done", result, text=f"It is in {folder} now.")
+        return self.answer_sheet("done", result, text=say("It is in %(folder)s now.", folder=folder))
 
     def change(self, request: Request, form: Form) -> Response:
         """Do what a button asks for."""
@@ -708,7 +741,7 @@ class ResultPages:
         if change is None:
             return answer_unknown()
         if result is None:
-            return answer_message("This file is not there any more.", is_refused=True)
+            return answer_message(say("This file is not there any more."), is_refused=True)
         try:
             return change(result, form)
         except (UserError, OSError, ValueError) as error:
@@ -768,7 +801,13 @@ def describe_larger(result: Result) -> str:
         width, height = frame_size(result.path)
     except (MediaError, OSError):
         return ""
-    return f"{FACTOR * width} x {FACTOR * height} pixels, from {width} x {height}"
+    return say(
+        "%(factor)s x %(factor2)s pixels, from %(width)s x %(height)s",
+        factor=FACTOR * width,
+        factor2=FACTOR * height,
+        width=width,
+        height=height,
+    )
 
 
 def result_routes(site: Site) -> list[Route]:

@@ -33,6 +33,7 @@ from modules.errors import OptionError
 from modules.installation import import_own
 from modules.media.reading import TOOL_TAG, read_tags
 from modules.options import facts_of
+from modules.pages.language import join, say
 from modules.parser import add_options
 
 PREFIX = "bt_"
@@ -95,31 +96,41 @@ class ResultSettings:
         guidance = self.get("embedded_cfg_scale") or self.get("guidance_scale")
         parts = [
             f"{self.get('width')} x {self.get('height')}" if self.get("width") else "",
-            f"{frames} frames" if frames not in ("", "1") else "",
-            f"{self.get('infer_steps')} steps" if self.get("infer_steps") else "",
-            f"guidance {guidance}" if guidance else "",
-            f"seed {self.get('seeds')}",
+            say("%(frames)s frames", frames=frames) if frames not in ("", "1") else "",
+            say("%(steps)s steps", steps=self.get("infer_steps")) if self.get("infer_steps") else "",
+            say("guidance %(guidance)s", guidance=guidance) if guidance else "",
+            say("seed %(seed)s", seed=self.get("seeds")),
         ]
-        return " · ".join(filter(None, parts))
+        return join(" · ", filter(None, parts))
 
     def rows(self) -> list[tuple[str, str]]:
         """Return all settings with their names, those that people look for first."""
         size = f"{self.get('width')} x {self.get('height')}" if self.get("width") else ""
         shown = {
-            "prompt": self.get("prompt"),
-            "negative": self.get("negative_prompt"),
-            "size": size,
-            "frames": self.get("video_length"),
-            "steps": self.get("infer_steps"),
-            "guidance": self.get("guidance_scale"),
-            "embedded guidance": self.get("embedded_cfg_scale"),
-            "seed": self.get("seeds"),
-            "model": self.title,
+            say("prompt"): self.get("prompt"),
+            say("negative"): self.get("negative_prompt"),
+            say("size"): size,
+            say("frames"): self.get("video_length"),
+            say("steps"): self.get("infer_steps"),
+            say("guidance"): self.get("guidance_scale"),
+            say("embedded guidance"): self.get("embedded_cfg_scale"),
+            say("seed"): self.get("seeds"),
+            say("model"): self.title,
         }
         rows = [(name, text) for name, text in shown.items() if text]
         for lora in self.loras:
             expert = f", {lora.expert.replace('_', ' ')}" if lora.expert else ""
-            rows.append(("LoRA", f"{lora.name}, strength {lora.strength}{expert}"))
+            rows.append(
+                (
+                    "LoRA",
+                    say(
+                        "%(name)s, strength %(strength)s%(expert)s",
+                        name=lora.name,
+                        strength=lora.strength,
+                        expert=expert,
+                    ),
+                )
+            )
         rows += [("afterwards", text) for text in self.done]
         shown_first = {
             "prompt",
@@ -253,7 +264,7 @@ def remake(
     seed: the one to take. Raises OptionError if the recipe has another model, or a file is not found.
     """
     if sum(map(len, settings.values.values())) > MOST_TYPED:
-        raise OptionError("Its texts are too long to be typed again.")
+        raise OptionError(say("Its texts are too long to be typed again."))
     fixed = _fix_options(settings, recipe)
     line = _read_line(settings, recipe, seed, find_media)
     loras = []
@@ -320,7 +331,7 @@ def _set_option(fixed: dict[str, Any], flag: str, option: KnownOption, text: str
     words = fixed.pop(flag, None)
     is_file = isinstance(words, list) and _has_folder(words)
     if is_file or FILE_NAME.fullmatch(text) or _has_folder([text]):
-        raise OptionError(f"It was made with {shorten(text, 200)} ({flag}).")
+        raise OptionError(say("It was made with %(text)s (%(flag)s).", text=shorten(text, 200), flag=flag))
     if text == "False":
         return
     if option.num_words == 0:
@@ -329,7 +340,14 @@ def _set_option(fixed: dict[str, Any], flag: str, option: KnownOption, text: str
     try:
         typed = [text] if option.num_words is None else shlex.split(text)
     except ValueError as error:  # an open quote
-        raise OptionError(f"It was made with {shorten(text, 200)} ({flag}): {error}.") from None
+        raise OptionError(
+            say(
+                "It was made with %(text)s (%(flag)s): %(error)s.",
+                text=shorten(text, 200),
+                flag=flag,
+                error=error,
+            )
+        ) from None
     _refuse_options(flag, typed)
     fixed[flag] = typed
 
@@ -339,19 +357,23 @@ def _refuse_options(flag: str, words: Sequence[str]) -> None:
     for word in words:
         if OPTION.match(word):
             raise OptionError(
-                f"It was made with {flag} {shorten(word, 200)}, which begins as an option does."
+                say(
+                    "It was made with %(flag)s %(word)s, which begins as an option does.",
+                    flag=flag,
+                    word=shorten(word, 200),
+                )
             )
 
 
 def _check_task(settings: ResultSettings, recipe: ModelRecipe, options: Mapping[str, KnownOption]) -> None:
     """Raise OptionError if the recipe is for another family or task."""
     if settings.family != recipe.family:
-        raise OptionError(f"It was made with {settings.title}.")
+        raise OptionError(say("It was made with %(title)s.", title=settings.title))
     task = settings.get("task")
     if task and "task" in options:
         task_words = recipe.fixed.get("--task", [str(options["task"].default)])
         if [*task_words] != [task]:
-            raise OptionError(f"It was made with {settings.title}.")
+            raise OptionError(say("It was made with %(title)s.", title=settings.title))
 
 
 def _is_line_option(name: str, recipe: ModelRecipe) -> bool:
@@ -440,9 +462,11 @@ def format_sample_line(settings: ResultSettings) -> str:
         if values[letter]:
             parts.append(f"--{letter} {values[letter]}")
     if " --" in f" {prompt}" or " --" in f" {values['n']}":
-        raise OptionError("Its text has two dashes behind a blank, which a line takes for an option.")
+        raise OptionError(say("Its text has two dashes behind a blank, which a line takes for an option."))
     if prompt.startswith("#") or not prompt:
-        raise OptionError("A line that begins with # is no prompt.")
+        raise OptionError(say("A line that begins with # is no prompt."))
     if any(settings.get(name) for name in MEDIA):
-        raise OptionError("It began from a picture, of which the file holds only the name: write it by hand.")
+        raise OptionError(
+            say("It began from a picture, of which the file holds only the name: write it by hand.")
+        )
     return " ".join(parts)

@@ -52,8 +52,9 @@ from browser.run_views import HERE, POLICY
 from browser.runs import DIED, FINISHED, RUNNING, STOPPED, RunSummary
 from browser.site import Site
 from modules.command import as_typed
-from modules.console import as_size, count_of
+from modules.console import as_size
 from modules.errors import OptionError, UserError
+from modules.pages.language import counted, say
 from modules.pages.page import render_page
 from modules.paths import expand_path
 from modules.text_files import read_content
@@ -73,7 +74,7 @@ class RunActions:
     """Hold which buttons a run has now, each with the command that it stands for; "": there is no button."""
 
     start: str = ""
-    start_label: str = "Continue"
+    start_label: str = say("Continue")
     is_known: bool = True  # else its run.toml is read before it is started
     check: str = ""
     stop: str = ""
@@ -154,7 +155,7 @@ class RunButtons:
         """Return the buttons of a run."""
         prompts = self.find_prompts(shown)
         actions = RunActions(
-            remove=f"moves its files into {BIN}",
+            remove=say("moves its files into %(bin)s", bin=BIN),
             samples="" if prompts is None else str(prompts),
         )
         if has_lora(shown.summary):
@@ -173,7 +174,7 @@ class RunButtons:
         typed = format_command(find_start_words(plan, self.site.models))
         actions = replace(actions, folder=str(plan.folder), is_known=self.tracked_runs.is_known(plan))
         if shown.state.name != FINISHED:
-            actions = replace(actions, start=typed, start_label="Start" if is_draft else "Continue")
+            actions = replace(actions, start=typed, start_label=say("Start") if is_draft else say("Continue"))
         if shown.state.name in (DRAFT, FAULTS):
             actions = replace(actions, check=format_command(make_check_words(plan.folder)))
         if has_run and plan.steps:
@@ -212,12 +213,12 @@ class RunButtons:
     def stop_command(self, shown: ShownRun) -> str:
         state, run = shown.state, shown.summary
         if state.background_job is not None:
-            return "ends the check"
+            return say("ends the check")
         if state.name == WAITING and state.job is not None:
-            return f"takes job {state.job.id} out of {QUEUE}"
+            return say("takes job %(id)s out of %(queue)s", id=state.job.id, queue=QUEUE)
         job = self.find_running_job(shown)
         if job is not None:
-            return f"Ctrl-C for job {job.id} of the queue"
+            return say("Ctrl-C for job %(id)s of the queue", id=job.id)
         return as_typed(["touch", str(run.history.parent / f"{run.name}.stop")])
 
     def find_running_job(self, shown: ShownRun) -> Job | None:
@@ -323,7 +324,7 @@ class RunButtons:
     def describe_plan(self, shown: ShownRun) -> dict[str, Any]:
         """Return the facts of a run.toml that a page shows before it is started."""
         if shown.plan is None:
-            raise OptionError("There is no run.toml below the folders of this page.")
+            raise OptionError(say("There is no run.toml below the folders of this page."))
         path = shown.plan.folder / RUN_FILE
         return {
             "permissions": read_permissions(shown.plan.folder),
@@ -337,23 +338,23 @@ class RunButtons:
     def describe_prompts(self, shown: ShownRun) -> dict[str, Any]:
         path = self.find_prompts(shown)
         if path is None:
-            raise OptionError("It has no prompt file (.txt) below the folders of this page.")
+            raise OptionError(say("It has no prompt file (.txt) below the folders of this page."))
         caption, have, _ = self.prompts.read(path)
         return {"path": path, "text": caption.text, "have": have, "is_running": shown.state.name in BUSY}
 
     def describe_removal(self, shown: ShownRun) -> dict[str, Any]:
         if shown.state.is_active:
-            raise OptionError(f"It is {shown.state.text}: stop it first.")
+            raise OptionError(say("It is %(text)s: stop it first.", text=shown.state.text))
         paths = self.list_removed(shown)
         if not paths:
-            raise OptionError("It has no files that can be removed.")
+            raise OptionError(say("It has no files that can be removed."))
         sizes = {path: measure_size(path) for path in paths}
         place = self.bin_folder.find_place(paths[0])
         name = shown.summary.name.removesuffix(BEFORE_TRAINING)
         return {
             "files": [(path, as_size(sizes[path])) for path in paths[:MOST_LISTED]],
             "more": max(0, len(paths) - MOST_LISTED),
-            "count": count_of(len(paths), "file or folder").replace("file or folders", "files and folders"),
+            "count": counted(len(paths), "%(n)s file or folder", "%(n)s files and folders"),
             "size": as_size(sum(sizes.values())),
             "have": mark_removed(paths),
             "bin": place,
@@ -403,7 +404,9 @@ class RunButtons:
             self.describe_removal(shown)  # what refuses it
             paths = self.list_removed(shown)
             if "".join(form.get("have", ())) != mark_removed(paths):
-                return self.answer_panel(shown, "remove", "Its files have changed meanwhile: look again.")
+                return self.answer_panel(
+                    shown, "remove", say("Its files have changed meanwhile: look again.")
+                )
             base = next(top for top in self.site.runs.tops if paths[0].is_relative_to(top))
             self.bin_folder.take(shown.summary.name, base, paths)
             self.forget_jobs(shown)
@@ -435,10 +438,13 @@ class RunButtons:
             message = self.actions[what](shown, form)
         except CaptionConflictError:
             mine = "".join(form.get("text", ())).replace("\r\n", "\n")
-            error = "The file has changed since this page read it. Nothing was written."
+            error = say("The file has changed since this page read it. Nothing was written.")
             return self.answer_panel(shown, "prompts", error, {"mine": mine})
         except ChangedMeanwhileError:
-            text = f"{RUN_FILE} has changed meanwhile. Nothing was written: look at it again."
+            text = say(
+                "%(run_file)s has changed meanwhile. Nothing was written: look at it again.",
+                run_file=RUN_FILE,
+            )
             return answer_message(text, is_refused=True)
         except (UserError, OSError, ValueError) as error:
             return answer_message(str(error), is_refused=True)
@@ -454,15 +460,17 @@ class RunButtons:
                 raise ChangedMeanwhileError
             words = find_start_words(shown.plan, self.site.models)
             self.tracked_runs.start(shown.plan.folder, words, is_read=bool(have))
-        return "It is in the queue."
+        return say("It is in the queue.")
 
     def add_command(self, run: RunSummary, steps: int) -> None:
         """Put the command that continues a run into the queue. steps: to train to; 0: as it says."""
         command = self.find_resuming(run)
         if command is None:
-            raise OptionError("Its history has no command that continues it: no state was saved.")
+            raise OptionError(say("Its history has no command that continues it: no state was saved."))
         if not run.is_of_here:
-            raise OptionError("It comes from elsewhere: read its command on the page of the queue first.")
+            raise OptionError(
+                say("It comes from elsewhere: read its command on the page of the queue first.")
+            )
         _, page_command = command
         jobs: list[tuple[list[str], Path]] = []
         for words, folder in read_jobs(page_command.bash, run, may_come=False):
@@ -478,27 +486,46 @@ class RunButtons:
         steps = read_steps("".join(form.get("steps", ())).strip())
         run = shown.summary
         if steps <= run.step:
-            raise OptionError(f"It has trained {run.step:,} steps already: give more than that.")
+            raise OptionError(
+                say("It has trained %(step)s steps already: give more than that.", step=f"{run.step:,}")
+            )
         if shown.state.is_active:
-            raise OptionError(f"It is {shown.state.text}: stop it first.")
+            raise OptionError(say("It is %(text)s: stop it first.", text=shown.state.text))
         if shown.plan is None:
             self.add_command(run, steps)
-            return f"It is in the queue, to {steps:,} steps. All other options of its command stay."
+            return say(
+                "It is in the queue, to %(steps)s steps. All other options of its command stay.",
+                steps=f"{steps:,}",
+            )
         plan = shown.plan
         if not self.tracked_runs.is_known(plan):
-            raise OptionError(f"{plan.folder / RUN_FILE} comes from elsewhere. Press Continue to read it.")
+            raise OptionError(
+                say(
+                    "%(folder)s comes from elsewhere. Press Continue to read it.",
+                    folder=plan.folder / RUN_FILE,
+                )
+            )
         if not plan.steps:
-            raise OptionError(f"{plan.folder / RUN_FILE} counts in epochs. Change max_train_epochs there.")
+            raise OptionError(
+                say(
+                    "%(folder)s counts in epochs. Change max_train_epochs there.",
+                    folder=plan.folder / RUN_FILE,
+                )
+            )
         path = plan.folder / RUN_FILE
         have = "".join(form.get("have", ()))
         changes = change_steps(read_described(plan.folder).values, steps)
         change_keys(path, changes.changes, have)
         self.tracked_runs.start(plan.folder, find_start_words(plan, self.site.models))
-        return f"It is in the queue, to {steps:,} steps. Written into {changes.text}."
+        return say(
+            "It is in the queue, to %(steps)s steps. Written into %(text)s.",
+            steps=f"{steps:,}",
+            text=changes.text,
+        )
 
     def check(self, shown: ShownRun, _: Form) -> str:
         if shown.plan is None:
-            raise OptionError("There is no described folder to check.")
+            raise OptionError(say("There is no described folder to check."))
         folder = shown.plan.folder
         self.site.background_jobs.start(
             name_background_job(CHECK, folder), make_check_words(folder), Path.cwd()
@@ -509,37 +536,39 @@ class RunButtons:
         """End a run: its place in the queue, its check, or what works on it."""
         state, run = shown.state, shown.summary
         if not state.is_active:
-            raise OptionError(f"It does not run: it is {state.text}.")
+            raise OptionError(say("It does not run: it is %(text)s.", text=state.text))
         if state.name == CHECKING and state.background_job is not None and shown.plan is not None:
             self.site.background_jobs.stop(name_background_job(CHECK, shown.plan.folder))
-            return "Its check was ended."
+            return say("Its check was ended.")
         if state.name == WAITING and state.job is not None:
             self.site.queue.remove(state.job.id)
-            return "It was taken out of the queue."
+            return say("It was taken out of the queue.")
         job = self.find_running_job(shown)
         if job is not None:
             self.site.queue.stop(job.id)
             if job.stops:
-                return "Ended at once."
-            return "Asked: it saves and ends when its step is done. Press Stop again to end it at once."
+                return say("Ended at once.")
+            return say("Asked: it saves and ends when its step is done. Press Stop again to end it at once.")
         if run.state == RUNNING and run.start is not None and run.start.listens:
             (run.history.parent / f"{run.name}.stop").touch()
-            return "Asked: it saves and ends when its step is done."
-        raise OptionError("It was started from a terminal: end it there with Ctrl-C.")
+            return say("Asked: it saves and ends when its step is done.")
+        raise OptionError(say("It was started from a terminal: end it there with Ctrl-C."))
 
     def go_on(self, _: ShownRun, __: Form) -> str:
         self.site.queue.begin_work()
-        return "The queue goes on."
+        return say("The queue goes on.")
 
     def write_prompts(self, shown: ShownRun, form: Form) -> str:
         path = self.find_prompts(shown)
         if path is None:
-            raise OptionError("It has no prompt file (.txt) below the folders of this page.")
+            raise OptionError(say("It has no prompt file (.txt) below the folders of this page."))
         have = "".join(form.get("have", ()))
         self.prompts.save(path, "".join(form.get("text", ())), have)
         if shown.state.name in BUSY:
-            return f"Written into {path.name}. The training takes it in its next round of samples."
-        return f"Written into {path.name}."
+            return say(
+                "Written into %(name)s. The training takes it in its next round of samples.", name=path.name
+            )
+        return say("Written into %(name)s.", name=path.name)
 
 
 def has_lora(run: RunSummary) -> bool:

@@ -22,6 +22,7 @@ from browser.described_folder import (
 from browser.jobs import QUEUE, WAITING, Job, JobQueue, as_line
 from browser.names import short_digest
 from browser.runs import DIED, FINISHED, RUNNING, STOPPED, Runs, RunSummary
+from browser.state_names import name_state
 from contract.families import with_scripts
 from modules.atomic_write import SPARE_BYTES, explain_errors, free_bytes
 from modules.command import message_of
@@ -29,6 +30,7 @@ from modules.control_codes import shorten_lines
 from modules.errors import OptionError, UserError
 from modules.file_locks import only_one
 from modules.output_files import check_output_name
+from modules.pages.language import join, say
 from modules.paths import expand_path
 from modules.text_files import parse_toml, read_content, real_path
 from project.known import recall_folder, remember_folder
@@ -49,12 +51,12 @@ BUSY = (CHECKING, STARTING, DOWNLOADING, CACHING, LOADING, *DURING)  # a process
 # what a trace of `run` says that it does -> the state, and what is said of it
 STEPS = {
     "downloading the model": (DOWNLOADING, ""),
-    "checking the files": (CHECKING, "the files"),
-    "checking the clips": (CHECKING, "the files"),  # of older versions
-    "checking the captions": (CHECKING, "the captions"),
-    "caching latents": (CACHING, "latents"),
-    "caching captions": (CACHING, "captions"),
-    "training": (LOADING, "the model"),
+    "checking the files": (CHECKING, say("the files")),
+    "checking the clips": (CHECKING, say("the files")),  # of older versions
+    "checking the captions": (CHECKING, say("the captions")),
+    "caching latents": (CACHING, say("latents")),
+    "caching captions": (CACHING, say("captions")),
+    "training": (LOADING, say("the model")),
 }
 SAMPLE = re.compile(r"sample (\d+ of \d+)(.*)", re.DOTALL)
 BYTES = re.compile(r"([\d.,]+) (\w+) of ([\d.,]+) \2")  # `11.2 GB of 34.8 GB`
@@ -82,7 +84,7 @@ class RunState:
     def text(self) -> str:
         """Return the state in words: `caching 40 of 120, latents`."""
         separator = ", " if self.name in (WAITING, DRAFT, STARTING) else " "
-        return f"{self.name}{separator}{self.words}" if self.words else self.name
+        return join(separator, filter(None, (name_state(self.name), self.words)))
 
     @property
     def kind(self) -> str:
@@ -345,7 +347,9 @@ class TrackedRuns:
         state = self._find_state(plan, run, trace, job)
         if state.name == WAITING and job is not None:
             place = waiting.numbers.index(job.id) + 1
-            words = f"place {place} in the queue" + (", which is paused" if waiting.is_paused else "")
+            words = say("place %(place)s in the queue", place=place)
+            if waiting.is_paused:
+                words = say("%(place)s, which is paused", place=words)
             reason = "" if waiting.is_paused else self.queue.problem
             state = replace(state, words=words, reason=reason, is_paused=waiting.is_paused)
         changed = max(one.changed for one in (plan, run, trace) if one is not None)
@@ -407,8 +411,12 @@ class TrackedRuns:
             is_of_folder = shown.plan is not None and shown.plan.folder == folder
             if is_of_folder and shown.state.name in BUSY and shown.state.name != CHECKING:
                 raise OptionError(
-                    f"{shown.summary.name} is {shown.state.text}. It has read its files already, and would "
-                    "continue with others: stop it first, or wait until it has ended."
+                    say(
+                        "%(name)s is %(text)s. It has read its files already, and would continue with "
+                        "others: stop it first, or wait until it has ended.",
+                        name=shown.summary.name,
+                        text=shown.state.text,
+                    )
                 )
 
     def add_jobs(self, jobs: Sequence[tuple[Sequence[str], Path]]) -> None:
@@ -419,7 +427,7 @@ class TrackedRuns:
         with self._only_one_starts():
             present = [(job.line, job.folder) for job in self._list_jobs() if job.state in (WAITING, RUNNING)]
             if any((as_line(words), str(real_path(folder))) in present for words, folder in jobs):
-                raise OptionError("It is in the queue already.")
+                raise OptionError(say("It is in the queue already."))
             for words, folder in jobs:
                 self.queue.add(words, folder)
 
@@ -435,19 +443,23 @@ class TrackedRuns:
         """Do what `start` does, while nobody else starts a run of this queue."""
         jobs = [job for job in self._list_jobs() if is_run_of_folder(job, folder)]
         if any(job.state == WAITING for job in jobs):
-            raise OptionError("It is in the queue already.")
+            raise OptionError(say("It is in the queue already."))
         with self.runs.lock:
             self.runs.list_all()
             plans = [plan for plan in self.list_plans() if plan.folder == folder]
         for plan in plans:
             if not is_read and not self.is_known(plan):
                 raise OptionError(
-                    f"{plan.folder / RUN_FILE} comes from elsewhere. Read what it may do first, on the page "
-                    f"of {plan.name}, and start it there."
+                    say(
+                        "%(folder)s comes from elsewhere. Read what it may do first, on the page of "
+                        "%(name)s, and start it there.",
+                        folder=plan.folder / RUN_FILE,
+                        name=plan.name,
+                    )
                 )
             shown = self.find(plan.id)  # a job whose training has ended is about to end
             if shown is not None and shown.state.is_active and shown.state.background_job is None:
-                raise OptionError(f"It runs already: it is {shown.state.text}.")
+                raise OptionError(say("It runs already: it is %(text)s.", text=shown.state.text))
         if is_read and recall_folder(folder) is None:
             remember_folder(folder)
         self.queue.add_and_begin(words, Path.cwd())
@@ -531,7 +543,10 @@ def read_run_state(run: RunSummary) -> RunState:
         )
         return replace(state, is_asked=(run.history.parent / f"{run.name}.stop").exists())
     if run.state == DIED:
-        reason = f"It ended after step {run.step:,} without a word: it was killed, or the machine went off."
+        reason = say(
+            "It ended after step %(step)s without a word: it was killed, or the machine went off.",
+            step=f"{run.step:,}",
+        )
         if run.ending is not None:
             reason = run.ending[0]
         is_at_check = run.name.endswith(BEFORE_TRAINING) and "while checking" in reason
@@ -557,10 +572,12 @@ def read_trace_state(trace: RunSummary) -> RunState:
     name, about = STEPS[step]
     size = BYTES.fullmatch(progress)
     if size is not None:
-        progress = f"{size[1]} of {size[3]} {size[2]}"
+        progress = say("%(done)s of %(total)s %(unit)s", done=size[1], total=size[3], unit=size[2])
         if name == CACHING:  # files are counted there; bytes are those of the model that makes them
-            return RunState(name, words=f"{about}, loading {progress}")
-    return RunState(name, words=", ".join(filter(None, (progress, about))))
+            return RunState(
+                name, words=say("%(about)s, loading %(progress)s", about=about, progress=progress)
+            )
+    return RunState(name, words=join(", ", filter(None, (progress, about))))
 
 
 def _find_last_ending(
@@ -605,18 +622,22 @@ def _read_ended_run_state(run: RunSummary, job: Job | None) -> RunState:
 def explain_end_at_once(run: RunSummary) -> str:
     """Describe a run that a second Stop has ended, and where it continues."""
     if run.name.endswith(BEFORE_TRAINING):
-        return "Ended at once from the page, before its training began. Continue begins where it was."
+        return say("Ended at once from the page, before its training began. Continue begins where it was.")
     states = state_pattern(run.name)
     saved = []
     with contextlib.suppress(OSError):
         folders = [entry for entry in run.history.parent.iterdir() if states.fullmatch(entry.name)]
         saved = sorted(folders, key=lambda folder: (folder.stat().st_mtime, folder.name))
-    text = f"Ended at once from the page after step {run.step:,}"
+    text = say("Ended at once from the page after step %(step)s", step=f"{run.step:,}")
     if not saved:
-        return f"{text}. No state was saved: it begins anew."
+        return say("%(text)s. No state was saved: it begins anew.", text=text)
     step = re.search(r"-step(\d+)-state$", saved[-1].name)
-    place = f"step {int(step[1]):,}" if step is not None else f"its last state, {saved[-1].name}"
-    return f"{text}; continues from {place}."
+    place = (
+        say("step %(step)s", step=f"{int(step[1]):,}")
+        if step is not None
+        else say("its last state, %(name)s", name=saved[-1].name)
+    )
+    return say("%(text)s; continues from %(place)s.", text=text, place=place)
 
 
 def _has_no_history(job: Job, plan: FolderPlan, histories: Sequence[RunSummary]) -> bool:
@@ -629,35 +650,36 @@ def _has_no_history(job: Job, plan: FolderPlan, histories: Sequence[RunSummary])
 
 def _read_check_state(check: Job) -> RunState:
     if check.code == 0:
-        return RunState(DRAFT, words="checked, no fault", background_job=check)
+        return RunState(DRAFT, words=say("checked, no fault"), background_job=check)
     if check.state == STOPPED:
-        return RunState(DRAFT, words="its check was stopped", background_job=check)
-    return RunState(FAULTS, reason=_explain(check, "The check found faults."), background_job=check)
+        return RunState(DRAFT, words=say("its check was stopped"), background_job=check)
+    return RunState(FAULTS, reason=_explain(check, say("The check found faults.")), background_job=check)
 
 
 def _read_job_state(job: Job) -> RunState:
     """Return the state of a run whose job has ended before its training began."""
     if job.state != DIED:
         return RunState(job.state, job=job)
-    return RunState(DIED, reason=_explain(job, "It ended without a word."), job=job)
+    return RunState(DIED, reason=_explain(job, say("It ended without a word.")), job=job)
 
 
 def _explain(job: Job, otherwise: str) -> str:
     """Return the reason why a command has ended: its last error, or the signal that killed it."""
     lines = job.last_lines(READ_LINES)
     if job.code in KILLED:
-        return "It was killed: memory ran out, or somebody ended it."
+        return say("It was killed: memory ran out, or somebody ended it.")
     if re.search(r"^(?:[\w.]+Error|\w+\.py: error): ", lines, re.MULTILINE):
         return shorten_lines(message_of(lines), MOST_OF_REASON)
     if job.state == RUNNING:  # it is about to end
         return otherwise
     if job.code in (None, *UNWRITTEN) and _is_full(job.log.parent):
-        return (
-            f"The disk of {job.log.parent} is full: it could not write why it ended. Free some space, and "
-            "start it again; what it has saved is used."
+        return say(
+            "The disk of %(parent)s is full: it could not write why it ended. Free some "
+            "space, and start it again; what it has saved is used.",
+            parent=job.log.parent,
         )
     if job.code is None:
-        return "Its process has ended without a word: it was killed, or the machine went off."
+        return say("Its process has ended without a word: it was killed, or the machine went off.")
     return otherwise
 
 

@@ -19,10 +19,12 @@ from browser.command_lines import format_cd
 from browser.names import short_digest
 from browser.run_start import BUSY, STATES, RunState, ShownRun, read_run_state
 from browser.runs import DIED, RUNNING, STOPPED, Runs, RunSummary, compute_mean, describe_left, find_state
+from browser.state_names import name_state
 from modules.atomic_write import write_text
 from modules.control_codes import escape_control_codes, shorten
 from modules.errors import OptionError, UserError
 from modules.media.reading import image_size, video_info
+from modules.pages.language import language, say
 from modules.pages.page import END, PRIVATE, link, render_page
 from modules.text_files import read_safetensors_texts, require_regular_file
 from training.features.composing import parts_of_page
@@ -65,6 +67,9 @@ SORTS = {
 }
 
 
+SORT_NAMES = (say("newest"), say("name"), say("loss"), say("progress"))
+
+
 def select_runs(
     runs: Sequence[RunSummary], query: Mapping[str, str], states: Mapping[str, RunState] | None = None
 ) -> list[RunSummary]:
@@ -90,7 +95,7 @@ def mark_list(runs: Sequence[ShownRun], query: Mapping[str, str]) -> str:
         (one.summary.id, one.summary.changed, one.state.text, one.state.reason, one.state.is_asked)
         for one in runs
     ]
-    return short_digest(repr((states, sorted(query.items()))), 12)
+    return short_digest(repr((states, sorted(query.items()), language().code)), 12)
 
 
 def list_page(
@@ -115,11 +120,11 @@ def list_page(
         "can_write": can_write,
         "families": sorted(families.items(), key=lambda names: names[0].lower()),
         "asked": {name: query.get(name, "") for name in LIST_CHOICES},
-        "states": (RUNNING, *STATES),
-        "sorts": list(SORTS),
+        "states": [name_state(name) for name in (RUNNING, *STATES)],
+        "sorts": SORT_NAMES,
         "roots": roots,
     }
-    return render_page(HERE / "runs.html", "Runs", values, POLICY)
+    return render_page(HERE / "runs.html", say("Runs"), values, POLICY)
 
 
 def label_runs(runs: Sequence[RunSummary]) -> list[tuple[RunSummary, str]]:
@@ -129,7 +134,7 @@ def label_runs(runs: Sequence[RunSummary]) -> list[tuple[RunSummary, str]]:
     for run in runs:
         label = run.name
         if counts[run.name] > 1:
-            label = f"{run.name} in {run.history.parent.name}"
+            label = say("%(name)s in %(name2)s", name=run.name, name2=run.history.parent.name)
         labelled.append((run, label))
     return labelled
 
@@ -153,12 +158,14 @@ class LiveStanding:
         ending = story.ending or (None if story.start else run.ending)
         state = find_state(story.start, ending, run.changed)
         step = next(reversed(story.loss or story.starts or {0: None}))
-        text, kind = ending or (f"died after step {step:,}, without a word", "bad")
+        text, kind = ending or (say("died after step %(step)s, without a word", step=f"{step:,}"), "bad")
+        if text == state:  # `finished`: the history has more words for other ends
+            text = name_state(state)
         words = ""
         if state == DIED and ended_at_once:
             state, text, kind = STOPPED, ended_at_once, ""
         if state == RUNNING:
-            text = state
+            text = name_state(state)
             kind = ""
             words = _describe_time(run, story, start.total_steps - step)
         return cls(Standing(start, step, text, kind), state, words)
@@ -169,15 +176,15 @@ def _describe_time(run: RunSummary, story: Story, steps_left: int) -> str:
     if story.doing:
         return f"· {story.doing}"
     if story.left:
-        return f"· {run.left} left"
+        return say("· %(left)s left", left=run.left)
     seconds = [number for number in story.seconds.values() if number is not None][-SHOWN:]
     left = describe_left(steps_left, compute_mean(seconds) if seconds else None)
-    return f"· {left} left" if left else ""
+    return say("· %(left)s left", left=left) if left else ""
 
 
 def linked_clip(name: str, prompt: str, step: int, _: bool) -> Markup:
     tag = '<span id="{0}" data-src="{0}" role="img" aria-label="{1}"></span>'
-    return Markup(tag).format(link(SAMPLES, name), f"{prompt}, step {step}")
+    return Markup(tag).format(link(SAMPLES, name), say("%(prompt)s, step %(step)s", prompt=prompt, step=step))
 
 
 def run_page(

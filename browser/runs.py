@@ -21,9 +21,9 @@ from browser.bin_folder import FOLDER as BIN
 from browser.names import short_digest
 from downloads.catalogue import model_title
 from modules.atomic_write import identify_machine
-from modules.console import in_words
 from modules.errors import OutputError
 from modules.limits import MAX_LINE_CHARACTERS
+from modules.pages.language import say_duration
 from modules.paths import is_on_foreign_share
 from modules.text_files import real_path
 from training.reports.history import (
@@ -126,7 +126,7 @@ class RunSummary:
         if self.state != RUNNING:
             return ""
         if self.seconds_left:
-            return in_words(self.seconds_left)
+            return say_duration(self.seconds_left)
         return describe_left(self.total_steps - self.step, self.step_seconds)
 
     @property
@@ -216,7 +216,7 @@ def find_state(start: Start | None, ending: tuple[str, str] | None, changed: flo
 
 
 def describe_left(steps: int, seconds: float | None) -> str:
-    return in_words(steps * seconds) if seconds is not None and steps > 0 else ""
+    return say_duration(steps * seconds) if seconds is not None and steps > 0 else ""
 
 
 class PageStatus(NamedTuple):

@@ -34,6 +34,7 @@ from generation.sample_lines import find_sample_option
 from modules.control_codes import shorten
 from modules.errors import OptionError, UserError
 from modules.media.reading import IMAGE_SUFFIXES
+from modules.pages.language import say
 from project.fitting import needs_picture
 from project.options import RUN_FILE, find_models
 
@@ -195,20 +196,37 @@ def _read_changes(number: int, row: PromptRow, fields: Mapping[str, str]) -> dic
 
 def _check_edit(edit: _RowEdit, check_picture: Any) -> None:
     """Raise OptionError for a row that no line can be made of."""
-    title = f"Sample {edit.number}"
+    title = say("Sample %(number)s", number=edit.number)
     if edit.prompt.startswith("#") and edit.prompt != edit.row.prompt:
-        raise OptionError(f"{title}: a line that begins with # is a comment. Begin with another letter.")
+        raise OptionError(
+            say("%(title)s: a line that begins with # is a comment. Begin with another letter.", title=title)
+        )
     if edit.changes and not edit.prompt and edit.row.line is None:
-        raise OptionError(f"{title}: write its prompt.")
+        raise OptionError(say("%(title)s: write its prompt.", title=title))
     for name, text in edit.changes.items():
         if name in WHOLE and text and parse_whole(text, MOST_NUMBER) is None:
             raise OptionError(
-                f"{title} {name}: {shorten(text, 40)} is no whole number above 0, such as {USUAL[name]}."
+                say(
+                    "%(title)s %(name)s: %(text)s is no whole number above 0, such as %(usual)s.",
+                    title=title,
+                    name=name,
+                    text=shorten(text, 40),
+                    usual=USUAL[name],
+                )
             )
         if name in SCALES and text and not NUMBER.fullmatch(text):
-            raise OptionError(f"{title} {name}: {shorten(text, 40)} is no number, such as 4 or 3.5.")
+            raise OptionError(
+                say(
+                    "%(title)s %(name)s: %(text)s is no number, such as 4 or 3.5.",
+                    title=title,
+                    name=name,
+                    text=shorten(text, 40),
+                )
+            )
         if " --" in f" {text}":
-            raise OptionError(f"{title} {name}: {text}: leave out the dashes.")
+            raise OptionError(
+                say("%(title)s %(name)s: %(text)s: leave out the dashes.", title=title, name=name, text=text)
+            )
         if name in PICTURES and text:
             check_picture(text)
 
@@ -222,7 +240,10 @@ def edit_times(text: str, fields: Mapping[str, str]) -> str:
         number = parse_whole(every, MOST_STEPS)
         if every and number is None:
             raise OptionError(
-                f"Made after every: {shorten(every, 40)} is no whole number above 0, such as 200."
+                say(
+                    "Made after every: %(every)s is no whole number above 0, such as 200.",
+                    every=shorten(every, 40),
+                )
             )
         changes[EVERY] = number
     is_first = "first" in fields
@@ -249,8 +270,14 @@ class SamplePages:
         name = str(read_keys(run.text).get(PROMPTS, PROMPTS_FILE))
         if name != PROMPTS_FILE:
             raise OptionError(
-                f"The prompts are in {name} ({PROMPTS} of {RUN_FILE}), which is edited elsewhere. With "
-                f'{PROMPTS} = "{PROMPTS_FILE}" they are edited here.'
+                say(
+                    "The prompts are in %(name)s (%(prompts)s of %(run_file)s), which is edited "
+                    'elsewhere. With %(prompts)s = "%(prompts_file)s" they are edited here.',
+                    name=name,
+                    prompts=PROMPTS,
+                    run_file=RUN_FILE,
+                    prompts_file=PROMPTS_FILE,
+                )
             )
         return read_draft_file(self.site, folder, PROMPTS_FILE), run
 
@@ -263,7 +290,7 @@ class SamplePages:
             values |= self.collect_values(folder, num_rows)
         except (OSError, ValueError, UserError) as error:
             values["problem"] = str(error)
-        return answer_template("sample_rows.html", "Samples", values, is_refused)
+        return answer_template("sample_rows.html", say("Samples"), values, is_refused)
 
     def collect_values(self, folder: Path, num_rows: int) -> dict[str, Any]:
         prompts, run = self.read_drafts(folder)
@@ -316,7 +343,9 @@ class SamplePages:
         path = folder / text
         is_picture = Path(text).suffix.lower() in IMAGE_SUFFIXES
         if "\0" in text or not is_picture or not self.site.runs.is_inside(path):
-            raise OptionError(f"{text}: there is no such picture in {folder}")
+            raise OptionError(
+                say("%(text)s: there is no such picture in %(folder)s", text=text, folder=folder)
+            )
 
 
 def find_model(family: str, task: str) -> ModelSet | None:
@@ -359,9 +388,12 @@ def describe_conflict(folder: Path, fields: Mapping[str, str]) -> str:
         typed = describe_difference(base, edited)
     except OptionError as error:
         typed = [str(error)]
-    return (
-        f"{PROMPTS_FILE} or {RUN_FILE} has changed meanwhile, and nothing was overwritten. The rows show "
-        f"what it has now. What you changed: {'; '.join(typed) or 'how often'}"
+    return say(
+        "%(prompts_file)s or %(run_file)s has changed meanwhile, and nothing was "
+        "overwritten. The rows show what it has now. What you changed: %(names)s",
+        prompts_file=PROMPTS_FILE,
+        run_file=RUN_FILE,
+        names="; ".join(typed) or "how often",
     )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import FileResponse, HTMLResponse, PlainTextResponse, RedirectResponse, Response
+from starlette.responses import FileResponse, HTMLResponse, RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -30,6 +30,7 @@ from browser.machine import machine_routes
 from browser.memory import MemoryPages
 from browser.model_pages import model_routes
 from browser.new_pages import new_routes
+from browser.page_language import choose_language, language_headers, language_routes
 from browser.queue_pages import queue_routes
 from browser.render_worker import RenderWorker
 from browser.responses import (
@@ -41,6 +42,7 @@ from browser.responses import (
     answer_not_found,
     answer_not_found_page,
     answer_page,
+    answer_text,
 )
 from browser.result_pages import result_routes
 from browser.run_buttons import RunButtons, run_button_routes
@@ -60,6 +62,7 @@ from browser.settings_page import settings_routes
 from browser.site import ServerSettings, Site
 from browser.tokens import Ticket
 from modules.errors import UserError
+from modules.pages.language import say, speaking
 from modules.pages.page import HERE as PAGES
 from project.options import MODELS
 
@@ -71,15 +74,15 @@ TO_THE_LIST = (
     '<!doctype html><title>Reelsmith</title><link rel="icon" href="data:,">'
     '<meta http-equiv="refresh" content="0;url=/">'
 )
-NO_TOKEN = (
-    "Open the address that the command has printed in its terminal. It ends in ?token= and a word that lets "
-    "you in, which this browser then keeps."
+NO_TOKEN = say(
+    "Open the address that the command has printed in its terminal. It ends in "
+    "?token= and a word that lets you in, which this browser then keeps."
 )
 # requests to a run, see training/training_run.py, and the answer to each
 KINDS = {
-    "sample": "Asked: samples are made when this step is done.",
-    "save": "Asked: it saves when this step is done.",
-    "stop": "Asked: it saves and ends when this step is done.",
+    "sample": say("Asked: samples are made when this step is done."),
+    "save": say("Asked: it saves when this step is done."),
+    "stop": say("Asked: it saves and ends when this step is done."),
 }
 STATIC = {path.name: path for folder in ("static", "vendor") for path in (HERE / folder).glob("*.[cj]s*")}
 STATIC |= {name: PAGES / name for name in ("page.js", "pages.css")}
@@ -90,6 +93,7 @@ HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "cross-origin-opener-policy": "same-origin",
 }
+TRANSLATED = (b"text/html", b"text/plain", b"application/json")  # kinds of what holds texts of the page
 MOST_BYTES = 512 << 10  # largest body of a request: a form with two long prompts
 # largest bodies of requests that take files, by their address
 LARGEST_BODIES = {
@@ -141,28 +145,31 @@ class Gate:
 
         try:
             refusal = self._find_refusal(request)
-            await (refusal or self.app)(scope, receive_bounded, send_guarded)
+            with speaking(choose_language(request)):
+                await (refusal or self.app)(scope, receive_bounded, send_guarded)
         except Exception as error:  # whatever a damaged file leads to ends one request, in silence
             logger.debug("%s", request.url.path, exc_info=error)
             if not is_begun:
-                await PlainTextResponse("This cannot be shown.", 500)(scope, receive, send_guarded)
+                await answer_text(say("This cannot be shown."), 500)(scope, receive, send_guarded)
 
     def _complete_headers(self, headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
         """Return the headers of a response, with the usual ones that it does not set itself."""
         usual = [(b"cache-control", b"no-cache")]
         usual += [(name.encode(), value.encode()) for name, value in self.headers.items()]
         names = {name for name, _ in headers}
+        if any(name == b"content-type" and value.startswith(TRANSLATED) for name, value in headers):
+            usual += language_headers()
         return [*headers, *((name, value) for name, value in usual if name not in names)]
 
     def _find_refusal(self, request: Request) -> Response | None:
         """Return the response that refuses a request; None if the request may pass."""
         if not self._is_ours(request.headers.get("host", "")):
-            return PlainTextResponse("Wrong host.", 421)
+            return answer_text("Wrong host.", 421)
         is_read = request.method in ("GET", "HEAD")
         if not self._is_from_here(request, is_read):
-            return PlainTextResponse("Wrong origin.", 403)
+            return answer_text("Wrong origin.", 403)
         if self.read_only and not is_read:
-            return PlainTextResponse(NO_WRITING, 403)
+            return answer_text(NO_WRITING, 403)
         if self.token is None:
             return None
         return self._check_token(request, self.token)
@@ -195,7 +202,7 @@ class Gate:
         except CookieError:
             cookie = None
         if cookie is None or not self._fits(cookie.value):
-            return PlainTextResponse(NO_TOKEN, 401)
+            return answer_text(NO_TOKEN, 401)
         return None
 
     def _opens(self, request: Request, word: str) -> bool:
@@ -279,7 +286,7 @@ class RunPages:
             message = "" if shown is None else shown.ended_at_once
             return answer_json(collect_news(self.runs, run, request.query_params, message))
         except ValueError:
-            return PlainTextResponse("from and to are numbers of steps.", 400)
+            return answer_text("from and to are numbers of steps.", 400)
 
     def show_about(self, request: Request) -> Response:
         with self.runs.lock:
@@ -297,9 +304,9 @@ class RunPages:
         if run is None or kind not in KINDS:
             return answer_not_found()
         if run.state != RUNNING or run.start is None or not run.start.listens:
-            return PlainTextResponse("Only a running training can be asked.", 409)
+            return answer_text(say("Only a running training can be asked."), 409)
         (run.history.parent / f"{run.name}.{kind}").touch()
-        return PlainTextResponse(KINDS[kind])
+        return answer_text(KINDS[kind])
 
     def show_static(self, request: Request) -> Response:
         path = STATIC.get(request.path_params["name"])
@@ -319,7 +326,7 @@ def explain_error(request: Request, error: Exception) -> Response:
     """Return the response to a request that a damaged or vanished file ends, with the remedy."""
     if not isinstance(error, UserError):
         return answer_not_found()
-    return PlainTextResponse(str(error), 500 if request.method == "GET" else 422)
+    return answer_text(str(error), 500 if request.method == "GET" else 422)
 
 
 def explain_address(request: Request, error: Exception) -> Response:
@@ -369,6 +376,7 @@ def make_app(
         *settings_routes(site),
         *machine_routes(site),
         Route("/static/{name}", pages.show_static),
+        *language_routes(),
         Route("/run/{id}/", pages.lock(pages.show_run)),
         Route("/run/{id}/news", pages.lock(pages.show_news)),
         Route("/run/{id}/ask", answer_form(pages.ask), methods=["POST"]),

@@ -16,16 +16,16 @@ from browser.qr_code import draw_svg
 from browser.responses import Form, answer_form, answer_move, answer_template, answer_unknown
 from browser.site import Site
 from downloads.listing import gigabytes
-from modules.console import count_of
 from modules.errors import UserError
 from modules.option_values import option_words
+from modules.pages.language import counted, join, say
 from project.options import MODELS
 
 MOST_ENTRIES = 200  # of the bin, that are listed
 WORKERS = {
-    "here": "this page's server runs its jobs",
-    "elsewhere": "another server runs its jobs",
-    "": "paused: jobs wait until it is started",
+    "here": say("this page's server runs its jobs"),
+    "elsewhere": say("another server runs its jobs"),
+    "": say("paused: jobs wait until it is started"),
 }
 
 
@@ -63,18 +63,19 @@ class SettingsPages:
             "phone_command": format_command(self.phone_words(worker), Path.cwd()),
             "entries": entries[:MOST_ENTRIES],
             "num_more": max(0, len(entries) - MOST_ENTRIES),
-            "bin_words": f"{count_of(len(entries), 'removal')}, {size}" if entries else "empty",
+            "bin_words": join(", ", (counted(len(entries), "%(n)s removal", "%(n)s removals"), size))
+            if entries
+            else say("empty"),
             "bin": bin_folder.places[0],
             "mark": bin_folder.mark(),
             "is_asked": is_asked and bool(entries),
             "gigabytes": gigabytes,
-            "count_of": count_of,
-            "code": draw_svg(settings.address, "QR code of this page's address") if has_code else "",
+            "code": draw_svg(settings.address, say("QR code of this page's address")) if has_code else "",
             "is_local": settings.is_local,
             "can_write": not site.read_only,
             "message": error,
         }
-        return answer_template("settings_page.html", "Settings", values, is_refused=error != "")
+        return answer_template("settings_page.html", say("Settings"), values, is_refused=error != "")
 
     def find_worker(self) -> str:
         """Return who runs the queue, as `JobQueue.worker`, or why that is not known."""
@@ -87,22 +88,24 @@ class SettingsPages:
         """Return the rows of the table."""
         site = self.site
         settings = site.settings
-        roots = [ShownSetting("folder with runs", str(root), "FOLDER") for root in site.runs.roots]
-        port = "not known" if settings.port is None else str(settings.port)
-        token = "none: every account of this machine can open the page"
+        roots = [ShownSetting(say("folder with runs"), str(root), "FOLDER") for root in site.runs.roots]
+        port = say("not known") if settings.port is None else str(settings.port)
+        token = say("none: every account of this machine can open the page")
         if settings.token.place is not None:
-            token = f"the word in {settings.token.place.absolute()}"
+            token = say("the word in %(absolute)s", absolute=settings.token.place.absolute())
         elif settings.token.word is not None:
-            token = "a word of its own making, until the page ends"
+            token = say("a word of its own making, until the page ends")
         return [
             *roots,
-            ShownSetting("folder of models", str(site.models.absolute()), "--models DIR"),
-            ShownSetting("relative paths begin in", str(Path.cwd()), "the folder where the command is typed"),
-            ShownSetting("queue", str(site.queue.folder / QUEUE), "in the first folder"),
-            ShownSetting("host", settings.host, "--host ADDRESS"),
-            ShownSetting("port", port, "--port N"),
-            ShownSetting("token", token, "--token FILE, or --no_token"),
-            ShownSetting("may write", "no" if site.read_only else "yes", "--read_only"),
+            ShownSetting(say("folder of models"), str(site.models.absolute()), "--models DIR"),
+            ShownSetting(
+                say("relative paths begin in"), str(Path.cwd()), say("the folder where the command is typed")
+            ),
+            ShownSetting(say("queue"), str(site.queue.folder / QUEUE), say("in the first folder")),
+            ShownSetting(say("host"), settings.host, "--host ADDRESS"),
+            ShownSetting(say("port"), port, "--port N"),
+            ShownSetting(say("token"), token, "--token FILE, or --no_token"),
+            ShownSetting(say("may write"), say("no") if site.read_only else say("yes"), "--read_only"),
         ]
 
     def command_words(self, worker: str, further: Sequence[Path] = ()) -> list[str]:

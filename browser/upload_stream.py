@@ -7,6 +7,7 @@ from pathlib import Path
 from starlette.concurrency import run_in_threadpool
 
 from modules.errors import OptionError
+from modules.pages.language import say
 
 # dropped files are decoded one after another: a picture of the largest size takes a GiB of memory
 DECODING = threading.Lock()
@@ -24,8 +25,12 @@ async def write_arriving(chunks: AsyncIterator[bytes], path: Path, name: str, mo
             received += len(chunk)
             if received > most_bytes:
                 raise OptionError(
-                    f"{name} has more than {most_bytes:,} bytes, as many as were announced or are taken"
+                    say(
+                        "%(name)s has more than %(most_bytes)s bytes, as many as were announced or are taken",
+                        name=name,
+                        most_bytes=f"{most_bytes:,}",
+                    )
                 )
             await run_in_threadpool(file.write, chunk)
     if not received:
-        raise OptionError(f"{name} is empty")
+        raise OptionError(say("%(name)s is empty", name=name))

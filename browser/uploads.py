@@ -31,6 +31,7 @@ from modules.media.remedies import remedy_of
 from modules.media.samples import track_facts
 from modules.media.streams import source_info
 from modules.output_files import is_windows_device
+from modules.pages.language import say
 from modules.text_files import bad_character, read_content, real_path
 
 ADDRESS = "/new/upload"
@@ -59,18 +60,31 @@ def check_file_name(name: str) -> None:
     """Raise OptionError if no file or folder of this name is made."""
     reason = bad_character(name)
     if reason is None and escape_control_codes(name) != name:
-        reason = "a control code"
+        reason = say("a control code")
     match = FORBIDDEN.search(name)
     if reason is None and match is not None:
-        reason = f"the character {match[0]!r}"
+        reason = say("the character %(match)s", match=f"{match[0]!r}")
     if reason is not None:
-        raise OptionError(f"{name!r} holds {reason}: give it a plain name")
+        raise OptionError(
+            say("%(name)s holds %(reason)s: give it a plain name", name=f"{name!r}", reason=reason)
+        )
     if not name.strip() or name.startswith(".") or name != name.strip() or name.endswith("."):
-        raise OptionError(f"{name!r} is empty, or begins or ends with a dot or a blank: give it a plain name")
+        raise OptionError(
+            say(
+                "%(name)s is empty, or begins or ends with a dot or a blank: give it a plain name",
+                name=f"{name!r}",
+            )
+        )
     if len(name.encode()) > LONGEST_NAME:
-        raise OptionError(f"{name[:40]}… has more than {LONGEST_NAME} bytes: give it a shorter name")
+        raise OptionError(
+            say(
+                "%(name)s… has more than %(longest_name)s bytes: give it a shorter name",
+                name=name[:40],
+                longest_name=LONGEST_NAME,
+            )
+        )
     if is_windows_device(name):
-        raise OptionError(f"{name} is the name of a device on Windows: give it another name")
+        raise OptionError(say("%(name)s is the name of a device on Windows: give it another name", name=name))
 
 
 def find_kind(name: str) -> str:
@@ -86,9 +100,19 @@ def find_kind(name: str) -> str:
         return CAPTION
     remedy = remedy_of(suffix)
     if remedy is not None:
-        raise OptionError(f"{name}: files of this kind are not read here. To use it, {remedy}")
+        raise OptionError(
+            say(
+                "%(name)s: files of this kind are not read here. To use it, %(remedy)s",
+                name=name,
+                remedy=remedy,
+            )
+        )
     raise OptionError(
-        f"{name}: only pictures, clips, sounds, and their captions in .txt files are taken. This is none"
+        say(
+            "%(name)s: only pictures, clips, sounds, and their captions in .txt files are "
+            "taken. This is none",
+            name=name,
+        )
     )
 
 
@@ -103,16 +127,24 @@ def check_content(path: Path, kind: str) -> None:
         elif kind == CLIP:
             source_info(path)
         elif track_facts(path) is None:
-            raise MediaError(f"{path} has no sound")
+            raise MediaError(say("%(path)s has no sound", path=path))
 
 
 def _check_caption(path: Path) -> None:
     try:
         text = read_content(path, MOST_CAPTION_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise OptionError(f"{path} is not UTF-8: save it as UTF-8 text, then drop it again") from None
+        raise OptionError(
+            say("%(path)s is not UTF-8: save it as UTF-8 text, then drop it again", path=path)
+        ) from None
     except OSError:
-        raise OptionError(f"{path} has more than {MOST_CAPTION_BYTES >> 10} KiB: it is no caption") from None
+        raise OptionError(
+            say(
+                "%(path)s has more than %(most_caption_bytes)s KiB: it is no caption",
+                path=path,
+                most_caption_bytes=MOST_CAPTION_BYTES >> 10,
+            )
+        ) from None
     reason = bad_character(text)
     if reason is not None or "\0" in text:
         raise OptionError(f"{path} holds {reason or 'a null character'}: it is no text")
@@ -136,7 +168,9 @@ class FileUploads:
         try:
             size_text = request.headers.get("content-length", "")
             if not (size_text.isascii() and size_text.isdecimal()) or len(size_text) > MOST_DIGITS:
-                raise OptionError(f"{name} comes without its size, so there may be no room for it")
+                raise OptionError(
+                    say("%(name)s comes without its size, so there may be no room for it", name=name)
+                )
             size = int(size_text)
             folder = await run_in_threadpool(self.find_target, request.query_params.get("into", ""))
             await run_in_threadpool(self.check_room, folder, name, size)
@@ -155,15 +189,21 @@ class FileUploads:
         folder = find_folder(self.runs, into)
         if folder is not None:
             if is_closed(self.runs, folder):
-                raise OptionError(f"{folder} is a folder that programs write into. Choose another one")
+                raise OptionError(
+                    say("%(folder)s is a folder that programs write into. Choose another one", folder=folder)
+                )
             return folder
         name = into.strip()
         check_file_name(name)
         path = real_path(self.runs.tops[0]) / name
         if path.exists() or path.is_symlink():
-            raise OptionError(f"{path} is no folder below those that are shown. Choose another name")
+            raise OptionError(
+                say("%(path)s is no folder below those that are shown. Choose another name", path=path)
+            )
         if is_closed(self.runs, path):
-            raise OptionError(f"{name} is a name of folders that programs write into. Choose another one")
+            raise OptionError(
+                say("%(name)s is a name of folders that programs write into. Choose another one", name=name)
+            )
         return path
 
     def check_room(self, folder: Path, name: str, size: int) -> None:
@@ -171,22 +211,47 @@ class FileUploads:
         check_file_name(name)
         find_kind(name)
         if fold_name(name) == CHECK_PAGE:
-            raise OptionError(f"{name} is written by a check. Give the file another name")
+            raise OptionError(say("%(name)s is written by a check. Give the file another name", name=name))
         limits = self.limits
         if size > limits.file_bytes:
-            raise OptionError(f"{name} has more than {limits.file_bytes >> 30} GiB, the most that is taken")
+            raise OptionError(
+                say(
+                    "%(name)s has more than %(file_bytes)s GiB, the most that is taken",
+                    name=name,
+                    file_bytes=limits.file_bytes >> 30,
+                )
+            )
         names, size_bytes = _measure(folder)
         refuse_existing(name, names)
         if len(names) >= limits.files:
-            raise OptionError(f"{folder} has {limits.files:,} files already. Put this into another one")
+            raise OptionError(
+                say(
+                    "%(folder)s has %(files)s files already. Put this into another one",
+                    folder=folder,
+                    files=f"{limits.files:,}",
+                )
+            )
         if size_bytes + size > limits.folder_bytes:
-            raise OptionError(f"{folder} would have more than {limits.folder_bytes >> 30} GiB")
+            raise OptionError(
+                say(
+                    "%(folder)s would have more than %(folder_bytes)s GiB",
+                    folder=folder,
+                    folder_bytes=limits.folder_bytes >> 30,
+                )
+            )
         with explain_errors(folder / name):
             free = free_bytes(folder)
         if free < size + limits.spare_bytes:
             raise OutputError(
-                f"{name}: the disk of {folder} has {as_size(free)} free, the file takes {as_size(size)} and "
-                f"{as_size(limits.spare_bytes)} are to stay free. Free some space, then drop it again"
+                say(
+                    "%(name)s: the disk of %(folder)s has %(free)s free, the file takes %(size)s and "
+                    "%(spare_bytes)s are to stay free. Free some space, then drop it again",
+                    name=name,
+                    folder=folder,
+                    free=as_size(free),
+                    size=as_size(size),
+                    spare_bytes=as_size(limits.spare_bytes),
+                )
             )
 
     async def receive(self, request: Request, target: Path, size: int) -> None:
@@ -203,7 +268,7 @@ class FileUploads:
                 try:
                     await run_in_threadpool(check_content, path, find_kind(target.name))
                 except (UserError, StopIteration) as error:
-                    text = str(error) or f"{path} cannot be read"
+                    text = str(error) or say("%(path)s cannot be read", path=path)
                     raise OptionError(text.replace(str(path), target.name)) from None
                 names, _ = _measure(folder)
                 refuse_existing(target.name, names)  # another page may have been faster
@@ -216,7 +281,9 @@ class FileUploads:
 def refuse_existing(name: str, names: set[str]) -> None:
     """Raise OptionError if a folder has a file of a name. names: folded ones of its files."""
     if fold_name(name) in names:
-        raise OptionError(f"{name} is there already. Rename one of the two, then drop it again")
+        raise OptionError(
+            say("%(name)s is there already. Rename one of the two, then drop it again", name=name)
+        )
 
 
 def _measure(folder: Path) -> tuple[set[str], int]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from downloads.catalogue import Component, ModelSet
 from modules.command import as_typed
 from modules.control_codes import columns_of, escape_control_codes, fold
+from modules.pages.language import say
 
 UNVERIFIED = "as far as known: read the model's page"
 
@@ -17,7 +18,7 @@ UNVERIFIED = "as far as known: read the model's page"
 def gigabytes(size_bytes: int) -> str:
     """Return a size for people: "11.4 GB", "17 MB"; "nothing" for 0."""
     if not size_bytes:
-        return "nothing"
+        return say("nothing")
     return f"{size_bytes / 1e9:.1f} GB" if size_bytes >= 5e7 else f"{max(1, round(size_bytes / 1e6))} MB"
 
 

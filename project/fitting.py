@@ -6,8 +6,9 @@ import subprocess
 from collections.abc import Sequence
 
 from downloads.catalogue import Component, ModelSet
+from modules.pages.language import say
 
-SLOW = "Slow on a CPU"
+SLOW = say("Slow on a CPU")
 IN_USE = 2  # GiB of a card that the network itself cannot have: activations, LoRA, optimizer
 # GiB in addition to weights in int8: with less, docs/small_cards.md has nf4
 BESIDE_INT8 = 4.2
@@ -79,11 +80,13 @@ def describe_fit(model: ModelSet, memory: float) -> str:
     if not memory:
         return SLOW
     if is_small(model, memory):
-        return "fits"
+        return say("fits")
     left = _left_over(model, memory)
     if left <= 0:
-        return "fits in 8 bits"
-    return f"in 8 bits, {left:.0f} GiB in RAM" if model.data.get("swaps", True) else "does not fit"
+        return say("fits in 8 bits")
+    if not model.data.get("swaps", True):
+        return say("does not fit")
+    return say("in 8 bits, %(left)s GiB in RAM", left=f"{left:.0f}")
 
 
 def _left_over(model: ModelSet, memory: float) -> float:

@@ -28,7 +28,7 @@ function show(address, text, box) {
     if (!media.isConnected || !media.hasAttribute("src")) return; // it has left the view
     const said = document.createElement("span");
     said.className = "none";
-    said.textContent = `This browser cannot show ${decodeURIComponent(address.split("/").pop())}: it is gone, damaged, or coded otherwise.`;
+    said.textContent = translate("This browser cannot show %(name)s: it is gone, damaged, or coded otherwise.", { name: decodeURIComponent(address.split("/").pop()) });
     media.replaceWith(said);
   };
   media.addEventListener("error", fail);
@@ -71,7 +71,7 @@ function setPlaying(value) {
   began = performance.now();
   const button = $("play");
   if (button) {
-    button.textContent = playing ? "Pause" : "Play";
+    button.textContent = playing ? translate("Pause") : translate("Play");
     button.setAttribute("aria-pressed", playing);
   }
   keepStep();
@@ -258,10 +258,10 @@ function makePlot(title, label, curves) {
   place.append(box);
   const options = {
     title, width: box.clientWidth, height: 260, cursor: { drag: { x: true, y: false } },
-    scales: { x: { time: false }, y: { distr: $("log").checked && title !== "Seconds per step" ? 3 : 1 } },
+    scales: { x: { time: false }, y: { distr: $("log").checked && title !== translate("Seconds per step") ? 3 : 1 } },
     axes: [axis, { ...axis, size: 64, values: (_, values) => values.map((value) => value === null ? "" : +value.toPrecision(4)) }],
-    series: [{ label: "step", value: (_, value) => tellValue(value) }, ...curves.map((curve) => ({
-      label: curve.label ?? "each step", stroke: curve.ink, width: curve.width, dash: curve.dash, spanGaps: true,
+    series: [{ label: translate("step"), value: (_, value) => tellValue(value) }, ...curves.map((curve) => ({
+      label: curve.label ?? translate("each step"), stroke: curve.ink, width: curve.width, dash: curve.dash, spanGaps: true,
       points: { show: !!curve.dots, size: 5 }, value: (_, value) => tellValue(value),
     }))],
     hooks: { setSelect: [(plot) => plot.select.width > 4 && setZoom(plot.posToVal(plot.select.left, "x"), plot.posToVal(plot.select.left + plot.select.width, "x"))] },
@@ -269,7 +269,7 @@ function makePlot(title, label, curves) {
   const plot = new uPlot(options, [[0]], box);
   plot.over.addEventListener("dblclick", () => setZoom());
   plot.root.setAttribute("role", "img");
-  plot.root.setAttribute("aria-label", `curve of ${title}`);
+  plot.root.setAttribute("aria-label", translate("curve of %(title)s", { title }));
   widths.observe(box);
   return { title, plot, box, shape: shapeOf(curves) };
 }
@@ -379,8 +379,8 @@ document.addEventListener("htmx:after:swap", () => {
 function sayAdded() {
   const said = $("added"), isPaused = $("jobs")?.dataset.paused === "yes", begin = $("begin");
   const place = ["waiting", "running"].find((state) => document.querySelector(`#jobs .job.${state}`));
-  const words = { waiting: "Added: it waits above.", running: "Added: it runs above." }[place] ?? (wasAdded ? "Added." : "");
-  if (wasAdded || said.textContent) said.textContent = words && isPaused && place === "waiting" ? `${words} The queue is paused.` : words;
+  const words = { waiting: translate("Added: it waits above."), running: translate("Added: it runs above.") }[place] ?? (wasAdded ? translate("Added.") : "");
+  if (wasAdded || said.textContent) said.textContent = words && isPaused && place === "waiting" ? `${words} ${translate("The queue is paused.")}` : words;
   const isOver = !isPaused || !said.textContent;
   if (isOver && document.activeElement === begin) $("words").focus({ preventScroll: true }); // the button goes away
   begin.hidden = isOver;
@@ -396,7 +396,7 @@ document.addEventListener("htmx:after:request", ({ target, detail }) => {
     wasAdded = true;
   }
   if (target.matches(".enqueue")) {
-    const link = Object.assign(document.createElement("a"), { href: "/queue", textContent: "It is in the queue" });
+    const link = Object.assign(document.createElement("a"), { href: "/queue", textContent: translate("It is in the queue") });
     target.querySelector("button:not(.copy):not(.begin)").replaceWith(link);
     link.focus({ preventScroll: true }); // it stands where the button was
     for (const one of target.querySelectorAll(".paused")) one.hidden = false;

@@ -15,26 +15,31 @@ async function ask(from = 0, count = 0, signal = undefined) {
 }
 
 // ---- how the dataset stands
-const WORDS = { ready: "", measuring: "measuring …", failed: "It cannot be measured:", gone: "It is not there (any more):", outside: "It, or files that it names, lie outside the folders that this page was started with. This command shows them too:" };
+const WORDS = {
+  ready: "", measuring: translate("measuring …"), failed: translate("It cannot be measured:"), gone: translate("It is not there (any more):"),
+  outside: translate("It, or files that it names, lie outside the folders that this page was started with. This command shows them too:"),
+};
+
+const TOTALS = { faults: translate("faults"), remarks: translate("remarks") };
 
 function showState(news) {
-  const how = news.how ?? (news.decodes ? "whole files were read" : "only headers were read: damaged, black and equal clips are found by reading whole files");
-  const progress = news.state === "measuring" ? `measuring ${news.media.toLocaleString("en")} files … ${news.seconds} s` : WORDS[news.state];
+  const how = news.how ?? (news.decodes ? translate("whole files were read") : translate("only headers were read: damaged, black and equal clips are found by reading whole files"));
+  const progress = news.state === "measuring" ? translate("measuring %(n)s files … %(seconds)s s", { n: news.media.toLocaleString("en"), seconds: news.seconds }) : WORDS[news.state];
   $("state").textContent = news.state === "ready" ? how : progress;
   $("told").hidden = !(news.error || news.command);
   $("told").textContent = news.command ?? news.error ?? "";
-  const names = { "": "files", dropped: "dropped", uncaptioned: "without a caption", outdated: "caches out of date" };
+  const names = { "": translate("files"), dropped: translate("dropped"), uncaptioned: translate("without a caption"), outdated: translate("caches out of date") };
   const counts = Object.entries(news.counts ?? {}).filter(([name]) => name in names);
-  const tiles = [...counts.map(([name, count]) => [names[name], count]), ...Object.entries(news.totals ?? {})];
-  if (news.items !== undefined) tiles.splice(1, 0, ["items to train on", news.items]);
+  const tiles = [...counts.map(([name, count]) => [names[name], count]), ...Object.entries(news.totals ?? {}).map(([name, count]) => [TOTALS[name] ?? name, count])];
+  if (news.items !== undefined) tiles.splice(1, 0, [translate("items to train on"), news.items]);
   $("tiles").replaceChildren(...(news.version ? tiles : []).map(([name, count]) => {
     const tile = make("div", name, "tile");
     tile.prepend(make("b", count.toLocaleString("en")));
     return tile;
   }));
-  const lines = [...(news.outside ? [`${news.outside} files lie outside the folders and are not shown`] : []), ...(news.remarks ?? [])];
+  const lines = [...(news.outside ? [translate("%(n)s files lie outside the folders and are not shown", { n: news.outside })] : []), ...(news.remarks ?? [])];
   $("remarks").hidden = !lines.length;
-  $("remarks").firstChild.textContent = lines.length === 1 ? "1 remark on the dataset" : `${lines.length} remarks on the dataset`;
+  $("remarks").firstChild.textContent = translateCount(lines.length, "%(n)s remark on the dataset", "%(n)s remarks on the dataset");
   $("remarks").lastChild.replaceChildren(...lines.map((line) => make("li", line)));
   if ($("measure")) {
     $("measure").ariaDisabled = news.state !== "ready" && news.state !== "failed"; // it keeps the focus
@@ -99,9 +104,9 @@ function fill(card, file) {
   if (!draft && text.value !== file.caption.text) text.value = file.caption.text;
   if (draft) text.value = draft.text;
   text.readOnly = !file.caption.can_edit;
-  text.setAttribute("aria-label", `Caption of ${first.name}`);
+  text.setAttribute("aria-label", translate("Caption of %(name)s", { name: first.name }));
   card.querySelector(".ask").hidden = !file.caption.can_edit;
-  card.querySelector(".where").textContent = file.caption.where || (file.captions.length ? `trained as: ${file.captions.join(" | ")}` : "");
+  card.querySelector(".where").textContent = file.caption.where || (file.captions.length ? translate("trained as: %(text)s", { text: file.captions.join(" | ") }) : "");
   card.querySelector(".told").replaceChildren(...lines(file));
   showButtons(card);
   return card;
@@ -109,46 +114,48 @@ function fill(card, file) {
 
 function facts(file) {
   const size = file.size ? `${file.size.join(" × ")}` : "", into = file.fit ? ` → ${file.fit.bucket.join(" × ")}` : "";
-  const cut = file.cut_percent >= 0.5 ? `${Math.round(file.cut_percent)} % cut off` : "";
-  const frames = file.kind === "video" && file.frames ? `${file.frames} frames at ${file.fps ?? "?"}` : "";
-  const items = file.kind === "video" ? file.lengths.map(([length, count]) => `${count} × ${length} frames`).join(", ") : "";
-  return [size + into, cut, frames, items && `trained: ${items}`, file.has_mask && "with a mask", file.table && `table ${file.table}`].filter(Boolean).join(" · ");
+  const cut = file.cut_percent >= 0.5 ? translate("%(n)s % cut off", { n: Math.round(file.cut_percent) }) : "";
+  const frames = file.kind === "video" && file.frames ? translate("%(n)s frames at %(fps)s fps", { n: file.frames, fps: file.fps ?? "?" }) : "";
+  const items = file.kind === "video" ? file.lengths.map(([length, count]) => translate("%(count)s × %(length)s frames", { count, length })).join(", ") : "";
+  return [size + into, cut, frames, items && translate("trained: %(items)s", { items }), file.has_mask && translate("with a mask"), file.table && translate("table %(name)s", { name: file.table })].filter(Boolean).join(" · ");
 }
 
 function shot(picture, at, file) {
   const figure = make("figure", "", at ? "shot more" : "shot"), isMask = file.has_mask && at === file.pictures.length - 1;
-  const name = at ? `${isMask ? "mask" : "reference"} ${picture.name}` : picture.name;
+  const name = !at ? picture.name : isMask ? translate("mask %(name)s", { name: picture.name }) : translate("reference %(name)s", { name: picture.name });
   if (!at && file.size) figure.style.setProperty("--shape", file.size[0] / file.size[1]);
   const view = make("div", "", "view");
   figure.append(view);
   if (picture.address) {
     const image = make("img");
-    Object.assign(image, { loading: "lazy", decoding: "async", alt: `first frame of ${name}`, src: picture.address });
-    image.addEventListener("error", () => image.replaceWith(make("span", "no picture", "note")));
+    Object.assign(image, { loading: "lazy", decoding: "async", alt: translate("first frame of %(name)s", { name }), src: picture.address });
+    image.addEventListener("error", () => image.replaceWith(make("span", translate("no picture"), "note")));
     view.append(image);
-  } else view.append(make("span", "no picture", "note"));
+  } else view.append(make("span", translate("no picture"), "note"));
   const fit = file.fit;
   if (!at && fit && file.cut_percent >= 0.5) {
     const crop = make("i", "", "crop"), percent = (value, whole) => `${100 * value / whole}%`;
     Object.assign(crop.style, { left: percent(fit.crop[0], fit.resized[0]), top: percent(fit.crop[1], fit.resized[1]), width: percent(fit.bucket[0], fit.resized[0]), height: percent(fit.bucket[1], fit.resized[1]) });
-    crop.title = "what the model sees";
+    crop.title = translate("what the model sees");
     view.append(crop);
   }
   if (at) figure.append(make("figcaption", name));
   return figure;
 }
 
+const CACHES = { latents: translate("latents"), text: translate("text"), valid: translate("valid"), stale: translate("stale"), missing: translate("missing"), unknown: translate("unknown") };
+
 function lines(file) {
   const found = [];
-  if (file.dropped) found.push(make("li", `dropped: ${file.dropped}`, "bad"));
+  if (file.dropped) found.push(make("li", translate("dropped: %(reason)s", { reason: file.dropped }), "bad"));
   if (file.short) found.push(make("li", file.short, "warn"));
   for (const text of file.faults) if (text !== file.dropped) found.push(make("li", text, "bad"));
   for (const text of file.remarks) if (text !== file.dropped && text !== file.short) found.push(make("li", text, "warn"));
   const caches = file.dropped || !file.caches ? [] : Object.entries(file.caches);
-  if (file.caches && !caches.length && !file.dropped) found.push(make("li", "not cached yet"));
+  if (file.caches && !caches.length && !file.dropped) found.push(make("li", translate("not cached yet")));
   for (const [tag, { media, text }] of caches) for (const [what, [state, why]] of [["latents", media], ["text", text]]) {
     const line = make("li", "", state === "valid" ? "good" : "warn");
-    line.append(make("b", `${what} ${state}`), why ? `: ${why}` : "", make("span", tag ? ` · ${tag}` : "", "faint"));
+    line.append(make("b", `${CACHES[what]} ${CACHES[state] ?? state}`), why ? `: ${why}` : "", make("span", tag ? ` · ${tag}` : "", "faint"));
     found.push(line);
   }
   return found;
@@ -170,12 +177,12 @@ async function write(card, what, have) {
   const body = JSON.stringify({ what, text, have });
   const answer = await fetch(`${address}caption/${card.dataset.id}`, { method: "POST", body }).catch(() => null);
   if (!answer || !answer.headers.get("content-type").includes("json")) {
-    said.textContent = answer ? await answer.text() : "The server does not answer.";
+    said.textContent = answer ? await answer.text() : translate("The server does not answer.");
     return;
   }
   const { error, file } = await answer.json();
   said.className = `note said ${error ? "bad" : "good"}`;
-  said.textContent = error || { save: "saved", undo: "undone", back: "as it was" }[what];
+  said.textContent = error || { save: translate("saved"), undo: translate("undone"), back: translate("as it was") }[what];
   if (answer.status === 409 && file) {
     card.theirs = file;
     card.querySelector(".conflict").hidden = false;
@@ -190,7 +197,7 @@ async function write(card, what, have) {
 
 document.addEventListener("htmx:after:request", ({ target, detail }) => {
   if (target === document || !target.matches(".enqueue") || !detail.ctx.response?.raw.ok) return;
-  const link = Object.assign(document.createElement("a"), { href: "/queue", textContent: "It is in the queue" });
+  const link = Object.assign(document.createElement("a"), { href: "/queue", textContent: translate("It is in the queue") });
   target.querySelector("button").replaceWith(link);
   link.focus({ preventScroll: true }); // it stands where the button was
 });

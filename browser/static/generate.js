@@ -106,13 +106,13 @@ document.addEventListener("input", ({ target }) => { if (target.closest("#make")
 let wasMaking = false;
 document.addEventListener("htmx:after:swap", () => {
   const isMaking = document.querySelector("#work > .jobs > li") !== null, way = field("on_its_way");
-  if (wasMaking && !isMaking && way?.textContent) way.textContent = field("ended")?.querySelector(".died") ? "" : "Made: the newest of the results.";
+  if (wasMaking && !isMaking && way?.textContent) way.textContent = field("ended")?.querySelector(".died") ? "" : translate("Made: the newest of the results.");
   wasMaking = isMaking;
 });
 
 // ---- files
 async function send(address, file) {
-  say(`${file.name} is read …`);
+  say(translate("%(name)s is read …", { name: file.name }));
   try {
     const answer = await fetch(`${address}?name=${encodeURIComponent(file.name)}`, { method: "POST", body: file });
     const text = await answer.text();
@@ -121,7 +121,7 @@ async function send(address, file) {
     say(answer.ok ? "" : `${file.name}: ${row.said}`);
     return answer.ok ? row : null;
   } catch {
-    say(`${file.name} could not be sent: it is too large, or the server is not there.`);
+    say(translate("%(name)s could not be sent: it is too large, or the server is not there.", { name: file.name }));
     return null;
   }
 }

@@ -9,7 +9,7 @@
     const rows = [...list.children].filter((row) => row.offsetHeight);
     const seen = rows.filter((row) => row.getBoundingClientRect().top < end - 12).length;
     const below = Math.max(0, Number(list.dataset.total ?? rows.length) - seen);
-    const text = rows.length && below && list.scrollHeight > list.clientHeight + 4 ? `↓ ${below} more` : "";
+    const text = rows.length && below && list.scrollHeight > list.clientHeight + 4 ? translate("↓ %(n)s more", { n: below }) : "";
     if (note.textContent !== text) note.textContent = text;
   }
   const sayAll = () => document.querySelectorAll(LISTS).forEach(sayMore);

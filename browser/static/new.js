@@ -96,7 +96,7 @@
     for (const name of names) {
       const address = `${form.dataset.rows}move`;
       const answer = await fetch(address, { method: "POST", body: JSON.stringify({ what, name }) }).catch(() => null);
-      const { error } = answer?.headers.get("content-type")?.includes("json") ? await answer.json() : { error: "The server does not answer." };
+      const { error } = answer?.headers.get("content-type")?.includes("json") ? await answer.json() : { error: translate("The server does not answer.") };
       if (error) {
         find("said").textContent = error;
         return;
@@ -111,14 +111,14 @@
       keepPlace(find("written")?.textContent ?? "");
       location.reload();
     }
-    else find("said").textContent = "Save the captions that you have changed, then load this page again to see more.";
+    else find("said").textContent = translate("Save the captions that you have changed, then load this page again to see more.");
   }
 
   // ---- the button goes on by itself to what needs a person: after a description or a download the files are checked
   const GOING = "going on in"; // the folder in which this tab has pressed the button
   document.addEventListener("click", ({ target }) => {
     if (target.id === "step" || target.id === "describe" && document.activeElement !== target) sessionStorage.setItem(GOING, find("leads").dataset.folder); // Enter in a field presses the second
-    if (target.matches("[aria-disabled=true]")) find("said").textContent = "It goes on by itself as soon as this is done.";
+    if (target.matches("[aria-disabled=true]")) find("said").textContent = translate("It goes on by itself as soon as this is done.");
   }, true);
   function goOn() {
     const { step, folder } = find("leads").dataset, isGoing = sessionStorage.getItem(GOING) === folder;
@@ -176,23 +176,23 @@
     let folder = "", taken = 0;
     refusals.replaceChildren();
     for (const [at, file] of files.entries()) {
-      status.textContent = `${at + 1} of ${files.length}: ${file.name}`;
+      status.textContent = translate("%(at)s of %(n)s: %(name)s", { at: at + 1, n: files.length, name: file.name });
       const query = new URLSearchParams({ into: folder || into, name: file.name });
       const answer = await fetch(`${dropping.dataset.upload}?${query}`, { method: "POST", body: file }).catch(() => null);
       const isJson = answer?.headers.get("content-type")?.includes("json");
-      const told = isJson ? await answer.json() : { error: `${file.name}: ${answer ? await answer.text() : "the server does not answer"}` };
+      const told = isJson ? await answer.json() : { error: `${file.name}: ${answer ? await answer.text() : translate("The server does not answer.")}` };
       if (told.error) refusals.append(Object.assign(document.createElement("li"), { textContent: told.error }));
       else { taken += 1; folder = told.folder; }
     }
     isSending = false;
-    status.textContent = `${taken} of ${files.length} taken`;
+    status.textContent = translate("%(taken)s of %(n)s taken", { taken, n: files.length });
     if (!folder) return;
     const fields = new URLSearchParams(location.search);
     fields.delete("mark");
     fields.set("folder", folder);
     const address = `/new?${fields}`;
     if (taken === files.length && !hasDrafts()) { location.assign(address); return; }
-    status.append(" · ", Object.assign(document.createElement("a"), { href: address, textContent: "show them" }));
+    status.append(" · ", Object.assign(document.createElement("a"), { href: address, textContent: translate("show them") }));
   }
 
   if (dropping) {

@@ -14,10 +14,10 @@
   function explain() {
     const how = document.getElementById("told_how");
     if (!tell().checked) how.textContent = "";
-    else if (!("Notification" in window) || !isSecureContext) how.textContent = "by a sound: this browser shows notices of pages from localhost or https alone";
-    else if (Notification.permission === "denied") how.textContent = "by a sound: notices of this page are switched off in the browser";
-    else if (Notification.permission === "default") how.textContent = "by a sound, and by a notice if the browser may show it";
-    else how.textContent = "by a notice and a sound, while a page of this server is open";
+    else if (!("Notification" in window) || !isSecureContext) how.textContent = translate("by a sound: this browser shows notices of pages from localhost or https alone");
+    else if (Notification.permission === "denied") how.textContent = translate("by a sound: notices of this page are switched off in the browser");
+    else if (Notification.permission === "default") how.textContent = translate("by a sound, and by a notice if the browser may show it");
+    else how.textContent = translate("by a notice and a sound, while a page of this server is open");
   }
 
   function ring() {

@@ -27,10 +27,10 @@
   }
 
   function lay(news) {
-    const count = news.chosen === news.all ? `${news.all.toLocaleString("en")}` : `${news.chosen.toLocaleString("en")} of ${news.all.toLocaleString("en")}`;
-    document.getElementById("counted").textContent = news.unread ? `${count} · ${news.unread.toLocaleString("en")} are still being read` : count;
-    fillChoices(form.elements.of, "all runs", news.runs);
-    fillChoices(form.elements.model, "all models", news.models);
+    const count = news.chosen === news.all ? `${news.all.toLocaleString("en")}` : translate("%(chosen)s of %(all)s", { chosen: news.chosen.toLocaleString("en"), all: news.all.toLocaleString("en") });
+    document.getElementById("counted").textContent = news.unread ? `${count} · ${translate("%(n)s are still being read", { n: news.unread.toLocaleString("en") })}` : count;
+    fillChoices(form.elements.of, translate("all runs"), news.runs);
+    fillChoices(form.elements.model, translate("all models"), news.models);
     const earlier = [...shelf.querySelectorAll(".part")];
     const rows = [];
     let first = 0, place = 0;
@@ -48,8 +48,8 @@
       }
       first += number;
     }
-    if (!news.all) rows.push(make("p", "What is made here will stand here, the newest first.", "note"));
-    else if (!news.chosen && !news.unread) rows.push(make("p", "None of them fits what is asked for above."));
+    if (!news.all) rows.push(make("p", translate("What is made here will stand here, the newest first."), "note"));
+    else if (!news.chosen && !news.unread) rows.push(make("p", translate("None of them fits what is asked for above.")));
     const focus = keepFocus();
     put(shelf, rows);
     for (const part of rows.filter((row) => row.matches(".part"))) {
@@ -139,7 +139,7 @@
   document.addEventListener("visibilitychange", () => { if (!document.hidden) goOn(0); });
 
   // ---- buttons
-  const GONE = "The server does not answer.";
+  const GONE = translate("The server does not answer.");
 
   async function send(where, fields) {
     const answer = await fetch(where, { method: "POST", body: new URLSearchParams(fields) });
@@ -153,7 +153,7 @@
     try { news = JSON.parse(text); } catch { fillBox(said, text); return; }
     const field = ["start", "references", "redraw"].map((name) => document.querySelector(`#make [name=${name}]`)).find((one) => one);
     if (!field) {
-      said.textContent = "The model that is chosen above takes no picture: choose one that does, such as an i2v model, and press again.";
+      said.textContent = translate("The model that is chosen above takes no picture: choose one that does, such as an i2v model, and press again.");
       return;
     }
     for (let outer = field.closest("details"); outer; outer = outer.parentElement.closest("details")) outer.open = true;
@@ -161,7 +161,7 @@
     field.dispatchEvent(new Event("input", { bubbles: true }));
     field.dispatchEvent(new Event("change", { bubbles: true }));
     field.focus();
-    said.textContent = `${news.name} stands in the form: ${field.labels[0]?.textContent.trim()}.`;
+    said.textContent = translate("%(name)s stands in the form: %(field)s.", { name: news.name, field: field.labels[0]?.textContent.trim() });
   }
 
   // Puts the page's own answer into a box; the server has escaped its texts.
@@ -172,7 +172,7 @@
 
   async function openSheet(plate, what) {
     const answer = await fetch(`${address}/${plate.dataset.id}/${what}`);
-    showSheet(answer.ok ? await answer.text() : `<h2 id="sheet-title" tabindex="-1">Gone</h2><p>This file is not there any more.</p><p class="ask"><button type="button" data-close>Close</button></p>`);
+    showSheet(answer.ok ? await answer.text() : `<h2 id="sheet-title" tabindex="-1">${translate("Gone")}</h2><p>${translate("This file is not there any more.")}</p><p class="ask"><button type="button" data-close>${translate("Close")}</button></p>`);
     if (!sheet.open) sheet.showModal();
     document.getElementById("sheet-title").focus();
     sheet.scrollTo(0, 0);
@@ -268,7 +268,7 @@
     for (const button of shelf.querySelectorAll("[data-compare]")) button.setAttribute("aria-pressed", chosen.has(button.closest(".plate").dataset.id));
     const bar = document.getElementById("compared"), focused = bar.contains(document.activeElement) ? document.activeElement : null;
     bar.hidden = !chosen.size;
-    bar.querySelector("span").textContent = chosen.size === 1 ? "1 is chosen: press compare at another one" : `${chosen.size} are chosen`;
+    bar.querySelector("span").textContent = chosen.size === 1 ? translate("1 is chosen: press compare at another one") : translate("%(n)s are chosen", { n: chosen.size });
     document.getElementById("together").hidden = chosen.size < 2;
     if (!focused || focused.checkVisibility()) return;
     const plate = [...shelf.querySelectorAll(".plate")].find(({ dataset }) => dataset.id === near);

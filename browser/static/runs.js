@@ -13,7 +13,7 @@
     if (!now) return;
     const answer = await fetch(`/run/${now.dataset.id}/standing`);
     if (answer.status === 404) {
-      done().textContent = "It is not there any more: its folder was renamed, moved or removed.";
+      done().textContent = translate("It is not there any more: its folder was renamed, moved or removed.");
       return;
     }
     if (!answer.ok) return;

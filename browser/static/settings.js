@@ -31,7 +31,7 @@ function filterRows(field) {
     row.hidden = !words.every((word) => text.includes(word));
     count += !row.hidden;
   }
-  document.getElementById("setting-count").textContent = !rows.length ? "" : words.length ? `${count} of ${rows.length} keys` : `${rows.length} keys`;
+  document.getElementById("setting-count").textContent = !rows.length ? "" : words.length ? translate("%(count)s of %(n)s keys", { count, n: rows.length }) : translate("%(n)s keys", { n: rows.length });
 }
 
 document.addEventListener("input", (event) => {
@@ -130,7 +130,7 @@ document.addEventListener("htmx:before:request", (event) => {
   if (!isTaking || !isUnsaved || wasWarned) return;
   event.preventDefault();
   wasWarned = true;
-  document.getElementById("refused").textContent = "Below, among the samples or settings, is something that you have typed and not saved. It takes no part yet. Save it first, or press the button once more to go on without it.";
+  document.getElementById("refused").textContent = translate("Below, among the samples or settings, is something that you have typed and not saved. It takes no part yet. Save it first, or press the button once more to go on without it.");
 });
 
 // When one part has written run.toml, the others are read again.

@@ -1,8 +1,9 @@
 "use strict";
+const inWords = globalThis.translate ?? ((text) => text); // a page that needs no server is in English
 // A button copies the command above it, and a click on a clip that plays by itself holds it.
 document.addEventListener("click", async ({ target }) => {
   const copy = target.closest(".copy"), clip = target.closest("video[autoplay]");
-  if (copy) copy.textContent = await copyText(copy.closest(".command").querySelector("pre").textContent) ? "Copied" : "Select the text above";
+  if (copy) copy.textContent = await copyText(copy.closest(".command").querySelector("pre").textContent) ? inWords("Copied") : inWords("Select the text above");
   if (clip && !clip.closest("a")) (clip.paused ? clip.play() : clip.pause());
 });
 
@@ -66,7 +67,8 @@ async function copyText(text) {
 // The line of the machine is asked for every few seconds: it says when nobody answers any more. Its last answer has the command.
 document.addEventListener("htmx:error", ({ target }) => {
   if (target.id !== "machine") return;
-  target.dataset.command ??= target.querySelector("[data-command]")?.dataset.command ?? "the command that started it";
+  target.dataset.command ??= target.querySelector("[data-command]")?.dataset.command ?? inWords("the command that started it");
   const command = Object.assign(document.createElement("code"), { textContent: target.dataset.command });
-  target.replaceChildren("The server of this page does not answer. Start it again with: ", command, " A training goes on without it.");
+  const [before, after] = inWords("The server of this page does not answer. Start it again with: %(command)s A training goes on without it.").split("%(command)s");
+  target.replaceChildren(before, command, after);
 });

@@ -7,6 +7,9 @@ A page is a Jinja2 template next to the code that fills it. It extends `base.htm
 `pages.css` styles all pages. A page with commands to copy shows `{{ script }}` in `{% block script %}`.
 
 Every value is escaped; only `Markup` (pictures and clips embedded here as data, and charts) is HTML.
+
+`{{ _("step %(step)s", step=3) }}` is a text in the language of the page, which `language.py` describes, and
+`{{ counted(n, "%(n)s run", "%(n)s runs") }}` one of two. Such a text may hold HTML; its values are escaped.
 """
 
 import base64
@@ -29,6 +32,7 @@ from modules.atomic_write import write_text
 from modules.command import as_typed
 from modules.control_codes import escape_control_codes
 from modules.media.colours import Frame
+from modules.pages.language import Words, fill_counted, fill_template, language
 from modules.run_limits import temporary_folder
 
 # Templates put what no copy for others may hold between these, and `mark_folders` does so in all texts of a
@@ -45,6 +49,8 @@ def mark_folders(value: Any) -> Any:
     """Return a value of a page with the folders of absolute paths marked as private, and with control codes,
     which could hide or reorder the text, written out.
     """
+    if isinstance(value, Words):
+        value = value.shown()
     if isinstance(value, Markup) or not isinstance(value, (str, Path)):
         return value
     text, end = escape_control_codes(str(value)), 0
@@ -81,6 +87,15 @@ def _encode_name(name: str) -> bytes:
         return name.encode("utf-8", "backslashreplace")
 
 
+def _translate(text: str, /, **values: Any) -> Markup:
+    return fill_template(text, **{name: mark_folders(value) for name, value in values.items()})
+
+
+def _count(number: int, singular: str, plural: str, /, **values: Any) -> Markup:
+    marked = {name: mark_folders(value) for name, value in values.items()}
+    return fill_counted(number, singular, plural, **marked)
+
+
 @functools.cache
 def _load_templates(folder: Path) -> jinja2.Environment:  # each template is compiled once
     environment = jinja2.Environment(
@@ -92,6 +107,7 @@ def _load_templates(folder: Path) -> jinja2.Environment:  # each template is com
         finalize=mark_folders,
     )
     environment.filters["urlencode"] = encode_address
+    environment.globals |= {"_": _translate, "counted": _count, "language": language}
     return environment
 
 
@@ -113,7 +129,9 @@ def render_page(template: Path, title: str, values: Mapping[str, Any], policy: s
     Raises jinja2.UndefinedError if the template names a value that is missing.
     """
     values = {**values, "reelsmith": as_typed(["python", "reelsmith.py"]), "sheet": SHEET, "script": SCRIPT}
-    context = {**values, "title": escape_control_codes(title), "policy": policy}
+    if not isinstance(title, Words):  # whose translation is escaped where it is shown
+        title = escape_control_codes(title)
+    context = {**values, "title": title, "policy": policy}
     return _load_templates(template.parent).get_template(template.name).render(context)
 
 

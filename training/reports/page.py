@@ -6,14 +6,15 @@ import functools
 import stat
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from contract.rules import PICTURE_STREAM, SOUND_STREAM
-from modules.console import as_size, count_of, in_words
+from modules.console import as_size
 from modules.pages.charts import Chart, Curve, draw_chart
+from modules.pages.language import counted, say, say_duration
 from modules.pages.page import link, write_page
 from modules.text_files import read_safetensors_texts
 from training.reports.history import SHOWN, Points, Start, Story, history_name
@@ -113,26 +114,27 @@ def list_charts(story: Story, parts: PageParts = NO_PARTS, most: int = MOST_BINS
     """Return the diagrams of a run. parts: of features. most: about how many points a curve has."""
     experts = {name.replace("_", " "): story.experts[name] for name in sorted(story.experts)}
     of_streams = experts.keys() <= {PICTURE_STREAM, SOUND_STREAM}
-    expert_title = f"Loss of {'picture and sound' if of_streams else 'each transformer'}"
+    expert_title = say("Loss of picture and sound") if of_streams else say("Loss of each transformer")
     rates = {
         name.removeprefix("lr/").replace("unet", "transformer"): points
         for name, points in story.rates.items()
     }
     bands = {f"timestep {name.rpartition('_')[2]}": points for name, points in story.bands.items()}
-    further = [chart for draw in parts.charts for chart in draw(story, most)]
-    losses = make_curves({"loss": story.loss}, most, SMOOTHING)
+    drawn = [chart for draw in parts.charts for chart in draw(story, most)]
+    further = [replace(chart, title=say(chart.title)) for chart in drawn]
+    losses = make_curves({say("loss"): story.loss}, most, SMOOTHING)
     if story.validations:
         steps = sorted(story.validations)
         values = [story.validations[step] for step in steps]
         lowest = values.index(min(values))
-        losses.append(Curve("validation", steps, values, has_dots=len(steps) < 60, best=lowest))
+        losses.append(Curve(say("validation"), steps, values, has_dots=len(steps) < 60, best=lowest))
     charts = (
-        Chart(losses, "step", "loss", "Loss"),
+        Chart(losses, "step", "loss", say("Loss")),
         Chart(make_curves(experts, most, SMOOTHING), "step", "loss", expert_title),
         *further,
-        Chart(make_curves(rates, most), "step", "learning rate", "Learning rate"),
-        Chart(make_curves({"seconds": story.seconds}, most), "step", "seconds", "Seconds per step"),
-        Chart(make_curves(bands, most, has_dots=True), "step", "loss", "Validation loss by noise"),
+        Chart(make_curves(rates, most), "step", "learning rate", say("Learning rate")),
+        Chart(make_curves({say("seconds"): story.seconds}, most), "step", "seconds", say("Seconds per step")),
+        Chart(make_curves(bands, most, has_dots=True), "step", "loss", say("Validation loss by noise")),
     )
     return [chart for chart in charts if chart.curves]
 
@@ -191,15 +193,20 @@ def list_tiles(standing: Standing, story: Story, parts: PageParts = NO_PARTS) ->
 
 def _step_tile(standing: Standing, story: Story) -> Tile:
     resumed = [f"{step:,}" for step in story.starts if step > 0]
-    note = f"resumed at step {', '.join(resumed[-3:])}" if resumed else ""
-    return "Step", f"{standing.step:,} of {standing.start.total_steps:,}", note
+    note = say("resumed at step %(steps)s", steps=", ".join(resumed[-3:])) if resumed else ""
+    shown = say(
+        "%(step)s of %(total_steps)s",
+        step=f"{standing.step:,}",
+        total_steps=f"{standing.start.total_steps:,}",
+    )
+    return say("Step"), shown, note
 
 
 def _validation_tile(story: Story) -> Tile | None:
     if story.lowest is None:
         return None
     step, loss = story.lowest
-    return "Best validation loss", f"{loss:.4g}", f"at step {step:,}"
+    return say("Best validation loss"), f"{loss:.4g}", say("at step %(step)s", step=f"{step:,}")
 
 
 def _make_seconds_tile(story: Story) -> Tile | None:
@@ -207,9 +214,13 @@ def _make_seconds_tile(story: Story) -> Tile | None:
     if not seconds:
         return None
     last = seconds[-SHOWN:]
-    count = count_of(len(last), "step")
-    note = f"mean of the last {count}, without pauses; {in_words(sum(seconds))} in all"
-    return "Seconds per step", f"{sum(last) / len(last):.3g}", note
+    note = counted(
+        len(last),
+        "mean of the last %(n)s step, without pauses; %(time)s in all",
+        "mean of the last %(n)s steps, without pauses; %(time)s in all",
+        time=say_duration(sum(seconds)),
+    )
+    return say("Seconds per step"), f"{sum(last) / len(last):.3g}", note
 
 
 def _make_loss_tile(story: Story) -> Tile | None:
@@ -217,17 +228,17 @@ def _make_loss_tile(story: Story) -> Tile | None:
     if all(loss is None for loss in story.loss.values()):
         return None
     if story.average is not None:  # as the bar, the box at the end and the list of runs have it
-        mean, note = story.average, "average of the last steps, at most an epoch"
+        mean, note = story.average, say("average of the last steps, at most an epoch")
     else:
         bins = [*join_bins(story.loss).values()]
         last_bins = bins[-max(1, len(bins) // 10) :]
         latest = [loss for losses in last_bins for loss in losses]
         mean = sum(latest) / len(latest)
-        note = f"mean of the last {count_of(len(latest), 'step')}"
+        note = counted(len(latest), "mean of the last %(n)s step", "mean of the last %(n)s steps")
     left_out = sum(loss is None for loss in story.loss.values())
     if left_out:
-        note += f"; {left_out:,} steps without a finite loss"
-    return "Loss", f"{mean:.4g}", note
+        note = say("%(mean)s; %(n)s steps without a finite loss", mean=note, n=f"{left_out:,}")
+    return say("Loss"), f"{mean:.4g}", note
 
 
 def list_files(story: Story, folder: Path) -> list[tuple[int, list[str]]]:
@@ -262,13 +273,13 @@ def _files(story: Story, folder: Path, best: str | None) -> list[Mapping[str, An
         validated = story.nearest(step)
         loss = "" if validated is None else f"{validated[1]:.4g}"
         if validated is not None and validated[0] != step:
-            loss += f" (at step {validated[0]:,})"
+            loss = say("%(loss)s (at step %(step)s)", loss=loss, step=f"{validated[0]:,}")
         rows.append(
             {
                 "name": name,
                 "href": link(name),
                 "step": f"{step:,}",
-                "loss": "not measured (average)" if story.is_average(name) else loss,
+                "loss": say("not measured (average)") if story.is_average(name) else loss,
                 "size": as_size(path.stat().st_size),
                 "twins": twins,
                 "is_best": best in (name, *twins),
@@ -281,16 +292,21 @@ def describe_best(story: Story, best: str | None) -> str:
     """Return the advice on the best file, or how to find it."""
     lowest = story.lowest
     if lowest is None:
-        return (
+        return say(
             "No validation loss was measured, so the page cannot say which file is best. Add "
             "--validation_split 0.1 --validate_every_n_steps 100, or 'validation = true' in a dataset table."
         )
     step, loss = lowest
+    values = {"loss": f"{loss:.4g}", "step": f"{step:,}"}
     if best is None:
-        return f"The lowest validation loss is {loss:.4g} at step {step:,}; no file has been saved yet."
+        return say(
+            "The lowest validation loss is %(loss)s at step %(step)s; no file has been saved yet.", **values
+        )
     if story.saved[best] == step:
-        return f"Best file by validation loss: {best}."
-    return (
-        f"Best file by validation loss: {best}. The lowest loss of all is {loss:.4g} at step {step:,}, where "
-        "no file is kept: save and validate at the same steps to have both."
+        return say("Best file by validation loss: %(best)s.", best=best)
+    return say(
+        "Best file by validation loss: %(best)s. The lowest loss of all is %(loss)s at step %(step)s, where "
+        "no file is kept: save and validate at the same steps to have both.",
+        best=best,
+        **values,
     )

@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from modules.control_codes import escape_control_codes
 from modules.errors import UserError
 from modules.media.reading import Frame, read_image, video_frames, video_info
+from modules.pages.language import say
 from modules.pages.page import embed_clip, link, reduce_frame
 from training.reports.history import SampleRow, Story
 
@@ -264,7 +265,8 @@ def _load_cell(
 def _format_column_title(row: SampleRow) -> str:
     """Return the step of samples, and the epoch if they were made at the end of one."""
     if not row.step:
-        return "before training"
-    is_of_epoch = row.mark[1:].isdigit() and row.mark[0] == "e"
-    epoch = f", epoch {int(row.mark[1:])}" if is_of_epoch else ""
-    return f"step {row.step:,}{epoch}"
+        return say("before training")
+    step = say("step %(step)s", step=f"{row.step:,}")
+    if row.mark[1:].isdigit() and row.mark[0] == "e":
+        return say("%(step)s, epoch %(epoch)s", step=step, epoch=int(row.mark[1:]))
+    return step

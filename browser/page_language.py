@@ -1,0 +1,148 @@
+"""Read the tables of languages, choose one for a request, keep the choice of a reader in a cookie.
+
+A table is a file of `languages`: sections, each with English texts and their translations. The section
+`scripts` goes to the browser, for the texts of JavaScript.
+"""
+
+import functools
+import json
+from collections.abc import Mapping
+from http.cookies import CookieError, SimpleCookie
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+from starlette.routing import Route
+
+from browser.responses import answer_not_found
+from modules.pages.language import Language, language
+
+TABLES = Path(__file__).resolve().parent / "languages"
+# the code in HTML, and the language's own name; the first is that of the texts in templates and programs
+NAMES = (("en", "English"), ("zh", "中文"), ("ja", "日本語"))
+CODES = tuple(code for code, _ in NAMES)
+COOKIE = "reelsmith_language"
+COOKIE_SECONDS = 60 * 60 * 24 * 365
+SCRIPTS = "scripts"  # section of a table
+
+
+@functools.cache
+def read_table(code: str) -> Mapping[str, Mapping[str, str]]:
+    """Return a language's sections of texts; none of English."""
+    if code == CODES[0]:
+        return {}
+    return json.loads((TABLES / f"{code}.json").read_text(encoding="utf-8"))
+
+
+@functools.cache
+def read_texts(code: str) -> Mapping[str, str]:
+    """Return all texts of a language by their English ones."""
+    return {key: text for section in read_table(code).values() for key, text in section.items() if text}
+
+
+def choose_language(request: Request) -> Language:
+    """Return the language of a request: that of the cookie, else the browser's first one that we have."""
+    code = _read_cookie(request) or find_accepted(request.headers.get("accept-language", ""))
+    address = request.url.path
+    if request.url.query:
+        address = f"{address}?{request.url.query}"
+    return Language(code, read_texts(code), address, NAMES)
+
+
+def _read_cookie(request: Request) -> str | None:
+    try:
+        cookie = SimpleCookie(request.headers.get("cookie", "")).get(COOKIE)
+    except CookieError:
+        return None
+    return cookie.value if cookie is not None and cookie.value in CODES else None
+
+
+def find_accepted(header: str) -> str:
+    """Return the code of the language that a browser wants most, and we have. header: its Accept-Language."""
+    wanted = []
+    for part in header.split(","):
+        name, _, parameter = part.partition(";")
+        weight = _read_weight(parameter)
+        code = name.strip().lower().partition("-")[0]
+        if code in CODES and weight > 0:
+            wanted.append((weight, code))
+    # of equal weights the first
+    return max(wanted, key=lambda one: one[0])[1] if wanted else CODES[0]
+
+
+def _read_weight(parameter: str) -> float:
+    """Return the weight of `q=0.8`; 1 without one, 0 of what is no number."""
+    name, _, number = parameter.strip().partition("=")
+    if name.strip().lower() != "q":
+        return 1.0
+    try:
+        weight = float(number)
+    except ValueError:
+        return 0.0
+    return weight if 0 <= weight <= 1 else 0.0
+
+
+def change_language(request: Request) -> Response:
+    """Keep another language in a cookie, and lead back to the page that had the link."""
+    code = request.path_params["code"]
+    if code not in CODES:
+        return answer_not_found()
+    answer = RedirectResponse(find_way_back(request.query_params.get("to", "")), 303)
+    answer.set_cookie(COOKIE, code, max_age=COOKIE_SECONDS, httponly=True, samesite="strict", path="/")
+    return answer
+
+
+def find_way_back(address: str) -> str:
+    """Return an address of this server's pages; the list of runs for any other one."""
+    is_ours = address.startswith("/") and not address.startswith(("//", "/\\", "/language/"))
+    is_plain = address.isprintable() and "\\" not in address
+    try:
+        parts = urlsplit(address)
+    except ValueError:
+        return "/"
+    return address if is_ours and is_plain and not parts.netloc else "/"
+
+
+def show_scripts(request: Request) -> Response:
+    """Return the texts of JavaScript as a script, and the functions that find them."""
+    code = request.path_params["code"]
+    if code not in CODES:
+        return answer_not_found()
+    text = _write_script(code)
+    return Response(text, media_type="text/javascript")
+
+
+@functools.cache
+def _write_script(code: str) -> str:
+    texts = json.dumps(read_table(code).get(SCRIPTS, {}), ensure_ascii=True, separators=(",", ":"))
+    return f'"use strict";\nconst LANGUAGE = "{code}", TEXTS = {texts};\n{FUNCTIONS}'
+
+
+FUNCTIONS = """
+// Returns an English text in the language of the page, with values in place of %(name)s.
+function translate(text, values = {}) {
+  return (TEXTS[text] ?? text).replace(/%\\((\\w+)\\)s/g, (place, name) => values[name] ?? place);
+}
+
+// Returns one of two texts by a number; the plural is the one that the table has.
+function translateCount(number, singular, plural, values = {}) {
+  const text = number === 1 && TEXTS[plural] === undefined ? singular : plural;
+  return translate(text, { n: number.toLocaleString("en"), ...values });
+}
+"""
+
+
+def language_routes() -> list[Route]:
+    return [
+        Route("/language/{code}.js", show_scripts),
+        Route("/language/{code}", change_language),
+    ]
+
+
+def language_headers() -> list[tuple[bytes, bytes]]:
+    """Return the headers of a response whose texts are in the language of the request."""
+    return [
+        (b"content-language", language().code.encode()),
+        (b"vary", b"Accept-Language, Cookie"),
+    ]

@@ -1,0 +1,28 @@
+"""The states of runs and jobs, as pages show them."""
+
+from modules.pages.language import Words, say
+
+NAMES = (
+    say("draft"),
+    say("checking"),
+    say("faults"),
+    say("waiting"),
+    say("starting"),
+    say("downloading"),
+    say("caching"),
+    say("loading"),
+    say("training"),
+    say("sampling"),
+    say("validating"),
+    say("saving"),
+    say("running"),
+    say("stopped"),
+    say("finished"),
+    say("died"),
+)
+_BY_STATE = {name.english(): name for name in NAMES}
+
+
+def name_state(state: str) -> Words:
+    """Return a state as a text that pages translate."""
+    return _BY_STATE.get(state) or say(state)

@@ -1,0 +1,157 @@
+"""Show a text in the language of the page that is made: English, or what a table has in its place.
+
+`say("step %(step)s", step=200)` is the English text, and remembers what it was made of. Programs compare,
+keep and log it in English; a page shows its translation. So a text that a background job has made is read in
+the language of each reader. A text that the table lacks stays English.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+from markupsafe import Markup, escape
+
+from modules.console import in_words
+from modules.control_codes import escape_control_codes
+
+
+@dataclass(frozen=True)
+class Language:
+    """Hold the texts of a language by their English ones, and the page that is read.
+
+    code: as in HTML's `lang`. address: of the page, to which a change of the language leads back. others:
+    code and own name of every language that the page has.
+    """
+
+    code: str = "en"
+    texts: Mapping[str, str] = field(default_factory=dict)
+    address: str = "/"
+    others: tuple[tuple[str, str], ...] = ()
+
+
+ENGLISH = Language()
+_language: ContextVar[Language] = ContextVar("language", default=ENGLISH)
+
+
+def language() -> Language:
+    """Return the language of the request that is answered; English outside of a request."""
+    return _language.get()
+
+
+@contextlib.contextmanager
+def speaking(chosen: Language) -> Iterator[None]:
+    """Make a language that of all texts which this task, or a thread started for it, shows."""
+    before = _language.set(chosen)
+    try:
+        yield
+    finally:
+        _language.reset(before)
+
+
+class Words(str):
+    """Hold an English text, and what its translation is made of: the table's key, and the values in it."""
+
+    __slots__ = ("key", "values")
+    key: str
+    values: Mapping[str, Any]
+
+    def __new__(cls, text: str, key: str, values: Mapping[str, Any]) -> "Words":
+        words = super().__new__(cls, text)
+        words.key = key
+        words.values = values
+        return words
+
+    def __str__(self) -> str:  # str(error) keeps what can be translated
+        return self
+
+    def __html__(self) -> str:  # what `escape` calls
+        return str(escape(escape_control_codes(self.shown())))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Words":
+        return self
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        return str, (self.english(),)
+
+    def english(self) -> str:
+        return str.__str__(self)
+
+    def shown(self) -> str:
+        """Return the text in the language of the page."""
+        text = _language.get().texts.get(self.key)
+        if text is None:
+            return self.english()
+        if not self.values:
+            return text
+        return text % {name: show(value) for name, value in self.values.items()}
+
+
+class Row(Words):
+    """Hold texts with a separator between them, each of which is translated."""
+
+    __slots__ = ()
+
+    def shown(self) -> str:
+        return self.key.join(str(show(text)) for text in self.values["texts"])
+
+
+def join(separator: str, texts: Iterable[str]) -> Words:
+    """Return texts with a separator between them; those that can be translated still can."""
+    row = list(texts)
+    return Row(separator.join(row), separator, {"texts": row})
+
+
+def show(value: Any) -> Any:
+    """Return a value of a page; a text that can be translated becomes that of the page's language."""
+    return value.shown() if isinstance(value, Words) else value
+
+
+def show_all(value: Any) -> Any:
+    """Return what JSON is made of, with its texts in the language of the page."""
+    if not _language.get().texts:
+        return value
+    if isinstance(value, dict):
+        return {name: show_all(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [show_all(one) for one in value]
+    return show(value)
+
+
+def say(text: str, /, **values: Any) -> Words:
+    """Return an English text, into whose `%(name)s` values are put."""
+    return Words(text % values if values else text, text, values)
+
+
+def counted(number: int, singular: str, plural: str, /, **values: Any) -> Words:
+    """Return one of two English texts, by a number. The plural is the table's key.
+
+    `%(n)s` in them is the number, with commas between thousands.
+    """
+    values = {"n": f"{number:,}", **values}
+    return Words((singular if number == 1 else plural) % values, plural, values)
+
+
+UNITS = (say("%(n)s s"), say("%(n)s min"), say("%(n)s h"), say("%(n)s d"))
+
+
+def say_duration(seconds: float) -> Words:
+    """Return a duration as `modules.console.in_words` tells it."""
+    words = in_words(seconds).split()
+    keys = {unit.split()[1]: unit for unit in UNITS}
+    return join(
+        " ", (say(keys[unit], n=number) for number, unit in zip(words[::2], words[1::2], strict=True))
+    )
+
+
+def fill_template(text: str, /, **values: Any) -> Markup:
+    """Return a text of a template, which may hold HTML. values: what is not Markup is escaped."""
+    shown = Markup(_language.get().texts.get(text, text))
+    return shown % values if values else shown
+
+
+def fill_counted(number: int, singular: str, plural: str, /, **values: Any) -> Markup:
+    """Return one of two texts of a template, as `counted` does."""
+    english = singular if number == 1 else plural
+    return Markup(_language.get().texts.get(plural, english)) % {"n": f"{number:,}", **values}

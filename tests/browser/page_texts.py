@@ -1,0 +1,103 @@
+"""Collect the texts of the page: from templates, from Python, and from JavaScript."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import jinja2
+from jinja2 import nodes
+
+from downloads.catalogue import model_sets
+from downloads.listing import UNVERIFIED
+from modules.installation import ROOT
+
+TEMPLATES = [
+    *sorted((ROOT / "browser").glob("*.html")),
+    *(ROOT / "modules/pages" / f"{name}.html" for name in ("nav", "begin", "player", "beside", "sizes")),
+    ROOT / "training/reports/page.html",
+]
+PROGRAMS = [
+    *sorted((ROOT / "browser").glob("*.py")),
+    ROOT / "modules/pages/language.py",
+    ROOT / "training/reports/page.py",
+    ROOT / "training/reports/sample_files.py",
+    ROOT / "project/fitting.py",
+    ROOT / "downloads/listing.py",
+]
+SCRIPTS = [*sorted((ROOT / "browser/static").glob("*.js")), ROOT / "modules/pages/page.js"]
+# of a function, the place of the argument that is the key
+FUNCTIONS = {"_": 0, "say": 0, "counted": 2}
+_QUOTED = r'"((?:[^"\\]|\\.)*)"'
+_TRANSLATED = re.compile(rf"\b(?:translate|inWords)\({_QUOTED}")
+_COUNTED = re.compile(rf"\btranslateCount\([^,]+, {_QUOTED}, {_QUOTED}")
+
+
+def parse_template(path: Path) -> nodes.Template:
+    return jinja2.Environment(trim_blocks=True, lstrip_blocks=True).parse(path.read_text(encoding="utf-8"))
+
+
+def list_template_texts(path: Path) -> Iterator[str]:
+    """Yield the keys that a template names."""
+    for call in parse_template(path).find_all(nodes.Call):
+        place = FUNCTIONS.get(call.node.name) if isinstance(call.node, nodes.Name) else None
+        if place is not None and len(call.args) > place and isinstance(call.args[place], nodes.Const):
+            yield call.args[place].value
+
+
+def list_program_texts(path: Path) -> Iterator[str]:
+    """Yield the keys that a Python file names."""
+    for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+            continue
+        place = FUNCTIONS.get(call.func.id)
+        if place is not None and len(call.args) > place and isinstance(call.args[place], ast.Constant):
+            yield call.args[place].value
+
+
+def list_chart_titles() -> Iterator[str]:
+    """Yield the titles of the charts that features draw."""
+    for path in (ROOT / "training/features").glob("*.py"):
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "Chart":
+                yield ast.literal_eval(call.args[3])
+
+
+def list_script_texts(path: Path) -> Iterator[str]:
+    """Yield the keys that a script names."""
+    text = path.read_text(encoding="utf-8")
+    for match in _TRANSLATED.finditer(text):
+        yield match[1].replace('\\"', '"')
+    for match in _COUNTED.finditer(text):
+        yield match[2].replace('\\"', '"')
+
+
+def list_catalogue_texts() -> Iterator[str]:
+    """Yield the texts of the list of models that the page shows."""
+    yield UNVERIFIED
+    for models in (model_sets(), model_sets(True)):
+        for model in models:
+            yield model.about
+            for part in model.components:
+                yield part.title
+                yield from (file.licence.terms for file in part.files)
+
+
+def list_texts() -> dict[str, list[Path]]:
+    """Return each key of the page with the files that name it; those of scripts alone are left out."""
+    found: dict[str, list[Path]] = {}
+    for path in TEMPLATES:
+        for key in list_template_texts(path):
+            found.setdefault(key, []).append(path)
+    for path in PROGRAMS:
+        for key in list_program_texts(path):
+            found.setdefault(key, []).append(path)
+    for key in list_chart_titles():
+        found.setdefault(key, []).append(ROOT / "training/features")
+    for key in list_catalogue_texts():
+        found.setdefault(key, []).append(ROOT / "downloads/catalogue.toml")
+    return found
+
+
+def list_all_script_texts() -> set[str]:
+    return {key for path in SCRIPTS for key in list_script_texts(path)}
