@@ -3,6 +3,7 @@
 fitting: sizes of models, and whether they fit a card
 media: looks at the folder
 listed_captions: reads captions from lists beside the files
+tags: tells captions that are lists of tags
 choosing: spellings of models, the question asked, facts of families
 model_files: files of a model, released or named
 describing: the text of the three files

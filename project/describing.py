@@ -31,6 +31,7 @@ from project.fitting import FP8, is_small, weight_options
 from project.media import CHECK_PAGE, FolderContent, Media, is_narrow, reference_of, why_unread
 from project.new_options import NewOptions
 from project.options import RUN_FILE
+from project.tags import TagLists, as_words
 from project.whole_model import change_to_whole, derive_times, find_whole_script, whole_words
 from training.config_options import OTHERS_TABLE, toml_value
 
@@ -71,6 +72,7 @@ class Choice:
     held: Mapping[str, str]  # option of a network that a named file has -> that file
     kept: Sequence[str]  # options of files that are not downloaded: named ones, and those inside
     trigger: str | None
+    tags: TagLists | None  # of captions that are lists of tags, if the model was trained on such
 
     @property
     def folder(self) -> Path:
@@ -203,7 +205,7 @@ def describe_dataset(choice: Choice) -> str:
     data = choice.model.data
     from_image = data.get("from_image", False)
     lines = _format_toml_table("[general]", _make_general_keys(choice))
-    if choice.content.regularising:
+    if choice.content.regularising or choice.tags is not None:
         return "\n".join([*lines, *_describe_subsets(choice), ""])
     clip_keys = _clip_keys(choice)
     folders_and_kinds = dict.fromkeys((item.path.parent, item.kind) for item in choice.media)
@@ -226,7 +228,9 @@ def describe_dataset(choice: Choice) -> str:
 
 
 def _describe_subsets(choice: Choice) -> list[str]:
-    """Return the tables of dataset.toml in the image guides' form, which has regularisation pictures."""
+    """Return the tables of dataset.toml in the image guides' form, which has regularisation pictures and
+    shuffled tags.
+    """
     shortest = min(choice.size)
     smallest = min(USUAL_SIDE, shortest // SIDE_STEP * SIDE_STEP or shortest)
     largest = -(-2 * max(choice.size) // SIDE_STEP) * SIDE_STEP
@@ -262,6 +266,8 @@ def _make_general_keys(choice: Choice) -> dict[str, Any]:
         keys["enable_bucket"] = True
     if choice.trigger:
         keys["trigger_word"] = choice.trigger
+    if choice.tags is not None:
+        keys |= choice.tags.make_keys(choice.trigger)
     return keys
 
 
@@ -315,9 +321,14 @@ def describe_samples(choice: Choice) -> str:
     # without those of regularisation pictures, which name the class alone
     names = [name.words for place, name in choice.content.names.items() if place in learned]
     subject = _plain(choice.trigger or _find_subject(captions or names))
+    if choice.tags is not None:
+        subject = _plain(_join_shared_tags(choice.tags, choice.trigger) or as_words(subject))
     prompts = [f"{subject}, {situation}" for situation in _choose_situations(captions)]
     references = _list_reference_options(choice)
     prompts.append(OTHER_EDIT if references or choice.facts.needs_reference else OTHER)
+    quality = choice.model.data.get("tags")
+    if quality:
+        prompts = [f"{quality}, {prompt}" for prompt in prompts]
     size = _sample_size(choice)
     released_values = _released_values(choice.model)
     media_of_samples = itertools.cycle(references[:3] or _start_options(choice))
@@ -356,6 +367,17 @@ def _find_subject(captions: Sequence[str]) -> str:
     if all(word.lower() in {"a", "an", "the"} for word in common):
         subject = min((text for text in captions if text), key=len, default="")
     return re.split(r"[,.;:]", subject)[0][:MOST_OF_SUBJECT].strip() or "a person"
+
+
+def _join_shared_tags(tags: TagLists, trigger: str | None) -> str:
+    """Return the trigger word and the tags that all captions have, as a prompt has them."""
+    words = [] if trigger is None or trigger in tags.shared else [trigger]
+    length = 0
+    for tag in map(as_words, tags.shared):
+        length += len(tag)
+        if length <= MOST_OF_SUBJECT:
+            words.append(tag)
+    return ", ".join(words)
 
 
 def _plain(text: str) -> str:
@@ -422,7 +444,10 @@ def _write_frames(choice: Choice) -> str:
 
 
 def list_commands(choice: Choice) -> list[list[str]]:
-    """Return the commands of a run, in the folder: download, two checks, latents, texts, training."""
+    """Return the commands of a run, in the folder: download, two checks, latents, texts, training.
+
+    Texts that vary are encoded by the training alone.
+    """
     model = choice.model
     paths = {f"{{{name}}}": path for name, path in choice.files.items()}
     latents = [paths.get(word, word) for word in _words_of(choice, "latents")]
@@ -441,14 +466,11 @@ def list_commands(choice: Choice) -> list[list[str]]:
     script = next(word for word in shlex.split(model.commands["train"]) if word.endswith(".py"))
     if choice.options.whole_model:
         script = str(find_whole_script(model))
-    return [
-        download,
-        [*latents, "--check", "--html", CHECK_PAGE],
-        [*texts, "--check"],
-        latents,
-        texts,
-        ["python", script, "--config_file", RUN_FILE],
-    ]
+    check = [*latents, "--check", "--html", CHECK_PAGE]
+    train = ["python", script, "--config_file", RUN_FILE]
+    if choice.tags is not None:
+        return [download, check, latents, train]
+    return [download, check, [*texts, "--check"], latents, texts, train]
 
 
 def _words_of(choice: Choice, step: str) -> list[str]:

@@ -42,6 +42,7 @@ from project.options import (
     own_command,
 )
 from project.running import typed_in
+from project.tags import as_words, find_tags, write_blanks
 from project.whole_model import describe_whole, refuse_whole_model
 
 UNCHANGED = "Nothing is written: the three files would stay as they are."
@@ -89,6 +90,7 @@ def write_project(options: NewOptions) -> None:
     lines = describe_licences(choice.model) if excludes_many(choice.model) else []
     lines += _describe_choice(choice, model_choice.remarks)
     lines += _describe_captions(choice)
+    lines += _describe_tags(choice)
     lines += problems
     if options.dry_run:
         lines += _describe_changes(texts)
@@ -141,7 +143,12 @@ def _gather_choice(options: NewOptions, model_choice: ModelChoice, memory: float
         held=inside,
         kept=[*typed, *inside],
         trigger=model_choice.trigger,
+        tags=find_tags(_texts_of(content)) if "tags" in model.data else None,
     )
+
+
+def _texts_of(content: FolderContent) -> list[str]:
+    return [item.caption for item in content.media if item.caption]
 
 
 def _collect_content(options: NewOptions, model: ModelSet, facts: ModelFacts) -> FolderContent:
@@ -358,8 +365,41 @@ def _describe_captions(choice: describing.Choice) -> list[str]:
             f"{choice.folder}:",
             f"  {typed_in(WRITE_CAPTIONS, choice.folder)}",
             "or name what they show by a made-up word alone:",
-            f"  {own_command(*_with_word(choice))}",
+            f"  {_describe_again(choice, trigger_word='WORD')}",
         ]
+    return lines
+
+
+def _describe_tags(choice: describing.Choice) -> list[str]:
+    """Return lines about captions that are lists of tags: what is done with them."""
+    tags = choice.tags or find_tags(_texts_of(choice.content))
+    if tags is None:
+        return []
+    count = count_of(len(tags.lists), "caption")
+    example = ", ".join(tags.lists[0][:3])
+    found = f"{count}: lists of tags ({example}, ...)"
+    if choice.tags is None:
+        return [f"{found}, learned as they stand: {choice.model_name} was trained on sentences"]
+    keys = tags.make_keys(choice.trigger)
+    kept = ""
+    if "keep_tokens_separator" in keys:
+        kept = f", but for those before {keys['keep_tokens_separator']} (keep_tokens_separator)"
+    elif "keep_tokens" in keys:
+        kept = f", but for the first {keys['keep_tokens']} (keep_tokens)"
+    drawn = "; one of {a|b} is drawn (enable_wildcard)" if "enable_wildcard" in keys else ""
+    lines = [
+        f"{found}. {choice.model_name} reads such lists, so they are in another order each time "
+        f"(shuffle_caption){kept}{drawn}. The training encodes them in each step"
+    ]
+    if tags.joined is None:
+        return lines
+    lines += [
+        f"{tags.joined}: the model's own tags have blanks ({as_words(tags.joined)}). To write yours so (the "
+        f"old captions are kept as .bak), in the folder {choice.folder}:",
+        f"  {typed_in(write_blanks(tags), choice.folder)}",
+    ]
+    if tags.separator != ",":
+        lines += ["and describe it again, as its lists have commas then:", f"  {_describe_again(choice)}"]
     return lines
 
 
@@ -371,12 +411,11 @@ def _find_replaced_by_trigger(choice: describing.Choice, bare: Sequence[Path]) -
     return [path for path in replaced if path.parent not in content.names]
 
 
-def _with_word(choice: describing.Choice) -> list[str]:
-    """Return the words of the command for this description again, with a trigger word."""
+def _describe_again(choice: describing.Choice, **more: str) -> str:
+    """Return the command for this description again. more: options with other values."""
     model = choice.model
     words = ["new", str(choice.options.folder)]
-    changed = {"family": model.family, "task": model.task, "trigger_word": "WORD", "overwrite": True}
-    changed["dry_run"] = False
+    changed = {"family": model.family, "task": model.task, "overwrite": True, "dry_run": False, **more}
     usual = option_values(NewOptions(folder=choice.options.folder))
     values = option_values(choice.options) | changed
     for name, value in values.items():
@@ -386,4 +425,4 @@ def _with_word(choice: describing.Choice) -> list[str]:
             words.append(f"--{name}")
             if item is not True:
                 words.append(f"{item:g}" if isinstance(item, float) else str(item))
-    return words
+    return own_command(*words)

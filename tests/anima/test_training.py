@@ -13,18 +13,24 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from anima.files import AnimaFiles
+from anima.model import AnimaModel
 from anima.names import SOURCE_BLOCKS
 from anima.options import AnimaTextOptions
 from contract.requests import Prompt
 from modules.errors import CheckpointError
+from tests.anima.making import tiny_model
 from tests.faults.messages import succeed_here
-from tests.tiny.anima import CONFIG, TinyAnima, write_tiny_anima
+from tests.tiny.anima import CONFIG, TinyAnima, tiny_state, write_tiny_anima
+from tests.tiny.dit_files import frozen
 from tests.tiny.families import OUTPUT, family_called
 from tests.tiny.language_models import qwen3
+from tests.tiny.loras import make_lora
 
 CPU = torch.device("cpu")
 FAMILY = family_called("anima")
 LONG = "a red square " * 300
+FAMILY_MODULE = "lora_anima"
+TWELVE = replace(CONFIG, num_layers=12)
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +64,48 @@ def test_a_lora_has_ten_layers_of_each_block_and_those_of_the_adapter_on_request
     added = {name.partition(".")[0] for name in made} - modules
     assert len(added) == 10 * 2
     assert all(name.startswith("lora_unet_llm_adapter_blocks_") for name in added)
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [
+        ("lora_anima", {}),
+        ("loha", {}),
+        ("lokr", {}),
+        ("lora_anima", {"dora_wd": "True"}),
+        ("oft", {}),
+        ("lora_anima", {"tlora": "True"}),
+    ],
+    ids=["LoRA", "LoHa", "LoKr", "DoRA", "OFT", "T-LoRA"],
+)
+def test_every_kind_of_network_leaves_the_adapter_out_unless_it_is_asked_for(
+    module: str, arguments: dict[str, str]
+) -> None:
+    asked = {"train_llm_adapter": "True"}
+    if module != FAMILY_MODULE:  # which alone has the switch
+        asked = {"include_patterns": r"[r'llm_adapter\.blocks\..*']"}
+    for more, count in (({}, 20), (asked, 40)):
+        network = make_lora(module, 4, 1.0, tiny_model(), **arguments, **more)
+        of_adapter = [name for name in network.names if "llm_adapter" in name]
+        assert len(network.names) == count
+        assert len(of_adapter) == count - 20
+
+
+def test_blocks_and_the_adapter_have_rates_of_their_own() -> None:
+    """Patterns as the known trainer takes them; the last one that fits counts."""
+    rates = r"blocks\.[0-9]\..*=1e-4,.*cross_attn.*=3e-4,.*llm_adapter.*=1e-6"
+    arguments = {"train_llm_adapter": "True", "network_reg_lrs": rates}
+    network = make_lora(
+        "lora_anima", 2, 1.0, frozen(AnimaModel(TWELVE), tiny_state(num_layers=12)), **arguments
+    )
+    groups, _ = network.parameter_groups(1e-5)
+
+    given = {id(one): group["lr"] for group in groups for one in group["params"]}
+    for name, layer in zip(network.names, network.layers, strict=True):
+        block = int(re.search(r"blocks_(\d+)", name)[1])  # type: ignore[index]
+        usual = 1e-4 if block < 10 else 1e-5
+        expected = 1e-6 if "llm_adapter" in name else 3e-4 if "cross_attn" in name else usual
+        assert {given[id(one)] for one in layer.parameters()} == {expected}, name
 
 
 def test_qwen3_learns_unless_the_transformer_alone_is_asked_for(project: Path) -> None:

@@ -1,0 +1,101 @@
+"""Tell captions that are lists of tags, as boorus and taggers write them, from sentences."""
+
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dataset.sources.captions import add_trigger
+from dataset.sources.wildcards import has_choice
+
+SHARE = 0.8  # of the captions are lists of tags in a folder of tags
+LEAST = 3  # tags in a list
+MOST_WORDS = 4  # of a tag
+KEPT = "|||"  # behind the tags that stay in front
+SENTENCE = re.compile(r"[.!?](\s|$)")
+# as in red_hair; score_7 and o_o stay
+UNDERSCORE = re.compile(r"(?<=\w)_(?=\w\w)")
+EDIT = ["python", "tools/caption_dataset.py", "--dataset_config", "dataset.toml"]
+WRITE_COMMAS = ["--replace_regex", r"\s+", ", "]
+WRITE_BLANKS = ["--replace_regex", UNDERSCORE.pattern, " "]
+
+
+@dataclass(frozen=True)
+class TagLists:
+    """Captions of a folder that are lists of tags."""
+
+    lists: tuple[tuple[str, ...], ...]  # in the order of the files
+    separator: str  # "," or " "
+    has_kept: bool  # `|||` stands behind the tags that stay in front
+    has_choices: bool  # {red|blue}
+
+    @property
+    def kept(self) -> int:
+        """Return the number of tags that all lists begin with; of a single list one."""
+        return 1 if len(self.lists) == 1 else len(os.path.commonprefix(self.lists))
+
+    @property
+    def shared(self) -> list[str]:
+        """Return the tags that all lists have, in the order of the first one."""
+        return [tag for tag in self.lists[0] if all(tag in tags for tags in self.lists)]
+
+    @property
+    def joined(self) -> str | None:
+        """Return the first tag whose words are joined by underscores."""
+        return next((tag for tags in self.lists for tag in tags if UNDERSCORE.search(tag)), None)
+
+    def make_keys(self, trigger: str | None) -> Mapping[str, Any]:
+        """Return the keys of dataset.toml that shuffle the tags. trigger: a word that is put in front."""
+        keys: dict[str, Any] = {"shuffle_caption": True}
+        if self.separator != ",":
+            keys["caption_separator"] = self.separator
+        texts = [self.separator.join(tags) for tags in self.lists]
+        is_put = trigger is not None and any(add_trigger(text, trigger) != text for text in texts)
+        if self.has_kept:
+            keys["keep_tokens_separator"] = KEPT
+        elif self.kept or is_put:
+            keys["keep_tokens"] = self.kept + is_put
+        if self.has_choices:
+            keys["enable_wildcard"] = True
+        return keys
+
+
+def find_tags(captions: Iterable[str]) -> TagLists | None:
+    """Return the lists of tags of captions; None if most of these are something else."""
+    texts = [text for text in captions if text.strip()]
+    for separator in (",", " "):
+        lists = [tags for text in texts if (tags := _read_list(text, separator))]
+        if lists and len(lists) >= SHARE * len(texts):
+            has_kept = any(KEPT in text for text in texts)
+            return TagLists(tuple(lists), separator, has_kept, any(map(has_choice, texts)))
+    return None
+
+
+def write_blanks(tags: TagLists) -> list[str]:
+    """Return the command that writes tags with blanks, separated by commas."""
+    commas = [] if tags.separator == "," else WRITE_COMMAS
+    return [*EDIT, *commas, *WRITE_BLANKS, "--edit_only"]
+
+
+def as_words(tag: str) -> str:
+    """Return a tag with blanks in place of underscores: `red hair`."""
+    return UNDERSCORE.sub(" ", tag)
+
+
+def _read_list(text: str, separator: str) -> tuple[str, ...]:
+    """Return the tags of a caption; empty if it is no list of them."""
+    tags = [tag.strip() for tag in text.replace(KEPT, separator).split(separator) if tag.strip()]
+    if len(tags) < LEAST or SENTENCE.search(text):
+        return ()
+    if separator == " " and not _are_joined(tags):
+        return ()
+    if separator == "," and max(len(tag.split()) for tag in tags) > MOST_WORDS:
+        return ()
+    return tuple(tags)
+
+
+def _are_joined(words: Sequence[str]) -> bool:
+    """Return whether words are tags whose own words are joined by underscores, not a sentence."""
+    joined = [word for word in words if UNDERSCORE.search(word)]
+    return len(joined) * 4 >= len(words) and "," not in "".join(words)
