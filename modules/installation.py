@@ -25,6 +25,9 @@ FRONT_SCRIPT = "reelsmith.py"  # of a checkout; the package has the command `ree
 SCRIPT_ROOMS = ("tools", "blissful_tuner", "networks")  # the rooms that have scripts too
 LONGEST_NAME = 100  # characters of a script; file systems refuse to look for far longer names
 MOST_BEFORE = 16  # words of a command before the script: options of the launcher
+# name of our package for pip, and that of another program on the package index
+DISTRIBUTION = "reelsmith-trainer"
+NAMESAKE = "reelsmith"
 # variable of a program that run_project.py starts: it types the next command itself, and no hint names it
 RUN_GOES_ON = "REELSMITH_RUN_GOES_ON"
 # variable of a program that the browser's queue starts: its command is a line of a file
@@ -72,6 +75,26 @@ DISTRIBUTIONS = {
     "trackio": "trackio",
     "wandb": "wandb",
 }
+
+
+def find_namesake() -> str | None:
+    """Return the sentence about another distribution named `reelsmith` in this Python; None without one.
+
+    Its package and its command have the same names as ours, so the one that is installed last replaces files
+    of the other.
+    """
+    folders = [ROOT.parent] if PREFIX else map(Path, sys.path)
+    notes = (note for folder in folders for note in folder.glob(f"{NAMESAKE}-*.dist-info"))
+    note = next(notes, None)
+    if note is None:
+        return None
+    version = note.name.removeprefix(f"{NAMESAKE}-").removesuffix(".dist-info")
+    remedy = (
+        f"uninstall both (pip uninstall {NAMESAKE} {DISTRIBUTION}), then install Reelsmith again"
+        if PREFIX
+        else f"here, type python {FRONT_SCRIPT}, never {NAMESAKE}"
+    )
+    return f"{NAMESAKE} {version} is installed too, another program with the same command: {remedy}"
 
 
 def import_own(name: str) -> ModuleType:

@@ -43,14 +43,14 @@ def check_output_name(option: str, name: str, is_new: bool = True) -> None:
     elif size > MOST_OF_OUTPUT_NAME:
         reason = f"it has {size} bytes, and {MOST_OF_OUTPUT_NAME} are the most"
     elif is_new:
-        reason = _find_fault_on_windows(name)
+        reason = find_fault_on_windows(name)
     if reason:
         raise OptionError(
             f"{option} {shorten(name, 60)!r}: {reason}. Give a name of letters and numbers, such as my_lora"
         )
 
 
-def _find_fault_on_windows(name: str) -> str:
+def find_fault_on_windows(name: str) -> str:
     """Return the reason why files and folders on Windows cannot have a name; empty if they can."""
     signs = [sign for sign in name if sign in WINDOWS_SIGNS]
     if signs:

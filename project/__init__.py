@@ -16,5 +16,9 @@ new_options: options of new_project.py alone
 run_options: options of run_project.py, and those of its training
 running: runs the commands of a described folder
 ending: starts the command of --on_end, says how a run ended
+pack_options: options of tools/pack.py and tools/unpack.py
+packing: makes one file of a described folder
+relocating: replaces paths of this machine in a folder's texts
+unpacking: makes the folder of such a file again
 tracing: keeps a trace of a run for the browser
 """

@@ -18,7 +18,7 @@ from modules.media.reading import first_frame
 from modules.media.writing import write_png
 from modules.options import option_values
 from modules.run_limits import temporary_folder
-from modules.text_files import read_text, real_path
+from modules.text_files import read_text
 from project import describing
 from project.choosing import (
     ModelChoice,
@@ -38,6 +38,7 @@ from project.options import (
     CAPTION_MODEL_SIZE,
     RUN_FILE,
     WRITE_CAPTIONS,
+    download_options,
     find_models,
     own_command,
 )
@@ -216,7 +217,7 @@ def _describe_next(choice: describing.Choice, has_problems: bool) -> str:
     command = ["run", str(choice.options.folder)]
     downloads = ""
     if not all(Path(path).exists() for path in choice.files.values()):
-        command += _download_options(choice.options)
+        command += download_options(choice.options.models)
         downloads = "downloads the model, "
     does = f"{own_command(*command)} {downloads}checks, caches and trains"
     first = []
@@ -225,14 +226,6 @@ def _describe_next(choice: describing.Choice, has_problems: bool) -> str:
     if _find_bare(choice):
         first.append("give captions or a trigger word as above")
     return f"First {', and '.join(first)}. Then {does}" if first else does
-
-
-def _download_options(options: NewOptions) -> list[str]:
-    """Return the options with which `run` downloads the model into the folder of models."""
-    usual_models = NewOptions(folder=options.folder).models
-    if real_path(options.models) == real_path(usual_models):
-        return ["--download"]
-    return ["--download", "--models", str(options.models)]
 
 
 def _describe_choice(choice: describing.Choice, remarks: list[str]) -> list[str]:

@@ -9,7 +9,7 @@ from modules.control_codes import escape_control_codes
 from modules.errors import OptionError
 from modules.installation import FRONT_SCRIPT
 from modules.options import KeyFile, facts_of
-from modules.text_files import bad_character
+from modules.text_files import bad_character, real_path
 
 RUN_FILE = "run.toml"
 ON_END = "--on_end"
@@ -62,6 +62,13 @@ def times_of_steps(steps: int) -> dict[str, int]:
 def own_command(*words: str) -> str:
     """Return a command of `reelsmith` to type: `new` or `run`, and what follows."""
     return as_typed(["python", FRONT_SCRIPT, *words])
+
+
+def download_options(models: Path) -> list[str]:
+    """Return the options with which `run` downloads the model into a folder of models."""
+    if real_path(models) == real_path(MODELS):
+        return ["--download"]
+    return ["--download", "--models", str(models)]
 
 
 def check_trigger(word: str) -> None:

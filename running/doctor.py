@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from modules.errors import InstallationError
-from modules.installation import check_requirements, read_requirements
+from modules.installation import PREFIX, check_requirements, find_namesake, read_requirements
 
 _GB = 1 << 30
 FEW_GB = 60  # of free disk: the files and caches of a model of 14 billion weights, in 16 bits
@@ -59,6 +59,9 @@ def _examine_packages() -> Iterator[Finding]:
         remedy = "; nothing here was tried with that: python -m pip install -r requirements.txt"
         verdict = ", ".join(wrong) + remedy
     yield Finding("packages", verdict, is_fit=not wrong)
+    namesake = find_namesake()
+    if namesake is not None:
+        yield Finding("name", namesake, is_fit=not PREFIX)
     yield Finding("video", f"PyAV {version('av')}; it brings FFmpeg, so no other is needed")
     if importlib.util.find_spec("bitsandbytes") is not None:
         yield Finding("bitsandbytes", f"{version('bitsandbytes')}: optimizers in 8 bits (adamw8bit) work")

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from modules.installation import PREFIX, ROOT, SCRIPT_ROOMS, import_own
+from modules.installation import PREFIX, ROOT, SCRIPT_ROOMS, find_namesake, import_own
 from modules.screen import has_screen
 from modules.script_words import has_own_command, name_words
 from modules.version import VERSION
@@ -82,6 +82,9 @@ def _is_script(path: Path) -> bool:
 def main() -> None:
     """Run the command that the words name; without a command, list all."""
     words = sys.argv[1:]
+    namesake = find_namesake() if PREFIX else None
+    if namesake is not None:
+        print(f"Warning: {namesake}.", file=sys.stderr)
     if words[:1] in (["help"], ["--help"], ["-h"]) and len(words) > 1:
         words = [*words[1:], "--help"]
     command = _find_named(words)

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from modules.installation import NAMESAKE
 from modules.script_words import console_words, has_own_command
 from modules.version import VERSION
 from package.staging import find_own_names, find_rooms
@@ -110,7 +111,10 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Installe
 def test_the_wheel_has_one_top_level_name_and_every_file_of_the_rooms(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    assert {name.partition("/")[0] for name in names} == {"reelsmith", f"reelsmith-{VERSION}.dist-info"}
+    assert {name.partition("/")[0] for name in names} == {
+        "reelsmith",
+        f"reelsmith_trainer-{VERSION}.dist-info",
+    }
     assert not [name for name in names if any(word in name for word in ("tests", "pocket", "__pycache__"))]
     assert not {"reelsmith/quickstart.py", "reelsmith/run_tests.py"} & names
     for room in find_rooms(ROOT):
@@ -148,7 +152,7 @@ def test_nothing_in_the_wheel_imports_a_name_of_the_checkout(wheel: Path) -> Non
 
 def test_every_script_of_a_model_is_a_console_command(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
-        text = archive.read(f"reelsmith-{VERSION}.dist-info/entry_points.txt").decode()
+        text = archive.read(f"reelsmith_trainer-{VERSION}.dist-info/entry_points.txt").decode()
     parser = ConfigParser()
     parser.optionxform = str  # type: ignore[assignment,method-assign]  # GIMMVFI keeps its capital letters
     parser.read_string(text)
@@ -297,3 +301,17 @@ def test_pip_builds_the_same_wheel_from_the_sdist(wheel: Path, tmp_path: Path) -
         assert {name: one.getinfo(name).CRC for name in one.namelist() if "RECORD" not in name} == {
             name: other.getinfo(name).CRC for name in other.namelist() if "RECORD" not in name
         }
+
+
+def test_the_installed_command_warns_of_it(installed: Installed) -> None:
+    assert installed.run("reelsmith", "--version").stderr == ""
+    namesake = installed.packages / f"{NAMESAKE}-0.2.1.dist-info"
+    namesake.mkdir()
+    try:
+        said = installed.run("reelsmith", "--version").stderr
+    finally:
+        namesake.rmdir()
+    assert said == (
+        "Warning: reelsmith 0.2.1 is installed too, another program with the same command: uninstall both "
+        "(pip uninstall reelsmith reelsmith-trainer), then install Reelsmith again.\n"
+    )

@@ -1,0 +1,67 @@
+"""Options of tools/pack.py and tools/unpack.py, and what both know of a packed file.
+
+Standard library only.
+"""
+
+from pathlib import Path, PurePosixPath
+
+from modules.control_codes import escape_control_codes
+from modules.options import Options, option
+from modules.output_files import check_place, find_fault_on_windows
+from project.options import MODELS
+
+MANIFEST = "reelsmith.json"  # in a packed file: what it is, and when its files were changed
+VERSION = 1
+# first part of a model's path in a packed run.toml; `unpack` puts its own folder of models there
+MODELS_PART = "models"
+MOST_OF_NAME = 1000  # bytes
+
+
+class PackOptions(Options):
+    """Which folder to pack, and where to."""
+
+    folder: Path = option(
+        "folder that `new` described", positional=True, place="folder", hint="the folder that `new` described"
+    )
+    output: Path | None = option("file to write (default: FOLDER-pack.zip next to the folder)", flags=("-o",))
+    with_state: bool = option(
+        "take the newest state of the training along too, to continue it on the other machine"
+    )
+    overwrite: bool = option("replace the file if it exists")
+
+    def __post_init__(self) -> None:
+        if self.output is not None:
+            check_place("--output", self.output)
+
+
+class UnpackOptions(Options):
+    """Which packed file to unpack, and where to."""
+
+    file: Path = option("file that `pack` wrote", positional=True, place="file")
+    folder: Path | None = option(
+        "folder to make (default: the name of the packed one, here)", positional=True, nargs="?"
+    )
+    models: Path = option("folder of models on this machine, which `run --download` fills", default=MODELS)
+
+
+def find_fault_of_name(name: str, on_windows: bool) -> str:
+    """Return the reason why a packed file may not have a name; empty if it may.
+
+    A name is the path in the folder, with /. on_windows: refuse also what only Windows cannot have.
+    """
+    parts = PurePosixPath(name).parts
+    if name != "/".join(parts) or name.startswith("/") or ".." in parts or not parts:
+        return "it leads out of the folder"
+    if "\\" in name or escape_control_codes(name) != name or any(sign in name for sign in "\n\t\0"):
+        return "it holds a backslash or control codes"
+    if any(part.startswith(".") for part in parts):
+        return "it is hidden"
+    try:
+        size = len(name.encode("utf-8"))
+    except UnicodeEncodeError:
+        return "it is no UTF-8"
+    if size > MOST_OF_NAME:
+        return f"it has {size} bytes, and {MOST_OF_NAME} are the most"
+    if on_windows:
+        return next(filter(None, map(find_fault_on_windows, parts)), "")
+    return ""

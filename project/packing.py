@@ -1,0 +1,299 @@
+"""Make one file of a described folder: media, captions, caches and settings, without paths of this machine.
+
+The file is a zip archive whose members are stored as they are, so what it unpacks to is never larger than it.
+"""
+
+import json
+import os
+import shlex
+import stat
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from checkpoints.opening import SUFFIXES
+from dataset.cache.commands import NAME
+from downloads.listing import print_lines
+from modules.atomic_write import atomic_path
+from modules.bars import BYTES, Bar
+from modules.console import as_size, count_of, list_some
+from modules.errors import OptionError, OutputError
+from modules.installation import PREFIX
+from modules.limits import MAX_METADATA_BYTES
+from modules.options import facts_of
+from modules.paths import expand_path
+from modules.text_files import parse_toml, read_text, real_path
+from project.media import CHECK_PAGE
+from project.options import RUN_FILE, own_command
+from project.pack_options import MANIFEST, MODELS_PART, VERSION, PackOptions, find_fault_of_name
+from project.relocating import (
+    MachinePaths,
+    RelocatedText,
+    find_own_names,
+    relocate_history,
+    relocate_prompts,
+    relocate_toml,
+)
+from training.config_options import OTHERS_TABLE
+from training.options import TrainingOptions
+
+PIECE_BYTES = 1 << 20
+FIRST_DAY = (1980, 1, 1, 0, 0, 0)  # of all members, so that equal folders give equal files
+LISTS = {".json", ".jsonl", ".csv", ".tsv", ".yaml", ".yml"}  # may name files of this machine
+
+
+@dataclass(frozen=True)
+class PackSource:
+    """What run.toml says of a folder."""
+
+    folder: Path
+    output: Path
+    name: str  # of the LoRA
+    left_out: frozenset[Path]  # files and folders that are not packed
+    places: MachinePaths
+    own_models: tuple[str, ...]  # files of models that no download brings, as the packed folder names them
+    prompts: Path | None
+
+
+@dataclass(frozen=True)
+class PackMember:
+    """A file of the packed folder."""
+
+    name: str
+    path: Path
+    content: bytes | None = None  # in place of that of `path`
+
+    @property
+    def size_bytes(self) -> int:
+        return self.path.stat().st_size if self.content is None else len(self.content)
+
+
+def pack_folder(options: PackOptions) -> None:
+    """Write the packed file and print what it holds, what is left out, and the command for the other machine.
+
+    Raises OptionError if the folder is not described, or if its texts name places outside of it; OutputError
+    if the file exists or cannot be written.
+    """
+    folder = options.folder
+    output = options.output or real_path(folder).with_name(f"{real_path(folder).name}-pack.zip")
+    if real_path(output).is_relative_to(real_path(folder)):
+        raise OptionError(f"--output {output} lies in the folder that it packs. Give a place outside of it")
+    if output.exists() and not options.overwrite:
+        raise OutputError(f"{output} is there already. Give --overwrite, or another --output")
+    described = read_described(folder)
+    hidden: list[str] = []
+    members = list(_find_members(described, hidden))
+    if options.with_state:
+        members += _find_state(described)
+    members, secrets = _relocate_texts(described, members)
+    members.sort(key=lambda member: member.name)
+    _write(output, real_path(folder).name, members)
+
+    size = as_size(sum(member.size_bytes for member in members))
+    remarks = [f"{output}: {count_of(len(members), 'file')}, {size}"]
+    if hidden:
+        remarks.append(f"left out, as hidden or no file: {list_some(hidden)}")
+    if secrets:
+        remarks.append(f"left out of {RUN_FILE}, as nobody else may have them: {list_some(secrets)}")
+    if described.own_models:
+        names = list_some(described.own_models)
+        remarks.append(f"Copy these models too, as the other machine cannot download them: {names}")
+    program = "reelsmith" if PREFIX else "python reelsmith.py"
+    remarks.append(f"On the other machine: {program} unpack {shlex.quote(output.name)}")
+    print_lines(remarks)
+
+
+def read_described(folder: Path) -> PackSource:
+    """Read run.toml. Raises OptionError if there is none, or if it is not as `new` writes it."""
+    path = folder / RUN_FILE
+    try:
+        tables = parse_toml(read_text(path))
+        training: Mapping[str, Any] = tables["training"]
+        files = [str(file) for file in tables[OTHERS_TABLE]["files"]]
+        commands = [[str(word) for word in words] for words in tables[OTHERS_TABLE]["commands"]]
+        outputs = [expand_path(str(training[key]), folder) for key in ("output_dir",)]
+        outputs += [expand_path(str(training[key]), folder) for key in ("logging_dir",) if key in training]
+        name = str(training["output_name"])
+    except FileNotFoundError:
+        words = own_command("new", str(folder))
+        raise OptionError(f"{path}: there is no such file. Describe the folder first: {words}") from None
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise OptionError(
+            f"{path} is not as `new` writes it ({reason}). Correct it, or run `new` again"
+        ) from None
+    target = _find_download_folder(commands)
+    models, own_models = _name_models(folder, [*files, *_list_model_paths(training)], target)
+    left_out = {folder / CHECK_PAGE, *outputs, *(expand_path(file, folder) for file in models)}
+    samples = training.get("sample_prompts")
+    return PackSource(
+        folder=folder,
+        output=outputs[0],
+        name=name,
+        left_out=frozenset(map(real_path, left_out)),
+        places=MachinePaths(folder, models),
+        own_models=tuple(own_models),
+        prompts=expand_path(str(samples), folder) if samples else None,
+    )
+
+
+def _find_download_folder(commands: Sequence[Sequence[str]]) -> str | None:
+    """Return the folder that the commands download into, as run.toml has it."""
+    for words in commands:
+        if "--to" in words[:-1]:
+            return words[words.index("--to") + 1]
+    return None
+
+
+def _list_model_paths(training: Mapping[str, Any]) -> list[str]:
+    """Return the paths of model files outside of the folder in the options of a training."""
+    values = [value for value in training.values() if isinstance(value, str)]
+    values += [text for value in training.values() if isinstance(value, list) for text in map(str, value)]
+    outside = MachinePaths(Path())
+    return [text for text in values if text.endswith(SUFFIXES) and outside.relocate(text) is None]
+
+
+def _name_models(folder: Path, files: Sequence[str], target: str | None) -> tuple[dict[str, str], list[str]]:
+    """Return the paths of model files in the packed folder by those here, and which no download brings.
+
+    target: the folder that a download fills, as run.toml has it.
+    """
+    names: dict[str, str] = {} if target is None else {target: MODELS_PART}
+    own: list[str] = []
+    root = None if target is None else real_path(expand_path(target, folder))
+    for file in dict.fromkeys(files):
+        path = real_path(expand_path(file, folder))
+        if root is not None and path.is_relative_to(root):
+            names[file] = f"{MODELS_PART}/{path.relative_to(root).as_posix()}"
+            continue
+        number = 2
+        name = f"{MODELS_PART}/{path.name}"
+        while name in names.values():
+            name = f"{MODELS_PART}/{number}/{path.name}"
+            number += 1
+        names[file] = name
+        own.append(name)
+    return names, own
+
+
+def _find_members(described: PackSource, hidden: list[str]) -> Iterator[PackMember]:
+    """Yield the files to pack, following links. hidden: takes the names of what is left out for its kind.
+
+    Raises OptionError for a name that the other machine could not have.
+    """
+    walked: set[Path] = set()
+    for place, folders, files in os.walk(described.folder, followlinks=True):
+        folder = Path(place)
+        hidden += [str(folder / name) for name in [*folders, *files] if name.startswith(".") and name != NAME]
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if real_path(folder) in walked or real_path(folder) in described.left_out:
+            folders.clear()
+            continue
+        walked.add(real_path(folder))
+        for name in sorted(files):
+            path = folder / name
+            if name.startswith(".") or real_path(path) in described.left_out:
+                continue
+            if not path.is_file():
+                hidden.append(str(path))
+                continue
+            member = PackMember(path.relative_to(described.folder).as_posix(), path)
+            reason = find_fault_of_name(member.name, on_windows=False)
+            if reason or member.name == MANIFEST:
+                reason = reason or "`pack` uses that name itself"
+                raise OptionError(f"{path!r} cannot be packed: {reason}. Rename it")
+            yield member
+
+
+def _find_state(described: PackSource) -> list[PackMember]:
+    """Return the files of the newest state, and the history of the run. Raises OptionError without one."""
+    from training.reports.history import history_path  # with torch, which a pack without states needs not
+    from training.saving.states import find_latest  # likewise
+
+    state = find_latest(described.output, described.name)
+    if state is None:
+        raise OptionError(f"--with_state: {described.output} has no state of {described.name}. Leave it out")
+    folder = real_path(described.folder)
+    files = [path for path in sorted(state.rglob("*")) if path.is_file()]
+    history = history_path(described.output, described.name)
+    if history.is_file():
+        files.append(history)
+    return [PackMember(real_path(path).relative_to(folder).as_posix(), path) for path in files]
+
+
+def _relocate_texts(
+    described: PackSource, members: Sequence[PackMember]
+) -> tuple[list[PackMember], list[str]]:
+    """Return the members with the paths of texts replaced, and the secret options that were left out.
+
+    Raises OptionError for texts that name other places of this machine.
+    """
+    secret = {name for name, facts in facts_of(TrainingOptions).items() if facts.get("secret")}
+    relocated: list[PackMember] = []
+    dropped: list[str] = []
+    outside: list[str] = []
+    for member in members:
+        text, wrong = None, []
+        if member.path.suffix.lower() == ".toml":
+            text, wrong, removed = _relocate_file(relocate_toml, described.places, member.path, secret)
+            dropped += removed
+        elif described.prompts is not None and real_path(member.path) == real_path(described.prompts):
+            text, wrong, _ = _relocate_file(relocate_prompts, described.places, member.path)
+        elif member.path.parent == described.output and member.path.suffix == ".jsonl":
+            text = relocate_history(read_text(member.path, MAX_METADATA_BYTES), described.places)
+        elif member.path.suffix.lower() in LISTS:
+            wrong = find_own_names(member.path, described.places)
+        outside += [f"{member.path}: {each}" for each in wrong]
+        relocated.append(member if text is None else replace(member, content=text.encode("utf-8")))
+    if outside:
+        places = "\n  ".join(outside[:6])
+        raise OptionError(
+            f"the folder names places of this machine, which another one has not:\n  {places}\n"
+            "Write paths inside the folder as relative ones, move what lies elsewhere into it, and run again"
+        )
+    return relocated, dropped
+
+
+def _relocate_file(
+    relocate: Callable[..., RelocatedText], places: MachinePaths, path: Path, *without: set[str]
+) -> RelocatedText:
+    """Return the text of a file as `relocate` makes it. Raises OptionError if it cannot be read."""
+    try:
+        return relocate(read_text(path), places, *without)
+    except (OSError, ValueError) as error:
+        raise OptionError(
+            f"{path} cannot be read: {error}. Correct it, or move it out of the folder"
+        ) from None
+
+
+def _write(output: Path, name: str, members: Sequence[PackMember]) -> None:
+    """Write the archive. name: that of the folder. Raises OutputError; then there is no such file."""
+    modified = {member.name: member.path.stat().st_mtime_ns for member in members}
+    manifest = {"version": VERSION, "name": name, "modified": modified}
+    total = sum(member.size_bytes for member in members)
+    with (
+        atomic_path(output, total) as temporary,
+        zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive,
+        Bar(total, "packing", BYTES) as bar,
+    ):
+        archive.writestr(_describe_member(MANIFEST), json.dumps(manifest, indent=1, sort_keys=True))
+        for member in members:
+            entry = _describe_member(member.name)
+            if member.content is not None:
+                archive.writestr(entry, member.content)
+                bar.update(len(member.content))
+                continue
+            entry.file_size = member.size_bytes
+            with member.path.open("rb") as source, archive.open(entry, "w") as target:
+                while piece := source.read(PIECE_BYTES):
+                    target.write(piece)
+                    bar.update(len(piece))
+
+
+def _describe_member(name: str) -> zipfile.ZipInfo:
+    entry = zipfile.ZipInfo(name, FIRST_DAY)
+    entry.external_attr = (stat.S_IFREG | 0o644) << 16
+    entry.create_system = 3  # Unix, on all systems: its rights are those of external_attr
+    return entry

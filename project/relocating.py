@@ -1,0 +1,164 @@
+"""Replace the paths of this machine in the texts of a described folder, or say which cannot be replaced."""
+
+import functools
+import json
+import os
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tomlkit
+from tomlkit.exceptions import TOMLKitError
+
+from modules.installation import ROOT
+from modules.paths import expand_path
+from modules.text_files import real_path
+
+_ROOTED = re.compile(r"~?[\\/]+[^\\/\s]|~\w*$|~\w+[\\/]|[A-Za-z]:[\\/]")
+_UP = re.compile(r"\.\.([\\/]|$)")
+# a word of a prompt line, with or without quotation marks
+_WORD = re.compile(r"""(?<!\S)(["'])(?P<quoted>.+?)\1(?!\S)|(?<!\S)(?P<plain>\S+)""")
+
+
+@dataclass(frozen=True)
+class MachinePaths:
+    """The paths of this machine that a folder's texts may name."""
+
+    folder: Path  # as typed
+    models: Mapping[str, str] = field(default_factory=dict)  # as the texts have them -> in the packed folder
+
+    def relocate(self, text: str) -> str | None:
+        """Return a text as the packed folder has it, its path relative if it is one.
+
+        None: a path of this machine that the packed folder has nothing for. A text that is no path stays.
+        """
+        if text in self.models:
+            return self.models[text]
+        is_rooted = _ROOTED.match(text) is not None
+        if not is_rooted and ".." not in text:
+            return text
+        if is_rooted and not text.startswith("~") and not Path(text).is_absolute():
+            return None  # of another system
+        try:
+            path = Path(os.path.normpath(expand_path(text, self.folder)))
+        except ValueError:
+            return None if is_rooted else text
+        for folder in (Path(os.path.abspath(self.folder)), real_path(self.folder)):  # noqa: PTH100
+            if path.is_relative_to(folder):
+                return path.relative_to(folder).as_posix()
+        return None if is_rooted or _UP.match(text) else text
+
+    @functools.cached_property
+    def shown(self) -> re.Pattern[str]:
+        """The pattern of a path of this machine, wherever it stands in a text."""
+        folders = [Path(os.path.abspath(self.folder)), real_path(self.folder), Path.home()]  # noqa: PTH100
+        names = {name for folder in folders for name in (str(folder), folder.as_posix()) if len(name) > 1}
+        return re.compile(rf"(?:{'|'.join(re.escape(name) for name in sorted(names))})(?![\w-])")
+
+    def erase(self, text: str) -> str:
+        """Return a text, such as a command, in which all known paths of this machine are replaced."""
+        short = {f"{ROOT}{os.sep}": "", f"{ROOT.as_posix()}/": "", **self.models}
+        for path in sorted(short, key=len, reverse=True):
+            text = text.replace(path, short[path])
+        return self.shown.sub(".", text)
+
+
+class RelocatedText(NamedTuple):
+    """A text without paths of this machine."""
+
+    text: str
+    outside: list[str]  # paths that the packed folder has nothing for
+    removed: list[str]  # keys
+
+
+def relocate_toml(text: str, places: MachinePaths, without: Collection[str] = ()) -> RelocatedText:
+    """Return a TOML text with relative paths, its comments kept.
+
+    without: keys to remove, wherever they stand. Raises ValueError for a text that is no TOML.
+    """
+    try:
+        document = tomlkit.parse(text)
+    except TOMLKitError as error:
+        raise ValueError(f"it is no TOML: {error}") from None
+    outside: list[str] = []
+
+    def relocate(key: str, value: str) -> str:
+        moved = places.relocate(value)
+        if moved is None:
+            outside.append(f"{key} = {value}")
+            return value
+        return moved
+
+    removed = _remove_keys(document, without)
+    change_texts(document, relocate)
+    return RelocatedText(tomlkit.dumps(document), outside, removed)
+
+
+def change_texts(values: Any, change: Callable[[str, str], str], key: str = "") -> None:
+    """Change all texts in tables and lists. change: gets the key, or that of the list, and the text."""
+    pairs = values.items() if isinstance(values, dict) else enumerate(values)
+    for place, value in list(pairs):
+        name = str(place) if isinstance(values, dict) else key
+        if isinstance(value, str):
+            changed = change(name, str(value))
+            if changed != value:
+                values[place] = changed
+        elif isinstance(value, (dict, list)):
+            change_texts(value, change, name)
+
+
+def _remove_keys(values: Any, names: Collection[str]) -> list[str]:
+    """Remove keys from tables, and from tables in them. Returns those that were there."""
+    removed = []
+    if isinstance(values, dict):
+        removed = [name for name in names if name in values]
+        for name in removed:
+            del values[name]
+        values = list(values.values())
+    for value in values:
+        if isinstance(value, (dict, list)):
+            removed += _remove_keys(value, names)
+    return removed
+
+
+def relocate_history(text: str, places: MachinePaths) -> str:
+    """Return the lines of a run's history with the paths of this machine replaced inside all texts.
+
+    Lines that cannot be read, such as the last one of a killed run, are dropped, as a resumed run does.
+    """
+    lines = []
+    for line in text.splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        change_texts(record, lambda _, value: places.erase(value))
+        lines.append(f"{json.dumps(record)}\n")
+    return "".join(lines)
+
+
+def find_own_names(path: Path, places: MachinePaths) -> list[str]:
+    """Return the paths of this machine in a list of files, one for each line, with the number of its line."""
+    found = []
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            match = places.shown.search(line.decode("utf-8", "replace"))
+            if match is not None:
+                found.append(f"line {number} has {match[0]}")
+    return found
+
+
+def relocate_prompts(text: str, places: MachinePaths) -> RelocatedText:
+    """Return prompt lines with relative paths."""
+    outside: list[str] = []
+
+    def relocate(match: re.Match[str]) -> str:
+        word = match["quoted"] or match["plain"]
+        moved = places.relocate(word)
+        if moved is None and len(Path(word).parts) > 2:
+            outside.append(word)
+        return match[0] if moved is None else match[0].replace(word, moved)
+
+    return RelocatedText(_WORD.sub(relocate, text), outside, [])

@@ -1,0 +1,193 @@
+"""Make the folder of a packed file again.
+
+The file may be somebody else's: all is checked before anything is written.
+"""
+
+import io
+import os
+import stat
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tomlkit
+
+from downloads.listing import print_lines
+from modules.atomic_write import atomic_folder, check_space
+from modules.bars import BYTES, Bar
+from modules.console import as_size, count_of, list_some
+from modules.control_codes import shorten
+from modules.errors import OptionError, OutputError, UserError
+from modules.limits import MAX_METADATA_BYTES
+from modules.paths import expand_path
+from modules.text_files import parse_json, parse_toml, read_text, real_path, require_regular_file
+from project.options import RUN_FILE, download_options, own_command
+from project.pack_options import MANIFEST, MODELS_PART, VERSION, UnpackOptions, find_fault_of_name
+from project.relocating import change_texts
+from training.config_options import OTHERS_TABLE
+
+PIECE_BYTES = 1 << 20
+MOST_LISTED_BYTES = 1 << 26  # of the list of members: half a million files
+ENCRYPTED = 0x1
+LATEST_NS = 1 << 62  # of the time of a file: the year 2116
+
+
+class BoundedFile(io.FileIO):
+    """A file of which no piece is read that is larger than the list of members may be.
+
+    `zipfile` reads that list at once, and the file says how long it is.
+    """
+
+    def read(self, size: int | None = -1) -> bytes:
+        """Read as any file does. Raises BadZipFile for a piece that is too large."""
+        most = MOST_LISTED_BYTES + 1
+        piece = super().read(most if size is None or size < 0 else min(size, most)) or b""
+        if len(piece) == most:
+            raise zipfile.BadZipFile("its list of files is too long")
+        return piece
+
+
+def unpack_folder(options: UnpackOptions) -> None:
+    """Write the folder, then print the command that trains.
+
+    Raises OptionError if the file is no packed folder, whole and harmless; OutputError if the folder exists
+    or cannot be written. Then there is no folder.
+    """
+    path = options.file
+    try:
+        require_regular_file(path)
+        with BoundedFile(path, "rb") as file, zipfile.ZipFile(file) as archive:
+            manifest = _read_manifest(archive)
+            members = [entry for entry in archive.infolist() if entry.filename != MANIFEST]
+            folder = options.folder or Path(manifest["name"])
+            _write(archive, members, manifest["modified"], folder, options)
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, NotImplementedError, zipfile.BadZipFile) as error:
+        reason = shorten(str(error), 200)
+        raise OptionError(
+            f"{path} is no whole file of `pack` ({reason}). Copy it again, and compare its size with that "
+            "of the file on the first machine"
+        ) from None
+    print_lines(_describe(folder, options))
+
+
+def _read_manifest(archive: zipfile.ZipFile) -> dict[str, Any]:
+    """Return what a packed file says of itself, once all of its members are found harmless.
+
+    Raises ValueError, KeyError or TypeError for a file that `pack` would not write.
+    """
+    entries = archive.infolist()
+    _check_entries(entries, os.fstat(archive.fp.fileno()).st_size)  # type: ignore[union-attr]
+    if archive.getinfo(MANIFEST).file_size > MAX_METADATA_BYTES:
+        raise ValueError(f"{MANIFEST} is too long")
+    with archive.open(MANIFEST) as file:
+        manifest = parse_json(_read_member(file).decode("utf-8"))
+    if manifest["version"] != VERSION:
+        raise ValueError(f"it has the version {manifest['version']!r}, this Reelsmith knows {VERSION}")
+    archive.getinfo(RUN_FILE)
+    name, modified = manifest["name"], manifest["modified"]
+    reason = find_fault_of_name(name, os.name == "nt")
+    if reason or "/" in name:
+        raise ValueError(f"its name is {name!r}: {reason or 'it leads out of the folder'}")
+    if not isinstance(modified, dict):
+        raise TypeError(f"{MANIFEST} has no table of times")
+    return dict(manifest)
+
+
+def _check_entries(entries: Sequence[zipfile.ZipInfo], size_bytes: int) -> None:
+    """Raise ValueError for members that lead out of the folder, are no files, or hold more than there is.
+
+    size_bytes: of the archive.
+    """
+    names: set[str] = set()
+    for entry in entries:
+        name = entry.orig_filename
+        mode = entry.external_attr >> 16
+        reason = find_fault_of_name(name, os.name == "nt")
+        if not reason and entry.is_dir():
+            reason = "it is a folder"
+        if not reason and mode and not stat.S_ISREG(mode):
+            reason = "it is no regular file"
+        if not reason and (entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & ENCRYPTED):
+            reason = "it is compressed or encrypted"
+        if not reason and name.casefold() in names:
+            reason = "it is there twice"
+        if reason:
+            raise ValueError(f"{name!r}: {reason}")
+        names.add(name.casefold())
+    above = {parent.as_posix() for name in names for parent in Path(name).parents}
+    both = next(iter(names & above), None)
+    if both is not None:
+        raise ValueError(f"{both!r} is a file and a folder")
+    total = sum(entry.file_size for entry in entries)
+    if total > size_bytes:
+        raise ValueError(f"it says that it holds {as_size(total)}, and has {as_size(size_bytes)}")
+
+
+def _read_member(file: Any) -> bytes:
+    pieces = []
+    while piece := file.read(PIECE_BYTES):
+        pieces.append(piece)
+    return b"".join(pieces)
+
+
+def _write(
+    archive: zipfile.ZipFile,
+    members: Sequence[zipfile.ZipInfo],
+    modified: Mapping[str, Any],
+    folder: Path,
+    options: UnpackOptions,
+) -> None:
+    """Write all members below a folder that appears when they are complete. Raises as `unpack_folder`."""
+    if folder.exists() or folder.is_symlink():
+        raise OutputError(f"{folder} is there already. Name another folder: unpack {options.file} FOLDER")
+    total = sum(entry.file_size for entry in members)
+    check_space(folder, total)
+    with atomic_folder(folder) as temporary, Bar(total, "unpacking", BYTES) as bar:
+        for entry in members:
+            path = temporary / entry.filename
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with archive.open(entry) as source, path.open("xb") as target:
+                while piece := source.read(PIECE_BYTES):
+                    target.write(piece)
+                    bar.update(len(piece))
+        _place_models(temporary / RUN_FILE, real_path(options.models))
+        for entry in members:
+            nanoseconds = modified.get(entry.filename)
+            if isinstance(nanoseconds, int) and 0 < nanoseconds < LATEST_NS and entry.filename != RUN_FILE:
+                os.utime(temporary / entry.filename, ns=(nanoseconds, nanoseconds))
+
+
+def _place_models(run_file: Path, models: Path) -> None:
+    """Put this machine's folder of models into the paths of run.toml. Raises ValueError if it is no TOML."""
+    text = read_text(run_file)
+    parse_toml(text)  # with limits, which the next one lacks
+    document = tomlkit.parse(text)
+
+    def place(_: str, value: str) -> str:
+        first, slash, inside = value.partition("/")
+        if first != MODELS_PART or find_fault_of_name(value, on_windows=False):
+            return value
+        return f"{models.as_posix()}{slash}{inside}"
+
+    change_texts(document, place)
+    run_file.write_text(tomlkit.dumps(document), encoding="utf-8", newline="\n")
+
+
+def _describe(folder: Path, options: UnpackOptions) -> list[str]:
+    """Return the lines about an unpacked folder: its size, missing models, the command that trains."""
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    size = as_size(sum(path.stat().st_size for path in paths))
+    lines = [f"{folder}: {count_of(len(paths), 'file')}, {size}"]
+    files = parse_toml(read_text(folder / RUN_FILE)).get(OTHERS_TABLE, {}).get("files", [])
+    missing = [file for file in map(str, files) if not expand_path(file, folder).exists()]
+    words = ["run", str(folder)]
+    if missing:
+        lines.append(
+            f"models that are missing: {list_some(missing)}. `run --download` loads those that are released; "
+            "copy your own there"
+        )
+        words += download_options(options.models)
+    return [*lines, f"Next: {own_command(*words)}"]
