@@ -375,7 +375,7 @@ def read_made(places: Iterable[CaptionPlace]) -> dict[Path, MadeCaptions]:
     return {folder: MadeCaptions(folder) for folder in folders}
 
 
-class Rewritten(NamedTuple):
+class WhichCaptions(NamedTuple):
     """Captions to make besides the missing ones."""
 
     ours: bool  # that this program wrote and nobody has edited
@@ -384,7 +384,10 @@ class Rewritten(NamedTuple):
 
 
 def plan_captions(
-    places: Sequence[CaptionPlace], records: Mapping[Path, MadeCaptions], rewritten: Rewritten, pass_id: str
+    places: Sequence[CaptionPlace],
+    records: Mapping[Path, MadeCaptions],
+    rewritten: WhichCaptions,
+    pass_id: str,
 ) -> tuple[dict[CaptionPlace, str], int]:
     """Return the captions to make, each with its reason, and how many an interrupted run has already remade.
 
@@ -403,7 +406,7 @@ def plan_captions(
     return jobs, num_done
 
 
-def _reason_to_make(place: CaptionPlace, record: MadeCaptions, rewritten: Rewritten) -> str | None:
+def _reason_to_make(place: CaptionPlace, record: MadeCaptions, rewritten: WhichCaptions) -> str | None:
     """Return the reason to make a caption; None if the present one stays."""
     if not place.has_caption:
         return MISSING

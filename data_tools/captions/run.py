@@ -30,7 +30,7 @@ from data_tools.captions.places import (
     CaptionPlace,
     Change,
     MadeCaptions,
-    Rewritten,
+    WhichCaptions,
     find_places,
     keep_backup,
     plan_captions,
@@ -62,7 +62,7 @@ class CaptionMaker:
 
     name: str  # for people
     pass_id: str  # equal for runs with equal options
-    rewritten: Rewritten
+    rewritten: WhichCaptions
     load: Callable[[], Answerer]
     look: Look  # Raises MediaError if a file cannot be read.
     finish: Callable[[CaptionPlace, str], str]  # the text to write, of an answer; "": none is left
@@ -84,7 +84,7 @@ def run_captioning(config: DatasetConfig, options: CaptioningOptions) -> None:
     maker = CaptionMaker(
         name=str(options.model.model),
         pass_id=_pass_of(options),
-        rewritten=Rewritten(options.overwrite, options.overwrite_all, options.fill_empty),
+        rewritten=WhichCaptions(options.overwrite, options.overwrite_all, options.fill_empty),
         load=lambda: _load_answerer(options),
         look=lambda place: look_at(place, options.ask.num_frames, options.ask.max_pixels),
         finish=lambda place, answer: reword(answer, options.wording),

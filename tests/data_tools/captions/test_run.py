@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from data_tools.captions.places import MADE, Rewritten
+from data_tools.captions.places import MADE, WhichCaptions
 from data_tools.captions.run import CaptionMaker, _make_captions, run_captioning
 from dataset.config import load_dataset_config
 from modules.errors import DatasetError, OptionError, UserError
@@ -221,7 +221,7 @@ def test_what_ends_a_server_ends_the_run(tmp_path: Path) -> None:
     def refuse(*_: object) -> Any:
         raise AssertionError("nothing is looked at or written")
 
-    rewritten = Rewritten(ours=False, all=False, empty=False)
+    rewritten = WhichCaptions(ours=False, all=False, empty=False)
     maker = CaptionMaker("m", "", rewritten, load=refuse, look=refuse, finish=refuse)
 
     with pytest.raises(SystemExit):
