@@ -4,4 +4,5 @@ captions/: write and edit captions with a vision-language model
 cogvideox/: prepare clips in CogVideoX form, encoded
 cutting/: find scenes in footage, and write clips of them
 report/: faults and pages of a dataset, frames a model sees
+tags/: write the tags of a tagger as captions
 """

@@ -101,7 +101,7 @@ FLOORS = {
         {"batches", "caching"},
         {"scripts"},
     ),
-    "data_tools": ({"captions", "cogvideox", "cutting", "report"},),
+    "data_tools": ({"captions", "cogvideox", "cutting", "report"}, {"tags"}),
     "post": (
         {"contract", "options", "streaming"},
         {"tiling"},
@@ -225,7 +225,7 @@ _TOOLS = {
     "tools": (
         *("cache_on_ray", "caption_dataset", "compare", "convert_cache", "dataset_report", "doctor"),
         *("download", "lora_post_hoc_ema", "prepare_dataset", "quantise", "run_browser", "share_page"),
-        *("pack", "split_video", "unpack"),
+        *("pack", "split_video", "tag", "unpack"),
     ),
     "blissful_tuner": (
         *("GIMMVFI", "facefix", "metaview", "model_utility", "upscaler", "video_to_png", "yolo_blur"),

@@ -14,5 +14,6 @@ quantise: stores a transformer or text encoder in 8 bits once
 run_browser: shows all runs of some folders while they train
 share_page: copies a page without what is private
 split_video: cuts footage into clips at its scenes
+tag: writes the tags of a tagger as captions
 unpack: makes the folder of such a file again
 """

@@ -1,12 +1,14 @@
 """Shared by local models and servers: choose frames, ask the question, take the caption from the answer."""
 
 import math
+import os
 import re
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
 
 from data_tools.captions.options import AskOptions, WordingOptions
 from data_tools.captions.places import CaptionPlace
+from dataset.caching.prefetch import run_ahead
 from dataset.sources.captions import add_trigger, lines_of
 from modules.control_codes import take_answer
 from modules.limits import MAX_CAPTION_BYTES
@@ -17,6 +19,9 @@ Look = Callable[[CaptionPlace], Frames]
 # the caption, or the reason why there is none; other errors end the run
 Answers = Generator[tuple[CaptionPlace, str | Exception], None, None]
 Answerer = Callable[[Sequence[CaptionPlace], Look], Answers]
+Shown = tuple[CaptionPlace, Frames]
+AHEAD_BYTES = 1 << 30  # of frames that wait for the model
+WORKERS = 4
 
 PROMPTS = {
     "image": "Describe this image in one paragraph of plain English, for a model that learns to make images "
@@ -74,6 +79,33 @@ def _shrink(frame: Frame, max_pixels: int) -> Frame:
         return frame
     scale = math.sqrt(max_pixels / (height * width))
     return resize_stretched(frame, (max(1, int(width * scale)), max(1, int(height * scale))))
+
+
+def answer_in_batches(
+    places: Sequence[CaptionPlace],
+    look: Look,
+    *,
+    batch_size: int,
+    item_bytes: int,
+    answer_batch: Callable[[Sequence[Shown]], Iterable[tuple[CaptionPlace, str | Exception]]],
+) -> Answers:
+    """Yield what a model here answers for each place, in order; threads read files ahead.
+
+    item_bytes: of the frames of a place. answer_batch: answers for at most `batch_size` places.
+    """
+    workers = min(WORKERS, os.cpu_count() or 1)
+    batch: list[Shown] = []
+    ahead = run_ahead(places, look, workers=workers, size_bytes=lambda _: item_bytes, limit_bytes=AHEAD_BYTES)
+    for place, frames in ahead:
+        if isinstance(frames, Exception):
+            yield place, frames
+            continue
+        batch.append((place, frames))
+        if len(batch) == batch_size:
+            yield from answer_batch(batch)
+            batch = []
+    if batch:
+        yield from answer_batch(batch)
 
 
 def prompt_for(place: CaptionPlace, ask: AskOptions) -> str:

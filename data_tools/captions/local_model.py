@@ -6,7 +6,6 @@ model are never run.
 
 import hashlib
 import importlib.util
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +16,18 @@ from PIL import Image
 from torch import Tensor
 
 from checkpoints.model_files import find_model_folder
-from data_tools.captions.asking import Answers, Frames, Look, NoCaptionError, caption_in, prompt_for
+from data_tools.captions.asking import (
+    Answers,
+    Frames,
+    Look,
+    NoCaptionError,
+    Shown,
+    answer_in_batches,
+    caption_in,
+    prompt_for,
+)
 from data_tools.captions.options import AskOptions, CaptionModelOptions
 from data_tools.captions.places import CaptionPlace
-from dataset.caching.prefetch import run_ahead
 from modules.chat_templates import TemplateError, render_chat
 from modules.control_codes import shorten
 from modules.devices import choose_compute_dtype, choose_device
@@ -33,12 +40,9 @@ from modules.errors import (
     catch_panics,
 )
 
-AHEAD_BYTES = 1 << 30  # of frames that wait for the model
-WORKERS = 4
 # files to fetch from a repository: no code
 FETCHED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-Shown = tuple[CaptionPlace, Frames]
 
 
 @dataclass(frozen=True)
@@ -51,30 +55,20 @@ class LocalModel:
     batch_size: int
 
     def answer(self, places: Sequence[CaptionPlace], look: Look) -> Answers:
-        """Yield a caption, or why there is none, for each place, in order.
+        """Return a caption, or why there is none, for each place, in order.
 
-        Threads read files ahead. If a batch fails, its images and clips are asked about one by one. Raises
-        MemoryPlanError if the device's memory is too small.
+        If a batch fails, its images and clips are asked about one by one. Raises MemoryPlanError if the
+        device's memory is too small.
         """
-        frame_bytes = 3 * self.ask.max_pixels * self.ask.num_frames
-        workers = min(WORKERS, os.cpu_count() or 1)
-        batch: list[Shown] = []
-        ahead = run_ahead(
-            places, look, workers=workers, size_bytes=lambda _: frame_bytes, limit_bytes=AHEAD_BYTES
+        return answer_in_batches(
+            places,
+            look,
+            batch_size=self.batch_size,
+            item_bytes=3 * self.ask.max_pixels * self.ask.num_frames,
+            answer_batch=self._answer_batch,
         )
-        for place, frames in ahead:
-            if isinstance(frames, Exception):
-                yield place, frames
-                continue
-            batch.append((place, frames))
-            if len(batch) == self.batch_size:
-                yield from self._answer_batch(batch)
-                batch = []
-        yield from self._answer_batch(batch)
 
     def _answer_batch(self, batch: Sequence[Shown]) -> Iterator[tuple[CaptionPlace, str | Exception]]:
-        if not batch:
-            return
         try:
             answers = self.describe(batch)
         except torch.OutOfMemoryError:

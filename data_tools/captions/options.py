@@ -149,12 +149,9 @@ class WordingOptions(Options, title="the text that is written"):
         )
 
 
-class CaptioningOptions(Options, title="what to do"):
-    """Captions to write, their maker, and changes to them."""
+class WritingOptions(Options, title="what to do"):
+    """Captions to write, for each program that makes some."""
 
-    key_files = (DATASET_FILE,)
-
-    dataset_config: Path = option("dataset configuration, .toml or .json", required=True, by_place=True)
     dry_run: bool = option(
         "name the captions that are missing and where they would be written; load and write nothing"
     )
@@ -164,7 +161,7 @@ class CaptioningOptions(Options, title="what to do"):
         least=1,
         most=1000,
         metavar="N",
-        excludes=("dry_run", "edit_only"),
+        excludes="dry_run",
     )
     overwrite: bool = option(
         "also write again the captions that this program wrote and nobody has edited since"
@@ -173,10 +170,18 @@ class CaptioningOptions(Options, title="what to do"):
         "replace all captions, also hand-written ones; these are kept next to the new ones as .bak"
     )
     fill_empty: bool = option("also write captions where the existing one is empty")
+
+
+class CaptioningOptions(WritingOptions, title="what to do"):
+    """Captions to write, their maker, and changes to them."""
+
+    key_files = (DATASET_FILE,)
+
+    dataset_config: Path = option("dataset configuration, .toml or .json", required=True, by_place=True)
     edit_only: bool = option(
         "make no captions: apply --replace, --replace_regex, --trigger_word, --caption_prefix and "
         "--caption_suffix to those that are there; the old ones are kept as .bak",
-        excludes=("overwrite", "overwrite_all", "fill_empty"),
+        excludes=("overwrite", "overwrite_all", "fill_empty", "try_on"),
         hint="it makes no captions",
     )
     model: CaptionModelOptions

@@ -13,11 +13,10 @@ import json
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_tools.captions.options import CaptioningOptions
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.forms.rows import RowReader
 from dataset.listing import find_all_sources
@@ -376,25 +375,30 @@ def read_made(places: Iterable[CaptionPlace]) -> dict[Path, MadeCaptions]:
     return {folder: MadeCaptions(folder) for folder in folders}
 
 
-def pass_of(options: CaptioningOptions) -> str:
-    facts = [options.overwrite_all, options.model.model, options.api.api_base, options.api.api_model]
-    values = json.dumps([*facts, asdict(options.ask), asdict(options.wording)])
-    return hashlib.sha256(values.encode("utf-8")).hexdigest()
+class WhichCaptions(NamedTuple):
+    """Captions to make besides the missing ones."""
+
+    ours: bool  # that this program wrote and nobody has edited
+    all: bool  # also hand-written ones; both also empty ones
+    empty: bool
 
 
 def plan_captions(
-    places: Sequence[CaptionPlace], records: Mapping[Path, MadeCaptions], options: CaptioningOptions
+    places: Sequence[CaptionPlace],
+    records: Mapping[Path, MadeCaptions],
+    rewritten: WhichCaptions,
+    pass_id: str,
 ) -> tuple[dict[CaptionPlace, str], int]:
     """Return the captions to make, each with its reason, and how many an interrupted run has already remade.
 
-    Reasons: MISSING, EMPTY, OURS, or FOREIGN (the old one will be kept as .bak). Nothing is written.
+    pass_id: identifies runs with equal options. Reasons: MISSING, EMPTY, OURS, or FOREIGN (the old one will
+    be kept as .bak). Nothing is written.
     """
-    pass_id = pass_of(options)
     jobs = {}
     num_done = 0
     for place in places:
         record = records[place.file.parent]
-        reason = _reason_to_make(place, record, options)
+        reason = _reason_to_make(place, record, rewritten)
         if reason in (OURS, FOREIGN) and place.name in record.done_before(pass_id):
             num_done += 1
         elif reason is not None:
@@ -402,14 +406,14 @@ def plan_captions(
     return jobs, num_done
 
 
-def _reason_to_make(place: CaptionPlace, record: MadeCaptions, options: CaptioningOptions) -> str | None:
+def _reason_to_make(place: CaptionPlace, record: MadeCaptions, rewritten: WhichCaptions) -> str | None:
     """Return the reason to make a caption; None if the present one stays."""
     if not place.has_caption:
         return MISSING
     if place.caption is None:  # not read, or a line with a list of captions, which a person wrote
         return None
     if not place.caption.strip():
-        return EMPTY if options.fill_empty or options.overwrite_all else None
+        return EMPTY if rewritten.empty or rewritten.all else None
     if record.has(place.name, place.caption):
-        return OURS if options.overwrite or options.overwrite_all else None
-    return FOREIGN if options.overwrite_all else None
+        return OURS if rewritten.ours or rewritten.all else None
+    return FOREIGN if rewritten.all else None

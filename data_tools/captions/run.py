@@ -1,16 +1,26 @@
 """Run tools/caption_dataset.py after its options are read: name missing captions, write or edit them."""
 
 import contextlib
+import hashlib
+import json
 import logging
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data_tools.captions.asking import Answerer, Frames, NoCaptionError, read_shown, reword, reword_lines
+from data_tools.captions.asking import (
+    Answerer,
+    Frames,
+    Look,
+    NoCaptionError,
+    read_shown,
+    reword,
+    reword_lines,
+)
 from data_tools.captions.local_model import load_model
 from data_tools.captions.options import CaptioningOptions, WordingOptions
 from data_tools.captions.places import (
@@ -20,9 +30,9 @@ from data_tools.captions.places import (
     CaptionPlace,
     Change,
     MadeCaptions,
+    WhichCaptions,
     find_places,
     keep_backup,
-    pass_of,
     plan_captions,
     read_made,
     say_missing_keys,
@@ -46,6 +56,18 @@ GIVE_UP = 20  # failures before the first caption, after which the cause is not 
 SERVER_GONE = 5  # images or clips in a row for which a server failed again and again
 
 
+@dataclass(frozen=True)
+class CaptionMaker:
+    """What makes captions, and which of them are written."""
+
+    name: str  # for people
+    pass_id: str  # equal for runs with equal options
+    rewritten: WhichCaptions
+    load: Callable[[], Answerer]
+    look: Look  # Raises MediaError if a file cannot be read.
+    finish: Callable[[CaptionPlace, str], str]  # the text to write, of an answer; "": none is left
+
+
 def run_captioning(config: DatasetConfig, options: CaptioningOptions) -> None:
     """Write or edit captions. Raises UserError if something is unusable, or captions failed."""
     for table in config.datasets:
@@ -56,43 +78,60 @@ def run_captioning(config: DatasetConfig, options: CaptioningOptions) -> None:
                     f"--{name} {text!r}: {table.name} has {name} = {text!r}, which does this without "
                     "touching files; it would be there twice. Leave out one of the two."
                 )
-    if options.try_on is not None:
-        try_captions(config, options, options.try_on)
-    elif options.edit_only:
+    if options.edit_only:
         edit_captions(config, options.wording, options.dry_run)
+        return
+    maker = CaptionMaker(
+        name=str(options.model.model),
+        pass_id=_pass_of(options),
+        rewritten=WhichCaptions(options.overwrite, options.overwrite_all, options.fill_empty),
+        load=lambda: _load_answerer(options),
+        look=lambda place: look_at(place, options.ask.num_frames, options.ask.max_pixels),
+        finish=lambda place, answer: reword(answer, options.wording),
+    )
+    if options.api.api_base is not None:
+        maker = replace(maker, name=f"{options.api.api_model} at {options.api.api_base}")
+    if options.try_on is not None:
+        try_captions(config, maker, options.try_on)
     else:
-        write_captions(config, options)
+        write_captions(config, maker, options.dry_run)
 
 
-def write_captions(config: DatasetConfig, options: CaptioningOptions) -> None:
-    """Write the missing captions of a dataset, and those that the options ask to replace.
+def _pass_of(options: CaptioningOptions) -> str:
+    facts = [options.overwrite_all, options.model.model, options.api.api_base, options.api.api_model]
+    values = json.dumps([*facts, asdict(options.ask), asdict(options.wording)])
+    return hashlib.sha256(values.encode("utf-8")).hexdigest()
 
-    The model is loaded only if there is something to write. Each caption is written as soon as it is made, so
-    the same command continues after a kill. Raises DatasetError if the dataset cannot be used, and at the end
-    if there are sources without a caption.
+
+def write_captions(config: DatasetConfig, maker: CaptionMaker, dry_run: bool) -> None:
+    """Write the missing captions of a dataset, and those that the maker is to make again.
+
+    dry_run: print what would be made instead. The model is loaded only if there is something to write. Each
+    caption is written as soon as it is made, so the same command continues after a kill. Raises DatasetError
+    if the dataset cannot be used, and at the end if there are sources without a caption.
     """
     start = time.monotonic()
-    replaces = options.overwrite or options.overwrite_all
-    if not options.dry_run:
+    replaces = maker.rewritten.ours or maker.rewritten.all
+    if not dry_run:
         _take_waiting(config)
-    places = find_places(config, texts=replaces or options.fill_empty)
+    places = find_places(config, texts=replaces or maker.rewritten.empty)
     records = read_made(places)
-    jobs, num_done = plan_captions(places, records, options)
+    jobs, num_done = plan_captions(places, records, maker.rewritten, maker.pass_id)
     num_kept = len(places) - len(jobs) - num_done
-    if options.dry_run:
+    if dry_run:
         _print_jobs(config, jobs, num_kept)
         return
-    _show_start(config, options, jobs, num_kept=num_kept, num_done=num_done)
+    _show_start(config, maker.name, jobs, num_kept=num_kept, num_done=num_done)
     for text in say_missing_keys(config):
         logger.warning("%s", text)
     failures: list[Failure] = []
     num_changed = 0
     replaced_records = list(records.values()) if replaces else []
     if jobs:
-        answerer = _load_answerer(options)
+        answerer = maker.load()
         for record in replaced_records:
-            record.begin_pass(pass_of(options))
-        failures, num_changed = _make_captions(answerer, jobs, records, options)
+            record.begin_pass(maker.pass_id)
+        failures, num_changed = _make_captions(answerer, jobs, records, maker)
     if not failures:  # otherwise the pass is not over: the same command tries only the failures again
         for record in replaced_records:
             record.end_pass()
@@ -121,20 +160,20 @@ def _print_jobs(config: DatasetConfig, jobs: Mapping[CaptionPlace, str], num_kep
     _print([f"{counts}. Nothing is written.", *first_lines(lines, LISTED), *say_missing_keys(config)])
 
 
-def try_captions(config: DatasetConfig, options: CaptioningOptions, count: int) -> None:
+def try_captions(config: DatasetConfig, maker: CaptionMaker, count: int) -> None:
     """Make the captions of a few files and print each below the path of its file; write nothing.
 
     Files without a caption come first. Raises DatasetError if the dataset cannot be used, or if files got
     none.
     """
     places = sorted(find_places(config, texts=False), key=lambda place: place.has_caption)[:count]
-    answerer = _load_answerer(options)
+    answerer = maker.load()
     failures: list[Failure] = []
-    answers = answerer(places, lambda place: _look_at(place, options))
+    answers = answerer(places, maker.look)
     with contextlib.closing(answers):
         for place, answer in answers:
             if isinstance(answer, str):
-                _print([str(place.source.path), f"  {reword(answer, options.wording)}"])
+                _print([str(place.source.path), f"  {maker.finish(place, answer)}"])
                 sys.stdout.flush()
             elif isinstance(answer, (MediaError, NoCaptionError)):
                 failures.append(Failure.of(place.source, answer))
@@ -144,13 +183,13 @@ def try_captions(config: DatasetConfig, options: CaptioningOptions, count: int) 
         raise DatasetError("\n".join(first_lines(failures, LISTED)))
 
 
-def _look_at(place: CaptionPlace, options: CaptioningOptions) -> Frames:
-    """Return the frames of a file that are shown. Raises MediaError if it cannot be read."""
+def look_at(place: CaptionPlace, num_frames: int, max_pixels: int) -> Frames:
+    """Return the frames of a file that are shown, as `read_shown`. Raises MediaError if it cannot be read."""
     source = place.source
     media = replace(source, control=(), mask=None, origins=source.origins[:1])
     is_image = source.table.kind == "image"
     with fetch(media) as fetched:
-        return read_shown(fetched.path, is_image, options.ask.num_frames, options.ask.max_pixels)
+        return read_shown(fetched.path, is_image, num_frames, max_pixels)
 
 
 def _take_waiting(config: DatasetConfig) -> None:
@@ -164,15 +203,12 @@ def _take_waiting(config: DatasetConfig) -> None:
 
 def _show_start(
     config: DatasetConfig,
-    options: CaptioningOptions,
+    maker: str,
     jobs: Mapping[CaptionPlace, str],
     num_kept: int,
     num_done: int,
 ) -> None:
     """Show what is captioned with what. num_done: captions that an interrupted run has remade."""
-    engine = str(options.model.model)
-    if options.api.api_base is not None:
-        engine = f"{options.api.api_model} at {options.api.api_base}"
     reasons = Counter(jobs.values())
     counts = [f"{len(jobs)} to make", f"{num_kept} kept"]
     if reasons[OURS]:
@@ -184,7 +220,7 @@ def _show_start(
     rows: list[Row] = [
         ("data", str(config.path)),
         ("captions", ", ".join(counts)),
-        ("made by", engine),
+        ("made by", maker),
     ]
     show_box("Captioning", rows)
 
@@ -200,7 +236,7 @@ def _make_captions(
     answerer: Answerer,
     jobs: Mapping[CaptionPlace, str],
     records: Mapping[Path, MadeCaptions],
-    options: CaptioningOptions,
+    maker: CaptionMaker,
 ) -> tuple[list[Failure], int]:
     """Make captions, and write each one when it arrives.
 
@@ -211,13 +247,13 @@ def _make_captions(
     failures: list[Failure] = []
     num_changed = 0
     refusals = _Refusals()
-    answers = answerer(list(jobs), lambda place: _look_at(place, options))
+    answers = answerer(list(jobs), maker.look)
     with contextlib.closing(answers), Bar(len(jobs), "captions", unit="caption") as bar:
         for place, answer in answers:
             error = None if isinstance(answer, str) else answer
             if isinstance(answer, str):
                 refusals.clear()
-                caption = reword(answer, options.wording)
+                caption = maker.finish(place, answer)
                 if not caption:
                     error = NoCaptionError(f"--replace leaves nothing of the answer {answer!r}")
                 elif not place.write(caption, jobs[place] == FOREIGN, records[place.file.parent]):

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from contract.families import FOLDERS, with_scripts
+from data_tools.tags.options import TaggingOptions
 from dataset.options import CachingOptions, read_latent_caching
 from docs.model_tables import FIRST, family_table, models_tables, page_of, renew_family_tables
 from downloads.catalogue import ModelSet, ReleasedFile, download_hint, families, known_components, model_sets
@@ -58,6 +59,7 @@ def _readers() -> dict[str, Callable[[list[str]], Any]]:
     found: dict[str, Callable[[list[str]], Any]] = {"gen_img.py": lambda argv: read_gen_img("", argv)}
     for tool in TOOLS_ON_VIDEOS:
         found[f"blissful_tuner/{tool.name}.py"] = functools.partial(read_chain, tool.name, "")
+    found["tools/tag.py"] = lambda words: parse_options("", words, TaggingOptions)
     for entry in with_scripts().values():
         latents, texts = entry.options_record("LatentCaching"), entry.options_record("TextCaching")
         found[f"{entry.cache}_latents.py"] = functools.partial(read_latent_caching, "", latents)
@@ -197,7 +199,7 @@ def test_commands_after_a_download_are_valid(
         for file in component.files:
             (folder / file.name).parent.mkdir(parents=True, exist_ok=True)
             (folder / file.name).touch()
-    for name in ("start.png", "end.png", "control.mp4", "dataset.toml", "video.mp4"):
+    for name in ("start.png", "end.png", "control.mp4", "dataset.toml", "video.mp4", "pictures"):
         (tmp_path / name).touch()
     monkeypatch.chdir(tmp_path)
     used = set()

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from data_tools.captions.places import MADE
-from data_tools.captions.run import _make_captions, run_captioning
+from data_tools.captions.places import MADE, WhichCaptions
+from data_tools.captions.run import CaptionMaker, _make_captions, run_captioning
 from dataset.config import load_dataset_config
 from modules.errors import DatasetError, OptionError, UserError
 from tests.commands import QUIET, ROOT
@@ -218,10 +218,14 @@ def test_many_failures_without_a_caption_end_the_run(tmp_path: Path, monkeypatch
 
 
 def test_what_ends_a_server_ends_the_run(tmp_path: Path) -> None:
-    options = options_of(make_folder(tmp_path), "--model", "unused")
+    def refuse(*_: object) -> Any:
+        raise AssertionError("nothing is looked at or written")
+
+    rewritten = WhichCaptions(ours=False, all=False, empty=False)
+    maker = CaptionMaker("m", "", rewritten, load=refuse, look=refuse, finish=refuse)
 
     with pytest.raises(SystemExit):
-        _make_captions(lambda *_: (one for one in [(Any, SystemExit(3))]), {}, {}, options)
+        _make_captions(lambda *_: (one for one in [(Any, SystemExit(3))]), {}, {}, maker)
 
 
 def test_a_try_prints_the_captions_of_the_first_files_without_one_and_writes_none(

@@ -1,0 +1,8 @@
+"""Write the tags of a tagger as captions.
+
+labels: the tags that a tagger knows, with their categories
+model: run a tagger's ONNX file on pictures and clips
+options: options of tools/tag.py: model, thresholds, words
+run: tag a folder after the options are read
+words: choose tags by their probabilities and put them in order
+"""

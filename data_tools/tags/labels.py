@@ -1,0 +1,93 @@
+"""The tags that a tagger knows, in the order of its outputs, with their categories."""
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+
+from modules.control_codes import shorten
+from modules.errors import CheckpointError
+from modules.text_files import bad_character, parse_json, read_text
+
+TABLE, MAPPING = "selected_tags.csv", "tag_mapping.json"
+RATING, GENERAL, CHARACTER, QUALITY = "rating", "general", "character", "quality"
+# numbers of categories in the table, which are those of Danbooru, and 9
+_BY_NUMBER = {
+    "0": GENERAL,
+    "1": "artist",
+    "3": "copyright",
+    "4": CHARACTER,
+    "5": "meta",
+    "9": RATING,
+}
+CATEGORIES = frozenset({*_BY_NUMBER.values(), "model", QUALITY})
+_MOST_TAGS = 1_000_000
+
+
+@dataclass(frozen=True)
+class Label:
+    """A tag. category: one of CATEGORIES."""
+
+    name: str
+    category: str
+
+
+def read_labels(folder: Path) -> tuple[Label, ...]:
+    """Return the tags of a tagger's folder: from its table, or else from its mapping.
+
+    Raises CheckpointError if there is neither, or if a line cannot be used.
+    """
+    for name, read in ((TABLE, _read_table), (MAPPING, _read_mapping)):
+        path = folder / name
+        if not path.is_file():
+            continue
+        try:
+            labels = read(read_text(path))
+        except (OSError, ValueError, csv.Error) as error:
+            why = shorten(str(error), 300)
+            raise CheckpointError(f"{path} is no list of tags: {why}", path) from None
+        if not labels:
+            raise CheckpointError(f"{path} has no tags", path)
+        return labels
+    raise CheckpointError(f"{folder} has no {TABLE} and no {MAPPING}: a tagger comes with one", folder)
+
+
+def has_mapping(folder: Path) -> bool:
+    """Return whether the tags are those of a mapping, whose taggers take and give other numbers."""
+    return not (folder / TABLE).is_file()
+
+
+def _read_table(text: str) -> tuple[Label, ...]:
+    """Read `tag_id,name,category,count`. Raises ValueError."""
+    labels = []
+    rows = csv.DictReader(text.splitlines())
+    if not {"name", "category"} <= {*(rows.fieldnames or ())}:
+        raise ValueError("its first line has to name the columns tag_id,name,category,count")
+    for row in rows:
+        name, number = row["name"], row["category"]
+        if number not in _BY_NUMBER:
+            raise ValueError(f"line {rows.line_num}: category {number} is unknown")
+        labels.append(_make_label(name, _BY_NUMBER[number]))
+    return tuple(labels)
+
+
+def _read_mapping(text: str) -> tuple[Label, ...]:
+    """Read {index: {"tag": ..., "category": ...}}. Raises ValueError."""
+    content = parse_json(text, no_repeats=True)
+    if not isinstance(content, dict) or len(content) > _MOST_TAGS:
+        raise ValueError("it has to be an object of numbers and tags")
+    labels = []
+    for index in range(len(content)):
+        entry = content.get(str(index))
+        if not isinstance(entry, dict):
+            raise ValueError(f"there is no tag of number {index}, but {len(content)} tags")
+        category = str(entry.get("category")).lower()
+        if category not in CATEGORIES:
+            raise ValueError(f"tag {index}: category {category} is unknown")
+        labels.append(_make_label(entry.get("tag"), category))
+    return tuple(labels)
+
+
+def _make_label(name: object, category: str) -> Label:
+    if not isinstance(name, str) or not name.strip() or bad_character(name) or len(name.splitlines()) > 1:
+        raise ValueError(f"{name!r} is no tag")
+    return Label(name, category)

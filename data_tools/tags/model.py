@@ -1,0 +1,182 @@
+"""Run a tagger's ONNX file on pictures and clips."""
+# Letters: B pictures, S side of the network's input, T tags
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from data_tools.captions.asking import Answers, Look, NoCaptionError, Shown, answer_in_batches
+from data_tools.captions.places import CaptionPlace
+from data_tools.tags.labels import MAPPING, Label, has_mapping, read_labels
+from data_tools.tags.options import MODEL_FOLDER
+from data_tools.tags.words import TagChoice
+from modules.command import as_typed
+from modules.control_codes import shorten
+from modules.errors import CheckpointError, InstallationError, MemoryPlanError
+from modules.media.reading import Frame
+
+MODEL = "model.onnx"
+Numbers = NDArray[np.float32]
+_MOST_SIDE = 4096
+_TYPED = ["python", "tools/download.py", "--family", "tools", "--task", "wd_tagger", "--to"]
+
+
+@dataclass(frozen=True)
+class Tagger:
+    """A loaded tagger."""
+
+    session: Any
+    labels: tuple[Label, ...]
+    side: int  # S
+    is_channels_first: bool
+    is_of_logits: bool  # its colours are -1..1 and its outputs logits, else 0..255 and probabilities
+    fixed_batch: int | None  # number of pictures that it takes, if it takes no other
+    batch_size: int
+    joins_by_mean: bool
+    most_frames: int
+
+    def answerer(self, choice: TagChoice, separator: str) -> Any:
+        """Return the function that gives files their tags, joined by a separator."""
+
+        def answer(places: Sequence[CaptionPlace], look: Look) -> Answers:
+            yield from answer_in_batches(
+                places,
+                lambda place: tuple(map(self.fit, look(place))),
+                batch_size=self.batch_size,
+                item_bytes=3 * self.side**2 * self.most_frames,
+                answer_batch=lambda batch: self._answer_batch(batch, choice, separator),
+            )
+
+        return answer
+
+    def _answer_batch(
+        self, batch: Sequence[Shown], choice: TagChoice, separator: str
+    ) -> list[tuple[CaptionPlace, str | Exception]]:
+        frames = [frame for _, shown in batch for frame in shown]
+        probabilities = self.probabilities(frames)
+        answers: list[tuple[CaptionPlace, str | Exception]] = []
+        start = 0
+        for place, shown in batch:
+            of_frames = probabilities[start : start + len(shown)]
+            start += len(shown)
+            joined = of_frames.mean(axis=0) if self.joins_by_mean else of_frames.max(axis=0)
+            tags = choice.choose(self.labels, joined.tolist())
+            if tags:
+                answers.append((place, separator.join(tags)))
+            else:
+                answers.append((place, NoCaptionError("no tag is as probable as --thresh asks")))
+        return answers
+
+    def probabilities(self, frames: Sequence[Frame]) -> Numbers:
+        """Return the probability of each tag, B T, in frames that `fit` returned, in batches of `batch_size`.
+
+        Raises CheckpointError if the network fails, MemoryPlanError if the memory is too small.
+        """
+        size = self.fixed_batch or self.batch_size
+        parts = []
+        for start in range(0, len(frames), size):
+            pictures = [self.as_input(frame) for frame in frames[start : start + size]]
+            count = len(pictures)
+            if self.fixed_batch is not None:
+                pictures += [pictures[-1]] * (size - count)
+            parts.append(self._run(np.stack(pictures))[:count])
+        return np.concatenate(parts)
+
+    def fit(self, frame: Frame) -> Frame:
+        """Return a frame, H W 3 RGB, in the middle of a white square of the network's size: S S 3 BGR."""
+        height, width = frame.shape[:2]
+        side = max(height, width)
+        square = np.full((side, side, 3), 255, np.uint8)
+        top, left = (side - height) // 2, (side - width) // 2
+        square[top : top + height, left : left + width] = frame[..., ::-1]
+        if side > self.side:
+            return cv2.resize(square, (self.side, self.side), interpolation=cv2.INTER_AREA)
+        if side < self.side:
+            lanczos = Image.Resampling.LANCZOS
+            return np.asarray(Image.fromarray(square).resize((self.side, self.side), lanczos))
+        return square
+
+    def as_input(self, square: Frame) -> Numbers:
+        """Return what `fit` returned as the network takes it: S S 3, or 3 S S."""
+        numbers = square.astype(np.float32)
+        if self.is_of_logits:
+            numbers = numbers / np.float32(127.5) - np.float32(1)
+        return numbers.transpose(2, 0, 1) if self.is_channels_first else numbers
+
+    def _run(self, pictures: Numbers) -> Numbers:
+        try:
+            (output,) = self.session.run([self.session.get_outputs()[0].name], {self._input: pictures})
+        except MemoryError:
+            raise MemoryPlanError("The tagger does not fit into the memory. Lower --batch_size.") from None
+        except Exception as error:  # onnxruntime's classes have no common base
+            raise CheckpointError(f"--model_dir: the tagger fails: {shorten(str(error), 300)}") from None
+        output = np.asarray(output, np.float32)
+        if output.shape != (len(pictures), len(self.labels)):
+            raise CheckpointError(
+                f"--model_dir: the tagger gives {output.shape}, but its list has {len(self.labels)} tags. "
+                "Take both files from the same release."
+            )
+        if self.is_of_logits:
+            output = 1 / (1 + np.exp(-output))
+        return np.nan_to_num(output, nan=0.0)
+
+    @property
+    def _input(self) -> str:
+        return str(self.session.get_inputs()[0].name)
+
+
+def load_tagger(folder: Path, batch_size: int, joins_by_mean: bool, most_frames: int) -> Tagger:
+    """Load the tagger of a folder.
+
+    Raises CheckpointError if there is none, or if it is none; InstallationError without onnxruntime.
+    """
+    path = folder / MODEL
+    if not path.is_file():
+        to = folder.parent if folder.name == MODEL_FOLDER.name else MODEL_FOLDER.parent
+        raise CheckpointError(
+            f"--model_dir {folder}: there is no {MODEL}. {as_typed([*_TYPED, str(to)])} downloads a tagger, "
+            "after its size and licence",
+            folder,
+        )
+    labels = read_labels(folder)
+    try:
+        import onnxruntime  # only taggers need it
+    except ImportError:
+        raise InstallationError(
+            "tagging needs the package onnxruntime. Run: pip install onnxruntime"
+        ) from None
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 3  # errors
+    providers = [name for name in ("CUDAExecutionProvider",) if name in onnxruntime.get_available_providers()]
+    try:
+        session = onnxruntime.InferenceSession(str(path), settings, [*providers, "CPUExecutionProvider"])
+    except Exception as error:  # as above
+        why = shorten(" ".join(str(error).split()), 300)
+        raise CheckpointError(f"{path} cannot be loaded by onnxruntime: {why}", path) from None
+    shape = session.get_inputs()[0].shape if len(session.get_inputs()) == 1 else []
+    is_channels_first = len(shape) == 4 and shape[1] == 3
+    sides = shape[2:] if is_channels_first else shape[1:3]
+    is_square = len(shape) == 4 and 3 in (shape[1], shape[3]) and sides[0] == sides[1]
+    if not is_square or not isinstance(sides[0], int) or not 1 <= sides[0] <= _MOST_SIDE:
+        raise CheckpointError(
+            f"{path} takes {shape}, and not square pictures of one size: it is no tagger that goes with "
+            f"selected_tags.csv or {MAPPING}",
+            path,
+        )
+    return Tagger(
+        session=session,
+        labels=labels,
+        side=sides[0],
+        is_channels_first=is_channels_first,
+        is_of_logits=has_mapping(folder),
+        fixed_batch=shape[0] if isinstance(shape[0], int) and shape[0] > 0 else None,
+        batch_size=batch_size,
+        joins_by_mean=joins_by_mean,
+        most_frames=most_frames,
+    )

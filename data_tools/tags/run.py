@@ -1,0 +1,160 @@
+"""Tag a folder after the options of tools/tag.py are read."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from data_tools.captions.asking import Answerer, Answers, Look
+from data_tools.captions.places import EXTENSION, CaptionPlace, WhichCaptions
+from data_tools.captions.run import CaptionMaker, look_at, try_captions, write_captions
+from data_tools.tags.labels import has_mapping
+from data_tools.tags.model import load_tagger
+from data_tools.tags.options import TaggingOptions
+from data_tools.tags.words import extend_caption, read_choice
+from dataset.config import DatasetConfig, load_dataset_config
+from modules.atomic_write import write_text
+from modules.control_codes import escape_control_codes
+from modules.errors import DatasetError, MediaError, OptionError
+from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
+from modules.media.reading import VIDEO_SUFFIXES, image_suffixes
+from modules.run_limits import temporary_folder
+from modules.text_files import real_path
+
+MOST_PIXELS = 4096**2  # of a frame that is looked at
+
+
+def tag_folder(options: TaggingOptions) -> None:
+    """Write tags as captions. Raises UserError if something is unusable, or files got no tags."""
+    with temporary_folder() as temporary:
+        config = _read_config(options, temporary)
+    found: Counter[str] = Counter()
+    separator = options.words.caption_separator
+    choice = read_choice(options, sorts=has_mapping(options.tagger.model_dir))
+
+    def load() -> Answerer:
+        tagger = options.tagger
+        loaded = load_tagger(
+            tagger.model_dir,
+            batch_size=tagger.batch_size,
+            joins_by_mean=tagger.join_frames == "mean",
+            most_frames=tagger.num_frames,
+        )
+        return _counted(loaded.answerer(choice, separator), separator, found)
+
+    def finish(place: CaptionPlace, answer: str) -> str:
+        if not options.append_tags or not place.caption:
+            return answer
+        tags = answer.split(separator)
+        if place.source.table.multi_caption:
+            lines = filter(str.strip, place.caption.splitlines())
+            return "\n".join(extend_caption(line, tags, separator) for line in lines)
+        return extend_caption(place.caption, tags, separator)
+
+    maker = CaptionMaker(
+        name=str(options.tagger.model_dir),
+        pass_id=_pass_of(options),
+        rewritten=WhichCaptions(
+            ours=options.overwrite,
+            all=options.overwrite_all or options.append_tags,
+            empty=options.fill_empty,
+        ),
+        load=load,
+        look=lambda place: look_at(place, options.tagger.num_frames, MOST_PIXELS),
+        finish=finish,
+    )
+    try:
+        if options.try_on is not None:
+            try_captions(config, maker, options.try_on)
+        else:
+            write_captions(config, maker, options.dry_run)
+    finally:
+        if options.frequency_tags:
+            lines = [f"{count:6} {tag}" for tag, count in found.most_common()]
+            sys.stdout.write(escape_control_codes("\n".join(["tags found in this run:", *lines])) + "\n")
+
+
+def _counted(answerer: Answerer, separator: str, found: Counter[str]) -> Answerer:
+    """Return an answerer that also counts the tags that it gives."""
+
+    def answer(places: Sequence[CaptionPlace], look: Look) -> Answers:
+        with contextlib.closing(answerer(places, look)) as answers:
+            for place, text in answers:
+                if isinstance(text, str):
+                    found.update(text.split(separator))
+                yield place, text
+
+    return answer
+
+
+def _pass_of(options: TaggingOptions) -> str:
+    """Return a text that is equal for runs that write the same tags."""
+    records = (options.tagger, options.thresholds, options.words)
+    facts = [dataclasses.asdict(record) for record in records]
+    facts.append({"overwrite_all": options.overwrite_all, "append_tags": options.append_tags})
+    facts[0].pop("batch_size")
+    return hashlib.sha256(json.dumps(facts, default=str).encode("utf-8")).hexdigest()
+
+
+def _read_config(options: TaggingOptions, temporary: Path) -> DatasetConfig:
+    """Return the dataset of a file, or of a folder as a file would name it.
+
+    temporary: an empty folder, in which that file is written. Raises DatasetError if there is nothing to tag.
+    """
+    if options.folder.is_file():
+        for name in ("recursive", "caption_extension"):
+            if getattr(options, name):
+                raise OptionError(f"--{name} is for a folder: the dataset's file says it")
+        return load_dataset_config(options.folder)
+    extension = options.caption_extension or EXTENSION
+    tables = []
+    for folder in _folders(options.folder, options.recursive):
+        for key in _kinds_in(folder):
+            values = {
+                key: str(real_path(folder)),
+                "caption_extension": extension,
+                "cache_directory": str(temporary / f"{len(tables)}"),
+            }
+            lines = [f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in values.items()]
+            tables.append("\n".join(["[[datasets]]", *lines]))
+    if not tables:
+        hint = "" if options.recursive else ". --recursive also takes those below it"
+        raise DatasetError(f"{options.folder} has no pictures and no clips{hint}")
+    file = temporary / "dataset.toml"
+    write_text(file, "\n\n".join(tables))
+    return dataclasses.replace(load_dataset_config(file), path=options.folder)
+
+
+def _folders(folder: Path, is_recursive: bool) -> Iterator[Path]:
+    """Yield a folder and, if asked for, those below it, without hidden ones, sorted."""
+    yield folder
+    if is_recursive:
+        for parent, names, _ in os.walk(folder):
+            names[:] = sorted(name for name in names if not name.startswith("."))
+            yield from (Path(parent, name) for name in names)
+
+
+def _kinds_in(folder: Path) -> list[str]:
+    """Return the keys of the tables that the files of a folder need."""
+    keys = {}
+    for path in sorted(folder.iterdir()):
+        suffix = path.suffix.lower()
+        if path.name.startswith(".") or not path.is_file():
+            continue
+        if suffix in VIDEO_SUFFIXES or (suffix in ANIMATION_SUFFIXES and _moves(path)):
+            keys["video_directory"] = True
+        elif suffix in image_suffixes() | ANIMATION_SUFFIXES:
+            keys["image_directory"] = True
+    return sorted(keys)
+
+
+def _moves(path: Path) -> bool:
+    try:
+        return is_animation(path)
+    except MediaError:  # it is reported when it is read
+        return False

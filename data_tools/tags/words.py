@@ -1,0 +1,125 @@
+"""Choose tags by their probabilities, and put them in order."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from data_tools.tags.labels import CATEGORIES, CHARACTER, QUALITY, RATING, Label
+from data_tools.tags.options import TaggingOptions
+from modules.errors import OptionError
+
+_LONGEST_FACE = 3  # characters of tags such as ^_^, whose underscore stays
+
+
+@dataclass(frozen=True)
+class TagChoice:
+    """Which tags are written, and how."""
+
+    thresholds: Mapping[str, float]  # least probability by category
+    places: Mapping[str, str | None]  # of rating and quality: first, last or None, not at all
+    undesired: frozenset[str]
+    replacements: Mapping[str, str]
+    removes_underscores: bool
+    expands_characters: bool
+    characters_first: bool
+    always_first: tuple[str, ...]
+    sorts: bool  # by falling probability, else in the order of the labels
+
+    def choose(self, labels: Sequence[Label], probabilities: Sequence[float]) -> list[str]:
+        """Return the tags of a picture in order, each once. probabilities: one for each label."""
+        order = list(range(len(labels)))
+        if self.sorts:
+            order.sort(key=lambda index: -probabilities[index])
+        characters: list[str] = []
+        others: list[str] = []
+        for index in order:
+            label = labels[index]
+            if label.category in self.places or probabilities[index] < self.thresholds[label.category]:
+                continue
+            is_first = self.characters_first and label.category == CHARACTER
+            tags = characters if is_first else others
+            tags += self._spell(label)
+        tags = [*characters, *others]
+        for category, place in self.places.items():
+            of_category = [index for index in order if labels[index].category == category]
+            if place is None or not of_category:
+                continue
+            best = max(of_category, key=lambda index: probabilities[index])
+            spelled = self._spell(labels[best])
+            tags = [*spelled, *tags] if place == "first" else [*tags, *spelled]
+        tags = list(dict.fromkeys(tag for tag in tags if tag not in self.undesired))
+        front = [tag for tag in self.always_first if tag in tags]
+        return [*front, *(tag for tag in tags if tag not in front)]
+
+    def _spell(self, label: Label) -> list[str]:
+        """Return a label as it is written: one tag, or name and series; none if it is undesired."""
+        if label.name in self.undesired:
+            return []
+        names = [label.name]
+        series = re.fullmatch(r"(.+?)_?\(([^()]+)\)", label.name)
+        if self.expands_characters and label.category == CHARACTER and series:
+            names = [series[1], series[2]]
+        spelled = [self._without_underscores(name) for name in names]
+        return [self.replacements.get(tag, tag) for tag in spelled]
+
+    def _without_underscores(self, tag: str) -> str:
+        if self.removes_underscores and len(tag) > _LONGEST_FACE:
+            return tag.replace("_", " ")
+        return tag
+
+
+def read_choice(options: TaggingOptions, sorts: bool) -> TagChoice:
+    """Return the choice that options ask for. Raises OptionError for a bad --tag_replacement."""
+    limits, words = options.thresholds, options.words
+    separator = words.caption_separator.strip()
+    thresholds = {}
+    for category in CATEGORIES - {RATING, QUALITY}:
+        value = getattr(limits, f"{category}_threshold")
+        thresholds[category] = limits.thresh if value is None else value
+    places = {
+        QUALITY: _place(limits.use_quality_tags, limits.use_quality_tags_as_last_tag),
+        RATING: _place(limits.use_rating_tags, limits.use_rating_tags_as_last_tag),
+    }
+    return TagChoice(
+        thresholds=thresholds,
+        places=places,
+        undesired=frozenset(split_tags(limits.undesired_tags, separator)),
+        replacements=_read_replacements(words.tag_replacement),
+        removes_underscores=words.remove_underscore,
+        expands_characters=words.character_tag_expand,
+        characters_first=words.character_tags_first,
+        always_first=tuple(split_tags(words.always_first_tags, separator)),
+        sorts=sorts,
+    )
+
+
+def _place(is_first: bool, is_last: bool) -> str | None:
+    if is_first:
+        return "first"
+    return "last" if is_last else None
+
+
+def split_tags(text: str, separator: str) -> list[str]:
+    """Return the tags in a text, without blanks round them."""
+    return [tag.strip() for tag in text.split(separator) if tag.strip()]
+
+
+def extend_caption(caption: str, tags: Sequence[str], separator: str) -> str:
+    """Return a caption with those tags behind it that it lacks; the caption itself if it lacks none."""
+    present = split_tags(caption, separator.strip())
+    missing = [tag for tag in tags if tag not in present]
+    if not missing:
+        return caption
+    before = caption.strip().removesuffix(separator.strip()).rstrip()
+    return separator.join([before, *missing] if before else missing)
+
+
+def _read_replacements(text: str) -> dict[str, str]:
+    r"""Read `a,b;c,d`, where \, and \; stand for the signs themselves. Raises OptionError."""
+    replacements = {}
+    for pair in filter(None, re.split(r"(?<!\\);", text)):
+        words = [re.sub(r"\\([,;])", r"\1", word).strip() for word in re.split(r"(?<!\\),", pair)]
+        if len(words) != 2 or not all(words):
+            raise OptionError(f"--tag_replacement: {pair!r} has to be two tags, the old and the new one")
+        replacements[words[0]] = words[1]
+    return replacements

@@ -1,0 +1,23 @@
+"""Write tags as captions: the tags that a WD14-like tagger finds in pictures and clips.
+
+Every picture or clip without a caption gets one. What a person wrote is kept: the hidden file
+.captions_made.jsonl next to the captions says which of them this program wrote.
+All options: python tools/tag.py --help
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a file: then Python looks for modules in its folder
+    _FOLDER = Path(__file__).resolve().parent
+    sys.path[:] = [str(_FOLDER.parent), *(path for path in sys.path if Path(path).resolve() != _FOLDER)]
+
+import modules.interpreter  # noqa: F401
+from contract.families import plain_script
+from data_tools.tags.options import TaggingOptions
+
+main = plain_script(__doc__, "data_tools.tags.run.tag_folder", TaggingOptions)
+
+
+if __name__ == "__main__":
+    main.run()
