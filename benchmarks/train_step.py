@@ -1,7 +1,8 @@
 """Measure the overhead of the training loop over the bare computation: python benchmarks/train_step.py
 
-A bare step is forward, backward, clipping and optimizer step of a Wan transformer with a LoRA, on a batch
-that is already on the device. A step of the loop also reads caches in workers, draws noise and timesteps,
+A bare step is forward, backward, clipping and optimizer step of a Wan transformer with a LoRA (with --whole
+of all its weights), on a batch that is already
+on the device. A step of the loop also reads caches in workers, draws noise and timesteps,
 copies, logs to TensorBoard and counts. Both are timed alternately in one run, with the same network,
 optimizer and autocast; the figure is the median ratio of neighbours.
 """
@@ -32,6 +33,7 @@ def main() -> None:
         "--precision", default="no", choices=["no", "bf16", "fp16"], help="value of --mixed_precision"
     )
     parser.add_argument("--rounds", type=int, default=12, help="number of rounds; each times both kinds")
+    parser.add_argument("--whole", action="store_true", help="train all weights instead of a LoRA")
     parser.add_argument("--steps", type=int, default=4, help="steps of each kind per round")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -45,13 +47,14 @@ def main() -> None:
 def _measure(folder: Path, args: argparse.Namespace) -> tuple[list[float], list[float]]:
     """Return seconds of bare steps and of steps of the loop, one figure of each per round."""
     from modules.options import read_options
+    from training.learning_options import WholeDitOptions
     from training.loop import advance
     from training.options import TrainingOptions, read_arguments, training_parser
     from training.run import prepare_run
     from wan.family import family_for_training
     from wan.options import WanTrainingOptions
 
-    parser = training_parser("")
+    parser = training_parser("", WholeDitOptions) if args.whole else training_parser("")
     add_options(parser, WanTrainingOptions)
     given = read_arguments(parser, _write_project(folder, args), {})
     family = family_for_training(read_options(WanTrainingOptions, given))
@@ -146,7 +149,7 @@ def _write_project(folder: Path, args: argparse.Namespace) -> list[str]:
             "dataset_config": folder / "dataset.toml",
             "dit": dit,
             "task": "t2v-1.3B",
-            "network_dim": 16,
+            **({} if args.whole else {"network_dim": 16}),
             "learning_rate": 1e-4,
         },
         **{"output_dir": folder / "output", "output_name": "x", "logging_dir": folder / "logs", "seed": 1},

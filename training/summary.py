@@ -42,11 +42,13 @@ from training.reports.sample_files import FOLDER
 from training.run_options import LEAST_STEPS, SampleOptions
 from training.saving.options import SavingOptions
 from training.steps import StepPlan
+from training.trainable import Trainable
 from training.training_run import TrainingRun
 
 MOMENTS_BYTES = 8  # of AdamW's two moments, for each trained weight; other optimizers keep less
 FLOAT_BYTES = 4  # states are saved in float32
 LOW_STRENGTH = 0.1  # a lower alpha / rank gets a remark
+SHOWN_NAMES = 6  # most parts of one learning rate that are named
 SPARE = 1.05  # a disk with less room than this times what the run will write is warned of
 
 
@@ -111,9 +113,31 @@ def _make_learning_rows(run: TrainingRun, parameters: Sequence[Tensor]) -> list[
         ("timesteps", "\n".join(describe_times(options.timesteps, plan.config.datasets))),
         ("targets", "\n".join(describe_targets(options)) or None),
         ("steps", _describe_length(plan)),
-        ("learning rate", f"{options.optimizer.learning_rate:g}" if is_made else judge_rate(options)),
+        ("learning rate", _describe_rates(options, run.model.trainable, is_made)),
         ("optimizer", f"{options.optimizer.optimizer_type or 'AdamW'}, seed {plan.progress.seed}"),
     ]
+
+
+def _describe_rates(options: TrainingOptions, trainable: Trainable, is_made: bool) -> str:
+    """Return the learning rate as `judge_rate`, and those of the parts if they differ.
+
+    is_made: the family makes the network, which has other usual rates than a LoRA.
+    """
+    usual = options.optimizer.learning_rate
+    names: dict[float, list[str]] = {}
+    for name, group in zip(trainable.group_names, trainable.groups, strict=False):
+        names.setdefault(group.get("lr", usual), []).append(name)
+    judged = f"{usual:g}" if is_made else judge_rate(options)
+    if len(names) < 2 and (usual != 0 or usual in names):
+        return judged
+    parts = "\n".join(f"{rate:g}: {_shorten_list(of_rate)}" for rate, of_rate in names.items())
+    return parts if usual == 0 else f"{judged}\n{parts}"
+
+
+def _shorten_list(names: Sequence[str]) -> str:
+    """Return names with commas, the first and the last ones of many."""
+    shown = [*names] if len(names) <= SHOWN_NAMES else [*names[: SHOWN_NAMES - 2], "...", names[-1]]
+    return ", ".join(shown)
 
 
 def _make_writing_rows(

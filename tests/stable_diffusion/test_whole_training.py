@@ -1,6 +1,7 @@
 """Whole checkpoints of Stable Diffusion, trained by their scripts on tiny models."""
 
 import io
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -228,8 +229,9 @@ def test_text_encoders_learn_at_their_own_rates(folder: Path) -> None:
 
     succeed_here("sdxl_train.py", *words(model.name, *SGD, *fixed), folder=folder)
     ours = words(model.name, *SGD, *fixed, *rates, "--output_name", "rates")
-    succeed_here("sdxl_train.py", *ours, folder=folder)
+    said = succeed_here("sdxl_train.py", *ours, folder=folder)
 
+    assert re.search(r"learning rate: 0\.1\n +0\.1: dit\n +0\.2: text_encoder\n", said)
     usual = changes(folder, model.name, "output/last.safetensors")
     changed = changes(folder, model.name, "output/rates.safetensors")
     first, second = (start for start, _ in TOWERS["sdxl"])
@@ -248,11 +250,13 @@ def test_blocks_of_the_unet_learn_at_their_own_rates(folder: Path) -> None:
 
     succeed_here("sdxl_train.py", *words(model.name, *SGD, *fixed), folder=folder)
     ours = words(model.name, *SGD, *fixed, "--block_lr", ",".join(map(str, rates)), "--output_name", "rates")
-    succeed_here("sdxl_train.py", *ours, folder=folder)
+    shown = succeed_here("sdxl_train.py", *ours, folder=folder)
     code, said = run_here(
         "sdxl_train.py", *words(model.name, *fixed, "--block_lr", "1e-5,1e-5"), folder=folder
     )
 
+    assert re.search(r"\n +0\.2: dit block 0\n", shown)
+    assert re.search(r"\n +0\.1: dit block \d+, .+, \.\.\., dit block \d+\n", shown)
     usual = changes(folder, model.name, "output/last.safetensors")
     changed = changes(folder, model.name, "output/rates.safetensors")
     factors = {"time_embed": 2, "label_emb": 2, "input_blocks.0": 3, "output_blocks.5": 4, "out": 5}
