@@ -206,7 +206,7 @@ class Story:
         candidates = []
         for name, step in self.saved.items():
             validated = None if self.is_average(name) else self.nearest(step)
-            if validated is not None and (folder / name).is_file():
+            if validated is not None and (folder / name).exists():
                 _, loss = validated
                 candidates.append((loss, -step, name))
         if not candidates:
@@ -225,7 +225,7 @@ class Story:
         candidates = [
             (-step, len(name), name)
             for name, step in self.saved.items()
-            if not self.is_average(name) and (folder / name).is_file()
+            if not self.is_average(name) and (folder / name).exists()
         ]
         if not candidates:
             return None
