@@ -1,7 +1,7 @@
 """Anima, described for the shared loops."""
 
 import logging
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -73,6 +73,7 @@ class Anima(ModelOfPictures):
     few_steps: ClassVar[FewSteps] = FEW_STEPS
     can: ClassVar = Abilities(tell_few_steps=True, rate_parts=True)
     draws_latents: ClassVar[bool] = False
+    vae_of_clips: ClassVar[bool] = True
     cache_tag: str = field(default="anima", init=False)
     noise_dtype: torch.dtype | None = field(default=torch.float32, init=False)  # as in diffusers
     lora_module: str = field(default=LORA[0].network_module, init=False)
@@ -140,11 +141,6 @@ class Anima(ModelOfPictures):
     def prepare(self, request: Request) -> Prepared:
         return self.settle_picture(request, FLOW_SHIFT)
 
-    def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
-        """Encode a picture, 1 1 H W 3 uint8, in model space, 1 C 1 h w. Nothing is drawn."""
-        latents: Tensor = encoders.vae.encode(to_pixels(frames))
-        return latents
-
     def sections(
         self,
         prepared: Prepared,
@@ -157,9 +153,6 @@ class Anima(ModelOfPictures):
         assert isinstance(ids, Tensor)
         check_tokens(ids, vocabulary, self.files.dit_path)
         return (yield from super().sections(prepared, prompts, inputs, noise))
-
-    def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
-        yield from encoders.vae.decode(latents)
 
 
 def _name_texts(conditions: Conditions, device: torch.device) -> dict[str, Tensor]:

@@ -47,7 +47,7 @@ from modules.control_codes import shorten
 from modules.devices import send, send_ahead
 from modules.errors import CacheError, DatasetError, OptionError
 from modules.media.buckets import fit_within
-from modules.media.pixels import byte_clips
+from modules.media.pixels import byte_clips, to_pixels
 
 logger = logging.getLogger(__name__)
 
@@ -180,6 +180,8 @@ class ModelOfPictures(OneTransformer):
     to_edit: ClassVar[str] = "remove them"  # what to do about control images that are not taken
     # cached latents are drawn from the VAE's posterior; False: they are its mean
     draws_latents: ClassVar[bool] = True
+    # its VAE is made for clips: it takes pixels of -1..1 in place of bytes, and decodes in parts
+    vae_of_clips: ClassVar[bool] = False
     noise_dtype: torch.dtype | None = None  # that noise is drawn in; None: the transformer's, as released
 
     if TYPE_CHECKING:  # a property would be taken as the default of a derived record's field
@@ -285,7 +287,7 @@ class ModelOfPictures(OneTransformer):
 
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
         """Encode a picture, 1 1 H W 3 uint8, in model space, 1 C 1 h w. seed: where latents are drawn."""
-        clips = byte_clips(frames)
+        clips = to_pixels(frames) if self.vae_of_clips else byte_clips(frames)
         vae = encoders.vae
         latents: Tensor
         latents = vae.encode(clips, [posterior_generator(seed)]) if self.draws_latents else vae.encode(clips)
@@ -313,7 +315,8 @@ class ModelOfPictures(OneTransformer):
         return (yield prompts[0].section(self.draw_noise(prepared, noise), conditions))
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
-        yield encoders.vae.decode(latents)
+        decoded = encoders.vae.decode(latents)
+        yield from decoded if self.vae_of_clips else (decoded,)
 
 
 def _check_references(paths: Sequence[Path], rules: ReferenceRules, who: str) -> None:

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -65,6 +65,8 @@ class Krea2(pictures.ModelOfPictures):
     isolated: bool = False  # references attend to each other alone
 
     few_steps: ClassVar = FEW_STEPS
+    draws_latents: ClassVar[bool] = False
+    vae_of_clips: ClassVar[bool] = True
     to_edit: ClassVar = "for edits, give --edit to caching and training; else remove them"
     can: ClassVar = Abilities(tell_few_steps=True, sample_apart="--turbo_dit")
     lora_module: str = field(default=LORA[0].network_module, init=False)
@@ -242,11 +244,6 @@ class Krea2(pictures.ModelOfPictures):
             conditions[f"{CONTROL}_{index}"] = encoders.vae.encode(to_pixels(frames))
         return {0: conditions}
 
-    def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
-        """Encode a picture, 1 1 H W 3 uint8, in model space, 1 C 1 h w. Nothing is drawn."""
-        latents: Tensor = encoders.vae.encode(to_pixels(frames))
-        return latents
-
     def sections(
         self,
         prepared: Prepared,
@@ -256,9 +253,6 @@ class Krea2(pictures.ModelOfPictures):
     ) -> Generator[Section, Tensor, Tensor]:
         section = prompts[0].section(self.draw_noise(prepared, noise), inputs.get(0))
         return (yield replace(section, tweaks=Tweaks(section_cache={})) if self.isolated else section)
-
-    def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
-        yield from encoders.vae.decode(latents)
 
 
 def family_for_latent_caching(options: own.Krea2LatentCachingOptions) -> Krea2:

@@ -1,6 +1,6 @@
 """Qwen-Image, described for the shared loops."""
 
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -87,6 +87,8 @@ class QwenImage(ModelOfPictures):
     def cache_tag(self) -> str:
         return self.version.cache_tag
 
+    draws_latents: ClassVar[bool] = False
+    vae_of_clips: ClassVar[bool] = True
     to_edit: ClassVar = "for edits, give --model_version edit-2511 or another one of edits; else remove them"
 
     @property
@@ -197,11 +199,6 @@ class QwenImage(ModelOfPictures):
             conditions[f"{CONTROL}_{index}"] = encoders.vae.encode(to_pixels(frames))
         return {0: conditions}
 
-    def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
-        """Encode a picture, 1 1 H W 3 uint8, in model space, 1 C 1 h w. Nothing is drawn."""
-        latents: Tensor = encoders.vae.encode(to_pixels(frames))
-        return latents
-
     def sections(
         self,
         prepared: Prepared,
@@ -214,9 +211,6 @@ class QwenImage(ModelOfPictures):
         if isinstance(first, Tensor):
             section = replace(section, anchor=read_anchor(prepared, first, self.edit))
         return (yield section)
-
-    def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
-        yield from encoders.vae.decode(latents)
 
 
 def _name_models_with(fingerprint: str) -> str:

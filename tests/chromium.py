@@ -115,8 +115,8 @@ def read_page(page: Any, read: Callable[..., Any], *arguments: Any) -> Any:
 
 def wait_until(page: Any, expression: str) -> None:
     """Wait until an expression is true; Playwright's own waiting needs pages that may evaluate texts."""
-    for _ in range(600):
+    for looked in range(300):
         if read_page(page, page.evaluate, expression):
             return
-        page.wait_for_timeout(50)
+        page.wait_for_timeout(50 if looked < 40 else 150)  # milliseconds; each look costs several of work
     raise AssertionError(f"never true: {expression}")

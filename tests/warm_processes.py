@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -29,6 +30,7 @@ class WarmServer:
             encoding="utf-8",
         )
         self.pid: int = self._process.pid
+        self._lock = threading.Lock()  # a request and its answer belong together, whichever thread asks
         atexit.register(self._end)
 
     def _end(self) -> None:
@@ -40,9 +42,10 @@ class WarmServer:
         """Send a request, return the answer."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        answer: dict[str, Any] = json.loads(self._process.stdout.readline())
+        with self._lock:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+            answer: dict[str, Any] = json.loads(self._process.stdout.readline())
         return answer
 
 

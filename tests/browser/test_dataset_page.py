@@ -4,11 +4,14 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 import tarfile
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlencode
 
@@ -28,9 +31,10 @@ from tests.browser.serving import Answer, Served, serve_runs, write_run
 from tests.browser.test_accessible import assert_fits
 from tests.browser.test_server import SECRET, ways_out
 from tests.chromium import open_page, wait_until
-from tests.commands import run_script
+from tests.commands import MOST_SECONDS, QUIET, run_script
 from tests.data_tools.report.making import save_clip, save_picture, write_config
 from tests.dataset.toy_family import ToyFamily
+from tests.warm_processes import CAN_BE_WARM, WarmProcess
 
 
 def save_set(folder: Path) -> Path:
@@ -78,6 +82,34 @@ class Page:
         """Save or undo the caption of a file."""
         body = {"what": what, "text": text, "have": file["caption"]["mark"], **changes}
         return self.ask(f"caption/{file['id']}", body)
+
+
+class WarmReport:
+    """What `browser.datasets` starts to measure a dataset, with its libraries loaded before."""
+
+    def __init__(self, command: Sequence[str], cwd: Path, env: Mapping[str, str], **streams: int) -> None:
+        self._said = tempfile.TemporaryDirectory()
+        files = (Path(self._said.name) / name for name in ("out", "err"))
+        self._process = WarmProcess(command[1:], cwd, QUIET, *files, place=env)
+        self.kill = self._process.kill
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.returncode
+
+    def communicate(self) -> tuple[bytes, bytes]:
+        self._process.wait(timeout=MOST_SECONDS)
+        with self._said:
+            done = self._process.done()
+        return done.stdout.encode(), done.stderr.encode()
+
+
+@pytest.fixture(autouse=True)
+def warm_reports(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure in copies of a process that has loaded torch already; `kept` starts a new one, as users do."""
+    if CAN_BE_WARM and "kept" not in request.fixturenames:
+        started = SimpleNamespace(Popen=WarmReport, DEVNULL=subprocess.DEVNULL, PIPE=subprocess.PIPE)
+        monkeypatch.setattr("browser.datasets.subprocess", started)
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from tests.browser.serving import serve_runs, write_run
 from tests.chromium import open_page, wait_until
 from training.reports.history import History, describe_process, history_path
 
+MINUTE = 60_000  # milliseconds by which a page's clock goes on, in place of waiting for its next question
 LISTED = """NVIDIA GeForce RTX 4090, 12288, 24564, 61
 Tesla, K80, 0, 11441, [N/A]
 not a card
@@ -136,8 +137,11 @@ def test_a_damaged_queue_does_not_hide_the_rest(tmp_path: Path) -> None:
 def test_a_server_that_does_not_answer_any_more_is_said(tmp_path: Path, address: str) -> None:
     write_run(tmp_path, "y", 4, None)
     with serve_runs(tmp_path) as served, open_page(f"{served.url}{address}") as page:
+        page.clock.install()
+        page.reload()
         wait_until(page, "document.querySelector('#machine a') !== null")
         page.route("**/machine", lambda route: route.abort())
+        page.clock.fast_forward(MINUTE)
         wait_until(page, "document.getElementById('machine').textContent.includes('does not answer')")
         command = page.locator("#machine code").text_content()
         assert command is not None
@@ -145,6 +149,7 @@ def test_a_server_that_does_not_answer_any_more_is_said(tmp_path: Path, address:
         shown = re.sub("<[^>]*>", "", served.ask("/settings").text)  # folders are marked in it
         assert command in html.unescape(shown)
         page.unroute("**/machine")
+        page.clock.fast_forward(MINUTE)
         wait_until(page, "document.querySelector('#machine a')?.textContent.startsWith('y, step 4')")
 
 
