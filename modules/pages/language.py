@@ -66,8 +66,8 @@ class Words(str):
     def __str__(self) -> str:  # str(error) keeps what can be translated
         return self
 
-    def __html__(self) -> str:  # what `escape` calls
-        return str(escape(escape_control_codes(self.shown())))
+    def __html__(self) -> Markup:  # what `escape` calls
+        return escape(escape_control_codes(self.shown()))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Words":
         return self
