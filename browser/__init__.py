@@ -35,6 +35,7 @@ new_form: fields of the page New, and their command
 new_pages: describe, check and start a folder by buttons
 new_steps: how far a folder is, and its next step
 options: options of run_browser.py: folders, address, token
+page_language: tables of languages, one chosen for each request
 permissions: what a run.toml lets its run do
 qr_code: a text as QR code, for terminal and page
 queue_pages: page of the queue, its buttons
@@ -56,6 +57,7 @@ setting_words: words of other programs for settings of a training
 settings_page: page of settings: folders, server, queue, bin
 site: what all pages of one server share, how it started
 start: serve pages or export one; show the address
+state_names: states of runs and jobs in words
 tokens: the secret word of the page, and who opens it
 upload_stream: write the bytes of a dropped file as they arrive
 uploads: take dropped files, judged by their content

@@ -246,7 +246,7 @@ def find_caching_words(run_text: str) -> list[str]:
             command, _ = launch.find_program(words, Path.cwd())
             if command.words[0] == CACHES:
                 return words
-        reason = say("none of its commands does")
+        reason: str = say("none of its commands does")
     except KeyError as error:
         reason = say("it has no %(error)s", error=error)
     except (TypeError, ValueError, OptionError) as error:

@@ -604,7 +604,7 @@ def describe_ended(ended: Sequence[RenderJob]) -> str:
     newest = ended[0]
     words = newest.reason or newest.warnings
     reason = shorten(" ".join(words.split()), SHOWN_OF_REASON)
-    state = join(" ", (newest.id, name_state(newest.state)))
+    state = join(" ", (str(newest.id), name_state(newest.state)))
     return join(": ", filter(None, (state, reason)))
 
 

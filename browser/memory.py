@@ -81,7 +81,7 @@ class ReadPlan:
     @property
     def fits(self) -> bool | None:
         """Return whether it fits; None if there is no card to compare with."""
-        verdicts = {say("Fits"): True, say("Does not fit"): False}
+        verdicts = {"Fits": True, "Does not fit": False}
         for remark in self.remarks:
             if remark.partition(":")[0] in verdicts:
                 return verdicts[remark.partition(":")[0]]

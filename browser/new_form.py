@@ -217,7 +217,7 @@ def list_unwritten(sent: NewForm, shown: NewForm, present: NewForm) -> list[str]
     shown: what the page held when it was made. present: what the files say now. An empty name or number of
     steps stands for what the files have.
     """
-    labels = []
+    labels: list[str] = []
     for name, label in (OF_ALL_FILES | OF_RUN_FILE).items():
         value = getattr(sent, name)
         is_changed = value not in (getattr(shown, name), getattr(present, name))

@@ -106,7 +106,7 @@ class ResultSettings:
     def rows(self) -> list[tuple[str, str]]:
         """Return all settings with their names, those that people look for first."""
         size = f"{self.get('width')} x {self.get('height')}" if self.get("width") else ""
-        shown = {
+        shown: dict[str, str] = {
             say("prompt"): self.get("prompt"),
             say("negative"): self.get("negative_prompt"),
             say("size"): size,

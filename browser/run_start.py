@@ -543,7 +543,7 @@ def read_run_state(run: RunSummary) -> RunState:
         )
         return replace(state, is_asked=(run.history.parent / f"{run.name}.stop").exists())
     if run.state == DIED:
-        reason = say(
+        reason: str = say(
             "It ended after step %(step)s without a word: it was killed, or the machine went off.",
             step=f"{run.step:,}",
         )

@@ -66,8 +66,8 @@ class Words(str):
     def __str__(self) -> str:  # str(error) keeps what can be translated
         return self
 
-    def __html__(self) -> str:  # what `escape` calls
-        return str(escape(escape_control_codes(self.shown())))
+    def __html__(self) -> Markup:  # what `escape` calls
+        return escape(escape_control_codes(self.shown()))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Words":
         return self
@@ -88,7 +88,7 @@ class Words(str):
         return text % {name: show(value) for name, value in self.values.items()}
 
 
-class Row(Words):
+class JoinedWords(Words):
     """Hold texts with a separator between them, each of which is translated."""
 
     __slots__ = ()
@@ -100,7 +100,7 @@ class Row(Words):
 def join(separator: str, texts: Iterable[str]) -> Words:
     """Return texts with a separator between them; those that can be translated still can."""
     row = list(texts)
-    return Row(separator.join(row), separator, {"texts": row})
+    return JoinedWords(separator.join(row), separator, {"texts": row})
 
 
 def show(value: Any) -> Any:

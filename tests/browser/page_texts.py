@@ -41,8 +41,9 @@ def list_template_texts(path: Path) -> Iterator[str]:
     """Yield the keys that a template names."""
     for call in parse_template(path).find_all(nodes.Call):
         place = FUNCTIONS.get(call.node.name) if isinstance(call.node, nodes.Name) else None
-        if place is not None and len(call.args) > place and isinstance(call.args[place], nodes.Const):
-            yield call.args[place].value
+        key = None if place is None or len(call.args) <= place else call.args[place]
+        if isinstance(key, nodes.Const):
+            yield key.value
 
 
 def list_program_texts(path: Path) -> Iterator[str]:
@@ -51,8 +52,9 @@ def list_program_texts(path: Path) -> Iterator[str]:
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
             continue
         place = FUNCTIONS.get(call.func.id)
-        if place is not None and len(call.args) > place and isinstance(call.args[place], ast.Constant):
-            yield call.args[place].value
+        key = None if place is None or len(call.args) <= place else call.args[place]
+        if isinstance(key, ast.Constant) and isinstance(key.value, str):
+            yield key.value
 
 
 def list_chart_titles() -> Iterator[str]:

@@ -709,7 +709,7 @@ def test_a_paused_queue_says_so_and_a_job_that_ended_shows_what_it_printed(
     write_command(tmp_path, "python tools/download.py --list")
     queue.add(SHORT, tmp_path)
     with serve_runs(tmp_path, queue=queue) as served:
-        assert "which is paused" in served.ask(served.of("x")).text
+        assert "The queue is paused." in served.ask(served.of("x")).text
         page = served.ask("/queue").text
         assert ("paused: jobs wait" in page, 'data-paused="yes"' in page) == (True, True)
         assert "reelsmith run my_clips" in page
@@ -717,4 +717,4 @@ def test_a_paused_queue_says_so_and_a_job_that_ended_shows_what_it_printed(
         wait_for_states(queue, FINISHED)
         assert "--task TASK --list shows the files of one" in served.ask("/queue").text
         queue.begin_work()
-        assert "which is paused" not in served.ask(served.of("x")).text
+        assert "The queue is paused." not in served.ask(served.of("x")).text

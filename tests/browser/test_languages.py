@@ -116,12 +116,12 @@ def list_shown_constants(node: nodes.Node) -> Iterator[str]:
         case nodes.Const(value=str(text)):
             yield text
         case nodes.CondExpr():
-            for part in (node.expr1, node.expr2):
-                if part is not None:
-                    yield from list_shown_constants(part)
+            yield from list_shown_constants(node.expr1)
+            if node.expr2 is not None:
+                yield from list_shown_constants(node.expr2)
         case nodes.Or() | nodes.Add() | nodes.Concat():
-            for part in node.iter_child_nodes():
-                yield from list_shown_constants(part)
+            for child in node.iter_child_nodes():
+                yield from list_shown_constants(child)
         case nodes.Getitem():
             if isinstance(node.node, nodes.Dict):
                 for pair in node.node.items:
