@@ -16,7 +16,6 @@ from contract.loading import BlockPlace
 from contract.rules import Expert
 from modules.devices import dtype_of, gib, keep_heap_small, warn_if_emulated
 from modules.errors import MemoryPlanError
-from networks.adapter import make_network
 from networks.options import NetworkOptions
 from running.dressing import swapped_weights
 from running.offload.turns import HostCopy
@@ -31,6 +30,7 @@ from training.features.composing import find_view, merged_loras, need, need_base
 from training.features.contract import DROPPED_CAPTIONS, EMPTY_PROMPT, WORSE_ONES
 from training.features.hooks import Hooks
 from training.loss import LossRule
+from training.made_networks import make_trained_network, written_by
 from training.optimizers import stepping
 from training.optimizers.lr_schedule import make_lr_schedule
 from training.optimizers.optimizer import check_rates, find_averaging, make_optimizer
@@ -439,9 +439,9 @@ class Learners:
             return
         network_options = experts.network_for(options, expert) or options.network
         texts = self.plan.texts
-        network = make_network(
+        network = make_trained_network(
+            self.plan.family,
             network_options,
-            self.plan.family.lora_module,
             dit,
             self.plan.progress.seed,
             encoders={} if texts is None else texts.networks,
@@ -457,6 +457,7 @@ class Learners:
             max_norm=network_options.scale_weight_norms,
             device=device,
             lora_format=self.plan.lora_format,
+            write=written_by(self.plan.family),
         )
         self.parts.append(trainable)
 
