@@ -438,7 +438,7 @@ def _create_from_file(
     created = _call(
         create,
         multiplier=1.0,
-        weights_sd=_tensors_of(options, encoders),
+        weights_sd=_tensors_of(options, dit, encoders),
         unet=dit,
         vae=None,
         file=str(options.network_weights),
