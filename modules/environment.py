@@ -5,6 +5,7 @@ Standard library only: it runs before anything is installed.
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -89,7 +90,9 @@ def provide_pip(python: Path) -> None:
 
 
 def _install(python: Path, packages: list[str]) -> None:
-    provide_pip(python)
+    uv = find_uv(python)
+    if uv is None:
+        provide_pip(python)
     has_torch = _succeeds(python, "-c", "import torch")
     torch_alone = []  # first, so that no other package chooses its version
     following = []
@@ -104,13 +107,36 @@ def _install(python: Path, packages: list[str]) -> None:
             torch_alone.append(line)
     for lines, flags in ((torch_alone, []), (following, []), (without_dependencies, ["--no-deps"])):
         if lines:
-            command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-            command += [*flags, *lines]
-            if subprocess.run(command, env={**os.environ, "PYTHONUTF8": "1"}).returncode:
-                raise UserError(
-                    f"pip could not install {', '.join(lines)}. See its message above, fix the cause and "
-                    "run again."
-                )
+            _install_lines(python, lines, flags, uv)
+
+
+def _install_lines(python: Path, lines: list[str], flags: list[str], uv: str | None) -> None:
+    """Install packages, with pip if there is no uv or if uv fails: settings of pip may name an index that uv
+    does not know. Raises UserError if that fails too.
+    """
+    if uv is not None:
+        command = [uv, "pip", "install", "--quiet", "--python", str(python), *flags, *lines]
+        if not subprocess.run(command).returncode:
+            return
+        sys.stderr.write("uv could not install that: see its message above. Trying pip\n")
+        provide_pip(python)
+    command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *flags, *lines]
+    if subprocess.run(command, env={**os.environ, "PYTHONUTF8": "1"}).returncode:
+        raise UserError(
+            f"pip could not install {', '.join(lines)}. See its message above, fix the cause and run again."
+        )
+
+
+def find_uv(python: Path) -> str | None:
+    """Return the program uv if it can install into an environment; None if pip has to.
+
+    It does not see the packages of the Python below, which an environment with `create_environment` may use.
+    """
+    settings = python.parent.parent / "pyvenv.cfg"
+    text = settings.read_text(encoding="utf-8") if settings.is_file() else ""
+    if re.search(r"(?m)^include-system-site-packages\s*=\s*true", text):
+        return None
+    return shutil.which("uv")
 
 
 def _succeeds(python: Path, *arguments: str) -> bool:

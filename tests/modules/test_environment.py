@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from modules.devices import IN_COMMAND, choose_device, empty_pinned, numbers_on, send_ahead, warn_if_emulated
-from modules.environment import create_environment, provide_pip
+from modules.environment import _install, create_environment, provide_pip
 from modules.errors import OptionError, UserError
 from modules.installation import hide_packages
 from tests.test_size import NOT_PRODUCT, product_files
@@ -50,6 +50,48 @@ def test_a_python_that_cannot_install_pip_is_told_what_to_do(tmp_path: Path) -> 
 
     with pytest.raises(UserError, match="python3-venv"):
         provide_pip(python)
+
+
+def stand_in(path: Path, name: str, code: int) -> None:
+    """A program that writes its name and arguments into a file beside it, and ends with a code."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    log = path.with_name("log.txt")
+    text = f"#!/bin/sh\necho {name} \"$@\" >> '{log}'\nexit {code}\n"
+    path.write_text(text, encoding="utf-8")
+    path.chmod(0o755)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the stand-ins are scripts of a Unix shell")
+@pytest.mark.parametrize(
+    ("code", "settings", "expected"),
+    [
+        (0, "", ["uv pip install --quiet --python PYTHON torch==2.13.0", "uv pip install --quiet"]),
+        (2, "", ["uv pip install", "python -m pip install --quiet"]),
+        (0, "include-system-site-packages = true\n", ["python -m pip install --quiet"]),
+    ],
+    ids=["uv", "uv fails", "an environment that uv does not see through"],
+)
+def test_uv_installs_if_it_is_there_and_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, settings: str, expected: list[str]
+) -> None:
+    folder = tmp_path / "a b ü" / "bin"
+    python = folder / "python"
+    stand_in(folder / "uv", "uv", code)
+    stand_in(python, "python", 0)
+    has_no_torch = "case $2 in *torch*) exit 1;; esac\n"
+    python.write_text(python.read_text(encoding="utf-8").replace("echo", f"{has_no_torch}echo"), "utf-8")
+    (folder.parent / "pyvenv.cfg").write_text(settings, encoding="utf-8")
+    monkeypatch.setenv("PATH", str(folder), prepend=":")
+
+    _install(python, ["torch==2.13.0", "einops>=0.8"])
+
+    log = (folder / "log.txt").read_text(encoding="utf-8").replace(str(python), "PYTHON").splitlines()
+    installs = [line for line in log if "install" in line.split()]
+    for line in expected:
+        assert any(line in each for each in installs), installs
+    if not code:
+        assert len({each.split()[0] for each in installs}) == 1
+        assert len(installs) == 2
 
 
 @pytest.fixture
