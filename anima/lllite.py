@@ -14,9 +14,9 @@ from anima.lllite_modules import (
     DILATIONS,
     PREFIX,
     TRUNK,
-    Lllite,
+    AnimaLllite,
+    AnimaLlliteModule,
     LlliteConfig,
-    LlliteModule,
     list_layers,
 )
 from anima.options import TARGETS, AnimaLlliteTrainingOptions, read_targets
@@ -44,13 +44,12 @@ class LllitePlan:
     widths: dict[str, int]  # of the inputs of a block's layers
 
 
-class HungLllite(nn.Module):
+class HungLllite(AnimaLllite):
     """A ControlNet-LLLite in a transformer, whose layers it changes wherever the transformer is called."""
 
-    def __init__(self, network: Lllite, scale: float) -> None:
+    def __init__(self, plan: LllitePlan, scale: float, dropout: float = 0.0) -> None:
         """scale: its strength, in training too."""
-        super().__init__()
-        self.network = network
+        super().__init__(plan.config, plan.blocks, plan.widths, dropout)
         self.scale = scale
         self.multiplier = 1.0  # of the scale, now: 0 shows the base
         # of the present call, and of blocks that a backward pass computes again: what the trunk makes of the
@@ -66,7 +65,7 @@ class HungLllite(nn.Module):
         self.strength = strength
         self.condition = None
         if controls is not None and strength * self.multiplier != 0:
-            trunk = self.network.lllite_conditioning1
+            trunk = self.lllite_conditioning1
             self.condition = trunk((controls * 2 - 1).to(trunk.conv1.weight.dtype))
 
     def hang_into(self, dit: nn.Module, path: Path | None) -> None:
@@ -75,8 +74,8 @@ class HungLllite(nn.Module):
         Raises CheckpointError if they do not fit the transformer.
         """
         by_name = {PREFIX + place.replace(".", "_"): layer for place, layer in dit.named_modules()}
-        for name, module in self.network.named_children():
-            if not isinstance(module, LlliteModule):
+        for name, module in self.named_children():
+            if not isinstance(module, AnimaLlliteModule):
                 continue
             layer: Any = by_name.get(name)
             width = module.down.in_features
@@ -91,7 +90,7 @@ class HungLllite(nn.Module):
         dit.beside = Beside(self)  # type: ignore[assignment]
 
     def _change_input(
-        self, module: LlliteModule, _: nn.Module, inputs: tuple[Any, ...]
+        self, module: AnimaLlliteModule, _: nn.Module, inputs: tuple[Any, ...]
     ) -> tuple[Any, ...] | None:
         """Return the changed inputs of a layer, as its forward pre-hook; None without a control picture."""
         if self.condition is None:
@@ -157,10 +156,6 @@ def read_lllite(checkpoint: Checkpoint, option: str) -> LoadPlan[LllitePlan]:
     return LoadPlan(LllitePlan(config, blocks, layers), checkpoint, plain_sources(checkpoint))
 
 
-def build(plan: LllitePlan, dropout: float = 0.0) -> Lllite:
-    return Lllite(plan.config, plan.blocks, plan.widths, dropout)
-
-
 def load_lllite(
     path: Path, option: str, dit: nn.Module, device: torch.device, dtype: torch.dtype, multiplier: float
 ) -> HungLllite:
@@ -168,8 +163,8 @@ def load_lllite(
     with open_checkpoint(require_file(path, option, "")) as checkpoint:
         plan = read_lllite(checkpoint, option)
         _check_blocks(plan.config, path, dit)
-        network = load_planned(plan, build, device=device, dtype=dtype, what=WHAT)
-    hung = HungLllite(network, multiplier)
+        build = partial(HungLllite, scale=multiplier)
+        hung = load_planned(plan, build, device=device, dtype=dtype, what=WHAT)
     hung.hang_into(dit, path)
     return hung
 
@@ -178,6 +173,7 @@ def check_file(path: Path, option: str) -> LllitePlan:
     """Compare a file's header with what it should have. Raises CheckpointError."""
     with open_checkpoint(require_file(path, option, "")) as checkpoint:
         plan = read_lllite(checkpoint, option)
+        build = partial(HungLllite, scale=1.0)
         load_planned(plan, build, device=torch.device("meta"), dtype=torch.float32, what=WHAT)
     return plan.config
 
@@ -209,7 +205,6 @@ def describe_lllite(options: AnimaLlliteTrainingOptions) -> MadeNetwork:
         make=partial(make_lllite, options),
         check=partial(_check_start, options),
         generate=_say_generation,
-        write=_write,
         values={
             "lllite.version": VERSION,
             "lllite.cond_emb_dim": config.cond_emb_dim,
@@ -244,21 +239,19 @@ def make_lllite(options: AnimaLlliteTrainingOptions, dit: nn.Module, with_values
     """
     config, dropout = _config_of(options), options.lllite_dropout or 0.0
     path = options.network_weights
+    build = partial(HungLllite, scale=options.lllite_multiplier, dropout=dropout)
     if path is not None and with_values:
         with open_checkpoint(path) as checkpoint:
             plan = read_lllite(checkpoint, WEIGHTS)
             _check_blocks(plan.config, path, dit)
-            network = load_planned(
-                plan, partial(build, dropout=dropout), torch.device("cpu"), torch.float32, what=WHAT
-            )
+            hung = load_planned(plan, build, torch.device("cpu"), torch.float32, what=WHAT)
     else:
         depth: int = dit.config.num_layers  # type: ignore[union-attr,assignment]
         widths = {}
         for _, layer_path in list_layers(config.layers, 1):
             layer: Any = dit.get_submodule(layer_path)
             widths[layer_path.split(".", 2)[2]] = layer.in_features
-        network = Lllite(config, depth, widths, dropout)
-    hung = HungLllite(network, options.lllite_multiplier)
+        hung = build(LllitePlan(config, depth, widths))
     hung.hang_into(dit, path)
     return hung
 
@@ -282,13 +275,6 @@ def _check_start(options: AnimaLlliteTrainingOptions) -> None:
             raise OptionError(
                 f"--{name} is {of_options}, {path} has {of_file}, with which it is trained on. Give the same"
             )
-
-
-def _write(module: nn.Module, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
-    from networks.metadata import save_network
-
-    assert isinstance(module, HungLllite)
-    save_network(module.network, path, dtype, metadata)
 
 
 def _say_generation(file: Path, sample: Mapping[str, Any], usual: Sequence[str]) -> list[str]:

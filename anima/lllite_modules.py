@@ -48,7 +48,7 @@ def make_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(groups, channels)
 
 
-class ResidualBlock(nn.Module):
+class ControlResidual(nn.Module):
     """x + conv2(silu(norm2(conv1(silu(norm1(x))))))."""
 
     def __init__(self, channels: int) -> None:
@@ -63,7 +63,7 @@ class ResidualBlock(nn.Module):
         return x + self.conv2(functional.silu(self.norm2(h)))
 
 
-class Pyramid(nn.Module):
+class ControlPyramid(nn.Module):
     """Join views of several widths (ASPP): dilated convolutions, and the mean of the whole picture."""
 
     def __init__(self, channels: int, dilations: Sequence[int]) -> None:
@@ -99,8 +99,8 @@ class LlliteTrunk(nn.Module):
         self.norm2 = make_norm(half)
         self.conv3 = nn.Conv2d(half, full, kernel_size=4, stride=4)
         self.norm3 = make_norm(full)
-        self.resblocks = nn.ModuleList(ResidualBlock(full) for _ in range(config.resblocks))
-        self.aspp = Pyramid(full, config.dilations) if config.use_aspp else None
+        self.resblocks = nn.ModuleList(ControlResidual(full) for _ in range(config.resblocks))
+        self.aspp = ControlPyramid(full, config.dilations) if config.use_aspp else None
         self.proj = nn.Conv2d(full, config.cond_emb_dim, kernel_size=1)
         self.out_norm = nn.LayerNorm(config.cond_emb_dim)
 
@@ -115,7 +115,7 @@ class LlliteTrunk(nn.Module):
         return self.out_norm(rearrange(self.proj(h), "b e h w -> b (h w) e"))
 
 
-class LlliteModule(nn.Module):
+class AnimaLlliteModule(nn.Module):
     """Compute what is added to the input of one layer."""
 
     def __init__(self, config: LlliteConfig, width: int, dropout: float = 0.0) -> None:
@@ -139,7 +139,7 @@ class LlliteModule(nn.Module):
         return self.up(self.dropout(functional.silu(h * (1 + gamma) + beta)))
 
 
-class Lllite(nn.Module):
+class AnimaLllite(nn.Module):
     """The trunk, and the modules of all blocks by their names in files."""
 
     def __init__(
@@ -150,7 +150,7 @@ class Lllite(nn.Module):
         self.lllite_conditioning1 = LlliteTrunk(config)
         for name, path in list_layers(config.layers, blocks):
             width = widths[path.split(".", 2)[2]]
-            self.add_module(name, LlliteModule(config, width, dropout))
+            self.add_module(name, AnimaLlliteModule(config, width, dropout))
 
 
 def list_layers(layers: Sequence[str], blocks: int) -> Iterator[tuple[str, str]]:
