@@ -4,6 +4,8 @@ adapter: small network that joins T5's tokens with Qwen3's states
 configs: dimensions of a transformer, latents, noise, names of parts
 family: Anima, described for the shared loops
 files: transformers in both layouts, adapters in files of their own
+lllite: a ControlNet-LLLite at work: files, in the transformer
+lllite_modules: the small networks of a ControlNet-LLLite
 model: Cosmos-Predict2's transformer for pictures, with the adapter
 names: what Anima is called everywhere, from scripts to tensors
 options: own options for caching, training and generation

@@ -1,8 +1,8 @@
 """Anima, described for the shared loops."""
 
 import logging
-from collections.abc import Generator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,6 +21,7 @@ from anima.options import (
     AnimaGenerationOptions,
     AnimaLatentCachingOptions,
     AnimaLearningOptions,
+    AnimaLlliteTrainingOptions,
     AnimaTextCachingOptions,
     AnimaWholeTrainingOptions,
 )
@@ -33,14 +34,17 @@ from contract.data import (
     LatentSpec,
     MediaBatch,
     MediaEncoders,
+    MediaTable,
     SamplingDefaults,
 )
 from contract.family import Abilities, DitSpec, Family, NoiseSource, NoiseSpec
 from contract.few_steps import FewSteps
 from contract.loading import Placement
+from contract.made_networks import MadeNetwork
 from contract.requests import Prepared, Request
 from contract.rules import ModelRelease
 from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
+from encoders import control_pictures
 from encoders.pictures import ModelOfPictures, encode_pictures, picture_defaults
 from modules.devices import send
 from modules.media.pixels import to_pixels
@@ -52,6 +56,7 @@ TEXTS_AGAIN = "anima_cache_text_encoder_outputs.py"
 # arguments of the network -> names in caches; masks stay on the host, which reads them
 INPUTS = {"states": STATES, "states_mask": MASK, "ids": IDS, "weights": WEIGHTS}
 ON_HOST = {"states_mask", "weights"}
+LLLITE, CONTROL_IMAGE = "--lllite_weights", "--control_image"
 UNIT = 1000  # of timesteps; the model takes the share of noise
 DEFAULTS = picture_defaults(STEPS, GUIDANCE_SCALE, 1024, FLOW_SHIFT)
 
@@ -62,6 +67,10 @@ class Anima(ModelOfPictures):
 
     files: AnimaFiles
     options: Any = NO_OPTIONS  # of a training
+    # what a training makes in place of a LoRA, which sees the control pictures
+    made_network: MadeNetwork | None = None
+    stores_controls: bool = False  # latents are cached together with the control pictures of a table
+    lora_module: str = LORA[0].network_module
 
     name: str = field(default="anima", init=False)
     named: ClassVar = {
@@ -71,16 +80,14 @@ class Anima(ModelOfPictures):
         "base_model_version": "anima",
     }
     few_steps: ClassVar[FewSteps] = FEW_STEPS
-    can: ClassVar = Abilities(tell_few_steps=True, rate_parts=True)
+    can: ClassVar = Abilities(tell_few_steps=True, rate_parts=True, make_network=True)
     draws_latents: ClassVar[bool] = False
     vae_of_clips: ClassVar[bool] = True
     cache_tag: str = field(default="anima", init=False)
     noise_dtype: torch.dtype | None = field(default=torch.float32, init=False)  # as in diffusers
-    lora_module: str = field(default=LORA[0].network_module, init=False)
     latent: LatentSpec = field(default=LATENT, init=False)
     noise: NoiseSpec = field(default=NOISE, init=False)
     dit: DitSpec = field(default=DIT, init=False)
-    defaults: SamplingDefaults = field(default=DEFAULTS, init=False)
     release: ModelRelease = field(default=RELEASE, init=False)
     text_keys: frozenset[str] = field(default=frozenset(INPUTS.values()), init=False)
     called: str = field(default=NAME, init=False)
@@ -91,12 +98,25 @@ class Anima(ModelOfPictures):
         blocks = {} if self.files.dit is None else {SOURCE_BLOCKS[0]: str(*self.block_counts())}
         return self.metadata_of({**self.named, **blocks})
 
+    @property
+    def defaults(self) -> SamplingDefaults:
+        return DEFAULTS if self.made_network is None else replace(DEFAULTS, extras=("control_multiplier",))
+
     # encoding
+
+    def check_table(self, table: MediaTable) -> None:
+        if self.made_network is not None:
+            table = control_pictures.check_controls(table, self.made_network.called)
+        super().check_table(replace(table, has_control=False) if self.stores_controls else table)
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
         """Return normalised means of pictures, in the VAE's dtype."""
         vae = encoders.vae
-        return encode_pictures(media, vae.device, lambda frames: vae.encode(to_pixels(frames)).to(vae.dtype))
+        pictures = replace(media, control=())
+        entries = encode_pictures(
+            pictures, vae.device, lambda frames: vae.encode(to_pixels(frames)).to(vae.dtype)
+        )
+        return control_pictures.add_controls(entries, media) if media.control else entries
 
     # the network
 
@@ -113,6 +133,17 @@ class Anima(ModelOfPictures):
         (path,) = self.dit_files
         placement = with_dtype(placement, self.files.dit_dtype)
         network: nn.Module = self.files.format.load(path, placement, second_file=self.files.adapter_path)
+        if isinstance(self.options, AnimaGenerationOptions) and self.options.lllite_weights is not None:
+            from anima.lllite import load_lllite  # only with its file
+
+            load_lllite(
+                self.options.lllite_weights,
+                LLLITE,
+                network,
+                placement.device,
+                network.compute_dtype,
+                multiplier=self.options.lllite_multiplier,
+            )
         return network
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
@@ -122,12 +153,21 @@ class Anima(ModelOfPictures):
         remedy = f"{TEXTS_AGAIN} and Qwen3 (0.6B)"
         batch.check_widths({STATES: adapter.text_dim}, self.files.dit_path, remedy)
         check_tokens(batch.tensor(IDS), adapter.vocabulary, self.files.dit_path)
-        return {name: batch.tensor(name) for name in INPUTS.values()}
+        conditions = {name: batch.tensor(name) for name in INPUTS.values()}
+        if self.made_network is not None:
+            conditions |= control_pictures.controls_of(
+                batch, latents, LATENT.stride[1], self.made_network.called
+            )
+        return conditions
 
     def predict(
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
     ) -> Tensor:
         """Predict from prompt_embeds B S D, attn_mask B S, t5_input_ids and t5_attn_mask, each B T."""
+        beside = getattr(dit, "beside", None)
+        if beside is not None:
+            controls, strength = control_pictures.control_in(cond, noisy.device, torch.float32)
+            beside.lllite.see(controls, strength)
         velocity: Tensor = dit(
             noisy,
             timesteps.float() / UNIT,
@@ -137,6 +177,18 @@ class Anima(ModelOfPictures):
         return velocity
 
     # generation
+
+    def keep_media(self, request: Request, who: str) -> Request:
+        """Return the request without media that nothing sees: a made network sees the control picture."""
+        sees = self.made_network is not None
+        return control_pictures.keep_control(request, super().keep_media, who, sees=sees)
+
+    def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
+        if self.made_network is not None:
+            return {0: control_pictures.sample_controls(prepared)}
+        path = self.options.control_image if isinstance(self.options, AnimaGenerationOptions) else None
+        size = prepared.width, prepared.height
+        return {0: {} if path is None else control_pictures.read_control(path, *size, strength=1.0)}
 
     def prepare(self, request: Request) -> Prepared:
         return self.settle_picture(request, FLOW_SHIFT)
@@ -166,7 +218,7 @@ def _name_texts(conditions: Conditions, device: torch.device) -> dict[str, Tenso
 
 
 def family_for_latent_caching(options: AnimaLatentCachingOptions) -> Anima:
-    return Anima(AnimaFiles().add_vae(options.vae.file))
+    return Anima(AnimaFiles().add_vae(options.vae.file), stores_controls=True)
 
 
 def family_for_text_caching(options: AnimaTextCachingOptions) -> Anima:
@@ -180,11 +232,21 @@ def family_for_training(options: AnimaLearningOptions) -> Anima:
             "leave it as it is",
             NAME,
         )
-    return Anima(_make_files(options, options.qwen3), options)
+    model = Anima(_make_files(options, options.qwen3), options)
+    if isinstance(options, AnimaLlliteTrainingOptions):
+        from anima.lllite import MODULE, describe_lllite  # only to train one
+
+        return replace(model, made_network=describe_lllite(options), lora_module=MODULE)
+    return model
 
 
 def family_for_generation(options: AnimaGenerationOptions) -> Anima:
-    return Anima(_make_files(options, options.text_encoder))
+    if options.lllite_weights is not None and options.control_image is not None:
+        from anima.lllite import check_file  # only with its file
+
+        check_file(options.lllite_weights, LLLITE)
+        control_pictures.check_control(CONTROL_IMAGE, options.control_image)
+    return Anima(_make_files(options, options.text_encoder), options)
 
 
 def _make_files(

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from modules.command import did_you_mean
 from modules.errors import OptionError
 from modules.option_values import FillIn
-from modules.options import FREE, HABIT, OF_DECODING, Options, not_needed, option, unsupported
+from modules.options import FREE, HABIT, IDENTITY, OF_DECODING, Options, not_needed, option, unsupported
 from modules.parser import typed_names
 from modules.speed_options import (
     GENERATION_VALUES,
@@ -160,6 +161,83 @@ class AnimaTrainingOptions(AnimaLearningOptions, title=NAME):
     )
 
 
+# presets of --lllite_target_layers, and single targets in their order
+PRESETS = {
+    "self_attn_q": ("self_attn_q_pre",),
+    "self_attn_qkv": ("self_attn_q_pre", "self_attn_kv_pre"),
+    "self_attn_qkv_cross_q": ("self_attn_q_pre", "self_attn_kv_pre", "cross_attn_q_pre"),
+}
+TARGETS: Mapping[str, tuple[str, ...]] = {  # -> layers of a block
+    "self_attn_q_pre": ("self_attn.q_proj",),
+    "self_attn_kv_pre": ("self_attn.k_proj", "self_attn.v_proj"),
+    "cross_attn_q_pre": ("cross_attn.q_proj",),
+    "mlp_fc1_pre": ("mlp.layer1",),
+}
+
+
+def read_targets(text: str) -> tuple[str, ...]:
+    """Return the single targets of --lllite_target_layers, in their order. Raises OptionError."""
+    chosen: set[str] = set()
+    for word in text.split(","):
+        name = word.strip()
+        if name not in PRESETS and name not in TARGETS:
+            hint = did_you_mean(name, (*PRESETS, *TARGETS))
+            raise OptionError(
+                f"--lllite_target_layers {text}: {name!r} is unknown.{hint} "
+                f"Give one of {', '.join(PRESETS)}, or some of {', '.join(TARGETS)} with commas between them"
+            )
+        chosen |= {*PRESETS.get(name, (name,))}
+    return tuple(target for target in TARGETS if target in chosen)
+
+
+def _size(help: str, default: int, least: int = 1, most: int = 4096) -> Any:
+    return option(help, default=default, least=least, most=most, hint=f"{default} is usual", facts=IDENTITY)
+
+
+class AnimaLlliteTrainingOptions(AnimaLearningOptions, title=NAME):
+    """Options of anima_train_control_net_lllite.py besides those of all image trainers."""
+
+    cond_emb_dim: int = _size("numbers that the control picture becomes at each token", 32)
+    lllite_cond_dim: int = _size(
+        "channels of the convolutions that see the control picture; even", 64, least=2
+    )
+    lllite_cond_resblocks: int = _size("residual blocks among them", 1, least=0, most=64)
+    lllite_use_aspp: bool = option(
+        "let them see wide surroundings too, by dilated convolutions", facts=IDENTITY
+    )
+    lllite_mlp_dim: int = _size("numbers that the input of a layer becomes", 64)
+    lllite_target_layers: str = option(
+        f"layers that are changed: {', '.join(PRESETS)}; or some of {', '.join(TARGETS)}, with commas",
+        default="self_attn_q",
+        often=True,
+        facts=IDENTITY,
+    )
+    lllite_dropout: float | None = option(
+        "share of the inner numbers that is set to zero during training", least=0, below=1, facts=HABIT
+    )
+    lllite_multiplier: float = option(
+        "strength with which it acts while it learns",
+        default=1.0,
+        least=-10,
+        most=10,
+        hint="1 is usual",
+        facts=IDENTITY,
+    )
+    network_weights: Path | None = option(name="network_weights", facts=FREE)
+
+    def __post_init__(self) -> None:
+        read_targets(self.lllite_target_layers)
+        if self.lllite_cond_dim % 2:
+            raise OptionError(
+                f"--lllite_cond_dim {self.lllite_cond_dim} is odd: its first convolutions have half as many "
+                f"channels. Give {self.lllite_cond_dim + 1}"
+            )
+        if self.lllite_multiplier == 0:
+            raise OptionError(
+                "--lllite_multiplier 0: nothing would be learned. Give another strength, or leave it out"
+            )
+
+
 class AnimaWholeTrainingOptions(AnimaLearningOptions, title=NAME):
     """Options of anima_train.py besides those of all image trainers."""
 
@@ -189,6 +267,18 @@ class AnimaGenerationOptions(Options, title=NAME):
     vae: AnimaVaeOptions
     text_encoder: Path | None = option(_QWEN3, flags=("--text_encoder", "--qwen3"), often=True)
     text: AnimaTextOptions
+    lllite_weights: Path | None = option(
+        "file of a ControlNet-LLLite, which follows --control_image", place="file", needs="control_image"
+    )
+    control_image: Path | None = option("control picture for --lllite_weights", needs="lllite_weights")
+    lllite_multiplier: float = option(
+        "strength of --lllite_weights",
+        default=1.0,
+        least=-10,
+        most=10,
+        hint="1 is usual",
+        needs="lllite_weights",
+    )
 
 
 def translate_training(args: argparse.Namespace) -> None:

@@ -30,8 +30,9 @@ class MadeNetwork:
     # for; its state dict is what states hold. The second argument: whether it begins with its file's values
     make: Callable[[nn.Module, bool], nn.Module]
     check: Callable[[], None]  # raises UserError for a file that it cannot begin with; loads nothing
-    # script and options that generate with a saved file, given the file and the values of a sample
-    generate: Callable[[Path, Mapping[str, Any]], Sequence[str]]
+    # script and options that generate with a saved file, given the file, the values of a sample, and script
+    # and options that make this sample with the model alone
+    generate: Callable[[Path, Mapping[str, Any], Sequence[str]], Sequence[str]]
     write: WritesNetwork | None = None  # None: the state dict is what files hold
     values: Mapping[str, Any] = field(default_factory=dict)  # entries of its files
 

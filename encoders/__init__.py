@@ -5,6 +5,7 @@ autoencoder_blocks: layers of FLUX's autoencoder
 clip_checkpoints: files of CLIP's text and image towers
 clip_l: CLIP-L for the shared loops, and its tokenizer
 clip_layers: CLIP's towers, and layers shared with SigLIP
+control_pictures: control pictures in caches, batches and samples
 files: files of one transformer, and what follows
 language_encoder: language models for the shared loops; chat templates
 language_models: files of Llama, Qwen, Mistral, and their networks

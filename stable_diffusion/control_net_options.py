@@ -1,6 +1,6 @@
 """Options of the scripts that train a ControlNet. Standard library only."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +44,15 @@ def rate_option() -> Any:
 
 
 def say_generation(
-    options: StableDiffusionTrainingOptions, flag: str, file: Path, sample: Mapping[str, Any]
+    options: StableDiffusionTrainingOptions,
+    flag: str,
+    file: Path,
+    sample: Mapping[str, Any],
+    _: Sequence[str],
 ) -> list[str]:
-    """Return the command of gen_img.py that generates with a trained file.
+    """Return the command of gen_img.py that generates with a trained file, which no other script takes.
 
-    flag: the option that takes it. sample: values by the names of `Request`.
+    flag: the option for the file. sample: values by the names of `Request`.
     """
     words = {
         "--ckpt": options.ckpt or FillIn("CHECKPOINT"),

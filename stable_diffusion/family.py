@@ -4,7 +4,6 @@ Pictures are those of gen_img.py, which has further ways to make them; networks 
 """
 # Letters: B pictures, L tokens, C width, h w latent size
 
-import logging
 import re
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -34,14 +33,13 @@ from contract.requests import Prepared, Prompts, Request
 from contract.rules import ModelRelease, NpzFormat
 from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 from contract.whole import CheckpointWriter, LearningParts
+from encoders import control_pictures
 from encoders.pictures import ModelOfPictures, picture_defaults
 from modules.console import quiet
-from modules.control_codes import shorten
 from modules.devices import choose_compute_dtype, dtype_of
 from modules.errors import CacheError, OptionError
 from modules.media.pixels import byte_clips
 from modules.options import NO_OPTIONS
-from stable_diffusion import control_pictures
 from stable_diffusion.beside_unet import BesideUnet
 from stable_diffusion.contract import SD1, SD2, SDXL, ModelKind
 from stable_diffusion.files import Marks
@@ -78,8 +76,6 @@ from stable_diffusion.training_options import (
 )
 from stable_diffusion.whole_files import make_writer
 from stable_diffusion.whole_folders import make_folder_writer
-
-logger = logging.getLogger(__name__)
 
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}  # of --mixed_precision; else float32
 OF_SD, OF_XL = (SD1, SD2), (SDXL,)  # kinds that a script trains
@@ -269,17 +265,8 @@ class StableDiffusion(ModelOfPictures):
         return control_pictures.add_controls(entries, media) if media.control else entries
 
     def keep_media(self, request: Request, who: str) -> Request:
-        """Return the request without media that nothing sees: a made network sees the control picture."""
-        control = request.control_path
-        if self.made_network is None:
-            return super().keep_media(request, who)
-        if control is None:
-            logger.warning(
-                "%r has no control picture (--cn): it is made by the base alone", shorten(request.prompt, 60)
-            )
-            return super().keep_media(request, who)
-        control_pictures.check_sample(control)
-        return replace(super().keep_media(replace(request, control_path=None), who), control_path=control)
+        sees = self.made_network is not None
+        return control_pictures.keep_control(request, super().keep_media, who, sees=sees)
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
         return {0: {} if self.made_network is None else control_pictures.sample_controls(prepared)}
@@ -370,7 +357,9 @@ class StableDiffusion(ModelOfPictures):
         if self.kind is SDXL:
             conditions[SIZES] = batch.tensor(SIZES)
         if self.made_network is not None:
-            conditions |= control_pictures.controls_of(batch, latents, self.made_network.called)
+            conditions |= control_pictures.controls_of(
+                batch, latents, self.latent.stride[1], self.made_network.called
+            )
         return conditions
 
     def predict(

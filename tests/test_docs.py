@@ -98,7 +98,13 @@ SMALLER = {
     **{f"{name}_train.py": TRAINING for name in WHOLE_MODELS},
     **dict.fromkeys(("sdxl_train.py", "train_db.py", "fine_tune.py"), TRAINING),
     **dict.fromkeys(
-        ("sdxl_train_control_net_lllite.py", "sdxl_train_control_net.py", "train_control_net.py"), TRAINING
+        (
+            "sdxl_train_control_net_lllite.py",
+            "sdxl_train_control_net.py",
+            "train_control_net.py",
+            "anima_train_control_net_lllite.py",
+        ),
+        TRAINING,
     ),
     "flux_kontext_train.py": f"{TRAINING} --no_resize_control",
     **{f"{name}_train_network.py": LORA for name in ("hv", "ltx2", "wan", *OF_PICTURES)},

@@ -161,7 +161,8 @@ class NextSteps:
         network = self.options.network
         if network is None and saved is not None and self._can_extract:
             commands.append(self._extract(file))
-        if network is not None and (_plain_kind(network) or self._needs_conversion(network)):
+        is_made = made_network_of(self.plan.family) is not None
+        if network is not None and not is_made and (_plain_kind(network) or self._needs_conversion(network)):
             files = self.names.files(self.names.stem_of(file)).values()
             commands += [self._convert(path) for path in files]
         return [*commands, _command("This run, as it was started", self._words())]
@@ -283,24 +284,24 @@ class NextSteps:
     def _generate(self, file: Path) -> PageCommand:
         shows_sample = self.options.samples.are_made and self.sample
         note = "The first sample again; change the prompt." if shows_sample else ""
-        made = made_network_of(self.plan.family)
-        if made is not None:
-            return _command("Generate with it", ["python", *made.generate(file, self.sample)], note)
         speed = self.options.speed
         launcher = self._launcher() if needed_in_generation(speed) else ["python"]
         generation = self.command.generation_words(self.sample, with_caches=self.is_of_caches)
-        words = [*launcher, *generation, *option_words(say_for_generation(speed))]
+        words = [*generation, *option_words(say_for_generation(speed))]
+        folder_flag = self.command.spellings.get("save_path", "--save_path")
+        of_sample = [
+            *say_sample(self.sample, self.command.spellings),
+            *(folder_flag, str(file.parent / "generated")),
+        ]
+        made = made_network_of(self.plan.family)
+        if made is not None:
+            words = [*made.generate(file, self.sample, [*words, *of_sample])]
+            return _command("Generate with it", [*launcher, *words], note)
         high_files, other_files = self._trained_files(file)
         words = self._with_trained(words, "", other_files)
         if f"--dit_{HIGH_NOISE}" in words:
             words = self._with_trained(words, f"_{HIGH_NOISE}", high_files)
-        folder_flag = self.command.spellings.get("save_path", "--save_path")
-        words += [
-            *say_sample(self.sample, self.command.spellings),
-            folder_flag,
-            str(file.parent / "generated"),
-        ]
-        return _command("Generate with it", words, note)
+        return _command("Generate with it", [*launcher, *words, *of_sample], note)
 
     def _trained_files(self, file: Path) -> tuple[list[Path], list[Path]]:
         """Return the files saved with one: of the expert for much noise, and of the others."""

@@ -511,13 +511,47 @@ def control_trainer(called: str, **settings: Any) -> ImageTrainerDefaults:
 
     called: the network. settings: of `ImageTrainerDefaults`; `refused` are further options.
     """
+    refused = {**_refused_by_noise, **_refuse_loras(called), **settings.pop("refused", {})}
+    return replace(NOISE_TRAINER, refused=refused, translate=_read_beside, **settings)
+
+
+def _refuse_loras(called: str) -> dict[str, str]:
+    """Return why options of LoRAs are refused, by name. called: the network that is trained."""
     reasons = {name: _OF_LORAS.format(called) + remedy for name, remedy in _REFUSED_BESIDE.items()}
     reasons["masked_loss"] = (
         "conditioning_data_dir holds the control pictures here, not masks. Give mask_directory in a subset "
         "for masks of the loss"
     )
-    refused = {**_refused_by_noise, **reasons, **settings.pop("refused", {})}
-    return replace(NOISE_TRAINER, refused=refused, translate=_read_beside, **settings)
+    return reasons
+
+
+_TOKENS = (
+    "its modules see all tokens of a picture next to all of its control picture, block by block. Leave it "
+    "out; --gradient_checkpointing and --fp8_base save memory"
+)
+
+
+def beside_blocks(called: str, defaults: ImageTrainerDefaults) -> ImageTrainerDefaults:
+    """Return the differences of a script that trains a network which sees control pictures next to the blocks
+    of a transformer.
+
+    called: the network. defaults: of the family's trainer of LoRAs.
+    """
+    of_blocks = (*SWAPPING, "use_pinned_memory_for_block_swap", *list_block_options(), *options_of_blocks())
+    refused = {
+        **defaults.refused,
+        **_refuse_loras(called),
+        **dict.fromkeys((*of_blocks, "gradient_checkpointing_cpu_offload"), _TOKENS),
+        "network_dim": "Its sizes are those of --cond_emb_dim and --lllite_...; leave it out",
+        "network_dropout": "Give it to --lllite_dropout",
+    }
+
+    def translate(args: argparse.Namespace) -> None:
+        defaults.translate(args)
+        args.network_train_unet_only = True
+
+    weights = {"network_weights": {"help": "file of a ControlNet-LLLite to start from"}}
+    return replace(defaults, refused=refused, translate=translate, settings=weights)
 
 
 def _read_beside(args: argparse.Namespace) -> None:

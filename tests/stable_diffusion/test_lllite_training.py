@@ -21,7 +21,7 @@ from checkpoints.filling import on_meta_device
 from contract.data import CONTROL_PIXELS, CacheEntry, MediaBatch
 from contract.loading import Placement
 from dataset.caching.latents import _add_mirrored, _mirror
-from stable_diffusion.control_pictures import add_controls
+from encoders.control_pictures import add_controls
 from stable_diffusion.family import StableDiffusion
 from stable_diffusion.lllite_learning import describe_lllite, make_lllite
 from stable_diffusion.lllite_modules import Lllite, plan_lllite

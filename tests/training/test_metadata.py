@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from contract.family import Abilities
 from modules.errors import CheckpointError, OptionError
 from modules.options import NO_OPTIONS, read_options
 from running.offload.block_swap import swap_of
@@ -46,6 +47,7 @@ def make_plan(options: TrainingOptions, folder: str, name: str, **family: str) -
             options=NO_OPTIONS,
             hashed_files={},
             noise=SimpleNamespace(keeps_variance=False),
+            can=Abilities(),
         ),
         progress=Progress(42, 7, 12.5),
         steps=StepPlan(num_batches=3, processes=1, accumulation=1, total_steps=6),

@@ -1,6 +1,7 @@
-"""Control pictures of a training and of its samples: in caches, batches and conditions."""
+"""Control pictures of networks that see pixels: in caches, batches, samples and conditions."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,13 @@ from contract.data import (
     MediaTable,
     send_tensor,
 )
-from contract.requests import Prepared, check_opens
+from contract.requests import Prepared, Request, check_opens
+from modules.control_codes import shorten
 from modules.errors import CacheError, DatasetError, OptionError
-from modules.media.reading import read_image
+from modules.media.reading import read_image, resize_frame
 from modules.option_values import as_shape
-from stable_diffusion.control_net import prepare
-from stable_diffusion.starting import STRIDE
+
+logger = logging.getLogger(__name__)
 
 CONTROL = "--cn"  # of a line of samples
 
@@ -59,14 +61,15 @@ def add_controls(entries: Sequence[Sequence[CacheEntry]], media: MediaBatch) -> 
     return joined
 
 
-def controls_of(batch: Batch, latents: Tensor, taker: str) -> dict[str, Tensor]:
+def controls_of(batch: Batch, latents: Tensor, stride: int, taker: str) -> dict[str, Tensor]:
     """Return the control pictures of a batch, B 3 H W uint8, among its conditions.
 
-    taker: what sees them. Raises CacheError if they are missing or of another size than the pictures.
+    stride: pixels on a side of a latent. taker: what sees them. Raises CacheError if they are missing or of
+    another size than the pictures.
     """
     batch.check({CONTROL_PIXELS: "conditioning_data_dir in the subsets"}, taker)
     controls = batch.tensor(CONTROL_PIXELS)
-    sides = tuple(STRIDE * side for side in latents.shape[-2:])
+    sides = tuple(stride * side for side in latents.shape[-2:])
     if controls.dtype != torch.uint8 or tuple(controls.shape[-2:]) != sides:
         raise CacheError(
             f"{batch.keys[0]}: its control picture has {as_shape(controls.shape[-2:])} rows and columns, the "
@@ -75,11 +78,11 @@ def controls_of(batch: Batch, latents: Tensor, taker: str) -> dict[str, Tensor]:
     return {CONTROL_PIXELS: controls}
 
 
-def check_sample(path: Path) -> None:
-    """Raise OptionError if the control picture of a sample cannot be read."""
+def check_control(option: str, path: Path) -> None:
+    """Raise OptionError if a control picture cannot be read. option: that names it."""
     if not path.is_file():
-        raise OptionError(f"{CONTROL} {path}: no such picture. Correct the path")
-    check_opens(CONTROL.strip("-"), path, is_image=True)
+        raise OptionError(f"{option} {path}: no such picture. Correct the path")
+    check_opens(option.removeprefix("--"), path, is_image=True)
 
 
 def sample_controls(prepared: Prepared) -> dict[str, Tensor]:
@@ -90,9 +93,16 @@ def sample_controls(prepared: Prepared) -> dict[str, Tensor]:
     request = prepared.request
     if request.control_path is None:
         return {}
-    frame = prepare(read_image(request.control_path), None, prepared.width, prepared.height)
     strength = float(request.extra.get("control_multiplier", 1))
-    pixels = rearrange(torch.from_numpy(frame), "h w c -> 1 c h w")
+    return read_control(request.control_path, prepared.width, prepared.height, strength)
+
+
+def read_control(path: Path, width: int, height: int, strength: float) -> dict[str, Tensor]:
+    """Return a control picture at a size with its strength, as conditions: 1 3 H W uint8, and 1."""
+    frame = read_image(path)
+    if frame.shape[:2] != (height, width):
+        frame = resize_frame(frame, (width, height), "lanczos")
+    pixels = rearrange(torch.from_numpy(frame.copy()), "h w c -> 1 c h w")
     return {CONTROL_PIXELS: pixels, CONTROL_STRENGTH: torch.tensor([strength])}
 
 
@@ -103,3 +113,21 @@ def control_in(cond: Conditions, device: torch.device, dtype: torch.dtype) -> tu
     strength: Any = cond.get(CONTROL_STRENGTH)
     pixels = send_tensor(cond, CONTROL_PIXELS, device)
     return (pixels.float() / 255).to(dtype), 1.0 if strength is None else float(strength[0])
+
+
+def keep_control(request: Request, keep: Callable[[Request, str], Request], who: str, sees: bool) -> Request:
+    """Return the request as `keep` returns it, but with its control picture if something sees it.
+
+    keep: `ModelOfPictures.keep_media`. Warns of a sample without one. Raises OptionError if one cannot be
+    read.
+    """
+    control = request.control_path
+    if not sees:
+        return keep(request, who)
+    if control is None:
+        logger.warning(
+            "%r has no control picture (--cn): it is made by the base alone", shorten(request.prompt, 60)
+        )
+        return keep(request, who)
+    check_control(CONTROL, control)
+    return replace(keep(replace(request, control_path=None), who), control_path=control)

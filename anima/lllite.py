@@ -1,0 +1,283 @@
+"""ControlNet-LLLite of Anima at work: read from files, hung into the transformer, written."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from anima.lllite_modules import (
+    DILATIONS,
+    PREFIX,
+    TRUNK,
+    AnimaLllite,
+    AnimaLlliteModule,
+    LlliteConfig,
+    list_layers,
+)
+from anima.options import TARGETS, AnimaLlliteTrainingOptions, read_targets
+from checkpoints.dialects import LoadPlan, count, load_planned, other_kind
+from checkpoints.model_files import require_file
+from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
+from contract.made_networks import MadeNetwork
+from modules.errors import CheckpointError, OptionError
+from modules.option_values import FillIn, option_words
+
+CALLED = "ControlNet-LLLite"
+MODULE = "networks.control_net_lllite_anima"  # as other programs call it
+WHAT = "a ControlNet-LLLite for Anima"
+WEIGHTS = "--network_weights"
+GIVE = "a file of anima_train_control_net_lllite.py"
+VERSION = "2"
+
+
+@dataclass(frozen=True)
+class LllitePlan:
+    """Sizes of a file."""
+
+    config: LlliteConfig
+    blocks: int
+    widths: dict[str, int]  # of the inputs of a block's layers
+
+
+class HungLllite(AnimaLllite):
+    """A ControlNet-LLLite in a transformer, whose layers it changes wherever the transformer is called."""
+
+    def __init__(self, plan: LllitePlan, scale: float, dropout: float = 0.0) -> None:
+        """scale: its strength, in training too."""
+        super().__init__(plan.config, plan.blocks, plan.widths, dropout)
+        self.scale = scale
+        self.multiplier = 1.0  # of the scale, now: 0 shows the base
+        # of the present call, and of blocks that a backward pass computes again: what the trunk makes of the
+        # control pictures, B L E (None: the base alone), and the strength of a sample
+        self.condition: Tensor | None = None
+        self.strength = 1.0
+
+    def set_multiplier(self, multiplier: float) -> None:
+        self.multiplier = multiplier
+
+    def see(self, controls: Tensor | None, strength: float) -> None:
+        """Take the control pictures of the next call, B 3 H W in 0..1; None: there are none."""
+        self.strength = strength
+        self.condition = None
+        if controls is not None and strength * self.multiplier != 0:
+            trunk = self.lllite_conditioning1
+            self.condition = trunk((controls * 2 - 1).to(trunk.conv1.weight.dtype))
+
+    def hang_into(self, dit: nn.Module, path: Path | None) -> None:
+        """Put the modules in front of their layers. path: of their file, for messages.
+
+        Raises CheckpointError if they do not fit the transformer.
+        """
+        by_name = {PREFIX + place.replace(".", "_"): layer for place, layer in dit.named_modules()}
+        for name, module in self.named_children():
+            if not isinstance(module, AnimaLlliteModule):
+                continue
+            layer: Any = by_name.get(name)
+            width = module.down.in_features
+            if layer is None or layer.in_features != width:
+                has = "has no such layer" if layer is None else f"takes {layer.in_features} there"
+                raise CheckpointError(
+                    f"{path} does not fit the transformer: it is made for {name.removeprefix(PREFIX)} with "
+                    f"inputs of {width} numbers, and the model {has}. Give {GIVE} for this model.",
+                    path,
+                )
+            layer.register_forward_pre_hook(partial(self._change_input, module))
+        dit.beside = Beside(self)  # type: ignore[assignment]
+
+    def _change_input(
+        self, module: AnimaLlliteModule, _: nn.Module, inputs: tuple[Any, ...]
+    ) -> tuple[Any, ...] | None:
+        """Return the changed inputs of a layer, as its forward pre-hook; None without a control picture."""
+        if self.condition is None:
+            return None
+        x, *others = inputs
+        change = module(x.to(module.down.weight.dtype), self.condition)
+        return x + self.scale * self.multiplier * self.strength * change.to(x.dtype), *others
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Hold a network next to a transformer, which does not count it among its own modules."""
+
+    lllite: HungLllite
+
+
+def read_lllite(checkpoint: Checkpoint, option: str) -> LoadPlan[LllitePlan]:
+    """Plan how to load a file. option: that names it. Raises CheckpointError if it is another file."""
+    names = checkpoint.tensors
+    if any(name.startswith("lllite_modules.") for name in names):
+        raise CheckpointError(
+            f"{option} {checkpoint.path} is an older form of ControlNet-LLLite for Anima (lllite_modules.*). "
+            f"Give {GIVE}, or train it again.",
+            checkpoint.path,
+        )
+    if any(name.startswith("lllite_unet_") for name in names):
+        raise CheckpointError(
+            f"{option} {checkpoint.path} is a ControlNet-LLLite for Stable Diffusion XL. Give {GIVE}.",
+            checkpoint.path,
+        )
+    if f"{TRUNK}.out_norm.weight" not in names or not any(name.startswith(PREFIX) for name in names):
+        raise other_kind(checkpoint, WHAT, option, GIVE)
+
+    def shape(name: str, axes: int) -> tuple[int, ...]:
+        info = names.get(name)
+        if info is None or len(info.shape) != axes or 0 in info.shape:
+            raise CheckpointError(
+                f"{checkpoint.path} is not {WHAT} as known: {name} is missing or has another shape. Copy or "
+                "download it again.",
+                checkpoint.path,
+            )
+        return info.shape
+
+    layers = {}  # of a block -> width
+    blocks = 0
+    for name in names:
+        match = re.fullmatch(rf"{PREFIX}blocks_(\d+)_(self_attn|cross_attn|mlp)_(\w+)\.down\.weight", name)
+        if match is not None:
+            layers[f"{match[2]}.{match[3]}"] = shape(name, 2)[1]
+            blocks = max(blocks, int(match[1]) + 1)
+    first = next(name for name in names if name.startswith(PREFIX) and name.endswith(".down.weight"))
+    stored_dilations = checkpoint.metadata.get("lllite.aspp_dilations", "")
+    dilations = tuple(int(number) for number in re.findall(r"\d+", stored_dilations)) or DILATIONS
+    config = LlliteConfig(
+        cond_emb_dim=shape(f"{TRUNK}.out_norm.weight", 1)[0],
+        cond_dim=shape(f"{TRUNK}.conv3.weight", 4)[0],
+        resblocks=count(names, rf"{TRUNK}\.resblocks\.\d+"),
+        mlp_dim=shape(first, 2)[0],
+        use_aspp=f"{TRUNK}.aspp.proj.0.weight" in names,
+        dilations=dilations,
+        layers=tuple(layers),
+    )
+    return LoadPlan(LllitePlan(config, blocks, layers), checkpoint, plain_sources(checkpoint))
+
+
+def load_lllite(
+    path: Path, option: str, dit: nn.Module, device: torch.device, dtype: torch.dtype, multiplier: float
+) -> HungLllite:
+    """Load a file and hang it into a transformer. Raises CheckpointError if it does not fit."""
+    with open_checkpoint(require_file(path, option, "")) as checkpoint:
+        plan = read_lllite(checkpoint, option)
+        _check_blocks(plan.config, path, dit)
+        build = partial(HungLllite, scale=multiplier)
+        hung = load_planned(plan, build, device=device, dtype=dtype, what=WHAT)
+    hung.hang_into(dit, path)
+    return hung
+
+
+def check_file(path: Path, option: str) -> LllitePlan:
+    """Compare a file's header with what it should have. Raises CheckpointError."""
+    with open_checkpoint(require_file(path, option, "")) as checkpoint:
+        plan = read_lllite(checkpoint, option)
+        build = partial(HungLllite, scale=1.0)
+        load_planned(plan, build, device=torch.device("meta"), dtype=torch.float32, what=WHAT)
+    return plan.config
+
+
+def _check_blocks(plan: LllitePlan, path: Path, dit: nn.Module) -> None:
+    """Raise CheckpointError if a file is for a transformer of another depth."""
+    depth: int = dit.config.num_layers  # type: ignore[union-attr,assignment]
+    if plan.blocks != depth:
+        raise CheckpointError(
+            f"{path} is made for {plan.blocks} blocks, the transformer has {depth}: each module has learned "
+            "its place. Give the model that it was trained with, or another file.",
+            path,
+        )
+
+
+# Training
+
+
+def describe_lllite(options: AnimaLlliteTrainingOptions) -> MadeNetwork:
+    """Return ControlNet-LLLite as the network that a training makes."""
+    config = _config_of(options)
+    words = f"{CALLED} at {options.lllite_target_layers}"
+    if options.network_weights is not None:
+        words = f"{CALLED} of {options.network_weights.name}"
+    return MadeNetwork(
+        called=CALLED,
+        words=words,
+        ending="control-net-lllite",
+        make=partial(make_lllite, options),
+        check=partial(_check_start, options),
+        generate=_say_generation,
+        values={
+            "lllite.version": VERSION,
+            "lllite.cond_emb_dim": config.cond_emb_dim,
+            "lllite.cond_dim": config.cond_dim,
+            "lllite.cond_resblocks": config.resblocks,
+            "lllite.use_aspp": str(config.use_aspp).lower(),
+            "lllite.aspp_dilations": ",".join(map(str, config.dilations)),
+            "lllite.mlp_dim": config.mlp_dim,
+            "lllite.target_layers": options.lllite_target_layers,
+            "lllite.target_atomics": ",".join(read_targets(options.lllite_target_layers)),
+        },
+    )
+
+
+def _config_of(options: AnimaLlliteTrainingOptions) -> LlliteConfig:
+    """Return the sizes that the options ask for."""
+    targets = read_targets(options.lllite_target_layers)
+    return LlliteConfig(
+        cond_emb_dim=options.cond_emb_dim,
+        cond_dim=options.lllite_cond_dim,
+        resblocks=options.lllite_cond_resblocks,
+        mlp_dim=options.lllite_mlp_dim,
+        use_aspp=options.lllite_use_aspp,
+        layers=tuple(layer for target in targets for layer in TARGETS[target]),
+    )
+
+
+def make_lllite(options: AnimaLlliteTrainingOptions, dit: nn.Module, with_values: bool) -> HungLllite:
+    """Make the modules for a transformer and hang them into it. with_values: those of --network_weights.
+
+    Raises CheckpointError if the file does not fit.
+    """
+    config, dropout = _config_of(options), options.lllite_dropout or 0.0
+    path = options.network_weights
+    build = partial(HungLllite, scale=options.lllite_multiplier, dropout=dropout)
+    if path is not None and with_values:
+        with open_checkpoint(path) as checkpoint:
+            plan = read_lllite(checkpoint, WEIGHTS)
+            _check_blocks(plan.config, path, dit)
+            hung = load_planned(plan, build, torch.device("cpu"), torch.float32, what=WHAT)
+    else:
+        depth: int = dit.config.num_layers  # type: ignore[union-attr,assignment]
+        widths = {}
+        for _, layer_path in list_layers(config.layers, 1):
+            layer: Any = dit.get_submodule(layer_path)
+            widths[layer_path.split(".", 2)[2]] = layer.in_features
+        hung = build(LllitePlan(config, depth, widths))
+    hung.hang_into(dit, path)
+    return hung
+
+
+def _check_start(options: AnimaLlliteTrainingOptions) -> None:
+    """Check --network_weights by its header. Raises CheckpointError, or OptionError for other sizes."""
+    path = options.network_weights
+    if path is None:
+        return
+    stored, asked = check_file(path, WEIGHTS).config, _config_of(options)
+    sizes = {
+        "cond_emb_dim": (asked.cond_emb_dim, stored.cond_emb_dim),
+        "lllite_cond_dim": (asked.cond_dim, stored.cond_dim),
+        "lllite_cond_resblocks": (asked.resblocks, stored.resblocks),
+        "lllite_mlp_dim": (asked.mlp_dim, stored.mlp_dim),
+        "lllite_use_aspp": (asked.use_aspp, stored.use_aspp),
+        "lllite_target_layers": (sorted(asked.layers), sorted(stored.layers)),
+    }
+    for name, (of_options, of_file) in sizes.items():
+        if of_options != of_file:
+            raise OptionError(
+                f"--{name} is {of_options}, {path} has {of_file}, with which it is trained on. Give the same"
+            )
+
+
+def _say_generation(file: Path, sample: Mapping[str, Any], usual: Sequence[str]) -> list[str]:
+    """Return the command that generates with a file. usual: that of the model alone."""
+    control = sample.get("control_path") or FillIn("CONTROL_PICTURE")
+    return [*usual, *option_words({"--lllite_weights": file, "--control_image": control})]

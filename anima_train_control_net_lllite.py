@@ -1,0 +1,19 @@
+"""Train a ControlNet-LLLite for Anima. All options: python anima_train_control_net_lllite.py --help"""
+
+import modules.interpreter  # noqa: F401
+from anima.options import TRAINER
+from training.image_options import ImageTrainerDefaults, beside_blocks
+from training.scripts import training_script
+
+DEFAULTS = beside_blocks("a ControlNet-LLLite", ImageTrainerDefaults(**TRAINER))
+main = training_script(
+    "anima",
+    __doc__,
+    script="anima_train_control_net_lllite.py",
+    kind="LlliteTraining",
+    images=DEFAULTS,
+)
+
+
+if __name__ == "__main__":
+    main.run()
