@@ -71,6 +71,8 @@ class Choice:
     held: Mapping[str, str]  # option of a network that a named file has -> that file
     kept: Sequence[str]  # options of files that are not downloaded: named ones, and those inside
     trigger: str | None
+    data: Mapping[str, Any]  # keys of all tables that another trainer's project has
+    training: Mapping[str, Any]  # its keys of the training
 
     @property
     def folder(self) -> Path:
@@ -262,7 +264,7 @@ def _make_general_keys(choice: Choice) -> dict[str, Any]:
         keys["enable_bucket"] = True
     if choice.trigger:
         keys["trigger_word"] = choice.trigger
-    return keys
+    return keys | {name: value for name, value in choice.data.items() if name != "resolution"}
 
 
 def _clip_keys(choice: Choice) -> dict[str, Any]:
@@ -469,6 +471,7 @@ def describe_run(choice: Choice, commands: list[list[str]]) -> str:
     if choice.options.whole_model:
         values = change_to_whole(values, choice.memory) | _read_options(whole_words(choice.model)[1:], {})
     values |= _run_values(choice)
+    values |= choice.training
     project = {"files": list(choice.files.values()), "commands": commands}
     lines = [
         "# Paths are relative to this folder, in which `run` works; it can be moved.",
