@@ -15,5 +15,6 @@ new_options: options of new_project.py alone
 run_options: options of run_project.py, and those of its training
 running: runs the commands of a described folder
 ending: starts the command of --on_end, says how a run ended
+foreign/: projects of other trainers, which `new --from` reads
 tracing: keeps a trace of a run for the browser
 """

@@ -248,7 +248,7 @@ def _describe_choice(choice: describing.Choice, remarks: list[str]) -> list[str]
     """Return lines about the folder, the model, and how well they fit. remarks: on the model's choice."""
     lines = [_summarise(choice), *choice.content.lines, *remarks]
     reason = describing.explain_size(choice.model, choice.media)
-    if reason:
+    if reason and "resolution" not in choice.data:
         lines.append(f"{choice.size[0]}x{choice.size[1]}: {reason}")
     lines.append(_describe_model(choice))
     if choice.options.whole_model:

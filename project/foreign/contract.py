@@ -27,7 +27,7 @@ OWN = "a file of your own is given as --model_file NAME=PATH"
 CACHES = "what is encoded is always cached"
 
 
-class Rule(NamedTuple):
+class KeyRule(NamedTuple):
     """What becomes of a key. read: makes our value of theirs; raises ValueError with a reason."""
 
     to: str
@@ -45,13 +45,14 @@ class Program:
     title: str
     suffixes: tuple[str, ...]
     marks: tuple[str, ...]  # keys of which each of its files has at least one
-    rules: Mapping[str, Rule]
+    rules: Mapping[str, KeyRule]
     models: Mapping[str, tuple[str, str | None]]  # its name of a model -> family and task
+    alpha: float | None  # --network_alpha of a LoRA for which none is said; None: its rank
     companions: tuple[str, ...] = ()  # keys that name a further file, whose keys follow KEY:
 
 
-def left(reason: str) -> Rule:
-    return Rule(LEFT, reason)
+def left(reason: str) -> KeyRule:
+    return KeyRule(LEFT, reason)
 
 
 def number(least: float = 0, most: float = 1e9) -> Callable[[Any], float]:
@@ -63,7 +64,7 @@ def number(least: float = 0, most: float = 1e9) -> Callable[[Any], float]:
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise ValueError("it is no number")
         if not least <= value <= most:
-            raise ValueError(f"it has to be {least:g} to {most:g}")
+            raise ValueError(f"it has to be {least:.12g} to {most:.12g}")
         return value
 
     return read

@@ -13,7 +13,7 @@ from modules.control_codes import shorten
 from modules.errors import OptionError, UserError
 from modules.text_files import parse_json, parse_toml, read_text, real_path
 from project.foreign import ai_toolkit, contract, diffusion_pipe, kohya_gui, onetrainer, simpletuner
-from project.foreign.contract import Program, Rule
+from project.foreign.contract import KeyRule, Program
 from project.new_options import NewOptions
 from project.options import find_models
 
@@ -53,8 +53,10 @@ class ForeignProject:
         """Return options with the values of the project where nothing else is typed."""
         usual = NewOptions(folder=options.folder)
         named = {**self.new, "whole_model": self.trains_whole}
-        if options.family is not None:  # the task is one of the project's family
-            named.pop("task", None)
+        if options.family not in {None, self.new.get("family")}:
+            task = named.pop("task", None)
+            if task is not None and options.task is None:  # it is one of the project's family
+                self.left.append(f"task = {task}: --family says otherwise")
         values = {}
         for name, value in named.items():
             if getattr(options, name) == getattr(usual, name):
@@ -85,6 +87,8 @@ class ForeignProject:
         if not memory and values.get("optimizer_type") == "adamw8bit":
             values["optimizer_type"] = "adamw"
             self.changed.append("optimizer_type = adamw8bit: it needs a card, so it is adamw here")
+        if "save_every_n_steps" in values:  # as long as `new` keeps them: until the next one
+            values["save_last_n_steps_state"] = values["save_every_n_steps"]
         for name in ("network_dim", "network_alpha", "unet_lr") if trains_whole else ():
             if values.pop(name, None) is not None:
                 self.left.append(f"{name}: a whole model is trained")
@@ -132,6 +136,10 @@ def read_foreign(path: Path) -> ForeignProject:
             models += _read_model(project, program, key, value)
         else:
             _apply(project, rule, key, value)
+    rank = project.training.get("network_dim")
+    if rank is not None and "network_alpha" not in project.training:
+        project.training["network_alpha"] = alpha = rank if program.alpha is None else program.alpha
+        project.changed.append(f"no alpha is said: network_alpha = {alpha}, as in {program.title}")
     if models:  # a name with a task says more than that of a family
         family, task = next((model for model in models if model[1] is not None), models[0])
         project.new["family"] = family
@@ -216,16 +224,16 @@ def _read_model(
     project: ForeignProject, program: Program, key: str, value: Any
 ) -> Sequence[tuple[str, str | None]]:
     """Return the models that a value names: none or one."""
-    last = key.rpartition(".")[2]
+    name = str(value)
     if isinstance(value, bool):
         if not value:
             project.taken.append(_show(key))
             return []
-        value = f"{last}=True"
+        name = f"{key}=True"
     by_name = {plain_name(name): model for name, model in program.models.items()}
     for model in reversed(find_models()):
         by_name[plain_name(model.released_by)] = (model.family, model.task)
-    named = by_name.get(plain_name(str(value)))
+    named = by_name.get(plain_name(name))
     if named is None:
         project.left.append(
             f"{_show(key)} = {_show(value)}: no model of this name is known. Give --family and --task, and a "
@@ -233,12 +241,12 @@ def _read_model(
         )
     else:
         project.changed.append(
-            f"{_show(key)} = {_show(value)}: --family {named[0]} --task {named[1] or 'asked for'}"
+            f"{_show(key)} = {_show(value)}: --family {named[0]} --task {named[1] or '(asked for)'}"
         )
     return [] if named is None else [named]
 
 
-def _apply(project: ForeignProject, rule: Rule, key: str, value: Any) -> None:
+def _apply(project: ForeignProject, rule: KeyRule, key: str, value: Any) -> None:
     """Take a value, or note why it is left."""
     shown = f"{_show(key)} = {_show(value)}"
     if rule.to == contract.LEFT:

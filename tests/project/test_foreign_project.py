@@ -215,6 +215,7 @@ MEANT: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], int | Non
             "max_grad_norm": 1,
             "lr_warmup_steps": 100,
             "network_dim": 32,
+            "network_alpha": 32,
             "optimizer_type": "adamw",
             "learning_rate": 2e-5,
         },
@@ -225,6 +226,7 @@ MEANT: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], int | Non
         {"family": "stable_diffusion", "task": "xl", "max_train_steps": 900},
         {
             "network_dim": 64,
+            "network_alpha": 64,
             "optimizer_type": "adamw",
             "learning_rate": 8e-5,
             "lr_scheduler": "polynomial",
@@ -311,6 +313,7 @@ def test_values_of_a_project_are_in_the_three_files(
         "network_alpha": 6,
         "learning_rate": 1e-4,
         "save_every_n_steps": 250,
+        "save_last_n_steps_state": 250,
         "gradient_accumulation_steps": 2,
     }
     assert expected.items() <= training.items()
@@ -318,6 +321,7 @@ def test_values_of_a_project_are_in_the_three_files(
     assert table.resolution == (1024, 1024)
     assert table.trigger_word == "ohwx"
     told = " ".join(capsys.readouterr().out.split())
+    assert "the size of a typical file" not in told
     for part in (
         "is a project of AI Toolkit; nothing of it is run",
         "folder_path = /data/elsewhere: ",
