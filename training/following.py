@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from contract.families import HIGH_NOISE, FamilyEntry
 from contract.family import Family
+from contract.made_networks import made_network_of
+from contract.whole import trains_checkpoint
 from dataset.batches.example import find_example
 from dataset.batches.items import NO_COMMANDS, CachingCommands
 from modules.command import quote_for_powershell
@@ -26,8 +28,8 @@ from running.ways.composing import needed_in_generation
 from training.features.composing import sampled_average
 from training.options import ScriptOption, TrainingOptions
 from training.plan import TrainingPlan
-from training.reports.history import PageCommand
-from training.saving.files import AVERAGE, Names, state_pattern
+from training.reports.history import AVERAGE, PageCommand
+from training.saving.files import Names, state_pattern
 from training.saving.options import LATEST_ONLY
 
 if TYPE_CHECKING:  # it is loaded only if there are prompts
@@ -157,7 +159,7 @@ class NextSteps:
                 generate = replace(generate, note=f"{generate.note} {file.name} is not saved yet.".lstrip())
             commands.append(generate)
         network = self.options.network
-        if network is None and saved is not None:
+        if network is None and saved is not None and self._can_extract:
             commands.append(self._extract(file))
         if network is not None and (_plain_kind(network) or self._needs_conversion(network)):
             files = self.names.files(self.names.stem_of(file)).values()
@@ -191,9 +193,15 @@ class NextSteps:
         files = ["--input", str(file), "--output", str(output)]
         return _command(title, ["python", "convert_lora.py", *files, *words], note)
 
+    @property
+    def _can_extract(self) -> bool:
+        """Return whether a LoRA can be extracted: of whole checkpoints only between single files."""
+        family = self.plan.family
+        return not trains_checkpoint(family) or (family.is_of_one_file and bool(self.names.ending))
+
     def _extract(self, file: Path) -> PageCommand:
         """Return the command that extracts a LoRA from the difference of a trained model and its base."""
-        output = file.with_name(f"{file.stem}_lora.safetensors")
+        output = file.with_name(f"{self.names.whole_stem(file)}_lora.safetensors")
         files = ["--model_org", self._find_dit(file), "--model_tuned", str(file), "--save_to", str(output)]
         words = ["python", "networks/extract_lora_from_models.py", *files, "--dim", str(EXTRACTED_RANK)]
         note = "The difference to the base at this rank; the command says how much of it the LoRA keeps."
@@ -273,6 +281,11 @@ class NextSteps:
         return any(map(state_pattern(self.names.name).fullmatch, entries))
 
     def _generate(self, file: Path) -> PageCommand:
+        shows_sample = self.options.samples.are_made and self.sample
+        note = "The first sample again; change the prompt." if shows_sample else ""
+        made = made_network_of(self.plan.family)
+        if made is not None:
+            return _command("Generate with it", ["python", *made.generate(file, self.sample)], note)
         speed = self.options.speed
         launcher = self._launcher() if needed_in_generation(speed) else ["python"]
         generation = self.command.generation_words(self.sample, with_caches=self.is_of_caches)
@@ -287,8 +300,6 @@ class NextSteps:
             folder_flag,
             str(file.parent / "generated"),
         ]
-        shows_sample = self.options.samples.are_made and self.sample
-        note = "The first sample again; change the prompt." if shows_sample else ""
         return _command("Generate with it", words, note)
 
     def _trained_files(self, file: Path) -> tuple[list[Path], list[Path]]:

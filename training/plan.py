@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from contract.family import Family, brings_empty_text, sound_of
+from contract.made_networks import made_network_of
 from dataset.batches.checks import SameEncoders, check_channels
 from dataset.batches.finding import find_items, learn_no_references, require_items
 from dataset.batches.items import CachingCommands, TrainingItem
@@ -45,6 +46,7 @@ from training.features.composing import (
     note_unused,
 )
 from training.features.contract import EMPTY_PROMPT
+from training.made_networks import check_data
 from training.optimizers.stepping import check_fused_backward, check_split
 from training.options import TrainingOptions
 from training.other_families import NO_OTHERS, OtherFamilies
@@ -58,7 +60,7 @@ from training.resuming import (
     take_over,
 )
 from training.run_options import StartOptions, ValidationOptions
-from training.saving.files import Names, hold_name
+from training.saving.files import SAFETENSORS, Names, hold_name
 from training.saving.options import SavingOptions
 from training.saving.states import ForeignState, SavedState
 from training.steps import Progress, StepPlan
@@ -99,7 +101,9 @@ class TrainingPlan:
         """Return the names of the run's files: one for each expert, if each has a LoRA of its own."""
         has_parts = self.options.by_expert.lora_per_expert
         parts = tuple(expert.name for expert in self.family.experts) if has_parts else ()
-        return Names(*self.options.saving.place, parts)
+        whole_dit = self.options.whole_dit
+        ending = "" if whole_dit is not None and whole_dit.saves_folders else SAFETENSORS
+        return Names(*self.options.saving.place, parts, ending)
 
     @property
     def network_module(self) -> str:
@@ -313,6 +317,7 @@ def read_config(options: TrainingOptions, family: Family) -> DatasetConfig:
     if need(options, EMPTY_PROMPT) and not (brings_empty_text(family) and family.empty_text()):
         config = with_empty_prompts(config)
     check_times(options.timesteps, config.datasets, family)
+    check_data(made_network_of(family), config)
     return for_family(config, family)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from contract.made_networks import made_network_of
 from contract.whole import trains_checkpoint
 from modules.atomic_write import free_bytes
 from modules.command import as_typed
@@ -100,16 +101,17 @@ def _make_learning_rows(run: TrainingRun, parameters: Sequence[Tensor]) -> list[
     options = run.options
     network = options.network
     sizes = _sizes_of_file(run)
+    is_made = made_network_of(plan.family) is not None
     num_weights = sum(parameter.numel() for parameter in parameters)
     return [
         ("model", _describe_model(plan)),
         ("learns", f"{_describe_learner(plan, sizes)}, {count_of(num_weights, 'weight')}"),
-        ("alpha", None if network is None else judge_alpha(network, sizes)),
+        ("alpha", None if network is None or is_made else judge_alpha(network, sizes)),
         ("data", _describe_data(plan)),
         ("timesteps", "\n".join(describe_times(options.timesteps, plan.config.datasets))),
         ("targets", "\n".join(describe_targets(options)) or None),
         ("steps", _describe_length(plan)),
-        ("learning rate", judge_rate(options)),
+        ("learning rate", f"{options.optimizer.learning_rate:g}" if is_made else judge_rate(options)),
         ("optimizer", f"{options.optimizer.optimizer_type or 'AdamW'}, seed {plan.progress.seed}"),
     ]
 
@@ -172,6 +174,9 @@ def _describe_learner(plan: TrainingPlan, sizes: tuple[Sequence[int], Sequence[f
     file.
     """
     network, whole_dit = plan.options.network, plan.options.whole_dit
+    made = made_network_of(plan.family)
+    if made is not None:
+        return made.words
     if network is None:
         parts = whole_dit.name_parts if whole_dit is not None else ()
         return f"of the model: {' '.join(parts)}" if parts else "the whole model"
@@ -225,7 +230,7 @@ def show_end(run: TrainingRun, story: history.Story, following: NextSteps) -> No
     samples = names.folder / FOLDER
     has_samples = run.sampler is not None and samples.is_dir()
     rows: list[Row] = [
-        ("result", f"{path} ({as_size(path.stat().st_size)})")
+        ("result", f"{path} ({as_size(_size_of(path))})")
         for path in names.files(names.name).values()
         if path.exists()
     ]
@@ -241,6 +246,12 @@ def show_end(run: TrainingRun, story: history.Story, following: NextSteps) -> No
         ("commands", f"typed in {Path.cwd()}" if os.environ.get(RUN_GOES_ON) else None),
     ]
     show_box(f"{names.name} is trained", rows, _list_commands(run, story, following))
+
+
+def _size_of(path: Path) -> int:
+    """Return the bytes of a file, or of all files in a folder."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def _describe_speed(clock: StepClock) -> str:
