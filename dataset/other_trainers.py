@@ -31,7 +31,10 @@ AT_TOP = {"directory", "concepts"}  # words that are a slip in a table of ours
 
 def of_suffix(suffix: str) -> str:
     is_yaml = suffix.lower() in {".yaml", ".yml"}
-    return f". Files of AI Toolkit are not read. {_translate('folder_path')}" if is_yaml else ""
+    if not is_yaml:
+        return ""
+    words = as_typed(["python", "reelsmith.py", "new", "FOLDER", "--from", "FILE.yaml"])
+    return f". Files of AI Toolkit are no datasets: {words} takes them over. {_translate('folder_path')}"
 
 
 def hint_of(content: Any) -> str:

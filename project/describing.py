@@ -73,6 +73,8 @@ class Choice:
     kept: Sequence[str]  # options of files that are not downloaded: named ones, and those inside
     trigger: str | None
     tags: TagLists | None  # of captions that are lists of tags, if the model was trained on such
+    data: Mapping[str, Any]  # keys of all tables that another trainer's project has
+    training: Mapping[str, Any]  # its keys of the training
 
     @property
     def folder(self) -> Path:
@@ -268,7 +270,7 @@ def _make_general_keys(choice: Choice) -> dict[str, Any]:
         keys["trigger_word"] = choice.trigger
     if choice.tags is not None:
         keys |= choice.tags.make_keys(choice.trigger)
-    return keys
+    return keys | {name: value for name, value in choice.data.items() if name != "resolution"}
 
 
 def _clip_keys(choice: Choice) -> dict[str, Any]:
@@ -491,6 +493,7 @@ def describe_run(choice: Choice, commands: list[list[str]]) -> str:
     if choice.options.whole_model:
         values = change_to_whole(values, choice.memory) | _read_options(whole_words(choice.model)[1:], {})
     values |= _run_values(choice)
+    values |= choice.training
     project = {"files": list(choice.files.values()), "commands": commands}
     lines = [
         "# Paths are relative to this folder, in which `run` works; it can be moved.",

@@ -5,6 +5,7 @@ import difflib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from dataset.config import load_dataset_config, with_lengths, with_references
 from dataset.listing import find_sources
@@ -29,6 +30,7 @@ from project.choosing import (
     describe_makes,
 )
 from project.fitting import describe_fit, find_memory, needs_picture
+from project.foreign.reading import ForeignProject, read_foreign
 from project.known import remember_folder
 from project.media import WRITTEN, FolderContent, Media, collect_content, name_some
 from project.model_files import find_inside, name_files, typed_files, without_files
@@ -67,10 +69,13 @@ def write_project(options: NewOptions) -> None:
             f"{existing[0]} is there already. Edit it, or give --overwrite to replace all three."
         )
     memory = find_memory() if options.memory is None else options.memory
+    foreign = None if options.from_file is None else read_foreign(options.from_file)
+    if foreign is not None:
+        options = foreign.fill_in(options)
     model_choice = choose_model(options, memory)
     if options.whole_model:
         refuse_whole_model(model_choice.model, memory)
-    choice = _gather_choice(options, model_choice, memory)
+    choice = _gather_choice(options, model_choice, memory, foreign)
     if options.print_run:
         print_lines(describing.describe_run(choice, describing.list_commands(choice)).splitlines())
         return
@@ -89,6 +94,8 @@ def write_project(options: NewOptions) -> None:
 
     problems = find_problems(choice, dataset)
     lines = describe_licences(choice.model) if excludes_many(choice.model) else []
+    if foreign is not None:
+        lines += foreign.lines(options.folder)
     lines += _describe_choice(choice, model_choice.remarks)
     lines += _describe_captions(choice)
     lines += _describe_tags(choice)
@@ -118,7 +125,9 @@ def _describe_changes(texts: Mapping[Path, str]) -> list[str]:
     return ["Nothing is written. So the three files would change:", *lines] if lines else [UNCHANGED]
 
 
-def _gather_choice(options: NewOptions, model_choice: ModelChoice, memory: float) -> describing.Choice:
+def _gather_choice(
+    options: NewOptions, model_choice: ModelChoice, memory: float, foreign: ForeignProject | None
+) -> describing.Choice:
     """Return all that the three files are made of: looks at the folder, and checks named model files."""
     model = model_choice.model
     if 0 < memory < describing.SMALL:
@@ -132,19 +141,26 @@ def _gather_choice(options: NewOptions, model_choice: ModelChoice, memory: float
     facts = ask_family(model, files)
     check_model_files(model, {name: files[name] for name in typed})
     content = _collect_content(options, model, facts)
+    data: Mapping[str, Any] = {}
+    training: Mapping[str, Any] = {}
+    if foreign is not None:
+        options = foreign.count_steps(options, len(content.media))
+        data, training = foreign.data, foreign.training_values(memory, options.whole_model)
     return describing.Choice(
         options=options,
         model=model,
         facts=facts,
         content=content,
         memory=memory,
-        size=describing.choose_size(model, content.media),
+        size=data.get("resolution") or describing.choose_size(model, content.media),
         frames=describing.choose_frames(model, content.media, memory),
         files=files,
         held=inside,
         kept=[*typed, *inside],
         trigger=model_choice.trigger,
         tags=find_tags(_texts_of(content)) if "tags" in model.data else None,
+        data=data,
+        training=training,
     )
 
 
@@ -232,7 +248,7 @@ def _describe_choice(choice: describing.Choice, remarks: list[str]) -> list[str]
     """Return lines about the folder, the model, and how well they fit. remarks: on the model's choice."""
     lines = [_summarise(choice), *choice.content.lines, *remarks]
     reason = describing.explain_size(choice.model, choice.media)
-    if reason:
+    if reason and "resolution" not in choice.data:
         lines.append(f"{choice.size[0]}x{choice.size[1]}: {reason}")
     lines.append(_describe_model(choice))
     if choice.options.whole_model:

@@ -34,6 +34,13 @@ class NewOptions(Options):
         "train the model itself rather than a LoRA, for a domain with hundreds of files; each save is a "
         "whole model"
     )
+    from_file: Path | None = option(
+        "project of another trainer whose values are taken: .yaml of AI Toolkit, .toml of diffusion-pipe, "
+        ".json of OneTrainer, SimpleTuner or the GUI of kohya_ss; nothing of it is run",
+        name="from",
+        place="file",
+        metavar="FILE",
+    )
     models: Path = option("folder that tools/download.py fills", default=MODELS)
     model_files: tuple[str, ...] = option(
         "file of a model in another place, such as dit=my.safetensors; once for each: "

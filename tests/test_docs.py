@@ -22,6 +22,7 @@ from tests.data_tools.tags.making import first_pixel_weights, write_tagger
 from tests.dataset.serving import serve
 from tests.faults.messages import succeed_here
 from tests.pages import Brought, Command, Shown, outputs_of, parse_command, read_page, sources_of
+from tests.project.test_foreign_project import AI_TOOLKIT
 from tests.test_command_line import parser_of
 from tests.test_imports import SCRIPTS, TOOLS
 from tests.tiny import picture_project
@@ -301,6 +302,8 @@ def test_commands_of_the_page_run(page: Path, tmp_path: Path) -> None:
         lay_out_pictures(tmp_path)
     if page.stem == "new_and_run":
         write_pictures(tmp_path / "pairs", tmp_path / "pairs" / "control", count=2)
+        write_captioned_picture(tmp_path / "photos")
+        (tmp_path / "config.yaml").write_text(AI_TOOLKIT, encoding="utf-8")
     if page.stem == "recipes":
         for name in ("people/img/10_ohwx man", "people/reg/1_man", "drawings"):
             write_captioned_picture(tmp_path / name)

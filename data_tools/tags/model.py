@@ -96,7 +96,8 @@ class Tagger:
         top, left = (side - height) // 2, (side - width) // 2
         square[top : top + height, left : left + width] = frame[..., ::-1]
         if side > self.side:
-            return cv2.resize(square, (self.side, self.side), interpolation=cv2.INTER_AREA)
+            small = cv2.resize(square, (self.side, self.side), interpolation=cv2.INTER_AREA)
+            return np.asarray(small, np.uint8)
         if side < self.side:
             lanczos = Image.Resampling.LANCZOS
             return np.asarray(Image.fromarray(square).resize((self.side, self.side), lanczos))

@@ -112,7 +112,7 @@ def _read_config(options: TaggingOptions, temporary: Path) -> DatasetConfig:
                 raise OptionError(f"--{name} is for a folder: the dataset's file says it")
         return load_dataset_config(options.folder)
     extension = options.caption_extension or EXTENSION
-    tables = []
+    tables: list[str] = []
     for folder in _folders(options.folder, options.recursive):
         for key in _kinds_in(folder):
             values = {

@@ -1,0 +1,387 @@
+"""`new --from`: what other trainers' projects say, and what becomes of each of their keys."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dataset.config import KEYS, load_dataset_config
+from modules.errors import OptionError
+from modules.options import facts_of
+from modules.parser import parse_options
+from modules.text_files import parse_toml
+from project.files import write_project
+from project.foreign.contract import DATA, NEW, TRAINING
+from project.foreign.reading import PROGRAMS, read_foreign
+from project.new_options import NewOptions
+from project.options import find_models
+from tests.project.test_new import write_photos
+from training.options import TrainingOptions
+
+AI_TOOLKIT = """---
+job: extension
+config:
+  name: "my_first_flux_lora_v1"
+  process:
+    - type: 'sd_trainer'
+      training_folder: "output"
+      device: cuda:0
+      trigger_word: "p3r5on"
+      network:
+        type: "lora"
+        linear: 12
+        linear_alpha: 6
+      save:
+        dtype: float16
+        save_every: 250
+        max_step_saves_to_keep: 4
+        push_to_hub: false
+      datasets:
+        - folder_path: "photos"
+          caption_ext: "txt"
+          caption_dropout_rate: 0.05
+          shuffle_tokens: false
+          cache_latents_to_disk: true
+          resolution: [ 512, 768, 1024 ]
+      train:
+        batch_size: 1
+        steps: 1234
+        gradient_accumulation_steps: 2
+        train_unet: true
+        gradient_checkpointing: true
+        noise_scheduler: "flowmatch"
+        optimizer: "adamw8bit"
+        lr: 1e-4
+        dtype: bf16
+      model:
+        name_or_path: "black-forest-labs/FLUX.1-dev"
+        is_flux: true
+        quantize: true
+      sample:
+        sample_every: 125
+        prompts:
+          - "a [trigger]"
+"""
+ONETRAINER = {
+    "__version": 6,
+    "training_method": "LORA",
+    "model_type": "STABLE_DIFFUSION_XL_10_BASE",
+    "base_model_name": "stabilityai/stable-diffusion-xl-base-1.0",
+    "concept_file_name": "concepts.json",
+    "learning_rate": 0.0003,
+    "learning_rate_scheduler": "COSINE",
+    "learning_rate_warmup_steps": 20.0,
+    "epochs": 10,
+    "batch_size": 2,
+    "resolution": "768",
+    "optimizer": {"optimizer": "ADAMW_8BIT", "weight_decay": 0.01},
+    "lora_rank": 16,
+    "lora_alpha": 1.0,
+    "output_model_destination": "models/my lora.safetensors",
+}
+CONCEPTS = [{"name": "me", "path": "photos", "repeats": 3, "text": {"prompt_source": "sample"}}]
+DIFFUSION_PIPE = """
+output_dir = '/data/runs'
+dataset = 'dataset.toml'
+epochs = 1000
+micro_batch_size_per_gpu = 1
+pipeline_stages = 1
+gradient_accumulation_steps = 1
+gradient_clipping = 1.0
+warmup_steps = 100
+[model]
+type = 'z_image'
+dtype = 'bfloat16'
+diffusion_model = '/data/z.safetensors'
+[adapter]
+type = 'lora'
+rank = 32
+dtype = 'bfloat16'
+[optimizer]
+type = 'adamw_optimi'
+lr = 2e-5
+betas = [0.9, 0.99]
+"""
+DIRECTORIES = """
+resolutions = [512]
+enable_ar_bucket = true
+[[directory]]
+path = 'photos'
+num_repeats = 5
+"""
+SIMPLETUNER = {
+    "--model_family": "sdxl",
+    "--model_type": "lora",
+    "--pretrained_model_name_or_path": "stabilityai/stable-diffusion-xl-base-1.0",
+    "--lora_rank": 64,
+    "--data_backend_config": "multidatabackend.json",
+    "--max_train_steps": 900,
+    "--num_train_epochs": 0,
+    "--optimizer": "adamw_bf16",
+    "--learning_rate": "8e-5",
+    "--lr_scheduler": "polynomial",
+    "--lr_warmup_steps": 100,
+    "--train_batch_size": 4,
+    "--resolution": 1.0,
+    "--seed": 42,
+}
+BACKENDS = [
+    {
+        "id": "mine",
+        "type": "local",
+        "instance_data_dir": "photos",
+        "repeats": 1,
+        "caption_strategy": "textfile",
+    },
+    {"id": "text", "type": "local", "dataset_type": "text_embeds", "cache_dir": "cache"},
+]
+KOHYA = {
+    "LoRA_type": "Standard",
+    "pretrained_model_name_or_path": "D:/models/my_sdxl.safetensors",
+    "sdxl": True,
+    "v2": False,
+    "train_data_dir": "photos",
+    "output_name": "last",
+    "network_dim": 8,
+    "network_alpha": 4,
+    "learning_rate": 0.0001,
+    "lr_scheduler": "cosine",
+    "lr_warmup": 10,
+    "optimizer": "AdamW8bit",
+    "epoch": 4,
+    "max_train_steps": "",
+    "train_batch_size": 1,
+    "max_resolution": "512,512",
+    "seed": 1234,
+    "keep_tokens": "0",
+}
+
+
+def write_files(folder: Path, files: dict[str, Any]) -> Path:
+    """Write files, and return the path of the first one."""
+    for name, content in files.items():
+        text = content if isinstance(content, str) else json.dumps(content)
+        (folder / name).write_text(text, encoding="utf-8")
+    return folder / next(iter(files))
+
+
+PROJECTS = {
+    "AI Toolkit": {"train lora.yaml": AI_TOOLKIT},
+    "OneTrainer": {"config.json": ONETRAINER, "concepts.json": CONCEPTS},
+    "diffusion-pipe": {"main.toml": DIFFUSION_PIPE, "dataset.toml": DIRECTORIES},
+    "SimpleTuner": {"config.json": SIMPLETUNER, "multidatabackend.json": BACKENDS},
+    "the GUI of kohya_ss": {"gui.json": KOHYA},
+}
+# of each: new, training, data, epochs
+MEANT: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], int | None]] = {
+    "AI Toolkit": (
+        {
+            "output_name": "my_first_flux_lora_v1",
+            "trigger_word": "p3r5on",
+            "max_train_steps": 1234,
+            "family": "flux",
+            "task": "dev",
+        },
+        {
+            "network_dim": 12,
+            "network_alpha": 6,
+            "save_every_n_steps": 250,
+            "gradient_accumulation_steps": 2,
+            "optimizer_type": "adamw8bit",
+            "learning_rate": 1e-4,
+            "sample_every_n_steps": 125,
+        },
+        {"resolution": (1024, 1024), "batch_size": 1},
+        None,
+    ),
+    "OneTrainer": (
+        {"family": "stable_diffusion", "task": "xl", "output_name": "my lora"},
+        {
+            "learning_rate": 0.0003,
+            "lr_scheduler": "cosine",
+            "lr_warmup_steps": 20,
+            "optimizer_type": "adamw8bit",
+            "network_dim": 16,
+            "network_alpha": 1,
+        },
+        {"batch_size": 2, "resolution": (768, 768), "num_repeats": 3},
+        10,
+    ),
+    "diffusion-pipe": (
+        {"family": "z_image"},
+        {
+            "gradient_accumulation_steps": 1,
+            "max_grad_norm": 1,
+            "lr_warmup_steps": 100,
+            "network_dim": 32,
+            "network_alpha": 32,
+            "optimizer_type": "adamw",
+            "learning_rate": 2e-5,
+        },
+        {"batch_size": 1, "resolution": (512, 512), "num_repeats": 5},
+        1000,
+    ),
+    "SimpleTuner": (
+        {"family": "stable_diffusion", "task": "xl", "max_train_steps": 900},
+        {
+            "network_dim": 64,
+            "network_alpha": 64,
+            "optimizer_type": "adamw",
+            "learning_rate": 8e-5,
+            "lr_scheduler": "polynomial",
+            "lr_warmup_steps": 100,
+            "seed": 42,
+        },
+        {"batch_size": 4, "resolution": (1024, 1024), "num_repeats": 2},
+        None,
+    ),
+    "the GUI of kohya_ss": (
+        {"family": "stable_diffusion", "task": "xl", "output_name": "last"},
+        {
+            "network_dim": 8,
+            "network_alpha": 4,
+            "learning_rate": 0.0001,
+            "lr_scheduler": "cosine",
+            "optimizer_type": "adamw8bit",
+            "seed": 1234,
+        },
+        {"batch_size": 1, "resolution": (512, 512)},
+        4,
+    ),
+}
+
+
+def keys_of(content: Any) -> set[str]:
+    """The last names of all keys of a file that hold a value."""
+    keys: set[str] = set()
+    for name, value in content.items() if isinstance(content, dict) else ():
+        if isinstance(value, dict):
+            keys |= keys_of(value)
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            for item in value:
+                keys |= keys_of(item)
+        else:
+            keys.add(name.removeprefix("--"))
+    return keys
+
+
+@pytest.mark.parametrize("title", PROJECTS)
+def test_a_project_says_what_its_authors_mean_and_every_key_is_told(title: str, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    project = read_foreign(write_files(tmp_path, PROJECTS[title]))
+
+    assert project.title == title
+    assert (project.new, project.training, project.data, project.epochs) == MEANT[title]
+    assert [*project.folders.values()] == [Path("photos")]
+    assert not project.trains_whole
+    options = project.count_steps(NewOptions(folder=tmp_path), 7)
+    told = "\n".join(project.lines(tmp_path / "photos"))
+    assert "is described" not in told
+    for content in PROJECTS[title].values():
+        if isinstance(content, str):
+            import yaml
+
+            content = yaml.safe_load(content) if title == "AI Toolkit" else parse_toml(content)
+        for item in content if isinstance(content, list) else [content]:
+            for key in keys_of(item):
+                assert key in told, key
+    if project.epochs is not None:
+        repeats, batch = project.data.get("num_repeats", 1), project.data["batch_size"]
+        assert options.max_train_steps == project.epochs * -(-7 * repeats // batch)
+
+
+def describe(folder: Path, file: Path, *words: str) -> None:
+    argv = [str(folder), "--from", str(file), *words]
+    write_project(parse_options("", argv, NewOptions)[0])
+
+
+def test_values_of_a_project_are_in_the_three_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = tmp_path / "photos ü"
+    write_photos(photos)
+    file = write_files(tmp_path, {"train lora.yaml": AI_TOOLKIT.replace('"photos"', '"/data/elsewhere"')})
+
+    describe(photos, file, "--memory", "24", "--trigger_word", "ohwx")
+
+    training = parse_toml((photos / "run.toml").read_text(encoding="utf-8"))["training"]
+    expected = {
+        "max_train_steps": 1234,
+        "output_name": "my_first_flux_lora_v1",
+        "network_dim": 12,
+        "network_alpha": 6,
+        "learning_rate": 1e-4,
+        "save_every_n_steps": 250,
+        "save_last_n_steps_state": 250,
+        "gradient_accumulation_steps": 2,
+    }
+    assert expected.items() <= training.items()
+    (table,) = load_dataset_config(photos / "dataset.toml").datasets
+    assert table.resolution == (1024, 1024)
+    assert table.trigger_word == "ohwx"
+    told = " ".join(capsys.readouterr().out.split())
+    assert "the size of a typical file" not in told
+    for part in (
+        "is a project of AI Toolkit; nothing of it is run",
+        "folder_path = /data/elsewhere: ",
+        "trigger_word = p3r5on: --trigger_word says otherwise",
+        "nothing here reads them:",
+        "caption_dropout_rate",
+    ):
+        assert part in told
+
+
+def test_what_is_taken_has_a_place_here() -> None:
+    places = {NEW: facts_of(NewOptions), TRAINING: facts_of(TrainingOptions), DATA: KEYS}
+    models = {(model.family, model.task) for model in find_models()}
+    families = {family for family, _ in models}
+    for program in PROGRAMS:
+        for rule in program.rules.values():
+            assert rule.to not in places or rule.name in places[rule.to], rule
+        for family, task in program.models.values():
+            assert family in families if task is None else (family, task) in models
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.yaml", "!!python/object/apply:os.system ['echo x']", "cannot be read"),
+        ("a.yaml", "config: {process: [{type: x, lora: &a [*a]}]}", "cannot be read|deep"),
+        ("a.yaml", "a: &a [x, x]\nb: &b [*a, *a]\n" + "c: 1", "no project of AI Toolkit"),
+        ("a.json", "[" * 100_000, "cannot be read"),
+        ("a.json", json.dumps({"training_method": {f"k{i}": i for i in range(6000)}}), "more than 5000"),
+        ("a.json", '{"a": 1}', "no project of AI Toolkit"),
+        ("a.toml", "a = ", "cannot be read"),
+        ("a.txt", "a", "give a .yaml, .toml or .json"),
+    ],
+)
+def test_hostile_and_foreign_files_are_refused(tmp_path: Path, name: str, content: str, message: str) -> None:
+    file = write_files(tmp_path, {name: content})
+    with pytest.raises(OptionError, match=message):
+        read_foreign(file)
+
+
+def test_values_that_cannot_be_meant_are_left_with_the_reason(tmp_path: Path) -> None:
+    content = {
+        "LoRA_type": "LyCORIS/LoHa",
+        "optimizer": "evil.module.Class",
+        "network_dim": 10**9,
+        "learning_rate": "nan",
+        "output_name": "../../up",
+        "seed": [1],
+        "pretrained_model_name_or_path": "nobody/knows",
+        "\x1b[2Jkey": 1,
+    }
+    project = read_foreign(write_files(tmp_path, {"gui.json": content}))
+    assert project.training == {}
+    assert project.new == {"output_name": "up"}
+    assert len(project.left) == 6
+    assert "a LoRA is trained" in "\n".join(project.left)
+    assert project.unknown == ["\x1b[2Jkey"]  # escaped where lines are printed
+
+
+def test_a_missing_further_file_is_told(tmp_path: Path) -> None:
+    project = read_foreign(write_files(tmp_path, {"main.toml": DIFFUSION_PIPE}))
+    assert any("dataset.toml: it is not there" in line for line in project.left)
+    assert project.folders == {}
