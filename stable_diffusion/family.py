@@ -4,6 +4,7 @@ Pictures are those of gen_img.py, which has further ways to make them; networks 
 """
 # Letters: B pictures, L tokens, C width, h w latent size
 
+import logging
 import re
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -70,6 +71,8 @@ from stable_diffusion.training_options import (
 )
 from stable_diffusion.whole_files import make_writer
 from stable_diffusion.whole_folders import make_folder_writer
+
+logger = logging.getLogger(__name__)
 
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}  # of --mixed_precision; else float32
 OF_SD, OF_XL = (SD1, SD2), (SDXL,)  # kinds that a script trains
@@ -286,6 +289,11 @@ class StableDiffusion(ModelOfPictures):
         return sum(info.size_bytes for info in infos.values())
 
     def checkpoint_writer(self, networks: Mapping[str, nn.Module], as_folder: bool) -> CheckpointWriter:
+        if self.files.vae is not None:
+            logger.info(
+                "Saved checkpoints keep the VAE of %s: that of --vae makes latents and samples alone.",
+                self.files.path,
+            )
         if not as_folder:
             return make_writer(self.files, networks)
         has_zero_snr = self.noise.predicts_v and self.noise.table[-1] == 1

@@ -45,7 +45,7 @@ from training.features.composing import (
     note_unused,
 )
 from training.features.contract import EMPTY_PROMPT
-from training.optimizers.stepping import check_fused_backward, check_split
+from training.optimizers.stepping import check_fused_backward, check_offload, check_split
 from training.options import TrainingOptions
 from training.other_families import NO_OTHERS, OtherFamilies
 from training.processes import make_accelerator
@@ -270,6 +270,8 @@ def join_processes(
             logger.warning(line)
     if options.is_fused:
         check_fused_backward(options.optimizer.optimizer_type, accelerator.num_processes)
+    if options.whole_dit is not None and options.whole_dit.offloads_states:
+        check_offload(options.optimizer.optimizer_type)
     if splits_whole_model(options):
         check_split(splitting_option(options.speed), options.optimizer.optimizer_type)
     compilation = options.speed.compilation.choice
