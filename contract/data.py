@@ -29,6 +29,8 @@ CAPTION, FIRST_FRAME = "the caption before dropout", "the first frame"
 REFERENCE = "the reference pictures before dropout"
 # latents of a control video or a reference picture, in caches and conditions; of several with _0, _1, ...
 CONTROL = "latents_control"
+# control picture of a network that sees pixels, 3 H W uint8, in caches; with samples' strength in conditions
+CONTROL_PIXELS, CONTROL_STRENGTH = "control_pixels", "control_strength"
 IMAGE_LATENTS = "latents_image"  # of one frame with frames of all control images
 # latents of references other than control media, with _0, _1, ...
 REFERENCE_LATENTS = "latents_reference"

@@ -323,6 +323,7 @@ class Abilities:
     rate_parts: bool = False  # it is a `RatesParts`
     bring_texts: bool = False  # its checkpoint has the text encoders too, so that a training knows them
     train_checkpoint: bool = False  # it is a `contract.whole.TrainsCheckpoint`
+    make_network: bool = False  # it is a `contract.made_networks.MakesNetwork`
 
 
 class Described(Protocol):

@@ -3,10 +3,14 @@
 asking: requested pictures: variants, seeds and numbers settled
 assembling: load the checkpoint and all that acts on it
 attention: a U-Net's attention by the back end of training
+beside_unet: what stands next to a U-Net and sees its calls
 checkpoints: U-Net and VAE of a file: dimensions and names
 contract: records that the parts hand to each other
 control_net: add to the U-Net's features after guide images
 control_net_files: files of ControlNets: recognise, translate, load
+control_net_learning: a ControlNet in training: a copy of the U-Net's half
+control_net_options: options of training a ControlNet
+control_pictures: control pictures in caches, batches and samples
 family: the description that the shared loops call
 files: which Stable Diffusion a checkpoint is, by tensor names
 folders: folders in the layout of diffusers
@@ -15,6 +19,8 @@ guiding: CLIP and VGG16 steer the predicted picture
 highres: two stages: a small picture, then full size
 latent_upscaler: enlarge the first stage with sd-scripts' latent upscaler
 lines: lines of prompts: options, variants, where they come from
+lllite_learning: a ControlNet-LLLite in training
+lllite_modules: the small networks of ControlNet-LLLite, and their names
 lllites: ControlNet-LLLites in the U-Net during a batch
 loading: load a checkpoint: kind, networks, tokenizers
 loras: LoRAs folded into weights, or added at run time

@@ -18,24 +18,31 @@ from torch import Tensor, nn
 from contract.data import (
     SIZES,
     Batch,
+    CacheEntry,
     Conditions,
     LatentSpec,
+    MediaBatch,
     MediaEncoders,
+    MediaTable,
     SamplingDefaults,
     send_tensor,
 )
 from contract.family import Abilities, DitSpec, Family, NoiseSource, NoiseSpec, TextEncoder
 from contract.loading import Placement
+from contract.made_networks import MadeNetwork
 from contract.requests import Prepared, Prompts, Request
 from contract.rules import ModelRelease, NpzFormat
 from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 from contract.whole import CheckpointWriter, LearningParts
 from encoders.pictures import ModelOfPictures, picture_defaults
 from modules.console import quiet
+from modules.control_codes import shorten
 from modules.devices import choose_compute_dtype, dtype_of
 from modules.errors import CacheError, OptionError
 from modules.media.pixels import byte_clips
 from modules.options import NO_OPTIONS
+from stable_diffusion import control_pictures
+from stable_diffusion.beside_unet import BesideUnet
 from stable_diffusion.contract import SD1, SD2, SDXL, ModelKind
 from stable_diffusion.files import Marks
 from stable_diffusion.generation_options import StableDiffusionGenerationOptions
@@ -149,9 +156,12 @@ class StableDiffusion(ModelOfPictures):
     options: Any = NO_OPTIONS  # of a training
     tells_cut: bool = False  # warn of prompts that are not read to their end
     learning_texts: LearningTexts | None = None  # of a training of all weights
+    # what a training makes in place of a LoRA, which sees the control pictures
+    made_network: MadeNetwork | None = None
+    stores_controls: bool = False  # latents are cached together with the control pictures of a table
+    lora_module: str = "networks.lora"
 
-    can: ClassVar[Abilities] = Abilities(bring_texts=True, train_checkpoint=True)
-    lora_module: str = field(default="networks.lora", init=False)
+    can: ClassVar[Abilities] = Abilities(bring_texts=True, train_checkpoint=True, make_network=True)
 
     @property
     def kind(self) -> ModelKind:
@@ -187,6 +197,7 @@ class StableDiffusion(ModelOfPictures):
             solvers=SAMPLERS,
             noise_on_cpu=True,
             one_batch=True,
+            extras=() if self.made_network is None else ("control_multiplier",),
         )
 
     @property
@@ -244,6 +255,34 @@ class StableDiffusion(ModelOfPictures):
             is_large = self.kind is SD2 and self.noise.predicts_v
             sides = [str(LARGE_SD2 if is_large else self.kind.size)]
         return f"{sides[0]}x{sides[-1]}"
+
+    # control pictures
+
+    def check_table(self, table: MediaTable) -> None:
+        if self.made_network is not None:
+            table = control_pictures.check_controls(table, self.made_network.called)
+        super().check_table(replace(table, has_control=False) if self.stores_controls else table)
+
+    def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
+        """Return the cache entry of each picture, with its control picture if it has one."""
+        entries = super().encode_media(encoders, media)
+        return control_pictures.add_controls(entries, media) if media.control else entries
+
+    def keep_media(self, request: Request, who: str) -> Request:
+        """Return the request without media that nothing sees: a made network sees the control picture."""
+        control = request.control_path
+        if self.made_network is None:
+            return super().keep_media(request, who)
+        if control is None:
+            logger.warning(
+                "%r has no control picture (--cn): it is made by the base alone", shorten(request.prompt, 60)
+            )
+            return super().keep_media(request, who)
+        control_pictures.check_sample(control)
+        return replace(super().keep_media(replace(request, control_path=None), who), control_path=control)
+
+    def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
+        return {0: {} if self.made_network is None else control_pictures.sample_controls(prepared)}
 
     # files
 
@@ -335,6 +374,8 @@ class StableDiffusion(ModelOfPictures):
                 )
         if self.kind is SDXL:
             conditions[SIZES] = batch.tensor(SIZES)
+        if self.made_network is not None:
+            conditions |= control_pictures.controls_of(batch, latents, self.made_network.called)
         return conditions
 
     def predict(
@@ -350,13 +391,17 @@ class StableDiffusion(ModelOfPictures):
             pooled = send_tensor(cond, POOLED, device).to(dtype)
             # float32: bf16 holds multiples of 8 alone from 1024 on; the U-Net rounds what it makes of them
             added = {"text_embeds": pooled, "time_ids": send_tensor(cond, SIZES, device).float()}
-        (output,) = dit(
-            noisy.squeeze(2).to(dtype),
-            timesteps,
-            encoder_hidden_states=context,
-            added_cond_kwargs=added,
-            return_dict=False,
-        )
+        arguments: dict[str, Any] = {
+            "sample": noisy.squeeze(2).to(dtype),
+            "timestep": timesteps,
+            "encoder_hidden_states": context,
+            "added_cond_kwargs": added,
+        }
+        beside: BesideUnet | None = getattr(dit, "beside", None)
+        if beside is not None:
+            controls, strength = control_pictures.control_in(cond, device, dtype)
+            arguments |= beside.see(controls, strength, arguments)
+        (output,) = dit(**arguments, return_dict=False)
         result: Tensor = output.unsqueeze(2)
         return result
 
@@ -451,7 +496,7 @@ class StableDiffusion(ModelOfPictures):
 
 
 def family_for_latent_caching(kinds: tuple[ModelKind, ...], options: LatentCachingOptions) -> StableDiffusion:
-    return StableDiffusion(TrainingFiles(kinds, options.ckpt, options.vae))
+    return StableDiffusion(TrainingFiles(kinds, options.ckpt, options.vae), stores_controls=True)
 
 
 def family_for_text_caching(
@@ -502,6 +547,22 @@ def family_for_training(
             options.fills_captions,
         ),
     )
+
+
+def with_control_net(
+    model: StableDiffusion, path: Path | None, own_rate: float | None, checkpoints: bool
+) -> StableDiffusion:
+    """Return the model of a training of a ControlNet. The arguments: see `make_control_net`."""
+    from stable_diffusion.control_net_learning import MODULE, describe_control_net  # only to train one
+
+    made = describe_control_net(
+        model.options,
+        model.files,
+        path=path,
+        own_rate=own_rate,
+        checkpoints=checkpoints,
+    )
+    return replace(model, made_network=made, lora_module=MODULE)
 
 
 def _check_block_rates(rates: Sequence[float], files: TrainingFiles) -> None:

@@ -10,6 +10,8 @@ from stable_diffusion.sampling_options import SAMPLERS
 
 CKPT = "--pretrained_model_name_or_path"
 SHOWN_AS = {"--ckpt": CKPT}  # gen_img.py's name, which messages about checkpoints have
+# messages about files of ControlNets have gen_img.py's name too
+SHOWN_AS_CONTROL_NET = {**SHOWN_AS, "--control_net_models": "--controlnet_model_name_or_path"}
 CKPT_HELP = "checkpoint: a single file, a folder in the layout of diffusers, or owner/name of the hub"
 VAE_HELP = "another VAE than that of the checkpoint: a single file, or a folder in the layout of diffusers"
 TOKENIZERS_HELP = (

@@ -96,6 +96,9 @@ SMALLER = {
     "fpack_train_network.py": f"{LORA} --latent_window_size 1 --sample_every_n_epochs 1",
     **{f"{name}_train.py": TRAINING for name in WHOLE_MODELS},
     **dict.fromkeys(("sdxl_train.py", "train_db.py", "fine_tune.py"), TRAINING),
+    **dict.fromkeys(
+        ("sdxl_train_control_net_lllite.py", "sdxl_train_control_net.py", "train_control_net.py"), TRAINING
+    ),
     "flux_kontext_train.py": f"{TRAINING} --no_resize_control",
     **{f"{name}_train_network.py": LORA for name in ("hv", "ltx2", "wan", *OF_PICTURES)},
     **{f"{name}_generate_image.py": PICTURE for name in OF_PICTURES if name != "hunyuan_image"},
@@ -181,7 +184,9 @@ PICTURE_MODELS = {
         for name in ("anima", "hunyuan_image", "krea2", "lumina", "qwen_image", "qwen_image_21", "z_image")
     },
     "flux_kontext": picture_project.lay_out_kontext,
-    **dict.fromkeys(("gen_img", "sdxl", "stable_diffusion"), picture_project.lay_out_stable_diffusion),
+    **dict.fromkeys(
+        ("control", "gen_img", "sdxl", "stable_diffusion"), picture_project.lay_out_stable_diffusion
+    ),
     "image_datasets": lay_out_flux,
     "ltx2": picture_project.lay_out_ltx_2,
 }
@@ -344,7 +349,9 @@ def test_commands_of_the_page_about_pictures_run(page: Path, tmp_path: Path) -> 
     for command in commands_of(page):
         run_in(tmp_path, command, makes_caches=True, apart=False)
 
-    made = {"gen_img": "pictures_made/*.png"}.get(page.stem, "output/my_*_lora*.safetensors")
+    made = {"gen_img": "pictures_made/*.png", "control": "generated/*.png"}.get(
+        page.stem, "output/my_*_lora*.safetensors"
+    )
     assert [*tmp_path.glob(made)] or page.stem == "image_datasets"
 
 

@@ -97,7 +97,7 @@ FLOORS = {
         {"subsets"},
         {"config"},
         {"listing", "options"},
-        {"cache"},
+        {"cache", "control_pairs"},
         {"batches", "caching"},
         {"scripts"},
     ),
@@ -115,7 +115,7 @@ FLOORS = {
         {"kohya_page"},
         {
             *{"config_options", "learning_options", "noise_options", "run_options"},
-            *{"other_families", "steps", "trainable"},
+            *{"made_networks", "other_families", "steps", "trainable"},
         },
         {"bad_steps", "processes", "reports", "run_end"},
         {"loss", "saving"},

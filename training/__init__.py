@@ -16,6 +16,7 @@ learning: load networks, make optimizer, put the run together
 learning_options: options of the trained part, its optimizer and rate
 loop: batches, loss, gradients, steps; then log, sample, save
 loss: flow matching: add noise, predict velocity, compare
+made_networks: the network that learns: a LoRA, or the family's own
 metadata: what saved files say of their training
 noise_options: options of noise levels, loss and weighting
 optimizers/: optimizers, learning rates, and how weights are stepped

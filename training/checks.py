@@ -13,6 +13,7 @@ from torch.nn import Parameter
 
 from checkpoints.opening import open_checkpoint
 from contract.family import Family, LearningEncoder
+from contract.made_networks import made_network_of
 from contract.whole import trains_checkpoint
 from dataset.table import DatasetTable
 from modules.atomic_write import check_space
@@ -194,6 +195,10 @@ def uses_of(family: Family, options: TrainingOptions, others: OtherFamilies = NO
 
 def check_networks(family: Family, options: TrainingOptions) -> None:
     """Check the module, its settings, and the LoRAs that the networks start from."""
+    made = made_network_of(family)
+    if made is not None:
+        made.check()
+        return
     counts = family.block_counts()
     depths = dict(zip(family.dit.block_lists, counts, strict=True)) if counts else {}
     for expert, file in zip_longest(family.experts, family.dit_files):
@@ -258,7 +263,7 @@ def choose_lora_format(
 
     texts: text encoders that learn, as far as they are known.
     """
-    if options.network is None:
+    if options.network is None or made_network_of(family) is not None:
         return None
     module = options.network.network_module or family.lora_module
     names = {encoder.lora_prefix: encoder.name for encoder in texts}

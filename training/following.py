@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from contract.families import HIGH_NOISE, FamilyEntry
 from contract.family import Family
+from contract.made_networks import made_network_of
 from contract.whole import trains_checkpoint
 from dataset.batches.example import find_example
 from dataset.batches.items import NO_COMMANDS, CachingCommands
@@ -27,8 +28,8 @@ from running.ways.composing import needed_in_generation
 from training.features.composing import sampled_average
 from training.options import ScriptOption, TrainingOptions
 from training.plan import TrainingPlan
-from training.reports.history import PageCommand
-from training.saving.files import AVERAGE, Names, state_pattern
+from training.reports.history import AVERAGE, PageCommand
+from training.saving.files import Names, state_pattern
 from training.saving.options import LATEST_ONLY
 
 if TYPE_CHECKING:  # it is loaded only if there are prompts
@@ -280,6 +281,11 @@ class NextSteps:
         return any(map(state_pattern(self.names.name).fullmatch, entries))
 
     def _generate(self, file: Path) -> PageCommand:
+        shows_sample = self.options.samples.are_made and self.sample
+        note = "The first sample again; change the prompt." if shows_sample else ""
+        made = made_network_of(self.plan.family)
+        if made is not None:
+            return _command("Generate with it", ["python", *made.generate(file, self.sample)], note)
         speed = self.options.speed
         launcher = self._launcher() if needed_in_generation(speed) else ["python"]
         generation = self.command.generation_words(self.sample, with_caches=self.is_of_caches)
@@ -294,8 +300,6 @@ class NextSteps:
             folder_flag,
             str(file.parent / "generated"),
         ]
-        shows_sample = self.options.samples.are_made and self.sample
-        note = "The first sample again; change the prompt." if shows_sample else ""
         return _command("Generate with it", words, note)
 
     def _trained_files(self, file: Path) -> tuple[list[Path], list[Path]]:

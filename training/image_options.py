@@ -72,10 +72,10 @@ class ImageTrainerDefaults:
     shown_as: Mapping[str, str] = field(default_factory=dict)
     # options of other trainers that the family does not have; None: `FOREIGN`
     foreign: tuple[type[Options], ...] | None = None
+    # further settings of shared options, by name, as `add_options` takes them
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     # what a script that trains all weights has in place of the options for LoRAs; None: `OF_WHOLE_MODELS`
     whole: tuple[type[Options], ...] | None = None
-    # other settings of shared options: name without dashes -> of `add_options`
-    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def read_image_training(
@@ -159,7 +159,7 @@ def image_training_parser(
         "weighting_scheme": UNIFORM,
     }
     choices = {"timestep_sampling": defaults.samplers, "weighting_scheme": (*WEIGHTINGS, UNIFORM)}
-    settings = {name: {"choices": values} for name, values in choices.items()} | {**defaults.settings}
+    settings = {name: {"choices": values} for name, values in choices.items()} | dict(defaults.settings)
     script: dict[str, Any] = {"defaults": usual, "refused": defaults.refused}
     parser = training_parser(doc, learner, settings=settings, **script)
     of_learner: tuple[type[Options], ...] = OF_LORAS
@@ -490,3 +490,37 @@ CHECKPOINT_TRAINER = replace(
         }
     },
 )
+
+_OF_LORAS = "it is of LoRAs, and this script trains {}. "
+_REFUSED_BESIDE = {
+    "network_module": "Leave it out",
+    "network_alpha": "It has no alpha; leave it out",
+    "network_args": "Leave it out",
+    "dim_from_weights": "Leave it out",
+    "scale_weight_norms": "Its norms are not limited; leave it out",
+    "lora_format": "Its files have the names that other programs read; leave it out",
+    "network_train_text_encoder_only": "Text encoders have no part in it; leave it out",
+    "unet_lr": "Give its rate to --learning_rate",
+    "text_encoder_lr": "Text encoders have no part in it; leave it out",
+}
+
+
+def control_trainer(called: str, **settings: Any) -> ImageTrainerDefaults:
+    """Return the differences of a script that trains a network which sees control pictures next to a model of
+    noise.
+
+    called: the network. settings: of `ImageTrainerDefaults`; `refused` are further options.
+    """
+    reasons = {name: _OF_LORAS.format(called) + remedy for name, remedy in _REFUSED_BESIDE.items()}
+    reasons["masked_loss"] = (
+        "conditioning_data_dir holds the control pictures here, not masks. Give mask_directory in a subset "
+        "for masks of the loss"
+    )
+    refused = {**_refused_by_noise, **reasons, **settings.pop("refused", {})}
+    return replace(NOISE_TRAINER, refused=refused, translate=_read_beside, **settings)
+
+
+def _read_beside(args: argparse.Namespace) -> None:
+    """Read the options of a network next to the U-Net: text encoders do not learn."""
+    read_as_known(args)
+    args.network_train_unet_only = True

@@ -16,7 +16,6 @@ from contract.loading import BlockPlace
 from contract.rules import Expert
 from modules.devices import dtype_of, gib, keep_heap_small, warn_if_emulated
 from modules.errors import MemoryPlanError
-from networks.adapter import make_network
 from networks.options import NetworkOptions
 from running.dressing import swapped_weights
 from running.offload.turns import HostCopy
@@ -31,6 +30,7 @@ from training.features.composing import find_view, merged_loras, need, need_base
 from training.features.contract import DROPPED_CAPTIONS, EMPTY_PROMPT, WORSE_ONES
 from training.features.hooks import Hooks
 from training.loss import LossRule
+from training.made_networks import make_trained_network, written_by
 from training.optimizers import stepping
 from training.optimizers.lr_schedule import make_lr_schedule
 from training.optimizers.optimizer import check_rates, find_averaging, make_optimizer
@@ -310,7 +310,7 @@ class Loading:
         patch: LoraPatch | None = None
         masked: Sequence[LoraUse] = ()
         if family is plan.family or family is plan.sampled:
-            patch, masked = self._read_merged(network_options, expert)
+            patch, masked = self._read_merged(network_options, family, index)
         placement = experts.placement_of(options, device, plan.quantisation)
         # a DoRA learns the norms of the weights, which include merged LoRAs
         must_merge = network_options is not None and network_options.decomposes
@@ -336,19 +336,21 @@ class Loading:
         return UndressedNetwork(dit, family, index, host=host, blocks=blocks)
 
     def _read_merged(
-        self, network: NetworkOptions | None, expert: Expert
+        self, network: NetworkOptions | None, family: Family, index: int
     ) -> "tuple[LoraPatch | None, Sequence[LoraUse]]":
         """Read LoRAs to merge for an expert. Return what merges them, None if nothing does, and the T-LoRAs,
         which are put round layers.
         """
-        loras = merged_loras(self.plan.options, expert)
+        loras = merged_loras(self.plan.options, family.experts[index])
         if network is None or not loras.uses:
             return None, ()
         from networks.apply import LoraPatch  # only with LoRAs to merge
+        from networks.depths import fit_to_file
         from networks.rounding import LoraRounding
         from networks.unmerged import split_masked
 
-        merged, masked = (loras.uses, []) if network.decomposes else split_masked(loras.uses)
+        uses = fit_to_file(loras.uses, family.dit_files[index])
+        merged, masked = (uses, []) if network.decomposes else split_masked(uses)
         if not merged:
             return None, masked
         return LoraPatch(merged, rounding=LoraRounding(loras.rounding)), masked
@@ -437,9 +439,9 @@ class Learners:
             return
         network_options = experts.network_for(options, expert) or options.network
         texts = self.plan.texts
-        network = make_network(
+        network = make_trained_network(
+            self.plan.family,
             network_options,
-            self.plan.family.lora_module,
             dit,
             self.plan.progress.seed,
             encoders={} if texts is None else texts.networks,
@@ -455,6 +457,7 @@ class Learners:
             max_norm=network_options.scale_weight_norms,
             device=device,
             lora_format=self.plan.lora_format,
+            write=written_by(self.plan.family),
         )
         self.parts.append(trainable)
 

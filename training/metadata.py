@@ -12,6 +12,7 @@ from typing import Any
 
 from checkpoints.file_hashes import short_hash, whole_hash
 from contract.family import Family
+from contract.made_networks import made_network_of
 from dataset.table import DatasetTable
 from modules.atomic_write import make_storable
 from networks.names.layouts import TRAINED_FOR
@@ -38,7 +39,7 @@ def continued_sizes(model: TrainedModel, part: str) -> dict[str, str]:
     options = model.plan.options
     network = options.network
     starts = network is not None and (network.network_weights or options.by_expert.network_weights_high_noise)
-    if network is None or not (starts or model.plan.saved):
+    if network is None or made_network_of(model.plan.family) or not (starts or model.plan.saved):
         return {}
     ranks, alphas = model.trainable.sizes(part)
     rank = network.rank
@@ -72,7 +73,10 @@ def run_metadata(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[
     network, family = plan.options.network, plan.family
     facts = family.metadata
     values: dict[str, Any] = {"ss_base_model_version": facts.get("base_model_version", family.name)}
-    if network is not None:
+    made = made_network_of(family)
+    if made is not None:
+        values |= {"ss_network_module": plan.network_module, **made.values}
+    elif network is not None:
         values |= {
             "ss_network_module": plan.network_module,
             "ss_network_dim": "Dynamic" if network.dim_from_weights else network.rank,
@@ -128,18 +132,20 @@ def file_metadata(
     now: datetime,
     licence: str | None = None,
     tables: Sequence[DatasetTable] = (),
+    ending: str = "lora",
 ) -> dict[str, str]:
     """Return the metadata of a file saved now: that of the run, its progress, and `modelspec.*`.
 
     epoch: the current or just finished one, from 1. licence: of the model, used without --metadata_license.
-    tables: of the dataset, whose timesteps may differ from those of the options.
+    tables: of the dataset, whose timesteps may differ from those of the options. ending: of the architecture
+    of a network.
     Hashes of a LoRA are added when its tensors are written.
     Source of `modelspec.*`: https://github.com/Stability-AI/ModelSpec.
     """
     texts, times = options.metadata, options.timesteps
     architecture = texts.architecture or family_metadata.get("architecture")
     if architecture and options.network is not None:
-        architecture = f"{architecture}/lora"
+        architecture = f"{architecture}/{ending}"
     usual = IMAGE_RESOLUTION if options.is_for_images else RESOLUTION
     resolution = family_metadata.get("resolution", usual)
     if texts.resolution is not None:  # one number is for a square

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from contract.family import Family, brings_empty_text, sound_of
+from contract.made_networks import made_network_of
 from dataset.batches.checks import SameEncoders, check_channels
 from dataset.batches.finding import find_items, learn_no_references, require_items
 from dataset.batches.items import CachingCommands, TrainingItem
@@ -45,6 +46,7 @@ from training.features.composing import (
     note_unused,
 )
 from training.features.contract import EMPTY_PROMPT
+from training.made_networks import check_data
 from training.optimizers.stepping import check_fused_backward, check_offload, check_split
 from training.options import TrainingOptions
 from training.other_families import NO_OTHERS, OtherFamilies
@@ -317,6 +319,7 @@ def read_config(options: TrainingOptions, family: Family) -> DatasetConfig:
     if need(options, EMPTY_PROMPT) and not (brings_empty_text(family) and family.empty_text()):
         config = with_empty_prompts(config)
     check_times(options.timesteps, config.datasets, family)
+    check_data(made_network_of(family), config)
     return for_family(config, family)
 
 

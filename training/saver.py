@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from contract.made_networks import made_network_of
 from modules.devices import DTYPES, dtype_of
 from modules.errors import OptionError
 from running.offload.block_swap import settle_all
@@ -115,6 +116,7 @@ def _metadata_now(plan: TrainingPlan, of_run: Mapping[str, str]) -> dict[str, st
     if not plan.options.metadata.no_metadata:
         values = file_values(plan.options, progress)
         of_features = {name: str(value) for name, value in values.items()}
+    made = made_network_of(plan.family)
     return file_metadata(
         {**of_run, **of_features},
         plan.options,
@@ -124,6 +126,7 @@ def _metadata_now(plan: TrainingPlan, of_run: Mapping[str, str]) -> dict[str, st
         now=datetime.now(),
         licence=family.release.licence if family.release.covers_all else None,
         tables=plan.config.datasets,
+        ending="lora" if made is None else made.ending,
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from contract.made_networks import made_network_of
 from contract.whole import trains_checkpoint
 from modules.atomic_write import free_bytes
 from modules.command import as_typed
@@ -102,27 +103,28 @@ def _make_learning_rows(run: TrainingRun, parameters: Sequence[Tensor]) -> list[
     options = run.options
     network = options.network
     sizes = _sizes_of_file(run)
+    is_made = made_network_of(plan.family) is not None
     num_weights = sum(parameter.numel() for parameter in parameters)
     return [
         ("model", _describe_model(plan)),
         ("learns", f"{_describe_learner(plan, sizes)}, {count_of(num_weights, 'weight')}"),
-        ("alpha", None if network is None else judge_alpha(network, sizes)),
+        ("alpha", None if network is None or is_made else judge_alpha(network, sizes)),
         ("data", _describe_data(plan)),
         ("timesteps", "\n".join(describe_times(options.timesteps, plan.config.datasets))),
         ("targets", "\n".join(describe_targets(options)) or None),
         ("steps", _describe_length(plan)),
-        ("learning rate", _describe_rates(options, run.model.trainable)),
+        ("learning rate", _describe_rates(options, run.model.trainable, is_judged=not is_made)),
         ("optimizer", f"{options.optimizer.optimizer_type or 'AdamW'}, seed {plan.progress.seed}"),
     ]
 
 
-def _describe_rates(options: TrainingOptions, trainable: Trainable) -> str:
-    """Return the learning rate as `judge_rate`, and those of the parts if they differ."""
+def _describe_rates(options: TrainingOptions, trainable: Trainable, is_judged: bool) -> str:
+    """Return the learning rate, and those of the parts if they differ. is_judged: as by `judge_rate`."""
     usual = options.optimizer.learning_rate
     names: dict[float, list[str]] = {}
     for name, group in zip(trainable.group_names, trainable.groups, strict=False):
         names.setdefault(group.get("lr", usual), []).append(name)
-    judged = judge_rate(options)
+    judged = judge_rate(options) if is_judged else f"{usual:g}"
     if len(names) < 2 and (usual != 0 or usual in names):
         return judged
     parts = "\n".join(f"{rate:g}: {_shorten_list(of_rate)}" for rate, of_rate in names.items())
@@ -193,6 +195,9 @@ def _describe_learner(plan: TrainingPlan, sizes: tuple[Sequence[int], Sequence[f
     file.
     """
     network, whole_dit = plan.options.network, plan.options.whole_dit
+    made = made_network_of(plan.family)
+    if made is not None:
+        return made.words
     if network is None:
         parts = whole_dit.name_parts if whole_dit is not None else ()
         return f"of the model: {' '.join(parts)}" if parts else "the whole model"

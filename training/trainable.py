@@ -14,6 +14,7 @@ from torch.nn import Parameter
 
 from checkpoints.writing import stream_tensors
 from contract.loading import TensorInfo
+from contract.made_networks import WritesNetwork
 from modules.errors import OptionError
 from modules.seeds import derive_seed
 from networks.adapter import ForeignNetwork, TrainableNetwork, tie_network
@@ -142,10 +143,12 @@ def train_network(
     max_norm: float | None,
     device: torch.device,
     lora_format: LoraFormat | None = None,
+    write: WritesNetwork | None = None,
 ) -> Trainable:
     """Move a network that is already in its DiT to the device, in float32, and return it as a `Trainable`.
 
-    lora_format: of its files; None: under the names of the network itself. Raises OptionError if it has no
+    lora_format: of its files; None: under the names of the network itself. write: of a network with files of
+    its own form. Raises OptionError if it has no
     parameters to train, or modules that the format cannot hold.
     """
     if lora_format is not None:
@@ -158,7 +161,7 @@ def train_network(
             "--network_args"
         )
     modules = {"network": network.module, **network.state_beside_file}
-    save = save_network if lora_format is None else lora_format.save
+    save = write or (save_network if lora_format is None else lora_format.save)
     return Trainable(
         modules=modules,
         groups=groups,

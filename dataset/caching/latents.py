@@ -206,7 +206,8 @@ def _mirror(media: data.MediaBatch) -> data.MediaBatch:
 def _add_mirrored(entry: data.CacheEntry, mirrored: data.CacheEntry) -> data.CacheEntry:
     tensors = dict(entry.tensors)
     for key, tensor in mirrored.tensors.items():
-        if key.startswith("latents") and not key.endswith("_audio"):  # of sound
+        is_mirrored = key.startswith("latents") or key == data.CONTROL_PIXELS
+        if is_mirrored and not key.endswith("_audio"):  # of sound
             tensors[f"{key}{cache_files.FLIPPED}"] = tensor
     return dataclasses.replace(entry, tensors=tensors)
 

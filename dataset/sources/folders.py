@@ -354,7 +354,8 @@ class ControlFolder:
                 longest = name[:length]
                 break
         before_number, _, number = name.rpartition("_")
-        return {longest, before_number} if number.isdecimal() else {longest}
+        is_numbered = bool(before_number) and number.isdecimal()
+        return {longest, before_number} if is_numbered else {longest}
 
     def for_image(self, stem: str, count: int | None) -> tuple[Path, ...]:
         """Return the first `count` control images of an image; None: all but those named like another image.

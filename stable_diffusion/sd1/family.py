@@ -2,6 +2,7 @@
 
 from stable_diffusion import family
 from stable_diffusion.sd1.options import (
+    Sd1ControlNetTrainingOptions,
     Sd1GenerationOptions,
     Sd1LatentCachingOptions,
     Sd1TextCachingOptions,
@@ -18,7 +19,15 @@ def family_for_text_caching(options: Sd1TextCachingOptions) -> family.StableDiff
 
 
 def family_for_training(options: Sd1TrainingOptions) -> family.StableDiffusion:
-    return family.family_for_training(family.OF_SD, options, options.v2, options.clip_skip)
+    made = family.family_for_training(family.OF_SD, options, options.v2, options.clip_skip)
+    if isinstance(options, Sd1ControlNetTrainingOptions):
+        return family.with_control_net(
+            made,
+            options.controlnet_model_name_or_path,
+            own_rate=None,
+            checkpoints=options.gradient_checkpointing,
+        )
+    return made
 
 
 def family_for_generation(options: Sd1GenerationOptions) -> family.StableDiffusion:

@@ -1,6 +1,9 @@
 """Options of train_network.py and the sd_cache_... scripts. Standard library only."""
 
+from pathlib import Path
+
 from modules.options import CHANGEABLE, FREE, HABIT, IDENTITY, option
+from stable_diffusion.control_net_options import weights_option
 from stable_diffusion.generation_options import StableDiffusionGenerationOptions, script_defaults
 from stable_diffusion.training_options import (
     LatentCachingOptions,
@@ -32,6 +35,13 @@ class Sd1TrainingOptions(StableDiffusionTrainingOptions, title=NAME):
 
     v2: bool = option("the checkpoint is Stable Diffusion 2.x; read from the file if not given", facts=HABIT)
     clip_skip: int | None = _clip_skip()
+
+
+class Sd1ControlNetTrainingOptions(Sd1TrainingOptions, title=NAME):
+    """Options of train_control_net.py besides the shared ones."""
+
+    controlnet_model_name_or_path: Path | None = weights_option()
+    gradient_checkpointing: bool = option(name="gradient_checkpointing", facts=FREE)
 
 
 class Sd1FineTuningOptions(OfWholeCheckpoint, Sd1TrainingOptions, title=NAME):

@@ -1,11 +1,15 @@
 """Stable Diffusion XL for sdxl_train_network.py and its caches."""
 
+from dataclasses import replace
+
 from stable_diffusion import family
 from stable_diffusion.sdxl.options import (
+    SdxlControlNetTrainingOptions,
     SdxlGenerationOptions,
     SdxlLatentCachingOptions,
+    SdxlLearningOptions,
+    SdxlLlliteTrainingOptions,
     SdxlTextCachingOptions,
-    SdxlTrainingOptions,
 )
 
 
@@ -17,8 +21,20 @@ def family_for_text_caching(options: SdxlTextCachingOptions) -> family.StableDif
     return family.family_for_text_caching(family.OF_XL, options)
 
 
-def family_for_training(options: SdxlTrainingOptions) -> family.StableDiffusion:
-    return family.family_for_training(family.OF_XL, options)
+def family_for_training(options: SdxlLearningOptions) -> family.StableDiffusion:
+    made = family.family_for_training(family.OF_XL, options)
+    if isinstance(options, SdxlLlliteTrainingOptions):
+        from stable_diffusion.lllite_learning import MODULE, describe_lllite  # only to train one
+
+        return replace(made, made_network=describe_lllite(options), lora_module=MODULE)
+    if isinstance(options, SdxlControlNetTrainingOptions):
+        return family.with_control_net(
+            made,
+            options.controlnet_model_name_or_path,
+            own_rate=options.control_net_lr,
+            checkpoints=options.gradient_checkpointing,
+        )
+    return made
 
 
 def family_for_generation(options: SdxlGenerationOptions) -> family.StableDiffusion:

@@ -1,6 +1,10 @@
-"""Options of sdxl_train_network.py and the sdxl_cache_... scripts. Standard library only."""
+"""Options of the scripts that train Stable Diffusion XL and cache for it. Standard library only."""
 
-from modules.options import CHANGEABLE, FREE, not_needed, option, unsupported
+from pathlib import Path
+
+from modules.errors import OptionError
+from modules.options import CHANGEABLE, FREE, IDENTITY, not_needed, option, unsupported
+from stable_diffusion.control_net_options import rate_option, weights_option
 from stable_diffusion.generation_options import StableDiffusionGenerationOptions, script_defaults
 from stable_diffusion.training_options import (
     LatentCachingOptions,
@@ -26,6 +30,10 @@ _IN_GUIDES = (
 )
 
 
+_NO_TEXTS = "the text encoders are not trained. Leave it out"
+MOST_WIDTH = 1024  # of the embedding of a control picture; released files have 16 to 64
+
+
 class SdxlLearningOptions(StableDiffusionTrainingOptions, title=NAME):
     """Options of the scripts that train, besides the shared ones."""
 
@@ -41,6 +49,42 @@ class SdxlTrainingOptions(SdxlLearningOptions, title=NAME):
 
     text_encoder_lr1 = unsupported(_IN_GUIDES, type=float)
     text_encoder_lr2 = unsupported(_IN_GUIDES, type=float)
+
+
+class SdxlLlliteTrainingOptions(SdxlLearningOptions, title=NAME):
+    """Options of sdxl_train_control_net_lllite.py besides the shared ones."""
+
+    cond_emb_dim: int | None = option(
+        "numbers that the control picture becomes at each place, even; default: those of --network_weights, "
+        "else 32",
+        least=2,
+        most=MOST_WIDTH,
+        hint="32 is usual",
+        often=True,
+        facts=IDENTITY,
+    )
+    network_dim: int | None = option(name="network_dim", facts=FREE)
+    network_dropout: float | None = option(name="network_dropout", facts=FREE)
+    network_weights: Path | None = option(name="network_weights", facts=FREE)
+    text_encoder_lr1 = unsupported(_NO_TEXTS, type=float)
+    text_encoder_lr2 = unsupported(_NO_TEXTS, type=float)
+
+    def __post_init__(self) -> None:
+        if self.cond_emb_dim is not None and self.cond_emb_dim % 2:
+            raise OptionError(
+                f"--cond_emb_dim {self.cond_emb_dim} is odd: the first convolutions have half as many "
+                f"channels. Give {self.cond_emb_dim + 1}"
+            )
+
+
+class SdxlControlNetTrainingOptions(SdxlLearningOptions, title=NAME):
+    """Options of sdxl_train_control_net.py besides the shared ones."""
+
+    controlnet_model_name_or_path: Path | None = weights_option()
+    control_net_lr: float = rate_option()
+    gradient_checkpointing: bool = option(name="gradient_checkpointing", facts=FREE)
+    text_encoder_lr1 = unsupported(_NO_TEXTS, type=float)
+    text_encoder_lr2 = unsupported(_NO_TEXTS, type=float)
 
 
 _OF_LORAS = "it is of LoRAs. Give the rate of {} to --{}"

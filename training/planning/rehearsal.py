@@ -17,7 +17,6 @@ from torch.optim import Optimizer
 
 from modules.devices import dtype_of
 from modules.private_torch import disable_modes
-from networks.adapter import make_network
 from networks.added import add_loras
 from running.planning import dry_run as dry
 from training.data.live import LiveTexts
@@ -25,6 +24,7 @@ from training.experts import AUTOCAST, TRAINING_ADAPTER, dress, read_adapter
 from training.features.composing import install_features, kept_average, rehearsed_passes
 from training.features.hooks import LearningPass
 from training.loss import Autocast, LossRule, NoisyBatch, Trains
+from training.made_networks import make_trained_network
 from training.optimizers.optimizer import find_averaging, make_optimizer
 from training.optimizers.stepping import FusedBackward, ParameterSteps, StepAfterBackward, steps_alone
 from training.options import TrainingOptions
@@ -302,13 +302,14 @@ def _make_learning_groups(
     network_options = options.network
     if not network_options.dim_from_weights:
         network_options = replace(network_options, network_weights=None)  # the file is not read
-    network = make_network(
+    network = make_trained_network(
+        family,
         network_options,
-        family.lora_module,
         dit,
         0,
         encoders={} if texts is None else texts.networks,
         in_dit=options.parts is None or options.parts.trains_dit,
+        with_values=False,
     )
     dry.place(network.module, ledger, dry.NETWORK)
     _add_adapters(family, options, dit, ledger)

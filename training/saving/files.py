@@ -18,7 +18,7 @@ from modules.console import count_of
 from modules.errors import OutputError
 from modules.file_locks import only_one
 from modules.text_files import real_path
-from training.reports.history import history_path
+from training.reports.history import AVERAGE, history_path
 from training.reports.page import page_path
 from training.reports.sample_files import FOLDER as SAMPLES
 from training.saving.options import SavingOptions
@@ -30,7 +30,6 @@ WriteFile = Callable[[str, Path], None]  # what ends the file's name, see `Names
 
 SAFETENSORS = ".safetensors"
 INDEX = "model_index.json"  # of a model that is saved as a folder in diffusers' layout
-AVERAGE = "-ema"  # behind the stem of a file: the average of its weights
 
 
 @dataclass(frozen=True)
@@ -61,8 +60,9 @@ class Names:
 
     @property
     def pattern(self) -> str:
+        average = f"(?:{re.escape(AVERAGE)})?"
         parts = f"_(?:{'|'.join(self.parts)})" if self.parts else ""
-        return rf"(?:-ema)?{parts}{re.escape(self.ending)}"
+        return average + parts + re.escape(self.ending)
 
 
 @dataclass(frozen=True)

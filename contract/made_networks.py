@@ -1,0 +1,52 @@
+"""What a training asks of a family that trains a network of its own next to the frozen model, not a LoRA."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypeGuard
+
+import torch
+from torch import nn
+
+from contract.family import Described
+
+
+class WritesNetwork(Protocol):
+    """Write a network that was trained to a file. dtype: of its tensors; None: as trained."""
+
+    def __call__(
+        self, module: nn.Module, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]
+    ) -> None: ...
+
+
+@dataclass(frozen=True)
+class MadeNetwork:
+    """A network that a family makes for a training, which sees a control picture with each picture."""
+
+    called: str  # "ControlNet-LLLite"
+    words: str  # with its sizes, for boxes
+    ending: str  # of the architecture in metadata, as "lora" is that of a LoRA
+    # puts the module into the loaded model and returns it, with what `networks.adapter.ForeignNetwork` asks
+    # for; its state dict is what states hold. The second argument: whether it begins with its file's values
+    make: Callable[[nn.Module, bool], nn.Module]
+    check: Callable[[], None]  # raises UserError for a file that it cannot begin with; loads nothing
+    # script and options that generate with a saved file, given the file and the values of a sample
+    generate: Callable[[Path, Mapping[str, Any]], Sequence[str]]
+    write: WritesNetwork | None = None  # None: the state dict is what files hold
+    values: Mapping[str, Any] = field(default_factory=dict)  # entries of its files
+
+
+class MakesNetwork(Described, Protocol):
+    """A family that trains a network of its own in some runs."""
+
+    @property
+    def made_network(self) -> MadeNetwork | None: ...
+
+
+def _may_make(family: Described) -> TypeGuard[MakesNetwork]:
+    return family.can.make_network
+
+
+def made_network_of(family: Described) -> MadeNetwork | None:
+    """Return the network that a family trains in place of a LoRA; None if it trains LoRAs."""
+    return family.made_network if _may_make(family) else None

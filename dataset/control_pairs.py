@@ -1,0 +1,66 @@
+"""Check that each picture has its control picture, and each control picture its picture."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from dataset.listing import find_sources
+from dataset.sources.folders import ControlFolder
+from dataset.sources.media_source import MediaSource
+from dataset.table import DatasetConfig
+from modules.console import count_of
+from modules.errors import DatasetError
+from modules.media.reading import image_size
+from modules.option_values import as_shape
+
+logger = logging.getLogger(__name__)
+
+SHAPE_SLACK = 0.02  # by which width / height of a control picture may differ; rounding alone is less
+SHOWN = 3  # names in a message
+
+
+def check_pairs(config: DatasetConfig, taker: str) -> None:
+    """Check the control pictures of all tables before anything is loaded. taker: what sees them.
+
+    Warns of those of another shape than their picture. Raises DatasetError for a table without control
+    pictures, for pictures without one, and for control pictures without a picture. Tables whose pictures are
+    not on this machine, as their caches were copied, are left out.
+    """
+    by_folder: dict[Path, list[MediaSource]] = {}
+    for table in config.datasets:
+        folder = table.control_directory
+        if folder is None:
+            raise DatasetError(
+                f"{table.name}: {taker} learns from pairs of a picture and its control picture. Give "
+                "conditioning_data_dir, a folder of control pictures with the names of the pictures"
+            )
+        if table.directory is None or table.directory.is_dir():
+            by_folder.setdefault(folder, []).extend(find_sources(table))
+    for folder, sources in by_folder.items():
+        lone = ControlFolder(folder, {source.stem for source in sources}).alone
+        if lone:
+            names = ", ".join(path.name for path in lone[:SHOWN])
+            raise DatasetError(
+                f"{folder}: {count_of(len(lone), 'control picture')} without a picture of the same name: "
+                f"{names}{' ...' if len(lone) > SHOWN else ''}. Rename them, or move them away"
+            )
+        _warn_of_shapes(folder, sources)
+
+
+def _warn_of_shapes(folder: Path, sources: Sequence[MediaSource]) -> None:
+    """Warn of control pictures of another shape than their picture: they are cropped as this one is."""
+    others = []
+    for source in sources:
+        width, height = image_size(source.path)
+        control_width, control_height = image_size(source.control[0])
+        if abs(width * control_height / (height * control_width) - 1) > SHAPE_SLACK:
+            sizes = f"{as_shape((control_width, control_height))} and {as_shape((width, height))}"
+            others.append(f"{source.control[0].name} ({sizes})")
+    if others:
+        logger.warning(
+            "%s: %s of another shape than the picture, so that places in them do not match: %s%s",
+            folder,
+            count_of(len(others), "control picture"),
+            ", ".join(others[:SHOWN]),
+            " ..." if len(others) > SHOWN else "",
+        )

@@ -1,0 +1,16 @@
+"""What stands next to a U-Net and sees each of its calls."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class BesideUnet:
+    """Hold a network next to a U-Net, which does not count it among its own modules."""
+
+    # given control pictures, B 3 H W in 0..1 (None: there are none), their strength and the arguments of a
+    # call of the U-Net: further arguments for it
+    see: Callable[[Tensor | None, float, Mapping[str, Any]], dict[str, Any]]

@@ -1,0 +1,198 @@
+"""A ControlNet in training: a copy of the first half of the U-Net, which sees the control picture.
+
+Source: Zhang et al. 2023, arXiv 2302.05543. The network is diffusers'.
+"""
+# Letters: B pictures, H W pixels
+
+import inspect
+import re
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.controlnets.controlnet import ControlNetModel
+from torch import Tensor, nn
+
+from checkpoints.model_files import require_file
+from checkpoints.writing import save_tensors
+from contract.made_networks import MadeNetwork
+from stable_diffusion.beside_unet import BesideUnet
+from stable_diffusion.contract import SDXL, ModelKind
+from stable_diffusion.control_net_files import OWN_PARTS, load_control_net
+from stable_diffusion.control_net_options import WEIGHTS, say_generation
+from stable_diffusion.files import UNET
+from stable_diffusion.released_names import released_unet_names
+from stable_diffusion.training_files import TrainingFiles, count_layers
+from stable_diffusion.training_options import StableDiffusionTrainingOptions
+
+CALLED = "ControlNet"
+MODULE = "diffusers.ControlNetModel"
+CPU = torch.device("cpu")
+_HINT_BLOCK = re.compile(r"controlnet_cond_embedding\.blocks\.(\d+)\.(\w+)")
+
+
+class TrainedControlNet(nn.Module):
+    """A ControlNet next to the U-Net of a training."""
+
+    def __init__(self, network: ControlNetModel, own_rate: float | None) -> None:
+        """own_rate: learning rate of the parts that a U-Net does not have; None: as all."""
+        super().__init__()
+        self.network = network
+        self.own_rate = own_rate
+        self.multiplier = 1.0
+
+    def set_multiplier(self, multiplier: float) -> None:
+        self.multiplier = multiplier
+
+    def prepare_optimizer_params(self, learning_rate: float) -> tuple[list[dict[str, Any]], list[str]]:
+        """Return the groups of the optimizer, and their names: the copy, and the parts of its own."""
+        if self.own_rate is None:
+            return [{"params": list(self.network.parameters()), "lr": learning_rate}], ["control_net"]
+        rates = {"control_net copy": learning_rate, "control_net own": self.own_rate}
+        params: dict[str, list[nn.Parameter]] = {name: [] for name in rates}
+        for name, weight in self.network.named_parameters():
+            params["control_net own" if name.startswith(OWN_PARTS) else "control_net copy"].append(weight)
+        return [{"params": params[name], "lr": rate} for name, rate in rates.items()], [*rates]
+
+    def see_call(
+        self, controls: Tensor | None, strength: float, arguments: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Return what it adds to the features of a call of the U-Net; {} without control pictures.
+
+        controls: B 3 H W in 0..1. arguments: of the call.
+        """
+        strength *= self.multiplier
+        if controls is None or strength == 0:
+            return {}
+        dtype = self.network.dtype
+        sample = arguments["sample"]
+        added = arguments["added_cond_kwargs"]
+        if added is not None:
+            added = {**added, "text_embeds": added["text_embeds"].to(dtype)}
+        down, middle = self.network(
+            sample.to(dtype),
+            arguments["timestep"],
+            encoder_hidden_states=arguments["encoder_hidden_states"].to(dtype),
+            controlnet_cond=controls.to(dtype),
+            conditioning_scale=strength,
+            added_cond_kwargs=added,
+            return_dict=False,
+        )
+        return {
+            "down_block_additional_residuals": tuple(features.to(sample.dtype) for features in down),
+            "mid_block_additional_residual": middle.to(sample.dtype),
+        }
+
+
+def make_control_net(
+    path: Path | None,
+    own_rate: float | None,
+    checkpoints: bool,
+    kind: ModelKind,
+    unet: Any,
+    with_values: bool,
+) -> TrainedControlNet:
+    """Make a ControlNet for a U-Net: a copy of its first half, or with the values of a file.
+
+    path: of the file. checkpoints: its blocks are computed again in the backward pass, as the U-Net's. Raises
+    CheckpointError if the file does not fit the U-Net.
+    """
+    if path is None or not with_values:
+        network = copy_unet(unet)
+    else:
+        network = load_control_net(path, unet.config, kind.words, device=CPU, dtype=torch.float32, base=unet)
+    network.set_attn_processor(next(iter(unet.attn_processors.values())))
+    if checkpoints:
+        network.enable_gradient_checkpointing()
+    trained = TrainedControlNet(network.train(), own_rate)
+    unet.beside = BesideUnet(trained.see_call)
+    return trained
+
+
+def copy_unet(unet: Any) -> ControlNetModel:
+    """Return a ControlNet with the weights of the first half of a U-Net; its outputs begin with zeros.
+
+    As diffusers' `from_unet`, which does not take a number of layers for each level.
+    """
+    parameters = inspect.signature(ControlNetModel.__init__).parameters
+    config = {name: value for name, value in unet.config.items() if name in parameters}
+    (config["layers_per_block"],) = set(count_layers(unet.config))  # diffusers has one number for all levels
+    network = ControlNetModel(**config)
+    copied = {name: tensor for name, tensor in unet.state_dict().items() if name in network.state_dict()}
+    network.load_state_dict(copied, strict=False)
+    return network
+
+
+def describe_control_net(
+    options: StableDiffusionTrainingOptions,
+    files: TrainingFiles,
+    *,
+    path: Path | None,
+    own_rate: float | None,
+    checkpoints: bool,
+) -> MadeNetwork:
+    """Return a ControlNet as the network that a training makes. The arguments: see `make_control_net`."""
+
+    def check() -> None:
+        if path is not None:
+            place = require_file(path, WEIGHTS, "")
+            load_control_net(
+                place, files.unet_config, files.kind.words, device=torch.device("meta"), dtype=torch.float32
+            )
+
+    origin = "a copy of the U-Net's first half" if path is None else f"from {path.name}"
+    return MadeNetwork(
+        called=CALLED,
+        words=f"{CALLED}, {origin}",
+        ending="controlnet",
+        make=partial(make_control_net, path, own_rate, checkpoints, files.kind),
+        check=check,
+        generate=partial(say_generation, options, "--control_net_models"),
+        write=partial(_write, files),
+    )
+
+
+def _write(
+    files: TrainingFiles,
+    module: nn.Module,
+    path: Path,
+    dtype: torch.dtype | None,
+    metadata: Mapping[str, str],
+) -> None:
+    """Write a ControlNet: of XL under the names of diffusers, of 1.x and 2.x under the released ones."""
+    assert isinstance(module, TrainedControlNet)
+    state = module.network.state_dict()
+    names = {name: name for name in state}
+    if files.kind is not SDXL:
+        names = released_names(count_layers(module.network.config), [*state])
+    tensors = {names[name]: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in state.items()}
+    save_tensors(path, tensors, metadata)
+
+
+def released_names(layers: list[int], names: Sequence[str]) -> dict[str, str]:
+    """Return the released name of each weight of a ControlNet, by diffusers' name.
+
+    layers: number of residual blocks of each level.
+    """
+    own = [name for name in names if name.startswith(OWN_PARTS)]
+    of_unet = [name for name in names if not name.startswith(OWN_PARTS)]
+    released = {ours: theirs.removeprefix(UNET) for theirs, ours in released_unet_names(layers, of_unet)}
+    return released | {name: _name_own(name, own) for name in own}
+
+
+def _name_own(name: str, names: Collection[str]) -> str:
+    """Return the released name of a weight that a U-Net does not have. names: of all of them."""
+    place = _HINT_BLOCK.fullmatch(name)
+    if place is not None:  # an activation stands between convolutions
+        return f"input_hint_block.{2 * int(place[1]) + 2}.{place[2]}"
+    leaf = name.rpartition(".")[2]
+    if name.startswith("controlnet_cond_embedding.conv_out."):
+        blocks = {match[1] for match in map(_HINT_BLOCK.fullmatch, names) if match is not None}
+        return f"input_hint_block.{2 * len(blocks) + 2}.{leaf}"
+    numbered = re.fullmatch(r"controlnet_down_blocks\.(\d+)\.(\w+)", name)
+    if numbered is not None:
+        return f"zero_convs.{numbered[1]}.0.{leaf}"
+    start = "input_hint_block.0" if "conv_in" in name else "middle_block_out.0"
+    return f"{start}.{leaf}"

@@ -1,0 +1,71 @@
+"""Options of the scripts that train a ControlNet. Standard library only."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from modules.option_values import FillIn, option_words
+from modules.options import CHANGEABLE, FREE, option
+from stable_diffusion.training_options import StableDiffusionTrainingOptions
+
+WEIGHTS = "--controlnet_model_name_or_path"
+_NONE = "a ControlNet is a copy of the U-Net's first half, and has no such setting. Leave it out"
+# settings of `training.image_options.control_trainer`
+REFUSED: Mapping[str, str] = {
+    "network_dim": _NONE,
+    "network_dropout": _NONE,
+    "network_weights": f"Give the ControlNet to start from to {WEIGHTS}",
+    **dict.fromkeys(
+        ("fp8_base", "fp8_scaled"),
+        "a ControlNet begins as a copy of the U-Net's weights, which fp8 has rounded. Leave it out",
+    ),
+}
+
+
+def weights_option() -> Any:
+    return option(
+        "ControlNet to start from: a file, or a folder in diffusers' layout; default: a copy of the U-Net",
+        place="there",
+        facts=FREE,
+        often=True,
+    )
+
+
+def rate_option() -> Any:
+    return option(
+        "learning rate of the parts that the U-Net does not have: the control picture's embedding and the "
+        "outputs, which begin with zeros",
+        default=1e-4,
+        least=0,
+        below=1000.0,
+        hint="1e-4 is usual",
+        facts=CHANGEABLE,
+    )
+
+
+def say_generation(
+    options: StableDiffusionTrainingOptions, flag: str, file: Path, sample: Mapping[str, Any]
+) -> list[str]:
+    """Return the command of gen_img.py that generates with a trained file.
+
+    flag: the option that takes it. sample: values by the names of `Request`.
+    """
+    words = {
+        "--ckpt": options.ckpt or FillIn("CHECKPOINT"),
+        "--vae": options.vae,
+        "--tokenizer_cache_dir": options.tokenizer_cache_dir,
+        "--fp16": options.mixed_precision == "fp16",
+        "--bf16": options.mixed_precision == "bf16",
+        flag: file,
+        "--guide_image_path": sample.get("control_path") or FillIn("CONTROL_PICTURE"),
+        "--prompt": sample.get("prompt") or FillIn("what it should show"),
+        "--negative_prompt": sample.get("negative_prompt") or None,
+        "--W": sample.get("width"),
+        "--H": sample.get("height"),
+        "--steps": sample.get("steps"),
+        "--scale": sample.get("guidance_scale"),
+        "--sampler": sample.get("solver") or options.sample_sampler,
+        "--seed": sample.get("seed"),
+        "--outdir": file.parent / "generated",
+    }
+    return ["gen_img.py", *option_words(words)]

@@ -1,0 +1,105 @@
+"""Control pictures of a training and of its samples: in caches, batches and conditions."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from contract.data import (
+    CONTROL_PIXELS,
+    CONTROL_STRENGTH,
+    Batch,
+    CacheEntry,
+    Conditions,
+    MediaBatch,
+    MediaTable,
+    send_tensor,
+)
+from contract.requests import Prepared, check_opens
+from modules.errors import CacheError, DatasetError, OptionError
+from modules.media.reading import read_image
+from modules.option_values import as_shape
+from stable_diffusion.control_net import prepare
+from stable_diffusion.starting import STRIDE
+
+CONTROL = "--cn"  # of a line of samples
+
+
+def check_controls(table: MediaTable, taker: str) -> MediaTable:
+    """Return a table for the checks of other pictures. taker: what sees the control pictures.
+
+    Raises DatasetError if it has none.
+    """
+    if not table.has_control:
+        raise DatasetError(
+            f"{table.name}: {taker} learns from pairs of a picture and its control picture, and the table "
+            "has no control pictures. Give conditioning_data_dir, a folder of pictures of the same names."
+        )
+    return replace(table, has_control=False)
+
+
+def add_controls(entries: Sequence[Sequence[CacheEntry]], media: MediaBatch) -> list[list[CacheEntry]]:
+    """Return the cache entries of pictures, each with its control picture as it was cropped and mirrored.
+
+    Raises DatasetError if a picture has several.
+    """
+    if len(media.control) > 1:
+        raise DatasetError(
+            f"{media.table.name}: {len(media.control)} control pictures for one; one is seen. Leave one for "
+            "each picture"
+        )
+    controls = rearrange(media.control[0][..., :3], "b 1 h w c -> b c h w")
+    joined = []
+    for (entry,), control in zip(entries, controls, strict=True):
+        joined.append([replace(entry, tensors={**entry.tensors, CONTROL_PIXELS: control.clone()})])
+    return joined
+
+
+def controls_of(batch: Batch, latents: Tensor, taker: str) -> dict[str, Tensor]:
+    """Return the control pictures of a batch, B 3 H W uint8, among its conditions.
+
+    taker: what sees them. Raises CacheError if they are missing or of another size than the pictures.
+    """
+    batch.check({CONTROL_PIXELS: "conditioning_data_dir in the subsets"}, taker)
+    controls = batch.tensor(CONTROL_PIXELS)
+    sides = tuple(STRIDE * side for side in latents.shape[-2:])
+    if controls.dtype != torch.uint8 or tuple(controls.shape[-2:]) != sides:
+        raise CacheError(
+            f"{batch.keys[0]}: its control picture has {as_shape(controls.shape[-2:])} rows and columns, the "
+            f"picture {as_shape(sides)}. Cache latents again."
+        )
+    return {CONTROL_PIXELS: controls}
+
+
+def check_sample(path: Path) -> None:
+    """Raise OptionError if the control picture of a sample cannot be read."""
+    if not path.is_file():
+        raise OptionError(f"{CONTROL} {path}: no such picture. Correct the path")
+    check_opens(CONTROL.strip("-"), path, is_image=True)
+
+
+def sample_controls(prepared: Prepared) -> dict[str, Tensor]:
+    """Return the control picture of a sample with its strength, 1 3 H W uint8 and 1; {} without one.
+
+    It is read as gen_img.py reads guide images.
+    """
+    request = prepared.request
+    if request.control_path is None:
+        return {}
+    frame = prepare(read_image(request.control_path), None, prepared.width, prepared.height)
+    strength = float(request.extra.get("control_multiplier", 1))
+    pixels = rearrange(torch.from_numpy(frame), "h w c -> 1 c h w")
+    return {CONTROL_PIXELS: pixels, CONTROL_STRENGTH: torch.tensor([strength])}
+
+
+def control_in(cond: Conditions, device: torch.device, dtype: torch.dtype) -> tuple[Tensor | None, float]:
+    """Return the control pictures among conditions, B 3 H W in 0..1 or None, and their strength."""
+    if CONTROL_PIXELS not in cond:
+        return None, 0.0
+    strength: Any = cond.get(CONTROL_STRENGTH)
+    pixels = send_tensor(cond, CONTROL_PIXELS, device)
+    return (pixels.float() / 255).to(dtype), 1.0 if strength is None else float(strength[0])

@@ -1,0 +1,158 @@
+"""ControlNet-LLLite in training: made for a U-Net, hung into it, and started from a file."""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from checkpoints.dialects import load_planned
+from checkpoints.model_files import require_file
+from checkpoints.opening import open_checkpoint
+from contract.made_networks import MadeNetwork
+from modules.errors import OptionError
+from stable_diffusion.beside_unet import BesideUnet
+from stable_diffusion.control_net_options import say_generation
+from stable_diffusion.lllite_modules import (
+    WHAT,
+    Lllite,
+    LlliteModule,
+    LllitePart,
+    find_layer,
+    find_layer_path,
+    plan_lllite,
+    read_lllite,
+)
+from stable_diffusion.sdxl.options import SdxlLlliteTrainingOptions
+
+CALLED = "ControlNet-LLLite"
+MODULE = "networks.control_net_lllite"  # as other programs call it
+WIDTH, RANK = 32, 64  # of the released files
+WEIGHTS = "--network_weights"
+CPU = torch.device("cpu")
+
+
+class TrainedLllite(Lllite):
+    """The modules of a training. They change the inputs of the U-Net's layers wherever it is called."""
+
+    def __init__(self, parts: Mapping[str, LllitePart], dropout: float = 0.0) -> None:
+        super().__init__(parts, dropout)
+        self.multiplier = 1.0
+        # of the present call of the U-Net, and of its blocks that a backward pass computes again: control
+        # pictures, B 3 H W in -1..1 (None: the U-Net alone), and the strength of a sample
+        self.controls: Tensor | None = None
+        self.strength = 1.0
+
+    def set_multiplier(self, multiplier: float) -> None:
+        self.multiplier = multiplier
+
+    def see(self, controls: Tensor | None, strength: float) -> None:
+        """Take the control pictures of the next call of the U-Net, B 3 H W in 0..1; None: it has none."""
+        self.controls = None if controls is None else controls * 2 - 1
+        self.strength = strength
+
+    def hang_into(self, unet: nn.Module, path: Path) -> None:
+        """Put the modules in front of their layers. path: of their file, for messages.
+
+        Raises CheckpointError if they do not fit the U-Net.
+        """
+        for name, module in self.named_children():
+            assert isinstance(module, LlliteModule)
+            layer = find_layer(unet, name, module.part, path, WEIGHTS)
+            layer.register_forward_pre_hook(partial(self._change_input, module))
+        unet.beside = BesideUnet(self.see_call)  # type: ignore[assignment]
+
+    def see_call(self, controls: Tensor | None, strength: float, _: Mapping[str, Any]) -> dict[str, Any]:
+        """See the pictures of a call of the U-Net; return no further arguments for it."""
+        self.see(controls, strength)
+        return {}
+
+    def _change_input(
+        self, module: LlliteModule, _: nn.Module, inputs: tuple[Any, ...]
+    ) -> tuple[Any, ...] | None:
+        """Return the changed inputs of a layer, as its forward pre-hook; None without a control picture."""
+        strength = self.multiplier * self.strength
+        if self.controls is None or strength == 0:
+            return None
+        x, *others = inputs
+        dtype = next(module.parameters()).dtype
+        change = module(x.to(dtype), module.embed(self.controls.to(dtype)))
+        return x + strength * change.to(x.dtype), *others
+
+
+def make_lllite(options: SdxlLlliteTrainingOptions, unet: nn.Module, with_values: bool) -> TrainedLllite:
+    """Make the modules for a U-Net and hang them into it. with_values: those of --network_weights.
+
+    New ones do nothing at first: both weight and bias of `up` are zero. Raises CheckpointError if the file
+    does not fit the U-Net, OptionError if it has other sizes than the options.
+    """
+    path = options.network_weights
+    if path is None:
+        width, rank = options.cond_emb_dim or WIDTH, options.network_dim or RANK
+        network = TrainedLllite(plan_lllite(unet, width, rank), options.network_dropout or 0.0)
+        for module in network.children():
+            assert isinstance(module, LlliteModule)
+            nn.init.zeros_(module.up[0].weight)  # type: ignore[arg-type]
+            nn.init.zeros_(module.up[0].bias)  # type: ignore[arg-type]
+        path = Path()
+    else:
+        with open_checkpoint(path) as checkpoint:
+            plan = read_lllite(checkpoint, WEIGHTS)
+            _check_sizes(options, path, plan.config)
+            build = partial(TrainedLllite, dropout=options.network_dropout or 0.0)
+            if with_values:
+                network = load_planned(plan, build, device=CPU, dtype=torch.float32, what=WHAT)
+            else:
+                network = build(plan.config)
+    network.hang_into(unet, path)
+    return network
+
+
+def _check_sizes(options: SdxlLlliteTrainingOptions, path: Path, parts: Mapping[str, LllitePart]) -> None:
+    """Raise OptionError if a file has other sizes than the options."""
+    part = next(iter(parts.values()))
+    sizes = {
+        "network_dim": (options.network_dim, part.rank),
+        "cond_emb_dim": (options.cond_emb_dim, part.convolutions[-1][0]),
+    }
+    for name, (typed, stored) in sizes.items():
+        if typed is not None and typed != stored:
+            raise OptionError(
+                f"--{name} {typed}: {path} has {stored}, with which it is trained on. Give {stored}, or "
+                "leave the option out"
+            )
+
+
+def describe_lllite(options: SdxlLlliteTrainingOptions) -> MadeNetwork:
+    """Return ControlNet-LLLite as the network that a training makes."""
+    width, rank = options.cond_emb_dim or WIDTH, options.network_dim or RANK
+    words = f"{CALLED}, rank {rank}, control picture as {width} numbers"
+    if options.network_weights is not None:
+        words = f"{CALLED} of {options.network_weights.name}"
+    return MadeNetwork(
+        called=CALLED,
+        words=words,
+        ending="control-net-lllite",
+        make=partial(make_lllite, options),
+        check=partial(_check_file, options),
+        generate=partial(say_generation, options, "--control_net_lllite_models"),
+        values={"ss_network_dim": rank, "ss_cond_emb_dim": width},
+    )
+
+
+def _check_file(options: SdxlLlliteTrainingOptions) -> None:
+    """Check --network_weights by its header. Raises CheckpointError or OptionError."""
+    path = options.network_weights
+    if path is None:
+        return
+    with open_checkpoint(require_file(path, WEIGHTS, "")) as checkpoint:
+        plan = read_lllite(checkpoint, WEIGHTS)
+        load_planned(plan, Lllite, device=torch.device("meta"), dtype=torch.float32, what=WHAT)
+        _check_sizes(options, path, plan.config)
+        for name in plan.config:
+            if find_layer_path(name) is None:
+                raise OptionError(
+                    f"{WEIGHTS} {path}: Stable Diffusion XL has no layer for {name}. Give another"
+                )

@@ -1,0 +1,209 @@
+"""ControlNet-LLLite: small networks that change what single layers of SDXL's U-Net take, after a picture.
+
+A module turns the control picture into tokens of its layer by convolutions whose kernels do not overlap,
+joins them to the layer's input, which it projects down, and projects the result up again:
+
+layer(x + multiplier * up(mid(join(conditioning1(control), down(x)))))
+
+Positive and negative rows are changed alike. Source: the documents and files of kohya-ss/controlnet-lllite.
+"""
+# Letters: B pictures, R rows of one call of the U-Net, L tokens, C their width, E width of the embedding
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from checkpoints.dialects import LoadPlan, other_kind
+from checkpoints.opening import Checkpoint, plain_sources
+from modules.errors import CheckpointError
+from networks.module_names import alias, module_path
+from stable_diffusion.contract import SDXL
+from stable_diffusion.names import SDXL as SDXL_NAMES
+
+PREFIX = "lllite_unet_"  # then the layer's path in the released files, with "_" for "."
+_OTHER_PREFIX = "lllite_"  # of other models than SDXL
+WHAT = "a ControlNet-LLLite for Stable Diffusion XL"
+# parts of the U-Net with modules, by their released names; in each transformer layer these layers have one
+_BLOCKS = ("input_blocks_4_1", "input_blocks_5_1", "input_blocks_7_1", "input_blocks_8_1", "middle_block_1")
+_LAYERS = ("attn1_to_q", "attn1_to_k", "attn1_to_v", "attn2_to_q")
+# strides of the convolutions, by how often the latents are halved before the layer: pixels to tokens
+_STRIDES = {0: (4, 2), 1: (4, 4), 2: (4, 4, 2)}
+
+
+@dataclass(frozen=True)
+class LllitePart:
+    """Dimensions of the module of one layer."""
+
+    convolutions: tuple[tuple[int, int], ...]  # (channels, kernel and stride), one after the other
+    width: int  # of the layer's input
+    rank: int  # of what it is projected down to
+    is_convolution: bool  # the layer's input is R C h w, else R L C
+
+    @property
+    def reduction(self) -> int:
+        """Return the number of pixels of the control picture that become one token, in each direction."""
+        product = 1
+        for _, stride in self.convolutions:
+            product *= stride
+        return product
+
+
+class LlliteModule(nn.Module):
+    """Change the input of one layer. Attribute names are those of the files."""
+
+    def __init__(self, part: LllitePart, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.part = part
+        layers: list[nn.Module] = []
+        channels = 3
+        for width, stride in part.convolutions:
+            layers += [nn.Conv2d(channels, width, kernel_size=stride, stride=stride), nn.ReLU()]
+            channels = width
+        self.conditioning1 = nn.Sequential(*layers[:-1])  # no activation after the last
+        self.down = nn.Sequential(self._make_layer(part.width, part.rank), nn.ReLU())
+        self.mid = nn.Sequential(self._make_layer(part.rank + channels, part.rank), nn.ReLU())
+        self.dropout = nn.Dropout(dropout)  # of the training; files have none
+        self.up = nn.Sequential(self._make_layer(part.rank, part.width))
+
+    def _make_layer(self, width: int, out: int) -> nn.Module:
+        return nn.Conv2d(width, out, kernel_size=1) if self.part.is_convolution else nn.Linear(width, out)
+
+    def embed(self, controls: Tensor) -> Tensor:
+        """Embed control pictures: B 3 H W in -1..1 -> B L E, or B E h w if the layer convolves."""
+        height, width = controls.shape[2:]
+        step = self.part.reduction
+        # the U-Net rounds its sizes up; an edge that is not a whole step is repeated, as strides round down
+        missing = (0, -width % step, 0, -height % step)
+        embedding = self.conditioning1(nn.functional.pad(controls, missing, mode="replicate"))
+        return embedding if self.part.is_convolution else rearrange(embedding, "b e h w -> b (h w) e")
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        # x: R L C or R C h w    embedding: B L E or B E h w; row r belongs to picture r modulo B
+        axis = 1 if self.part.is_convolution else 2
+        rows = embedding.repeat(x.shape[0] // embedding.shape[0], *(1,) * (embedding.ndim - 1))
+        return self.up(self.dropout(self.mid(torch.cat([rows, self.down(x)], dim=axis))))
+
+
+class Lllite(nn.Module):
+    """All modules of one file, by the file's names of layers."""
+
+    def __init__(self, parts: Mapping[str, LllitePart], dropout: float = 0.0) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            self.add_module(name, LlliteModule(part, dropout))
+
+
+def plan_lllite(unet: nn.Module, width: int, rank: int) -> dict[str, LllitePart]:
+    """Return the dimensions of all modules of a U-Net, by their names in files, in the order of its layers.
+
+    width: of the embedding of control pictures, even. rank: of what inputs are projected down to.
+    """
+    levels: int = len(unet.config["block_out_channels"])  # type: ignore[index,arg-type]
+    parts = {}
+    for block in _BLOCKS:
+        number = 0
+        while (
+            path := find_layer_path(f"{PREFIX}{block}_transformer_blocks_{number}_attn1_to_q")
+        ) is not None:
+            first = _get_layer(unet, path)
+            if first is None:
+                break
+            sides = path.split(".")
+            level = int(sides[1]) if sides[0] == "down_blocks" else levels - 1
+            *before, last = _STRIDES[level]
+            convolutions = (*((width // 2, stride) for stride in before), (width, last))
+            for leaf in _LAYERS:
+                name = f"{PREFIX}{block}_transformer_blocks_{number}_{leaf}"
+                parts[name] = LllitePart(convolutions, first.weight.shape[1], rank, is_convolution=False)
+            number += 1
+    return parts
+
+
+def find_layer_path(name: str) -> str | None:
+    """Return the path of a layer in diffusers' U-Net, by the name of its module; None if SDXL has no such."""
+    return module_path(alias(name.removeprefix(PREFIX), SDXL_NAMES), SDXL_NAMES)
+
+
+def _get_layer(unet: nn.Module, path: str | None) -> Any:
+    try:
+        return None if path is None else unet.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def find_layer(unet: nn.Module, name: str, part: LllitePart, path: Path, option: str) -> nn.Module:
+    """Return the layer of a U-Net that a module of the file `path` changes.
+
+    name: of the module. option: that names the file. Raises CheckpointError if the module does not fit.
+    """
+    layer = _get_layer(unet, find_layer_path(name))
+    axes = 4 if part.is_convolution else 2
+    weight = getattr(layer, "weight", None)
+    if layer is not None and weight is not None and weight.ndim == axes and weight.shape[1] == part.width:
+        return layer
+    has = "has no such layer"
+    if weight is not None:
+        has = f"has {' x '.join(map(str, weight.shape))} there"
+    raise CheckpointError(
+        f"{path} does not fit --ckpt: it is made for {name.removeprefix(PREFIX)} with inputs of "
+        f"{part.width} channels, and the model {has}. Give one for {SDXL.words} to {option}.",
+        path,
+    )
+
+
+def read_lllite(checkpoint: Checkpoint, option: str) -> LoadPlan[dict[str, LllitePart]]:
+    """Plan how to load a file of ControlNet-LLLite. option: that names it.
+
+    Raises CheckpointError if it is another file.
+    """
+    names = {name.partition(".")[0] for name in checkpoint.tensors if name.startswith(PREFIX)}
+    if not names:
+        other_names = sorted(name for name in checkpoint.tensors if name.startswith(_OTHER_PREFIX))
+        if other_names:
+            raise CheckpointError(
+                f"{checkpoint.path} is a ControlNet-LLLite of another model (it has {other_names[0]}). "
+                f"Give one for Stable Diffusion XL to {option}.",
+                checkpoint.path,
+            )
+        raise other_kind(checkpoint, WHAT, option, "a file such as controllllite_v01032064e_sdxl_canny")
+    return LoadPlan(
+        {name: _read_part(checkpoint, name) for name in sorted(names)}, checkpoint, plain_sources(checkpoint)
+    )
+
+
+def _read_part(checkpoint: Checkpoint, name: str) -> LllitePart:
+    tensors = checkpoint.tensors
+
+    def shape(ending: str, axes: tuple[int, ...]) -> tuple[int, ...]:
+        info = tensors.get(f"{name}.{ending}")
+        if info is None or len(info.shape) not in axes or 0 in info.shape:
+            raise CheckpointError(
+                f"{checkpoint.path} is not {WHAT} as known: {name}.{ending} is missing or has another "
+                "shape. Copy or download it again.",
+                checkpoint.path,
+            )
+        return info.shape
+
+    start = f"{name}.conditioning1."
+    places = []
+    for tensor_name in tensors:
+        if tensor_name.startswith(start) and tensor_name.endswith(".weight"):
+            place = tensor_name.removeprefix(start).removesuffix(".weight")
+            if place.isdecimal():
+                places.append(int(place))
+    kernels = []
+    for number in sorted(places) or [0]:
+        channels, _, size, _ = shape(f"conditioning1.{number}.weight", (4,))
+        kernels.append((channels, size))
+    down = shape("down.0.weight", (2, 4))
+    return LllitePart(
+        tuple(kernels),
+        down[1],
+        down[0],
+        is_convolution=len(down) == 4,
+    )
