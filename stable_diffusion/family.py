@@ -315,6 +315,11 @@ class StableDiffusion(ModelOfPictures):
         return sum(info.size_bytes for info in infos.values())
 
     def checkpoint_writer(self, networks: Mapping[str, nn.Module], as_folder: bool) -> CheckpointWriter:
+        if self.files.vae is not None:
+            logger.info(
+                "Saved checkpoints keep the VAE of %s: that of --vae makes latents and samples alone.",
+                self.files.path,
+            )
         if not as_folder:
             return make_writer(self.files, networks)
         has_zero_snr = self.noise.predicts_v and self.noise.table[-1] == 1

@@ -123,8 +123,8 @@ class FolderWriter:
         """Return dtypes and shapes in the file of a network. dtype: as for `write`."""
         infos = {}
         for name, info in self.files[network].infos.items():
-            is_kept = dtype is None or not info.dtype.is_floating_point
-            infos[name] = info if is_kept else TensorInfo(dtype, info.shape)
+            written = info.dtype if dtype is None or not info.dtype.is_floating_point else dtype
+            infos[name] = TensorInfo(written, info.shape)
         return infos
 
 
@@ -177,7 +177,7 @@ def _make_texts(checkpoint: TrainingFiles, release: OpenedCheckpoint, marks: Mar
         _SCHEDULE: schedule,
         _INDEX: _describe_index(checkpoint.path, release, schedule["_class_name"]),
     }
-    texts = {}
+    texts: dict[str, bytes] = {}
     are_open_clip = [text.is_open_clip for text in release.texts]
     tokenizers = fetch_tokenizer_files(checkpoint.tokenizer_cache_dir, checkpoint.path, are_open_clip)
     for number, (text, (source, file)) in enumerate(zip(release.texts, tokenizers, strict=True)):

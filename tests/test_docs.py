@@ -320,6 +320,9 @@ def test_commands_of_the_page_run(page: Path, tmp_path: Path) -> None:
         lay_out_targets(tmp_path)
         run_for_z_image([command for command in commands if "zimage_" in command], tmp_path / "z image", page)
         commands = [command for command in commands if "zimage_" not in command]
+    if page.stem == "recipes":
+        run_for_flux_2([command for command in commands if "flux_2_" in command], tmp_path / "flux 2")
+        commands = [command for command in commands if "flux_2_" not in command]
     if any("models/chat" in command for command in commands):
         write_chat_model(tmp_path / "models" / "chat")
     makes_caches = any("cache_latents.py" in command for command in commands)
@@ -483,6 +486,17 @@ def run_for_z_image(commands: Sequence[str], folder: Path, page: Path) -> None:
     lay_out_named(folder, [z_image, page], SMALL)
     before = [one for one in commands_of(z_image) if "_cache_" in one or "my_z_lora" in one]
     for command in [*(one.replace("my_z_lora", "base_lora") for one in before), *commands]:
+        run_in(folder, command, makes_caches=True, apart=False)
+
+
+def run_for_flux_2(commands: Sequence[str], folder: Path) -> None:
+    """Run the commands of a page for FLUX.2 with the data set and the caches of its own page."""
+    picture_project.lay_out_flux_2(folder / "models")
+    lay_out_pictures(folder)
+    flux_2 = ROOT / "docs" / "flux_2.md"
+    lay_out_named(folder, [ROOT / "docs" / "image_datasets.md", flux_2], SMALL)
+    caching = [command for command in commands_of(flux_2) if "_cache_" in command]
+    for command in [*caching, *commands]:
         run_in(folder, command, makes_caches=True, apart=False)
 
 

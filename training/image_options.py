@@ -311,7 +311,6 @@ class DeepspeedOptions(Options, title="DeepSpeed"):
 
     deepspeed = unsupported(DEEPSPEED)
     zero_stage = unsupported(DEEPSPEED, type=int, default=2, choices=(0, 1, 2, 3))
-    offload_optimizer_device = unsupported(DEEPSPEED, choices=("cpu", "nvme"))
     offload_optimizer_nvme_path = unsupported(DEEPSPEED, type=str)
     offload_param_device = unsupported(DEEPSPEED, choices=("cpu", "nvme"))
     offload_param_nvme_path = unsupported(DEEPSPEED, type=str)
@@ -349,6 +348,7 @@ class OfLoraFiles(Options, title="not built"):
     """Options on the file and the dtype of what is trained that other trainers have for LoRAs."""
 
     save_model_as = unsupported(CODE, default="safetensors", choices=("ckpt", "pt", "safetensors"))
+    offload_optimizer_device = unsupported(DEEPSPEED, choices=("cpu", "nvme"))
     full_fp16 = not_needed(ROUNDING, "train in fp16")
     full_bf16 = not_needed(ROUNDING, "train in bf16")
 

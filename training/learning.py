@@ -511,9 +511,12 @@ def _make_stepping(
     is_in_bf16 = whole_dit is not None and whole_dit.full_bf16
     gathers = bool(split) and not stepping.steps_numbers(kind)
     alone: stepping.ParameterSteps | None = None
-    if options.is_fused or gathers or is_in_bf16:
+    offloads = whole_dit is not None and whole_dit.offloads_states
+    if options.is_fused or gathers or is_in_bf16 or offloads:
         if stepping.steps_alone(kind):
-            alone = stepping.ParameterSteps(optimizer, trainable.names, plan.progress, split)
+            alone = stepping.ParameterSteps(
+                optimizer, trainable.names, plan.progress, split, offloads_states=offloads
+            )
         else:
             logger.warning(
                 "--full_bf16: this optimizer's steps are rounded to the nearest bf16, which loses small ones."

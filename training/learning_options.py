@@ -32,6 +32,7 @@ NO_FROZEN_MODEL = (
     "LoRA instead"
 )
 MERGED_BEFORE = "merge them into the transformer before it is trained: merge_lora.py --save_merged_model FILE"
+HOST = "cpu"  # of --offload_optimizer_device
 ONE_FILE = "safetensors"  # of --save_model_as
 FOLDERS = ("diffusers", "diffusers_safetensors")
 NO_CODE = {"ckpt": "a ckpt can hold code"}
@@ -55,6 +56,13 @@ class WholeDitOptions(Options, title="full fine-tuning"):
         "--max_grad_norm clips each weight's gradient by itself",
         often=True,
         facts=HABIT,
+    )
+    offload_optimizer_device: str | None = option(
+        "cpu: keep the states of the optimizer in host memory; those of one weight at a time come to the "
+        "device, where it is stepped; needs an optimizer such as AdamW",
+        choices=(HOST,),
+        refused={"nvme": "states are not kept on disk. Memory that the system pages out does the same"},
+        facts=FREE,
     )
     full_bf16: bool = option(
         "keep the weights in bf16, half of float32's memory; steps are computed in float32 and rounded "
@@ -88,6 +96,11 @@ class WholeDitOptions(Options, title="full fine-tuning"):
     block_swap_optimizer_patch_params = not_needed(
         "the optimizer knows where the parameters of swapped blocks are."
     )
+
+    @property
+    def offloads_states(self) -> bool:
+        """Return whether the states of the optimizer wait in host memory."""
+        return self.offload_optimizer_device == HOST
 
     @property
     def saves_folders(self) -> bool:

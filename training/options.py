@@ -213,6 +213,11 @@ class TrainingOptions(Options):
                 f"{flags}: trained weights are kept in float32, or in bfloat16 with --full_bf16, because "
                 f"{stored.form} would lose the steps; leave it out, or train a LoRA"
             )
+        if options.offloads_states and precision == "fp16":
+            raise OptionError(
+                "--offload_optimizer_device with --mixed_precision fp16: weights are stepped one by one, and "
+                "whether fp16's scaled gradients overflowed concerns all of them. Use bf16 or no"
+            )
         self.speed.swap.refuse_trained(options.fused_backward_pass)
 
     def _check_fused(self) -> None:

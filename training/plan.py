@@ -47,7 +47,7 @@ from training.features.composing import (
 )
 from training.features.contract import EMPTY_PROMPT
 from training.made_networks import check_data
-from training.optimizers.stepping import check_fused_backward, check_split
+from training.optimizers.stepping import check_fused_backward, check_offload, check_split
 from training.options import TrainingOptions
 from training.other_families import NO_OTHERS, OtherFamilies
 from training.processes import make_accelerator
@@ -272,6 +272,8 @@ def join_processes(
             logger.warning(line)
     if options.is_fused:
         check_fused_backward(options.optimizer.optimizer_type, accelerator.num_processes)
+    if options.whole_dit is not None and options.whole_dit.offloads_states:
+        check_offload(options.optimizer.optimizer_type)
     if splits_whole_model(options):
         check_split(splitting_option(options.speed), options.optimizer.optimizer_type)
     compilation = options.speed.compilation.choice

@@ -224,6 +224,8 @@ def _restore_foreign(model: TrainedModel, saved: states.ForeignState) -> None:
 
 def _restore_own(model: TrainedModel, saved: states.SavedState) -> None:
     trainable, device = model.trainable, model.plan.accelerator.device
+    whole_dit = model.plan.options.whole_dit
+    offloads = whole_dit is not None and whole_dit.offloads_states
     if saved.files or model.plan.splits_model:
         from training.saving.split_model import fill_state  # only with split tensors
 
@@ -237,7 +239,8 @@ def _restore_own(model: TrainedModel, saved: states.SavedState) -> None:
     if is_changed:
         groups = _with_rates_of_now(optimizer["groups"], model.optimizer.param_groups)
         optimizer = {**optimizer, "groups": groups}
-    restore_optimizer(model.optimizer, trainable.names, optimizer, device)
+    states_device = torch.device("cpu") if offloads else device
+    restore_optimizer(model.optimizer, trainable.names, optimizer, states_device)
     if is_changed:
         model.schedule.go_to(model.plan.progress.step)
     else:

@@ -113,21 +113,18 @@ def _make_learning_rows(run: TrainingRun, parameters: Sequence[Tensor]) -> list[
         ("timesteps", "\n".join(describe_times(options.timesteps, plan.config.datasets))),
         ("targets", "\n".join(describe_targets(options)) or None),
         ("steps", _describe_length(plan)),
-        ("learning rate", _describe_rates(options, run.model.trainable, is_made)),
+        ("learning rate", _describe_rates(options, run.model.trainable, is_judged=not is_made)),
         ("optimizer", f"{options.optimizer.optimizer_type or 'AdamW'}, seed {plan.progress.seed}"),
     ]
 
 
-def _describe_rates(options: TrainingOptions, trainable: Trainable, is_made: bool) -> str:
-    """Return the learning rate as `judge_rate`, and those of the parts if they differ.
-
-    is_made: the family makes the network, which has other usual rates than a LoRA.
-    """
+def _describe_rates(options: TrainingOptions, trainable: Trainable, is_judged: bool) -> str:
+    """Return the learning rate, and those of the parts if they differ. is_judged: as by `judge_rate`."""
     usual = options.optimizer.learning_rate
     names: dict[float, list[str]] = {}
     for name, group in zip(trainable.group_names, trainable.groups, strict=False):
         names.setdefault(group.get("lr", usual), []).append(name)
-    judged = f"{usual:g}" if is_made else judge_rate(options)
+    judged = judge_rate(options) if is_judged else f"{usual:g}"
     if len(names) < 2 and (usual != 0 or usual in names):
         return judged
     parts = "\n".join(f"{rate:g}: {_shorten_list(of_rate)}" for rate, of_rate in names.items())

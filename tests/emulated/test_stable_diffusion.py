@@ -43,6 +43,11 @@ CASES: dict[str, list[str]] = {
     "LoKr": [*CACHED, "--network_module", "networks.lokr", "--network_args", "conv_dim=2"],
 }
 
+ADAFACTOR = ["--optimizer_type", "adafactor", "--optimizer_args", "relative_step=False"]
+WHOLE_CASES = [
+    [],
+    [*ADAFACTOR, "--fused_backward_pass", "--full_bf16", "--mixed_precision", "bf16", "--max_grad_norm", "0"],
+]
 READ = "training/reports/logs.py flush"  # the step before, which is there by then
 
 
@@ -92,3 +97,32 @@ def test_the_lora_is_that_of_the_cpu(folder: Path, case: str) -> None:
     if case != LEARNING:  # which hand their states to the host
         waits = done.places("take_step")
         assert waits.keys() <= {READ}, waits
+
+
+@pytest.mark.parametrize("words", WHOLE_CASES, ids=["AdamW", "Adafactor in bf16, fused"])
+def test_states_that_wait_in_host_memory_change_no_bit_of_a_whole_checkpoint(
+    folder: Path, words: list[str]
+) -> None:
+    """Also of a run that continues; the states are copied to the host after each step of a weight."""
+    train = [
+        *("sdxl_train.py", "--pretrained_model_name_or_path", "sdxl.safetensors", "--cache_latents"),
+        *("--tokenizer_cache_dir", "tokenizers", "--output_name", "x", "--dataset_config", "plain.toml"),
+        *("--cache_text_encoder_outputs", "--seed", "1", "--learning_rate", "1e-3", "--max_train_steps", "2"),
+        *("--save_every_n_steps", "1", "--save_state", *words),
+    ]
+    offloaded = [*train, "--offload_optimizer_device", "cpu"]
+    resumed = [*offloaded, "--resume", "host/x-step00000001-state", "--output_dir", "resumed"]
+
+    _, done, _ = run_on_device(
+        [*train, "--output_dir", "device"],
+        [*offloaded, "--output_dir", "host"],
+        resumed,
+        folder=folder,
+    )
+
+    assert not differences(folder / "device", folder / "host")
+    assert (folder / "resumed" / "x.safetensors").read_bytes()[-4096:] == (
+        folder / "host" / "x.safetensors"
+    ).read_bytes()[-4096:]
+    places = done.places("take_step")
+    assert any("_return_state" in place for place in places), places

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.stable_diffusion.test_whole_training import SCRIPTS, SGD, TOWERS, U_NET, folder, words
-from tests.tiny.stable_diffusion import WRITERS, ldm_unet, ldm_vae, open_clip, write_folder
+from tests.tiny.dit_files import write_tensors
+from tests.tiny.stable_diffusion import WRITERS, ldm_unet, ldm_vae, open_clip, vae_state, write_folder
 from training.saving.files import INDEX
 
 __all__ = ["folder"]  # a fixture
@@ -119,8 +120,13 @@ def test_folders_expire_and_are_set_aside_as_files_are(folder: Path) -> None:
     """Also one that the next run of this name begins with, which stays where it is until it is replaced."""
     model = WRITERS["sd1"](folder)
     kept = ["--stop_text_encoder_training", "-1", "--save_every_n_steps", "1", "--save_last_n_steps", "0"]
-    run = words(model.name, *kept, *AS_FOLDER, steps=3)
-    succeed_here("train_db.py", *run, folder=folder)
+    other = {name: 1.5 * value for name, value in ldm_vae(vae_state()).items()}
+    write_tensors(folder / "other.safetensors", other)
+    run = words(model.name, *kept, *AS_FOLDER, "--vae", "other.safetensors", steps=3)
+    said = succeed_here("train_db.py", *run, folder=folder)
+    assert "keep the VAE of sd1.safetensors: that of --vae makes latents and samples alone" in said
+    vae = load_file(folder / "output" / "model" / "vae" / "diffusion_pytorch_model.safetensors")
+    assert torch.equal(vae["decoder.conv_in.weight"], vae_state()["decoder.conv_in.weight"])
     output = folder / "output"
     names = {path.name for path in output.iterdir() if (path / INDEX).is_file()}
     assert names == {"model", "model-step00000003"}

@@ -237,3 +237,28 @@ def krea2_options(folder: Path, *more: str) -> tuple[Any, TrainingOptions]:
         "", record, [*words, "--output_name", "x", *more], learner=WholeDitOptions
     )
     return own, options
+
+
+def test_states_of_optimizers_wait_in_host_memory_on_request(tmp_path: Path) -> None:
+    """Files are equal on a CPU too, the plan counts them there, and optimizers that cannot are refused."""
+    family = BY_NAME["krea2"]
+    make_project(family, tmp_path)
+    words = [*whole_words(family), "--max_train_steps", "2", "--learning_rate", "1e-3"]
+    offloaded = [*words, "--offload_optimizer_device", "cpu"]
+
+    succeed_here(*words, folder=tmp_path)
+    usual = (tmp_path / "output" / "lora.safetensors").read_bytes()[-4096:]
+    succeed_here(*offloaded, "--overwrite", folder=tmp_path)
+    printed = io.StringIO()
+    assert run_here(*offloaded, "--plan", folder=tmp_path, printed=printed)[0] == 0
+
+    assert (tmp_path / "output" / "lora.safetensors").read_bytes()[-4096:] == usual
+    assert "all states of the optimizer" in printed.getvalue()
+    for more, reasons in (
+        (("--optimizer_type", "prodigy"), ("it finds one learning rate", "leave --offload_optimizer_device")),
+        (("--optimizer_type", "PagedAdamW8bit"), ("in host memory already", "Leave")),
+        (("--mixed_precision", "fp16"), ("overflowed", "Use bf16 or no")),
+        (("--offload_optimizer_device", "nvme"), ("not kept on disk", "Use cpu")),
+    ):
+        code, said = run_here(*offloaded, *more, "--overwrite", folder=tmp_path)
+        assert_one_message(code, said, "--offload_optimizer_device", *reasons)

@@ -17,6 +17,7 @@ too. The random bits depend only on seed, step and parameter.
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -77,6 +78,8 @@ class ParameterSteps:
     progress: Progress  # seed and step, for rounding
     # rows of a weight, and the weight; gathered to step it unless the optimizer steps each number by itself
     split: Mapping[Tensor, Tensor] = field(default_factory=dict)
+    # states wait in host memory, except those of the parameter that is stepped
+    offloads_states: bool = False
 
     @cached_property
     def _group_indices(self) -> dict[Parameter, int]:
@@ -126,10 +129,41 @@ class ParameterSteps:
         group = groups[self._group_indices[parameter]]
         members = group["params"]
         optimizer.param_groups, group["params"] = [group], [stand_in]
+        on_host = _fetch_state(optimizer, stand_in) if self.offloads_states else {}
         try:
             optimizer.step()
         finally:
             optimizer.param_groups, group["params"] = groups, members
+        if self.offloads_states:
+            _return_state(optimizer, stand_in, on_host)
+
+
+def _fetch_state(optimizer: Optimizer, parameter: Parameter) -> dict[str, Tensor]:
+    """Move the states of a parameter to its device; return those that were elsewhere, by their names."""
+    state = optimizer.state.get(parameter, {})
+    on_host = {name: value for name, value in state.items() if _is_moment(value)}
+    on_host = {name: value for name, value in on_host.items() if value.device != parameter.device}
+    for name, value in on_host.items():
+        state[name] = value.to(parameter.device)
+    return on_host
+
+
+def _return_state(optimizer: Optimizer, parameter: Parameter, on_host: Mapping[str, Tensor]) -> None:
+    """Move the states of a parameter to host memory. on_host: those that have memory there already."""
+    state = optimizer.state.get(parameter, {})
+    for name, value in state.items():
+        if not _is_moment(value):
+            continue
+        memory = on_host.get(name)
+        if memory is None or (memory.shape, memory.dtype) != (value.shape, value.dtype):
+            state[name] = value.cpu()
+        else:
+            state[name] = memory.copy_(value)
+
+
+def _is_moment(value: object) -> TypeGuard[Tensor]:
+    """Return whether an entry of a state is no counter."""
+    return isinstance(value, Tensor) and value.ndim > 0
 
 
 def stochastic_bfloat16(values: Tensor, generator: torch.Generator, weight: Tensor | None = None) -> Tensor:
@@ -248,6 +282,19 @@ def check_fused_backward(optimizer_type: str, processes: int) -> None:
         )
     if not steps_alone(find_optimizer(optimizer_type)):
         _refuse("--fused_backward_pass", optimizer_type)
+
+
+def check_offload(optimizer_type: str) -> None:
+    """Raise OptionError if the states of an optimizer cannot wait in host memory."""
+    option = "--offload_optimizer_device"
+    kind = find_optimizer(optimizer_type)
+    if kind.__name__.startswith("Paged"):
+        raise OptionError(
+            f"{option} with --optimizer_type {optimizer_type}: its states are in host memory already, and "
+            f"come to the GPU page by page. Leave {option} out"
+        )
+    if not steps_alone(kind):
+        _refuse(option, optimizer_type)
 
 
 def check_split(option: str, optimizer_type: str) -> None:

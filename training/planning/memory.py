@@ -60,6 +60,7 @@ class StepPrediction:
     swaps: Sequence[memory_plan.Swapped]  # by --blocks_to_swap, from 0 to the most that can be
     block_weights: tuple[memory_plan.BlockWeights, ...]
     workspace: memory_plan.MemoryPart
+    offloaded: int = 0  # bytes of the optimizer's states in host memory
     average: int = 0  # bytes of a whole model's average in host memory
     further: int = 0  # transformers that are trained, each like the one that was rehearsed
     sampled: int = 0  # transformers that only samples need
@@ -88,6 +89,9 @@ class StepPrediction:
         for model in further_models(self.options):
             device = moment.get(dry.WEIGHTS, 0) - swap.saved
             parts.append(memory_plan.MemoryPart(f"{model.name}'s transformer", device, swap.host))
+        if self.offloaded:
+            note = "those of one weight at a time are on the device"
+            parts.append(memory_plan.MemoryPart("all states of the optimizer", 0, self.offloaded, note))
         if self.average:
             name = f"average of the weights ({kept_average(self.options)})"
             parts.append(memory_plan.MemoryPart(name, 0, self.average))
@@ -165,9 +169,17 @@ def predict(
             moments, waiting = rehearse(family, options, dit, noisy_batch, texts=texts, watch=watch)
             if average and texts is not None:
                 average += 4 * sum(map(_count_learning, texts.learning))
+            learning = [weight.numel() for weight in dit.parameters() if weight.requires_grad]
+            for encoder in () if texts is None else texts.learning:
+                learning += [
+                    weight.numel() for weight in encoder.network.parameters() if weight.requires_grad
+                ]
     finally:
         if texts is not None:
             texts.free()
+    offloaded = 0
+    if options.whole_dit is not None and options.whole_dit.offloads_states:
+        moments, offloaded = _offload_states(moments, max(learning) / sum(learning))
     return StepPrediction(
         options=options,
         batch=describe_batch(family.latent, shape),
@@ -179,11 +191,22 @@ def predict(
         swaps=swaps,
         block_weights=block_weights,
         workspace=memory_plan.workspace(device, is_training=True),
+        offloaded=offloaded,
         average=average,
         further=len(family.experts) - 1,
         sampled=sampled,
         texts=texts,
     )
+
+
+def _offload_states(moments: Mapping[str, dry.Moment], share: float) -> tuple[dict[str, dry.Moment], int]:
+    """Return moments in which the states of one weight are on the device, and the bytes of all on the host.
+
+    share: of the largest weight in all that learn.
+    """
+    total = max(moment.get(dry.OPTIMIZER, 0) for moment in moments.values())
+    on_device = round(total * share)
+    return {place: {**moment, dry.OPTIMIZER: on_device} for place, moment in moments.items()}, total
 
 
 def _average_bytes(options: TrainingOptions, dit: nn.Module) -> int:

@@ -278,7 +278,9 @@ def _single_steps(
 ) -> ParameterSteps | None:
     """Return the steps of single weights; None if all are stepped at once."""
     whole_dit = options.whole_dit
-    is_stepped_alone = whole_dit is not None and (whole_dit.full_bf16 or whole_dit.fused_backward_pass)
+    is_stepped_alone = whole_dit is not None and (
+        whole_dit.full_bf16 or whole_dit.fused_backward_pass or whole_dit.offloads_states
+    )
     if not (is_stepped_alone and steps_alone(type(optimizer))):
         return None
     names: dict[Tensor, str] = {parameter: str(index) for index, parameter in enumerate(parameters)}

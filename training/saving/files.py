@@ -368,7 +368,7 @@ def _make_new(folder: Path) -> Path:
         candidate = folder.with_name(f"{folder.name}-{number}")
 
 
-def _copy(file: Path, target: Path) -> None:
+def _copy(file: str | Path, target: str | Path) -> None:
     """Give a file a second name (hard link), or copy it if the volume has no links. Files are replaced, never
     changed, so the second one does not change.
     """
