@@ -154,7 +154,7 @@ class StableDiffusion(ModelOfPictures):
     options: Any = NO_OPTIONS  # of a training
     tells_cut: bool = False  # warn of prompts that are not read to their end
     learning_texts: LearningTexts | None = None  # of a training of all weights
-    # what a training makes in place of a LoRA, which sees the control pictures
+    # what a training makes in place of a LoRA
     made_network: MadeNetwork | None = None
     stores_controls: bool = False  # latents are cached together with the control pictures of a table
     lora_module: str = "networks.lora"
@@ -195,7 +195,7 @@ class StableDiffusion(ModelOfPictures):
             solvers=SAMPLERS,
             noise_on_cpu=True,
             one_batch=True,
-            extras=() if self.made_network is None else ("control_multiplier",),
+            extras=() if self._seeing is None else ("control_multiplier",),
         )
 
     @property
@@ -256,9 +256,15 @@ class StableDiffusion(ModelOfPictures):
 
     # control pictures
 
+    @property
+    def _seeing(self) -> MadeNetwork | None:
+        """Return the made network that sees control pictures."""
+        made = self.made_network
+        return None if made is None or made.in_texts else made
+
     def check_table(self, table: MediaTable) -> None:
-        if self.made_network is not None:
-            table = control_pictures.check_controls(table, self.made_network.called)
+        if self._seeing is not None:
+            table = control_pictures.check_controls(table, self._seeing.called)
         super().check_table(replace(table, has_control=False) if self.stores_controls else table)
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
@@ -269,7 +275,7 @@ class StableDiffusion(ModelOfPictures):
     def keep_media(self, request: Request, who: str) -> Request:
         """Return the request without media that nothing sees: a made network sees the control picture."""
         control = request.control_path
-        if self.made_network is None:
+        if self._seeing is None:
             return super().keep_media(request, who)
         if control is None:
             logger.warning(
@@ -280,7 +286,7 @@ class StableDiffusion(ModelOfPictures):
         return replace(super().keep_media(replace(request, control_path=None), who), control_path=control)
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
-        return {0: {} if self.made_network is None else control_pictures.sample_controls(prepared)}
+        return {0: {} if self._seeing is None else control_pictures.sample_controls(prepared)}
 
     # files
 
@@ -358,8 +364,8 @@ class StableDiffusion(ModelOfPictures):
                 )
         if self.kind is SDXL:
             conditions[SIZES] = batch.tensor(SIZES)
-        if self.made_network is not None:
-            conditions |= control_pictures.controls_of(batch, latents, self.made_network.called)
+        if self._seeing is not None:
+            conditions |= control_pictures.controls_of(batch, latents, self._seeing.called)
         return conditions
 
     def predict(
@@ -531,6 +537,16 @@ def family_for_training(
             options.fills_captions,
         ),
     )
+
+
+def with_inversion(model: StableDiffusion) -> StableDiffusion:
+    """Return the model of a training of textual inversion, whose word its options name."""
+    from stable_diffusion.inversion_learning import MODULE, Inversion  # only to train one
+
+    inversion = Inversion(model.options, model.files)
+    assert model.learning_texts is not None  # as for each training
+    learning = replace(model.learning_texts, word=inversion.word)
+    return replace(model, made_network=inversion.describe(), lora_module=MODULE, learning_texts=learning)
 
 
 def with_control_net(
