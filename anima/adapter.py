@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from anima.configs import AdapterConfig
 from modules.attention.attend import attend
+from modules.devices import send_ahead
 from modules.layers.half_rope import rotate_halves
 from modules.layers.norms import RMSNorm, activation_dtype, in_own_dtype
 from modules.layers.rope import Grid, GridTable, exact_table, table_maker
@@ -86,7 +87,7 @@ class AnimaAdapter(nn.Module):
 
         states: 1 S text_dim, of the prompt's own tokens. ids: 1 T, T5's tokens with its end. Without
         padding, so that nothing is masked. A prompt without tokens has one state of zeros: attention to it
-        adds nothing.
+        adds nothing. ids are sent to the device of the states.
         """
         dtype = activation_dtype(states.device, self.out_proj.weight.dtype)
         states = states.to(dtype)
@@ -94,7 +95,7 @@ class AnimaAdapter(nn.Module):
             states = functional.pad(states, (0, 0, 0, 1))
         rotary = self._rotary.get_table(Grid((ids.shape[1],)), states.device)
         states_rotary = self._states_rotary.get_table(Grid((states.shape[1],)), states.device)
-        x = self.embed(ids).to(dtype)
+        x = self.embed(send_ahead(ids, states.device)).to(dtype)
         for block in self.blocks:
             x = block(x, states, rotary, states_rotary, attention)
         return self.norm(in_own_dtype(self.out_proj, x))
@@ -111,8 +112,8 @@ def read_texts(
 ) -> list[Tensor]:
     """Return the adapter's rows of each prompt, n C with n <= `rows`; the transformer pads them with zeros.
 
-    states: B S text_dim, of which `counts` are real. ids: B T, T5's tokens. weights: B T, on the host if it
-    can be: 0 for padding, else the weight of the token, which is 1 for the last one.
+    states: B S text_dim, of which `counts` are real. ids: B T, T5's tokens. weights: B T: 0 for padding, else
+    the weight of the token, which is 1 for the last one. Both on the host if they can be.
     """
     positions = torch.arange(1, ids.shape[1] + 1, device=weights.device)
     ends = ((weights != 0) * positions).amax(dim=1).tolist()
@@ -120,5 +121,6 @@ def read_texts(
     for sample, (count, end) in enumerate(zip(counts, ends, strict=True)):
         length = min(max(end, 1), rows)
         prompt = adapter(states[sample : sample + 1, :count], ids[sample : sample + 1, :length], attention)
-        embedded.append(prompt[0] * weights[sample, :length, None].to(prompt.device, prompt.dtype))
+        of_rows = weights[sample, :length, None].to(prompt.dtype)
+        embedded.append(prompt[0] * send_ahead(of_rows, prompt.device))
     return embedded

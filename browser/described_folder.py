@@ -6,6 +6,7 @@ pages may change it in turn.
 
 import contextlib
 import errno
+import functools
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -190,10 +191,15 @@ def _name_model_files(family: str, task: str, paths: list[str]) -> dict[str, str
 def read_commands(folder: Path) -> list[list[str]]:
     """Return the commands in the run.toml of a folder; none if it is not as `new` writes it."""
     try:
-        run = parse_toml(read_content(folder / RUN_FILE).decode())
-        return [[str(word) for word in words] for words in run[OTHERS_TABLE]["commands"]]
+        return [list(words) for words in _parse_commands(read_content(folder / RUN_FILE))]
     except (OSError, ValueError, KeyError, TypeError):
         return []
+
+
+@functools.lru_cache(maxsize=8)  # an open page asks again and again
+def _parse_commands(content: bytes) -> tuple[tuple[str, ...], ...]:
+    run = parse_toml(content.decode())
+    return tuple(tuple(str(word) for word in words) for words in run[OTHERS_TABLE]["commands"])
 
 
 def keep_copies(folder: Path, target: Path) -> None:

@@ -406,7 +406,7 @@ class GeneratePages:
     def answer_pressed(self, error: str = "", on_its_way: str = "") -> Response:
         """Return the same part after a button was pressed. For its arguments see `answer_work`."""
         response = self.answer_work(error, on_its_way)
-        response.headers["hx-trigger"] = "wished"
+        response.headers["hx-trigger"] = "render_added"
         return response
 
     def make(self, form: GenerateForm) -> str:

@@ -152,7 +152,7 @@ class RenderQueue:
         with self._change():
             job = self.find(number)
             if job is None or job.state not in states:
-                raise OptionError(f"there is no wish {number} that is {' or '.join(states)} (any more)")
+                raise OptionError(f"there is no result {number} that is {' or '.join(states)} (any more)")
             for name, value in values.items():
                 setattr(job, name, value)
             self._write(job)
@@ -163,7 +163,7 @@ class RenderQueue:
         with self._change():
             job = self.find(number)
             if job is None or job.state in (WAITING, RUNNING):
-                raise OptionError(f"there is no wish {number} that has ended (any more)")
+                raise OptionError(f"there is no result {number} that has ended (any more)")
             self._path(number).unlink(missing_ok=True)
 
     def ask_to_cancel(self, number: int) -> None:
@@ -197,7 +197,7 @@ class RenderQueue:
     def _write(self, job: RenderJob) -> None:
         text = json.dumps({name: getattr(job, name) for name in KINDS})
         if len(text) > MOST_OF_RENDER_JOB:  # it would not be read again
-            raise OptionError(f"a wish of {len(text):,} bytes: {MOST_OF_RENDER_JOB:,} are the most")
+            raise OptionError(f"a request of {len(text):,} bytes: {MOST_OF_RENDER_JOB:,} are the most")
         write_text(self._path(job.id), text)
 
     def _read_entry(self, number: int, path: Path) -> RenderJob | None:

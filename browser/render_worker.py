@@ -210,9 +210,11 @@ class RenderWorker:
 
     def free(self) -> None:
         """End the process with the model, unless it makes something. Raises OptionError then."""
-        with self._lock:
+        with self._changed:
+            # a result that has just ended is tidied up for a moment longer
+            self._changed.wait_for(lambda: self._current is None or self._current.state == RUNNING, PATIENCE)
             if self._current is not None:
-                raise OptionError(f"wish {self._current.id} is being made: cancel it first")
+                raise OptionError(f"result {self._current.id} is being made: cancel it first")
             session = self._take_session()
         self._end_process(session)
 
@@ -280,13 +282,13 @@ class RenderWorker:
                     if self._has_ended():
                         return
                 except BlockingIOError:
-                    self.problem = "another server of these folders makes the wishes"
+                    self.problem = "another server of these folders makes the results"
                     wait = RETRIED_EVERY
                     if self._has_ended():
                         return
                 except (UserError, OSError, ValueError) as error:
                     if str(error) != self.problem:
-                        logger.warning("no wish can be made: %s", error)
+                        logger.warning("no result can be made: %s", error)
                     self.problem = str(error)
                     wait = RETRIED_EVERY
                 with self._changed:
@@ -322,8 +324,9 @@ class RenderWorker:
             self._end_process(self._take_session())
         finally:
             self._remove_previews()
-            with self._lock:
+            with self._changed:
                 self._current = None
+                self._changed.notify_all()
         return True
 
     def _find_blocking_job(self) -> Job | None:

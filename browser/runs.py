@@ -1,6 +1,7 @@
 """Find runs below folders by their histories, and summarise each from a few parts of its file."""
 
 import contextlib
+import functools
 import html
 import math
 import mmap
@@ -108,7 +109,7 @@ class RunSummary:
         """Return the name of its model for people."""
         return model_title(self.model)
 
-    @property
+    @functools.cached_property
     def id(self) -> str:
         return short_digest(self.history)
 
@@ -186,7 +187,7 @@ class RunSummary:
             return ""
         return f"{highest} of {predicted}" if predicted.endswith("GiB") else highest
 
-    @property
+    @functools.cached_property
     def spark(self) -> str:
         """Return the points of the loss sparkline, 100 wide and 24 high."""
         if len(self.losses) < 2:

@@ -26,7 +26,7 @@ LOW_NOISE, HIGH_NOISE = "low_noise", "high_noise"  # names of the two experts th
 CLIPS, PICTURES = "it encodes the clips", "it encodes the pictures"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)  # compared as objects, never printed
 class FamilyEntry:
     """Name the folder, scripts and option records of a family."""
 

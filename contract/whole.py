@@ -48,8 +48,12 @@ class TrainsCheckpoint(Described, Encodes, Protocol):
     # bytes of a file that is written; dtype: as `CheckpointWriter.write`. Reads headers alone
     def checkpoint_bytes(self, dtype: torch.dtype | None) -> int: ...
 
-    # networks: those that learn: by the names of text encoders, and DIT
-    def checkpoint_writer(self, networks: Mapping[str, nn.Module]) -> CheckpointWriter: ...
+    # networks: those that learn: by the names of text encoders, and DIT. as_folder: in diffusers' layout
+    def checkpoint_writer(self, networks: Mapping[str, nn.Module], as_folder: bool) -> CheckpointWriter: ...
+
+    # whether the checkpoint that is trained is a single file
+    @property
+    def is_of_one_file(self) -> bool: ...
 
 
 DIT = "dit"  # the transformer among `networks`

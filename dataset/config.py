@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from contract.rules import ReferenceRules
 from dataset import config_keys as forms
 from dataset.config_keys import MODES
 from dataset.forms.composing import (
@@ -37,6 +36,7 @@ from modules.text_files import real_path
 
 if TYPE_CHECKING:  # torch is not loaded to read a file
     from contract.family import Caches
+    from contract.rules import ReferenceRules
 
 __all__ = ["KEYS", "MODES", "DatasetConfig", "DatasetTable", "load_dataset_config"]
 
@@ -278,7 +278,9 @@ def with_lengths(config: DatasetConfig, lengths: ClipLengths) -> DatasetConfig:
     return replace(config, datasets=tuple(tables))
 
 
-def with_references(config: DatasetConfig, rules: ReferenceRules | None, instead: str = "") -> DatasetConfig:
+def with_references(
+    config: DatasetConfig, rules: "ReferenceRules | None", instead: str = ""
+) -> DatasetConfig:
     """Return a configuration whose control images follow a family's rules (`Family.references`).
 
     instead: `Abilities.references`. Raises DatasetError if the family has no use for a key.
@@ -308,7 +310,7 @@ def with_references(config: DatasetConfig, rules: ReferenceRules | None, instead
     return replace(config, datasets=tuple(tables))
 
 
-def _clip_reference_problems(table: DatasetTable, rules: ReferenceRules | None, instead: str) -> list[str]:
+def _clip_reference_problems(table: DatasetTable, rules: "ReferenceRules | None", instead: str) -> list[str]:
     """Return a line for each key of references of clips that the model has no use for."""
     takes_clips = rules is not None and rules.clips
     takes_masks = rules is not None and rules.clips and rules.control_masks

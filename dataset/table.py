@@ -8,13 +8,15 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
 
-from contract.rules import ReferenceRules, ShownMedium
 from dataset import config_keys as forms
 from dataset.config_keys import FRAMES, LATENTS, LEARNING, NOTHING, REFERENCES, SECTIONS, TEXTS, Stale, key
 from dataset.subset_options import SUBSET_KEYS
 from dataset.timestep_keys import HIGH, LOW, SHIFT
+
+if TYPE_CHECKING:  # messages on mistyped options read the keys below, and nothing of models
+    from contract.rules import ReferenceRules, ShownMedium
 
 Table = Mapping[str, Any]
 VIDEO, IMAGE = ("video",), ("image",)
@@ -192,9 +194,9 @@ class DatasetTable:
     reference_dropout_rate: float = key(forms.SHARE, 0.0, kinds=IMAGE, stale=LEARNING, rank=2)
     multiple_target: bool = key(forms.NO_LAYERS, False, kinds=IMAGE, stale=NOTHING)
     # how the family takes control images as references; None: they are fitted like their picture
-    references: ReferenceRules | None = None
+    references: "ReferenceRules | None" = None
     # how the family takes references of clips, and masks of control clips; None: it takes neither
-    clip_references: ReferenceRules | None = None
+    clip_references: "ReferenceRules | None" = None
     is_of_sound: bool = False  # its clips are sounds without pictures
     gives_latents: bool = False  # computed before, so that no frames are read
     uses_empty_prompt: bool = False  # besides captions that are dropped: a target of the training asks for it
@@ -304,7 +306,7 @@ class DatasetTable:
         return {"bucket": list(bucket), **self.changed(REFERENCES)}
 
     def sight_settings(
-        self, sees_clip: bool, shown: Iterable[ShownMedium] | None, further_text: str | None = None
+        self, sees_clip: bool, shown: "Iterable[ShownMedium] | None", further_text: str | None = None
     ) -> dict[str, Any]:
         """Return the settings that decide what text encoders see of a clip and of the references in its row.
 

@@ -37,10 +37,10 @@ from training.reports.history import HIGHEST, PREDICTED, History, describe_proce
 
 RUNS = (  # name, family, seed, step, total steps, how it ended
     ("blorp", "wan", 3, 1240, 2000, None),
-    ("green_squares", "wan", 5, 1600, 1600, ("finished", "good")),
-    ("two_triangles", "hunyuan_video", 8, 900, 900, ("finished", "good")),
-    ("night_circles", "flux_2", 13, 700, 1200, ("stopped after step 700", "")),
-    ("white_stars", "wan", 21, 310, 1600, ("ended by an error after step 310: the loss is nan", "bad")),
+    ("white_and_green", "wan", 5, 1600, 1600, ("finished", "good")),
+    ("green_and_white", "hunyuan_video", 8, 900, 900, ("finished", "good")),
+    ("yellow_blorp", "flux_2", 13, 700, 1200, ("stopped after step 700", "")),
+    ("fast_blorp", "wan", 21, 310, 1600, ("ended by an error after step 310: the loss is nan", "bad")),
 )
 PROMPTS = (  # what the clips of `draw_clip` show, by the index of their seed
     "a red blorp moving right",
@@ -64,7 +64,7 @@ JOBS = (
     (1, "wan_cache_latents.py --dataset_config blorp.toml --vae models/wan_2.1_vae.safetensors", 0),
     (2, "wan_cache_latents.py --dataset_config stars.toml --vae models/wan_2.1_vae.safetensors", 1),
     (3, "wan_train_network.py --config_file blorp.toml --output_name blorp", -1),
-    (4, "wan_train_network.py --config_file stars.toml --output_name white_stars --resume latest", None),
+    (4, "wan_train_network.py --config_file stars.toml --output_name fast_blorp --resume latest", None),
     (5, "wan_generate_video.py --from_file prompts.txt --lora_weight output/blorp.safetensors", None),
 )
 COMPARED = (300, 900, 1200)  # steps

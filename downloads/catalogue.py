@@ -4,7 +4,7 @@ import shlex
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -197,6 +197,7 @@ def family_title(family: str) -> str:
     return str(_read_catalogue()["family"][family].get("title", ""))
 
 
+@lru_cache(maxsize=256)  # names in files of other programs are without number
 def model_title(name: str, task: str = "") -> str:
     """Return the name for people of a model that runs, results and this list name for programs.
 

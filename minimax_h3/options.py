@@ -16,7 +16,13 @@ from minimax_h3.reference_options import (
     H3MediaOptions,
     warn_of_edges,
 )
-from minimax_h3.training_options import H3LossOptions, H3RefusedOptions, H3TargetOptions
+from minimax_h3.training_options import (
+    VIEWS,
+    H3LossOptions,
+    H3RefusedOptions,
+    H3TargetOptions,
+    granularity_option,
+)
 from modules.errors import OptionError
 from modules.option_values import FillIn
 from modules.options import (
@@ -54,7 +60,6 @@ STEPS = 30
 CLIP, LAST_FRAMES = 17, 5  # frames that are encoded together, and behind the last ones of these
 MOST_RATIO = 4  # of the sides of keyframes and references, and the other way round
 ADAPTIVE = "adaptive"  # of --ratio
-TEACHERS = ("first,last", "ref", "subject_ref")  # of --teacher_conditions
 MOST_SHIFT = 1000.0
 _ATTENTION = "the text encoder computes attention with PyTorch's own kernels"
 _FP4 = "weights in nvfp4 are read, and multiplied in 16 bits. Leave it out"
@@ -133,8 +138,9 @@ class H3TextCachingOptions(Options, title=NAME):
     teacher_conditions: str | None = option(
         "also cache what a teacher reads, for --h3_teacher_matching: first,last, with the first and the last "
         "frame; ref, with the clip and its sound; subject_ref, with pictures of its subject",
-        choices=TEACHERS,
+        choices=tuple(VIEWS),
         often=True,
+        known_as=("h3_teacher_conditions",),
     )
     text_cache_dtype: str | None = option(
         "dtype of cached states: bf16, half the size, or float32; default: that of --text_encoder_dtype",
@@ -294,11 +300,7 @@ class H3GenerationOptions(H3ModelOptions, title=NAME):
     dtype: str | None = option(
         "the same as --dit_dtype", choices=("bfloat16", "float16", "float32"), facts=OF_REQUEST
     )
-    block_swap_granularity: str | None = option(
-        "what --blocks_to_swap moves: block, whole ones",
-        choices=("block",),
-        refused={"layer": "whole blocks are moved. Leave it out"},
-    )
+    block_swap_granularity: str | None = granularity_option(None)
     h3_shift_audio: float | None = option(
         "time shift of the sound's schedule (--fsa in a prompt line); 3 for LoRAs of four steps",
         default=3.0,

@@ -42,6 +42,15 @@ _MEANS = (
 )
 
 
+def granularity_option(default: str | None) -> Any:
+    return option(
+        "what --blocks_to_swap moves: block, whole ones",
+        default=default,
+        choices=("block",),
+        refused={"layer": "whole blocks are moved. Leave it out"},
+    )
+
+
 class H3LossOptions(Options, title="loss of pictures and sound"):
     """The streams of a clip that are learned, and their noise levels."""
 
@@ -132,6 +141,7 @@ class H3TargetOptions(Options, title="other names of shared targets"):
         default="first,last",
         one_of=tuple(VIEWS),
         needs="h3_teacher_matching",
+        known_as=("teacher_conditions",),
         facts=HABIT,
     )
     h3_teacher_condition_sigma_max: float = option(
@@ -257,12 +267,7 @@ class H3RefusedOptions(Options, title="not for this model"):
     h3_gradient_checkpointing_cpu_offload_pin_memory = not_needed(
         "memory on the host is pinned where that is faster."
     )
-    block_swap_granularity: str = option(
-        "what --blocks_to_swap moves: block, whole ones",
-        default="block",
-        choices=("block",),
-        refused={"layer": "whole blocks are moved. Leave it out"},
-    )
+    block_swap_granularity: str = granularity_option("block")
     inductor_config = unsupported(_COMPILING, type=str, nargs="*")
     compile_auto_cache_size_limit = unsupported(_COMPILING)
     compile_fallback_to_eager = unsupported(_COMPILING)

@@ -35,7 +35,6 @@ lr_scheduler: scheduler
 lr_warmup_steps: warmup_steps warmup
 mixed_precision: dtype precision
 discrete_flow_shift: shift flow_shift
-blocks_to_swap: block_swap swap_blocks block_to_swap
 dataset_config: data dataset data_config dataset_path train_data_dir instance_data_dir
 output_name: name
 output_dir: output out output_path output_folder save_dir save_path
@@ -67,8 +66,6 @@ fp8_text_encoder: fp8_vl fp8_llm
 batch_size: train_batch_size per_device_train_batch_size
 caption_dropout_rate: caption_dropout
 save_merged_model: out output output_path save_to
-timestep_focus: h3_timestep_focus_prob
-timestep_focus_range: h3_timestep_focus_min h3_timestep_focus_max
 network_multiplier: slider_strength
 W: width
 H: height
@@ -125,8 +122,6 @@ compile torch_compile
 compile_backend dynamo_backend
 convrot_int8 h3_convrot_int8 int8_convrot_base
 nf4_base
-teacher_conditions h3_teacher_conditions
-teacher_sees h3_teacher_conditions
 audio_loss_weight h3_audio_loss_weight
 video_loss_weight h3_video_loss_weight
 max_data_loader_n_workers dataloader_num_workers

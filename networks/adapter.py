@@ -16,7 +16,7 @@ from checkpoints.finite import check_finite
 from checkpoints.opening import open_checkpoint
 from contract.family import NumberedBlocks
 from modules.command import did_you_mean
-from modules.console import count_of
+from modules.console import count_of, quiet
 from modules.devices import numbers_on
 from modules.errors import CheckpointError, OptionError
 from modules.installation import import_user_module
@@ -261,7 +261,7 @@ def make_network(
             )
             network = ForeignNetwork(module, dit)
         elif options.dim_from_weights:
-            tensors = _tensors_of(options, encoders)
+            tensors = _tensors_of(options, dit, encoders)
             typed = _arguments_of(options)
             network = build_from_tensors(
                 name,
@@ -273,7 +273,7 @@ def make_network(
         else:
             begun = dict(resumed or {})
             if not begun and options.network_weights is not None:
-                begun = _tensors_of(options, encoders)
+                begun = _tensors_of(options, dit, encoders)
             network = build_network(
                 name,
                 _arguments_of(options),
@@ -320,13 +320,18 @@ def _arguments_of(options: NetworkOptions) -> NetworkArguments:
     )
 
 
-def _tensors_of(options: NetworkOptions, encoders: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Return the tensors of `--network_weights` under our names."""
-    from networks.loading import read_lora  # only for --network_weights
+def _tensors_of(
+    options: NetworkOptions, dit: nn.Module, encoders: Mapping[str, nn.Module]
+) -> dict[str, Tensor]:
+    """Return the tensors of `--network_weights` under our names, for the blocks that the DiT has."""
+    from networks.depths import fit_depths  # only for --network_weights
+    from networks.loading import LoraUse, read_lora
 
     assert options.network_weights is not None
-    lora = read_lora(options.network_weights, with_texts=bool(encoders))
-    return {**lora.tensors, **rename_texts(lora.text_tensors, encoders)}
+    use = LoraUse(read_lora(options.network_weights, with_texts=bool(encoders)))
+    with quiet():  # `load_weights` reads it too, and tells what it does
+        (use,) = fit_depths([use], dict(dit.named_parameters()))
+    return {**use.lora.tensors, **rename_texts(use.lora.text_tensors, encoders)}
 
 
 def tie_network(network: nn.Module, twin: nn.Module) -> None:

@@ -23,6 +23,7 @@ from modules.errors import CheckpointError
 from networks import deltas, loading
 from networks.apply import changes_of
 from networks.deltas import CPU, DOWN, OF_BIAS, OF_LOW_RANK, ROWS, SET, UP, Factors
+from networks.depths import fit_depths
 from networks.kinds.composing import MAGNITUDES, OF_MAGNITUDES, list_additive, load_decompose, rotation_of
 from networks.leftovers import text_side_of
 from networks.loading import LoraFile, LoraUse
@@ -416,7 +417,7 @@ def add_loras(
     """
     by_name = places(dit)
     parts: list[dict[str, AddedPart]] = []
-    for use in uses:
+    for use in fit_depths(uses, by_name):
         refuse_magnitudes(use.lora, option)
         modules = fitting(use.lora, by_name, option)
         if is_compiled:

@@ -19,7 +19,7 @@ from modules.console import list_some
 from modules.errors import CheckpointError
 from networks import deltas
 from networks.deltas import CPU, META, ROWS, SET, Factors, has_input_magnitudes, other_channels
-from networks.depths import require_depths
+from networks.depths import fit_depths
 from networks.key_formats import module_of_tensor
 from networks.kinds.composing import (
     MAGNITUDES,
@@ -667,7 +667,7 @@ def check_loras_fit(model: Path, uses: Sequence[LoraUse], companion: Path | None
         checkpoint = opened.enter_context(open_checkpoint(model))
         if companion is not None:
             checkpoint = checkpoint.join(opened.enter_context(open_checkpoint(companion)))
-        require_depths(uses, checkpoint.tensors, model)
+        uses = fit_depths(uses, checkpoint.tensors, model)
         patch = LoraPatch(uses, checkpoint.tensors, model)
         for name, info in checkpoint.tensors.items():
             if info.packing is None or info.packing.pad == 1:

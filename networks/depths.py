@@ -21,11 +21,13 @@ from networks.names.layouts import OURS, FamilyNames, GrownBlocks
 logger = logging.getLogger(__name__)
 
 
-def fit_depths(uses: Sequence[LoraUse], names: Iterable[str], model: Path) -> list[LoraUse]:
+def fit_depths(
+    uses: Sequence[LoraUse], names: Iterable[str], model: Path | str = "the model"
+) -> list[LoraUse]:
     """Return LoRAs with the blocks that a model has; those for as many blocks unchanged.
 
-    names: of the model's tensors. model: its file, for messages. Raises CheckpointError for a LoRA whose
-    blocks cannot be mapped to those of the model.
+    names: of the model's tensors or modules. model: its file, for messages. Raises CheckpointError for a LoRA
+    whose blocks cannot be mapped to those of the model.
     """
     grown_of_uses = [_find_grown(use.lora) for use in uses]
     if not any(grown_of_uses):
@@ -48,20 +50,6 @@ def fit_to_file(uses: Sequence[LoraUse], model: Path) -> list[LoraUse]:
         return [*uses]
     with open_checkpoint(model) as checkpoint:
         return fit_depths(uses, checkpoint.tensors, model)
-
-
-def require_depths(uses: Sequence[LoraUse], names: Iterable[str], model: Path) -> None:
-    """Raise CheckpointError for a LoRA that is for another number of blocks than a model has.
-
-    Trainings call it: they put no blocks of a LoRA elsewhere. Arguments as for `fit_depths`.
-    """
-    for use, fitted in zip(uses, fit_depths(uses, names, model), strict=True):
-        if fitted.lora is not use.lora:
-            raise CheckpointError(
-                f"{use.lora.path} is for fewer blocks than {model} has. merge_lora.py and generations put "
-                "its changes on the copies of its blocks, a training does not. Use merge_lora.py first.",
-                use.lora.path,
-            )
 
 
 def is_grown(use: LoraUse) -> bool:
@@ -102,7 +90,7 @@ def read_depth(lora: LoraFile, grown: GrownBlocks) -> int | None:
     return highest + 1 if highest + 1 in grown.depths else None
 
 
-def _fit(lora: LoraFile, grown: GrownBlocks, depth: int, model: Path) -> LoraFile:
+def _fit(lora: LoraFile, grown: GrownBlocks, depth: int, model: Path | str) -> LoraFile:
     """Return a LoRA with the blocks of a model of so many blocks. Raises CheckpointError if it cannot be."""
     numbers = _numbers_in(lora.modules(), [grown.blocks])
     source = read_depth(lora, grown)

@@ -87,11 +87,14 @@ class OwnNetwork(nn.Module):
         CheckpointError if a module has other factors or sizes here, or if no module is here.
         """
         from networks import loading  # only for --network_weights
+        from networks.depths import fit_depths
 
         state = self.state_dict()
         here = group_by_module(state)
         has_texts = any(prefix_of(name) != UNET for name in here)
-        lora = loading.read_lora(path, with_texts=has_texts)
+        use = loading.LoraUse(loading.read_lora(path, with_texts=has_texts))
+        (use,) = fit_depths([use], modules)
+        lora = use.lora
         if lora.has_frozen_norms:
             raise CheckpointError(
                 f"--network_weights {path} is a DoRA in ComfyUI's form, which goes by the model's weights.\n"

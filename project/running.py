@@ -344,6 +344,8 @@ def _report_trained(project: Project, options: RunOptions) -> bool:
     Raises OptionError if the trained file is of another model.
     """
     file = project.output / f"{project.name}.safetensors"
+    if not file.exists():  # a model in diffusers' layout, which says it in its U-Net
+        file = project.output / project.name / "unet" / "diffusion_pytorch_model.safetensors"
     try:
         metadata = read_safetensors_texts(file)
         trained_steps = int(metadata.get("ss_steps", "0")[:12])

@@ -59,6 +59,7 @@ class SwapOptions(Options):
         least=0,
         off=(0,),
         often=True,
+        known_as=("block_swap", "swap_blocks", "block_to_swap"),
     )
     img_in_txt_in_offloading: bool = option(
         "keep the weights of the input layers in host memory except while they run: saves little memory, "

@@ -50,5 +50,6 @@ towers: text encoders that caption pictures, and may learn
 training_files: the checkpoint of a training, network by network
 training_options: options of training and of its caches
 whole_files: write a whole checkpoint after a training
+whole_folders: write it as a folder in diffusers' layout
 whole_options: options of training a whole checkpoint
 """

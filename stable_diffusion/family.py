@@ -33,7 +33,7 @@ from contract.made_networks import MadeNetwork
 from contract.requests import Prepared, Prompts, Request
 from contract.rules import ModelRelease, NpzFormat
 from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
-from contract.whole import LearningParts
+from contract.whole import CheckpointWriter, LearningParts
 from encoders.pictures import ModelOfPictures, picture_defaults
 from modules.console import quiet
 from modules.control_codes import shorten
@@ -44,6 +44,7 @@ from modules.options import NO_OPTIONS
 from stable_diffusion import control_pictures
 from stable_diffusion.beside_unet import BesideUnet
 from stable_diffusion.contract import SD1, SD2, SDXL, ModelKind
+from stable_diffusion.files import Marks
 from stable_diffusion.generation_options import StableDiffusionGenerationOptions
 from stable_diffusion.noise import make_noise_spec, read_noise_changes
 from stable_diffusion.samplers import SeenSolver, begin_sampling, check_sampling, is_guided, make_scheduler
@@ -75,7 +76,8 @@ from stable_diffusion.training_options import (
     StableDiffusionTrainingOptions,
     TextCachingOptions,
 )
-from stable_diffusion.whole_files import CheckpointFiles, make_writer
+from stable_diffusion.whole_files import make_writer
+from stable_diffusion.whole_folders import make_folder_writer
 
 logger = logging.getLogger(__name__)
 
@@ -331,8 +333,17 @@ class StableDiffusion(ModelOfPictures):
             infos = make_writer(self.files, {}).list_infos(dtype)
         return sum(info.size_bytes for info in infos.values())
 
-    def checkpoint_writer(self, networks: Mapping[str, nn.Module]) -> CheckpointFiles:
-        return make_writer(self.files, networks)
+    def checkpoint_writer(self, networks: Mapping[str, nn.Module], as_folder: bool) -> CheckpointWriter:
+        if not as_folder:
+            return make_writer(self.files, networks)
+        has_zero_snr = self.noise.predicts_v and self.noise.table[-1] == 1
+        return make_folder_writer(
+            self.files, networks, Marks(self.kind, self.noise.predicts_v, bool(has_zero_snr))
+        )
+
+    @property
+    def is_of_one_file(self) -> bool:
+        return not self.files.path.is_dir()
 
     # the network
 

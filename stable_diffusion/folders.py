@@ -67,7 +67,7 @@ def read_folder_marks(folder: Path) -> Marks:
     """
     kind = _read_kind(folder)
     file = folder / "scheduler" / "scheduler_config.json"
-    schedule = _read_json(file) if file.is_file() else {}
+    schedule = read_settings(file) if file.is_file() else {}
     prediction = schedule.get("prediction_type", "epsilon")
     if not isinstance(prediction, str) or prediction not in _PREDICTIONS:
         raise CheckpointError(
@@ -160,7 +160,7 @@ def _read_kind(folder: Path) -> ModelKind:
             "base model, or its folder text_encoder is missing.\n  Give the folder of the base model.",
             folder,
         )
-    config = _read_json(folder / "text_encoder" / "config.json")
+    config = read_settings(folder / "text_encoder" / "config.json")
     kind = str(config.get("model_type", "clip_text_model"))
     if not kind.startswith("clip"):
         raise CheckpointError(
@@ -174,7 +174,7 @@ def _read_kind(folder: Path) -> ModelKind:
 
 def _name_parts(folder: Path) -> str:
     file = folder / "model_index.json"
-    name = _read_json(file).get("_class_name") if file.is_file() else None
+    name = read_settings(file).get("_class_name") if file.is_file() else None
     return f"; its model_index.json names a {name}" if isinstance(name, str) else ""
 
 
@@ -184,7 +184,7 @@ def _read_config(folder: Path, network: Any) -> dict[str, Any]:
     Raises CheckpointError.
     """
     file = folder / "config.json"
-    config = _read_json(file)
+    config = read_settings(file)
     if config.get("_class_name", network.__name__) != network.__name__:
         raise CheckpointError(
             f"{file}: it is a {config['_class_name']}, {network.__name__} is needed.\n  Give {GIVE}.",
@@ -227,7 +227,7 @@ def _are_counts(value: object, length: int) -> bool:
     return isinstance(value, list) and len(value) == length and all(type(number) is int for number in value)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_settings(file: Path) -> dict[str, Any]:
     try:
         content = parse_json(read_text(file))
     except FileNotFoundError:

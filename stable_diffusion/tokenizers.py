@@ -37,16 +37,28 @@ def find_tokenizers(cache: Path | None, checkpoint: Path, are_open_clip: Sequenc
     """
     loaded: dict[Path, ClipWords] = {}
     words = []
-    for source, file in find_tokenizer_files(cache, checkpoint, are_open_clip):
-        if file is None:
-            file = next(iter(loaded), None)  # that of the first encoder
-        if file is None:
-            file = _download(source, cache, checkpoint)
+    for source, file in fetch_tokenizer_files(cache, checkpoint, are_open_clip):
         if file not in loaded:
             logger.info("tokenizer: %s", file)
             loaded[file] = load_clip_words(source, file)
         words.append(loaded[file])
     return words
+
+
+def fetch_tokenizer_files(
+    cache: Path | None, checkpoint: Path, are_open_clip: Sequence[bool]
+) -> list[tuple[TokenizerFiles, Path]]:
+    """Return the possible places of each text encoder's tokenizer, and its file; download a missing one.
+
+    Arguments and errors: as for `find_tokenizers`.
+    """
+    fetched: list[tuple[TokenizerFiles, Path]] = []
+    for source, file in find_tokenizer_files(cache, checkpoint, are_open_clip):
+        if file is None:
+            # that of the first encoder serves for both
+            file = fetched[0][1] if fetched else _download(source, cache, checkpoint)
+        fetched.append((source, file))
+    return fetched
 
 
 def find_tokenizer_files(

@@ -8,7 +8,7 @@ folder in diffusers' layout becomes one file with the names of the released ones
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from checkpoints.dialects import LoadPlan
+from checkpoints.filling import on_meta_device
 from checkpoints.opening import Checkpoint, open_checkpoint
 from checkpoints.writing import stream_tensors
 from contract.loading import TensorInfo
 from contract.whole import DIT
+from encoders.clip_layers import ClipText
 from stable_diffusion.contract import text_encoder_name
 from stable_diffusion.files import EMA, UNET, V_PRED, VAE, ZTSNR, Marks
 from stable_diffusion.loading import OpenedCheckpoint
@@ -35,7 +37,7 @@ from stable_diffusion.training_files import TrainingFiles, count_layers
 logger = logging.getLogger(__name__)
 
 NETWORKS = (UNET, VAE, CLIP_L, OPEN_CLIP, SD1_TEXT, SD2_TEXT)  # beginnings of the names of their tensors
-_VAE_PART = "vae"
+VAE_PART = "vae"
 Plans = Mapping[str, LoadPlan[Any]]  # by the names of networks
 
 
@@ -84,16 +86,18 @@ class CheckpointFiles:
         """Return a tensor of the file. states: weights of the networks that learn."""
         part = self.parts.get(name)
         if part is not None:
-            weights = [self._read_weight(part.network, weight, states) for weight in part.weights]
+            weights = [read_weight(self.plans, states, part.network, weight) for weight in part.weights]
             return join_released(name, weights).reshape(part.info.shape)
         return torch.empty(0) if self.source is None else self.source.read(name)
 
-    def _read_weight(self, network: str, name: str, states: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
-        if network in states:
-            return states[network][name]
-        plan = self.plans[network]
-        source = plan.sources[name]
-        return source.make([plan.checkpoint.read(stored) for stored in source.names])
+
+def read_weight(plans: Plans, states: Mapping[str, Mapping[str, Tensor]], network: str, name: str) -> Tensor:
+    """Return a weight of a network: from its state if it learns, else from the file of its plan."""
+    if network in states:
+        return states[network][name]
+    plan = plans[network]
+    source = plan.sources[name]
+    return source.make([plan.checkpoint.read(stored) for stored in source.names])
 
 
 def make_writer(checkpoint: TrainingFiles, networks: Mapping[str, nn.Module]) -> CheckpointFiles:
@@ -101,13 +105,13 @@ def make_writer(checkpoint: TrainingFiles, networks: Mapping[str, nn.Module]) ->
     path = checkpoint.path
     if path.is_dir():
         opened = ExitStack()
-        release = opened.enter_context(checkpoint.opened())
-        plans = _list_plans(release)
+        release = opened.enter_context(replace(checkpoint, vae=None).opened())  # not the VAE of --vae
+        plans = list_plans(release)
         logger.info("Trained checkpoints of %s are single files, with the names of the released ones.", path)
         parts = _name_parts(release, plans)
         return CheckpointFiles(networks, parts, plans, opened=opened, marks=_list_marks(release.marks))
     with checkpoint.opened() as release:
-        plans = _list_plans(release)
+        plans = list_plans(release)
         parts = {}
         for name, network in networks.items():
             parts |= _invert(name, network, plans[name])
@@ -123,9 +127,9 @@ def make_writer(checkpoint: TrainingFiles, networks: Mapping[str, nn.Module]) ->
     return CheckpointFiles(networks, parts, source=source)
 
 
-def _list_plans(release: OpenedCheckpoint) -> Plans:
+def list_plans(release: OpenedCheckpoint) -> Plans:
     texts = {text_encoder_name(number): text.network for number, text in enumerate(release.texts)}
-    return {DIT: release.unet, **texts, _VAE_PART: release.vae}
+    return {DIT: release.unet, **texts, VAE_PART: release.vae}
 
 
 def _list_marks(marks: Marks) -> list[str]:
@@ -151,17 +155,19 @@ def _name_parts(release: OpenedCheckpoint, plans: Plans) -> dict[str, PartTensor
     parts = {released: _join_part(released, DIT, [ours], plans) for released, ours in unet}
     for number, text in enumerate(release.texts):
         name = text_encoder_name(number)
-        joined = released_text_names(release.kind, number, _list_weights(text.network))
+        joined = released_text_names(release.kind, number, list_weights(text.network))
         parts |= {released: _join_part(released, name, ours, plans) for released, ours in joined.items()}
     for ours in release.vae.sources:
         released = released_vae_name(ours)
-        parts[released] = _join_part(released, _VAE_PART, [ours], plans)
+        parts[released] = _join_part(released, VAE_PART, [ours], plans)
     return parts
 
 
-def _list_weights(plan: LoadPlan[Any]) -> list[str]:
-    """Return the weights of a text encoder that its network has."""
-    return [name for name in plan.sources if not name.endswith("position_ids")]
+def list_weights(plan: LoadPlan[Any]) -> list[str]:
+    """Return the weights of a text encoder that its network has. Files have more, such as position_ids."""
+    with on_meta_device():
+        known = ClipText(plan.config).state_dict().keys()
+    return [name for name in plan.sources if name in known]
 
 
 def _join_part(released: str, network: str, weights: Sequence[str], plans: Plans) -> PartTensor:

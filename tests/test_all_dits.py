@@ -166,6 +166,7 @@ LONGER = (3, 4, 6, 9)  # latent frames, rows, columns, tokens of the text
 TEXTS = (
     *("text", "sound_text", "text_mask", "glyphs", "glyph_mask", "caption", "caption_mask"),
     *("llama", "llama_mask", "clip_l", "t5", "t5_mask", "pooled"),
+    *("states", "states_mask", "ids", "weights"),
 )
 POOLED = {"clip_l", "pooled"}
 NAG = NormalisedGuidance(5.0, 2.5, 0.5)
@@ -261,6 +262,7 @@ def test_the_pooled_vector_of_the_second_text_reaches_only_that_text(tiny: TinyD
 
 @pytest.mark.long
 @pytest.mark.slow_cases(
+    "anima",
     "flux dev",
     "flux_2",
     "framepack",

@@ -252,7 +252,7 @@ def test_a_comparison_makes_what_the_generation_script_makes(trained: tuple[Tiny
 
 OF_PICTURES = (
     *("flux", "chroma", "lumina", "hunyuan_image"),
-    *("flux_2", "flux_3", "qwen_image_21 edit", "kontext", "krea2 edit"),
+    *("flux_2", "flux_3", "qwen_image_21 edit", "kontext", "krea2 edit", "anima"),
 )
 WHOLE_SLOW = ("wan i2v-14B-FC", "framepack one frame", "qwen_image edit-2511", *OF_PICTURES)
 CHOSEN = ("wan t2v-1.3B", "hunyuan_video", "framepack", "qwen_image", "krea2", *WHOLE_SLOW)

@@ -45,11 +45,12 @@ TEXTS_IN_FP8 = {  # option, and the tensor in caches that it changes
     "kontext": ("--fp8_t5", "t5_vec"),
     "flux_2": ("--fp8_text_encoder", "ctx_vec"),
     "flux_3": ("--fp8_vl", "ctx_vec"),
+    "anima": ("--fp8_text_encoder", "prompt_embeds"),
     **dict.fromkeys(("ltx_2", "ltx_2 with sound"), ("--gemma_load_in_8bit", "prompt_embeds")),
 }
 # of FramePack tests/frame_pack has what is its own
 SLOW = {"hunyuan_video", "framepack", "lumina", "hunyuan_image", "flux", "flux_2", "kontext", "qwen_image"}
-SLOW |= {"qwen_image_21", "qwen_image_21 edit"}
+SLOW |= {"qwen_image_21", "qwen_image_21 edit", "anima"}
 SLOW |= {"qwen_image edit-2511", "flux_3", "krea2", "krea2 edit", "z_image", "ltx_2", "ltx_2 with sound"}
 CHOSEN = [
     pytest.param(family, id=family.name, marks=pytest.mark.slow if family.name in SLOW else ())
@@ -183,7 +184,13 @@ def test_released_fp8_files_stay_in_fp8_and_give_what_they_give_multiplied_out(
     assert "linear layers stay in fp8" in caplog.text
     # both compute in bf16; modulation, where it is in fp8, is then multiplied in float32
     # guided 3.5 times, and a picture of few tokens: that enlarges the rounding
-    wide = {"hunyuan_image": 3e-2, "qwen_image": 3e-2, "qwen_image edit-2511": 3e-2, "z_image": 3e-2}
+    wide = {
+        "hunyuan_image": 3e-2,
+        "qwen_image": 3e-2,
+        "qwen_image edit-2511": 3e-2,
+        "z_image": 3e-2,
+        "anima": 3e-2,
+    }
     limits = {"lumina": 2e-2, **wide}
     assert max(apart(found, expected)) < limits.get(project.family.name, 1e-2)
     again = (*released.family.generate, *SIZE, "--prompt", "x", "--save_path", "again", "--fp8_scaled")

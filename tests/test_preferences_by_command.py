@@ -23,7 +23,7 @@ SMALL = ("--gradient_checkpointing", "--blocks_to_swap", "1")
 KINDS = [
     "wan t2v-1.3B",
     "z_image",
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ("flux", "krea2")),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("flux", "krea2", "anima")),
 ]
 
 

@@ -31,6 +31,8 @@ FORMS = {  # options in training, those in generation, the form's name, least co
     "both ways": (["--convrot_int8", "--convrot_int8_bwd", "int8"], ["--convrot_int8"], "int8", 0.99),
     "nf4": (["--nf4_base"], ["--nf4"], "nf4", 0.95),
 }
+# Anima's adapter, of random weights, is 4 bits narrow too, and all text goes through it
+LEAST = {("anima", "nf4"): 0.93}
 EACH = pytest.mark.parametrize("form", FORMS)
 
 
@@ -52,6 +54,7 @@ def cosine(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
 def test_the_gradient_has_nearly_the_direction_of_that_in_16_bits(project: TinyProject, form: str) -> None:
     """With plain gradient descent the factor `up` is after one step the gradient itself, times the rate."""
     how, _, name, least = FORMS[form]
+    least = LEAST.get((project.family.name, form), least)
     one_step = ["--optimizer_type", "SGD", "--max_train_steps", "1", "--learning_rate", "1"]
     expected = project.train("plain", *one_step)
     found = project.train(form, *one_step, *how)
@@ -92,7 +95,8 @@ def test_every_network_learns_on_small_forms_and_savers_of_memory_change_nothing
     learning = [name for name in expected if name.endswith(ends)]
     assert learning
     some = [{name: each[name] for name in learning} for each in (found, expected)]
-    assert FORMS[form][3] < cosine(*some) < 1 - 1e-7
+    least = LEAST.get((project.family.name, form), FORMS[form][3])
+    assert least < cosine(*some) < 1 - 1e-7
     savers = ("--gradient_checkpointing", "--blocks_to_swap", "1")
     saved = project.train(f"{way} saved", *one_step, *FORMS[form][0], *savers)
     assert all(torch.equal(saved[name], tensor) for name, tensor in found.items())

@@ -45,7 +45,7 @@ NAMES = (
                 "qwen_image",
                 "z_image",
             ),
-            *("krea2", "krea2 edit", "qwen_image_21", "qwen_image_21 edit"),
+            *("krea2", "krea2 edit", "qwen_image_21", "qwen_image_21 edit", "anima"),
             *("ltx_2", "ltx_2 with sound"),
         )
     ),

@@ -37,7 +37,7 @@ OF_PICTURES = (
     "krea2",
     "krea2 edit",
 )
-OF_PICTURES += ("qwen_image", "qwen_image edit-2511", "qwen_image_21", "qwen_image_21 edit")
+OF_PICTURES += ("qwen_image", "qwen_image edit-2511", "qwen_image_21", "qwen_image_21 edit", "anima")
 PICTURES = [pytest.param(name, marks=pytest.mark.slow) for name in OF_PICTURES]
 
 
@@ -50,7 +50,7 @@ def project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def swap_most(project: TinyProject) -> tuple[str, ...]:
     """Swap as many blocks as the family can."""
     usual = "4" if project.family.name in TWO_LISTS else "3"
-    most = {"flux_3": "5", "z_image": "2"}.get(project.family.name, usual)
+    most = {"flux_3": "5", "z_image": "2", "anima": "2"}.get(project.family.name, usual)
     return "--blocks_to_swap", most, "--img_in_txt_in_offloading"
 
 

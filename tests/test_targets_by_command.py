@@ -15,7 +15,10 @@ from tests.training.toy import metadata_of, same
 
 KINDS = [
     "wan t2v-1.3B",
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ("flux", "z_image", "krea2", "qwen_image")),
+    *(
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in ("flux", "z_image", "krea2", "qwen_image", "anima")
+    ),
 ]
 EXACT = ("--learning_rate", "1e-2")
 SMALL = ("--gradient_checkpointing", "--blocks_to_swap", "1")

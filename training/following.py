@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from contract.families import HIGH_NOISE, FamilyEntry
 from contract.family import Family
 from contract.made_networks import made_network_of
+from contract.whole import trains_checkpoint
 from dataset.batches.example import find_example
 from dataset.batches.items import NO_COMMANDS, CachingCommands
 from modules.command import quote_for_powershell
@@ -27,8 +28,8 @@ from running.ways.composing import needed_in_generation
 from training.features.composing import sampled_average
 from training.options import ScriptOption, TrainingOptions
 from training.plan import TrainingPlan
-from training.reports.history import PageCommand
-from training.saving.files import AVERAGE, Names, state_pattern
+from training.reports.history import AVERAGE, PageCommand
+from training.saving.files import Names, state_pattern
 from training.saving.options import LATEST_ONLY
 
 if TYPE_CHECKING:  # it is loaded only if there are prompts
@@ -158,7 +159,7 @@ class NextSteps:
                 generate = replace(generate, note=f"{generate.note} {file.name} is not saved yet.".lstrip())
             commands.append(generate)
         network = self.options.network
-        if network is None and saved is not None:
+        if network is None and saved is not None and self._can_extract:
             commands.append(self._extract(file))
         if network is not None and (_plain_kind(network) or self._needs_conversion(network)):
             files = self.names.files(self.names.stem_of(file)).values()
@@ -192,9 +193,15 @@ class NextSteps:
         files = ["--input", str(file), "--output", str(output)]
         return _command(title, ["python", "convert_lora.py", *files, *words], note)
 
+    @property
+    def _can_extract(self) -> bool:
+        """Return whether a LoRA can be extracted: of whole checkpoints only between single files."""
+        family = self.plan.family
+        return not trains_checkpoint(family) or (family.is_of_one_file and bool(self.names.ending))
+
     def _extract(self, file: Path) -> PageCommand:
         """Return the command that extracts a LoRA from the difference of a trained model and its base."""
-        output = file.with_name(f"{file.stem}_lora.safetensors")
+        output = file.with_name(f"{self.names.whole_stem(file)}_lora.safetensors")
         files = ["--model_org", self._find_dit(file), "--model_tuned", str(file), "--save_to", str(output)]
         words = ["python", "networks/extract_lora_from_models.py", *files, "--dim", str(EXTRACTED_RANK)]
         note = "The difference to the base at this rank; the command says how much of it the LoRA keeps."

@@ -22,7 +22,7 @@ from running.options import SWAPPING
 from running.ways.composing import list_block_options, list_shared_things
 from training.config_options import write_config_file
 from training.features.composing import options_of_blocks
-from training.learning_options import PartsOptions
+from training.learning_options import FOLDERS, NO_CODE, ONE_FILE, PartsOptions
 from training.noise_options import RAW, WEIGHTINGS, PredictionOptions
 from training.options import (
     ScriptOption,
@@ -477,7 +477,19 @@ NOISE_TRAINER = ImageTrainerDefaults(
     translate=read_as_known,
 )
 # of those of which a training writes the whole checkpoint
-CHECKPOINT_TRAINER = replace(NOISE_TRAINER, whole=(OfWholeCheckpoints,), translate=_read_groups)
+CHECKPOINT_TRAINER = replace(
+    NOISE_TRAINER,
+    whole=(OfWholeCheckpoints,),
+    translate=_read_groups,
+    settings={
+        "save_model_as": {
+            "help": "form of the trained checkpoint: safetensors, one file with the released names, or "
+            "diffusers, a folder in its layout, of safetensors files; default: safetensors",
+            "choices": (ONE_FILE, *FOLDERS),
+            "refused": NO_CODE,
+        }
+    },
+)
 
 _OF_LORAS = "it is of LoRAs, and this script trains {}. "
 _REFUSED_BESIDE = {

@@ -313,7 +313,7 @@ class Loading:
         patch: LoraPatch | None = None
         masked: Sequence[LoraUse] = ()
         if family is plan.family or family is plan.sampled:
-            patch, masked = self._read_merged(network_options, expert)
+            patch, masked = self._read_merged(network_options, family, index)
         placement = experts.placement_of(options, device, plan.quantisation)
         # a DoRA learns the norms of the weights, which include merged LoRAs
         must_merge = network_options is not None and network_options.decomposes
@@ -339,19 +339,21 @@ class Loading:
         return UndressedNetwork(dit, family, index, host=host, blocks=blocks)
 
     def _read_merged(
-        self, network: NetworkOptions | None, expert: Expert
+        self, network: NetworkOptions | None, family: Family, index: int
     ) -> "tuple[LoraPatch | None, Sequence[LoraUse]]":
         """Read LoRAs to merge for an expert. Return what merges them, None if nothing does, and the T-LoRAs,
         which are put round layers.
         """
-        loras = merged_loras(self.plan.options, expert)
+        loras = merged_loras(self.plan.options, family.experts[index])
         if network is None or not loras.uses:
             return None, ()
         from networks.apply import LoraPatch  # only with LoRAs to merge
+        from networks.depths import fit_to_file
         from networks.rounding import LoraRounding
         from networks.unmerged import split_masked
 
-        merged, masked = (loras.uses, []) if network.decomposes else split_masked(loras.uses)
+        uses = fit_to_file(loras.uses, family.dit_files[index])
+        merged, masked = (uses, []) if network.decomposes else split_masked(uses)
         if not merged:
             return None, masked
         return LoraPatch(merged, rounding=LoraRounding(loras.rounding)), masked

@@ -13,6 +13,7 @@ from modules.errors import OptionError
 from modules.option_values import int_or_float, read_literals
 from modules.options import (
     CHANGEABLE,
+    FREE,
     HABIT,
     IDENTITY,
     IMPORTS_CLASS,
@@ -31,6 +32,10 @@ NO_FROZEN_MODEL = (
     "LoRA instead"
 )
 MERGED_BEFORE = "merge them into the transformer before it is trained: merge_lora.py --save_merged_model FILE"
+ONE_FILE = "safetensors"  # of --save_model_as
+FOLDERS = ("diffusers", "diffusers_safetensors")
+NO_CODE = {"ckpt": "a ckpt can hold code"}
+_NO_FOLDER = "the trained transformer is one safetensors file, without text encoders and VAE"
 _NO_NETWORK = "the transformer itself is trained, without an added network."
 
 
@@ -62,12 +67,11 @@ class WholeDitOptions(Options, title="full fine-tuning"):
         "keep the weights in fp16",
     )
 
-    save_model_as = unsupported(
-        "the trained file is one safetensors file under the names of the released one: a ckpt can hold code, "
-        "and folders in diffusers' layout are not written. Leave it out",
-        "form of the trained file",
-        values=("safetensors",),
-        choices=("ckpt", "safetensors", "diffusers", "diffusers_safetensors"),
+    save_model_as: str | None = option(
+        "form of the trained model; safetensors: one file with the released names",
+        choices=(ONE_FILE,),
+        refused=dict.fromkeys(FOLDERS, _NO_FOLDER) | NO_CODE,
+        facts=FREE,
     )
     training_adapter = unsupported(NO_FROZEN_MODEL, "LoRA in training steps only", metavar="FILE")
     training_adapter_multiplier = unsupported(NO_FROZEN_MODEL, "its strength", type=float)
@@ -84,6 +88,11 @@ class WholeDitOptions(Options, title="full fine-tuning"):
     block_swap_optimizer_patch_params = not_needed(
         "the optimizer knows where the parameters of swapped blocks are."
     )
+
+    @property
+    def saves_folders(self) -> bool:
+        """Return whether trained models are folders in diffusers' layout instead of single files."""
+        return self.save_model_as in FOLDERS
 
     @property
     def name_parts(self) -> tuple[str, ...]:

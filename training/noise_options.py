@@ -123,6 +123,7 @@ class TimestepOptions(Options, title="timesteps and loss weights"):
         below=1,
         hint="0.3 to 0.6 are usual; for all samples use --timestep_sampling uniform with --min_timestep and "
         "--max_timestep",
+        known_as=("h3_timestep_focus_prob",),
     )
     timestep_focus_range: tuple[int, int] = option(
         "noise levels of --timestep_focus, in thousandths",
@@ -130,6 +131,7 @@ class TimestepOptions(Options, title="timesteps and loss weights"):
         nargs=2,
         metavar=("LOW", "HIGH"),
         needs="timestep_focus",
+        known_as=("h3_timestep_focus_min", "h3_timestep_focus_max"),
     )
 
     def __post_init__(self) -> None:

@@ -60,7 +60,7 @@ from training.resuming import (
     take_over,
 )
 from training.run_options import StartOptions, ValidationOptions
-from training.saving.files import Names, hold_name
+from training.saving.files import SAFETENSORS, Names, hold_name
 from training.saving.options import SavingOptions
 from training.saving.states import ForeignState, SavedState
 from training.steps import Progress, StepPlan
@@ -101,7 +101,9 @@ class TrainingPlan:
         """Return the names of the run's files: one for each expert, if each has a LoRA of its own."""
         has_parts = self.options.by_expert.lora_per_expert
         parts = tuple(expert.name for expert in self.family.experts) if has_parts else ()
-        return Names(*self.options.saving.place, parts)
+        whole_dit = self.options.whole_dit
+        ending = "" if whole_dit is not None and whole_dit.saves_folders else SAFETENSORS
+        return Names(*self.options.saving.place, parts, ending)
 
     @property
     def network_module(self) -> str:

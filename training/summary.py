@@ -230,7 +230,7 @@ def show_end(run: TrainingRun, story: history.Story, following: NextSteps) -> No
     samples = names.folder / FOLDER
     has_samples = run.sampler is not None and samples.is_dir()
     rows: list[Row] = [
-        ("result", f"{path} ({as_size(path.stat().st_size)})")
+        ("result", f"{path} ({as_size(_size_of(path))})")
         for path in names.files(names.name).values()
         if path.exists()
     ]
@@ -246,6 +246,12 @@ def show_end(run: TrainingRun, story: history.Story, following: NextSteps) -> No
         ("commands", f"typed in {Path.cwd()}" if os.environ.get(RUN_GOES_ON) else None),
     ]
     show_box(f"{names.name} is trained", rows, _list_commands(run, story, following))
+
+
+def _size_of(path: Path) -> int:
+    """Return the bytes of a file, or of all files in a folder."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def _describe_speed(clock: StepClock) -> str:

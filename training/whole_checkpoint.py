@@ -31,7 +31,10 @@ def train_whole(
     rate, name_parts = options.optimizer.learning_rate, options.whole_dit.name_parts
     if not trains_checkpoint(family):
         return train_dit(dit, rate, name_parts, part_rates_of(family))
-    return _train_checkpoint(family, dit, texts, learning_rate=rate, name_parts=name_parts, writes=writes)
+    as_folder = options.whole_dit.saves_folders if writes else None
+    return _train_checkpoint(
+        family, dit, texts, learning_rate=rate, name_parts=name_parts, as_folder=as_folder
+    )
 
 
 @dataclass
@@ -59,11 +62,12 @@ def _train_checkpoint(
     *,
     learning_rate: float,
     name_parts: Sequence[str],
-    writes: bool,
+    as_folder: bool | None,
 ) -> Trainable:
     """Train each part of a checkpoint at the rate of `family.learning_parts`.
 
-    learning_rate: of parts without one of their own. name_parts: as in `train_dit`.
+    learning_rate: of parts without one of their own. name_parts: as in `train_dit`. as_folder: see
+    `TrainsCheckpoint.checkpoint_writer`; None: nothing is written.
     """
     parts = family.learning_parts
     groups = _Groups()
@@ -88,7 +92,7 @@ def _train_checkpoint(
         modules=networks,
         groups=groups.list(),
         group_names=tuple(groups.params),
-        writes={"": family.checkpoint_writer(networks).write} if writes else {},
+        writes={} if as_folder is None else {"": family.checkpoint_writer(networks, as_folder).write},
         until={} if parts.text_steps is None else dict.fromkeys(networks.keys() - {DIT}, parts.text_steps),
     )
 

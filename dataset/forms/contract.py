@@ -49,7 +49,7 @@ class LookedAt(NamedTuple):
     is_list: bool = False  # its rows are written for this program
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)  # compared as objects, never printed
 class DataForm:
     """A form of data. All but the name may be left out."""
 

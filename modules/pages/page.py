@@ -48,6 +48,8 @@ def mark_folders(value: Any) -> Any:
     if isinstance(value, Markup) or not isinstance(value, (str, Path)):
         return value
     text, end = escape_control_codes(str(value)), 0
+    if "/" not in text and "\\" not in text:
+        return text  # most texts of a page
     parts = []
     for match in _FOLDERS.finditer(text):
         parts += [escape(text[end : match.start()]), PRIVATE, escape(match[0]), END]

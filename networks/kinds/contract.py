@@ -81,7 +81,7 @@ class RankRule(Protocol):
     def active(self, rank: int, levels: "Tensor") -> "Tensor": ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)  # compared as objects, never printed
 class InputRotation:
     """What a kind does that rotates the input of layers, y = W (x R), in place of adding to their weights.
 
@@ -98,7 +98,7 @@ class InputRotation:
     find_misfit: "Callable[[Tensor, Tensor, str], str]"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)  # compared as objects, never printed
 class NetworkKind:
     """A kind of network. All but the name may be left out."""
 

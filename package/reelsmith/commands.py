@@ -63,14 +63,20 @@ def find_commands(folder: Path) -> list[ScriptCommand]:
     A script is a file there, or in one of `SCRIPT_ROOMS`, that runs `command_line` or a
     `Script`. A file at the root with the same name as one in a room is the same command.
     """
-    commands = []
+    return [command for command in _name_files(folder) if _is_script(command.path)]
+
+
+def _name_files(folder: Path) -> list[ScriptCommand]:
+    """Return a command for each file of `find_commands`, whether it is a script or not. Reads none."""
     paths = {path.name: path for room in ("", *SCRIPT_ROOMS) for path in (folder / room).glob("*.py")}
-    for path in paths.values():
-        text = path.read_text(encoding="utf-8")
-        is_script = re.search(r"^ +(command_line|main\.run)\(", text, re.MULTILINE)
-        if is_script and path.stem not in OF_A_CHECKOUT:
-            commands.append(ScriptCommand(tuple(name_words(path.stem).split()), path))
+    commands = [ScriptCommand(tuple(name_words(path.stem).split()), path) for path in paths.values()]
     return sorted(commands, key=lambda command: command.words)
+
+
+def _is_script(path: Path) -> bool:
+    text = path.read_text(encoding="utf-8")
+    runs = re.search(r"^ +(command_line|main\.run)\(", text, re.MULTILINE)
+    return bool(runs) and path.stem not in OF_A_CHECKOUT
 
 
 def main() -> None:
@@ -78,20 +84,19 @@ def main() -> None:
     words = sys.argv[1:]
     if words[:1] in (["help"], ["--help"], ["-h"]) and len(words) > 1:
         words = [*words[1:], "--help"]
-    commands = find_commands(ROOT)
-    command = _find_named(commands, words)
+    command = _find_named(words)
     if command is not None:
         _run_command(command, words[len(command.words) :])
     elif words[:1] in (["--version"], ["-V"]):
         print(f"{PROGRAM} {VERSION}")
     else:
-        _explain(commands, words)
+        _explain(find_commands(ROOT), words)
 
 
-def _find_named(commands: Sequence[ScriptCommand], words: Sequence[str]) -> ScriptCommand | None:
-    """Return the command whose words a command line begins with."""
-    for command in commands:
-        if tuple(words[: len(command.words)]) == command.words:
+def _find_named(words: Sequence[str]) -> ScriptCommand | None:
+    """Return the command whose words a command line begins with; other files than its script stay unread."""
+    for command in _name_files(ROOT):
+        if tuple(words[: len(command.words)]) == command.words and _is_script(command.path):
             return command
     return None
 

@@ -68,7 +68,7 @@ class Division:
     context: int = 1  # cards that share the tokens of a clip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)  # compared as objects, never printed
 class WayToRun:
     """A way to run a transformer. The fields after `typed` may be left out."""
 

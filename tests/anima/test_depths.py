@@ -1,6 +1,7 @@
 """A LoRA for 28 blocks on the deeper models, whose copies stand behind the originals."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,14 +10,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import merge_lora
+from anima.model import AnimaModel
 from anima.names import GROWN, SOURCE_BLOCKS
 from modules.errors import CheckpointError
-from networks.apply import check_loras_fit
+from networks.added import add_loras
 from networks.loading import LoraUse, read_lora
-from tests.faults.messages import succeed_here
-from tests.tiny.anima import tiny_state, write_dit, write_tiny_anima
+from tests.anima.making import tiny_inputs
+from tests.faults.messages import assert_one_message, run_here, succeed_here
+from tests.tiny.anima import CONFIG, tiny_state, write_dit, write_tiny_anima
+from tests.tiny.dit_files import frozen
+from tests.tiny.families import OUTPUT, family_called
 
-KEY, OTHER_KEY = SOURCE_BLOCKS
+FAMILY = family_called("anima")
 # blocks of the published models of 40 and 52 by the blocks of 28 that they come from
 OF_40 = [0, 1, 1, 2, 3, 3, 4, 5, 5, 6, 7, 7, 8, 9, 9, 10, 11, 11, 12, 13]
 OF_40 += [14, 14, 15, 16, 16, 17, 18, 18, 19, 20, 20, 21, 22, 22, 23, 24, 24, 25, 26, 27]
@@ -113,7 +118,7 @@ def test_a_merge_into_the_distributed_names_and_those_of_diffusers(tmp_path: Pat
         torch.testing.assert_close(change, changes[18], atol=1e-5, rtol=1e-4)
 
 
-def test_generation_maps_as_merging_does_and_training_refuses(tmp_path: Path) -> None:
+def test_generation_maps_as_merging_does(tmp_path: Path) -> None:
     files = write_tiny_anima(tmp_path / "model", num_layers=40)
     write_lora(tmp_path / "lora.safetensors", range(28))
     words = [*files.models, "--prompt", "a cat", "--image_size", 32, 32, "--infer_steps", 1, "--seed", 1]
@@ -130,6 +135,72 @@ def test_generation_maps_as_merging_does_and_training_refuses(tmp_path: Path) ->
     )
     torch.testing.assert_close(direct, by_merging)
 
-    uses = [LoraUse(read_lora(tmp_path / "lora.safetensors"))]
-    with pytest.raises(CheckpointError, match="is for fewer blocks than .* Use merge_lora.py first"):
-        check_loras_fit(files.dit, uses)
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project with a transformer of 40 blocks, and LoRAs on the same layer of models of 28, 40 and 52."""
+    folder = tmp_path_factory.mktemp("deep")
+    FAMILY.prepare(folder)
+    for command in (FAMILY.cache_latents, FAMILY.cache_texts):
+        succeed_here(*command, folder=folder)
+    write_dit(folder / "model", tiny_state(num_layers=40), name="dit")
+    for depth in GROWN.depths:
+        write_lora(folder / f"{depth}.safetensors", range(depth))
+    return folder
+
+
+def train(folder: Path, name: str, *more: object) -> tuple[dict[str, Tensor], str]:
+    """The LoRA that a training of one step makes, and what it said."""
+    one = ["--max_train_steps", 1, "--output_name", name, "--network_dim", 2, "--network_alpha", 2]
+    only = ["--network_args", rf"include_patterns=[r'.*\.{TARGET}']", "exclude_patterns=[r'.*']"]
+    said = succeed_here(*FAMILY.train, *OUTPUT, *one, *only, *more, folder=folder)
+    return load_file(folder / "output" / f"{name}.safetensors"), said
+
+
+@pytest.mark.parametrize("more", [(), ("--dim_from_weights",)], ids=["", "its ranks"])
+def test_a_training_starts_from_what_a_shallower_model_has_learned(deep: Path, more: tuple[str]) -> None:
+    start = ["--network_weights", "28.safetensors", "--learning_rate", 0, *more]
+    found, said = train(deep, "begun", *start)
+
+    assert said.count("what a block has learned is used in its copies too") == 1
+    stored = load_file(deep / "28.safetensors")
+    layer = f"_{TARGET.replace('.', '_')}"
+    for block, origin in enumerate(OF_40):
+        for end in ("lora_down.weight", "lora_up.weight"):
+            ours = found[f"lora_unet_blocks_{block}{layer}.{end}"]
+            assert ours.equal(stored[f"lora_unet_blocks_{origin}{layer}.{end}"])
+
+
+def test_a_base_with_a_shallower_lora_is_the_merged_model(deep: Path) -> None:
+    usual, _ = train(deep, "usual")
+    given, _ = train(deep, "given", "--base_weights", "28.safetensors")
+    merge = ["merge_lora.py", "--dit", "model/dit.safetensors", "--lora_weight", "28.safetensors"]
+    succeed_here(*merge, "--save_merged_model", "merged.safetensors", folder=deep)
+    merged, _ = train(deep, "merged", "--pretrained_model_name_or_path", "merged.safetensors")
+
+    assert given.keys() == merged.keys()
+    assert all(tensor.equal(merged[name]) for name, tensor in given.items())
+    assert not all(tensor.equal(usual[name]) for name, tensor in given.items())
+
+
+@pytest.mark.parametrize("option", ["--network_weights", "--base_weights", "--training_adapter"])
+def test_a_training_refuses_a_lora_of_a_deeper_model(deep: Path, option: str) -> None:
+    code, said = run_here(*FAMILY.train, *OUTPUT, option, "52.safetensors", folder=deep)
+    assert_one_message(code, said, "52.safetensors is for 52 blocks", "has 40")
+
+
+def test_loras_beside_the_layers_are_mapped_too(deep: Path) -> None:
+    """As --training_adapter, --sample_lora and --teacher_lora put them there."""
+    model = frozen(AnimaModel(replace(CONFIG, num_layers=40)), tiny_state(num_layers=40))
+    given = tiny_inputs(1)
+    added = add_loras(model, [LoraUse(read_lora(deep / "28.safetensors"))])
+    changes = write_lora(deep / "28.safetensors", range(28))
+    state = tiny_state(num_layers=40)
+    for block, origin in enumerate(OF_40):
+        state[f"blocks.{block}.{TARGET}.weight"] += changes[origin]
+    merged = frozen(AnimaModel(replace(CONFIG, num_layers=40)), state)
+
+    with torch.no_grad(), added.switched_on(torch.device("cpu"), torch.float32):
+        found = model(**given)
+        expected = merged(**given)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)

@@ -20,6 +20,14 @@ from training.run import train_network
 from training.training_run import EVERY_SECONDS
 
 STEPS = 90
+# what moved without a click, and by how much
+WATCH_SHIFTS = """() => {
+  window.shifts = [];
+  const note = ({value, hadRecentInput, sources}) => {
+    if (!hadRecentInput) shifts.push([value, ...sources.map(({node}) => node?.outerHTML?.slice(0, 60))]);
+  };
+  new PerformanceObserver(list => list.getEntries().forEach(note)).observe({type: "layout-shift"});
+}"""
 PROMPTS = "a cat --w 32 --h 32 --f 9 --d 11 --s 2\na dog --w 32 --h 32 --f 17 --d 12 --s 2\n"
 
 
@@ -91,8 +99,10 @@ def test_a_run_appears_grows_samples_when_asked_and_stops(training: SteppedTrain
         page.wait_for_selector('[aria-label="a cat, step 0"] video')
         points = "ask().then(() => plots[0]?.plot.data[0].length ?? 0)"
         training.step_until(lambda: page.evaluate(points) > 2, 25)
+        page.evaluate(WATCH_SHIFTS)
         before = page.evaluate(points)
-        training.step_until(lambda: page.evaluate(points) > before, 25)
+        training.step_until(lambda: page.evaluate(points) > before + 12, 25)
+        assert page.evaluate("shifts") == []
         page.click("text=Sample now")
         while not (training.folder / "output" / "x.sample").exists():
             training.thread.join(0.05)

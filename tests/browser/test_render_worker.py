@@ -94,7 +94,7 @@ def test_one_process_makes_all_render_jobs_in_their_order(worker: RenderWorker, 
 
 
 def test_a_render_job_that_could_not_be_read_again_is_refused(worker: RenderWorker, tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="a wish of 3,000,.* bytes: 2,097,152 are the most"):
+    with pytest.raises(OptionError, match="a request of 3,000,.* bytes: 2,097,152 are the most"):
         worker.add([request(tmp_path), request(tmp_path, "x" * 3_000_000)])
     assert worker.list_all() == []
 
@@ -138,7 +138,7 @@ def test_a_cancelled_render_job_leaves_the_model_loaded_and_can_be_made_again(
     worker.cancel(1)
     wait_for_states(worker, STOPPED)
     assert process.poll() is None
-    with pytest.raises(OptionError, match="no wish 1 that is waiting"):
+    with pytest.raises(OptionError, match="no result 1 that is waiting"):
         worker.cancel(1)
     worker.add([request(tmp_path, "quick")])
     wait_for_states(worker, STOPPED, FINISHED)
@@ -178,7 +178,7 @@ def test_a_waiting_render_job_is_taken_back(worker: RenderWorker, tmp_path: Path
     wait_for_states(worker, STOPPED, STOPPED)
     worker.remove(2)
     assert [making.id for making in worker.list_all()] == [1]
-    with pytest.raises(OptionError, match="no wish 2 that has ended"):
+    with pytest.raises(OptionError, match="no result 2 that has ended"):
         worker.remove(2)
 
 
@@ -223,10 +223,28 @@ def test_the_model_is_freed_when_it_is_idle_and_on_demand(worker: RenderWorker, 
     worker.idle_seconds = 600
     worker.add([request(tmp_path, "slow")])
     wait_for(lambda: worker.list_all()[1].done > 3)
-    with pytest.raises(OptionError, match="wish 2 is being made"):
+    with pytest.raises(OptionError, match="result 2 is being made"):
         worker.free()
     worker.cancel(2)
     wait_for_states(worker, FINISHED, STOPPED)
+    worker.free()
+    assert worker.loaded == ""
+
+
+def test_a_model_is_freed_while_the_result_before_is_still_tidied_up(
+    worker: RenderWorker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_tidying, may_go_on = threading.Event(), threading.Event()
+
+    def tidy_slowly() -> None:
+        is_tidying.set()
+        may_go_on.wait(SECONDS)
+
+    monkeypatch.setattr(worker, "_remove_previews", tidy_slowly)
+    worker.add([request(tmp_path)])
+    wait_for_states(worker, FINISHED)
+    assert is_tidying.wait(SECONDS)
+    threading.Timer(0.2, may_go_on.set).start()
     worker.free()
     assert worker.loaded == ""
 

@@ -2,9 +2,9 @@
 
 They run the code that a GPU runs, with its streams, events and pinned memory. Nothing raises; from equal
 caches training gives the CPU's LoRA to the bit, and generation its latents within roundings; no step has the
-host wait. Only on a CPU does Wan merge the padding of texts (`wan.spec.pad_texts`): its sums then round
-otherwise, and a step of Adam, which has the sign of a gradient near zero, is another one. So the CPU merges
-nothing here; tests/wan compares both ways.
+host wait. Only on a CPU do Wan and Anima merge the padding of texts (`wan.spec.pad_texts`): its sums then
+round otherwise, and a step of Adam, which has the sign of a gradient near zero, is another one. So the CPU
+merges nothing here; tests/wan compares both ways.
 """
 
 import shutil
@@ -57,7 +57,8 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     generate = [*family.generate, *made, *size, "--save_path", "made"]
     generate += ["--lora_weight", "output/lora.safetensors"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("wan.model.pad_texts", lambda text, length, attention: pad_texts(text, length, None))
+        for model in ("wan.model", "anima.model"):
+            patch.setattr(f"{model}.pad_texts", lambda text, length, _: pad_texts(text, length, None))
         for command in (train, generate):
             succeed_here(*command, folder=there)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from anima.model import AnimaModel
 from contract.family import DitSpec
 from flux.model import FluxModel
 from flux.spec import dit_spec
@@ -25,6 +26,7 @@ from qwen_image_21.model import QwenImage21Model
 from tests.ltx_2.tiny_dit import DIT_CONFIGS, dit_inputs, dit_state
 from tests.networks.making import randomize
 from tests.tiny import (
+    anima,
     flux,
     flux_2,
     flux_3,
@@ -337,6 +339,29 @@ def _qwen_image_21(edits: bool = False) -> TinyDit:
     return TinyDit(name, QwenImage21Model.spec, make, "lora_qwen_image_21", chosen)
 
 
+def _anima() -> TinyDit:
+    """With texts of unequal numbers of states, and of T5's tokens."""
+    config = anima.CONFIG
+    assert config.adapter is not None
+    width = config.adapter.text_dim
+
+    def inputs(size: Size, batch: int) -> dict[str, Any]:
+        draw, (_, *area, text) = _drawing(), size
+        mask = _mask(batch, text)
+        ids = torch.arange(2, 2 + batch * text).view(batch, text)
+        return {
+            "noisy": draw(batch, config.channels, 1, *area),
+            "sigmas": torch.linspace(0.9, 0.1, batch),
+            "states": draw(batch, text, width) * mask[..., None],
+            "states_mask": mask,
+            "ids": ids * mask,
+            "weights": mask,
+        }
+
+    make = _maker(AnimaModel, config, anima.tiny_state, "num_layers")
+    return TinyDit("anima", AnimaModel.spec, make, "lora_anima", inputs)
+
+
 class FlatLtx(LtxModel):
     """With the velocities of both streams as one tensor, B n, as the others have one."""
 
@@ -355,7 +380,7 @@ DITS = (
     *(_wan("t2v"), _wan("i2v"), _hunyuan("t2v"), _framepack()),
     *(LUMINA, _flux("dev"), _flux("chroma"), _flux_2(), _flux_3()),
     *(_hunyuan_image(), _qwen_image(), _qwen_image(edits=True), Z_IMAGE, _krea2(), _krea2(edits=True)),
-    *(_qwen_image_21(), _qwen_image_21(edits=True)),
+    *(_qwen_image_21(), _qwen_image_21(edits=True), _anima()),
     *(_ltx("2.0"), _ltx("2.3"), _ltx("2.5"), _wan("vace")),
 )
 ONE_OF_EACH = (DITS[0], DITS[2], DITS[3])

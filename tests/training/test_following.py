@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from contract.families import FAMILIES, HIGH_NOISE, LOW_NOISE
+from contract.family import Abilities
 from contract.rules import ONE_EXPERT
 from dataset.batches.example import ExampleItem
 from hunyuan_model.options import HunyuanTrainingOptions
@@ -55,7 +56,7 @@ def plan_of(options: TrainingOptions, folder: Path, family: str = "hunyuan_video
         names=Names(folder, "x"),
         steps=SimpleNamespace(total_steps=40),
         accelerator=SimpleNamespace(num_processes=processes),
-        family=SimpleNamespace(name=family, experts=ONE_EXPERT, dit_files=()),
+        family=SimpleNamespace(name=family, experts=ONE_EXPERT, dit_files=(), can=Abilities()),
         lora_format=None,
     )
 

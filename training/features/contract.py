@@ -89,7 +89,7 @@ def _without_folders(value: Any) -> Any:
     return value.name if isinstance(value, Path) else value
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)  # compared as objects, never printed
 class Feature:
     """A feature of a training. All but name, options, place and `is_on` may be left out."""
 

@@ -23,7 +23,8 @@ from contract.rules import ModelRelease
 from modules.control_codes import escape_control_codes
 from modules.errors import OptionError
 from training.features.uploads_options import UploadOptions
-from training.saving.files import AVERAGE, PublishedRun
+from training.reports.history import AVERAGE
+from training.saving.files import PublishedRun
 
 logger = logging.getLogger(__name__)
 

@@ -28,7 +28,7 @@ MOST_WAITING = 2000  # lines in memory
 MOST_STEPS = 10**15
 LOSS = "validation/loss"
 NUMBERS = "pairs"  # in the line of a step: further numbers of features; so since there were some
-AVERAGE_MARK = re.compile("-ema")
+AVERAGE = "-ema"  # in the name of a saved file: it is the average of the weights
 # lines on memory, as the page names them
 PREDICTED, HIGHEST = "a training step, predicted", "highest of the run with samples, measured"
 SAMPLE_TEXTS = ("files", "prompts")  # of a line about samples: by the number of the prompt
@@ -206,7 +206,7 @@ class Story:
         candidates = []
         for name, step in self.saved.items():
             validated = None if self.is_average(name) else self.nearest(step)
-            if validated is not None and (folder / name).is_file():
+            if validated is not None and (folder / name).exists():
                 _, loss = validated
                 candidates.append((loss, -step, name))
         if not candidates:
@@ -225,7 +225,7 @@ class Story:
         candidates = [
             (-step, len(name), name)
             for name, step in self.saved.items()
-            if not self.is_average(name) and (folder / name).is_file()
+            if not self.is_average(name) and (folder / name).exists()
         ]
         if not candidates:
             return None
@@ -235,7 +235,7 @@ class Story:
     def is_average(self, name: str) -> bool:
         """Return whether a saved file is the average (EMA) of another one: its loss was not measured."""
         # behind the mark may stand which transformer a file is for
-        marks = AVERAGE_MARK.finditer(name)
+        marks = re.finditer(re.escape(AVERAGE), name)
         return any(f"{name[: mark.start()]}{name[mark.end() :]}" in self.saved for mark in marks)
 
 

@@ -7,7 +7,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Protocol
@@ -17,7 +17,8 @@ from modules.atomic_write import make_folder, recover_folder
 from modules.console import count_of
 from modules.errors import OutputError
 from modules.file_locks import only_one
-from training.reports.history import history_path
+from modules.text_files import real_path
+from training.reports.history import AVERAGE, history_path
 from training.reports.page import page_path
 from training.reports.sample_files import FOLDER as SAMPLES
 from training.saving.options import SavingOptions
@@ -27,7 +28,8 @@ logger = logging.getLogger(__name__)
 WriteFile = Callable[[str, Path], None]  # what ends the file's name, see `Names.parts`; the file
 
 
-AVERAGE = "-ema"  # behind the stem of a file: the average of its weights
+SAFETENSORS = ".safetensors"
+INDEX = "model_index.json"  # of a model that is saved as a folder in diffusers' layout
 
 
 @dataclass(frozen=True)
@@ -38,20 +40,29 @@ class Names:
     name: str
     # what ends the names of the files that are saved together: the names of experts; none if there is one
     parts: tuple[str, ...] = ()
+    ending: str = SAFETENSORS  # of the files; "" if each model is a folder in diffusers' layout
 
     def files(self, stem: str) -> dict[str, Path]:
         """Return the files that are saved together by the endings of their names: `x-000001_high_noise`."""
         if not self.parts:
-            return {"": self.folder / f"{stem}.safetensors"}
-        return {part: self.folder / f"{stem}_{part}.safetensors" for part in self.parts}
+            return {"": self.folder / f"{stem}{self.ending}"}
+        return {part: self.folder / f"{stem}_{part}{self.ending}" for part in self.parts}
+
+    def whole_stem(self, file: Path) -> str:
+        """Return the name of a file without its ending."""
+        return file.name.removesuffix(self.ending)
 
     def stem_of(self, file: Path) -> str:
+        """Return the part of the name that all files of a save share."""
+        stem = self.whole_stem(file)
         ends = (f"_{part}" for part in self.parts)
-        return file.stem.removesuffix(next(filter(file.stem.endswith, ends), ""))
+        return stem.removesuffix(next(filter(stem.endswith, ends), ""))
 
     @property
     def pattern(self) -> str:
-        return r"(?:-ema)?" + (f"_(?:{'|'.join(self.parts)})" if self.parts else "") + r"\.safetensors"
+        average = f"(?:{re.escape(AVERAGE)})?"
+        parts = f"_(?:{'|'.join(self.parts)})" if self.parts else ""
+        return average + parts + re.escape(self.ending)
 
 
 @dataclass(frozen=True)
@@ -257,10 +268,11 @@ def set_aside(
     without saves are its own, and stay. Raises OutputError if a file cannot be moved.
     """
     recover_states(names.folder, names.name)
-    stays = {os.path.realpath(path) for path in inputs}
+    kept = [real_path(path) for path in inputs]
     results = find_results(names)
-    moved = [entry for entry in results if not (entry.is_dir() and os.path.realpath(entry) in stays)]
-    has_saves = any(entry.is_dir() or entry.suffix == ".safetensors" for entry in results)
+    stays = {entry for entry in results if _is_input(entry, kept)}
+    moved = [entry for entry in results if not (entry in stays and _is_state(entry))]
+    has_saves = any(entry.is_dir() or entry.suffix == SAFETENSORS for entry in results)
     if not moved or (is_restarted and not has_saves):
         return None
     folder = _make_new(names.folder / f"{names.name}.before-{now:%Y%m%d-%H%M%S}")
@@ -268,7 +280,9 @@ def set_aside(
         target = folder / entry.relative_to(names.folder)
         try:
             target.parent.mkdir(exist_ok=True)
-            if os.path.realpath(entry) in stays:
+            if entry in stays and entry.is_dir():
+                shutil.copytree(entry, target, copy_function=_copy)
+            elif entry in stays:
                 _copy(entry, target)
             else:
                 os.replace(entry, target)
@@ -277,7 +291,7 @@ def set_aside(
                 f"{entry} cannot be moved to {folder}: {error.strerror or error}. Close the programs that "
                 "show it, or give another --output_name, or --overwrite."
             ) from error
-    num_states = sum(entry.is_dir() for entry in folder.iterdir() if entry.name != SAMPLES)
+    num_states = sum(_is_state(entry) for entry in folder.iterdir())
     logger.info(
         "Earlier results named %s (%s%s) are now in %s; with --overwrite they would have been replaced.",
         names.name,
@@ -292,13 +306,16 @@ def find_results(names: Names) -> list[Path]:
     """Return the files, states, samples and pages that a run has written under its name."""
     start = re.escape(names.name)
     states = state_pattern(names.name)
-    files = re.compile(start + r"(?:-\d{6,}|-step\d{8,})?" + names.pattern)
+    number = r"(?:-\d{6,}|-step\d{8,})?"
+    files = re.compile(start + number + replace(names, ending=SAFETENSORS).pattern)
+    folders = re.compile(start + number + f"(?:{AVERAGE})?")  # models in diffusers' layout
     samples = re.compile(start + r"_(e?\d{6,})_(sheet\.png|\d{2,9}_\d{14}[\w.-]*)")
     pages = {page_path(names.folder, names.name), history_path(names.folder, names.name)}
     results = []
     for entry in _entries(names.folder):
         if entry.is_dir():
-            is_result = states.fullmatch(entry.name) is not None
+            is_model = folders.fullmatch(entry.name) is not None and (entry / INDEX).is_file()
+            is_result = is_model or states.fullmatch(entry.name) is not None
         else:
             is_result = files.fullmatch(entry.name) is not None or entry in pages
         if is_result:
@@ -307,12 +324,23 @@ def find_results(names: Names) -> list[Path]:
     return results
 
 
+def _is_state(entry: Path) -> bool:
+    return entry.is_dir() and entry.name.endswith("-state")
+
+
+def _is_input(entry: Path, inputs: Collection[Path]) -> bool:
+    """Return whether one of these files and folders, by their real paths, is this entry or inside it."""
+    real = real_path(entry)
+    return any(path.is_relative_to(real) for path in inputs)
+
+
 def state_pattern(name: str) -> re.Pattern[str]:
     return re.compile(rf"{re.escape(name)}(-\d{{6,}}|-step\d{{8,}})?-state")
 
 
 def recover_states(output_dir: Path, name: str) -> None:
-    pattern = state_pattern(name)
+    """Finish replacing states and models in folders that a killed run had moved aside."""
+    pattern = re.compile(rf"{re.escape(name)}(-\d{{6,}}|-step\d{{8,}})?(-state|{AVERAGE})?")
     for entry in list(output_dir.iterdir()) if output_dir.is_dir() else []:
         if entry.name.endswith(".old") and pattern.fullmatch(entry.name[1:].removesuffix(".old")):
             recover_folder(entry.with_name(entry.name[1:].removesuffix(".old")))

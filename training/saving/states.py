@@ -362,7 +362,7 @@ def read_old_state(folder: Path, is_checked: bool) -> dict[str, Any]:
         "optimizer": _decode_optimizer(described["optimizer"], tensors),
         "schedule": {name: _decode(value, {}) for name, value in described["schedule"].items()},
         "scaler": described.get("scaler"),
-        "average": described.get("ema"),
+        "average": described.get(AVERAGE),
         "settings": described.get("settings", {}),
     }
 

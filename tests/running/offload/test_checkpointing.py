@@ -33,6 +33,7 @@ ATTENTIONS = {
     # of the picture, and of what stands before it: text, with a reference text, the reference and text
     **{"qwen_image_21": (4, 0), "qwen_image_21 edit": (8, 0)},
     **{"krea2 edit": (3, 0), "wan t2v": (2, 1), "wan i2v": (3, 1), "wan vace": (2, 1)},
+    "anima": (2, 0),
 }
 LEARNS_BEFORE = {"lumina", "krea2", "krea2 edit"}  # a LoRA is in their refiners too
 
@@ -60,6 +61,7 @@ BOTH_DTYPES += [pytest.param(tiny, True, id=f"{tiny.name} autocast") for tiny in
 
 @pytest.mark.long
 @pytest.mark.slow_cases(
+    "anima",
     "flux chroma",
     "flux dev",
     "flux_2",
@@ -269,6 +271,7 @@ def assert_alike(ours: list[Tensor], theirs: list[Tensor], share: float) -> None
 
 @pytest.mark.long
 @pytest.mark.slow_cases(
+    "anima",
     "flux chroma",
     "framepack autocast",
     "framepack",

@@ -1,0 +1,308 @@
+"""Write a whole checkpoint as a folder in diffusers' layout, which its pipelines and `loading.py` open.
+
+Networks that learned are written from their weights, the others with the values of the source. All files are
+safetensors and JSON.
+"""
+
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+from checkpoints.tokenizers import TokenizerFiles
+from checkpoints.writing import stream_tensors
+from contract.loading import TensorInfo
+from contract.whole import DIT
+from encoders.clip_checkpoints import CLIP_END, CLIP_START, ClipTextConfig
+from encoders.text_encoder import find_merges
+from modules.atomic_write import atomic_folder, check_space
+from modules.text_files import parse_json
+from networks.names.texts import published_parameter
+from stable_diffusion.contract import SD1, SDXL, text_encoder_name
+from stable_diffusion.files import Marks
+from stable_diffusion.folders import read_settings
+from stable_diffusion.loading import OpenedCheckpoint
+from stable_diffusion.text_checkpoints import PROJECTION
+from stable_diffusion.tokenizers import OPEN_CLIP_PAD, fetch_tokenizer_files
+from stable_diffusion.training_files import TrainingFiles
+from stable_diffusion.whole_files import VAE_PART, Plans, list_plans, list_weights, read_weight
+
+_UNET_FOLDER = "unet"
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
+_TEXT_WEIGHTS = "model.safetensors"
+_METADATA = {"format": "pt"}  # without it transformers refuses a file
+_INDEX = "model_index.json"
+_SCHEDULE = "scheduler/scheduler_config.json"
+# as released; gen_img.py has samplers of its own
+_SCHEDULERS: Mapping[str, Mapping[str, Any]] = {
+    "sd1": {
+        "_class_name": "PNDMScheduler",
+        "clip_sample": False,
+        "set_alpha_to_one": False,
+        "skip_prk_steps": True,
+    },
+    "sd2": {"_class_name": "DDIMScheduler", "clip_sample": False, "set_alpha_to_one": False},
+    "sdxl": {
+        "_class_name": "EulerDiscreteScheduler",
+        "interpolation_type": "linear",
+        "timestep_spacing": "leading",
+        "use_karras_sigmas": False,
+    },
+}
+_NOISE = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "steps_offset": 1,
+}
+# PNDM cannot start from noise alone. Source: Lin et al. 2023, arXiv 2305.08891
+_ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+
+
+@dataclass(frozen=True)
+class NetworkFile:
+    """The file of one network."""
+
+    name: str  # in the folder
+    weights: Mapping[str, str]  # name in the file -> of our network
+    infos: Mapping[str, TensorInfo]  # by the names in the file, in the source
+
+
+@dataclass(frozen=True, eq=False)
+class FolderWriter:
+    """Writes folders of one training. The source stays open, so that nobody can take it away."""
+
+    networks: Mapping[str, nn.Module]  # that learn
+    plans: Plans
+    files: Mapping[str, NetworkFile]  # by the names of networks
+    texts: Mapping[str, bytes]  # content of all other files, by their names in the folder
+    opened: ExitStack  # keeps the files of the plans open
+
+    def write(self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
+        """Write a folder, completely or not at all. dtype: of the networks; None: that of the source.
+
+        metadata: for the file of the U-Net.
+        """
+        states = {name: network.state_dict() for name, network in self.networks.items()}
+        infos = {network: self._list_infos(network, dtype) for network in self.files}
+        tensors = [info for of_network in infos.values() for info in of_network.values()]
+        check_space(path, sum(info.size_bytes for info in tensors) + sum(map(len, self.texts.values())))
+        with atomic_folder(path) as folder:
+            for network, announced in infos.items():
+                kept = {**metadata, **_METADATA} if network == DIT else _METADATA
+                stream_tensors(
+                    folder / self.files[network].name,
+                    announced,
+                    partial(self._read, states, network, announced),
+                    kept,
+                )
+            for name, content in self.texts.items():
+                (folder / name).parent.mkdir(exist_ok=True)
+                (folder / name).write_bytes(content)
+
+    def _read(
+        self,
+        states: Mapping[str, Mapping[str, Tensor]],
+        network: str,
+        announced: Mapping[str, TensorInfo],
+        name: str,
+    ) -> Tensor:
+        """Return a tensor of a network's file. states: weights of the networks that learn."""
+        weight = read_weight(self.plans, states, network, self.files[network].weights[name])
+        return weight.detach().to(announced[name].dtype)
+
+    def _list_infos(self, network: str, dtype: torch.dtype | None) -> dict[str, TensorInfo]:
+        """Return dtypes and shapes in the file of a network. dtype: as for `write`."""
+        infos = {}
+        for name, info in self.files[network].infos.items():
+            is_kept = dtype is None or not info.dtype.is_floating_point
+            infos[name] = info if is_kept else TensorInfo(dtype, info.shape)
+        return infos
+
+
+def make_folder_writer(
+    checkpoint: TrainingFiles, networks: Mapping[str, nn.Module], marks: Marks
+) -> FolderWriter:
+    """Return the writer for the checkpoint of a training. networks: those that learn.
+
+    marks: what the trained model predicts. Raises CheckpointError if a tokenizer is missing.
+    """
+    opened = ExitStack()
+    release = opened.enter_context(replace(checkpoint, vae=None).opened())  # its own VAE, not that of --vae
+    plans = list_plans(release)
+    files = {network: _plan_file(network, plans) for network in plans}
+    return FolderWriter(networks, plans, files, _make_texts(checkpoint, release, marks), opened)
+
+
+def _plan_file(network: str, plans: Plans) -> NetworkFile:
+    """Return the file of a network: of text encoders with the names of the package transformers."""
+    plan = plans[network]
+    if network in (DIT, VAE_PART):
+        folder = _UNET_FOLDER if network == DIT else network
+        name, weights = f"{folder}/{_WEIGHTS}", {weight: weight for weight in plan.sources}
+    else:
+        name = f"{network}/{_TEXT_WEIGHTS}"
+        weights = {_text_name(weight): weight for weight in list_weights(plan)}
+    infos = {}
+    for written, weight in weights.items():
+        source = plan.sources[weight]
+        hollow = source.make([plan.checkpoint.tensors[stored].hollow() for stored in source.names])
+        infos[written] = TensorInfo(hollow.dtype, tuple(hollow.shape))
+    return NetworkFile(name, weights, infos)
+
+
+def _text_name(weight: str) -> str:
+    return weight if weight == PROJECTION else published_parameter(weight)
+
+
+# All but the weights
+
+
+def _make_texts(checkpoint: TrainingFiles, release: OpenedCheckpoint, marks: Marks) -> dict[str, bytes]:
+    """Return the content of settings and tokenizers by their names in the folder."""
+    schedule = _describe_schedule(checkpoint.path, release.marks, marks)
+    settings = {
+        f"{_UNET_FOLDER}/config.json": _describe("UNet2DConditionModel", _simplify(release.unet.config)),
+        f"{VAE_PART}/config.json": _describe(
+            "AutoencoderKL", {"sample_size": release.kind.size, **release.vae.config}
+        ),
+        _SCHEDULE: schedule,
+        _INDEX: _describe_index(checkpoint.path, release, schedule["_class_name"]),
+    }
+    texts = {}
+    are_open_clip = [text.is_open_clip for text in release.texts]
+    tokenizers = fetch_tokenizer_files(checkpoint.tokenizer_cache_dir, checkpoint.path, are_open_clip)
+    for number, (text, (source, file)) in enumerate(zip(release.texts, tokenizers, strict=True)):
+        words = checkpoint.tokenizers[number]
+        pad = OPEN_CLIP_PAD if text.is_open_clip else words.end
+        tokens = {"bos_token_id": words.start, "eos_token_id": words.end, "pad_token_id": pad}
+        name = text_encoder_name(number)
+        settings[f"{name}/config.json"] = _describe_text(text.network.config, number, tokens)
+        folder = name.replace("text_encoder", "tokenizer")
+        texts |= {f"{folder}/{part}": content for part, content in _read_tokenizer(source, file).items()}
+        settings |= {f"{folder}/{part}": value for part, value in _describe_tokens(text.is_open_clip).items()}
+    return {name: _as_json(value) for name, value in settings.items()} | texts
+
+
+def _as_json(value: Mapping[str, Any]) -> bytes:
+    return f"{json.dumps(value, indent=2, ensure_ascii=False)}\n".encode()
+
+
+def _describe(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    return {"_class_name": name, "_diffusers_version": diffusers.__version__, **config}
+
+
+def _simplify(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a U-Net with one number of layers or heads if all levels have as many."""
+    simple = dict(config)
+    for name in ("layers_per_block", "attention_head_dim"):
+        value = config.get(name)
+        if isinstance(value, list | tuple) and len({*value}) == 1:
+            simple[name] = value[0]
+    return simple
+
+
+def _describe_schedule(source: Path, of_source: Marks, marks: Marks) -> dict[str, Any]:
+    """Return the scheduler's settings: those of a folder whose model predicts the same, else as released."""
+    if source.is_dir() and of_source == marks and (source / _SCHEDULE).is_file():
+        return read_settings(source / _SCHEDULE)
+    of_kind = dict(_SCHEDULERS[marks.kind.name])
+    if marks.zero_terminal_snr:
+        if marks.kind is SD1:
+            of_kind = dict(_SCHEDULERS["sd2"])
+        of_kind |= _ZERO_SNR
+    prediction = "v_prediction" if marks.predicts_velocity else "epsilon"
+    return _describe(of_kind.pop("_class_name"), {**_NOISE, "prediction_type": prediction, **of_kind})
+
+
+def _describe_index(source: Path, release: OpenedCheckpoint, scheduler: str) -> dict[str, Any]:
+    """Return the list of the parts, with further settings of the source if that is a folder.
+
+    scheduler: its class.
+    """
+    is_xl = release.kind is SDXL
+    index: dict[str, Any] = {"force_zeros_for_empty_prompt": True} if is_xl else {}
+    if source.is_dir() and (source / _INDEX).is_file():
+        stated = read_settings(source / _INDEX)
+        index |= {name: value for name, value in stated.items() if not isinstance(value, list | dict)}
+    index |= {
+        "scheduler": ["diffusers", scheduler],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    for number in range(len(release.texts)):
+        name = text_encoder_name(number)
+        index[name] = ["transformers", _text_class(number)]
+        index[name.replace("text_encoder", "tokenizer")] = ["transformers", "CLIPTokenizer"]
+    if not is_xl:
+        index |= {
+            "safety_checker": [None, None],
+            "feature_extractor": [None, None],
+            "requires_safety_checker": False,
+        }
+    return _describe("StableDiffusionXLPipeline" if is_xl else "StableDiffusionPipeline", index)
+
+
+def _text_class(number: int) -> str:
+    return "CLIPTextModelWithProjection" if number else "CLIPTextModel"
+
+
+def _describe_text(config: ClipTextConfig, number: int, tokens: Mapping[str, int]) -> dict[str, Any]:
+    """Return the settings of a text encoder by their names in the package transformers."""
+    ours = asdict(config)
+    names = {
+        "vocab_size": "vocabulary",
+        "max_position_embeddings": "positions",
+        "hidden_size": "dim",
+        "intermediate_size": "ffn_dim",
+        "num_attention_heads": "num_heads",
+        "num_hidden_layers": "num_layers",
+        "hidden_act": "activation",
+        "layer_norm_eps": "eps",
+    }
+    settings = {theirs: ours[name] for theirs, name in names.items()}
+    return {
+        "architectures": [_text_class(number)],
+        "model_type": "clip_text_model",
+        **settings,
+        "projection_dim": config.projection_dim or config.dim,
+        **tokens,
+    }
+
+
+def _describe_tokens(is_open_clip: bool) -> dict[str, dict[str, Any]]:
+    """Return the settings of a tokenizer, by their files' names."""
+    tokens = {
+        "bos_token": CLIP_START,
+        "eos_token": CLIP_END,
+        "unk_token": CLIP_END,
+        "pad_token": "!" if is_open_clip else CLIP_END,
+    }
+    usual = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True}
+    return {"tokenizer_config.json": {**usual, **tokens}, "special_tokens_map.json": tokens}
+
+
+def _read_tokenizer(source: TokenizerFiles, file: Path) -> dict[str, bytes]:
+    """Return the vocabulary and the merges of a tokenizer, by their files' names.
+
+    Raises CheckpointError if they cannot be read.
+    """
+    merges = find_merges(file)
+    if merges is not None:
+        return {"vocab.json": source.read_bytes(file), "merges.txt": source.read_bytes(merges)}
+    with source.explain(file):
+        content = parse_json(source.read_bytes(file).decode("utf-8"))
+        model = content["model"]
+        vocabulary = dict(model["vocab"])
+        vocabulary |= {token["content"]: token["id"] for token in content.get("added_tokens", ())}
+        lines = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+        text = "\n".join(["#version: 0.2", *lines])
+        return {"vocab.json": _as_json(vocabulary), "merges.txt": f"{text}\n".encode()}
