@@ -21,20 +21,29 @@ class WritesNetwork(Protocol):
 
 @dataclass(frozen=True)
 class MadeNetwork:
-    """A network that a family makes for a training, which sees a control picture with each picture."""
+    """A network that a family makes for a training.
+
+    It stands next to the model and sees a control picture with each picture, or is `in_texts`.
+    """
 
     called: str  # "ControlNet-LLLite"
     words: str  # with its sizes, for boxes
     ending: str  # of the architecture in metadata, as "lora" is that of a LoRA
-    # puts the module into the loaded model and returns it, with what `networks.adapter.ForeignNetwork` asks
-    # for; its state dict is what states hold. The second argument: whether it begins with its file's values
+    # puts the module into the loaded model, or into an nn.ModuleDict of the text encoders by the prefixes of
+    # their names in LoRA files; returns it, with what `networks.adapter.ForeignNetwork` asks for; its state
+    # dict is what states hold. The second argument: whether it begins with its file's values
     make: Callable[[nn.Module, bool], nn.Module]
     check: Callable[[], None]  # raises UserError for a file that it cannot begin with; loads nothing
     # script and options that generate with a saved file, given the file, the values of a sample, and script
     # and options that make this sample with the model alone
     generate: Callable[[Path, Mapping[str, Any], Sequence[str]], Sequence[str]]
     write: WritesNetwork | None = None  # None: the state dict is what files hold
+    start_option: str = "network_weights"  # of the file that it begins with
     values: Mapping[str, Any] = field(default_factory=dict)  # entries of its files
+    in_texts: bool = False  # it is a part of the text encoders, and sees captions alone
+    # given the captions of all pictures: raises DatasetError if it learns nothing from them
+    check_captions: Callable[[Sequence[str]], None] = lambda captions: None
+    sentences: Sequence[str] = ()  # in place of captions: one is drawn for each picture of a batch
 
 
 class MakesNetwork(Described, Protocol):

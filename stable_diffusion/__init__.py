@@ -16,6 +16,8 @@ folders: folders in the layout of diffusers
 generation_options: options of sd_generate_image.py and sdxl_generate_image.py
 guiding: CLIP and VGG16 steer the predicted picture
 highres: two stages: a small picture, then full size
+inversion_learning: vectors of a new word in training, and their files
+inversion_options: options of training textual inversion
 latent_upscaler: enlarge the first stage with sd-scripts' latent upscaler
 lines: lines of prompts: options, variants, where they come from
 lllite_learning: a ControlNet-LLLite in training
@@ -26,6 +28,7 @@ loras: LoRAs folded into weights, or added at run time
 making: A batch of pictures: texts, start, the denoising loop, pixels
 model_upscaler: enlarge the first stage with SwinIR or ESRGAN
 names: what it is called everywhere, from scripts to tensors
+new_words: a new word, and the table with its rows
 noise: the schedule that is trained, varied noise, loss factors
 network_options: options of LoRAs, ControlNets, and networks that steer
 options: all options of gen_img.py

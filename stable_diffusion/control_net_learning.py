@@ -151,6 +151,7 @@ def describe_control_net(
         check=check,
         generate=partial(say_generation, options, "--control_net_models"),
         write=partial(_write, files),
+        start_option=WEIGHTS.removeprefix("--"),
     )
 
 

@@ -4,6 +4,7 @@ Pictures are those of gen_img.py, which has further ways to make them; networks 
 """
 # Letters: B pictures, L tokens, C width, h w latent size
 
+import logging
 import re
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -76,6 +77,8 @@ from stable_diffusion.training_options import (
 )
 from stable_diffusion.whole_files import make_writer
 from stable_diffusion.whole_folders import make_folder_writer
+
+logger = logging.getLogger(__name__)
 
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}  # of --mixed_precision; else float32
 OF_SD, OF_XL = (SD1, SD2), (SDXL,)  # kinds that a script trains
@@ -152,7 +155,7 @@ class StableDiffusion(ModelOfPictures):
     options: Any = NO_OPTIONS  # of a training
     tells_cut: bool = False  # warn of prompts that are not read to their end
     learning_texts: LearningTexts | None = None  # of a training of all weights
-    # what a training makes in place of a LoRA, which sees the control pictures
+    # what a training makes in place of a LoRA
     made_network: MadeNetwork | None = None
     stores_controls: bool = False  # latents are cached together with the control pictures of a table
     lora_module: str = "networks.lora"
@@ -193,7 +196,7 @@ class StableDiffusion(ModelOfPictures):
             solvers=SAMPLERS,
             noise_on_cpu=True,
             one_batch=True,
-            extras=() if self.made_network is None else ("control_multiplier",),
+            extras=() if self._seeing is None else ("control_multiplier",),
         )
 
     @property
@@ -254,9 +257,15 @@ class StableDiffusion(ModelOfPictures):
 
     # control pictures
 
+    @property
+    def _seeing(self) -> MadeNetwork | None:
+        """Return the made network that sees control pictures."""
+        made = self.made_network
+        return None if made is None or made.in_texts else made
+
     def check_table(self, table: MediaTable) -> None:
-        if self.made_network is not None:
-            table = control_pictures.check_controls(table, self.made_network.called)
+        if self._seeing is not None:
+            table = control_pictures.check_controls(table, self._seeing.called)
         super().check_table(replace(table, has_control=False) if self.stores_controls else table)
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
@@ -265,11 +274,11 @@ class StableDiffusion(ModelOfPictures):
         return control_pictures.add_controls(entries, media) if media.control else entries
 
     def keep_media(self, request: Request, who: str) -> Request:
-        sees = self.made_network is not None
+        sees = self._seeing is not None
         return control_pictures.keep_control(request, super().keep_media, who, sees=sees)
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
-        return {0: {} if self.made_network is None else control_pictures.sample_controls(prepared)}
+        return {0: {} if self._seeing is None else control_pictures.sample_controls(prepared)}
 
     # files
 
@@ -361,9 +370,9 @@ class StableDiffusion(ModelOfPictures):
                 )
         if self.kind is SDXL:
             conditions[SIZES] = batch.tensor(SIZES)
-        if self.made_network is not None:
+        if self._seeing is not None:
             conditions |= control_pictures.controls_of(
-                batch, latents, self.latent.stride[1], self.made_network.called
+                batch, latents, self.latent.stride[1], self._seeing.called
             )
         return conditions
 
@@ -536,6 +545,16 @@ def family_for_training(
             options.fills_captions,
         ),
     )
+
+
+def with_inversion(model: StableDiffusion) -> StableDiffusion:
+    """Return the model of a training of textual inversion, whose word its options name."""
+    from stable_diffusion.inversion_learning import MODULE, Inversion  # only to train one
+
+    inversion = Inversion(model.options, model.files)
+    assert model.learning_texts is not None  # as for each training
+    learning = replace(model.learning_texts, word=inversion.word)
+    return replace(model, made_network=inversion.describe(), lora_module=MODULE, learning_texts=learning)
 
 
 def with_control_net(

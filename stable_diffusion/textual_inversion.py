@@ -32,8 +32,9 @@ logger = logging.getLogger(__name__)
 OPTION = "--textual_inversion_embeddings"
 XTI_OPTION = "--XTI_embeddings"
 _SAFETENSORS = (".safetensors", ".sft")
-# names of the vectors for each of several text encoders, in the order of the encoders
-_NAMES_OF_SEVERAL = (("clip_l", "clip_g"), ("text_encoders_0", "text_encoders_1"))
+# names of the vectors for each of several text encoders, in the order of the encoders, and for the only one
+SEVERAL, SINGLE = ("clip_l", "clip_g"), "emb_params"
+_NAMES_OF_SEVERAL = (SEVERAL, ("text_encoders_0", "text_encoders_1"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,14 +51,16 @@ class LearnedWord:
 
 
 def read_words(
-    paths: Sequence[Path], extended: Sequence[Path] = (), layers: Sequence[str] = ()
+    paths: Sequence[Path], extended: Sequence[Path] = (), layers: Sequence[str] = (), option: str = OPTION
 ) -> tuple[LearnedWord, ...]:
     """Read files of textual inversion: safetensors, or pickled tensors without running code.
 
-    extended: files of extended textual inversion, which have a tensor for each of these `layers`. Raises
-    CheckpointError if one is missing or of another kind, or if two have the same name.
+    extended: files of extended textual inversion, which have a tensor for each of these `layers`. option:
+    that names `paths`. Raises CheckpointError if one is missing or of another kind, or if two have the same
+    name.
     """
-    words = (*map(_read_word, paths), *(_read_extended(path, layers) for path in extended))
+    plain = [_read_word(path, option) for path in paths]
+    words = (*plain, *(_read_extended(path, layers) for path in extended))
     for index, word in enumerate(words):
         for earlier in words[:index]:
             if earlier.word.lower() == word.word.lower():
@@ -189,12 +192,12 @@ def _join(numbers: Sequence[int]) -> str:
     return " and ".join(str(number) for number in numbers)
 
 
-def _read_word(path: Path) -> LearnedWord:
-    tensors, token = _read_tensors(path)
-    vectors = _to_rows(path, OPTION, tensors)
+def _read_word(path: Path, option: str) -> LearnedWord:
+    tensors, token = _read_tensors(path, option)
+    vectors = _to_rows(path, option, tensors)
     if len({len(rows) for rows in vectors}) > 1:
-        raise _not_one(path, "it has unequal numbers of vectors for the text encoders")
-    return LearnedWord(path, path.stem, token, vectors)
+        raise _not_one(path, option, "it has unequal numbers of vectors for the text encoders")
+    return LearnedWord(path, path.stem, token, vectors, option=option)
 
 
 def _read_extended(path: Path, layers: Sequence[str]) -> LearnedWord:
@@ -234,7 +237,7 @@ def _to_rows(path: Path, option: str, tensors: Mapping[str, Tensor]) -> tuple[Te
         # no more numbers than the file can hold, as rows may share memory
         if not is_rows or not 0 < tensor.numel() * tensor.element_size() <= MAX_EMBEDDING_BYTES:
             why = f"{shorten(name, 60)} is no row of vectors: {tuple(tensor.shape)}"
-            raise _not_one(path, why) if option == OPTION else _not_extended(path, why)
+            raise _not_extended(path, why) if option == XTI_OPTION else _not_one(path, option, why)
         if not tensor.float().isfinite().all():  # 8 bits have no such test
             raise CheckpointError(
                 f"{option} {path}: it holds values that are NaN or infinite. Fetch or train it again.", path
@@ -242,22 +245,22 @@ def _to_rows(path: Path, option: str, tensors: Mapping[str, Tensor]) -> tuple[Te
     return tuple(torch.atleast_2d(tensor.float()) for tensor in tensors.values())
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
+def _read_tensors(path: Path, option: str) -> tuple[dict[str, Tensor], str | None]:
     """Return the vectors for each text encoder, in order, and the word that the file names, or None."""
-    content = _read_content(path, OPTION)
+    content = _read_content(path, option)
     inner = content.get("string_to_param")  # as the Web UI and the paper's own code write it
     if isinstance(inner, Mapping):
         words = _list_tensors(inner)
         if len(words) == 1:
             return words, None
-        raise _not_one(path, f"string_to_param has {len(words)} words")
+        raise _not_one(path, option, f"string_to_param has {len(words)} words")
     tensors = _list_tensors(content)
-    for names in (*_NAMES_OF_SEVERAL, ("emb_params",)):
+    for names in (*_NAMES_OF_SEVERAL, (SINGLE,)):
         if tensors.keys() >= set(names):
             return {name: tensors[name] for name in names}, None
     if len(tensors) == 1 and len(content) == 1:  # diffusers: word -> vectors
         return tensors, next(iter(tensors))
-    raise _not_one(path, _describe(content))
+    raise _not_one(path, option, _describe(content))
 
 
 def _describe(content: Mapping[str, Any]) -> str:
@@ -280,26 +283,26 @@ def _read_content(path: Path, option: str) -> Mapping[str, Any]:
             f"{option} {path}: there is no such file.{explain_missing(path)} Give files that are there.", path
         )
     if path.stat().st_size > MAX_EMBEDDING_BYTES:
-        raise _not_one(path, f"it has {path.stat().st_size >> 20} MiB")
+        raise _not_one(path, option, f"it has {path.stat().st_size >> 20} MiB")
     if path.suffix.lower() in _SAFETENSORS:
         with open_checkpoint(path) as checkpoint:
             return {name: checkpoint.read(name) for name in checkpoint.tensors}
     with torch.serialization.safe_globals([ParameterDict]):  # in the files of the paper's own code
         content = load_pickled(path)
     if not isinstance(content, Mapping):
-        raise _not_one(path, f"it holds a {type(content).__name__}")
+        raise _not_one(path, option, f"it holds a {type(content).__name__}")
     tables = {}
     try:
         for name, value in content.items():
             tables[str(name)] = dict(value) if isinstance(value, ParameterDict) else value
         return tables
     except Exception as error:  # a ParameterDict without its own fields fails with any
-        raise _not_one(path, f"its string_to_param is damaged ({error})") from error
+        raise _not_one(path, option, f"its string_to_param is damaged ({error})") from error
 
 
-def _not_one(path: Path, why: str) -> CheckpointError:
+def _not_one(path: Path, option: str, why: str) -> CheckpointError:
     return CheckpointError(
-        f"{OPTION} {path} is not a textual inversion: {why}. Give a file with emb_params, with clip_l and "
+        f"{option} {path} is not a textual inversion: {why}. Give a file with emb_params, with clip_l and "
         "clip_g, with string_to_param, or with the vectors of one word.",
         path,
     )

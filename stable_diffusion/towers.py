@@ -11,7 +11,7 @@ prompt or the negative one takes. A LoRA goes into the linear layers of `encoder
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar
 
@@ -32,6 +32,7 @@ from running.offload.block_swap import move_network
 from running.offload.host_memory import LoadedNetwork
 from stable_diffusion import tokenizers
 from stable_diffusion.contract import SD2, SDXL, text_encoder_name
+from stable_diffusion.new_words import GrowingEmbedding, NewWord
 from stable_diffusion.options import TextOptions
 from stable_diffusion.text import (
     check_layer,
@@ -42,6 +43,7 @@ from stable_diffusion.text import (
     weights_of,
 )
 from stable_diffusion.text_checkpoints import TextPlan
+from stable_diffusion.textual_inversion import with_words
 from stable_diffusion.tokenizers import (
     OPEN_CLIP_PAD,
     Chunk,
@@ -69,10 +71,11 @@ class LoadedWords:
 
 @dataclass(frozen=True)
 class LearningTexts:
-    """How a training of all weights treats text encoders and captions."""
+    """How a training treats text encoders and captions."""
 
     dtypes: Mapping[str, torch.dtype]  # to load those in that learn, by name
     fills_captions: bool = True  # up to whole chunks; else to the longest caption of a batch
+    word: NewWord | None = None  # that is learned
 
 
 class TowerEncoder:
@@ -93,7 +96,7 @@ class TowerEncoder:
         """number: of the encoder in the checkpoint. chunks: of 75 tokens that are read.
 
         clip_skip: as the option says; None: the layer that the model was trained with. tells_cut: warn of
-        prompts that are not read to their end. learning: of a training of all weights.
+        prompts that are not read to their end. learning: of a training of their weights.
         """
         prefixes = files.kind.lora_prefixes
         self.files = files
@@ -106,6 +109,7 @@ class TowerEncoder:
         self._tells_cut = tells_cut
         self._dtype = files.dtype
         self._fills = True
+        self._word = None if learning is None else learning.word
         if learning is not None:
             self._dtype = learning.dtypes.get(self.name, files.dtype)
             self._fills = learning.fills_captions
@@ -162,12 +166,13 @@ class TowerEncoder:
         """
         with self.files.opened() as release:
             are_open_clip = [text.is_open_clip for text in release.texts]
+            vocabulary = release.texts[self._number].network.config.vocabulary
         path = self.files.path
         sources = tokenizers.find_tokenizer_files(self.files.tokenizer_cache_dir, path, are_open_clip)
         source, file = next((pair for pair in sources[self._number :: -1] if pair[1] is not None), sources[0])
         if file is None:
             file = source.download(path, may_download=False)
-        words = load_clip_words(source, file)
+        words = self._teach(load_clip_words(source, file), vocabulary)
         most = tokenizers.SIZE * self._chunks
 
         def count(text: str) -> TokenCount:
@@ -187,9 +192,20 @@ class TowerEncoder:
             layer = self._choose_layer(plan)
             words = self.files.tokenizers[self._number]
             check_vocabulary(words, plan.network.config.vocabulary, self.files.path)
+            vocabulary = plan.network.config.vocabulary
             network = self.files.load_text(plan, device, self._dtype)
+        if self._word is not None:
+            embeddings = network.embeddings
+            embeddings.token_embedding = GrowingEmbedding(embeddings.token_embedding, self._word.count)
+        words = self._teach(words, vocabulary)
         pad = OPEN_CLIP_PAD if plan.is_open_clip else words.end
         return network, LoadedWords(words, pad, layer)
+
+    def _teach(self, words: ClipWords, vocabulary: int) -> ClipWords:
+        """Return a tokenizer that knows the new word. vocabulary: rows of the table without it."""
+        if self._word is None:
+            return words
+        return replace(words, tokenize=with_words(words.tokenize, self._word.list_ids(vocabulary)))
 
     def _choose_layer(self, plan: TextPlan) -> int:
         """Return the layer whose states are used, from the end. Raises OptionError for a layer too deep."""
@@ -213,9 +229,11 @@ class TowerEncoder:
     def _counting_words(self) -> ClipWords:
         with self.files.opened() as release:
             are_open_clip = [text.is_open_clip for text in release.texts]
+            vocabulary = release.texts[self._number].network.config.vocabulary
         cache_dir = self.files.tokenizer_cache_dir
         with quiet():  # the log names them when the encoder is loaded
-            return tokenizers.find_tokenizers(cache_dir, self.files.path, are_open_clip)[self._number]
+            found = tokenizers.find_tokenizers(cache_dir, self.files.path, are_open_clip)
+        return self._teach(found[self._number], vocabulary)
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
         """Return the tensors `keys` of each prompt, on the CPU; gradients flow to trained parts.

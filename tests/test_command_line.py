@@ -33,6 +33,8 @@ WIDER_TYPES = {
 WIDER_COUNTS = {"--control_image_path", "--lora_weight", "--lora_multiplier", "--latent_path"}
 # at the size that the others have the model makes no usable picture
 OUR_DEFAULTS = {
+    # safetensors: pickles can hold code
+    *((f"{script}train_textual_inversion.py", "--save_model_as") for script in ("", "sdxl_")),
     *((f"{name}_generate_image.py", "--image_size") for name in ("qwen_image", "zimage")),
     # the best device that there is; strengths that are not given are 1
     *(

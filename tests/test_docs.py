@@ -100,10 +100,9 @@ SMALLER = {
     **dict.fromkeys(("sdxl_train.py", "train_db.py", "fine_tune.py"), TRAINING),
     **dict.fromkeys(
         (
-            "sdxl_train_control_net_lllite.py",
-            "sdxl_train_control_net.py",
-            "train_control_net.py",
+            *("sdxl_train_control_net_lllite.py", "sdxl_train_control_net.py", "train_control_net.py"),
             "anima_train_control_net_lllite.py",
+            *("sdxl_train_textual_inversion.py", "train_textual_inversion.py"),
         ),
         TRAINING,
     ),
@@ -193,7 +192,8 @@ PICTURE_MODELS = {
     },
     "flux_kontext": picture_project.lay_out_kontext,
     **dict.fromkeys(
-        ("control", "gen_img", "sdxl", "stable_diffusion"), picture_project.lay_out_stable_diffusion
+        ("control", "gen_img", "sdxl", "stable_diffusion", "textual_inversion"),
+        picture_project.lay_out_stable_diffusion,
     ),
     "image_datasets": lay_out_flux,
     "ltx2": picture_project.lay_out_ltx_2,
@@ -366,9 +366,10 @@ def test_commands_of_the_page_about_pictures_run(page: Path, tmp_path: Path) -> 
     for command in commands_of(page):
         run_in(tmp_path, command, makes_caches=True, apart=False)
 
-    made = {"gen_img": "pictures_made/*.png", "control": "generated/*.png"}.get(
-        page.stem, "output/my_*_lora*.safetensors"
-    )
+    made = {
+        "gen_img": "pictures_made/*.png",
+        **dict.fromkeys(("control", "textual_inversion"), "generated/*.png"),
+    }.get(page.stem, "output/my_*_lora*.safetensors")
     assert [*tmp_path.glob(made)] or page.stem == "image_datasets"
 
 

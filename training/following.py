@@ -245,7 +245,9 @@ class NextSteps:
     def _start_options(self) -> list[str]:
         """Return the options that start a run from trained files, one for each file."""
         is_network = self.options.network is not None
-        option = "network_weights" if is_network else self._trained_option()
+        made = made_network_of(self.plan.family)
+        of_network = "network_weights" if made is None else made.start_option
+        option = of_network if is_network else self._trained_option()
         parts = self.names.parts if is_network else [expert.name for expert in self.plan.family.experts]
         return [f"{option}_{HIGH_NOISE}" if part == HIGH_NOISE else option for part in parts] or [option]
 

@@ -558,3 +558,43 @@ def _read_beside(args: argparse.Namespace) -> None:
     """Read the options of a network next to the U-Net: text encoders do not learn."""
     read_as_known(args)
     args.network_train_unet_only = True
+
+
+_REFUSED_FOR_WORDS = {
+    **_REFUSED_BESIDE,
+    "network_dim": "Give the number of vectors to --num_vectors_per_token",
+    "network_weights": "Give the file to --weights",
+    "network_dropout": "Leave it out",
+    "base_weights": "Leave it out, or merge the LoRA into the checkpoint with merge_lora.py",
+    "network_train_unet_only": "The U-Net has no part in it; leave it out",
+    "text_encoder_lr": "Give its rate to --learning_rate",
+}
+
+
+def word_trainer(**settings: Any) -> ImageTrainerDefaults:
+    """Return the differences of a script that trains textual inversion for a model of noise.
+
+    settings: of `ImageTrainerDefaults`.
+    """
+    called = "textual inversion; train LoRAs with train_network.py or sdxl_train_network.py"
+    reasons = {name: _OF_LORAS.format(called) + remedy for name, remedy in _REFUSED_FOR_WORDS.items()}
+    refused = {**_refused_by_noise, **reasons}
+    return replace(NOISE_TRAINER, refused=refused, translate=_read_word, **settings)
+
+
+def _read_word(args: argparse.Namespace) -> None:
+    """Read the options of textual inversion: text encoders learn, and files are called after the word."""
+    word = args.token_string
+    if args.output_name is None and args.output_dir is not None and word is not None:
+        args.output_name = word
+        logger.info("Without --output_name the file is called %s, after the word.", word)
+    elif word is not None and args.output_name not in (None, word):
+        logger.warning(
+            "--output_name %s is not the word %s: gen_img.py and other programs take the name of a file as "
+            "its word. Rename the file to %s.safetensors before it is used, or leave out --output_name.",
+            args.output_name,
+            word,
+            word,
+        )
+    read_as_known(args)
+    args.network_train_text_encoder_only = True

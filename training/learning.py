@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from contract.data import CAPTION
 from contract.family import Family, hears_sound, part_rates_of
 from contract.loading import BlockPlace
+from contract.made_networks import made_network_of
 from contract.rules import Expert
 from modules.devices import dtype_of, gib, keep_heap_small, warn_if_emulated
 from modules.errors import MemoryPlanError
@@ -228,6 +229,7 @@ def _make_feed(model: TrainedModel) -> Feed:
     """Return the feed that prepares the micro-batches of this process."""
     plan = model.plan
     options, family, accelerator = plan.options, plan.family, plan.accelerator
+    made = made_network_of(family)
     randomness = Randomness(
         options.timesteps,
         plan.progress.seed,
@@ -238,6 +240,7 @@ def _make_feed(model: TrainedModel) -> Feed:
         weighted_by=options.weighted_by,
         sound=family.sound_learning if hears_sound(family) else None,
         on_batch=tuple(model.hooks.on_batch),
+        sentences=() if made is None else made.sentences,
         view=find_view(options),
     )
     return Feed(

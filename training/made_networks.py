@@ -1,13 +1,16 @@
 """Make the network that a training puts into a model: a LoRA, or what the family makes in its place."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from contract.family import Family
 from contract.made_networks import MadeNetwork, WritesNetwork, made_network_of
+from dataset.batches.items import TrainingItem
 from dataset.table import DatasetConfig
+from modules.errors import DatasetError
 from modules.seeds import derive_seed
 from networks.adapter import ForeignNetwork, TrainableNetwork, make_network
 from networks.options import NetworkOptions
@@ -41,7 +44,7 @@ def make_trained_network(
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "network"))
-        module = made.make(dit, with_values)
+        module = made.make(nn.ModuleDict(encoders) if made.in_texts else dit, with_values)
     return ForeignNetwork(module.requires_grad_(True), dit)
 
 
@@ -51,9 +54,43 @@ def written_by(family: Family) -> WritesNetwork | None:
     return None if made is None else made.write
 
 
-def check_data(made: MadeNetwork | None, config: DatasetConfig) -> None:
-    """Check the control pictures of a made network. Raises DatasetError."""
-    if made is not None:
+def check_data(made: MadeNetwork | None, config: DatasetConfig, kept: str) -> DatasetConfig:
+    """Check the tables of a made network: its control pictures, or that all pictures are of what it learns.
+
+    kept: attribute of tables whose samples stay as the model without a network predicts them. Returns the
+    tables; with sentences in place of captions, pictures need none. Raises DatasetError.
+    """
+    if made is None:
+        return config
+    if not made.in_texts:
         from dataset.control_pairs import check_pairs  # other trainings read caches alone
 
         check_pairs(config, made.called)
+        return config
+    for table in config.datasets:
+        if table.is_reg:
+            raise DatasetError(
+                f"{table.name}: {made.called} learns nothing from regularisation pictures, as their captions "
+                "lack the word. Leave them out"
+            )
+        if kept in table.attributes:
+            raise DatasetError(
+                f"{table.name}: {kept} compares a network in the transformer with the model without it, and "
+                f"{made.called} has none there. Leave it out"
+            )
+    if not made.sentences:
+        return config
+    tables = [replace(table, class_tokens=table.class_tokens or "") for table in config.datasets]
+    return replace(config, datasets=tables)
+
+
+def check_captions(made: MadeNetwork | None, items: Sequence[TrainingItem]) -> None:
+    """Check the captions of a made network that is in text encoders. Raises DatasetError."""
+    if made is not None and made.in_texts and not made.sentences:
+        captions = [
+            f"{item.table.caption_prefix} {item.kind.caption(item.source_stem, number)} "
+            f"{item.table.caption_suffix}"
+            for item in items
+            for number in range(item.captions)
+        ]
+        made.check_captions(captions)

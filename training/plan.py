@@ -45,8 +45,8 @@ from training.features.composing import (
     need,
     note_unused,
 )
-from training.features.contract import EMPTY_PROMPT
-from training.made_networks import check_data
+from training.features.contract import EMPTY_PROMPT, KEPT
+from training.made_networks import check_captions, check_data
 from training.optimizers.stepping import check_fused_backward, check_offload, check_split
 from training.options import TrainingOptions
 from training.other_families import NO_OTHERS, OtherFamilies
@@ -159,6 +159,7 @@ def make_plan(
     )
     training, validation = _split_items(options, config, items, progress.seed)
     check_items(options, training, sources)
+    check_captions(made_network_of(family), training)
     note_unused(options, training)
     if is_main:
         _warn_of_missing(options, config, [*training, *validation], sources)
@@ -319,8 +320,7 @@ def read_config(options: TrainingOptions, family: Family) -> DatasetConfig:
     if need(options, EMPTY_PROMPT) and not (brings_empty_text(family) and family.empty_text()):
         config = with_empty_prompts(config)
     check_times(options.timesteps, config.datasets, family)
-    check_data(made_network_of(family), config)
-    return for_family(config, family)
+    return for_family(check_data(made_network_of(family), config, KEPT), family)
 
 
 def _find_items(

@@ -1,6 +1,7 @@
 """Stable Diffusion 1.x and 2.x for train_network.py and its caches."""
 
 from stable_diffusion import family
+from stable_diffusion.inversion_options import InversionOptions
 from stable_diffusion.sd1.options import (
     Sd1ControlNetTrainingOptions,
     Sd1GenerationOptions,
@@ -20,6 +21,8 @@ def family_for_text_caching(options: Sd1TextCachingOptions) -> family.StableDiff
 
 def family_for_training(options: Sd1TrainingOptions) -> family.StableDiffusion:
     made = family.family_for_training(family.OF_SD, options, options.v2, options.clip_skip)
+    if isinstance(options, InversionOptions):
+        return family.with_inversion(made)
     if isinstance(options, Sd1ControlNetTrainingOptions):
         return family.with_control_net(
             made,

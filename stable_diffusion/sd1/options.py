@@ -5,6 +5,7 @@ from pathlib import Path
 from modules.options import CHANGEABLE, FREE, HABIT, IDENTITY, option
 from stable_diffusion.control_net_options import weights_option
 from stable_diffusion.generation_options import StableDiffusionGenerationOptions, script_defaults
+from stable_diffusion.inversion_options import InversionOptions
 from stable_diffusion.training_options import (
     LatentCachingOptions,
     StableDiffusionTrainingOptions,
@@ -42,6 +43,10 @@ class Sd1ControlNetTrainingOptions(Sd1TrainingOptions, title=NAME):
 
     controlnet_model_name_or_path: Path | None = weights_option()
     gradient_checkpointing: bool = option(name="gradient_checkpointing", facts=FREE)
+
+
+class Sd1InversionTrainingOptions(InversionOptions, Sd1TrainingOptions, title=NAME):
+    """Options of train_textual_inversion.py besides the shared ones."""
 
 
 class Sd1FineTuningOptions(OfWholeCheckpoint, Sd1TrainingOptions, title=NAME):

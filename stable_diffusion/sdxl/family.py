@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from stable_diffusion import family
+from stable_diffusion.inversion_options import InversionOptions
 from stable_diffusion.sdxl.options import (
     SdxlControlNetTrainingOptions,
     SdxlGenerationOptions,
@@ -27,6 +28,8 @@ def family_for_training(options: SdxlLearningOptions) -> family.StableDiffusion:
         from stable_diffusion.lllite_learning import MODULE, describe_lllite  # only to train one
 
         return replace(made, made_network=describe_lllite(options), lora_module=MODULE)
+    if isinstance(options, InversionOptions):
+        return family.with_inversion(made)
     if isinstance(options, SdxlControlNetTrainingOptions):
         return family.with_control_net(
             made,

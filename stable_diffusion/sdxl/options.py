@@ -6,6 +6,7 @@ from modules.errors import OptionError
 from modules.options import CHANGEABLE, FREE, IDENTITY, not_needed, option, unsupported
 from stable_diffusion.control_net_options import rate_option, weights_option
 from stable_diffusion.generation_options import StableDiffusionGenerationOptions, script_defaults
+from stable_diffusion.inversion_options import InversionOptions
 from stable_diffusion.training_options import (
     LatentCachingOptions,
     StableDiffusionTrainingOptions,
@@ -30,6 +31,7 @@ _IN_GUIDES = (
 )
 
 
+_ONE_RATE = "both text encoders have one rate. Give it to --learning_rate"
 _NO_TEXTS = "the text encoders are not trained. Leave it out"
 MOST_WIDTH = 1024  # of the embedding of a control picture; released files have 16 to 64
 
@@ -85,6 +87,13 @@ class SdxlControlNetTrainingOptions(SdxlLearningOptions, title=NAME):
     gradient_checkpointing: bool = option(name="gradient_checkpointing", facts=FREE)
     text_encoder_lr1 = unsupported(_NO_TEXTS, type=float)
     text_encoder_lr2 = unsupported(_NO_TEXTS, type=float)
+
+
+class SdxlInversionTrainingOptions(InversionOptions, SdxlLearningOptions, title=NAME):
+    """Options of sdxl_train_textual_inversion.py besides the shared ones."""
+
+    text_encoder_lr1 = unsupported(_ONE_RATE, type=float)
+    text_encoder_lr2 = unsupported(_ONE_RATE, type=float)
 
 
 _OF_LORAS = "it is of LoRAs. Give the rate of {} to --{}"

@@ -10,6 +10,7 @@ import functools
 import itertools
 import multiprocessing
 import os
+import random
 import signal
 import sys
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -163,6 +164,7 @@ class Randomness:
     # given this and a drawn micro-batch: the one in its place
     on_batch: Sequence[Callable[["Randomness", NoisyBatch], NoisyBatch]] = ()
     view: str = ""  # further conditions of a feature, as `Batch.view`
+    sentences: Sequence[str] = ()  # in place of captions: one is drawn for each sample
 
     def add(self, batch: Batch, number: int, first_sample: int) -> NoisyBatch:
         """Draw noise and timesteps for micro-batch `number` of the run.
@@ -182,7 +184,7 @@ class Randomness:
             weights = zeros = torch.zeros(len(batch))
             times = replace(times, sigmas=zeros, timesteps=zeros, levels=zeros)
         drawn = NoisyBatch(
-            batch=self._vary_inputs(batch, number),
+            batch=self._vary_inputs(self._draw_captions(batch, number), number),
             noise=noise,
             sigmas=times.sigmas,
             timesteps=times.timesteps,
@@ -205,6 +207,13 @@ class Randomness:
         assert self.latent is not None  # of a family that changes its noise
         latents = self.latent.to_model(batch.tensor("latents"))
         return self.noise.vary(noise, latents, seed_generator(self.seed, "varied noise", number))
+
+    def _draw_captions(self, batch: Batch, number: int) -> Batch:
+        """Return the batch with a sentence in place of each caption, if there are sentences."""
+        if not self.sentences:
+            return batch
+        stream = random.Random(derive_seed(self.seed, "sentences", number))
+        return replace(batch, captions=tuple(stream.choice(self.sentences) for _ in batch.captions))
 
     def _vary_inputs(self, batch: Batch, number: int) -> Batch:
         """Return the batch with its further inputs as the family changes them at each step."""

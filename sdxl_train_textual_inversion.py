@@ -1,0 +1,21 @@
+"""Train a new word (textual inversion) for Stable Diffusion XL.
+
+All options: python sdxl_train_textual_inversion.py --help
+"""
+
+import modules.interpreter  # noqa: F401
+from stable_diffusion.training_options import SHOWN_AS
+from training.image_options import word_trainer
+from training.scripts import training_script
+
+DEFAULTS = word_trainer(shown_as=SHOWN_AS)
+main = training_script(
+    "sdxl",
+    __doc__,
+    script="sdxl_train_textual_inversion.py",
+    kind="InversionTraining",
+    images=DEFAULTS,
+)
+
+if __name__ == "__main__":
+    main.run()

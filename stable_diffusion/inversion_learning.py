@@ -1,0 +1,282 @@
+"""Textual inversion in training: the vectors of a new word, for each text encoder of the checkpoint.
+
+Only the new rows of the tables of token embeddings learn, and only they are in the optimizer. Files are those
+that A1111's Web UI, ComfyUI and gen_img.py read: clip_l and clip_g for Stable Diffusion XL, else emb_params.
+Source: Gal et al. 2022, arXiv 2208.01618, whose code (MIT) has the sentences.
+"""
+# Letters: V vectors of the word, C width of a text encoder
+
+import logging
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from checkpoints.writing import stream_tensors
+from contract.loading import TensorInfo
+from contract.made_networks import MadeNetwork
+from encoders.clip_l import ClipWords
+from encoders.clip_layers import ClipText
+from modules.console import count_of
+from modules.errors import CheckpointError, DatasetError, OptionError
+from modules.option_values import option_words
+from stable_diffusion.contract import SDXL
+from stable_diffusion.inversion_options import InversionOptions
+from stable_diffusion.new_words import GrowingEmbedding, NewWord
+from stable_diffusion.textual_inversion import (
+    SEVERAL,
+    SINGLE,
+    LearnedWord,
+    check_words,
+    read_words,
+    with_words,
+)
+from stable_diffusion.training_files import TrainingFiles
+from stable_diffusion.training_options import StableDiffusionTrainingOptions, generation_options
+
+logger = logging.getLogger(__name__)
+
+CALLED = "textual inversion"
+MODULE = "textual inversion"  # there is no network module: files say so
+WEIGHTS = "--weights"
+LOUD = 3.0  # a vector of so many times the usual norm drowns the other words of a prompt
+
+_OF_OBJECTS = """
+a photo of a {}; a rendering of a {}; a cropped photo of the {}; the photo of a {}; a photo of a clean {};
+a photo of a dirty {}; a dark photo of the {}; a photo of my {}; a photo of the cool {};
+a close-up photo of a {}; a bright photo of the {}; a cropped photo of a {}; a photo of the {};
+a good photo of the {}; a photo of one {}; a close-up photo of the {}; a rendition of the {};
+a photo of the clean {}; a rendition of a {}; a photo of a nice {}; a good photo of a {};
+a photo of the nice {}; a photo of the small {}; a photo of the weird {}; a photo of the large {};
+a photo of a cool {}; a photo of a small {}
+"""
+# two of the nineteen come twice
+_OF_STYLES = """
+painting; rendering; cropped painting; the painting; clean painting; dirty painting; dark painting; picture;
+cool painting; close-up painting; bright painting; cropped painting; good painting; close-up painting;
+rendition; nice painting; small painting; weird painting; large painting
+"""
+
+
+def _split(sentences: str) -> tuple[str, ...]:
+    return tuple(" ".join(sentence.split()) for sentence in sentences.split(";"))
+
+
+OBJECT_SENTENCES = _split(_OF_OBJECTS)
+STYLE_SENTENCES = tuple(
+    f"{kind if kind.startswith('the ') else f'a {kind}'} in the style of {{}}" for kind in _split(_OF_STYLES)
+)
+
+
+class LearntRows(nn.Module):
+    """The vectors of a word, V C for each text encoder, by their names in files."""
+
+    def __init__(self, word: str, rows: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.word = word
+        self.usual_norms: dict[str, float] = {}  # mean norm of the rows of each table
+        for name, tensor in rows.items():
+            self.register_parameter(name, Parameter(tensor))
+
+    def prepare_optimizer_params(self, learning_rate: float) -> tuple[list[dict[str, Any]], list[str]]:
+        return [{"params": [*self.parameters()], "lr": learning_rate}], [CALLED]
+
+    def set_multiplier(self, multiplier: float) -> None:
+        """Do nothing: texts are encoded before a pass, so that no pass is without the word."""
+
+    def tell_norms(self) -> None:
+        """Log the norm of each row next to the mean norm of the table's rows; warn of rows that are loud."""
+        for name, rows in self.named_parameters():
+            norms = rows.detach().float().norm(dim=1).tolist()
+            usual = self.usual_norms[name]
+            text = ", ".join(f"{norm:.3g}" for norm in norms)
+            if max(norms) > LOUD * usual:
+                logger.warning(
+                    "%s: the vectors of %s have the norms %s, known words %.3g on average. So loud a word "
+                    "drowns the others of a prompt: lower --learning_rate, or take an earlier file.",
+                    name,
+                    self.word,
+                    text,
+                    usual,
+                )
+            else:
+                logger.info(
+                    "%s: norms of the vectors of %s: %s; of known words: %.3g", name, self.word, text, usual
+                )
+
+
+def write_rows(module: nn.Module, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
+    """Write the vectors, and log their norms. dtype: None: float32."""
+    assert isinstance(module, LearntRows)
+    module.tell_norms()
+    tensors = {name: rows.detach() for name, rows in module.named_parameters()}
+    infos = {name: TensorInfo(dtype or rows.dtype, tuple(rows.shape)) for name, rows in tensors.items()}
+    stream_tensors(path, infos, lambda name: tensors[name].to(infos[name].dtype), metadata)
+
+
+class Inversion:
+    """The textual inversion of a training: its word, and what its vectors begin with."""
+
+    def __init__(self, options: InversionOptions, files: TrainingFiles) -> None:
+        """Raises OptionError if there is no word."""
+        self.options = options
+        self.files = files
+        self.word = NewWord(options.word, options.num_vectors_per_token)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return the names of the vectors in files, by text encoder."""
+        return SEVERAL if self.files.kind is SDXL else (SINGLE,)
+
+    def describe(self) -> MadeNetwork:
+        """Return it as the network that a training makes."""
+        word, options = self.word, self.options
+        templates: tuple[str, ...] = ()
+        if options.use_object_template:
+            templates = OBJECT_SENTENCES
+        elif options.use_style_template:
+            templates = STYLE_SENTENCES
+        encoders = "both text encoders" if self.files.kind is SDXL else "the text encoder"
+        return MadeNetwork(
+            called=CALLED,
+            words=f"the word {word.text}: {count_of(word.count, 'vector')} for {encoders}",
+            ending="textual-inversion",
+            make=self.make,
+            check=self.check,
+            generate=partial(_say_generation, options, word.text),
+            write=write_rows,
+            start_option="weights",
+            values={
+                "ss_token_string": word.text,
+                "modelspec.trigger_phrase": word.text,
+                "ss_num_vectors_per_token": word.count,
+            },
+            in_texts=True,
+            check_captions=self.check_captions,
+            sentences=tuple(sentence.format(word.text) for sentence in templates),
+        )
+
+    def make(self, encoders: nn.Module, with_values: bool) -> LearntRows:
+        """Make the rows, and let the text encoders read them.
+
+        Random rows are drawn from torch's generator. with_values: else all are zero, as on a device without
+        values. Raises as `check`.
+        """
+        networks = [cast(ClipText, network) for network in encoders.children()]
+        tables = [cast(GrowingEmbedding, network.embeddings.token_embedding) for network in networks]
+        starts: Sequence[Tensor]
+        if with_values:
+            starts = self._make_starts([table.weight.detach().float().cpu() for table in tables])
+        else:
+            starts = [torch.zeros(self.word.count, table.embedding_dim) for table in tables]
+        rows = LearntRows(self.word.text, dict(zip(self.names, starts, strict=True)))
+        for name, table in zip(self.names, tables, strict=True):
+            table.rows = partial(getattr, rows, name)
+            if with_values:
+                rows.usual_norms[name] = float(table.weight.detach().float().norm(dim=1).mean())
+        return rows
+
+    def _make_starts(self, tables: Sequence[Tensor]) -> list[Tensor]:
+        """Return the first rows of each text encoder, V C. tables: of token embeddings."""
+        count = self.word.count
+        if self.options.weights is not None:
+            return [vectors.clone() for vectors in self._read_weights().vectors]
+        if self.options.init_word is None:
+            return [torch.randn(count, table.shape[1]) * table.std() for table in tables]
+        starts = []
+        for number, table in enumerate(tables):
+            ids = self._read_init_word(number)
+            if len(ids) != count:
+                logger.warning(
+                    "--init_word %r has %s in text encoder %d, --num_vectors_per_token is %d: its vectors "
+                    "are %s.",
+                    self.options.init_word,
+                    count_of(len(ids), "token"),
+                    number + 1,
+                    count,
+                    "repeated" if len(ids) < count else "cut",
+                )
+            starts.append(table[[ids[place % len(ids)] for place in range(count)]].clone())
+        return starts
+
+    def _read_init_word(self, number: int) -> list[int]:
+        """Return the ids of --init_word in a text encoder. Raises OptionError if it knows none of it."""
+        words: ClipWords = self.files.tokenizers[number]
+        ids = words.tokenize(self.options.init_word or "")
+        if not ids or words.end in ids:
+            raise OptionError(
+                f"--init_word {self.options.init_word!r}: the text encoder has no token for it. Give a known "
+                "word, or leave it out for random vectors"
+            )
+        return ids
+
+    def _read_weights(self) -> LearnedWord:
+        """Read --weights. Raises CheckpointError if it does not fit the text encoders or the options."""
+        path = self.options.weights
+        assert path is not None
+        (word,) = read_words([path], option=WEIGHTS)
+        with self.files.opened() as release:
+            widths = [text.network.config.dim for text in release.texts]
+        check_words([word], widths, self.files.kind)
+        stored = len(word.vectors[0])
+        if stored != self.word.count:
+            raise CheckpointError(
+                f"{WEIGHTS} {path}: it has {count_of(stored, 'vector')}, --num_vectors_per_token is "
+                f"{self.word.count}. Give --num_vectors_per_token {stored}.",
+                path,
+            )
+        return word
+
+    def check(self) -> None:
+        """Raise UserError if the word is a token already, or for what the vectors shall begin with."""
+        for number in range(len(self.names)):
+            if len(self.files.tokenizers[number].tokenize(self.word.text)) == 1:
+                raise OptionError(
+                    f"--token_string {self.word.text}: the text encoder knows this word already. Give a new "
+                    f"one, such as my-{self.word.text}"
+                )
+            if self.options.init_word is not None:
+                self._read_init_word(number)
+        if self.options.weights is not None:
+            self._read_weights()
+
+    def check_captions(self, captions: Sequence[str]) -> None:
+        """Warn of captions without the word. Raises DatasetError if none has it."""
+        found = with_words(lambda text: [], self.word.list_ids(0))
+        without = [caption for caption in captions if not found(caption)]
+        word = self.word.text
+        if len(without) == len(captions):
+            raise DatasetError(
+                f"--token_string {word}: no caption has this word, so that nothing would be learned. Write "
+                f'it into the captions, or give trigger_word = "{word}" in the dataset\'s configuration, or '
+                "--use_object_template, which needs no captions"
+            )
+        if without:
+            logger.warning(
+                "%d of %s lack the word %s and teach it nothing, such as %r.",
+                len(without),
+                count_of(len(captions), "caption"),
+                word,
+                without[0].strip(),
+            )
+
+
+def _say_generation(options: Any, word: str, file: Path, sample: Mapping[str, Any]) -> list[str]:
+    """Return the command that generates with a file. sample: values by the names of `Request`."""
+    words = {
+        **generation_options(cast(StableDiffusionTrainingOptions, options), sample),
+        "--textual_inversion_embeddings": file,
+        "--prompt": sample.get("prompt") or f"a photo of {file.stem}",
+        "--negative_prompt": sample.get("negative_prompt") or None,
+        "--W": sample.get("width"),
+        "--H": sample.get("height"),
+        "--steps": sample.get("steps"),
+        "--scale": sample.get("guidance_scale"),
+        "--seed": sample.get("seed"),
+        "--outdir": file.parent / "generated",
+    }
+    return ["gen_img.py", *option_words(words)]

@@ -1,0 +1,73 @@
+"""Options of the scripts that train textual inversion. Standard library only."""
+
+from pathlib import Path
+
+from modules.errors import OptionError
+from modules.options import FREE, IDENTITY, Options, option
+
+MOST_VECTORS = 75  # a text encoder reads so many tokens at a time
+
+
+class InversionOptions(Options, title="textual inversion"):
+    """The word that is learned, how it begins, and in which sentences it is learned."""
+
+    token_string: str | None = option(
+        "the new word, as it stands in captions and sample prompts; it must be no token of the text encoders",
+        often=True,
+        facts=IDENTITY,
+    )
+    num_vectors_per_token: int = option(
+        "vectors of the word; each takes one of the 75 places of a caption",
+        default=1,
+        least=1,
+        most=MOST_VECTORS,
+        hint="1 to 8 are usual",
+        often=True,
+        facts=IDENTITY,
+    )
+    init_word: str | None = option(
+        "known words whose vectors it begins with, one after the other; default: random vectors",
+        often=True,
+        facts=FREE,
+        acts_if={"--weights has the first vectors": lambda options: options.weights is None},
+    )
+    weights: Path | None = option("file of a textual inversion to continue with", facts=FREE)
+    use_object_template: bool = option(
+        'learn "a photo of a WORD" and 26 further sentences in place of captions, one drawn for each picture',
+        facts=IDENTITY,
+    )
+    use_style_template: bool = option(
+        'learn "a painting in the style of WORD" and 18 further sentences in place of captions; ignored with '
+        "--use_object_template",
+        facts=IDENTITY,
+        acts_if={"--use_object_template comes first": lambda options: not options.use_object_template},
+    )
+
+    def __post_init__(self) -> None:
+        why = "" if self.token_string is None else _find_fault(self.token_string)
+        if why:
+            raise OptionError(f"--token_string {self.token_string!r} {why}")
+
+    @property
+    def word(self) -> str:
+        """Return the new word. Raises OptionError if there is none."""
+        if self.token_string is None:
+            raise OptionError("--token_string is missing. Give the new word, such as --token_string mycat")
+        return self.token_string
+
+
+def _find_fault(word: str) -> str:
+    """Return why a text cannot be the new word, with what to do; "" if it can."""
+    if not word or word.split() != [word]:
+        return "has blanks or is empty: it is one word. Give one such as mycat"
+    if word != word.lower():
+        return f"has capitals, which the text encoders read as small letters. Give {word.lower()}"
+    if word[-1].isdigit():
+        return (
+            "ends with a digit: with one behind it, a word means one of its vectors. Give another, such as "
+            f"{word.rstrip('0123456789') or 'mycat'}"
+        )
+    strange = next((letter for letter in word if letter in '()[]{}|,:\\/<>*?"'), None)
+    if strange is not None:
+        return f"holds {strange}, which prompts or file names read otherwise. Give a word of letters, - and _"
+    return ""

@@ -1,0 +1,44 @@
+"""A word whose vectors a training learns, and the table of a text encoder that has them as further rows."""
+# Letters: B captions, L tokens, V vectors of the word, C width
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class NewWord:
+    """The word stands for all of its vectors; with 1, 2, ... behind it, for one of those after the first."""
+
+    text: str
+    count: int = 1  # of its vectors
+
+    def list_ids(self, vocabulary: int) -> dict[str, list[int]]:
+        """Return the ids of the word and of its single vectors. vocabulary: rows of the table without it."""
+        ids = [*range(vocabulary, vocabulary + self.count)]
+        single = {f"{self.text}{place}": [number] for place, number in enumerate(ids[1:], 1)}
+        return {self.text: ids, **single}
+
+
+class GrowingEmbedding(nn.Embedding):
+    """A frozen table of token embeddings with V further rows, which are kept outside of it and may learn."""
+
+    def __init__(self, table: nn.Embedding, count: int) -> None:
+        """Take the table's weight. The further rows are zero until `rows` returns others."""
+        super().__init__(table.num_embeddings, table.embedding_dim, _weight=table.weight)
+        self.count = count
+        self.rows: Callable[[], Tensor] = self._make_zeros  # V C
+
+    def _make_zeros(self) -> Tensor:
+        return self.weight.new_zeros(self.count, self.embedding_dim)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return the rows of ids, B L C."""
+        places = ids - self.num_embeddings
+        is_new = places >= 0
+        old = super().forward(ids.masked_fill(is_new, 0))
+        new = F.embedding(places.clamp(min=0), self.rows().to(old.dtype))
+        return torch.where(is_new[..., None], new, old)
