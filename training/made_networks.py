@@ -80,7 +80,7 @@ def check_data(made: MadeNetwork | None, config: DatasetConfig, kept: str) -> Da
             )
     if not made.sentences:
         return config
-    tables = [replace(table, class_tokens=table.class_tokens or "") for table in config.datasets]
+    tables = tuple(replace(table, class_tokens=table.class_tokens or "") for table in config.datasets)
     return replace(config, datasets=tables)
 
 

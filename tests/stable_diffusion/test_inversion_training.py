@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers.loaders.textual_inversion import TextualInversionLoaderMixin
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -18,12 +19,14 @@ from torch.nn import Parameter
 from transformers import CLIPTokenizer
 
 from contract.loading import Placement
+from contract.requests import Prompt
 from modules.errors import OptionError
 from stable_diffusion.family import StableDiffusion, with_inversion
-from stable_diffusion.inversion_learning import OBJECT_SENTENCES, STYLE_SENTENCES, LearntRows
+from stable_diffusion.inversion_learning import OBJECT_SENTENCES, STYLE_SENTENCES, LearntRows, write_rows
 from stable_diffusion.inversion_options import InversionOptions
 from stable_diffusion.sd1.options import Sd1InversionTrainingOptions
 from stable_diffusion.sdxl.options import SdxlInversionTrainingOptions
+from stable_diffusion.textual_inversion import SEVERAL
 from stable_diffusion.towers import LearningTexts, TowerEncoder
 from tests.faults.messages import run_here, succeed_here
 from tests.stable_diffusion.test_training_step import (
@@ -215,6 +218,27 @@ def test_sentences_are_those_of_the_paper() -> None:
 def test_words_that_cannot_be_new_ones_are_refused(word: str, told: str) -> None:
     with pytest.raises(OptionError, match=re.escape(told)):
         InversionOptions.usual(token_string=word)
+
+
+def test_diffusers_reads_the_file_as_we_do(tmp_path: Path) -> None:
+    family = inversion_family("sdxl", tmp_path, num_vectors_per_token=2)
+    rows, texts = make_rows(family)
+    write_rows(rows, tmp_path / "zorb.safetensors", None, {})
+    vectors = load_file(tmp_path / "zorb.safetensors")
+    encoders = plain_encoders("sdxl", tmp_path / "sdxl")
+    loader: Any = TextualInversionLoaderMixin()
+    loader.hf_device_map, loader.components = None, {}  # of a pipeline
+
+    for number, (name, ours, theirs) in enumerate(zip(SEVERAL, texts.encoders, encoders, strict=True)):
+        folder = tmp_path / "sdxl" / (f"tokenizer_{number + 1}" if number else "tokenizer")
+        tokenizer = CLIPTokenizer.from_pretrained(folder)
+        loader.load_textual_inversion(vectors[name], token=WORD, tokenizer=tokenizer, text_encoder=theirs)
+        prompt = loader.maybe_convert_prompt(f"a {WORD} and a cat", tokenizer)
+        row = tokenizer(prompt, padding="max_length", max_length=77, return_tensors="pt").input_ids
+        with torch.no_grad():
+            expected = theirs(row, output_hidden_states=True).hidden_states[-2][0]
+            found = ours.encode([Prompt(f"a {WORD} and a cat")])[0][f"hidden_state{number + 1}"]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 # Commands
