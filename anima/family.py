@@ -4,7 +4,7 @@ import logging
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -141,7 +141,7 @@ class Anima(ModelOfPictures):
                 LLLITE,
                 network,
                 placement.device,
-                network.compute_dtype,
+                cast(torch.dtype, network.compute_dtype),
                 multiplier=self.options.lllite_multiplier,
             )
         return network

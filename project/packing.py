@@ -235,7 +235,8 @@ def _relocate_texts(
     dropped: list[str] = []
     outside: list[str] = []
     for member in members:
-        text, wrong = None, []
+        text: str | None = None
+        wrong: list[str] = []
         if member.path.suffix.lower() == ".toml":
             text, wrong, removed = _relocate_file(relocate_toml, described.places, member.path, secret)
             dropped += removed

@@ -265,7 +265,9 @@ class Inversion:
             )
 
 
-def _say_generation(options: Any, word: str, file: Path, sample: Mapping[str, Any]) -> list[str]:
+def _say_generation(
+    options: Any, word: str, file: Path, sample: Mapping[str, Any], _: Sequence[str]
+) -> list[str]:
     """Return the command that generates with a file. sample: values by the names of `Request`."""
     words = {
         **generation_options(cast(StableDiffusionTrainingOptions, options), sample),

@@ -103,7 +103,7 @@ def plan_lllite(unet: nn.Module, width: int, rank: int) -> dict[str, LllitePart]
 
     width: of the embedding of control pictures, even. rank: of what inputs are projected down to.
     """
-    levels: int = len(unet.config["block_out_channels"])  # type: ignore[index,arg-type]
+    levels: int = len(unet.config["block_out_channels"])  # type: ignore[index]
     parts = {}
     for block in _BLOCKS:
         number = 0

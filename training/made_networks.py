@@ -14,10 +14,11 @@ from modules.errors import DatasetError
 from modules.seeds import derive_seed
 from networks.adapter import ForeignNetwork, TrainableNetwork, make_network
 from networks.options import NetworkOptions
+from training.loss import Trains
 
 
 def make_trained_network(
-    family: Family,
+    family: Trains,
     options: NetworkOptions,
     dit: nn.Module,
     seed: int,
