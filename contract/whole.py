@@ -28,6 +28,11 @@ class LearningParts:
     def learns(self, text_encoder: str) -> bool:
         return self.texts.get(text_encoder, 0) != 0 and self.text_steps != 0
 
+    @property
+    def have_own_rates(self) -> bool:
+        """Return whether every part has a rate of its own, so that none learns at --learning_rate."""
+        return bool(self.blocks) and None not in self.texts.values()
+
 
 class CheckpointWriter(Protocol):
     """Writes a whole checkpoint: what was trained from the networks, all else from the source."""

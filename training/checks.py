@@ -14,7 +14,7 @@ from torch.nn import Parameter
 from checkpoints.opening import open_checkpoint
 from contract.family import Family, LearningEncoder
 from contract.made_networks import made_network_of
-from contract.whole import trains_checkpoint
+from contract.whole import LearningParts, trains_checkpoint
 from dataset.table import DatasetTable
 from modules.atomic_write import check_space
 from modules.console import quiet
@@ -310,13 +310,14 @@ def list_unused_options(
     shifts_table: bool,
     tables: Sequence[DatasetTable] = (),
     family_options: Any = None,
+    parts: LearningParts | None = None,
 ) -> list[str]:
     """Return one line for each given option that has no effect together with the others.
 
     Most options declare this with `acts_if`; this adds those that depend on the model or on several records.
     takes_guidance: the model has an input for embedded guidance. shifts_table: see
     `NoiseSpec.table_is_shifted`. tables: of the dataset, whose keys may replace options. family_options: the
-    record of the model's own options.
+    record of the model's own options. parts: of a whole checkpoint that learn.
     """
     shifts_table = shifts_table and options.timesteps.drawn_by[0] == "sigma"
     reasons = list_replaced(options.timesteps, tables, validates_between=options.is_for_images)
@@ -327,6 +328,8 @@ def list_unused_options(
             reasons["guidance_scale"] = "this model has no input for embedded guidance"
     if _replaces_rate(options.parts):
         reasons["learning_rate"] = "--unet_lr and --text_encoder_lr replace it"
+    if parts is not None and parts.have_own_rates:
+        reasons["learning_rate"] = "all parts that learn have rates of their own"
     reasons |= _without_samples(options, options)
     lines = [*_list_idle_weighting(options), *_list_idle(options, reasons, options.typed_options)]
     if is_dataclass(family_options):

@@ -11,6 +11,7 @@ from accelerate.utils import broadcast_object_list
 
 from contract.family import Family, brings_empty_text, sound_of
 from contract.made_networks import made_network_of
+from contract.whole import trains_checkpoint
 from dataset.batches.checks import SameEncoders, check_channels
 from dataset.batches.finding import find_items, learn_no_references, require_items
 from dataset.batches.items import CachingCommands, TrainingItem
@@ -268,6 +269,7 @@ def join_processes(
             family.noise.table_is_shifted,
             tables=config.datasets,
             family_options=family.options,
+            parts=family.learning_parts if trains_checkpoint(family) else None,
         )
         for line in lines:
             logger.warning(line)

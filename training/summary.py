@@ -125,10 +125,11 @@ def _describe_rates(options: TrainingOptions, trainable: Trainable, is_judged: b
     for name, group in zip(trainable.group_names, trainable.groups, strict=False):
         names.setdefault(group.get("lr", usual), []).append(name)
     judged = judge_rate(options) if is_judged else f"{usual:g}"
-    if len(names) < 2 and (usual != 0 or usual in names):
+    is_replaced = options.network is None and bool(names) and usual not in names
+    if len(names) < 2 and not is_replaced and (usual != 0 or usual in names):
         return judged
     parts = "\n".join(f"{rate:g}: {_shorten_list(of_rate)}" for rate, of_rate in names.items())
-    return parts if usual == 0 else f"{judged}\n{parts}"
+    return parts if usual == 0 or is_replaced else f"{judged}\n{parts}"
 
 
 def _shorten_list(names: Sequence[str]) -> str:

@@ -87,7 +87,8 @@ def _train_checkpoint(
             is_read = family.reads_weight(encoder.name, name)
             groups.add(encoder.name, text_rate if is_read else 0.0, parameter)
     if not groups.params:
-        raise OptionError("nothing learns: all learning rates are 0. Give a rate above 0 to --learning_rate")
+        given = "a part" if parts.have_own_rates else "--learning_rate"
+        raise OptionError(f"nothing learns: all learning rates are 0. Give a rate above 0 to {given}")
     return Trainable(
         modules=networks,
         groups=groups.list(),

@@ -26,7 +26,9 @@ from tests.parity.training import (
     SEED,
     Factors,
     Item,
+    assert_step_of_all_weights,
     assert_steps_of_descent,
+    changes_of_descent,
     descent,
     learning,
     noise_of,
@@ -38,6 +40,7 @@ from tests.sound_media import Track, write_media
 from tests.tiny.project import write_dataset
 
 RATE = 2.0
+PLAIN = ("--timestep_sampling", "uniform", "--ltx2_first_frame_conditioning_p", 0)
 # of attention, as --lora_target_preset t2v has it
 ATTENTION = re.compile(r"attn\d?\.(to_[qkv]|to_out\.0)\.weight$")
 
@@ -60,8 +63,7 @@ class Project:
     def train(self, *words: object, code: int = 0) -> str:
         command = [*self.words, "--network_module", "networks.lora_ltx2", "--network_dim", RANK]
         command += ["--lora_format", "known"]  # names that the computed tensors have
-        command += ["--timestep_sampling", "uniform", "--ltx2_first_frame_conditioning_p", 0, *words]
-        found, said = run_here("ltx2_train_network.py", *command, folder=self.folder)
+        found, said = run_here("ltx2_train_network.py", *command, *PLAIN, *words, folder=self.folder)
         assert found == code, said[-4000:]
         return said
 
@@ -189,6 +191,23 @@ def test_two_steps_with_sound_equal_those_computed_with_diffusers(project: Proje
     assert [list(row) for row in told(project)] == [["video", "audio"]] * 2
     measured = torch.tensor([list(row.values()) for row in told(project)])
     torch.testing.assert_close(measured, torch.tensor(expected), atol=0, rtol=1e-4)
+
+
+@pytest.mark.slow_cases("2.0", "2.5")
+def test_a_step_of_all_weights_equals_that_of_diffusers(project: Project) -> None:
+    """Of both streams, from the release's file, whose names the trained file has."""
+    step = [*descent(RATE, steps=1), *PLAIN, "--output_name", "whole"]
+    step = step[step.index("--output_dir") :]  # behind the alpha of LoRAs
+    succeed_here("ltx2_train.py", *project.words, *step, folder=project.folder)
+
+    there = project.release.networks
+    dit = dit_in_diffusers(there["version"], there["state"], config=dit_config(there["version"]))
+    dit.requires_grad_(True)
+    before = {name: weight.detach().clone() for name, weight in dit.named_parameters()}
+    both = losses(dit, shuffled(read_items(project.folder / "cache"), 0), 0)
+    changes = changes_of_descent(dit, sum(both, torch.zeros(())), RATE)
+    after = dit_diffusers_state(saved(project, "whole"))
+    assert_step_of_all_weights(before, after, changes, f"LTX-{there['version']}")
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """Training MiniMax-H3 by its command line: steps equal those computed with diffusers and plain torch."""
 
+import copy
 import json
 import random
 from collections.abc import Callable, Sequence
@@ -16,10 +17,10 @@ from diffusers.modular_pipelines.minimax_h3.before_denoise import (
 )
 from einops import rearrange
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from minimax_h3.configs import SOUND
-from tests.faults.messages import assert_one_message, run_here
+from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.minimax_h3.caches import Clip, random_clip, write_caches, write_empty_text
 from tests.minimax_h3.test_model import Reference, rows_of_sound
 from tests.minimax_h3.tiny_dit import SIZES, released
@@ -29,6 +30,8 @@ from tests.parity.training import (
     SEED,
     Factors,
     assert_descent,
+    assert_step_of_all_weights,
+    changes_of_descent,
     descent,
     stream,
     stream_seed,
@@ -146,8 +149,10 @@ def layout_of(sight: Sight, sample: Noised, pictures: list[Tensor], sounds: list
     )
 
 
-def predict(factors: Factors, sight: Sight, sample: Noised) -> tuple[Tensor, Tensor]:
-    """The velocities of pictures and of sound."""
+def predict(
+    factors: Factors, sight: Sight, sample: Noised, dit: nn.Module | None = None
+) -> tuple[Tensor, Tensor]:
+    """The velocities of pictures and of sound. dit: diffusers' network; None: with its first weights."""
     count, height, width = sample.latents.shape[2:]
     pictures, sounds = [*sight.frames, sample.latents], [sample.sound]
     if sight.whole is not None:
@@ -164,7 +169,7 @@ def predict(factors: Factors, sight: Sight, sample: Noised) -> tuple[Tensor, Ten
     of_time[video[:conditions]] = 2
     of_time[audio[:given_sounds]] = 3
     output = torch.func.functional_call(
-        their_h3_dit(),
+        dit or their_h3_dit(),
         weights_with(factors),
         kwargs={
             "hidden_states": torch.cat([patchify_video_latents(part, PATCH) for part in pictures])[None],
@@ -321,6 +326,29 @@ def test_steps_are_those_of_plain_torch(project: Project) -> None:
     """Of a clip with sound and a silent one in each step."""
     project.cache(CLIPS)
     project.compare(plainly, label="H3", each=2)
+
+
+def test_a_step_of_all_weights_equals_that_of_diffusers(project: Project) -> None:
+    """Of a clip with sound and a silent one; rows of the file are those of the release."""
+    project.cache(CLIPS)
+    step = [*descent(RATE, steps=1), "--gradient_accumulation_steps", "2", "--mixed_precision", "no"]
+    step = step[step.index("--output_dir") :]  # behind the alpha of LoRAs
+    files = project.words[: project.words.index("--mixed_precision")]
+
+    succeed_here("minimax_h3_train.py", *files, *step, folder=project.folder)
+
+    dit = copy.deepcopy(their_h3_dit()).requires_grad_(True)
+    before = released({name: weight.detach().clone() for name, weight in dit.named_parameters()})
+    loss = torch.zeros(())
+    for number, clip in enumerate(order_of([*project.clips.values()], 0)):
+        sample = noised(clip, number)
+        made = predict({}, Sight(clip.text, clip.tags), sample, dit)
+        loss = loss + mean_losses(made, (sample.velocity, sample.sound_velocity), clip) / len(CLIPS)
+    changes = released(changes_of_descent(dit, loss, RATE))
+    after = project.saved("lora")
+    for computed in (before, changes, after):
+        computed.pop("rope.inv_freq", None)
+    assert_step_of_all_weights(before, after, changes, "H3")
 
 
 def test_weights_and_the_range_of_base_time_count(project: Project) -> None:

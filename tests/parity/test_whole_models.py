@@ -5,11 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
 
 from tests.faults.messages import succeed_here
 from tests.parity.test_training_steps import CASES, cached
-from tests.parity.training import descent, shuffled
+from tests.parity.training import (
+    assert_step_of_all_weights,
+    changes_of_descent,
+    descent,
+    shuffled,
+)
 from tests.tiny.families import family_called
 
 RATE = 0.1
@@ -18,12 +22,6 @@ WHOLE = (
     *("flux_2", "flux_3", "qwen_image_21", "kontext"),
 )
 DAILY = {"krea2"}
-
-
-def changes_of_descent(dit: nn.Module, loss: Tensor) -> dict[str, Tensor]:
-    """The change of each weight that has a gradient."""
-    loss.backward()
-    return {name: -RATE * weight.grad for name, weight in dit.named_parameters() if weight.grad is not None}
 
 
 @pytest.mark.parametrize(
@@ -41,23 +39,13 @@ def test_a_step_of_all_weights_equals_that_of_diffusers(tmp_path: Path, name: st
     succeed_here(family.train_whole, *words, folder=tmp_path)
 
     first, last = tmp_path / "out" / "lora-step00000001.safetensors", tmp_path / "out" / "lora.safetensors"
-    before = case.network(load_file(tmp_path / "model" / "dit.safetensors")).requires_grad_(True)
-    expected = changes_of_descent(before, case.error(before, shuffled(items, 0), 0).square().mean())
-    weights, found = dict(before.named_parameters()), dict(case.network(load_file(first)).named_parameters())
-    assert found.keys() == weights.keys()
-    worst, moved = 0.0, 0
-    for key, weight in weights.items():
-        change = (found[key] - weight).detach()
-        wanted = expected.get(key, torch.zeros_like(weight))
-        # a change of a bit of the weight is the least that the file can hold
-        least = float(weight.detach().abs().max().clamp(min=1e-3)) * 1e-6
-        worst = max(worst, float((change - wanted).abs().max()) / max(float(wanted.abs().max()), least))
-        moved += bool(wanted.abs().max() > least)
-    print(f"parity {name} whole, one step: {worst:.2e}, {moved} of {len(weights)}")  # noqa: T201
+    network = case.network(load_file(tmp_path / "model" / "dit.safetensors")).requires_grad_(True)
+    before = {key: weight.detach().clone() for key, weight in network.named_parameters()}
+    loss = case.error(network, shuffled(items, 0), 0).square().mean()
+    after = {key: weight.detach() for key, weight in case.network(load_file(first)).named_parameters()}
+    assert_step_of_all_weights(before, after, changes_of_descent(network, loss, RATE), name)
 
     state = tmp_path / "out" / "lora-step00000001-state"
     succeed_here(family.train_whole, *words, "--resume", state, "--output_dir", "resumed", folder=tmp_path)
     whole, resumed = load_file(last), load_file(tmp_path / "resumed" / "lora.safetensors")
     assert all(torch.equal(resumed[key], weight) for key, weight in whole.items())
-    assert worst <= 1e-2
-    assert moved >= 0.9 * len(weights)

@@ -178,6 +178,36 @@ def assert_descent(
         before = after
 
 
+def changes_of_descent(dit: nn.Module, loss: Tensor, rate: float) -> dict[str, Tensor]:
+    """The change of each weight that has a gradient, in one step of plain torch's SGD."""
+    before = {name: weight.detach().clone() for name, weight in dit.named_parameters()}
+    loss.backward()
+    learned = {name: weight for name, weight in dit.named_parameters() if weight.grad is not None}
+    torch.optim.SGD(learned.values(), lr=rate).step()
+    return {name: weight.detach() - before[name] for name, weight in learned.items()}
+
+
+def assert_step_of_all_weights(
+    before: Mapping[str, Tensor], after: Mapping[str, Tensor], changes: Mapping[str, Tensor], label: str
+) -> None:
+    """Compare what a step added to each weight with computed changes; weights without one stay.
+
+    Nine weights of ten have to move.
+    """
+    assert after.keys() == before.keys()
+    worst, moved = 0.0, 0
+    for name, weight in before.items():
+        wanted = changes.get(name, torch.zeros_like(weight))
+        # a change of a bit of the weight is the least that the file can hold
+        least = float(weight.abs().max().clamp(min=1e-3)) * 1e-6
+        error = float((after[name] - weight - wanted).abs().max())
+        worst = max(worst, error / max(float(wanted.abs().max()), least))
+        moved += bool(wanted.abs().max() > least)
+    print(f"parity {label} whole, one step: {worst:.2e}, {moved} of {len(before)}")  # noqa: T201
+    assert worst <= 1e-2
+    assert moved >= 0.9 * len(before)
+
+
 @contextmanager
 def learning(
     dit: nn.Module, parts: Mapping[str, Sequence[str]], factors: Factors, scale: float = ALPHA / RANK

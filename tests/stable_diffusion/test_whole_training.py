@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from contract.requests import Prompt
+from contract.whole import LearningParts
 from stable_diffusion.contract import SD1, SDXL
 from stable_diffusion.towers import LearningTexts, make_encoders
 from stable_diffusion.training_files import TrainingFiles
@@ -248,14 +249,20 @@ def test_blocks_of_the_unet_learn_at_their_own_rates(folder: Path) -> None:
     fixed = ["--cache_latents", "--cache_latents_to_disk"]
     rates = [RATE * factor for factor in (2, 3, 1, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 4, 5)]
 
-    succeed_here("sdxl_train.py", *words(model.name, *SGD, *fixed), folder=folder)
-    ours = words(model.name, *SGD, *fixed, "--block_lr", ",".join(map(str, rates)), "--output_name", "rates")
+    usually = succeed_here("sdxl_train.py", *words(model.name, *SGD, *fixed), folder=folder)
+    unused = [7 * RATE if word == RATE else word for word in SGD]
+    given = ["--block_lr", ",".join(map(str, rates)), "--output_name", "rates"]
+    ours = words(model.name, *unused, *fixed, *given)
     shown = succeed_here("sdxl_train.py", *ours, folder=folder)
     code, said = run_here(
         "sdxl_train.py", *words(model.name, *fixed, "--block_lr", "1e-5,1e-5"), folder=folder
     )
 
-    assert re.search(r"\n +0\.2: dit block 0\n", shown)
+    remark = "--learning_rate has no effect: all parts that learn have rates of their own."
+    assert [remark in text for text in (usually, shown)] == [False, True]
+    assert LearningParts({"text_encoder": 1e-5}, (1e-5,)).have_own_rates
+    assert not LearningParts({"text_encoder": None}, (1e-5,)).have_own_rates  # which learns at it
+    assert re.search(r"learning rate: 0\.3: dit block 1\n +0\.2: dit block 0\n", shown)
     assert re.search(r"\n +0\.1: dit block \d+, .+, \.\.\., dit block \d+\n", shown)
     usual = changes(folder, model.name, "output/last.safetensors")
     changed = changes(folder, model.name, "output/rates.safetensors")
