@@ -96,6 +96,7 @@ def compare(family: Family, options: GenerationOptions, comparison: CompareOptio
     device = choose_device(options.device)
     options = _settle_options(family, options, device)
     loras = dressing.expert_loras(family, options, with_texts=True)
+    family = dressing.with_words_of(family, loras)
     variants = make_variants(family.experts, loras, comparison.lora_multiplier)
     run = _make_run(family, options, device)
     jobs = _make_prompts(run)

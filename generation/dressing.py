@@ -171,7 +171,8 @@ def expert_loras(
 ) -> "tuple[tuple[LoraUse, ...], ...]":
     """Return the LoRAs of each of the family's experts, in order; warn of those trained for another one.
 
-    with_texts: read their changes of text encoders too.
+    with_texts: read their changes of text encoders too, and the words that they bring if the family takes
+    such.
 
     A file with a LoRA for each expert is used in both, whichever option names it. Patterns are counted over
     the files of --lora_weight, then of --lora_weight_high_noise. Raises OptionError if LoRAs are given for an
@@ -185,7 +186,8 @@ def expert_loras(
         return ((),) * len(experts)
     from networks.loading import lora_uses  # only with LoRAs
 
-    uses = iter(lora_uses(files, patterns, with_texts))
+    takes_words = with_texts and family.can.take_words
+    uses = iter(lora_uses(files, patterns, with_texts, with_words=takes_words))
     uses_by_key = {key: list(islice(uses, len(loras))) for key, loras in files_by_key.items()}
     keys = [key_of(expert) for expert in experts]
     _check_experts(uses_by_key, keys)
@@ -208,6 +210,18 @@ def expert_loras(
         return tuple(expert_uses)
     by_file = zip(expert_uses, family.dit_files, strict=True)
     return tuple(tuple(fit_to_file(uses, file)) for uses, file in by_file)
+
+
+def with_words_of(family: Family, uses: LorasByExpert) -> Family:
+    """Return the family whose prompts may have the learned words of LoRAs. Raises CheckpointError if the
+    words do not fit it.
+    """
+    files = {use.lora.path: use.lora.words for use in chain(*uses) if use.lora.words}
+    if not files:
+        return family
+    from contract.brought_words import takes_words  # only with such LoRAs
+
+    return family.with_words(files, "--lora_weight") if takes_words(family) else family
 
 
 def _check_experts(uses_by_key: "Mapping[str, Sequence[LoraUse]]", keys: Sequence[str]) -> None:
