@@ -212,18 +212,6 @@ def expert_loras(
     return tuple(tuple(fit_to_file(uses, file)) for uses, file in by_file)
 
 
-def with_words_of(family: Family, uses: LorasByExpert) -> Family:
-    """Return the family whose prompts may have the learned words of LoRAs. Raises CheckpointError if the
-    words do not fit it.
-    """
-    files = {use.lora.path: use.lora.words for use in chain(*uses) if use.lora.words}
-    if not files:
-        return family
-    from contract.brought_words import takes_words  # only with such LoRAs
-
-    return family.with_words(files, "--lora_weight") if takes_words(family) else family
-
-
 def _check_experts(uses_by_key: "Mapping[str, Sequence[LoraUse]]", keys: Sequence[str]) -> None:
     """Raise OptionError if LoRAs are given for an expert that is not given. keys: of the experts."""
     for key, uses in uses_by_key.items():

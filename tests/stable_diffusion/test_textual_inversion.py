@@ -302,7 +302,7 @@ def test_a_tokenizer_of_another_model_is_noticed(tmp_path: Path) -> None:
         check_vocabulary(words, words.end, tmp_path)
 
 
-ROWS = {"clip_l": vectors(3, seed=1), "clip_g": vectors(3, seed=2)}
+ROWS = {"clip_l": vectors(8, seed=1), "clip_g": vectors(8, seed=2)}
 
 
 def bundle(word: str, content: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -323,9 +323,9 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("script", ["gen_img.py", "sdxl_generate_image.py"])
 def test_a_word_in_a_lora_is_the_word_of_its_own_file(project: Path, tmp_path: Path, script: str) -> None:
-    """Ninety vectors, so that the prompt takes two chunks, which the words' own letters would not fill."""
+    """96 vectors, so that the prompt takes two chunks, which the words' own letters would not fill."""
     settings = ["--ckpt", "sdxl.safetensors", "--steps", 2, "--seed", 5, "--scale", 4]
-    settings += ["--max_embeddings_multiples", 3, "--prompt", "a cat " + "blob " * 30]
+    settings += ["--max_embeddings_multiples", 3, "--prompt", "a cat " + "blob " * 12]
     of_gen_img = [*settings, "--W", 64, "--H", 64]
     own_file = ["--textual_inversion_embeddings", "blob.safetensors"]
     lora = "--network_weights"
@@ -352,7 +352,7 @@ def test_a_word_in_a_lora_is_the_word_of_its_own_file(project: Path, tmp_path: P
             script, *settings, "--tokenizer_cache_dir", "tokenizers", *words, folder=project
         )
         assert code == 0, said[-3000:]
-        assert said.count("brings learned words for prompts: blob (3 vectors)") == 1
+        assert said.count("brings learned words for prompts: blob (8 vectors)") == 1
         assert "ignored" not in said
         (path,) = (tmp_path / "b").glob("*.png")
         made = np.asarray(Image.open(path)).astype(int)
