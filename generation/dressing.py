@@ -14,7 +14,7 @@ from torch import nn
 from checkpoints.opening import open_checkpoint
 from checkpoints.stored.forms import prepare
 from contract.families import HIGH_NOISE
-from contract.family import Family, Predicts
+from contract.family import Family
 from contract.loading import Placement
 from contract.rules import Expert
 from generation.experts import Check
@@ -167,7 +167,7 @@ def key_of(expert: Expert) -> str:
 
 
 def expert_loras(
-    family: Predicts, options: GenerationOptions, with_texts: bool = False
+    family: Family, options: GenerationOptions, with_texts: bool = False
 ) -> "tuple[tuple[LoraUse, ...], ...]":
     """Return the LoRAs of each of the family's experts, in order; warn of those trained for another one.
 
