@@ -1,5 +1,6 @@
 """What a model family tells the shared loops: read family.py first.
 
+brought_words: words for prompts that LoRA files bring along
 data: records of latents, and what caches hand over
 family: protocols that loops call, and how models learn
 families: families by name: places, scripts, kinds of files

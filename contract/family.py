@@ -324,6 +324,7 @@ class Abilities:
     bring_texts: bool = False  # its checkpoint has the text encoders too, so that a training knows them
     train_checkpoint: bool = False  # it is a `contract.whole.TrainsCheckpoint`
     make_network: bool = False  # it is a `contract.made_networks.MakesNetwork`
+    take_words: bool = False  # it is a `contract.brought_words.TakesWords`
 
 
 class Described(Protocol):

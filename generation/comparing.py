@@ -42,7 +42,7 @@ from modules.errors import OptionError, UserError
 from modules.media.reading import read_tags
 from networks.apply import OriginalWeights
 from networks.loading import LoraUse, on_side
-from networks.text_loras import TextLoras
+from networks.text_loras import TextLoras, with_words_of
 from networks.unmerged import split_masked
 from running.compile import check_compilation
 from running.planning.device_memory import room_on
@@ -96,6 +96,7 @@ def compare(family: Family, options: GenerationOptions, comparison: CompareOptio
     device = choose_device(options.device)
     options = _settle_options(family, options, device)
     loras = dressing.expert_loras(family, options, with_texts=True)
+    family = with_words_of(family, loras)
     variants = make_variants(family.experts, loras, comparison.lora_multiplier)
     run = _make_run(family, options, device)
     jobs = _make_prompts(run)

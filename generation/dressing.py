@@ -14,7 +14,7 @@ from torch import nn
 from checkpoints.opening import open_checkpoint
 from checkpoints.stored.forms import prepare
 from contract.families import HIGH_NOISE
-from contract.family import Family, Predicts
+from contract.family import Family
 from contract.loading import Placement
 from contract.rules import Expert
 from generation.experts import Check
@@ -167,11 +167,12 @@ def key_of(expert: Expert) -> str:
 
 
 def expert_loras(
-    family: Predicts, options: GenerationOptions, with_texts: bool = False
+    family: Family, options: GenerationOptions, with_texts: bool = False
 ) -> "tuple[tuple[LoraUse, ...], ...]":
     """Return the LoRAs of each of the family's experts, in order; warn of those trained for another one.
 
-    with_texts: read their changes of text encoders too.
+    with_texts: read their changes of text encoders too, and the words that they bring if the family takes
+    such.
 
     A file with a LoRA for each expert is used in both, whichever option names it. Patterns are counted over
     the files of --lora_weight, then of --lora_weight_high_noise. Raises OptionError if LoRAs are given for an
@@ -185,7 +186,8 @@ def expert_loras(
         return ((),) * len(experts)
     from networks.loading import lora_uses  # only with LoRAs
 
-    uses = iter(lora_uses(files, patterns, with_texts))
+    takes_words = with_texts and family.can.take_words
+    uses = iter(lora_uses(files, patterns, with_texts, with_words=takes_words))
     uses_by_key = {key: list(islice(uses, len(loras))) for key, loras in files_by_key.items()}
     keys = [key_of(expert) for expert in experts]
     _check_experts(uses_by_key, keys)

@@ -228,6 +228,10 @@ def generate(family: Family, options: GenerationOptions, device: torch.device | 
         allow_fp16_accumulation(device)
     # read first, so that a wrong file shows at once; a merged model is the DiT alone
     uses = expert_loras(family, options, with_texts=options.save_merged_model is None)
+    if any(uses):
+        from networks.text_loras import with_words_of  # only with LoRAs
+
+        family = with_words_of(family, uses)
     if options.save_merged_model is not None:
         save_merged_model(family, uses, options.save_merged_model, device, options.lora_rounding)
         return

@@ -5,6 +5,7 @@ added: LoRAs around modules that act at times
 alphas: scales that are next to the tensors
 apply: put LoRAs into weights while they are loaded
 averaging: average saved files of a run after it
+bundled_words: learned words that a LoRA file brings along
 cast_factors: factors of LoRAs in autocast's dtype, once a pass
 baking: plain LoRAs from networks of other kinds
 block_numbers: ranks and rates by numbers of a model's blocks
@@ -48,7 +49,7 @@ rewriting: arrangements of other programs into usual ones
 rounding: merged weights in 16 bits, nearest or at random
 sdxl_merge_lora: command: merge LoRAs of Stable Diffusion checkpoints
 tensor_names: dialects: what stands before and behind modules' paths
-text_loras: LoRAs of text encoders, put into them
+text_loras: LoRAs of text encoders, and words that they bring
 tool_options: options to merge, convert, average and extract LoRAs
 use_options: options to add LoRAs to a model
 unmerged: LoRAs around layers in 8 or 4 bits, masked ones

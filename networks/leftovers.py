@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Iterable
 from typing import NamedTuple
 
 from networks import module_names
+from networks.bundled_words import BUNDLE, word_of
 from networks.names.layouts import OF_CLIP, OF_LANGUAGE_MODEL, OF_T5, OURS, FamilyNames
 from networks.names.texts import TEXT_PROJECTION
 from networks.tensor_names import strip_starts
@@ -14,8 +15,7 @@ NOT_KNOWN = (
     "it is damaged or for another model, and does not do here what it was trained for. Copy it again, or "
     "give a LoRA for this model."
 )
-_BUNDLE = "bundle_emb"  # bundle_emb.WORD.string_to_param.*, of the Web UI and OneTrainer
-_OF_WORDS = ("emb_params", _BUNDLE, "string_to_param")  # embeddings of words, in several programs' files
+_OF_WORDS = ("emb_params", BUNDLE, "string_to_param")  # embeddings of words, in several programs' files
 # behind a module's path
 _IN_PEFT = re.compile(r"\.(?:base_layer|original_module|modules_to_save(?:\.[^.]+)?)$")
 _LEAVES = (".weight", ".bias")
@@ -48,7 +48,7 @@ def kind_of_tensor(family: FamilyNames | None, key: str) -> UnusedKind:
     if side:
         return UnusedKind(f"are whole weights of {side}, no changes of them, and are ignored")
     if path.startswith(_OF_WORDS):
-        return UnusedKind(f"are embeddings of words and are ignored{_about_word(path)}")
+        return UnusedKind(f"are embeddings of words and are ignored{_about_word(key)}")
     if module_names.is_name(name):
         return _kind_of_weight(name, leaf)
     module, dot, part = path.rpartition(".")
@@ -64,16 +64,14 @@ def kind_of_tensor(family: FamilyNames | None, key: str) -> UnusedKind:
     return UnusedKind("are no part of a LoRA and are ignored", NOT_KNOWN)
 
 
-def _about_word(path: str) -> str:
-    """Return the advice for the embedding of a word in a LoRA file; "" if the path names no word."""
-    start, _, inner = path.partition(".")
-    if start != _BUNDLE or not inner:
+def _about_word(key: str) -> str:
+    """Return the advice for the embedding of a word in a LoRA file; "" if the key names no word."""
+    word = word_of(key)
+    if not word:
         return ""
-    word = inner.partition(".")[0]
     return (
-        f", so that {word} means nothing in a prompt. Save its tensors as {word}.safetensors under the name "
-        "emb_params (clip_l and clip_g if there are two), and give that to "
-        "gen_img.py --textual_inversion_embeddings"
+        f", so that {word} means nothing in a prompt here. The scripts that generate with Stable Diffusion "
+        "know the word if they are given this file as a LoRA; with strength 0, its words alone"
     )
 
 

@@ -10,10 +10,12 @@ from pathlib import Path
 from torch import Tensor
 
 from checkpoints.opening import open_checkpoint, refuse_quantised
+from contract.brought_words import BundledWords
 from modules.console import count_of, count_words, list_some
 from modules.errors import CheckpointError, OptionError
 from networks import key_formats
 from networks.alphas import FoundAlphas, read_alphas, unfold
+from networks.bundled_words import find_words, without_words
 from networks.deltas import (
     SET,
     Factors,
@@ -93,6 +95,7 @@ class LoraFile:
     encoder: str = ""
     is_family_by_names: bool = False  # its metadata name no family, and the form of its names does
     changes_others: bool = False  # of an encoder's part: the file changes other networks too
+    words: BundledWords = field(default_factory=dict)  # that it brings along for prompts
 
     @property
     def expert(self) -> str | None:
@@ -165,14 +168,19 @@ def _several(path: Path) -> CheckpointError:
 
 
 def read_lora(
-    path: Path, by_expert: bool = False, with_texts: bool = False, family: str | None = None
+    path: Path,
+    by_expert: bool = False,
+    with_texts: bool = False,
+    family: str | None = None,
+    with_words: bool = False,
 ) -> LoraFile:
     """Read a file (or a PEFT folder) and recognise its dialect. Keys that cannot be used are listed in a
     warning.
 
     with_texts: read its changes of text encoders too. by_expert: allow a file that holds a LoRA for each
-    expert; the result has `parts` then. family: given by the user, else None. Raises CheckpointError if it is
-    missing, damaged, not a LoRA, or of an unsupported kind.
+    expert; the result has `parts` then. family: given by the user, else None. with_words: read the learned
+    words that it brings along too. Raises CheckpointError if it is missing, damaged, not a LoRA, or of an
+    unsupported kind.
     """
     with open_checkpoint(path) as checkpoint:
         kind = key_formats.other_kind(checkpoint.tensors)
@@ -195,12 +203,16 @@ def read_lora(
             path,
         )
     rule_of(metadata, path)  # a rule that cannot be read is refused here, before a model is loaded
+    words: BundledWords = {}
+    if with_words:
+        words = find_words(stored)
+        stored = without_words(stored)
     groups = key_formats.split_names(stored)
     if len(groups) > 1 and not by_expert:
         raise _several(path)
     parts: dict[str | None, LoraFile] = {}
     for expert, names in groups.items():
-        parts[expert] = _read_part(
+        part = _read_part(
             path,
             {name: stored[name] for name in names},
             metadata,
@@ -209,6 +221,7 @@ def read_lora(
             is_own=is_own,
             family=family,
         )
+        parts[expert] = replace(part, words=words)
     if len(parts) == 1:
         return next(iter(parts.values()))
     dialects = sorted({part.dialect for part in parts.values()})
@@ -502,16 +515,17 @@ def lora_uses(
     files: Collection[tuple[Path, float]],
     patterns: LoraPatternOptions | None = None,
     with_texts: bool = False,
+    with_words: bool = False,
 ) -> list[LoraUse]:
     """Read LoRA files, given with their multipliers; return each with its patterns.
 
-    with_texts: with their changes of text encoders.
+    with_texts: with their changes of text encoders. with_words: with the learned words that they bring along.
     """
     included = _group_patterns_by_file(patterns, "include_patterns", len(files))
     excluded = _group_patterns_by_file(patterns, "exclude_patterns", len(files))
     uses = []
     for (path, multiplier), include, exclude in zip(files, included, excluded, strict=True):
-        lora = read_lora(path, by_expert=True, with_texts=with_texts)
+        lora = read_lora(path, by_expert=True, with_texts=with_texts, with_words=with_words)
         if include or exclude:
             names = _names_for_patterns(lora)
             include = fit_pattern(include, names, str(path))

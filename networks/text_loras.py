@@ -3,13 +3,15 @@
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from logging import getLogger
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from contract.family import TextEncoder, can_learn, has_text_side
+from contract.brought_words import takes_words
+from contract.family import Family, TextEncoder, can_learn, has_text_side
 from modules.console import list_some
 from modules.errors import CheckpointError
 from networks.apply import LoraPatch
@@ -121,6 +123,15 @@ class TextLoras:
         patch.bake(network, published_parameter)
         patch.check()
         self._done.add(network)
+
+
+def with_words_of(family: Family, uses: Iterable[Iterable[LoraUse]]) -> Family:
+    """Return the family whose prompts may have the learned words of LoRAs. uses: by expert.
+
+    Raises CheckpointError if a word does not fit its text encoders.
+    """
+    files = {use.lora.path: use.lora.words for use in chain(*uses) if use.lora.words}
+    return family.with_words(files, "--lora_weight") if files and takes_words(family) else family
 
 
 UNET = "model.diffusion_model."

@@ -16,7 +16,7 @@ from stable_diffusion.control_net import check_control_nets, load_control_nets
 from stable_diffusion.guiding import check_guides, load_guides
 from stable_diffusion.lllites import check_lllites, load_lllites
 from stable_diffusion.loading import OpenedCheckpoint, check_attention, load_release, open_release
-from stable_diffusion.loras import check_networks, load_networks, read_networks
+from stable_diffusion.loras import check_networks, load_networks, read_networks, words_of
 from stable_diffusion.making import Maker, MakesIdeas
 from stable_diffusion.names import unet_blocks
 from stable_diffusion.options import GenImgOptions
@@ -107,7 +107,8 @@ def assemble(options: GenImgOptions, device: torch.device) -> Maker:
         check_lllites(options.control, release.kind)
         layers = list_cross_attentions(release.unet.sources) if options.text.XTI_embeddings else {}
         configs = [plan.network.config for plan in release.texts]
-        check_texts(options.text, release.kind, configs, list(layers))
+        bundled = words_of(loras)
+        check_texts(options.text, release.kind, configs, list(layers), bundled=bundled)
         guides = check_guides(options.guides)
         if strength is not None:
             check_vision(release.kind, release.path, options.model.tokenizer_cache_dir)
@@ -116,7 +117,7 @@ def assemble(options: GenImgOptions, device: torch.device) -> Maker:
     control_nets = load_control_nets(options.control, model)
     lllites = load_lllites(options.control, model)
     networks = load_networks(options.networks, model, loras)
-    texts = Texts(model.texts, model.kind, options.text, list(layers))
+    texts = Texts(model.texts, model.kind, options.text, list(layers), bundled=bundled)
     ideas: list[MakesIdeas] = []
     if control_nets is not None:
         ideas.append(control_nets)

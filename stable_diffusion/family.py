@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from contract.brought_words import WordsByFile
 from contract.data import (
     SIZES,
     Batch,
@@ -48,6 +49,7 @@ from stable_diffusion.generation_options import StableDiffusionGenerationOptions
 from stable_diffusion.noise import make_noise_spec, read_noise_changes
 from stable_diffusion.samplers import SeenSolver, begin_sampling, check_sampling, is_guided, make_scheduler
 from stable_diffusion.sampling_options import SAMPLERS, check_sampler_steps
+from stable_diffusion.textual_inversion import LearnedWord, check_words, read_bundled, with_bundled
 from stable_diffusion.tokenizers import SIZE as CHUNK
 from stable_diffusion.towers import (
     POOLED,
@@ -159,8 +161,11 @@ class StableDiffusion(ModelOfPictures):
     made_network: MadeNetwork | None = None
     stores_controls: bool = False  # latents are cached together with the control pictures of a table
     lora_module: str = "networks.lora"
+    bundled: tuple[LearnedWord, ...] = ()  # that the LoRAs of a generation bring along
 
-    can: ClassVar[Abilities] = Abilities(bring_texts=True, train_checkpoint=True, make_network=True)
+    can: ClassVar[Abilities] = Abilities(
+        bring_texts=True, train_checkpoint=True, make_network=True, take_words=True
+    )
 
     @property
     def kind(self) -> ModelKind:
@@ -301,7 +306,25 @@ class StableDiffusion(ModelOfPictures):
     # texts
 
     def text_encoders(self) -> list[TextEncoder]:
-        return [*make_encoders(self.files, self.chunks, self.clip_skip, learning=self.learning_texts)]
+        encoders = make_encoders(
+            self.files,
+            self.chunks,
+            self.clip_skip,
+            learning=self.learning_texts,
+            bundled=self.bundled,
+        )
+        return [*encoders]
+
+    def with_words(self, files: WordsByFile, option: str) -> "StableDiffusion":
+        """Return the model whose texts may have the words that LoRA files bring along.
+
+        option: that names the files. Raises CheckpointError for vectors that do not fit the text encoders.
+        """
+        words = with_bundled((), read_bundled(files, option))
+        with self.files.opened() as release:
+            widths = [text.network.config.dim for text in release.texts]
+        check_words(words, widths, self.kind)
+        return replace(self, bundled=words)
 
     @property
     def text_keys(self) -> frozenset[str]:
@@ -447,7 +470,13 @@ class StableDiffusion(ModelOfPictures):
     @cached_property
     def _counting(self) -> list[TowerEncoder]:
         """Return text encoders of which only the tokenizers are loaded."""
-        return make_encoders(self.files, self.chunks, self.clip_skip, self.tells_cut)
+        return make_encoders(
+            self.files,
+            self.chunks,
+            self.clip_skip,
+            tells_cut=self.tells_cut,
+            bundled=self.bundled,
+        )
 
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
         """Encode a picture, 1 1 H W 3 uint8, in model space, 1 4 1 h w.

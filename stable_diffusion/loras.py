@@ -5,7 +5,7 @@ and rounded once to the model's dtype where weights change; added at run time, f
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from logging import getLogger
 from typing import Any
@@ -27,6 +27,7 @@ from networks.text_loras import for_encoders, uses_for
 from stable_diffusion.contract import KINDS, Model, ModelKind
 from stable_diffusion.loading import OpenedCheckpoint
 from stable_diffusion.network_options import AddedNetworkOptions
+from stable_diffusion.textual_inversion import LearnedWord, read_bundled
 
 logger = getLogger(__name__)
 OPTION = "--network_weights"
@@ -102,7 +103,7 @@ def read_networks(options: AddedNetworkOptions) -> list[LoraFile]:
     """
     loras = []
     for path in options.files:
-        lora = read_lora(path, with_texts=True)
+        lora = read_lora(path, with_texts=True, with_words=True)
         names = [family.name for family in lora.families()]
         if names and not {kind.name for kind in KINDS}.intersection(names):
             raise CheckpointError(
@@ -119,6 +120,11 @@ def read_networks(options: AddedNetworkOptions) -> list[LoraFile]:
             "tensors what they are"
         )
     return loras
+
+
+def words_of(loras: Iterable[LoraFile]) -> tuple[LearnedWord, ...]:
+    """Return the learned words that LoRAs bring along. Raises CheckpointError as `read_bundled`."""
+    return read_bundled({lora.path: lora.words for lora in loras if lora.words}, OPTION)
 
 
 def check_networks(loras: Sequence[LoraFile], release: OpenedCheckpoint) -> None:

@@ -25,7 +25,13 @@ from modules.media.reading import first_frame
 from stable_diffusion import tokenizers
 from stable_diffusion.contract import SD1, SD2, SDXL, Model, ModelKind, TextState, TextTower
 from stable_diffusion.options import TextOptions
-from stable_diffusion.textual_inversion import LearnedWord, add_words, check_words, read_words
+from stable_diffusion.textual_inversion import (
+    LearnedWord,
+    add_words,
+    check_words,
+    read_words,
+    with_bundled,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -37,15 +43,21 @@ class Texts:
     """The text encoders of a model, and the options of texts."""
 
     def __init__(
-        self, towers: Sequence[TextTower], kind: ModelKind, options: TextOptions, layers: Sequence[str] = ()
+        self,
+        towers: Sequence[TextTower],
+        kind: ModelKind,
+        options: TextOptions,
+        layers: Sequence[str] = (),
+        bundled: Sequence[LearnedWord] = (),
     ) -> None:
         """Teach the encoders the words of embeddings, which adds rows to their networks.
 
         layers: names of the U-Net's cross-attentions, with --XTI_embeddings: a text then has states for each
-        of them, one after the other. Raises OptionError if an encoder lacks the layer of --clip_skip,
-        CheckpointError as `add_words`.
+        of them, one after the other. bundled: words that LoRAs bring. Raises OptionError if an encoder lacks
+        the layer of --clip_skip, CheckpointError as `add_words`.
         """
-        self._towers = add_words(towers, kind, _read_words(options, layers))
+        words = with_bundled(_read_words(options, layers), bundled)
+        self._towers = add_words(towers, kind, words)
         self._copies = max(len(layers), 1)  # of a text's states
         self._kind = kind
         self._mode = options.emb_normalize_mode
@@ -178,12 +190,16 @@ def weigh_states(states: Tensor, weights: Sequence[float], mode: str) -> Tensor:
 
 
 def check_texts(
-    options: TextOptions, kind: ModelKind, configs: Sequence[ClipTextConfig], layers: Sequence[str] = ()
+    options: TextOptions,
+    kind: ModelKind,
+    configs: Sequence[ClipTextConfig],
+    layers: Sequence[str] = (),
+    bundled: Sequence[LearnedWord] = (),
 ) -> None:
     """Compare options with a checkpoint's text encoders before these are loaded.
 
-    configs: dimensions of the text encoders. layers: as for `Texts`. Raises OptionError or CheckpointError as
-    `Texts` does, except for words that are already tokens.
+    configs: dimensions of the text encoders. layers, bundled: as for `Texts`. Raises OptionError or
+    CheckpointError as `Texts` does, except for words that are already tokens.
     """
     for config in configs:
         check_layer(options.clip_skip, config.num_layers, kind)
@@ -192,7 +208,8 @@ def check_texts(
             f"--XTI_embeddings: such files are made for the cross-attentions of {SD1.words} and {SD2.words}, "
             f"and this is {kind.words}. Use --textual_inversion_embeddings"
         )
-    check_words(_read_words(options, layers), [config.dim for config in configs], kind)
+    words = (*_read_words(options, layers), *bundled)
+    check_words(words, [config.dim for config in configs], kind)
 
 
 def _read_words(options: TextOptions, layers: Sequence[str]) -> tuple[LearnedWord, ...]:

@@ -2,6 +2,7 @@
 
 The name of a file, without its ending, is the word for all of its vectors; with 1, 2, ... appended, it is the
 word for one of the vectors after the first. Words are found in any case, but not inside of other words.
+LoRA files may bring words along, which act as those of files do, at any strength of the LoRA.
 Extended textual inversion (--XTI_embeddings) has another vector for each cross-attention of the U-Net.
 Sources: Gal et al. 2022, arXiv 2208.01618; Voynov et al. 2023, arXiv 2303.09522 (P+).
 """
@@ -20,6 +21,8 @@ from torch.nn import ParameterDict
 
 from checkpoints.containers import load_pickled
 from checkpoints.opening import open_checkpoint
+from contract.brought_words import WordsByFile
+from modules.console import count_of, list_some
 from modules.control_codes import shorten
 from modules.errors import CheckpointError
 from modules.limits import MAX_EMBEDDING_BYTES
@@ -48,6 +51,7 @@ class LearnedWord:
     # extended textual inversion: A layers; vectors are A*V C, those of a layer one after the other
     layers: int = 1
     option: str = OPTION
+    is_bundled: bool = False  # `path` is a LoRA file, which names the word in its tensors
 
 
 def read_words(
@@ -59,7 +63,7 @@ def read_words(
     that names `paths`. Raises CheckpointError if one is missing or of another kind, or if two have the same
     name.
     """
-    plain = [_read_word(path, option) for path in paths]
+    plain = [_read_word(path, option, path.stem, _read_content(path, option)) for path in paths]
     words = (*plain, *(_read_extended(path, layers) for path in extended))
     for index, word in enumerate(words):
         for earlier in words[:index]:
@@ -70,6 +74,38 @@ def read_words(
                     word.path,
                 )
     return words
+
+
+def read_bundled(files: WordsByFile, option: str) -> tuple[LearnedWord, ...]:
+    """Return the words that LoRA files bring along; tell which each brings. option: that names the files.
+
+    Raises CheckpointError if one is none that can be read.
+    """
+    words: list[LearnedWord] = []
+    for path, contents in files.items():
+        of_file: list[LearnedWord] = []
+        for name, content in contents.items():
+            word = _read_word(path, f"the word {name} in {option}", name, content)
+            of_file.append(replace(word, is_bundled=True))
+        names = ", ".join(f"{word.word} ({count_of(_count(word), 'vector')})" for word in of_file)
+        logger.info("%s brings learned words for prompts: %s", path, names)
+        words += of_file
+    return tuple(words)
+
+
+def with_bundled(words: Sequence[LearnedWord], bundled: Sequence[LearnedWord]) -> tuple[LearnedWord, ...]:
+    """Return the words of files, and those that LoRAs bring; warn of one that is there already."""
+    chosen = {word.word.lower(): word for word in words}
+    for word in bundled:
+        first = chosen.setdefault(word.word.lower(), word)
+        if first is not word:
+            logger.warning(
+                "%s: the word %s of %s is used in place of the one that it brings.",
+                word.path,
+                first.word,
+                first.path,
+            )
+    return tuple(chosen.values())
 
 
 def add_words(
@@ -83,40 +119,53 @@ def add_words(
         return tuple(towers)
     check_words(words, [tower.network.embeddings.token_embedding.embedding_dim for tower in towers], kind)
     for word in words:
-        if any(len(tower.tokenize(word.word)) == 1 for tower in towers):
+        # other programs let a LoRA's own words take the place of known ones
+        if not word.is_bundled and any(len(tower.tokenize(word.word)) == 1 for tower in towers):
             raise CheckpointError(
                 f"{word.option} {word.path}: {word.word} is a word that the text encoder knows already. "
                 "Rename the file, as its name is the word for it.",
                 word.path,
             )
     for word in words:
-        logger.info("textual inversion: %s (%d vectors)", word.word, _count(word))
+        if not word.is_bundled:  # `read_bundled` tells the others
+            logger.info("textual inversion: %s (%d vectors)", word.word, _count(word))
     return tuple(_learn(tower, words, index) for index, tower in enumerate(towers))
 
 
 def _learn(tower: TextTower, words: Sequence[LearnedWord], index: int) -> TextTower:
     """Return a text encoder that knows words. index: of the encoder, equal to that of the words' vectors."""
     embeddings = tower.network.embeddings
-    old = embeddings.token_embedding.weight
-    vectors = [word.vectors[index].to(old.device, old.dtype) for word in words]
-    rows = torch.cat([old.detach(), *vectors])
-    embeddings.token_embedding = nn.Embedding.from_pretrained(rows, freeze=True)
-    strides = torch.zeros(len(rows), dtype=torch.int64)
-    ids: dict[str, list[int]] = {}
-    first = len(old)  # row of the word's first vector
+    ids = list_ids(words, index, embeddings.token_embedding.num_embeddings)
+    embeddings.token_embedding = add_rows(embeddings.token_embedding, words, index)
+    strides = torch.zeros(embeddings.token_embedding.num_embeddings, dtype=torch.int64)
     for word in words:
-        count = _count(word)
-        word_ids = list(range(first, first + count))
         if word.layers > 1:
-            strides[word_ids] = count
-        ids[word.word] = word_ids
+            strides[ids[word.word]] = _count(word)
+    return replace(tower, tokenize=with_words(tower.tokenize, ids), strides=strides)
+
+
+def add_rows(table: nn.Embedding, words: Sequence[LearnedWord], index: int) -> nn.Embedding:
+    """Return a table of token embeddings with the words' vectors as further rows. index: of the encoder."""
+    old = table.weight.detach()
+    vectors = [word.vectors[index].to(old.device, old.dtype) for word in words]
+    return nn.Embedding.from_pretrained(torch.cat([old, *vectors]), freeze=True)
+
+
+def list_ids(words: Sequence[LearnedWord], index: int, vocabulary: int) -> dict[str, list[int]]:
+    """Return the ids of all names of words. index: of the encoder. vocabulary: rows of its table without
+    them.
+    """
+    ids: dict[str, list[int]] = {}
+    first = vocabulary  # row of the word's first vector
+    for word in words:
+        ids[word.word] = list(range(first, first + _count(word)))
         first += len(word.vectors[index])
     # names of files take precedence over names derived from other files
     file_names = {name.lower() for name in ids}
     for name, numbers in _derive_names(words, ids).items():
         if name.lower() not in file_names:
             ids[name] = numbers
-    return replace(tower, tokenize=with_words(tower.tokenize, ids), strides=strides)
+    return ids
 
 
 def _derive_names(words: Sequence[LearnedWord], ids: Mapping[str, list[int]]) -> dict[str, list[int]]:
@@ -192,12 +241,13 @@ def _join(numbers: Sequence[int]) -> str:
     return " and ".join(str(number) for number in numbers)
 
 
-def _read_word(path: Path, option: str) -> LearnedWord:
-    tensors, token = _read_tensors(path, option)
+def _read_word(path: Path, option: str, name: str, content: Mapping[str, Any]) -> LearnedWord:
+    """Return a word of this name, with the content of its file."""
+    tensors, token = _choose_tensors(path, option, content)
     vectors = _to_rows(path, option, tensors)
     if len({len(rows) for rows in vectors}) > 1:
         raise _not_one(path, option, "it has unequal numbers of vectors for the text encoders")
-    return LearnedWord(path, path.stem, token, vectors, option=option)
+    return LearnedWord(path, name, token, vectors, option=option)
 
 
 def _read_extended(path: Path, layers: Sequence[str]) -> LearnedWord:
@@ -245,9 +295,10 @@ def _to_rows(path: Path, option: str, tensors: Mapping[str, Tensor]) -> tuple[Te
     return tuple(torch.atleast_2d(tensor.float()) for tensor in tensors.values())
 
 
-def _read_tensors(path: Path, option: str) -> tuple[dict[str, Tensor], str | None]:
+def _choose_tensors(
+    path: Path, option: str, content: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], str | None]:
     """Return the vectors for each text encoder, in order, and the word that the file names, or None."""
-    content = _read_content(path, option)
     inner = content.get("string_to_param")  # as the Web UI and the paper's own code write it
     if isinstance(inner, Mapping):
         words = _list_tensors(inner)
@@ -257,6 +308,9 @@ def _read_tensors(path: Path, option: str) -> tuple[dict[str, Tensor], str | Non
     tensors = _list_tensors(content)
     for names in (*_NAMES_OF_SEVERAL, (SINGLE,)):
         if tensors.keys() >= set(names):
+            unused = tensors.keys() - set(names)
+            if unused:
+                logger.warning("%s: %s: not used are %s.", option, path, list_some(sorted(unused)))
             return {name: tensors[name] for name in names}, None
     if len(tensors) == 1 and len(content) == 1:  # diffusers: word -> vectors
         return tensors, next(iter(tensors))

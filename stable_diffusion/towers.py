@@ -43,7 +43,7 @@ from stable_diffusion.text import (
     weights_of,
 )
 from stable_diffusion.text_checkpoints import TextPlan
-from stable_diffusion.textual_inversion import with_words
+from stable_diffusion.textual_inversion import LearnedWord, add_rows, list_ids, with_words
 from stable_diffusion.tokenizers import (
     OPEN_CLIP_PAD,
     Chunk,
@@ -92,11 +92,13 @@ class TowerEncoder:
         clip_skip: int | None = None,
         tells_cut: bool = False,
         learning: LearningTexts | None = None,
+        bundled: Sequence[LearnedWord] = (),
     ) -> None:
         """number: of the encoder in the checkpoint. chunks: of 75 tokens that are read.
 
         clip_skip: as the option says; None: the layer that the model was trained with. tells_cut: warn of
-        prompts that are not read to their end. learning: of a training of their weights.
+        prompts that are not read to their end. learning: of a training of their weights. bundled: words that
+        LoRAs bring along.
         """
         prefixes = files.kind.lora_prefixes
         self.files = files
@@ -110,6 +112,7 @@ class TowerEncoder:
         self._dtype = files.dtype
         self._fills = True
         self._word = None if learning is None else learning.word
+        self._bundled = bundled
         if learning is not None:
             self._dtype = learning.dtypes.get(self.name, files.dtype)
             self._fills = learning.fills_captions
@@ -197,15 +200,21 @@ class TowerEncoder:
         if self._word is not None:
             embeddings = network.embeddings
             embeddings.token_embedding = GrowingEmbedding(embeddings.token_embedding, self._word.count)
+        if self._bundled:
+            embeddings = network.embeddings
+            embeddings.token_embedding = add_rows(embeddings.token_embedding, self._bundled, self._number)
         words = self._teach(words, vocabulary)
         pad = OPEN_CLIP_PAD if plan.is_open_clip else words.end
         return network, LoadedWords(words, pad, layer)
 
     def _teach(self, words: ClipWords, vocabulary: int) -> ClipWords:
-        """Return a tokenizer that knows the new word. vocabulary: rows of the table without it."""
-        if self._word is None:
-            return words
-        return replace(words, tokenize=with_words(words.tokenize, self._word.list_ids(vocabulary)))
+        """Return a tokenizer that knows new words. vocabulary: rows of the table without them."""
+        ids: dict[str, list[int]] = {}
+        if self._word is not None:
+            ids = self._word.list_ids(vocabulary)
+        elif self._bundled:
+            ids = list_ids(self._bundled, self._number, vocabulary)
+        return replace(words, tokenize=with_words(words.tokenize, ids)) if ids else words
 
     def _choose_layer(self, plan: TextPlan) -> int:
         """Return the layer whose states are used, from the end. Raises OptionError for a layer too deep."""
@@ -305,6 +314,18 @@ def make_encoders(
     clip_skip: int | None,
     tells_cut: bool = False,
     learning: LearningTexts | None = None,
+    bundled: Sequence[LearnedWord] = (),
 ) -> list[TowerEncoder]:
-    count = len(files.kind.lora_prefixes)
-    return [TowerEncoder(files, number, chunks, clip_skip, tells_cut, learning) for number in range(count)]
+    encoders = []
+    for number in range(len(files.kind.lora_prefixes)):
+        encoder = TowerEncoder(
+            files,
+            number,
+            chunks=chunks,
+            clip_skip=clip_skip,
+            tells_cut=tells_cut,
+            learning=learning,
+            bundled=bundled,
+        )
+        encoders.append(encoder)
+    return encoders

@@ -111,6 +111,7 @@ def test_convolutions_have_a_rank_of_their_own_and_other_tensors_stay(tmp_path: 
         "lora_unet_conv.lora_up.weight": draw(7, 4, 1, 1, seed=4),
         "lora_unet_conv.alpha": torch.tensor(4.0),
         "lora_unet_norm.diff": draw(7, seed=5),
+        "bundle_emb.blob.emb_params": draw(3, 8, seed=6),
     }
     arguments = json.dumps({"conv_dim": "4", "conv_alpha": "4", "dropout": "0.1"})
 
@@ -124,7 +125,8 @@ def test_convolutions_have_a_rank_of_their_own_and_other_tensors_stay(tmp_path: 
     assert made["lora_unet_conv.lora_up.weight"].shape == (7, 2, 1, 1)
     u, sizes, vh = np.linalg.svd(change_of(tensors, *conv), full_matrices=False)
     np.testing.assert_allclose(change_of(made, *conv), (u[:, :2] * sizes[:2]) @ vh[:2], atol=1e-5)
-    assert torch.equal(made["lora_unet_norm.diff"], tensors["lora_unet_norm.diff"])
+    for name in ("lora_unet_norm.diff", "bundle_emb.blob.emb_params"):
+        assert torch.equal(made[name], tensors[name])
     assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("5", "2.5")
     assert json.loads(metadata["ss_network_args"]) == {"conv_dim": "2", "conv_alpha": "2.0", "dropout": "0.1"}
 

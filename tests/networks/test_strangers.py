@@ -460,9 +460,10 @@ def test_training_and_generation_read_the_alpha_of_the_header(tmp_path: Path) ->
         (["bundle_emb.word.string_to_param"], "are embeddings of words"),
         (
             ["bundle_emb.ohwx.string_to_param"],
-            "so that ohwx means nothing in a prompt. Save its tensors as ohwx",
+            "so that ohwx means nothing in a prompt here",
         ),
-        (["bundle_emb.ohwx.clip_l"], "give that to gen_img.py --textual_inversion_embeddings"),
+        (["bundle_emb.my.ohwx.clip_l"], "so that my.ohwx means nothing in a prompt here"),
+        (["bundle_emb.ohwx.clip_l"], "know the word if they are given this file as a LoRA"),
         (
             ["img_encoder.x.lora_A.weight", "img_encoder.x.lora_B.weight"],
             "no known model has layers of these names",

@@ -5,23 +5,28 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from safetensors.torch import save_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from torch import Tensor
 from torch.nn import Parameter, ParameterDict
 from transformers import CLIPTokenizer
 
 from modules.errors import CheckpointError
+from networks.bundled_words import find_words
 from stable_diffusion.assembling import list_cross_attentions
 from stable_diffusion.contract import AskedPicture, PictureSettings
 from stable_diffusion.making import Maker
 from stable_diffusion.text import Texts
-from stable_diffusion.textual_inversion import read_words, with_words
+from stable_diffusion.textual_inversion import read_bundled, read_words, with_bundled, with_words
 from stable_diffusion.tokenizers import check_vocabulary, find_tokenizers
+from tests.faults.messages import run_here
 from tests.parity.stable_diffusion import their_scheduler
+from tests.stable_diffusion import loaded
 from tests.stable_diffusion.loaded import make_towers, options, tokenize
 from tests.stable_diffusion.test_making import load, start_noise
 from tests.tiny import stable_diffusion as tiny
@@ -295,3 +300,98 @@ def test_a_tokenizer_of_another_model_is_noticed(tmp_path: Path) -> None:
     check_vocabulary(words, words.end + 1, tmp_path)
     with pytest.raises(CheckpointError, match="rows of token embeddings"):
         check_vocabulary(words, words.end, tmp_path)
+
+
+ROWS = {"clip_l": vectors(8, seed=1), "clip_g": vectors(8, seed=2)}
+
+
+def bundle(word: str, content: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"bundle_emb.{word}.{name}": rows for name, rows in content.items()}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """XL, a LoRA with and without a word, and the word's own file."""
+    folder = tmp_path_factory.mktemp("bundle")
+    tiny.tokenizer_folder(folder / "tokenizers")
+    model = loaded.load(tiny.write_sdxl(folder), "--tokenizer_cache_dir", folder / "tokenizers")
+    lora = loaded.write_kohya(folder / "plain.safetensors", model, lambda path: "attn1" in path)
+    save_file(load_file(lora) | bundle("blob", ROWS), folder / "bundled.safetensors")
+    save_file(dict(ROWS), folder / "blob.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("script", ["gen_img.py", "sdxl_generate_image.py"])
+def test_a_word_in_a_lora_is_the_word_of_its_own_file(project: Path, tmp_path: Path, script: str) -> None:
+    """96 vectors, so that the prompt takes two chunks, which the words' own letters would not fill."""
+    settings = ["--ckpt", "sdxl.safetensors", "--steps", 2, "--seed", 5, "--scale", 4]
+    settings += ["--max_embeddings_multiples", 3, "--prompt", "a cat " + "blob " * 12]
+    of_gen_img = [*settings, "--W", 64, "--H", 64]
+    own_file = ["--textual_inversion_embeddings", "blob.safetensors"]
+    lora = "--network_weights"
+    (wanted,) = loaded.make_pictures(
+        project, tmp_path / "own", *of_gen_img, lora, "plain.safetensors", *own_file
+    )
+    if script == "gen_img.py":
+        (made,) = loaded.make_pictures(
+            project, tmp_path / "bundled", *of_gen_img, lora, "bundled.safetensors"
+        )
+        (without,) = loaded.make_pictures(project, tmp_path / "plain", *of_gen_img, lora, "plain.safetensors")
+        assert abs(without - wanted).max() > 20
+    else:
+        words = [
+            "--image_size",
+            64,
+            64,
+            "--lora_weight",
+            "bundled.safetensors",
+            "--save_path",
+            tmp_path / "b",
+        ]
+        code, said = run_here(
+            script, *settings, "--tokenizer_cache_dir", "tokenizers", *words, folder=project
+        )
+        assert code == 0, said[-3000:]
+        assert said.count("brings learned words for prompts: blob (8 vectors)") == 1
+        assert "ignored" not in said
+        (path,) = (tmp_path / "b").glob("*.png")
+        made = np.asarray(Image.open(path)).astype(int)
+
+    assert wanted.std() > 5
+    assert abs(made - wanted).max() <= 1
+
+
+def test_words_of_loras_are_read_as_those_of_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Also of a table, of a word with dots, and of diffusers; one that is there already is told."""
+    first, second = vectors(2, seed=1), vectors(1, seed=2)
+    tensors = {
+        "lora_unet_x.lora_down.weight": vectors(),
+        "bundle_emb.blob.string_to_param.*": first,
+        "bundle_emb.blob.string_to_token.*": torch.tensor(265),
+        "bundle_emb.my.word.emb_params": second,
+        "bundle_emb.other.<blob>": second,
+    }
+    bundled = read_bundled({tmp_path / "lora.safetensors": find_words(tensors)}, "--lora_weight")
+    assert [word.word for word in bundled] == ["blob", "my.word", "other"]
+    for word, rows in zip(bundled, (first, second, second), strict=True):
+        assert torch.equal(word.vectors[0], rows)
+
+    given = read_words([write(tmp_path / "Blob.safetensors", {"emb_params": second})])
+    assert with_bundled(given, bundled) == (*given, *bundled[1:])
+    assert "the word Blob of" in caplog.text
+
+
+def test_a_word_of_a_lora_may_be_known_and_has_to_fit(tmp_path: Path) -> None:
+    """Words of files may not be known ones; a LoRA's take their place, as in other programs."""
+    towers, sort = make_towers("sd1")
+    plain = Texts(towers, sort, options().text).encode("a cat")
+    lora = tmp_path / "lora.safetensors"
+    cat = read_bundled({lora: {"cat": {"emb_params": vectors(2)}}}, "--lora_weight")
+    texts = Texts(towers, sort, options().text, bundled=cat)
+    assert not torch.equal(texts.encode("a cat").context, plain.context)
+
+    wide = read_bundled({lora: {"blob": {"emb_params": vectors(2, 32)}}}, "--lora_weight")
+    with pytest.raises(CheckpointError, match=r"the word blob in --lora_weight .*have 32 numbers"):
+        Texts(make_towers("sd1")[0], sort, options().text, bundled=wide)
+    with pytest.raises(CheckpointError, match=r"the word blob in .*is not a textual inversion: it holds t5"):
+        read_bundled({lora: {"blob": {"t5": vectors(), "x": vectors()}}}, "--lora_weight")

@@ -1,0 +1,49 @@
+"""Learned words that a LoRA file brings along: vectors of textual inversion, called `bundle_emb.WORD.KEY`.
+
+KEY is the name that the tensor has in a file of the word alone: `emb_params`, `clip_l`, `string_to_param.*`.
+So OneTrainer and HCP-Diffusion write them, and the Web UI reads them.
+"""
+
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from contract.brought_words import BundledWords
+
+BUNDLE = "bundle_emb"
+# a word may have dots; of a table that is a level deeper (`string_to_param`), names of rows follow
+_NAME = re.compile(rf"{BUNDLE}\.(?P<word>.+?)\.(?P<key>(?P<table>string_to_\w+)(?:\.(?P<row>.+))?|[^.]+)")
+
+
+def is_of_word(name: str) -> bool:
+    """Return whether a tensor of a LoRA file is of a learned word."""
+    return _NAME.fullmatch(name) is not None
+
+
+def word_of(name: str) -> str:
+    """Return the word that a tensor of a LoRA file belongs to; "" if it belongs to none."""
+    match = _NAME.fullmatch(name)
+    return "" if match is None else match["word"]
+
+
+def find_words(tensors: Mapping[str, Tensor]) -> BundledWords:
+    """Return the learned words of a LoRA file, each with the content that its own file would have."""
+    words: dict[str, dict[str, Tensor | Mapping[str, Tensor]]] = {}
+    for name, tensor in tensors.items():
+        match = _NAME.fullmatch(name)
+        if match is None:
+            continue
+        content = words.setdefault(match["word"], {})
+        if match["table"] is None:
+            content[match["key"]] = tensor
+        else:
+            rows = content.get(match["table"], {})
+            assert not isinstance(rows, Tensor)
+            content[match["table"]] = {**rows, match["row"] or "*": tensor}
+    return words
+
+
+def without_words(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a LoRA file that are of no learned word."""
+    return {name: tensor for name, tensor in tensors.items() if not is_of_word(name)}
