@@ -14,7 +14,7 @@ class ControlPictureOptions(Options, title="what to make"):
 
     folder: Path = option("folder of pictures", positional=True, place="folder")
     canny: tuple[int, ...] | None = option(
-        "draw edges. Two numbers are the thresholds of Canny's method, low and high; default: "
+        "draw edges; behind the folder. Two numbers are Canny's thresholds, low and high; default: "
         f"{EDGE_THRESHOLDS[0]} {EDGE_THRESHOLDS[1]}, as --control_net_preps canny of gen_img.py",
         nargs="*",
         metavar="LOW HIGH",
@@ -40,7 +40,7 @@ class ControlPictureOptions(Options, title="what to make"):
         if self.canny is None and self.depth is None:
             raise OptionError("Say what to draw: --canny for edges, or --depth FOLDER with a model of depth")
         if self.canny is not None and len(self.canny) not in (0, 2):
-            raise OptionError(f"--canny has {len(self.canny)} number: give LOW and HIGH, or neither")
+            raise OptionError(f"--canny takes two numbers, LOW and HIGH, or none; it has {len(self.canny)}")
         if self.canny and self.canny[0] > self.canny[1]:
             raise OptionError(f"--canny {self.canny[0]} {self.canny[1]}: the first is the lower threshold")
 
