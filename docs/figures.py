@@ -2,11 +2,13 @@
 
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
@@ -16,7 +18,11 @@ from dataset.config import DatasetTable, load_dataset_config  # noqa: E402
 from dataset.sources.frames import spans  # noqa: E402
 from modules.flow.schedule import make_schedule, shift_sigmas  # noqa: E402
 from modules.media.buckets import Size, bucket_sizes, choose_bucket, fit_cover  # noqa: E402
+from modules.media.edges import draw_edges  # noqa: E402
+from modules.media.options import EDGE_THRESHOLDS  # noqa: E402
+from modules.media.reading import Frame  # noqa: E402
 from modules.parser import Parser  # noqa: E402
+from pocket.drawing import COLOURS, FINE, GROUNDS, SIZE, paint  # noqa: E402
 
 KEPT = 40  # frames of the clip in the figure of frame extraction
 MODES = (
@@ -28,6 +34,8 @@ MODES = (
 )
 RESOLUTION = (960, 544)
 SOURCES = ((1920, 1080), (1080, 1920), (1024, 1024), (3000, 1000))
+LEARNED = (("circle", (20.0, 24.0), 26.0), ("square", (45.0, 42.0), 20.0))  # form, centre, width
+ASKED = (("triangle", (22.0, 40.0), 28.0), ("ring", (45.0, 20.0), 24.0))
 SHIFTS = (1.0, 3.0, 5.0, 7.0, 14.5)
 
 
@@ -37,6 +45,7 @@ def main() -> None:
         ("frame_extraction", draw_extraction()),
         ("buckets", draw_buckets()),
         ("flow_shift", draw_shifts()),
+        ("control", draw_control()),
     ):
         figure.savefig(ROOT / "docs" / f"{name}.png", dpi=90, metadata={"Software": None})
 
@@ -98,6 +107,49 @@ def draw_shifts() -> Figure:
         axes.grid(alpha=0.3)
         axes.legend()
     return figure
+
+
+def draw_control() -> Figure:
+    """Draw what a ControlNet learns from, and what it is for. All pictures are drawn, none is generated."""
+    figure = Figure(figsize=(9, 2.6), layout="constrained")
+    training, generation = figure.subfigures(1, 2, width_ratios=(2, 3), wspace=0.03)
+    for part, title in ((training, "training: many such pairs"), (generation, "generation")):
+        part.suptitle(title, fontsize=11)
+        part.set_facecolor("#f4f6f8")
+    learned = _paint(LEARNED, ("red", "yellow"), "navy")
+    panels = (
+        (learned, "picture", "caption: a red circle and\na yellow square on navy"),
+        (draw_edges(learned, *EDGE_THRESHOLDS), "control picture", "its edges, by the tool"),
+    )
+    for axes, panel in zip(training.subplots(1, 2), panels, strict=True):
+        _show(axes, *panel)
+    first, second = _paint(ASKED, ("green", "white"), "grey"), _paint(ASKED, ("yellow", "blue"), "brown")
+    panels = (
+        (draw_edges(first, *EDGE_THRESHOLDS), "control picture", "says where"),
+        (first, "picture", "prompt: a green triangle\nand a white ring on grey"),
+        (second, "picture", "prompt: a yellow triangle\nand a blue ring on brown"),
+    )
+    for axes, panel in zip(generation.subplots(1, 3), panels, strict=True):
+        _show(axes, *panel)
+    return figure
+
+
+def _paint(
+    forms: Sequence[tuple[str, tuple[float, float], float]], colours: Sequence[str], ground: str
+) -> Frame:
+    """Return a picture of forms on a ground: H W 3."""
+    pixels = np.full((SIZE * FINE, SIZE * FINE, 3), GROUNDS[ground], np.uint8)
+    for (form, centre, width), colour in zip(forms, colours, strict=True):
+        paint(pixels, form, centre, width, COLOURS[colour])
+    return pixels
+
+
+def _show(axes: Axes, pixels: Frame, title: str, below: str) -> None:
+    axes.imshow(pixels)
+    axes.set_title(title, fontsize=9)
+    axes.set_xlabel(below, fontsize=8)
+    axes.set_xticks([])
+    axes.set_yticks([])
 
 
 def _draw_picture(axes: Axes, resized: Size, crop: Size, bucket: Size) -> None:

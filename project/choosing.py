@@ -57,6 +57,7 @@ class ModelFacts:
     least_seconds: float  # of a clip; nothing is learned of shorter ones
     learns_sounds: bool  # it also learns sounds without clips
     regularises: bool  # it also learns regularisation pictures, of the class
+    control_script: str | None  # trains a ControlNet of it; None: there is none
     learns_alpha: bool  # it learns the transparency of pictures
     # options for the dtype of a network, by the kind of the script that takes them, as `options_record` does
     dtypes: Mapping[str, Sequence[str]]
@@ -95,6 +96,7 @@ def ask_family(model: ModelSet, files: Mapping[str, str] = MappingProxyType({}))
         least_seconds=model.data.get("least_frames", 0) / model.data.get("fps", 1),
         learns_sounds="sound_alone" in model.data,
         regularises=bool(model.data.get("regularises")),
+        control_script=model.data.get("control_script"),
         learns_alpha=_learns_alpha(family),
         dtypes=_choose_dtype_options(model),
         few_steps=_few_steps(family, model, dits),

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -26,6 +26,7 @@ from modules.media.streams import source_info
 from modules.paths import path_from
 from modules.text_files import real_path
 from project.choosing import ModelFacts
+from project.control_pairs import describe_control_pairs
 from project.listed_captions import ListedCaptions, read_lists
 from project.options import RUN_FILE
 
@@ -120,7 +121,8 @@ def collect_content(
     if facts.references:
         _find_references(folder, places, content)
     else:
-        content.lines += _describe_unused_sources(places, name, edits)
+        pairs = _describe_control_pairs(folder, places, content.media, facts.control_script)
+        content.lines += [*pairs.values(), *_describe_unused_sources(places, name, edits, described=pairs)]
     _require_media(
         folder,
         content,
@@ -164,14 +166,39 @@ def _list_unsorted_folders(place: Path, places: SortedFolders) -> list[Path]:
     return [inner for inner in inner_folders if not REFERENCES.fullmatch(inner.name)]
 
 
-def _describe_unused_sources(places: SortedFolders, name: str, edits: str) -> list[str]:
-    """Return lines about folders of references, for a model that does not edit."""
+def _describe_control_pairs(
+    folder: Path, places: SortedFolders, media: Sequence[Media], script: str | None
+) -> dict[Path, str]:
+    """Return a line for each folder of control pictures: in the folder, in those learned, or next to it.
+
+    script: trains with control pictures; None: there is none for the model, and no line.
+    """
+    if script is None:
+        return {}
+    pictures = [item.path for item in media if item.kind == "image"]
+    absolute = folder.absolute()
+    of_all = [*places.sources, *(source for source in _sources_in(absolute.parent) if source != absolute)]
+    owned = dict.fromkeys(of_all, pictures)
+    for place in places.learned[1:]:
+        of_place = [path for path in pictures if path.parent == place]
+        owned |= dict.fromkeys(_sources_in(place), of_place)
+    lines = {place: describe_control_pairs(place, paths, script) for place, paths in owned.items()}
+    return {place: line for place, line in lines.items() if line is not None}
+
+
+def _describe_unused_sources(
+    places: SortedFolders, name: str, edits: str, described: Collection[Path]
+) -> list[str]:
+    """Return lines about folders of references, for a model that does not edit.
+
+    described: folders that another line is about.
+    """
     inner_sources = [source for place in places.learned[1:] for source in _sources_in(place)]
     return [
         f"{place}: left out. A folder of this name holds what pictures are made from, and {name} does "
         f"not edit{edits}. If it is to be learned, rename it"
         for place in (*places.sources, *inner_sources)
-        if _media_in(place)
+        if place not in described and _media_in(place)
     ]
 
 

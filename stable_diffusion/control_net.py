@@ -14,8 +14,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy as np
 import torch
 from diffusers.models.attention_processor import XFormersAttnProcessor
 from einops import rearrange
@@ -23,6 +21,7 @@ from torch import Tensor
 
 from modules.devices import dtype_name
 from modules.errors import OptionError
+from modules.media.edges import draw_edges
 from modules.media.reading import Frame, read_image, resize_frame
 from stable_diffusion.contract import SDXL, AskedPicture, Idea, Model, ModelKind, UnetCall
 from stable_diffusion.control_net_files import OPTION, load_control_net
@@ -209,9 +208,5 @@ def prepare(image: Frame, canny: tuple[int, int] | None, width: int, height: int
     """Return an image, H W 3, at a size. canny: thresholds of the edges that are drawn in its place."""
     if image.shape[:2] != (height, width):
         image = resize_frame(image, (width, height), "lanczos")
-    if canny is None:
-        return image
-    # found at the picture's size, so that lines stay one pixel wide; white on black. Canny's method on the
-    # grey image, without blurring it. Source: Canny 1986, in OpenCV's form
-    edges = cv2.Canny(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), *canny)
-    return np.repeat(np.asarray(edges, dtype=np.uint8)[..., None], 3, axis=2)
+    # drawn at the picture's size, so that lines stay one pixel wide
+    return image if canny is None else draw_edges(image, *canny)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modules.errors import OptionError
+from modules.media.options import EDGE_THRESHOLDS
 from modules.options import Options, option
 from networks.kinds.composing import BY_MODULE, OTHER_MODULES
 from networks.use_options import lora_rounding_option, multipliers_for
@@ -20,7 +21,6 @@ KNOWN_MODULES = (
     "lycoris",
     "lycoris.kohya",
 )
-LOW, HIGH = 63, 191  # thresholds of "canny" alone
 VGG_LAYER, VGG_LAYERS = 20, 30  # the default: after conv4_2 and its ReLU; the last one is a pooling
 
 
@@ -111,7 +111,8 @@ def read_preparation(text: str) -> tuple[int, int] | None:
             f"--control_net_preps {text}: only none and canny_LOW_HIGH, such as canny_63_191, are known. "
             "Prepare the guide image with another program, and give none"
         )
-    return int(match[1] or LOW), int(match[2] or HIGH)
+    low, high = EDGE_THRESHOLDS
+    return int(match[1] or low), int(match[2] or high)
 
 
 def check_control(

@@ -101,7 +101,7 @@ FLOORS = {
         {"batches", "caching"},
         {"scripts"},
     ),
-    "data_tools": ({"captions", "cogvideox", "cutting", "report"}, {"tags"}),
+    "data_tools": ({"captions", "cogvideox", "controls", "cutting", "report"}, {"tags"}),
     "post": (
         {"contract", "options", "streaming"},
         {"tiling"},
@@ -223,7 +223,8 @@ SCRIPTS = sorted(
 # scripts in a room, with the rights of those at the root
 _TOOLS = {
     "tools": (
-        *("cache_on_ray", "caption_dataset", "compare", "convert_cache", "dataset_report", "doctor"),
+        *("cache_on_ray", "caption_dataset", "compare", "control_pictures", "convert_cache"),
+        *("dataset_report", "doctor"),
         *("download", "lora_post_hoc_ema", "prepare_dataset", "quantise", "run_browser", "share_page"),
         *("pack", "split_video", "tag", "unpack"),
     ),

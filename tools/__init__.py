@@ -3,6 +3,7 @@
 cache_on_ray: caches a dataset on a Ray cluster
 caption_dataset: writes captions with a vision-language model, or edits them
 compare: makes a grid of clips, a column per LoRA
+control_pictures: makes control pictures of a folder, edges or depth
 convert_cache: turns the caches of a dataset into another form
 dataset_report: writes a page about a dataset
 doctor: tells what is installed, and what is missing

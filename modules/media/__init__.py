@@ -6,12 +6,13 @@ canvas: a reference picture on a white canvas
 colours: pictures and frames as a viewer shows them
 companions: sound, subtitles and tags into another video
 decoding: decode videos and animations picture by picture
+edges: edges of a picture as white lines
 encoding: encode pictures to a video stream
 labels: masks and conditions that OneTrainer lays next to pictures
 lengths: numbers of frames that clips of a model may have
 measures: brightness, sharpness, stillness, hashes, and cuts of scenes
 opening: open foreign images and videos safely; import PyAV
-options: options of how videos are encoded
+options: how videos are encoded, usual thresholds of edges
 pixels: media as pixels for a VAE, and back
 reading: read images and videos as uint8 frames, and their texts
 remedies: what to do with files nothing here reads

@@ -1,6 +1,8 @@
-"""Options of how videos are encoded. Standard library only."""
+"""Options of how videos are encoded, and the usual thresholds of edges. Standard library only."""
 
 from modules.options import Options, option
+
+EDGE_THRESHOLDS = (63, 191)  # of Canny's method, low and high, as gen_img.py has always had them
 
 
 class CodecOptions(Options, title="video format"):

@@ -10,6 +10,7 @@ from PIL import Image
 
 from browser.described_folder import read_described
 from dataset.config import load_dataset_config
+from modules.installation import find_script
 from modules.parser import parse_options
 from modules.text_files import parse_toml
 from project import choosing
@@ -97,6 +98,30 @@ def test_a_model_that_does_not_edit_refuses_references_as_targets(tmp_path: Path
     assert f"{tmp_path / 'set' / 'before'}: left out" in done.stdout
     (table,) = load_dataset_config(tmp_path / "set" / "dataset.toml").datasets
     assert (table.directory, table.control_directory) == (Path("after"), None)
+
+
+@pytest.mark.parametrize("place", ["conditioning", "../control"])
+def test_control_pictures_are_told_with_the_script_that_learns_them(place: str, tmp_path: Path) -> None:
+    folder = tmp_path / "top" / "pairs"
+    write_photos(folder)
+    write_photos(folder / place, count=2, captions=False)
+    write_photos(folder / place, count=1, captions=False, stem="lone")
+    chosen = ["--family", "sd", "--task", "xl", "--memory", "24", "--dry_run"]
+
+    done = run_script("new_project.py", folder, *chosen)
+
+    (line,) = [text for text in done.stdout.splitlines() if "as a LoRA learns no control pictures" in text]
+    assert "2 of 3 pictures have one there. Without a control picture: p2.jpg. " in line
+    assert "Without a picture: lone0.jpg. " in line
+    assert "docs/control.md" in line
+    assert line.endswith("python sdxl_train_control_net_lllite.py")
+    assert "does not edit" not in done.stdout
+
+
+def test_scripts_for_control_pictures_are_there() -> None:
+    scripts = {entry.data["control_script"] for entry in find_models() if "control_script" in entry.data}
+    assert len(scripts) == 3
+    assert {str(find_script(script)) for script in scripts} == scripts
 
 
 def test_numbered_pictures_beside_their_results_get_a_sentence(tmp_path: Path) -> None:

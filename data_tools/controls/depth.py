@@ -1,0 +1,86 @@
+"""Estimate the depth of pictures with a model of transformers, such as Depth Anything or DPT.
+
+Code and pickles that come with a model are never run.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import interpolate
+
+from modules.control_codes import shorten
+from modules.devices import choose_device
+from modules.errors import CheckpointError, MemoryPlanError
+from modules.media.reading import Frame
+
+LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+# kinds of models that give distances; the others give the inverse, up to a factor and an offset
+OF_DISTANCES = frozenset({"depth_pro", "glpn", "prompt_depth_anything", "zoedepth"})
+LEAST_DISTANCE = 1e-3  # metres, so that the inverse is finite
+
+
+@dataclass(frozen=True)
+class DepthModel:
+    """A loaded model with its processor."""
+
+    network: Any
+    processor: Any
+
+    @torch.no_grad()
+    def draw(self, image: Frame) -> Frame:
+        """Return the depth map of an image, H W 3, at its size, H W 3: from black (far) to white (near).
+
+        The nearest place of each picture is white and the farthest black, as in the maps that ControlNets of
+        depth were trained with. Raises MemoryPlanError if the device's memory is too small.
+        """
+        inputs = self.processor(images=image, return_tensors="pt").to(self.network.device)
+        try:
+            depth = self.network(**inputs).predicted_depth.float()  # 1 h w
+        except torch.OutOfMemoryError:
+            raise MemoryPlanError(
+                "A picture does not fit into the memory of the device with this model. Give --device cpu"
+            ) from None
+        if _gives_distances(self.network.config):
+            depth = 1 / depth.clamp(min=LEAST_DISTANCE)
+        depth = interpolate(depth[:, None], size=image.shape[:2], mode="bicubic", align_corners=False)[0, 0]
+        low, high = depth.min(), depth.max()
+        grey = (depth - low) / (high - low).clamp(min=torch.finfo(depth.dtype).tiny)
+        pixels = (grey * 255).round().to("cpu", torch.uint8).numpy()
+        return np.repeat(pixels[..., None], 3, axis=2)
+
+
+def _gives_distances(config: Any) -> bool:
+    is_metric = getattr(config, "depth_estimation_type", "relative") == "metric"  # of Depth Anything
+    return is_metric or config.model_type in OF_DISTANCES
+
+
+def load_depth_model(folder: Path, device: str | None) -> DepthModel:
+    """Load the model in a folder to a device, in float32. device: None is the best one available.
+
+    Raises CheckpointError if the folder holds no such model.
+    """
+    chosen = choose_device(device)
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"--depth {folder}: there is no config.json in this folder. Give the folder of a model as "
+            "transformers saves it, with preprocessor_config.json and model.safetensors",
+            folder,
+        )
+    import transformers  # takes seconds; only with --depth
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        processor = transformers.AutoImageProcessor.from_pretrained(folder, **LOCAL)
+        network = transformers.AutoModelForDepthEstimation.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, **LOCAL
+        )
+    except Exception as error:  # damaged files raise errors of many libraries
+        why = shorten(" ".join(str(error).split()), 300)
+        raise CheckpointError(
+            f"--depth {folder}: transformers cannot load it for depth estimation: {why}", folder
+        ) from None
+    return DepthModel(network.eval().requires_grad_(False).to(chosen), processor)

@@ -1,0 +1,153 @@
+"""Write the control pictures that a folder lacks, after the options of tools/control_pictures.py are read."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from data_tools.controls.options import FOLDER_NAME, ControlPictureOptions
+from dataset.caching.prefetch import Failure, failure_error
+from modules.atomic_write import make_folder
+from modules.bars import track
+from modules.console import Row, count_of, list_some, show_box
+from modules.errors import DatasetError, MediaError, OptionError
+from modules.media.edges import draw_edges
+from modules.media.labels import label_of
+from modules.media.reading import Frame, image_suffixes, read_image, read_tags
+from modules.media.writing import write_png
+from modules.text_files import real_path
+
+logger = logging.getLogger(__name__)
+
+MADE = "control_picture"  # name of the text in a written PNG; its value says how it was made
+
+
+@dataclass
+class Plan:
+    """What is to be done for the pictures of a folder."""
+
+    jobs: list[tuple[Path, Path]] = field(default_factory=list)  # picture, its control picture to write
+    done: list[Path] = field(default_factory=list)  # made before, in the same way
+    other_way: list[Path] = field(default_factory=list)  # made before by this program, in another way
+    foreign: list[Path] = field(default_factory=list)  # of other programs
+
+
+def make_control_pictures(options: ControlPictureOptions) -> None:
+    """Write a control picture for each picture of a folder that has none.
+
+    Each is complete or not there, so the same command continues after a stop. Raises UserError if nothing can
+    be done, and DatasetError at the end if pictures could not be read.
+    """
+    folder = real_path(options.folder)
+    output = folder.parent / FOLDER_NAME if options.output is None else real_path(options.output)
+    if output == folder:
+        raise OptionError(f"{options.folder}: control pictures need a folder of their own. Give --output")
+    pictures = _find_pictures(folder)
+    if not pictures:
+        raise DatasetError(f"{options.folder} has no pictures. Folders in it are not looked into")
+    _refuse_equal_stems(pictures)
+    way = _describe_way(options)
+    plan = _plan(pictures, output, way, options.overwrite)
+    _warn_of_kept(plan)
+    failures: list[Failure] = []
+    if plan.jobs:
+        make_folder(output, "--output")
+        draw = _choose_drawing(options)
+        for picture, target in track(plan.jobs, "Control pictures", len(plan.jobs), unit="picture"):
+            try:
+                image = read_image(picture)
+            except MediaError as error:
+                failures.append(Failure(picture, str(error), 0, picture.stem))
+                continue
+            write_png(target, draw(image), {MADE: way})
+    num_kept = len(plan.done) + len(plan.other_way) + len(plan.foreign)
+    rows: list[Row] = [
+        ("made", f"{count_of(len(plan.jobs) - len(failures), 'control picture')}, {num_kept} there before"),
+        ("by", way),
+        ("use", f'conditioning_data_dir = "{output.as_posix()}"'),
+    ]
+    show_box("Control pictures", rows)
+    if failures:
+        raise failure_error(failures, count_of(len(plan.jobs), "picture"))
+
+
+def _find_pictures(folder: Path) -> list[Path]:
+    """Return the pictures of a folder, sorted, without hidden ones, masks and condition images."""
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.suffix.lower() in image_suffixes()
+        and not path.name.startswith(".")
+        and label_of(path.stem) is None
+        and path.is_file()
+    ]
+
+
+def _refuse_equal_stems(pictures: Sequence[Path]) -> None:
+    """Raise DatasetError if two pictures would have the same control picture."""
+    by_stem: dict[str, Path] = {}
+    for path in pictures:
+        first = by_stem.setdefault(path.stem.casefold(), path)
+        if first != path:
+            raise DatasetError(
+                f"{first} and {path.name} would have the same control picture. Rename one of them"
+            )
+
+
+def _describe_way(options: ControlPictureOptions) -> str:
+    """Return how control pictures are made, as it is written into them."""
+    if options.depth is not None:
+        return f"depth {real_path(options.depth).name}"
+    return "canny {} {}".format(*options.thresholds)
+
+
+def _choose_drawing(options: ControlPictureOptions) -> Callable[[Frame], Frame]:
+    """Return the function from a picture to its control picture, both H W 3."""
+    if options.depth is not None:
+        from data_tools.controls.depth import load_depth_model  # imports torch, which edges do not need
+
+        return load_depth_model(options.depth, options.device).draw
+    low, high = options.thresholds
+    return partial(draw_edges, low=low, high=high)
+
+
+def _plan(pictures: Sequence[Path], output: Path, way: str, overwrite: bool) -> Plan:
+    """Return what to do. overwrite: make again what this program has made."""
+    existing: dict[str, Path] = {}
+    if output.is_dir():
+        existing = {path.stem.casefold(): path for path in _find_pictures(output)}
+    plan = Plan()
+    for picture in pictures:
+        target = existing.get(picture.stem.casefold())
+        made_by = None if target is None else _read_way(target)
+        if target is None:
+            plan.jobs.append((picture, output / f"{picture.stem}.png"))
+        elif made_by is None:
+            plan.foreign.append(target)
+        elif overwrite:
+            plan.jobs.append((picture, target))
+        elif made_by == way:
+            plan.done.append(target)
+        else:
+            plan.other_way.append(target)
+    return plan
+
+
+def _read_way(path: Path) -> str | None:
+    """Return how this program made a control picture; None if it did not make it."""
+    try:
+        return read_tags(path).get(MADE)
+    except MediaError:  # another program's file, which the training reports
+        return None
+
+
+def _warn_of_kept(plan: Plan) -> None:
+    """Warn of control pictures that stay although they were made in another way."""
+    for paths, why in (
+        (plan.other_way, "made with other options. --overwrite makes them again"),
+        (plan.foreign, "not made by this program. Move them away, or give another --output, to replace them"),
+    ):
+        if paths:
+            names = list_some([path.name for path in paths])
+            logger.warning("%s kept, %s: %s", count_of(len(paths), "control picture"), why, names)

@@ -1,0 +1,46 @@
+"""Recognise pairs of pictures and control pictures, which ControlNets learn from and LoRAs do not."""
+
+import contextlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from dataset.sources.folders import ControlFolder
+from modules.command import as_typed
+from modules.console import list_some
+from modules.errors import DatasetError
+
+# folders of control pictures
+CONTROLS = re.compile(r"(controls?|conditions?|conditioning)([-_ ]?(images?|pictures?))?", re.IGNORECASE)
+
+
+def describe_control_pairs(place: Path, pictures: Sequence[Path], script: str) -> str | None:
+    """Return a line about a folder of control pictures: how many pairs there are, and what learns them.
+
+    pictures: those that the folder may belong to. script: trains a ControlNet of the chosen model. Returns
+    None if the folder has another name, cannot be listed, or has no control picture of any picture.
+    """
+    if not CONTROLS.fullmatch(place.name):
+        return None
+    try:
+        controls = ControlFolder(place, {path.stem for path in pictures})
+    except DatasetError:
+        return None
+    missing = []
+    for path in pictures:
+        with contextlib.suppress(DatasetError):
+            controls.for_image(path.stem, 1)
+            continue
+        missing.append(path.name)
+    if len(missing) == len(pictures):
+        return None
+    faults = ""
+    if missing:
+        faults += f". Without a control picture: {list_some(missing)}"
+    if controls.alone:
+        faults += f". Without a picture: {list_some([path.name for path in controls.alone])}"
+    return (
+        f"{place}: left out, as a LoRA learns no control pictures. {len(pictures) - len(missing)} of "
+        f"{len(pictures)} pictures have one there{faults}. A ControlNet learns such pairs: docs/control.md "
+        f"has its dataset.toml, and its command begins with {as_typed(['python', script])}"
+    )

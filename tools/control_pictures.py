@@ -1,0 +1,23 @@
+"""Make a control picture for each picture of a folder: its edges, or a depth map.
+
+A training with control pictures (docs/control.md) learns from such pairs. Control pictures that exist are
+kept, so a run that was stopped continues if it is started again.
+All options: python tools/control_pictures.py --help
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a file: then Python looks for modules in its folder
+    _FOLDER = Path(__file__).resolve().parent
+    sys.path[:] = [str(_FOLDER.parent), *(path for path in sys.path if Path(path).resolve() != _FOLDER)]
+
+import modules.interpreter  # noqa: F401
+from contract.families import plain_script
+from data_tools.controls.options import ControlPictureOptions
+
+main = plain_script(__doc__, "data_tools.controls.run.make_control_pictures", ControlPictureOptions)
+
+
+if __name__ == "__main__":
+    main.run()
