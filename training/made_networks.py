@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from contract.family import Family
+from contract.family import Described, Family, Predicts
 from contract.made_networks import MadeNetwork, WritesNetwork, made_network_of
 from dataset.batches.items import TrainingItem
 from dataset.table import DatasetConfig
@@ -14,11 +15,14 @@ from modules.errors import DatasetError
 from modules.seeds import derive_seed
 from networks.adapter import ForeignNetwork, TrainableNetwork, make_network
 from networks.options import NetworkOptions
-from training.loss import Trains
+
+
+class DescribedNetwork(Described, Predicts, Protocol):
+    """What the network of a training asks of a family."""
 
 
 def make_trained_network(
-    family: Trains,
+    family: DescribedNetwork,
     options: NetworkOptions,
     dit: nn.Module,
     seed: int,
