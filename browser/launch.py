@@ -405,8 +405,8 @@ def _find_command(words: Sequence[str], folder: Path) -> tuple[ScriptCommand, in
     hint = did_you_mean(word.rpartition("/")[2][:LONGEST_NAME], [command.path.name for command in commands])
     raise OptionError(
         say(
-            "%(word)s is no command of this program.%(hint)s A job is a line such as python "
-            "wan_train_network.py ..., with `accelerate launch ...` before it if needed",
+            "%(word)s is no command of this program.%(hint)s A job is a line such as "
+            "python wan_train_network.py ..., with `accelerate launch ...` before it if needed",
             word=f"{shorten(word, 80)!r}",
             hint=hint,
         )

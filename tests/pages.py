@@ -184,8 +184,9 @@ def outputs_of(command: Command, folder: Path) -> list[str]:
         return [*_of_project(command.arguments, folder)]
     if "cache_" in script and "--dataset_config" in command.words:
         return _cache_folders(folder / command.value("--dataset_config"))
-    if "_train" in script and "--output_name" in command.words:
-        name = f"{command.value('--output_dir')}/{command.value('--output_name')}"
+    called = command.value("--output_name") or command.value("--token_string")
+    if "train" in script and called:
+        name = f"{command.value('--output_dir')}/{called}"
         experts = ("_low_noise", "_high_noise") if "--lora_per_expert" in command.words else ("",)
         return [
             f"{name}.html",

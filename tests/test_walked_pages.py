@@ -178,7 +178,8 @@ def _take(command: Command, folder: Path) -> None:
         script, words = words[place], words[place + 1 :]
     if "--help" in words:
         return
-    if script not in READERS or script.startswith("blissful_tuner/"):  # these read the model with the options
+    # these read the model with the options
+    if script not in READERS or script.startswith(("blissful_tuner/", "tools/tag.py")):
         parser = script_parser(script)
         words = words[: words.index("--then")] if "--then" in words else words  # behind it: another tool's
         _ = parser.parse_known_args(words) if script in PASSES_ON else parser.parse_args(words)

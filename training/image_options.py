@@ -576,7 +576,7 @@ def word_trainer(**settings: Any) -> ImageTrainerDefaults:
 
     settings: of `ImageTrainerDefaults`.
     """
-    called = "textual inversion; train LoRAs with train_network.py or sdxl_train_network.py"
+    called = "textual inversion; the scripts whose names end in train_network.py train LoRAs"
     reasons = {name: _OF_LORAS.format(called) + remedy for name, remedy in _REFUSED_FOR_WORDS.items()}
     refused = {**_refused_by_noise, **reasons}
     return replace(NOISE_TRAINER, refused=refused, translate=_read_word, **settings)

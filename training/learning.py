@@ -352,7 +352,9 @@ class Loading:
         from networks.rounding import LoraRounding
         from networks.unmerged import split_masked
 
-        uses = fit_to_file(loras.uses, family.dit_files[index])
+        uses = loras.uses
+        if family.dit_files:  # else the network comes from no file
+            uses = fit_to_file(uses, family.dit_files[index])
         merged, masked = (uses, []) if network.decomposes else split_masked(uses)
         if not merged:
             return None, masked

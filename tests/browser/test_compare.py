@@ -125,11 +125,11 @@ def test_samples_of_a_file_and_clips_of_its_content_are_shown_and_the_best_is_ma
     cells = [cell.partition("</td>")[0] for cell in body.split("<td>")[1:]]
     shown = ["001_9_without-LoRA", "x_4_0.png", "001_9_a", "not made", "x_4_1.png", "not made"]
     assert [name in cell for name, cell in zip(shown, cells, strict=True)] == [True] * 6
-    assert "1 of 4 clips is not made" in page
+    assert "Clips that are not made: 1 of 4." in page
     assert "two &lt;b&gt;dogs" in page
     assert served.ask(served.of("x", "compare/001_9_a_000000.png")).body.startswith(b"\x89PNG")
     file.write_bytes(b"another training's")
-    assert "2 of 4 clips are not made" in show(served, (4, 6), prompt=PROMPTS)
+    assert "Clips that are not made: 2 of 4." in show(served, (4, 6), prompt=PROMPTS)
 
 
 def test_a_page_begins_with_the_best_file_and_the_one_before_and_shows_equal_ones_once(
@@ -152,7 +152,7 @@ def test_missing_clips_become_one_job_for_equal_files_with_the_settings_of_the_s
     served: Served, folder: Path
 ) -> None:
     more = {"prompt": ["a dog"], "more": "a bird --d 3\n\na fish"}
-    assert "5 of 6 clips are not made" in show(served, (4, 6), **more)
+    assert "Clips that are not made: 5 of 6." in show(served, (4, 6), **more)
 
     assert make(served, (4, 6), **more).status == 303
     assert make(served, (4, 6), **more).status == 303  # they are asked for: nothing to add

@@ -265,7 +265,7 @@ def test_shared_parts_are_named_and_left_unticked(tmp_path: Path, models: Path) 
     with serve(tmp_path) as served:
         text = served.ask(f"/models?{urlencode({**TASK, 'ask': 'remove'})}").text
     assert f'value="{DIT}" checked> {DIT}, 2.8 GB</label></li>' in text
-    assert f'value="{VAE}"> {VAE}, 0.5 GB</label> <span class="warn">Wan2.1 t2v-14B' in text
+    assert f'value="{VAE}"> {VAE}, 0.5 GB</label> <span class="warn">also needed by: Wan2.1 t2v-14B' in text
 
 
 def test_a_person_loads_and_removes_by_labels(

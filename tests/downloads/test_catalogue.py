@@ -199,8 +199,9 @@ def test_commands_after_a_download_are_valid(
         for file in component.files:
             (folder / file.name).parent.mkdir(parents=True, exist_ok=True)
             (folder / file.name).touch()
-    for name in ("start.png", "end.png", "control.mp4", "dataset.toml", "video.mp4", "pictures"):
+    for name in ("start.png", "end.png", "control.mp4", "dataset.toml", "video.mp4"):
         (tmp_path / name).touch()
+    (tmp_path / "pictures").mkdir()
     monkeypatch.chdir(tmp_path)
     used = set()
     for command in model_set.typed_commands(folder):

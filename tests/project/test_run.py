@@ -478,7 +478,8 @@ def test_every_model_takes_what_is_written(model: ModelSet, copied: Path) -> Non
     takes_clips = data["frames"] > 1 and "least_frames" not in data  # the clips are shorter
     assert {table.kind for table in tables} == (kinds if takes_clips else {"image"})
     prompts = (copied / "prompts.txt").read_text(encoding="utf-8").splitlines()
-    assert [line.startswith("mrsfluff, ") for line in prompts] == [True, True, False]
+    quality = f"{data['tags']}, " if data.get("tags") else ""  # words that its pictures are rated by
+    assert [line.startswith(f"{quality}mrsfluff, ") for line in prompts] == [True, True, False]
     assert not any("a square moves" in line for line in prompts)
     edits = [table for table in tables if table.control_directory is not None]
     assert bool(edits) is ("--ci " in prompts[0]) is (model.family in EDIT or model.task.startswith("edit"))
