@@ -166,6 +166,8 @@ def main() -> None:
                             page.wait_for_timeout(1500)  # for small pictures, if there are any
                         page.evaluate(RENAME, [name, HOME])
                         page.evaluate(RENAME, [str(ROOT), f"{HOME}/reelsmith"])
+                        # few machines without a screen have letters for the names of the other languages
+                        page.evaluate("document.querySelector('.languages').remove()")
                         page.screenshot(path=Path(name) / "page.png")
                     shown = Image.open(Path(name) / "page.png").convert("RGB")
                     shown.quantize(COLOURS, dither=Image.Dither.NONE).save(
