@@ -552,5 +552,9 @@ class Generates(Protocol):
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]: ...
 
 
+class Trains(Described, Predicts, Protocol):
+    """Functions that a training step needs of a family."""
+
+
 class Family(Described, Encodes, Predicts, Generates, Protocol):
     """All that the loops may ask of a model family. A loop names only the parts that it uses."""

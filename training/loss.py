@@ -4,14 +4,14 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from contract.data import LOSS_MASK, SOUND, Batch, Conditions, Joint
-from contract.family import Described, NoiseSpec, Predicts
+from contract.family import NoiseSpec, Trains
 from contract.steps import NO_TWEAKS, Tweaks
 from modules.devices import send
 from modules.flow.schedule import TRAIN_TIMESTEPS, add_noise
@@ -23,10 +23,6 @@ DitOf = Callable[[int], nn.Module]  # index of an expert -> its network, ready t
 
 # in a batch of pictures: how much each place counts, 0..1, B H W in any size; for clips see LOSS_MASK
 MASK = "alpha_mask"
-
-
-class Trains(Described, Predicts, Protocol):
-    """Functions that a training step needs of a family."""
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from contract.family import Described, Family, Predicts
+from contract.family import Family, Trains
 from contract.made_networks import MadeNetwork, WritesNetwork, made_network_of
 from dataset.batches.items import TrainingItem
 from dataset.table import DatasetConfig
@@ -17,12 +16,8 @@ from networks.adapter import ForeignNetwork, TrainableNetwork, make_network
 from networks.options import NetworkOptions
 
 
-class DescribedNetwork(Described, Predicts, Protocol):
-    """What the network of a training asks of a family."""
-
-
 def make_trained_network(
-    family: DescribedNetwork,
+    family: Trains,
     options: NetworkOptions,
     dit: nn.Module,
     seed: int,

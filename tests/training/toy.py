@@ -24,6 +24,7 @@ from contract.family import (
     NoiseSource,
     NoiseSpec,
     TextEncoder,
+    Trains,
 )
 from contract.loading import Placement
 from contract.requests import Prepared, Prompt, Request, settle, size_of
@@ -37,7 +38,6 @@ from modules.parser import add_options
 from training.features.composing import options_by_expert
 from training.following import TrainingCommand
 from training.learning_options import ExpertTrainingOptions, WholeDitOptions
-from training.loss import Trains
 from training.options import (
     TrainedNetworkOptions,
     TrainingOptions,

@@ -21,7 +21,7 @@ from contract.data import (
     MediaTable,
     SamplingDefaults,
 )
-from contract.family import Caches, DitSpec, EncoderAbilities, NoiseSpec, TextEncoder
+from contract.family import Caches, DitSpec, EncoderAbilities, NoiseSpec, TextEncoder, Trains
 from contract.loading import Placement
 from contract.requests import Prompt
 from contract.rules import CountTokens, TokenCount
@@ -29,7 +29,6 @@ from contract.steps import NO_TWEAKS, Tweaks
 from modules.options import NoOptions
 from tests.training.toy import WIDTH, ToyBlock, ToyDit, ToyFamily
 from training.image_options import ImageTrainerDefaults, read_image_training
-from training.loss import Trains
 from training.options import TrainingOptions
 from training.run import train_network
 

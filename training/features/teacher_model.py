@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from contract.family import Family
+from contract.family import Family, Trains
 from modules.console import quiet
 from modules.errors import CheckpointError, OptionError
 from training.features.hooks import FrozenNetwork, HookedModel
 from training.features.teacher_options import TeacherOptions
 from training.features.teacher_passes import Teaching
-from training.loss import NoisyBatch, Trains
+from training.loss import NoisyBatch
 from training.other_families import OtherFamilies, require_equal_shapes
 from training.targets.passes import TrainingPasses
 

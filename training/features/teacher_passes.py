@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from contract.data import FIRST_FRAME
+from contract.family import Trains
 from modules.devices import numbers_on
 from training.data.feed import Randomness
 from training.data.focus import find_balance
@@ -15,7 +16,7 @@ from training.data.timesteps import find_shift
 from training.features.hooks import Hooks
 from training.features.teacher_errors import EVEN_SPLIT, Split, split_errors
 from training.features.teacher_options import TeacherOptions
-from training.loss import NoisyBatch, Trains, split_streams
+from training.loss import NoisyBatch, split_streams
 from training.targets.passes import (
     Measure,
     Streams,

@@ -13,7 +13,7 @@ from torch import nn
 
 from checkpoints.stored.forms import rehearsed
 from contract.data import LatentSpec
-from contract.family import Described, Family, LearningEncoder
+from contract.family import Described, Family, LearningEncoder, Trains
 from contract.rules import SoundLearning
 from dataset.batches.finding import with_reference_sizes
 from dataset.batches.items import TrainingItem
@@ -31,7 +31,7 @@ from training.data.live import LiveTexts
 from training.experts import placement_of
 from training.features.composing import find_view, further_models, install_features, kept_average, need
 from training.features.contract import EMPTY_PROMPT, WORSE_ONES
-from training.loss import NoisyBatch, Trains
+from training.loss import NoisyBatch
 from training.options import TrainingOptions
 from training.plan import TrainingPlan
 from training.planning.rehearsal import STEP, rehearse

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from contract.family import Trains
 from modules.devices import dtype_of
 from modules.private_torch import disable_modes
 from networks.added import add_loras
@@ -23,7 +24,7 @@ from training.data.live import LiveTexts
 from training.experts import AUTOCAST, TRAINING_ADAPTER, dress, read_adapter
 from training.features.composing import install_features, kept_average, rehearsed_passes
 from training.features.hooks import LearningPass
-from training.loss import Autocast, LossRule, NoisyBatch, Trains
+from training.loss import Autocast, LossRule, NoisyBatch
 from training.made_networks import make_trained_network
 from training.optimizers.optimizer import find_averaging, make_optimizer
 from training.optimizers.stepping import FusedBackward, ParameterSteps, StepAfterBackward, steps_alone

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from contract.data import LOSS_MASK, SOUND
+from contract.family import Trains
 from modules.devices import numbers_on
 from training.loss import (
     MASK,
@@ -23,7 +24,6 @@ from training.loss import (
     LossRule,
     NoisyBatch,
     NoisySound,
-    Trains,
     per_sample,
     predict,
     sample_errors,
