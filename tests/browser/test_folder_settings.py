@@ -19,6 +19,7 @@ from browser.folder_settings import apply_edits, list_rows, name_field, read_cho
 from browser.setting_words import DATASET_KEYS, WORDS
 from modules.errors import OptionError
 from tests.browser.drafts import DATASET, PROMPTS, RUN, unfold, write_draft
+from tests.browser.page_texts import list_settings
 from tests.browser.serving import Answer, Served, serve_runs
 from tests.chromium import open_page, wait_until
 from tests.commands import ROOT
@@ -410,10 +411,23 @@ def test_search_opens_the_table_and_finds_names_helps_and_words_of_others(tmp_pa
         assert page.problems == []
 
 
-@pytest.mark.slow  # each script prints its options
+def test_search_finds_english_words_names_and_those_of_the_language(tmp_path: Path) -> None:
+    folder = write_draft(tmp_path)
+    with serve_runs(tmp_path) as served, open_settings(served, folder, locale="ja") as page:
+        assert "サンプルを作る" in page.locator("#row-sample_every_n_steps").inner_text()
+        for word, key in (
+            *(("network_dim", "network_dim"), ("rank", "network_dim"), ("ＶＲＡＭ", "blocks_to_swap")),
+            *(("ランク", "network_dim"), ("バッチ", "gradient_accumulation_steps")),
+            *(("host memory blocks", "blocks_to_swap"), ("ブロックスワップ", "blocks_to_swap")),
+        ):
+            page.locator("[data-find]").fill(word)
+            assert page.locator(f"#row-{key}").is_visible(), word
+            assert not page.locator("#row-output_name").is_visible(), word
+        assert page.problems == []
+
+
 def test_words_of_others_stand_for_settings_that_there_are() -> None:
-    scripts = [*ROOT.glob("*_train_network.py"), ROOT / "train_network.py"]
-    options = {setting.name for script in scripts for setting in read_settings(script.name)}
+    options = {setting.name for settings in list_settings().values() for setting in settings}
     named = {name for names in WORDS.values() for name in names}
     assert named - options - DATASET_KEYS.keys() == set()
     assert DATASET_KEYS.keys() <= named
