@@ -173,7 +173,7 @@ def test_what_follows_from_the_steps_is_named(tmp_path: Path) -> None:
     with serve_runs(tmp_path) as served:
         told = html.unescape(send_table(served, folder, "save", max_train_steps="100").text)
         assert "sample_every_n_steps = 200: as for the steps before. For 100 steps `new` writes" in told
-        assert "The field Steps, at the top, changes them together." in told
+        assert "The field Training steps, at the top, changes them together." in told
         saved = (folder / "run.toml").read_text(encoding="utf-8")
         assert "max_train_steps = 100\n" in saved
         both = send_table(
@@ -438,7 +438,7 @@ def test_the_labels_of_the_form_are_found_once(tmp_path: Path) -> None:
     with serve_runs(tmp_path) as served, open_settings(served, folder) as page:
         wait_until(page, "document.querySelector('#sample-form') !== null")
         wait_until(page, "document.querySelector('#memory-form') !== null")
-        for label in ("Folder", "Model", "Task", "Trigger word", "Name", "Steps"):
+        for label in ("Folder", "Model", "Task", "Trigger word", "Name", "Training steps"):
             assert page.get_by_label(label, exact=True).count() == 1, label
 
 
