@@ -5,6 +5,7 @@ import hmac
 import ipaddress
 import logging
 import socket
+import urllib.parse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from http.cookies import CookieError, SimpleCookie
@@ -117,6 +118,7 @@ class Gate:
     token: str | None
     read_only: bool
     ticket: Ticket | None = None  # opens the page once
+    public_origin: str | None = None  # by which a proxy is reached that passes requests on
     headers: dict[str, str] = field(default_factory=lambda: dict(HEADERS))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -174,14 +176,14 @@ class Gate:
             return None
         return self._check_token(request, self.token)
 
-    @staticmethod
-    def _is_from_here(request: Request, is_read: bool) -> bool:
+    def _is_from_here(self, request: Request, is_read: bool) -> bool:
         """Return whether a request comes from a page of this server, or opens a page."""
         headers = request.headers
         origin = headers.get("origin")
         if origin is None and not is_read:
             return False
-        if origin not in (None, f"http://{headers.get('host', '')}"):
+        # a proxy may name the server as it reaches it, or as it is reached
+        if origin not in (None, f"http://{headers.get('host', '')}", self.public_origin):
             return False
         is_opened = is_read and headers.get("sec-fetch-mode") == "navigate"
         return is_opened or headers.get("sec-fetch-site", "none") in ("none", "same-origin")
@@ -195,7 +197,15 @@ class Gate:
         if request.url.path == "/" and typed is not None and self._opens(request, typed):
             # not a redirect: the cookie would not be sent to where another site's link leads
             page = HTMLResponse(TO_THE_LIST)
-            page.set_cookie(COOKIE, token, max_age=COOKIE_SECONDS, httponly=True, samesite="strict", path="/")
+            page.set_cookie(
+                COOKIE,
+                token,
+                max_age=COOKIE_SECONDS,
+                httponly=True,
+                samesite="strict",
+                path="/",
+                secure=self._is_encrypted(request),
+            )
             return page
         try:
             cookie = SimpleCookie(request.headers.get("cookie", "")).get(COOKIE)
@@ -211,6 +221,11 @@ class Gate:
             return True
         client = request.client
         return self.ticket is not None and self.ticket.take(word, None if client is None else (*client,))
+
+    def _is_encrypted(self, request: Request) -> bool:
+        """Return whether a request names the server as it is reached by https."""
+        origin = self.public_origin or ""
+        return origin.removeprefix("https://") == request.headers.get("host", "").lower()
 
     def _fits(self, word: str) -> bool:
         return hmac.compare_digest(word.encode(), (self.token or "").encode())
@@ -388,8 +403,11 @@ def make_app(
         *dataset_routes(runs, read_only),
     ]
     machine = socket.gethostname().lower()
-    names = frozenset({"localhost", host.lower(), machine, f"{machine}.local"})
+    names = {"localhost", host.lower(), machine, f"{machine}.local"}
+    public_origin = None if settings is None else settings.public_origin
+    if public_origin is not None:
+        names.add(urllib.parse.urlsplit(public_origin).hostname or "")
     handlers = {UserError: explain_error, OSError: explain_error, 404: explain_address}
     app = Starlette(routes=routes, exception_handlers=handlers)
     app.router.redirect_slashes = False  # to an address that the request's host would be a part of
-    return Gate(app, names, token, read_only, ticket)
+    return Gate(app, frozenset(names), token, read_only, ticket, public_origin)
