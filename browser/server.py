@@ -60,6 +60,8 @@ from browser.run_views import (
 from browser.runs import DIED, RUNNING, Runs, RunSummary
 from browser.samples import SamplePages
 from browser.settings_page import settings_routes
+from browser.shares import ADDRESS as SHARED
+from browser.shares import SharePages, share_routes
 from browser.site import ServerSettings, Site
 from browser.tokens import Ticket
 from modules.errors import UserError
@@ -172,7 +174,7 @@ class Gate:
             return answer_text("Wrong origin.", 403)
         if self.read_only and not is_read:
             return answer_text(NO_WRITING, 403)
-        if self.token is None:
+        if self.token is None or (is_read and request.url.path.startswith(SHARED)):
             return None
         return self._check_token(request, self.token)
 
@@ -245,12 +247,13 @@ class Gate:
 class RunPages:
     """Show the list of runs, and the page, news and files of each; pass requests on to trainings."""
 
-    def __init__(self, site: Site, buttons: RunButtons) -> None:
+    def __init__(self, site: Site, buttons: RunButtons, shares: SharePages) -> None:
         self.runs = site.runs
         self.notes = site.notes
         self.queue = site.queue
         self.tracked_runs = site.tracked_runs
         self.buttons = buttons
+        self.shares = shares
 
     def find(self, request: Request) -> RunSummary | None:
         return self.runs.find(request.path_params["id"])
@@ -282,6 +285,8 @@ class RunPages:
         with contextlib.suppress(UserError):  # the page of the queue tells it
             is_paused = self.queue.worker == ""
         actions = self.buttons.render(shown)
+        if not self.queue.read_only:
+            actions += self.shares.render(run.id, self.shares.find_origin(request))
         page = run_page(
             self.runs,
             run,
@@ -378,7 +383,8 @@ def make_app(
         settings=settings or ServerSettings(),
     )
     buttons = RunButtons(site)
-    pages = RunPages(site, buttons)
+    shares = SharePages(site)
+    pages = RunPages(site, buttons, shares)
     routes = [
         Route("/", pages.lock(pages.show_list)),
         *new_routes(site),
@@ -397,6 +403,7 @@ def make_app(
         Route("/run/{id}/ask", answer_form(pages.ask), methods=["POST"]),
         Route("/run/{id}/about/{name:path}", pages.show_about),
         *run_button_routes(buttons),
+        *share_routes(shares),
         Route("/run/{id}/{name:path}", pages.lock(pages.show_file)),
         *queue_routes(runs, queue, site.tracked_runs),
         *compare_routes(runs, notes, queue),
