@@ -60,6 +60,7 @@ site: what all pages of one server share, how it started
 start: serve pages or export one; show the address
 state_names: states of runs and jobs in words
 tokens: the secret word of the page, and who opens it
+upload_parts: take a large file in pieces
 upload_stream: write the bytes of a dropped file as they arrive
 uploads: take dropped files, judged by their content
 """

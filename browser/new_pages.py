@@ -98,6 +98,8 @@ from browser.run_views import POLICY
 from browser.runs import RUNNING
 from browser.settings_page import SettingsPages
 from browser.site import Site
+from browser.upload_parts import ADDRESS as PIECE
+from browser.upload_parts import PIECE_BYTES, PieceUploads
 from browser.uploads import ADDRESS as UPLOAD
 from browser.uploads import FileUploads, name_upload_folder
 from downloads.catalogue import Component
@@ -151,6 +153,7 @@ class NewPages:
         self.site = site
         self.files = FolderFiles(site.runs, site.read_only)
         self.uploads = FileUploads(site.runs)
+        self.pieces = PieceUploads(self.uploads)
 
     @functools.cached_property
     def memory(self) -> float:
@@ -270,6 +273,8 @@ class NewPages:
             "roots": tops,
             "into": str(folder or name_upload_folder(tops[0], date.today())),
             "upload": UPLOAD,
+            "piece": PIECE,
+            "piece_bytes": PIECE_BYTES,
             "picture_address": picture_address,
             "rows_address": "" if content is None else self.files.address(content.path),
             "files_address": "" if folder is None else self.files.address(folder),
@@ -920,6 +925,8 @@ def new_routes(site: Site) -> list[Route]:
         Route("/new/file", answer_form(pages.look_at_file), methods=["POST"]),
         Route("/new/fits", answer_form(pages.look_whether_it_fits), methods=["POST"]),
         Route(UPLOAD, pages.uploads.take, methods=["POST"]),
+        Route(PIECE, pages.pieces.take, methods=["POST"]),
+        Route(PIECE, pages.pieces.show),
         *file_routes(pages.files),
         Route("/new/{what}", answer_form(pages.change), methods=["POST"]),
     ]

@@ -18,7 +18,7 @@ from starlette.responses import FileResponse, HTMLResponse, RedirectResponse, Re
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from browser import uploads
+from browser import upload_parts, uploads
 from browser.background_jobs import BackgroundJobs
 from browser.compare_pages import compare_routes
 from browser.dataset_pages import dataset_routes
@@ -103,6 +103,7 @@ LARGEST_BODIES = {
     "/generate/file": MOST_OF_INPUT,
     "/generate/settings": MOST_OF_INPUT,
     uploads.ADDRESS: uploads.USUAL_LIMITS.file_bytes,
+    upload_parts.ADDRESS: upload_parts.PIECE_BYTES,
 }
 
 
