@@ -29,7 +29,7 @@ OF_ALL_FILES = {
     "trigger": say("Trigger word"),
     "model_files": say("model files"),
 }
-OF_RUN_FILE = {"name": say("Name"), "steps": say("Steps")}  # of those that are keys of run.toml only
+OF_RUN_FILE = {"name": say("Name"), "steps": say("Training steps")}  # of those that are keys of run.toml only
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,8 @@ def read_steps(text: str) -> int:
     if steps is None:
         raise OptionError(
             say(
-                "Steps %(text)s: give a whole number from 1 to %(most_steps)s, such as %(usual_steps)s.",
+                "Training steps %(text)s: give a whole number from 1 to %(most_steps)s, "
+                "such as %(usual_steps)s.",
                 text=shorten(text, 40),
                 most_steps=f"{MOST_STEPS:,}",
                 usual_steps=USUAL_STEPS,
