@@ -117,7 +117,7 @@ FLOORS = {
             *{"config_options", "learning_options", "noise_options", "run_options"},
             *{"made_networks", "other_families", "steps", "trainable"},
         },
-        {"bad_steps", "processes", "reports", "run_end"},
+        {"bad_steps", "processes", "reports", "run_end", "word_rows"},
         {"loss", "saving"},
         {"data", "optimizers"},
         {"targets"},
@@ -137,7 +137,7 @@ FLOORS = {
     ),
 }
 _LIGHT = {
-    "contract": ("families", "inputs", "rules"),
+    "contract": ("families", "inputs", "new_words", "rules"),
     "modules": (
         *("command", "console", "control_codes", "errors", "installation", "interpreter", "limits"),
         *(
@@ -192,6 +192,7 @@ _LIGHT = {
         "composing",
         "contract",
         "ema",
+        "embedding",
         "guided",
         "ip_noise",
         "mask_prior",
