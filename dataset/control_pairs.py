@@ -1,7 +1,7 @@
 """Check that each picture has its control picture, and each control picture its picture."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dataset.listing import find_sources
@@ -20,12 +20,16 @@ SHAPE_SLACK = 0.02  # by which width / height of a control picture may differ; r
 SHOWN = 3  # names in a message
 
 
-def check_pairs(config: DatasetConfig, taker: str) -> None:
+def _log(remark: str) -> None:
+    logger.warning("%s", escape_control_codes(remark))
+
+
+def check_pairs(config: DatasetConfig, taker: str, remark: Callable[[str], None] = _log) -> None:
     """Check the control pictures of all tables before anything is loaded. taker: what sees them.
 
-    Warns as `describe_shapes`. Raises DatasetError for a table without control pictures, for pictures without
-    one, and for control pictures without a picture. Tables whose pictures are not on this machine, as their
-    caches were copied, are left out.
+    remark: takes what `describe_shapes` returns; default: logs it. Raises DatasetError for a table without
+    control pictures, for pictures without one, and for control pictures without a picture. Tables whose
+    pictures are not on this machine, as their caches were copied, are left out.
     """
     by_folder: dict[Path, list[MediaSource]] = {}
     for table in config.datasets:
@@ -47,7 +51,7 @@ def check_pairs(config: DatasetConfig, taker: str) -> None:
             )
         shapes = describe_shapes(folder, sources)
         if shapes:
-            logger.warning("%s", escape_control_codes(shapes))
+            remark(shapes)
 
 
 def describe_shapes(folder: Path, sources: Sequence[MediaSource]) -> str:

@@ -93,14 +93,15 @@ def write_project(options: NewOptions) -> None:
             write_text(path, text)
         remember_folder(options.folder, options.models)
 
-    problems = find_problems(choice, dataset)
+    oddities: list[str] = []
+    problems = find_problems(choice, dataset, oddities)
     lines = describe_licences(choice.model) if excludes_many(choice.model) else []
     if foreign is not None:
         lines += foreign.lines(options.folder)
     lines += _describe_choice(choice, model_choice.remarks)
     lines += _describe_captions(choice)
     lines += _describe_tags(choice)
-    lines += problems
+    lines += [*oddities, *problems]
     if options.dry_run:
         lines += _describe_changes(texts)
     else:
@@ -226,11 +227,12 @@ def _write_content(content: FolderContent) -> None:
             write_text(path, f"{text}\n")
 
 
-def find_problems(choice: describing.Choice, dataset: str) -> list[str]:
+def find_problems(choice: describing.Choice, dataset: str, remarks: list[str]) -> list[str]:
     """Return the faults of the files in dataset.toml that would end a run, found as `run` finds them.
 
-    dataset: text of dataset.toml. Nothing is found for pictures that a --dry_run does not write.
-    Missing captions are left out, as other lines report them, except those of files that cannot be read.
+    dataset: text of dataset.toml. remarks: takes lines about what is odd and ends no run. Nothing is found for
+    pictures that a --dry_run does not write. Missing captions are left out, as other lines report them,
+    except those of files that cannot be read.
     """
     family = choice.facts.family
     damaged = {path.name for path in choice.content.unreadable}
@@ -256,7 +258,7 @@ def find_problems(choice: describing.Choice, dataset: str) -> list[str]:
                     problems.append(Fault(DAMAGED, str(source.path)))
         if choice.kind.sees_controls and not problems:
             try:
-                check_pairs(config, choice.kind.title)
+                check_pairs(config, choice.kind.title, remarks.append)
             except DatasetError as error:
                 problems.append(Fault("tables cannot be used", str(error)))
     return list_faults(problems, LISTED)
