@@ -74,12 +74,17 @@ from browser.model_table import (
 )
 from browser.names import free_name, short_digest
 from browser.new_form import (
+    KIND_NOTES,
+    KIND_TITLES,
     NewForm,
     check_form,
+    find_model,
     list_differing,
     list_key_changes,
+    list_shown_kinds,
     list_unwritten,
     make_new_words,
+    name_field,
     read_steps,
 )
 from browser.new_steps import FolderStanding, choose_step
@@ -102,7 +107,7 @@ from browser.upload_parts import ADDRESS as PIECE
 from browser.upload_parts import PIECE_BYTES, PieceUploads
 from browser.uploads import ADDRESS as UPLOAD
 from browser.uploads import FileUploads, name_upload_folder
-from downloads.catalogue import Component
+from downloads.catalogue import Component, ModelSet
 from downloads.listing import gigabytes, total_bytes
 from modules.atomic_write import free_bytes
 from modules.errors import OptionError, UserError
@@ -111,8 +116,9 @@ from modules.pages.page import encode_address
 from modules.text_encodings import NAMES
 from modules.text_files import read_content, real_path
 from project.fitting import find_memory
+from project.kinds.composing import BY_NAME, LORA, WHOLE, find_control_kind
+from project.media import has_control_pairs
 from project.options import CAPTION_MODEL, RUN_FILE, find_models
-from project.whole_model import describe_whole, why_not_whole
 
 COMPARE = "compare"  # kind of background job: shows how the files of a described folder would change
 TRY = "try"  # captions of a few files
@@ -168,6 +174,8 @@ class NewPages:
     def show(self, request: Request) -> Response:
         query = read_query(request)
         form = NewForm.of_fields(query)
+        if "train" not in query:
+            form = replace(form, train=self.suggest_kind(form))
         message = ""
         if "folder" in query and set(query) <= {"folder", "name"}:
             described = self.read_form(form.folder)
@@ -182,6 +190,14 @@ class NewPages:
                 )
         is_part = "hx-request" in request.headers
         return self.answer(form, message=message, is_part=is_part)
+
+    def suggest_kind(self, form: NewForm) -> str:
+        """Return the value of the field for what `new` trains by itself on a folder that is not described."""
+        folder, model = find_folder(self.site.runs, form.folder), find_model(form.family, form.task)
+        kind = None if model is None else find_control_kind(model)
+        if folder is None or kind is None or is_described(folder) or not has_control_pairs(folder):
+            return ""
+        return name_field(kind)
 
     def read_form(self, folder_text: str) -> NewForm:
         """Return the form of a folder: of its files, else of the command that described it last."""
@@ -290,9 +306,20 @@ class NewPages:
             "families": list({row.model.family: row.model for row in rows}.values()),
             "tasks": [row for row in rows if row.model.family == form.family],
             "options": _file_options(chosen),
-            "whole_refusal": "" if chosen is None else why_not_whole(chosen.model, self.memory),
-            "whole_lines": [] if chosen is None else describe_whole(chosen.model, self.memory),
+            **self.list_kind_values(form, None if chosen is None else chosen.model),
             "memory": self.memory,
+        }
+
+    def list_kind_values(self, form: NewForm, model: ModelSet | None) -> dict[str, Any]:
+        """Return the values for the choice of what is trained. model: that is chosen; None: none."""
+        if model is None:
+            return {"kinds": []}
+        chosen = BY_NAME[form.train or LORA.name]
+        return {
+            "kinds": [(name_field(kind), KIND_TITLES[kind.name]) for kind in list_shown_kinds(model)],
+            "whole": WHOLE.name,
+            "whole_refusal": WHOLE.why_not(model, self.memory),
+            "kind_lines": chosen.describe(model, self.memory) or [KIND_NOTES.get(chosen.name, "")],
         }
 
     def list_facts(self, form: NewForm, described: DescribedFolder | None, duration: str) -> list[str]:

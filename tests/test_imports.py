@@ -51,7 +51,7 @@ MAY_IMPORT = {
         "project.options",
         "project.run_options",
         "project.fitting",
-        "project.whole_model",
+        "project.kinds.whole_model",
         "project.known",
         "generation.prompt_lines",
         "generation.script_options",
