@@ -17,6 +17,7 @@ dropped_settings: how a dropped file was made, as a form
 durations: how long steps take, as earlier runs measured
 folder_files: rows of a folder, captions, files left out
 folder_settings: run.toml as a table of all its options
+folder_tools: try, start, stop and continue tools on a folder
 folders: folders below the roots that hold media
 generate_pages: routes of Generate: form, results to make, dropped files
 hub_login: whether there is a token, without its text
@@ -58,7 +59,10 @@ settings_page: page of settings: folders, server, queue, bin
 site: what all pages of one server share, how it started
 start: serve pages or export one; show the address
 state_names: states of runs and jobs in words
+tag_editor: count tags of all captions, rename one, undo
+tag_pages: a tagger for a folder, tags renamed everywhere
 tokens: the secret word of the page, and who opens it
+tool_form: fields that become options of a tool
 upload_stream: write the bytes of a dropped file as they arrive
 uploads: take dropped files, judged by their content
 """

@@ -60,6 +60,7 @@ from browser.runs import DIED, RUNNING, Runs, RunSummary
 from browser.samples import SamplePages
 from browser.settings_page import settings_routes
 from browser.site import ServerSettings, Site
+from browser.tag_pages import tag_routes
 from browser.tokens import Ticket
 from modules.errors import UserError
 from modules.pages.language import say, speaking
@@ -369,6 +370,7 @@ def make_app(
         *new_routes(site),
         *result_routes(site),
         *folder_routes(site, "samples", SamplePages(site)),
+        *tag_routes(site),
         *folder_routes(site, "memory", MemoryPages(site)),
         *folder_routes(site, "settings", FolderSettingsPages(site)),
         *generate_routes(site),
