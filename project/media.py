@@ -17,7 +17,7 @@ from dataset.subsets import FolderName, read_folder_name
 from modules.console import count_of
 from modules.errors import DatasetError, MediaError
 from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
-from modules.media.labels import MASK_LABEL, label_of
+from modules.media.labels import MASK_FOLDERS, MASK_LABEL, label_of
 from modules.media.opening import SOUND_SUFFIXES, open_image
 from modules.media.reading import VIDEO_SUFFIXES, first_frame, image_size, image_suffixes
 from modules.media.remedies import remedy_of
@@ -36,7 +36,6 @@ WRITTEN = ("dataset.toml", "prompts.txt", RUN_FILE)
 CHECK_PAGE = "check.html"
 FIRST_FRAMES = "first_frames"  # folder of pictures that `new` takes from clips
 OWN_FOLDERS = {*FOLDERS_OF_RUNS, FIRST_FRAMES}
-MASKS = {"mask", "masks"}
 REGULARISATION = re.compile(r"regs?|regulari[sz]ation([-_ ]?images?)?|class([-_ ]images?)?", re.IGNORECASE)
 # folders of what pictures are made from, also as control_images
 REFERENCES = re.compile(
@@ -224,7 +223,7 @@ def _sort_folders(folder: Path, content: FolderContent) -> SortedFolders:
         kind = place.name.lower()
         if REFERENCES.fullmatch(kind):
             places.sources.append(place)
-        elif kind in MASKS:
+        elif kind in MASK_FOLDERS:
             content.lines.append(f"{place}: {_explain_masks(folder, place)}")
         elif kind not in OWN_FOLDERS:
             candidates.append(place)
@@ -406,7 +405,7 @@ def _describe_deep(folders: Sequence[Path]) -> list[str]:
     while waiting and visited < MOST_FOLDERS:
         place = waiting.pop(0)
         visited += 1
-        if place.is_symlink() or place.name.lower() in OWN_FOLDERS | MASKS:
+        if place.is_symlink() or place.name.lower() in OWN_FOLDERS | MASK_FOLDERS:
             continue
         if _media_in(place):
             lines.append(

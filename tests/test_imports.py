@@ -102,7 +102,7 @@ FLOORS = {
         {"batches", "caching"},
         {"scripts"},
     ),
-    "data_tools": ({"captions", "cogvideox", "controls", "cutting", "report"}, {"tags"}),
+    "data_tools": ({"captions", "cogvideox", "controls", "cutting", "masks", "report"}, {"tags"}),
     "post": (
         {"contract", "options", "streaming"},
         {"tiling"},
