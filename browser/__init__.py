@@ -27,6 +27,8 @@ known_queues: which jobs of a queue its user knows
 launch: a line to a program; its processes started, interrupted, outlasted
 lora_rows: LoRAs of runs that a model can take
 machine: line of each page: what runs, cards, free disk
+mask_pages: page of masks: keys, brush, pictures
+mask_review: masks over pictures; accept, invert, remove, draw, undo
 memory: plan of a training as a bar, its switches
 model_files: released files on disk, what uses them, downloads
 model_pages: page of models: loading after licences, removing

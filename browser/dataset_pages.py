@@ -19,8 +19,7 @@ from browser.captions import Captions, caption_values
 from browser.command_lines import format_command
 from browser.datasets import MODELS, Datasets, File, FoundDataset, Measured
 from browser.described_folder import is_described
-from browser.folder_tools import find_open_folder
-from browser.folders import read_media_folder
+from browser.folder_tools import find_open_folder, list_table_folders
 from browser.options import PROJECT_CONFIG
 from browser.responses import (
     NO_WRITING,
@@ -310,16 +309,7 @@ class DatasetPages:
         if _is_of_described(dataset):
             folder = find_open_folder(self.runs, str(dataset.path.parent))
             return [] if folder is None else [folder]
-        try:
-            places = [place for place in dataset.places() if place.is_dir()]
-        except (OSError, ValueError):
-            return []
-        folders = [find_open_folder(self.runs, str(place.absolute())) for place in places]
-        return [
-            folder
-            for folder in dict.fromkeys(folders)
-            if folder is not None and read_media_folder(folder) is not None
-        ][:MOST_FOLDERS]
+        return list_table_folders(self.runs, dataset.path, dataset.folder)[:MOST_FOLDERS]
 
     def show_items(self, dataset: FoundDataset, request: Request) -> Response:
         try:

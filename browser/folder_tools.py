@@ -1,18 +1,22 @@
 """Run a tool on a folder for a page: a try in the background, the whole in the queue, stopped, continued."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from browser.background_jobs import name_background_job
 from browser.datasets import find_places
-from browser.described_folder import DATASET_FILE, is_described
-from browser.folders import find_folder, is_closed
+from browser.described_folder import DATASET_FILE, is_described, read_own_file
+from browser.folders import find_folder, is_closed, read_media_folder
 from browser.jobs import ENDED, WAITING, Job, JobQueue
 from browser.runs import FINISHED, RUNNING, Runs
 from browser.site import Site
 from modules.errors import OptionError
 from modules.pages.language import say
+from modules.text_files import parse_json, parse_toml
+
+MEDIA_KEYS = ("image_directory", "video_directory")  # of a table of a dataset
 
 
 def find_tool_job(queue: JobQueue, folder: Path, script: str) -> Job | None:
@@ -41,6 +45,36 @@ def find_open_folder(runs: Runs, text: str) -> Path | None:
     """Return a folder below the roots that no program of ours writes; None for any other text."""
     folder = find_folder(runs, text)
     return None if folder is None or is_closed(runs, folder) else folder
+
+
+def read_tables(config: Path) -> list[Mapping[str, Any]]:
+    """Return the tables of a dataset's file; none if it cannot be read."""
+    try:
+        text = read_own_file(config).decode()
+        tables = (parse_json(text) if config.suffix == ".json" else parse_toml(text))["datasets"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return []
+    return [table for table in tables if isinstance(table, dict)] if isinstance(tables, list) else []
+
+
+def list_table_folders(runs: Runs, config: Path, base: Path) -> list[Path]:
+    """Return the real paths of the folders below the roots whose media a dataset's file takes, each once.
+
+    base: where its relative paths begin.
+    """
+    folders = []
+    for table in read_tables(config):
+        for key in MEDIA_KEYS:
+            folder = find_folder(runs, str(base / table[key])) if isinstance(table.get(key), str) else None
+            if folder is not None and not is_closed(runs, folder) and read_media_folder(folder) is not None:
+                folders.append(folder)
+    return list(dict.fromkeys(folders))
+
+
+def list_media_folders_of(runs: Runs, folder: Path) -> list[Path]:
+    """Return the folders with the media of a folder: those that its dataset names, if it is described."""
+    inner = list_table_folders(runs, folder / DATASET_FILE, folder) if is_described(folder) else []
+    return inner or [folder]
 
 
 @dataclass(frozen=True)

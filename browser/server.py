@@ -27,6 +27,7 @@ from browser.generate_pages import generate_routes
 from browser.inputs import MOST_BYTES as MOST_OF_INPUT
 from browser.jobs import JobQueue, open_queue
 from browser.machine import machine_routes
+from browser.mask_pages import DRAWN_ADDRESS, MOST_OF_DRAWN, mask_routes
 from browser.memory import MemoryPages
 from browser.model_pages import model_routes
 from browser.new_pages import new_routes
@@ -101,6 +102,7 @@ LARGEST_BODIES = {
     "/generate/file": MOST_OF_INPUT,
     "/generate/settings": MOST_OF_INPUT,
     uploads.ADDRESS: uploads.USUAL_LIMITS.file_bytes,
+    DRAWN_ADDRESS: MOST_OF_DRAWN,
 }
 
 
@@ -371,6 +373,7 @@ def make_app(
         *result_routes(site),
         *folder_routes(site, "samples", SamplePages(site)),
         *tag_routes(site),
+        *mask_routes(site),
         *folder_routes(site, "memory", MemoryPages(site)),
         *folder_routes(site, "settings", FolderSettingsPages(site)),
         *generate_routes(site),

@@ -6,10 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from browser.captions import CaptionConflictError, Captions
-from browser.datasets import find_places
-from browser.described_folder import DATASET_FILE, is_described
 from browser.folder_files import find_caption_file, list_names
-from browser.folders import is_written
+from browser.folder_tools import list_media_folders_of
 from browser.runs import Runs
 from modules.backups import keep_backup
 from modules.errors import OptionError
@@ -158,7 +156,7 @@ class TagEditor:
 
         Files that are not UTF-8 or cannot be read are left out: the page says so at each. Raises OSError.
         """
-        for place in self._list_folders(folder):
+        for place in list_media_folders_of(self.runs, folder):
             paths = dict.fromkeys(find_caption_file(place, name) for name in list_names(place))
             for path in paths:
                 if not self.runs.is_inside(path):
@@ -168,17 +166,6 @@ class TagEditor:
                     yield path, self.captions.read(path)[0].text
                 except (OSError, ValueError):
                     continue
-
-    def _list_folders(self, folder: Path) -> list[Path]:
-        """Return the folders with media of a folder: those that its dataset names, if it is described."""
-        if not is_described(folder):
-            return [folder]
-        try:
-            places = find_places(folder / DATASET_FILE, folder)
-        except (OSError, ValueError):
-            return []
-        inside = [real_path(place) for place in places if place.is_dir() and self.runs.is_below(place)]
-        return [place for place in dict.fromkeys(inside) if not is_written(place.name)]
 
 
 def _list_left(num_emptied: int, num_conflicts: int) -> list[str]:
