@@ -28,6 +28,7 @@ from browser.generate_pages import generate_routes
 from browser.inputs import MOST_BYTES as MOST_OF_INPUT
 from browser.jobs import JobQueue, open_queue
 from browser.machine import machine_routes
+from browser.mask_pages import DRAWN_ADDRESS, MOST_OF_DRAWN, mask_routes
 from browser.memory import MemoryPages
 from browser.model_pages import model_routes
 from browser.new_pages import new_routes
@@ -63,6 +64,7 @@ from browser.settings_page import settings_routes
 from browser.shares import ADDRESS as SHARED
 from browser.shares import SharePages, share_routes
 from browser.site import ServerSettings, Site
+from browser.tag_pages import tag_routes
 from browser.tokens import Ticket
 from modules.errors import UserError
 from modules.pages.language import say, speaking
@@ -104,6 +106,7 @@ LARGEST_BODIES = {
     "/generate/settings": MOST_OF_INPUT,
     uploads.ADDRESS: uploads.USUAL_LIMITS.file_bytes,
     upload_parts.ADDRESS: upload_parts.PIECE_BYTES,
+    DRAWN_ADDRESS: MOST_OF_DRAWN,
 }
 
 
@@ -391,6 +394,8 @@ def make_app(
         *new_routes(site),
         *result_routes(site),
         *folder_routes(site, "samples", SamplePages(site)),
+        *tag_routes(site),
+        *mask_routes(site),
         *folder_routes(site, "memory", MemoryPages(site)),
         *folder_routes(site, "settings", FolderSettingsPages(site)),
         *generate_routes(site),

@@ -47,6 +47,8 @@ MAY_IMPORT = {
     | {"training.reports", "training.config_options", "training.features.composing"}
     | {"downloads.catalogue", "downloads.listing"}
     | {
+        "data_tools.masks.places",
+        "data_tools.tags.options",
         "project.new_options",
         "project.options",
         "project.run_options",
@@ -67,7 +69,7 @@ FLOORS = {
         {"control_codes", "text_files"},
         {"output_files", "paths", "run_limits", "typed_command", "user_files"},
         {"atomic_write", "devices", "file_locks", "installation", "option_values"},
-        {"installed", "options"},
+        {"backups", "installed", "options"},
         {"compile_options", "help_text", "repeated_options"},
         {"speed_options"},
         {"console", "environment", "progress"},

@@ -297,7 +297,14 @@ PAGES = (
         "/compare",
         "/machine",
     ),
-    *("/new/samples?folder={}", "/new/memory?folder={}", "{run}", "{run}deeds"),
+    *(
+        "/new/samples?folder={}",
+        "/new/memory?folder={}",
+        "/new/tags?folder={}",
+        "/masks?folder={}",
+        "{run}",
+        "{run}deeds",
+    ),
 )
 # what no language changes: names of models and licences, of files, folders and options, people's own words
 MODEL_NAMES = {
