@@ -204,7 +204,13 @@ def run_page(
     now = LiveStanding.of(run, story, ended_at_once)
     start = now.shown.start
     values = page_values(
-        run.history.parent, story, now.shown, load=linked_clip, most=MOST_SAMPLES, parts=parts_of_page()
+        run.history.parent,
+        story,
+        now.shown,
+        load=linked_clip,
+        most=MOST_SAMPLES,
+        parts=parts_of_page(),
+        name=run.name,
     )
     values["commands"] = present_commands(story, run.history.parent)
     sample_names = [name for row in story.samples.values() for name in row.files.values()]

@@ -124,7 +124,7 @@ FLOORS = {
         {"data", "optimizers"},
         {"targets"},
         {"features"},
-        {"options", "samples"},
+        {"options", "samples", "scoring"},
         {"caching_inside", "edited_prompts", "experts", "image_options"},
         {"checks", "resuming"},
         {"plan", "whole_checkpoint"},
@@ -229,7 +229,7 @@ _TOOLS = {
         *("cache_on_ray", "caption_dataset", "compare", "control_pictures", "convert_cache"),
         *("dataset_report", "doctor"),
         *("download", "lora_post_hoc_ema", "prepare_dataset", "quantise", "run_browser", "share_page"),
-        *("pack", "split_video", "tag", "unpack"),
+        *("pack", "score", "split_video", "tag", "unpack"),
     ),
     "blissful_tuner": (
         *("GIMMVFI", "facefix", "metaview", "model_utility", "upscaler", "video_to_png", "yolo_blur"),
