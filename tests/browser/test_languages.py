@@ -83,7 +83,18 @@ def test_templates_hold_no_text_outside_of_the_table() -> None:
 
 
 # names, commands and units, which are the same in every language
-SAME_EVERYWHERE = {"GB", "GiB", "FILE", "logs", "SHA", "mrsfluff", "run.toml", "dataset.toml", "prompts.txt"}
+SAME_EVERYWHERE = {
+    "GB",
+    "GiB",
+    "Esc",
+    "FILE",
+    "logs",
+    "SHA",
+    "mrsfluff",
+    "run.toml",
+    "dataset.toml",
+    "prompts.txt",
+}
 READ_ATTRIBUTES = {"aria-label", "title", "placeholder", "alt", "data-confirm", "data-label", "label"}
 
 
@@ -298,7 +309,14 @@ PAGES = (
         "/compare",
         "/machine",
     ),
-    *("/new/samples?folder={}", "/new/memory?folder={}", "{run}", "{run}deeds"),
+    *(
+        "/new/samples?folder={}",
+        "/new/memory?folder={}",
+        "/new/tags?folder={}",
+        "/masks?folder={}",
+        "{run}",
+        "{run}deeds",
+    ),
 )
 # what no language changes: names of models and licences, of files, folders and options, people's own words
 MODEL_NAMES = {

@@ -7,7 +7,7 @@ import pytest
 
 from browser.captioning import make_caption_words
 from browser.described_folder import change_steps
-from browser.new_form import WHOLE, NewForm, check_form, list_key_changes, make_new_words, read_steps
+from browser.new_form import NewForm, check_form, list_key_changes, make_new_words, read_steps
 from browser.new_pages import find_free_name
 from modules.errors import OptionError
 
@@ -29,8 +29,8 @@ def test_a_form_and_its_command_stand_for_each_other() -> None:
     assert NewForm.of_words(words) == FORM
     assert NewForm.of_words(make_new_words(FORM, Path("other"), dry_run=True)) == FORM
     assert NewForm.of_words(make_new_words(FORM, Path("models"), overwrite=True)) == FORM
-    whole = replace(FORM, whole=WHOLE)
-    assert "--whole_model" in make_new_words(whole, Path("models"))
+    whole = replace(FORM, train="whole")
+    assert "--train" in make_new_words(whole, Path("models"))
     assert NewForm.of_words(make_new_words(whole, Path("models"), dry_run=True)) == whole
     assert NewForm.of_address(whole.address) == whole
 

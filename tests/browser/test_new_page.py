@@ -165,20 +165,20 @@ def test_a_first_description_is_that_of_the_command(served: Served, root: Path, 
 
 def test_a_whole_model_is_described_as_the_command_does(served: Served, root: Path, tmp_path: Path) -> None:
     write_pictures(root / "set", 2, captions=True)
-    fields = {"folder": str(root / "set"), **FIELDS, "whole": "yes"}
+    fields = {"folder": str(root / "set"), **FIELDS, "train": "whole"}
     shown = served.ask(f"/new?{urlencode(fields)}").text
-    assert '<option value="yes" selected>the whole model</option>' in shown
+    assert '<option value="whole" selected>the whole model</option>' in shown
     assert "Each saved file has 2.8 GB" in shown
     [command] = re.findall(r'<code id="command"[^>]*>(.*?)</code>', shown)
     line = html.unescape(re.sub("<[^>]*>", "", command))
-    assert "--whole_model" in line
-    describe(served, root / "set", whole="yes")
+    assert "--train whole" in line
+    describe(served, root / "set", train="whole")
     assert_equal_to_command(line, root / "set", tmp_path)
     written = served.ask(f"/new?folder={quote(str(root / 'set'))}").text
-    assert '<option value="yes" selected>the whole model</option>' in written
-    fields |= {"family": "wan22", "task": "t2v-A14B", "whole": ""}
+    assert '<option value="whole" selected>the whole model</option>' in written
+    fields |= {"family": "wan22", "task": "t2v-A14B", "train": ""}
     shown = served.ask(f"/new?{urlencode(fields)}").text
-    assert '<option value="yes" disabled>the whole model</option>' in shown
+    assert '<option value="whole" disabled>the whole model</option>' in shown
     assert "Not the whole model: Wan2.2" in shown
     assert "has two transformers" in shown
 
