@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # features are loaded one by one, and without torch
     from dataset.options import CachingInRunOptions
     from networks.added import AddedLoras
     from networks.loading import LoraUse
+    from networks.options import NetworkOptions
     from running.options import TrainingSpeedOptions
     from training.data.feed import Randomness
     from training.learning_options import WholeDitOptions
@@ -59,6 +60,9 @@ class OptionsOfRun(Protocol):
 
     @property
     def is_for_images(self) -> bool: ...
+
+    @property
+    def network(self) -> "NetworkOptions | None": ...
 
     @property
     def caching(self) -> "CachingInRunOptions | None": ...
