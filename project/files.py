@@ -230,8 +230,8 @@ def _write_content(content: FolderContent) -> None:
 def find_problems(choice: describing.Choice, dataset: str, remarks: list[str]) -> list[str]:
     """Return the faults of the files in dataset.toml that would end a run, found as `run` finds them.
 
-    dataset: text of dataset.toml. remarks: takes lines about what is odd and ends no run. Nothing is found for
-    pictures that a --dry_run does not write. Missing captions are left out, as other lines report them,
+    dataset: text of dataset.toml. remarks: takes lines about what is odd and ends no run. Nothing is found
+    for pictures that a --dry_run does not write. Missing captions are left out, as other lines report them,
     except those of files that cannot be read.
     """
     family = choice.facts.family
