@@ -47,15 +47,10 @@ def test_where_pairs_could_be_learned_a_lora_is_named() -> None:
 
 
 def test_what_another_model_cannot_have_is_not_kept() -> None:
-    for train, task in (
-        ("embedding", ""),
-        ("lllite", ""),
-        ("nonsense", ""),
-        ("whole", "whole"),
-        ("lora", ""),
-    ):
-        fields = {"family": ["wan"], "task": ["t2v-1.3B"], "train": [train]}
-        assert NewForm.of_fields(fields).train == task
+    fields = {"family": ["wan"], "task": ["t2v-1.3B"]}
+    for train in ("embedding", "lllite", "nonsense", "lora"):
+        assert not NewForm.of_fields({**fields, "train": [train]}).train
+    assert NewForm.of_fields({**fields, "train": ["whole"]}).train == "whole"
 
 
 @pytest.mark.parametrize(
