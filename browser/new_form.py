@@ -30,7 +30,7 @@ OF_ALL_FILES = {
     "trigger": say("Trigger word"),
     "model_files": say("model files"),
 }
-OF_RUN_FILE = {"name": say("Name"), "steps": say("Steps")}  # of those that are keys of run.toml only
+OF_RUN_FILE = {"name": say("Name"), "steps": say("Training steps")}  # of those that are keys of run.toml only
 KIND_TITLES = {  # by the names of the kinds of runs
     "lora": say("a LoRA"),
     "lllite": say("a ControlNet-LLLite"),
@@ -224,7 +224,8 @@ def read_steps(text: str) -> int:
     if steps is None:
         raise OptionError(
             say(
-                "Steps %(text)s: give a whole number from 1 to %(most_steps)s, such as %(usual_steps)s.",
+                "Training steps %(text)s: give a whole number from 1 to %(most_steps)s, "
+                "such as %(usual_steps)s.",
                 text=shorten(text, 40),
                 most_steps=f"{MOST_STEPS:,}",
                 usual_steps=USUAL_STEPS,

@@ -24,19 +24,17 @@ from starlette.routing import Route
 from browser.background_jobs import has_changed_since, name_background_job
 from browser.bin_folder import FOLDER as BIN
 from browser.captioning import (
+    CAPTION_SCRIPT,
     TRIED,
     TYPED_OPTIONS,
     describe_engine,
-    is_captioning,
     make_caption_words,
     read_tries,
 )
 from browser.captions import mark_bytes
 from browser.command_lines import format_command
 from browser.command_output import REPAIR, OutputLine, find_command, read_changes, read_output_lines
-from browser.datasets import find_places
 from browser.described_folder import (
-    DATASET_FILE,
     FILES,
     ChangedMeanwhileError,
     DescribedFolder,
@@ -50,6 +48,7 @@ from browser.described_folder import (
 )
 from browser.durations import describe_duration
 from browser.folder_files import FolderFiles, file_routes, list_names, picture_address
+from browser.folder_tools import find_open_folder, find_tool_job, require_inside
 from browser.folders import (
     CHECK_PAGE,
     MediaFolder,
@@ -103,6 +102,8 @@ from browser.run_views import POLICY
 from browser.runs import RUNNING
 from browser.settings_page import SettingsPages
 from browser.site import Site
+from browser.upload_parts import ADDRESS as PIECE
+from browser.upload_parts import PIECE_BYTES, PieceUploads
 from browser.uploads import ADDRESS as UPLOAD
 from browser.uploads import FileUploads, name_upload_folder
 from downloads.catalogue import Component, ModelSet
@@ -157,6 +158,7 @@ class NewPages:
         self.site = site
         self.files = FolderFiles(site.runs, site.read_only)
         self.uploads = FileUploads(site.runs)
+        self.pieces = PieceUploads(self.uploads)
 
     @functools.cached_property
     def memory(self) -> float:
@@ -277,15 +279,20 @@ class NewPages:
         content: of the chosen one. is_part: see `answer`.
         """
         tops = self.site.runs.tops
+        has_files = folder is not None and (content is not None or is_described(folder))
+        opened = find_open_folder(self.site.runs, str(folder)) if has_files else None
         folders = [] if is_part else list_media_folders(self.site.runs)
         return {
             "content": content,
             "folders": folders[:PART],
             "num_folders": len(folders),
             "next_folder": PART,
+            "tool_folders": [] if opened is None else [opened],
             "roots": tops,
             "into": str(folder or name_upload_folder(tops[0], date.today())),
             "upload": UPLOAD,
+            "piece": PIECE,
+            "piece_bytes": PIECE_BYTES,
             "picture_address": picture_address,
             "rows_address": "" if content is None else self.files.address(content.path),
             "files_address": "" if folder is None else self.files.address(folder),
@@ -565,10 +572,7 @@ class NewPages:
 
     def find_captioning(self, folder: Path | None) -> Job | None:
         """Return the newest job of the queue that writes captions in a folder; None if there is none."""
-        if folder is None:
-            return None
-        jobs = [job for job in self.site.queue.jobs() if is_captioning(job, folder)]
-        return jobs[-1] if jobs else None
+        return None if folder is None else find_tool_job(self.site.queue, folder, CAPTION_SCRIPT)
 
     def find_run(self, described: DescribedFolder | None, job: Job | None) -> str:
         """Return the address of the page of a folder's training; empty if there is none yet.
@@ -716,13 +720,13 @@ class NewPages:
             self.start(folder, has_accepted=bool(texts.get("accept")))
         elif what == "try":
             words = make_caption_words(texts.get("engine", ""), texts.get("question", ""), TRIED)
-            self.require_inside(folder)
+            require_inside(self.site.runs, folder)
             background_jobs.start(
                 name_background_job(TRY, folder), words, folder, within=folder, typed=TYPED_OPTIONS
             )
         elif what == "write":
             words = make_caption_words(texts.get("engine", ""), texts.get("question", ""))
-            self.require_inside(folder)
+            require_inside(self.site.runs, folder)
             self.site.queue.add_and_begin(words, folder, within=folder, typed=TYPED_OPTIONS)
         elif what == "remedy":
             self.run_remedy(folder, texts.get("line", ""))
@@ -814,21 +818,6 @@ class NewPages:
             )
         self.site.tracked_runs.start(folder, words)
 
-    def require_inside(self, folder: Path) -> None:
-        """Raise OptionError if the dataset of a folder names files outside the roots."""
-        path = folder / DATASET_FILE
-        if not path.is_file():
-            raise OptionError(say("It is not described yet: press Describe first."))
-        outside = [place for place in find_places(path, folder) if not self.site.runs.is_below(place)]
-        if outside:
-            raise OptionError(
-                say(
-                    "%(path)s names %(outside)s, which is outside the folders that are shown.",
-                    path=path,
-                    outside=outside[0],
-                )
-            )
-
     def run_remedy(self, folder: Path, line: str) -> None:
         """Run a command that `new` or `run --check` has printed for this folder."""
         kinds = (COMPARE, DESCRIBE, CHECK)
@@ -838,7 +827,7 @@ class NewPages:
         words = find_command(lines, line)
         if words is None:
             raise OptionError(say("This command is not one that was printed for this folder (any more)."))
-        self.require_inside(folder)
+        require_inside(self.site.runs, folder)
         command, _ = find_program(words, folder)
         if command.words[0] == "cache":
             self.site.background_jobs.start(
@@ -854,7 +843,7 @@ class NewPages:
         words = find_repair(folder)
         if not words:
             raise OptionError(say("It is not described yet: press Describe first."))
-        self.require_inside(folder)
+        require_inside(self.site.runs, folder)
         if encoding:
             words = [*words, encoding]
         self.site.background_jobs.start(name_background_job(REPAIRING, folder), words, folder, within=folder)
@@ -947,6 +936,8 @@ def new_routes(site: Site) -> list[Route]:
         Route("/new/file", answer_form(pages.look_at_file), methods=["POST"]),
         Route("/new/fits", answer_form(pages.look_whether_it_fits), methods=["POST"]),
         Route(UPLOAD, pages.uploads.take, methods=["POST"]),
+        Route(PIECE, pages.pieces.take, methods=["POST"]),
+        Route(PIECE, pages.pieces.show),
         *file_routes(pages.files),
         Route("/new/{what}", answer_form(pages.change), methods=["POST"]),
     ]

@@ -18,7 +18,7 @@ from modules.command import as_typed
 from modules.console import count_of
 from modules.errors import DatasetError, MediaError
 from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
-from modules.media.labels import MASK_LABEL, label_of
+from modules.media.labels import MASK_FOLDERS, MASK_LABEL, label_of
 from modules.media.opening import SOUND_SUFFIXES, open_image
 from modules.media.reading import VIDEO_SUFFIXES, first_frame, image_size, image_suffixes
 from modules.media.remedies import remedy_of
@@ -38,7 +38,6 @@ WRITTEN = ("dataset.toml", "prompts.txt", RUN_FILE)
 CHECK_PAGE = "check.html"
 FIRST_FRAMES = "first_frames"  # folder of pictures that `new` takes from clips
 OWN_FOLDERS = {*FOLDERS_OF_RUNS, FIRST_FRAMES}
-MASKS = {"mask", "masks"}
 CONTROL_FOLDER = "conditioning"
 DRAW_EDGES = ["python", "tools/control_pictures.py", "--canny", "--output"]
 REGULARISATION = re.compile(r"regs?|regulari[sz]ation([-_ ]?images?)?|class([-_ ]images?)?", re.IGNORECASE)
@@ -250,7 +249,7 @@ def _sort_folders(folder: Path, content: FolderContent) -> SortedFolders:
         kind = place.name.lower()
         if REFERENCES.fullmatch(kind):
             places.sources.append(place)
-        elif kind in MASKS:
+        elif kind in MASK_FOLDERS:
             content.lines.append(f"{place}: {_explain_masks(folder, place)}")
         elif kind not in OWN_FOLDERS:
             candidates.append(place)
@@ -436,7 +435,7 @@ def _describe_deep(folders: Sequence[Path]) -> list[str]:
     while waiting and visited < MOST_FOLDERS:
         place = waiting.pop(0)
         visited += 1
-        if place.is_symlink() or place.name.lower() in OWN_FOLDERS | MASKS:
+        if place.is_symlink() or place.name.lower() in OWN_FOLDERS | MASK_FOLDERS:
             continue
         if _media_in(place):
             lines.append(

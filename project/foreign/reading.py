@@ -29,7 +29,11 @@ PROGRAMS: tuple[Program, ...] = (
 MOST_BYTES = 4 << 20
 MOST_KEYS = 5000
 MOST_DEPTH = 12
-_PLAIN_KINDS = {"lora", "standard", "flux1"}  # spellings of the usual network
+_KINDS = {  # spellings of a network -> its module; None: a LoRA, the usual one
+    **dict.fromkeys(("lora", "standard", "flux1")),
+    **dict.fromkeys(("loha", "lycorisloha"), "networks.loha"),
+    **dict.fromkeys(("lokr", "lycorislokr"), "networks.lokr"),
+}
 
 
 @dataclass
@@ -93,7 +97,8 @@ class ForeignProject:
             self.changed.append("optimizer_type = adamw8bit: it needs a card, so it is adamw here")
         if "save_every_n_steps" in values:  # as long as `new` keeps them: until the next one
             values["save_last_n_steps_state"] = values["save_every_n_steps"]
-        for name in ("network_dim", "network_alpha", "unet_lr") if kind is not LORA else ():
+        of_lora = ("network_module", "network_dim", "network_alpha", "unet_lr")
+        for name in of_lora if kind is not LORA else ():
             if values.pop(name, None) is not None:
                 self.left.append(f"{name}: {kind.title} is trained")
         return values
@@ -257,10 +262,14 @@ def _apply(project: ForeignProject, rule: KeyRule, key: str, value: Any) -> None
         project.left.append(f"{_show(key)}: {rule.name}")
         return
     if rule.to == contract.KIND:
-        if plain_name(str(value)) in _PLAIN_KINDS:
+        kind = plain_name(str(value))
+        if kind not in _KINDS:
+            project.left.append(f"{shown}: a LoRA is trained. docs/networks.md has other networks")
+        elif _KINDS[kind] is None:
             project.taken.append(_show(key))
         else:
-            project.left.append(f"{shown}: a LoRA is trained. docs/networks.md has other networks")
+            project.training["network_module"] = _KINDS[kind]
+            project.changed.append(f"{shown}: network_module = {_KINDS[kind]}")
         return
     try:
         read = rule.read(value)

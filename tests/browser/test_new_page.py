@@ -227,7 +227,7 @@ def test_mistakes_of_a_newcomer_are_answered_with_what_to_do(
     assert refused(served, root, family="") == "Model: choose one."
     assert refused(served, root, family="sora").startswith("Model sora: choose one of wan")
     assert refused(served, root, task="").startswith("Task: choose one of t2v-1.3B")
-    assert refused(served, root, steps="ten").startswith("Steps ten: give a whole number from 1")
+    assert refused(served, root, steps="ten").startswith("Training steps ten: give a whole number from 1")
     assert refused(served, root, trigger="x" * 300).startswith("Trigger word has 300 characters")
     assert refused(served, root, name="../x").startswith("Name ../x: a name has no slash.")
     assert not any((root / "set" / name).exists() for name in FILES)
@@ -698,7 +698,7 @@ def test_files_of_a_running_training_are_not_changed(served: Served, root: Path)
 def test_describe_says_what_it_wrote_and_keeps_place_and_focus(served: Served, root: Path) -> None:
     folder = describe_folder(root / "set", save_every_n_steps=10)
     with open_page(f"{served.url}/new?folder={quote(str(folder))}") as page:
-        page.get_by_label("Steps", exact=True).fill("300")
+        page.get_by_label("Training steps", exact=True).fill("300")
         page.get_by_role("button", name="Describe").focus()
         place = page.evaluate("scrollY")
         with page.expect_navigation():
@@ -706,7 +706,7 @@ def test_describe_says_what_it_wrote_and_keeps_place_and_focus(served: Served, r
         page.get_by_text("Written into run.toml: max_train_steps = 300, save_every_n_steps = 50.").wait_for()
         assert page.evaluate("document.activeElement.id") == "step"
         assert abs(page.evaluate("scrollY") - place) < 200
-        page.get_by_label("Steps", exact=True).fill("301")
+        page.get_by_label("Training steps", exact=True).fill("301")
         assert page.locator("#written").text_content() == ""
         assert page.problems == []
 
