@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "checkpoints": {"modules", "contract"},
     "running": {"modules", "contract", "checkpoints"},
     "dataset": GROUND | {"data_tools.report"},
-    "data_tools": GROUND | {"dataset"},
+    "data_tools": GROUND | {"dataset", "post.faces"},
     "networks": GROUND,
     "post": GROUND | {"downloads.catalogue"},
     "blissful_tuner": GROUND,
@@ -103,7 +103,11 @@ FLOORS = {
         {"batches", "caching"},
         {"scripts"},
     ),
-    "data_tools": ({"captions", "cogvideox", "controls", "cutting", "masks", "report"}, {"tags"}),
+    "data_tools": (
+        {"folders"},
+        {"captions", "cogvideox", "controls", "cutting", "masks", "report"},
+        {"tags"},
+    ),
     "post": (
         {"contract", "options", "streaming"},
         {"tiling"},
@@ -229,7 +233,7 @@ _TOOLS = {
         *("cache_on_ray", "caption_dataset", "compare", "control_pictures", "convert_cache"),
         *("dataset_report", "doctor"),
         *("download", "lora_post_hoc_ema", "prepare_dataset", "quantise", "run_browser", "share_page"),
-        *("pack", "score", "split_video", "tag", "unpack"),
+        *("mask", "pack", "score", "split_video", "tag", "unpack"),
     ),
     "blissful_tuner": (
         *("GIMMVFI", "facefix", "metaview", "model_utility", "upscaler", "video_to_png", "yolo_blur"),
