@@ -60,6 +60,7 @@ server: routes, and what a request must have to pass
 sessions: what the process behind Generate may do
 setting_words: words of other programs for settings of a training
 settings_page: page of settings: folders, server, queue, bin
+shares: share a run with a friend by a link
 site: what all pages of one server share, how it started
 start: serve pages or export one; show the address
 state_names: states of runs and jobs in words
@@ -67,6 +68,7 @@ tag_editor: count tags of all captions, rename one, undo
 tag_pages: a tagger for a folder, tags renamed everywhere
 tokens: the secret word of the page, and who opens it
 tool_form: fields that become options of a tool
+upload_parts: take a large file in pieces
 upload_stream: write the bytes of a dropped file as they arrive
 uploads: take dropped files, judged by their content
 """

@@ -149,7 +149,7 @@ def describe_following(before: str, after: str) -> str:
     wanted = ", ".join(f"{name} = {toml_value(value)}" for name, value in stays.items())
     return say(
         "%(now)s: as for the steps before. For %(steps)s steps `new` writes %(wanted)s. "
-        "The field Steps, at the top, changes them together.",
+        "The field Training steps, at the top, changes them together.",
         now=now,
         steps=f"{steps:,}",
         wanted=wanted,

@@ -73,12 +73,17 @@ from browser.model_table import (
 )
 from browser.names import free_name, short_digest
 from browser.new_form import (
+    KIND_NOTES,
+    KIND_TITLES,
     NewForm,
     check_form,
+    find_model,
     list_differing,
     list_key_changes,
+    list_shown_kinds,
     list_unwritten,
     make_new_words,
+    name_field,
     read_steps,
 )
 from browser.new_steps import FolderStanding, choose_step
@@ -98,9 +103,11 @@ from browser.run_views import POLICY
 from browser.runs import RUNNING
 from browser.settings_page import SettingsPages
 from browser.site import Site
+from browser.upload_parts import ADDRESS as PIECE
+from browser.upload_parts import PIECE_BYTES, PieceUploads
 from browser.uploads import ADDRESS as UPLOAD
 from browser.uploads import FileUploads, name_upload_folder
-from downloads.catalogue import Component
+from downloads.catalogue import Component, ModelSet
 from downloads.listing import gigabytes, total_bytes
 from modules.atomic_write import free_bytes
 from modules.errors import OptionError, UserError
@@ -109,8 +116,9 @@ from modules.pages.page import encode_address
 from modules.text_encodings import NAMES
 from modules.text_files import read_content, real_path
 from project.fitting import find_memory
+from project.kinds.composing import BY_NAME, LORA, WHOLE, find_control_kind
+from project.media import has_control_pairs
 from project.options import CAPTION_MODEL, RUN_FILE, find_models
-from project.whole_model import describe_whole, why_not_whole
 
 COMPARE = "compare"  # kind of background job: shows how the files of a described folder would change
 TRY = "try"  # captions of a few files
@@ -151,6 +159,7 @@ class NewPages:
         self.site = site
         self.files = FolderFiles(site.runs, site.read_only)
         self.uploads = FileUploads(site.runs)
+        self.pieces = PieceUploads(self.uploads)
 
     @functools.cached_property
     def memory(self) -> float:
@@ -165,6 +174,8 @@ class NewPages:
     def show(self, request: Request) -> Response:
         query = read_query(request)
         form = NewForm.of_fields(query)
+        if "train" not in query:
+            form = replace(form, train=self.suggest_kind(form))
         message = ""
         if "folder" in query and set(query) <= {"folder", "name"}:
             described = self.read_form(form.folder)
@@ -179,6 +190,14 @@ class NewPages:
                 )
         is_part = "hx-request" in request.headers
         return self.answer(form, message=message, is_part=is_part)
+
+    def suggest_kind(self, form: NewForm) -> str:
+        """Return the value of the field for what `new` trains by itself on a folder that is not described."""
+        folder, model = find_folder(self.site.runs, form.folder), find_model(form.family, form.task)
+        kind = None if model is None else find_control_kind(model)
+        if folder is None or kind is None or is_described(folder) or not has_control_pairs(folder):
+            return ""
+        return name_field(kind)
 
     def read_form(self, folder_text: str) -> NewForm:
         """Return the form of a folder: of its files, else of the command that described it last."""
@@ -273,6 +292,8 @@ class NewPages:
             "roots": tops,
             "into": str(folder or name_upload_folder(tops[0], date.today())),
             "upload": UPLOAD,
+            "piece": PIECE,
+            "piece_bytes": PIECE_BYTES,
             "picture_address": picture_address,
             "rows_address": "" if content is None else self.files.address(content.path),
             "files_address": "" if folder is None else self.files.address(folder),
@@ -288,9 +309,20 @@ class NewPages:
             "families": list({row.model.family: row.model for row in rows}.values()),
             "tasks": [row for row in rows if row.model.family == form.family],
             "options": _file_options(chosen),
-            "whole_refusal": "" if chosen is None else why_not_whole(chosen.model, self.memory),
-            "whole_lines": [] if chosen is None else describe_whole(chosen.model, self.memory),
+            **self.list_kind_values(form, None if chosen is None else chosen.model),
             "memory": self.memory,
+        }
+
+    def list_kind_values(self, form: NewForm, model: ModelSet | None) -> dict[str, Any]:
+        """Return the values for the choice of what is trained. model: that is chosen; None: none."""
+        if model is None:
+            return {"kinds": []}
+        chosen = BY_NAME[form.train or LORA.name]
+        return {
+            "kinds": [(name_field(kind), KIND_TITLES[kind.name]) for kind in list_shown_kinds(model)],
+            "whole": WHOLE.name,
+            "whole_refusal": WHOLE.why_not(model, self.memory),
+            "kind_lines": chosen.describe(model, self.memory) or [KIND_NOTES.get(chosen.name, "")],
         }
 
     def list_facts(self, form: NewForm, described: DescribedFolder | None, duration: str) -> list[str]:
@@ -905,6 +937,8 @@ def new_routes(site: Site) -> list[Route]:
         Route("/new/file", answer_form(pages.look_at_file), methods=["POST"]),
         Route("/new/fits", answer_form(pages.look_whether_it_fits), methods=["POST"]),
         Route(UPLOAD, pages.uploads.take, methods=["POST"]),
+        Route(PIECE, pages.pieces.take, methods=["POST"]),
+        Route(PIECE, pages.pieces.show),
         *file_routes(pages.files),
         Route("/new/{what}", answer_form(pages.change), methods=["POST"]),
     ]

@@ -54,7 +54,7 @@ MAY_IMPORT = {
         "project.options",
         "project.run_options",
         "project.fitting",
-        "project.whole_model",
+        "project.kinds.whole_model",
         "project.known",
         "generation.prompt_lines",
         "generation.script_options",
@@ -120,12 +120,12 @@ FLOORS = {
             *{"config_options", "learning_options", "noise_options", "run_options"},
             *{"made_networks", "other_families", "steps", "trainable"},
         },
-        {"bad_steps", "processes", "reports", "run_end"},
+        {"bad_steps", "processes", "reports", "run_end", "word_rows"},
         {"loss", "saving"},
         {"data", "optimizers"},
         {"targets"},
         {"features"},
-        {"options", "samples"},
+        {"options", "samples", "scoring"},
         {"caching_inside", "edited_prompts", "experts", "image_options"},
         {"checks", "resuming"},
         {"plan", "whole_checkpoint"},
@@ -140,7 +140,7 @@ FLOORS = {
     ),
 }
 _LIGHT = {
-    "contract": ("families", "inputs", "rules"),
+    "contract": ("families", "inputs", "new_words", "rules"),
     "modules": (
         *("command", "console", "control_codes", "errors", "installation", "interpreter", "limits"),
         *(
@@ -195,6 +195,7 @@ _LIGHT = {
         "composing",
         "contract",
         "ema",
+        "embedding",
         "guided",
         "ip_noise",
         "mask_prior",
@@ -229,7 +230,7 @@ _TOOLS = {
         *("cache_on_ray", "caption_dataset", "compare", "control_pictures", "convert_cache"),
         *("dataset_report", "doctor"),
         *("download", "lora_post_hoc_ema", "prepare_dataset", "quantise", "run_browser", "share_page"),
-        *("pack", "split_video", "tag", "unpack"),
+        *("pack", "score", "split_video", "tag", "unpack"),
     ),
     "blissful_tuner": (
         *("GIMMVFI", "facefix", "metaview", "model_utility", "upscaler", "video_to_png", "yolo_blur"),

@@ -268,7 +268,7 @@ def test_without_the_token_no_route_answers(root: Path) -> None:
 
 
 # routes that take files, which have limits of their own; they write them to disk while they arrive
-TAKES_FILES = {"/new/upload", "/generate/file", "/generate/settings", "/masks/drawn"}
+TAKES_FILES = {"/new/upload", "/new/piece", "/generate/file", "/generate/settings", "/masks/drawn"}
 
 
 @pytest.mark.parametrize("headers", [{}, {"Transfer_Encoding": "chunked"}], ids=["whole", "chunked"])
