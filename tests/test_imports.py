@@ -47,6 +47,7 @@ MAY_IMPORT = {
     | {"training.reports", "training.config_options", "training.features.composing"}
     | {"downloads.catalogue", "downloads.listing"}
     | {
+        "data_tools.masks.options",
         "data_tools.masks.places",
         "data_tools.tags.options",
         "project.new_options",
