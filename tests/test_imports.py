@@ -194,6 +194,7 @@ _LIGHT = {
         "ema",
         "guided",
         "ip_noise",
+        "item_losses",
         "mask_prior",
         "on_end",
         "output_preservation",

@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # features are loaded one by one, and without torch
 
     from contract.family import Family
     from contract.rules import Expert
+    from dataset.table import DatasetConfig
     from networks.added import AddedLoras
     from networks.loading import LoraUse
     from running.options import TrainingSpeedOptions
@@ -77,6 +78,12 @@ class OptionsOfRun(Protocol):
 
 class PlannedRun(Protocol):
     """A run before its networks are loaded, as far as features use it."""
+
+    @property
+    def config(self) -> "DatasetConfig": ...
+
+    @property
+    def steps(self) -> "StepPlan": ...
 
     @property
     def family(self) -> "Family": ...
