@@ -43,4 +43,5 @@ trainable: the trained part: a LoRA, or the DiT
 training_run: the record that the training loop works with
 validation: loss of held-out items at fixed noise
 whole_checkpoint: train all weights of a model, also text encoders
+word_rows: vectors of a word next to the network
 """
