@@ -202,6 +202,7 @@ _LIGHT = {
         "embedding",
         "guided",
         "ip_noise",
+        "item_losses",
         "mask_prior",
         "on_end",
         "output_preservation",
