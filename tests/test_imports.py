@@ -65,9 +65,9 @@ MAY_IMPORT = {
 FLOORS = {
     "modules": (
         {"errors", "flow", "interpreter", "limits", "screen", "script_words", "seeds"}
-        | {"private_torch"}
+        | {"nvidia_driver", "private_torch"}
         | {"text_encodings", "varints", "version"},
-        {"control_codes", "text_files"},
+        {"card_builds", "control_codes", "text_files"},
         {"output_files", "paths", "run_limits", "typed_command", "user_files"},
         {"atomic_write", "devices", "file_locks", "installation", "option_values"},
         {"backups", "installed", "options"},
@@ -227,7 +227,7 @@ SLOW = ("hashlib", "json", "subprocess", "tomllib")
 SCRIPTS = sorted(
     path.name
     for path in ROOT.glob("*.py")
-    if path.name not in {"run_tests.py", "quickstart.py", "reelsmith.py"}
+    if path.name not in {"run_tests.py", "quickstart.py", "reelsmith.py", "set_up.py"}
 )
 # scripts in a room, with the rights of those at the root
 _TOOLS = {
@@ -412,7 +412,7 @@ def test_root_scripts_are_thin() -> None:
     most = {"quickstart.py": 200, "run_tests.py": 200}
     lines = {
         script: len((ROOT / script).read_text(encoding="utf-8").splitlines())
-        for script in (*SCRIPTS, "quickstart.py", "run_tests.py")
+        for script in (*SCRIPTS, "quickstart.py", "run_tests.py", "set_up.py")
     }
     assert {script: count for script, count in lines.items() if count > most.get(script, 150)} == {}
 
