@@ -21,7 +21,7 @@ from data_tools.masks.options import (
     FACE_FILE,
     MODEL_FOLDER,
     MaskOptions,
-    ShapeOptions,
+    MaskShapeOptions,
 )
 from data_tools.masks.places import FOLDER_NAME
 from downloads.catalogue import model_sets
@@ -56,11 +56,11 @@ FORM = ToolForm(
                 "replace": say("are replaced, also those drawn by hand"),
             },
         ),
-        ToolField("threshold", say("Found above"), NUMBER, ShapeOptions),
-        ToolField("expand_pixels", say("Grown by (pixels)"), NUMBER, ShapeOptions),
-        ToolField("feather_pixels", say("Soft edge (pixels)"), NUMBER, ShapeOptions),
-        ToolField("steady_frames", say("Steady over frames of clips"), NUMBER, ShapeOptions),
-        ToolField("invert", say("learn everything else"), SWITCH, ShapeOptions),
+        ToolField("threshold", say("Found above"), NUMBER, MaskShapeOptions),
+        ToolField("expand_pixels", say("Grown by (pixels)"), NUMBER, MaskShapeOptions),
+        ToolField("feather_pixels", say("Soft edge (pixels)"), NUMBER, MaskShapeOptions),
+        ToolField("steady_frames", say("Steady over frames of clips"), NUMBER, MaskShapeOptions),
+        ToolField("invert", say("learn everything else"), SWITCH, MaskShapeOptions),
         ToolField("overwrite", say("make those again that the program made otherwise"), SWITCH, MaskOptions),
     ),
 )
