@@ -24,7 +24,7 @@ from modules.file_locks import only_one
 from modules.pages.language import counted, join, say
 from modules.paths import is_on_foreign_share
 from modules.text_files import parse_toml, read_content, real_path
-from project.kinds.composing import LORA, find_kind
+from project.kinds.composing import LORA, kinds_by_script
 from project.kinds.whole_model import derive_times, saves_models
 from project.options import RUN_FILE, find_models
 from training.config_options import OTHERS_TABLE, toml_value
@@ -183,7 +183,7 @@ def read_described(folder: Path) -> DescribedFolder:
             folder=folder,
             family=family,
             task=task,
-            train=_name_kind(family, task, script),
+            train=kinds_by_script().get(script, LORA).name,
             name=str(values["output_name"]),
             steps=None if steps is None or "max_train_epochs" in values else int(steps),
             trigger=_read_trigger(contents[DATASET_FILE]),
@@ -210,14 +210,6 @@ def _read_trigger(content: bytes | OSError) -> str:
         raise content
     general = parse_toml(content.decode()).get("general", {})
     return str(general.get("trigger_word", "")) if isinstance(general, dict) else ""
-
-
-def _name_kind(family: str, task: str, script: str) -> str:
-    """Return the name of the kind of run that a script trains; that of a LoRA for an unknown model."""
-    for model in find_models():
-        if (model.family, model.task) == (family, task):
-            return find_kind(model, script).name
-    return LORA.name
 
 
 def _name_model_files(family: str, task: str, paths: list[str]) -> dict[str, str]:

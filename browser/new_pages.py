@@ -48,7 +48,7 @@ from browser.described_folder import (
 )
 from browser.durations import describe_duration
 from browser.folder_files import FolderFiles, file_routes, list_names, picture_address
-from browser.folder_tools import find_open_folder, find_tool_job, require_inside
+from browser.folder_tools import find_tool_job
 from browser.folders import (
     CHECK_PAGE,
     MediaFolder,
@@ -87,6 +87,7 @@ from browser.new_form import (
     read_steps,
 )
 from browser.new_steps import FolderStanding, choose_step
+from browser.offered_folders import find_open_folder, require_inside
 from browser.responses import (
     Form,
     answer_form,
