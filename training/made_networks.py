@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from contract.family import Family, Trains
+from contract.family import Described, Family, Trains
 from contract.made_networks import MadeNetwork, WritesNetwork, made_network_of
 from contract.new_words import taught_word_of
 from dataset.batches.items import TrainingItem
@@ -85,11 +85,17 @@ def check_data(made: MadeNetwork | None, config: DatasetConfig, kept: str) -> Da
     return replace(config, datasets=tables)
 
 
-def check_captions(family: Family, items: Sequence[TrainingItem]) -> None:
-    """Check the captions of what learns in text encoders. Raises DatasetError."""
+def find_in_texts(family: Described) -> MadeNetwork | None:
+    """Return what learns from captions alone, in text encoders; None if nothing does."""
     taught = taught_word_of(family)
     made = made_network_of(family) if taught is None else taught.network
-    if made is None or not made.in_texts or made.sentences:
+    return made if made is not None and made.in_texts and not made.sentences else None
+
+
+def check_captions(family: Described, items: Sequence[TrainingItem]) -> None:
+    """Check the captions of what learns in text encoders. Raises DatasetError."""
+    made = find_in_texts(family)
+    if made is None:
         return
     captions = [
         f"{item.table.caption_prefix} {item.kind.caption(item.source_stem, number)} "

@@ -26,6 +26,7 @@ from training.data.live import LiveTexts
 from training.data.table_times import describe_times
 from training.features.composing import check_model, check_texts, describe_targets, find_show
 from training.loss import NoisyBatch
+from training.made_networks import find_in_texts
 from training.options import TrainingOptions
 from training.other_families import NO_OTHERS, OtherFamilies
 from training.plan import read_config
@@ -108,6 +109,16 @@ def _check(family: Family, options: TrainingOptions, commands: CachingCommands) 
         )
         lines = [*_describe_plans(plans), *counters.missing]
         result = replace(result, head=("Where the training has them:", *findings.indent(lines)))
+    made = find_in_texts(family)
+    if made is not None:
+        captions = [
+            f"{checked.table.caption_prefix} {caption} {checked.table.caption_suffix}"
+            for checked in result.tables
+            if not checked.table.is_reg
+            for source in checked.sources
+            for caption in (source.caption or "", *source.more_captions)
+        ]
+        made.check_captions(captions)
     lines = describe_run(options, num_validation=result.num_held)
     times = describe_times(options.timesteps, config.datasets)
     targets = describe_targets(options)
