@@ -19,7 +19,7 @@ from torch.nn import Parameter
 from checkpoints.opening import open_checkpoint
 from checkpoints.writing import stream_tensors
 from contract.loading import TensorInfo
-from contract.made_networks import MadeNetwork
+from contract.made_networks import MadeNetwork, UsualRate
 from contract.new_words import WordToLearn
 from encoders.clip_l import ClipWords
 from encoders.clip_layers import ClipText
@@ -46,6 +46,7 @@ logger = logging.getLogger(__name__)
 
 CALLED = "textual inversion"
 MODULE = "textual inversion"  # there is no network module: files say so
+USUAL_RATE = UsualRate(1e-4, "1e-3", 2e-2)  # a vector moves by about the rate at each step
 LOUD = 3.0  # a vector of so many times the usual norm drowns the other words of a prompt
 
 _OF_OBJECTS = """
@@ -166,6 +167,7 @@ class Inversion:
             make=self.make,
             check=self.check,
             generate=generate,
+            usual_rate=USUAL_RATE,
             write=write_rows,
             report=report_rows,
             start_option="weights",
@@ -275,8 +277,8 @@ class Inversion:
                 self._read_init_word(number)
         self._read_weights()
 
-    def check_captions(self, captions: Sequence[str]) -> None:
-        """Warn of captions without the word. Raises DatasetError if none has it."""
+    def check_captions(self, captions: Sequence[str]) -> str:
+        """Return a sentence about captions without the word. Raises DatasetError if none has it."""
         found = with_words(lambda text: [], self.word.list_ids(0))
         without = [caption for caption in captions if not found(caption)]
         word = self.word.text
@@ -288,14 +290,10 @@ class Inversion:
                 f'it into the captions, or give trigger_word = "{word}" in the dataset\'s configuration'
                 f"{further}"
             )
-        if without:
-            logger.warning(
-                "%d of %s lack the word %s and teach it nothing, such as %r.",
-                len(without),
-                count_of(len(captions), "caption"),
-                word,
-                without[0].strip(),
-            )
+        if not without:
+            return ""
+        count = count_of(len(captions), "caption")
+        return f"{len(without)} of {count} lack the word {word} and teach it nothing, such as {without[0]!r}."
 
 
 def describe_inversion(options: InversionOptions, files: TrainingFiles) -> MadeNetwork:

@@ -21,6 +21,7 @@ from modules.text_files import real_path
 from training.reports.history import AVERAGE, history_path
 from training.reports.page import page_path
 from training.reports.sample_files import FOLDER as SAMPLES
+from training.reports.sections import is_section_file
 from training.saving.options import SavingOptions
 
 logger = logging.getLogger(__name__)
@@ -325,6 +326,7 @@ def find_results(names: Names) -> list[Path]:
             is_result = is_model or states.fullmatch(entry.name) is not None
         else:
             is_result = files.fullmatch(entry.name) is not None or entry in pages
+            is_result = is_result or is_section_file(entry.name, names.name)
         if is_result:
             results.append(entry)
     results += [entry for entry in _entries(names.folder / SAMPLES) if samples.fullmatch(entry.name)]
