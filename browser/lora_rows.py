@@ -117,8 +117,7 @@ class RunLoras:
                 twins=[str(file.paths[0].with_name(name)) for name in file.twins],
             )
             for file in source.files
-            if compare.LORA in source.options  # else it has trained a control network or a whole model
-            and all(map(self.runs.is_inside, file.paths))
+            if all(map(self.runs.is_inside, file.paths))
         ]
         return source.family, rows[::-1]
 
