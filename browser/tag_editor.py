@@ -7,7 +7,7 @@ from pathlib import Path
 
 from browser.captions import CaptionConflictError, Captions
 from browser.folder_files import find_caption_file, list_names
-from browser.folder_tools import list_media_folders_of
+from browser.offered_folders import list_media_folders_of
 from browser.runs import Runs
 from modules.backups import keep_backup
 from modules.errors import OptionError

@@ -89,7 +89,8 @@ def give_value(option: str, text: str) -> list[str]:
 
 def _check_number(field: ToolField, text: str) -> None:
     facts = field.facts
-    least, most = facts.get("least", -math.inf), facts.get("most", math.inf)
+    least = facts.get("least", facts.get("above", -math.inf))
+    most = facts.get("most", facts.get("below", math.inf))
     try:
         is_right = least <= float(text) <= most
     except ValueError:
