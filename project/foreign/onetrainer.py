@@ -62,6 +62,9 @@ PROGRAM = Program(
         "clip_grad_norm": KeyRule(TRAINING, "max_grad_norm", number(0, 1e6)),
         "resolution": KeyRule(DATA, "resolution", read_side),
         "output_model_destination": KeyRule(NEW, "output_name", read_name),
+        "masked_training": left(
+            "`new` names masks that it finds, and mask_directory in dataset.toml takes them"
+        ),
         "latent_caching": left(CACHES),
         "aspect_ratio_bucketing": left("files always keep their shape"),
         "train_dtype": left(CARD),
