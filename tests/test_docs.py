@@ -303,7 +303,9 @@ def test_commands_of_the_page_run(page: Path, tmp_path: Path) -> None:
         lay_out_pictures(tmp_path)
     if page.stem == "new_and_run":
         write_pictures(tmp_path / "pairs", tmp_path / "pairs" / "control", count=2)
-        write_captioned_picture(tmp_path / "photos")
+        write_pictures(tmp_path / "edges", tmp_path / "edges" / "conditioning", count=2)
+        for name in ("photos", "fluffy"):
+            write_captioned_picture(tmp_path / name)
         (tmp_path / "config.yaml").write_text(AI_TOOLKIT, encoding="utf-8")
     if page.stem == "recipes":
         for name in ("people/img/10_ohwx man", "people/reg/1_man", "drawings"):

@@ -40,6 +40,7 @@ from tests.test_docs import PAGES
 from training.image_options import ImageTrainerDefaults, read_image_training
 from training.noise_options import SAMPLERS, SHIFTED_LOGIT
 from training.options import TrainerChanges, read_training
+from training.scoring.options import ScoreOptions
 from wan.configs import TASKS
 from wan.family import Wan
 from wan.files import WanFiles
@@ -68,6 +69,7 @@ def _readers() -> dict[str, Callable[[list[str]], Any]]:
     for tool, options in (
         ("tag", TaggingOptions),
         ("mask", MaskOptions),
+        ("score", ScoreOptions),
         ("control_pictures", ControlPictureOptions),
     ):
         found[f"tools/{tool}.py"] = functools.partial(_read_tool, options)
@@ -212,7 +214,8 @@ def test_commands_after_a_download_are_valid(
             (folder / file.name).touch()
     for name in ("start.png", "end.png", "control.mp4", "dataset.toml", "video.mp4"):
         (tmp_path / name).touch()
-    (tmp_path / "pictures").mkdir()
+    for name in ("pictures", "output"):
+        (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path)
     used = set()
     for command in model_set.typed_commands(folder):
