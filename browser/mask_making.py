@@ -16,13 +16,7 @@ from browser.offered_folders import find_open_folder, list_media_folders_of
 from browser.responses import answer_template, answer_unknown
 from browser.site import Site
 from browser.tool_form import CHOICE, NUMBER, SWITCH, ToolField, ToolForm, give_value
-from data_tools.masks.options import (
-    BACKGROUND_FILE,
-    FACE_FILE,
-    MODEL_FOLDER,
-    MaskOptions,
-    ShapeOptions,
-)
+from data_tools.masks.options import BACKGROUND_FILE, FACE_FILE, MODEL_FOLDER, MaskOptions
 from data_tools.masks.places import FOLDER_NAME
 from downloads.catalogue import model_sets
 from modules.errors import OptionError, UserError
@@ -43,12 +37,12 @@ NETWORKS = {WORDS: MODEL_FOLDER, WATERMARK: MODEL_FOLDER, BACKGROUND: BACKGROUND
 FORM = ToolForm(
     name="mask",
     script="tools/mask.py",
+    record=MaskOptions,
     fields=(
         ToolField(
             "mode",
             say("Masks that are there"),
             CHOICE,
-            MaskOptions,
             {
                 "": say("stay"),
                 "add": say("get what is found in addition"),
@@ -56,12 +50,12 @@ FORM = ToolForm(
                 "replace": say("are replaced, also those drawn by hand"),
             },
         ),
-        ToolField("threshold", say("Found above"), NUMBER, ShapeOptions),
-        ToolField("expand_pixels", say("Grown by (pixels)"), NUMBER, ShapeOptions),
-        ToolField("feather_pixels", say("Soft edge (pixels)"), NUMBER, ShapeOptions),
-        ToolField("steady_frames", say("Steady over frames of clips"), NUMBER, ShapeOptions),
-        ToolField("invert", say("learn everything else"), SWITCH, ShapeOptions),
-        ToolField("overwrite", say("make those again that the program made otherwise"), SWITCH, MaskOptions),
+        ToolField("threshold", say("Found above"), NUMBER),
+        ToolField("expand_pixels", say("Grown by (pixels)"), NUMBER),
+        ToolField("feather_pixels", say("Soft edge (pixels)"), NUMBER),
+        ToolField("steady_frames", say("Steady over frames of clips"), NUMBER),
+        ToolField("invert", say("learn everything else"), SWITCH),
+        ToolField("overwrite", say("make those again that the program made otherwise"), SWITCH),
     ),
 )
 
