@@ -19,7 +19,7 @@ CHOICE, CHOICE_OF_SWITCHES = "choice", "choice of switches"
 class ToolField:
     """A field of a form.
 
-    name: the option of the tool; of a choice of switches, any name. choices: value -> text; "" gives no option.
+    name: the option of the tool; of a choice of switches, any name. choices: value -> text; "": no option.
     """
 
     name: str
