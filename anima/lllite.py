@@ -23,7 +23,7 @@ from anima.options import TARGETS, AnimaLlliteTrainingOptions, read_targets
 from checkpoints.dialects import LoadPlan, count, load_planned, other_kind
 from checkpoints.model_files import require_file
 from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
-from contract.made_networks import MadeNetwork
+from contract.made_networks import MadeNetwork, UsualRate
 from modules.errors import CheckpointError, OptionError
 from modules.option_values import FillIn, option_words
 
@@ -205,6 +205,7 @@ def describe_lllite(options: AnimaLlliteTrainingOptions) -> MadeNetwork:
         make=partial(make_lllite, options),
         check=partial(_check_start, options),
         generate=_say_generation,
+        usual_rate=UsualRate(1e-5, "2e-4", 5e-3),
         values={
             "lllite.version": VERSION,
             "lllite.cond_emb_dim": config.cond_emb_dim,

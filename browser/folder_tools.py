@@ -7,17 +7,17 @@ from typing import Any
 
 from browser.background_jobs import name_background_job
 from browser.captioning import read_tries
-from browser.jobs import ENDED, WAITING, Job, JobQueue
+from browser.jobs import ENDED, WAITING, Job
 from browser.runs import FINISHED, RUNNING
 from browser.site import Site
 from modules.errors import OptionError
 from modules.pages.language import say
 
 
-def find_tool_job(queue: JobQueue, folder: Path, script: str) -> Job | None:
+def find_tool_job(jobs: Sequence[Job], folder: Path, script: str) -> Job | None:
     """Return the newest job of the queue that runs a script in a folder; None if there is none."""
-    jobs = [job for job in queue.jobs() if Path(job.folder) == folder and script in job.line]
-    return jobs[-1] if jobs else None
+    of_folder = [job for job in jobs if Path(job.folder) == folder and script in job.line]
+    return of_folder[-1] if of_folder else None
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class FolderTool:
     kind: str
 
     def find_job(self, folder: Path) -> Job | None:
-        return find_tool_job(self.site.queue, folder, self.script)
+        return find_tool_job(self.site.queue.jobs(), folder, self.script)
 
     def stand(self, folder: Path) -> dict[str, Any]:
         """Return the values for the part of a page that shows the try and the job of a folder."""

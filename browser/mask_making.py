@@ -16,8 +16,7 @@ from browser.offered_folders import find_open_folder, list_media_folders_of
 from browser.responses import answer_template, answer_unknown
 from browser.site import Site
 from browser.tool_form import CHOICE, NUMBER, SWITCH, ToolField, ToolForm, give_value
-from data_tools.masks.options import BACKGROUND_FILE, FACE_FILE, MODEL_FOLDER, MaskOptions
-from data_tools.masks.places import FOLDER_NAME
+from data_tools.masks.options import BACKGROUND_FILE, FACE_FILE, FOLDER_NAME, MODEL_FOLDER, MaskOptions
 from downloads.catalogue import model_sets
 from modules.errors import OptionError, UserError
 from modules.pages.language import say

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "checkpoints": {"modules", "contract"},
     "running": {"modules", "contract", "checkpoints"},
     "dataset": GROUND | {"data_tools.report"},
-    "data_tools": GROUND | {"dataset"},
+    "data_tools": GROUND | {"dataset", "post.faces"},
     "networks": GROUND,
     "post": GROUND | {"downloads.catalogue"},
     "blissful_tuner": GROUND,
@@ -65,9 +65,9 @@ MAY_IMPORT = {
 FLOORS = {
     "modules": (
         {"errors", "flow", "interpreter", "limits", "screen", "script_words", "seeds"}
-        | {"private_torch"}
+        | {"nvidia_driver", "private_torch"}
         | {"text_encodings", "varints", "version"},
-        {"control_codes", "text_files"},
+        {"card_builds", "control_codes", "text_files"},
         {"output_files", "paths", "run_limits", "typed_command", "user_files"},
         {"atomic_write", "devices", "file_locks", "installation", "option_values"},
         {"backups", "installed", "options"},
@@ -104,7 +104,11 @@ FLOORS = {
         {"batches", "caching"},
         {"scripts"},
     ),
-    "data_tools": ({"captions", "cogvideox", "controls", "cutting", "masks", "report"}, {"tags"}),
+    "data_tools": (
+        {"folders"},
+        {"captions", "cogvideox", "controls", "cutting", "masks", "report"},
+        {"tags"},
+    ),
     "post": (
         {"contract", "options", "streaming"},
         {"tiling"},
@@ -198,6 +202,7 @@ _LIGHT = {
         "embedding",
         "guided",
         "ip_noise",
+        "item_losses",
         "mask_prior",
         "on_end",
         "output_preservation",
@@ -222,7 +227,7 @@ SLOW = ("hashlib", "json", "subprocess", "tomllib")
 SCRIPTS = sorted(
     path.name
     for path in ROOT.glob("*.py")
-    if path.name not in {"run_tests.py", "quickstart.py", "reelsmith.py"}
+    if path.name not in {"run_tests.py", "quickstart.py", "reelsmith.py", "set_up.py"}
 )
 # scripts in a room, with the rights of those at the root
 _TOOLS = {
@@ -230,7 +235,7 @@ _TOOLS = {
         *("cache_on_ray", "caption_dataset", "compare", "control_pictures", "convert_cache"),
         *("dataset_report", "doctor"),
         *("download", "lora_post_hoc_ema", "prepare_dataset", "quantise", "run_browser", "share_page"),
-        *("pack", "score", "split_video", "tag", "unpack"),
+        *("mask", "pack", "score", "split_video", "tag", "unpack"),
     ),
     "blissful_tuner": (
         *("GIMMVFI", "facefix", "metaview", "model_utility", "upscaler", "video_to_png", "yolo_blur"),
@@ -407,7 +412,7 @@ def test_root_scripts_are_thin() -> None:
     most = {"quickstart.py": 200, "run_tests.py": 200}
     lines = {
         script: len((ROOT / script).read_text(encoding="utf-8").splitlines())
-        for script in (*SCRIPTS, "quickstart.py", "run_tests.py")
+        for script in (*SCRIPTS, "quickstart.py", "run_tests.py", "set_up.py")
     }
     assert {script: count for script, count in lines.items() if count > most.get(script, 150)} == {}
 

@@ -28,6 +28,7 @@ LLLITE = RunKind(
     find_words=partial(read_words, "lllite"),
     why_not=partial(find_reason, "lllite", "a ControlNet-LLLite"),
     change=_change_to_lllite,
+    ending="control-net-lllite",
     record="LlliteTraining",
     sees_controls=True,
 )
@@ -37,6 +38,7 @@ CONTROL_NET = RunKind(
     find_words=partial(read_words, "controlnet"),
     why_not=partial(find_reason, "controlnet", "a ControlNet"),
     change=_change_to_control_net,
+    ending="controlnet",
     record="ControlNetTraining",
     sees_controls=True,
     saves_models=True,

@@ -183,6 +183,24 @@ def test_a_whole_model_is_described_as_the_command_does(served: Served, root: Pa
     assert "has two transformers" in shown
 
 
+def test_a_folder_of_pairs_is_offered_as_what_new_makes_of_it(
+    served: Served, root: Path, tmp_path: Path
+) -> None:
+    write_pictures(root / "set", 2, captions=True)
+    shutil.copytree(root / "set", root / "set" / "conditioning", ignore=shutil.ignore_patterns("*.txt"))
+    fields = {"folder": str(root / "set"), "family": "stable_diffusion", "task": "xl", "trigger": "zorb"}
+    shown = served.ask(f"/new?{urlencode(fields)}").text
+    assert '<option value="lllite" selected>a ControlNet-LLLite</option>' in shown
+    assert "--train lllite" in shown
+    shown = served.ask(f"/new?{urlencode({**fields, 'train': ''})}").text
+    assert '<option value="" selected>a LoRA</option>' in shown
+    assert "--train lora" in shown
+    del fields["folder"]
+    describe(served, root / "set", **fields, train="embedding")
+    written = served.ask(f"/new?folder={quote(str(root / 'set'))}").text
+    assert '<option value="embedding" selected>an embedding</option>' in written
+
+
 def refused(served: Served, root: Path, **changes: str) -> str:
     fields = {"folder": str(root / "set"), **FIELDS, **changes}
     answer = post(served, "describe", **fields)

@@ -44,7 +44,7 @@ def test_two_steps_are_those_of_plain_torch(kind: str, tmp_path: Path) -> None:
     """Two groups of SGD, one norm of all gradients; the plain encoders are those of transformers."""
     options = EmbeddingOptions.usual(train_embedding=WORD, embedding_vectors=2, embedding_lr=3.0)
     base = make_family(kind, tmp_path, learning_texts=LearningTexts({}))
-    family = base.with_new_word(options.word)
+    family = base.with_new_word(options.word())
     noisy_batch = with_captions(make_batch(replace(base, learning_texts=None), (20, 500)))
     unet: Any = family.load_dit(Placement(CPU)).requires_grad_(False)
     twin_unet = copy.deepcopy(unet)
@@ -59,10 +59,10 @@ def test_two_steps_are_those_of_plain_torch(kind: str, tmp_path: Path) -> None:
     texts = LiveTexts(encoders, taught=encoders)
     texts.load(CPU)
     assert texts.networks == {}
-    rows = make_word_rows(family, texts.taught_networks, seed=3, device=CPU)
+    rows = make_word_rows(family, texts.taught_networks, seed=3)
     assert rows is not None
     trainable = train_network(network, (1.0, None, None), max_norm=None, device=CPU)
-    trainable = rows.add_to(trainable, learning_rate=1.0, total_steps=2)
+    trainable = rows.add_to(trainable, learning_rate=1.0, total_steps=2, device=CPU)
     plain_rows = {name: Parameter(tensor.detach().clone()) for name, tensor in rows.module.named_parameters()}
     plain_parameters = [*twin.parameters(), *plain_rows.values()]
     begun = [parameter.detach().clone() for parameter in plain_parameters]

@@ -14,6 +14,7 @@ from torch import nn
 from checkpoints.stored.forms import rehearsed
 from contract.data import LatentSpec
 from contract.family import Described, Family, LearningEncoder, Trains
+from contract.made_networks import made_network_of
 from contract.rules import SoundLearning
 from dataset.batches.finding import with_reference_sizes
 from dataset.batches.items import TrainingItem
@@ -65,6 +66,7 @@ class StepPrediction:
     further: int = 0  # transformers that are trained, each like the one that was rehearsed
     sampled: int = 0  # transformers that only samples need
     texts: LiveTexts | None = None  # encoded in each step
+    network: str = "LoRA"  # what learns next to the transformer
 
     def phase(self, blocks: int) -> memory_plan.Phase:
         """Return the largest moment of a step with this many blocks swapped."""
@@ -75,7 +77,7 @@ class StepPrediction:
         }
         if self.waiting:
             notes[dry.KEPT] = "the rest waits in host memory"
-        parts = [*memory_plan.parts_of(moment, swap, notes, self.waiting)]
+        parts = [*memory_plan.parts_of(moment, swap, notes, self.waiting, self.network)]
         has_more = self.further + self.sampled > 0
         if has_more:
             parts.append(self._further_transformers(moment.get(dry.WEIGHTS, 0), swap))
@@ -155,6 +157,7 @@ def predict(
     placement = replace(placement_of(options, META, quantisation), attention=choice)
     with quiet():
         dit = family.load_dit(placement)
+    made = made_network_of(family)
     processes = memory_plan.sharing_processes(options.speed)
     swaps = memory_plan.swaps_of(dit, family.dit, options.speed.swap, processes)
     weights = memory_plan.dtypes_of(dit)
@@ -196,6 +199,7 @@ def predict(
         further=len(family.experts) - 1,
         sampled=sampled,
         texts=texts,
+        network="LoRA" if made is None else made.called,
     )
 
 

@@ -15,10 +15,9 @@ from modules.pages.charts import Chart, Curve, draw_chart
 from modules.pages.language import counted, join, say
 from modules.text_files import parse_json, read_text
 from training.reports.history import Story
-from training.reports.sections import PageSection
+from training.reports.sections import PageSection, scores_path
 
 VERSION = 1
-END = "-scores.json"
 MOST_BYTES = 64 << 20
 MOST_ROWS = 10_000
 MOST_SHOWN = 100  # rows of the page
@@ -145,11 +144,6 @@ class BestFile:
 def _mean(values: Sequence[float | None]) -> float | None:
     measured = [value for value in values if value is not None]
     return sum(measured) / len(measured) if measured else None
-
-
-def scores_path(folder: Path, name: str) -> Path:
-    """Return the file of a run's scores. folder, name: --output_dir, --output_name."""
-    return folder / f"{name}{END}"
 
 
 def write_scores(path: Path, scores: RunScores) -> None:

@@ -27,9 +27,9 @@ from training.reports.scores import (
     StepScores,
     find_best,
     make_table,
-    scores_path,
     write_scores,
 )
+from training.reports.sections import scores_path
 from training.scoring.embeddings import Embedder, VectorStore, open_path, vectors_path
 from training.scoring.model import PictureTextModel, load_picture_text_model
 from training.scoring.options import ScoreOptions
