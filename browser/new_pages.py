@@ -9,7 +9,7 @@ import functools
 import shlex
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -24,19 +24,17 @@ from starlette.routing import Route
 from browser.background_jobs import has_changed_since, name_background_job
 from browser.bin_folder import FOLDER as BIN
 from browser.captioning import (
+    CAPTION_SCRIPT,
     TRIED,
     TYPED_OPTIONS,
     describe_engine,
-    is_captioning,
     make_caption_words,
     read_tries,
 )
 from browser.captions import mark_bytes
 from browser.command_lines import format_command
 from browser.command_output import REPAIR, OutputLine, find_command, read_changes, read_output_lines
-from browser.datasets import find_places
 from browser.described_folder import (
-    DATASET_FILE,
     FILES,
     ChangedMeanwhileError,
     DescribedFolder,
@@ -50,6 +48,7 @@ from browser.described_folder import (
 )
 from browser.durations import describe_duration
 from browser.folder_files import FolderFiles, file_routes, list_names, picture_address
+from browser.folder_tools import find_tool_job
 from browser.folders import (
     CHECK_PAGE,
     MediaFolder,
@@ -74,15 +73,21 @@ from browser.model_table import (
 )
 from browser.names import free_name, short_digest
 from browser.new_form import (
+    KIND_NOTES,
+    KIND_TITLES,
     NewForm,
     check_form,
+    find_model,
     list_differing,
     list_key_changes,
+    list_shown_kinds,
     list_unwritten,
     make_new_words,
+    name_field,
     read_steps,
 )
 from browser.new_steps import FolderStanding, choose_step
+from browser.offered_folders import find_open_folder, require_inside
 from browser.responses import (
     Form,
     answer_form,
@@ -93,14 +98,24 @@ from browser.responses import (
     answer_unknown,
     read_query,
 )
-from browser.run_start import CHECK, DESCRIBE, make_check_words, make_run_words, read_plan
+from browser.run_start import (
+    CHECK,
+    DESCRIBE,
+    is_run_of_folder,
+    make_check_words,
+    make_plan,
+    make_run_words,
+    newest_job,
+)
 from browser.run_views import POLICY
 from browser.runs import RUNNING
 from browser.settings_page import SettingsPages
 from browser.site import Site
+from browser.upload_parts import ADDRESS as PIECE
+from browser.upload_parts import PIECE_BYTES, PieceUploads
 from browser.uploads import ADDRESS as UPLOAD
 from browser.uploads import FileUploads, name_upload_folder
-from downloads.catalogue import Component
+from downloads.catalogue import Component, ModelSet
 from downloads.listing import gigabytes, total_bytes
 from modules.atomic_write import free_bytes
 from modules.errors import OptionError, UserError
@@ -109,8 +124,9 @@ from modules.pages.page import encode_address
 from modules.text_encodings import NAMES
 from modules.text_files import read_content, real_path
 from project.fitting import find_memory
+from project.kinds.composing import BY_NAME, LORA, WHOLE, find_control_kind
+from project.media import has_control_pairs
 from project.options import CAPTION_MODEL, RUN_FILE, find_models
-from project.whole_model import describe_whole, why_not_whole
 
 COMPARE = "compare"  # kind of background job: shows how the files of a described folder would change
 TRY = "try"  # captions of a few files
@@ -151,6 +167,7 @@ class NewPages:
         self.site = site
         self.files = FolderFiles(site.runs, site.read_only)
         self.uploads = FileUploads(site.runs)
+        self.pieces = PieceUploads(self.uploads)
 
     @functools.cached_property
     def memory(self) -> float:
@@ -165,6 +182,8 @@ class NewPages:
     def show(self, request: Request) -> Response:
         query = read_query(request)
         form = NewForm.of_fields(query)
+        if "train" not in query:
+            form = replace(form, train=self.suggest_kind(form))
         message = ""
         if "folder" in query and set(query) <= {"folder", "name"}:
             described = self.read_form(form.folder)
@@ -179,6 +198,14 @@ class NewPages:
                 )
         is_part = "hx-request" in request.headers
         return self.answer(form, message=message, is_part=is_part)
+
+    def suggest_kind(self, form: NewForm) -> str:
+        """Return the value of the field for what `new` trains by itself on a folder that is not described."""
+        folder, model = find_folder(self.site.runs, form.folder), find_model(form.family, form.task)
+        kind = None if model is None else find_control_kind(model)
+        if folder is None or kind is None or is_described(folder) or not has_control_pairs(folder):
+            return ""
+        return name_field(kind)
 
     def read_form(self, folder_text: str) -> NewForm:
         """Return the form of a folder: of its files, else of the command that described it last."""
@@ -261,15 +288,20 @@ class NewPages:
         content: of the chosen one. is_part: see `answer`.
         """
         tops = self.site.runs.tops
+        has_files = folder is not None and (content is not None or is_described(folder))
+        opened = find_open_folder(self.site.runs, str(folder)) if has_files else None
         folders = [] if is_part else list_media_folders(self.site.runs)
         return {
             "content": content,
             "folders": folders[:PART],
             "num_folders": len(folders),
             "next_folder": PART,
+            "tool_folders": [] if opened is None else [opened],
             "roots": tops,
             "into": str(folder or name_upload_folder(tops[0], date.today())),
             "upload": UPLOAD,
+            "piece": PIECE,
+            "piece_bytes": PIECE_BYTES,
             "picture_address": picture_address,
             "rows_address": "" if content is None else self.files.address(content.path),
             "files_address": "" if folder is None else self.files.address(folder),
@@ -285,9 +317,20 @@ class NewPages:
             "families": list({row.model.family: row.model for row in rows}.values()),
             "tasks": [row for row in rows if row.model.family == form.family],
             "options": _file_options(chosen),
-            "whole_refusal": "" if chosen is None else why_not_whole(chosen.model, self.memory),
-            "whole_lines": [] if chosen is None else describe_whole(chosen.model, self.memory),
+            **self.list_kind_values(form, None if chosen is None else chosen.model),
             "memory": self.memory,
+        }
+
+    def list_kind_values(self, form: NewForm, model: ModelSet | None) -> dict[str, Any]:
+        """Return the values for the choice of what is trained. model: that is chosen; None: none."""
+        if model is None:
+            return {"kinds": []}
+        chosen = BY_NAME[form.train or LORA.name]
+        return {
+            "kinds": [(name_field(kind), KIND_TITLES[kind.name]) for kind in list_shown_kinds(model)],
+            "whole": WHOLE.name,
+            "whole_refusal": WHOLE.why_not(model, self.memory),
+            "kind_lines": chosen.describe(model, self.memory) or [KIND_NOTES.get(chosen.name, "")],
         }
 
     def list_facts(self, form: NewForm, described: DescribedFolder | None, duration: str) -> list[str]:
@@ -354,8 +397,11 @@ class NewPages:
         """Return the values for the part of the page that changes while commands run."""
         site = self.site
         background_jobs = {kind: self.find_background_job(kind, folder) for kind in BACKGROUND_KINDS}
-        job = self.find_job(folder)
-        captioning = self.find_captioning(folder)
+        queue = site.queue.now()
+        job = captioning = None
+        if folder is not None:
+            job = newest_job([one for one in queue.jobs if is_run_of_folder(one, folder)])
+            captioning = find_tool_job(queue.jobs, folder, CAPTION_SCRIPT)
         works = [job is not None and job.state == RUNNING for job in background_jobs.values()]
         works += [entry is not None and entry.state in (WAITING, RUNNING) for entry in (job, captioning)]
         output = self.output_values(folder, background_jobs)
@@ -363,6 +409,10 @@ class NewPages:
         download = loading["download"]
         works.append(download is not None and download.state == RUNNING)
         is_loaded_here = loading["load_command"] != ""
+        commands: list[list[str]] = []
+        if folder is not None:
+            commands = read_commands(folder) if described is None else described.commands
+        repair_words = [] if folder is None else find_repair(commands, folder)
         standing = FolderStanding(
             is_described=described is not None,
             describing=output["looking"],
@@ -383,18 +433,18 @@ class NewPages:
             "folder": folder,
             "described": described,
             "tries": [] if folder is None else read_tries(background_jobs[TRY], folder),
-            "repair_line": self.repair_line(folder),
-            "commands": list_commands(folder),
+            "repair_line": format_command(repair_words) if repair_words else "",
+            "commands": [format_command(words, folder) for words in commands],
             "run_command": "" if described is None else format_command(self.make_run_words(described)),
             "check_command": "" if folder is None else format_command(make_check_words(folder)),
             "job": job,
             "run_address": standing.run_address,
             "captioning": captioning,
             "is_busy": any(works),
-            "is_paused": site.queue.worker == "",
+            "is_paused": queue.worker == "",
             "queue_problem": site.queue.problem,
             "can_write": not site.read_only,
-            "mark": "" if folder is None else mark_files(folder),
+            "mark": find_mark(folder, described),
             "refused": "",
             "is_part": False,
         }
@@ -532,17 +582,6 @@ class NewPages:
     def find_background_job(self, kind: str, folder: Path | None) -> Job | None:
         return None if folder is None else self.site.background_jobs.find(name_background_job(kind, folder))
 
-    def find_job(self, folder: Path | None) -> Job | None:
-        """Return the newest job of the queue that runs a folder; None if there is none."""
-        return None if folder is None else self.site.tracked_runs.find_job(folder)
-
-    def find_captioning(self, folder: Path | None) -> Job | None:
-        """Return the newest job of the queue that writes captions in a folder; None if there is none."""
-        if folder is None:
-            return None
-        jobs = [job for job in self.site.queue.jobs() if is_captioning(job, folder)]
-        return jobs[-1] if jobs else None
-
     def find_run(self, described: DescribedFolder | None, job: Job | None) -> str:
         """Return the address of the page of a folder's training; empty if there is none yet.
 
@@ -553,7 +592,9 @@ class NewPages:
         for run in self.site.runs.list_all():
             if run.history.parent == described.output and run.name.startswith(described.name):
                 return f"/run/{run.id}/"
-        plan = None if job is None else read_plan(described.folder / RUN_FILE, changed=0.0)
+        plan = None
+        if job is not None:
+            plan = make_plan(described.folder / RUN_FILE, described.run_content, changed=0.0)
         return "" if plan is None else f"/run/{plan.id}/"
 
     def list_missing_parts(self, described: DescribedFolder | None) -> list[Component]:
@@ -597,11 +638,6 @@ class NewPages:
 
     def make_run_words(self, described: DescribedFolder) -> list[str]:
         return make_run_words(described, self.site.models)
-
-    def repair_line(self, folder: Path | None) -> str:
-        """Return the command that converts captions of a folder to UTF-8; empty if there is none."""
-        words = [] if folder is None else find_repair(folder)
-        return format_command(words) if words else ""
 
     def plan_or_none(
         self, form: NewForm, folder: Path | None, described: DescribedFolder | None
@@ -689,13 +725,13 @@ class NewPages:
             self.start(folder, has_accepted=bool(texts.get("accept")))
         elif what == "try":
             words = make_caption_words(texts.get("engine", ""), texts.get("question", ""), TRIED)
-            self.require_inside(folder)
+            require_inside(self.site.runs, folder)
             background_jobs.start(
                 name_background_job(TRY, folder), words, folder, within=folder, typed=TYPED_OPTIONS
             )
         elif what == "write":
             words = make_caption_words(texts.get("engine", ""), texts.get("question", ""))
-            self.require_inside(folder)
+            require_inside(self.site.runs, folder)
             self.site.queue.add_and_begin(words, folder, within=folder, typed=TYPED_OPTIONS)
         elif what == "remedy":
             self.run_remedy(folder, texts.get("line", ""))
@@ -787,21 +823,6 @@ class NewPages:
             )
         self.site.tracked_runs.start(folder, words)
 
-    def require_inside(self, folder: Path) -> None:
-        """Raise OptionError if the dataset of a folder names files outside the roots."""
-        path = folder / DATASET_FILE
-        if not path.is_file():
-            raise OptionError(say("It is not described yet: press Describe first."))
-        outside = [place for place in find_places(path, folder) if not self.site.runs.is_below(place)]
-        if outside:
-            raise OptionError(
-                say(
-                    "%(path)s names %(outside)s, which is outside the folders that are shown.",
-                    path=path,
-                    outside=outside[0],
-                )
-            )
-
     def run_remedy(self, folder: Path, line: str) -> None:
         """Run a command that `new` or `run --check` has printed for this folder."""
         kinds = (COMPARE, DESCRIBE, CHECK)
@@ -811,7 +832,7 @@ class NewPages:
         words = find_command(lines, line)
         if words is None:
             raise OptionError(say("This command is not one that was printed for this folder (any more)."))
-        self.require_inside(folder)
+        require_inside(self.site.runs, folder)
         command, _ = find_program(words, folder)
         if command.words[0] == "cache":
             self.site.background_jobs.start(
@@ -824,10 +845,10 @@ class NewPages:
         """Convert captions of a folder that are not UTF-8. encoding: theirs; "" if it is to be guessed."""
         if encoding and encoding not in NAMES:
             raise OptionError(say("%(encoding)s: no such encoding is known here.", encoding=encoding))
-        words = find_repair(folder)
+        words = find_repair(read_commands(folder), folder)
         if not words:
             raise OptionError(say("It is not described yet: press Describe first."))
-        self.require_inside(folder)
+        require_inside(self.site.runs, folder)
         if encoding:
             words = [*words, encoding]
         self.site.background_jobs.start(name_background_job(REPAIRING, folder), words, folder, within=folder)
@@ -865,9 +886,19 @@ class NewPages:
         return answer_page(str(escape(reason)))
 
 
-def find_repair(folder: Path) -> list[str]:
-    """Return the command that converts captions of a described folder to UTF-8; empty if there is none."""
-    for words in read_commands(folder):
+def find_mark(folder: Path | None, described: DescribedFolder | None) -> str:
+    """Return a checksum of the files of a folder as they were read; empty if it has none."""
+    if described is not None:
+        return described.mark
+    return "" if folder is None else mark_files(folder)
+
+
+def find_repair(commands: Sequence[list[str]], folder: Path) -> list[str]:
+    """Return the command that converts captions of a described folder to UTF-8; empty if there is none.
+
+    commands: of its run.toml.
+    """
+    for words in commands:
         with contextlib.suppress(OptionError):
             command, _ = find_program(words, folder)
             if command.words[0] == "cache" and "--check" in words and "--html" in words:
@@ -901,13 +932,6 @@ def _file_options(row: ModelRow | None) -> list[str]:
     return list(dict.fromkeys(part.option.lstrip("-") for part in row.model.components if part.option))
 
 
-def list_commands(folder: Path | None) -> list[str]:
-    """Return the commands that the run of a described folder consists of, as a user would type them."""
-    if folder is None:
-        return []
-    return [format_command(words, folder) for words in read_commands(folder)]
-
-
 def new_routes(site: Site) -> list[Route]:
     """Return the routes of the page New."""
     pages = NewPages(site)
@@ -920,6 +944,8 @@ def new_routes(site: Site) -> list[Route]:
         Route("/new/file", answer_form(pages.look_at_file), methods=["POST"]),
         Route("/new/fits", answer_form(pages.look_whether_it_fits), methods=["POST"]),
         Route(UPLOAD, pages.uploads.take, methods=["POST"]),
+        Route(PIECE, pages.pieces.take, methods=["POST"]),
+        Route(PIECE, pages.pieces.show),
         *file_routes(pages.files),
         Route("/new/{what}", answer_form(pages.change), methods=["POST"]),
     ]

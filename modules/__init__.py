@@ -2,7 +2,9 @@
 
 atomic_write: write to a temporary name, then rename
 attention/: attention: one function over a table of back ends
+backups: copy a file to NAME.bak before it changes
 bars: progress bars of one look
+card_builds: choose the build of torch for this machine's card
 chat_templates: render a model's chat template within bounds
 command: what every script shares: logging, clean error output, exit codes
 compile_options: options for compiling the blocks of the transformer with torch
@@ -11,7 +13,7 @@ console_options: options of log lines: how many, and where they go
 control_codes: text for a console
 devices: choose devices, name dtypes, send tensors, free and measure memory
 downloading: receive a file from a site, continued and bounded
-environment: the virtual environment of quickstart.py and run_tests.py
+environment: the virtual environment of the scripts that set up
 errors: errors that a user can correct
 file_locks: locks on open files that end with their process
 flow/: noise schedules and the solvers that follow them
@@ -25,6 +27,7 @@ lost_processes: notice that another process of a run died or stopped
 media/: images and videos on disk, and their pixels
 minimal_options: options that the minimal inference scripts share
 mistyped: name our option for another program's
+nvidia_driver: cards of NVIDIA, and why torch does not see them
 option_values: values of options: converted from what was typed, and checked
 options: declare options as fields of a record
 output_files: check output names, ask about existing files

@@ -1,6 +1,7 @@
 """Choose a device, name dtypes, send tensors, free memory."""
 
 import ctypes
+import functools
 import gc
 import logging
 import os
@@ -64,6 +65,7 @@ def choose_device(name: str | None) -> torch.device:
     if name is None:
         if torch.cuda.is_available():
             return torch.device("cuda")
+        _warn_of_unseen_card()
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
@@ -72,9 +74,9 @@ def choose_device(name: str | None) -> torch.device:
     if device.type not in DEVICES:
         raise OptionError(f"--device {name}: nothing here computes on {device.type}. Use cuda, mps or cpu.")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise OptionError(
-            f"--device {name}: torch sees no CUDA device. Use --device cpu, or install a CUDA build of torch."
-        )
+        reason = _explain_unseen_card()
+        remedy = "Use --device cpu, or install a CUDA build of torch." if reason is None else f"{reason}."
+        raise OptionError(f"--device {name}: torch sees no CUDA device. {remedy}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise OptionError(
             f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices, counted from cuda:0. Use "
@@ -85,6 +87,21 @@ def choose_device(name: str | None) -> torch.device:
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     return device
+
+
+@functools.cache
+def _warn_of_unseen_card() -> None:
+    """Warn once of an NVIDIA card that torch does not see, unless CUDA_VISIBLE_DEVICES chooses cards."""
+    if "CUDA_VISIBLE_DEVICES" not in os.environ:
+        reason = _explain_unseen_card()
+        if reason is not None:
+            logger.warning("This runs on the CPU: %s.", reason)
+
+
+def _explain_unseen_card() -> str | None:
+    from modules.nvidia_driver import explain_unseen_card  # only if torch sees no card
+
+    return explain_unseen_card(torch.__version__, torch.version.cuda)
 
 
 def send(tensor: Tensor, device: torch.device, non_blocking: bool = False) -> Tensor:

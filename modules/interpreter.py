@@ -11,3 +11,8 @@ if not (3, 11) <= sys.version_info[:2] <= (3, 14):
         f"Python {sys.version.split()[0]} ({sys.executable}) is not supported: use 3.11 to 3.14.\n"
         "Make an environment with one of them: docs/install.md says how."
     )
+if sys.maxsize < 2**32:
+    sys.exit(
+        f"This Python ({sys.executable}) is 32 bit, and PyTorch is made for 64 bit only.\n"
+        "Install a Python of 64 bit: docs/install.md says how."
+    )

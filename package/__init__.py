@@ -3,4 +3,5 @@
 backend: the build backend that pyproject.toml names
 reelsmith/: what stands at the top of the package
 staging: lays out the files of a distribution
+updating: a newer version of a checkout, and the way back
 """

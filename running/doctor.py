@@ -11,6 +11,7 @@ from pathlib import Path
 
 from modules.errors import InstallationError
 from modules.installation import PREFIX, check_requirements, find_namesake, read_requirements
+from modules.nvidia_driver import explain_unseen_card
 
 _GB = 1 << 30
 FEW_GB = 60  # of free disk: the files and caches of a model of 14 billion weights, in 16 bits
@@ -96,7 +97,7 @@ def _examine_torch() -> Iterator[Finding]:
             size = f"{facts.total_memory / _GB:.0f} GB, capability {facts.major}.{facts.minor}"
             yield Finding(f"GPU {number}", f"{facts.name}, {size}: {half}")
     else:
-        yield _without_cuda(device.type)
+        yield _without_cuda(device.type, explain_unseen_card(torch.__version__, torch.version.cuda))
     missing = missing_for_inductor(device)
     verdict = f"missing {missing}. Without it --compile and --optimized are refused" if missing else "works"
     yield Finding("compile", verdict)
@@ -113,14 +114,14 @@ def _examine_torch() -> Iterator[Finding]:
     yield Finding("attention", verdict)
 
 
-def _without_cuda(kind: str) -> Finding:
+def _without_cuda(kind: str, reason: str | None) -> Finding:
+    """Return the finding for a torch without CUDA. reason: why it does not see a card that is there."""
+    if reason is not None:
+        return Finding("GPU", reason, is_fit=False)
     if shutil.which("nvidia-smi") is None:
         verdict = "no CUDA device: only small models are trained and sampled in useful time"
         return Finding("GPU", f"{kind}; {verdict}" if kind != "cpu" else verdict)
-    verdict = (
-        "an NVIDIA driver is installed, but this torch finds no CUDA device: see what nvidia-smi prints, and "
-        f"install the build of torch for CUDA ({INDEX})"
-    )
+    verdict = "an NVIDIA driver is installed, but it lists no card: see what nvidia-smi prints"
     return Finding("GPU", verdict, is_fit=False)
 
 

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "checkpoints": {"modules", "contract"},
     "running": {"modules", "contract", "checkpoints"},
     "dataset": GROUND | {"data_tools.report"},
-    "data_tools": GROUND | {"dataset"},
+    "data_tools": GROUND | {"dataset", "post.faces"},
     "networks": GROUND,
     "post": GROUND | {"downloads.catalogue"},
     "blissful_tuner": GROUND,
@@ -47,11 +47,14 @@ MAY_IMPORT = {
     | {"training.reports", "training.config_options", "training.features.composing"}
     | {"downloads.catalogue", "downloads.listing"}
     | {
+        "data_tools.masks.options",
+        "data_tools.masks.places",
+        "data_tools.tags.options",
         "project.new_options",
         "project.options",
         "project.run_options",
         "project.fitting",
-        "project.whole_model",
+        "project.kinds.whole_model",
         "project.known",
         "generation.prompt_lines",
         "generation.script_options",
@@ -62,12 +65,12 @@ MAY_IMPORT = {
 FLOORS = {
     "modules": (
         {"errors", "flow", "interpreter", "limits", "screen", "script_words", "seeds"}
-        | {"private_torch"}
+        | {"nvidia_driver", "private_torch"}
         | {"text_encodings", "varints", "version"},
-        {"control_codes", "text_files"},
+        {"card_builds", "control_codes", "text_files"},
         {"output_files", "paths", "run_limits", "typed_command", "user_files"},
         {"atomic_write", "devices", "file_locks", "installation", "option_values"},
-        {"installed", "options"},
+        {"backups", "installed", "options"},
         {"compile_options", "help_text", "repeated_options"},
         {"speed_options"},
         {"console", "environment", "progress"},
@@ -101,7 +104,11 @@ FLOORS = {
         {"batches", "caching"},
         {"scripts"},
     ),
-    "data_tools": ({"captions", "cogvideox", "controls", "cutting", "report"}, {"tags"}),
+    "data_tools": (
+        {"folders"},
+        {"captions", "cogvideox", "controls", "cutting", "masks", "report"},
+        {"tags"},
+    ),
     "post": (
         {"contract", "options", "streaming"},
         {"tiling"},
@@ -117,12 +124,12 @@ FLOORS = {
             *{"config_options", "learning_options", "noise_options", "run_options"},
             *{"made_networks", "other_families", "steps", "trainable"},
         },
-        {"bad_steps", "processes", "reports", "run_end"},
+        {"bad_steps", "processes", "reports", "run_end", "word_rows"},
         {"loss", "saving"},
         {"data", "optimizers"},
         {"targets"},
         {"features"},
-        {"options", "samples"},
+        {"options", "samples", "scoring"},
         {"caching_inside", "edited_prompts", "experts", "image_options"},
         {"checks", "resuming"},
         {"plan", "whole_checkpoint"},
@@ -137,7 +144,7 @@ FLOORS = {
     ),
 }
 _LIGHT = {
-    "contract": ("families", "inputs", "rules"),
+    "contract": ("families", "inputs", "new_words", "rules"),
     "modules": (
         *("command", "console", "control_codes", "errors", "installation", "interpreter", "limits"),
         *(
@@ -192,8 +199,10 @@ _LIGHT = {
         "composing",
         "contract",
         "ema",
+        "embedding",
         "guided",
         "ip_noise",
+        "item_losses",
         "mask_prior",
         "on_end",
         "output_preservation",
@@ -218,7 +227,7 @@ SLOW = ("hashlib", "json", "subprocess", "tomllib")
 SCRIPTS = sorted(
     path.name
     for path in ROOT.glob("*.py")
-    if path.name not in {"run_tests.py", "quickstart.py", "reelsmith.py"}
+    if path.name not in {"run_tests.py", "quickstart.py", "reelsmith.py", "set_up.py"}
 )
 # scripts in a room, with the rights of those at the root
 _TOOLS = {
@@ -226,7 +235,7 @@ _TOOLS = {
         *("cache_on_ray", "caption_dataset", "compare", "control_pictures", "convert_cache"),
         *("dataset_report", "doctor"),
         *("download", "lora_post_hoc_ema", "prepare_dataset", "quantise", "run_browser", "share_page"),
-        *("pack", "split_video", "tag", "unpack"),
+        *("mask", "pack", "score", "split_video", "tag", "unpack"),
     ),
     "blissful_tuner": (
         *("GIMMVFI", "facefix", "metaview", "model_utility", "upscaler", "video_to_png", "yolo_blur"),
@@ -403,7 +412,7 @@ def test_root_scripts_are_thin() -> None:
     most = {"quickstart.py": 200, "run_tests.py": 200}
     lines = {
         script: len((ROOT / script).read_text(encoding="utf-8").splitlines())
-        for script in (*SCRIPTS, "quickstart.py", "run_tests.py")
+        for script in (*SCRIPTS, "quickstart.py", "run_tests.py", "set_up.py")
     }
     assert {script: count for script, count in lines.items() if count > most.get(script, 150)} == {}
 

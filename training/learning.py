@@ -14,6 +14,7 @@ from contract.data import CAPTION
 from contract.family import Family, hears_sound, part_rates_of
 from contract.loading import BlockPlace
 from contract.made_networks import made_network_of
+from contract.new_words import taught_word_of
 from contract.rules import Expert
 from modules.devices import dtype_of, gib, keep_heap_small, warn_if_emulated
 from modules.errors import MemoryPlanError
@@ -52,6 +53,7 @@ from training.trainable import (
 from training.training_run import Requests, TrainedModel, TrainingRun, trigger_paths
 from training.validation import Validation
 from training.whole_checkpoint import train_whole
+from training.word_rows import WordRows, make_word_rows, note_brought_words
 
 if TYPE_CHECKING:  # loaded only with LoRA files, with prompts
     from networks.added import AddedLoras
@@ -112,7 +114,15 @@ class LoadedNetworks:
 def load_networks(plan: TrainingPlan, swap: SwapOptions, hooks: Hooks) -> LoadedNetworks:
     """Load the networks one after the other, add the trained part to each, and dress it."""
     loading = Loading(plan, swap, hooks)
-    learners = Learners(plan)
+    texts = plan.texts
+    word = make_word_rows(
+        plan.family,
+        {} if texts is None else texts.taught_networks,
+        seed=plan.progress.seed,
+    )
+    if plan.options.network is not None:
+        note_brought_words(plan.options.network.network_weights, taught_word_of(plan.family))
+    learners = Learners(plan, word)
     networks: list[nn.Module] = []
     for index in range(len(plan.family.experts)):
         network = loading.load(plan.family, index)
@@ -430,6 +440,7 @@ class Learners:
     """Make the trained part of each network, one after the other, and join them."""
 
     plan: TrainingPlan
+    word: WordRows | None = None  # that is learned too
     parts: list[Trainable] = field(default_factory=list)
 
     def add(self, dit: nn.Module, expert: Expert) -> None:
@@ -463,15 +474,25 @@ class Learners:
             device=device,
             lora_format=self.plan.lora_format,
             write=written_by(self.plan.family),
+            list_beside=dict if self.word is None else self.word.list_in_lora,
         )
         self.parts.append(trainable)
 
     def join(self) -> Trainable:
         """Return all that learns as one."""
         if len(self.parts) == 1:
-            return self.parts[0]
-        names = [expert.name for expert in self.plan.family.experts]
-        return train_apart(dict(zip(names, self.parts, strict=True)))
+            trainable = self.parts[0]
+        else:
+            names = [expert.name for expert in self.plan.family.experts]
+            trainable = train_apart(dict(zip(names, self.parts, strict=True)))
+        if self.word is None:
+            return trainable
+        return self.word.add_to(
+            trainable,
+            self.plan.options.optimizer.learning_rate,
+            total_steps=self.plan.steps.total_steps,
+            device=self.plan.accelerator.device,
+        )
 
     def _train_whole(self, dit: nn.Module) -> Trainable:
         options = self.plan.options

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from contract.family import Family, Trains
 from contract.made_networks import MadeNetwork, WritesNetwork, made_network_of
+from contract.new_words import taught_word_of
 from dataset.batches.items import TrainingItem
 from dataset.sources.captions import complete_caption, lines_of
 from dataset.sources.media_source import MediaSource
@@ -89,18 +90,22 @@ def check_data(made: MadeNetwork | None, config: DatasetConfig, kept: str) -> Da
     return replace(config, datasets=tables)
 
 
-def reads_captions(made: MadeNetwork | None) -> bool:
-    """Return whether a made network learns from captions alone, so that they need to be of what it learns."""
-    return made is not None and made.in_texts and not made.sentences
+def find_caption_reader(family: Family) -> MadeNetwork | None:
+    """Return what learns from captions alone in a training: the only network, or a word next to a LoRA."""
+    taught = taught_word_of(family)
+    made = made_network_of(family) if taught is None else taught.network
+    return made if made is not None and made.in_texts and not made.sentences else None
 
 
-def check_captions(made: MadeNetwork | None, items: Sequence[TrainingItem]) -> None:
-    """Check the captions of a made network that is in text encoders. Raises DatasetError."""
-    if made is None or not reads_captions(made):
+def check_captions(family: Family, items: Sequence[TrainingItem]) -> None:
+    """Check the captions of what learns in text encoders. Raises DatasetError."""
+    made = find_caption_reader(family)
+    if made is None:
         return
     captions = [
         _complete(item.kind.caption(item.source_stem, number), item.table)
         for item in items
+        if not item.table.is_reg  # which a LoRA next to it learns from
         for number in range(item.captions)
     ]
     remark = made.check_captions(captions)
@@ -109,17 +114,19 @@ def check_captions(made: MadeNetwork | None, items: Sequence[TrainingItem]) -> N
 
 
 def check_source_captions(
-    made: MadeNetwork | None, listed: Sequence[tuple[DatasetTable, Sequence[MediaSource]]]
+    family: Family, listed: Sequence[tuple[DatasetTable, Sequence[MediaSource]]]
 ) -> str:
     """Return a remark about the captions of the sources of tables, "" if there is none.
 
     Raises DatasetError as `check_captions`.
     """
-    if made is None or not reads_captions(made):
+    made = find_caption_reader(family)
+    if made is None:
         return ""
     captions = [
         _complete(caption, table)
         for table, sources in listed
+        if not table.is_reg
         for source in sources
         for caption in (source.caption, *source.more_captions)
         if caption is not None

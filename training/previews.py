@@ -119,7 +119,7 @@ def _check(family: Family, options: TrainingOptions, commands: CachingCommands) 
         )
         lines = [*_describe_plans(plans), *counters.missing]
         result = replace(result, head=("Where the training has them:", *findings.indent(lines)))
-    _add_words(made, result.tables)
+    _add_words(family, result.tables)
     lines = describe_run(options, num_validation=result.num_held, made=made)
     times = describe_times(options.timesteps, config.datasets)
     targets = describe_targets(options)
@@ -132,10 +132,10 @@ def _check(family: Family, options: TrainingOptions, commands: CachingCommands) 
     return code
 
 
-def _add_words(made: MadeNetwork | None, tables: "Sequence[TableFindings]") -> None:
+def _add_words(family: Family, tables: "Sequence[TableFindings]") -> None:
     """Add to the findings of a check that captions lack the word which is to be learned."""
     try:
-        remark = check_source_captions(made, [(findings.table, findings.sources) for findings in tables])
+        remark = check_source_captions(family, [(findings.table, findings.sources) for findings in tables])
     except DatasetError as error:
         tables[0].unusable(error)
         return
@@ -224,7 +224,7 @@ def _read_for_plan(
     if not all(plan.can_be_planned for plan in plans):
         switches = "--cache_latents_to_disk and --cache_text_encoder_outputs_to_disk"
         scripts = f"{commands.latents}\n  {commands.text}"
-        if texts is not None and texts.learning:  # their outputs cannot be cached
+        if texts is not None and texts.changing:  # their outputs cannot be cached
             switches = "--cache_latents_to_disk"
             scripts = commands.latents
         raise OptionError(

@@ -32,7 +32,7 @@ FIRST = {
     "compare": "make a grid of clips or pictures from several LoRA files",
 }
 # scripts that set up a checkout, and its door to the commands; the package has none of them
-OF_A_CHECKOUT = {"quickstart", "reelsmith", "run_tests"}
+OF_A_CHECKOUT = {"quickstart", "reelsmith", "run_tests", "set_up"}
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,14 @@ from modules.pages.language import Language, Words, counted, join, say, show_all
 from tests.browser.page_texts import (
     TEMPLATES,
     list_all_script_texts,
+    list_helps,
+    list_settings,
     list_texts,
     parse_template,
 )
 from tests.browser.serving import Served, serve_runs, write_run
 from tests.browser.test_safe_clicks import describe, save_picture
+from tests.chromium import open_page
 
 TABLES = CODES[1:]
 PLACE = re.compile(r"%\((\w+)\)s")
@@ -42,6 +45,7 @@ def test_each_text_of_the_page_stands_in_the_table_once(code: str) -> None:
     assert len(keys) == len({*keys})
     assert {*keys} == {*list_texts()} | list_all_script_texts()
     assert {*sections[page_language.SCRIPTS]} == list_all_script_texts()
+    assert {*sections[page_language.HELPS]} == {*list_helps()}
     assert all(text for section in sections.values() for text in section.values())
 
 
@@ -50,9 +54,28 @@ def test_a_translation_has_the_values_and_the_tags_of_its_text(code: str) -> Non
     for key, text in read_texts(code).items():
         assert {*PLACE.findall(key)} == {*PLACE.findall(text)}, key
         assert sorted(TAG.findall(key)) == sorted(TAG.findall(text)), key
-        assert "<" in key or '"' not in text.replace(' = "%(prompts_file)s"', ""), key  # texts of attributes
+        if "<" not in key and key not in list_helps():  # texts of attributes
+            assert '"' not in text.replace(' = "%(prompts_file)s"', ""), key
         if PLACE.search(text) and key not in read_table(code)[page_language.SCRIPTS]:
             assert text % dict.fromkeys(PLACE.findall(text), "1"), key  # with %% for a sign
+
+
+# options, and names with underscores such as values, fields and files
+IN_A_HELP = re.compile(r"--\w+|\w*[A-Za-z]_\w+|\d+(?:\.\d+)?", re.ASCII)
+
+
+@pytest.mark.parametrize("code", TABLES)
+def test_a_translated_help_names_the_options_values_and_numbers_of_its_text(code: str) -> None:
+    for key, text in read_table(code)[page_language.HELPS].items():
+        assert {*IN_A_HELP.findall(key)} <= {*IN_A_HELP.findall(text)}, key
+        assert {*re.findall(r"--\w+", key)} == {*re.findall(r"--\w+", text, re.ASCII)}, key
+
+
+def test_helps_of_every_family_are_known() -> None:
+    names = {setting.name for setting in list_settings()["wan_train_network.py"]}
+
+    assert {"blocks_to_swap", "network_dim", "dit_high_noise"} <= names
+    assert len(list_settings()) > 30
 
 
 def test_templates_hold_no_text_outside_of_the_table() -> None:
@@ -60,7 +83,18 @@ def test_templates_hold_no_text_outside_of_the_table() -> None:
 
 
 # names, commands and units, which are the same in every language
-SAME_EVERYWHERE = {"GB", "GiB", "FILE", "logs", "SHA", "mrsfluff", "run.toml", "dataset.toml", "prompts.txt"}
+SAME_EVERYWHERE = {
+    "GB",
+    "GiB",
+    "Esc",
+    "FILE",
+    "logs",
+    "SHA",
+    "mrsfluff",
+    "run.toml",
+    "dataset.toml",
+    "prompts.txt",
+}
 READ_ATTRIBUTES = {"aria-label", "title", "placeholder", "alt", "data-confirm", "data-label", "label"}
 
 
@@ -275,7 +309,14 @@ PAGES = (
         "/compare",
         "/machine",
     ),
-    *("/new/samples?folder={}", "/new/memory?folder={}", "{run}", "{run}deeds"),
+    *(
+        "/new/samples?folder={}",
+        "/new/memory?folder={}",
+        "/new/tags?folder={}",
+        "/masks?folder={}",
+        "{run}",
+        "{run}deeds",
+    ),
 )
 # what no language changes: names of models and licences, of files, folders and options, people's own words
 MODEL_NAMES = {
@@ -308,6 +349,21 @@ def test_every_page_shows_no_words_outside_of_the_table(
     assert found == {}
 
 
+def test_the_table_of_settings_shows_no_words_outside_of_the_table(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marked = Language("en", Marked(), "/", NAMES)
+    monkeypatch.setattr("browser.server.choose_language", lambda request: marked)
+    answer = served.ask(f"/new/settings?folder={quote(str(served.runs.tops[0] / 'described'))}")
+
+    settings = list_settings()["wan_train_network.py"]
+    assert all(f'id="row-{setting.name}"' in answer.text for setting in settings)
+    assert "⟦no file is enlarged⟧" in answer.text
+    # values are the same in every language
+    text = re.sub(r"<select.*?</select>| placeholder=\"[^\"]*\"", "", answer.text, flags=re.DOTALL)
+    assert list_unmarked(text) == []
+
+
 def list_unmarked(text: str) -> list[str]:
     """Return the words of a page that are in no marks, no code, and are no names."""
     parser = BareTexts()
@@ -319,3 +375,42 @@ def list_unmarked(text: str) -> list[str]:
         shown = shown.replace(name, "")
     lines = DATA_NAMES.sub("", shown).split("\n")
     return sorted({line.strip() for line in lines if re.search(r"[a-z]{3}", line)})
+
+
+# buttons of which a part is beyond the window, or a word beyond the button
+CLIPPED = """[...document.querySelectorAll('button, .button, summary')].filter(one => one.checkVisibility())
+  .filter(one => {
+    const box = one.getBoundingClientRect(), texts = document.createTreeWalker(one, NodeFilter.SHOW_TEXT);
+    const range = document.createRange();
+    let isOutside = box.left < 0 || box.right > innerWidth;
+    while (texts.nextNode()) {
+      range.selectNodeContents(texts.currentNode);
+      const words = range.getBoundingClientRect();
+      isOutside ||= words.right > box.right + 1 || words.left < box.left - 1 || words.bottom > box.bottom + 1;
+    }
+    return isOutside;
+  }).map(one => one.outerHTML)"""
+NARROW = """{
+  const one = document.createElement('button');
+  one.textContent = 'a text that does not fit';
+  one.style = 'width: 3rem; height: 2rem; white-space: nowrap; overflow: hidden';
+  document.body.prepend(one);
+}"""
+
+
+@pytest.mark.parametrize("code", TABLES)
+def test_no_button_is_clipped_on_a_phone_or_a_desk(served: Served, code: str) -> None:
+    folder = quote(str(served.runs.tops[0] / "described"))
+    addresses = (f"/new?folder={folder}", "/generate?source=model+wan+t2v-1.3B", served.of("x"))
+    clipped = {}
+    with open_page(served.url, locale=code) as page:
+        for address in addresses:
+            page.goto(f"{served.url}{address}")
+            page.wait_for_load_state("networkidle")
+            assert page.evaluate("document.documentElement.lang") == code
+            for width in (390, 1440):
+                page.set_viewport_size({"width": width, "height": 900})
+                clipped[address, width] = page.evaluate(CLIPPED)
+            page.evaluate(NARROW)
+            assert len(page.evaluate(CLIPPED)) == 1
+    assert {place: found for place, found in clipped.items() if found} == {}

@@ -166,15 +166,6 @@ def test_the_page_is_opened_only_for_a_person_who_sees_it(monkeypatch: pytest.Mo
     assert not may_open_page(options)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="a shell script")
-@pytest.mark.parametrize("name", ["Reelsmith.command", "Reelsmith.bat"])
-def test_a_file_to_double_click_has_three_lines_and_starts_the_browser(name: str) -> None:
-    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
-    assert len(lines) == 3
-    assert sum("reelsmith.py browser" in line for line in lines) == 1
-    assert os.access(ROOT / name, os.X_OK) or name.endswith(".bat")
-
-
 def test_the_browser_never_loads_torch() -> None:
     code = "import browser.server, browser.start, browser.run_views, sys; print('torch' in sys.modules)"
 

@@ -14,10 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from modules import devices
 from modules.devices import IN_COMMAND, choose_device, empty_pinned, numbers_on, send_ahead, warn_if_emulated
 from modules.environment import _install, create_environment, provide_pip
 from modules.errors import OptionError, UserError
 from modules.installation import hide_packages
+from modules.nvidia_driver import NvidiaCard
 from tests.test_size import NOT_PRODUCT, product_files
 
 
@@ -109,6 +111,26 @@ def test_a_gpu_that_is_named_becomes_the_current_one(current: list[torch.device]
     with pytest.raises(OptionError, match="torch sees 2 CUDA devices, counted from cuda:0"):
         choose_device("cuda:2")
     assert current == [torch.device("cuda:1")]
+
+
+@pytest.mark.parametrize("typed", [None, "cuda"])
+def test_a_card_that_torch_does_not_see_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, typed: str | None
+) -> None:
+    card = NvidiaCard("NVIDIA Card", "470.1", (8, 9))
+    monkeypatch.setattr("modules.nvidia_driver.find_nvidia_cards", lambda: [card])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(devices, "_warn_of_unseen_card", devices._warn_of_unseen_card.__wrapped__)
+    sentence = f"the NVIDIA driver is 470.1, and torch {torch.__version__} with CUDA 13.0 needs 580 or later."
+
+    if typed is None:
+        assert choose_device(None).type != "cuda"
+        assert f"This runs on the CPU: {sentence}" in caplog.text
+    else:
+        with pytest.raises(OptionError, match=re.escape(sentence)):
+            choose_device(typed)
 
 
 def test_a_launcher_chooses_the_current_gpu_where_none_is_named(current: list[torch.device]) -> None:

@@ -1,10 +1,13 @@
 """What a run reports: logs, numbers, slow steps.
 
 history: keep all reports of a run in lines
+item_losses: losses of single pictures, compared, for the page
 logs: progress bar, and what is recorded of steps
 page: one HTML page about a training
 present_files: let commands of a run name files that exist
 pauses: time steps and what interrupts them; slow steps
 reporter: pass a run's events to history and page
 sample_files: find a run's samples, draw sheets, fill the page's grid
+scores: scores of samples, the best file by them
+sections: further parts of a run's page
 """

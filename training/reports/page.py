@@ -70,8 +70,9 @@ def write_training_page(
 
     Raises OutputError if that fails.
     """
-    values = page_values(history.parent, story, standing, load=load, parts=parts)
-    write_page(path, TEMPLATE, f"{history_name(history)}: training", values)
+    name = history_name(history)
+    values = page_values(history.parent, story, standing, load=load, parts=parts, name=name)
+    write_page(path, TEMPLATE, f"{name}: training", values)
 
 
 def page_values(
@@ -81,13 +82,18 @@ def page_values(
     load: "LoadClip | None" = None,
     most: tuple[int, int] = (MOST_COLUMNS, MOST_PROMPTS),
     parts: PageParts = NO_PARTS,
+    name: str = "",
 ) -> dict[str, Any]:
     """Return the values of the template. folder: --output_dir. load: gives the clips, if the story has
-    samples. most: the largest number of columns and rows in the grid of samples. parts: of features.
+    samples. most: the largest number of columns and rows in the grid of samples. parts: of features. name:
+    --output_name, whose files next to the history are shown too.
     """
     from downloads.catalogue import model_title  # only for pages
+    from training.reports.item_losses import make_section as make_items
+    from training.reports.scores import make_section as make_scores
 
     best = story.best_file(folder)
+    sections = [make(folder, name, story) for make in (make_scores, make_items)]
     grid = None
     if load:
         from training.reports.sample_files import make_grid  # only with samples
@@ -103,6 +109,7 @@ def page_values(
         "grid": grid,
         "makes_samples": "sample_prompts" in dict(standing.start.changed),
         "charts": [draw_chart(chart) for chart in list_charts(story, parts)],
+        "sections": [section for section in sections if section is not None],
         "files": _files(story, folder, best),
         "advice": describe_best(story, best),
         "memory": story.memory,

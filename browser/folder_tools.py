@@ -1,0 +1,88 @@
+"""Run a tool on a folder for a page: a try in the background, the whole in the queue, stopped, continued."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from browser.background_jobs import name_background_job
+from browser.captioning import read_tries
+from browser.jobs import ENDED, WAITING, Job
+from browser.runs import FINISHED, RUNNING
+from browser.site import Site
+from modules.errors import OptionError
+from modules.pages.language import say
+
+
+def find_tool_job(jobs: Sequence[Job], folder: Path, script: str) -> Job | None:
+    """Return the newest job of the queue that runs a script in a folder; None if there is none."""
+    of_folder = [job for job in jobs if Path(job.folder) == folder and script in job.line]
+    return of_folder[-1] if of_folder else None
+
+
+@dataclass(frozen=True)
+class FolderTool:
+    """A tool and its jobs. kind: of its background jobs, which try it."""
+
+    site: Site
+    script: str
+    kind: str
+
+    def find_job(self, folder: Path) -> Job | None:
+        return find_tool_job(self.site.queue.jobs(), folder, self.script)
+
+    def stand(self, folder: Path) -> dict[str, Any]:
+        """Return the values for the part of a page that shows the try and the job of a folder."""
+        trying = self.site.background_jobs.find(name_background_job(self.kind, folder))
+        return {
+            "trying": trying,
+            "tries": read_tries(trying, folder),
+            "job": self.find_job(folder),
+            "is_paused": self.site.queue.worker == "",
+        }
+
+    def press(self, folder: Path, what: str, make_words: Callable[[bool], Sequence[str]]) -> bool:
+        """Do what a button asks for: try, write, stop or go_on; return whether there is such a button.
+
+        make_words: returns the command, whether it only tries or not. Raises UserError.
+        """
+        match what:
+            case "try":
+                name = name_background_job(self.kind, folder)
+                self.site.background_jobs.start(name, make_words(True), folder, within=folder)
+            case "write":
+                self.start(folder, make_words(False))
+            case "stop":
+                self.stop(folder)
+            case "go_on":
+                self.go_on(folder)
+            case _:
+                return False
+        return True
+
+    def start(self, folder: Path, words: Sequence[str]) -> None:
+        """Put the tool into the queue. Raises UserError, also if it is there already."""
+        job = self.find_job(folder)
+        if job is not None and job.state in (WAITING, RUNNING):
+            raise OptionError(
+                say("job %(id)s of the queue does this: wait until it has ended, or stop it", id=job.id)
+            )
+        self.site.queue.add_and_begin(words, folder, within=folder)
+
+    def stop(self, folder: Path) -> None:
+        """Stop the try and the job of a folder; what waits is taken out of the queue. Raises UserError."""
+        self.site.background_jobs.stop(name_background_job(self.kind, folder))
+        job = self.find_job(folder)
+        if job is not None and job.state == RUNNING:
+            self.site.queue.stop(job.id)
+        elif job is not None and job.state == WAITING:
+            self.site.queue.remove(job.id)
+
+    def go_on(self, folder: Path) -> None:
+        """Let a job that was stopped or died wait again: the tool leaves out what it has done."""
+        job = self.find_job(folder)
+        if job is None or job.state not in ENDED or job.state == FINISHED:
+            raise OptionError(say("There is nothing to continue."))
+        self.site.queue.retry(job.id)
+        if self.site.queue.worker == "":
+            self.site.queue.begin_work()

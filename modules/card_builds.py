@@ -1,0 +1,99 @@
+"""Choose the build of torch for the card of this machine. Standard library only."""
+
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from modules.errors import InstallationError
+from modules.nvidia_driver import OLDEST_DRIVER, NvidiaCard, find_nvidia_cards
+
+# Cards that each build has code for, by capability. torch 2.13 for CUDA 13.0 begins with Turing, as CUDA 13
+# does; torch 2.9 for CUDA 12.6 ends before Blackwell, which came with CUDA 12.8
+FIRST_OF_CUDA_13 = (7, 5)
+FIRST_BEYOND_CUDA_12_6 = (10, 0)
+# cards of AMD that PyTorch's builds for ROCm 6.4 are made for, as Linux numbers them: 110000 is gfx1100
+AMD_CARDS = frozenset({90000, 90006, 90008, 90010, 90402, 100300, 110000, 110001, 110002, 120000, 120001})
+KFD = Path("/sys/class/kfd/kfd/topology/nodes")  # what Linux's driver for AMD's cards lists
+NO_TORCH = "no build of PyTorch is made for it. docs/install.md lists the machines"
+
+
+@dataclass(frozen=True)
+class BuildFacts:
+    """How much a build takes with all other packages, measured or estimated from its files on Linux."""
+
+    download_gb: float
+    disk_gb: float
+
+
+# the names are those of the extras in pyproject.toml
+BUILDS = {
+    "cu130": BuildFacts(download_gb=3.3, disk_gb=9),
+    "cu126": BuildFacts(download_gb=3.3, disk_gb=9),
+    "rocm": BuildFacts(download_gb=5, disk_gb=18),
+    "cpu": BuildFacts(download_gb=0.6, disk_gb=3),
+    "mac": BuildFacts(download_gb=0.5, disk_gb=3),
+}
+
+
+@dataclass(frozen=True)
+class BuildChoice:
+    """A build and the reason why it was chosen."""
+
+    build: str
+    reason: str
+
+
+def choose_build() -> BuildChoice:
+    """Return the build for this machine. Raises InstallationError if none fits it."""
+    return choose_for(sys.platform, platform.machine(), find_nvidia_cards(), read_amd_cards(KFD))
+
+
+def choose_for(system: str, machine: str, nvidia: Sequence[NvidiaCard], amd: Sequence[int]) -> BuildChoice:
+    """Return the build for a machine.
+
+    system: `sys.platform`. machine: `platform.machine()`. nvidia: its cards. amd: the numbers of its cards on
+    Linux. Raises InstallationError if none fits, with the driver that was found and the one that is needed.
+    """
+    if system == "darwin":
+        if machine != "arm64":
+            raise InstallationError(f"this is a Mac with an Intel processor: {NO_TORCH}")
+        return BuildChoice("mac", "a Mac with an Apple chip")
+    if nvidia:
+        return _choose_for_nvidia(nvidia)
+    if system == "linux" and AMD_CARDS.intersection(amd):
+        return BuildChoice("rocm", "an AMD card; not tried")
+    return BuildChoice("cpu", "no card was found that it can use, so that only small models are of use")
+
+
+def _choose_for_nvidia(cards: Sequence[NvidiaCard]) -> BuildChoice:
+    """Return the build that has code for most of a machine's cards, and that their one driver runs."""
+    first, driver = cards[0], cards[0].driver
+    found = f"{first.name}, driver {driver}"
+    capabilities = [card.capability for card in cards if card.capability != (0, 0)]
+    is_new = max(capabilities, default=FIRST_OF_CUDA_13) >= FIRST_BEYOND_CUDA_12_6
+    is_old = max(capabilities, default=FIRST_OF_CUDA_13) < FIRST_OF_CUDA_13
+    if first.series >= OLDEST_DRIVER[13] and not is_old:
+        return BuildChoice("cu130", found)
+    needed = OLDEST_DRIVER[13] if is_new else OLDEST_DRIVER[12]
+    if first.series < needed:
+        raise InstallationError(
+            f"the NVIDIA driver is {driver}, and {first.name} needs {needed} or later here. Update the "
+            "driver, or start with --build cpu"
+        )
+    return BuildChoice("cu126", found)
+
+
+def read_amd_cards(nodes: Path) -> list[int]:
+    """Return the numbers of the AMD cards that Linux lists in a folder; 0 stands for a processor."""
+    found = []
+    for path in sorted(nodes.glob("*/properties")):
+        try:
+            words = path.read_text(encoding="ascii", errors="replace").split()
+        except OSError:
+            continue
+        facts = dict(zip(words[::2], words[1::2], strict=False))
+        number = facts.get("gfx_target_version", "0")
+        found.append(int(number) if number.isdecimal() else 0)
+    return found

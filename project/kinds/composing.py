@@ -1,0 +1,50 @@
+"""The kinds of runs, one line for each."""
+
+import shlex
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from downloads.catalogue import ModelSet
+from project.kinds.contract import RunKind
+from project.kinds.control_networks import CONTROL_NET, LLLITE
+from project.kinds.embedding import EMBEDDING
+from project.kinds.whole_model import WHOLE
+from project.options import find_models
+
+
+def _find_lora_script(model: ModelSet) -> list[str]:
+    return [next(word for word in shlex.split(model.commands["train"]) if word.endswith(".py"))]
+
+
+def _leave_values(values: Mapping[str, Any], memory: float) -> dict[str, Any]:
+    return dict(values)
+
+
+LORA = RunKind(
+    name="lora",
+    title="a LoRA",
+    find_words=_find_lora_script,
+    why_not=lambda model, memory: None,
+    change=_leave_values,
+    ending="lora",
+    has_targets=True,
+)
+KINDS = (LORA, LLLITE, CONTROL_NET, EMBEDDING, WHOLE)  # of control networks, the first is the usual one
+BY_NAME = {kind.name: kind for kind in KINDS}
+
+
+def list_kinds(model: ModelSet) -> list[RunKind]:
+    """Return the kinds of runs that a model has a script for."""
+    return [kind for kind in KINDS if kind.find_script(model) is not None]
+
+
+def find_control_kind(model: ModelSet) -> RunKind | None:
+    """Return the kind of a run that pairs with control pictures make, if nothing is typed."""
+    return next((kind for kind in list_kinds(model) if kind.sees_controls), None)
+
+
+@cache
+def kinds_by_script() -> dict[str, RunKind]:
+    """Return the kinds of runs by the names of the scripts that train them."""
+    return {kind.find_words(model)[0]: kind for model in find_models() for kind in list_kinds(model)}

@@ -1,0 +1,117 @@
+"""Set up this folder for the card that is found, once, and open the page. Reelsmith.command and Reelsmith.bat
+start this file with any Python; it needs no packages.
+
+    python set_up.py                    set up what is missing, then open the page
+    python set_up.py --build cpu        with another build of torch than the one for the card
+    python set_up.py update             take the newest version, if this folder is a clone of git
+    python set_up.py update NEW.zip     take the version in a zip file, in any other folder
+    python set_up.py back               return to the version before the last update
+
+An update changes the files of Reelsmith only: runs, models, settings and the environment stay.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import modules.interpreter  # noqa: F401
+from modules.card_builds import BUILDS, BuildFacts, choose_build
+from modules.command import command_line
+from modules.environment import OWN, prepare_environment, python_of, read_builds
+from modules.errors import InstallationError, OptionError
+from modules.installation import ROOT
+from modules.parser import Parser
+from package.updating import go_back, update
+
+NOTE = OWN / "build.txt"  # the build of torch that this file installed; without it, .venv is the user's own
+STARTED_IN = "REELSMITH_STARTED_IN"  # variable of the folder in which Reelsmith.command was typed
+GB = 1e9
+
+
+def main() -> None:
+    parser = Parser(description=__doc__)
+    parser.add_argument("words", nargs="*", metavar="update | back | NEW.zip", help="instead of the page")
+    parser.add_argument("--build", choices=list(BUILDS), help="build of torch; unset: the one for the card")
+    args = parser.parse_args()
+    words = args.words
+    if words == ["back"]:
+        go_back(ROOT)
+    elif words[:1] == ["update"] and len(words) <= 2:
+        update(ROOT, typed_path(words[1]) if words[1:] else None)
+    elif len(words) == 1 and words[0].lower().endswith(".zip"):  # dropped on Reelsmith.bat
+        update(ROOT, typed_path(words[0]))
+    elif words:
+        raise OptionError(f"{' '.join(words)}: nothing is called so. Type update, update NEW.zip or back")
+    else:
+        raise SystemExit(open_page(set_up(args.build)))
+
+
+def typed_path(word: str) -> Path:
+    return Path(os.environ.get(STARTED_IN, ""), word)
+
+
+def set_up(build_name: str | None) -> Path:
+    """Return the Python of the environment; make and fill it first if that is not done.
+
+    build_name: from the user; None: the one before, else the one for the card. An environment that the user
+    made is used as it is. Raises InstallationError if no build fits or the disk is too small.
+    """
+    python = python_of(ROOT / ".venv")
+    before = NOTE.read_text(encoding="utf-8").strip() if NOTE.is_file() else None
+    if python.exists() and before is None:
+        if build_name is not None:
+            raise OptionError("--build: .venv is an environment of yours. Rename it, and start again")
+        return python
+    reason = "as before"
+    if build_name is None and before not in BUILDS:
+        choice = choose_build()
+        build_name, reason = choice.build, choice.reason
+    name = build_name or str(before)
+    facts = BUILDS[name]
+    if not python.exists() or name != before:
+        announce(name, reason, facts)
+        NOTE.parent.mkdir(exist_ok=True)
+        NOTE.write_text(name, encoding="utf-8")
+    return prepare_environment(
+        packages=["pip"], build=read_builds()[name], is_replacing=before is not None and name != before
+    )
+
+
+def announce(name: str, reason: str, facts: BuildFacts) -> None:
+    """Say what is downloaded and where to, and wait for a person to agree.
+
+    Raises InstallationError if the disk is too small.
+    """
+    free = shutil.disk_usage(ROOT).free / GB
+    if free < facts.disk_gb:
+        raise InstallationError(
+            f"the disk of {ROOT} has {free:.1f} GB free, and the build {name} takes about "
+            f"{facts.disk_gb} GB. Free some space, or move this folder to another disk"
+        )
+    say(f"Reelsmith sets up its environment, once: the build {name} of torch ({reason}).")
+    say(f"  download  about {facts.download_gb} GB, from PyTorch's index and the index of Python packages")
+    say(f"  disk      about {facts.disk_gb} GB in {ROOT}, in .venv and .reelsmith ({free:.0f} GB free)")
+    say(f"  instead   --build with one of {', '.join(BUILDS)}")
+    if sys.stdin is not None and sys.stdin.isatty():
+        say("Press Enter to begin, Ctrl-C to leave. If it breaks off, the next start goes on.")
+        sys.stdin.readline()
+
+
+def open_page(python: Path) -> int:
+    """Run the page until it ends, and return its exit code. Ctrl-C is for the page."""
+    process = subprocess.Popen([str(python), "reelsmith.py", "browser"], cwd=ROOT)
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            continue
+
+
+def say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+
+
+if __name__ == "__main__":
+    command_line(main, needs_packages=False)

@@ -1,0 +1,185 @@
+"""Updates of a checkout change its files only, are refused whole, and can be undone."""
+
+import os
+import shutil
+import subprocess
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from modules.errors import UserError
+from modules.installation import DISTRIBUTION
+from package import updating
+from package.updating import go_back, update
+from tests.commands import ROOT
+
+PROJECT = f'[project]\nname = "{DISTRIBUTION}"\n'
+OLD = {
+    "pyproject.toml": PROJECT,
+    "set_up.py": "old",
+    "wan/__init__.py": "",
+    "wan/gone.py": "old",
+    "a.md": "same",
+}
+NEW = {
+    "pyproject.toml": PROJECT,
+    "set_up.py": "new",
+    "wan/__init__.py": "",
+    "wan/model.py": "new",
+    "a.md": "same",
+}
+MINE = {".venv/x": "x", "models/m.safetensors": "m", "clips/output/lora.safetensors": "l", "wan/my.txt": "t"}
+
+
+def write(folder: Path, files: Mapping[str, str]) -> Path:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+    return folder
+
+
+def pack(path: Path, files: Mapping[str, str], top: str = "reelsmith-main/") -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, text in files.items():
+            archive.writestr(top + name, text)
+    return path
+
+
+def read(folder: Path) -> dict[str, str]:
+    paths = [path for path in folder.rglob("*") if path.is_file() and ".reelsmith" not in path.parts]
+    return {path.relative_to(folder).as_posix(): path.read_text(encoding="utf-8") for path in paths}
+
+
+def test_a_zip_file_changes_files_of_reelsmith_only_and_back_undoes_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = write(tmp_path / "a b ü", {**OLD, **MINE})
+    update(root, pack(tmp_path / "new.zip", NEW))
+    said = capsys.readouterr().err
+    assert "files replaced: 1, added: 1" in said
+    assert "Not of this version, and left there: wan/gone.py." in said
+    assert read(root) == {**OLD, **NEW, **MINE}
+    update(root, pack(tmp_path / "newer.zip", {**OLD, "set_up.py": "newer"}, top=""))
+    assert read(root) == {**OLD, "set_up.py": "newer", **MINE}  # wan/model.py was of the version before
+    go_back(root)
+    assert read(root) == {**OLD, **NEW, **MINE}
+    with pytest.raises(UserError, match="nothing was updated"):
+        go_back(root)
+    update(root, tmp_path / "new.zip")
+    assert "has the version that is here" in capsys.readouterr().err
+
+
+def test_an_update_that_stops_half_way_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = write(tmp_path / "root", {**OLD, **MINE})
+    whole, left = os.replace, iter([True, True, False])
+
+    def replace(source: Path, target: Path) -> None:
+        if not next(left):
+            raise OSError(28, "No space left on device")
+        whole(source, target)
+
+    monkeypatch.setattr(updating.os, "replace", replace)
+    with pytest.raises(
+        UserError, match="No space left on device.*free some space, and run it again; back returns"
+    ):
+        update(root, pack(tmp_path / "new.zip", NEW))
+    monkeypatch.setattr(updating.os, "replace", whole)
+    go_back(root)
+    assert read(root) == {**OLD, **MINE}
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"pyproject.toml": '[project]\nname = "other"\n'}, "has no Reelsmith in it"),
+        ({"readme.md": ""}, "has no Reelsmith in it"),
+        ({**NEW, "../outside.py": ""}, "which no version of Reelsmith has"),
+        ({**NEW, "C:/outside.py": ""}, "which no version of Reelsmith has"),
+        ({**NEW, "models/m.safetensors": "theirs"}, "which no version of Reelsmith has"),
+    ],
+)
+def test_another_zip_file_changes_nothing(tmp_path: Path, files: dict[str, str], message: str) -> None:
+    root = write(tmp_path / "root", {**OLD, **MINE})
+    with pytest.raises(UserError, match=message):
+        update(root, pack(tmp_path / "other.zip", files, top=""))
+    assert read(root) == {**OLD, **MINE}
+    assert not (tmp_path / "outside.py").exists()
+
+
+def test_half_a_zip_file_changes_nothing(tmp_path: Path) -> None:
+    root = write(tmp_path / "root", OLD)
+    file = pack(tmp_path / "new.zip", NEW)
+    file.write_bytes(file.read_bytes()[:-30])
+    with pytest.raises(UserError, match=r"new\.zip is no whole zip file .* Download it again"):
+        update(root, file)
+    with pytest.raises(UserError, match="no such file"):
+        update(root, tmp_path / "none.zip")
+    with pytest.raises(UserError, match="is no clone of git. Download the zip file"):
+        update(root, None)
+    assert read(root) == OLD
+
+
+def git(folder: Path, *words: str) -> str:
+    names = ["-c", "user.name=n", "-c", "user.email=e@x", "-c", "core.autocrlf=false"]
+    done = subprocess.run(["git", *names, *words], cwd=folder, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """A clone of a repository in tmp_path/origin that has one change more."""
+    origin = write(tmp_path / "origin", OLD)
+    git(origin, "init", "--quiet", "--initial-branch=main")
+    git(origin, "add", ".")
+    git(origin, "commit", "--quiet", "-m", "old")
+    git(tmp_path, "clone", "--quiet", "origin", "a b ü")
+    (origin / "set_up.py").write_text("new", encoding="utf-8")
+    git(origin, "commit", "--quiet", "-am", "new")
+    root = write(tmp_path / "a b ü", MINE)
+    (root / ".git" / "info" / "exclude").write_text(".reelsmith/\n", encoding="utf-8")
+    return root
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="it needs git")
+def test_a_clone_goes_forward_and_back(clone: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = git(clone, "rev-parse", "HEAD")
+    update(clone, None)
+    assert "Updated by 1 changes" in capsys.readouterr().err
+    update(clone, None)
+    assert capsys.readouterr().err == "This is the newest version.\n"
+    assert (clone / "set_up.py").read_text(encoding="utf-8") == "new"
+    go_back(clone)
+    assert git(clone, "rev-parse", "HEAD") == before
+    assert git(clone, "branch", "--show-current") == "main"
+    go_forward = capsys.readouterr().err
+    assert "as before the update. update goes forward" in go_forward
+    update(clone, None)
+    kept = {name: (clone / name).read_text(encoding="utf-8") for name in MINE}
+    assert kept == MINE
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="it needs git")
+def test_a_clone_that_cannot_be_updated_says_why(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="is a clone of git. Type update without a file"):
+        update(clone, clone.parent / "new.zip")
+    with pytest.raises(UserError, match="nothing was updated"):
+        go_back(clone)
+    (clone / "a.md").write_text("mine", encoding="utf-8")
+    with pytest.raises(UserError, match=r"You changed a\.md, which an update would overwrite"):
+        update(clone, None)
+    git(clone, "checkout", "--quiet", "a.md")
+    git(clone, "remote", "set-url", "origin", "https://127.0.0.1:9/x.git")
+    with pytest.raises(UserError, match="git pull failed, and nothing was changed: .* Check the connection"):
+        update(clone, None)
+    monkeypatch.setattr(updating.shutil, "which", lambda _: None)
+    with pytest.raises(UserError, match="git is not installed here. Install it"):
+        update(clone, None)
+
+
+def test_no_version_has_a_file_in_a_folder_of_the_user() -> None:
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+        pytest.skip("it needs the list of git")
+    tops = {name.partition("/")[0] for name in git(ROOT, "ls-files").splitlines()}
+    assert not tops & updating.KEPT
