@@ -56,7 +56,7 @@ def _measure(folder: Path, args: argparse.Namespace) -> tuple[list[float], list[
 
     parser = training_parser("", WholeDitOptions) if args.whole else training_parser("")
     add_options(parser, WanTrainingOptions)
-    given = read_arguments(parser, _write_project(folder, args), {})
+    given = read_arguments(parser, _write_project(folder, args, args.whole), {})
     family = family_for_training(read_options(WanTrainingOptions, given))
     bare: list[float] = []
     loop: list[float] = []
@@ -116,8 +116,11 @@ def _time(count: int, step: Callable[[], None]) -> float:
     return (time.perf_counter() - start) / count
 
 
-def _write_project(folder: Path, args: argparse.Namespace) -> list[str]:
-    """Write a random transformer and caches of clips of nine frames; return the options of a run on them."""
+def _write_project(folder: Path, args: argparse.Namespace, is_whole: bool = False) -> list[str]:
+    """Write a random transformer and caches of clips of nine frames; return the options of a run on them.
+
+    is_whole: all weights are trained, not a LoRA.
+    """
     import torch
 
     from checkpoints.writing import save_tensors
@@ -149,7 +152,7 @@ def _write_project(folder: Path, args: argparse.Namespace) -> list[str]:
             "dataset_config": folder / "dataset.toml",
             "dit": dit,
             "task": "t2v-1.3B",
-            **({} if args.whole else {"network_dim": 16}),
+            **({} if is_whole else {"network_dim": 16}),
             "learning_rate": 1e-4,
         },
         **{"output_dir": folder / "output", "output_name": "x", "logging_dir": folder / "logs", "seed": 1},

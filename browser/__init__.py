@@ -17,6 +17,7 @@ dropped_settings: how a dropped file was made, as a form
 durations: how long steps take, as earlier runs measured
 folder_files: rows of a folder, captions, files left out
 folder_settings: run.toml as a table of all its options
+folder_tools: try, start, stop and continue tools on a folder
 folders: folders below the roots that hold media
 generate_pages: routes of Generate: form, results to make, dropped files
 hub_login: whether there is a token, without its text
@@ -26,6 +27,8 @@ known_queues: which jobs of a queue its user knows
 launch: a line to a program; its processes started, interrupted, outlasted
 lora_rows: LoRAs of runs that a model can take
 machine: line of each page: what runs, cards, free disk
+mask_pages: page of masks: keys, brush, pictures
+mask_review: masks over pictures; accept, invert, remove, draw, undo
 memory: plan of a training as a bar, its switches
 model_files: released files on disk, what uses them, downloads
 model_pages: page of models: loading after licences, removing
@@ -55,10 +58,15 @@ server: routes, and what a request must have to pass
 sessions: what the process behind Generate may do
 setting_words: words of other programs for settings of a training
 settings_page: page of settings: folders, server, queue, bin
+shares: share a run with a friend by a link
 site: what all pages of one server share, how it started
 start: serve pages or export one; show the address
 state_names: states of runs and jobs in words
+tag_editor: count tags of all captions, rename one, undo
+tag_pages: a tagger for a folder, tags renamed everywhere
 tokens: the secret word of the page, and who opens it
+tool_form: fields that become options of a tool
+upload_parts: take a large file in pieces
 upload_stream: write the bytes of a dropped file as they arrive
 uploads: take dropped files, judged by their content
 """

@@ -9,6 +9,7 @@ from modules.errors import OptionError
 from modules.pages.language import say
 from project.options import CAPTION_MODEL, CAPTION_MODEL_SIZE, WRITE_CAPTIONS
 
+CAPTION_SCRIPT = WRITE_CAPTIONS[1]
 TRIED = 3  # files of a try
 TYPED_OPTIONS = ("api_base",)  # those of the command that send something, to what is typed in the page's form
 
@@ -75,8 +76,3 @@ def read_tries(job: Job | None, folder: Path) -> list[TriedCaption]:
             continue
         tries.append(TriedCaption(path.name, picture_address(path), caption_line.strip()))
     return tries
-
-
-def is_captioning(job: Job, folder: Path) -> bool:
-    """Return whether a job of the queue writes captions in a folder."""
-    return Path(job.folder) == folder and "caption_dataset" in job.line

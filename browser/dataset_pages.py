@@ -18,6 +18,8 @@ from starlette.routing import Route
 from browser.captions import Captions, caption_values
 from browser.command_lines import format_command
 from browser.datasets import MODELS, Datasets, File, FoundDataset, Measured
+from browser.described_folder import is_described
+from browser.folder_tools import find_open_folder, list_table_folders
 from browser.options import PROJECT_CONFIG
 from browser.responses import (
     NO_WRITING,
@@ -39,6 +41,7 @@ from modules.text_files import parse_json, real_path
 LARGEST_SIDE = 448  # pixels of a picture in the page
 MOST_PICTURES = 1000  # kept in memory, some 20 KB each
 MOST_AT_ONCE = 200  # files in an answer
+MOST_FOLDERS = 100  # of a dataset, that tools are offered for
 TOLD = 200  # how many remarks about no single file are shown
 ONLY = {  # filters by name; the words that the page says
     "": say("all files"),
@@ -292,14 +295,21 @@ class DatasetPages:
             "models": list(MODELS),
             "can_write": not self.read_only,
             "run_line": self.run_line(dataset),
+            "tool_folders": self.list_tool_folders(dataset),
         }
         return answer_template("dataset.html", dataset.name, values)
 
     def run_line(self, dataset: FoundDataset) -> str:
         """Return the line that trains on a folder that `new` has described; empty if it has not."""
-        folder = dataset.path.parent
-        is_described = dataset.path.name == PROJECT_CONFIG and (folder / "run.toml").is_file()
-        return shlex.join(["reelsmith", "run", str(folder)]) if is_described else ""
+        words = ["reelsmith", "run", str(dataset.path.parent)]
+        return shlex.join(words) if _is_of_described(dataset) else ""
+
+    def list_tool_folders(self, dataset: FoundDataset) -> list[Path]:
+        """Return the folders that tags and masks are made for: a described one whole, or each with media."""
+        if _is_of_described(dataset):
+            folder = find_open_folder(self.runs, str(dataset.path.parent))
+            return [] if folder is None else [folder]
+        return list_table_folders(self.runs, dataset.path, dataset.folder)[:MOST_FOLDERS]
 
     def show_items(self, dataset: FoundDataset, request: Request) -> Response:
         try:
@@ -353,6 +363,11 @@ class DatasetPages:
             return answer_json(answer, status)
         except ValueError as error:
             return answer_text(f"This is no request: {error}", 400)
+
+
+def _is_of_described(dataset: FoundDataset) -> bool:
+    """Return whether a dataset is that of a folder that `new` has described."""
+    return dataset.path.name == PROJECT_CONFIG and is_described(dataset.path.parent)
 
 
 def _count_filtered(files: Collection[File]) -> dict[str, int]:

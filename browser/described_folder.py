@@ -24,8 +24,9 @@ from modules.file_locks import only_one
 from modules.pages.language import counted, join, say
 from modules.paths import is_on_foreign_share
 from modules.text_files import parse_toml, read_content, real_path
+from project.kinds.composing import LORA, find_kind
+from project.kinds.whole_model import derive_times, saves_models
 from project.options import RUN_FILE, find_models
-from project.whole_model import derive_times, trains_whole
 from training.config_options import OTHERS_TABLE, toml_value
 
 DATASET_FILE = "dataset.toml"
@@ -48,6 +49,7 @@ class DescribedFolder:
     folder: Path
     family: str
     task: str
+    train: str  # name of the kind of run
     name: str
     steps: int | None  # None: epochs say how long the training is
     trigger: str
@@ -96,10 +98,10 @@ def change_steps(values: Mapping[str, Any], steps: int) -> KeyChanges:
     if "max_train_epochs" in values:
         changes["max_train_epochs"] = None  # it would go first
     before = values.get("max_train_steps")
-    is_whole = trains_whole(values)
-    derived = derive_times(before, is_whole) if isinstance(before, int) and before > 0 else {}
+    are_large = saves_models(values)
+    derived = derive_times(before, are_large) if isinstance(before, int) and before > 0 else {}
     kept = {}
-    for name, value in derive_times(steps, is_whole).items():
+    for name, value in derive_times(steps, are_large).items():
         if name not in values or values[name] == value:
             continue
         if values[name] == derived.get(name):
@@ -151,6 +153,7 @@ def read_described(folder: Path) -> DescribedFolder:
         family = download[download.index("--family") + 1]
         task = download[download.index("--task") + 1]
         files = [str(file) for file in project["files"]]
+        script = str(project["commands"][-1][1])
         for file in files:
             refuse_share(file, folder)
         steps = values.get("max_train_steps")
@@ -158,6 +161,7 @@ def read_described(folder: Path) -> DescribedFolder:
             folder=folder,
             family=family,
             task=task,
+            train=_name_kind(family, task, script),
             name=str(values["output_name"]),
             steps=None if steps is None or "max_train_epochs" in values else int(steps),
             trigger=_read_trigger(folder),
@@ -181,6 +185,14 @@ def _read_trigger(folder: Path) -> str:
     except FileNotFoundError:
         return ""
     return str(general.get("trigger_word", "")) if isinstance(general, dict) else ""
+
+
+def _name_kind(family: str, task: str, script: str) -> str:
+    """Return the name of the kind of run that a script trains; that of a LoRA for an unknown model."""
+    for model in find_models():
+        if (model.family, model.task) == (family, task):
+            return find_kind(model, script).name
+    return LORA.name
 
 
 def _name_model_files(family: str, task: str, paths: list[str]) -> dict[str, str]:

@@ -27,7 +27,8 @@ from browser.described_folder import (
     tidy_lines,
 )
 from browser.folders import find_folder
-from browser.responses import Form, answer_form, answer_text
+from browser.responses import Form, answer_form, answer_not_found, answer_text
+from browser.runs import Runs
 from browser.site import Site
 from generation.prompt_lines import numbered_lines
 from generation.sample_lines import parse_sample_line, read_all
@@ -148,7 +149,7 @@ def describe_following(before: str, after: str) -> str:
     wanted = ", ".join(f"{name} = {toml_value(value)}" for name, value in stays.items())
     return say(
         "%(now)s: as for the steps before. For %(steps)s steps `new` writes %(wanted)s. "
-        "The field Steps, at the top, changes them together.",
+        "The field Training steps, at the top, changes them together.",
         now=now,
         steps=f"{steps:,}",
         wanted=wanted,
@@ -278,10 +279,10 @@ def _check_by_script(words: Sequence[str], name: str, text: str, folder: Path) -
     return " ".join(warnings).replace(str(path), name)
 
 
-def find_described(site: Site, text: str) -> Path | None:
+def find_described(runs: Runs, text: str) -> Path | None:
     """Return a described folder below the roots; None for any other text."""
-    folder = find_folder(site.runs, text)
-    if folder is None or not is_described(folder) or not site.runs.is_below(folder / RUN_FILE):
+    folder = find_folder(runs, text)
+    if folder is None or not is_described(folder) or not runs.is_below(folder / RUN_FILE):
         return None
     return folder
 
@@ -293,7 +294,7 @@ def require_whole(fields: Mapping[str, str]) -> None:
 
 
 class FolderPages(Protocol):
-    """A part of the page New about a described folder.
+    """A part of a page about a folder, such as one of New about a described folder.
 
     Its functions raise OSError, ValueError or UserError if a file of the folder cannot be read.
     """
@@ -303,13 +304,21 @@ class FolderPages(Protocol):
     def change(self, folder: Path, what: str, fields: Mapping[str, str]) -> Response: ...
 
 
-def folder_routes(site: Site, part: str, pages: FolderPages) -> list[Route]:
-    """Return the routes of a part of the page New: one that shows it, and one for its buttons."""
+def folder_routes(
+    site: Site,
+    part: str,
+    pages: FolderPages,
+    find: Callable[[Runs, str], Path | None] = find_described,
+) -> list[Route]:
+    """Return the routes of a part of the page New: one that shows it, and one for its buttons.
+
+    find: finds the folder that a text names; None: it is none of those that the part is about.
+    """
 
     def answer(folder_text: str, act: Callable[[Path], Response]) -> Response:
-        folder = find_described(site, folder_text)
+        folder = find(site.runs, folder_text)
         if folder is None:
-            return answer_text(say("There is no such described folder."), 404)
+            return answer_not_found()
         try:
             return act(folder)
         except (OSError, ValueError, UserError) as error:

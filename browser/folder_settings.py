@@ -44,7 +44,7 @@ from browser.setting_words import DATASET_KEYS, list_words
 from browser.site import Site
 from modules.errors import OptionError, UserError
 from modules.installation import HELP_AS_JSON, program_environment
-from modules.pages.language import join, say
+from modules.pages.language import Words, join, say
 from modules.text_files import bad_character, parse_toml, read_text
 from modules.version import VERSION
 from project.options import RUN_FILE
@@ -72,9 +72,9 @@ class Setting:
     default: str
 
     @property
-    def about(self) -> str:
-        """Return the first sentence of the help."""
-        return re.split(r"(?<!e\.g)\. ", self.help)[0]
+    def about(self) -> Words:
+        """Return the first sentence of the help, which has a translation."""
+        return say(re.split(r"(?<!e\.g)\. ", self.help)[0])
 
     def convert(self, text: str) -> Any:
         """Return the TOML value that a typed text stands for. Raises OptionError for an open quote.

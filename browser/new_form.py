@@ -7,6 +7,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from browser.described_folder import DescribedFolder, KeyChanges, change_steps
+from downloads.catalogue import ModelSet
 from modules.control_codes import shorten
 from modules.errors import OptionError
 from modules.option_values import option_words
@@ -14,22 +15,44 @@ from modules.output_files import check_output_name
 from modules.pages.language import join, say
 from modules.pages.page import encode_address
 from modules.paths import without_quotes
+from project.kinds.composing import BY_NAME, KINDS, LORA, WHOLE, find_control_kind
+from project.kinds.contract import RunKind
 from project.new_options import NewOptions
 from project.options import MODELS, check_trigger, find_models
-from project.whole_model import trains_whole
 
 USUAL_STEPS = NewOptions(folder=Path()).max_train_steps
-WHOLE = "yes"  # value of the field for the whole model
 MOST_STEPS = 10_000_000
 # labels of the fields that `new` writes into all three files, by their names
 OF_ALL_FILES = {
     "family": say("Model"),
     "task": say("Task"),
-    "whole": say("What is trained"),
+    "train": say("What is trained"),
     "trigger": say("Trigger word"),
     "model_files": say("model files"),
 }
-OF_RUN_FILE = {"name": say("Name"), "steps": say("Steps")}  # of those that are keys of run.toml only
+OF_RUN_FILE = {"name": say("Name"), "steps": say("Training steps")}  # of those that are keys of run.toml only
+KIND_TITLES = {  # by the names of the kinds of runs
+    "lora": say("a LoRA"),
+    "lllite": say("a ControlNet-LLLite"),
+    "controlnet": say("a ControlNet"),
+    "embedding": say("an embedding"),
+    "whole": say("the whole model"),
+}
+KIND_NOTES = {
+    "lora": say(
+        "A LoRA is a small file beside the model, right for a person, an object or a style. The whole model "
+        "learns a domain of hundreds of files."
+    ),
+    "lllite": say(
+        "Small networks that follow control pictures: edges, depth or poses. These lie in a folder "
+        "conditioning inside this one, under the names of the pictures."
+    ),
+    "controlnet": say(
+        "A copy of half of the model that follows control pictures: edges, depth or poses. These lie in a "
+        "folder conditioning inside this one, under the names of the pictures."
+    ),
+    "embedding": say("A new word for what the model can draw already: the trigger word, in small letters."),
+}
 
 
 @dataclass(frozen=True)
@@ -39,7 +62,7 @@ class NewForm:
     folder: str = ""
     family: str = ""
     task: str = ""
-    whole: str = ""  # WHOLE if the model itself is trained; "": a LoRA
+    train: str = ""  # name of a kind of run; "": a LoRA
     trigger: str = ""
     name: str = ""
     steps: str = str(USUAL_STEPS)
@@ -50,11 +73,12 @@ class NewForm:
         """Return the form that a page has sent."""
         texts = {name: "".join(values).strip() for name, values in form.items()}
         family, _, task_of_family = texts.get("family", "").partition(" ")
+        task = texts.get("task", task_of_family)
         return cls(
             folder=without_quotes(texts.get("folder", "")),
             family=family,
-            task=texts.get("task", task_of_family),
-            whole=texts.get("whole", ""),
+            task=task,
+            train=_fit_kind(texts.get("train", ""), find_model(family, task)),
             trigger=texts.get("trigger", ""),
             name=texts.get("name", ""),
             steps=texts.get("steps", str(USUAL_STEPS)),
@@ -85,7 +109,7 @@ class NewForm:
             folder="".join(words[2:3]),
             family=texts.get("--family", ""),
             task=texts.get("--task", ""),
-            whole=WHOLE if "--whole_model" in words else "",
+            train=_read_kind(texts.get("--train", "")),
             trigger=texts.get("--trigger_word", ""),
             name=texts.get("--output_name", ""),
             steps=texts.get("--max_train_steps", str(USUAL_STEPS)),
@@ -99,7 +123,7 @@ class NewForm:
             folder=str(described.folder),
             family=described.family,
             task=described.task,
-            whole=WHOLE if trains_whole(described.values) else "",
+            train=_read_kind(described.train),
             trigger=described.trigger,
             name=described.name,
             steps="" if described.steps is None else str(described.steps),
@@ -118,12 +142,44 @@ class NewForm:
         """Return the address of the page with these fields filled."""
         fields = {"family": self.family, "task": self.task, "trigger": self.trigger, "name": self.name}
         fields |= {
-            "whole": self.whole,
+            "train": self.train,
             "steps": self.steps,
             **{f"file_{name}": path for name, path in self.model_files.items()},
         }
         filled = {"folder": self.folder} | {name: text for name, text in fields.items() if text}
         return f"/new?{encode_address(filled)}"
+
+
+def name_field(kind: RunKind) -> str:
+    """Return the value of the field that stands for a kind of run."""
+    return "" if kind is LORA else kind.name
+
+
+def _read_kind(name: str) -> str:
+    return "" if name == LORA.name else name
+
+
+def _fit_kind(name: str, model: ModelSet | None) -> str:
+    """Return the value of the field if the model can have it, as another one may have been chosen before."""
+    kind = BY_NAME.get(name)
+    is_possible = model is not None and kind in list_shown_kinds(model)
+    return name_field(kind) if kind is not None and is_possible else ""
+
+
+def list_shown_kinds(model: ModelSet) -> list[RunKind]:
+    """Return the kinds of runs that the page offers: those of the model, and its refusal of the whole one."""
+    return [kind for kind in KINDS if kind is WHOLE or kind.find_script(model) is not None]
+
+
+def find_model(family: str, task: str) -> ModelSet | None:
+    """Return the model of these names; None if there is none."""
+    return next((model for model in find_models() if (model.family, model.task) == (family, task)), None)
+
+
+def _name_usual(form: NewForm) -> str | None:
+    """Return the name that `new` needs to train a LoRA; None if it does so without a word."""
+    model = find_model(form.family, form.task)
+    return None if model is None or find_control_kind(model) is None else LORA.name
 
 
 def check_form(form: NewForm) -> None:
@@ -142,6 +198,8 @@ def check_form(form: NewForm) -> None:
         raise OptionError(
             say("%(problem)s: choose one of %(names)s.", problem=problem, names=join(", ", tasks))
         )
+    if not form.trigger and BY_NAME[form.train or LORA.name].learns_word:
+        raise OptionError(say("Trigger word: an embedding is a new word. Give one, such as mrsfluff."))
     if form.trigger:
         try:
             check_trigger(form.trigger)
@@ -166,7 +224,8 @@ def read_steps(text: str) -> int:
     if steps is None:
         raise OptionError(
             say(
-                "Steps %(text)s: give a whole number from 1 to %(most_steps)s, such as %(usual_steps)s.",
+                "Training steps %(text)s: give a whole number from 1 to %(most_steps)s, "
+                "such as %(usual_steps)s.",
                 text=shorten(text, 40),
                 most_steps=f"{MOST_STEPS:,}",
                 usual_steps=USUAL_STEPS,
@@ -192,7 +251,7 @@ def make_new_words(form: NewForm, models: Path, overwrite: bool = False, dry_run
     options: dict[str, Any] = {
         "--family": form.family or None,
         "--task": form.task or None,
-        "--whole_model": form.whole == WHOLE or None,
+        "--train": form.train or _name_usual(form),
         "--trigger_word": form.trigger or None,
         "--output_name": form.name or None,
         "--max_train_steps": form.steps or None,

@@ -24,19 +24,17 @@ from starlette.routing import Route
 from browser.background_jobs import has_changed_since, name_background_job
 from browser.bin_folder import FOLDER as BIN
 from browser.captioning import (
+    CAPTION_SCRIPT,
     TRIED,
     TYPED_OPTIONS,
     describe_engine,
-    is_captioning,
     make_caption_words,
     read_tries,
 )
 from browser.captions import mark_bytes
 from browser.command_lines import format_command
 from browser.command_output import REPAIR, OutputLine, find_command, read_changes, read_output_lines
-from browser.datasets import find_places
 from browser.described_folder import (
-    DATASET_FILE,
     FILES,
     ChangedMeanwhileError,
     DescribedFolder,
@@ -50,6 +48,7 @@ from browser.described_folder import (
 )
 from browser.durations import describe_duration
 from browser.folder_files import FolderFiles, file_routes, list_names, picture_address
+from browser.folder_tools import find_open_folder, find_tool_job, require_inside
 from browser.folders import (
     CHECK_PAGE,
     MediaFolder,
@@ -74,12 +73,17 @@ from browser.model_table import (
 )
 from browser.names import free_name, short_digest
 from browser.new_form import (
+    KIND_NOTES,
+    KIND_TITLES,
     NewForm,
     check_form,
+    find_model,
     list_differing,
     list_key_changes,
+    list_shown_kinds,
     list_unwritten,
     make_new_words,
+    name_field,
     read_steps,
 )
 from browser.new_steps import FolderStanding, choose_step
@@ -98,9 +102,11 @@ from browser.run_views import POLICY
 from browser.runs import RUNNING
 from browser.settings_page import SettingsPages
 from browser.site import Site
+from browser.upload_parts import ADDRESS as PIECE
+from browser.upload_parts import PIECE_BYTES, PieceUploads
 from browser.uploads import ADDRESS as UPLOAD
 from browser.uploads import FileUploads, name_upload_folder
-from downloads.catalogue import Component
+from downloads.catalogue import Component, ModelSet
 from downloads.listing import gigabytes, total_bytes
 from modules.atomic_write import free_bytes
 from modules.errors import OptionError, UserError
@@ -109,8 +115,9 @@ from modules.pages.page import encode_address
 from modules.text_encodings import NAMES
 from modules.text_files import read_content, real_path
 from project.fitting import find_memory
+from project.kinds.composing import BY_NAME, LORA, WHOLE, find_control_kind
+from project.media import has_control_pairs
 from project.options import CAPTION_MODEL, RUN_FILE, find_models
-from project.whole_model import describe_whole, why_not_whole
 
 COMPARE = "compare"  # kind of background job: shows how the files of a described folder would change
 TRY = "try"  # captions of a few files
@@ -151,6 +158,7 @@ class NewPages:
         self.site = site
         self.files = FolderFiles(site.runs, site.read_only)
         self.uploads = FileUploads(site.runs)
+        self.pieces = PieceUploads(self.uploads)
 
     @functools.cached_property
     def memory(self) -> float:
@@ -165,6 +173,8 @@ class NewPages:
     def show(self, request: Request) -> Response:
         query = read_query(request)
         form = NewForm.of_fields(query)
+        if "train" not in query:
+            form = replace(form, train=self.suggest_kind(form))
         message = ""
         if "folder" in query and set(query) <= {"folder", "name"}:
             described = self.read_form(form.folder)
@@ -179,6 +189,14 @@ class NewPages:
                 )
         is_part = "hx-request" in request.headers
         return self.answer(form, message=message, is_part=is_part)
+
+    def suggest_kind(self, form: NewForm) -> str:
+        """Return the value of the field for what `new` trains by itself on a folder that is not described."""
+        folder, model = find_folder(self.site.runs, form.folder), find_model(form.family, form.task)
+        kind = None if model is None else find_control_kind(model)
+        if folder is None or kind is None or is_described(folder) or not has_control_pairs(folder):
+            return ""
+        return name_field(kind)
 
     def read_form(self, folder_text: str) -> NewForm:
         """Return the form of a folder: of its files, else of the command that described it last."""
@@ -261,15 +279,20 @@ class NewPages:
         content: of the chosen one. is_part: see `answer`.
         """
         tops = self.site.runs.tops
+        has_files = folder is not None and (content is not None or is_described(folder))
+        opened = find_open_folder(self.site.runs, str(folder)) if has_files else None
         folders = [] if is_part else list_media_folders(self.site.runs)
         return {
             "content": content,
             "folders": folders[:PART],
             "num_folders": len(folders),
             "next_folder": PART,
+            "tool_folders": [] if opened is None else [opened],
             "roots": tops,
             "into": str(folder or name_upload_folder(tops[0], date.today())),
             "upload": UPLOAD,
+            "piece": PIECE,
+            "piece_bytes": PIECE_BYTES,
             "picture_address": picture_address,
             "rows_address": "" if content is None else self.files.address(content.path),
             "files_address": "" if folder is None else self.files.address(folder),
@@ -285,9 +308,20 @@ class NewPages:
             "families": list({row.model.family: row.model for row in rows}.values()),
             "tasks": [row for row in rows if row.model.family == form.family],
             "options": _file_options(chosen),
-            "whole_refusal": "" if chosen is None else why_not_whole(chosen.model, self.memory),
-            "whole_lines": [] if chosen is None else describe_whole(chosen.model, self.memory),
+            **self.list_kind_values(form, None if chosen is None else chosen.model),
             "memory": self.memory,
+        }
+
+    def list_kind_values(self, form: NewForm, model: ModelSet | None) -> dict[str, Any]:
+        """Return the values for the choice of what is trained. model: that is chosen; None: none."""
+        if model is None:
+            return {"kinds": []}
+        chosen = BY_NAME[form.train or LORA.name]
+        return {
+            "kinds": [(name_field(kind), KIND_TITLES[kind.name]) for kind in list_shown_kinds(model)],
+            "whole": WHOLE.name,
+            "whole_refusal": WHOLE.why_not(model, self.memory),
+            "kind_lines": chosen.describe(model, self.memory) or [KIND_NOTES.get(chosen.name, "")],
         }
 
     def list_facts(self, form: NewForm, described: DescribedFolder | None, duration: str) -> list[str]:
@@ -538,10 +572,7 @@ class NewPages:
 
     def find_captioning(self, folder: Path | None) -> Job | None:
         """Return the newest job of the queue that writes captions in a folder; None if there is none."""
-        if folder is None:
-            return None
-        jobs = [job for job in self.site.queue.jobs() if is_captioning(job, folder)]
-        return jobs[-1] if jobs else None
+        return None if folder is None else find_tool_job(self.site.queue, folder, CAPTION_SCRIPT)
 
     def find_run(self, described: DescribedFolder | None, job: Job | None) -> str:
         """Return the address of the page of a folder's training; empty if there is none yet.
@@ -689,13 +720,13 @@ class NewPages:
             self.start(folder, has_accepted=bool(texts.get("accept")))
         elif what == "try":
             words = make_caption_words(texts.get("engine", ""), texts.get("question", ""), TRIED)
-            self.require_inside(folder)
+            require_inside(self.site.runs, folder)
             background_jobs.start(
                 name_background_job(TRY, folder), words, folder, within=folder, typed=TYPED_OPTIONS
             )
         elif what == "write":
             words = make_caption_words(texts.get("engine", ""), texts.get("question", ""))
-            self.require_inside(folder)
+            require_inside(self.site.runs, folder)
             self.site.queue.add_and_begin(words, folder, within=folder, typed=TYPED_OPTIONS)
         elif what == "remedy":
             self.run_remedy(folder, texts.get("line", ""))
@@ -787,21 +818,6 @@ class NewPages:
             )
         self.site.tracked_runs.start(folder, words)
 
-    def require_inside(self, folder: Path) -> None:
-        """Raise OptionError if the dataset of a folder names files outside the roots."""
-        path = folder / DATASET_FILE
-        if not path.is_file():
-            raise OptionError(say("It is not described yet: press Describe first."))
-        outside = [place for place in find_places(path, folder) if not self.site.runs.is_below(place)]
-        if outside:
-            raise OptionError(
-                say(
-                    "%(path)s names %(outside)s, which is outside the folders that are shown.",
-                    path=path,
-                    outside=outside[0],
-                )
-            )
-
     def run_remedy(self, folder: Path, line: str) -> None:
         """Run a command that `new` or `run --check` has printed for this folder."""
         kinds = (COMPARE, DESCRIBE, CHECK)
@@ -811,7 +827,7 @@ class NewPages:
         words = find_command(lines, line)
         if words is None:
             raise OptionError(say("This command is not one that was printed for this folder (any more)."))
-        self.require_inside(folder)
+        require_inside(self.site.runs, folder)
         command, _ = find_program(words, folder)
         if command.words[0] == "cache":
             self.site.background_jobs.start(
@@ -827,7 +843,7 @@ class NewPages:
         words = find_repair(folder)
         if not words:
             raise OptionError(say("It is not described yet: press Describe first."))
-        self.require_inside(folder)
+        require_inside(self.site.runs, folder)
         if encoding:
             words = [*words, encoding]
         self.site.background_jobs.start(name_background_job(REPAIRING, folder), words, folder, within=folder)
@@ -920,6 +936,8 @@ def new_routes(site: Site) -> list[Route]:
         Route("/new/file", answer_form(pages.look_at_file), methods=["POST"]),
         Route("/new/fits", answer_form(pages.look_whether_it_fits), methods=["POST"]),
         Route(UPLOAD, pages.uploads.take, methods=["POST"]),
+        Route(PIECE, pages.pieces.take, methods=["POST"]),
+        Route(PIECE, pages.pieces.show),
         *file_routes(pages.files),
         Route("/new/{what}", answer_form(pages.change), methods=["POST"]),
     ]

@@ -94,7 +94,7 @@ def _choose_after_describing(standing: FolderStanding) -> NextStep:
         words = {
             WAITING: say("It waits in the queue."),
             RUNNING: say("It trains."),
-            FINISHED: say("The LoRA is there."),
+            FINISHED: say("The trained file is there."),
         }
         address = standing.run_address or QUEUE_ADDRESS
         return NextStep(FOLLOW, say("Show the training"), done=words[job.state], address=address)

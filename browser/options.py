@@ -2,6 +2,7 @@
 
 import ipaddress
 import re
+import urllib.parse
 from pathlib import Path
 
 from modules.errors import OptionError
@@ -42,6 +43,12 @@ class BrowserOptions(Options, title="browser"):
         "is every network that this machine is in",
         default="127.0.0.1",
     )
+    public_url: str | None = option(
+        "address by which others reach the page through a tunnel or a proxy, such as "
+        "https://my-page.example.org; without it only addresses of this machine are answered",
+        metavar="URL",
+        excludes=("export",),
+    )
     token: Path | None = option(
         "file with a secret word; who does not have it sees nothing (default: a word that the page makes "
         "once for you; the printed address has it)"
@@ -75,6 +82,8 @@ class BrowserOptions(Options, title="browser"):
             raise OptionError(
                 f"--host {self.host} lets others in: leave --no_token out, and give --token FILE"
             )
+        if self.public_url is not None:
+            self._check_public_url(self.public_url)
         if not (self.is_local or self.token):
             raise OptionError(
                 f"--host {self.host} lets others in: give --token FILE, a text file with a secret word of at "
@@ -84,6 +93,23 @@ class BrowserOptions(Options, title="browser"):
             raise OptionError(f"--export {self.export}: name a file that ends in .html")
         if self.export is not None and len(self.folders) != 1:
             raise OptionError(f"--export writes one run: give its folder, not {len(self.folders)} folders")
+
+    def _check_public_url(self, url: str) -> None:
+        """Raise OptionError if an address is none that a page can be at the top of."""
+        if self.no_token:
+            raise OptionError(f"--public_url {url} lets others in: leave --no_token out")
+        try:
+            parts = urllib.parse.urlsplit(url)
+            is_plain = bool(parts.hostname) and parts.username is None and parts.port != 0
+        except ValueError:
+            is_plain = False
+        if not is_plain or parts.scheme not in {"http", "https"}:
+            raise OptionError(f"--public_url {url}: give an address such as https://my-page.example.org")
+        if parts.path not in {"", "/"} or parts.query or parts.fragment:
+            raise OptionError(
+                f"--public_url {url}: the page needs a host name of its own, as it cannot lie below a path. "
+                f"Give {parts.scheme}://{parts.netloc}, and let the proxy pass all of its paths on"
+            )
 
     def _check_folder(self, folder: Path) -> None:
         """Raise OptionError if a folder does not exist, or is a file that is not shown."""
@@ -106,6 +132,17 @@ class BrowserOptions(Options, title="browser"):
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return False
+
+    @property
+    def public_origin(self) -> str | None:
+        """Return the origin of --public_url as browsers send it, such as https://my-page.example.org."""
+        if self.public_url is None:
+            return None
+        parts = urllib.parse.urlsplit(self.public_url)
+        usual = {"http": 80, "https": 443}[parts.scheme]
+        port = "" if parts.port in (None, usual) else f":{parts.port}"
+        name = parts.hostname or ""
+        return f"{parts.scheme}://{f'[{name}]' if ':' in name else name}{port}"
 
     def read_token(self) -> str | None:
         """Return the secret word. Raises OptionError if it is short or cannot be read."""

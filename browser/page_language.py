@@ -1,7 +1,8 @@
 """Read the tables of languages, choose one for a request, keep the choice of a reader in a cookie.
 
 A table is a file of `languages`: sections, each with English texts and their translations. The section
-`scripts` goes to the browser, for the texts of JavaScript.
+`scripts` goes to the browser, for the texts of JavaScript. A second file has one more section: the first
+sentences of the helps of all options that a training script has.
 """
 
 import functools
@@ -25,6 +26,7 @@ CODES = tuple(code for code, _ in NAMES)
 COOKIE = "reelsmith_language"
 COOKIE_SECONDS = 60 * 60 * 24 * 365
 SCRIPTS = "scripts"  # section of a table
+HELPS = "helps"  # section in a file of its own
 
 
 @functools.cache
@@ -32,7 +34,9 @@ def read_table(code: str) -> Mapping[str, Mapping[str, str]]:
     """Return a language's sections of texts; none of English."""
     if code == CODES[0]:
         return {}
-    return json.loads((TABLES / f"{code}.json").read_text(encoding="utf-8"))
+    sections = json.loads((TABLES / f"{code}.json").read_text(encoding="utf-8"))
+    helps = json.loads((TABLES / f"{HELPS}_{code}.json").read_text(encoding="utf-8"))
+    return {**sections, HELPS: helps}
 
 
 @functools.cache

@@ -204,7 +204,13 @@ def run_page(
     now = LiveStanding.of(run, story, ended_at_once)
     start = now.shown.start
     values = page_values(
-        run.history.parent, story, now.shown, load=linked_clip, most=MOST_SAMPLES, parts=parts_of_page()
+        run.history.parent,
+        story,
+        now.shown,
+        load=linked_clip,
+        most=MOST_SAMPLES,
+        parts=parts_of_page(),
+        name=run.name,
     )
     values["commands"] = present_commands(story, run.history.parent)
     sample_names = [name for row in story.samples.values() for name in row.files.values()]
@@ -360,6 +366,14 @@ _MARKED = re.compile(rf"{PRIVATE}(?:(?!{PRIVATE}).)*?{END}\n?", re.DOTALL)
 _FILE_LINK = re.compile(r'<a href="\./[^"]*">')
 
 
+def drop_private(text: str) -> str:
+    """Return the HTML of a page without what no other person is to see: folders, and what is marked."""
+    count = 1
+    while count:  # the innermost ones first: folders are marked in commands too
+        text, count = _MARKED.subn("", text)
+    return text
+
+
 def share_page(page: Path, copy: Path) -> None:
     """Write a copy of a page without private facts and links. Raises UserError if it is not one of ours."""
     try:
@@ -371,10 +385,7 @@ def share_page(page: Path, copy: Path) -> None:
         raise UserError(f"{page} {problem}. Give a page that this program wrote, a .html file.") from None
     if GENERATOR not in text[:2000]:
         raise UserError(f"{page} is not a page of this program, or an older one. Make it again.")
-    count = 1
-    while count:  # the innermost ones first: folders are marked in commands too
-        text, count = _MARKED.subn("", text)
-    write_text(copy, _FILE_LINK.sub("<a>", text))
+    write_text(copy, _FILE_LINK.sub("<a>", drop_private(text)))
     logger.info("wrote %s", copy)
 
 

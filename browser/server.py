@@ -5,6 +5,7 @@ import hmac
 import ipaddress
 import logging
 import socket
+import urllib.parse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from http.cookies import CookieError, SimpleCookie
@@ -17,7 +18,7 @@ from starlette.responses import FileResponse, HTMLResponse, RedirectResponse, Re
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from browser import uploads
+from browser import upload_parts, uploads
 from browser.background_jobs import BackgroundJobs
 from browser.compare_pages import compare_routes
 from browser.dataset_pages import dataset_routes
@@ -27,6 +28,7 @@ from browser.generate_pages import generate_routes
 from browser.inputs import MOST_BYTES as MOST_OF_INPUT
 from browser.jobs import JobQueue, open_queue
 from browser.machine import machine_routes
+from browser.mask_pages import DRAWN_ADDRESS, MOST_OF_DRAWN, mask_routes
 from browser.memory import MemoryPages
 from browser.model_pages import model_routes
 from browser.new_pages import new_routes
@@ -59,7 +61,10 @@ from browser.run_views import (
 from browser.runs import DIED, RUNNING, Runs, RunSummary
 from browser.samples import SamplePages
 from browser.settings_page import settings_routes
+from browser.shares import ADDRESS as SHARED
+from browser.shares import SharePages, share_routes
 from browser.site import ServerSettings, Site
+from browser.tag_pages import tag_routes
 from browser.tokens import Ticket
 from modules.errors import UserError
 from modules.pages.language import say, speaking
@@ -100,6 +105,8 @@ LARGEST_BODIES = {
     "/generate/file": MOST_OF_INPUT,
     "/generate/settings": MOST_OF_INPUT,
     uploads.ADDRESS: uploads.USUAL_LIMITS.file_bytes,
+    upload_parts.ADDRESS: upload_parts.PIECE_BYTES,
+    DRAWN_ADDRESS: MOST_OF_DRAWN,
 }
 
 
@@ -117,6 +124,7 @@ class Gate:
     token: str | None
     read_only: bool
     ticket: Ticket | None = None  # opens the page once
+    public_origin: str | None = None  # by which a proxy is reached that passes requests on
     headers: dict[str, str] = field(default_factory=lambda: dict(HEADERS))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -170,18 +178,18 @@ class Gate:
             return answer_text("Wrong origin.", 403)
         if self.read_only and not is_read:
             return answer_text(NO_WRITING, 403)
-        if self.token is None:
+        if self.token is None or (is_read and request.url.path.startswith(SHARED)):
             return None
         return self._check_token(request, self.token)
 
-    @staticmethod
-    def _is_from_here(request: Request, is_read: bool) -> bool:
+    def _is_from_here(self, request: Request, is_read: bool) -> bool:
         """Return whether a request comes from a page of this server, or opens a page."""
         headers = request.headers
         origin = headers.get("origin")
         if origin is None and not is_read:
             return False
-        if origin not in (None, f"http://{headers.get('host', '')}"):
+        # a proxy may name the server as it reaches it, or as it is reached
+        if origin not in (None, f"http://{headers.get('host', '')}", self.public_origin):
             return False
         is_opened = is_read and headers.get("sec-fetch-mode") == "navigate"
         return is_opened or headers.get("sec-fetch-site", "none") in ("none", "same-origin")
@@ -195,7 +203,15 @@ class Gate:
         if request.url.path == "/" and typed is not None and self._opens(request, typed):
             # not a redirect: the cookie would not be sent to where another site's link leads
             page = HTMLResponse(TO_THE_LIST)
-            page.set_cookie(COOKIE, token, max_age=COOKIE_SECONDS, httponly=True, samesite="strict", path="/")
+            page.set_cookie(
+                COOKIE,
+                token,
+                max_age=COOKIE_SECONDS,
+                httponly=True,
+                samesite="strict",
+                path="/",
+                secure=self._is_encrypted(request),
+            )
             return page
         try:
             cookie = SimpleCookie(request.headers.get("cookie", "")).get(COOKIE)
@@ -211,6 +227,11 @@ class Gate:
             return True
         client = request.client
         return self.ticket is not None and self.ticket.take(word, None if client is None else (*client,))
+
+    def _is_encrypted(self, request: Request) -> bool:
+        """Return whether a request names the server as it is reached by https."""
+        origin = self.public_origin or ""
+        return origin.removeprefix("https://") == request.headers.get("host", "").lower()
 
     def _fits(self, word: str) -> bool:
         return hmac.compare_digest(word.encode(), (self.token or "").encode())
@@ -230,12 +251,13 @@ class Gate:
 class RunPages:
     """Show the list of runs, and the page, news and files of each; pass requests on to trainings."""
 
-    def __init__(self, site: Site, buttons: RunButtons) -> None:
+    def __init__(self, site: Site, buttons: RunButtons, shares: SharePages) -> None:
         self.runs = site.runs
         self.notes = site.notes
         self.queue = site.queue
         self.tracked_runs = site.tracked_runs
         self.buttons = buttons
+        self.shares = shares
 
     def find(self, request: Request) -> RunSummary | None:
         return self.runs.find(request.path_params["id"])
@@ -267,6 +289,8 @@ class RunPages:
         with contextlib.suppress(UserError):  # the page of the queue tells it
             is_paused = self.queue.worker == ""
         actions = self.buttons.render(shown)
+        if not self.queue.read_only:
+            actions += self.shares.render(run.id, self.shares.find_origin(request))
         page = run_page(
             self.runs,
             run,
@@ -363,12 +387,15 @@ def make_app(
         settings=settings or ServerSettings(),
     )
     buttons = RunButtons(site)
-    pages = RunPages(site, buttons)
+    shares = SharePages(site)
+    pages = RunPages(site, buttons, shares)
     routes = [
         Route("/", pages.lock(pages.show_list)),
         *new_routes(site),
         *result_routes(site),
         *folder_routes(site, "samples", SamplePages(site)),
+        *tag_routes(site),
+        *mask_routes(site),
         *folder_routes(site, "memory", MemoryPages(site)),
         *folder_routes(site, "settings", FolderSettingsPages(site)),
         *generate_routes(site),
@@ -382,14 +409,18 @@ def make_app(
         Route("/run/{id}/ask", answer_form(pages.ask), methods=["POST"]),
         Route("/run/{id}/about/{name:path}", pages.show_about),
         *run_button_routes(buttons),
+        *share_routes(shares),
         Route("/run/{id}/{name:path}", pages.lock(pages.show_file)),
         *queue_routes(runs, queue, site.tracked_runs),
         *compare_routes(runs, notes, queue),
         *dataset_routes(runs, read_only),
     ]
     machine = socket.gethostname().lower()
-    names = frozenset({"localhost", host.lower(), machine, f"{machine}.local"})
+    names = {"localhost", host.lower(), machine, f"{machine}.local"}
+    public_origin = None if settings is None else settings.public_origin
+    if public_origin is not None:
+        names.add(urllib.parse.urlsplit(public_origin).hostname or "")
     handlers = {UserError: explain_error, OSError: explain_error, 404: explain_address}
     app = Starlette(routes=routes, exception_handlers=handlers)
     app.router.redirect_slashes = False  # to an address that the request's host would be a part of
-    return Gate(app, names, token, read_only, ticket)
+    return Gate(app, frozenset(names), token, read_only, ticket, public_origin)

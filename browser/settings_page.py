@@ -54,7 +54,7 @@ class SettingsPages:
         size = gigabytes(sum(entry.size_bytes for entry in entries))
         worker = self.find_worker()
         settings = site.settings
-        has_code = not settings.is_local and bool(settings.address)
+        has_code = bool(settings.address) and (not settings.is_local or settings.public_origin is not None)
         values: dict[str, Any] = {
             "rows": self.list_settings(),
             "worker": worker,
@@ -71,7 +71,7 @@ class SettingsPages:
             "is_asked": is_asked and bool(entries),
             "gigabytes": gigabytes,
             "code": draw_svg(settings.address, say("QR code of this page's address")) if has_code else "",
-            "is_local": settings.is_local,
+            "is_local": settings.is_local and settings.public_origin is None,
             "can_write": not site.read_only,
             "message": error,
         }
@@ -104,6 +104,9 @@ class SettingsPages:
             ShownSetting(say("queue"), str(site.queue.folder / QUEUE), say("in the first folder")),
             ShownSetting(say("host"), settings.host, "--host ADDRESS"),
             ShownSetting(say("port"), port, "--port N"),
+            ShownSetting(
+                say("address from outside"), settings.public_origin or say("none"), "--public_url URL"
+            ),
             ShownSetting(say("token"), token, "--token FILE, or --no_token"),
             ShownSetting(say("may write"), say("no") if site.read_only else say("yes"), "--read_only"),
         ]
@@ -132,6 +135,7 @@ class SettingsPages:
             "--models": None if self.site.models == MODELS else str(self.site.models.absolute()),
             "--host": None if host == "127.0.0.1" else host,
             "--port": port,
+            "--public_url": self.site.settings.public_origin,
             "--token": token,
             "--no_token": (token is None and self.site.settings.token.word is None) or None,
             "--work": worker == "here" or None,

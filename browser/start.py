@@ -70,6 +70,7 @@ def run_browser(options: BrowserOptions) -> None:
         is_token_given=options.token is not None,
         is_local=options.is_local,
         address=address,
+        public_origin=options.public_origin,
     )
     ticket = Ticket()
     app: Any = make_app(
@@ -180,6 +181,9 @@ def _is_taken(error: BaseException | None) -> bool:
 
 def find_address(options: BrowserOptions, port: int, token: str | None) -> str:
     """Return the address of the page, with the token, as the machines that can reach it open it."""
+    if options.public_origin is not None:
+        url = f"{options.public_origin}/"
+        return f"{url}?token={token}" if token else url
     host = options.host
     if host in ("0.0.0.0", "::", ""):  # the address that this machine has in its network
         host = socket.gethostname()
@@ -204,6 +208,6 @@ def show_address(options: BrowserOptions, port: int, token: PageToken) -> None:
         return
     address = find_address(options, port, token.word)
     sys.stdout.write(f"{address}\n")
-    if not options.is_local:
+    if not options.is_local or options.public_origin is not None:
         sys.stdout.write(draw_code(address))
     sys.stdout.flush()

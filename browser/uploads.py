@@ -152,7 +152,14 @@ def _check_caption(path: Path) -> None:
 
 def name_upload_folder(top: Path, day: date) -> str:
     """Return a name for a new folder of a day, which no folder has: `2026-11-26`, `2026-11-26-2`."""
-    return next(name for name in number_names(f"{day:%Y-%m-%d}") if not (top / name).exists())
+    return next(name for name in number_names(f"{day:%Y-%m-%d}") if not _has_files(top / name))
+
+
+def _has_files(folder: Path) -> bool:
+    """Return whether a path exists, except as a folder in which an upload was only begun."""
+    if folder.is_dir() and not folder.is_symlink():
+        return not all(path.name.startswith(".") for path in folder.iterdir()) or not any(folder.iterdir())
+    return folder.exists() or folder.is_symlink()
 
 
 class FileUploads:
@@ -265,17 +272,21 @@ class FileUploads:
             with atomic_files(target, size) as temporary:
                 path = temporary / target.name
                 await write_arriving(request.stream(), path, target.name, size)
-                try:
-                    await run_in_threadpool(check_content, path, find_kind(target.name))
-                except (UserError, StopIteration) as error:
-                    text = str(error) or say("%(path)s cannot be read", path=path)
-                    raise OptionError(text.replace(str(path), target.name)) from None
-                names, _ = _measure(folder)
-                refuse_existing(target.name, names)  # another page may have been faster
+                await run_in_threadpool(self.judge, path, folder)
         except BaseException:
             if is_new:
-                _remove_empty(folder)
+                remove_empty(folder)
             raise
+
+    def judge(self, path: Path, folder: Path) -> None:
+        """Raise UserError if a file is not what its name says, or is in its folder already."""
+        try:
+            check_content(path, find_kind(path.name))
+        except (UserError, StopIteration) as error:
+            text = str(error) or say("%(path)s cannot be read", path=path)
+            raise OptionError(text.replace(str(path), path.name)) from None
+        names, _ = _measure(folder)
+        refuse_existing(path.name, names)  # another page may have been faster
 
 
 def refuse_existing(name: str, names: set[str]) -> None:
@@ -298,7 +309,7 @@ def _measure(folder: Path) -> tuple[set[str], int]:
     return names, size_bytes
 
 
-def _remove_empty(folder: Path) -> None:
+def remove_empty(folder: Path) -> None:
     """Remove a folder if nothing is in it."""
     try:
         folder.rmdir()

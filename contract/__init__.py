@@ -8,6 +8,7 @@ few_steps: names of transformers that were distilled to few steps
 inputs: where a video starts, what a teacher sees, by name
 loading: records of how and where a network is loaded
 made_networks: networks that a family trains in place of LoRAs
+new_words: a new word whose vectors a training learns
 one_frame: words of --one_frame_inference, of two families
 requests: what is asked for, settled, and checked alike
 rules: experts, releases, sources, guidance, token limits of a model

@@ -38,6 +38,8 @@ class MadeNetwork:
     # and options that make this sample with the model alone
     generate: Callable[[Path, Mapping[str, Any], Sequence[str]], Sequence[str]]
     write: WritesNetwork | None = None  # None: the state dict is what files hold
+    # logs what there is to say of it before its values are saved
+    report: Callable[[nn.Module], None] = lambda module: None
     start_option: str = "network_weights"  # of the file that it begins with
     values: Mapping[str, Any] = field(default_factory=dict)  # entries of its files
     in_texts: bool = False  # it is a part of the text encoders, and sees captions alone

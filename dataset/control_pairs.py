@@ -1,7 +1,7 @@
 """Check that each picture has its control picture, and each control picture its picture."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dataset.listing import find_sources
@@ -9,6 +9,7 @@ from dataset.sources.folders import ControlFolder
 from dataset.sources.media_source import MediaSource
 from dataset.table import DatasetConfig
 from modules.console import count_of
+from modules.control_codes import escape_control_codes
 from modules.errors import DatasetError
 from modules.media.reading import image_size
 from modules.option_values import as_shape
@@ -19,12 +20,16 @@ SHAPE_SLACK = 0.02  # by which width / height of a control picture may differ; r
 SHOWN = 3  # names in a message
 
 
-def check_pairs(config: DatasetConfig, taker: str) -> None:
+def _log(remark: str) -> None:
+    logger.warning("%s", escape_control_codes(remark))
+
+
+def check_pairs(config: DatasetConfig, taker: str, remark: Callable[[str], None] = _log) -> None:
     """Check the control pictures of all tables before anything is loaded. taker: what sees them.
 
-    Warns of those of another shape than their picture. Raises DatasetError for a table without control
-    pictures, for pictures without one, and for control pictures without a picture. Tables whose pictures are
-    not on this machine, as their caches were copied, are left out.
+    remark: takes what `describe_shapes` returns; default: logs it. Raises DatasetError for a table without
+    control pictures, for pictures without one, and for control pictures without a picture. Tables whose
+    pictures are not on this machine, as their caches were copied, are left out.
     """
     by_folder: dict[Path, list[MediaSource]] = {}
     for table in config.datasets:
@@ -44,11 +49,15 @@ def check_pairs(config: DatasetConfig, taker: str) -> None:
                 f"{folder}: {count_of(len(lone), 'control picture')} without a picture of the same name: "
                 f"{names}{' ...' if len(lone) > SHOWN else ''}. Rename them, or move them away"
             )
-        _warn_of_shapes(folder, sources)
+        shapes = describe_shapes(folder, sources)
+        if shapes:
+            remark(shapes)
 
 
-def _warn_of_shapes(folder: Path, sources: Sequence[MediaSource]) -> None:
-    """Warn of control pictures of another shape than their picture: they are cropped as this one is."""
+def describe_shapes(folder: Path, sources: Sequence[MediaSource]) -> str:
+    """Return the warning of control pictures of another shape than their picture, as they are cropped as this
+    one is; "" if there are none.
+    """
     others = []
     for source in sources:
         width, height = image_size(source.path)
@@ -56,11 +65,10 @@ def _warn_of_shapes(folder: Path, sources: Sequence[MediaSource]) -> None:
         if abs(width * control_height / (height * control_width) - 1) > SHAPE_SLACK:
             sizes = f"{as_shape((control_width, control_height))} and {as_shape((width, height))}"
             others.append(f"{source.control[0].name} ({sizes})")
-    if others:
-        logger.warning(
-            "%s: %s of another shape than the picture, so that places in them do not match: %s%s",
-            folder,
-            count_of(len(others), "control picture"),
-            ", ".join(others[:SHOWN]),
-            " ..." if len(others) > SHOWN else "",
-        )
+    if not others:
+        return ""
+    more = " ..." if len(others) > SHOWN else ""
+    return (
+        f"{folder}: {count_of(len(others), 'control picture')} of another shape than the picture, so that "
+        f"places in them do not match: {', '.join(others[:SHOWN])}{more}"
+    )

@@ -2,6 +2,7 @@
 
 atomic_write: write to a temporary name, then rename
 attention/: attention: one function over a table of back ends
+backups: copy a file to NAME.bak before it changes
 bars: progress bars of one look
 card_builds: choose the build of torch for this machine's card
 chat_templates: render a model's chat template within bounds

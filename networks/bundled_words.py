@@ -44,6 +44,11 @@ def find_words(tensors: Mapping[str, Tensor]) -> BundledWords:
     return words
 
 
+def bundle_word(word: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a learned word under their names in a LoRA file."""
+    return {f"{BUNDLE}.{word}.{key}": tensor for key, tensor in tensors.items()}
+
+
 def without_words(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors of a LoRA file that are of no learned word."""
     return {name: tensor for name, tensor in tensors.items() if not is_of_word(name)}

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from logging import getLogger
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -64,15 +65,23 @@ class LoraFormat:
             )
 
     def save(
-        self, network: nn.Module, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]
+        self,
+        network: nn.Module,
+        path: Path,
+        dtype: torch.dtype | None,
+        metadata: Mapping[str, str],
+        beside: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
         """Write a network to a file, completely or not at all, with hashes added to the metadata.
 
-        dtype: of the tensors in the file; None: as trained.
+        dtype: of the tensors in the file; None: as trained. beside: as in `save_network`.
         """
         # converted as trained, so that there is one rounding
         converted = self.convert(_on_cpu(network))
-        tensors = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in converted.tensors.items()}
+        tensors = {
+            name: tensor.detach().to("cpu", dtype).contiguous()
+            for name, tensor in {**converted.tensors, **beside}.items()
+        }
         all_metadata = {**metadata, **converted.metadata, LORA_FORMAT: self.name}
         save_tensors(path, tensors, add_hashes(tensors, all_metadata))
 

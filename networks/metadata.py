@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import safetensors.torch
@@ -104,14 +105,19 @@ def is_damaged(path: Path, metadata: Mapping[str, str]) -> bool:
 
 
 def save_network(
-    module: nn.Module, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]
+    module: nn.Module,
+    path: Path,
+    dtype: torch.dtype | None,
+    metadata: Mapping[str, str],
+    beside: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> None:
     """Write a network to a file, completely or not at all, with hashes added to the metadata.
 
-    dtype: of the tensors in the file; None: as trained.
+    dtype: of the tensors in the file; None: as trained. beside: further tensors, by their names there.
     """
     tensors = {
-        name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in module.state_dict().items()
+        name: tensor.detach().to("cpu", dtype).contiguous()
+        for name, tensor in {**module.state_dict(), **beside}.items()
     }
     save_tensors(path, tensors, add_hashes(tensors, metadata))
 

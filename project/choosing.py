@@ -36,6 +36,7 @@ from modules.parser import add_options
 from modules.speed_options import take_ae
 from modules.text_files import read_safetensors_texts
 from project.fitting import describe_fit, find_smaller, needs_picture, transformer_bytes, transformers_of
+from project.kinds.contract import RunKind
 from project.new_options import NewOptions
 from project.options import check_trigger, find_models
 from training.image_options import ImageModelOptions
@@ -57,7 +58,6 @@ class ModelFacts:
     least_seconds: float  # of a clip; nothing is learned of shorter ones
     learns_sounds: bool  # it also learns sounds without clips
     regularises: bool  # it also learns regularisation pictures, of the class
-    control_script: str | None  # trains a ControlNet of it; None: there is none
     learns_alpha: bool  # it learns the transparency of pictures
     # options for the dtype of a network, by the kind of the script that takes them, as `options_record` does
     dtypes: Mapping[str, Sequence[str]]
@@ -96,7 +96,6 @@ def ask_family(model: ModelSet, files: Mapping[str, str] = MappingProxyType({}))
         least_seconds=model.data.get("least_frames", 0) / model.data.get("fps", 1),
         learns_sounds="sound_alone" in model.data,
         regularises=bool(model.data.get("regularises")),
-        control_script=model.data.get("control_script"),
         learns_alpha=_learns_alpha(family),
         dtypes=_choose_dtype_options(model),
         few_steps=_few_steps(family, model, dits),
@@ -167,6 +166,19 @@ def check_model_files(model: ModelSet, files: Mapping[str, str]) -> None:
         take_ae(args)
     with _without_log():
         entry.make_family("training", read_options(record, args)).check_given_files()
+
+
+def check_word(model: ModelSet, kind: RunKind, word: str | None) -> None:
+    """Check a trigger word that is what a run trains, as its script does. Raises OptionError."""
+    if word is None:
+        raise OptionError(
+            f"--train {kind.name}: {kind.title} is a new word: give it as --trigger_word, such as mrsfluff"
+        )
+    entry = with_scripts()[script_family(shlex.split(model.commands["latents"]))]
+    try:
+        entry.options_record(kind.record).usual(token_string=word)
+    except OptionError as error:
+        raise OptionError(str(error).replace("--token_string", "--trigger_word")) from None
 
 
 def _names_of(parser: argparse.ArgumentParser) -> set[str]:

@@ -6,19 +6,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dataset.sources.folders import ControlFolder
-from modules.command import as_typed
 from modules.console import list_some
 from modules.errors import DatasetError
+from project.kinds.contract import RunKind
 
 # folders of control pictures
 CONTROLS = re.compile(r"(controls?|conditions?|conditioning)([-_ ]?(images?|pictures?))?", re.IGNORECASE)
 
 
-def describe_control_pairs(place: Path, pictures: Sequence[Path], script: str) -> str | None:
+def describe_control_pairs(
+    place: Path, pictures: Sequence[Path], kind: RunKind, control_kind: RunKind
+) -> str | None:
     """Return a line about a folder of control pictures: how many pairs there are, and what learns them.
 
-    pictures: those that the folder may belong to. script: trains a ControlNet of the chosen model. Returns
-    None if the folder has another name, cannot be listed, or has no control picture of any picture.
+    pictures: those that the folder may belong to. kind: what is trained, without them. control_kind: what
+    learns them. Returns None if the folder has another name, cannot be listed, or has no control picture of
+    any picture.
     """
     if not CONTROLS.fullmatch(place.name):
         return None
@@ -40,7 +43,7 @@ def describe_control_pairs(place: Path, pictures: Sequence[Path], script: str) -
     if controls.alone:
         faults += f". Without a picture: {list_some([path.name for path in controls.alone])}"
     return (
-        f"{place}: left out, as a LoRA learns no control pictures. {len(pictures) - len(missing)} of "
-        f"{len(pictures)} pictures have one there{faults}. A ControlNet learns such pairs: docs/control.md "
-        f"has its dataset.toml, and its command begins with {as_typed(['python', script])}"
+        f"{place}: left out, as {kind.title} learns no control pictures. {len(pictures) - len(missing)} of "
+        f"{len(pictures)} pictures have one there{faults}. --train {control_kind.name} trains "
+        f"{control_kind.title} on such pairs (docs/control.md)"
     )

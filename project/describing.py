@@ -28,14 +28,16 @@ from modules.paths import path_from
 from modules.text_files import real_path
 from project.choosing import ModelFacts
 from project.fitting import FP8, is_small, weight_options
+from project.kinds.contract import RunKind
+from project.kinds.whole_model import derive_times
 from project.media import CHECK_PAGE, FolderContent, Media, is_narrow, reference_of, why_unread
 from project.new_options import NewOptions
 from project.options import RUN_FILE
 from project.tags import TagLists, as_words
-from project.whole_model import change_to_whole, derive_times, find_whole_script, whole_words
 from training.config_options import OTHERS_TABLE, toml_value
 
 USUAL_SIDE, SIDE_STEP = 256, 64  # shortest side of pictures, and what sides are multiples of, in subsets
+SUBSET_KEYS = {"image_directory": "image_dir", "control_directory": "conditioning_data_dir"}  # in subsets
 FLOAT32 = "float32"
 SMALL = 16  # GiB: below, text encoders have 8 bits
 LARGE = 40  # GiB: from here on, clips are twice as long
@@ -63,6 +65,7 @@ class Choice:
 
     options: NewOptions
     model: ModelSet
+    kind: RunKind  # what is trained
     facts: ModelFacts
     content: FolderContent
     memory: float  # GiB; 0: the CPU
@@ -242,7 +245,7 @@ def _describe_subsets(choice: Choice) -> list[str]:
     ]
     for place in dict.fromkeys(item.path.parent for item in choice.media):
         keys = _make_folder_keys(choice, place, "image")
-        keys = {"image_dir": keys.pop("image_directory"), **keys}
+        keys = {SUBSET_KEYS.get(name, name): value for name, value in keys.items()}
         lines += ["", *_format_toml_table("[[datasets.subsets]]", keys)]
     for place in choice.content.regularising:
         cache = Path("cache", "images", place.parent.name, place.name).as_posix()
@@ -298,6 +301,8 @@ def _make_folder_keys(choice: Choice, place: Path, kind: str) -> dict[str, Any]:
         keys["control_directory"] = choice.inside(source)
         if choice.model.data.get("sizes_references"):
             keys["control_resolution"] = choice.size
+    if place in content.controls:
+        keys["control_directory"] = choice.inside(content.controls[place])
     name = content.names.get(place)
     if name is not None and name.repeats > 1:
         keys["num_repeats"] = name.repeats
@@ -317,7 +322,13 @@ def _lacks_captions(choice: Choice, place: Path, kind: str) -> bool:
 
 
 def describe_samples(choice: Choice) -> str:
-    """Return prompts.txt: the subject in two situations that no caption has, and a prompt without it."""
+    """Return prompts.txt: the subject in two situations that no caption has, and a prompt without it.
+
+    Of a network that sees control pictures: captions with the control pictures of their pictures.
+    """
+    released_values = _released_values(choice.model)
+    if choice.content.controls:
+        return _describe_control_samples(choice, released_values)
     captions = [item.caption for item in choice.media if item.caption]
     learned = {item.path.parent for item in choice.media}
     # without those of regularisation pictures, which name the class alone
@@ -327,17 +338,32 @@ def describe_samples(choice: Choice) -> str:
         subject = _plain(_join_shared_tags(choice.tags, choice.trigger) or as_words(subject))
     prompts = [f"{subject}, {situation}" for situation in _choose_situations(captions)]
     references = _list_reference_options(choice)
-    prompts.append(OTHER_EDIT if references or choice.facts.needs_reference else OTHER)
+    if not choice.kind.learns_word:
+        prompts.append(OTHER_EDIT if references or choice.facts.needs_reference else OTHER)
     quality = choice.model.data.get("tags")
     if quality:
         prompts = [f"{quality}, {prompt}" for prompt in prompts]
     size = _sample_size(choice)
-    released_values = _released_values(choice.model)
     media_of_samples = itertools.cycle(references[:3] or _start_options(choice))
     lines = ""
     for seed, (prompt, media) in enumerate(zip(prompts, media_of_samples, strict=False), start=1):
         parts = [prompt, size, released_values, media, f"--d {seed}"]
         lines += " ".join(filter(None, parts)) + "\n"
+    return lines
+
+
+def _describe_control_samples(choice: Choice, released_values: str) -> str:
+    """Return prompt lines for the first, a middle and the last pair: caption, size and control picture."""
+    pairs = [item for item in choice.media if item.path.parent in choice.content.controls]
+    pairs = [item for item in pairs if reference_of(item, choice.content.controls[item.path.parent])]
+    lines = ""
+    for seed, place in enumerate(dict.fromkeys((0, len(pairs) // 2, len(pairs) - 1)), start=1):
+        item = pairs[place]
+        width, height = _shrink_to_area(item.size, _area(choice.size))
+        control = reference_of(item, choice.content.controls[item.path.parent])[0]
+        prompt = _plain(item.caption or choice.trigger or "") or OTHER
+        parts = [prompt, f"--w {width} --h {height}", released_values, f"--cn {choice.inside(control)}"]
+        lines += " ".join([*filter(None, parts), f"--d {seed}"]) + "\n"
     return lines
 
 
@@ -465,12 +491,9 @@ def list_commands(choice: Choice) -> list[list[str]]:
     if choice.kept:
         download += ["--without", *choice.kept]
     download += ["--to", str(real_path(choice.options.models))]
-    script = next(word for word in shlex.split(model.commands["train"]) if word.endswith(".py"))
-    if choice.options.whole_model:
-        script = str(find_whole_script(model))
     check = [*latents, "--check", "--html", CHECK_PAGE]
-    train = ["python", script, "--config_file", RUN_FILE]
-    if choice.tags is not None:
+    train = ["python", choice.kind.find_words(model)[0], "--config_file", RUN_FILE]
+    if choice.tags is not None or choice.kind.learns_word:  # encodes captions in each step
         return [download, check, latents, train]
     return [download, check, [*texts, "--check"], latents, texts, train]
 
@@ -489,9 +512,8 @@ def _words_of(choice: Choice, step: str) -> list[str]:
 
 def describe_run(choice: Choice, commands: list[list[str]]) -> str:
     """Return run.toml: the training's options, as its --config_file takes them, and the commands."""
-    values = _model_values(choice)
-    if choice.options.whole_model:
-        values = change_to_whole(values, choice.memory) | _read_options(whole_words(choice.model)[1:], {})
+    values = choice.kind.change(_model_values(choice), choice.memory)
+    values |= _read_options(choice.kind.find_words(choice.model)[1:], {})
     values |= _run_values(choice)
     values |= choice.training
     project = {"files": list(choice.files.values()), "commands": commands}
@@ -508,7 +530,7 @@ def describe_run(choice: Choice, commands: list[list[str]]) -> str:
 def _describe_targets(choice: Choice) -> list[str]:
     """Return comments with the options that keep the steps of a distilled model, in the form of keys."""
     few_steps = choice.facts.few_steps
-    if few_steps is None or choice.options.whole_model:  # which has no frozen model for a target
+    if few_steps is None or not choice.kind.has_targets:
         return []
     lines = [
         "",
@@ -577,7 +599,7 @@ def _read_number(word: str) -> int | float | str:
 def _run_values(choice: Choice) -> dict[str, Any]:
     """Return the training's options that say how long it is, what it saves and where."""
     steps = choice.options.max_train_steps
-    times = derive_times(steps, choice.options.whole_model)
+    times = derive_times(steps, choice.kind.saves_models)
     values: dict[str, Any] = {
         "dataset_config": "dataset.toml",
         "max_train_steps": steps,
@@ -594,6 +616,9 @@ def _run_values(choice: Choice) -> dict[str, Any]:
     if is_windows_device(folder_name):
         folder_name = f"lora_{folder_name}"
     values["output_name"] = choice.options.output_name or folder_name or "lora"
+    if choice.kind.learns_word:
+        values["token_string"] = choice.trigger
+        values["output_name"] = choice.options.output_name or choice.trigger  # programs take it as the word
     return values
 
 

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from dataset.config import load_dataset_config, with_lengths, with_references
+from dataset.control_pairs import check_pairs
 from dataset.listing import find_sources
 from dataset.sources.media_source import LISTED, Fault, MediaSource, list_faults
 from downloads.catalogue import ModelSet
 from downloads.listing import describe_licences, excludes_many, gigabytes, print_lines, total_bytes
 from modules.atomic_write import write_text
 from modules.console import count_of, quiet
-from modules.errors import DatasetError, OutputError
+from modules.errors import DatasetError, OptionError, OutputError
 from modules.media.reading import first_frame
 from modules.media.writing import write_png
 from modules.options import option_values
@@ -26,13 +27,16 @@ from project.choosing import (
     ModelFacts,
     ask_family,
     check_model_files,
+    check_word,
     choose_model,
     describe_makes,
 )
 from project.fitting import describe_fit, find_memory, needs_picture
 from project.foreign.reading import ForeignProject, read_foreign
+from project.kinds.composing import BY_NAME, LORA, WHOLE, find_control_kind, list_kinds
+from project.kinds.contract import RunKind
 from project.known import remember_folder
-from project.media import WRITTEN, FolderContent, Media, collect_content, name_some
+from project.media import WRITTEN, FolderContent, Media, collect_content, has_control_pairs, name_some
 from project.model_files import find_inside, name_files, typed_files, without_files
 from project.new_options import NewOptions
 from project.options import (
@@ -46,7 +50,6 @@ from project.options import (
 )
 from project.running import typed_in
 from project.tags import as_words, find_tags, write_blanks
-from project.whole_model import describe_whole, refuse_whole_model
 
 UNCHANGED = "Nothing is written: the three files would stay as they are."
 KIND_WORDS = {"video": "clip", "image": "picture", "audio": "sound"}  # kind of a file -> its word in a line
@@ -73,8 +76,6 @@ def write_project(options: NewOptions) -> None:
     if foreign is not None:
         options = foreign.fill_in(options)
     model_choice = choose_model(options, memory)
-    if options.whole_model:
-        refuse_whole_model(model_choice.model, memory)
     choice = _gather_choice(options, model_choice, memory, foreign)
     if options.print_run:
         print_lines(describing.describe_run(choice, describing.list_commands(choice)).splitlines())
@@ -92,14 +93,15 @@ def write_project(options: NewOptions) -> None:
             write_text(path, text)
         remember_folder(options.folder, options.models)
 
-    problems = find_problems(choice, dataset)
+    oddities: list[str] = []
+    problems = find_problems(choice, dataset, oddities)
     lines = describe_licences(choice.model) if excludes_many(choice.model) else []
     if foreign is not None:
         lines += foreign.lines(options.folder)
     lines += _describe_choice(choice, model_choice.remarks)
     lines += _describe_captions(choice)
     lines += _describe_tags(choice)
-    lines += problems
+    lines += [*oddities, *problems]
     if options.dry_run:
         lines += _describe_changes(texts)
     else:
@@ -140,15 +142,17 @@ def _gather_choice(
     files = name_files(options, model)
     facts = ask_family(model, files)
     check_model_files(model, {name: files[name] for name in typed})
-    content = _collect_content(options, model, facts)
+    kind = _choose_kind(options, model_choice, memory)
+    content = _collect_content(options, model, facts, kind)
     data: Mapping[str, Any] = {}
     training: Mapping[str, Any] = {}
     if foreign is not None:
         options = foreign.count_steps(options, len(content.media))
-        data, training = foreign.data, foreign.training_values(memory, options.whole_model)
+        data, training = foreign.data, foreign.training_values(memory, kind)
     return describing.Choice(
         options=options,
         model=model,
+        kind=kind,
         facts=facts,
         content=content,
         memory=memory,
@@ -164,11 +168,35 @@ def _gather_choice(
     )
 
 
+def _choose_kind(options: NewOptions, chosen: ModelChoice, memory: float) -> RunKind:
+    """Return what is trained: what is typed, else a control network if the folder has pairs, else a LoRA.
+
+    chosen: the model and the trigger word. Raises OptionError if the model cannot have what is typed, or an
+    embedding no such word.
+    """
+    model = chosen.model
+    if options.trains is None:
+        control_kind = find_control_kind(model)
+        return control_kind if control_kind is not None and has_control_pairs(options.folder) else LORA
+    kind = BY_NAME[options.trains]
+    reason = kind.why_not(model, memory)
+    typed = "--whole_model" if options.whole_model else f"--train {kind.name}"
+    if reason is not None:
+        possible = [other.name for other in list_kinds(model) if other.why_not(model, memory) is None]
+        raise OptionError(
+            f"{typed}: {reason}. Leave it out to train a LoRA, or choose another --task. This one has "
+            f"--train {', '.join(possible)}"
+        )
+    if kind.learns_word:
+        check_word(model, kind, chosen.trigger)
+    return kind
+
+
 def _texts_of(content: FolderContent) -> list[str]:
     return [item.caption for item in content.media if item.caption]
 
 
-def _collect_content(options: NewOptions, model: ModelSet, facts: ModelFacts) -> FolderContent:
+def _collect_content(options: NewOptions, model: ModelSet, facts: ModelFacts, kind: RunKind) -> FolderContent:
     """Return the content of the folder, with hints about models that would suit it better."""
     models = find_models()
     of_family = [entry for entry in models if entry.family == model.family]
@@ -181,6 +209,8 @@ def _collect_content(options: NewOptions, model: ModelSet, facts: ModelFacts) ->
         folder=options.folder,
         facts=facts,
         name=f"{model.family} {model.task}",
+        kind=kind,
+        control_kind=find_control_kind(model),
         edits=f", --task {edit_tasks[0]} does" if edit_tasks else "",
         hearing=" or ".join(f"--family {family}" for family in sound_families),
         silent=silent_tasks[0] if silent_tasks else "",
@@ -197,11 +227,12 @@ def _write_content(content: FolderContent) -> None:
             write_text(path, f"{text}\n")
 
 
-def find_problems(choice: describing.Choice, dataset: str) -> list[str]:
+def find_problems(choice: describing.Choice, dataset: str, remarks: list[str]) -> list[str]:
     """Return the faults of the files in dataset.toml that would end a run, found as `run` finds them.
 
-    dataset: text of dataset.toml. Nothing is found for pictures that a --dry_run does not write.
-    Missing captions are left out, as other lines report them, except those of files that cannot be read.
+    dataset: text of dataset.toml. remarks: takes lines about what is odd and ends no run. Nothing is found
+    for pictures that a --dry_run does not write. Missing captions are left out, as other lines report them,
+    except those of files that cannot be read.
     """
     family = choice.facts.family
     damaged = {path.name for path in choice.content.unreadable}
@@ -225,6 +256,11 @@ def find_problems(choice: describing.Choice, dataset: str) -> list[str]:
             for source in sources:
                 if source.caption is None and source.path.name in damaged:
                     problems.append(Fault(DAMAGED, str(source.path)))
+        if choice.kind.sees_controls and not problems:
+            try:
+                check_pairs(config, choice.kind.title, remarks.append)
+            except DatasetError as error:
+                problems.append(Fault("tables cannot be used", str(error)))
     return list_faults(problems, LISTED)
 
 
@@ -251,8 +287,10 @@ def _describe_choice(choice: describing.Choice, remarks: list[str]) -> list[str]
     if reason and "resolution" not in choice.data:
         lines.append(f"{choice.size[0]}x{choice.size[1]}: {reason}")
     lines.append(_describe_model(choice))
-    if choice.options.whole_model:
-        lines += describe_whole(choice.model, choice.memory)
+    lines += choice.kind.describe(choice.model, choice.memory)
+    for place, source in choice.content.controls.items():
+        instead = "" if choice.options.trains else ". --train lora trains a LoRA without them"
+        lines.append(f"{place}: {choice.kind.title} learns from its pairs with {source}{instead}")
     for name, holder in choice.held.items():
         lines.append(f"--{name}: the one inside {holder}. --model_file {name}=FILE takes another")
     if choice.needs_float32:
@@ -270,7 +308,7 @@ def _describe_choice(choice: describing.Choice, remarks: list[str]) -> list[str]
             "the comment signs from the lines of a target that keeps "
             f"{few_steps.lost}, in [training] of {RUN_FILE}"
         )
-        if choice.options.whole_model:
+        if not choice.kind.has_targets:
             told += f". {few_steps.instead_of_whole}"
         elif few_steps.is_certain:  # a family of distilled models alone has nothing else to train
             told += f". Take {comments}"
@@ -312,7 +350,7 @@ def _describe_model(choice: describing.Choice) -> str:
     download = f"{gigabytes(missing_bytes)} to download" if missing_bytes else "its files are there"
     makes = describe_makes(model, choice.facts)
     does = f"{choice.model_name} makes {makes}; {download}"
-    if choice.options.whole_model:  # other lines say whether that fits
+    if choice.kind is WHOLE:  # other lines say whether that fits
         return does
     subject = "Its transformer: " if choice.memory else ""
     return f"{does}. {subject}{describe_fit(model, choice.memory)}"

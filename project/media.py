@@ -14,10 +14,11 @@ from dataset.sources.captions import caption_path, describe_encoding, read_capti
 from dataset.sources.folders import ControlFolder, find_sound_beside
 from dataset.sources.left_out import FOLDERS_OF_RUNS, NO_MEDIA, CaptionOwners
 from dataset.subsets import FolderName, read_folder_name
+from modules.command import as_typed
 from modules.console import count_of
 from modules.errors import DatasetError, MediaError
 from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
-from modules.media.labels import MASK_LABEL, label_of
+from modules.media.labels import MASK_FOLDERS, MASK_LABEL, label_of
 from modules.media.opening import SOUND_SUFFIXES, open_image
 from modules.media.reading import VIDEO_SUFFIXES, first_frame, image_size, image_suffixes
 from modules.media.remedies import remedy_of
@@ -26,7 +27,8 @@ from modules.media.streams import source_info
 from modules.paths import path_from
 from modules.text_files import real_path
 from project.choosing import ModelFacts
-from project.control_pairs import describe_control_pairs
+from project.control_pairs import CONTROLS, describe_control_pairs
+from project.kinds.contract import RunKind
 from project.listed_captions import ListedCaptions, read_lists
 from project.options import RUN_FILE
 
@@ -36,7 +38,8 @@ WRITTEN = ("dataset.toml", "prompts.txt", RUN_FILE)
 CHECK_PAGE = "check.html"
 FIRST_FRAMES = "first_frames"  # folder of pictures that `new` takes from clips
 OWN_FOLDERS = {*FOLDERS_OF_RUNS, FIRST_FRAMES}
-MASKS = {"mask", "masks"}
+CONTROL_FOLDER = "conditioning"
+DRAW_EDGES = ["python", "tools/control_pictures.py", "--canny", "--output"]
 REGULARISATION = re.compile(r"regs?|regulari[sz]ation([-_ ]?images?)?|class([-_ ]images?)?", re.IGNORECASE)
 # folders of what pictures are made from, also as control_images
 REFERENCES = re.compile(
@@ -86,6 +89,7 @@ class FolderContent:
     regularising: list[Path] = field(default_factory=list)  # folders of regularisation pictures to train on
     # folder of pictures -> folder of their references
     references: dict[Path, Path] = field(default_factory=dict)
+    controls: dict[Path, Path] = field(default_factory=dict)  # likewise, of their control pictures
     lines: list[str] = field(default_factory=list)
     captions: str = CAPTIONS  # suffix of their files
 
@@ -100,28 +104,41 @@ class SortedFolders:
 
 
 def collect_content(
-    folder: Path, facts: ModelFacts, name: str, edits: str = "", hearing: str = "", silent: str = ""
+    folder: Path,
+    facts: ModelFacts,
+    name: str,
+    *,
+    kind: RunKind,
+    control_kind: RunKind | None,
+    edits: str = "",
+    hearing: str = "",
+    silent: str = "",
 ) -> FolderContent:
     """Return the media of a folder and of its sub-folders, with references if the model edits.
 
-    name: of the model, for messages. edits: name of a model of its family that edits, if this one does not.
-    hearing: models that learn sounds alone. silent: task of the family that learns clips without their sound.
-    Raises DatasetError if there are no media, no references for a model that needs them, or no sound for a
-    model that learns it.
+    name: of the model, for messages. kind: what is trained; control_kind: what would learn control pictures.
+    edits: name of a model of its family that edits, if this one does not. hearing: models that learn sounds
+    alone. silent: task of the family that learns clips without their sound.
+    Raises DatasetError if there are no media, no references for a model that needs them, no control pictures
+    for what sees them, or no sound for a model that learns it.
     """
     content = FolderContent()
     places = _sort_folders(folder, content)
     content.captions = _find_captions(places.learned)
     for place, reason in places.regularising.items():
-        content.lines += _describe_regularising(place, reason, content, facts)
+        content.lines += _describe_regularising(place, reason, content, facts, kind)
     content.lines += _describe_names(places.learned, content.names)
     sounds = _collect_media(folder, places, content, facts)
-    if not facts.learns_clips:
+    if kind.sees_controls:
+        _leave_out_clips(content, kind)
+    elif not facts.learns_clips:
         _take_first_frames(folder, content, name)
     if facts.references:
         _find_references(folder, places, content)
+    elif kind.sees_controls:
+        _find_controls(folder, places, content)
     else:
-        pairs = _describe_control_pairs(folder, places, content.media, facts.control_script)
+        pairs = _describe_control_pairs(folder, places, content.media, kind, control_kind)
         content.lines += [*pairs.values(), *_describe_unused_sources(places, name, edits, described=pairs)]
     _require_media(
         folder,
@@ -131,6 +148,7 @@ def collect_content(
         alone=f" {hearing} learns sounds alone." if sounds and hearing else "",
         instead=f", or take --task {silent}, which learns pictures and movement alone" if silent else "",
         has_sounds=bool(sounds),
+        kind=kind,
     )
     if facts.references:
         content.lines += _describe_numbered(content.media)
@@ -167,13 +185,18 @@ def _list_unsorted_folders(place: Path, places: SortedFolders) -> list[Path]:
 
 
 def _describe_control_pairs(
-    folder: Path, places: SortedFolders, media: Sequence[Media], script: str | None
+    folder: Path,
+    places: SortedFolders,
+    media: Sequence[Media],
+    kind: RunKind,
+    control_kind: RunKind | None,
 ) -> dict[Path, str]:
     """Return a line for each folder of control pictures: in the folder, in those learned, or next to it.
 
-    script: trains with control pictures; None: there is none for the model, and no line.
+    kind: what is trained. control_kind: what learns control pictures; None: nothing of the model does, and
+    there is no line.
     """
-    if script is None:
+    if control_kind is None:
         return {}
     pictures = [item.path for item in media if item.kind == "image"]
     absolute = folder.absolute()
@@ -182,7 +205,9 @@ def _describe_control_pairs(
     for place in places.learned[1:]:
         of_place = [path for path in pictures if path.parent == place]
         owned |= dict.fromkeys(_sources_in(place), of_place)
-    lines = {place: describe_control_pairs(place, paths, script) for place, paths in owned.items()}
+    lines = {
+        place: describe_control_pairs(place, paths, kind, control_kind) for place, paths in owned.items()
+    }
     return {place: line for place, line in lines.items() if line is not None}
 
 
@@ -224,7 +249,7 @@ def _sort_folders(folder: Path, content: FolderContent) -> SortedFolders:
         kind = place.name.lower()
         if REFERENCES.fullmatch(kind):
             places.sources.append(place)
-        elif kind in MASKS:
+        elif kind in MASK_FOLDERS:
             content.lines.append(f"{place}: {_explain_masks(folder, place)}")
         elif kind not in OWN_FOLDERS:
             candidates.append(place)
@@ -263,15 +288,19 @@ def _find_outer_regularising(folder: Path, content: FolderContent) -> dict[Path,
     return outer
 
 
-def _describe_regularising(place: Path, reason: str, content: FolderContent, facts: ModelFacts) -> list[str]:
+def _describe_regularising(
+    place: Path, reason: str, content: FolderContent, facts: ModelFacts, kind: RunKind
+) -> list[str]:
     """Return a line about a folder of regularisation pictures, and note the folder if the model takes it.
 
-    reason: why it is one.
+    reason: why it is one. kind: what is trained.
     """
     pictures = _files_in(place, image_suffixes())
     if not pictures:
         return []
     rename = "If they are to be learned as others, rename the folder"
+    if kind.sees_controls or kind.learns_word:
+        return [f"{place}: left out, as {reason}, and {kind.title} learns nothing from such. {rename}"]
     if not facts.regularises:
         return [
             f"{place}: left out, as {reason}. A dataset file with [[datasets.subsets]] and is_reg = true "
@@ -406,7 +435,7 @@ def _describe_deep(folders: Sequence[Path]) -> list[str]:
     while waiting and visited < MOST_FOLDERS:
         place = waiting.pop(0)
         visited += 1
-        if place.is_symlink() or place.name.lower() in OWN_FOLDERS | MASKS:
+        if place.is_symlink() or place.name.lower() in OWN_FOLDERS | MASK_FOLDERS:
             continue
         if _media_in(place):
             lines.append(
@@ -647,16 +676,53 @@ def _move_caption(content: FolderContent, clip: Path, picture: Path, caption: st
 
 def _find_references(folder: Path, places: SortedFolders, content: FolderContent) -> None:
     """Find the folder of references for each folder of pictures: in it, or next to it or to all of them."""
+    for place in places.learned:
+        _find_references_of(place, _list_sources(place, folder, places), content)
+    for source in places.sources:
+        if source not in content.references.values() and _media_in(source):
+            content.lines.append(f"{source}: left out. No file there has the name of a picture next to it")
+
+
+def _list_sources(place: Path, folder: Path, places: SortedFolders) -> list[Path]:
+    """Return the folders that may have references of a learned folder: in it, or next to it or to all."""
     absolute = folder.absolute()
     outer_sources = []
     if not places.sources:
         outer_sources = [source for source in _sources_in(absolute.parent) if source != absolute]
+    inner_sources = [] if place == folder else _sources_in(place)
+    return [*inner_sources, *places.sources, *outer_sources]
+
+
+def has_control_pairs(folder: Path) -> bool:
+    """Return whether pictures of a folder have control pictures in a folder that is called so."""
+    places = _sort_folders(folder, FolderContent())
     for place in places.learned:
-        inner_sources = [] if place == folder else _sources_in(place)
-        _find_references_of(place, [*inner_sources, *places.sources, *outer_sources], content)
+        pictures = [path.stem for path in _files_in(place, image_suffixes())]
+        for source in _list_sources(place, folder, places):
+            if CONTROLS.fullmatch(source.name) and len(_without_reference(source, pictures)) < len(pictures):
+                return True
+    return False
+
+
+def _find_controls(folder: Path, places: SortedFolders, content: FolderContent) -> None:
+    """Find the folder of control pictures for each folder of pictures: the first that has one of any."""
+    for place in places.learned:
+        pictures = [item.path.stem for item in content.media if item.path.parent == place]
+        for source in _list_sources(place, folder, places):
+            if len(_without_reference(source, pictures)) < len(pictures):
+                content.controls[place] = source
+                break
     for source in places.sources:
-        if source not in content.references.values() and _media_in(source):
+        if source not in content.controls.values() and _media_in(source):
             content.lines.append(f"{source}: left out. No file there has the name of a picture next to it")
+
+
+def _leave_out_clips(content: FolderContent, kind: RunKind) -> None:
+    """Leave out clips, which have no control pictures. kind: what is trained."""
+    clips = [item.path for item in content.media if item.is_clip]
+    if clips:
+        content.lines.append(f"{name_some(clips)}: left out, as {kind.title} learns pictures alone")
+    content.media = [item for item in content.media if not item.is_clip]
 
 
 def _find_references_of(place: Path, sources: Sequence[Path], content: FolderContent) -> None:
@@ -843,11 +909,12 @@ def _require_media(
     alone: str,
     instead: str,
     has_sounds: bool,
+    kind: RunKind,
 ) -> None:
     """Raise DatasetError if a folder lacks what a model learns.
 
-    name: of the model. alone, instead: what else could be done with such a folder. has_sounds: sounds lie
-    next to the clips, which `audio_directory` in dataset.toml joins with them.
+    name: of the model. kind: what is trained. alone, instead: what else could be done with such a folder.
+    has_sounds: sounds lie next to the clips, which `audio_directory` in dataset.toml joins with them.
     """
     remarks = "".join(f"\n  {line}" for line in content.lines)
     if not content.media:
@@ -856,6 +923,12 @@ def _require_media(
         )
     if facts.needs_reference and not content.references:
         raise DatasetError(_layout(folder, name, content.media) + remarks)
+    if kind.sees_controls and not content.controls:
+        raise DatasetError(
+            f"{folder}: {kind.title} learns from pairs of a picture and its control picture, and no picture "
+            f"has one. Put them into {folder / CONTROL_FOLDER}, under the names of the pictures. This draws "
+            f"their edges: {as_typed([*DRAW_EDGES, str(folder / CONTROL_FOLDER), str(folder)])}{remarks}"
+        )
     needs_sound = facts.hears and not facts.pairs_sounds
     if needs_sound and not has_sounds and not any(map(_has_sound, content.media)):
         raise DatasetError(

@@ -6,6 +6,8 @@ from dataset.options import DATASET_FILE
 from modules.option_values import gibibytes
 from modules.options import Options, option, unsupported
 from modules.output_files import check_output_name
+from project.kinds.composing import BY_NAME
+from project.kinds.whole_model import WHOLE
 from project.options import MODEL_FILES, MODELS, TRAINING_TABLE, check_trigger, list_model_files
 
 
@@ -16,7 +18,7 @@ class NewOptions(Options):
 
     folder: Path = option(
         "clips, pictures or both, with captions in .txt files; for models that edit, with a folder control "
-        "of what each picture is made from",
+        "of what each picture is made from; for control networks, of their control pictures",
         positional=True,
         place="folder",
         hint="the one with clips or pictures",
@@ -24,16 +26,22 @@ class NewOptions(Options):
     family: str | None = option("kind of model, such as wan, kontext or qwen; asked for on a terminal")
     task: str | None = option("which of its models, such as t2v-1.3B; likewise")
     trigger_word: str | None = option(
-        "made-up word for what is learned, put before captions without it; alone where there is no caption"
+        "made-up word for what is learned, put before captions without it; alone where there is no caption",
+        flags=("--word",),
     )
-    output_name: str | None = option("name of the LoRA; that of the folder when not given")
+    output_name: str | None = option(
+        "name of the trained file; when not given that of the folder, or an embedding's word"
+    )
     max_train_steps: int = option(
         "length of the training", default=2000, least=1, hint="1500 to 3000 are usual"
     )
-    whole_model: bool = option(
-        "train the model itself rather than a LoRA, for a domain with hundreds of files; each save is a "
-        "whole model"
+    train: str | None = option(
+        "what is trained: a LoRA; lllite or controlnet: a network that follows control pictures; embedding: "
+        "the trigger word alone; whole: the model itself, for a domain with hundreds of files. Without it a "
+        "LoRA, or with a folder control or conditioning of the pictures' names the model's control network",
+        choices=tuple(BY_NAME),
     )
+    whole_model: bool = option("--train whole", excludes="train", hint="both say what is trained")
     from_file: Path | None = option(
         "project of another trainer whose values are taken: .yaml of AI Toolkit, .toml of diffusion-pipe, "
         ".json of OneTrainer, SimpleTuner or the GUI of kohya_ss; nothing of it is run",
@@ -66,3 +74,8 @@ class NewOptions(Options):
             check_output_name("--output_name", self.output_name)
         if self.trigger_word is not None:
             check_trigger(self.trigger_word)
+
+    @property
+    def trains(self) -> str | None:
+        """Return the name of the kind of run that is typed."""
+        return WHOLE.name if self.whole_model else self.train

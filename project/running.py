@@ -32,6 +32,7 @@ from modules.text_files import parse_toml, read_safetensors_texts, read_text, re
 from project.choosing import script_family
 from project.ending import EndCommand, describe_run
 from project.fitting import transformers_of
+from project.kinds.composing import list_scripts
 from project.options import (
     CAPTION_MODEL,
     CAPTION_MODEL_SIZE,
@@ -42,7 +43,6 @@ from project.options import (
 )
 from project.run_options import RunOptions
 from project.tracing import RunTrace, trace_run
-from project.whole_model import find_whole_script
 from training.config_options import OTHERS_TABLE
 from training.features.composing import options_reaching
 from training.reports.history import history_path
@@ -524,8 +524,7 @@ def _scripts_of_runs() -> set[Path | None]:
         names = [f"{entry.cache}_latents", f"{entry.cache}_text_encoder_outputs"]
         names += [entry.training_script, entry.generation_script]
         scripts |= {Path(f"{name}.py") for name in names}
-    scripts |= {find_whole_script(model) for model in find_models()}
-    return scripts
+    return scripts | list_scripts(find_models())
 
 
 def run_command(words: Sequence[str], folder: Path, progress: Path | None = None) -> int:

@@ -31,6 +31,7 @@ from contract.data import (
 from contract.family import Abilities, DitSpec, Family, NoiseSource, NoiseSpec, TextEncoder
 from contract.loading import Placement
 from contract.made_networks import MadeNetwork
+from contract.new_words import TaughtWord, WordToLearn
 from contract.requests import Prepared, Prompts, Request
 from contract.rules import ModelRelease, NpzFormat
 from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
@@ -46,6 +47,7 @@ from stable_diffusion.beside_unet import BesideUnet
 from stable_diffusion.contract import SD1, SD2, SDXL, ModelKind
 from stable_diffusion.files import Marks
 from stable_diffusion.generation_options import StableDiffusionGenerationOptions
+from stable_diffusion.new_words import NewWord
 from stable_diffusion.noise import make_noise_spec, read_noise_changes
 from stable_diffusion.samplers import SeenSolver, begin_sampling, check_sampling, is_guided, make_scheduler
 from stable_diffusion.sampling_options import SAMPLERS, check_sampler_steps
@@ -159,12 +161,13 @@ class StableDiffusion(ModelOfPictures):
     learning_texts: LearningTexts | None = None  # of a training of all weights
     # what a training makes in place of a LoRA
     made_network: MadeNetwork | None = None
+    taught_word: TaughtWord | None = None  # next to a LoRA
     stores_controls: bool = False  # latents are cached together with the control pictures of a table
     lora_module: str = "networks.lora"
     bundled: tuple[LearnedWord, ...] = ()  # that the LoRAs of a generation bring along
 
     can: ClassVar[Abilities] = Abilities(
-        bring_texts=True, train_checkpoint=True, make_network=True, take_words=True
+        bring_texts=True, train_checkpoint=True, make_network=True, take_words=True, learn_words=True
     )
 
     @property
@@ -325,6 +328,19 @@ class StableDiffusion(ModelOfPictures):
             widths = [text.network.config.dim for text in release.texts]
         check_words(words, widths, self.kind)
         return replace(self, bundled=words)
+
+    def with_word_in_texts(self, word: WordToLearn) -> "StableDiffusion":
+        """Return the model whose text encoders have rows for a word that is learned."""
+        assert self.learning_texts is not None  # as for each training
+        learning = replace(self.learning_texts, word=NewWord(word.text, word.count))
+        return replace(self, learning_texts=learning)
+
+    def with_new_word(self, word: WordToLearn) -> "StableDiffusion":
+        """Return the model of a LoRA training that learns a word too."""
+        from stable_diffusion.inversion_learning import Inversion  # only to train one
+
+        taught = TaughtWord(word, Inversion(word, self.files).describe())
+        return replace(self.with_word_in_texts(word), taught_word=taught)
 
     @property
     def text_keys(self) -> frozenset[str]:
@@ -578,12 +594,11 @@ def family_for_training(
 
 def with_inversion(model: StableDiffusion) -> StableDiffusion:
     """Return the model of a training of textual inversion, whose word its options name."""
-    from stable_diffusion.inversion_learning import MODULE, Inversion  # only to train one
+    from stable_diffusion.inversion_learning import MODULE, describe_inversion  # only to train one
 
-    inversion = Inversion(model.options, model.files)
-    assert model.learning_texts is not None  # as for each training
-    learning = replace(model.learning_texts, word=inversion.word)
-    return replace(model, made_network=inversion.describe(), lora_module=MODULE, learning_texts=learning)
+    made = describe_inversion(model.options, model.files)
+    taught = model.with_word_in_texts(model.options.word)
+    return replace(taught, made_network=made, lora_module=MODULE)
 
 
 def with_control_net(

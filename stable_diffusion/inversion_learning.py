@@ -7,7 +7,7 @@ Source: Gal et al. 2022, arXiv 2208.01618, whose code (MIT) has the sentences.
 # Letters: V vectors of the word, C width of a text encoder
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -16,14 +16,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from checkpoints.opening import open_checkpoint
 from checkpoints.writing import stream_tensors
 from contract.loading import TensorInfo
 from contract.made_networks import MadeNetwork
+from contract.new_words import WordToLearn
 from encoders.clip_l import ClipWords
 from encoders.clip_layers import ClipText
 from modules.console import count_of
 from modules.errors import CheckpointError, DatasetError, OptionError
 from modules.option_values import option_words
+from networks.bundled_words import find_words, is_of_word
 from stable_diffusion.contract import SDXL
 from stable_diffusion.inversion_options import InversionOptions
 from stable_diffusion.new_words import GrowingEmbedding, NewWord
@@ -32,6 +35,7 @@ from stable_diffusion.textual_inversion import (
     SINGLE,
     LearnedWord,
     check_words,
+    read_bundled,
     read_words,
     with_words,
 )
@@ -42,7 +46,6 @@ logger = logging.getLogger(__name__)
 
 CALLED = "textual inversion"
 MODULE = "textual inversion"  # there is no network module: files say so
-WEIGHTS = "--weights"
 LOUD = 3.0  # a vector of so many times the usual norm drowns the other words of a prompt
 
 _OF_OBJECTS = """
@@ -75,7 +78,7 @@ STYLE_SENTENCES = tuple(
 class LearntRows(nn.Module):
     """The vectors of a word, V C for each text encoder, by their names in files."""
 
-    def __init__(self, word: str, rows: Mapping[str, Tensor]) -> None:
+    def __init__(self, word: WordToLearn, rows: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.word = word
         self.usual_norms: dict[str, float] = {}  # mean norm of the rows of each table
@@ -97,49 +100,64 @@ class LearntRows(nn.Module):
             if max(norms) > LOUD * usual:
                 logger.warning(
                     "%s: the vectors of %s have the norms %s, known words %.3g on average. So loud a word "
-                    "drowns the others of a prompt: lower --learning_rate, or take an earlier file.",
+                    "drowns the others of a prompt: lower %s, or take an earlier file.",
                     name,
-                    self.word,
+                    self.word.text,
                     text,
                     usual,
+                    self.word.flags.rate,
                 )
             else:
                 logger.info(
-                    "%s: norms of the vectors of %s: %s; of known words: %.3g", name, self.word, text, usual
+                    "%s: norms of the vectors of %s: %s; of known words: %.3g",
+                    name,
+                    self.word.text,
+                    text,
+                    usual,
                 )
+
+
+def report_rows(module: nn.Module) -> None:
+    """Log the norms of the vectors, as `LearntRows.tell_norms`."""
+    assert isinstance(module, LearntRows)
+    module.tell_norms()
 
 
 def write_rows(module: nn.Module, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
     """Write the vectors, and log their norms. dtype: None: float32."""
-    assert isinstance(module, LearntRows)
-    module.tell_norms()
+    report_rows(module)
     tensors = {name: rows.detach() for name, rows in module.named_parameters()}
     infos = {name: TensorInfo(dtype or rows.dtype, tuple(rows.shape)) for name, rows in tensors.items()}
     stream_tensors(path, infos, lambda name: tensors[name].to(infos[name].dtype), metadata)
 
 
+SaysGeneration = Callable[[Path, Mapping[str, Any], Sequence[str]], Sequence[str]]  # of `MadeNetwork`
+
+
+def _say_nothing(file: Path, sample: Mapping[str, Any], base: Sequence[str]) -> Sequence[str]:
+    """Return the command that makes a sample with the model alone, which is that with its network too."""
+    return base
+
+
 class Inversion:
     """The textual inversion of a training: its word, and what its vectors begin with."""
 
-    def __init__(self, options: InversionOptions, files: TrainingFiles) -> None:
-        """Raises OptionError if there is no word."""
-        self.options = options
+    def __init__(self, word: WordToLearn, files: TrainingFiles) -> None:
+        self.asked = word
         self.files = files
-        self.word = NewWord(options.word, options.num_vectors_per_token)
+        self.word = NewWord(word.text, word.count)
 
     @property
     def names(self) -> tuple[str, ...]:
         """Return the names of the vectors in files, by text encoder."""
         return SEVERAL if self.files.kind is SDXL else (SINGLE,)
 
-    def describe(self) -> MadeNetwork:
-        """Return it as the network that a training makes."""
-        word, options = self.word, self.options
-        templates: tuple[str, ...] = ()
-        if options.use_object_template:
-            templates = OBJECT_SENTENCES
-        elif options.use_style_template:
-            templates = STYLE_SENTENCES
+    def describe(self, sentences: Sequence[str] = (), generate: SaysGeneration = _say_nothing) -> MadeNetwork:
+        """Return it as the network that a training makes.
+
+        sentences: with the word, which are learned in place of captions. generate: see `MadeNetwork`.
+        """
+        word = self.word
         encoders = "both text encoders" if self.files.kind is SDXL else "the text encoder"
         return MadeNetwork(
             called=CALLED,
@@ -147,8 +165,9 @@ class Inversion:
             ending="textual-inversion",
             make=self.make,
             check=self.check,
-            generate=partial(_say_generation, options, word.text),
+            generate=generate,
             write=write_rows,
+            report=report_rows,
             start_option="weights",
             values={
                 "ss_token_string": word.text,
@@ -157,7 +176,7 @@ class Inversion:
             },
             in_texts=True,
             check_captions=self.check_captions,
-            sentences=tuple(sentence.format(word.text) for sentence in templates),
+            sentences=tuple(sentence.format(word.text) for sentence in sentences),
         )
 
     def make(self, encoders: nn.Module, with_values: bool) -> LearntRows:
@@ -173,7 +192,7 @@ class Inversion:
             starts = self._make_starts([table.weight.detach().float().cpu() for table in tables])
         else:
             starts = [torch.zeros(self.word.count, table.embedding_dim) for table in tables]
-        rows = LearntRows(self.word.text, dict(zip(self.names, starts, strict=True)))
+        rows = LearntRows(self.asked, dict(zip(self.names, starts, strict=True)))
         for name, table in zip(self.names, tables, strict=True):
             table.rows = partial(getattr, rows, name)
             if with_values:
@@ -183,20 +202,21 @@ class Inversion:
     def _make_starts(self, tables: Sequence[Tensor]) -> list[Tensor]:
         """Return the first rows of each text encoder, V C. tables: of token embeddings."""
         count = self.word.count
-        if self.options.weights is not None:
+        if self.asked.weights is not None:
             return [vectors.clone() for vectors in self._read_weights().vectors]
-        if self.options.init_word is None:
+        if self.asked.init_word is None:
             return [torch.randn(count, table.shape[1]) * table.std() for table in tables]
         starts = []
         for number, table in enumerate(tables):
             ids = self._read_init_word(number)
             if len(ids) != count:
                 logger.warning(
-                    "--init_word %r has %s in text encoder %d, --num_vectors_per_token is %d: its vectors "
-                    "are %s.",
-                    self.options.init_word,
+                    "%s %r has %s in text encoder %d, %s is %d: its vectors are %s.",
+                    self.asked.flags.init_word,
+                    self.asked.init_word,
                     count_of(len(ids), "token"),
                     number + 1,
+                    self.asked.flags.count,
                     count,
                     "repeated" if len(ids) < count else "cut",
                 )
@@ -204,29 +224,35 @@ class Inversion:
         return starts
 
     def _read_init_word(self, number: int) -> list[int]:
-        """Return the ids of --init_word in a text encoder. Raises OptionError if it knows none of it."""
+        """Return the ids of the initial words in a text encoder. Raises OptionError if it knows none."""
         words: ClipWords = self.files.tokenizers[number]
-        ids = words.tokenize(self.options.init_word or "")
+        ids = words.tokenize(self.asked.init_word or "")
         if not ids or words.end in ids:
             raise OptionError(
-                f"--init_word {self.options.init_word!r}: the text encoder has no token for it. Give a known "
-                "word, or leave it out for random vectors"
+                f"{self.asked.flags.init_word} {self.asked.init_word!r}: the text encoder has no token for "
+                "it. Give a known word, or leave it out for random vectors"
             )
         return ids
 
     def _read_weights(self) -> LearnedWord:
-        """Read --weights. Raises CheckpointError if it does not fit the text encoders or the options."""
-        path = self.options.weights
+        """Read the file that the vectors begin with: of a textual inversion, or a LoRA that brings the word.
+
+        Raises CheckpointError if it does not fit the text encoders or the options.
+        """
+        path = self.asked.weights
         assert path is not None
-        (word,) = read_words([path], option=WEIGHTS)
+        flags = self.asked.flags
+        word = _find_in_lora(path, self.word.text, flags.weights)
+        if word is None:
+            (word,) = read_words([path], option=flags.weights)
         with self.files.opened() as release:
             widths = [text.network.config.dim for text in release.texts]
         check_words([word], widths, self.files.kind)
         stored = len(word.vectors[0])
         if stored != self.word.count:
             raise CheckpointError(
-                f"{WEIGHTS} {path}: it has {count_of(stored, 'vector')}, --num_vectors_per_token is "
-                f"{self.word.count}. Give --num_vectors_per_token {stored}.",
+                f"{flags.weights} {path}: it has {count_of(stored, 'vector')}, {flags.count} is "
+                f"{self.word.count}. Give {flags.count} {stored}.",
                 path,
             )
         return word
@@ -236,12 +262,12 @@ class Inversion:
         for number in range(len(self.names)):
             if len(self.files.tokenizers[number].tokenize(self.word.text)) == 1:
                 raise OptionError(
-                    f"--token_string {self.word.text}: the text encoder knows this word already. Give a new "
-                    f"one, such as my-{self.word.text}"
+                    f"{self.asked.flags.word} {self.word.text}: the text encoder knows this word already. "
+                    f"Give a new one, such as my-{self.word.text}"
                 )
-            if self.options.init_word is not None:
+            if self.asked.init_word is not None:
                 self._read_init_word(number)
-        if self.options.weights is not None:
+        if self.asked.weights is not None:
             self._read_weights()
 
     def check_captions(self, captions: Sequence[str]) -> None:
@@ -250,10 +276,12 @@ class Inversion:
         without = [caption for caption in captions if not found(caption)]
         word = self.word.text
         if len(without) == len(captions):
+            flags = self.asked.flags
+            further = flags.without_captions and f", or {flags.without_captions}, which needs no captions"
             raise DatasetError(
-                f"--token_string {word}: no caption has this word, so that nothing would be learned. Write "
-                f'it into the captions, or give trigger_word = "{word}" in the dataset\'s configuration, or '
-                "--use_object_template, which needs no captions"
+                f"{flags.word} {word}: no caption has this word, so that nothing would be learned. Write "
+                f'it into the captions, or give trigger_word = "{word}" in the dataset\'s configuration'
+                f"{further}"
             )
         if without:
             logger.warning(
@@ -265,8 +293,34 @@ class Inversion:
             )
 
 
+def describe_inversion(options: InversionOptions, files: TrainingFiles) -> MadeNetwork:
+    """Return what a training of textual inversion makes. Raises OptionError if there is no word."""
+    sentences: tuple[str, ...] = ()
+    if options.use_object_template:
+        sentences = OBJECT_SENTENCES
+    elif options.use_style_template:
+        sentences = STYLE_SENTENCES
+    return Inversion(options.word, files).describe(sentences, partial(_say_generation, options))
+
+
+def _find_in_lora(path: Path, word: str, option: str) -> LearnedWord | None:
+    """Return the vectors of a word that a LoRA file brings along; None for a file without them.
+
+    option: that names the file. Raises CheckpointError for vectors that cannot be read.
+    """
+    if not (path.is_file() and path.suffix == ".safetensors"):
+        return None
+    with open_checkpoint(path) as checkpoint:
+        stored = {name: checkpoint.read(name) for name in checkpoint.tensors if is_of_word(name)}
+    content = find_words(stored).get(word)
+    if content is None:
+        return None
+    (found,) = read_bundled({path: {word: content}}, option)
+    return found
+
+
 def _say_generation(
-    options: Any, word: str, file: Path, sample: Mapping[str, Any], _: Sequence[str]
+    options: InversionOptions, file: Path, sample: Mapping[str, Any], _: Sequence[str]
 ) -> list[str]:
     """Return the command that generates with a file. sample: values by the names of `Request`."""
     words = {

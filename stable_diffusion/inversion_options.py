@@ -2,10 +2,18 @@
 
 from pathlib import Path
 
+from contract.new_words import MOST_VECTORS, WordFlags, WordToLearn, find_fault
 from modules.errors import OptionError
 from modules.options import FREE, IDENTITY, Options, option
 
-MOST_VECTORS = 75  # a text encoder reads so many tokens at a time
+FLAGS = WordFlags(
+    word="--token_string",
+    count="--num_vectors_per_token",
+    init_word="--init_word",
+    weights="--weights",
+    rate="--learning_rate",
+    without_captions="--use_object_template",
+)
 
 
 class InversionOptions(Options, title="textual inversion"):
@@ -44,30 +52,19 @@ class InversionOptions(Options, title="textual inversion"):
     )
 
     def __post_init__(self) -> None:
-        why = "" if self.token_string is None else _find_fault(self.token_string)
+        why = "" if self.token_string is None else find_fault(self.token_string)
         if why:
             raise OptionError(f"--token_string {self.token_string!r} {why}")
 
     @property
-    def word(self) -> str:
+    def word(self) -> WordToLearn:
         """Return the new word. Raises OptionError if there is none."""
         if self.token_string is None:
             raise OptionError("--token_string is missing. Give the new word, such as --token_string mycat")
-        return self.token_string
-
-
-def _find_fault(word: str) -> str:
-    """Return why a text cannot be the new word, with what to do; "" if it can."""
-    if not word or word.split() != [word]:
-        return "has blanks or is empty: it is one word. Give one such as mycat"
-    if word != word.lower():
-        return f"has capitals, which the text encoders read as small letters. Give {word.lower()}"
-    if word[-1].isdigit():
-        return (
-            "ends with a digit: with one behind it, a word means one of its vectors. Give another, such as "
-            f"{word.rstrip('0123456789') or 'mycat'}"
+        return WordToLearn(
+            self.token_string,
+            self.num_vectors_per_token,
+            FLAGS,
+            init_word=self.init_word,
+            weights=self.weights,
         )
-    strange = next((letter for letter in word if letter in '()[]{}|,:\\/<>*?"'), None)
-    if strange is not None:
-        return f"holds {strange}, which prompts or file names read otherwise. Give a word of letters, - and _"
-    return ""

@@ -4,12 +4,15 @@ programs read those; the recipe of torchrun trains in two local groups that stan
 
 import json
 import os
+import runpy
 import shlex
 import socket
 import subprocess
 import sys
+import types
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -20,6 +23,8 @@ from torch.distributed.run import get_args_parser
 from contract.families import FAMILIES
 from dataset.options import CachingOptions, read_latent_caching
 from modules.parser import parse_options
+from project.pack_options import UnpackOptions
+from project.run_options import RunOptions
 from tests.commands import QUIET, ROOT
 from tests.faults.messages import succeed_here
 from tests.tiny.project import lay_out_models, write_clips
@@ -72,9 +77,103 @@ def run_recipe(name: str, folder: Path) -> list[list[str]]:
 
 
 def test_every_recipe_is_on_the_page_and_tried_here() -> None:
-    page = (ROOT / "docs" / "clusters.md").read_text(encoding="utf-8")
-    assert [name for name in FILES if f"](clusters/{name})" not in page] == []
-    assert {*FILES} == {*GIVEN, "two_cards.yaml"}
+    pages = [(ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("clusters.md", "rented.md")]
+    assert [name for name in FILES if f"](clusters/{name})" not in "".join(pages)] == []
+    assert {*FILES} == {*GIVEN, "two_cards.yaml", "rented.sh", "modal_train.py"}
+
+
+# a python3 that makes an environment whose Python notes its words, and makes the folder for `unpack`
+MAKES_ENVIRONMENT = """#!/bin/bash
+mkdir -p "$3/bin"
+cp noting "$3/bin/python"
+"""
+NOTES_OF_RENTED = NOTE.replace("exec ", 'if [ "$2" = unpack ]; then mkdir "$4"; fi\nexec ', 1)
+
+
+def run_rented(checkout: Path, *words: str, **environment: str) -> list[list[str]]:
+    """Run the recipe of rented cards in a checkout; return the words of each Python that it starts."""
+    notes = checkout / "noted"
+    notes.write_text("", encoding="utf-8")
+    (checkout / "noting").write_text(NOTES_OF_RENTED, encoding="utf-8")
+    (checkout / "python3").write_text(MAKES_ENVIRONMENT, encoding="utf-8")
+    for name in ("noting", "python3"):
+        (checkout / name).chmod(0o755)
+    path = f"{checkout}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", str(FOLDER / "rented.sh"), *words],
+        cwd=checkout,
+        env={**os.environ, "PATH": path, "NOTED": str(notes), **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in notes.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a recipe for Linux")
+def test_a_rented_card_installs_unpacks_and_trains_once_and_then_continues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkout = tmp_path / "reelsmith"
+    checkout.mkdir()
+    pack = tmp_path / "my clips-pack.zip"
+    pack.touch()
+    typed = ("../my clips-pack.zip", "true ends")
+
+    torch, others, unpack, run = (words[1:] for words in run_rented(checkout, *typed))
+
+    assert torch[:4] == ["-m", "pip", "install", "torch==2.13.0"]
+    assert others == ["-m", "pip", "install", "-r", "requirements.txt"]
+    assert (unpack[:2], run[:2]) == (["reelsmith.py", "unpack"], ["reelsmith.py", "run"])
+    monkeypatch.chdir(checkout)
+    (unpacked,) = parse_options(None, unpack[2:], UnpackOptions)
+    (trained,) = parse_options(None, run[2:], RunOptions)
+    assert (unpacked.folder, unpacked.models) == (Path("../my clips"), Path("../models"))
+    assert (trained.folder, trained.models, trained.download) == (unpacked.folder, unpacked.models, True)
+    assert trained.end_words == ["true", "ends"]
+    assert run_rented(checkout, *typed) == [["python", *run]]
+    without_end = run[:-2]
+    assert run_rented(checkout, typed[0], PYTHON=str(checkout / "noting")) == [["noting", *without_end]]
+
+
+class Recorded:
+    """Stands in for a part of the package modal: notes what is called, and returns what it decorates."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, tuple[object, ...], dict[str, object]]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*values: object, **named: object) -> Any:
+            self.calls.append((name, values, named))
+            return (lambda function: function) if name == "function" else self
+
+        return call
+
+
+def test_modal_trains_a_packed_folder_on_its_volume(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    modal = types.ModuleType("modal")
+    image, volume, app = Recorded(), Recorded(), Recorded()
+    modal.__dict__.update(Image=image, Volume=volume, App=lambda name, image: app)
+    monkeypatch.setitem(sys.modules, "modal", modal)
+    started: list[tuple[list[str], dict[str, Any]]] = []
+    monkeypatch.setattr(subprocess, "run", lambda words, **how: started.append((words, how)))
+
+    train = runpy.run_path(str(FOLDER / "modal_train.py"))["train"]
+    train("clips-pack.zip")
+
+    ((words, how),) = started
+    assert words == ["bash", "docs/clusters/rented.sh", "/disk/clips-pack.zip"]
+    assert (how["cwd"], how["env"]["PYTHON"], how["check"]) == ("/reelsmith", "python", True)
+    ((_, _, settings),) = app.calls
+    assert settings["volumes"] == {"/disk": volume}
+    assert settings["retries"] == 3
+    made = {name: values for name, values, _ in image.calls}
+    assert made["add_local_dir"] == (".", "/reelsmith")
+    assert made["pip_install_from_requirements"] == ("requirements.txt",)
+    assert [*made["pip_install"]] == [
+        line for line in (FOLDER / "rented.sh").read_text().split() if "torch==" in line
+    ]
 
 
 @pytest.mark.parametrize("name", [name for name in GIVEN if "cache" not in name])

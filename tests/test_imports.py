@@ -47,11 +47,13 @@ MAY_IMPORT = {
     | {"training.reports", "training.config_options", "training.features.composing"}
     | {"downloads.catalogue", "downloads.listing"}
     | {
+        "data_tools.masks.places",
+        "data_tools.tags.options",
         "project.new_options",
         "project.options",
         "project.run_options",
         "project.fitting",
-        "project.whole_model",
+        "project.kinds.whole_model",
         "project.known",
         "generation.prompt_lines",
         "generation.script_options",
@@ -67,7 +69,7 @@ FLOORS = {
         {"card_builds", "control_codes", "text_files"},
         {"output_files", "paths", "run_limits", "typed_command", "user_files"},
         {"atomic_write", "devices", "file_locks", "installation", "option_values"},
-        {"installed", "options"},
+        {"backups", "installed", "options"},
         {"compile_options", "help_text", "repeated_options"},
         {"speed_options"},
         {"console", "environment", "progress"},
@@ -101,7 +103,7 @@ FLOORS = {
         {"batches", "caching"},
         {"scripts"},
     ),
-    "data_tools": ({"captions", "cogvideox", "controls", "cutting", "report"}, {"tags"}),
+    "data_tools": ({"captions", "cogvideox", "controls", "cutting", "masks", "report"}, {"tags"}),
     "post": (
         {"contract", "options", "streaming"},
         {"tiling"},
@@ -117,12 +119,12 @@ FLOORS = {
             *{"config_options", "learning_options", "noise_options", "run_options"},
             *{"made_networks", "other_families", "steps", "trainable"},
         },
-        {"bad_steps", "processes", "reports", "run_end"},
+        {"bad_steps", "processes", "reports", "run_end", "word_rows"},
         {"loss", "saving"},
         {"data", "optimizers"},
         {"targets"},
         {"features"},
-        {"options", "samples"},
+        {"options", "samples", "scoring"},
         {"caching_inside", "edited_prompts", "experts", "image_options"},
         {"checks", "resuming"},
         {"plan", "whole_checkpoint"},
@@ -137,7 +139,7 @@ FLOORS = {
     ),
 }
 _LIGHT = {
-    "contract": ("families", "inputs", "rules"),
+    "contract": ("families", "inputs", "new_words", "rules"),
     "modules": (
         *("command", "console", "control_codes", "errors", "installation", "interpreter", "limits"),
         *(
@@ -192,6 +194,7 @@ _LIGHT = {
         "composing",
         "contract",
         "ema",
+        "embedding",
         "guided",
         "ip_noise",
         "mask_prior",
@@ -226,7 +229,7 @@ _TOOLS = {
         *("cache_on_ray", "caption_dataset", "compare", "control_pictures", "convert_cache"),
         *("dataset_report", "doctor"),
         *("download", "lora_post_hoc_ema", "prepare_dataset", "quantise", "run_browser", "share_page"),
-        *("pack", "split_video", "tag", "unpack"),
+        *("pack", "score", "split_video", "tag", "unpack"),
     ),
     "blissful_tuner": (
         *("GIMMVFI", "facefix", "metaview", "model_utility", "upscaler", "video_to_png", "yolo_blur"),

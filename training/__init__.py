@@ -34,6 +34,7 @@ run_options: options of data, length, samples, logs, processes
 samples: samples while training, by the loops of generation
 saver: save files with metadata and states; restore a state
 saving/: models and states on disk
+scoring/: score samples by prompts and training pictures
 scripts: make the training scripts of a family
 steps: which micro-batches form which optimizer step
 summary: boxes of a run: plan and result
@@ -42,4 +43,5 @@ trainable: the trained part: a LoRA, or the DiT
 training_run: the record that the training loop works with
 validation: loss of held-out items at fixed noise
 whole_checkpoint: train all weights of a model, also text encoders
+word_rows: vectors of a word next to the network
 """

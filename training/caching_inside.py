@@ -21,6 +21,7 @@ from torch import Tensor
 
 from contract.data import LOSS_MASK
 from contract.family import Caches, Family, LearningEncoder, TextEncoder, can_learn
+from contract.new_words import taught_word_of
 from contract.whole import trains_checkpoint
 from dataset.batches.checks import SameEncoders
 from dataset.batches.items import NO_COMMANDS, CachingCommands, ItemKind, LiveTables, TrainingItem
@@ -340,6 +341,11 @@ def _choose_live_texts(family: Family, options: TrainingOptions, config: Dataset
         whole_texts = _choose_whole_texts(family, caches_texts)
         if whole_texts is not None:
             return whole_texts
+    if taught_word_of(family) is not None:
+        encoders = _encoders(family, "they learn a new word")
+        able = [encoder for encoder in encoders if can_learn(encoder)]
+        learning = _choose_learning_encoders(family, options, able)
+        return LiveTexts(encoders, learning, [encoder.lora_prefix for encoder in able], taught=able)
     if varying is not None or _may_learn(options):
         why = "captions vary" if varying is not None else f"they are trained without {UNET_ONLY}"
         encoders = _encoders(family, why)

@@ -14,6 +14,7 @@ from torch.nn import Parameter
 from checkpoints.opening import open_checkpoint
 from contract.family import Family, LearningEncoder
 from contract.made_networks import made_network_of
+from contract.new_words import taught_word_of
 from contract.whole import LearningParts, trains_checkpoint
 from dataset.table import DatasetTable
 from modules.atomic_write import check_space
@@ -195,6 +196,9 @@ def uses_of(family: Family, options: TrainingOptions, others: OtherFamilies = NO
 
 def check_networks(family: Family, options: TrainingOptions) -> None:
     """Check the module, its settings, and the LoRAs that the networks start from."""
+    taught = taught_word_of(family)
+    if taught is not None:
+        taught.network.check()
     made = made_network_of(family)
     if made is not None:
         made.check()

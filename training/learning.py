@@ -52,6 +52,7 @@ from training.trainable import (
 from training.training_run import Requests, TrainedModel, TrainingRun, trigger_paths
 from training.validation import Validation
 from training.whole_checkpoint import train_whole
+from training.word_rows import WordRows, make_word_rows
 
 if TYPE_CHECKING:  # loaded only with LoRA files, with prompts
     from networks.added import AddedLoras
@@ -112,7 +113,14 @@ class LoadedNetworks:
 def load_networks(plan: TrainingPlan, swap: SwapOptions, hooks: Hooks) -> LoadedNetworks:
     """Load the networks one after the other, add the trained part to each, and dress it."""
     loading = Loading(plan, swap, hooks)
-    learners = Learners(plan)
+    texts = plan.texts
+    word = make_word_rows(
+        plan.family,
+        {} if texts is None else texts.taught_networks,
+        seed=plan.progress.seed,
+        device=plan.accelerator.device,
+    )
+    learners = Learners(plan, word)
     networks: list[nn.Module] = []
     for index in range(len(plan.family.experts)):
         network = loading.load(plan.family, index)
@@ -430,6 +438,7 @@ class Learners:
     """Make the trained part of each network, one after the other, and join them."""
 
     plan: TrainingPlan
+    word: WordRows | None = None  # that is learned too
     parts: list[Trainable] = field(default_factory=list)
 
     def add(self, dit: nn.Module, expert: Expert) -> None:
@@ -463,15 +472,21 @@ class Learners:
             device=device,
             lora_format=self.plan.lora_format,
             write=written_by(self.plan.family),
+            list_beside=dict if self.word is None else self.word.list_in_lora,
         )
         self.parts.append(trainable)
 
     def join(self) -> Trainable:
         """Return all that learns as one."""
         if len(self.parts) == 1:
-            return self.parts[0]
-        names = [expert.name for expert in self.plan.family.experts]
-        return train_apart(dict(zip(names, self.parts, strict=True)))
+            trainable = self.parts[0]
+        else:
+            names = [expert.name for expert in self.plan.family.experts]
+            trainable = train_apart(dict(zip(names, self.parts, strict=True)))
+        if self.word is None:
+            return trainable
+        rate, total_steps = self.plan.options.optimizer.learning_rate, self.plan.steps.total_steps
+        return self.word.add_to(trainable, rate, total_steps)
 
     def _train_whole(self, dit: nn.Module) -> Trainable:
         options = self.plan.options

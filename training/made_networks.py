@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from contract.family import Family, Trains
 from contract.made_networks import MadeNetwork, WritesNetwork, made_network_of
+from contract.new_words import taught_word_of
 from dataset.batches.items import TrainingItem
 from dataset.table import DatasetConfig
 from modules.errors import DatasetError
@@ -84,13 +85,17 @@ def check_data(made: MadeNetwork | None, config: DatasetConfig, kept: str) -> Da
     return replace(config, datasets=tables)
 
 
-def check_captions(made: MadeNetwork | None, items: Sequence[TrainingItem]) -> None:
-    """Check the captions of a made network that is in text encoders. Raises DatasetError."""
-    if made is not None and made.in_texts and not made.sentences:
-        captions = [
-            f"{item.table.caption_prefix} {item.kind.caption(item.source_stem, number)} "
-            f"{item.table.caption_suffix}"
-            for item in items
-            for number in range(item.captions)
-        ]
-        made.check_captions(captions)
+def check_captions(family: Family, items: Sequence[TrainingItem]) -> None:
+    """Check the captions of what learns in text encoders. Raises DatasetError."""
+    taught = taught_word_of(family)
+    made = made_network_of(family) if taught is None else taught.network
+    if made is None or not made.in_texts or made.sentences:
+        return
+    captions = [
+        f"{item.table.caption_prefix} {item.kind.caption(item.source_stem, number)} "
+        f"{item.table.caption_suffix}"
+        for item in items
+        if not item.table.is_reg  # which a LoRA next to it learns from
+        for number in range(item.captions)
+    ]
+    made.check_captions(captions)

@@ -13,6 +13,7 @@ from typing import Any
 from checkpoints.file_hashes import short_hash, whole_hash
 from contract.family import Family
 from contract.made_networks import made_network_of
+from contract.new_words import taught_word_of
 from dataset.table import DatasetTable
 from modules.atomic_write import make_storable
 from networks.names.layouts import TRAINED_FOR
@@ -83,6 +84,9 @@ def run_metadata(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[
             "ss_network_alpha": _alpha_in_words(network),
             "ss_network_args": json.dumps(network.arguments(), ensure_ascii=False),
         }
+    taught = taught_word_of(family)
+    if taught is not None:
+        values |= taught.network.values
     values |= {key: value for key, value in facts.items() if key.startswith(("reference_", "modelspec."))}
     if not plan.options.metadata.no_metadata:
         of_family = recorded_values(family.options, "identity", "habit")

@@ -11,6 +11,7 @@ from accelerate.utils import broadcast_object_list
 
 from contract.family import Family, brings_empty_text, sound_of
 from contract.made_networks import made_network_of
+from contract.new_words import taught_word_of
 from contract.whole import trains_checkpoint
 from dataset.batches.checks import SameEncoders, check_channels
 from dataset.batches.finding import find_items, learn_no_references, require_items
@@ -104,7 +105,9 @@ class TrainingPlan:
         parts = tuple(expert.name for expert in self.family.experts) if has_parts else ()
         whole_dit = self.options.whole_dit
         ending = "" if whole_dit is not None and whole_dit.saves_folders else SAFETENSORS
-        return Names(*self.options.saving.place, parts, ending)
+        taught = taught_word_of(self.family)
+        words = (taught.word.text,) if taught is not None and taught.word.has_file else ()
+        return Names(*self.options.saving.place, parts, ending, words)
 
     @property
     def network_module(self) -> str:
@@ -160,7 +163,7 @@ def make_plan(
     )
     training, validation = _split_items(options, config, items, progress.seed)
     check_items(options, training, sources)
-    check_captions(made_network_of(family), training)
+    check_captions(family, training)
     note_unused(options, training)
     if is_main:
         _warn_of_missing(options, config, [*training, *validation], sources)

@@ -22,6 +22,7 @@ from running.ways.composing import make_block_place
 from training.checks import check_before_loading
 from training.features.composing import (
     act_at_end,
+    change_model,
     end_of_run,
     make_publisher,
     prepare_features,
@@ -61,6 +62,7 @@ def train_network(
     others: models besides the trained one. Returns the program's exit code. Raises UserError if the user has
     to change something.
     """
+    family = change_model(options, family)
     if os.environ.get(RUN_GOES_ON) == RUN_CHECKS:
         read_config(options, family)
         check_before_loading(family, options, others)
@@ -232,6 +234,6 @@ def _make_sampler(plan: TrainingPlan) -> "Sampler | None":
         together=plan.steps.works_together,
         blocks=make_block_place(options.speed, accelerator.device),
     )
-    if plan.texts and plan.texts.learning:
+    if plan.texts and plan.texts.changing:
         return replace(sampler, renew=plan.texts.renew)
     return sampler

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from contract.made_networks import made_network_of
+from contract.new_words import taught_word_of
 from modules.devices import DTYPES, dtype_of
 from modules.errors import OptionError
 from running.offload.block_swap import settle_all
@@ -62,17 +63,20 @@ def make_saver(
     for part in trainable.writes:
         of_part = continued_sizes(model, part) | expert_metadata(plan.family, options, times, part)
         metadata[part] = of_run | of_part
+    for part in trainable.writes_beside:
+        metadata[part] = {key: text for key, text in of_run.items() if not key.startswith("ss_network_")}
+    writes = {**trainable.writes, **trainable.writes_beside}
 
     def write_file(part: str, path: Path) -> None:
         settle_all(model.dits.networks)
         with finished_weights(model.optimizer, trainable.parameters):
-            trainable.writes[part](path, dtype, _metadata_now(plan, metadata[part]))
+            writes[part](path, dtype, _metadata_now(plan, metadata[part], part))
 
     def write_average(part: str, path: Path) -> None:
         assert average is not None
         with average.in_place():
             of_average = {} if options.metadata.no_metadata else average.metadata
-            trainable.writes[part](path, dtype, _metadata_now(plan, metadata[part]) | of_average)
+            writes[part](path, dtype, _metadata_now(plan, metadata[part], part) | of_average)
 
     if publisher is not None and is_first:
         published = PublishedRun(
@@ -108,15 +112,21 @@ def make_saver(
     return saver
 
 
-def _metadata_now(plan: TrainingPlan, of_run: Mapping[str, str]) -> dict[str, str]:
-    """Return the metadata of a file that is saved now. of_run: entries that stay the same over the run."""
+def _metadata_now(plan: TrainingPlan, of_run: Mapping[str, str], part: str = "") -> dict[str, str]:
+    """Return the metadata of a file that is saved now. of_run: entries that stay the same over the run.
+
+    part: what ends the file's name.
+    """
     progress, family = plan.progress, plan.family
     epoch = progress.epoch + (progress.position > 0 or progress.step == 0)
     of_features: dict[str, str] = {}
     if not plan.options.metadata.no_metadata:
         values = file_values(plan.options, progress)
         of_features = {name: str(value) for name, value in values.items()}
-    made = made_network_of(plan.family)
+    taught = taught_word_of(family)
+    made = made_network_of(family)
+    if taught is not None and part == taught.word.text:
+        made = taught.network
     return file_metadata(
         {**of_run, **of_features},
         plan.options,

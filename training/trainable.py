@@ -24,6 +24,7 @@ from networks.metadata import save_network
 
 # learning rates: of all; of the DiT's part and of each text encoder that learns, None: as all
 Rates = tuple[float, float | None, Sequence[float] | None]
+ListTensors = Callable[[], Mapping[str, Tensor]]
 Write = Callable[[Path, torch.dtype | None, Mapping[str, str]], None]  # file, dtype of its tensors, metadata
 
 
@@ -50,6 +51,8 @@ class Trainable:
     # of a DiT that is split over processes: parameters that are rows of a weight, and the weight
     split: Mapping[Tensor, Tensor] = field(default_factory=dict)
     strength: Strength = field(default_factory=Strength)
+    # what a save writes next to that, likewise: files of a form of their own
+    writes_beside: Mapping[str, Write] = field(default_factory=dict)
     # how many steps a part of `modules` learns; those without an entry learn to the end
     until: Mapping[str, int] = field(default_factory=dict)
 
@@ -144,12 +147,13 @@ def train_network(
     device: torch.device,
     lora_format: LoraFormat | None = None,
     write: WritesNetwork | None = None,
+    list_beside: ListTensors = dict,
 ) -> Trainable:
     """Move a network that is already in its DiT to the device, in float32, and return it as a `Trainable`.
 
     lora_format: of its files; None: under the names of the network itself. write: of a network with files of
-    its own form. Raises OptionError if it has no
-    parameters to train, or modules that the format cannot hold.
+    its own form. list_beside: returns what else a file of a LoRA holds when it is saved. Raises OptionError
+    if it has no parameters to train, or modules that the format cannot hold.
     """
     if lora_format is not None:
         lora_format.check(network.module)
@@ -161,12 +165,19 @@ def train_network(
             "--network_args"
         )
     modules = {"network": network.module, **network.state_beside_file}
-    save = write or (save_network if lora_format is None else lora_format.save)
+    save_lora = save_network if lora_format is None else lora_format.save
+
+    def save(path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
+        if write is not None:
+            write(network.module, path, dtype, metadata)
+        else:
+            save_lora(network.module, path, dtype, metadata, list_beside())
+
     return Trainable(
         modules=modules,
         groups=groups,
         group_names=tuple(names),
-        writes={"": partial(save, network.module)},
+        writes={"": save},
         networks=[network],
         max_norm=max_norm,
     )

@@ -168,6 +168,36 @@
     return found;
   }
 
+  async function answerOf(file, asked) {
+    const answer = await asked.catch(() => null);
+    if (!answer || [502, 503, 504].includes(answer.status)) return { isBroken: true, error: `${file.name}: ${translate("The server does not answer.")}` };
+    const isJson = answer.headers.get("content-type")?.includes("json");
+    return isJson ? answer.json() : { error: `${file.name}: ${await answer.text()}` };
+  }
+
+  // A large file goes in pieces: after a break it goes on from what has arrived, also when it is dropped again.
+  async function sendPieces(file, into, tell) {
+    const address = (at) => `${dropping.dataset.piece}?${new URLSearchParams({ into, name: file.name, size: file.size, changed: file.lastModified, at })}`;
+    let told = await answerOf(file, fetch(address(0)));
+    for (let breaks = 0, at = told.at ?? 0; told.isBroken || told.at !== undefined;) {
+      if (told.isBroken) {
+        breaks += 1;
+        if (breaks > 5) {
+          find("into").value = into;
+          return { error: translate("%(name)s: the connection broke at %(part)s. Drop it again: it goes on from there.", { name: file.name, part: `${Math.floor(100 * at / file.size)} %` }) };
+        }
+        await new Promise((done) => setTimeout(done, 500 * 2 ** breaks));
+        told = await answerOf(file, fetch(address(0)));
+        continue;
+      }
+      if (told.at > at) breaks = 0;
+      at = told.at;
+      tell(Math.floor(100 * at / file.size));
+      told = await answerOf(file, fetch(address(at), { method: "POST", body: file.slice(at, at + Number(dropping.dataset.pieceBytes)) }));
+    }
+    return told;
+  }
+
   let isSending = false;
   async function send(files) {
     if (isSending || !files.length) return;
@@ -177,10 +207,9 @@
     refusals.replaceChildren();
     for (const [at, file] of files.entries()) {
       status.textContent = translate("%(at)s of %(n)s: %(name)s", { at: at + 1, n: files.length, name: file.name });
-      const query = new URLSearchParams({ into: folder || into, name: file.name });
-      const answer = await fetch(`${dropping.dataset.upload}?${query}`, { method: "POST", body: file }).catch(() => null);
-      const isJson = answer?.headers.get("content-type")?.includes("json");
-      const told = isJson ? await answer.json() : { error: `${file.name}: ${answer ? await answer.text() : translate("The server does not answer.")}` };
+      const tell = (percent) => { status.textContent = `${translate("%(at)s of %(n)s: %(name)s", { at: at + 1, n: files.length, name: file.name })} · ${percent} %`; };
+      const told = file.size > Number(dropping.dataset.pieceBytes) ? await sendPieces(file, folder || into, tell)
+        : await answerOf(file, fetch(`${dropping.dataset.upload}?${new URLSearchParams({ into: folder || into, name: file.name })}`, { method: "POST", body: file }));
       if (told.error) refusals.append(Object.assign(document.createElement("li"), { textContent: told.error }));
       else { taken += 1; folder = told.folder; }
     }

@@ -101,7 +101,10 @@
     const list = part.querySelector("ol") ?? page.querySelector("ol").cloneNode(false);
     const plates = [...page.querySelectorAll(".plate")].map((plate) => {
       const old = document.getElementById(plate.id);
-      return old && old.dataset.mark === plate.dataset.mark ? old : document.importNode(plate, true);
+      if (old && old.dataset.mark === plate.dataset.mark) return old;
+      const fresh = document.importNode(plate, true);
+      fresh.querySelector(".more").open = old?.querySelector(".more").open ?? false;
+      return fresh;
     });
     const focus = keepFocus();
     if (plates.some((plate, at) => list.children[at] !== plate) || list.children.length !== plates.length) list.replaceChildren(...plates);
@@ -113,15 +116,17 @@
     watch();
   }
 
-  // Remembers which button has the focus; returns a function that gives it back.
+  const PARTS = "a, button, summary"; // of a plate, which can have the focus
+
+  // Remembers which of them has it; returns a function that gives it back.
   function keepFocus() {
     const active = document.activeElement, plate = active?.closest?.("#shelf .plate");
     if (!plate) return () => {};
-    const { id } = plate, at = [...plate.querySelectorAll("a, button")].indexOf(active);
+    const { id } = plate, at = [...plate.querySelectorAll(PARTS)].indexOf(active);
     return () => {
       if (document.activeElement === active && active.isConnected) return;
       const now = document.getElementById(id);
-      (active.isConnected ? active : now?.querySelectorAll("a, button")[at] ?? now?.querySelector("a"))?.focus({ preventScroll: true });
+      (active.isConnected ? active : now?.querySelectorAll(PARTS)[at] ?? now?.querySelector("a"))?.focus({ preventScroll: true });
     };
   }
 

@@ -23,7 +23,7 @@ const markEdited = () => keyFields().forEach((field) => field.closest("tr").clas
 
 // ---- the table: search over names and helps, and what was typed is marked
 function filterRows(field) {
-  const words = field.value.toLowerCase().split(/\s+/).filter(Boolean);
+  const words = field.value.normalize("NFKC").toLowerCase().split(/\s+/).filter(Boolean); // letters of full width count as the usual ones
   const rows = [...document.querySelectorAll(`${field.dataset.find} tr`)];
   let count = 0;
   for (const row of rows) {

@@ -23,30 +23,16 @@ from dataset.listing import find_all_sources
 from dataset.sources.captions import read_caption
 from dataset.sources.media_source import MediaSource
 from modules.atomic_write import append_text, atomic_path, write_text
+from modules.backups import BACKUP, keep_backup
 from modules.errors import DatasetError, OutputError
 from modules.paths import address_identity, expand_path, hide_secrets, is_address, short_hash
 from modules.text_files import bad_character, parse_json, read_lines, real_path
 
 EXTENSION = ".txt"  # for tables that name no extension
 MADE = ".captions_made.jsonl"
-BACKUP = ".bak"
 TRIES, PAUSE = 5, 0.2  # seconds between attempts while another program writes a list
 Change = tuple[dict[str, Any], dict[str, Any]]  # old values of a line, new ones
 MISSING, EMPTY, OURS, FOREIGN = "missing", "empty", "made by this program", "hand-written"
-
-
-def keep_backup(path: Path) -> None:
-    """Copy a file to the first free name of NAME.bak, NAME.2.bak, NAME.3.bak, ...
-
-    No older backup is replaced. Raises OutputError if the copy cannot be written.
-    """
-    backup = path.with_name(path.name + BACKUP)
-    number = 1
-    while backup.exists():
-        number += 1
-        backup = path.with_name(f"{path.name}.{number}{BACKUP}")
-    with atomic_path(backup, path.stat().st_size) as temporary:
-        shutil.copyfile(path, temporary)
 
 
 class CaptionList:

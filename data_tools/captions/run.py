@@ -32,7 +32,6 @@ from data_tools.captions.places import (
     MadeCaptions,
     WhichCaptions,
     find_places,
-    keep_backup,
     plan_captions,
     read_made,
     say_missing_keys,
@@ -42,6 +41,7 @@ from dataset.caching.prefetch import Failure, first_lines
 from dataset.config import DatasetConfig
 from dataset.sources.fetching import fetch
 from modules.atomic_write import write_text
+from modules.backups import keep_backup
 from modules.bars import Bar
 from modules.console import Row, count_of, in_words, show_box
 from modules.control_codes import escape_control_codes, shorten

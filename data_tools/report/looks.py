@@ -148,7 +148,7 @@ def measure(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
             facts["none"] = None
     if "problem" not in facts and sample.frames:
         frames = choose_evenly(sample.frames, MOST_FRAMES)
-        facts["measures"] = _measure_frames(frames, source.table.kind == "video")
+        facts["measures"] = measure_frames(frames, source.table.kind == "video")
     del facts["spans"]
     return Look(**facts, sound=_listen(source))
 
@@ -358,7 +358,7 @@ def draw_crop(frame: Frame, fit: Fit) -> Frame:
     return drawn
 
 
-def _measure_frames(frames: Sequence[Frame], is_clip: bool) -> Measures:
+def measure_frames(frames: Sequence[Frame], is_clip: bool) -> Measures:
     """Return the measures of a picture or a clip from its frames, all of one size."""
     are_black = all(map(is_black, frames))
     flat = [is_flat(frame) for frame in frames]

@@ -4,15 +4,16 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from data_tools.captions.asking import Answerer, Answers, Look
 from data_tools.captions.places import EXTENSION, CaptionPlace, WhichCaptions
 from data_tools.captions.run import CaptionMaker, look_at, try_captions, write_captions
+from data_tools.folders import walk_folders
+from data_tools.masks.places import list_media
 from data_tools.tags.labels import has_mapping
 from data_tools.tags.model import load_tagger
 from data_tools.tags.options import TaggingOptions
@@ -20,9 +21,7 @@ from data_tools.tags.words import extend_caption, read_choice
 from dataset.config import DatasetConfig, load_dataset_config
 from modules.atomic_write import write_text
 from modules.control_codes import escape_control_codes
-from modules.errors import DatasetError, MediaError, OptionError
-from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
-from modules.media.reading import VIDEO_SUFFIXES, image_suffixes
+from modules.errors import DatasetError, OptionError
 from modules.run_limits import temporary_folder
 from modules.text_files import real_path
 
@@ -113,8 +112,8 @@ def _read_config(options: TaggingOptions, temporary: Path) -> DatasetConfig:
         return load_dataset_config(options.folder)
     extension = options.caption_extension or EXTENSION
     tables: list[str] = []
-    for folder in _folders(options.folder, options.recursive):
-        for key in _kinds_in(folder):
+    for folder in walk_folders(options.folder, options.recursive):
+        for key in sorted({f"{kind}_directory" for _, kind in list_media(folder)}):
             values = {
                 key: str(real_path(folder)),
                 "caption_extension": extension,
@@ -128,33 +127,3 @@ def _read_config(options: TaggingOptions, temporary: Path) -> DatasetConfig:
     file = temporary / "dataset.toml"
     write_text(file, "\n\n".join(tables))
     return dataclasses.replace(load_dataset_config(file), path=options.folder)
-
-
-def _folders(folder: Path, is_recursive: bool) -> Iterator[Path]:
-    """Yield a folder and, if asked for, those below it, without hidden ones, sorted."""
-    yield folder
-    if is_recursive:
-        for parent, names, _ in os.walk(folder):
-            names[:] = sorted(name for name in names if not name.startswith("."))
-            yield from (Path(parent, name) for name in names)
-
-
-def _kinds_in(folder: Path) -> list[str]:
-    """Return the keys of the tables that the files of a folder need."""
-    keys = {}
-    for path in sorted(folder.iterdir()):
-        suffix = path.suffix.lower()
-        if path.name.startswith(".") or not path.is_file():
-            continue
-        if suffix in VIDEO_SUFFIXES or (suffix in ANIMATION_SUFFIXES and _moves(path)):
-            keys["video_directory"] = True
-        elif suffix in image_suffixes() | ANIMATION_SUFFIXES:
-            keys["image_directory"] = True
-    return sorted(keys)
-
-
-def _moves(path: Path) -> bool:
-    try:
-        return is_animation(path)
-    except MediaError:  # it is reported when it is read
-        return False

@@ -17,7 +17,7 @@ from dataset.sources import media_source
 from dataset.sources.captions import captions_in
 from dataset.sources.downloads import HTTP, check_tar, download, find_remote
 from dataset.sources.folders import media_suffixes
-from dataset.sources.frames import mask_suffixes
+from dataset.sources.mask_files import mask_suffixes
 from dataset.table import DatasetTable
 from modules.control_codes import shorten
 from modules.errors import DatasetError, MediaError

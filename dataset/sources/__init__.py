@@ -10,6 +10,7 @@ fetching: make the bytes of a source a file
 folders: list a folder, its control media, what is unused
 frames: drop frames to a rate, cut spans; masks
 left_out: files and folders that nothing reads
+mask_files: which files are masks, and of what
 media_source: an image or clip, its names and faults
 moments: moments of clips, computed before, and of which VAE
 pairs: the worse one of each pair, by its name

@@ -10,13 +10,13 @@ from typing import NamedTuple
 
 from dataset.config_keys import IGNORE
 from dataset.sources.captions import captions_in, explain_captions, first_and_more, read_caption_file
-from dataset.sources.frames import files_by_stem, mask_suffixes
+from dataset.sources.mask_files import files_by_stem, masks_by_stem
 from dataset.sources.media_source import Fault, MediaSource
 from dataset.table import DatasetTable, folder_id
 from modules.console import count_of
 from modules.errors import DatasetError, MediaError
 from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
-from modules.media.labels import MASK_LABEL, label_of, owner_of
+from modules.media.labels import label_of
 from modules.media.opening import SOUND_SUFFIXES, open_image
 from modules.media.reading import TIFF_SUFFIXES, TOOL_TAG, VIDEO_SUFFIXES, image_suffixes, read_tags
 from modules.paths import similar_path
@@ -184,14 +184,8 @@ def _companions_by_stem(table: DatasetTable, what: str, folder: Path) -> dict[st
     """Return the files of masks or of sound in a folder by the stems of their media."""
     if what == "mask":
         entries = list_entries(folder, "mask_directory")
-        files = files_by_stem(map(Path, entries), mask_suffixes(table.kind), table.kind == "video")
-        # a picture is not a mask of itself
-        is_apart = table.directory is None or folder_id(folder) != folder_id(table.directory)
-        masks: dict[str, list[Path]] = {}
-        for stem, paths in files.items():
-            if is_apart or label_of(stem) == MASK_LABEL:
-                masks.setdefault(owner_of(stem, MASK_LABEL), []).extend(paths)
-        return masks
+        is_beside = table.directory is not None and folder_id(folder) == folder_id(table.directory)
+        return masks_by_stem(map(Path, entries), table.kind, is_beside)
     entries = list_entries(folder, "audio_directory")
     suffixes = SOUND_SUFFIXES | VIDEO_SUFFIXES
     if folder == table.directory:  # a clip is not a file next to itself

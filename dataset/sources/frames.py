@@ -8,7 +8,7 @@ are learned and black ones not; from a file (`mask_directory`, `mask_path`) or t
 
 import functools
 import itertools
-from collections.abc import Callable, Collection, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import cv2
@@ -20,15 +20,16 @@ from torch import Tensor
 from contract.data import MediaTable
 from contract.rules import ShownMedium
 from dataset.config_keys import AUTO
+from dataset.sources.mask_files import is_of_shape
 from dataset.sources.media_source import Fault, MediaSource
 from dataset.table import DatasetTable
 from modules.console import count_of
 from modules.errors import DatasetError, MediaError
 from modules.media import buckets
-from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
+from modules.media.decoding import is_animation
 from modules.media.lengths import USUAL_LENGTHS, ClipLengths
 from modules.media.opening import open_video
-from modules.media.reading import VIDEO_SUFFIXES, Frame, MaskLook, image_suffixes, read_mask
+from modules.media.reading import Frame, MaskLook, read_mask
 
 Span = tuple[int, int]
 
@@ -248,29 +249,6 @@ FAR_RATES = 'clips have a rate far from that of the model; source_fps = "auto" p
 Mask = NDArray[np.uint8]  # F H W
 Place = Callable[[Frame], Frame]  # resizes and crops a picture
 
-SAME_SHAPE = 0.02  # by how much the sides' ratio of a mask may differ from its clip's
-
-
-def mask_suffixes(kind: str) -> frozenset[str]:
-    """Return the suffixes of masks: the mask of a clip may also be an image, or a folder of images."""
-    images = image_suffixes() | {".gif"}
-    return images if kind == "image" else images | VIDEO_SUFFIXES | ANIMATION_SUFFIXES
-
-
-def files_by_stem(
-    entries: Iterable[Path], suffixes: Container[str], with_folders: bool
-) -> dict[str, list[Path]]:
-    """Return the files with these suffixes among the entries of a folder, by their names without suffix.
-
-    with_folders: folders too, by their whole names.
-    """
-    by_stem: dict[str, list[Path]] = {}
-    for path in entries:
-        is_folder = with_folders and path.is_dir()
-        if is_folder or (path.suffix.lower() in suffixes and path.is_file()):
-            by_stem.setdefault(path.name if is_folder else path.stem, []).append(path)
-    return by_stem
-
 
 def read_still(path: Path, place: Place, size: buckets.Size, num_frames: int) -> Mask:
     """Read an image as the mask of `num_frames` frames. size: of the item; its shape has to be the same.
@@ -318,7 +296,7 @@ def shrink_mask(mask: Tensor, stride: tuple[int, int, int], clip: int = 0) -> Te
 
 def _grey(path: Path, frame: Frame, place: Place, size: buckets.Size) -> NDArray[np.uint8]:
     height, width = frame.shape[:2]
-    if abs(width * size[1] / (height * size[0]) - 1) > SAME_SHAPE:
+    if not is_of_shape((width, height), size):
         raise MediaError(
             f"{path} has {width}x{height} pixels, what it masks has {size[0]}x{size[1]}: they need the same "
             "shape, or the mask would cover other places"

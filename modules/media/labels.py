@@ -1,8 +1,10 @@
-"""Files that OneTrainer lays next to a picture `cat.png`, which are no pictures to learn: its mask
-`cat-masklabel.png` and the image that it is made from, `cat-condlabel.png`. Standard library only.
+"""Names of files that are no pictures to learn: those that OneTrainer lays next to a picture `cat.png`, its
+mask `cat-masklabel.png` and the image that it is made from, `cat-condlabel.png`; and folders of masks.
+Standard library only.
 """
 
 MASK_LABEL, CONDITION_LABEL = "-masklabel", "-condlabel"
+MASK_FOLDERS = frozenset({"mask", "masks"})  # names of folders that hold masks and no pictures, lower case
 LABELS = (MASK_LABEL, CONDITION_LABEL)
 
 

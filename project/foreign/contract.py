@@ -17,14 +17,10 @@ MODEL = "model"  # the name of a model: a task is looked for
 FOLDER = "folder"  # with pictures or clips
 EPOCHS = "epochs"  # they become steps
 WHOLE = "whole"  # whether the model itself is trained
-KIND = "kind"  # of a network: "lora", or another one
+KIND = "kind"  # of a network: a LoRA, or another one
 LEFT = "left"  # it is not taken; the rule says why
 
 MOST_STEPS = 10_000_000
-CARD = "`new` chooses it for the card and the model"
-SAMPLES = "prompts.txt has the prompts of samples"
-OWN = "a file of your own is given as --model_file NAME=PATH"
-CACHES = "what is encoded is always cached"
 
 
 class KeyRule(NamedTuple):

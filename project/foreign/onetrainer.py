@@ -2,28 +2,8 @@
 
 from typing import Any
 
-from project.foreign.contract import (
-    CACHES,
-    CARD,
-    DATA,
-    EPOCHS,
-    FOLDER,
-    KIND,
-    MODEL,
-    NEW,
-    TRAINING,
-    WHOLE,
-    KeyRule,
-    Program,
-    left,
-    number,
-    read_folder,
-    read_name,
-    read_optimizer,
-    read_scheduler,
-    read_side,
-    whole,
-)
+from project.foreign import rules
+from project.foreign.contract import WHOLE, KeyRule, Program, left
 
 
 def _read_method(value: Any) -> bool:
@@ -33,10 +13,10 @@ def _read_method(value: Any) -> bool:
 
 
 _OF_CONCEPTS = {
-    "path": KeyRule(FOLDER, "", read_folder),
-    "repeats": KeyRule(DATA, "num_repeats", whole(1, 100_000)),
+    "path": rules.MEDIA_FOLDER,
+    "repeats": rules.NUM_REPEATS,
     "balancing": left("what it means is in balancing_strategy: num_repeats in dataset.toml"),
-    "text.prompt_source": left("`new` finds captions itself"),
+    "text.prompt_source": rules.CAPTIONS,
 }
 
 PROGRAM = Program(
@@ -47,29 +27,29 @@ PROGRAM = Program(
     companions=("concept_file_name",),
     rules={
         "training_method": KeyRule(WHOLE, "", _read_method),
-        "model_type": KeyRule(MODEL),
-        "base_model_name": KeyRule(MODEL),
-        "peft_type": KeyRule(KIND),
-        "lora_rank": KeyRule(TRAINING, "network_dim", whole(1, 4096)),
-        "lora_alpha": KeyRule(TRAINING, "network_alpha", number(0, 4096)),
-        "learning_rate": KeyRule(TRAINING, "learning_rate", number(0, 10)),
-        "learning_rate_scheduler": KeyRule(TRAINING, "lr_scheduler", read_scheduler),
-        "learning_rate_warmup_steps": KeyRule(TRAINING, "lr_warmup_steps", whole(0)),
-        "optimizer.optimizer": KeyRule(TRAINING, "optimizer_type", read_optimizer),
-        "epochs": KeyRule(EPOCHS, "", whole(1)),
-        "batch_size": KeyRule(DATA, "batch_size", whole(1, 1024)),
-        "gradient_accumulation_steps": KeyRule(TRAINING, "gradient_accumulation_steps", whole(1, 4096)),
-        "clip_grad_norm": KeyRule(TRAINING, "max_grad_norm", number(0, 1e6)),
-        "resolution": KeyRule(DATA, "resolution", read_side),
-        "output_model_destination": KeyRule(NEW, "output_name", read_name),
-        "latent_caching": left(CACHES),
-        "aspect_ratio_bucketing": left("files always keep their shape"),
-        "train_dtype": left(CARD),
-        "train_device": left(CARD),
-        "temp_device": left(CARD),
-        "gradient_checkpointing": left(CARD),
-        "output_dtype": left(CARD),
-        "workspace_dir": left("output_dir in run.toml says where files go"),
+        "model_type": rules.MODEL_NAME,
+        "base_model_name": rules.MODEL_NAME,
+        "peft_type": rules.NETWORK_KIND,
+        "lora_rank": rules.RANK,
+        "lora_alpha": rules.ALPHA,
+        "learning_rate": rules.LEARNING_RATE,
+        "learning_rate_scheduler": rules.SCHEDULER,
+        "learning_rate_warmup_steps": rules.WARMUP_STEPS,
+        "optimizer.optimizer": rules.OPTIMIZER,
+        "epochs": rules.NUM_EPOCHS,
+        "batch_size": rules.BATCH_SIZE,
+        "gradient_accumulation_steps": rules.ACCUMULATED,
+        "clip_grad_norm": rules.GRADIENT_LIMIT,
+        "resolution": rules.RESOLUTION,
+        "output_model_destination": rules.OUTPUT_NAME,
+        "latent_caching": rules.CACHES,
+        "aspect_ratio_bucketing": rules.BUCKETS,
+        "train_dtype": rules.OF_CARD,
+        "train_device": rules.OF_CARD,
+        "temp_device": rules.OF_CARD,
+        "gradient_checkpointing": rules.OF_CARD,
+        "output_dtype": rules.OF_CARD,
+        "workspace_dir": rules.OUTPUT_FOLDER,
         "cache_dir": left("dataset.toml says where caches go"),
         **{f"concepts[].{key}": rule for key, rule in _OF_CONCEPTS.items()},
         **{f"concept_file_name:[].{key}": rule for key, rule in _OF_CONCEPTS.items()},

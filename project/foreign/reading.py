@@ -14,6 +14,8 @@ from modules.errors import OptionError, UserError
 from modules.text_files import parse_json, parse_toml, read_text, real_path
 from project.foreign import ai_toolkit, contract, diffusion_pipe, kohya_gui, onetrainer, simpletuner
 from project.foreign.contract import KeyRule, Program
+from project.kinds.composing import LORA, WHOLE
+from project.kinds.contract import RunKind
 from project.new_options import NewOptions
 from project.options import find_models
 
@@ -27,7 +29,11 @@ PROGRAMS: tuple[Program, ...] = (
 MOST_BYTES = 4 << 20
 MOST_KEYS = 5000
 MOST_DEPTH = 12
-_PLAIN_KINDS = {"lora", "standard", "flux1"}  # spellings of the usual network
+_KINDS = {  # spellings of a network -> its module; None: a LoRA, the usual one
+    **dict.fromkeys(("lora", "standard", "flux1")),
+    **dict.fromkeys(("loha", "lycorisloha"), "networks.loha"),
+    **dict.fromkeys(("lokr", "lycorislokr"), "networks.lokr"),
+}
 
 
 @dataclass
@@ -52,7 +58,9 @@ class ForeignProject:
     def fill_in(self, options: NewOptions) -> NewOptions:
         """Return options with the values of the project where nothing else is typed."""
         usual = NewOptions(folder=options.folder)
-        named = {**self.new, "whole_model": self.trains_whole}
+        named = dict(self.new)
+        if self.trains_whole and not options.whole_model:
+            named["train"] = WHOLE.name
         if options.family not in {None, self.new.get("family")}:
             task = named.pop("task", None)
             if task is not None and options.task is None:  # it is one of the project's family
@@ -81,17 +89,18 @@ class ForeignProject:
         )
         return dataclasses.replace(options, max_train_steps=steps)
 
-    def training_values(self, memory: float, trains_whole: bool) -> dict[str, Any]:
-        """Return the keys of [training]. memory: GiB of the card; 0: a CPU."""
+    def training_values(self, memory: float, kind: RunKind) -> dict[str, Any]:
+        """Return the keys of [training]. memory: GiB of the card; 0: a CPU. kind: of the run."""
         values = dict(self.training)
         if not memory and values.get("optimizer_type") == "adamw8bit":
             values["optimizer_type"] = "adamw"
             self.changed.append("optimizer_type = adamw8bit: it needs a card, so it is adamw here")
         if "save_every_n_steps" in values:  # as long as `new` keeps them: until the next one
             values["save_last_n_steps_state"] = values["save_every_n_steps"]
-        for name in ("network_dim", "network_alpha", "unet_lr") if trains_whole else ():
+        of_lora = ("network_module", "network_dim", "network_alpha", "unet_lr")
+        for name in of_lora if kind is not LORA else ():
             if values.pop(name, None) is not None:
-                self.left.append(f"{name}: a whole model is trained")
+                self.left.append(f"{name}: {kind.title} is trained")
         return values
 
     def lines(self, folder: Path) -> list[str]:
@@ -253,10 +262,14 @@ def _apply(project: ForeignProject, rule: KeyRule, key: str, value: Any) -> None
         project.left.append(f"{_show(key)}: {rule.name}")
         return
     if rule.to == contract.KIND:
-        if plain_name(str(value)) in _PLAIN_KINDS:
+        kind = plain_name(str(value))
+        if kind not in _KINDS:
+            project.left.append(f"{shown}: a LoRA is trained. docs/networks.md has other networks")
+        elif _KINDS[kind] is None:
             project.taken.append(_show(key))
         else:
-            project.left.append(f"{shown}: a LoRA is trained. docs/networks.md has other networks")
+            project.training["network_module"] = _KINDS[kind]
+            project.changed.append(f"{shown}: network_module = {_KINDS[kind]}")
         return
     try:
         read = rule.read(value)

@@ -2,28 +2,8 @@
 
 from typing import Any
 
-from project.foreign.contract import (
-    CARD,
-    DATA,
-    EPOCHS,
-    FOLDER,
-    KIND,
-    MODEL,
-    NEW,
-    SAMPLES,
-    TRAINING,
-    WHOLE,
-    KeyRule,
-    Program,
-    left,
-    number,
-    read_folder,
-    read_name,
-    read_optimizer,
-    read_scheduler,
-    read_side,
-    whole,
-)
+from project.foreign import rules
+from project.foreign.contract import DATA, WHOLE, KeyRule, Program, number, read_side, whole
 
 
 def _read_type(value: Any) -> bool:
@@ -47,30 +27,30 @@ def _read_repeats(value: Any) -> int:
 
 _RULES = {
     "model_type": KeyRule(WHOLE, "", _read_type),
-    "model_family": KeyRule(MODEL),
-    "pretrained_model_name_or_path": KeyRule(MODEL),
-    "lora_type": KeyRule(KIND),
-    "lora_rank": KeyRule(TRAINING, "network_dim", whole(1, 4096)),
-    "lora_alpha": KeyRule(TRAINING, "network_alpha", number(0, 4096)),
-    "learning_rate": KeyRule(TRAINING, "learning_rate", number(0, 10)),
-    "lr_scheduler": KeyRule(TRAINING, "lr_scheduler", read_scheduler),
-    "lr_warmup_steps": KeyRule(TRAINING, "lr_warmup_steps", whole(0)),
-    "optimizer": KeyRule(TRAINING, "optimizer_type", read_optimizer),
-    "max_train_steps": KeyRule(NEW, "max_train_steps", whole(1)),
-    "num_train_epochs": KeyRule(EPOCHS, "", whole(1)),
-    "train_batch_size": KeyRule(DATA, "batch_size", whole(1, 1024)),
-    "gradient_accumulation_steps": KeyRule(TRAINING, "gradient_accumulation_steps", whole(1, 4096)),
-    "max_grad_norm": KeyRule(TRAINING, "max_grad_norm", number(0, 1e6)),
+    "model_family": rules.MODEL_NAME,
+    "pretrained_model_name_or_path": rules.MODEL_NAME,
+    "lora_type": rules.NETWORK_KIND,
+    "lora_rank": rules.RANK,
+    "lora_alpha": rules.ALPHA,
+    "learning_rate": rules.LEARNING_RATE,
+    "lr_scheduler": rules.SCHEDULER,
+    "lr_warmup_steps": rules.WARMUP_STEPS,
+    "optimizer": rules.OPTIMIZER,
+    "max_train_steps": rules.STEPS,
+    "num_train_epochs": rules.NUM_EPOCHS,
+    "train_batch_size": rules.BATCH_SIZE,
+    "gradient_accumulation_steps": rules.ACCUMULATED,
+    "max_grad_norm": rules.GRADIENT_LIMIT,
     "resolution": KeyRule(DATA, "resolution", _read_size),
-    "seed": KeyRule(TRAINING, "seed", whole(0, 2**32 - 1)),
-    "checkpointing_steps": KeyRule(TRAINING, "save_every_n_steps", whole(1)),
-    "checkpoint_step_interval": KeyRule(TRAINING, "save_every_n_steps", whole(1)),
-    "tracker_run_name": KeyRule(NEW, "output_name", read_name),
-    "output_dir": left("output_dir in run.toml says where files go"),
-    "validation_prompt": left(SAMPLES),
-    "mixed_precision": left(CARD),
-    "gradient_checkpointing": left(CARD),
-    "base_model_precision": left(CARD),
+    "seed": rules.SEED,
+    "checkpointing_steps": rules.SAVE_STEPS,
+    "checkpoint_step_interval": rules.SAVE_STEPS,
+    "tracker_run_name": rules.OUTPUT_NAME,
+    "output_dir": rules.OUTPUT_FOLDER,
+    "validation_prompt": rules.SAMPLES,
+    "mixed_precision": rules.OF_CARD,
+    "gradient_checkpointing": rules.OF_CARD,
+    "base_model_precision": rules.OF_CARD,
 }
 
 PROGRAM = Program(
@@ -81,9 +61,9 @@ PROGRAM = Program(
     companions=("data_backend_config",),
     rules={
         **_RULES,
-        "data_backend_config:[].instance_data_dir": KeyRule(FOLDER, "", read_folder),
+        "data_backend_config:[].instance_data_dir": rules.MEDIA_FOLDER,
         "data_backend_config:[].repeats": KeyRule(DATA, "num_repeats", _read_repeats),
-        "data_backend_config:[].caption_strategy": left("`new` finds captions itself"),
+        "data_backend_config:[].caption_strategy": rules.CAPTIONS,
         "data_backend_config:[].resolution": KeyRule(DATA, "resolution", _read_size),
     },
     models={

@@ -1,16 +1,25 @@
 """Collect the texts of the page: from templates, from Python, and from JavaScript."""
 
 import ast
+import json
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import jinja2
+import pytest
 from jinja2 import nodes
 
+from browser import launch
+from browser.draft_changes import TRAINS
+from browser.folder_settings import NOT_IN_FILE, Setting
 from downloads.catalogue import model_sets
 from downloads.listing import UNVERIFIED
+from modules.help_text import help_as_json
 from modules.installation import ROOT
+from tests.test_command_line import parser_of
+from tests.test_imports import SCRIPTS as ROOT_SCRIPTS
 
 TEMPLATES = [
     *sorted((ROOT / "browser").glob("*.html")),
@@ -21,6 +30,7 @@ PROGRAMS = [
     *sorted((ROOT / "browser").glob("*.py")),
     ROOT / "modules/pages/language.py",
     ROOT / "training/reports/page.py",
+    ROOT / "training/reports/scores.py",
     ROOT / "training/reports/sample_files.py",
     ROOT / "project/fitting.py",
     ROOT / "downloads/listing.py",
@@ -85,6 +95,30 @@ def list_catalogue_texts() -> Iterator[str]:
                 yield from (file.licence.terms for file in part.files)
 
 
+@cache
+def list_settings() -> dict[str, list[Setting]]:
+    """Return the settings that the page shows of each script that trains a described folder."""
+    found = {}
+    for script in ROOT_SCRIPTS:
+        command, _ = launch.find_program(["python", script], ROOT)
+        if command.words[0] in TRAINS:
+            with pytest.MonkeyPatch.context() as patch:
+                options = json.loads(help_as_json(parser_of(script, patch)))
+            settings = [Setting(**option) for option in options]
+            found[script] = [setting for setting in settings if setting.name not in NOT_IN_FILE]
+    return found
+
+
+@cache
+def list_helps() -> dict[str, list[Path]]:
+    """Return the first sentence of each help, with the scripts that have it."""
+    found: dict[str, list[Path]] = {}
+    for script, settings in list_settings().items():
+        for setting in settings:
+            found.setdefault(setting.about, []).append(ROOT / script)
+    return found
+
+
 def list_texts() -> dict[str, list[Path]]:
     """Return each key of the page with the files that name it; those of scripts alone are left out."""
     found: dict[str, list[Path]] = {}
@@ -98,7 +132,7 @@ def list_texts() -> dict[str, list[Path]]:
         found.setdefault(key, []).append(ROOT / "training/features")
     for key in list_catalogue_texts():
         found.setdefault(key, []).append(ROOT / "downloads/catalogue.toml")
-    return found
+    return found | list_helps()
 
 
 def list_all_script_texts() -> set[str]:

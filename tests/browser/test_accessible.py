@@ -142,7 +142,7 @@ def assert_fits(page: Any) -> None:
     unnamed = (
         "[...document.querySelectorAll('input, select, button, video, img, textarea')].filter(one => "
         "one.type !== 'hidden' && !one.ariaHidden && !one.labels?.length "
-        "&& !one.innerText && !(one.ariaLabel || one.alt))"
+        "&& !one.textContent.trim() && !(one.ariaLabel || one.alt))"
     )
     assert page.evaluate(f"{unnamed}.map(one => one.outerHTML)") == []
 

@@ -123,7 +123,7 @@ def test_the_hours_follow_what_is_typed(tmp_path: Path) -> None:
     folder = write_draft(tmp_path)
     write_other(tmp_path)
     with serve_runs(tmp_path) as served, open_page(f"{served.url}/new?folder={folder}") as page:
-        page.get_by_label("Steps", exact=True).fill("9000")
+        page.get_by_label("Training steps", exact=True).fill("9000")
         page.wait_for_selector("#hours >> text=9000 steps take about 5.0 hours", timeout=30000)
-        assert page.get_by_label("Steps", exact=True).input_value() == "9000"
+        assert page.get_by_label("Training steps", exact=True).input_value() == "9000"
         assert page.problems == []

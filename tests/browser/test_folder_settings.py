@@ -19,6 +19,7 @@ from browser.folder_settings import apply_edits, list_rows, name_field, read_cho
 from browser.setting_words import DATASET_KEYS, WORDS
 from modules.errors import OptionError
 from tests.browser.drafts import DATASET, PROMPTS, RUN, unfold, write_draft
+from tests.browser.page_texts import list_settings
 from tests.browser.serving import Answer, Served, serve_runs
 from tests.chromium import open_page, wait_until
 from tests.commands import ROOT
@@ -172,7 +173,7 @@ def test_what_follows_from_the_steps_is_named(tmp_path: Path) -> None:
     with serve_runs(tmp_path) as served:
         told = html.unescape(send_table(served, folder, "save", max_train_steps="100").text)
         assert "sample_every_n_steps = 200: as for the steps before. For 100 steps `new` writes" in told
-        assert "The field Steps, at the top, changes them together." in told
+        assert "The field Training steps, at the top, changes them together." in told
         saved = (folder / "run.toml").read_text(encoding="utf-8")
         assert "max_train_steps = 100\n" in saved
         both = send_table(
@@ -410,10 +411,23 @@ def test_search_opens_the_table_and_finds_names_helps_and_words_of_others(tmp_pa
         assert page.problems == []
 
 
-@pytest.mark.slow  # each script prints its options
+def test_search_finds_english_words_names_and_those_of_the_language(tmp_path: Path) -> None:
+    folder = write_draft(tmp_path)
+    with serve_runs(tmp_path) as served, open_settings(served, folder, locale="ja") as page:
+        assert "サンプルを作る" in page.locator("#row-sample_every_n_steps").inner_text()
+        for word, key in (
+            *(("network_dim", "network_dim"), ("rank", "network_dim"), ("ＶＲＡＭ", "blocks_to_swap")),
+            *(("ランク", "network_dim"), ("バッチ", "gradient_accumulation_steps")),
+            *(("host memory blocks", "blocks_to_swap"), ("ブロックスワップ", "blocks_to_swap")),
+        ):
+            page.locator("[data-find]").fill(word)
+            assert page.locator(f"#row-{key}").is_visible(), word
+            assert not page.locator("#row-output_name").is_visible(), word
+        assert page.problems == []
+
+
 def test_words_of_others_stand_for_settings_that_there_are() -> None:
-    scripts = [*ROOT.glob("*_train_network.py"), ROOT / "train_network.py"]
-    options = {setting.name for script in scripts for setting in read_settings(script.name)}
+    options = {setting.name for settings in list_settings().values() for setting in settings}
     named = {name for names in WORDS.values() for name in names}
     assert named - options - DATASET_KEYS.keys() == set()
     assert DATASET_KEYS.keys() <= named
@@ -424,7 +438,7 @@ def test_the_labels_of_the_form_are_found_once(tmp_path: Path) -> None:
     with serve_runs(tmp_path) as served, open_settings(served, folder) as page:
         wait_until(page, "document.querySelector('#sample-form') !== null")
         wait_until(page, "document.querySelector('#memory-form') !== null")
-        for label in ("Folder", "Model", "Task", "Trigger word", "Name", "Steps"):
+        for label in ("Folder", "Model", "Task", "Trigger word", "Name", "Training steps"):
             assert page.get_by_label(label, exact=True).count() == 1, label
 
 

@@ -20,6 +20,8 @@ from modules.pages.language import Language, Words, counted, join, say, show_all
 from tests.browser.page_texts import (
     TEMPLATES,
     list_all_script_texts,
+    list_helps,
+    list_settings,
     list_texts,
     parse_template,
 )
@@ -42,6 +44,7 @@ def test_each_text_of_the_page_stands_in_the_table_once(code: str) -> None:
     assert len(keys) == len({*keys})
     assert {*keys} == {*list_texts()} | list_all_script_texts()
     assert {*sections[page_language.SCRIPTS]} == list_all_script_texts()
+    assert {*sections[page_language.HELPS]} == {*list_helps()}
     assert all(text for section in sections.values() for text in section.values())
 
 
@@ -50,9 +53,28 @@ def test_a_translation_has_the_values_and_the_tags_of_its_text(code: str) -> Non
     for key, text in read_texts(code).items():
         assert {*PLACE.findall(key)} == {*PLACE.findall(text)}, key
         assert sorted(TAG.findall(key)) == sorted(TAG.findall(text)), key
-        assert "<" in key or '"' not in text.replace(' = "%(prompts_file)s"', ""), key  # texts of attributes
+        if "<" not in key and key not in list_helps():  # texts of attributes
+            assert '"' not in text.replace(' = "%(prompts_file)s"', ""), key
         if PLACE.search(text) and key not in read_table(code)[page_language.SCRIPTS]:
             assert text % dict.fromkeys(PLACE.findall(text), "1"), key  # with %% for a sign
+
+
+# options, and names with underscores such as values, fields and files
+IN_A_HELP = re.compile(r"--\w+|\w*[A-Za-z]_\w+|\d+(?:\.\d+)?", re.ASCII)
+
+
+@pytest.mark.parametrize("code", TABLES)
+def test_a_translated_help_names_the_options_values_and_numbers_of_its_text(code: str) -> None:
+    for key, text in read_table(code)[page_language.HELPS].items():
+        assert {*IN_A_HELP.findall(key)} <= {*IN_A_HELP.findall(text)}, key
+        assert {*re.findall(r"--\w+", key)} == {*re.findall(r"--\w+", text, re.ASCII)}, key
+
+
+def test_helps_of_every_family_are_known() -> None:
+    names = {setting.name for setting in list_settings()["wan_train_network.py"]}
+
+    assert {"blocks_to_swap", "network_dim", "dit_high_noise"} <= names
+    assert len(list_settings()) > 30
 
 
 def test_templates_hold_no_text_outside_of_the_table() -> None:
@@ -275,7 +297,14 @@ PAGES = (
         "/compare",
         "/machine",
     ),
-    *("/new/samples?folder={}", "/new/memory?folder={}", "{run}", "{run}deeds"),
+    *(
+        "/new/samples?folder={}",
+        "/new/memory?folder={}",
+        "/new/tags?folder={}",
+        "/masks?folder={}",
+        "{run}",
+        "{run}deeds",
+    ),
 )
 # what no language changes: names of models and licences, of files, folders and options, people's own words
 MODEL_NAMES = {
@@ -306,6 +335,21 @@ def test_every_page_shows_no_words_outside_of_the_table(
         if words:
             found[page] = words
     assert found == {}
+
+
+def test_the_table_of_settings_shows_no_words_outside_of_the_table(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marked = Language("en", Marked(), "/", NAMES)
+    monkeypatch.setattr("browser.server.choose_language", lambda request: marked)
+    answer = served.ask(f"/new/settings?folder={quote(str(served.runs.tops[0] / 'described'))}")
+
+    settings = list_settings()["wan_train_network.py"]
+    assert all(f'id="row-{setting.name}"' in answer.text for setting in settings)
+    assert "⟦no file is enlarged⟧" in answer.text
+    # values are the same in every language
+    text = re.sub(r"<select.*?</select>| placeholder=\"[^\"]*\"", "", answer.text, flags=re.DOTALL)
+    assert list_unmarked(text) == []
 
 
 def list_unmarked(text: str) -> list[str]:

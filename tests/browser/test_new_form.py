@@ -7,7 +7,7 @@ import pytest
 
 from browser.captioning import make_caption_words
 from browser.described_folder import change_steps
-from browser.new_form import WHOLE, NewForm, check_form, list_key_changes, make_new_words, read_steps
+from browser.new_form import NewForm, check_form, list_key_changes, make_new_words, read_steps
 from browser.new_pages import find_free_name
 from modules.errors import OptionError
 
@@ -29,8 +29,8 @@ def test_a_form_and_its_command_stand_for_each_other() -> None:
     assert NewForm.of_words(words) == FORM
     assert NewForm.of_words(make_new_words(FORM, Path("other"), dry_run=True)) == FORM
     assert NewForm.of_words(make_new_words(FORM, Path("models"), overwrite=True)) == FORM
-    whole = replace(FORM, whole=WHOLE)
-    assert "--whole_model" in make_new_words(whole, Path("models"))
+    whole = replace(FORM, train="whole")
+    assert "--train" in make_new_words(whole, Path("models"))
     assert NewForm.of_words(make_new_words(whole, Path("models"), dry_run=True)) == whole
     assert NewForm.of_address(whole.address) == whole
 
@@ -47,14 +47,14 @@ def test_a_form_and_its_command_stand_for_each_other() -> None:
         ({"name": "aux.txt"}, "Name 'aux.txt': on Windows aux is a device"),
         ({"name": 'a"b'}, 'names on Windows cannot have the character "'),
         ({"name": "own."}, "Name 'own.': it ends in a dot"),
-        ({"steps": "0"}, "Steps 0: give a whole number"),
-        ({"steps": "-5"}, "Steps -5: give a whole number"),
-        ({"steps": "2.5"}, "Steps 2.5: give a whole number"),
-        ({"steps": "many"}, "Steps many: give a whole number"),
-        ({"steps": "9" * 5000}, "Steps 999"),
-        ({"steps": "²"}, "Steps ²"),
-        ({"steps": "10000001"}, "Steps 10000001: give a whole number from 1 to 10,000,000"),
-        ({"steps": "000000000001999999999"}, "Steps 000000000001999999999: give a whole number"),
+        ({"steps": "0"}, "Training steps 0: give a whole number"),
+        ({"steps": "-5"}, "Training steps -5: give a whole number"),
+        ({"steps": "2.5"}, "Training steps 2.5: give a whole number"),
+        ({"steps": "many"}, "Training steps many: give a whole number"),
+        ({"steps": "9" * 5000}, "Training steps 999"),
+        ({"steps": "²"}, "Training steps ²"),
+        ({"steps": "10000001"}, "Training steps 10000001: give a whole number from 1 to 10,000,000"),
+        ({"steps": "000000000001999999999"}, "Training steps 000000000001999999999: give a whole number"),
     ],
 )
 def test_wrong_fields_are_refused_by_their_labels(changes: dict[str, str], reason: str) -> None:

@@ -165,20 +165,20 @@ def test_a_first_description_is_that_of_the_command(served: Served, root: Path, 
 
 def test_a_whole_model_is_described_as_the_command_does(served: Served, root: Path, tmp_path: Path) -> None:
     write_pictures(root / "set", 2, captions=True)
-    fields = {"folder": str(root / "set"), **FIELDS, "whole": "yes"}
+    fields = {"folder": str(root / "set"), **FIELDS, "train": "whole"}
     shown = served.ask(f"/new?{urlencode(fields)}").text
-    assert '<option value="yes" selected>the whole model</option>' in shown
+    assert '<option value="whole" selected>the whole model</option>' in shown
     assert "Each saved file has 2.8 GB" in shown
     [command] = re.findall(r'<code id="command"[^>]*>(.*?)</code>', shown)
     line = html.unescape(re.sub("<[^>]*>", "", command))
-    assert "--whole_model" in line
-    describe(served, root / "set", whole="yes")
+    assert "--train whole" in line
+    describe(served, root / "set", train="whole")
     assert_equal_to_command(line, root / "set", tmp_path)
     written = served.ask(f"/new?folder={quote(str(root / 'set'))}").text
-    assert '<option value="yes" selected>the whole model</option>' in written
-    fields |= {"family": "wan22", "task": "t2v-A14B", "whole": ""}
+    assert '<option value="whole" selected>the whole model</option>' in written
+    fields |= {"family": "wan22", "task": "t2v-A14B", "train": ""}
     shown = served.ask(f"/new?{urlencode(fields)}").text
-    assert '<option value="yes" disabled>the whole model</option>' in shown
+    assert '<option value="whole" disabled>the whole model</option>' in shown
     assert "Not the whole model: Wan2.2" in shown
     assert "has two transformers" in shown
 
@@ -209,7 +209,7 @@ def test_mistakes_of_a_newcomer_are_answered_with_what_to_do(
     assert refused(served, root, family="") == "Model: choose one."
     assert refused(served, root, family="sora").startswith("Model sora: choose one of wan")
     assert refused(served, root, task="").startswith("Task: choose one of t2v-1.3B")
-    assert refused(served, root, steps="ten").startswith("Steps ten: give a whole number from 1")
+    assert refused(served, root, steps="ten").startswith("Training steps ten: give a whole number from 1")
     assert refused(served, root, trigger="x" * 300).startswith("Trigger word has 300 characters")
     assert refused(served, root, name="../x").startswith("Name ../x: a name has no slash.")
     assert not any((root / "set" / name).exists() for name in FILES)
@@ -680,7 +680,7 @@ def test_files_of_a_running_training_are_not_changed(served: Served, root: Path)
 def test_describe_says_what_it_wrote_and_keeps_place_and_focus(served: Served, root: Path) -> None:
     folder = describe_folder(root / "set", save_every_n_steps=10)
     with open_page(f"{served.url}/new?folder={quote(str(folder))}") as page:
-        page.get_by_label("Steps", exact=True).fill("300")
+        page.get_by_label("Training steps", exact=True).fill("300")
         page.get_by_role("button", name="Describe").focus()
         place = page.evaluate("scrollY")
         with page.expect_navigation():
@@ -688,7 +688,7 @@ def test_describe_says_what_it_wrote_and_keeps_place_and_focus(served: Served, r
         page.get_by_text("Written into run.toml: max_train_steps = 300, save_every_n_steps = 50.").wait_for()
         assert page.evaluate("document.activeElement.id") == "step"
         assert abs(page.evaluate("scrollY") - place) < 200
-        page.get_by_label("Steps", exact=True).fill("301")
+        page.get_by_label("Training steps", exact=True).fill("301")
         assert page.locator("#written").text_content() == ""
         assert page.problems == []
 

@@ -127,7 +127,7 @@ def test_the_button_is_always_in_view_and_the_page_is_low(served: Served, root: 
         assert page.get_by_role("button", name="Check", exact=True).count() == 1
         assert page.locator("#next").get_by_text("Described.").is_visible()
         page.set_viewport_size({"width": 1440, "height": 900})
-        page.get_by_label("Steps", exact=True).fill("77")
+        page.get_by_label("Training steps", exact=True).fill("77")
         page.get_by_role("button", name="Describe", exact=True).wait_for()
         assert "77 steps" in page.locator("#next").inner_text()
         assert page.evaluate("document.activeElement.id") == "steps"

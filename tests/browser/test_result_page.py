@@ -1,6 +1,7 @@
 """The results in a browser: tiles, keys, the dialogs of their buttons, and thousands of them."""
 
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,7 +65,15 @@ def tile(page: Any, name: str) -> Any:
 
 
 def press(page: Any, name: str, button: str) -> None:
-    tile(page, name).get_by_role("button", name=button, exact=True).click()
+    press_in(tile(page, name), button)
+
+
+def press_in(plate: Any, button: str) -> None:
+    """Press a button of a plate, below *More* if it is not in view."""
+    wanted = plate.locator("button", has_text=re.compile(f"^{button}$"))
+    if not wanted.is_visible():
+        plate.get_by_text("More", exact=True).click()
+    wanted.click()
 
 
 def focused(page: Any) -> list[str]:
@@ -84,11 +93,23 @@ def test_plates_stand_by_day_with_their_settings(page: Any, root: Path) -> None:
         assert word in text
     assert "does not say how it was made" in tile(page, "foreign.png").inner_text()
     assert tile(page, "foreign.png").get_by_role("button", name="again").count() == 0
-    buttons = [button.inner_text() for button in tile(page, "b.png").locator("button").all()]
-    assert buttons == [
-        *("again", "other seed", "larger", "start from this", "use as sample prompt"),
-        *("compare", "settings", "download", "remove"),
-    ]
+    assert page.problems == []
+
+
+def test_four_buttons_are_in_view_and_the_others_behind_more(page: Any, root: Path) -> None:
+    in_view = tile(page, "b.png").locator("button:visible")
+    four = ["again", "other seed", "larger", "compare"]
+    assert in_view.all_inner_texts() == four
+    tile(page, "b.png").get_by_role("button", name="compare").focus()
+    page.keyboard.press("Tab")
+    assert focused(page) == ["b.png", "More"]
+    page.keyboard.press("Enter")
+    others = ["start from this", "use as sample prompt", "settings", "download", "remove"]
+    assert in_view.all_inner_texts() == four + others
+    write_file(root / "generated" / "b.png", {**TAGS, "bt_seeds": "77"}, age=20)
+    wait_until(page, "document.querySelector('[data-name=\"b.png\"]').innerText.includes('seed 77')")
+    assert focused(page) == ["b.png", "More"]
+    assert in_view.all_inner_texts() == four + others
     assert page.problems == []
 
 
@@ -288,7 +309,7 @@ def test_prompts_and_names_run_nothing(tmp_path: Path) -> None:
         assert text in page.locator("#sheet").inner_text()
         page.keyboard.press("Escape")
         for button in ("again", "compare", "larger", "remove"):
-            page.locator("#shelf .plate").get_by_role("button", name=button, exact=True).click()
+            press_in(page.locator("#shelf .plate"), button)
             page.wait_for_timeout(200)
             page.evaluate("for (const one of document.querySelectorAll('dialog[open]')) one.close()")
         problems = [problem for problem in page.problems if "422" not in problem]
@@ -298,7 +319,7 @@ def test_prompts_and_names_run_nothing(tmp_path: Path) -> None:
 def test_read_only_shows_and_changes_nothing(root: Path) -> None:
     with serve_runs(root, read_only=True) as served, open_page(f"{served.url}/generate") as page:
         wait_for_plates(page, 5)
-        buttons = {button.inner_text() for button in page.locator("#shelf button").all()}
+        buttons = {*page.locator("#shelf button").all_text_contents()}
         assert buttons == {"compare", "settings", "download"}
 
 

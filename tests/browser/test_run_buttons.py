@@ -418,7 +418,7 @@ def test_typed_steps_stay_and_the_page_follows_the_run(served: Served, tmp_path:
         page.get_by_role("button", name="Again with changes").click()
         page.wait_for_url("**/new?**")
         assert page.get_by_label("Name").input_value() == "own-2"
-        assert page.get_by_label("Steps", exact=True).input_value() == "77"
+        assert page.get_by_label("Training steps", exact=True).input_value() == "77"
         assert page.problems == []
 
 

@@ -25,6 +25,7 @@ from PIL import Image
 from starlette.applications import Starlette
 from starlette.routing import Route
 
+from browser import tag_pages
 from browser.background_jobs import BackgroundJobs
 from browser.jobs import open_queue
 from browser.queue_pages import QueuePages
@@ -141,7 +142,8 @@ def list_addresses(served: Served, method: str) -> list[str]:
 
 def list_fields() -> list[str]:
     """The names of all fields of forms."""
-    return sorted(set(re.findall(r'\bname="([a-z_]+)"', read_templates())))
+    of_tools = [field.name for field in tag_pages.FORM.fields]
+    return sorted({*re.findall(r'\bname="([a-z_]+)"', read_templates()), *of_tools})
 
 
 def list_files(folder: Path) -> dict[str, tuple[int, int]]:
@@ -266,7 +268,7 @@ def test_without_the_token_no_route_answers(root: Path) -> None:
 
 
 # routes that take files, which have limits of their own; they write them to disk while they arrive
-TAKES_FILES = {"/new/upload", "/generate/file", "/generate/settings"}
+TAKES_FILES = {"/new/upload", "/new/piece", "/generate/file", "/generate/settings", "/masks/drawn"}
 
 
 @pytest.mark.parametrize("headers", [{}, {"Transfer_Encoding": "chunked"}], ids=["whole", "chunked"])

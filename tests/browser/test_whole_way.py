@@ -112,6 +112,7 @@ def test_a_run_generate_and_the_queue_outlast_their_server(server: RestartedServ
         assert "--lora_weight output/my_clips.safetensors" in page.locator("#command").inner_text()
         page.get_by_role("button", name="Make", exact=True).click()
         page.locator("#shelf .plate").first.wait_for(timeout=240 * SECONDS)
+        page.locator("#shelf .more summary").first.click()
         page.get_by_role("button", name="start from this").click()
         wait_for_text(page, "#shelf .answer", "stands in the form: Redraw.")
         assert page.evaluate("document.activeElement.name") == "redraw"

@@ -38,6 +38,7 @@ from tests.test_docs import PAGES
 from training.image_options import ImageTrainerDefaults, read_image_training
 from training.noise_options import SAMPLERS, SHIFTED_LOGIT
 from training.options import TrainerChanges, read_training
+from training.scoring.options import ScoreOptions
 from wan.configs import TASKS
 from wan.family import Wan
 from wan.files import WanFiles
@@ -60,6 +61,7 @@ def _readers() -> dict[str, Callable[[list[str]], Any]]:
     for tool in TOOLS_ON_VIDEOS:
         found[f"blissful_tuner/{tool.name}.py"] = functools.partial(read_chain, tool.name, "")
     found["tools/tag.py"] = lambda words: parse_options("", words, TaggingOptions)
+    found["tools/score.py"] = lambda words: parse_options("", words, ScoreOptions)
     for entry in with_scripts().values():
         latents, texts = entry.options_record("LatentCaching"), entry.options_record("TextCaching")
         found[f"{entry.cache}_latents.py"] = functools.partial(read_latent_caching, "", latents)
@@ -201,7 +203,8 @@ def test_commands_after_a_download_are_valid(
             (folder / file.name).touch()
     for name in ("start.png", "end.png", "control.mp4", "dataset.toml", "video.mp4"):
         (tmp_path / name).touch()
-    (tmp_path / "pictures").mkdir()
+    for name in ("pictures", "output"):
+        (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path)
     used = set()
     for command in model_set.typed_commands(folder):

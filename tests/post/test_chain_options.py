@@ -288,7 +288,7 @@ def write_set(folder: Path, task: str) -> None:
 def test_every_set_of_tools_is_taken_by_a_mode() -> None:
     modes = ("swinir", "esrgan", WITH_RAFT, WITH_FLOWFORMER, GFPGAN, CODEFORMER, "")
     assert sorted(task for mode in modes for task in TASKS.get(mode, (mode,))) == sorted(
-        SETS.keys() - {"wd_tagger"}  # of tools/tag.py
+        SETS.keys() - {"wd_tagger", "score_clip"}  # of tools/tag.py and tools/score.py
     )
 
 

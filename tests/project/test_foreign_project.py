@@ -332,6 +332,28 @@ def test_values_of_a_project_are_in_the_three_files(
         assert part in told
 
 
+@pytest.mark.parametrize(
+    ("title", "file", "ours"),
+    [
+        ("AI Toolkit", {"a.yaml": AI_TOOLKIT.replace('type: "lora"', "type: lokr")}, "networks.lokr"),
+        ("OneTrainer", {"a.json": {**ONETRAINER, "peft_type": "LOHA"}}, "networks.loha"),
+        ("the GUI of kohya_ss", {"a.json": {**KOHYA, "LoRA_type": "LyCORIS/LoKr"}}, "networks.lokr"),
+    ],
+)
+def test_other_networks_of_a_project_are_those_that_are_trained(
+    title: str, file: dict[str, Any], ours: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = tmp_path / "photos"
+    write_photos(photos)
+    describe(photos, write_files(tmp_path, file), "--memory", "24")
+
+    training = parse_toml((photos / "run.toml").read_text(encoding="utf-8"))["training"]
+    assert training["network_module"] == ours
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"project of {title};" in told
+    assert f": network_module = {ours}" in told
+
+
 def test_what_is_taken_has_a_place_here() -> None:
     places = {NEW: facts_of(NewOptions), TRAINING: facts_of(TrainingOptions), DATA: KEYS}
     models = {(model.family, model.task) for model in find_models()}
@@ -364,7 +386,7 @@ def test_hostile_and_foreign_files_are_refused(tmp_path: Path, name: str, conten
 
 def test_values_that_cannot_be_meant_are_left_with_the_reason(tmp_path: Path) -> None:
     content = {
-        "LoRA_type": "LyCORIS/LoHa",
+        "LoRA_type": "LyCORIS/Native Fine-Tuning",
         "optimizer": "evil.module.Class",
         "network_dim": 10**9,
         "learning_rate": "nan",

@@ -10,7 +10,6 @@ from PIL import Image
 
 from browser.described_folder import read_described
 from dataset.config import load_dataset_config
-from modules.installation import find_script
 from modules.parser import parse_options
 from modules.text_files import parse_toml
 from project import choosing
@@ -106,22 +105,15 @@ def test_control_pictures_are_told_with_the_script_that_learns_them(place: str, 
     write_photos(folder)
     write_photos(folder / place, count=2, captions=False)
     write_photos(folder / place, count=1, captions=False, stem="lone")
-    chosen = ["--family", "sd", "--task", "xl", "--memory", "24", "--dry_run"]
+    chosen = ["--family", "sd", "--task", "xl", "--memory", "24", "--dry_run", "--train", "lora"]
 
     done = run_script("new_project.py", folder, *chosen)
 
     (line,) = [text for text in done.stdout.splitlines() if "as a LoRA learns no control pictures" in text]
     assert "2 of 3 pictures have one there. Without a control picture: p2.jpg. " in line
     assert "Without a picture: lone0.jpg. " in line
-    assert "docs/control.md" in line
-    assert line.endswith("python sdxl_train_control_net_lllite.py")
+    assert line.endswith("--train lllite trains a ControlNet-LLLite on such pairs (docs/control.md)")
     assert "does not edit" not in done.stdout
-
-
-def test_scripts_for_control_pictures_are_there() -> None:
-    scripts = {entry.data["control_script"] for entry in find_models() if "control_script" in entry.data}
-    assert len(scripts) == 3
-    assert {str(find_script(script)) for script in scripts} == scripts
 
 
 def test_numbered_pictures_beside_their_results_get_a_sentence(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from contract.data import Batch, Conditions
-from contract.family import LearningEncoder, TextEncoder, can_divide
+from contract.family import LearningEncoder, TextEncoder, can_divide, can_learn
 from contract.loading import BlockPlace
 from contract.requests import Prompt, Prompts
 from contract.steps import EncodedPrompts
@@ -28,6 +28,7 @@ class LiveTexts:
     encoders: Sequence[TextEncoder]
     learning: Sequence[LearningEncoder] = ()  # encoders that get a network, in their order
     able: Sequence[str] = ()  # prefixes of all encoders that could learn, in the order of their rates
+    taught: Sequence[LearningEncoder] = ()  # encoders that learn the vectors of a new word
     adds_empty: bool = False  # batches also get the empty prompt, for a target that asks for it
 
     @property
@@ -40,7 +41,7 @@ class LiveTexts:
             if blocks is not None and can_divide(encoder) and not self._learns(encoder):
                 encoder.blocks = blocks
             encoder.load(device)
-        for encoder in self.learning:
+        for encoder in self.changing:
             encoder.network.requires_grad_(False)
         if names := " and ".join(encoder.name for encoder in self.encoders):
             logger.info("Captions are encoded while training, by %s.", names)
@@ -50,9 +51,19 @@ class LiveTexts:
             encoder.free()
 
     @property
+    def changing(self) -> list[LearningEncoder]:
+        """Return the encoders whose outputs change while training, in their order."""
+        return [encoder for encoder in self.encoders if can_learn(encoder) and self._learns(encoder)]
+
+    @property
     def networks(self) -> dict[str, nn.Module]:
         """Return the networks that learn by the prefixes of their names in LoRA files. Call `load` first."""
         return {encoder.lora_prefix: encoder.network for encoder in self.learning}
+
+    @property
+    def taught_networks(self) -> dict[str, nn.Module]:
+        """Return those that learn a new word, likewise."""
+        return {encoder.lora_prefix: encoder.network for encoder in self.taught}
 
     def add_to(self, batch: Batch) -> Batch:
         """Return a batch with the outputs of these encoders for its captions, B first; on the CPU.
@@ -97,7 +108,7 @@ class LiveTexts:
             text, conditions = getattr(texts, name), getattr(encoded, name)
             if text is not None and conditions is not None:
                 renewed[name] = dict(conditions)
-                for encoder in self.learning:
+                for encoder in self.changing:
                     renewed[name] |= encoder.encode([text])[0]
         return replace(encoded, **renewed)
 
@@ -110,7 +121,7 @@ class LiveTexts:
             return encoder.encode(prompts)
 
     def _learns(self, encoder: TextEncoder) -> bool:
-        return any(encoder is learner for learner in self.learning)
+        return any(encoder is learner for learner in (*self.learning, *self.taught))
 
 
 def stack_texts(values: Sequence[Tensor | list[Tensor]], is_varying: bool) -> Tensor | list[Tensor]:

@@ -6,6 +6,7 @@ composing: what the phases of a run ask all features for
 contract: what a feature is, and where it acts
 ema: keep an average of the trained weights
 ema_weights: how this average is computed
+embedding: learn the vectors of a new word too
 guided: learn away from what is predicted for the empty prompt
 hooks: where features act in a run, and what they see
 ip_noise: mix in further noise, which is not to be predicted
@@ -38,6 +39,7 @@ from training.features.base_weights import BASE_WEIGHTS
 from training.features.blank_prior import BLANK_PRIOR
 from training.features.contract import Feature
 from training.features.ema import EMA
+from training.features.embedding import EMBEDDING
 from training.features.guided import GUIDED
 from training.features.ip_noise import IP_NOISE
 from training.features.mask_prior import MASK_PRIOR
@@ -56,6 +58,7 @@ from training.features.uploads import UPLOADS
 # fmt: off
 FEATURES: tuple[Feature, ...] = (
     BASE_WEIGHTS,
+    EMBEDDING,
     SHOW_TIMESTEPS,
     IP_NOISE,
     OUTPUT_PRESERVATION,

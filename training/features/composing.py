@@ -172,6 +172,13 @@ def fetch_state(options: "OptionsOfRun", name: str, folder: Path) -> Path | None
     return next(filter(None, fetched), None)
 
 
+def change_model(options: "OptionsOfRun", family: "Family") -> "Family":
+    """Return the model of a run, as its features change it. Raises OptionError for one that they cannot."""
+    for change in _functions(options, lambda feature: feature.model):
+        family = change(family)
+    return family
+
+
 def check_model(options: "OptionsOfRun", family: "Family", count_blocks: Callable[[], Sequence[int]]) -> None:
     """Raise OptionError for a model that a feature does not go with.
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # features are loaded one by one, and without torch
 
     from contract.family import Family
     from contract.rules import Expert
+    from dataset.options import CachingInRunOptions
     from networks.added import AddedLoras
     from networks.loading import LoraUse
     from running.options import TrainingSpeedOptions
@@ -58,6 +59,9 @@ class OptionsOfRun(Protocol):
 
     @property
     def is_for_images(self) -> bool: ...
+
+    @property
+    def caching(self) -> "CachingInRunOptions | None": ...
 
     @property
     def whole_dit(self) -> "WholeDitOptions | None": ...

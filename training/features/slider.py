@@ -79,8 +79,8 @@ def _check_texts(options: SliderOptions, texts: "LiveTexts | None") -> None:
     from training.features.slider_passes import read_sliders  # torch: only with --slider
 
     read_sliders(options.path)
-    if texts is not None and texts.learning:
-        names = " and ".join(encoder.name for encoder in texts.learning)
+    if texts is not None and texts.changing:
+        names = " and ".join(encoder.name for encoder in texts.changing)
         raise OptionError(
             f"--slider {options.slider}: its captions are encoded before the training, and here {names} "
             "learns. Train the transformer alone (--network_train_unet_only)"

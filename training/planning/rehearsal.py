@@ -33,6 +33,7 @@ from training.processes import fill_missing_gradients
 from training.steps import Progress
 from training.targets.passes import training_loss
 from training.whole_checkpoint import train_whole
+from training.word_rows import make_word_rows
 
 logger = logging.getLogger(__name__)
 
@@ -315,6 +316,11 @@ def _make_learning_groups(
     dry.place(network.module, ledger, dry.NETWORK)
     _add_adapters(family, options, dit, ledger)
     groups, _ = network.parameter_groups(options.optimizer.learning_rate)
+    word_encoders = {} if texts is None else texts.taught_networks
+    word = make_word_rows(family, word_encoders, seed=0, device=torch.device("cpu"), with_values=False)
+    if word is not None:
+        dry.place(word.module, ledger, dry.NETWORK)
+        groups.append(word.group(options.optimizer.learning_rate))
     return groups
 
 

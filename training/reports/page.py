@@ -18,6 +18,8 @@ from modules.pages.language import counted, say, say_duration
 from modules.pages.page import link, write_page
 from modules.text_files import read_safetensors_texts
 from training.reports.history import SHOWN, Points, Start, Story, history_name
+from training.reports.scores import make_section as make_scores
+from training.reports.sections import PageSection
 
 if TYPE_CHECKING:
     from training.reports.sample_files import LoadClip  # only with samples
@@ -38,6 +40,8 @@ class PageParts:
 
     charts: Sequence[Callable[[Story, int], list[Chart]]] = ()
     tiles: Sequence[Callable[[Story], Tile | None]] = ()
+    # given the folder and name of a run, and its story: further parts of its page
+    sections: Sequence[Callable[[Path, str, Story], PageSection | None]] = ()
 
 
 NO_PARTS = PageParts()
@@ -70,8 +74,9 @@ def write_training_page(
 
     Raises OutputError if that fails.
     """
-    values = page_values(history.parent, story, standing, load=load, parts=parts)
-    write_page(path, TEMPLATE, f"{history_name(history)}: training", values)
+    name = history_name(history)
+    values = page_values(history.parent, story, standing, load=load, parts=parts, name=name)
+    write_page(path, TEMPLATE, f"{name}: training", values)
 
 
 def page_values(
@@ -81,13 +86,16 @@ def page_values(
     load: "LoadClip | None" = None,
     most: tuple[int, int] = (MOST_COLUMNS, MOST_PROMPTS),
     parts: PageParts = NO_PARTS,
+    name: str = "",
 ) -> dict[str, Any]:
     """Return the values of the template. folder: --output_dir. load: gives the clips, if the story has
-    samples. most: the largest number of columns and rows in the grid of samples. parts: of features.
+    samples. most: the largest number of columns and rows in the grid of samples. parts: of features. name:
+    --output_name, whose files next to the history are shown too.
     """
     from downloads.catalogue import model_title  # only for pages
 
     best = story.best_file(folder)
+    sections = [make(folder, name, story) for make in (make_scores, *parts.sections)]
     grid = None
     if load:
         from training.reports.sample_files import make_grid  # only with samples
@@ -103,6 +111,7 @@ def page_values(
         "grid": grid,
         "makes_samples": "sample_prompts" in dict(standing.start.changed),
         "charts": [draw_chart(chart) for chart in list_charts(story, parts)],
+        "sections": [section for section in sections if section is not None],
         "files": _files(story, folder, best),
         "advice": describe_best(story, best),
         "memory": story.memory,

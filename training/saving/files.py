@@ -21,6 +21,7 @@ from modules.text_files import real_path
 from training.reports.history import AVERAGE, history_path
 from training.reports.page import page_path
 from training.reports.sample_files import FOLDER as SAMPLES
+from training.reports.scores import scores_path
 from training.saving.options import SavingOptions
 
 logger = logging.getLogger(__name__)
@@ -41,12 +42,17 @@ class Names:
     # what ends the names of the files that are saved together: the names of experts; none if there is one
     parts: tuple[str, ...] = ()
     ending: str = SAFETENSORS  # of the files; "" if each model is a folder in diffusers' layout
+    beside: tuple[str, ...] = ()  # what ends the names of further files of each save: words
 
     def files(self, stem: str) -> dict[str, Path]:
         """Return the files that are saved together by the endings of their names: `x-000001_high_noise`."""
         if not self.parts:
             return {"": self.folder / f"{stem}{self.ending}"}
         return {part: self.folder / f"{stem}_{part}{self.ending}" for part in self.parts}
+
+    def files_beside(self, stem: str) -> dict[str, Path]:
+        """Return the further files of a save by the endings of their names: `x-000001_mycat`."""
+        return {word: self.folder / f"{stem}_{word}{SAFETENSORS}" for word in self.beside}
 
     def whole_stem(self, file: Path) -> str:
         """Return the name of a file without its ending."""
@@ -62,7 +68,8 @@ class Names:
     def pattern(self) -> str:
         average = f"(?:{re.escape(AVERAGE)})?"
         parts = f"_(?:{'|'.join(self.parts)})" if self.parts else ""
-        return average + parts + re.escape(self.ending)
+        words = f"(?:_(?:{'|'.join(map(re.escape, self.beside))}))?" if self.beside else ""
+        return average + parts + words + re.escape(self.ending)
 
 
 @dataclass(frozen=True)
@@ -196,7 +203,8 @@ class Saver:
         if self.write_average is not None:
             kinds = {AVERAGE: self.write_average, **kinds}
         for mark, write in kinds.items():
-            for part, path in self.names.files(f"{stem}{mark}").items():
+            files = self.names.files(f"{stem}{mark}") | self.names.files_beside(f"{stem}{mark}")
+            for part, path in files.items():
                 write(part, path)
                 logger.info("Saved %s", path)
                 written.append(path)
@@ -310,7 +318,11 @@ def find_results(names: Names) -> list[Path]:
     files = re.compile(start + number + replace(names, ending=SAFETENSORS).pattern)
     folders = re.compile(start + number + f"(?:{AVERAGE})?")  # models in diffusers' layout
     samples = re.compile(start + r"_(e?\d{6,})_(sheet\.png|\d{2,9}_\d{14}[\w.-]*)")
-    pages = {page_path(names.folder, names.name), history_path(names.folder, names.name)}
+    pages = {
+        page_path(names.folder, names.name),
+        history_path(names.folder, names.name),
+        scores_path(names.folder, names.name),
+    }
     results = []
     for entry in _entries(names.folder):
         if entry.is_dir():

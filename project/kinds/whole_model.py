@@ -1,23 +1,20 @@
-"""`new --whole_model`: train the weights of the model itself instead of a LoRA.
+"""`new --train whole`: train the weights of the model itself instead of a LoRA.
 
 Says which models that is possible for, which options such a run gets, and what it writes.
 """
 
 import shlex
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from downloads.catalogue import ModelSet
 from downloads.listing import gigabytes
-from modules.errors import OptionError
 from modules.installation import find_script
 from modules.speed_options import BASE_FORMS
 from project.fitting import transformer_bytes, transformers_of
+from project.kinds.contract import RunKind, drop_lora_options
 from project.options import times_of_steps
 
-# options of a LoRA's run that a whole model has no use for, by the beginning of their names
-OF_LORA = ("network_", "lora_format", "dit_dtype")
 FORMS = frozenset(switch for form in BASE_FORMS for switch in form.switches)  # of frozen weights
 # Source: the table in docs/whole_models.md. Nearly no optimizer states, and one gradient at a time
 RECIPE: Mapping[str, Any] = {
@@ -32,12 +29,6 @@ RECIPE: Mapping[str, Any] = {
 FREE = 3  # GiB of a card for activations of one picture of 1024 x 1024, with checkpointing
 SAVES = 4  # over the run: each is a whole model
 KEPT = 2  # saved files, and states, that are kept besides the result
-
-
-def find_whole_script(model: ModelSet) -> Path | None:
-    """Return the script that trains a model whole; None if there is none."""
-    words = whole_words(model)
-    return find_script(words[0]) if words else None
 
 
 def whole_words(model: ModelSet) -> list[str]:
@@ -56,7 +47,8 @@ def why_not_whole(model: ModelSet, memory: float) -> str | None:
     name = model.title
     if not model.data["fp8"]:
         return f"the file of {name} has weights in 8 bits, in which steps would be lost"
-    if find_whole_script(model) is None:
+    words = whole_words(model)
+    if not words or find_script(words[0]) is None:
         return f"{name} has no script that trains it whole"
     if len(transformers_of(model)) > 1:
         return f"{name} has two transformers, which are trained one at a time: see docs/wan22.md"
@@ -68,38 +60,31 @@ def why_not_whole(model: ModelSet, memory: float) -> str | None:
     return None
 
 
-def refuse_whole_model(model: ModelSet, memory: float) -> None:
-    """Raise OptionError if a model cannot be trained whole. memory: as in `why_not_whole`."""
-    reason = why_not_whole(model, memory)
-    if reason is not None:
-        raise OptionError(f"--whole_model: {reason}. Leave it out to train a LoRA, or choose another --task")
-
-
 def change_to_whole(values: Mapping[str, Any], memory: float) -> dict[str, Any]:
     """Return the options of a run that trains the whole model, from those of a LoRA's run.
 
     memory: GiB of the card; 0: a CPU, on which the weights stay in float32.
     """
-    kept = {name: value for name, value in values.items() if not name.startswith(OF_LORA)}
-    kept = {name: value for name, value in kept.items() if name not in FORMS}
+    kept = drop_lora_options(values, memory)
+    kept = {name: value for name, value in kept.items() if name not in FORMS and name != "dit_dtype"}
     recipe = dict(RECIPE)
     if memory:
         recipe["full_bf16"] = True
     return kept | recipe
 
 
-def trains_whole(values: Mapping[str, Any]) -> bool:
-    """Return whether the options of a run, by name, are those that `change_to_whole` has made."""
+def saves_models(values: Mapping[str, Any]) -> bool:
+    """Return whether the options of a run, by name, are those of a kind that `RunKind.saves_models`."""
     return "fused_backward_pass" in values and "network_module" not in values
 
 
-def derive_times(steps: int, is_whole: bool) -> dict[str, int]:
+def derive_times(steps: int, saves_models: bool) -> dict[str, int]:
     """Return the options that follow from the number of steps: saves, states, samples.
 
-    is_whole: of a training of the whole model, of which fewer saves are made and kept.
+    saves_models: see `RunKind`.
     """
     times = times_of_steps(steps)
-    if is_whole:
+    if saves_models:
         every = max(steps // SAVES, 1)
         kept = (KEPT - 1) * every
         times |= {"save_every_n_steps": every, "save_last_n_steps": kept, "save_last_n_steps_state": kept}
@@ -122,3 +107,14 @@ def describe_whole(model: ModelSet, memory: float) -> list[str]:
         f"The whole model is trained. Its weights: {fit}",
         f"Each saved file has {gigabytes(written)}; with the states output takes about {most}",
     ]
+
+
+WHOLE = RunKind(
+    name="whole",
+    title="the whole model",
+    find_words=whole_words,
+    why_not=why_not_whole,
+    change=change_to_whole,
+    describe=describe_whole,
+    saves_models=True,
+)

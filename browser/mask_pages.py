@@ -1,0 +1,203 @@
+"""The page on which masks are looked through, accepted, inverted, thrown away and corrected by a brush."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from browser.folder_tools import find_open_folder, list_media_folders_of
+from browser.mask_review import ADDRESS, CHANGES, MaskConflictError, MaskPicture, MaskReview
+from browser.responses import (
+    NOT_FOUND,
+    answer_body,
+    answer_json,
+    answer_not_found,
+    answer_not_found_page,
+    answer_template,
+)
+from browser.site import Site
+from data_tools.masks.places import MaskPlace
+from modules.errors import UserError
+from modules.pages.language import say
+from modules.text_files import parse_json
+
+DRAWN_ADDRESS = f"{ADDRESS}/drawn"
+MOST_OF_DRAWN = 32 << 20  # bytes of a drawn mask
+PART = 24  # media on a page for browsers without scripts
+
+
+class MaskPages:
+    """Show the masks of a folder, and change one."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        self.review = MaskReview(site.runs)
+
+    def find_folder(self, query: Mapping[str, str]) -> Path | None:
+        return find_open_folder(self.site.runs, query.get("folder", ""))
+
+    def show(self, request: Request) -> Response:
+        """Return the page: for one medium by a script; without scripts for PART media."""
+        query = request.query_params
+        folder = self.find_folder(query)
+        if folder is None:
+            return answer_not_found_page(request)
+        folders = [folder]
+        problem = ""
+        places: list[MaskPlace] = []
+        try:
+            folders = list_media_folders_of(self.site.runs, folder)
+            if len(folders) == 1:
+                places = self.review.places(folders[0])
+        except (UserError, OSError) as error:
+            problem = str(error)
+        first = read_number(query, "from", len(places))
+        values = {
+            "folder": folders[0] if len(folders) == 1 else folder,
+            "folders": folders,
+            "total": len(places),
+            "first": first,
+            "next": first + PART if first + PART < len(places) else None,
+            "items": [self.review.describe(folders[0], place) for place in places[first : first + PART]],
+            "can_write": not self.site.read_only,
+            "problem": problem,
+        }
+        return answer_template("masks.html", say("Masks"), values)
+
+    def show_item(self, request: Request) -> Response:
+        """Return one medium as JSON. Query: at, its place in the list."""
+        query = request.query_params
+        folder = self.find_folder(query)
+        if folder is None:
+            return answer_json({"error": NOT_FOUND}, 404)
+        try:
+            places = self.review.places(folder)
+            at = read_number(query, "at", len(places))
+            if not places:
+                return answer_json({"error": NOT_FOUND}, 404)
+            return answer_json(self.make_item(folder, places, at))
+        except (UserError, OSError) as error:
+            return answer_json({"error": str(error)}, 422)
+
+    def make_item(self, folder: Path, places: list[MaskPlace], at: int, error: str = "") -> dict[str, Any]:
+        """Return the JSON of a medium, its place in the list, and why nothing was done."""
+        return {
+            **self.review.describe(folder, places[at]),
+            "at": at,
+            "total": len(places),
+            "can_undo": self.review.has_changed(folder) and not self.site.read_only,
+            "error": error,
+        }
+
+    def show_picture(self, request: Request) -> Response:
+        return self._answer_picture(request, lambda place, number: self.review.read_picture(place, number))
+
+    def show_mask(self, request: Request) -> Response:
+        is_whole = "whole" in request.query_params
+        return self._answer_picture(
+            request, lambda place, number: self.review.read_mask(place, number, is_whole)
+        )
+
+    def _answer_picture(
+        self, request: Request, read: Callable[[MaskPlace, int], MaskPicture | None]
+    ) -> Response:
+        query = request.query_params
+        folder = self.find_folder(query)
+        try:
+            place = None if folder is None else self.review.find(folder, query.get("id", ""))
+            picture = None if place is None else read(place, read_number(query, "number"))
+        except (UserError, OSError, StopIteration):
+            picture = None
+        if picture is None:
+            return answer_not_found()
+        headers = {"cache-control": "private, max-age=31536000, immutable"}  # the address has a stamp
+        return Response(picture.content, media_type=picture.kind, headers=headers)
+
+    def change(self, request: Request, body: bytes) -> Response:
+        """Accept, invert or remove a mask, or undo the last change. The body has folder, id and have."""
+        what = request.path_params["what"]
+        try:
+            query = parse_json(body.decode())
+            texts = {name: str(query.get(name, "")) for name in ("folder", "id", "have")}
+        except (ValueError, AttributeError) as error:
+            return answer_json({"error": f"This is no request: {error}"}, 400)
+        if what not in (*CHANGES, "undo"):
+            return answer_json({"error": say("There is no such request.")}, 404)
+
+        def act(folder: Path, place: MaskPlace) -> None:
+            self.review.change(folder, place, what, texts["have"])
+
+        if what == "undo":
+            return self._undo(texts)
+        return self._answer_change(texts, act)
+
+    def draw(self, request: Request, body: bytes) -> Response:
+        """Take a mask that was drawn: the body is a PNG. Query: folder, id, have."""
+        query = request.query_params
+
+        def act(folder: Path, place: MaskPlace) -> None:
+            self.review.draw(folder, place, body, query.get("have", ""))
+
+        return self._answer_change(query, act)
+
+    def _answer_change(self, query: Mapping[str, str], act: Callable[[Path, MaskPlace], None]) -> Response:
+        """Change a mask, and return its medium as JSON, with the reason if nothing was done."""
+        folder = self.find_folder(query)
+        id = query.get("id", "")
+        place = None
+        try:
+            place = None if folder is None else self.review.find(folder, id)
+            if folder is None or place is None:
+                return answer_json({"error": NOT_FOUND}, 404)
+            act(folder, place)
+            status, error = 200, ""
+        except MaskConflictError:
+            status, error = 409, say("The mask has changed since: look at it again.")
+        except (UserError, OSError) as problem:
+            status, error = 422, str(problem)
+        return self._answer_item(folder, place, status, error)
+
+    def _undo(self, query: Mapping[str, str]) -> Response:
+        folder = self.find_folder(query)
+        if folder is None:
+            return answer_json({"error": NOT_FOUND}, 404)
+        try:
+            return self._answer_item(folder, self.review.undo(folder))
+        except (UserError, OSError) as problem:
+            return answer_json({"error": str(problem), "can_undo": self.review.has_changed(folder)}, 422)
+
+    def _answer_item(
+        self, folder: Path | None, place: MaskPlace | None, status: int = 200, error: str = ""
+    ) -> Response:
+        """Return a medium as JSON, as it is now."""
+        if folder is None or place is None:
+            return answer_json({"error": error or NOT_FOUND}, status if error else 404)
+        try:
+            places = self.review.places(folder)
+            at = [one.medium for one in places].index(place.medium)
+            return answer_json(self.make_item(folder, places, at, error), status)
+        except (UserError, OSError, ValueError) as problem:  # it is gone
+            return answer_json({"error": error or str(problem)}, max(status, 404))
+
+
+def read_number(query: Mapping[str, str], name: str, count: int | None = None) -> int:
+    """Return a number of a query, 0 for any other text. count: the number is below it, if it is not 0."""
+    text = query.get(name, "")
+    number = int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else 0
+    return number if count is None else max(0, min(number, count - 1))
+
+
+def mask_routes(site: Site) -> list[Route]:
+    """Return the routes of the page of masks."""
+    pages = MaskPages(site)
+    return [
+        Route(ADDRESS, pages.show),
+        Route(f"{ADDRESS}/item", pages.show_item),
+        Route(f"{ADDRESS}/picture", pages.show_picture),
+        Route(f"{ADDRESS}/mask", pages.show_mask),
+        Route(DRAWN_ADDRESS, answer_body(pages.draw), methods=["POST"]),
+        Route(f"{ADDRESS}/{{what}}", answer_body(pages.change), methods=["POST"]),
+    ]

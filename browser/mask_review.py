@@ -1,0 +1,303 @@
+"""Show the pictures and clips of a folder with their masks, and change a mask by a key or a brush."""
+
+import io
+import os
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from browser.described_folder import DATASET_FILE
+from browser.folder_tools import MEDIA_KEYS, read_tables
+from browser.names import short_digest
+from browser.runs import Runs
+from data_tools.masks.places import (
+    ACCEPTED,
+    MADE,
+    MaskPlace,
+    accept_mask,
+    find_mask_places,
+    invert_mask,
+    read_frame,
+    remove_mask,
+    replace_mask,
+    undo_change,
+)
+from modules.errors import MediaError, OptionError
+from modules.media.labels import MASK_LABEL, label_of
+from modules.media.reading import count_frames, first_frame, image_size, video_frames
+from modules.media.streams import source_info
+from modules.pages.language import say
+from modules.pages.page import encode_address, reduce_frame
+from modules.text_files import real_path
+
+ADDRESS = "/masks"
+LARGEST_SIDE = 1600  # pixels of a picture in the page; masks for the brush have all of theirs
+MOST_SHOTS = 60  # pictures in memory, some 200 KB each
+MOST_UNDONE = 1000
+# states of masks
+NONE, OF_PROGRAM, TAKEN, DRAWN, REMOVED = "none", "made", "accepted", "drawn", "removed"
+STATES = {
+    NONE: say("no mask"),
+    OF_PROGRAM: say("made by a program"),
+    TAKEN: say("accepted"),
+    DRAWN: say("drawn by hand"),
+    REMOVED: say("thrown away"),
+}
+CHANGES = {"accept": accept_mask, "invert": invert_mask, "remove": remove_mask}
+
+
+class MaskConflictError(Exception):
+    """Signal that a mask has changed since the page has read it."""
+
+
+@dataclass(frozen=True)
+class MaskPicture:
+    """What is to be sent of a picture, a clip or a mask."""
+
+    content: bytes
+    kind: str  # media type
+
+
+@dataclass
+class MaskReview:
+    """The masks of folders below the roots. Which one was changed last is kept until the server ends."""
+
+    runs: Runs
+    # media of a folder with the marks of their masks after a change, the last one last
+    _changed: dict[Path, list[tuple[Path, str]]] = field(default_factory=dict)
+    _shots: "OrderedDict[tuple[Path, int, int], bytes]" = field(default_factory=OrderedDict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)  # of changes
+    _two: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(2))  # decoded at once
+
+    def places(self, folder: Path) -> list[MaskPlace]:
+        """Return the places of a folder. Raises DatasetError if it cannot be listed."""
+        return find_mask_places(folder, find_masks_folder(self.runs, folder))
+
+    def find(self, folder: Path, id: str) -> MaskPlace | None:
+        """Return the place of a medium by its id, if all of it is below the roots."""
+        for place in self.places(folder):
+            if name_id(place) == id:
+                return place if self.is_open(place) else None
+        return None
+
+    def is_open(self, place: MaskPlace) -> bool:
+        """Return whether a medium, its mask and what is kept of it are below the roots, behind links too."""
+        paths = [place.medium, *place.masks]
+        paths += [path for path in (place.folder, place.before) if os.path.lexists(path)]
+        for mask in place.masks:
+            if mask.is_dir():
+                paths += [mask / entry.name for entry in os.scandir(mask) if entry.is_symlink()]
+        return all(self.runs.is_below(path) for path in paths)
+
+    def describe(self, folder: Path, place: MaskPlace) -> dict[str, Any]:
+        """Return the JSON of a medium and its mask."""
+        if not self.is_open(place):
+            fault = say("it is gone, or leads outside the folders that are shown")
+            return _as_json(place, NONE, fault)
+        state = find_state(place)
+        try:
+            numbers = list_shots(place)
+            size = image_size(place.medium) if place.kind == "image" else None
+        except (MediaError, OSError) as error:
+            return _as_json(place, state, str(error).replace(f"{place.medium} ", ""))
+        mark = mark_mask(place)
+        stamp = place.medium.stat().st_mtime_ns
+        shots = []
+        for number in numbers:
+            query = {"folder": folder, "id": name_id(place), "number": number}
+            shots.append(
+                {
+                    "number": number,
+                    "picture": f"{ADDRESS}/picture?{encode_address({**query, 'stamp': stamp})}",
+                    "mask": mark and f"{ADDRESS}/mask?{encode_address({**query, 'stamp': mark})}",
+                }
+            )
+        return {**_as_json(place, state, ""), "mark": mark, "size": size, "shots": shots}
+
+    def has_changed(self, folder: Path) -> bool:
+        """Return whether there is a change to undo in a folder."""
+        return bool(self._changed.get(folder))
+
+    def change(self, folder: Path, place: MaskPlace, what: str, have: str) -> None:
+        """Accept, invert or remove a mask. have: the mark that the page knows.
+
+        Raises MaskConflictError if the mask is another one now, UserError if it cannot be changed.
+        """
+        with self._lock:
+            self._require_unchanged(place, have)
+            CHANGES[what](place)
+            self._note(folder, place)
+
+    def draw(self, folder: Path, place: MaskPlace, png: bytes, have: str) -> None:
+        """Put a drawn mask of the picture's size in place of a picture's mask. Raises as `change`."""
+        with self._lock:
+            self._require_unchanged(place, have)
+            if place.kind != "image":
+                raise OptionError(say("A brush corrects the mask of a picture, not that of a clip."))
+            with self._two:
+                replace_mask(place, read_drawn(png, image_size(place.medium)))
+            self._note(folder, place)
+
+    def undo(self, folder: Path) -> MaskPlace:
+        """Take back the last change in a folder, and return its place. Raises OptionError if it cannot be."""
+        with self._lock:
+            changed = self._changed.get(folder)
+            if not changed:
+                raise OptionError(say("There is nothing to undo."))
+            medium, mark = changed.pop()
+            place = next((place for place in self.places(folder) if place.medium == medium), None)
+            if place is None or not self.is_open(place):
+                raise OptionError(say("%(name)s is gone.", name=medium.name))
+            if mark_mask(place) != mark or not undo_change(place):
+                raise OptionError(
+                    say(
+                        "%(name)s: only the last change of a mask can be undone, until a program changes it.",
+                        name=medium.name,
+                    )
+                )
+            return place.listed_anew()
+
+    def read_picture(self, place: MaskPlace, number: int) -> MaskPicture | None:
+        """Return a frame that `list_shots` lists, as JPEG; None for another one. Raises MediaError."""
+        numbers = list_shots(place)
+        if number not in numbers:
+            return None
+        stamp = place.medium.stat().st_mtime_ns
+        key = place.medium, stamp, number
+        with self._two:
+            if key not in self._shots:
+                for shown, frame in read_shots(place, numbers):
+                    self._shots[place.medium, stamp, shown] = _encode_jpeg(frame)
+                while len(self._shots) > MOST_SHOTS:
+                    self._shots.popitem(last=False)
+            content = self._shots.get(key)
+        return None if content is None else MaskPicture(content, "image/jpeg")
+
+    def read_mask(self, place: MaskPlace, number: int, is_whole: bool) -> MaskPicture | None:
+        """Return a mask as PNG: white, as opaque as it is bright. is_whole: not reduced. Raises as above."""
+        if place.mask is None:
+            return None
+        with self._two:
+            grey = read_frame(place.mask, number)
+            if not is_whole:
+                grey = reduce_frame(grey, LARGEST_SIDE)
+            white = np.full_like(grey, 255)
+            png = io.BytesIO()
+            Image.fromarray(np.dstack([white, grey])).save(png, format="PNG", compress_level=1)
+        return MaskPicture(png.getvalue(), "image/png")
+
+    def _note(self, folder: Path, place: MaskPlace) -> None:
+        changed = self._changed.setdefault(folder, [])
+        changed.append((place.medium, mark_mask(place.listed_anew())))
+        del changed[:-MOST_UNDONE]
+
+    def _require_unchanged(self, place: MaskPlace, have: str) -> None:
+        if mark_mask(place) != have:
+            raise MaskConflictError
+
+
+def name_id(place: MaskPlace) -> str:
+    return short_digest(place.medium.name)
+
+
+def mark_mask(place: MaskPlace) -> str:
+    """Return a text that changes when a mask does; empty if there is none."""
+    return "" if place.mask is None else str(place.mask.stat().st_mtime_ns)
+
+
+def find_state(place: MaskPlace) -> str:
+    """Return a key of STATES."""
+    if place.mask is None:
+        return REMOVED if place.is_removed else NONE
+    texts = place.texts()
+    if ACCEPTED in texts:
+        return TAKEN
+    return OF_PROGRAM if MADE in texts else DRAWN
+
+
+def list_shots(place: MaskPlace) -> list[int]:
+    """Return the frames that are shown: of a clip the first, the middle and the last. Raises MediaError."""
+    if place.kind == "image":
+        return [0]
+    count = source_info(place.medium).frames or count_frames(place.medium)
+    return sorted({0, count // 2, count - 1})
+
+
+def read_shots(place: MaskPlace, numbers: list[int]) -> list[tuple[int, NDArray[np.uint8]]]:
+    """Return frames of a medium with their numbers, reduced. Raises MediaError."""
+    if place.kind == "image":
+        return [(0, reduce_frame(first_frame(place.medium), LARGEST_SIDE))]
+    shots = []
+    for number, frame in enumerate(video_frames(place.medium)):
+        if number in numbers:
+            shots.append((number, reduce_frame(frame, LARGEST_SIDE)))
+        if number >= numbers[-1]:
+            break
+    return shots
+
+
+def read_drawn(png: bytes, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Return a mask that was drawn in a page, H W. size: width and height that it has to have.
+
+    Its pixels are decoded only if its header has the right size. Raises OptionError if it is no such PNG.
+    """
+    try:
+        with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
+            if image.size != size:
+                raise OptionError(
+                    say(
+                        "The mask is %(sent)s pixels, the picture %(size)s.",
+                        sent=" × ".join(map(str, image.size)),
+                        size=" × ".join(map(str, size)),
+                    )
+                )
+            on_black = Image.new("RGBA", size, "black")
+            on_black.alpha_composite(image.convert("RGBA"))
+            return np.asarray(on_black.convert("L"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise OptionError(say("What was sent is no PNG that can be read: %(error)s", error=error)) from None
+
+
+def find_masks_folder(runs: Runs, folder: Path) -> Path | None:
+    """Return where the masks of a folder lie; None: in its folder `masks`.
+
+    That is the mask_directory of a table for the folder in its dataset.toml, or in that of the folder above;
+    or the folder itself, if masks lie next to the pictures.
+    """
+    for config in (folder / DATASET_FILE, folder.parent / DATASET_FILE):
+        for table in read_tables(config) if runs.is_inside(config) else ():
+            media = [table.get(key) for key in MEDIA_KEYS]
+            is_of_folder = any(
+                isinstance(text, str) and real_path(config.parent / text) == folder for text in media
+            )
+            masks = table.get("mask_directory")
+            if is_of_folder and isinstance(masks, str) and runs.is_below(config.parent / masks):
+                return real_path(config.parent / masks)
+    has_masks_beside = any(label_of(Path(name).stem) == MASK_LABEL for name in os.listdir(folder))
+    return folder if has_masks_beside else None
+
+
+def _as_json(place: MaskPlace, state: str, fault: str) -> dict[str, Any]:
+    return {
+        "id": name_id(place),
+        "name": place.medium.name,
+        "kind": place.kind,
+        "state": state,
+        "state_text": STATES[state],
+        "fault": fault,
+        "mark": "",
+        "size": None,
+        "shots": [],
+    }
+
+
+def _encode_jpeg(frame: NDArray[np.uint8]) -> bytes:
+    jpeg = io.BytesIO()
+    Image.fromarray(frame[..., :3]).save(jpeg, format="JPEG", quality=85)
+    return jpeg.getvalue()

@@ -1,0 +1,204 @@
+"""Share a run with a friend: a link to its page, samples and saved files, and to nothing else.
+
+Whoever has the link may look, without the token of the page. Links end after some days, or when they are
+taken back. They are kept for this user alone, next to the page's own word.
+"""
+
+import hmac
+import json
+import secrets
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from browser.responses import (
+    Form,
+    answer_file,
+    answer_form,
+    answer_message,
+    answer_not_found,
+    answer_page,
+    answer_text,
+)
+from browser.run_views import HERE, POLICY, LiveStanding, drop_private, find_run_file, linked_clip
+from browser.runs import RUNNING, RunSummary
+from browser.site import Site
+from modules.errors import UserError
+from modules.pages.language import say
+from modules.pages.page import FILE_POLICY, render_page
+from modules.user_files import read_user_file, write_user_file
+from training.features.composing import parts_of_page
+from training.reports.page import TEMPLATE, page_values
+
+ADDRESS = "/shared/"  # of everything that needs no token
+FILE = "page_shares.json"  # of the user
+DAY = 60 * 60 * 24  # seconds
+USUAL_DAYS, MOST_DAYS = 7, 365
+MOST_SHARES = 200
+RELOAD_SECONDS = "60"  # after which a browser shows a running training anew
+ENDED = say("This link does not hold any more: ask for a new one.")
+MOST_SHOWN = (100, 30)  # columns and rows of the grid of samples
+# the page's own script, and samples of this server
+SHARED_POLICY = FILE_POLICY.replace("-src data:", "-src 'self' data:") + "; frame-ancestors 'none'"
+
+
+@dataclass(frozen=True)
+class ShareLink:
+    """A link to a run."""
+
+    word: str
+    run: str  # the run's id
+    end: float  # seconds since 1970
+
+    @property
+    def path(self) -> str:
+        return f"{ADDRESS}{self.word}/"
+
+    @property
+    def last_day(self) -> str:
+        return f"{datetime.fromtimestamp(self.end):%Y-%m-%d %H:%M}"
+
+
+class Shares:
+    """The links of this user that hold."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def list_all(self) -> list[ShareLink]:
+        """Return the links that have not ended. A file that is damaged holds none."""
+        try:
+            listed = json.loads(read_user_file(FILE) or "[]")
+            shares = [ShareLink(str(one["word"]), str(one["run"]), float(one["end"])) for one in listed]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            return []
+        return [share for share in shares if share.end > time.time()]
+
+    def find(self, word: str) -> ShareLink | None:
+        """Return the link with a word."""
+        found = [share for share in self.list_all() if _is_same(share.word, word)]
+        return found[0] if found else None
+
+    def of_run(self, run_id: str) -> list[ShareLink]:
+        return [share for share in self.list_all() if share.run == run_id]
+
+    def add(self, run_id: str, days: int) -> ShareLink:
+        """Make a link. Raises UserError if there are too many, OSError if it cannot be kept."""
+        share = ShareLink(secrets.token_urlsafe(24), run_id, time.time() + days * DAY)
+        with self._lock:
+            shares = self.list_all()
+            if len(shares) >= MOST_SHARES:
+                raise UserError(say("There are %(n)s links already: take some back", n=MOST_SHARES))
+            self._write([*shares, share])
+        return share
+
+    def take_back(self, run_id: str) -> None:
+        """Remove all links to a run. Raises OSError if that cannot be kept."""
+        with self._lock:
+            self._write([share for share in self.list_all() if share.run != run_id])
+
+    def _write(self, shares: Sequence[ShareLink]) -> None:
+        write_user_file(FILE, json.dumps([asdict(share) for share in shares]))
+
+
+def _is_same(word: str, typed: str) -> bool:
+    return hmac.compare_digest(word.encode(), typed.encode("utf-8", "replace"))
+
+
+def read_days(form: Form) -> int:
+    """Return the days that a link holds. Raises UserError if the field has no such number."""
+    text = "".join(form.get("days", ())).strip()
+    if not (text.isascii() and text.isdecimal() and 1 <= int(text[:9]) <= MOST_DAYS):
+        raise UserError(say("A link holds 1 to %(most)s days", most=MOST_DAYS))
+    return int(text)
+
+
+class SharePages:
+    """Show what is shared, and make and take back links."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        self.shares = Shares()
+
+    # ---- for a friend
+
+    def find(self, request: Request) -> RunSummary | None:
+        """Return the run that the word of an address shares."""
+        share = self.shares.find(request.path_params["word"])
+        return None if share is None else self.site.runs.find(share.run)
+
+    def show_page(self, request: Request) -> Response:
+        with self.site.runs.lock:
+            run = self.find(request)
+            if run is None or not run.history.exists():
+                return answer_text(ENDED, 401)
+            story = self.site.runs.open(run).story
+        now = LiveStanding.of(run, story)
+        values: dict[str, Any] = page_values(
+            run.history.parent, story, now.shown, load=linked_clip, most=MOST_SHOWN, parts=parts_of_page()
+        )
+        values["commands"] = ()
+        text = drop_private(render_page(TEMPLATE, run.name, values, SHARED_POLICY))
+        headers = {"content-security-policy": SHARED_POLICY, "x-robots-tag": "noindex"}
+        if now.state == RUNNING:
+            headers["refresh"] = RELOAD_SECONDS
+        return answer_page(text, headers=headers)
+
+    def show_file(self, request: Request) -> Response:
+        with self.site.runs.lock:
+            run = self.find(request)
+            if run is None:
+                return answer_text(ENDED, 401)
+            path = find_run_file(self.site.runs, run, request.path_params["name"])
+        return answer_not_found() if path is None else answer_file(path)
+
+    # ---- for the user
+
+    def render(self, run_id: str, origin: str, is_open: bool = False) -> str:
+        """Return the part of a run's page that shares it. origin: by which the page is reached."""
+        settings = self.site.settings
+        values: Mapping[str, Any] = {
+            "id": run_id,
+            "links": [(origin + share.path, share.last_day) for share in self.shares.of_run(run_id)],
+            "days": USUAL_DAYS,
+            "is_alone": settings.is_local and settings.public_origin is None,
+            "is_open": is_open,
+        }
+        return render_page(HERE / "sharing.html", "", values, POLICY)
+
+    def find_origin(self, request: Request) -> str:
+        """Return the address of this server for others."""
+        public_origin = self.site.settings.public_origin
+        return public_origin or f"http://{request.headers.get('host', '')}"
+
+    def change(self, request: Request, form: Form) -> Response:
+        """Make a link to a run, or take all of its links back."""
+        run_id = request.path_params["id"]
+        with self.site.runs.lock:
+            run = self.site.runs.find(run_id)
+        if run is None:
+            return answer_not_found()
+        try:
+            if "back" in form:
+                self.shares.take_back(run_id)
+            else:
+                self.shares.add(run_id, read_days(form))
+        except (UserError, OSError) as error:
+            return answer_message(str(error), is_refused=True)
+        return answer_page(self.render(run_id, self.find_origin(request), is_open=True))
+
+
+def share_routes(pages: SharePages) -> list[Route]:
+    """Return the routes of links. They come before the one of a run's files."""
+    return [
+        Route(f"{ADDRESS}{{word}}/", pages.show_page),
+        Route(f"{ADDRESS}{{word}}/{{name:path}}", pages.show_file),
+        Route("/run/{id}/share", answer_form(pages.change), methods=["POST"]),
+    ]

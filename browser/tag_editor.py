@@ -1,0 +1,190 @@
+"""Count the tags in the captions of a folder; rename or remove one in all of them, and undo that."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from browser.captions import CaptionConflictError, Captions
+from browser.folder_files import find_caption_file, list_names
+from browser.folder_tools import list_media_folders_of
+from browser.runs import Runs
+from modules.backups import keep_backup
+from modules.errors import OptionError
+from modules.pages.language import counted, join, say
+from modules.text_files import bad_character, real_path
+
+SEPARATOR = ","
+MOST_LETTERS = 200  # of a tag
+
+
+@dataclass(frozen=True)
+class TagChange:
+    """A tag that was renamed, and the captions that had it: the file of each, with its mark after that."""
+
+    old: str
+    new: str  # "": it was removed
+    marks: list[tuple[Path, str]] = field(default_factory=list)
+
+    @property
+    def about(self) -> str:
+        if self.new:
+            return counted(
+                len(self.marks),
+                "%(old)s became %(new)s in %(n)s caption.",
+                "%(old)s became %(new)s in %(n)s captions.",
+                old=self.old,
+                new=self.new,
+            )
+        return counted(
+            len(self.marks),
+            "%(old)s was removed from %(n)s caption.",
+            "%(old)s was removed from %(n)s captions.",
+            old=self.old,
+        )
+
+
+def split_line(line: str) -> list[str]:
+    """Return the tags in a line of a caption, without blanks round them."""
+    return [tag for part in line.split(SEPARATOR) if (tag := part.strip())]
+
+
+def rename_tag(text: str, old: str, new: str) -> str:
+    """Return a caption with another tag in place of one; a tag occurs once. new: "" removes it.
+
+    Lines without the tag stay as they are written.
+    """
+    lines = []
+    for line in text.split("\n"):
+        tags = split_line(line)
+        if old in tags:
+            renamed = [new if tag == old else tag for tag in tags]
+            line = f"{SEPARATOR} ".join(dict.fromkeys(tag for tag in renamed if tag))
+        lines.append(line)
+    return "\n".join(lines)
+
+
+@dataclass
+class TagEditor:
+    """Tags of folders below the roots. Changes are kept for undoing until the server ends."""
+
+    runs: Runs
+    captions: Captions = field(default_factory=Captions)
+    _changes: dict[Path, list[TagChange]] = field(default_factory=dict)  # by the folder
+
+    def count(self, folder: Path) -> "Counter[str]":
+        """Return in how many captions each tag is. Raises OSError if the folder cannot be read."""
+        counts: Counter[str] = Counter()
+        for _, text in self._read_captions(folder):
+            counts.update({tag for line in text.split("\n") for tag in split_line(line)})
+        return counts
+
+    def rename(self, folder: Path, old: str, new: str) -> str:
+        """Put a tag in place of another one in all captions of a folder; return what was done, in words.
+
+        new: "" removes it. The captions as they were are kept as .bak. A caption that would be empty stays.
+        Raises OptionError if a tag cannot be written or no caption has the old one, OutputError, OSError.
+        """
+        old, new = old.strip(), " ".join(new.split())
+        if bad_character(new) or SEPARATOR in new or len(new) > MOST_LETTERS:
+            raise OptionError(
+                say(
+                    "a tag is at most %(most_letters)s letters without a comma: rename to one tag at a time",
+                    most_letters=MOST_LETTERS,
+                )
+            )
+        change = TagChange(old, new)
+        num_emptied = 0
+        num_conflicts = 0
+        try:
+            for path, text in list(self._read_captions(folder)):
+                renamed = rename_tag(text, old, new)
+                if renamed == text:
+                    continue
+                if not renamed.strip():
+                    num_emptied += 1
+                    continue
+                try:
+                    change.marks.append((path, self._write(path, text, renamed)))
+                except CaptionConflictError:  # another program has just written it
+                    num_conflicts += 1
+        finally:  # a full disk may end it between two captions
+            if change.marks:
+                self._changes.setdefault(folder, []).append(change)
+        if not change.marks and not num_emptied and not num_conflicts:
+            raise OptionError(say("no caption has the tag %(tag)s (any more)", tag=old))
+        return join(" ", [change.about, *_list_left(num_emptied, num_conflicts)])
+
+    def _write(self, path: Path, text: str, renamed: str) -> str:
+        """Write a caption, keep the old one as .bak, and return the new mark. text: that it has now.
+
+        Raises CaptionConflictError if it has another one, and as `Captions.save`.
+        """
+        caption, mark, _ = self.captions.read(path)
+        if caption.text != text:
+            raise CaptionConflictError
+        keep_backup(path)
+        self.captions.save(path, renamed, mark)
+        return self.captions.read(path)[1]
+
+    def last_change(self, folder: Path) -> TagChange | None:
+        changes = self._changes.get(folder)
+        return changes[-1] if changes else None
+
+    def undo(self, folder: Path) -> str:
+        """Take back the last change of a folder's tags; return what was done, in words.
+
+        A caption that has changed since stays. Raises OptionError without a change, OutputError, OSError.
+        """
+        changes = self._changes.get(folder)
+        if not changes:
+            raise OptionError(say("There is nothing to undo."))
+        change = changes[-1]
+        num_kept = 0
+        for path, mark in change.marks:
+            try:
+                self.captions.undo(path, mark)
+            except (CaptionConflictError, LookupError):
+                num_kept += 1
+        changes.pop()
+        num_undone = len(change.marks) - num_kept
+        about = counted(num_undone, "%(n)s caption is as it was.", "%(n)s captions are as they were.")
+        return join(" ", [about, *_list_left(0, num_kept)])
+
+    def _read_captions(self, folder: Path) -> Iterator[tuple[Path, str]]:
+        """Yield each caption file of a folder that is below the roots, once, with its text.
+
+        Files that are not UTF-8 or cannot be read are left out: the page says so at each. Raises OSError.
+        """
+        for place in list_media_folders_of(self.runs, folder):
+            paths = dict.fromkeys(find_caption_file(place, name) for name in list_names(place))
+            for path in paths:
+                if not self.runs.is_inside(path):
+                    continue
+                path = real_path(path)
+                try:
+                    yield path, self.captions.read(path)[0].text
+                except (OSError, ValueError):
+                    continue
+
+
+def _list_left(num_emptied: int, num_conflicts: int) -> list[str]:
+    """Return what is to be said of captions that stayed as they were."""
+    lines = []
+    if num_emptied:
+        lines.append(
+            counted(
+                num_emptied,
+                "%(n)s has no other tag and stays as it is.",
+                "%(n)s have no other tag and stay as they are.",
+            )
+        )
+    if num_conflicts:
+        lines.append(
+            counted(
+                num_conflicts,
+                "%(n)s was written by another program meanwhile and stays.",
+                "%(n)s were written by another program meanwhile and stay.",
+            )
+        )
+    return lines

@@ -1,0 +1,200 @@
+"""Tags of a folder on the pages New and of a dataset: a model writes them, and they are edited together."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from starlette.responses import Response
+from starlette.routing import Route
+
+from browser.captioning import read_tries
+from browser.command_lines import format_command
+from browser.described_folder import is_described
+from browser.draft_changes import folder_routes
+from browser.folder_tools import FolderTool, find_open_folder, name_target, require_inside
+from browser.model_files import TaskFiles, find_task
+from browser.responses import answer_template, answer_unknown
+from browser.site import Site
+from browser.tag_editor import TagEditor
+from browser.tool_form import CHOICE, NUMBER, SWITCH, TEXT, ToolField, ToolForm, give_value
+from data_tools.tags.options import TaggerOptions, TagWordOptions, ThresholdOptions
+from modules.errors import OptionError, UserError
+from modules.pages.language import say
+
+TRIED = 5  # files of a try
+MOST_TAGS = 60  # that are shown at once
+FAMILY, TASK = "tools", "wd_tagger"  # of the catalogue's model
+FORM = ToolForm(
+    name="tag",
+    script="tools/tag.py",
+    fields=(
+        ToolField("thresh", say("Least probability"), NUMBER, ThresholdOptions),
+        ToolField("character_threshold", say("of characters"), NUMBER, ThresholdOptions),
+        ToolField("always_first_tags", say("Always first"), TEXT, TagWordOptions),
+        ToolField("undesired_tags", say("Never written"), TEXT, ThresholdOptions),
+        ToolField("num_frames", say("Frames of a clip"), NUMBER, TaggerOptions),
+        ToolField(
+            "join_frames",
+            say("A tag of a clip counts"),
+            CHOICE,
+            TaggerOptions,
+            {"": say("by its best frame"), "mean": say("by the mean of its frames")},
+        ),
+        ToolField(
+            "which",
+            say("Captions"),
+            CHOICE,
+            None,
+            {
+                "": say("only those that are missing"),
+                "fill_empty": say("empty ones too"),
+                "overwrite": say("those that a program wrote again"),
+                "append_tags": say("behind all existing ones, kept as .bak"),
+            },
+        ),
+        ToolField("character_tags_first", say("characters first"), SWITCH, TagWordOptions),
+        ToolField("remove_underscore", say("blanks for underscores"), SWITCH, TagWordOptions),
+        ToolField("use_rating_tags", say("with a rating"), SWITCH, ThresholdOptions),
+    ),
+)
+
+
+class TagPages:
+    """Show the part of a page about the tags of a folder, and do what its buttons ask for."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        self.tool = FolderTool(site, FORM.script, "trytags")
+        self.editor = TagEditor(site.runs)
+
+    def show(self, folder: Path, query: Mapping[str, str]) -> Response:
+        return self.answer(folder, query, query.get("part", ""))
+
+    def answer(
+        self, folder: Path, texts: Mapping[str, str], part: str = "", said: str = "", refused: str = ""
+    ) -> Response:
+        """Return the part of the page. texts: of the form. part: of it, form, progress or editor; "" is all.
+
+        said: what was done. refused: why a button did nothing.
+        """
+        values: dict[str, Any] = {
+            "folder": folder,
+            "part": part,
+            "said": said,
+            "refused": refused,
+            "can_write": not self.site.read_only,
+            "form": FORM,
+            "texts": texts,
+            "tried": TRIED,
+        }
+        if part in ("", "form"):
+            values |= self.collect_form(folder, texts)
+        if part in ("", "progress"):
+            values |= self.collect_progress(folder)
+        if part in ("", "editor"):
+            counts = self.editor.count(folder)
+            values |= {
+                "tags": counts.most_common(MOST_TAGS),
+                "num_tags": len(counts),
+                "change": self.editor.last_change(folder),
+            }
+        return answer_template("tags.html", say("Tags"), values, is_refused=refused != "")
+
+    def collect_form(self, folder: Path, texts: Mapping[str, str]) -> dict[str, Any]:
+        """Return the values for the form: the model, and the commands that the form stands for."""
+        try:
+            lines = [
+                format_command(self.make_words(folder, texts, try_on), folder) for try_on in (TRIED, None)
+            ]
+        except OptionError as error:
+            lines = [str(error)] * 2
+        return {"model": self.find_model(), "model_place": self.name_model(), "lines": lines}
+
+    def collect_progress(self, folder: Path) -> dict[str, Any]:
+        trying = self.tool.find_try(folder)
+        return {
+            "trying": trying,
+            "tries": read_tries(trying, folder),
+            "job": self.tool.find_job(folder),
+            "is_paused": self.site.queue.worker == "",
+        }
+
+    def find_model(self) -> TaskFiles | None:
+        """Return the tagger of the catalogue, and what of it is on disk."""
+        return find_task(self.site.models, FAMILY, TASK)
+
+    def name_model(self) -> str:
+        """Return the folder that the catalogue's tagger is loaded into."""
+        model = self.find_model()
+        assert model is not None  # a test reads the catalogue
+        return str((self.site.models / model.parts[0].path).absolute())
+
+    def make_words(self, folder: Path, texts: Mapping[str, str], try_on: int | None = None) -> list[str]:
+        """Return the command. texts: of the form. try_on: print the tags of so many files instead.
+
+        Raises OptionError for a text that a field cannot have.
+        """
+        words = FORM.make_words(name_target(folder), texts)
+        words += give_value("model_dir", texts.get("model", "").strip() or self.name_model())
+        if not is_described(folder) and _has_only(folder, ".caption"):
+            words += ["--caption_extension", ".caption"]
+        return words if try_on is None else [*words, "--try_on", str(try_on)]
+
+    def change(self, folder: Path, what: str, fields: Mapping[str, str]) -> Response:
+        """Do what a button asks for, and show its part of the page again."""
+        part = "editor" if what in ("rename", "remove", "undo") else "progress"
+        try:
+            said = self.carry_out(folder, what, fields)
+        except (UserError, OSError, ValueError) as error:
+            return self.answer(folder, fields, part, refused=str(error))
+        return answer_unknown() if said is None else self.answer(folder, fields, part, said)
+
+    def carry_out(self, folder: Path, what: str, fields: Mapping[str, str]) -> str | None:
+        """Do what a button asks for; return what was done, in words, or None if there is no such button.
+
+        Raises UserError, OSError or ValueError.
+        """
+        tag, name = fields.get("tag", ""), fields.get("name", "")
+        match what:
+            case "rename" if not name.strip():
+                raise OptionError(say("Type the new name of the tag, or press Remove."))
+            case "rename":
+                return self.editor.rename(folder, tag, name)
+            case "remove":
+                return self.editor.rename(folder, tag, "")
+            case "undo":
+                return self.editor.undo(folder)
+            case "try":
+                self.require_ready(folder, fields)
+                self.tool.start_try(folder, self.make_words(folder, fields, TRIED))
+            case "write":
+                self.require_ready(folder, fields)
+                self.tool.start(folder, self.make_words(folder, fields))
+            case "stop":
+                self.tool.stop(folder)
+            case "go_on":
+                self.tool.go_on(folder)
+            case _:
+                return None
+        return ""
+
+    def require_ready(self, folder: Path, fields: Mapping[str, str]) -> None:
+        """Raise OptionError if the model is to be loaded first, or files of the dataset are outside."""
+        if is_described(folder):
+            require_inside(self.site.runs, folder)
+        model = self.find_model()
+        if not fields.get("model", "").strip() and (model is None or not model.is_there):
+            raise OptionError(
+                say("%(missing)s is missing: load the model first (Models).", missing=self.name_model())
+            )
+
+
+def _has_only(folder: Path, suffix: str) -> bool:
+    """Return whether the captions of a folder end in a suffix, and none in .txt. Raises OSError."""
+    suffixes = {path.suffix for path in folder.iterdir()}
+    return suffix in suffixes and ".txt" not in suffixes
+
+
+def tag_routes(site: Site) -> list[Route]:
+    """Return the routes of the part about tags."""
+    return folder_routes(site, "tags", TagPages(site), find_open_folder)

@@ -1,0 +1,157 @@
+"""Take a large file in pieces, so that an upload that breaks goes on from where it was.
+
+The pieces are joined in a hidden file in the folder of the file, whose name tells the file's name, size and
+time. When it is whole, it is judged and renamed as any dropped file is. What nobody goes on with is removed
+after a day, when the next file arrives in that folder.
+"""
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from browser.folders import read_media_folder
+from browser.names import short_digest
+from browser.responses import answer_json
+from browser.uploads import MOST_DIGITS, FileUploads, remove_empty
+from modules.atomic_write import atomic_files
+from modules.errors import OptionError, UserError
+from modules.pages.language import say
+
+ADDRESS = "/new/piece"
+PIECE_BYTES = 16 << 20
+SUFFIX = ".part"
+OLD_SECONDS = 60 * 60 * 24
+
+
+@dataclass(frozen=True)
+class Arriving:
+    """A file of which a piece arrives. size: of the whole file, in bytes."""
+
+    folder: Path
+    name: str
+    size: int
+    changed: str  # when it was changed, as its browser says
+
+    @property
+    def part(self) -> Path:
+        """Return the path of the file in which its pieces are joined."""
+        digest = short_digest(repr((self.name, self.size, self.changed)))
+        return self.folder / f".{self.name[:100]}.{digest}{SUFFIX}"
+
+    def count_bytes(self) -> int:
+        """Return how many bytes of it are there. Raises OptionError if another kind of file has its name."""
+        if not self.part.exists() and not self.part.is_symlink():
+            return 0
+        if self.part.is_symlink() or not self.part.is_file():
+            raise OptionError(say("%(path)s is in the way: remove it", path=self.part))
+        return self.part.stat().st_size
+
+
+class PieceUploads:
+    """Take the pieces that a page sends, one after the other."""
+
+    def __init__(self, uploads: FileUploads) -> None:
+        self.uploads = uploads
+        self._lock = threading.Lock()
+        self._busy: set[Path] = set()  # files that a piece is being added to
+
+    async def take(self, request: Request) -> Response:
+        """Add the piece in the body; return how many bytes are there, or what `FileUploads.take` does.
+
+        The query names the file, its folder, its size, when it was changed, and where the piece begins.
+        """
+        try:
+            arriving = await run_in_threadpool(self.find, request)
+            begin = _read_number(request, "at")
+            with self.claim(arriving.part):
+                there = await run_in_threadpool(arriving.count_bytes)
+                if begin != there:  # a piece came twice, or was lost
+                    return answer_json({"at": there, "folder": str(arriving.folder)})
+                await run_in_threadpool(_remove_old, arriving.folder)
+                there = await self.add(request, arriving)
+                if there < arriving.size:
+                    return answer_json({"at": there, "folder": str(arriving.folder)})
+                await run_in_threadpool(self.finish, arriving)
+        except (UserError, OSError) as error:
+            return answer_json({"error": str(error)}, 422)
+        media_folder = await run_in_threadpool(read_media_folder, arriving.folder)
+        words = "" if media_folder is None else media_folder.words
+        return answer_json({"folder": str(arriving.folder), "words": words})
+
+    def show(self, request: Request) -> Response:
+        """Return how many bytes of a file are there."""
+        try:
+            arriving = self.find(request)
+            return answer_json({"at": arriving.count_bytes(), "folder": str(arriving.folder)})
+        except (UserError, OSError) as error:
+            return answer_json({"error": str(error)}, 422)
+
+    def find(self, request: Request) -> Arriving:
+        """Return the file that a request names. Raises UserError if it is not taken."""
+        query = request.query_params
+        arriving = Arriving(
+            folder=self.uploads.find_target(query.get("into", "")),
+            name=query.get("name", ""),
+            size=_read_number(request, "size"),
+            changed=query.get("changed", "")[:MOST_DIGITS],
+        )
+        self.uploads.check_room(arriving.folder, arriving.name, arriving.size)
+        return arriving
+
+    @contextlib.contextmanager
+    def claim(self, path: Path) -> Iterator[None]:
+        """Keep a file for one request. Raises OptionError if another one adds to it."""
+        with self._lock:
+            if path in self._busy:
+                raise OptionError(say("%(name)s arrives from another page too", name=path.name))
+            self._busy.add(path)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._busy.discard(path)
+
+    async def add(self, request: Request, arriving: Arriving) -> int:
+        """Write the body of a request behind what is there; return how many bytes there are then.
+
+        A body that breaks off leaves what has arrived of it.
+        """
+        arriving.folder.mkdir(parents=True, exist_ok=True)
+        with arriving.part.open("ab", buffering=0) as file:
+            with contextlib.suppress(ClientDisconnect):
+                async for chunk in request.stream():
+                    room = arriving.size - file.tell()
+                    await run_in_threadpool(file.write, chunk[:room])
+            return file.tell()
+
+    def finish(self, arriving: Arriving) -> None:
+        """Judge a whole file, and give it its name. Raises UserError if it is refused: then it is gone."""
+        try:
+            with atomic_files(arriving.folder / arriving.name) as temporary:
+                path = temporary / arriving.name
+                arriving.part.replace(path)
+                self.uploads.judge(path, arriving.folder)
+        except BaseException:
+            remove_empty(arriving.folder)
+            raise
+
+
+def _read_number(request: Request, name: str) -> int:
+    text = request.query_params.get(name, "")
+    if not (text.isascii() and text.isdecimal()) or len(text) > MOST_DIGITS:
+        raise OptionError(say("A piece of a file comes without %(name)s", name=name))
+    return int(text)
+
+
+def _remove_old(folder: Path) -> None:
+    """Remove what was begun more than a day ago."""
+    for path in folder.glob(f".*{SUFFIX}"):
+        if path.lstat().st_mtime < time.time() - OLD_SECONDS:
+            path.unlink(missing_ok=True)

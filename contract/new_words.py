@@ -1,0 +1,85 @@
+"""What a training asks of a family whose text encoders can learn the vectors of a new word.
+
+Standard library only, as options are checked by it.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, TypeGuard
+
+if TYPE_CHECKING:  # --help does without torch
+    from contract.family import Described, Family
+    from contract.made_networks import MadeNetwork
+
+MOST_VECTORS = 75  # a text encoder reads so many tokens at a time
+STRANGE = '()[]{}|,:\\/<>*?"'  # in a word: prompts or names of files read them otherwise
+
+
+@dataclass(frozen=True)
+class WordFlags:
+    """The options of a script that describe a new word, as they are typed."""
+
+    word: str
+    count: str
+    init_word: str
+    weights: str
+    rate: str
+    without_captions: str = ""  # the option that learns a word without captions, if the script has one
+
+
+@dataclass(frozen=True)
+class WordToLearn:
+    """A new word of captions and prompts, and what its vectors begin with."""
+
+    text: str
+    count: int  # of its vectors
+    flags: WordFlags
+    init_word: str | None = None  # known words, whose vectors it begins with; None: random vectors
+    weights: Path | None = None  # a file of the word; it comes before `init_word`
+    # next to another network that learns
+    rate: float | None = None  # of its vectors; None: as the network
+    until: float = 1.0  # share of the steps in which they learn
+    has_file: bool = False  # they are saved alone too
+
+
+@dataclass(frozen=True)
+class TaughtWord:
+    """A word that the text encoders of a family learn next to another network."""
+
+    word: WordToLearn
+    network: "MadeNetwork"  # of its vectors
+
+
+class LearnsWords(Protocol):
+    """A family whose text encoders can learn the vectors of a new word next to a network."""
+
+    def with_new_word(self, word: WordToLearn) -> "Family": ...  # they have rows for it
+
+    @property
+    def taught_word(self) -> TaughtWord | None: ...  # None: none is learned
+
+
+def learns_words(family: "Described") -> TypeGuard[LearnsWords]:
+    return family.can.learn_words
+
+
+def taught_word_of(family: "Described") -> TaughtWord | None:
+    """Return the word that a family learns next to another network; None if there is none."""
+    return family.taught_word if learns_words(family) else None
+
+
+def find_fault(word: str) -> str:
+    """Return why a text cannot be a new word, with what to do; "" if it can."""
+    if not word or word.split() != [word]:
+        return "has blanks or is empty: it is one word. Give one such as mycat"
+    if word != word.lower():
+        return f"has capitals, which the text encoders read as small letters. Give {word.lower()}"
+    if word[-1].isdigit():
+        return (
+            "ends with a digit: with one behind it, a word means one of its vectors. Give another, such as "
+            f"{word.rstrip('0123456789') or 'mycat'}"
+        )
+    strange = next((letter for letter in word if letter in STRANGE), None)
+    if strange is not None:
+        return f"holds {strange}, which prompts or file names read otherwise. Give a word of letters, - and _"
+    return ""

@@ -1,0 +1,18 @@
+"""Walk through folders of pictures and clips."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from modules.media.labels import MASK_FOLDERS
+
+
+def walk_folders(folder: Path, is_recursive: bool) -> Iterator[Path]:
+    """Yield a folder and, if asked for, those below it, sorted, without hidden ones and those of masks."""
+    yield folder
+    if is_recursive:
+        for parent, names, _ in os.walk(folder):
+            names[:] = sorted(
+                name for name in names if not name.startswith(".") and name.lower() not in MASK_FOLDERS
+            )
+            yield from (Path(parent, name) for name in names)

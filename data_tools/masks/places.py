@@ -1,0 +1,336 @@
+"""Know which mask belongs to which picture or clip of a folder, and change one mask as a person decides.
+
+The mask of `cat.jpg` is `masks/cat.png`; that of `dance.mp4` is the folder `masks/dance`, with a picture for
+each frame. Next to their pictures masks are `cat-masklabel.png` and `dance-masklabel`, as OneTrainer names
+them. A made mask says in a text of its PNG (of a folder: of the first picture) how it was made; a mask
+without it was drawn by a person. Before a mask changes, it is copied into the hidden folder `.before` next to
+it, from where the last change of each mask can be undone. Imports no torch.
+"""
+
+import contextlib
+import itertools
+import os
+import shutil
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from dataset.sources.mask_files import is_of_shape, masks_by_stem
+from modules.atomic_write import atomic_folder, explain_errors, temporary_name
+from modules.errors import DatasetError, MediaError
+from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
+from modules.media.labels import MASK_LABEL, label_of
+from modules.media.reading import (
+    VIDEO_SUFFIXES,
+    count_frames,
+    folder_images,
+    frame_size,
+    image_suffixes,
+    is_still,
+    read_mask,
+    read_tags,
+    video_frames,
+)
+from modules.media.writing import write_png
+from modules.text_files import real_path
+
+Grey = NDArray[np.uint8]  # H W, white is learned
+Kind = Literal["image", "video"]
+FOLDER_NAME = "masks"  # of the masks, inside the folder of the pictures
+BEFORE = ".before"
+MADE, ACCEPTED = "mask", "mask_accepted"  # names of texts in a mask
+
+
+@dataclass(frozen=True)
+class MaskPlace:
+    """A picture or clip with the place of its mask, as it was when the folder was listed."""
+
+    medium: Path
+    kind: Kind
+    masks: tuple[Path, ...]  # files or folders that the dataset takes for its mask; more than one is a fault
+    folder: Path  # of masks
+    name: str  # of its mask without suffix
+
+    @property
+    def mask(self) -> Path | None:
+        """Return the mask; None: there is none."""
+        return self.masks[0] if self.masks else None
+
+    @property
+    def before(self) -> Path:
+        """Return the folder with the mask as it was before its last change; empty: there was none."""
+        return self.folder / BEFORE / self.medium.name
+
+    @property
+    def is_removed(self) -> bool:
+        """Return whether a person has removed the mask, which is kept until another one is made."""
+        return not self.masks and self.before.is_dir() and any(self.before.iterdir())
+
+    def target(self, moves: bool) -> Path:
+        """Return where to write a mask. moves: it has a picture for each frame."""
+        return self.folder / (self.name if moves else f"{self.name}.png")
+
+    def texts(self) -> dict[str, str]:
+        """Return the texts of the mask; of one that cannot be read none."""
+        with contextlib.suppress(MediaError, OSError):
+            if self.mask is not None:
+                return read_tags(folder_images(self.mask)[0] if self.mask.is_dir() else self.mask)
+        return {}
+
+    def listed_anew(self) -> "MaskPlace":
+        """Return the place as it is now."""
+        return _list_places([(self.medium, self.kind)], self.folder)[0]
+
+
+def find_mask_places(folder: Path, masks: Path | None = None) -> list[MaskPlace]:
+    """Return a place for each picture and clip of a folder, sorted; folders in it are not looked into.
+
+    masks: the folder of masks; None: FOLDER/masks. If it is the folder of the pictures, masks lie next to
+    them. Raises DatasetError if the folder cannot be listed.
+    """
+    return _list_places(list_media(folder), folder / FOLDER_NAME if masks is None else masks)
+
+
+def find_mask_place(medium: Path, masks: Path | None = None) -> MaskPlace:
+    """Return the place of one picture's or clip's mask. masks: see `find_mask_places`."""
+    folder = medium.parent / FOLDER_NAME if masks is None else masks
+    return _list_places([(medium, _kind_of(medium))], folder)[0]
+
+
+def list_media(folder: Path) -> list[tuple[Path, Kind]]:
+    """Return the pictures and clips of a folder, sorted, without hidden ones, masks and condition images.
+
+    An animated GIF or WebP is a clip. Raises DatasetError if the folder cannot be listed.
+    """
+    suffixes = image_suffixes() | VIDEO_SUFFIXES | ANIMATION_SUFFIXES
+    try:
+        paths = sorted(folder.iterdir())
+    except OSError as error:
+        raise DatasetError(f"{folder} cannot be listed: {error.strerror or error}") from None
+    return [
+        (path, _kind_of(path))
+        for path in paths
+        if path.suffix.lower() in suffixes
+        and not path.name.startswith(".")
+        and label_of(path.stem) is None
+        and path.is_file()
+    ]
+
+
+def _kind_of(path: Path) -> Kind:
+    if path.suffix.lower() in VIDEO_SUFFIXES:
+        return "video"
+    try:
+        return "video" if is_animation(path) else "image"
+    except MediaError:  # it is reported when it is read
+        return "image"
+
+
+def _list_places(media: Sequence[tuple[Path, Kind]], folder: Path) -> list[MaskPlace]:
+    entries: list[Path] = []
+    with contextlib.suppress(FileNotFoundError):
+        entries = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+    is_beside = any(real_path(folder) == real_path(medium.parent) for medium, _ in media[:1])
+    by_kind: dict[str, Mapping[str, Sequence[Path]]] = {
+        kind: masks_by_stem(entries, kind, is_beside) for kind in {kind for _, kind in media}
+    }
+    label = MASK_LABEL if is_beside else ""
+    return [
+        MaskPlace(medium, kind, tuple(by_kind[kind].get(medium.stem, ())), folder, medium.stem + label)
+        for medium, kind in media
+    ]
+
+
+def mask_line(folder: Path) -> str:
+    """Return the line of a dataset's file that makes it read a folder of masks."""
+    return f'mask_directory = "{folder.as_posix()}"'
+
+
+# --- reading and writing
+# ------------------------------------------------------------------------------------------------------------
+
+
+def read_frames(mask: Path) -> Iterator[Grey]:
+    """Yield the frames of a mask, each H W: one of a picture, all of a clip or folder. Raises MediaError."""
+    if mask.is_dir():
+        yield from (as_grey(read_mask(image)) for image in folder_images(mask))
+    elif is_still(mask):
+        yield as_grey(read_mask(mask))
+    else:
+        yield from (as_grey(frame) for frame in video_frames(mask))
+
+
+def read_frame(mask: Path, number: int) -> Grey:
+    """Return one frame of a mask, H W; of a shorter mask the last. Raises MediaError."""
+    if mask.is_dir():
+        images = folder_images(mask)
+        return as_grey(read_mask(images[min(number, len(images) - 1)]))
+    frames = itertools.islice(read_frames(mask), number + 1)
+    return deque(frames, maxlen=1)[0]  # a clip without frames is a MediaError
+
+
+def as_grey(pixels: NDArray[np.uint8]) -> Grey:
+    """Return a picture, H W 3 or H W, in grey, H W, as the dataset does with masks."""
+    if pixels.ndim == 2:
+        return pixels
+    return np.asarray(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), np.uint8)
+
+
+class _AllBlackError(Exception):
+    """No frame of a new mask has anything that is learned."""
+
+
+def write_mask(place: MaskPlace, frames: Iterable[Grey], moves: bool, texts: Mapping[str, str]) -> bool:
+    """Write a mask in place of the one that is there, which is kept; return whether it was written.
+
+    frames: H W each; without `moves` one. If all of them are black, nothing changes, for such a mask teaches
+    nothing. texts: for the PNG, of a folder for its first. Raises OutputError if it cannot be written, and
+    what `frames` raise.
+    """
+    target = place.target(moves)
+    try:
+        if moves:
+            with atomic_folder(target) as temporary:
+                _write_frames(temporary, frames, texts)
+                keep_before(place)
+        else:
+            (grey,) = frames
+            if not grey.any():
+                return False
+            keep_before(place)
+            write_png(target, grey, texts)
+    except _AllBlackError:
+        return False
+    if place.mask is not None and place.mask != target:
+        _delete(place.mask)
+    return True
+
+
+def _write_frames(folder: Path, frames: Iterable[Grey], texts: Mapping[str, str]) -> None:
+    """Write frames, H W each, into a folder. Raises _AllBlackError if all of them are black."""
+    has_white = False
+    for number, grey in enumerate(frames):
+        has_white = has_white or bool(grey.any())
+        write_png(folder / f"{number:06}.png", grey, texts if number == 0 else None)
+    if not has_white:
+        raise _AllBlackError
+
+
+def keep_before(place: MaskPlace) -> None:
+    """Copy the mask to where `undo_change` finds it, in place of an earlier copy. Raises OutputError."""
+    with atomic_folder(place.before) as temporary:
+        if place.mask is None:
+            return
+        copy = temporary / place.mask.name
+        if place.mask.is_dir():
+            shutil.copytree(place.mask, copy)
+        else:
+            shutil.copyfile(place.mask, copy)
+
+
+def _delete(path: Path) -> None:
+    """Delete a file or a folder, which vanishes at once. Raises OutputError."""
+    with explain_errors(path):
+        if path.is_dir() and not path.is_symlink():
+            waste = temporary_name(path)
+            os.replace(path, waste)
+            shutil.rmtree(waste, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+# --- what a person does with a mask
+# ------------------------------------------------------------------------------------------------------------
+
+
+def is_reviewed(place: MaskPlace) -> bool:
+    """Return whether a person has drawn, changed or accepted the mask; False if there is none."""
+    texts = place.texts()
+    return place.mask is not None and (ACCEPTED in texts or MADE not in texts)
+
+
+def accept_mask(place: MaskPlace) -> None:
+    """Note in a made mask that a person has accepted it, so that no run makes it again.
+
+    Raises DatasetError if there is no mask, MediaError and OutputError.
+    """
+    mask = _require_mask(place)
+    if is_reviewed(place):
+        return
+    first = folder_images(mask)[0] if mask.is_dir() else mask
+    keep_before(place)
+    write_png(first, as_grey(read_mask(first)), {**place.texts(), ACCEPTED: "yes"})
+
+
+def invert_mask(place: MaskPlace) -> None:
+    """Learn what was not learned and the reverse. The mask counts as drawn by a person from then on.
+
+    Raises DatasetError if there is no mask or nothing would be learned, MediaError and OutputError.
+    """
+    mask = _require_mask(place)
+    inverted = (255 - grey for grey in read_frames(mask))
+    if not write_mask(place, inverted, moves=not is_still(mask), texts={}):
+        raise DatasetError(f"{mask} is all white: inverted, nothing of {place.medium.name} would be learned")
+
+
+def remove_mask(place: MaskPlace) -> None:
+    """Remove the mask; runs do not make it again unless they are asked to replace masks.
+
+    Raises DatasetError if there is no mask, OutputError.
+    """
+    mask = _require_mask(place)
+    keep_before(place)
+    _delete(mask)
+
+
+def replace_mask(place: MaskPlace, pixels: NDArray[np.uint8], number: int | None = None) -> None:
+    """Put a mask that a person drew in place of the one that is there, or where there was none.
+
+    pixels: H W or H W 3, white is learned. number: of the one frame of a clip that it is for, counted from 0;
+    None: for the whole picture or clip. Raises DatasetError if it has another shape than its picture or clip,
+    if the clip has no mask with such a frame, or if nothing would be learned; MediaError and OutputError.
+    """
+    grey = as_grey(pixels)
+    mask_size, size = (grey.shape[1], grey.shape[0]), frame_size(place.medium)
+    if not is_of_shape(mask_size, size):
+        raise DatasetError(
+            f"The mask has {mask_size[0]}x{mask_size[1]} pixels, {place.medium.name} {size[0]}x{size[1]}: "
+            "they need the same shape"
+        )
+    if number is None:
+        frames: Iterable[Grey] = [grey]
+    else:
+        mask = _require_mask(place)
+        if is_still(mask) or not 0 <= number < count_frames(mask):
+            raise DatasetError(f"{mask} has no frame {number}, so that it cannot be replaced")
+        frames = (grey if index == number else old for index, old in enumerate(read_frames(mask)))
+    if not write_mask(place, frames, moves=number is not None, texts={}):
+        raise DatasetError(f"The mask of {place.medium.name} is all black: nothing would be learned")
+
+
+def undo_change(place: MaskPlace) -> bool:
+    """Put back the mask as it was before its last change; return whether there was a change to undo.
+
+    A change of a run is undone too. Raises OutputError.
+    """
+    if not place.before.is_dir():
+        return False
+    for mask in place.masks:
+        _delete(mask)
+    with explain_errors(place.folder):
+        for copy in place.before.iterdir():
+            os.replace(copy, place.folder / copy.name)
+        shutil.rmtree(place.before)
+    return True
+
+
+def _require_mask(place: MaskPlace) -> Path:
+    if place.mask is None:
+        raise DatasetError(f"{place.medium.name} has no mask in {place.folder}")
+    return place.mask

@@ -1,0 +1,292 @@
+"""Make the masks that a folder lacks, after the options of tools/mask.py are read."""
+
+import itertools
+import logging
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from data_tools.folders import walk_folders
+from data_tools.masks.options import NETWORK_SMOOTH, FinderOptions, MaskOptions
+from data_tools.masks.places import (
+    ACCEPTED,
+    FOLDER_NAME,
+    MADE,
+    Grey,
+    MaskPlace,
+    find_mask_places,
+    mask_line,
+    read_frames,
+    write_mask,
+)
+from data_tools.masks.shaping import MaskShape, Values, steady
+from dataset.caching.prefetch import Failure, failure_error
+from modules.bars import track
+from modules.console import Row, count_of, list_some, show_box
+from modules.errors import DatasetError, MediaError, OptionError
+from modules.media.reading import Frame, read_image, video_frames
+from modules.text_files import real_path
+
+logger = logging.getLogger(__name__)
+
+
+class Finder(Protocol):
+    """Finds something in pictures."""
+
+    def find(self, frame: Frame) -> Values:
+        """Return the values of a picture, H W 3: h w, 0..1."""
+
+
+class _NothingFoundError(Exception):
+    """Nothing was found in a picture, or in no frame of a clip."""
+
+
+@dataclass
+class Plan:
+    """What is to be done for the pictures and clips of some folders."""
+
+    jobs: list[MaskPlace] = field(default_factory=list)
+    done: list[MaskPlace] = field(default_factory=list)  # made before, in the same way
+    other_way: list[MaskPlace] = field(default_factory=list)  # made before by this program, in another way
+    by_hand: list[MaskPlace] = field(default_factory=list)  # drawn, changed or accepted by a person
+    removed: list[MaskPlace] = field(default_factory=list)  # by a person
+
+
+def make_masks(options: MaskOptions) -> None:
+    """Make masks for the pictures and clips of a folder, each complete or not there.
+
+    So the same command continues after a stop. Raises UserError if nothing can be done, and DatasetError at
+    the end if files could not be read.
+    """
+    folders = [real_path(folder) for folder in walk_folders(options.folder, options.recursive)]
+    by_folder = {folder: _masks_of(folder, options) for folder in folders}
+    places = [place for folder, masks in by_folder.items() for place in find_mask_places(folder, masks)]
+    if not places:
+        hint = "" if options.recursive else ". --recursive also takes the folders below it"
+        raise DatasetError(f"{options.folder} has no pictures and no clips{hint}")
+    _refuse_unclear(places)
+    kind = _kind_of_model(options.finder)
+    shape = _read_shape(options, kind)
+    way = _describe_way(options, kind, shape)
+    plan = _make_plan(places, options, way)
+    _tell_kept(plan)
+    if options.dry_run:
+        names = list_some([place.medium.name for place in plan.jobs])
+        text = f"{count_of(len(plan.jobs), 'mask')} would be made{': ' if names else ''}{names}"
+        show_box("Masks", [("masks", f"{text}. Nothing is written"), ("by", way)])
+        return
+    failures: list[Failure] = []
+    empty: list[MaskPlace] = []
+    black: list[MaskPlace] = []
+    written: list[MaskPlace] = []
+    if plan.jobs:
+        finder = _load_finder(options.finder)
+        for place in track(plan.jobs, "Masks", len(plan.jobs), unit="file"):
+            frames = _draw(place, finder, shape, options)
+            try:
+                is_written = write_mask(
+                    place, frames, place.kind == "video", _texts(place, way, options.mode)
+                )
+            except MediaError as error:
+                failures.append(Failure(place.medium, str(error), 0, place.medium.stem))
+            except _NothingFoundError:
+                empty.append(place)
+            else:
+                (written if is_written else black).append(place)
+    _tell_without(empty, "nothing is found in", "without a mask a file is learned whole")
+    _tell_without(black, "nothing would be learned of", "no mask is written")
+    masked = [place for place in places if place.mask is not None]
+    used = dict.fromkeys(place.folder for place in [*masked, *written])
+    rows: list[Row] = [
+        ("made", f"{count_of(len(written), 'mask')}, {len(places) - len(plan.jobs)} left as they were"),
+        ("by", way),
+        *[("in dataset.toml", mask_line(masks)) for masks in used],
+    ]
+    show_box("Masks", rows)
+    if failures:
+        raise failure_error(failures, count_of(len(plan.jobs), "file"))
+
+
+def _masks_of(folder: Path, options: MaskOptions) -> Path:
+    """Return the folder of the masks for a folder of pictures. Raises OptionError."""
+    if options.beside:
+        return folder
+    if options.output is None:
+        return folder / FOLDER_NAME
+    masks = real_path(options.output)
+    if masks == folder:
+        raise OptionError(f"--output {options.output}: this is the folder of the pictures. Give --beside")
+    return masks
+
+
+def _refuse_unclear(places: Sequence[MaskPlace]) -> None:
+    """Raise DatasetError if two files would have the same mask, or one has several."""
+    by_target: dict[tuple[Path, str], MaskPlace] = {}
+    for place in places:
+        first = by_target.setdefault((place.folder, place.name.casefold()), place)
+        if first != place:
+            raise DatasetError(
+                f"{first.medium} and {place.medium.name} would have the same mask. Rename one of them"
+            )
+        if len(place.masks) > 1:
+            one, other, *_ = place.masks
+            raise DatasetError(f"{one} and {other.name} are masks of {place.medium.name}. Keep one")
+
+
+def _kind_of_model(finder: FinderOptions) -> str:
+    """Return what finds, as the masks say it. Raises CheckpointError for a model that cannot."""
+    if finder.prompts:
+        from data_tools.masks.words import read_kind  # imports torch, which a colour does not need
+
+        return read_kind(finder.model)
+    return next(name for name in ("background", "faces", "colour") if getattr(finder, name) is not None)
+
+
+def _read_shape(options: MaskOptions, kind: str) -> MaskShape:
+    """Return the shape of the masks, with the usual numbers of a kind of finder."""
+    shape = options.shape
+    is_exact = kind in ("faces", "colour")
+    usual_smooth = 0 if is_exact else NETWORK_SMOOTH
+    usual_threshold = 0.5 if kind == "sam3" else 0.3
+    return MaskShape(
+        threshold=usual_threshold if shape.threshold is None else shape.threshold,
+        smooth_pixels=usual_smooth if shape.smooth_pixels is None else shape.smooth_pixels,
+        expand_pixels=shape.expand_pixels,
+        feather_pixels=shape.feather_pixels,
+        inverts=options.inverts,
+    )
+
+
+def _describe_way(options: MaskOptions, kind: str, shape: MaskShape) -> str:
+    """Return how masks are made, as it is written into them."""
+    parts = [
+        _describe_finder(options.finder, kind),
+        f"threshold {shape.threshold:g}",
+        f"smooth {shape.smooth_pixels}",
+        f"expand {shape.expand_pixels}",
+        f"feather {shape.feather_pixels}",
+        f"steady {options.shape.steady_frames}",
+        f"{options.mode} {options.alpha:g}",
+    ]
+    return ", ".join([*parts, "inverted"] if shape.inverts else parts)
+
+
+def _describe_finder(finder: FinderOptions, kind: str) -> str:
+    if finder.background is not None:
+        return f"foreground by {real_path(finder.background).name}"
+    if finder.faces is not None:
+        return f"faces by {real_path(finder.faces).name}, score {finder.least_score:g}"
+    if finder.colour is not None:
+        return f"colour {finder.colour}, distance {finder.colour_distance:g}"
+    score = f", score {finder.least_score:g}" if kind == "sam3" else ""
+    return f"{' | '.join(finder.prompts)} by {real_path(finder.model).name}{score}"
+
+
+def _make_plan(places: Sequence[MaskPlace], options: MaskOptions, way: str) -> Plan:
+    """Return what to do with each place."""
+    plan = Plan()
+    for place in places:
+        texts = place.texts()
+        made_by = texts.get(MADE, "")
+        if place.mask is None:
+            is_left = place.is_removed and options.mode == "fill"
+            (plan.removed if is_left else plan.jobs).append(place)
+        elif made_by.split("\n")[-1] == way:
+            plan.done.append(place)
+        elif options.mode != "fill":
+            plan.jobs.append(place)
+        elif not made_by or ACCEPTED in texts:
+            plan.by_hand.append(place)
+        elif options.overwrite:
+            plan.jobs.append(place)
+        else:
+            plan.other_way.append(place)
+    return plan
+
+
+def _texts(place: MaskPlace, way: str, mode: str) -> dict[str, str]:
+    """Return the texts of a new mask: a line for each way that it was made, and whether a person had a part.
+
+    So a run that changes masks, and was stopped, does not change one twice.
+    """
+    old = place.texts()
+    if place.mask is None or mode in ("fill", "replace"):
+        return {MADE: way}
+    is_of_person = MADE not in old or ACCEPTED in old
+    made = "\n".join(filter(None, [old.get(MADE, ""), way]))
+    return {MADE: made, ACCEPTED: "yes"} if is_of_person else {MADE: made}
+
+
+def _draw(place: MaskPlace, finder: Finder, shape: MaskShape, options: MaskOptions) -> Iterator[Grey]:
+    """Yield the mask of a picture, or of each frame of a clip, H W.
+
+    Raises MediaError for a file that cannot be read, _NothingFoundError at the end if nothing was found.
+    """
+    sizes: deque[tuple[int, int]] = deque()  # of frames whose mask is to come
+    frames = video_frames(place.medium) if place.kind == "video" else iter([read_image(place.medium)])
+    values = steady(
+        _find_in(frames, finder, sizes), options.shape.steady_frames if place.kind == "video" else 0
+    )
+    older = itertools.repeat(None) if place.mask is None else _repeat_last(read_frames(place.mask))
+    has_found = False
+    for value, old in zip(values, older, strict=False):
+        found = shape.find(value, sizes.popleft())
+        has_found = has_found or bool(found.any())
+        yield shape.finish(found, old, options.mode, options.alpha)
+    if not has_found:
+        raise _NothingFoundError
+
+
+def _find_in(frames: Iterable[Frame], finder: Finder, sizes: "deque[tuple[int, int]]") -> Iterator[Values]:
+    """Yield the values of each frame; put its width and height behind `sizes`."""
+    for frame in frames:
+        sizes.append((frame.shape[1], frame.shape[0]))
+        yield finder.find(frame)
+
+
+def _repeat_last(frames: Iterable[Grey]) -> Iterator[Grey]:
+    """Yield the frames, and the last one without end."""
+    frame = None
+    for frame in frames:
+        yield frame
+    if frame is not None:
+        yield from itertools.repeat(frame)
+
+
+def _load_finder(options: FinderOptions) -> Finder:
+    """Load what finds. Raises CheckpointError."""
+    if options.prompts:
+        from data_tools.masks.words import load_word_finder  # imports torch, which a colour does not need
+
+        return load_word_finder(options.model, options.prompts, options.least_score, options.device)
+    from data_tools.masks import seen  # likewise
+
+    if options.background is not None:
+        return seen.load_background_finder(options.background)
+    if options.faces is not None:
+        return seen.load_face_finder(options.faces, options.least_score, options.device)
+    assert options.colour is not None  # the options have checked it
+    return seen.make_colour_finder(options.colour, options.colour_distance)
+
+
+def _tell_kept(plan: Plan) -> None:
+    """Warn of masks that stay, although this run would have made others."""
+    for places, why in (
+        (plan.other_way, "made with other options. --overwrite makes them again"),
+        (plan.by_hand, "drawn or accepted by a person. --mode replace replaces them"),
+    ):
+        if places:
+            names = list_some([place.medium.name for place in places])
+            logger.warning("%s kept, %s: %s", count_of(len(places), "mask"), why, names)
+    if plan.removed:
+        names = list_some([place.medium.name for place in plan.removed])
+        text = "%s removed before and not made again; --mode replace does: %s"
+        logger.warning(text, count_of(len(plan.removed), "mask"), names)
+
+
+def _tell_without(places: Sequence[MaskPlace], what: str, why: str) -> None:
+    if places:
+        names = list_some([place.medium.name for place in places])
+        logger.warning("%s %s (%s): %s", what.capitalize(), count_of(len(places), "file"), why, names)

@@ -1,0 +1,107 @@
+"""Turn the values of a network into a mask, keep clips steady, and combine a mask with an older one.
+
+Source: the numbers of OneTrainer's masks, modules/module/BaseImageMaskModel.py and modules/util of
+github.com/Nerogar/OneTrainer; the median over frames, the fading edge and masks that are not there are ours.
+"""
+# Letters: h w the network's grid, H W the picture
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from data_tools.masks.places import Grey
+from modules.errors import MediaError
+
+Values = NDArray[np.float32]  # h w, 0..1
+
+
+@dataclass(frozen=True)
+class MaskShape:
+    """How values become a mask; the numbers are those of the options of these names."""
+
+    threshold: float
+    smooth_pixels: int
+    expand_pixels: int
+    feather_pixels: int
+    inverts: bool
+
+    def find(self, values: Values, size: tuple[int, int]) -> Values:
+        """Return where something is found, H W, 1 or, at a fading edge, less. size: (W, H) of the picture.
+
+        Not inverted: `finish` does that.
+        """
+        if self.smooth_pixels:
+            side = 2 * self.smooth_pixels + 1
+            values = np.asarray(cv2.blur(values, (side, side), borderType=cv2.BORDER_REPLICATE), np.float32)
+        if (values.shape[1], values.shape[0]) != size:
+            values = np.asarray(cv2.resize(values, size, interpolation=cv2.INTER_LINEAR), np.float32)
+        found = (values > self.threshold).astype(np.uint8)
+        if self.expand_pixels:
+            side = 2 * self.expand_pixels + 1
+            found = np.asarray(cv2.dilate(found, np.ones((side, side), np.uint8)), np.uint8)
+        if not self.feather_pixels or not found.any():
+            return found.astype(np.float32)
+        distance = cv2.distanceTransform(1 - found, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+        return np.clip(1 - distance / (self.feather_pixels + 1), 0, 1).astype(np.float32)
+
+    def finish(self, found: Values, old: Grey | None, mode: str, alpha: float) -> Grey:
+        """Return the mask, H W, of what `find` returned and the older mask, resized; None: there is none."""
+        new = 1 - found if self.inverts else found
+        height, width = new.shape
+        before = None
+        if old is not None and mode not in ("fill", "replace"):
+            resized = old if old.shape == new.shape else cv2.resize(old, (width, height))
+            before = np.asarray(resized, np.float32) / 255
+        return to_grey(combine(new, before, mode, alpha))
+
+
+def combine(new: Values, old: Values | None, mode: str, alpha: float) -> Values:
+    """Return a mask in which the new one counts `alpha` times, H W, 0..1. old: None if there is none.
+
+    Without an old mask everything is learned, so that `subtract` begins with white; the other modes give the
+    new mask alone.
+    """
+    scaled = np.float32(alpha) * new
+    if mode == "subtract":
+        return np.clip((1 if old is None else old) - scaled, 0, 1).astype(np.float32)
+    if old is None or mode in ("fill", "replace"):
+        return scaled
+    if mode == "add":
+        return np.clip(old + scaled, 0, 1).astype(np.float32)
+    return ((old + scaled) / np.float32(1 + alpha)).astype(np.float32)
+
+
+def to_grey(mask: Values) -> Grey:
+    """Return a mask of 0..1 as 0..255."""
+    return np.rint(mask * 255).astype(np.uint8)
+
+
+def steady(values: Iterable[Values], frames: int) -> Iterator[Values]:
+    """Yield for each frame of a clip the median of its values and those of its neighbours.
+
+    v'[t] = median(v[t - frames], ..., v[t + frames]) at each place, where the first and the last frame stand
+    for those beyond the ends. Raises MediaError if the frames change their size.
+    """
+    window: deque[Values] = deque(maxlen=2 * frames + 1)
+    for value in _repeat_ends(values, frames):
+        if window and value.shape != window[-1].shape:
+            raise MediaError("its frames change their size, so that no mask of them can be steady")
+        window.append(value)
+        if len(window) == 2 * frames + 1:
+            yield np.median(np.stack(window), axis=0).astype(np.float32) if frames else value
+
+
+def _repeat_ends(values: Iterable[Values], times: int) -> Iterator[Values]:
+    """Yield the values, with the first so many times more before them and the last behind them."""
+    last = None
+    for value in values:
+        if last is None:
+            yield from [value] * times
+        yield value
+        last = value
+    if last is not None:
+        yield from [last] * times

@@ -1,0 +1,132 @@
+"""Find what words describe in a picture, with CLIPSeg or SAM 3 of transformers.
+
+Code and pickles that come with a model are never run.
+Source: Lüddecke and Ecker 2022, arXiv 2112.10003 (CLIPSeg); transformers, models clipseg and sam3.
+"""
+# Letters: h w the network's grid, P prompts, N things that the network proposes
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_tools.masks.options import MODEL_FOLDER
+from data_tools.masks.shaping import Values
+from modules.command import as_typed
+from modules.control_codes import shorten
+from modules.devices import choose_device
+from modules.errors import CheckpointError, InstallationError, MemoryPlanError
+from modules.media.reading import Frame
+from modules.text_files import read_text
+
+LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+CLIPSEG, SAM3 = "clipseg", "sam3"  # model_type in config.json
+_CLASSES = {
+    CLIPSEG: ("CLIPSegForImageSegmentation", "CLIPSegProcessor"),
+    SAM3: ("Sam3Model", "Sam3Processor"),
+}
+
+
+@dataclass(frozen=True)
+class WordFinder:
+    """A loaded model with its processor and what it is to find."""
+
+    network: Any
+    processor: Any
+    prompts: Sequence[str]
+    least_score: float  # of a thing that SAM 3 proposes
+
+    @torch.no_grad()
+    def find(self, frame: Frame) -> Values:
+        """Return how well each place of a picture, H W 3, fits the prompt that it fits best: h w, 0..1.
+
+        Raises MemoryPlanError if the device's memory is too small.
+        """
+        try:
+            if self.network.config.model_type == CLIPSEG:
+                values = self._ask_clipseg(frame).amax(dim=0)
+            else:
+                values = torch.stack([self._ask_sam(frame, prompt) for prompt in self.prompts]).amax(dim=0)
+        except torch.OutOfMemoryError:
+            raise MemoryPlanError(
+                "A picture does not fit into the memory of the device with this model. Give --device cpu"
+            ) from None
+        return np.asarray(values.cpu().numpy(), np.float32)
+
+    def _ask_clipseg(self, frame: Frame) -> Tensor:
+        """Return the values of each prompt, P h w."""
+        images = [frame] * len(self.prompts)
+        inputs = self.processor(
+            text=list(self.prompts), images=images, padding=True, truncation=True, return_tensors="pt"
+        )
+        logits = self.network(**inputs.to(self.network.device)).logits.float()
+        return logits.reshape(len(self.prompts), *logits.shape[-2:]).sigmoid()
+
+    def _ask_sam(self, frame: Frame, prompt: str) -> Tensor:
+        """Return the values of the proposed things that are sure enough, in one map h w; 0 without any."""
+        inputs = self.processor(images=frame, text=prompt, return_tensors="pt").to(self.network.device)
+        outputs = self.network(**inputs)
+        scores = outputs.pred_logits[0].float().sigmoid()  # N
+        if outputs.presence_logits is not None:
+            scores = scores * outputs.presence_logits[0].float().sigmoid()
+        masks = outputs.pred_masks[0].float().sigmoid()  # N h w
+        sure = masks[scores > self.least_score]
+        return sure.amax(dim=0) if len(sure) else torch.zeros_like(masks[0])
+
+
+def read_kind(folder: Path) -> str:
+    """Return the kind of model in a folder. Raises CheckpointError if it is none that is known here."""
+    path = folder / "config.json"
+    if not path.is_file():
+        to = folder.parent if folder.name == MODEL_FOLDER.name else MODEL_FOLDER.parent
+        words = ["python", "tools/download.py", "--family", "tools", "--task", "clipseg", "--to", str(to)]
+        raise CheckpointError(
+            f"--model {folder}: there is no config.json in this folder. {as_typed(words)} downloads CLIPSeg, "
+            "after its size and licence",
+            folder,
+        )
+    try:
+        kind = json.loads(read_text(path)).get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {shorten(str(error), 300)}", path) from None
+    if kind not in _CLASSES:
+        raise CheckpointError(
+            f"--model {folder}: this is a model of the kind {kind}, which finds no words in pictures. Give "
+            "CLIPSeg or SAM 3",
+            folder,
+        )
+    return str(kind)
+
+
+def load_word_finder(
+    folder: Path, prompts: Sequence[str], least_score: float, device: str | None
+) -> WordFinder:
+    """Load the model in a folder to a device, in float32. device: None is the best one available.
+
+    Raises CheckpointError if the folder holds no such model.
+    """
+    chosen = choose_device(device)
+    network_name, processor_name = _CLASSES[read_kind(folder)]
+    import transformers  # takes seconds; only with words
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        processor = getattr(transformers, processor_name).from_pretrained(folder, **LOCAL)
+        network = getattr(transformers, network_name).from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, **LOCAL
+        )
+    except ImportError as error:  # of transformers' own: SAM 3 reads pictures with torchvision
+        package = "torchvision" if "torchvision" in str(error).lower() else "another package"
+        raise InstallationError(
+            f"--model {folder}: transformers needs {package} for this model. Run: pip install torchvision"
+        ) from None
+    except Exception as error:  # damaged files raise errors of many libraries
+        why = shorten(" ".join(str(error).split()), 300)
+        raise CheckpointError(f"--model {folder}: transformers cannot load it: {why}", folder) from None
+    return WordFinder(network.eval().requires_grad_(False).to(chosen), processor, prompts, least_score)

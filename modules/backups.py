@@ -1,0 +1,22 @@
+"""Keep a copy of a file that a person wrote before it is changed."""
+
+import shutil
+from pathlib import Path
+
+from modules.atomic_write import atomic_path
+
+BACKUP = ".bak"
+
+
+def keep_backup(path: Path) -> None:
+    """Copy a file to the first free name of NAME.bak, NAME.2.bak, NAME.3.bak, ...
+
+    No older backup is replaced. Raises OutputError if the copy cannot be written.
+    """
+    backup = path.with_name(path.name + BACKUP)
+    number = 1
+    while backup.exists():
+        number += 1
+        backup = path.with_name(f"{path.name}.{number}{BACKUP}")
+    with atomic_path(backup, path.stat().st_size) as temporary:
+        shutil.copyfile(path, temporary)

@@ -1,0 +1,61 @@
+"""What a kind of run is: a LoRA, or what `new --train` names in its place. Standard library only."""
+
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from downloads.catalogue import ModelSet
+from modules import installation
+
+# options of a LoRA's run that no other kind has, by the beginning of their names
+OF_LORA = ("network_", "lora_format")
+
+
+def drop_lora_options(values: Mapping[str, Any], memory: float) -> dict[str, Any]:
+    """Return the options of a run without those of a LoRA. memory: as `RunKind.change` takes it."""
+    return {name: value for name, value in values.items() if not name.startswith(OF_LORA)}
+
+
+def read_words(key: str, model: ModelSet) -> list[str]:
+    """Return the script and the options that a model's entry in the catalogue has for a kind; none: no entry.
+
+    key: of the entry.
+    """
+    return shlex.split(model.data.get(key, ""))
+
+
+def find_reason(key: str, title: str, model: ModelSet, memory: float) -> str | None:
+    """Return why a model has no such kind of run; None if it has. key, title: of the kind."""
+    return None if read_words(key, model) else f"{model.title} has no script that trains {title}"
+
+
+def _describe_nothing(model: ModelSet, memory: float) -> list[str]:
+    return []
+
+
+@dataclass(frozen=True)
+class RunKind:
+    """What a run trains, and how it differs from the run of a LoRA."""
+
+    name: str  # value of --train
+    title: str  # in sentences: "a ControlNet"
+    # script that trains it for a model, and the options that differ from the LoRA's; none: it cannot be
+    find_words: Callable[[ModelSet], list[str]]
+    # why a model cannot have it on a card of so many GiB (0: a CPU); None if it can
+    why_not: Callable[[ModelSet, float], str | None]
+    # options of its run from those of a LoRA's run, on such a card
+    change: Callable[[Mapping[str, Any], float], dict[str, Any]]
+    # lines about memory, disk and data, for such a card
+    describe: Callable[[ModelSet, float], list[str]] = _describe_nothing
+    record: str = "Training"  # of the family's options that its script has, see `FamilyEntry.options_record`
+    sees_controls: bool = False  # it learns pairs of a picture and a control picture
+    learns_word: bool = False  # the trigger word is what is trained, and all captions have it
+    saves_models: bool = False  # each save has gigabytes: few are made and kept
+    has_targets: bool = False  # targets that keep few steps are for it
+
+    def find_script(self, model: ModelSet) -> Path | None:
+        """Return the script that trains it for a model; None if there is none."""
+        words = self.find_words(model)
+        return installation.find_script(words[0]) if words else None

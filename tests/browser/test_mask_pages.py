@@ -1,0 +1,365 @@
+"""The page of masks: what it shows, what its keys do, what is undone, and what it refuses."""
+
+import io
+import json
+import struct
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("starlette", reason="the extra `browser` is not installed")
+
+from browser.mask_pages import DRAWN_ADDRESS, MOST_OF_DRAWN
+from data_tools.masks.places import MADE, find_mask_place
+from modules.media.reading import read_mask
+from modules.media.writing import write_png, write_video
+from tests.browser.serving import Answer, Served, serve_runs
+from tests.chromium import open_page
+
+WIDTH, HEIGHT = 64, 48
+
+
+def save_picture(path: Path, size: tuple[int, int] = (WIDTH, HEIGHT), shade: int = 90) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (shade, shade, shade)).save(path)
+
+
+def save_mask(path: Path, is_made: bool = True) -> None:
+    """Write a mask whose left half is white, as a program or a person would."""
+    grey = np.zeros((HEIGHT, WIDTH), np.uint8)
+    grey[:, : WIDTH // 2] = 255
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_png(path, grey, {MADE: "the left"} if is_made else None)
+
+
+def as_png(pixels: np.ndarray[Any, Any]) -> bytes:
+    png = io.BytesIO()
+    Image.fromarray(pixels).save(png, format="PNG")
+    return png.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two pictures with masks, by a program and by a person, and one without, in a place with a blank."""
+    folder = tmp_path / "root" / "a b ü"
+    for number, name in enumerate(("a.png", "b.png", "c.png")):
+        save_picture(folder / name, shade=60 + 60 * number)
+    save_mask(folder / "masks" / "a.png")
+    save_mask(folder / "masks" / "b.png", is_made=False)
+    return folder
+
+
+@pytest.fixture
+def served(folder: Path) -> Iterator[Served]:
+    with serve_runs(folder.parent) as served:
+        yield served
+
+
+def item(served: Served, at: int = 0, folder: str = "a b ü") -> dict[str, Any]:
+    return served.ask(f"/masks/item?{urlencode({'folder': folder, 'at': at})}").json()
+
+
+def press(served: Served, what: str, shown: dict[str, Any], **changes: str) -> Answer:
+    """Press a key at a picture. shown: as the page knows it."""
+    body = {"folder": "a b ü", "id": shown.get("id", ""), "have": shown.get("mark", ""), **changes}
+    return served.ask(f"/masks/{what}", "POST", json.dumps(body), Origin=served.url)
+
+
+def draw(served: Served, shown: dict[str, Any], png: bytes, **changes: str) -> Answer:
+    """Send a drawn mask."""
+    query = urlencode({"folder": "a b ü", "id": shown["id"], "have": shown["mark"], **changes})
+    return served.send(f"{DRAWN_ADDRESS}?{query}", png)
+
+
+def pixels_of(folder: Path, name: str) -> np.ndarray[Any, Any]:
+    return read_mask(folder / "masks" / name)[..., 0]
+
+
+def test_each_picture_is_shown_with_its_mask_and_its_state(served: Served) -> None:
+    items = [item(served, at) for at in range(4)]
+
+    assert [(one["name"], one["state"], one["total"]) for one in items] == [
+        ("a.png", "made", 3),
+        ("b.png", "drawn", 3),
+        ("c.png", "none", 3),
+        ("c.png", "none", 3),  # behind the last one
+    ]
+    assert (items[0]["size"], items[2]["shots"][0]["mask"], items[0]["can_undo"]) == ([64, 48], "", False)
+    [shot] = items[0]["shots"]
+    picture = Image.open(io.BytesIO(served.ask(shot["picture"]).body))
+    mask = Image.open(io.BytesIO(served.ask(shot["mask"]).body))
+    assert (picture.format, picture.size) == ("JPEG", (64, 48))
+    assert mask.mode == "LA"
+    assert np.asarray(mask)[0, [0, 31, 32, 63], 1].tolist() == [255, 255, 0, 0]
+
+
+def test_without_scripts_the_page_has_pictures_masks_and_a_next_page(tmp_path: Path) -> None:
+    for number in range(26):
+        save_picture(tmp_path / "many" / f"{number:02}.png")
+    save_mask(tmp_path / "many" / "masks" / "25.png")
+    with serve_runs(tmp_path) as served:
+        first = served.ask("/masks?folder=many").text
+        second = served.ask("/masks?folder=many&from=24").text
+
+    assert (first.count("<li>"), first.count('class="mask"'), "from=24" in first) == (24, 0, True)
+    assert (second.count("<li>"), second.count('class="mask"'), "from=" in second) == (2, 1, False)
+    assert "made by a program" in second
+
+
+def test_keys_accept_invert_and_throw_away_and_each_is_undone(served: Served, folder: Path) -> None:
+    before = (folder / "masks" / "a.png").read_bytes()
+    states, shares = [], []
+    for what in ("accept", "invert", "remove"):
+        changed = press(served, what, item(served)).json()
+        states.append(changed["state"])
+        if changed["mark"]:
+            shares.append(pixels_of(folder, "a.png")[0, [0, 63]].tolist())
+        assert press(served, "undo", {}).json()["state"] == "made"
+        assert (folder / "masks" / "a.png").read_bytes() == before
+
+    assert states == ["accepted", "drawn", "removed"]
+    assert shares == [[255, 0], [0, 255]]
+    refused = press(served, "undo", {})
+    assert (refused.status, refused.json()["error"]) == (422, "There is nothing to undo.")
+
+
+def test_undo_leads_back_to_the_picture_that_was_changed_last(served: Served, folder: Path) -> None:
+    press(served, "remove", item(served, 0))
+    press(served, "invert", item(served, 1))
+
+    first = press(served, "undo", {}).json()
+    second = press(served, "undo", {}).json()
+
+    assert [(one["name"], one["state"]) for one in (first, second)] == [("b.png", "drawn"), ("a.png", "made")]
+    assert pixels_of(folder, "b.png")[0, 0] == 255
+
+
+def test_a_mask_that_has_changed_meanwhile_is_shown_and_not_touched(served: Served, folder: Path) -> None:
+    shown = item(served)
+    save_mask(folder / "masks" / "a.png", is_made=False)
+    before = (folder / "masks" / "a.png").read_bytes()
+
+    answer = press(served, "remove", shown)
+
+    assert (answer.status, answer.json()["state"]) == (409, "drawn")
+    assert "has changed since" in answer.json()["error"]
+    press(served, "invert", item(served))
+    (folder / "masks" / "a.png").write_bytes(before)
+    assert press(served, "undo", {}).status == 422
+    assert (folder / "masks" / "a.png").read_bytes() == before
+
+
+def test_a_drawn_mask_is_the_pixels_that_were_sent_and_counts_as_drawn(served: Served, folder: Path) -> None:
+    grey = np.arange(HEIGHT * WIDTH, dtype=np.uint32).reshape(HEIGHT, WIDTH).astype(np.uint8)
+    opaque = np.dstack([grey, grey, grey, np.full_like(grey, 255)])
+
+    for at, pixels in ((0, grey), (2, opaque)):
+        answer = draw(served, item(served, at), as_png(pixels))
+        assert (answer.status, answer.json()["state"]) == (200, "drawn"), answer.text
+
+    assert np.array_equal(pixels_of(folder, "a.png"), grey)
+    assert np.array_equal(pixels_of(folder, "c.png"), grey)
+    press(served, "undo", {})
+    press(served, "undo", {})
+    assert (item(served)["state"], item(served, 2)["state"]) == ("made", "none")
+
+
+def claim_size(width: int, height: int) -> bytes:
+    """A PNG of a few bytes whose header claims a size."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    chunk = b"IHDR" + header
+    end = b"\x00\x00\x00\x00IEND" + struct.pack(">I", zlib.crc32(b"IEND"))
+    start = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", len(header)) + chunk
+    return start + struct.pack(">I", zlib.crc32(chunk)) + end
+
+
+WHITE = as_png(np.full((HEIGHT, WIDTH), 255, np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("png", "message"),
+    [
+        (as_png(np.full((WIDTH, HEIGHT), 255, np.uint8)), "The mask is 48 × 64 pixels, the picture 64 × 48."),
+        (claim_size(60_000, 60_000), "no PNG that can be read"),
+        (claim_size(9000, 9000), "The mask is 9000 × 9000 pixels"),
+        (WHITE[:-30], "no PNG that can be read"),
+        (b"\xff\xd8\xff\xe0 a JPEG", "no PNG that can be read"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "no PNG that can be read"),
+        (b"", "no PNG that can be read"),
+        (as_png(np.zeros((HEIGHT, WIDTH), np.uint8)), "nothing would be learned"),
+    ],
+    ids=["other size", "bomb", "large", "cut off", "JPEG", "SVG", "empty", "black"],
+)
+def test_what_is_no_mask_of_the_picture_is_refused(
+    served: Served, folder: Path, png: bytes, message: str
+) -> None:
+    before = (folder / "masks" / "a.png").read_bytes()
+
+    answer = draw(served, item(served), png)
+
+    assert (answer.status, message in answer.json()["error"]) == (422, True), answer.text
+    assert (folder / "masks" / "a.png").read_bytes() == before
+    assert item(served)["can_undo"] is False
+
+
+def test_requests_from_elsewhere_and_for_other_files_are_refused(served: Served, folder: Path) -> None:
+    shown = item(served)
+    files = sorted(path.name for path in folder.rglob("*"))
+    for changes in (
+        {"folder": ".."},
+        {"folder": "a b ü/../.."},
+        {"id": "../a"},
+        {"id": ""},
+        {"folder": "/etc"},
+    ):
+        assert press(served, "remove", shown, **changes).status == 404
+        assert draw(served, shown, WHITE, **changes).status == 404
+        query = urlencode({"folder": "a b ü", "id": shown["id"], "number": 0, **changes})
+        assert served.ask(f"/masks/mask?{query}").status == 404
+    for body in ("", "[]", "{", "null", '{"folder": 1}'):
+        answer = served.ask("/masks/remove", "POST", body, Origin=served.url)
+        assert answer.status in (400, 404)
+    assert press(served, "other", shown).status == 404
+    query = urlencode({"folder": "a b ü", "id": shown["id"], "have": shown["mark"]})
+    assert served.send(f"{DRAWN_ADDRESS}?{query}", WHITE, Origin="http://evil.example").status == 403
+    assert served.send(f"{DRAWN_ADDRESS}?{query}", bytes(MOST_OF_DRAWN + 1)).status == 413
+    assert sorted(path.name for path in folder.rglob("*")) == files
+
+
+def test_with_read_only_masks_are_shown_and_none_changes(folder: Path) -> None:
+    with serve_runs(folder.parent, read_only=True) as served:
+        page = served.ask(f"/masks?{urlencode({'folder': 'a b ü'})}").text
+        assert "made by a program" in page
+        assert 'data-key="a"' not in page
+        assert press(served, "remove", item(served)).status == 403
+        assert draw(served, item(served), WHITE).status == 403
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+@pytest.mark.parametrize("name", ["masks", "masks/a.png", "masks/.before", "a.png"])
+def test_what_leads_outside_is_neither_shown_nor_changed(folder: Path, tmp_path: Path, name: str) -> None:
+    outside = tmp_path / "outside"
+    (outside / "place").mkdir(parents=True)
+    save_mask(outside / "place" / "a.png")
+    target = outside / "place" if "." not in name[1:] or name.endswith(".before") else outside / "place/a.png"
+    path = folder / name
+    if path.is_dir():
+        path.rename(tmp_path / "away")
+    path.unlink(missing_ok=True)
+    path.symlink_to(target)
+    before = {path: path.read_bytes() for path in outside.rglob("*.png")}
+
+    with serve_runs(folder.parent) as served:
+        shown = item(served)
+        assert shown["shots"] == []
+        assert "leads outside" in shown["fault"]
+        for what in ("accept", "invert", "remove"):
+            assert press(served, what, shown).status == 404
+        assert draw(served, shown, WHITE).status == 404
+
+    assert {path: path.read_bytes() for path in outside.rglob("*.png")} == before
+
+
+def test_a_clip_shows_its_first_middle_and_last_frame(folder: Path, served: Served) -> None:
+    frames = [np.full((HEIGHT, WIDTH, 3), 20 * number, np.uint8) for number in range(10)]
+    write_video(folder / "0.mp4", iter(frames), fps=8)
+    for number in range(10):
+        path = folder / "masks" / "0" / f"{number:06}.png"
+        path.parent.mkdir(exist_ok=True)
+        write_png(path, np.full((HEIGHT, WIDTH), 25 * number, np.uint8), {MADE: "x"} if not number else None)
+
+    shown = item(served)
+    pictures = [Image.open(io.BytesIO(served.ask(one["picture"]).body)) for one in shown["shots"]]
+    masks = [Image.open(io.BytesIO(served.ask(one["mask"]).body)) for one in shown["shots"]]
+
+    assert (shown["name"], shown["state"], [one["number"] for one in shown["shots"]]) == (
+        "0.mp4",
+        "made",
+        [0, 5, 9],
+    )
+    assert [np.asarray(one).mean() for one in pictures] == pytest.approx([0, 100, 180], abs=4)
+    assert [np.asarray(one)[0, 0, 1] for one in masks] == [0, 125, 225]
+    assert "not that of a clip" in draw(served, shown, WHITE).json()["error"]
+    assert press(served, "accept", shown).json()["state"] == "accepted"
+    assert press(served, "invert", item(served)).json()["state"] == "drawn"
+    assert read_mask(folder / "masks" / "0" / "000009.png")[0, 0, 0] == 30
+
+
+def test_masks_lie_where_the_dataset_says(folder: Path, served: Served) -> None:
+    text = '[[datasets]]\nimage_directory = "."\nmask_directory = "others"\n'
+    (folder / "dataset.toml").write_text(text, encoding="utf-8")
+    save_mask(folder / "others" / "c.png")
+    assert [item(served, at)["state"] for at in range(3)] == ["none", "none", "made"]
+    (folder / "dataset.toml").unlink()
+    save_mask(folder / "b-masklabel.png")
+    assert [item(served, at)["state"] for at in range(3)] == ["none", "made", "none"]
+
+
+def wait_for(page: Any, holds: Callable[[], bool]) -> None:
+    for _ in range(200):
+        if holds():
+            return
+        page.wait_for_timeout(50)
+    raise AssertionError(page.locator("#review").inner_text())
+
+
+def test_keys_and_brush_of_the_page(folder: Path, served: Served) -> None:
+    with open_page(f"{served.url}/masks?{urlencode({'folder': 'a b ü'})}") as page:
+        stands = page.locator("#mask-stands")
+        done = page.locator("#mask-done")
+
+        def shows(text: str) -> None:
+            wait_for(page, lambda: text in stands.inner_text())
+
+        shows("1 / 3 · a.png · made by a program")
+        assert page.locator("#mask-list").count() == 0
+        page.keyboard.press("a")
+        shows("2 / 3 · b.png · drawn by hand")
+        assert find_mask_place(folder / "a.png").texts().keys() == {MADE, "mask_accepted"}
+        page.keyboard.press("i")
+        wait_for(page, lambda: "inverted 1" in done.inner_text())
+        assert pixels_of(folder, "b.png")[0, 0] == 0
+        page.keyboard.press("u")
+        wait_for(page, lambda: "undone 1" in done.inner_text())
+        assert pixels_of(folder, "b.png")[0, 0] == 255
+        page.keyboard.press("ArrowRight")
+        shows("3 / 3 · c.png · no mask")
+        assert page.locator('[data-key="x"]').get_attribute("aria-disabled") == "true"
+
+        page.keyboard.press("b")
+        canvas = page.locator("canvas.drawn")
+        page.locator("#brush-size").fill("10")
+        box = canvas.bounding_box()
+        scale = box["width"] / WIDTH
+        page.mouse.move(box["x"] + 10 * scale, box["y"] + 24 * scale)
+        page.mouse.down()
+        page.mouse.move(box["x"] + 50 * scale, box["y"] + 24 * scale, steps=3)
+        page.mouse.up()
+        canvas.focus()
+        page.keyboard.press("Space")  # a dot where the brush is
+        page.keyboard.press("Space")
+        page.keyboard.press("z")
+        page.keyboard.press("s")
+        shows("3 / 3 · c.png · drawn by hand")
+
+        drawn = pixels_of(folder, "c.png")
+        assert drawn[24, [2, 10, 30, 50, 60]].tolist() == [0, 255, 255, 255, 0]
+        assert drawn[[17, 31], 30].tolist() == [0, 0]
+
+        page.keyboard.press("b")
+        page.locator("#brush-erase").check()
+        page.locator("canvas.drawn").focus()
+        page.keyboard.press("Space")  # in the middle: 32, 24
+        page.keyboard.press("Space")
+        page.keyboard.press("Control+s")
+        wait_for(page, lambda: "saved 2" in done.inner_text())
+        assert pixels_of(folder, "c.png")[24, [20, 32, 45]].tolist() == [255, 0, 255]
+        assert done.inner_text() == "accepted 1, inverted 1, undone 1, saved 2"
+        assert page.problems == []

@@ -1,0 +1,117 @@
+"""A link to one run for a friend: what it shows, and that it opens nothing else."""
+
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from browser import shares
+from browser.shares import DAY, Shares
+from tests.browser.serving import PNG, Served, serve_runs, write_run
+from tests.browser.test_safe_clicks import list_addresses
+
+TOKEN = "a-secret-word-of-letters"
+COOKIE = {"Cookie": f"reelsmith={TOKEN}"}
+
+
+@pytest.fixture(autouse=True)
+def _own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("XDG_STATE_HOME", "LOCALAPPDATA"):
+        monkeypatch.setenv(name, str(tmp_path / "user"))
+
+
+def make_link(served: Served, name: str = "x", days: str = "7") -> str:
+    """Make a link to a run as its page does; return its path."""
+    made = served.ask(served.of(name, "share"), "POST", f"days={days}", Origin=served.url, **COOKIE)
+    assert made.status == 200, made.text
+    addresses = re.findall(rf'href="{served.url}(/shared/[^"]+)"', made.text)
+    return str(addresses[-1])
+
+
+def test_a_friend_sees_the_page_the_samples_and_the_files_of_one_run(tmp_path: Path) -> None:
+    folder = tmp_path / "my runs"
+    write_run(folder, "x", 10, changed=[["seed", "1"], ["output_dir", str(folder)]])
+    write_run(folder, "y", 4, None)
+    with serve_runs(folder, token=TOKEN) as served:
+        assert "Share with a friend" in served.ask(served.of("x"), **COOKIE).text
+        link = make_link(served)
+        page = served.ask(link)
+        assert page.status == 200
+        for shown in ("a &lt;b&gt;cat", "finished", "x.safetensors"):
+            assert shown in page.text
+        for hidden in (str(folder), "What next", "<form", "<pre", "/run/", "hx-", TOKEN, link[8:-1]):
+            assert hidden not in page.text, hidden
+        assert "refresh" not in page.headers
+        assert served.ask(f"{link}sample/x_1.png").body == PNG
+        assert served.ask(f"{link}x.safetensors").body == b"0123456789"
+        running = served.ask(make_link(served, "y"))
+        assert running.headers["refresh"] == "60"
+        policy = running.headers["content-security-policy"]
+        assert "img-src 'self' data:" in policy
+        assert "connect-src" not in policy
+
+
+def test_a_link_opens_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "secret.txt").write_text("SECRET", encoding="utf-8")
+    folder = tmp_path / "runs"
+    write_run(folder, "x", 10)
+    write_run(folder, "y", 10)
+    with serve_runs(folder, token=TOKEN) as served:
+        link = make_link(served)
+        word = link.split("/")[2]
+        for method, origin in (("GET", {}), ("POST", {"Origin": served.url})):
+            for address in list_addresses(served, method):
+                cookie = {"Cookie": f"reelsmith={word}"}
+                answer = served.ask(address, method, "days=1" * (method == "POST"), **cookie, **origin)
+                assert answer.status == 401, (method, address)
+        assert served.ask(f"/?token={word}").status == 401
+        for name in (
+            "y.safetensors",
+            "sample/y_1.png",
+            "x-history.jsonl",
+            "../secret.txt",
+            "%2e%2e/secret.txt",
+        ):
+            answer = served.ask(f"{link}{name}")
+            assert answer.status == 404, name
+            assert "SECRET" not in answer.text
+        assert served.ask(link, "POST", "days=1", Origin=served.url).status == 401
+        assert served.ask(f"/shared/{word[:-1]}/").status == 401
+        assert served.ask(f"/shared/%ff{word}/").status == 401
+
+
+def test_links_end_and_are_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_run(tmp_path / "runs", "x", 10)
+    write_run(tmp_path / "runs", "y", 10)
+    with serve_runs(tmp_path / "runs", token=TOKEN) as served:
+        first, second, other = make_link(served), make_link(served, days="30"), make_link(served, "y")
+        now = time.time()
+        with monkeypatch.context() as later:
+            later.setattr(shares.time, "time", lambda: now + 8 * DAY)
+            assert [served.ask(link).status for link in (first, second, other)] == [401, 200, 401]
+        back = served.ask(served.of("x", "share"), "POST", "back=yes", Origin=served.url, **COOKIE)
+        assert "/shared/" not in back.text
+        assert [served.ask(link).status for link in (first, second, other)] == [401, 401, 200]
+        assert "ask for a new one" in served.ask(first).text
+    with serve_runs(tmp_path / "runs", token=TOKEN) as served:  # they hold when the page is started again
+        assert served.ask(other).status == 200
+
+
+@pytest.mark.parametrize("days", ["0", "366", "-1", "x", "", "9" * 400])
+def test_days_that_no_link_has_are_refused(days: str, tmp_path: Path) -> None:
+    write_run(tmp_path, "x", 10)
+    with serve_runs(tmp_path, token=TOKEN) as served:
+        refused = served.ask(served.of("x", "share"), "POST", f"days={days}&", Origin=served.url, **COOKIE)
+        assert (refused.status, "/shared/" in refused.text) == (422, False)
+        assert "A link holds 1 to 365 days" in refused.text
+    assert Shares().list_all() == []
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '[{"word": "w"}]', '[{"word": "w", "run": 1, "end": "x"}]'])
+def test_a_damaged_list_of_links_opens_nothing(text: str, tmp_path: Path) -> None:
+    Shares().add("run", 1)
+    path = tmp_path / "user" / "reelsmith" / shares.FILE
+    path.write_text(text, encoding="utf-8")
+    assert Shares().list_all() == []
+    assert Shares().find("w") is None

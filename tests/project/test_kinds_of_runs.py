@@ -1,0 +1,217 @@
+"""`new --train`: a described folder trains a control network or an embedding, and `run` does it."""
+
+import io
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from safetensors import safe_open
+
+import stable_diffusion.family  # noqa: F401  # packages of it warn when they are imported
+from modules.text_files import parse_toml
+from project.kinds.composing import BY_NAME, KINDS, find_control_kind, list_kinds
+from project.options import RUN_FILE, find_models
+from project.running import _scripts_of_runs
+from tests.faults.messages import assert_one_message, run_here, succeed_here
+from tests.project.test_kinds_of_folders import write_photos
+from tests.tiny.new_models import write_new_model
+from training.config_options import OTHERS_TABLE
+
+# of each script one model and kind that is no LoRA and no whole model
+CASES: dict[Path, tuple[str, str]] = {}
+for _model in find_models():
+    for _kind in list_kinds(_model):
+        if _kind.sees_controls or _kind.learns_word:
+            _script = _kind.find_script(_model)
+            assert _script is not None
+            CASES.setdefault(_script, (f"{_model.family} {_model.task}", _kind.name))
+WORD = "zorb"
+
+
+def write_pairs(folder: Path, place: str = "conditioning") -> None:
+    write_photos(folder)
+    write_photos(folder / place, captions=False)
+
+
+def describe(folder: Path, name: str, *words: str) -> str:
+    """Describe a folder for a model, `sd xl`, whose files are not there. Returns what is printed."""
+    family, task = name.split()
+    chosen = ["--family", family, "--task", task, "--memory", "24"]
+    printed = io.StringIO()
+    told = run_here("new_project.py", folder, *chosen, *words, folder=folder.parent, printed=printed)
+    assert told == (0, "")
+    return printed.getvalue()
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    return parse_toml((folder / RUN_FILE).read_text(encoding="utf-8"))
+
+
+def test_kinds_are_those_of_the_models_that_have_a_script() -> None:
+    kinds = {
+        f"{model.family} {model.task}": [kind.name for kind in list_kinds(model)] for model in find_models()
+    }
+    assert kinds["stable_diffusion xl"] == [kind.name for kind in KINDS]
+    assert kinds["stable_diffusion 1.5"] == ["lora", "controlnet", "embedding", "whole"]
+    assert kinds["anima base"] == ["lora", "lllite", "whole"]
+    assert kinds["z_image base"] == ["lora", "whole"]
+    usual = {name: find_control_kind(model) for model in find_models() for name in [model.task]}
+    assert (usual["xl"], usual["1.5"]) == (BY_NAME["lllite"], BY_NAME["controlnet"])
+    assert len(CASES) == 6
+    assert {*CASES} <= _scripts_of_runs()
+
+
+@pytest.mark.parametrize("script", CASES, ids=lambda script: script.stem)
+def test_its_script_takes_what_is_written(script: Path, tmp_path: Path) -> None:
+    name, kind = CASES[script]
+    folder = tmp_path / "photos"
+    write_pairs(folder)
+
+    describe(folder, name, "--train", kind, "--trigger_word", WORD)
+    code, said = run_here(str(script), "--config_file", RUN_FILE, "--check", folder=folder)
+
+    assert code == 1  # nothing is cached, and no file of the model is there
+    known = "no such file", " downloads it.", "it gives no rights"
+    assert not [line for line in said.splitlines() if not any(words in line for words in known)]
+    run = read_run(folder)
+    assert run[OTHERS_TABLE]["commands"][-1] == ["python", script.name, "--config_file", RUN_FILE]
+    values = run["training"]
+    assert not [key for key in values if key in {"network_module", "network_alpha", "lora_format"}]
+    (table,) = parse_toml((folder / "dataset.toml").read_text(encoding="utf-8"))["datasets"]
+    samples = (folder / "prompts.txt").read_text(encoding="utf-8").splitlines()
+    if BY_NAME[kind].learns_word:
+        assert (values["token_string"], values["output_name"]) == (WORD, WORD)
+        assert "control_directory" not in table
+        assert samples
+        assert all(line.startswith(WORD) for line in samples)
+    else:
+        assert table["control_directory"] == "conditioning"
+        assert [re.findall(r"--cn (\S+)", line) for line in samples] == [
+            [f"conditioning/p{number}.jpg"] for number in (0, 1, 2)
+        ]
+
+
+@pytest.mark.parametrize("place", ["conditioning", "../control"])
+def test_a_folder_of_pairs_becomes_a_control_network(place: str, tmp_path: Path) -> None:
+    folder = tmp_path / "top" / "pairs"
+    write_pairs(folder, place)
+    said = describe(folder, "sd xl")
+    assert "a ControlNet-LLLite learns from its pairs with" in said
+    assert "--train lora trains a LoRA without them" in said
+    assert read_run(folder)[OTHERS_TABLE]["commands"][-1][1] == "sdxl_train_control_net_lllite.py"
+    describe(folder, "sd xl", "--train", "lora", "--overwrite")
+    assert read_run(folder)[OTHERS_TABLE]["commands"][-1][1] == "sdxl_train_network.py"
+
+
+# ten mistakes, each with the sentence that it gets
+
+
+def assert_refused(folder: Path, *words: str, told: str) -> None:
+    answer = run_here("new_project.py", folder.name, *words, "--memory", "24", folder=folder.parent)
+    assert_one_message(*answer, told)
+    assert not (folder / RUN_FILE).exists()
+
+
+SD_XL = ("--family", "sd", "--task", "xl")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([*SD_XL, "--train", "lllite"], "no picture has one. Put them into "),
+        ([*SD_XL, "--train", "embedding"], "an embedding is a new word: give it as --trigger_word"),
+        ([*SD_XL, "--train", "embedding", "--word", "Cat"], "--trigger_word 'Cat' has capitals"),
+        ([*SD_XL, "--train", "embedding", "--word", "a cat"], "it is one word"),
+        ([*SD_XL, "--train", "embedding", "--word", "cat1"], "ends with a digit"),
+        ([*SD_XL, "--train", "controlnets"], "controlnet"),
+        ([*SD_XL, "--train", "lllite", "--whole_model"], "both say what is trained"),
+        (
+            ["--family", "zimage", "--task", "base", "--train", "controlnet"],
+            "has no script that trains a Cont",
+        ),
+        (
+            ["--family", "anima", "--train", "embedding", "--word", "zorb"],
+            "This one has --train lora, lllite",
+        ),
+    ],
+)
+def test_a_mistake_gets_a_sentence(words: list[str], told: str, tmp_path: Path) -> None:
+    write_photos(tmp_path / "p")
+    assert_refused(tmp_path / "p", *words, told=told)
+
+
+def test_an_empty_folder_gets_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "p").mkdir()
+    assert_refused(tmp_path / "p", *SD_XL, "--train", "lllite", told="has no clip and no picture")
+
+
+def test_faults_of_pairs_come_before_the_command_that_trains(tmp_path: Path) -> None:
+    folder = tmp_path / "pairs"
+    write_pairs(folder)
+    (folder / "conditioning" / "p1.jpg").rename(folder / "conditioning" / "q.jpg")
+    said = describe(folder, "sd xl")
+    assert "p1" in said
+    assert "First correct what is listed above. Then" in said
+    (folder / "p1.jpg").unlink()
+    (folder / "p1.txt").unlink()
+    said = describe(folder, "sd xl", "--overwrite")
+    assert "1 control picture without a picture of the same name: q.jpg" in said
+    assert "First correct what is listed above. Then" in said
+
+
+def test_a_control_picture_of_another_shape_is_named(tmp_path: Path) -> None:
+    write_pairs(tmp_path / "pairs")
+    Image.new("RGB", (128, 64)).save(tmp_path / "pairs" / "conditioning" / "p1.jpg")
+    said = describe(tmp_path / "pairs", "sd xl")
+    assert "1 control picture of another shape than the picture" in said
+    assert "p1.jpg (128x64 and 64x64)" in said
+
+
+# from the folder to a picture
+
+
+def train_as_described(folder: Path, *words: str) -> list[str]:
+    """Do what `run` does, with one sample of one step. Returns the words of the command that generates."""
+    prompts = folder / "prompts.txt"
+    line = prompts.read_text(encoding="utf-8").splitlines()[0]
+    prompts.write_text(f"{line} --s 1\n", encoding="utf-8")
+    _, *commands, training = read_run(folder)[OTHERS_TABLE]["commands"]
+    for command in commands:
+        succeed_here(command[1], *command[2:], folder=folder)
+    succeed_here(training[1], *training[2:], *words, folder=folder)
+    (history,) = (folder / "output").glob("*-history.jsonl")
+    rows = [json.loads(row) for row in history.read_text(encoding="utf-8").splitlines()]
+    listed = [command for row in rows for command in row.get("commands", ())]
+    return shlex.split([line for title, line, *_ in listed if title == "Generate with it"][-1])
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("anima base", "lllite"),
+        ("stable_diffusion 1.5", "embedding"),
+        pytest.param("stable_diffusion 1.5", "controlnet", marks=pytest.mark.slow),
+        pytest.param("stable_diffusion xl", "lllite", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_trains_it_and_its_command_generates(name: str, kind: str, tmp_path: Path) -> None:
+    folder = tmp_path / "a b ü"
+    write_pairs(folder)
+    model = write_new_model(name, tmp_path / "models")
+    typed = ["--train", kind, "--trigger_word", WORD, "--max_train_steps", "2"]
+    assert run_here("new_project.py", folder, *model, *typed, folder=tmp_path) == (0, "")
+
+    _, script, *words = train_as_described(folder)
+    succeed_here(script, *words, folder=folder)
+
+    values = read_run(folder)["training"]
+    with safe_open(folder / "output" / f"{values['output_name']}.safetensors", "pt") as file:
+        assert file.metadata()["ss_steps"] == "2"
+    assert len([*(folder / "output" / "generated").glob("*.png")]) == 1
+    printed = io.StringIO()
+    assert run_here("run_project.py", folder, folder=tmp_path, printed=printed)[0] == 0
+    assert "is trained already: 2 of 2 steps" in printed.getvalue()

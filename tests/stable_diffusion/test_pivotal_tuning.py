@@ -1,0 +1,199 @@
+"""A LoRA and the vectors of a new word, learned together (--train_embedding)."""
+
+import contextlib
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import Parameter
+
+from contract.loading import Placement
+from networks.own_kinds import NetworkArguments
+from networks.own_modules import build_network
+from stable_diffusion.towers import LearningTexts, TowerEncoder
+from tests.faults.messages import run_here, succeed_here
+from tests.stable_diffusion.test_inversion_training import (
+    LINE,
+    WORD,
+    encode_plainly,
+    folder,
+    picture,
+    refusal,
+    with_captions,
+)
+from tests.stable_diffusion.test_training_step import CPU, make_batch, make_family, plain_loss
+from tests.tiny.stable_diffusion import write_sd1, write_sdxl
+from training.data.live import LiveTexts
+from training.features.embedding import EmbeddingOptions
+from training.targets.passes import training_loss
+from training.trainable import train_network
+from training.word_rows import make_word_rows
+
+__all__ = ("folder",)
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_two_steps_are_those_of_plain_torch(kind: str, tmp_path: Path) -> None:
+    """Two groups of SGD, one norm of all gradients; the plain encoders are those of transformers."""
+    options = EmbeddingOptions.usual(train_embedding=WORD, embedding_vectors=2, embedding_lr=3.0)
+    base = make_family(kind, tmp_path, learning_texts=LearningTexts({}))
+    family = base.with_new_word(options.word)
+    noisy_batch = with_captions(make_batch(replace(base, learning_texts=None), (20, 500)))
+    unet: Any = family.load_dit(Placement(CPU)).requires_grad_(False)
+    twin_unet = copy.deepcopy(unet)
+    torch.manual_seed(1)
+    arguments = NetworkArguments(rank=2, alpha=2.0, dropout=None, arguments={})
+    network = build_network("networks.lora", arguments, unet, encoders={})
+    twin = build_network("networks.lora", arguments, twin_unet, encoders={})
+    twin.load_state_dict(network.state_dict())
+    for lora in (network, twin):
+        lora.attach()
+    encoders = [encoder for encoder in family.text_encoders() if isinstance(encoder, TowerEncoder)]
+    texts = LiveTexts(encoders, taught=encoders)
+    texts.load(CPU)
+    assert texts.networks == {}
+    rows = make_word_rows(family, texts.taught_networks, seed=3, device=CPU)
+    assert rows is not None
+    trainable = train_network(network, (1.0, None, None), max_norm=None, device=CPU)
+    trainable = rows.add_to(trainable, learning_rate=1.0, total_steps=2)
+    plain_rows = {name: Parameter(tensor.detach().clone()) for name, tensor in rows.module.named_parameters()}
+    plain_parameters = [*twin.parameters(), *plain_rows.values()]
+    begun = [parameter.detach().clone() for parameter in plain_parameters]
+    ours = torch.optim.SGD([{**group} for group in trainable.groups])
+    of_rows = {"params": [*plain_rows.values()], "lr": 3.0}
+    plain = torch.optim.SGD([{"params": [*twin.parameters()], "lr": 1.0}, of_rows])
+
+    for _ in range(2):
+        found = replace(noisy_batch, batch=texts.add_to(noisy_batch.batch))
+        training_loss(family, unet, found, contextlib.nullcontext).backward()
+        torch.nn.utils.clip_grad_norm_(trainable.parameters, 1.0)
+        tensors = {**noisy_batch.batch.tensors, **encode_plainly(kind, tmp_path / kind, plain_rows)}
+        batch = replace(noisy_batch, batch=replace(noisy_batch.batch, tensors=tensors))
+        plain_loss(twin_unet, family, batch).backward()
+        torch.nn.utils.clip_grad_norm_(plain_parameters, 1.0)
+        for optimizer in (ours, plain):
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def changes(parameters: Sequence[Parameter]) -> Tensor:
+        return torch.cat([(new.detach() - old).flatten() for new, old in zip(parameters, begun, strict=True)])
+
+    expected = changes(plain_parameters)
+    num_rows = sum(parameter.numel() for parameter in plain_rows.values())
+    for part in (slice(0, -num_rows), slice(-num_rows, None)):
+        difference = (changes(trainable.parameters) - expected)[part].norm()
+        assert difference < 5e-3 * expected[part].norm()
+    assert expected[-num_rows:].norm() > 0.01
+
+
+def words_of(model: Path, *words: str) -> list[str]:
+    files = ["--pretrained_model_name_or_path", model.name, "--tokenizer_cache_dir", "tokenizers"]
+    learning = ["--max_train_steps", "2", "--seed", "1", "--learning_rate", "0.01", "--cache_latents"]
+    places = ["--dataset_config", "dataset.toml", "--output_dir", "output", "--output_name", "cat"]
+    word = ["--train_embedding", WORD, "--embedding_lr", "0.05", "--network_dim", "2"]
+    return [*files, *learning, *places, *word, *words]
+
+
+def test_a_lora_and_a_word_learn_together_and_a_resumed_run_is_the_same(folder: Path) -> None:
+    model = write_sdxl(folder)
+    (folder / "samples.txt").write_text(f"{LINE}\n", encoding="utf-8")
+    script = "sdxl_train_network.py"
+    sizes = ["--embedding_vectors", "2", "--network_train_unet_only", "--embedding_file"]
+    samples = ["--sample_prompts", "samples.txt", "--sample_every_n_steps", "2"]
+    saving = ["--save_every_n_steps", "1", "--save_state", "--save_last_n_steps", "1"]
+
+    told = succeed_here(script, *words_of(model, *sizes, *samples, *saving), folder=folder)
+    state = str(next((folder / "output").glob("*00000001-state")))
+    resumed = [*sizes, "--resume", state, "--output_dir", "resumed"]
+    succeed_here(script, *words_of(model, *resumed), folder=folder)
+
+    assert f"1 of 3 captions lack the word {WORD}" in told
+    assert f"new word:      {WORD}, 2 vectors" in told
+    assert f"0.05: the word {WORD}" in told
+    saved = folder / "output" / "cat.safetensors"
+    tensors, again = load_file(saved), load_file(folder / "resumed" / saved.name)
+    assert tensors.keys() == again.keys()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in tensors.items())
+    rows = {name: tensors[f"bundle_emb.{WORD}.{name}"] for name in ("clip_l", "clip_g")}
+    assert {len(tensor) for tensor in rows.values()} == {2}
+    assert not any(name.startswith("lora_te") for name in tensors)
+    assert any(name.startswith("lora_unet") for name in tensors)
+    first = load_file(folder / "output" / "cat-step00000001.safetensors")
+    assert not torch.equal(first[f"bundle_emb.{WORD}.clip_g"], rows["clip_g"])
+    with safe_open(saved, "pt") as file:
+        metadata = file.metadata()
+    assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+    assert metadata["modelspec.trigger_phrase"] == metadata["ss_train_embedding"] == WORD
+    assert (metadata["ss_network_dim"], metadata["ss_embedding_lr"]) == ("2", "0.05")
+
+    alone = load_file(folder / "output" / f"cat_{WORD}.safetensors")
+    assert alone.keys() == rows.keys()
+    assert all(torch.equal(alone[name], tensor) for name, tensor in rows.items())
+    with safe_open(folder / "output" / f"cat_{WORD}.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/textual-inversion"
+    assert metadata["modelspec.trigger_phrase"] == WORD
+    assert "ss_network_dim" not in metadata
+
+    (sample,) = (folder / "output" / "sample").glob("*_000002_00_*.png")
+    files = ["--ckpt", model.name, "--tokenizer_cache_dir", "tokenizers", "--prompt", LINE]
+    plain = {name: tensor for name, tensor in tensors.items() if "bundle_emb" not in name}
+    save_file(plain, folder / "plain.safetensors")
+    for lora, outdir in (("output/cat.safetensors", "with"), ("plain.safetensors", "without")):
+        network = ["--network_module", "networks.lora", "--network_weights", lora]
+        succeed_here("gen_img.py", *files, "--sampler", "ddim", *network, "--outdir", outdir, folder=folder)
+    (generated,) = (folder / "with").glob("*.png")
+    (base,) = (folder / "without").glob("*.png")
+    assert (picture(sample) - picture(generated)).abs().max() <= 1
+    assert (picture(sample) - picture(base)).abs().max() > 2
+
+
+def test_vectors_learn_in_their_share_of_the_steps_and_the_lora_to_the_end(folder: Path) -> None:
+    """Here with LoRAs in the text encoder too, and an average of all."""
+    model = write_sd1(folder)
+    words = words_of(model, "--embedding_until", "0.5", "--save_every_n_steps", "1", "--ema_decay", "0.5")
+
+    told = succeed_here("train_network.py", *words, "--max_train_steps", "3", folder=folder)
+
+    assert f"{WORD}, 1 vector, in the first 50% of the steps" in told
+    name = f"bundle_emb.{WORD}.emb_params"
+    first, second, last = (
+        load_file(folder / "output" / f"cat{step}.safetensors")
+        for step in ("-step00000001", "-step00000002", "")
+    )
+    average = load_file(folder / "output" / "cat-ema.safetensors")
+    assert not torch.equal(first[name], second[name])
+    assert torch.equal(second[name], last[name])
+    assert not torch.equal(average[name], last[name])
+    for part in ("lora_te_", "lora_unet_"):
+        up = next(key for key in last if key.startswith(part) and key.endswith("lora_up.weight"))
+        assert not torch.equal(second[up], last[up])
+
+
+def test_mistakes_with_a_word_are_named(folder: Path) -> None:
+    model, script = write_sd1(folder), "train_network.py"
+    words = words_of(model)
+    save_file({"clip_l": torch.zeros(1, 8), "clip_g": torch.zeros(1, 8)}, folder / "xl.safetensors")
+
+    def told(*further: str, without: int = 0) -> str:
+        return refusal(script, folder, *words[: len(words) - without], *further)
+
+    assert "the text encoder knows this word already" in told("--train_embedding", "a")
+    assert "Give zorb" in told("--train_embedding", "Zorb")
+    assert "no caption has this word" in told("--train_embedding", "blub")
+    assert "cannot be cached" in told("--cache_text_encoder_outputs")
+    assert "--embedding_vectors" in told("--embedding_vectors", "76")
+    assert "--embedding_init_word" in told("--embedding_init_word", " ")
+    assert "--embedding_weights xl.safetensors" in told("--embedding_weights", "xl.safetensors")
+    assert "--embedding_until" in told("--embedding_until", "1.5")
+    assert "no such file" in told("--embedding_weights", "none.safetensors")
+    code, text = run_here(script, *words[:-6], "--embedding_lr", "0.1", folder=folder)
+    assert code != 0
+    assert "--train_embedding" in text

@@ -1,0 +1,250 @@
+"""tools/score.py: similarity to prompts and training pictures, copies, the best file, and wrong commands."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from modules.media.writing import write_png
+from tests.faults.messages import run_here
+from tests.pictures import picture
+from tests.training.scoring.making import (
+    CIRCLE,
+    NAME,
+    SQUARE,
+    draw,
+    write_clip,
+    write_dataset,
+    write_run,
+    write_siglip,
+)
+from training.reports.scores import SampleScore, StepScores, find_best, make_section, read_scores
+from training.scoring.model import load_picture_text_model
+from training.scoring.run import open_run
+
+
+@pytest.fixture(scope="module")
+def knowing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    write_clip(folder, knows=True)
+    return folder
+
+
+def score(folder: Path, *words: object) -> str:
+    """Run tools/score.py on the run; return what it printed."""
+    printed = io.StringIO()
+    code, said = run_here("tools/score.py", "output", *words, folder=folder, printed=printed)
+    assert code == 0, said
+    return printed.getvalue()
+
+
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    return json.loads((folder / "output" / f"{NAME}-scores.json").read_text(encoding="utf-8"))["rows"]
+
+
+@pytest.mark.parametrize(("write", "exact"), [(write_clip, True), (write_siglip, False)])
+def test_vectors_are_those_of_transformers(tmp_path: Path, write: Any, exact: bool) -> None:
+    original = write(tmp_path)
+    model = load_picture_text_model(tmp_path, "cpu")
+    frames = [draw(CIRCLE), draw(SQUARE, size=50)]
+
+    pictures = model.embed_pictures(frames)
+    texts = model.embed_texts([CIRCLE, "an old film"])
+
+    pixels = model.processor(images=[Image.fromarray(frame) for frame in frames], return_tensors="pt")
+    padding = {} if exact else {"padding": "max_length", "max_length": 32}
+    tokens = model.tokenizer([CIRCLE, "an old film"], return_tensors="pt", **({"padding": True} | padding))
+    if not exact:
+        tokens = {"input_ids": tokens["input_ids"]}
+    with torch.no_grad():
+        expected = original(**tokens, pixel_values=pixels["pixel_values"])
+    tolerance = {"rtol": 0.0, "atol": 0.0} if exact else {"rtol": 0.0, "atol": 1e-6}
+    torch.testing.assert_close(pictures, expected.image_embeds, **tolerance)
+    torch.testing.assert_close(texts, expected.text_embeds, **tolerance)
+
+
+def test_samples_that_show_their_prompt_score_higher(tmp_path: Path, knowing: Path) -> None:
+    right, wrong = [draw(CIRCLE), draw(SQUARE)], [draw(SQUARE), draw(CIRCLE)]
+    write_dataset(tmp_path, {f"{seed}.png": picture(seed) for seed in range(2)})
+    write_run(tmp_path, {10: wrong, 20: right})
+
+    said = score(tmp_path, "--model", knowing)
+
+    first, second = read_rows(tmp_path)
+    assert second["clip"] > first["clip"] + 0.5
+    assert second["clip_score"] == pytest.approx(100 * second["clip"])
+    assert first["clip_score"] == max(0.0, 100 * first["clip"])
+    assert f"Best file: {NAME}-step00000020.safetensors" in said
+    assert "Scores are no taste" in said
+
+
+def test_a_copied_training_picture_is_found_and_named(tmp_path: Path, knowing: Path) -> None:
+    photos = {f"{seed}.png": picture(seed) for seed in range(4)}
+    write_dataset(tmp_path, photos)
+    copy = picture(2, size=(200, 150))  # another size of 2.png
+    write_run(tmp_path, {10: [picture(8), picture(9)], 20: [picture(7), copy]}, losses={10: 0.2, 20: 0.1})
+
+    said = score(tmp_path, "--model", knowing)
+
+    first, second = read_rows(tmp_path)
+    assert [sample["is_copied"] for sample in first["samples"]] == [False, False]
+    assert [sample["is_copied"] for sample in second["samples"]] == [False, True]
+    assert second["samples"][1]["nearest"] == "2.png"
+    # its loss is the lowest, but it would give the user's own picture back
+    assert f"Best file: {NAME}-step00000010.safetensors" in said
+    assert "1 file whose samples copy a training picture is left out" in said
+
+
+def test_likeness_is_the_mean_cosine_to_the_three_nearest(tmp_path: Path, knowing: Path) -> None:
+    photos = {f"{seed}.png": picture(seed) for seed in range(5)}
+    write_dataset(tmp_path, photos)
+    write_run(tmp_path, {10: [draw(CIRCLE)]}, prompts=[CIRCLE])
+
+    score(tmp_path, "--model", knowing, "--batch_size", 2)
+
+    model = load_picture_text_model(knowing, "cpu")
+    vectors = model.embed_pictures([draw(CIRCLE), *photos.values()])
+    cosines = sorted((vectors[1:] @ vectors[0]).tolist(), reverse=True)
+    (row,) = read_rows(tmp_path)
+    assert row["likeness"] == pytest.approx(sum(cosines[:3]) / 3, abs=1e-5)
+    assert row["samples"][0]["nearest_cosine"] == pytest.approx(cosines[0], abs=1e-5)
+
+
+def test_vectors_are_kept_by_content(tmp_path: Path, knowing: Path) -> None:
+    write_dataset(tmp_path, {"a.png": picture(1), "b.png": picture(2)})
+    write_run(tmp_path, {10: [picture(3)]}, prompts=[CIRCLE])
+    score(tmp_path, "--model", knowing)
+    (kept,) = (tmp_path / "output").glob(".scores-*.safetensors")
+    before, rows = kept.stat(), read_rows(tmp_path)
+    (tmp_path / "pictures" / "a.png").rename(tmp_path / "pictures" / "renamed.png")
+
+    score(tmp_path, "--model", knowing)
+
+    assert (kept.stat().st_ino, kept.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)  # nothing new
+    assert read_rows(tmp_path)[0]["likeness"] == pytest.approx(rows[0]["likeness"])
+
+    Image.fromarray(picture(4)).save(tmp_path / "pictures" / "b.png")
+    score(tmp_path, "--model", knowing)
+    assert kept.stat().st_mtime_ns > before.st_mtime_ns
+
+
+def make_row(step: int, loss: float | None = None, likeness: float = 0.5, clip: float = 0.3) -> StepScores:
+    sample = SampleScore(0, "x.png", clip=clip, likeness=likeness)
+    return StepScores(step, f"{step:06d}", (sample,), saved=f"x-{step}", loss=loss, loss_step=step)
+
+
+@pytest.mark.parametrize(
+    ("rows", "step", "reason"),
+    [
+        (
+            [make_row(400, 0.3, 0.5), make_row(800, 0.1, 0.6), make_row(1200, 0.2, 0.7)],
+            800,
+            "validation loss lowest at step 800; likeness still rises behind it",
+        ),
+        (
+            [make_row(400, 0.1, 0.6, clip=0.3), make_row(800, 0.2, 0.5, clip=0.2)],
+            400,
+            "likeness falls behind it; later samples fit their prompts less",
+        ),
+        # a file that fits its prompts 0.02 less is no candidate, however like the training pictures it is
+        (
+            [
+                make_row(1, likeness=0.6),
+                make_row(2, likeness=0.7, clip=0.299),
+                make_row(3, likeness=0.9, clip=0.28),
+            ],
+            2,
+            "no validation loss was measured",
+        ),
+    ],
+)
+def test_the_best_file_has_a_reason(rows: list[StepScores], step: int, reason: str) -> None:
+    best = find_best(rows)
+
+    assert best is not None
+    assert best.row.step == step
+    assert reason in best.text
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    write_dataset(tmp_path, {"a.png": picture(1)})
+    write_run(tmp_path, {10: [picture(3)]}, prompts=[CIRCLE])
+    return tmp_path
+
+
+def test_what_cannot_be_scored_is_said(run: Path, knowing: Path) -> None:
+    history = run / "output" / f"{NAME}-history.jsonl"
+    (run / "empty").mkdir()
+    (run / "two").mkdir()
+    for name in ("a", "b"):
+        (run / "two" / f"{name}-history.jsonl").write_bytes(history.read_bytes())
+    (run / "llama").mkdir()
+    (run / "llama" / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+    wrong = {
+        ("nothing",): "nothing",
+        ("empty",): "there is no run in this folder",
+        ("two",): "there are 2 runs in this folder",
+        ("dataset.toml",): "give the folder of a run",
+        ("output", "--model", "empty"): "there is no config.json",
+        ("output", "--model", "llama"): "model_type 'llama'",
+        ("output", "--dataset_config", "none.toml"): "none.toml",
+        ("output", "--batch_size", "0"): "--batch_size",
+        ("two/a-history.jsonl",): "no samples",
+    }
+    for words, reason in wrong.items():
+        model = () if "--model" in words else ("--model", knowing)
+        code, said = run_here("tools/score.py", *words, *model, folder=run)
+        assert code, words
+        assert reason in said, (words, said)
+        assert "Traceback" not in said
+
+
+def test_the_page_of_the_run_shows_the_scores_until_other_samples_replace_them(
+    tmp_path: Path, knowing: Path
+) -> None:
+    write_dataset(tmp_path, {"a.png": picture(1)})
+    history = write_run(tmp_path, {10: [picture(3)], 20: [picture(4)]}, prompts=[CIRCLE], losses={10: 0.1})
+    page = tmp_path / "output" / f"{NAME}.html"
+    page.write_text("the page of the run as it ended", encoding="utf-8")
+
+    score(tmp_path, "--model", knowing)
+
+    text = page.read_text(encoding="utf-8")
+    assert "Best file: my_lora-step00000010.safetensors: validation loss lowest at step 10; " in text
+    assert "Scores are no taste" in text
+    assert text.count('src="data:image/svg') >= 3  # the curves of the loss, the prompts and the likeness
+    story = open_run(history).story
+    assert make_section(history.parent, NAME, story) is not None
+    story.samples.clear()
+    assert make_section(history.parent, NAME, story) is None
+    (history.parent / f"{NAME}-scores.json").write_text('{"version": 1, "rows": 5}', encoding="utf-8")
+    assert read_scores(history.parent / f"{NAME}-scores.json") is None
+
+
+def test_prompts_beyond_the_tokens_and_the_number_of_steps_are_said(tmp_path: Path, knowing: Path) -> None:
+    write_dataset(tmp_path, {"a.png": picture(1)})
+    history = write_run(tmp_path, {10: [picture(3)]}, prompts=["a red circle " * 20])
+    sample = next((history.parent / "sample").iterdir())
+    write_png(sample, picture(3), {"bt_infer_steps": "4"})
+
+    said = score(tmp_path, "--model", knowing)
+
+    assert "Prompts longer than the 32 tokens that the model reads: 1 of 1" in said
+    assert "samples made with 4 steps" in said
+    assert said.count("Likeness of faces is left out") == 1
+
+
+def test_without_the_dataset_prompts_alone_are_compared(tmp_path: Path, knowing: Path) -> None:
+    write_run(tmp_path, {10: [draw(CIRCLE)]}, prompts=[CIRCLE])
+
+    said = score(tmp_path, "--model", knowing)
+
+    (row,) = read_rows(tmp_path)
+    assert row["likeness"] is None
+    assert row["clip"] is not None
+    assert "The dataset dataset.toml is not here" in said

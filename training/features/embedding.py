@@ -1,0 +1,144 @@
+"""Learn the vectors of a new word together with a LoRA (pivotal tuning): --train_embedding.
+
+The model is given text encoders with rows for the word, which `training/made_networks.py` makes learn. They
+are saved in the LoRA's file, as `networks/bundled_words.py` names them.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from contract.new_words import MOST_VECTORS, WordFlags, WordToLearn, find_fault, learns_words
+from modules.console import count_of
+from modules.errors import OptionError
+from modules.options import CHANGEABLE, FREE, HABIT, IDENTITY, Options, option
+from training.features.contract import AT_NETWORK, Feature, given_values
+from training.learning_options import LARGEST_RATE
+
+if TYPE_CHECKING:
+    from contract.family import Family
+    from training.features.hooks import OptionsOfRun
+
+FLAGS = WordFlags(
+    word="--train_embedding",
+    count="--embedding_vectors",
+    init_word="--embedding_init_word",
+    weights="--embedding_weights",
+    rate="--embedding_lr",
+)
+
+
+class EmbeddingOptions(Options, title="a new word next to the network"):
+    """The word whose vectors a LoRA training learns too, how they begin, and how long they learn."""
+
+    train_embedding: str | None = option(
+        "also learn the vectors of this new word (textual inversion), and save them in the LoRA's file",
+        metavar="WORD",
+        hint="such as mycat",
+        known_as=("train_text_encoder_ti", "token_abstraction"),
+        facts=IDENTITY,
+    )
+    embedding_vectors: int = option(
+        "vectors of the word; each takes one of the 75 places of a caption",
+        default=1,
+        least=1,
+        most=MOST_VECTORS,
+        needs="train_embedding",
+        hint="1 to 4 are usual",
+        known_as=("num_new_tokens_per_abstraction", "num_vectors_per_token"),
+        facts=IDENTITY,
+    )
+    embedding_init_word: str | None = option(
+        "known words whose vectors it begins with, one after the other; default: random vectors",
+        needs="train_embedding",
+        known_as=("initializer_concept", "init_word"),
+        facts=FREE,
+        acts_if={
+            "--embedding_weights has the first vectors": lambda options: options.embedding_weights is None
+        },
+    )
+    embedding_weights: Path | None = option(
+        "file of a textual inversion, or a LoRA that brings the word, to continue with",
+        place="there",
+        needs="train_embedding",
+        facts=FREE,
+    )
+    embedding_lr: float | None = option(
+        "learning rate of the vectors; default: --learning_rate",
+        needs="train_embedding",
+        above=0,
+        below=LARGEST_RATE,
+        hint="1e-3 is usual",
+        facts=CHANGEABLE,
+    )
+    embedding_until: float = option(
+        "share of the steps in which the vectors learn; the LoRA learns to the end",
+        default=1.0,
+        above=0,
+        most=1,
+        needs="train_embedding",
+        hint="0.5 is usual",
+        known_as=("train_text_encoder_ti_frac",),
+        facts=HABIT,
+    )
+    embedding_file: bool = option(
+        "save the vectors as a file of the word alone too, OUTPUT_NAME_WORD.safetensors",
+        needs="train_embedding",
+        facts=FREE,
+    )
+
+    def __post_init__(self) -> None:
+        fault = "" if self.train_embedding is None else find_fault(self.train_embedding)
+        if fault:
+            raise OptionError(f"--train_embedding {self.train_embedding!r} {fault}")
+
+    @property
+    def word(self) -> WordToLearn:
+        """Return the word. Call only with `train_embedding`."""
+        assert self.train_embedding is not None
+        return WordToLearn(
+            self.train_embedding,
+            self.embedding_vectors,
+            FLAGS,
+            init_word=self.embedding_init_word,
+            weights=self.embedding_weights,
+            rate=self.embedding_lr,
+            until=self.embedding_until,
+            has_file=self.embedding_file,
+        )
+
+
+def _refuse(options: "OptionsOfRun") -> None:
+    if options.caching is not None and options.caching.caches_texts:
+        raise OptionError(
+            "--cache_text_encoder_outputs: with --train_embedding the outputs of the text encoders change as "
+            "the vectors of the word learn, so that they cannot be cached. Leave out one of the two"
+        )
+
+
+def _teach(options: EmbeddingOptions, family: "Family") -> "Family":
+    """Return the model with rows for the word in its text encoders. Raises OptionError if it cannot be."""
+    if not learns_words(family):
+        raise OptionError(
+            f"--train_embedding: the text encoders of {family.name} take no new words in a training here. "
+            "Leave it out, and describe in captions what is to be learned"
+        )
+    return family.with_new_word(options.word)
+
+
+def _describe(options: EmbeddingOptions) -> tuple[str, str]:
+    share = options.embedding_until
+    length = "" if share == 1 else f", in the first {share:.0%} of the steps"
+    return "new word", f"{options.train_embedding}, {count_of(options.embedding_vectors, 'vector')}{length}"
+
+
+EMBEDDING = Feature(
+    name="embedding",
+    options=EmbeddingOptions,
+    place=AT_NETWORK,
+    is_on=lambda options: options.train_embedding is not None,
+    why_not_whole="its vectors are saved in a LoRA's file. Train a LoRA, or the word by itself",
+    refuse=_refuse,
+    model=_teach,
+    start_row=_describe,
+    metadata=lambda options, progress: given_values(options),
+)

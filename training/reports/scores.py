@@ -1,0 +1,416 @@
+"""Scores of a run's samples as a file next to its history: read and written, the best file, the page's part.
+
+`OUTPUT_NAME-scores.json` is written by tools/score.py. Scores are means over the samples of a step.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from modules.atomic_write import make_storable, write_text
+from modules.pages.charts import Chart, Curve, draw_chart
+from modules.pages.language import counted, join, say
+from modules.text_files import parse_json, read_text
+from training.reports.history import Story
+from training.reports.sections import PageSection
+
+VERSION = 1
+END = "-scores.json"
+MOST_BYTES = 64 << 20
+MOST_ROWS = 10_000
+MOST_SHOWN = 100  # rows of the page
+# means of two steps that differ by less are equal: repeated seeds of one LoRA differ by about as much
+SAME = 0.005
+NO_TASTE = say(
+    "Scores are no taste: they say how a model that describes pictures sees the samples, not which ones you "
+    "like. Look at the samples before you decide."
+)
+# what is said below a table, by the names in files
+NOTES = {
+    "unreadable": say("Files that could not be read and are left out: %(names)s."),
+    "no_dataset": say("The history does not name a dataset: --dataset_config gives one for the likeness."),
+    "dataset_gone": say("The dataset %(path)s is not here: --dataset_config gives one for the likeness."),
+    "cut": say(
+        "Prompts longer than the %(most)s tokens that the model reads: %(n)s of %(all)s. The rest of them is "
+        "not compared."
+    ),
+    "few": say(
+        "Training pictures: %(n)s, too few to say from which cosine a sample is very near to one (%(least)s "
+        "are needed). Copies are found nevertheless."
+    ),
+    "faces": say("Likeness of faces is left out: no network here describes faces."),
+    "sounds": say("Samples of sound alone are left out."),
+}
+
+
+@dataclass(frozen=True)
+class ScoreNote:
+    """A remark on the scores of a run: a name of `NOTES`, and the values in its text."""
+
+    kind: str
+    values: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def text(self) -> str:
+        return say(NOTES[self.kind], **self.values)
+
+
+@dataclass(frozen=True)
+class SampleScore:
+    """Scores of one sample. None: not measured."""
+
+    prompt: int  # its number
+    file: str
+    clip: float | None = None  # cosine of sample and prompt, -1..1
+    likeness: float | None = None  # mean cosine to the nearest training pictures
+    nearest: str = ""  # the nearest training picture
+    nearest_cosine: float | None = None
+    is_copied: bool = False  # it is nearly the same as the nearest one
+    is_near: bool = False  # nearer to it than training pictures are to each other
+    steps: int | None = None  # of denoising
+
+
+@dataclass(frozen=True)
+class StepScores:
+    """Scores of the samples of one step, with the file that was saved there."""
+
+    step: int
+    mark: str  # of the samples
+    samples: tuple[SampleScore, ...]
+    saved: str = ""  # "": no file was kept
+    loss: float | None = None  # validation loss, measured nearest to the step
+    loss_step: int | None = None  # where it was measured
+
+    @property
+    def clip(self) -> float | None:
+        return _mean([sample.clip for sample in self.samples])
+
+    @property
+    def likeness(self) -> float | None:
+        return _mean([sample.likeness for sample in self.samples])
+
+    @property
+    def nearest_cosine(self) -> float | None:
+        """Return the largest cosine of a sample and its nearest training picture."""
+        return max(
+            (one.nearest_cosine for one in self.samples if one.nearest_cosine is not None), default=None
+        )
+
+    @property
+    def copies(self) -> list[SampleScore]:
+        return [sample for sample in self.samples if sample.is_copied]
+
+    @property
+    def near(self) -> list[SampleScore]:
+        return [sample for sample in self.samples if sample.is_near and not sample.is_copied]
+
+    @property
+    def denoising_steps(self) -> str:
+        """Return with how many steps the samples were made: `4`, `4-20`, or "" if they do not say."""
+        numbers = sorted({sample.steps for sample in self.samples if sample.steps is not None})
+        return "-".join(str(number) for number in dict.fromkeys((numbers[0], numbers[-1]))) if numbers else ""
+
+
+@dataclass(frozen=True)
+class RunScores:
+    """Scores of a run, in the order of its steps."""
+
+    model: str  # name of the folder of the model
+    rows: tuple[StepScores, ...]
+    num_training: int = 0  # training pictures and clips that samples were compared with
+    near_threshold: float | None = None  # cosine from which a sample is too near; None: too few to say
+    notes: tuple[ScoreNote, ...] = ()
+    version: int = VERSION
+
+
+@dataclass(frozen=True)
+class BestFile:
+    """The file to use by the scores, and why."""
+
+    row: StepScores
+    reasons: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return self.row.saved
+
+    @property
+    def text(self) -> str:
+        return say("Best file: %(file)s: %(reasons)s.", file=self.name, reasons=join("; ", self.reasons))
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    measured = [value for value in values if value is not None]
+    return sum(measured) / len(measured) if measured else None
+
+
+def scores_path(folder: Path, name: str) -> Path:
+    """Return the file of a run's scores. folder, name: --output_dir, --output_name."""
+    return folder / f"{name}{END}"
+
+
+def write_scores(path: Path, scores: RunScores) -> None:
+    """Write the scores of a run, with the means of each step and the best file. Raises OutputError."""
+    values = asdict(scores)
+    for row, row_values in zip(scores.rows, values["rows"], strict=True):
+        row_values |= {"clip": row.clip, "clip_score": clip_score(row.clip), "likeness": row.likeness}
+    best = find_best(scores.rows)
+    values["best"] = None if best is None else {"file": best.name, "reason": str(best.text)}
+    values["remark"] = str(NO_TASTE)
+    write_text(path, make_storable(json.dumps(values, ensure_ascii=False, indent=1)) + "\n")
+
+
+def clip_score(cosine: float | None) -> float | None:
+    """Return 100 max(0, cosine), as torchmetrics' `clip_score` has it."""
+    return None if cosine is None else 100 * max(0.0, cosine)
+
+
+def read_scores(path: Path) -> RunScores | None:
+    """Read the scores of a run; None if there is no such file, or another program's."""
+    try:
+        values = parse_json(read_text(path, MOST_BYTES))
+        if values["version"] != VERSION:
+            return None
+        rows = tuple(_read_row(row) for row in values["rows"][:MOST_ROWS])
+        return RunScores(
+            model=str(values["model"]),
+            rows=rows,
+            num_training=int(values["num_training"]),
+            near_threshold=_number(values["near_threshold"]),
+            notes=tuple(_read_note(note) for note in values["notes"]),
+        )
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError):
+        return None
+
+
+def _read_note(values: Mapping[str, Any]) -> ScoreNote:
+    note = ScoreNote(str(values["kind"]), {str(name): str(text) for name, text in values["values"].items()})
+    _ = note.text  # raises LookupError if the file has another text in mind
+    return note
+
+
+def _read_row(values: Mapping[str, Any]) -> StepScores:
+    samples = []
+    for sample in values["samples"]:
+        numbers = {name: _number(sample[name]) for name in ("clip", "likeness", "nearest_cosine")}
+        samples.append(
+            SampleScore(
+                prompt=int(sample["prompt"]),
+                file=str(sample["file"]),
+                nearest=str(sample["nearest"]),
+                is_copied=bool(sample["is_copied"]),
+                is_near=bool(sample["is_near"]),
+                steps=None if sample["steps"] is None else int(sample["steps"]),
+                **numbers,
+            )
+        )
+    return StepScores(
+        step=int(values["step"]),
+        mark=str(values["mark"]),
+        samples=tuple(samples),
+        saved=str(values["saved"]),
+        loss=_number(values["loss"]),
+        loss_step=None if values["loss_step"] is None else int(values["loss_step"]),
+    )
+
+
+def _number(value: Any) -> float | None:
+    if value is None:
+        return None
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+def find_best(rows: Sequence[StepScores]) -> BestFile | None:
+    """Return the best of the saved files that have samples; None if there is none.
+
+    With validation losses it is the one with the lowest. Without, it is the one that is most like the
+    training pictures among those that fit their prompts as well as the best does, within SAME. Files with
+    copied samples count only if all have some.
+    """
+    candidates = [row for row in rows if row.saved]
+    clean = [row for row in candidates if not row.copies]
+    chosen = clean or candidates
+    if not chosen:
+        return None
+    measured = [row for row in chosen if row.loss is not None]
+    if measured:
+        best = min(measured, key=lambda row: (row.loss, row.step))
+        reasons = [say("validation loss lowest at step %(step)s", step=f"{best.step:,}")]
+        reasons += _find_trends(rows, best)
+    else:
+        fitting = _fitting(chosen)
+        best = max(fitting, key=lambda row: (row.likeness or 0.0, row.clip or 0.0, -row.step))
+        reasons = [
+            say("no validation loss was measured"),
+            say(
+                "most like the training pictures of those that fit their prompts as well as the best (within "
+                "%(same)s)",
+                same=f"{SAME:g}",
+            )
+            if best.likeness is not None
+            else say("fits its prompts best"),
+        ]
+    if len(clean) < len(candidates):
+        reasons.append(
+            counted(
+                len(candidates) - len(clean),
+                "%(n)s file whose samples copy a training picture is left out",
+                "%(n)s files whose samples copy a training picture are left out",
+            )
+            if clean
+            else say("samples of all files copy training pictures")
+        )
+    return BestFile(best, tuple(reasons))
+
+
+def _fitting(rows: Sequence[StepScores]) -> list[StepScores]:
+    """Return those whose samples fit their prompts as well as the best do, within SAME."""
+    highest = max((row.clip for row in rows if row.clip is not None), default=None)
+    if highest is None:
+        return list(rows)
+    return [row for row in rows if row.clip is not None and row.clip >= highest - SAME]
+
+
+def _find_trends(rows: Sequence[StepScores], best: StepScores) -> list[str]:
+    """Return how the scores go on behind the best file, as sentences."""
+    later = [row for row in rows if row.step > best.step]
+    if not later:
+        return [say("it is the last one with samples")]
+    reasons: list[str] = []
+    last = later[-1]
+    if best.likeness is not None and last.likeness is not None:
+        change = last.likeness - best.likeness
+        if change > SAME:
+            reasons.append(say("likeness still rises behind it"))
+        elif change < -SAME:
+            reasons.append(say("likeness falls behind it"))
+        else:
+            reasons.append(say("likeness stays as it is behind it"))
+    if best.clip is not None and last.clip is not None and last.clip < best.clip - SAME:
+        reasons.append(say("later samples fit their prompts less"))
+    return reasons
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """The scores of a run as texts: headings and rows."""
+
+    headings: tuple[str, ...]
+    rows: list[tuple[str, ...]] = field(default_factory=list)
+
+
+def make_table(scores: RunScores) -> ScoreTable:
+    """Return the table of the terminal and the page."""
+    headings = [
+        say("step"),
+        say("file"),
+        say("validation loss"),
+        say("prompt (cosine)"),
+        say("clip_score"),
+        say("likeness"),
+        say("nearest"),
+        say("remarks"),
+    ]
+    best = find_best(scores.rows)
+    table = ScoreTable(tuple(headings))
+    for row in scores.rows:
+        loss = _shown(row.loss)
+        if row.loss_step is not None and row.loss_step != row.step:
+            loss = say("%(loss)s (at step %(step)s)", loss=loss, step=f"{row.loss_step:,}")
+        remarks = _list_remarks(row)
+        if best is not None and row is best.row:
+            remarks.insert(0, say("best"))
+        points = clip_score(row.clip)
+        table.rows.append(
+            (
+                f"{row.step:,}" if row.step else say("before training"),
+                row.saved or "-",
+                loss,
+                _shown(row.clip),
+                "" if points is None else f"{points:.1f}",
+                _shown(row.likeness),
+                _shown(row.nearest_cosine),
+                join(", ", remarks),
+            )
+        )
+    return table
+
+
+def _shown(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _list_remarks(row: StepScores) -> list[str]:
+    """Return what is said of the samples of a step."""
+    remarks: list[str] = [
+        say("sample %(n)s copies %(picture)s", n=copy.prompt, picture=copy.nearest) for copy in row.copies
+    ]
+    remarks += [
+        say("sample %(n)s is very near to %(picture)s", n=one.prompt, picture=one.nearest) for one in row.near
+    ]
+    if row.denoising_steps:
+        remarks.append(say("samples made with %(n)s steps", n=row.denoising_steps))
+    return remarks
+
+
+def make_section(folder: Path, name: str, story: Story) -> PageSection | None:
+    """Return the scores of a run for its page; None if it was not scored. folder, name: of the history."""
+    scores = read_scores(scores_path(folder, name))
+    if scores is None:
+        return None
+    # a run of the same name may have replaced the samples
+    scores = replace(scores, rows=tuple(row for row in scores.rows if _is_of(row, story)))
+    if not scores.rows:
+        return None
+    best = find_best(scores.rows)
+    notes = [say("No saved file has samples.") if best is None else best.text, NO_TASTE]
+    missing = len(story.samples.keys() - {(row.step, row.mark) for row in scores.rows})
+    if missing:
+        notes.append(
+            counted(
+                missing,
+                "Samples of %(n)s step are not scored yet: run tools/score.py again.",
+                "Samples of %(n)s steps are not scored yet: run tools/score.py again.",
+            )
+        )
+    notes += [note.text for note in scores.notes]
+    table = make_table(scores)
+    return PageSection(
+        key="scores",
+        title=say("Scores"),
+        notes=notes,
+        charts=[draw_chart(chart) for chart in list_score_charts(scores)],
+        headings=table.headings,
+        rows=table.rows[-MOST_SHOWN:],
+    )
+
+
+def _is_of(row: StepScores, story: Story) -> bool:
+    """Return whether scores are those of samples of a run."""
+    samples = story.samples.get((row.step, row.mark))
+    return samples is not None and {sample.file for sample in row.samples} <= {*samples.files.values()}
+
+
+def list_score_charts(scores: RunScores) -> list[Chart]:
+    """Return the curves of the scores over the steps, those that have values."""
+    curves = [
+        _make_curve(say("samples and prompts"), [(row.step, row.clip) for row in scores.rows]),
+        _make_curve(say("samples and training pictures"), [(row.step, row.likeness) for row in scores.rows]),
+    ]
+    titles = (say("Prompt similarity"), say("Likeness to the training pictures"))
+    return [
+        Chart([curve], "step", "cosine", title)
+        for curve, title in zip(curves, titles, strict=True)
+        if curve.x
+    ]
+
+
+def _make_curve(name: str, points: Sequence[tuple[int, float | None]]) -> Curve:
+    measured = [(step, value) for step, value in points if value is not None]
+    return Curve(
+        name, [step for step, _ in measured], [value for _, value in measured], has_dots=len(measured) < 60
+    )

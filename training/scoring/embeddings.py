@@ -1,0 +1,161 @@
+"""Vectors of pictures and clips, kept on disk by the content of their files: work that is stopped goes on."""
+
+import contextlib
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from checkpoints.writing import save_tensors
+from modules.bars import Bar
+from modules.errors import MediaError
+from modules.media.reading import VIDEO_SUFFIXES, Frame, pick_frames, read_image
+from training.scoring.model import PictureTextModel
+
+logger = logging.getLogger(__name__)
+
+SAVE_SECONDS = 20.0  # between two times that vectors are written to disk
+
+
+@dataclass(frozen=True)
+class Medium:
+    """A picture or clip whose vectors are wanted."""
+
+    name: str  # for people
+    open: Callable[[], AbstractContextManager[Path]]  # gives a file, or a folder of frames
+
+
+@dataclass
+class VectorStore:
+    """Vectors by content. Use it as a context manager: leaving it writes what is new."""
+
+    path: Path
+    vectors: dict[str, Tensor] = field(default_factory=dict)  # each F D float32: one row for each frame
+    _written: int = 0
+    _saved: float = field(default_factory=time.monotonic)
+
+    def __enter__(self) -> "VectorStore":
+        if self.path.is_file():
+            try:
+                self.vectors = load_file(self.path)
+            except (OSError, SafetensorError) as error:
+                logger.warning("%s cannot be read (%s): its vectors are computed again.", self.path, error)
+        self._written = len(self.vectors)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.write()
+
+    def add(self, key: str, vectors: Tensor) -> None:
+        self.vectors[key] = vectors
+        if time.monotonic() - self._saved >= SAVE_SECONDS:
+            self.write()
+
+    def write(self) -> None:
+        """Write the vectors if there are new ones. Raises OutputError."""
+        self._saved = time.monotonic()
+        if len(self.vectors) > self._written:
+            save_tensors(self.path, self.vectors)
+            self._written = len(self.vectors)
+
+
+def vectors_path(folder: Path, model: PictureTextModel) -> Path:
+    """Return the file of the vectors of a model, in the folder of runs."""
+    return folder / f".scores-{model.identity}.safetensors"
+
+
+@dataclass
+class Embedder:
+    """Compute the vectors of media that the store lacks."""
+
+    model: PictureTextModel
+    store: VectorStore
+    num_frames: int  # of a clip
+    batch_size: int
+    unreadable: list[str] = field(default_factory=list)
+    _waiting: list[tuple[str, list[Frame]]] = field(default_factory=list)  # keys and frames
+
+    def embed(self, media: Sequence[Medium], what: str) -> list[Tensor | None]:
+        """Return the vectors of each medium, F D; None if it cannot be read. what: for the bar."""
+        keys: list[str | None] = []
+        with Bar(len(media), what, "file") as bar:
+            for medium in media:
+                try:
+                    with medium.open() as path:
+                        keys.append(self._add(path))
+                except (MediaError, OSError) as error:
+                    logger.warning("%s is left out: %s", medium.name, error)
+                    self.unreadable.append(medium.name)
+                    keys.append(None)
+                bar.update()
+            self._embed_waiting()
+        return [None if key is None else self.store.vectors[key] for key in keys]
+
+    def _add(self, path: Path) -> str:
+        """Return the key of a file's vectors, which are there or will be with the next batch."""
+        is_clip = path.is_dir() or path.suffix.lower() in VIDEO_SUFFIXES
+        key = _hash_content(path)
+        if is_clip:
+            key = f"{key}-{self.num_frames}"
+        if key in self.store.vectors or any(waiting == key for waiting, _ in self._waiting):
+            return key
+        self._waiting.append((key, read_frames(path, self.num_frames)))
+        if sum(len(frames) for _, frames in self._waiting) >= self.batch_size:
+            self._embed_waiting()
+        return key
+
+    def _embed_waiting(self) -> None:
+        frames = [frame for _, frames_of_one in self._waiting for frame in frames_of_one]
+        batches = [
+            self.model.embed_pictures(frames[start : start + self.batch_size])
+            for start in range(0, len(frames), self.batch_size)
+        ]
+        if not batches:
+            return
+        vectors = torch.cat(batches)
+        place = 0
+        for key, frames_of_one in self._waiting:
+            self.store.add(key, vectors[place : place + len(frames_of_one)].clone())
+            place += len(frames_of_one)
+        self._waiting.clear()
+
+
+def read_frames(path: Path, num_frames: int) -> list[Frame]:
+    """Return a picture as one frame, H W 3, or evenly spaced frames of a clip. Raises MediaError."""
+    if path.is_dir() or path.suffix.lower() in VIDEO_SUFFIXES:
+        return pick_frames(path, lambda length: _choose_evenly(length, num_frames), lambda frame: frame)
+    return [read_image(path)]
+
+
+def _choose_evenly(length: int, most: int) -> set[int]:
+    """Return the middle frame of each of `most` equal parts, or all frames."""
+    if length <= most:
+        return set(range(length))
+    return {int((place + 0.5) * length / most) for place in range(most)}
+
+
+def _hash_content(path: Path) -> str:
+    """Return the SHA-256 of a file, or of the files of a folder. Raises OSError."""
+    digest = hashlib.sha256()
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        with file.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()
+
+
+def open_path(path: Path) -> Medium:
+    """Return the medium of a file on disk."""
+
+    @contextlib.contextmanager
+    def give() -> Iterator[Path]:
+        yield path
+
+    return Medium(str(path.name), give)

@@ -1,0 +1,180 @@
+"""CLIP and SigLIP models of transformers: vectors of pictures and of texts, whose cosine says how they fit.
+
+Code and pickles that come with a model are never run.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from modules.control_codes import shorten
+from modules.devices import choose_device
+from modules.errors import CheckpointError
+from modules.media.reading import Frame
+from modules.text_files import parse_json, read_text
+
+CONFIG = "config.json"
+LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+ENDS = 1 << 20  # bytes at both ends of a file of weights that tell it from others
+
+
+@dataclass(frozen=True)
+class PictureTextKind:
+    """How transformers names a kind of model, and how its texts are filled up."""
+
+    network: str  # class of transformers
+    padding: str  # as it was trained
+
+
+# by `model_type` of config.json
+KINDS: Mapping[str, PictureTextKind] = {
+    "clip": PictureTextKind("CLIPModel", "longest"),
+    "siglip": PictureTextKind("SiglipModel", "max_length"),
+}
+
+
+@dataclass(frozen=True)
+class PictureTextModel:
+    """A loaded model with what prepares its pictures and texts."""
+
+    network: Any
+    processor: Any  # of pictures
+    tokenizer: Any
+    padding: str
+    most_tokens: int
+    identity: str  # equal for folders with the same model
+
+    @torch.no_grad()
+    def embed_pictures(self, frames: Sequence[Frame]) -> Tensor:
+        """Return a vector of length 1 for each frame, N D float32 on the CPU. frames: each H W 3."""
+        pictures = [Image.fromarray(frame) for frame in frames]
+        pixels = self.processor(images=pictures, return_tensors="pt")["pixel_values"]
+        output = self.network.get_image_features(pixel_values=pixels.to(self.network.device))
+        return _with_length_one(output.pooler_output)
+
+    @torch.no_grad()
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Return a vector of length 1 for each text, N D float32 on the CPU. Long texts are cut."""
+        tokens = self.tokenizer(
+            list(texts),
+            padding=self.padding,
+            truncation=True,
+            max_length=self.most_tokens,
+            return_tensors="pt",
+        )
+        # SigLIP was trained without a mask: its texts see what they are filled up with
+        names = ("input_ids",) if self.padding == "max_length" else ("input_ids", "attention_mask")
+        output = self.network.get_text_features(
+            **{name: tokens[name].to(self.network.device) for name in names}
+        )
+        return _with_length_one(output.pooler_output)
+
+    def is_cut(self, text: str) -> bool:
+        """Return whether a text has more tokens than the model reads."""
+        return len(self.tokenizer(text)["input_ids"]) > self.most_tokens
+
+
+def _with_length_one(vectors: Tensor) -> Tensor:
+    # in the operations of CLIPModel, so that the numbers are its own to the last bit
+    squares = torch.sum(torch.pow(vectors, 2), dim=-1, keepdim=True)
+    return (vectors / torch.pow(squares, 0.5)).float().cpu()
+
+
+def load_picture_text_model(folder: Path, device: str | None) -> PictureTextModel:
+    """Load the model in a folder to a device, in float32. device: None is the best one available.
+
+    Raises CheckpointError if the folder holds no such model.
+    """
+    chosen = choose_device(device)
+    kind, most_tokens = _read_kind(folder)
+    import transformers  # takes seconds; not for a wrong folder
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        processor = transformers.AutoImageProcessor.from_pretrained(folder, **LOCAL)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **LOCAL)
+        # the attention is named, as config.json may name one whose code is fetched from the hub and run
+        network = getattr(transformers, kind.network).from_pretrained(
+            folder,
+            dtype=torch.float32,
+            use_safetensors=True,
+            attn_implementation="sdpa",
+            local_files_only=True,
+        )
+    except Exception as error:  # damaged files raise errors of many libraries
+        why = shorten(" ".join(str(error).split()), 300)
+        raise CheckpointError(
+            f"--model {folder}: transformers cannot load it as {kind.network}: {why}", folder
+        ) from None
+    network = network.eval().requires_grad_(False).to(chosen)
+    return PictureTextModel(
+        network=network,
+        processor=processor,
+        tokenizer=tokenizer,
+        padding=kind.padding,
+        most_tokens=most_tokens,
+        identity=_identify(folder),
+    )
+
+
+def _read_kind(folder: Path) -> tuple[PictureTextKind, int]:
+    """Return the kind of the model in a folder, and how many tokens of a text it reads.
+
+    Raises CheckpointError if it is not one of `KINDS`, or lacks files.
+    """
+    config: Any = {}
+    if (folder / CONFIG).is_file():
+        try:
+            config = parse_json(read_text(folder / CONFIG))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{folder / CONFIG} cannot be read: {error}", folder) from None
+    else:
+        raise CheckpointError(
+            f"--model {folder}: there is no {CONFIG} in this folder. Download a model with python "
+            "tools/download.py --family tools --task score_clip --to models, or give the folder of a CLIP "
+            "or SigLIP model as transformers saves it.",
+            folder,
+        )
+    name = config.get("model_type") if isinstance(config, dict) else None
+    if name not in KINDS:
+        raise CheckpointError(
+            f"--model {folder}: its {CONFIG} says model_type {name!r}. Give a model of one of the types "
+            f"{', '.join(KINDS)}.",
+            folder,
+        )
+    if config.get("quantization_config") is not None:
+        raise CheckpointError(
+            f"--model {folder}: its weights are quantised, for which transformers may fetch code. Give the "
+            "model in 16 or 32 bits.",
+            folder,
+        )
+    text = config.get("text_config")
+    default = 64 if name == "siglip" else 77  # of transformers' configurations
+    most_tokens = text.get("max_position_embeddings", default) if isinstance(text, dict) else default
+    if type(most_tokens) is not int or not 2 < most_tokens < 1 << 20:
+        raise CheckpointError(
+            f"{folder / CONFIG}: max_position_embeddings of text_config is {most_tokens!r}", folder
+        )
+    return KINDS[name], most_tokens
+
+
+def _identify(folder: Path) -> str:
+    """Return a text that identifies a model: of its settings, and the sizes and ends of its weights."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix not in {".json", ".safetensors", ".model"} or not path.is_file():
+            continue
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode("utf-8", "surrogateescape"))
+        with path.open("rb") as file:
+            digest.update(file.read(ENDS))
+            file.seek(max(0, size - ENDS))
+            digest.update(file.read(ENDS))
+    return digest.hexdigest()[:16]

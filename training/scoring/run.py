@@ -1,0 +1,316 @@
+"""Score a run after the options of tools/score.py are read."""
+
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from blissful_tuner.metadata import read_value
+from dataset.config import load_dataset_config
+from modules.console import count_of, list_some
+from modules.control_codes import escape_control_codes
+from modules.errors import MediaError, NothingFoundError, OptionError, UserError
+from modules.media.reading import read_tags
+from training.features.composing import parts_of_page
+from training.reports.history import END, History, SampleRow, Start, Story, history_name, read_session
+from training.reports.page import Standing, page_path, write_training_page
+from training.reports.sample_files import FOLDER as SAMPLES
+from training.reports.sample_files import ClipStore
+from training.reports.scores import (
+    NO_TASTE,
+    RunScores,
+    SampleScore,
+    ScoreNote,
+    StepScores,
+    find_best,
+    make_table,
+    scores_path,
+    write_scores,
+)
+from training.scoring.embeddings import Embedder, VectorStore, open_path, vectors_path
+from training.scoring.model import PictureTextModel, load_picture_text_model
+from training.scoring.options import ScoreOptions
+from training.scoring.training_pictures import (
+    LEAST_TO_COMPARE,
+    NEAREST,
+    TrainingVectors,
+    is_copy,
+    list_training_media,
+)
+
+logger = logging.getLogger(__name__)
+
+SOUND = ".wav"
+NO_FACES = ScoreNote("faces")  # post/faces finds and restores them
+
+
+@dataclass(frozen=True)
+class ScoredRun:
+    """A run that is scored."""
+
+    history: Path
+    story: Story
+
+    @property
+    def folder(self) -> Path:
+        return self.history.parent
+
+    @property
+    def name(self) -> str:
+        return history_name(self.history)
+
+    def list_samples(self) -> list[tuple[SampleRow, dict[int, Path]]]:
+        """Return the samples of each step that exist, without sounds, by the number of their prompt."""
+        rows = []
+        for key in sorted(self.story.samples):
+            row = self.story.samples[key]
+            paths = {index: self.folder / SAMPLES / name for index, name in sorted(row.files.items())}
+            there = {index: path for index, path in paths.items() if path.suffix != SOUND and path.is_file()}
+            if there:
+                rows.append((row, there))
+        return rows
+
+
+def score_run(options: ScoreOptions) -> None:
+    """Score the samples of a run: print a table, write the scores, and the run's page again.
+
+    Raises UserError if there is nothing to score or the model cannot be used.
+    """
+    run = open_run(options.run)
+    rows = run.list_samples()
+    if not rows:
+        raise NothingFoundError(
+            f"{run.history}: the run has no samples that could be scored. Train with --sample_prompts "
+            "prompts.txt --sample_every_n_steps 200, at the steps that are saved."
+        )
+    notes: list[ScoreNote] = []
+    config = _find_dataset(options, run, notes)
+    model = load_picture_text_model(options.model, options.device)
+    paths = [path for _, files in rows for path in files.values()]
+    with VectorStore(vectors_path(run.folder, model)) as store:
+        embedder = Embedder(model, store, num_frames=options.num_frames, batch_size=options.batch_size)
+        vectors = dict(
+            zip(paths, embedder.embed([open_path(path) for path in paths], "samples"), strict=True)
+        )
+        training = None if config is None else _embed_training_pictures(embedder, config)
+    comparison = SampleComparison(
+        _embed_prompts(model, [row for row, _ in rows], notes), training, options.num_frames
+    )
+    scored = [_score_step(run, row, files, vectors=vectors, comparison=comparison) for row, files in rows]
+    notes += _list_notes(run, embedder, comparison)
+    scores = RunScores(
+        model=options.model.resolve().name,
+        rows=tuple(row for row in scored if row.samples),
+        num_training=0 if training is None else len(training.media),
+        near_threshold=comparison.threshold,
+        notes=tuple(notes),
+    )
+    path = scores_path(run.folder, run.name)
+    write_scores(path, scores)
+    sys.stdout.write(escape_control_codes(describe(scores)) + "\n")
+    logger.info("wrote %s", path)
+    _write_page_again(run)
+
+
+def _embed_training_pictures(embedder: Embedder, config: Path) -> TrainingVectors | None:
+    media = list_training_media(load_dataset_config(config))
+    return TrainingVectors.of(media, embedder.embed(media, "training pictures"))
+
+
+def _list_notes(run: ScoredRun, embedder: Embedder, comparison: "SampleComparison") -> list[ScoreNote]:
+    """Return what was left out of the scores of a run."""
+    notes = []
+    if embedder.unreadable:
+        notes.append(ScoreNote("unreadable", {"names": list_some(embedder.unreadable)}))
+    training = comparison.training
+    if training is not None and comparison.threshold is None:
+        few = {"n": str(len(training.media)), "least": str(LEAST_TO_COMPARE)}
+        notes.append(ScoreNote("few", few))
+    if any(name.endswith(SOUND) for row in run.story.samples.values() for name in row.files.values()):
+        notes.append(ScoreNote("sounds"))
+    return [*notes, NO_FACES]
+
+
+def open_run(place: Path) -> ScoredRun:
+    """Return the run of a history, or the only run of a folder. Raises OptionError for anything else."""
+    if place.is_dir():
+        # those of `run` tell only what it did before its training
+        histories = [path for path in sorted(place.glob(f"*{END}")) if not path.name.endswith(f".run{END}")]
+        if not histories:
+            raise OptionError(
+                f"{place}: there is no run in this folder: no ...{END}. Give the --output_dir of a training "
+                "that was not run with --no_page."
+            )
+        if len(histories) > 1:
+            raise OptionError(
+                f"{place}: there are {len(histories)} runs in this folder. Give the history of one: "
+                f"{list_some([str(path) for path in histories])}"
+            )
+        (place,) = histories
+    if not place.name.endswith(END):
+        raise OptionError(f"{place}: give the folder of a run, or its history, a file named ...{END}")
+    try:
+        session = read_session(place)
+        if session is None:
+            raise OptionError(f"{place}: this is no history of a training")
+        story = History(place, session, is_written=False).read()
+    except OSError as error:
+        raise OptionError(f"{place} cannot be read: {error.strerror or error}") from None
+    return ScoredRun(place, story)
+
+
+def _find_dataset(options: ScoreOptions, run: ScoredRun, notes: list[ScoreNote]) -> Path | None:
+    """Return the dataset of the training pictures; None with a note if it is not there."""
+    if options.dataset_config is not None:
+        return options.dataset_config
+    start = run.story.start
+    typed = None if start is None else dict(start.changed).get("dataset_config")
+    if start is None or typed is None:
+        notes.append(ScoreNote("no_dataset"))
+        return None
+    for folder in (Path(), Path(start.working_folder)):
+        if (folder / typed).is_file():
+            return folder / typed
+    notes.append(ScoreNote("dataset_gone", {"path": typed}))
+    return None
+
+
+def _embed_prompts(
+    model: PictureTextModel, rows: Sequence[SampleRow], notes: list[ScoreNote]
+) -> dict[str, Tensor]:
+    """Return the vector of each prompt, D; empty prompts have none. Notes how many are cut."""
+    texts = sorted({text for row in rows for text in row.prompts.values() if text.strip()})
+    if not texts:
+        return {}
+    cut = [text for text in texts if model.is_cut(text)]
+    if cut:
+        counts = {"n": str(len(cut)), "all": str(len(texts)), "most": str(model.most_tokens)}
+        notes.append(ScoreNote("cut", counts))
+    return dict(zip(texts, model.embed_texts(texts), strict=True))
+
+
+class SampleComparison:
+    """What samples are compared with."""
+
+    def __init__(self, prompts: dict[str, Tensor], training: TrainingVectors | None, num_frames: int) -> None:
+        self.prompts, self.training, self.num_frames = prompts, training, num_frames
+        self.threshold = None if training is None else training.near_threshold()
+
+    def score(self, index: int, path: Path, prompt: str, vectors: Tensor) -> SampleScore:
+        """Return the scores of a sample. vectors: of its frames, F D."""
+        text = self.prompts.get(prompt)
+        score = SampleScore(
+            prompt=index,
+            file=path.name,
+            clip=None if text is None else float((vectors @ text).mean()),
+            steps=_read_steps(path),
+        )
+        if self.training is None:
+            return score
+        neighbours = self.training.find_nearest(vectors)
+        nearest = neighbours[0]
+        is_copied = False
+        for neighbour in neighbours:
+            try:
+                is_copied = is_copy(
+                    open_path(path).open(), self.training.media[neighbour.index], self.num_frames
+                )
+            except (MediaError, OSError) as error:
+                logger.warning("%s is not looked at for copies: %s", path.name, error)
+            if is_copied:
+                nearest = neighbour
+                break
+        return replace(
+            score,
+            likeness=sum(neighbour.cosine for neighbour in neighbours) / len(neighbours),
+            nearest=Path(self.training.media[nearest.index].name).name,
+            nearest_cosine=nearest.cosine,
+            is_copied=is_copied,
+            is_near=self.threshold is not None and nearest.cosine > self.threshold,
+        )
+
+
+def _score_step(
+    run: ScoredRun,
+    row: SampleRow,
+    files: dict[int, Path],
+    *,
+    vectors: Mapping[Path, Tensor | None],
+    comparison: SampleComparison,
+) -> StepScores:
+    samples = []
+    for index, path in files.items():
+        frames = vectors[path]
+        if frames is not None:
+            samples.append(comparison.score(index, path, row.prompts.get(index, ""), frames))
+    validated = run.story.nearest(row.step)
+    return StepScores(
+        step=row.step,
+        mark=row.mark,
+        samples=tuple(samples),
+        saved=_find_saved(run, row.step),
+        loss=None if validated is None else validated[1],
+        loss_step=None if validated is None else validated[0],
+    )
+
+
+def _find_saved(run: ScoredRun, step: int) -> str:
+    """Return the file that was saved at a step and exists, the shortest name first; "" if there is none."""
+    names = [
+        name
+        for name, saved_step in run.story.saved.items()
+        if saved_step == step and not run.story.is_average(name) and (run.folder / name).exists()
+    ]
+    return min(names, key=lambda name: (len(name), name), default="")
+
+
+def _read_steps(path: Path) -> int | None:
+    """Return with how many steps a sample was made; None if its file does not say."""
+    try:
+        text = read_value(read_tags(path), "infer_steps") or ""
+    except (OSError, ValueError, UserError):
+        return None
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 6 else None
+
+
+def describe(scores: RunScores) -> str:
+    """Return the scores as a table for a terminal, with the best file below it."""
+    table = make_table(scores)
+    rows = [tuple(map(str, table.headings)), *(tuple(map(str, row)) for row in table.rows)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(table.headings))]
+    lines = [
+        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+    best = find_best(scores.rows)
+    if best is not None:
+        lines += ["", str(best.text)]
+    else:
+        lines += ["", "No saved file has samples of its step: save and sample at the same steps."]
+    if scores.num_training:
+        lines.append(
+            f"likeness: mean cosine to the {min(NEAREST, scores.num_training)} nearest of "
+            f"{count_of(scores.num_training, 'training picture')}."
+        )
+    if scores.near_threshold is not None:
+        lines.append(
+            f"Very near: above a cosine of {scores.near_threshold:.4f}, which 99 of 100 training pictures do "
+            "not have to any other one."
+        )
+    lines += [*(str(note.text) for note in scores.notes), str(NO_TASTE)]
+    return "\n".join(lines)
+
+
+def _write_page_again(run: ScoredRun) -> None:
+    """Write the page of a run that has ended and has one again, with the scores."""
+    path = page_path(run.folder, run.name)
+    if run.story.ending is None or not path.is_file():
+        return
+    text, kind = run.story.ending
+    step = next(reversed(run.story.loss), 0)
+    standing = Standing(run.story.start or Start("", step), step, text, kind)
+    load = ClipStore(run.folder / SAMPLES).for_page() if run.story.samples else None
+    write_training_page(path, run.history, run.story, standing, load=load, parts=parts_of_page())
+    logger.info("wrote %s", path)

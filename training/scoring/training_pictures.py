@@ -1,0 +1,122 @@
+"""The pictures and clips that a run learned from: which are nearest to a sample, and is it a copy of one?"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from data_tools.report.looks import measure_frames
+from data_tools.report.run import group_copies
+from dataset.config import DatasetConfig
+from dataset.listing import find_sources
+from dataset.sources.fetching import fetch
+from dataset.sources.media_source import Fault, MediaSource
+from modules.media.reading import Frame
+from training.scoring.embeddings import Medium, read_frames
+
+logger = logging.getLogger(__name__)
+
+NEAREST = 3  # training pictures that the likeness is the mean of, as far as there are so many
+# A sample is very near to a training picture if so many of 100 training pictures are less like the training
+# picture that is most like them. A fixed cosine says little: in a dataset of one person all are alike.
+NEAR_SHARE = 0.99
+LEAST_TO_COMPARE = 8  # training pictures, below which this share says nothing
+ROWS = 1024  # of a product of all with all
+
+
+class Neighbour(NamedTuple):
+    """A training picture and its cosine to a sample."""
+
+    index: int
+    cosine: float
+
+
+@dataclass(frozen=True)
+class TrainingVectors:
+    """Vectors of all frames of the training pictures and clips."""
+
+    media: Sequence[Medium]
+    vectors: Tensor  # M D: of all frames, one medium after the other
+    owners: Tensor  # M: the medium of each frame
+
+    @classmethod
+    def of(cls, media: Sequence[Medium], vectors: Sequence[Tensor | None]) -> "TrainingVectors | None":
+        """Join the vectors of media; those that could not be read are left out. None if none is left."""
+        kept = [(medium, rows) for medium, rows in zip(media, vectors, strict=True) if rows is not None]
+        if not kept:
+            return None
+        owners = [torch.full((len(rows),), index) for index, (_, rows) in enumerate(kept)]
+        return cls([medium for medium, _ in kept], torch.cat([rows for _, rows in kept]), torch.cat(owners))
+
+    def compare(self, frames: Tensor) -> Tensor:
+        """Return the likeness of a sample to each medium, one number for each.
+
+        It is the mean over the sample's frames of the largest cosine to a frame of the medium. frames:
+        vectors of the sample, F D.
+        """
+        cosines = frames @ self.vectors.T  # F M
+        largest = torch.full((len(frames), len(self.media)), -2.0)
+        largest.scatter_reduce_(1, self.owners.expand(len(frames), -1), cosines, "amax")
+        return largest.mean(0)
+
+    def find_nearest(self, frames: Tensor) -> list[Neighbour]:
+        """Return the media that are most like a sample, the nearest first."""
+        values, places = self.compare(frames).topk(min(NEAREST, len(self.media)))
+        return [Neighbour(*pair) for pair in zip(places.tolist(), values.tolist(), strict=True)]
+
+    def near_threshold(self) -> float | None:
+        """Return the cosine from which a sample is very near, see NEAR_SHARE; None for too few pictures."""
+        if len(self.media) < LEAST_TO_COMPARE:
+            return None
+        highest = torch.full((len(self.media),), -2.0)
+        for start in range(0, len(self.vectors), ROWS):
+            cosines = self.vectors[start : start + ROWS] @ self.vectors.T
+            owners = self.owners[start : start + ROWS]
+            cosines[owners[:, None] == self.owners[None, :]] = -2.0
+            highest.scatter_reduce_(0, owners, cosines.amax(1), "amax")
+        return float(torch.quantile(highest[: 1 << 20], NEAR_SHARE))
+
+
+def list_training_media(config: DatasetConfig) -> list[Medium]:
+    """Return the pictures and clips of the tables that are trained. Regularisation pictures are not listed.
+
+    Raises DatasetError if a folder or list of a table is missing.
+    """
+    media = []
+    for table in config.datasets:
+        if table.validation or table.is_reg or table.is_of_sound:
+            continue
+        faults: list[Fault] = []
+        for source in find_sources(table, captions=False, faults=faults):
+            media.append(Medium(str(source.path), partial(_open_source, source)))
+    return media
+
+
+@contextmanager
+def _open_source(source: MediaSource) -> Iterator[Path]:
+    alone = replace(source, control=(), mask=None, origins=source.origins[:1])
+    with fetch(alone) as fetched:
+        yield fetched.path
+
+
+def are_copies(sample: Sequence[Frame], picture: Sequence[Frame]) -> bool:
+    """Return whether a frame of a sample is nearly the same as a frame of a training picture or clip.
+
+    The rule is that of the dataset's page: the same shapes and colours, in any size and brightness.
+    """
+    frames = [[frame] for frame in (*sample, *picture)]
+    measures = [measure_frames(frame, is_clip=False) for frame in frames]
+    groups = group_copies(measures)
+    return any(min(group) < len(sample) <= max(group) for group in groups)
+
+
+def is_copy(sample: AbstractContextManager[Path], picture: Medium, num_frames: int) -> bool:
+    """Return whether a sample copies a training picture, from their files. Raises MediaError or OSError."""
+    with sample as sample_path, picture.open() as picture_path:
+        return are_copies(read_frames(sample_path, num_frames), read_frames(picture_path, num_frames))
