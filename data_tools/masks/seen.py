@@ -1,6 +1,7 @@
 """Find the foreground, faces or a colour in a picture."""
 # Letters: h w the network's grid, H W the picture, S side of the network's input
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,6 @@ from PIL import Image
 
 from data_tools.masks.options import COLOUR
 from data_tools.masks.shaping import Values
-from modules.command import as_typed
 from modules.control_codes import shorten
 from modules.devices import choose_device
 from modules.errors import CheckpointError
@@ -61,7 +61,7 @@ def load_background_finder(path: Path) -> BackgroundFinder:
 
     Raises CheckpointError if it is none, or if neither of the two can run it.
     """
-    _require_file("--background", path, "u2net")
+    _require_file("--background", path)
     header, content = read_onnx(path)
     shapes = list(header.inputs.values())
     shape = shapes[0] if len(shapes) == 1 else ()
@@ -118,13 +118,10 @@ def _cannot_run(path: Path, error: Exception, remedy: str = "") -> CheckpointErr
     return CheckpointError(f"--background {path} cannot be run: {why}.{remedy}", path)
 
 
-def _require_file(option: str, path: Path, task: str) -> None:
-    """Raise CheckpointError, with what downloads the usual file, if there is none."""
+def _require_file(option: str, path: Path) -> None:
+    """Raise CheckpointError if there is no such file; the error of a released one names its download."""
     if not path.is_file():
-        typed = as_typed(
-            ["python", "tools/download.py", "--family", "tools", "--task", task, "--to", "models"]
-        )
-        raise CheckpointError(f"{option} {path}: no such file. {typed} downloads the usual one", path)
+        raise CheckpointError(f"{option} {path}: no such file", path)
 
 
 @dataclass(frozen=True)
@@ -137,17 +134,16 @@ class FaceFinder:
     def find(self, frame: Frame) -> Values:
         """Return the boxes of faces in a picture, H W 3: H W, 1 inside, also where a box covers a part."""
         values = np.zeros(frame.shape[:2], np.float32)
-        height, width = values.shape
         for face in self.detector.find(frame, self.least_score):
-            left, top = np.clip(np.floor(face.box[:2]), 0, (width, height)).astype(int)
-            right, bottom = np.clip(np.ceil(face.box[2:]), 0, (width, height)).astype(int)
+            left, top = (max(0, math.floor(side)) for side in face.box[:2])
+            right, bottom = (max(0, math.ceil(side)) for side in face.box[2:])
             values[top:bottom, left:right] = 1
         return values
 
 
 def load_face_finder(path: Path, least_score: float, device: str | None) -> FaceFinder:
     """Load a detector of faces. Raises CheckpointError if the file is none."""
-    _require_file("--faces", path, "yunet")
+    _require_file("--faces", path)
     chosen = choose_device(device)
     return FaceFinder(load_detector(path, chosen, option="--faces"), least_score)
 

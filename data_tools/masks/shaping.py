@@ -55,7 +55,7 @@ class MaskShape:
         before = None
         if old is not None and mode not in ("fill", "replace"):
             resized = old if old.shape == new.shape else cv2.resize(old, (width, height))
-            before = np.asarray(resized, np.float32) / 255
+            before = np.asarray(resized, np.float32) / np.float32(255)
         return to_grey(combine(new, before, mode, alpha))
 
 

@@ -72,7 +72,8 @@ def _measure(plan: SourcePlan, latent: LatentSpec) -> MaskShare | None:
     """Return the share of a mask that is learned; None if it cannot be read, which caching reports."""
     source = plan.source
     assert source.mask is not None
-    place = functools.partial(reading.resize_cover, bucket=plan.items[0][:2])
+    width, height, *_ = plan.items[0]
+    place = functools.partial(reading.resize_cover, bucket=(width, height))
     try:
         size = reading.frame_size(source.path)
         if reading.is_still(source.mask):
