@@ -21,7 +21,6 @@ from modules.text_files import real_path
 from training.reports.history import AVERAGE, history_path
 from training.reports.page import page_path
 from training.reports.sample_files import FOLDER as SAMPLES
-from training.reports.sections import is_section_file
 from training.saving.options import SavingOptions
 
 logger = logging.getLogger(__name__)
@@ -312,6 +311,8 @@ def set_aside(
 
 def find_results(names: Names) -> list[Path]:
     """Return the files, states, samples and pages that a run has written under its name."""
+    from training.reports.sections import is_section_file  # only before the first step
+
     start = re.escape(names.name)
     states = state_pattern(names.name)
     number = r"(?:-\d{6,}|-step\d{8,})?"

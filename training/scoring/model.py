@@ -111,7 +111,7 @@ def load_picture_text_model(folder: Path, device: str | None) -> PictureTextMode
     except Exception as error:  # damaged files raise errors of many libraries
         why = shorten(" ".join(str(error).split()), 300)
         raise CheckpointError(
-            f"--model {folder}: transformers cannot load it as {kind.network}: {why}", folder
+            f"--model {folder}: transformers cannot load it as {kind.network}: {why}"
         ) from None
     network = network.eval().requires_grad_(False).to(chosen)
     return PictureTextModel(
@@ -134,34 +134,29 @@ def _read_kind(folder: Path) -> tuple[PictureTextKind, int]:
         try:
             config = parse_json(read_text(folder / CONFIG))
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{folder / CONFIG} cannot be read: {error}", folder) from None
+            raise CheckpointError(f"{folder / CONFIG} cannot be read: {error}") from None
     else:
         raise CheckpointError(
             f"--model {folder}: there is no {CONFIG} in this folder. Download a model with python "
             "tools/download.py --family tools --task score_clip --to models, or give the folder of a CLIP "
-            "or SigLIP model as transformers saves it.",
-            folder,
+            "or SigLIP model as transformers saves it."
         )
     name = str(config.get("model_type")) if isinstance(config, dict) else ""
     if name not in KINDS:
         raise CheckpointError(
             f"--model {folder}: its {CONFIG} says model_type {name!r}. Give a model of one of the types "
-            f"{', '.join(KINDS)}.",
-            folder,
+            f"{', '.join(KINDS)}."
         )
     if config.get("quantization_config") is not None:
         raise CheckpointError(
             f"--model {folder}: its weights are quantised, for which transformers may fetch code. Give the "
-            "model in 16 or 32 bits.",
-            folder,
+            "model in 16 or 32 bits."
         )
     text = config.get("text_config")
     default = 64 if name == "siglip" else 77  # of transformers' configurations
     most_tokens = text.get("max_position_embeddings", default) if isinstance(text, dict) else default
     if type(most_tokens) is not int or not 2 < most_tokens < 1 << 20:
-        raise CheckpointError(
-            f"{folder / CONFIG}: max_position_embeddings of text_config is {most_tokens!r}", folder
-        )
+        raise CheckpointError(f"{folder / CONFIG}: max_position_embeddings of text_config is {most_tokens!r}")
     return KINDS[name], most_tokens
 
 
