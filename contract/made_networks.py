@@ -59,6 +59,11 @@ class MadeNetwork:
     sentences: Sequence[str] = ()  # in place of captions: one is drawn for each picture of a batch
 
 
+def describe_start(called: str, sizes: str, path: Path | None) -> str:
+    """Return the words for a network: its sizes, or the file that it begins with, whose sizes it has."""
+    return f"{called}{sizes}" if path is None else f"{called} of {path.name}"
+
+
 class MakesNetwork(Described, Protocol):
     """A family that trains a network of its own in some runs."""
 
