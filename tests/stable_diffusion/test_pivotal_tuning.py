@@ -40,6 +40,7 @@ from training.word_rows import make_word_rows
 __all__ = ("folder",)
 
 
+@pytest.mark.slow_cases("sdxl")
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
 def test_two_steps_are_those_of_plain_torch(kind: str, tmp_path: Path) -> None:
     """Two groups of SGD, one norm of all gradients; the plain encoders are those of transformers."""
