@@ -53,7 +53,6 @@ from training.trainable import (
 from training.training_run import Requests, TrainedModel, TrainingRun, trigger_paths
 from training.validation import Validation
 from training.whole_checkpoint import train_whole
-from training.word_rows import WordRows, make_word_rows, note_brought_words
 
 if TYPE_CHECKING:  # loaded only with LoRA files, with prompts
     from networks.added import AddedLoras
@@ -61,6 +60,7 @@ if TYPE_CHECKING:  # loaded only with LoRA files, with prompts
     from networks.loading import LoraUse
     from running.offload.swap_plan import HostWeights
     from training.samples import Sampler
+    from training.word_rows import WordRows
 
 logger = logging.getLogger(__name__)
 
@@ -114,14 +114,15 @@ class LoadedNetworks:
 def load_networks(plan: TrainingPlan, swap: SwapOptions, hooks: Hooks) -> LoadedNetworks:
     """Load the networks one after the other, add the trained part to each, and dress it."""
     loading = Loading(plan, swap, hooks)
-    texts = plan.texts
-    word = make_word_rows(
-        plan.family,
-        {} if texts is None else texts.taught_networks,
-        seed=plan.progress.seed,
-    )
-    if plan.options.network is not None:
-        note_brought_words(plan.options.network.network_weights, taught_word_of(plan.family))
+    word: WordRows | None = None
+    taught = taught_word_of(plan.family)
+    continued = None if plan.options.network is None else plan.options.network.network_weights
+    if taught is not None or continued is not None:
+        from training.word_rows import make_word_rows, note_brought_words  # few runs have either
+
+        encoders = {} if plan.texts is None else plan.texts.taught_networks
+        word = make_word_rows(plan.family, encoders, seed=plan.progress.seed)
+        note_brought_words(continued, taught)
     learners = Learners(plan, word)
     networks: list[nn.Module] = []
     for index in range(len(plan.family.experts)):
@@ -440,7 +441,7 @@ class Learners:
     """Make the trained part of each network, one after the other, and join them."""
 
     plan: TrainingPlan
-    word: WordRows | None = None  # that is learned too
+    word: "WordRows | None" = None  # that is learned too
     parts: list[Trainable] = field(default_factory=list)
 
     def add(self, dit: nn.Module, expert: Expert) -> None:

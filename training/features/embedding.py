@@ -31,14 +31,14 @@ class EmbeddingOptions(Options, title="a new word next to the network"):
     """The word whose vectors a LoRA training learns too, how they begin, and how long they learn."""
 
     train_embedding: str | None = option(
-        "also learn the vectors of this new word (textual inversion), and save them in the LoRA's file",
+        "also learn the vectors of this new word, saved in the LoRA",
         metavar="WORD",
         hint="such as mycat",
         known_as=("train_text_encoder_ti", "token_abstraction"),
         facts=IDENTITY,
     )
     embedding_vectors: int = option(
-        "vectors of the word; each takes one of the 75 places of a caption",
+        "vectors of the word; each takes a place of a caption",
         default=1,
         least=1,
         most=MOST_VECTORS,
@@ -48,7 +48,7 @@ class EmbeddingOptions(Options, title="a new word next to the network"):
         facts=IDENTITY,
     )
     embedding_init_word: str | None = option(
-        "known words whose vectors it begins with, one after the other; default: random vectors",
+        "known words that it begins with; else random vectors",
         needs="train_embedding",
         known_as=("initializer_concept", "init_word"),
         facts=FREE,
@@ -57,7 +57,7 @@ class EmbeddingOptions(Options, title="a new word next to the network"):
         },
     )
     embedding_weights: Path | None = option(
-        "file of a textual inversion, or a LoRA that brings the word, to continue with",
+        "file, or LoRA with the word, to continue with",
         place="there",
         needs="train_embedding",
         facts=FREE,
@@ -71,7 +71,7 @@ class EmbeddingOptions(Options, title="a new word next to the network"):
         facts=CHANGEABLE,
     )
     embedding_until: float = option(
-        "share of the steps in which the vectors learn; the LoRA learns to the end",
+        "share of the steps in which they learn",
         default=1.0,
         above=0,
         most=1,
@@ -81,7 +81,7 @@ class EmbeddingOptions(Options, title="a new word next to the network"):
         facts=HABIT,
     )
     embedding_file: bool = option(
-        "save the vectors as a file of the word alone too, OUTPUT_NAME_WORD.safetensors",
+        "also save them alone: OUTPUT_NAME_WORD.safetensors",
         needs="train_embedding",
         facts=FREE,
     )
