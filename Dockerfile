@@ -3,7 +3,8 @@
 ARG BASE=nvidia/cuda:13.0.1-base-ubuntu24.04
 FROM ${BASE}
 
-# a compiler and Python's headers: torch.compile needs them
+# a compiler and Python's headers: torch.compile needs them. Their versions are those of the base image's system
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends gcc libc6-dev python3 python3-dev python3-venv \
     && rm -rf /var/lib/apt/lists/*

@@ -16,14 +16,7 @@ from browser.offered_folders import find_open_folder, list_media_folders_of
 from browser.responses import answer_template, answer_unknown
 from browser.site import Site
 from browser.tool_form import CHOICE, NUMBER, SWITCH, ToolField, ToolForm, give_value
-from data_tools.masks.options import (
-    BACKGROUND_FILE,
-    FACE_FILE,
-    MODEL_FOLDER,
-    MaskOptions,
-    MaskShapeOptions,
-)
-from data_tools.masks.places import FOLDER_NAME
+from data_tools.masks.options import BACKGROUND_FILE, FACE_FILE, FOLDER_NAME, MODEL_FOLDER, MaskOptions
 from downloads.catalogue import model_sets
 from modules.errors import OptionError, UserError
 from modules.pages.language import say
@@ -43,12 +36,12 @@ NETWORKS = {WORDS: MODEL_FOLDER, WATERMARK: MODEL_FOLDER, BACKGROUND: BACKGROUND
 FORM = ToolForm(
     name="mask",
     script="tools/mask.py",
+    record=MaskOptions,
     fields=(
         ToolField(
             "mode",
             say("Masks that are there"),
             CHOICE,
-            MaskOptions,
             {
                 "": say("stay"),
                 "add": say("get what is found in addition"),
@@ -56,12 +49,12 @@ FORM = ToolForm(
                 "replace": say("are replaced, also those drawn by hand"),
             },
         ),
-        ToolField("threshold", say("Found above"), NUMBER, MaskShapeOptions),
-        ToolField("expand_pixels", say("Grown by (pixels)"), NUMBER, MaskShapeOptions),
-        ToolField("feather_pixels", say("Soft edge (pixels)"), NUMBER, MaskShapeOptions),
-        ToolField("steady_frames", say("Steady over frames of clips"), NUMBER, MaskShapeOptions),
-        ToolField("invert", say("learn everything else"), SWITCH, MaskShapeOptions),
-        ToolField("overwrite", say("make those again that the program made otherwise"), SWITCH, MaskOptions),
+        ToolField("threshold", say("Found above"), NUMBER),
+        ToolField("expand_pixels", say("Grown by (pixels)"), NUMBER),
+        ToolField("feather_pixels", say("Soft edge (pixels)"), NUMBER),
+        ToolField("steady_frames", say("Steady over frames of clips"), NUMBER),
+        ToolField("invert", say("learn everything else"), SWITCH),
+        ToolField("overwrite", say("make those again that the program made otherwise"), SWITCH),
     ),
 )
 

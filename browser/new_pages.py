@@ -124,7 +124,8 @@ from modules.pages.page import encode_address
 from modules.text_encodings import NAMES
 from modules.text_files import read_content, real_path
 from project.fitting import find_memory
-from project.kinds.composing import BY_NAME, LORA, WHOLE, find_control_kind
+from project.kinds.composing import BY_NAME, LORA, find_control_kind
+from project.kinds.whole_model import WHOLE
 from project.media import has_control_pairs
 from project.options import CAPTION_MODEL, RUN_FILE, find_models
 

@@ -16,8 +16,17 @@ from browser.offered_folders import find_open_folder, require_inside
 from browser.responses import answer_template, answer_unknown
 from browser.site import Site
 from browser.tag_editor import TagEditor
-from browser.tool_form import CHOICE, NUMBER, SWITCH, TEXT, ToolField, ToolForm, give_value
-from data_tools.tags.options import TaggerOptions, TagWordOptions, ThresholdOptions
+from browser.tool_form import (
+    CHOICE,
+    CHOICE_OF_SWITCHES,
+    NUMBER,
+    SWITCH,
+    TEXT,
+    ToolField,
+    ToolForm,
+    give_value,
+)
+from data_tools.tags.options import TaggingOptions
 from modules.errors import OptionError, UserError
 from modules.pages.language import say
 
@@ -27,24 +36,23 @@ FAMILY, TASK = "tools", "wd_tagger"  # of the catalogue's model
 FORM = ToolForm(
     name="tag",
     script="tools/tag.py",
+    record=TaggingOptions,
     fields=(
-        ToolField("thresh", say("Least probability"), NUMBER, ThresholdOptions),
-        ToolField("character_threshold", say("of characters"), NUMBER, ThresholdOptions),
-        ToolField("always_first_tags", say("Always first"), TEXT, TagWordOptions),
-        ToolField("undesired_tags", say("Never written"), TEXT, ThresholdOptions),
-        ToolField("num_frames", say("Frames of a clip"), NUMBER, TaggerOptions),
+        ToolField("thresh", say("Least probability"), NUMBER),
+        ToolField("character_threshold", say("of characters"), NUMBER),
+        ToolField("always_first_tags", say("Always first"), TEXT),
+        ToolField("undesired_tags", say("Never written"), TEXT),
+        ToolField("num_frames", say("Frames of a clip"), NUMBER),
         ToolField(
             "join_frames",
             say("A tag of a clip counts"),
             CHOICE,
-            TaggerOptions,
             {"": say("by its best frame"), "mean": say("by the mean of its frames")},
         ),
         ToolField(
             "which",
             say("Captions"),
-            CHOICE,
-            None,
+            CHOICE_OF_SWITCHES,
             {
                 "": say("only those that are missing"),
                 "fill_empty": say("empty ones too"),
@@ -52,9 +60,9 @@ FORM = ToolForm(
                 "append_tags": say("behind all existing ones, kept as .bak"),
             },
         ),
-        ToolField("character_tags_first", say("characters first"), SWITCH, TagWordOptions),
-        ToolField("remove_underscore", say("blanks for underscores"), SWITCH, TagWordOptions),
-        ToolField("use_rating_tags", say("with a rating"), SWITCH, ThresholdOptions),
+        ToolField("character_tags_first", say("characters first"), SWITCH),
+        ToolField("remove_underscore", say("underscores become blanks"), SWITCH),
+        ToolField("use_rating_tags", say("with a rating"), SWITCH),
     ),
 )
 

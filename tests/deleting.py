@@ -32,7 +32,14 @@ FOLDERS |= {kind.name.lower().replace("-", ""): "networks/kinds" for kind in KIN
 FOLDERS |= {way.name: "running/ways" for way in WAYS}
 FOLDERS |= {form.name.lower(): "dataset/forms" for form in FORMS if form not in (FOLDER, JSONL, METADATA)}
 # what writes a form, and is of no use without it
-WRITERS = {"cogvideox": ("data_tools/cogvideox", "tools/prepare_dataset.py", "prepare_dataset.py")}
+WRITERS = {
+    "cogvideox": (
+        "data_tools/cogvideox",
+        "tools/prepare_dataset.py",
+        "prepare_dataset.py",
+        "prepare_dataset.sh",
+    )
+}
 # rooms that may import what is in a folder
 ROOMS = {
     "training/features": ("training", "project", "browser"),

@@ -54,8 +54,9 @@ MAY_IMPORT = {
         "project.options",
         "project.run_options",
         "project.fitting",
-        "project.kinds.whole_model",
+        "project.kinds",
         "project.known",
+        "project.media",
         "generation.prompt_lines",
         "generation.script_options",
     }

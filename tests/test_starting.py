@@ -71,6 +71,16 @@ for script in {FRONT_DOORS!r}:
     ]
 
 
+def test_a_python_of_32_bit_is_refused() -> None:
+    code = "import sys; sys.maxsize = 2**31 - 1; import modules.interpreter"
+    done = run_python("-c", code, folder=ROOT, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith(
+        f"This Python ({sys.executable}) is 32 bit, and PyTorch is made for 64 bit only."
+    )
+    assert len(done.stderr.splitlines()) == 2
+
+
 @pytest.mark.skipif(not OLDER, reason="no older Python on PATH")
 @pytest.mark.parametrize("python", OLDER, ids=lambda path: Path(path).name)
 def test_an_older_python_is_refused_in_two_lines(python: str) -> None:

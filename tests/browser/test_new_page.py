@@ -619,10 +619,13 @@ def test_folders_of_image_trainers_are_one_choice(served: Served, root: Path) ->
     for place in ("mine/img/10_ohwx man", "mine/reg/1_man", "flat/2_ohwx dog"):
         write_pictures(root / place, 2)
     write_pictures(root / "plain" / "day", 1)
+    write_pictures(root / "plain" / "day" / "masks", 1)  # which are no pictures to learn
     listed = {one.path: one.words for one in list_media_folders(Runs([root]))}
     assert listed[root / "mine"] == "2 pictures in 1 folder, 2 without caption"
     assert listed[root / "flat"] == "2 pictures in 1 folder, 2 without caption"
-    assert not {root, root / "plain", root / "mine" / "img", root / "mine" / "reg"} & listed.keys()
+    assert listed[root / "plain" / "day"] == "1 picture, 1 without caption"
+    left_out = {root, root / "plain", root / "mine" / "img", root / "mine" / "reg"}
+    assert not {*left_out, root / "plain" / "day" / "masks"} & listed.keys()
     (root / "plain" / "run.toml").touch()
     assert root / "plain" in {one.path for one in list_media_folders(Runs([root]))}
 

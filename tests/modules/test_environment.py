@@ -96,6 +96,52 @@ def test_uv_installs_if_it_is_there_and_can(
         assert len(installs) == 2
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="the stand-ins are scripts of a Unix shell")
+@pytest.mark.parametrize(
+    ("of_uv", "of_pip", "message"),
+    [
+        (
+            "No space left on device (os error 28)",
+            "",
+            r"^uv could not install einops: the disk of .*a b ü is full",
+        ),
+        (
+            "dns error",
+            "[Errno 28] No space left on device",
+            r"^pip could not install einops: the disk of .* is full",
+        ),
+        ("dns error", "Temporary failure in name resolution", "the package index does not answer. Check the"),
+        (
+            "no version",
+            "No matching distribution",
+            "einops: See its message above, fix the cause and run again",
+        ),
+    ],
+)
+def test_why_an_installation_failed_is_one_sentence(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    of_uv: str,
+    of_pip: str,
+    message: str,
+) -> None:
+    folder = tmp_path / "a b ü" / "bin"
+    for name, said in (("uv", of_uv), ("python", of_pip)):
+        stand_in(folder / name, name, 2)
+        text = (folder / name).read_text(encoding="utf-8")
+        ends = "case $* in *--version*) exit 0;; esac\n"  # it has pip
+        (folder / name).write_text(
+            text.replace("echo", f"{ends}echo '{said}' >&2\necho", 1), encoding="utf-8"
+        )
+    monkeypatch.setenv("PATH", str(folder), prepend=":")
+
+    with pytest.raises(UserError, match=message):
+        _install(folder / "python", ["einops"])
+
+    assert of_uv in capfd.readouterr().err
+
+
 @pytest.fixture
 def current(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
     """A machine with two GPUs; which of them were made the current one."""

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,17 @@ def test_the_page_is_on_one_port_behind_its_word_and_nobody_is_root(monkeypatch:
     assert of("USER") == ["1000:1000"]
     last_run = max(place for place, (name, _) in enumerate(LINES) if name == "RUN")
     assert last_run < [name for name, _ in LINES].index("USER")
+
+
+def test_the_container_is_well_if_the_port_answers() -> None:
+    (words,) = of("HEALTHCHECK")
+    python, *arguments = json.loads(words.partition("CMD")[2])
+    assert python == "python"
+    with socket.create_server(("127.0.0.1", 0)) as page:
+        port = page.getsockname()[1]
+        asked = [word.replace("8765", str(port)) for word in arguments]
+        assert subprocess.run([sys.executable, *asked]).returncode == 0
+    assert subprocess.run([sys.executable, *asked], capture_output=True).returncode == 1
 
 
 def test_compose_gives_what_the_image_asks_for() -> None:

@@ -16,7 +16,7 @@ import stable_diffusion.family  # noqa: F401  # packages of it warn when they ar
 from checkpoints.writing import save_tensors
 from modules.text_files import parse_toml
 from project.kinds.composing import BY_NAME, KINDS, find_control_kind, list_kinds
-from project.options import RUN_FILE, find_models
+from project.options import KIND_NAMES, RUN_FILE, find_models
 from project.running import _scripts_of_runs
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.project.test_kinds_of_folders import write_photos
@@ -63,6 +63,7 @@ def test_kinds_are_those_of_the_models_that_have_a_script() -> None:
     assert kinds["z_image base"] == ["lora", "whole"]
     usual = {name: find_control_kind(model) for model in find_models() for name in [model.task]}
     assert (usual["xl"], usual["1.5"]) == (BY_NAME["lllite"], BY_NAME["controlnet"])
+    assert tuple(BY_NAME) == KIND_NAMES
     assert len(CASES) == 6
     assert {*CASES} <= _scripts_of_runs()
 

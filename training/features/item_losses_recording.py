@@ -209,7 +209,7 @@ def _draw_items(table: DatasetTable, tag: str, keys: Sequence[str]) -> dict[str,
     sources: list[MediaSource] = []
     with contextlib.suppress(UserError):  # a training from caches does without the pictures
         sources = find_sources(table, captions=False, faults=faults)
-    pictures = {}
+    pictures: dict[str, ItemPicture] = {}
     for source in sources:
         if source.stem in by_stem:
             with contextlib.suppress(UserError, OSError, StopIteration):
@@ -229,6 +229,4 @@ def _read_first_frame(source: MediaSource) -> Frame:
     with fetch(alone) as fetched:
         if source.table.kind == "image":
             return read_image(fetched.path)
-        frames = video_frames(fetched.path)
-        with contextlib.closing(frames):  # type: ignore[arg-type]  # a generator
-            return next(frames)
+        return next(video_frames(fetched.path))

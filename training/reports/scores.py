@@ -233,7 +233,7 @@ def find_best(rows: Sequence[StepScores]) -> BestFile | None:
     measured = [row for row in chosen if row.loss is not None]
     if measured:
         best = min(measured, key=lambda row: (row.loss, row.step))
-        reasons = [say("validation loss lowest at step %(step)s", step=f"{best.step:,}")]
+        reasons: list[str] = [say("validation loss lowest at step %(step)s", step=f"{best.step:,}")]
         reasons += _find_trends(rows, best)
     else:
         fitting = _fitting(chosen)
