@@ -48,7 +48,7 @@ from training.features.composing import (
     note_unused,
 )
 from training.features.contract import EMPTY_PROMPT, KEPT
-from training.made_networks import check_captions, check_data
+from training.made_networks import check_data, find_caption_reader
 from training.optimizers.stepping import check_fused_backward, check_offload, check_split
 from training.options import TrainingOptions
 from training.other_families import NO_OTHERS, OtherFamilies
@@ -163,7 +163,11 @@ def make_plan(
     )
     training, validation = _split_items(options, config, items, progress.seed)
     check_items(options, training, sources)
-    check_captions(family, training)
+    reader = find_caption_reader(family)
+    if reader is not None:
+        from training.word_captions import check_captions  # only to learn a word
+
+        check_captions(reader, training)
     note_unused(options, training)
     if is_main:
         _warn_of_missing(options, config, [*training, *validation], sources)

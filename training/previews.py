@@ -29,7 +29,7 @@ from training.data.live import LiveTexts
 from training.data.table_times import describe_times
 from training.features.composing import check_model, check_texts, describe_targets, find_show
 from training.loss import NoisyBatch
-from training.made_networks import check_source_captions
+from training.made_networks import find_caption_reader
 from training.options import TrainingOptions
 from training.other_families import NO_OTHERS, OtherFamilies
 from training.plan import read_config
@@ -119,7 +119,9 @@ def _check(family: Family, options: TrainingOptions, commands: CachingCommands) 
         )
         lines = [*_describe_plans(plans), *counters.missing]
         result = replace(result, head=("Where the training has them:", *findings.indent(lines)))
-    _add_words(family, result.tables)
+    reader = find_caption_reader(family)
+    if reader is not None:
+        _add_words(reader, result.tables)
     lines = describe_run(options, num_validation=result.num_held, made=made)
     times = describe_times(options.timesteps, config.datasets)
     targets = describe_targets(options)
@@ -132,10 +134,12 @@ def _check(family: Family, options: TrainingOptions, commands: CachingCommands) 
     return code
 
 
-def _add_words(family: Family, tables: "Sequence[TableFindings]") -> None:
+def _add_words(reader: MadeNetwork, tables: "Sequence[TableFindings]") -> None:
     """Add to the findings of a check that captions lack the word which is to be learned."""
+    from training.word_captions import check_source_captions  # only to learn a word
+
     try:
-        remark = check_source_captions(family, [(findings.table, findings.sources) for findings in tables])
+        remark = check_source_captions(reader, [(findings.table, findings.sources) for findings in tables])
     except DatasetError as error:
         tables[0].unusable(error)
         return

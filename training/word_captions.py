@@ -1,0 +1,52 @@
+"""Check that captions have the word that a training learns."""
+
+import logging
+from collections.abc import Sequence
+
+from contract.made_networks import MadeNetwork
+from dataset.batches.items import TrainingItem
+from dataset.sources.captions import complete_caption, lines_of
+from dataset.sources.media_source import MediaSource
+from dataset.table import DatasetTable
+
+logger = logging.getLogger(__name__)
+
+
+def check_captions(made: MadeNetwork, items: Sequence[TrainingItem]) -> None:
+    """Warn of captions that what learns in text encoders does not learn from. Raises DatasetError."""
+    captions = [
+        _complete(item.kind.caption(item.source_stem, number), item.table)
+        for item in items
+        if not item.table.is_reg  # which a LoRA next to it learns from
+        for number in range(item.captions)
+    ]
+    remark = made.check_captions(captions)
+    if remark:
+        logger.warning("%s", remark)
+
+
+def check_source_captions(
+    made: MadeNetwork, listed: Sequence[tuple[DatasetTable, Sequence[MediaSource]]]
+) -> str:
+    """Return a remark about the captions of the sources of tables, "" if there is none.
+
+    Raises DatasetError as `check_captions`.
+    """
+    captions = [
+        _complete(caption, table)
+        for table, sources in listed
+        if not table.is_reg
+        for source in sources
+        for caption in (source.caption, *source.more_captions)
+        if caption is not None
+    ]
+    return made.check_captions(captions) if captions else ""
+
+
+def _complete(caption: str, table: DatasetTable) -> str:
+    """Return a caption with what is added to it at each step, if captions vary."""
+    if not table.changes.is_raw:  # the source has it as it is trained
+        return caption
+    if not table.changes.wildcards:
+        caption = next(iter(lines_of(caption)), "")
+    return complete_caption(caption, table.trigger_word, table.caption_prefix, table.caption_suffix)
