@@ -23,7 +23,7 @@ from anima.options import TARGETS, AnimaLlliteTrainingOptions, read_targets
 from checkpoints.dialects import LoadPlan, count, load_planned, other_kind
 from checkpoints.model_files import require_file
 from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
-from contract.made_networks import MadeNetwork
+from contract.made_networks import MadeNetwork, UsualRate, describe_start
 from modules.errors import CheckpointError, OptionError
 from modules.option_values import FillIn, option_words
 
@@ -195,16 +195,14 @@ def _check_blocks(plan: LllitePlan, path: Path, dit: nn.Module) -> None:
 def describe_lllite(options: AnimaLlliteTrainingOptions) -> MadeNetwork:
     """Return ControlNet-LLLite as the network that a training makes."""
     config = _config_of(options)
-    words = f"{CALLED} at {options.lllite_target_layers}"
-    if options.network_weights is not None:
-        words = f"{CALLED} of {options.network_weights.name}"
     return MadeNetwork(
         called=CALLED,
-        words=words,
+        words=describe_start(CALLED, f" at {options.lllite_target_layers}", options.network_weights),
         ending="control-net-lllite",
         make=partial(make_lllite, options),
         check=partial(_check_start, options),
         generate=_say_generation,
+        usual_rate=UsualRate(1e-5, "2e-4", 5e-3),
         values={
             "lllite.version": VERSION,
             "lllite.cond_emb_dim": config.cond_emb_dim,

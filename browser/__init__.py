@@ -27,6 +27,7 @@ known_queues: which jobs of a queue its user knows
 launch: a line to a program; its processes started, interrupted, outlasted
 lora_rows: LoRAs of runs that a model can take
 machine: line of each page: what runs, cards, free disk
+mask_making: form that has masks made for a folder
 mask_pages: page of masks: keys, brush, pictures
 mask_review: masks over pictures; accept, invert, remove, draw, undo
 memory: plan of a training as a bar, its switches
@@ -37,6 +38,7 @@ names: digests as names, names that nothing has
 new_form: fields of the page New, and their command
 new_pages: describe, check and start a folder by buttons
 new_steps: how far a folder is, and its next step
+offered_folders: folders with media that tools are offered for
 options: options of run_browser.py: folders, address, token
 page_language: tables of languages, one chosen for each request
 permissions: what a run.toml lets its run do

@@ -19,7 +19,7 @@ from browser.captions import Captions, caption_values
 from browser.command_lines import format_command
 from browser.datasets import MODELS, Datasets, File, FoundDataset, Measured
 from browser.described_folder import is_described
-from browser.folder_tools import find_open_folder, list_table_folders
+from browser.offered_folders import find_open_folder, list_table_folders
 from browser.options import PROJECT_CONFIG
 from browser.responses import (
     NO_WRITING,

@@ -24,7 +24,7 @@ from modules.file_locks import only_one
 from modules.pages.language import counted, join, say
 from modules.paths import is_on_foreign_share
 from modules.text_files import parse_toml, read_content, real_path
-from project.kinds.composing import LORA, find_kind
+from project.kinds.composing import LORA, kinds_by_script
 from project.kinds.whole_model import derive_times, saves_models
 from project.options import RUN_FILE, find_models
 from training.config_options import OTHERS_TABLE, toml_value
@@ -56,6 +56,12 @@ class DescribedFolder:
     model_files: Mapping[str, str]  # path of each file of the model by its option
     values: Mapping[str, Any]  # all options of the training
     mark: str  # checksum of the files
+    run_content: bytes  # of run.toml
+
+    @property
+    def commands(self) -> list[list[str]]:
+        """Return the commands of the run."""
+        return list_commands(self.run_content)
 
     @property
     def output(self) -> Path:
@@ -128,24 +134,40 @@ def read_own_file(path: Path) -> bytes:
 
 def mark_files(folder: Path) -> str:
     """Return a checksum of the three files of a folder; "" if it has none of them."""
-    marks = []
+    return _mark_contents(_read_own_files(folder))
+
+
+def _read_own_files(folder: Path) -> dict[str, bytes | OSError]:
+    """Return the bytes of the three files of a folder, or the reason why one cannot be read, by name."""
+    contents: dict[str, bytes | OSError] = {}
     for name in FILES:
         try:
-            marks.append(mark_bytes(read_own_file(folder / name)))
-        except FileNotFoundError:
-            marks.append("")
-        except OSError:  # no file, or one that may not be read
-            marks.append("-")
+            contents[name] = read_own_file(folder / name)
+        except OSError as error:
+            contents[name] = error
+    return contents
+
+
+def _mark_contents(contents: Mapping[str, bytes | OSError]) -> str:
+    marks = []
+    for content in contents.values():
+        if isinstance(content, bytes):
+            marks.append(mark_bytes(content))
+        else:  # no file, or one that may not be read
+            marks.append("" if isinstance(content, FileNotFoundError) else "-")
     return short_digest("".join(marks)) if any(marks) else ""
 
 
 def read_described(folder: Path) -> DescribedFolder:
-    """Read a described folder.
+    """Read the files of a described folder, each once.
 
     Raises OSError if a file cannot be read, ValueError if it is not as `new` writes it.
     """
-    mark = mark_files(folder)
-    run = parse_toml(read_own_file(folder / RUN_FILE).decode())
+    contents = _read_own_files(folder)
+    run_content = contents[RUN_FILE]
+    if isinstance(run_content, OSError):
+        raise run_content
+    run = parse_toml(run_content.decode())
     try:
         values = dict(run[TRAINING_TABLE])
         project = run[OTHERS_TABLE]
@@ -161,13 +183,14 @@ def read_described(folder: Path) -> DescribedFolder:
             folder=folder,
             family=family,
             task=task,
-            train=_name_kind(family, task, script),
+            train=kinds_by_script().get(script, LORA).name,
             name=str(values["output_name"]),
             steps=None if steps is None or "max_train_epochs" in values else int(steps),
-            trigger=_read_trigger(folder),
+            trigger=_read_trigger(contents[DATASET_FILE]),
             model_files=_name_model_files(family, task, files),
             values=values,
-            mark=mark,
+            mark=_mark_contents(contents),
+            run_content=run_content,
         )
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder / RUN_FILE} is not as `new` writes it: {error}") from None
@@ -179,20 +202,14 @@ def refuse_share(text: str, folder: Path) -> None:
         raise ValueError(f"{text} is on another machine, which pages do not look at")
 
 
-def _read_trigger(folder: Path) -> str:
-    try:
-        general = parse_toml(read_own_file(folder / DATASET_FILE).decode()).get("general", {})
-    except FileNotFoundError:
+def _read_trigger(content: bytes | OSError) -> str:
+    """Return the trigger word in a dataset.toml; empty if there is no such file."""
+    if isinstance(content, FileNotFoundError):
         return ""
+    if isinstance(content, OSError):
+        raise content
+    general = parse_toml(content.decode()).get("general", {})
     return str(general.get("trigger_word", "")) if isinstance(general, dict) else ""
-
-
-def _name_kind(family: str, task: str, script: str) -> str:
-    """Return the name of the kind of run that a script trains; that of a LoRA for an unknown model."""
-    for model in find_models():
-        if (model.family, model.task) == (family, task):
-            return find_kind(model, script).name
-    return LORA.name
 
 
 def _name_model_files(family: str, task: str, paths: list[str]) -> dict[str, str]:
@@ -210,8 +227,16 @@ def _name_model_files(family: str, task: str, paths: list[str]) -> dict[str, str
 def read_commands(folder: Path) -> list[list[str]]:
     """Return the commands in the run.toml of a folder; none if it is not as `new` writes it."""
     try:
-        return [list(words) for words in _parse_commands(read_content(folder / RUN_FILE))]
-    except (OSError, ValueError, KeyError, TypeError):
+        return list_commands(read_content(folder / RUN_FILE))
+    except OSError:
+        return []
+
+
+def list_commands(run_content: bytes) -> list[list[str]]:
+    """Return the commands in the bytes of a run.toml; none if it is not as `new` writes it."""
+    try:
+        return [list(words) for words in _parse_commands(run_content)]
+    except (ValueError, KeyError, TypeError):
         return []
 
 

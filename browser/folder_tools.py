@@ -1,80 +1,23 @@
 """Run a tool on a folder for a page: a try in the background, the whole in the queue, stopped, continued."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from browser.background_jobs import name_background_job
-from browser.datasets import find_places
-from browser.described_folder import DATASET_FILE, is_described, read_own_file
-from browser.folders import find_folder, is_closed, read_media_folder
-from browser.jobs import ENDED, WAITING, Job, JobQueue
-from browser.runs import FINISHED, RUNNING, Runs
+from browser.captioning import read_tries
+from browser.jobs import ENDED, WAITING, Job
+from browser.runs import FINISHED, RUNNING
 from browser.site import Site
 from modules.errors import OptionError
 from modules.pages.language import say
-from modules.text_files import parse_json, parse_toml
-
-MEDIA_KEYS = ("image_directory", "video_directory")  # of a table of a dataset
 
 
-def find_tool_job(queue: JobQueue, folder: Path, script: str) -> Job | None:
+def find_tool_job(jobs: Sequence[Job], folder: Path, script: str) -> Job | None:
     """Return the newest job of the queue that runs a script in a folder; None if there is none."""
-    jobs = [job for job in queue.jobs() if Path(job.folder) == folder and script in job.line]
-    return jobs[-1] if jobs else None
-
-
-def require_inside(runs: Runs, folder: Path) -> None:
-    """Raise OptionError if the dataset of a described folder names files outside the roots."""
-    path = folder / DATASET_FILE
-    if not path.is_file():
-        raise OptionError(say("It is not described yet: press Describe first."))
-    outside = [place for place in find_places(path, folder) if not runs.is_below(place)]
-    if outside:
-        raise OptionError(
-            say(
-                "%(path)s names %(outside)s, which is outside the folders that are shown.",
-                path=path,
-                outside=outside[0],
-            )
-        )
-
-
-def find_open_folder(runs: Runs, text: str) -> Path | None:
-    """Return a folder below the roots that no program of ours writes; None for any other text."""
-    folder = find_folder(runs, text)
-    return None if folder is None or is_closed(runs, folder) else folder
-
-
-def read_tables(config: Path) -> list[Mapping[str, Any]]:
-    """Return the tables of a dataset's file; none if it cannot be read."""
-    try:
-        text = read_own_file(config).decode()
-        tables = (parse_json(text) if config.suffix == ".json" else parse_toml(text))["datasets"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return []
-    return [table for table in tables if isinstance(table, dict)] if isinstance(tables, list) else []
-
-
-def list_table_folders(runs: Runs, config: Path, base: Path) -> list[Path]:
-    """Return the real paths of the folders below the roots whose media a dataset's file takes, each once.
-
-    base: where its relative paths begin.
-    """
-    folders = []
-    for table in read_tables(config):
-        for key in MEDIA_KEYS:
-            folder = find_folder(runs, str(base / table[key])) if isinstance(table.get(key), str) else None
-            if folder is not None and not is_closed(runs, folder) and read_media_folder(folder) is not None:
-                folders.append(folder)
-    return list(dict.fromkeys(folders))
-
-
-def list_media_folders_of(runs: Runs, folder: Path) -> list[Path]:
-    """Return the folders with the media of a folder: those that its dataset names, if it is described."""
-    inner = list_table_folders(runs, folder / DATASET_FILE, folder) if is_described(folder) else []
-    return inner or [folder]
+    of_folder = [job for job in jobs if Path(job.folder) == folder and script in job.line]
+    return of_folder[-1] if of_folder else None
 
 
 @dataclass(frozen=True)
@@ -85,15 +28,37 @@ class FolderTool:
     script: str
     kind: str
 
-    def find_try(self, folder: Path) -> Job | None:
-        return self.site.background_jobs.find(name_background_job(self.kind, folder))
-
     def find_job(self, folder: Path) -> Job | None:
-        return find_tool_job(self.site.queue, folder, self.script)
+        return find_tool_job(self.site.queue.jobs(), folder, self.script)
 
-    def start_try(self, folder: Path, words: Sequence[str]) -> None:
-        """Start a try. Raises UserError."""
-        self.site.background_jobs.start(name_background_job(self.kind, folder), words, folder, within=folder)
+    def stand(self, folder: Path) -> dict[str, Any]:
+        """Return the values for the part of a page that shows the try and the job of a folder."""
+        trying = self.site.background_jobs.find(name_background_job(self.kind, folder))
+        return {
+            "trying": trying,
+            "tries": read_tries(trying, folder),
+            "job": self.find_job(folder),
+            "is_paused": self.site.queue.worker == "",
+        }
+
+    def press(self, folder: Path, what: str, make_words: Callable[[bool], Sequence[str]]) -> bool:
+        """Do what a button asks for: try, write, stop or go_on; return whether there is such a button.
+
+        make_words: returns the command, whether it only tries or not. Raises UserError.
+        """
+        match what:
+            case "try":
+                name = name_background_job(self.kind, folder)
+                self.site.background_jobs.start(name, make_words(True), folder, within=folder)
+            case "write":
+                self.start(folder, make_words(False))
+            case "stop":
+                self.stop(folder)
+            case "go_on":
+                self.go_on(folder)
+            case _:
+                return False
+        return True
 
     def start(self, folder: Path, words: Sequence[str]) -> None:
         """Put the tool into the queue. Raises UserError, also if it is there already."""
@@ -121,8 +86,3 @@ class FolderTool:
         self.site.queue.retry(job.id)
         if self.site.queue.worker == "":
             self.site.queue.begin_work()
-
-
-def name_target(folder: Path) -> str:
-    """Return the word that names a folder to a tool that runs in it; a described one: its dataset file."""
-    return DATASET_FILE if is_described(folder) else "."

@@ -12,7 +12,7 @@ from browser.bin_folder import FOLDER as BIN
 from browser.described_folder import is_described
 from browser.names import fold_name
 from browser.runs import Runs
-from modules.media.labels import label_of
+from modules.media.labels import MASK_FOLDERS, label_of
 from modules.media.opening import SOUND_SUFFIXES
 from modules.media.reading import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from modules.pages.language import counted, join, say
@@ -89,14 +89,14 @@ def list_media_folders(runs: Runs) -> list[MediaFolder]:
 
 
 def _walk(folder: Path, depth: int) -> Iterator[Path]:
-    """Yield a folder and those below it, in the order of their names. Links are not followed."""
+    """Yield a folder and those below it, in the order of their names, without those of masks and links."""
     yield folder
     if not depth:
         return
     with contextlib.suppress(OSError):
         inner = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False))
         for name in inner:
-            if not is_written(name):
+            if not is_written(name) and name.lower() not in MASK_FOLDERS:
                 yield from _walk(folder / name, depth - 1)
 
 

@@ -224,6 +224,14 @@ class _Book:
         return next((job for job in self.jobs if job.state == WAITING), None)
 
 
+@dataclass(frozen=True)
+class QueueNow:
+    """Hold the jobs of a queue, and who runs them, as they were at one time."""
+
+    jobs: Sequence[Job]  # in the order of the text file
+    worker: str  # as `JobQueue.worker`
+
+
 class JobQueue:
     """Manage the job queue of a folder, whose text file users may edit too, and run the jobs if asked to.
 
@@ -247,13 +255,20 @@ class JobQueue:
         """Return all jobs in the order of the text file. Raises OutputError if a file cannot be read."""
         return self._read_book().jobs
 
+    def now(self) -> QueueNow:
+        """Return all jobs and the worker, for which the files are read once. Raises as `jobs` does."""
+        book = self._read_book()
+        return QueueNow(book.jobs, self._find_worker(book))
+
     @property
     def worker(self) -> str:
         """Return "here" if this process runs the jobs, "elsewhere" if another does; empty if none does."""
+        return "here" if self._worker is not None else self._find_worker(self._read_book())
+
+    def _find_worker(self, book: _Book) -> str:
         if self._worker is not None:
             return "here"
-        worker = self._read_book().worker
-        return "elsewhere" if worker is not None and is_living(worker) is not False else ""
+        return "elsewhere" if book.worker is not None and is_living(book.worker) is not False else ""
 
     def add(
         self, words: Sequence[str], folder: Path, *, within: Path | None = None, typed: Sequence[str] = ()

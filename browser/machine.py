@@ -187,14 +187,12 @@ class MachineLine:
 
     def _list_jobs(self, runs: Sequence[RunSummary]) -> list[RunningThing]:
         """Return the running jobs that have no run of their own, and how many jobs a paused queue holds."""
-        queue = self.site.queue
         try:
-            jobs = queue.jobs()
-            is_paused = queue.worker == ""
+            now = self.site.queue.now()
         except UserError:  # the page of the queue tells it
             return []
         things = []
-        for job in jobs:
+        for job in now.jobs:
             if job.state == RUNNING and not any(is_started_by(run, job) for run in runs):
                 things.append(
                     RunningThing(
@@ -202,8 +200,8 @@ class MachineLine:
                         f"/queue#j{job.id}",
                     )
                 )
-        num_waiting = sum(job.state == WAITING for job in jobs)
-        if is_paused and num_waiting:
+        num_waiting = sum(job.state == WAITING for job in now.jobs)
+        if now.worker == "" and num_waiting:
             words = counted(
                 num_waiting, "%(n)s waits: the queue is paused", "%(n)s wait: the queue is paused"
             )

@@ -8,8 +8,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from browser.folder_tools import find_open_folder, list_media_folders_of
 from browser.mask_review import ADDRESS, CHANGES, MaskConflictError, MaskPicture, MaskReview
+from browser.offered_folders import find_open_folder, list_media_folders_of
 from browser.responses import (
     NOT_FOUND,
     answer_body,

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from browser.described_folder import DATASET_FILE
-from browser.folder_tools import MEDIA_KEYS, read_tables
 from browser.names import short_digest
+from browser.offered_folders import MEDIA_KEYS, read_tables
 from browser.runs import Runs
 from data_tools.masks.places import (
     ACCEPTED,

@@ -15,8 +15,9 @@ from modules.output_files import check_output_name
 from modules.pages.language import join, say
 from modules.pages.page import encode_address
 from modules.paths import without_quotes
-from project.kinds.composing import BY_NAME, KINDS, LORA, WHOLE, find_control_kind
+from project.kinds.composing import BY_NAME, KINDS, LORA, find_control_kind
 from project.kinds.contract import RunKind
+from project.kinds.whole_model import WHOLE
 from project.new_options import NewOptions
 from project.options import MODELS, check_trigger, find_models
 

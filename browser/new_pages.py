@@ -9,7 +9,7 @@ import functools
 import shlex
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -48,7 +48,7 @@ from browser.described_folder import (
 )
 from browser.durations import describe_duration
 from browser.folder_files import FolderFiles, file_routes, list_names, picture_address
-from browser.folder_tools import find_open_folder, find_tool_job, require_inside
+from browser.folder_tools import find_tool_job
 from browser.folders import (
     CHECK_PAGE,
     MediaFolder,
@@ -87,6 +87,7 @@ from browser.new_form import (
     read_steps,
 )
 from browser.new_steps import FolderStanding, choose_step
+from browser.offered_folders import find_open_folder, require_inside
 from browser.responses import (
     Form,
     answer_form,
@@ -97,7 +98,15 @@ from browser.responses import (
     answer_unknown,
     read_query,
 )
-from browser.run_start import CHECK, DESCRIBE, make_check_words, make_run_words, read_plan
+from browser.run_start import (
+    CHECK,
+    DESCRIBE,
+    is_run_of_folder,
+    make_check_words,
+    make_plan,
+    make_run_words,
+    newest_job,
+)
 from browser.run_views import POLICY
 from browser.runs import RUNNING
 from browser.settings_page import SettingsPages
@@ -115,7 +124,8 @@ from modules.pages.page import encode_address
 from modules.text_encodings import NAMES
 from modules.text_files import read_content, real_path
 from project.fitting import find_memory
-from project.kinds.composing import BY_NAME, LORA, WHOLE, find_control_kind
+from project.kinds.composing import BY_NAME, LORA, find_control_kind
+from project.kinds.whole_model import WHOLE
 from project.media import has_control_pairs
 from project.options import CAPTION_MODEL, RUN_FILE, find_models
 
@@ -388,8 +398,11 @@ class NewPages:
         """Return the values for the part of the page that changes while commands run."""
         site = self.site
         background_jobs = {kind: self.find_background_job(kind, folder) for kind in BACKGROUND_KINDS}
-        job = self.find_job(folder)
-        captioning = self.find_captioning(folder)
+        queue = site.queue.now()
+        job = captioning = None
+        if folder is not None:
+            job = newest_job([one for one in queue.jobs if is_run_of_folder(one, folder)])
+            captioning = find_tool_job(queue.jobs, folder, CAPTION_SCRIPT)
         works = [job is not None and job.state == RUNNING for job in background_jobs.values()]
         works += [entry is not None and entry.state in (WAITING, RUNNING) for entry in (job, captioning)]
         output = self.output_values(folder, background_jobs)
@@ -397,6 +410,10 @@ class NewPages:
         download = loading["download"]
         works.append(download is not None and download.state == RUNNING)
         is_loaded_here = loading["load_command"] != ""
+        commands: list[list[str]] = []
+        if folder is not None:
+            commands = read_commands(folder) if described is None else described.commands
+        repair_words = [] if folder is None else find_repair(commands, folder)
         standing = FolderStanding(
             is_described=described is not None,
             describing=output["looking"],
@@ -417,18 +434,18 @@ class NewPages:
             "folder": folder,
             "described": described,
             "tries": [] if folder is None else read_tries(background_jobs[TRY], folder),
-            "repair_line": self.repair_line(folder),
-            "commands": list_commands(folder),
+            "repair_line": format_command(repair_words) if repair_words else "",
+            "commands": [format_command(words, folder) for words in commands],
             "run_command": "" if described is None else format_command(self.make_run_words(described)),
             "check_command": "" if folder is None else format_command(make_check_words(folder)),
             "job": job,
             "run_address": standing.run_address,
             "captioning": captioning,
             "is_busy": any(works),
-            "is_paused": site.queue.worker == "",
+            "is_paused": queue.worker == "",
             "queue_problem": site.queue.problem,
             "can_write": not site.read_only,
-            "mark": "" if folder is None else mark_files(folder),
+            "mark": find_mark(folder, described),
             "refused": "",
             "is_part": False,
         }
@@ -566,14 +583,6 @@ class NewPages:
     def find_background_job(self, kind: str, folder: Path | None) -> Job | None:
         return None if folder is None else self.site.background_jobs.find(name_background_job(kind, folder))
 
-    def find_job(self, folder: Path | None) -> Job | None:
-        """Return the newest job of the queue that runs a folder; None if there is none."""
-        return None if folder is None else self.site.tracked_runs.find_job(folder)
-
-    def find_captioning(self, folder: Path | None) -> Job | None:
-        """Return the newest job of the queue that writes captions in a folder; None if there is none."""
-        return None if folder is None else find_tool_job(self.site.queue, folder, CAPTION_SCRIPT)
-
     def find_run(self, described: DescribedFolder | None, job: Job | None) -> str:
         """Return the address of the page of a folder's training; empty if there is none yet.
 
@@ -584,7 +593,9 @@ class NewPages:
         for run in self.site.runs.list_all():
             if run.history.parent == described.output and run.name.startswith(described.name):
                 return f"/run/{run.id}/"
-        plan = None if job is None else read_plan(described.folder / RUN_FILE, changed=0.0)
+        plan = None
+        if job is not None:
+            plan = make_plan(described.folder / RUN_FILE, described.run_content, changed=0.0)
         return "" if plan is None else f"/run/{plan.id}/"
 
     def list_missing_parts(self, described: DescribedFolder | None) -> list[Component]:
@@ -628,11 +639,6 @@ class NewPages:
 
     def make_run_words(self, described: DescribedFolder) -> list[str]:
         return make_run_words(described, self.site.models)
-
-    def repair_line(self, folder: Path | None) -> str:
-        """Return the command that converts captions of a folder to UTF-8; empty if there is none."""
-        words = [] if folder is None else find_repair(folder)
-        return format_command(words) if words else ""
 
     def plan_or_none(
         self, form: NewForm, folder: Path | None, described: DescribedFolder | None
@@ -840,7 +846,7 @@ class NewPages:
         """Convert captions of a folder that are not UTF-8. encoding: theirs; "" if it is to be guessed."""
         if encoding and encoding not in NAMES:
             raise OptionError(say("%(encoding)s: no such encoding is known here.", encoding=encoding))
-        words = find_repair(folder)
+        words = find_repair(read_commands(folder), folder)
         if not words:
             raise OptionError(say("It is not described yet: press Describe first."))
         require_inside(self.site.runs, folder)
@@ -881,9 +887,19 @@ class NewPages:
         return answer_page(str(escape(reason)))
 
 
-def find_repair(folder: Path) -> list[str]:
-    """Return the command that converts captions of a described folder to UTF-8; empty if there is none."""
-    for words in read_commands(folder):
+def find_mark(folder: Path | None, described: DescribedFolder | None) -> str:
+    """Return a checksum of the files of a folder as they were read; empty if it has none."""
+    if described is not None:
+        return described.mark
+    return "" if folder is None else mark_files(folder)
+
+
+def find_repair(commands: Sequence[list[str]], folder: Path) -> list[str]:
+    """Return the command that converts captions of a described folder to UTF-8; empty if there is none.
+
+    commands: of its run.toml.
+    """
+    for words in commands:
         with contextlib.suppress(OptionError):
             command, _ = find_program(words, folder)
             if command.words[0] == "cache" and "--check" in words and "--html" in words:
@@ -915,13 +931,6 @@ def _file_options(row: ModelRow | None) -> list[str]:
     if row is None:
         return []
     return list(dict.fromkeys(part.option.lstrip("-") for part in row.model.components if part.option))
-
-
-def list_commands(folder: Path | None) -> list[str]:
-    """Return the commands that the run of a described folder consists of, as a user would type them."""
-    if folder is None:
-        return []
-    return [format_command(words, folder) for words in read_commands(folder)]
 
 
 def new_routes(site: Site) -> list[Route]:

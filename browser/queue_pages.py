@@ -144,14 +144,14 @@ class QueuePages:
 
     def page(self, error: str, query: Mapping[str, str]) -> str:
         """Return the page of the queue. Raises UserError if the queue cannot be read."""
-        jobs = self.queue.jobs()
+        now = self.queue.now()
+        jobs, worker = now.jobs, now.worker
         running = [job for job in jobs if job.state == RUNNING]
         ended = [job for job in jobs if job.state in ENDED]
         with self.runs.lock:
             trainings = self.find_trainings(running)
             draft = find_draft(self.runs, query)
         shown_runs = self.tracked_runs.find_job_states(jobs)
-        worker = self.queue.worker
         values = {
             "running": running,
             "trainings": trainings,

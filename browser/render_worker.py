@@ -340,12 +340,11 @@ class RenderWorker:
     def _find_blocking_job(self) -> Job | None:
         """Return the job of the queue that has the card, or that gets it next; None if there is none."""
         try:
-            jobs = self.queue.jobs()
-            works = bool(self.queue.worker)
+            now = self.queue.now()
         except OutputError:  # the page of the queue says it
             return None
-        for state in (RUNNING, WAITING) if works else (RUNNING,):
-            for job in jobs:
+        for state in (RUNNING, WAITING) if now.worker else (RUNNING,):
+            for job in now.jobs:
                 if job.state == state:
                     verb = "runs" if state == RUNNING else say("is next")
                     self.waits_for = say("job %(id)s of the queue %(verb)s", id=job.id, verb=verb)

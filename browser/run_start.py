@@ -157,9 +157,14 @@ def read_plan(path: Path, changed: float) -> FolderPlan | None:
 
     changed: when it was. Raises OSError if it cannot be read.
     """
+    return make_plan(path, read_content(path), changed)
+
+
+def make_plan(path: Path, content: bytes, changed: float) -> FolderPlan | None:
+    """Return what the bytes of a run.toml say; None if it is another program's. changed: when it was."""
     folder = real_path(path.parent)
     try:
-        tables = parse_toml(read_content(path).decode())
+        tables = parse_toml(content.decode())
     except ValueError as error:
         if not (folder / DATASET_FILE).is_file():
             return None
@@ -315,10 +320,6 @@ class TrackedRuns:
             return self.queue.jobs()
         except UserError:
             return []  # the page of the queue says why
-
-    def find_job(self, folder: Path) -> Job | None:
-        """Return the job of the queue that runs a folder, or ran it last; None if there is none."""
-        return newest_job([job for job in self._list_jobs() if is_run_of_folder(job, folder)])
 
     # ---- how a run stands
 

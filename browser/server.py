@@ -28,6 +28,7 @@ from browser.generate_pages import generate_routes
 from browser.inputs import MOST_BYTES as MOST_OF_INPUT
 from browser.jobs import JobQueue, open_queue
 from browser.machine import machine_routes
+from browser.mask_making import mask_making_routes
 from browser.mask_pages import DRAWN_ADDRESS, MOST_OF_DRAWN, mask_routes
 from browser.memory import MemoryPages
 from browser.model_pages import model_routes
@@ -395,6 +396,7 @@ def make_app(
         *result_routes(site),
         *folder_routes(site, "samples", SamplePages(site)),
         *tag_routes(site),
+        *mask_making_routes(site),
         *mask_routes(site),
         *folder_routes(site, "memory", MemoryPages(site)),
         *folder_routes(site, "settings", FolderSettingsPages(site)),

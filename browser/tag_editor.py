@@ -7,7 +7,7 @@ from pathlib import Path
 
 from browser.captions import CaptionConflictError, Captions
 from browser.folder_files import find_caption_file, list_names
-from browser.folder_tools import list_media_folders_of
+from browser.offered_folders import list_media_folders_of
 from browser.runs import Runs
 from modules.backups import keep_backup
 from modules.errors import OptionError
@@ -54,7 +54,7 @@ def rename_tag(text: str, old: str, new: str) -> str:
 
     Lines without the tag stay as they are written.
     """
-    lines = []
+    lines: list[str] = []
     for line in text.split("\n"):
         tags = split_line(line)
         if old in tags:
@@ -170,7 +170,7 @@ class TagEditor:
 
 def _list_left(num_emptied: int, num_conflicts: int) -> list[str]:
     """Return what is to be said of captions that stayed as they were."""
-    lines = []
+    lines: list[str] = []
     if num_emptied:
         lines.append(
             counted(

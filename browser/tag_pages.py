@@ -7,17 +7,26 @@ from typing import Any
 from starlette.responses import Response
 from starlette.routing import Route
 
-from browser.captioning import read_tries
 from browser.command_lines import format_command
-from browser.described_folder import is_described
+from browser.described_folder import DATASET_FILE, is_described
 from browser.draft_changes import folder_routes
-from browser.folder_tools import FolderTool, find_open_folder, name_target, require_inside
+from browser.folder_tools import FolderTool
 from browser.model_files import TaskFiles, find_task
+from browser.offered_folders import find_open_folder, require_inside
 from browser.responses import answer_template, answer_unknown
 from browser.site import Site
 from browser.tag_editor import TagEditor
-from browser.tool_form import CHOICE, NUMBER, SWITCH, TEXT, ToolField, ToolForm, give_value
-from data_tools.tags.options import TaggerOptions, TagWordOptions, ThresholdOptions
+from browser.tool_form import (
+    CHOICE,
+    CHOICE_OF_SWITCHES,
+    NUMBER,
+    SWITCH,
+    TEXT,
+    ToolField,
+    ToolForm,
+    give_value,
+)
+from data_tools.tags.options import TaggingOptions
 from modules.errors import OptionError, UserError
 from modules.pages.language import say
 
@@ -27,24 +36,23 @@ FAMILY, TASK = "tools", "wd_tagger"  # of the catalogue's model
 FORM = ToolForm(
     name="tag",
     script="tools/tag.py",
+    record=TaggingOptions,
     fields=(
-        ToolField("thresh", say("Least probability"), NUMBER, ThresholdOptions),
-        ToolField("character_threshold", say("of characters"), NUMBER, ThresholdOptions),
-        ToolField("always_first_tags", say("Always first"), TEXT, TagWordOptions),
-        ToolField("undesired_tags", say("Never written"), TEXT, ThresholdOptions),
-        ToolField("num_frames", say("Frames of a clip"), NUMBER, TaggerOptions),
+        ToolField("thresh", say("Least probability"), NUMBER),
+        ToolField("character_threshold", say("of characters"), NUMBER),
+        ToolField("always_first_tags", say("Always first"), TEXT),
+        ToolField("undesired_tags", say("Never written"), TEXT),
+        ToolField("num_frames", say("Frames of a clip"), NUMBER),
         ToolField(
             "join_frames",
             say("A tag of a clip counts"),
             CHOICE,
-            TaggerOptions,
             {"": say("by its best frame"), "mean": say("by the mean of its frames")},
         ),
         ToolField(
             "which",
             say("Captions"),
-            CHOICE,
-            None,
+            CHOICE_OF_SWITCHES,
             {
                 "": say("only those that are missing"),
                 "fill_empty": say("empty ones too"),
@@ -52,9 +60,9 @@ FORM = ToolForm(
                 "append_tags": say("behind all existing ones, kept as .bak"),
             },
         ),
-        ToolField("character_tags_first", say("characters first"), SWITCH, TagWordOptions),
-        ToolField("remove_underscore", say("blanks for underscores"), SWITCH, TagWordOptions),
-        ToolField("use_rating_tags", say("with a rating"), SWITCH, ThresholdOptions),
+        ToolField("character_tags_first", say("characters first"), SWITCH),
+        ToolField("remove_underscore", say("underscores become blanks"), SWITCH),
+        ToolField("use_rating_tags", say("with a rating"), SWITCH),
     ),
 )
 
@@ -90,7 +98,7 @@ class TagPages:
         if part in ("", "form"):
             values |= self.collect_form(folder, texts)
         if part in ("", "progress"):
-            values |= self.collect_progress(folder)
+            values |= self.tool.stand(folder)
         if part in ("", "editor"):
             counts = self.editor.count(folder)
             values |= {
@@ -110,15 +118,6 @@ class TagPages:
             lines = [str(error)] * 2
         return {"model": self.find_model(), "model_place": self.name_model(), "lines": lines}
 
-    def collect_progress(self, folder: Path) -> dict[str, Any]:
-        trying = self.tool.find_try(folder)
-        return {
-            "trying": trying,
-            "tries": read_tries(trying, folder),
-            "job": self.tool.find_job(folder),
-            "is_paused": self.site.queue.worker == "",
-        }
-
     def find_model(self) -> TaskFiles | None:
         """Return the tagger of the catalogue, and what of it is on disk."""
         return find_task(self.site.models, FAMILY, TASK)
@@ -134,7 +133,7 @@ class TagPages:
 
         Raises OptionError for a text that a field cannot have.
         """
-        words = FORM.make_words(name_target(folder), texts)
+        words = FORM.make_words(DATASET_FILE if is_described(folder) else ".", texts)
         words += give_value("model_dir", texts.get("model", "").strip() or self.name_model())
         if not is_described(folder) and _has_only(folder, ".caption"):
             words += ["--caption_extension", ".caption"]
@@ -164,19 +163,12 @@ class TagPages:
                 return self.editor.rename(folder, tag, "")
             case "undo":
                 return self.editor.undo(folder)
-            case "try":
-                self.require_ready(folder, fields)
-                self.tool.start_try(folder, self.make_words(folder, fields, TRIED))
-            case "write":
-                self.require_ready(folder, fields)
-                self.tool.start(folder, self.make_words(folder, fields))
-            case "stop":
-                self.tool.stop(folder)
-            case "go_on":
-                self.tool.go_on(folder)
-            case _:
-                return None
-        return ""
+
+        def make_words(tries: bool) -> list[str]:
+            self.require_ready(folder, fields)
+            return self.make_words(folder, fields, TRIED if tries else None)
+
+        return "" if self.tool.press(folder, what, make_words) else None
 
     def require_ready(self, folder: Path, fields: Mapping[str, str]) -> None:
         """Raise OptionError if the model is to be loaded first, or files of the dataset are outside."""

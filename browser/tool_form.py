@@ -8,50 +8,44 @@ from typing import Any
 
 from modules.control_codes import shorten
 from modules.errors import OptionError
-from modules.options import default_of, facts_of
+from modules.options import default_of, facts_of, hints_of, option_name, record_of
 from modules.pages.language import say
 
-NUMBER, TEXT, SWITCH, CHOICE = "number", "text", "switch", "choice"
+NUMBER, TEXT, SWITCH = "number", "text", "switch"
+CHOICE, CHOICE_OF_SWITCHES = "choice", "choice of switches"
 
 
 @dataclass(frozen=True)
 class ToolField:
     """A field of a form.
 
-    name: the option of the tool; of a choice of switches, any name. record: declares the option; None: each
-    value of the choice is a switch. choices: value -> text; the value "" gives no option.
+    name: the option of the tool; of a choice of switches, any name. choices: value -> text; "": no option.
     """
 
     name: str
     label: str
-    kind: str  # NUMBER, TEXT, SWITCH, or CHOICE
-    record: type | None
+    kind: str  # NUMBER, TEXT, SWITCH, CHOICE or CHOICE_OF_SWITCHES, of which each value is an option
     choices: Mapping[str, str] | None = None
-
-    @property
-    def facts(self) -> Mapping[str, Any]:
-        return {} if self.record is None else facts_of(self.record)[self.name]
-
-    @property
-    def usual(self) -> str:
-        """Return the value that it has while nothing is typed, as its placeholder."""
-        if self.record is None:
-            return ""
-        (declared,) = [field for field in dataclasses.fields(self.record) if field.name == self.name]
-        value = default_of(self.record, declared)
-        return "" if value is None or self.kind == SWITCH else str(value)
 
 
 @dataclass(frozen=True)
 class ToolForm:
-    """The form of a tool. name: begins the ids of its fields in a page."""
+    """The form of a tool. name: begins the ids of its fields in a page. record: the options of the tool."""
 
     name: str
     script: str
+    record: type
     fields: Sequence[ToolField]
 
     def id(self, field: ToolField) -> str:
         return f"{self.name}-{field.name}"
+
+    def usual(self, field: ToolField) -> str:
+        """Return the value that a field has while nothing is typed, as its placeholder."""
+        if field.kind in (SWITCH, CHOICE_OF_SWITCHES):
+            return ""
+        value = find_default(self.record, field.name)
+        return "" if value is None else str(value)
 
     def make_words(self, target: str, texts: Mapping[str, str]) -> list[str]:
         """Return the command. target: what the tool works through. texts: of the fields, by their names.
@@ -61,10 +55,10 @@ class ToolForm:
         words = ["python", self.script, target]
         for field in self.fields:
             text = " ".join(texts.get(field.name, "").split())
-            if not text or text == field.usual:
+            if not text or text == self.usual(field):
                 continue
             if field.kind == NUMBER:
-                _check_number(field, text)
+                _check_number(field, text, facts_of(self.record)[field.name])
             if field.choices is not None and text not in field.choices:
                 raise OptionError(
                     say(
@@ -73,7 +67,7 @@ class ToolForm:
                         text=shorten(text, 40),
                     )
                 )
-            if field.record is None:
+            if field.kind == CHOICE_OF_SWITCHES:
                 words.append(f"--{text}")
             elif field.kind == SWITCH:
                 words.append(f"--{field.name}")
@@ -82,14 +76,25 @@ class ToolForm:
         return words
 
 
+def find_default(record: type, name: str) -> Any:
+    """Return the default of an option of a record, or of one in it. Raises KeyError if there is no such."""
+    for field in dataclasses.fields(record):
+        inner = record_of(hints_of(record)[field.name])
+        if inner is not None and name in facts_of(inner):
+            return find_default(inner, name)
+        if inner is None and option_name(field) == name:
+            return default_of(record, field)
+    raise KeyError(name)
+
+
 def give_value(option: str, text: str) -> list[str]:
     """Return the words of an option with a value: one word if the value looks like an option."""
     return [f"--{option}={text}"] if text.startswith("-") else [f"--{option}", text]
 
 
-def _check_number(field: ToolField, text: str) -> None:
-    facts = field.facts
-    least, most = facts.get("least", -math.inf), facts.get("most", math.inf)
+def _check_number(field: ToolField, text: str, facts: Mapping[str, Any]) -> None:
+    least = facts.get("least", facts.get("above", -math.inf))
+    most = facts.get("most", facts.get("below", math.inf))
     try:
         is_right = least <= float(text) <= most
     except ValueError:

@@ -20,6 +20,15 @@ class WritesNetwork(Protocol):
 
 
 @dataclass(frozen=True)
+class UsualRate:
+    """The learning rates of Adam that are usual for something: the lowest, the highest, and one between."""
+
+    low: float
+    usual: str
+    high: float
+
+
+@dataclass(frozen=True)
 class MadeNetwork:
     """A network that a family makes for a training.
 
@@ -37,15 +46,22 @@ class MadeNetwork:
     # script and options that generate with a saved file, given the file, the values of a sample, and script
     # and options that make this sample with the model alone
     generate: Callable[[Path, Mapping[str, Any], Sequence[str]], Sequence[str]]
+    usual_rate: UsualRate
     write: WritesNetwork | None = None  # None: the state dict is what files hold
     # logs what there is to say of it before its values are saved
     report: Callable[[nn.Module], None] = lambda module: None
     start_option: str = "network_weights"  # of the file that it begins with
     values: Mapping[str, Any] = field(default_factory=dict)  # entries of its files
     in_texts: bool = False  # it is a part of the text encoders, and sees captions alone
-    # given the captions of all pictures: raises DatasetError if it learns nothing from them
-    check_captions: Callable[[Sequence[str]], None] = lambda captions: None
+    # given the captions of all pictures: says which of them it learns nothing from, "" if there are none;
+    # raises DatasetError if all are such
+    check_captions: Callable[[Sequence[str]], str] = lambda captions: ""
     sentences: Sequence[str] = ()  # in place of captions: one is drawn for each picture of a batch
+
+
+def describe_start(called: str, sizes: str, path: Path | None) -> str:
+    """Return the words for a network: its sizes, or the file that it begins with, whose sizes it has."""
+    return f"{called}{sizes}" if path is None else f"{called} of {path.name}"
 
 
 class MakesNetwork(Described, Protocol):

@@ -35,7 +35,8 @@ class WordToLearn:
     count: int  # of its vectors
     flags: WordFlags
     init_word: str | None = None  # known words, whose vectors it begins with; None: random vectors
-    weights: Path | None = None  # a file of the word; it comes before `init_word`
+    weights: Path | None = None  # a file of the word; it comes before `lora` and `init_word`
+    lora: Path | None = None  # that learning continues from; it may bring the word
     # next to another network that learns
     rate: float | None = None  # of its vectors; None: as the network
     until: float = 1.0  # share of the steps in which they learn

@@ -4,6 +4,7 @@ captions/: write and edit captions with a vision-language model
 cogvideox/: prepare clips in CogVideoX form, encoded
 controls/: control pictures of a folder: edges or depth
 cutting/: find scenes in footage, and write clips of them
+folders: walk through folders, without those of masks
 masks/: make masks, look through them, correct them
 report/: faults and pages of a dataset, frames a model sees
 tags/: write the tags of a tagger as captions

@@ -94,7 +94,7 @@ def _order(component: Component) -> tuple[int, str]:
         ),
         *("--spatial_upsampler_path", "--distilled_lora_path"),
         *("--clip_l", "--text_encoder2", "--clip"),
-        *("--image_encoder", "--model", "--model_dir"),
+        *("--image_encoder", "--model", "--model_dir", "--background", "--depth"),
         *("--clip_guidance_model", "--vgg16_guidance_model"),
     )
     if component.option is not None:

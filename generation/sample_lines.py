@@ -125,6 +125,7 @@ def find_sample_option(word: str) -> prompt_lines.LineOption | None:
     by_name = {option.key: option for option in SAMPLE_OPTIONS.values()}
     by_name |= {key: SAMPLE_OPTIONS[letter] for key, letter in _LETTERS.items()}
     by_name |= dict.fromkeys(("video_size", "image_size"), _SIZE)
+    by_name |= {"controlnet_image": SAMPLE_OPTIONS["cn"]}  # of other image trainers
     key = key_of(word, by_name)
     return None if key is None else by_name[key]
 

@@ -328,7 +328,8 @@ def _tensors_of(
     from networks.loading import LoraUse, read_lora
 
     assert options.network_weights is not None
-    use = LoraUse(read_lora(options.network_weights, with_texts=bool(encoders)))
+    lora = read_lora(options.network_weights, with_texts=bool(encoders), with_words=True)
+    use = LoraUse(lora)
     with quiet():  # `load_weights` reads it too, and tells what it does
         (use,) = fit_depths([use], dict(dit.named_parameters()))
     return {**use.lora.tensors, **rename_texts(use.lora.text_tensors, encoders)}

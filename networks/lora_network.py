@@ -92,7 +92,7 @@ class OwnNetwork(nn.Module):
         state = self.state_dict()
         here = group_by_module(state)
         has_texts = any(prefix_of(name) != UNET for name in here)
-        use = loading.LoraUse(loading.read_lora(path, with_texts=has_texts))
+        use = loading.LoraUse(loading.read_lora(path, with_texts=has_texts, with_words=True))
         (use,) = fit_depths([use], modules)
         lora = use.lora
         if lora.has_frozen_norms:

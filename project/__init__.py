@@ -8,7 +8,7 @@ tags: tells captions that are lists of tags
 choosing: spellings of models, the question asked, facts of families
 model_files: files of a model, released or named
 describing: the text of the three files
-whole_model: a run that trains the model itself
+kinds/: what runs train, as `new --train` names it
 files: writes them, and tells what was found
 file_check: checks one file of a model, for a page
 known: remembers which folders were described or read here

@@ -33,8 +33,9 @@ from project.choosing import (
 )
 from project.fitting import describe_fit, find_memory, needs_picture
 from project.foreign.reading import ForeignProject, read_foreign
-from project.kinds.composing import BY_NAME, LORA, WHOLE, find_control_kind, list_kinds
+from project.kinds.composing import BY_NAME, LORA, find_control_kind, list_kinds
 from project.kinds.contract import RunKind
+from project.kinds.whole_model import WHOLE
 from project.known import remember_folder
 from project.media import WRITTEN, FolderContent, Media, collect_content, has_control_pairs, name_some
 from project.model_files import find_inside, name_files, typed_files, without_files

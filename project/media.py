@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from dataset.sources.captions import caption_path, describe_encoding, read_caption_file
 from dataset.sources.folders import ControlFolder, find_sound_beside
@@ -26,11 +26,13 @@ from modules.media.samples import track_facts
 from modules.media.streams import source_info
 from modules.paths import path_from
 from modules.text_files import real_path
-from project.choosing import ModelFacts
 from project.control_pairs import CONTROLS, describe_control_pairs
 from project.kinds.contract import RunKind
 from project.listed_captions import ListedCaptions, read_lists
 from project.options import RUN_FILE
+
+if TYPE_CHECKING:  # with torch, and pages ask for pairs too
+    from project.choosing import ModelFacts
 
 CAPTIONS = ".txt"
 OTHER_CAPTIONS = (".TXT", ".caption")  # the second of image trainers
@@ -105,7 +107,7 @@ class SortedFolders:
 
 def collect_content(
     folder: Path,
-    facts: ModelFacts,
+    facts: "ModelFacts",
     name: str,
     *,
     kind: RunKind,
@@ -157,7 +159,7 @@ def collect_content(
 
 
 def _collect_media(
-    folder: Path, places: SortedFolders, content: FolderContent, facts: ModelFacts
+    folder: Path, places: SortedFolders, content: FolderContent, facts: "ModelFacts"
 ) -> list[Path]:
     """Add the media of the learned folders, with captions, and lines about other files. Returns the sounds.
 
@@ -289,7 +291,7 @@ def _find_outer_regularising(folder: Path, content: FolderContent) -> dict[Path,
 
 
 def _describe_regularising(
-    place: Path, reason: str, content: FolderContent, facts: ModelFacts, kind: RunKind
+    place: Path, reason: str, content: FolderContent, facts: "ModelFacts", kind: RunKind
 ) -> list[str]:
     """Return a line about a folder of regularisation pictures, and note the folder if the model takes it.
 
@@ -445,7 +447,7 @@ def _describe_deep(folders: Sequence[Path]) -> list[str]:
     return lines
 
 
-def _list_media(folder: Path, place: Path, content: FolderContent, facts: ModelFacts) -> list[Path]:
+def _list_media(folder: Path, place: Path, content: FolderContent, facts: "ModelFacts") -> list[Path]:
     """Add the clips and pictures in a place of a folder, and lines about other files. Returns its sounds."""
     try:
         paths = sorted(place.iterdir())
@@ -501,7 +503,7 @@ def _is_material(path: Path) -> bool:
     return not is_written and not is_of_system and not path.is_dir()
 
 
-def _add_media(paths: Sequence[Path], content: FolderContent, facts: ModelFacts) -> None:
+def _add_media(paths: Sequence[Path], content: FolderContent, facts: "ModelFacts") -> None:
     """Add clips and pictures, and lines about those that cannot be read, and captions that are not UTF-8."""
     remarks: list[str] = []
     for path in paths:
@@ -568,7 +570,7 @@ def _why_left_out(paths: Sequence[Path], stems: set[str], captions: str) -> str:
     return "neither media nor captions" if remedy is None else f"this kind is not read; {remedy}"
 
 
-def _add_sounds(content: FolderContent, sounds: Sequence[Path], facts: ModelFacts) -> None:
+def _add_sounds(content: FolderContent, sounds: Sequence[Path], facts: "ModelFacts") -> None:
     """Take sounds if there is nothing else and the model learns sounds alone; else add a line about them."""
     if facts.pairs_sounds:
         sounds = [path for path in sounds if not any(_is_named_like(path, clip) for clip in content.media)]
@@ -588,7 +590,7 @@ def _add_sounds(content: FolderContent, sounds: Sequence[Path], facts: ModelFact
             _leave_out(path, error, content)
 
 
-def _measure(path: Path, content: FolderContent, facts: ModelFacts, remarks: list[str]) -> Media:
+def _measure(path: Path, content: FolderContent, facts: "ModelFacts", remarks: list[str]) -> Media:
     """Return a clip or picture with its caption. Raises MediaError if it cannot be read."""
     caption = _find_caption(path, content, remarks)
     is_moving = path.suffix.lower() in VIDEO_SUFFIXES or (facts.learns_clips and is_animation(path))
@@ -827,7 +829,7 @@ def _layout(folder: Path, name: str, media: Sequence[Media]) -> str:
     )
 
 
-def _describe_odd(content: FolderContent, facts: ModelFacts) -> list[str]:
+def _describe_odd(content: FolderContent, facts: "ModelFacts") -> list[str]:
     """Return lines about media that are trained on, but perhaps not as they should be."""
     least = facts.least_seconds
     long_enough = [item for item in content.media if item.seconds is None or item.seconds >= least]
@@ -903,7 +905,7 @@ def _is_transparent(path: Path) -> bool:
 def _require_media(
     folder: Path,
     content: FolderContent,
-    facts: ModelFacts,
+    facts: "ModelFacts",
     *,
     name: str,
     alone: str,

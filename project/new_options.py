@@ -6,9 +6,15 @@ from dataset.options import DATASET_FILE
 from modules.option_values import gibibytes
 from modules.options import Options, option, unsupported
 from modules.output_files import check_output_name
-from project.kinds.composing import BY_NAME
-from project.kinds.whole_model import WHOLE
-from project.options import MODEL_FILES, MODELS, TRAINING_TABLE, check_trigger, list_model_files
+from project.options import (
+    KIND_NAMES,
+    MODEL_FILES,
+    MODELS,
+    TRAINING_TABLE,
+    WHOLE_MODEL,
+    check_trigger,
+    list_model_files,
+)
 
 
 class NewOptions(Options):
@@ -39,7 +45,7 @@ class NewOptions(Options):
         "what is trained: a LoRA; lllite or controlnet: a network that follows control pictures; embedding: "
         "the trigger word alone; whole: the model itself, for a domain with hundreds of files. Without it a "
         "LoRA, or with a folder control or conditioning of the pictures' names the model's control network",
-        choices=tuple(BY_NAME),
+        choices=KIND_NAMES,
     )
     whole_model: bool = option("--train whole", excludes="train", hint="both say what is trained")
     from_file: Path | None = option(
@@ -78,4 +84,4 @@ class NewOptions(Options):
     @property
     def trains(self) -> str | None:
         """Return the name of the kind of run that is typed."""
-        return WHOLE.name if self.whole_model else self.train
+        return WHOLE_MODEL if self.whole_model else self.train

@@ -13,6 +13,8 @@ from modules.text_files import bad_character, real_path
 
 RUN_FILE = "run.toml"
 ON_END = "--on_end"
+WHOLE_MODEL = "whole"
+KIND_NAMES = ("lora", "lllite", "controlnet", "embedding", WHOLE_MODEL)  # of `project.kinds.composing.KINDS`
 MODELS = Path("models")  # of the working folder
 MOST_OF_WORD = 200  # characters of a trigger word
 # small, and of a kind that tools/caption_dataset.py is tested with

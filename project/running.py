@@ -32,7 +32,8 @@ from modules.text_files import parse_toml, read_safetensors_texts, read_text, re
 from project.choosing import script_family
 from project.ending import EndCommand, describe_run
 from project.fitting import transformers_of
-from project.kinds.composing import list_scripts
+from project.kinds.composing import LORA, kinds_by_script
+from project.kinds.contract import RunKind
 from project.options import (
     CAPTION_MODEL,
     CAPTION_MODEL_SIZE,
@@ -48,6 +49,7 @@ from training.features.composing import options_reaching
 from training.reports.history import history_path
 from training.saving.states import find_latest
 
+ARCHITECTURE = "modelspec.architecture"  # in metadata of trained files
 # kinds of faults of a check
 NO_CAPTIONS = ("have no caption",)
 BAD_CAPTIONS = ("have a caption that cannot be used",)
@@ -67,6 +69,7 @@ class Project:
     name: str
     steps: int | None  # None: epochs say how long it is
     model: dict[str, str]  # metadata that differ in files of other models
+    kind: RunKind  # what is trained
     validation: tuple[float, int]  # share and seed
 
     @property
@@ -323,6 +326,7 @@ def _parse_project(folder: Path, tables: Mapping[str, Any], typed: Mapping[str, 
         name=name,
         steps=steps,
         model=model,
+        kind=kinds_by_script().get(commands[-1][1], LORA),
         validation=validation,
     )
 
@@ -377,6 +381,9 @@ def _find_other_model(project: Project, metadata: Mapping[str, str]) -> str | No
     trained_name = metadata.get("ss_sd_model_name", "")
     if transformers and trained_name in released - transformers:
         return trained_name
+    architecture = metadata.get(ARCHITECTURE, "")
+    if project.kind is not LORA and architecture.partition("/")[2] != project.kind.ending:
+        return architecture
     for key, expected in project.model.items():
         if metadata.get(key, expected) != expected:
             return metadata[key]
@@ -524,7 +531,7 @@ def _scripts_of_runs() -> set[Path | None]:
         names = [f"{entry.cache}_latents", f"{entry.cache}_text_encoder_outputs"]
         names += [entry.training_script, entry.generation_script]
         scripts |= {Path(f"{name}.py") for name in names}
-    return scripts | list_scripts(find_models())
+    return scripts | {installation.find_script(name) for name in kinds_by_script()}
 
 
 def run_command(words: Sequence[str], folder: Path, progress: Path | None = None) -> int:

@@ -16,6 +16,7 @@ from modules.errors import OutputError, UserError
 from modules.installation import FRONT_SCRIPT, command_words
 from modules.progress import NotedProgress, read_progress
 from modules.text_files import real_path
+from project.kinds.composing import kinds_by_script
 from training.reports.history import BEFORE_TRAINING, History, Start, describe_process, history_path
 
 logger = logging.getLogger(__name__)
@@ -28,14 +29,15 @@ STEPS = {
     "download": ("downloading the model",) * 2,
     "_latents": ("caching latents", "checking the files"),
     "_text_encoder_outputs": ("caching captions", "checking the captions"),
-    "_train_network": (TRAINING,) * 2,
-    "_train": (TRAINING,) * 2,
 }
 
 
 def describe_step(words: Sequence[str]) -> str:
     """Return the action of a command of a run: `caching latents`."""
-    script = Path("".join(words[1:2])).stem
+    name = "".join(words[1:2])
+    if name in kinds_by_script():
+        return TRAINING
+    script = Path(name).stem
     for end, (doing, checking) in STEPS.items():
         if script.endswith(end):
             return checking if "--check" in words else doing

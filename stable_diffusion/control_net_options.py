@@ -6,6 +6,7 @@ from typing import Any
 
 from modules.option_values import FillIn, option_words
 from modules.options import CHANGEABLE, FREE, option
+from modules.speed_options import BASE_FORMS
 from stable_diffusion.training_options import StableDiffusionTrainingOptions
 
 WEIGHTS = "--controlnet_model_name_or_path"
@@ -15,10 +16,12 @@ REFUSED: Mapping[str, str] = {
     "network_dim": _NONE,
     "network_dropout": _NONE,
     "network_weights": f"Give the ControlNet to start from to {WEIGHTS}",
-    **dict.fromkeys(
-        ("fp8_base", "fp8_scaled"),
-        "a ControlNet begins as a copy of the U-Net's weights, which fp8 has rounded. Leave it out",
-    ),
+    **{
+        switch: f"a ControlNet begins as a copy of the U-Net's weights, and {form.name} rounds them. Leave "
+        "it out"
+        for form in BASE_FORMS
+        for switch in form.switches
+    },
 }
 
 

@@ -19,11 +19,11 @@ from torch.nn import Parameter
 from checkpoints.opening import open_checkpoint
 from checkpoints.writing import stream_tensors
 from contract.loading import TensorInfo
-from contract.made_networks import MadeNetwork
+from contract.made_networks import MadeNetwork, UsualRate
 from contract.new_words import WordToLearn
 from encoders.clip_l import ClipWords
 from encoders.clip_layers import ClipText
-from modules.console import count_of
+from modules.console import count_of, quiet
 from modules.errors import CheckpointError, DatasetError, OptionError
 from modules.option_values import option_words
 from networks.bundled_words import find_words, is_of_word
@@ -46,6 +46,7 @@ logger = logging.getLogger(__name__)
 
 CALLED = "textual inversion"
 MODULE = "textual inversion"  # there is no network module: files say so
+USUAL_RATE = UsualRate(1e-4, "1e-3", 2e-2)  # a vector moves by about the rate at each step
 LOUD = 3.0  # a vector of so many times the usual norm drowns the other words of a prompt
 
 _OF_OBJECTS = """
@@ -166,6 +167,7 @@ class Inversion:
             make=self.make,
             check=self.check,
             generate=generate,
+            usual_rate=USUAL_RATE,
             write=write_rows,
             report=report_rows,
             start_option="weights",
@@ -202,8 +204,9 @@ class Inversion:
     def _make_starts(self, tables: Sequence[Tensor]) -> list[Tensor]:
         """Return the first rows of each text encoder, V C. tables: of token embeddings."""
         count = self.word.count
-        if self.asked.weights is not None:
-            return [vectors.clone() for vectors in self._read_weights().vectors]
+        brought = self._read_weights()
+        if brought is not None:
+            return [vectors.clone() for vectors in brought.vectors]
         if self.asked.init_word is None:
             return [torch.randn(count, table.shape[1]) * table.std() for table in tables]
         starts = []
@@ -234,15 +237,20 @@ class Inversion:
             )
         return ids
 
-    def _read_weights(self) -> LearnedWord:
-        """Read the file that the vectors begin with: of a textual inversion, or a LoRA that brings the word.
+    def _read_weights(self) -> LearnedWord | None:
+        """Read what the vectors begin with: the file of a textual inversion, or a LoRA that brings the word.
 
-        Raises CheckpointError if it does not fit the text encoders or the options.
+        Returns None if there is none. Raises CheckpointError if it does not fit the text encoders or the
+        options.
         """
-        path = self.asked.weights
-        assert path is not None
         flags = self.asked.flags
-        word = _find_in_lora(path, self.word.text, flags.weights)
+        word: LearnedWord | None = None
+        path = self.asked.weights or self.asked.lora
+        option = "--network_weights" if self.asked.weights is None else flags.weights
+        if path is not None:
+            word = _find_in_lora(path, self.word.text, option)
+        if path is None or (word is None and self.asked.weights is None):
+            return None
         if word is None:
             (word,) = read_words([path], option=flags.weights)
         with self.files.opened() as release:
@@ -251,7 +259,7 @@ class Inversion:
         stored = len(word.vectors[0])
         if stored != self.word.count:
             raise CheckpointError(
-                f"{flags.weights} {path}: it has {count_of(stored, 'vector')}, {flags.count} is "
+                f"{option} {path}: it has {count_of(stored, 'vector')}, {flags.count} is "
                 f"{self.word.count}. Give {flags.count} {stored}.",
                 path,
             )
@@ -267,11 +275,10 @@ class Inversion:
                 )
             if self.asked.init_word is not None:
                 self._read_init_word(number)
-        if self.asked.weights is not None:
-            self._read_weights()
+        self._read_weights()
 
-    def check_captions(self, captions: Sequence[str]) -> None:
-        """Warn of captions without the word. Raises DatasetError if none has it."""
+    def check_captions(self, captions: Sequence[str]) -> str:
+        """Return a sentence about captions without the word. Raises DatasetError if none has it."""
         found = with_words(lambda text: [], self.word.list_ids(0))
         without = [caption for caption in captions if not found(caption)]
         word = self.word.text
@@ -283,14 +290,10 @@ class Inversion:
                 f'it into the captions, or give trigger_word = "{word}" in the dataset\'s configuration'
                 f"{further}"
             )
-        if without:
-            logger.warning(
-                "%d of %s lack the word %s and teach it nothing, such as %r.",
-                len(without),
-                count_of(len(captions), "caption"),
-                word,
-                without[0].strip(),
-            )
+        if not without:
+            return ""
+        count = count_of(len(captions), "caption")
+        return f"{len(without)} of {count} lack the word {word} and teach it nothing, such as {without[0]!r}."
 
 
 def describe_inversion(options: InversionOptions, files: TrainingFiles) -> MadeNetwork:
@@ -308,14 +311,15 @@ def _find_in_lora(path: Path, word: str, option: str) -> LearnedWord | None:
 
     option: that names the file. Raises CheckpointError for vectors that cannot be read.
     """
-    if not (path.is_file() and path.suffix == ".safetensors"):
+    if not path.is_file() or path.suffix.lower() != ".safetensors":
         return None
     with open_checkpoint(path) as checkpoint:
         stored = {name: checkpoint.read(name) for name in checkpoint.tensors if is_of_word(name)}
     content = find_words(stored).get(word)
     if content is None:
         return None
-    (found,) = read_bundled({path: {word: content}}, option)
+    with quiet():  # it is not about prompts
+        (found,) = read_bundled({path: {word: content}}, option)
     return found
 
 

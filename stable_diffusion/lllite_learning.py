@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from checkpoints.dialects import load_planned
 from checkpoints.model_files import require_file
 from checkpoints.opening import open_checkpoint
-from contract.made_networks import MadeNetwork
+from contract.made_networks import MadeNetwork, UsualRate, describe_start
 from modules.errors import OptionError
 from stable_diffusion.beside_unet import BesideUnet
 from stable_diffusion.control_net_options import say_generation
@@ -128,16 +128,15 @@ def _check_sizes(options: SdxlLlliteTrainingOptions, path: Path, parts: Mapping[
 def describe_lllite(options: SdxlLlliteTrainingOptions) -> MadeNetwork:
     """Return ControlNet-LLLite as the network that a training makes."""
     width, rank = options.cond_emb_dim or WIDTH, options.network_dim or RANK
-    words = f"{CALLED}, rank {rank}, control picture as {width} numbers"
-    if options.network_weights is not None:
-        words = f"{CALLED} of {options.network_weights.name}"
+    sizes = f", rank {rank}, control picture as {width} numbers"
     return MadeNetwork(
         called=CALLED,
-        words=words,
+        words=describe_start(CALLED, sizes, options.network_weights),
         ending="control-net-lllite",
         make=partial(make_lllite, options),
         check=partial(_check_file, options),
         generate=partial(say_generation, options, "--control_net_lllite_models"),
+        usual_rate=UsualRate(2e-5, "2e-4", 5e-3),
         values={"ss_network_dim": rank, "ss_cond_emb_dim": width},
     )
 

@@ -119,7 +119,7 @@ def plan_lllite(unet: nn.Module, width: int, rank: int) -> dict[str, LllitePart]
             convolutions = (*((width // 2, stride) for stride in before), (width, last))
             for leaf in _LAYERS:
                 name = f"{PREFIX}{block}_transformer_blocks_{number}_{leaf}"
-                parts[name] = LllitePart(convolutions, first.weight.shape[1], rank, is_convolution=False)
+                parts[name] = LllitePart(convolutions, first.in_features, rank, is_convolution=False)
             number += 1
     return parts
 
@@ -136,19 +136,25 @@ def _get_layer(unet: nn.Module, path: str | None) -> Any:
         return None
 
 
+def _input_width(layer: Any) -> int | None:
+    """Return the channels that a layer takes, also if its weight is stored in few bits; None for none."""
+    name = "in_channels" if isinstance(layer, nn.Conv2d) else "in_features"
+    width: int | None = getattr(layer, name, None)
+    return width
+
+
 def find_layer(unet: nn.Module, name: str, part: LllitePart, path: Path, option: str) -> nn.Module:
     """Return the layer of a U-Net that a module of the file `path` changes.
 
     name: of the module. option: that names the file. Raises CheckpointError if the module does not fit.
     """
     layer = _get_layer(unet, find_layer_path(name))
-    axes = 4 if part.is_convolution else 2
-    weight = getattr(layer, "weight", None)
-    if layer is not None and weight is not None and weight.ndim == axes and weight.shape[1] == part.width:
+    width = _input_width(layer)
+    if width == part.width and isinstance(layer, nn.Conv2d) == part.is_convolution:
         return layer
     has = "has no such layer"
-    if weight is not None:
-        has = f"has {' x '.join(map(str, weight.shape))} there"
+    if width is not None:
+        has = f"takes {width} there"
     raise CheckpointError(
         f"{path} does not fit --ckpt: it is made for {name.removeprefix(PREFIX)} with inputs of "
         f"{part.width} channels, and the model {has}. Give one for {SDXL.words} to {option}.",

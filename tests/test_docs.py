@@ -18,6 +18,7 @@ import pytest
 
 from tests.commands import ROOT, run_python
 from tests.data_tools.captions.making import run_server
+from tests.data_tools.masks.making import write_clipseg
 from tests.data_tools.tags.making import first_pixel_weights, write_tagger
 from tests.dataset.serving import serve
 from tests.faults.messages import succeed_here
@@ -302,7 +303,9 @@ def test_commands_of_the_page_run(page: Path, tmp_path: Path) -> None:
         lay_out_pictures(tmp_path)
     if page.stem == "new_and_run":
         write_pictures(tmp_path / "pairs", tmp_path / "pairs" / "control", count=2)
-        write_captioned_picture(tmp_path / "photos")
+        write_pictures(tmp_path / "edges", tmp_path / "edges" / "conditioning", count=2)
+        for name in ("photos", "fluffy"):
+            write_captioned_picture(tmp_path / name)
         (tmp_path / "config.yaml").write_text(AI_TOOLKIT, encoding="utf-8")
     if page.stem == "recipes":
         for name in ("people/img/10_ohwx man", "people/reg/1_man", "drawings"):
@@ -349,6 +352,8 @@ def test_commands_of_the_page_about_data_run(page: Path, tmp_path: Path) -> None
         pytest.importorskip("onnxruntime")
         write_tagger(tmp_path / "models" / "wd_tagger", first_pixel_weights(red=(0, 0, 1)))
         write_captioned_picture(tmp_path / "pictures")
+    if any("tools/mask.py" in command for command in commands):
+        write_clipseg(tmp_path / "models" / "clipseg")
     with serve(tmp_path / "clips") as site, run_server(lambda *_: "a caption") as describer:
         lay_out_published(tmp_path, site.url)
         for command in commands:

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "checkpoints": {"modules", "contract"},
     "running": {"modules", "contract", "checkpoints"},
     "dataset": GROUND | {"data_tools.report"},
-    "data_tools": GROUND | {"dataset"},
+    "data_tools": GROUND | {"dataset", "post.faces"},
     "networks": GROUND,
     "post": GROUND | {"downloads.catalogue"},
     "blissful_tuner": GROUND,
@@ -47,14 +47,16 @@ MAY_IMPORT = {
     | {"training.reports", "training.config_options", "training.features.composing"}
     | {"downloads.catalogue", "downloads.listing"}
     | {
+        "data_tools.masks.options",
         "data_tools.masks.places",
         "data_tools.tags.options",
         "project.new_options",
         "project.options",
         "project.run_options",
         "project.fitting",
-        "project.kinds.whole_model",
+        "project.kinds",
         "project.known",
+        "project.media",
         "generation.prompt_lines",
         "generation.script_options",
     }
@@ -103,7 +105,11 @@ FLOORS = {
         {"batches", "caching"},
         {"scripts"},
     ),
-    "data_tools": ({"captions", "cogvideox", "controls", "cutting", "masks", "report"}, {"tags"}),
+    "data_tools": (
+        {"folders"},
+        {"captions", "cogvideox", "controls", "cutting", "masks", "report"},
+        {"tags"},
+    ),
     "post": (
         {"contract", "options", "streaming"},
         {"tiling"},
@@ -197,6 +203,7 @@ _LIGHT = {
         "embedding",
         "guided",
         "ip_noise",
+        "item_losses",
         "mask_prior",
         "on_end",
         "output_preservation",
@@ -229,7 +236,7 @@ _TOOLS = {
         *("cache_on_ray", "caption_dataset", "compare", "control_pictures", "convert_cache"),
         *("dataset_report", "doctor"),
         *("download", "lora_post_hoc_ema", "prepare_dataset", "quantise", "run_browser", "share_page"),
-        *("pack", "score", "split_video", "tag", "unpack"),
+        *("mask", "pack", "score", "split_video", "tag", "unpack"),
     ),
     "blissful_tuner": (
         *("GIMMVFI", "facefix", "metaview", "model_utility", "upscaler", "video_to_png", "yolo_blur"),

@@ -179,7 +179,7 @@ def _take(command: Command, folder: Path) -> None:
     if "--help" in words:
         return
     # these read the model with the options
-    if script not in READERS or script.startswith(("blissful_tuner/", "tools/tag.py", "tools/score.py")):
+    if script not in READERS or script.startswith(("blissful_tuner/", "tools/")):
         parser = script_parser(script)
         words = words[: words.index("--then")] if "--then" in words else words  # behind it: another tool's
         _ = parser.parse_known_args(words) if script in PASSES_ON else parser.parse_args(words)

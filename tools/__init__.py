@@ -9,6 +9,7 @@ dataset_report: writes a page about a dataset
 doctor: tells what is installed, and what is missing
 download: downloads the released files that a task needs
 lora_post_hoc_ema: averages the saved LoRA files of a run
+mask: makes masks of what you name in pictures
 pack: makes one file of a described folder, for another machine
 prepare_dataset: prepares clips and captions in CogVideoX form
 quantise: stores a transformer or text encoder in 8 bits once

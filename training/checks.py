@@ -13,7 +13,7 @@ from torch.nn import Parameter
 
 from checkpoints.opening import open_checkpoint
 from contract.family import Family, LearningEncoder
-from contract.made_networks import made_network_of
+from contract.made_networks import MadeNetwork, UsualRate, made_network_of
 from contract.new_words import taught_word_of
 from contract.whole import LearningParts, trains_checkpoint
 from dataset.table import DatasetTable
@@ -48,8 +48,7 @@ from training.run_options import MOST_STEPS
 if TYPE_CHECKING:  # only with LoRA files
     from networks.loading import LoraFile
 
-# of a network, of a whole model: the lowest and the highest usual rate of Adam; between them the usual one
-USUAL_RATES = (2e-5, "1e-4", 5e-3), (5e-8, "1e-5", 4e-5)
+USUAL_RATES = {"a LoRA": UsualRate(2e-5, "1e-4", 5e-3), "a whole model": UsualRate(5e-8, "1e-5", 4e-5)}
 
 logger = logging.getLogger(__name__)
 
@@ -392,18 +391,23 @@ def _list_idle(record: Any, reasons: Mapping[str, str], typed: Collection[str]) 
                 yield f"--{name} has no effect: {idle_because[0]}."
 
 
-def judge_rate(options: TrainingOptions) -> str:
-    """Return the learning rate, and the usual one if it is far from that."""
+def judge_rate(options: TrainingOptions, made: MadeNetwork | None = None) -> str:
+    """Return the learning rate, and the usual one if it is far from that.
+
+    made: trained in place of a LoRA.
+    """
     optimizer = options.optimizer
     parts = options.parts
     is_whole = options.network is None
     rate = optimizer.learning_rate if parts is None or parts.unet_lr is None else parts.unet_lr
     text = f"{rate:g}"
     name = (optimizer.optimizer_type or "AdamW").rpartition(".")[2].lower()
-    low, usual, high = USUAL_RATES[is_whole]
+    what = "a whole model" if is_whole else "a LoRA"
+    usual = USUAL_RATES[what]
+    if made is not None:
+        what, usual = made.called, made.usual_rate
     finds_rate = name.startswith(FIND_RATE) and optimizer.arguments().get("relative_step") is not False
     is_comparable = "adam" in name or (is_whole and name == "adafactor")
-    if not is_comparable or finds_rate or low <= rate <= high:
+    if not is_comparable or finds_rate or usual.low <= rate <= usual.high:
         return text
-    what = "a whole model" if is_whole else "a LoRA"
-    return f"{text}, which is {'LOW' if rate < low else 'HIGH'} for {what}: {usual} is usual"
+    return f"{text}, which is {'LOW' if rate < usual.low else 'HIGH'} for {what}: {usual.usual} is usual"

@@ -14,6 +14,7 @@ from contract.data import CAPTION
 from contract.family import Family, hears_sound, part_rates_of
 from contract.loading import BlockPlace
 from contract.made_networks import made_network_of
+from contract.new_words import taught_word_of
 from contract.rules import Expert
 from modules.devices import dtype_of, gib, keep_heap_small, warn_if_emulated
 from modules.errors import MemoryPlanError
@@ -52,7 +53,7 @@ from training.trainable import (
 from training.training_run import Requests, TrainedModel, TrainingRun, trigger_paths
 from training.validation import Validation
 from training.whole_checkpoint import train_whole
-from training.word_rows import WordRows, make_word_rows
+from training.word_rows import WordRows, make_word_rows, note_brought_words
 
 if TYPE_CHECKING:  # loaded only with LoRA files, with prompts
     from networks.added import AddedLoras
@@ -118,8 +119,9 @@ def load_networks(plan: TrainingPlan, swap: SwapOptions, hooks: Hooks) -> Loaded
         plan.family,
         {} if texts is None else texts.taught_networks,
         seed=plan.progress.seed,
-        device=plan.accelerator.device,
     )
+    if plan.options.network is not None:
+        note_brought_words(plan.options.network.network_weights, taught_word_of(plan.family))
     learners = Learners(plan, word)
     networks: list[nn.Module] = []
     for index in range(len(plan.family.experts)):
@@ -485,8 +487,12 @@ class Learners:
             trainable = train_apart(dict(zip(names, self.parts, strict=True)))
         if self.word is None:
             return trainable
-        rate, total_steps = self.plan.options.optimizer.learning_rate, self.plan.steps.total_steps
-        return self.word.add_to(trainable, rate, total_steps)
+        return self.word.add_to(
+            trainable,
+            self.plan.options.optimizer.learning_rate,
+            total_steps=self.plan.steps.total_steps,
+            device=self.plan.accelerator.device,
+        )
 
     def _train_whole(self, dit: nn.Module) -> Trainable:
         options = self.plan.options

@@ -1,5 +1,6 @@
 """Make the network that a training puts into a model: a LoRA, or what the family makes in its place."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -10,11 +11,15 @@ from contract.family import Family, Trains
 from contract.made_networks import MadeNetwork, WritesNetwork, made_network_of
 from contract.new_words import taught_word_of
 from dataset.batches.items import TrainingItem
-from dataset.table import DatasetConfig
+from dataset.sources.captions import complete_caption, lines_of
+from dataset.sources.media_source import MediaSource
+from dataset.table import DatasetConfig, DatasetTable
 from modules.errors import DatasetError
 from modules.seeds import derive_seed
 from networks.adapter import ForeignNetwork, TrainableNetwork, make_network
 from networks.options import NetworkOptions
+
+logger = logging.getLogger(__name__)
 
 
 def make_trained_network(
@@ -85,17 +90,54 @@ def check_data(made: MadeNetwork | None, config: DatasetConfig, kept: str) -> Da
     return replace(config, datasets=tables)
 
 
-def check_captions(family: Family, items: Sequence[TrainingItem]) -> None:
-    """Check the captions of what learns in text encoders. Raises DatasetError."""
+def find_caption_reader(family: Family) -> MadeNetwork | None:
+    """Return what learns from captions alone in a training: the only network, or a word next to a LoRA."""
     taught = taught_word_of(family)
     made = made_network_of(family) if taught is None else taught.network
-    if made is None or not made.in_texts or made.sentences:
+    return made if made is not None and made.in_texts and not made.sentences else None
+
+
+def check_captions(family: Family, items: Sequence[TrainingItem]) -> None:
+    """Check the captions of what learns in text encoders. Raises DatasetError."""
+    made = find_caption_reader(family)
+    if made is None:
         return
     captions = [
-        f"{item.table.caption_prefix} {item.kind.caption(item.source_stem, number)} "
-        f"{item.table.caption_suffix}"
+        _complete(item.kind.caption(item.source_stem, number), item.table)
         for item in items
         if not item.table.is_reg  # which a LoRA next to it learns from
         for number in range(item.captions)
     ]
-    made.check_captions(captions)
+    remark = made.check_captions(captions)
+    if remark:
+        logger.warning("%s", remark)
+
+
+def check_source_captions(
+    family: Family, listed: Sequence[tuple[DatasetTable, Sequence[MediaSource]]]
+) -> str:
+    """Return a remark about the captions of the sources of tables, "" if there is none.
+
+    Raises DatasetError as `check_captions`.
+    """
+    made = find_caption_reader(family)
+    if made is None:
+        return ""
+    captions = [
+        _complete(caption, table)
+        for table, sources in listed
+        if not table.is_reg
+        for source in sources
+        for caption in (source.caption, *source.more_captions)
+        if caption is not None
+    ]
+    return made.check_captions(captions) if captions else ""
+
+
+def _complete(caption: str, table: DatasetTable) -> str:
+    """Return a caption with what is added to it at each step, if captions vary."""
+    if not table.changes.is_raw:  # the source has it as it is trained
+        return caption
+    if not table.changes.wildcards:
+        caption = next(iter(lines_of(caption)), "")
+    return complete_caption(caption, table.trigger_word, table.caption_prefix, table.caption_suffix)

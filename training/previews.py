@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from contract.family import Family, sound_of
+from contract.made_networks import MadeNetwork, made_network_of
 from dataset.batches.checks import SameEncoders, check_channels
 from dataset.batches.finding import find_items, require_items
 from dataset.batches.items import CachingCommands
@@ -14,10 +16,11 @@ from dataset.batches.order import split_validation
 from dataset.caching.prefetch import conclude
 from dataset.config import DatasetConfig
 from dataset.options import DebugOptions
+from dataset.sources.media_source import Fault
 from dataset.table import DatasetTable
 from modules.console import count_of
 from modules.devices import choose_device
-from modules.errors import OptionError
+from modules.errors import DatasetError, OptionError
 from running.planning.device_memory import room_on
 from training.caching_inside import TablePlan, find_live_texts, list_live_tables, open_stores, plan_tables
 from training.checks import judge_rate, refuse_quantised_bases
@@ -26,11 +29,16 @@ from training.data.live import LiveTexts
 from training.data.table_times import describe_times
 from training.features.composing import check_model, check_texts, describe_targets, find_show
 from training.loss import NoisyBatch
+from training.made_networks import check_source_captions
 from training.options import TrainingOptions
 from training.other_families import NO_OTHERS, OtherFamilies
 from training.plan import read_config
 from training.planning.memory import plan_one_card, read_largest
 
+if TYPE_CHECKING:  # only with --check
+    from data_tools.report.findings import TableFindings
+
+WITHOUT_WORD = "word to learn is not in all captions"
 # of --debug_dataset: windows, or files where there are none
 DEBUG_VIEW = DebugOptions(debug_mode="image", console_width=80, console_back=None, console_num_images=None)
 
@@ -77,6 +85,9 @@ def _check(family: Family, options: TrainingOptions, commands: CachingCommands) 
     texts = find_live_texts(family, options, config)
     check_texts(options, texts)
     check_model(options, family, lambda: family.block_counts() if family.dit_files else ())
+    made = made_network_of(family)
+    if made is not None:
+        made.check()
     plans = plan_tables(family, config, options.caching, () if texts is None else texts.keys)
     seed = options.validation.validation_seed
     if seed is None:
@@ -108,7 +119,8 @@ def _check(family: Family, options: TrainingOptions, commands: CachingCommands) 
         )
         lines = [*_describe_plans(plans), *counters.missing]
         result = replace(result, head=("Where the training has them:", *findings.indent(lines)))
-    lines = describe_run(options, num_validation=result.num_held)
+    _add_words(family, result.tables)
+    lines = describe_run(options, num_validation=result.num_held, made=made)
     times = describe_times(options.timesteps, config.datasets)
     targets = describe_targets(options)
     if targets:
@@ -118,6 +130,17 @@ def _check(family: Family, options: TrainingOptions, commands: CachingCommands) 
     result = replace(result, tail=(*result.tail, *lines))
     code: int = check.print_check(result, family, config, page=options.loop.page, workers=workers)
     return code
+
+
+def _add_words(family: Family, tables: "Sequence[TableFindings]") -> None:
+    """Add to the findings of a check that captions lack the word which is to be learned."""
+    try:
+        remark = check_source_captions(family, [(findings.table, findings.sources) for findings in tables])
+    except DatasetError as error:
+        tables[0].unusable(error)
+        return
+    if remark:
+        tables[0].remarks.append(Fault(WITHOUT_WORD, remark))
 
 
 def _describe_plans(plans: Sequence[TablePlan]) -> list[str]:
@@ -130,10 +153,10 @@ def _describe_plans(plans: Sequence[TablePlan]) -> list[str]:
     return lines
 
 
-def describe_run(options: TrainingOptions, num_validation: int) -> list[str]:
+def describe_run(options: TrainingOptions, num_validation: int, made: MadeNetwork | None = None) -> list[str]:
     """Return lines of --check about a run's validation and its learning rate.
 
-    num_validation: how many items it has.
+    num_validation: how many items it has. made: trained in place of a LoRA.
     """
     lines = []
     if num_validation:
@@ -141,7 +164,7 @@ def describe_run(options: TrainingOptions, num_validation: int) -> list[str]:
         measured = num_validation if most is None else min(num_validation, most)
         limit = "" if most is None else f" (--max_validation_steps {most})"
         lines.append(f"Each validation measures {count_of(measured, 'batch')} of one item{limit}")
-    rate = judge_rate(options)
+    rate = judge_rate(options, made)
     if "HIGH" in rate or "LOW" in rate:
         lines.append(f"Learning rate: {rate}")
     return lines

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from contract.made_networks import made_network_of
+from contract.made_networks import MadeNetwork, made_network_of
 from contract.whole import trains_checkpoint
 from modules.atomic_write import free_bytes
 from modules.command import as_typed
@@ -103,28 +103,28 @@ def _make_learning_rows(run: TrainingRun, parameters: Sequence[Tensor]) -> list[
     options = run.options
     network = options.network
     sizes = _sizes_of_file(run)
-    is_made = made_network_of(plan.family) is not None
+    made = made_network_of(plan.family)
     num_weights = sum(parameter.numel() for parameter in parameters)
     return [
         ("model", _describe_model(plan)),
         ("learns", f"{_describe_learner(plan, sizes)}, {count_of(num_weights, 'weight')}"),
-        ("alpha", None if network is None or is_made else judge_alpha(network, sizes)),
+        ("alpha", None if network is None or made is not None else judge_alpha(network, sizes)),
         ("data", _describe_data(plan)),
         ("timesteps", "\n".join(describe_times(options.timesteps, plan.config.datasets))),
         ("targets", "\n".join(describe_targets(options)) or None),
         ("steps", _describe_length(plan)),
-        ("learning rate", _describe_rates(options, run.model.trainable, is_judged=not is_made)),
+        ("learning rate", _describe_rates(options, run.model.trainable, made)),
         ("optimizer", f"{options.optimizer.optimizer_type or 'AdamW'}, seed {plan.progress.seed}"),
     ]
 
 
-def _describe_rates(options: TrainingOptions, trainable: Trainable, is_judged: bool) -> str:
-    """Return the learning rate, and those of the parts if they differ. is_judged: as by `judge_rate`."""
+def _describe_rates(options: TrainingOptions, trainable: Trainable, made: MadeNetwork | None) -> str:
+    """Return the learning rate, and those of the parts if they differ. made: as in `judge_rate`."""
     usual = options.optimizer.learning_rate
     names: dict[float, list[str]] = {}
     for name, group in zip(trainable.group_names, trainable.groups, strict=False):
         names.setdefault(group.get("lr", usual), []).append(name)
-    judged = judge_rate(options) if is_judged else f"{usual:g}"
+    judged = judge_rate(options, made)
     is_replaced = options.network is None and bool(names) and usual not in names
     if len(names) < 2 and not is_replaced and (usual != 0 or usual in names):
         return judged

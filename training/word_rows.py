@@ -1,5 +1,6 @@
 """The vectors of a word that text encoders learn next to the network of a training."""
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -9,12 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from checkpoints.opening import open_checkpoint
 from checkpoints.writing import save_tensors
 from contract.family import Described
 from contract.new_words import TaughtWord, taught_word_of
 from modules.seeds import derive_seed
-from networks.bundled_words import bundle_word
+from networks.bundled_words import bundle_word, word_of
 from training.trainable import Trainable
+
+logger = logging.getLogger(__name__)
 
 WORD = "word"  # their part in states
 
@@ -42,9 +46,15 @@ class WordRows:
         rate = self.taught.word.rate
         return {"params": [*self.module.parameters()], "lr": learning_rate if rate is None else rate}
 
-    def add_to(self, trainable: Trainable, learning_rate: float, total_steps: int) -> Trainable:
-        """Return what learns with the vectors. learning_rate, total_steps: of the run."""
+    def add_to(
+        self, trainable: Trainable, learning_rate: float, total_steps: int, device: torch.device
+    ) -> Trainable:
+        """Return what learns with the vectors, which move to the device.
+
+        learning_rate, total_steps: of the run.
+        """
         word = self.taught.word
+        self.module.to(device=device, dtype=torch.float32)
         return replace(
             trainable,
             modules={**trainable.modules, WORD: self.module},
@@ -55,17 +65,35 @@ class WordRows:
         )
 
 
+def note_brought_words(lora: Path | None, taught: TaughtWord | None) -> None:
+    """Log which words of a LoRA that a training continues from learn on; warn of those that are lost."""
+    if lora is None:
+        return
+    with open_checkpoint(lora) as checkpoint:
+        words = {word_of(name) for name in checkpoint.tensors} - {""}
+    for word in sorted(words):
+        if taught is None or taught.word.text != word:
+            logger.warning(
+                "%s brings the word %s, which is not trained on and will not be in the new file. Give "
+                "--train_embedding %s to train both",
+                lora,
+                word,
+                word,
+            )
+        elif taught.word.weights is None:
+            logger.info("The vectors of %s continue from %s.", word, lora)
+
+
 def make_word_rows(
     family: Described,
     encoders: Mapping[str, nn.Module],
     seed: int,
-    device: torch.device,
     with_values: bool = True,
 ) -> WordRows | None:
     """Make the vectors of the word that a family learns, and let its text encoders read them; None: no word.
 
     encoders: the loaded networks of those that learn it, by the prefixes of their names in LoRA files.
-    with_values: as in `make_trained_network`.
+    with_values: as in `make_trained_network`. They are on the CPU.
     """
     taught = taught_word_of(family)
     if taught is None:
@@ -73,4 +101,4 @@ def make_word_rows(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, WORD))
         module = taught.network.make(nn.ModuleDict(encoders), with_values)
-    return WordRows(taught, module.to(device=device, dtype=torch.float32).requires_grad_(True))
+    return WordRows(taught, module.requires_grad_(True))

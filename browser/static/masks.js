@@ -114,6 +114,9 @@
     const layer = makeCanvas(canvas.width, canvas.height);
     drawing = { canvas, layer, begun: null, strokes: [], at: [canvas.width / 2, canvas.height / 2], isDown: false };
     find("brush").hidden = false;
+    const side = Math.max(canvas.width, canvas.height), size = find("brush-size");
+    size.max = Math.ceil(side / 2);
+    if (!size.dataset.chosen) size.value = Math.ceil(side / 16);
     canvas.tabIndex = 0;
     canvas.setAttribute("aria-label", translate("mask to draw on"));
     canvas.classList.add("drawn");
@@ -266,7 +269,7 @@
     find("brush-undo").addEventListener("click", undoStroke);
     find("brush-save").addEventListener("click", save);
     find("brush-end").addEventListener("click", () => { endDrawing(); find("mask-brush").focus({ preventScroll: true }); });
-    find("brush-size").addEventListener("input", () => { if (drawing) refresh(drawing.canvas, drawing.layer, drawing.at); });
+    find("brush-size").addEventListener("input", ({ target }) => { target.dataset.chosen = "yes"; if (drawing) refresh(drawing.canvas, drawing.layer, drawing.at); });
   }
 
   // ---- colour and opacity, which the browser keeps

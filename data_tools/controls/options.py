@@ -26,6 +26,8 @@ class ControlPictureOptions(Options, title="what to make"):
         "draw depth maps, near is white, with the model in this folder: one that transformers loads for "
         "depth estimation, such as Depth Anything V2 or DPT. Code that comes with it is never run",
         place="folder",
+        hint="the folder of such a model; python tools/download.py --family tools --task "
+        "depth_anything_v2_small --to models downloads one, after its size and licence",
     )
     output: Path | None = option(
         f"folder for the control pictures; default: {FOLDER_NAME}, next to the folder of pictures",

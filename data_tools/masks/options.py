@@ -3,11 +3,11 @@
 import re
 from pathlib import Path
 
-from data_tools.masks.places import FOLDER_NAME
 from modules.errors import OptionError
 from modules.options import Options, option
 from modules.text_files import bad_character
 
+FOLDER_NAME = "masks"  # of the masks, inside the folder of the pictures
 MODEL_FOLDER = Path("models/clipseg")  # that tools/download.py fills
 BACKGROUND_FILE = Path("models/background/u2net.onnx")  # likewise
 FACE_FILE = Path("models/facefix/face_detection_yunet_2023mar.onnx")  # likewise
@@ -99,7 +99,7 @@ class FinderOptions(Options, title="what to find"):
         return WATERMARK if self.watermark else self.what or ()
 
 
-class ShapeOptions(Options, title="the shape of the masks"):
+class MaskShapeOptions(Options, title="the shape of the masks"):
     """From a network's values, 0..1, to a mask."""
 
     threshold: float | None = option(
@@ -153,7 +153,7 @@ class MaskOptions(Options, title="what to do"):
     )
     dry_run: bool = option("say what would be made, and write nothing")
     finder: FinderOptions
-    shape: ShapeOptions
+    shape: MaskShapeOptions
 
     def __post_init__(self) -> None:
         if self.overwrite and self.mode != "fill":

@@ -21,6 +21,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from data_tools.masks.options import FOLDER_NAME
 from dataset.sources.mask_files import is_of_shape, masks_by_stem
 from modules.atomic_write import atomic_folder, explain_errors, temporary_name
 from modules.errors import DatasetError, MediaError
@@ -42,7 +43,6 @@ from modules.text_files import real_path
 
 Grey = NDArray[np.uint8]  # H W, white is learned
 Kind = Literal["image", "video"]
-FOLDER_NAME = "masks"  # of the masks, inside the folder of the pictures
 BEFORE = ".before"
 MADE, ACCEPTED = "mask", "mask_accepted"  # names of texts in a mask
 

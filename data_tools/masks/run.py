@@ -3,16 +3,15 @@
 import itertools
 import logging
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from data_tools.folders import walk_folders
-from data_tools.masks.options import NETWORK_SMOOTH, FinderOptions, MaskOptions
+from data_tools.masks.options import FOLDER_NAME, NETWORK_SMOOTH, FinderOptions, MaskOptions
 from data_tools.masks.places import (
     ACCEPTED,
-    FOLDER_NAME,
     MADE,
     Grey,
     MaskPlace,
@@ -44,7 +43,7 @@ class _NothingFoundError(Exception):
 
 
 @dataclass
-class Plan:
+class MaskPlan:
     """What is to be done for the pictures and clips of some folders."""
 
     jobs: list[MaskPlace] = field(default_factory=list)
@@ -52,6 +51,16 @@ class Plan:
     other_way: list[MaskPlace] = field(default_factory=list)  # made before by this program, in another way
     by_hand: list[MaskPlace] = field(default_factory=list)  # drawn, changed or accepted by a person
     removed: list[MaskPlace] = field(default_factory=list)  # by a person
+
+
+@dataclass
+class MaskOutcome:
+    """What came of the jobs of a run."""
+
+    written: list[MaskPlace] = field(default_factory=list)
+    empty: list[MaskPlace] = field(default_factory=list)  # nothing was found
+    black: list[MaskPlace] = field(default_factory=list)  # nothing would be learned
+    failures: list[Failure] = field(default_factory=list)  # files that cannot be read
 
 
 def make_masks(options: MaskOptions) -> None:
@@ -77,36 +86,40 @@ def make_masks(options: MaskOptions) -> None:
         text = f"{count_of(len(plan.jobs), 'mask')} would be made{': ' if names else ''}{names}"
         show_box("Masks", [("masks", f"{text}. Nothing is written"), ("by", way)])
         return
-    failures: list[Failure] = []
-    empty: list[MaskPlace] = []
-    black: list[MaskPlace] = []
-    written: list[MaskPlace] = []
+    outcome = MaskOutcome()
     if plan.jobs:
         finder = _load_finder(options.finder)
         for place in track(plan.jobs, "Masks", len(plan.jobs), unit="file"):
-            frames = _draw(place, finder, shape, options)
-            try:
-                is_written = write_mask(
-                    place, frames, place.kind == "video", _texts(place, way, options.mode)
-                )
-            except MediaError as error:
-                failures.append(Failure(place.medium, str(error), 0, place.medium.stem))
-            except _NothingFoundError:
-                empty.append(place)
-            else:
-                (written if is_written else black).append(place)
-    _tell_without(empty, "nothing is found in", "without a mask a file is learned whole")
-    _tell_without(black, "nothing would be learned of", "no mask is written")
+            _make_mask(place, _draw(place, finder, shape, options), _texts(place, way, options.mode), outcome)
+    _tell_without(outcome.empty, "nothing is found in", "without a mask a file is learned whole")
+    _tell_without(outcome.black, "nothing would be learned of", "no mask is written")
     masked = [place for place in places if place.mask is not None]
-    used = dict.fromkeys(place.folder for place in [*masked, *written])
+    used = dict.fromkeys(place.folder for place in [*masked, *outcome.written])
     rows: list[Row] = [
-        ("made", f"{count_of(len(written), 'mask')}, {len(places) - len(plan.jobs)} left as they were"),
+        (
+            "made",
+            f"{count_of(len(outcome.written), 'mask')}, {len(places) - len(plan.jobs)} left as they were",
+        ),
         ("by", way),
         *[("in dataset.toml", mask_line(masks)) for masks in used],
     ]
     show_box("Masks", rows)
-    if failures:
-        raise failure_error(failures, count_of(len(plan.jobs), "file"))
+    if outcome.failures:
+        raise failure_error(outcome.failures, count_of(len(plan.jobs), "file"))
+
+
+def _make_mask(
+    place: MaskPlace, frames: Iterator[Grey], texts: Mapping[str, str], outcome: MaskOutcome
+) -> None:
+    """Write a mask, and note what came of it. Raises OutputError."""
+    try:
+        is_written = write_mask(place, frames, place.kind == "video", texts)
+    except MediaError as error:
+        outcome.failures.append(Failure(place.medium, str(error), 0, place.medium.stem))
+    except _NothingFoundError:
+        outcome.empty.append(place)
+    else:
+        (outcome.written if is_written else outcome.black).append(place)
 
 
 def _masks_of(folder: Path, options: MaskOptions) -> Path:
@@ -184,9 +197,9 @@ def _describe_finder(finder: FinderOptions, kind: str) -> str:
     return f"{' | '.join(finder.prompts)} by {real_path(finder.model).name}{score}"
 
 
-def _make_plan(places: Sequence[MaskPlace], options: MaskOptions, way: str) -> Plan:
+def _make_plan(places: Sequence[MaskPlace], options: MaskOptions, way: str) -> MaskPlan:
     """Return what to do with each place."""
-    plan = Plan()
+    plan = MaskPlan()
     for place in places:
         texts = place.texts()
         made_by = texts.get(MADE, "")
@@ -271,7 +284,7 @@ def _load_finder(options: FinderOptions) -> Finder:
     return seen.make_colour_finder(options.colour, options.colour_distance)
 
 
-def _tell_kept(plan: Plan) -> None:
+def _tell_kept(plan: MaskPlan) -> None:
     """Warn of masks that stay, although this run would have made others."""
     for places, why in (
         (plan.other_way, "made with other options. --overwrite makes them again"),

@@ -13,6 +13,7 @@ from PIL import Image
 
 from data_tools.masks.options import COLOUR
 from data_tools.masks.shaping import Values
+from modules.command import as_typed
 from modules.control_codes import shorten
 from modules.devices import choose_device
 from modules.errors import CheckpointError
@@ -60,6 +61,7 @@ def load_background_finder(path: Path) -> BackgroundFinder:
 
     Raises CheckpointError if it is none, or if neither of the two can run it.
     """
+    _require_file("--background", path, "u2net")
     header, content = read_onnx(path)
     shapes = list(header.inputs.values())
     shape = shapes[0] if len(shapes) == 1 else ()
@@ -116,6 +118,15 @@ def _cannot_run(path: Path, error: Exception, remedy: str = "") -> CheckpointErr
     return CheckpointError(f"--background {path} cannot be run: {why}.{remedy}", path)
 
 
+def _require_file(option: str, path: Path, task: str) -> None:
+    """Raise CheckpointError, with what downloads the usual file, if there is none."""
+    if not path.is_file():
+        typed = as_typed(
+            ["python", "tools/download.py", "--family", "tools", "--task", task, "--to", "models"]
+        )
+        raise CheckpointError(f"{option} {path}: no such file. {typed} downloads the usual one", path)
+
+
 @dataclass(frozen=True)
 class FaceFinder:
     """A loaded detector of boxes."""
@@ -136,6 +147,7 @@ class FaceFinder:
 
 def load_face_finder(path: Path, least_score: float, device: str | None) -> FaceFinder:
     """Load a detector of faces. Raises CheckpointError if the file is none."""
+    _require_file("--faces", path, "yunet")
     chosen = choose_device(device)
     return FaceFinder(load_detector(path, chosen, option="--faces"), least_score)
 

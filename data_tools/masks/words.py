@@ -8,6 +8,7 @@ Source: Lüddecke and Ecker 2022, arXiv 2112.10003 (CLIPSeg); transformers, mode
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -121,12 +122,12 @@ def load_word_finder(
         network = getattr(transformers, network_name).from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, **LOCAL
         )
-    except ImportError as error:  # of transformers' own: SAM 3 reads pictures with torchvision
-        package = "torchvision" if "torchvision" in str(error).lower() else "another package"
-        raise InstallationError(
-            f"--model {folder}: transformers needs {package} for this model. Run: pip install torchvision"
-        ) from None
     except Exception as error:  # damaged files raise errors of many libraries
+        if "torchvision" in str(error).lower() and find_spec("torchvision") is None:  # as SAM 3 needs it
+            raise InstallationError(
+                f"--model {folder}: transformers reads its pictures with torchvision. Run: pip install "
+                "torchvision"
+            ) from None
         why = shorten(" ".join(str(error).split()), 300)
         raise CheckpointError(f"--model {folder}: transformers cannot load it: {why}", folder) from None
     return WordFinder(network.eval().requires_grad_(False).to(chosen), processor, prompts, least_score)

@@ -26,6 +26,7 @@ from data_tools.report.findings import (
     load_counters,
     repair_captions,
 )
+from data_tools.report.masks import check_masks, find_lone_masks
 from data_tools.report.page import write_check_page
 from data_tools.report.sound import check_sound, is_heard
 from dataset.batches.checks import SameEncoders, describe_identity
@@ -184,6 +185,8 @@ def check_caching(
         tables.append(findings)
     sources = [source for findings in tables for source in findings.sources]
     log_lone_controls(sources)
+    if scope.media:
+        find_lone_masks(tables)
     if lack_references(config.datasets, sources):
         tables[0].remarks.append(Fault(EDITS_NOTHING, NO_REFERENCE))
     hold_back(tables, *validation)
@@ -320,6 +323,7 @@ def _check_sources(findings: TableFindings, recipe: Recipe, workers: int) -> lis
     if num_masked:
         counts = f"{num_masked} of {len(findings.sources)}"
         findings.caches.append(f"{counts} have a mask; the others are learned whole")
+        check_masks(findings, plans, recipe.latent, workers)
     if recipe.encoder:
         findings.caches.append(_count_caches(plans))
     return plans

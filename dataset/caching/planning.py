@@ -12,6 +12,7 @@ from typing import Any
 
 from contract.data import (
     CONTROL,
+    CONTROL_PIXELS,
     FPS,
     INNER_SOUND,
     IS_HEARD,
@@ -363,7 +364,7 @@ class Planning:
             files = by_item.get(item, {})
             if not files:
                 progress.missing.append(span)
-            elif recipe.stores.trusts and self.store.is_shared:
+            elif recipe.stores.trusts and self.store.is_shared and not self.source.control:
                 progress.valid |= set(files)
                 progress.foreign += len(files)
             else:
@@ -468,6 +469,10 @@ class Planning:
         references = self.source.control if self.table.references is not None else ()
         if sum(key.startswith(CONTROL) for key in header.keys) < len(references):
             raise OtherKind(f"{path}: it has no latents of its {len(references)} reference pictures")
+        sees_control = self.source.control and not references
+        has_control = any(key.startswith((CONTROL, CONTROL_PIXELS)) for key in header.keys)
+        if is_shared and sees_control and not has_control:
+            raise OtherKind(f"{path}: it has no control picture")
         for key in (INNER_SOUND, IS_HEARD) if recipe.latent.holds_sound else ():
             if key not in header.keys:
                 raise OtherKind(f"{path}: it has no {key}, which this model needs with every clip")

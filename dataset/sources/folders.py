@@ -16,7 +16,7 @@ from dataset.table import DatasetTable, folder_id
 from modules.console import count_of
 from modules.errors import DatasetError, MediaError
 from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
-from modules.media.labels import label_of
+from modules.media.labels import MASK_LABEL, label_of
 from modules.media.opening import SOUND_SUFFIXES, open_image
 from modules.media.reading import TIFF_SUFFIXES, TOOL_TAG, VIDEO_SUFFIXES, image_suffixes, read_tags
 from modules.paths import similar_path
@@ -333,7 +333,7 @@ class ControlFolder:
         self._clips |= {path.stem: path for path in reversed(entries) if _ends_in(path, VIDEO_SUFFIXES)}
         self._images: dict[str, list[Path]] = {}  # by the stem that they belong to
         for path in entries:
-            if _ends_in(path, image_suffixes()):
+            if _ends_in(path, image_suffixes()) and label_of(path.stem) != MASK_LABEL:
                 for owner in self._owners(path.stem):
                     self._images.setdefault(owner, []).append(path)
         self.alone = self._images.get("", [])

@@ -42,6 +42,7 @@ PROGRAM = Program(
         "clip_grad_norm": rules.GRADIENT_LIMIT,
         "resolution": rules.RESOLUTION,
         "output_model_destination": rules.OUTPUT_NAME,
+        "masked_training": left("`new` names the masks that it sees, for mask_directory in dataset.toml"),
         "latent_caching": rules.CACHES,
         "aspect_ratio_bucketing": rules.BUCKETS,
         "train_dtype": rules.OF_CARD,

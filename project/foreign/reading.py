@@ -14,8 +14,9 @@ from modules.errors import OptionError, UserError
 from modules.text_files import parse_json, parse_toml, read_text, real_path
 from project.foreign import ai_toolkit, contract, diffusion_pipe, kohya_gui, onetrainer, simpletuner
 from project.foreign.contract import KeyRule, Program
-from project.kinds.composing import LORA, WHOLE
+from project.kinds.composing import LORA
 from project.kinds.contract import RunKind
+from project.kinds.whole_model import WHOLE
 from project.new_options import NewOptions
 from project.options import find_models
 

@@ -1,15 +1,16 @@
 """The kinds of runs, one line for each."""
 
 import shlex
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from downloads.catalogue import ModelSet
 from project.kinds.contract import RunKind
 from project.kinds.control_networks import CONTROL_NET, LLLITE
 from project.kinds.embedding import EMBEDDING
-from project.kinds.whole_model import WHOLE
+from project.kinds.whole_model import WHOLE as WHOLE  # callers find all kinds here
+from project.options import find_models
 
 
 def _find_lora_script(model: ModelSet) -> list[str]:
@@ -26,6 +27,7 @@ LORA = RunKind(
     find_words=_find_lora_script,
     why_not=lambda model, memory: None,
     change=_leave_values,
+    ending="lora",
     has_targets=True,
 )
 KINDS = (LORA, LLLITE, CONTROL_NET, EMBEDDING, WHOLE)  # of control networks, the first is the usual one
@@ -42,11 +44,7 @@ def find_control_kind(model: ModelSet) -> RunKind | None:
     return next((kind for kind in list_kinds(model) if kind.sees_controls), None)
 
 
-def find_kind(model: ModelSet, script: str) -> RunKind:
-    """Return the kind of the run that a script trains for a model; a LoRA for an unknown one."""
-    return next((kind for kind in list_kinds(model) if kind.find_words(model)[0] == script), LORA)
-
-
-def list_scripts(models: Sequence[ModelSet]) -> set[Path | None]:
-    """Return the scripts that train the kinds of runs of some models."""
-    return {kind.find_script(model) for model in models for kind in KINDS}
+@cache
+def kinds_by_script() -> dict[str, RunKind]:
+    """Return the kinds of runs by the names of the scripts that train them."""
+    return {kind.find_words(model)[0]: kind for model in find_models() for kind in list_kinds(model)}

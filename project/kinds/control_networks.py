@@ -19,7 +19,7 @@ def _change_to_lllite(values: Mapping[str, Any], memory: float) -> dict[str, Any
 def _change_to_control_net(values: Mapping[str, Any], memory: float) -> dict[str, Any]:
     """Return the options of a run that trains half of a U-Net in float32, in as little memory as may be."""
     kept = {name: value for name, value in drop_lora_options(values, memory).items() if name not in FORMS}
-    return kept | RECIPE
+    return {**kept, **RECIPE}
 
 
 LLLITE = RunKind(
@@ -28,6 +28,7 @@ LLLITE = RunKind(
     find_words=partial(read_words, "lllite"),
     why_not=partial(find_reason, "lllite", "a ControlNet-LLLite"),
     change=_change_to_lllite,
+    ending="control-net-lllite",
     record="LlliteTraining",
     sees_controls=True,
 )
@@ -37,6 +38,7 @@ CONTROL_NET = RunKind(
     find_words=partial(read_words, "controlnet"),
     why_not=partial(find_reason, "controlnet", "a ControlNet"),
     change=_change_to_control_net,
+    ending="controlnet",
     record="ControlNetTraining",
     sees_controls=True,
     saves_models=True,

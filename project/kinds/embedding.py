@@ -10,6 +10,7 @@ EMBEDDING = RunKind(
     find_words=partial(read_words, "embedding"),
     why_not=partial(find_reason, "embedding", "an embedding"),
     change=drop_lora_options,
+    ending="textual-inversion",
     record="InversionTraining",
     learns_word=True,
 )

@@ -179,7 +179,7 @@ NAMES = {
     dry_run.WEIGHTS: "weights of the transformer",
     dry_run.TEXTS: "weights of text encoders",
     dry_run.ADAPTER: "LoRA in training steps only",
-    dry_run.NETWORK: "network (LoRA)",
+    dry_run.NETWORK: "network",
     dry_run.GRADIENTS: "gradients",
     dry_run.OPTIMIZER: "optimizer",
     dry_run.BATCH: "batch",
@@ -190,9 +190,16 @@ NAMES = {
 
 
 def parts_of(
-    moment: dry_run.Moment, swap: Swapped, notes: Mapping[str, str], waiting: int = 0
+    moment: dry_run.Moment,
+    swap: Swapped,
+    notes: Mapping[str, str],
+    waiting: int = 0,
+    network: str = "LoRA",
 ) -> tuple[MemoryPart, ...]:
-    """Return a moment as lines of a plan. waiting: bytes of activations in host memory."""
+    """Return a moment as lines of a plan.
+
+    waiting: bytes of activations in host memory. network: what learns, or is added to the transformer.
+    """
     parts = []
     for kind, name in NAMES.items():
         size = moment.get(kind, 0)
@@ -202,6 +209,8 @@ def parts_of(
             host = swap.host
         elif kind == dry_run.KEPT:
             host = waiting
+        elif kind == dry_run.NETWORK:
+            name = f"{name} ({network})"
         if size or host:
             parts.append(MemoryPart(name, size, host, notes.get(kind, "")))
     return tuple(parts)

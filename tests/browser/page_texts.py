@@ -30,6 +30,7 @@ PROGRAMS = [
     *sorted((ROOT / "browser").glob("*.py")),
     ROOT / "modules/pages/language.py",
     ROOT / "training/reports/page.py",
+    ROOT / "training/reports/item_losses.py",
     ROOT / "training/reports/scores.py",
     ROOT / "training/reports/sample_files.py",
     ROOT / "project/fitting.py",

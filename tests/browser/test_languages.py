@@ -27,6 +27,7 @@ from tests.browser.page_texts import (
 )
 from tests.browser.serving import Served, serve_runs, write_run
 from tests.browser.test_safe_clicks import describe, save_picture
+from tests.chromium import open_page
 
 TABLES = CODES[1:]
 PLACE = re.compile(r"%\((\w+)\)s")
@@ -82,7 +83,18 @@ def test_templates_hold_no_text_outside_of_the_table() -> None:
 
 
 # names, commands and units, which are the same in every language
-SAME_EVERYWHERE = {"GB", "GiB", "FILE", "logs", "SHA", "mrsfluff", "run.toml", "dataset.toml", "prompts.txt"}
+SAME_EVERYWHERE = {
+    "GB",
+    "GiB",
+    "Esc",
+    "FILE",
+    "logs",
+    "SHA",
+    "mrsfluff",
+    "run.toml",
+    "dataset.toml",
+    "prompts.txt",
+}
 READ_ATTRIBUTES = {"aria-label", "title", "placeholder", "alt", "data-confirm", "data-label", "label"}
 
 
@@ -363,3 +375,42 @@ def list_unmarked(text: str) -> list[str]:
         shown = shown.replace(name, "")
     lines = DATA_NAMES.sub("", shown).split("\n")
     return sorted({line.strip() for line in lines if re.search(r"[a-z]{3}", line)})
+
+
+# buttons of which a part is beyond the window, or a word beyond the button
+CLIPPED = """[...document.querySelectorAll('button, .button, summary')].filter(one => one.checkVisibility())
+  .filter(one => {
+    const box = one.getBoundingClientRect(), texts = document.createTreeWalker(one, NodeFilter.SHOW_TEXT);
+    const range = document.createRange();
+    let isOutside = box.left < 0 || box.right > innerWidth;
+    while (texts.nextNode()) {
+      range.selectNodeContents(texts.currentNode);
+      const words = range.getBoundingClientRect();
+      isOutside ||= words.right > box.right + 1 || words.left < box.left - 1 || words.bottom > box.bottom + 1;
+    }
+    return isOutside;
+  }).map(one => one.outerHTML)"""
+NARROW = """{
+  const one = document.createElement('button');
+  one.textContent = 'a text that does not fit';
+  one.style = 'width: 3rem; height: 2rem; white-space: nowrap; overflow: hidden';
+  document.body.prepend(one);
+}"""
+
+
+@pytest.mark.parametrize("code", TABLES)
+def test_no_button_is_clipped_on_a_phone_or_a_desk(served: Served, code: str) -> None:
+    folder = quote(str(served.runs.tops[0] / "described"))
+    addresses = (f"/new?folder={folder}", "/generate?source=model+wan+t2v-1.3B", served.of("x"))
+    clipped = {}
+    with open_page(served.url, locale=code) as page:
+        for address in addresses:
+            page.goto(f"{served.url}{address}")
+            page.wait_for_load_state("networkidle")
+            assert page.evaluate("document.documentElement.lang") == code
+            for width in (390, 1440):
+                page.set_viewport_size({"width": width, "height": 900})
+                clipped[address, width] = page.evaluate(CLIPPED)
+            page.evaluate(NARROW)
+            assert len(page.evaluate(CLIPPED)) == 1
+    assert {place: found for place, found in clipped.items() if found} == {}

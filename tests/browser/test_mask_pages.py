@@ -4,6 +4,7 @@ import io
 import json
 import struct
 import sys
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,12 +17,22 @@ from PIL import Image
 
 pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 
+from browser.background_jobs import BackgroundJobs
+from browser.jobs import open_queue
+from browser.mask_making import MaskMakingPages
 from browser.mask_pages import DRAWN_ADDRESS, MOST_OF_DRAWN
+from browser.render_worker import RenderWorker
+from browser.runs import Runs
+from browser.site import Site
+from data_tools.masks.options import MaskOptions
 from data_tools.masks.places import MADE, find_mask_place
 from modules.media.reading import read_mask
 from modules.media.writing import write_png, write_video
+from modules.parser import parse_options
+from tests.browser.described_folders import describe
 from tests.browser.serving import Answer, Served, serve_runs
 from tests.chromium import open_page
+from tests.commands import MOST_SECONDS
 
 WIDTH, HEIGHT = 64, 48
 
@@ -363,3 +374,88 @@ def test_keys_and_brush_of_the_page(folder: Path, served: Served) -> None:
         assert pixels_of(folder, "c.png")[24, [20, 32, 45]].tolist() == [255, 0, 255]
         assert done.inner_text() == "accepted 1, inverted 1, undone 1, saved 2"
         assert page.problems == []
+
+
+# --- the form that has masks made
+
+
+def press_form(served: Served, button: str, **fields: str) -> Answer:
+    body = urlencode({"folder": "a b ü", **fields})
+    return served.ask(f"/new/masks/{button}", "POST", body, Origin=served.url)
+
+
+@pytest.mark.slow
+def test_masks_of_a_colour_are_made_in_the_queue_and_hand_drawn_ones_stay(
+    folder: Path, served: Served
+) -> None:
+    save_picture(folder / "c.png")
+    Image.new("RGB", (20, 20), "#00ff00").save(folder / "green.png")
+    drawn = (folder / "masks" / "b.png").read_bytes()
+    assert press_form(served, "write", finder="colour", expand_pixels="0").status == 200
+    end = time.monotonic() + MOST_SECONDS
+    text = ""
+    while '<span class="state">finished</span>' not in text and time.monotonic() < end:
+        time.sleep(0.1)
+        text = served.ask(f"/new/masks?{urlencode({'folder': 'a b ü', 'part': 'progress'})}").text
+
+    assert "job 1 of the queue" in text
+    assert pixels_of(folder, "green.png").min() == 255
+    assert not (folder / "masks" / "c.png").exists()
+    assert (folder / "masks" / "b.png").read_bytes() == drawn
+    assert [item(served, at)["state"] for at in range(4)] == ["made", "drawn", "none", "made"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"what": "the cat; a  dog;"}, ["--what", "the cat", "--what", "a dog", "--model", "M/clipseg"]),
+        ({"what": "--faces"}, ["--what=--faces", "--model", "M/clipseg"]),
+        ({"finder": "watermark"}, ["--watermark", "--model", "M/clipseg"]),
+        ({"finder": "background", "model": "x.onnx"}, ["--background", "x.onnx"]),
+        ({"finder": "colour", "colour": "ff0000", "invert": "yes"}, ["--invert", "--colour", "ff0000"]),
+        ({"finder": "colour", "mode": "add"}, ["--mode", "add", "--colour", "00ff00"]),
+    ],
+)
+def test_the_form_of_masks_becomes_the_words_of_the_command(
+    folder: Path, fields: dict[str, str], words: list[str]
+) -> None:
+    runs = Runs((folder.parent,))
+    queue = open_queue(runs, read_only=True)
+    site = Site(runs, queue, BackgroundJobs(queue), RenderWorker(queue), models=Path("M"))
+
+    typed = MaskMakingPages(site).make_words(folder, fields, tries=False)
+
+    shown = [word.replace(f"{Path('M').absolute()}", "M").replace("\\", "/") for word in typed]
+    assert shown == ["python", "tools/mask.py", ".", *words]
+    parse_options("", [str(folder), *typed[3:]], MaskOptions)
+
+
+def test_what_the_form_of_masks_cannot_do_is_said(served: Served) -> None:
+    for what, fields, message in (
+        ("write", {}, "Type what to find"),
+        ("write", {"what": "a cat"}, "load the model first"),
+        ("write", {"finder": "colour", "threshold": "2"}, "Found above 2: give a number from 0 to 1."),
+        ("write", {"finder": "sky"}, "sky finds nothing"),
+        ("try", {"finder": "colour", "mode": "blend"}, "choose from the list"),
+        ("go_on", {}, "There is nothing to continue."),
+    ):
+        answer = press_form(served, what, **fields)
+        assert (answer.status, message in answer.text) == (422, True), answer.text
+    assert press_form(served, "other").status == 404
+    assert press_form(served, "write", folder="..").status == 404
+
+
+def test_a_described_folder_offers_the_folders_of_its_dataset(folder: Path, served: Served) -> None:
+    outer = describe(folder.parent / "outer")
+    for name in ("one", "two"):
+        save_picture(outer / name / "a.png")
+    tables = [f'[[datasets]]\nimage_directory = "{name}"\n' for name in ("one", "two")]
+    (outer / "dataset.toml").write_text("".join(tables), encoding="utf-8")
+
+    form = served.ask(f"/new/masks?{urlencode({'folder': outer})}").text
+    chosen = served.ask(f"/new/masks?{urlencode({'folder': outer / 'two', 'outer': outer})}").text
+    page = served.ask(f"/masks?{urlencode({'folder': outer})}").text
+
+    assert [text.count(f'<option value="{outer / "two"}" selected') for text in (form, chosen)] == [0, 1]
+    assert "Choose one of its folders" in page
+    assert "mask_directory = &#34;two/masks&#34;" in chosen

@@ -35,6 +35,24 @@ def test_a_form_and_its_command_stand_for_each_other() -> None:
     assert NewForm.of_address(whole.address) == whole
 
 
+def test_where_pairs_could_be_learned_a_lora_is_named() -> None:
+    form = replace(FORM, family="stable_diffusion", task="xl", model_files={})
+    words = make_new_words(form, Path("models"))
+    assert words[words.index("--train") + 1] == "lora"
+    assert NewForm.of_words(words) == form
+    assert "--train" not in make_new_words(FORM, Path("models"))
+    paired = replace(form, train="lllite")
+    assert NewForm.of_words(make_new_words(paired, Path("models"))) == paired
+    assert NewForm.of_address(paired.address) == paired
+
+
+def test_what_another_model_cannot_have_is_not_kept() -> None:
+    fields = {"family": ["wan"], "task": ["t2v-1.3B"]}
+    for train in ("embedding", "lllite", "nonsense", "lora"):
+        assert not NewForm.of_fields({**fields, "train": [train]}).train
+    assert NewForm.of_fields({**fields, "train": ["whole"]}).train == "whole"
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -47,6 +65,7 @@ def test_a_form_and_its_command_stand_for_each_other() -> None:
         ({"name": "aux.txt"}, "Name 'aux.txt': on Windows aux is a device"),
         ({"name": 'a"b'}, 'names on Windows cannot have the character "'),
         ({"name": "own."}, "Name 'own.': it ends in a dot"),
+        ({"train": "embedding", "trigger": ""}, "Trigger word: an embedding is a new word"),
         ({"steps": "0"}, "Training steps 0: give a whole number"),
         ({"steps": "-5"}, "Training steps -5: give a whole number"),
         ({"steps": "2.5"}, "Training steps 2.5: give a whole number"),

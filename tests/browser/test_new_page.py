@@ -183,6 +183,24 @@ def test_a_whole_model_is_described_as_the_command_does(served: Served, root: Pa
     assert "has two transformers" in shown
 
 
+def test_a_folder_of_pairs_is_offered_as_what_new_makes_of_it(
+    served: Served, root: Path, tmp_path: Path
+) -> None:
+    write_pictures(root / "set", 2, captions=True)
+    shutil.copytree(root / "set", root / "set" / "conditioning", ignore=shutil.ignore_patterns("*.txt"))
+    fields = {"folder": str(root / "set"), "family": "stable_diffusion", "task": "xl", "trigger": "zorb"}
+    shown = served.ask(f"/new?{urlencode(fields)}").text
+    assert '<option value="lllite" selected>a ControlNet-LLLite</option>' in shown
+    assert "--train lllite" in shown
+    shown = served.ask(f"/new?{urlencode({**fields, 'train': ''})}").text
+    assert '<option value="" selected>a LoRA</option>' in shown
+    assert "--train lora" in shown
+    del fields["folder"]
+    describe(served, root / "set", **fields, train="embedding")
+    written = served.ask(f"/new?folder={quote(str(root / 'set'))}").text
+    assert '<option value="embedding" selected>an embedding</option>' in written
+
+
 def refused(served: Served, root: Path, **changes: str) -> str:
     fields = {"folder": str(root / "set"), **FIELDS, **changes}
     answer = post(served, "describe", **fields)
@@ -601,10 +619,13 @@ def test_folders_of_image_trainers_are_one_choice(served: Served, root: Path) ->
     for place in ("mine/img/10_ohwx man", "mine/reg/1_man", "flat/2_ohwx dog"):
         write_pictures(root / place, 2)
     write_pictures(root / "plain" / "day", 1)
+    write_pictures(root / "plain" / "day" / "masks", 1)  # which are no pictures to learn
     listed = {one.path: one.words for one in list_media_folders(Runs([root]))}
     assert listed[root / "mine"] == "2 pictures in 1 folder, 2 without caption"
     assert listed[root / "flat"] == "2 pictures in 1 folder, 2 without caption"
-    assert not {root, root / "plain", root / "mine" / "img", root / "mine" / "reg"} & listed.keys()
+    assert listed[root / "plain" / "day"] == "1 picture, 1 without caption"
+    left_out = {root, root / "plain", root / "mine" / "img", root / "mine" / "reg"}
+    assert not {*left_out, root / "plain" / "day" / "masks"} & listed.keys()
     (root / "plain" / "run.toml").touch()
     assert root / "plain" in {one.path for one in list_media_folders(Runs([root]))}
 

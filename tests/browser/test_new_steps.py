@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,9 +16,11 @@ pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 import torch
 from safetensors.torch import load_file, save_file
 
+from browser.described_folder import FILES
+from browser.jobs import QUEUE, STATE, open_queue
 from browser.new_form import NewForm
 from browser.new_steps import FolderStanding, choose_step
-from browser.runs import DIED, FINISHED, RUNNING
+from browser.runs import DIED, FINISHED, RUNNING, Runs
 from project.options import find_models
 from tests.browser.described_folders import describe as describe_folder
 from tests.browser.serving import Served, serve_runs
@@ -222,3 +225,30 @@ def test_six_clicks_and_one_typed_word_lead_to_a_running_training(tmp_path: Path
             served.ask(f"{urlsplit(page.url).path}do/stop", "POST", "", Origin=served.url)
         state.filter(has_text=re.compile("stopped|died")).wait_for(timeout=120 * SECONDS)
         assert page.problems == []
+
+
+OPENED: list[str] | None = None  # names of files that were opened, while somebody counts them
+
+
+def watch(event: str, arguments: tuple[Any, ...]) -> None:
+    if OPENED is not None and event == "open" and isinstance(arguments[0], (str, Path)):
+        OPENED.append(Path(arguments[0]).name)
+
+
+def test_progress_reads_each_file_of_a_folder_and_the_queue_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = describe_folder(tmp_path / "set")
+    queue = open_queue(Runs((tmp_path,)), read_only=False)
+    queue.add(["python", "reelsmith.py", "run", str(folder)], folder)
+    sys.addaudithook(watch)
+    with serve_runs(tmp_path) as served:
+        address = f"/new/progress?folder={quote(str(folder))}"
+        served.ask(address)
+        monkeypatch.setattr(sys.modules[__name__], "OPENED", [])
+        answer = served.ask(address)
+        opened = list(OPENED or ())
+        monkeypatch.setattr(sys.modules[__name__], "OPENED", None)
+    assert answer.status == 200
+    names = (*FILES, QUEUE, STATE)
+    assert {name: opened.count(name) for name in names} == dict.fromkeys(names, 1)

@@ -25,7 +25,7 @@ from PIL import Image
 from starlette.applications import Starlette
 from starlette.routing import Route
 
-from browser import tag_pages
+from browser import mask_making, tag_pages
 from browser.background_jobs import BackgroundJobs
 from browser.jobs import open_queue
 from browser.queue_pages import QueuePages
@@ -142,7 +142,7 @@ def list_addresses(served: Served, method: str) -> list[str]:
 
 def list_fields() -> list[str]:
     """The names of all fields of forms."""
-    of_tools = [field.name for field in tag_pages.FORM.fields]
+    of_tools = [field.name for form in (tag_pages.FORM, mask_making.FORM) for field in form.fields]
     return sorted({*re.findall(r'\bname="([a-z_]+)"', read_templates()), *of_tools})
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from contract.families import FOLDERS, with_scripts
+from data_tools.controls.options import ControlPictureOptions
+from data_tools.masks.options import MaskOptions
 from data_tools.tags.options import TaggingOptions
 from dataset.options import CachingOptions, read_latent_caching
 from docs.model_tables import FIRST, family_table, models_tables, page_of, renew_family_tables
@@ -55,13 +57,22 @@ def _read_texts(record: type[Any], argv: list[str]) -> Any:
     return parse_options("", argv, CachingOptions, record)
 
 
+def _read_tool(record: type[Any], argv: list[str]) -> Any:
+    return parse_options("", argv, record)
+
+
 def _readers() -> dict[str, Callable[[list[str]], Any]]:
     """Return for each script what reads its options."""
     found: dict[str, Callable[[list[str]], Any]] = {"gen_img.py": lambda argv: read_gen_img("", argv)}
     for tool in TOOLS_ON_VIDEOS:
         found[f"blissful_tuner/{tool.name}.py"] = functools.partial(read_chain, tool.name, "")
-    found["tools/tag.py"] = lambda words: parse_options("", words, TaggingOptions)
-    found["tools/score.py"] = lambda words: parse_options("", words, ScoreOptions)
+    for tool, options in (
+        ("tag", TaggingOptions),
+        ("mask", MaskOptions),
+        ("score", ScoreOptions),
+        ("control_pictures", ControlPictureOptions),
+    ):
+        found[f"tools/{tool}.py"] = functools.partial(_read_tool, options)
     for entry in with_scripts().values():
         latents, texts = entry.options_record("LatentCaching"), entry.options_record("TextCaching")
         found[f"{entry.cache}_latents.py"] = functools.partial(read_latent_caching, "", latents)

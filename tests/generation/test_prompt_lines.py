@@ -256,6 +256,15 @@ def test_a_toml_subset_wins_over_what_all_share(tmp_path: Path) -> None:
     ]
 
 
+def test_the_control_picture_has_the_name_that_other_image_trainers_give_it(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.json"
+    path.write_text(json.dumps([{"prompt": "a", "controlnet_image": "edges/a.png"}]), encoding="utf-8")
+
+    (entry,) = read_sample_prompts(path)
+
+    assert entry == {"prompt": "a", "control_video_path": "edges/a.png"}
+
+
 def test_json_holds_lines_and_objects(tmp_path: Path) -> None:
     path = tmp_path / "prompts.json"
     path.write_text(json.dumps(["a --w 32", {"prompt": "b", "sample_steps": 5000, "cfg_scale": 2}]))

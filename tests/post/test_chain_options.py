@@ -285,10 +285,14 @@ def write_set(folder: Path, task: str) -> None:
         (folder / file.name).touch()
 
 
+# models of tools for data and runs
+OF_OTHER_TOOLS = {"wd_tagger", "clipseg", "u2net", "depth_anything_v2_small", "score_clip"}
+
+
 def test_every_set_of_tools_is_taken_by_a_mode() -> None:
     modes = ("swinir", "esrgan", WITH_RAFT, WITH_FLOWFORMER, GFPGAN, CODEFORMER, "")
     assert sorted(task for mode in modes for task in TASKS.get(mode, (mode,))) == sorted(
-        SETS.keys() - {"wd_tagger", "score_clip"}  # of tools/tag.py and tools/score.py
+        SETS.keys() - OF_OTHER_TOOLS
     )
 
 

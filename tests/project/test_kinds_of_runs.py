@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from safetensors import safe_open
 
 import stable_diffusion.family  # noqa: F401  # packages of it warn when they are imported
+from checkpoints.writing import save_tensors
 from modules.text_files import parse_toml
 from project.kinds.composing import BY_NAME, KINDS, find_control_kind, list_kinds
-from project.options import RUN_FILE, find_models
+from project.options import KIND_NAMES, RUN_FILE, find_models
 from project.running import _scripts_of_runs
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.project.test_kinds_of_folders import write_photos
@@ -61,6 +63,7 @@ def test_kinds_are_those_of_the_models_that_have_a_script() -> None:
     assert kinds["z_image base"] == ["lora", "whole"]
     usual = {name: find_control_kind(model) for model in find_models() for name in [model.task]}
     assert (usual["xl"], usual["1.5"]) == (BY_NAME["lllite"], BY_NAME["controlnet"])
+    assert tuple(BY_NAME) == KIND_NAMES
     assert len(CASES) == 6
     assert {*CASES} <= _scripts_of_runs()
 
@@ -169,6 +172,36 @@ def test_a_control_picture_of_another_shape_is_named(tmp_path: Path) -> None:
     said = describe(tmp_path / "pairs", "sd xl")
     assert "1 control picture of another shape than the picture" in said
     assert "p1.jpg (128x64 and 64x64)" in said
+
+
+def test_a_trained_file_of_another_kind_is_not_taken_for_the_result(tmp_path: Path) -> None:
+    write_pairs(tmp_path / "pairs")
+    describe(tmp_path / "pairs", "sd xl")
+    (tmp_path / "pairs" / "output").mkdir()
+    trained = tmp_path / "pairs" / "output" / "pairs.safetensors"
+    texts = {"ss_steps": "2000", "modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}
+    save_tensors(trained, {"a": torch.zeros(1)}, texts)
+    answer = run_here("run_project.py", "pairs", folder=tmp_path)
+    assert_one_message(*answer, "is of another model (stable-diffusion-xl-v1-base/lora)", "output_name")
+
+    of_kind = {**texts, "modelspec.architecture": "stable-diffusion-xl-v1-base/control-net-lllite"}
+    save_tensors(trained, {"a": torch.zeros(1)}, of_kind)
+    assert run_here("run_project.py", "pairs", folder=tmp_path) == (0, "")
+
+
+def test_a_packed_folder_takes_its_control_pictures_along(tmp_path: Path) -> None:
+    folder = tmp_path / "my pairs"
+    write_pairs(folder)
+    describe(folder, "sd xl")
+    succeed_here("tools/pack.py", folder, folder=tmp_path)
+    (tmp_path / "there").mkdir()
+    succeed_here("tools/unpack.py", tmp_path / "my pairs-pack.zip", folder=tmp_path / "there")
+    there = tmp_path / "there" / "my pairs"
+    for name in ("prompts.txt", "dataset.toml", "conditioning/p0.jpg"):
+        assert (there / name).read_bytes() == (folder / name).read_bytes()
+    printed = io.StringIO()
+    assert run_here("run_project.py", there, "--dry_run", folder=tmp_path, printed=printed) == (0, "")
+    assert "sdxl_train_control_net_lllite.py --config_file run.toml" in printed.getvalue()
 
 
 # from the folder to a picture

@@ -33,6 +33,9 @@ def end_with(error: BaseException, folder: Path) -> None:
         (["python", "krea2_cache_text_encoder_outputs.py"], "caching captions"),
         (TRAIN, "training"),
         (["python", "wan_train.py"], "training"),
+        (["python", "train_network.py"], "training"),
+        (["python", "sdxl_train_control_net_lllite.py"], "training"),
+        (["python", "train_textual_inversion.py"], "training"),
     ],
 )
 def test_each_step_of_a_run_is_named(words: list[str], doing: str) -> None:

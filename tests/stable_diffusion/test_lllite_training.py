@@ -269,7 +269,8 @@ def test_a_plan_counts_the_modules(folder: Path) -> None:
     printed = io.StringIO()
 
     assert run_here(SCRIPT, *words, folder=folder, printed=printed)[0] == 0
-    assert "network: weights" in printed.getvalue()
+    assert "network (ControlNet-LLLite)" in printed.getvalue()
+    assert "LoRA" not in printed.getvalue()
 
 
 def refusal(folder: Path, *words: str) -> str:

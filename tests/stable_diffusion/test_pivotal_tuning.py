@@ -44,7 +44,7 @@ def test_two_steps_are_those_of_plain_torch(kind: str, tmp_path: Path) -> None:
     """Two groups of SGD, one norm of all gradients; the plain encoders are those of transformers."""
     options = EmbeddingOptions.usual(train_embedding=WORD, embedding_vectors=2, embedding_lr=3.0)
     base = make_family(kind, tmp_path, learning_texts=LearningTexts({}))
-    family = base.with_new_word(options.word)
+    family = base.with_new_word(options.word())
     noisy_batch = with_captions(make_batch(replace(base, learning_texts=None), (20, 500)))
     unet: Any = family.load_dit(Placement(CPU)).requires_grad_(False)
     twin_unet = copy.deepcopy(unet)
@@ -59,10 +59,10 @@ def test_two_steps_are_those_of_plain_torch(kind: str, tmp_path: Path) -> None:
     texts = LiveTexts(encoders, taught=encoders)
     texts.load(CPU)
     assert texts.networks == {}
-    rows = make_word_rows(family, texts.taught_networks, seed=3, device=CPU)
+    rows = make_word_rows(family, texts.taught_networks, seed=3)
     assert rows is not None
     trainable = train_network(network, (1.0, None, None), max_norm=None, device=CPU)
-    trainable = rows.add_to(trainable, learning_rate=1.0, total_steps=2)
+    trainable = rows.add_to(trainable, learning_rate=1.0, total_steps=2, device=CPU)
     plain_rows = {name: Parameter(tensor.detach().clone()) for name, tensor in rows.module.named_parameters()}
     plain_parameters = [*twin.parameters(), *plain_rows.values()]
     begun = [parameter.detach().clone() for parameter in plain_parameters]
@@ -99,6 +99,11 @@ def words_of(model: Path, *words: str) -> list[str]:
     places = ["--dataset_config", "dataset.toml", "--output_dir", "output", "--output_name", "cat"]
     word = ["--train_embedding", WORD, "--embedding_lr", "0.05", "--network_dim", "2"]
     return [*files, *learning, *places, *word, *words]
+
+
+def without_word(words: list[str]) -> list[str]:
+    place = words.index("--train_embedding")
+    return [*words[:place], *words[place + 4 :]]
 
 
 def test_a_lora_and_a_word_learn_together_and_a_resumed_run_is_the_same(folder: Path) -> None:
@@ -177,6 +182,40 @@ def test_vectors_learn_in_their_share_of_the_steps_and_the_lora_to_the_end(folde
         assert not torch.equal(second[up], last[up])
 
 
+def test_a_run_continues_with_the_word_of_a_lora(folder: Path) -> None:
+    """Nothing but the LoRA is given again; without the option the word is lost, which is said."""
+    words = words_of(write_sd1(folder), "--max_train_steps", "1", "--network_train_unet_only")
+    further = ["--network_weights", "output/cat.safetensors", "--embedding_init_word", "a"]
+    succeed_here("train_network.py", *words, folder=folder)
+
+    told = succeed_here("train_network.py", *words, *further, "--output_name", "more", folder=folder)
+    lost = succeed_here("train_network.py", *without_word(words), *further[:2], folder=folder)
+
+    assert told.count(f"The vectors of {WORD} continue from output") == 1
+    assert "means nothing" not in told
+    name = f"bundle_emb.{WORD}.emb_params"
+    first = load_file(folder / "output" / "more.safetensors")[name]
+    again = next((folder / "output").glob("cat.before-*")) / "cat.safetensors"
+    assert (first - load_file(again)[name]).abs().max() < 0.06  # a step of AdamW at this rate
+    assert lost.count(f"brings the word {WORD}, which is not trained on") == 1
+    assert not any("bundle_emb" in key for key in load_file(folder / "output" / "cat.safetensors"))
+
+
+def test_check_and_plan_know_the_word(folder: Path) -> None:
+    words = words_of(write_sd1(folder), "--cache_latents_to_disk", "--max_train_steps", "1")
+    succeed_here("train_network.py", *words, folder=folder)
+
+    told = succeed_here("train_network.py", *words, "--check", folder=folder)
+    succeed_here("train_network.py", *words, "--plan", "--embedding_vectors", "75", folder=folder)
+    code, refused = run_here(
+        "train_network.py", *words, "--check", "--train_embedding", "blob", folder=folder
+    )
+
+    assert f"1 of 3 captions lack the word {WORD}" in told
+    assert code != 0
+    assert "no caption has this word" in refused
+
+
 def test_mistakes_with_a_word_are_named(folder: Path) -> None:
     model, script = write_sd1(folder), "train_network.py"
     words = words_of(model)
@@ -194,6 +233,6 @@ def test_mistakes_with_a_word_are_named(folder: Path) -> None:
     assert "--embedding_weights xl.safetensors" in told("--embedding_weights", "xl.safetensors")
     assert "--embedding_until" in told("--embedding_until", "1.5")
     assert "no such file" in told("--embedding_weights", "none.safetensors")
-    code, text = run_here(script, *words[:-6], "--embedding_lr", "0.1", folder=folder)
+    code, text = run_here(script, *without_word(words), "--embedding_lr", "0.1", folder=folder)
     assert code != 0
     assert "--train_embedding" in text

@@ -10,6 +10,8 @@ embedding: learn the vectors of a new word too
 guided: learn away from what is predicted for the empty prompt
 hooks: where features act in a run, and what they see
 ip_noise: mix in further noise, which is not to be predicted
+item_losses: record the loss of each picture and clip
+item_losses_recording: how, without waiting, with small pictures
 mask_prior: hold the network to the model outside masks
 on_end: start a command when the run is over
 output_preservation: let samples of some tables stay as they are
@@ -42,6 +44,7 @@ from training.features.ema import EMA
 from training.features.embedding import EMBEDDING
 from training.features.guided import GUIDED
 from training.features.ip_noise import IP_NOISE
+from training.features.item_losses import ITEM_LOSSES
 from training.features.mask_prior import MASK_PRIOR
 from training.features.on_end import ON_END
 from training.features.output_preservation import OUTPUT_PRESERVATION
@@ -71,6 +74,7 @@ FEATURES: tuple[Feature, ...] = (
     TREAD,
     EMA,
     SKIP,
+    ITEM_LOSSES,
     TRACKERS,
     ON_END,
     UPLOADS,

@@ -174,8 +174,9 @@ def fetch_state(options: "OptionsOfRun", name: str, folder: Path) -> Path | None
 
 def change_model(options: "OptionsOfRun", family: "Family") -> "Family":
     """Return the model of a run, as its features change it. Raises OptionError for one that they cannot."""
-    for change in _functions(options, lambda feature: feature.model):
-        family = change(family)
+    for feature in active_features(options):
+        if feature.model is not None:
+            family = feature.model(options, family)
     return family
 
 

@@ -101,8 +101,8 @@ class Feature:
     options_by_expert: type[Options] | None = None  # those for the second of two transformers
     why_not_whole: str = NO_FROZEN_MODEL  # why whole models refuse options of AT_NETWORK
     options_of_run: type[Options] | None = None  # those that `run` has too, and hands to its training
-    # given its options and the model of a run: the one in its place. Raises OptionError if it cannot be
-    model: "Callable[[Any, Family], Family] | None" = None
+    # given a run's options and its model: the one in its place. Raises OptionError if it cannot be
+    model: "Callable[[OptionsOfRun, Family], Family] | None" = None
     # raises OptionError for options of others that do not go with it; asked only if it is on
     refuse: "Callable[[OptionsOfRun], None] | None" = None
     # shows something in place of a training, which then needs no data; its last argument reads the tables of

@@ -91,9 +91,8 @@ class EmbeddingOptions(Options, title="a new word next to the network"):
         if fault:
             raise OptionError(f"--train_embedding {self.train_embedding!r} {fault}")
 
-    @property
-    def word(self) -> WordToLearn:
-        """Return the word. Call only with `train_embedding`."""
+    def word(self, lora: Path | None = None) -> WordToLearn:
+        """Return the word; call only with `train_embedding`. lora: that learning continues from."""
         assert self.train_embedding is not None
         return WordToLearn(
             self.train_embedding,
@@ -101,6 +100,7 @@ class EmbeddingOptions(Options, title="a new word next to the network"):
             FLAGS,
             init_word=self.embedding_init_word,
             weights=self.embedding_weights,
+            lora=lora,
             rate=self.embedding_lr,
             until=self.embedding_until,
             has_file=self.embedding_file,
@@ -115,14 +115,23 @@ def _refuse(options: "OptionsOfRun") -> None:
         )
 
 
-def _teach(options: EmbeddingOptions, family: "Family") -> "Family":
+def _teach(options: "OptionsOfRun", family: "Family") -> "Family":
     """Return the model with rows for the word in its text encoders. Raises OptionError if it cannot be."""
+    from contract.made_networks import made_network_of  # torch: only with a word
+
+    made = made_network_of(family)
+    if made is not None:
+        raise OptionError(
+            f"--train_embedding learns a word next to a LoRA, and this script trains {made.called}. Leave it "
+            "out"
+        )
     if not learns_words(family):
         raise OptionError(
             f"--train_embedding: the text encoders of {family.name} take no new words in a training here. "
             "Leave it out, and describe in captions what is to be learned"
         )
-    return family.with_new_word(options.word)
+    lora = None if options.network is None else options.network.network_weights
+    return family.with_new_word(options.of(EmbeddingOptions).word(lora))
 
 
 def _describe(options: EmbeddingOptions) -> tuple[str, str]:

@@ -18,8 +18,10 @@ if TYPE_CHECKING:  # features are loaded one by one, and without torch
     from contract.family import Family
     from contract.rules import Expert
     from dataset.options import CachingInRunOptions
+    from dataset.table import DatasetConfig
     from networks.added import AddedLoras
     from networks.loading import LoraUse
+    from networks.options import NetworkOptions
     from running.options import TrainingSpeedOptions
     from training.data.feed import Randomness
     from training.learning_options import WholeDitOptions
@@ -61,6 +63,9 @@ class OptionsOfRun(Protocol):
     def is_for_images(self) -> bool: ...
 
     @property
+    def network(self) -> "NetworkOptions | None": ...
+
+    @property
     def caching(self) -> "CachingInRunOptions | None": ...
 
     @property
@@ -81,6 +86,12 @@ class OptionsOfRun(Protocol):
 
 class PlannedRun(Protocol):
     """A run before its networks are loaded, as far as features use it."""
+
+    @property
+    def config(self) -> "DatasetConfig": ...
+
+    @property
+    def steps(self) -> "StepPlan": ...
 
     @property
     def family(self) -> "Family": ...

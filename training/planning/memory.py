@@ -13,7 +13,8 @@ from torch import nn
 
 from checkpoints.stored.forms import rehearsed
 from contract.data import LatentSpec
-from contract.family import Described, Family, LearningEncoder, Trains
+from contract.family import Described, Family, Trains
+from contract.made_networks import made_network_of
 from contract.rules import SoundLearning
 from dataset.batches.finding import with_reference_sizes
 from dataset.batches.items import TrainingItem
@@ -37,7 +38,6 @@ from training.plan import TrainingPlan
 from training.planning.rehearsal import STEP, rehearse
 from training.processes import largest_of_processes
 from training.steps import Progress
-from training.trainable import learns_by_name
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +65,7 @@ class StepPrediction:
     further: int = 0  # transformers that are trained, each like the one that was rehearsed
     sampled: int = 0  # transformers that only samples need
     texts: LiveTexts | None = None  # encoded in each step
+    network: str = "LoRA"  # what learns next to the transformer
 
     def phase(self, blocks: int) -> memory_plan.Phase:
         """Return the largest moment of a step with this many blocks swapped."""
@@ -75,7 +76,7 @@ class StepPrediction:
         }
         if self.waiting:
             notes[dry.KEPT] = "the rest waits in host memory"
-        parts = [*memory_plan.parts_of(moment, swap, notes, self.waiting)]
+        parts = [*memory_plan.parts_of(moment, swap, notes, self.waiting, self.network)]
         has_more = self.further + self.sampled > 0
         if has_more:
             parts.append(self._further_transformers(moment.get(dry.WEIGHTS, 0), swap))
@@ -155,11 +156,11 @@ def predict(
     placement = replace(placement_of(options, META, quantisation), attention=choice)
     with quiet():
         dit = family.load_dit(placement)
+    made = made_network_of(family)
     processes = memory_plan.sharing_processes(options.speed)
     swaps = memory_plan.swaps_of(dit, family.dit, options.speed.swap, processes)
     weights = memory_plan.dtypes_of(dit)
     block_weights = memory_plan.weights_by_block(dit, family.dit)
-    average = _average_bytes(options, dit)
     count, _, *size = noisy_batch.noise.shape
     shape: Shape = (count, *size)
     try:
@@ -167,8 +168,6 @@ def predict(
             for encoder in () if texts is None else texts.encoders:
                 encoder.load(META)
             moments, waiting = rehearse(family, options, dit, noisy_batch, texts=texts, watch=watch)
-            if average and texts is not None:
-                average += 4 * sum(map(_count_learning, texts.learning))
             learning = [weight.numel() for weight in dit.parameters() if weight.requires_grad]
             for encoder in () if texts is None else texts.learning:
                 learning += [
@@ -177,7 +176,9 @@ def predict(
     finally:
         if texts is not None:
             texts.free()
-    offloaded = 0
+    offloaded = average = 0
+    if options.whole_dit is not None and kept_average(options):
+        average = 4 * sum(learning)  # float32; what has rate 0 is not averaged
     if options.whole_dit is not None and options.whole_dit.offloads_states:
         moments, offloaded = _offload_states(moments, max(learning) / sum(learning))
     return StepPrediction(
@@ -196,6 +197,7 @@ def predict(
         further=len(family.experts) - 1,
         sampled=sampled,
         texts=texts,
+        network="LoRA" if made is None else made.called,
     )
 
 
@@ -207,21 +209,6 @@ def _offload_states(moments: Mapping[str, dry.Moment], share: float) -> tuple[di
     total = max(moment.get(dry.OPTIMIZER, 0) for moment in moments.values())
     on_device = round(total * share)
     return {place: {**moment, dry.OPTIMIZER: on_device} for place, moment in moments.items()}, total
-
-
-def _average_bytes(options: TrainingOptions, dit: nn.Module) -> int:
-    """Return the bytes of a whole model's average in host memory; 0 without one."""
-    whole_dit = options.whole_dit
-    if whole_dit is None or not kept_average(options):
-        return 0
-    parts = whole_dit.name_parts
-    learning = [parameter for name, parameter in dit.named_parameters() if learns_by_name(name, parts)]
-    return 4 * sum(parameter.numel() for parameter in learning)
-
-
-def _count_learning(encoder: LearningEncoder) -> int:
-    """Return how many numbers of a text encoder learn."""
-    return sum(weight.numel() for weight in encoder.network.parameters() if weight.requires_grad)
 
 
 def largest_batch(items: Iterable[TrainingItem], latent_side: int = 8) -> tuple[TrainingItem, ...]:

@@ -317,7 +317,7 @@ def _make_learning_groups(
     _add_adapters(family, options, dit, ledger)
     groups, _ = network.parameter_groups(options.optimizer.learning_rate)
     word_encoders = {} if texts is None else texts.taught_networks
-    word = make_word_rows(family, word_encoders, seed=0, device=torch.device("cpu"), with_values=False)
+    word = make_word_rows(family, word_encoders, seed=0, with_values=False)
     if word is not None:
         dry.place(word.module, ledger, dry.NETWORK)
         groups.append(word.group(options.optimizer.learning_rate))

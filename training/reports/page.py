@@ -18,8 +18,6 @@ from modules.pages.language import counted, say, say_duration
 from modules.pages.page import link, write_page
 from modules.text_files import read_safetensors_texts
 from training.reports.history import SHOWN, Points, Start, Story, history_name
-from training.reports.scores import make_section as make_scores
-from training.reports.sections import PageSection
 
 if TYPE_CHECKING:
     from training.reports.sample_files import LoadClip  # only with samples
@@ -40,8 +38,6 @@ class PageParts:
 
     charts: Sequence[Callable[[Story, int], list[Chart]]] = ()
     tiles: Sequence[Callable[[Story], Tile | None]] = ()
-    # given the folder and name of a run, and its story: further parts of its page
-    sections: Sequence[Callable[[Path, str, Story], PageSection | None]] = ()
 
 
 NO_PARTS = PageParts()
@@ -93,9 +89,11 @@ def page_values(
     --output_name, whose files next to the history are shown too.
     """
     from downloads.catalogue import model_title  # only for pages
+    from training.reports.item_losses import make_section as make_items
+    from training.reports.scores import make_section as make_scores
 
     best = story.best_file(folder)
-    sections = [make(folder, name, story) for make in (make_scores, *parts.sections)]
+    sections = [make(folder, name, story) for make in (make_scores, make_items)]
     grid = None
     if load:
         from training.reports.sample_files import make_grid  # only with samples

@@ -15,10 +15,9 @@ from modules.pages.charts import Chart, Curve, draw_chart
 from modules.pages.language import counted, join, say
 from modules.text_files import parse_json, read_text
 from training.reports.history import Story
-from training.reports.sections import PageSection
+from training.reports.sections import PageSection, scores_path
 
 VERSION = 1
-END = "-scores.json"
 MOST_BYTES = 64 << 20
 MOST_ROWS = 10_000
 MOST_SHOWN = 100  # rows of the page
@@ -147,11 +146,6 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return sum(measured) / len(measured) if measured else None
 
 
-def scores_path(folder: Path, name: str) -> Path:
-    """Return the file of a run's scores. folder, name: --output_dir, --output_name."""
-    return folder / f"{name}{END}"
-
-
 def write_scores(path: Path, scores: RunScores) -> None:
     """Write the scores of a run, with the means of each step and the best file. Raises OutputError."""
     values = asdict(scores)
@@ -239,7 +233,7 @@ def find_best(rows: Sequence[StepScores]) -> BestFile | None:
     measured = [row for row in chosen if row.loss is not None]
     if measured:
         best = min(measured, key=lambda row: (row.loss, row.step))
-        reasons = [say("validation loss lowest at step %(step)s", step=f"{best.step:,}")]
+        reasons: list[str] = [say("validation loss lowest at step %(step)s", step=f"{best.step:,}")]
         reasons += _find_trends(rows, best)
     else:
         fitting = _fitting(chosen)

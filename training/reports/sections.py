@@ -1,7 +1,9 @@
-"""A further part of a run's page: a heading with notes, diagrams and a table."""
+"""Further parts of a run's page, each a heading with notes, diagrams and a table; names of their files."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from markupsafe import Markup
 
@@ -16,3 +18,25 @@ class PageSection:
     charts: Sequence[Markup] = ()
     headings: Sequence[str] = ()
     rows: "Sequence[Sequence[str | Markup]]" = ()
+
+
+def scores_path(folder: Path, name: str) -> Path:
+    """Return the file of the scores of a run. folder, name: --output_dir, --output_name."""
+    return folder / f"{name}-scores.json"
+
+
+def items_path(folder: Path, name: str, process: int = 0) -> Path:
+    """Return the file of the losses of items that a process of a run has seen."""
+    return folder / f"{name}-items{f'-{process}' if process else ''}.jsonl"
+
+
+def pictures_path(folder: Path, name: str) -> Path:
+    """Return the file of small pictures of these items."""
+    return folder / f"{name}-items.json"
+
+
+def is_section_file(file: str, name: str) -> bool:
+    """Return whether a file next to the history of a run is one of these."""
+    return (
+        re.fullmatch(rf"{re.escape(name)}-(scores\.json|items\.json|items(-\d+)?\.jsonl)", file) is not None
+    )

@@ -21,7 +21,7 @@ from modules.text_files import real_path
 from training.reports.history import AVERAGE, history_path
 from training.reports.page import page_path
 from training.reports.sample_files import FOLDER as SAMPLES
-from training.reports.scores import scores_path
+from training.reports.sections import is_section_file
 from training.saving.options import SavingOptions
 
 logger = logging.getLogger(__name__)
@@ -318,11 +318,7 @@ def find_results(names: Names) -> list[Path]:
     files = re.compile(start + number + replace(names, ending=SAFETENSORS).pattern)
     folders = re.compile(start + number + f"(?:{AVERAGE})?")  # models in diffusers' layout
     samples = re.compile(start + r"_(e?\d{6,})_(sheet\.png|\d{2,9}_\d{14}[\w.-]*)")
-    pages = {
-        page_path(names.folder, names.name),
-        history_path(names.folder, names.name),
-        scores_path(names.folder, names.name),
-    }
+    pages = {page_path(names.folder, names.name), history_path(names.folder, names.name)}
     results = []
     for entry in _entries(names.folder):
         if entry.is_dir():
@@ -330,6 +326,7 @@ def find_results(names: Names) -> list[Path]:
             is_result = is_model or states.fullmatch(entry.name) is not None
         else:
             is_result = files.fullmatch(entry.name) is not None or entry in pages
+            is_result = is_result or is_section_file(entry.name, names.name)
         if is_result:
             results.append(entry)
     results += [entry for entry in _entries(names.folder / SAMPLES) if samples.fullmatch(entry.name)]

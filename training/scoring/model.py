@@ -142,7 +142,7 @@ def _read_kind(folder: Path) -> tuple[PictureTextKind, int]:
             "or SigLIP model as transformers saves it.",
             folder,
         )
-    name = config.get("model_type") if isinstance(config, dict) else None
+    name = str(config.get("model_type")) if isinstance(config, dict) else ""
     if name not in KINDS:
         raise CheckpointError(
             f"--model {folder}: its {CONFIG} says model_type {name!r}. Give a model of one of the types "

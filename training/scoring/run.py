@@ -27,9 +27,9 @@ from training.reports.scores import (
     StepScores,
     find_best,
     make_table,
-    scores_path,
     write_scores,
 )
+from training.reports.sections import scores_path
 from training.scoring.embeddings import Embedder, VectorStore, open_path, vectors_path
 from training.scoring.model import PictureTextModel, load_picture_text_model
 from training.scoring.options import ScoreOptions
@@ -216,7 +216,7 @@ class SampleComparison:
         for neighbour in neighbours:
             try:
                 is_copied = is_copy(
-                    open_path(path).open(), self.training.media[neighbour.index], self.num_frames
+                    open_path(path).open(), self.training.media[neighbour.place], self.num_frames
                 )
             except (MediaError, OSError) as error:
                 logger.warning("%s is not looked at for copies: %s", path.name, error)
@@ -226,7 +226,7 @@ class SampleComparison:
         return replace(
             score,
             likeness=sum(neighbour.cosine for neighbour in neighbours) / len(neighbours),
-            nearest=Path(self.training.media[nearest.index].name).name,
+            nearest=Path(self.training.media[nearest.place].name).name,
             nearest_cosine=nearest.cosine,
             is_copied=is_copied,
             is_near=self.threshold is not None and nearest.cosine > self.threshold,

@@ -33,7 +33,7 @@ ROWS = 1024  # of a product of all with all
 class Neighbour(NamedTuple):
     """A training picture and its cosine to a sample."""
 
-    index: int
+    place: int  # among the media
     cosine: float
 
 

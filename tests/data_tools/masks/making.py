@@ -11,6 +11,8 @@ from transformers import (
     CLIPSegForImageSegmentation,
     CLIPSegProcessor,
     CLIPTokenizer,
+    Sam3Config,
+    Sam3Model,
     ViTImageProcessor,
 )
 
@@ -102,3 +104,43 @@ def write_background(path: Path, side: int = 32, factor: float = 1.0) -> Path:
         _node("Sigmoid", ["c"], ["mask"]),
     ]
     return write_onnx(path, nodes, weights, {"image": [1, 3, side, side]}, {"mask": [1, 1, side, side]}, {})
+
+
+def make_sam3() -> Sam3Model:
+    """A SAM 3 of random weights that looks at 56 x 56 pixels and proposes five things."""
+    torch.manual_seed(0)
+    layers = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 32}
+    backbone = {
+        **layers,
+        "model_type": "sam3_vit_model",
+        "num_hidden_layers": 2,
+        "image_size": 56,
+        "patch_size": 14,
+        "window_size": 2,
+        "global_attn_indexes": [1],
+        "pretrain_image_size": 28,
+    }
+    text = {
+        **layers,
+        "model_type": "clip_text_model",
+        "num_hidden_layers": 2,
+        "vocab_size": vocabulary(),
+        "max_position_embeddings": 32,
+        "projection_dim": 16,
+        "bos_token_id": vocabulary() - 2,
+        "eos_token_id": vocabulary() - 1,
+    }
+    config = Sam3Config(
+        vision_config={
+            "fpn_hidden_size": 32,
+            "backbone_config": backbone,
+            "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+            "scale_factors": [4.0, 2.0, 1.0, 0.5],
+        },
+        text_config=text,
+        geometry_encoder_config={**layers, "num_layers": 1},
+        detr_encoder_config={**layers, "num_layers": 1},
+        detr_decoder_config={**layers, "num_layers": 2, "num_queries": 5},
+        mask_decoder_config={"hidden_size": 32, "num_attention_heads": 2},
+    )
+    return Sam3Model(config).eval()

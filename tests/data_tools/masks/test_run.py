@@ -1,5 +1,6 @@
 """Masks of a folder by tools/mask.py: drawn pictures whose masks are known, tiny random networks."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import cv2
@@ -7,21 +8,22 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPSegForImageSegmentation, CLIPSegProcessor
+from transformers import BatchEncoding, CLIPSegForImageSegmentation, CLIPSegProcessor
 
 from data_tools.masks import run
 from data_tools.masks.places import find_mask_places, remove_mask, replace_mask
 from data_tools.masks.seen import MEAN, BackgroundFinder, load_background_finder
-from data_tools.masks.words import load_word_finder
+from data_tools.masks.words import WordFinder, load_word_finder, read_kind
 from dataset.config import load_dataset_config
 from dataset.listing import find_all_sources
-from modules.errors import CheckpointError, DatasetError, OptionError
+from modules.errors import CheckpointError, DatasetError, InstallationError, OptionError
 from modules.media.reading import read_image
 from tests.commands import assert_user_error, run_script
 from tests.data_tools.masks.making import (
     BOX,
     draw,
     make,
+    make_sam3,
     read,
     rectangle,
     write_background,
@@ -30,6 +32,7 @@ from tests.data_tools.masks.making import (
     write_pictures,
 )
 from tests.tiny.onnx_files import write_yolo
+from tests.tiny.stable_diffusion import vocabulary
 
 COLOUR = ("--colour", "fa1414")
 
@@ -295,3 +298,46 @@ def test_a_missing_model_is_named_with_what_downloads_it(pictures: Path, tmp_pat
     (tmp_path / "other" / "config.json").write_text('{"model_type": "clip"}', encoding="utf-8")
     with pytest.raises(CheckpointError, match="a model of the kind clip"):
         make(pictures, "--what", "a cat", "--model", tmp_path / "other")
+
+
+class Words:
+    """A processor without torchvision, which SAM 3's own needs: tokens are letters."""
+
+    def __call__(self, images: np.ndarray, text: str, return_tensors: str) -> BatchEncoding:
+        assert return_tensors == "pt"
+        pixels = torch.from_numpy(cv2.resize(images, (56, 56))).permute(2, 0, 1)[None] / 127.5 - 1
+        tokens = torch.tensor([[*text.encode()[:8], vocabulary() - 1]])
+        return BatchEncoding(
+            {"pixel_values": pixels, "input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+        )
+
+
+def test_words_give_all_things_that_sam_3_is_sure_of(pictures: Path, tmp_path: Path) -> None:
+    network = make_sam3()
+    image = read_image(pictures / "cat.png")
+    prompts = ["a red box", "the sea"]
+    expected = {}
+    for prompt in prompts:
+        with torch.no_grad():
+            outputs = network(**Words()(image, prompt, "pt"))
+        scores = (outputs.pred_logits.sigmoid() * outputs.presence_logits.sigmoid())[0]
+        expected[prompt] = scores, outputs.pred_masks.sigmoid()[0]
+    scores, masks = expected[prompts[0]]
+    least = float(scores.sort().values[-3:-1].mean())  # two of the five things
+    assert int((scores > least).sum()) == 2
+
+    found = WordFinder(network, Words(), prompts[:1], least).find(image)
+
+    np.testing.assert_array_equal(found, masks[scores > least].amax(0))
+    both = WordFinder(network, Words(), prompts, 0.0).find(image)
+    maximum = torch.maximum(*(expected[prompt][1].amax(0) for prompt in prompts))
+    np.testing.assert_array_equal(both, maximum)
+    assert not WordFinder(network, Words(), prompts, 1.0).find(image).any()
+    network.save_pretrained(tmp_path / "sam3")
+    assert read_kind(tmp_path / "sam3") == "sam3"
+    (tmp_path / "sam3" / "preprocessor_config.json").write_text(
+        '{"image_processor_type": "Sam3ImageProcessor"}', encoding="utf-8"
+    )
+    if not find_spec("torchvision"):
+        with pytest.raises(InstallationError, match="Run: pip install torchvision"):
+            load_word_finder(tmp_path / "sam3", prompts, 0.5, "cpu")

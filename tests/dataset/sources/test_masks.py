@@ -18,6 +18,7 @@ from dataset.caching.loop import cache_media, cache_texts
 from dataset.config import DatasetConfig
 from dataset.listing import find_sources
 from dataset.sources.decoding import decode_source
+from dataset.sources.folders import ControlFolder
 from dataset.sources.frames import shrink_mask
 from modules.errors import CacheError, DatasetError, MediaError
 from tests.dataset.caching.test_loop import make_config
@@ -229,3 +230,10 @@ def test_a_mask_is_cropped_and_mirrored_as_its_picture(tmp_path: Path) -> None:
     crops = {grey[:, left : left + 64].tobytes() for left in range(33)}
     sides = [one.frames[0, ..., 0].tobytes() in crops for one in drawn]
     assert 10 < sum(sides) < 30  # the others are mirrored
+
+
+def test_a_mask_next_to_a_control_picture_is_no_control_picture(tmp_path: Path) -> None:
+    for name in ("cat.png", "cat_1.png", "cat-masklabel.png"):
+        make_image(tmp_path / name)
+    controls = ControlFolder(tmp_path, {"cat"}).for_image("cat", None)
+    assert [path.name for path in controls] == ["cat.png", "cat_1.png"]

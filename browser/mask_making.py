@@ -1,0 +1,190 @@
+"""The form that has masks made for a folder, on the pages New and of a dataset."""
+
+from collections.abc import Mapping
+from pathlib import Path, PurePath
+from typing import Any
+
+from starlette.responses import Response
+from starlette.routing import Route
+
+from browser.command_lines import format_command
+from browser.draft_changes import folder_routes
+from browser.folder_tools import FolderTool
+from browser.mask_review import find_masks_folder
+from browser.model_files import TaskFiles, find_task
+from browser.offered_folders import find_open_folder, list_media_folders_of
+from browser.responses import answer_template, answer_unknown
+from browser.site import Site
+from browser.tool_form import CHOICE, NUMBER, SWITCH, ToolField, ToolForm, give_value
+from data_tools.masks.options import BACKGROUND_FILE, FACE_FILE, FOLDER_NAME, MODEL_FOLDER, MaskOptions
+from downloads.catalogue import model_sets
+from modules.errors import OptionError, UserError
+from modules.pages.language import say
+from project.options import MODELS
+
+BETWEEN = ";"  # two things to find
+# ways to find something, as the options of the tool are called; "": --what
+WORDS, WATERMARK, BACKGROUND, FACES, COLOUR = "", "watermark", "background", "faces", "colour"
+FINDERS = {
+    WORDS: say("what I name below"),
+    BACKGROUND: say("what stands before the background"),
+    FACES: say("faces"),
+    COLOUR: say("a colour"),
+    WATERMARK: say("all but watermarks and texts"),
+}
+NETWORKS = {WORDS: MODEL_FOLDER, WATERMARK: MODEL_FOLDER, BACKGROUND: BACKGROUND_FILE, FACES: FACE_FILE}
+FORM = ToolForm(
+    name="mask",
+    script="tools/mask.py",
+    record=MaskOptions,
+    fields=(
+        ToolField(
+            "mode",
+            say("Masks that are there"),
+            CHOICE,
+            {
+                "": say("stay"),
+                "add": say("get what is found in addition"),
+                "subtract": say("lose what is found"),
+                "replace": say("are replaced, also those drawn by hand"),
+            },
+        ),
+        ToolField("threshold", say("Found above"), NUMBER),
+        ToolField("expand_pixels", say("Grown by (pixels)"), NUMBER),
+        ToolField("feather_pixels", say("Soft edge (pixels)"), NUMBER),
+        ToolField("steady_frames", say("Steady over frames of clips"), NUMBER),
+        ToolField("invert", say("learn everything else"), SWITCH),
+        ToolField("overwrite", say("make those again that the program made otherwise"), SWITCH),
+    ),
+)
+
+
+class MaskMakingPages:
+    """Show the form for the masks of a folder, and do what its buttons ask for."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        self.tool = FolderTool(site, FORM.script, "trymasks")
+
+    def show(self, folder: Path, query: Mapping[str, str]) -> Response:
+        return self.answer(folder, query, query.get("part", ""))
+
+    def answer(self, folder: Path, texts: Mapping[str, str], part: str = "", refused: str = "") -> Response:
+        """Return the part of the page.
+
+        folder: of a described one, a folder with media in it is chosen by the form. texts: of the form.
+        part: of it, form or progress; "" is all. refused: why a button did nothing.
+        """
+        outer = find_open_folder(self.site.runs, texts.get("outer", "")) or folder
+        folders = list_media_folders_of(self.site.runs, outer)
+        folder = folder if folder in folders else folders[0]
+        values: dict[str, Any] = {
+            "folder": folder,
+            "outer": outer,
+            "folders": folders,
+            "part": part,
+            "refused": refused,
+            "can_write": not self.site.read_only,
+            "form": FORM,
+            "finders": FINDERS,
+            "texts": texts,
+        }
+        if part in ("", "form"):
+            values |= self.collect_form(outer, folder, texts)
+        if part in ("", "progress"):
+            values |= self.tool.stand(folder)
+        return answer_template("mask_making.html", say("Masks"), values, is_refused=refused != "")
+
+    def collect_form(self, outer: Path, folder: Path, texts: Mapping[str, str]) -> dict[str, Any]:
+        """Return the values for the form: the model, and the commands that the form stands for."""
+        try:
+            lines = [format_command(self.make_words(folder, texts, tries), folder) for tries in (True, False)]
+        except OptionError as error:
+            lines = [str(error)] * 2
+        finder = texts.get("finder", WORDS)
+        return {
+            "model": self.find_model(finder),
+            "model_place": self.name_network(finder),
+            "lines": lines,
+            "line_of_dataset": self.name_line(outer, folder),
+        }
+
+    def name_line(self, outer: Path, folder: Path) -> str:
+        """Return the line that a dataset's file needs for the masks of a folder; empty if none is needed.
+
+        outer: a described folder that it is of, or the folder itself.
+        """
+        if find_masks_folder(self.site.runs, folder) is not None:
+            return ""
+        base = outer if folder.is_relative_to(outer) else folder
+        return f'mask_directory = "{(folder / FOLDER_NAME).relative_to(base).as_posix()}"'
+
+    def find_model(self, finder: str) -> TaskFiles | None:
+        """Return the network of the catalogue that a finder needs, and what of it is on disk."""
+        network = NETWORKS.get(finder)
+        for model in model_sets() if network is not None else ():
+            if any(MODELS / part.path == PurePath(network or "") for part in model.components):
+                return find_task(self.site.models, model.family, model.task)
+        return None
+
+    def name_network(self, finder: str) -> str:
+        """Return the path that the catalogue's network of a finder is loaded to; empty if it needs none."""
+        network = NETWORKS.get(finder)
+        return "" if network is None else str((self.site.models / network.relative_to(MODELS)).absolute())
+
+    def make_words(self, folder: Path, texts: Mapping[str, str], tries: bool) -> list[str]:
+        """Return the command. texts: of the form. tries: it says what it would do.
+
+        Raises OptionError for a text that a field cannot have.
+        """
+        finder = texts.get("finder", WORDS)
+        if finder not in FINDERS:
+            raise OptionError(say("%(finder)s finds nothing: choose from the list.", finder=finder[:40]))
+        words = FORM.make_words(".", texts)
+        network = texts.get("model", "").strip() or self.name_network(finder)
+        if finder == WORDS:
+            names = [" ".join(name.split()) for name in texts.get("what", "").split(BETWEEN)]
+            for name in filter(None, names):
+                words += give_value("what", name)
+        if finder == WATERMARK:
+            words.append("--watermark")
+        if finder == COLOUR:
+            words += give_value(COLOUR, texts.get("colour", "").strip() or "00ff00")
+        elif finder in (BACKGROUND, FACES):
+            words += give_value(finder, network)
+        else:
+            words += give_value("model", network)
+        masks = find_masks_folder(self.site.runs, folder)
+        if masks == folder:
+            words.append("--beside")
+        elif masks is not None:
+            words += give_value("output", str(masks))
+        return [*words, "--dry_run"] if tries else words
+
+    def change(self, folder: Path, what: str, fields: Mapping[str, str]) -> Response:
+        """Do what a button asks for, and show the progress again."""
+
+        def make_words(tries: bool) -> list[str]:
+            self.require_ready(fields, tries)
+            return self.make_words(folder, fields, tries)
+
+        try:
+            if not self.tool.press(folder, what, make_words):
+                return answer_unknown()
+        except (UserError, OSError, ValueError) as error:
+            return self.answer(folder, fields, "progress", refused=str(error))
+        return self.answer(folder, fields, "progress")
+
+    def require_ready(self, fields: Mapping[str, str], tries: bool) -> None:
+        """Raise OptionError if the form does not say what to find, or the model is to be loaded first."""
+        finder = fields.get("finder", WORDS)
+        if finder == WORDS and not fields.get("what", "").replace(BETWEEN, "").strip():
+            raise OptionError(say("Type what to find, such as: the person."))
+        network = self.name_network(finder)
+        if not tries and network and not fields.get("model", "").strip() and not Path(network).exists():
+            raise OptionError(say("%(missing)s is missing: load the model first (Models).", missing=network))
+
+
+def mask_making_routes(site: Site) -> list[Route]:
+    """Return the routes of the form for masks."""
+    return folder_routes(site, "masks", MaskMakingPages(site), find_open_folder)

@@ -1,0 +1,67 @@
+"""Find the folders with pictures and clips that a page offers tools for: of a dataset, or a described one."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from browser.datasets import find_places
+from browser.described_folder import DATASET_FILE, is_described, read_own_file
+from browser.folders import find_folder, is_closed, read_media_folder
+from browser.runs import Runs
+from modules.errors import OptionError
+from modules.pages.language import say
+from modules.text_files import parse_json, parse_toml
+
+MEDIA_KEYS = ("image_directory", "video_directory")  # of a table of a dataset
+
+
+def find_open_folder(runs: Runs, text: str) -> Path | None:
+    """Return a folder below the roots that no program of ours writes; None for any other text."""
+    folder = find_folder(runs, text)
+    return None if folder is None or is_closed(runs, folder) else folder
+
+
+def read_tables(config: Path) -> list[Mapping[str, Any]]:
+    """Return the tables of a dataset's file; none if it cannot be read."""
+    try:
+        text = read_own_file(config).decode()
+        tables = (parse_json(text) if config.suffix == ".json" else parse_toml(text))["datasets"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return []
+    return [table for table in tables if isinstance(table, dict)] if isinstance(tables, list) else []
+
+
+def list_table_folders(runs: Runs, config: Path, base: Path) -> list[Path]:
+    """Return the real paths of the folders below the roots whose media a dataset's file takes, each once.
+
+    base: where its relative paths begin.
+    """
+    folders = []
+    for table in read_tables(config):
+        for key in MEDIA_KEYS:
+            folder = find_folder(runs, str(base / table[key])) if isinstance(table.get(key), str) else None
+            if folder is not None and not is_closed(runs, folder) and read_media_folder(folder) is not None:
+                folders.append(folder)
+    return list(dict.fromkeys(folders))
+
+
+def list_media_folders_of(runs: Runs, folder: Path) -> list[Path]:
+    """Return the folders with the media of a folder: those that its dataset names, if it is described."""
+    inner = list_table_folders(runs, folder / DATASET_FILE, folder) if is_described(folder) else []
+    return inner or [folder]
+
+
+def require_inside(runs: Runs, folder: Path) -> None:
+    """Raise OptionError if the dataset of a described folder names files outside the roots."""
+    path = folder / DATASET_FILE
+    if not path.is_file():
+        raise OptionError(say("It is not described yet: press Describe first."))
+    outside = [place for place in find_places(path, folder) if not runs.is_below(place)]
+    if outside:
+        raise OptionError(
+            say(
+                "%(path)s names %(outside)s, which is outside the folders that are shown.",
+                path=path,
+                outside=outside[0],
+            )
+        )

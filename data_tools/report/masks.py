@@ -1,0 +1,121 @@
+"""Measure the masks of the loss: how many latents of each are learned, and which masks fit nothing."""
+
+import functools
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from contract.data import LatentSpec
+from data_tools.report.findings import TableFindings
+from dataset.caching.planning import SourcePlan
+from dataset.caching.prefetch import map_ahead
+from dataset.sources.folders import list_entries
+from dataset.sources.frames import LOOKED_AT, read_moving, read_still, shrink_mask
+from dataset.sources.mask_files import masks_by_stem
+from dataset.sources.media_source import Fault
+from dataset.table import folder_id
+from modules.bars import Bar
+from modules.console import count_of
+from modules.errors import DatasetError, MediaError
+from modules.media import reading
+
+LEARNED = 0.5  # a latent whose mask lies above counts as learned
+SHOWN_FRAMES = 8  # most of the mask of a clip that are read, evenly spaced
+BLACK = "masks are all black: nothing of what they mask is learned"
+THIN = (
+    f"masks are so thin that none of their latents lies above {LEARNED:g}: --expand_pixels of tools/mask.py"
+)
+LONE = "masks belong to nothing by their names, and are not read"
+
+
+@dataclass(frozen=True)
+class MaskShare:
+    """How much of one item a mask lets be learned."""
+
+    path: Path
+    stem: str
+    share: float  # of its latents that lie above LEARNED
+    is_black: bool
+
+
+def check_masks(
+    findings: TableFindings, plans: Sequence[SourcePlan], latent: LatentSpec, workers: int
+) -> None:
+    """Add how many latents the masks of a table let be learned, and remarks about masks that teach nothing.
+
+    At most LOOKED_AT masks are read, evenly chosen, of those that are files here.
+    """
+    masked = [plan for plan in plans if plan.source.mask is not None and plan.items]
+    plain = [plan for plan in masked if not plan.source.origins]
+    looked_at = plain[:: -(-len(plain) // LOOKED_AT) or 1]
+    measure = functools.partial(_measure, latent=latent)
+    bar = Bar(len(looked_at), "Reading masks", "mask", shown=False)
+    shares = [share for share in map_ahead(looked_at, measure, workers, bar) if share is not None]
+    if not shares:
+        return
+    mean = sum(share.share for share in shares) / len(shares)
+    least = min(shares, key=lambda share: share.share)
+    findings.caches.append(
+        f"of {count_of(len(shares), 'mask')} looked at, {mean:.0%} of the latents are learned (above "
+        f"{LEARNED:g}), the least of {least.path.name}: {least.share:.1%}"
+    )
+    for share in shares:
+        if share.share == 0:
+            kind = BLACK if share.is_black else THIN
+            findings.remarks.append(Fault(kind, str(share.path), share.stem, ends_run=False))
+
+
+def _measure(plan: SourcePlan, latent: LatentSpec) -> MaskShare | None:
+    """Return the share of a mask that is learned; None if it cannot be read, which caching reports."""
+    source = plan.source
+    assert source.mask is not None
+    place = functools.partial(reading.resize_cover, bucket=plan.items[0][:2])
+    try:
+        size = reading.frame_size(source.path)
+        if reading.is_still(source.mask):
+            mask = read_still(source.mask, place, size, num_frames=1)
+        else:
+            num_frames = reading.count_frames(source.mask)
+            step = -(-num_frames // SHOWN_FRAMES)
+            frames = itertools.islice(reading.video_frames(source.mask, alpha=True), 0, None, step)
+            shown = -(-num_frames // step)
+            mask = read_moving(source.mask, frames, place=place, size=size, num_frames=shown)
+    except (MediaError, OSError):
+        return None
+    _, down, across = latent.stride
+    weights = shrink_mask(torch.from_numpy(mask.copy()), (1, down, across)).float()
+    return MaskShare(source.mask, source.stem, float((weights > LEARNED).float().mean()), not mask.any())
+
+
+def find_lone_masks(tables: Sequence[TableFindings]) -> None:
+    """Add remarks about files in folders of masks that are the mask of nothing, each once.
+
+    A folder in which no mask fits is a fault of its table already.
+    """
+    stems: dict[str, set[str]] = {}  # of all that a folder of masks may mask
+    for findings in tables:
+        if findings.table.mask_directory is not None:
+            of_folder = stems.setdefault(folder_id(findings.table.mask_directory), set())
+            of_folder.update(source.stem for source in findings.sources)
+    for findings in tables:
+        folder = findings.table.mask_directory
+        if folder is None or folder_id(folder) not in stems:
+            continue
+        of_folder = stems.pop(folder_id(folder))
+        masks = _list_masks(folder, findings.table.directory)
+        lone = [path for stem, paths in sorted(masks.items()) if stem not in of_folder for path in paths]
+        if not of_folder.isdisjoint(masks):
+            findings.remarks += [Fault(LONE, str(path), ends_run=False) for path in lone]
+
+
+def _list_masks(folder: Path, media: Path | None) -> dict[str, list[Path]]:
+    """Return the masks in a folder by the names of what they mask. media: the folder with that."""
+    is_beside = media is not None and folder_id(folder) == folder_id(media)
+    try:
+        entries = list_entries(folder, "mask_directory")
+    except DatasetError:  # the listing has reported it
+        return {}
+    return masks_by_stem([folder / entry.name for entry in entries], "video", is_beside)

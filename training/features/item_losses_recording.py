@@ -1,0 +1,232 @@
+"""Record the loss of each picture and clip without waiting for the device, with small pictures of the hard.
+
+A loss goes to the host as soon as it is computed, and is read a step later, when the run has read the numbers
+of that step anyway. No pass is added, and no number of the training changes.
+"""
+
+import contextlib
+import functools
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from dataset.cache_files import SUFFIX, parse_latent_name
+from dataset.listing import find_sources
+from dataset.sources.fetching import fetch
+from dataset.sources.media_source import Fault, MediaSource, Remote
+from dataset.table import DatasetTable
+from modules.devices import empty_pinned
+from modules.errors import MediaError, OptionError, UserError
+from modules.media.reading import Frame, read_image, video_frames
+from training.reports.item_losses import (
+    ItemDraw,
+    ItemPicture,
+    append_draws,
+    choose_shown,
+    compare_items,
+    keep_draws,
+    read_draws,
+    write_pictures,
+)
+from training.steps import Progress
+from training.targets.passes import Streams, TargetComparison, TrainingPasses, levels_of
+
+if TYPE_CHECKING:
+    from training.features.hooks import PlannedRun
+    from training.loss import NoisyBatch
+
+logger = logging.getLogger(__name__)
+
+WRITE_SECONDS = 3.0  # between two times that lines are written
+
+
+@dataclass(frozen=True)
+class ArrivingLosses:
+    """Losses of a micro-batch on their way to the host."""
+
+    step: int
+    number: int  # of the micro-batch in the run
+    keys: tuple[str, ...]
+    levels: Sequence[float]
+    losses: Tensor  # B
+
+
+@dataclass
+class ItemLossRecorder:
+    """Record the losses of a run: as a context manager in every process, each with a file of its own."""
+
+    folder: Path
+    name: str
+    progress: Progress
+    now: Callable[[], float] = time.monotonic
+    _process: int | None = None  # None: not in a run, as while memory is measured
+    _tables: Sequence[DatasetTable] = ()
+    _tag: str = ""
+    _total_steps: int = 0
+    _waiting: list[ArrivingLosses] = field(default_factory=list)
+    _draws: list[ItemDraw] = field(default_factory=list)  # read, but not written yet
+    _written: float = 0.0
+    _has_pictures: bool = False
+    _count: int = 0  # micro-batches that were seen
+    _is_lost: bool = False  # the file takes no more lines
+
+    def join_run(self, plan: "PlannedRun", records: Sequence[Any]) -> "ItemLossRecorder":
+        """Take what is known of a run. Raises OptionError if its processes run passes for each other."""
+        if plan.steps.in_lockstep or plan.steps.peers > 1:
+            raise OptionError(
+                "--item_losses: processes that share the transformer or the tokens of a clip run passes for "
+                "each other, so that losses would count several times. Leave it out"
+            )
+        self._tables = plan.config.datasets
+        self._tag = plan.family.cache_tag
+        self._total_steps = plan.steps.total_steps
+        self._process = plan.accelerator.process_index
+        return self
+
+    def __enter__(self) -> "ItemLossRecorder":
+        self._attempt(self._begin)
+        self._written = self.now()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        read = functools.partial(self._advance, self.progress.step)
+        self._attempt(read, self._write, self._write_pictures)
+        self._process = None
+        if not self._count and self.progress.step > 0 and not self._is_lost:
+            logger.warning(
+                "--item_losses recorded nothing: what this run learns is not one picture at a time."
+            )
+
+    def observe(
+        self, passes: TrainingPasses, noisy_batch: "NoisyBatch", comparisons: list[TargetComparison]
+    ) -> list[TargetComparison]:
+        """Return the comparisons, the first of which, with the clip, also records its errors."""
+        if self._process is None:
+            return comparisons
+        clip, *others = comparisons
+        return [replace(clip, measure=functools.partial(self._measure, clip.measure)), *others]
+
+    def _measure(
+        self,
+        measure: Callable[[Tensor, Tensor, "NoisyBatch"], Streams],
+        output: Tensor,
+        target: Tensor,
+        noisy_batch: "NoisyBatch",
+    ) -> Streams:
+        errors = measure(output, target, noisy_batch)
+        if self._process is None or self._is_lost:
+            return errors
+        losses = errors[0].detach()
+        if losses.is_cuda:
+            losses = empty_pinned(losses.shape, losses.dtype).copy_(losses, non_blocking=True)
+        keys, levels = noisy_batch.batch.keys, levels_of(noisy_batch)
+        step = self.progress.step + 1
+        self._count += 1
+        self._waiting.append(ArrivingLosses(step, noisy_batch.number, keys, levels=levels, losses=losses))
+        # the run has read the numbers of the step before the last one
+        self._attempt(functools.partial(self._advance, step - 2))
+        return errors
+
+    def note_values(self, values: Mapping[str, float], step: int) -> None:
+        """Read and write losses up to a step, whose numbers the run has read."""
+        self._attempt(functools.partial(self._advance, step))
+        if step >= self._total_steps:  # before the page of the run is written the last time
+            self._attempt(self._write, self._write_pictures)
+
+    def note_samples(
+        self, step: int, files: Mapping[int, Path], strips: Mapping[int, Frame], prompts: Mapping[int, str]
+    ) -> None: ...
+
+    def _begin(self) -> None:
+        """Begin the file, with what is in it of the steps before. Raises OutputError."""
+        assert self._process is not None
+        keep_draws(
+            self.folder,
+            self.name,
+            process=self._process,
+            session=self.progress.session_id,
+            step=self.progress.step,
+        )
+
+    def _advance(self, step: int) -> None:
+        """Read the losses of the steps up to one, which are on the host; write lines now and then."""
+        while self._waiting and self._waiting[0].step <= step:
+            waiting = self._waiting.pop(0)
+            losses = waiting.losses.tolist()
+            for key, level, loss in zip(waiting.keys, waiting.levels, losses, strict=True):
+                if math.isfinite(loss):
+                    self._draws.append(ItemDraw(waiting.step, waiting.number, key, level, loss))
+        if self.now() - self._written >= WRITE_SECONDS:
+            self._write()
+
+    def _write(self) -> None:
+        """Write the lines that wait. Raises OutputError."""
+        draws, self._draws = self._draws, []
+        self._written = self.now()
+        if draws and self._process is not None:
+            append_draws(self.folder, self.name, self._process, draws)
+
+    def _write_pictures(self) -> None:
+        """Write small pictures of the items that the page shows: the first process does, once."""
+        if self._process != 0 or self._has_pictures:
+            return
+        self._has_pictures = True
+        keys = [item.key for item in choose_shown(compare_items(read_draws(self.folder, self.name)))]
+        pictures: dict[str, ItemPicture] = {}
+        for table in self._tables:
+            pictures |= _draw_items(table, self._tag, keys)
+        write_pictures(self.folder, self.name, pictures)
+
+    def _attempt(self, *works: Callable[[], None]) -> None:
+        """Do all of these. An error becomes a warning, and nothing is recorded from there on."""
+        if self._is_lost:
+            return
+        try:
+            for work in works:
+                work()
+        except Exception as error:  # of a disk, or a device: a training does not end for it
+            self._is_lost = True
+            self._waiting.clear()
+            logger.warning("--item_losses records no more, the training continues: %s", error)
+
+
+def _draw_items(table: DatasetTable, tag: str, keys: Sequence[str]) -> dict[str, ItemPicture]:
+    """Return small pictures of the items of a table, by their keys; of those that can be read."""
+    by_stem: dict[str, list[str]] = {}
+    for key in keys:
+        name = parse_latent_name(f"{key}{SUFFIX}", tag, table.kind)
+        if name is not None:
+            by_stem.setdefault(name.stem, []).append(key)
+    if not by_stem or table.is_of_sound:
+        return {}
+    faults: list[Fault] = []
+    sources: list[MediaSource] = []
+    with contextlib.suppress(UserError):  # a training from caches does without the pictures
+        sources = find_sources(table, captions=False, faults=faults)
+    pictures: dict[str, ItemPicture] = {}
+    for source in sources:
+        if source.stem in by_stem:
+            with contextlib.suppress(UserError, OSError, StopIteration):
+                picture = ItemPicture.of(source.path.name, _read_first_frame(source))
+                pictures |= dict.fromkeys(by_stem[source.stem], picture)
+    return pictures
+
+
+def _read_first_frame(source: MediaSource) -> Frame:
+    """Return a picture, or the first frame of a clip, H W 3. Nothing is downloaded.
+
+    Raises MediaError or OSError if it cannot be read.
+    """
+    if any(isinstance(origin, Remote) for origin in source.origins[:1]) and not source.path.exists():
+        raise MediaError(f"{source.path} is not downloaded")
+    alone = replace(source, control=(), mask=None, origins=source.origins[:1])
+    with fetch(alone) as fetched:
+        if source.table.kind == "image":
+            return read_image(fetched.path)
+        return next(video_frames(fetched.path))

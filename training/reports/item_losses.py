@@ -1,0 +1,281 @@
+"""The loss of each picture and clip of a run: lines of a file, comparison of the items, the page's part.
+
+`OUTPUT_NAME-items.jsonl` has a line for each time that an item was learned; further processes write
+`OUTPUT_NAME-items-1.jsonl` and so on. A loss depends on the noise level more than on the item. So each one is
+compared with the mean of all items at its level:
+
+    hardness of an item = sum of its losses / sum of the mean losses of all items at the same levels
+
+Levels are compared in LEVELS equal ranges. 1 is usual, 2 is twice the loss of other items.
+"""
+
+import base64
+import functools
+import io
+import json
+import logging
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from markupsafe import Markup
+from PIL import Image
+
+from modules.atomic_write import append_text, atomic_path, make_storable, write_text
+from modules.limits import MAX_LINE_CHARACTERS
+from modules.media.colours import Frame
+from modules.pages.language import counted, say
+from modules.pages.page import reduce_frame
+from modules.text_files import parse_json, read_text, require_regular_file
+from training.reports.history import Story
+from training.reports.sections import PageSection, is_section_file, items_path, pictures_path
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1
+LEVELS = 10  # ranges of noise levels that are compared
+MOST_BYTES = 256 << 20  # of a file; of a larger one only the end is read
+MOST_HARD, MOST_EASY = 20, 5  # items on the page
+SIDE = 96  # pixels of a small picture
+MOST_PICTURE = 64 << 10  # characters of one
+_BASE64 = re.compile(r"[A-Za-z0-9+/]+={0,2}", re.ASCII)
+
+
+class ItemDraw(NamedTuple):
+    """One time that an item was learned."""
+
+    step: int
+    batch: int  # number of the micro-batch in the run
+    key: str  # of the item: the name of its cache
+    level: float  # share of noise, 0..1
+    loss: float
+
+
+@dataclass(frozen=True)
+class ItemLoss:
+    """The losses of an item, compared with those of all items."""
+
+    key: str
+    draws: int
+    mean: float  # of its losses
+    hardness: float  # see above
+    error: float | None  # standard error of the hardness; None: of a single draw
+
+
+@dataclass(frozen=True)
+class ItemPicture:
+    """A small picture of an item."""
+
+    name: str  # of its file
+    data: str  # JPEG in base64
+
+    @classmethod
+    def of(cls, name: str, frame: Frame) -> "ItemPicture":
+        file = io.BytesIO()
+        Image.fromarray(reduce_frame(frame, SIDE)).save(file, format="JPEG", quality=80)
+        return cls(make_storable(name), base64.b64encode(file.getvalue()).decode())
+
+    @property
+    def tag(self) -> Markup:
+        return Markup('<img src="data:image/jpeg;base64,{}" alt="{}">').format(self.data, self.name)
+
+
+def _list_files(folder: Path, name: str) -> list[Path]:
+    paths = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in paths if path.suffix == ".jsonl" and is_section_file(path.name, name))
+
+
+def keep_draws(folder: Path, name: str, process: int, session: int, step: int) -> None:
+    """Begin the file of a process: with the lines up to a step, if it is of this run, else empty.
+
+    Raises OutputError.
+    """
+    own = items_path(folder, name, process)
+    with atomic_path(own) as new, new.open("w", encoding="utf-8", newline="\n") as file:
+        file.write(json.dumps({"session": session, "version": VERSION}) + "\n")
+        for draw in _read_file(own, session) if step and own.is_file() else ():
+            if draw.step <= step:
+                file.write(_as_line(draw))
+
+
+def append_draws(folder: Path, name: str, process: int, draws: Iterable[ItemDraw]) -> None:
+    """Add lines to the file of a process. Raises OutputError."""
+    append_text(items_path(folder, name, process), "".join(map(_as_line, draws)))
+
+
+def _as_line(draw: ItemDraw) -> str:
+    values = draw._asdict() | {"level": float(f"{draw.level:.6g}"), "loss": float(f"{draw.loss:.7g}")}
+    return make_storable(json.dumps(values, ensure_ascii=False)) + "\n"
+
+
+def read_draws(folder: Path, name: str) -> list[ItemDraw]:
+    """Return all losses of a run, of all processes; unreadable lines are left out."""
+    draws: dict[tuple[int, str], ItemDraw] = {}
+    for path in _list_files(folder, name):
+        try:
+            session = _read_session(items_path(folder, name))
+            draws |= {(draw.batch, draw.key): draw for draw in _read_file(path, session)}
+        except OSError as error:
+            logger.warning("%s cannot be read: %s", path, error.strerror or error)
+    return sorted(draws.values())
+
+
+def _read_session(path: Path) -> int | None:
+    require_regular_file(path)
+    with path.open("rb") as file:
+        values = _parse(file.readline(MAX_LINE_CHARACTERS))
+    return values.get("session")
+
+
+def _read_file(path: Path, session: int | None) -> Iterator[ItemDraw]:
+    """Yield the lines of a file, if it is of this run. Raises OSError."""
+    size = require_regular_file(path)
+    if session is None or _read_session(path) != session:
+        return
+    with path.open("rb") as file:
+        if size > MOST_BYTES:
+            file.seek(size - MOST_BYTES)
+            file.readline(MAX_LINE_CHARACTERS)  # the rest of one
+        for line in iter(lambda: file.readline(MAX_LINE_CHARACTERS), b""):
+            values = _parse(line)
+            try:
+                draw = ItemDraw(
+                    int(values["step"]),
+                    int(values["batch"]),
+                    str(values["key"]),
+                    float(values["level"]),
+                    float(values["loss"]),
+                )
+            except (LookupError, TypeError, ValueError, OverflowError):
+                continue
+            if math.isfinite(draw.loss) and 0 <= draw.level <= 1:
+                yield draw
+
+
+def _parse(line: bytes) -> Mapping[str, Any]:
+    """Return the values of a line; none if it is incomplete or no object."""
+    if not line.endswith(b"\n"):
+        return {}
+    try:
+        values = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def compare_items(draws: Sequence[ItemDraw]) -> list[ItemLoss]:
+    """Return the items of a run, the hardest first: see above."""
+    sums = [0.0] * LEVELS
+    counts = [0] * LEVELS
+    for draw in draws:
+        sums[_range_of(draw.level)] += draw.loss
+        counts[_range_of(draw.level)] += 1
+    means = [total / count if count else 0.0 for total, count in zip(sums, counts, strict=True)]
+    by_key: dict[str, list[ItemDraw]] = {}
+    for draw in draws:
+        by_key.setdefault(draw.key, []).append(draw)
+    items = [_compare_item(key, draws_of_item, means) for key, draws_of_item in by_key.items()]
+    return sorted(items, key=lambda item: (-item.hardness, item.key))
+
+
+def _range_of(level: float) -> int:
+    return min(int(level * LEVELS), LEVELS - 1)
+
+
+def _compare_item(key: str, draws: Sequence[ItemDraw], means: Sequence[float]) -> ItemLoss:
+    total = sum(draw.loss for draw in draws)
+    usual = sum(means[_range_of(draw.level)] for draw in draws)
+    hardness = total / usual if usual > 0 else 1.0
+    error = None
+    if len(draws) > 1 and usual > 0:
+        # of a ratio of sums: Cochran 1977, Sampling Techniques, section 2.11
+        squares = sum((draw.loss - hardness * means[_range_of(draw.level)]) ** 2 for draw in draws)
+        error = math.sqrt(squares * len(draws) / (len(draws) - 1)) / usual
+    return ItemLoss(key, len(draws), total / len(draws), hardness, error)
+
+
+def choose_shown(items: Sequence[ItemLoss]) -> list[ItemLoss]:
+    """Return the items on the page: the hardest, then the easiest, without repeats."""
+    hard = list(items[:MOST_HARD])
+    return [*hard, *items[max(len(hard), len(items) - MOST_EASY) :]]
+
+
+def write_pictures(folder: Path, name: str, pictures: Mapping[str, ItemPicture]) -> None:
+    """Write small pictures of items, by their keys. Raises OutputError."""
+    values = {key: {"name": picture.name, "data": picture.data} for key, picture in pictures.items()}
+    write_text(pictures_path(folder, name), make_storable(json.dumps(values, ensure_ascii=False)) + "\n")
+
+
+def read_pictures(folder: Path, name: str) -> dict[str, ItemPicture]:
+    """Return the small pictures of items by their keys; of those that are well-formed."""
+    try:
+        values = parse_json(read_text(pictures_path(folder, name)))
+        pictures = {
+            str(key): ItemPicture(str(picture["name"]), str(picture["data"]))
+            for key, picture in values.items()
+        }
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return {}
+    return {
+        key: picture
+        for key, picture in pictures.items()
+        if len(picture.data) <= MOST_PICTURE and _BASE64.fullmatch(picture.data)
+    }
+
+
+@functools.lru_cache(maxsize=16)
+def _compare_files(folder: Path, name: str, marks: tuple[tuple[str, int, int], ...]) -> list[ItemLoss]:
+    """Return the items of a run whose files have these names, sizes and times of change."""
+    return compare_items(read_draws(folder, name))
+
+
+def make_section(folder: Path, name: str, story: Story) -> PageSection | None:
+    """Return the losses of items for the page of a run; None without any. folder, name: of the history."""
+    marks = []
+    for path in _list_files(folder, name):
+        status = path.stat()
+        marks.append((path.name, status.st_size, status.st_mtime_ns))
+    items = _compare_files(folder, name, tuple(marks)) if marks else []
+    if not items:
+        return None
+    pictures = read_pictures(folder, name)
+    rows: list[tuple[str | Markup, ...]] = []
+    for item in choose_shown(items):
+        picture = pictures.get(item.key)
+        hardness = f"{item.hardness:.2f}" + ("" if item.error is None else f" ± {item.error:.2f}")
+        rows.append(
+            (
+                "" if picture is None else picture.tag,
+                item.key if picture is None else picture.name,
+                hardness,
+                f"{item.draws:,}",
+                f"{item.mean:.4g}",
+            )
+        )
+    notes = [
+        say(
+            "Hardness is the sum of an item's losses, divided by the sum of the mean losses of all items at "
+            "the same noise levels: 1 is usual, 2 is twice the loss of others."
+        ),
+        say(
+            "Look at the first ones: a wrong caption, a broken or an odd picture is often among them. The "
+            "last ones may be plain, or be there more than once."
+        ),
+        counted(
+            len(items),
+            "%(n)s picture or clip was learned; the %(hard)s hardest and the %(easy)s easiest are shown.",
+            "%(n)s pictures and clips were learned; the %(hard)s hardest and the %(easy)s easiest are shown.",
+            hard=min(MOST_HARD, len(items)),
+            easy=len(rows) - min(MOST_HARD, len(items)),
+        ),
+    ]
+    return PageSection(
+        key="items",
+        title=say("Loss of each picture"),
+        notes=notes,
+        headings=(say("picture"), say("name"), say("hardness"), say("times learned"), say("mean loss")),
+        rows=rows,
+    )
