@@ -171,6 +171,7 @@ def _install_lines(
 
     is_shown: show uv's progress; if it fails, it runs once more and what it says is read for the cause.
     """
+    what = ", ".join(lines if len(lines) <= 3 else [*lines[:2], f"{len(lines) - 2} more"])
     if uv is not None:
         command = [uv, "pip", "install", "--python", str(python), *flags, *lines]
         if is_shown and not subprocess.run(command).returncode:
@@ -179,14 +180,14 @@ def _install_lines(
         if said is None:
             return
         if FULL_DISK.search(said):
-            raise UserError(f"uv could not install {', '.join(lines)}: {find_cause(said, python)}")
+            raise UserError(f"uv could not install {what}: {find_cause(said, python)}")
         sys.stderr.write("uv could not install that: see its message above. Trying pip\n")
         provide_pip(python)
     command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *flags, *lines]
     said = _run_installer(command)
     if said is not None:
         cause = find_cause(said, python) or "See its message above, fix the cause and run again."
-        raise UserError(f"pip could not install {', '.join(lines)}: {cause}")
+        raise UserError(f"pip could not install {what}: {cause}")
 
 
 def _run_installer(command: Sequence[str]) -> str | None:
