@@ -196,7 +196,8 @@ def test_a_folder_of_pairs_is_offered_as_what_new_makes_of_it(
     assert '<option value="" selected>a LoRA</option>' in shown
     assert "--train lora" in shown
     del fields["folder"]
-    describe(served, root / "set", **fields, train="embedding")
+    of_another = dict.fromkeys((name for name in FIELDS if name.startswith("file_")), "")
+    describe(served, root / "set", **fields, **of_another, train="embedding")
     written = served.ask(f"/new?folder={quote(str(root / 'set'))}").text
     assert '<option value="embedding" selected>an embedding</option>' in written
 
