@@ -125,7 +125,7 @@ FLOORS = {
             *{"config_options", "learning_options", "noise_options", "run_options"},
             *{"made_networks", "other_families", "steps", "trainable"},
         },
-        {"bad_steps", "processes", "reports", "run_end", "word_rows"},
+        {"bad_steps", "processes", "reports", "run_end", "word_captions", "word_rows"},
         {"loss", "saving"},
         {"data", "optimizers"},
         {"targets"},

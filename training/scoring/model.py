@@ -137,9 +137,9 @@ def _read_kind(folder: Path) -> tuple[PictureTextKind, int]:
             raise CheckpointError(f"{folder / CONFIG} cannot be read: {error}") from None
     else:
         raise CheckpointError(
-            f"--model {folder}: there is no {CONFIG} in this folder. Download a model with python "
-            "tools/download.py --family tools --task score_clip --to models, or give the folder of a CLIP "
-            "or SigLIP model as transformers saves it."
+            f"--model {folder}: there is no {CONFIG} in this folder. Download a model with "
+            "python tools/download.py --family tools --task score_clip --to models, or give the folder of a "
+            "CLIP or SigLIP model as transformers saves it."
         )
     name = str(config.get("model_type")) if isinstance(config, dict) else ""
     if name not in KINDS:
