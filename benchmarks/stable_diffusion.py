@@ -3,12 +3,14 @@
     pip install peft
 
 The plain loop is what examples of diffusers do: the same U-Net with a LoRA of PEFT on the same layers, noise
-from a DDPM scheduler, forward, backward, clipping, AdamW. With --whole both train all weights of the U-Net;
-PEFT is not needed then. The batch of the plain loop is ready. Ours is the script's own loop, with caches,
-noise, weights of the loss, logs. Both run in turn in one process, the plain loop first in each
-round; the figure is the median ratio of neighbours' processor seconds, of all threads. Peaks are of resident
-memory during steps, with the network and all that was loaded before them and is still there, without the
-libraries (all modules of both are loaded first); each in processes of its own, of which the median counts.
+from a DDPM scheduler, forward, backward, clipping, AdamW. --learns says what both train instead of a LoRA,
+for which PEFT is not needed: all weights of the U-Net; a ControlNet-LLLite, whose plain modules stand below;
+a new word, for which the plain loop learns the whole table of words and puts the other rows back after each
+step, as examples do. The batch of the plain loop is ready. Ours is the script's own loop, with caches, noise,
+weights of the loss, logs. Both run in turn in one process, the plain loop first in each round; the figure is
+the median ratio of neighbours' processor seconds, of all threads. Peaks are of resident memory during steps,
+with the network and all that was loaded before them and is still there, without the libraries (all modules of
+both are loaded first); each in processes of its own, of which the median counts.
 """
 
 import argparse
@@ -37,7 +39,10 @@ from benchmarks.process_memory import (  # noqa: E402
 )
 
 BAR, MEMORY_BAR = 1.1, 1.0
-WHOLE_BAR = 1.05  # of both, with --whole
+OTHER_BAR = 1.05  # of both, for what is no LoRA
+LORA, WHOLE, LLLITE, WORD = "lora", "whole", "lllite", "word"
+NEW_WORD = "zzword"
+EMBEDDED, PROJECTED = 32, 64  # numbers of a ControlNet-LLLite
 RANK, ALPHA = 8, 8
 # the tests' tiny networks, with a wider U-Net
 SIZES: dict[str, dict[str, Any]] = {
@@ -62,11 +67,14 @@ def main() -> None:
     parser.add_argument(
         "--precision", default="no", choices=["no", "bf16"], help="value of --mixed_precision"
     )
-    parser.add_argument("--whole", action="store_true", help="train the U-Net itself instead of a LoRA")
+    parser.add_argument("--learns", choices=[LORA, WHOLE, LLLITE, WORD], default=LORA, help="what both train")
     parser.add_argument("--checkpointing", action="store_true", help="with gradient checkpointing")
     parser.add_argument("--profile", choices=["plain", "ours"], help="print where the time of one goes")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    needed = {LLLITE: "sdxl", WORD: "sd"}.get(args.learns, args.kind)
+    if args.kind != needed:
+        parser.error(f"--learns {args.learns} is compared with --kind {needed}")
     if args.child:
         kind, folder = args.child
         if kind == "modules":
@@ -88,7 +96,7 @@ def main() -> None:
 
 def bars_of(args: argparse.Namespace) -> tuple[float, float]:
     """Return the most that ours may take of the plain loop's seconds, and of its memory."""
-    return (WHOLE_BAR, WHOLE_BAR) if args.whole else (BAR, MEMORY_BAR)
+    return (BAR, MEMORY_BAR) if args.learns == LORA else (OTHER_BAR, OTHER_BAR)
 
 
 def write_project(folder: Path, args: argparse.Namespace) -> None:
@@ -100,12 +108,16 @@ def write_project(folder: Path, args: argparse.Namespace) -> None:
 
     write_folder(FOLDERS[args.kind], folder / "model", **SIZES[args.kind])
     tokenizer_folder(folder / "tokenizers")
-    (folder / "pictures").mkdir()
+    for name in ("pictures", "controls"):
+        (folder / name).mkdir()
     generator = np.random.default_rng(0)
     for number in range(2 * args.batch):
         pixels = generator.integers(0, 255, (args.size, args.size, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / "pictures" / f"{number}.png")
-        (folder / "pictures" / f"{number}.txt").write_text(f"a cat, number {number}", encoding="utf-8")
+        for name in ("pictures", "controls"):
+            Image.fromarray(pixels).save(folder / name / f"{number}.png")
+        caption = f"a {NEW_WORD}, number {number}"
+        (folder / "pictures" / f"{number}.txt").write_text(caption, encoding="utf-8")
+    controls = f'conditioning_data_dir = "{(folder / "controls").as_posix()}"' * (args.learns == LLLITE)
     (folder / "dataset.toml").write_text(
         f"""[general]
 resolution = {args.size}
@@ -117,6 +129,7 @@ batch_size = {args.batch}
 
 [[datasets.subsets]]
 image_dir = "{(folder / "pictures").as_posix()}"
+{controls}
 """,
         encoding="utf-8",
     )
@@ -154,14 +167,20 @@ def make_plain_step(folder: Path, args: argparse.Namespace) -> Step:
     from diffusers import DDPMScheduler, UNet2DConditionModel
 
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-    kept = torch.float32 if args.whole else dtype
+    kept = torch.float32 if args.learns == WHOLE else dtype
     unet: Any = UNet2DConditionModel.from_pretrained(folder / "model" / "unet", torch_dtype=kept)
-    if not args.whole:
+    learner: Any = unet
+    if args.learns == LORA:
         add_plain_lora(unet)
+    elif args.learns == LLLITE:
+        learner = add_plain_lllite(unet, torch.rand(args.batch, 3, args.size, args.size) * 2 - 1)
+    elif args.learns == WORD:
+        unet.requires_grad_(False)
+        learner = PlainWord(folder / "model" / "text_encoder", args.batch)
     if args.checkpointing:
         unet.enable_gradient_checkpointing()
     unet.train()
-    trained = [parameter.requires_grad_() for parameter in unet.parameters() if parameter.requires_grad]
+    trained = [parameter.requires_grad_() for parameter in learner.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.data = parameter.data.float()
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
@@ -182,13 +201,18 @@ def make_plain_step(folder: Path, args: argparse.Namespace) -> Step:
         noisy = scheduler.add_noise(latents, noise, timesteps)
         with autocast:
             output = unet(
-                noisy.to(dtype), timesteps, encoder_hidden_states=context, added_cond_kwargs=added
+                noisy.to(dtype),
+                timesteps,
+                encoder_hidden_states=learner() if args.learns == WORD else context,
+                added_cond_kwargs=added,
             ).sample
         loss = torch.nn.functional.mse_loss(output.float(), noise)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if args.learns == WORD:
+            learner.restore()
 
     return step
 
@@ -205,6 +229,74 @@ def add_plain_lora(unet: Any) -> None:
         if ".attentions." in path and isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))
     ]
     unet.add_adapter(LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=paths))
+
+
+def add_plain_lllite(unet: Any, controls: Any) -> Any:
+    """Put plain modules before the layers that ours has them for, and return them. controls: B 3 H W."""
+    import torch
+
+    from stable_diffusion.lllite_modules import find_layer_path, plan_lllite
+
+    unet.requires_grad_(False)
+    modules = torch.nn.ModuleList()
+    for name, part in plan_lllite(unet, EMBEDDED, PROJECTED).items():
+        path = find_layer_path(name) or ""
+        layer = unet.get_submodule(path)
+        module = make_plain_lllite(part)
+        modules.append(module)
+
+        def change(_: Any, inputs: Any, module: Any = module) -> Any:
+            embedding = module["embed"](controls).flatten(2).transpose(1, 2)
+            down = torch.relu(module["down"](inputs[0]))
+            middle = torch.relu(module["mid"](torch.cat([embedding, down], dim=2)))
+            return (inputs[0] + module["up"](middle), *inputs[1:])
+
+        layer.register_forward_pre_hook(change)
+    return modules
+
+
+def make_plain_lllite(part: Any) -> Any:
+    """Return the layers of one module. part: its dimensions."""
+    import torch
+
+    layers: list[Any] = []
+    channels = 3
+    for width, stride in part.convolutions:
+        layers += [torch.nn.Conv2d(channels, width, kernel_size=stride, stride=stride), torch.nn.ReLU()]
+        channels = width
+    return torch.nn.ModuleDict(
+        {
+            "embed": torch.nn.Sequential(*layers[:-1]),
+            "down": torch.nn.Linear(part.width, part.rank),
+            "mid": torch.nn.Linear(part.rank + channels, part.rank),
+            "up": torch.nn.Linear(part.rank, part.width),
+        }
+    )
+
+
+class PlainWord:
+    """A text encoder of transformers with one row more, of which that row is kept after each step."""
+
+    def __init__(self, folder: Path, batch: int) -> None:
+        import torch
+        from transformers import CLIPTextModel
+
+        self.encoder: Any = CLIPTextModel.from_pretrained(folder)
+        self.encoder.resize_token_embeddings(self.encoder.config.vocab_size + 1)
+        self.encoder.requires_grad_(False)
+        self.table: Any = self.encoder.get_input_embeddings().weight.requires_grad_()
+        self.rows = self.table.detach().clone()
+        self.ids = torch.randint(0, len(self.rows), (batch, 77))
+
+    def parameters(self) -> list[Any]:
+        return [self.table]
+
+    def __call__(self) -> Any:
+        return self.encoder(self.ids)[0]
+
+    def restore(self) -> None:
+        """Put all rows back but the last, which is the new word's."""
+        self.table.data[:-1] = self.rows[:-1]
 
 
 @contextlib.contextmanager
@@ -229,10 +321,24 @@ def started_step(folder: Path, args: argparse.Namespace) -> Iterator[Step]:
         "seed": 1,
     }
     typed = [text for name, value in words.items() for text in (f"--{name}", str(value))]
-    typed += ["--cache_latents", "--cache_text_encoder_outputs"]
+    typed.append("--cache_latents")
+    if args.learns != WORD:
+        typed.append("--cache_text_encoder_outputs")
     if args.checkpointing:
         typed.append("--gradient_checkpointing")
-    if args.whole:
+    if args.learns == LLLITE:
+        from sdxl_train_control_net_lllite import DEFAULTS as CONTROL_TRAINER
+
+        typed += ["--cond_emb_dim", str(EMBEDDED), "--network_dim", str(PROJECTED)]
+        record = entry.options_record("LlliteTraining")
+        options, family_options, _ = read_image_training("", record, CONTROL_TRAINER, typed)
+    elif args.learns == WORD:
+        from train_textual_inversion import DEFAULTS as WORD_TRAINER
+
+        typed += ["--token_string", NEW_WORD]
+        record = entry.options_record("InversionTraining")
+        options, family_options, _ = read_image_training("", record, WORD_TRAINER, typed)
+    elif args.learns == WHOLE:
         record = entry.options_record("WholeTraining" if args.kind == "sdxl" else "FineTuning")
         options, family_options, _ = read_image_training(
             "", record, CHECKPOINT_TRAINER, typed, learner=WholeDitOptions

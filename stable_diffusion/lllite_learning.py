@@ -79,7 +79,8 @@ class TrainedLllite(Lllite):
         x, *others = inputs
         dtype = next(module.parameters()).dtype
         change = module(x.to(dtype), module.embed(self.controls.to(dtype)))
-        return x + strength * change.to(x.dtype), *others
+        change = change.to(x.dtype)
+        return x + (change if strength == 1 else strength * change), *others
 
 
 def make_lllite(options: SdxlLlliteTrainingOptions, unet: nn.Module, with_values: bool) -> TrainedLllite:

@@ -79,13 +79,17 @@ class LlliteModule(nn.Module):
         step = self.part.reduction
         # the U-Net rounds its sizes up; an edge that is not a whole step is repeated, as strides round down
         missing = (0, -width % step, 0, -height % step)
-        embedding = self.conditioning1(nn.functional.pad(controls, missing, mode="replicate"))
+        if any(missing):
+            controls = nn.functional.pad(controls, missing, mode="replicate")
+        embedding = self.conditioning1(controls)
         return embedding if self.part.is_convolution else rearrange(embedding, "b e h w -> b (h w) e")
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         # x: R L C or R C h w    embedding: B L E or B E h w; row r belongs to picture r modulo B
         axis = 1 if self.part.is_convolution else 2
-        rows = embedding.repeat(x.shape[0] // embedding.shape[0], *(1,) * (embedding.ndim - 1))
+        rows = embedding
+        if len(x) != len(embedding):
+            rows = embedding.repeat(len(x) // len(embedding), *(1,) * (embedding.ndim - 1))
         return self.up(self.dropout(self.mid(torch.cat([rows, self.down(x)], dim=axis))))
 
 
