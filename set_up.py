@@ -26,6 +26,7 @@ from modules.parser import Parser
 from package.updating import go_back, update
 
 NOTE = OWN / "build.txt"  # the build of torch that this file installed; without it, .venv is the user's own
+REPLACING = "replacing"  # behind it in that file: another build is there, or half of each
 STARTED_IN = "REELSMITH_STARTED_IN"  # variable of the folder in which Reelsmith.command was typed
 GB = 1e9
 
@@ -36,6 +37,8 @@ def main() -> None:
     parser.add_argument("--build", choices=list(BUILDS), help="build of torch; unset: the one for the card")
     args = parser.parse_args()
     words = args.words
+    if words and args.build is not None:
+        raise OptionError(f"--build: it chooses torch for the start, and {words[0]} starts nothing. Type one")
     if words == ["back"]:
         go_back(ROOT)
     elif words[:1] == ["update"] and len(words) <= 2:
@@ -43,7 +46,9 @@ def main() -> None:
     elif len(words) == 1 and words[0].lower().endswith(".zip"):  # dropped on Reelsmith.bat
         update(ROOT, typed_path(words[0]))
     elif words:
-        raise OptionError(f"{' '.join(words)}: nothing is called so. Type update, update NEW.zip or back")
+        raise OptionError(
+            f"{' '.join(words)}: unknown. Type update, update NEW.zip, back, or nothing to start"
+        )
     else:
         raise SystemExit(open_page(set_up(args.build)))
 
@@ -59,7 +64,8 @@ def set_up(build_name: str | None) -> Path:
     made is used as it is. Raises InstallationError if no build fits or the disk is too small.
     """
     python = python_of(ROOT / ".venv")
-    before = NOTE.read_text(encoding="utf-8").strip() if NOTE.is_file() else None
+    noted = NOTE.read_text(encoding="utf-8").split() if NOTE.is_file() else []
+    before = noted[0] if noted else None
     if python.exists() and before is None:
         if build_name is not None:
             raise OptionError("--build: .venv is an environment of yours. Rename it, and start again")
@@ -69,14 +75,15 @@ def set_up(build_name: str | None) -> Path:
         choice = choose_build()
         build_name, reason = choice.build, choice.reason
     name = build_name or str(before)
-    facts = BUILDS[name]
+    is_replacing = before is not None and (name != before or REPLACING in noted)
     if not python.exists() or name != before:
-        announce(name, reason, facts)
+        announce(name, reason, BUILDS[name])
         NOTE.parent.mkdir(exist_ok=True)
+        NOTE.write_text(f"{name} {REPLACING}" if is_replacing else name, encoding="utf-8")
+    python = prepare_environment(packages=["pip"], build=read_builds()[name], is_replacing=is_replacing)
+    if is_replacing:
         NOTE.write_text(name, encoding="utf-8")
-    return prepare_environment(
-        packages=["pip"], build=read_builds()[name], is_replacing=before is not None and name != before
-    )
+    return python
 
 
 def announce(name: str, reason: str, facts: BuildFacts) -> None:

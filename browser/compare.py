@@ -109,8 +109,8 @@ class ComparableRun:
         files = []
         for step, names in list_files(story, folder):
             name = names[0]
-            if name.replace(f"_{HIGH_NOISE}.", f"_{LOW_NOISE}.") != name:
-                continue  # it belongs to the file of the other expert
+            if name.replace(f"_{HIGH_NOISE}.", f"_{LOW_NOISE}.") != name or story.is_of_word(name):
+                continue  # it belongs to the file of the other expert, or of a LoRA
             high_noise_name = name.replace(f"_{LOW_NOISE}.", f"_{HIGH_NOISE}.")
             paths = [folder / part for part in dict.fromkeys((name, high_noise_name))]
             if not all(path.is_file() for path in paths):

@@ -61,6 +61,7 @@ class LearnsWords(Protocol):
 
 
 def learns_words(family: "Described") -> TypeGuard[LearnsWords]:
+    """Return whether a family is a `LearnsWords`."""
     return family.can.learn_words
 
 

@@ -55,9 +55,7 @@ def check_pairs(config: DatasetConfig, taker: str, remark: Callable[[str], None]
 
 
 def describe_shapes(folder: Path, sources: Sequence[MediaSource]) -> str:
-    """Return the warning of control pictures of another shape than their picture, as they are cropped as this
-    one is; "" if there are none.
-    """
+    """Return a warning about control pictures of another shape than their pictures, "" if there are none."""
     others = []
     for source in sources:
         width, height = image_size(source.path)

@@ -68,7 +68,8 @@ def prepare_environment(
     These are the runtime requirements, one extra of pyproject.toml and further packages. The environment is
     the active one, else `.venv` in the repository; missing packages are installed. An installed torch is
     kept, whatever its version, unless `is_replacing`. An interrupted installation is resumed.
-    build: which torch, and whether the output of the installation is shown. Raises UserError if it fails.
+    build: which torch; then the environment is always `.venv`, sees no packages of this Python, and the
+    output of the installation is shown. Raises UserError if it fails.
     """
     torch_line = TORCH if build is None else build.torch
     runtime = [torch_line if requirement_name(line) == "torch" else line for line in read_requirements()]
@@ -76,18 +77,18 @@ def prepare_environment(
         project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
         runtime += project["optional-dependencies"][extra]
     packages_to_install = [*runtime, *packages]
-    if sys.prefix != sys.base_prefix:  # an environment is active
+    if sys.prefix != sys.base_prefix and build is None:  # an environment is active
         folder = Path(sys.prefix)
         python = Path(sys.executable)
     else:
         folder = ROOT / ".venv"
         python = python_of(folder)
     if not python.exists():
-        create_environment(folder)
+        create_environment(folder, may_inherit=build is None)
     stamp = folder / f"reelsmith-{extra or ('runtime' if build is None else 'page')}.stamp"
     marks = [sys.version, *packages_to_install, *([] if build is None else [build.name])]
     mark = hashlib.sha256("\n".join(marks).encode()).hexdigest()
-    if not stamp.exists() or stamp.read_text(encoding="utf-8") != mark:
+    if is_replacing or not stamp.exists() or stamp.read_text(encoding="utf-8") != mark:
         _install(python, packages_to_install, build, is_replacing)
         stamp.write_text(mark, encoding="utf-8")
     return python
@@ -98,8 +99,8 @@ def python_of(folder: Path) -> Path:
     return folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 
-def create_environment(folder: Path) -> None:
-    """Make a virtual environment without pip; it sees this Python's packages if they include torch.
+def create_environment(folder: Path, may_inherit: bool = True) -> None:
+    """Make a virtual environment without pip. may_inherit: it sees this Python's packages if torch is there.
 
     Raises UserError if that fails.
     """
@@ -109,7 +110,7 @@ def create_environment(folder: Path) -> None:
         # links, as in `python -m venv`: some builds of Python do not run as a copy
         venv.create(
             folder,
-            system_site_packages=_succeeds(Path(sys.executable), "-c", "import torch"),
+            system_site_packages=may_inherit and _succeeds(Path(sys.executable), "-c", "import torch"),
             symlinks=os.name != "nt",
         )
     except OSError as error:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+import zlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -26,6 +27,7 @@ COMMIT = "before_update.txt"  # in it: the commit before the last update from gi
 FILES = "files.txt"  # in it: the files of the version that the last zip file brought
 BACK = "back"  # in it: the files that the last zip file replaced
 PLAN = "update.json"  # in BACK: what the last zip file changed
+UNFINISHED = "unfinished"  # in BACK, until all files of that zip file are in their places
 # of the user or of this machine, wherever a zip file has them
 KEPT = frozenset({".git", ".reelsmith", ".venv", ".venv-second", "models", "quickstart"})
 MOST_FILES, MOST_BYTES = 50_000, 2 << 30
@@ -123,6 +125,11 @@ def _git(root: Path, *words: str) -> str:
 
 
 def _update_from_zip(root: Path, file: Path) -> None:
+    if not file.is_file():
+        raise UserError(f"{file}: no such file")
+    unfinished = root / NOTES / BACK / UNFINISHED
+    if unfinished.exists():  # else only half of the version before could come back later
+        _undo_zip(root)
     new = root / NOTES / "new"
     shutil.rmtree(new, ignore_errors=True)
     try:
@@ -140,10 +147,12 @@ def _update_from_zip(root: Path, file: Path) -> None:
         for name in set(change.replaced) - set(files):
             (root / name).unlink()
         (root / NOTES / FILES).write_text("\n".join(files), encoding="utf-8")
+        unfinished.unlink()
     except OSError as error:
+        state = "back returns to the version before" if unfinished.exists() else "nothing was changed"
         raise UserError(
             f"{file.name}: the update stopped ({error}). Close the programs that use files of {root}, or "
-            "free some space, and run it again; back returns to the version before"
+            f"free some space, and run it again; {state}"
         ) from None
     finally:
         shutil.rmtree(new, ignore_errors=True)
@@ -168,10 +177,8 @@ def _unpack(file: Path, folder: Path) -> list[str]:
                     shutil.copyfileobj(source, sink)
                 if entry.external_attr >> 16 & stat.S_IXUSR:
                     target.chmod(0o755)
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise UserError(f"{file.name} is no whole zip file ({error}). Download it again") from None
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file") from None
     return sorted(ours)
 
 
@@ -197,7 +204,7 @@ def _refuse_names(file: Path, entries: Iterable[zipfile.ZipInfo], names: Iterabl
         raise UserError(f"{file.name} is larger than any version of Reelsmith. Nothing was changed")
     for entry, name in zip(entries, names, strict=True):
         parts = PurePosixPath(name).parts
-        is_outside = name.startswith("/") or ".." in parts or "\\" in name or ":" in name
+        is_outside = not parts or name.startswith("/") or ".." in parts or "\\" in name or ":" in name
         if is_outside or parts[0] in KEPT or stat.S_ISLNK(entry.external_attr >> 16):
             raise UserError(f"{file.name} has {name}, which no version of Reelsmith has. Nothing was changed")
 
@@ -223,6 +230,7 @@ def _keep_for_return(root: Path, change: FileChange) -> None:
     note = root / NOTES / FILES
     if note.is_file():
         shutil.copy2(note, part / FILES)
+    (part / UNFINISHED).touch()
     (part / PLAN).write_text(json.dumps(asdict(change)), encoding="utf-8")
     shutil.rmtree(whole, ignore_errors=True)
     os.replace(part, whole)

@@ -135,8 +135,8 @@ def write_rows(module: nn.Module, path: Path, dtype: torch.dtype | None, metadat
 SaysGeneration = Callable[[Path, Mapping[str, Any], Sequence[str]], Sequence[str]]  # of `MadeNetwork`
 
 
-def _say_nothing(file: Path, sample: Mapping[str, Any], base: Sequence[str]) -> Sequence[str]:
-    """Return the command that makes a sample with the model alone, which is that with its network too."""
+def _leave_command(file: Path, sample: Mapping[str, Any], base: Sequence[str]) -> Sequence[str]:
+    """Return the command of a sample unchanged: the file of the LoRA next to the word brings the word."""
     return base
 
 
@@ -153,7 +153,9 @@ class Inversion:
         """Return the names of the vectors in files, by text encoder."""
         return SEVERAL if self.files.kind is SDXL else (SINGLE,)
 
-    def describe(self, sentences: Sequence[str] = (), generate: SaysGeneration = _say_nothing) -> MadeNetwork:
+    def describe(
+        self, sentences: Sequence[str] = (), generate: SaysGeneration = _leave_command
+    ) -> MadeNetwork:
         """Return it as the network that a training makes.
 
         sentences: with the word, which are learned in place of captions. generate: see `MadeNetwork`.

@@ -137,6 +137,22 @@ def test_a_rented_card_installs_unpacks_and_trains_once_and_then_continues(
     assert run_rented(checkout, typed[0], PYTHON=str(checkout / "noting")) == [["noting", *without_end]]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="a recipe for Linux")
+@pytest.mark.parametrize("words", [(), ("../clips.zip",), ("../none-pack.zip",)])
+def test_a_rented_card_installs_nothing_for_a_file_that_is_no_packed_folder(
+    words: tuple[str, ...], tmp_path: Path
+) -> None:
+    (tmp_path / "clips.zip").touch()
+    checkout = tmp_path / "reelsmith"
+    checkout.mkdir()
+    command = ["bash", str(FOLDER / "rented.sh"), *words]
+
+    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=60)
+
+    assert (done.returncode, [*checkout.iterdir()]) == (2, [])
+    assert f"rented.sh: '{''.join(words)}' is no packed folder" in done.stderr
+
+
 class Recorded:
     """Stands in for a part of the package modal: notes what is called, and returns what it decorates."""
 

@@ -14,7 +14,6 @@ from torch.nn import Parameter
 from checkpoints.opening import open_checkpoint
 from contract.family import Family, LearningEncoder
 from contract.made_networks import MadeNetwork, UsualRate, made_network_of
-from contract.new_words import taught_word_of
 from contract.whole import LearningParts, trains_checkpoint
 from dataset.table import DatasetTable
 from modules.atomic_write import check_space
@@ -38,6 +37,7 @@ from training.data.table_times import list_replaced
 from training.experts import TRAINING_ADAPTER, check_experts, network_for, read_adapter
 from training.features.composing import check_files, check_model, further_models, merged_loras
 from training.learning_options import FIND_RATE, PartsOptions
+from training.made_networks import check_made_networks
 from training.noise_options import NOTHING, WEIGHTS_OF_LOSS
 from training.optimizers.lr_schedule import make_lr_schedule
 from training.optimizers.optimizer import check_rates, make_optimizer
@@ -195,12 +195,7 @@ def uses_of(family: Family, options: TrainingOptions, others: OtherFamilies = NO
 
 def check_networks(family: Family, options: TrainingOptions) -> None:
     """Check the module, its settings, and the LoRAs that the networks start from."""
-    taught = taught_word_of(family)
-    if taught is not None:
-        taught.network.check()
-    made = made_network_of(family)
-    if made is not None:
-        made.check()
+    if check_made_networks(family) is not None:
         return
     counts = family.block_counts()
     depths = dict(zip(family.dit.block_lists, counts, strict=True)) if counts else {}

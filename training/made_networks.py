@@ -48,6 +48,20 @@ def make_trained_network(
     return ForeignNetwork(module.requires_grad_(True), dit)
 
 
+def check_made_networks(family: Family) -> MadeNetwork | None:
+    """Check what a made network, and a word next to a LoRA, begin with. Nothing is loaded.
+
+    Returns the network that is trained in place of a LoRA, if there is one. Raises UserError.
+    """
+    taught = taught_word_of(family)
+    if taught is not None:
+        taught.network.check()
+    made = made_network_of(family)
+    if made is not None:
+        made.check()
+    return made
+
+
 def written_by(family: Family) -> WritesNetwork | None:
     """Return what writes files of a made network that have a form of their own."""
     made = made_network_of(family)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from contract.family import Family, sound_of
-from contract.made_networks import MadeNetwork, made_network_of
+from contract.made_networks import MadeNetwork
 from dataset.batches.checks import SameEncoders, check_channels
 from dataset.batches.finding import find_items, require_items
 from dataset.batches.items import CachingCommands
@@ -29,7 +29,7 @@ from training.data.live import LiveTexts
 from training.data.table_times import describe_times
 from training.features.composing import check_model, check_texts, describe_targets, find_show
 from training.loss import NoisyBatch
-from training.made_networks import find_caption_reader
+from training.made_networks import check_made_networks, find_caption_reader
 from training.options import TrainingOptions
 from training.other_families import NO_OTHERS, OtherFamilies
 from training.plan import read_config
@@ -85,9 +85,7 @@ def _check(family: Family, options: TrainingOptions, commands: CachingCommands) 
     texts = find_live_texts(family, options, config)
     check_texts(options, texts)
     check_model(options, family, lambda: family.block_counts() if family.dit_files else ())
-    made = made_network_of(family)
-    if made is not None:
-        made.check()
+    made = check_made_networks(family)
     plans = plan_tables(family, config, options.caching, () if texts is None else texts.keys)
     seed = options.validation.validation_seed
     if seed is None:

@@ -5,10 +5,14 @@
 #   bash docs/clusters/rented.sh ../clips-pack.zip "sudo poweroff"
 #
 # The second word is the command that ends the costs, started when the run is over; without it the machine
-# stays. The folder and the models are made beside the file. Type the same again: it continues.
+# stays. The folder and the models are made next to the file. Type the same again: it continues.
 set -eu
-pack=$1
+pack=${1:-}
 folder=${pack%-pack.zip}
+if [ "$folder" = "$pack" ] || { [ ! -d "$folder" ] && [ ! -f "$pack" ]; }; then
+  echo "rented.sh: '$pack' is no packed folder. Give the file that pack has made, NAME-pack.zip" >&2
+  exit 2
+fi
 models=$(dirname "$pack")/models
 if [ -z "${PYTHON:-}" ]; then # of an environment that is there
   PYTHON=.venv/bin/python

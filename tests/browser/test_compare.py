@@ -136,8 +136,13 @@ def test_a_page_begins_with_the_best_file_and_the_one_before_and_shows_equal_one
     served: Served, folder: Path
 ) -> None:
     names = ("x-step2", "x-step4", "x-step6", "x <")
+    history = History(history_path(folder, "x"), 1, 6)
+    history.add(6, saved="x-step6_zorb.safetensors")  # a word, which is no LoRA to compare
+    history.flush()
+    (folder / "x-step6_zorb.safetensors").write_bytes(b"vectors")
     page = show(served)
     assert [f" checked> {name}" in page for name in names] == [True, True, False, False]
+    assert "zorb" not in page
 
     for name in ("x-step6", "x"):
         save_file({"a": np.ones(3)}, folder / f"{name}.safetensors", {"sshs_model_hash": "7" * 64})

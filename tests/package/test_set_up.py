@@ -155,6 +155,70 @@ def test_the_build_is_announced_once_and_kept_until_another_one_is_asked_for(
     assert made == [("cu130", False), ("cu130", False), ("cpu", True), ("cpu", False)]
 
 
+def test_a_build_that_was_replaced_by_half_is_replaced_again(
+    made: list[tuple[str, bool]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the torch of the build before would be kept, under the name of the new one."""
+    set_up.set_up("cpu")
+    whole = set_up.prepare_environment
+
+    def stop(**_: object) -> Path:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(set_up, "prepare_environment", stop)
+    with pytest.raises(KeyboardInterrupt):
+        set_up.set_up("cu130")
+    monkeypatch.setattr(set_up, "prepare_environment", whole)
+    for _ in range(2):
+        set_up.set_up(None)
+    assert made == [("cpu", False), ("cu130", True), ("cu130", False)]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--build", "cpu", "update"], "--build: it chooses torch for the start, and update starts nothing"),
+        (["upgrade"], "upgrade: unknown. Type update"),
+        (["update", "a.zip", "b.zip"], "update a.zip b.zip: unknown"),
+    ],
+)
+def test_words_that_go_nowhere_are_refused(
+    words: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["set_up.py", *words])
+    with pytest.raises(OptionError, match=message):
+        set_up.main()
+
+
+def test_a_build_goes_into_the_folder_even_if_another_environment_is_active(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed: list[tuple[Path, bool]] = []
+
+    def install(python: Path, packages: list[str], build: Build, is_replacing: bool) -> None:
+        installed.append((python, is_replacing))
+        python.parent.mkdir(exist_ok=True)
+        python.touch()
+
+    def create(folder: Path, may_inherit: bool) -> None:
+        assert not may_inherit
+        folder.mkdir()
+
+    monkeypatch.setattr(environment, "_install", install)
+    monkeypatch.setattr(environment, "create_environment", create)
+    builds = read_builds()
+    for name in ("requirements.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / "another"))
+
+    for is_replacing in (False, False, True):
+        environment.prepare_environment(build=builds["cpu"], is_replacing=is_replacing)
+
+    python = environment.python_of(tmp_path / ".venv")
+    assert installed == [(python, False), (python, True)]
+
+
 def test_an_environment_of_the_user_is_used_as_it_is(made: list[tuple[str, bool]], tmp_path: Path) -> None:
     python = environment.python_of(tmp_path / ".venv")
     python.parent.mkdir(parents=True)

@@ -73,7 +73,7 @@ def test_a_zip_file_changes_files_of_reelsmith_only_and_back_undoes_it(
 
 def test_an_update_that_stops_half_way_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = write(tmp_path / "root", {**OLD, **MINE})
-    whole, left = os.replace, iter([True, True, False])
+    whole, left = os.replace, iter([True, True, True, True, False])
 
     def replace(source: Path, target: Path) -> None:
         if not next(left):
@@ -86,8 +86,28 @@ def test_an_update_that_stops_half_way_is_undone(tmp_path: Path, monkeypatch: py
     ):
         update(root, pack(tmp_path / "new.zip", NEW))
     monkeypatch.setattr(updating.os, "replace", whole)
+    shutil.copytree(root, tmp_path / "twin")
     go_back(root)
     assert read(root) == {**OLD, **MINE}
+
+    update(tmp_path / "twin", tmp_path / "new.zip")
+    assert read(tmp_path / "twin") == {**OLD, **NEW, **MINE}
+    go_back(tmp_path / "twin")
+    assert read(tmp_path / "twin") == {**OLD, **MINE}
+
+
+def test_an_update_without_room_to_unpack_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = write(tmp_path / "root", OLD)
+
+    def copy(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(updating.shutil, "copyfileobj", copy)
+    with pytest.raises(UserError, match="No space left on device.*nothing was changed"):
+        update(root, pack(tmp_path / "new.zip", NEW))
+    assert read(root) == OLD
 
 
 @pytest.mark.parametrize(
@@ -114,8 +134,18 @@ def test_half_a_zip_file_changes_nothing(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-30])
     with pytest.raises(UserError, match=r"new\.zip is no whole zip file .* Download it again"):
         update(root, file)
-    with pytest.raises(UserError, match="no such file"):
-        update(root, tmp_path / "none.zip")
+    for missing in (tmp_path / "none.zip", root):
+        with pytest.raises(UserError, match="no such file"):
+            update(root, missing)
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("pyproject.toml", PROJECT)
+        archive.writestr("set_up.py", bytes(1000))
+        place = archive.getinfo("set_up.py").header_offset + 30 + len("set_up.py")
+    content = bytearray(file.read_bytes())
+    content[place : place + 4] = b"\xff" * 4
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"new\.zip is no whole zip file .* Download it again"):
+        update(root, file)
     with pytest.raises(UserError, match="is no clone of git. Download the zip file"):
         update(root, None)
     assert read(root) == OLD

@@ -33,6 +33,7 @@ from tests.stable_diffusion.test_training_step import CPU, make_batch, make_fami
 from tests.tiny.stable_diffusion import write_sd1, write_sdxl
 from training.data.live import LiveTexts
 from training.features.embedding import EmbeddingOptions
+from training.saving.files import Names, find_results
 from training.targets.passes import training_loss
 from training.trainable import train_network
 from training.word_rows import make_word_rows
@@ -148,6 +149,8 @@ def test_a_lora_and_a_word_learn_together_and_a_resumed_run_is_the_same(folder: 
     assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/textual-inversion"
     assert metadata["modelspec.trigger_phrase"] == WORD
     assert "ss_network_dim" not in metadata
+    names = {path.name for path in find_results(Names(folder / "output", "cat")) if path.is_file()}
+    assert {"cat.safetensors", f"cat_{WORD}.safetensors"} < names
 
     (sample,) = (folder / "output" / "sample").glob("*_000002_00_*.png")
     files = ["--ckpt", model.name, "--tokenizer_cache_dir", "tokenizers", "--prompt", LINE]
@@ -218,6 +221,12 @@ def test_check_and_plan_know_the_word(folder: Path) -> None:
     assert f"1 of 3 captions lack the word {WORD}" in printed.getvalue()
     assert refused_code != 0
     assert "no caption has this word" in printed.getvalue()
+    for further, reason in (
+        (["--train_embedding", "a"], "--train_embedding a: the text encoder knows this word already"),
+        (["--embedding_init_word", " "], "--embedding_init_word ' ': the text encoder has no token"),
+        (["--embedding_weights", "none.safetensors"], "none.safetensors"),
+    ):
+        assert reason in refusal("train_network.py", folder, *words, "--check", *further)
 
 
 def test_mistakes_with_a_word_are_named(folder: Path) -> None:

@@ -1,7 +1,7 @@
 """Learn the vectors of a new word together with a LoRA (pivotal tuning): --train_embedding.
 
-The model is given text encoders with rows for the word, which `training/made_networks.py` makes learn. They
-are saved in the LoRA's file, as `networks/bundled_words.py` names them.
+The model gets text encoders with rows for the word; `training/word_rows.py` makes these rows and lets them
+learn. They are saved in the LoRA's file, as `networks/bundled_words.py` names them.
 """
 
 from pathlib import Path

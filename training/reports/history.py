@@ -205,7 +205,8 @@ class Story:
         """Return the saved file with the lowest validation loss among those that still exist."""
         candidates = []
         for name, step in self.saved.items():
-            validated = None if self.is_average(name) else self.nearest(step)
+            is_measured = not self.is_average(name) and not self.is_of_word(name)
+            validated = self.nearest(step) if is_measured else None
             if validated is not None and (folder / name).exists():
                 _, loss = validated
                 candidates.append((loss, -step, name))
@@ -225,7 +226,7 @@ class Story:
         candidates = [
             (-step, len(name), name)
             for name, step in self.saved.items()
-            if not self.is_average(name) and (folder / name).exists()
+            if not self.is_average(name) and not self.is_of_word(name) and (folder / name).exists()
         ]
         if not candidates:
             return None
@@ -237,6 +238,11 @@ class Story:
         # behind the mark may stand which transformer a file is for
         marks = re.finditer(re.escape(AVERAGE), name)
         return any(f"{name[: mark.start()]}{name[mark.end() :]}" in self.saved for mark in marks)
+
+    def is_of_word(self, name: str) -> bool:
+        """Return whether a file has a word alone, `x_mycat.safetensors`, and was saved next to its LoRA."""
+        stem, dot, ending = name.rpartition(".")
+        return any(f"{stem[: mark.start()]}{dot}{ending}" in self.saved for mark in re.finditer("_", stem))
 
 
 class History:

@@ -44,7 +44,7 @@ def _with_present_files(command: PageCommand, story: Story, folder: Path) -> Pag
 def _find_kin(name: str, story: Story, folder: Path) -> str | None:
     """Return the file to take for one that is gone: of the best step, else of the highest.
 
-    It is an average, or of one transformer alone, if the lost file was.
+    It is an average, of one transformer alone, or of a word, if the lost file was.
     """
     best = story.best_file(folder)
     best_step = None if best is None else story.saved[best]
@@ -52,6 +52,7 @@ def _find_kin(name: str, story: Story, folder: Path) -> str | None:
         (step != best_step, -step, len(candidate), candidate)
         for candidate, step in story.saved.items()
         if story.is_average(candidate) == story.is_average(name)
+        and story.is_of_word(candidate) == story.is_of_word(name)
         and _part_of(candidate) == _part_of(name)
         and (folder / candidate).is_file()
     ]

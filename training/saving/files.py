@@ -17,7 +17,7 @@ from modules.atomic_write import make_folder, recover_folder
 from modules.console import count_of
 from modules.errors import OutputError
 from modules.file_locks import only_one
-from modules.text_files import real_path
+from modules.text_files import read_safetensors_texts, real_path
 from training.reports.history import AVERAGE, history_path
 from training.reports.page import page_path
 from training.reports.sample_files import FOLDER as SAMPLES
@@ -29,6 +29,7 @@ WriteFile = Callable[[str, Path], None]  # what ends the file's name, see `Names
 
 
 SAFETENSORS = ".safetensors"
+MOST_OF_WORD = 2 << 20  # bytes of a file with the vectors of a word
 INDEX = "model_index.json"  # of a model that is saved as a folder in diffusers' layout
 
 
@@ -60,8 +61,9 @@ class Names:
     def stem_of(self, file: Path) -> str:
         """Return the part of the name that all files of a save share."""
         stem = self.whole_stem(file)
-        ends = (f"_{part}" for part in self.parts)
-        return stem.removesuffix(next(filter(stem.endswith, ends), ""))
+        stems = (stem.removesuffix(f"_{end}") for end in (*self.parts, *self.beside))
+        # the name of the run may itself end like that
+        return next((short for short in stems if short != stem and short.startswith(self.name)), stem)
 
     @property
     def pattern(self) -> str:
@@ -310,7 +312,10 @@ def set_aside(
 
 
 def find_results(names: Names) -> list[Path]:
-    """Return the files, states, samples and pages that a run has written under its name."""
+    """Return the files, states, samples and pages that a run has written under its name.
+
+    Words that were saved next to LoRAs are found even if `names` has others, or none.
+    """
     from training.reports.sections import is_section_file  # only before the first step
 
     start = re.escape(names.name)
@@ -318,6 +323,7 @@ def find_results(names: Names) -> list[Path]:
     number = r"(?:-\d{6,}|-step\d{8,})?"
     files = re.compile(start + number + replace(names, ending=SAFETENSORS).pattern)
     folders = re.compile(start + number + f"(?:{AVERAGE})?")  # models in diffusers' layout
+    words = re.compile(start + number + f"(?:{AVERAGE})?_(.+){re.escape(SAFETENSORS)}")
     samples = re.compile(start + r"_(e?\d{6,})_(sheet\.png|\d{2,9}_\d{14}[\w.-]*)")
     pages = {page_path(names.folder, names.name), history_path(names.folder, names.name)}
     results = []
@@ -328,10 +334,25 @@ def find_results(names: Names) -> list[Path]:
         else:
             is_result = files.fullmatch(entry.name) is not None or entry in pages
             is_result = is_result or is_section_file(entry.name, names.name)
+            word = words.fullmatch(entry.name)
+            is_result = is_result or (word is not None and _is_of_word(entry, names.name, word[1]))
         if is_result:
             results.append(entry)
     results += [entry for entry in _entries(names.folder / SAMPLES) if samples.fullmatch(entry.name)]
     return results
+
+
+def _is_of_word(file: Path, name: str, word: str) -> bool:
+    """Return whether a file has a word alone, by its metadata. name: of the run that saved it."""
+    try:
+        if file.stat().st_size > MOST_OF_WORD:  # a LoRA with this name
+            return False
+        metadata = read_safetensors_texts(file)
+    except (OSError, ValueError):
+        return False
+    is_network = "ss_network_module" in metadata
+    texts = metadata.get("ss_output_name"), metadata.get("ss_train_embedding")
+    return not is_network and texts == (name, word)
 
 
 def _is_state(entry: Path) -> bool:

@@ -262,7 +262,10 @@ def _find_saved(run: ScoredRun, step: int) -> str:
     names = [
         name
         for name, saved_step in run.story.saved.items()
-        if saved_step == step and not run.story.is_average(name) and (run.folder / name).exists()
+        if saved_step == step
+        and not run.story.is_average(name)
+        and not run.story.is_of_word(name)
+        and (run.folder / name).exists()
     ]
     return min(names, key=lambda name: (len(name), name), default="")
 

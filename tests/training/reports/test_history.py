@@ -198,14 +198,19 @@ def test_a_long_curve_is_joined_and_keeps_its_extremes() -> None:
         (("x-step00000004", "x-step00000008", "x"), {4: 0.1, 8: 0.2, 9: 0.3}, "x-step00000004"),
         (("x-step00000008",), {4: 0.1, 8: 0.2}, "x-step00000008"),
         ((), {}, None),
+        (("x-step00000004", "x_zorb"), {}, "x-step00000004"),
+        (("x_zorb", "x-ema_zorb"), {9: 0.1}, None),
     ],
-    ids=["the whole run", "the newest", "by step", "an epoch", "the best", "the best is gone", "none"],
+    ids=[
+        *("the whole run", "the newest", "by step", "an epoch", "the best", "the best is gone", "none"),
+        *("not the word next to a LoRA", "a word alone"),
+    ],
 )
 def test_the_file_to_use_is_one_that_exists(
     there: tuple[str, ...], validations: dict[int, float], expected: str | None, tmp_path: Path
 ) -> None:
     steps = {"x-step00000004": 4, "x-000001": 5, "x-step00000008": 8, "x-step00000008-ema": 8}
-    steps |= {"x-000003": 9, "x": 9}
+    steps |= {"x-000003": 9, "x": 9, "x_zorb": 9, "x-ema": 9, "x-ema_zorb": 9}
     rows = [{"step": step, "saved": f"{name}.safetensors"} for name, step in steps.items()]
     rows += [{"step": step, "validation": {LOSS: loss}} for step, loss in validations.items()]
     for name in there:

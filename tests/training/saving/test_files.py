@@ -7,13 +7,14 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 
 from modules.errors import OptionError, OutputError, UserError
 from tests.commands import ROOT
 from tests.training import toy
 from training.run import prepare_run
-from training.saving.files import MinuteClock, Names, Saver, hold_name, set_aside
+from training.saving.files import MinuteClock, Names, Saver, find_results, hold_name, set_aside
 from training.saving.states import find_latest, read_state
 
 
@@ -188,6 +189,41 @@ def results(folder: Path) -> set[str]:
 
 def asides(folder: Path) -> list[Path]:
     return sorted((folder / "output").glob("x.before-*"))
+
+
+def save_word(path: Path, name: str, word: str, **texts: str) -> None:
+    metadata = {"ss_output_name": name, "ss_train_embedding": word, **texts}
+    save_file({"emb_params": torch.zeros(1, 8)}, path, metadata)
+
+
+def test_words_next_to_loras_are_results_of_their_run(tmp_path: Path) -> None:
+    """A page that deletes a run does not know its words, nor does a run that learns another word."""
+    of_run = ["x_zorb.safetensors", "x-step00000005_zorb.safetensors", "x-ema_zorb.safetensors"]
+    for name in of_run:
+        save_word(tmp_path / name, "x", "zorb")
+    save_word(tmp_path / "x_blub.safetensors", "x_blub", "blub")
+    save_word(tmp_path / "x_lora.safetensors", "x", "zorb")
+    save_word(tmp_path / "x-000001_zorb.safetensors", "x", "zorb", ss_network_module="networks.lora")
+    (tmp_path / "x_half.safetensors").write_bytes(b"half")
+
+    found = find_results(Names(tmp_path, "x"))
+
+    assert sorted(path.name for path in found) == sorted(of_run)
+
+
+@pytest.mark.parametrize(
+    ("run", "file", "stem"),
+    [
+        ("x", "x-step00000005_zorb", "x-step00000005"),
+        ("x", "x-ema_zorb", "x-ema"),
+        ("x", "x", "x"),
+        ("x_zorb", "x_zorb", "x_zorb"),
+        ("x_zorb", "x_zorb_zorb", "x_zorb"),
+    ],
+)
+def test_a_word_has_the_stem_of_the_lora_next_to_it(run: str, file: str, stem: str, tmp_path: Path) -> None:
+    names = Names(tmp_path, run, beside=("zorb",))
+    assert names.stem_of(tmp_path / f"{file}.safetensors") == stem
 
 
 @pytest.mark.long
