@@ -51,7 +51,7 @@ ENDED = say("This link does not hold any more: ask for a new one.")
 MOST_SHOWN = (100, 30)  # columns and rows of the grid of samples
 # no script of a shared page loads its samples
 TAGS = {
-    ".mp4": Markup('<video src="{}" aria-label="{}" controls muted loop playsinline preload="metadata"></video>'),
+    ".mp4": Markup('<video src="{}" aria-label="{}" controls muted loop playsinline></video>'),
     ".wav": Markup('<audio src="{}" aria-label="{}" controls preload="none"></audio>'),
     ".png": Markup('<img src="{}" alt="{}" loading="lazy">'),
 }
@@ -142,9 +142,7 @@ def make_shared_standing(now: LiveStanding) -> Standing:
     These are the reason of an error, and all values of options but numbers and switches.
     """
     start = now.shown.start
-    shown = replace(
-        start, changed=_select_numbers(start.changed), unchanged=_select_numbers(start.unchanged)
-    )
+    shown = replace(start, changed=_select_numbers(start.changed), unchanged=_select_numbers(start.unchanged))
     return replace(now.shown, start=shown, text=name_state(now.state))
 
 

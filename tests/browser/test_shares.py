@@ -78,7 +78,7 @@ def test_a_page_that_is_shared_names_no_folder_no_file_and_no_other_run(tmp_path
         for shown in ("--learning_rate", "0.5 True", "--seed", '<img src="./sample/x_1.png"'):
             assert shown in text, shown
         assert '<video src="./sample/x_2.mp4" aria-label="as in cat.png, step 4"' in text
-        for hidden in ("anna", "wedding", "prompts.txt", "other_run", "plan.toml", "resume", "secret", "disk"):
+        for hidden in ("anna", "wedding", "prompts", "other_run", "plan.toml", "resume", "secret", "disk"):
             assert hidden not in text, hidden
         address = f"{COMPARED_FOLDER}/{compared.name}"
         assert served.ask(served.of("x", address), **COOKIE).status == 200
