@@ -103,6 +103,9 @@ class RunLoras:
             return "", []
         if source is None:
             return "", []
+        others = _find_other_networks(source)
+        if others is None:
+            return source.family, []
         rows = [
             LoraRow(
                 path=str(file.paths[0]),
@@ -117,7 +120,7 @@ class RunLoras:
                 twins=[str(file.paths[0].with_name(name)) for name in file.twins],
             )
             for file in source.files
-            if all(map(self.runs.is_inside, file.paths))
+            if file.name not in others and all(map(self.runs.is_inside, file.paths))
         ]
         return source.family, rows[::-1]
 
@@ -165,6 +168,19 @@ class RunLoras:
         """Return a run that generates; None if there is none of this id. Raises OSError."""
         run = self.runs.find(run_id)
         return None if run is None else compare.read_source(self.runs, run)
+
+
+def _find_other_networks(source: ComparableRun) -> set[str] | None:
+    """Return the names of a run's files that its command takes as something else than a LoRA.
+
+    None if all files are: the run has trained a control network, an embedding or a whole model.
+    """
+    loras: set[str] = set()
+    others: set[str] = set()
+    for option, words in source.options.items():
+        names = loras if option.startswith(compare.LORA) else others
+        names.update(name for word in words if (name := Path(word).name) in source.story.saved)
+    return None if others and not loras else others
 
 
 def _complete_path(recipe: ModelRecipe, path: str) -> str:

@@ -10,13 +10,14 @@ from starlette.routing import Route
 from browser.command_lines import format_command
 from browser.draft_changes import folder_routes
 from browser.folder_tools import FolderTool
-from browser.mask_review import find_masks_folder
+from browser.mask_review import find_masks_folder, find_named_masks
 from browser.model_files import TaskFiles, find_task
 from browser.offered_folders import find_open_folder, list_media_folders_of
 from browser.responses import answer_template, answer_unknown
 from browser.site import Site
 from browser.tool_form import CHOICE, NUMBER, SWITCH, ToolField, ToolForm, give_value
 from data_tools.masks.options import BACKGROUND_FILE, FACE_FILE, FOLDER_NAME, MODEL_FOLDER, MaskOptions
+from data_tools.masks.places import mask_line
 from downloads.catalogue import model_sets
 from modules.errors import OptionError, UserError
 from modules.pages.language import say
@@ -114,10 +115,10 @@ class MaskMakingPages:
 
         outer: a described folder that it is of, or the folder itself.
         """
-        if find_masks_folder(self.site.runs, folder) is not None:
+        if find_named_masks(self.site.runs, folder) is not None:
             return ""
-        base = outer if folder.is_relative_to(outer) else folder
-        return f'mask_directory = "{(folder / FOLDER_NAME).relative_to(base).as_posix()}"'
+        masks = find_masks_folder(self.site.runs, folder) or folder / FOLDER_NAME
+        return mask_line(masks.relative_to(outer if folder.is_relative_to(outer) else folder))
 
     def find_model(self, finder: str) -> TaskFiles | None:
         """Return the network of the catalogue that a finder needs, and what of it is on disk."""

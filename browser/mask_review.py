@@ -89,7 +89,8 @@ class MaskReview:
     def is_open(self, place: MaskPlace) -> bool:
         """Return whether a medium, its mask and what is kept of it are below the roots, behind links too."""
         paths = [place.medium, *place.masks]
-        paths += [path for path in (place.folder, place.before) if os.path.lexists(path)]
+        kept = place.before.parent
+        paths += [path for path in (place.folder, kept, place.before) if os.path.lexists(path)]
         for mask in place.masks:
             if mask.is_dir():
                 paths += [mask / entry.name for entry in os.scandir(mask) if entry.is_symlink()]
@@ -267,8 +268,19 @@ def read_drawn(png: bytes, size: tuple[int, int]) -> NDArray[np.uint8]:
 def find_masks_folder(runs: Runs, folder: Path) -> Path | None:
     """Return where the masks of a folder lie; None: in its folder `masks`.
 
-    That is the mask_directory of a table for the folder in its dataset.toml, or in that of the folder above;
-    or the folder itself, if masks lie next to the pictures.
+    That is where its dataset says, or the folder itself if masks lie next to the pictures.
+    """
+    named = find_named_masks(runs, folder)
+    if named is not None:
+        return named
+    has_masks_beside = any(label_of(Path(name).stem) == MASK_LABEL for name in os.listdir(folder))
+    return folder if has_masks_beside else None
+
+
+def find_named_masks(runs: Runs, folder: Path) -> Path | None:
+    """Return the mask_directory of a table for a folder; None if there is none.
+
+    The table is in the folder's dataset.toml, or in that of the folder above.
     """
     for config in (folder / DATASET_FILE, folder.parent / DATASET_FILE):
         for table in read_tables(config) if runs.is_inside(config) else ():
@@ -279,8 +291,7 @@ def find_masks_folder(runs: Runs, folder: Path) -> Path | None:
             masks = table.get("mask_directory")
             if is_of_folder and isinstance(masks, str) and runs.is_below(config.parent / masks):
                 return real_path(config.parent / masks)
-    has_masks_beside = any(label_of(Path(name).stem) == MASK_LABEL for name in os.listdir(folder))
-    return folder if has_masks_beside else None
+    return None
 
 
 def _as_json(place: MaskPlace, state: str, fault: str) -> dict[str, Any]:

@@ -10,10 +10,12 @@ import secrets
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -27,15 +29,17 @@ from browser.responses import (
     answer_page,
     answer_text,
 )
-from browser.run_views import HERE, POLICY, LiveStanding, drop_private, find_run_file, linked_clip
+from browser.run_views import COMPARED, HERE, POLICY, LiveStanding, drop_private, find_run_file
 from browser.runs import RUNNING, RunSummary
 from browser.site import Site
+from browser.state_names import name_state
 from modules.errors import UserError
 from modules.pages.language import say
-from modules.pages.page import FILE_POLICY, render_page
+from modules.pages.page import FILE_POLICY, link, mark_folders, render_page
 from modules.user_files import read_user_file, write_user_file
 from training.features.composing import parts_of_page
-from training.reports.page import TEMPLATE, page_values
+from training.reports.page import TEMPLATE, Standing, page_values
+from training.reports.sample_files import FOLDER as SAMPLES
 
 ADDRESS = "/shared/"  # of everything that needs no token
 FILE = "page_shares.json"  # of the user
@@ -45,6 +49,12 @@ MOST_SHARES = 200
 RELOAD_SECONDS = "60"  # after which a browser shows a running training anew
 ENDED = say("This link does not hold any more: ask for a new one.")
 MOST_SHOWN = (100, 30)  # columns and rows of the grid of samples
+# no script of a shared page loads its samples
+TAGS = {
+    ".mp4": Markup('<video src="{}" aria-label="{}" controls muted loop playsinline></video>'),
+    ".wav": Markup('<audio src="{}" aria-label="{}" controls preload="none"></audio>'),
+    ".png": Markup('<img src="{}" alt="{}" loading="lazy">'),
+}
 # the page's own script, and samples of this server
 SHARED_POLICY = FILE_POLICY.replace("-src data:", "-src 'self' data:") + "; frame-ancestors 'none'"
 
@@ -115,9 +125,38 @@ def _is_same(word: str, typed: str) -> bool:
 def read_days(form: Form) -> int:
     """Return the days that a link holds. Raises UserError if the field has no such number."""
     text = "".join(form.get("days", ())).strip()
-    if not (text.isascii() and text.isdecimal() and 1 <= int(text[:9]) <= MOST_DAYS):
+    if not (text.isascii() and text.isdecimal() and len(text) < 9 and 1 <= int(text) <= MOST_DAYS):
         raise UserError(say("A link holds 1 to %(most)s days", most=MOST_DAYS))
     return int(text)
+
+
+def shared_clip(name: str, prompt: str, step: int, is_newest: bool) -> Markup:
+    """Return the HTML of a sample, which the browser loads by its link."""
+    label = mark_folders(say("%(prompt)s, step %(step)s", prompt=prompt, step=step))
+    return TAGS.get(Path(name).suffix, TAGS[".png"]).format(link(SAMPLES, name), label)
+
+
+def make_shared_standing(now: LiveStanding) -> Standing:
+    """Return the standing of a run without texts that may name a folder, a file or another run.
+
+    These are the reason of an error, and all values of options but numbers and switches.
+    """
+    start = now.shown.start
+    shown = replace(start, changed=_select_numbers(start.changed), unchanged=_select_numbers(start.unchanged))
+    return replace(now.shown, start=shown, text=name_state(now.state))
+
+
+def _select_numbers(options: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Return the options whose values are numbers or switches."""
+    return [(name, text) for name, text in options if all(map(_is_number, text.split()))]
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return word in ("True", "False")
+    return True
 
 
 class SharePages:
@@ -141,10 +180,15 @@ class SharePages:
                 return answer_text(ENDED, 401)
             story = self.site.runs.open(run).story
         now = LiveStanding.of(run, story)
-        values: dict[str, Any] = page_values(
-            run.history.parent, story, now.shown, load=linked_clip, most=MOST_SHOWN, parts=parts_of_page()
+        values: dict[str, Any] = page_values(  # without its name: no training pictures are shown
+            run.history.parent,
+            story,
+            make_shared_standing(now),
+            load=shared_clip,
+            most=MOST_SHOWN,
+            parts=parts_of_page(),
         )
-        values["commands"] = ()
+        values |= {"commands": (), "makes_samples": True}
         text = drop_private(render_page(TEMPLATE, run.name, values, SHARED_POLICY))
         headers = {"content-security-policy": SHARED_POLICY, "x-robots-tag": "noindex"}
         if now.state == RUNNING:
@@ -156,7 +200,9 @@ class SharePages:
             run = self.find(request)
             if run is None:
                 return answer_text(ENDED, 401)
-            path = find_run_file(self.site.runs, run, request.path_params["name"])
+            name = request.path_params["name"]
+            # a comparison may show another run's file
+            path = None if COMPARED.fullmatch(name) else find_run_file(self.site.runs, run, name)
         return answer_not_found() if path is None else answer_file(path)
 
     # ---- for the user

@@ -19,7 +19,7 @@ from starlette.responses import Response
 from browser.folders import read_media_folder
 from browser.names import short_digest
 from browser.responses import answer_json
-from browser.uploads import MOST_DIGITS, FileUploads, remove_empty
+from browser.uploads import MOST_DIGITS, FileUploads, check_file_name, remove_empty
 from modules.atomic_write import atomic_files
 from modules.errors import OptionError, UserError
 from modules.pages.language import say
@@ -102,7 +102,9 @@ class PieceUploads:
             size=_read_number(request, "size"),
             changed=query.get("changed", "")[:MOST_DIGITS],
         )
-        self.uploads.check_room(arriving.folder, arriving.name, arriving.size)
+        check_file_name(arriving.name)
+        arrived = arriving.count_bytes()
+        self.uploads.check_room(arriving.folder, arriving.name, arriving.size, arrived)
         return arriving
 
     @contextlib.contextmanager
@@ -124,11 +126,12 @@ class PieceUploads:
         A body that breaks off leaves what has arrived of it.
         """
         arriving.folder.mkdir(parents=True, exist_ok=True)
-        with arriving.part.open("ab", buffering=0) as file:
+        with arriving.part.open("ab") as file:
             with contextlib.suppress(ClientDisconnect):
                 async for chunk in request.stream():
                     room = arriving.size - file.tell()
                     await run_in_threadpool(file.write, chunk[:room])
+                    await run_in_threadpool(file.flush)
             return file.tell()
 
     def finish(self, arriving: Arriving) -> None:
@@ -152,6 +155,6 @@ def _read_number(request: Request, name: str) -> int:
 
 def _remove_old(folder: Path) -> None:
     """Remove what was begun more than a day ago."""
-    for path in folder.glob(f".*{SUFFIX}"):
-        if path.lstat().st_mtime < time.time() - OLD_SECONDS:
+    for path in folder.glob(f".*.{'[0-9a-f]' * 16}{SUFFIX}"):  # as `Arriving.part` names them
+        if path.is_file() and path.lstat().st_mtime < time.time() - OLD_SECONDS:
             path.unlink(missing_ok=True)

@@ -213,8 +213,11 @@ class FileUploads:
             )
         return path
 
-    def check_room(self, folder: Path, name: str, size: int) -> None:
-        """Raise UserError if a file of this name and size is not taken. size: in bytes."""
+    def check_room(self, folder: Path, name: str, size: int, arrived: int = 0) -> None:
+        """Raise UserError if a file of this name and size is not taken.
+
+        size: in bytes. arrived: how many of them are in the folder already.
+        """
         check_file_name(name)
         find_kind(name)
         if fold_name(name) == CHECK_PAGE:
@@ -238,7 +241,7 @@ class FileUploads:
                     files=f"{limits.files:,}",
                 )
             )
-        if size_bytes + size > limits.folder_bytes:
+        if size_bytes + size - arrived > limits.folder_bytes:
             raise OptionError(
                 say(
                     "%(folder)s would have more than %(folder_bytes)s GiB",
@@ -248,7 +251,7 @@ class FileUploads:
             )
         with explain_errors(folder / name):
             free = free_bytes(folder)
-        if free < size + limits.spare_bytes:
+        if free < size - arrived + limits.spare_bytes:
             raise OutputError(
                 say(
                     "%(name)s: the disk of %(folder)s has %(free)s free, the file takes %(size)s and "
@@ -256,7 +259,7 @@ class FileUploads:
                     name=name,
                     folder=folder,
                     free=as_size(free),
-                    size=as_size(size),
+                    size=as_size(size - arrived),
                     spare_bytes=as_size(limits.spare_bytes),
                 )
             )

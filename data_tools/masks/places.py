@@ -9,12 +9,13 @@ it, from where the last change of each mask can be undone. Imports no torch.
 
 import contextlib
 import itertools
+import json
 import os
 import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Literal
 
 import cv2
@@ -147,9 +148,9 @@ def _list_places(media: Sequence[tuple[Path, Kind]], folder: Path) -> list[MaskP
     ]
 
 
-def mask_line(folder: Path) -> str:
+def mask_line(folder: PurePath) -> str:
     """Return the line of a dataset's file that makes it read a folder of masks."""
-    return f'mask_directory = "{folder.as_posix()}"'
+    return f"mask_directory = {json.dumps(folder.as_posix(), ensure_ascii=False)}"  # as TOML quotes too
 
 
 # --- reading and writing

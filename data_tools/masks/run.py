@@ -101,9 +101,8 @@ def make_masks(options: MaskOptions) -> None:
             f"{count_of(len(outcome.written), 'mask')}, {len(places) - len(plan.jobs)} left as they were",
         ),
         ("by", way),
-        *[("in dataset.toml", mask_line(masks)) for masks in used],
     ]
-    show_box("Masks", rows)
+    show_box("Masks", rows, [("In dataset.toml", mask_line(masks)) for masks in used])
     if outcome.failures:
         raise failure_error(outcome.failures, count_of(len(plan.jobs), "file"))
 
@@ -192,7 +191,7 @@ def _describe_finder(finder: FinderOptions, kind: str) -> str:
     if finder.faces is not None:
         return f"faces by {real_path(finder.faces).name}, score {finder.least_score:g}"
     if finder.colour is not None:
-        return f"colour {finder.colour}, distance {finder.colour_distance:g}"
+        return f"colour {finder.colour.removeprefix('#').lower()}, distance {finder.colour_distance:g}"
     score = f", score {finder.least_score:g}" if kind == "sam3" else ""
     return f"{' | '.join(finder.prompts)} by {real_path(finder.model).name}{score}"
 

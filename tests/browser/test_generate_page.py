@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 
 from browser.dropped_settings import read_dropped_settings
 from browser.jobs import WAITING, JobQueue
+from browser.lora_rows import RunLoras
 from browser.render_queue import ENDED_MEANWHILE
 from browser.render_worker import RenderWorker
 from browser.runs import FINISHED, RUNNING, STOPPED, Runs
@@ -210,6 +211,34 @@ def test_a_last_file_and_its_step_file_are_one_row(served: Served, root: Path) -
         assert page.get_by_label("use x-step4.safetensors").is_checked()
         assert "step 4 · loss 0.3" in page.locator(".loras li").first.inner_text()
         assert f"--lora_weight {root}/out/x-step4.safetensors" in page.locator("#command").text_content()
+
+
+@pytest.mark.parametrize(
+    ("options", "offered"),
+    [
+        ("", {"x-step4.safetensors", "x-step2.safetensors", "x.safetensors"}),
+        ("--lllite_weights out/x-step4.safetensors", set()),  # of a control network
+        ("--dit=out/x.safetensors", set()),  # of a whole model
+        (
+            "--lora_weight out/x-step4.safetensors --words out/x-step2.safetensors",
+            {"x-step4.safetensors", "x.safetensors"},
+        ),
+    ],
+)
+def test_only_files_that_a_run_takes_as_loras_are_offered(
+    options: str, offered: set[str], tmp_path: Path
+) -> None:
+    write_generating(tmp_path / "out")
+    command = f"python wan_generate_video.py {options} --prompt 'a square'"
+    history = History(history_path(tmp_path / "out", "x"), 1, 6)
+    history.add(6, commands=[["Generate with it", command, command, ""]])
+    history.flush()
+    loras = RunLoras(Runs((tmp_path,)))
+
+    ((run, _),) = loras.refresh()
+
+    assert loras.find_run_family(run.id) == "wan"
+    assert loras.find_run_files(run.id) == offered
 
 
 def test_loras_of_other_models_stand_behind_a_word_with_the_reason(root: Path) -> None:

@@ -278,6 +278,19 @@ def test_what_leads_outside_is_neither_shown_nor_changed(folder: Path, tmp_path:
     assert {path: path.read_bytes() for path in outside.rglob("*.png")} == before
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+def test_no_mask_is_kept_behind_a_link_that_leads_outside(folder: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (folder / "masks" / ".before").symlink_to(outside)
+    with serve_runs(folder.parent) as served:
+        shown = item(served)
+        assert "leads outside" in shown["fault"]
+        assert press(served, "remove", shown).status == 404
+        assert draw(served, shown, WHITE).status == 404
+    assert list(outside.iterdir()) == []
+
+
 def test_a_clip_shows_its_first_middle_and_last_frame(folder: Path, served: Served) -> None:
     frames = [np.full((HEIGHT, WIDTH, 3), 20 * number, np.uint8) for number in range(10)]
     write_video(folder / "0.mp4", iter(frames), fps=8)
@@ -459,3 +472,10 @@ def test_a_described_folder_offers_the_folders_of_its_dataset(folder: Path, serv
     assert [text.count(f'<option value="{outer / "two"}" selected') for text in (form, chosen)] == [0, 1]
     assert "Choose one of its folders" in page
     assert "mask_directory = &#34;two/masks&#34;" in chosen
+
+    save_mask(outer / "two" / "a-masklabel.png")
+    line = "mask_directory = &#34;two&#34;"
+    assert line in served.ask(f"/new/masks?{urlencode({'folder': outer / 'two', 'outer': outer})}").text
+    tables[1] += 'mask_directory = "two"\n'
+    (outer / "dataset.toml").write_text("".join(tables), encoding="utf-8")
+    assert line not in served.ask(f"/new/masks?{urlencode({'folder': outer / 'two', 'outer': outer})}").text

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from browser import shares
+from browser.run_views import COMPARED_FOLDER
 from browser.shares import DAY, Shares
 from tests.browser.serving import PNG, Served, serve_runs, write_run
 from tests.browser.test_safe_clicks import list_addresses
+from training.reports.history import History, history_path
 
 TOKEN = "a-secret-word-of-letters"
 COOKIE = {"Cookie": f"reelsmith={TOKEN}"}
@@ -50,6 +52,37 @@ def test_a_friend_sees_the_page_the_samples_and_the_files_of_one_run(tmp_path: P
         policy = running.headers["content-security-policy"]
         assert "img-src 'self' data:" in policy
         assert "connect-src" not in policy
+
+
+def test_a_page_that_is_shared_names_no_folder_no_file_and_no_other_run(tmp_path: Path) -> None:
+    folder = tmp_path / "runs"
+    typed = {
+        "learning_rate": "0.0001",
+        "network_args": "0.5 True",
+        "output_dir": "/home/anna/wedding",
+        "sample_prompts": "private/prompts.txt",
+        "network_weights": "other_run.safetensors",
+        "config_file": "plan.toml",
+    }
+    write_run(folder, "x", 10, None, changed=[*typed.items()], unchanged=[["seed", "7"], ["resume", "state"]])
+    history = History(history_path(folder, "x"), 1, 10)
+    history.add(4, samples="000004", files={"1": "x_2.mp4"}, prompts={"1": "as in /home/anna/cat.png"})
+    history.add(10, ended="ended by an error after step 10: no secret/data.toml", kind="bad")
+    history.flush()
+    compared = folder / COMPARED_FOLDER / "000_7_other-run.png"
+    compared.parent.mkdir()
+    compared.write_bytes(PNG)
+    with serve_runs(folder, token=TOKEN) as served:
+        link = make_link(served)
+        text = served.ask(link).text
+        for shown in ("--learning_rate", "0.5 True", "--seed", '<img src="./sample/x_1.png"'):
+            assert shown in text, shown
+        assert '<video src="./sample/x_2.mp4" aria-label="as in cat.png, step 4"' in text
+        for hidden in ("anna", "wedding", "prompts", "other_run", "plan.toml", "resume", "secret", "disk"):
+            assert hidden not in text, hidden
+        address = f"{COMPARED_FOLDER}/{compared.name}"
+        assert served.ask(served.of("x", address), **COOKIE).status == 200
+        assert served.ask(f"{link}{address}").status == 404
 
 
 def test_a_link_opens_nothing_else(tmp_path: Path) -> None:
@@ -98,7 +131,7 @@ def test_links_end_and_are_taken_back(tmp_path: Path, monkeypatch: pytest.Monkey
         assert served.ask(other).status == 200
 
 
-@pytest.mark.parametrize("days", ["0", "366", "-1", "x", "", "9" * 400])
+@pytest.mark.parametrize("days", ["0", "366", "-1", "x", "", "9" * 400, "0000000013999"])
 def test_days_that_no_link_has_are_refused(days: str, tmp_path: Path) -> None:
     write_run(tmp_path, "x", 10)
     with serve_runs(tmp_path, token=TOKEN) as served:

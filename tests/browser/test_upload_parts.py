@@ -11,9 +11,12 @@ from typing import Any
 from urllib.parse import urlencode
 
 import pytest
+from starlette.requests import Request
 
-from browser.upload_parts import ADDRESS, OLD_SECONDS
-from browser.uploads import name_upload_folder
+from browser.runs import Runs
+from browser.upload_parts import ADDRESS, OLD_SECONDS, PieceUploads
+from browser.uploads import FileUploads, UploadLimits, name_upload_folder
+from modules.errors import OptionError
 from tests.browser.serving import Served, serve_runs
 from tests.browser.test_uploads import everything, picture
 from tests.chromium import open_page
@@ -149,6 +152,31 @@ def test_what_was_begun_goes_after_a_day_and_its_folder_is_offered_again(
     send(served, content, 0, len(content), name="b.png", into="2026-11-28")
     assert everything(tmp_path / "roots") == ["2026-11-28", "2026-11-28/b.png"]
     assert name_upload_folder(tmp_path / "roots", day) == "2026-11-28-2"
+
+
+def test_what_has_arrived_takes_no_further_room(tmp_path: Path) -> None:
+    content = picture(tmp_path)
+    (tmp_path / "set").mkdir()
+    uploads = FileUploads(Runs((tmp_path,)), UploadLimits(folder_bytes=len(content)))
+    query = address(content, 0).partition("?")[2].encode()
+    request = Request({"type": "http", "query_string": query})
+    arriving = PieceUploads(uploads).find(request)
+
+    arriving.part.write_bytes(content[:10])
+    assert PieceUploads(uploads).find(request) == arriving
+    (tmp_path / "set" / "b.txt").write_bytes(b"1")
+    with pytest.raises(OptionError, match="would have more than"):
+        PieceUploads(uploads).find(request)
+
+
+def test_old_files_of_other_programs_stay(served: Served, tmp_path: Path) -> None:
+    content = picture(tmp_path)
+    send(served, content, 0, 10)
+    other = tmp_path / "roots/set/.film.mp4.part"
+    other.write_bytes(b"1")
+    os.utime(other, (0, 0))
+    send(served, content, 0, 10, name="b.png")
+    assert other.exists()
 
 
 def test_two_pages_do_not_write_one_file_at_a_time(served: Served, tmp_path: Path) -> None:

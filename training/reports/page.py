@@ -86,14 +86,14 @@ def page_values(
 ) -> dict[str, Any]:
     """Return the values of the template. folder: --output_dir. load: gives the clips, if the story has
     samples. most: the largest number of columns and rows in the grid of samples. parts: of features. name:
-    --output_name, whose files next to the history are shown too.
+    --output_name, whose files next to the history are shown too; "": they are not.
     """
     from downloads.catalogue import model_title  # only for pages
     from training.reports.item_losses import make_section as make_items
     from training.reports.scores import make_section as make_scores
 
     best = story.best_file(folder)
-    sections = [make(folder, name, story) for make in (make_scores, make_items)]
+    sections = [make(folder, name, story) for make in (make_scores, make_items)] if name else []
     grid = None
     if load:
         from training.reports.sample_files import make_grid  # only with samples

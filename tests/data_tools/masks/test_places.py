@@ -1,6 +1,7 @@
 """Which mask belongs to which picture or clip, and what a person does with one of them."""
 
-from pathlib import Path
+import tomllib
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from data_tools.masks.places import (
     find_mask_places,
     invert_mask,
     is_reviewed,
+    mask_line,
     read_frame,
     read_frames,
     remove_mask,
@@ -151,6 +153,11 @@ def test_masks_that_teach_nothing_or_fit_nothing_are_refused(folder: Path) -> No
     assert moving.listed_anew().mask is None
     with pytest.raises(DatasetError, match="cannot be listed"):
         find_mask_places(folder / "nothing")
+
+
+def test_the_line_of_a_dataset_file_quotes_any_folder() -> None:
+    folder = PurePosixPath('/a "b" ü/masks')
+    assert tomllib.loads(mask_line(folder)) == {"mask_directory": str(folder)}
 
 
 def test_places_load_no_torch() -> None:

@@ -56,7 +56,7 @@ def test_masks_are_those_that_the_dataset_reads(pictures: Path) -> None:
     np.testing.assert_array_equal(read(masks / "dog.png"), grown(3))
     said = " ".join((done.stdout + done.stderr).split())
     line = f'mask_directory = "{masks.as_posix()}"'
-    assert line in said
+    assert f"\n  {line}\n" in done.stdout + done.stderr  # never wrapped
     assert "Nothing is found in 1 file (without a mask a file is learned whole): plain.png" in said
 
     config = pictures.parent / "dataset.toml"
@@ -181,6 +181,8 @@ def test_what_a_person_did_is_kept_unless_masks_are_to_be_replaced(
     remove_mask(gone)
     caplog.clear()
 
+    make(pictures, "--colour", "#FA1414", "--expand_pixels", 1)  # the same colour
+    assert "made with other options" not in caplog.text
     make(pictures, *COLOUR, "--expand_pixels", 2)
     assert "1 mask kept, made with other options. --overwrite makes them again: dog.webp" in caplog.text
     assert "1 mask kept, drawn or accepted by a person. --mode replace replaces them: cat.png" in caplog.text
