@@ -262,7 +262,8 @@ def find_problems(choice: describing.Choice, dataset: str, remarks: list[str]) -
                 check_pairs(config, choice.kind.title, remarks.append)
             except DatasetError as error:
                 problems.append(Fault("tables cannot be used", str(error)))
-    return list_faults(problems, LISTED)
+    written = str(choice.options.folder / WRITTEN[0])
+    return [line.replace(str(copy), written) for line in list_faults(problems, LISTED)]
 
 
 def _describe_next(choice: describing.Choice, has_problems: bool) -> str:

@@ -9,7 +9,7 @@ from downloads.catalogue import ModelSet
 from project.kinds.contract import RunKind
 from project.kinds.control_networks import CONTROL_NET, LLLITE
 from project.kinds.embedding import EMBEDDING
-from project.kinds.whole_model import WHOLE as WHOLE  # callers find all kinds here
+from project.kinds.whole_model import WHOLE
 from project.options import find_models
 
 

@@ -1,4 +1,4 @@
-"""What a kind of run is: a LoRA, or what `new --train` names in its place. Standard library only."""
+"""What a kind of run is: a LoRA, or what `new --train` names in its place. Imports no torch."""
 
 import shlex
 from collections.abc import Callable, Mapping

@@ -157,6 +157,7 @@ def test_faults_of_pairs_come_before_the_command_that_trains(tmp_path: Path) -> 
     write_pairs(folder)
     (folder / "conditioning" / "p1.jpg").rename(folder / "conditioning" / "q.jpg")
     said = describe(folder, "sd xl")
+    assert f"control media of {folder / 'dataset.toml'}, [[datasets]] 1" in said
     assert "p1" in said
     assert "First correct what is listed above. Then" in said
     (folder / "p1.jpg").unlink()
