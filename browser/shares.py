@@ -20,6 +20,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from browser.new_form import parse_whole
 from browser.responses import (
     Form,
     answer_file,
@@ -124,10 +125,10 @@ def _is_same(word: str, typed: str) -> bool:
 
 def read_days(form: Form) -> int:
     """Return the days that a link holds. Raises UserError if the field has no such number."""
-    text = "".join(form.get("days", ())).strip()
-    if not (text.isascii() and text.isdecimal() and len(text) < 9 and 1 <= int(text) <= MOST_DAYS):
+    days = parse_whole("".join(form.get("days", ())).strip(), MOST_DAYS)
+    if days is None:
         raise UserError(say("A link holds 1 to %(most)s days", most=MOST_DAYS))
-    return int(text)
+    return days
 
 
 def shared_clip(name: str, prompt: str, step: int, is_newest: bool) -> Markup:

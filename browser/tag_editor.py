@@ -1,5 +1,6 @@
 """Count the tags in the captions of a folder; rename or remove one in all of them, and undo that."""
 
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -71,6 +72,7 @@ class TagEditor:
     runs: Runs
     captions: Captions = field(default_factory=Captions)
     _changes: dict[Path, list[TagChange]] = field(default_factory=dict)  # by the folder
+    _lock: threading.Lock = field(default_factory=threading.Lock)  # two pages may undo at once
 
     def count(self, folder: Path) -> "Counter[str]":
         """Return in how many captions each tag is. Raises OSError if the folder cannot be read."""
@@ -136,17 +138,18 @@ class TagEditor:
 
         A caption that has changed since stays. Raises OptionError without a change, OutputError, OSError.
         """
-        changes = self._changes.get(folder)
-        if not changes:
-            raise OptionError(say("There is nothing to undo."))
-        change = changes[-1]
-        num_kept = 0
-        for path, mark in change.marks:
-            try:
-                self.captions.undo(path, mark)
-            except (CaptionConflictError, LookupError):
-                num_kept += 1
-        changes.pop()
+        with self._lock:
+            changes = self._changes.get(folder)
+            if not changes:
+                raise OptionError(say("There is nothing to undo."))
+            change = changes[-1]
+            num_kept = 0
+            for path, mark in change.marks:
+                try:
+                    self.captions.undo(path, mark)
+                except (CaptionConflictError, LookupError):
+                    num_kept += 1
+            changes.remove(change)
         num_undone = len(change.marks) - num_kept
         about = counted(num_undone, "%(n)s caption is as it was.", "%(n)s captions are as they were.")
         return join(" ", [about, *_list_left(0, num_kept)])

@@ -58,7 +58,8 @@ class ToolForm:
             if not text or text == self.usual(field):
                 continue
             if field.kind == NUMBER:
-                _check_number(field, text, facts_of(self.record)[field.name])
+                is_whole = isinstance(find_default(self.record, field.name), int)
+                _check_number(field, text, facts_of(self.record)[field.name], is_whole)
             if field.choices is not None and text not in field.choices:
                 raise OptionError(
                     say(
@@ -92,20 +93,24 @@ def give_value(option: str, text: str) -> list[str]:
     return [f"--{option}={text}"] if text.startswith("-") else [f"--{option}", text]
 
 
-def _check_number(field: ToolField, text: str, facts: Mapping[str, Any]) -> None:
+def _check_number(field: ToolField, text: str, facts: Mapping[str, Any], is_whole: bool) -> None:
+    """Raise OptionError if a text is no number, or not one that an option with these facts takes."""
     least = facts.get("least", facts.get("above", -math.inf))
     most = facts.get("most", facts.get("below", math.inf))
     try:
-        is_right = least <= float(text) <= most
+        is_right = least <= (int(text) if is_whole else float(text)) <= most
     except ValueError:
         is_right = False
-    if not is_right:
+    if is_right:
+        return
+    values = {
+        "label": field.label,
+        "text": shorten(text, 40),
+        "least": f"{least:g}",
+        "most": f"{most:g}",
+    }
+    if is_whole:
         raise OptionError(
-            say(
-                "%(label)s %(text)s: give a number from %(least)s to %(most)s.",
-                label=field.label,
-                text=shorten(text, 40),
-                least=f"{least:g}",
-                most=f"{most:g}",
-            )
+            say("%(label)s %(text)s: give a whole number from %(least)s to %(most)s.", **values)
         )
+    raise OptionError(say("%(label)s %(text)s: give a number from %(least)s to %(most)s.", **values))

@@ -30,6 +30,10 @@ SUFFIX = ".part"
 OLD_SECONDS = 60 * 60 * 24
 
 
+class FileBusyError(OptionError):
+    """A request adds to the file already: another page's, or one whose connection broke a moment ago."""
+
+
 @dataclass(frozen=True)
 class Arriving:
     """A file of which a piece arrives. size: of the whole file, in bytes."""
@@ -79,6 +83,8 @@ class PieceUploads:
                 if there < arriving.size:
                     return answer_json({"at": there, "folder": str(arriving.folder)})
                 await run_in_threadpool(self.finish, arriving)
+        except FileBusyError as error:
+            return answer_json({"error": str(error)}, 503)  # pages ask again
         except (UserError, OSError) as error:
             return answer_json({"error": str(error)}, 422)
         media_folder = await run_in_threadpool(read_media_folder, arriving.folder)
@@ -109,10 +115,10 @@ class PieceUploads:
 
     @contextlib.contextmanager
     def claim(self, path: Path) -> Iterator[None]:
-        """Keep a file for one request. Raises OptionError if another one adds to it."""
+        """Keep a file for one request. Raises FileBusyError if another one adds to it."""
         with self._lock:
             if path in self._busy:
-                raise OptionError(say("%(name)s arrives from another page too", name=path.name))
+                raise FileBusyError(say("%(name)s arrives from another page too", name=path.name))
             self._busy.add(path)
         try:
             yield
