@@ -110,9 +110,14 @@ def control_in(cond: Conditions, device: torch.device, dtype: torch.dtype) -> tu
     """Return the control pictures among conditions, B 3 H W in 0..1 or None, and their strength."""
     if CONTROL_PIXELS not in cond:
         return None, 0.0
-    strength: Any = cond.get(CONTROL_STRENGTH)
     pixels = send_tensor(cond, CONTROL_PIXELS, device)
-    return (pixels.float() / 255).to(dtype), 1.0 if strength is None else float(strength[0])
+    return (pixels.float() / 255).to(dtype), strength_in(cond)
+
+
+def strength_in(cond: Conditions) -> float:
+    """Return the strength of the control pictures among conditions; 1 if none is stated."""
+    strength: Any = cond.get(CONTROL_STRENGTH)
+    return 1.0 if strength is None else float(strength[0])
 
 
 def keep_control(request: Request, keep: Callable[[Request, str], Request], who: str, sees: bool) -> Request:

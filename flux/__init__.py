@@ -2,7 +2,8 @@
 
 blocks: attention of pictures and text: double and single blocks
 configs: dimensions of a transformer, releases and their settings
-control_net: a frozen ControlNet next to the transformer in training
+control_net: files of ControlNets, and what one adds to the blocks
+control_net_learning: a ControlNet in training, a copy of the first blocks
 family: FLUX.1 and Chroma, described for the shared loops
 files: transformer files and paths of a run, each checked
 kontext/: the variant that edits a reference picture

@@ -1,4 +1,4 @@
-"""A ControlNet of FLUX.1 next to the transformer while a LoRA is trained: frozen, in diffusers' class.
+"""A ControlNet of FLUX.1 next to the transformer, in diffusers' class: files, and what it adds to blocks.
 
 Its residuals are added to the picture's tokens behind the blocks, as diffusers' transformer does: one of
 its n residuals serves ceil(blocks / n) blocks in a row. It sees the control picture as latents of the
@@ -25,6 +25,7 @@ from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from flux.configs import FluxConfig
 from flux.model import grid_of, pack
 from flux.options import CONTROL_NET
+from hunyuan_model.model import rotary_widths
 from modules.errors import CheckpointError
 from modules.text_files import parse_json, read_text
 
@@ -34,11 +35,10 @@ FILES = ("config.json", "diffusion_pytorch_model*")  # of a repository on the hu
 GIVE = "a folder in diffusers' layout or its safetensors file, such as InstantX/FLUX.1-dev-Controlnet-Canny"
 _MARK = "controlnet_x_embedder.weight"
 TIMESTEPS = 1000  # diffusers' class takes 0..1
-_AXES = [16, 56, 56]  # of heads of 128 numbers, as released
 
 
 class FluxControl(nn.Module):
-    """Compute what a ControlNet adds behind each block of a FLUX.1 transformer."""
+    """A frozen ControlNet next to a transformer: computes what is added behind each of its blocks."""
 
     def __init__(self, network: FluxControlNetModel, config: FluxConfig) -> None:
         """config: of the transformer."""
@@ -55,35 +55,64 @@ class FluxControl(nn.Module):
         pooled: Tensor | None,
         guidance: Tensor | None,
         control: Tensor,
+        strength: float = 1.0,
     ) -> list[Tensor | None]:
-        """Return B L C for each block, double ones first; None where nothing is added.
-
-        noisy, control: B Z 1 H W, latents in model space. timesteps: B, 0..1000. t5: B T D. pooled: B E.
-        guidance: B, not scaled.
-        """
-        dtype = self.network.dtype
-        device = noisy.device
-        has_guidance: bool = self.network.config["guidance_embeds"]
-        _, rows, columns = grid_of(noisy)
-        places = torch.zeros(rows, columns, 3, device=device)
-        places[..., 1] += torch.arange(rows, device=device)[:, None]
-        places[..., 2] += torch.arange(columns, device=device)[None]
-        assert pooled is not None
-        outputs = self.network(
-            hidden_states=pack(noisy).to(dtype),
-            controlnet_cond=pack(control).to(dtype),
-            encoder_hidden_states=t5.to(dtype),
-            pooled_projections=pooled.to(dtype),
-            timestep=timesteps / TIMESTEPS,
-            guidance=guidance if has_guidance else None,
-            img_ids=places.flatten(0, 1),
-            txt_ids=torch.zeros(t5.shape[1], 3, device=device),
-            return_dict=False,
+        """Return what `compute_additions` does."""
+        return compute_additions(
+            self.network,
+            self._blocks,
+            noisy=noisy,
+            timesteps=timesteps,
+            t5=t5,
+            pooled=pooled,
+            guidance=guidance,
+            control=control,
+            strength=strength,
         )
-        added: list[Tensor | None] = []
-        for output, blocks in zip(outputs, self._blocks, strict=True):
-            added += _spread(output, blocks)
-        return added
+
+
+def compute_additions(
+    network: FluxControlNetModel,
+    blocks: tuple[int, int],
+    *,
+    noisy: Tensor,
+    timesteps: Tensor,
+    t5: Tensor,
+    pooled: Tensor | None,
+    guidance: Tensor | None,
+    control: Tensor,
+    strength: float,
+) -> list[Tensor | None]:
+    """Return what a ControlNet adds behind each block, B L C, double ones first; None where it adds nothing.
+
+    blocks: of the transformer, double and single ones. noisy, control: B Z 1 H W, latents in model space.
+    timesteps: B, 0..1000. t5: B T D. pooled: B E. guidance: B, not scaled. strength: by which all is
+    multiplied.
+    """
+    dtype = network.dtype
+    device = noisy.device
+    has_guidance: bool = network.config["guidance_embeds"]
+    _, rows, columns = grid_of(noisy)
+    places = torch.zeros(rows, columns, 3, device=device)
+    places[..., 1] += torch.arange(rows, device=device)[:, None]
+    places[..., 2] += torch.arange(columns, device=device)[None]
+    assert pooled is not None
+    outputs = network(
+        hidden_states=pack(noisy).to(dtype),
+        controlnet_cond=pack(control).to(dtype),
+        conditioning_scale=strength,
+        encoder_hidden_states=t5.to(dtype),
+        pooled_projections=pooled.to(dtype),
+        timestep=timesteps / TIMESTEPS,
+        guidance=guidance if has_guidance else None,
+        img_ids=places.flatten(0, 1),
+        txt_ids=torch.zeros(t5.shape[1], 3, device=device),
+        return_dict=False,
+    )
+    added: list[Tensor | None] = []
+    for output, count_of_list in zip(outputs, blocks, strict=True):
+        added += _spread(output, count_of_list)
+    return added
 
 
 def _spread(output: list[Tensor] | None, blocks: int) -> list[Tensor | None]:
@@ -95,25 +124,36 @@ def _spread(output: list[Tensor] | None, blocks: int) -> list[Tensor | None]:
 
 
 def load_control_net(path: Path, config: FluxConfig, device: torch.device, dtype: torch.dtype) -> FluxControl:
-    """Load a ControlNet for a transformer; on the meta device no data are read.
-
-    Raises as `read_control_net`.
-    """
-    with _open(path) as checkpoint, warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # to developers: diffusers moves a class of its own
-        settings = read_control_net(path, checkpoint, config)
-        plan = LoadPlan(settings, checkpoint, plain_sources(checkpoint))
-        network = load_planned(
-            plan, lambda words: FluxControlNetModel(**words), device, dtype, what=CONTROL_NET
-        )
+    """Load a frozen ControlNet for a transformer. Raises as `read_control_net`."""
+    network = load_network(path, config, device, dtype)
     logger.info("ControlNet: %s, frozen", path)
     return FluxControl(network, config)
 
 
-def check_control_net(path: Path, config: FluxConfig) -> None:
-    """Compare a ControlNet's header with a transformer. Raises as `read_control_net`."""
+def load_network(
+    path: Path, config: FluxConfig, device: torch.device, dtype: torch.dtype
+) -> FluxControlNetModel:
+    """Load a ControlNet for a transformer; on the meta device no data are read.
+
+    Raises as `read_control_net`.
+    """
     with _open(path) as checkpoint:
-        read_control_net(path, checkpoint, config)
+        settings = read_control_net(path, checkpoint, config)
+        plan = LoadPlan(settings, checkpoint, plain_sources(checkpoint))
+        return load_planned(plan, build_network, device, dtype, what=CONTROL_NET)
+
+
+def build_network(settings: Mapping[str, Any]) -> FluxControlNetModel:
+    """Return diffusers' class. settings: its arguments."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # to developers: diffusers moves a class of its own
+        return FluxControlNetModel(**settings)
+
+
+def read_settings(path: Path, config: FluxConfig) -> dict[str, Any]:
+    """Compare a ControlNet's header with a transformer; return and raise as `read_control_net`."""
+    with _open(path) as checkpoint:
+        return read_control_net(path, checkpoint, config)
 
 
 def read_control_net(path: Path, checkpoint: Checkpoint, config: FluxConfig) -> dict[str, Any]:
@@ -156,7 +196,23 @@ def read_control_net(path: Path, checkpoint: Checkpoint, config: FluxConfig) -> 
             "fit dev and schnell, not Chroma",
             path,
         )
-    return _read_settings(path, checkpoint)
+    return _settings_of_file(path, checkpoint, config)
+
+
+def settings_of(config: FluxConfig, double_blocks: int, single_blocks: int) -> dict[str, Any]:
+    """Return the settings of diffusers' class for a ControlNet with so many blocks of a transformer."""
+    head = config.dim // config.num_heads
+    return {
+        "in_channels": config.token_dim,
+        "num_layers": double_blocks,
+        "num_single_layers": single_blocks,
+        "attention_head_dim": head,
+        "num_attention_heads": config.num_heads,
+        "joint_attention_dim": config.text_dim,
+        "pooled_projection_dim": config.pooled_dim,
+        "guidance_embeds": config.has_guidance,
+        "axes_dims_rope": list(rotary_widths(head)),
+    }
 
 
 def _open(path: Path) -> Checkpoint:
@@ -180,26 +236,21 @@ def _read_config(path: Path, checkpoint: Checkpoint) -> dict[str, Any] | None:
     return {name: value for name, value in settings.items() if name in parameters}
 
 
-def _read_settings(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
+def _settings_of_file(path: Path, checkpoint: Checkpoint, config: FluxConfig) -> dict[str, Any]:
     names = checkpoint.tensors
     settings = _read_config(path, checkpoint)
     if settings is not None:
         return settings
     (head,) = names["transformer_blocks.0.attn.norm_q.weight"].shape
-    dim, token_dim = names[_MARK].shape
-    if head != sum(_AXES):
+    head_there = config.dim // config.num_heads
+    if head != head_there:
         raise CheckpointError(
-            f"{CONTROL_NET} {path}: heads of {head} numbers, those of FLUX.1 have {sum(_AXES)}. Give the "
-            "folder with its config.json",
+            f"{CONTROL_NET} {path}: heads of {head} numbers, those of the transformer have {head_there}. "
+            "Give the folder with its config.json",
             path,
         )
-    return {
-        "in_channels": token_dim,
-        "num_layers": count(names, r"transformer_blocks\.\d+"),
-        "num_single_layers": count(names, r"single_transformer_blocks\.\d+"),
-        "attention_head_dim": head,
-        "num_attention_heads": dim // head,
-        "joint_attention_dim": names["context_embedder.weight"].shape[1],
-        "pooled_projection_dim": names["time_text_embed.text_embedder.linear_1.weight"].shape[1],
-        "guidance_embeds": "time_text_embed.guidance_embedder.linear_1.weight" in names,
-    }
+    double_blocks = count(names, r"transformer_blocks\.\d+")
+    single_blocks = count(names, r"single_transformer_blocks\.\d+")
+    settings = settings_of(config, double_blocks, single_blocks)
+    has_guidance = "time_text_embed.guidance_embedder.linear_1.weight" in names
+    return {**settings, "guidance_embeds": has_guidance}

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from contract import requests
 from contract.data import (
     CONTROL,
+    CONTROL_PIXELS,
+    CONTROL_STRENGTH,
     Batch,
     CacheEntry,
     Conditions,
@@ -23,11 +26,13 @@ from contract.data import (
     SamplingDefaults,
     name_texts,
 )
-from contract.family import DitSpec, Family, NoiseSource, NoiseSpec
+from contract.family import Abilities, DitSpec, Family, NoiseSource, NoiseSpec
 from contract.few_steps import UNDOING, FewSteps
 from contract.loading import Placement
+from contract.made_networks import MadeNetwork
 from contract.rules import ModelRelease
 from contract.steps import NO_TWEAKS, Tweaks
+from encoders import control_pictures
 from encoders.pictures import (
     GUIDANCE,
     ModelOfPictures,
@@ -43,13 +48,15 @@ from flux.options import CHROMA as SAYS_CHROMA
 from flux.options import (
     CONTROL_NET,
     USUAL_GUIDANCE,
+    FluxControlNetTrainingOptions,
     FluxGenerationOptions,
     FluxLatentCachingOptions,
+    FluxLearningOptions,
     FluxTextCachingOptions,
-    FluxTrainingOptions,
 )
 from flux.spec import LATENT, NOISE, dit_spec, size_shift, tokens_of
 from modules.errors import CacheError, DatasetError
+from modules.media.pixels import byte_clips
 from modules.options import NO_OPTIONS
 
 logger = logging.getLogger(__name__)
@@ -74,13 +81,17 @@ class Flux(ModelOfPictures):
     negative_is_empty: bool = True
     noise_dtype: torch.dtype | None = None
     options: Any = NO_OPTIONS  # of a training
-    controlnet: Path | None = None  # next to the transformer in training; cached latents are made for it
+    controlnet: Path | None = None  # next to the transformer, frozen; cached latents are made for it
+    # what a training makes in place of a LoRA, which sees the control pictures
+    made_network: MadeNetwork | None = None
+    stores_controls: bool = False  # latents are cached together with the control pictures of a table
+    lora_module: str = LORA[0].network_module
 
     name: str = field(default="flux", init=False)
     cache_tag: str = field(default="flux", init=False)
-    lora_module: str = field(default=LORA[0].network_module, init=False)
     noise: NoiseSpec = field(default=NOISE, init=False)
     called: str = field(default=NAME, init=False)
+    can: ClassVar = Abilities(tell_few_steps=True, make_network=True)
     few_steps: ClassVar = FewSteps(
         base="FLUX.1 dev (for Chroma on Chroma1-HD)",
         also="there",
@@ -108,7 +119,8 @@ class Flux(ModelOfPictures):
 
     @property
     def dit(self) -> DitSpec:
-        return replace(dit_spec(self.files.kind), has_additions=self.controlnet is not None)
+        has_additions = self.controlnet is not None or self.made_network is not None
+        return replace(dit_spec(self.files.kind), has_additions=has_additions)
 
     @property
     def text_keys(self) -> frozenset[str]:
@@ -118,9 +130,10 @@ class Flux(ModelOfPictures):
     def defaults(self) -> SamplingDefaults:
         kind = self.files.kind
         scale = CHROMA_SCALE if kind == configs.CHROMA else 1.0
-        return picture_defaults(
+        usual = picture_defaults(
             configs.STEPS[kind], scale, 1024, embedded_guidance=configs.EMBEDDED_GUIDANCE[kind]
         )
+        return usual if self.made_network is None else replace(usual, extras=("control_multiplier",))
 
     @property
     def release(self) -> ModelRelease:
@@ -146,7 +159,10 @@ class Flux(ModelOfPictures):
 
     def check_table(self, table: MediaTable) -> None:
         """Raise DatasetError if a table has clips, or control images without a ControlNet."""
-        if table.has_control and self.controlnet is None and self.references is None:
+        if self.made_network is not None:
+            table = control_pictures.check_controls(table, self.made_network.called)
+        sees_controls = self.controlnet is not None or self.stores_controls
+        if table.has_control and not sees_controls and self.references is None:
             raise DatasetError(
                 f"{table.name}: the table has control images, and no ControlNet sees them. Give "
                 f"{CONTROL_NET}, or remove them."
@@ -156,12 +172,13 @@ class Flux(ModelOfPictures):
                 f"{table.name}: {CONTROL_NET}, and no control pictures that the ControlNet could see. Give "
                 f"control_directory, or leave out {CONTROL_NET}."
             )
-        super().check_table(replace(table, has_control=False) if self.controlnet is not None else table)
+        super().check_table(replace(table, has_control=False) if sees_controls else table)
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
         """Return the cache entry of each picture, with `latents_control` of the one for a ControlNet."""
         entries = super().encode_media(encoders, media)
-        if self.controlnet is None or not media.control:
+        sees_controls = self.controlnet is not None or self.made_network is not None or self.stores_controls
+        if not sees_controls or not media.control:
             return entries
         if len(media.control) > 1:
             raise DatasetError(
@@ -179,9 +196,9 @@ class Flux(ModelOfPictures):
         """Check every file that an option names, and that the ControlNet fits. Loads nothing."""
         super().check_given_files()
         if self.controlnet is not None and self.files.dit is not None:
-            from flux.control_net import check_control_net  # diffusers is slow to import
+            from flux.control_net import read_settings  # diffusers is slow to import
 
-            check_control_net(self.controlnet, self.files.dit_header().config)
+            read_settings(self.controlnet, self.files.dit_header().config)
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
         dit = super().load_dit(placement, expert)
@@ -216,11 +233,15 @@ class Flux(ModelOfPictures):
 
     def _read_control(self, latents: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Return the control pictures' latents for a ControlNet. Raises CacheError if their size differs."""
-        if self.controlnet is None:
+        if self.made_network is not None:
+            taker, remedy = self.made_network.called, "flux_cache_latents.py --control_pictures"
+        elif self.controlnet is not None:
+            taker, remedy = CONTROL_NET, f"flux_cache_latents.py and {CONTROL_NET}, of a control picture"
+        else:
             if CONTROL in batch.tensors:
                 _warn_of_unused_control()
             return {}
-        batch.check({CONTROL: f"flux_cache_latents.py and {CONTROL_NET}, of a control picture"}, CONTROL_NET)
+        batch.check({CONTROL: remedy}, taker)
         control = batch.tensor(CONTROL)
         if control.shape != latents.shape:
             raise CacheError(
@@ -262,7 +283,7 @@ class Flux(ModelOfPictures):
         """Predict from t5_out B T D, t5_attn_mask B T, l_pooled B E, guidance B; Kontext: latents_control."""
         device = noisy.device
         pictures = references_in(cond, device)
-        is_control = self.controlnet is not None and bool(pictures)
+        is_control = bool(pictures) and (self.controlnet is not None or self.made_network is not None)
         return dit(
             noisy,
             timesteps.float(),
@@ -271,9 +292,42 @@ class Flux(ModelOfPictures):
             tweaks=tweaks.rename_away(lambda text: name_texts(text, self._text_inputs, device)),
             references=() if is_control else pictures,
             control=pictures[0] if is_control else None,
+            control_strength=control_pictures.strength_in(cond),
         )
 
     # generation
+
+    def keep_media(self, request: requests.Request, who: str) -> requests.Request:
+        """Return the request without media that nothing sees: a made network sees the control picture."""
+        sees = self.made_network is not None
+        return control_pictures.keep_control(request, super().keep_media, who, sees=sees)
+
+    def needs_media(self, prepared: requests.Prepared) -> bool:
+        sees = prepared.request.control_path is not None or self._control_image is not None
+        return sees or super().needs_media(prepared)
+
+    def request_conditions(
+        self, encoders: MediaEncoders, prepared: requests.Prepared
+    ) -> Mapping[int, Conditions]:
+        """Encode the control picture as `latents_control`, 1 Z 1 h w: its posterior's mean."""
+        if self.made_network is not None:
+            seen = control_pictures.sample_controls(prepared)
+        elif self._control_image is not None:
+            size = prepared.width, prepared.height
+            strength = self.options.control_multiplier
+            seen = control_pictures.read_control(self._control_image, *size, strength=strength)
+        else:
+            return super().request_conditions(encoders, prepared)
+        if not seen:
+            return {0: {}}
+        frames = rearrange(seen[CONTROL_PIXELS], "b c h w -> b 1 h w c")
+        latents = encoders.vae.encode(byte_clips(frames))
+        return {0: {CONTROL: latents, CONTROL_STRENGTH: seen[CONTROL_STRENGTH]}}
+
+    @property
+    def _control_image(self) -> Path | None:
+        """Return the control picture of a generation."""
+        return self.options.control_image if isinstance(self.options, FluxGenerationOptions) else None
 
     def prepare(self, request: requests.Request) -> requests.Prepared:
         self.files.check(("dit",))
@@ -326,27 +380,31 @@ def _warn_of_unused_control() -> None:
 
 
 def family_for_latent_caching(options: FluxLatentCachingOptions) -> Flux:
-    return Flux(FluxFiles().add_vae(options.vae), controlnet=options.controlnet)
+    files = FluxFiles().add_vae(options.vae)
+    return Flux(files, controlnet=options.controlnet, stores_controls=options.control_pictures)
 
 
 def family_for_text_caching(options: FluxTextCachingOptions) -> Flux:
     return Flux(FluxFiles(says_chroma=options.model_type == SAYS_CHROMA).add_text(options.text))
 
 
-def family_for_training(options: FluxTrainingOptions) -> Flux:
-    return Flux(
-        _make_files(options),
-        trained_guidance=options.embedded_guidance,
-        options=options,
-        controlnet=options.controlnet,
-    )
+def family_for_training(options: FluxLearningOptions) -> Flux:
+    model = Flux(_make_files(options), trained_guidance=options.embedded_guidance, options=options)
+    if isinstance(options, FluxControlNetTrainingOptions):
+        from flux.control_net_learning import MODULE, describe_control_net  # only to train one
+
+        made = describe_control_net(options, model.files)
+        return replace(model, made_network=made, lora_module=MODULE)
+    return replace(model, controlnet=options.controlnet)
 
 
 def family_for_generation(options: FluxGenerationOptions) -> Flux:
-    return Flux(_make_files(options))
+    if options.control_image is not None:
+        control_pictures.check_control("--control_image", options.control_image)
+    return Flux(_make_files(options), options=options, controlnet=options.controlnet)
 
 
-def _make_files(options: FluxTrainingOptions | FluxGenerationOptions) -> FluxFiles:
+def _make_files(options: FluxLearningOptions | FluxGenerationOptions) -> FluxFiles:
     files = FluxFiles(says_chroma=options.model_type == SAYS_CHROMA).add_dit(options.dit, options.dit_dtype)
     return files.add_vae(options.vae).add_text(options.text)
 

@@ -5,7 +5,7 @@ Source: the released code of FLUX.1 (Black Forest Labs) and of Chroma. `blocks.p
 # Letters: B batch, L picture tokens, with those of references, T text tokens, N heads, D head width,
 # C = N * D, M modulations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from einops import rearrange
@@ -122,7 +122,8 @@ class FluxModel(BlockNetwork):
             SingleBlock(config, index) for index in range(config.single_blocks)
         )
         self.final_layer = FluxFinalLayer(config)
-        self.controlnet: nn.Module | None = None  # FluxControl, if a training has one
+        # what returns `Hidden.added` for a control picture: FluxControl, or one that learns beside the model
+        self.controlnet: Callable[..., list[Tensor | None]] | None = None
         self._modulation_rows = [module for module in self.modules() if isinstance(module, ModulationRows)]
         widths = rotary_widths(dim // config.num_heads)
         self._rotary = GridTable(joined_tables(table_maker(exact_table, widths, config.rope_theta)))
@@ -138,6 +139,7 @@ class FluxModel(BlockNetwork):
         tweaks: Tweaks = NO_TWEAKS,
         references: Sequence[Tensor] = (),
         control: Tensor | None = None,
+        control_strength: float = 1.0,
     ) -> Hidden:
         """Return picture and text tokens, B L+T C, and the other inputs of the blocks.
 
@@ -146,8 +148,9 @@ class FluxModel(BlockNetwork):
         pooled_dim, of CLIP-L; None for Chroma. guidance: B, not scaled; a model without guidance does not
         look at it, None is 0. tweaks: changes to this call; their second text has arguments named t5, t5_mask
         and pooled. references: clean latents of pictures to edit (Kontext), each B Z 1 h w of its own size.
-        control: latents of a control picture for the ControlNet, of the size of noisy. Raises ValueError if
-        sizes do not go together. References come behind the picture, a second text behind the first one.
+        control: latents of a control picture for the ControlNet, of the size of noisy, with the strength of
+        what it adds. Raises ValueError if sizes do not go together. References come behind the picture, a
+        second text behind the first one.
         """
         self._check([noisy, *references], t5, t5_mask)
         dtype = activation_dtype(noisy.device, self.compute_dtype)
@@ -180,7 +183,15 @@ class FluxModel(BlockNetwork):
         )
         del pictures, texts
         if control is not None and self.controlnet is not None:
-            hidden.added = self.controlnet(noisy, timesteps, t5, pooled, guidance, control)
+            hidden.added = self.controlnet(
+                noisy,
+                timesteps,
+                t5,
+                pooled,
+                guidance,
+                control,
+                control_strength,
+            )
         return hidden
 
     def unembed(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:

@@ -7,11 +7,23 @@ from pathlib import Path
 from typing import Any
 
 from modules.errors import OptionError
+from modules.limits import MAX_BLOCKS
 from modules.option_values import FillIn
-from modules.options import FREE, HABIT, NO_PIXELS, OF_DECODING, Options, option, unsupported
+from modules.options import (
+    FREE,
+    HABIT,
+    IDENTITY,
+    NO_PIXELS,
+    OF_DECODING,
+    Options,
+    not_needed,
+    option,
+    unsupported,
+)
 from modules.speed_options import (
     AE,
     AE_HELP,
+    BASE_FORMS,
     VaeOptions,
     dit_dtype_option,
     fp8_text_option,
@@ -91,6 +103,7 @@ class FluxLatentCachingOptions(Options, title=NAME):
     controlnet: Path | None = _control_net(
         "encode the tables' control pictures too, for a training with this ControlNet; only its name is used"
     )
+    control_pictures: bool = option("encode the tables' control pictures too, for flux_train_control_net.py")
 
 
 class FluxTextCachingOptions(Options, title=NAME):
@@ -135,8 +148,8 @@ class FluxTrainingOptions(FluxLearningOptions, title=NAME):
     )
 
 
-class FluxWholeTrainingOptions(FluxLearningOptions, title=NAME):
-    """Options of flux_train.py besides the shared ones."""
+class OlderSwappingOptions(Options):
+    """Older names of --blocks_to_swap; see `join_swapped`."""
 
     double_blocks_to_swap: int | None = option(
         "added to --blocks_to_swap, which takes its place", least=0, facts=FREE
@@ -144,6 +157,71 @@ class FluxWholeTrainingOptions(FluxLearningOptions, title=NAME):
     single_blocks_to_swap: int | None = option(
         "half of it is added to --blocks_to_swap, as a single block is half as large", least=0, facts=FREE
     )
+
+
+class FluxWholeTrainingOptions(OlderSwappingOptions, FluxLearningOptions, title=NAME):
+    """Options of flux_train.py besides the shared ones."""
+
+
+DOUBLE_LAYERS, SINGLE_LAYERS = 4, 0  # of a new ControlNet
+_COPIES = "a ControlNet is a copy of the transformer's first blocks, and has no such setting. Leave it out"
+# settings of `training.image_options.beside_transformer`
+CONTROL_NET_REFUSED: Mapping[str, str] = {
+    "network_dim": _COPIES,
+    "network_dropout": _COPIES,
+    "network_weights": f"Give the ControlNet to start from to {CONTROL_NET}",
+    "shard_base": "a ControlNet begins as a copy of the transformer's weights, of which each process would "
+    "have a part. Leave it out; --blocks_to_swap saves memory",
+    "context_parallel": "each process would compute the whole ControlNet, for all tokens. Leave it out; "
+    "--blocks_to_swap and --gradient_checkpointing save memory",
+    **dict.fromkeys(
+        ("full_bf16", "full_fp16"),
+        "a ControlNet's weights learn in float32. Leave it out; --optimizer_type AdamW8bit, or Adafactor "
+        "with --fused_backward_pass, takes less memory",
+    ),
+    "fp8_base_unet": "it is --fp8_base, which rounds the weights of which a ControlNet begins as a copy. "
+    "Leave it out; --blocks_to_swap saves memory",
+    **{
+        switch: f"a ControlNet begins as a copy of the transformer's weights, and {form.name} rounds them. "
+        "Leave it out; --blocks_to_swap saves memory"
+        for form in BASE_FORMS
+        for switch in form.switches
+    },
+}
+
+
+class FluxControlNetTrainingOptions(OlderSwappingOptions, FluxLearningOptions, title=NAME):
+    """Options of flux_train_control_net.py besides the shared ones."""
+
+    controlnet: Path | None = option(
+        "ControlNet to start from: a folder in diffusers' layout, its file, or owner/name of the hub; "
+        "default: a copy of the transformer's first blocks",
+        name=CONTROL_NET[2:],
+        facts=FREE,
+        often=True,
+    )
+    num_double_layers: int | None = option(
+        f"double blocks that a new ControlNet copies; default: {DOUBLE_LAYERS}",
+        least=1,
+        most=MAX_BLOCKS,
+        facts=IDENTITY,
+    )
+    num_single_layers: int | None = option(
+        f"single blocks that it copies too; default: {SINGLE_LAYERS}",
+        least=0,
+        most=MAX_BLOCKS,
+        facts=IDENTITY,
+    )
+    gradient_checkpointing: bool = option(name="gradient_checkpointing", facts=FREE)
+    mem_eff_save = not_needed("files are always written tensor by tensor.")
+
+    @property
+    def double_blocks(self) -> int:
+        return DOUBLE_LAYERS if self.num_double_layers is None else self.num_double_layers
+
+    @property
+    def single_blocks(self) -> int:
+        return SINGLE_LAYERS if self.num_single_layers is None else self.num_single_layers
 
 
 class FluxGenerationOptions(Options, title=NAME):
@@ -158,6 +236,23 @@ class FluxGenerationOptions(Options, title=NAME):
     model_type: str = _model_type()
     vae: VaeOptions = option(facts=OF_DECODING, settings=AE)
     text: FluxTextOptions
+    controlnet: Path | None = option(
+        "ControlNet of FLUX.1, which follows --control_image: a folder in diffusers' layout, its file, or "
+        "owner/name of the hub",
+        name=CONTROL_NET[2:],
+        needs="control_image",
+    )
+    control_image: Path | None = option(
+        f"control picture for {CONTROL_NET}", needs=CONTROL_NET[2:], place="file"
+    )
+    control_multiplier: float = option(
+        f"strength of {CONTROL_NET}",
+        default=1.0,
+        least=-10,
+        most=10,
+        hint="1 is usual",
+        needs=CONTROL_NET[2:],
+    )
 
 
 def join_swapped(args: argparse.Namespace) -> None:
@@ -180,7 +275,11 @@ def join_swapped(args: argparse.Namespace) -> None:
 
 
 def caching_options(options: FluxLearningOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    latents = {"--ae": options.vae.vae or FillIn("AE_FILE"), CONTROL_NET: options.controlnet}
+    latents = {
+        "--ae": options.vae.vae or FillIn("AE_FILE"),
+        CONTROL_NET: options.controlnet,
+        "--control_pictures": isinstance(options, FluxControlNetTrainingOptions),
+    }
     return latents, _list_text_options(options)
 
 

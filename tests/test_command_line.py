@@ -35,6 +35,7 @@ WIDER_COUNTS = {"--control_image_path", "--lora_weight", "--lora_multiplier", "-
 OUR_DEFAULTS = {
     # safetensors: pickles can hold code
     *((f"{script}train_textual_inversion.py", "--save_model_as") for script in ("", "sdxl_")),
+    ("flux_train_control_net.py", "--save_model_as"),
     *((f"{name}_generate_image.py", "--image_size") for name in ("qwen_image", "zimage")),
     # the best device that there is; strengths that are not given are 1
     *(

@@ -102,7 +102,7 @@ SMALLER = {
     **dict.fromkeys(
         (
             *("sdxl_train_control_net_lllite.py", "sdxl_train_control_net.py", "train_control_net.py"),
-            "anima_train_control_net_lllite.py",
+            *("anima_train_control_net_lllite.py", "flux_train_control_net.py"),
             *("sdxl_train_textual_inversion.py", "train_textual_inversion.py"),
         ),
         TRAINING,

@@ -356,8 +356,8 @@ class OfLoraFiles(Options, title="not built"):
 _TEXTS_STAY = "the text encoders are not trained. Leave it out, or train a LoRA"
 
 
-class OfWholeModels(Options, title="full fine-tuning"):
-    """Options of image trainers for whole models, and those for LoRAs that have no part in it."""
+class OfManyWeights(Options, title="many weights"):
+    """Options of image trainers in which more weights learn than in a LoRA."""
 
     blockwise_fused_optimizers: bool = option(
         "--fused_backward_pass, which steps each weight by itself instead of each block"
@@ -368,6 +368,11 @@ class OfWholeModels(Options, title="full fine-tuning"):
         type=int,
     )
     use_safetensors = not_needed("only safetensors files are written.")
+
+
+class OfWholeModels(OfManyWeights, title="full fine-tuning"):
+    """Options of image trainers for whole models, and those for LoRAs that have no part in it."""
+
     network_train_unet_only = not_needed("the text encoders are not trained.")
     network_train_text_encoder_only = unsupported(_TEXTS_STAY)
     unet_lr = unsupported("the rate of the transformer is that of --learning_rate. Give it there", type=float)
@@ -539,19 +544,29 @@ def beside_blocks(called: str, defaults: ImageTrainerDefaults) -> ImageTrainerDe
     """
     of_blocks = (*SWAPPING, "use_pinned_memory_for_block_swap", *list_block_options(), *options_of_blocks())
     refused = {
-        **defaults.refused,
-        **_refuse_loras(called),
         **dict.fromkeys((*of_blocks, "gradient_checkpointing_cpu_offload"), _TOKENS),
         "network_dim": "Its sizes are those of --cond_emb_dim and --lllite_...; leave it out",
         "network_dropout": "Give it to --lllite_dropout",
     }
+    weights = {"network_weights": {"help": "file of a ControlNet-LLLite to start from"}}
+    return replace(beside_transformer(called, defaults, refused), settings=weights)
+
+
+def beside_transformer(
+    called: str, defaults: ImageTrainerDefaults, refused: Mapping[str, str]
+) -> ImageTrainerDefaults:
+    """Return the differences of a script that trains a network which sees control pictures next to a
+    transformer.
+
+    called: the network. defaults: of the family's trainer of LoRAs. refused: further options -> reason.
+    """
 
     def translate(args: argparse.Namespace) -> None:
         defaults.translate(args)
         args.network_train_unet_only = True
 
-    weights = {"network_weights": {"help": "file of a ControlNet-LLLite to start from"}}
-    return replace(defaults, refused=refused, translate=translate, settings=weights)
+    reasons = {**defaults.refused, **_refuse_loras(called), **refused}
+    return replace(defaults, refused=reasons, translate=translate)
 
 
 def _read_beside(args: argparse.Namespace) -> None:

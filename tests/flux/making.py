@@ -90,11 +90,12 @@ def run_there(
     sample: int,
     references: Sequence[Tensor] = (),
     control_net: Any = None,
+    learns: bool = False,
 ) -> Tensor:
     """What diffusers' class returns for one sample, cut to the tokens of its text that count, B Z 1 H W.
 
     references: of all samples, behind the picture, at 1, 2, ... of the first axis; what a ControlNet sees if
-    there is one.
+    there is one. learns: the ControlNet, with gradients.
     """
     controls, references = (references, ()) if control_net is not None else ((), references)
     one = {name: None if value is None else value[sample : sample + 1] for name, value in inputs.items()}
@@ -114,7 +115,7 @@ def run_there(
         **more,
     }
     if control_net is not None:
-        with torch.no_grad():
+        with torch.set_grad_enabled(learns):
             made = control_net(**given, controlnet_cond=pack(controls[0][sample : sample + 1]))
         given |= {name: getattr(made, name) for name in made}
     found = model(**given).sample

@@ -1,0 +1,204 @@
+"""A ControlNet of FLUX.1 in training: a copy of the transformer's first blocks.
+
+It sees the control picture as latents. The network is diffusers' `FluxControlNetModel`.
+Source: Zhang et al. 2023, arXiv 2302.05543.
+"""
+# Letters: B batch, L picture tokens, Z latent channels, C width
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.controlnets.controlnet_flux import FluxControlNetModel
+from torch import Tensor, nn
+
+from checkpoints.dialects import translate_name
+from checkpoints.filling import on_meta_device
+from checkpoints.writing import stream_tensors
+from contract.loading import TensorInfo
+from contract.made_networks import MadeNetwork, UsualRate
+from flux.configs import CHROMA, FluxConfig
+from flux.control_net import (
+    build_network,
+    compute_additions,
+    load_network,
+    read_settings,
+    settings_of,
+)
+from flux.files import DIALECTS, FluxFiles
+from flux.model import FluxModel
+from flux.options import CONTROL_NET, FluxControlNetTrainingOptions
+from modules.errors import OptionError
+from modules.option_values import FillIn, option_words
+
+CALLED = "ControlNet"
+MODULE = "diffusers.FluxControlNetModel"
+OWN_PARTS = "controlnet_"  # names begin so where a transformer has no such part
+
+
+class TrainedFluxControl(nn.Module):
+    """A ControlNet next to the transformer of a training."""
+
+    def __init__(self, network: FluxControlNetModel, config: FluxConfig) -> None:
+        """config: of the transformer."""
+        super().__init__()
+        self.network = network
+        self.multiplier = 1.0  # 0 shows the base
+        self._blocks = config.double_blocks, config.single_blocks
+
+    def set_multiplier(self, multiplier: float) -> None:
+        self.multiplier = multiplier
+
+    def prepare_optimizer_params(self, learning_rate: float) -> tuple[list[dict[str, Any]], list[str]]:
+        """Return the groups of the optimizer, and their names."""
+        return [{"params": list(self.network.parameters()), "lr": learning_rate}], ["control_net"]
+
+    def see_call(
+        self,
+        noisy: Tensor,
+        timesteps: Tensor,
+        t5: Tensor,
+        pooled: Tensor | None,
+        guidance: Tensor | None,
+        control: Tensor,
+        strength: float,
+    ) -> list[Tensor | None]:
+        """Return what it adds in a call of the transformer, as `compute_additions` does; [] for nothing."""
+        strength *= self.multiplier
+        if strength == 0:
+            return []
+        return compute_additions(
+            self.network,
+            self._blocks,
+            noisy=noisy,
+            timesteps=timesteps,
+            t5=t5,
+            pooled=pooled,
+            guidance=guidance,
+            control=control,
+            strength=strength,
+        )
+
+
+def describe_control_net(options: FluxControlNetTrainingOptions, files: FluxFiles) -> MadeNetwork:
+    """Return a ControlNet as the network that a training makes."""
+    path = options.controlnet
+    copied = f"a copy of {options.double_blocks} double and {options.single_blocks} single blocks"
+    return MadeNetwork(
+        called=CALLED,
+        words=f"{CALLED}, {copied if path is None else f'from {path.name}'}",
+        ending="controlnet",
+        make=partial(make_control_net, options),
+        check=partial(_check, options, files),
+        generate=_say_generation,
+        usual_rate=UsualRate(5e-7, "1e-5", 5e-4),
+        write=_write,
+        start_option=CONTROL_NET.removeprefix("--"),
+    )
+
+
+def make_control_net(
+    options: FluxControlNetTrainingOptions, dit: nn.Module, with_values: bool
+) -> TrainedFluxControl:
+    """Make a ControlNet for a transformer, and have it called there.
+
+    It is a copy of the first blocks, or has the values of a file. with_values: else it is on the meta device.
+    Raises CheckpointError if the file does not fit the transformer.
+    """
+    assert isinstance(dit, FluxModel)
+    path = options.controlnet
+    if path is not None:
+        device = torch.device("cpu" if with_values else "meta")
+        network = load_network(path, dit.config, device, torch.float32)
+    else:
+        settings = settings_of(dit.config, options.double_blocks, options.single_blocks)
+        with on_meta_device():
+            network = build_network(settings)
+        if with_values:
+            network.load_state_dict(_copy_weights(network, dit), assign=True)
+    if options.gradient_checkpointing:
+        network.enable_gradient_checkpointing()
+    trained = TrainedFluxControl(network.train(), dit.config)
+    dit.controlnet = trained.see_call
+    return trained
+
+
+def _copy_weights(network: FluxControlNetModel, dit: FluxModel) -> dict[str, Tensor]:
+    """Return the weights of a new ControlNet: those of the transformer, and zeros for its own parts.
+
+    network: on the meta device. Returns float32 on the CPU.
+    """
+    _, table = DIALECTS["diffusers"]
+    shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
+    weights = {}
+    parts: dict[str, dict[int, str]] = {}  # our name -> its parts, which are stacked by rows -> their names
+    for name, shape in shapes.items():
+        if name.startswith(OWN_PARTS):
+            weights[name] = torch.zeros(shape)
+        else:
+            ours, _, part = translate_name(name, table).partition("#")
+            parts.setdefault(ours, {})[int(part or 0)] = name
+    state = dit.state_dict()
+    for ours, by_row in parts.items():
+        names = [by_row[row] for row in sorted(by_row)]
+        stacked = state[ours].to("cpu", torch.float32)
+        rows = stacked.split([shapes[name][0] for name in names])
+        weights |= {name: tensor.clone() for name, tensor in zip(names, rows, strict=True)}
+    return weights
+
+
+def _check(options: FluxControlNetTrainingOptions, files: FluxFiles) -> None:
+    """Check that a ControlNet fits the transformer, by headers.
+
+    Raises OptionError, or CheckpointError for a file that it cannot start from.
+    """
+    config = files.dit_header().config
+    if config.kind == CHROMA:
+        raise OptionError(
+            f"{files.dit_path} is Chroma, and ControlNets of FLUX.1 take its embeddings of time and pooled "
+            "text, which Chroma does not have. Give FLUX.1 dev or schnell"
+        )
+    if options.controlnet is None:
+        if files.dit_header().block_dtype.itemsize == 1:
+            raise OptionError(
+                f"{files.dit_path} is rounded to 8 bits or fewer, and a ControlNet begins as a copy of its "
+                f"weights. Give the file in 16 bits, or a ControlNet to start from to {CONTROL_NET}"
+            )
+        sizes = {
+            "num_double_layers": (options.double_blocks, config.double_blocks),
+            "num_single_layers": (options.single_blocks, config.single_blocks),
+        }
+        for name, (asked, most) in sizes.items():
+            if asked > most:
+                raise OptionError(
+                    f"--{name} {asked}: a ControlNet copies the first blocks, and {files.dit_path} has "
+                    f"{most} of them. Give fewer"
+                )
+        return
+    settings = read_settings(options.controlnet, config)
+    typed = {
+        "num_double_layers": (options.num_double_layers, settings["num_layers"]),
+        "num_single_layers": (options.num_single_layers, settings["num_single_layers"]),
+    }
+    for name, (number, stored) in typed.items():
+        if number is not None and number != stored:
+            raise OptionError(
+                f"--{name} is {number}, {options.controlnet} has {stored}, with which it is trained on. "
+                "Leave the option out"
+            )
+
+
+def _write(module: nn.Module, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
+    """Write a ControlNet under the names of diffusers."""
+    assert isinstance(module, TrainedFluxControl)
+    tensors = {name: tensor.detach() for name, tensor in module.network.state_dict().items()}
+    infos = {name: TensorInfo(dtype or tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    stream_tensors(path, infos, lambda name: tensors[name].to(infos[name].dtype), metadata)
+
+
+def _say_generation(file: Path, sample: Mapping[str, Any], usual: Sequence[str]) -> list[str]:
+    """Return the command that generates with a file. usual: that of the model alone."""
+    control = sample.get("control_path") or FillIn("CONTROL_PICTURE")
+    return [*usual, *option_words({CONTROL_NET: file, "--control_image": control})]
