@@ -24,7 +24,7 @@ from modules.file_locks import only_one
 from modules.pages.language import counted, join, say
 from modules.paths import is_on_foreign_share
 from modules.text_files import parse_toml, read_content, real_path
-from project.kinds.composing import LORA, kinds_by_script
+from project.kinds.composing import find_kind_of
 from project.kinds.whole_model import derive_times, saves_models
 from project.options import RUN_FILE, find_models
 from training.config_options import OTHERS_TABLE, toml_value
@@ -171,11 +171,11 @@ def read_described(folder: Path) -> DescribedFolder:
     try:
         values = dict(run[TRAINING_TABLE])
         project = run[OTHERS_TABLE]
-        download = [str(word) for word in project["commands"][0]]
+        commands = [list(map(str, words)) for words in project["commands"]]
+        download = commands[0]
         family = download[download.index("--family") + 1]
         task = download[download.index("--task") + 1]
         files = [str(file) for file in project["files"]]
-        script = str(project["commands"][-1][1])
         for file in files:
             refuse_share(file, folder)
         steps = values.get("max_train_steps")
@@ -183,7 +183,7 @@ def read_described(folder: Path) -> DescribedFolder:
             folder=folder,
             family=family,
             task=task,
-            train=kinds_by_script().get(script, LORA).name,
+            train=find_kind_of(commands).name,
             name=str(values["output_name"]),
             steps=None if steps is None or "max_train_epochs" in values else int(steps),
             trigger=_read_trigger(contents[DATASET_FILE]),

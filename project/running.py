@@ -32,7 +32,7 @@ from modules.text_files import parse_toml, read_safetensors_texts, read_text, re
 from project.choosing import script_family
 from project.ending import EndCommand, describe_run
 from project.fitting import transformers_of
-from project.kinds.composing import LORA, kinds_by_script
+from project.kinds.composing import LORA, find_kind_of, kinds_by_script
 from project.kinds.contract import RunKind
 from project.options import (
     CAPTION_MODEL,
@@ -326,7 +326,7 @@ def _parse_project(folder: Path, tables: Mapping[str, Any], typed: Mapping[str, 
         name=name,
         steps=steps,
         model=model,
-        kind=kinds_by_script().get(commands[-1][1], LORA),
+        kind=find_kind_of(commands),
         validation=validation,
     )
 

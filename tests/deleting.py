@@ -106,10 +106,10 @@ def delete_from(tree: Path, name: str) -> list[str]:
     for path in paths:
         path.unlink()
     for writer in WRITERS.get(name, ()):
-        if writer.endswith(".py"):
-            (tree / writer).unlink()
-        else:
+        if (tree / writer).is_dir():
             shutil.rmtree(tree / writer)
+        else:
+            (tree / writer).unlink()
     listing = folder / "__init__.py"
     lines = listing.read_text(encoding="utf-8").splitlines(keepends=True)
     named = re.compile(rf"from {room}\.{name} |{name}(_\w+)?: |    {name.upper()},$")

@@ -75,11 +75,6 @@ class FinderOptions(Options, title="what to find"):
     device: str | None = option("cuda, cuda:1, mps or cpu; default: the best one available")
 
     def __post_init__(self) -> None:
-        given = [name for name in FINDERS if getattr(self, name) not in (None, False)]
-        if not given:
-            raise OptionError(
-                'Say what to find: --what "the person", --watermark, --background, --faces or --colour'
-            )
         for words in self.what or ():
             if not words.strip():
                 raise OptionError("--what is empty: say what to find")
@@ -91,6 +86,13 @@ class FinderOptions(Options, title="what to find"):
         if self.colour is not None and not COLOUR.fullmatch(self.colour):
             raise OptionError(
                 f"--colour {self.colour}: give six hexadecimal digits, such as 00ff00 for green"
+            )
+
+    def require_one(self) -> None:
+        """Raise OptionError if nothing is to be found."""
+        if not any(getattr(self, name) not in (None, False) for name in FINDERS):
+            raise OptionError(
+                'Say what to find: --what "the person", --watermark, --background, --faces or --colour'
             )
 
     @property

@@ -69,6 +69,7 @@ def make_masks(options: MaskOptions) -> None:
     So the same command continues after a stop. Raises UserError if nothing can be done, and DatasetError at
     the end if files could not be read.
     """
+    options.finder.require_one()
     folders = [real_path(folder) for folder in walk_folders(options.folder, options.recursive)]
     by_folder = {folder: _masks_of(folder, options) for folder in folders}
     places = [place for folder, masks in by_folder.items() for place in find_mask_places(folder, masks)]

@@ -1,7 +1,7 @@
 """The kinds of runs, one line for each."""
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -42,6 +42,12 @@ def list_kinds(model: ModelSet) -> list[RunKind]:
 def find_control_kind(model: ModelSet) -> RunKind | None:
     """Return the kind of a run that pairs with control pictures make, if nothing is typed."""
     return next((kind for kind in list_kinds(model) if kind.sees_controls), None)
+
+
+def find_kind_of(commands: Sequence[Sequence[str]]) -> RunKind:
+    """Return the kind of a run by its commands, of which the last one trains; LORA for others."""
+    words = commands[-1] if commands else ()
+    return kinds_by_script().get(words[1], LORA) if len(words) > 1 else LORA
 
 
 @cache

@@ -51,7 +51,8 @@ def _given(record: type[Options], name: str) -> Any:
     if kind in (int, float):
         least = field.metadata.get("least", field.metadata.get("above", 0))
         usual = field.metadata["declared"].default
-        return kind(max(2 if usual == 1 else 1, least + 1))
+        most = field.metadata.get("most", 1e9)
+        return kind(min(max(2 if usual == 1 else 1, least + 1), most if usual != most else most / 2))
     if "choices" in field.metadata["declared"].settings:
         declared = field.metadata["declared"]
         return next(choice for choice in declared.settings["choices"] if choice != declared.default)

@@ -33,6 +33,7 @@ from modules.text_files import parse_toml
 from networks.adapter import import_network_module
 from networks.loading import read_lora
 from project import running
+from project.kinds.composing import find_control_kind
 from project.options import find_models
 from project.run_options import RunOptions
 from project.running import MediaCheck, _check_media, _model_metadata, run_command
@@ -450,7 +451,9 @@ def test_every_model_takes_what_is_written(model: ModelSet, copied: Path) -> Non
     (copied / "control").mkdir()
     for stem in "ghijkl":
         shutil.copy(copied / "i.png", copied / "control" / f"{stem}.png")
-    told = describe(copied, "--memory", 12, "--trigger_word", "mrsfluff", model=model)
+    # the folder control would make a run of a control network
+    kind = ("--train", "lora") if find_control_kind(model) else ()
+    told = describe(copied, "--memory", 12, "--trigger_word", "mrsfluff", *kind, model=model)
     if model.task == "av":  # it learns sound, and the clips are silent
         assert_one_message(*told, "has no sound", "Give clips that have some, or take --task v")
         assert not (copied / "run.toml").exists()

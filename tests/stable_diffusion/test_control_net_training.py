@@ -182,4 +182,4 @@ def test_mistakes_are_named_before_anything_is_loaded(folder: Path) -> None:
     assert "--controlnet_model_name_or_path" in told
     assert "looks like a ControlNet-LLLite" in refusal("--controlnet_model_name_or_path", lllite.name)
     assert "has no such setting" in refusal("--network_dim", "4")
-    assert "which fp8 has rounded" in refusal("--fp8_base")
+    assert "fp8 rounds them" in refusal("--fp8_base")

@@ -461,7 +461,7 @@ OF_NO_TARGET = {
         "PlanOptions",
         "FrozenModelOptions",
     ),
-    *("FeatureOptions", "OutputPreservationOptions"),
+    *("FeatureOptions", "OutputPreservationOptions", "EmbeddingOptions", "ItemLossOptions"),
 }
 
 

@@ -14,6 +14,7 @@ from modules.console import count_of, list_some
 from modules.control_codes import escape_control_codes
 from modules.errors import MediaError, NothingFoundError, OptionError, UserError
 from modules.media.reading import read_tags
+from modules.text_files import real_path
 from training.features.composing import parts_of_page
 from training.reports.history import END, History, SampleRow, Start, Story, history_name, read_session
 from training.reports.page import Standing, page_path, write_training_page
@@ -102,7 +103,7 @@ def score_run(options: ScoreOptions) -> None:
     scored = [_score_step(run, row, files, vectors=vectors, comparison=comparison) for row, files in rows]
     notes += _list_notes(run, embedder, comparison)
     scores = RunScores(
-        model=options.model.resolve().name,
+        model=real_path(options.model).name,
         rows=tuple(row for row in scored if row.samples),
         num_training=0 if training is None else len(training.media),
         near_threshold=comparison.threshold,
