@@ -57,7 +57,7 @@ TAGS = {
     ".png": Markup('<img src="{}" alt="{}" loading="lazy">'),
 }
 # the page's own script, and samples of this server
-SHARED_POLICY = FILE_POLICY.replace("-src data:", "-src 'self' data:") + "; frame-ancestors 'none'"
+SHARED_POLICY = FILE_POLICY.replace("-src data:", "-src 'self' data:")
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,8 @@ class SharePages:
         )
         values |= {"commands": (), "makes_samples": True}
         text = drop_private(render_page(TEMPLATE, run.name, values, SHARED_POLICY))
-        headers = {"content-security-policy": SHARED_POLICY, "x-robots-tag": "noindex"}
+        policy = f"{SHARED_POLICY}; frame-ancestors 'none'"  # a page itself cannot say who may frame it
+        headers = {"content-security-policy": policy, "x-robots-tag": "noindex"}
         if now.state == RUNNING:
             headers["refresh"] = RELOAD_SECONDS
         return answer_page(text, headers=headers)

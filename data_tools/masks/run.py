@@ -47,7 +47,6 @@ class MaskPlan:
     """What is to be done for the pictures and clips of some folders."""
 
     jobs: list[MaskPlace] = field(default_factory=list)
-    done: list[MaskPlace] = field(default_factory=list)  # made before, in the same way
     other_way: list[MaskPlace] = field(default_factory=list)  # made before by this program, in another way
     by_hand: list[MaskPlace] = field(default_factory=list)  # drawn, changed or accepted by a person
     removed: list[MaskPlace] = field(default_factory=list)  # by a person
@@ -207,7 +206,7 @@ def _make_plan(places: Sequence[MaskPlace], options: MaskOptions, way: str) -> M
             is_left = place.is_removed and options.mode == "fill"
             (plan.removed if is_left else plan.jobs).append(place)
         elif made_by.split("\n")[-1] == way:
-            plan.done.append(place)
+            continue  # made before, in the same way
         elif options.mode != "fill":
             plan.jobs.append(place)
         elif not made_by or ACCEPTED in texts:

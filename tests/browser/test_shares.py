@@ -51,6 +51,8 @@ def test_a_friend_sees_the_page_the_samples_and_the_files_of_one_run(tmp_path: P
         assert running.headers["refresh"] == "60"
         policy = running.headers["content-security-policy"]
         assert "img-src 'self' data:" in policy
+        assert "frame-ancestors 'none'" in policy
+        assert "frame-ancestors" not in running.text  # browsers warn of it there
         assert "connect-src" not in policy
 
 
