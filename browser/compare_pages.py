@@ -19,6 +19,8 @@ from modules.errors import OptionError, UserError
 from modules.pages.language import say
 from modules.pages.page import render_page
 
+FIELDS = ("run", "file", "prompt", "more")  # of the form
+
 
 class ComparePages:
     """Show comparisons, and queue the jobs that make their clips."""
@@ -43,7 +45,8 @@ class ComparePages:
                 self.queue.add(job.words, source.working_folder, within=source.run.history.parent)
         except (OSError, UserError) as error:
             return self.answer(form, str(error))
-        return RedirectResponse(f"/compare?{urlencode(form, doseq=True)}", 303)
+        fields = {name: form[name] for name in FIELDS if name in form}
+        return RedirectResponse(f"/compare?{urlencode(fields, doseq=True)}", 303)
 
     def answer(self, form: Form, error: str = "") -> Response:
         """Return the page of the comparison that a form asks for. error: a message to show."""

@@ -65,7 +65,7 @@ OF_OTHERS = {
     *("ltx-2.3-22b-distilled-1.1.safetensors", "my.safetensors"),
 }
 OF_THE_GUIDES = {"image_dir", "conditioning_data_dir"}  # keys of folders
-NO_PATH = {*WRITTEN, "--prompt", "--api_base"}  # options
+NO_PATH = {*WRITTEN, "--prompt", "--api_base", "--public_url"}  # options
 FILES = [file for component in known_components().values() for file in component.files]
 RELEASED = {path for file in FILES for path in (file.name, file.file, Path(file.file).name)}
 

@@ -210,6 +210,8 @@ def test_both_pages_have_the_part_and_a_described_folder_is_one(pictures: Path) 
         pages = [served.ask(address).text for address in addresses if address.startswith("/dataset/")]
 
     assert 'id="tags-fold"' in new
-    assert re.search(r"tag\.py(&#39;)? dataset\.toml --model_dir", line)  # the path of the script may have blanks
+    assert re.search(
+        r"tag\.py(&#39;)? dataset\.toml --model_dir", line
+    )  # the path of the script may have blanks
     assert "<span>cat</span> <small>1</small>" in counts
     assert sorted(page.count("<option value=") for page in pages if 'id="tool-folder"' in page) == [5, 7]

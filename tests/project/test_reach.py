@@ -49,7 +49,7 @@ PLAIN = {
     *("prompt", "prompt_2", "resolution"),
     *("secondary_separator", "seed", "sheet"),
     *("slg_layers", "system_prompt", "task"),
-    *("te_multiplier", "text_encoder_dtype", "trainable_modules"),
+    *("te_multiplier", "text_encoder_dtype", "train_embedding", "trainable_modules"),
     *("training_comment", "vae_dtype", "wandb_api_key", "wandb_run_name", "without"),
 }
 SWITCHES = {"repair_captions"}  # what it writes stands in the text
