@@ -102,12 +102,13 @@ SMALLER = {
     **dict.fromkeys(
         (
             *("sdxl_train_control_net_lllite.py", "sdxl_train_control_net.py", "train_control_net.py"),
-            *("anima_train_control_net_lllite.py", "flux_train_control_net.py"),
+            "anima_train_control_net_lllite.py",
             *("sdxl_train_textual_inversion.py", "train_textual_inversion.py"),
         ),
         TRAINING,
     ),
     "flux_kontext_train.py": f"{TRAINING} --no_resize_control",
+    "flux_train_control_net.py": f"{TRAINING} --num_double_layers 1",  # the tiny one has two such blocks
     **{f"{name}_train_network.py": LORA for name in ("hv", "ltx2", "wan", *OF_PICTURES)},
     **{f"{name}_generate_image.py": PICTURE for name in OF_PICTURES if name != "hunyuan_image"},
     "krea2_generate_image.py": f"{PICTURE} --width 64 --height 64",
