@@ -185,6 +185,14 @@ OWN_PROCESS = {
     *("--reproduce", "--compile", "--optimized", "--fp16_accumulation", "--allow_tf32", "--num_processes"),
     *("--torch_compile", "--dynamo_backend", "benchmarks/gpu.py"),
 }
+
+
+def lay_out_control(models: Path) -> None:
+    """Write the models of the page about control pictures."""
+    picture_project.lay_out_stable_diffusion(models)
+    lay_out_flux(models)
+
+
 # pages about one model, most about one of pictures, and the models that they use
 PICTURE_MODELS = {
     **{name: getattr(picture_project, f"lay_out_{name}") for name in ("flux", "flux_2", "flux_3")},
@@ -194,9 +202,10 @@ PICTURE_MODELS = {
     },
     "flux_kontext": picture_project.lay_out_kontext,
     **dict.fromkeys(
-        ("control", "gen_img", "sdxl", "stable_diffusion", "textual_inversion"),
+        ("gen_img", "sdxl", "stable_diffusion", "textual_inversion"),
         picture_project.lay_out_stable_diffusion,
     ),
+    "control": lay_out_control,
     "image_datasets": lay_out_flux,
     "ltx2": picture_project.lay_out_ltx_2,
 }
