@@ -80,7 +80,7 @@ class Flux(ModelOfPictures):
     # without a negative prompt it is empty; False, as in the guides' command: then there is no guidance
     negative_is_empty: bool = True
     noise_dtype: torch.dtype | None = None
-    options: Any = NO_OPTIONS  # of a training
+    options: Any = NO_OPTIONS  # of a training, or of a generation
     controlnet: Path | None = None  # next to the transformer, frozen; cached latents are made for it
     # what a training makes in place of a LoRA, which sees the control pictures
     made_network: MadeNetwork | None = None
@@ -165,7 +165,7 @@ class Flux(ModelOfPictures):
         if table.has_control and not sees_controls and self.references is None:
             raise DatasetError(
                 f"{table.name}: the table has control images, and no ControlNet sees them. Give "
-                f"{CONTROL_NET}, or remove them."
+                f"{CONTROL_NET} (to cache for flux_train_control_net.py: --control_pictures), or remove them."
             )
         if self.controlnet is not None and not table.has_control:
             raise DatasetError(

@@ -102,12 +102,13 @@ SMALLER = {
     **dict.fromkeys(
         (
             *("sdxl_train_control_net_lllite.py", "sdxl_train_control_net.py", "train_control_net.py"),
-            *("anima_train_control_net_lllite.py", "flux_train_control_net.py"),
+            "anima_train_control_net_lllite.py",
             *("sdxl_train_textual_inversion.py", "train_textual_inversion.py"),
         ),
         TRAINING,
     ),
     "flux_kontext_train.py": f"{TRAINING} --no_resize_control",
+    "flux_train_control_net.py": f"{TRAINING} --num_double_layers 1",  # the tiny one has two such blocks
     **{f"{name}_train_network.py": LORA for name in ("hv", "ltx2", "wan", *OF_PICTURES)},
     **{f"{name}_generate_image.py": PICTURE for name in OF_PICTURES if name != "hunyuan_image"},
     "krea2_generate_image.py": f"{PICTURE} --width 64 --height 64",
@@ -184,6 +185,14 @@ OWN_PROCESS = {
     *("--reproduce", "--compile", "--optimized", "--fp16_accumulation", "--allow_tf32", "--num_processes"),
     *("--torch_compile", "--dynamo_backend", "benchmarks/gpu.py"),
 }
+
+
+def lay_out_control(models: Path) -> None:
+    """Write the models of the page about control pictures."""
+    picture_project.lay_out_stable_diffusion(models)
+    lay_out_flux(models)
+
+
 # pages about one model, most about one of pictures, and the models that they use
 PICTURE_MODELS = {
     **{name: getattr(picture_project, f"lay_out_{name}") for name in ("flux", "flux_2", "flux_3")},
@@ -193,9 +202,10 @@ PICTURE_MODELS = {
     },
     "flux_kontext": picture_project.lay_out_kontext,
     **dict.fromkeys(
-        ("control", "gen_img", "sdxl", "stable_diffusion", "textual_inversion"),
+        ("gen_img", "sdxl", "stable_diffusion", "textual_inversion"),
         picture_project.lay_out_stable_diffusion,
     ),
+    "control": lay_out_control,
     "image_datasets": lay_out_flux,
     "ltx2": picture_project.lay_out_ltx_2,
 }

@@ -28,7 +28,7 @@ def read_words(key: str, model: ModelSet) -> list[str]:
 
 def find_reason(key: str, title: str, model: ModelSet, memory: float) -> str | None:
     """Return why a model has no such kind of run; None if it has. key, title: of the kind."""
-    return None if read_words(key, model) else f"{model.title} has no script that trains {title}"
+    return None if read_words(key, model) else f"new does not set up {title} for {model.title}"
 
 
 def _describe_nothing(model: ModelSet, memory: float) -> list[str]:

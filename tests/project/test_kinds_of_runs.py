@@ -134,7 +134,7 @@ SD_XL = ("--family", "sd", "--task", "xl")
         ([*SD_XL, "--train", "lllite", "--whole_model"], "both say what is trained"),
         (
             ["--family", "zimage", "--task", "base", "--train", "controlnet"],
-            "has no script that trains a Cont",
+            "new does not set up a ControlNet for",
         ),
         (
             ["--family", "anima", "--train", "embedding", "--word", "zorb"],
