@@ -16,10 +16,9 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from browser.folders import read_media_folder
 from browser.names import short_digest
 from browser.responses import answer_json
-from browser.uploads import MOST_DIGITS, FileUploads, check_file_name, remove_empty
+from browser.uploads import MOST_DIGITS, FileUploads, answer_taken, check_file_name, remove_empty
 from modules.atomic_write import atomic_files
 from modules.errors import OptionError, UserError
 from modules.pages.language import say
@@ -87,9 +86,7 @@ class PieceUploads:
             return answer_json({"error": str(error)}, 503)  # pages ask again
         except (UserError, OSError) as error:
             return answer_json({"error": str(error)}, 422)
-        media_folder = await run_in_threadpool(read_media_folder, arriving.folder)
-        words = "" if media_folder is None else media_folder.words
-        return answer_json({"folder": str(arriving.folder), "words": words})
+        return await run_in_threadpool(answer_taken, arriving.folder)
 
     def show(self, request: Request) -> Response:
         """Return how many bytes of a file are there."""

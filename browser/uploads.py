@@ -155,10 +155,18 @@ def name_upload_folder(top: Path, day: date) -> str:
     return next(name for name in number_names(f"{day:%Y-%m-%d}") if not _has_files(top / name))
 
 
+def answer_taken(folder: Path) -> Response:
+    """Return the answer to a file that is whole: its folder, and what that has now."""
+    media_folder = read_media_folder(folder)
+    words = "" if media_folder is None else media_folder.words
+    return answer_json({"folder": str(folder), "words": words})
+
+
 def _has_files(folder: Path) -> bool:
     """Return whether a path exists, except as a folder in which an upload was only begun."""
     if folder.is_dir() and not folder.is_symlink():
-        return not all(path.name.startswith(".") for path in folder.iterdir()) or not any(folder.iterdir())
+        names = [path.name for path in folder.iterdir()]
+        return not names or not all(name.startswith(".") for name in names)
     return folder.exists() or folder.is_symlink()
 
 
@@ -184,9 +192,7 @@ class FileUploads:
             await self.receive(request, folder / name, size)
         except (UserError, OSError) as error:
             return answer_json({"error": str(error)}, 422)
-        media_folder = await run_in_threadpool(read_media_folder, folder)
-        words = "" if media_folder is None else media_folder.words
-        return answer_json({"folder": str(folder), "words": words})
+        return await run_in_threadpool(answer_taken, folder)
 
     def find_target(self, into: str) -> Path:
         """Return the folder that a text names, which need not exist if it is one name.
