@@ -5,7 +5,6 @@ Source: Lüddecke and Ecker 2022, arXiv 2112.10003 (CLIPSeg); transformers, mode
 """
 # Letters: h w the network's grid, P prompts, N things that the network proposes
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -23,7 +22,7 @@ from modules.control_codes import shorten
 from modules.devices import choose_device
 from modules.errors import CheckpointError, InstallationError, MemoryPlanError
 from modules.media.reading import Frame
-from modules.text_files import read_text
+from modules.text_files import parse_json, read_text
 
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 CLIPSEG, SAM3 = "clipseg", "sam3"  # model_type in config.json
@@ -92,7 +91,7 @@ def read_kind(folder: Path) -> str:
             folder,
         )
     try:
-        kind = json.loads(read_text(path)).get("model_type")
+        kind = parse_json(read_text(path)).get("model_type")
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} cannot be read: {shorten(str(error), 300)}", path) from None
     if kind not in _CLASSES:
