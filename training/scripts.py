@@ -1,5 +1,6 @@
 """Make the training scripts of a family: read its options, then hand it to the training loop."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from contract.families import FAMILIES, Script
 from modules.command import name_as_typed, print_loading
 from modules.errors import UserError
-from modules.installation import import_own
+from modules.installation import ONLY_OPTIONS, import_own
 from modules.options import Options, option_values
 from modules.speed_options import refuse_for_whole
 from training.features.composing import options_by_expert
@@ -71,6 +72,8 @@ def training_script(
             if whole_dit:
                 refuse_for_whole(option_values(family_options).get("dit_dtype"))
             check(family_options)
+            if os.environ.get(ONLY_OPTIONS):
+                return
 
             entry.say_notice()
             print_loading()
