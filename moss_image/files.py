@@ -67,7 +67,7 @@ TEXT_USE = LanguageUse(
 
 def _read_header(checkpoint: Checkpoint) -> DitHeader[MossImageConfig]:
     names = checkpoint.tensors
-    if MARK not in names or "video_embedder.weight" not in names:
+    if MARK not in names:
         raise other_kind(checkpoint, WHAT, OPTION, FILES)
     if RESCALED in checkpoint.metadata:
         raise CheckpointError(
