@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch._dynamo  # the first step of any optimizer imports it; here `freeze_libraries` sees it
 
 from contract.family import Family
 from modules.devices import freeze_libraries
@@ -73,8 +74,6 @@ def train_network(
 
         commands = command.caching_commands(options.loop.dataset_config, family)
         return show_preview(family, options, commands, others)
-    import torch._dynamo  # noqa: F401  # the first step of any optimizer imports it; here it is frozen too
-
     freeze_libraries()
     with end_of_run(options) as end:
         try:
