@@ -47,6 +47,7 @@ MAY_IMPORT = {
     | {"training.reports", "training.config_options", "training.features.composing"}
     | {"downloads.catalogue", "downloads.listing"}
     | {
+        "dataset.subset_options",
         "data_tools.masks.options",
         "data_tools.masks.places",
         "data_tools.tags.options",
@@ -131,7 +132,7 @@ FLOORS = {
         {"targets"},
         {"features"},
         {"options", "samples", "scoring"},
-        {"caching_inside", "edited_prompts", "experts", "image_options"},
+        {"caching_inside", "unused_options", "edited_prompts", "experts", "image_options"},
         {"checks", "resuming"},
         {"plan", "whole_checkpoint"},
         {"planning", "validation"},
