@@ -68,7 +68,7 @@ FLOORS = {
         {"errors", "flow", "interpreter", "limits", "screen", "script_words", "seeds"}
         | {"nvidia_driver", "private_torch"}
         | {"text_encodings", "varints", "version"},
-        {"card_builds", "control_codes", "text_files"},
+        {"card_builds", "control_codes", "text_files", "zip_files"},
         {"output_files", "paths", "run_limits", "typed_command", "user_files"},
         {"atomic_write", "devices", "file_locks", "installation", "option_values"},
         {"backups", "installed", "options"},

@@ -24,10 +24,12 @@ from safetensors.torch import save_file
 
 from browser.dropped_settings import read_dropped_settings
 from browser.jobs import WAITING, JobQueue
-from browser.lora_rows import RunLoras
+from browser.lora_rows import RunLoras, check_family
 from browser.render_queue import ENDED_MEANWHILE
 from browser.render_worker import RenderWorker
 from browser.runs import FINISHED, RUNNING, STOPPED, Runs
+from contract.families import with_scripts
+from downloads.catalogue import model_sets
 from modules.errors import OptionError
 from modules.media.writing import write_png
 from pocket.measure import POCKET
@@ -556,6 +558,74 @@ def test_a_lora_of_another_family_is_refused_by_its_header(root: Path) -> None:
         answer = post(served, "make", fields_of(served, lora=path, **{f"strength {path}": "1"}))
         assert answer.status == 422
         assert "y-step2.safetensors is a LoRA of FLUX.1, not of Wan." in message(answer)
+
+
+# what a training writes into `ss_base_model_version` where that is not the name of the family
+WRITTEN_VERSIONS = {
+    "flux": ("flux1", "chroma"),
+    "flux_kontext": ("flux_kontext", "flux1"),
+    "sd1": ("sd_v1", "sd_v2"),
+    "sdxl": ("sdxl_base_v1-0",),
+    "lumina": ("lumina2",),
+}
+
+
+def write_own_run(root: Path, family: str, trained_on: str, models: Path) -> str:
+    """Write a run of a family with a LoRA, and files that stand for its model; return the form's source."""
+    script = f"{with_scripts()[family].generation_script}.py"
+    model = next(one for one in model_sets() if script in one.commands.get("generate", "").split())
+    for part in model.components:
+        (models / part.path).parent.mkdir(parents=True, exist_ok=True)
+        (models / part.path).write_bytes(b"")
+    write_generating(root / "own", "own", trained_on=trained_on, script=script, task="")
+    return f"model {model.family} {model.task}"
+
+
+@pytest.mark.parametrize("family", with_scripts())
+def test_each_family_takes_its_own_loras_and_no_others(family: str, tmp_path: Path) -> None:
+    for version in WRITTEN_VERSIONS.get(family, (family,)):
+        save_file({"x": torch.zeros(1)}, tmp_path / "own.safetensors", {"ss_base_model_version": version})
+        check_family(tmp_path / "own.safetensors", family)
+    foreign = "wan" if family != "wan" else "lumina2"
+    save_file({"x": torch.zeros(1)}, tmp_path / "foreign.safetensors", {"ss_base_model_version": foreign})
+    with pytest.raises(OptionError, match=r"foreign\.safetensors is a LoRA of .*, not of "):
+        check_family(tmp_path / "foreign.safetensors", family)
+
+
+@pytest.mark.parametrize(("family", "foreign"), [("sdxl", "sd_v1"), ("sd1", "sdxl_base_v1-0")])
+def test_variants_of_stable_diffusion_do_not_take_each_others_loras(
+    family: str, foreign: str, tmp_path: Path
+) -> None:
+    save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors", {"ss_base_model_version": foreign})
+    with pytest.raises(OptionError, match=r"x\.safetensors is a LoRA of "):
+        check_family(tmp_path / "x.safetensors", family)
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        name if name in ("sdxl", "flux_kontext") else pytest.param(name, marks=pytest.mark.slow)
+        for name in with_scripts()
+    ],
+)
+def test_make_takes_the_lora_of_each_family(family: str, tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    version = WRITTEN_VERSIONS.get(family, (family,))[0]
+    source = write_own_run(tmp_path / "roots", family, version, models)
+    picture = tmp_path / "roots" / "start.png"
+    write_png(picture, PICTURE)
+    with serve(tmp_path / "roots", models=models) as served:
+        page = served.ask(f"/generate?source={quote(source)}").text
+        (path,) = re.findall(r'name="lora" value="([^"]*own-step2\.safetensors)"', page)
+        fields = {"source": source, "prompt": "a cat", "lora": html.unescape(path), f"strength {path}": "0.9"}
+        for name in ("start", "references", "control"):
+            if f'name="{name}"' in page:
+                fields[name] = str(picture)
+        answer = post(served, "make", fields)
+        assert message(answer) == ""
+        assert answer.status == 200
+        (made,) = requests(tmp_path / "roots")
+        assert str(tmp_path / "roots" / "own" / "own-step2.safetensors") in made["session"]
 
 
 def test_a_file_that_is_gone_is_said(served: Served, root: Path) -> None:
