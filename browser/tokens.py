@@ -25,8 +25,8 @@ _SOCKETS = Path("/proc/net")  # of Linux: who has which connection
 _SHOWS_OWNERS = sys.platform.startswith("linux")
 _ESTABLISHED = "01"  # state of a connection that both ends have open
 ENDED = -1  # owner of a connection that its owner has closed: no account has this number
-# ends a word of our making; none of an older version, whose last characters stand for two bits less. These were
-# in cookies themselves, which browsers have sent to servers at all ports of this machine
+# ends a word of our making; none of an older version, whose last characters stand for two bits less. These
+# were in cookies themselves, which browsers have sent to servers at all ports of this machine
 _NEW = "_"
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 

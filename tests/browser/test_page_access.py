@@ -137,6 +137,15 @@ def test_nothing_but_the_root_itself_leads_to_the_pages(path: str, tmp_path: Pat
         assert served.ask(f"{browser.root}x/", Cookie=browser.cookie).status == 401
 
 
+def test_a_program_gets_in_by_a_header_with_the_word(tmp_path: Path) -> None:
+    with serve_runs(tmp_path, token=TOKEN) as served:
+        assert served.ask("/queue", Authorization=f"Bearer {TOKEN}").status == 200
+        for header in (TOKEN, f"Bearer {TOKEN[:-1]}", "Bearer ", f"Basic {TOKEN}", f"Bearer {TOKEN}x"):
+            assert served.ask("/queue", Authorization=header).status == 401
+        refused = served.ask("/queue/pause", "POST", "x=1", Authorization=f"Bearer {TOKEN}")
+        assert refused.status == 403  # of no origin
+
+
 def all_pages(served: Served) -> list[str]:
     return [f"{address}{query}" for address in list_addresses(served, "GET") for query in QUERIES]
 

@@ -28,7 +28,7 @@ TOKEN = "a-secret-word-of-letters"
 NOBODY = 65534
 ASK = """
 import http.client, sys
-link = http.client.HTTPConnection("127.0.0.1", int(sys.argv[1]), timeout=20)
+link = http.client.HTTPConnection("127.0.0.1", int(sys.argv[1]), timeout=300)
 link.request("GET", sys.argv[2], headers={"Cookie": sys.argv[3]})
 print(link.getresponse().status)
 """
