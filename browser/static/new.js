@@ -54,7 +54,8 @@
     if (fields.has("family")) { event.preventDefault(); location.assign(`${ROOT}/new?${fields}`); }
   });
 
-  document.addEventListener("click", ({ target }) => {
+  document.addEventListener("click", (event) => {
+    const { target } = event;
     if (target.matches(".take")) {
       take(target.dataset.family, target.dataset.task).then(() => {
         find("task").focus({ preventScroll: true }); // the table leads to the fields
@@ -69,10 +70,19 @@
       find("captions").open = true;
       change(find("text"), target.dataset.text);
     }
+    if (target.matches("#leads a.button[href^='#']")) lead(event, document.querySelector(target.hash));
     if (target.matches(".leave")) move(JSON.parse(target.dataset.names), "out");
     if (target.matches(".return")) move([target.dataset.name], "back");
     if (target.matches("button.out")) move([target.closest(".file").file.pictures[0].name], "out");
   });
+  // The button leads to a place of this page: a part that is folded opens, and a field is ready to be typed into.
+  function lead(event, place) {
+    if (!place) return;
+    event.preventDefault();
+    if (place.tagName === "DETAILS") place.open = true;
+    (place.querySelector("input:not([type=hidden]), button") ?? place).focus({ preventScroll: true });
+    place.scrollIntoView({ block: "center" });
+  }
   const showCaptions = () => {
     if (location.hash !== "#captions" || !find("captions")) return;
     find("captions").open = true;
