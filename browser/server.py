@@ -240,9 +240,7 @@ class Gate:
             )
             return page
         scheme, _, word = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() == "bearer" and self._fits(
-            word.strip()
-        ):  # a program; browsers send none
+        if scheme.lower() == "bearer" and self._fits(word.strip()):  # a program; browsers send none
             return None
         cookies = request.headers.get("cookie", "")
         if is_below and access.is_right(cookies, owner_of(request.scope)):
