@@ -16,7 +16,7 @@ from starlette.responses import Response
 from browser.captions import MOST_BYTES as MOST_CAPTION_BYTES
 from browser.described_folder import FILES
 from browser.folders import CHECK_PAGE, find_folder, is_closed, read_media_folder
-from browser.names import fold_name, number_names
+from browser.names import number_names
 from browser.responses import answer_json
 from browser.runs import Runs
 from browser.upload_stream import DECODING, write_arriving
@@ -30,7 +30,7 @@ from modules.media.reading import IMAGE_SUFFIXES, VIDEO_SUFFIXES, first_frame, i
 from modules.media.remedies import remedy_of
 from modules.media.samples import track_facts
 from modules.media.streams import source_info
-from modules.output_files import is_windows_device
+from modules.output_files import fold_name, is_windows_device
 from modules.pages.language import say
 from modules.text_files import bad_character, read_content, real_path
 

@@ -3,7 +3,6 @@
 The file may be somebody else's: all is checked before anything is written.
 """
 
-import io
 import os
 import stat
 import zipfile
@@ -22,30 +21,15 @@ from modules.errors import OptionError, OutputError, UserError
 from modules.limits import MAX_METADATA_BYTES
 from modules.paths import expand_path
 from modules.text_files import parse_json, parse_toml, read_text, real_path, require_regular_file
+from modules.zip_files import BoundedFile
 from project.options import RUN_FILE, download_options, own_command
 from project.pack_options import MANIFEST, MODELS_PART, VERSION, UnpackOptions, find_fault_of_name
 from project.relocating import change_texts
 from training.config_options import OTHERS_TABLE
 
 PIECE_BYTES = 1 << 20
-MOST_LISTED_BYTES = 1 << 26  # of the list of members: half a million files
 ENCRYPTED = 0x1
 LATEST_NS = 1 << 62  # of the time of a file: the year 2116
-
-
-class BoundedFile(io.FileIO):
-    """A file of which no piece is read that is larger than the list of members may be.
-
-    `zipfile` reads that list at once, and the file says how long it is.
-    """
-
-    def read(self, size: int | None = -1) -> bytes:
-        """Read as any file does. Raises BadZipFile for a piece that is too large."""
-        most = MOST_LISTED_BYTES + 1
-        piece = super().read(most if size is None or size < 0 else min(size, most)) or b""
-        if len(piece) == most:
-            raise zipfile.BadZipFile("its list of files is too long")
-        return piece
 
 
 def unpack_folder(options: UnpackOptions) -> None:
