@@ -9,7 +9,7 @@
   const remember = () => {
     const fields = new URLSearchParams();
     for (const [name, value] of new FormData(form)) if (value && (MARKED.includes(name) || name.startsWith("file_"))) fields.set(name, value);
-    history.replaceState(null, "", `/new?${fields}`);
+    history.replaceState(null, "", `${ROOT}/new?${fields}`);
   };
   form.addEventListener("input", ({ target }) => { if (target.name) remember(); });
   form.addEventListener("change", ({ target }) => { if (target.name) remember(); });
@@ -51,7 +51,7 @@
     if (!link || link.dataset.described || event.ctrlKey || event.metaKey || event.shiftKey) return;
     const fields = new URLSearchParams(link.search);
     for (const [name, value] of new FormData(form)) if (value && (["family", "task", "trigger", "steps"].includes(name) || name.startsWith("file_"))) fields.set(name, value);
-    if (fields.has("family")) { event.preventDefault(); location.assign(`/new?${fields}`); }
+    if (fields.has("family")) { event.preventDefault(); location.assign(`${ROOT}/new?${fields}`); }
   });
 
   document.addEventListener("click", (event) => {
@@ -229,7 +229,7 @@
     const fields = new URLSearchParams(location.search);
     fields.delete("mark");
     fields.set("folder", folder);
-    const address = `/new?${fields}`;
+    const address = `${ROOT}/new?${fields}`;
     if (taken === files.length && !hasDrafts()) { location.assign(address); return; }
     status.append(" · ", Object.assign(document.createElement("a"), { href: address, textContent: translate("show them") }));
   }
