@@ -351,10 +351,8 @@ def test_slips_of_a_beginner(tmp_path: Path, script: str, words: list[str], told
 
 def tensors_of(path: Path) -> dict[str, bytes]:
     with open_checkpoint(path) as checkpoint:
-        return {
-            name: checkpoint.read(name).contiguous().view(torch.uint8).numpy().tobytes()
-            for name in checkpoint.tensors
-        }
+        tensors = {name: checkpoint.read(name).reshape(-1) for name in checkpoint.tensors}
+    return {name: tensor.view(torch.uint8).numpy().tobytes() for name, tensor in tensors.items()}
 
 
 def test_a_packed_folder_trains_to_the_same_lora_and_continues(tmp_path: Path) -> None:
