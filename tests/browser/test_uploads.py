@@ -310,7 +310,9 @@ def test_of_two_files_of_one_name_at_once_one_is_taken_and_one_is_refused(
         answers: dict[bytes, int] = {}
         contents = [b"one", b"two"]
 
-        def drop(name: str, content: bytes, answers: dict[bytes, int] = answers, number: int = number) -> None:
+        def drop(
+            name: str, content: bytes, answers: dict[bytes, int] = answers, number: int = number
+        ) -> None:
             answers[content] = send(served, name, content, into=f"set{number}").status
 
         threads = [threading.Thread(target=drop, args=pair) for pair in zip(names, contents, strict=True)]
