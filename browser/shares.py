@@ -114,7 +114,7 @@ class Shares:
         return share
 
     def take_back(self, run_id: str) -> None:
-        """Remove all links to a run, and to earlier ones in its place. Raises OSError if that cannot be kept."""
+        """Remove all links to a run and to earlier ones in its place. Raises OSError if that fails."""
         with self._change() as shares:
             shares[:] = [share for share in shares if share.run != run_id]
 
@@ -219,13 +219,15 @@ class SharePages:
             if self.find(request) is None:  # another run began meanwhile, and this may be its story
                 return answer_text(ENDED, 401)
         now = LiveStanding.of(run, story)
-        values: dict[str, Any] = page_values(  # without its name: no training pictures are shown
+        values: dict[str, Any] = page_values(
             run.history.parent,
             story,
             make_shared_standing(now),
             load=shared_clip,
             most=MOST_SHOWN,
             parts=parts_of_page(),
+            name=run.name,
+            has_sections=False,  # no training pictures are named
         )
         values |= {"commands": (), "makes_samples": True}
         text = drop_private(render_page(TEMPLATE, run.name, values, SHARED_POLICY))
