@@ -8,6 +8,7 @@ command_lines: a command as it can be typed in any folder
 command_output: printed lines, with their files and a remedy
 compare: find samples and clips of chosen files, plan the rest
 compare_pages: page of comparisons, jobs for missing clips
+dataset_keys: pictures of a step, options that dataset.toml replaces
 dataset_pages: routes for datasets: files, small pictures, edited captions
 datasets: find datasets, measure them in another process
 described_folder: read a described folder, and change its keys

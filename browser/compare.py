@@ -21,6 +21,7 @@ from browser.run_views import COMPARED, COMPARED_FOLDER, FileNotes
 from browser.runs import RUNNING, Runs, RunSummary
 from contract.families import HIGH_NOISE, LOW_NOISE, with_scripts
 from downloads.catalogue import model_title
+from generation.prompt_lines import split_line
 from modules.errors import OptionError, UserError
 from modules.installation import MOST_BEFORE
 from modules.media.reading import read_tags
@@ -335,11 +336,13 @@ def _list_prompts(sources: Sequence[ComparableRun]) -> list[str]:
 
 def _make_typed_row(line: str, seed: str) -> ComparedPrompt:
     """Return the row of a typed prompt line. seed: the usual one, for a line without its own."""
-    typed_seed = re.search(r" --(?:d|seed) +(\d+)", line)
     line = line.strip()
-    prompt = line.partition(" --")[0].strip()
-    if typed_seed:
-        return ComparedPrompt(prompt, line, typed_seed[1])
+    split = split_line(line)
+    prompt = split.prompt.strip()
+    typed_seeds = [re.fullmatch(r"(?:d|seed) +(\d+)", option.strip()) for option in split.options]
+    for typed_seed in typed_seeds:
+        if typed_seed:
+            return ComparedPrompt(prompt, line, typed_seed[1])
     return ComparedPrompt(prompt, f"{line} --seed {seed}", seed)
 
 

@@ -310,7 +310,12 @@ def _make_run(
 
 
 def _check_loras(family: Family, uses: LorasByExpert) -> None:
-    """Raise CheckpointError if LoRAs do not fit the transformer's files."""
+    """Raise CheckpointError if LoRAs do not fit the transformer's files; report what does not match."""
+    if family.noise.keeps_variance and any(uses):
+        from networks.predictions import compare_predictions  # only with LoRAs
+
+        loras = {use.lora.path: use.lora.metadata for expert_uses in uses for use in expert_uses}
+        compare_predictions(loras, family.noise.predicts_v)
     for file, expert_uses in zip(family.dit_files, uses, strict=False):
         if expert_uses:
             from networks.apply import check_loras_fit  # only with LoRAs

@@ -9,6 +9,8 @@ from data_tools.tags.options import TaggingOptions
 from modules.errors import OptionError
 
 _LONGEST_FACE = 3  # characters of tags such as ^_^, whose underscore stays
+# longer ones. Source: the taggers' own list (github.com/SmilingWolf/wd-tagger)
+_LONG_FACES = frozenset({"(o)_(o)", "<o>_<o>", "<|>_<|>", "||_||"})
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class TagChoice:
         return [self.replacements.get(tag, tag) for tag in spelled]
 
     def _without_underscores(self, tag: str) -> str:
-        if self.removes_underscores and len(tag) > _LONGEST_FACE:
+        if self.removes_underscores and len(tag) > _LONGEST_FACE and tag not in _LONG_FACES:
             return tag.replace("_", " ")
         return tag
 

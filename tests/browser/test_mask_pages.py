@@ -33,6 +33,7 @@ from tests.browser.described_folders import describe
 from tests.browser.serving import Answer, Served, serve_runs
 from tests.chromium import open_page
 from tests.commands import MOST_SECONDS
+from tests.waiting import wait_for
 
 WIDTH, HEIGHT = 64, 48
 
@@ -326,12 +327,8 @@ def test_masks_lie_where_the_dataset_says(folder: Path, served: Served) -> None:
     assert [item(served, at)["state"] for at in range(3)] == ["none", "made", "none"]
 
 
-def wait_for(page: Any, holds: Callable[[], bool]) -> None:
-    for _ in range(200):
-        if holds():
-            return
-        page.wait_for_timeout(50)
-    raise AssertionError(page.locator("#review").inner_text())
+def wait_on(page: Any, holds: Callable[[], bool]) -> None:
+    wait_for(holds, page.locator("#review").inner_text, lambda seconds: page.wait_for_timeout(seconds * 1000))
 
 
 def test_keys_and_brush_of_the_page(folder: Path, served: Served) -> None:
@@ -340,7 +337,7 @@ def test_keys_and_brush_of_the_page(folder: Path, served: Served) -> None:
         done = page.locator("#mask-done")
 
         def shows(text: str) -> None:
-            wait_for(page, lambda: text in stands.inner_text())
+            wait_on(page, lambda: text in stands.inner_text())
 
         shows("1 / 3 · a.png · made by a program")
         assert page.locator("#mask-list").count() == 0
@@ -348,10 +345,10 @@ def test_keys_and_brush_of_the_page(folder: Path, served: Served) -> None:
         shows("2 / 3 · b.png · drawn by hand")
         assert find_mask_place(folder / "a.png").texts().keys() == {MADE, "mask_accepted"}
         page.keyboard.press("i")
-        wait_for(page, lambda: "inverted 1" in done.inner_text())
+        wait_on(page, lambda: "inverted 1" in done.inner_text())
         assert pixels_of(folder, "b.png")[0, 0] == 0
         page.keyboard.press("u")
-        wait_for(page, lambda: "undone 1" in done.inner_text())
+        wait_on(page, lambda: "undone 1" in done.inner_text())
         assert pixels_of(folder, "b.png")[0, 0] == 255
         page.keyboard.press("ArrowRight")
         shows("3 / 3 · c.png · no mask")
@@ -383,7 +380,7 @@ def test_keys_and_brush_of_the_page(folder: Path, served: Served) -> None:
         page.keyboard.press("Space")  # in the middle: 32, 24
         page.keyboard.press("Space")
         page.keyboard.press("Control+s")
-        wait_for(page, lambda: "saved 2" in done.inner_text())
+        wait_on(page, lambda: "saved 2" in done.inner_text())
         assert pixels_of(folder, "c.png")[24, [20, 32, 45]].tolist() == [255, 0, 255]
         assert done.inner_text() == "accepted 1, inverted 1, undone 1, saved 2"
         assert page.problems == []

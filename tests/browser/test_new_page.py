@@ -27,6 +27,7 @@ from tests.chromium import open_page, wait_until
 from tests.commands import ROOT, run_script
 from tests.data_tools.captions.making import run_server
 from tests.data_tools.report.making import save_picture
+from tests.waiting import MILLISECONDS, PATIENCE
 
 PARTS = {name: str(ROOT / f"pocket/{name}.safetensors") for name in ("dit", "vae", "t5")}
 FIELDS = {"family": "wan", "task": "t2v-1.3B", "steps": "2"} | {
@@ -782,6 +783,6 @@ def test_a_page_that_does_nothing_follows_what_another_one_does(served: Served, 
         page.wait_for_timeout(1500)
         assert "--dry_run" not in page.locator("#command").inner_text()
         describe(served, folder)
-        page.get_by_text("Train on it").wait_for(timeout=20 * SECONDS)
+        page.get_by_text("Train on it").wait_for(timeout=PATIENCE * MILLISECONDS)
         wait_until(page, f"document.getElementById('steps').value === '{FIELDS['steps']}'")  # loaded again
         assert page.get_by_label("Task").input_value() == FIELDS["task"]

@@ -27,6 +27,7 @@ from tests.browser.serving import Served, serve_runs
 from tests.browser.test_new_page import PARTS, text_of, write_pictures
 from tests.browser.test_new_page import post as press_button
 from tests.chromium import open_page, wait_until
+from tests.waiting import MILLISECONDS, PATIENCE
 
 SCREENS = ((1440, 900), (390, 844))
 MOST_SCREENS = 3
@@ -214,7 +215,7 @@ def test_six_clicks_and_one_typed_word_lead_to_a_running_training(tmp_path: Path
         start.wait_for(timeout=180 * SECONDS)
         assert page.locator("#standing").inner_text() == "Described, checked: no fault."
         start.click()
-        page.get_by_role("link", name="Show the training").wait_for(timeout=30 * SECONDS)
+        page.get_by_role("link", name="Show the training").wait_for(timeout=PATIENCE * MILLISECONDS)
         clicks += 3
         assert clicks <= MOST_CLICKS
         page.get_by_role("link", name="Show the training").click()

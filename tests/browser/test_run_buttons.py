@@ -20,6 +20,7 @@ from tests.browser.described_folders import describe, trace
 from tests.browser.serving import Answer, Served, python_of, serve_runs, write_run
 from tests.chromium import open_page, read_page, wait_until
 from tests.commands import QUIET, ROOT, run_python
+from tests.waiting import MILLISECONDS, PATIENCE
 from training.reports.history import History, history_path
 
 
@@ -441,7 +442,7 @@ def test_a_draft_leads_to_the_page_of_its_training(served: Served, tmp_path: Pat
     with open_page(f"{served.url}{address_of(served)}") as page:
         page.get_by_role("button", name="Start").wait_for()
         write_run(tmp_path / "my clips" / "output", "own", kind=None)
-        page.locator("#samples").wait_for(timeout=20_000)
+        page.locator("#samples").wait_for(timeout=PATIENCE * MILLISECONDS)
         assert page.get_by_role("button", name="Stop").is_visible()
         assert page.problems == []
 
@@ -532,7 +533,9 @@ def test_the_page_of_a_run_whose_folder_is_renamed_says_so_and_leads_on(tmp_path
     write_run(tmp_path / "roots" / "out", "x")
     with serve_runs(tmp_path / "roots") as served, open_page(served.url + served.of("x")) as page:
         (tmp_path / "roots" / "out").rename(tmp_path / "roots" / "away")
-        page.get_by_text("It is not there any more: its folder was renamed").wait_for(timeout=20_000)
+        page.get_by_text("It is not there any more: its folder was renamed").wait_for(
+            timeout=PATIENCE * MILLISECONDS
+        )
         page.reload()
         page.get_by_role("link", name="All runs").click()
         page.get_by_text("1 of 1 run").wait_for()

@@ -40,6 +40,7 @@ from project.new_options import NewOptions
 from tests import warm_processes
 from tests.browser.serving import Served, serve_runs, write_run
 from tests.commands import ROOT
+from tests.waiting import PATIENCE
 
 SECRET = "what nobody may read"
 HIDDEN = "nobody-may-list-this"  # in names of files outside
@@ -447,7 +448,7 @@ def list_children() -> set[psutil.Process]:
     return alive
 
 
-def wait_for_children(*others: psutil.Process, seconds: float = 60) -> None:
+def wait_for_children(*others: psutil.Process, seconds: float = PATIENCE) -> None:
     """Wait until all commands that were started have ended; some say what is wrong with their options."""
     end = time.monotonic() + seconds
     while list_children() - {*others}:

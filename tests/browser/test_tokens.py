@@ -24,7 +24,7 @@ TOKEN = "a-secret-word-of-letters"
 NOBODY = 65534
 ASK = """
 import http.client, sys
-link = http.client.HTTPConnection("127.0.0.1", int(sys.argv[1]), timeout=20)
+link = http.client.HTTPConnection("127.0.0.1", int(sys.argv[1]), timeout=300)
 link.request("GET", sys.argv[2])
 print(link.getresponse().status)
 """

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_tools.tags.labels import read_labels
+from data_tools.tags.labels import GENERAL, Label, read_labels
 from data_tools.tags.model import Tagger, load_tagger
 from data_tools.tags.options import TaggingOptions
 from data_tools.tags.run import tag_folder
@@ -161,6 +161,17 @@ def test_words_of_the_command_line_choose_and_order_the_tags(tmp_path: Path, wor
     labels = read_labels(write_tagger(tmp_path / "tagger", BY_COLOUR))
     choice = read_choice(options_of(tmp_path, *words.split()), sorts=False)
     assert ", ".join(choice.choose(labels, PROBABILITIES)) == tags
+
+
+FACES = "0_0 (o)_(o) +_+ +_- ._. <o>_<o> <|>_<|> =_= >_< 3_3 6_9 >_o @_@ ^_^ o_o u_u x_x |_| ||_||"
+
+
+@pytest.mark.parametrize("face", FACES.split())
+def test_faces_of_the_taggers_keep_their_underscores(tmp_path: Path, face: str) -> None:
+    """The list is that of the taggers' own demonstration (SmilingWolf/wd-tagger)."""
+    choice = read_choice(options_of(tmp_path, "--remove_underscore"), sorts=False)
+    labels = [Label(face, GENERAL), Label("red_hair", GENERAL)]
+    assert choice.choose(labels, [0.9, 0.9]) == [face, "red hair"]
 
 
 def test_tags_are_put_behind_captions_that_lack_them(folder: Path, tmp_path: Path) -> None:
