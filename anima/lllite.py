@@ -239,7 +239,7 @@ def _config_of(options: AnimaLlliteTrainingOptions) -> LlliteConfig:
 
 
 def _start_config(options: AnimaLlliteTrainingOptions) -> LlliteConfig:
-    """Return the sizes of --network_weights, which no option says all of; without it, those of the options."""
+    """Return the sizes of --network_weights, some of which no option says, or those of the options."""
     path = options.network_weights
     if path is None:
         return _config_of(options)

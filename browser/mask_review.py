@@ -29,6 +29,7 @@ from data_tools.masks.places import (
     undo_change,
 )
 from modules.errors import MediaError, OptionError
+from modules.file_locks import only_one
 from modules.media.labels import MASK_LABEL, label_of
 from modules.media.reading import count_frames, first_frame, image_size, video_frames
 from modules.media.streams import source_info
@@ -38,6 +39,7 @@ from modules.text_files import real_path
 
 ADDRESS = "/masks"
 LARGEST_SIDE = 1600  # pixels of a picture in the page; masks for the brush have all of theirs
+LOCK = ".masks.lock"  # in the folder of the media, while a mask of it is changed
 MOST_SHOTS = 60  # pictures in memory, some 200 KB each
 MOST_UNDONE = 1000
 # states of masks
@@ -73,6 +75,7 @@ class MaskReview:
     _changed: dict[Path, list[tuple[Path, str]]] = field(default_factory=dict)
     _shots: "OrderedDict[tuple[Path, int, int], bytes]" = field(default_factory=OrderedDict)
     _lock: threading.Lock = field(default_factory=threading.Lock)  # of changes
+    _shots_lock: threading.Lock = field(default_factory=threading.Lock)
     _two: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(2))  # decoded at once
 
     def places(self, folder: Path) -> list[MaskPlace]:
@@ -130,15 +133,15 @@ class MaskReview:
 
         Raises MaskConflictError if the mask is another one now, UserError if it cannot be changed.
         """
-        with self._lock:
-            self._require_unchanged(place, have)
+        with self._lock, only_one(folder / LOCK):
+            place = self._require_unchanged(place, have)
             CHANGES[what](place)
             self._note(folder, place)
 
     def draw(self, folder: Path, place: MaskPlace, png: bytes, have: str) -> None:
         """Put a drawn mask of the picture's size in place of a picture's mask. Raises as `change`."""
-        with self._lock:
-            self._require_unchanged(place, have)
+        with self._lock, only_one(folder / LOCK):
+            place = self._require_unchanged(place, have)
             if place.kind != "image":
                 raise OptionError(say("A brush corrects the mask of a picture, not that of a clip."))
             with self._two:
@@ -147,7 +150,7 @@ class MaskReview:
 
     def undo(self, folder: Path) -> MaskPlace:
         """Take back the last change in a folder, and return its place. Raises OptionError if it cannot be."""
-        with self._lock:
+        with self._lock, only_one(folder / LOCK):
             changed = self._changed.get(folder)
             if not changed:
                 raise OptionError(say("There is nothing to undo."))
@@ -171,13 +174,17 @@ class MaskReview:
             return None
         stamp = place.medium.stat().st_mtime_ns
         key = place.medium, stamp, number
-        with self._two:
-            if key not in self._shots:
-                for shown, frame in read_shots(place, numbers):
-                    self._shots[place.medium, stamp, shown] = _encode_jpeg(frame)
+        with self._shots_lock:
+            content = self._shots.get(key)
+        if content is None:
+            with self._two:
+                shots = {shown: _encode_jpeg(frame) for shown, frame in read_shots(place, numbers)}
+            content = shots.get(number)
+            with self._shots_lock:
+                for shown, shot in shots.items():
+                    self._shots[place.medium, stamp, shown] = shot
                 while len(self._shots) > MOST_SHOTS:
                     self._shots.popitem(last=False)
-            content = self._shots.get(key)
         return None if content is None else MaskPicture(content, "image/jpeg")
 
     def read_mask(self, place: MaskPlace, number: int, is_whole: bool) -> MaskPicture | None:
@@ -198,9 +205,12 @@ class MaskReview:
         changed.append((place.medium, mark_mask(place.listed_anew())))
         del changed[:-MOST_UNDONE]
 
-    def _require_unchanged(self, place: MaskPlace, have: str) -> None:
-        if mark_mask(place) != have:
+    def _require_unchanged(self, place: MaskPlace, have: str) -> MaskPlace:
+        """Return the place as it is now: another server may have made the first mask since it was found."""
+        now = place.listed_anew()
+        if mark_mask(now) != have:
             raise MaskConflictError
+        return now
 
 
 def name_id(place: MaskPlace) -> str:
