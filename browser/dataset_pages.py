@@ -21,6 +21,7 @@ from browser.datasets import MODELS, Datasets, File, FoundDataset, Measured
 from browser.described_folder import is_described
 from browser.offered_folders import find_open_folder, list_table_folders
 from browser.options import PROJECT_CONFIG
+from browser.page_root import add_root
 from browser.responses import (
     NO_WRITING,
     NOT_FOUND,
@@ -232,7 +233,7 @@ class DatasetPages:
         place = Path(part.get("in", part["path"]))
         if not self.datasets.is_open(dataset, place) or ("in" in part and "offset" not in part):
             return None
-        return f"/dataset/{dataset.id}/picture/{id}/{number}/{place.stat().st_mtime_ns}"
+        return add_root(f"/dataset/{dataset.id}/picture/{id}/{number}/{place.stat().st_mtime_ns}")
 
     def caption(self, dataset: FoundDataset, file: File) -> dict[str, Any]:
         """Return the current caption of a file, and whether it can be edited here, else the reason."""

@@ -15,6 +15,7 @@ from PIL import Image
 from browser.described_folder import DATASET_FILE
 from browser.names import short_digest
 from browser.offered_folders import MEDIA_KEYS, read_tables
+from browser.page_root import add_root
 from browser.runs import Runs
 from data_tools.masks.places import (
     ACCEPTED,
@@ -118,8 +119,8 @@ class MaskReview:
             shots.append(
                 {
                     "number": number,
-                    "picture": f"{ADDRESS}/picture?{encode_address({**query, 'stamp': stamp})}",
-                    "mask": mark and f"{ADDRESS}/mask?{encode_address({**query, 'stamp': mark})}",
+                    "picture": add_root(f"{ADDRESS}/picture?{encode_address({**query, 'stamp': stamp})}"),
+                    "mask": mark and add_root(f"{ADDRESS}/mask?{encode_address({**query, 'stamp': mark})}"),
                 }
             )
         return {**_as_json(place, state, ""), "mark": mark, "size": size, "shots": shots}

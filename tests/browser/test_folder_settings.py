@@ -23,6 +23,7 @@ from dataset.config import load_dataset_config
 from dataset.subset_options import SubsetOptions
 from modules.errors import DatasetError, OptionError
 from modules.options import default_of, option_name
+from project.kinds.composing import kinds_by_script
 from tests.browser.drafts import DATASET, PROMPTS, RUN, unfold, write_draft
 from tests.browser.page_texts import list_settings
 from tests.browser.serving import Answer, Served, serve_runs
@@ -644,3 +645,24 @@ def test_an_option_without_effect_is_said_where_it_is_typed(tmp_path: Path) -> N
         assert "no effect:" not in plain.split('id="setting-rows"')[0]
         told = html.unescape(send_table(served, folder, "look", lr_scheduler_power="2").text)
     assert "--lr_scheduler_power has no effect: " in told
+
+
+# --- each kind of run
+
+SCRIPTS = [
+    script if kind.sees_controls or kind.learns_word else pytest.param(script, marks=pytest.mark.slow)
+    for script, kind in kinds_by_script().items()
+]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_settings_and_memory_open_for_all_that_can_be_trained(script: str, tmp_path: Path) -> None:
+    folder = write_draft(tmp_path, RUN.replace(SCRIPT, script))
+    with serve_runs(tmp_path) as served:
+        settings = served.ask(f"/new/settings?folder={quote(str(folder))}")
+        assert settings.status == 200
+        assert 'id="row-learning_rate"' in settings.text
+        assert "does not train" not in settings.text
+        memory = served.ask(f"/new/memory?folder={quote(str(folder))}")
+        assert memory.status == 200
+        assert f"{script} --config_file run.toml --plan" in memory.text

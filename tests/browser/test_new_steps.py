@@ -64,6 +64,8 @@ def standing(**facts: Any) -> FolderStanding:
             "Getting the model, 11.2 of 34.8 GB …",
         ),
         ({**DESCRIBED, "loads_at_start": True}, True, "Start"),
+        ({**DESCRIBED, "uncaptioned": 2, "to_load": "40 GB"}, True, "Write captions"),
+        ({**DESCRIBED, "has_listed_faults": True, "to_load": "40 GB"}, True, "Look at the files"),
         (DESCRIBED, True, "Check"),
         ({**DESCRIBED, "checking": (RUNNING,)}, True, "Checking …"),
         ({**DESCRIBED, "checking": (DIED, 1)}, True, "Check"),
@@ -87,6 +89,13 @@ def test_what_has_worked_and_what_is_to_be_mended_is_said() -> None:
     assert choose_step(FILLED, loaded, True).done == "Described, the model is here."
     faulty = choose_step(FILLED, standing(**DESCRIBED, checking=(DIED, 1)), True)
     assert faulty.missing == ["what the check has found"]
+    bare = choose_step(FILLED, standing(**DESCRIBED, uncaptioned=12), True)
+    assert bare.missing == ["captions of 12 pictures, or a trigger word"]
+    assert (bare.address, bare.other_word, bare.other_address) == (
+        "#writer",
+        "Type a trigger word",
+        "#trigger",
+    )
     assert standing(**DESCRIBED).mark != standing(**CHECKED).mark
 
 
