@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "qwen_image": GROUND | {"networks.names", "encoders", "hunyuan_model", "wan"},
     "krea2": GROUND | {"networks.names", "encoders", "lumina", "qwen_image"},
     "qwen_image_21": GROUND | {"networks.names", "encoders", "qwen_image", "wan"},
+    "moss_image": GROUND | {"networks.names", "encoders", "lumina", "krea2", "flux_2"},
     "z_image": GROUND | {"networks.names", "encoders", "lumina"},
     "anima": GROUND | {"networks.names", "encoders", "qwen_image", "wan"},
     "generation": GROUND | {"networks", "blissful_tuner", "post"},
