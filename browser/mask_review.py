@@ -17,6 +17,7 @@ from browser.names import short_digest
 from browser.offered_folders import MEDIA_KEYS, read_tables
 from browser.page_root import add_root
 from browser.runs import Runs
+from browser.upload_stream import DECODING
 from data_tools.masks.places import (
     ACCEPTED,
     MADE,
@@ -31,6 +32,7 @@ from data_tools.masks.places import (
 )
 from modules.errors import MediaError, OptionError
 from modules.file_locks import only_one
+from modules.media.colours import split_bands
 from modules.media.labels import MASK_LABEL, label_of
 from modules.media.reading import count_frames, first_frame, image_size, video_frames
 from modules.media.streams import source_info
@@ -76,8 +78,6 @@ class MaskReview:
     _changed: dict[Path, list[tuple[Path, str]]] = field(default_factory=dict)
     _shots: "OrderedDict[tuple[Path, int, int], bytes]" = field(default_factory=OrderedDict)
     _lock: threading.Lock = field(default_factory=threading.Lock)  # of changes
-    _shots_lock: threading.Lock = field(default_factory=threading.Lock)
-    _two: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(2))  # decoded at once
 
     def places(self, folder: Path) -> list[MaskPlace]:
         """Return the places of a folder. Raises DatasetError if it cannot be listed."""
@@ -145,7 +145,7 @@ class MaskReview:
             place = self._require_unchanged(place, have)
             if place.kind != "image":
                 raise OptionError(say("A brush corrects the mask of a picture, not that of a clip."))
-            with self._two:
+            with DECODING:
                 replace_mask(place, read_drawn(png, image_size(place.medium)))
             self._note(folder, place)
 
@@ -175,24 +175,20 @@ class MaskReview:
             return None
         stamp = place.medium.stat().st_mtime_ns
         key = place.medium, stamp, number
-        with self._shots_lock:
-            content = self._shots.get(key)
-        if content is None:
-            with self._two:
-                shots = {shown: _encode_jpeg(frame) for shown, frame in read_shots(place, numbers)}
-            content = shots.get(number)
-            with self._shots_lock:
-                for shown, shot in shots.items():
-                    self._shots[place.medium, stamp, shown] = shot
+        with DECODING:
+            if key not in self._shots:
+                for shown, frame in read_shots(place, numbers):
+                    self._shots[place.medium, stamp, shown] = _encode_jpeg(frame)
                 while len(self._shots) > MOST_SHOTS:
                     self._shots.popitem(last=False)
+            content = self._shots.get(key)
         return None if content is None else MaskPicture(content, "image/jpeg")
 
     def read_mask(self, place: MaskPlace, number: int, is_whole: bool) -> MaskPicture | None:
         """Return a mask as PNG: white, as opaque as it is bright. is_whole: not reduced. Raises as above."""
         if place.mask is None:
             return None
-        with self._two:
+        with DECODING:
             grey = read_frame(place.mask, number)
             if not is_whole:
                 grey = reduce_frame(grey, LARGEST_SIDE)
@@ -269,9 +265,12 @@ def read_drawn(png: bytes, size: tuple[int, int]) -> NDArray[np.uint8]:
                         size=" × ".join(map(str, size)),
                     )
                 )
-            on_black = Image.new("RGBA", size, "black")
-            on_black.alpha_composite(image.convert("RGBA"))
-            return np.asarray(on_black.convert("L"))
+            mask = np.empty((image.height, image.width), np.uint8)
+            for rows, band in split_bands(image):
+                on_black = Image.new("RGBA", band.size, "black")
+                on_black.alpha_composite(band.convert("RGBA"))
+                mask[rows] = np.asarray(on_black.convert("L"))
+            return mask
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise OptionError(say("What was sent is no PNG that can be read: %(error)s", error=error)) from None
 
