@@ -73,7 +73,7 @@ FLOORS = {
         {"card_builds", "control_codes", "text_files", "zip_files"},
         {"output_files", "paths", "run_limits", "typed_command", "user_files"},
         {"atomic_write", "devices", "file_locks", "installation", "option_values"},
-        {"backups", "installed", "options"},
+        {"backups", "file_batches", "installed", "options"},
         {"compile_options", "help_text", "repeated_options"},
         {"speed_options"},
         {"console", "environment", "progress"},
