@@ -12,19 +12,50 @@ set PART=.reelsmith\uv-%VERSION%.part
 set TOOLS=%SystemRoot%\System32
 set "UV_CACHE_DIR=%CD%\.reelsmith\cache"
 set "UV_PYTHON_INSTALL_DIR=%CD%\.reelsmith\python"
-if exist .reelsmith\uv.exe goto run
+rem what was downloaded is deleted last: while it is there, uv may have been unpacked by half
+if exist .reelsmith\uv.exe if not exist %PART% goto run
+rem the mistakes that need no Python, before anything is downloaded
+set "WORD=%~1"
+set "BUILD=%~2"
+if not defined WORD goto download
+if /i "%WORD%"=="update" goto download
+if /i "%WORD:~-4%"==".zip" goto download
+if "%WORD%"=="--build" goto build
+if "%WORD:~0,1%"=="-" goto download
+if not "%WORD%"=="back" echo "%WORD%" is unknown. Type update, update NEW.zip, back, or nothing to start.& pause & exit /b 2
+if exist .reelsmith\before_update.txt goto download
+if exist .reelsmith\back\update.json goto download
+echo There is no version to go back to: nothing was updated here.& pause & exit /b 2
+:build
+for %%b in (cu130 cu126 rocm cpu mac) do if "%BUILD%"=="%%b" goto download
+echo --build: there is no such build of torch. Type one of cu130, cu126, rocm, cpu, mac.& pause & exit /b 2
+
+:download
 echo Downloading uv %VERSION% (about 25 MB) and with it Python 3.12 (about 30 MB) from github.com into "%CD%\.reelsmith"
 if not exist .reelsmith mkdir .reelsmith
 call :is_whole && goto unpack
-"%TOOLS%\curl.exe" --fail --location --retry 3 --continue-at - --output %PART% https://github.com/astral-sh/uv/releases/download/%VERSION%/uv-x86_64-pc-windows-msvc.zip
+set GET="%TOOLS%\curl.exe" --fail --location --retry 3 --continue-at - --output %PART% https://github.com/astral-sh/uv/releases/download/%VERSION%/uv-x86_64-pc-windows-msvc.zip
+%GET%
+rem some servers and proxies know no beginning in the middle of a file
+for %%c in (33 36) do if %errorlevel%==%%c goto anew
+goto arrived
+:anew
+if exist %PART% del %PART%
+%GET%
+:arrived
 if errorlevel 1 echo uv could not be downloaded. Check the connection and the room on the disk; the next start goes on.& pause & exit /b 1
 call :is_whole && goto unpack
 del %PART%
 echo What was downloaded is not uv %VERSION%, so it was deleted and not run. Start again.& pause & exit /b 1
 
 :unpack
-"%TOOLS%\tar.exe" -xf %PART% -C .reelsmith
+if exist .reelsmith\unpacked rmdir /s /q .reelsmith\unpacked
+mkdir .reelsmith\unpacked
+"%TOOLS%\tar.exe" -xf %PART% -C .reelsmith\unpacked
 if errorlevel 1 echo uv could not be unpacked. Free some space on the disk and start again.& pause & exit /b 1
+move /y .reelsmith\unpacked\*.exe .reelsmith >nul
+if errorlevel 1 echo uv could not be put into its place. Close what uses "%CD%\.reelsmith" and start again.& pause & exit /b 1
+rmdir /s /q .reelsmith\unpacked
 del %PART%
 :run
 .reelsmith\uv.exe python find --system --managed-python 3.12 >nul 2>&1 || .reelsmith\uv.exe python install --no-bin --no-registry 3.12

@@ -5,6 +5,24 @@ export REELSMITH_STARTED_IN="$PWD"
 cd "$(dirname "$0")" || exit 1
 if [ -x .venv/bin/python ] && [ ! -f .reelsmith/build.txt ]; then exec .venv/bin/python set_up.py "$@"; fi
 
+# the mistakes that need no Python, before anything is downloaded
+refuse() { echo "$1" >&2; exit 2; }
+if [ ! -x .reelsmith/uv ]; then
+    build=
+    case "$1" in
+        back) [ -f .reelsmith/before_update.txt ] || [ -f .reelsmith/back/update.json ] ||
+            refuse "There is no version to go back to: nothing was updated here" ;;
+        --build) build=${2:-nothing} ;;
+        --build=*) build=${1#--build=} ;;
+        "" | -* | update | *.zip | *.ZIP) ;;
+        *) refuse "$1: unknown. Type update, update NEW.zip, back, or nothing to start" ;;
+    esac
+    case "$build" in
+        "" | cu130 | cu126 | rocm | cpu | mac) ;;
+        *) refuse "--build $build: there is no such build of torch. Type one of cu130, cu126, rocm, cpu, mac" ;;
+    esac
+fi
+
 version=0.11.28
 case "$(uname -sm)" in
     "Darwin arm64") name=aarch64-apple-darwin sum=33540eb7c883ab857eff79bd5ac2aa31fe27b595abecb4a9c003a2c998447232 ;;
@@ -18,12 +36,19 @@ is_whole() {
     else echo "$sum  $part" | shasum -a 256 -c - >/dev/null 2>&1; fi
 }
 export UV_CACHE_DIR="$PWD/.reelsmith/cache" UV_PYTHON_INSTALL_DIR="$PWD/.reelsmith/python"
-if [ ! -x .reelsmith/uv ]; then
+download() {
+    curl --fail --location --retry 3 --continue-at - --output "$part" \
+        "https://github.com/astral-sh/uv/releases/download/$version/uv-$name.tar.gz"
+}
+# what was downloaded is deleted last: while it is there, uv may have been unpacked by half
+if [ ! -x .reelsmith/uv ] || [ ! -s .reelsmith/uv ] || [ -f "$part" ]; then
     echo "Downloading uv $version (about 25 MB) and with it Python 3.12 (about 30 MB) from github.com into $PWD/.reelsmith" >&2
     mkdir -p .reelsmith || exit 1
     if ! is_whole; then
-        curl --fail --location --retry 3 --continue-at - --output "$part" \
-            "https://github.com/astral-sh/uv/releases/download/$version/uv-$name.tar.gz" || {
+        download || {
+            # some servers and proxies know no beginning in the middle of a file
+            case $? in 33 | 36) rm -f "$part"; download ;; *) false ;; esac
+        } || {
             echo "uv could not be downloaded. Check the connection and the room on the disk; the next start goes on." >&2
             exit 1
         }
@@ -33,10 +58,20 @@ if [ ! -x .reelsmith/uv ]; then
         echo "What was downloaded is not uv $version, so it was deleted and not run. Start again." >&2
         exit 1
     fi
-    tar -xzf "$part" -C .reelsmith --strip-components 1 && rm "$part" || exit 1
+    rm -rf .reelsmith/unpacked && mkdir .reelsmith/unpacked &&
+        tar -xzf "$part" -C .reelsmith/unpacked --strip-components 1 &&
+        mv -f .reelsmith/unpacked/* .reelsmith/ && rm -r .reelsmith/unpacked && rm -f "$part" || {
+        echo "uv could not be unpacked. Free some space on the disk and start again." >&2
+        exit 1
+    }
 fi
 if ! .reelsmith/uv python find --system --managed-python 3.12 >/dev/null 2>&1; then
     .reelsmith/uv python install --no-bin 3.12 || {
+        if [ $? -ge 126 ]; then # the program cannot be run at all
+            rm -f .reelsmith/uv
+            echo "uv was damaged, so it was deleted. Start again: it is downloaded anew." >&2
+            exit 1
+        fi
         echo "Python 3.12 could not be downloaded. Check the connection and the room on the disk, and start again." >&2
         exit 1
     }

@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 import modules.interpreter  # noqa: F401
+from modules.atomic_write import write_text
 from modules.card_builds import BUILDS, BuildFacts, choose_build
 from modules.command import command_line
 from modules.environment import OWN, prepare_environment, python_of, read_builds
@@ -64,7 +65,7 @@ def set_up(build_name: str | None) -> Path:
     made is used as it is. Raises InstallationError if no build fits or the disk is too small.
     """
     python = python_of(ROOT / ".venv")
-    noted = NOTE.read_text(encoding="utf-8").split() if NOTE.is_file() else []
+    noted = NOTE.read_bytes().decode("utf-8", "replace").split() or ["damaged"] if NOTE.is_file() else []
     before = noted[0] if noted else None
     if python.exists() and before is None:
         if build_name is not None:
@@ -78,11 +79,10 @@ def set_up(build_name: str | None) -> Path:
     is_replacing = before is not None and (name != before or REPLACING in noted)
     if not python.exists() or name != before:
         announce(name, reason, BUILDS[name])
-        NOTE.parent.mkdir(exist_ok=True)
-        NOTE.write_text(f"{name} {REPLACING}" if is_replacing else name, encoding="utf-8")
+        write_text(NOTE, f"{name} {REPLACING}" if is_replacing else name)
     python = prepare_environment(packages=["pip"], build=read_builds()[name], is_replacing=is_replacing)
     if is_replacing:
-        NOTE.write_text(name, encoding="utf-8")
+        write_text(NOTE, name)
     return python
 
 

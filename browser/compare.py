@@ -21,6 +21,7 @@ from browser.run_views import COMPARED, COMPARED_FOLDER, FileNotes
 from browser.runs import RUNNING, Runs, RunSummary
 from contract.families import HIGH_NOISE, LOW_NOISE, with_scripts
 from downloads.catalogue import model_title
+from generation.prompt_lines import split_line
 from modules.errors import OptionError, UserError
 from modules.installation import MOST_BEFORE
 from modules.media.reading import read_tags
@@ -31,6 +32,7 @@ from training.reports.history import PageCommand, SampleRow, Story
 from training.reports.page import list_files
 from training.reports.present_files import present_commands
 from training.reports.sample_files import FOLDER as SAMPLES
+from training.reports.scores import choose_file
 
 MOST_COLUMNS = 24
 MOST_ROWS = 40
@@ -105,7 +107,7 @@ class ComparableRun:
         """Return the saved files that exist, by step; only one of several with equal weights."""
         folder = self.run.history.parent
         story = self.story
-        best = story.best_file(folder)
+        best = choose_file(folder, self.run.name, story)
         files = []
         for step, names in list_files(story, folder):
             name = names[0]
@@ -185,7 +187,7 @@ def read_source(runs: Runs, run: RunSummary) -> ComparableRun | None:
     """
     story = runs.open(run).story
     families = {entry.generation_script: name for name, entry in with_scripts().items()}
-    for typed in _read_commands(present_commands(story, run.history.parent), families):
+    for typed in _read_commands(present_commands(story, run.history.parent, run.name), families):
         return ComparableRun(
             run=run,
             story=story,
@@ -334,11 +336,13 @@ def _list_prompts(sources: Sequence[ComparableRun]) -> list[str]:
 
 def _make_typed_row(line: str, seed: str) -> ComparedPrompt:
     """Return the row of a typed prompt line. seed: the usual one, for a line without its own."""
-    typed_seed = re.search(r" --(?:d|seed) +(\d+)", line)
     line = line.strip()
-    prompt = line.partition(" --")[0].strip()
-    if typed_seed:
-        return ComparedPrompt(prompt, line, typed_seed[1])
+    split = split_line(line)
+    prompt = split.prompt.strip()
+    typed_seeds = [re.fullmatch(r"(?:d|seed) +(\d+)", option.strip()) for option in split.options]
+    for typed_seed in typed_seeds:
+        if typed_seed:
+            return ComparedPrompt(prompt, line, typed_seed[1])
     return ComparedPrompt(prompt, f"{line} --seed {seed}", seed)
 
 

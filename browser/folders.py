@@ -10,11 +10,11 @@ from pathlib import Path
 
 from browser.bin_folder import FOLDER as BIN
 from browser.described_folder import is_described
-from browser.names import fold_name
 from browser.runs import Runs
 from modules.media.labels import MASK_FOLDERS, label_of
 from modules.media.opening import SOUND_SUFFIXES
 from modules.media.reading import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from modules.output_files import fold_name
 from modules.pages.language import counted, join, say
 from modules.paths import expand_path
 from modules.run_limits import QUEUE_FOLDER

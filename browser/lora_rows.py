@@ -9,13 +9,12 @@ from browser.compare import ComparableRun
 from browser.recipes import ModelRecipe, UsedLora
 from browser.run_views import label_runs
 from browser.runs import Runs, RunSummary
-from contract.families import FOLDERS, HIGH_NOISE, LOW_NOISE
+from contract.families import HIGH_NOISE, LOW_NOISE
 from downloads.catalogue import model_title
 from modules.errors import OptionError
-from modules.installation import import_own
 from modules.pages.language import say
 from modules.text_files import read_safetensors_texts
-from networks.module_names import read_family
+from networks.module_names import families_of_scripts, read_family
 
 BOTH = "both"  # experts
 
@@ -217,8 +216,7 @@ def check_family(path: Path, family: str) -> None:
     trained_on = read_family(texts)
     if trained_on is None:
         return
-    names = import_own(f"{FOLDERS[family]}.names").LORA
-    taken = {name for names_of_family in names for name in (names_of_family.name, *names_of_family.takes)}
+    taken = {name for names in families_of_scripts(family) for name in (names.name, *names.takes)}
     if trained_on.name not in taken:
         raise OptionError(
             say(

@@ -5,7 +5,6 @@ import hashlib
 import itertools
 import os
 import re
-import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,11 +34,3 @@ def free_name(output: Path, name: str) -> str:
     return next(
         free for free in names if not any(entry.startswith((f"{free}.", f"{free}-")) for entry in entries)
     )
-
-
-def fold_name(name: str) -> str:
-    """Return a name of a file in the form in which all names are equal that some disk takes for one.
-
-    Disks of Windows and macOS tell neither capitals nor forms of a character apart.
-    """
-    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())

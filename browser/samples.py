@@ -29,7 +29,7 @@ from browser.recipes import is_driven, make_model_recipe
 from browser.responses import answer_template, answer_unknown
 from browser.site import Site
 from downloads.catalogue import ModelSet
-from generation.prompt_lines import is_blank
+from generation.prompt_lines import SplitLine, is_blank, split_line, unquote
 from generation.sample_lines import find_sample_option
 from modules.control_codes import shorten
 from modules.errors import OptionError, UserError
@@ -78,10 +78,12 @@ class PromptRow:
     more: str = ""
 
 
-def split_line(line: str) -> tuple[str, list[str]]:
-    """Return the prompt of a line and its options, each without the dashes in front of it."""
-    prompt, *options = line.split(" --")
-    return prompt, options
+def _split(line: str) -> SplitLine:
+    """Split a line; one with two prompts, which a training refuses, is shown as a text."""
+    try:
+        return split_line(line)
+    except OptionError:
+        return SplitLine(line, [])
 
 
 def _find_key(part: str) -> str:
@@ -92,17 +94,17 @@ def _find_key(part: str) -> str:
 
 def read_row(number: int, line: str) -> PromptRow:
     """Return the row of a line. Of an option that is there twice, the last one counts."""
-    prompt, parts = split_line(line)
+    split = _split(line)
     fields = {key: name for name, (key, _) in FIELDS.items()}
     texts: dict[str, str] = {}
     more = []
-    for part in parts:
+    for part in split.options:
         name = fields.get(_find_key(part))
         if name is None:
             more.append(f"--{part.strip()}")
         else:
-            texts[name] = part.partition(" ")[2].strip()
-    return PromptRow(number, prompt.strip(), texts, " ".join(more))
+            texts[name] = unquote(part.partition(" ")[2].strip())
+    return PromptRow(number, split.prompt.strip(), texts, " ".join(more))
 
 
 def read_rows(text: str) -> list[PromptRow]:
@@ -116,7 +118,8 @@ def edit_line(line: str, prompt: str | None, changes: Mapping[str, str]) -> str:
 
     prompt: None leaves it unchanged. changes: texts by the name of the field.
     """
-    present, parts = split_line(line)
+    split = _split(line)
+    parts = split.options
     for name, text in changes.items():
         key, letters = FIELDS[name]
         places = [index for index, part in enumerate(parts) if _find_key(part) == key]
@@ -127,7 +130,7 @@ def edit_line(line: str, prompt: str | None, changes: Mapping[str, str]) -> str:
             parts.append(f"{letters} {text}")
         else:
             parts = [part for index, part in enumerate(parts) if index not in places]
-    return " --".join([present if prompt is None else prompt, *parts])
+    return " --".join([split.prompt if prompt is None else prompt, *parts])
 
 
 def edit_prompts(text: str, fields: Mapping[str, str], check_picture: Any) -> str:

@@ -1,8 +1,8 @@
 """Prompt lines: `a cat --w 832 --d 7` of --from_file and --interactive; training samples have such lines too.
 
-Standard library only. Both grammars split a line at every ` --`. The first part is the prompt; in each other
-part the first word is the option and the rest its value. An option is given by its letters or by a long name
-(`line_options`). Unknown options are ignored with a warning.
+Standard library only. Both grammars split a line at every ` --`, see `split_line`. The first part is the
+prompt; in each other part the first word is the option and the rest its value. An option is given by its
+letters or by a long name (`line_options`). Unknown options are ignored with a warning.
 """
 
 import functools
@@ -38,6 +38,11 @@ SOLVERS = {  # --sample_solver -> as `modules.flow.solvers` names it
 # what may stand in place of a value: of a text nothing at all; of a path what cancels the command line's
 CANCELS = ('""', "''")
 NO_TEXT = ("", *CANCELS)
+PROMPT = "prompt"  # the option that names the prompt, in lines of the Web UI
+# a whole value in quotation marks. Behind it the line ends, or another option begins
+_QUOTED = re.compile(r"""("(?:[^"\\]|\\.)*"|'[^']*')(?=\s*$|\s+--)""")
+_WORD = re.compile(r"\S*\s+")  # of an option
+_ESCAPED = re.compile(r'\\(["\\])')  # of a text in double quotation marks, as a shell reads it
 MOST_FPS = 1000  # more is a slip of the finger
 
 
@@ -232,6 +237,54 @@ def parse_generation_line(
     return parse_words(line, options, where, lambda word: find_option(word, options))
 
 
+@dataclass(frozen=True)
+class SplitLine:
+    """A prompt line: its prompt, and its options, each without the dashes in front of it."""
+
+    prompt: str
+    options: list[str]
+
+
+def split_line(line: str) -> SplitLine:
+    """Split a line into its prompt and its options.
+
+    A value that is in quotation marks may have dashes in it. A line may also name its prompt, as those of the
+    Web UI do: `--prompt "a castle" --steps 3`. Raises OptionError if it names one and begins with another, or
+    names several.
+    """
+    begins = line.lstrip().startswith("--")
+    text, *parts = _cut_options(f" {line.lstrip()}" if begins else line)
+    named = [part for part in parts if part.partition(" ")[0].lower() == PROMPT]
+    if not named:
+        # without a prompt the first option is the text, as other programs have it
+        return SplitLine(f"--{parts[0]}", parts[1:]) if begins else SplitLine(text, parts)
+    if len(named) > 1 or text.strip():
+        raise OptionError(f"--{PROMPT}: the line has two prompts. Write one, in front or behind --{PROMPT}")
+    others = [part for part in parts if part is not named[0]]
+    return SplitLine(unquote(named[0].partition(" ")[2].strip()), others)
+
+
+def _cut_options(line: str) -> list[str]:
+    """Return what comes before the first ` --`, and each option with its value."""
+    parts = []
+    start = 0
+    place = line.find(" --")
+    while place >= 0:
+        parts.append(line[start:place])
+        start = place + len(" --")
+        value = _WORD.match(line, start)
+        quoted = None if value is None else _QUOTED.match(line, value.end())
+        place = line.find(" --", start if quoted is None else quoted.end())
+    return [*parts, line[start:]]
+
+
+def unquote(text: str) -> str:
+    """Return a text without quotation marks around all of it."""
+    if _QUOTED.fullmatch(text) is None:
+        return text
+    return _ESCAPED.sub(r"\1", text[1:-1]) if text[0] == '"' else text[1:-1]
+
+
 def _check_count(options: int) -> None:
     """Raise OptionError for a line with more options than any that is meant."""
     if options > MAX_LINE_OPTIONS:
@@ -254,10 +307,18 @@ def parse_words(
     other scripts have. Raises OptionError if a value cannot be read.
     """
     line = _ONE_DASH.sub("--rcfg ", line)
-    prompt, *parts = line.split(" --")
+    split = split_line(line)
+    parts = split.options
     _check_count(len(parts))
     shown_line = f"{where} {shorten(line.strip(), MAX_LINE_SHOWN)!r}"
-    values: dict[str, Any] = {"prompt": prompt.strip()}
+    if split.prompt.startswith("--"):
+        logger.warning(
+            "%s begins with --%s, which is taken as its text. Write the prompt first, or as --%s TEXT",
+            shown_line,
+            split.prompt.removeprefix("--").partition(" ")[0],
+            PROMPT,
+        )
+    values: dict[str, Any] = {"prompt": split.prompt.strip()}
     words = [part.partition(" ")[0] for part in parts]
     spellings_by_key = _list_spellings(words, find)
     problems = _find_odd_options(line, find)
@@ -284,6 +345,8 @@ def parse_words(
         if len(spellings) > 1 and not option.repeats and option.key not in values:
             options_typed = " and --".join(dict.fromkeys(spellings))
             logger.warning("%s: --%s: given more than once, the last counts", shown_line, options_typed)
+        # paths keep their backslashes
+        text = unquote(text) if option.read is str else read_path(text)
         try:
             store(values, option, option.read(text))
         except ValueError as error:

@@ -224,6 +224,10 @@ def prepare_line(family: Family, options: GenerationOptions, overrides: Mapping[
         from blissful_tuner.video_to_video import check_source  # only with a source
 
         request = check_source(request, request.source, family.source, family.latent)
+    if "embedding:" in f"{request.prompt} {request.negative_prompt}".lower():
+        from generation.embedding_marks import warn_of_embeddings  # only with such a mark
+
+        warn_of_embeddings(family, request)
     prepared = family.prepare(request)
     if family.references is not None and not family.references.clips and not request.control_images:
         _warn_of_edit_loras(options.lora.lora_weight or ())

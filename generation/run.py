@@ -40,7 +40,7 @@ from generation.script_options import LATENT_OUTPUTS, UNDECODED
 from generation.session import Session
 from modules.atomic_write import make_folder
 from modules.attention.attend import check_backend
-from modules.devices import Failures, allow_fp16_accumulation, choose_device
+from modules.devices import Failures, allow_fp16_accumulation, choose_device, freeze_libraries
 from modules.errors import CheckpointError, OptionError, OutputError
 from modules.installation import DRIVEN
 from modules.media.tracks import Track
@@ -215,6 +215,7 @@ def generate(family: Family, options: GenerationOptions, device: torch.device | 
     device: of this process, if several have joined; None: as the options say. Raises UserError; with
     --from_file only after all lines that work are generated.
     """
+    freeze_libraries()
     refuse_other_splits()
     if device is None and typed_ways(options.speed):
         from generation.together import generate_together  # only with several processes
@@ -309,7 +310,12 @@ def _make_run(
 
 
 def _check_loras(family: Family, uses: LorasByExpert) -> None:
-    """Raise CheckpointError if LoRAs do not fit the transformer's files."""
+    """Raise CheckpointError if LoRAs do not fit the transformer's files; report what does not match."""
+    if family.noise.keeps_variance and any(uses):
+        from networks.predictions import compare_predictions  # only with LoRAs
+
+        loras = {use.lora.path: use.lora.metadata for expert_uses in uses for use in expert_uses}
+        compare_predictions(loras, family.noise.predicts_v)
     for file, expert_uses in zip(family.dit_files, uses, strict=False):
         if expert_uses:
             from networks.apply import check_loras_fit  # only with LoRAs

@@ -68,8 +68,9 @@ def prepare_environment(
     These are the runtime requirements, one extra of pyproject.toml and further packages. The environment is
     the active one, else `.venv` in the repository; missing packages are installed. An installed torch is
     kept, whatever its version, unless `is_replacing`. An interrupted installation is resumed.
-    build: which torch; then the environment is always `.venv`, sees no packages of this Python, and the
-    output of the installation is shown. Raises UserError if it fails.
+    build: which torch; then the environment is always `.venv`, sees no packages of this Python, is made anew
+    after an installation that was ended half way, and the output of the installation is shown. Raises
+    UserError if it fails.
     """
     torch_line = TORCH if build is None else build.torch
     runtime = [torch_line if requirement_name(line) == "torch" else line for line in read_requirements()]
@@ -83,13 +84,22 @@ def prepare_environment(
     else:
         folder = ROOT / ".venv"
         python = python_of(folder)
-    if not python.exists():
-        create_environment(folder, may_inherit=build is None)
     stamp = folder / f"reelsmith-{extra or ('runtime' if build is None else 'page')}.stamp"
+    # an installer that was killed may leave half a package, which it takes for whole the next time
+    was_killed = build is not None and not stamp.exists()
+    if was_killed or not python.exists():
+        create_environment(folder, may_inherit=build is None)
     marks = [sys.version, *packages_to_install, *([] if build is None else [build.name])]
     mark = hashlib.sha256("\n".join(marks).encode()).hexdigest()
-    if is_replacing or not stamp.exists() or stamp.read_text(encoding="utf-8") != mark:
-        _install(python, packages_to_install, build, is_replacing)
+    before = stamp.read_bytes() if stamp.exists() else None
+    if is_replacing or before != mark.encode():
+        stamp.unlink(missing_ok=True)
+        try:
+            _install(python, packages_to_install, build, is_replacing)
+        except UserError:
+            if before is not None:  # the installer ended by itself, and left whole packages
+                stamp.write_bytes(before)
+            raise
         stamp.write_text(mark, encoding="utf-8")
     return python
 
@@ -225,7 +235,7 @@ def find_uv(python: Path) -> str | None:
     Python below, which an environment with `create_environment` may use.
     """
     settings = python.parent.parent / "pyvenv.cfg"
-    text = settings.read_text(encoding="utf-8") if settings.is_file() else ""
+    text = settings.read_text(encoding="utf-8", errors="replace") if settings.is_file() else ""
     if re.search(r"(?m)^include-system-site-packages\s*=\s*true", text):
         return None
     return shutil.which("uv", path=str(OWN)) or shutil.which("uv")

@@ -3,6 +3,7 @@
 import logging
 import re
 import sys
+import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -65,6 +66,14 @@ def find_fault_on_windows(name: str) -> str:
 def is_windows_device(name: str) -> bool:
     """Return whether a file of this name cannot be on Windows: it would be a device, with any ending."""
     return WINDOWS_DEVICE.fullmatch(name) is not None
+
+
+def fold_name(name: str) -> str:
+    """Return a name of a file in the form in which all names are equal that some disk takes for one.
+
+    Disks of Windows and macOS tell neither capitals nor forms of a character apart.
+    """
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
 
 
 def check_output_file(option: str, path: Path) -> None:

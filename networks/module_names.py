@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from typing import Generic, NamedTuple, TypeVar
 
-from contract.families import read_names
+from contract.families import FAMILIES as ENTRIES
+from contract.families import FOLDERS, read_names
+from modules.installation import import_own
 from networks.names.layouts import BEFORE_REST, REST, SWAPPED, TRAINED_ON, FamilyNames, WeightPart
 from networks.names.texts import TEXTS_NUMBERED
 
@@ -49,6 +51,21 @@ def _families_knowing(names: Sequence[str], hint: str | None) -> list[FamilyName
         most = max(counts.values())
         families = [family for family, count in counts.items() if most > 0 and count == most]
     return [family for family in families if family in hinted] or families
+
+
+def families_of_scripts(name: str) -> tuple[FamilyNames, ...]:
+    """Return the families whose LoRAs the scripts of a family take. name: of the family that has scripts.
+
+    A variant in a folder of its own (FLUX.1 Kontext, Stable Diffusion XL) takes those of the folder around:
+    those of its own names if there are any, else all.
+    """
+    folder = FOLDERS[name]
+    families: tuple[FamilyNames, ...] = import_own(f"{folder}.names").LORA
+    if families:
+        return families
+    around: tuple[FamilyNames, ...] = import_own(f"{folder.rpartition('.')[0]}.names").LORA
+    own_names = {name, *ENTRIES[name].further_models}
+    return tuple(family for family in around if family.name in own_names) or around
 
 
 SizeOf = Callable[[str], tuple[int, int] | None]

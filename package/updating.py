@@ -5,25 +5,32 @@ list of files. Standard library only.
 """
 
 import filecmp
+import hashlib
 import json
+import lzma
 import os
 import re
 import shutil
 import stat
+import struct
 import subprocess
 import sys
-import tomllib
 import zipfile
 import zlib
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 
+from modules.control_codes import escape_control_codes
 from modules.errors import UserError
 from modules.installation import DISTRIBUTION
+from modules.output_files import find_fault_on_windows, fold_name
+from modules.text_files import parse_json, parse_toml, read_text
+from modules.zip_files import BoundedFile
 
+PROJECT = "pyproject.toml"
 NOTES = ".reelsmith"  # folder of what is noted here
-COMMIT = "before_update.txt"  # in it: the commit before the last update from git
+COMMIT = "before_update.txt"  # in it: the commits before and after the last update from git, one a line
 FILES = "files.txt"  # in it: the files of the version that the last zip file brought
 BACK = "back"  # in it: the files that the last zip file replaced
 PLAN = "update.json"  # in BACK: what the last zip file changed
@@ -31,7 +38,11 @@ UNFINISHED = "unfinished"  # in BACK, until all files of that zip file are in th
 # of the user or of this machine, wherever a zip file has them
 KEPT = frozenset({".git", ".reelsmith", ".venv", ".venv-second", "models", "quickstart"})
 MOST_FILES, MOST_BYTES = 50_000, 2 << 30
-MOST_OF_PROJECT = 1 << 20  # bytes of pyproject.toml
+MOST_OF_PROJECT = 1 << 17  # bytes of pyproject.toml; a TOML reader takes quadratic time for some texts
+MOST_OF_NAME = 1000  # bytes of a file's path
+MOST_OF_NOTE = 1 << 26  # bytes of a note about an update
+OBJECT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # how git names a commit
+SHORT_NAME = re.compile(r"~\d")  # Windows' second name of a file: GIT~1 is .git
 OFFLINE = re.compile(
     r"could not resolve|unable to access|could not read from remote|connection|timed out", re.I
 )
@@ -43,6 +54,15 @@ class FileChange:
 
     replaced: list[str]  # also those that the new version lacks
     added: list[str]
+    digests: dict[str, str] = field(default_factory=dict)  # of what the update puts there
+
+
+@dataclass(frozen=True)
+class UpdateNote:
+    """The commits around the last update of a clone. after: None as earlier versions noted it."""
+
+    before: str
+    after: str | None
 
 
 def update(root: Path, file: Path | None) -> None:
@@ -65,18 +85,20 @@ def update(root: Path, file: Path | None) -> None:
 
 
 def go_back(root: Path) -> None:
-    """Return to the version before the last update. Raises UserError if there was none, or if git refuses."""
-    note = root / NOTES / COMMIT
-    if (root / ".git").exists():
-        if not note.is_file():
-            raise UserError("There is no version to go back to: nothing was updated here")
-        before = note.read_text(encoding="ascii").strip()
-        _refuse_changes(root)
-        _git(root, "reset", "--keep", before)
-        note.unlink()
-        _say(f"This folder is at {before[:9]} again, as before the update. update goes forward.")
-    else:
+    """Return to the version before the last update.
+
+    Raises UserError if there was none, if work of the user's own would be lost, or if git refuses; then
+    nothing has changed.
+    """
+    if not (root / ".git").exists():
         _undo_zip(root)
+        return
+    note = _read_commits(root)
+    _refuse_changes(root)
+    _refuse_own_commits(root, note)
+    _git(root, "reset", "--keep", note.before)
+    (root / NOTES / COMMIT).unlink()
+    _say(f"This folder is at {note.before[:9]} again, as before the update. update goes forward.")
 
 
 def _update_clone(root: Path) -> None:
@@ -89,10 +111,51 @@ def _update_clone(root: Path) -> None:
         return
     note = root / NOTES / COMMIT
     note.parent.mkdir(exist_ok=True)
-    note.write_text(before, encoding="ascii")
+    note.write_text(f"{before}\n{after}\n", encoding="ascii")
     count = _git(root, "rev-list", "--count", f"{before}..{after}")
     _say(f"Updated by {count} changes, from {before[:9]} to {after[:9]}. Start Reelsmith again.")
     _say("back returns to the version before.")
+
+
+def _read_commits(root: Path) -> UpdateNote:
+    """Return what the last update noted. Raises UserError if it noted nothing that can be read."""
+    path = root / NOTES / COMMIT
+    if not path.is_file():
+        raise UserError("There is no version to go back to: nothing was updated here")
+    words = path.read_bytes().decode("ascii", "replace").split()
+    if len(words) not in (1, 2) or not all(map(OBJECT.fullmatch, words)):
+        raise UserError(
+            f"{path} does not name the version before the update any more. To return to one, look for it in "
+            "git reflog, and type git reset --keep with its name"
+        )
+    return UpdateNote(before=words[0], after=words[1] if words[1:] else None)
+
+
+def _refuse_own_commits(root: Path, note: UpdateNote) -> None:
+    """Raise UserError if the branch has commits that it alone holds, or is not the one of the update."""
+    if _git(root, "rev-parse", "HEAD") == note.after:
+        return
+    branch = _git(root, "branch", "--show-current")
+    others = [f"--exclude={branch}"] if branch else []
+    others += ["--branches", "--remotes", "--tags"]
+    known = [note.before, *([] if note.after is None else [note.after])]
+    own = _git(
+        root, "log", "--no-show-signature", "--format=%h %s", "HEAD", "--not", *known, *others
+    ).splitlines()
+    place = f"the branch {branch}" if branch else "this folder"
+    if own:
+        more = f" and {len(own) - 3} more" if len(own) > 3 else ""
+        own = [escape_control_codes(line)[:80] for line in own[:3]]
+        raise UserError(
+            f"back would throw away commits of your own, which only {place} has: {', '.join(own)}{more}. "
+            "Nothing was changed. Type git branch my-work, which keeps them under that name, and run back "
+            "again; or leave this branch with git switch for the one that was updated"
+        )
+    if note.before not in _git(root, "rev-list", "HEAD").splitlines():
+        raise UserError(
+            f"{place} does not come from the version before the update ({note.before[:9]}). Nothing was "
+            "changed. Type git switch with the name of the branch that was updated, and run back again"
+        )
 
 
 def _refuse_changes(root: Path) -> None:
@@ -144,8 +207,8 @@ def _update_from_zip(root: Path, file: Path) -> None:
             target = root / name
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(new / name, target)
-        for name in set(change.replaced) - set(files):
-            (root / name).unlink()
+        for name in _list_gone(root, set(change.replaced) - set(files), files):
+            (root / name).unlink(missing_ok=True)
         (root / NOTES / FILES).write_text("\n".join(files), encoding="utf-8")
         unfinished.unlink()
     except OSError as error:
@@ -162,14 +225,37 @@ def _update_from_zip(root: Path, file: Path) -> None:
     _tell_left_over(root, files)
 
 
+def _list_gone(root: Path, gone: Iterable[str], files: Iterable[str]) -> Iterator[str]:
+    """Yield the files that the new version lacks, without those that it has in another spelling.
+
+    A disk of Windows or macOS takes `Docs/a.md` and `docs/a.md`, and both forms of an accent, for one name:
+    removing the old one would remove the new file. Where a disk tells them apart, both are listed.
+    """
+    new_names = {fold_name(name): name for name in files}
+    for name in gone:
+        new_name = new_names.get(fold_name(name))
+        if new_name is None or (_is_listed(root, name) and _is_listed(root, new_name)):
+            yield name
+
+
+def _is_listed(root: Path, name: str) -> bool:
+    """Return whether each part of a path stands in its folder in this very spelling."""
+    folder = root
+    for part in PurePosixPath(name).parts:
+        if not folder.is_dir() or part not in os.listdir(folder):
+            return False
+        folder = folder / part
+    return True
+
+
 def _unpack(file: Path, folder: Path) -> list[str]:
     """Unpack a version into a folder, and return its files. Raises UserError if it is none, or is damaged."""
     try:
-        with zipfile.ZipFile(file) as archive:
+        with BoundedFile(file, "rb") as content, zipfile.ZipFile(content) as archive:
             members = {entry.filename: entry for entry in archive.infolist() if not entry.is_dir()}
-            top = _find_top(archive, members)
+            top = _find_top(file, archive, members)
             ours = {name.removeprefix(top): entry for name, entry in members.items() if name.startswith(top)}
-            _refuse_names(file, ours.values(), ours)
+            _refuse_names(file, ours.values(), list(ours))
             for name, entry in ours.items():
                 target = folder / name
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -177,46 +263,115 @@ def _unpack(file: Path, folder: Path) -> list[str]:
                     shutil.copyfileobj(source, sink)
                 if entry.external_attr >> 16 & stat.S_IXUSR:
                     target.chmod(0o755)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        raise UserError(f"{file.name} is no whole zip file ({error}). Download it again") from None
+    except (
+        *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError),
+        *(NotImplementedError, RuntimeError, ValueError, OverflowError, MemoryError),
+    ) as error:
+        reason = escape_control_codes(str(error))[:200]
+        raise UserError(f"{file.name} is no whole zip file ({reason}). Download it again") from None
     return sorted(ours)
 
 
-def _find_top(archive: zipfile.ZipFile, members: Iterable[str]) -> str:
+def _find_top(path: Path, archive: zipfile.ZipFile, members: Iterable[str]) -> str:
     """Return the folder of a zip file with a version in it, with / at its end; "" for none."""
-    tops = [name.removesuffix("pyproject.toml") for name in members if name.endswith("pyproject.toml")]
+    tops = [name.removesuffix(PROJECT) for name in members if PurePosixPath(name).name == PROJECT]
     top = min(tops, key=len, default="")
     try:
-        with archive.open(f"{top}pyproject.toml") as file:
+        with archive.open(f"{top}{PROJECT}") as file:
             text = file.read(MOST_OF_PROJECT).decode("utf-8")
-        name = tomllib.loads(text)["project"]["name"]
-    except (KeyError, UnicodeDecodeError, tomllib.TOMLDecodeError):
-        name = None
-    if name != DISTRIBUTION:
-        raise UserError(f"{Path(archive.filename or '').name} has no Reelsmith in it")
+        project = parse_toml(text).get("project")
+    except (KeyError, ValueError):
+        project = None
+    if not isinstance(project, dict) or project.get("name") != DISTRIBUTION:
+        raise UserError(f"{path.name} has no Reelsmith in it")
     return top
 
 
-def _refuse_names(file: Path, entries: Iterable[zipfile.ZipInfo], names: Iterable[str]) -> None:
+def _refuse_names(file: Path, entries: Iterable[zipfile.ZipInfo], names: Sequence[str]) -> None:
     """Raise UserError for a zip file that is too large, or that names places which are not of a version."""
-    entries, names = list(entries), list(names)
+    entries = list(entries)
     if len(entries) > MOST_FILES or sum(entry.file_size for entry in entries) > MOST_BYTES:
         raise UserError(f"{file.name} is larger than any version of Reelsmith. Nothing was changed")
+    known: set[str] = set()
+    folders: set[str] = set()
     for entry, name in zip(entries, names, strict=True):
-        parts = PurePosixPath(name).parts
-        is_outside = not parts or name.startswith("/") or ".." in parts or "\\" in name or ":" in name
-        if is_outside or parts[0] in KEPT or stat.S_ISLNK(entry.external_attr >> 16):
-            raise UserError(f"{file.name} has {name}, which no version of Reelsmith has. Nothing was changed")
+        folded = fold_name(name)
+        reason = _find_fault(name)
+        if stat.S_ISLNK(entry.external_attr >> 16):
+            reason = "a link"
+        if not reason and folded in known:
+            reason = "in two spellings that Windows and macOS take for one"
+        if reason:
+            shown = escape_control_codes(name).replace("\n", "\\n")[:200]
+            raise UserError(
+                f"{file.name} has {shown} ({reason}), which no version of Reelsmith has. Nothing was changed"
+            )
+        known.add(folded)
+        folders.update(parent.as_posix() for parent in PurePosixPath(folded).parents)
+    both = sorted(known & folders)
+    if both:
+        raise UserError(
+            f"{file.name} has {both[0]} (a file and a folder), which no version of Reelsmith has. Nothing "
+            "was changed"
+        )
+
+
+def _find_fault(name: str) -> str:
+    """Return why a file of a version cannot have this path, relative to the folder; empty if it can."""
+    parts = PurePosixPath(name).parts
+    if not parts or name != "/".join(parts) or name.startswith("/") or ".." in parts or "\\" in name:
+        return "it leads out of the folder"
+    if escape_control_codes(name) != name or len(name.splitlines()) != 1 or "\t" in name:
+        return "control codes"
+    if len(name.encode("utf-8", "surrogatepass")) > MOST_OF_NAME:
+        return f"more than {MOST_OF_NAME} bytes"
+    if fold_name(parts[0]) in KEPT or ".git" in map(fold_name, parts) or SHORT_NAME.search(parts[0]):
+        return "a folder of yours"
+    return next(filter(None, map(find_fault_on_windows, parts)), "")
 
 
 def _compare(root: Path, new: Path, files: list[str]) -> FileChange:
-    """Return what the files of the new version change."""
-    note = root / NOTES / FILES
-    before = note.read_text(encoding="utf-8").splitlines() if note.is_file() else []
+    """Return what the files of the new version change. Raises UserError if a folder is in a file's place."""
+    blocked = next((name for name in files if _is_blocked(root, name)), None)
+    if blocked is not None:
+        raise UserError(
+            f"The new version has a file {blocked}, and a file or folder of another kind is in its place. "
+            "Nothing was changed. Rename the one that is there, and run the update again"
+        )
     there = [name for name in files if (root / name).exists()]
     replaced = [name for name in there if not filecmp.cmp(root / name, new / name, shallow=False)]
-    gone = [name for name in set(before) - set(files) if (root / name).is_file()]
-    return FileChange(replaced=sorted([*replaced, *gone]), added=sorted(set(files) - set(there)))
+    gone = [name for name in set(_read_files(root)) - set(files) if (root / name).is_file()]
+    return FileChange(
+        replaced=sorted([*replaced, *gone]),
+        added=sorted(set(files) - set(there)),
+        digests={name: _digest(new / name) for name in files if name not in there or name in replaced},
+    )
+
+
+def _is_blocked(root: Path, name: str) -> bool:
+    """Return whether no file can be put at a path: a folder has its name, or a file that of its folder."""
+    folders = [parent for parent in PurePosixPath(name).parents if parent.parts]
+    return (root / name).is_dir() or any((root / parent).is_file() for parent in folders)
+
+
+def _read_files(root: Path) -> list[str]:
+    """Return the files of the version that the last zip file brought; none if that is not known."""
+    note = root / NOTES / FILES
+    if not note.is_file():
+        return []
+    try:
+        names = read_text(note, MOST_OF_NOTE).split("\n")
+    except (OSError, ValueError):
+        raise UserError(
+            f"{note}, a note of the last update, cannot be read. Delete it, and run the update again: files "
+            "that the new version lacks stay"
+        ) from None
+    return [name for name in names if not _find_fault(name)]
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2s").hexdigest()
 
 
 def _keep_for_return(root: Path, change: FileChange) -> None:
@@ -241,12 +396,14 @@ def _undo_zip(root: Path) -> None:
     kept = root / NOTES / BACK
     if not (kept / PLAN).is_file():
         raise UserError("There is no version to go back to: nothing was updated here")
-    change = FileChange(**json.loads((kept / PLAN).read_text(encoding="utf-8")))
+    change = _read_change(kept / PLAN)
+    _refuse_own_work(root, kept, change)
     try:
-        for name in change.replaced:
-            shutil.copy2(kept / name, root / name)
-        for name in change.added:
+        for name in change.added:  # first: a disk may take one for a replaced file in another spelling
             (root / name).unlink(missing_ok=True)
+        for name in change.replaced:
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(kept / name, root / name)
         note = root / NOTES / FILES
         note.unlink(missing_ok=True)
         if (kept / FILES).is_file():
@@ -257,14 +414,47 @@ def _undo_zip(root: Path) -> None:
     _say(f"The version before is back (files: {len(change.replaced)}, removed: {len(change.added)}).")
 
 
+def _read_change(path: Path) -> FileChange:
+    """Return what the last update changed. Raises UserError if its note is damaged."""
+    try:
+        change = FileChange(**parse_json(read_text(path, MOST_OF_NOTE)))
+        names = [*change.replaced, *change.added, *change.digests]
+        if any(map(_find_fault, names)):
+            raise ValueError("a name of no version")
+    except (OSError, ValueError, TypeError, AttributeError):
+        raise UserError(
+            f"{path}, the note of the last update, cannot be read, and nothing was changed. The files of the "
+            f"version before are in {path.parent}: copy them back by hand"
+        ) from None
+    return change
+
+
+def _refuse_own_work(root: Path, kept: Path, change: FileChange) -> None:
+    """Raise UserError if the user has changed a file since the update put it there."""
+    spelled = {fold_name(name): digest for name, digest in change.digests.items()}
+    own = []
+    for name in [*change.replaced, *change.added] if spelled else []:  # an earlier version noted none
+        path, before = root / name, kept / name
+        if not path.is_file() or _digest(path) == spelled.get(fold_name(name)):
+            continue
+        if not before.is_file() or _digest(before) != _digest(path):  # else it is back, or was never changed
+            own.append(name)
+    if own:
+        more = f" and {len(own) - 3} more" if len(own) > 3 else ""
+        raise UserError(
+            f"You changed {', '.join(own[:3])}{more} since the update, and the version before would replace "
+            "that. Nothing was changed. Move what you changed to another folder, and run it again"
+        )
+
+
 def _tell_left_over(root: Path, files: Iterable[str]) -> None:
     """Name the files of Python in this version's folders that are not of it: older ones, or the user's."""
-    files = set(files)
     rooms = {PurePosixPath(name).parts[0] for name in files if name.endswith("/__init__.py")}
+    ours = set(map(fold_name, files))
     found = sorted(
         path.relative_to(root).as_posix() for room in rooms for path in (root / room).rglob("*.py")
     )
-    others = [name for name in found if name not in files]
+    others = [name for name in found if fold_name(name) not in ours]
     if others:
         more = f" and {len(others) - 5} more" if len(others) > 5 else ""
         _say(f"Not of this version, and left there: {', '.join(others[:5])}{more}.")

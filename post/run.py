@@ -12,7 +12,7 @@ from pathlib import Path
 from modules.atomic_write import atomic_folder, claim_name, make_folder, make_storable
 from modules.bars import FRAMES, Bar
 from modules.console import as_size, count_of, in_words
-from modules.devices import Failures, choose_device
+from modules.devices import Failures, choose_device, freeze_libraries
 from modules.errors import MediaError, OutputError
 from modules.media.encoding import Picture, in_eight_bits, settle_codec
 from modules.media.options import FormatOptions
@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 def run_chain(chain: Chain, ask: Callable[[str], Answer | None] = ask_at_console) -> None:
     """Run the tools of a command line. Raises UserError; wrong file names fail before networks load."""
+    freeze_libraries()
     jobs = plan_jobs(chain, ask)
     device = choose_device(chain.run.device)
     check_tools(chain.tools, chain.labels, device)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from checkpoints.dialects import count
 from modules.errors import OptionError
+from networks.predictions import compare_predictions
 from stable_diffusion.contract import AskedPicture, Idea
 from stable_diffusion.control_net import check_control_nets, load_control_nets
 from stable_diffusion.guiding import check_guides, load_guides
@@ -101,6 +102,7 @@ def assemble(options: GenImgOptions, device: torch.device) -> Maker:
         release = open_release(options.model, files)
         check_networks(loras, release)
         velocity = release.marks.predicts_velocity or options.model.v_parameterization
+        compare_predictions({lora.path: lora.metadata for lora in loras}, velocity)
         check_sampling(options.sampling.zero_terminal_snr, velocity)
         _check_painting(options, release)
         check_control_nets(options.control, release.unet.config, release.kind)

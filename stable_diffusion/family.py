@@ -248,6 +248,9 @@ class StableDiffusion(ModelOfPictures):
             "ss_v2": str(self.kind is SD2),
             "ss_clip_skip": str(self.clip_skip),
             "ss_debiased_estimation": str(self.options.loss_weights.debiased_estimation_loss),
+            # as trained: the checkpoint may say it too, without the options
+            "ss_v_parameterization": str(self._trained_marks.predicts_velocity),
+            "ss_zero_terminal_snr": str(self._trained_marks.zero_terminal_snr),
         }
         if self.clip_skip is not None:
             values["encoder_layer"] = str(self.clip_skip)
@@ -359,7 +362,7 @@ class StableDiffusion(ModelOfPictures):
 
     def checkpoint_bytes(self, dtype: torch.dtype | None) -> int:
         with quiet():
-            infos = make_writer(self.files, {}).list_infos(dtype)
+            infos = make_writer(self.files, {}, self._trained_marks).list_infos(dtype)
         return sum(info.size_bytes for info in infos.values())
 
     def checkpoint_writer(self, networks: Mapping[str, nn.Module], as_folder: bool) -> CheckpointWriter:
@@ -368,12 +371,14 @@ class StableDiffusion(ModelOfPictures):
                 "Saved checkpoints keep the VAE of %s: that of --vae makes latents and samples alone.",
                 self.files.path,
             )
-        if not as_folder:
-            return make_writer(self.files, networks)
-        has_zero_snr = self.noise.predicts_v and self.noise.table[-1] == 1
-        return make_folder_writer(
-            self.files, networks, Marks(self.kind, self.noise.predicts_v, bool(has_zero_snr))
-        )
+        make = make_folder_writer if as_folder else make_writer
+        return make(self.files, networks, self._trained_marks)
+
+    @property
+    def _trained_marks(self) -> Marks:
+        """Return what the trained model predicts, by the checkpoint and the options."""
+        predicts_v = self.noise.predicts_v
+        return Marks(self.kind, predicts_v, predicts_v and self.noise.table[-1] == 1)
 
     @property
     def is_of_one_file(self) -> bool:

@@ -4,16 +4,20 @@ Released single files have the names of the training code (LDM): the U-Net, the 
 encoders each under a prefix, and the prefixes of the text encoders tell the kind.
 """
 
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+import logging
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from checkpoints.kinds import kind_of
 from checkpoints.opening import open_checkpoint
 from contract.families import describe_scripts
 from modules.errors import CheckpointError, OptionError
+from networks.predictions import read_prediction
 from stable_diffusion.contract import SD1, SD2, SDXL, ModelKind
 from stable_diffusion.options import ModelOptions
+
+logger = logging.getLogger(__name__)
 
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
@@ -53,17 +57,28 @@ _REFINER = "the refiner of Stable Diffusion XL, which only finishes pictures of 
 
 @dataclass(frozen=True)
 class Marks:
-    """Facts about a single file in addition to its tensors' sizes."""
+    """Facts about a checkpoint in addition to its tensors' sizes."""
 
     kind: ModelKind
     predicts_velocity: bool
     zero_terminal_snr: bool
+    # what says that the model predicts v, such as "its metadata"
+    said_by: str = field(default="", compare=False)
+
+    @property
+    def words(self) -> str:
+        """Return what the checkpoint says that its model predicts; "" if it says nothing or noise."""
+        if not self.predicts_velocity:
+            return ""
+        also = " with a zero terminal SNR" if self.zero_terminal_snr else ""
+        return f"predicts v{also}, as {self.said_by} says" if self.said_by else f"predicts v{also}"
 
 
-def read_marks(path: Path, names: Collection[str]) -> Marks:
-    """Return the kind of a file with tensors of these names.
+def read_marks(path: Path, names: Collection[str], metadata: Mapping[str, str]) -> Marks:
+    """Return the kind of a file with tensors of these names, and what it says that its model predicts.
 
-    Raises CheckpointError naming its real kind, or the missing network.
+    Tensors count more than metadata, because all programs read them. Raises CheckpointError naming its real
+    kind, or the missing network.
     """
     kind = _find_kind(names)
     other_model = _describe_other(names, kind)
@@ -84,7 +99,19 @@ def read_marks(path: Path, names: Collection[str]) -> Marks:
             path,
         )
     assert kind is not None
-    return Marks(kind, V_PRED in names, ZTSNR in names)
+    said = read_prediction(metadata)
+    if V_PRED in names:
+        return Marks(kind, True, ZTSNR in names or said.zero_terminal_snr, said_by=f"its tensor {V_PRED}")
+    if said.unknown:
+        logger.warning(
+            "%s: its metadata say %s, which is not known here; the model is taken to predict noise unless "
+            "--v_parameterization is given",
+            path,
+            said.unknown,
+        )
+    velocity = said.velocity is True
+    is_zero = ZTSNR in names or (velocity and said.zero_terminal_snr)
+    return Marks(kind, velocity, is_zero, said_by="its metadata" if velocity else "")
 
 
 def check_kind_flags(options: ModelOptions, kind: ModelKind) -> None:

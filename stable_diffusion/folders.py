@@ -73,7 +73,12 @@ def read_folder_marks(folder: Path) -> Marks:
         raise CheckpointError(
             f"{file}: the model predicts {prediction!r}; only epsilon and v_prediction can be used.", file
         )
-    return Marks(kind, _PREDICTIONS[prediction], schedule.get("rescale_betas_zero_snr") is True)
+    return Marks(
+        kind,
+        _PREDICTIONS[prediction],
+        schedule.get("rescale_betas_zero_snr") is True,
+        said_by="scheduler/scheduler_config.json",
+    )
 
 
 def read_folder_unet(folder: Path, files: ExitStack) -> LoadPlan[UnetSizes]:

@@ -144,7 +144,7 @@ def split_seeds(line: str) -> tuple[int, ...] | None:
 
     Raises OptionError if they cannot be read.
     """
-    for part in line.split(" --")[1:]:
+    for part in prompt_lines.split_line(line).options:
         word, _, text = part.partition(" ")
         if find_option(word) is LINE_OPTIONS["d"]:
             try:

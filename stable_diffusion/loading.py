@@ -70,6 +70,8 @@ def load_release(options: ModelOptions, release: OpenedCheckpoint, device: torch
     what = release.kind.words
     if release.unet.config.get("in_channels") == 9:
         what += ", inpainting"
+    if release.marks.words:
+        what += f", which {release.marks.words}"
     logger.info(
         "Loading %s: %s, as %s, VAE as %s",
         release.path,
@@ -149,16 +151,13 @@ def open_release(options: ModelOptions, files: ExitStack) -> OpenedCheckpoint:
         )
     else:
         checkpoint = files.enter_context(open_checkpoint(path))
-        marks = read_marks(path, checkpoint.tensors)
+        marks = read_marks(path, checkpoint.tensors, checkpoint.metadata)
         check_kind_flags(options, marks.kind)
         averages = sum(name.startswith(EMA) for name in checkpoint.tensors)
         if averages:
             logger.info(
                 "%s: %d averaged tensors (model_ema.) are not used; the U-Net next to them is", path, averages
             )
-        if marks.predicts_velocity:
-            also = " with a zero terminal SNR" if marks.zero_terminal_snr else ""
-            logger.info("%s says that it predicts v%s", path, also)
         texts = read_texts(checkpoint, marks.kind)
         unet_part = checkpoint.without_prefix(UNET, others=("",))
         unet = checkpoints.read_unet(unet_part, marks.kind, _find_pooled_width(texts))

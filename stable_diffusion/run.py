@@ -23,7 +23,7 @@ from modules.atomic_write import claim_name, make_folder, make_storable
 from modules.command import each_warning_once
 from modules.console import count_of
 from modules.control_codes import replace_control_codes
-from modules.devices import Failures, choose_device, free_memory
+from modules.devices import Failures, choose_device, free_memory, freeze_libraries
 from modules.errors import MemoryPlanError, OutputError
 from modules.media.writing import write_png
 from modules.text_files import real_path
@@ -216,6 +216,7 @@ def generate(options: GenImgOptions, load: Load = assemble) -> None:
 
     Raises UserError; with several prompts only after the pictures of all usable ones are made.
     """
+    freeze_libraries()
     device = choose_device(options.device)
     make_folder(options.output.outdir, "--outdir")
     inputs = find_inputs(options.prompts, len(options.control.uses))

@@ -29,7 +29,9 @@ from stable_diffusion.textual_inversion import (
     LearnedWord,
     add_words,
     check_words,
+    list_ids,
     read_words,
+    warn_of_unknown,
     with_bundled,
 )
 
@@ -58,6 +60,7 @@ class Texts:
         """
         words = with_bundled(_read_words(options, layers), bundled)
         self._towers = add_words(towers, kind, words)
+        self._known = [*list_ids(words, 0, 0)]  # all words that embeddings and LoRAs have brought
         self._copies = max(len(layers), 1)  # of a text's states
         self._kind = kind
         self._mode = options.emb_normalize_mode
@@ -134,6 +137,7 @@ class Texts:
 
     def _cut_all(self, text: str) -> list[list[tokenizers.Chunk]]:
         """Return each encoder's chunks of a text, at most --max_embeddings_multiples; warn if it has more."""
+        warn_of_unknown(text, self._known)
         parts = tokenizers.parse_weights(text)
         by_tower = [tokenizers.cut_into_chunks(parts, tower.tokenize) for tower in self._towers]
         longest = max(range(len(by_tower)), key=lambda index: len(by_tower[index]))

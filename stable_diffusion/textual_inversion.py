@@ -10,7 +10,7 @@ Sources: Gal et al. 2022, arXiv 2208.01618; Voynov et al. 2023, arXiv 2303.09522
 
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch.nn import ParameterDict
 from checkpoints.containers import load_pickled
 from checkpoints.opening import open_checkpoint
 from contract.brought_words import WordsByFile
+from generation.embedding_marks import find_embeddings
 from modules.console import count_of, list_some
 from modules.control_codes import shorten
 from modules.errors import CheckpointError
@@ -188,7 +189,7 @@ def with_words(
     """Return a tokenizer that maps `words` to their ids, and the text between them by `tokenize`."""
     names = sorted(words, key=len, reverse=True)  # the longest of those that begin alike
     ids = [list(words[name]) for name in names]
-    pattern = re.compile("|".join(f"({_alone(name)})" for name in names), re.IGNORECASE)
+    pattern = re.compile("|".join(f"({_marked(name)}|{_alone(name)})" for name in names), re.IGNORECASE)
 
     def tokenize_all(text: str) -> list[int]:
         tokens: list[int] = []
@@ -201,6 +202,28 @@ def with_words(
         return tokens + tokenize(text[place:])
 
     return tokenize_all
+
+
+def _marked(name: str) -> str:
+    """Return the pattern of a name as ComfyUI's prompts mark it: `embedding:folder/NAME.safetensors`."""
+    return rf"(?<!\w)embedding:\s*(?:[^\s,()\[\]:]*[/\\])?{_alone(name)}(?:\.(?:safetensors|sft|pt|bin)\b)?"
+
+
+def warn_of_unknown(text: str, known: Iterable[str]) -> None:
+    """Warn of words that a prompt marks as embeddings, as ComfyUI does, and that nothing has loaded.
+
+    known: the names of all words.
+    """
+    names = {name.lower() for name in known}
+    for marked in find_embeddings(text):
+        file = re.split(r"[/\\]", marked.lower())[-1]
+        if not {file, file.rpartition(".")[0]} & names:
+            logger.warning(
+                "embedding:%s in a prompt is read as words: no embedding of this name is loaded. gen_img.py "
+                "loads one by %s FILE",
+                shorten(marked, 60),
+                OPTION,
+            )
 
 
 def _alone(name: str) -> str:

@@ -43,7 +43,7 @@ from stable_diffusion.text import (
     weights_of,
 )
 from stable_diffusion.text_checkpoints import TextPlan
-from stable_diffusion.textual_inversion import LearnedWord, add_rows, list_ids, with_words
+from stable_diffusion.textual_inversion import LearnedWord, add_rows, list_ids, warn_of_unknown, with_words
 from stable_diffusion.tokenizers import (
     OPEN_CLIP_PAD,
     Chunk,
@@ -209,12 +209,14 @@ class TowerEncoder:
 
     def _teach(self, words: ClipWords, vocabulary: int) -> ClipWords:
         """Return a tokenizer that knows new words. vocabulary: rows of the table without them."""
-        ids: dict[str, list[int]] = {}
-        if self._word is not None:
-            ids = self._word.list_ids(vocabulary)
-        elif self._bundled:
-            ids = list_ids(self._bundled, self._number, vocabulary)
+        ids = self._list_words(vocabulary)
         return replace(words, tokenize=with_words(words.tokenize, ids)) if ids else words
+
+    def _list_words(self, vocabulary: int) -> dict[str, list[int]]:
+        """Return the ids of new words by their names. vocabulary: rows of the table without them."""
+        if self._word is not None:
+            return self._word.list_ids(vocabulary)
+        return list_ids(self._bundled, self._number, vocabulary) if self._bundled else {}
 
     def _choose_layer(self, plan: TextPlan) -> int:
         """Return the layer whose states are used, from the end. Raises OptionError for a layer too deep."""
@@ -227,6 +229,8 @@ class TowerEncoder:
 
         Raises CheckpointError or DownloadError if there is no tokenizer.
         """
+        if self._number == 0:  # the second encoder reads the same text
+            warn_of_unknown(text, self._list_words(vocabulary=0))
         parts = parse_weights(text)
         tokenize = self._counting_words.tokenize
         chunks = cut_into_chunks(parts, tokenize)

@@ -86,7 +86,7 @@ class TrainingFiles:
             marks = folders.read_folder_marks(path)
         else:
             with open_checkpoint(path) as checkpoint:
-                marks = read_marks(path, checkpoint.tensors)
+                marks = read_marks(path, checkpoint.tensors, checkpoint.metadata)
         if marks.kind not in self.kinds:
             raise CheckpointError(
                 f"--ckpt {path} is {marks.kind.words}, which {self.scripts[marks.kind]}. Use that, or "
@@ -166,9 +166,10 @@ class TrainingFiles:
             )
             unet.spec = spec  # type: ignore[assignment]  # names of its parts, for code that acts on it
             target = self.unet_dtype(placement)
-            loading.logger.info(
-                "Loading %s: the U-Net of %s, as %s", self.path, release.kind.words, dtype_name(target)
-            )
+            what = release.kind.words
+            if release.marks.words:
+                what += f", which {release.marks.words}"
+            loading.logger.info("Loading %s: the U-Net of %s, as %s", self.path, what, dtype_name(target))
             load_module(
                 unet,
                 plan.checkpoint,

@@ -88,7 +88,7 @@ class CheckpointFiles:
         if part is not None:
             weights = [read_weight(self.plans, states, part.network, weight) for weight in part.weights]
             return join_released(name, weights).reshape(part.info.shape)
-        return torch.empty(0) if self.source is None else self.source.read(name)
+        return torch.empty(0) if self.source is None or name in self.marks else self.source.read(name)
 
 
 def read_weight(plans: Plans, states: Mapping[str, Mapping[str, Tensor]], network: str, name: str) -> Tensor:
@@ -100,8 +100,13 @@ def read_weight(plans: Plans, states: Mapping[str, Mapping[str, Tensor]], networ
     return source.make([plan.checkpoint.read(stored) for stored in source.names])
 
 
-def make_writer(checkpoint: TrainingFiles, networks: Mapping[str, nn.Module]) -> CheckpointFiles:
-    """Return the writer for the checkpoint of a training. networks: those that learn."""
+def make_writer(
+    checkpoint: TrainingFiles, networks: Mapping[str, nn.Module], marks: Marks
+) -> CheckpointFiles:
+    """Return the writer for the checkpoint of a training.
+
+    networks: those that learn. marks: what the trained model predicts, which the file says by empty tensors.
+    """
     path = checkpoint.path
     if path.is_dir():
         opened = ExitStack()
@@ -109,7 +114,7 @@ def make_writer(checkpoint: TrainingFiles, networks: Mapping[str, nn.Module]) ->
         plans = list_plans(release)
         logger.info("Trained checkpoints of %s are single files, with the names of the released ones.", path)
         parts = _name_parts(release, plans)
-        return CheckpointFiles(networks, parts, plans, opened=opened, marks=_list_marks(release.marks))
+        return CheckpointFiles(networks, parts, plans, opened=opened, marks=_list_marks(marks))
     with checkpoint.opened() as release:
         plans = list_plans(release)
         parts = {}
@@ -124,7 +129,8 @@ def make_writer(checkpoint: TrainingFiles, networks: Mapping[str, nn.Module]) ->
             averages,
             path,
         )
-    return CheckpointFiles(networks, parts, source=source)
+    added = [name for name in _list_marks(marks) if name not in source.tensors]
+    return CheckpointFiles(networks, parts, source=source, marks=added)
 
 
 def list_plans(release: OpenedCheckpoint) -> Plans:
@@ -133,7 +139,7 @@ def list_plans(release: OpenedCheckpoint) -> Plans:
 
 
 def _list_marks(marks: Marks) -> list[str]:
-    """Return the marks of a file for what a folder says in its settings."""
+    """Return the names of the empty tensors by which a file says what its model predicts."""
     return [V_PRED] * marks.predicts_velocity + [ZTSNR] * marks.zero_terminal_snr
 
 

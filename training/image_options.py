@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from contract.new_words import find_fault
 from dataset.options import CachingInRunOptions
 from dataset.subset_options import SubsetOptions
 from modules.command import name_as_typed
@@ -17,6 +18,7 @@ from modules.console_options import ConsoleOptions
 from modules.errors import OptionError
 from modules.option_values import to_path
 from modules.options import HABIT, STARTS, Options, not_needed, option, read_options, unsupported
+from modules.output_files import check_output_name
 from modules.parser import Parser, add_options, typed_names
 from running.options import SWAPPING
 from running.ways.composing import list_block_options, list_shared_things
@@ -601,6 +603,11 @@ def _read_word(args: argparse.Namespace) -> None:
     """Read the options of textual inversion: text encoders learn, and files are called after the word."""
     word = args.token_string
     if args.output_name is None and args.output_dir is not None and word is not None:
+        why = find_fault(word)
+        if why:
+            raise OptionError(f"--token_string {word!r} {why}")
+        # the file gets the name of the word, which is the option that was typed
+        check_output_name("--token_string", word, is_new=args.resume is None)
         args.output_name = word
         logger.info("Without --output_name the file is called %s, after the word.", word)
     elif word is not None and args.output_name not in (None, word):

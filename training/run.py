@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch._dynamo  # the first step of any optimizer imports it; here `freeze_libraries` sees it
 
 from contract.family import Family
+from modules.devices import freeze_libraries
 from modules.installation import RUN_CHECKS, RUN_GOES_ON
 from modules.lost_processes import LostProcessError
 from modules.options import option_values
@@ -72,6 +74,7 @@ def train_network(
 
         commands = command.caching_commands(options.loop.dataset_config, family)
         return show_preview(family, options, commands, others)
+    freeze_libraries()
     with end_of_run(options) as end:
         try:
             with prepare_run(family, options, command, others=others, end=end) as run:

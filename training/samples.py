@@ -26,6 +26,7 @@ from contract.requests import Prepared, Prompts, Request, check_values
 from contract.rules import expert_at
 from contract.steps import EncodedPrompts, Section, StepDone, Watcher
 from generation.denoise import OnSection, make_latents
+from generation.embedding_marks import warn_of_embeddings
 from generation.experts import DitTurns
 from generation.prompt_lines import SOLVERS
 from generation.sample_lines import OF_SOME_MODELS, parse_sample_prompts, read_all, read_sample_file
@@ -399,7 +400,9 @@ def parse_requests(
     def prepare(numbered: tuple[int, Mapping[str, Any]]) -> Prepared:
         number, entry = numbered
         try:
-            prepared = family.prepare(sample_request(entry, family))
+            request = sample_request(entry, family)
+            warn_of_embeddings(family, request)
+            prepared = family.prepare(request)
             warn_of_low_scales(prepared)
         except (OptionError, ValueError, TypeError) as error:  # the latter: a text where a number belongs
             prompt = shorten(str(entry.get("prompt", "")), 100)

@@ -61,7 +61,7 @@ class ThresholdOptions(Options, title="which tags are taken"):
 class TagWordOptions(Options, title="the text that is written"):
     """Words and order of the tags."""
 
-    remove_underscore: bool = option("blanks for underscores, but not in tags of up to three characters: ^_^")
+    remove_underscore: bool = option("blanks for underscores, but not in faces such as ^_^ and (o)_(o)")
     character_tags_first: bool = option("put characters before all that is seen")
     character_tag_expand: bool = option("write name_(series) as two tags: name, series")
     always_first_tags: str = option(

@@ -25,7 +25,7 @@ from dataset.config import DatasetConfig
 from dataset.options import CachingOptions, DebugOptions
 from modules.command import COUNT, LOCAL_RANK, RANK, as_typed
 from modules.console import Row, in_words
-from modules.devices import choose_device, leave_cudnn_out, peak_in_words
+from modules.devices import choose_device, freeze_libraries, leave_cudnn_out, peak_in_words
 from modules.errors import OptionError
 from modules.installation import import_own
 from modules.option_values import missing_words
@@ -124,6 +124,7 @@ def cache(
     `.part`, which a later run continues. Raises DatasetError if the dataset cannot be used or a caption is
     missing, CheckpointError if an encoder cannot be loaded, OutputError if a file cannot be written.
     """
+    freeze_libraries()
     shard = options.shard
     module_name, class_name = kind.split(":")
     with join_processes(options.device) as share:

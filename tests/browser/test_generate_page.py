@@ -8,7 +8,6 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,20 +23,22 @@ from safetensors.torch import save_file
 
 from browser.dropped_settings import read_dropped_settings
 from browser.jobs import WAITING, JobQueue
-from browser.lora_rows import RunLoras
+from browser.lora_rows import RunLoras, check_family
 from browser.render_queue import ENDED_MEANWHILE
 from browser.render_worker import RenderWorker
 from browser.runs import FINISHED, RUNNING, STOPPED, Runs
+from contract.families import with_scripts
+from downloads.catalogue import model_sets
 from modules.errors import OptionError
 from modules.media.writing import write_png
 from pocket.measure import POCKET
 from tests.browser.lasting import lasting  # noqa: F401  # a fixture
 from tests.browser.serving import Answer, Served, python_of, serve_runs, write_run
 from tests.browser.test_accessible import assert_fits, axe, list_faults  # noqa: F401  # a fixture
-from tests.browser.test_jobs import wait_for
 from tests.browser.test_render_worker import start_fake
 from tests.chromium import open_page, wait_until
 from tests.commands import QUIET, ROOT
+from tests.waiting import PATIENCE, wait_for
 from training.reports.history import History, history_path
 
 PICTURE = np.full((32, 48, 3), 90, np.uint8)
@@ -113,7 +114,7 @@ def send(served: Served, what: str, path: Path, name: str = "") -> Answer:
     """Send a file as the page does."""
     import http.client
 
-    link = http.client.HTTPConnection("127.0.0.1", served.port, timeout=20)
+    link = http.client.HTTPConnection("127.0.0.1", served.port, timeout=PATIENCE)
     with contextlib.closing(link):
         address = f"/generate/{what}?name={quote(name or path.name)}"
         link.request("POST", address, path.read_bytes(), {"Origin": served.url})
@@ -558,6 +559,74 @@ def test_a_lora_of_another_family_is_refused_by_its_header(root: Path) -> None:
         assert "y-step2.safetensors is a LoRA of FLUX.1, not of Wan." in message(answer)
 
 
+# what a training writes into `ss_base_model_version` where that is not the name of the family
+WRITTEN_VERSIONS = {
+    "flux": ("flux1", "chroma"),
+    "flux_kontext": ("flux_kontext", "flux1"),
+    "sd1": ("sd_v1", "sd_v2"),
+    "sdxl": ("sdxl_base_v1-0",),
+    "lumina": ("lumina2",),
+}
+
+
+def write_own_run(root: Path, family: str, trained_on: str, models: Path) -> str:
+    """Write a run of a family with a LoRA, and files that stand for its model; return the form's source."""
+    script = f"{with_scripts()[family].generation_script}.py"
+    model = next(one for one in model_sets() if script in one.commands.get("generate", "").split())
+    for part in model.components:
+        (models / part.path).parent.mkdir(parents=True, exist_ok=True)
+        (models / part.path).write_bytes(b"")
+    write_generating(root / "own", "own", trained_on=trained_on, script=script, task="")
+    return f"model {model.family} {model.task}"
+
+
+@pytest.mark.parametrize("family", with_scripts())
+def test_each_family_takes_its_own_loras_and_no_others(family: str, tmp_path: Path) -> None:
+    for version in WRITTEN_VERSIONS.get(family, (family,)):
+        save_file({"x": torch.zeros(1)}, tmp_path / "own.safetensors", {"ss_base_model_version": version})
+        check_family(tmp_path / "own.safetensors", family)
+    foreign = "wan" if family != "wan" else "lumina2"
+    save_file({"x": torch.zeros(1)}, tmp_path / "foreign.safetensors", {"ss_base_model_version": foreign})
+    with pytest.raises(OptionError, match=r"foreign\.safetensors is a LoRA of .*, not of "):
+        check_family(tmp_path / "foreign.safetensors", family)
+
+
+@pytest.mark.parametrize(("family", "foreign"), [("sdxl", "sd_v1"), ("sd1", "sdxl_base_v1-0")])
+def test_variants_of_stable_diffusion_do_not_take_each_others_loras(
+    family: str, foreign: str, tmp_path: Path
+) -> None:
+    save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors", {"ss_base_model_version": foreign})
+    with pytest.raises(OptionError, match=r"x\.safetensors is a LoRA of "):
+        check_family(tmp_path / "x.safetensors", family)
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        name if name in ("sdxl", "flux_kontext") else pytest.param(name, marks=pytest.mark.slow)
+        for name in with_scripts()
+    ],
+)
+def test_make_takes_the_lora_of_each_family(family: str, tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    version = WRITTEN_VERSIONS.get(family, (family,))[0]
+    source = write_own_run(tmp_path / "roots", family, version, models)
+    picture = tmp_path / "roots" / "start.png"
+    write_png(picture, PICTURE)
+    with serve(tmp_path / "roots", models=models) as served:
+        page = served.ask(f"/generate?source={quote(source)}").text
+        (path,) = re.findall(r'name="lora" value="([^"]*own-step2\.safetensors)"', page)
+        fields = {"source": source, "prompt": "a cat", "lora": html.unescape(path), f"strength {path}": "0.9"}
+        for name in ("start", "references", "control"):
+            if f'name="{name}"' in page:
+                fields[name] = str(picture)
+        answer = post(served, "make", fields)
+        assert message(answer) == ""
+        assert answer.status == 200
+        (made,) = requests(tmp_path / "roots")
+        assert str(tmp_path / "roots" / "own" / "own-step2.safetensors") in made["session"]
+
+
 def test_a_file_that_is_gone_is_said(served: Served, root: Path) -> None:
     path = root / "out" / "x-step4.safetensors"
     post(served, "form", fields_of(served))  # the list of LoRAs is read
@@ -842,11 +911,10 @@ def test_waiting_render_jobs_say_for_what_they_wait(
     try:
         wait_for(lambda: [job.state for job in queue.jobs()] == [RUNNING])
         assert post(served, "make", fields_of(served)).status == 200
-        end = time.monotonic() + 20
         words = f"1 waiting: job {number} of the queue runs."
-        while words not in served.ask("/generate/work").text:
-            assert time.monotonic() < end, served.ask("/generate/work").text
-            time.sleep(0.2)
+        wait_for(
+            lambda: words in served.ask("/generate/work").text, lambda: served.ask("/generate/work").text
+        )
         assert states(root) == [WAITING]
     finally:
         queue.stop(number)

@@ -1,20 +1,22 @@
 """A link to one run for a friend: what it shows, and that it opens nothing else."""
 
 import re
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from browser import shares
+from browser.page_access import COOKIE
 from browser.run_views import COMPARED_FOLDER
 from browser.shares import DAY, Shares
+from tests.browser.entering import enter
 from tests.browser.serving import PNG, Served, serve_runs, write_run
 from tests.browser.test_safe_clicks import list_addresses
 from training.reports.history import History, history_path
 
 TOKEN = "a-secret-word-of-letters"
-COOKIE = {"Cookie": f"reelsmith={TOKEN}"}
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +27,7 @@ def _own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def make_link(served: Served, name: str = "x", days: str = "7") -> str:
     """Make a link to a run as its page does; return its path."""
-    made = served.ask(served.of(name, "share"), "POST", f"days={days}", Origin=served.url, **COOKIE)
+    made = enter(served, TOKEN).ask(served.of(name, "share"), "POST", f"days={days}", Origin=served.url)
     assert made.status == 200, made.text
     addresses = re.findall(rf'href="{served.url}(/shared/[^"]+)"', made.text)
     return str(addresses[-1])
@@ -36,7 +38,7 @@ def test_a_friend_sees_the_page_the_samples_and_the_files_of_one_run(tmp_path: P
     write_run(folder, "x", 10, changed=[["seed", "1"], ["output_dir", str(folder)]])
     write_run(folder, "y", 4, None)
     with serve_runs(folder, token=TOKEN) as served:
-        assert "Share with a friend" in served.ask(served.of("x"), **COOKIE).text
+        assert "Share with a friend" in enter(served, TOKEN).ask(served.of("x")).text
         link = make_link(served)
         page = served.ask(link)
         assert page.status == 200
@@ -83,7 +85,7 @@ def test_a_page_that_is_shared_names_no_folder_no_file_and_no_other_run(tmp_path
         for hidden in ("anna", "wedding", "prompts", "other_run", "plan.toml", "resume", "secret", "disk"):
             assert hidden not in text, hidden
         address = f"{COMPARED_FOLDER}/{compared.name}"
-        assert served.ask(served.of("x", address), **COOKIE).status == 200
+        assert enter(served, TOKEN).ask(served.of("x", address)).status == 200
         assert served.ask(f"{link}{address}").status == 404
 
 
@@ -97,7 +99,7 @@ def test_a_link_opens_nothing_else(tmp_path: Path) -> None:
         word = link.split("/")[2]
         for method, origin in (("GET", {}), ("POST", {"Origin": served.url})):
             for address in list_addresses(served, method):
-                cookie = {"Cookie": f"reelsmith={word}"}
+                cookie = {"Cookie": f"{COOKIE}={word}"}
                 answer = served.ask(address, method, "days=1" * (method == "POST"), **cookie, **origin)
                 assert answer.status == 401, (method, address)
         assert served.ask(f"/?token={word}").status == 401
@@ -125,7 +127,7 @@ def test_links_end_and_are_taken_back(tmp_path: Path, monkeypatch: pytest.Monkey
         with monkeypatch.context() as later:
             later.setattr(shares.time, "time", lambda: now + 8 * DAY)
             assert [served.ask(link).status for link in (first, second, other)] == [401, 200, 401]
-        back = served.ask(served.of("x", "share"), "POST", "back=yes", Origin=served.url, **COOKIE)
+        back = enter(served, TOKEN).ask(served.of("x", "share"), "POST", "back=yes", Origin=served.url)
         assert "/shared/" not in back.text
         assert [served.ask(link).status for link in (first, second, other)] == [401, 401, 200]
         assert "ask for a new one" in served.ask(first).text
@@ -137,16 +139,77 @@ def test_links_end_and_are_taken_back(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_days_that_no_link_has_are_refused(days: str, tmp_path: Path) -> None:
     write_run(tmp_path, "x", 10)
     with serve_runs(tmp_path, token=TOKEN) as served:
-        refused = served.ask(served.of("x", "share"), "POST", f"days={days}&", Origin=served.url, **COOKIE)
+        refused = enter(served, TOKEN).ask(
+            served.of("x", "share"), "POST", f"days={days}&", Origin=served.url
+        )
         assert (refused.status, "/shared/" in refused.text) == (422, False)
         assert "A link holds 1 to 365 days" in refused.text
     assert Shares().list_all() == []
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", '[{"word": "w"}]', '[{"word": "w", "run": 1, "end": "x"}]'])
+LINK = '{"word": "w", "run": "r", "session": 1, "end": '
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("{", "[1]", '[{"word": "w"}]', '[{"word": "w", "run": 1, "end": "x", "session": 1}]', "[" * 9000),
+        *(f"[{LINK}{end}}}]" for end in ("Infinity", "NaN", "1e999", "9" * 400, "1e300", "-Infinity")),
+        *(f"[{LINK}9e9}}]", f"[{LINK}{{}}}}]", f"[{LINK}1e10}}]".replace('"session": 1', '"session": "1"')),
+    ],
+)
 def test_a_damaged_list_of_links_opens_nothing(text: str, tmp_path: Path) -> None:
     Shares().add("run", 1)
     path = tmp_path / "user" / "reelsmith" / shares.FILE
     path.write_text(text, encoding="utf-8")
     assert Shares().list_all() == []
     assert Shares().find("w") is None
+
+
+def test_a_link_ends_when_another_run_of_this_name_begins(tmp_path: Path) -> None:
+    folder = tmp_path / "runs"
+    write_run(folder, "x", 10)
+    with serve_runs(folder, token=TOKEN) as served:
+        link = make_link(served)
+        history = history_path(folder, "x")
+        lines = history.read_text(encoding="utf-8").splitlines()
+        history.write_text("\n".join([*lines, *lines[1:]]) + "\n", encoding="utf-8")  # it was resumed
+        assert served.ask(link).status == 200
+        assert '"session": 1,' in lines[0]
+        other = lines[0].replace('"session": 1,', '"session": 2,')
+        history.write_text("\n".join([other, *lines[1:]]) + "\n", encoding="utf-8")
+        for address in (link, f"{link}sample/x_1.png", f"{link}x.safetensors"):
+            answer = served.ask(address)
+            assert (answer.status, answer.text) == (401, str(shares.ENDED)), address
+        assert "/shared/" not in served.ask(served.of("x"), **COOKIE).text
+        assert served.ask(make_link(served)).status == 200
+        history.unlink()
+        assert served.ask(link).status == 401
+
+
+def test_a_clock_that_is_set_takes_no_link_for_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = Shares().add("one", 7, 1)
+    now = time.time()
+    for moved in (now + 9 * DAY, now - 900 * DAY):
+        with monkeypatch.context() as jump:
+            jump.setattr(shares.time, "time", lambda moved=moved: moved)
+            Shares().add("two", 7, 1)
+            assert Shares().find(first.word) is None
+    assert Shares().find(first.word) == first
+
+
+def test_links_of_two_pages_at_once_are_all_kept(tmp_path: Path) -> None:
+    """Each page has its own `Shares`; what one has answered, the other does not take away."""
+    made: list[str] = []
+
+    def make() -> None:
+        own = Shares()
+        made.extend(own.add("run", 1, 1).word for _ in range(10))
+
+    threads = [threading.Thread(target=make) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {share.word for share in Shares().list_all()} == set(made)
+    assert len(made) == 40

@@ -15,10 +15,12 @@ from generation.prompt_lines import (
     LineOption,
     parse_generation_line,
     read_generation_lines,
+    split_line,
 )
 from generation.sample_lines import parse_sample_line, read_sample_prompts
 from modules.errors import OptionError
 from modules.option_values import text_to_seed
+from stable_diffusion.lines import read_line
 from tests.golden_cases import read_case
 
 CASE, _ = read_case("prompt_lines")
@@ -374,3 +376,54 @@ def test_an_option_without_a_value_is_told(letter: str) -> None:
             with pytest.raises(OptionError, match=f"^--{letter} has no value"):
                 parse_generation_line(line, SECTIONED_GENERATION_OPTIONS)
     assert parse_generation_line("a cat --n") == {"prompt": "a cat", "negative_prompt": ""}
+
+
+WEB_UI = (
+    '--prompt "a castle" --negative_prompt "trees, \\"x\\"" --width 128 --height 64 --steps 3 --cfg_scale 5'
+)
+USUAL = 'a castle --n trees, "x" --w 128 --h 64 --s 3 --l 5'
+
+
+@pytest.mark.parametrize(
+    ("web_ui", "usual"),
+    [
+        (WEB_UI, USUAL),
+        ("--steps 3 --prompt 'a castle'", "a castle --s 3"),  # in any order
+        ("  --Prompt a castle --seed 9", "a castle --d 9"),  # without marks
+        ('--prompt "a castle" --seed "9" --negative_prompt ""', "a castle --d 9 --n"),
+        ('a castle --n "trees" --s 3', "a castle --n trees --s 3"),
+        ("a castle --n 'two words'", "a castle --n two words"),
+        ('a castle --n "trees" and "rocks"', 'a castle --n "trees" and "rocks" '),  # not around all of it
+    ],
+)
+def test_lines_of_the_web_ui_mean_what_the_usual_form_means(web_ui: str, usual: str) -> None:
+    for read in (parse_generation_line, parse_sample_line, read_line):
+        found, expected = read(web_ui), read(usual)
+        expected.setdefault("negative_prompt", found.get("negative_prompt"))
+        assert {"negative_prompt": None} | found == expected
+
+
+def test_dashes_in_a_value_in_quotation_marks_belong_to_it() -> None:
+    line = '--prompt "a castle --n not an option" --negative_prompt "b --s 3" --steps 4'
+
+    found = parse_generation_line(line)
+
+    assert found == {"prompt": "a castle --n not an option", "negative_prompt": "b --s 3", "infer_steps": 4}
+    assert parse_generation_line('say "hi" --n 5" tall --s 3')["infer_steps"] == 3
+
+
+@pytest.mark.parametrize("line", ["a castle --prompt b", '--prompt "a" --prompt "b"'])
+def test_a_line_with_two_prompts_is_refused(line: str) -> None:
+    with pytest.raises(OptionError, match="two prompts"):
+        split_line(line)
+
+
+def test_a_line_that_begins_with_an_option_says_what_becomes_of_it(caplog: pytest.LogCaptureFixture) -> None:
+    assert parse_sample_line("--w 100")["prompt"] == "--w 100"
+    assert "begins with --w, which is taken as its text" in caplog.text
+
+
+def test_paths_in_quotation_marks_keep_their_backslashes() -> None:
+    found = parse_generation_line(r'--prompt "a" --image_path "\\host\share\a b.png"')
+
+    assert found["image_path"] == r"\\host\share\a b.png"

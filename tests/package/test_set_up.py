@@ -1,5 +1,6 @@
 """The file to double-click: downloads are checked, the build fits the card, the second start is offline."""
 
+import contextlib
 import hashlib
 import http.server
 import io
@@ -19,7 +20,7 @@ import set_up
 from modules import environment
 from modules.card_builds import BUILDS, choose_for, read_amd_cards
 from modules.environment import Build, find_cause, read_builds
-from modules.errors import InstallationError, OptionError
+from modules.errors import InstallationError, OptionError, UserError
 from modules.nvidia_driver import NvidiaCard, explain_unseen_card, read_nvidia_cards
 from tests.commands import ROOT
 from tests.package.test_uv import ADDRESSES
@@ -362,3 +363,137 @@ def test_an_environment_that_exists_is_used_without_uv(tmp_path: Path) -> None:
     done = start(tmp_path, "http://127.0.0.1:9", "back")
     assert done.stdout == f"set_up.py back {Path.cwd()}\n"
     assert not (tmp_path / ".reelsmith").exists()
+
+
+@UNIX_ONLY
+@pytest.mark.skipif(shutil.which("curl") is None, reason="it needs curl")
+@pytest.mark.parametrize("is_executable", [False, True])
+def test_a_start_that_was_ended_while_uv_was_unpacked_is_done_by_the_next_one(
+    tmp_path: Path, server: str, is_executable: bool
+) -> None:
+    """Earlier versions unpacked into the place itself: what is there beside the download may be half."""
+    own = tmp_path / ".reelsmith"
+    (own / "unpacked").mkdir(parents=True)
+    (own / "uv").write_bytes(b"\x7fELF half")
+    (own / "uv").chmod(0o755 if is_executable else 0o644)
+    (own / "uv-0.11.28.part").write_bytes(Server.content)
+    done = start(tmp_path, "http://127.0.0.1:9")
+    assert done.stdout == f"{sys.executable} set_up.py\n", done.stderr
+    assert [path.name for path in own.iterdir()] == ["uv"]
+
+
+@UNIX_ONLY
+@pytest.mark.skipif(shutil.which("curl") is None, reason="it needs curl")
+def test_a_part_that_no_server_goes_on_with_is_downloaded_anew(
+    tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".reelsmith").mkdir()
+    (tmp_path / ".reelsmith" / "uv-0.11.28.part").write_bytes(Server.content[:100])
+    whole = Server.do_GET
+
+    def forget_where_to_begin(request: Server) -> None:
+        del request.headers["Range"]
+        whole(request)
+
+    monkeypatch.setattr(Server, "do_GET", forget_where_to_begin)
+    done = start(tmp_path, server)
+    assert done.stdout == f"{sys.executable} set_up.py\n", done.stderr
+
+
+@UNIX_ONLY
+def test_a_uv_that_cannot_be_run_is_named_and_deleted(tmp_path: Path) -> None:
+    own = tmp_path / ".reelsmith"
+    own.mkdir()
+    (own / "uv").write_bytes(b"\x7fELF half")
+    (own / "uv").chmod(0o755)
+    done = start(tmp_path, "http://127.0.0.1:9")
+    assert done.returncode == 1
+    assert "uv was damaged, so it was deleted. Start again" in done.stderr
+    assert not (own / "uv").exists()
+
+
+@UNIX_ONLY
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["back"], "There is no version to go back to: nothing was updated here"),
+        (["--build", "nix"], "--build nix: there is no such build of torch. Type one of"),
+        (["--build=nix"], "--build nix: there is no such build of torch. Type one of"),
+        (["--build"], "--build nothing: there is no such build"),
+        (["upgrade"], "upgrade: unknown. Type update, update NEW.zip, back, or nothing to start"),
+    ],
+)
+def test_a_slip_is_told_before_anything_is_downloaded(tmp_path: Path, words: list[str], message: str) -> None:
+    done = start(tmp_path, "http://127.0.0.1:9", *words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(message)
+    assert not (tmp_path / ".reelsmith").exists()
+
+
+def test_both_files_know_all_builds() -> None:
+    assert f"{' | '.join(BUILDS)})" in COMMAND
+    assert f"Type one of {', '.join(BUILDS)}" in COMMAND
+    batch = BATCH.decode("ascii")
+    assert f"in ({' '.join(BUILDS)}) do" in batch
+    assert f"Type one of {', '.join(BUILDS)}." in batch
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"nix", b"\n"])
+def test_a_note_that_is_damaged_is_no_environment_of_the_user(
+    made: list[tuple[str, bool]], tmp_path: Path, content: bytes
+) -> None:
+    set_up.set_up(None)
+    set_up.NOTE.write_bytes(content)
+    set_up.set_up(None)
+    assert made == [("cu130", False), ("cu130", True)]
+    assert set_up.NOTE.read_text(encoding="utf-8") == "cu130"
+
+
+def test_an_installation_that_was_killed_begins_anew_and_one_that_failed_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """uv and pip take half a package for whole if its list of files is there."""
+    made: list[str] = []
+    ends: list[BaseException | None] = [
+        KeyboardInterrupt(),
+        None,
+        UserError("no answer"),
+        None,
+        KeyboardInterrupt(),
+    ]
+
+    def create(folder: Path, may_inherit: bool) -> None:
+        made.append("environment")
+        shutil.rmtree(folder, ignore_errors=True)
+        python = environment.python_of(folder)
+        python.parent.mkdir(parents=True)
+        python.touch()
+
+    def install(*_: object) -> None:
+        made.append("packages")
+        end = ends.pop(0)
+        if end is not None:
+            raise end
+
+    monkeypatch.setattr(environment, "_install", install)
+    monkeypatch.setattr(environment, "create_environment", create)
+    build = read_builds()["cpu"]
+    for name in ("requirements.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+
+    def prepare(*packages: str) -> list[str]:
+        made.clear()
+        with contextlib.suppress(KeyboardInterrupt, UserError):
+            environment.prepare_environment(packages=packages, build=build)
+        return list(made)
+
+    assert prepare() == ["environment", "packages"]  # killed
+    assert prepare() == ["environment", "packages"]
+    assert prepare() == []
+    assert prepare("more") == ["packages"]  # failed
+    assert prepare() == []
+    assert prepare("more") == ["packages"]
+    assert prepare("other") == ["packages"]  # killed
+    ends.append(None)
+    assert prepare("more") == ["environment", "packages"]

@@ -1,11 +1,15 @@
 """Updates of a checkout change its files only, are refused whole, and can be undone."""
 
+import builtins
+import functools
+import io
 import os
 import shutil
 import subprocess
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -213,3 +217,201 @@ def test_no_version_has_a_file_in_a_folder_of_the_user() -> None:
         pytest.skip("it needs the list of git")
     tops = {name.partition("/")[0] for name in git(ROOT, "ls-files").splitlines()}
     assert not tops & updating.KEPT
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="it needs git")
+@pytest.mark.parametrize("is_branch", [False, True])
+def test_back_keeps_commits_that_the_user_made_after_the_update(clone: Path, is_branch: bool) -> None:
+    before = git(clone, "rev-parse", "HEAD")
+    update(clone, None)
+    if is_branch:
+        git(clone, "checkout", "--quiet", "-b", "mine")
+    (clone / "mine.py").write_text("mine", encoding="utf-8")
+    git(clone, "add", "mine.py")
+    git(clone, "commit", "--quiet", "-m", "my own work")
+    own = git(clone, "rev-parse", "HEAD")
+    with pytest.raises(
+        UserError, match=r"commits of your own, which only the branch .* my own work\. .*git branch"
+    ):
+        go_back(clone)
+    assert git(clone, "rev-parse", "HEAD") == own
+    git(clone, "branch", "my-work")  # as the sentence says
+    go_back(clone)
+    assert git(clone, "rev-parse", "HEAD") == before
+    assert git(clone, "rev-parse", "my-work") == own
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="it needs git")
+def test_back_on_a_branch_that_was_not_updated_changes_nothing(clone: Path) -> None:
+    git(clone, "checkout", "--quiet", "--orphan", "other")
+    git(clone, "commit", "--quiet", "-m", "another beginning")
+    other = git(clone, "rev-parse", "HEAD")
+    git(clone, "checkout", "--quiet", "main")
+    update(clone, None)
+    git(clone, "checkout", "--quiet", "other")
+    git(clone, "branch", "kept")
+    with pytest.raises(UserError, match="does not come from the version before the update"):
+        go_back(clone)
+    assert git(clone, "rev-parse", "HEAD") == other
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="it needs git")
+def test_the_note_of_an_earlier_version_protects_commits_too(clone: Path) -> None:
+    before = git(clone, "rev-parse", "HEAD")
+    update(clone, None)
+    note = clone / ".reelsmith" / updating.COMMIT
+    note.write_text(before, encoding="ascii")
+    git(clone, "commit", "--quiet", "--allow-empty", "-m", "mine")
+    with pytest.raises(UserError, match="commits of your own"):
+        go_back(clone)
+    git(clone, "reset", "--quiet", "--hard", "HEAD~1")
+    go_back(clone)
+    assert git(clone, "rev-parse", "HEAD") == before
+    note.write_bytes(b"\xff\n--hard")
+    with pytest.raises(UserError, match="does not name the version before the update any more"):
+        go_back(clone)
+
+
+def test_back_keeps_files_that_the_user_changed_after_the_update(tmp_path: Path) -> None:
+    root = write(tmp_path / "root", OLD)
+    update(root, pack(tmp_path / "new.zip", NEW))
+    for name in ("set_up.py", "wan/model.py"):  # replaced, added
+        (root / name).write_text("mine", encoding="utf-8")
+    with pytest.raises(UserError, match=r"You changed set_up\.py, wan/model\.py since the update"):
+        go_back(root)
+    assert (root / "set_up.py").read_text(encoding="utf-8") == "mine"
+    (root / "set_up.py").rename(tmp_path / "kept.py")
+    (root / "wan/model.py").unlink()
+    go_back(root)
+    assert read(root) == OLD
+
+
+class FoldingDisk:
+    """Patches by which a folder on Linux takes names that differ in case for one, as Windows and macOS do."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def patch(module: Any, name: str) -> None:
+            whole = getattr(module, name)
+
+            def act(*words: Any, **named: Any) -> Any:
+                return whole(*map(self.find_named, words), **named)
+
+            monkeypatch.setattr(module, name, act)
+
+        names = ("stat", "unlink", "mkdir", "replace", "chmod", "utime", "listxattr", "scandir")
+        for name in filter(functools.partial(hasattr, os), names):
+            patch(os, name)
+        for module in (io, builtins):
+            patch(module, "open")
+
+    def find_named(self, word: Any) -> Any:
+        is_path = isinstance(word, (Path, str)) and Path(word).is_absolute()
+        return self.find(word) if is_path else word
+
+    def find(self, path: str | Path) -> str:
+        """Return the path in the spelling of what is there."""
+        found = Path(Path(path).anchor)
+        for part in Path(path).parts[1:]:
+            names = os.listdir(found) if found.is_dir() else []
+            same = [name for name in names if name.casefold() == part.casefold()]
+            found = found / (part if part in names else same[0] if same else part)
+        return str(found)
+
+
+@pytest.mark.parametrize("is_folding", [False, True])
+def test_an_update_that_renames_by_case_keeps_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_folding: bool
+) -> None:
+    root = write(tmp_path / "root", {"pyproject.toml": PROJECT})
+    old = {"pyproject.toml": PROJECT, "Docs.md": "old", "Wan/__init__.py": "1", "gone.md": "x"}
+    new = {"pyproject.toml": PROJECT, "docs.md": "new", "wan/__init__.py": "2"}
+    first, second = pack(tmp_path / "old.zip", old), pack(tmp_path / "new.zip", new)
+    if is_folding:
+        FoldingDisk(monkeypatch)
+    update(root, first)
+    update(root, second)
+    monkeypatch.undo()
+    there = {name.casefold(): text for name, text in read(root).items()}
+    assert there == {name.casefold(): text for name, text in new.items()}
+    assert len(read(root)) == 3
+    if is_folding:
+        FoldingDisk(monkeypatch)
+    go_back(root)
+    monkeypatch.undo()
+    there = {name.casefold(): text for name, text in read(root).items()}
+    assert there == {name.casefold(): text for name, text in old.items()}
+
+
+@pytest.mark.parametrize(
+    "project",
+    [
+        *("project = 1", 'project = "x"', "project = [1]", "[project]\nname = [[]]", f"x = {'9' * 100_000}"),
+        *(f"{'a.' * 30_000}a = 1", f"x = {'[' * 20_000}", "[[project]]\nname = 1", "x = 1e99999\n\x00"),
+    ],
+)
+def test_whatever_a_project_file_holds_is_refused_in_a_sentence(tmp_path: Path, project: str) -> None:
+    root = write(tmp_path / "root", OLD)
+    with pytest.raises(UserError, match="has no Reelsmith in it"):
+        update(root, pack(tmp_path / "odd.zip", {**NEW, "pyproject.toml": project}))
+    assert read(root) == OLD
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "wan/a\nb.py",
+            "wan/a\u2028b.py",
+            "wan/a\x85b.py",
+            "wan/con.py",
+            "wan/a.py ",
+            "wan/a?.py",
+            "wan//a.py",
+        ),
+        *(
+            ".GIT/hooks/post-merge",
+            ".Reelsmith/uv",
+            "GIT~1/config",
+            "wan/.git/config",
+            "./a.py",
+            "A.MD",
+            "wan//a.py",
+        ),
+        *("a.md/b.py", "wan/" + "a" * 1000),
+    ],
+)
+def test_names_that_no_version_has_change_nothing(tmp_path: Path, name: str) -> None:
+    root = write(tmp_path / "root", OLD)
+    with pytest.raises(UserError, match=r"which no version of Reelsmith has. Nothing was changed") as error:
+        update(root, pack(tmp_path / "odd.zip", {**NEW, name: "x"}))
+    assert "\n" not in str(error.value)
+    assert read(root) == OLD
+
+
+def test_a_name_that_is_no_text_and_a_list_that_is_too_long_are_refused(tmp_path: Path) -> None:
+    root = write(tmp_path / "root", OLD)
+    file = pack(tmp_path / "odd.zip", {**NEW, "wan/ü.py": ""})
+    file.write_bytes(file.read_bytes().replace("ü".encode(), b"\xff\xfe"))
+    with pytest.raises(UserError, match=r"odd\.zip is no whole zip file"):
+        update(root, file)
+    assert read(root) == OLD
+
+
+def test_notes_that_are_damaged_end_with_a_sentence(tmp_path: Path) -> None:
+    root = write(tmp_path / "root", OLD)
+    update(root, pack(tmp_path / "new.zip", NEW))
+    plan = root / ".reelsmith" / "back" / updating.PLAN
+    for content in (b"\xff", b"[]", b'{"replaced": ["../x"], "added": []}', b'{"x": 1}'):
+        plan.write_bytes(content)
+        with pytest.raises(UserError, match="the note of the last update, cannot be read"):
+            go_back(root)
+    (root / ".reelsmith" / "files.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match=r"files\.txt, a note of the last update, cannot be read"):
+        update(root, pack(tmp_path / "newer.zip", OLD))
+
+
+def test_an_update_puts_no_file_where_a_folder_is(tmp_path: Path) -> None:
+    root = write(tmp_path / "root", {**OLD, "tools/mine.py": "m"})
+    with pytest.raises(UserError, match="has a file tools, and a file or folder of another kind"):
+        update(root, pack(tmp_path / "new.zip", {**NEW, "tools": "x"}))
+    assert read(root) == {**OLD, "tools/mine.py": "m"}

@@ -327,6 +327,21 @@ def refusal(script: str, folder: Path, *words: str) -> str:
     return told
 
 
+@pytest.mark.parametrize(
+    ("word", "told"), [("<cat-toy>", "holds <"), ("*", "holds *"), ("con", "is a device"), ("a/b", "holds /")]
+)
+def test_a_word_that_names_no_file_is_refused_by_the_option_that_was_typed(
+    tmp_path: Path, word: str, told: str
+) -> None:
+    words = ["--dataset_config", "d.toml", "--output_dir", "output", "--token_string", word]
+
+    said = refusal("train_textual_inversion.py", tmp_path, *words)
+
+    assert "--output_name" not in said
+    assert f"--token_string {word!r}" in said
+    assert told in said
+
+
 def test_mistakes_are_named(folder: Path) -> None:
     model, script = write_sd1(folder), "train_textual_inversion.py"
     words = words_of(model)

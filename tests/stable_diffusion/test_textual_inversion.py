@@ -22,7 +22,13 @@ from stable_diffusion.assembling import list_cross_attentions
 from stable_diffusion.contract import AskedPicture, PictureSettings
 from stable_diffusion.making import Maker
 from stable_diffusion.text import Texts
-from stable_diffusion.textual_inversion import read_bundled, read_words, with_bundled, with_words
+from stable_diffusion.textual_inversion import (
+    read_bundled,
+    read_words,
+    warn_of_unknown,
+    with_bundled,
+    with_words,
+)
 from stable_diffusion.tokenizers import check_vocabulary, find_tokenizers
 from tests.faults.messages import run_here
 from tests.parity.stable_diffusion import their_scheduler
@@ -91,6 +97,36 @@ def test_words_are_found_alone_the_longest_first() -> None:
     assert found("blob, cat BLOB") == [1, *tokenize(", cat"), 1]
     assert found("the<a>one") == [*tokenize("the"), 3, *tokenize("one")]
     assert found("noblob blobby blob_x") == tokenize("noblob blobby blob_x")
+
+
+MARKED = ("embedding:blob", "Embedding:BLOB.safetensors", "embedding:my/blob.pt", "embedding: blob")
+
+
+@pytest.mark.parametrize("text", [*MARKED, "embedding:my\\blob"])
+def test_words_are_found_with_the_mark_of_comfyui(text: str, caplog: pytest.LogCaptureFixture) -> None:
+    found = with_words(tokenize, {"blob": [1]})
+    assert found(f"a cat, {text}, red") == [*tokenize("a cat, "), 1, *tokenize(", red")]
+    warn_of_unknown(f"a cat, ({text}:1.2)", ["blob"])
+    assert caplog.text == ""
+    warn_of_unknown(f"a cat, ({text}:1.2)", ["blob1"])
+    assert "no embedding of this name is loaded" in caplog.text
+
+
+def test_texts_report_an_embedding_that_is_not_loaded_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    towers, sort = make_towers("sd1")
+    path = write(tmp_path / "blob.safetensors", {"emb_params": vectors()})
+    texts = Texts(towers, sort, options("--textual_inversion_embeddings", path).text)
+    plain = texts.encode("a blob, red")
+
+    marked = texts.encode("a (embedding:blob:1.0), red")
+
+    assert torch.equal(plain.context, marked.context)
+    assert "is read as words" not in caplog.text
+    for _ in range(2):
+        texts.encode("a embedding:mycat, red")
+    assert caplog.text.count("embedding:mycat in a prompt is read as words") == 1
 
 
 def test_harmful_tensors_are_refused(tmp_path: Path) -> None:

@@ -9,12 +9,11 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
-from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.faults.messages import assert_one_message, run_here, succeed_here
-from tests.stable_diffusion.test_whole_training import SCRIPTS, SGD, TOWERS, U_NET, folder, words
+from tests.stable_diffusion.test_whole_training import SCRIPTS, SGD, TOWERS, U_NET, draw, folder, words
 from tests.tiny.dit_files import write_tensors
 from tests.tiny.stable_diffusion import WRITERS, ldm_unet, ldm_vae, open_clip, vae_state, write_folder
 from training.saving.files import INDEX
@@ -45,14 +44,6 @@ def released_state(kind: str, pipeline: Any) -> dict[str, Tensor]:
         }
         state |= {f"{start}{name}": v for name, v in (open_clip(found) if is_open_clip else found).items()}
     return state
-
-
-def draw(folder: Path, ckpt: str, name: str, *further: str) -> np.ndarray:
-    words = ["--ckpt", ckpt, "--tokenizer_cache_dir", "tokenizers", "--prompt", "a cat", "--seed", "1"]
-    words += ["--W", "64", "--H", "64", "--steps", "2", "--outdir", name, *further]
-    succeed_here("gen_img.py", *words, folder=folder)
-    (picture,) = (folder / name).glob("*.png")
-    return np.asarray(Image.open(picture))
 
 
 @pytest.mark.parametrize(

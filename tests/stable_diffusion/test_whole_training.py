@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from contract.requests import Prompt
 from contract.whole import LearningParts
 from stable_diffusion.contract import SD1, SDXL
+from stable_diffusion.files import Marks
 from stable_diffusion.towers import LearningTexts, make_encoders
 from stable_diffusion.training_files import TrainingFiles
 from stable_diffusion.whole_files import make_writer
@@ -309,7 +310,9 @@ def test_marks_of_the_source_stay_and_averages_of_it_are_left_out(folder: Path) 
     said = succeed_here("sdxl_train.py", *words(model.name, "--save_precision", "fp16"), folder=folder)
 
     saved = load_file(folder / "output" / "last.safetensors")
-    planned = make_writer(TrainingFiles((SDXL,), model), {}).list_infos(torch.float16)
+    planned = make_writer(TrainingFiles((SDXL,), model), {}, Marks(SDXL, True, True)).list_infos(
+        torch.float16
+    )
     assert {name: info.dtype for name, info in planned.items()} == {
         name: tensor.dtype for name, tensor in saved.items()
     }
@@ -320,6 +323,43 @@ def test_marks_of_the_source_stay_and_averages_of_it_are_left_out(folder: Path) 
         if tensor.is_floating_point():
             is_of_network = name.startswith(tuple(networks))
             assert tensor.dtype == (torch.float16 if is_of_network else torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["sd1", pytest.param("sdxl", marks=pytest.mark.slow)])
+def test_a_file_says_what_the_typed_options_made_its_model_predict(folder: Path, kind: str) -> None:
+    """A checkpoint that says nothing is trained to predict v. What is drawn needs no options afterwards."""
+    model = WRITERS[kind](folder)
+    typed = ["--v_parameterization", "--zero_terminal_snr"]
+    succeed_here(SCRIPTS[kind], *words(model.name, *typed), folder=folder)
+    trained = folder / "output" / "last.safetensors"
+    assert load_file(trained).keys() == {*load_file(model), "v_pred", "ztsnr"}
+    with safe_open(trained, "pt") as file:
+        metadata = file.metadata()
+    assert metadata["modelspec.prediction_type"] == "v"
+    assert (metadata["ss_v_parameterization"], metadata["ss_zero_terminal_snr"]) == ("True", "True")
+
+    said = succeed_here(
+        SCRIPTS[kind], *words("output/last.safetensors", "--output_name", "again"), folder=folder
+    )
+
+    again = folder / "output" / "again.safetensors"
+    assert load_file(again).keys() == load_file(trained).keys()
+    assert said.count("predicts v with a zero terminal SNR, as its tensor v_pred says") == 1
+    with safe_open(again, "pt") as file:
+        assert file.metadata()["ss_zero_terminal_snr"] == "True"
+    pictures = []
+    for number, words_of_run in enumerate(([], typed)):
+        found = draw(folder, "output/last.safetensors", f"drawn{number}", *words_of_run)
+        pictures.append(found)
+    assert (pictures[0] == pictures[1]).all()
+
+
+def draw(folder: Path, ckpt: str, name: str, *further: str) -> np.ndarray:
+    words_of_run = ["--ckpt", ckpt, "--tokenizer_cache_dir", "tokenizers", "--prompt", "a cat", "--seed", "1"]
+    words_of_run += ["--W", "64", "--H", "64", "--steps", "2", "--outdir", name, *further]
+    succeed_here("gen_img.py", *words_of_run, folder=folder)
+    (picture,) = (folder / name).glob("*.png")
+    return np.asarray(Image.open(picture))
 
 
 @pytest.mark.parametrize(

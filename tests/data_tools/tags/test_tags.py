@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_tools.tags.labels import read_labels
+from data_tools.tags.labels import GENERAL, Label, read_labels
 from data_tools.tags.model import Tagger, load_tagger
 from data_tools.tags.options import TaggingOptions
 from data_tools.tags.run import tag_folder
@@ -163,6 +163,17 @@ def test_words_of_the_command_line_choose_and_order_the_tags(tmp_path: Path, wor
     assert ", ".join(choice.choose(labels, PROBABILITIES)) == tags
 
 
+FACES = "0_0 (o)_(o) +_+ +_- ._. <o>_<o> <|>_<|> =_= >_< 3_3 6_9 >_o @_@ ^_^ o_o u_u x_x |_| ||_||"
+
+
+@pytest.mark.parametrize("face", FACES.split())
+def test_faces_of_the_taggers_keep_their_underscores(tmp_path: Path, face: str) -> None:
+    """The list is that of the taggers' own demonstration (SmilingWolf/wd-tagger)."""
+    choice = read_choice(options_of(tmp_path, "--remove_underscore"), sorts=False)
+    labels = [Label(face, GENERAL), Label("red_hair", GENERAL)]
+    assert choice.choose(labels, [0.9, 0.9]) == [face, "red hair"]
+
+
 def test_tags_are_put_behind_captions_that_lack_them(folder: Path, tmp_path: Path) -> None:
     tagger = write_tagger(tmp_path / "tagger", BY_COLOUR)
     (folder / "pale.txt").write_text("by hand, red,", encoding="utf-8")
@@ -174,6 +185,7 @@ def test_tags_are_put_behind_captions_that_lack_them(folder: Path, tmp_path: Pat
     tag(folder, tagger, "--append_tags")
     assert texts_of(folder)["pale"] == "by hand, red, 1girl"
     assert extend_caption("a; b", ["b", "c"], "; ") == "a; b; c"
+    assert extend_caption("a ||| b", ["a", "b", "c"], ", ") == "a ||| b, c"  # two kinds of tags, not one tag
 
 
 def test_the_tags_of_a_clips_frames_are_joined(tmp_path: Path) -> None:

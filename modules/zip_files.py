@@ -1,0 +1,21 @@
+"""Read the list of a zip file that may be somebody else's. Standard library only."""
+
+import io
+import zipfile
+
+MOST_LISTED_BYTES = 1 << 26  # of the list of members: half a million files
+
+
+class BoundedFile(io.FileIO):
+    """A file of which no piece is read that is larger than the list of members may be.
+
+    `zipfile` reads that list at once, and the file says how long it is.
+    """
+
+    def read(self, size: int | None = -1) -> bytes:
+        """Read as any file does. Raises BadZipFile for a piece that is too large."""
+        most = MOST_LISTED_BYTES + 1
+        piece = super().read(most if size is None or size < 0 else min(size, most)) or b""
+        if len(piece) == most:
+            raise zipfile.BadZipFile("its list of files is too long")
+        return piece

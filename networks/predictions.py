@@ -1,0 +1,82 @@
+"""What metadata of model files and LoRAs say that the model predicts: noise, or v (Stable Diffusion)."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from modules.control_codes import shorten
+
+logger = logging.getLogger(__name__)
+
+# a value of metadata -> whether that is v. `v` and `epsilon` are the words of ModelSpec
+# (github.com/Stability-AI/ModelSpec), the others those of diffusers and of other programs
+_PREDICTIONS = {
+    "v": True,
+    "v_prediction": True,
+    "v_pred": True,
+    "velocity": True,
+    "epsilon": False,
+    "eps": False,
+    "eps_pred": False,
+    "noise": False,
+}
+# ModelSpec's key, which most trainers write; ComfyUI's key for the same
+_KEYS = ("modelspec.prediction_type", "modelspec.predict_key")
+_V_ARCHITECTURE = "stable-diffusion-v2-768-v"  # a name of ModelSpec that says it too
+MAX_SAID = 60  # characters of a value of metadata in a message
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What metadata say that the model predicts; those of a LoRA are about the model it was trained on."""
+
+    velocity: bool | None  # None: they do not say it
+    zero_terminal_snr: bool
+    unknown: str = ""  # a value that no known program writes, as `key = value`
+
+
+def read_prediction(metadata: Mapping[str, str]) -> Prediction:
+    """Return what the metadata of a file say that its model predicts."""
+    velocity: bool | None = None
+    unknown = ""
+    for key in _KEYS:
+        text = metadata.get(key, "").strip()
+        known = _PREDICTIONS.get(text.lower().replace("-", "_"))
+        if velocity is None:
+            velocity = known
+        if known is None and text and text.lower() != "none":
+            unknown = f"{key} = {shorten(text, MAX_SAID)}"
+    if metadata.get("modelspec.architecture", "").partition("/")[0] == _V_ARCHITECTURE:
+        velocity = True
+    # trainers in the style of sd-scripts write their options: False is only that an option was not typed
+    if velocity is None and metadata.get("ss_v_parameterization") == "True":
+        velocity = True
+    return Prediction(velocity, metadata.get("ss_zero_terminal_snr") == "True", unknown)
+
+
+def compare_predictions(loras: Mapping[Path, Mapping[str, str]], predicts_v: bool) -> None:
+    """Report LoRAs that were trained on a model that predicts something else.
+
+    loras: metadata of each file. predicts_v: whether the model that they are used with is taken to predict v.
+    """
+    for path, metadata in loras.items():
+        said = read_prediction(metadata)
+        if said.velocity is None or said.velocity is predicts_v:
+            continue
+        if said.velocity:
+            options = "--v_parameterization"
+            if said.zero_terminal_snr:
+                options += " --zero_terminal_snr"
+            logger.warning(
+                "%s was trained on a model that predicts v, as its metadata say, and is used with one that "
+                "predicts noise. If this model predicts v too, add %s",
+                path,
+                options,
+            )
+        else:
+            logger.info(
+                "%s was trained on a model that predicts noise, as its metadata say, and is used with one "
+                "that predicts v",
+                path,
+            )
