@@ -55,7 +55,7 @@ from project.options import (
     own_command,
 )
 from project.running import typed_in
-from project.script_options import ask_script
+from project.script_facts import ask_script
 from project.tags import as_words, find_tags, write_blanks
 
 UNCHANGED = "Nothing is written: the three files would stay as they are."

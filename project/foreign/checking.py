@@ -10,7 +10,7 @@ from modules.run_limits import temporary_folder
 from project.foreign.reading import ForeignProject
 from project.foreign.settling import drop
 from project.options import RUN_FILE
-from project.script_options import check_options
+from project.script_facts import check_options
 
 MOST_TURNS = 12  # values that one after the other are refused; more are no mistake of a few settings
 # a file of the model that `run --download` loads first, or that `new` has still to write

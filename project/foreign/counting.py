@@ -16,7 +16,7 @@ from modules.errors import UserError
 from modules.run_limits import temporary_folder
 from modules.text_files import real_path
 from project import describing
-from project.media import WRITTEN
+from project.media import WRITTEN, Media
 
 USUAL_STEP = 8  # pixels: of autoencoders whose file would say it
 
@@ -64,7 +64,7 @@ def count_steps_of_epoch(choice: describing.Choice) -> int:
     return -(-count_batches(files) // accumulated)
 
 
-def _lengths(choice: describing.Choice, table: DatasetTable, item: describing.Media) -> list[int]:
+def _lengths(choice: describing.Choice, table: DatasetTable, item: Media) -> list[int]:
     """Return the lengths in which a clip is learned: each is an item of its own."""
     frames = describing.count_frames(item, choice.model)
     reached = [target for target in table.target_frames if target <= frames]

@@ -58,8 +58,8 @@ def _find_run(values: Mapping[str, Any]) -> Run:
             return Run("embedding", f"{key} = {values[key]}")
     if not is_off(values.get("network_dim")):
         return Run("lora", "network_dim")
-    key = next((key for key in _OF_FINE_TUNING if key in values), None)
-    return Run("whole", f"no LoRA_type ({'DreamBooth' if key is None else f'fine-tuning, by {key}'})")
+    mark = next((key for key in _OF_FINE_TUNING if key in values), None)
+    return Run("whole", f"no LoRA_type ({'DreamBooth' if mark is None else f'fine-tuning, by {mark}'})")
 
 
 def _find_parts(values: Mapping[str, Any]) -> Parts:

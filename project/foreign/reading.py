@@ -42,7 +42,7 @@ class EpochsSaid(NamedTuple):
     """Epochs that a key names, and whether they count before a number of steps."""
 
     key: str
-    count: int
+    number: int
     counts: str
 
 
@@ -133,10 +133,10 @@ def read_foreign(path: Path, trains: str | None = None) -> ForeignProject:
     values = dict(_flatten(_read_file(path, "--from"), ""))
     program = _recognise(path, values)
     project = ForeignProject(path, program)
-    for key in program.companions:
-        name = values.get(key)
+    for companion in program.companions:
+        name = values.get(companion)
         if isinstance(name, str) and name.strip():
-            values |= _read_companion(project, key, name)
+            values |= _read_companion(project, companion, name)
     _join_units(project, program, values)
     try:
         project.run = program.find_run(values)

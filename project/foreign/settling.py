@@ -22,7 +22,7 @@ from project.foreign.reading import EpochsSaid, ForeignProject, find_beside, is_
 from project.kinds.composing import LORA
 from project.kinds.contract import RunKind
 from project.new_options import NewOptions
-from project.script_options import ScriptOption, ScriptOptions
+from project.script_facts import ScriptOption, ScriptOptions
 
 _OF_LORA = ("network_module", "network_dim", "network_alpha", "network_dropout", "network_args")
 _OF_EMBEDDING = ("init_word", "num_vectors_per_token")
@@ -505,14 +505,14 @@ def choose_length(project: ForeignProject, options: NewOptions, in_epoch: int, n
     in_epoch = max(in_epoch, 1)
     steps = project.new.get("max_train_steps") or None
     key_of_steps = project.said.get("max_train_steps", "max_train_steps")
-    epochs = [said for said in project.epochs if said.count]
-    project.idle += [said.key for said in project.epochs if not said.count]
+    epochs = [said for said in project.epochs if said.number]
+    project.idle += [said.key for said in project.epochs if not said.number]
     if steps is None and "max_train_steps" in project.new:
         _forget(project, key_of_steps)
         project.idle.append(key_of_steps)
     if options.max_train_steps != usual.max_train_steps:
         for said in epochs:
-            project.left.append(f"{said.key} = {said.count}: --max_train_steps says otherwise")
+            project.left.append(f"{said.key} = {said.number}: --max_train_steps says otherwise")
         if steps is not None and steps != options.max_train_steps:
             _forget(project, key_of_steps)
             project.assumed.pop(key_of_steps, None)
@@ -523,18 +523,18 @@ def choose_length(project: ForeignProject, options: NewOptions, in_epoch: int, n
     for said in epochs:
         if said is not chosen:
             counted = key_of_steps if chosen is None else chosen.key
-            project.left.append(f"{said.key} = {said.count}: {counted} counts, as in {project.title}")
+            project.left.append(f"{said.key} = {said.number}: {counted} counts, as in {project.title}")
     if chosen is not None:
         if steps is not None:
             _forget(project, key_of_steps)
             project.assumed.pop(key_of_steps, None)
             project.left.append(f"{key_of_steps} = {steps}: {chosen.key} counts, as in {project.title}")
-        steps = min(chosen.count * in_epoch, contract.MOST_STEPS)
+        steps = min(chosen.number * in_epoch, contract.MOST_STEPS)
         text = f"max_train_steps = {steps}, with {in_epoch} in an epoch of {num_files} files here"
         if chosen.key in project.assumed:
-            project.changed.append(f"{chosen.key} = {chosen.count}, as {project.title} has it: {text}")
+            project.changed.append(f"{chosen.key} = {chosen.number}, as {project.title} has it: {text}")
         else:
-            project.changed.append(f"{chosen.key} = {chosen.count}: {text}")
+            project.changed.append(f"{chosen.key} = {chosen.number}: {text}")
     if steps is None:
         steps = options.max_train_steps
     _settle_times(project, Length(steps, in_epoch))
@@ -543,10 +543,10 @@ def choose_length(project: ForeignProject, options: NewOptions, in_epoch: int, n
 
 def _choose_epochs(epochs: list[EpochsSaid], steps: int | None, in_epoch: int) -> EpochsSaid | None:
     """Return the epochs that count; None if a number of steps does."""
-    first = next((said for said in epochs if said.counts == contract.FIRST), None)
+    first = next((said for said in epochs if said.numbers == contract.FIRST), None)
     if first is not None or steps is None:
         return first or next(iter(epochs), None)
-    soonest = [said for said in epochs if said.counts == contract.SOONEST and said.count * in_epoch < steps]
+    soonest = [said for said in epochs if said.numbers == contract.SOONEST and said.number * in_epoch < steps]
     return soonest[0] if soonest else None
 
 
@@ -554,11 +554,11 @@ def _settle_times(project: ForeignProject, length: Length) -> None:
     """Write what is done after so many epochs, and the warm-up, in steps of this run."""
     training = project.training
     for name, said in project.per_epoch.items():
-        if said.count and name not in training:
-            training[name] = min(said.count * length.in_epoch, contract.MOST_STEPS)
-            project.changed.append(f"{said.key} = {said.count}: {name} = {training[name]}")
-        elif said.count:
-            project.left.append(f"{said.key} = {said.count}: {project.said[name]} says it")
+        if said.number and name not in training:
+            training[name] = min(said.number * length.in_epoch, contract.MOST_STEPS)
+            project.changed.append(f"{said.key} = {said.number}: {name} = {training[name]}")
+        elif said.number:
+            project.left.append(f"{said.key} = {said.number}: {project.said[name]} says it")
         else:
             project.idle.append(said.key)
     for name in ("save_every_n_steps", "sample_every_n_steps"):

@@ -20,7 +20,7 @@ from project.kinds.composing import LORA
 from project.kinds.contract import RunKind
 from project.new_options import NewOptions
 from project.options import find_models
-from project.script_options import ask_script
+from project.script_facts import ask_script
 from stable_diffusion.inversion_options import InversionOptions
 from stable_diffusion.training_options import StableDiffusionTrainingOptions
 from tests.project.test_new import write_photos
@@ -295,7 +295,7 @@ def test_a_project_says_what_its_authors_mean_and_every_key_is_told(title: str, 
     project = read_foreign(write_files(tmp_path, PROJECTS[title]))
 
     assert project.title == title
-    epochs = [said.count for said in project.epochs if said.count]
+    epochs = [said.number for said in project.epochs if said.number]
     assert (project.new, project.training, project.data) == MEANT[title][:3]
     assert epochs == [count for count in MEANT[title][3:] if count]
     assert [*project.folders.values()] == [Path("photos")]
