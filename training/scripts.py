@@ -100,7 +100,7 @@ def training_script(
         if code:
             raise SystemExit(code)
 
-    return Script(train)
+    return Script.of_family(family, train)
 
 
 def _recall(options: TrainingOptions, family: str) -> "list[RepeatedOption]":
