@@ -1,6 +1,7 @@
 """Load transformers of every family: prefixes of names, the dtype of weights, filling a network."""
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from checkpoints.kinds import OF_OTHERS, kind_of
 from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources, refuse_quantised
 from checkpoints.stored.forms import StoredForm, form_of
 from contract.family import DitSpec
-from contract.loading import Placement, TensorSource
+from contract.loading import Placement, TensorInfo, TensorSource
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
 from modules.speed_options import BASE_FORMS, Quantisation
@@ -84,6 +85,38 @@ class DitHeader(Generic[Config]):
     @property
     def compute_dtype(self) -> torch.dtype:
         return self.block_dtype if self.block_dtype.itemsize > 1 else FP8_COMPUTE
+
+
+@dataclass(frozen=True)
+class UnusedTensors:
+    """Tensors of a transformer's file that its network does not have, by their published names.
+
+    A training of all weights writes them again, so that its file has the names of the source.
+    """
+
+    sources: Mapping[str, TensorSource]
+    open: Callable[[], Checkpoint]  # opens the file again
+
+    def opened(self) -> "OpenedTensors":
+        checkpoint = self.open()
+        infos = {}
+        for name, source in self.sources.items():
+            hollow = source.make([checkpoint.tensors[stored].hollow() for stored in source.names])
+            infos[name] = TensorInfo(hollow.dtype, tuple(hollow.shape))
+        return OpenedTensors(self.sources, checkpoint, infos)
+
+
+@dataclass(frozen=True, eq=False)
+class OpenedTensors:
+    """Unused tensors of a file that stays open, so that nobody can take it away."""
+
+    sources: Mapping[str, TensorSource]
+    checkpoint: Checkpoint
+    infos: Mapping[str, TensorInfo]
+
+    def read(self, name: str) -> Tensor:
+        source = self.sources[name]
+        return source.make([self.checkpoint.read(stored) for stored in source.names])
 
 
 def _no_rows(*_: object) -> Mapping[str, Callable[[Tensor], Tensor]]:
@@ -149,11 +182,7 @@ class DitFormat(Generic[Config, Dit]):
         file is to be rounded again.
         """
         with contextlib.ExitStack() as opened:
-            checkpoint = bare_names(opened.enter_context(open_checkpoint(path)))
-            if second_file is not None:
-                second = opened.enter_context(open_checkpoint(second_file))
-                add = self.add_second or (lambda first, second: first.join(bare_names(second)))
-                checkpoint = add(checkpoint, second)
+            checkpoint = opened.enter_context(self._open(path, second_file))
             header = self.read_header(checkpoint)
             what = self.describe(header)
             target = choose_dtype(header.block_dtype, placement)
@@ -193,7 +222,24 @@ class DitFormat(Generic[Config, Dit]):
             )
             saved = _choose_saved_dtypes(checkpoint, sources, target, header.block_dtype)
             dit.saved_dtypes = saved  # type: ignore[assignment]
+            names = dit.state_dict().keys()
+            unused = {name: source for name, source in sources.items() if name not in names}
+            if unused:
+                opening = functools.partial(self._open, path, second_file)
+                dit.unused_tensors = UnusedTensors(unused, opening)  # type: ignore[assignment]
         return dit.eval()
+
+    def _open(self, path: Path, second_file: Path | None) -> Checkpoint:
+        """Open the file or the two files of a transformer, with bare names. Closing it closes both."""
+        checkpoint = bare_names(open_checkpoint(path))
+        if second_file is None:
+            return checkpoint
+        with contextlib.ExitStack() as opened:
+            opened.push(checkpoint.__exit__)
+            second = open_checkpoint(second_file)
+            opened.pop_all()
+        add = self.add_second or (lambda first, second: first.join(bare_names(second)))
+        return add(checkpoint, second)
 
 
 def _choose_saved_dtypes(
