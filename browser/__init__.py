@@ -8,6 +8,7 @@ command_lines: a command as it can be typed in any folder
 command_output: printed lines, with their files and a remedy
 compare: find samples and clips of chosen files, plan the rest
 compare_pages: page of comparisons, jobs for missing clips
+dataset_keys: pictures of a step, options that dataset.toml replaces
 dataset_pages: routes for datasets: files, small pictures, edited captions
 datasets: find datasets, measure them in another process
 described_folder: read a described folder, and change its keys
@@ -30,6 +31,7 @@ machine: line of each page: what runs, cards, free disk
 mask_making: form that has masks made for a folder
 mask_pages: page of masks: keys, brush, pictures
 mask_review: masks over pictures; accept, invert, remove, draw, undo
+mask_use: whether a training learns by masks, in dataset.toml
 memory: plan of a training as a bar, its switches
 model_files: released files on disk, what uses them, downloads
 model_pages: page of models: loading after licences, removing
@@ -40,7 +42,9 @@ new_pages: describe, check and start a folder by buttons
 new_steps: how far a folder is, and its next step
 offered_folders: folders with media that tools are offered for
 options: options of run_browser.py: folders, address, token
+page_access: what a browser keeps that was let in: a path and a word for it
 page_language: tables of languages, one chosen for each request
+page_root: addresses of pages below the path that let-in browsers know
 permissions: what a run.toml lets its run do
 qr_code: a text as QR code, for terminal and page
 queue_pages: page of the queue, its buttons

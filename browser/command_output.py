@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from browser.jobs import Job
+from modules.media.reading import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from modules.text_encodings import NAMES
 
 MOST_LINES = 400
@@ -18,6 +19,8 @@ OUT = "out"  # remedies: leave the files of a line out; convert captions; run th
 REPAIR = "repair"
 RUN = "run"
 UNREADABLE = ("left out: ", "cannot be read", "no image that can be read", "is damaged")
+_SUFFIXES = "|".join(sorted(suffix.lstrip(".") for suffix in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)))
+FILE_NAME = re.compile(rf"[^\s/\\]+\.(?:{_SUFFIXES})\b", re.IGNORECASE)
 COPIES = ": equal copies"
 CONVERTED = ("to UTF-8", "now UTF-8", ": left as it is")  # of lines of --repair_captions
 
@@ -57,13 +60,26 @@ def read_output_lines(job: Job | None, names: Collection[str] = ()) -> list[Outp
     if job is None:
         return []
     lines: list[OutputLine] = []
-    for line in job.last_lines(MOST_LINES).splitlines():
-        if DIFF.match(line):
+    offered: set[tuple[str, ...]] = set()  # files for which an earlier line has the button
+    for text in job.last_lines(MOST_LINES).splitlines():
+        if DIFF.match(text):
             break
-        if line.strip():
-            depth = len(line) - len(line.lstrip())
-            lines.append(replace(_read_line(line, names), depth=depth))
+        if not text.strip() or names and _is_mended(text, names):
+            continue
+        line = replace(_read_line(text, names), depth=len(text) - len(text.lstrip()))
+        if line.remedy == OUT and line.left_out in offered:
+            line = replace(line, remedy="")
+        elif line.remedy == OUT:
+            offered.add(line.left_out)
+        lines.append(line)
     return lines
+
+
+def _is_mended(text: str, names: Collection[str]) -> bool:
+    """Return whether a line is about files that cannot be read and that are not there any more."""
+    named = [match[0] for match in FILE_NAME.finditer(text)]
+    is_about_files = any(words in text for words in UNREADABLE)
+    return is_about_files and bool(named) and not _find_names(text, names)
 
 
 def _read_line(line: str, names: Collection[str]) -> OutputLine:

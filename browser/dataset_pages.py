@@ -21,6 +21,7 @@ from browser.datasets import MODELS, Datasets, File, FoundDataset, Measured
 from browser.described_folder import is_described
 from browser.offered_folders import find_open_folder, list_table_folders
 from browser.options import PROJECT_CONFIG
+from browser.page_root import add_root
 from browser.responses import (
     NO_WRITING,
     NOT_FOUND,
@@ -32,6 +33,7 @@ from browser.responses import (
     answer_text,
 )
 from browser.runs import Runs
+from browser.upload_stream import DECODING
 from modules.errors import MediaError
 from modules.media.reading import first_frame
 from modules.pages.language import say
@@ -123,7 +125,6 @@ class Thumbnails:
     def __init__(self) -> None:
         self._pictures: OrderedDict[object, bytes] = OrderedDict()
         self._lock = threading.Lock()
-        self._two = threading.Semaphore(2)  # two at most are decoded at once
 
     def make(self, part: Mapping[str, Any], stamp: int) -> bytes:
         """Return a JPEG. part: as the report lists it. Raises MediaError or OSError if it cannot be read."""
@@ -132,9 +133,8 @@ class Thumbnails:
             if key in self._pictures:
                 self._pictures.move_to_end(key)
                 return self._pictures[key]
-        with self._two:
-            frame = self._read_frame(part)
-        reduced = reduce_frame(frame, LARGEST_SIDE)[..., :3]
+        with DECODING:
+            reduced = reduce_frame(self._read_frame(part), LARGEST_SIDE)[..., :3]
         jpeg = io.BytesIO()
         Image.fromarray(reduced).save(jpeg, format="JPEG", quality=80)
         with self._lock:
@@ -232,7 +232,7 @@ class DatasetPages:
         place = Path(part.get("in", part["path"]))
         if not self.datasets.is_open(dataset, place) or ("in" in part and "offset" not in part):
             return None
-        return f"/dataset/{dataset.id}/picture/{id}/{number}/{place.stat().st_mtime_ns}"
+        return add_root(f"/dataset/{dataset.id}/picture/{id}/{number}/{place.stat().st_mtime_ns}")
 
     def caption(self, dataset: FoundDataset, file: File) -> dict[str, Any]:
         """Return the current caption of a file, and whether it can be edited here, else the reason."""

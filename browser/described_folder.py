@@ -358,7 +358,7 @@ def edit_toml(text: str, changes: Mapping[str, Any]) -> str:
         elif holders:
             holders[-1][name] = value
         else:
-            _append_key(home, name, value)
+            append_key(home, name, value)
     return tomlkit.dumps(document)
 
 
@@ -376,7 +376,7 @@ def _list_holders(document: Any, name: str) -> list[Any]:
     return holders
 
 
-def _append_key(table: Table, name: str, value: Any) -> None:
+def append_key(table: Table, name: str, value: Any) -> None:
     """Set a new key at the end of a table, before the blank lines and comments at its end."""
     body = table.value.body
     tail = []

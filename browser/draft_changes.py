@@ -36,6 +36,8 @@ from modules.errors import OptionError, UserError
 from modules.pages.language import join, say
 from modules.run_limits import temporary_folder
 from modules.text_files import bad_character, parse_toml, read_content
+from package.reelsmith.commands import ScriptCommand
+from project.kinds.composing import kinds_by_script
 from project.options import RUN_FILE
 from training.config_options import OTHERS_TABLE, toml_value
 
@@ -227,9 +229,14 @@ def find_training_script(text: str) -> str:
     except (KeyError, IndexError, TypeError):
         raise ValueError(f"{RUN_FILE} names no training script") from None
     command, _ = launch.find_program(["python", script], Path.cwd())
-    if command.words[0] not in TRAINS:
+    if not trains(command):
         raise OptionError(f"{RUN_FILE}: {script} does not train")
     return script
+
+
+def trains(command: ScriptCommand) -> bool:
+    """Return whether a command trains: a model, or what any kind of run adds to one."""
+    return command.words[0] in TRAINS or command.path.name in kinds_by_script()
 
 
 def find_caching_words(run_text: str) -> list[str]:

@@ -23,6 +23,7 @@ from browser.captions import Captions, caption_values
 from browser.dataset_pages import Thumbnails, answer_stamped, answer_unreadable, read_part
 from browser.folders import MOST_ENTRIES, find_folder
 from browser.names import short_digest
+from browser.page_root import add_root
 from browser.responses import NO_WRITING, NOT_FOUND, answer_body, answer_json, answer_not_found, answer_text
 from browser.runs import Runs
 from modules.atomic_write import explain_errors
@@ -334,7 +335,7 @@ def picture_address(path: Path) -> str | None:
         stamp = path.stat().st_mtime_ns
     except OSError:
         return None
-    return f"/new/picture?{encode_address({'path': str(path), 'stamp': stamp})}"
+    return add_root(f"/new/picture?{encode_address({'path': str(path), 'stamp': stamp})}")
 
 
 def file_routes(files: FolderFiles) -> list[Route]:

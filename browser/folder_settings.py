@@ -18,7 +18,9 @@ from starlette.responses import Response
 
 from browser import launch
 from browser.background_jobs import name_background_job
+from browser.dataset_keys import BATCH, BATCH_OPTION, DatasetKeys, read_batch_field, write_batch
 from browser.described_folder import (
+    DATASET_FILE,
     FILES,
     TRAINING_TABLE,
     ChangedMeanwhileError,
@@ -53,7 +55,10 @@ from training.config_options import OTHERS_TABLE
 
 HELP_SECONDS = 60
 NUMBER = re.compile(r"[+-]?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
-NOT_IN_FILE = {"config_file", "help", *STARTING}  # the first two name the file itself; others are only typed
+# options that end a run before it trains
+ENDING = ("check", "html", "show_timesteps", "plan", "debug_dataset", "debug_mode", "output_config")
+# the first two name the file itself; others are only typed
+NOT_IN_FILE = {"config_file", "help", *ENDING, "repair_captions", *STARTING}
 CHOSEN = "chosen"  # kind of the background job that makes run.toml again
 TABLE = "table"  # the part of the page for the keys of run.toml; the others are files
 
@@ -106,6 +111,7 @@ class SettingRow:
     text: str  # of the value; "": it is not in the file
     chosen: str | None  # by `new`; "": nothing; None: not known
     is_simple: bool = True  # its value can be typed in one line
+    unused: str = ""  # why it has no effect in this run
 
     @property
     def is_changed(self) -> bool:
@@ -163,11 +169,17 @@ def _is_simple(value: Any) -> bool:
     return isinstance(value, (bool, int, float))
 
 
-def list_rows(text: str, settings: Sequence[Setting], chosen_text: str | None) -> list[SettingRow]:
+def list_rows(
+    text: str, settings: Sequence[Setting], chosen_text: str | None, dataset: DatasetKeys | None = None
+) -> list[SettingRow]:
     """Return all rows: the keys of the file in its order, then all other options in that of the help.
 
-    text: of run.toml. chosen_text: as `new` would write it; None if that is not known. Raises ValueError.
+    Options that have no effect with the folder's dataset are the last.
+
+    text: of run.toml. chosen_text: as `new` would write it; None if that is not known. dataset: None if its
+    file cannot be read. Raises ValueError.
     """
+    explain = (lambda name: "") if dataset is None else dataset.explain_unused
     by_flag = {flag.lstrip("-"): setting for setting in settings for flag in setting.flags}
     by_name = by_flag | {setting.name: setting for setting in settings}
     values = read_keys(text)
@@ -181,6 +193,7 @@ def list_rows(text: str, settings: Sequence[Setting], chosen_text: str | None) -
                 text=show_value(value),
                 chosen=_show_chosen(chosen_values, key),
                 is_simple=_is_simple(value),
+                unused=explain(by_name[key].name) if key in by_name else "",
             )
         )
     in_file = {row.setting.name for row in rows if row.setting is not None}
@@ -189,8 +202,9 @@ def list_rows(text: str, settings: Sequence[Setting], chosen_text: str | None) -
     lacking.sort(key=lambda setting: setting.name not in (chosen_values or {}))
     for setting in lacking:
         chosen = _show_chosen(chosen_values, setting.name)
-        rows.append(SettingRow(key=setting.name, setting=setting, text="", chosen=chosen))
-    return rows
+        unused = explain(setting.name)
+        rows.append(SettingRow(setting.name, setting, text="", chosen=chosen, unused=unused))
+    return sorted(rows, key=lambda row: bool(row.unused) and not row.text)
 
 
 def _show_chosen(values: Mapping[str, Any] | None, key: str) -> str | None:
@@ -204,6 +218,21 @@ def name_field(key: str) -> str:
     return f"set {key}"
 
 
+def name_dataset_field(key: str) -> str:
+    """Return the name of the field of a key of dataset.toml."""
+    return f"dataset {key}"
+
+
+def read_dataset_keys(draft: DraftFile) -> DatasetKeys | None:
+    """Return the keys of a dataset.toml; None if it is not there or not TOML, which its own text says."""
+    if draft.content is None:
+        return None
+    try:
+        return DatasetKeys.of_text(draft.text)
+    except ValueError:
+        return None
+
+
 def apply_edits(text: str, rows: Sequence[SettingRow], fields: Mapping[str, str]) -> str:
     """Return run.toml with what was typed into the table. rows: of the same text.
 
@@ -211,7 +240,7 @@ def apply_edits(text: str, rows: Sequence[SettingRow], fields: Mapping[str, str]
     """
     changes: dict[str, Any] = {}
     for row in rows:
-        if row.setting is None or not row.is_simple:
+        if row.setting is None or not row.is_simple or name_field(row.key) not in fields and row.unused:
             continue
         typed = fields.get(name_field(row.key), "").strip()
         if typed == row.text:
@@ -246,6 +275,7 @@ class SettingsView:
     rows: Sequence[SettingRow]
     is_chosen_known: bool
     is_asking: bool  # what `new` chose is being found out
+    batch: str = ""  # pictures of a step, as text; "": not known
     chosen_problem: str = ""  # why it could not be found out
     problem: str = ""  # why there are no rows
     change: DraftChange = field(default_factory=lambda: DraftChange(part=""))
@@ -275,8 +305,11 @@ class FolderSettingsPages:
         values = {
             "view": replace(view, chosen_problem=chosen_problem or view.chosen_problem),
             "name_field": name_field,
+            "name_dataset_field": name_dataset_field,
             "list_words": list_words,
             "dataset_keys": DATASET_KEYS,
+            "batch_key": BATCH,
+            "dataset_file": DATASET_FILE,
             "can_write": not self.site.read_only,
             "table_part": TABLE,
         }
@@ -287,9 +320,13 @@ class FolderSettingsPages:
         problem = ""
         rows: list[SettingRow] = []
         files = {}
+        batch = ""
         try:
             files = {name: read_draft_file(self.site, folder, name) for name in FILES}
-            rows = self.read_rows(files[RUN_FILE].text, chosen)
+            dataset = read_dataset_keys(files[DATASET_FILE])
+            rows = self.read_rows(files[RUN_FILE].text, chosen, dataset)
+            if dataset is not None:
+                batch = dataset.read_batch(read_keys(files[RUN_FILE].text))
         except (OSError, ValueError, UserError) as error:
             problem = str(error)
         job = self.site.background_jobs.find(name_background_job(CHOSEN, folder))
@@ -301,12 +338,15 @@ class FolderSettingsPages:
             is_chosen_known=chosen is not None,
             is_asking=job is not None and job.state == RUNNING,
             chosen_problem=job.last_lines(3) if job is not None and is_failed else "",
+            batch=batch,
             problem=problem,
             change=change,
         )
 
-    def read_rows(self, text: str, chosen: str | None) -> list[SettingRow]:
-        return list_rows(text, read_settings(find_training_script(text)), chosen)
+    def read_rows(
+        self, text: str, chosen: str | None, dataset: DatasetKeys | None = None
+    ) -> list[SettingRow]:
+        return list_rows(text, read_settings(find_training_script(text)), chosen, dataset)
 
     def chosen_words(self, folder: Path) -> list[str]:
         """Return the command that makes the run.toml of a folder again, and only prints it.
@@ -348,6 +388,7 @@ class FolderSettingsPages:
             if present.mark != fields.get("have", ""):
                 return self.answer_conflict(folder, part, present, fields)
             texts = {present: self.read_edited(part, present, fields)}
+            texts = self.with_batch(folder, texts, fields) if part == TABLE else texts
             typed = None if part == TABLE else texts[present]
             change = plan_change(self.site, part, texts, read_draft_file(self.site, folder, RUN_FILE), typed)
             if what == "save":
@@ -363,7 +404,29 @@ class FolderSettingsPages:
         if part != TABLE:
             return fields.get("text", "")
         require_whole(fields)
-        return apply_edits(present.text, self.read_rows(present.text, None), fields)
+        draft = read_draft_file(self.site, present.path.parent, DATASET_FILE)
+        rows = self.read_rows(present.text, None, read_dataset_keys(draft))
+        return apply_edits(present.text, rows, fields)
+
+    def with_batch(
+        self, folder: Path, texts: Mapping[DraftFile, str], fields: Mapping[str, str]
+    ) -> Mapping[DraftFile, str]:
+        """Return the texts of a save with the pictures of a step, which dataset.toml has.
+
+        texts: of run.toml. Raises ChangedMeanwhileError if dataset.toml is not what the page was made from,
+        OptionError for what is no number.
+        """
+        typed = fields.get(name_dataset_field(BATCH), "").strip()
+        before = fields.get(f"{name_dataset_field(BATCH)} before", "")
+        if typed == before:
+            return texts
+        size = read_batch_field(typed)
+        present = read_draft_file(self.site, folder, DATASET_FILE)
+        if present.mark != fields.get("have_dataset", ""):
+            raise ChangedMeanwhileError
+        # what the file says counts: the option of the training would only be ignored
+        runs = {run: edit_toml(text, {BATCH_OPTION: None}) for run, text in texts.items()}
+        return {**runs, present: write_batch(present.text, size)}
 
     def answer_conflict(
         self, folder: Path, part: str, present: DraftFile, fields: Mapping[str, str]

@@ -17,6 +17,7 @@ from browser.dropped_settings import DroppedSettings, read_dropped_settings
 from browser.inputs import FOLDER as INPUTS
 from browser.inputs import InputFolder
 from browser.lora_rows import BOTH, LoraRow, RunLoras, check_family, choose_default_loras, choose_expert
+from browser.page_root import add_root
 from browser.recipes import (
     FIELDS,
     PICTURES,
@@ -488,7 +489,7 @@ class GeneratePages:
     def keep_input(self, path: Path, name: str) -> Response:
         """Keep a picture or clip to start from, and return its path."""
         kept = self.inputs.keep(path, name)
-        return answer_json({"path": str(kept), "address": f"/generate/input/{kept.name}"})
+        return answer_json({"path": str(kept), "address": add_root(f"/generate/input/{kept.name}")})
 
     def read_dropped(self, path: Path, name: str) -> Response:
         """Fill a form with the settings of a file, and return the address of the page with it."""
@@ -500,7 +501,7 @@ class GeneratePages:
         form = self.fill_form(found)
         draft = self.drafts.new_name()
         self.drafts.write(draft, {**form.as_fields(), "note": [self.describe_filling(found, form)]})
-        return answer_json({"address": f"/generate?draft={draft}"})
+        return answer_json({"address": add_root(f"/generate?draft={draft}")})
 
     def fill_form(self, found: DroppedSettings) -> GenerateForm:
         """Return the form for settings of a file. Raises OptionError if there is no model for it."""

@@ -31,6 +31,7 @@ from modules.installation import (
     PREFIX,
     ROOT,
     SCRIPT_ROOMS,
+    TELLS_UNUSED,
     find_script,
     program_environment,
     program_words,
@@ -266,7 +267,7 @@ def check_options(
     refuse_endless(command, words)
     if command.words[0] == "run":
         _check_folder_of_run(program, folder)
-    variables = {FROM_QUEUE: "1"}
+    variables = {FROM_QUEUE: "1", TELLS_UNUSED: "1"}
     if command.words[0] not in WITH_TORCH and not command.words[0].endswith(WITH_TORCH_ENDS):
         if not ENDS_AFTER_OPTIONS.search(command.path.read_text(encoding="utf-8")):
             return []

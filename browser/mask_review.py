@@ -15,7 +15,9 @@ from PIL import Image
 from browser.described_folder import DATASET_FILE
 from browser.names import short_digest
 from browser.offered_folders import MEDIA_KEYS, read_tables
+from browser.page_root import add_root
 from browser.runs import Runs
+from browser.upload_stream import DECODING
 from data_tools.masks.places import (
     ACCEPTED,
     MADE,
@@ -29,6 +31,7 @@ from data_tools.masks.places import (
     undo_change,
 )
 from modules.errors import MediaError, OptionError
+from modules.media.colours import split_bands
 from modules.media.labels import MASK_LABEL, label_of
 from modules.media.reading import count_frames, first_frame, image_size, video_frames
 from modules.media.streams import source_info
@@ -73,7 +76,6 @@ class MaskReview:
     _changed: dict[Path, list[tuple[Path, str]]] = field(default_factory=dict)
     _shots: "OrderedDict[tuple[Path, int, int], bytes]" = field(default_factory=OrderedDict)
     _lock: threading.Lock = field(default_factory=threading.Lock)  # of changes
-    _two: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(2))  # decoded at once
 
     def places(self, folder: Path) -> list[MaskPlace]:
         """Return the places of a folder. Raises DatasetError if it cannot be listed."""
@@ -115,8 +117,8 @@ class MaskReview:
             shots.append(
                 {
                     "number": number,
-                    "picture": f"{ADDRESS}/picture?{encode_address({**query, 'stamp': stamp})}",
-                    "mask": mark and f"{ADDRESS}/mask?{encode_address({**query, 'stamp': mark})}",
+                    "picture": add_root(f"{ADDRESS}/picture?{encode_address({**query, 'stamp': stamp})}"),
+                    "mask": mark and add_root(f"{ADDRESS}/mask?{encode_address({**query, 'stamp': mark})}"),
                 }
             )
         return {**_as_json(place, state, ""), "mark": mark, "size": size, "shots": shots}
@@ -141,7 +143,7 @@ class MaskReview:
             self._require_unchanged(place, have)
             if place.kind != "image":
                 raise OptionError(say("A brush corrects the mask of a picture, not that of a clip."))
-            with self._two:
+            with DECODING:
                 replace_mask(place, read_drawn(png, image_size(place.medium)))
             self._note(folder, place)
 
@@ -171,7 +173,7 @@ class MaskReview:
             return None
         stamp = place.medium.stat().st_mtime_ns
         key = place.medium, stamp, number
-        with self._two:
+        with DECODING:
             if key not in self._shots:
                 for shown, frame in read_shots(place, numbers):
                     self._shots[place.medium, stamp, shown] = _encode_jpeg(frame)
@@ -184,7 +186,7 @@ class MaskReview:
         """Return a mask as PNG: white, as opaque as it is bright. is_whole: not reduced. Raises as above."""
         if place.mask is None:
             return None
-        with self._two:
+        with DECODING:
             grey = read_frame(place.mask, number)
             if not is_whole:
                 grey = reduce_frame(grey, LARGEST_SIDE)
@@ -258,9 +260,12 @@ def read_drawn(png: bytes, size: tuple[int, int]) -> NDArray[np.uint8]:
                         size=" × ".join(map(str, size)),
                     )
                 )
-            on_black = Image.new("RGBA", size, "black")
-            on_black.alpha_composite(image.convert("RGBA"))
-            return np.asarray(on_black.convert("L"))
+            mask = np.empty((image.height, image.width), np.uint8)
+            for rows, band in split_bands(image):
+                on_black = Image.new("RGBA", band.size, "black")
+                on_black.alpha_composite(band.convert("RGBA"))
+                mask[rows] = np.asarray(on_black.convert("L"))
+            return mask
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise OptionError(say("What was sent is no PNG that can be read: %(error)s", error=error)) from None
 

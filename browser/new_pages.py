@@ -33,7 +33,7 @@ from browser.captioning import (
 )
 from browser.captions import mark_bytes
 from browser.command_lines import format_command
-from browser.command_output import REPAIR, OutputLine, find_command, read_changes, read_output_lines
+from browser.command_output import OUT, REPAIR, OutputLine, find_command, read_changes, read_output_lines
 from browser.described_folder import (
     FILES,
     ChangedMeanwhileError,
@@ -56,11 +56,12 @@ from browser.folders import (
     find_typed,
     list_media_folders,
     read_media_folder,
+    read_outer_folder,
 )
 from browser.jobs import WAITING, Job
 from browser.launch import find_program
 from browser.machine import CardReader
-from browser.model_files import TaskFiles, find_download, find_task, name_download
+from browser.model_files import Download, TaskFiles, find_download, find_task, name_download
 from browser.model_table import (
     ModelRow,
     describe_file,
@@ -108,7 +109,7 @@ from browser.run_start import (
     newest_job,
 )
 from browser.run_views import POLICY
-from browser.runs import RUNNING
+from browser.runs import DIED, RUNNING
 from browser.settings_page import SettingsPages
 from browser.site import Site
 from browser.upload_parts import ADDRESS as PIECE
@@ -129,6 +130,13 @@ from project.kinds.whole_model import WHOLE
 from project.media import has_control_pairs
 from project.options import CAPTION_MODEL, RUN_FILE, find_models
 
+# how `new` ends its lines if something has to be done before the command that trains
+FIRST, HAS_FAULTS, NEEDS_CAPTIONS = (
+    "First ",
+    "correct what is listed above",
+    "give captions or a trigger word",
+)
+LINES_OF_FAILURE = 3
 COMPARE = "compare"  # kind of background job: shows how the files of a described folder would change
 TRY = "try"  # captions of a few files
 REPAIRING = "repair"
@@ -422,6 +430,8 @@ class NewPages:
             has_changes=bool(output["comparing"] is not None and output["changes"]),
             download=download,
             to_load=loading["to_load"] if is_loaded_here else "",
+            load_failure=describe_failure(download) if is_loaded_here else "",
+            **self.find_missing(folder, described, background_jobs, output["looking_lines"]),
             num_licences=len(loading["licences"]),
             loads_at_start=bool(loading["licences"]) and not is_loaded_here,
             checking=background_jobs[CHECK],
@@ -451,6 +461,31 @@ class NewPages:
             "refused": "",
             "is_part": False,
         }
+
+    def find_missing(
+        self,
+        folder: Path | None,
+        described: DescribedFolder | None,
+        background_jobs: Mapping[str, Job | None],
+        lines: Sequence[OutputLine],
+    ) -> dict[str, Any]:
+        """Return what `new` has found missing in a folder and is still so, for `FolderStanding`.
+
+        lines: that `new` has printed about the files that are there now.
+        """
+        looking, checking = background_jobs[DESCRIBE], background_jobs[CHECK]
+        if folder is None or described is None or looking is None or looking.code != 0:
+            return {}
+        verdict = next((line.text for line in reversed(lines) if line.text.startswith(FIRST)), "")
+        missing: dict[str, Any] = {}
+        content = read_media_folder(folder) or read_outer_folder(folder)
+        if NEEDS_CAPTIONS in verdict and not described.trigger and content is not None:
+            missing["uncaptioned"] = content.uncaptioned
+            missing["only_pictures"] = not content.clips and not content.sounds
+        was_checked = checking is not None and checking.log.stat().st_mtime > looking.log.stat().st_mtime
+        if HAS_FAULTS in verdict and not was_checked:
+            missing["has_listed_faults"] = any(line.is_fault or line.remedy == OUT for line in lines)
+        return missing
 
     def output_values(self, folder: Path | None, background_jobs: Mapping[str, Job | None]) -> dict[str, Any]:
         """Return the background jobs of a folder and their printed lines, by kind."""
@@ -887,6 +922,13 @@ class NewPages:
         )
         reason = find_misfit(chosen.family, chosen.task, option, text) if is_option else ""
         return answer_page(str(escape(reason)))
+
+
+def describe_failure(download: Download | None) -> str:
+    """Return the last lines of a download that has died, with their remedy; empty for any other."""
+    return (
+        download.job.last_lines(LINES_OF_FAILURE) if download is not None and download.state == DIED else ""
+    )
 
 
 def find_mark(folder: Path | None, described: DescribedFolder | None) -> str:

@@ -12,8 +12,10 @@ from modules.pages.language import counted, join, say
 
 DESCRIBE, LOAD, CHECK, START = "describe", "load", "check", "start"  # what a press of the button does
 CHANGES, FOLLOW = "changes", "follow"  # it leads to a place of this page, or to another page
+CAPTIONS, MEND = "captions", "mend"  # it leads to where what is missing can be given, or to what is listed
 BUSY = "busy"  # a command works, and the button only says so
 CHANGES_PLACE = "#would-change"
+CAPTIONS_PLACE, WORD_PLACE, LISTED_PLACE = "#writer", "#trigger", "#progress"
 QUEUE_ADDRESS = "/queue"
 
 
@@ -26,6 +28,8 @@ class NextStep:
     missing: Sequence[str] = ()  # what is still to be chosen or mended, in words
     done: str = ""  # what has worked so far, in words
     address: str = ""  # that the button opens, instead of doing something
+    other_word: str = ""  # of a second button
+    other_address: str = ""
 
     @property
     def mark(self) -> str:
@@ -43,6 +47,10 @@ class FolderStanding:
     download: Download | None = None  # of its model
     to_load: str = ""  # GB of its model that are missing, and that this page can load
     num_licences: int = 0  # of the missing parts
+    load_failure: str = ""  # last lines of a download that has died
+    uncaptioned: int = 0  # files without the caption that the training needs
+    only_pictures: bool = True  # of these files
+    has_listed_faults: bool = False  # `new` has listed files with which no training runs
     loads_at_start: bool = False  # the training loads what is missing
     checking: Job | None = None
     is_check_old: bool = False
@@ -85,6 +93,32 @@ def choose_step(form: NewForm, standing: FolderStanding, is_written: bool) -> Ne
     return _choose_after_describing(standing)
 
 
+def _ask_for_captions(standing: FolderStanding) -> NextStep:
+    """Return the step that leads to captions or to a word, before anything is loaded for them."""
+    missing = (
+        counted(
+            standing.uncaptioned,
+            "the caption of %(n)s picture, or a trigger word",
+            "captions of %(n)s pictures, or a trigger word",
+        )
+        if standing.only_pictures
+        else counted(
+            standing.uncaptioned,
+            "the caption of %(n)s file, or a trigger word",
+            "captions of %(n)s files, or a trigger word",
+        )
+    )
+    return NextStep(
+        CAPTIONS,
+        say("Write captions"),
+        missing=[missing],
+        done=standing.done,
+        address=CAPTIONS_PLACE,
+        other_word=say("Type a trigger word"),
+        other_address=WORD_PLACE,
+    )
+
+
 def _choose_after_describing(standing: FolderStanding) -> NextStep:
     """Return the next step of a folder whose files say what the form holds."""
     job, download, checking = standing.job, standing.download, standing.checking
@@ -98,6 +132,16 @@ def _choose_after_describing(standing: FolderStanding) -> NextStep:
         }
         address = standing.run_address or QUEUE_ADDRESS
         return NextStep(FOLLOW, say("Show the training"), done=words[job.state], address=address)
+    if standing.uncaptioned:
+        return _ask_for_captions(standing)
+    if standing.has_listed_faults:
+        return NextStep(
+            MEND,
+            say("Look at the files"),
+            missing=[say("the files that are listed under What is in it")],
+            done=standing.done,
+            address=LISTED_PLACE,
+        )
     if standing.to_load and download is not None and download.state == RUNNING:
         return NextStep(
             BUSY,

@@ -16,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
+from browser.page_root import add_root, find_port
 from browser.responses import answer_not_found
 from modules.pages.language import Language, language
 
@@ -23,7 +24,7 @@ TABLES = Path(__file__).resolve().parent / "languages"
 # the code in HTML, and the language's own name; the first is that of the texts in templates and programs
 NAMES = (("en", "English"), ("zh", "中文"), ("ja", "日本語"))
 CODES = tuple(code for code, _ in NAMES)
-COOKIE = "reelsmith_language"
+COOKIE = "reelsmith_language"  # and the port, as all ports of a host share their cookies
 COOKIE_SECONDS = 60 * 60 * 24 * 365
 SCRIPTS = "scripts"  # section of a table
 HELPS = "helps"  # section in a file of its own
@@ -56,10 +57,15 @@ def choose_language(request: Request) -> Language:
 
 def _read_cookie(request: Request) -> str | None:
     try:
-        cookie = SimpleCookie(request.headers.get("cookie", "")).get(COOKIE)
+        cookie = SimpleCookie(request.headers.get("cookie", "")).get(_name_cookie(request))
     except CookieError:
         return None
     return cookie.value if cookie is not None and cookie.value in CODES else None
+
+
+def _name_cookie(request: Request) -> str:
+    """Return the name of this server's cookie, which no server at another port takes or overwrites."""
+    return f"{COOKIE}_{find_port(request.scope)}"
 
 
 def find_accepted(header: str) -> str:
@@ -93,7 +99,14 @@ def change_language(request: Request) -> Response:
     if code not in CODES:
         return answer_not_found()
     answer = RedirectResponse(find_way_back(request.query_params.get("to", "")), 303)
-    answer.set_cookie(COOKIE, code, max_age=COOKIE_SECONDS, httponly=True, samesite="strict", path="/")
+    answer.set_cookie(
+        _name_cookie(request),
+        code,
+        max_age=COOKIE_SECONDS,
+        httponly=True,
+        samesite="strict",
+        path=add_root("/"),
+    )
     return answer
 
 

@@ -17,9 +17,10 @@ from browser.bin_folder import FOLDER as BIN
 from browser.bin_folder import BinFolder
 from browser.captions import CaptionConflictError, Captions, mark_bytes
 from browser.command_lines import format_cd, format_command, format_move
-from browser.compare import read_source
+from browser.compare import group_options, read_source, working_folder
 from browser.described_folder import FILES, ChangedMeanwhileError, change_keys, change_steps, read_described
 from browser.jobs import ENDED, QUEUE, WAITING, Job
+from browser.launch import check_options, command_part, find_program, split_words
 from browser.names import free_name, short_digest
 from browser.new_form import read_steps
 from browser.permissions import read_permissions, read_shown_text
@@ -69,6 +70,47 @@ RESUME = "--resume"
 STEPS_OPTION = "--max_train_steps"
 
 
+GENERATE = "Generate with it"  # title of the command in a history
+PROMPT = "--prompt"
+# options for a control picture, of the commands that trainings of control networks print
+CONTROL_FLAGS = ("--control_image", "--guide_image_path")
+
+
+@dataclass(frozen=True)
+class MakingCommand:
+    """Command of a history that makes something with the run's file, as fields of a form show it."""
+
+    place: int  # among the commands of the history
+    words: Sequence[str]
+    line: str
+    is_complete: bool  # nothing in it has to be filled in
+
+    def read(self, flags: Sequence[str]) -> str:
+        """Return the word behind the first of these options; empty if it has none."""
+        for flag, word in zip(self.words, self.words[1:], strict=False):
+            if flag in flags:
+                return word
+        return ""
+
+    @property
+    def prompt(self) -> str:
+        return self.read([PROMPT])
+
+    @property
+    def control(self) -> str:
+        return self.read(CONTROL_FLAGS)
+
+    def fill(self, prompt: str, control: str) -> list[str]:
+        """Return the words with another prompt and control picture."""
+        words = list(self.words)
+        for number, flag in enumerate(self.words[:-1]):
+            if flag == PROMPT and prompt:
+                words[number + 1] = prompt
+            elif flag in CONTROL_FLAGS and control:
+                words[number + 1] = control
+        return words
+
+
 @dataclass(frozen=True)
 class RunActions:
     """Hold which buttons a run has now, each with the command that it stands for; "": there is no button."""
@@ -86,6 +128,7 @@ class RunActions:
     samples: str = ""  # file of the prompts
     has_lora: bool = False  # that pictures can be made with
     generate: bool = False  # its history has a command that the page Generate can fill its form from
+    make: "MakingCommand | None" = None  # the command that makes something with its file, if the page cannot
     remove: str = ""
     read_line: str = ""  # address of the queue's page, where a command from elsewhere is read first
 
@@ -102,6 +145,7 @@ class RunButtons:
             "check": self.check,
             "stop": self.stop,
             "train_on": self.train_on,
+            "make": self.make,
             "go_on": self.go_on,
             "prompts": self.write_prompts,
         }
@@ -159,7 +203,9 @@ class RunButtons:
             samples="" if prompts is None else str(prompts),
         )
         if has_lora(shown.summary):
-            actions = replace(actions, generate=self.generates(shown.summary), has_lora=True)
+            generates = self.generates(shown.summary)
+            making = None if generates else self.find_making(shown.summary)
+            actions = replace(actions, generate=generates, has_lora=True, make=making)
         if shown.state.is_active:
             return replace(actions, stop=self.stop_command(shown))
         if shown.plan is None:
@@ -237,6 +283,33 @@ class RunButtons:
         with contextlib.suppress(OSError), self.site.runs.lock:
             return read_source(self.site.runs, run) is not None
         return False
+
+    def find_making(self, run: RunSummary) -> MakingCommand | None:
+        """Return the command of a history that makes something with the run's file; None if it has none."""
+        with contextlib.suppress(OSError, UserError), self.site.runs.lock:
+            commands = present_commands(self.site.runs.open(run).story, run.history.parent)
+            for place, command in enumerate(commands):
+                if command.title == GENERATE:
+                    words = split_words(command_part(command.bash))
+                    find_program(words, Path.cwd())
+                    is_complete = not command.missing and run.is_of_here
+                    return MakingCommand(place, words, command.bash, is_complete)
+        return None
+
+    def make(self, shown: ShownRun, form: Form) -> str:
+        """Put the command that makes something with the run's file into the queue, with what was typed."""
+        run = shown.summary
+        making = self.find_making(run)
+        if making is None or not making.is_complete:
+            raise OptionError(say("Its history has no command that can be queued as it stands."))
+        prompt, control = ("".join(form.get(name, ())).strip() for name in ("prompt", "control"))
+        folder = working_folder(run, group_options(making.words))
+        if control and control != making.control and not self.site.runs.is_inside(folder / control):
+            raise OptionError(say("%(path)s is no file in the folders that this page shows.", path=control))
+        words = making.fill(prompt, control)
+        check_options(words, folder)
+        self.site.queue.add_and_begin(words, folder)
+        return say("It is in the queue.")
 
     def find_resuming(self, run: RunSummary) -> tuple[int, PageCommand] | None:
         """Return the command of a history that continues its run, with its place among the commands."""

@@ -4,13 +4,14 @@ import contextlib
 import hmac
 import ipaddress
 import logging
+import re
 import socket
 import urllib.parse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
 
+from markupsafe import escape
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -33,7 +34,18 @@ from browser.mask_pages import DRAWN_ADDRESS, MOST_OF_DRAWN, mask_routes
 from browser.memory import MemoryPages
 from browser.model_pages import model_routes
 from browser.new_pages import new_routes
+from browser.page_access import (
+    COOKIE,
+    OLD_COOKIE,
+    PageAccess,
+    access_of,
+    find_connection,
+    list_values,
+    owner_of,
+)
+from browser.page_access import SECONDS as COOKIE_SECONDS
 from browser.page_language import choose_language, language_headers, language_routes
+from browser.page_root import add_root_to_header, serving_below
 from browser.queue_pages import queue_routes
 from browser.render_worker import RenderWorker
 from browser.responses import (
@@ -68,21 +80,20 @@ from browser.site import ServerSettings, Site
 from browser.tag_pages import tag_routes
 from browser.tokens import Ticket
 from modules.errors import UserError
-from modules.pages.language import say, speaking
+from modules.pages.language import say, show, speaking
 from modules.pages.page import HERE as PAGES
 from project.options import MODELS
 
 logger = logging.getLogger(__name__)
 
-COOKIE = "reelsmith"
-COOKIE_SECONDS = 60 * 60 * 24 * 30  # then the printed address is opened again
-TO_THE_LIST = (
-    '<!doctype html><title>Reelsmith</title><link rel="icon" href="data:,">'
-    '<meta http-equiv="refresh" content="0;url=/">'
-)
+PLAIN_PAGE = '<!doctype html><title>Reelsmith</title><link rel="icon" href="data:,">'
+TO_THE_LIST = PLAIN_PAGE + '<meta http-equiv="refresh" content="0;url={root}/">'
+# a browser that was let in knows the root of the pages, and the script leads there
+TO_THE_ROOT = PLAIN_PAGE + '<script src="{script}"></script><p>{text}'
+ENTER = "/static/enter.js"  # holds no secret
 NO_TOKEN = say(
     "Open the address that the command has printed in its terminal. It ends in "
-    "?token= and a word that lets you in, which this browser then keeps."
+    "?token= and a word that lets you in. This browser then remembers that it may come in."
 )
 # requests to a run, see training/training_run.py, and the answer to each
 KINDS = {
@@ -99,6 +110,9 @@ HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "cross-origin-opener-policy": "same-origin",
 }
+# a name or an address of IPv4, or one of IPv6 in brackets, which names no network card
+HOST = re.compile(r"(?:(?P<name>[\w.-]+)|\[(?P<inside>[0-9a-f:.]+)\])(?::\d{1,5})?", re.ASCII | re.IGNORECASE)
+REMOVED_COOKIE = f"{OLD_COOKIE}=; Max-Age=0; Path=/".encode()
 TRANSLATED = (b"text/html", b"text/plain", b"application/json")  # kinds of what holds texts of the page
 MOST_BYTES = 512 << 10  # largest body of a request: a form with two long prompts
 # largest bodies of requests that take files, by their address
@@ -122,7 +136,7 @@ class Gate:
 
     app: ASGIApp
     names: frozenset[str]  # names of the server in requests; IP addresses are always accepted
-    token: str | None
+    token: str | None  # opens the page; see `PageAccess` for what a browser keeps of it
     read_only: bool
     ticket: Ticket | None = None  # opens the page once
     public_origin: str | None = None  # by which a proxy is reached that passes requests on
@@ -132,7 +146,10 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        access = None if self.token is None else access_of(self.token, scope)
+        is_below, scope = _leave_root(scope, access)
         request = Request(scope)
+        root = access.root if access is not None and is_below else ""
         is_begun = False
         received = 0  # bytes
         most_bytes = LARGEST_BODIES.get(request.url.path, MOST_BYTES)
@@ -150,11 +167,13 @@ class Gate:
             if message["type"] == "http.response.start":
                 is_begun = True
                 message["headers"] = self._complete_headers(message["headers"])
+                if list_values(request.headers.get("cookie", ""), OLD_COOKIE):
+                    message["headers"].append((b"set-cookie", REMOVED_COOKIE))
             await send(message)
 
         try:
-            refusal = self._find_refusal(request)
-            with speaking(choose_language(request)):
+            with speaking(choose_language(request)), serving_below(root):
+                refusal = self._find_refusal(request, access, is_below)
                 await (refusal or self.app)(scope, receive_bounded, send_guarded)
         except Exception as error:  # whatever a damaged file leads to ends one request, in silence
             logger.debug("%s", request.url.path, exc_info=error)
@@ -168,20 +187,26 @@ class Gate:
         names = {name for name, _ in headers}
         if any(name == b"content-type" and value.startswith(TRANSLATED) for name, value in headers):
             usual += language_headers()
-        return [*headers, *((name, value) for name, value in usual if name not in names)]
+        complete = [*headers, *((name, value) for name, value in usual if name not in names)]
+        return [(name, add_root_to_header(name, value)) for name, value in complete]
 
-    def _find_refusal(self, request: Request) -> Response | None:
-        """Return the response that refuses a request; None if the request may pass."""
-        if not self._is_ours(request.headers.get("host", "")):
+    def _find_refusal(self, request: Request, access: PageAccess | None, is_below: bool) -> Response | None:
+        """Return the response that refuses a request; None if the request may pass.
+
+        access: what browsers keep that were let in; None without a token. is_below: the request's address is
+        below the root of the pages.
+        """
+        hosts = request.headers.getlist("host")
+        if len(hosts) != 1 or not self._is_ours(hosts[0]):
             return answer_text("Wrong host.", 421)
         is_read = request.method in ("GET", "HEAD")
         if not self._is_from_here(request, is_read):
             return answer_text("Wrong origin.", 403)
         if self.read_only and not is_read:
             return answer_text(NO_WRITING, 403)
-        if self.token is None or (is_read and request.url.path.startswith(SHARED)):
+        if access is None or (is_read and (request.url.path.startswith(SHARED) or request.url.path == ENTER)):
             return None
-        return self._check_token(request, self.token)
+        return self._check_browser(request, access, is_below)
 
     def _is_from_here(self, request: Request, is_read: bool) -> bool:
         """Return whether a request comes from a page of this server, or opens a page."""
@@ -195,39 +220,40 @@ class Gate:
         is_opened = is_read and headers.get("sec-fetch-mode") == "navigate"
         return is_opened or headers.get("sec-fetch-site", "none") in ("none", "same-origin")
 
-    def _check_token(self, request: Request, token: str) -> Response | None:
-        """Return the response to a request without the token's cookie; None if it has the cookie.
+    def _check_browser(self, request: Request, access: PageAccess, is_below: bool) -> Response | None:
+        """Return the response to a browser that was not let in; None if it was.
 
-        The address with the token sets the cookie.
+        The address with the token lets it in.
         """
         typed = request.query_params.get("token")
         if request.url.path == "/" and typed is not None and self._opens(request, typed):
             # not a redirect: the cookie would not be sent to where another site's link leads
-            page = HTMLResponse(TO_THE_LIST)
+            page = HTMLResponse(TO_THE_LIST.format(root=access.root))
             page.set_cookie(
                 COOKIE,
-                token,
+                access.make_word(owner_of(request.scope)),
                 max_age=COOKIE_SECONDS,
                 httponly=True,
                 samesite="strict",
-                path="/",
+                path=access.root,
                 secure=self._is_encrypted(request),
             )
             return page
-        try:
-            cookie = SimpleCookie(request.headers.get("cookie", "")).get(COOKIE)
-        except CookieError:
-            cookie = None
-        if cookie is None or not self._fits(cookie.value):
+        scheme, _, word = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() == "bearer" and self._fits(word.strip()):  # a program; browsers send none
+            return None
+        cookies = request.headers.get("cookie", "")
+        if is_below and access.is_right(cookies, owner_of(request.scope)):
+            return None
+        if "text/html" not in request.headers.get("accept", ""):
             return answer_text(NO_TOKEN, 401)
-        return None
+        return HTMLResponse(TO_THE_ROOT.format(script=ENTER, text=escape(show(NO_TOKEN))), 401)
 
     def _opens(self, request: Request, word: str) -> bool:
         """Return whether a word in the address lets a browser in: the token, or the ticket."""
         if self._fits(word):
             return True
-        client = request.client
-        return self.ticket is not None and self.ticket.take(word, None if client is None else (*client,))
+        return self.ticket is not None and self.ticket.take(word, find_connection(request.scope))
 
     def _is_encrypted(self, request: Request) -> bool:
         """Return whether a request names the server as it is reached by https."""
@@ -238,15 +264,31 @@ class Gate:
         return hmac.compare_digest(word.encode(), (self.token or "").encode())
 
     def _is_ours(self, host: str) -> bool:
-        name, mark, port = host.rpartition(":")
-        name = name if mark and port.isdigit() else host
-        if name.lower() in self.names:
+        match = HOST.fullmatch(host)
+        if match is None:
+            return False
+        if (match["name"] or "").lower() in self.names:
             return True
         try:
-            ipaddress.ip_address(name.removeprefix("[").removesuffix("]"))
+            if match["inside"] is None:
+                ipaddress.IPv4Address(match["name"])
+            else:
+                ipaddress.IPv6Address(match["inside"])
         except ValueError:
             return False
         return True
+
+
+def _leave_root(scope: Scope, access: PageAccess | None) -> tuple[bool, Scope]:
+    """Return whether the address of a request is below the root of the pages, and the request without it."""
+    if access is None:
+        return True, scope
+    root, path = access.root, scope["path"]
+    start = path[: len(root)].encode("utf-8", "surrogatepass")
+    if not hmac.compare_digest(start, root.encode()) or path[len(root) : len(root) + 1] not in ("", "/"):
+        return False, scope
+    rest = path[len(root) :] or "/"
+    return True, {**scope, "path": rest, "raw_path": scope.get("raw_path", b"")[len(root) :] or b"/"}
 
 
 class RunPages:

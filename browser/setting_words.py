@@ -17,6 +17,7 @@ WORDS: Mapping[Words, Sequence[str]] = {
     say("offload"): ("blocks_to_swap", "gradient_checkpointing_cpu_offload"),
     say("quantize"): ("fp8_base", "fp8_scaled", "convrot_int8", "nf4_base"),
     say("batch"): ("batch_size", "gradient_accumulation_steps"),
+    say("batch size"): ("batch_size",),
     say("rank"): ("network_dim", "network_alpha"),
     say("dim"): ("network_dim",),
     say("alpha"): ("network_alpha",),
@@ -52,6 +53,11 @@ WORDS: Mapping[Words, Sequence[str]] = {
     say("blocks"): ("blocks_to_swap",),
     say("clip grad"): ("max_grad_norm",),
     say("noise"): ("noise_offset",),
+    say("clip skip"): ("clip_skip",),
+    say("overfit"): ("network_dropout", "caption_dropout_rate", "max_train_steps", "learning_rate"),
+    say("dropout"): ("network_dropout", "caption_dropout_rate"),
+    say("lora strength"): ("network_alpha", "network_dim"),
+    say("sampler"): ("timestep_sampling", "sample_every_n_steps", "sample_prompts", "sample_sampler"),
 }
 # keys of dataset.toml in WORDS -> what each does
 DATASET_KEYS: Mapping[str, Words] = {

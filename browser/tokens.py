@@ -22,6 +22,23 @@ logger = logging.getLogger(__name__)
 FILE = "page_token"  # of the user
 TICKET_SECONDS = 120.0  # that a browser may take to start
 _SOCKETS = Path("/proc/net")  # of Linux: who has which connection
+_SHOWS_OWNERS = sys.platform.startswith("linux")
+_ESTABLISHED = "01"  # state of a connection that both ends have open
+ENDED = -1  # owner of a connection that its owner has closed: no account has this number
+# ends a word of our making; none of an older version, whose last characters stand for two bits less. These
+# were in cookies themselves, which browsers have sent to servers at all ports of this machine
+_NEW = "_"
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+@dataclass(frozen=True)
+class Connection:
+    """Both ends of a connection to a server."""
+
+    client: str
+    client_port: int
+    server: str
+    server_port: int
 
 
 @dataclass(frozen=True)
@@ -47,17 +64,25 @@ def choose_token(options: BrowserOptions) -> PageToken:
 
 def _own_token() -> PageToken:
     """Return the user's word, which is made at the first start."""
-    word = (read_user_file(FILE) or "").strip()
-    if not WORD.fullmatch(word):
+    word = _read_own()
+    if word is None:
         try:
-            write_user_file(FILE, f"{secrets.token_urlsafe(32)}\n")
+            write_user_file(FILE, f"{_make_word()}\n")
         except OSError as error:
             logger.info("The token is new at each start, as it cannot be kept: %s", error)
-            return PageToken(secrets.token_urlsafe(32))
-        word = (read_user_file(FILE) or "").strip()  # another page may have been faster
-    if not WORD.fullmatch(word):
-        return PageToken(secrets.token_urlsafe(32))
-    return PageToken(word, user_folder() / FILE)
+            return PageToken(_make_word())
+        word = _read_own()  # another page may have been faster
+    return PageToken(_make_word()) if word is None else PageToken(word, user_folder() / FILE)
+
+
+def _make_word() -> str:
+    return f"{secrets.token_urlsafe(32)[:-1]}{_NEW}"
+
+
+def _read_own() -> str | None:
+    """Return the user's word; None if there is none, or that of an older version."""
+    word = (read_user_file(FILE) or "").strip()
+    return word if WORD.fullmatch(word) and word.endswith(_NEW) else None
 
 
 @dataclass
@@ -71,28 +96,44 @@ class Ticket:
     end: float = field(default_factory=lambda: time.monotonic() + TICKET_SECONDS)
     is_used: bool = False
 
-    def take(self, word: str, client: tuple[str, int] | None) -> bool:
+    def take(self, word: str, connection: Connection | None) -> bool:
         """Return whether a word is the ticket and still valid, and end its validity.
 
-        client: address and port of the connection; it has to be this user's where the system can tell.
+        connection: by which the word came; it has to be this user's where the system can tell.
         """
         if self.is_used or time.monotonic() > self.end:
             return False
         if not secrets.compare_digest(word.encode(), self.word.encode()):
             return False
         self.is_used = True
-        return client is not None and is_own_connection(*client)
+        return connection is not None and is_own_connection(connection)
 
 
-def is_own_connection(host: str, port: int) -> bool:
+def is_own_connection(connection: Connection) -> bool:
     """Return whether this user has opened a connection from a port of this machine.
 
     True also where the system does not show that: there it does not show command lines either.
     """
-    if not sys.platform.startswith("linux"):
-        return True
-    addresses = [host] if ":" in host else [host, f"::ffff:{host}"]
-    wanted = [f"{_hexadecimal(address)}:{port:04X}" for address in addresses]
+    return not _SHOWS_OWNERS or find_owner(connection) == os.getuid()
+
+
+def find_owner(connection: Connection) -> int | None:
+    """Return the number of the account that has opened a connection on this machine.
+
+    None if the system does not show that, or another machine has opened it. `ENDED` if its owner has closed
+    it already: then it belongs to nobody any more, which the system shows as root.
+    """
+    if not _SHOWS_OWNERS:
+        return None
+    for _ in range(2):  # the system writes its list while connections come and go, so a row may be left out
+        owner = _look_up_owner(connection)
+        if owner is not None:
+            return owner
+    return None
+
+
+def _look_up_owner(connection: Connection) -> int | None:
+    wanted = _list_ends(connection)
     for name in ("tcp", "tcp6"):
         try:
             lines = (_SOCKETS / name).read_text(encoding="ascii").splitlines()[1:]
@@ -100,13 +141,33 @@ def is_own_connection(host: str, port: int) -> bool:
             continue
         for line in lines:
             words = line.split()  # number, local address, remote address, state, ..., user
-            if words[1] in wanted:
-                return int(words[7]) == os.getuid()
-    return False
+            # both ends: another account may use the same port for a connection to elsewhere
+            if (words[1], words[2]) in wanted:
+                return int(words[7]) if words[3] == _ESTABLISHED else ENDED
+    return None
 
 
-def _hexadecimal(host: str) -> str:
+def _list_ends(connection: Connection) -> list[tuple[str, str]]:
+    """Return both ends of a connection as its client's row may show them, by IPv4 and inside IPv6."""
+    try:
+        hosts = [ipaddress.ip_address(host) for host in (connection.client, connection.server)]
+    except ValueError:  # no address of the internet, such as the path of a socket
+        return []
+    plain = [getattr(host, "ipv4_mapped", None) or host for host in hosts]
+    forms = [plain]
+    if all(host.version == 4 for host in plain):
+        forms.append([ipaddress.ip_address(f"::ffff:{host}") for host in plain])
+    return [
+        (
+            f"{_hexadecimal(client)}:{connection.client_port:04X}",
+            f"{_hexadecimal(server)}:{connection.server_port:04X}",
+        )
+        for client, server in forms
+    ]
+
+
+def _hexadecimal(host: Address) -> str:
     """Return an address as Linux lists it: words of 32 bits in the order of the machine."""
-    packed = ipaddress.ip_address(host).packed
+    packed = host.packed
     words = [packed[place : place + 4] for place in range(0, len(packed), 4)]
     return "".join(f"{int.from_bytes(word, sys.byteorder):08X}" for word in words)

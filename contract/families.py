@@ -166,6 +166,7 @@ FOLDERS: Mapping[str, str] = {
     "krea2": "krea2",
     "minimax_h3": "minimax_h3",
     "qwen_image_21": "qwen_image_21",
+    "moss_image": "moss_image",
     "anima": "anima",
     "stable_diffusion": "stable_diffusion",
     "sd1": "stable_diffusion.sd1",

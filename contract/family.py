@@ -70,6 +70,7 @@ class NoiseSpec:
     # probability that a batch of clips is trained with its first latent frame clean (`Tweaks.given_frames`)
     first_frame_probability: float = 0.0
     shifted_logit: rules.ShiftedLogit | None = None  # of the sampler with this name, for a model that has it
+    cut_logit: rules.CutLogit | None = None  # likewise, of cut_logit_normal
     # by which the noise levels of a picture are shifted to those of its sound; 1: they are the same
     sound_shift: float = 1.0
     # a shift behind all samplers: options and draws count levels before it, which the model's generations

@@ -38,6 +38,8 @@ DRIVEN = "REELSMITH_DRIVEN"
 HELP_AS_JSON = "REELSMITH_HELP_AS_JSON"
 # variable of a script that ends once it has read its options, for the browser
 ONLY_OPTIONS = "REELSMITH_ONLY_OPTIONS"
+# variable of a training that says before torch loads which options will do nothing, for the browser
+TELLS_UNUSED = "REELSMITH_TELLS_UNUSED"
 # variable that names the file in which a program notes how far it is (modules/progress.py)
 PROGRESS = "REELSMITH_PROGRESS"
 RUN_CHECKS = "checks"  # its value for a training that only checks its options and files

@@ -14,7 +14,8 @@ convert_flux_lora: command: FLUX.1 LoRAs between sd-scripts' and diffusers' name
 convert_hunyuan_image_lora_to_comfy: command: HunyuanImage-2.1 LoRAs to ComfyUI's names, or back
 convert_z_image_lora_to_comfy: command: Z-Image LoRAs to ComfyUI's names, or back
 depths: LoRAs for deeper variants of their model
-deltas: what the factors of a module add to a weight
+delta: what the factors of a module add to a weight
+deltas: factors by module, their ranks and strengths
 extract_lora_from_models: command: a LoRA from any fine-tuned model
 extracting: the low-rank change of a fine-tuned model
 factored: the layer of networks that are products of factors

@@ -22,9 +22,10 @@ from modules.console import list_some
 from modules.errors import CheckpointError
 from networks import deltas, loading
 from networks.apply import changes_of
-from networks.deltas import CPU, DOWN, OF_BIAS, OF_LOW_RANK, ROWS, SET, UP, Factors
+from networks.delta import Delta, read_delta, read_deltas
+from networks.deltas import CPU, DOWN, OF_BIAS, OF_LOW_RANK, SET, UP
 from networks.depths import fit_depths
-from networks.kinds.composing import MAGNITUDES, OF_MAGNITUDES, list_additive, load_decompose, rotation_of
+from networks.kinds.composing import OF_MAGNITUDES, list_additive
 from networks.leftovers import text_side_of
 from networks.loading import LoraFile, LoraUse
 from networks.lora_products import add_product
@@ -81,28 +82,27 @@ class AddedPart:
     """The addition of one LoRA to one module, `multiplier` times; empty until `place_on`."""
 
     def __init__(
-        self, place: ChangedPlace, factors: Factors, multiplier: float = 1.0, by_frozen_norms: bool = False
+        self, place: ChangedPlace, delta: Delta, multiplier: float = 1.0, by_frozen_norms: bool = False
     ) -> None:
-        """factors: on the CPU. by_frozen_norms: see `NetworkKind.load_decompose`."""
+        """delta: on the CPU. by_frozen_norms: see `Magnitudes.decompose`."""
         self.place = place
-        self.factors = factors
+        self.delta = delta
         self.multiplier = multiplier
         self._by_frozen_norms = by_frozen_norms
-        self._decompose = load_decompose() if MAGNITUDES in factors else None
         # applied to the addition to the module's output before it is added; None: nothing
         self.region: Callable[[Tensor], Tensor] | None = None
         self.rank_mask: RankMask | None = None  # T-LoRA
-        self.rotation = rotation_of(factors)
+        self.rotation = delta.rotation
         self.rows: slice | None = None  # outputs that the rotation is for; None: all
         self._angles: Tensor | None = None  # the values of the rotation, float32
         self._chain: list[Tensor] = []  # the low-rank factors in the order in which they act
-        self._whole: dict[str, Tensor] = {}  # all other factors
+        self._full: Delta | None = None  # all other factors, on the device
         self._bias: Tensor | None = None
 
     def place_on(self, device: torch.device, dtype: torch.dtype) -> None:
         """Copy the factors to the device, the low-rank ones in the dtype to compute in."""
         self.release()
-        factors = self.factors
+        factors = self.delta.factors
         if self.rotation is not None:
             self._angles = factors[self.rotation.part].to(device, torch.float32)
             return
@@ -112,25 +112,23 @@ class AddedPart:
             middle = [factors[_MID].to(device, dtype)] if _MID in factors else []
             self._chain = [factors[DOWN].to(device, dtype), *middle, up.to(dtype)]
         elif factors.keys() - OF_BIAS - {"alpha"}:
-            self._whole = {
-                name: tensor if name == ROWS else tensor.to(device) for name, tensor in factors.items()
-            }
-        self._bias = deltas.bias_delta(factors, device)
+            self._full = self.delta.to(device)
+        self._bias = self.delta.bias(device)
 
     def release(self) -> None:
         self._angles = None
         self._chain = []
-        self._whole = {}
+        self._full = None
         self._bias = None
 
     @property
     def is_made_whole(self) -> bool:
-        return bool(self._whole)
+        return self._full is not None
 
     @property
     def sets_weight(self) -> bool:
         """Return whether it takes the place of the weight and of earlier changes."""
-        return SET in self.factors
+        return self.delta.sets_weight
 
     @property
     def turns_input(self) -> bool:
@@ -181,10 +179,10 @@ class AddedPart:
             return outputs
         if self._chain:
             return self._low_rank(x).to(out.dtype)
-        if not self._whole:
+        if self._full is None:
             return None
         # recomputed in every pass: stored, all of them would be as large as the model
-        delta = (self._delta(x.device) * self.multiplier).to(out.dtype)
+        delta = (self._addition(self._full, x.device) * self.multiplier).to(out.dtype)
         shaped = delta.flatten(1) if self.place.is_linear else delta.reshape(self.place.parameter.shape)
         return self._apply(x.to(out.dtype), shaped)
 
@@ -192,25 +190,21 @@ class AddedPart:
         """Return the addends to the module's parameters, by their names, float32; if it `sets_weight`, the
         weight.
         """
-        device = self.place.parameter.device
         if self.rotation is not None and self._angles is not None:
             made = self.rotation.make(self._angles, self.multiplier)
             return {self.place.leaf: self.rotation.of_weight(self.place.parameter, made)}
         changes: dict[str, Tensor] = {}
-        if self.sets_weight:
-            changes[self.place.leaf] = self._whole[SET].to(torch.float32)
-        elif self._whole:
-            changes[self.place.leaf] = self._delta(device) * self.multiplier
+        if self._full is not None and self.sets_weight:
+            changes[self.place.leaf] = self._full.factors[SET].to(torch.float32)
+        elif self._full is not None:
+            device = self.place.parameter.device
+            changes[self.place.leaf] = self._addition(self._full, device) * self.multiplier
         return changes if self._bias is None else {**changes, "bias": self._bias * self.multiplier}
 
-    def _delta(self, device: torch.device) -> Tensor:
-        delta = deltas.weight_delta(self._whole, device)
-        assert delta is not None
-        if self._decompose is None:
-            return delta
-        weight = self.place.parameter
-        added: Tensor = self._decompose(weight, delta, self._whole[MAGNITUDES], self._by_frozen_norms)
-        return added
+    def _addition(self, delta: Delta, device: torch.device) -> Tensor:
+        addition = delta.addition(self.place.parameter, device, self._by_frozen_norms)
+        assert addition is not None
+        return addition
 
     def _low_rank(self, x: Tensor) -> Tensor:
         down, *middle, up = self._chain
@@ -242,7 +236,7 @@ class AddedPart:
     def mask_ranks(self, network: nn.Module, metadata: Mapping[str, str]) -> None:
         """Mask ranks if the LoRA was trained so (T-LoRA). network: has the module. metadata: of the file."""
         rule = rule_of(metadata)
-        rank = deltas.rank_of(self.factors)
+        rank = deltas.rank_of(self.delta.factors)
         if rule is not None and rank:
             self.rank_mask = mask_for(network, rule, rank, parts_of_rank(metadata, rank))
 
@@ -423,8 +417,8 @@ def add_loras(
         if is_compiled:
             left_out = [
                 name
-                for name, factors in modules.items()
-                if SET in factors or not by_name[name].adds_to_output
+                for name, delta in modules.items()
+                if delta.sets_weight or not by_name[name].adds_to_output
             ]
             if left_out:
                 loading.warn_of_unused_parts(
@@ -434,10 +428,10 @@ def add_loras(
                     what="modules are not changed because blocks are compiled",
                     consequence="compiled blocks take no other weights. Leave out --compile.",
                 )
-            modules = {name: factors for name, factors in modules.items() if name not in left_out}
+            modules = {name: delta for name, delta in modules.items() if name not in left_out}
         added: dict[str, AddedPart] = {}
-        for name, factors in modules.items():
-            added[name] = AddedPart(by_name[name], factors, use.multiplier)
+        for name, delta in modules.items():
+            added[name] = AddedPart(by_name[name], delta, use.multiplier)
             added[name].mask_ranks(dit, use.lora.metadata)
         parts.append(added)
     return AddedLoras(attach_parts(parts, by_name))
@@ -483,9 +477,8 @@ def attach_parts(
 
 def refuse_magnitudes(lora: LoraFile, option: str) -> None:
     """Raise CheckpointError if a file has magnitudes, which other changes of the weights do not go with."""
-    decomposed = [
-        name for name, factors in deltas.group_by_module(lora.tensors).items() if MAGNITUDES in factors
-    ]
+    deltas_by_name = read_deltas(deltas.group_by_module(lora.tensors))
+    decomposed = [name for name, delta in deltas_by_name.items() if delta.normalization is not None]
     if decomposed:
         raise CheckpointError(
             f"{option} {lora.path} is a {OF_MAGNITUDES} ({decomposed[0]}), which depends on the weights it "
@@ -511,26 +504,26 @@ def places(dit: nn.Module, published: Callable[[str], str] = str) -> dict[str, C
     return by_name
 
 
-def fitting(lora: LoraFile, by_name: Mapping[str, ChangedPlace], option: str) -> dict[str, Factors]:
-    """Return the factors of a file for the modules of a model; warn of modules that the model lacks.
+def fitting(lora: LoraFile, by_name: Mapping[str, ChangedPlace], option: str) -> dict[str, Delta]:
+    """Return the changes by a file for the modules of a model; warn of modules that the model lacks.
 
     by_name: the `places` of the model. option: the option with the file, for messages. Raises
     CheckpointError if the file does not fit the model.
     """
     heights = {name: len(place.shaped) for name, place in by_name.items()}
-    stored = deltas.group_by_module(for_model(lora.tensors, heights.get))
+    stored = read_deltas(deltas.group_by_module(for_model(lora.tensors, heights.get)))
     absent = [name for name in stored if name not in by_name]
     modules = [name.removeprefix(OURS) for name in by_name]
     family = choose_family(modules)
     if len(absent) == len(stored) and not lora.may_lack(absent):
         raise _misfit(lora, absent, family, option)
-    fitted: dict[str, Factors] = {}
-    for name, factors in stored.items():
+    fitted: dict[str, Delta] = {}
+    for name, delta in stored.items():
         if name in by_name:
-            fitted[name] = _fit_factors(
+            fitted[name] = _fit_delta(
                 lora,
                 name,
-                factors,
+                delta,
                 place=by_name[name],
                 option=option,
             )
@@ -569,24 +562,24 @@ def _misfit(
     )
 
 
-def _fit_factors(lora: LoraFile, name: str, factors: Factors, place: ChangedPlace, option: str) -> Factors:
-    """Return the factors for a module, without those for other input channels of a first layer.
+def _fit_delta(lora: LoraFile, name: str, delta: Delta, place: ChangedPlace, option: str) -> Delta:
+    """Return the change of a module, without factors for other input channels of a first layer.
 
     Raises CheckpointError if they do not fit the module.
     """
     weight = place.shaped
-    if SET in factors and place.leaf == "weight" and stored_in(place.module) is not None:
+    if delta.sets_weight and place.leaf == "weight" and stored_in(place.module) is not None:
         raise CheckpointError(
             f"{option} {lora.path} sets the weight of {name}, which is kept in 8 or 4 bits here.\n"
             "  Leave out the option that keeps it so, or merge the file into the model.",
             lora.path,
         )
-    channels = deltas.other_channels(factors, weight) if place.path.endswith(FIRST_LAYERS) else None
+    channels = delta.find_other_channels(weight) if place.path.endswith(FIRST_LAYERS) else None
     if channels is not None:
         logger.warning(f"{lora.path}: {channels}; the rest is used without it")
-        bias = deltas.bias_delta(factors, CPU)
-        factors = {} if bias is None else {"diff_b": bias}
-    for change in changes_of(LoraUse(lora), factors):
+        bias = delta.bias(CPU)
+        delta = read_delta({} if bias is None else {"diff_b": bias})
+    for change in changes_of(LoraUse(lora), delta):
         target = weight
         target_name = name
         if change.leaf == "bias":
@@ -605,4 +598,4 @@ def _fit_factors(lora: LoraFile, name: str, factors: Factors, place: ChangedPlac
             model="this model",
             option=f"{option} ",
         )
-    return factors
+    return delta

@@ -18,18 +18,12 @@ from checkpoints.opening import open_checkpoint
 from modules.console import list_some
 from modules.errors import CheckpointError
 from networks import deltas
-from networks.deltas import CPU, META, ROWS, SET, Factors, has_input_magnitudes, other_channels
+from networks.delta import Delta, read_deltas
+from networks.deltas import CPU, ROWS, SET
 from networks.depths import fit_depths
 from networks.key_formats import module_of_tensor
-from networks.kinds.composing import (
-    MAGNITUDES,
-    OF_MAGNITUDES,
-    is_rotating,
-    load_decompose,
-    rotating_kind,
-    rotation_of,
-)
-from networks.kinds.contract import named
+from networks.kinds.algebra import MismatchError
+from networks.kinds.composing import OF_MAGNITUDES
 from networks.leftovers import text_side_of
 from networks.loading import LoraFile, LoraUse, refuse_unknown, warn_of_absent, warn_of_other_family
 from networks.module_names import Relative, alias, choose_family, relatives
@@ -59,23 +53,26 @@ class Change:
     """Addition of one LoRA to one parameter of a model, `use.multiplier` times."""
 
     use: LoraUse
-    factors: Factors
+    delta: Delta
     leaf: str = "weight"  # or bias
     rows: slice | None = None  # rows of the parameter that the LoRA is for; None: all
-    rotation: Tensor | None = None  # of a kind that rotates inputs, as `InputRotation.make` returns it
+    turned: Tensor | None = None  # of a kind that rotates inputs, as `Rotation.make` returns it
 
-    def delta(self, factors: Factors, device: torch.device) -> Tensor:
-        """Return the addition of the factors at multiplier 1, before magnitudes act, or the weight
-        that they set; float32.
+    def shape(self) -> tuple[int, ...]:
+        """Return the shape of what is added, or of the weight that is set.
+
+        Raises:
+            MismatchError: If the factors do not go together.
         """
         if self.leaf == "bias":
-            delta = deltas.bias_delta(factors, device)
-        elif SET in factors:
-            delta = factors[SET].to(device, torch.float32)
-        else:
-            delta = deltas.weight_delta(factors, device)
-        assert delta is not None
-        return delta
+            bias = self.delta.bias(CPU)
+            assert bias is not None
+            return tuple(bias.shape)
+        if self.delta.sets_weight:
+            return tuple(self.delta.factors[SET].shape)
+        shape = self.delta.shape()
+        assert shape is not None
+        return shape
 
     def fit(
         self, relative: Relative | None, weight: Tensor, name: str, model: str, option: str = ""
@@ -86,15 +83,15 @@ class Change:
         Raises CheckpointError if the shapes differ.
         """
         path = self.use.lora.path
-        if is_rotating(self.factors):
+        if self.delta.rotation is not None:
             return self._fit_rotation(relative, weight, name, f"{option}{path} does not fit {model}")
         try:
-            if ROWS in self.factors and has_input_magnitudes(self.factors):
+            if self.delta.is_part and self.delta.has_input_magnitudes:
                 change = self._join_factors(relative, weight)
             else:
                 change = self if relative is None else self._place_factors(relative, weight)
-            shape = list(change.delta(deltas.without_alpha(change.factors), META).shape)
-        except (RuntimeError, IndexError) as error:
+            shape = list(change.shape())
+        except MismatchError as error:
             raise CheckpointError(
                 f"{path}: the factors for {name} do not go together ({error}).", path
             ) from error
@@ -110,11 +107,9 @@ class Change:
         misfit: for messages, which file does not fit which model. Raises CheckpointError.
         """
         path = self.use.lora.path
-        kind = rotating_kind(self.factors)
-        rotation = rotation_of(self.factors)
-        assert kind is not None
+        rotation = self.delta.rotation
         assert rotation is not None
-        reason = rotation.find_misfit(self.factors[rotation.part], weight, name)
+        reason = rotation.find_misfit(self.delta.factors[rotation.part], weight, name)
         if reason:
             raise CheckpointError(f"{misfit}: {reason}", path)
         if relative is None or not relative.is_part:
@@ -123,7 +118,7 @@ class Change:
         if rows is None:
             raise CheckpointError(
                 f"{misfit}: {relative.name} is a part of {name}, whose {len(weight)} rows are not those of a "
-                f"published model.\n  Give {named(kind)} that was trained for this model.",
+                f"published model.\n  Give {rotation.title} that was trained for this model.",
                 path,
             )
         return self if rows == slice(0, len(weight)) else replace(self, rows=rows)
@@ -137,37 +132,37 @@ class Change:
             families = " or ".join(family.name for family in self.use.lora.families())
             kind = f" It is for {families}." if families else ""
             return f"{shape}, the model {expected}.{kind}\n  Give a LoRA that was trained for this model."
-        if MAGNITUDES not in self.factors or self.leaf != "weight":
+        magnitudes = self.delta.magnitudes
+        if magnitudes is None or self.leaf != "weight":
             return ""
-        magnitudes = self.factors[MAGNITUDES].numel()
-        axis = 1 if has_input_magnitudes(self.factors) else 0
-        if len(expected) > 1 and magnitudes == expected[axis]:
+        axis = 1 if self.delta.has_input_magnitudes else 0
+        if len(expected) > 1 and magnitudes.numel() == expected[axis]:
             return ""
-        return f"{magnitudes} {OF_MAGNITUDES} magnitudes, the model {expected}."
+        return f"{magnitudes.numel()} {OF_MAGNITUDES} magnitudes, the model {expected}."
 
     def _join_factors(self, relative: Relative | None, weight: Tensor) -> "Change":
         """Return the change of the whole layer that this one is the first part of, if the weight has it all.
 
-        Magnitudes by input need the norms of the whole layer. Raises RuntimeError if the weight is a
-        part of it.
+        Magnitudes by input need the norms of the whole layer. Raises MismatchError if the weight is
+        a part of it.
         """
-        size = deltas.size_of(self.factors)
-        first, last = deltas.rows_in(self.factors)
+        size = self.delta.size()
+        first, last = deltas.rows_in(self.delta.factors)
         if relative is None or not relative.is_part or not is_cut(relative.part) or size is None:
-            raise RuntimeError(BY_INPUT)
+            raise MismatchError(BY_INPUT)
         rows = part_rows(relative.part, last - first, len(weight))
         if not isinstance(rows, slice):
-            raise RuntimeError(BY_INPUT)
+            raise MismatchError(BY_INPUT)
         start = rows.start - first
-        factors = {part: tensor for part, tensor in self.factors.items() if part != ROWS}
-        return replace(self, factors=factors, rows=slice(start, start + size[0]))
+        factors = {part: tensor for part, tensor in self.delta.factors.items() if part != ROWS}
+        return replace(self, delta=self.delta.with_factors(factors), rows=slice(start, start + size[0]))
 
     def _place_factors(self, relative: Relative, weight: Tensor) -> "Change":
         """Return the change for a relative of the LoRA's module.
 
         If the numbers of rows do not match it is unchanged, and `fit` finds the wrong shape.
         """
-        height = len(self.delta(deltas.without_alpha(self.factors), META))
+        height = self.shape()[0]
         weight_height = len(weight)
         if relative.is_part:
             part_height = height
@@ -178,7 +173,7 @@ class Change:
             whole_height = height
             relation = "the weight is a part of it"
         if is_cut(relative.part) and part_height >= whole_height:
-            raise RuntimeError(
+            raise MismatchError(
                 f"{relative.name} has {height} rows, the weight {weight_height}, although {relation}"
             )
         rows = part_rows(relative.part, part_height, whole_height)
@@ -186,22 +181,17 @@ class Change:
             return replace(self, rows=rows)
         if rows is None or rows == slice(0, height):
             return self
-        if has_input_magnitudes(self.factors):
-            raise RuntimeError(BY_INPUT)
-        factors = deltas.rows_of(self.factors, rows)
-        if factors is not None:
-            return replace(self, factors=factors)
-        # LoKr: computed whole, then cut
-        delta = self.delta(self.factors, weight.device)
-        whole_factors = {"diff": delta[rows]}
-        if MAGNITUDES in self.factors:
-            whole_factors[MAGNITUDES] = self.factors[MAGNITUDES][rows]
-        return replace(self, factors=whole_factors)
+        if self.delta.has_input_magnitudes:
+            raise MismatchError(BY_INPUT)
+        cut = self.delta.rows(rows)
+        if cut is None:  # LoKr: computed whole, then cut
+            cut = self.delta.dense_rows(rows, weight.device)
+        return replace(self, delta=cut)
 
     @property
     def sets_weight(self) -> bool:
         """Return whether it takes the place of the weight and of all earlier changes, as in ComfyUI."""
-        return SET in self.factors and self.leaf == "weight" and self.use.multiplier != 0
+        return self.delta.sets_weight and self.leaf == "weight" and self.use.multiplier != 0
 
     def add_to(self, total: Tensor, block: slice | None, weight: Tensor) -> None:
         """Add the change to `total`, the float32 sum of changes for some rows of the parameter.
@@ -221,39 +211,49 @@ class Change:
             block = slice(offset + first * step, offset + end * step, step)
             total = total[first:end]
             weight = weight[first:end]
-        rotation = rotation_of(self.factors)
+        rotation = self.delta.rotation
         if rotation is not None:  # its multiplier is in the rotation
-            made = self.rotation
+            made = self.turned
             if made is None:
-                made = rotation.make(self.factors[rotation.part].to(total.device), self.use.multiplier)
+                made = self._turn(total.device)
             total.add_(rotation.of_weight(weight, made))
             return
-        factors = self.factors
+        delta = self.delta
         if block is not None:  # a LoKr is never in blocks, see `_blocks`
-            factors = deltas.rows_of(self.factors, block) or self.factors
-        if SET in factors and self.leaf == "weight":
+            delta = self.delta.rows(block) or self.delta
+        if self.leaf == "bias":
+            addition = delta.bias(total.device)
+        elif delta.sets_weight:
             if self.sets_weight:
-                weight.copy_(factors[SET].reshape(weight.shape))
+                weight.copy_(delta.factors[SET].reshape(weight.shape))
                 total.zero_()
             return
-        delta = self.delta(factors, total.device)
-        if MAGNITUDES in factors and self.leaf == "weight":  # it depends on the weight
-            delta = load_decompose()(
-                weight,
-                delta,
-                magnitudes=factors[MAGNITUDES],
-                by_frozen_norms=self.use.lora.has_frozen_norms,
-            )
-        total.add_(delta.reshape(total.shape), alpha=self.use.multiplier)
+        else:
+            addition = delta.addition(weight, total.device, self.use.lora.has_frozen_norms)
+        assert addition is not None
+        total.add_(addition.reshape(total.shape), alpha=self.use.multiplier)
+
+    def _turn(self, device: torch.device) -> Tensor:
+        """Return the rotation of inputs at this strength, as `Rotation.make` returns it."""
+        rotation = self.delta.rotation
+        assert rotation is not None
+        return rotation.make(self.delta.factors[rotation.part].to(device), self.use.multiplier)
+
+    def to(self, device: torch.device) -> "Change":
+        """Return the change with its factors on a device; one that rotates inputs with its rotation."""
+        if self.delta.rotation is not None:
+            return replace(self, turned=self._turn(device))
+        return replace(self, delta=self.delta.to(device))
 
 
-def changes_of(use: LoraUse, factors: Factors) -> list[Change]:
+def changes_of(use: LoraUse, delta: Delta) -> list[Change]:
     """Return the changes by a LoRA of a module's bias and weight."""
     changes: list[Change] = []
-    if factors.keys() & deltas.OF_BIAS:
-        changes.append(Change(use, factors, "bias"))
-    if factors.keys() - deltas.OF_BIAS - {"alpha"}:
-        changes.append(Change(use, factors, "weight"))
+    parts = delta.factors.keys()
+    if parts & deltas.OF_BIAS:
+        changes.append(Change(use, delta, "bias"))
+    if parts - deltas.OF_BIAS - {"alpha"}:
+        changes.append(Change(use, delta, "weight"))
     return changes
 
 
@@ -272,8 +272,9 @@ def _as_whole(found: Sequence[FoundChange]) -> list[FoundChange]:
     """
     pieces: dict[int, list[FusedPiece]] = {}  # by LoRA
     for key, change, relative in found:
-        if is_rotating(change.factors) and relative is not None and relative.is_part:
-            pieces.setdefault(id(change.use), []).append(FusedPiece(key, relative.part, change.factors))
+        if change.delta.rotation is not None and relative is not None and relative.is_part:
+            piece = FusedPiece(key, relative.part, change.delta.factors)
+            pieces.setdefault(id(change.use), []).append(piece)
     alike = {use for use, parts in pieces.items() if not isinstance(join_rotations(parts), str)}
     joined: list[FoundChange] = []
     for each in found:
@@ -293,7 +294,7 @@ def _blocks(weight: Tensor, changes: Sequence[Change]) -> list[slice] | list[Non
     step = max(1, _BLOCK_ELEMENTS * len(weight) // weight.numel()) if weight.ndim else 1
     sets_weight = any(change.sets_weight for change in changes)
     is_whole = weight.ndim == 0 or step >= len(weight) or sets_weight
-    if is_whole or any(deltas.rows_of(change.factors, slice(0, 1)) is None for change in changes):
+    if is_whole or any(change.delta.rows(slice(0, 1)) is None for change in changes):
         return [None]
     return [slice(start, min(start + step, len(weight))) for start in range(0, len(weight), step)]
 
@@ -359,8 +360,8 @@ class LoraPatch:
         # "lora_unet_blocks_0_ffn_0.weight" -> what is added to it
         self._changes: dict[str, list[Change]] = {}
         for use in uses:
-            for module, factors in use.lora.modules().items():
-                for change in changes_of(use, factors):
+            for module, delta in read_deltas(use.lora.modules()).items():
+                for change in changes_of(use, delta):
                     key = f"{module}.{change.leaf}"
                     self._changes.setdefault(key, []).append(change)
         # parameter -> its changes that are not merged: see `networks.unmerged`
@@ -393,7 +394,7 @@ class LoraPatch:
         of rows, to need no second copy. A change of the first layer for another number of input channels is
         left out, and `check` reports it. Raises CheckpointError if a LoRA has another size.
         """
-        changes = [_move_factors(change, weight.device) for change in self._fitting(name, weight)]
+        changes = [change.to(weight.device) for change in self._fitting(name, weight)]
         blocks = [] if weight.is_meta else _blocks(weight, changes)
         if not blocks:
             return weight
@@ -431,7 +432,7 @@ class LoraPatch:
             return None
         assert dtype is not None
         module, leaf = module_of_tensor(name)
-        factors = [factor for change in self._find(name) for factor in change.change.factors.values()]
+        factors = [factor for found in self._find(name) for factor in found.change.delta.factors.values()]
         seed = seed_of(f"{self._renamed.get(module, module)}.{leaf}", factors)
         return self._rounding.at_random(dtype, device, seed)
 
@@ -443,7 +444,7 @@ class LoraPatch:
         Raises CheckpointError if a LoRA has another size.
         """
         changes = self._fitting(name, torch.empty(1).expand(shape))  # this shape, without memory
-        if any(change.factors.keys() & {MAGNITUDES, "diff", SET} for change in changes):
+        if any(change.delta.normalization is not None or change.delta.is_full for change in changes):
             return False
         if changes:
             self.unmerged[name] = changes
@@ -454,17 +455,17 @@ class LoraPatch:
         changes = []
         found = self._find(name)
         for key, change, _ in found:
-            if is_rotating(change.factors):
+            if change.delta.rotation is not None:
                 self._used[id(change.use)].add(key)
         for key, change, relative in _as_whole(found):
-            channels = other_channels(change.factors, weight) if name.endswith(FIRST_LAYERS) else None
+            channels = change.delta.find_other_channels(weight) if name.endswith(FIRST_LAYERS) else None
             if channels is not None:
                 self._narrower[id(change.use)] = channels
                 continue
             self._used[id(change.use)].add(key)
             fitted = change.fit(relative, weight, name, self._model)
-            is_whole = ROWS in change.factors and ROWS not in fitted.factors
-            if not is_whole or not deltas.rows_in(change.factors)[0]:  # the first part stands for all
+            is_joined = change.delta.is_part and not fitted.delta.is_part
+            if not is_joined or not deltas.rows_in(change.delta.factors)[0]:  # the first part stands for all
                 changes.append(fitted)
         return changes
 
@@ -572,7 +573,7 @@ class LoraPatch:
             for relative_name, relative in relations:
                 key = f"{OURS}{relative_name}.{leaf}"
                 for change in self._changes.get(key, []):
-                    if change.use.keeps(change.factors, OURS + relative_name, OURS + module):
+                    if change.use.keeps(change.delta.factors, OURS + relative_name, OURS + module):
                         changes.append(FoundChange(key, change, relative))
             self._found[name] = changes
         return self._found[name]
@@ -585,24 +586,9 @@ class LoraPatch:
             for change in changes:
                 if change.use is not use:
                     continue
-                if key in self._used[id(use)] or use.keeps(change.factors, module):
+                if key in self._used[id(use)] or use.keeps(change.delta.factors, module):
                     keys.append(key)
         return keys
-
-
-def _move_factors(change: Change, device: torch.device) -> Change:
-    """Return the change with its factors on a device, except alphas and rows, which the host reads; one that
-    rotates inputs with its rotation.
-    """
-    rotation = rotation_of(change.factors)
-    if rotation is not None:
-        values = change.factors[rotation.part].to(device)
-        return replace(change, rotation=rotation.make(values, change.use.multiplier))
-    moved = dict(change.factors)
-    for part, tensor in deltas.without_alpha(change.factors).items():
-        if part != ROWS:
-            moved[part] = tensor.to(device)
-    return replace(change, factors=moved)
 
 
 class OriginalWeights:

@@ -20,12 +20,13 @@ from modules.console import count_of
 from modules.errors import CheckpointError, OptionError
 from networks import deltas
 from networks.apply import Change
-from networks.deltas import CPU, DOWN, META, Factors, weight_delta, without_alpha
+from networks.delta import read_delta
+from networks.deltas import CPU, DOWN, Factors
 from networks.extracting import decompose_change, lora_of_shape
 from networks.fused_rows import with_stacked_rows
 from networks.key_formats import module_of_tensor
 from networks.kinds import LORA
-from networks.kinds.composing import MAGNITUDES, MARKS, NEEDING_WEIGHT, is_rotating, kinds_of_parts
+from networks.kinds.composing import MAGNITUDES, MARKS, NEEDING_WEIGHT, kinds_of_parts
 from networks.kinds.contract import MID, NORMS_FORM, named
 from networks.loading import LoraFile, LoraUse
 from networks.lora_network import prefix_of
@@ -158,7 +159,7 @@ def _as_lora(name: str, factors: Factors, change: Tensor, rank: int) -> tuple[di
     size = float(flat.norm())
     remainder = flat.addmm_(up.float(), down.float(), alpha=-1)
     lora = lora_of_shape(down, up, change.shape)
-    bias = deltas.bias_delta(factors, CPU)
+    bias = read_delta(factors).bias(CPU)
     if bias is not None:
         lora["diff_b"] = bias.to(dtype)
     return lora, Loss(size, lost=float(remainder.norm()))
@@ -167,17 +168,17 @@ def _as_lora(name: str, factors: Factors, change: Tensor, rank: int) -> tuple[di
 def _change(name: str, factors: Factors, lora: LoraFile, weights: Weights, device: torch.device) -> Tensor:
     """Return the addition of factors to their weight at multiplier 1, float32."""
     rows: int | None = None  # a rotation of inputs does not show them
-    if not is_rotating(factors):
-        has_magnitudes = MAGNITUDES in factors
-        delta = (
-            weight_delta(without_alpha(factors), META) if has_magnitudes else weight_delta(factors, device)
-        )
-        assert delta is not None
-        if not has_magnitudes:
-            return delta
-        rows = len(delta)
+    delta = read_delta(factors)
+    if not delta.depends_on_weight:
+        dense = delta.dense(device)
+        assert dense is not None
+        return dense
+    if delta.rotation is None:
+        shape = delta.shape()
+        assert shape is not None
+        rows = shape[0]
     weight, path = weight_of(name, rows, lora, weights)
-    change = Change(LoraUse(lora), factors).fit(None, weight, name, str(path))
+    change = Change(LoraUse(lora), delta).fit(None, weight, name, str(path))
     total = torch.zeros(weight.shape, device=device)
     change.add_to(total, None, weight.to(device))
     return total

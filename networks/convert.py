@@ -19,11 +19,12 @@ from modules.output_files import refuse_replacing
 from networks import module_names
 from networks.alphas import without_alphas
 from networks.baking import OTHER_KINDS, Baked, Baking, bake
+from networks.delta import read_delta
 from networks.deltas import Factors, add_missing_alphas, group_by_module, ungroup
 from networks.formats import TARGETS
 from networks.key_formats import can_be_for
 from networks.kinds import KINDS
-from networks.kinds.composing import MAGNITUDES, PRODUCTS, in_series, is_rotating, kind_of_files
+from networks.kinds.composing import MAGNITUDES, PRODUCTS, in_series, kind_of_files
 from networks.loading import LoraFile, read_lora, warn_of_other_expert
 from networks.metadata import PARTS_METADATA, STALE, add_hashes
 from networks.names.layouts import (
@@ -337,7 +338,7 @@ def converted(
         modules = group_by_module(native)
         is_other_kind = any(OTHER_KINDS & modules[name].keys() for name in written.left_out)
         remedy = "\n  --bake RANK makes plain LoRAs of them." if is_other_kind else ""
-        if any(is_rotating(modules[name]) for name in written.left_out):
+        if any(read_delta(modules[name]).rotation is not None for name in written.left_out):
             remedy = "\n  --bake RANK --dit MODEL makes plain LoRAs of them, with some loss."
     left_out = {**written.left_out, **left_out_texts}
     if left_out and not written.tensors and not texts:

@@ -15,6 +15,7 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_input, conv2d_weight
 
+from networks.kinds.algebra import MismatchError
 from networks.kinds.contract import Shapes
 
 MakeShapes = Callable[[tuple[int, ...], int], Shapes]  # shape of a weight, out in (kernel); rank -> factors
@@ -135,3 +136,21 @@ def product_with_core(a: Tensor, b: Tensor, core: Tensor | None) -> Tensor:
     if core is None:
         return a @ b
     return torch.einsum("p q ..., p o, q i -> o i ...", core, a, b)
+
+
+def shape_with_core(a: tuple[int, ...], b: tuple[int, ...], core: tuple[int, ...] | None) -> tuple[int, ...]:
+    """Return the shape of `product_with_core`.
+
+    Raises:
+        MismatchError: If the factors have no product.
+    """
+    if core is None:
+        fits = len(a) == len(b) == 2 and a[1] == b[0]
+        shape = (a[0], *b[1:])
+    else:
+        fits = len(a) == len(b) == 2 and core[:2] == (a[0], b[0])
+        shape = (a[1], b[1], *core[2:])
+    if not fits:
+        shown = [list(factor) for factor in (a, b, core) if factor is not None]
+        raise MismatchError(f"factors of {shown} have no product")
+    return shape

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from torch import nn
 
 from modules.errors import CheckpointError
-from networks.deltas import META, UNTRAINED, Factors, rank_of, weight_delta, without_alpha
+from networks.delta import read_delta
+from networks.deltas import UNTRAINED, Factors, rank_of, without_alpha
 from networks.factored import Factored, FactoredLayer, MakeShapes, Product
 from networks.kinds.contract import Target
 
@@ -35,11 +36,10 @@ def layer_of(module: Factored, path: str, factors: Factors, product: Product) ->
     Raises CheckpointError if its factors are not for the module's weight, or have a core (LyCORIS'
     use_tucker) or magnitudes, which are not trained here.
     """
-    sized = without_alpha(factors)
-    shapes = {part: tuple(tensor.shape) for part, tensor in sized.items()}
+    shapes = {part: tuple(tensor.shape) for part, tensor in without_alpha(factors).items()}
     shape = _shape_of(module)
-    delta = None if UNTRAINED & shapes.keys() else weight_delta(sized, META)
-    if delta is None or delta.shape not in (shape, (shape[0], math.prod(shape[1:]))):
+    changed = None if UNTRAINED & shapes.keys() else read_delta(factors).shape()
+    if changed not in (shape, (shape[0], math.prod(shape[1:]))):
         raise CheckpointError(
             f"--dim_from_weights: {path} has {shapes}, with which this layer of {list(shape)} cannot be "
             "trained"

@@ -10,10 +10,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from networks.deltas import DOWN, ROWS, SET, UP, Factors, height_of, size_of
+from networks.delta import Delta, read_delta, read_deltas
+from networks.deltas import ROWS, SET, Factors
 from networks.kinds import KINDS
-from networks.kinds.composing import is_flat, kinds_in
-from networks.kinds.contract import Extent, Shapes
+from networks.kinds.algebra import MismatchError
+from networks.kinds.composing import FLAT
 from networks.module_names import FAMILIES, alias, have_same_names, likely_families, sizes_fit
 from networks.names.layouts import IN_COMFYUI, IN_DIFFUSERS, OURS, UNET_IN_DIFFUSERS, FamilyNames
 from networks.rewriting import FOR_ALL, MARKS, Rewritten, rewrite
@@ -228,7 +229,7 @@ def _rename(
     for name in names.values():
         key = first_keys[name]
         tensor = tensors[key]
-        if is_flat(key):
+        if FLAT.search(key):
             inner_axes = max(tensor.ndim - 1, 1)
             tensor = tensor.reshape(-1, *[1] * inner_axes)
         renamed[name] = tensor
@@ -289,60 +290,42 @@ def module_of_tensor(name: str) -> tuple[str, str]:
 
 def families_of(modules: Mapping[str, Factors], hint: str | None = None) -> list[FamilyNames]:
     """Return the families that a LoRA's modules, under our names, may be for, as `likely_families`."""
-    in_dit = _list_modules_of_dit(modules)
+    in_dit = _read_deltas_of_dit(modules)
     return likely_families(in_dit, lambda name: _size_of(in_dit[name]), hint)
 
 
 def can_be_for(family: FamilyNames, modules: Mapping[str, Factors]) -> bool:
     """Return whether the sizes of a LoRA's modules, under our names, are possible in the family."""
-    in_dit = _list_modules_of_dit(modules)
+    in_dit = _read_deltas_of_dit(modules)
     return sizes_fit(family, in_dit, lambda name: _size_of(in_dit[name]))
 
 
-def _list_modules_of_dit(modules: Mapping[str, Factors]) -> dict[str, Factors]:
+def _read_deltas_of_dit(modules: Mapping[str, Factors]) -> dict[str, Delta]:
     """Return the modules with our prefix for a DiT, without the prefix."""
-    return {name.removeprefix(OURS): factors for name, factors in modules.items() if name.startswith(OURS)}
+    in_dit = {name.removeprefix(OURS): factors for name, factors in modules.items() if name.startswith(OURS)}
+    return read_deltas(in_dit)
 
 
-def _size_of(factors: Factors) -> tuple[int, int] | None:
-    """Return rows and columns of a weight's change; None if there is none, or if factors are damaged.
-
-    Computed from shapes, because the first operation on the meta device takes seconds.
-    """
-    shapes = {part: tuple(tensor.shape) for part, tensor in factors.items()}
+def _size_of(delta: Delta) -> tuple[int, int] | None:
+    """Return rows and columns of a weight's change; None if there is none, or if factors are damaged."""
+    if delta.is_part:
+        size = delta.size()
+        return None if size is None else (delta.height() or 0, size[1])
+    full = delta.factors.get("diff", delta.factors.get(SET))
     try:
-        if ROWS in factors:
-            size = size_of(factors)
-            return None if size is None else (height_of(factors) or 0, size[1])
-        rows, columns = _rows_and_columns(shapes)
-    except (KeyError, ValueError, IndexError):  # such files are described too
+        shape = delta.shape() if full is None else tuple(full.shape)
+    except MismatchError:  # such files are described too
         return None
-    width = math.prod(columns)
-    return (rows, width) if rows and columns and width else None
-
-
-def _rows_and_columns(shapes: Shapes) -> Extent:
-    """Return the extent of a weight's change.
-
-    Raises KeyError, ValueError or IndexError if the shapes are not factors of one change.
-    """
-    whole = shapes.get("diff", shapes.get(SET))
-    if whole is not None:
-        rows, *columns = whole
-        return rows, columns
-    if DOWN in shapes and shapes[DOWN][0] != shapes[UP][1]:
-        raise ValueError("factors of different ranks")
-    for kind in kinds_in(shapes):
-        if kind.extent is not None:
-            return kind.extent(shapes)
-    raise KeyError("no factors of a change")
+    if not shape or 0 in shape:
+        return None
+    return shape[0], math.prod(shape[1:])
 
 
 def family_by_text_width(modules: Mapping[str, Factors]) -> FamilyNames | None:
     """Return the family whose released models have the text width of these cross-attention factors."""
     widths: set[int] = set()
     for name, factors in modules.items():
-        size = _size_of(factors) if name.endswith(("attn2_to_k", "attn2_to_v")) else None
+        size = _size_of(read_delta(factors)) if name.endswith(("attn2_to_k", "attn2_to_v")) else None
         if size is not None:
             widths.add(size[1])
     unets = [family for family in FAMILIES if family.start == UNET_IN_DIFFUSERS]

@@ -16,19 +16,19 @@ from modules.errors import CheckpointError, OptionError
 from networks import key_formats
 from networks.alphas import FoundAlphas, read_alphas, unfold
 from networks.bundled_words import find_words, without_words
+from networks.delta import read_deltas
 from networks.deltas import (
     SET,
     Factors,
     drop_replaced,
     drop_unused_alphas,
-    find_fault,
     group_by_module,
     rank_of,
     ungroup,
 )
 from networks.key_formats import NativeTensors
 from networks.kinds import KINDS
-from networks.kinds.composing import OF_MAGNITUDES, kinds_in, list_additive, list_read_kinds
+from networks.kinds.composing import OF_MAGNITUDES, list_additive, list_read_kinds
 from networks.kinds.contract import FROZEN_NORMS, NORMS_FORM
 from networks.leftovers import (
     is_projection,
@@ -383,11 +383,11 @@ def _refuse_faulty(path: Path, modules: Mapping[str, Factors], unknown: Sequence
 
     unknown: keys that are not read.
     """
-    for module, factors in modules.items():
-        reason = find_fault(factors)
+    for module, delta in read_deltas(modules).items():
+        reason = delta.find_error()
         if reason is None:
             continue
-        if unknown and not factors.keys() - {"alpha"}:
+        if unknown and not delta.factors.keys() - {"alpha"}:
             raise CheckpointError(
                 f"{path} cannot be used: its factors have names that are not known, such as "
                 f"{list_some(unknown, 2)}.\n  Give a {list_additive()} as its program wrote it.",
@@ -398,7 +398,8 @@ def _refuse_faulty(path: Path, modules: Mapping[str, Factors], unknown: Sequence
             path,
         )
     for kind in KINDS:
-        if kind.check_file is not None and any(kind in kinds_in(factors) for factors in modules.values()):
+        has_kind = any(not factors.keys().isdisjoint(kind.marks) for factors in modules.values())
+        if kind.check_file is not None and has_kind:
             kind.check_file(path)
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from modules.console import count_of, list_some
 from modules.errors import CheckpointError
 from networks import deltas
+from networks.delta import read_deltas
 from networks.deltas import DOWN, UP, Factors, add_missing_alphas, group_by_module, ungroup
-from networks.kinds.composing import is_rotating
 from networks.kinds.contract import named
 from networks.lora_layer import DropoutSeed
 from networks.lora_products import mean_row_norm, row_strengths
@@ -259,7 +259,8 @@ def _factors_for_network(lora: "LoraFile", here: Mapping[str, Factors]) -> dict[
     from networks.parts import for_model  # only for --network_weights
 
     heights = {name: len(factors[UP]) for name, factors in here.items() if UP in factors}
-    heights |= {name: 1 for name, factors in here.items() if is_rotating(factors)}  # any: it rotates all rows
+    # any height: a rotation is that of all rows
+    heights |= {name: 1 for name, delta in read_deltas(here).items() if delta.rotation is not None}
     texts = rename_texts(lora.text_tensors, {prefix_of(name) for name in here})
     tensors = for_model({**lora.tensors, **texts}, heights.get)
     return group_by_module(add_missing_alphas(tensors))

@@ -13,18 +13,9 @@ from torch import Tensor
 from checkpoints.dialects import stack_heads
 from modules.errors import CheckpointError
 from networks import deltas
+from networks.delta import Delta, read_delta
 from networks.deltas import DOWN, LORA, ROWS, UP, Factors, strength
-from networks.kinds.composing import (
-    MAGNITUDES,
-    MARKS,
-    OF_MAGNITUDES,
-    is_rotating,
-    kind_with,
-    parts_by_rows,
-    rotating_kind,
-    rotation_of,
-)
-from networks.kinds.contract import named
+from networks.kinds.composing import MAGNITUDES, MARKS, OF_MAGNITUDES
 from networks.lora_products import diagonal_blocks, fused_heights
 from networks.module_names import FAMILIES, Relative, relatives
 from networks.names.layouts import BEFORE_REST, OURS, REST, SWAPPED, FamilyNames, WeightPart
@@ -133,9 +124,10 @@ def _heights_of_parts(
 def _cut(factors: Factors, heights: Mapping[Relative, int | None]) -> dict[str, Factors] | str:
     """Return the factors of each part that has a height, or the reason why there are none."""
     present = {relative: rows for relative, rows in heights.items() if rows is not None}
-    if is_rotating(factors):  # the input of all parts
+    delta = read_delta(factors)
+    if delta.rotation is not None:  # the input of all parts
         return {OURS + relative.name: factors for relative in present}
-    whole_height = _height_to_cut(factors)
+    whole_height = _height_to_cut(delta)
     if whole_height is None:
         return "its change is no matrix"
     places = _places_of_parts(present, whole_height)
@@ -145,29 +137,23 @@ def _cut(factors: Factors, heights: Mapping[Relative, int | None]) -> dict[str, 
     if not fits:
         shown = " + ".join(map(str, present.values()))
         return f"its {whole_height} rows are not those of its parts, which have {shown}"
-    if deltas.has_input_magnitudes(factors):
+    if delta.has_input_magnitudes:
         return f"its {OF_MAGNITUDES} magnitudes are by input, so they belong to the whole weight"
     pieces: dict[str, Factors] = {}
     for relative, rows in places.items():
-        piece = _part_of(factors, rows)
+        piece = _part_of(delta, rows)
         if piece is None:
-            return f"its halves are to be swapped, which {_name_indivisible(factors)} has no form for"
-        pieces[OURS + relative.name] = piece
+            return f"its halves are to be swapped, which {delta.name_indivisible()} has no form for"
+        pieces[OURS + relative.name] = piece.factors
     return pieces
 
 
-def _name_indivisible(factors: Factors) -> str:
-    """Return the kind of factors that have no rows of their change: "a LoKr"."""
-    kind = kind_with(factors, lambda kind: kind.blocks_of)
-    return "this network" if kind is None else named(kind)
-
-
-def _height_to_cut(factors: Factors) -> int | None:
+def _height_to_cut(delta: Delta) -> int | None:
     """Return the rows of a change; None if it is not a matrix."""
-    size = deltas.size_of(factors)
+    size = delta.size()
     if size is not None:
         return size[0]
-    return len(factors[UP]) if UP in factors else None
+    return len(delta.factors[UP]) if UP in delta.factors else None
 
 
 def _places_of_parts(heights: Mapping[Relative, int], whole_height: int) -> dict[Relative, slice | Tensor]:
@@ -180,11 +166,11 @@ def _places_of_parts(heights: Mapping[Relative, int], whole_height: int) -> dict
     return places
 
 
-def _part_of(factors: Factors, rows: slice | Tensor) -> Factors | None:
-    """Return the factors for some rows, or for all with swapped halves; None if they cannot be swapped."""
+def _part_of(delta: Delta, rows: slice | Tensor) -> Delta | None:
+    """Return the delta for some rows, or for all with swapped halves; None if they cannot be swapped."""
     if isinstance(rows, slice):
-        return deltas.part_of(factors, rows.start, rows.stop)
-    return deltas.rows_of(factors, rows)
+        return delta.part(rows.start, rows.stop)
+    return delta.rows(rows)
 
 
 def fuse(
@@ -240,7 +226,7 @@ def _guess_heights(fused: Iterable[Sequence[FusedPiece]]) -> dict[str, int]:
     for piece in itertools.chain.from_iterable(fused):
         paths.add(piece.part.theirs)
         rows = heights.setdefault(piece.part.ours, {})
-        height = deltas.height_of(piece.factors)
+        height = read_delta(piece.factors).height()
         if height is not None:
             rows[piece.part.index] = height
     return {ours: _guess_height(_find_siblings(ours, paths), rows) for ours, rows in heights.items()}
@@ -296,14 +282,14 @@ def _join(pieces: Sequence[FusedPiece], height: int, is_for_model: bool = False)
     first = pieces[0]
     if first.part.index is None and len(pieces) == 1:
         return first.factors
-    if any(is_rotating(piece.factors) for piece in pieces):
+    if any(read_delta(piece.factors).rotation is not None for piece in pieces):
         return join_rotations(pieces)
     if not all(_is_low_rank_matrix(piece.factors) for piece in pieces):
         return _join_others(pieces, height, is_for_model)
     places = [part_rows(piece.part, len(piece.factors[UP]), height) for piece in pieces]
     if isinstance(places[0], Tensor):  # with swapped halves
-        swapped = deltas.rows_of(first.factors, places[0])
-        return f"its {OF_MAGNITUDES} magnitudes are by input" if swapped is None else swapped
+        swapped = read_delta(first.factors).rows(places[0])
+        return f"its {OF_MAGNITUDES} magnitudes are by input" if swapped is None else swapped.factors
     slices = [place for place in places if isinstance(place, slice)]
     if len(slices) < len(places):
         return f"its parts do not fit into {height} rows"
@@ -318,10 +304,10 @@ def join_rotations(pieces: Sequence[FusedPiece]) -> Factors | str:
     first = pieces[0]
     siblings = _find_siblings(first.part.ours, {first.part.theirs})
     joined_paths = {piece.part.theirs for piece in pieces}
+    rotations = [(piece.factors, read_delta(piece.factors).rotation) for piece in pieces]
     if is_cut(first.part) and any(is_cut(part) and part.theirs not in joined_paths for part in siblings):
-        kind = next(filter(None, (rotating_kind(piece.factors) for piece in pieces)))
-        return f"{named(kind)} rotates only some of its parts"
-    rotations = [(piece.factors, rotation_of(piece.factors)) for piece in pieces]
+        title = next(rotation.title for _, rotation in rotations if rotation is not None)
+        return f"{title} rotates only some of its parts"
     values = [factors[rotation.part] for factors, rotation in rotations if rotation is not None]
     if len(values) < len(pieces) or not all(torch.equal(value, values[0]) for value in values):
         return "its parts are rotated differently"
@@ -344,7 +330,7 @@ def _find_fault_of_magnitudes(parts: Sequence[Factors], height: int) -> str:
     """Return the reason why the magnitudes of parts cannot be joined; "" if there is none."""
     if not any(MAGNITUDES in factors for factors in parts):
         return ""
-    if any(MAGNITUDES not in factors or deltas.has_input_magnitudes(factors) for factors in parts):
+    if any(MAGNITUDES not in factors or read_delta(factors).has_input_magnitudes for factors in parts):
         return f"only {OF_MAGNITUDES} magnitudes by output, for all of its rows, can be put together"
     if sum(len(factors[MAGNITUDES]) for factors in parts) != height:
         return f"its parts have {OF_MAGNITUDES} magnitudes for less than its {height} rows"
@@ -411,7 +397,7 @@ def _join_others(pieces: Sequence[FusedPiece], height: int, is_for_model: bool) 
     """Return factors for a weight made of parts that are no plain LoRAs, or the reason why there are none."""
     slices: list[slice] = []
     for piece in pieces:
-        part_height = deltas.height_of(piece.factors)
+        part_height = read_delta(piece.factors).height()
         rows = part_rows(piece.part, part_height, height) if part_height else None
         if isinstance(rows, slice):
             slices.append(rows)
@@ -440,17 +426,17 @@ def _whole_difference(placed: Sequence[PlacedFactors], height: int) -> Factors |
 
     placed: in the order of the rows.
     """
-    parts = [part.factors for part in placed]
-    if any(deltas.SET in factors for factors in parts):
+    parts = [read_delta(part.factors) for part in placed]
+    if any(part.sets_weight for part in parts):
         return f"{deltas.SET} is only for some of its rows"
-    if any(deltas.has_input_magnitudes(factors) for factors in parts):
+    if any(part.has_input_magnitudes for part in parts):
         return f"its {OF_MAGNITUDES} magnitudes are by input, so they belong to the parts"
-    magnitudes = [factors[MAGNITUDES] for factors in parts if MAGNITUDES in factors]
+    magnitudes = [part.magnitudes for part in parts if part.magnitudes is not None]
     if magnitudes:
         covered = sum(part.rows.stop - part.rows.start for part in placed)
         if len(magnitudes) < len(parts) or covered < height:
             return f"its parts have {OF_MAGNITUDES} magnitudes for less than its {height} rows"
-    changes = [deltas.weight_delta(factors, deltas.CPU) for factors in parts]
+    changes = [part.dense(deltas.CPU) for part in parts]
     inputs = {None if change is None else change.shape[1:] for change in changes}
     shape = inputs.pop()
     if inputs or shape is None:
@@ -458,7 +444,7 @@ def _whole_difference(placed: Sequence[PlacedFactors], height: int) -> Factors |
     joined = {"diff": _place_rows(placed, changes, torch.zeros(height, *shape))}
     if magnitudes:
         joined[MAGNITUDES] = torch.cat(magnitudes)
-    biases = [deltas.bias_delta(factors, deltas.CPU) for factors in parts]
+    biases = [part.bias(deltas.CPU) for part in parts]
     if any(bias is not None for bias in biases):
         joined["diff_b"] = _place_rows(placed, biases, torch.zeros(height))
     return joined
@@ -476,16 +462,13 @@ def _one_layer(parts: Sequence[Factors]) -> Factors | None:
     """Return the factors of a layer that was taken apart into these parts, by rows; None if it was not."""
     first = parts[0]
     names = first.keys()
-    by_rows = parts_by_rows(names)
+    delta = read_delta(first)
+    by_rows = delta.row_parts()  # what has the part's rows; everything else is the whole layer's
     if by_rows is None or any(part.keys() != names for part in parts):
         return None
-    # what has the part's rows; everything else is the whole layer's
-    by_rows |= names & {"diff", "diff_b", deltas.SET, MAGNITUDES}
-    if deltas.has_input_magnitudes(first):
-        by_rows -= {MAGNITUDES}
     if ROWS in names:  # only magnitudes and biases have rows of the part
         by_rows &= {MAGNITUDES, *deltas.OF_BIAS}
-        size = deltas.size_of(first)
+        size = delta.size()
         if size is None or not _are_gapless([deltas.rows_in(part) for part in parts], size[0]):
             return None
     shared = names - by_rows - {ROWS}
@@ -516,37 +499,26 @@ def settle_rows(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 def _settle_part(name: str, factors: Factors) -> Factors:
     """Return the factors of a part of a joined layer without `ROWS`."""
-    if deltas.has_input_magnitudes(factors):
+    delta = read_delta(factors)
+    if delta.has_input_magnitudes:
         raise CheckpointError(
             f"{name} is a part of a joined layer whose {OF_MAGNITUDES} magnitudes are by input: they belong "
             "to the whole layer, which this model has in parts.\n"
             "  Convert the file with the program that made it."
         )
-    blocks = _cut_blocks(factors)
+    blocks = delta.blocks(*deltas.rows_in(factors))
     if blocks is not None:
         return blocks
-    change = deltas.weight_delta(factors, deltas.CPU)
+    change = delta.dense(deltas.CPU)
     assert change is not None
     dtype = next(factors[part].dtype for part in factors if part in MARKS)
     settled: dict[str, Tensor] = {"diff": change.to(dtype).clone()}
     if MAGNITUDES in factors:
         settled[MAGNITUDES] = factors[MAGNITUDES]
-    bias = deltas.stored_bias(factors)
+    bias = delta.stored_bias()
     if bias is not None:
         settled["diff_b"] = bias
     return settled
-
-
-def _cut_blocks(factors: Factors) -> Factors | None:
-    """Return factors of the rows in `ROWS`; None if they are not whole blocks of rows of their product."""
-    start, stop = deltas.rows_in(factors)
-    size = deltas.size_of(factors)
-    assert size is not None
-    kind = kind_with(factors, lambda kind: kind.blocks_of)
-    if kind is None or kind.blocks_of is None:
-        return None
-    whole = {part: tensor for part, tensor in factors.items() if part != ROWS}
-    return kind.blocks_of(whole, size[0], start, stop)
 
 
 def stack_rows(
@@ -563,12 +535,13 @@ def stack_rows(
     ending = rule.ending.replace(".", "_")
     modules = deltas.group_by_module(tensors)
     for name, factors in modules.items():
-        height = deltas.height_of(factors) if name.endswith(ending) else None
+        delta = read_delta(factors)
+        height = delta.height() if name.endswith(ending) else None
         if height is None:
             continue
         stacked = None
         if height % (3 * rule.head_width) == 0:
-            stacked = deltas.rows_of(factors, stack_heads(torch.arange(height), rule.head_width))
+            stacked = delta.rows(stack_heads(torch.arange(height), rule.head_width))
         if stacked is None:
             raise CheckpointError(
                 f"{path} cannot be used: {name} has {height} rows, and its program has them by head, "
@@ -576,7 +549,7 @@ def stack_rows(
                 "this model.",
                 path,
             )
-        modules[name] = dict(stacked)
+        modules[name] = dict(stacked.factors)
     return deltas.ungroup(modules)
 
 

@@ -28,7 +28,6 @@ from modules.errors import CheckpointError
 from modules.text_files import parse_json
 from networks.alphas import PEFT_FILE, without_alphas
 from networks.kinds import KINDS
-from networks.kinds.composing import usual_key
 from networks.kinds.contract import named
 from networks.kinds.lora import LORA
 from networks.merging import DTYPES, decompose_product
@@ -36,6 +35,7 @@ from networks.metadata import LAYOUT_KEY, STALE, add_hashes, layout_hash
 from networks.names.layouts import FOLDED
 from networks.rank_masks import rule_of
 from networks.resize_options import RATIO, SHARE_OF_SUM, ResizeOptions
+from networks.tensor_names import in_usual_spelling
 
 logger = getLogger(__name__)
 # `x.lora_down.weight`, `x.lora_A.default.weight`, `x.lora.down.weight`, `x.to_q_lora.down.weight`
@@ -132,7 +132,7 @@ def _refuse_other_kinds(
     source: Path, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]
 ) -> None:
     """Raise CheckpointError if a file has tensors of another kind than LoRA, or its ranks act at times."""
-    names = [usual_key(name) for name in shapes]
+    names = [in_usual_spelling(name) for name in shapes]
     lines = "\n".join(names)  # also of forms that are not read here
     for kind in KINDS:
         if kind is LORA or not kind.parts:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from networks.delta import read_delta
 from networks.deltas import (
     DOWN,
     LORA,
@@ -23,12 +24,9 @@ from networks.deltas import (
     SET,
     UP,
     Factors,
-    has_input_magnitudes,
-    part_of,
-    size_of,
     strength,
 )
-from networks.kinds.composing import MAGNITUDES, parts_by_rows
+from networks.kinds.composing import MAGNITUDES
 from networks.module_names import count_parts
 from networks.tensor_names import FACTORS, split_end
 
@@ -121,8 +119,8 @@ def _take_apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ends = {part: key.removeprefix(prefix) for part, key in keys.items()}
         first = 0
         for part, height in zip(_FUSED_PARTS[layer.name], heights, strict=True):
-            pieces = part_of(factors, first, first + height)
-            for name, tensor in pieces.items():
+            piece = read_delta(factors).part(first, first + height)
+            for name, tensor in piece.factors.items():
                 end = ends.get(name, name)
                 apart[f"{layer.start}{part}.{end}"] = tensor
             first += height
@@ -156,7 +154,7 @@ def _heights_of_parts(layer: str, factors: Factors) -> tuple[int, ...]:
     Queries are as wide as their input, so that the change's size shows the rows of keys and values, which may
     have fewer heads.
     """
-    size = size_of(factors)
+    size = read_delta(factors).size()
     if size is None:
         return ()
     whole_height, width = size
@@ -173,9 +171,7 @@ def _fit_rows(factors: Factors, height: int) -> bool:
     """Return whether the factors that are cut by rows all have the rows of the whole layer."""
     if any(tensor.ndim == 0 for part, tensor in factors.items() if part != "alpha"):
         return False
-    by_rows = (parts_by_rows(factors) or set()) | factors.keys() & {"diff", SET, *OF_BIAS}
-    if MAGNITUDES in factors and not has_input_magnitudes(factors):
-        by_rows.add(MAGNITUDES)
+    by_rows = (read_delta(factors).row_parts() or set()) | factors.keys() & {"diff", SET, *OF_BIAS}
     return all(len(factors[part]) == height for part in by_rows)
 
 

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from networks.deltas import PARTS
 from networks.kinds import KINDS
-from networks.kinds.composing import ENDS, MAGNITUDES, usual_key
+from networks.kinds.composing import ENDS, MAGNITUDES, SPELLINGS
 from networks.module_names import FAMILIES, is_name
 from networks.names.layouts import (
     IN_COMFYUI,
@@ -165,9 +165,16 @@ def split_end(key: str) -> tuple[str, str]:
     if match is not None:
         part = f"{FACTORS[match['factor']]}{match['leaf'] or '.weight'}"
         return (key[: match.start()], part) if part in PARTS else (key, "")
-    key = usual_key(key)
+    key = in_usual_spelling(key)
     ending = next((ending for ending in _BY_LENGTH if key.endswith(ending)), "")
     return key.removesuffix(ending), _ENDINGS.get(ending, "")
+
+
+def in_usual_spelling(key: str) -> str:
+    """Return a tensor's name in a file with our name of its part, if a kind of network has others."""
+    for spelling, replacement in SPELLINGS:
+        key = spelling.sub(replacement, key)
+    return key
 
 
 def without_starts(path: str) -> list[Bare]:

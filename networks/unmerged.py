@@ -27,7 +27,7 @@ def add_unmerged(
     for name, weight_changes in changes.items():
         place = ChangedPlace(name, dit.get_submodule(name.removesuffix(".weight")))
         height = len(place.shaped)
-        parts = [AddedPart(place, change.factors, change.use.multiplier) for change in weight_changes]
+        parts = [AddedPart(place, change.delta, change.use.multiplier) for change in weight_changes]
         for part, change in zip(parts, weight_changes, strict=True):
             part.mask_ranks(dit, change.use.lora.metadata)
             if part.rotation is not None:

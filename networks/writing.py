@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from networks import deltas, module_names
+from networks.delta import read_delta
 from networks.deltas import DOWN, LORA, SET, UP, Factors, add_missing_alphas
 from networks.kinds import KINDS
-from networks.kinds.composing import MAGNITUDES, OF_MAGNITUDES, is_rotating, kind_with, rotation_of
+from networks.kinds.composing import MAGNITUDES, OF_MAGNITUDES, kinds_of_parts
 from networks.kinds.contract import TranslatedModules
 from networks.lora_products import diagonal_blocks, fused_heights
 from networks.module_names import alias, module_path, parts_of, to_alias
@@ -148,7 +149,7 @@ def in_comfyui(factors: Factors) -> dict[str, Tensor]:
         form = _fold(factors) | {part: tensor for part, tensor in form.items() if part not in LORA}
     elif rank is not None:
         form["alpha"] = torch.tensor(deltas.strength(factors) * rank)
-    bias = deltas.stored_bias(factors)
+    bias = read_delta(factors).stored_bias()
     if bias is not None:
         form["diff_b"] = bias
     return form
@@ -156,7 +157,8 @@ def in_comfyui(factors: Factors) -> dict[str, Tensor]:
 
 def _in_diffusers(factors: Factors) -> Form:
     """Return the tensors of a module as diffusers and PEFT read them, or why there are none."""
-    rotation = rotation_of(factors)
+    delta = read_delta(factors)
+    rotation = delta.rotation
     if rotation is not None:
         return {rotation.part: factors[rotation.part]}
     if factors.keys().isdisjoint({DOWN, MAGNITUDES}) and "diff" in factors and factors["diff"].ndim == 2:
@@ -164,10 +166,10 @@ def _in_diffusers(factors: Factors) -> Form:
     if factors.keys() - deltas.OF_LOW_RANK - {MAGNITUDES} or DOWN not in factors:
         parts = sorted(factors.keys() - {"alpha"})
         return f"{', '.join(parts)} has no form in this dialect"
-    if deltas.has_input_magnitudes(factors):
+    if delta.has_input_magnitudes:
         return f"its {OF_MAGNITUDES} magnitudes are by input, diffusers has them by output"
     form = _fold(factors)
-    bias = deltas.stored_bias(factors)
+    bias = delta.stored_bias()
     if bias is not None and MAGNITUDES in factors:
         return f"it has a bias together with {OF_MAGNITUDES} magnitudes, which has no form in that dialect"
     if bias is not None:
@@ -224,19 +226,20 @@ def _pieces(name: str, factors: Factors, family: FamilyNames) -> Pieces | str:
         return {path: factors}  # the same in both layouts
     if len(parts) > 1:
         return _cut(factors, [placed.path for placed in parts])
-    if parts[0].part.index != SWAPPED or is_rotating(factors):  # the same rotation for rows in any order
+    delta = read_delta(factors)
+    if parts[0].part.index != SWAPPED or delta.rotation is not None:  # rows in any order rotate alike
         return {parts[0].path: factors}
     by_rows = [factors[part] for part in (UP, "diff", SET, "diff_b") if part in factors]
     height = len(by_rows[0]) if by_rows else 0
     if not height:
         return "it has no rows to swap"
-    swapped = deltas.rows_of(factors, torch.arange(height).roll(height // 2))
-    return "it has no rows to swap" if swapped is None else {parts[0].path: swapped}
+    swapped = delta.rows(torch.arange(height).roll(height // 2))
+    return "it has no rows to swap" if swapped is None else {parts[0].path: swapped.factors}
 
 
 def _cut(factors: Factors, paths: list[str]) -> Pieces | str:
     """Return the factors of each part of a fused weight, or why there are none. paths: of the parts."""
-    rotation = rotation_of(factors)
+    rotation = read_delta(factors).rotation
     if rotation is not None:
         # copies: files cannot hold tensors that share memory
         return {path: {rotation.part: factors[rotation.part].clone()} for path in paths}
@@ -272,8 +275,9 @@ def _size_to_cut(factors: Factors) -> tuple[int, int] | None:
 def _cut_rows(factors: Factors, heights: Sequence[int]) -> list[Factors | None]:
     """Return the factors of each group of rows; None where rows cannot be cut."""
     starts = itertools.accumulate(heights, initial=0)
-    places = zip(starts, heights, strict=False)
-    return [deltas.rows_of(factors, slice(start, start + height)) for start, height in places]
+    delta = read_delta(factors)
+    cut = [delta.rows(slice(start, start + height)) for start, height in zip(starts, heights, strict=False)]
+    return [None if part is None else part.factors for part in cut]
 
 
 def _cut_blocks(factors: Factors, blocks: Sequence[Tensor]) -> list[Factors]:
@@ -299,9 +303,9 @@ def in_target(
     """
     without_form: dict[str, str] = {}
     for name, factors in deltas.group_by_module(native).items() if target == "other" else ():
-        kind = kind_with(factors, lambda kind: kind.not_in_comfyui)
-        if kind is not None:
-            without_form[name] = kind.not_in_comfyui
+        reasons = [kind.not_in_comfyui for kind in kinds_of_parts(factors) if kind.not_in_comfyui]
+        if reasons:
+            without_form[name] = reasons[0]
     if without_form:
         rest = {name: tensor for name, tensor in native.items() if name.partition(".")[0] not in without_form}
         written = in_target(rest, family, target, start)

@@ -262,8 +262,8 @@ def _attach_loras(target: _Target, uses: Sequence[LoraUse], model: Model) -> lis
     for use in uses:
         fitted = [fitting(part.lora, changeable, OPTION) for part in uses_for([use], target.prefix)]
         parts: dict[str, AddedPart] = {}
-        for name, factors in (fitted[0] if fitted else {}).items():
-            parts[name] = AddedPart(changeable[name], factors, 1.0, use.lora.has_frozen_norms)
+        for name, delta in (fitted[0] if fitted else {}).items():
+            parts[name] = AddedPart(changeable[name], delta, 1.0, use.lora.has_frozen_norms)
         files.append(parts)
     for layer in attach_parts(files, changeable):
         layer.switch_on(model.device, model.dtype)

@@ -4,13 +4,17 @@ On Debian and Ubuntu: apt-get install --no-install-recommends chromium-headless-
 """
 
 import contextlib
+import itertools
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.waiting import MILLISECONDS, PATIENCE
 
 NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "chrome")
 FLAGS = [
@@ -29,7 +33,7 @@ def open_page(place: Path | str, width: int = 1280, height: int = 900, **look: s
     """
     page = _start().new_page(viewport={"width": width, "height": height}, **look)
     url = place if isinstance(place, str) else place.resolve().as_uri()
-    _note_problems(page, url)
+    _prepare(page, url)
     page.on("dialog", lambda dialog: (page.problems.append("dialog"), dialog.dismiss()))
     try:
         page.goto(url)
@@ -55,14 +59,16 @@ def open_tabs(url: str, count: int, script: Path) -> Iterator[list[Any]]:
                 tabs[0].evaluate("void open('about:blank', '', 'popup,noopener,width=1280,height=900')")
             tabs.append(popup.value)
         for page in tabs:
-            _note_problems(page, url)
+            _prepare(page, url)
             page.goto(url)
         yield tabs
     finally:
         context.close()
 
 
-def _note_problems(page: Any, url: str) -> None:
+def _prepare(page: Any, url: str) -> None:
+    """Let the page wait as long as tests do, for all that it is asked, and note its problems."""
+    page.set_default_timeout(PATIENCE * MILLISECONDS)
     page.problems = []
     page.on("pageerror", lambda error: page.problems.append(f"error: {error}"))
     page.on("console", lambda message: page.problems.append(f"console: {message.text}"))
@@ -115,8 +121,9 @@ def read_page(page: Any, read: Callable[..., Any], *arguments: Any) -> Any:
 
 def wait_until(page: Any, expression: str) -> None:
     """Wait until an expression is true; Playwright's own waiting needs pages that may evaluate texts."""
-    for looked in range(300):
+    end = time.monotonic() + PATIENCE
+    for looked in itertools.count():
         if read_page(page, page.evaluate, expression):
             return
+        assert time.monotonic() < end, f"never true: {expression}"
         page.wait_for_timeout(50 if looked < 40 else 150)  # milliseconds; each look costs several of work
-    raise AssertionError(f"never true: {expression}")

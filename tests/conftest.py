@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests import chromium, long_tests, marks, their_frequencies
+from tests import account, chromium, long_tests, marks, their_frequencies
 from tests.commands import ROOT
 
 their_frequencies.make_exact()
@@ -24,7 +24,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Measure if that is asked for."""
+    """Measure if that is asked for; enter an account that is new."""
+    home = account.enter_new_account()
+    config.add_cleanup(lambda: account.leave_account(home))
     if config.getoption("measure_long_tests"):
         config.pluginmanager.register(long_tests.Measuring())
 
@@ -98,13 +100,6 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
         if "pack_vnni2" in str(error):
             pytest.skip(f"torch: {error}")
         raise
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _user_files(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What commands remember for the user goes elsewhere."""
-    for name in ("XDG_STATE_HOME", "LOCALAPPDATA"):
-        os.environ[name] = str(tmp_path_factory.mktemp("user"))
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "qwen_image": GROUND | {"networks.names", "encoders", "hunyuan_model", "wan"},
     "krea2": GROUND | {"networks.names", "encoders", "lumina", "qwen_image"},
     "qwen_image_21": GROUND | {"networks.names", "encoders", "qwen_image", "wan"},
+    "moss_image": GROUND | {"networks.names", "encoders", "lumina", "krea2", "flux_2"},
     "z_image": GROUND | {"networks.names", "encoders", "lumina"},
     "anima": GROUND | {"networks.names", "encoders", "qwen_image", "wan"},
     "generation": GROUND | {"networks", "blissful_tuner", "post"},
@@ -47,6 +48,7 @@ MAY_IMPORT = {
     | {"training.reports", "training.config_options", "training.features.composing"}
     | {"downloads.catalogue", "downloads.listing"}
     | {
+        "dataset.subset_options",
         "data_tools.masks.options",
         "data_tools.masks.places",
         "data_tools.tags.options",
@@ -131,7 +133,7 @@ FLOORS = {
         {"targets"},
         {"features"},
         {"options", "samples", "scoring"},
-        {"caching_inside", "edited_prompts", "experts", "image_options"},
+        {"caching_inside", "unused_options", "edited_prompts", "experts", "image_options"},
         {"checks", "resuming"},
         {"plan", "whole_checkpoint"},
         {"planning", "validation"},

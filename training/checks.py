@@ -2,8 +2,7 @@
 
 import logging
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +19,6 @@ from modules.atomic_write import check_space
 from modules.console import quiet
 from modules.devices import DTYPES, dtype_name
 from modules.errors import CheckpointError, OptionError
-from modules.options import argument_of, is_given, option_name, option_values, options_with
-from modules.speed_options import TRAINING_FLAGS
 from networks.adapter import check_network
 from networks.formats import LoraFormat, choose_format
 from networks.kinds.composing import RANKED_NETWORKS, ROTATING, kind_of_files
@@ -36,14 +33,14 @@ from running.ways.contract import RunUses
 from training.data.table_times import list_replaced
 from training.experts import TRAINING_ADAPTER, check_experts, network_for, read_adapter
 from training.features.composing import check_files, check_model, further_models, merged_loras
-from training.learning_options import FIND_RATE, PartsOptions
+from training.learning_options import FIND_RATE
 from training.made_networks import check_made_networks
-from training.noise_options import NOTHING, WEIGHTS_OF_LOSS
 from training.optimizers.lr_schedule import make_lr_schedule
 from training.optimizers.optimizer import check_rates, make_optimizer
 from training.options import TrainingOptions
 from training.other_families import NO_OTHERS, OtherFamilies, require_equal_shapes
 from training.run_options import MOST_STEPS
+from training.unused_options import list_without_effect
 
 if TYPE_CHECKING:  # only with LoRA files
     from networks.loading import LoraFile
@@ -312,7 +309,7 @@ def list_unused_options(
 ) -> list[str]:
     """Return one line for each given option that has no effect together with the others.
 
-    Most options declare this with `acts_if`; this adds those that depend on the model or on several records.
+    Most are found without the model (`list_without_effect`); this adds those that depend on it.
     takes_guidance: the model has an input for embedded guidance. shifts_table: see
     `NoiseSpec.table_is_shifted`. tables: of the dataset, whose keys may replace options. family_options: the
     record of the model's own options. parts: of a whole checkpoint that learn.
@@ -324,66 +321,9 @@ def list_unused_options(
             reasons["discrete_flow_shift"] = "only --timestep_sampling shift uses it"
         if not takes_guidance:
             reasons["guidance_scale"] = "this model has no input for embedded guidance"
-    if _replaces_rate(options.parts):
-        reasons["learning_rate"] = "--unet_lr and --text_encoder_lr replace it"
     if parts is not None and parts.have_own_rates:
         reasons["learning_rate"] = "all parts that learn have rates of their own"
-    reasons |= _without_samples(options, options)
-    lines = [*_list_idle_weighting(options), *_list_idle(options, reasons, options.typed_options)]
-    if is_dataclass(family_options):
-        lines += _list_idle(family_options, _without_samples(options, family_options), options.typed_options)
-    values = option_values(options.speed.attention)
-    flags = [flag for flag in TRAINING_FLAGS.values() if values[flag.removeprefix("--")]]
-    return [*lines, *(f"{flag} has no effect: {flags[0]} comes first." for flag in flags[1:])]
-
-
-def _without_samples(options: TrainingOptions, record: Any) -> dict[str, str]:
-    """Return the options of a record that act on samples alone, with the reason, in a run that makes none."""
-    if options.samples.are_made:
-        return {}
-    reason = "no samples are made, as --sample_prompts is not given"
-    return dict.fromkeys(options_with(type(record), "acts_on", "samples"), reason)
-
-
-def _replaces_rate(parts: PartsOptions | None) -> bool:
-    """Return whether every part that learns has a learning rate of its own."""
-    if parts is None:
-        return False
-    dit_is_replaced = parts.unet_lr is not None or not parts.trains_dit
-    texts_are_replaced = parts.text_encoder_lr is not None or not parts.trains_texts
-    return dit_is_replaced and texts_are_replaced
-
-
-def _list_idle_weighting(options: TrainingOptions) -> Iterator[str]:
-    """Yield a line if --weighting_scheme has no effect."""
-    sampler, weighting = options.timesteps.drawn_by
-    beginning = f"--weighting_scheme {weighting} has no effect: it"
-    if weighting in WEIGHTS_OF_LOSS and options.weighted_by == NOTHING:
-        yield f"{beginning} weights the loss only with --model_prediction_type sigma_scaled."
-    elif weighting in {"logit_normal", "mode"} and sampler != "sigma":
-        yield f"{beginning} shapes the draws of --timestep_sampling sigma only."
-
-
-def _list_idle(record: Any, reasons: Mapping[str, str], typed: Collection[str]) -> Iterator[str]:
-    """Yield a line for each given option of a record, and of the records in it, that has no effect.
-
-    reasons: option name -> reason, for options without effect because of facts outside their record. typed:
-    arguments that are given even if they have their usual values.
-    """
-    for field in fields(record):
-        name = option_name(field)
-        value = getattr(record, field.name)
-        facts = field.metadata
-        if is_dataclass(value):
-            yield from _list_idle(value, reasons, typed)
-            continue
-        is_written = is_given(record, field) or argument_of(field) in typed
-        if is_written and (name in reasons or "acts_if" in facts):
-            idle_because = [why for why, acts in facts.get("acts_if", {}).items() if not acts(record)]
-            if name in reasons:
-                idle_because = [reasons[name]]
-            if idle_because:
-                yield f"--{name} has no effect: {idle_because[0]}."
+    return list_without_effect(options, family_options, reasons)
 
 
 def judge_rate(options: TrainingOptions, made: MadeNetwork | None = None) -> str:

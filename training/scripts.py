@@ -1,5 +1,8 @@
 """Make the training scripts of a family: read its options, then hand it to the training loop."""
 
+import contextlib
+import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
@@ -8,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from contract.families import FAMILIES, Script
 from modules.command import name_as_typed, print_loading
 from modules.errors import UserError
-from modules.installation import import_own
+from modules.installation import TELLS_UNUSED, import_own
 from modules.options import Options, option_values
 from modules.speed_options import refuse_for_whole
 from training.features.composing import options_by_expert
@@ -25,6 +28,8 @@ from training.options import (
 if TYPE_CHECKING:
     from modules.repeated_options import RepeatedOption
     from training.image_options import ImageTrainerDefaults
+
+logger = logging.getLogger(__name__)
 
 
 def training_script(
@@ -71,6 +76,8 @@ def training_script(
             if whole_dit:
                 refuse_for_whole(option_values(family_options).get("dit_dtype"))
             check(family_options)
+            if os.environ.get(TELLS_UNUSED):
+                _warn_of_unused(options, family_options)
 
             entry.say_notice()
             print_loading()
@@ -101,6 +108,18 @@ def training_script(
             raise SystemExit(code)
 
     return Script.of_family(family, train)
+
+
+def _warn_of_unused(options: TrainingOptions, family_options: Any) -> None:
+    """Warn of options that will have no effect in this run, and of keys that its dataset does not read."""
+    from dataset.config import load_dataset_config
+    from training.unused_options import list_without_effect
+
+    if options.loop.dataset_config is not None:
+        with contextlib.suppress(UserError):  # what is wrong with the dataset is found by its own check
+            load_dataset_config(options.loop.dataset_config, options.subset)
+    for line in list_without_effect(options, family_options):
+        logger.warning(line)
 
 
 def _recall(options: TrainingOptions, family: str) -> "list[RepeatedOption]":

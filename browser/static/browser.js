@@ -162,12 +162,12 @@ async function samplesOf(row, prompt) {
   const ours = [...row.cells].map((cell, at) => [titles[at], cell.querySelector("a")?.getAttribute("href")]);
   const theirs = [];
   for (const [other, name] of others) {
-    const page = new DOMParser().parseFromString(await (await fetch(`/run/${other}/`)).text(), "text/html");
+    const page = new DOMParser().parseFromString(await (await fetch(`${ROOT}/run/${other}/`)).text(), "text/html");
     const heads = all(".grid thead th", page).map((title) => title.firstChild.data.trim());
     all(".grid tbody", page).filter((body) => body.querySelector(".prompt").textContent.trim() === prompt).forEach((body) => {
       [...body.rows[1].cells].forEach((cell, at) => {
         const link = cell.querySelector("a");
-        if (link) theirs.push([`${name}, ${heads[at]}`, `/run/${other}/${link.getAttribute("href").slice(2)}`]);
+        if (link) theirs.push([`${name}, ${heads[at]}`, `${ROOT}/run/${other}/${link.getAttribute("href").slice(2)}`]);
       });
     });
   }
@@ -326,7 +326,7 @@ async function ask() {
     const ids = [place.dataset.run, ...others.keys()];
     const answers = await Promise.all(ids.map(async (id) => {
       const query = new URLSearchParams({ have: told.get(id)?.key ?? "", ...(zoom ? { from: zoom[0], to: zoom[1] } : {}) });
-      const answer = await fetch(`/run/${id}/news?${query}`);
+      const answer = await fetch(`${ROOT}/run/${id}/news?${query}`);
       return answer.ok ? [id, await answer.json()] : null;
     }));
     const isNew = answers.filter((one) => one?.[1].charts);
@@ -396,7 +396,7 @@ document.addEventListener("htmx:after:request", ({ target, detail }) => {
     wasAdded = true;
   }
   if (target.matches(".enqueue")) {
-    const link = Object.assign(document.createElement("a"), { href: "/queue", textContent: translate("It is in the queue") });
+    const link = Object.assign(document.createElement("a"), { href: `${ROOT}/queue`, textContent: translate("It is in the queue") });
     target.querySelector("button:not(.copy):not(.begin)").replaceWith(link);
     link.focus({ preventScroll: true }); // it stands where the button was
     for (const one of target.querySelectorAll(".paused")) one.hidden = false;

@@ -197,7 +197,7 @@ async function write(card, what, have) {
 
 document.addEventListener("htmx:after:request", ({ target, detail }) => {
   if (target === document || !target.matches(".enqueue") || !detail.ctx.response?.raw.ok) return;
-  const link = Object.assign(document.createElement("a"), { href: "/queue", textContent: translate("It is in the queue") });
+  const link = Object.assign(document.createElement("a"), { href: `${ROOT}/queue`, textContent: translate("It is in the queue") });
   target.querySelector("button").replaceWith(link);
   link.focus({ preventScroll: true }); // it stands where the button was
 });

@@ -22,8 +22,8 @@ fitForm();
 document.addEventListener("htmx:after:request", ({ detail }) => {
   const address = detail.ctx?.request?.action ?? "";
   const draft = document.querySelector("#make [name=draft]");
-  if (draft && address.startsWith("/generate/") && detail.ctx.response?.raw.ok && /(form|make|four)$/.test(address)) {
-    history.replaceState(null, "", `/generate?draft=${draft.value}`);
+  if (draft && address.startsWith(`${ROOT}/generate/`) && detail.ctx.response?.raw.ok && /(form|make|four)$/.test(address)) {
+    history.replaceState(null, "", `${ROOT}/generate?draft=${draft.value}`);
   }
 });
 
@@ -129,7 +129,7 @@ async function send(address, file) {
 async function takeFiles(name, files) {
   const input = field(name);
   for (const file of files) {
-    const row = await send("/generate/file", file);
+    const row = await send(`${ROOT}/generate/file`, file);
     if (!row) return;
     input.value = input.matches("textarea") ? `${input.value.trim()}\n${row.path}`.trim() : row.path;
     changed(input);
@@ -147,7 +147,7 @@ document.addEventListener("dragleave", ({ target }) => target.closest?.(".drop")
 // A result of this page is dragged by its address.
 async function resultOf(address) {
   const url = new URL(address, location.href);
-  if (url.origin !== location.origin || !url.pathname.startsWith("/result/")) return [];
+  if (url.origin !== location.origin || !url.pathname.startsWith(`${ROOT}/result/`)) return [];
   const answer = await fetch(url);
   return answer.ok ? [new File([await answer.blob()], url.pathname.split("/").pop())] : [];
 }
@@ -165,6 +165,6 @@ document.addEventListener("drop", async (event) => {
     await takeFiles(place.dataset.drop, files);
     return;
   }
-  const row = await send("/generate/settings", files[0]);
+  const row = await send(`${ROOT}/generate/settings`, files[0]);
   if (row) location.assign(row.address);
 });

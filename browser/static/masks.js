@@ -4,7 +4,7 @@
   const find = (id) => document.getElementById(id);
   const review = find("review"), view = find("mask-view"), said = find("mask-said");
   const { folder, writes } = review.dataset;
-  const ADDRESSES = { a: "/masks/accept", i: "/masks/invert", x: "/masks/remove", u: "/masks/undo" };
+  const ADDRESSES = { a: `${ROOT}/masks/accept`, i: `${ROOT}/masks/invert`, x: `${ROOT}/masks/remove`, u: `${ROOT}/masks/undo` };
   const DONE = { a: translate("accepted"), i: translate("inverted"), x: translate("thrown away"), u: translate("undone"), s: translate("saved") };
   const counts = {}; // by key, since the page was opened
   let item = null, drawing = null, isBusy = false;
@@ -50,7 +50,7 @@
   async function show(news) {
     item = news;
     endDrawing();
-    history.replaceState(null, "", `/masks?${new URLSearchParams({ folder, at: item.at })}`);
+    history.replaceState(null, "", `${ROOT}/masks?${new URLSearchParams({ folder, at: item.at })}`);
     said.textContent = item.error || item.fault;
     const figures = await Promise.all(item.shots.map(makeFigure)).catch((error) => { said.textContent = error.message; return []; });
     view.replaceChildren(...figures);
@@ -89,7 +89,7 @@
     try { await act(); } catch (error) { said.textContent = error.message; } finally { isBusy = false; }
   }
 
-  const addressOf = (at) => `/masks/item?${new URLSearchParams({ folder, at })}`;
+  const addressOf = (at) => `${ROOT}/masks/item?${new URLSearchParams({ folder, at })}`;
   const go = (at) => once(async () => show((await ask(addressOf(at))).news));
   const step = (way) => {
     if (drawing?.strokes.length && !confirm(translate("The strokes are not saved. Leave this picture?"))) return;
@@ -209,7 +209,7 @@
     context.drawImage(shown.layer, 0, 0);
     const body = await new Promise((done) => sent.toBlob(done, "image/png"));
     const query = new URLSearchParams({ folder, id: item.id, have: item.mark });
-    const { news, isDone } = await ask(`/masks/drawn?${query}`, { method: "POST", body });
+    const { news, isDone } = await ask(`${ROOT}/masks/drawn?${query}`, { method: "POST", body });
     if (!isDone) { said.textContent = news.error; return; } // the strokes stay
     counts.s = (counts.s ?? 0) + 1;
     await show(news);

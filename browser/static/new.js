@@ -9,7 +9,7 @@
   const remember = () => {
     const fields = new URLSearchParams();
     for (const [name, value] of new FormData(form)) if (value && (MARKED.includes(name) || name.startsWith("file_"))) fields.set(name, value);
-    history.replaceState(null, "", `/new?${fields}`);
+    history.replaceState(null, "", `${ROOT}/new?${fields}`);
   };
   form.addEventListener("input", ({ target }) => { if (target.name) remember(); });
   form.addEventListener("change", ({ target }) => { if (target.name) remember(); });
@@ -51,10 +51,11 @@
     if (!link || link.dataset.described || event.ctrlKey || event.metaKey || event.shiftKey) return;
     const fields = new URLSearchParams(link.search);
     for (const [name, value] of new FormData(form)) if (value && (["family", "task", "trigger", "steps"].includes(name) || name.startsWith("file_"))) fields.set(name, value);
-    if (fields.has("family")) { event.preventDefault(); location.assign(`/new?${fields}`); }
+    if (fields.has("family")) { event.preventDefault(); location.assign(`${ROOT}/new?${fields}`); }
   });
 
-  document.addEventListener("click", ({ target }) => {
+  document.addEventListener("click", (event) => {
+    const { target } = event;
     if (target.matches(".take")) {
       take(target.dataset.family, target.dataset.task).then(() => {
         find("task").focus({ preventScroll: true }); // the table leads to the fields
@@ -69,10 +70,19 @@
       find("captions").open = true;
       change(find("text"), target.dataset.text);
     }
+    if (target.matches("#leads a.button[href^='#']")) lead(event, document.querySelector(target.hash));
     if (target.matches(".leave")) move(JSON.parse(target.dataset.names), "out");
     if (target.matches(".return")) move([target.dataset.name], "back");
     if (target.matches("button.out")) move([target.closest(".file").file.pictures[0].name], "out");
   });
+  // The button leads to a place of this page: a part that is folded opens, and a field is ready to be typed into.
+  function lead(event, place) {
+    if (!place) return;
+    event.preventDefault();
+    if (place.tagName === "DETAILS") place.open = true;
+    (place.querySelector("input:not([type=hidden]), button") ?? place).focus({ preventScroll: true });
+    place.scrollIntoView({ block: "center" });
+  }
   const showCaptions = () => {
     if (location.hash !== "#captions" || !find("captions")) return;
     find("captions").open = true;
@@ -219,7 +229,7 @@
     const fields = new URLSearchParams(location.search);
     fields.delete("mark");
     fields.set("folder", folder);
-    const address = `/new?${fields}`;
+    const address = `${ROOT}/new?${fields}`;
     if (taken === files.length && !hasDrafts()) { location.assign(address); return; }
     status.append(" · ", Object.assign(document.createElement("a"), { href: address, textContent: translate("show them") }));
   }

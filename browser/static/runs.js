@@ -11,7 +11,7 @@
   async function look() {
     const now = box();
     if (!now) return;
-    const answer = await fetch(`/run/${now.dataset.id}/standing`);
+    const answer = await fetch(`${ROOT}/run/${now.dataset.id}/standing`);
     if (answer.status === 404) {
       done().textContent = translate("It is not there any more: its folder was renamed, moved or removed.");
       return;

@@ -1,5 +1,6 @@
 """Kinds of networks, each in one file that can be deleted together with its lines below; but LoRA.
 
+algebra: how a kind computes with factors
 composing: what tools and phases ask all kinds for
 contract: what a kind of network is
 dora: magnitudes of rows or columns
@@ -11,6 +12,7 @@ loha_layer: the products of a LoHa, and its layer
 lokr: Kronecker products of two matrices
 lokr_layer: the products of a LoKr, and its layer
 lora: the product of two low-rank matrices
+lora_algebra: the product of a LoRA's factors
 oft: inputs that are rotated block by block
 oft_layer: the layer of an OFT
 oft_rotation: the rotations of an OFT

@@ -1,25 +1,29 @@
 """What the tools for networks and the phases of a training ask all kinds for. Standard library only."""
 
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any
 
 from networks.kinds import KINDS, LORA
-from networks.kinds.contract import Factors, InputRotation, NetworkKind
+from networks.kinds.contract import Factors, NetworkKind
 
 PARTS = tuple(part for kind in KINDS for part in kind.parts)
 MARKS = {mark: kind for kind in KINDS for mark in kind.marks}  # -> its kind
 CORES = frozenset(core for kind in KINDS for core in kind.cores)
 RANK_PARTS = tuple(part for kind in KINDS for part in kind.rank_parts)
+# kinds that rotate inputs: their own parts do nothing without the weight, unlike magnitudes
+ROTATING = tuple(kind for kind in KINDS if kind.marks and kind.needs_weight)
 PAIRS = tuple(pair for kind in KINDS for pair in kind.pairs)
-ROTATING = tuple(kind for kind in KINDS if kind.load_rotation is not None)
 # the kind with magnitudes, its part ("": there is none) and its name
 MAGNITUDE_KIND = next((kind for kind in KINDS if kind.magnitudes), None)
 MAGNITUDES = "" if MAGNITUDE_KIND is None else MAGNITUDE_KIND.magnitudes
 OF_MAGNITUDES = "" if MAGNITUDE_KIND is None else MAGNITUDE_KIND.name
 # kinds whose change of a weight is a product of other factors than a LoRA's
-PRODUCTS = tuple(kind.name for kind in KINDS if kind.load_change is not None)
+PRODUCTS = tuple(kind.name for kind in KINDS if kind.marks and kind is not LORA and not kind.needs_weight)
 NEEDING_WEIGHT = tuple(part for kind in KINDS if kind.needs_weight for part in kind.parts)
 ENDS = {end: part for kind in KINDS for end, part in kind.ends.items()}  # other programs' -> our parts
+# of names in files: those of tensors that become columns, and spellings with what takes their place
+FLAT = re.compile("|".join(kind.flat for kind in KINDS if kind.flat) or r"(?!)")
+SPELLINGS = tuple((re.compile(old), new) for kind in KINDS for old, new in kind.spellings.items())
 # beginnings of the names of modules whose files grow with --network_dim
 RANKED_NETWORKS = tuple(kind.network_module for kind in KINDS if kind.is_sized_by_rank)
 BY_MODULE = {kind.network_module: kind for kind in KINDS if kind.network_module}
@@ -29,71 +33,15 @@ WITH_FILE = {name for kind in KINDS if kind.is_with_file for name in (kind.switc
 OTHER_MODULES = {name: advice for kind in KINDS for name, advice in kind.other_modules.items()}
 
 
-def kinds_in(parts: Collection[str]) -> list[NetworkKind]:
-    """Return the kinds of which a module has parts, given the names of all of its parts."""
-    return [kind for kind in KINDS if any(mark in parts for mark in kind.marks)]
-
-
 def kinds_of_parts(parts: Collection[str]) -> list[NetworkKind]:
     """Return the kinds of which a module has any part, even if others are missing, as in damaged files."""
     return [kind for kind in KINDS if any(part in parts for part in kind.parts)]
-
-
-def kind_with(parts: Collection[str], has: Callable[[NetworkKind], object]) -> NetworkKind | None:
-    """Return the first kind of a module's parts that has a property; None if there is none."""
-    return next((kind for kind in kinds_in(parts) if has(kind)), None)
-
-
-def rotating_kind(parts: Collection[str]) -> NetworkKind | None:
-    """Return the kind that rotates the inputs of a module; None for others."""
-    return kind_with(parts, lambda kind: kind.load_rotation)
-
-
-def is_rotating(parts: Collection[str]) -> bool:
-    return rotating_kind(parts) is not None
-
-
-def rotation_of(parts: Collection[str]) -> InputRotation | None:
-    """Return how the inputs of a module are rotated; None for kinds that do not rotate."""
-    kind = rotating_kind(parts)
-    return None if kind is None or kind.load_rotation is None else kind.load_rotation()
 
 
 def kind_of_files(names: Iterable[str], kinds: Iterable[NetworkKind]) -> NetworkKind | None:
     """Return the first of some kinds of which a file has tensors, given their names."""
     names = tuple(names)
     return next((kind for kind in kinds if any(name.endswith(kind.marks) for name in names)), None)
-
-
-def parts_by_rows(parts: Collection[str]) -> set[str] | None:
-    """Return the parts of kinds whose first axis are the rows of the weight; None if one has another axis."""
-    by_rows: set[str] = set()
-    for kind in kinds_of_parts(parts):
-        of_kind = set() if kind.parts_by_rows is None else kind.parts_by_rows(parts)
-        if of_kind is None:
-            return None
-        by_rows |= of_kind
-    return by_rows
-
-
-def load_decompose() -> Callable[..., Any]:
-    """Return the function for the addition of a module with magnitudes to its weight."""
-    assert MAGNITUDE_KIND is not None
-    assert MAGNITUDE_KIND.load_decompose is not None
-    return MAGNITUDE_KIND.load_decompose()
-
-
-def is_flat(key: str) -> bool:
-    """Return whether the tensor of this name in a file is to become a column."""
-    return any(kind.is_flat is not None and kind.is_flat(key) for kind in KINDS)
-
-
-def usual_key(key: str) -> str:
-    """Return the name of a tensor in a file with our name of its part, if a kind knows another one."""
-    for kind in KINDS:
-        if kind.usual_key is not None:
-            key = kind.usual_key(key)
-    return key
 
 
 def list_kinds(is_listed: Callable[[NetworkKind], object], last: str = "or") -> str:

@@ -6,7 +6,7 @@ Without these every script does all the rest as before. No tool names a kind but
 kinds is in `composing.py`.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:  # --help does without torch
 
     from torch import Tensor, nn
 
+    from networks.kinds.algebra import Algebra
     from networks.names.layouts import FamilyNames
 
 LoraModule: TypeAlias = "nn.Linear | nn.Conv2d"
 Factors = Mapping[str, "Tensor"]  # "lora_down.weight" -> tensor: the factors of one module
 Shapes = Mapping[str, tuple[int, ...]]  # of factors, by part
-Extent = tuple[int, Sequence[int]]  # rows of a weight, sizes along all further axes
 # parts of a plain LoRA, which all tools know
 DOWN, UP = "lora_down.weight", "lora_up.weight"
 MID, BIAS = "lora_mid.weight", "lora_up.bias"
@@ -82,23 +82,6 @@ class RankRule(Protocol):
 
 
 @dataclass(frozen=True, eq=False, repr=False)  # compared as objects, never printed
-class InputRotation:
-    """What a kind does that rotates the input of layers, y = W (x R), in place of adding to their weights.
-
-    Its tensors do not show how many outputs a layer has, and all parts of a fused layer can share it.
-    """
-
-    part: str  # its only part: values of the rotation
-    make: (
-        "Callable[[Tensor, float], Tensor]"  # given the values and a strength: R - I, as the next two take it
-    )
-    of_input: "Callable[[Tensor, Tensor], Tensor]"  # x (R - I). x: ... in
-    of_weight: "Callable[[Tensor, Tensor], Tensor]"  # W (R^T - I), float32
-    # given the values, a weight and its name: why they do not fit, as the end of a sentence; "": they do
-    find_misfit: "Callable[[Tensor, Tensor, str], str]"
-
-
-@dataclass(frozen=True, eq=False, repr=False)  # compared as objects, never printed
 class NetworkKind:
     """A kind of network. All but the name may be left out."""
 
@@ -110,42 +93,23 @@ class NetworkKind:
     marks: tuple[str, ...] = ()  # each of its modules has one of these parts
     pairs: tuple[tuple[str, str], ...] = ()  # parts that need each other
     rank_parts: tuple[str, ...] = ()  # parts with the rank as first axis; the first that there is counts
-    # its part with a number for each output (out x 1 ...) or each input (1 x in ...) of the whole weight,
-    # which the sum of weight and change is normalised to. One kind has such a part
-    magnitudes: str = ""
+    magnitudes: str = ""  # its part that `Algebra.magnitudes` is about. One kind has such a part
     cores: tuple[str, ...] = ()  # parts of its tensor form, which no training here has
-    # given the factors of a module: why they define no change, by what is missing, and by their shapes
-    find_absent: "Callable[[Factors], str | None] | None" = None
-    find_wrong_shape: "Callable[[Factors], str | None] | None" = None
-
-    # --- the change of a weight
-    # given the shapes of factors: those of the weight. Raises KeyError, ValueError or IndexError
-    extent: Callable[[Shapes], Extent] | None = None
-    # returns a function: given factors in float32 and alpha / rank, the change, a new tensor
-    load_change: "Callable[[], Callable[[Factors, float], Tensor]] | None" = None
-    load_rotation: Callable[[], InputRotation] | None = None  # of a kind that rotates inputs
-    # returns a function: given weight, change and magnitudes, and whether these refer to the norms of the
-    # weight alone: the addition to the weight, float32
-    load_decompose: "Callable[[], Callable[..., Tensor]] | None" = None
+    # returns how it computes with the factors of a module
+    load_algebra: "Callable[[], Algebra] | None" = None
     needs_weight: bool = False  # its change depends on the weight
-    # given the names of parts: those whose first axis are the rows of the weight; None: it is another axis
-    parts_by_rows: Callable[[Collection[str]], set[str] | None] | None = None
-    # given factors and rows (a slice, or numbers in any order): the parts to replace; None: no form
-    rows_of: "Callable[[Factors, slice | Tensor], Factors | None] | None" = None
-    # given factors, the rows of their change and first and last row + 1: factors of whole blocks of rows
-    blocks_of: "Callable[[Factors, int, int, int], Factors | None] | None" = None
 
     # --- files: recognise and read
     starts: Mapping[str, str] = field(default_factory=dict)  # of names in files -> dialect
     word: str = ""  # in names of its tensors in any program's files: a regular expression
     ends: Mapping[str, str] = field(default_factory=dict)  # ends of other programs' names -> our parts
-    # given a name in a file: whether its tensor is to become a column
-    is_flat: Callable[[str], bool] | None = None
+    flat: str = ""  # in names in files whose tensor is to become a column: a regular expression
     # given tensors and metadata of a file of ComfyUI: whether it is of the form `FROZEN_NORMS`, unmarked
     is_of_frozen_norms: Callable[[Mapping[str, Any], Mapping[str, str]], bool] | None = None
     # brings magnitudes into the form of a target: see `dora_files.with_norms`
     bring_norms: Callable[[Any, Any, Any, bool, str], Any] | None = None
-    usual_key: Callable[[str], str] | None = None  # a name in a file -> with our name of the part
+    # further spellings in names in files: a regular expression -> what takes its place
+    spellings: Mapping[str, str] = field(default_factory=dict)
     unread: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # other forms, by ends of names
     read_form: str = ""  # the form that is read, if there are others
     check_file: "Callable[[Path], None] | None" = (

@@ -6,16 +6,15 @@ Source: Liu et al. 2024, arXiv 2402.09353.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from networks.kinds.contract import Factors, NetworkKind
+from networks.kinds.contract import NetworkKind
 from networks.names.layouts import COMFYUI
 
 if TYPE_CHECKING:  # --help does without torch
-    from torch import Tensor
-
     from networks.baking import Baking
+    from networks.kinds.dora_change import DoraAlgebra
     from networks.loading import LoraFile
     from networks.lora_layer import LoraLayer
     from networks.names.layouts import FamilyNames
@@ -23,23 +22,13 @@ if TYPE_CHECKING:  # --help does without torch
 NAME = "DoRA"
 PART = "dora_scale"
 IN_PEFT, IN_TOOLKIT = ".lora_magnitude_vector", ".magnitude"
-_OF_ADAPTER = re.compile(r"(?<=\.lora_magnitude_vector)(\.[^.]+){1,2}$")
 _MUSUBI_MODULE = re.compile(r"(musubi_tuner\.)?networks\.lo(ra|kr)")
 
 
-def _find_wrong_shape(factors: Factors) -> str | None:
-    if PART not in factors:
-        return None
-    shape = factors[PART].shape
-    if len(shape) < 2 or shape.numel() not in shape[:2]:
-        return f"its {PART} has the shape {list(shape)}"
-    return None
+def _load_algebra() -> "DoraAlgebra":
+    from networks.kinds.dora_change import DoraAlgebra  # torch
 
-
-def _load_decompose() -> "Callable[..., Tensor]":
-    from networks.kinds.dora_change import decompose  # torch
-
-    return decompose
+    return DoraAlgebra(PART)
 
 
 def _extend_layer(layer: "LoraLayer") -> None:
@@ -101,14 +90,13 @@ DORA = NetworkKind(
     name=NAME,
     parts=(PART,),
     magnitudes=PART,
-    find_wrong_shape=_find_wrong_shape,
-    load_decompose=_load_decompose,
+    load_algebra=_load_algebra,
     needs_weight=True,
     word="dora",
     ends={IN_PEFT: PART, IN_TOOLKIT: PART},
-    usual_key=lambda key: _OF_ADAPTER.sub("", key),
+    spellings={r"(?<=\.lora_magnitude_vector)(\.[^.]+){1,2}$": ""},  # with the name of an adapter
     # PEFT's: out, of convolutions 1 x out x 1 x 1; LyCORIS' and ours: out x 1 (x 1 ...)
-    is_flat=lambda key: IN_PEFT in key or key.endswith(IN_TOOLKIT),
+    flat=r"\.lora_magnitude_vector|\.magnitude$",
     is_of_frozen_norms=_is_of_frozen_norms,
     bring_norms=_bring_norms,
     switch="dora_wd",

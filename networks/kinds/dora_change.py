@@ -3,6 +3,39 @@
 import torch
 from torch import Tensor
 
+from networks.kinds.algebra import Algebra
+from networks.kinds.contract import Factors
+
+
+def is_by_input(magnitudes: Tensor) -> bool:
+    """Return whether magnitudes are 1 x in (x 1 ...), not out x 1 (x 1 ...)."""
+    return len(magnitudes) < magnitudes.numel()
+
+
+class DoraAlgebra(Algebra):
+    """Norms of the sum of weight and change, by output or by input."""
+
+    def __init__(self, part: str) -> None:
+        """part: the end of the name of its tensors."""
+        self.part = part
+        self.magnitudes = self
+
+    def find_wrong_shape(self, factors: Factors) -> str | None:
+        shape = factors[self.part].shape
+        if len(shape) < 2 or shape.numel() not in shape[:2]:
+            return f"its {self.part} has the shape {list(shape)}"
+        return None
+
+    def row_parts(self, factors: Factors) -> set[str] | None:
+        return set() if is_by_input(factors[self.part]) else {self.part}
+
+    def rows(self, factors: Factors, rows: slice | Tensor) -> Factors | None:
+        magnitudes = factors[self.part]
+        return None if is_by_input(magnitudes) else {self.part: magnitudes[rows]}
+
+    def decompose(self, weight: Tensor, delta: Tensor, magnitudes: Tensor, by_frozen_norms: bool) -> Tensor:
+        return decompose(weight, delta, magnitudes, by_frozen_norms)
+
 
 def decompose(weight: Tensor, delta: Tensor, magnitudes: Tensor, by_frozen_norms: bool = False) -> Tensor:
     """Return DoRA's addition to a weight at multiplier 1, float32.
@@ -15,7 +48,7 @@ def decompose(weight: Tensor, delta: Tensor, magnitudes: Tensor, by_frozen_norms
     weight = weight.float()
     magnitudes = magnitudes.to(weight.device, torch.float32)
     changed = weight + delta.reshape(weight.shape)
-    axis = 1 if len(magnitudes) < magnitudes.numel() else 0  # 1: by input
+    axis = 1 if is_by_input(magnitudes) else 0
     norms = norms_of(weight if by_frozen_norms and not axis else changed, axis)
     return changed.mul_(magnitudes.reshape(norms.shape) / norms).sub_(weight)
 

@@ -9,9 +9,10 @@ from modules.errors import CheckpointError, OptionError
 from networks import deltas
 from networks.apply import Change
 from networks.baking import Baking, Weights, open_weights, replace_factors, weight_of
-from networks.deltas import Factors, weight_delta
+from networks.delta import read_delta
+from networks.deltas import Factors
 from networks.kinds.contract import FROZEN_NORMS, NORMS_FORM
-from networks.kinds.dora_change import norms_of
+from networks.kinds.dora_change import is_by_input, norms_of
 from networks.loading import LoraFile, LoraUse
 from networks.names.layouts import FamilyNames
 from networks.writing import in_own_form
@@ -64,7 +65,7 @@ def _with_norms(lora: LoraFile, family: FamilyNames | None, baking: Baking, are_
     modules = deltas.group_by_module({**tensors, **lora.text_tensors})
     with open_weights(baking.models, family) as weights:
         for name, factors in modules.items():
-            if PART not in factors or deltas.has_input_magnitudes(factors):
+            if PART not in factors or is_by_input(factors[PART]):
                 continue
             ratio = _compute_ratio_of_norms(name, factors, lora=lora, weights=weights, device=baking.device)
             magnitudes = factors[PART].float().reshape(ratio.shape)
@@ -80,10 +81,11 @@ def _compute_ratio_of_norms(
     name: str, factors: Factors, lora: LoraFile, weights: Weights, device: torch.device
 ) -> Tensor:
     """Return the norms of the frozen weight divided by those of the changed one, by output, on the CPU."""
-    change = weight_delta(factors, device)
+    delta = read_delta(factors)
+    change = delta.dense(device)
     assert change is not None
     weight, path = weight_of(name, len(change), lora, weights)
-    Change(LoraUse(lora), factors).fit(None, weight, name, str(path))
+    Change(LoraUse(lora), delta).fit(None, weight, name, str(path))
     frozen = weight.to(device, torch.float32)
     changed = frozen + change.reshape(frozen.shape)
     return (norms_of(frozen) / norms_of(changed)).cpu()

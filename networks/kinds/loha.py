@@ -6,20 +6,19 @@ Source: Yeh et al. 2023, arXiv 2309.14859.
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from networks.kinds.contract import Extent, Factors, LoraModule, NetworkKind, Settings, Shapes, Target
+from networks.kinds.contract import Factors, LoraModule, NetworkKind, Settings, Shapes, Target
 from networks.names.layouts import DIFFUSERS
 
 if TYPE_CHECKING:  # --help does without torch
-    from torch import Tensor, nn
+    from torch import nn
 
     from networks.factored import FactoredLayer
+    from networks.kinds.loha_layer import LohaAlgebra
     from networks.names.layouts import FamilyNames
 
-# (left factor, right factor, core) of each matrix
-MATRICES = (("hada_w1_a", "hada_w1_b", "hada_t1"), ("hada_w2_a", "hada_w2_b", "hada_t2"))
 CORES = ("hada_t1", "hada_t2")
 
 
@@ -30,36 +29,10 @@ def make_shapes(weight: tuple[int, ...], rank: int) -> Shapes:
     return {"hada_w1_a": left, "hada_w1_b": right, "hada_w2_a": left, "hada_w2_b": right}
 
 
-def _extent(shapes: Shapes) -> Extent:
-    kernel = shapes.get("hada_t1", ())[2:]
-    # with a core it is stored r x out
-    rows_axis = 1 if "hada_t1" in shapes else 0
-    return shapes["hada_w1_a"][rows_axis], [shapes["hada_w1_b"][1], *kernel]
+def _load_algebra() -> "LohaAlgebra":
+    from networks.kinds.loha_layer import LohaAlgebra  # torch
 
-
-def _load_change() -> "Callable[[Factors, float], Tensor]":
-    from networks.kinds.loha_layer import change  # torch
-
-    return change
-
-
-def _find_absent(factors: Factors) -> str | None:
-    return "it has hada_w1_a but no hada_w2_a" if "hada_w2_a" not in factors else None
-
-
-def _parts_by_rows(parts: Collection[str]) -> set[str] | None:
-    if not set(CORES).isdisjoint(parts):
-        return None
-    return {"hada_w1_a", "hada_w2_a"} & set(parts)
-
-
-def _rows_of(factors: Factors, rows: "slice | Tensor") -> Factors:
-    cut: dict[str, Tensor] = {}
-    for left, _, core in MATRICES:
-        if left in factors:
-            # with a core it is stored r x out
-            cut[left] = factors[left][:, rows] if core in factors else factors[left][rows]
-    return cut
+    return LohaAlgebra()
 
 
 def _make_layers(targets: Mapping[str, Target], settings: Settings, own: Any) -> "dict[str, nn.Module]":
@@ -92,11 +65,7 @@ LOHA = NetworkKind(
     pairs=(("hada_w1_a", "hada_w1_b"), ("hada_w2_a", "hada_w2_b")),
     rank_parts=("hada_w1_b",),
     cores=CORES,
-    find_absent=_find_absent,
-    extent=_extent,
-    load_change=_load_change,
-    parts_by_rows=_parts_by_rows,
-    rows_of=_rows_of,
+    load_algebra=_load_algebra,
     word="hada",
     network_module="networks.loha",
     algorithms=("loha",),

@@ -8,15 +8,48 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from networks.factored import Geometry, Product, product_with_core
-from networks.kinds.contract import Shapes
+from networks.factored import Geometry, Product, product_with_core, shape_with_core
+from networks.kinds.algebra import Algebra, MismatchError
+from networks.kinds.contract import Factors, Shapes
+
+# (left factor, right factor, core) of each matrix
+MATRICES = (("hada_w1_a", "hada_w1_b", "hada_t1"), ("hada_w2_a", "hada_w2_b", "hada_t2"))
 
 
-def change(factors: Mapping[str, Tensor], scale: float) -> Tensor:
-    """Return the change of a weight, out x in (x kernel), a new tensor."""
-    first = product_with_core(factors["hada_w1_a"] * scale, factors["hada_w1_b"], factors.get("hada_t1"))
-    second = product_with_core(factors["hada_w2_a"], factors["hada_w2_b"], factors.get("hada_t2"))
-    return first.mul_(second)
+class LohaAlgebra(Algebra):
+    """(w1_a w1_b) * (w2_a w2_b), element by element; left factors with a core are stored r x out."""
+
+    def find_absent(self, factors: Factors) -> str | None:
+        return "it has hada_w1_a but no hada_w2_a" if "hada_w2_a" not in factors else None
+
+    def shape(self, shapes: Shapes) -> tuple[int, ...] | None:
+        if "hada_w1_a" not in shapes:
+            return None
+        first, second = (
+            shape_with_core(shapes[left], shapes[right], shapes.get(core)) for left, right, core in MATRICES
+        )
+        if first != second:
+            raise MismatchError(f"its matrices are {list(first)} and {list(second)}")
+        return first
+
+    def change(self, factors: Factors, scale: float) -> Tensor | None:
+        if "hada_w1_a" not in factors:
+            return None
+        first = product_with_core(factors["hada_w1_a"] * scale, factors["hada_w1_b"], factors.get("hada_t1"))
+        second = product_with_core(factors["hada_w2_a"], factors["hada_w2_b"], factors.get("hada_t2"))
+        return first.mul_(second)
+
+    def row_parts(self, factors: Factors) -> set[str] | None:
+        if any(core in factors for _, _, core in MATRICES):
+            return None
+        return factors.keys() & {"hada_w1_a", "hada_w2_a"}
+
+    def rows(self, factors: Factors, rows: slice | Tensor) -> Factors | None:
+        cut: dict[str, Tensor] = {}
+        for left, _, core in MATRICES:
+            if left in factors:
+                cut[left] = factors[left][:, rows] if core in factors else factors[left][rows]
+        return cut
 
 
 def _matrices(factors: Mapping[str, Tensor], strength: float, dtype: torch.dtype) -> tuple[Tensor, ...]:

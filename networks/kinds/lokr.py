@@ -9,12 +9,11 @@ Source: Yeh et al. 2023, arXiv 2309.14859.
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from modules.errors import OptionError
 from networks.kinds.contract import (
-    Extent,
     Factors,
     LoraModule,
     NetworkKind,
@@ -26,9 +25,10 @@ from networks.kinds.contract import (
 from networks.names.layouts import DIFFUSERS
 
 if TYPE_CHECKING:  # --help does without torch
-    from torch import Tensor, nn
+    from torch import nn
 
     from networks.factored import FactoredLayer, MakeShapes
+    from networks.kinds.lokr_layer import LokrAlgebra
     from networks.names.layouts import FamilyNames
     from networks.writing import Pieces
 
@@ -69,36 +69,10 @@ def split_size(size: int, factor: int) -> tuple[int, int]:
     return small, size // small
 
 
-def _extent(shapes: Shapes) -> Extent:
-    first = shapes.get("lokr_w1")
-    if not first:
-        first = (shapes["lokr_w1_a"][0], shapes["lokr_w1_b"][1])
-    second = shapes.get("lokr_w2")
-    if second is None:
-        kernel = shapes.get(CORE, ())[2:]
-        # with a core it is stored r x out
-        rows_axis = 1 if shapes.get(CORE) else 0
-        second = (shapes["lokr_w2_a"][rows_axis], shapes["lokr_w2_b"][1], *kernel)
-    return first[0] * second[0], [*first[1:], *second[1:]]
+def _load_algebra() -> "LokrAlgebra":
+    from networks.kinds.lokr_layer import LokrAlgebra  # torch
 
-
-def _load_change() -> "Callable[[Factors, float], Tensor]":
-    from networks.kinds.lokr_layer import change  # torch
-
-    return change
-
-
-def _find_absent(factors: Factors) -> str | None:
-    return None if factors.keys() & {"lokr_w2", "lokr_w2_a"} else "it has lokr_w1 but no lokr_w2"
-
-
-def _blocks_of(factors: Factors, height: int, start: int, stop: int) -> Factors | None:
-    """Return a LoKr of these rows of its change; None if they are not whole blocks of the product."""
-    first = next(part for part in MARKS if part in factors)
-    block = height // len(factors[first])  # rows of the second matrix
-    if start % block or stop % block:
-        return None
-    return {**factors, first: factors[first][start // block : stop // block].clone()}
+    return LokrAlgebra()
 
 
 def _read_arguments(arguments: dict[str, Any]) -> "MakeShapes":
@@ -190,12 +164,7 @@ LOKR = NetworkKind(
     pairs=(("lokr_w1_a", "lokr_w1_b"), ("lokr_w2_a", "lokr_w2_b")),
     rank_parts=("lokr_w2_b", "lokr_w1_b"),
     cores=(CORE,),
-    find_absent=_find_absent,
-    extent=_extent,
-    load_change=_load_change,
-    parts_by_rows=lambda parts: set(),
-    rows_of=lambda factors, rows: None if factors.keys() & set(MARKS) else {},  # no factor has its rows
-    blocks_of=_blocks_of,
+    load_algebra=_load_algebra,
     word="lokr",
     network_module="networks.lokr",
     algorithms=("lokr",),

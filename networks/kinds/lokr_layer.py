@@ -8,21 +8,55 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from networks.factored import Geometry, Product, product_with_core
-from networks.kinds.contract import Shapes
+from networks.factored import Geometry, Product, product_with_core, shape_with_core
+from networks.kinds.algebra import Algebra, MismatchError
+from networks.kinds.contract import Factors, Shapes
+
+_FIRST = ("lokr_w1", "lokr_w1_a")  # the small matrix, or the left factor of it
 
 
-def change(factors: Mapping[str, Tensor], scale: float) -> Tensor:
-    """Return the change of a weight, out x in (x kernel), a new tensor."""
-    first = factors.get("lokr_w1")
-    if first is None:
-        first = factors["lokr_w1_a"] @ factors["lokr_w1_b"]
-    second = factors.get("lokr_w2")
-    if second is None:
-        second = product_with_core(factors["lokr_w2_a"], factors["lokr_w2_b"], factors.get("lokr_t2"))
-    kernel_axes = second.ndim - first.ndim
-    shaped = (first * scale).reshape(*first.shape, *[1] * kernel_axes)
-    return torch.kron(shaped, second.contiguous())
+class LokrAlgebra(Algebra):
+    """kron(w1, w2); each matrix is stored as it is or as a product. No factor has the rows of the change."""
+
+    indivisible = "a LoKr"
+
+    def find_absent(self, factors: Factors) -> str | None:
+        return None if factors.keys() & {"lokr_w2", "lokr_w2_a"} else "it has lokr_w1 but no lokr_w2"
+
+    def shape(self, shapes: Shapes) -> tuple[int, ...] | None:
+        if not any(part in shapes for part in _FIRST):
+            return None
+        first = shapes.get("lokr_w1") or shape_with_core(shapes["lokr_w1_a"], shapes["lokr_w1_b"], None)
+        second = shapes.get("lokr_w2") or shape_with_core(
+            shapes["lokr_w2_a"], shapes["lokr_w2_b"], shapes.get("lokr_t2")
+        )
+        if len(second) < len(first):
+            raise MismatchError(f"its matrices are {list(first)} and {list(second)}")
+        padded = (*first, *[1] * (len(second) - len(first)))
+        return tuple(one * other for one, other in zip(padded, second, strict=True))
+
+    def change(self, factors: Factors, scale: float) -> Tensor | None:
+        if not any(part in factors for part in _FIRST):
+            return None
+        first = factors.get("lokr_w1")
+        if first is None:
+            first = factors["lokr_w1_a"] @ factors["lokr_w1_b"]
+        second = factors.get("lokr_w2")
+        if second is None:
+            second = product_with_core(factors["lokr_w2_a"], factors["lokr_w2_b"], factors.get("lokr_t2"))
+        kernel_axes = second.ndim - first.ndim
+        shaped = (first * scale).reshape(*first.shape, *[1] * kernel_axes)
+        return torch.kron(shaped, second.contiguous())
+
+    def rows(self, factors: Factors, rows: slice | Tensor) -> Factors | None:
+        return None if any(part in factors for part in _FIRST) else {}
+
+    def blocks(self, factors: Factors, height: int, start: int, stop: int) -> Factors | None:
+        first = next(part for part in _FIRST if part in factors)
+        block = height // len(factors[first])  # rows of the large matrix
+        if start % block or stop % block:
+            return None
+        return {**factors, first: factors[first][start // block : stop // block].clone()}
 
 
 def add_lokr(x: Tensor, factors: Mapping[str, Tensor], strength: float) -> Tensor:

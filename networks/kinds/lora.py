@@ -11,29 +11,24 @@ from networks.kinds.contract import (
     DOWN,
     MID,
     UP,
-    Extent,
     Factors,
     LoraModule,
     NetworkKind,
     Settings,
-    Shapes,
     Target,
 )
 
 if TYPE_CHECKING:  # --help does without torch
-    from torch import Tensor, nn
+    from torch import nn
 
+    from networks.kinds.lora_algebra import LoraAlgebra
     from networks.lora_layer import LoraLayer
 
 
-def _extent(shapes: Shapes) -> Extent:
-    _, *columns = shapes[DOWN]
-    kernel = shapes.get(MID, ())[2:]
-    return shapes[UP][0], [*columns, *kernel]
+def _load_algebra() -> "LoraAlgebra":
+    from networks.kinds.lora_algebra import LoraAlgebra  # torch
 
-
-def _rows_of(factors: Factors, rows: "slice | Tensor") -> Factors:
-    return {part: factors[part][rows] for part in (UP, BIAS) if part in factors}
+    return LoraAlgebra()
 
 
 def _make_layers(targets: Mapping[str, Target], settings: Settings, own: Any) -> "dict[str, nn.Module]":
@@ -78,9 +73,7 @@ LORA = NetworkKind(
     marks=(DOWN,),
     pairs=((DOWN, UP),),
     rank_parts=(DOWN,),
-    extent=_extent,
-    parts_by_rows=lambda parts: {UP, BIAS} & set(parts),
-    rows_of=_rows_of,
+    load_algebra=_load_algebra,
     network_module="networks.lora",
     algorithms=("lora", "locon"),
     orders=((DOWN, UP),),

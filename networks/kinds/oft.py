@@ -6,7 +6,6 @@ Sources: Qiu et al. 2023, arXiv 2306.07280; Qiu et al. 2025, arXiv 2506.19847. F
 of PEFT's OFT.
 """
 
-import re
 from collections import Counter
 from collections.abc import Mapping
 from logging import getLogger
@@ -16,7 +15,6 @@ from modules.errors import CheckpointError, OptionError
 from networks.kinds.contract import (
     FOR_LORAS,
     Factors,
-    InputRotation,
     LoraModule,
     NetworkKind,
     Settings,
@@ -31,6 +29,7 @@ if TYPE_CHECKING:  # --help does without torch
     from torch import nn
 
     from networks.kinds.oft_layer import OftLayer
+    from networks.kinds.oft_rotation import OftAlgebra
     from networks.names.layouts import FamilyNames
 
 logger = getLogger(__name__)
@@ -39,7 +38,6 @@ PART = "oft_R.weight"
 DEFAULT_BLOCK = 32  # values that are rotated together, as in PEFT and OneTrainer
 MOST_BLOCK = 1024  # values in a block
 TERMS = 5  # of the series: see `oft_rotation.turns`
-_ANY_NAME = re.compile(r"\.oft_R(?:\.[^.]+)*$")  # PEFT's `.oft_R.default.weight`, with any name
 IN_PEFT = "base_model.model."  # PEFT loads OFTs, the pipelines of diffusers do not
 BAKE = "convert_lora.py --target other --bake 64 --dit MODEL"
 
@@ -61,22 +59,10 @@ def _block_of(factors: Factors) -> int | None:
     return block_size_of(factors[PART].shape[1]) if PART in factors and factors[PART].ndim == 2 else None
 
 
-def _find_wrong_shape(factors: Factors) -> str | None:
-    if PART in factors and _block_of(factors) is None:
-        return f"its {PART} has the shape {list(factors[PART].shape)}, of which no block has so many values"
-    return None
+def _load_algebra() -> "OftAlgebra":
+    from networks.kinds.oft_rotation import OftAlgebra  # torch
 
-
-def _load_rotation() -> InputRotation:
-    from networks.kinds.oft_rotation import find_misfit, turn, turned_weight, turns  # torch
-
-    return InputRotation(
-        part=PART,
-        make=turns,
-        of_input=turn,
-        of_weight=turned_weight,
-        find_misfit=find_misfit,
-    )
+    return OftAlgebra(PART)
 
 
 def _refuse_other_series(path: "Path") -> None:
@@ -208,14 +194,11 @@ OFT = NetworkKind(
     article="an",
     parts=(PART,),
     marks=(PART,),
-    find_wrong_shape=_find_wrong_shape,
-    load_rotation=_load_rotation,
+    load_algebra=_load_algebra,
     needs_weight=True,
-    parts_by_rows=lambda parts: set(),
-    rows_of=lambda factors, rows: {},  # the rotation is that of all rows
     starts={"oft_unet_": "ours"},  # sd-scripts
     word="oft",
-    usual_key=lambda key: _ANY_NAME.sub(f".{PART}", key),
+    spellings={r"\.oft_R(?:\.[^.]+)*$": f".{PART}"},  # PEFT's `.oft_R.default.weight`, with any name
     # sd-scripts' networks.oft and LyCORIS' diag-oft, which rotate outputs; PEFT before 0.16
     unread={f"OFT in an older form than {PART}": (".oft_blocks", ".oft_diag", ".oft_r")},
     read_form=PART,

@@ -15,6 +15,9 @@ import math
 import torch
 from torch import Tensor
 
+from networks.kinds.algebra import Algebra
+from networks.kinds.contract import Factors
+
 
 def block_size_of(columns: int) -> int | None:
     """Return b for the b (b - 1) / 2 values of a block; None if no b has that many."""
@@ -55,6 +58,35 @@ def turn(x: Tensor, by: Tensor) -> Tensor:
 def turned_weight(weight: Tensor, by: Tensor) -> Tensor:
     """Return the change W (R^T - I) of a weight, out x in, float32."""
     return turn(weight.float(), by.float().transpose(1, 2))
+
+
+class OftAlgebra(Algebra):
+    """A rotation of inputs: nothing is added to the weight, and all of its rows share the values."""
+
+    title = "an OFT"
+
+    def __init__(self, part: str) -> None:
+        """part: the end of the name of its tensors."""
+        self.part = part
+        self.rotation = self
+
+    def find_wrong_shape(self, factors: Factors) -> str | None:
+        shape = factors[self.part].shape
+        if len(shape) == 2 and block_size_of(shape[1]) is not None:
+            return None
+        return f"its {self.part} has the shape {list(shape)}, of which no block has so many values"
+
+    def make(self, values: Tensor, strength: float) -> Tensor:
+        return turns(values, strength)
+
+    def of_input(self, x: Tensor, made: Tensor) -> Tensor:
+        return turn(x, made)
+
+    def of_weight(self, weight: Tensor, made: Tensor) -> Tensor:
+        return turned_weight(weight, made)
+
+    def find_misfit(self, values: Tensor, weight: Tensor, name: str) -> str:
+        return find_misfit(values, weight, name)
 
 
 def find_misfit(values: Tensor, weight: Tensor, name: str) -> str:

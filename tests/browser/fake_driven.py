@@ -1,8 +1,8 @@
 """Answer as `generation/driven.py` does, without a model. Words in the prompt say what happens.
 
 fail, die, killed, forget (no result), slow (steps until SIGINT), stubborn (the same, and no SIGINT helps). An
-option --wrong ends it before it is ready, --dull (loads for ever), --noisy prints other lines, --lingering
-ends seconds after its input.
+option --wrong ends it before it is ready, --dull (loads for ever), --noisy prints other lines. With
+--lingering it ends, after its input, when a file `end` lies next to the folder of results.
 """
 
 import json
@@ -64,7 +64,8 @@ def main(words: list[str]) -> None:
             tell("cancelled")
         tell("ready")
     if "--lingering" in words:
-        time.sleep(4)
+        while not (Path(words[words.index("--save_path") + 1]).parent / "end").exists():
+            time.sleep(0.02)
 
 
 if __name__ == "__main__":

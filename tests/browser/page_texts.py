@@ -12,7 +12,7 @@ import pytest
 from jinja2 import nodes
 
 from browser import launch
-from browser.draft_changes import TRAINS
+from browser.draft_changes import trains
 from browser.folder_settings import NOT_IN_FILE, Setting
 from downloads.catalogue import model_sets
 from downloads.listing import UNVERIFIED
@@ -102,7 +102,7 @@ def list_settings() -> dict[str, list[Setting]]:
     found = {}
     for script in ROOT_SCRIPTS:
         command, _ = launch.find_program(["python", script], ROOT)
-        if command.words[0] in TRAINS:
+        if trains(command):
             with pytest.MonkeyPatch.context() as patch:
                 options = json.loads(help_as_json(parser_of(script, patch)))
             settings = [Setting(**option) for option in options]

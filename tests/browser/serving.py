@@ -18,6 +18,7 @@ from browser.server import make_app
 from browser.start import open_socket
 from modules.command import quote_for_shell
 from tests.commands import ROOT
+from tests.waiting import PATIENCE
 from training.reports.history import History, describe_process, history_path
 
 PAUSE = 0.01  # seconds between two looks of a server whether it is to end
@@ -57,7 +58,7 @@ class Served:
         return f"http://127.0.0.1:{self.port}"
 
     def ask(self, address: str, method: str = "GET", body: str = "", **headers: str) -> Answer:
-        link = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        link = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
         with contextlib.closing(link):
             link.putrequest(method, address, skip_host="Host" in headers, skip_accept_encoding=True)
             is_chunked = "Transfer_Encoding" in headers
@@ -70,7 +71,7 @@ class Served:
 
     def send(self, address: str, body: bytes, **headers: str) -> Answer:
         """POST bytes, by default from our own origin. The server may refuse them before all have arrived."""
-        link = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        link = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
         with contextlib.closing(link):
             with contextlib.suppress(ConnectionError):
                 link.request("POST", address, body, {"Origin": self.url, **headers})
@@ -115,7 +116,7 @@ def serve_runs(*folders: Path, **options: Any) -> Iterator[Served]:
         yield Served(listener.getsockname()[1], runs)
     finally:
         server.should_exit = True
-        thread.join(20)
+        thread.join(PATIENCE)
         listener.close()
 
 

@@ -63,7 +63,7 @@ def write_clip(path: Path, lora: Path | None, prompt: str = "a dog", **tags: str
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """The folder of the run x, as its command has it, beside which lies a secret."""
-    (tmp_path / "secret.txt").write_text(SECRET, encoding="utf-8")
+    (tmp_path / "hid7x2.txt").write_text(SECRET, encoding="utf-8")
     write_comparable(tmp_path / "out" / "x")
     return tmp_path / "out" / "x"
 
@@ -226,19 +226,19 @@ def test_with_read_only_there_is_no_button_that_makes_clips(served: Served, fold
 
 
 def test_no_way_leads_out_of_the_folders(served: Served, folder: Path) -> None:
-    secret, clip = folder.parent.parent / "secret.txt", "001_9_a_000000.png"
+    hidden, clip = folder.parent.parent / "hid7x2.txt", "001_9_a_000000.png"
     (folder / "compare").mkdir()
     if sys.platform != "win32":
-        (folder / "compare" / clip).symlink_to(secret)
+        (folder / "compare" / clip).symlink_to(hidden)
         (folder / "x-step4.safetensors").unlink()
-        (folder / "x-step4.safetensors").symlink_to(secret)
-    for name in (clip, "../../../secret.txt", "001_9_%2e%2e%2f%2e%2e%2fsecret.png", "%2e%2e/x.png"):
+        (folder / "x-step4.safetensors").symlink_to(hidden)
+    for name in (clip, "../../../hid7x2.txt", "001_9_%2e%2e%2f%2e%2e%2fhid7x2.png", "%2e%2e/x.png"):
         answer = served.ask(served.of("x", f"compare/{name}"))
         assert (answer.status, SECRET in answer.text) == (404, False)
     id = served.of("x").split("/")[2]
-    for file in ("../../secret.txt", "x-history.jsonl", secret, "x-step4.safetensors"):
+    for file in ("../../hid7x2.txt", "x-history.jsonl", hidden, "x-step4.safetensors"):
         page = served.ask(f"/compare?{urlencode({'file': f'{id}/{file}'})}")
-        assert "secret" not in page.text.partition("<thead>")[2]
+        assert "hid7x2" not in page.text.partition("<thead>")[2]
         assert "x-step4</th>" not in page.text.replace(" ", "")
 
 

@@ -15,6 +15,7 @@ from browser.runs import Runs
 from tests.browser.drafts import RUN, write_draft
 from tests.browser.serving import serve_runs, write_run
 from tests.chromium import open_page
+from tests.waiting import MILLISECONDS, PATIENCE
 from training.reports.history import History, describe_process, history_path
 
 UNKNOWN = "How long it takes is known after the first steps."
@@ -124,6 +125,8 @@ def test_the_hours_follow_what_is_typed(tmp_path: Path) -> None:
     write_other(tmp_path)
     with serve_runs(tmp_path) as served, open_page(f"{served.url}/new?folder={folder}") as page:
         page.get_by_label("Training steps", exact=True).fill("9000")
-        page.wait_for_selector("#hours >> text=9000 steps take about 5.0 hours", timeout=30000)
+        page.wait_for_selector(
+            "#hours >> text=9000 steps take about 5.0 hours", timeout=PATIENCE * MILLISECONDS
+        )
         assert page.get_by_label("Training steps", exact=True).input_value() == "9000"
         assert page.problems == []

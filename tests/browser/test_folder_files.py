@@ -142,20 +142,20 @@ def test_files_are_not_left_out_through_a_link_that_came_with_the_folder(
 ) -> None:
     root = served.runs.roots[0]
     (tmp_path / "elsewhere").mkdir()
-    outside = save_picture(tmp_path / "elsewhere/secret.png", 7, caption=None)
+    outside = save_picture(tmp_path / "elsewhere/hid7x2.png", 7, caption=None)
     name = LeftOut(served.runs).place(root / "set").name
     link = root / linked.replace("{set}", name)
     link.parent.mkdir(parents=True, exist_ok=True)
     link.symlink_to(outside.parent)
 
     refused = post(served, "move", what="out", name="a.png")
-    back = post(served, "move", what="back", name="secret.png")
+    back = post(served, "move", what="back", name="hid7x2.png")
 
     assert (refused.status, back.status) == (422, 422)
     assert "is a link, or below one. Remove the link" in refused.json()["error"]
-    assert os.listdir(outside.parent) == ["secret.png"]
+    assert os.listdir(outside.parent) == ["hid7x2.png"]
     assert (root / "set/a.png").is_file()
-    assert "secret" not in served.ask(f"/new?folder={quote(str(root / 'set'))}").text
+    assert "hid7x2" not in served.ask(f"/new?folder={quote(str(root / 'set'))}").text
 
 
 def test_nothing_outside_the_roots_is_shown(served: Served, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """All settings of a folder: what is typed is checked by the script and written, and nothing else."""
 
 import contextlib
+import dataclasses
 import html
 import re
 from collections.abc import Iterator
@@ -13,11 +14,16 @@ import pytest
 pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 
 from browser.captions import mark_bytes
+from browser.dataset_keys import DatasetKeys
 from browser.described_folder import FILES, ChangedMeanwhileError, change_keys, edit_toml
-from browser.draft_changes import check_text, describe_difference, find_caching_words
+from browser.draft_changes import check_text, describe_difference, find_caching_words, read_keys
 from browser.folder_settings import apply_edits, list_rows, name_field, read_chosen, read_settings
 from browser.setting_words import DATASET_KEYS, WORDS
-from modules.errors import OptionError
+from dataset.config import load_dataset_config
+from dataset.subset_options import SubsetOptions
+from modules.errors import DatasetError, OptionError
+from modules.options import default_of, option_name
+from project.kinds.composing import kinds_by_script
 from tests.browser.drafts import DATASET, PROMPTS, RUN, unfold, write_draft
 from tests.browser.page_texts import list_settings
 from tests.browser.serving import Answer, Served, serve_runs
@@ -31,9 +37,10 @@ RUN_FILE = "run.toml"
 def fields_of(text: str, **typed: str) -> dict[str, str]:
     """The fields of the table of a run.toml, with other texts in some."""
     rows = list_rows(text, read_settings(SCRIPT), None)
-    return {
-        name_field(row.key): typed.get(row.key, row.text) for row in rows if row.setting and row.is_simple
+    fields = {
+        name_field(row.key): typed.pop(row.key, row.text) for row in rows if row.setting and row.is_simple
     }
+    return {**fields, **typed}
 
 
 def edit(text: str = RUN, **typed: str) -> list[str]:
@@ -403,11 +410,15 @@ def test_search_opens_the_table_and_finds_names_helps_and_words_of_others(tmp_pa
                 if page.locator(f"#row-{name}").count() and page.locator(f"#row-{name}").is_hidden()
             ]
             assert (word, hidden) == (word, [])
-        for word, key in (("batch", "batch_size"), ("resolution", "resolution")):
+        page.get_by_label("Look for a setting").fill("resolution")
+        row = page.locator("#setting-rows tr:visible", has=page.get_by_text("resolution", exact=True))
+        row.get_by_role("link", name="in dataset.toml").click()
+        assert page.evaluate("document.activeElement.id") == "text-dataset-text"
+        for word in ("batch", "batch size", "train_batch_size"):
             page.get_by_label("Look for a setting").fill(word)
-            row = page.locator("#setting-rows tr:visible", has=page.get_by_text(key, exact=True))
-            row.get_by_role("link", name="in dataset.toml").click()
-            assert page.evaluate("document.activeElement.id") == "text-dataset-text"
+            assert (
+                page.locator("#setting-rows tr:visible").first.get_attribute("id") == "row-dataset-batch_size"
+            )
         assert page.problems == []
 
 
@@ -419,6 +430,7 @@ def test_search_finds_english_words_names_and_those_of_the_language(tmp_path: Pa
             *(("network_dim", "network_dim"), ("rank", "network_dim"), ("ＶＲＡＭ", "blocks_to_swap")),
             *(("ランク", "network_dim"), ("バッチ", "gradient_accumulation_steps")),
             *(("host memory blocks", "blocks_to_swap"), ("ブロックスワップ", "blocks_to_swap")),
+            *(("サンプラー", "timestep_sampling"), ("過学習", "network_dropout")),
         ):
             page.locator("[data-find]").fill(word)
             assert page.locator(f"#row-{key}").is_visible(), word
@@ -535,3 +547,122 @@ def test_what_is_typed_stays_while_a_folder_is_described_and_checked(tmp_path: P
             assert page.locator("#set-network_dim").input_value() == "8"
             assert page.locator("#set-loss_type").input_value() == "huber"
             assert page.problems == []
+
+
+# --- what acts in a run
+
+SUBSETS = """\
+[general]
+resolution = [64, 64]
+shuffle_caption = false
+
+[[datasets]]
+batch_size = 2
+
+[[datasets.subsets]]
+image_dir = "."
+"""
+VALUES = {  # that are not the defaults, by the type of the default
+    bool: True,
+    int: 3,
+    float: 0.25,
+}
+TYPED = {
+    "max_bucket_reso": 2048,
+    "resolution": "96",
+    "face_crop_aug_range": "2.0,4.0",
+    "resize_interpolation": "area",
+}
+
+
+@pytest.mark.parametrize("form", [DATASET, SUBSETS])
+def test_settings_that_a_run_ignores_say_so(
+    form: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The run itself says which options its dataset ignores; the page says it of the same ones."""
+    (tmp_path / "dataset.toml").write_text(form, encoding="utf-8")
+    keys = DatasetKeys.of_text(form)
+    wrong = []
+    compared = 0
+    for option in dataclasses.fields(SubsetOptions):
+        name = option_name(option)
+        usual = default_of(SubsetOptions, option)
+        value = TYPED.get(name, VALUES.get(type(usual), ";"))
+        caplog.clear()
+        if name in ("train_data_dir", "reg_data_dir", "in_json", "dataset_repeats", "conditioning_data_dir"):
+            continue  # for runs without a dataset.toml
+        with contextlib.suppress(DatasetError):
+            load_dataset_config(tmp_path / "dataset.toml", SubsetOptions.usual(**{option.name: value}))
+        is_ignored = f"--{name}" in caplog.text
+        compared += is_ignored
+        if is_ignored != bool(keys.explain_unused(name)) and name not in ("masked_loss", "debug_dataset"):
+            wrong.append(name)
+    assert wrong == []
+    assert compared == (29 if form is DATASET else 3)
+
+
+@pytest.mark.parametrize("form", [DATASET, SUBSETS])
+def test_the_pictures_of_a_step_are_written_where_they_act(form: str, tmp_path: Path) -> None:
+    folder = write_draft(tmp_path)
+    (folder / "dataset.toml").write_text(form, encoding="utf-8")
+    before = {"dataset batch_size before": DatasetKeys.of_text(form).read_batch({})}
+    before["have_dataset"] = mark_bytes(form.encode())
+    with serve_runs(tmp_path) as served:
+        page = served.ask(f"/new/settings?folder={quote(str(folder))}").text
+        assert page.index('id="row-dataset-batch_size"') < page.index('id="row-dit"')
+        answer = send_table(served, folder, "save", **{"dataset batch_size": "4"}, **before)
+        assert "batch_size = 4" in html.unescape(answer.text)
+        assert answer.status == 200
+        again = send_table(served, folder, "save", **{"dataset batch_size": "5"}, **before)
+        assert again.status == 422  # the file has changed meanwhile
+        wrong = send_table(served, folder, "save", **{"dataset batch_size": "four"}, **before)
+        assert "Pictures of a step four: give a whole number" in html.unescape(wrong.text)
+    config = load_dataset_config(folder / "dataset.toml")
+    assert {table.batch_size for table in config.datasets} == {4}
+
+
+def test_a_batch_size_of_the_training_moves_into_the_dataset(tmp_path: Path) -> None:
+    run = RUN.replace("seed = 42", "seed = 42\ntrain_batch_size = 2")
+    form = SUBSETS.replace("batch_size = 2\n", "")
+    folder = write_draft(tmp_path, run)
+    (folder / "dataset.toml").write_text(form, encoding="utf-8")
+    keys = DatasetKeys.of_text(form)
+    assert keys.read_batch(read_keys(run)) == "2"
+    assert keys.explain_unused("train_batch_size") == ""
+    typed = {"dataset batch_size": "3", "dataset batch_size before": "2"}
+    with serve_runs(tmp_path) as served:
+        fields = {"train_batch_size": "2", "have_dataset": mark_bytes(form.encode())}
+        answer = send_table(served, folder, "save", run, **typed, **fields)
+    assert answer.status == 200
+    assert "train_batch_size" not in (folder / "run.toml").read_text(encoding="utf-8")
+    assert load_dataset_config(folder / "dataset.toml").datasets[0].batch_size == 3
+
+
+def test_an_option_without_effect_is_said_where_it_is_typed(tmp_path: Path) -> None:
+    folder = write_draft(tmp_path)
+    with serve_runs(tmp_path) as served:
+        plain = send_table(served, folder, "look", network_dim="8").text
+        assert "no effect:" not in plain.split('id="setting-rows"')[0]
+        told = html.unescape(send_table(served, folder, "look", lr_scheduler_power="2").text)
+    assert "--lr_scheduler_power has no effect: " in told
+
+
+# --- each kind of run
+
+SCRIPTS = [
+    script if kind.sees_controls or kind.learns_word else pytest.param(script, marks=pytest.mark.slow)
+    for script, kind in kinds_by_script().items()
+]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_settings_and_memory_open_for_all_that_can_be_trained(script: str, tmp_path: Path) -> None:
+    folder = write_draft(tmp_path, RUN.replace(SCRIPT, script))
+    with serve_runs(tmp_path) as served:
+        settings = served.ask(f"/new/settings?folder={quote(str(folder))}")
+        assert settings.status == 200
+        assert 'id="row-learning_rate"' in settings.text
+        assert "does not train" not in settings.text
+        memory = served.ask(f"/new/memory?folder={quote(str(folder))}")
+        assert memory.status == 200
+        assert f"{script} --config_file run.toml --plan" in memory.text

@@ -8,7 +8,6 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,10 +35,10 @@ from pocket.measure import POCKET
 from tests.browser.lasting import lasting  # noqa: F401  # a fixture
 from tests.browser.serving import Answer, Served, python_of, serve_runs, write_run
 from tests.browser.test_accessible import assert_fits, axe, list_faults  # noqa: F401  # a fixture
-from tests.browser.test_jobs import wait_for
 from tests.browser.test_render_worker import start_fake
 from tests.chromium import open_page, wait_until
 from tests.commands import QUIET, ROOT
+from tests.waiting import PATIENCE, wait_for
 from training.reports.history import History, history_path
 
 PICTURE = np.full((32, 48, 3), 90, np.uint8)
@@ -115,7 +114,7 @@ def send(served: Served, what: str, path: Path, name: str = "") -> Answer:
     """Send a file as the page does."""
     import http.client
 
-    link = http.client.HTTPConnection("127.0.0.1", served.port, timeout=20)
+    link = http.client.HTTPConnection("127.0.0.1", served.port, timeout=PATIENCE)
     with contextlib.closing(link):
         address = f"/generate/{what}?name={quote(name or path.name)}"
         link.request("POST", address, path.read_bytes(), {"Origin": served.url})
@@ -912,11 +911,10 @@ def test_waiting_render_jobs_say_for_what_they_wait(
     try:
         wait_for(lambda: [job.state for job in queue.jobs()] == [RUNNING])
         assert post(served, "make", fields_of(served)).status == 200
-        end = time.monotonic() + 20
         words = f"1 waiting: job {number} of the queue runs."
-        while words not in served.ask("/generate/work").text:
-            assert time.monotonic() < end, served.ask("/generate/work").text
-            time.sleep(0.2)
+        wait_for(
+            lambda: words in served.ask("/generate/work").text, lambda: served.ask("/generate/work").text
+        )
         assert states(root) == [WAITING]
     finally:
         queue.stop(number)

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import urlencode
@@ -29,17 +29,9 @@ from tests.browser.serving import Served, serve_runs, write_run
 from tests.chromium import open_page, wait_until
 from tests.commands import QUIET, ROOT, assert_user_error, run_python
 from tests.pocket.test_training import cached  # noqa: F401  # a fixture
+from tests.waiting import PATIENCE, wait_for
 
 SHORT = ["python", "tools/download.py", "--list"]
-SECONDS = 300  # for what takes some, on a machine that is busy with other things
-
-
-def wait_for(is_true: Callable[[], object], told: Callable[[], object] = lambda: "") -> None:
-    """Wait until something is true; fail with what `told` gives."""
-    end = time.monotonic() + SECONDS
-    while not is_true():
-        assert time.monotonic() < end, told()
-        time.sleep(0.1)
 
 
 def states(queue: JobQueue) -> list[str]:
@@ -392,7 +384,7 @@ def test_a_queue_goes_on_after_its_browser_was_killed(queue: JobQueue, lasting: 
         wait_for_states(queue, FINISHED, STOPPED, FINISHED)
     finally:
         browser.send_signal(signal.SIGINT)
-        assert browser.wait(30) == 0
+        assert browser.wait(PATIENCE) == 0
     assert queue.worker == ""
 
 
@@ -401,7 +393,7 @@ def test_a_job_does_not_begin_if_the_browser_is_killed_before_it_noted_it(tmp_pa
     assert waiting.stdin is not None
     waiting.stdin.close()  # as the death of the browser does
 
-    assert waiting.wait(SECONDS) == 0
+    assert waiting.wait(PATIENCE) == 0
     assert [*tmp_path.iterdir()] == [tmp_path / "1.log"]
     assert (tmp_path / "1.log").read_bytes() == b""
 

@@ -13,6 +13,7 @@ from browser.jobs import open_queue
 from tests.browser.serving import Served, serve_runs, write_run
 from tests.chromium import open_page, wait_until
 from tests.training.toy import ToyFamily, toy_options, toy_parser, write_caches, write_prompts
+from tests.waiting import MILLISECONDS, PATIENCE
 from training.following import TrainingCommand
 from training.options import list_script_options
 from training.reports.history import History
@@ -110,13 +111,15 @@ def test_a_run_appears_grows_samples_when_asked_and_stops(training: SteppedTrain
         samples, asked = training.folder / "output" / "sample", range(training.steps, training.steps + 3)
         training.step_until(lambda: any([*samples.glob(f"x_{step:06d}_01*.mp4")] for step in asked), 2)
         page.evaluate("ask()")
-        page.wait_for_selector(f"th:text-matches('step ({'|'.join(map(str, asked))})$')", timeout=30000)
+        page.wait_for_selector(
+            f"th:text-matches('step ({'|'.join(map(str, asked))})$')", timeout=PATIENCE * MILLISECONDS
+        )
         training.thread.join(EVERY_SECONDS)
         page.evaluate("window.confirm = () => true")
         page.click("#stop")
         training.step_until(lambda: not training.thread.is_alive(), 2)
         page.evaluate("ask()")
-        page.wait_for_selector(".status >> text=/stopped after step/", timeout=30000)
+        page.wait_for_selector(".status >> text=/stopped after step/", timeout=PATIENCE * MILLISECONDS)
         assert page.locator("text=Sample now").count() == 0
         assert page.problems == []
 

@@ -14,12 +14,16 @@ from urllib.parse import parse_qs, quote, urlencode, urlsplit
 import pytest
 from PIL import Image
 
+from browser.background_jobs import BackgroundJobs
 from browser.captions import mark_bytes
 from browser.described_folder import FILES
 from browser.folders import list_media_folders
+from browser.jobs import open_queue
+from browser.model_files import name_download
 from browser.model_table import find_misfit
 from browser.runs import Runs
 from pocket.measure import POCKET
+from project.options import MODELS
 from tests.browser.described_folders import describe as describe_folder
 from tests.browser.serving import Answer, Served, python_of, serve_runs, write_run
 from tests.browser.test_accessible import assert_fits
@@ -27,6 +31,7 @@ from tests.chromium import open_page, wait_until
 from tests.commands import ROOT, run_script
 from tests.data_tools.captions.making import run_server
 from tests.data_tools.report.making import save_picture
+from tests.waiting import MILLISECONDS, PATIENCE
 
 PARTS = {name: str(ROOT / f"pocket/{name}.safetensors") for name in ("dit", "vae", "t5")}
 FIELDS = {"family": "wan", "task": "t2v-1.3B", "steps": "2"} | {
@@ -522,6 +527,50 @@ def test_a_model_that_is_to_be_loaded_needs_its_licences_accepted(served: Served
     assert "of the queue" not in answer.text
 
 
+def test_missing_captions_come_before_a_download(served: Served, root: Path) -> None:
+    folder = root / "bare"
+    write_pictures(folder, 3, captions=False)
+    (folder / "broken.jpg").write_bytes(b"no picture")
+    fields = {name: text for name, text in FIELDS.items() if name not in ("trigger",) and "file_" not in name}
+    post(served, "describe", **{"folder": str(folder), **fields, "family": "krea2", "task": "raw"})
+    wait_for(served, folder, '">described<')
+    address = f"{served.url}/new?folder={quote(str(folder))}"
+    with open_page(address) as page:
+        text = page.locator("#next").inner_text()
+        assert "Still missing: captions of 4 pictures, or a trigger word." in text
+        assert "Get the model" not in text
+        page.locator("#next").get_by_text("Type a trigger word").click()
+        assert page.evaluate("document.activeElement.id") == "trigger"
+        page.locator("#step").click()
+        assert page.evaluate("document.activeElement.id") == "engine"
+        for number in range(3):
+            (folder / f"p{number:02}.txt").write_text("a cat", encoding="utf-8")
+        (folder / "broken.txt").write_text("a cat", encoding="utf-8")
+        wait_until(page, "document.querySelector('#step').textContent === 'Look at the files'")
+        assert page.locator(".leave").count() == 1  # one button for the broken file
+        page.locator(".leave").click()
+        wait_until(page, "document.querySelector('#step').textContent.startsWith('Get the model')")
+        assert page.problems == []
+
+
+def test_a_download_that_fails_says_so_at_its_button(served: Served, root: Path) -> None:
+    folder = root / "unloaded"
+    write_pictures(folder, 2, captions=True)
+    fields = {name: text for name, text in FIELDS.items() if not name.startswith("file_")}
+    post(served, "describe", **{"folder": str(folder), **fields, "family": "krea2", "task": "raw"})
+    wait_for(served, folder, '">described<')
+    jobs = BackgroundJobs(open_queue(Runs([root]), read_only=False))
+    name = name_download(MODELS, "krea2", "raw")
+    jobs.start(name, ["python", "tools/download.py", "--family", "krea9"], root)
+    jobs.wait(name, 60)
+
+    text = served.ask(f"/new?folder={quote(str(folder))}").text
+
+    assert "The model could not be loaded:" in text
+    assert "krea9" in text.split('id="next"')[1]
+    assert 'id="accept" checked' in text
+
+
 def test_the_page_of_a_check_runs_no_script_and_has_no_origin(served: Served, root: Path) -> None:
     write_pictures(root / "set", 1)
     (root / "set/check.html").write_text("<script>parent.x = 1</script><p>hello", encoding="utf-8")
@@ -782,6 +831,6 @@ def test_a_page_that_does_nothing_follows_what_another_one_does(served: Served, 
         page.wait_for_timeout(1500)
         assert "--dry_run" not in page.locator("#command").inner_text()
         describe(served, folder)
-        page.get_by_text("Train on it").wait_for(timeout=20 * SECONDS)
+        page.get_by_text("Train on it").wait_for(timeout=PATIENCE * MILLISECONDS)
         wait_until(page, f"document.getElementById('steps').value === '{FIELDS['steps']}'")  # loaded again
         assert page.get_by_label("Task").input_value() == FIELDS["task"]

@@ -27,6 +27,7 @@ from tests.browser.serving import Served, serve_runs
 from tests.browser.test_new_page import PARTS, text_of, write_pictures
 from tests.browser.test_new_page import post as press_button
 from tests.chromium import open_page, wait_until
+from tests.waiting import MILLISECONDS, PATIENCE
 
 SCREENS = ((1440, 900), (390, 844))
 MOST_SCREENS = 3
@@ -63,6 +64,8 @@ def standing(**facts: Any) -> FolderStanding:
             "Getting the model, 11.2 of 34.8 GB …",
         ),
         ({**DESCRIBED, "loads_at_start": True}, True, "Start"),
+        ({**DESCRIBED, "uncaptioned": 2, "to_load": "40 GB"}, True, "Write captions"),
+        ({**DESCRIBED, "has_listed_faults": True, "to_load": "40 GB"}, True, "Look at the files"),
         (DESCRIBED, True, "Check"),
         ({**DESCRIBED, "checking": (RUNNING,)}, True, "Checking …"),
         ({**DESCRIBED, "checking": (DIED, 1)}, True, "Check"),
@@ -86,6 +89,13 @@ def test_what_has_worked_and_what_is_to_be_mended_is_said() -> None:
     assert choose_step(FILLED, loaded, True).done == "Described, the model is here."
     faulty = choose_step(FILLED, standing(**DESCRIBED, checking=(DIED, 1)), True)
     assert faulty.missing == ["what the check has found"]
+    bare = choose_step(FILLED, standing(**DESCRIBED, uncaptioned=12), True)
+    assert bare.missing == ["captions of 12 pictures, or a trigger word"]
+    assert (bare.address, bare.other_word, bare.other_address) == (
+        "#writer",
+        "Type a trigger word",
+        "#trigger",
+    )
     assert standing(**DESCRIBED).mark != standing(**CHECKED).mark
 
 
@@ -214,7 +224,7 @@ def test_six_clicks_and_one_typed_word_lead_to_a_running_training(tmp_path: Path
         start.wait_for(timeout=180 * SECONDS)
         assert page.locator("#standing").inner_text() == "Described, checked: no fault."
         start.click()
-        page.get_by_role("link", name="Show the training").wait_for(timeout=30 * SECONDS)
+        page.get_by_role("link", name="Show the training").wait_for(timeout=PATIENCE * MILLISECONDS)
         clicks += 3
         assert clicks <= MOST_CLICKS
         page.get_by_role("link", name="Show the training").click()

@@ -10,6 +10,7 @@ from browser.start import show_address
 from browser.tokens import PageToken
 from modules.errors import OptionError
 from modules.parser import parse_options
+from tests.browser.entering import enter
 from tests.browser.serving import serve_runs
 
 WORD = "a-secret-word-of-letters"
@@ -57,21 +58,18 @@ def test_the_printed_address_is_the_one_from_outside(capsys: pytest.CaptureFixtu
 def test_pages_and_forms_pass_a_proxy_and_the_cookie_is_sent_encrypted_only(tmp_path: Path) -> None:
     settings = ServerSettings(public_origin=OUTSIDE, token=PageToken(WORD))
     with serve_runs(tmp_path, token=WORD, settings=settings) as served:
-        opened = served.ask(f"/?token={WORD}", Host=HOST)
-        assert opened.status == 200
-        cookie = opened.headers["set-cookie"]
-        assert "; Secure" in cookie
+        assert "; Secure" in served.ask(f"/?token={WORD}", Host=HOST).headers["set-cookie"]
         assert "; Secure" not in served.ask(f"/?token={WORD}").headers["set-cookie"]
-        sent = {"Cookie": cookie.partition(";")[0]}
+        browser = enter(served, WORD, Host=HOST)
 
-        assert served.ask("/settings", Host=HOST, **sent).status == 200
+        assert browser.ask("/settings", Host=HOST).status == 200
         for host in (HOST, f"127.0.0.1:{served.port}"):  # as it is reached, or as the proxy reaches it
-            answer = served.ask("/settings/pause", "POST", "x=1", Host=host, Origin=OUTSIDE, **sent)
-            assert answer.headers["hx-redirect"] == "/settings", answer.text
+            answer = browser.ask("/settings/pause", "POST", "x=1", Host=host, Origin=OUTSIDE)
+            assert answer.headers["hx-redirect"] == f"{browser.root}/settings", answer.text
         assert served.ask("/settings", Host=HOST).status == 401
-        assert served.ask("/settings", Host="evil.example.org", **sent).status == 421
-        evil = served.ask("/settings/pause", "POST", "x=1", Host=HOST, Origin="https://evil.example", **sent)
+        assert browser.ask("/settings", Host="evil.example.org").status == 421
+        evil = browser.ask("/settings/pause", "POST", "x=1", Host=HOST, Origin="https://evil.example")
         assert evil.status == 403
-        assert f"--public_url {OUTSIDE}" in served.ask("/settings", **sent).text
+        assert f"--public_url {OUTSIDE}" in browser.ask("/settings").text
     with serve_runs(tmp_path, token=WORD) as served:
         assert served.ask(f"/?token={WORD}", Host=HOST).status == 421

@@ -20,6 +20,7 @@ from tests.browser.described_folders import describe, trace
 from tests.browser.serving import Answer, Served, python_of, serve_runs, write_run
 from tests.chromium import open_page, read_page, wait_until
 from tests.commands import QUIET, ROOT, run_python
+from tests.waiting import MILLISECONDS, PATIENCE
 from training.reports.history import History, history_path
 
 
@@ -80,7 +81,53 @@ def write_generating_run(output: Path, kind: str | None, script: str = "wan_gene
         file.write(json.dumps({"step": 6, "commands": [["Generate with it", line, line, "", ""]]}) + "\n")
 
 
-@pytest.mark.parametrize("script", ["gen_img.py", "none.py"])
+def write_controlled_run(output: Path, more: str = "") -> None:
+    """Write a run whose history has a command that follows a control picture with the run's file."""
+    facts = {"written_in": str(output), "working_folder": str(output.parent)}
+    path = write_run(output, "own", kind="good", **facts)
+    control = output / "edges.png"
+    Image.new("RGB", (8, 8)).save(control)
+    words = f"--ckpt model.safetensors --control_net_lllite_models {output.name}/own.safetensors "
+    words += f"--prompt 'a cat' --guide_image_path {output.name}/edges.png"
+    line = f"python gen_img.py {words}"
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": 6, "commands": [["Generate with it", line, line, "", more]]}) + "\n")
+    (output.parent / "model.safetensors").touch()
+
+
+def test_a_control_network_is_used_by_one_click_of_its_page(
+    served: Served, queue: JobQueue, tmp_path: Path
+) -> None:
+    output = tmp_path / "my clips" / "output"
+    write_controlled_run(output)
+    page = served.ask(f"{address_of(served)}deeds").text
+    assert "Make a picture with it" in page
+    assert "cannot be filled from this run" not in page
+    assert 'name="prompt" value="a cat"' in page
+    assert 'name="control" value="output/edges.png"' in page
+
+    other = output / "other.png"
+    other.write_bytes((output / "edges.png").read_bytes())
+    assert press(served, "make", prompt="two dogs", control=other).status == 200
+
+    (job,) = queue.jobs()
+    assert job.words[1:] == [
+        *("gen_img.py", "--ckpt", "model.safetensors"),
+        *("--control_net_lllite_models", "output/own.safetensors", "--prompt", "two dogs"),
+        *("--guide_image_path", str(other)),
+    ]
+    assert press(served, "make", prompt="two dogs", control="/etc/passwd").status == 422
+
+
+def test_a_command_with_gaps_is_filled_in_on_the_queue(served: Served, tmp_path: Path) -> None:
+    write_controlled_run(tmp_path / "my clips" / "output", "VAE_FILE")
+    page = served.ask(f"{address_of(served)}deeds").text
+    assert "Make a picture with it" not in page
+    assert "Fill in what is missing, then put it into the queue" in page
+    assert press(served, "make", prompt="x").status == 422
+
+
+@pytest.mark.parametrize("script", ["none.py"])
 def test_a_run_that_no_form_can_be_filled_from_says_so(script: str, served: Served, tmp_path: Path) -> None:
     write_generating_run(tmp_path / "my clips" / "output", "good", script)
     page = served.ask(f"{address_of(served)}deeds").text
@@ -441,7 +488,7 @@ def test_a_draft_leads_to_the_page_of_its_training(served: Served, tmp_path: Pat
     with open_page(f"{served.url}{address_of(served)}") as page:
         page.get_by_role("button", name="Start").wait_for()
         write_run(tmp_path / "my clips" / "output", "own", kind=None)
-        page.locator("#samples").wait_for(timeout=20_000)
+        page.locator("#samples").wait_for(timeout=PATIENCE * MILLISECONDS)
         assert page.get_by_role("button", name="Stop").is_visible()
         assert page.problems == []
 
@@ -532,7 +579,9 @@ def test_the_page_of_a_run_whose_folder_is_renamed_says_so_and_leads_on(tmp_path
     write_run(tmp_path / "roots" / "out", "x")
     with serve_runs(tmp_path / "roots") as served, open_page(served.url + served.of("x")) as page:
         (tmp_path / "roots" / "out").rename(tmp_path / "roots" / "away")
-        page.get_by_text("It is not there any more: its folder was renamed").wait_for(timeout=20_000)
+        page.get_by_text("It is not there any more: its folder was renamed").wait_for(
+            timeout=PATIENCE * MILLISECONDS
+        )
         page.reload()
         page.get_by_role("link", name="All runs").click()
         page.get_by_text("1 of 1 run").wait_for()

@@ -1,5 +1,6 @@
 """The samples of a described folder: rows of prompts.txt, in which only what was typed is changed."""
 
+import functools
 from pathlib import Path
 from urllib.parse import quote, urlencode
 
@@ -13,6 +14,7 @@ from modules.errors import OptionError
 from tests.browser.drafts import PROMPTS, RUN, unfold, write_draft
 from tests.browser.serving import Answer, Served, serve_runs
 from tests.chromium import open_page, wait_until
+from tests.waiting import MILLISECONDS, wait_for
 
 
 def fields_of(text: str, **typed: str) -> dict[str, str]:
@@ -43,6 +45,10 @@ def send(served: Served, folder: Path, what: str, base: str = PROMPTS, **typed: 
     fields |= {name: value for name, value in typed.items() if name in ("every", "first")}
     origin = {"Origin": served.url, "Content_Type": "application/x-www-form-urlencoded"}
     return served.ask(f"/new/samples/{what}", "POST", urlencode(fields), **origin)
+
+
+def has_line(path: Path, line: str) -> bool:
+    return line in path.read_text(encoding="utf-8")
 
 
 def test_a_row_shows_its_line() -> None:
@@ -272,10 +278,10 @@ def test_what_was_just_typed_is_saved_and_no_preview_follows(
                 field.press("Enter")
             else:
                 page.get_by_role("button", name=button, exact=True).click()
-            for _ in range(100):
-                page.wait_for_timeout(100)
-                if line.format(number) in (folder / file).read_text(encoding="utf-8"):
-                    break
+            wait_for(
+                functools.partial(has_line, folder / file, line.format(number)),
+                pause=lambda seconds: page.wait_for_timeout(seconds * MILLISECONDS),
+            )
             page.wait_for_timeout(1500)  # a late preview would take its place
             saved = [part.text_content() or "" for part in page.locator(".changes [role=status]").all()]
             assert f"Saved into {file}" in "".join(saved)

@@ -12,7 +12,9 @@ import pytest
 from starlette.applications import Starlette
 from starlette.routing import Route
 
+from browser.page_access import COOKIE
 from browser.server import LARGEST_BODIES, MOST_BYTES, Gate, make_app
+from tests.browser.entering import enter
 from tests.browser.serving import PNG, Served, serve_runs, write_run
 from tests.chromium import open_page
 from training.reports.history import History, history_path
@@ -171,6 +173,26 @@ def test_another_name_is_refused(served: Served, host: str) -> None:
     assert served.ask("/", Host=host).status in (400, 421)
 
 
+STRANGE_HOSTS = (
+    *("[::1%25lo]", "[::1%lo]", "[fe80::1%evil.com]:80", "::1", "[127.0.0.1]", "127.0.0.1]", "[localhost]"),
+    *(
+        "127.0.0.1:",
+        "127.0.0.1:80:80",
+        "127.0.0.1:\xb2",
+        "127.1",
+        "0x7f000001",
+        "user@127.0.0.1",
+        "localhost.",
+    ),
+    "localhost,evil.com",
+)
+
+
+@pytest.mark.parametrize("host", STRANGE_HOSTS)
+def test_a_host_is_a_name_of_ours_or_an_address_and_nothing_beside_it(served: Served, host: str) -> None:
+    assert served.ask("/", Host=host).status in (400, 421)
+
+
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1:8000", "[::1]:8000", "192.168.1.7"])
 def test_addresses_and_this_machine_are_right_names(served: Served, host: str) -> None:
     assert served.ask("/", Host=host).status == 200
@@ -180,21 +202,25 @@ def test_without_the_token_nothing_is_shown_and_with_it_a_strict_cookie_is_set(t
     write_run(tmp_path, "x")
     with serve_runs(tmp_path, token=TOKEN) as served:
         run = served.of("x")
-        wrong = ["", f"{TOKEN[:-1]}", f"{TOKEN}x", "\u00e9", '"', "=;=;"]
+        wrong = ["", TOKEN, f"{TOKEN[:-1]}", f"{TOKEN}x", "\u00e9", '"', "=;=;"]
         for place in ("/", run, f"{run}news", f"{run}x.safetensors", "/static/browser.js"):
             assert served.ask(place).status == 401
             for word in wrong:
-                assert served.ask(place, Cookie=f"reelsmith={quote(word)}").status == 401
-                assert served.ask(f"{place}?token={quote(word)}").status == 401
+                for name in ("reelsmith", COOKIE):
+                    assert served.ask(place, Cookie=f"{name}={quote(word)}").status == 401
+                if word != TOKEN:
+                    assert served.ask(f"{place}?token={quote(word)}").status == 401
         assert served.ask(f"{run}ask", "POST", "what=stop", Origin=served.url).status == 401
 
+        browser = enter(served, TOKEN)
         opened = served.ask(f"/?token={TOKEN}")
 
-        assert opened.headers["set-cookie"] == (
-            f"reelsmith={TOKEN}; HttpOnly; Max-Age=2592000; Path=/; SameSite=strict"
-        )
-        assert 'content="0;url=/"' in opened.text
-        assert served.ask(run, Cookie=f"reelsmith={TOKEN}").status == 200
+        kept = f"{browser.cookie}; HttpOnly; Max-Age=2592000; Path={browser.root}; SameSite=strict"
+        assert opened.headers["set-cookie"] == kept
+        assert TOKEN not in opened.text + opened.headers["set-cookie"]
+        assert browser.ask(run).status == 200
+        assert served.ask(run, Cookie=browser.cookie).status == 401
+        assert served.ask(browser.root + run).status == 401
 
 
 def test_no_script_of_a_text_can_run(served: Served) -> None:

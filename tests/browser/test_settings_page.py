@@ -40,7 +40,7 @@ def test_the_command_starts_the_page_with_the_same_settings(tmp_path: Path) -> N
     (tmp_path / "my runs").mkdir()
     (tmp_path / "token.txt").write_text("a-secret-word-of-letters", encoding="utf-8")
     settings = ServerSettings(
-        "0.0.0.0", 9000, PageToken("secret", tmp_path / "token.txt"), True, is_local=False, address=ADDRESS
+        "0.0.0.0", 9000, PageToken("k3-v9-zz", tmp_path / "token.txt"), True, is_local=False, address=ADDRESS
     )
     with serve_runs(tmp_path / "my runs", models=tmp_path / "m", settings=settings) as served:
         text = served.ask("/settings").text
@@ -50,7 +50,7 @@ def test_the_command_starts_the_page_with_the_same_settings(tmp_path: Path) -> N
     assert options.folders == (tmp_path / "my runs",)
     assert (options.host, options.port, options.token) == ("0.0.0.0", 9000, tmp_path / "token.txt")
     assert (options.models, options.work, options.read_only) == (tmp_path / "m", False, False)
-    assert "secret" not in text
+    assert "k3-v9-zz" not in text
     assert "Zk3vQ9xL" not in text
     assert 'role="img" aria-label="QR code of this page&#39;s address"' in text
 
@@ -116,7 +116,7 @@ def test_the_bin_is_emptied_only_as_it_was_shown(tmp_path: Path) -> None:
 
 def test_a_person_starts_the_queue_and_asks_for_the_code(tmp_path: Path) -> None:
     settings = ServerSettings(
-        "0.0.0.0", 8765, PageToken("secret", tmp_path / "t"), True, is_local=False, address=ADDRESS
+        "0.0.0.0", 8765, PageToken("k3-v9-zz", tmp_path / "t"), True, is_local=False, address=ADDRESS
     )
     with serve_runs(tmp_path, settings=settings) as served, open_page(f"{served.url}/settings", 360) as page:
         page.get_by_role("button", name="Start the queue").click()

@@ -7,14 +7,15 @@ from pathlib import Path
 import pytest
 
 from browser import shares
+from browser.page_access import COOKIE
 from browser.run_views import COMPARED_FOLDER
 from browser.shares import DAY, Shares
+from tests.browser.entering import enter
 from tests.browser.serving import PNG, Served, serve_runs, write_run
 from tests.browser.test_safe_clicks import list_addresses
 from training.reports.history import History, history_path
 
 TOKEN = "a-secret-word-of-letters"
-COOKIE = {"Cookie": f"reelsmith={TOKEN}"}
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +26,7 @@ def _own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def make_link(served: Served, name: str = "x", days: str = "7") -> str:
     """Make a link to a run as its page does; return its path."""
-    made = served.ask(served.of(name, "share"), "POST", f"days={days}", Origin=served.url, **COOKIE)
+    made = enter(served, TOKEN).ask(served.of(name, "share"), "POST", f"days={days}", Origin=served.url)
     assert made.status == 200, made.text
     addresses = re.findall(rf'href="{served.url}(/shared/[^"]+)"', made.text)
     return str(addresses[-1])
@@ -36,7 +37,7 @@ def test_a_friend_sees_the_page_the_samples_and_the_files_of_one_run(tmp_path: P
     write_run(folder, "x", 10, changed=[["seed", "1"], ["output_dir", str(folder)]])
     write_run(folder, "y", 4, None)
     with serve_runs(folder, token=TOKEN) as served:
-        assert "Share with a friend" in served.ask(served.of("x"), **COOKIE).text
+        assert "Share with a friend" in enter(served, TOKEN).ask(served.of("x")).text
         link = make_link(served)
         page = served.ask(link)
         assert page.status == 200
@@ -83,7 +84,7 @@ def test_a_page_that_is_shared_names_no_folder_no_file_and_no_other_run(tmp_path
         for hidden in ("anna", "wedding", "prompts", "other_run", "plan.toml", "resume", "secret", "disk"):
             assert hidden not in text, hidden
         address = f"{COMPARED_FOLDER}/{compared.name}"
-        assert served.ask(served.of("x", address), **COOKIE).status == 200
+        assert enter(served, TOKEN).ask(served.of("x", address)).status == 200
         assert served.ask(f"{link}{address}").status == 404
 
 
@@ -97,7 +98,7 @@ def test_a_link_opens_nothing_else(tmp_path: Path) -> None:
         word = link.split("/")[2]
         for method, origin in (("GET", {}), ("POST", {"Origin": served.url})):
             for address in list_addresses(served, method):
-                cookie = {"Cookie": f"reelsmith={word}"}
+                cookie = {"Cookie": f"{COOKIE}={word}"}
                 answer = served.ask(address, method, "days=1" * (method == "POST"), **cookie, **origin)
                 assert answer.status == 401, (method, address)
         assert served.ask(f"/?token={word}").status == 401
@@ -125,7 +126,7 @@ def test_links_end_and_are_taken_back(tmp_path: Path, monkeypatch: pytest.Monkey
         with monkeypatch.context() as later:
             later.setattr(shares.time, "time", lambda: now + 8 * DAY)
             assert [served.ask(link).status for link in (first, second, other)] == [401, 200, 401]
-        back = served.ask(served.of("x", "share"), "POST", "back=yes", Origin=served.url, **COOKIE)
+        back = enter(served, TOKEN).ask(served.of("x", "share"), "POST", "back=yes", Origin=served.url)
         assert "/shared/" not in back.text
         assert [served.ask(link).status for link in (first, second, other)] == [401, 401, 200]
         assert "ask for a new one" in served.ask(first).text
@@ -137,7 +138,9 @@ def test_links_end_and_are_taken_back(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_days_that_no_link_has_are_refused(days: str, tmp_path: Path) -> None:
     write_run(tmp_path, "x", 10)
     with serve_runs(tmp_path, token=TOKEN) as served:
-        refused = served.ask(served.of("x", "share"), "POST", f"days={days}&", Origin=served.url, **COOKIE)
+        refused = enter(served, TOKEN).ask(
+            served.of("x", "share"), "POST", f"days={days}&", Origin=served.url
+        )
         assert (refused.status, "/shared/" in refused.text) == (422, False)
         assert "A link holds 1 to 365 days" in refused.text
     assert Shares().list_all() == []

@@ -11,6 +11,7 @@ import pytest
 from tests.browser.described_folders import describe
 from tests.browser.serving import Served, serve_runs, write_run
 from tests.chromium import open_page, open_tabs, wait_until
+from tests.waiting import MILLISECONDS, PATIENCE
 
 # a notice of the browser is counted where all tabs see it
 NOTICES = """
@@ -89,7 +90,7 @@ def test_stop_is_apart_from_buttons_that_begin_and_remove_behind_a_line(
         assert page.locator("#remove").bounding_box()["y"] > edit["y"] + edit["height"]
         shutil.rmtree(folder / "clips" / "output")
         write_generating(folder / "clips" / "output", "")
-        page.locator("#train_on").wait_for(timeout=20_000)
+        page.locator("#train_on").wait_for(timeout=PATIENCE * MILLISECONDS)
         for name in ("start", "train_on", "again", "generate_with", "remove"):
             assert page.locator(f"#{name}").bounding_box()["y"] >= stop["y"] + stop["height"]
         rule = page.evaluate("getComputedStyle(document.querySelector('.apart')).borderTopStyle")
@@ -115,7 +116,7 @@ def test_an_answer_is_green_and_stays_until_the_state_changes(served: Served, fo
         assert "Asked: it saves" in done.inner_text()
         shutil.rmtree(folder / "clips" / "output")
         write_generating(folder / "clips" / "output", "")
-        page.locator("#train_on").wait_for(timeout=20_000)
+        page.locator("#train_on").wait_for(timeout=PATIENCE * MILLISECONDS)
         wait_until(page, "document.getElementById('done').textContent.trim() === ''")
 
 

@@ -2,18 +2,22 @@
 
 import os
 import re
+import secrets
 import socket
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from browser.options import BrowserOptions
+from browser.page_access import COOKIE
 from browser.start import find_address, show_address
-from browser.tokens import PageToken, Ticket, choose_token, is_own_connection
+from browser.tokens import ENDED, Connection, PageToken, Ticket, choose_token, find_owner, is_own_connection
 from modules.user_files import user_folder
+from tests.browser.entering import enter
 from tests.browser.serving import serve_runs, write_run
 from tests.chromium import open_page
 
@@ -24,8 +28,8 @@ TOKEN = "a-secret-word-of-letters"
 NOBODY = 65534
 ASK = """
 import http.client, sys
-link = http.client.HTTPConnection("127.0.0.1", int(sys.argv[1]), timeout=20)
-link.request("GET", sys.argv[2])
+link = http.client.HTTPConnection("127.0.0.1", int(sys.argv[1]), timeout=300)
+link.request("GET", sys.argv[2], headers={"Cookie": sys.argv[3]})
 print(link.getresponse().status)
 """
 
@@ -45,7 +49,7 @@ def test_the_word_is_made_once_and_stays() -> None:
 
 
 @ON_POSIX
-@pytest.mark.parametrize("fault", ["open", "short", "link", "of bytes", "a folder"])
+@pytest.mark.parametrize("fault", ["open", "short", "old", "link", "of bytes", "a folder"])
 def test_a_word_that_others_may_know_is_replaced(fault: str, tmp_path: Path) -> None:
     first = choose_token(BrowserOptions())
     path = first.place
@@ -56,6 +60,8 @@ def test_a_word_that_others_may_know_is_replaced(fault: str, tmp_path: Path) -> 
         path.chmod(0o604)
     elif fault == "short":
         path.write_text("short", encoding="utf-8")
+    elif fault == "old":  # older versions sent it to all ports of this machine, in a cookie
+        path.write_text(secrets.token_urlsafe(32), encoding="utf-8")
     elif fault == "link":
         path.rename(tmp_path / "elsewhere")
         path.symlink_to(tmp_path / "elsewhere")
@@ -101,7 +107,7 @@ def test_a_ticket_lets_one_browser_in(tmp_path: Path) -> None:
         assert served.ask(f"/new?token={ticket.word}").status == 401
         assert served.ask(f"/?token={ticket.word[:-1]}").status == 401
         opened = served.ask(f"/?token={ticket.word}")
-        assert f"reelsmith={TOKEN};" in opened.headers["set-cookie"]
+        assert opened.headers["set-cookie"].startswith(f"{COOKIE}=")
         assert served.ask(f"/?token={ticket.word}").status == 401
     late = Ticket(end=0.0)
     with serve_runs(tmp_path, token=TOKEN, ticket=late) as served:
@@ -117,8 +123,28 @@ def test_connections_of_this_user_are_told_apart(host: str) -> None:
     except OSError:
         pytest.skip(f"this machine has no {host}")
     with listener, socket.create_connection(listener.getsockname()[:2]) as client:
-        assert is_own_connection(*client.getsockname()[:2])
-    assert not is_own_connection(host, 1)
+        here, there = client.getsockname()[:2], client.getpeername()[:2]
+        connection = Connection(here[0], here[1], there[0], there[1])
+        assert is_own_connection(connection)
+        # the same port of ours leads elsewhere: another account may have the connection that is asked for
+        assert find_owner(replace(connection, server_port=there[1] ^ 1)) is None
+        client.shutdown(socket.SHUT_WR)
+        assert find_owner(connection) == ENDED
+    assert not is_own_connection(Connection(host, 1, host, 2))
+
+
+def ask_as_nobody(port: int, address: str, cookie: str = "") -> str:
+    done = subprocess.run(
+        ["/usr/bin/env", "python3", "-I", "-c", ASK, str(port), address, cookie],
+        user=NOBODY,
+        cwd="/",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        pytest.skip(f"another user cannot start Python: {done.stderr[-200:]}")
+    return done.stdout
 
 
 @ON_LINUX
@@ -127,18 +153,11 @@ def test_another_user_gets_in_neither_with_nor_without_a_ticket(tmp_path: Path) 
     ticket = Ticket()
     with serve_runs(tmp_path, token=TOKEN, ticket=ticket) as served:
         for address in ("/", f"/?token={ticket.word}"):
-            done = subprocess.run(
-                ["/usr/bin/env", "python3", "-I", "-c", ASK, str(served.port), address],
-                user=NOBODY,
-                cwd="/",
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            if done.returncode:
-                pytest.skip(f"another user cannot start Python: {done.stderr[-200:]}")
-            assert done.stdout == "401\n"
-        assert served.ask("/", Cookie=f"reelsmith={TOKEN}").status == 200
+            assert ask_as_nobody(served.port, address) == "401\n"
+        # nor with all that a browser of this user sends
+        browser = enter(served, TOKEN)
+        assert ask_as_nobody(served.port, f"{browser.root}/", browser.cookie) == "401\n"
+        assert browser.ask("/").status == 200
 
 
 def test_a_browser_that_was_let_in_sees_all_pages(tmp_path: Path) -> None:
@@ -149,10 +168,14 @@ def test_a_browser_that_was_let_in_sees_all_pages(tmp_path: Path) -> None:
         open_page(f"{served.url}/?token={ticket.word}") as page,
     ):
         page.get_by_role("heading", name="x").wait_for()
-        assert page.url == f"{served.url}/"
+        assert re.fullmatch(rf"{served.url}/~[\w-]+/", page.url)
+        root = page.url.removesuffix("/")
         for address in ("/new", "/generate", "/queue", "/models", "/settings"):
-            page.goto(f"{served.url}{address}")
+            page.goto(f"{root}{address}")
             page.get_by_role("link", name="Generate").first.wait_for()
             assert TOKEN not in page.content()
         assert page.evaluate("document.cookie") == ""
         assert page.problems == []
+        page.goto(f"{served.url}/queue?from=bookmark")  # typed without the root, which the browser knows
+        page.get_by_role("link", name="Generate").first.wait_for()
+        assert page.url == f"{root}/queue?from=bookmark"

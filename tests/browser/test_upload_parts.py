@@ -4,7 +4,7 @@ import http.client
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from modules.errors import OptionError
 from tests.browser.serving import Served, serve_runs
 from tests.browser.test_uploads import everything, picture
 from tests.chromium import open_page
+from tests.waiting import MILLISECONDS, PATIENCE, wait_for
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def address(content: bytes, at: int | str, name: str = "a ü.png", **fields: Any
 
 def send(served: Served, content: bytes, at: int | str, length: int, **fields: Any) -> dict[str, Any]:
     """Send a piece as the page does; return what the server tells."""
-    link = http.client.HTTPConnection("127.0.0.1", served.port, timeout=20)
+    link = http.client.HTTPConnection("127.0.0.1", served.port, timeout=PATIENCE)
     begin = int(at) if str(at).isdecimal() else 0
     link.request(
         "POST", address(content, at, **fields), content[begin : begin + length], {"Origin": served.url}
@@ -67,7 +68,7 @@ def test_pieces_become_the_file_also_after_a_break_and_a_new_server(tmp_path: Pa
         assert served.ask(address(content, 0)).json()["at"] == third
         other = served.ask(address(content, 0, changed="1700000000001")).json()
         assert other["at"] == 0  # another version of the file
-        link = http.client.HTTPConnection("127.0.0.1", served.port, timeout=20)
+        link = http.client.HTTPConnection("127.0.0.1", served.port, timeout=PATIENCE)
         link.putrequest("POST", address(content, third))
         link.putheader("Origin", served.url)
         link.putheader("Content-Length", str(third))
@@ -82,14 +83,6 @@ def test_pieces_become_the_file_also_after_a_break_and_a_new_server(tmp_path: Pa
     assert everything(tmp_path / "roots") == ["set", "set/a ü.png"]
 
 
-def wait_for(is_so: Callable[[], bool]) -> None:
-    for _ in range(200):
-        if is_so():
-            return
-        time.sleep(0.05)
-    raise AssertionError("it has not happened")
-
-
 def test_more_than_was_announced_is_not_written_and_bad_content_leaves_nothing(
     served: Served, tmp_path: Path
 ) -> None:
@@ -102,7 +95,7 @@ def test_more_than_was_announced_is_not_written_and_bad_content_leaves_nothing(
     assert everything(tmp_path / "roots") == []
 
     content = picture(tmp_path)
-    link = http.client.HTTPConnection("127.0.0.1", served.port, timeout=20)
+    link = http.client.HTTPConnection("127.0.0.1", served.port, timeout=PATIENCE)
     link.request("POST", address(content, 0), content + b"more", {"Origin": served.url})
     assert link.getresponse().status == 200
     assert (tmp_path / "roots/set/a ü.png").read_bytes() == content
@@ -181,7 +174,7 @@ def test_old_files_of_other_programs_stay(served: Served, tmp_path: Path) -> Non
 
 def test_two_pages_do_not_write_one_file_at_a_time(served: Served, tmp_path: Path) -> None:
     content = picture(tmp_path)
-    link = http.client.HTTPConnection("127.0.0.1", served.port, timeout=20)
+    link = http.client.HTTPConnection("127.0.0.1", served.port, timeout=PATIENCE)
     link.putrequest("POST", address(content, 0))
     link.putheader("Origin", served.url)
     link.putheader("Content-Length", "100")
@@ -210,7 +203,7 @@ def test_a_page_sends_a_large_file_in_pieces_through_breaks(
 
         page.route("**/new/piece?*", pass_on)
         page.locator("#drop").set_input_files(source)
-        page.wait_for_url("**/new?*folder=*", timeout=30_000)
+        page.wait_for_url("**/new?*folder=*", timeout=PATIENCE * MILLISECONDS)
     assert list(breaks) == []
     (taken,) = (tmp_path / "roots").glob("*/large.png")
     assert taken.read_bytes() == source.read_bytes()

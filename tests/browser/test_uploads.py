@@ -28,6 +28,7 @@ from browser.uploads import (
 from modules.errors import OptionError, OutputError
 from tests.browser.serving import Answer, Served, serve_runs
 from tests.data_tools.report.making import save_clip
+from tests.waiting import PATIENCE, wait_for
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def served(tmp_path: Path) -> Iterator[Served]:
 
 def send(served: Served, name: str, content: bytes, into: str = "set", **headers: str) -> Answer:
     """Send a file as the page does."""
-    link = http.client.HTTPConnection("127.0.0.1", served.port, timeout=20)
+    link = http.client.HTTPConnection("127.0.0.1", served.port, timeout=PATIENCE)
     address = f"{ADDRESS}?{urlencode({'into': into, 'name': name}, errors='surrogatepass')}"
     link.request("POST", address, content, {"Origin": served.url, **headers})
     answer = link.getresponse()
@@ -166,23 +167,16 @@ def test_no_file_goes_outside_or_into_a_folder_of_programs(into: str, served: Se
 
 
 def test_a_broken_upload_leaves_nothing(served: Served, tmp_path: Path) -> None:
-    link = http.client.HTTPConnection("127.0.0.1", served.port, timeout=20)
+    link = http.client.HTTPConnection("127.0.0.1", served.port, timeout=PATIENCE)
     link.putrequest("POST", f"{ADDRESS}?into=set&name=a.png")
     link.putheader("Origin", served.url)
     link.putheader("Content-Length", "1000000")
     link.endheaders(b"x" * 5000)
-    for _ in range(100):
-        if everything(tmp_path / "roots"):
-            break
-        time.sleep(0.05)
+    wait_for(lambda: everything(tmp_path / "roots"))
     assert any(name.endswith(".tmp") for name in everything(tmp_path / "roots"))
     link.close()
 
-    for _ in range(100):
-        if not everything(tmp_path / "roots"):
-            break
-        time.sleep(0.05)
-    assert everything(tmp_path / "roots") == []
+    wait_for(lambda: everything(tmp_path / "roots") == [], lambda: everything(tmp_path / "roots"))
 
 
 def test_only_pages_of_this_server_send_files_and_none_if_it_only_reads(tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ class Tab:
     def ask(self, name: str, *arguments: object) -> Any:
         """Return what a function of walking.js answers on this page."""
         call = "([name, words]) => globalThis.walker ? walker[name](...words) : false"
-        for _ in range(20):
+        for _ in range(int(MOST_SECONDS / 0.1)):
             answer = read_page(self.page, self.page.evaluate, call, [name, list(arguments)])
             if answer is not None and answer is not False:
                 return answer

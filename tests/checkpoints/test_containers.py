@@ -277,10 +277,10 @@ def test_a_list_of_tensors_that_takes_minutes_is_refused_in_seconds(
     if is_zip:
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("x/data.pkl", content)
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(CheckpointError, match="damaged or incomplete: its list of tensors"):
         load_pickled(path)
-    assert time.monotonic() - began < 60  # a second, on a machine that does nothing else
+    assert time.process_time() - began < 60  # a second, on a machine that does nothing else
 
 
 def test_a_list_of_tensors_that_unpacks_to_gigabytes_is_refused(tmp_path: Path) -> None:

@@ -30,10 +30,10 @@ def write_many(path: Path, count: int) -> Path:
 
 def test_more_tensors_than_any_model_has_are_refused_at_once(tmp_path: Path) -> None:
     path = write_many(tmp_path / "many.safetensors", MAX_TENSORS)
-    begin = time.monotonic()
+    begin = time.process_time()
     with pytest.raises(CheckpointError, match=r"has 50,\d+ tensors, and no model has more than 50,000"):
         open_checkpoint(path)
-    assert time.monotonic() - begin < 10
+    assert time.process_time() - begin < 10
 
 
 def test_so_they_are_at_the_command_line(tmp_path: Path) -> None:
@@ -46,7 +46,7 @@ def test_so_they_are_at_the_command_line(tmp_path: Path) -> None:
 
 
 def test_names_of_no_table_are_left_alone_quickly() -> None:
-    begin = time.monotonic()
+    begin = time.process_time()
     assert all(translate_name(f"x.{index}", FROM_DIFFUSERS) == f"x.{index}" for index in range(20_000))
-    assert time.monotonic() - begin < 5
+    assert time.process_time() - begin < 5
     assert translate_name("blocks.7.attn1.to_q.weight", FROM_DIFFUSERS) == "blocks.7.self_attn.q.weight"

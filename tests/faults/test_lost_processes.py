@@ -20,11 +20,12 @@ from torch import distributed
 from modules.lost_processes import meet_anew
 from tests.commands import QUIET, ROOT, run_in_processes, start_processes
 from tests.faults.runs import DYING, WAN, Scripts, assert_same_tensors, assert_whole, told
+from tests.waiting import PATIENCE
 from tests.warm_processes import WarmProcess
 
 FAMILIES = (WAN,)
 KILLED = -9
-MOST_SECONDS = 30  # that the others live on after a kill
+MOST_SECONDS = 300  # that the others live on after a kill, on a busy machine; without it 600
 WAYS = {"whole": (), "shared": ("--shard_base",)}
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are copies of one with libraries")
 
@@ -123,12 +124,12 @@ def test_a_process_that_is_stopped_ends_the_others_within_100_seconds(
         (project / "many.txt").write_text("a cat --w 32 --h 32 --f 5 --s 2\n" * 2000, encoding="utf-8")
         words[words.index("prompts.txt")] = "many.txt"
     with start_processes([words, words], project) as started:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + PATIENCE
         while not list(out.glob("*.safetensors")):
             assert time.monotonic() < deadline
             time.sleep(0.02)
         os.kill(started[lost].pid, signal.SIGSTOP)
-        assert started[1 - lost].wait(timeout=100) == 1
+        assert started[1 - lost].wait(timeout=PATIENCE) == 1
         said = started[1 - lost].done().stderr
     assert said.count(f"LostProcessError: process {lost} (counted from 0) has not answered for 60 s") == 1
     assert "Traceback" not in said
@@ -157,7 +158,7 @@ def test_a_launcher_that_restarts_the_processes_needs_no_hand(
         start_new_session=True,
     ) as process:
         try:
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + PATIENCE
             while not (tmp_path / "out" / "x-step00000003.safetensors").exists():
                 assert process.poll() is None
                 assert time.monotonic() < deadline
@@ -193,7 +194,7 @@ def test_processes_that_are_restarted_meet_where_no_earlier_attempt_did() -> Non
             for rank in order:
                 waiting.append(pool.submit(meet, rank))
                 time.sleep(0.1)
-            (port,) = {one.result(timeout=60) for one in waiting}
+            (port,) = {one.result(timeout=PATIENCE) for one in waiting}
             ports.append(port)
     assert len({*ports, str(store.port)}) == 4
 
@@ -224,7 +225,7 @@ def write_watched(folder: Path) -> list[str]:
 
 
 def wait_until_joined(started: Sequence[WarmProcess]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while not all("joined" in process.done().stdout for process in started):
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -253,4 +254,4 @@ def test_processes_that_are_stopped_together_go_on_together(tmp_path: Path) -> N
             for process in started:
                 os.kill(process.pid, number)
             time.sleep(pause)
-        assert [process.wait(timeout=60) for process in started] == [0, 0, 0]
+        assert [process.wait(timeout=PATIENCE) for process in started] == [0, 0, 0]

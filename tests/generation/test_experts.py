@@ -28,6 +28,7 @@ from running.planning.dry_run import WEIGHTS
 from running.planning.memory_plan import NAMES, MemoryPart, MemoryPlan, Phase
 from tests.modules.fake_device import CountedMemory
 from tests.tiny.wan_dit import tiny_state, write_dit
+from tests.waiting import PATIENCE
 from tests.wan.test_model import tiny_inputs
 from wan.checkpoints import load_dit
 
@@ -115,7 +116,7 @@ class Stage:
         return dit
 
     def aside(self, expert: int, check: Check) -> tuple[nn.Module, ToyCopy]:
-        self.may_read.wait(10)
+        self.may_read.wait(PATIENCE)
         check()
         if expert in self.broken:
             raise self.broken[expert]

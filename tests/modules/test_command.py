@@ -19,6 +19,7 @@ from modules.errors import CheckpointError, OptionError
 from modules.parser import Parser, typed_names
 from tests.commands import ROOT, run_program
 from tests.faults.messages import assert_one_message, run_here
+from tests.waiting import PATIENCE
 
 
 def _parser() -> Parser:
@@ -273,7 +274,7 @@ def test_ctrl_c_while_a_program_ends_prints_no_traceback() -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == "ending\n"
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == -signal.SIGINT
     assert errors == ""
 

@@ -3,14 +3,18 @@
 import functools
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as functional
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from networks.added import AddedLayer, AddedPart, ChangedPlace
-from networks.deltas import bias_delta, find_fault, strength, weight_delta
+from networks.delta import read_delta
+from networks.deltas import strength
+from tests.commands import ROOT, run_python
 from tests.stable_diffusion.loaded import RANK, Factors, low_rank, random
 
 CPU = torch.device("cpu")
@@ -71,13 +75,12 @@ FORMULAS: dict[str, tuple[dict[str, Tensor], Tensor]] = {
 
 @pytest.mark.parametrize(("factors", "expected"), FORMULAS.values(), ids=list(FORMULAS))
 def test_a_change_is_that_of_its_formula(factors: dict[str, Tensor], expected: Tensor) -> None:
-    assert find_fault(factors) is None
-    delta = weight_delta(factors, CPU)
+    assert read_delta(factors).find_error() is None
+    delta = read_delta(factors).dense(CPU)
     assert delta is not None
     torch.testing.assert_close(delta.reshape(expected.shape), expected, rtol=1e-5, atol=1e-5)
-    meta = weight_delta(factors, torch.device("meta"))
-    assert meta is not None
-    assert meta.shape == delta.shape
+    shape = read_delta(factors).shape()
+    assert shape == tuple(delta.shape)
 
 
 @pytest.mark.parametrize("alpha", [{}, {"alpha": torch.tensor(0.0)}])
@@ -86,7 +89,7 @@ def test_missing_or_zero_alpha_means_the_rank(alpha: dict[str, Tensor]) -> None:
 
 
 def test_a_difference_of_a_bias_is_the_change() -> None:
-    delta = bias_delta({"diff_b": drawn(3)}, CPU)
+    delta = read_delta({"diff_b": drawn(3)}).bias(CPU)
     assert delta is not None
     assert torch.equal(delta, drawn(3))
 
@@ -103,7 +106,7 @@ def test_a_difference_of_a_bias_is_the_change() -> None:
     ],
 )
 def test_incomplete_factors_are_explained(parts: list[str], words: str) -> None:
-    reason = find_fault(dict.fromkeys(parts, torch.ones(2, 2)))
+    reason = read_delta(dict.fromkeys(parts, torch.ones(2, 2))).find_error()
     assert reason is not None
     assert words in reason
 
@@ -118,7 +121,7 @@ def test_incomplete_factors_are_explained(parts: list[str], words: str) -> None:
     ],
 )
 def test_factors_that_are_no_matrices_are_explained(wrong: dict[str, Tensor]) -> None:
-    reason = find_fault({"lora_down.weight": drawn(3, 5), "lora_up.weight": drawn(7, 3)} | wrong)
+    reason = read_delta({"lora_down.weight": drawn(3, 5), "lora_up.weight": drawn(7, 3)} | wrong).find_error()
     assert reason is not None
     assert next(iter(wrong)) in reason
 
@@ -171,7 +174,7 @@ def dora(name: str, module: nn.Module) -> Factors:
 def change_of(factors: Factors, module: nn.Module) -> Tensor:
     """What factors add to the weight of a module, by the formulas above."""
     weight = module.weight.detach()  # type: ignore[union-attr, operator]
-    delta = weight_delta(factors, CPU)
+    delta = read_delta(factors).dense(CPU)
     assert delta is not None
     delta = delta.reshape(weight.shape)
     if "dora_scale" not in factors:
@@ -208,7 +211,7 @@ def test_what_is_added_equals_a_changed_weight(
     for name, multiplier in (("one", 0.5), ("two", -2.0), ("off", 0.0)):
         factors = form(name, changed)
         change = change_of(factors, changed)
-        parts.append(AddedPart(place, {**factors, "diff_b": random(8, seed=name)}, multiplier))
+        parts.append(AddedPart(place, read_delta({**factors, "diff_b": random(8, seed=name)}), multiplier))
         weight += multiplier * change.reshape(weight.shape)
     layer = AddedLayer(place, parts)
     layer.attach()
@@ -235,7 +238,7 @@ def test_products_are_added_in_place_and_rounded_once(dtype: torch.dtype, shape:
     place, names = ChangedPlace("x.weight", module), ("one", "two")
     factors = {name: low_rank(name, module) for name in names}
     plain = module(x)
-    layer = AddedLayer(place, [AddedPart(place, factors[name], 0.5) for name in names])
+    layer = AddedLayer(place, [AddedPart(place, read_delta(factors[name]), 0.5) for name in names])
     layer.attach()
     layer.switch_on(CPU, dtype)
 
@@ -258,7 +261,10 @@ def test_what_more_than_a_product_is_added_is_not_left_out() -> None:
     place, plain, bias = ChangedPlace("x.weight", module), module(x), random(8, seed="bias")
     factors = low_rank("one", module)
     change = change_of(factors, module)
-    parts = [AddedPart(place, factors, 0.5), AddedPart(place, {**factors, "diff_b": bias}, 1.0)]
+    parts = [
+        AddedPart(place, read_delta(factors), 0.5),
+        AddedPart(place, read_delta({**factors, "diff_b": bias}), 1.0),
+    ]
     layer = AddedLayer(place, parts)
     layer.attach()
     layer.switch_on(CPU, torch.float32)
@@ -271,7 +277,7 @@ def test_what_more_than_a_product_is_added_is_not_left_out() -> None:
 def test_a_change_of_a_bias_alone_is_added() -> None:
     module, x, change = nn.Conv2d(6, 8, 3), random(2, 6, 5, 7, seed="x", scale=1), random(8, seed="bias")
     place, plain = ChangedPlace("x.weight", module), module(x)
-    layer = AddedLayer(place, [AddedPart(place, {"diff_b": change}, 2.0)])
+    layer = AddedLayer(place, [AddedPart(place, read_delta({"diff_b": change}), 2.0)])
     layer.attach()
     layer.switch_on(CPU, torch.float32)
 
@@ -283,7 +289,7 @@ def test_what_is_added_to_a_norm_can_be_changed_too() -> None:
     norm, x = nn.LayerNorm(6), random(2, 6, seed="x", scale=1)
     plain = norm(x)
     place = ChangedPlace("norm.weight", norm)
-    parts = [AddedPart(place, {"diff": random(6, seed=name)}) for name in ("one", "two")]
+    parts = [AddedPart(place, read_delta({"diff": random(6, seed=name)})) for name in ("one", "two")]
     layer = AddedLayer(place, parts)
     layer.attach()
     layer.switch_on(CPU, torch.float32)
@@ -292,3 +298,48 @@ def test_what_is_added_to_a_norm_can_be_changed_too() -> None:
 
     wanted = plain + 2 * functional.layer_norm(x, (6,)) * random(6, seed="two")
     torch.testing.assert_close(norm(x), wanted)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "parts"),
+    [
+        ({"lora_up.weight": (7, 3), "lora_down.weight": (4, 5)}, "up and down"),
+        ({"lora_up.weight": (7, 3), "lora_down.weight": (3, 5), "lora_mid.weight": (3, 4, 3, 3)}, "a core"),
+        (
+            {"hada_w1_a": (6, 2), "hada_w1_b": (2, 5), "hada_w2_a": (6, 2), "hada_w2_b": (2, 4)},
+            "two sizes",
+        ),
+        ({"hada_w1_a": (6, 2), "hada_w1_b": (3, 5), "hada_w2_a": (6, 2), "hada_w2_b": (2, 5)}, "one matrix"),
+        ({"lokr_w1": (2, 2), "lokr_w2_a": (3, 2), "lokr_w2_b": (4, 3)}, "a product"),
+        ({"lora_up.weight": (7, 3), "lora_down.weight": (3, 5), "diff": (7, 6)}, "two changes"),
+    ],
+)
+def test_shapes_that_have_no_product_are_told_from_shapes_alone(
+    wrong: dict[str, tuple[int, ...]], parts: str
+) -> None:
+    """On the meta device no product can be tried without torch's compiler, which takes seconds to load."""
+    factors = {part: torch.ones(shape) for part, shape in wrong.items()}
+
+    error = read_delta(factors).find_error()
+
+    assert error is not None, parts
+    assert error.startswith("its factors do not go together")
+
+
+def test_a_lora_is_read_and_fitted_without_torchs_compiler(tmp_path: Path) -> None:
+    save_file(
+        {"lora_unet_x.lora_down.weight": torch.ones(2, 5), "lora_unet_x.lora_up.weight": torch.ones(4, 2)},
+        tmp_path / "lora.safetensors",
+    )
+    script = (
+        "import sys, torch\n"
+        "from pathlib import Path\n"
+        "from networks.apply import LoraPatch\n"
+        "from networks.loading import lora_uses\n"
+        "uses = lora_uses([(Path(sys.argv[1]), 0.5)])\n"
+        "changed = LoraPatch(uses)('x.weight', torch.zeros(4, 5))\n"
+        "print(changed.unique().item(), 'torch._dynamo' in sys.modules)\n"
+    )
+    done = run_python("-c", script, tmp_path / "lora.safetensors", folder=ROOT)
+
+    assert done.stdout.split() == ["1.0", "False"]  # 0.5 times 2 ranks of 1 * 1

@@ -17,7 +17,7 @@ from modules.errors import CheckpointError
 from modules.speed_options import Quantisation
 from networks.apply import LoraPatch
 from networks.convert import convert_file
-from networks.deltas import find_fault, weight_delta
+from networks.delta import read_delta
 from networks.kinds.dora_change import decompose
 from networks.kinds.dora_layer import extend
 from networks.loading import LoraFile, LoraUse, read_lora
@@ -36,7 +36,7 @@ MODULE = "blocks.0.ffn.0"
 def lora_of(factors: dict[str, Tensor], module: str = MODULE) -> LoraFile:
     """A file with these factors of one module."""
     name = f"lora_unet_{module.replace('.', '_')}"
-    assert find_fault(factors) is None
+    assert read_delta(factors).find_error() is None
     return LoraFile(Path("x"), {f"{name}.{part}": tensor for part, tensor in factors.items()}, {}, "ours")
 
 
@@ -199,7 +199,7 @@ def test_the_output_is_that_of_the_weight_that_generation_makes(bias: bool, form
     x = torch.randn(2, 5, 16)
     factors = layer.state_dict()
     assert factors.keys() == {"alpha", "lora_down.weight", "lora_up.weight", "dora_scale"}
-    delta = weight_delta(factors, CPU)
+    delta = read_delta(factors).dense(CPU)
     assert delta is not None
     merged = weight + 0.5 * decompose(weight, delta, factors["dora_scale"])
     layer.multiplier = 0.5

@@ -16,7 +16,7 @@ from modules.errors import CheckpointError, OptionError
 from networks.added import add_loras
 from networks.apply import LoraPatch
 from networks.convert import convert_file
-from networks.deltas import weight_delta
+from networks.delta import read_delta
 from networks.factored import FactoredLayer, Product
 from networks.kinds import dora_layer, loha_layer, lokr_layer
 from networks.kinds.loha import make_shapes as loha_shapes
@@ -135,9 +135,9 @@ def test_a_convolution_computes_with_the_changed_weight(kind: str, case: str) ->
     ):
         # sums of hundreds of products in another order
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
-    delta = weight_delta(
-        {name: tensor for name, tensor in layer.state_dict().items() if name != "dora_scale"}, x.device
-    )
+    delta = read_delta(
+        {name: tensor for name, tensor in layer.state_dict().items() if name != "dora_scale"}
+    ).dense(x.device)
     assert delta is not None  # as generation merges it
     torch.testing.assert_close(delta.view(weight), scale * change.detach().view(weight), rtol=1e-4, atol=1e-4)
     if kind != "DoRA":
@@ -146,9 +146,11 @@ def test_a_convolution_computes_with_the_changed_weight(kind: str, case: str) ->
 
 def size_of(shapes: Any) -> tuple[int, int]:
     """Outputs and inputs of the weight that factors of these shapes change."""
-    found = weight_delta({name: torch.zeros(shape) for name, shape in shapes.items()}, torch.device("meta"))
+    factors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    found = read_delta(factors).shape()
     assert found is not None
-    return tuple(found.shape)  # type: ignore[return-value]
+    rows, columns = found
+    return rows, columns
 
 
 def random_layer(kind: str, alpha: float = 0.7) -> tuple[nn.Linear, FactoredLayer]:
@@ -168,7 +170,7 @@ def test_output_and_gradients_are_those_of_the_merged_weight(kind: str) -> None:
     original, layer = random_layer(kind)
     x = torch.randn(2, 5, original.in_features, requires_grad=True)
     layer.multiplier = 0.5
-    delta = weight_delta(layer.state_dict(keep_vars=True), x.device)  # as generation merges it
+    delta = read_delta(layer.state_dict(keep_vars=True)).dense(x.device)  # as generation merges it
     assert delta is not None
     expected = nn.functional.linear(x, original.weight + layer.multiplier * delta, original.bias)
     layer.attach()
@@ -190,7 +192,7 @@ def test_output_and_gradients_are_those_of_the_merged_weight(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_norm_is_that_of_the_change_and_shrinks_with_it(kind: str) -> None:
     _, layer = random_layer(kind)
-    delta = weight_delta(layer.state_dict(), torch.device("cpu"))
+    delta = read_delta(layer.state_dict()).dense(torch.device("cpu"))
     assert delta is not None
     with torch.no_grad():
         torch.testing.assert_close(layer.norm(), torch.linalg.vector_norm(delta))

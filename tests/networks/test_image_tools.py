@@ -25,7 +25,8 @@ from networks import (
     flux_merge_lora,
 )
 from networks.apply import LoraPatch
-from networks.deltas import group_by_module, weight_delta
+from networks.delta import read_delta
+from networks.deltas import group_by_module
 from networks.extracting import decompose_change
 from networks.loading import LoraUse, read_lora
 from networks.names.layouts import FamilyNames
@@ -75,7 +76,9 @@ def model(path: Path) -> dict[str, Tensor]:
 
 
 def deltas(path: Path) -> dict[str, Tensor]:
-    found = {name: weight_delta(factors, CPU) for name, factors in group_by_module(load_file(path)).items()}
+    found = {
+        name: read_delta(factors).dense(CPU) for name, factors in group_by_module(load_file(path)).items()
+    }
     return {name: delta for name, delta in found.items() if delta is not None}
 
 
@@ -198,7 +201,7 @@ def test_a_lora_is_extracted_as_recorded(tmp_path: Path, quantile: float) -> Non
         if name.endswith(".weight")
     }
     for module in CASE["extract"]["tuned"]["modules"]:
-        delta = weight_delta(first[module], CPU)
+        delta = read_delta(first[module]).dense(CPU)
         assert delta is not None
         noise = draw(f"golden-a/input/flux_lora_tools/noise/{module}", list(delta.shape))
         tuned[paths[module]] = weights[paths[module]] + 0.5 * delta + 0.002 * torch.from_numpy(noise).float()

@@ -202,9 +202,9 @@ def test_what_is_no_expression_is_named() -> None:
 
 @pytest.mark.long
 def test_a_hostile_expression_ends_soon() -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     modules = {"m": {"lora_down.weight": torch.ones(1, 2)}}
     # Python's `re` would need longer than the universe is old
     with pytest.raises(ValueError, match="takes too long"):
         peft_alphas(modules, {"m": "a" * 900}, {"alpha_pattern": {r"(a|aa)+[bc]": 1.0}}, {})
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10

@@ -15,7 +15,7 @@ from frame_pack.names import FRAMEPACK
 from modules.errors import CheckpointError
 from networks.apply import LoraPatch
 from networks.convert import convert_file
-from networks.deltas import weight_delta
+from networks.delta import read_delta
 from networks.key_formats import to_native
 from networks.loading import LoraFile, LoraUse, read_lora
 from networks.metadata import save_network
@@ -190,9 +190,9 @@ def test_training_can_start_from_a_lora_of_hunyuan_video(tmp_path: Path) -> None
     assert {layer.scale for layer in network.layers} == {3 / 4}
     expected = changes(tiny_state(), LoraUse(lora))
     for name, layer in network.named_children():
-        delta = weight_delta(
-            {f"lora_{part}.weight": getattr(layer, f"lora_{part}").weight for part in ("down", "up")}, CPU
-        )
+        delta = read_delta(
+            {f"lora_{part}.weight": getattr(layer, f"lora_{part}").weight for part in ("down", "up")}
+        ).dense(CPU)
         path = module_path(name.removeprefix("lora_unet_"), FRAMEPACK)
         assert delta is not None
         torch.testing.assert_close(3 / 4 * delta, expected[f"{path}.weight"], rtol=0, atol=2e-6)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lumina.configs import DIT as LUMINA_DIT
 from networks.apply import LoraPatch, OriginalWeights
-from networks.deltas import group_by_module, weight_delta
+from networks.delta import read_delta
+from networks.deltas import group_by_module
 from networks.loading import LoraFile, LoraUse, lora_uses, read_lora
 from networks.lora_network import OwnNetwork
 from networks.metadata import save_network
@@ -92,7 +93,7 @@ def test_a_large_weight_changed_part_by_part_equals_one_changed_at_once(kind: st
         [LoraUse(lora_file({f"lora_unet_a.{part}": tensor for part, tensor in factors.items()}), 0.5)]
     )
     weight = torch.ones(ROWS, COLUMNS)
-    expected = weight_delta(factors, torch.device("cpu"))
+    expected = read_delta(factors).dense(torch.device("cpu"))
     assert expected is not None
 
     changed = patch("a.weight", weight)
@@ -235,7 +236,7 @@ def test_each_part_learns_with_factors_of_its_own(path: str) -> None:
     out = layer(x)
 
     factors = group_by_module(made.state_dict())[name]
-    delta = weight_delta(factors, CPU)
+    delta = read_delta(factors).dense(CPU)
     assert delta is not None
     torch.testing.assert_close(out, nn.functional.linear(x, layer.weight + delta, layer.bias))
     parts = len(factors["lora_down.weight"]) // 2
@@ -289,7 +290,7 @@ def test_norms_of_split_layers_are_limited_by_their_whole_change() -> None:
         made.scale_norms(0.5, torch.device("cpu"))
 
     for factors in group_by_module(made.state_dict()).values():
-        delta = weight_delta(factors, CPU)
+        delta = read_delta(factors).dense(CPU)
         assert delta is not None
         assert float(delta.norm()) <= 0.5 * (1 + 1e-5)
 

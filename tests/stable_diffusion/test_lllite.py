@@ -14,7 +14,8 @@ from torch.nn import functional
 import merge_lora
 from modules.errors import CheckpointError
 from networks import extract_lora_from_models, sdxl_merge_lora
-from networks.deltas import group_by_module, weight_delta
+from networks.delta import read_delta
+from networks.deltas import group_by_module
 from networks.loading import read_lora
 from stable_diffusion.contract import SD1, SDXL, UnetCall
 from stable_diffusion.lllites import check_lllites, load_lllites
@@ -237,7 +238,7 @@ def test_unchanged_text_encoders_are_left_out_and_other_models_refused(tmp_path:
 
     found = load_file(lora)
     assert {each.split("_")[1] for each in found} == {"unet", "te2"}
-    changes = {module: weight_delta(factors, CPU) for module, factors in group_by_module(found).items()}
+    changes = {module: read_delta(factors).dense(CPU) for module, factors in group_by_module(found).items()}
     layer = "lora_te2_text_model_encoder_layers_0_self_attn"
     largest = {key: float(one.abs().max()) for key, one in changes.items() if one is not None}
     assert largest[f"{layer}_q_proj"] > 0.1
@@ -280,7 +281,7 @@ def test_old_names_of_text_encoders_and_positions_left_out_make_no_difference(tm
     changed = f"{text}encoder.layers.0.mlp.fc1.weight"
     torch.testing.assert_close(load_file(merged)[changed], tensors[changed] + 0.5)
     extract(old, merged, extracted)
-    delta = weight_delta(group_by_module(load_file(extracted))[TEXT_LAYER], CPU)
+    delta = read_delta(group_by_module(load_file(extracted))[TEXT_LAYER]).dense(CPU)
     assert delta is not None
     torch.testing.assert_close(delta, torch.full((128, 64), 0.5), atol=1e-4, rtol=1e-4)
     # a fine-tuned file that has what the original leaves out

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from tests.data_tools.captions.making import (
     read_lines,
     run_server,
 )
+from tests.waiting import PATIENCE, wait_for
 
 HAND = "written by a person\n"
 
@@ -276,7 +276,7 @@ def test_a_killed_run_goes_on_between_two_captions(is_list: bool, tmp_path: Path
     def reply(number: int, body: Any) -> str:
         if number == 2:
             reached.set()
-            release.wait(60)
+            release.wait(PATIENCE)
         return f"caption {number}"
 
     def written() -> list[str]:
@@ -288,10 +288,8 @@ def test_a_killed_run_goes_on_between_two_captions(is_list: bool, tmp_path: Path
         command = [str(ROOT / "tools/caption_dataset.py"), "--dataset_config", str(config), *words]
         process = subprocess.Popen([sys.executable, *command], env={**os.environ, **QUIET})
         try:
-            assert reached.wait(60)
-            time_out = time.monotonic() + 20
-            while len(written()) < 2 and time.monotonic() < time_out:
-                time.sleep(0.02)
+            assert reached.wait(PATIENCE)
+            wait_for(lambda: len(written()) >= 2)
         finally:
             process.kill()
             process.wait()

@@ -19,6 +19,7 @@ from data_tools.captions.server import ApiServer
 from dataset.config import load_dataset_config
 from modules.errors import UserError
 from tests.data_tools.captions.making import make_folder, options_of, read_captions, run_server
+from tests.waiting import PATIENCE
 
 SECRET = "sk-test-0123456789"
 
@@ -54,7 +55,7 @@ def test_a_request_holds_prompt_frames_and_settings(tmp_path: Path, monkeypatch:
 def test_requests_wait_together_and_need_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # a server on this machine is asked directly
-    gate = threading.Barrier(3, timeout=20)
+    gate = threading.Barrier(3, timeout=PATIENCE)
 
     def reply(number: int, body: dict[str, Any]) -> str:
         gate.wait()
@@ -81,7 +82,7 @@ def test_the_end_of_a_run_waits_for_no_answer_and_refusals_are_not_kept(tmp_path
     gate = threading.Event()
 
     def reply(number: int, body: dict[str, Any]) -> tuple[int, str]:
-        assert not number or gate.wait(20)
+        assert not number or gate.wait(PATIENCE)
         return 422, "this picture is refused"
 
     config = make_folder(tmp_path)

@@ -332,9 +332,9 @@ def test_pages_that_name_one_page_many_times_end(folder: Path) -> None:
     struct.pack_into(">I", data, 28, len(data) // 512)
     path.write_bytes(data)
 
-    began = time.monotonic()
+    began = time.process_time()
     assert set(ShardStore(folder).names()) >= WHOLE.keys()
-    assert time.monotonic() - began < 10
+    assert time.process_time() - began < 10
 
 
 @pytest.mark.parametrize("what", ["link", "journal", "super", "pipe", "folder", "lock"])

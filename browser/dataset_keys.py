@@ -1,0 +1,131 @@
+"""Keys of dataset.toml among all settings: the pictures of a step, and options that it replaces."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import tomlkit
+from tomlkit.exceptions import TOMLKitError
+from tomlkit.items import Table
+
+from browser.described_folder import append_key
+from dataset.subset_options import SUBSET_KEYS, SubsetOptions
+from modules.errors import OptionError
+from modules.options import option_name
+from modules.pages.language import say
+from modules.text_files import parse_toml
+
+BATCH = "batch_size"  # key of dataset.toml
+BATCH_OPTION = "train_batch_size"  # of a training, for datasets whose file does not say the batch size
+GENERAL = "general"
+OF_SUBSETS_TOO = "masked_loss"  # the one option that no key of a dataset stands for
+MOST_IN_BATCH = 1024
+
+
+@cache
+def _list_options() -> Mapping[str, str]:
+    """Return the options that stand for keys of subsets, or for a whole dataset file: the key by option."""
+    keys = {key.option or name: name for name, key in SUBSET_KEYS.items() if key.option != ""}
+    return {option_name(one): keys.get(option_name(one), "") for one in dataclasses.fields(SubsetOptions)}
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetKeys:
+    """What a dataset.toml says, as far as the table of all settings needs it."""
+
+    content: Mapping[str, Any]
+
+    @classmethod
+    def of_text(cls, text: str) -> "DatasetKeys":
+        """Return the keys of a dataset.toml. Raises ValueError if it is not TOML."""
+        return cls(parse_toml(text))
+
+    @property
+    def tables(self) -> list[Mapping[str, Any]]:
+        entries = self.content.get("datasets")
+        return [one for one in entries if isinstance(one, dict)] if isinstance(entries, list) else []
+
+    @property
+    def has_subsets(self) -> bool:
+        """Return whether the file is in the form of the image guides."""
+        return any("subsets" in table for table in self.tables)
+
+    def explain_unused(self, option: str) -> str:
+        """Return why an option of the training has no effect with this file; empty if it has one."""
+        key = _list_options().get(option)
+        if key is None:
+            return ""
+        if not self.has_subsets:
+            return say("No effect in this run: it is for datasets with subsets, and dataset.toml has none.")
+        if not key:
+            return (
+                "" if option == OF_SUBSETS_TOO else say("No effect in this run: dataset.toml names the data.")
+            )
+        if self._is_said_everywhere(key):
+            return say("No effect in this run: %(key)s in dataset.toml says it.", key=key)
+        return ""
+
+    def _is_said_everywhere(self, key: str) -> bool:
+        """Return whether the file gives a key for all its data."""
+        if key in self._read_general():
+            return True
+        missing = [table for table in self.tables if key not in table]
+        subsets = [one for table in missing for one in _list_subsets(table)]
+        return all(_list_subsets(table) for table in missing) and all(key in one for one in subsets)
+
+    def _read_general(self) -> Mapping[str, Any]:
+        general = self.content.get(GENERAL)
+        return general if isinstance(general, dict) else {}
+
+    def read_batch(self, values: Mapping[str, Any]) -> str:
+        """Return the pictures of a step as text: several numbers if tables differ.
+
+        values: of the training.
+        """
+        usual = self._read_general().get(BATCH, values.get(BATCH_OPTION, 1) if self.has_subsets else 1)
+        sizes = [table.get(BATCH, usual) for table in self.tables] or [usual]
+        return ", ".join(str(size) for size in dict.fromkeys(sizes))
+
+
+def _list_subsets(table: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    subsets = table.get("subsets")
+    return [one for one in subsets if isinstance(one, dict)] if isinstance(subsets, list) else []
+
+
+def read_batch_field(text: str) -> int:
+    """Return the number in the field of the pictures of a step. Raises OptionError if there is none."""
+    if text.isascii() and text.isdecimal() and 0 < int(text[:9]) <= MOST_IN_BATCH:
+        return int(text)
+    raise OptionError(
+        say(
+            "Pictures of a step %(text)s: give a whole number from 1 to %(most)s.",
+            text=text or "-",
+            most=MOST_IN_BATCH,
+        )
+    )
+
+
+def write_batch(text: str, size: int) -> str:
+    """Return a dataset.toml with a batch size for all its tables. Raises ValueError if it is not TOML."""
+    try:
+        document = tomlkit.parse(text)
+    except TOMLKitError as error:
+        raise ValueError(f"it is no TOML: {error}") from None
+    for table in _list_tables(document):
+        table.pop(BATCH, None)
+    if GENERAL not in document:
+        document = tomlkit.parse(f"[{GENERAL}]\n\n{tomlkit.dumps(document)}")
+    general = document[GENERAL]
+    if not isinstance(general, Table):
+        raise ValueError(f"[{GENERAL}] is no table")
+    if BATCH in general:
+        general[BATCH] = size
+    else:
+        append_key(general, BATCH, size)
+    return tomlkit.dumps(document)
+
+
+def _list_tables(document: Any) -> Iterator[Any]:
+    entries = document.get("datasets")
+    yield from entries if isinstance(entries, Sequence) else ()

@@ -1,0 +1,94 @@
+"""What a browser keeps that was let in: a path for the pages, and a word in a cookie of that path alone.
+
+Neither is the secret word of the page, nor tells it. Both are made from it and from the port of the server,
+so they are the same after a restart, and those of one server open no other one. The cookie's word names the
+day on which it ends and, where the system shows it, the account that opened the page: what a server of
+another account gets to see, if it takes the port while ours is not there, lets nobody else in.
+"""
+
+import hashlib
+import hmac
+import time
+from base64 import urlsafe_b64encode
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from browser.page_root import MARK, find_port
+from browser.tokens import Connection, find_owner
+
+COOKIE = "reelsmith_page"
+OLD_COOKIE = "reelsmith"  # held the secret word itself, for all ports: it is removed
+SECONDS = 60 * 60 * 24 * 30  # then the printed address is opened again
+
+
+@dataclass(frozen=True)
+class PageAccess:
+    """The path and the words of one server."""
+
+    key: bytes
+    now: Callable[[], float] = time.time
+
+    @property
+    def root(self) -> str:
+        return f"{MARK}{self._sign('path')}"
+
+    def make_word(self, owner: int | None) -> str:
+        """Return the word of a cookie. owner: the account of its browser; None if that is not known."""
+        end = int(self.now()) + SECONDS
+        return f"{end}.{self._sign(f'{end} {owner}')}"
+
+    def is_right(self, cookies: str, owner: int | None) -> bool:
+        """Return whether one of the cookies of a request is a word for its account that still holds."""
+        return any(self._fits(word, owner) for word in list_values(cookies, COOKIE))
+
+    def _fits(self, word: str, owner: int | None) -> bool:
+        end, _, _ = word.partition(".")
+        right = f"{end}.{self._sign(f'{end} {owner}')}"
+        if not hmac.compare_digest(word.encode("utf-8", "replace"), right.encode("utf-8", "replace")):
+            return False
+        return self.now() < int(end)
+
+    def _sign(self, text: str) -> str:
+        digest = hmac.digest(self.key, text.encode("utf-8", "replace"), "sha256")
+        return urlsafe_b64encode(digest[:24]).decode()  # a whole number of characters
+
+
+@cache
+def derive_access(token: str, port: int) -> PageAccess:
+    """Return what the browsers of a server keep.
+
+    Slow on purpose: a word of --token may be one that can be guessed, and a path could be compared with it.
+    """
+    salt = f"pages of Reelsmith at {port}".encode()
+    return PageAccess(hashlib.pbkdf2_hmac("sha256", token.encode(), salt, iterations=200_000))
+
+
+def access_of(token: str, scope: Mapping[str, Any]) -> PageAccess:
+    """Return what browsers keep of the server that got a request."""
+    return derive_access(token, find_port(scope))
+
+
+def list_values(cookies: str, wanted: str) -> list[str]:
+    """Return the values of all cookies of a name: another server may have set one too, for all paths."""
+    values = []
+    for part in cookies.split(";"):
+        name, _, value = part.strip().partition("=")
+        if name == wanted:
+            values.append(value)
+    return values
+
+
+def find_connection(scope: Mapping[str, Any]) -> Connection | None:
+    """Return both ends of the connection of a request; None if the server does not know them."""
+    client, server = scope.get("client"), scope.get("server")
+    if client is None or server is None or server[1] is None:
+        return None
+    return Connection(*client, *server)
+
+
+def owner_of(scope: Mapping[str, Any]) -> int | None:
+    """Return the account of this machine that sent a request; None if the system does not show it."""
+    connection = find_connection(scope)
+    return None if connection is None else find_owner(connection)

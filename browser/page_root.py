@@ -1,0 +1,56 @@
+"""Put the pages of a server below a path that only browsers know which were let in.
+
+A browser sends a cookie to all ports of a host, and so to servers of other accounts, but not to another path.
+So the cookie that lets a browser in belongs to a path that nobody can guess, and pages lie below it. Routes
+and templates know nothing of that path: requests come without it, and addresses of this server get it when
+they leave.
+"""
+
+import contextlib
+import re
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from typing import Any
+
+MARK = "/~"  # begins that path; no address of a page begins so
+_ROOT: ContextVar[str] = ContextVar("root of pages", default="")
+# attributes of our templates that hold addresses; values of others are escaped, and hold no quotation marks
+_ATTRIBUTES = (
+    *("href", "src", "action", "hx-get", "hx-post"),
+    *(f"data-{name}" for name in ("address", "piece", "refresh", "rows", "send", "show", "src", "upload")),
+)
+_ADDRESS = re.compile(rf'(?<=\s)(?:{"|".join(_ATTRIBUTES)})="(?=/(?![/~]))')
+_MOVES = (b"location", b"hx-redirect")  # headers that lead to another page
+
+
+@contextlib.contextmanager
+def serving_below(root: str) -> Iterator[None]:
+    """Let `add_root` and `add_root_to_page` put a path before the addresses of this server; "" puts none."""
+    token = _ROOT.set(root)
+    try:
+        yield
+    finally:
+        _ROOT.reset(token)
+
+
+def find_port(scope: Mapping[str, Any]) -> int:
+    """Return the port at which this server got a request, whatever the request says; 0 if it is not known."""
+    _, port = scope.get("server") or ("", None)
+    return port or 0
+
+
+def add_root(address: str) -> str:
+    """Return the address of a page with the path below which it lies; any other address as it is."""
+    is_ours = address.startswith("/") and not address.startswith(("//", MARK))
+    return f"{_ROOT.get()}{address}" if is_ours else address
+
+
+def add_root_to_page(page: str) -> str:
+    """Return the HTML of a page with that path in the attributes of all tags that lead to this server."""
+    root = _ROOT.get()
+    return _ADDRESS.sub(lambda match: match[0] + root, page) if root else page
+
+
+def add_root_to_header(name: bytes, value: bytes) -> bytes:
+    """Return the value of a response's header; one that leads to another page with that path."""
+    return add_root(value.decode("latin-1")).encode("latin-1") if name in _MOVES else value

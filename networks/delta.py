@@ -1,0 +1,372 @@
+"""What a module of a network file adds to the weight of a layer, whatever its kind.
+
+A `Delta` knows the kinds of its factors from the time when it is read, so that nothing which uses it asks
+again. Its factors are named by the ends of their tensor names in files. What differs between kinds is in
+`networks/kinds/`.
+"""
+
+import functools
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from checkpoints.finite import is_finite
+from modules.devices import dtype_name
+from networks.deltas import (
+    CPU,
+    OF_BIAS,
+    PARTS,
+    ROWS,
+    SET,
+    Factors,
+    bias_of,
+    is_number,
+    rows_in,
+    strength,
+    without_alpha,
+)
+from networks.kinds import KINDS, composing
+from networks.kinds.algebra import Algebra, Magnitudes, MismatchError, Rotation
+from networks.kinds.composing import MAGNITUDES
+
+_FULL = {"diff", "diff_b", SET}  # full differences, weights and biases
+_NO_MATRICES = {"alpha", "diff", SET, MAGNITUDES, ROWS, *OF_BIAS}
+
+
+@dataclass(frozen=True)
+class Delta:
+    """The factors of one module, and how they change its weight and bias."""
+
+    factors: Factors
+    algebras: tuple[Algebra, ...]  # of the kinds of its factors
+
+    @property
+    def sets_weight(self) -> bool:
+        """Return whether the module has a weight that takes the place of the model's, as in ComfyUI."""
+        return SET in self.factors
+
+    @property
+    def is_full(self) -> bool:
+        """Return whether a tensor of the module has the weight's size: a difference, or one that is set."""
+        return not self.factors.keys().isdisjoint({"diff", SET})
+
+    @property
+    def is_part(self) -> bool:
+        """Return whether only some rows of the factors' change are the module's, see `ROWS`."""
+        return ROWS in self.factors
+
+    @functools.cached_property
+    def rotation(self) -> Rotation | None:
+        return next((algebra.rotation for algebra in self.algebras if algebra.rotation is not None), None)
+
+    @functools.cached_property
+    def normalization(self) -> Magnitudes | None:
+        """Return how the changed weight is normalized; None if it is not."""
+        return next((algebra.magnitudes for algebra in self.algebras if algebra.magnitudes is not None), None)
+
+    @property
+    def magnitudes(self) -> Tensor | None:
+        """Return the norms of the changed weight: out x 1 (x 1 ...) or 1 x in (x 1 ...)."""
+        return None if self.normalization is None else self.factors[self.normalization.part]
+
+    @property
+    def has_input_magnitudes(self) -> bool:
+        """Return whether the norms are those of columns, which belong to all rows of a weight."""
+        magnitudes = self.magnitudes
+        return magnitudes is not None and len(magnitudes) < magnitudes.numel()
+
+    @property
+    def depends_on_weight(self) -> bool:
+        return self.rotation is not None or self.normalization is not None
+
+    def with_factors(self, factors: Factors) -> "Delta":
+        """Return other factors of the same parts, or of some of them."""
+        return replace(self, factors=factors)
+
+    def to(self, device: torch.device) -> "Delta":
+        """Return the delta with its factors on a device, except alphas and rows, which the host reads."""
+        moved = dict(self.factors)
+        for part, tensor in without_alpha(self.factors).items():
+            if part != ROWS:
+                moved[part] = tensor.to(device)
+        return self.with_factors(moved)
+
+    # --- the change
+
+    def dense(self, device: torch.device) -> Tensor | None:
+        """Return the change of the weight at multiplier 1, out in (kernel), float32, a new tensor.
+
+        With magnitudes this is the change before these. It is None if only the bias changes, for a rotation
+        of inputs, and for a weight that is set.
+
+        Raises:
+            RuntimeError: If the factors do not go together.
+        """
+        moved = {
+            part: tensor.to(device, torch.float32) for part, tensor in self.factors.items() if part != ROWS
+        }
+        changes = [moved["diff"].clone()] if "diff" in moved else []
+        scale = strength(self.factors)
+        for algebra in self.algebras:
+            change = algebra.change(moved, scale)
+            if change is not None:
+                changes.append(change)
+        if not changes:
+            return None
+        total = functools.reduce(Tensor.add_, changes)
+        return total[slice(*rows_in(self.factors))] if self.is_part else total
+
+    def shape(self) -> tuple[int, ...] | None:
+        """Return the shape of `dense`, computed from the shapes of the factors; None as there.
+
+        torch's first operation on the meta device loads its compiler, which takes seconds.
+
+        Raises:
+            MismatchError: If the factors do not go together.
+        """
+        shapes = {part: tuple(tensor.shape) for part, tensor in self.factors.items()}
+        found = [shapes["diff"]] if "diff" in shapes else []
+        try:
+            found += [shape for algebra in self.algebras if (shape := algebra.shape(shapes)) is not None]
+        except (KeyError, IndexError, ValueError) as error:
+            raise MismatchError(f"{error} is absent or has too few axes") from error
+        if not found:
+            return None
+        if found.count(found[0]) < len(found):
+            raise MismatchError(f"changes of {' and '.join(str(list(shape)) for shape in found)}")
+        if not self.is_part:
+            return found[0]
+        rows, *columns = found[0]
+        return len(range(rows)[slice(*rows_in(self.factors))]), *columns
+
+    def addition(self, weight: Tensor, device: torch.device, by_frozen_norms: bool) -> Tensor | None:
+        """Return what is added to a weight at multiplier 1, float32, also with magnitudes; None as `dense`.
+
+        Args:
+            weight: Weight before any change, out in (kernel); it is read only if there are magnitudes.
+            device: Device to compute on, that of the weight.
+            by_frozen_norms: Whether magnitudes by output refer to the norms of the frozen weight alone.
+        """
+        delta = self.dense(device)
+        if delta is None or self.normalization is None:
+            return delta
+        magnitudes = self.factors[self.normalization.part]
+        return self.normalization.decompose(weight, delta, magnitudes, by_frozen_norms)
+
+    def dense_rows(self, rows: slice | Tensor, device: torch.device) -> "Delta":
+        """Return the delta of some rows as a full difference, for factors that have no rows of the change."""
+        dense = self.dense(device)
+        assert dense is not None
+        factors = {"diff": dense[rows]}
+        if self.normalization is not None:
+            part = self.normalization.part
+            factors[part] = self.factors[part][rows]
+        return read_delta(factors)
+
+    def bias(self, device: torch.device) -> Tensor | None:
+        """Return the change of the module's bias at multiplier 1, float32, a new tensor, or None."""
+        return bias_of(self.factors, device)
+
+    def stored_bias(self) -> Tensor | None:
+        """Return the change of the module's bias in the dtype of its factor, or None."""
+        bias = self.bias(CPU)
+        if bias is None:
+            return None
+        part = next(part for part in OF_BIAS if part in self.factors)
+        return bias.to(self.factors[part].dtype)
+
+    # --- sizes
+
+    def size(self) -> tuple[int, int] | None:
+        """Return rows and columns of the matrix that the factors change; None if they change no matrix."""
+        matrices = [part for part in self.factors if part in PARTS and part not in _NO_MATRICES]
+        is_matrix = all(self.factors[part].ndim == 2 for part in matrices)
+        full = self.factors.get("diff", self.factors.get(SET))
+        if not is_matrix:
+            return None
+        if full is not None:
+            return (full.shape[0], full.shape[1]) if full.ndim == 2 else None
+        if not composing.CORES.isdisjoint(self.factors):
+            return None
+        whole = self.with_factors({part: tensor for part, tensor in self.factors.items() if part != ROWS})
+        try:
+            shape = whole.shape()
+        except MismatchError:
+            return None
+        return None if shape is None else (shape[0], math.prod(shape[1:]))
+
+    def height(self) -> int | None:
+        """Return the rows of the module that the factors are for, see `ROWS`; None if they tell none."""
+        if self.is_part:
+            first, last = rows_in(self.factors)
+            return last - first
+        size = self.size()
+        return None if size is None else size[0]
+
+    # --- rows
+
+    def rows(self, rows: slice | Tensor) -> "Delta | None":
+        """Return the delta of only these rows of the change, or None if that is impossible.
+
+        It is for kinds whose rows are not rows of a factor, such as LoKr, and for magnitudes by input, whose
+        norms need all rows.
+
+        Args:
+            rows: A slice, for views, or row indices in any order.
+        """
+        if self.is_part:
+            return None
+        cut = dict(self.factors)
+        for part in _FULL & self.factors.keys():
+            cut[part] = self.factors[part][rows]
+        for algebra in self.algebras:
+            of_kind = algebra.rows(self.factors, rows)
+            if of_kind is None:
+                return None
+            cut.update(of_kind)
+        return self.with_factors(cut)
+
+    def part(self, first: int, last: int) -> "Delta":
+        """Return the delta of one part of a joined layer: of the rows `first` to `last` of its change.
+
+        Factors that have these rows are cut. If a kind has no factor with them (LoKr), all factors stay, and
+        `ROWS` records the rows; only biases, and magnitudes if there is one for each output, are cut.
+        """
+        cut = self.rows(slice(first, last))
+        if cut is not None:
+            factors = cut.factors
+        else:
+            of_rows = {ROWS: torch.tensor([first, last])}
+            for part in self.factors.keys() & {MAGNITUDES, *OF_BIAS}:
+                if part != MAGNITUDES or not self.has_input_magnitudes:
+                    of_rows[part] = self.factors[part][first:last]
+            factors = {**self.factors, **of_rows}
+        # copies: files cannot hold tensors that share memory
+        return self.with_factors({part: tensor.clone() for part, tensor in factors.items()})
+
+    def row_parts(self) -> set[str] | None:
+        """Return the factors whose first axis are the rows of the weight; None if one has another axis."""
+        by_rows = set(self.factors.keys() & _FULL)
+        for algebra in self.algebras:
+            of_kind = algebra.row_parts(self.factors)
+            if of_kind is None:
+                return None
+            by_rows |= of_kind
+        return by_rows
+
+    def blocks(self, start: int, stop: int) -> Factors | None:
+        """Return factors without `ROWS` for these rows; None if they are no full blocks of a product."""
+        size = self.size()
+        if size is None:
+            return None
+        full = {part: tensor for part, tensor in self.factors.items() if part != ROWS}
+        for algebra in self.algebras:
+            of_kind = algebra.blocks(full, size[0], start, stop)
+            if of_kind is not None:
+                return of_kind
+        return None
+
+    def name_indivisible(self) -> str:
+        """Return the kind of its factors that have no rows of their change, as in "a LoKr"."""
+        titles = (algebra.indivisible for algebra in self.algebras if algebra.indivisible)
+        return next(titles, "this network")
+
+    # --- errors
+
+    def find_error(self) -> str | None:
+        """Return the reason why the factors define no change of a weight; None if they define one."""
+        checks = (self._find_absent, self._find_wrong_shape, self._find_wrong_value, self._find_mismatch)
+        return next(filter(None, (check() for check in checks)), None)
+
+    def _find_absent(self) -> str | None:
+        factors = self.factors
+        for first, second in composing.PAIRS:
+            if first in factors and second not in factors:
+                return f"it has {first} but no {second}"
+            if second in factors and first not in factors:
+                return f"it has {second} but no {first}"
+        if self.rotation is not None:
+            part = self.rotation.part
+            others = [other for other in factors if other not in (part, "alpha")]
+            if others:
+                return f"it has {', '.join(others)} next to a rotation ({part}), which is not supported"
+        if not factors.keys() & {*composing.MARKS, *_FULL}:
+            return f"it has only {', '.join(factors)}"
+        return next(filter(None, (algebra.find_absent(factors) for algebra in self.algebras)), None)
+
+    def _find_wrong_shape(self) -> str | None:
+        for part, tensor in self.factors.items():
+            if part not in _NO_MATRICES and (tensor.ndim < 2 or not tensor.numel()):
+                return f"its {part} has the shape {list(tensor.shape)}"
+        return next(filter(None, (algebra.find_wrong_shape(self.factors) for algebra in self.algebras)), None)
+
+    def _find_wrong_value(self) -> str | None:
+        if "alpha" in self.factors and not is_number(self.factors["alpha"]):
+            return "its alpha is NaN or infinite, or more than one number"
+        for part, tensor in self.factors.items():
+            if part == ROWS:
+                continue
+            if part != "alpha" and not tensor.is_floating_point():
+                return f"its {part} is of the type {dtype_name(tensor.dtype)}, which no factor is"
+            if not is_finite(tensor):
+                wrong = tensor.numel() - int(torch.isfinite(tensor.float()).sum())
+                return f"{wrong} of {tensor.numel()} values of its {part} are NaN or infinite"
+        return None
+
+    def _find_mismatch(self) -> str | None:
+        """Return the reason why the factors have no product, of whatever size; None if they have one."""
+        sized = without_alpha(self.factors)
+        shown = ", ".join(f"{part} {list(tensor.shape)}" for part, tensor in sized.items())
+        try:
+            shape = self.shape()
+        except MismatchError:
+            return f"its factors do not go together: {shown}"
+        bias = self.bias(CPU)
+        if shape is None or bias is None:
+            return None
+        rows = shape[0] if shape else 0
+        if bias.numel() != rows:
+            return f"its bias has {bias.numel()} values, its weight {rows} rows: {shown}"
+        return None
+
+    def find_other_channels(self, weight: Tensor) -> str | None:
+        """Describe a change of a first layer that differs from this weight only in its input channels.
+
+        Image-to-video models take more channels, and LoRAs of text-to-video models are added to them.
+
+        Args:
+            weight: Weight of the layer, out in kernel.
+        """
+        shape = self.shape()
+        if shape is None or len(shape) != weight.ndim or len(shape) < 2 or shape[1] == weight.shape[1]:
+            return None
+        if shape[0] != weight.shape[0] or shape[2:] != tuple(weight.shape[2:]):
+            return None
+        return f"its first layer takes {shape[1]} channels, the model's {weight.shape[1]}"
+
+
+def read_deltas(modules: Mapping[str, Factors]) -> dict[str, Delta]:
+    """Return the delta of each module of a file; kinds are looked up once for each set of parts."""
+    algebras: dict[frozenset[str], tuple[Algebra, ...]] = {}
+    deltas: dict[str, Delta] = {}
+    for module, factors in modules.items():
+        parts = frozenset(factors)
+        if parts not in algebras:
+            algebras[parts] = _find_algebras(parts)
+        deltas[module] = Delta(factors, algebras[parts])
+    return deltas
+
+
+def read_delta(factors: Factors) -> Delta:
+    """Return the delta of one module. Of the modules of a file, `read_deltas` is quicker."""
+    return Delta(factors, _find_algebras(factors))
+
+
+def _find_algebras(parts: Iterable[str]) -> tuple[Algebra, ...]:
+    """Return the algebras of the kinds that have any of these parts, even if others are absent."""
+    parts = set(parts)
+    found = (kind for kind in KINDS if not parts.isdisjoint(kind.parts))
+    return tuple(kind.load_algebra() for kind in found if kind.load_algebra is not None)

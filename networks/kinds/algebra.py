@@ -1,0 +1,112 @@
+"""How a kind of network computes with the factors of a module: what `networks.delta` needs of each kind.
+
+A kind's own algebra stands in its heavy half, such as `loha_layer.py`. Most add a product of factors to the
+weight; one normalizes the sum (`Magnitudes`), and one rotates inputs (`Rotation`).
+"""
+
+from typing import Protocol
+
+from torch import Tensor
+
+from networks.kinds.contract import Factors, Shapes
+
+
+class MismatchError(RuntimeError):
+    """The shapes of factors do not go together."""
+
+
+class Magnitudes(Protocol):
+    """Normalize the changed weight: one number for each output (out x 1 ...) or each input (1 x in ...)."""
+
+    @property
+    def part(self) -> str: ...  # end of the tensor's name
+
+    # Return the addition to a weight, out in (kernel), float32. delta: the change of the other factors.
+    # by_frozen_norms: numbers by output refer to the norms of the frozen weight alone
+    def decompose(
+        self, weight: Tensor, delta: Tensor, magnitudes: Tensor, by_frozen_norms: bool
+    ) -> Tensor: ...
+
+
+class Rotation(Protocol):
+    """Rotate the input of a layer, y = W (x R), in place of adding to its weight.
+
+    The tensors do not show how many outputs a layer has, and all parts of a fused layer can share them.
+    """
+
+    @property
+    def part(self) -> str: ...  # the only part: values of the rotation
+
+    @property
+    def title(self) -> str: ...  # "an OFT"
+
+    def make(self, values: Tensor, strength: float) -> Tensor: ...  # R - I, as the next two methods take it
+    def of_input(self, x: Tensor, made: Tensor) -> Tensor: ...  # x (R - I). x: ... in
+    def of_weight(self, weight: Tensor, made: Tensor) -> Tensor: ...  # W (R^T - I), float32
+
+    # Return why the values do not fit a weight of this name, as the end of a sentence; "" if they do
+    def find_misfit(self, values: Tensor, weight: Tensor, name: str) -> str: ...
+
+
+class Algebra:
+    """Compute with the factors of one kind. What a kind leaves out, it does not have."""
+
+    magnitudes: Magnitudes | None = None
+    rotation: Rotation | None = None
+    indivisible: str = ""  # title of a kind whose factors have no rows of the change: "a LoKr"
+
+    def find_absent(self, factors: Factors) -> str | None:
+        """Return which part is absent that these factors need, beyond `NetworkKind.pairs`; None: none is."""
+        return None
+
+    def find_wrong_shape(self, factors: Factors) -> str | None:
+        """Return which factor has a shape that no change has; None if there is none."""
+        return None
+
+    def shape(self, shapes: Shapes) -> tuple[int, ...] | None:
+        """Return the shape of the change, out in (kernel); None if nothing is added to the weight.
+
+        Args:
+            shapes: Shapes of the factors by part.
+
+        Raises:
+            MismatchError: If the factors have no product.
+            KeyError: If a factor is missing.
+            IndexError: If a factor has too few axes.
+        """
+        return None
+
+    def change(self, factors: Factors, scale: float) -> Tensor | None:
+        """Return the change of a weight, out in (kernel), a new tensor; None as for `shape`.
+
+        Args:
+            factors: Factors in float32 on one device.
+            scale: alpha / rank.
+        """
+        return None
+
+    def row_parts(self, factors: Factors) -> set[str] | None:
+        """Return the parts whose first axis is that of the weight's rows; None if rows are another axis."""
+        return set()
+
+    def rows(self, factors: Factors, rows: slice | Tensor) -> Factors | None:
+        """Return what replaces the factors of the full change for some of its rows; None if nothing can.
+
+        Args:
+            factors: Factors of the full change.
+            rows: A slice, for views, or row indices in any order.
+        """
+        return {}
+
+    def blocks(self, factors: Factors, height: int, start: int, stop: int) -> Factors | None:
+        """Return the factors of the rows from `start` to `stop`; None if these are no full blocks.
+
+        It is for kinds that have no `rows`.
+
+        Args:
+            factors: Factors of the full change.
+            height: Number of rows of the change.
+            start: First row.
+            stop: Last row + 1.
+        """
+        return None

@@ -1,0 +1,44 @@
+"""The product of a LoRA's factors: a heavy half of `lora.py`."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from networks.kinds.algebra import Algebra, MismatchError
+from networks.kinds.contract import BIAS, DOWN, MID, UP, Factors, Shapes
+
+
+class LoraAlgebra(Algebra):
+    """up @ down, and for convolutions also with a core (`MID`) in between."""
+
+    def shape(self, shapes: Shapes) -> tuple[int, ...] | None:
+        if DOWN not in shapes:
+            return None
+        out, *up_columns = shapes[UP]
+        rank, width, *kernel = shapes[DOWN]
+        if MID in shapes:
+            core_rank, core_width, *core_kernel = shapes[MID]
+            width = math.prod((width, *kernel))
+            kernel = core_kernel
+            if core_width != rank:
+                raise MismatchError(f"{MID} {list(shapes[MID])} is not for the rank {rank}")
+            rank = core_rank
+        if math.prod(up_columns) != rank:
+            raise MismatchError(f"{UP} {list(shapes[UP])} is not for the rank {rank}")
+        return out, width, *kernel
+
+    def change(self, factors: Factors, scale: float) -> Tensor | None:
+        if DOWN not in factors:
+            return None
+        down = factors[DOWN]  # r x in (x kernel)
+        up = factors[UP] * scale  # out x r (x 1 x 1)
+        if MID in factors:
+            down = torch.einsum("r s ..., s i -> r i ...", factors[MID], down.flatten(1))
+        return (up.flatten(1) @ down.flatten(1)).unflatten(1, down.shape[1:])
+
+    def row_parts(self, factors: Factors) -> set[str] | None:
+        return factors.keys() & {UP, BIAS}
+
+    def rows(self, factors: Factors, rows: slice | Tensor) -> Factors | None:
+        return {part: factors[part][rows] for part in (UP, BIAS) if part in factors}

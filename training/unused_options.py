@@ -1,0 +1,84 @@
+"""List the given options of a training that have no effect together with the others, without the model."""
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from modules.options import argument_of, is_given, option_name, option_values, options_with
+from modules.speed_options import TRAINING_FLAGS
+from training.learning_options import PartsOptions
+from training.noise_options import NOTHING, WEIGHTS_OF_LOSS
+from training.options import TrainingOptions
+
+
+def list_without_effect(
+    options: TrainingOptions, family_options: Any = None, more_reasons: Mapping[str, str] | None = None
+) -> list[str]:
+    """Return one line for each given option that has no effect together with the others.
+
+    Most options declare this with `acts_if`; this adds those that depend on several records.
+
+    Args:
+        options: Of the training.
+        family_options: The record of the model's own options.
+        more_reasons: Option name -> reason, for options without effect because of the model or the data.
+    """
+    reasons = dict(more_reasons or {})
+    if _replaces_rate(options.parts):
+        reasons.setdefault("learning_rate", "--unet_lr and --text_encoder_lr replace it")
+    reasons |= _without_samples(options, options)
+    lines = [*_list_idle_weighting(options), *_list_idle(options, reasons, options.typed_options)]
+    if is_dataclass(family_options):
+        lines += _list_idle(family_options, _without_samples(options, family_options), options.typed_options)
+    values = option_values(options.speed.attention)
+    flags = [flag for flag in TRAINING_FLAGS.values() if values[flag.removeprefix("--")]]
+    return [*lines, *(f"{flag} has no effect: {flags[0]} comes first." for flag in flags[1:])]
+
+
+def _without_samples(options: TrainingOptions, record: Any) -> dict[str, str]:
+    """Return the options of a record that act on samples alone, with the reason, in a run that makes none."""
+    if options.samples.are_made:
+        return {}
+    reason = "no samples are made, as --sample_prompts is not given"
+    return dict.fromkeys(options_with(type(record), "acts_on", "samples"), reason)
+
+
+def _replaces_rate(parts: PartsOptions | None) -> bool:
+    """Return whether every part that learns has a learning rate of its own."""
+    if parts is None:
+        return False
+    dit_is_replaced = parts.unet_lr is not None or not parts.trains_dit
+    texts_are_replaced = parts.text_encoder_lr is not None or not parts.trains_texts
+    return dit_is_replaced and texts_are_replaced
+
+
+def _list_idle_weighting(options: TrainingOptions) -> Iterator[str]:
+    """Yield a line if --weighting_scheme has no effect."""
+    sampler, weighting = options.timesteps.drawn_by
+    beginning = f"--weighting_scheme {weighting} has no effect: it"
+    if weighting in WEIGHTS_OF_LOSS and options.weighted_by == NOTHING:
+        yield f"{beginning} weights the loss only with --model_prediction_type sigma_scaled."
+    elif weighting in {"logit_normal", "mode"} and sampler != "sigma":
+        yield f"{beginning} shapes the draws of --timestep_sampling sigma only."
+
+
+def _list_idle(record: Any, reasons: Mapping[str, str], typed: Collection[str]) -> Iterator[str]:
+    """Yield a line for each given option of a record, and of the records in it, that has no effect.
+
+    reasons: option name -> reason, for options without effect because of facts outside their record. typed:
+    arguments that are given even if they have their usual values.
+    """
+    for field in fields(record):
+        name = option_name(field)
+        value = getattr(record, field.name)
+        facts = field.metadata
+        if is_dataclass(value):
+            yield from _list_idle(value, reasons, typed)
+            continue
+        is_written = is_given(record, field) or argument_of(field) in typed
+        if is_written and (name in reasons or "acts_if" in facts):
+            idle_because = [why for why, acts in facts.get("acts_if", {}).items() if not acts(record)]
+            if name in reasons:
+                idle_because = [reasons[name]]
+            if idle_because:
+                yield f"--{name} has no effect: {idle_because[0]}."
