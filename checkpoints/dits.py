@@ -22,8 +22,9 @@ from checkpoints.filling import (
 from checkpoints.kinds import OF_OTHERS, kind_of
 from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources, refuse_quantised
 from checkpoints.stored.forms import StoredForm, form_of
+from checkpoints.unused import UnusedTensors
 from contract.family import DitSpec
-from contract.loading import Placement, TensorInfo, TensorSource
+from contract.loading import Placement, TensorSource
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
 from modules.speed_options import BASE_FORMS, Quantisation
@@ -85,38 +86,6 @@ class DitHeader(Generic[Config]):
     @property
     def compute_dtype(self) -> torch.dtype:
         return self.block_dtype if self.block_dtype.itemsize > 1 else FP8_COMPUTE
-
-
-@dataclass(frozen=True)
-class UnusedTensors:
-    """Tensors of a transformer's file that its network does not have, by their published names.
-
-    A training of all weights writes them again, so that its file has the names of the source.
-    """
-
-    sources: Mapping[str, TensorSource]
-    open: Callable[[], Checkpoint]  # opens the file again
-
-    def opened(self) -> "OpenedTensors":
-        checkpoint = self.open()
-        infos = {}
-        for name, source in self.sources.items():
-            hollow = source.make([checkpoint.tensors[stored].hollow() for stored in source.names])
-            infos[name] = TensorInfo(hollow.dtype, tuple(hollow.shape))
-        return OpenedTensors(self.sources, checkpoint, infos)
-
-
-@dataclass(frozen=True, eq=False)
-class OpenedTensors:
-    """Unused tensors of a file that stays open, so that nobody can take it away."""
-
-    sources: Mapping[str, TensorSource]
-    checkpoint: Checkpoint
-    infos: Mapping[str, TensorInfo]
-
-    def read(self, name: str) -> Tensor:
-        source = self.sources[name]
-        return source.make([self.checkpoint.read(stored) for stored in source.names])
 
 
 def _no_rows(*_: object) -> Mapping[str, Callable[[Tensor], Tensor]]:

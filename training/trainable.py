@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from checkpoints.dits import OpenedTensors, UnusedTensors
+from checkpoints.unused import OpenedTensors, UnusedTensors
 from checkpoints.writing import stream_tensors
 from contract.loading import TensorInfo
 from contract.made_networks import WritesNetwork

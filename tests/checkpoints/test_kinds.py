@@ -52,7 +52,6 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
 # of layouts that no class here writes: diffusers' own marks, and released files
 RELEASED = {
     "cond_type_embedding.weight": "HunyuanVideo 1.5",
-    "video_head_modulation.weight": "MOSS-Image",
     "t_embedder1.mlp.0.weight": "HiDream-O1-Image",
     "model.t_embedder1.mlp.0.weight": "HiDream-O1-Image",
     "model.diffusion_model.perceiver.latent_queries": "Fibo 2",

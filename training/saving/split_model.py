@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from checkpoints.dits import OpenedTensors
+from checkpoints.unused import OpenedTensors
 from checkpoints.writing import order_of, stream_tensors
 from contract.loading import TensorInfo
 from modules.atomic_write import check_space
