@@ -31,6 +31,7 @@ from data_tools.masks.places import (
     undo_change,
 )
 from modules.errors import MediaError, OptionError
+from modules.file_locks import only_one
 from modules.media.colours import split_bands
 from modules.media.labels import MASK_LABEL, label_of
 from modules.media.reading import count_frames, first_frame, image_size, video_frames
@@ -41,6 +42,7 @@ from modules.text_files import real_path
 
 ADDRESS = "/masks"
 LARGEST_SIDE = 1600  # pixels of a picture in the page; masks for the brush have all of theirs
+LOCK = ".masks.lock"  # in the folder of the media, while a mask of it is changed
 MOST_SHOTS = 60  # pictures in memory, some 200 KB each
 MOST_UNDONE = 1000
 # states of masks
@@ -132,15 +134,15 @@ class MaskReview:
 
         Raises MaskConflictError if the mask is another one now, UserError if it cannot be changed.
         """
-        with self._lock:
-            self._require_unchanged(place, have)
+        with self._lock, only_one(folder / LOCK):
+            place = self._require_unchanged(place, have)
             CHANGES[what](place)
             self._note(folder, place)
 
     def draw(self, folder: Path, place: MaskPlace, png: bytes, have: str) -> None:
         """Put a drawn mask of the picture's size in place of a picture's mask. Raises as `change`."""
-        with self._lock:
-            self._require_unchanged(place, have)
+        with self._lock, only_one(folder / LOCK):
+            place = self._require_unchanged(place, have)
             if place.kind != "image":
                 raise OptionError(say("A brush corrects the mask of a picture, not that of a clip."))
             with DECODING:
@@ -149,7 +151,7 @@ class MaskReview:
 
     def undo(self, folder: Path) -> MaskPlace:
         """Take back the last change in a folder, and return its place. Raises OptionError if it cannot be."""
-        with self._lock:
+        with self._lock, only_one(folder / LOCK):
             changed = self._changed.get(folder)
             if not changed:
                 raise OptionError(say("There is nothing to undo."))
@@ -200,9 +202,12 @@ class MaskReview:
         changed.append((place.medium, mark_mask(place.listed_anew())))
         del changed[:-MOST_UNDONE]
 
-    def _require_unchanged(self, place: MaskPlace, have: str) -> None:
-        if mark_mask(place) != have:
+    def _require_unchanged(self, place: MaskPlace, have: str) -> MaskPlace:
+        """Return the place as it is now: another server may have made the first mask since it was found."""
+        now = place.listed_anew()
+        if mark_mask(now) != have:
             raise MaskConflictError
+        return now
 
 
 def name_id(place: MaskPlace) -> str:

@@ -45,6 +45,7 @@ from project.options import (
     CAPTION_MODEL_SIZE,
     RUN_FILE,
     WRITE_CAPTIONS,
+    as_operand,
     download_options,
     find_models,
     own_command,
@@ -270,7 +271,7 @@ def find_problems(choice: describing.Choice, dataset: str, remarks: list[str]) -
 
 def _describe_next(choice: describing.Choice, has_problems: bool) -> str:
     """Return the line about the command that trains, and what has to be done before it."""
-    command = ["run", str(choice.options.folder)]
+    command = ["run", as_operand(choice.options.folder)]
     downloads = ""
     if not all(Path(path).exists() for path in choice.files.values()):
         command += download_options(choice.options.models)
@@ -465,7 +466,7 @@ def _find_replaced_by_trigger(choice: describing.Choice, bare: Sequence[Path]) -
 def _describe_again(choice: describing.Choice, **more: str) -> str:
     """Return the command for this description again. more: options with other values."""
     model = choice.model
-    words = ["new", str(choice.options.folder)]
+    words = ["new", as_operand(choice.options.folder)]
     changed = {"family": model.family, "task": model.task, "overwrite": True, "dry_run": False, **more}
     usual = option_values(NewOptions(folder=choice.options.folder))
     values = option_values(choice.options) | changed

@@ -185,6 +185,7 @@ def test_tags_are_put_behind_captions_that_lack_them(folder: Path, tmp_path: Pat
     tag(folder, tagger, "--append_tags")
     assert texts_of(folder)["pale"] == "by hand, red, 1girl"
     assert extend_caption("a; b", ["b", "c"], "; ") == "a; b; c"
+    assert extend_caption("a ||| b", ["a", "b", "c"], ", ") == "a ||| b, c"  # two kinds of tags, not one tag
 
 
 def test_the_tags_of_a_clips_frames_are_joined(tmp_path: Path) -> None:
