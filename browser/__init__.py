@@ -31,6 +31,7 @@ machine: line of each page: what runs, cards, free disk
 mask_making: form that has masks made for a folder
 mask_pages: page of masks: keys, brush, pictures
 mask_review: masks over pictures; accept, invert, remove, draw, undo
+mask_use: whether a training learns by masks, in dataset.toml
 memory: plan of a training as a bar, its switches
 model_files: released files on disk, what uses them, downloads
 model_pages: page of models: loading after licences, removing

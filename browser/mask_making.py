@@ -1,5 +1,6 @@
 """The form that has masks made for a folder, on the pages New and of a dataset."""
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
@@ -8,21 +9,25 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from browser.command_lines import format_command
+from browser.described_folder import ChangedMeanwhileError
 from browser.draft_changes import folder_routes
 from browser.folder_tools import FolderTool
-from browser.mask_review import find_masks_folder, find_named_masks
+from browser.jobs import Job
+from browser.mask_review import find_masks_folder
+from browser.mask_use import MaskUse, read_mask_use
 from browser.model_files import TaskFiles, find_task
 from browser.offered_folders import find_open_folder, list_media_folders_of
 from browser.responses import answer_template, answer_unknown
+from browser.runs import FINISHED
 from browser.site import Site
 from browser.tool_form import CHOICE, NUMBER, SWITCH, ToolField, ToolForm, give_value
-from data_tools.masks.options import BACKGROUND_FILE, FACE_FILE, FOLDER_NAME, MODEL_FOLDER, MaskOptions
-from data_tools.masks.places import mask_line
+from data_tools.masks.options import BACKGROUND_FILE, FACE_FILE, MODEL_FOLDER, MaskOptions
 from downloads.catalogue import model_sets
 from modules.errors import OptionError, UserError
 from modules.pages.language import say
 from project.options import MODELS
 
+NO_COLOUR = "RRGGBB"  # in the shown command, until somebody types one
 BETWEEN = ";"  # two things to find
 # ways to find something, as the options of the tool are called; "": --what
 WORDS, WATERMARK, BACKGROUND, FACES, COLOUR = "", "watermark", "background", "faces", "colour"
@@ -94,6 +99,8 @@ class MaskMakingPages:
             values |= self.collect_form(outer, folder, texts)
         if part in ("", "progress"):
             values |= self.tool.stand(folder)
+            values["use"] = self.find_use(folder)
+            values["is_first"] = self.is_first(values["use"], values["job"])
         return answer_template("mask_making.html", say("Masks"), values, is_refused=refused != "")
 
     def collect_form(self, outer: Path, folder: Path, texts: Mapping[str, str]) -> dict[str, Any]:
@@ -107,18 +114,29 @@ class MaskMakingPages:
             "model": self.find_model(finder),
             "model_place": self.name_network(finder),
             "lines": lines,
-            "line_of_dataset": self.name_line(outer, folder),
+            "use": self.find_use(folder),
         }
 
-    def name_line(self, outer: Path, folder: Path) -> str:
-        """Return the line that a dataset's file needs for the masks of a folder; empty if none is needed.
+    def find_use(self, folder: Path) -> MaskUse | None:
+        """Return how the training uses the masks of a folder; None if none can."""
+        use = read_mask_use(self.site.runs, folder)
+        return use if use is not None and use.num_masks else None
 
-        outer: a described folder that it is of, or the folder itself.
-        """
-        if find_named_masks(self.site.runs, folder) is not None:
-            return ""
-        masks = find_masks_folder(self.site.runs, folder) or folder / FOLDER_NAME
-        return mask_line(masks.relative_to(outer if folder.is_relative_to(outer) else folder))
+    def is_first(self, use: MaskUse | None, job: Job | None) -> bool:
+        """Return whether a job has made masks since somebody last wrote into dataset.toml."""
+        if use is None or use.is_used or job is None or job.state != FINISHED or self.site.read_only:
+            return False
+        with contextlib.suppress(OSError):
+            return use.config.path.stat().st_mtime < job.log.stat().st_mtime
+        return False
+
+    def learn(self, folder: Path, fields: Mapping[str, str]) -> None:
+        """Write whether the training learns by the masks of a folder."""
+        use = read_mask_use(self.site.runs, folder)
+        if use is None:
+            raise OptionError(say("It is not described yet: press Describe first."))
+        self.site.tracked_runs.refuse_while_it_runs(use.config.path.parent)
+        use.write(bool(fields.get("learns")))
 
     def find_model(self, finder: str) -> TaskFiles | None:
         """Return the network of the catalogue that a finder needs, and what of it is on disk."""
@@ -150,7 +168,7 @@ class MaskMakingPages:
         if finder == WATERMARK:
             words.append("--watermark")
         if finder == COLOUR:
-            words += give_value(COLOUR, texts.get("colour", "").strip() or "00ff00")
+            words += give_value(COLOUR, texts.get("colour", "").strip() or NO_COLOUR)
         elif finder in (BACKGROUND, FACES):
             words += give_value(finder, network)
         else:
@@ -170,8 +188,13 @@ class MaskMakingPages:
             return self.make_words(folder, fields, tries)
 
         try:
-            if not self.tool.press(folder, what, make_words):
+            if what == "learn":
+                self.learn(folder, fields)
+            elif not self.tool.press(folder, what, make_words):
                 return answer_unknown()
+        except ChangedMeanwhileError:
+            said = say("dataset.toml has changed meanwhile: press it again.")
+            return self.answer(folder, fields, "progress", refused=said)
         except (UserError, OSError, ValueError) as error:
             return self.answer(folder, fields, "progress", refused=str(error))
         return self.answer(folder, fields, "progress")
@@ -181,6 +204,8 @@ class MaskMakingPages:
         finder = fields.get("finder", WORDS)
         if finder == WORDS and not fields.get("what", "").replace(BETWEEN, "").strip():
             raise OptionError(say("Type what to find, such as: the person."))
+        if finder == COLOUR and not fields.get("colour", "").strip():
+            raise OptionError(say("Type the colour to find, such as 00ff00 for green."))
         network = self.name_network(finder)
         if not tries and network and not fields.get("model", "").strip() and not Path(network).exists():
             raise OptionError(say("%(missing)s is missing: load the model first (Models).", missing=network))

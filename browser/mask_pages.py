@@ -1,5 +1,6 @@
 """The page on which masks are looked through, accepted, inverted, thrown away and corrected by a brush."""
 
+import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from browser.described_folder import ChangedMeanwhileError
 from browser.mask_review import ADDRESS, CHANGES, MaskConflictError, MaskPicture, MaskReview
+from browser.mask_use import use_first_mask
 from browser.offered_folders import find_open_folder, list_media_folders_of
 from browser.responses import (
     NOT_FOUND,
@@ -140,6 +143,8 @@ class MaskPages:
 
         def act(folder: Path, place: MaskPlace) -> None:
             self.review.draw(folder, place, body, query.get("have", ""))
+            with contextlib.suppress(ChangedMeanwhileError, OSError, ValueError, UserError):
+                use_first_mask(self.site.runs, folder)  # else the tick of the form says so
 
         return self._answer_change(query, act)
 

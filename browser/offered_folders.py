@@ -12,7 +12,7 @@ from modules.errors import OptionError
 from modules.pages.language import say
 from modules.text_files import parse_json, parse_toml
 
-MEDIA_KEYS = ("image_directory", "video_directory")  # of a table of a dataset
+MEDIA_KEYS = ("image_directory", "video_directory", "image_dir")  # of a table or subset of a dataset
 
 
 def find_open_folder(runs: Runs, text: str) -> Path | None:
@@ -22,13 +22,19 @@ def find_open_folder(runs: Runs, text: str) -> Path | None:
 
 
 def read_tables(config: Path) -> list[Mapping[str, Any]]:
-    """Return the tables of a dataset's file; none if it cannot be read."""
+    """Return the tables of a dataset's file, each with its subsets; none if it cannot be read."""
     try:
         text = read_own_file(config).decode()
         tables = (parse_json(text) if config.suffix == ".json" else parse_toml(text))["datasets"]
     except (OSError, ValueError, LookupError, TypeError):
         return []
-    return [table for table in tables if isinstance(table, dict)] if isinstance(tables, list) else []
+    found: list[Mapping[str, Any]] = []
+    for table in tables if isinstance(tables, list) else ():
+        if isinstance(table, dict):
+            subsets = table.get("subsets")
+            inner = subsets if isinstance(subsets, list) else []
+            found += [table, *(one for one in inner if isinstance(one, dict))]
+    return found
 
 
 def list_table_folders(runs: Runs, config: Path, base: Path) -> list[Path]:

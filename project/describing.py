@@ -303,6 +303,8 @@ def _make_folder_keys(choice: Choice, place: Path, kind: str) -> dict[str, Any]:
             keys["control_resolution"] = choice.size
     if place in content.controls:
         keys["control_directory"] = choice.inside(content.controls[place])
+    if real_path(place) in content.masks:
+        keys["mask_directory"] = choice.inside(content.masks[real_path(place)])
     name = content.names.get(place)
     if name is not None and name.repeats > 1:
         keys["num_repeats"] = name.repeats

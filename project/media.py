@@ -25,7 +25,7 @@ from modules.media.remedies import remedy_of
 from modules.media.samples import track_facts
 from modules.media.streams import source_info
 from modules.paths import path_from
-from modules.text_files import real_path
+from modules.text_files import parse_toml, read_text, real_path
 from project.control_pairs import CONTROLS, describe_control_pairs
 from project.kinds.contract import RunKind
 from project.listed_captions import ListedCaptions, read_lists
@@ -89,6 +89,7 @@ class FolderContent:
     unreadable: list[Path] = field(default_factory=list)  # clips and pictures
     first_frames: dict[Path, Path] = field(default_factory=dict)  # picture -> clip
     regularising: list[Path] = field(default_factory=list)  # folders of regularisation pictures to train on
+    masks: dict[Path, Path] = field(default_factory=dict)  # folder of media -> that of their masks
     # folder of pictures -> folder of their references
     references: dict[Path, Path] = field(default_factory=dict)
     controls: dict[Path, Path] = field(default_factory=dict)  # likewise, of their control pictures
@@ -125,6 +126,7 @@ def collect_content(
     for what sees them, or no sound for a model that learns it.
     """
     content = FolderContent()
+    content.masks = read_kept_masks(folder)
     places = _sort_folders(folder, content)
     content.captions = _find_captions(places.learned)
     for place, reason in places.regularising.items():
@@ -251,6 +253,8 @@ def _sort_folders(folder: Path, content: FolderContent) -> SortedFolders:
         kind = place.name.lower()
         if REFERENCES.fullmatch(kind):
             places.sources.append(place)
+        elif kind in MASK_FOLDERS and real_path(place) in content.masks.values():
+            content.lines.append(f"{place}: learned by its masks, as dataset.toml has had it")
         elif kind in MASK_FOLDERS:
             content.lines.append(f"{place}: {_explain_masks(folder, place)}")
         elif kind not in OWN_FOLDERS:
@@ -469,12 +473,31 @@ def _list_media(folder: Path, place: Path, content: FolderContent, facts: "Model
         else:
             other_files.setdefault(suffix, []).append(path)
     _add_media(media, content, facts)
-    content.lines += _describe_labels(folder, place, labels)
+    content.lines += _describe_labels(folder, place, labels, content)
     sounds = [path for suffix in SOUND_SUFFIXES for path in other_files.get(suffix, [])]
     # folders and hidden files with the suffix of media count here, so that their captions have an owner
     with_captions = [path for path in paths if path.suffix.lower() in suffixes]
     content.lines += _describe_other_files(other_files, [*with_captions, *sounds], content)
     return sorted(sounds)
+
+
+def read_kept_masks(folder: Path) -> dict[Path, Path]:
+    """Return the folders of masks that the dataset.toml of a folder names, by those of their media.
+
+    Somebody has chosen them, on the page or by hand, so that a new description keeps them.
+    """
+    try:
+        tables = parse_toml(read_text(folder / WRITTEN[0]))["datasets"]
+        tables = [one for table in tables for one in (table, *table.get("subsets", ()))]
+        kept = {}
+        for table in tables:
+            places = [table.get(key) for key in ("image_directory", "video_directory", "image_dir")]
+            masks = folder / table.get("mask_directory", "")
+            if "mask_directory" in table and masks.is_dir():
+                kept |= {real_path(folder / place): real_path(masks) for place in places if place}
+        return kept
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return {}
 
 
 def _explain_masks(folder: Path, place: Path) -> str:
@@ -483,11 +506,11 @@ def _explain_masks(folder: Path, place: Path) -> str:
     return f'masks are left out. mask_directory = "{inside}" in dataset.toml, with their pictures, takes them'
 
 
-def _describe_labels(folder: Path, place: Path, paths: Sequence[Path]) -> list[str]:
+def _describe_labels(folder: Path, place: Path, paths: Sequence[Path], content: FolderContent) -> list[str]:
     """Return lines about the files that OneTrainer lays next to the pictures in a place of a folder."""
     lines = []
     masks = [path for path in paths if label_of(path.stem) == MASK_LABEL]
-    if masks:
+    if masks and content.masks.get(real_path(place)) != real_path(place):
         lines.append(f"{name_some(masks)}: {_explain_masks(folder, place)}")
     conditions = [path for path in paths if path not in masks]
     if conditions:
@@ -695,15 +718,39 @@ def _list_sources(place: Path, folder: Path, places: SortedFolders) -> list[Path
     return [*inner_sources, *places.sources, *outer_sources]
 
 
-def has_control_pairs(folder: Path) -> bool:
-    """Return whether pictures of a folder have control pictures in a folder that is called so."""
+def has_control_pairs(folder: Path, has_word: bool = False) -> bool:
+    """Return whether pictures of a folder have control pictures in a folder that is called so.
+
+    That folder is inside of it. One next to it may belong to another folder: it counts if it has a control
+    picture of each picture, if no other media are there, and not if a new word is asked for.
+    """
     places = _sort_folders(folder, FolderContent())
+    parent = folder.absolute().parent
     for place in places.learned:
         pictures = [path.stem for path in _files_in(place, image_suffixes())]
         for source in _list_sources(place, folder, places):
-            if CONTROLS.fullmatch(source.name) and len(_without_reference(source, pictures)) < len(pictures):
+            if not CONTROLS.fullmatch(source.name):
+                continue
+            missing = _without_reference(source, pictures)
+            is_outside = place == folder and source.parent == parent
+            if is_outside and (missing or has_word or _list_other_media(folder, source)):
+                continue
+            if len(missing) < len(pictures):
                 return True
     return False
+
+
+def _list_other_media(folder: Path, source: Path) -> list[Path]:
+    """Return what is next to a folder and a folder of control pictures that the latter may be made from."""
+    parent = source.parent
+    others = [
+        place
+        for place in _folders(parent)
+        if place not in (folder.absolute(), source)
+        and place.name.lower() not in {*MASK_FOLDERS, *OWN_FOLDERS}
+        and not REFERENCES.fullmatch(place.name)
+    ]
+    return [path for place in (parent, *others) for path in _media_in(place)]
 
 
 def _find_controls(folder: Path, places: SortedFolders, content: FolderContent) -> None:

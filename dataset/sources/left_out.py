@@ -13,7 +13,7 @@ from dataset.sources.media_source import OF_SHARDS
 from dataset.table import DatasetConfig, DatasetTable, folder_id
 from modules.errors import MediaError
 from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
-from modules.media.labels import MASK_LABEL, label_of
+from modules.media.labels import MASK_FOLDERS, MASK_LABEL, label_of
 from modules.media.opening import SOUND_SUFFIXES
 from modules.media.remedies import remedy_of
 
@@ -81,7 +81,13 @@ class TableFolders:
                 if Path(folder).name in FOLDERS_OF_RUNS and (table.directory / "run.toml").exists():
                     continue
                 suffixes = _all_suffixes([table.holds])
-                if folder_id(folder) not in used and _holds(folder, suffixes, used):
+                if folder_id(folder) in used or not _holds(folder, suffixes, used):
+                    continue
+                if Path(folder).name.lower() in MASK_FOLDERS:
+                    key = f'mask_directory = "{Path(folder).name}"'
+                    place = table.directory
+                    yield f"{folder}: its masks are not used. {key} in the table of {place} uses them"
+                else:
                     unused = f"its {table.holds}s are not used: folders inside a folder are not searched"
                     yield f"{folder}: {unused}. Give it a table"
 

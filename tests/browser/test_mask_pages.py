@@ -2,10 +2,13 @@
 
 import io
 import json
+import shutil
 import struct
 import sys
+import threading
 import time
 import zlib
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,14 +24,18 @@ from browser.background_jobs import BackgroundJobs
 from browser.jobs import open_queue
 from browser.mask_making import MaskMakingPages
 from browser.mask_pages import DRAWN_ADDRESS, MOST_OF_DRAWN
+from browser.mask_review import MaskConflictError, MaskReview
 from browser.render_worker import RenderWorker
 from browser.runs import Runs
 from browser.site import Site
 from data_tools.masks.options import MaskOptions
 from data_tools.masks.places import MADE, find_mask_place
+from dataset.config import load_dataset_config
+from dataset.sources.left_out import TableFolders
 from modules.media.reading import read_mask
 from modules.media.writing import write_png, write_video
 from modules.parser import parse_options
+from project.media import read_kept_masks
 from tests.browser.described_folders import describe
 from tests.browser.serving import Answer, Served, serve_runs
 from tests.chromium import open_page
@@ -401,7 +408,7 @@ def test_masks_of_a_colour_are_made_in_the_queue_and_hand_drawn_ones_stay(
     save_picture(folder / "c.png")
     Image.new("RGB", (20, 20), "#00ff00").save(folder / "green.png")
     drawn = (folder / "masks" / "b.png").read_bytes()
-    assert press_form(served, "write", finder="colour", expand_pixels="0").status == 200
+    assert press_form(served, "write", finder="colour", colour="00ff00", expand_pixels="0").status == 200
     end = time.monotonic() + MOST_SECONDS
     text = ""
     while '<span class="state">finished</span>' not in text and time.monotonic() < end:
@@ -423,7 +430,7 @@ def test_masks_of_a_colour_are_made_in_the_queue_and_hand_drawn_ones_stay(
         ({"finder": "watermark"}, ["--watermark", "--model", "M/clipseg"]),
         ({"finder": "background", "model": "x.onnx"}, ["--background", "x.onnx"]),
         ({"finder": "colour", "colour": "ff0000", "invert": "yes"}, ["--invert", "--colour", "ff0000"]),
-        ({"finder": "colour", "mode": "add"}, ["--mode", "add", "--colour", "00ff00"]),
+        ({"finder": "colour", "mode": "add", "colour": "0000ff"}, ["--mode", "add", "--colour", "0000ff"]),
     ],
 )
 def test_the_form_of_masks_becomes_the_words_of_the_command(
@@ -444,9 +451,14 @@ def test_what_the_form_of_masks_cannot_do_is_said(served: Served) -> None:
     for what, fields, message in (
         ("write", {}, "Type what to find"),
         ("write", {"what": "a cat"}, "load the model first"),
-        ("write", {"finder": "colour", "threshold": "2"}, "Found above 2: give a number from 0 to 1."),
+        ("write", {"finder": "colour"}, "Type the colour to find"),
+        (
+            "write",
+            {"finder": "colour", "colour": "00ff00", "threshold": "2"},
+            "Found above 2: give a number from 0 to 1.",
+        ),
         ("write", {"finder": "sky"}, "sky finds nothing"),
-        ("try", {"finder": "colour", "mode": "blend"}, "choose from the list"),
+        ("try", {"finder": "colour", "colour": "0f0f0f", "mode": "blend"}, "choose from the list"),
         ("go_on", {}, "There is nothing to continue."),
     ):
         answer = press_form(served, what, **fields)
@@ -468,11 +480,123 @@ def test_a_described_folder_offers_the_folders_of_its_dataset(folder: Path, serv
 
     assert [text.count(f'<option value="{outer / "two"}" selected') for text in (form, chosen)] == [0, 1]
     assert "Choose one of its folders" in page
-    assert "mask_directory = &#34;two/masks&#34;" in chosen
-
+    assert "learn by these masks" not in chosen  # there are none yet
     save_mask(outer / "two" / "a-masklabel.png")
-    line = "mask_directory = &#34;two&#34;"
-    assert line in served.ask(f"/new/masks?{urlencode({'folder': outer / 'two', 'outer': outer})}").text
-    tables[1] += 'mask_directory = "two"\n'
-    (outer / "dataset.toml").write_text("".join(tables), encoding="utf-8")
-    assert line not in served.ask(f"/new/masks?{urlencode({'folder': outer / 'two', 'outer': outer})}").text
+    again = served.ask(f"/new/masks?{urlencode({'folder': outer / 'two', 'outer': outer})}").text
+    assert "learn by these masks (1 of 1)" in again
+
+
+SUBSETS = '[general]\nresolution = 64\n\n[[datasets]]\n\n[[datasets.subsets]]\nimage_dir = "."\n'
+TABLES = '[[datasets]]\nimage_directory = "."\n'
+
+
+@pytest.mark.parametrize("form", [TABLES, SUBSETS])
+def test_a_tick_says_whether_the_training_learns_by_the_masks(
+    form: str, folder: Path, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    describe(folder)
+    monkeypatch.chdir(folder)  # where `run` works
+    (folder / "cat.png").unlink()
+    (folder / "dataset.toml").write_text(form, encoding="utf-8")
+    shown = served.ask(f"/new/masks?{urlencode({'folder': folder})}").text
+    assert "learn by these masks (2 of 3)" in shown
+    assert 'name="learns" value="yes" checked' not in shown
+
+    assert press_form(served, "learn", learns="yes").status == 200
+
+    masks = {table.mask_directory for table in load_dataset_config(folder / "dataset.toml").datasets}
+    assert [path.resolve() for path in masks if path] == [folder / "masks"]
+    again = served.ask(f"/new/masks?{urlencode({'folder': folder})}").text
+    assert 'name="learns" value="yes" checked' in again
+    assert press_form(served, "learn").status == 200
+    assert (folder / "dataset.toml").read_text(encoding="utf-8") == form
+
+
+def test_the_first_drawn_mask_is_learned(folder: Path, served: Served) -> None:
+    shutil.rmtree(folder / "masks")
+    describe(folder)
+    (folder / "cat.png").unlink()
+    assert draw(served, item(served, 0), WHITE).status == 200
+    assert 'mask_directory = "masks"' in (folder / "dataset.toml").read_text(encoding="utf-8")
+    assert press_form(served, "learn").status == 200
+    assert draw(served, item(served, 1), WHITE).status == 200
+    assert "mask_directory" not in (folder / "dataset.toml").read_text(encoding="utf-8")  # as was chosen
+
+
+def test_masks_that_a_job_has_made_are_learned(folder: Path, served: Served) -> None:
+    shutil.rmtree(folder / "masks")
+    describe(folder)
+    for path in folder.glob("*.png"):
+        path.unlink()
+    Image.new("RGB", (20, 20), "#00ff00").save(folder / "green.png")
+    with open_page(f"{served.url}/new?{urlencode({'folder': folder})}") as page:
+        page.locator("#masks-fold summary").click()
+        page.locator("#mask-find").select_option("colour")
+        page.locator("#mask-rgb").fill("00ff00")
+        page.get_by_role("button", name="Make the masks").click()
+        page.get_by_label("learn by these masks (1 of 1)").wait_for(timeout=60_000)
+        wait_on_text(page, lambda: 'mask_directory = "masks"' in (folder / "dataset.toml").read_text("utf-8"))
+        assert page.get_by_label("learn by these masks (1 of 1)").is_checked()
+        page.get_by_label("learn by these masks (1 of 1)").uncheck()
+        wait_on_text(page, lambda: "mask_directory" not in (folder / "dataset.toml").read_text("utf-8"))
+        page.wait_for_timeout(500)
+        assert not page.get_by_label("learn by these masks (1 of 1)").is_checked()
+        assert page.problems == []
+
+
+def wait_on_text(page: Any, holds: Callable[[], bool]) -> None:
+    wait_for(holds, page.locator("#masks").inner_text, lambda seconds: page.wait_for_timeout(seconds * 1000))
+
+
+def test_a_check_names_masks_that_nobody_uses(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    (folder / "dataset.toml").write_text(TABLES, encoding="utf-8")
+    config = load_dataset_config(folder / "dataset.toml")
+    (line,) = TableFolders(config).left_out_folders(config.datasets)
+    assert 'its masks are not used. mask_directory = "masks" in the table of' in line
+
+
+def test_a_new_description_keeps_the_masks(folder: Path) -> None:
+    assert read_kept_masks(folder) == {}
+    (folder / "dataset.toml").write_text(f'{TABLES}mask_directory = "masks"\n', encoding="utf-8")
+    assert read_kept_masks(folder) == {folder: folder / "masks"}
+    (folder / "dataset.toml").write_text(f'{SUBSETS}mask_directory = "masks"\n', encoding="utf-8")
+    assert read_kept_masks(folder) == {folder: folder / "masks"}
+
+
+class OneAtATime(OrderedDict[Any, Any]):
+    """A dictionary that notices when a second thread changes it before the first one is done."""
+
+    is_busy = False
+    overlaps = 0
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        type(self).overlaps += self.is_busy
+        self.is_busy = True
+        time.sleep(0.01)
+        super().__setitem__(key, value)
+        self.is_busy = False
+
+
+def test_two_pages_that_load_pictures_at_once_change_the_kept_ones_in_turn(folder: Path) -> None:
+    review = MaskReview(Runs([folder.parent]), _shots=OneAtATime())
+    places = review.places(folder)
+    assert len(places) > 1
+    threads = [threading.Thread(target=review.read_picture, args=(place, 0)) for place in places * 3]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert OneAtATime.overlaps == 0
+    assert len(review._shots) == len(places)
+
+
+def test_a_mask_that_another_server_has_drawn_first_is_not_replaced(folder: Path) -> None:
+    """Both pages were shown a picture without a mask."""
+    servers = [MaskReview(Runs([folder.parent])) for _ in range(2)]
+    (place, *_) = [place for place in servers[0].places(folder) if place.mask is None]
+    png = as_png(np.full((HEIGHT, WIDTH), 255, np.uint8))
+    servers[0].draw(folder, place, png, "")
+    with pytest.raises(MaskConflictError):
+        servers[1].draw(folder, place, png, "")
+    assert not (folder / ".masks.lock").exists()

@@ -1,0 +1,110 @@
+"""Whether a training learns by the masks of a folder: the key mask_directory of its dataset.toml."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomlkit
+from tomlkit.exceptions import TOMLKitError
+
+from browser.described_folder import DATASET_FILE, DraftFile, is_described, read_own_file
+from browser.mask_review import find_masks_folder
+from browser.offered_folders import MEDIA_KEYS
+from browser.runs import Runs
+from data_tools.masks.options import FOLDER_NAME
+from data_tools.masks.places import find_mask_places
+from modules.errors import OptionError
+from modules.pages.language import say
+from modules.text_files import real_path
+
+MASKS = "mask_directory"  # key of a table
+
+
+@dataclass(frozen=True)
+class MaskUse:
+    """Hold how many files of a folder have a mask, and whether the training learns by them."""
+
+    config: DraftFile  # dataset.toml that takes the folder
+    folder: Path
+    masks: Path  # their folder
+    num_masks: int
+    num_media: int
+    is_used: bool
+
+    def write(self, learns: bool) -> bool:
+        """Write whether the training learns by the masks; return whether that changed the file.
+
+        Raises OptionError, ValueError, and as `replace_content`.
+        """
+        if learns and not self.num_masks:
+            raise OptionError(say("There are no masks yet: make or draw one first."))
+        document = _parse(self.config.text)
+        base = self.config.path.parent
+        for table in _list_tables_of(document, base, self.folder):
+            if learns:
+                inside = self.masks.relative_to(base) if self.masks.is_relative_to(base) else self.masks
+                table[MASKS] = inside.as_posix()
+            else:
+                table.pop(MASKS, None)
+        after = tomlkit.dumps(document)
+        if after == self.config.text:
+            return False
+        self.config.save(after)
+        return True
+
+
+def read_mask_use(runs: Runs, folder: Path) -> MaskUse | None:
+    """Return how the masks of a folder are used; None if no dataset.toml of a described folder takes it.
+
+    folder: the real path of a folder with media.
+    """
+    for outer in (folder, folder.parent):
+        path = outer / DATASET_FILE
+        if not is_described(outer) or not runs.is_inside(path):
+            continue
+        try:
+            config = DraftFile(path, read_own_file(path))
+            tables = list(_list_tables_of(_parse(config.text), outer, folder))
+        except (OSError, ValueError):
+            continue
+        if tables:
+            masks = find_masks_folder(runs, folder) or folder / FOLDER_NAME
+            places = find_mask_places(folder, masks)
+            return MaskUse(
+                config=config,
+                folder=folder,
+                masks=masks,
+                num_masks=sum(place.mask is not None for place in places),
+                num_media=len(places),
+                is_used=all(MASKS in table for table in tables),
+            )
+    return None
+
+
+def use_first_mask(runs: Runs, folder: Path) -> bool:
+    """Let the training of a folder learn by its masks if it has got its first one; return whether it does.
+
+    Raises as `MaskUse.write`.
+    """
+    use = read_mask_use(runs, folder)
+    return use is not None and use.num_masks == 1 and not use.is_used and use.write(learns=True)
+
+
+def _parse(text: str) -> Any:
+    try:
+        return tomlkit.parse(text)
+    except TOMLKitError as error:
+        raise ValueError(f"{DATASET_FILE} is no TOML: {error}") from None
+
+
+def _list_tables_of(document: Any, base: Path, folder: Path) -> Iterator[Any]:
+    """Yield the tables and subsets of a dataset that take a folder. base: where its relative paths begin."""
+    entries = document.get("datasets")
+    tables = list(entries) if isinstance(entries, list) else []
+    for table in tables:
+        subsets = table.get("subsets") if isinstance(table, dict) else None
+        for one in (table, *(subsets if isinstance(subsets, list) else ())):
+            media = [one.get(key) for key in MEDIA_KEYS] if isinstance(one, dict) else []
+            if any(isinstance(text, str) and real_path(base / text) == folder for text in media):
+                yield one
