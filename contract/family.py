@@ -10,7 +10,7 @@ loop asks for its name.
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,9 @@ from contract.few_steps import FewSteps
 from contract.loading import BlockPlace, Placement
 from contract.requests import Prepared, Prompt, Request
 from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
+
+if TYPE_CHECKING:  # a generation fits no pictures to buckets
+    from modules.media.buckets import Fit, Size
 
 
 @dataclass(frozen=True)
@@ -327,6 +330,7 @@ class Abilities:
     make_network: bool = False  # it is a `contract.made_networks.MakesNetwork`
     take_words: bool = False  # it is a `contract.brought_words.TakesWords`
     learn_words: bool = False  # it is a `contract.new_words.LearnsWords`
+    fit_captions: bool = False  # it is a `FitsCaptions`
 
 
 class Described(Protocol):
@@ -452,6 +456,21 @@ class RatesParts(Protocol):
 
 def part_rates_of(family: Described) -> Mapping[str, float]:
     return cast("RatesParts", family).part_rates if family.can.rate_parts else {}
+
+
+class FitsCaptions(Protocol):
+    """A family some of whose captions name places in their picture, and follow it to its bucket."""
+
+    def names_places(self, caption: str) -> bool: ...
+
+    # of a picture of that width and height: what is wrong with such a caption, a line each
+    def find_caption_faults(self, caption: str, size: "Size") -> Sequence[str]: ...
+
+    def fit_caption(self, caption: str, size: "Size", fit: "Fit") -> str: ...
+
+
+def fits_captions(family: Described) -> TypeGuard[FitsCaptions]:
+    return family.can.fit_captions
 
 
 class HearsSound(Protocol):

@@ -3,6 +3,7 @@
 configs: dimensions of a transformer, latents, noise, names of parts
 family: MOSS-Image, described for the shared loops
 files: transformers in all layouts, the language model, FLUX.2's autoencoder
+layouts: captions with boxes, which follow their picture to its bucket
 model: the transformer, with one modulation for all blocks
 names: what it is called everywhere, from scripts to tensors
 options: own options for caching, training and generation

@@ -1,7 +1,7 @@
 """MOSS-Image, Base and SFT, described for the shared loops."""
 
 import logging
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -25,12 +25,15 @@ from contract.rules import GuidanceRules, ModelRelease, NegativeSkips, Reference
 from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 from encoders import pictures
 from flux_2.versions import VERSIONS
+from modules.control_codes import shorten
 from modules.errors import CacheError, OptionError
+from modules.media.buckets import Fit, Size
 from modules.media.pixels import byte_clips
 from modules.options import NO_OPTIONS
 from moss_image import options as own
 from moss_image.configs import DIT, LATENT, NOISE, RELEASE
 from moss_image.files import KEY, TEXT_USE, MossImageFiles, find_sft
+from moss_image.layouts import find_layout_faults, fit_layout, looks_like_layout
 from moss_image.names import LORA
 from moss_image.options import EXTRAS, NAME, SHIFT, SIDE
 from moss_image.schedule import snap_levels
@@ -64,7 +67,7 @@ class MossImage(pictures.ModelOfPictures):
     noise_dtype: torch.dtype | None = torch.float32  # whatever the transformer's, as released
     draws_latents: ClassVar[bool] = False
     few_steps: ClassVar = FewSteps("Base (moss_image_base_bf16.safetensors)", also="it", adapter="")
-    can: ClassVar = Abilities(tell_few_steps=True)
+    can: ClassVar = Abilities(tell_few_steps=True, fit_captions=True)
     lora_module: str = field(default=LORA[0].network_module, init=False)
     latent: LatentSpec = field(default=LATENT, init=False)
     noise: NoiseSpec = field(default=NOISE, init=False)
@@ -90,6 +93,17 @@ class MossImage(pictures.ModelOfPictures):
     @property
     def references(self) -> ReferenceRules:
         return ReferenceRules(most=MOST_REFERENCES, seen_by_text=True)
+
+    # layouts
+
+    def names_places(self, caption: str) -> bool:
+        return looks_like_layout(caption)
+
+    def find_caption_faults(self, caption: str, size: Size) -> Sequence[str]:
+        return find_layout_faults(caption, size)
+
+    def fit_caption(self, caption: str, size: Size, fit: Fit) -> str:
+        return fit_layout(caption, size, fit)
 
     # the network
 
@@ -136,6 +150,9 @@ class MossImage(pictures.ModelOfPictures):
             if self.files.text_encoder is not None:
                 self.files.check_tower()
             prepared = pictures.show_references(prepared)
+        if looks_like_layout(request.prompt):
+            for fault in find_layout_faults(request.prompt, (prepared.width, prepared.height)):
+                logger.warning("the layout %s: %s", shorten(request.prompt, 40), fault)
         skips = self._choose_skips(request)
         prepared = replace(prepared, rules=GuidanceRules(negative_skips=skips))
         schedule = own.check_schedule(request.extra.get("moss_schedule", self.schedule))
