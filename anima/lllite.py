@@ -24,7 +24,8 @@ from checkpoints.dialects import LoadPlan, count, load_planned, other_kind
 from checkpoints.model_files import require_file
 from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from contract.made_networks import MadeNetwork, UsualRate, describe_start
-from modules.errors import CheckpointError, OptionError
+from modules.control_codes import shorten
+from modules.errors import CheckpointError, OptionError, UserError
 from modules.option_values import FillIn, option_words
 
 CALLED = "ControlNet-LLLite"
@@ -33,6 +34,7 @@ WHAT = "a ControlNet-LLLite for Anima"
 WEIGHTS = "--network_weights"
 GIVE = "a file of anima_train_control_net_lllite.py"
 VERSION = "2"
+MOST_DILATION = 64  # of the trunk's views; the largest control pictures are 256 positions wide there
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,13 @@ def read_lllite(checkpoint: Checkpoint, option: str) -> LoadPlan[LllitePlan]:
             blocks = max(blocks, int(match[1]) + 1)
     first = next(name for name in names if name.startswith(PREFIX) and name.endswith(".down.weight"))
     stored_dilations = checkpoint.metadata.get("lllite.aspp_dilations", "")
-    dilations = tuple(int(number) for number in re.findall(r"\d+", stored_dilations)) or DILATIONS
+    dilations = tuple(int(number) for number in re.findall(r"\d{1,9}", stored_dilations)) or DILATIONS
+    if not all(1 <= dilation <= MOST_DILATION for dilation in dilations):
+        raise CheckpointError(
+            f"{checkpoint.path} is not {WHAT} as known: lllite.aspp_dilations of its metadata is "
+            f"{shorten(stored_dilations, 60)!r}. Copy or download it again.",
+            checkpoint.path,
+        )
     config = LlliteConfig(
         cond_emb_dim=shape(f"{TRUNK}.out_norm.weight", 1)[0],
         cond_dim=shape(f"{TRUNK}.conv3.weight", 4)[0],
@@ -194,7 +202,7 @@ def _check_blocks(plan: LllitePlan, path: Path, dit: nn.Module) -> None:
 
 def describe_lllite(options: AnimaLlliteTrainingOptions) -> MadeNetwork:
     """Return ControlNet-LLLite as the network that a training makes."""
-    config = _config_of(options)
+    config = _start_config(options)
     return MadeNetwork(
         called=CALLED,
         words=describe_start(CALLED, f" at {options.lllite_target_layers}", options.network_weights),
@@ -230,12 +238,23 @@ def _config_of(options: AnimaLlliteTrainingOptions) -> LlliteConfig:
     )
 
 
+def _start_config(options: AnimaLlliteTrainingOptions) -> LlliteConfig:
+    """Return the sizes of --network_weights, some of which no option says, or those of the options."""
+    path = options.network_weights
+    if path is None:
+        return _config_of(options)
+    try:
+        return check_file(path, WEIGHTS).config
+    except (UserError, OSError):  # the check of the training says what is wrong with it
+        return _config_of(options)
+
+
 def make_lllite(options: AnimaLlliteTrainingOptions, dit: nn.Module, with_values: bool) -> HungLllite:
     """Make the modules for a transformer and hang them into it. with_values: those of --network_weights.
 
     Raises CheckpointError if the file does not fit.
     """
-    config, dropout = _config_of(options), options.lllite_dropout or 0.0
+    dropout = options.lllite_dropout or 0.0
     path = options.network_weights
     build = partial(HungLllite, scale=options.lllite_multiplier, dropout=dropout)
     if path is not None and with_values:
@@ -244,6 +263,7 @@ def make_lllite(options: AnimaLlliteTrainingOptions, dit: nn.Module, with_values
             _check_blocks(plan.config, path, dit)
             hung = load_planned(plan, build, torch.device("cpu"), torch.float32, what=WHAT)
     else:
+        config = _start_config(options)
         depth: int = dit.config.num_layers  # type: ignore[union-attr,assignment]
         widths = {}
         for _, layer_path in list_layers(config.layers, 1):

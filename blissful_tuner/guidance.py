@@ -139,6 +139,7 @@ class _StepPlanner:
         self._rules = prepared.rules
         layers = options.skipped_layers
         self._weakened = Pass("negative", Tweaks(skip_blocks=layers))
+        self._thinned = Pass("negative", Tweaks(skip_blocks=prepared.rules.negative_skips.blocks))
         self._weakened_steps = active_steps(options, prepared.num_steps) if layers else range(0)
         self._perturbed = Pass("positive", Tweaks(skip_self_attention=self._rules.perturbed_blocks))
         self._isolated = Pass("positive", Tweaks(isolated=True))
@@ -190,7 +191,7 @@ class _StepPlanner:
         rules = self._rules
         rule = rules.projection
         weakens = index in self._weakened_steps
-        negative = self._weakened if weakens and options.slg_mode == "uncond" else NEGATIVE
+        negative = self._choose_negative(index, weakens)
         stages = self._make_guiding_stages(scale, negative)
         share = options.guidance_rescale
         if stages and rule is not None and momentum is not None:
@@ -210,6 +211,14 @@ class _StepPlanner:
         if rules.token_side is not None:
             stages.append(keep_norms(rules.token_side))
         return tuple(stages)
+
+    def _choose_negative(self, index: int, weakens: bool) -> Pass:
+        """Return the negative pass of a step. weakens: the options skip layers in this step."""
+        if weakens:  # in place of the blocks that the model leaves out by itself
+            return self._weakened if self._options.slg_mode == "uncond" else NEGATIVE
+        skips = self._rules.negative_skips
+        step = self._prepared.first_step + index
+        return self._thinned if skips.acts(step, self._prepared.steps) else NEGATIVE
 
     def _make_guiding_stages(self, scale: float, negative: Pass) -> list[GuidanceStage]:
         """Return the stage of the formula that the options choose; [] if the scale turns guidance off."""

@@ -7,14 +7,16 @@ import contextlib
 import hashlib
 import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from modules.atomic_write import write_bytes
+from modules.backups import name_backup
 from modules.errors import OutputError
+from modules.file_batches import write_files
 from modules.file_locks import only_one
 from modules.pages.language import say
 from modules.text_files import bad_character, read_content
@@ -57,6 +59,15 @@ class CaptionText:
         text = text.replace("\r\n", "\n").replace("\r", "\n").strip()
         content = self.head + text + self.tail
         return self.start + content.replace("\n", self.newline).encode()
+
+
+@dataclass(frozen=True)
+class CaptionEdit:
+    """A caption to write. have: the mark that `Captions.read` returned for its file."""
+
+    path: Path
+    text: str
+    have: str
 
 
 class CaptionConflictError(Exception):
@@ -122,23 +133,56 @@ class Captions:
         Raises CaptionConflictError if the file has changed since, ValueError if the text cannot be stored,
         OSError or OutputError if it cannot be written.
         """
-        reason = bad_character(text)
-        if reason is not None:
-            raise ValueError(say("a caption cannot hold %(reason)s", reason=reason))
         with self._lock, _only_one_writes(path):
             now = self._require_unchanged(path, have)
-            new = CaptionText.of(now or b"").with_text(text)
-            if len(new) > MOST_BYTES:
-                raise ValueError(
-                    say(
-                        "a caption of more than %(most_bytes)s KiB cannot be edited here",
-                        most_bytes=MOST_BYTES >> 10,
-                    )
-                )
+            new = _encode(text, now or b"")
             if new != now:
                 _write(path, new)
                 self._first.setdefault(path, now)
                 self._before.setdefault(path, deque(maxlen=MOST_SAVES)).append(now)
+
+    def save_all(self, edits: Sequence["CaptionEdit"], marks: dict[Path, str]) -> None:
+        """Write many captions at once, and keep each as it was as .bak; skip those that have changed since.
+
+        marks: gets the new mark of each that is written, also if a full disk ends it between two of them.
+        Raises ValueError if a text cannot be stored: then nothing is written; OSError or OutputError.
+        """
+        with self._lock, _only_one_writes_in({edit.path.parent for edit in edits}):
+            before: dict[Path, bytes] = {}
+            contents: dict[Path, bytes] = {}
+            for edit in edits:
+                now = _read_content(edit.path)
+                if now is not None and mark_bytes(now) == edit.have:
+                    contents[edit.path] = _encode(edit.text, now)
+                    before[edit.path] = now
+            write_files({name_backup(path): content for path, content in before.items()})
+
+            def note(path: Path) -> None:
+                self._first.setdefault(path, before[path])
+                self._before.setdefault(path, deque(maxlen=MOST_SAVES)).append(before[path])
+                marks[path] = mark_bytes(contents[path])
+
+            write_files(contents, note)
+
+    def undo_all(self, marks: Mapping[Path, str]) -> int:
+        """Take back the last save of many captions; return how many have changed since and stay.
+
+        marks: what each has now, as `save_all` returned it. Raises OSError or OutputError.
+        """
+        with self._lock, _only_one_writes_in({path.parent for path in marks}):
+            contents = {}
+            for path, mark in marks.items():
+                target = self._before[path][-1] if path in self._before else None
+                if target is not None and mark_bytes(_read_content(path)) == mark:
+                    contents[path] = target
+            write_files(contents, self._forget_last)
+            return len(marks) - len(contents)
+
+    def _forget_last(self, path: Path) -> None:
+        before = self._before[path]
+        before.pop()
+        if not before:
+            del self._before[path], self._first[path]
 
     def undo(self, path: Path, have: str, is_all: bool = False) -> None:
         """Take back the last save, or all of them. Raises as `save`; LookupError if there is none."""
@@ -168,6 +212,30 @@ def caption_values(where: str, text: str = "", mark: str = "", saves: int = 0) -
 
 def mark_bytes(content: bytes | None) -> str:
     return "" if content is None else hashlib.blake2s(content, digest_size=12).hexdigest()
+
+
+def _encode(text: str, now: bytes) -> bytes:
+    """Return the content of a file with another caption. Raises ValueError if it cannot be stored."""
+    reason = bad_character(text)
+    if reason is not None:
+        raise ValueError(say("a caption cannot hold %(reason)s", reason=reason))
+    new = CaptionText.of(now).with_text(text)
+    if len(new) > MOST_BYTES:
+        raise ValueError(
+            say(
+                "a caption of more than %(most_bytes)s KiB cannot be edited here", most_bytes=MOST_BYTES >> 10
+            )
+        )
+    return new
+
+
+@contextlib.contextmanager
+def _only_one_writes_in(folders: Iterable[Path]) -> Iterator[None]:
+    """Do as `_only_one_writes` in several folders, in one order, so that no two wait for each other."""
+    with contextlib.ExitStack() as locks:
+        for folder in sorted(folders):
+            locks.enter_context(only_one(folder / LOCK))
+        yield
 
 
 def _only_one_writes(path: Path) -> AbstractContextManager[None]:

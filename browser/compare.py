@@ -32,6 +32,7 @@ from training.reports.history import PageCommand, SampleRow, Story
 from training.reports.page import list_files
 from training.reports.present_files import present_commands
 from training.reports.sample_files import FOLDER as SAMPLES
+from training.reports.scores import choose_file
 
 MOST_COLUMNS = 24
 MOST_ROWS = 40
@@ -106,7 +107,7 @@ class ComparableRun:
         """Return the saved files that exist, by step; only one of several with equal weights."""
         folder = self.run.history.parent
         story = self.story
-        best = story.best_file(folder)
+        best = choose_file(folder, self.run.name, story)
         files = []
         for step, names in list_files(story, folder):
             name = names[0]
@@ -186,7 +187,7 @@ def read_source(runs: Runs, run: RunSummary) -> ComparableRun | None:
     """
     story = runs.open(run).story
     families = {entry.generation_script: name for name, entry in with_scripts().items()}
-    for typed in _read_commands(present_commands(story, run.history.parent), families):
+    for typed in _read_commands(present_commands(story, run.history.parent, run.name), families):
         return ComparableRun(
             run=run,
             story=story,

@@ -33,6 +33,7 @@ from browser.responses import (
     answer_text,
 )
 from browser.runs import Runs
+from browser.upload_stream import DECODING
 from modules.errors import MediaError
 from modules.media.reading import first_frame
 from modules.pages.language import say
@@ -124,7 +125,6 @@ class Thumbnails:
     def __init__(self) -> None:
         self._pictures: OrderedDict[object, bytes] = OrderedDict()
         self._lock = threading.Lock()
-        self._two = threading.Semaphore(2)  # two at most are decoded at once
 
     def make(self, part: Mapping[str, Any], stamp: int) -> bytes:
         """Return a JPEG. part: as the report lists it. Raises MediaError or OSError if it cannot be read."""
@@ -133,9 +133,8 @@ class Thumbnails:
             if key in self._pictures:
                 self._pictures.move_to_end(key)
                 return self._pictures[key]
-        with self._two:
-            frame = self._read_frame(part)
-        reduced = reduce_frame(frame, LARGEST_SIDE)[..., :3]
+        with DECODING:
+            reduced = reduce_frame(self._read_frame(part), LARGEST_SIDE)[..., :3]
         jpeg = io.BytesIO()
         Image.fromarray(reduced).save(jpeg, format="JPEG", quality=80)
         with self._lock:

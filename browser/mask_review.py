@@ -17,6 +17,7 @@ from browser.names import short_digest
 from browser.offered_folders import MEDIA_KEYS, read_tables
 from browser.page_root import add_root
 from browser.runs import Runs
+from browser.upload_stream import DECODING
 from data_tools.masks.places import (
     ACCEPTED,
     MADE,
@@ -30,6 +31,8 @@ from data_tools.masks.places import (
     undo_change,
 )
 from modules.errors import MediaError, OptionError
+from modules.file_locks import only_one
+from modules.media.colours import split_bands
 from modules.media.labels import MASK_LABEL, label_of
 from modules.media.reading import count_frames, first_frame, image_size, video_frames
 from modules.media.streams import source_info
@@ -39,6 +42,7 @@ from modules.text_files import real_path
 
 ADDRESS = "/masks"
 LARGEST_SIDE = 1600  # pixels of a picture in the page; masks for the brush have all of theirs
+LOCK = ".masks.lock"  # in the folder of the media, while a mask of it is changed
 MOST_SHOTS = 60  # pictures in memory, some 200 KB each
 MOST_UNDONE = 1000
 # states of masks
@@ -74,7 +78,6 @@ class MaskReview:
     _changed: dict[Path, list[tuple[Path, str]]] = field(default_factory=dict)
     _shots: "OrderedDict[tuple[Path, int, int], bytes]" = field(default_factory=OrderedDict)
     _lock: threading.Lock = field(default_factory=threading.Lock)  # of changes
-    _two: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(2))  # decoded at once
 
     def places(self, folder: Path) -> list[MaskPlace]:
         """Return the places of a folder. Raises DatasetError if it cannot be listed."""
@@ -131,24 +134,24 @@ class MaskReview:
 
         Raises MaskConflictError if the mask is another one now, UserError if it cannot be changed.
         """
-        with self._lock:
-            self._require_unchanged(place, have)
+        with self._lock, only_one(folder / LOCK):
+            place = self._require_unchanged(place, have)
             CHANGES[what](place)
             self._note(folder, place)
 
     def draw(self, folder: Path, place: MaskPlace, png: bytes, have: str) -> None:
         """Put a drawn mask of the picture's size in place of a picture's mask. Raises as `change`."""
-        with self._lock:
-            self._require_unchanged(place, have)
+        with self._lock, only_one(folder / LOCK):
+            place = self._require_unchanged(place, have)
             if place.kind != "image":
                 raise OptionError(say("A brush corrects the mask of a picture, not that of a clip."))
-            with self._two:
+            with DECODING:
                 replace_mask(place, read_drawn(png, image_size(place.medium)))
             self._note(folder, place)
 
     def undo(self, folder: Path) -> MaskPlace:
         """Take back the last change in a folder, and return its place. Raises OptionError if it cannot be."""
-        with self._lock:
+        with self._lock, only_one(folder / LOCK):
             changed = self._changed.get(folder)
             if not changed:
                 raise OptionError(say("There is nothing to undo."))
@@ -172,7 +175,7 @@ class MaskReview:
             return None
         stamp = place.medium.stat().st_mtime_ns
         key = place.medium, stamp, number
-        with self._two:
+        with DECODING:
             if key not in self._shots:
                 for shown, frame in read_shots(place, numbers):
                     self._shots[place.medium, stamp, shown] = _encode_jpeg(frame)
@@ -185,7 +188,7 @@ class MaskReview:
         """Return a mask as PNG: white, as opaque as it is bright. is_whole: not reduced. Raises as above."""
         if place.mask is None:
             return None
-        with self._two:
+        with DECODING:
             grey = read_frame(place.mask, number)
             if not is_whole:
                 grey = reduce_frame(grey, LARGEST_SIDE)
@@ -199,9 +202,12 @@ class MaskReview:
         changed.append((place.medium, mark_mask(place.listed_anew())))
         del changed[:-MOST_UNDONE]
 
-    def _require_unchanged(self, place: MaskPlace, have: str) -> None:
-        if mark_mask(place) != have:
+    def _require_unchanged(self, place: MaskPlace, have: str) -> MaskPlace:
+        """Return the place as it is now: another server may have made the first mask since it was found."""
+        now = place.listed_anew()
+        if mark_mask(now) != have:
             raise MaskConflictError
+        return now
 
 
 def name_id(place: MaskPlace) -> str:
@@ -259,9 +265,12 @@ def read_drawn(png: bytes, size: tuple[int, int]) -> NDArray[np.uint8]:
                         size=" × ".join(map(str, size)),
                     )
                 )
-            on_black = Image.new("RGBA", size, "black")
-            on_black.alpha_composite(image.convert("RGBA"))
-            return np.asarray(on_black.convert("L"))
+            mask = np.empty((image.height, image.width), np.uint8)
+            for rows, band in split_bands(image):
+                on_black = Image.new("RGBA", band.size, "black")
+                on_black.alpha_composite(band.convert("RGBA"))
+                mask[rows] = np.asarray(on_black.convert("L"))
+            return mask
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise OptionError(say("What was sent is no PNG that can be read: %(error)s", error=error)) from None
 

@@ -213,7 +213,9 @@ class NewPages:
         """Return the value of the field for what `new` trains by itself on a folder that is not described."""
         folder, model = find_folder(self.site.runs, form.folder), find_model(form.family, form.task)
         kind = None if model is None else find_control_kind(model)
-        if folder is None or kind is None or is_described(folder) or not has_control_pairs(folder):
+        if folder is None or kind is None or is_described(folder):
+            return ""
+        if not has_control_pairs(folder, has_word=bool(form.trigger)):
             return ""
         return name_field(kind)
 

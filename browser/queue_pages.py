@@ -65,7 +65,7 @@ def find_draft(runs: Runs, query: Mapping[str, str]) -> Draft:
     if run is None:
         return Draft()
     with contextlib.suppress(OSError):
-        commands = present_commands(runs.open(run).story, run.history.parent)[int(place) :]
+        commands = present_commands(runs.open(run).story, run.history.parent, run.name)[int(place) :]
         if commands:
             return Draft(escape_control_codes(commands[0].bash), run)
     return Draft()

@@ -315,7 +315,7 @@ class RunButtons:
         """Return the command of a history that continues its run, with its place among the commands."""
         with contextlib.suppress(OSError), self.site.runs.lock:
             for place, command in enumerate(
-                present_commands(self.site.runs.open(run).story, run.history.parent)
+                present_commands(self.site.runs.open(run).story, run.history.parent, run.name)
             ):
                 is_again = run.name.endswith(BEFORE_TRAINING)
                 if (RESUME in command.bash or is_again) and not command.missing:

@@ -212,7 +212,7 @@ def run_page(
         parts=parts_of_page(),
         name=run.name,
     )
-    values["commands"] = present_commands(story, run.history.parent)
+    values["commands"] = present_commands(story, run.history.parent, run.name)
     sample_names = [name for row in story.samples.values() for name in row.files.values()]
     values["live"] = {
         "id": run.id,

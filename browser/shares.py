@@ -1,15 +1,17 @@
 """Share a run with a friend: a link to its page, samples and saved files, and to nothing else.
 
-Whoever has the link may look, without the token of the page. Links end after some days, or when they are
-taken back. They are kept for this user alone, next to the page's own word.
+Whoever has the link may look, without the token of the page. Links end after some days, when they are taken
+back, or when another run of this name begins in the folder. They are kept for this user alone, next to the
+page's own word.
 """
 
+import contextlib
 import hmac
 import json
+import math
 import secrets
-import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -35,10 +37,13 @@ from browser.runs import RUNNING, RunSummary
 from browser.site import Site
 from browser.state_names import name_state
 from modules.errors import UserError
+from modules.file_locks import only_one
 from modules.pages.language import say
 from modules.pages.page import FILE_POLICY, link, mark_folders, render_page
-from modules.user_files import read_user_file, write_user_file
+from modules.text_files import parse_json, real_path
+from modules.user_files import read_user_file, user_folder, write_user_file
 from training.features.composing import parts_of_page
+from training.reports.history import read_session
 from training.reports.page import TEMPLATE, Standing, page_values
 from training.reports.sample_files import FOLDER as SAMPLES
 
@@ -47,6 +52,7 @@ FILE = "page_shares.json"  # of the user
 DAY = 60 * 60 * 24  # seconds
 USUAL_DAYS, MOST_DAYS = 7, 365
 MOST_SHARES = 200
+MOST_KEPT = 300  # in the file, with those that have ended; each takes some 150 bytes of 64 KiB
 RELOAD_SECONDS = "60"  # after which a browser shows a running training anew
 ENDED = say("This link does not hold any more: ask for a new one.")
 MOST_SHOWN = (100, 30)  # columns and rows of the grid of samples
@@ -65,8 +71,9 @@ class ShareLink:
     """A link to a run."""
 
     word: str
-    run: str  # the run's id
+    run: str  # the run's id, which is that of its place
     end: float  # seconds since 1970
+    session: int | None  # which run of that place; None: its history has no number
 
     @property
     def path(self) -> str:
@@ -80,43 +87,69 @@ class ShareLink:
 class Shares:
     """The links of this user that hold."""
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-
     def list_all(self) -> list[ShareLink]:
         """Return the links that have not ended. A file that is damaged holds none."""
-        try:
-            listed = json.loads(read_user_file(FILE) or "[]")
-            shares = [ShareLink(str(one["word"]), str(one["run"]), float(one["end"])) for one in listed]
-        except (ValueError, TypeError, KeyError, RecursionError):
-            return []
-        return [share for share in shares if share.end > time.time()]
+        now = time.time()
+        return [share for share in self._read() if now < share.end <= now + (MOST_DAYS + 1) * DAY]
 
     def find(self, word: str) -> ShareLink | None:
         """Return the link with a word."""
         found = [share for share in self.list_all() if _is_same(share.word, word)]
         return found[0] if found else None
 
-    def of_run(self, run_id: str) -> list[ShareLink]:
-        return [share for share in self.list_all() if share.run == run_id]
+    def of_run(self, run_id: str, session: int | None = None) -> list[ShareLink]:
+        """Return the links that show a run. session: of its history."""
+        return [share for share in self.list_all() if (share.run, share.session) == (run_id, session)]
 
-    def add(self, run_id: str, days: int) -> ShareLink:
-        """Make a link. Raises UserError if there are too many, OSError if it cannot be kept."""
-        share = ShareLink(secrets.token_urlsafe(24), run_id, time.time() + days * DAY)
-        with self._lock:
-            shares = self.list_all()
-            if len(shares) >= MOST_SHARES:
+    def add(self, run_id: str, days: int, session: int | None = None) -> ShareLink:
+        """Make a link. session: of the run's history.
+
+        Raises UserError if there are too many, OSError if it cannot be kept.
+        """
+        share = ShareLink(secrets.token_urlsafe(24), run_id, time.time() + days * DAY, session)
+        with self._change() as shares:
+            if len(self.list_all()) >= MOST_SHARES:
                 raise UserError(say("There are %(n)s links already: take some back", n=MOST_SHARES))
-            self._write([*shares, share])
+            shares.append(share)
         return share
 
     def take_back(self, run_id: str) -> None:
-        """Remove all links to a run. Raises OSError if that cannot be kept."""
-        with self._lock:
-            self._write([share for share in self.list_all() if share.run != run_id])
+        """Remove all links to a run and to earlier ones in its place. Raises OSError if that fails."""
+        with self._change() as shares:
+            shares[:] = [share for share in shares if share.run != run_id]
 
-    def _write(self, shares: Sequence[ShareLink]) -> None:
-        write_user_file(FILE, json.dumps([asdict(share) for share in shares]))
+    @contextlib.contextmanager
+    def _change(self) -> Iterator[list[ShareLink]]:
+        """Yield all links to be changed, then write them; other pages of this user wait meanwhile.
+
+        Links that have ended are kept while there is room: the clock may have been set.
+        """
+        folder = user_folder()
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with only_one(folder / f"{FILE}.lock"):
+            shares = self._read()
+            yield shares
+            shares.sort(key=lambda share: share.end)
+            write_user_file(FILE, json.dumps([asdict(share) for share in shares[-MOST_KEPT:]]))
+
+    def _read(self) -> list[ShareLink]:
+        """Return the links of the file; none if a line of it is no link."""
+        try:
+            shares = [
+                ShareLink(str(one["word"]), str(one["run"]), float(one["end"]), _read_number(one["session"]))
+                for one in parse_json(read_user_file(FILE) or "[]")
+                if "session" in one  # an earlier version's link does not say which run it is for
+            ]
+        except (ValueError, TypeError, KeyError, OverflowError):
+            return []
+        return shares if all(math.isfinite(share.end) for share in shares) else []
+
+
+def _read_number(value: Any) -> int | None:
+    """Return a session of a file. Raises ValueError if it is none."""
+    if value is not None and type(value) is not int:
+        raise ValueError("a session is a whole number")
+    return value
 
 
 def _is_same(word: str, typed: str) -> bool:
@@ -135,6 +168,12 @@ def shared_clip(name: str, prompt: str, step: int, is_newest: bool) -> Markup:
     """Return the HTML of a sample, which the browser loads by its link."""
     label = mark_folders(say("%(prompt)s, step %(step)s", prompt=prompt, step=step))
     return TAGS.get(Path(name).suffix, TAGS[".png"]).format(link(SAMPLES, name), label)
+
+
+def _is_of_run(path: Path, run: RunSummary) -> bool:
+    """Return whether a file has a name of a run's files, and lies in its folder itself, behind no link."""
+    folder = run.history.parent
+    return path.name.startswith(run.name) and real_path(path) == real_path(folder) / path.relative_to(folder)
 
 
 def make_shared_standing(now: LiveStanding) -> Standing:
@@ -170,9 +209,12 @@ class SharePages:
     # ---- for a friend
 
     def find(self, request: Request) -> RunSummary | None:
-        """Return the run that the word of an address shares."""
+        """Return the run that the word of an address shares; None if another one is in its place."""
         share = self.shares.find(request.path_params["word"])
-        return None if share is None else self.site.runs.find(share.run)
+        if share is None:
+            return None
+        run = self.site.runs.find(share.run)
+        return run if run is not None and read_session(run.history) == share.session else None
 
     def show_page(self, request: Request) -> Response:
         with self.site.runs.lock:
@@ -180,14 +222,18 @@ class SharePages:
             if run is None or not run.history.exists():
                 return answer_text(ENDED, 401)
             story = self.site.runs.open(run).story
+            if self.find(request) is None:  # another run began meanwhile, and this may be its story
+                return answer_text(ENDED, 401)
         now = LiveStanding.of(run, story)
-        values: dict[str, Any] = page_values(  # without its name: no training pictures are shown
+        values: dict[str, Any] = page_values(
             run.history.parent,
             story,
             make_shared_standing(now),
             load=shared_clip,
             most=MOST_SHOWN,
             parts=parts_of_page(),
+            name=run.name,
+            has_sections=False,  # no training pictures are named
         )
         values |= {"commands": (), "makes_samples": True}
         text = drop_private(render_page(TEMPLATE, run.name, values, SHARED_POLICY))
@@ -205,6 +251,8 @@ class SharePages:
             name = request.path_params["name"]
             # a comparison may show another run's file
             path = None if COMPARED.fullmatch(name) else find_run_file(self.site.runs, run, name)
+            if path is not None and not _is_of_run(path, run):
+                path = None
         return answer_not_found() if path is None else answer_file(path)
 
     # ---- for the user
@@ -212,9 +260,12 @@ class SharePages:
     def render(self, run_id: str, origin: str, is_open: bool = False) -> str:
         """Return the part of a run's page that shares it. origin: by which the page is reached."""
         settings = self.site.settings
+        with self.site.runs.lock:
+            run = self.site.runs.find(run_id)
+        links = [] if run is None else self.shares.of_run(run_id, read_session(run.history))
         values: Mapping[str, Any] = {
             "id": run_id,
-            "links": [(origin + share.path, share.last_day) for share in self.shares.of_run(run_id)],
+            "links": [(origin + share.path, share.last_day) for share in links],
             "days": USUAL_DAYS,
             "is_alone": settings.is_local and settings.public_origin is None,
             "is_open": is_open,
@@ -237,7 +288,7 @@ class SharePages:
             if "back" in form:
                 self.shares.take_back(run_id)
             else:
-                self.shares.add(run_id, read_days(form))
+                self.shares.add(run_id, read_days(form), read_session(run.history))
         except (UserError, OSError) as error:
             return answer_message(str(error), is_refused=True)
         return answer_page(self.render(run_id, self.find_origin(request), is_open=True))

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from browser.captions import CaptionConflictError, Captions
+from browser.captions import CaptionEdit, Captions
 from browser.folder_files import find_caption_file, list_names
 from browser.offered_folders import list_media_folders_of
 from browser.runs import Runs
-from modules.backups import keep_backup
+from dataset.subset_options import KEPT
 from modules.errors import OptionError
 from modules.pages.language import counted, join, say
 from modules.text_files import bad_character, real_path
@@ -25,7 +25,7 @@ class TagChange:
 
     old: str
     new: str  # "": it was removed
-    marks: list[tuple[Path, str]] = field(default_factory=list)
+    marks: dict[Path, str] = field(default_factory=dict)
 
     @property
     def about(self) -> str:
@@ -46,8 +46,12 @@ class TagChange:
 
 
 def split_line(line: str) -> list[str]:
-    """Return the tags in a line of a caption, without blanks round them."""
-    return [tag for part in line.split(SEPARATOR) if (tag := part.strip())]
+    """Return the tags in a line of a caption, without blanks round them, also of those that are kept."""
+    return [tag for section in line.split(KEPT) for tag in split_section(section)]
+
+
+def split_section(section: str) -> list[str]:
+    return [tag for part in section.split(SEPARATOR) if (tag := part.strip())]
 
 
 def rename_tag(text: str, old: str, new: str) -> str:
@@ -57,10 +61,14 @@ def rename_tag(text: str, old: str, new: str) -> str:
     """
     lines: list[str] = []
     for line in text.split("\n"):
-        tags = split_line(line)
-        if old in tags:
-            renamed = [new if tag == old else tag for tag in tags]
-            line = f"{SEPARATOR} ".join(dict.fromkeys(tag for tag in renamed if tag))
+        if old in split_line(line):
+            known = {""}
+            sections = []
+            for section in line.split(KEPT):
+                renamed = dict.fromkeys(new if tag == old else tag for tag in split_section(section))
+                sections.append(f"{SEPARATOR} ".join(tag for tag in renamed if tag not in known))
+                known |= renamed.keys()
+            line = f" {KEPT} ".join(sections).strip()
         lines.append(line)
     return "\n".join(lines)
 
@@ -77,8 +85,8 @@ class TagEditor:
     def count(self, folder: Path) -> "Counter[str]":
         """Return in how many captions each tag is. Raises OSError if the folder cannot be read."""
         counts: Counter[str] = Counter()
-        for _, text in self._read_captions(folder):
-            counts.update({tag for line in text.split("\n") for tag in split_line(line)})
+        for caption in self._read_captions(folder):
+            counts.update({tag for line in caption.text.split("\n") for tag in split_line(line)})
         return counts
 
     def rename(self, folder: Path, old: str, new: str) -> str:
@@ -95,39 +103,30 @@ class TagEditor:
                     most_letters=MOST_LETTERS,
                 )
             )
+        if KEPT in new:
+            raise OptionError(say("a tag cannot hold %(sign)s, behind which tags are shuffled", sign=KEPT))
         change = TagChange(old, new)
         num_emptied = 0
-        num_conflicts = 0
+        edits = []
+        for caption in list(self._read_captions(folder)):
+            renamed = rename_tag(caption.text, old, new)
+            if renamed == caption.text:
+                continue
+            if not any(map(split_line, renamed.split("\n"))):
+                num_emptied += 1
+                continue
+            edits.append(CaptionEdit(caption.path, renamed, caption.have))
         try:
-            for path, text in list(self._read_captions(folder)):
-                renamed = rename_tag(text, old, new)
-                if renamed == text:
-                    continue
-                if not renamed.strip():
-                    num_emptied += 1
-                    continue
-                try:
-                    change.marks.append((path, self._write(path, text, renamed)))
-                except CaptionConflictError:  # another program has just written it
-                    num_conflicts += 1
+            self.captions.save_all(edits, change.marks)
+        except ValueError as error:
+            raise OptionError(str(error)) from None
         finally:  # a full disk may end it between two captions
             if change.marks:
                 self._changes.setdefault(folder, []).append(change)
+        num_conflicts = len(edits) - len(change.marks)  # another program has just written them
         if not change.marks and not num_emptied and not num_conflicts:
             raise OptionError(say("no caption has the tag %(tag)s (any more)", tag=old))
         return join(" ", [change.about, *_list_left(num_emptied, num_conflicts)])
-
-    def _write(self, path: Path, text: str, renamed: str) -> str:
-        """Write a caption, keep the old one as .bak, and return the new mark. text: that it has now.
-
-        Raises CaptionConflictError if it has another one, and as `Captions.save`.
-        """
-        caption, mark, _ = self.captions.read(path)
-        if caption.text != text:
-            raise CaptionConflictError
-        keep_backup(path)
-        self.captions.save(path, renamed, mark)
-        return self.captions.read(path)[1]
 
     def last_change(self, folder: Path) -> TagChange | None:
         changes = self._changes.get(folder)
@@ -143,19 +142,14 @@ class TagEditor:
             if not changes:
                 raise OptionError(say("There is nothing to undo."))
             change = changes[-1]
-            num_kept = 0
-            for path, mark in change.marks:
-                try:
-                    self.captions.undo(path, mark)
-                except (CaptionConflictError, LookupError):
-                    num_kept += 1
+            num_kept = self.captions.undo_all(change.marks)
             changes.remove(change)
         num_undone = len(change.marks) - num_kept
         about = counted(num_undone, "%(n)s caption is as it was.", "%(n)s captions are as they were.")
         return join(" ", [about, *_list_left(0, num_kept)])
 
-    def _read_captions(self, folder: Path) -> Iterator[tuple[Path, str]]:
-        """Yield each caption file of a folder that is below the roots, once, with its text.
+    def _read_captions(self, folder: Path) -> Iterator[CaptionEdit]:
+        """Yield each caption file of a folder that is below the roots, once, with its text and its mark.
 
         Files that are not UTF-8 or cannot be read are left out: the page says so at each. Raises OSError.
         """
@@ -166,7 +160,8 @@ class TagEditor:
                     continue
                 path = real_path(path)
                 try:
-                    yield path, self.captions.read(path)[0].text
+                    caption, mark, _ = self.captions.read(path)
+                    yield CaptionEdit(path, caption.text, mark)
                 except (OSError, ValueError):
                     continue
 

@@ -2,13 +2,12 @@
 
 The pieces are joined in a hidden file in the folder of the file, whose name tells the file's name, size and
 time. When it is whole, it is judged and renamed as any dropped file is. What nobody goes on with is removed
-after a day, when the next file arrives in that folder.
+after a day, when the next file arrives in that folder. One request at a time adds to it, of all servers.
 """
 
 import contextlib
-import threading
+import os
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,19 +17,23 @@ from starlette.responses import Response
 
 from browser.names import short_digest
 from browser.responses import answer_json
-from browser.uploads import MOST_DIGITS, FileUploads, answer_taken, check_file_name, remove_empty
+from browser.uploads import (
+    MOST_DIGITS,
+    FileBusyError,
+    FileUploads,
+    answer_taken,
+    check_file_name,
+    claim_file,
+    remove_empty,
+)
 from modules.atomic_write import atomic_files
 from modules.errors import OptionError, UserError
 from modules.pages.language import say
 
 ADDRESS = "/new/piece"
 PIECE_BYTES = 16 << 20
-SUFFIX = ".part"
+SUFFIX = ".reelsmith.part"  # no other program's hidden file ends so
 OLD_SECONDS = 60 * 60 * 24
-
-
-class FileBusyError(OptionError):
-    """A request adds to the file already: another page's, or one whose connection broke a moment ago."""
 
 
 @dataclass(frozen=True)
@@ -57,27 +60,35 @@ class Arriving:
         return self.part.stat().st_size
 
 
+@dataclass(frozen=True)
+class Touched:
+    """When this server last added to a file, by its own clock, which nobody sets, and by the disk's."""
+
+    monotonic: float
+    modified_ns: int
+
+
 class PieceUploads:
     """Take the pieces that a page sends, one after the other."""
 
     def __init__(self, uploads: FileUploads) -> None:
         self.uploads = uploads
-        self._lock = threading.Lock()
-        self._busy: set[Path] = set()  # files that a piece is being added to
+        self._seen: dict[Path, Touched] = {}  # by file in which pieces are joined
 
     async def take(self, request: Request) -> Response:
         """Add the piece in the body; return how many bytes are there, or what `FileUploads.take` does.
 
         The query names the file, its folder, its size, when it was changed, and where the piece begins.
         """
+        arriving = None
         try:
             arriving = await run_in_threadpool(self.find, request)
             begin = _read_number(request, "at")
-            with self.claim(arriving.part):
+            with claim_file(arriving.folder, arriving.part.name):
                 there = await run_in_threadpool(arriving.count_bytes)
                 if begin != there:  # a piece came twice, or was lost
                     return answer_json({"at": there, "folder": str(arriving.folder)})
-                await run_in_threadpool(_remove_old, arriving.folder)
+                await run_in_threadpool(self.remove_old, arriving)
                 there = await self.add(request, arriving)
                 if there < arriving.size:
                     return answer_json({"at": there, "folder": str(arriving.folder)})
@@ -85,6 +96,8 @@ class PieceUploads:
         except FileBusyError as error:
             return answer_json({"error": str(error)}, 503)  # pages ask again
         except (UserError, OSError) as error:
+            if arriving is not None:
+                remove_empty(arriving.folder)
             return answer_json({"error": str(error)}, 422)
         return await run_in_threadpool(answer_taken, arriving.folder)
 
@@ -110,43 +123,47 @@ class PieceUploads:
         self.uploads.check_room(arriving.folder, arriving.name, arriving.size, arrived)
         return arriving
 
-    @contextlib.contextmanager
-    def claim(self, path: Path) -> Iterator[None]:
-        """Keep a file for one request. Raises FileBusyError if another one adds to it."""
-        with self._lock:
-            if path in self._busy:
-                raise FileBusyError(say("%(name)s arrives from another page too", name=path.name))
-            self._busy.add(path)
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._busy.discard(path)
-
     async def add(self, request: Request, arriving: Arriving) -> int:
         """Write the body of a request behind what is there; return how many bytes there are then.
 
         A body that breaks off leaves what has arrived of it.
         """
-        arriving.folder.mkdir(parents=True, exist_ok=True)
         with arriving.part.open("ab") as file:
             with contextlib.suppress(ClientDisconnect):
                 async for chunk in request.stream():
                     room = arriving.size - file.tell()
                     await run_in_threadpool(file.write, chunk[:room])
                     await run_in_threadpool(file.flush)
+            modified_ns = os.fstat(file.fileno()).st_mtime_ns
+            self._seen[arriving.part] = Touched(time.monotonic(), modified_ns)
             return file.tell()
 
     def finish(self, arriving: Arriving) -> None:
         """Judge a whole file, and give it its name. Raises UserError if it is refused: then it is gone."""
-        try:
-            with atomic_files(arriving.folder / arriving.name) as temporary:
-                path = temporary / arriving.name
-                arriving.part.replace(path)
-                self.uploads.judge(path, arriving.folder)
-        except BaseException:
-            remove_empty(arriving.folder)
-            raise
+        target = arriving.folder / arriving.name
+        with claim_file(arriving.folder, arriving.name), atomic_files(target) as temporary:
+            path = temporary / arriving.name
+            arriving.part.replace(path)
+            self._seen.pop(arriving.part, None)
+            self.uploads.judge(path, arriving.folder)
+
+    def remove_old(self, arriving: Arriving) -> None:
+        """Remove what was begun more than a day ago in the folder of a file that goes on."""
+        folder = arriving.folder
+        for path in folder.glob(f".*.{'[0-9a-f]' * 16}{SUFFIX}"):  # as `Arriving.part` names them
+            if path == arriving.part:
+                continue
+            with contextlib.suppress(FileBusyError, FileNotFoundError), claim_file(folder, path.name):
+                if path.is_file() and self.is_old(path):
+                    path.unlink()
+
+    def is_old(self, path: Path) -> bool:
+        """Return whether nothing was added to a file for a day. A clock that was set does not age it."""
+        status = path.lstat()
+        touched = self._seen.get(path)
+        if touched is not None and touched.modified_ns == status.st_mtime_ns:
+            return time.monotonic() - touched.monotonic > OLD_SECONDS
+        return status.st_mtime < time.time() - OLD_SECONDS
 
 
 def _read_number(request: Request, name: str) -> int:
@@ -154,10 +171,3 @@ def _read_number(request: Request, name: str) -> int:
     if not (text.isascii() and text.isdecimal()) or len(text) > MOST_DIGITS:
         raise OptionError(say("A piece of a file comes without %(name)s", name=name))
     return int(text)
-
-
-def _remove_old(folder: Path) -> None:
-    """Remove what was begun more than a day ago."""
-    for path in folder.glob(f".*.{'[0-9a-f]' * 16}{SUFFIX}"):  # as `Arriving.part` names them
-        if path.is_file() and path.lstat().st_mtime < time.time() - OLD_SECONDS:
-            path.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ from starlette.concurrency import run_in_threadpool
 from modules.errors import OptionError
 from modules.pages.language import say
 
-# dropped files are decoded one after another: a picture of the largest size takes a GiB of memory
+# files are decoded one after another, by whichever page: one of the largest size takes 1.5 GiB of memory
 DECODING = threading.Lock()
 
 

@@ -1,10 +1,13 @@
 """Take files that are dropped on a page into a folder below the roots: one at a time, judged by content.
 
 A file is written into a temporary folder next to its place while it arrives, looked at there, and then
-renamed, so that a broken or refused one leaves nothing.
+renamed, so that a broken or refused one leaves nothing. Its name is claimed meanwhile, so of two files of one
+name that arrive at once, also at two servers, one is refused.
 """
 
+import contextlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -16,11 +19,11 @@ from starlette.responses import Response
 from browser.captions import MOST_BYTES as MOST_CAPTION_BYTES
 from browser.described_folder import FILES
 from browser.folders import CHECK_PAGE, find_folder, is_closed, read_media_folder
-from browser.names import number_names
+from browser.names import number_names, short_digest
 from browser.responses import answer_json
 from browser.runs import Runs
 from browser.upload_stream import DECODING, write_arriving
-from modules.atomic_write import atomic_files, explain_errors, free_bytes
+from modules.atomic_write import atomic_files, claim_name, explain_errors, free_bytes, remove_leftovers
 from modules.console import as_size
 from modules.control_codes import escape_control_codes
 from modules.errors import MediaError, OptionError, OutputError, UserError
@@ -54,6 +57,28 @@ class UploadLimits:
 
 
 USUAL_LIMITS = UploadLimits()
+
+
+class FileBusyError(OptionError):
+    """Another request adds the same file, or one of its name: another page's, or one that broke just now."""
+
+
+@contextlib.contextmanager
+def claim_file(folder: Path, name: str) -> Iterator[None]:
+    """Keep a name in a folder, in all its spellings, for the block, against every page and server.
+
+    Raises FileBusyError if another one keeps it, OutputError if the folder cannot be written.
+    """
+    path = folder / short_digest(fold_name(name))
+    with contextlib.ExitStack() as claims:
+        for is_last in (False, True):
+            folder.mkdir(parents=True, exist_ok=True)
+            if claims.enter_context(claim_name(path)):
+                break
+            if is_last:
+                raise FileBusyError(say("%(name)s arrives from another page too", name=name))
+            remove_leftovers(folder, lambda claimed: claimed == f"{path.name}.claim")  # of a killed server
+        yield
 
 
 def check_file_name(name: str) -> None:
@@ -278,7 +303,7 @@ class FileUploads:
         folder = target.parent
         is_new = not folder.exists()
         try:
-            with atomic_files(target, size) as temporary:
+            with claim_file(folder, target.name), atomic_files(target, size) as temporary:
                 path = temporary / target.name
                 await write_arriving(request.stream(), path, target.name, size)
                 await run_in_threadpool(self.judge, path, folder)
@@ -313,8 +338,9 @@ def _measure(folder: Path) -> tuple[set[str], int]:
     if folder.is_dir():
         for path in folder.iterdir():
             if not path.name.endswith(".tmp"):
-                names.add(fold_name(path.name))
-                size_bytes += path.lstat().st_size
+                with contextlib.suppress(FileNotFoundError):  # renamed or removed meanwhile
+                    size_bytes += path.lstat().st_size
+                    names.add(fold_name(path.name))
     return names, size_bytes
 
 

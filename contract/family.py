@@ -10,7 +10,7 @@ loop asks for its name.
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,9 @@ from contract.few_steps import FewSteps
 from contract.loading import BlockPlace, Placement
 from contract.requests import Prepared, Prompt, Request
 from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
+
+if TYPE_CHECKING:  # a generation fits no pictures to buckets
+    from modules.media.buckets import Fit, Size
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ class NoiseSpec:
     # probability that a batch of clips is trained with its first latent frame clean (`Tweaks.given_frames`)
     first_frame_probability: float = 0.0
     shifted_logit: rules.ShiftedLogit | None = None  # of the sampler with this name, for a model that has it
+    cut_logit: rules.CutLogit | None = None  # likewise, of cut_logit_normal
     # by which the noise levels of a picture are shifted to those of its sound; 1: they are the same
     sound_shift: float = 1.0
     # a shift behind all samplers: options and draws count levels before it, which the model's generations
@@ -326,6 +330,7 @@ class Abilities:
     make_network: bool = False  # it is a `contract.made_networks.MakesNetwork`
     take_words: bool = False  # it is a `contract.brought_words.TakesWords`
     learn_words: bool = False  # it is a `contract.new_words.LearnsWords`
+    fit_captions: bool = False  # it is a `FitsCaptions`
 
 
 class Described(Protocol):
@@ -451,6 +456,21 @@ class RatesParts(Protocol):
 
 def part_rates_of(family: Described) -> Mapping[str, float]:
     return cast("RatesParts", family).part_rates if family.can.rate_parts else {}
+
+
+class FitsCaptions(Protocol):
+    """A family some of whose captions name places in their picture, and follow it to its bucket."""
+
+    def names_places(self, caption: str) -> bool: ...
+
+    # of a picture of that width and height: what is wrong with such a caption, a line each
+    def find_caption_faults(self, caption: str, size: "Size") -> Sequence[str]: ...
+
+    def fit_caption(self, caption: str, size: "Size", fit: "Fit") -> str: ...
+
+
+def fits_captions(family: Described) -> TypeGuard[FitsCaptions]:
+    return family.can.fit_captions
 
 
 class HearsSound(Protocol):

@@ -102,6 +102,19 @@ class StreamGuidance:
 
 
 @dataclass(frozen=True)
+class NegativeSkips:
+    """Blocks that the negative pass leaves out, in steps from the share `start` to below the share `end`."""
+
+    blocks: frozenset[int] = frozenset()
+    start: float = 0.0
+    end: float = 1.0
+
+    def acts(self, index: int, num_steps: int) -> bool:
+        """Return whether a step leaves them out. index: from 0."""
+        return bool(self.blocks) and self.start <= index / num_steps < self.end
+
+
+@dataclass(frozen=True)
 class GuidanceRules:
     """The rules of one request; the shared guidance applies them."""
 
@@ -117,6 +130,7 @@ class GuidanceRules:
     # in place of the usual formula: of the picture, and of its sound; empty: the usual formula in each
     streams: tuple[StreamGuidance, ...] = ()
     perturbed_blocks: frozenset[int] = frozenset()  # of `StreamGuidance.perturbed`
+    negative_skips: NegativeSkips = NegativeSkips()
 
 
 AS_PLAIN = GuidanceRules()
@@ -324,6 +338,19 @@ class ShiftedLogit:
         few, many = self.mus
         mu = few + (many - few) * (tokens - 1024) / (4096 - 1024)
         return math.exp(min(max(mu, min(self.mus)), max(self.mus)) if self.is_clamped else mu)
+
+
+@dataclass(frozen=True)
+class CutLogit:
+    """The sampler cut_logit_normal: sigmoid(n) of a normal n, cut off and stretched, in whole thousandths.
+
+    Draws of sigmoid(n) above `cut` are drawn again; the others are divided by it and rounded up.
+    """
+
+    mean: float  # of n; positive: more noise
+    std: float
+    cut: float = 1.0
+    uniform_share: float = 0.0  # of draws are uniform
 
 
 PICTURE_STREAM, SOUND_STREAM = "video", "audio"  # of a clip with sound: in logs

@@ -15,6 +15,9 @@ MOST_SIDE = 65_536  # pixels
 A_SHARE = "a share from 0 to 1"
 MOST_ATTRIBUTES = 100
 
+# usual keep_tokens_separator: behind tags that stay in front, and before those that stay at the end
+KEPT = "|||"
+
 
 def _two_numbers(value: Any) -> tuple[float, float]:
     """Return two ascending numbers of "1.5,4.0" or [1.5, 4.0]."""

@@ -93,14 +93,16 @@ def read_autoencoder(
     for part in ("encoder.down", "decoder.up"):
         _check_levels(checkpoint, kind, part, dialects.count(sources, rf"{re.escape(part)}\.\d+"))
     widths = tuple(shape(f"encoder.down.{level}.block.0.conv1.weight")[0] for level in range(LEVELS))
+    decoder_widths = tuple(shape(f"decoder.up.{level}.block.0.conv1.weight")[0] for level in range(LEVELS))
     groups = stated_groups(checkpoint, kind.classes) or GROUPS
-    check_groups(checkpoint, widths, groups)
+    check_groups(checkpoint, (*widths, *decoder_widths), groups)
     config = AutoencoderConfig(
         latent_channels=channels,
         groups=groups,
         widths=widths,
         encoder_blocks=dialects.count(sources, r"encoder\.down\.0\.block\.\d+"),
         decoder_blocks=dialects.count(sources, r"decoder\.up\.0\.block\.\d+"),
+        decoder_widths=() if decoder_widths == widths else decoder_widths,
     )
     unused = ("bn.*",) if kind.is_quantised else ()
     return dialects.LoadPlan(config, checkpoint, sources, unused)

@@ -24,6 +24,7 @@ class AutoencoderConfig:
     widths: tuple[int, ...]  # channels of each level, from the picture to the latents
     encoder_blocks: int  # residual blocks in a level
     decoder_blocks: int
+    decoder_widths: tuple[int, ...] = ()  # of a decoder that is narrower than the encoder; (): `widths`
 
 
 class ResidualBlock(nn.Module):
@@ -144,9 +145,9 @@ class AutoencoderDecoder(nn.Module):
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
-        widths = config.widths
+        widths = config.decoder_widths or config.widths
         groups = config.groups
-        last = len(config.widths) - 1
+        last = len(widths) - 1
         self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
         self.mid = Middle(widths[-1], groups)
         self.up = nn.ModuleList(

@@ -141,6 +141,7 @@ class LanguageUse:
     dropped: int | None = 0
     system: str = ""
     blank: str = ""  # what an empty prompt is written as
+    strips: bool = False  # white space around a prompt is left out
     # numbers of layers before the states that are read and joined, ascending; -1 is the last, normed, and -2
     # the one before it (alone, and not for files whose last layers were cut off); or ALL_STATES
     states: tuple[int, ...] = (-1,)
@@ -256,11 +257,13 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
     def write(self, prompt: Prompt) -> Written:
         use = self.use
         start = len(use.before)
-        text = prompt.text or use.blank
+        text = prompt.text.strip() if use.strips else prompt.text
+        removed = len(prompt.text) - len(prompt.text.lstrip()) if use.strips else 0  # in front
+        text = text or use.blank
         return Written(
             text=f"{use.before}{text}{use.after}",
             prompt=text,
-            spans=prompt.spans,
+            spans=tuple((first - removed, last - removed, weight) for first, last, weight in prompt.spans),
             start=start,
             end=start + len(text) if use.keeps_after else math.inf,
         )

@@ -23,7 +23,7 @@ from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from contract.family import DitSpec
 from contract.loading import BlockPlace
 from encoders.vision_towers import PLACES as TOWER_PLACES
-from encoders.vision_towers import QWEN3_TOWER, QWEN25_TOWER, VisionTower
+from encoders.vision_towers import QWEN3_TOWER, QWEN25_TOWER, QWEN35_TOWER, VisionTower
 from modules.devices import send_ahead
 from modules.errors import CheckpointError, OptionError
 from running.offload.block_swap import swap_blocks
@@ -34,17 +34,20 @@ logger = logging.getLogger(__name__)
 SPEC = DitSpec(block_lists=("layers",))
 WORKING = 3 << 29  # bytes besides the weights while prompts of the usual length are read
 Q_BIAS, Q_NORM = "self_attn.q_proj.bias", "self_attn.q_norm.weight"
+Q_ROWS = "self_attn.q_proj.weight"
+LINEAR = "linear_attn.A_log"  # Qwen3.5 has it: most of its layers are Gated DeltaNets
 FEED_NORM = "pre_feedforward_layernorm.weight"  # Gemma has it
 SCALAR = "layer_scalar"  # Gemma 4 has it
 # tensors of a layer that some kinds of models have
-_MARKS = (Q_BIAS, Q_NORM, FEED_NORM, SCALAR)
+_MARKS = (Q_BIAS, Q_NORM, FEED_NORM, SCALAR, LINEAR)
 PLACES = f"visual.{TOWER_PLACES}"  # of Qwen3-VL's tower: the layers of its text half look like Qwen3's
 _PARTS = (
-    "lm_head.", "visual.", "vision_tower.", "vision_model.", "multi_modal_projector.", "image_newline",
-    "audio_projector.", "vision_embedder.", "embed_vision.", "embed_audio.",  # Gemma 4's
+    "lm_head.", "mtp.", "visual.", "vision_tower.", "vision_model.", "multi_modal_projector.",
+    "image_newline", "audio_projector.", "vision_embedder.", "embed_vision.", "embed_audio.",  # Gemma 4's
 )  # fmt: skip
 ALL_STATES: tuple[int, ...] = ()  # the embeddings, the states behind each layer, the last one normed
-NEAR, FAR = "sliding_attention", "full_attention"  # kinds of layers: tokens see a window, or all before them
+# kinds of layers: tokens see a window, or all before them, or a state that is carried along
+NEAR, FAR, CARRIED = "sliding_attention", "full_attention", "linear_attention"
 # beginnings of the names of tensors outside the wanted network: other parts of the same model, and the bytes
 # of files such as a tokenizer's
 OTHER_TENSORS = (
@@ -75,8 +78,8 @@ class LanguageModel:
     head_width: int = 128  # likewise, if the tensors do not show it
     marks: tuple[str, ...] = ()  # those of `_MARKS` that its layers have, and PLACES next to them
     rope_types: tuple[str, ...] = ("default",)  # kinds of rotary frequencies that are plain ones for a text
-    # sixteenths of the frequencies that are for time, rows and columns; None: text only
-    grid_shares: tuple[int, int, int] | None = None
+    # sixteenths of the frequencies that are for time, rows and columns; (): these take turns; None: text only
+    grid_shares: tuple[int, int, int] | tuple[()] | None = None
     tower: VisionTower | None = None  # that sees pictures in prompts
     skip_option: str = ""  # that chooses the state by the number of layers behind it
     settings: Mapping[str, Any] = field(default_factory=dict)  # further ones of transformers' configuration
@@ -87,6 +90,10 @@ class LanguageModel:
     ] = lambda *_: {}
     config_key: str = ""  # of the config.json in the metadata of its file
     since: str = ""  # the first version of transformers that has its classes; "": all that serve
+    attention_layer: int = 0  # the first layer with attention, whose tensors show the heads
+    rotated_share: float = 1.0  # of a head's channels that positions rotate
+    query_parts: int = 1  # 2: queries stand next to gates of as many rows
+    keep_float32: tuple[str, ...] = ()  # ends of names of tensors that are never rounded
 
 
 LLAMA = LanguageModel(
@@ -146,6 +153,56 @@ QWEN3_VL = LanguageModel(
 )
 
 
+def _read_delta_layers(
+    config_json: Mapping[str, Any], num_layers: int, width: int, shapes: Mapping[str, tuple[int, ...]]
+) -> Mapping[str, Any]:
+    """Return the settings of Gated DeltaNet layers, and which layers these are. Raises ValueError."""
+    _ = width
+    delta = "layers.0.linear_attn."
+    value_heads = shapes[f"{delta}A_log"][0]
+    value_width = shapes[f"{delta}norm.weight"][0]
+    key_width = config_json.get("linear_key_head_dim", value_width)
+    key_rows = (shapes[f"{delta}in_proj_qkv.weight"][0] - value_heads * value_width) // 2
+    if type(key_width) is not int or key_width < 1 or key_rows < key_width or key_rows % key_width:
+        raise ValueError(f"linear_key_head_dim {key_width} for {key_rows} rows of keys")
+    if value_heads % (key_rows // key_width):
+        raise ValueError(f"linear_key_head_dim {key_width} for {value_heads} heads of values")
+    kinds = []
+    for index in range(num_layers):
+        kinds.append(CARRIED if f"layers.{index}.{LINEAR}" in shapes else FAR)
+    return {
+        "linear_num_value_heads": value_heads,
+        "linear_value_head_dim": value_width,
+        "linear_num_key_heads": key_rows // key_width,
+        "linear_key_head_dim": key_width,
+        "linear_conv_kernel_dim": shapes[f"{delta}conv1d.weight"][-1],
+        "layer_types": kinds,
+    }
+
+
+QWEN35 = LanguageModel(
+    what="the language model of Qwen3.5",
+    option="--text_encoder",
+    files="qwen3.5_9b_bf16.safetensors of Comfy-Org, or the folder text_encoder of MOSS-Image,",
+    classes="Qwen3_5Text",
+    kind="qwen3_5",
+    defaults={"hidden_size": 4096, "num_attention_heads": 16, "rope_theta": 1e7, "rms_norm_eps": 1e-6},
+    theta=1e7,
+    eps=1e-6,
+    head_width=256,
+    marks=(Q_NORM, LINEAR),
+    rope_types=("default", "mrope"),
+    tower=QWEN35_TOWER,
+    read_settings=_read_delta_layers,
+    rotated_share=0.25,
+    grid_shares=(),
+    attention_layer=3,
+    query_parts=2,
+    keep_float32=("linear_attn.A_log", "linear_attn.dt_bias"),  # exponents, which 16 bits would round
+    since="5.3",
+)
+
+
 @dataclass(frozen=True)
 class LanguageConfig:
     """Dimensions of a language model, and the number of its layers that are run."""
@@ -194,10 +251,9 @@ def read_language_model(
     Raises CheckpointError for any other file, or one with fewer layers.
     """
     path = checkpoint.path
-    network = find_network(
-        checkpoint, "embed_tokens.weight", "layers.0.self_attn.q_proj.weight", OTHER_TENSORS
-    )
-    if network is None or model.marks != _list_marks(network, checkpoint):
+    layer = f"layers.{model.attention_layer}."
+    network = find_network(checkpoint, "embed_tokens.weight", f"{layer}{Q_ROWS}", OTHER_TENSORS)
+    if network is None or model.marks != _list_marks(network, checkpoint, layer):
         raise other_kind(checkpoint, model.what, model.option, model.files)
     sources = plain_sources(network)
     wrong = CheckpointError(
@@ -209,8 +265,8 @@ def read_language_model(
     states = states or all_states(all_layers)
     num_layers = _count_layers_before(states[-1], all_layers, path, model)
     vocabulary, dim = shape("embed_tokens.weight", 2)
-    query_rows = shape("layers.0.self_attn.q_proj.weight", 2)[0]
-    key_rows = shape("layers.0.self_attn.k_proj.weight", 2)[0]
+    query_rows = shape(f"{layer}{Q_ROWS}", 2)[0] // model.query_parts
+    key_rows = shape(f"{layer}self_attn.k_proj.weight", 2)[0]
     config_json = read_network_config(
         path,
         "text_config",
@@ -220,7 +276,7 @@ def read_language_model(
         written=network.metadata.get(model.config_key),
     )
     if Q_NORM in model.marks:
-        width = shape(f"layers.0.{Q_NORM}", 1)[0]
+        width = shape(f"{layer}{Q_NORM}", 1)[0]
     else:
         width = head_width(path, query_rows, config_json, _read_head_width(config_json, model))
     _check_heads(path, width, query_rows=query_rows, key_rows=key_rows, dim=dim, model=model)
@@ -303,9 +359,14 @@ def _count_layers_before(state: int, all_layers: int, path: Path, model: Languag
     )
 
 
-def _list_marks(network: Checkpoint, file: Checkpoint) -> tuple[str, ...]:
-    """Return the names of tensors that mark a network's layers, with PLACES if the file has them as well."""
-    marks = [mark for mark in _MARKS if f"layers.0.{mark}" in network.tensors]
+def _list_marks(network: Checkpoint, file: Checkpoint, layer: str) -> tuple[str, ...]:
+    """Return the names of tensors that mark a network's layers, with PLACES if the file has them as well.
+
+    layer: beginning of the names of the first layer with attention; LINEAR is a mark of layers without.
+    """
+    marks = [mark for mark in _MARKS if f"{layer}{mark}" in network.tensors]
+    if f"layers.0.{LINEAR}" in network.tensors:
+        return (*marks, LINEAR)  # its tower, if it is there, tells nothing more
     if any(name.endswith(PLACES) for name in file.tensors):
         marks.append(PLACES)
     return tuple(marks)
@@ -328,7 +389,8 @@ def _read_constants(
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         theta = float(rope.get("rope_theta", config_json.get("rope_theta", model.theta)))
         eps = float(config_json.get("rms_norm_eps", model.eps))
-        sections = _read_sections(rope, width) if model.grid_shares else ()
+        rotated = int(width * model.rotated_share)
+        sections = () if model.grid_shares is None else _read_sections(rope, rotated)
         if not (0 < theta < math.inf and 0 <= eps < math.inf):
             raise ValueError(f"rope_theta {theta}, rms_norm_eps {eps}")
         settings = model.read_settings(config_json, num_layers, width, shapes)
@@ -399,6 +461,8 @@ def build_language_model(config: LanguageConfig) -> nn.Module:
     sections = _split_frequencies(config)
     if sections:
         settings["rope_scaling"] = {"rope_type": "default", "mrope_section": sections}
+    if config.model.rotated_share != 1:
+        settings["rope_scaling"]["partial_rotary_factor"] = config.model.rotated_share
     classes = config.model.classes
     if not hasattr(transformers, f"{classes}Model"):
         raise OptionError(
@@ -424,8 +488,10 @@ def _split_frequencies(config: LanguageConfig) -> list[int]:
         return []
     if config.sections:
         return list(config.sections)
+    frequencies = int(config.head_width * config.model.rotated_share) // 2
+    if not config.model.grid_shares:
+        return [(frequencies + 2 - place) // 3 for place in range(3)]
     time_share, row_share, _ = config.model.grid_shares
-    frequencies = config.head_width // 2
     times = frequencies * time_share // 16
     rows = frequencies * row_share // 16
     return [times, rows, frequencies - times - rows]
@@ -464,11 +530,12 @@ def load_language_model(
                 plan.config.num_layers,
                 swapped * layer_bytes / 1e9,
             )
+        kept = model.keep_float32
         network = load_planned(
             plan,
             build_language_model,
             device=device,
-            dtype=dtype,
+            dtype=lambda name, _: torch.float32 if name.endswith(kept) else dtype,
             what=what,
             form=form,
             host=host,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from encoders.language_models import FAR, NEAR, all_states
+from encoders.language_models import CARRIED, FAR, NEAR, all_states
 
 
 def language_states(
@@ -41,7 +41,7 @@ def language_states(
     try:
         output = network(
             inputs_embeds=tokens,
-            attention_mask=masks if NEAR in masks else masks[FAR],
+            attention_mask=masks if len(masks) > 1 else masks[FAR],
             position_ids=places,
             use_cache=False,
         )
@@ -52,8 +52,10 @@ def language_states(
     return torch.cat([*earlier_states, last], dim=-1) if earlier_states else last
 
 
-def _make_attention_masks(config: Any, tokens: Tensor, mask: Tensor) -> dict[str, Tensor]:
+def _make_attention_masks(config: Any, tokens: Tensor, mask: Tensor) -> dict[str, Tensor | None]:
     """Return attention masks B 1 L L, queries by keys: for all layers (FAR), or for each kind of layers.
+
+    Layers that carry a state along have the mask itself, or None if all tokens are real.
 
     tokens: B L C. mask: B L.
     """
@@ -61,13 +63,16 @@ def _make_attention_masks(config: Any, tokens: Tensor, mask: Tensor) -> dict[str
     causal = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
     masks = {FAR: causal & mask.bool()[:, None, None, :]}
     window = getattr(config, "sliding_window", None)
-    if window is not None and NEAR in (getattr(config, "layer_types", None) or ()):
+    kinds = getattr(config, "layer_types", None) or ()
+    if window is not None and NEAR in kinds:
         masks[NEAR] = masks[FAR] & torch.ones_like(causal).triu(1 - int(window))
     if config._attn_implementation == "eager":  # adds it to the scores
         least = torch.finfo(tokens.dtype).min
         for kind, attended in masks.items():
             masks[kind] = tokens.new_zeros(attended.shape).masked_fill(~attended, least)
-    return masks
+    if CARRIED not in kinds:
+        return dict(masks)
+    return {**masks, CARRIED: None if bool(mask.all()) else mask.bool()}
 
 
 def _add_to_output(addend: Tensor, layer: nn.Module, inputs: Any, output: Any) -> Any:

@@ -77,6 +77,17 @@ def _read_deep(sizes: Sizes, config_json: ConfigJson, shapes: Shapes) -> Mapping
     return {"num_heads": heads, "deepstack_visual_indexes": deep, "num_position_embeddings": places}
 
 
+def _read_plain(sizes: Sizes, config_json: ConfigJson, shapes: Shapes) -> Mapping[str, Any] | None:
+    """Return the settings of a tower with one merger, whose states reach no layer of the language model."""
+    places = shapes.get(PLACES, (0,))[0]
+    heads = config_json.get("num_heads", HEADS)
+    if not _are_sizes(heads) or heads < 1 or sizes["hidden_size"] % (4 * heads):
+        return None
+    if count(shapes, r"deepstack_merger_list\.\d+") or places < 1 or math.isqrt(places) ** 2 != places:
+        return None
+    return {"num_heads": heads, "num_position_embeddings": places}
+
+
 QWEN25_TOWER = VisionTower(
     name="Qwen2.5-VL",
     kind="qwen2_5_vl",
@@ -95,4 +106,14 @@ QWEN3_TOWER = VisionTower(
     merger=("merger.linear_fc1.weight", "merger.linear_fc2.weight"),
     read=_read_deep,
     colours={"image_mean": [0.5] * 3, "image_std": [0.5] * 3},
+)
+QWEN35_TOWER = VisionTower(
+    name="Qwen3.5",
+    kind="qwen3_5",
+    module="qwen3_5",
+    classes=("Qwen3_5VisionConfig", "Qwen3_5VisionModel"),
+    feed="blocks.0.mlp.linear_fc1.weight",
+    merger=("merger.linear_fc1.weight", "merger.linear_fc2.weight"),
+    read=_read_plain,
+    colours=QWEN3_TOWER.colours,
 )

@@ -30,7 +30,7 @@ from modules.layers.modulation import add_gated, modulate, split_segments
 from modules.layers.norms import CentredNorm, activation_dtype, in_own_dtype, run_float32
 from modules.layers.rope import Grid, GridTable, exact_table, rotate, sinusoid
 from modules.speed_options import SDPA, AttentionChoice
-from running.memories import remember, remembering
+from running.memories import Remembers, remember, remembering
 from running.run_blocks import BlockNetwork, Hidden
 
 if TYPE_CHECKING:  # loaded only if processes share tokens
@@ -100,22 +100,8 @@ class GatedAttention(GroupedAttention):
     ) -> Tensor:
         assert isinstance(tokens, Krea2Tokens)
         query, key, value = heads
-        query = rotate(query, rotary)
-        key = rotate(key, rotary)
-        if tokens.remembers:
-            self.remembered = key, value
-        elif self.remembered:
-            remembered_key, remembered_value = self.remembered
-            key = _put_in_front(remembered_key, key)
-            value = _put_in_front(remembered_value, value)
-        key, value = serve(query, key, value)
-        isolated = tokens.isolated
-        choice = tokens.attention
-        attended = attend(query[:, isolated:], key, value, choice, lengths=lengths)
-        if not isolated:
-            return attended
-        references = attend(query[:, :isolated], key[:, :isolated], value[:, :isolated], choice)
-        return torch.cat([references, attended], dim=1)
+        rotated = rotate(query, rotary), rotate(key, rotary), value
+        return attend_rotated(self, rotated, tokens, lengths)
 
     def see_text(self, x: Tensor, choice: AttentionChoice, lengths: Lengths | None) -> Tensor:
         """Return the output of attention among text tokens x, B T C, which have no positions."""
@@ -127,8 +113,33 @@ class GatedAttention(GroupedAttention):
         return in_own_dtype(self.wo, attended * in_own_dtype(self.gate, x).sigmoid())
 
 
+def attend_rotated(
+    attention: Remembers, heads: Heads, tokens: Krea2Tokens, lengths: Lengths | None
+) -> Tensor:
+    """Return the attention of tokens, of which isolated references attend to each other alone: B L N D.
+
+    attention: whose memory the keys and values of references alone go to, or come from. heads: query, key and
+    value, the first two rotated. lengths: how many of the tokens behind isolated references are real.
+    """
+    query, key, value = heads
+    if tokens.remembers:
+        attention.remembered = key, value
+    elif attention.remembered:
+        remembered_key, remembered_value = attention.remembered
+        key = _put_in_front(remembered_key, key)
+        value = _put_in_front(remembered_value, value)
+    key, value = serve(query, key, value)
+    isolated = tokens.isolated
+    choice = tokens.attention
+    attended = attend(query[:, isolated:], key, value, choice, lengths=lengths)
+    if not isolated:
+        return attended
+    references = attend(query[:, :isolated], key[:, :isolated], value[:, :isolated], choice)
+    return torch.cat([references, attended], dim=1)
+
+
 def _put_in_front(references: Tensor, heads: Tensor) -> Tensor:
-    """Return B R+L K D. references: 1 R K D, the same for all samples. heads: B L K D."""
+    """Return B R+L K D. references: B R K D, or 1 R K D for all samples. heads: B L K D."""
     return torch.cat([references.expand(len(heads), -1, -1, -1), heads], dim=1)
 
 

@@ -92,8 +92,9 @@ def atomic_files(path: Path, size_bytes: int = 0) -> Iterator[Path]:
     """Yield an empty temporary folder next to `path`.
 
     If the block succeeds, move its files next to `path` too. Use it for files that belong together: none
-    appears before all are written, and then they appear in the order of their names. size_bytes: as for
-    `atomic_path`. Raises OutputError if they cannot be written; existing files then stay unchanged.
+    appears before all are written, and then they appear in the order of their names. No file is replaced.
+    size_bytes: as for `atomic_path`. Raises OutputError if they cannot be written or one of their names is
+    taken.
     """
     refuse_writing(path)
     with explain_errors(path):
@@ -105,10 +106,29 @@ def atomic_files(path: Path, size_bytes: int = 0) -> Iterator[Path]:
         try:
             yield temporary
             for file in sorted(temporary.iterdir()):
-                os.replace(file, path.parent / file.name)
+                place_new(file, path.parent / file.name)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         flush_folder(path.parent)
+
+
+def place_new(file: Path, path: Path) -> None:
+    """Move a finished file to a name on the same volume that nothing has; also another process may want it.
+
+    Raises FileExistsError if something has the name by then, OSError if it cannot be moved.
+    """
+    if os.name == "nt":
+        os.rename(file, path)  # Windows replaces nothing by this  # noqa: PTH104
+        return
+    try:
+        os.link(file, path)  # noqa: PTH200
+    except FileExistsError:
+        raise
+    except OSError:  # a disk without second names: exFAT, some of the network
+        path.open("xb").close()
+        os.replace(file, path)
+        return
+    file.unlink()
 
 
 def make_folder(folder: Path, option: str) -> None:

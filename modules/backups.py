@@ -8,15 +8,21 @@ from modules.atomic_write import atomic_path
 BACKUP = ".bak"
 
 
-def keep_backup(path: Path) -> None:
-    """Copy a file to the first free name of NAME.bak, NAME.2.bak, NAME.3.bak, ...
-
-    No older backup is replaced. Raises OutputError if the copy cannot be written.
-    """
+def name_backup(path: Path) -> Path:
+    """Return the first free name of NAME.bak, NAME.2.bak, NAME.3.bak, ..."""
     backup = path.with_name(path.name + BACKUP)
     number = 1
     while backup.exists():
         number += 1
         backup = path.with_name(f"{path.name}.{number}{BACKUP}")
+    return backup
+
+
+def keep_backup(path: Path) -> None:
+    """Copy a file to the first free name of NAME.bak, NAME.2.bak, NAME.3.bak, ...
+
+    No older backup is replaced. Raises OutputError if the copy cannot be written.
+    """
+    backup = name_backup(path)
     with atomic_path(backup, path.stat().st_size) as temporary:
         shutil.copyfile(path, temporary)

@@ -44,7 +44,13 @@ MAX_ONNX_COUNT = 1 << 28  # values that any operator makes: 1 GiB
 MAX_ONNX_SCALE = 1 << 8  # by which one enlarges by constants
 
 # pictures and videos
-MAX_PIXELS = 1 << 27  # above 100-megapixel cameras; with transparency half a GiB, held two or three times
+MAX_PIXELS = 1 << 27  # above 100-megapixel cameras
+MAX_DECODED_BYTES = 3 << 29  # 1.5 GiB, of a picture while it is decoded: 12 for each of so many pixels
+MAX_PICTURE_BYTES = 9 << 27  # of a file: pixels of 64 bits as they are, and what is said of them
+MAX_FRAME_BYTES = 100_000_000  # of a decoded frame of a clip: 8K of 10 bits. Decoders hold up to 17 of them,
+MAX_LONE_FRAME_BYTES = (
+    1 << 28
+)  # but few where each frame stands alone, as in ProRes: 8K of 12 bits with alpha
 MAX_SHOWN_SECONDS = 60.0  # of one picture; more is a damaged time, or a slide show
 MAX_TAG_CHARACTERS = 1 << 18  # of a text in a file's metadata that is looked through
 

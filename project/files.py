@@ -45,6 +45,7 @@ from project.options import (
     CAPTION_MODEL_SIZE,
     RUN_FILE,
     WRITE_CAPTIONS,
+    as_operand,
     download_options,
     find_models,
     own_command,
@@ -178,7 +179,9 @@ def _choose_kind(options: NewOptions, chosen: ModelChoice, memory: float) -> Run
     model = chosen.model
     if options.trains is None:
         control_kind = find_control_kind(model)
-        return control_kind if control_kind is not None and has_control_pairs(options.folder) else LORA
+        has_word = chosen.trigger is not None
+        has_pairs = control_kind is not None and has_control_pairs(options.folder, has_word)
+        return control_kind if control_kind is not None and has_pairs else LORA
     kind = BY_NAME[options.trains]
     reason = kind.why_not(model, memory)
     typed = "--whole_model" if options.whole_model else f"--train {kind.name}"
@@ -268,7 +271,7 @@ def find_problems(choice: describing.Choice, dataset: str, remarks: list[str]) -
 
 def _describe_next(choice: describing.Choice, has_problems: bool) -> str:
     """Return the line about the command that trains, and what has to be done before it."""
-    command = ["run", str(choice.options.folder)]
+    command = ["run", as_operand(choice.options.folder)]
     downloads = ""
     if not all(Path(path).exists() for path in choice.files.values()):
         command += download_options(choice.options.models)
@@ -463,7 +466,7 @@ def _find_replaced_by_trigger(choice: describing.Choice, bare: Sequence[Path]) -
 def _describe_again(choice: describing.Choice, **more: str) -> str:
     """Return the command for this description again. more: options with other values."""
     model = choice.model
-    words = ["new", str(choice.options.folder)]
+    words = ["new", as_operand(choice.options.folder)]
     changed = {"family": model.family, "task": model.task, "overwrite": True, "dry_run": False, **more}
     usual = option_values(NewOptions(folder=choice.options.folder))
     values = option_values(choice.options) | changed

@@ -1,5 +1,6 @@
 """What the options of new_project.py and run_project.py share. Standard library only."""
 
+import os
 from collections.abc import Collection
 from pathlib import Path
 
@@ -64,6 +65,11 @@ def times_of_steps(steps: int) -> dict[str, int]:
 def own_command(*words: str) -> str:
     """Return a command of `reelsmith` to type: `new` or `run`, and what follows."""
     return as_typed(["python", FRONT_SCRIPT, *words])
+
+
+def as_operand(folder: Path) -> str:
+    """Return a folder as a word of a command, which a name such as --help is not."""
+    return f".{os.sep}{folder}" if str(folder).startswith("-") else str(folder)
 
 
 def download_options(models: Path) -> list[str]:

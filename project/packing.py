@@ -26,7 +26,7 @@ from modules.options import facts_of
 from modules.paths import expand_path
 from modules.text_files import parse_toml, read_text, real_path
 from project.media import CHECK_PAGE
-from project.options import RUN_FILE, own_command
+from project.options import RUN_FILE, as_operand, own_command
 from project.pack_options import MANIFEST, MODELS_PART, VERSION, PackOptions, find_fault_of_name
 from project.relocating import (
     MachinePaths,
@@ -117,7 +117,7 @@ def read_described(folder: Path) -> PackSource:
         outputs += [expand_path(str(training[key]), folder) for key in ("logging_dir",) if key in training]
         name = str(training["output_name"])
     except FileNotFoundError:
-        words = own_command("new", str(folder))
+        words = own_command("new", as_operand(folder))
         raise OptionError(f"{path}: there is no such file. Describe the folder first: {words}") from None
     except (OSError, KeyError, TypeError, ValueError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else error

@@ -18,7 +18,7 @@ from modules.options import (
     unsupported,
 )
 from modules.typed_command import AT_END, read_command
-from project.options import MODEL_FILES, MODELS, ON_END, TRAINING_TABLE, own_command
+from project.options import MODEL_FILES, MODELS, ON_END, TRAINING_TABLE, as_operand, own_command
 from training.features.composing import options_of_run
 
 
@@ -81,7 +81,7 @@ class RunOptions(Options):
         if self.models == MODELS:
             unsaid["models"] = None
         typed = {f"--{name}": value for name, value in (option_values(self) | unsaid).items()}
-        return ["run", str(self.folder), *option_words(typed)]
+        return ["run", as_operand(self.folder), *option_words(typed)]
 
     @property
     def going_on(self) -> str:

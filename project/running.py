@@ -39,6 +39,7 @@ from project.options import (
     CAPTION_MODEL_SIZE,
     RUN_FILE,
     WRITE_CAPTIONS,
+    as_operand,
     find_models,
     own_command,
 )
@@ -213,7 +214,7 @@ def check_project(project: Project) -> None:
             has_faults |= bool(run_command(words, project.folder))
     if has_faults:
         raise SystemExit(1)
-    print_lines(["", f"The run can begin: {own_command('run', str(project.folder))}"])
+    print_lines(["", f"The run can begin: {own_command('run', as_operand(project.folder))}"])
 
 
 def _check_before_caching(words: Sequence[str], project: Project) -> list[str]:
@@ -262,7 +263,7 @@ def _read_project(place: Path, typed: Mapping[str, Any]) -> Project:
     except FileNotFoundError:
         if not folder.is_dir():
             raise OptionError(f"{folder}: there is no such folder. Correct the path") from None
-        words = own_command("new", str(folder))
+        words = own_command("new", as_operand(folder))
         raise OptionError(f"{path}: there is no such file. Describe the folder first: {words}") from None
     except (OSError, KeyError, TypeError, ValueError, OverflowError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else error

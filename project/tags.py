@@ -8,11 +8,11 @@ from typing import Any
 
 from dataset.sources.captions import add_trigger
 from dataset.sources.wildcards import has_choice
+from dataset.subset_options import KEPT
 
 SHARE = 0.8  # of the captions are lists of tags in a folder of tags
 LEAST = 3  # tags in a list
 MOST_WORDS = 4  # of a tag
-KEPT = "|||"  # behind the tags that stay in front
 SENTENCE = re.compile(r"[.!?](\s|$)")
 # as in red_hair; score_7 and o_o stay
 UNDERSCORE = re.compile(r"(?<=\w)_(?=\w\w)")

@@ -3,14 +3,17 @@
 The file may be somebody else's: all is checked before anything is written.
 """
 
+import contextlib
 import os
 import stat
+import struct
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tomlkit
+from tomlkit.exceptions import TOMLKitError
 
 from downloads.listing import print_lines
 from modules.atomic_write import atomic_folder, check_space
@@ -19,15 +22,17 @@ from modules.console import as_size, count_of, list_some
 from modules.control_codes import shorten
 from modules.errors import OptionError, OutputError, UserError
 from modules.limits import MAX_METADATA_BYTES
-from modules.paths import expand_path
+from modules.output_files import fold_name
+from modules.paths import expand_path, path_exists
 from modules.text_files import parse_json, parse_toml, read_text, real_path, require_regular_file
 from modules.zip_files import BoundedFile
-from project.options import RUN_FILE, download_options, own_command
+from project.options import RUN_FILE, as_operand, download_options, own_command
 from project.pack_options import MANIFEST, MODELS_PART, VERSION, UnpackOptions, find_fault_of_name
 from project.relocating import change_texts
 from training.config_options import OTHERS_TABLE
 
 PIECE_BYTES = 1 << 20
+MOST_OF_RUN_FILE = 1 << 18  # bytes; `new` writes some 5 kB, and readers of TOML take seconds for a megabyte
 ENCRYPTED = 0x1
 LATEST_NS = 1 << 62  # of the time of a file: the year 2116
 
@@ -45,16 +50,20 @@ def unpack_folder(options: UnpackOptions) -> None:
             manifest = _read_manifest(archive)
             members = [entry for entry in archive.infolist() if entry.filename != MANIFEST]
             folder = options.folder or Path(manifest["name"])
+            models = _read_models(archive, real_path(options.models))
             _write(archive, members, manifest["modified"], folder, options)
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, NotImplementedError, zipfile.BadZipFile) as error:
+    except (
+        *(OSError, ValueError, KeyError, TypeError, EOFError, OverflowError),
+        *(NotImplementedError, RuntimeError, struct.error, zipfile.BadZipFile),
+    ) as error:
         reason = shorten(str(error), 200)
         raise OptionError(
             f"{path} is no whole file of `pack` ({reason}). Copy it again, and compare its size with that "
             "of the file on the first machine"
         ) from None
-    print_lines(_describe(folder, options))
+    print_lines(_describe(folder, models, options))
 
 
 def _read_manifest(archive: zipfile.ZipFile) -> dict[str, Any]:
@@ -80,6 +89,24 @@ def _read_manifest(archive: zipfile.ZipFile) -> dict[str, Any]:
     return dict(manifest)
 
 
+def _read_models(archive: zipfile.ZipFile, models: Path) -> list[str]:
+    """Return the paths of models that run.toml lists, with this machine's folder of models in them.
+
+    Raises ValueError or TypeError for a file that `pack` would not write; OSError if it is too large.
+    """
+    if archive.getinfo(RUN_FILE).file_size > MOST_OF_RUN_FILE:
+        raise ValueError(f"{RUN_FILE} is too long")
+    with archive.open(RUN_FILE) as file:
+        text = _place_models(_read_member(file).decode("utf-8-sig"), models)
+    others = parse_toml(text).get(OTHERS_TABLE, {})
+    files = others.get("files", []) if isinstance(others, dict) else None
+    if not isinstance(files, list) or not all(isinstance(path, str) for path in files):
+        raise TypeError(f"{RUN_FILE}: [{OTHERS_TABLE}] is no table with a list of files")
+    for path in files:
+        expand_path(path)
+    return files
+
+
 def _check_entries(entries: Sequence[zipfile.ZipInfo], size_bytes: int) -> None:
     """Raise ValueError for members that lead out of the folder, are no files, or hold more than there is.
 
@@ -96,11 +123,11 @@ def _check_entries(entries: Sequence[zipfile.ZipInfo], size_bytes: int) -> None:
             reason = "it is no regular file"
         if not reason and (entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & ENCRYPTED):
             reason = "it is compressed or encrypted"
-        if not reason and name.casefold() in names:
+        if not reason and fold_name(name) in names:
             reason = "it is there twice"
         if reason:
             raise ValueError(f"{name!r}: {reason}")
-        names.add(name.casefold())
+        names.add(fold_name(name))
     above = {parent.as_posix() for name in names for parent in Path(name).parents}
     both = next(iter(names & above), None)
     if both is not None:
@@ -129,7 +156,8 @@ def _write(
         raise OutputError(f"{folder} is there already. Name another folder: unpack {options.file} FOLDER")
     total = sum(entry.file_size for entry in members)
     check_space(folder, total)
-    with atomic_folder(folder) as temporary, Bar(total, "unpacking", BYTES) as bar:
+    kept = _without_new_parents(folder)
+    with kept, atomic_folder(folder) as temporary, Bar(total, "unpacking", BYTES) as bar:
         for entry in members:
             path = temporary / entry.filename
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -137,18 +165,35 @@ def _write(
                 while piece := source.read(PIECE_BYTES):
                     target.write(piece)
                     bar.update(len(piece))
-        _place_models(temporary / RUN_FILE, real_path(options.models))
+        run_file = temporary / RUN_FILE
+        text = _place_models(read_text(run_file, MOST_OF_RUN_FILE), real_path(options.models))
+        run_file.write_text(text, encoding="utf-8", newline="\n")
         for entry in members:
             nanoseconds = modified.get(entry.filename)
             if isinstance(nanoseconds, int) and 0 < nanoseconds < LATEST_NS and entry.filename != RUN_FILE:
                 os.utime(temporary / entry.filename, ns=(nanoseconds, nanoseconds))
 
 
-def _place_models(run_file: Path, models: Path) -> None:
-    """Put this machine's folder of models into the paths of run.toml. Raises ValueError if it is no TOML."""
-    text = read_text(run_file)
+@contextlib.contextmanager
+def _without_new_parents(folder: Path) -> Iterator[None]:
+    """Remove the folders above a folder that the block has made, if it fails."""
+    missing = [parent for parent in folder.parents if not parent.exists()]
+    try:
+        yield
+    except BaseException:
+        for parent in missing:  # the innermost one first
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+        raise
+
+
+def _place_models(text: str, models: Path) -> str:
+    """Return a run.toml with this machine's folder of models in it. Raises ValueError if it is no TOML."""
     parse_toml(text)  # with limits, which the next one lacks
-    document = tomlkit.parse(text)
+    try:
+        document = tomlkit.parse(text)
+    except (TOMLKitError, RecursionError, LookupError, TypeError, AttributeError, AssertionError) as error:
+        raise ValueError(f"{RUN_FILE} is no TOML: {error}") from None
 
     def place(_: str, value: str) -> str:
         first, slash, inside = value.partition("/")
@@ -157,17 +202,19 @@ def _place_models(run_file: Path, models: Path) -> None:
         return f"{models.as_posix()}{slash}{inside}"
 
     change_texts(document, place)
-    run_file.write_text(tomlkit.dumps(document), encoding="utf-8", newline="\n")
+    return tomlkit.dumps(document)
 
 
-def _describe(folder: Path, options: UnpackOptions) -> list[str]:
-    """Return the lines about an unpacked folder: its size, missing models, the command that trains."""
+def _describe(folder: Path, models: Sequence[str], options: UnpackOptions) -> list[str]:
+    """Return the lines about an unpacked folder: its size, missing models, the command that trains.
+
+    models: paths that run.toml lists.
+    """
     paths = [path for path in folder.rglob("*") if path.is_file()]
     size = as_size(sum(path.stat().st_size for path in paths))
     lines = [f"{folder}: {count_of(len(paths), 'file')}, {size}"]
-    files = parse_toml(read_text(folder / RUN_FILE)).get(OTHERS_TABLE, {}).get("files", [])
-    missing = [file for file in map(str, files) if not expand_path(file, folder).exists()]
-    words = ["run", str(folder)]
+    missing = [file for file in models if not path_exists(expand_path(file, folder))]
+    words = ["run", as_operand(folder)]
     if missing:
         lines.append(
             f"models that are missing: {list_some(missing)}. `run --download` loads those that are released; "

@@ -6,7 +6,7 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor, nn
 
-from contract.steps import NO_TWEAKS
+from contract.steps import NO_TWEAKS, Tweaks
 from running.run_blocks import Hidden, run_blocks
 
 
@@ -27,11 +27,14 @@ Attention = TypeVar("Attention", bound=Remembers)
 
 
 def remember(
-    dit: nn.Module, hidden: Hidden, attentions: Sequence[Attention]
+    dit: nn.Module, hidden: Hidden, attentions: Sequence[Attention], tweaks: Tweaks = NO_TWEAKS
 ) -> dict[Attention, Sequence[Tensor]]:
-    """Run the blocks on tokens that are to be remembered; return their keys and values by attention."""
+    """Run the blocks on tokens that are to be remembered; return their keys and values by attention.
+
+    tweaks: blocks that are skipped; nothing is remembered for these.
+    """
     with remembering({}, attentions):
-        run_blocks(dit, hidden, NO_TWEAKS)
+        run_blocks(dit, hidden, tweaks)
         return {attention: attention.remembered for attention in attentions}
 
 

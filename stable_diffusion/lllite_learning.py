@@ -1,5 +1,6 @@
 """ControlNet-LLLite in training: made for a U-Net, hung into it, and started from a file."""
 
+import contextlib
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from checkpoints.dialects import load_planned
 from checkpoints.model_files import require_file
 from checkpoints.opening import open_checkpoint
 from contract.made_networks import MadeNetwork, UsualRate, describe_start
-from modules.errors import OptionError
+from modules.errors import OptionError, UserError
 from stable_diffusion.beside_unet import BesideUnet
 from stable_diffusion.control_net_options import say_generation
 from stable_diffusion.lllite_modules import (
@@ -128,7 +129,7 @@ def _check_sizes(options: SdxlLlliteTrainingOptions, path: Path, parts: Mapping[
 
 def describe_lllite(options: SdxlLlliteTrainingOptions) -> MadeNetwork:
     """Return ControlNet-LLLite as the network that a training makes."""
-    width, rank = options.cond_emb_dim or WIDTH, options.network_dim or RANK
+    width, rank = _start_sizes(options)
     sizes = f", rank {rank}, control picture as {width} numbers"
     return MadeNetwork(
         called=CALLED,
@@ -140,6 +141,17 @@ def describe_lllite(options: SdxlLlliteTrainingOptions) -> MadeNetwork:
         usual_rate=UsualRate(2e-5, "2e-4", 5e-3),
         values={"ss_network_dim": rank, "ss_cond_emb_dim": width},
     )
+
+
+def _start_sizes(options: SdxlLlliteTrainingOptions) -> tuple[int, int]:
+    """Return width and rank: those of --network_weights, or of the options."""
+    path = options.network_weights
+    if path is not None:
+        # the check of the training says what is wrong with it
+        with contextlib.suppress(UserError, OSError), open_checkpoint(path) as checkpoint:
+            part = next(iter(read_lllite(checkpoint, WEIGHTS).config.values()))
+            return part.convolutions[-1][0], part.rank
+    return options.cond_emb_dim or WIDTH, options.network_dim or RANK
 
 
 def _check_file(options: SdxlLlliteTrainingOptions) -> None:

@@ -436,6 +436,8 @@ SETTINGS: dict[str, Setting] = {
             ("krea2_cache_latents.py", "krea2 edit", ("match_target_res",)),
             ("krea2_train_network.py", "krea2 edit", ("edit", "kv_cache", "match_target_res")),
             ("krea2_generate_image.py", "krea2 edit", ("kv_cache", "match_target_res")),
+            ("moss_image_train_network.py", "moss_image edit", ("joint_references",)),
+            ("moss_image_generate_image.py", "moss_image edit", ("joint_references",)),
             (
                 "qwen_image_21_generate_image.py",
                 "qwen_image_21 edit",

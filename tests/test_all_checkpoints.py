@@ -22,6 +22,7 @@ import hunyuan_image.files
 import hunyuan_model.checkpoints
 import krea2.files
 import lumina.files
+import moss_image.files
 import qwen_image.files
 import qwen_image_21.files
 import tests.tiny.flux as tiny_flux
@@ -30,6 +31,7 @@ import tests.tiny.flux_3 as tiny_flux_3
 import tests.tiny.hunyuan_image as tiny_hunyuan_image
 import tests.tiny.krea2 as tiny_krea2
 import tests.tiny.lumina as tiny_lumina
+import tests.tiny.moss_image as tiny_moss_image
 import tests.tiny.qwen_image as tiny_qwen_image
 import tests.tiny.qwen_image_21 as tiny_qwen_image_21
 import tests.tiny.z_image as tiny_z_image
@@ -128,6 +130,10 @@ KINDS = {
             *("qwen_image_21", qwen_image_21.files, tiny_qwen_image_21, dit("a Qwen-Image-2.1")),
             (*SHARED, "comfyui"),
         ),
+        Kind(
+            *("moss_image", moss_image.files, tiny_moss_image, dit("a MOSS-Image")),
+            (*SHARED, "comfyui"),
+        ),
         Kind("z_image", *Z_IMAGE),
         Kind("z_image comfy", *Z_IMAGE, joins=True),
         Kind(
@@ -187,7 +193,7 @@ FP8_FILES = {
     "hunyuan i2v": hunyuan_dit.FP8_DIALECTS,
     "framepack": framepack_dit.FP8_DIALECTS,
     **dict.fromkeys(("flux_2 dev", "qwen_image", "krea2", "z_image", "z_image comfy"), wan_dit.FP8_DIALECTS),
-    "qwen_image_21": wan_dit.FP8_DIALECTS,
+    **dict.fromkeys(("qwen_image_21", "moss_image"), wan_dit.FP8_DIALECTS),
 }
 
 
@@ -422,6 +428,7 @@ def test_a_patch_sees_published_names_and_unrounded_whole_weights(tmp_path: Path
             *("flux_3", ("content_mode_blocks.", "txt_mode_blocks.", "single_blocks.")),
             {"q_proj.weight", "mlp_in.weight", "attn_out.weight"},
         ),
+        ("moss_image", ("layers.",), {"proj.q.weight", "proj.ffn_up_gate.weight", "proj.ffn_down.weight"}),
         ("krea2", ("blocks.",), {"attn.wq.weight", "attn.gate.weight", "mlp.down.weight"}),
         (
             *("z_image", ("layers.",)),
@@ -454,6 +461,10 @@ FLUX_2 = {
     "klein-4b": {"dim": 3072, "double_blocks": 5, "single_blocks": 20, "text_dim": 7680},
     "klein-9b": {"dim": 4096, "double_blocks": 8, "single_blocks": 24, "text_dim": 12288},
     "dev": {"dim": 6144, "double_blocks": 8, "single_blocks": 48, "text_dim": 15360},
+}
+MOSS = {
+    **{"dim": 3072, "ffn_dim": 8192, "num_heads": 24, "num_layers": 42, "refiner_blocks": 2},
+    **{"channels": 128, "text_dim": 4096, "freq_dim": 256},
 }
 Z = {"num_layers": 30, "dim": 3840, "num_heads": 30, "rotary_widths": (32, 48, 48)}
 KREA = {
@@ -494,6 +505,7 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen-image-dit": ("qwen_image", {"num_layers": 60, "dim": 3072, "num_heads": 24}),
     **dict.fromkeys(("krea2-dit", "krea2-dit-diffusers"), ("krea2", KREA)),
     **dict.fromkeys(("qwen-image-2.1-dit", "qwen-image-2.1-dit-diffusers"), ("qwen_image_21", QWEN_21)),
+    **dict.fromkeys(("moss-image-dit", "moss-image-dit-comfy"), ("moss_image", MOSS)),
     "z-image-dit": ("z_image", Z),
     "z-image-dit-comfy": ("z_image", Z),
     "hunyuanimage2.1-dit": (
@@ -506,6 +518,9 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+COMPUTED = {"rope.bands"}  # in files, and never read from them
+
+
 @pytest.mark.parametrize("manifest", PUBLISHED)
 def test_published_files_of_full_size_load_without_leftovers(tmp_path: Path, manifest: str) -> None:
     name, dimensions = PUBLISHED[manifest]
@@ -513,7 +528,7 @@ def test_published_files_of_full_size_load_without_leftovers(tmp_path: Path, man
 
     loaded = KINDS[name].checkpoints.load_dit(write_hollow(tmp_path / "dit.safetensors", tensors), META)
 
-    numbers = sum(math.prod(shape) for _, shape in tensors.values())
+    numbers = sum(math.prod(shape) for name, (_, shape) in tensors.items() if name not in COMPUTED)
     assert sum(weight.numel() for weight in loaded.parameters()) == numbers
     assert {field: getattr(loaded.config, field) for field in dimensions} == dimensions
     assert loaded.compute_dtype == torch.bfloat16
@@ -528,6 +543,7 @@ def test_published_files_of_full_size_load_without_leftovers(tmp_path: Path, man
         *(("qwen_image", name) for name in ("txt_in", "transformer_blocks.0.attn.to_q")),
         *(("krea2", name) for name in ("first", "txtfusion.refiner_blocks.0.attn.wq", "blocks.0.attn.gate")),
         *(("qwen_image_21", name) for name in ("img_in", "transformer_blocks.0.img_mlp.gate_layer")),
+        *(("moss_image", name) for name in ("video_embedder", "layers.0.proj.k", "text_embedder.proj")),
         *(("z_image", name) for name in ("all_x_embedder.2-1", "layers.0.feed_forward.w1")),
         ("lumina", "t_embedder.mlp.0"),
     ],
@@ -567,6 +583,13 @@ SENSELESS: dict[str, list[tuple[str, tuple[int, ...]]]] = {
         ("transformer_blocks.0.attn.to_q.weight", (63, 64)),
         ("transformer_blocks.0.attn.to_k.weight", ()),
         ("img_in.weight", (0, 64)),
+    ],
+    "moss_image": [
+        ("layers.0.q_norm.weight", (0,)),
+        ("layers.0.q_norm.weight", (24,)),
+        ("layers.0.proj.k.weight", ()),
+        ("layers.0.proj.ffn_up_gate.weight", (191, 64)),
+        ("video_embedder.weight", (0, 128)),
     ],
     "z_image": [
         ("layers.0.attention.to_k.weight", ()),

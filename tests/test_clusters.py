@@ -138,6 +138,14 @@ def test_a_rented_card_installs_unpacks_and_trains_once_and_then_continues(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a recipe for Linux")
+def test_a_packed_file_whose_name_begins_with_a_line_is_no_option(tmp_path: Path) -> None:
+    (tmp_path / "-x-pack.zip").touch()
+    _, _, unpack, run = (words[1:] for words in run_rented(tmp_path, "-x-pack.zip"))
+    assert unpack[2:] == ["./-x-pack.zip", "./-x", "--models", "./models"]
+    assert run[2] == "./-x"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a recipe for Linux")
 @pytest.mark.parametrize("words", [(), ("../clips.zip",), ("../none-pack.zip",)])
 def test_a_rented_card_installs_nothing_for_a_file_that_is_no_packed_folder(
     words: tuple[str, ...], tmp_path: Path

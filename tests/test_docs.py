@@ -64,6 +64,7 @@ OF_PICTURES = (
     "hunyuan_image",
     "krea2",
     "lumina",
+    "moss_image",
     "qwen_image",
     "qwen_image_21",
     "zimage",
@@ -198,9 +199,19 @@ PICTURE_MODELS = {
     **{name: getattr(picture_project, f"lay_out_{name}") for name in ("flux", "flux_2", "flux_3")},
     **{
         name: getattr(picture_project, f"lay_out_{name}")
-        for name in ("anima", "hunyuan_image", "krea2", "lumina", "qwen_image", "qwen_image_21", "z_image")
+        for name in (
+            "anima",
+            "hunyuan_image",
+            "krea2",
+            "lumina",
+            "moss_image",
+            "qwen_image",
+            "qwen_image_21",
+            "z_image",
+        )
     },
     "flux_kontext": picture_project.lay_out_kontext,
+    "moss_image": picture_project.lay_out_moss_image,
     **dict.fromkeys(
         ("gen_img", "sdxl", "stable_diffusion", "textual_inversion"),
         picture_project.lay_out_stable_diffusion,

@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "qwen_image": GROUND | {"networks.names", "encoders", "hunyuan_model", "wan"},
     "krea2": GROUND | {"networks.names", "encoders", "lumina", "qwen_image"},
     "qwen_image_21": GROUND | {"networks.names", "encoders", "qwen_image", "wan"},
+    "moss_image": GROUND | {"networks.names", "encoders", "lumina", "krea2", "flux_2"},
     "z_image": GROUND | {"networks.names", "encoders", "lumina"},
     "anima": GROUND | {"networks.names", "encoders", "qwen_image", "wan"},
     "generation": GROUND | {"networks", "blissful_tuner", "post"},
@@ -66,13 +67,13 @@ MAY_IMPORT = {
 # Rooms, file or folder, from the ground up: a room imports rooms of lower floors only.
 FLOORS = {
     "modules": (
-        {"errors", "flow", "interpreter", "limits", "screen", "script_words", "seeds"}
+        {"errors", "flow", "interpreter", "limits", "memory_limit", "screen", "script_words", "seeds"}
         | {"nvidia_driver", "private_torch"}
         | {"text_encodings", "varints", "version"},
         {"card_builds", "control_codes", "text_files", "zip_files"},
         {"output_files", "paths", "run_limits", "typed_command", "user_files"},
         {"atomic_write", "devices", "file_locks", "installation", "option_values"},
-        {"backups", "installed", "options"},
+        {"backups", "file_batches", "installed", "options"},
         {"compile_options", "help_text", "repeated_options"},
         {"speed_options"},
         {"console", "environment", "progress"},
@@ -188,7 +189,7 @@ _LIGHT = {
     "networks": (
         *(
             f"kinds/{name}"
-            for name in ("composing", "contract", "dora", "loha", "lokr", "lora", "oft", "tlora")
+            for name in ("composing", "contract", "dora", "factors", "loha", "lokr", "lora", "oft", "tlora")
         ),
         "multipliers",
         "names/layouts",
@@ -248,7 +249,7 @@ _TOOLS = {
         "sdxl_merge_lora",
     ),
 }
-MOST_READ = 42_200  # lines that a training of caches reads at its start, without the family's
+MOST_READ = 42_300  # lines that a training of caches reads at its start, without the family's
 MOST_READ_TO_GENERATE = 22_600
 TOOLS = [f"{room}/{name}.py" for room, names in _TOOLS.items() for name in names]
 

@@ -49,6 +49,7 @@ MODELS = {
     "FLUX.2 klein 9B": ("flux_2", "flux2-klein-9b-dit", ("--model_version", "klein-base-9b")),
     "FLUX 3 Klein": ("flux_3", "flux3-klein-base-dit", ()),
     "Qwen-Image-2.1": ("qwen_image_21", "qwen-image-2.1-dit", ()),
+    "MOSS-Image": ("moss_image", "moss-image-dit", ()),
     "FLUX.1": ("flux_kontext", "flux1-dev-dit", ()),
     "Krea 2": ("krea2", "krea2-dit", ()),
 }

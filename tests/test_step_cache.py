@@ -46,6 +46,7 @@ NAMES = (
                 "z_image",
             ),
             *("krea2", "krea2 edit", "qwen_image_21", "qwen_image_21 edit", "anima"),
+            *("moss_image", "moss_image edit"),
             *("ltx_2", "ltx_2 with sound"),
         )
     ),

@@ -257,7 +257,7 @@ def show_end(run: TrainingRun, story: history.Story, following: NextSteps) -> No
         if path.exists()
     ]
     rows += [
-        ("best by validation", describe_best(story, names.folder) if story.validations else None),
+        ("best by validation", describe_best(story, names.folder, names.name) if story.validations else None),
         ("steps", _describe_speed(run.logs.clock)),
         *result_rows(run.options, run.progress),
         ("average loss", f"{sum(losses) / len(losses):.4g}" if losses else None),
@@ -290,8 +290,10 @@ def _describe_peak(run: TrainingRun) -> str:
 
 def _list_commands(run: TrainingRun, story: history.Story, following: NextSteps) -> list[Row]:
     """Return the commands that can follow a finished run, each with its heading."""
+    from training.reports.scores import choose_file  # at the end only
+
     folder = run.plan.names.folder
-    file = story.usable_file(folder)
+    file = story.usable_file(folder, choose_file(folder, run.plan.names.name, story))
     # the last one starts this run again
     *commands, _ = following.commands(None if file is None else folder / file, is_finished=True)
     is_windows = sys.platform == "win32"
@@ -301,11 +303,13 @@ def _list_commands(run: TrainingRun, story: history.Story, following: NextSteps)
     return rows + [(heading, as_typed(words)) for heading, words in commands_at_end(run.options)]
 
 
-def describe_best(story: history.Story, folder: Path) -> str:
+def describe_best(story: history.Story, folder: Path, name: str = "") -> str:
     """Return the step with the lowest validation loss and the best file that exists."""
+    from training.reports.scores import choose_file  # at the end only
+
     assert story.lowest is not None
     lowest_step, lowest_loss = story.lowest
-    best = story.best_file(folder)
+    best = choose_file(folder, name, story)
     text = f"step {lowest_step}, loss {lowest_loss:.5f}"
     if best is None:
         return f"{text}, not saved"

@@ -44,7 +44,12 @@ class WordRows:
     def group(self, learning_rate: float) -> dict[str, Any]:
         """Return the group of the optimizer. learning_rate: of the network."""
         rate = self.taught.word.rate
-        return {"params": [*self.module.parameters()], "lr": learning_rate if rate is None else rate}
+        # no decay: it would pull the word towards zero, where no known word is
+        return {
+            "params": [*self.module.parameters()],
+            "lr": learning_rate if rate is None else rate,
+            "weight_decay": 0.0,
+        }
 
     def add_to(
         self, trainable: Trainable, learning_rate: float, total_steps: int, device: torch.device

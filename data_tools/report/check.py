@@ -11,7 +11,7 @@ from typing import NamedTuple, cast
 import torch
 
 from contract.data import LatentSpec, MediaTable, SoundSpec
-from contract.family import Caches, Described, TextEncoder, hears_sound, sound_of
+from contract.family import Caches, Described, TextEncoder, fits_captions, hears_sound, sound_of
 from data_tools.report.findings import (
     NO_COUNTERS,
     CheckResult,
@@ -41,7 +41,7 @@ from dataset.caching.given import use_moments
 from dataset.caching.planning import Planning, Recipe, SourcePlan, plan_all
 from dataset.caching.prefetch import SIZE_CHANGES, Failure, map_ahead, read_ahead, workers_of
 from dataset.caching.sound import HearingFamily, SoundWork
-from dataset.caching.text_plans import list_caption_files, plan_texts
+from dataset.caching.text_plans import caption_fitter, list_caption_files, plan_texts
 from dataset.config import DatasetConfig
 from dataset.forms.composing import form_of, list_addresses
 from dataset.options import CachingOptions, CheckPageOptions
@@ -60,11 +60,13 @@ from modules.console import count_of, count_words
 from modules.control_codes import columns_of, escape_control_codes, fold
 from modules.errors import CacheError, DatasetError, MediaError, OptionError
 from modules.media.buckets import Size
+from modules.media.reading import image_size
 
 MEDIA, LATENTS, TEXTS = "media", "latents", "texts"  # the parts to check
 NO_ITEM = "tables have no item to train on"
 EDITS_NOTHING = "model that takes reference pictures gets none"
 TOKENS_ELSEWHERE = Counters((), ("Tokens are counted by --check --html of the text caching script.",))
+WRONG_PLACES = "captions name places that are wrong"
 RECOGNISED = "Files recognised:"
 UNREADABLE = "cannot be read"
 
@@ -179,6 +181,7 @@ def check_caching(
             kind = "shards or folders are incomplete; caching repairs them"
             findings.remarks += [Fault(kind, line) for line in list_shard_faults(table)]
         check_captions(findings, counters, are_cached=scope.texts)
+        _check_places(findings, family)
         findings.title = f"{table.name}: {count_of(len(findings.sources), table.holds)}"
         if scope.media:
             findings.title += f", {count_of(findings.num_items, 'item')}"
@@ -258,7 +261,7 @@ def _check_form(findings: TableFindings, family: Caches, scope: _Scope) -> None:
 
 def _check_text_caches(findings: TableFindings, family: Caches, encoders: Encoders, stores: Stores) -> None:
     """Add a line for each text encoder: how many caches are valid, and how many are to be made."""
-    captions = list_caption_files(findings.sources, family.cache_tag)
+    captions = list_caption_files(findings.sources, family.cache_tag, fit=caption_fitter(family))
     plans = plan_texts(captions, encoders, stores)
     missing = Counter(name for plan in plans for name in plan.missing)
     for encoder, _ in encoders:
@@ -266,6 +269,19 @@ def _check_text_caches(findings: TableFindings, family: Caches, encoders: Encode
         num_valid = len(captions) - num_missing
         needs = count_words(num_missing, "captions need encoding")
         findings.caches.append(f"caches of {encoder.name}: {num_valid} are valid, {needs}")
+
+
+def _check_places(findings: TableFindings, family: Caches) -> None:
+    """Add faults for captions that name places in their picture, and are wrong."""
+    if not fits_captions(family):
+        return
+    for source in findings.sources:
+        captions = [] if source.caption is None else [source.caption, *source.more_captions]
+        for caption in filter(family.names_places, captions):
+            with contextlib.suppress(MediaError, OSError):  # the check of media reports it
+                place = source.caption_path or source.path
+                for line in family.find_caption_faults(caption, image_size(source.path)):
+                    findings.faults.append(Fault(WRONG_PLACES, f"{place}: {line}", source.stem))
 
 
 def _check_media(

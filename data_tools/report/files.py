@@ -21,7 +21,7 @@ from dataset.cache.records import LatentRecord, TextRecord, latent_record, text_
 from dataset.cache.store import LatentNames, Stores
 from dataset.cache_files import CacheStore, LatentName, latent_names, tensor_key, text_file_name
 from dataset.caching.planning import Recipe, SourcePlan, plan_all
-from dataset.caching.text_plans import CaptionFile, list_caption_files, plan_texts, why_outdated
+from dataset.caching.text_plans import FITTED, CaptionFile, list_caption_files, plan_texts, why_outdated
 from dataset.sources.captions import read_caption
 from dataset.sources.media_source import MediaSource, Remote
 from modules.errors import CacheError, DatasetError
@@ -227,6 +227,16 @@ def _with_references(file: CaptionFile, source: MediaSource | None) -> CaptionFi
     return replace(file, source=source, references=source.parts[1 : 1 + len(source.control)])
 
 
+def _as_encoded(file: CaptionFile, store: CacheStore) -> CaptionFile:
+    """Return a text with the caption of its record if that names places: only the model can tell them."""
+    if not (file.caption or "").lstrip().startswith("{"):
+        return file
+    record = next(iter(_first_text_records(store, [file.file_name]).values()), None)
+    if record is None or not record.settings.get(FITTED):
+        return file
+    return replace(file, caption=record.caption, settings={**file.settings, FITTED: True})
+
+
 def _compare_texts(
     sources: Sequence[MediaSource], tag: str, store: CacheStore, stores: Stores, workers: int
 ) -> dict[str, State]:
@@ -236,6 +246,7 @@ def _compare_texts(
     if any(record.references for record in records.values()):
         by_stem = {source.stem: source for source in sources}
         files = [_with_references(file, by_stem.get(file.name)) for file in files]
+    files = [_as_encoded(file, store) for file in files]
     plans = plan_texts(files, _list_recorded_encoders(records), stores, workers)
     state_of_file = {plan.file_name: _text_state(plan, store, records) for plan in plans}
     states: dict[str, State] = {}

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from data_tools.tags.labels import CATEGORIES, CHARACTER, QUALITY, RATING, Label
 from data_tools.tags.options import TaggingOptions
+from dataset.subset_options import KEPT
 from modules.errors import OptionError
 
 _LONGEST_FACE = 3  # characters of tags such as ^_^, whose underscore stays
@@ -108,7 +109,7 @@ def split_tags(text: str, separator: str) -> list[str]:
 
 def extend_caption(caption: str, tags: Sequence[str], separator: str) -> str:
     """Return a caption with those tags behind it that it lacks; the caption itself if it lacks none."""
-    present = split_tags(caption, separator.strip())
+    present = split_tags(caption.replace(KEPT, separator), separator.strip())
     missing = [tag for tag in tags if tag not in present]
     if not missing:
         return caption

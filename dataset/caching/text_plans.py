@@ -3,13 +3,13 @@ unfinished files, and which are missing.
 """
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from contract.family import TextEncoder, can_mark
+from contract.family import Caches, TextEncoder, can_mark, fits_captions
 from dataset.cache.records import TextRecord, difference, is_unchanged, text_records, verify_tensors
 from dataset.cache.store import Stores
 from dataset.cache_files import EMPTY, PART, Entry, empty_text_name, text_file_name
@@ -67,11 +67,37 @@ class CaptionFile:
     is_foreign: bool = False  # whether valid outputs have no record: another program made them
 
 
-def list_caption_files(sources: Sequence[MediaSource], tag: str, sight: Sight = BLIND) -> list[CaptionFile]:
+FitText = Callable[[MediaSource, str], str]  # a caption -> as it is encoded, with the places in its bucket
+FITTED = "fitted"  # setting of captions that name places: their record has them as they were encoded
+
+
+def caption_fitter(family: Caches) -> FitText | None:
+    """Return the function that makes captions follow their picture; None if captions name no places."""
+    if not fits_captions(family):
+        return None
+    fitting = family
+    step = family.latent.pixel_step
+
+    def fit(source: MediaSource, caption: str) -> str:
+        if not fitting.names_places(caption):
+            return caption
+        try:
+            size = image_size(source.path)
+            return fitting.fit_caption(caption, size, fit_of(source.table, size, step, source.path))
+        except (MediaError, OSError) as error:
+            logger.warning("%s: the places in its caption stay as they are (%s)", source.stem, error)
+            return caption
+
+    return fit
+
+
+def list_caption_files(
+    sources: Sequence[MediaSource], tag: str, sight: Sight = BLIND, fit: FitText | None = None
+) -> list[CaptionFile]:
     """Return the texts of all sources, table by table: first captions, further ones, then the empty prompt.
 
-    sight: of the text encoders. First captions come first, so that their batches are those of a table
-    without more texts.
+    sight: of the text encoders. fit: `caption_fitter`. First captions come first, so that their batches are
+    those of a table without more texts.
     """
     by_table: dict[int, list[MediaSource]] = {}
     for source in sources:
@@ -79,12 +105,12 @@ def list_caption_files(sources: Sequence[MediaSource], tag: str, sight: Sight = 
     files: list[CaptionFile] = []
     with pause_collection():
         for of_table in by_table.values():
-            files += _files_of_table(of_table[0].table, of_table, tag, sight)
+            files += _files_of_table(of_table[0].table, of_table, tag, sight, fit)
     return files
 
 
 def _files_of_table(
-    table: DatasetTable, sources: Sequence[MediaSource], tag: str, sight: Sight
+    table: DatasetTable, sources: Sequence[MediaSource], tag: str, sight: Sight, fit: FitText | None
 ) -> list[CaptionFile]:
     """Return the texts of a table: first captions, further ones, then the empty prompt."""
     first: list[CaptionFile] = []
@@ -109,13 +135,17 @@ def _files_of_table(
             settings = {**settings, "captions": len(captions)}
         for number, caption in enumerate(captions):
             embeds = None if source.tensors is None or number else source.tensors.embeds
+            of_caption = settings
+            if fit is not None and caption is not None and (fitted := fit(source, caption)) != caption:
+                caption = fitted
+                of_caption = {**settings, FITTED: True}
             file = CaptionFile(
                 table=table,
                 file_name=text_file_name(source.stem, tag, number),
                 name=source.stem,
                 caption=caption,
                 caption_path=source.caption_path,
-                settings=settings,
+                settings=of_caption,
                 pass_over=1 if number else 0,
                 embeds=embeds,
                 source=shown_source,

@@ -43,6 +43,7 @@ from dataset.caching.prefetch import (
 )
 from dataset.caching.text_plans import (
     CaptionFile,
+    caption_fitter,
     distinct_texts,
     find_outputs,
     list_caption_files,
@@ -115,7 +116,7 @@ class TextWork:
             require_form(mixed, family.cache_tag)
         encoders = list(family.text_encoders())
         self._sight = sight_of(encoders)
-        files = list_caption_files(self._sources, family.cache_tag, self._sight)
+        files = list_caption_files(self._sources, family.cache_tag, self._sight, caption_fitter(family))
         self._files = distinct_texts(files, stores)
         self.pieces: Sequence[TextBatch] = _make_batches(self._files, options.batch_size)
         self._encoders = [(encoder, dict(encoder.identity)) for encoder in encoders]

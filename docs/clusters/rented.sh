@@ -8,6 +8,7 @@
 # stays. The folder and the models are made next to the file. Type the same again: it continues.
 set -eu
 pack=${1:-}
+case $pack in -*) pack=./$pack ;; esac # a name, no option of the commands below
 folder=${pack%-pack.zip}
 if [ "$folder" = "$pack" ] || { [ ! -d "$folder" ] && [ ! -f "$pack" ]; }; then
   echo "rented.sh: '$pack' is no packed folder. Give the file that pack has made, NAME-pack.zip" >&2

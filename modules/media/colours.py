@@ -1,5 +1,8 @@
 """Turn an opened picture into the colours that a viewer shows: sRGB, and white behind what is transparent.
 
+A picture is turned band by band: beside its pixels as Pillow decodes them, and those that are returned, only
+some MiB are held.
+
 Browsers are the model: a colour profile counts, then the chunk sRGB of a PNG, then gAMA and cHRM; EXIF's
 colour space is ignored.
 """
@@ -7,6 +10,7 @@ colour space is ignored.
 import functools
 import io
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,6 +52,7 @@ HDR = {16: "PQ", 18: "HLG"}
 # in Pillow's names; photos with a map of their brightness (MPO) have several pictures, and do not move
 _ANIMATED_FORMATS = {"AVIF", "GIF", "PNG", "WEBP"}
 _BOX_BYTES = 1 << 16  # at the start of an AVIF file, searched for the box of its colours
+_BAND_PIXELS = 1 << 18  # that are turned at a time
 _D50 = np.array([0.9642, 1.0, 0.8249])  # white of profiles (ICC.1)
 _BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
 
@@ -74,9 +79,10 @@ class _Profile:
 
 
 def upright(file: Image.Image) -> Image.Image:
-    """Return an opened picture, turned as its EXIF orientation says."""
+    """Turn an opened picture as its EXIF orientation says, and return it."""
     _note_facts(file)
-    return ImageOps.exif_transpose(file)
+    ImageOps.exif_transpose(file, in_place=True)  # without a copy of its pixels
+    return file
 
 
 def _note_facts(file: Image.Image) -> None:
@@ -102,12 +108,37 @@ def shown_pixels(path: Path, image: Image.Image, alpha: bool) -> NDArray[np.uint
 
     image: from `upright`. path: for messages.
     """
-    opacity = _read_opacity(image)
-    colours = _convert_to_srgb(path, image)
-    if opacity is None:
-        return colours
-    with_alpha = np.dstack([colours, opacity])
-    return with_alpha if alpha else blend_on_white(with_alpha)
+    image.load()  # which may change the mode
+    keeps_alpha = alpha and _may_be_transparent(image)
+    pixels = np.empty((image.height, image.width, 4 if keeps_alpha else 3), np.uint8)
+    for rows, band in split_bands(image):
+        colours = _convert_to_srgb(path, band)
+        opacity = _read_opacity(band)
+        if opacity is None:
+            pixels[rows] = colours
+        elif keeps_alpha:
+            pixels[rows, :, :3] = colours
+            pixels[rows, :, 3] = opacity
+        elif int(opacity.min()) == 255:
+            pixels[rows] = colours
+        else:
+            pixels[rows] = _blend_rows(np.dstack([colours, opacity]))
+    return pixels
+
+
+def row_blocks(height: int, width: int) -> Iterator[slice]:
+    """Yield the rows of a picture, some 260,000 pixels at a time."""
+    step = max(1, _BAND_PIXELS // max(width, 1))
+    for top in range(0, height, step):
+        yield slice(top, min(top + step, height))
+
+
+def split_bands(image: Image.Image) -> Iterator[tuple[slice, Image.Image]]:
+    """Yield the rows of a picture and their part of it, with the facts of the whole."""
+    for rows in row_blocks(image.height, image.width):
+        band = image.crop((0, rows.start, image.width, rows.stop))
+        band.info = image.info
+        yield rows, band
 
 
 def coded_pixels(pixels: NDArray[np.uint8], frame: Any) -> NDArray[np.uint8]:
@@ -137,9 +168,8 @@ def look_at(path: Path, file: Image.Image) -> Colours:
     profile = _find_profile(path, file)
     transform, fault = (None, None) if profile is None else _transform(profile)
     is_converted = transform is not None or (profile is None and _make_curve(file.info) is not None)
-    opacity = _read_opacity(file)
     transfer = file.info.get(_CICP, (0, 0))[1]
-    is_transparent = opacity is not None and int(opacity.min()) < 255
+    is_transparent = _may_be_transparent(file) and any(map(_has_clear_pixels, _list_bands(file)))
     by_codes = is_converted and file.format == "AVIF" and _CICP in file.info
     is_animated = file.format in _ANIMATED_FORMATS and bool(getattr(file, "is_animated", False))
     return Colours(
@@ -147,8 +177,19 @@ def look_at(path: Path, file: Image.Image) -> Colours:
     )
 
 
+def _list_bands(image: Image.Image) -> Iterator[Image.Image]:
+    return (band for _, band in split_bands(image))
+
+
 def blend_on_white(frame: NDArray[Any]) -> NDArray[Any]:
     """Return H W 3: a frame H W 4 of 8 or 16 bits over white."""
+    blended = np.empty((*frame.shape[:2], 3), frame.dtype)
+    for rows in row_blocks(frame.shape[0], frame.shape[1]):
+        blended[rows] = _blend_rows(frame[rows])
+    return blended
+
+
+def _blend_rows(frame: NDArray[Any]) -> NDArray[Any]:
     most = int(np.iinfo(frame.dtype).max)
     wide = np.uint16 if most == 255 else np.uint64
     alpha = frame[..., 3:].astype(wide)
@@ -158,12 +199,21 @@ def blend_on_white(frame: NDArray[Any]) -> NDArray[Any]:
     return blended
 
 
+def _may_be_transparent(image: Image.Image) -> bool:
+    return image.mode in _ALPHA_MODES or image.info.get("transparency") is not None
+
+
+def _has_clear_pixels(image: Image.Image) -> bool:
+    opacity = _read_opacity(image)
+    return opacity is not None and int(opacity.min()) < 255
+
+
 def _read_opacity(image: Image.Image) -> NDArray[np.uint8] | None:
     """Return the opacity of each pixel, H W from 0 to 255; None if nothing can be transparent."""
     key = image.info.get("transparency")
     if image.mode.startswith("I;16") and key is not None:
         return np.where(np.asarray(image) == key, 0, 255).astype(np.uint8)
-    if image.mode not in _ALPHA_MODES and key is None:
+    if not _may_be_transparent(image):
         return None
     return np.asarray(image.convert("RGBA"))[..., 3]
 
@@ -279,9 +329,11 @@ def _read_cicp(file: Image.Image) -> tuple[int, int] | None:
     try:
         stream.seek(8)
         while len(head := stream.read(8)) == 8 and head[4:] not in (b"IDAT", b"IEND"):
-            content = stream.read(int.from_bytes(head[:4], "big") + 4)
-            if head[4:] == b"cICP" and len(content) == 8:
-                return content[0], content[1]
+            length = int.from_bytes(head[:4], "big")
+            if head[4:] == b"cICP" and length == 4:
+                content = stream.read(2)
+                return (content[0], content[1]) if len(content) == 2 else None
+            stream.seek(length + 4, io.SEEK_CUR)  # with its checksum
     finally:
         stream.seek(place)
     return None

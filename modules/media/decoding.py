@@ -15,7 +15,7 @@ from modules.console import count_of
 from modules.errors import MediaError
 from modules.limits import MAX_PIXELS
 from modules.media.colours import blend_on_white, shown_pixels
-from modules.media.opening import av, open_image, open_video, reading, refuse_cut
+from modules.media.opening import av, choose_thread_type, open_image, open_video, reading, refuse_cut
 
 # decoders that read transparency, which FFmpeg's own do not, by the codec
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
@@ -86,7 +86,7 @@ def decode_frames(path: Path, container: Any, stream: Any) -> Iterator[TimedFram
     container, stream: from `open_video(path)`. Raises MediaError if the file is damaged, ends before the
     length that it states, or has no frame.
     """
-    stream.thread_type = "AUTO"
+    stream.thread_type = choose_thread_type(stream.codec_context)
     decoder: Any = None  # for packets with transparency, if the stream's own decoder would drop it
     orientation = AS_STORED
     if hides_alpha(stream):
@@ -141,7 +141,7 @@ def _open_alpha_decoder(path: Path, codec: str) -> Any:
             f"{path} has transparency in {codec}, for which FFmpeg here lacks {_ALPHA_DECODERS[codec]}. "
             "Convert it to ProRes 4444, or to a folder of PNG images."
         ) from None
-    decoder.options = {"max_pixels": str(MAX_PIXELS)}
+    decoder.options = {"max_pixels": str(MAX_PIXELS)}  # `open_video` has looked at the size of its frames
     return decoder
 
 

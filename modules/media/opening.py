@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image, UnidentifiedImageError
 
 from modules.errors import InstallationError, MediaError
-from modules.limits import MAX_PIXELS
+from modules.limits import (
+    MAX_DECODED_BYTES,
+    MAX_FRAME_BYTES,
+    MAX_LONE_FRAME_BYTES,
+    MAX_PICTURE_BYTES,
+    MAX_PIXELS,
+)
 from modules.text_files import require_regular_file
 
 # FFmpeg's names of formats that hold their own pixels; the last two lines: bare streams, and single pictures
@@ -39,12 +45,18 @@ IMAGE_FORMATS = (
     "PNG", "JPEG", "MPO", "WEBP", "BMP", "AVIF", "HEIF", "JXL",
     "DIB", "GIF", "TIFF", "JPEG2000", "PPM", "ICO", "TGA",
 )  # fmt: skip
+# bytes for each pixel that are held while a picture of a format is decoded and turned, as measured; others
+# take at most DECODED_BYTES: 4 as Pillow holds them, 8 as a decoder does or as they are returned
+DECODER_BYTES = {"WEBP": 17, "JPEG2000": 25, "AVIF": 30, "HEIF": 30, "JXL": 40}
+DECODED_BYTES = 12
 # no other file and no network, whatever a file asks for; the last two for MOV's external data references
 _ALONE = {
     "protocol_whitelist": "file",
     "enable_drefs": "0",
     "use_absolute_path": "0",
 }
+LARGE_FRAME_BYTES = 1 << 25  # of a decoded frame: above 4K of 10 bits
+_LONE_CODECS = frozenset({"png", "ffv1"})  # whose frames stand alone, though FFmpeg does not say so
 ATTACHED_PICTURE = 1 << 10  # FFmpeg's mark of covers, which are streams of pictures to it
 
 # what Pillow and its plugins raise for files that are damaged or made to do harm
@@ -62,11 +74,29 @@ def open_image(path: Path) -> Iterator[Image.Image]:
         Image.open(path, formats=[name for name in IMAGE_FORMATS if name in Image.OPEN]) as image,
     ):
         check_pixels(path, *image.size)
+        _check_memory(path, image)
         if image.mode in {"I", "F"}:
             raise MediaError(
                 f"{path} has numbers of 32 bits, which do not say what is white. Convert it to PNG."
             )
         yield image
+
+
+def _check_memory(path: Path, image: Image.Image) -> None:
+    """Raise MediaError if a picture would take too much memory to decode."""
+    width, height = image.size
+    taken = width * height * DECODER_BYTES.get(image.format or "", DECODED_BYTES)
+    if taken > MAX_DECODED_BYTES:
+        raise MediaError(
+            f"{path} has {width} x {height} pixels as {image.format}, which takes {taken / 1e9:.1f} GB "
+            f"of memory to decode; at most {MAX_DECODED_BYTES / 1e9:.1f} GB are taken. Make the picture "
+            "smaller, or save it as PNG or JPEG."
+        )
+    if path.stat().st_size > MAX_PICTURE_BYTES:
+        raise MediaError(
+            f"{path} has {path.stat().st_size:,} bytes; pictures have at most {MAX_PICTURE_BYTES:,}. Save it "
+            "as PNG or JPEG, without metadata."
+        )
 
 
 @contextlib.contextmanager
@@ -86,8 +116,33 @@ def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
         if stream.codec_context is None:
             raise MediaError(f"{path} is damaged, or its video is of a kind that FFmpeg here does not know")
         check_pixels(path, stream.width, stream.height)
-        stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # the size may change within a stream
+        _limit_frames(path, stream.codec_context)
         yield container, stream
+
+
+def _limit_frames(path: Path, codec: Any) -> None:
+    """Bound the memory of a decoder, which holds many frames. Raises MediaError if one is too large."""
+    stands_alone = codec.codec.intra_only or codec.name in _LONE_CODECS
+    most = MAX_LONE_FRAME_BYTES if stands_alone else MAX_FRAME_BYTES
+    taken = codec.width * codec.height * _pixel_bits(codec) // 8
+    if taken > most:
+        raise MediaError(
+            f"{path} has frames of {codec.width} x {codec.height} pixels, {taken / 1e6:.0f} MB each when "
+            f"they are decoded; at most {most / 1e6:.0f} MB are read. Make the clip smaller."
+        )
+    # the size may change within a stream
+    codec.options = {"max_pixels": str(min(MAX_PIXELS, 8 * most // _pixel_bits(codec)))}
+
+
+def _pixel_bits(codec: Any) -> int:
+    """Return the bits that a pixel takes in memory; those of RGB if the file does not say how it is coded."""
+    return 24 if codec.format is None else max(1, codec.format.padded_bits_per_pixel)
+
+
+def choose_thread_type(codec: Any) -> str:
+    """Return how a decoder shares its work: of large frames each thread would hold one."""
+    is_large = codec.width * codec.height * _pixel_bits(codec) > 8 * LARGE_FRAME_BYTES
+    return "SLICE" if is_large else "AUTO"
 
 
 def _open_whole(path: Path) -> Any:

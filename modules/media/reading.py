@@ -33,6 +33,7 @@ from modules.media.colours import (
     code_transform,
     coded_pixels,
     look_at,
+    row_blocks,
     shown_pixels,
     upright,
 )
@@ -197,12 +198,11 @@ class MaskLook:
             opacity = np.ascontiguousarray(frame[..., 3])
             on_white = blend_on_white(frame)
             self._is_transparent = self._is_transparent or int(opacity.min()) < 255
-        visible = frame[..., :3][opacity > 127]
-        if len(visible):
-            self._lows, self._highs = (
-                np.minimum(self._lows, visible.min(0)),
-                np.maximum(self._highs, visible.max(0)),
-            )
+        for rows in row_blocks(frame.shape[0], frame.shape[1]):
+            visible = frame[rows, :, :3][opacity[rows] > 127]
+            if len(visible):
+                self._lows = np.minimum(self._lows, visible.min(0))
+                self._highs = np.maximum(self._highs, visible.max(0))
         return on_white, opacity
 
     @property

@@ -247,3 +247,22 @@ def test_samples_are_the_pictures_of_a_generation(tmp_path: Path) -> None:
     (base,) = (tmp_path / "without").glob("*.png")
     assert (picture(sample) - picture(made)).abs().max() <= 1
     assert (picture(base) - picture(made)).abs().max() > 2
+
+
+@pytest.mark.parametrize("with_values", [False, True])
+def test_a_file_that_is_trained_on_keeps_its_dilations(tmp_path: Path, with_values: bool) -> None:
+    """No option says them: what is made, planned and written has those of the file."""
+    path = tmp_path / "net.safetensors"
+    first = describe_lllite(options_of(lllite_use_aspp=True))
+    assert first.values["lllite.aspp_dilations"] == "1,2,4,8"
+    state = first.make(tiny_model(), True).state_dict()
+    save_file(state, path, {"lllite.aspp_dilations": "1,2,3,6"})
+    made = describe_lllite(options_of(lllite_use_aspp=True, network_weights=path))
+    made.check()
+    assert made.values["lllite.aspp_dilations"] == "1,2,3,6"
+    trunk: Any = made.make(tiny_model(), with_values).lllite_conditioning1
+    found = {layer.dilation for layer in trunk.aspp.modules() if isinstance(layer, nn.Conv2d)}
+    assert found == {(1, 1), (2, 2), (3, 3), (6, 6)}
+    save_file(state, path, {"lllite.aspp_dilations": "0,1,2,4"})
+    with pytest.raises(CheckpointError, match="aspp_dilations of its metadata is '0,1,2,4'"):
+        made.check()

@@ -5,8 +5,10 @@ import json
 import shutil
 import struct
 import sys
+import threading
 import time
 import zlib
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from browser.background_jobs import BackgroundJobs
 from browser.jobs import open_queue
 from browser.mask_making import MaskMakingPages
 from browser.mask_pages import DRAWN_ADDRESS, MOST_OF_DRAWN
+from browser.mask_review import MaskConflictError, MaskReview
 from browser.render_worker import RenderWorker
 from browser.runs import Runs
 from browser.site import Site
@@ -559,3 +562,41 @@ def test_a_new_description_keeps_the_masks(folder: Path) -> None:
     assert read_kept_masks(folder) == {folder: folder / "masks"}
     (folder / "dataset.toml").write_text(f'{SUBSETS}mask_directory = "masks"\n', encoding="utf-8")
     assert read_kept_masks(folder) == {folder: folder / "masks"}
+
+
+class OneAtATime(OrderedDict[Any, Any]):
+    """A dictionary that notices when a second thread changes it before the first one is done."""
+
+    is_busy = False
+    overlaps = 0
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        type(self).overlaps += self.is_busy
+        self.is_busy = True
+        time.sleep(0.01)
+        super().__setitem__(key, value)
+        self.is_busy = False
+
+
+def test_two_pages_that_load_pictures_at_once_change_the_kept_ones_in_turn(folder: Path) -> None:
+    review = MaskReview(Runs([folder.parent]), _shots=OneAtATime())
+    places = review.places(folder)
+    assert len(places) > 1
+    threads = [threading.Thread(target=review.read_picture, args=(place, 0)) for place in places * 3]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert OneAtATime.overlaps == 0
+    assert len(review._shots) == len(places)
+
+
+def test_a_mask_that_another_server_has_drawn_first_is_not_replaced(folder: Path) -> None:
+    """Both pages were shown a picture without a mask."""
+    servers = [MaskReview(Runs([folder.parent])) for _ in range(2)]
+    (place, *_) = [place for place in servers[0].places(folder) if place.mask is None]
+    png = as_png(np.full((HEIGHT, WIDTH), 255, np.uint8))
+    servers[0].draw(folder, place, png, "")
+    with pytest.raises(MaskConflictError):
+        servers[1].draw(folder, place, png, "")
+    assert not (folder / ".masks.lock").exists()

@@ -1,6 +1,7 @@
 """A link to one run for a friend: what it shows, and that it opens nothing else."""
 
 import re
+import threading
 import time
 from pathlib import Path
 
@@ -146,10 +147,98 @@ def test_days_that_no_link_has_are_refused(days: str, tmp_path: Path) -> None:
     assert Shares().list_all() == []
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", '[{"word": "w"}]', '[{"word": "w", "run": 1, "end": "x"}]'])
+LINK = '{"word": "w", "run": "r", "session": 1, "end": '
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("{", "[1]", '[{"word": "w"}]', '[{"word": "w", "run": 1, "end": "x", "session": 1}]', "[" * 9000),
+        *(f"[{LINK}{end}}}]" for end in ("Infinity", "NaN", "1e999", "9" * 400, "1e300", "-Infinity")),
+        *(f"[{LINK}9e9}}]", f"[{LINK}{{}}}}]", f"[{LINK}1e10}}]".replace('"session": 1', '"session": "1"')),
+    ],
+)
 def test_a_damaged_list_of_links_opens_nothing(text: str, tmp_path: Path) -> None:
     Shares().add("run", 1)
     path = tmp_path / "user" / "reelsmith" / shares.FILE
     path.write_text(text, encoding="utf-8")
     assert Shares().list_all() == []
     assert Shares().find("w") is None
+
+
+def test_a_link_ends_when_another_run_of_this_name_begins(tmp_path: Path) -> None:
+    folder = tmp_path / "runs"
+    write_run(folder, "x", 10)
+    with serve_runs(folder, token=TOKEN) as served:
+        link = make_link(served)
+        history = history_path(folder, "x")
+        lines = history.read_text(encoding="utf-8").splitlines()
+        history.write_text("\n".join([*lines, *lines[1:]]) + "\n", encoding="utf-8")  # it was resumed
+        assert served.ask(link).status == 200
+        assert '"session": 1,' in lines[0]
+        other = lines[0].replace('"session": 1,', '"session": 2,')
+        history.write_text("\n".join([other, *lines[1:]]) + "\n", encoding="utf-8")
+        for address in (link, f"{link}sample/x_1.png", f"{link}x.safetensors"):
+            answer = served.ask(address)
+            assert (answer.status, answer.text) == (401, str(shares.ENDED)), address
+        assert "/shared/" not in enter(served, TOKEN).ask(served.of("x")).text
+        assert served.ask(make_link(served)).status == 200
+        history.unlink()
+        assert served.ask(link).status == 401
+
+
+def test_a_clock_that_is_set_takes_no_link_for_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = Shares().add("one", 7, 1)
+    now = time.time()
+    for moved in (now + 9 * DAY, now - 900 * DAY):
+        with monkeypatch.context() as jump:
+            jump.setattr(shares.time, "time", lambda moved=moved: moved)
+            Shares().add("two", 7, 1)
+            assert Shares().find(first.word) is None
+    assert Shares().find(first.word) == first
+
+
+def test_links_of_two_pages_at_once_are_all_kept(tmp_path: Path) -> None:
+    """Each page has its own `Shares`; what one has answered, the other does not take away."""
+    made: list[str] = []
+
+    def make() -> None:
+        own = Shares()
+        made.extend(own.add("run", 1, 1).word for _ in range(10))
+
+    threads = [threading.Thread(target=make) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {share.word for share in Shares().list_all()} == set(made)
+    assert len(made) == 40
+
+
+def test_a_link_to_another_place_is_not_followed(tmp_path: Path) -> None:
+    """Behind a saved file's name may be another run's file, or one below another root."""
+    folder = tmp_path / "runs"
+    write_run(folder, "x", 10)
+    write_run(folder / "other", "y", 10)
+    saved = folder / "x.safetensors"
+    saved.unlink()
+    saved.symlink_to(folder / "other" / "y.safetensors")
+    sample = folder / "sample" / "x_1.png"
+    sample.unlink()
+    sample.symlink_to(folder / "other" / "sample" / "y_1.png")
+    with serve_runs(folder, token=TOKEN) as served:
+        link = make_link(served)
+        assert [served.ask(f"{link}{name}").status for name in ("x.safetensors", "sample/x_1.png")] == [
+            404,
+            404,
+        ]
+
+
+def test_files_of_another_run_in_the_folder_are_not_shared(tmp_path: Path) -> None:
+    write_run(tmp_path, "x", 10)
+    write_run(tmp_path, "y", 10)
+    history = History(history_path(tmp_path, "x"), 1, 10)
+    history.add(11, saved="y.safetensors")
+    history.flush()
+    with serve_runs(tmp_path, token=TOKEN) as served:
+        assert served.ask(f"{make_link(served)}y.safetensors").status == 404

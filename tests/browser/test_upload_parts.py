@@ -15,7 +15,7 @@ from starlette.requests import Request
 
 from browser.runs import Runs
 from browser.upload_parts import ADDRESS, OLD_SECONDS, PieceUploads
-from browser.uploads import FileUploads, UploadLimits, name_upload_folder
+from browser.uploads import FileUploads, UploadLimits, claim_file, name_upload_folder
 from modules.errors import OptionError
 from tests.browser.serving import Served, serve_runs
 from tests.browser.test_uploads import everything, picture
@@ -207,3 +207,46 @@ def test_a_page_sends_a_large_file_in_pieces_through_breaks(
     assert list(breaks) == []
     (taken,) = (tmp_path / "roots").glob("*/large.png")
     assert taken.read_bytes() == source.read_bytes()
+
+
+def test_an_upload_that_goes_on_next_week_is_joined_rightly(served: Served, tmp_path: Path) -> None:
+    """What is old is removed when a piece arrives: not the file that this piece belongs to."""
+    content = picture(tmp_path)
+    half = len(content) // 2
+    send(served, content, 0, half)
+    send(served, content, 0, 10, name="other.png")
+    for part in (tmp_path / "roots/set").iterdir():
+        os.utime(part, (1e9, 1e9))
+    assert send(served, content, half, len(content))["status"] == 200
+    assert everything(tmp_path / "roots") == ["set", "set/a ü.png"]
+    assert (tmp_path / "roots/set/a ü.png").read_bytes() == content
+
+
+def test_a_clock_that_jumps_and_files_of_other_programs_lose_nothing(
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = picture(tmp_path)
+    send(served, content, 0, 10)
+    foreign = tmp_path / "roots/set/.theirs.0123456789abcdef.part"
+    foreign.write_bytes(b"theirs")
+    now = time.time()
+    monkeypatch.setattr("browser.upload_parts.time.time", lambda: now + 400 * OLD_SECONDS)
+    assert send(served, content, 0, len(content), name="b.png")["status"] == 200
+    assert send(served, content, 10, len(content))["status"] == 200
+    assert everything(tmp_path / "roots/set") == [foreign.name, "a ü.png", "b.png"]
+
+
+def test_two_servers_do_not_add_to_one_file_at_once(tmp_path: Path) -> None:
+    """Each has its own memory: the claim is a file."""
+    (tmp_path / "roots/set").mkdir(parents=True)
+    content = picture(tmp_path)
+    with serve_runs(tmp_path / "roots") as served:
+        send(served, content, 0, 10)
+        (part,) = (tmp_path / "roots/set").iterdir()
+        with claim_file(tmp_path / "roots/set", part.name):  # as the other server does
+            assert send(served, content, 10, len(content))["status"] == 503
+        with claim_file(tmp_path / "roots/set", "A Ü.PNG"):  # another file of this name is judged
+            assert send(served, content, 10, len(content))["status"] == 503
+            assert not (tmp_path / "roots/set/a ü.png").exists()
+        assert send(served, content, len(content), 0)["status"] == 200
+    assert (tmp_path / "roots/set/a ü.png").read_bytes() == content

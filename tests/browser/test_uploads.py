@@ -4,6 +4,7 @@ import asyncio
 import http.client
 import os
 import random
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from urllib.parse import urlencode
 import pytest
 from PIL import Image
 
+from browser.names import short_digest
 from browser.runs import Runs
 from browser.server import MOST_BYTES
 from browser.uploads import (
@@ -25,7 +27,9 @@ from browser.uploads import (
     find_kind,
     name_upload_folder,
 )
+from modules.atomic_write import identify_machine
 from modules.errors import OptionError, OutputError
+from modules.output_files import fold_name
 from tests.browser.serving import Answer, Served, serve_runs
 from tests.data_tools.report.making import save_clip
 from tests.waiting import PATIENCE, wait_for
@@ -290,3 +294,74 @@ def test_dropped_files_are_decoded_one_after_another(tmp_path: Path, monkeypatch
     for thread in threads:
         thread.join()
     assert most == [1] * 6
+
+
+@pytest.mark.parametrize("names", [("a.txt", "a.txt"), ("a.txt", "A.TXT"), ("\u00e4.txt", "a\u0308.txt")])
+def test_of_two_files_of_one_name_at_once_one_is_taken_and_one_is_refused(
+    served: Served, tmp_path: Path, names: tuple[str, str]
+) -> None:
+    for number in range(10):
+        answers: dict[bytes, int] = {}
+        contents = [b"one", b"two"]
+
+        def drop(
+            name: str, content: bytes, answers: dict[bytes, int] = answers, number: int = number
+        ) -> None:
+            answers[content] = send(served, name, content, into=f"set{number}").status
+
+        threads = [threading.Thread(target=drop, args=pair) for pair in zip(names, contents, strict=True)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        (path,) = (tmp_path / f"roots/set{number}").iterdir()
+        assert sorted(answers.values()) == [200, 422]
+        assert answers[path.read_bytes()] == 200
+
+
+def test_a_file_that_another_program_writes_meanwhile_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = FileUploads.judge
+
+    def write_then(self: FileUploads, path: Path, folder: Path) -> None:
+        judge(self, path, folder)
+        (folder / path.name).write_text("theirs", encoding="utf-8")
+
+    monkeypatch.setattr(FileUploads, "judge", write_then)
+    (tmp_path / "roots").mkdir()
+    with serve_runs(tmp_path / "roots") as served:
+        answer = send(served, "a.txt", b"mine")
+    assert answer.status == 422
+    assert "File exists" in answer.json()["error"]
+    assert everything(tmp_path / "roots") == ["set", "set/a.txt"]
+    assert (tmp_path / "roots/set/a.txt").read_text(encoding="utf-8") == "theirs"
+
+
+def test_a_file_that_goes_while_a_folder_is_measured_is_no_fault(
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "roots/set"
+    folder.mkdir()
+    (folder / "goes.png").touch()
+    whole = Path.lstat
+
+    def vanish(path: Path) -> os.stat_result:
+        if path.name == "goes.png":
+            path.unlink(missing_ok=True)
+        return whole(path)
+
+    monkeypatch.setattr(Path, "lstat", vanish)
+    assert send(served, "a.txt", b"mine").status == 200
+
+
+def test_the_claim_of_a_killed_server_does_not_hold_for_ever(served: Served, tmp_path: Path) -> None:
+    assert send(served, "a.txt", b"mine").status == 200  # the folder was swept
+    folder = tmp_path / "roots/set"
+    ended = subprocess.Popen(["true"] if os.name != "nt" else ["cmd", "/c", "exit"])
+    ended.wait()
+    claim = folder / f".{short_digest(fold_name('b.txt'))}.claim.00000000.tmp"
+    claim.write_text(f"{identify_machine():08x}{ended.pid & 0xFFFFFF:06x}abcd", encoding="ascii")
+    if os.name == "nt":
+        os.utime(claim, (1e9, 1e9))  # no process can be asked for there
+    assert send(served, "b.txt", b"mine").status == 200

@@ -118,7 +118,13 @@ KINDS: dict[str, Callable[[Path], object]] = {
     "sounds": write_sounds,
     "heard": write_heard,
 }
-NEEDS_PAIRS = {"qwen_image edit-2511", "qwen_image_21 edit", "krea2 edit", "flux_kontext dev"}
+NEEDS_PAIRS = {
+    "qwen_image edit-2511",
+    "qwen_image_21 edit",
+    "moss_image edit",
+    "krea2 edit",
+    "flux_kontext dev",
+}
 NEEDS_CLIPS = {"wan i2v-14B-480p", "wan flf2v-14B", "skyreels i2v", "framepack i2v"}
 HEARS = {"ltx_2 av", "ltx_25 v"}
 NEEDS_SECONDS = {"minimax_h3 t2va", "minimax_h3 fl2va"}  # five: more than most clips here have

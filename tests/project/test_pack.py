@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 
 from checkpoints.opening import open_checkpoint
+from modules import zip_files
 from modules.atomic_write import SPARE_BYTES
 from modules.errors import OptionError, OutputError
 from modules.text_files import parse_toml
-from project import unpacking
 from project.pack_options import MANIFEST, PackOptions, UnpackOptions
 from project.packing import pack_folder
 from project.unpacking import unpack_folder
@@ -270,7 +270,7 @@ def test_half_a_copy_is_refused_wherever_it_ends(folder: Path, tmp_path: Path) -
 def test_a_long_list_of_members_is_not_read(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(unpacking, "MOST_LISTED_BYTES", 200)
+    monkeypatch.setattr(zip_files, "MOST_LISTED_BYTES", 200)
     with pytest.raises(OptionError, match="list of files is too long"):
         unpack_folder(UnpackOptions(file=pack(folder), folder=tmp_path / "new"))
 
@@ -392,3 +392,50 @@ def test_a_packed_folder_trains_to_the_same_lora_and_continues(tmp_path: Path) -
     succeed_here(*train, *longer, folder=here)
     succeed_here(*train, *longer, folder=later)
     assert tensors_of(later / lora) == tensors_of(here / lora)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *('files = ["~nobody9/x"]', "files = 5", "files = [1]", 'files = "x"', f'files = ["{"n" * 5000}"]'),
+        *('files = ["a\\u0000b"]', "files = [[]]", "files = {a = 1}", "x = 1\nx = 2", "[a]\n[a]"),
+        f"x = {'9' * 100_000}",
+        f"x = {'[' * 9000}",
+        f"{'a.' * 9000}b = 1",
+        "\xff",
+        f"# {'long' * 100_000}",
+    ],
+)
+def test_whatever_the_list_of_models_is_nothing_is_made(folder: Path, tmp_path: Path, text: str) -> None:
+    content = f"[reelsmith]\n{text}\n".encode("latin-1")
+    file = change(pack(folder), add("run.toml", content), without="run.toml")
+    with pytest.raises(OptionError, match="no whole file of `pack`") as error:
+        unpack_folder(UnpackOptions(file=file, folder=tmp_path / "place" / "deep" / "new"))
+    assert len(str(error.value)) < 1000
+    assert not (tmp_path / "place").exists()
+
+
+@pytest.mark.parametrize("text", ["reelsmith = [1]", "reelsmith = 1", '[[reelsmith]]\nfiles = ["x"]'])
+def test_a_list_of_models_that_is_no_table_makes_nothing(folder: Path, tmp_path: Path, text: str) -> None:
+    file = change(pack(folder), add("run.toml", text.encode()), without="run.toml")
+    with pytest.raises(OptionError, match="no whole file of `pack`"):
+        unpack_folder(UnpackOptions(file=file, folder=tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_member_that_is_damaged_leaves_no_folder_above(folder: Path, tmp_path: Path) -> None:
+    file = pack(folder)
+    file.write_bytes(file.read_bytes().replace(b"picture a.png", b"picture b.png"))
+    with pytest.raises(OptionError, match="no whole file of `pack`"):
+        unpack_folder(UnpackOptions(file=file, folder=tmp_path / "place" / "deep" / "new"))
+    assert not (tmp_path / "place").exists()
+
+
+def test_the_name_of_a_folder_is_no_option_of_the_next_command(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = change(pack(folder), damage_manifest(name="--help"), without=MANIFEST)
+    monkeypatch.chdir(tmp_path)
+    unpack_folder(UnpackOptions(file=file))
+    assert f"run .{os.sep}--help" in capsys.readouterr().out.replace("\n", " ").replace("'", "")
+    assert (tmp_path / "--help" / "run.toml").is_file()

@@ -22,6 +22,7 @@ from contract.data import CONTROL_PIXELS, CacheEntry, MediaBatch
 from contract.loading import Placement
 from dataset.caching.latents import _add_mirrored, _mirror
 from encoders.control_pictures import add_controls
+from modules.errors import CheckpointError
 from stable_diffusion.family import StableDiffusion
 from stable_diffusion.lllite_learning import describe_lllite, make_lllite
 from stable_diffusion.lllite_modules import Lllite, plan_lllite
@@ -316,3 +317,21 @@ def test_control_pictures_of_another_shape_are_told(folder: Path, caplog: pytest
 
     assert "1 control picture of another shape than the picture" in caplog.text
     assert "1.png (128x64 and 64x64)" in caplog.text
+
+
+def test_the_metadata_of_a_file_that_is_trained_on_have_its_sizes(tmp_path: Path) -> None:
+    usual = describe_lllite(options_of())
+    assert usual.values == {"ss_network_dim": 64, "ss_cond_emb_dim": 32}
+    path = write_lllite(tmp_path / "net.safetensors")
+    tensors = load_file(path)
+    (rank,) = {tensor.shape[0] for name, tensor in tensors.items() if name.endswith("down.0.weight")}
+    convolutions = [name for name in tensors if "conditioning1" in name and name.endswith("weight")]
+    width = tensors[max(convolutions)].shape[0]
+    assert (rank, width) != (64, 32)
+    assert describe_lllite(options_of(network_weights=path)).values == {
+        "ss_network_dim": rank,
+        "ss_cond_emb_dim": width,
+    }
+    missing = describe_lllite(options_of(network_weights=tmp_path / "none.safetensors"))
+    with pytest.raises(CheckpointError, match=r"none\.safetensors"):
+        missing.check()

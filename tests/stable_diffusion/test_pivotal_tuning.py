@@ -69,6 +69,8 @@ def test_two_steps_are_those_of_plain_torch(kind: str, tmp_path: Path) -> None:
     plain_rows = {name: Parameter(tensor.detach().clone()) for name, tensor in rows.module.named_parameters()}
     plain_parameters = [*twin.parameters(), *plain_rows.values()]
     begun = [parameter.detach().clone() for parameter in plain_parameters]
+    # a word is not pulled to 0
+    assert [group.get("weight_decay") for group in trainable.groups] == [None, 0.0]
     ours = torch.optim.SGD([{**group} for group in trainable.groups])
     of_rows = {"params": [*plain_rows.values()], "lr": 3.0}
     plain = torch.optim.SGD([{"params": [*twin.parameters()], "lr": 1.0}, of_rows])

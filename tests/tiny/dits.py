@@ -20,6 +20,7 @@ from hunyuan_model.model import HunyuanVideoModel
 from krea2.model import Krea2Model
 from ltx_2.model import LtxModel
 from lumina.model import LuminaModel
+from moss_image.model import MossImageModel
 from networks.lora_network import OwnNetwork
 from qwen_image.model import QwenImageModel
 from qwen_image_21.model import QwenImage21Model
@@ -35,6 +36,7 @@ from tests.tiny import (
     hunyuan_image,
     krea2,
     lumina,
+    moss_image,
     qwen_image,
     qwen_image_21,
     wan_dit,
@@ -339,6 +341,27 @@ def _qwen_image_21(edits: bool = False) -> TinyDit:
     return TinyDit(name, QwenImage21Model.spec, make, "lora_qwen_image_21", chosen)
 
 
+def _moss_image(edits: bool = False) -> TinyDit:
+    """With texts of several lengths. With edits: a reference."""
+    config = moss_image.CONFIG
+
+    def inputs(size: Size, batch: int) -> dict[str, Any]:
+        draw, (_, *area, text) = _drawing(), size
+        return {
+            "noisy": draw(batch, config.channels, 1, *area),
+            "timesteps": torch.linspace(900.0, 100.0, batch),
+            "text": draw(batch, text, config.text_dim),
+            "text_mask": _mask(batch, text),
+        }
+
+    def with_reference(size: Size, batch: int) -> dict[str, Any]:
+        return {**inputs(size, batch), "references": [_drawing(8)(batch, config.channels, 1, 2, 3)]}
+
+    make = _maker(MossImageModel, config, moss_image.tiny_state, "num_layers")
+    name = "moss_image edit" if edits else "moss_image"
+    return TinyDit(name, MossImageModel.spec, make, "lora_moss_image", with_reference if edits else inputs)
+
+
 def _anima() -> TinyDit:
     """With texts of unequal numbers of states, and of T5's tokens."""
     config = anima.CONFIG
@@ -380,7 +403,7 @@ DITS = (
     *(_wan("t2v"), _wan("i2v"), _hunyuan("t2v"), _framepack()),
     *(LUMINA, _flux("dev"), _flux("chroma"), _flux_2(), _flux_3()),
     *(_hunyuan_image(), _qwen_image(), _qwen_image(edits=True), Z_IMAGE, _krea2(), _krea2(edits=True)),
-    *(_qwen_image_21(), _qwen_image_21(edits=True), _anima()),
+    *(_qwen_image_21(), _qwen_image_21(edits=True), _moss_image(), _moss_image(edits=True), _anima()),
     *(_ltx("2.0"), _ltx("2.3"), _ltx("2.5"), _wan("vace")),
 )
 ONE_OF_EACH = (DITS[0], DITS[2], DITS[3])

@@ -20,6 +20,7 @@ from tests.tiny.hunyuan import write_tiny_hunyuan
 from tests.tiny.hunyuan_image import write_tiny_hunyuan_image
 from tests.tiny.krea2 import write_tiny_krea2
 from tests.tiny.lumina import write_tiny_lumina
+from tests.tiny.moss_image import write_tiny_moss_image
 from tests.tiny.project import (
     write_clips,
     write_dataset,
@@ -420,6 +421,24 @@ def _qwen_image_21(edits: bool = False) -> TinyFamily:
     )
 
 
+def _moss_image(edits: bool = False) -> TinyFamily:
+    """MOSS-Image, or its edits of two references."""
+
+    def write(folder: Path) -> None:
+        write_tiny_moss_image(folder / "model")
+        if edits:
+            write_references(folder, ("_0", "_1"))
+
+    return _pictures(
+        *("moss_image edit" if edits else "moss_image", "moss_image", "lora_moss_image", write),
+        vae=VAE,
+        texts=TEXTS,
+        making=["--control_image_path", "start.png"] * edits,
+        line="--ci start.png" * edits,
+        train_whole="moss_image_train.py",
+    )
+
+
 def _hunyuan_image() -> TinyFamily:
     return _pictures(
         *("hunyuan_image", "hunyuan_image", "lora_hunyuan_image"),
@@ -492,6 +511,8 @@ FAMILIES = (
     _krea2(edits=True),
     _qwen_image_21(),
     _qwen_image_21(edits=True),
+    _moss_image(),
+    _moss_image(edits=True),
     _anima(),
     _ltx_2("ltx_2", "v", "2.5"),
     _ltx_2("ltx_2 with sound", "av", "2.3"),
@@ -521,6 +542,7 @@ def write_deep(family: TinyFamily, folder: Path, clips: WriteClips = write_clips
         "anima": write_tiny_anima,
         **dict.fromkeys(("krea2", "krea2 edit"), write_tiny_krea2),
         **dict.fromkeys(("qwen_image_21", "qwen_image_21 edit"), write_tiny_qwen_image_21),
+        **dict.fromkeys(("moss_image", "moss_image edit"), write_tiny_moss_image),
         "qwen_image": write_tiny_qwen_image,
         "qwen_image edit-2511": partial(write_tiny_qwen_image, edits=True),
         "ltx_2": partial(write_release, version="2.5"),

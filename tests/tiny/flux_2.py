@@ -106,12 +106,19 @@ def vae_state(seed: int = 6, dtype: torch.dtype = torch.float32) -> dict[str, Te
     """The autoencoder with the names and shapes of flux2-vae.safetensors."""
     with torch.device("meta"):
         network = Flux2Vae(VAE)
-    found = as_released(random_tensors(network, seed))
-    generator = torch.Generator().manual_seed(seed)
-    found["bn.running_mean"] = 0.3 * torch.randn(128, generator=generator)
-    found["bn.running_var"] = 0.2 + torch.rand(128, generator=generator)
-    found["bn.num_batches_tracked"] = torch.tensor(7)
+    found = add_statistics(as_released(random_tensors(network, seed)), seed)
     return {name: tensor if tensor.ndim == 0 else tensor.to(dtype) for name, tensor in found.items()}
+
+
+def add_statistics(state: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """The same with statistics of packed latents."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        **state,
+        "bn.running_mean": 0.3 * torch.randn(128, generator=generator),
+        "bn.running_var": 0.2 + torch.rand(128, generator=generator),
+        "bn.num_batches_tracked": torch.tensor(7),
+    }
 
 
 def vae_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

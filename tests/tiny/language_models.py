@@ -67,6 +67,16 @@ QWEN3_VISION: dict[str, Any] = {
 }
 QWEN25_VL_TEXT = {**_TEXT, "rms_norm_eps": 1e-6}
 QWEN3_CONFIG = {**_TEXT, "head_dim": 32, "rms_norm_eps": 1e-6, "rope_parameters": _ROPE}
+QWEN35_TEXT = {
+    **_TEXT,
+    "head_dim": 32,
+    "rms_norm_eps": 1e-6,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_conv_kernel_dim": 4,
+}
 MISTRAL_CONFIG = {
     **_TEXT,
     "head_dim": 32,
@@ -120,6 +130,34 @@ def qwen3_vl(layers: int = LAYERS) -> Any:
         video_token_id=ids["video_pad"],
     )
     return filled(Qwen3VLForConditionalGeneration(config))
+
+
+def qwen35(layers: int = LAYERS) -> Any:
+    """Qwen3.5's whole network with its vision tower and head; of four layers the last one has attention."""
+    from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
+
+    ids = {name: qwen_tokenizer().token_to_id(f"<|{name}|>") for name in ("image_pad", "video_pad")}
+    rope = {
+        "rope_type": "default",
+        "rope_theta": 1e7,
+        "partial_rotary_factor": 0.25,
+        "mrope_section": [2, 1, 1],
+        "mrope_interleaved": True,
+    }
+    config = Qwen3_5Config(
+        text_config={**QWEN35_TEXT, "num_hidden_layers": layers, "rope_parameters": rope},
+        vision_config={**QWEN3_VISION, "deepstack_visual_indexes": []},
+        image_token_id=ids["image_pad"],
+        video_token_id=ids["video_pad"],
+    )
+    model = filled(Qwen3_5ForConditionalGeneration(config))
+    for name, parameter in model.named_parameters():
+        # weights of norms are how far these are from 1, except the gated ones; exponents are not large
+        if name.endswith("norm.weight") and "linear_attn" not in name and "visual" not in name:
+            parameter.data -= 1
+        if name.endswith(("A_log", "dt_bias")):
+            parameter.data.mul_(0.5)
+    return model
 
 
 def mistral3(layers: int = LAYERS) -> Any:

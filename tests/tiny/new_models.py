@@ -15,6 +15,7 @@ from tests.tiny.hunyuan_image import write_tiny_hunyuan_image
 from tests.tiny.krea2 import write_tiny_krea2
 from tests.tiny.lumina import write_tiny_lumina
 from tests.tiny.minimax_h3 import write_tiny_h3
+from tests.tiny.moss_image import write_tiny_moss_image
 from tests.tiny.qwen_image import write_tiny_qwen_image
 from tests.tiny.qwen_image_21 import write_tiny_qwen_image_21
 from tests.tiny.stable_diffusion import write_tiny_stable_diffusion
@@ -58,6 +59,8 @@ MODELS: dict[str, tuple[Writer, dict[str, str]]] = {
     "qwen_image edit-2511": (partial(write_tiny_qwen_image, edits=True), PICTURES),
     "qwen_image_21 base": (write_tiny_qwen_image_21, PICTURES),
     "qwen_image_21 edit": (write_tiny_qwen_image_21, PICTURES),
+    "moss_image base": (write_tiny_moss_image, PICTURES),
+    "moss_image edit": (write_tiny_moss_image, PICTURES),
     "z_image turbo": (write_tiny_z_image, PICTURES),
     "krea2 raw": (write_tiny_krea2, PICTURES),
     "anima base": (write_tiny_anima, ANIMA),

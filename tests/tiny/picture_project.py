@@ -23,6 +23,7 @@ from tests.tiny import (
     hunyuan_image,
     krea2,
     lumina,
+    moss_image,
     qwen_image,
     qwen_image_21,
     stable_diffusion,
@@ -90,6 +91,20 @@ def lay_out_flux_3(folder: Path) -> None:
     (qwen / "config.json").rename(folder / "config.json")
     (folder.parent / "before").mkdir()
     for name in ("start", "chair", "before/0", "before/1"):
+        write_image(folder.parent / f"{name}.png", SIDE, SIDE)
+
+
+def lay_out_moss_image(folder: Path) -> None:
+    """MOSS-Image, Base and SFT, and what they need; beside the folder what pictures are made from."""
+    for seed, release in enumerate(("base", "sft")):
+        state = moss_image.tiny_state(seed, torch.bfloat16)
+        moss_image.write_dit(folder, state, "comfyui", f"moss_image_{release}_bf16")
+    save(folder / "flux2-vae_small.safetensors", moss_image.vae_state())
+    qwen = moss_image.write_text_encoder(folder / "qwen_3_5")
+    (qwen / "model.safetensors").rename(folder / "qwen3.5_9b_bf16.safetensors")
+    (qwen / "config.json").rename(folder / "config.json")
+    (folder.parent / "before").mkdir()
+    for name in ("start", "before/0", "before/1"):
         write_image(folder.parent / f"{name}.png", SIDE, SIDE)
 
 

@@ -79,6 +79,10 @@ CASES |= {
         {"steps": 8, "guidance_scale": (1.0,), "flow_shift": math.exp(1.15)},
     ),
     "qwen_image_21": ("qwen_image_21", [], {}, {"steps": 40, "guidance_scale": (1.0,), "width": 1024}),
+    "moss_image": (
+        *("moss_image", [], {}),
+        {"steps": 50, "guidance_scale": (3.0,), "flow_shift": 5.0, "negative_prompt": ""},
+    ),
     "qwen_image_21 turbo": (
         *("qwen_image_21", [], {"model/dit.safetensors": TURBO}),
         {"steps": 8, "guidance_scale": (1.0,)},
@@ -132,6 +136,7 @@ def training_of(words: list[str]) -> tuple[Any, Any, Any]:
     "ltx_2 with sound",
     "ltx_2",
     "qwen_image edit-2511",
+    "moss_image edit",
     "qwen_image_21 edit",
     "wan flf2v-14B",
     "wan i2v-14B-FC",

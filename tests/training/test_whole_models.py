@@ -33,7 +33,7 @@ BF16 = ("--mixed_precision", "bf16", "--learning_rate", "1e-2", *FUSED, *KEPT)
 DAILY = "krea2"
 NAMES = (
     *("krea2", "flux", "chroma", "lumina", "hunyuan_image"),
-    *("flux_2", "flux_3", "qwen_image_21", "kontext", "z_image", "qwen_image"),
+    *("flux_2", "flux_3", "qwen_image_21", "moss_image", "kontext", "z_image", "qwen_image"),
     *("ltx_2 with sound", "minimax_h3"),
 )
 BY_NAME = {family.name: family for family in (*FAMILIES, *FURTHER)}
@@ -56,8 +56,6 @@ def read_dit(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a transformer, also from a file with all networks."""
     state = load_file(path)
     inside = {name: tensor for name, tensor in state.items() if name.startswith(PREFIX)}
-    inside = {name: tensor for name, tensor in inside.items() if "_connector." not in name}
-    state.pop("rope.inv_freq", None)  # computed
     return {name.removeprefix(PREFIX): tensor for name, tensor in inside.items()} or state
 
 
@@ -104,8 +102,9 @@ def test_a_file_in_bf16_has_the_names_and_dtypes_of_its_source(project: tuple[Ti
         name: (tensor.shape, tensor.dtype) for name, tensor in before.items()
     }
     moved = [name for name, tensor in after.items() if not torch.equal(tensor, before[name])]
-    # of Qwen-Image, what the last block makes of the text has no effect
-    assert len(moved) > 0.85 * len(before)
+    # of Qwen-Image, what the last block makes of the text has no effect; texts are cached behind connectors
+    learned = [name for name in before if "_connector." not in name]
+    assert len(moved) > 0.85 * len(learned)
     state = "output/lora-step00000001-state"
     succeed_here(*words, "--resume", state, "--output_dir", "resumed", folder=folder)
     resumed = load_file(folder / "resumed" / "lora.safetensors")

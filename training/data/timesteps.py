@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from contract.family import FLOW, NoiseSpec
-from contract.rules import ONE_EXPERT, Expert, ShiftedLogit, expert_at
+from contract.rules import ONE_EXPERT, CutLogit, Expert, ShiftedLogit, expert_at
 from modules.errors import OptionError
 from modules.flow.schedule import shift_sigmas, size_shift
 from modules.seeds import derive_seed
 from training.noise_options import (
+    CUT_LOGIT,
     IDEOGRAM_SCALE,
     IDEOGRAM_SHIFT,
     MIXTURES,
@@ -242,6 +243,9 @@ def shares_of(options: TimestepOptions, numbers: Tensor, noise: NoiseSpec, flow_
             t = _stretched(_require_shifted_logit(noise), numbers, options.sigmoid_scale, flow_shift)
         case "logsnr":
             t = _of_logsnr(options.logit_mean, options.logit_std, numbers)
+        case name if name == CUT_LOGIT:
+            assert noise.cut_logit is not None, "only scripts of models that have it offer this sampler"
+            t = _cut_logit(noise.cut_logit, numbers)
         case other:
             raise ValueError(f"unknown timestep sampling {other}")
     if not options.preserve_distribution_shape:
@@ -438,6 +442,19 @@ def _stretched(rule: ShiftedLogit, numbers: Tensor, scale: float, flow_shift: fl
         uniform = rule.least + (1 - rule.least) * numbers / max(share, 1e-9)
         t = torch.where(numbers < share, uniform, t)
     return t
+
+
+def _cut_logit(rule: CutLogit, numbers: Tensor) -> Tensor:
+    """Return t of the sampler cut_logit_normal: B, whole thousandths above 0. numbers: uniform; the first of
+    them, up to a share, choose uniform draws.
+    """
+    share = rule.uniform_share
+    edge = torch.tensor(rule.cut, dtype=torch.float64)
+    kept = torch.special.ndtr((torch.logit(edge) - rule.mean) / rule.std)  # of the draws, below the cut
+    places = ((numbers - share) / (1 - share) * kept).clamp(1e-12, 1 - 1e-12)
+    t = torch.sigmoid(rule.mean + rule.std * torch.special.ndtri(places)) / rule.cut
+    t = torch.where(numbers < share, numbers / max(share, 1e-9), t)
+    return (NUM_TIMESTEPS * t).ceil().clamp(1, NUM_TIMESTEPS) / NUM_TIMESTEPS
 
 
 def _from_table(options: TimestepOptions, numbers: Tensor, noise: NoiseSpec) -> Tensor:

@@ -201,26 +201,29 @@ class Story:
         nearest = min(steps, key=lambda measured: (abs(measured - step), measured))
         return nearest, self.validations[nearest]
 
-    def best_file(self, folder: Path) -> str | None:
-        """Return the saved file with the lowest validation loss among those that still exist."""
-        candidates = []
+    def measured_files(self, folder: Path) -> list["MeasuredFile"]:
+        """Return the saved files that exist, each with the validation loss measured nearest to its step."""
+        files = []
         for name, step in self.saved.items():
             is_measured = not self.is_average(name) and not self.is_of_word(name)
             validated = self.nearest(step) if is_measured else None
             if validated is not None and (folder / name).exists():
-                _, loss = validated
-                candidates.append((loss, -step, name))
-        if not candidates:
-            return None
-        _, _, best = min(candidates)
-        return best
+                loss_step, loss = validated
+                files.append(MeasuredFile(name, step, loss, loss_step))
+        return files
 
-    def usable_file(self, folder: Path) -> str | None:
-        """Return the saved file to generate with: `best_file`, or the file of the highest step that exists.
+    def best_file(self, folder: Path) -> str | None:
+        """Return the saved file with the lowest validation loss among those that still exist."""
+        best = choose_best(self.measured_files(folder))
+        return None if best is None else best.name
 
-        Of several files of that step it is the one with the shortest name: that of the whole run.
+    def usable_file(self, folder: Path, best: str | None = None) -> str | None:
+        """Return the saved file to generate with: the best one, or the file of the highest step that exists.
+
+        best: as scores have it; None: `best_file`. Of several files of the highest step it is the one with
+        the shortest name: that of the whole run.
         """
-        best = self.best_file(folder)
+        best = best or self.best_file(folder)
         if best is not None:
             return best
         candidates = [
@@ -243,6 +246,29 @@ class Story:
         """Return whether a file has a word alone, `x_mycat.safetensors`, and was saved next to its LoRA."""
         stem, dot, ending = name.rpartition(".")
         return any(f"{stem[: mark.start()]}{dot}{ending}" in self.saved for mark in re.finditer("_", stem))
+
+
+@dataclass(frozen=True)
+class MeasuredFile:
+    """A saved file with a validation loss."""
+
+    name: str
+    step: int
+    loss: float
+    loss_step: int  # where it was measured, nearest to the step
+
+
+def choose_best(files: Iterable[MeasuredFile]) -> MeasuredFile | None:
+    """Return the file with the lowest validation loss; None if there is none.
+
+    Neighbours have equal losses, as each has the nearest one: then it is the file that was saved nearest to
+    the measurement, the later of two, and of one step the file with the shortest name.
+    """
+    return min(
+        files,
+        key=lambda file: (file.loss, abs(file.loss_step - file.step), -file.step, len(file.name), file.name),
+        default=None,
+    )
 
 
 class History:

@@ -83,17 +83,23 @@ def page_values(
     most: tuple[int, int] = (MOST_COLUMNS, MOST_PROMPTS),
     parts: PageParts = NO_PARTS,
     name: str = "",
+    has_sections: bool = True,
 ) -> dict[str, Any]:
     """Return the values of the template. folder: --output_dir. load: gives the clips, if the story has
     samples. most: the largest number of columns and rows in the grid of samples. parts: of features. name:
-    --output_name, whose files next to the history are shown too; "": they are not.
+    --output_name, whose scores say which file is best. has_sections: show the other files next to the history
+    too, which name training pictures.
     """
     from downloads.catalogue import model_title  # only for pages
     from training.reports.item_losses import make_section as make_items
+    from training.reports.scores import find_best_of_run
     from training.reports.scores import make_section as make_scores
 
-    best = story.best_file(folder)
-    sections = [make(folder, name, story) for make in (make_scores, make_items)] if name else []
+    scored = find_best_of_run(folder, name, story) if name else None
+    best = story.best_file(folder) if scored is None else scored.name
+    sections = (
+        [make(folder, name, story) for make in (make_scores, make_items)] if has_sections and name else []
+    )
     grid = None
     if load:
         from training.reports.sample_files import make_grid  # only with samples
@@ -111,7 +117,7 @@ def page_values(
         "charts": [draw_chart(chart) for chart in list_charts(story, parts)],
         "sections": [section for section in sections if section is not None],
         "files": _files(story, folder, best),
-        "advice": describe_best(story, best),
+        "advice": describe_best(story, best) if scored is None else scored.text,
         "memory": story.memory,
         "commands": story.commands,
     }

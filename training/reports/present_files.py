@@ -7,17 +7,26 @@ from pathlib import Path
 from contract.families import HIGH_NOISE, LOW_NOISE
 from modules.command import quote_for_powershell
 from training.reports.history import PageCommand, Story
+from training.reports.scores import find_best_of_run
+
+GENERATE = "Generate with it"  # title of the command that takes the best file
 
 
-def present_commands(story: Story, folder: Path) -> list[PageCommand]:
+def present_commands(story: Story, folder: Path, name: str = "") -> list[PageCommand]:
     """Return the commands of a run; a saved file that is gone gives way to one of its kind that exists.
 
-    folder: of the run's files.
+    The command that generates takes the file that is best by scores, if the run was scored since.
+    folder, name: of the run's files; "": no scores are looked at.
     """
-    return [_with_present_files(command, story, folder) for command in story.commands]
+    scored = find_best_of_run(folder, name, story) if name else None
+    best = None if scored is None else scored.name
+    return [
+        _with_present_files(command, story, folder, best if command.title == GENERATE else None)
+        for command in story.commands
+    ]
 
 
-def _with_present_files(command: PageCommand, story: Story, folder: Path) -> PageCommand:
+def _with_present_files(command: PageCommand, story: Story, folder: Path, best: str | None) -> PageCommand:
     start = story.start
     base = Path(start.working_folder) if start is not None and start.working_folder else None
     try:
@@ -29,24 +38,29 @@ def _with_present_files(command: PageCommand, story: Story, folder: Path) -> Pag
         path = Path(word)
         if path.name not in story.saved or not (path.is_absolute() or base):
             continue
-        if (base or folder) / path.parent != folder or (folder / path.name).exists():
+        is_there = (folder / path.name).exists()
+        is_best = best is None or story.saved[best] == story.saved[path.name]
+        if (base or folder) / path.parent != folder or (is_there and is_best):
             continue
-        present = _find_kin(path.name, story, folder)
-        if present is not None:
-            words[place] = str(path.with_name(present))
-            notes.append(f"{path.name} is not there any more: {present} takes its place.")
+        present = _find_kin(path.name, story, folder, best)
+        if present is None or (is_there and best is not None and story.saved[present] != story.saved[best]):
+            continue
+        words[place] = str(path.with_name(present))
+        reason = "is not the best file by its scores" if is_there else "is not there any more"
+        notes.append(f"{path.name} {reason}: {present} takes its place.")
     if not notes:
         return command
     note = " ".join([*dict.fromkeys(notes), command.note]).rstrip()
     return replace(command, bash=shlex.join(words), powershell=quote_for_powershell(words), note=note)
 
 
-def _find_kin(name: str, story: Story, folder: Path) -> str | None:
+def _find_kin(name: str, story: Story, folder: Path, best: str | None) -> str | None:
     """Return the file to take for one that is gone: of the best step, else of the highest.
 
-    It is an average, of one transformer alone, or of a word, if the lost file was.
+    best: the file of the best step, as scores have it. The file is an average, of one transformer alone, or
+    of a word, if the lost one was.
     """
-    best = story.best_file(folder)
+    best = best or story.best_file(folder)
     best_step = None if best is None else story.saved[best]
     candidates = [
         (step != best_step, -step, len(candidate), candidate)

@@ -249,7 +249,11 @@ class RunReporter:
 
     def _note_changes(self, is_finished: bool) -> None:
         """Add lines on memory and commands, if they have changed since they were noted last."""
-        file = Story.of(self.history.events).usable_file(self.folder)
+        from training.reports.scores import choose_file  # not before training begins
+
+        story = Story.of(self.history.events)
+        best = choose_file(self.folder, history_name(self.history.path), story)
+        file = story.usable_file(self.folder, best)
         commands = self.commands(None if file is None else self.folder / file, is_finished)
         lines = {"memory": self.memory(), "commands": [*map(astuple, commands)]}
         for name, line in lines.items():

@@ -14,7 +14,7 @@ from modules.atomic_write import make_storable, write_text
 from modules.pages.charts import Chart, Curve, draw_chart
 from modules.pages.language import counted, join, say
 from modules.text_files import parse_json, read_text
-from training.reports.history import Story
+from training.reports.history import MeasuredFile, Story, choose_best
 from training.reports.sections import PageSection, scores_path
 
 VERSION = 1
@@ -123,6 +123,8 @@ class RunScores:
     near_threshold: float | None = None  # cosine from which a sample is too near; None: too few to say
     notes: tuple[ScoreNote, ...] = ()
     version: int = VERSION
+    # files without samples, which may be the best ones; not kept, as they may be removed
+    unsampled: tuple[MeasuredFile, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -149,9 +151,10 @@ def _mean(values: Sequence[float | None]) -> float | None:
 def write_scores(path: Path, scores: RunScores) -> None:
     """Write the scores of a run, with the means of each step and the best file. Raises OutputError."""
     values = asdict(scores)
+    del values["unsampled"]
     for row, row_values in zip(scores.rows, values["rows"], strict=True):
         row_values |= {"clip": row.clip, "clip_score": clip_score(row.clip), "likeness": row.likeness}
-    best = find_best(scores.rows)
+    best = find_best(scores.rows, scores.unsampled)
     values["best"] = None if best is None else {"file": best.name, "reason": str(best.text)}
     values["remark"] = str(NO_TASTE)
     write_text(path, make_storable(json.dumps(values, ensure_ascii=False, indent=1)) + "\n")
@@ -218,23 +221,39 @@ def _number(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def find_best(rows: Sequence[StepScores]) -> BestFile | None:
-    """Return the best of the saved files that have samples; None if there is none.
+def list_unsampled(rows: Sequence[StepScores], story: Story, folder: Path) -> tuple[MeasuredFile, ...]:
+    """Return the saved files with a validation loss of whose steps there are no scores."""
+    scored = {row.step for row in rows if row.saved}
+    return tuple(file for file in story.measured_files(folder) if file.step not in scored)
 
-    With validation losses it is the one with the lowest. Without, it is the one that is most like the
-    training pictures among those that fit their prompts as well as the best does, within SAME. Files with
-    copied samples count only if all have some.
+
+def find_best(rows: Sequence[StepScores], unsampled: Sequence[MeasuredFile] = ()) -> BestFile | None:
+    """Return the best of the saved files; None if there is none.
+
+    With validation losses it is the one that `choose_best` chooses. Without, it is the one that is most like
+    the training pictures among those that fit their prompts as well as the best does, within SAME. Files with
+    copied samples count only if all have some. unsampled: files without samples.
     """
     candidates = [row for row in rows if row.saved]
     clean = [row for row in candidates if not row.copies]
     chosen = clean or candidates
-    if not chosen:
+    measured = {
+        MeasuredFile(row.saved, row.step, row.loss, row.loss_step): row
+        for row in chosen
+        if row.loss is not None and row.loss_step is not None
+    }
+    lowest = choose_best([*measured, *unsampled])
+    if lowest is not None:
+        best = measured.get(lowest) or StepScores(
+            lowest.step, "", (), saved=lowest.name, loss=lowest.loss, loss_step=lowest.loss_step
+        )
+        step = f"{lowest.loss_step:,}"
+        reasons: list[str] = [say("validation loss lowest at step %(step)s", step=step)]
+        if lowest.loss_step != lowest.step:
+            reasons = [say("validation loss lowest at step %(step)s, measured nearest to it", step=step)]
+        reasons += _find_trends(rows, best) if best.samples else [say("it has no samples of its step")]
+    elif not chosen:
         return None
-    measured = [row for row in chosen if row.loss is not None]
-    if measured:
-        best = min(measured, key=lambda row: (row.loss, row.step))
-        reasons: list[str] = [say("validation loss lowest at step %(step)s", step=f"{best.step:,}")]
-        reasons += _find_trends(rows, best)
     else:
         fitting = _fitting(chosen)
         best = max(fitting, key=lambda row: (row.likeness or 0.0, row.clip or 0.0, -row.step))
@@ -309,7 +328,7 @@ def make_table(scores: RunScores) -> ScoreTable:
         say("nearest"),
         say("remarks"),
     ]
-    best = find_best(scores.rows)
+    best = find_best(scores.rows, scores.unsampled)
     table = ScoreTable(tuple(headings))
     for row in scores.rows:
         loss = _shown(row.loss)
@@ -353,14 +372,10 @@ def _list_remarks(row: StepScores) -> list[str]:
 
 def make_section(folder: Path, name: str, story: Story) -> PageSection | None:
     """Return the scores of a run for its page; None if it was not scored. folder, name: of the history."""
-    scores = read_scores(scores_path(folder, name))
+    scores = read_present_scores(folder, name, story)
     if scores is None:
         return None
-    # a run of the same name may have replaced the samples
-    scores = replace(scores, rows=tuple(row for row in scores.rows if _is_of(row, story)))
-    if not scores.rows:
-        return None
-    best = find_best(scores.rows)
+    best = find_best(scores.rows, scores.unsampled)
     notes = [say("No saved file has samples.") if best is None else best.text, NO_TASTE]
     missing = len(story.samples.keys() - {(row.step, row.mark) for row in scores.rows})
     if missing:
@@ -381,6 +396,36 @@ def make_section(folder: Path, name: str, story: Story) -> PageSection | None:
         headings=table.headings,
         rows=table.rows[-MOST_SHOWN:],
     )
+
+
+def read_present_scores(folder: Path, name: str, story: Story) -> RunScores | None:
+    """Return the scores of a run's samples, with the files that exist; None if it was not scored."""
+    scores = read_scores(scores_path(folder, name))
+    if scores is None:
+        return None
+    rows = tuple(
+        row if (folder / row.saved).is_file() else replace(row, saved="")
+        for row in scores.rows
+        if _is_of(row, story)  # a run of the same name may have replaced the samples
+    )
+    if not rows:
+        return None
+    return replace(scores, rows=rows, unsampled=list_unsampled(rows, story, folder))
+
+
+def find_best_of_run(folder: Path, name: str, story: Story) -> BestFile | None:
+    """Return the best saved file of a run that was scored; None without scores or files."""
+    scores = read_present_scores(folder, name, story)
+    return None if scores is None else find_best(scores.rows, scores.unsampled)
+
+
+def choose_file(folder: Path, name: str, story: Story) -> str | None:
+    """Return the best saved file of a run: by its scores and losses; None if neither tells.
+
+    folder, name: --output_dir, --output_name.
+    """
+    best = find_best_of_run(folder, name, story)
+    return story.best_file(folder) if best is None else best.name
 
 
 def _is_of(row: StepScores, story: Story) -> bool:

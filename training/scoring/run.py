@@ -27,6 +27,7 @@ from training.reports.scores import (
     ScoreNote,
     StepScores,
     find_best,
+    list_unsampled,
     make_table,
     write_scores,
 )
@@ -102,12 +103,14 @@ def score_run(options: ScoreOptions) -> None:
     )
     scored = [_score_step(run, row, files, vectors=vectors, comparison=comparison) for row, files in rows]
     notes += _list_notes(run, embedder, comparison)
+    scored_rows = tuple(row for row in scored if row.samples)
     scores = RunScores(
         model=real_path(options.model).name,
-        rows=tuple(row for row in scored if row.samples),
+        rows=scored_rows,
         num_training=0 if training is None else len(training.media),
         near_threshold=comparison.threshold,
         notes=tuple(notes),
+        unsampled=list_unsampled(scored_rows, run.story, run.folder),
     )
     path = scores_path(run.folder, run.name)
     write_scores(path, scores)
@@ -288,7 +291,7 @@ def describe(scores: RunScores) -> str:
     lines = [
         "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows
     ]
-    best = find_best(scores.rows)
+    best = find_best(scores.rows, scores.unsampled)
     if best is not None:
         lines += ["", str(best.text)]
     else:

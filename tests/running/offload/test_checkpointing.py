@@ -33,6 +33,7 @@ ATTENTIONS = {
     # of the picture, and of what stands before it: text, with a reference text, the reference and text
     **{"qwen_image_21": (4, 0), "qwen_image_21 edit": (8, 0)},
     **{"krea2 edit": (3, 0), "wan t2v": (2, 1), "wan i2v": (3, 1), "wan vace": (2, 1)},
+    **{"moss_image": (2, 0), "moss_image edit": (3, 0)},
     "anima": (2, 0),
 }
 LEARNS_BEFORE = {"lumina", "krea2", "krea2 edit"}  # a LoRA is in their refiners too
@@ -77,6 +78,8 @@ BOTH_DTYPES += [pytest.param(tiny, True, id=f"{tiny.name} autocast") for tiny in
     "ltx_2 2.3",
     "ltx_2 2.5",
     "lumina",
+    "moss_image edit",
+    "moss_image",
     "qwen_image edit",
     "qwen_image",
     "qwen_image_21 edit",

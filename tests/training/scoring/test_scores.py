@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,24 @@ from tests.training.scoring.making import (
     write_run,
     write_siglip,
 )
-from training.reports.scores import SampleScore, StepScores, find_best, make_section, read_scores
+from training.reports.history import History, Start, Story, history_path
+from training.reports.page import Standing, page_values
+from training.reports.present_files import present_commands
+from training.reports.scores import (
+    RunScores,
+    SampleScore,
+    StepScores,
+    choose_file,
+    find_best,
+    list_unsampled,
+    make_section,
+    read_scores,
+    write_scores,
+)
+from training.reports.sections import scores_path
 from training.scoring.model import load_picture_text_model
 from training.scoring.run import open_run
+from training.summary import describe_best
 
 
 @pytest.fixture(scope="module")
@@ -248,3 +264,63 @@ def test_without_the_dataset_prompts_alone_are_compared(tmp_path: Path, knowing:
     assert row["likeness"] is None
     assert row["clip"] is not None
     assert "The dataset dataset.toml is not here" in said
+
+
+def test_page_score_and_commands_choose_one_file(tmp_path: Path) -> None:
+    """Files of 50, 100 and 150 have one loss, that of step 100: where it was measured is the best one."""
+    history = History(history_path(tmp_path, "x"), 1)
+    history.add(100, validation={"validation/loss": 0.5})
+    history.add(200, validation={"validation/loss": 0.7})
+    for step in (50, 100, 150):
+        history.add(step, saved=f"x-{step}.safetensors")
+        (tmp_path / f"x-{step}.safetensors").touch()
+    story = Story.of(history.events)
+    rows = [
+        replace(make_row(step, 0.5), saved=f"x-{step}.safetensors", loss_step=100) for step in (50, 100, 150)
+    ]
+    best = find_best(rows)
+    assert best is not None
+    assert best.name == story.best_file(tmp_path) == story.usable_file(tmp_path) == "x-100.safetensors"
+    assert "validation loss lowest at step 100;" in best.text
+
+    (tmp_path / "x-100.safetensors").unlink()  # 50 and 150 are as near: the later one
+    rows = [row for row in rows if row.step != 100]
+    best = find_best(rows)
+    assert best is not None
+    assert best.name == story.best_file(tmp_path) == "x-150.safetensors"
+    assert "validation loss lowest at step 100, measured nearest to it" in best.text
+
+    best = find_best(rows[:1], list_unsampled(rows[:1], story, tmp_path))  # there are no samples of 150
+    assert best is not None
+    assert best.name == "x-150.safetensors"
+    assert "it has no samples of its step" in best.text
+
+
+def test_a_run_that_was_scored_has_one_best_file_everywhere(tmp_path: Path) -> None:
+    """A file whose samples copy a training picture is not the best, whatever its loss."""
+    history = History(history_path(tmp_path, "x"), 1)
+    rows = []
+    for step, loss in ((50, 0.3), (100, 0.5)):
+        name = f"x-{step}.safetensors"
+        history.add(step, validation={"validation/loss": loss})
+        history.add(step, saved=name)
+        history.add(step, samples=f"{step:06d}", files={"0": f"s{step}.png"}, prompts={"0": "a"})
+        (tmp_path / name).touch()
+        sample = SampleScore(0, f"s{step}.png", clip=0.3, likeness=0.5, is_copied=step == 50)
+        rows.append(StepScores(step, f"{step:06d}", (sample,), saved=name, loss=loss, loss_step=step))
+    typed = f"python wan_generate_video.py --lora_weight {tmp_path / 'x-50.safetensors'}"
+    history.add(100, commands=[["Generate with it", typed, typed]])
+    story = Story.of(history.events)
+    assert choose_file(tmp_path, "x", story) == "x-50.safetensors"
+    write_scores(scores_path(tmp_path, "x"), RunScores("clip", tuple(rows)))
+
+    best = "x-100.safetensors"
+    assert choose_file(tmp_path, "x", story) == best
+    values = page_values(tmp_path, story, Standing(Start("toy", 100), 100), name="x")
+    assert [file["name"] for file in values["files"] if file["is_best"]] == [best]
+    assert f"Best file: {best}" in str(values["advice"])
+    assert best in str(values["sections"][0].notes[0])
+    assert best in describe_best(story, tmp_path, "x")
+    (command,) = present_commands(story, tmp_path, "x")
+    assert str(tmp_path / best) in command.bash
+    assert "x-50.safetensors is not the best file by its scores" in command.note

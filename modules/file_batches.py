@@ -1,0 +1,48 @@
+"""Write many small files in the time of few. Standard library only."""
+
+import contextlib
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from modules.atomic_write import explain_errors, flush_folder, temporary_name
+from modules.run_limits import refuse_writing
+
+MOST_FLUSHES = 16  # at once
+
+
+def write_files(contents: Mapping[Path, bytes], note: Callable[[Path], None] = lambda path: None) -> None:
+    """Write many small files, each completely or not at all, in the time of few: their flushes overlap.
+
+    Nothing is replaced before all are on the disk. Files that exist keep their mode. note: is called with
+    each path once it has its new content. Raises OutputError, also after some are replaced.
+    """
+    temporaries: dict[Path, Path] = {}
+    try:
+        for path, data in contents.items():
+            refuse_writing(path)
+            with explain_errors(path):
+                temporary = temporaries[path] = temporary_name(path)
+                temporary.write_bytes(data)
+                with contextlib.suppress(FileNotFoundError):
+                    temporary.chmod(path.stat().st_mode & 0o777)
+        with ThreadPoolExecutor(MOST_FLUSHES) as threads:
+            for _ in threads.map(_flush_file, temporaries.items()):
+                pass
+        for path, temporary in temporaries.items():
+            with explain_errors(path):
+                os.replace(temporary, path)
+            note(path)
+    finally:
+        for temporary in temporaries.values():
+            temporary.unlink(missing_ok=True)
+    for folder in {path.parent for path in contents}:
+        with explain_errors(folder):
+            flush_folder(folder)
+
+
+def _flush_file(pair: tuple[Path, Path]) -> None:
+    path, temporary = pair
+    with explain_errors(path), temporary.open("rb+") as file:
+        os.fsync(file.fileno())

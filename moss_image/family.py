@@ -1,0 +1,248 @@
+"""MOSS-Image, Base and SFT, described for the shared loops."""
+
+import logging
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from contract.data import (
+    CONTROL,
+    Batch,
+    Conditions,
+    LatentSpec,
+    MediaEncoders,
+    SamplingDefaults,
+    name_text_and_mask,
+)
+from contract.families import list_same_latents
+from contract.family import Abilities, DitSpec, Family, NoiseSource, NoiseSpec
+from contract.few_steps import FewSteps
+from contract.requests import Prepared, Request
+from contract.rules import GuidanceRules, ModelRelease, NegativeSkips, ReferenceRules
+from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
+from encoders import pictures
+from flux_2.versions import VERSIONS
+from modules.control_codes import shorten
+from modules.errors import CacheError, OptionError
+from modules.media.buckets import Fit, Size
+from modules.media.pixels import byte_clips
+from modules.options import NO_OPTIONS
+from moss_image import options as own
+from moss_image.configs import DIT, LATENT, NOISE, RELEASE
+from moss_image.files import KEY, TEXT_USE, MossImageFiles, find_sft
+from moss_image.layouts import find_layout_faults, fit_layout, looks_like_layout
+from moss_image.names import LORA
+from moss_image.options import EXTRAS, NAME, SHIFT, SIDE
+from moss_image.schedule import snap_levels
+
+logger = logging.getLogger(__name__)
+
+TEXTS_AGAIN, LATENTS_AGAIN = "moss_image_cache_text_encoder_outputs.py", "moss_image_cache_latents.py"
+MOST_REFERENCES = 10
+DEFAULTS = pictures.picture_defaults(own.STEPS, own.GUIDANCE, SIDE, flow_shift=SHIFT, extras=tuple(EXTRAS))
+
+
+@dataclass(frozen=True)
+class NegativeSkipChoice:
+    """Which blocks the negative pass leaves out, and in which share of the steps."""
+
+    blocks: str = own.SKIPPED
+    start: float = 0.0
+    end: float = 1.0
+
+
+@dataclass(frozen=True)
+class MossImage(pictures.ModelOfPictures):
+    """Description of MOSS-Image for one run, built by the `family_for_...` functions below."""
+
+    files: MossImageFiles
+    options: Any = NO_OPTIONS  # of a training
+    schedule: str = own.OFFICIAL
+    skips: NegativeSkipChoice = NegativeSkipChoice()
+    isolated: bool = True  # references attend to each other alone
+
+    noise_dtype: torch.dtype | None = torch.float32  # whatever the transformer's, as released
+    draws_latents: ClassVar[bool] = False
+    few_steps: ClassVar = FewSteps("Base (moss_image_base_bf16.safetensors)", also="it", adapter="")
+    can: ClassVar = Abilities(tell_few_steps=True, fit_captions=True)
+    lora_module: str = field(default=LORA[0].network_module, init=False)
+    latent: LatentSpec = field(default=LATENT, init=False)
+    noise: NoiseSpec = field(default=NOISE, init=False)
+    dit: DitSpec = field(default=DIT, init=False)
+    release: ModelRelease = field(default=RELEASE, init=False)
+    text_keys: frozenset[str] = field(default=frozenset({KEY}), init=False)
+    called: str = field(default=NAME, init=False)
+    name: str = field(default="moss_image", init=False)
+    cache_tag: str = field(default="moss", init=False)
+    defaults: SamplingDefaults = field(default=DEFAULTS, init=False)
+    named: ClassVar = {
+        "architecture": "MOSS-Image",
+        "resolution": f"{SIDE}x{SIDE}",
+        "implementation": "https://github.com/OpenMOSS/MOSS-Image",
+        "model_type": "moss_image",
+    }
+
+    @property
+    def same_latents(self) -> frozenset[str]:
+        """Return the names of all models that use FLUX.2's encoder: its releases, and the other families."""
+        return list_same_latents(self.name) | {version.name for version in VERSIONS.values()}
+
+    @property
+    def references(self) -> ReferenceRules:
+        return ReferenceRules(most=MOST_REFERENCES, seen_by_text=True)
+
+    # layouts
+
+    def names_places(self, caption: str) -> bool:
+        return looks_like_layout(caption)
+
+    def find_caption_faults(self, caption: str, size: Size) -> Sequence[str]:
+        return find_layout_faults(caption, size)
+
+    def fit_caption(self, caption: str, size: Size, fit: Fit) -> str:
+        return fit_layout(caption, size, fit)
+
+    # the network
+
+    def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
+        """Return the captions' states and the references.
+
+        Raises CacheError for states of another encoder or another template.
+        """
+        batch.check({KEY: TEXTS_AGAIN}, "the transformer")
+        config = self.files.dit_header().config
+        batch.check_widths({KEY: config.text_dim}, self.files.dit_path, f"{TEXTS_AGAIN} and Qwen3.5 (9B)")
+        for cache in batch.made_by:
+            fingerprint = cache.encoder.get(TEXT_USE.template_key, TEXT_USE.fingerprint)
+            if cache.part == TEXT_USE.name and fingerprint != TEXT_USE.fingerprint:
+                raise CacheError(
+                    f"{cache.path}: the caption was encoded with another template. Run {TEXTS_AGAIN}."
+                )
+        references = pictures.references_of(batch, LATENT.channels, 1, LATENTS_AGAIN)
+        return {KEY: batch.tensors[KEY], **references}
+
+    def predict(
+        self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
+    ) -> Tensor:
+        """Predict from qwen3_5_embed, T D each, and for edits latents_control_0, ..., B C 1 h w each."""
+        velocity: Tensor = dit(
+            noisy,
+            timesteps.float(),
+            **name_text_and_mask(cond, "text", KEY, noisy.device),
+            tweaks=tweaks.rename_away(lambda text: name_text_and_mask(text, "text", KEY, noisy.device)),
+            references=pictures.references_in(cond, noisy.device),
+            isolated=self.isolated,
+        )
+        return velocity
+
+    # generation
+
+    def prepare(self, request: Request) -> Prepared:
+        """Settle a request: noise levels by the schedule, blocks that the negative pass leaves out.
+
+        Raises OptionError if a size or a number cannot be used.
+        """
+        prepared = self.settle_picture(request, SHIFT)
+        if prepared.request.control_images:
+            if self.files.text_encoder is not None:
+                self.files.check_tower()
+            prepared = pictures.show_references(prepared)
+        if looks_like_layout(request.prompt):
+            for fault in find_layout_faults(request.prompt, (prepared.width, prepared.height)):
+                logger.warning("the layout %s: %s", shorten(request.prompt, 40), fault)
+        skips = self._choose_skips(request)
+        prepared = replace(prepared, rules=GuidanceRules(negative_skips=skips))
+        schedule = own.check_schedule(request.extra.get("moss_schedule", self.schedule))
+        if schedule == own.SIMPLE or prepared.solver != "euler":
+            return prepared
+        levels = snap_levels(prepared.steps, prepared.flow_shift)
+        made = len(levels) - 1
+        if made < prepared.steps:
+            logger.warning(
+                "%d of the %d steps are made: the official noise levels are whole thousandths, and equal "
+                "ones are left out. --moss_schedule simple makes all",
+                made,
+                prepared.steps,
+            )
+        return replace(prepared, steps=made, levels=levels)
+
+    def _choose_skips(self, request: Request) -> NegativeSkips:
+        """Return what the negative pass leaves out. Raises OptionError for a block that is not there."""
+        blocks = own.read_blocks(request.extra.get("negative_skip_blocks", self.skips.blocks))
+        count = self.files.dit_header().config.num_layers if self.files.dit is not None else None
+        missing = sorted(block for block in blocks if count is not None and block >= count)
+        is_usual = blocks == own.read_blocks(own.SKIPPED)
+        if missing and not is_usual:
+            raise OptionError(
+                f"--negative_skip_blocks {','.join(map(str, missing))}: {self.files.dit_path} has the blocks "
+                f"0 to {(count or 1) - 1}"
+            )
+        return NegativeSkips(blocks - frozenset(missing), self.skips.start, self.skips.end)
+
+    def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
+        """Encode the references as `latents_control_0`, ..., each 1 C 1 h w: their posteriors' means."""
+        area = prepared.width * prepared.height
+        conditions: dict[str, Tensor | list[Tensor]] = {}
+        for number, path in enumerate(prepared.request.control_images):
+            frames = pictures.read_reference(path, area, LATENT.pixel_step)
+            conditions[f"{CONTROL}_{number}"] = encoders.vae.encode(byte_clips(frames))
+        return {0: conditions}
+
+    def sections(
+        self,
+        prepared: Prepared,
+        prompts: Mapping[int, EncodedPrompts],
+        inputs: Mapping[int, Conditions],
+        noise: NoiseSource,
+    ) -> Generator[Section, Tensor, Tensor]:
+        section = prompts[0].section(self.draw_noise(prepared, noise), inputs.get(0))
+        has_references = self.isolated and bool(prepared.request.control_images)
+        return (yield replace(section, tweaks=Tweaks(section_cache={})) if has_references else section)
+
+
+def family_for_latent_caching(options: own.MossImageLatentCachingOptions) -> MossImage:
+    return MossImage(MossImageFiles().add_vae(options.vae.file))
+
+
+def family_for_text_caching(options: own.MossImageTextCachingOptions) -> MossImage:
+    return MossImage(MossImageFiles().add_text(options.text))
+
+
+def family_for_training(options: own.MossImageTrainingOptions) -> MossImage:
+    """Describe the family for training; warn if the file's name says that it is SFT."""
+    name = find_sft(options.dit)
+    if name is not None:
+        logger.warning(
+            "--dit %s: %s says that it is SFT, which was post-trained. Base is made to train on, and its "
+            "LoRAs work on SFT too",
+            options.dit,
+            name,
+        )
+    return _describe(options, options)
+
+
+def family_for_generation(options: own.MossImageGenerationOptions) -> MossImage:
+    return _describe(options, NO_OPTIONS)
+
+
+def _describe(
+    options: own.MossImageTrainingOptions | own.MossImageGenerationOptions, training: Any
+) -> MossImage:
+    files = MossImageFiles().add_dit(options.dit, options.dit_dtype).add_vae(options.vae.file)
+    return MossImage(
+        files.add_text(options.text),
+        training,
+        schedule=options.moss_schedule or own.OFFICIAL,
+        skips=NegativeSkipChoice(
+            options.negative_skip_blocks or own.SKIPPED,
+            options.negative_skip_start or 0.0,
+            1.0 if options.negative_skip_end is None else options.negative_skip_end,
+        ),
+        isolated=not options.joint_references,
+    )
+
+
+_: type[Family] = MossImage

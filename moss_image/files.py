@@ -1,0 +1,163 @@
+"""Transformer files of MOSS-Image, and the files of a run: transformer, FLUX.2's autoencoder and Qwen3.5.
+
+Transformers have the released names; Comfy-Org's stack queries, keys and values. Base and SFT have equal
+tensors: only names tell them apart.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from checkpoints.dialects import DitShapes, cut_parts, other_kind, parted_shapes
+from checkpoints.dits import DitFormat, DitHeader
+from checkpoints.model_files import inside, read_once
+from checkpoints.opening import Checkpoint, plain_sources
+from contract.loading import TensorSource
+from encoders.language_encoder import LanguageModelFiles, LanguageUse, qwen3_chat, qwen_tokenizer
+from encoders.language_models import QWEN35
+from encoders.picture_prompts import PictureUse
+from flux_2.vae import Flux2Vae, load_vae, read_vae
+from modules.errors import CheckpointError
+from moss_image.configs import AXES, MossImageConfig
+from moss_image.model import END_ROWS, ROWS, MossImageModel
+from moss_image.names import MOSS_IMAGE
+from moss_image.options import NAME
+from moss_image.references import SHOWN_PIXELS, read_shown, shrink
+from networks.names.layouts import joined_tensors
+
+KEY = "qwen3_5_embed"
+WHAT = f"a {NAME} transformer"
+OPTION = "--dit"
+FILES = "moss_image_base_bf16.safetensors of Comfy-Org, or the folder transformer of MOSS-Image-Base"
+MARK = "shared_block_modulation.weight"
+CUTS = joined_tensors(MOSS_IMAGE)
+STACKED = "layers.0.proj.qkv.weight"
+RESCALED = "kohakumoss_fp16_fix"  # in metadata of files whose weights were divided for float16
+MOST_TOKENS = 4096  # of a prompt with its template, of which the end is cut off, as released
+RELEASE = re.compile(r"(?<![a-z])(sft|base)(?![a-z])")  # in the name of a file or folder
+_BEFORE, _AFTER = qwen3_chat(thinks=True)
+_SOURCE = qwen_tokenizer("--text_encoder_tokenizer", "OpenMOSS-Team/MOSS-Image-Base")
+TEXT_USE = LanguageUse(
+    name="qwen3_5",
+    states_key=KEY,
+    model=QWEN35,
+    # inside the encoder's folder; next to a file; next to text_encoder (diffusers)
+    source=replace(
+        _SOURCE, files=replace(_SOURCE.files, folders=(".", "qwen_3_5", "tokenizer", "../tokenizer"))
+    ),
+    most=MOST_TOKENS,
+    before=_BEFORE,
+    after=f"{_AFTER}<think>\n",
+    strips=True,
+    at_once=1,  # so that a state does not depend on other prompts, to the last bit
+    pictures=PictureUse(
+        "Picture {number}: <|vision_start|>{tokens}<|vision_end|>",
+        read=read_shown,
+        show=shrink,
+        fewest=32 * 32,
+        most=SHOWN_PIXELS,
+        always=False,
+    ),
+)
+
+
+def _read_header(checkpoint: Checkpoint) -> DitHeader[MossImageConfig]:
+    names = checkpoint.tensors
+    if MARK not in names:
+        raise other_kind(checkpoint, WHAT, OPTION, FILES)
+    if RESCALED in checkpoint.metadata:
+        raise CheckpointError(
+            f"{checkpoint.path}: its weights were rescaled for float16, as its metadata say ({RESCALED}), "
+            f"and LoRAs for it fit no other file. Here float16 needs no such file: give {FILES}.",
+            checkpoint.path,
+        )
+    dialect = "comfy" if STACKED in names else "released"
+    file_shapes = {name: info.shape for name, info in names.items()}
+    shapes = DitShapes(checkpoint.path, parted_shapes(file_shapes, CUTS), NAME)
+    config = _read_config(shapes)
+    query = STACKED if dialect == "comfy" else "layers.0.proj.q.weight"
+    return DitHeader(config, dialect, names[query].dtype)
+
+
+def _read_config(shapes: DitShapes) -> MossImageConfig:
+    """Return the sizes of a transformer. Raises CheckpointError if they do not go together."""
+    dim, channels = shapes.of("video_embedder.weight")
+    (width,) = shapes.of("layers.0.q_norm.weight", axes=1)
+    ffn_dim = shapes.of("layers.0.proj.ffn_down.weight")[1]
+    fits = (
+        dim % width == 0
+        and width % (2 * AXES) == 0
+        and shapes.of("layers.0.proj.q.weight") == (dim, dim)
+        and shapes.of("layers.0.proj.ffn_up_gate.weight")[0] == 2 * ffn_dim
+        and shapes.of(MARK) == (ROWS * dim, dim)
+        and shapes.of("video_head_modulation.weight") == (END_ROWS * dim, dim)
+    )
+    if not fits:
+        raise CheckpointError(
+            f"{shapes.path}: width {dim}, heads of {width} and feed-forwards of {ffn_dim} are not those of "
+            f"{WHAT}. Copy the file again.",
+            shapes.path,
+        )
+    return MossImageConfig(
+        dim=dim,
+        ffn_dim=ffn_dim,
+        num_heads=dim // width,
+        num_layers=shapes.blocks("layers"),
+        refiner_blocks=shapes.blocks("text_embedder.blocks"),
+        channels=channels,
+        text_dim=shapes.of("text_embedder.proj.weight")[1],
+        freq_dim=shapes.of("time_embedding.0.weight")[1],
+    )
+
+
+def _make_sources(checkpoint: Checkpoint, _: DitHeader[MossImageConfig]) -> Mapping[str, TensorSource]:
+    return cut_parts(plain_sources(checkpoint), CUTS)
+
+
+FORMAT = DitFormat(
+    _read_header,
+    lambda _: WHAT,
+    network=MossImageModel,
+    sources=_make_sources,
+    option=OPTION,
+    ignore=("rope.bands",),  # frequencies of the positions, which are computed here
+)
+read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMAT.load
+
+
+def find_sft(dit: Path | None) -> str | None:
+    """Return the name that says that a transformer is SFT: the nearest that says what it is, of the file or
+    of the folders of its release.
+    """
+    if dit is None:
+        return None
+    for name in (dit.name, *(folder.name for folder in dit.absolute().parents[:3])):
+        release = RELEASE.search(name.lower())
+        if release is not None:
+            return name if release[1] == "sft" else None
+    return None
+
+
+@dataclass(frozen=True)
+class MossImageFiles(LanguageModelFiles):
+    """Files of a run with FLUX.2's autoencoder and Qwen3.5's language model."""
+
+    format: ClassVar = FORMAT
+    vae_folder: ClassVar[str] = "vae"
+    vae_usual: ClassVar = torch.float32
+    text_use: ClassVar[LanguageUse] = TEXT_USE
+
+    @property
+    def dit_path(self) -> Path:
+        return inside(super().dit_path, "transformer")
+
+    def load_vae(self, device: torch.device) -> Flux2Vae:
+        dtype = self.encoder_dtype(self.vae_dtype, self.vae_usual)
+        return load_vae(self.vae_path, device, dtype, self.vae_tile)
+
+    def check_vae(self) -> None:
+        read_once(self.vae_path, read_vae)

@@ -1,0 +1,116 @@
+"""Layouts: captions that are JSON objects with boxes, in pixels of their picture, counted from its center.
+
+A box is [top, left, bottom, right]. Boxes follow their picture to its bucket. Source: the prompts of the
+release, as ComfyUI and SimpleTuner write them.
+"""
+
+import json
+from typing import Any
+
+from modules.media.buckets import Fit, Size
+
+LABELS = ("object", "character", "text")
+CANVASES = ("single", "multi_panel", "collage")
+SPACE, FORMAT = "abs_centralized", "yxyx"  # of the boxes
+BOX_SIDES = 4
+
+
+def looks_like_layout(text: str) -> bool:
+    return text.lstrip().startswith("{")
+
+
+def find_layout_faults(text: str, size: Size) -> list[str]:
+    """Return what is wrong with a layout for a picture of this size, width and height; [] if nothing is."""
+    try:
+        layout = json.loads(text)
+    except ValueError as error:
+        return [f"it is no JSON ({error})"]
+    if not isinstance(layout, dict):
+        return ["it is no JSON object"]
+    faults = []
+    summary = layout.get("summary")
+    if not isinstance(summary, dict) or not _is_text(summary.get("caption")):
+        faults.append("summary.caption is missing")
+    elif summary.get("canvas", CANVASES[0]) not in CANVASES:
+        faults.append(f"canvas {summary['canvas']!r}: one of {', '.join(CANVASES)}")
+    for name, usual in (("bbox_coord_space", SPACE), ("bbox_format", FORMAT)):
+        if layout.get(name, usual) != usual:
+            faults.append(f"{name} is {layout[name]!r}, the model was trained with {usual}")
+    items = layout.get("items", [])
+    if not isinstance(items, list):
+        return [*faults, "items is no list"]
+    for number, item in enumerate(items, 1):
+        faults += [f"item {number}: {fault}" for fault in _find_item_faults(item, size)]
+    return faults
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _find_item_faults(item: Any, size: Size) -> list[str]:
+    if not isinstance(item, dict):
+        return ["it is no JSON object"]
+    faults = []
+    label = item.get("label")
+    if label not in LABELS:
+        faults.append(f"label {label!r}: one of {', '.join(LABELS)}")
+    if not _is_text(item.get("caption")):
+        faults.append("its caption is missing")
+    if label == "text" and not _is_text(item.get("text")):
+        faults.append("its text is missing")
+    return faults + _find_box_faults(item.get("bbox"), size)
+
+
+def _is_box(box: Any) -> bool:
+    return isinstance(box, list) and len(box) == BOX_SIDES and all(type(side) in (int, float) for side in box)
+
+
+def _find_box_faults(box: Any, size: Size) -> list[str]:
+    if not _is_box(box):
+        return ["its bbox is not four numbers"]
+    top, left, bottom, right = box
+    if top >= bottom or left >= right:
+        return [f"bbox {box}: it ends before it begins; it is [top, left, bottom, right]"]
+    width, height = size
+    is_inside = max(-left, right) <= width / 2 + 1 and max(-top, bottom) <= height / 2 + 1
+    if is_inside:
+        return []
+    return [f"bbox {box} reaches out of the picture, {width} x {height} pixels around its center"]
+
+
+def fit_layout(text: str, size: Size, fit: Fit) -> str:
+    """Return a layout whose boxes are those of the picture in its bucket; other texts as they are.
+
+    size: width and height of the picture. Boxes are cut at the edges of the bucket; items that are cropped
+    away are left out.
+    """
+    try:
+        layout = json.loads(text)
+    except ValueError:
+        return text
+    if fit.resized == size == fit.bucket or not isinstance(layout, dict):
+        return text
+    items = layout.get("items")
+    if not isinstance(items, list):
+        return text
+    kept = []
+    for item in items:
+        if isinstance(item, dict) and _is_box(item.get("bbox")):
+            box = _fit_box(item["bbox"], size, fit)
+            if box[0] >= box[2] or box[1] >= box[3]:
+                continue
+            item = {**item, "bbox": box}
+        kept.append(item)
+    return json.dumps({**layout, "items": kept}, ensure_ascii=False, separators=(",", ":"))
+
+
+def _fit_box(box: list[float], size: Size, fit: Fit) -> list[int]:
+    """Return a box in the pixels of the bucket, counted from its center."""
+    fitted = []
+    for place, side in enumerate(box):
+        axis = 1 - place % 2  # top and bottom are along the height, sizes have the width first
+        half = fit.bucket[axis] / 2
+        along = (side + size[axis] / 2) * fit.resized[axis] / size[axis] - fit.crop[axis]
+        fitted.append(round(min(max(along - half, -half), half)))
+    return fitted

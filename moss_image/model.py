@@ -1,0 +1,437 @@
+"""The transformer of MOSS-Image: equal blocks over one stream of a picture and a refined text.
+
+All blocks share one modulation. Names of modules are the released ones. Source: arXiv 2610.23374, and open
+ports of the released pipeline. Always float32: the embedding of time, modulation, norms, rotary angles.
+References of an edit stand first, then the picture, then the text; the ports have another order. Attention
+does not depend on the order, only on positions. References that attend to each other alone, at time 0, are
+the same in all steps of a generation: their keys and values are computed once for each text and set of
+skipped blocks (`MossImageModel.remember`).
+"""
+# Letters: B batch, R tokens of references, L of the picture, T of text, N heads, D head width, C = N * D, F
+# width of a feed-forward, S 1, or 2 if there are references: time 0, theirs, stands before the picture's
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as functional
+from einops import rearrange
+from torch import Tensor, nn
+
+from contract.steps import NO_TWEAKS, Tweaks
+from krea2.model import Krea2Tokens, attend_rotated
+from lumina.blocks import GroupedAttention, Heads, LuminaTokens
+from lumina.model import real_tokens
+from modules.attention.attend import Lengths, SecondText, attend, make_lengths
+from modules.devices import send_ahead
+from modules.layers.half_rope import rotate_halves
+from modules.layers.modulation import add_gated, modulate, split_segments
+from modules.layers.norms import RMSNorm, activation_dtype, in_own_dtype, run_float32
+from modules.layers.rope import GridTable, angles_at, on_grid, sinusoid, turns
+from modules.speed_options import SDPA, AttentionChoice
+from moss_image.configs import AXES, DIT, MossImageConfig
+from running.memories import remember, remembering
+from running.run_blocks import BlockNetwork, Hidden
+
+ROWS = 6  # that modulate all blocks: shift, scale and gate of attention, then of feed-forward
+END_ROWS = 2  # that modulate the final norm: shift and scale
+GATE_CAP, VALUE_CAP = 4.0, 25.0  # of the two halves of a feed-forward, as trained
+
+Grid = tuple[int, int]  # rows and columns of a picture's tokens
+
+
+def situ(value: Tensor, gate: Tensor) -> Tensor:
+    """Return gated values, both softly capped: 4 tanh(g/4) sigmoid(g) * 25 tanh(v/25)."""
+    gates = GATE_CAP * torch.tanh(gate / GATE_CAP) * torch.sigmoid(gate)
+    return gates * (VALUE_CAP * torch.tanh(value / VALUE_CAP))
+
+
+@dataclass(frozen=True)
+class MossImageTokens(Krea2Tokens):
+    """Inputs of the blocks; x is B R+L+T C, `time` B 8 S C: six rows for the blocks, two for the end."""
+
+
+class MossImageTextBlock(nn.Module):
+    """Block in which all tokens of a text attend to each other, without modulation."""
+
+    def __init__(self, config: MossImageConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.head_width = config.head_width
+        self.norm1 = RMSNorm(dim, config.eps)
+        self.norm2 = RMSNorm(dim, config.eps)
+        self.q_norm = RMSNorm(config.head_width, config.eps)
+        self.k_norm = RMSNorm(config.head_width, config.eps)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.ffn_gate = nn.Linear(dim, config.ffn_dim)
+        self.ffn_up = nn.Linear(dim, config.ffn_dim)
+        self.ffn_down = nn.Linear(config.ffn_dim, dim)
+
+    def forward(self, x: Tensor, rotary: Tensor, choice: AttentionChoice, lengths: Lengths | None) -> Tensor:
+        # x: B T C
+        qkv = in_own_dtype(self.qkv, self.norm1(x)).unflatten(-1, (3, -1, self.head_width))
+        query, key, value = qkv.unbind(2)  # each B T N D
+        query = rotate_halves(self.q_norm(query), rotary)
+        key = rotate_halves(self.k_norm(key), rotary)
+        attended = attend(query, key, value, choice, lengths=lengths)
+        x = x + in_own_dtype(self.proj, attended.flatten(2))
+        h = self.norm2(x)
+        hidden = situ(in_own_dtype(self.ffn_up, h), in_own_dtype(self.ffn_gate, h))
+        return x + in_own_dtype(self.ffn_down, hidden)
+
+
+class MossImageText(nn.Module):
+    """Turn states of the language model into tokens, which attend to each other."""
+
+    def __init__(self, config: MossImageConfig) -> None:
+        super().__init__()
+        self.proj = nn.Linear(config.text_dim, config.dim)
+        self.blocks = nn.ModuleList(MossImageTextBlock(config) for _ in range(config.refiner_blocks))
+
+    def forward(
+        self,
+        states: Tensor,
+        stream: torch.dtype,
+        rotary: Tensor,
+        choice: AttentionChoice,
+        lengths: Lengths | None,
+    ) -> Tensor:
+        # states: B T text_dim. stream: dtype of the result
+        x = in_own_dtype(self.proj, states).to(stream)
+        for block in self.blocks:
+            x = block(x, rotary, choice, lengths)
+        return x
+
+
+class MossImageBlock(GroupedAttention):
+    """Block in which all tokens attend to each other; all blocks share the modulation."""
+
+    def __init__(self, config: MossImageConfig) -> None:
+        nn.Module.__init__(self)
+        dim = config.dim
+        self.head_width = config.head_width
+        self.norm1 = RMSNorm(dim, config.eps)
+        self.norm2 = RMSNorm(dim, config.eps)
+        self.q_norm = RMSNorm(config.head_width, config.eps)
+        self.k_norm = RMSNorm(config.head_width, config.eps)
+        self.proj = nn.ModuleDict({name: nn.Linear(dim, dim, bias=False) for name in "qkvo"})
+        self.proj["ffn_up_gate"] = nn.Linear(dim, 2 * config.ffn_dim, bias=False)  # values, then their gates
+        self.proj["ffn_down"] = nn.Linear(config.ffn_dim, dim, bias=False)
+        self.remembered: Sequence[Tensor] = ()  # of references in front, B R N D; see `running/memories.py`
+
+    def heads(self, x: Tensor) -> Heads:
+        """Return query, key and value, each B L N D, of modulated tokens B L C; the first two normed."""
+        query, key, value = (
+            in_own_dtype(self.proj[name], x).unflatten(-1, (-1, self.head_width)) for name in "qkv"
+        )
+        return self.q_norm(query), self.k_norm(key), value
+
+    def attend_heads(
+        self, heads: Iterable[Tensor], rotary: Tensor, tokens: LuminaTokens, lengths: Lengths | None
+    ) -> Tensor:
+        assert isinstance(tokens, MossImageTokens)
+        query, key, value = heads
+        rotated = rotate_halves(query, rotary), rotate_halves(key, rotary), value
+        return attend_rotated(self, rotated, tokens, lengths)
+
+    def forward(self, x: Tensor, tokens: MossImageTokens) -> Tensor:  # type: ignore[override]
+        # x: B R+L+T C
+        shift, scale, gate, *feed_rows = tokens.time[:, :ROWS].unbind(1)  # each B S C
+        h = modulate(self.norm1(x), shift, scale, tokens.dtype, split=tokens.split)
+        branch = in_own_dtype(self.proj["o"], self.attend_tokens(h, tokens))
+        x = add_gated(x, gate, branch, tokens.split)
+        # the expensive one last: if it runs in pieces, recomputing the block stops here
+        parts = []
+        for part, *rows in split_segments(tokens.split, feed_rows, x):
+            # without names: code that computes it in pieces takes arguments by their order
+            parts.append(self.feed(part, tokens.dtype, *rows))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def modulated_input(self, x: Tensor, tokens: MossImageTokens) -> Tensor:
+        """Return the input of attention for the picture's tokens of x: B R+L+T C -> B L C."""
+        shift, scale, *_ = (row[:, -1:] for row in tokens.time.unbind(1))
+        picture = x[:, tokens.split : tokens.split + tokens.image]
+        return modulate(self.norm1(picture), shift, scale, tokens.dtype)
+
+    def feed(self, x: Tensor, dtype: torch.dtype, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
+        """Add the feed-forward branch to x, B L C; each token is processed independently."""
+        h = modulate(self.norm2(x), shift, scale, dtype)
+        value, gates = in_own_dtype(self.proj["ffn_up_gate"], h).chunk(2, dim=-1)
+        return add_gated(x, gate, in_own_dtype(self.proj["ffn_down"], situ(value, gates)))
+
+
+class MossImageLayout(NamedTuple):
+    """The key of a table of rotations."""
+
+    grid: Grid  # of the picture's tokens; (0, 0): there is no picture
+    references: tuple[Grid, ...]
+    texts: int  # tokens of each text, with padding
+    # real tokens of each text, which are the clock of its picture and references; one number if all are alike
+    clocks: tuple[int, ...]
+
+
+class RefinedText(NamedTuple):
+    """A text as tokens, or its states before that."""
+
+    states: Tensor  # B T C
+    counts: tuple[int, ...]  # real tokens of each sample
+
+    @property
+    def clocks(self) -> tuple[int, ...]:
+        return tuple(dict.fromkeys(self.counts)) if len(set(self.counts)) == 1 else self.counts
+
+    def lengths(self, before: int) -> Lengths | None:
+        """Return the number of real tokens of each sample, with `before` tokens in front; None if all are
+        real.
+        """
+        if len(self.clocks) == 1:  # attention gets no mask
+            return None
+        return make_lengths([before + count for count in self.counts], self.states.device)
+
+
+class MossImageModel(BlockNetwork):
+    """Predict the velocity of noisy latents of a picture from states of Qwen3.5.
+
+    Simplified, without references, a second text and the code around the blocks:
+
+        text = text_embedder.proj(text)                                       # B T C
+        for block in text_embedder.blocks:                                    # positions (0, place, 0, 0)
+            text = text + block.proj(attention of block.norm1(text) to itself)
+            text = text + block.ffn_down(situ(block.ffn_up(h), block.ffn_gate(h)))  # h = block.norm2(text)
+        x = cat([video_embedder(noisy), text])                                # B L+T C
+        time = time_embedding(timesteps)                                      # B C
+        shift, scale, gate, shift2, scale2, gate2 = shared_block_modulation(time)   # of all blocks, B 1 C
+        for block in layers:
+            x = x + gate * block.proj.o(attention of block.norm1(x) * (1 + scale) + shift)
+            value, gates = block.proj.ffn_up_gate(block.norm2(x) * (1 + scale2) + shift2)
+            x = x + gate2 * block.proj.ffn_down(situ(value, gates))
+        shift, scale = video_head_modulation(time)
+        velocity = final_linear_video(final_norm_video(x[:, :L]) * (1 + scale) + shift)   # as B Z 1 H W
+    """
+
+    spec = DIT
+    dtype_of = "layers.0.norm1.weight"
+
+    def __init__(self, config: MossImageConfig, attention: AttentionChoice = SDPA) -> None:
+        """attention: passed to `modules.attention.attend`."""
+        super().__init__()
+        self.config = config
+        self.attention = attention
+        dim = config.dim
+        self.video_embedder = nn.Linear(config.channels, dim)
+        self.text_embedder = MossImageText(config)
+        self.time_embedding = nn.Sequential(
+            nn.Linear(config.freq_dim, dim), nn.Identity(), nn.Linear(dim, dim)
+        )
+        self.shared_block_modulation = nn.Linear(dim, ROWS * dim)
+        self.layers = nn.ModuleList(MossImageBlock(config) for _ in range(config.num_layers))
+        self.final_norm_video = RMSNorm(dim, config.eps)
+        self.final_linear_video = nn.Linear(dim, config.channels, bias=False)
+        self.video_head_modulation = nn.Linear(dim, END_ROWS * dim)
+        self._rotary = GridTable[MossImageLayout](self._make_table)
+        self._text_rotary = GridTable[int](self._make_text_table)
+
+    def forward(
+        self,
+        *inputs: Any,
+        tweaks: Tweaks = NO_TWEAKS,
+        references: Sequence[Tensor] = (),
+        isolated: bool = True,
+        **named_inputs: Any,
+    ) -> Any:
+        """Predict as `embed` says. With `tweaks.section_cache` isolated references are computed once for
+        each pass: their positions follow its text's length, and their keys its skipped blocks.
+        """
+        memory = tweaks.section_cache if isolated and references else None
+        if memory is None or tweaks.turn is None or tweaks.away is not None:
+            return super().forward(
+                *inputs, tweaks=tweaks, references=references, isolated=isolated, **named_inputs
+            )
+        which = tweaks.turn.which
+        if which not in memory:
+            skips = Tweaks(skip_blocks=tweaks.skip_blocks)
+            memory[which] = self.remember(references, named_inputs["text_mask"], skips)
+        with remembering(memory[which], self.attentions()):
+            return super().forward(*inputs, tweaks=tweaks, isolated=isolated, **named_inputs)
+
+    def remember(
+        self, references: Sequence[Tensor], text_mask: Tensor, tweaks: Tweaks = NO_TWEAKS
+    ) -> dict[MossImageBlock, Sequence[Tensor]]:
+        """Return keys and values of references by block. Inputs: those of `embed`; tweaks: skipped blocks."""
+        device = references[0].device
+        dtype = activation_dtype(device, self.compute_dtype)
+        times = torch.zeros(len(references[0]), device=device)
+        pictures = [self.embed_picture(latents).to(choose_stream(dtype)) for latents in references]
+        x = torch.cat(pictures, dim=1)
+        _, counts = real_tokens(text_mask)
+        clocks = RefinedText(x, counts).clocks
+        layout = MossImageLayout((0, 0), tuple(map(self.grid_of, references)), texts=0, clocks=clocks)
+        tokens = MossImageTokens(
+            layout.grid,
+            rotary=self._rotary.get_table(layout, device),
+            lengths=None,
+            time=self.embed_time(times)[:, :, None],
+            dtype=dtype,
+            attention=self.attention,
+            remembers=True,
+        )
+        return remember(self, Hidden(x, tokens), self.attentions(), tweaks)
+
+    def attentions(self) -> list[MossImageBlock]:
+        return [block for block in self.layers if isinstance(block, MossImageBlock)]
+
+    def embed(
+        self,
+        noisy: Tensor,
+        timesteps: Tensor,
+        text: Tensor,
+        text_mask: Tensor,
+        tweaks: Tweaks = NO_TWEAKS,
+        references: Sequence[Tensor] = (),
+        isolated: bool = True,
+    ) -> Hidden:
+        """Return the tokens of references, picture and text, B R+L+T C, and the other inputs of the blocks.
+
+        noisy: B Z 1 H W. timesteps: B, 0..1000. text: B T text_dim, states of the language model.
+        text_mask: B T, true or 1 for real tokens, which come first. tweaks: changes to this call; their
+        second text has arguments named text and text_mask, and its tokens follow the first text's.
+        references: clean latents of pictures to look at, each B Z 1 h w of its own size. isolated: these
+        attend to each other alone; all other tokens attend to all. Raises ValueError if sizes do not fit.
+        """
+        if text_mask.shape != text.shape[:2]:
+            raise ValueError(f"a text mask of {tuple(text_mask.shape)} for text of {tuple(text.shape)}")
+        dtype = activation_dtype(noisy.device, self.compute_dtype)
+        stream = choose_stream(dtype)
+        grids = tuple(map(self.grid_of, references))
+        grid = self.grid_of(noisy)
+        pictures = [self.embed_picture(latents).to(stream) for latents in (*references, noisy)]
+        texts = []
+        for arguments in tweaks.texts(len(noisy), text=text, text_mask=text_mask):
+            texts.append(self._embed_text(arguments, stream))
+        x = torch.cat([*pictures, *(embedded.states for embedded in texts)], dim=1)
+        num_references = sum(math.prod(sides) for sides in grids)
+        num_pictures = num_references + math.prod(grid)
+        num_isolated = num_references if isolated else 0
+        first, *seconds = texts
+        tokens = MossImageTokens(
+            grid,
+            rotary=self._find_rotary(grid, grids, first),
+            lengths=first.lengths(num_pictures - num_isolated),
+            time=self._embed_times(timesteps, bool(references)),
+            dtype=dtype,
+            attention=self.attention,
+            references=num_references,
+            split=num_references,
+            isolated=num_isolated,
+        )
+        for second in seconds:  # at most one
+            assert tweaks.steer is not None  # it comes with a second text
+            lengths = second.lengths(num_pictures - num_isolated)
+            tokens = replace(
+                tokens,
+                second=SecondText(num_pictures, second.states.shape[1], lengths, tweaks.steer),
+                second_rotary=self._make_table(
+                    MossImageLayout(grid, grids, second.states.shape[1], second.clocks), device=x.device
+                ),
+            )
+        return Hidden(x, tokens)
+
+    def _find_rotary(self, grid: Grid, references: tuple[Grid, ...], text: RefinedText) -> Tensor:
+        layout = MossImageLayout(grid, references, text.states.shape[1], text.clocks)
+        return self._rotary.get_table(layout, text.states.device)
+
+    def _embed_text(self, arguments: Mapping[str, Any], stream: torch.dtype) -> RefinedText:
+        """Return a refined text. arguments: text and text_mask, as in `embed`. stream: its dtype."""
+        longest, counts = real_tokens(arguments["text_mask"])
+        states = arguments["text"][:, :longest]
+        text = RefinedText(states, counts)
+        rotary = self._text_rotary.get_table(longest, states.device)
+        refined = self.text_embedder(states, stream, rotary, self.attention, text.lengths(0))
+        return text._replace(states=refined)
+
+    def grid_of(self, latents: Tensor) -> Grid:
+        """Return rows and columns of a picture's tokens. Raises ValueError if its channels do not fit."""
+        channels, frames, height, width = latents.shape[1:]
+        if channels != self.config.channels or frames != 1:
+            raise ValueError(
+                f"latents of {tuple(latents.shape[1:])}: {self.config.channels} channels of one picture"
+            )
+        return height, width
+
+    def embed_picture(self, latents: Tensor) -> Tensor:
+        """Return the tokens of a picture, one for each latent pixel: B Z 1 H W -> B L C."""
+        return in_own_dtype(self.video_embedder, rearrange(latents, "b z 1 h w -> b (h w) z"))
+
+    def embed_time(self, timesteps: Tensor) -> Tensor:
+        """Return the rows that modulate all blocks and the end: B -> B 8 C float32."""
+        first, _, second = self.time_embedding
+        waves = sinusoid(timesteps, self.config.freq_dim)
+        time = run_float32(second, functional.silu(run_float32(first, waves)))  # no SiLU behind the second
+        rows = run_float32(self.shared_block_modulation, time).unflatten(1, (ROWS, -1))
+        end_rows = run_float32(self.video_head_modulation, time).unflatten(1, (END_ROWS, -1))
+        return torch.cat([rows, end_rows], dim=1)
+
+    def _embed_times(self, timesteps: Tensor, has_references: bool) -> Tensor:
+        """Return the rows, B 8 S C, of references, which have time 0, and of all other tokens."""
+        rows = self.embed_time(timesteps)[:, :, None]
+        if not has_references:
+            return rows
+        of_references = self.embed_time(torch.zeros_like(timesteps))[:, :, None]
+        return torch.cat([of_references, rows], dim=2)
+
+    def unembed(self, x: Tensor, tokens: MossImageTokens) -> Tensor:
+        """Turn tokens B R+L+T C into the velocity, B Z 1 H W in float32."""
+        rows, columns = tokens.grid
+        picture = x[:, tokens.references : tokens.references + tokens.image]
+        shift, scale = tokens.time[:, ROWS:, -1].chunk(END_ROWS, dim=1)  # each B 1 C
+        h = modulate(self.final_norm_video(picture), shift, scale, tokens.dtype)
+        pixels = in_own_dtype(self.final_linear_video, h).float()
+        return rearrange(pixels, "b (h w) z -> b z 1 h w", h=rows, w=columns)
+
+    def _make_table(self, layout: MossImageLayout, /, *, device: torch.device) -> Tensor:
+        """Return (cosine, sine) pairs of all tokens, R+L+T 1 D/2 2 float32, or B R+L+T 1 D/2 2.
+
+        Positions: tokens of the picture (0, clock, row, column), of reference k (from 1) (k, clock, row,
+        column), of the text (0, place, 0, 0). Rows and columns are counted from the middle of their picture.
+        """
+        tables = {clock: self._make_sample_table(layout, clock, device) for clock in set(layout.clocks)}
+        samples = [tables[clock] for clock in layout.clocks]
+        return samples[0] if len(samples) == 1 else torch.stack(samples)
+
+    def _make_sample_table(self, layout: MossImageLayout, clock: int, device: torch.device) -> Tensor:
+        """Return the pairs of a sample's tokens, R+L+T 1 D/2 2. clock: tokens of its text."""
+        tables = []
+        grids = [*enumerate(layout.references, 1), (0, layout.grid)]
+        for number, (rows, columns) in grids:
+            place = torch.tensor([number, clock], dtype=torch.float64)
+            positions = (*place.split(1), _center(rows), _center(columns))
+            tables.append(self._make_turns(positions, device))
+        tables.append(self._make_text_table(layout.texts, device=device))
+        return torch.cat(tables)
+
+    def _make_text_table(self, length: int, /, *, device: torch.device) -> Tensor:
+        """Return the pairs of a text's tokens, T 1 D/2 2."""
+        zero = torch.zeros(1, dtype=torch.float64)
+        return self._make_turns((zero, torch.arange(length, dtype=torch.float64), zero, zero), device)
+
+    def _make_turns(self, positions: Sequence[Tensor], device: torch.device) -> Tensor:
+        """Return the pairs of a grid, n 1 D/2 2 float32. positions: along each axis, float64, on the CPU."""
+        width = self.config.head_width // AXES
+        pairs = []
+        for axis in positions:
+            pair = turns(angles_at(axis, width, self.config.rope_theta)).float()
+            pairs.append(send_ahead(pair, device))
+        return on_grid(pairs).unsqueeze(1)
+
+
+def choose_stream(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the residual stream: float32 with float16, whose range trained values exceed."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def _center(size: int) -> Tensor:
+    """Return positions along a side, counted from its middle: half steps for even sides."""
+    return torch.arange(size, dtype=torch.float64) - (size - 1) / 2

@@ -1,0 +1,166 @@
+"""MOSS-Image's own options for caching, training and generation. Standard library only."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flux_2.options import Flux2VaeOptions
+from modules.errors import OptionError
+from modules.option_values import FillIn
+from modules.options import (
+    FREE,
+    HABIT,
+    OF_DECODING,
+    OF_REFERENCES,
+    OF_REQUEST,
+    Options,
+    not_needed,
+    of_request,
+    option,
+)
+from modules.speed_options import TextEncoderOptions, dit_dtype_option, fp8_text_option
+
+NAME = "MOSS-Image"
+SIDE = 1024  # of pictures, where nothing is said
+STEPS, GUIDANCE = 50, 3.0
+SHIFT = 5.0  # of the noise levels of a generation; training has its own
+SCHEDULES = OFFICIAL, SIMPLE = ("official", "simple")
+SKIPPED = "22"  # block that the negative pass leaves out, from 0
+NO_BLOCKS = "none"
+# options of a generation -> their names in Request.extra
+EXTRAS = {name: name for name in ("moss_schedule", "negative_skip_blocks")}
+_VERSION = "Base and SFT have the same tensors and settings; --dit says which."
+_JOINT = (
+    "references attend to the picture and the text too, for LoRAs that were trained so (ai-toolkit with "
+    "kv_cache off); default: to each other alone, and they are computed once for each prompt"
+)
+_SCHEDULE = (
+    "noise levels: official, snapped to whole timesteps, the last at 24 of 1000; simple, evenly spaced "
+    "before the shift, as in ComfyUI, which few-step LoRAs made there want (--moss_schedule in a prompt line)"
+)
+_SKIPS = (
+    "numbers of the blocks, from 0, that the negative pass leaves out, such as 22 or 22,24; none: no block "
+    "(--negative_skip_blocks in a prompt line)"
+)
+
+
+class MossImageTextOptions(TextEncoderOptions):
+    """Path of the text encoder, and how it runs."""
+
+    text_encoder: Path | None = option("Qwen3.5 (9B) text encoder: file or folder", often=True)
+    text_encoder_dtype: str | None = option(
+        "dtype that the encoder computes in; default: bfloat16, but float32 with a float32 transformer",
+        choices=("bfloat16", "float32"),
+    )
+    in_fp8: bool = fp8_text_option(
+        "fp8_vl", "the linear layers of Qwen3.5 in fp8: half the memory, slightly different states"
+    )
+
+
+class MossImageLatentCachingOptions(Options, title=NAME):
+    """Options of moss_image_cache_latents.py besides the shared ones."""
+
+    vae: Flux2VaeOptions
+    model_version = not_needed(_VERSION)
+
+
+class MossImageTextCachingOptions(Options, title=NAME):
+    """Options of moss_image_cache_text_encoder_outputs.py besides the shared ones."""
+
+    text: MossImageTextOptions = option(settings={"text_encoder": {"required": True}})
+    model_version = not_needed(_VERSION)
+
+
+class MossImageModelOptions(Options, title=NAME):
+    """The files of the model and how they run, in training and generation."""
+
+    dit: Path | None = option("transformer checkpoint", facts=FREE, often=True)  # resume compares its name
+    dit_dtype: str | None = dit_dtype_option()
+    vae: Flux2VaeOptions = option(facts={**FREE, **OF_DECODING})
+    text: MossImageTextOptions = option(facts=FREE)
+    model_version = not_needed(_VERSION)
+
+
+class MossImageTrainingOptions(MossImageModelOptions, title=NAME):
+    """Options of moss_image_train_network.py besides the shared ones."""
+
+    moss_schedule: str = option(f"of samples: {_SCHEDULE}", default=OFFICIAL, choices=SCHEDULES, facts=FREE)
+    negative_skip_blocks: str = option(f"of samples: {_SKIPS}", default=SKIPPED, facts=FREE)
+    negative_skip_start: float = option(
+        "of samples: share of the steps at which the skipping begins",
+        default=0.0,
+        least=0,
+        most=1,
+        facts=FREE,
+    )
+    negative_skip_end: float = option(
+        "of samples: share of the steps at which it ends", default=1.0, least=0, most=1, facts=FREE
+    )
+    joint_references: bool = option(f"of edits: {_JOINT}", facts=HABIT)
+
+    def __post_init__(self) -> None:
+        read_blocks(self.negative_skip_blocks)
+
+
+class MossImageGenerationOptions(MossImageModelOptions, title=NAME):
+    """Options of moss_image_generate_image.py besides the shared ones."""
+
+    moss_schedule: str = option(
+        _SCHEDULE, default=OFFICIAL, choices=SCHEDULES, facts=of_request("moss_schedule")
+    )
+    negative_skip_blocks: str = option(_SKIPS, default=SKIPPED, facts=of_request("negative_skip_blocks"))
+    negative_skip_start: float = option(
+        "share of the steps at which the skipping begins", default=0.0, least=0, most=1, facts=OF_REQUEST
+    )
+    negative_skip_end: float = option(
+        "share of the steps at which it ends", default=1.0, least=0, most=1, facts=OF_REQUEST
+    )
+    joint_references: bool = option(_JOINT, facts={**OF_REQUEST, **OF_REFERENCES})
+
+    def __post_init__(self) -> None:
+        read_blocks(self.negative_skip_blocks)
+
+
+def read_blocks(text: str) -> frozenset[int]:
+    """Return the blocks of --negative_skip_blocks. Raises OptionError for other words."""
+    if text.strip() in (NO_BLOCKS, ""):
+        return frozenset()
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() and word.isascii() and len(word) < 4 for word in words):
+        raise OptionError(
+            f"--negative_skip_blocks {text!r}: give numbers of blocks, from 0, with commas between them, "
+            f"such as {SKIPPED}, or {NO_BLOCKS}"
+        )
+    return frozenset(map(int, words))
+
+
+def check_schedule(name: str) -> str:
+    """Return a name of --moss_schedule. Raises OptionError if there is no such schedule."""
+    if name not in SCHEDULES:
+        raise OptionError(f"--moss_schedule {name!r}: give {' or '.join(SCHEDULES)}")
+    return name
+
+
+def caching_options(options: MossImageTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the options of the commands that make missing caches of latents and of texts."""
+    return options.vae.file.words(), options.text.words("QWEN3_5_FILE")
+
+
+def generation_options(options: MossImageTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
+    controls = sample.get("control_images") or ()
+    extra = sample.get("extra") or {}
+    schedule = extra.get("moss_schedule", options.moss_schedule)
+    skips = extra.get("negative_skip_blocks", options.negative_skip_blocks)
+    return {
+        "--dit": options.dit or FillIn("DIT_FILE"),
+        **options.vae.file.words(),
+        **options.text.words("QWEN3_5_FILE"),
+        "--dit_dtype": options.dit_dtype,
+        "--moss_schedule": None if schedule == OFFICIAL else schedule,
+        "--negative_skip_blocks": None if skips == SKIPPED else skips,
+        "--negative_skip_start": options.negative_skip_start or None,
+        "--negative_skip_end": None if options.negative_skip_end == 1 else options.negative_skip_end,
+        "--control_image_path": controls,
+        "--joint_references": bool(controls) and options.joint_references,
+    }

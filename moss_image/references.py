@@ -1,0 +1,32 @@
+"""Pictures to edit: their sizes for the text encoder. Source: ai-toolkit's format (`model_kwargs.edit`)."""
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from modules.media.buckets import Size
+from modules.media.reading import read_image, resize_cover, resize_frame
+
+SHOWN_PIXELS = 384 * 384  # of a picture that the text encoder sees, at most
+
+
+def shrink(picture: Tensor) -> Tensor:
+    """Return a picture, H W 3 uint8, of at most `SHOWN_PIXELS`: Lanczos, never enlarged."""
+    frame = picture[..., :3].numpy()
+    height, width = frame.shape[:2]
+    scale = math.sqrt(SHOWN_PIXELS / (width * height))
+    if scale >= 1:
+        return torch.from_numpy(frame)
+    size = max(1, int(width * scale)), max(1, int(height * scale))
+    return torch.from_numpy(resize_frame(frame, size, "lanczos"))
+
+
+def read_shown(path: Path, size: Size | None = None) -> Tensor:
+    """Read a picture as the text encoder sees it, H W 3 uint8. size: that it is first resized to cover.
+
+    Raises MediaError if it cannot be read.
+    """
+    frame = read_image(path)
+    return shrink(torch.from_numpy(frame if size is None else resize_cover(frame, size)))

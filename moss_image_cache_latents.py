@@ -1,0 +1,13 @@
+"""Encode the pictures and references of a dataset with MOSS-Image's autoencoder, FLUX.2's, for training.
+
+All options: python moss_image_cache_latents.py --help
+"""
+
+import modules.interpreter  # noqa: F401
+from dataset.scripts import caching_script
+
+main = caching_script("moss_image", "latents", __doc__)
+
+
+if __name__ == "__main__":
+    main.run()

@@ -1,0 +1,13 @@
+"""Encode the captions of a dataset with MOSS-Image's text encoder (Qwen3.5), for training.
+
+All options: python moss_image_cache_text_encoder_outputs.py --help
+"""
+
+import modules.interpreter  # noqa: F401
+from dataset.scripts import caching_script
+
+main = caching_script("moss_image", "texts", __doc__)
+
+
+if __name__ == "__main__":
+    main.run()

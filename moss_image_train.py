@@ -1,0 +1,15 @@
+"""Fine-tune the whole transformer of MOSS-Image. All options: python moss_image_train.py --help"""
+
+import modules.interpreter  # noqa: F401
+from training.noise_options import CUT_LOGIT, SAMPLERS
+from training.options import TrainerChanges
+from training.scripts import training_script
+
+changes = TrainerChanges(settings={"timestep_sampling": {"default": CUT_LOGIT}})
+main = training_script(
+    "moss_image", __doc__, whole_dit=True, samplers=(*SAMPLERS, CUT_LOGIT), changes=changes
+)
+
+
+if __name__ == "__main__":
+    main.run()

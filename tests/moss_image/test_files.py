@@ -1,0 +1,144 @@
+"""Files of MOSS-Image in all layouts, the small decoder, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from checkpoints.opening import open_checkpoint
+from contract.loading import Placement
+from flux_2.vae import load_vae, read_vae
+from modules.errors import CheckpointError
+from moss_image.files import find_sft, identify, load_dit
+from tests.tiny.hunyuan_encoders import save
+from tests.tiny.moss_image import (
+    SMALL_DECODER,
+    in_comfyui_names,
+    tiny_state,
+    vae_state,
+    with_bands,
+    write_dit,
+)
+
+CPU = Placement(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model.", "transformer."])
+@pytest.mark.parametrize("stacked", [False, True], ids=["apart", "stacked"])
+def test_queries_keys_and_values_may_be_stacked_behind_any_prefix(
+    tmp_path: Path, prefix: str, stacked: bool
+) -> None:
+    state = tiny_state()
+    stored = with_bands(in_comfyui_names(state) if stacked else state)
+    path = save(tmp_path / "dit.safetensors", {prefix + name: tensor for name, tensor in stored.items()})
+
+    loaded = load_dit(path, CPU)
+
+    torch.testing.assert_close(loaded.state_dict(), state, rtol=0, atol=0)
+
+
+def test_frequencies_in_a_file_are_not_used(tmp_path: Path) -> None:
+    """They are computed here: those of a file may be rounded."""
+    stored = with_bands(tiny_state())
+    stored["rope.bands"] = torch.full_like(stored["rope.bands"], 7.0)
+    loaded = load_dit(save(tmp_path / "dit.safetensors", stored), CPU)
+    assert not any("bands" in name for name in loaded.state_dict())
+
+
+def test_time_and_modulation_stay_in_float32(tmp_path: Path) -> None:
+    loaded = load_dit(write_dit(tmp_path, tiny_state(dtype=torch.bfloat16)), CPU)
+    dtypes = {name: parameter.dtype for name, parameter in loaded.named_parameters()}
+    starts = ("time_embedding.", "shared_block_modulation.", "video_head_modulation.")
+    assert {dtype for name, dtype in dtypes.items() if name.startswith(starts)} == {torch.float32}
+    assert {dtype for name, dtype in dtypes.items() if not name.startswith(starts)} == {torch.bfloat16}
+
+
+def test_weights_that_were_rescaled_for_float16_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "moss_fp16_fix.safetensors"
+    save_file(tiny_state(), path, metadata={"kohakumoss_fp16_fix": "16"})
+    with pytest.raises(CheckpointError, match="rescaled for float16.*needs no such file"):
+        load_dit(path, CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("layers.0.q_norm.weight", (24,)),
+        ("layers.0.proj.ffn_down.weight", (64, 90)),
+        ("shared_block_modulation.weight", (64, 64)),
+        ("video_head_modulation.weight", (64, 64)),
+    ],
+)
+def test_sizes_that_do_not_go_together_are_refused(tmp_path: Path, name: str, shape: tuple[int, ...]) -> None:
+    path = write_dit(tmp_path, {**tiny_state(), name: torch.zeros(shape)})
+    with pytest.raises(CheckpointError, match="are not those of a MOSS-Image transformer"):
+        load_dit(path, CPU)
+
+
+def test_a_file_is_recognised(tmp_path: Path) -> None:
+    for dialect in ("safetensors", "comfyui"):
+        path = write_dit(tmp_path / dialect, tiny_state(), dialect)
+        assert identify(path) == "it is a MOSS-Image transformer (--dit)"
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("models/moss_image_sft_bf16.safetensors", "moss_image_sft_bf16.safetensors"),
+        ("MOSS-Image-SFT/transformer/model.safetensors", "MOSS-Image-SFT"),
+        ("models/moss_image_base_bf16.safetensors", None),
+        ("models/softly.safetensors", None),
+    ],
+)
+def test_names_say_that_a_file_is_sft(path: str, name: str | None) -> None:
+    assert find_sft(Path(path)) == name
+
+
+def test_a_smaller_decoder_is_read_off_the_tensors(tmp_path: Path) -> None:
+    """The encoder is the same, so latents are too."""
+    path = save(tmp_path / "vae.safetensors", vae_state())
+    with open_checkpoint(path) as checkpoint:
+        config = read_vae(checkpoint).config
+    assert config.widths == SMALL_DECODER.widths
+    assert config.decoder_widths == SMALL_DECODER.decoder_widths
+
+    vae = load_vae(path, torch.device("cpu"), torch.float32)
+    latents = vae.encode(torch.zeros(1, 3, 1, 32, 48))
+    assert latents.shape == (1, 128, 1, 2, 3)
+    assert vae.decode(latents).shape == (1, 3, 1, 32, 48)
+
+
+def test_the_small_decoder_decodes_as_diffusers_does() -> None:
+    """With decoder_block_out_channels, statistics and their eps of 1e-4."""
+    diffusers = pytest.importorskip("diffusers")
+    from tests.tiny.flux_2 import vae_diffusers
+
+    state = vae_state()
+    assert SMALL_DECODER.decoder_widths
+    their_vae = diffusers.AutoencoderKLFlux2(
+        block_out_channels=SMALL_DECODER.widths,
+        decoder_block_out_channels=SMALL_DECODER.decoder_widths,
+        layers_per_block=2,
+        latent_channels=32,
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+    ).eval()
+    missing, unexpected = their_vae.load_state_dict(vae_diffusers(state), strict=False)
+    assert not unexpected
+    assert all("bn" in name for name in missing)
+    generator = torch.Generator().manual_seed(0)
+    packed = torch.randn(1, 128, 2, 3, generator=generator)
+    deviation = (state["bn.running_var"] + 1e-4).sqrt()[:, None, None]
+    raw = packed * deviation + state["bn.running_mean"][:, None, None]
+    unpacked = raw.unflatten(1, (32, 2, 2)).permute(0, 1, 4, 2, 5, 3).reshape(1, 32, 4, 6)
+    with torch.no_grad():
+        expected = their_vae.decode(unpacked).sample.clamp(-1, 1)
+
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = save(Path(folder) / "vae.safetensors", state)
+        pixels = load_vae(path, torch.device("cpu"), torch.float32).decode(packed[:, :, None])[:, :, 0]
+
+    torch.testing.assert_close(pixels, expected, rtol=1e-4, atol=1e-5)
