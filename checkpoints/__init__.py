@@ -18,5 +18,6 @@ quantise_options: options of quantising a model's file
 quantising: write layers in 8 bits, or 16 again
 stored/: linear layers with weights in 8 or 4 bits
 tokenizers: find and read the tokenizer of a text encoder
+unused: tensors of a file that its network does not have
 writing: write a safetensors file tensor by tensor
 """

@@ -1,6 +1,7 @@
 """Load transformers of every family: prefixes of names, the dtype of weights, filling a network."""
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from checkpoints.filling import (
 from checkpoints.kinds import OF_OTHERS, kind_of
 from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources, refuse_quantised
 from checkpoints.stored.forms import StoredForm, form_of
+from checkpoints.unused import UnusedTensors
 from contract.family import DitSpec
 from contract.loading import Placement, TensorSource
 from modules.devices import dtype_name
@@ -149,11 +151,7 @@ class DitFormat(Generic[Config, Dit]):
         file is to be rounded again.
         """
         with contextlib.ExitStack() as opened:
-            checkpoint = bare_names(opened.enter_context(open_checkpoint(path)))
-            if second_file is not None:
-                second = opened.enter_context(open_checkpoint(second_file))
-                add = self.add_second or (lambda first, second: first.join(bare_names(second)))
-                checkpoint = add(checkpoint, second)
+            checkpoint = opened.enter_context(self._open(path, second_file))
             header = self.read_header(checkpoint)
             what = self.describe(header)
             target = choose_dtype(header.block_dtype, placement)
@@ -193,7 +191,24 @@ class DitFormat(Generic[Config, Dit]):
             )
             saved = _choose_saved_dtypes(checkpoint, sources, target, header.block_dtype)
             dit.saved_dtypes = saved  # type: ignore[assignment]
+            names = dit.state_dict().keys()
+            unused = {name: source for name, source in sources.items() if name not in names}
+            if unused:
+                opening = functools.partial(self._open, path, second_file)
+                dit.unused_tensors = UnusedTensors(unused, opening)  # type: ignore[assignment]
         return dit.eval()
+
+    def _open(self, path: Path, second_file: Path | None) -> Checkpoint:
+        """Open the file or the two files of a transformer, with bare names. Closing it closes both."""
+        checkpoint = bare_names(open_checkpoint(path))
+        if second_file is None:
+            return checkpoint
+        with contextlib.ExitStack() as opened:
+            opened.push(checkpoint.__exit__)
+            second = open_checkpoint(second_file)
+            opened.pop_all()
+        add = self.add_second or (lambda first, second: first.join(bare_names(second)))
+        return add(checkpoint, second)
 
 
 def _choose_saved_dtypes(

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 from contract.families import Marks, family_marks
 
@@ -13,8 +14,32 @@ _HUNYUAN_15 = f"the transformer of HunyuanVideo 1.5, another network than Hunyua
 _OF_LTX = "a VAE of LTX-Video or LTX-2; LTX-Video is not supported yet"
 _VOCODER = "the vocoder of LTX-2, a part of its --audio_vae"
 
-# Models that no script runs. Before the others: some have tensors of theirs too. Sources: the classes of
-# diffusers 0.42 and the marks in its `single_file_utils`, and the tensor lists of released files
+# Models of today that no script runs yet: a family that lands takes its rows out. Sources: the tensor lists
+# of released files, in their own names and in ComfyUI's
+NOT_YET: Marks = (
+    ("perceiver.latent_queries", f"the transformer of Fibo 2, {_NOT_YET}"),
+    (
+        "time_text_embed.addition_t_embedding.weight",
+        "the transformer of Qwen-Image-Layered, which makes transparent layers and is not supported yet",
+    ),
+    ("pooled_text_embeddings.in_layer.weight", f"a transformer of Kandinsky 5, {_NOT_YET}"),
+    *(
+        (f"{start}t_embedder1.mlp.0.weight", f"HiDream-O1-Image, a language model that draws, {_NOT_YET}")
+        for start in ("", "model.")
+    ),
+)
+# Models that have all tensors of a family's and that no script runs yet: a part of the name of their files,
+# in small letters without signs between words, and what they are
+NOT_YET_BY_NAME: Marks = (
+    (
+        "h3image",
+        "MiniMax-H3-Image, whose heads are for fixed noise levels: another model than MiniMax-H3, "
+        f"{_NOT_YET}",
+    ),
+)
+
+# Further models that no script runs. Before the others: some have tensors of theirs too. Sources: the classes
+# of diffusers 0.42 and the marks in its `single_file_utils`, and the tensor lists of released files
 OF_OTHERS: Marks = (
     ("embed_image_indicator.weight", f"the transformer of Ideogram 4, {_NOT_YET}"),
     ("audio_pooled_text_embeddings.in_layer.weight", f"the transformer of Kandinsky 6, {_NOT_YET}"),
@@ -22,7 +47,7 @@ OF_OTHERS: Marks = (
         "time_embeddings.timestep_embedder.linear_1.weight",
         f"the upscaling transformer of Kandinsky 6, {_NOT_YET}",
     ),
-    ("pooled_text_embeddings.in_layer.weight", f"a transformer of Kandinsky 5, {_NOT_YET}"),
+    *NOT_YET,  # Kandinsky 6 has tensors of Kandinsky 5
     ("cond_type_embed.weight", _HUNYUAN_15),
     ("cond_type_embedding.weight", _HUNYUAN_15),
     (
@@ -45,10 +70,6 @@ OF_OTHERS: Marks = (
     ("transformer_blocks.0.encoder_proj.weight", f"the transformer of Nucleus-Image, {_NOT_YET}"),
     ("glyph_projector.net.0.proj.weight", f"the transformer of GLM-Image, {_NOT_YET}"),
     ("layers.0.adaLN_sa_ln.weight", f"the transformer of ERNIE-Image, {_NOT_YET}"),
-    (
-        "time_text_embed.addition_t_embedding.weight",
-        "the transformer of Qwen-Image-Layered, which makes transparent layers and is not supported yet",
-    ),
     ("siglip_embedder.0.weight", f"the transformer of Z-Image-Omni, {_NOT_YET}"),
 )
 # parts that several families have, and layouts that many have: behind the families' own marks
@@ -121,6 +142,16 @@ _OF_LORAS = re.compile(
 def is_lora(names: Iterable[str]) -> bool:
     """Return whether tensors of these names are those of a LoRA, LoHa, LoKr or OFT."""
     return any(_OF_LORAS.search(name) for name in names)
+
+
+def kind_by_name(path: Path, is_sharded: bool) -> str | None:
+    """Return what a transformer is by the name of its file, if that is in `NOT_YET_BY_NAME`; else None.
+
+    is_sharded: the folders that it lies in count too, as those of released models are called after them.
+    """
+    parts = path.parts[-3:] if is_sharded else path.parts[-1:]
+    plain = [re.sub(r"[^a-z0-9]", "", part.lower()) for part in parts]
+    return next((what for mark, what in NOT_YET_BY_NAME if any(mark in part for part in plain)), None)
 
 
 def kind_of(names: Iterable[str], marks: Marks | None = None) -> str | None:

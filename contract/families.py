@@ -64,6 +64,12 @@ class FamilyEntry:
         return f"{self.script}_generate_{self.makes}"
 
     @property
+    def main_scripts(self) -> tuple[str, ...]:
+        """Return the scripts of which the catalogue of released files names at least one for each model."""
+        names = (f"{self.cache}_latents", self.training_script, self.generation_script)
+        return tuple(f"{name}.py" for name in names)
+
+    @property
     def spellings(self) -> dict[str, str]:
         """Return the flags of shared options of generation that its script spells otherwise, by name."""
         of_pictures = {"video_size": "--image_size"} if self.makes == "image" else {}
@@ -217,15 +223,16 @@ def family_marks() -> Marks:
     return (*marks, *(mark for names in read for mark in vars(names).get("SHARED_MARKS", ())))
 
 
-def identify(path: Path) -> str | None:
+def identify(path: Path, family: str | None = None) -> str | None:
     """Return one line about what a checkpoint or LoRA file really is, for a hint below an error.
 
-    Returns None if no family knows the file, and for a missing file how to download it.
+    Returns None if no family knows the file, and for a missing file how to download it. family: of the script
+    that was given the file, whose models come first.
     """
     if not path.exists():
         from downloads.catalogue import download_hint  # only for hints
 
-        return download_hint(path)
+        return download_hint(path, () if family is None else FAMILIES[family].main_scripts)
     if path.is_file() and path.suffix != ".json":  # once: a hostile file takes each family a second
         from checkpoints.opening import open_file  # only for hints
 
@@ -273,8 +280,16 @@ class Script(partial[None]):
     Made by `plain_script`, `caching_script` and the like.
     """
 
+    family: str | None = None  # whose models it runs; None: it is of no family
+
+    @classmethod
+    def of_family(cls, family: str, main: Callable[..., None]) -> "Script":
+        script = cls(main)
+        script.family = family
+        return script
+
     def run(self) -> None:
-        command_line(self, explain=identify)
+        command_line(self, explain=partial(identify, family=self.family))
 
 
 def plain_script(

@@ -30,8 +30,8 @@ def caching_script(
     would be cached, in place of caching.
     """
     if kind == "latents":
-        return Script(partial(cache_family_latents, family, about))
-    return Script(partial(cache_family_texts, family, about, finish=finish))
+        return Script.of_family(family, partial(cache_family_latents, family, about))
+    return Script.of_family(family, partial(cache_family_texts, family, about, finish=finish))
 
 
 def cache_family_latents(

@@ -2,7 +2,7 @@
 
 import shlex
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path, PurePosixPath
@@ -224,20 +224,51 @@ def family_page(family: str) -> str:
     return str(_read_catalogue()["family"][family]["page"])
 
 
-def download_hint(path: Path) -> str | None:
-    """Return the command that downloads a file that does not exist, if it is a released one."""
+@dataclass(frozen=True)
+class _Download:
+    """A download that brings a missing file, among others."""
+
+    model: ModelSet
+    in_fp8: bool
+    folder: Path  # that it goes to
+
+    @property
+    def missing_bytes(self) -> int:
+        """Return the size of the files that are not there yet, as far as it is known."""
+        missing = [part for part in self.model.components if not (self.folder / part.path).exists()]
+        return sum(part.size_bytes or 0 for part in missing)
+
+    @property
+    def command(self) -> str:
+        words = ["python", "tools/download.py", "--family", self.model.family, "--task", self.model.task]
+        if self.in_fp8:
+            words.append("--fp8_encoders")
+        return as_typed([*words, "--to", str(self.folder)])
+
+    def is_of(self, scripts: Collection[str]) -> bool:
+        """Return whether one of these scripts runs the model."""
+        return any(shlex.split(command)[1] in scripts for command in self.model.commands.values())
+
+
+def download_hint(path: Path, scripts: Collection[str] = ()) -> str | None:
+    """Return the command that downloads a file that does not exist, if it is a released one.
+
+    Many models have the same autoencoder or text encoder: of those that these scripts run, else of all, it is
+    the one that brings the fewest bytes.
+    """
+    downloads = []
     for in_fp8 in (False, True):
         for model in model_sets(in_fp8):
             for component in model.components:
                 parts = component.path.parts
-                if component.option is None or path.parts[-len(parts) :] != parts:
-                    continue
-                words = ["python", "tools/download.py", "--family", model.family, "--task", model.task]
-                if in_fp8:
-                    words.append("--fp8_encoders")
-                words += ["--to", str(path.parents[len(parts) - 1])]
-                return f"{as_typed(words)} downloads it"
-    return None
+                if component.option is not None and path.parts[-len(parts) :] == parts:
+                    downloads.append(_Download(model, in_fp8, path.parents[len(parts) - 1]))
+    of_scripts = [download for download in downloads if download.is_of(scripts)]
+    # text encoders in 8 bits only if the file is one of them
+    chosen = min(
+        of_scripts or downloads, key=lambda download: (download.in_fp8, download.missing_bytes), default=None
+    )
+    return None if chosen is None else f"{chosen.command} downloads it"
 
 
 @cache

@@ -56,4 +56,4 @@ def generation_script(
                 stack.enter_context(ring_after(True))
             (make or generate)(entry.make_family("generation", family_options), options)
 
-    return Script(generate_with)
+    return Script.of_family(family, generate_with)

@@ -16,11 +16,12 @@ from torch import Tensor
 from checkpoints.dialects import DitShapes, Names, join_parts, joined_shapes, other_kind, stack_heads
 from checkpoints.dits import DitFormat, DitHeader
 from checkpoints.encoders import stated_settings
+from checkpoints.kinds import kind_by_name
 from checkpoints.opening import Checkpoint, is_sharded, plain_sources
 from contract.loading import TensorSource
 from minimax_h3.configs import KINDS, PATCH, H3Config
 from minimax_h3.model import ROWS, H3Model
-from minimax_h3.options import LAYOUT_KEY
+from minimax_h3.options import FREQUENCIES_KEY, LAYOUT_KEY
 from modules.errors import CheckpointError
 
 NAME = "MiniMax-H3"
@@ -102,6 +103,8 @@ def read_header(checkpoint: Checkpoint, layout: str | None) -> DitHeader[H3Confi
         mark = DIFFUSERS_MARK
     else:
         raise other_kind(checkpoint, WHAT, OPTION, FILES)
+    if checkpoint.metadata.get(LAYOUT_KEY) is None:  # no file that was trained here, which has any name
+        _refuse_other_model(checkpoint.path)
     stored_shapes = {name: info.shape for name, info in names.items()}
     shapes = DitShapes(
         checkpoint.path, joined_shapes(stored_shapes, TABLE) if dialect == DIFFUSERS else stored_shapes, NAME
@@ -114,11 +117,29 @@ def read_header(checkpoint: Checkpoint, layout: str | None) -> DitHeader[H3Confi
     return DitHeader(config, dialect, names[mark].dtype)
 
 
+def _refuse_other_model(path: Path) -> None:
+    """Raise CheckpointError for a model with the same tensors, which only the file's name tells."""
+    what = kind_by_name(path, is_sharded(path))
+    if what is not None:
+        raise CheckpointError(
+            f"{path} is {what}, as its name says.\n"
+            f"  Give {FILES} to {OPTION}, or rename the file if it is one.",
+            path,
+        )
+
+
 def _read_frequencies(checkpoint: Checkpoint) -> int | None:
-    """Return the frequencies of positions on each axis that the config.json next to the file says, if any.
+    """Return the frequencies of positions on each axis that a trained file says in its metadata, or else the
+    config.json next to the file, if any.
 
     Raises CheckpointError if that is not a whole number.
     """
+    noted = checkpoint.metadata.get(FREQUENCIES_KEY)
+    if noted is not None:
+        if not re.fullmatch(r"[0-9]{1,4}", noted):
+            path, problem = checkpoint.path, f"{FREQUENCIES_KEY} in its metadata is {noted!r:.60}"
+            raise CheckpointError(f"{path}: {problem}. Copy the file again.", path)
+        return int(noted)
     path, settings = stated_settings(checkpoint, {DIFFUSERS_CLASS})
     frequencies = settings.get("rope_freq_dim")
     if frequencies is not None and type(frequencies) is not int:

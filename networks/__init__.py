@@ -42,6 +42,7 @@ own_kinds: our network modules by name, and their settings
 own_modules: networks of `--network_module networks.lora` and the like
 parts: LoRAs of split fused weights: split and join
 patterns: regular expressions for names of modules, with dots or underscores
+predictions: what files say that their model predicts
 rank_masks: which ranks act, by the noise of each sample
 resize_lora: command: fewer ranks for a LoRA
 resize_options: options of this command

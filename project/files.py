@@ -228,7 +228,9 @@ def _choose_kind(options: NewOptions, chosen: ModelChoice, memory: float, asked:
     model = chosen.model
     if options.trains is None:
         control_kind = find_control_kind(model)
-        return control_kind if control_kind is not None and has_control_pairs(options.folder) else LORA
+        has_word = chosen.trigger is not None
+        has_pairs = control_kind is not None and has_control_pairs(options.folder, has_word)
+        return control_kind if control_kind is not None and has_pairs else LORA
     kind = BY_NAME[options.trains]
     reason = kind.why_not(model, memory)
     typed = "--whole_model" if options.whole_model else f"--train {kind.name}"

@@ -718,15 +718,39 @@ def _list_sources(place: Path, folder: Path, places: SortedFolders) -> list[Path
     return [*inner_sources, *places.sources, *outer_sources]
 
 
-def has_control_pairs(folder: Path) -> bool:
-    """Return whether pictures of a folder have control pictures in a folder that is called so."""
+def has_control_pairs(folder: Path, has_word: bool = False) -> bool:
+    """Return whether pictures of a folder have control pictures in a folder that is called so.
+
+    That folder is inside of it. One next to it may belong to another folder: it counts if it has a control
+    picture of each picture, if no other media are there, and not if a new word is asked for.
+    """
     places = _sort_folders(folder, FolderContent())
+    parent = folder.absolute().parent
     for place in places.learned:
         pictures = [path.stem for path in _files_in(place, image_suffixes())]
         for source in _list_sources(place, folder, places):
-            if CONTROLS.fullmatch(source.name) and len(_without_reference(source, pictures)) < len(pictures):
+            if not CONTROLS.fullmatch(source.name):
+                continue
+            missing = _without_reference(source, pictures)
+            is_outside = place == folder and source.parent == parent
+            if is_outside and (missing or has_word or _list_other_media(folder, source)):
+                continue
+            if len(missing) < len(pictures):
                 return True
     return False
+
+
+def _list_other_media(folder: Path, source: Path) -> list[Path]:
+    """Return what is next to a folder and a folder of control pictures that the latter may be made from."""
+    parent = source.parent
+    others = [
+        place
+        for place in _folders(parent)
+        if place not in (folder.absolute(), source)
+        and place.name.lower() not in {*MASK_FOLDERS, *OWN_FOLDERS}
+        and not REFERENCES.fullmatch(place.name)
+    ]
+    return [path for place in (parent, *others) for path in _media_in(place)]
 
 
 def _find_controls(folder: Path, places: SortedFolders, content: FolderContent) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from checkpoints.tokenizers import TokenizerFiles
 from encoders.clip_checkpoints import clip_tokenizer_files
 from encoders.clip_l import ClipWords, load_clip_words
+from encoders.text_encoder import find_merges
 from modules.atomic_write import make_folder, write_bytes
 from modules.errors import CheckpointError, OptionError
 
@@ -87,6 +88,26 @@ def _find_in(places: Sequence[Path], files: TokenizerFiles) -> Path | None:
         if file is not None:
             return file
     return None
+
+
+def keep_tokenizer(source: Path, target: Path, are_open_clip: Sequence[bool]) -> None:
+    """Copy the tokenizer in or next to a checkpoint next to another file, if there is none.
+
+    target: a single file that was trained from `source`. Of several tokenizers the first one is copied, as
+    its vocabulary is that of the others. Raises OutputError if it cannot be written.
+    """
+    if any(file is not None for _, file in find_tokenizer_files(None, target, are_open_clip)):
+        return
+    found = [(files, file) for files, file in find_tokenizer_files(None, source, are_open_clip) if file]
+    if not found:
+        return
+    files, file = found[0]
+    folder = target.parent / CLIP_L
+    make_folder(folder, "--output_dir")
+    merges = find_merges(file)
+    for part in (file,) if merges is None else (merges, file):
+        write_bytes(folder / part.name, files.read_bytes(part))
+    logger.info("The tokenizer of %s is kept in %s, for the trained checkpoints", source, folder)
 
 
 def check_vocabulary(words: ClipWords, rows: int, checkpoint: Path) -> None:

@@ -6,7 +6,7 @@ folder in diffusers' layout becomes one file with the names of the released ones
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,6 +32,7 @@ from stable_diffusion.released_names import (
     released_vae_shape,
 )
 from stable_diffusion.text_checkpoints import CLIP_L, OPEN_CLIP, SD1_TEXT, SD2_TEXT, join_released
+from stable_diffusion.tokenizers import keep_tokenizer
 from stable_diffusion.training_files import TrainingFiles, count_layers
 
 logger = logging.getLogger(__name__)
@@ -60,9 +61,14 @@ class CheckpointFiles:
     source: Checkpoint | None = None  # a single file
     opened: ExitStack | None = None  # keeps the files of the plans open
     marks: Sequence[str] = ()  # names of empty tensors, by which a file says what its model predicts
+    keep_tokenizer: Callable[[Path], None] = lambda _: None  # puts a tokenizer next to a file
 
     def write(self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
-        """Write a file, completely or not at all. dtype: of the networks; None: that of the source."""
+        """Write a file, completely or not at all, with a tokenizer next to it.
+
+        dtype: of the networks; None: that of the source.
+        """
+        self.keep_tokenizer(path)
         states = {name: network.state_dict() for name, network in self.networks.items()}
         infos = self.list_infos(dtype)
 
@@ -114,8 +120,16 @@ def make_writer(
         plans = list_plans(release)
         logger.info("Trained checkpoints of %s are single files, with the names of the released ones.", path)
         parts = _name_parts(release, plans)
-        return CheckpointFiles(networks, parts, plans, opened=opened, marks=_list_marks(marks))
+        return CheckpointFiles(
+            networks,
+            parts,
+            plans,
+            opened=opened,
+            marks=_list_marks(marks),
+            keep_tokenizer=_make_keeper(checkpoint, release),
+        )
     with checkpoint.opened() as release:
+        keeper = _make_keeper(checkpoint, release)
         plans = list_plans(release)
         parts = {}
         for name, network in networks.items():
@@ -130,7 +144,18 @@ def make_writer(
             path,
         )
     added = [name for name in _list_marks(marks) if name not in source.tensors]
-    return CheckpointFiles(networks, parts, source=source, marks=added)
+    return CheckpointFiles(networks, parts, source=source, marks=added, keep_tokenizer=keeper)
+
+
+def _make_keeper(checkpoint: TrainingFiles, release: OpenedCheckpoint) -> Callable[[Path], None]:
+    """Return what puts the tokenizer of a source next to a trained file, where it is looked for.
+
+    With --tokenizer_cache_dir nothing is done: commands that are printed have it too.
+    """
+    if checkpoint.tokenizer_cache_dir is not None:
+        return lambda _: None
+    are_open_clip = [text.is_open_clip for text in release.texts]
+    return lambda path: keep_tokenizer(checkpoint.path, path, are_open_clip)
 
 
 def list_plans(release: OpenedCheckpoint) -> Plans:

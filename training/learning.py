@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from checkpoints.opening import open_checkpoint
 from contract.data import CAPTION
 from contract.family import Family, hears_sound, part_rates_of
 from contract.loading import BlockPlace
@@ -125,7 +124,8 @@ def load_networks(plan: TrainingPlan, swap: SwapOptions, hooks: Hooks) -> Loaded
         word = make_word_rows(plan.family, encoders, seed=plan.progress.seed)
         note_brought_words(continued, taught)
     if continued is not None and plan.family.noise.keeps_variance:
-        from networks.predictions import compare_predictions  # of models that may predict noise or v
+        from checkpoints.opening import open_checkpoint  # of models that may predict noise or v
+        from networks.predictions import compare_predictions
 
         with open_checkpoint(continued) as checkpoint:
             compare_predictions({continued: checkpoint.metadata}, plan.family.noise.predicts_v)

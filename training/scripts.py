@@ -109,7 +109,7 @@ def training_script(
         if code:
             raise SystemExit(code)
 
-    return Script(train)
+    return Script.of_family(family, train)
 
 
 def _warn_of_unused(options: TrainingOptions, family_options: Any) -> None:

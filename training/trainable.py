@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from checkpoints.unused import OpenedTensors, UnusedTensors
 from checkpoints.writing import stream_tensors
 from contract.loading import TensorInfo
 from contract.made_networks import WritesNetwork
@@ -237,11 +238,12 @@ def train_dit(
     groups = [{"params": learning, "lr": rate} for rate, learning in by_rate.items()]
     names = {rate: part.strip(".") for part, rate in part_rates.items()} | {learning_rate: "dit"}
     dtypes = written_dtypes(dit)
+    unused = open_unused(dit)
     return Trainable(
         {"dit": dit},
         groups=groups,
         group_names=tuple(names[rate] for rate in by_rate),
-        writes={"": partial(_write_dit, dit, dtypes)},
+        writes={"": partial(_write_dit, dit, dtypes, unused)},
     )
 
 
@@ -272,9 +274,23 @@ def saved_dtypes(dtypes: Mapping[str, torch.dtype], dtype: torch.dtype | None) -
     return {name: dtype if usual.is_floating_point else usual for name, usual in dtypes.items()}
 
 
+def open_unused(dit: nn.Module) -> OpenedTensors | None:
+    """Open the tensors of the transformer's file that it does not have, see `UnusedTensors`."""
+    unused: UnusedTensors | None = getattr(dit, "unused_tensors", None)
+    return None if unused is None else unused.opened()
+
+
+def unused_infos(unused: OpenedTensors | None, dtype: torch.dtype | None) -> dict[str, TensorInfo]:
+    """Return dtypes and shapes of the unused tensors in a file. dtype: as for `saved_dtypes`."""
+    infos = {} if unused is None else unused.infos
+    dtypes = saved_dtypes({name: info.dtype for name, info in infos.items()}, dtype)
+    return {name: TensorInfo(dtypes[name], info.shape) for name, info in infos.items()}
+
+
 def _write_dit(
     dit: nn.Module,
     dtypes: Mapping[str, torch.dtype],
+    unused: OpenedTensors | None,
     path: Path,
     dtype: torch.dtype | None,
     metadata: Mapping[str, str],
@@ -282,4 +298,12 @@ def _write_dit(
     tensors = dit.state_dict()  # no copies; an average may be in their place
     dtypes = saved_dtypes(dtypes, dtype)
     infos = {name: TensorInfo(dtypes[name], tuple(tensor.shape)) for name, tensor in tensors.items()}
-    stream_tensors(path, infos, lambda name: tensors[name].to(dtypes[name]), metadata)
+    infos |= unused_infos(unused, dtype)
+
+    def read(name: str) -> Tensor:
+        if name in tensors:
+            return tensors[name].to(infos[name].dtype)
+        assert unused is not None
+        return unused.read(name).to(infos[name].dtype)
+
+    stream_tensors(path, infos, read, metadata)

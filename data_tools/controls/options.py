@@ -6,7 +6,7 @@ from modules.errors import OptionError
 from modules.media.options import EDGE_THRESHOLDS
 from modules.options import Options, option
 
-FOLDER_NAME = "conditioning"  # of the control pictures, next to the folder of the pictures
+FOLDER_NAME = "conditioning"  # of the control pictures, in the folder of the pictures
 
 
 class ControlPictureOptions(Options, title="what to make"):
@@ -30,7 +30,7 @@ class ControlPictureOptions(Options, title="what to make"):
         "depth_anything_v2_small --to models downloads one, after its size and licence",
     )
     output: Path | None = option(
-        f"folder for the control pictures; default: {FOLDER_NAME}, next to the folder of pictures",
+        f"folder for the control pictures; default: {FOLDER_NAME}, in the folder of pictures",
         place="new folder",
     )
     overwrite: bool = option("make again what this program has made; files of other programs always stay")

@@ -40,7 +40,7 @@ def make_control_pictures(options: ControlPictureOptions) -> None:
     be done, and DatasetError at the end if pictures could not be read.
     """
     folder = real_path(options.folder)
-    output = folder.parent / FOLDER_NAME if options.output is None else real_path(options.output)
+    output = folder / FOLDER_NAME if options.output is None else real_path(options.output)
     if output == folder:
         raise OptionError(f"{options.folder}: control pictures need a folder of their own. Give --output")
     pictures = _find_pictures(folder)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_tools.masks.model_files import build_without_memory, check_settings, require_shown
 from data_tools.masks.options import MODEL_FOLDER
 from data_tools.masks.shaping import Values
 from modules.command import as_typed
@@ -94,13 +95,13 @@ def read_kind(folder: Path) -> str:
         kind = parse_json(read_text(path)).get("model_type")
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} cannot be read: {shorten(str(error), 300)}", path) from None
-    if kind not in _CLASSES:
+    if not isinstance(kind, str) or kind not in _CLASSES:
         raise CheckpointError(
-            f"--model {folder}: this is a model of the kind {kind}, which finds no words in pictures. Give "
-            "CLIPSeg or SAM 3",
+            f"--model {folder}: this is a model of the kind {shorten(str(kind), 80)}, which finds no "
+            "words in pictures. Give CLIPSeg or SAM 3",
             folder,
         )
-    return str(kind)
+    return kind
 
 
 def load_word_finder(
@@ -111,16 +112,21 @@ def load_word_finder(
     Raises CheckpointError if the folder holds no such model.
     """
     chosen = choose_device(device)
-    network_name, processor_name = _CLASSES[read_kind(folder)]
+    kind = read_kind(folder)
+    network_name, processor_name = _CLASSES[kind]
+    shapes = check_settings(folder)
     import transformers  # takes seconds; only with words
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     try:
+        network_class = getattr(transformers, network_name)
+        config = network_class.config_class.from_pretrained(folder, **LOCAL)
+        require_shown(folder, build_without_memory(network_class, config), shapes, is_exact=kind == CLIPSEG)
         processor = getattr(transformers, processor_name).from_pretrained(folder, **LOCAL)
-        network = getattr(transformers, network_name).from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, **LOCAL
-        )
+        network = network_class.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **LOCAL)
+    except CheckpointError:
+        raise
     except Exception as error:  # damaged files raise errors of many libraries
         if "torchvision" in str(error).lower() and find_spec("torchvision") is None:  # as SAM 3 needs it
             raise InstallationError(

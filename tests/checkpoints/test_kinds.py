@@ -13,10 +13,12 @@ from checkpoints.kinds import OF_OTHERS, kind_of
 from checkpoints.opening import open_file
 from contract import families
 from contract.loading import Placement
+from minimax_h3.dit_checkpoints import load_dit as load_h3
 from modules.errors import CheckpointError
 from modules.installation import import_own
 from tests.faults.messages import assert_one_message, run_here
 from tests.manifests import write_hollow
+from tests.tiny.minimax_h3 import write_tiny_h3
 from tests.tiny.project import write_plain_pictures
 
 META = Placement(torch.device("meta"))
@@ -28,6 +30,7 @@ HIDREAM = {
 }
 ONE = {"num_layers": 1}
 CASES: list[tuple[str, dict[str, Any], str]] = [
+    ("BriaFibo2Transformer2DModel", {}, "Fibo 2"),
     ("Cosmos3OmniTransformer", {"num_hidden_layers": 1}, "Cosmos 3"),
     ("ErnieImageTransformer2DModel", ONE, "ERNIE-Image"),
     ("GlmImageTransformer2DModel", ONE, "GLM-Image"),
@@ -49,6 +52,9 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
 # of layouts that no class here writes: diffusers' own marks, and released files
 RELEASED = {
     "cond_type_embedding.weight": "HunyuanVideo 1.5",
+    "t_embedder1.mlp.0.weight": "HiDream-O1-Image",
+    "model.t_embedder1.mlp.0.weight": "HiDream-O1-Image",
+    "model.diffusion_model.perceiver.latent_queries": "Fibo 2",
 }
 FORMATS = [entry.room for entry in families.with_scripts().values() if entry.own_files]
 
@@ -77,7 +83,37 @@ def test_a_network_of_diffusers_is_known_by_name(network: str, settings: dict[st
 def test_released_names_are_known_too(name: str, words: str) -> None:
     others = ["double_blocks.0.img_attn_qkv.weight", "blocks.0.self_attn.q_proj.weight", "byt5_in.fc1.weight"]
 
-    assert words in str(kind_of([*others, name]))
+    of_language = [
+        "model.visual.pos_embed.weight",
+        "noise_refiner.0.attention.to_q.weight",
+    ]  # in some of them
+
+    assert words in str(kind_of([*others, *of_language, name]))
+
+
+@pytest.mark.parametrize(
+    ("name", "is_other"),
+    [
+        ("MiniMax-H3-Image/transformer/diffusion_pytorch_model-00001-of-00001.safetensors", True),
+        ("minimax_h3_image_bf16.safetensors", True),
+        ("H3Image.safetensors", True),
+        ("minimax_h3_fl2va_bf16.safetensors", False),
+        ("h3_images/minimax_h3_fl2va_bf16.safetensors", False),  # a folder of somebody
+    ],
+)
+def test_a_model_with_all_tensors_of_another_is_known_by_its_file(
+    name: str, is_other: bool, tmp_path: Path
+) -> None:
+    files = write_tiny_h3(tmp_path / "tiny")
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.dit.rename(path)
+
+    if is_other:
+        with pytest.raises(CheckpointError, match=r"MiniMax-H3-Image, whose heads .* as its name says\.\n"):
+            load_h3(path, META)
+    else:
+        load_h3(path, META)
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
+from PIL import Image
 
-from contract.families import FOLDERS, with_scripts
+from contract.families import FOLDERS, identify, with_scripts
 from data_tools.controls.options import ControlPictureOptions
 from data_tools.masks.options import MaskOptions
 from data_tools.tags.options import TaggingOptions
@@ -35,6 +36,7 @@ from post.chain_options import TOOLS as TOOLS_ON_VIDEOS
 from post.chain_options import read_chain
 from stable_diffusion.options import read_gen_img
 from tests.commands import ROOT
+from tests.faults.messages import run_here
 from tests.manifests import WIDTHS, tensor_list
 from tests.test_docs import PAGES
 from training.image_options import ImageTrainerDefaults, read_image_training
@@ -257,6 +259,66 @@ def test_a_missing_file_is_answered_with_its_download(path: str, command: str) -
         "'", '"' if os.name == "nt" else "'"
     )
     assert download_hint(Path("m/pytorch_model.pt")) is None
+
+
+def option_of(words: list[str], name: str) -> str:
+    return words[words.index(name) + 1]
+
+
+SCRIPTS_OF_FAMILIES = {name: entry.main_scripts for name, entry in with_scripts().items()}
+
+
+@pytest.mark.parametrize("family", [None, *SCRIPTS_OF_FAMILIES])
+def test_every_missing_file_is_answered_with_the_least_download_of_the_script_that_asks(
+    family: str | None, tmp_path: Path
+) -> None:
+    """A VAE of Anima with 0.3 GB was answered with Qwen-Image, which has 57.7 GB."""
+    scripts = set(SCRIPTS_OF_FAMILIES.get(family or "", ()))
+    for in_fp8 in (False, True):
+        for part in {part.path for model in model_sets(in_fp8) for part in model.components if part.option}:
+            having: dict[tuple[str, str], tuple[int, bool]] = {}  # set -> its bytes, whether a script runs it
+            for model in model_sets(in_fp8):
+                if any(part == other.path for other in model.components if other.option):
+                    size = sum(other.size_bytes or 0 for other in model.components)
+                    runs = any(command.split()[1] in scripts for command in model.commands.values())
+                    having[model.family, model.task] = size, runs
+            hint = identify(tmp_path / part, family)
+            assert hint is not None
+            words = shlex.split(hint.removesuffix(" downloads it"))
+            chosen = option_of(words, "--family"), option_of(words, "--task")
+            if in_fp8 and "--fp8_encoders" not in words:
+                continue  # a file of the usual sets too
+            of_family = {name: size for name, (size, runs) in having.items() if runs}
+            sizes = of_family or {name: size for name, (size, _) in having.items()}
+            assert sizes[chosen] == min(sizes.values()), (family, part)
+
+
+def test_files_that_are_there_are_not_counted(tmp_path: Path) -> None:
+    wan = next(model for model in model_sets() if (model.family, model.task) == ("wan22", "t2v-A14B"))
+    (vae,) = [part for part in wan.components if part.option == "--vae"]
+    for part in wan.components:
+        if part is not vae:
+            (tmp_path / part.path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / part.path).touch()
+
+    hint = identify(tmp_path / vae.path, "wan")
+
+    assert hint is not None
+    assert "--family wan22 --task t2v-A14B " in hint
+
+
+def test_a_script_says_which_download_of_its_family_brings_a_file(tmp_path: Path) -> None:
+    (tmp_path / "d.toml").write_text('[[datasets]]\nimage_directory = "."\n', encoding="utf-8")
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a cat", encoding="utf-8")
+    (anima,) = [model for model in model_sets() if model.family == "anima"]
+    (vae,) = [part for part in anima.components if part.option == "--vae"]
+    words = ["--dataset_config", "d.toml", "--vae", Path("models") / vae.path]
+
+    code, said = run_here("anima_cache_latents.py", *words, folder=tmp_path)
+
+    assert code != 0
+    assert "--family anima --task base" in said
 
 
 def test_the_list_of_a_task_names_files_sizes_sources_and_licences() -> None:

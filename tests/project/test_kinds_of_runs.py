@@ -14,6 +14,9 @@ from safetensors import safe_open
 
 import stable_diffusion.family  # noqa: F401  # packages of it warn when they are imported
 from checkpoints.writing import save_tensors
+from data_tools.controls.options import ControlPictureOptions
+from data_tools.controls.run import make_control_pictures
+from modules.parser import parse_options
 from modules.text_files import parse_toml
 from project.kinds.composing import BY_NAME, KINDS, find_control_kind, list_kinds
 from project.options import KIND_NAMES, RUN_FILE, find_models
@@ -108,6 +111,45 @@ def test_a_folder_of_pairs_becomes_a_control_network(place: str, tmp_path: Path)
     assert read_run(folder)[OTHERS_TABLE]["commands"][-1][1] == "sdxl_train_control_net_lllite.py"
     describe(folder, "sd xl", "--train", "lora", "--overwrite")
     assert read_run(folder)[OTHERS_TABLE]["commands"][-1][1] == "sdxl_train_network.py"
+
+
+@pytest.mark.parametrize("why", ["other names", "another folder", "pictures", "a word", "of another", "none"])
+def test_control_pictures_next_to_a_folder_are_its_own_only_if_nothing_contradicts(
+    why: str, tmp_path: Path
+) -> None:
+    """They may have been drawn of another folder, whose pictures have the same names."""
+    folder = tmp_path / "top" / "pairs"
+    write_pairs(folder, "../conditioning")
+    if why == "other names":
+        write_photos(folder, count=1, stem="further")
+    elif why == "another folder":
+        write_photos(folder.parent / "fluffy")
+    elif why == "pictures":
+        write_photos(folder.parent, count=1)
+    elif why == "of another":
+        (folder.parent / "output" / "samples").mkdir(parents=True)  # of a run: that counts as nothing
+    words = ["--trigger_word", WORD] if why == "a word" else []
+
+    describe(folder, "sd xl", *words)
+
+    script = read_run(folder)[OTHERS_TABLE]["commands"][-1][1]
+    is_control = why in ("of another", "none")
+    assert script == ("sdxl_train_control_net_lllite.py" if is_control else "sdxl_train_network.py")
+
+
+def test_edges_that_are_drawn_leave_other_folders_alone(tmp_path: Path) -> None:
+    for name in ("pictures", "fluffy"):
+        write_photos(tmp_path / name)
+    make_control_pictures(
+        parse_options("", [str(tmp_path / "pictures"), "--canny"], ControlPictureOptions)[0]
+    )
+
+    scripts = {}
+    for name in ("pictures", "fluffy"):
+        describe(tmp_path / name, "sd xl")
+        scripts[name] = read_run(tmp_path / name)[OTHERS_TABLE]["commands"][-1][1]
+
+    assert scripts == {"pictures": "sdxl_train_control_net_lllite.py", "fluffy": "sdxl_train_network.py"}
 
 
 # ten mistakes, each with the sentence that it gets

@@ -2,6 +2,7 @@
 
 import io
 import re
+import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from contract.requests import Prompt
 from contract.whole import LearningParts
 from stable_diffusion.contract import SD1, SDXL
 from stable_diffusion.files import Marks
+from stable_diffusion.tokenizers import CLIP_L
 from stable_diffusion.towers import LearningTexts, make_encoders
 from stable_diffusion.training_files import TrainingFiles
 from stable_diffusion.whole_files import make_writer
@@ -354,8 +356,42 @@ def test_a_file_says_what_the_typed_options_made_its_model_predict(folder: Path,
     assert (pictures[0] == pictures[1]).all()
 
 
+@pytest.mark.parametrize("form", ["file", pytest.param("folder", marks=pytest.mark.slow)])
+def test_a_trained_file_makes_pictures_without_a_network_by_the_printed_command(
+    folder: Path, form: str
+) -> None:
+    """The tokenizer lies next to the source, where the download puts it, and no option names it."""
+    (folder / "models").mkdir()
+    if form == "folder":
+        model = write_folder("sd1", folder / "models" / "sd1")
+    else:
+        model = WRITERS["sd1"](folder / "models")
+        (folder / "models" / "clip_l").mkdir()
+        kept = ("tokenizer.json",) if form == "tokenizer.json" else ("vocab.json", "merges.txt")
+        for name in kept:
+            (found,) = (folder / "tokenizers").glob(f"openai_clip-vit-large-patch14/{name}")
+            shutil.copyfile(found, folder / "models" / "clip_l" / name)
+    shutil.rmtree(folder / "tokenizers")
+    files = ["--pretrained_model_name_or_path", model.relative_to(folder)]
+    data = ["--dataset_config", "dataset.toml", "--max_data_loader_n_workers", "0", "--max_train_steps", "1"]
+
+    said = succeed_here("train_db.py", *files, *data, "--output_dir", "output", folder=folder)
+
+    assert "is kept in output" in said
+    lines = said.splitlines()
+    (place,) = [number for number, line in enumerate(lines) if "Generate with it" in line]
+    _, script, *typed = shlex.split(lines[place + 1].strip(" │"))
+    succeed_here(script, *typed, "--image_size", "64", "64", "--steps", "2", folder=folder)
+    assert list((folder / "output" / "generated").glob("*.png"))
+    (folder / "copied").mkdir()
+    for name in ("last.safetensors", CLIP_L):
+        (folder / "output" / name).rename(folder / "copied" / name)
+    draw(folder, "copied/last.safetensors", "drawn")
+
+
 def draw(folder: Path, ckpt: str, name: str, *further: str) -> np.ndarray:
-    words_of_run = ["--ckpt", ckpt, "--tokenizer_cache_dir", "tokenizers", "--prompt", "a cat", "--seed", "1"]
+    tokenizers = ["--tokenizer_cache_dir", "tokenizers"] if (folder / "tokenizers").exists() else []
+    words_of_run = ["--ckpt", ckpt, *tokenizers, "--prompt", "a cat", "--seed", "1"]
     words_of_run += ["--W", "64", "--H", "64", "--steps", "2", "--outdir", name, *further]
     succeed_here("gen_img.py", *words_of_run, folder=folder)
     (picture,) = (folder / name).glob("*.png")

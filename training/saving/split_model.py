@@ -24,13 +24,21 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from checkpoints.unused import OpenedTensors
 from checkpoints.writing import order_of, stream_tensors
 from contract.loading import TensorInfo
 from modules.atomic_write import check_space
 from modules.errors import CheckpointError
 from running.offload.sharding import as_split, gather_rows, is_split, rows_here, rows_of, trained_rows
 from training.saving.states import REMEDY, SavedState, file_checksum, share_of_files, write_state
-from training.trainable import Trainable, saved_dtypes, train_dit, written_dtypes
+from training.trainable import (
+    Trainable,
+    open_unused,
+    saved_dtypes,
+    train_dit,
+    unused_infos,
+    written_dtypes,
+)
 
 FILE_BYTES = 128 << 20  # about so much of a process' rows is in a file: two copies of it are made to write it
 OPTIMIZER = "optimizer"  # in addition to the parts of a state
@@ -50,7 +58,7 @@ def train_split_dit(dit: nn.Module, learning_rate: float, *parts: Any) -> Traina
     return replace(
         usual,
         groups=groups,
-        writes={"": partial(_write_model, dit, rows, written_dtypes(dit))},
+        writes={"": partial(_write_model, dit, rows, written_dtypes(dit), open_unused(dit))},
         split={part: weight for weight, part in rows.items()},
     )
 
@@ -59,6 +67,7 @@ def _write_model(
     dit: nn.Module,
     rows: Mapping[nn.Parameter, nn.Parameter],
     dtypes: Mapping[str, torch.dtype],
+    unused: OpenedTensors | None,
     path: Path,
     dtype: torch.dtype | None,
     metadata: Mapping[str, str],
@@ -67,7 +76,12 @@ def _write_model(
     weights = {**dit.state_dict(), **dict(dit.named_parameters())}
     dtypes = saved_dtypes(dtypes, dtype)
 
+    of_unused = unused_infos(unused, dtype)
+
     def read(name: str) -> Tensor:
+        if name in of_unused:
+            assert unused is not None
+            return unused.read(name).to(of_unused[name].dtype)
         weight: Any = weights[name]
         if not is_split(weight):
             return weight.detach().to(dtypes[name])
@@ -77,7 +91,7 @@ def _write_model(
 
     infos = {name: TensorInfo(dtypes[name], tuple(weight.shape)) for name, weight in weights.items()}
     if distributed.get_rank() == 0:
-        stream_tensors(path, infos, read, metadata)
+        stream_tensors(path, infos | of_unused, read, metadata)
     else:  # all processes gather each tensor, in the order in which the first one writes them
         for name in order_of(infos):
             read(name)

@@ -58,7 +58,7 @@ def write_depth_model(folder: Path, **settings: object) -> Path:
 def test_edges_have_the_names_of_their_pictures(pictures: Path) -> None:
     done = run_script("tools/control_pictures.py", pictures, "--canny", "50", "150")
 
-    output = pictures.parent / "conditioning"
+    output = pictures / "conditioning"
     assert f'conditioning_data_dir = "{output.as_posix()}"' in done.stdout + done.stderr
     assert sorted(path.name for path in output.iterdir()) == ["cat.png", "dog.png", "tree.png"]
     for name in SIZES:
@@ -97,7 +97,7 @@ def test_a_damaged_picture_is_told_after_the_others_are_done(pictures: Path) -> 
     (pictures / "bad.png").write_bytes(b"no picture")
     with pytest.raises(DatasetError, match=r"1 of the 4 pictures could not be used.*\n.*bad\.png"):
         make(pictures, "--canny")
-    assert len(list((pictures.parent / "conditioning").iterdir())) == 3
+    assert len(list((pictures / "conditioning").iterdir())) == 3
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_a_damaged_picture_is_told_after_the_others_are_done(pictures: Path) -> 
 def test_a_mistake_is_one_sentence(pictures: Path, words: tuple[str, ...], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         make(pictures, *(word.format(folder=pictures) for word in words))
-    assert not (pictures.parent / "conditioning").exists()
+    assert not (pictures / "conditioning").exists()
 
 
 def test_two_pictures_cannot_share_a_control_picture(pictures: Path) -> None:
@@ -126,7 +126,7 @@ def test_depth_spans_black_to_white_and_fits_the_picture(pictures: Path, tmp_pat
 
     make(pictures, "--depth", model, "--device", "cpu")
 
-    path = pictures.parent / "conditioning" / "cat.png"
+    path = pictures / "conditioning" / "cat.png"
     image, depth = read_image(pictures / "cat.jpg"), read_image(path)
     network = DPTForDepthEstimation.from_pretrained(model)
     with torch.no_grad():

@@ -1,0 +1,132 @@
+"""Check the folder of a model before it is loaded: its settings say nothing that its weights do not show.
+
+Libraries believe what a settings file says: a size of 100,000 pixels takes gigabytes, a million layers have
+no end. Here texts are bounded, numbers are compared with the headers of the weights, and the network is
+built without memory first.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modules.errors import CheckpointError
+from modules.limits import MAX_BLOCKS, MAX_SHARDS, MAX_TENSORS, MAX_TOKENIZER_BYTES
+from modules.text_files import parse_json, read_tensor_header, read_text
+
+CONFIG = "config.json"
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+MOST_SIDE = 1024  # pixels of the pictures that a network is given; SAM 3 looks at 1008
+MOST_HEADS = 64  # of an attention, each with a map of all places; the networks have up to 16
+USUAL_NUMBER = 4096  # up to which a setting is no size that the weights have to show
+SPARE_ELEMENTS = 1 << 20  # of a network, that are not in its weights: places, masks
+
+Shape = tuple[int, ...]
+
+
+def check_settings(folder: Path) -> list[Shape]:
+    """Return the shapes of the tensors in a folder's weights.
+
+    Raises CheckpointError if a text of the folder is too large, nested too deeply or no JSON, or if its
+    settings have numbers that no network with these weights has.
+    """
+    shapes = read_shapes(folder)
+    largest = max((max(shape, default=1) for shape in shapes), default=0)
+    for path in sorted(folder.glob("*.json")):
+        try:
+            content = parse_json(read_text(path, MAX_TOKENIZER_BYTES))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}", path) from None
+        if path.name in PROCESSORS:
+            _check_numbers(path, content, MOST_SIDE, "the pictures of a network have at most")
+        elif path.name == CONFIG:
+            most = max(USUAL_NUMBER, largest)
+            _check_numbers(path, content, most, "the largest size of a tensor in its weights is")
+            _check_counts(path, content, len(shapes))
+    return shapes
+
+
+def read_shapes(folder: Path) -> list[Shape]:
+    """Return the shapes of all tensors in the safetensors files of a folder. Raises CheckpointError."""
+    shapes: list[Shape] = []
+    paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        raise CheckpointError(f"--model {folder}: there are no weights in it, as a file .safetensors", folder)
+    for path in paths[:MAX_SHARDS]:
+        try:
+            with path.open("rb") as file:
+                header = read_tensor_header(file.read, path.stat().st_size)
+            held = path.stat().st_size - header.start
+            for entry in header.entries.values():
+                shape = tuple(map(int, entry["shape"]))
+                if min(shape, default=0) < 0 or math.prod(shape) > 2 * held:  # four bits are the least
+                    raise ValueError(f"it claims a tensor of shape {list(shape[:8])}")
+                shapes.append(shape)
+        except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+            raise CheckpointError(f"{path} is damaged: {error}", path) from None
+        if len(shapes) > MAX_TENSORS:
+            raise CheckpointError(f"{path} has more than {MAX_TENSORS:,} tensors", path)
+    return shapes
+
+
+def require_shown(folder: Path, network: Any, shapes: Sequence[Shape], is_exact: bool) -> None:
+    """Raise CheckpointError if a network that was built without memory is not that of the weights.
+
+    network: on the device "meta". is_exact: the tensors of the file are those of the network, one by one;
+    else some may be cut or joined when they are loaded.
+    """
+    parameters = dict(network.named_parameters())
+    held = sum(tensor.numel() for tensor in (*parameters.values(), *network.buffers()))
+    shown = sum(map(math.prod, shapes))
+    if held > shown + shown // 4 + SPARE_ELEMENTS:
+        raise CheckpointError(
+            f"--model {folder}: {CONFIG} describes a network of {held:,} numbers, its weights have {shown:,}."
+            " Take both from one release",
+            folder,
+        )
+    known = set(shapes)
+    for name, tensor in parameters.items():
+        if is_exact and tuple(tensor.shape) not in known:
+            raise CheckpointError(
+                f"--model {folder}: by {CONFIG} {name} has the shape {list(tensor.shape)}, which none of the "
+                "tensors in its weights has. Take both from one release",
+                folder,
+            )
+
+
+def build_without_memory(network_class: Any, config: Any) -> Any:
+    """Return a network of a class of transformers on the device "meta"."""
+    with torch.device("meta"):
+        return network_class(config)
+
+
+def _check_numbers(path: Path, content: Any, most: int, reason: str) -> None:
+    for name, number in _list_numbers(content):
+        if not abs(number) <= most and "theta" not in name:  # NaN too; a base of frequencies is no size
+            raise CheckpointError(f"{path}: {name} is {number:,}, and {reason} {most:,}", path)
+
+
+def _check_counts(path: Path, content: Any, num_tensors: int) -> None:
+    """Raise CheckpointError for more layers or heads than a network with so many tensors has."""
+    for name, number in _list_numbers(content):
+        if "heads" in name and number > MOST_HEADS:
+            raise CheckpointError(f"{path}: {name} is {number:,}, and at most {MOST_HEADS} are taken", path)
+        is_count = any(word in name for word in ("layers", "depth", "blocks", "stages"))
+        if is_count and number > min(num_tensors, MAX_BLOCKS):
+            raise CheckpointError(
+                f"{path}: {name} is {number:,}, and the weights have {num_tensors:,} tensors", path
+            )
+
+
+def _list_numbers(content: Any, name: str = "") -> Iterator[tuple[str, int | float]]:
+    """Yield the numbers of a JSON value, each with its key or that of its list."""
+    if isinstance(content, Mapping):
+        for key, value in content.items():
+            yield from _list_numbers(value, str(key)[:100])
+    elif isinstance(content, list):
+        for value in content:
+            yield from _list_numbers(value, name)
+    elif isinstance(content, int | float) and not isinstance(content, bool):
+        yield name, content
