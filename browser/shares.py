@@ -40,7 +40,7 @@ from modules.errors import UserError
 from modules.file_locks import only_one
 from modules.pages.language import say
 from modules.pages.page import FILE_POLICY, link, mark_folders, render_page
-from modules.text_files import parse_json
+from modules.text_files import parse_json, real_path
 from modules.user_files import read_user_file, user_folder, write_user_file
 from training.features.composing import parts_of_page
 from training.reports.history import read_session
@@ -170,6 +170,12 @@ def shared_clip(name: str, prompt: str, step: int, is_newest: bool) -> Markup:
     return TAGS.get(Path(name).suffix, TAGS[".png"]).format(link(SAMPLES, name), label)
 
 
+def _is_of_run(path: Path, run: RunSummary) -> bool:
+    """Return whether a file has a name of a run's files, and lies in its folder itself, behind no link."""
+    folder = run.history.parent
+    return path.name.startswith(run.name) and real_path(path) == real_path(folder) / path.relative_to(folder)
+
+
 def make_shared_standing(now: LiveStanding) -> Standing:
     """Return the standing of a run without texts that may name a folder, a file or another run.
 
@@ -245,6 +251,8 @@ class SharePages:
             name = request.path_params["name"]
             # a comparison may show another run's file
             path = None if COMPARED.fullmatch(name) else find_run_file(self.site.runs, run, name)
+            if path is not None and not _is_of_run(path, run):
+                path = None
         return answer_not_found() if path is None else answer_file(path)
 
     # ---- for the user

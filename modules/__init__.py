@@ -26,6 +26,7 @@ limits: limits on files and answers from outside
 lost_processes: notice that another process of a run died or stopped
 media/: images and videos on disk, and their pixels
 minimal_options: options that the minimal inference scripts share
+memory_limit: bound what a process may take while it runs a stranger's file
 mistyped: name our option for another program's
 nvidia_driver: cards of NVIDIA, and why torch does not see them
 option_values: values of options: converted from what was typed, and checked
@@ -49,4 +50,5 @@ typed_command: commands that are values of options: their words
 user_files: small files for this user, outside of their folders
 varints: read whole numbers of varying length
 version: the version of Reelsmith
+yaml_files: YAML texts of somebody else, bounded
 """

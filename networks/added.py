@@ -23,9 +23,10 @@ from modules.errors import CheckpointError
 from networks import deltas, loading
 from networks.apply import changes_of
 from networks.delta import Delta, read_delta, read_deltas
-from networks.deltas import CPU, DOWN, OF_BIAS, OF_LOW_RANK, SET, UP
+from networks.deltas import CPU, OF_BIAS, OF_LOW_RANK, SET
 from networks.depths import fit_depths
 from networks.kinds.composing import OF_MAGNITUDES, list_additive
+from networks.kinds.factors import DOWN, UP
 from networks.leftovers import text_side_of
 from networks.loading import LoraFile, LoraUse
 from networks.lora_products import add_product

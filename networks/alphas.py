@@ -15,8 +15,9 @@ from torch import Tensor
 from modules.errors import CheckpointError
 from modules.limits import MAX_EXPRESSIONS, MAX_SEARCH_SECONDS
 from modules.text_files import parse_json, read_text
-from networks.deltas import DOWN, UP, Factors, group_by_module, rank_of, split_strength, ungroup
+from networks.deltas import group_by_module, rank_of, split_strength, ungroup
 from networks.key_formats import NativeTensors
+from networks.kinds.factors import DOWN, UP, Factors
 from networks.names.layouts import FOLDED, IN_DIFFUSERS, UNET_IN_DIFFUSERS
 from networks.names.texts import diffusers_path_of_text
 from networks.tensor_names import EXPERT_STARTS, NETWORKS

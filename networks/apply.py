@@ -56,7 +56,7 @@ class Change:
     delta: Delta
     leaf: str = "weight"  # or bias
     rows: slice | None = None  # rows of the parameter that the LoRA is for; None: all
-    turned: Tensor | None = None  # of a kind that rotates inputs, as `Rotation.make` returns it
+    turned: Tensor | None = None  # of a kind that rotates inputs, as `InputRotation.make` returns it
 
     def shape(self) -> tuple[int, ...]:
         """Return the shape of what is added, or of the weight that is set.
@@ -234,7 +234,7 @@ class Change:
         total.add_(addition.reshape(total.shape), alpha=self.use.multiplier)
 
     def _turn(self, device: torch.device) -> Tensor:
-        """Return the rotation of inputs at this strength, as `Rotation.make` returns it."""
+        """Return the rotation of inputs at this strength, as `InputRotation.make` returns it."""
         rotation = self.delta.rotation
         assert rotation is not None
         return rotation.make(self.delta.factors[rotation.part].to(device), self.use.multiplier)

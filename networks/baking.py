@@ -21,13 +21,14 @@ from modules.errors import CheckpointError, OptionError
 from networks import deltas
 from networks.apply import Change
 from networks.delta import read_delta
-from networks.deltas import CPU, DOWN, Factors
+from networks.deltas import CPU
 from networks.extracting import decompose_change, lora_of_shape
 from networks.fused_rows import with_stacked_rows
 from networks.key_formats import module_of_tensor
 from networks.kinds import LORA
 from networks.kinds.composing import MAGNITUDES, MARKS, NEEDING_WEIGHT, kinds_of_parts
-from networks.kinds.contract import MID, NORMS_FORM, named
+from networks.kinds.contract import NORMS_FORM, named
+from networks.kinds.factors import DOWN, MID, Factors
 from networks.loading import LoraFile, LoraUse
 from networks.lora_network import prefix_of
 from networks.module_names import alias

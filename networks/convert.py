@@ -20,11 +20,12 @@ from networks import module_names
 from networks.alphas import without_alphas
 from networks.baking import OTHER_KINDS, Baked, Baking, bake
 from networks.delta import read_delta
-from networks.deltas import Factors, add_missing_alphas, group_by_module, ungroup
+from networks.deltas import add_missing_alphas, group_by_module, ungroup
 from networks.formats import TARGETS
 from networks.key_formats import can_be_for
 from networks.kinds import KINDS
 from networks.kinds.composing import MAGNITUDES, PRODUCTS, in_series, kind_of_files
+from networks.kinds.factors import Factors
 from networks.loading import LoraFile, read_lora, warn_of_other_expert
 from networks.metadata import PARTS_METADATA, STALE, add_hashes
 from networks.names.layouts import (
@@ -314,8 +315,7 @@ def _prepare(lora: LoraFile, family: FamilyNames | None, how: Conversion) -> Bak
     in_diffusers = family is not None and family.is_as_in_diffusers and family.start == IN_DIFFUSERS
     is_for_comfyui = how.target == "other" and not in_diffusers
     for kind in KINDS:
-        if kind.bring_norms is not None:
-            lora = kind.bring_norms(lora, family, how.baking, is_for_comfyui, how.target)
+        lora = kind.bring_norms(lora, family, how.baking, is_for_comfyui, how.target)
     return Baked(lora, "")
 
 

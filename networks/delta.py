@@ -21,7 +21,6 @@ from networks.deltas import (
     PARTS,
     ROWS,
     SET,
-    Factors,
     bias_of,
     is_number,
     rows_in,
@@ -29,8 +28,9 @@ from networks.deltas import (
     without_alpha,
 )
 from networks.kinds import KINDS, composing
-from networks.kinds.algebra import Algebra, Magnitudes, MismatchError, Rotation
+from networks.kinds.algebra import Algebra, InputRotation, Magnitudes, MismatchError
 from networks.kinds.composing import MAGNITUDES
+from networks.kinds.factors import Factors
 
 _FULL = {"diff", "diff_b", SET}  # full differences, weights and biases
 _NO_MATRICES = {"alpha", "diff", SET, MAGNITUDES, ROWS, *OF_BIAS}
@@ -59,7 +59,7 @@ class Delta:
         return ROWS in self.factors
 
     @functools.cached_property
-    def rotation(self) -> Rotation | None:
+    def rotation(self) -> InputRotation | None:
         return next((algebra.rotation for algebra in self.algebras if algebra.rotation is not None), None)
 
     @functools.cached_property
@@ -369,4 +369,5 @@ def _find_algebras(parts: Iterable[str]) -> tuple[Algebra, ...]:
     """Return the algebras of the kinds that have any of these parts, even if others are absent."""
     parts = set(parts)
     found = (kind for kind in KINDS if not parts.isdisjoint(kind.parts))
-    return tuple(kind.load_algebra() for kind in found if kind.load_algebra is not None)
+    algebras = (kind.load_algebra() for kind in found)
+    return tuple(algebra for algebra in algebras if algebra is not None)

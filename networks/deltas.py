@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from contract.loading import TensorInfo
-from networks.kinds import composing, contract
+from networks.kinds import composing
 from networks.kinds.composing import MAGNITUDES
+from networks.kinds.factors import DOWN, UP, Factors
 
-Factors = Mapping[str, Tensor]  # "lora_down.weight" -> tensor: the factors of one module
 CPU, META = torch.device("cpu"), torch.device("meta")
 
-DOWN, UP = contract.DOWN, contract.UP
 LORA = (DOWN, UP)
 SET = "set_weight"  # ComfyUI's: takes the place of the model's weight at any strength but 0
 # rows (first, last + 1) of the factors' change that are the module's: it is a part of a layer that other

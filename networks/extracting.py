@@ -23,9 +23,9 @@ from modules.console import as_size, in_words, show_box
 from modules.devices import choose_device
 from modules.errors import CheckpointError
 from modules.seeds import derive_seed
-from networks.deltas import DOWN, UP
 from networks.fused_rows import with_stacked_rows
 from networks.key_formats import module_of_tensor
+from networks.kinds.factors import DOWN, UP
 from networks.merging import DTYPES, in_known_names
 from networks.metadata import add_hashes
 from networks.module_names import alias, choose_family, family_named, has_module

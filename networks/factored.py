@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from networks.kinds.algebra import MismatchError
-from networks.kinds.contract import Shapes
+from networks.kinds.factors import Shapes
 
 MakeShapes = Callable[[tuple[int, ...], int], Shapes]  # shape of a weight, out in (kernel); rank -> factors
 Factored = nn.Linear | nn.Conv2d  # modules whose weight can have such a change

@@ -7,9 +7,10 @@ from torch import nn
 
 from modules.errors import CheckpointError
 from networks.delta import read_delta
-from networks.deltas import UNTRAINED, Factors, rank_of, without_alpha
+from networks.deltas import UNTRAINED, rank_of, without_alpha
 from networks.factored import Factored, FactoredLayer, MakeShapes, Product
 from networks.kinds.contract import Target
+from networks.kinds.factors import Factors
 
 
 def make_layers(

@@ -15,8 +15,8 @@ from checkpoints.writing import save_tensors
 from modules.console import list_some
 from modules.errors import OptionError
 from networks import deltas
-from networks.deltas import DOWN
 from networks.kinds.contract import TranslatedModules
+from networks.kinds.factors import DOWN, Factors
 from networks.metadata import add_hashes
 from networks.module_names import read_family
 from networks.names.layouts import (
@@ -95,8 +95,8 @@ class LoraFormat:
             return Formatted(self._under_known_names(tensors), {}, {})
         from networks.writing import texts_to_comfyui, texts_to_diffusers  # most runs save the known names
 
-        texts: dict[str, deltas.Factors] = {}
-        in_dit: dict[str, deltas.Factors] = {}
+        texts: dict[str, Factors] = {}
+        in_dit: dict[str, Factors] = {}
         for module, factors in deltas.group_by_module(tensors).items():
             side = in_dit if module.startswith(OURS) else texts
             side[module] = factors
@@ -126,7 +126,7 @@ class LoraFormat:
 
         return rename_to_aliases(tensors, self.family)
 
-    def _by_strength(self, modules: Mapping[str, deltas.Factors]) -> dict[float | None, dict[str, Tensor]]:
+    def _by_strength(self, modules: Mapping[str, Factors]) -> dict[float | None, dict[str, Tensor]]:
         """Group the tensors of modules by alpha / rank; None: of modules that keep their alphas."""
         # ComfyUI's names for HunyuanImage-2.1 are underscored ones, which have alphas
         keeps = self.name == COMFYUI and self.family is not None and self.family.underscored
@@ -216,7 +216,7 @@ def find_fault(
             f"convert the file afterwards (convert_lora.py --target {name})"
         )
     kind = own_module.kind
-    fault = "" if kind.fault_of_format is None else kind.fault_of_format(name, family, bool(texts))
+    fault = kind.find_format_error(name, family, bool(texts))
     if fault:
         return fault
     if family is None:
@@ -224,7 +224,7 @@ def find_fault(
     if name == COMFYUI and family.not_in_comfyui:
         return f"{family.not_in_comfyui}. {_OTHERWISE} or diffusers"
     for variant in options.variants:
-        fault = "" if variant.fault_of_format is None else variant.fault_of_format(name, family, bool(texts))
+        fault = variant.find_format_error(name, family, bool(texts))
         if fault:
             return fault
     if name == COMFYUI:

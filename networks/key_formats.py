@@ -11,10 +11,11 @@ from typing import NamedTuple
 from torch import Tensor
 
 from networks.delta import Delta, read_delta, read_deltas
-from networks.deltas import ROWS, SET, Factors
+from networks.deltas import ROWS, SET
 from networks.kinds import KINDS
 from networks.kinds.algebra import MismatchError
 from networks.kinds.composing import FLAT
+from networks.kinds.factors import Factors
 from networks.module_names import FAMILIES, alias, have_same_names, likely_families, sizes_fit
 from networks.names.layouts import IN_COMFYUI, IN_DIFFUSERS, OURS, UNET_IN_DIFFUSERS, FamilyNames
 from networks.rewriting import FOR_ALL, MARKS, Rewritten, rewrite

@@ -17,19 +17,12 @@ from networks import key_formats
 from networks.alphas import FoundAlphas, read_alphas, unfold
 from networks.bundled_words import find_words, without_words
 from networks.delta import read_deltas
-from networks.deltas import (
-    SET,
-    Factors,
-    drop_replaced,
-    drop_unused_alphas,
-    group_by_module,
-    rank_of,
-    ungroup,
-)
+from networks.deltas import SET, drop_replaced, drop_unused_alphas, group_by_module, rank_of, ungroup
 from networks.key_formats import NativeTensors
 from networks.kinds import KINDS
 from networks.kinds.composing import OF_MAGNITUDES, list_additive, list_read_kinds
 from networks.kinds.contract import FROZEN_NORMS, NORMS_FORM
+from networks.kinds.factors import Factors
 from networks.leftovers import (
     is_projection,
     kind_of_module,
@@ -308,8 +301,10 @@ def _recognise(
     native = key_formats.to_native(stored, hint, with_texts)
     if trained_family is None and native.family_name is not None:
         metadata = {**metadata, TRAINED_ON: native.family_name}
-    tests_of_norms = [kind.is_of_frozen_norms for kind in KINDS if kind.is_of_frozen_norms is not None]
-    if native.dialect == "other" and any(test(native.tensors, metadata) for test in tests_of_norms):
+    is_unmarked = native.dialect == "other" and any(
+        kind.has_frozen_norms(native.tensors, metadata) for kind in KINDS
+    )
+    if is_unmarked:
         metadata = {**metadata, NORMS_FORM: FROZEN_NORMS}
         logger.info(
             f"{path}: its {OF_MAGNITUDES} magnitudes are in ComfyUI's form, as its writer has them there"
@@ -399,7 +394,7 @@ def _refuse_faulty(path: Path, modules: Mapping[str, Factors], unknown: Sequence
         )
     for kind in KINDS:
         has_kind = any(not factors.keys().isdisjoint(kind.marks) for factors in modules.values())
-        if kind.check_file is not None and has_kind:
+        if has_kind:
             kind.check_file(path)
 
 

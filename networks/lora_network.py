@@ -12,8 +12,9 @@ from modules.console import count_of, list_some
 from modules.errors import CheckpointError
 from networks import deltas
 from networks.delta import read_deltas
-from networks.deltas import DOWN, UP, Factors, add_missing_alphas, group_by_module, ungroup
+from networks.deltas import add_missing_alphas, group_by_module, ungroup
 from networks.kinds.contract import named
+from networks.kinds.factors import DOWN, UP, Factors
 from networks.lora_layer import DropoutSeed
 from networks.lora_products import mean_row_norm, row_strengths
 from networks.lora_settings import LoraSettings, find_by_pattern, log_overlaps

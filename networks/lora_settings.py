@@ -18,7 +18,7 @@ from modules.command import did_you_mean
 from modules.errors import OptionError
 from networks.block_numbers import KEYS, BlockSettings, read_blocks
 from networks.kinds import KINDS
-from networks.kinds.composing import SWITCHES
+from networks.kinds.composing import SWITCHES, VARIANTS
 from networks.kinds.contract import NetworkKind, RankRule
 from networks.lora_layer import Dropouts
 from networks.lora_products import fused_heights
@@ -232,7 +232,7 @@ def _read_values(arguments: Mapping[str, Any], rules: LoraRules | None) -> dict[
 
 def _read_rank_rule(values: Mapping[str, Any], rank: int) -> RankRule | None:
     """Return which ranks act; None: all. Raises OptionError."""
-    rules = (kind.rule_of_arguments(values, rank) for kind in KINDS if kind.rule_of_arguments is not None)
+    rules = (kind.read_rule_of_arguments(values, rank) for kind in VARIANTS)
     return next((rule for rule in rules if rule is not None), None)
 
 

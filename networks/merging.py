@@ -27,10 +27,11 @@ from modules.output_files import refuse_replacing
 from modules.text_files import real_path
 from networks import tool_options
 from networks.apply import LoraPatch
-from networks.deltas import CPU, DOWN, LORA, UP, Factors, group_by_module, hollow, strength
+from networks.deltas import CPU, LORA, group_by_module, hollow, strength
 from networks.depths import fit_depths
 from networks.fused_rows import with_stacked_rows
 from networks.key_formats import families_of
+from networks.kinds.factors import DOWN, UP, Factors
 from networks.loading import LoraFile, LoraUse, lora_uses, read_lora
 from networks.lora_network import prefix_of
 from networks.metadata import add_hashes

@@ -22,8 +22,9 @@ from contract.rules import named_expert
 from modules.console import count_of
 from modules.errors import CheckpointError
 from modules.text_files import parse_json
-from networks.deltas import Factors, group_by_module, hollow, rank_of
+from networks.deltas import group_by_module, hollow, rank_of
 from networks.kinds.composing import MAGNITUDES, MARKS, OF_MAGNITUDES, sizes_by_word
+from networks.kinds.factors import Factors
 from networks.module_names import read_family
 from networks.names.layouts import EXPERT_VALUES, FOR_BOTH, OURS, TRAINED_EXPERT
 

@@ -4,9 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from modules.errors import OptionError
 from networks.kinds import KINDS, LORA, composing
-from networks.kinds.contract import FOR_LORAS, NetworkKind
+from networks.kinds.contract import NetworkKind
 from networks.lora_settings import LoraSettings, read_settings
 from networks.module_names import FAMILIES
 from networks.names.layouts import LoraRules
@@ -59,18 +58,11 @@ def read_own(name: str, typed: NetworkArguments) -> tuple[LoraSettings, Any]:
     module = OWN_MODULES[name]
     kind = module.kind
     arguments = dict(typed.arguments)
-    own = None if kind.read_arguments is None else kind.read_arguments(arguments)
+    own = kind.read_arguments(arguments)
     rank = kind.default_size if typed.rank is None else typed.rank
     settings = read_settings(rank, typed.alpha, typed.dropout, arguments=arguments, rules=module.rules)
     ratios = (settings.loraplus_lr_ratio, settings.loraplus_encoder_ratio)
     has_ratio = any(ratio is not None for ratio in ratios)
     of_loras = any((settings.variants, settings.reg_rates, settings.perturbation, has_ratio))
-    if kind.check_settings is not None:
-        kind.check_settings(settings, of_loras)
-    elif kind is not LORA and (of_loras or settings.dropouts is not None):
-        *first, last = FOR_LORAS
-        raise OptionError(
-            f"--network_dropout, and rank_dropout, module_dropout, {', '.join(first)} and {last} of "
-            "--network_args, are for LoRAs only: leave them out, or use --network_module networks.lora"
-        )
+    kind.check_settings(settings, of_loras)
     return settings, own

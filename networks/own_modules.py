@@ -233,7 +233,6 @@ def build_network(
     text_settings = replace(settings, rules=None, splits=False, blocks=None)
     for start, candidates in in_texts.items():
         targets |= _choose(candidates, text_settings, start)
-    assert kind.make_layers is not None
     layers = kind.make_layers(targets, settings, own)
     if begun:
         by_name = _layers_by_name(dit, learning)
@@ -281,7 +280,6 @@ def _joining_layers(
     name: of the network's module. by_name: all modules that can have a LoRA.
     """
     kind = OWN_MODULES[name].kind
-    assert kind.layer_of is not None
     joining: dict[str, nn.Module] = {}
     for path, factors in _factors_for(by_name, begun).items():
         is_of_kind = any(part in factors for part in kind.marks)
@@ -368,7 +366,6 @@ def build_from_tensors(
     have are logged. Raises CheckpointError if nothing fits, or if the file holds another kind of network.
     """
     kind = OWN_MODULES[name].kind
-    assert kind.layer_of is not None
     settings = _settings_with_file(name, typed)
     by_name = _layers_by_name(dit, encoders)
     layers: dict[str, nn.Module] = {}

@@ -14,8 +14,9 @@ from checkpoints.dialects import stack_heads
 from modules.errors import CheckpointError
 from networks import deltas
 from networks.delta import Delta, read_delta
-from networks.deltas import DOWN, LORA, ROWS, UP, Factors, strength
+from networks.deltas import LORA, ROWS, strength
 from networks.kinds.composing import MAGNITUDES, MARKS, OF_MAGNITUDES
+from networks.kinds.factors import DOWN, UP, Factors
 from networks.lora_products import diagonal_blocks, fused_heights
 from networks.module_names import FAMILIES, Relative, relatives
 from networks.names.layouts import BEFORE_REST, OURS, REST, SWAPPED, FamilyNames, WeightPart

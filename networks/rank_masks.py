@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from checkpoints.opening import open_checkpoint
-from networks.kinds import KINDS
+from networks.kinds.composing import VARIANTS
 from networks.kinds.contract import RankRule
 
 _MASKS = "_rank_masks"  # attribute of a network
@@ -81,7 +81,7 @@ def rule_of(metadata: Mapping[str, str], path: Path | None = None) -> RankRule |
 
     path: of the file, for messages. Raises CheckpointError if its numbers cannot be read.
     """
-    rules = (kind.rule_of_file(metadata, path) for kind in KINDS if kind.rule_of_file is not None)
+    rules = (kind.read_rule_of_file(metadata, path) for kind in VARIANTS)
     return next((rule for rule in rules if rule is not None), None)
 
 

@@ -17,16 +17,9 @@ import torch
 from torch import Tensor
 
 from networks.delta import read_delta
-from networks.deltas import (
-    DOWN,
-    LORA,
-    OF_BIAS,
-    SET,
-    UP,
-    Factors,
-    strength,
-)
+from networks.deltas import LORA, OF_BIAS, SET, strength
 from networks.kinds.composing import MAGNITUDES
+from networks.kinds.factors import DOWN, UP, Factors
 from networks.module_names import count_parts
 from networks.tensor_names import FACTORS, split_end
 

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from networks import deltas, module_names
 from networks.delta import read_delta
-from networks.deltas import DOWN, LORA, SET, UP, Factors, add_missing_alphas
+from networks.deltas import LORA, SET, add_missing_alphas
 from networks.kinds import KINDS
 from networks.kinds.composing import MAGNITUDES, OF_MAGNITUDES, kinds_of_parts
 from networks.kinds.contract import TranslatedModules
+from networks.kinds.factors import DOWN, UP, Factors
 from networks.lora_products import diagonal_blocks, fused_heights
 from networks.module_names import alias, module_path, parts_of, to_alias
 from networks.names.layouts import IN_COMFYUI, IN_DIFFUSERS, OURS, SWAPPED, UNET_IN_DIFFUSERS, FamilyNames
@@ -46,9 +47,7 @@ def in_dialect(
     if family is None:
         return TranslatedModules({}, dict.fromkeys(modules, _UNKNOWN))
     for kind in KINDS if target == "diffusers" else ():
-        written_alone = None
-        if kind.write_for_diffusers is not None:
-            written_alone = kind.write_for_diffusers(modules, family)
+        written_alone = kind.write_for_diffusers(modules, family)
         if written_alone is not None:
             return written_alone
     if target == "diffusers" or (family.is_as_in_diffusers and family.start != IN_COMFYUI):

@@ -1,6 +1,7 @@
 """Write dataset.toml, prompts.txt and run.toml into a folder, and report what was found and chosen."""
 
 import contextlib
+import dataclasses
 import difflib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -32,7 +33,10 @@ from project.choosing import (
     describe_makes,
 )
 from project.fitting import describe_fit, find_memory, needs_picture
+from project.foreign.checking import check_run
+from project.foreign.counting import count_steps_of_epoch, find_pixel_step
 from project.foreign.reading import ForeignProject, read_foreign
+from project.foreign.settling import Forms, choose_length, explain_model, fill_in, find_table_keys, settle
 from project.kinds.composing import BY_NAME, LORA, find_control_kind, list_kinds
 from project.kinds.contract import RunKind
 from project.kinds.whole_model import WHOLE
@@ -51,6 +55,7 @@ from project.options import (
     own_command,
 )
 from project.running import typed_in
+from project.script_facts import ask_script
 from project.tags import as_words, find_tags, write_blanks
 
 UNCHANGED = "Nothing is written: the three files would stay as they are."
@@ -74,11 +79,19 @@ def write_project(options: NewOptions) -> None:
             f"{existing[0]} is there already. Edit it, or give --overwrite to replace all three."
         )
     memory = find_memory() if options.memory is None else options.memory
-    foreign = None if options.from_file is None else read_foreign(options.from_file)
+    foreign = None if options.from_file is None else read_foreign(options.from_file, options.trains)
+    asked = ""  # what the project trains, if nothing else is typed
     if foreign is not None:
-        options = foreign.fill_in(options)
-    model_choice = choose_model(options, memory)
-    choice = _gather_choice(options, model_choice, memory, foreign)
+        asked = "" if options.trains else f"{foreign.path}: {foreign.run.said}"
+        options = fill_in(foreign, options)
+    try:
+        model_choice = choose_model(options, memory)
+    except OptionError as error:
+        raise (error if foreign is None else explain_model(foreign, error)) from None
+    kind = _choose_kind(options, model_choice, memory, asked)
+    choice = _gather_choice(options, model_choice, kind=kind, memory=memory, foreign=foreign)
+    if foreign is not None:
+        choice = _check_foreign(choice, foreign)
     if options.print_run:
         print_lines(describing.describe_run(choice, describing.list_commands(choice)).splitlines())
         return
@@ -130,9 +143,17 @@ def _describe_changes(texts: Mapping[Path, str]) -> list[str]:
 
 
 def _gather_choice(
-    options: NewOptions, model_choice: ModelChoice, memory: float, foreign: ForeignProject | None
+    options: NewOptions,
+    model_choice: ModelChoice,
+    *,
+    kind: RunKind,
+    memory: float,
+    foreign: ForeignProject | None,
 ) -> describing.Choice:
-    """Return all that the three files are made of: looks at the folder, and checks named model files."""
+    """Return all that the three files are made of: looks at the folder, and checks named model files.
+
+    kind: of the run.
+    """
     model = model_choice.model
     if 0 < memory < describing.SMALL:
         small = {(entry.family, entry.task): entry for entry in find_models(fp8_encoders=True)}
@@ -146,12 +167,22 @@ def _gather_choice(
     facts = ask_family(model, files)
     check_model_files(model, {name: files[name] for name in typed})
     content = _collect_content(options, model, facts, kind)
+    tags = find_tags(_texts_of(content)) if "tags" in model.data else None
     data: Mapping[str, Any] = {}
     training: Mapping[str, Any] = {}
+    places: Mapping[Path, Mapping[str, Any]] = {}
     if foreign is not None:
-        options = foreign.count_steps(options, len(content.media))
-        data, training = foreign.data, foreign.training_values(memory, kind)
-    return describing.Choice(
+        script = ask_script(kind.find_words(model)[0])
+        forms = Forms(
+            step=find_pixel_step(facts.family),
+            takes_subsets="shuffle_caption" in script.known,
+            has_subsets=bool(content.regularising) or tags is not None,
+        )
+        settle(foreign, model, kind, script, memory, forms)
+        data, training = foreign.data, foreign.training
+        folders = dict.fromkeys(item.path.parent for item in content.media)
+        places = {place: find_table_keys(foreign, options.folder, place) for place in folders}
+    choice = describing.Choice(
         options=options,
         model=model,
         kind=kind,
@@ -164,17 +195,36 @@ def _gather_choice(
         held=inside,
         kept=[*typed, *inside],
         trigger=model_choice.trigger,
-        tags=find_tags(_texts_of(content)) if "tags" in model.data else None,
+        tags=tags,
         data=data,
+        places=places,
         training=training,
+        holds_back=foreign is None,
+    )
+    if foreign is None:
+        return choice
+    in_epoch = count_steps_of_epoch(choice)
+    return dataclasses.replace(
+        choice, options=choose_length(foreign, choice.options, in_epoch, len(content.media))
     )
 
 
-def _choose_kind(options: NewOptions, chosen: ModelChoice, memory: float) -> RunKind:
+def _check_foreign(choice: describing.Choice, foreign: ForeignProject) -> describing.Choice:
+    """Return the choice without the values of a project that the script of its training refuses."""
+
+    def write(training: Mapping[str, Any]) -> str:
+        changed = dataclasses.replace(choice, training=training)
+        return describing.describe_run(changed, describing.list_commands(changed))
+
+    check_run(foreign, ask_script(choice.kind.find_words(choice.model)[0]).name, choice.folder, write)
+    return dataclasses.replace(choice, training=foreign.training)
+
+
+def _choose_kind(options: NewOptions, chosen: ModelChoice, memory: float, asked: str) -> RunKind:
     """Return what is trained: what is typed, else a control network if the folder has pairs, else a LoRA.
 
-    chosen: the model and the trigger word. Raises OptionError if the model cannot have what is typed, or an
-    embedding no such word.
+    chosen: the model and the trigger word. asked: what of another trainer's project asks for it. Raises
+    OptionError if the model cannot have what is typed, or an embedding no such word.
     """
     model = chosen.model
     if options.trains is None:
@@ -187,8 +237,9 @@ def _choose_kind(options: NewOptions, chosen: ModelChoice, memory: float) -> Run
     typed = "--whole_model" if options.whole_model else f"--train {kind.name}"
     if reason is not None:
         possible = [other.name for other in list_kinds(model) if other.why_not(model, memory) is None]
+        remedy = "Give --train lora" if asked else "Leave it out"
         raise OptionError(
-            f"{typed}: {reason}. Leave it out to train a LoRA, or choose another --task. This one has "
+            f"{asked or typed}: {reason}. {remedy} to train a LoRA, or choose another --task. This one has "
             f"--train {', '.join(possible)}"
         )
     if kind.learns_word:

@@ -67,11 +67,11 @@ MAY_IMPORT = {
 # Rooms, file or folder, from the ground up: a room imports rooms of lower floors only.
 FLOORS = {
     "modules": (
-        {"errors", "flow", "interpreter", "limits", "screen", "script_words", "seeds"}
+        {"errors", "flow", "interpreter", "limits", "memory_limit", "screen", "script_words", "seeds"}
         | {"nvidia_driver", "private_torch"}
         | {"text_encodings", "varints", "version"},
         {"card_builds", "control_codes", "text_files", "zip_files"},
-        {"output_files", "paths", "run_limits", "typed_command", "user_files"},
+        {"output_files", "paths", "run_limits", "typed_command", "user_files", "yaml_files"},
         {"atomic_write", "devices", "file_locks", "installation", "option_values"},
         {"backups", "file_batches", "installed", "options"},
         {"compile_options", "help_text", "repeated_options"},
@@ -189,7 +189,7 @@ _LIGHT = {
     "networks": (
         *(
             f"kinds/{name}"
-            for name in ("composing", "contract", "dora", "loha", "lokr", "lora", "oft", "tlora")
+            for name in ("composing", "contract", "dora", "factors", "loha", "lokr", "lora", "oft", "tlora")
         ),
         "multipliers",
         "names/layouts",

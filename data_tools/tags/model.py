@@ -19,11 +19,17 @@ from data_tools.tags.words import TagChoice
 from modules.command import as_typed
 from modules.control_codes import shorten
 from modules.errors import CheckpointError, InstallationError, MemoryPlanError
+from modules.limits import MAX_ONNX_COUNT, MAX_PIXELS
 from modules.media.reading import Frame
+from modules.memory_limit import limited_memory
+from post.faces.onnx_header import check_operators
 
 MODEL = "model.onnx"
 Numbers = NDArray[np.float32]
 _MOST_SIDE = 4096
+ENDLESS = frozenset({"Loop", "Scan"})  # operators that repeat others; no tagger has them
+MEMORY_BYTES = 2 << 30  # beside the weights, which the runtime may hold three times while it arranges them
+PICTURE_BYTES = 1 << 26  # for each picture of a batch
 _TYPED = ["python", "tools/download.py", "--family", "tools", "--task", "wd_tagger", "--to"]
 
 
@@ -40,6 +46,7 @@ class Tagger:
     batch_size: int
     joins_by_mean: bool
     most_frames: int
+    memory_bytes: int | None  # that a run of the network may take
 
     def answerer(self, choice: TagChoice, separator: str) -> Any:
         """Return the function that gives files their tags, joined by a separator."""
@@ -92,6 +99,12 @@ class Tagger:
         """Return a frame, H W 3 RGB, in the middle of a white square of the network's size: S S 3 BGR."""
         height, width = frame.shape[:2]
         side = max(height, width)
+        if side * side > MAX_PIXELS:  # a strip, whose square would take gigabytes
+            scale = self.side / side
+            size = (max(1, round(width * scale)), max(1, round(height * scale)))
+            frame = np.asarray(cv2.resize(frame, size, interpolation=cv2.INTER_AREA), np.uint8)
+            height, width = frame.shape[:2]
+            side = self.side
         square = np.full((side, side, 3), 255, np.uint8)
         top, left = (side - height) // 2, (side - width) // 2
         square[top : top + height, left : left + width] = frame[..., ::-1]
@@ -112,7 +125,8 @@ class Tagger:
 
     def _run(self, pictures: Numbers) -> Numbers:
         try:
-            (output,) = self.session.run([self.session.get_outputs()[0].name], {self._input: pictures})
+            with limited_memory(self.memory_bytes):
+                (output,) = self.session.run([self.session.get_outputs()[0].name], {self._input: pictures})
         except MemoryError:
             raise MemoryPlanError("The tagger does not fit into the memory. Lower --batch_size.") from None
         except Exception as error:  # onnxruntime's classes have no common base
@@ -152,11 +166,16 @@ def load_tagger(folder: Path, batch_size: int, joins_by_mean: bool, most_frames:
         raise InstallationError(
             "tagging needs the package onnxruntime. Run: pip install onnxruntime"
         ) from None
+    check_operators(path, ENDLESS)
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 3  # errors
     providers = [name for name in ("CUDAExecutionProvider",) if name in onnxruntime.get_available_providers()]
+    memory_bytes = None  # on a card the driver takes what it needs
+    if not providers:
+        memory_bytes = MEMORY_BYTES + 3 * path.stat().st_size + batch_size * PICTURE_BYTES
     try:
-        session = onnxruntime.InferenceSession(str(path), settings, [*providers, "CPUExecutionProvider"])
+        with limited_memory(memory_bytes):
+            session = onnxruntime.InferenceSession(str(path), settings, [*providers, "CPUExecutionProvider"])
     except Exception as error:  # as above
         why = shorten(" ".join(str(error).split()), 300)
         raise CheckpointError(f"{path} cannot be loaded by onnxruntime: {why}", path) from None
@@ -170,14 +189,22 @@ def load_tagger(folder: Path, batch_size: int, joins_by_mean: bool, most_frames:
             f"selected_tags.csv or {MAPPING}",
             path,
         )
+    fixed_batch = shape[0] if isinstance(shape[0], int) and shape[0] > 0 else None
+    if 3 * sides[0] ** 2 * (fixed_batch or 1) > MAX_ONNX_COUNT:
+        raise CheckpointError(
+            f"{path} takes {fixed_batch:,} pictures of {sides[0]} x {sides[0]} pixels at once: more than "
+            "memory holds. Export it with an open number of pictures",
+            path,
+        )
     return Tagger(
         session=session,
         labels=labels,
         side=sides[0],
         is_channels_first=is_channels_first,
         is_of_logits=has_mapping(folder),
-        fixed_batch=shape[0] if isinstance(shape[0], int) and shape[0] > 0 else None,
+        fixed_batch=fixed_batch,
         batch_size=batch_size,
         joins_by_mean=joins_by_mean,
         most_frames=most_frames,
+        memory_bytes=memory_bytes,
     )

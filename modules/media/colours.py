@@ -119,6 +119,8 @@ def shown_pixels(path: Path, image: Image.Image, alpha: bool) -> NDArray[np.uint
         elif keeps_alpha:
             pixels[rows, :, :3] = colours
             pixels[rows, :, 3] = opacity
+        elif int(opacity.min()) == 255:
+            pixels[rows] = colours
         else:
             pixels[rows] = _blend_rows(np.dstack([colours, opacity]))
     return pixels
@@ -182,7 +184,7 @@ def _list_bands(image: Image.Image) -> Iterator[Image.Image]:
 def blend_on_white(frame: NDArray[Any]) -> NDArray[Any]:
     """Return H W 3: a frame H W 4 of 8 or 16 bits over white."""
     blended = np.empty((*frame.shape[:2], 3), frame.dtype)
-    for rows in row_blocks(*frame.shape[:2]):
+    for rows in row_blocks(frame.shape[0], frame.shape[1]):
         blended[rows] = _blend_rows(frame[rows])
     return blended
 

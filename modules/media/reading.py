@@ -198,7 +198,7 @@ class MaskLook:
             opacity = np.ascontiguousarray(frame[..., 3])
             on_white = blend_on_white(frame)
             self._is_transparent = self._is_transparent or int(opacity.min()) < 255
-        for rows in row_blocks(*opacity.shape):
+        for rows in row_blocks(frame.shape[0], frame.shape[1]):
             visible = frame[rows, :, :3][opacity[rows] > 127]
             if len(visible):
                 self._lows = np.minimum(self._lows, visible.min(0))

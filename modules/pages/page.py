@@ -38,10 +38,28 @@ from modules.run_limits import temporary_folder
 # Templates put what no copy for others may hold between these, and `mark_folders` does so in all texts of a
 # page; escaped texts cannot hold them.
 PRIVATE, END = Markup("<!--private-->"), Markup("<!--/private-->")
-# a drive, the root or the home folder, and all folders below it; their names may hold blanks inside, but no
-# option, and nothing behind a script: then it is a command, and other paths may follow
+# One folder's name and what separates it from the next. Names may hold blanks inside, but no option, and
+# nothing behind a script: then it is a command, and other paths may follow.
+_SEGMENT = r"""[^\\/\s:*?"<>|](?:(?:(?!\s--?[A-Za-z]|(?<=\.py)'?\s)[^\\/\n:*?"<>|])*[^\\/\s:*?"<>|])?[\\/]+"""
+# folders at the root of a machine: behind a letter or a dot, a slash begins a path only with one of these
+_ROOTS = (
+    "home|users|root|mnt|media|tmp|var|opt|srv|usr|etc|private|volumes|workspace|scratch|data|"
+    "documents and settings"
+)
+# where a path of a machine begins
+_BEGINNINGS = (
+    r"file:[\\/]*(?:[A-Za-z]:)?[\\/]*+",  # an address of a file
+    r"(?<![A-Za-z])[A-Za-z]:[\\/]++|[A-Za-z]:\\++",  # a drive; behind a letter, with a backslash
+    r"(?<!\\)[\\]{2,}+(?:[?.]\\(?:UNC\\|[A-Za-z]:\\)?)?",  # a share, or Windows' long form of a path
+    r"~[\w.-]*+[\\/]++",  # the home folder of a user
+    r"(?<![\w/\\.~])[\\/]++",  # also behind a colon, as in image:/a/b
+    rf"(?<![/\\])[\\/]++(?=(?:{_ROOTS})[\\/])",
+)
+# behind the folder of all users: the name of one is that of a person
+_USER = r"""(?:(?<=[\\/]home[\\/])|(?<=[\\/]users[\\/])|(?<=[\\/]settings[\\/]))[^\\/\s:*?"'<>|,;)\]]+"""
+_SERVERS = r"""\b(?:https?|ftp|wss?|s3|gs|hf)://[^\s"'<>]*"""  # addresses of servers, which stay
 _FOLDERS = re.compile(
-    r"""(?<![\w:/\\.~-])(?:[A-Za-z]:[\\/]|~?[\\/]+)(?:[^\\/\s:*?"<>|](?:(?:(?!\s--?[A-Za-z]|(?<=\.py)'?\s)[^\\/\n:*?"<>|])*[^\\/\s:*?"<>|])?[\\/]+)+"""
+    rf"(?P<server>{_SERVERS})|(?:{'|'.join(_BEGINNINGS)})(?:{_SEGMENT})+(?:{_USER})?", re.IGNORECASE
 )
 
 
@@ -58,6 +76,8 @@ def mark_folders(value: Any) -> Any:
         return text  # most texts of a page
     parts = []
     for match in _FOLDERS.finditer(text):
+        if match["server"]:
+            continue
         parts += [escape(text[end : match.start()]), PRIVATE, escape(match[0]), END]
         end = match.end()
     return Markup("").join([*parts, escape(text[end:])]) if parts else text

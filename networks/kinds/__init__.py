@@ -7,6 +7,7 @@ dora: magnitudes of rows or columns
 dora_change: the change of a weight by a DoRA
 dora_files: magnitudes in ComfyUI's form, and back
 dora_layer: train magnitudes in the layer of a LoRA
+factors: parts of a plain LoRA, and their types
 loha: element-wise products of two low-rank matrices
 loha_layer: the products of a LoHa, and its layer
 lokr: Kronecker products of two matrices

@@ -1,14 +1,14 @@
 """How a kind of network computes with the factors of a module: what `networks.delta` needs of each kind.
 
 A kind's own algebra stands in its heavy half, such as `loha_layer.py`. Most add a product of factors to the
-weight; one normalizes the sum (`Magnitudes`), and one rotates inputs (`Rotation`).
+weight; one normalizes the sum (`Magnitudes`), and one rotates inputs (`InputRotation`).
 """
 
 from typing import Protocol
 
 from torch import Tensor
 
-from networks.kinds.contract import Factors, Shapes
+from networks.kinds.factors import Factors, Shapes
 
 
 class MismatchError(RuntimeError):
@@ -28,7 +28,7 @@ class Magnitudes(Protocol):
     ) -> Tensor: ...
 
 
-class Rotation(Protocol):
+class InputRotation(Protocol):
     """Rotate the input of a layer, y = W (x R), in place of adding to its weight.
 
     The tensors do not show how many outputs a layer has, and all parts of a fused layer can share them.
@@ -52,7 +52,7 @@ class Algebra:
     """Compute with the factors of one kind. What a kind leaves out, it does not have."""
 
     magnitudes: Magnitudes | None = None
-    rotation: Rotation | None = None
+    rotation: InputRotation | None = None
     indivisible: str = ""  # title of a kind whose factors have no rows of the change: "a LoKr"
 
     def find_absent(self, factors: Factors) -> str | None:

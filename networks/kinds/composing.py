@@ -4,7 +4,8 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from networks.kinds import KINDS, LORA
-from networks.kinds.contract import Factors, NetworkKind
+from networks.kinds.contract import NetworkKind
+from networks.kinds.factors import Factors
 
 PARTS = tuple(part for kind in KINDS for part in kind.parts)
 MARKS = {mark: kind for kind in KINDS for mark in kind.marks}  # -> its kind
@@ -27,7 +28,8 @@ SPELLINGS = tuple((re.compile(old), new) for kind in KINDS for old, new in kind.
 # beginnings of the names of modules whose files grow with --network_dim
 RANKED_NETWORKS = tuple(kind.network_module for kind in KINDS if kind.is_sized_by_rank)
 BY_MODULE = {kind.network_module: kind for kind in KINDS if kind.network_module}
-SWITCHES = {kind.switch: kind for kind in KINDS if kind.switch}  # arguments of a LoRA -> their kinds
+VARIANTS = tuple(kind for kind in KINDS if kind.switch)  # that arguments of a LoRA ask for
+SWITCHES = {kind.switch: kind for kind in VARIANTS}
 # arguments of LoRAs that act with --dim_from_weights
 WITH_FILE = {name for kind in KINDS if kind.is_with_file for name in (kind.switch, *kind.numbers)}
 OTHER_MODULES = {name: advice for kind in KINDS for name, advice in kind.other_modules.items()}
@@ -76,8 +78,6 @@ def sizes_by_word(modules: Iterable[Factors]) -> Mapping[str, list[int]]:
     modules = list(modules)
     sizes: dict[str, list[int]] = {}
     for kind in KINDS:
-        if kind.size_of is None:
-            continue
         of_kind = [size for size in map(kind.size_of, modules) if size is not None]
         if of_kind:
             sizes.setdefault(kind.size_word, []).extend(of_kind)

@@ -6,9 +6,12 @@ Without these every script does all the rest as before. No tool names a kind but
 kinds is in `composing.py`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
+
+from modules.errors import OptionError
+from networks.kinds.factors import Factors
 
 if TYPE_CHECKING:  # --help does without torch
     from pathlib import Path
@@ -19,11 +22,6 @@ if TYPE_CHECKING:  # --help does without torch
     from networks.names.layouts import FamilyNames
 
 LoraModule: TypeAlias = "nn.Linear | nn.Conv2d"
-Factors = Mapping[str, "Tensor"]  # "lora_down.weight" -> tensor: the factors of one module
-Shapes = Mapping[str, tuple[int, ...]]  # of factors, by part
-# parts of a plain LoRA, which all tools know
-DOWN, UP = "lora_down.weight", "lora_up.weight"
-MID, BIAS = "lora_mid.weight", "lora_up.bias"
 # metadata: the norms that magnitudes by output refer to; with this value those of the frozen weights, as in
 # ComfyUI, otherwise those of the changed weights. A public name: other tools write it too.
 NORMS_FORM, FROZEN_NORMS = "ss_dora_scale_format", "comfy_weight_norm"
@@ -61,6 +59,9 @@ class Settings(Protocol):
     def variants(self) -> Sequence["NetworkKind"]: ...
 
     @property
+    def dropouts(self) -> object: ...  # None: there are none
+
+    @property
     def has_rank_dropout(self) -> bool: ...
 
     @property
@@ -81,90 +82,163 @@ class RankRule(Protocol):
     def active(self, rank: int, levels: "Tensor") -> "Tensor": ...
 
 
-@dataclass(frozen=True, eq=False, repr=False)  # compared as objects, never printed
 class NetworkKind:
-    """A kind of network. All but the name may be left out."""
+    """A kind of network; what a kind leaves out is as for a plain LoRA, or does not exist."""
 
     name: str  # as in messages
-    article: str = "a"
+    article = "a"
 
     # --- tensors
     parts: tuple[str, ...] = ()  # ends of their names, which no other kind has
     marks: tuple[str, ...] = ()  # each of its modules has one of these parts
     pairs: tuple[tuple[str, str], ...] = ()  # parts that need each other
     rank_parts: tuple[str, ...] = ()  # parts with the rank as first axis; the first that there is counts
-    magnitudes: str = ""  # its part that `Algebra.magnitudes` is about. One kind has such a part
+    magnitudes = ""  # its part that `Algebra.magnitudes` is about. One kind has such a part
     cores: tuple[str, ...] = ()  # parts of its tensor form, which no training here has
-    # returns how it computes with the factors of a module
-    load_algebra: "Callable[[], Algebra] | None" = None
-    needs_weight: bool = False  # its change depends on the weight
+    needs_weight = False  # its change depends on the weight
 
-    # --- files: recognise and read
-    starts: Mapping[str, str] = field(default_factory=dict)  # of names in files -> dialect
-    word: str = ""  # in names of its tensors in any program's files: a regular expression
-    ends: Mapping[str, str] = field(default_factory=dict)  # ends of other programs' names -> our parts
-    flat: str = ""  # in names in files whose tensor is to become a column: a regular expression
-    # given tensors and metadata of a file of ComfyUI: whether it is of the form `FROZEN_NORMS`, unmarked
-    is_of_frozen_norms: Callable[[Mapping[str, Any], Mapping[str, str]], bool] | None = None
-    # brings magnitudes into the form of a target: see `dora_files.with_norms`
-    bring_norms: Callable[[Any, Any, Any, bool, str], Any] | None = None
-    # further spellings in names in files: a regular expression -> what takes its place
-    spellings: Mapping[str, str] = field(default_factory=dict)
-    unread: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # other forms, by ends of names
-    read_form: str = ""  # the form that is read, if there are others
-    check_file: "Callable[[Path], None] | None" = (
-        None  # raises CheckpointError for what is to be read otherwise
-    )
+    # --- names in files
+    starts: Mapping[str, str] = MappingProxyType({})  # of names -> dialect
+    word = ""  # in names of its tensors in any program's files: a regular expression
+    ends: Mapping[str, str] = MappingProxyType({})  # ends of other programs' names -> our parts
+    flat = ""  # in names whose tensor is to become a column: a regular expression
+    spellings: Mapping[str, str] = MappingProxyType({})  # a regular expression -> what takes its place
+    unread: Mapping[str, tuple[str, ...]] = MappingProxyType({})  # other forms, by ends of names
+    read_form = ""  # the form that is read, if there are others
 
     # --- networks that are trained
-    network_module: str = ""  # of ours; "": it is trained by no module of its own
-    module_note: str = ""  # behind the module's name in --help
-    dropout_note: str = ""  # what --network_dropout is, in --help
-    size_word: str = "rank"  # what --network_dim is
+    network_module = ""  # of ours; "": it is trained by no module of its own
+    module_note = ""  # behind the module's name in --help
+    dropout_note = ""  # what --network_dropout is, in --help
+    size_word = "rank"  # what --network_dim is
     default_size: int | None = None
-    size_of: "Callable[[Factors], int | None] | None" = None  # what --network_dim was, if it is no rank
-    is_sized_by_rank: bool = False  # its files grow with --network_dim
-    has_alpha: bool = True
-    has_norms: bool = True  # of changes, for --scale_weight_norms
-    is_for_texts: bool = True
-    is_for_convolutions: bool = True
-    other_modules: Mapping[str, str] = field(default_factory=dict)  # not built here -> what to use instead
+    is_sized_by_rank = False  # its files grow with --network_dim
+    has_alpha = True
+    has_norms = True  # of changes, for --scale_weight_norms
+    is_for_texts = True
+    is_for_convolutions = True
+    other_modules: Mapping[str, str] = MappingProxyType({})  # not built here -> what to use instead
     algorithms: tuple[str, ...] = ()  # `algo` of LyCORIS for the same network
     # orders of a layer's parameters in states of optimizers, here and in other programs
     orders: tuple[tuple[str, ...], ...] = ()
-    # of a kind that arguments of a LoRA ask for: the switch, and numbers by type (whole ones from 1 on)
-    switch: str = ""
-    numbers: Mapping[str, type[int] | type[float]] = field(default_factory=dict)
-    extend_layer: "Callable[[Any], None] | None" = None  # changes the layer of a LoRA
-    is_with_file: bool = False  # whether these act with --dim_from_weights
-    # given the values of arguments and the rank; given metadata of a file and its path: which ranks act,
-    # None: all. Raise OptionError and CheckpointError
-    rule_of_arguments: "Callable[[Mapping[str, Any], int], RankRule | None] | None" = None
-    rule_of_file: "Callable[[Mapping[str, str], Path | None], RankRule | None] | None" = None
-    merged: str = ""  # what merging loses, as a sentence behind the file's path
-    # takes its own arguments out of --network_args, and returns what `make_layers` needs of them
-    read_arguments: Callable[[dict[str, Any]], Any] | None = None
-    # given the settings, and whether some are of `FOR_LORAS`: raises OptionError
-    check_settings: "Callable[[Settings, bool], None] | None" = None
-    # given the modules, the settings and what `read_arguments` returned: the layers
-    make_layers: "Callable[[Mapping[str, Target], Settings, Any], dict[str, nn.Module]] | None" = None
-    # given a module, its path, its factors in a file and the settings: its layer. Raises CheckpointError
-    layer_of: "Callable[[LoraModule, str, Factors, Settings], nn.Module] | None" = None
+    # of a kind that arguments of a LoRA ask for: the switch, and numbers by type (integers from 1 on)
+    switch = ""
+    numbers: Mapping[str, type[int] | type[float]] = MappingProxyType({})
+    is_with_file = False  # whether these act with --dim_from_weights
+    merged = ""  # what merging loses, as a sentence behind the file's path
 
     # --- other programs
-    # why files of a format cannot hold it, given the format's name, the family and whether text encoders
-    # learn; "": they can
-    fault_of_format: "Callable[[str, FamilyNames | None, bool], str] | None" = None
-    not_in_comfyui: str = ""  # why a module has no form there
-    refusal_by_comfyui: str = ""  # of a whole file: the message behind its path
-    # given modules under our names and their family: how diffusers reads a file of this kind alone, else None
-    write_for_diffusers: "Callable[[Mapping[str, Factors], FamilyNames], TranslatedModules | None] | None" = (
-        None
-    )
-    no_two_experts: str = ""  # why a file in diffusers' dialect cannot hold those of two experts
-    is_for_comfyui_alone: bool = False  # which reads its files as they are
-    elsewhere: str = ""  # what other programs do with its files
-    plain_title: str = ""  # of the command that makes plain LoRAs, if other programs need these
+    not_in_comfyui = ""  # why a module has no form there
+    refusal_by_comfyui = ""  # of a file: the message behind its path
+    no_two_experts = ""  # why a file in diffusers' dialect cannot hold those of two experts
+    is_for_comfyui_alone = False  # which reads its files as they are
+    elsewhere = ""  # what other programs do with its files
+    plain_title = ""  # of the command that makes plain LoRAs, if other programs need these
+
+    def load_algebra(self) -> "Algebra | None":
+        """Return how it computes with the factors of a module; None if it has no factors of its own."""
+        return None
+
+    def has_frozen_norms(self, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> bool:
+        """Return whether a file of ComfyUI is of the form `FROZEN_NORMS` without saying so."""
+        return False
+
+    def bring_norms(
+        self, lora: Any, family: "FamilyNames | None", baking: Any, are_frozen: bool, target: str
+    ) -> Any:
+        """Return a LoRA file with magnitudes in the form of a target: see `dora_files.with_norms`."""
+        return lora
+
+    def check_file(self, path: "Path") -> None:
+        """Check that a file with modules of this kind is of the form that is read.
+
+        Raises:
+            CheckpointError: If it is to be read otherwise.
+        """
+
+    def size_of(self, factors: Factors) -> int | None:
+        """Return what --network_dim was for these factors, if it is no rank."""
+        return None
+
+    def read_arguments(self, arguments: dict[str, Any]) -> Any:
+        """Take its own arguments out of --network_args and return what `make_layers` needs of them.
+
+        Raises:
+            OptionError: If one is out of range.
+        """
+        return None
+
+    def check_settings(self, settings: "Settings", of_loras: bool) -> None:
+        """Check the settings of a network of this kind.
+
+        Args:
+            settings: All settings.
+            of_loras: Whether some of `FOR_LORAS` are given.
+
+        Raises:
+            OptionError: If the kind does not have one of them.
+        """
+        if of_loras or settings.dropouts is not None:
+            *first, last = FOR_LORAS
+            raise OptionError(
+                f"--network_dropout, and rank_dropout, module_dropout, {', '.join(first)} and {last} of "
+                "--network_args, are for LoRAs only: leave them out, or use --network_module networks.lora"
+            )
+
+    def make_layers(
+        self, targets: "Mapping[str, Target]", settings: "Settings", own: Any
+    ) -> "dict[str, nn.Module]":
+        """Return the layers of a network.
+
+        Args:
+            targets: Modules that get a layer, by name.
+            settings: Settings of the network.
+            own: What `read_arguments` returned.
+        """
+        raise AssertionError(f"{self.name} has no layers of its own")
+
+    def layer_of(self, module: LoraModule, path: str, factors: Factors, settings: "Settings") -> "nn.Module":
+        """Return the layer of a module with the sizes of a file's factors.
+
+        Raises:
+            CheckpointError: If the factors are not for the module, or cannot be trained here.
+        """
+        raise AssertionError(f"{self.name} has no layers of its own")
+
+    def extend_layer(self, layer: Any) -> None:
+        """Change the layer of a LoRA whose arguments or factors ask for this kind."""
+
+    def read_rule_of_arguments(self, values: Mapping[str, Any], rank: int) -> "RankRule | None":
+        """Return which ranks act, by the values of --network_args; None: all.
+
+        Raises:
+            OptionError: If a value is out of range.
+        """
+        return None
+
+    def read_rule_of_file(self, metadata: Mapping[str, str], path: "Path | None") -> "RankRule | None":
+        """Return which ranks act, by the metadata of a file; None: all.
+
+        Raises:
+            CheckpointError: If its values cannot be read.
+        """
+        return None
+
+    def find_format_error(self, name: str, family: "FamilyNames | None", has_texts: bool) -> str:
+        """Return why files of a format cannot hold the kind; "" if they can.
+
+        Args:
+            name: Format of --lora_format.
+            family: Names of the model's modules.
+            has_texts: Whether text encoders learn too.
+        """
+        return ""
+
+    def write_for_diffusers(
+        self, modules: Mapping[str, Factors], family: "FamilyNames"
+    ) -> "TranslatedModules | None":
+        """Return modules that all are of this kind as diffusers reads them; None if there is no such form."""
+        return None
 
 
 def named(kind: NetworkKind) -> str:

@@ -25,87 +25,83 @@ IN_PEFT, IN_TOOLKIT = ".lora_magnitude_vector", ".magnitude"
 _MUSUBI_MODULE = re.compile(r"(musubi_tuner\.)?networks\.lo(ra|kr)")
 
 
-def _load_algebra() -> "DoraAlgebra":
-    from networks.kinds.dora_change import DoraAlgebra  # torch
+class DoraKind(NetworkKind):
+    """Magnitudes of rows or columns."""
 
-    return DoraAlgebra(PART)
-
-
-def _extend_layer(layer: "LoraLayer") -> None:
-    from networks.kinds.dora_layer import extend  # torch
-
-    extend(layer)
-
-
-def _is_of_frozen_norms(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> bool:
-    """Return whether a file in ComfyUI's dialect is an (unmarked) DoRA by musubi-tuner's fork for LTX-2.
-
-    It is known by its network module; our files name magnitudes alike, but also have a hash of the layout.
-    """
-    from networks.metadata import LAYOUT_KEY  # torch
-
-    return (
-        any(name.endswith(PART) for name in tensors)
-        and _MUSUBI_MODULE.match(metadata.get("ss_network_module", "")) is not None
-        and LAYOUT_KEY not in metadata
-    )
-
-
-def _bring_norms(
-    lora: "LoraFile",
-    family: "FamilyNames | None",
-    baking: "Baking | None",
-    are_frozen: bool,
-    target: str,
-) -> "LoraFile":
-    from networks.kinds.dora_files import with_norms  # torch
-
-    return with_norms(lora, family, baking=baking, are_frozen=are_frozen, target=target)
-
-
-def _fault_of_format(name: str, family: "FamilyNames | None", has_texts: bool) -> str:
-    if family is None:
-        return ""
-    if name == COMFYUI:
-        return (
-            "ComfyUI divides the magnitudes of a DoRA by the norms of the model's own weights, and training "
-            "by those of the changed weights. Use --lora_format known, and convert the file afterwards with "
-            f"the model (convert_lora.py --target {COMFYUI} --dit MODEL), which is exact"
-        )
-    reason = dict(family.not_in_diffusers).get(NAME)
-    if reason is not None:
-        return (
-            f"{reason}. Use --lora_format known, and make a plain LoRA of it afterwards "
-            "(convert_lora.py --target diffusers --bake 64 --dit MODEL)"
-        )
-    if has_texts:
-        return (
-            "diffusers loads no magnitudes of a DoRA into text encoders, which learn here. Use --lora_format "
-            "known, or train the transformer alone (--network_train_unet_only)"
-        )
-    return ""
-
-
-DORA = NetworkKind(
-    name=NAME,
-    parts=(PART,),
-    magnitudes=PART,
-    load_algebra=_load_algebra,
-    needs_weight=True,
-    word="dora",
-    ends={IN_PEFT: PART, IN_TOOLKIT: PART},
-    spellings={r"(?<=\.lora_magnitude_vector)(\.[^.]+){1,2}$": ""},  # with the name of an adapter
+    name = NAME
+    parts = (PART,)
+    magnitudes = PART
+    needs_weight = True
+    word = "dora"
+    ends = {IN_PEFT: PART, IN_TOOLKIT: PART}
+    spellings = {r"(?<=\.lora_magnitude_vector)(\.[^.]+){1,2}$": ""}  # with the name of an adapter
     # PEFT's: out, of convolutions 1 x out x 1 x 1; LyCORIS' and ours: out x 1 (x 1 ...)
-    flat=r"\.lora_magnitude_vector|\.magnitude$",
-    is_of_frozen_norms=_is_of_frozen_norms,
-    bring_norms=_bring_norms,
-    switch="dora_wd",
-    extend_layer=_extend_layer,
-    fault_of_format=_fault_of_format,
-    elsewhere=(
+    flat = r"\.lora_magnitude_vector|\.magnitude$"
+    switch = "dora_wd"
+    elsewhere = (
         "A DoRA acts as trained here and in diffusers. ComfyUI takes it 3 to 24 % differently, unless "
         "convert_lora.py --target other --dit MODEL wrote it. musubi-tuner and sd-scripts leave its "
         "magnitudes out: they need a plain LoRA."
-    ),
-    plain_title="Make a plain LoRA of the DoRA",
-)
+    )
+    plain_title = "Make a plain LoRA of the DoRA"
+
+    def load_algebra(self) -> "DoraAlgebra":
+        from networks.kinds.dora_change import DoraAlgebra  # torch
+
+        return DoraAlgebra(PART)
+
+    def has_frozen_norms(self, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> bool:
+        """Return whether a file in ComfyUI's dialect is an (unmarked) DoRA by musubi-tuner's fork for LTX-2.
+
+        It is known by its network module. Our files name magnitudes in the same way, but have a hash of the
+        layout too.
+        """
+        from networks.metadata import LAYOUT_KEY  # torch
+
+        return (
+            any(name.endswith(PART) for name in tensors)
+            and _MUSUBI_MODULE.match(metadata.get("ss_network_module", "")) is not None
+            and LAYOUT_KEY not in metadata
+        )
+
+    def bring_norms(
+        self,
+        lora: "LoraFile",
+        family: "FamilyNames | None",
+        baking: "Baking | None",
+        are_frozen: bool,
+        target: str,
+    ) -> "LoraFile":
+        from networks.kinds.dora_files import with_norms  # torch
+
+        return with_norms(lora, family, baking=baking, are_frozen=are_frozen, target=target)
+
+    def extend_layer(self, layer: "LoraLayer") -> None:
+        from networks.kinds.dora_layer import extend  # torch
+
+        extend(layer)
+
+    def find_format_error(self, name: str, family: "FamilyNames | None", has_texts: bool) -> str:
+        if family is None:
+            return ""
+        if name == COMFYUI:
+            return (
+                "ComfyUI divides the magnitudes of a DoRA by the norms of the model's own weights, and "
+                "training by those of the changed weights. Use --lora_format known, and convert the file "
+                f"afterwards with the model (convert_lora.py --target {COMFYUI} --dit MODEL), which is exact"
+            )
+        reason = dict(family.not_in_diffusers).get(NAME)
+        if reason is not None:
+            return (
+                f"{reason}. Use --lora_format known, and make a plain LoRA of it afterwards "
+                "(convert_lora.py --target diffusers --bake 64 --dit MODEL)"
+            )
+        if has_texts:
+            return (
+                "diffusers loads no magnitudes of a DoRA into text encoders, which learn here. Use "
+                "--lora_format known, or train the transformer alone (--network_train_unet_only)"
+            )
+        return ""
+
+
+DORA = DoraKind()

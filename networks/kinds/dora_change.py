@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from networks.kinds.algebra import Algebra
-from networks.kinds.contract import Factors
+from networks.kinds.factors import Factors
 
 
 def is_by_input(magnitudes: Tensor) -> bool:

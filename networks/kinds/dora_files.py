@@ -10,9 +10,9 @@ from networks import deltas
 from networks.apply import Change
 from networks.baking import Baking, Weights, open_weights, replace_factors, weight_of
 from networks.delta import read_delta
-from networks.deltas import Factors
 from networks.kinds.contract import FROZEN_NORMS, NORMS_FORM
 from networks.kinds.dora_change import is_by_input, norms_of
+from networks.kinds.factors import Factors
 from networks.loading import LoraFile, LoraUse
 from networks.names.layouts import FamilyNames
 from networks.writing import in_own_form

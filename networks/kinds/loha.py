@@ -9,7 +9,8 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from networks.kinds.contract import Factors, LoraModule, NetworkKind, Settings, Shapes, Target
+from networks.kinds.contract import LoraModule, NetworkKind, Settings, Target
+from networks.kinds.factors import Factors, Shapes
 from networks.names.layouts import DIFFUSERS
 
 if TYPE_CHECKING:  # --help does without torch
@@ -29,54 +30,54 @@ def make_shapes(weight: tuple[int, ...], rank: int) -> Shapes:
     return {"hada_w1_a": left, "hada_w1_b": right, "hada_w2_a": left, "hada_w2_b": right}
 
 
-def _load_algebra() -> "LohaAlgebra":
-    from networks.kinds.loha_layer import LohaAlgebra  # torch
+class LohaKind(NetworkKind):
+    """Element-wise products of two low-rank matrices."""
 
-    return LohaAlgebra()
-
-
-def _make_layers(targets: Mapping[str, Target], settings: Settings, own: Any) -> "dict[str, nn.Module]":
-    from networks.factored_networks import make_layers  # torch
-    from networks.kinds.loha_layer import PRODUCT
-
-    return make_layers(targets, make_shapes, PRODUCT)
-
-
-def _layer_of(module: LoraModule, path: str, factors: Factors, settings: Settings) -> "FactoredLayer":
-    from networks.factored_networks import layer_of  # torch
-    from networks.kinds.loha_layer import PRODUCT
-
-    return layer_of(module, path, factors, PRODUCT)
-
-
-def _fault_of_format(name: str, family: "FamilyNames | None", has_texts: bool) -> str:
-    if name != DIFFUSERS or family is None:
-        return ""
-    return (
-        "diffusers reads no LoHa of this model. Use --lora_format known, and make a plain LoRA of it "
-        "afterwards (convert_lora.py --target diffusers --bake 64)"
-    )
-
-
-LOHA = NetworkKind(
-    name="LoHa",
-    parts=("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", *CORES),
-    marks=("hada_w1_a",),
-    pairs=(("hada_w1_a", "hada_w1_b"), ("hada_w2_a", "hada_w2_b")),
-    rank_parts=("hada_w1_b",),
-    cores=CORES,
-    load_algebra=_load_algebra,
-    word="hada",
-    network_module="networks.loha",
-    algorithms=("loha",),
+    name = "LoHa"
+    parts = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", *CORES)
+    marks = ("hada_w1_a",)
+    pairs = (("hada_w1_a", "hada_w1_b"), ("hada_w2_a", "hada_w2_b"))
+    rank_parts = ("hada_w1_b",)
+    cores = CORES
+    word = "hada"
+    network_module = "networks.loha"
+    algorithms = ("loha",)
     # programs differ, and shapes tell which it is
-    orders=(
+    orders = (
         ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
         ("hada_w1_b", "hada_w1_a", "hada_w2_b", "hada_w2_a"),
-    ),
-    is_sized_by_rank=True,
-    make_layers=_make_layers,
-    layer_of=_layer_of,
-    fault_of_format=_fault_of_format,
-    is_for_comfyui_alone=True,
-)
+    )
+    is_sized_by_rank = True
+    is_for_comfyui_alone = True
+
+    def load_algebra(self) -> "LohaAlgebra":
+        from networks.kinds.loha_layer import LohaAlgebra  # torch
+
+        return LohaAlgebra()
+
+    def make_layers(
+        self, targets: Mapping[str, Target], settings: Settings, own: Any
+    ) -> "dict[str, nn.Module]":
+        from networks.factored_networks import make_layers  # torch
+        from networks.kinds.loha_layer import PRODUCT
+
+        return make_layers(targets, make_shapes, PRODUCT)
+
+    def layer_of(
+        self, module: LoraModule, path: str, factors: Factors, settings: Settings
+    ) -> "FactoredLayer":
+        from networks.factored_networks import layer_of  # torch
+        from networks.kinds.loha_layer import PRODUCT
+
+        return layer_of(module, path, factors, PRODUCT)
+
+    def find_format_error(self, name: str, family: "FamilyNames | None", has_texts: bool) -> str:
+        if name != DIFFUSERS or family is None:
+            return ""
+        return (
+            "diffusers reads no LoHa of this model. Use --lora_format known, and make a plain LoRA of it "
+            "afterwards (convert_lora.py --target diffusers --bake 64)"
+        )
+
+
+LOHA = LohaKind()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from networks.factored import Geometry, Product, product_with_core, shape_with_core
 from networks.kinds.algebra import Algebra, MismatchError
-from networks.kinds.contract import Factors, Shapes
+from networks.kinds.factors import Factors, Shapes
 
 # (left factor, right factor, core) of each matrix
 MATRICES = (("hada_w1_a", "hada_w1_b", "hada_t1"), ("hada_w2_a", "hada_w2_b", "hada_t2"))

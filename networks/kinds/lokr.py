@@ -13,15 +13,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from modules.errors import OptionError
-from networks.kinds.contract import (
-    Factors,
-    LoraModule,
-    NetworkKind,
-    Settings,
-    Shapes,
-    Target,
-    TranslatedModules,
-)
+from networks.kinds.contract import LoraModule, NetworkKind, Settings, Target, TranslatedModules
+from networks.kinds.factors import Factors, Shapes
 from networks.names.layouts import DIFFUSERS
 
 if TYPE_CHECKING:  # --help does without torch
@@ -69,79 +62,6 @@ def split_size(size: int, factor: int) -> tuple[int, int]:
     return small, size // small
 
 
-def _load_algebra() -> "LokrAlgebra":
-    from networks.kinds.lokr_layer import LokrAlgebra  # torch
-
-    return LokrAlgebra()
-
-
-def _read_arguments(arguments: dict[str, Any]) -> "MakeShapes":
-    """Return the function for the shapes of factors.
-
-    `factor=8` splits sizes into 8 and the remaining factor (-1, the default: as equal as can be);
-    `decompose_both=True` gives the smaller matrix two factors too. A `--network_dim` of half the larger
-    matrix's side or more keeps that matrix whole. Raises OptionError for wrong arguments.
-    """
-    factor = arguments.pop("factor", -1)
-    decompose_both = str(arguments.pop("decompose_both", False))
-    try:
-        size = int(factor)
-    except ValueError:
-        size = 0
-    if size < 1 and size != -1:
-        raise OptionError(
-            f"--network_args factor={factor}: give a whole number from 1, or -1 for equal parts"
-        )
-    if decompose_both not in _SWITCH:
-        raise OptionError(f"--network_args decompose_both={decompose_both}: give True or False")
-    return functools.partial(make_shapes, factor=size, decompose_both=_SWITCH[decompose_both])
-
-
-def _make_layers(
-    targets: Mapping[str, Target], settings: Settings, own: "MakeShapes"
-) -> "dict[str, nn.Module]":
-    from networks.factored_networks import make_layers  # torch
-    from networks.kinds.lokr_layer import PRODUCT
-
-    return make_layers(targets, own, PRODUCT)
-
-
-def _layer_of(module: LoraModule, path: str, factors: Factors, settings: Settings) -> "FactoredLayer":
-    from networks.factored_networks import layer_of  # torch
-    from networks.kinds.lokr_layer import PRODUCT
-
-    return layer_of(module, path, factors, PRODUCT)
-
-
-def _fault_of_format(name: str, family: "FamilyNames | None", has_texts: bool) -> str:
-    if name != DIFFUSERS or family is None or NAME in family.kinds_in_diffusers:
-        return ""
-    return (
-        "diffusers reads no LoKr of this model. Use --lora_format known, and make a plain LoRA of it "
-        "afterwards (convert_lora.py --target diffusers --bake 64)"
-    )
-
-
-def _write_for_diffusers(modules: Mapping[str, Factors], family: "FamilyNames") -> TranslatedModules | None:
-    """Return LoKrs without core, magnitudes or biases in the form that diffusers reads, as ComfyUI does."""
-    from networks import writing  # only if a file is written
-    from networks.module_names import part_path
-    from networks.names.layouts import IN_COMFYUI, OURS
-
-    if NAME not in family.kinds_in_diffusers:
-        return None
-    if not all(factors.keys() <= {"alpha", *FACTORS} for factors in modules.values()):
-        return None
-    # names of diffusers' own layout have no prefix, and all must be of one layout
-    is_cut = any(part_path(name.removeprefix(OURS), family) for name in modules)
-    return writing.write_modules(
-        modules,
-        "" if is_cut else IN_COMFYUI,
-        lambda name, factors: _path_in_diffusers(name, factors, family, is_cut),
-        writing.in_comfyui,
-    )
-
-
 def _path_in_diffusers(name: str, factors: Factors, family: "FamilyNames", is_cut: bool) -> "Pieces | str":
     """Return a LoKr by its path, or why there is none. is_cut: the file has layers of diffusers' layout."""
     from networks import module_names
@@ -157,22 +77,91 @@ def _path_in_diffusers(name: str, factors: Factors, family: "FamilyNames", is_cu
     return alone(path, factors, "diffusers has it in parts, as the file has other layers")
 
 
-LOKR = NetworkKind(
-    name=NAME,
-    parts=(*FACTORS, CORE),
-    marks=MARKS,
-    pairs=(("lokr_w1_a", "lokr_w1_b"), ("lokr_w2_a", "lokr_w2_b")),
-    rank_parts=("lokr_w2_b", "lokr_w1_b"),
-    cores=(CORE,),
-    load_algebra=_load_algebra,
-    word="lokr",
-    network_module="networks.lokr",
-    algorithms=("lokr",),
-    orders=(FACTORS,),
-    read_arguments=_read_arguments,
-    make_layers=_make_layers,
-    layer_of=_layer_of,
-    fault_of_format=_fault_of_format,
-    write_for_diffusers=_write_for_diffusers,
-    is_for_comfyui_alone=True,
-)
+class LokrKind(NetworkKind):
+    """Kronecker products of two matrices."""
+
+    name = NAME
+    parts = (*FACTORS, CORE)
+    marks = MARKS
+    pairs = (("lokr_w1_a", "lokr_w1_b"), ("lokr_w2_a", "lokr_w2_b"))
+    rank_parts = ("lokr_w2_b", "lokr_w1_b")
+    cores = (CORE,)
+    word = "lokr"
+    network_module = "networks.lokr"
+    algorithms = ("lokr",)
+    orders = (FACTORS,)
+    is_for_comfyui_alone = True
+
+    def load_algebra(self) -> "LokrAlgebra":
+        from networks.kinds.lokr_layer import LokrAlgebra  # torch
+
+        return LokrAlgebra()
+
+    def read_arguments(self, arguments: dict[str, Any]) -> "MakeShapes":
+        """Return the function for the shapes of factors.
+
+        `factor=8` splits sizes into 8 and the remaining factor (-1, the default: as equal as can be);
+        `decompose_both=True` gives the smaller matrix two factors too. A `--network_dim` of half the larger
+        matrix's side or more keeps that matrix whole. Raises OptionError for wrong arguments.
+        """
+        factor = arguments.pop("factor", -1)
+        decompose_both = str(arguments.pop("decompose_both", False))
+        try:
+            size = int(factor)
+        except ValueError:
+            size = 0
+        if size < 1 and size != -1:
+            raise OptionError(
+                f"--network_args factor={factor}: give a whole number from 1, or -1 for equal parts"
+            )
+        if decompose_both not in _SWITCH:
+            raise OptionError(f"--network_args decompose_both={decompose_both}: give True or False")
+        return functools.partial(make_shapes, factor=size, decompose_both=_SWITCH[decompose_both])
+
+    def make_layers(
+        self, targets: Mapping[str, Target], settings: Settings, own: "MakeShapes"
+    ) -> "dict[str, nn.Module]":
+        from networks.factored_networks import make_layers  # torch
+        from networks.kinds.lokr_layer import PRODUCT
+
+        return make_layers(targets, own, PRODUCT)
+
+    def layer_of(
+        self, module: LoraModule, path: str, factors: Factors, settings: Settings
+    ) -> "FactoredLayer":
+        from networks.factored_networks import layer_of  # torch
+        from networks.kinds.lokr_layer import PRODUCT
+
+        return layer_of(module, path, factors, PRODUCT)
+
+    def find_format_error(self, name: str, family: "FamilyNames | None", has_texts: bool) -> str:
+        if name != DIFFUSERS or family is None or NAME in family.kinds_in_diffusers:
+            return ""
+        return (
+            "diffusers reads no LoKr of this model. Use --lora_format known, and make a plain LoRA of it "
+            "afterwards (convert_lora.py --target diffusers --bake 64)"
+        )
+
+    def write_for_diffusers(
+        self, modules: Mapping[str, Factors], family: "FamilyNames"
+    ) -> TranslatedModules | None:
+        """Return LoKrs without core, magnitudes or biases in the form that diffusers and ComfyUI read."""
+        from networks import writing  # only if a file is written
+        from networks.module_names import part_path
+        from networks.names.layouts import IN_COMFYUI, OURS
+
+        if NAME not in family.kinds_in_diffusers:
+            return None
+        if not all(factors.keys() <= {"alpha", *FACTORS} for factors in modules.values()):
+            return None
+        # names of diffusers' own layout have no prefix, and all must be of one layout
+        is_cut = any(part_path(name.removeprefix(OURS), family) for name in modules)
+        return writing.write_modules(
+            modules,
+            "" if is_cut else IN_COMFYUI,
+            lambda name, factors: _path_in_diffusers(name, factors, family, is_cut),
+            writing.in_comfyui,
+        )
+
+
+LOKR = LokrKind()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from networks.factored import Geometry, Product, product_with_core, shape_with_core
 from networks.kinds.algebra import Algebra, MismatchError
-from networks.kinds.contract import Factors, Shapes
+from networks.kinds.factors import Factors, Shapes
 
 _FIRST = ("lokr_w1", "lokr_w1_a")  # the small matrix, or the left factor of it
 

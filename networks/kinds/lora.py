@@ -6,17 +6,8 @@ Source: Hu et al. 2021, arXiv 2106.09685.
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from networks.kinds.contract import (
-    BIAS,
-    DOWN,
-    MID,
-    UP,
-    Factors,
-    LoraModule,
-    NetworkKind,
-    Settings,
-    Target,
-)
+from networks.kinds.contract import LoraModule, NetworkKind, Settings, Target
+from networks.kinds.factors import BIAS, DOWN, MID, UP, Factors
 
 if TYPE_CHECKING:  # --help does without torch
     from torch import nn
@@ -25,59 +16,60 @@ if TYPE_CHECKING:  # --help does without torch
     from networks.lora_layer import LoraLayer
 
 
-def _load_algebra() -> "LoraAlgebra":
-    from networks.kinds.lora_algebra import LoraAlgebra  # torch
+class LoraKind(NetworkKind):
+    """Products of two low-rank matrices."""
 
-    return LoraAlgebra()
+    name = "LoRA"
+    parts = (DOWN, UP, MID, BIAS)
+    marks = (DOWN,)
+    pairs = ((DOWN, UP),)
+    rank_parts = (DOWN,)
+    network_module = "networks.lora"
+    algorithms = ("lora", "locon")
+    orders = ((DOWN, UP),)
+    is_sized_by_rank = True
 
+    def load_algebra(self) -> "LoraAlgebra":
+        from networks.kinds.lora_algebra import LoraAlgebra  # torch
 
-def _make_layers(targets: Mapping[str, Target], settings: Settings, own: Any) -> "dict[str, nn.Module]":
-    from networks.lora_layer import LoraLayer  # torch
+        return LoraAlgebra()
 
-    layers: dict[str, nn.Module] = {}
-    for name, target in targets.items():
-        layer = LoraLayer(target.module, target.rank, target.alpha, heights=target.heights)
-        for variant in settings.variants:
-            if variant.extend_layer is not None:
+    def make_layers(
+        self, targets: Mapping[str, Target], settings: Settings, own: Any
+    ) -> "dict[str, nn.Module]":
+        from networks.lora_layer import LoraLayer  # torch
+
+        layers: dict[str, nn.Module] = {}
+        for name, target in targets.items():
+            layer = LoraLayer(target.module, target.rank, target.alpha, heights=target.heights)
+            for variant in settings.variants:
                 variant.extend_layer(layer)
-        layers[name] = layer
-    return layers
+            layers[name] = layer
+        return layers
 
+    def check_settings(self, settings: Settings, of_loras: bool) -> None:
+        """Accept all settings."""
 
-def _layer_of(module: LoraModule, path: str, factors: Factors, settings: Settings) -> "LoraLayer":
-    """Return a layer with the rank and alpha of factors; split if that is asked for and the up factor has
-    blocks.
-    """
-    from networks.deltas import rank_of  # torch
-    from networks.kinds.composing import kinds_of_parts
-    from networks.lora_layer import LoraLayer
-    from networks.lora_products import diagonal_blocks
+    def layer_of(self, module: LoraModule, path: str, factors: Factors, settings: Settings) -> "LoraLayer":
+        """Return a layer with the rank and alpha of factors; split if that is asked for and the up factor has
+        blocks.
+        """
+        from networks.deltas import rank_of  # torch
+        from networks.kinds.composing import kinds_of_parts
+        from networks.lora_layer import LoraLayer
+        from networks.lora_products import diagonal_blocks
 
-    rank = rank_of(factors)
-    assert rank is not None
-    alpha = float(factors["alpha"])
-    heights = settings.heights_of(path, module)
-    if heights and diagonal_blocks(factors[UP], heights) is not None:
-        num_parts = len(heights)
-        return LoraLayer(module, rank // num_parts, alpha / num_parts, heights=heights)
-    layer = LoraLayer(module, rank, alpha)
-    for kind in kinds_of_parts(factors):
-        if kind.extend_layer is not None:
+        rank = rank_of(factors)
+        assert rank is not None
+        alpha = float(factors["alpha"])
+        heights = settings.heights_of(path, module)
+        if heights and diagonal_blocks(factors[UP], heights) is not None:
+            num_parts = len(heights)
+            return LoraLayer(module, rank // num_parts, alpha / num_parts, heights=heights)
+        layer = LoraLayer(module, rank, alpha)
+        for kind in kinds_of_parts(factors):
             kind.extend_layer(layer)
-    return layer
+        return layer
 
 
-LORA = NetworkKind(
-    name="LoRA",
-    parts=(DOWN, UP, MID, BIAS),
-    marks=(DOWN,),
-    pairs=((DOWN, UP),),
-    rank_parts=(DOWN,),
-    load_algebra=_load_algebra,
-    network_module="networks.lora",
-    algorithms=("lora", "locon"),
-    orders=((DOWN, UP),),
-    is_sized_by_rank=True,
-    make_layers=_make_layers,
-    layer_of=_layer_of,
-)
+LORA = LoraKind()

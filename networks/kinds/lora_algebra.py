@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from networks.kinds.algebra import Algebra, MismatchError
-from networks.kinds.contract import BIAS, DOWN, MID, UP, Factors, Shapes
+from networks.kinds.factors import BIAS, DOWN, MID, UP, Factors, Shapes
 
 
 class LoraAlgebra(Algebra):

@@ -12,15 +12,8 @@ from logging import getLogger
 from typing import TYPE_CHECKING, Any
 
 from modules.errors import CheckpointError, OptionError
-from networks.kinds.contract import (
-    FOR_LORAS,
-    Factors,
-    LoraModule,
-    NetworkKind,
-    Settings,
-    Target,
-    TranslatedModules,
-)
+from networks.kinds.contract import FOR_LORAS, LoraModule, NetworkKind, Settings, Target, TranslatedModules
+from networks.kinds.factors import Factors
 from networks.names.layouts import COMFYUI
 
 if TYPE_CHECKING:  # --help does without torch
@@ -52,186 +45,186 @@ def fit_block_size(width: int, size: int) -> int | None:
     return min(divisors, key=lambda number: (abs(number - size), number), default=None)
 
 
-def _block_of(factors: Factors) -> int | None:
-    """Return the block size of a module's rotations; None if it has none."""
-    from networks.kinds.oft_rotation import block_size_of  # torch
+class OftKind(NetworkKind):
+    """Inputs that are rotated block by block."""
 
-    return block_size_of(factors[PART].shape[1]) if PART in factors and factors[PART].ndim == 2 else None
-
-
-def _load_algebra() -> "OftAlgebra":
-    from networks.kinds.oft_rotation import OftAlgebra  # torch
-
-    return OftAlgebra(PART)
-
-
-def _refuse_other_series(path: "Path") -> None:
-    """Raise CheckpointError if PEFT's settings with an OFT ask for other rotations than the 5 terms.
-
-    path: the OFT's file, or its folder. The tensors do not show which rotations they were trained for: PEFT's
-    exact ones turn the other way.
-    """
-    from modules.text_files import parse_json, read_text  # only with an OFT
-    from networks.alphas import PEFT_FILE
-
-    is_adapter = path.is_dir() or path.name.startswith("adapter_model")
-    settings_path = (path if path.is_dir() else path.parent) / PEFT_FILE
-    if not is_adapter or not settings_path.is_file():
-        return
-    try:
-        settings = dict(parse_json(read_text(settings_path)))
-    except (ValueError, TypeError, OSError, RecursionError) as error:
-        raise CheckpointError(
-            f"{settings_path} cannot be read, and says how {path} rotates: {error}. Copy it again.", path
-        ) from error
-    if settings.get("use_cayley_neumann") is False:
-        kind = "use_cayley_neumann = false, whose rotations turn the other way"
-    elif settings.get("num_cayley_neumann_terms", TERMS) != TERMS:
-        kind = f"a series of {settings['num_cayley_neumann_terms']} terms (num_cayley_neumann_terms)"
-    else:
-        return
-    raise CheckpointError(
-        f"{path} is an OFT with {kind}, as {PEFT_FILE} says, which is not supported.\n"
-        f"  Supported is PEFT's default, the series of {TERMS} terms. Train with that, or merge with PEFT.",
-        path,
-    )
-
-
-def _check_settings(settings: Settings, has_others: bool) -> None:
-    """Raise OptionError for settings that an OFT cannot have. has_others: some that only LoRAs have."""
-    if has_others or settings.conv_rank is not None:
-        raise OptionError(
-            f"--network_module {MODULE} rotates the inputs of linear layers. {', '.join(FOR_LORAS)} and "
-            "conv_dim of --network_args are for LoRAs only: leave them out, or use --network_module "
-            "networks.lora"
-        )
-    if settings.has_rank_dropout:
-        raise OptionError(
-            "--network_args rank_dropout: an OFT has no ranks. Use --network_dropout, the share of blocks "
-            "that do not rotate in a step, or module_dropout"
-        )
-    sizes = [settings.rank, *settings.ranks_by_pattern]
-    if 1 in sizes:
-        raise OptionError(
-            "--network_dim 1: a block of a single value cannot be rotated. Give 2 or more; 32 is usual"
-        )
-    if max(sizes) > MOST_BLOCK:
-        raise OptionError(
-            f"--network_dim {max(sizes)}: {MOST_BLOCK} is the most values in a block of an OFT. Give less; "
-            "32 is usual"
-        )
-
-
-def _make_layers(targets: Mapping[str, Target], settings: Settings, own: Any) -> "dict[str, nn.Module]":
-    """Build the layers of a network; log block sizes that do not divide the inputs of a layer.
-
-    Raises OptionError if no layer is left.
-    """
-    from torch import nn
-
-    from modules.console import count_of
-    from networks.kinds.oft_layer import OftLayer
-
-    layers: dict[str, nn.Module] = {}
-    changed: Counter[str] = Counter()
-    for name, target in targets.items():
-        module = target.module
-        if not isinstance(module, nn.Linear):
-            continue
-        size = fit_block_size(module.in_features, target.rank)
-        if size is None:
-            changed[f"{module.in_features} inputs: no rotation"] += 1
-            continue
-        if size != target.rank:
-            changed[f"{module.in_features} inputs: {size} in place of {target.rank}"] += 1
-        layers[name] = OftLayer(module, size)
-    if changed:
-        lines = [f"{words} ({count_of(count, 'layer')})" for words, count in sorted(changed.items())]
-        logger.info(
-            f"block sizes that do not divide a layer's inputs become the nearest that do. {'; '.join(lines)}"
-        )
-    if not layers:
-        raise OptionError(
-            f"--network_module {MODULE}: the model has no linear layer left that could be rotated"
-        )
-    return layers
-
-
-def _layer_of(module: LoraModule, path: str, factors: Factors, settings: Settings) -> "OftLayer":
-    """Return a layer with the blocks of a file. Raises CheckpointError if its inputs have others."""
-    from torch import nn
-
-    from networks.kinds.oft_layer import OftLayer
-
-    size = _block_of(factors)
-    if not isinstance(module, nn.Linear) or size is None or len(factors[PART]) * size != module.in_features:
-        raise CheckpointError(
-            f"--dim_from_weights: {path} has {PART} {list(factors[PART].shape)}, which are not the blocks of "
-            "this layer's inputs, and only those can be trained"
-        )
-    return OftLayer(module, size)
-
-
-def _fault_of_format(name: str, family: "FamilyNames | None", has_texts: bool) -> str:
-    if name != COMFYUI:
-        return ""
-    return (
-        "ComfyUI reads no OFT of this form. Use --lora_format known, and make a plain LoRA of it afterwards "
-        f"({BAKE})"
-    )
-
-
-def _write_for_diffusers(modules: Mapping[str, Factors], family: "FamilyNames") -> TranslatedModules | None:
-    from networks.writing import write_pieces_for_diffusers  # only if a file is written
-
-    if not all(PART in factors for factors in modules.values()):
-        return None
-    return write_pieces_for_diffusers(modules, family, IN_PEFT)
-
-
-OFT = NetworkKind(
-    name="OFT",
-    article="an",
-    parts=(PART,),
-    marks=(PART,),
-    load_algebra=_load_algebra,
-    needs_weight=True,
-    starts={"oft_unet_": "ours"},  # sd-scripts
-    word="oft",
-    spellings={r"\.oft_R(?:\.[^.]+)*$": f".{PART}"},  # PEFT's `.oft_R.default.weight`, with any name
+    name = "OFT"
+    article = "an"
+    parts = (PART,)
+    marks = (PART,)
+    needs_weight = True
+    starts = {"oft_unet_": "ours"}  # sd-scripts
+    word = "oft"
+    spellings = {r"\.oft_R(?:\.[^.]+)*$": f".{PART}"}  # PEFT's `.oft_R.default.weight`, with any name
     # sd-scripts' networks.oft and LyCORIS' diag-oft, which rotate outputs; PEFT before 0.16
-    unread={f"OFT in an older form than {PART}": (".oft_blocks", ".oft_diag", ".oft_r")},
-    read_form=PART,
-    check_file=_refuse_other_series,
-    network_module=MODULE,
-    algorithms=("diag-oft",),
-    module_note=f"its --network_dim is the number of values in a block, {DEFAULT_BLOCK} by default",
-    dropout_note="of an OFT the share of blocks that do not rotate",
-    size_word="block size",
-    default_size=DEFAULT_BLOCK,
-    size_of=_block_of,
-    has_alpha=False,
-    has_norms=False,
-    is_for_texts=False,
-    is_for_convolutions=False,
-    other_modules={
+    unread = {f"OFT in an older form than {PART}": (".oft_blocks", ".oft_diag", ".oft_r")}
+    read_form = PART
+    network_module = MODULE
+    algorithms = ("diag-oft",)
+    module_note = f"its --network_dim is the number of values in a block, {DEFAULT_BLOCK} by default"
+    dropout_note = "of an OFT the share of blocks that do not rotate"
+    size_word = "block size"
+    default_size = DEFAULT_BLOCK
+    has_alpha = False
+    has_norms = False
+    is_for_texts = False
+    is_for_convolutions = False
+    other_modules = {
         "networks.oft_v2": f"this form of OFT is {MODULE} here. Give that",
         "networks.boft": f"BOFT is not built: no program but sd-scripts reads its files. Use {MODULE}",
-    },
-    check_settings=_check_settings,
-    make_layers=_make_layers,
-    layer_of=_layer_of,
-    fault_of_format=_fault_of_format,
-    not_in_comfyui="ComfyUI reads no OFT of this form: its own rotates the outputs of a layer",
-    refusal_by_comfyui=f"is an OFT, and ComfyUI reads none of this form.\n  Make a plain LoRA of it: {BAKE}.",
-    write_for_diffusers=_write_for_diffusers,
-    no_two_experts=(
+    }
+    not_in_comfyui = "ComfyUI reads no OFT of this form: its own rotates the outputs of a layer"
+    refusal_by_comfyui = (
+        f"is an OFT, and ComfyUI reads none of this form.\n  Make a plain LoRA of it: {BAKE}."
+    )
+    no_two_experts = (
         "--target diffusers writes an OFT as PEFT has it, for one network, and there is no form for two "
         "experts. Take one with --expert high_noise or low_noise, or write two files with --output_high_noise"
-    ),
-    elsewhere=(
+    )
+    elsewhere = (
         "PEFT reads an OFT as it is (convert_lora.py --target diffusers). ComfyUI and the known tuners do "
         "not: they need a plain LoRA, which keeps only a part of the change."
-    ),
-    plain_title="Make a plain LoRA of the OFT",
-)
+    )
+    plain_title = "Make a plain LoRA of the OFT"
+
+    def load_algebra(self) -> "OftAlgebra":
+        from networks.kinds.oft_rotation import OftAlgebra  # torch
+
+        return OftAlgebra(PART)
+
+    def check_file(self, path: "Path") -> None:
+        """Raise CheckpointError if PEFT's settings with an OFT ask for other rotations than the 5 terms.
+
+        path: the OFT's file, or its folder. The tensors do not show which rotations they were trained for:
+        PEFT's exact ones turn the other way.
+        """
+        from modules.text_files import parse_json, read_text  # only with an OFT
+        from networks.alphas import PEFT_FILE
+
+        is_adapter = path.is_dir() or path.name.startswith("adapter_model")
+        settings_path = (path if path.is_dir() else path.parent) / PEFT_FILE
+        if not is_adapter or not settings_path.is_file():
+            return
+        try:
+            settings = dict(parse_json(read_text(settings_path)))
+        except (ValueError, TypeError, OSError, RecursionError) as error:
+            raise CheckpointError(
+                f"{settings_path} cannot be read, and says how {path} rotates: {error}. Copy it again.", path
+            ) from error
+        if settings.get("use_cayley_neumann") is False:
+            kind = "use_cayley_neumann = false, whose rotations turn the other way"
+        elif settings.get("num_cayley_neumann_terms", TERMS) != TERMS:
+            kind = f"a series of {settings['num_cayley_neumann_terms']} terms (num_cayley_neumann_terms)"
+        else:
+            return
+        raise CheckpointError(
+            f"{path} is an OFT with {kind}, as {PEFT_FILE} says, which is not supported.\n"
+            f"  Supported is PEFT's default, the series of {TERMS} terms. Train with that, or merge with "
+            "PEFT.",
+            path,
+        )
+
+    def size_of(self, factors: Factors) -> int | None:
+        """Return the block size of a module's rotations; None if it has none."""
+        from networks.kinds.oft_rotation import block_size_of  # torch
+
+        return block_size_of(factors[PART].shape[1]) if PART in factors and factors[PART].ndim == 2 else None
+
+    def check_settings(self, settings: Settings, of_loras: bool) -> None:
+        """Raise OptionError for settings that an OFT cannot have. of_loras: some of `FOR_LORAS` are given."""
+        if of_loras or settings.conv_rank is not None:
+            raise OptionError(
+                f"--network_module {MODULE} rotates the inputs of linear layers. {', '.join(FOR_LORAS)} and "
+                "conv_dim of --network_args are for LoRAs only: leave them out, or use --network_module "
+                "networks.lora"
+            )
+        if settings.has_rank_dropout:
+            raise OptionError(
+                "--network_args rank_dropout: an OFT has no ranks. Use --network_dropout, the share of "
+                "blocks that do not rotate in a step, or module_dropout"
+            )
+        sizes = [settings.rank, *settings.ranks_by_pattern]
+        if 1 in sizes:
+            raise OptionError(
+                "--network_dim 1: a block of a single value cannot be rotated. Give 2 or more; 32 is usual"
+            )
+        if max(sizes) > MOST_BLOCK:
+            raise OptionError(
+                f"--network_dim {max(sizes)}: {MOST_BLOCK} is the most values in a block of an OFT. Give "
+                "less; 32 is usual"
+            )
+
+    def make_layers(
+        self, targets: Mapping[str, Target], settings: Settings, own: Any
+    ) -> "dict[str, nn.Module]":
+        """Build the layers of a network; log block sizes that do not divide the inputs of a layer.
+
+        Raises OptionError if no layer is left.
+        """
+        from torch import nn
+
+        from modules.console import count_of
+        from networks.kinds.oft_layer import OftLayer
+
+        layers: dict[str, nn.Module] = {}
+        changed: Counter[str] = Counter()
+        for name, target in targets.items():
+            module = target.module
+            if not isinstance(module, nn.Linear):
+                continue
+            size = fit_block_size(module.in_features, target.rank)
+            if size is None:
+                changed[f"{module.in_features} inputs: no rotation"] += 1
+                continue
+            if size != target.rank:
+                changed[f"{module.in_features} inputs: {size} in place of {target.rank}"] += 1
+            layers[name] = OftLayer(module, size)
+        if changed:
+            lines = [f"{words} ({count_of(count, 'layer')})" for words, count in sorted(changed.items())]
+            logger.info(
+                "block sizes that do not divide a layer's inputs become the nearest that do. "
+                f"{'; '.join(lines)}"
+            )
+        if not layers:
+            raise OptionError(
+                f"--network_module {MODULE}: the model has no linear layer left that could be rotated"
+            )
+        return layers
+
+    def layer_of(self, module: LoraModule, path: str, factors: Factors, settings: Settings) -> "OftLayer":
+        """Return a layer with the blocks of a file. Raises CheckpointError if its inputs have others."""
+        from torch import nn
+
+        from networks.kinds.oft_layer import OftLayer
+
+        size = self.size_of(factors)
+        if (
+            not isinstance(module, nn.Linear)
+            or size is None
+            or len(factors[PART]) * size != module.in_features
+        ):
+            raise CheckpointError(
+                f"--dim_from_weights: {path} has {PART} {list(factors[PART].shape)}, which are not the "
+                "blocks of this layer's inputs, and only those can be trained"
+            )
+        return OftLayer(module, size)
+
+    def find_format_error(self, name: str, family: "FamilyNames | None", has_texts: bool) -> str:
+        if name != COMFYUI:
+            return ""
+        return (
+            "ComfyUI reads no OFT of this form. Use --lora_format known, and make a plain LoRA of it "
+            f"afterwards ({BAKE})"
+        )
+
+    def write_for_diffusers(
+        self, modules: Mapping[str, Factors], family: "FamilyNames"
+    ) -> TranslatedModules | None:
+        from networks.writing import write_pieces_for_diffusers  # only if a file is written
+
+        if not all(PART in factors for factors in modules.values()):
+            return None
+        return write_pieces_for_diffusers(modules, family, IN_PEFT)
+
+
+OFT = OftKind()

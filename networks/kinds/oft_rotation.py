@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from networks.kinds.algebra import Algebra
-from networks.kinds.contract import Factors
+from networks.kinds.factors import Factors
 
 
 def block_size_of(columns: int) -> int | None:

@@ -47,69 +47,71 @@ class TLoraRule:
         return (shares * (rank - least) + _ROUNDING).floor() + least
 
 
-def _read_rule_of_arguments(values: Mapping[str, Any], rank: int) -> TLoraRule | None:
-    if not values.get(SWITCH, False):
-        further = next((name for name in (MIN_RANK, ALPHA) if name in values), None)
-        if further is not None:
-            raise OptionError(f"--network_args {further} is for T-LoRA: add {SWITCH}=True, or leave it out")
-        return None
-    usual = TLoraRule()
-    least = values.get(MIN_RANK, usual.least)
-    if least > rank:
-        raise OptionError(
-            f"--network_args {MIN_RANK}={least}: the rank is {rank}, and at least so many ranks would "
-            f"act at all levels of noise. Give less than --network_dim, such as {usual.least}"
-        )
-    power = values.get(ALPHA, usual.power)
-    if not power:
-        raise OptionError(
-            f"--network_args {ALPHA}=0: all ranks would act at all levels of noise. Give more than 0; "
-            f"{usual.power:g} is usual"
-        )
-    return TLoraRule(least, power)
+class TLoraKind(NetworkKind):
+    """Ranks that act by the noise of each sample."""
 
-
-def _read_rule_of_file(metadata: Mapping[str, str], path: "Path | None") -> TLoraRule | None:
-    """Return the rule in a file's metadata; None: all ranks act. Raises CheckpointError for wrong numbers."""
-    text = metadata.get("ss_network_args", "")
-    if SWITCH not in text:
-        return None
-    from modules.text_files import parse_json  # only of files with such arguments
-
-    try:
-        arguments = dict(parse_json(text))
-    except (ValueError, TypeError, RecursionError):
-        return None  # another program's, whose arguments may have any form
-    if str(arguments.get(SWITCH, "")).lower() != "true":
-        return None
-    usual = TLoraRule()
-    least_text = arguments.get(MIN_RANK, usual.least)
-    power_text = arguments.get(ALPHA, usual.power)
-    try:
-        rule = TLoraRule(int(least_text), float(power_text))
-    except (ValueError, TypeError, OverflowError):
-        rule = TLoraRule(0)
-    if rule.least < 1 or not 0 < rule.power < math.inf:
-        raise CheckpointError(
-            f"{path or 'a LoRA'}: its metadata say {SWITCH}=True with {MIN_RANK}={least_text!r} and "
-            f"{ALPHA}={power_text!r}, which are no rank from 1 and no number above 0. Copy it again.",
-            path,
-        )
-    return rule
-
-
-TLORA = NetworkKind(
-    name="T-LoRA",
-    switch=SWITCH,
-    numbers={MIN_RANK: int, ALPHA: float},
-    is_with_file=True,
-    rule_of_arguments=_read_rule_of_arguments,
-    rule_of_file=_read_rule_of_file,
-    merged=(
+    name = "T-LoRA"
+    switch = SWITCH
+    numbers = {MIN_RANK: int, ALPHA: float}
+    is_with_file = True
+    merged = (
         "was trained with T-LoRA: merged, all of its ranks act at every level of noise, unlike in training"
-    ),
-    elsewhere=(
+    )
+    elsewhere = (
         "A T-LoRA acts as trained in the scripts here, which read its rule and mask its ranks at each step. "
         "Other programs have no mask, and merging has none either: all ranks act at every level of noise."
-    ),
-)
+    )
+
+    def read_rule_of_arguments(self, values: Mapping[str, Any], rank: int) -> TLoraRule | None:
+        if not values.get(SWITCH, False):
+            further = next((name for name in (MIN_RANK, ALPHA) if name in values), None)
+            if further is not None:
+                raise OptionError(
+                    f"--network_args {further} is for T-LoRA: add {SWITCH}=True, or leave it out"
+                )
+            return None
+        usual = TLoraRule()
+        least = values.get(MIN_RANK, usual.least)
+        if least > rank:
+            raise OptionError(
+                f"--network_args {MIN_RANK}={least}: the rank is {rank}, and at least so many ranks would "
+                f"act at all levels of noise. Give less than --network_dim, such as {usual.least}"
+            )
+        power = values.get(ALPHA, usual.power)
+        if not power:
+            raise OptionError(
+                f"--network_args {ALPHA}=0: all ranks would act at all levels of noise. Give more than 0; "
+                f"{usual.power:g} is usual"
+            )
+        return TLoraRule(least, power)
+
+    def read_rule_of_file(self, metadata: Mapping[str, str], path: "Path | None") -> TLoraRule | None:
+        """Return the rule in a file's metadata; None: all ranks act. Raises CheckpointError if wrong."""
+        text = metadata.get("ss_network_args", "")
+        if SWITCH not in text:
+            return None
+        from modules.text_files import parse_json  # only of files with such arguments
+
+        try:
+            arguments = dict(parse_json(text))
+        except (ValueError, TypeError, RecursionError):
+            return None  # another program's, whose arguments may have any form
+        if str(arguments.get(SWITCH, "")).lower() != "true":
+            return None
+        usual = TLoraRule()
+        least_text = arguments.get(MIN_RANK, usual.least)
+        power_text = arguments.get(ALPHA, usual.power)
+        try:
+            rule = TLoraRule(int(least_text), float(power_text))
+        except (ValueError, TypeError, OverflowError):
+            rule = TLoraRule(0)
+        if rule.least < 1 or not 0 < rule.power < math.inf:
+            raise CheckpointError(
+                f"{path or 'a LoRA'}: its metadata say {SWITCH}=True with {MIN_RANK}={least_text!r} and "
+                f"{ALPHA}={power_text!r}, which are no rank from 1 and no number above 0. Copy it again.",
+                path,
+            )
+        return rule
+
+
+TLORA = TLoraKind()

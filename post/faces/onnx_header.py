@@ -5,9 +5,10 @@ with the number of its field; those that are not wanted are skipped.
 """
 
 import math
+import mmap
 import struct
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +22,8 @@ from post.faces.onnx_sizes import Constant, Node, input_count, output_count
 
 _VARINT, _EIGHT_BYTES, _LENGTH, _FOUR_BYTES = 0, 1, 2, 5
 # numbers of fields: of a model, a graph, a tensor, a value, its type, its shape, a note
-_GRAPH, _NOTES = 7, 14
+_GRAPH, _NOTES, _FUNCTIONS = 7, 14, 25
+_FUNCTION_NODES = 7
 _NODES, _INITIALIZERS, _INPUTS, _OUTPUTS = 1, 5, 11, 12
 _NODE_INPUTS, _NODE_OUTPUTS, _KIND, _ATTRIBUTES = 1, 2, 4, 5
 _SETTING, _NUMBER = 1, 3  # of an attribute: its name, and the number of one
@@ -90,6 +92,57 @@ def read_onnx(path: Path) -> tuple[OnnxHeader, bytes]:
         raise CheckpointError(
             f"{path} is no ONNX file, or a damaged one. Download or export it again.", path
         ) from None
+
+
+def check_operators(path: Path, refused: Container[str]) -> None:
+    """Look at all operators of an ONNX file of any size, without reading its weights into memory.
+
+    Raises CheckpointError if the file is damaged, if its numbers are in other files, or if it has an operator
+    of a kind in `refused`.
+    """
+    try:
+        require_regular_file(path)
+        with path.open("rb") as file:
+            _look_through(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)), refused)
+    except _RefusedError as error:
+        raise CheckpointError(f"{path} cannot be used: {error}.", path) from None
+    except (ValueError, IndexError, struct.error):
+        raise CheckpointError(
+            f"{path} is no ONNX file, or a damaged one. Download or export it again.", path
+        ) from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.", path) from None
+
+
+def _look_through(content: memoryview, refused: Container[str]) -> None:
+    checks = _Checks()
+    model = checks.parts(content)
+    waiting = [(graph, 0, _NODES) for graph in model[_GRAPH]]
+    waiting += [(function, 0, _FUNCTION_NODES) for function in model[_FUNCTIONS]]
+    if not model[_GRAPH]:
+        raise ValueError("no graph")
+    while waiting:
+        message, depth, nodes = waiting.pop()
+        if depth > limits.MAX_ONNX_DEPTH:
+            raise _RefusedError("it has graphs in graphs in graphs")
+        graph = checks.parts(message)
+        for tensor in graph[_INITIALIZERS] if nodes == _NODES else ():
+            _require_inside(checks.parts(tensor))
+        for node in map(checks.parts, graph[nodes]):
+            kind = _read_first_text(node[_KIND])
+            if kind in refused:
+                raise _RefusedError(f"it has an operator {kind}, which may have no end")
+            for attribute in map(checks.parts, node[_ATTRIBUTES]):
+                for tensor in attribute[_TENSOR] + attribute[_TENSORS]:
+                    _require_inside(checks.parts(tensor))
+                inner = attribute[_INNER_GRAPH] + attribute[_INNER_GRAPHS]
+                waiting += [(graph, depth + 1, _NODES) for graph in inner]
+
+
+def _require_inside(tensor: _Parts) -> None:
+    """Raise _RefusedError if a tensor's values are in another file."""
+    if tensor[_EXTERNAL] or any(tensor[_PLACE]):
+        raise _RefusedError("its numbers are in another file. Export it again as one file")
 
 
 def _parse(content: bytes) -> OnnxHeader:
@@ -216,8 +269,7 @@ class _Checks:
     def _check_tensor(self, tensor: _Parts, names: Sequence[str] = ()) -> None:
         """Check that a tensor's values are in the file; record the product of small tensors."""
         names = [*names, *map(_read_text, tensor[_TENSOR_NAME])]
-        if tensor[_EXTERNAL] or any(tensor[_PLACE]):
-            raise _RefusedError("its numbers are in another file. Export it again as one file")
+        _require_inside(tensor)
         dims = _read_numbers(tensor[_DIMS])
         count = math.prod(dims)
         if count > 2 * _measure_stored(tensor):  # the smallest numbers have four bits

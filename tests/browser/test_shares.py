@@ -181,7 +181,7 @@ def test_a_link_ends_when_another_run_of_this_name_begins(tmp_path: Path) -> Non
         for address in (link, f"{link}sample/x_1.png", f"{link}x.safetensors"):
             answer = served.ask(address)
             assert (answer.status, answer.text) == (401, str(shares.ENDED)), address
-        assert "/shared/" not in served.ask(served.of("x"), **COOKIE).text
+        assert "/shared/" not in enter(served, TOKEN).ask(served.of("x")).text
         assert served.ask(make_link(served)).status == 200
         history.unlink()
         assert served.ask(link).status == 401
@@ -213,3 +213,32 @@ def test_links_of_two_pages_at_once_are_all_kept(tmp_path: Path) -> None:
         thread.join()
     assert {share.word for share in Shares().list_all()} == set(made)
     assert len(made) == 40
+
+
+def test_a_link_to_another_place_is_not_followed(tmp_path: Path) -> None:
+    """Behind a saved file's name may be another run's file, or one below another root."""
+    folder = tmp_path / "runs"
+    write_run(folder, "x", 10)
+    write_run(folder / "other", "y", 10)
+    saved = folder / "x.safetensors"
+    saved.unlink()
+    saved.symlink_to(folder / "other" / "y.safetensors")
+    sample = folder / "sample" / "x_1.png"
+    sample.unlink()
+    sample.symlink_to(folder / "other" / "sample" / "y_1.png")
+    with serve_runs(folder, token=TOKEN) as served:
+        link = make_link(served)
+        assert [served.ask(f"{link}{name}").status for name in ("x.safetensors", "sample/x_1.png")] == [
+            404,
+            404,
+        ]
+
+
+def test_files_of_another_run_in_the_folder_are_not_shared(tmp_path: Path) -> None:
+    write_run(tmp_path, "x", 10)
+    write_run(tmp_path, "y", 10)
+    history = History(history_path(tmp_path, "x"), 1, 10)
+    history.add(11, saved="y.safetensors")
+    history.flush()
+    with serve_runs(tmp_path, token=TOKEN) as served:
+        assert served.ask(f"{make_link(served)}y.safetensors").status == 404

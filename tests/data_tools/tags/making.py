@@ -42,17 +42,30 @@ def first_pixel_weights(**columns: tuple[float, float, float]) -> NDArray[np.flo
     return weights
 
 
-def make_model(shape: Sequence[int | str], weights: NDArray[np.float32]) -> bytes:
+def make_model(
+    shape: Sequence[int | str],
+    weights: NDArray[np.float32],
+    kind: str = "MatMul",
+    is_outside: bool = False,
+    further: bytes = b"",
+) -> bytes:
     """Return an ONNX file of two nodes: Reshape to (batch, rest), MatMul with the weights.
+
+    kind: of the operator in place of MatMul. is_outside: the weights name another file. further: fields of
+    the graph.
 
     Source: onnx.proto3 of ONNX's IR version 8, operator set 13; the numbers of fields are from there.
     """
     target = _tensor("target", 7, (2,), np.array([-1, weights.shape[0]], np.int64).tobytes())
     matrix = _tensor("weights", 1, weights.shape, weights.astype("<f4").tobytes())
+    if is_outside:
+        matrix += _field(13, _field(1, b"location") + _field(2, b"../secret")) + _number(14, 1)
+    result = "products" if further else "probabilities"
     graph = b"".join(
         [
             _field(1, _node("Reshape", ("picture", "target"), "flat")),
-            _field(1, _node("MatMul", ("flat", "weights"), "probabilities")),
+            _field(1, _node(kind, ("flat", "weights"), result)),
+            further,
             _field(2, b"tags"),
             _field(5, target),
             _field(5, matrix),
@@ -62,6 +75,19 @@ def make_model(shape: Sequence[int | str], weights: NDArray[np.float32]) -> byte
     )
     operators = _field(1, b"") + _number(2, 13)
     return _number(1, 8) + _field(7, graph) + _field(8, operators)
+
+
+def make_growing_model(weights: NDArray[np.float32], count: int) -> bytes:
+    """Return such a file that makes so many zeros besides, and adds their sum."""
+    further = b"".join(
+        [
+            _field(5, _tensor("count", 7, (1,), np.array([count], np.int64).tobytes())),
+            _field(1, _node("ConstantOfShape", ("count",), "zeros")),
+            _field(1, _node("ReduceSum", ("zeros",), "sum")),
+            _field(1, _node("Add", ("products", "sum"), "probabilities")),
+        ]
+    )
+    return make_model((1, SIDE, SIDE, 3), weights, further=further)
 
 
 def _node(kind: str, inputs: Sequence[str], output: str) -> bytes:

@@ -2,11 +2,13 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from data_tools.tags import model
 from data_tools.tags.labels import GENERAL, Label, read_labels
 from data_tools.tags.model import Tagger, load_tagger
 from data_tools.tags.options import TaggingOptions
@@ -16,7 +18,14 @@ from modules.errors import CheckpointError, DatasetError, OptionError
 from modules.media.writing import write_video
 from modules.parser import parse_options
 from tests.data_tools.captions.making import everything_in
-from tests.data_tools.tags.making import ROWS, SIDE, first_pixel_weights, make_model, write_tagger
+from tests.data_tools.tags.making import (
+    ROWS,
+    SIDE,
+    first_pixel_weights,
+    make_growing_model,
+    make_model,
+    write_tagger,
+)
 from tests.dataset.making import make_image
 from tests.faults.messages import run_here
 
@@ -232,7 +241,7 @@ def test_looking_writes_nothing_and_counts_tags(
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ({"model.onnx": b"x" * 99}, "cannot be loaded by onnxruntime"),
+        ({"model.onnx": b"x" * 99}, "no ONNX file, or a damaged one"),
         ({"selected_tags.csv": b"a,b\n1,2\n"}, "first line has to name the columns"),
         ({"selected_tags.csv": b"tag_id,name,category,count\n1,x,7,1\n"}, "line 2: category 7 is unknown"),
         ({"selected_tags.csv": b"\xff\xfe"}, "no list of tags"),
@@ -289,3 +298,49 @@ def test_a_dataset_file_says_where_tags_go(folder: Path, tmp_path: Path) -> None
     )
     tag(config, tagger)
     assert (folder / "red.tags").read_text(encoding="utf-8") == "red"
+
+
+def test_a_tagger_that_makes_more_than_memory_holds_ends_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tagger = write_tagger(tmp_path / "tagger", BY_COLOUR)
+    (tagger / "model.onnx").write_bytes(make_growing_model(BY_COLOUR, 1 << 29))  # 2 GiB
+    monkeypatch.setattr(model, "MEMORY_BYTES", 1 << 28)
+    if sys.platform.startswith("linux"):
+        with pytest.raises(CheckpointError, match="cannot be loaded|the tagger fails"):
+            load(tagger).probabilities([np.zeros((SIDE, SIDE, 3), np.uint8)])
+    (tagger / "model.onnx").write_bytes(make_growing_model(BY_COLOUR, 1 << 10))
+    assert load(tagger).probabilities([np.zeros((SIDE, SIDE, 3), np.uint8)]).shape == (1, len(ROWS))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (make_model((1, SIDE, SIDE, 3), BY_COLOUR, kind="Loop"), "an operator Loop, which may have no end"),
+        (make_model((1, SIDE, SIDE, 3), BY_COLOUR, kind="Scan"), "an operator Scan"),
+        (make_model((1, SIDE, SIDE, 3), BY_COLOUR, is_outside=True), "numbers are in another file"),
+        (b"", "no ONNX file"),
+        (b"\x3a\xff\xff\xff\xff\x0f", "no ONNX file"),
+        (b"\0" * 1000, "no ONNX file"),
+    ],
+)
+def test_graphs_that_could_have_no_end_or_read_other_files_are_refused(
+    content: bytes, message: str, tmp_path: Path
+) -> None:
+    tagger = write_tagger(tmp_path / "tagger", BY_COLOUR)
+    (tagger / "model.onnx").write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        load(tagger)
+
+
+def test_a_tagger_that_takes_more_pictures_at_once_than_memory_holds_is_refused(tmp_path: Path) -> None:
+    tagger = write_tagger(tmp_path / "tagger", BY_COLOUR, batch=10**8)
+    with pytest.raises(CheckpointError, match="takes 100,000,000 pictures of 4 x 4 pixels at once"):
+        load(tagger)
+
+
+@pytest.mark.parametrize("size", [(200_000, 8), (8, 200_000)])
+def test_a_strip_is_fitted_without_a_square_of_its_length(size: tuple[int, int], tmp_path: Path) -> None:
+    fitted = load(write_tagger(tmp_path / "tagger", BY_COLOUR)).fit(np.zeros((*size, 3), np.uint8))
+    assert fitted.shape == (SIDE, SIDE, 3)
+    assert 0 < (fitted == 0).sum() < fitted.size

@@ -3,6 +3,7 @@
 import base64
 import math
 import re
+import time
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -10,7 +11,7 @@ import jinja2
 import numpy as np
 import pytest
 
-from browser.run_views import share_page
+from browser.run_views import drop_private, share_page
 from modules.errors import UserError
 from modules.pages.charts import Chart, Curve, draw_chart, smooth
 from modules.pages.page import embed_clip, embed_picture, mark_folders, write_page
@@ -148,7 +149,38 @@ def test_only_own_pages_are_shared(tmp_path: Path) -> None:
         ("python '/a b/c.py' new x/y", "python &#39;<!--private-->/a b/<!--/private-->c.py&#39; new x/y"),
         ("/music/a - b/c d/e.wav", "<!--private-->/music/a - b/c d/<!--/private-->e.wav"),
         ("/a/x -o /b/y", "<!--private-->/a/<!--/private-->x -o <!--private-->/b/<!--/private-->y"),
+        ("http://host/home/a/b", "http://host/home/a/b"),
+        ("either and/or, 1/2/3, a/b/c.png, 16:9, 3.5/4", "either and/or, 1/2/3, a/b/c.png, 16:9, 3.5/4"),
     ],
 )
 def test_folders_end_where_a_command_goes_on(text: str, marked: str) -> None:
     assert mark_folders(text) == marked
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("file:///home/anna/wedding/x.png", "file:/home/anna/x.png", "file://nas/anna/x.png"),
+        *("file:///C:/Users/anna/x.png", "FILE:///home/anna/x.png", "image:/home/anna/x.png"),
+        *("image:/srv9/anna/x.png", "a:/anna/wedding/x.png", "1/home/anna/x.png", "v2/Users/anna/x.png"),
+        *("-/home/anna/x.png", "--lora-/anna/wedding/x.png", "--image=/home/anna/x.png"),
+        *("x./home/anna/x.png", "image://home/anna/x.png", "x_/tmp/anna/x.png"),
+        *("../../home/anna/x.png", "~anna/wedding/x.png", "~/anna/x.png", "image:~/anna/x.png"),
+        *(r"image:C:\Users\anna\x.png", r"atC:\Users\anna\x.png", "C:/Users/anna/x.png", r"\\nas\anna\x.png"),
+        *(r"\\?\C:\Users\anna\x.png", r"\\?\UNC\nas\anna\x.png", "//nas/anna/x.png", r"-\\nas\anna\x.png"),
+        *("/home/anna", "saved in /Users/anna, then", r"C:\Users\anna", "(/home/anna)", "'/home/anna' x"),
+        *("/home/anna/my pictures/x.png", "(file:///home/anna/x.png)", "/mnt/c/Users/anna/x.png"),
+    ],
+)
+def test_no_folder_stays_in_a_shared_text(text: str) -> None:
+    assert "anna" not in drop_private(str(mark_folders(text)))
+    assert "anna" in str(mark_folders(text))
+
+
+@pytest.mark.parametrize("unit", ["/a", "~", "\\", "x:", "file:", "a ", "/a b ", "a/", "/a.py "])
+def test_folders_of_a_long_text_are_found_in_its_length(unit: str) -> None:
+    """Twice the text takes about twice the time; it took four times that of backslashes."""
+    start = time.process_time()
+    mark_folders(f"/home/{unit * 20_000}")
+    mark_folders(f"{unit * 20_000}/")
+    assert time.process_time() - start < 5
