@@ -1,6 +1,8 @@
 """The page Generate: a form for a picture or clip, what is being made, and the results of all days."""
 
+import functools
 import secrets
+import shlex
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +14,7 @@ from starlette.routing import Route
 
 from browser import launch
 from browser.command_lines import format_command
+from browser.compare import group_options
 from browser.drafts import Drafts
 from browser.dropped_settings import DroppedSettings, read_dropped_settings
 from browser.inputs import FOLDER as INPUTS
@@ -50,11 +53,13 @@ from modules.control_codes import shorten
 from modules.errors import MediaError, OptionError, UserError
 from modules.media.reading import read_tags
 from modules.pages.language import counted, join, say
+from modules.paths import without_quotes
+from modules.text_files import real_path
 
 MOST_AT_ONCE = 64  # results of one press of Make
 FOUR = 4  # of "Make with four seeds"
 SHOWN_ENDED = 12  # render jobs that were stopped, died or had a warning, in the page
-SHOWN_OF_REASON = 120  # characters
+SHOWN_OF_REASON = 400  # characters: a sentence with its remedy and two paths
 LABELS = {
     "prompt": say("Prompt"),
     "negative": say("Negative"),
@@ -73,6 +78,8 @@ LABELS = {
     "redraw": say("Redraw"),
     "share": say("Share made anew"),
     "count": say("How many"),
+    "lora_file": say("LoRA file"),
+    "lora_strength": say("Strength"),
 }
 NUMBERS = ("width", "height", "frames", "steps", "guidance", "cfg", "high_cfg", "share")  # in their order
 NOTES = {
@@ -341,9 +348,11 @@ class GeneratePages:
         recipe = self.find_recipe(form.source)
         usual = make_usual_form(form.source, recipe, self.run_loras.list_rows(recipe))
         texts = dict(usual.texts)
-        for name in ("prompt", "negative", "seed"):
+        for name in ("prompt", "negative", "seed", "lora_file", "lora_strength"):
             if form.texts.get(name, "").strip():
                 texts[name] = form.texts[name]
+        if texts.get("negative") in list_usual_negatives():  # nobody has typed it: another model's own
+            texts["negative"] = usual.texts.get("negative", "")
         return replace(usual, texts=texts, count=form.count, is_locked=form.is_locked)
 
     # --- render jobs
@@ -361,6 +370,11 @@ class GeneratePages:
             if row.path in form.strengths:
                 expert = form.experts.get(row.path) or choose_expert(row, recipe.folder)
                 loras += row.as_used(form.strengths[row.path], expert, recipe.has_experts)
+        path = without_quotes(form.texts.get("lora_file", "").strip())
+        if path:
+            strength = form.texts.get("lora_strength", "").strip() or "1"
+            row = LoraRow(path=path, title="")
+            loras += row.as_used(strength, choose_expert(row, recipe.folder), recipe.has_experts)
         return RenderRequest(
             recipe=recipe,
             prompt=form.texts.get("prompt", ""),
@@ -435,6 +449,7 @@ class GeneratePages:
                     say("%(path)s: there is no such LoRA (any more). Choose another one.", path=path)
                 )
         render_request = self.make_render_request(recipe, form, rows)
+        self._check_lora_file(recipe, form)
         render_request.check()
         self._check_paths(render_request)
         for lora in render_request.loras:
@@ -470,6 +485,25 @@ class GeneratePages:
                         path=path,
                     )
                 )
+
+    def _check_lora_file(self, recipe: ModelRecipe, form: GenerateForm) -> None:
+        """Raise OptionError for a typed LoRA outside the folders of this page, or that is no LoRA file."""
+        text = without_quotes(form.texts.get("lora_file", "").strip())
+        if not text:
+            return
+        path = recipe.folder / text
+        if path.suffix != ".safetensors":
+            raise OptionError(say("LoRA file %(path)s: give a file that ends in .safetensors.", path=text))
+        is_model = real_path(path).is_relative_to(real_path(self.site.models.absolute()))
+        is_gone_here = not path.exists() and self.site.runs.is_below(path.parent)  # which is said later
+        if not (is_model or is_gone_here or self.site.runs.is_inside(path)):
+            raise OptionError(
+                say(
+                    "%(path)s is outside the folders that this page shows: copy it into one of them, or into "
+                    "the folder of models.",
+                    path=text,
+                )
+            )
 
     # --- dropped files
 
@@ -579,6 +613,16 @@ class GeneratePages:
         if kind == "model" and found.task in source.split():
             score += 1
         return score
+
+
+@functools.cache
+def list_usual_negatives() -> frozenset[str]:
+    """Return the negative prompts that the commands of released models have."""
+    negatives = set()
+    for model in model_sets():
+        options = group_options(shlex.split(model.commands.get("generate", "")))
+        negatives.add(" ".join(options.get("--negative_prompt", ())))
+    return frozenset(negatives - {""})
 
 
 def make_usual_form(source: str, recipe: ModelRecipe, rows: Sequence[LoraRow]) -> GenerateForm:

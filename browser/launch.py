@@ -237,6 +237,7 @@ WITH_TORCH_ENDS = ("gen-img", "minimal-inference")  # likewise, with a model bef
 ENDS_AFTER_OPTIONS = re.compile(r"\b(parse_options|plain_script)\(")
 WARNING = re.compile(r"^WARNING: (.+)$", re.MULTILINE)  # as scripts print them
 CHECK_SECONDS = 20
+LEAST_SIMILAR = 0.75  # names of scripts for which a wrong one is suggested: evil.py is not metaview.py
 HELP = ("-h", "--help")
 INTERACTIVE = "--interactive"
 # options that name files to read, besides those of a model's parts; `--lora_weight a b` names two
@@ -403,7 +404,9 @@ def _find_command(words: Sequence[str], folder: Path) -> tuple[ScriptCommand, in
     for command in commands:
         if script is not None and is_script and command.path.name == script.name:
             return command, count
-    hint = did_you_mean(word.rpartition("/")[2][:LONGEST_NAME], [command.path.name for command in commands])
+    hint = did_you_mean(
+        word.rpartition("/")[2][:LONGEST_NAME], [command.path.name for command in commands], LEAST_SIMILAR
+    )
     raise OptionError(
         say(
             "%(word)s is no command of this program.%(hint)s A job is a line such as "

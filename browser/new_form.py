@@ -1,6 +1,7 @@
 """What the fields of the page New hold, and the command of `new` that they stand for."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from project.kinds.whole_model import WHOLE
 from project.new_options import NewOptions
 from project.options import MODELS, check_trigger, find_models
 
+# a number with marks between thousands, as people of different countries write them: 2,000 or 2 000
+GROUPED = re.compile(r"[1-9]\d{0,2}(?:([,.' _\u00a0\u202f\u2019])\d{3})(?:\1\d{3})*", re.ASCII)
 USUAL_STEPS = NewOptions(folder=Path()).max_train_steps
 MOST_STEPS = 10_000_000
 # labels of the fields that `new` writes into all three files, by their names
@@ -74,7 +77,7 @@ class NewForm:
         """Return the form that a page has sent."""
         texts = {name: "".join(values).strip() for name, values in form.items()}
         family, _, task_of_family = texts.get("family", "").partition(" ")
-        task = texts.get("task", task_of_family)
+        task = choose_single_task(family, texts.get("task", task_of_family))
         return cls(
             folder=without_quotes(texts.get("folder", "")),
             family=family,
@@ -82,7 +85,7 @@ class NewForm:
             train=_fit_kind(texts.get("train", ""), find_model(family, task)),
             trigger=texts.get("trigger", ""),
             name=texts.get("name", ""),
-            steps=texts.get("steps", str(USUAL_STEPS)),
+            steps=without_groups(texts.get("steps", str(USUAL_STEPS))),
             model_files={
                 name.removeprefix("file_"): without_quotes(text)
                 for name, text in texts.items()
@@ -172,6 +175,12 @@ def list_shown_kinds(model: ModelSet) -> list[RunKind]:
     return [kind for kind in KINDS if kind is WHOLE or kind.find_script(model) is not None]
 
 
+def choose_single_task(family: str, task: str) -> str:
+    """Return the only task of a family if it has one; else the task as it was chosen."""
+    tasks = [model.task for model in find_models() if model.family == family]
+    return tasks[0] if len(tasks) == 1 else task
+
+
 def find_model(family: str, task: str) -> ModelSet | None:
     """Return the model of these names; None if there is none."""
     return next((model for model in find_models() if (model.family, model.task) == (family, task)), None)
@@ -201,11 +210,21 @@ def check_form(form: NewForm) -> None:
         )
     if not form.trigger and BY_NAME[form.train or LORA.name].learns_word:
         raise OptionError(say("Trigger word: an embedding is a new word. Give one, such as mrsfluff."))
+    for check in CHECKS.values():
+        check(form)
+
+
+def check_trigger_field(form: NewForm) -> None:
+    """Raise OptionError for a trigger word that `new` would refuse."""
     if form.trigger:
         try:
             check_trigger(form.trigger)
         except OptionError as error:
             raise OptionError(str(error).replace("--trigger_word", say("Trigger word"))) from None
+
+
+def check_name_field(form: NewForm) -> None:
+    """Raise OptionError for a name that no file can have."""
     if "/" in form.name or "\\" in form.name:
         raise OptionError(
             say(
@@ -215,8 +234,31 @@ def check_form(form: NewForm) -> None:
         )
     if form.name:
         check_output_name(say("Name"), form.name)
+
+
+def check_steps_field(form: NewForm) -> None:
+    """Raise OptionError for what is no number of steps."""
     if form.steps:  # else that of `new`, or of the files
         read_steps(form.steps)
+
+
+# by the names of the fields whose faults are said while one types
+CHECKS: Mapping[str, Callable[[NewForm], None]] = {
+    "trigger": check_trigger_field,
+    "name": check_name_field,
+    "steps": check_steps_field,
+}
+
+
+def list_field_faults(form: NewForm) -> dict[str, str]:
+    """Return what `new` would refuse, by the names of the fields."""
+    faults = {}
+    for name, check in CHECKS.items():
+        try:
+            check(form)
+        except OptionError as error:
+            faults[name] = str(error)
+    return faults
 
 
 def read_steps(text: str) -> int:
@@ -235,8 +277,14 @@ def read_steps(text: str) -> int:
     return steps
 
 
+def without_groups(text: str) -> str:
+    """Return a number without the marks between its thousands; another text as it is."""
+    return re.sub(r"\D", "", text) if GROUPED.fullmatch(text) else text
+
+
 def parse_whole(text: str, most: int) -> int | None:
     """Return the whole number above 0 in a text; None for any other text, or if it is larger than `most`."""
+    text = without_groups(text)
     digits = text.lstrip("0")
     if not (text.isascii() and text.isdecimal() and 0 < len(digits) <= len(str(most))):
         return None  # Python refuses to read thousands of digits

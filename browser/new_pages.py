@@ -80,6 +80,7 @@ from browser.new_form import (
     check_form,
     find_model,
     list_differing,
+    list_field_faults,
     list_key_changes,
     list_shown_kinds,
     list_unwritten,
@@ -275,6 +276,8 @@ class NewPages:
             "step": choose_step(
                 form if folder is not None else replace(form, folder=""), progress["standing"], is_written
             ),
+            "field_faults": list_field_faults(form),
+            "folder_fault": self.explain_folder(form.folder) if form.folder and folder is None else "",
             "free": self.describe_free(),
             "facts": self.list_facts(form, described, duration),
             "shown": "" if written is None else written.address,
@@ -419,26 +422,14 @@ class NewPages:
         loading = self.loading_values(described)
         download = loading["download"]
         works.append(download is not None and download.state == RUNNING)
-        is_loaded_here = loading["load_command"] != ""
         commands: list[list[str]] = []
         if folder is not None:
             commands = read_commands(folder) if described is None else described.commands
         repair_words = [] if folder is None else find_repair(commands, folder)
-        standing = FolderStanding(
-            is_described=described is not None,
-            describing=output["looking"],
-            has_changes=bool(output["comparing"] is not None and output["changes"]),
-            download=download,
-            to_load=loading["to_load"] if is_loaded_here else "",
-            load_failure=describe_failure(download) if is_loaded_here else "",
-            **self.find_missing(folder, described, background_jobs, output["looking_lines"]),
-            num_licences=len(loading["licences"]),
-            loads_at_start=bool(loading["licences"]) and not is_loaded_here,
-            checking=background_jobs[CHECK],
-            is_check_old=output["is_check_old"],
-            job=job,
-            run_address=self.find_run(described, job),
+        standing = self.find_standing(
+            folder, described, background_jobs[CHECK], output=output, loading=loading
         )
+        standing = replace(standing, job=job, run_address=self.find_run(described, job))
         return {
             **output,
             **loading,
@@ -462,18 +453,46 @@ class NewPages:
             "is_part": False,
         }
 
+    def find_standing(
+        self,
+        folder: Path | None,
+        described: DescribedFolder | None,
+        checking: Job | None,
+        *,
+        output: Mapping[str, Any],
+        loading: Mapping[str, Any],
+    ) -> FolderStanding:
+        """Return how far a folder is, without the job that trains on it.
+
+        output, loading: of `output_values` and `loading_values`.
+        """
+        is_loaded_here = loading["load_command"] != ""
+        return FolderStanding(
+            is_described=described is not None,
+            describing=output["looking"],
+            has_changes=bool(output["comparing"] is not None and output["changes"]),
+            download=loading["download"],
+            to_load=loading["to_load"] if is_loaded_here else "",
+            load_failure=describe_failure(loading["download"]) if is_loaded_here else "",
+            **self.find_missing(folder, described, checking, output["looking_lines"]),
+            num_licences=len(loading["licences"]),
+            loads_at_start=bool(loading["licences"]) and not is_loaded_here,
+            checking=checking,
+            is_check_old=output["is_check_old"],
+        )
+
     def find_missing(
         self,
         folder: Path | None,
         described: DescribedFolder | None,
-        background_jobs: Mapping[str, Job | None],
+        checking: Job | None,
         lines: Sequence[OutputLine],
     ) -> dict[str, Any]:
         """Return what `new` has found missing in a folder and is still so, for `FolderStanding`.
 
         lines: that `new` has printed about the files that are there now.
         """
-        looking, checking = background_jobs[DESCRIBE], background_jobs[CHECK]
+        looking = self.find_background_job(DESCRIBE, folder)
         if folder is None or described is None or looking is None or looking.code != 0:
             return {}
         verdict = next((line.text for line in reversed(lines) if line.text.startswith(FIRST)), "")

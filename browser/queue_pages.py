@@ -79,6 +79,8 @@ def read_jobs(text: str, run: RunSummary | None, may_come: bool) -> list[tuple[l
     """
     entries = map(str.strip, ENTRY.findall(text.replace("\r\n", "\n")))
     lines = [line for line in entries if line and not line.startswith("#")]
+    if not lines:
+        raise OptionError(say("Type a command first, such as: %(example)s", example=EXAMPLE[0]))
     if len(lines) > MOST_ADDED:
         raise OptionError(
             say(

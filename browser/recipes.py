@@ -27,6 +27,7 @@ from modules.media.reading import VIDEO_SUFFIXES
 from modules.option_values import option_words
 from modules.pages.language import say
 from modules.text_files import bad_character
+from project.fitting import find_memory
 
 LORA = "--lora_weight"
 STRENGTHS = "--lora_multiplier"
@@ -65,6 +66,7 @@ REPLACED = {
 # fmt: on
 EXAMPLES = {"start.png", "end.png", "control.mp4"}  # that commands of the catalogue name
 ASPECTS = (1.0, 4 / 3, 3 / 4, 16 / 9, 9 / 16)  # width by height
+HALF_FLAGS = ("--fp16", "--bf16")  # switches of commands of the catalogue, for a card
 SIDE_STEP = 32  # pixels: all models take such sides
 
 
@@ -113,7 +115,9 @@ class ModelRecipe:
         if not self.has_experts:
             keys.pop("high_cfg", None)
         for name in ("start", "end", "control", "references"):
-            if name not in self.needed and not self._may_take(name):
+            # a picture that the command of a run names is one that its model takes
+            is_typed = name in self.needed or bool(self.usual.get(name))
+            if not is_typed and not self._may_take(name):
                 keys.pop(name, None)
         if "redraw" not in keys:
             keys.pop("share", None)
@@ -331,6 +335,9 @@ def make_model_recipe(model: ModelSet, models: Path, folder: Path) -> ModelRecip
             else:
                 options[name].append(text)
     options.pop("--seed", None)
+    if not find_memory():  # processors compute 16 bits many times slower than 32
+        for flag in HALF_FLAGS:
+            options.pop(flag, None)
     return _make_recipe(
         title=model.title,
         family=families[script],

@@ -55,6 +55,7 @@ LAST_LINES = 12
 MOST_OF_LINE = 500
 MOST_OF_WARNINGS = 4000  # characters that are kept of a render job
 LOADING = say("loading the model")
+MAKING = say("making it")
 FindProgram = Callable[[Sequence[str], Path], tuple[object, list[str]]]
 ENDS = ("state", "reason", "file", "process", "doing", "done", "steps", "last_lines", "warnings")
 GENERATE = say("the page Generate")
@@ -423,7 +424,7 @@ class RenderWorker:
             render_job.done = int(answer["done"])
             render_job.steps = int(answer.get("steps", render_job.steps))
             if not is_cancelled:
-                render_job.doing = "denoising"
+                render_job.doing = MAKING
         elif event == "made":
             render_job.file = str(answer["file"])
         elif event == "failed":

@@ -621,7 +621,7 @@ class RunButtons:
             self.site.queue.stop(job.id)
             if job.stops:
                 return say("Ended at once.")
-            return say("Asked: it saves and ends when its step is done. Press Stop again to end it at once.")
+            return say("Asked: it saves and ends when its step is done.")
         if run.state == RUNNING and run.start is not None and run.start.listens:
             (run.history.parent / f"{run.name}.stop").touch()
             return say("Asked: it saves and ends when its step is done.")

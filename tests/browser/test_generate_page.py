@@ -21,9 +21,11 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
+from browser import recipes
 from browser.dropped_settings import read_dropped_settings
 from browser.jobs import WAITING, JobQueue
 from browser.lora_rows import RunLoras, check_family
+from browser.recipes import make_model_recipe
 from browser.render_queue import ENDED_MEANWHILE
 from browser.render_worker import RenderWorker
 from browser.runs import FINISHED, RUNNING, STOPPED, Runs
@@ -625,6 +627,46 @@ def test_make_takes_the_lora_of_each_family(family: str, tmp_path: Path) -> None
         assert answer.status == 200
         (made,) = requests(tmp_path / "roots")
         assert str(tmp_path / "roots" / "own" / "own-step2.safetensors") in made["session"]
+
+
+def test_a_lora_from_elsewhere_is_used_by_its_path(served: Served, root: Path) -> None:
+    path = root / "loras" / "style.safetensors"
+    path.parent.mkdir()
+    save_file({"x": torch.zeros(1)}, path, {"ss_base_model_version": "wan"})
+    fields = fields_of(served, lora_file=f'"{path}"', lora_strength="0.6")
+    answer = post(served, "make", fields)
+    assert (answer.status, message(answer)) == (200, "")
+    (made,) = requests(root)
+    assert str(path) in made["session"]
+    assert made["request"]["strengths"][""][-1] == "0.6"
+    outside = root.parent / "x.safetensors"
+    save_file({"x": torch.zeros(1)}, outside)
+    for wrong, words in (
+        (str(outside), "is outside the folders that this page shows"),
+        (str(root / "x.ckpt"), "give a file that ends in .safetensors"),
+        (str(root / "none.safetensors"), "is not there any more"),
+    ):
+        refused = post(served, "make", fields_of(served, lora_file=wrong))
+        assert (refused.status, words in message(refused)) == (422, True), message(refused)
+
+
+def test_the_negative_prompt_of_one_model_does_not_stay_for_another(served: Served) -> None:
+    fields = {"source": "model anima base", "fill": "yes", "draft": "0123456789abcdef"}
+    anima = post(served, "form", fields).text
+    negative = re.search(r'<textarea id="negative"[^>]*>([^<]*)<', anima)
+    assert negative is not None
+    assert negative[1]
+    other = {**fields, "source": "model stable_diffusion 1.5", "negative": html.unescape(negative[1])}
+    assert html.unescape(negative[1]) not in html.unescape(post(served, "form", other).text)
+    typed = post(served, "form", {**other, "negative": "hands"}).text
+    assert ">hands</textarea>" in typed
+
+
+def test_without_a_card_models_compute_in_32_bits(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    (model,) = [one for one in model_sets() if (one.family, one.task) == ("stable_diffusion", "xl")]
+    for memory, has_flag in ((0.0, False), (24.0, True)):
+        monkeypatch.setattr(recipes, "find_memory", lambda memory=memory: memory)
+        assert ("--fp16" in make_model_recipe(model, Path("models"), Path()).fixed) is has_flag
 
 
 def test_a_file_that_is_gone_is_said(served: Served, root: Path) -> None:

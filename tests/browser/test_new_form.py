@@ -156,3 +156,30 @@ def test_captions_are_written_by_a_repository_a_folder_or_a_server() -> None:
     assert server == [*start, "--api_base", "http://localhost:8000/v1", "--api_model", "qwen"]
     with pytest.raises(OptionError, match="behind the address"):
         make_caption_words("http://localhost:8000/v1", "")
+
+
+@pytest.mark.parametrize(
+    ("text", "steps"),
+    [
+        ("2,000", 2000),
+        ("2 000", 2000),
+        ("2.000", 2000),
+        ("1'500", 1500),
+        ("1,500,000", 1500000),
+        ("2000", 2000),
+    ],
+)
+def test_steps_may_have_marks_between_thousands(text: str, steps: int) -> None:
+    assert read_steps(text) == steps
+
+
+@pytest.mark.parametrize("text", ["2,00", "2,0000", "1,500.000", "0,200", "2,", "abc", "0", "1.5"])
+def test_what_is_no_number_of_steps_is_refused(text: str) -> None:
+    with pytest.raises(OptionError, match="give a whole number"):
+        read_steps(text)
+
+
+def test_the_only_task_of_a_model_is_chosen() -> None:
+    assert NewForm.of_fields({"family": ["anima"]}).task == "base"
+    assert NewForm.of_fields({"family": ["anima"], "task": [""]}).task == "base"
+    assert NewForm.of_fields({"family": ["wan"]}).task == ""

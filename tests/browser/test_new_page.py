@@ -571,6 +571,26 @@ def test_a_download_that_fails_says_so_at_its_button(served: Served, root: Path)
     assert 'id="accept" checked' in text
 
 
+def test_mistakes_are_said_while_one_types(served: Served, root: Path) -> None:
+    """Each part of the page asks again while one types, and takes its own piece of the answer."""
+    typed = {"folder": str(root / "nothing"), "steps": "abc", "trigger": "ü" * 300, "name": "a/b"}
+    typed["family"] = "anima"
+    text = html.unescape(served.ask(f"/new?{urlencode({**typed, 'task': ''})}", HX_Request="true").text)
+    pieces = {
+        name: text.split(f'id="{name}"')[1].split("</p>")[0] for name in ("content", "word", "free", "hours")
+    }
+    assert "no such folder below" in pieces["content"]
+    assert "Training steps abc: give a whole number" in pieces["hours"]
+    assert "a name has no slash" in pieces["free"]
+    assert 'role="alert"' in pieces["word"]
+    assert '<option value="base" selected>' in text
+    for name, field in (("word", "#trigger"), ("free", "#name"), ("hours", "#steps")):
+        assert f"input delay:300ms from:{field}" in pieces[name]
+    right = html.unescape(served.ask(f"/new?{urlencode({'steps': '2,000', 'trigger': 'zorb'})}").text)
+    assert "--max_train_steps 2000" in right.split('id="next"')[1]
+    assert 'role="alert"' not in right.split('id="hours"')[1].split("</p>")[0]
+
+
 def test_the_page_of_a_check_runs_no_script_and_has_no_origin(served: Served, root: Path) -> None:
     write_pictures(root / "set", 1)
     (root / "set/check.html").write_text("<script>parent.x = 1</script><p>hello", encoding="utf-8")
