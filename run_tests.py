@@ -6,8 +6,9 @@
     python run_tests.py tests/wan   one folder
 
 Tests that compare with recorded numbers run again with the arithmetic of other processors: of old ones, and
-with AVX-512 if this processor has it. They run once more with the Python that the environment variable
-REELSMITH_SECOND_PYTHON names, or that of .venv-second: an environment with another torch, made by you.
+with AVX-512 if this processor has it; without --all, those of rooms that the last 30 commits have changed.
+They run once more with the Python that the environment variable REELSMITH_SECOND_PYTHON names, or that of
+.venv-second: an environment with another torch, made by you.
 Tests that failed while others ran run once more, alone: what passes then is named and does not fail the run.
 Further arguments go to pytest.
 """
@@ -16,6 +17,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO
@@ -47,14 +49,15 @@ COMPARED = (
     "encoders",
     "networks",
 )
-RECORDED = ["-m", "recorded and not slow and not gpu", *(f"tests/{room}" for room in COMPARED)]
+RECORDED = ["-m", "recorded and not slow and not gpu"]
+NUM_COMMITS = 30  # a push has fewer, so that no changed room is left out
 SECOND = "REELSMITH_SECOND_PYTHON"  # names the Python of an environment with another torch
 TYPES = ["mypy"]  # minutes the first time
 TIERS = {"--fast": ["-m", "fast"], "--all": ["-m", ""]}
 MOST_SECONDS = 480  # of the processor, for --fast
 TESTS_FAILED = 1  # pytest's code; others mean that it could not run them
 AGAIN = "--last-failed"
-TOO_LONG = "`python -m pytest --write-long-tests` finds those that are long now"
+TOO_LONG = "`python -m pytest --measure-tests -m fast -n 2` finds those that are long now"
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,8 @@ def main() -> None:
     python = prepare_environment("test")
     typed = [argument for argument in sys.argv[1:] if argument not in TIERS]
     tier = [word for name, words in TIERS.items() if getattr(args, name[2:]) for word in words]
-    checks = _list_checks(python, typed, tier, is_fast=args.fast)
+    rooms = COMPARED if args.all else _changed_rooms()
+    checks = _list_checks(python, typed, tier, rooms, is_fast=args.fast)
     failed = [_typed(check) for check in _run_checks(checks)]
     seconds = sum(os.times()[2:4])  # of the commands; 0 on Windows, which does not count them
     if args.fast and not typed and seconds > MOST_SECONDS:
@@ -85,8 +89,12 @@ def main() -> None:
         raise SystemExit(1)
 
 
-def _list_checks(python: Path, typed: list[str], tier: list[str], is_fast: bool) -> list[Check]:
-    """Return the checks to run, in order. typed: arguments for pytest, with which nothing else is run."""
+def _list_checks(
+    python: Path, typed: list[str], tier: list[str], rooms: Sequence[str], is_fast: bool
+) -> list[Check]:
+    """Return the checks to run, in order. typed: arguments for pytest, with which nothing else is run.
+    rooms: those of which recorded numbers are compared again.
+    """
     workers = []
     if not any(argument.startswith("-n") for argument in typed):
         # neighbours mostly share what their file sets up
@@ -97,11 +105,32 @@ def _list_checks(python: Path, typed: list[str], tier: list[str], is_fast: bool)
         if not is_fast:
             checks.append(Check(python, TYPES))
     checks.append(Check(python, ["pytest", *workers, *tier, *typed]))
-    if not typed and not is_fast:
-        recorded = ["pytest", *workers, *RECORDED]
-        checks += [Check(python, recorded, settings) for settings in _processors()]
-        checks += [Check(second, recorded) for second in _second_python()]
+    if typed or is_fast:
+        return checks
+    recorded = ["pytest", *workers, *RECORDED]
+    if rooms:
+        of_rooms = [*recorded, *(f"tests/{room}" for room in rooms)]
+        checks += [Check(python, of_rooms, settings) for settings in _processors()]
+    # somebody has made it for this: another torch may differ anywhere
+    of_all = [*recorded, *(f"tests/{room}" for room in COMPARED)]
+    checks += [Check(second, of_all) for second in _second_python()]
     return checks
+
+
+def _changed_rooms(root: Path = ROOT) -> list[str]:
+    """Return those of COMPARED that the last commits or uncommitted changes have touched; all without git."""
+    paths: list[str] = []
+    for words in (["log", f"-{NUM_COMMITS}", "--format="], ["diff", "HEAD"]):
+        try:
+            command = ["git", *words, "--name-only"]
+            done = subprocess.run(command, cwd=root, capture_output=True, encoding="utf-8", errors="replace")
+        except OSError:  # there is no git
+            return [*COMPARED]
+        if done.returncode:  # no clone, or one without a commit
+            return [*COMPARED]
+        paths += done.stdout.splitlines()
+    changed = {path.removeprefix("tests/").partition("/")[0] for path in paths}
+    return [room for room in COMPARED if room in changed or "golden" in changed]
 
 
 def _processors(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[dict[str, str]]:

@@ -115,7 +115,9 @@ class ModelRecipe:
         if not self.has_experts:
             keys.pop("high_cfg", None)
         for name in ("start", "end", "control", "references"):
-            if name not in self.needed and not self._may_take(name):
+            # a picture that the command of a run names is one that its model takes
+            is_typed = name in self.needed or bool(self.usual.get(name))
+            if not is_typed and not self._may_take(name):
                 keys.pop(name, None)
         if "redraw" not in keys:
             keys.pop("share", None)

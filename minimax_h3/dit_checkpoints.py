@@ -21,7 +21,7 @@ from checkpoints.opening import Checkpoint, is_sharded, plain_sources
 from contract.loading import TensorSource
 from minimax_h3.configs import KINDS, PATCH, H3Config
 from minimax_h3.model import ROWS, H3Model
-from minimax_h3.options import LAYOUT_KEY
+from minimax_h3.options import FREQUENCIES_KEY, LAYOUT_KEY
 from modules.errors import CheckpointError
 
 NAME = "MiniMax-H3"
@@ -129,10 +129,17 @@ def _refuse_other_model(path: Path) -> None:
 
 
 def _read_frequencies(checkpoint: Checkpoint) -> int | None:
-    """Return the frequencies of positions on each axis that the config.json next to the file says, if any.
+    """Return the frequencies of positions on each axis that a trained file says in its metadata, or else the
+    config.json next to the file, if any.
 
     Raises CheckpointError if that is not a whole number.
     """
+    noted = checkpoint.metadata.get(FREQUENCIES_KEY)
+    if noted is not None:
+        if not re.fullmatch(r"[0-9]{1,4}", noted):
+            path, problem = checkpoint.path, f"{FREQUENCIES_KEY} in its metadata is {noted!r:.60}"
+            raise CheckpointError(f"{path}: {problem}. Copy the file again.", path)
+        return int(noted)
     path, settings = stated_settings(checkpoint, {DIFFUSERS_CLASS})
     frequencies = settings.get("rope_freq_dim")
     if frequencies is not None and type(frequencies) is not int:

@@ -60,6 +60,7 @@ from minimax_h3.names import LORA
 from minimax_h3.options import (
     FPS,
     FRAMES,
+    FREQUENCIES_KEY,
     LAYOUT_KEY,
     LEAST_FRAMES,
     MOST_FRAMES,
@@ -160,8 +161,10 @@ class MiniMaxH3(OneTransformer):
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        is_whole = isinstance(self.options, H3WholeTrainingOptions)
-        return self.metadata_of(self.named | ({LAYOUT_KEY: STACKED} if is_whole else {}))
+        if not isinstance(self.options, H3WholeTrainingOptions):
+            return self.metadata_of(self.named)
+        frequencies = self.files.dit_header().config.frequencies
+        return self.metadata_of(self.named | {LAYOUT_KEY: STACKED, FREQUENCIES_KEY: str(frequencies)})
 
     def why_few_steps(self) -> str:
         return "it makes clips without a second pass for guidance"

@@ -9,7 +9,9 @@ from typing import Any, TypeVar
 
 from minimax_h3.reference_options import (
     IMAGE_EDGE,
+    JSONL,
     MOST_EDGE,
+    REF,
     TASK,
     TOKEN,
     VIDEO_EDGE,
@@ -72,6 +74,7 @@ _TRAJECTORY = "latents of single steps are not written. Give --preview_latent_ev
 _COMPILING = "blocks are compiled by --compile and its own options. Give --compile, or leave it out"
 _WAITING = "layers of the text encoder that do not fit on the device wait in host memory by themselves."
 LAYOUT_KEY = "ss_h3_qkv_layout"  # in the metadata of a trained transformer
+FREQUENCIES_KEY = "ss_h3_rope_freq_dim"  # likewise; its tensors do not show it
 _LAYOUT = (
     "order of the rows of fused queries, keys and values in --dit. Shards of the release have them "
     "interleaved by head, single files stacked; default: by the file's name. Files that "
@@ -361,8 +364,26 @@ def generation_options(options: H3TrainingOptions, sample: Mapping[str, Any]) ->
         "--dit_dtype": options.dit_dtype,
         **latents,
         **_list_text_words(options),
+        **_list_media_words(options.chosen_task, sample),
         "--video_length": sample.get("frames"),
     }
+
+
+def _list_media_words(task: str, sample: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of the media that a clip of a task begins with: a sample's, or a placeholder."""
+    if task == "fl2va":
+        first, last = sample.get("image_path"), sample.get("end_image_path")
+        return {
+            "--first_frame": first or (FillIn("IMAGE_FILE") if last is None else None),
+            "--last_frame": last,
+        }
+    if task == "ref2va":
+        extra = sample.get("extra") or {}
+        named = extra.get(REF, "")
+        if named and "\n" not in named:
+            return {f"--{REF}": named}
+        return {f"--{JSONL}": extra.get(JSONL) or FillIn("REFERENCES_JSONL")}
+    return {}
 
 
 def check_guidance(scale: float | None, flag: str) -> None:

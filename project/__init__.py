@@ -22,6 +22,7 @@ pack_options: options of tools/pack.py and tools/unpack.py
 packing: makes one file of a described folder
 relocating: replaces paths of this machine in a folder's texts
 unpacking: makes the folder of such a file again
+script_facts: options of a script that trains, asked from the script
 foreign/: projects of other trainers, which `new --from` reads
 tracing: keeps a trace of a run for the browser
 """

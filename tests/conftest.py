@@ -19,15 +19,15 @@ MOST_GARBAGE = 150_000  # objects, about 80 MB of small models
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add what compares the marks `long` with measured times."""
-    parser.addoption("--measure-long-tests", action="store_true", help="print where marks `long` are wrong")
+    """Add what compares marks and tiers with measured times."""
+    parser.addoption("--measure-tests", action="store_true", help="measure tests in processor seconds")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Measure if that is asked for; enter an account that is new."""
     home = account.enter_new_account()
     config.add_cleanup(lambda: account.leave_account(home))
-    if config.getoption("measure_long_tests"):
+    if config.getoption("measure_tests"):
         config.pluginmanager.register(long_tests.Measuring())
 
 

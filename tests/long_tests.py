@@ -1,37 +1,76 @@
-"""Compare the marks `long` with measured times: `python -m pytest --measure-long-tests`."""
+"""Measure tests in processor seconds: `python -m pytest --measure-tests`, with or without `-n 2`.
+
+It prints where a mark `long` is wrong and which cases of the default tier are heavy without a line in
+`tests/heavy.toml`, and writes what the fast cases of each measured file take into `tests/durations.toml`.
+"""
 
 import time
+import tomllib
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import pytest
 
-from tests.marks import LONG, test_name
+from tests.commands import ROOT
+from tests.marks import HEAVY, LONG, test_name
 
+DURATIONS = ROOT / "tests" / "durations.toml"
+HEAVY_TESTS = ROOT / "tests" / "heavy.toml"
+HEADER = """# Processor seconds of the fast cases of each file, with their fixtures, measured by
+# `python -m pytest --measure-tests -m fast`. tests/test_tiers.py holds their sum against a budget.
+"""
 # of a report; pytest-xdist sends them on with all else
 SECONDS = "processor_seconds"
-MARKED = "is_marked_long"
+MARKS = "marks_of_case"
+
+
+def read_durations(path: Path = DURATIONS) -> dict[str, float]:
+    """Return the seconds of the fast cases of each file that has been measured."""
+    return dict(tomllib.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+def write_durations(durations: Mapping[str, float], path: Path = DURATIONS) -> None:
+    """Write the table anew, sorted by file."""
+    rows = [f'"{file}" = {seconds:.1f}\n' for file, seconds in sorted(durations.items())]
+    path.write_text(HEADER + "".join(rows), encoding="utf-8")
+
+
+def read_heavy(path: Path = HEAVY_TESTS) -> dict[str, str]:
+    """Return why tests may take more than HEAVY seconds, by their names."""
+    return dict(tomllib.loads(path.read_text(encoding="utf-8")))
 
 
 class Measuring:
-    """Measures tests with their fixtures, and prints those whose mark is missing or not needed."""
+    """Measures tests with their fixtures, and says what is longer than its mark or its tier allows."""
 
     def __init__(self) -> None:
-        self._last = time.process_time()
+        self._last = self._now()
         self._seconds: Counter[str] = Counter()  # of each case
-        self._marked: set[str] = set()  # tests
+        self._marks: dict[str, set[str]] = {}  # of each case
+
+    @staticmethod
+    def _now() -> float:
+        """Return the processor time of this process and of those that it has waited for."""
+        of_others = time.process_time()
+        try:
+            import resource  # not on Windows
+        except ImportError:
+            return of_others
+        children = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return of_others + children.ru_utime + children.ru_stime
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logstart(self) -> None:
         """Begin a case. Processor time: other programs hardly change it."""
-        self._last = time.process_time()
+        self._last = self._now()
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item) -> Iterator[None]:
-        """Note in the report of a phase what it took, its fixtures included, and whether it is marked."""
+        """Note in the report of a phase what it took, its fixtures included, and the marks of its case."""
         report = yield
-        setattr(report, MARKED, item.get_closest_marker("long") is not None)
-        now = time.process_time()
+        setattr(report, MARKS, [mark.name for mark in item.iter_markers()])
+        now = self._now()
         setattr(report, SECONDS, now - self._last)
         self._last = now
         return report
@@ -39,17 +78,38 @@ class Measuring:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Add up the phases."""
         self._seconds[report.nodeid] += getattr(report, SECONDS, 0.0)
-        if getattr(report, MARKED, False):
-            self._marked.add(test_name(report.nodeid))
+        self._marks.setdefault(report.nodeid, set()).update(getattr(report, MARKS, ()))
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        """Print the tests whose mark differs from what was measured."""
+        """Print what was measured against the marks and the tiers, and write the table."""
+        for line in (*self._list_wrong_marks(), *self._list_heavy()):
+            terminalreporter.write_line(line)
+        of_files: Counter[str] = Counter()
+        for name, seconds in self._seconds.items():
+            if "fast" in self._marks[name]:
+                of_files[name.partition("::")[0]] += seconds
+        if of_files:
+            write_durations(read_durations() | dict(of_files))
+            terminalreporter.write_line(f"fast cases: {sum(of_files.values()):.0f} processor seconds")
+
+    def _list_wrong_marks(self) -> Iterator[str]:
+        """Yield the tests whose mark `long` differs from what was measured."""
         cases: dict[str, list[float]] = defaultdict(list)
+        marked = set()
         for name, seconds in self._seconds.items():
             cases[test_name(name)].append(seconds)
+            if "long" in self._marks[name]:
+                marked.add(test_name(name))
         for name, seconds_of_cases in sorted(cases.items()):
             is_long = sum(seconds_of_cases) > LONG * len(seconds_of_cases)
-            if is_long and name not in self._marked:
-                terminalreporter.write_line(f"{name} is long: mark it with @pytest.mark.long")
-            if not is_long and name in self._marked:
-                terminalreporter.write_line(f"{name} is quick: remove its mark")
+            if is_long and name not in marked:
+                yield f"{name} is long: mark it with @pytest.mark.long"
+            if not is_long and name in marked:
+                yield f"{name} is quick: remove its mark"
+
+    def _list_heavy(self) -> Iterator[str]:
+        """Yield the cases of the default tier that take more than HEAVY seconds without a reason."""
+        reasons = read_heavy()
+        for name, seconds in sorted(self._seconds.items(), key=lambda pair: -pair[1]):
+            if seconds > HEAVY and "slow" not in self._marks[name] and test_name(name) not in reasons:
+                yield f"{name} takes {seconds:.1f} s: make it smaller, slow, or give it a line in heavy.toml"

@@ -1,7 +1,9 @@
 """Set the marks that follow from what a test calls: `recorded`, `script`, and the tier `fast`.
 
-Three tiers. `fast`: cases below LONG seconds of processor time that start no script and compile nothing, and
-the cases marked `whole_way`. The default: all that is not marked `slow`. Everything: the rest too.
+Three tiers. `fast`: of each test that takes less than LONG seconds of processor time, starts no script and
+compiles nothing, at most CASES cases, and the cases marked `whole_way`. The default: all that is not marked
+`slow`. Everything: the rest too. `tests/durations.toml` says what each file takes, and `tests/heavy.toml` why
+a case of the default tier may take more than HEAVY seconds.
 `slow_cases("CASE", ...)` marks single cases of a test as slow, because others of it show the same daily.
 `long` marks a test whose cases take longer than LONG.
 """
@@ -9,7 +11,8 @@ the cases marked `whole_way`. The default: all that is not marked `slow`. Everyt
 import functools
 import inspect
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from types import CodeType, ModuleType
 from typing import Any
 
@@ -27,12 +30,15 @@ STARTERS: frozenset[Name] = frozenset(
 )
 COMPILES = "nothing_compiled"  # the fixture of tests that compile
 LONG = 0.15  # seconds of processor time that a case of the fast tier may take
+CASES = 3  # of a test in the fast tier: the first, one in the middle and the last
+HEAVY = 2.0  # seconds of processor time that a case of the default tier may take
 
 
 def set_marks(items: Iterable[pytest.Item]) -> None:
     """Mark the tests that read `tests/golden` or start a script, themselves or in their fixtures, and those
     of the fast tier.
     """
+    quick: dict[str, list[pytest.Item]] = defaultdict(list)  # test -> its cases that may be in the fast tier
     for item in items:
         if is_slow_case(item):
             item.add_marker("slow")
@@ -42,8 +48,22 @@ def set_marks(items: Iterable[pytest.Item]) -> None:
             item.add_marker(mark)
         marks = {mark.name for mark in item.iter_markers()}
         is_long = bool({"script", "long"} & marks) or COMPILES in fixtures
-        if not {"slow", "gpu"} & marks and ("whole_way" in marks or not is_long):
+        if {"slow", "gpu"} & marks:
+            continue
+        if "whole_way" in marks:
             item.add_marker("fast")
+        elif not is_long:
+            quick[test_name(item.nodeid)].append(item)
+    for cases in quick.values():
+        for item in spread(cases):
+            item.add_marker("fast")
+
+
+def spread(cases: Sequence[pytest.Item]) -> list[pytest.Item]:
+    """Return at most CASES of the cases of a test, evenly from the first to the last."""
+    if len(cases) <= CASES:
+        return list(cases)
+    return [cases[number * (len(cases) - 1) // (CASES - 1)] for number in range(CASES)]
 
 
 def is_slow_case(item: pytest.Item) -> bool:

@@ -123,7 +123,8 @@ def test_training_with_fp8_weights_learns_nearly_the_same(project: TinyProject, 
     found = project.train("fp8", *one_step, *how)
 
     ups = [
-        {name: t for name, t in lora.items() if name.endswith("lora_up.weight")} for lora in (found, expected)
+        {name: t for name, t in lora.items() if name.endswith(("lora_up.weight", "lora_B.weight"))}
+        for lora in (found, expected)
     ]
     # weights that are off by 2.25 % (a plain cast of these small ones: 4 %) through a few layers
     assert 1e-3 < difference(*ups) < (0.2 if "--fp8_scaled" in how else 0.4)
@@ -229,4 +230,6 @@ def test_text_encoders_in_fp8_give_nearly_the_same_and_caches_of_their_own(proje
         # no norm evens out what Qwen-Image-2.1 reads
         is_unnormed = project.family.name.startswith(("flux_3", "qwen_image_21"))
         is_wide = option == "--fp8_t5" or key == "krea2_vl_embed" or is_unnormed
-        assert 1e-4 < change < (0.3 if is_wide else 0.15)
+        most = 0.3 if is_wide else 0.15
+        # its DeltaNets norm what a head reads of its state: where that is small, a rounding turns its sign
+        assert 1e-4 < change < (0.7 if key == "qwen3_5_embed" else most)

@@ -146,6 +146,32 @@ def test_recorded_tests_run_as_on_other_processors(
     assert [setting["ATEN_CPU_CAPABILITY"] for setting in settings] == expected
 
 
+@pytest.mark.skipif(shutil.which("git") is None, reason="it needs git")
+def test_on_other_processors_only_changed_rooms_are_compared(tmp_path: Path) -> None:
+    git = ["git", "-c", "user.name=Jo", "-c", "user.email=jo@example.org"]
+
+    def commit(path: str) -> None:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(f"{path}\n", encoding="utf-8")
+        subprocess.run([*git, "add", "."], cwd=tmp_path, check=True)
+        subprocess.run([*git, "commit", "--quiet", "--message", path], cwd=tmp_path, check=True)
+
+    assert run_tests._changed_rooms(tmp_path) == [*run_tests.COMPARED]  # there is no clone
+    subprocess.run([*git, "init", "--quiet"], cwd=tmp_path, check=True)
+    commit("wan/model.py")
+    for number in range(run_tests.NUM_COMMITS - 3):
+        commit(f"docs/{number}.md")
+    commit("tests/flux/test_model.py")
+    commit("browser/wan.py")
+    assert run_tests._changed_rooms(tmp_path) == ["wan", "flux"]
+    commit("README.md")
+    assert run_tests._changed_rooms(tmp_path) == ["flux"]  # wan is older
+    (tmp_path / "wan" / "model.py").write_text("edited, not committed", encoding="utf-8")
+    assert run_tests._changed_rooms(tmp_path) == ["wan", "flux"]
+    commit("tests/golden/case.json")
+    assert run_tests._changed_rooms(tmp_path) == [*run_tests.COMPARED]
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("passes", "code"),

@@ -73,10 +73,10 @@ FITTED = "fitted"  # setting of captions that name places: their record has them
 
 def caption_fitter(family: Caches) -> FitText | None:
     """Return the function that makes captions follow their picture; None if captions name no places."""
+    step = family.latent.pixel_step
     if not fits_captions(family):
         return None
     fitting = family
-    step = family.latent.pixel_step
 
     def fit(source: MediaSource, caption: str) -> str:
         if not fitting.names_places(caption):

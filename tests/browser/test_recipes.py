@@ -157,6 +157,19 @@ def test_fields_are_those_that_a_model_can_use(tmp_path: Path) -> None:
     assert fields["flux dev"] == set()
 
 
+@pytest.mark.parametrize("family", ["hunyuan_video", "framepack"])
+def test_a_picture_that_a_runs_command_names_has_its_field(family: str, tmp_path: Path) -> None:
+    """Other models of these scripts need the picture or have none: the command says which one it is."""
+    bare = ModelRecipe(title="x", family=family, fixed={}, usual={}, folder=tmp_path)
+    named = replace(bare, usual={"start": "start.png"})
+
+    assert "start" not in bare.fields
+    assert "start" in named.fields
+    request = RenderRequest(recipe=named, prompt="a cat", texts=named.usual, loras=[], save_path="made")
+    words = request.command("1")
+    assert words[words.index("--image_path") + 1].endswith("start.png")
+
+
 def ready_recipe(folder: Path, family: str = "wan", task: str = "t2v-1.3B") -> ModelRecipe:
     model = find_model_set(family, task)
     assert model is not None

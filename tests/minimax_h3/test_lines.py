@@ -6,6 +6,7 @@ Each makes what the same options on the command line make.
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from safetensors.torch import load_file
 from generation.sample_lines import parse_sample_line
 from minimax_h3.family import MiniMaxH3
 from minimax_h3.files import H3Files
+from minimax_h3.options import H3TrainingOptions, generation_options
 from minimax_h3.reference_options import OF_MEDIA
+from modules.option_values import FillIn
 from tests.faults.messages import succeed_here
 from tests.generation.test_run import Typing
 from tests.minimax_h3.caches import random_clip
@@ -148,3 +151,34 @@ def test_all_settings_of_media_are_of_samples(project: Project, files: TinyH3) -
         assert key in OF_MEDIA
         prompts.write_text(f"a cat --{letters} none.png --w 64 --h 32 --f 1\n", encoding="utf-8")
         project.refuse(*words, names=["none.png"])
+
+
+@pytest.mark.parametrize(
+    ("task", "sample", "expected"),
+    [
+        ("fl2va", {"image_path": "a.png"}, {"--first_frame": "a.png"}),
+        (
+            "fl2va",
+            {"image_path": "a.png", "end_image_path": "b.png"},
+            {"--first_frame": "a.png", "--last_frame": "b.png"},
+        ),
+        ("fl2va", {"end_image_path": "b.png"}, {"--last_frame": "b.png"}),
+        ("fl2va", {}, {"--first_frame": FillIn("IMAGE_FILE")}),
+        ("ref2va", {"extra": {"ref": "a.png;type=image"}}, {"--ref": "a.png;type=image"}),
+        ("ref2va", {"extra": {"reference_jsonl": "a.jsonl"}}, {"--reference_jsonl": "a.jsonl"}),
+        ("ref2va", {}, {"--reference_jsonl": FillIn("REFERENCES_JSONL")}),
+        ("t2va", {}, {}),
+    ],
+)
+def test_the_printed_command_names_the_media_that_its_task_needs(
+    task: str, sample: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    """Or a word in their place: without them the script refuses the task."""
+    words = generation_options(H3TrainingOptions.usual(task=task), sample)
+
+    of_media = ("--first_frame", "--last_frame", "--ref", "--reference_jsonl")
+    named = {name: value for name, value in words.items() if name in of_media and value is not None}
+    assert named == expected
+    assert {name: type(value) for name, value in named.items()} == {
+        name: type(value) for name, value in expected.items()
+    }

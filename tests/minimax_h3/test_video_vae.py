@@ -142,15 +142,21 @@ def test_a_folder_of_diffusers_is_the_same_vae(tmp_path: Path, frames: int) -> N
         torch.testing.assert_close(pixels, their_pixels(theirs, latents), atol=5 * EXACT, rtol=EXACT)
 
 
-@pytest.mark.parametrize("size", [(40, 64), (72, 104)])
+@pytest.mark.parametrize(
+    ("frames", "size"),
+    [
+        (5, (40, 56)),  # two by two: an overlap that grows, and one of 8
+        (22, (32, 80)),  # three in a row, the middle one with a neighbor on both sides, in two pieces of time
+    ],
+)
 def test_tiles_are_those_of_diffusers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, frames: int, size: tuple[int, int]
 ) -> None:
     """Tiles of 32 that share 8 at least; the release has 256 and 64."""
     monkeypatch.setattr("minimax_h3.video_vae.OVERLAP", 8)
     theirs = their_vae()
     theirs.enable_tiling(32, 32, 8, 8)
-    pixels = pixels_of(22, *size)
+    pixels = pixels_of(frames, *size)
     with torch.no_grad():
         expected = theirs.encode(normalised(pixels)).latent_dist.parameters
 

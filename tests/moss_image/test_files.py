@@ -1,6 +1,7 @@
 """Files of MOSS-Image in all layouts, the small decoder, and what is refused."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from contract.loading import Placement
 from flux_2.vae import load_vae, read_vae
 from modules.errors import CheckpointError
 from moss_image.files import find_sft, identify, load_dit
+from tests.faults.messages import succeed_here
 from tests.tiny.hunyuan_encoders import save
 from tests.tiny.moss_image import (
     SMALL_DECODER,
@@ -142,3 +144,30 @@ def test_the_small_decoder_decodes_as_diffusers_does() -> None:
         pixels = load_vae(path, torch.device("cpu"), torch.float32).decode(packed[:, :, None])[:, :, 0]
 
     torch.testing.assert_close(pixels, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("form", "most"), [("convrot", 0.02), ("int8", 0.02), ("fp8", 0.1), ("q8_0", 0.02)])
+def test_stacked_files_in_8_and_4_bits_are_read(tmp_path: Path, form: str, most: float) -> None:
+    """Rows and scales of queries, keys and values come apart as those of plain weights do."""
+    state = tiny_state(dtype=torch.bfloat16, dim=128, ffn_dim=192)
+    plain = save(tmp_path / "plain.safetensors", in_comfyui_names(state))
+    small = tmp_path / ("small.gguf" if form == "q8_0" else "small.safetensors")
+    succeed_here("tools/quantise.py", plain, "--form", form, "--output", small, folder=tmp_path)
+
+    loaded = load_dit(small, CPU)
+
+    inputs = draw_inputs()
+    with torch.no_grad():
+        velocity, exact = (network(**inputs).float() for network in (loaded, load_dit(plain, CPU)))
+    error = float((velocity - exact).abs().max() / exact.abs().max())
+    assert 1e-4 < error < most
+
+
+def draw_inputs() -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(4)
+    return {
+        "noisy": torch.randn(1, 128, 1, 4, 4, generator=generator),
+        "timesteps": torch.tensor([500.0]),
+        "text": torch.randn(1, 5, 64, generator=generator),
+        "text_mask": torch.ones(1, 5),
+    }

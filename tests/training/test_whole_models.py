@@ -1,7 +1,6 @@
 """Whole transformers of picture families, by their scripts: files in 16 and in 8 bits, and plans."""
 
 import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from checkpoints.opening import open_checkpoint
 from contract.families import FAMILIES as FAMILIES_BY_NAME
 from flux.options import TRAINER, FluxWholeTrainingOptions, join_swapped
 from krea2.files import find_release
-from minimax_h3.dit_checkpoints import DIFFUSERS_CLASS, STACKED, read_header
+from minimax_h3.dit_checkpoints import STACKED, read_header
 from minimax_h3.options import LAYOUT_KEY
 from modules.atomic_write import SPARE_BYTES
 from modules.errors import OutputError
@@ -160,19 +159,18 @@ def test_turbo_is_given_as_what_is_trained(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_trained_file_says_how_its_rows_are_ordered(tmp_path: Path) -> None:
-    """--h3_qkv_layout was that of the base; printed commands repeat it."""
+def test_a_trained_file_says_how_its_rows_are_ordered_and_its_positions(tmp_path: Path) -> None:
+    """--h3_qkv_layout was that of the base; printed commands repeat it. No config.json lies next to it."""
     family = BY_NAME["minimax_h3"]
     make_project(family, tmp_path)
     words = [*whole_words(family), "--max_train_steps", "1", "--h3_qkv_layout", "interleaved"]
 
     succeed_here(*words, folder=tmp_path)
 
-    narrow_heads = {"_class_name": DIFFUSERS_CLASS, "rope_freq_dim": 4}
-    (tmp_path / "output" / "config.json").write_text(json.dumps(narrow_heads), encoding="utf-8")
     with open_checkpoint(tmp_path / "output" / "lora.safetensors") as trained:
         assert trained.metadata[LAYOUT_KEY] == STACKED
-        assert read_header(trained, "interleaved").dialect == STACKED
+        header = read_header(trained, "interleaved")
+        assert (header.dialect, header.config.frequencies) == (STACKED, 4)
 
 
 def test_what_a_whole_model_has_no_use_for_is_refused_by_name(tmp_path: Path) -> None:
