@@ -27,7 +27,6 @@ from modules.media.reading import image_size, video_info
 from modules.pages.language import language, say
 from modules.pages.page import END, PRIVATE, link, render_page
 from modules.text_files import read_safetensors_texts, require_regular_file
-from training.features.composing import parts_of_page
 from training.reports.history import SHOWN, Points, Start, Story
 from training.reports.page import (
     TEMPLATE,
@@ -209,7 +208,6 @@ def run_page(
         now.shown,
         load=linked_clip,
         most=MOST_SAMPLES,
-        parts=parts_of_page(),
         name=run.name,
     )
     values["commands"] = present_commands(story, run.history.parent, run.name)
@@ -296,9 +294,9 @@ def collect_news(
         "name": run.name,
     }
     if query.get("have") != key:
-        charts = list_charts(_narrow(story, low, high), parts_of_page(), most=MOST_POINTS)
+        charts = list_charts(_narrow(story, low, high), most=MOST_POINTS)
         news["charts"] = [asdict(chart) for chart in charts]
-        news["tiles"] = list_tiles(now.shown, story, parts_of_page())
+        news["tiles"] = list_tiles(now.shown, story)
     return news
 
 
@@ -406,5 +404,5 @@ def export_run(runs: Runs, path: Path) -> None:
         raise OptionError(f"{run.history} cannot be read: {error.strerror}") from None
     clips = ClipStore(run.history.parent / SAMPLES)
     standing = LiveStanding.of(run, story).shown
-    write_training_page(path, run.history, story, standing, load=clips.for_page(), parts=parts_of_page())
+    write_training_page(path, run.history, story, standing, load=clips.for_page())
     share_page(path, path)  # it is made to be given away: no folder of this machine is named

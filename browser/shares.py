@@ -42,7 +42,6 @@ from modules.pages.language import say
 from modules.pages.page import FILE_POLICY, link, mark_folders, render_page
 from modules.text_files import parse_json, real_path
 from modules.user_files import read_user_file, user_folder, write_user_file
-from training.features.composing import parts_of_page
 from training.reports.history import read_session
 from training.reports.page import TEMPLATE, Standing, page_values
 from training.reports.sample_files import FOLDER as SAMPLES
@@ -231,7 +230,6 @@ class SharePages:
             make_shared_standing(now),
             load=shared_clip,
             most=MOST_SHOWN,
-            parts=parts_of_page(),
             name=run.name,
             has_sections=False,  # no training pictures are named
         )

@@ -40,7 +40,6 @@ class WordToLearn:
     # next to another network that learns
     rate: float | None = None  # of its vectors; None: as the network
     until: float = 1.0  # share of the steps in which they learn
-    has_file: bool = False  # they are saved alone too
 
 
 @dataclass(frozen=True)
@@ -63,11 +62,6 @@ class LearnsWords(Protocol):
 def learns_words(family: "Described") -> TypeGuard[LearnsWords]:
     """Return whether a family is a `LearnsWords`."""
     return family.can.learn_words
-
-
-def taught_word_of(family: "Described") -> TaughtWord | None:
-    """Return the word that a family learns next to another network; None if there is none."""
-    return family.taught_word if learns_words(family) else None
 
 
 def find_fault(word: str) -> str:

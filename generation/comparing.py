@@ -46,7 +46,6 @@ from networks.text_loras import TextLoras, with_words_of
 from networks.unmerged import split_masked
 from running.compile import check_compilation
 from running.planning.device_memory import room_on
-from running.ways.composing import typed_ways
 
 SEED = "0"  # if the command line and a prompt line give none: all columns need the same one
 FIRST_TIMESTEP = 1000.0
@@ -208,7 +207,7 @@ def _check(options: GenerationOptions) -> None:
         "--num_videos": options.num_videos > 1,
         "--prompt_rewrite": options.rewriting.prompt_rewrite is not None,
         "--plan": options.speed.plan.is_planning,
-        **dict.fromkeys(typed_ways(options.speed), True),
+        **dict.fromkeys(options.speed.joined.typed, True),
         f"--output_type {output.output_type}": output.output_type not in output_types,
         "--no_metadata": output.no_metadata,
         "--keep_pngs": output.format.keep_pngs,

@@ -48,7 +48,6 @@ from modules.devices import Failures, free_memory
 from modules.errors import UserError
 from modules.media.tracks import Track
 from running.planning.device_memory import comparison
-from running.ways.composing import passes_option
 
 if TYPE_CHECKING:  # it is loaded only if prompts are rewritten
     from blissful_tuner.prompt_rewrite import PromptRewriter
@@ -153,7 +152,7 @@ def _warn_of_passes(run: GenerationRun, jobs: Sequence[GenerationJob]) -> None:
     if most_passes < run.processes:
         logger.warning(
             "%s: the largest number of passes in a step is %d, which makes %d processes no faster than %d",
-            passes_option(options.speed),
+            options.speed.joined.divides_passes,
             most_passes,
             run.processes,
             most_passes,

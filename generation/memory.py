@@ -42,7 +42,6 @@ from running.planning import dry_run as dry
 from running.planning import memory_plan
 from running.planning.device_memory import Room, host_room
 from running.run_blocks import spec_of
-from running.ways.composing import splitting_option
 
 META = torch.device("meta")
 FIRST_TIMESTEP = 1000.0
@@ -422,7 +421,7 @@ def advice(
             return predict(family, fp8, prepared, device=device, turns=prediction.turns, room=room)
 
     cheaper = [("--fp8_scaled", in_fp8)] if speed.fp8.quantisation is None else []
-    can_swap = not splitting_option(speed)
+    can_swap = not speed.joined.splits_weights
     changes, cheapest = memory_plan.advise(
         prediction, cheaper, room.usable, can_swap=can_swap, phase=" while denoising"
     )

@@ -55,7 +55,6 @@ from networks.use_options import (
     require_loras,
 )
 from running.options import GenerationSpeedOptions
-from running.ways.composing import passes_option
 
 
 class ExpertOptions(Options, title="two experts"):
@@ -201,7 +200,7 @@ class GenerationOptions(Options, title="run"):
 
     @property
     def splits_guidance(self) -> bool:
-        return self.split_uncond or self.speed.attention.split_attn or bool(passes_option(self.speed))
+        return self.split_uncond or self.speed.attention.split_attn or bool(self.speed.joined.divides_passes)
 
     @property
     def axes(self) -> tuple[Axis, ...]:

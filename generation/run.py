@@ -53,7 +53,6 @@ from running.ways.composing import (
     make_block_place,
     make_passes,
     refuse_other_splits,
-    typed_ways,
 )
 
 if TYPE_CHECKING:  # loaded only with --latent_path, or with LoRAs for texts
@@ -217,7 +216,7 @@ def generate(family: Family, options: GenerationOptions, device: torch.device | 
     """
     freeze_libraries()
     refuse_other_splits()
-    if device is None and typed_ways(options.speed):
+    if device is None and options.speed.joined.typed:
         from generation.together import generate_together  # only with several processes
 
         generate_together(generate, family, options)
@@ -299,7 +298,7 @@ def _make_run(
 
         rewriter = PromptRewriter(rewriting.prompt_rewrite_model, rewriting.prompt_rewrite)
     run = GenerationRun(family, options, session, predicted=predicted, rewriter=rewriter, post=post)
-    if typed_ways(options.speed):
+    if options.speed.joined.typed:
         # what befalls one process: it ends the others, which wait for its parts of the blocks or its passes
         run = replace(run, fatal=(RuntimeError, OutputError, CheckpointError))
     shared_passes = make_passes(options.speed, device) if have_joined() else None

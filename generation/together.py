@@ -32,7 +32,7 @@ from running.offload.joining import agree, join_processes, launched_processes
 from running.planning.device_memory import Room
 from running.planning.division import TokenCounter, divide_tokens
 from running.planning.several_cards import Rehearsed, print_ways, with_division
-from running.ways.composing import check_launch, check_ways, count_shared_passes, typed_ways
+from running.ways.composing import check_launch, count_shared_passes
 from running.ways.contract import Division, RunUses
 
 
@@ -116,7 +116,7 @@ def generate_together(generate: Generate, family: Family, options: GenerationOpt
     if not runs_none:
         check_launch(speed, launched, _uses_of(family, options))
     if launched == 1:
-        flags = " and ".join(typed_ways(speed))
+        flags = " and ".join(speed.joined.typed)
         logger.warning("%s has no effect with one process, which does all. Use %s", flags, LAUNCH)
         generate(family, options, choose_device(options.device))
         return
@@ -126,7 +126,7 @@ def generate_together(generate: Generate, family: Family, options: GenerationOpt
             generate(family, options, choose_device(options.device))
         return
     meet_anew()
-    device = join_processes(options.device, typed_ways(speed)[0])
+    device = join_processes(options.device, speed.joined.typed[0])
     rank = distributed.get_rank()
     if rank > 0:
         logging.getLogger().setLevel(logging.ERROR)  # only one process logs what all do
@@ -179,9 +179,11 @@ def _uses_of(family: Family, options: GenerationOptions) -> RunUses:
 def check_together(family: Family, options: GenerationOptions) -> None:
     """Raise OptionError if options do not work with several processes that make prompts together."""
     speed = options.speed
-    flags = " and ".join(typed_ways(speed))
+    flags = " and ".join(speed.joined.typed)
     count_shared_passes(speed, launched_processes())
-    check_ways(speed, _uses_of(family, options))
+    uses = _uses_of(family, options)
+    for check in speed.joined.on.check:
+        check(uses)
     if options.sheet.sheet is not None:
         raise OptionError(
             f"--sheet and {flags} cannot be used together: a sheet is made by one process, which has the "

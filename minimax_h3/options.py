@@ -48,7 +48,6 @@ from modules.speed_options import (
     fp8_text_option,
     text_form,
 )
-from running.ways.composing import passes_option
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -403,7 +402,7 @@ def settle_generation(shared: T, own_options: H3GenerationOptions) -> tuple[T, H
     options: Any = shared
     request = options.request
     check_guidance(request.guidance_scale, "--guidance_scale")
-    shares_passes = passes_option(options.speed)
+    shares_passes = options.speed.joined.divides_passes
     if shares_passes:
         raise OptionError(
             f"{shares_passes} shares the passes with and without the prompt among processes, and "

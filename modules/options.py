@@ -37,12 +37,15 @@ IDENTITY = {"resume": "identity"}  # a resumed run has to give the saved value
 CHANGEABLE = {"resume": "identity", "resume_changed": True}  # unless --resume_changed is given
 HABIT = {"resume": "habit"}  # it may give another one, which is warned about
 FREE = {"resume": "free"}  # it may give another one
+HABIT_OF_NAMES = {"resume": "names"}  # as HABIT, of files: by their names
 SECRET = {"secret": True}  # a key or token: shown and recorded nowhere
 SETTING = {"record": "setting"}  # its value as given; so for an option without this fact
 OF_DECODING = {"record": "decoding"}  # likewise; a run that only decodes says it anew
 # its value for this video, which a prompt line, an image or the task may decide
 OF_REQUEST = {"record": "request"}
 NO_PIXELS = {"record": "nothing"}  # nothing: it changes no pixel
+IN_IMAGE_FILES = {"image_files": True}  # files of image trainers record it if it is not given, too
+OF_BLOCKS = {"of_blocks": True}  # it acts between the blocks of a transformer
 OF_SAMPLES = {"acts_on": "samples"}  # of a training: it acts on its samples alone
 OF_REFERENCES = {"of_references": True}  # in a generation it does something only to reference pictures
 OF_TYPING = {"typing": True}  # no value of an option: equal records may differ in it

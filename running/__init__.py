@@ -7,7 +7,6 @@ memories: keys and values that attention keeps between calls
 offload/: keep parts in host memory, recompute activations
 options: memory and speed, of trainings and of generations
 planning/: the memory of a run, predicted before it starts
-routes: tokens that pass by the middle blocks in training
 run_blocks: the one loop over blocks, the DiTs' base
 step_cache: rules decide which passes to skip; a runner skips
 ways/: splitting and sharing among processes, a file each

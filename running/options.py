@@ -1,6 +1,7 @@
 """Compose the options of memory and speed that trainings and generations have; and --plan."""
 
 import argparse
+import functools
 import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,7 +19,8 @@ from modules.speed_options import (
     TrainingFp8Options,
     flag_of,
 )
-from running.ways.composing import needed_in_generation, options_of_ways, refuse_conflicts
+from running.ways.composing import join_ways, options_of_ways
+from running.ways.contract import JoinedWays
 
 if TYPE_CHECKING:  # records of what the list of ways has
     WaysOfTraining = Options
@@ -167,7 +169,12 @@ class TrainingSpeedOptions(Options, title="memory and speed"):
     plan: PlanOptions = option(facts=FREE)
 
     def __post_init__(self) -> None:
-        refuse_conflicts(self)
+        _ = self.joined  # raises OptionError
+
+    @functools.cached_property
+    def joined(self) -> JoinedWays:
+        """Return what the ways that are on have joined."""
+        return join_ways(self)
 
 
 class GenerationSpeedOptions(Options, title="memory and speed"):
@@ -187,7 +194,12 @@ class GenerationSpeedOptions(Options, title="memory and speed"):
     not_by_preset: tuple[str, ...] = option(default=(), facts=NO_PIXELS)  # what is given instead
 
     def __post_init__(self) -> None:
-        refuse_conflicts(self)
+        _ = self.joined  # raises OptionError
+
+    @functools.cached_property
+    def joined(self) -> JoinedWays:
+        """Return what the ways that are on have joined."""
+        return join_ways(self)
 
 
 Speed = TypeVar("Speed", TrainingSpeedOptions, GenerationSpeedOptions)
@@ -204,7 +216,7 @@ def say_for_generation(speed: TrainingSpeedOptions) -> dict[str, Any]:
         "--blocks_to_swap": swap.blocks_to_swap or None,
         "--img_in_txt_in_offloading": swap.img_in_txt_in_offloading,
         "--block_swap_ring_size": None if ring == SLOTS else ring,
-        **needed_in_generation(speed),
+        **speed.joined.for_generation,
     }
 
 

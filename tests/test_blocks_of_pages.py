@@ -20,7 +20,7 @@ from generation.sample_lines import find_sample_option, parse_sample_line
 from tests.commands import ROOT
 from tests.pages import FENCE, LISTED, PROGRAM, SHOWN, lines_of
 from tests.test_docs import EXEMPT, PAGES
-from training.features.slider_passes import read_sliders
+from training.features.slider_file import read_sliders
 
 OPTION = re.compile(r" --(\w+)")  # in a line of a prompt
 

@@ -44,5 +44,4 @@ training_run: the record that the training loop works with
 validation: loss of held-out items at fixed noise
 word_captions: which captions have the word that is learned
 whole_checkpoint: train all weights of a model, also text encoders
-word_rows: vectors of a word next to the network
 """

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from contract.data import LOSS_MASK
 from contract.family import Caches, Family, LearningEncoder, TextEncoder, can_learn
-from contract.new_words import taught_word_of
 from contract.whole import trains_checkpoint
 from dataset.batches.checks import SameEncoders
 from dataset.batches.items import NO_COMMANDS, CachingCommands, ItemKind, LiveTables, TrainingItem
@@ -53,8 +52,7 @@ from networks.kinds.composing import list_kinds
 from networks.own_kinds import OWN_MODULES
 from training.data.feed import BatchSources
 from training.data.live import LiveTexts
-from training.features.composing import need
-from training.features.contract import EMPTY_PROMPT
+from training.features.contract import EMPTY_PROMPT, LIVE_TEXTS
 from training.options import TrainingOptions
 
 logger = logging.getLogger(__name__)
@@ -321,7 +319,7 @@ def find_live_texts(family: Family, options: TrainingOptions, config: DatasetCon
     texts = _choose_live_texts(family, options, config)
     if texts is None:
         return None
-    return replace(texts, adds_empty=need(options, EMPTY_PROMPT))
+    return replace(texts, adds_empty=EMPTY_PROMPT in options.joined.needs)
 
 
 def _choose_live_texts(family: Family, options: TrainingOptions, config: DatasetConfig) -> LiveTexts | None:
@@ -341,7 +339,7 @@ def _choose_live_texts(family: Family, options: TrainingOptions, config: Dataset
         whole_texts = _choose_whole_texts(family, caches_texts)
         if whole_texts is not None:
             return whole_texts
-    if taught_word_of(family) is not None:
+    if LIVE_TEXTS in options.joined.needs:
         encoders = _encoders(family, "they learn a new word")
         able = [encoder for encoder in encoders if can_learn(encoder)]
         learning = _choose_learning_encoders(family, options, able)

@@ -28,11 +28,9 @@ from networks.options import NetworkOptions
 from networks.own_kinds import OWN_MODULES
 from networks.own_modules import smallest_lora_bytes
 from running.offload.swap_plan import check_swap
-from running.ways.composing import check_ways
 from running.ways.contract import RunUses
 from training.data.table_times import list_replaced
 from training.experts import TRAINING_ADAPTER, check_experts, network_for, read_adapter
-from training.features.composing import check_files, check_model, further_models, merged_loras
 from training.learning_options import FIND_RATE
 from training.made_networks import check_made_networks
 from training.optimizers.lr_schedule import make_lr_schedule
@@ -55,18 +53,22 @@ def check_before_loading(family: Family, options: TrainingOptions, others: Other
     sampling = others.sampling
     family.check_given_files()
     refuse_quantised_bases(family, options)
-    check_files(options, family, others)
+    for check_files in options.joined.on.check_files:
+        check_files(family, others)
     if sampling is not None:
         sampling.check_given_files()
         option = family.can.sample_apart
         require_equal_shapes(sampling, family, option, "what is trained is not for both")
     check_experts(family, options)
-    check_ways(options.speed, uses_of(family, options, others))
+    uses = uses_of(family, options, others)
+    for check_way in options.speed.joined.on.check:
+        check_way(uses)
     counts = family.block_counts()
     swap = options.speed.swap
     if counts and not swap.is_auto:
         check_swap(family.dit, swap.number, counts)
-    check_model(options, family, lambda: counts)
+    for check in options.joined.on.check:
+        check(family, counts)
     check_schedule(options, options.loop.known_steps)
     with quiet():
         choose_lora_format(family, options)
@@ -184,7 +186,7 @@ def uses_of(family: Family, options: TrainingOptions, others: OtherFamilies = NO
     return RunUses(
         takes_turns=("--offload_inactive_dit",) if takes_turns else (),
         samples_apart="" if others.sampling is None else family.can.sample_apart,
-        further_models=tuple(further_models(options)),
+        further_models=tuple(options.joined.further_models),
         foreign_module=next((module for module in modules if module not in OWN_MODULES), ""),
         own_modules=tuple(OWN_MODULES),
     )
@@ -211,7 +213,8 @@ def check_networks(family: Family, options: TrainingOptions) -> None:
             )
         with quiet():  # all warnings come again when it is made
             check_network(network, module, depths, family.dit.numbered)
-            uses = [*merged_loras(options, expert).uses]
+            merge = options.joined.merge
+            uses = [] if merge is None else [*merge(expert).uses]
             if network.network_weights is not None and known_module is not None:
                 from networks.loading import LoraUse, read_lora  # only with LoRA files
 

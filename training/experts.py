@@ -28,7 +28,6 @@ from running import dressing
 from running.offload.swap_plan import HostWeights
 from running.offload.turns import HostCopy
 from training.data.timesteps import levels_reached
-from training.features.composing import keep_steps, may_undo_distillation
 from training.noise_options import NUM_TIMESTEPS, TimestepOptions
 from training.options import TrainingOptions
 from training.run_options import LoopOptions
@@ -166,10 +165,8 @@ def note_experts(
 
 def _warn_of_few_steps(family: Family, options: TrainingOptions) -> None:
     """Warn if a transformer that was distilled to few steps would lose them."""
-    # what is merged counts as an adapter
-    is_adapted = options.frozen.training_adapter or may_undo_distillation(options)
-    # what these learn towards are predictions of models that keep their steps
-    if is_adapted or keep_steps(options) or not knows_few_steps(family):
+    is_adapted = options.frozen.training_adapter is not None
+    if is_adapted or options.joined.keeps_steps or not knows_few_steps(family):
         return
     why = family.why_few_steps()
     if why is not None:

@@ -24,8 +24,6 @@ from networks.module_names import read_family
 from networks.names.layouts import KNOWN, TRAINED_ON
 from networks.options import NetworkOptions
 from running.options import say_for_generation
-from running.ways.composing import needed_in_generation
-from training.features.composing import sampled_average
 from training.options import ScriptOption, TrainingOptions
 from training.plan import TrainingPlan
 from training.reports.history import AVERAGE, PageCommand
@@ -287,7 +285,7 @@ class NextSteps:
         shows_sample = self.options.samples.are_made and self.sample
         note = "The first sample again; change the prompt." if shows_sample else ""
         speed = self.options.speed
-        launcher = self._launcher() if needed_in_generation(speed) else ["python"]
+        launcher = self._launcher() if speed.joined.for_generation else ["python"]
         generation = self.command.generation_words(self.sample, with_caches=self.is_of_caches)
         words = [*generation, *option_words(say_for_generation(speed))]
         folder_flag = self.command.spellings.get("save_path", "--save_path")
@@ -307,7 +305,8 @@ class NextSteps:
 
     def _trained_files(self, file: Path) -> tuple[list[Path], list[Path]]:
         """Return the files saved with one: of the expert for much noise, and of the others."""
-        suffix = AVERAGE if sampled_average(self.options) else ""  # what the samples show
+        average = self.plan.joined.average
+        suffix = AVERAGE if average is not None and average.is_sampled else ""  # what the samples show
         files = [*self.names.files(self.names.stem_of(file) + suffix).values()]
         high_files = []
         other_files = []

@@ -4,20 +4,22 @@ import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from checkpoints.opening import open_checkpoint
 from contract.data import CAPTION
 from contract.family import Family, hears_sound, part_rates_of
 from contract.loading import BlockPlace
 from contract.made_networks import made_network_of
-from contract.new_words import taught_word_of
 from contract.rules import Expert
 from modules.devices import dtype_of, gib, keep_heap_small, warn_if_emulated
 from modules.errors import MemoryPlanError
+from networks.bundled_words import word_of
 from networks.options import NetworkOptions
 from running.dressing import swapped_weights
 from running.offload.turns import HostCopy
@@ -28,9 +30,8 @@ from running.ways.composing import finish_network, make_block_place
 from training import experts
 from training.data.feed import Feed, Randomness
 from training.data.table_times import times_by_group
-from training.features.composing import find_view, merged_loras, need, need_base
-from training.features.contract import DROPPED_CAPTIONS, EMPTY_PROMPT, WORSE_ONES
-from training.features.hooks import Hooks
+from training.features.contract import BASE_MODEL, DROPPED_CAPTIONS, EMPTY_PROMPT, WORSE_ONES
+from training.features.hooks import LearnerBeside
 from training.loss import LossRule
 from training.made_networks import make_trained_network, written_by
 from training.optimizers import stepping
@@ -60,19 +61,18 @@ if TYPE_CHECKING:  # loaded only with LoRA files, with prompts
     from networks.loading import LoraUse
     from running.offload.swap_plan import HostWeights
     from training.samples import Sampler
-    from training.word_rows import WordRows
 
 logger = logging.getLogger(__name__)
 
 
-def load_model(plan: TrainingPlan, swap: SwapOptions, hooks: Hooks) -> TrainedModel:
+def load_model(plan: TrainingPlan, swap: SwapOptions) -> TrainedModel:
     """Load the networks with their trained part, make its optimizer, and restore the state of --resume.
 
     swap: the plan's, with auto resolved. The text encoders that stay are loaded already; those that learn get
     a part of the network.
     """
     accelerator = plan.accelerator
-    networks = load_networks(plan, swap, hooks)
+    networks = load_networks(plan, swap)
     trainable = networks.trainable
     optimizer, optimizer_name = _make_optimizer(plan, trainable)
     schedule = make_lr_schedule(plan.options.lr_schedule, optimizer, plan.steps.total_steps)
@@ -91,9 +91,8 @@ def load_model(plan: TrainingPlan, swap: SwapOptions, hooks: Hooks) -> TrainedMo
         schedule=schedule,
         scaler=scaler,
         stepping=_make_stepping(plan, trainable, optimizer, scaler),
-        hooks=hooks,
     )
-    for hook in model.hooks.after_load:
+    for hook in plan.joined.on.after_load:
         hook(model)
     for adapter in model.dits.loras:
         adapter.place_on(accelerator.device, model.compute_dtype)
@@ -111,25 +110,20 @@ class LoadedNetworks:
     trainable: Trainable
 
 
-def load_networks(plan: TrainingPlan, swap: SwapOptions, hooks: Hooks) -> LoadedNetworks:
+def load_networks(plan: TrainingPlan, swap: SwapOptions) -> LoadedNetworks:
     """Load the networks one after the other, add the trained part to each, and dress it."""
-    loading = Loading(plan, swap, hooks)
-    word: WordRows | None = None
-    taught = taught_word_of(plan.family)
+    loading = Loading(plan, swap)
+    encoders = {} if plan.texts is None else plan.texts.taught_networks
+    besides = [make(encoders, plan.progress.seed, True) for make in plan.joined.on.beside]
     continued = None if plan.options.network is None else plan.options.network.network_weights
-    if taught is not None or continued is not None:
-        from training.word_rows import make_word_rows, note_brought_words  # few runs have either
-
-        encoders = {} if plan.texts is None else plan.texts.taught_networks
-        word = make_word_rows(plan.family, encoders, seed=plan.progress.seed)
-        note_brought_words(continued, taught)
+    if continued is not None:
+        _warn_of_lost_words(continued, besides)
     if continued is not None and plan.family.noise.keeps_variance:
-        from checkpoints.opening import open_checkpoint  # of models that may predict noise or v
-        from networks.predictions import compare_predictions
+        from networks.predictions import compare_predictions  # of models that may predict noise or v
 
         with open_checkpoint(continued) as checkpoint:
             compare_predictions({continued: checkpoint.metadata}, plan.family.noise.predicts_v)
-    learners = Learners(plan, word)
+    learners = Learners(plan, besides)
     networks: list[nn.Module] = []
     for index in range(len(plan.family.experts)):
         network = loading.load(plan.family, index)
@@ -143,6 +137,21 @@ def load_networks(plan: TrainingPlan, swap: SwapOptions, hooks: Hooks) -> Loaded
         loading=loading,
         trainable=learners.join(),
     )
+
+
+def _warn_of_lost_words(lora: Path, besides: Sequence[LearnerBeside]) -> None:
+    """Warn of words in a LoRA that a training continues from, and that are in none of its files."""
+    with open_checkpoint(lora) as checkpoint:
+        words = {word_of(name) for name in checkpoint.tensors} - {""}
+    learned = {word_of(name) for beside in besides for name in beside.tensors()}
+    for word in sorted(words - learned):
+        logger.warning(
+            "%s brings the word %s, which is not trained on and will not be in the new file. Give "
+            "--train_embedding %s to train both",
+            lora,
+            word,
+            word,
+        )
 
 
 def _load_sampled(loading: "Loading", learners: "Learners", networks: Sequence[nn.Module]) -> list[nn.Module]:
@@ -191,10 +200,7 @@ def make_run(
     is_main = plan.accelerator.is_main_process
     rule = _make_rule(model)
     validation = Validation(plan, rule) if plan.validation else None
-    rule = replace(
-        rule, learning_pass=model.hooks.learning_pass
-    )  # validation does without, and without targets
-    rule = _add_targets(rule, model)
+    rule = _add_targets(rule, model)  # validation does without
     minutes = plan.saving.save_every_n_minutes
     watched = trigger_paths(plan.names, options.samples.sample_now) if is_main else {}
     clock = MinuteClock(minutes) if is_main and minutes is not None else None
@@ -219,26 +225,27 @@ def _make_rule(model: TrainedModel) -> LossRule:
         plan.options.loss,
         plan.options.predicted,
         as_base=model.trainable.as_base if model.trainable.networks else None,
-        always_as_base=plan.steps.in_lockstep and need_base(plan.options, plan.config.datasets),
-        kept_attributes=frozenset(model.hooks.kept_attributes),
-        own_targets=model.hooks.own_targets,
+        always_as_base=plan.steps.in_lockstep and BASE_MODEL in plan.joined.needs,
+        kept_attributes=frozenset(plan.joined.kept_attributes),
+        targets=plan.joined.on.validation,
     )
 
 
 def _add_targets(rule: LossRule, model: TrainedModel) -> LossRule:
     """Return the rule with all that predictions are compared with besides the clip."""
     plan = model.plan
+    joined = plan.joined
     return replace(
         rule,
-        make_target=model.hooks.make_target,
-        compare=model.hooks.compare,
-        revise_comparisons=model.hooks.revise_comparisons,
-        further_passes=model.hooks.further_passes,
+        targets=joined.on.target,
+        passes=joined.on.passes,
+        has_own_pass=joined.has_own_pass,
+        learning_pass=joined.on.learning_pass,
         in_lockstep=plan.steps.in_lockstep,
+        seed=plan.progress.seed,
         seed_networks=functools.partial(
             seed_networks, model.trainable, plan.progress.seed, device=plan.accelerator.device
         ),
-        other_passes=model.hooks.other_passes,
     )
 
 
@@ -247,18 +254,19 @@ def _make_feed(model: TrainedModel) -> Feed:
     plan = model.plan
     options, family, accelerator = plan.options, plan.family, plan.accelerator
     made = made_network_of(family)
+    joined = plan.joined
     randomness = Randomness(
         options.timesteps,
         plan.progress.seed,
         noise=family.noise,
         latent=family.latent,
         experts=tuple(family.experts),
-        on_noise=tuple(model.hooks.on_noise),
+        on_noise=tuple(joined.on.noise),
         weighted_by=options.weighted_by,
         sound=family.sound_learning if hears_sound(family) else None,
-        on_batch=tuple(model.hooks.on_batch),
+        on_batch=tuple(joined.on.batch),
         sentences=() if made is None else made.sentences,
-        view=find_view(options),
+        view=joined.view,
     )
     return Feed(
         order=plan.order,
@@ -268,10 +276,10 @@ def _make_feed(model: TrainedModel) -> Feed:
         process=accelerator.process_index // plan.steps.peers,
         workers=options.loop.max_data_loader_n_workers,
         pin_memory=accelerator.device.type == "cuda",
-        reads_dropped=need(options, DROPPED_CAPTIONS) and CAPTION in family.fuller,
-        reads_empty=need(options, EMPTY_PROMPT),
+        reads_dropped=DROPPED_CAPTIONS in joined.needs and CAPTION in family.fuller,
+        reads_empty=EMPTY_PROMPT in joined.needs,
         table_times=times_by_group(options.timesteps, plan.config.datasets),
-        reads_worse=need(options, WORSE_ONES),
+        reads_worse=WORSE_ONES in joined.needs,
     )
 
 
@@ -296,7 +304,6 @@ class Loading:
 
     plan: TrainingPlan
     swap: SwapOptions  # auto is resolved
-    hooks: Hooks
     sample_loras: "list[AddedLoras]" = field(default_factory=list)
     adapters: "list[AddedLoras]" = field(default_factory=list)  # in networks that are trained
     copies: dict[nn.Module, HostCopy] = field(default_factory=dict)  # of networks that take turns
@@ -361,8 +368,11 @@ class Loading:
         """Read LoRAs to merge for an expert. Return what merges them, None if nothing does, and the T-LoRAs,
         which are put round layers.
         """
-        loras = merged_loras(self.plan.options, family.experts[index])
-        if network is None or not loras.uses:
+        merge = self.plan.joined.merge
+        if network is None or merge is None:
+            return None, ()
+        loras = merge(family.experts[index])
+        if not loras.uses:
             return None, ()
         from networks.apply import LoraPatch  # only with LoRAs to merge
         from networks.depths import fit_to_file
@@ -416,7 +426,7 @@ class Loading:
         adapter = None
         if family is self.plan.family:
             adapter = experts.read_adapter(options, expert, family.experts)
-            for add in self.hooks.before_dress:
+            for add in self.plan.joined.on.before_dress:
                 add(network)
         sample_files = options.samples.loras() if self.has_samples else []
         has_stages = self.has_samples and bool(stage_files_of(dit))
@@ -447,7 +457,7 @@ class Learners:
     """Make the trained part of each network, one after the other, and join them."""
 
     plan: TrainingPlan
-    word: "WordRows | None" = None  # that is learned too
+    besides: Sequence[LearnerBeside] = ()  # that learn too
     parts: list[Trainable] = field(default_factory=list)
 
     def add(self, dit: nn.Module, expert: Expert) -> None:
@@ -481,7 +491,7 @@ class Learners:
             device=device,
             lora_format=self.plan.lora_format,
             write=written_by(self.plan.family),
-            list_beside=dict if self.word is None else self.word.list_in_lora,
+            list_beside=self._list_beside,
         )
         self.parts.append(trainable)
 
@@ -492,14 +502,18 @@ class Learners:
         else:
             names = [expert.name for expert in self.plan.family.experts]
             trainable = train_apart(dict(zip(names, self.parts, strict=True)))
-        if self.word is None:
-            return trainable
-        return self.word.add_to(
-            trainable,
-            self.plan.options.optimizer.learning_rate,
-            total_steps=self.plan.steps.total_steps,
-            device=self.plan.accelerator.device,
-        )
+        for beside in self.besides:
+            trainable = beside.add_to(
+                trainable,
+                self.plan.options.optimizer.learning_rate,
+                total_steps=self.plan.steps.total_steps,
+                device=self.plan.accelerator.device,
+            )
+        return trainable
+
+    def _list_beside(self) -> dict[str, Tensor]:
+        """Return what else the file of a LoRA holds when it is saved."""
+        return {name: tensor for beside in self.besides for name, tensor in beside.list_in_lora().items()}
 
     def _train_whole(self, dit: nn.Module) -> Trainable:
         options = self.plan.options

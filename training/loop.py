@@ -23,7 +23,7 @@ from modules.devices import numbers_on
 from modules.errors import UserError
 from networks.adapter import ForeignNetwork, NormReport
 from training.bad_steps import explain_bad_step
-from training.features.composing import bad_step_remedies, sampled_average
+from training.features.composing import bad_step_remedies
 from training.features.hooks import GradientStep
 from training.loss import NoisyBatch
 from training.optimizers.optimizer import evaluation
@@ -128,7 +128,7 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch
         unsplit = [parameter for parameter in reached if parameter not in trainable.split]
         row = sum_over_processes(unsplit, row)
     gate = None
-    if model.hooks.before_step:
+    if run.joined.on.before_step:
         gate = _StepGate(run, GradientStep(loss=row[0], keys=keys, kind=_find_kind(run, group)))
     norms = _step_weights(run, gate)
     report = StepReport(run.progress.step + 1, rates, keys, _sizes_of(run, group))
@@ -193,7 +193,7 @@ class _StepGate:
         """Return whether the step is taken, and count it if not."""
         run = self.run
         try:
-            reasons = (hook(run, self.step, gradient_norm) for hook in run.model.hooks.before_step)
+            reasons = (hook(run, self.step, gradient_norm) for hook in run.joined.on.before_step)
             self.reason = next(filter(None, reasons), "")
         except UserError:
             _note(run, run.readings.flush())  # the step before, whose numbers were not awaited
@@ -238,7 +238,7 @@ def _step_weights(run: TrainingRun, gate: _StepGate | None = None) -> list[Tenso
     if model.trainable.max_norm is not None:
         norms.append(model.trainable.limit_norms(model.trainable.max_norm, run.device))
     if gate is None or not gate.reason:
-        for hook in model.hooks.after_step:
+        for hook in run.joined.on.after_step:
             hook()
     return [*norms, gradient_norm.view(1)]
 
@@ -277,7 +277,7 @@ def _accumulate(
             # for the others, which gather the blocks from this process
             is_void = is_repeat or expert != noisy_batch.expert
             losses = _propagate(run, expert, noisy_batch, divisor=divisor, is_void=is_void)
-            for tally in run.model.hooks.tallies:
+            for tally in run.joined.tallies:
                 numbers = tally.take()
                 if numbers is not None and not is_void:
                     _add_numbers(run, row, tally.names, numbers)
@@ -561,7 +561,8 @@ def _as_sampled(run: TrainingRun) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for loras in run.model.sample_dits.loras:
             stack.enter_context(loras.switched_on(run.device, run.model.compute_dtype))
-        if run.model.average is not None and sampled_average(run.options):
+        average = run.joined.average
+        if run.model.average is not None and average is not None and average.is_sampled:
             stack.enter_context(run.model.average.in_place())
         yield
 

@@ -112,21 +112,16 @@ class LossRule:
     as_base: Autocast | None = None
     always_as_base: bool = False  # the base model is run for every batch: processes have to run equal passes
     kept_attributes: frozenset[str] = frozenset()  # of tables whose samples stay as the base model predicts
-    # what takes the place of the velocity, from `targets.passes.TrainingPasses`, a batch and the velocity
-    own_targets: Sequence[Callable[[Any, NoisyBatch, Tensor], Tensor]] = ()
-    make_target: Sequence[Callable[[Any, NoisyBatch, Tensor], Tensor]] = ()  # likewise, once those have acted
-    # what predictions are compared with besides the clip, from `targets.passes.TrainingPasses` and a batch
-    compare: Sequence[Callable[[Any, NoisyBatch], Sequence[Any]]] = ()
-    # given all these comparisons too: those in their place
-    revise_comparisons: Sequence[Callable[[Any, NoisyBatch, list[Any]], list[Any]]] = ()
+    # change what predictions are compared with, the clip first: from `targets.passes.TrainingPasses`, a batch
+    # and the comparisons so far
+    targets: Sequence[Callable[[Any, NoisyBatch, list[Any]], list[Any]]] = ()
     # likewise, further passes with gradients: errors of each stream
-    further_passes: Sequence[Callable[[Any, NoisyBatch], Iterator[tuple[Tensor, ...]]]] = ()
-    other_passes: Sequence[
-        Callable[[Any, NoisyBatch], Iterator[tuple[Tensor, ...]]]
-    ] = ()  # that replace the usual
+    passes: Sequence[Callable[[Any, NoisyBatch], Iterator[tuple[Tensor, ...]]]] = ()
+    has_own_pass: bool = False  # `passes` are in place of the usual one
     in_lockstep: bool = False  # processes share a model, so that all run equal passes
-    # what passes that learn run in, given the DiT and their batch
-    learning_pass: Sequence[Callable[[nn.Module, NoisyBatch], AbstractContextManager[None]]] = ()
+    # what passes that learn run in, given the DiT, their batch and `seed`
+    learning_pass: Sequence[Callable[[nn.Module, NoisyBatch, int], AbstractContextManager[None]]] = ()
+    seed: int = 0  # of the run
     seed_networks: Callable[[int], None] | None = None  # begins random numbers of networks: of a micro-batch
 
 

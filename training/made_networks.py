@@ -1,6 +1,6 @@
 """Make the network that a training puts into a model: a LoRA, or what the family makes in its place."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -8,12 +8,13 @@ from torch import Tensor, nn
 
 from contract.family import Family, Trains
 from contract.made_networks import MadeNetwork, WritesNetwork, made_network_of
-from contract.new_words import taught_word_of
 from dataset.table import DatasetConfig
 from modules.errors import DatasetError
 from modules.seeds import derive_seed
 from networks.adapter import ForeignNetwork, TrainableNetwork, make_network
 from networks.options import NetworkOptions
+
+ReadCaptions = Callable[[Sequence[str]], str]
 
 
 def make_trained_network(
@@ -49,13 +50,10 @@ def make_trained_network(
 
 
 def check_made_networks(family: Family) -> MadeNetwork | None:
-    """Check what a made network, and a word next to a LoRA, begin with. Nothing is loaded.
+    """Check what a made network begins with. Nothing is loaded.
 
     Returns the network that is trained in place of a LoRA, if there is one. Raises UserError.
     """
-    taught = taught_word_of(family)
-    if taught is not None:
-        taught.network.check()
     made = made_network_of(family)
     if made is not None:
         made.check()
@@ -98,8 +96,7 @@ def check_data(made: MadeNetwork | None, config: DatasetConfig, kept: str) -> Da
     return replace(config, datasets=tables)
 
 
-def find_caption_reader(family: Family) -> MadeNetwork | None:
-    """Return what learns from captions alone in a training: the only network, or a word next to a LoRA."""
-    taught = taught_word_of(family)
-    made = made_network_of(family) if taught is None else taught.network
-    return made if made is not None and made.in_texts and not made.sentences else None
+def list_caption_readers(family: Family) -> list[ReadCaptions]:
+    """Return what says of which captions a made network learns nothing, if it learns from captions alone."""
+    made = made_network_of(family)
+    return [made.check_captions] if made is not None and made.in_texts and not made.sentences else []

@@ -13,9 +13,9 @@ from typing import Any
 from checkpoints.file_hashes import short_hash, whole_hash
 from contract.family import Family
 from contract.made_networks import made_network_of
-from contract.new_words import taught_word_of
 from dataset.table import DatasetTable
 from modules.atomic_write import make_storable
+from modules.options import option_values, options_with
 from networks.names.layouts import TRAINED_FOR
 from networks.options import NetworkOptions
 from training.data.table_times import list_times
@@ -84,9 +84,7 @@ def run_metadata(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[
             "ss_network_alpha": _alpha_in_words(network),
             "ss_network_args": json.dumps(network.arguments(), ensure_ascii=False),
         }
-    taught = taught_word_of(family)
-    if taught is not None:
-        values |= taught.network.values
+    values |= plan.joined.info.for_loading
     values |= {key: value for key, value in facts.items() if key.startswith(("reference_", "modelspec."))}
     if not plan.options.metadata.no_metadata:
         of_family = recorded_values(family.options, "identity", "habit")
@@ -116,6 +114,9 @@ def _list_optional_values(plan: TrainingPlan) -> dict[str, Any]:
         values |= {f"ss_{name}": value for name, value in asdict(options.loss).items()}
     if options.prediction is not None:
         values |= image_values(plan, options.prediction)
+        given = option_values(options)
+        for name in options_with(TrainingOptions, "image_files", True):
+            values[f"ss_{name}"] = given[name]
     if options.timesteps.timestep_focus is not None:
         values["ss_timestep_focus"] = options.timesteps.timestep_focus
         values["ss_timestep_focus_range"] = " ".join(map(str, options.timesteps.timestep_focus_range))

@@ -1,10 +1,11 @@
 """Compose the options that training has in every family; read them from command line and --config_file."""
 
 import argparse
+import functools
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from dataset.options import CachingInRunOptions
@@ -30,21 +31,13 @@ from modules.run_limits import is_limited
 from networks.kinds.composing import RANKED_NETWORKS
 from networks.options import NOTHING_FROZEN, FrozenModelOptions, NetworkOptions
 from running.options import TrainingSpeedOptions
-from running.ways.composing import refuse_whole, splitting_option
 from training import learning_options, noise_options, run_options
 from training.config_options import (
     ConfigOptions,
     check_imports,
     read_config_file,
 )
-from training.features.composing import (
-    find_record,
-    find_show,
-    options_at,
-    refuse_combinations,
-    refused_for_whole,
-    typed_targets,
-)
+from training.features.composing import join_run, options_at, refused_for_whole
 from training.features.contract import (
     AT_ENDING,
     AT_LOGS,
@@ -53,13 +46,14 @@ from training.features.contract import (
     AT_NETWORK,
     AT_NOISE,
     AT_WEIGHTS,
-    T,
 )
+from training.features.hooks import JoinedRun
 from training.saving.options import MetadataOptions, SavingOptions
 
 logger = logging.getLogger(__name__)
 
 R = TypeVar("R", bound=Options)
+T = TypeVar("T")
 
 # near the width of the largest models, where a LoRA is larger than the weights that it changes
 MOST_RANK = 4096
@@ -136,8 +130,7 @@ class TrainingOptions(Options):
             raise OptionError(f"--network_dim {rank}: {MOST_RANK} is the most. Usual ranks are 4 to 128.")
         if self.is_fused:
             self._check_fused()
-        refuse_combinations(self)
-        if find_show(self) is not None:
+        if self.joined.show is not None:  # raises OptionError for what features do not go with
             return
         if self.subset is None or not self.subset.replaces_toml:
             require(self.loop.dataset_config, "--dataset_config", "a TOML file that describes the data sets")
@@ -146,8 +139,14 @@ class TrainingOptions(Options):
 
     def of(self, kind: type[T]) -> T:
         """Return the options of a feature."""
+        options: T = self._of_features[kind]
+        return options
+
+    @functools.cached_property
+    def _of_features(self) -> dict[type, Any]:
+        """Return the options of all features, by their kind."""
         at_network = NOT_AT_NETWORK if self.network is None else self.network.at_network
-        records = (
+        places: tuple[Options, ...] = (
             at_network,
             self.at_noise,
             self.at_loss,
@@ -156,12 +155,21 @@ class TrainingOptions(Options):
             self.at_ending,
             self.at_metadata,
         )
-        return find_record(records, kind)
+        records = [getattr(place, field.name) for place in places for field in fields(place)]
+        return {type(record): record for record in records}
+
+    @functools.cached_property
+    def joined(self) -> JoinedRun:
+        """Return the run that features have joined, as far as options alone say. Raises OptionError.
+
+        It is never begun: see `begin_run` in `features/composing.py`.
+        """
+        return join_run(self)
 
     @property
     def only_shows(self) -> bool:
         shows_pictures = self.subset is not None and self.subset.debug_dataset
-        is_shown = find_show(self) is not None or shows_pictures
+        is_shown = self.joined.show is not None or shows_pictures
         return is_shown or self.loop.check or self.speed.plan.is_planning
 
     @property
@@ -173,17 +181,12 @@ class TrainingOptions(Options):
         return NOTHING_FROZEN if self.network is None else self.network.frozen
 
     @property
-    def typed_targets(self) -> list[str]:
-        """Return the given options of targets besides the clip, as they are typed."""
-        return typed_targets(self)
-
-    @property
     def is_for_images(self) -> bool:
         return self.prediction is not None
 
     @property
     def can_swap(self) -> bool:
-        return self.whole_dit is None and not splitting_option(self.speed)
+        return self.whole_dit is None and not self.speed.joined.splits_weights
 
     @property
     def is_fused(self) -> bool:
@@ -205,7 +208,8 @@ class TrainingOptions(Options):
                 f"--full_bf16 with --mixed_precision {precision}: the model then computes in bf16; use bf16 "
                 "for both"
             )
-        refuse_whole(self.speed, precision)
+        for refuse_whole in self.speed.joined.on.whole:
+            refuse_whole(precision)
         stored = self.speed.fp8.quantisation
         if stored is not None:
             flags = "--fp8_base" if self.speed.fp8.fp8_base else stored.asked_by

@@ -11,7 +11,6 @@ from accelerate.utils import broadcast_object_list
 
 from contract.family import Family, brings_empty_text, sound_of
 from contract.made_networks import made_network_of
-from contract.new_words import taught_word_of
 from contract.whole import trains_checkpoint
 from dataset.batches.checks import SameEncoders, check_channels
 from dataset.batches.finding import find_items, learn_no_references, require_items
@@ -27,7 +26,7 @@ from modules.option_values import require
 from modules.speed_options import Quantisation
 from networks.formats import LoraFormat
 from running.offload.joining import have_joined
-from running.ways.composing import count_groups, count_peers, splitting_option, warn_if_alone
+from running.ways.composing import count_groups, warn_if_alone
 from training.checks import (
     check_before_loading,
     check_schedule,
@@ -38,17 +37,10 @@ from training.data.feed import BatchSources
 from training.data.live import LiveTexts
 from training.data.table_times import check_times, list_times
 from training.experts import check_computing, module_of, note_experts
-from training.features.composing import (
-    check_items,
-    check_start,
-    check_tables,
-    check_texts,
-    find_view,
-    need,
-    note_unused,
-)
-from training.features.contract import EMPTY_PROMPT, KEPT
-from training.made_networks import check_data, find_caption_reader
+from training.features.composing import begin_run
+from training.features.contract import EMPTY_PROMPT, KEPT, WORSE_ONES
+from training.features.hooks import JoinedRun
+from training.made_networks import check_data, list_caption_readers
 from training.optimizers.stepping import check_fused_backward, check_offload, check_split
 from training.options import TrainingOptions
 from training.other_families import NO_OTHERS, OtherFamilies
@@ -76,6 +68,7 @@ class TrainingPlan:
 
     family: Family
     options: TrainingOptions  # as given; --blocks_to_swap may be auto
+    joined: JoinedRun  # by features that are on
     others: OtherFamilies
     accelerator: Accelerator
     quantisation: Quantisation | None  # with what multiplies on the device
@@ -105,9 +98,7 @@ class TrainingPlan:
         parts = tuple(expert.name for expert in self.family.experts) if has_parts else ()
         whole_dit = self.options.whole_dit
         ending = "" if whole_dit is not None and whole_dit.saves_folders else SAFETENSORS
-        taught = taught_word_of(self.family)
-        words = (taught.word.text,) if taught is not None and taught.word.has_file else ()
-        return Names(*self.options.saving.place, parts, ending, words)
+        return Names(*self.options.saving.place, parts, ending, tuple(self.joined.files_beside))
 
     @property
     def network_module(self) -> str:
@@ -121,7 +112,7 @@ class TrainingPlan:
 
 def splits_whole_model(options: TrainingOptions) -> bool:
     """Return whether the model itself learns, and each process has a part of it."""
-    return options.whole_dit is not None and bool(splitting_option(options.speed)) and have_joined()
+    return options.whole_dit is not None and bool(options.speed.joined.splits_weights) and have_joined()
 
 
 def make_plan(
@@ -138,9 +129,12 @@ def make_plan(
     progress = first_progress(options, saved)
     quantisation = check_computing(family, options, device)
     check_before_loading(family, options, others)  # before minutes of encoding
+    joined = begin_run(options, family, config.datasets)
     _check_tables(options, config)
     _check_batch_sizes(family, config)
     texts = _find_texts(family, options, config)
+    for check_texts in joined.on.texts:
+        check_texts(texts)
     lora_format = choose_lora_format(family, options, () if texts is None else texts.learning)
     sources = _find_sources(
         family,
@@ -150,7 +144,7 @@ def make_plan(
         texts=texts,
         commands=commands,
     )
-    if need(options, EMPTY_PROMPT) and brings_empty_text(family):
+    if EMPTY_PROMPT in joined.needs and brings_empty_text(family):
         sources = replace(sources, empty_text=family.empty_text())
     items = _find_items(
         family,
@@ -158,17 +152,18 @@ def make_plan(
         sources,
         accelerator=accelerator,
         has_live_texts=texts is not None,
-        view=find_view(options),
+        view=joined.view,
         trusts_caches=options.caching is not None and options.caching.skip_cache_check,
     )
     training, validation = _split_items(options, config, items, progress.seed)
-    check_items(options, training, sources)
-    reader = find_caption_reader(family)
-    if reader is not None:
+    for check_items in joined.on.items:
+        check_items(training, sources)
+    for read in (*joined.read_captions, *list_caption_readers(family)):
         from training.word_captions import check_captions  # only to learn a word
 
-        check_captions(reader, training)
-    note_unused(options, training)
+        check_captions(read, training)
+    if WORSE_ONES not in joined.needs:
+        _note_worse(training)
     if is_main:
         _warn_of_missing(options, config, [*training, *validation], sources)
     order = BatchOrder(training, progress.seed)
@@ -192,6 +187,7 @@ def make_plan(
     return TrainingPlan(
         family=family,
         options=options,
+        joined=joined,
         others=others,
         accelerator=accelerator,
         quantisation=quantisation,
@@ -219,14 +215,12 @@ def _may_encode(options: TrainingOptions, config: DatasetConfig) -> bool:
 
 
 def _find_texts(family: Family, options: TrainingOptions, config: DatasetConfig) -> LiveTexts | None:
-    """Return the text encoders that work while training. Checks the targets."""
-    texts: LiveTexts | None = None
-    if _may_encode(options, config):
-        from training.caching_inside import find_live_texts  # most runs read caches alone
+    """Return the text encoders that work while training."""
+    if not _may_encode(options, config):
+        return None
+    from training.caching_inside import find_live_texts  # most runs read caches alone
 
-        texts = find_live_texts(family, options, config)
-    check_texts(options, texts)
-    return texts
+    return find_live_texts(family, options, config)
 
 
 def _find_sources(
@@ -262,7 +256,6 @@ def join_processes(
 
     During the block no other run can take the name of this one, and the processes watch each other.
     """
-    check_start(options)
     accelerator = make_accelerator(options.accelerator)
     if accelerator.num_processes == 1:
         warn_if_alone(options.speed)
@@ -285,7 +278,7 @@ def join_processes(
     if options.whole_dit is not None and options.whole_dit.offloads_states:
         check_offload(options.optimizer.optimizer_type)
     if splits_whole_model(options):
-        check_split(splitting_option(options.speed), options.optimizer.optimizer_type)
+        check_split(options.speed.joined.splits_weights, options.optimizer.optimizer_type)
     compilation = options.speed.compilation.choice
     if compilation is not None:
         from running.compile import check_compilation  # only with --compile
@@ -326,7 +319,7 @@ def read_config(options: TrainingOptions, family: Family) -> DatasetConfig:
             logger.warning("--train_data_dir is ignored because --dataset_config %s describes the data", path)
         path = require(path, "--dataset_config", "the clips to train on")
         config = load_dataset_config(path, subset)
-    if need(options, EMPTY_PROMPT) and not (brings_empty_text(family) and family.empty_text()):
+    if EMPTY_PROMPT in options.joined.needs and not (brings_empty_text(family) and family.empty_text()):
         config = with_empty_prompts(config)
     check_times(options.timesteps, config.datasets, family)
     return for_family(check_data(made_network_of(family), config, KEPT), family)
@@ -407,8 +400,7 @@ def _check_validating(options: ValidationOptions) -> None:
 
 
 def _check_tables(options: TrainingOptions, config: DatasetConfig) -> None:
-    """Raise OptionError for keys of tables that ask for another target or strength than the options do."""
-    check_tables(options, config.datasets)
+    """Raise OptionError for keys of tables that ask for another strength than the options do."""
     scaled = next((table for table in config.datasets if table.network_multiplier != 1), None)
     if scaled is None:
         return
@@ -450,15 +442,27 @@ def _warn_of_missing(
         )
 
 
+def _note_worse(items: Sequence[TrainingItem]) -> None:
+    """Log the tables with worse ones, in a run that does not use them."""
+    tables = {item.table.index: item.table for item in items}.values()
+    names = [table.name for table in tables if table.worse_directory is not None]
+    if names:
+        logger.warning(
+            "%s: worse_directory has no effect in this run: it is for --preference. The better ones are "
+            "learned as ever",
+            ", ".join(names),
+        )
+
+
 def _plan_steps(options: TrainingOptions, order: BatchOrder, processes: int, progress: Progress) -> StepPlan:
     """Plan the steps of the run; epochs, if given, replace steps."""
     loop, speed = options.loop, options.speed
     steps = StepPlan(
         num_batches=order.num_batches,
         processes=count_groups(speed, processes),
-        peers=count_peers(speed),
+        peers=speed.joined.num_peers,
         accumulation=loop.gradient_accumulation_steps,
-        in_lockstep=bool(splitting_option(speed)) and processes > 1,
+        in_lockstep=bool(speed.joined.splits_weights) and processes > 1,
         total_steps=loop.max_train_steps,
         first_epoch=progress.plan_epoch,
         first_position=progress.plan_position,

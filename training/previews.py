@@ -27,9 +27,9 @@ from training.checks import judge_rate, refuse_quantised_bases
 from training.data.feed import BatchSources
 from training.data.live import LiveTexts
 from training.data.table_times import describe_times
-from training.features.composing import check_model, check_texts, describe_targets, find_show
+from training.features.composing import begin_run
 from training.loss import NoisyBatch
-from training.made_networks import check_made_networks, find_caption_reader
+from training.made_networks import ReadCaptions, check_made_networks, list_caption_readers
 from training.options import TrainingOptions
 from training.other_families import NO_OTHERS, OtherFamilies
 from training.plan import read_config
@@ -50,7 +50,7 @@ def show_preview(
 
     commands: commands to show if caches are missing. others: models besides the trained one.
     """
-    show = find_show(options)
+    show = options.joined.show
     if show is not None:
         show(options, family, partial(_tables_of, family, options))
         return 0
@@ -83,8 +83,11 @@ def _check(family: Family, options: TrainingOptions, commands: CachingCommands) 
     config = read_config(options, family)
     counters = findings.load_counters(family.text_encoders)
     texts = find_live_texts(family, options, config)
-    check_texts(options, texts)
-    check_model(options, family, lambda: family.block_counts() if family.dit_files else ())
+    joined = begin_run(options, family, config.datasets)
+    for check_texts in joined.on.texts:
+        check_texts(texts)
+    for check_model in joined.on.check:
+        check_model(family, family.block_counts() if family.dit_files else ())
     made = check_made_networks(family)
     plans = plan_tables(family, config, options.caching, () if texts is None else texts.keys)
     seed = options.validation.validation_seed
@@ -117,12 +120,11 @@ def _check(family: Family, options: TrainingOptions, commands: CachingCommands) 
         )
         lines = [*_describe_plans(plans), *counters.missing]
         result = replace(result, head=("Where the training has them:", *findings.indent(lines)))
-    reader = find_caption_reader(family)
-    if reader is not None:
-        _add_words(reader, result.tables)
+    for read in (*joined.read_captions, *list_caption_readers(family)):
+        _add_words(read, result.tables)
     lines = describe_run(options, num_validation=result.num_held, made=made)
     times = describe_times(options.timesteps, config.datasets)
-    targets = describe_targets(options)
+    targets = joined.describe_targets()
     if targets:
         lines = ["Targets:", *findings.indent(targets), *lines]
     if times:
@@ -132,12 +134,12 @@ def _check(family: Family, options: TrainingOptions, commands: CachingCommands) 
     return code
 
 
-def _add_words(reader: MadeNetwork, tables: "Sequence[TableFindings]") -> None:
+def _add_words(read: ReadCaptions, tables: "Sequence[TableFindings]") -> None:
     """Add to the findings of a check that captions lack the word which is to be learned."""
     from training.word_captions import check_source_captions  # only to learn a word
 
     try:
-        remark = check_source_captions(reader, [(findings.table, findings.sources) for findings in tables])
+        remark = check_source_captions(read, [(findings.table, findings.sources) for findings in tables])
     except DatasetError as error:
         tables[0].unusable(error)
         return
@@ -178,8 +180,10 @@ def _plan(family: Family, options: TrainingOptions, commands: CachingCommands, o
     refuse_quantised_bases(family, options)
     config = read_config(options, family)
     texts = find_live_texts(family, options, config)
-    check_texts(options, texts)
-    check_model(options, family, family.block_counts)
+    for check_texts in options.joined.on.texts:
+        check_texts(texts)
+    for check_model in options.joined.on.check:
+        check_model(family, family.block_counts())
     noisy_batch = _read_for_plan(family, options, commands, config=config, texts=texts)
     sample_files: Sequence[Path] = ()
     if others.sampling is not None and options.samples.are_made:
@@ -197,6 +201,7 @@ def _plan(family: Family, options: TrainingOptions, commands: CachingCommands, o
             room=room,
             sampled=sampled,
             texts=texts,
+            tables=config.datasets,
         )
         return
     from training.planning.several_cards import plan_ways  # only with several cards
@@ -211,6 +216,7 @@ def _plan(family: Family, options: TrainingOptions, commands: CachingCommands, o
         room=room,
         sampled=sampled,
         texts=texts,
+        tables=config.datasets,
     )
 
 

@@ -17,11 +17,11 @@ from contract.family import Family
 from dataset.batches.order import BatchOrder
 from modules.errors import OptionError
 from modules.option_values import read_literals, to_path
-from modules.options import in_one_spelling, options_with
+from modules.options import in_one_spelling, option_values, options_with
 from networks.kinds.composing import kind_of_module
 from networks.options import DEFAULT_RANK, NOTHING_FROZEN
 from training.experts import TRAINING_ADAPTER, module_of
-from training.features.composing import claim_progress, fetch_state, own_habits, usual_habits
+from training.features import FEATURES
 from training.optimizers.optimizer import PATHS
 from training.options import TrainingOptions
 from training.reports.logs import public_config
@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 TRANSFORMERS, PER_EXPERT = "trained transformers and their lowest timesteps", "--lora_per_expert"
 GROUP_SIZE = "micro-batches per step (processes x --gradient_accumulation_steps)"
 BATCHES = "batches of an epoch (--dataset_config and its caches)"
+# options whose files states record by name
+NAMED_FILES = options_with(TrainingOptions, "resume", "names")
 # options that any resumed run may change; states record them so that a change can be listed
 # fmt: off
 LISTED = (
@@ -55,7 +57,8 @@ def find_state(
     used.
     """
     saving = options.saving
-    folder = fetch_state(options, resume, saving.place[0] / "resumed")
+    storage = options.joined.storage
+    folder = None if storage is None else storage.fetch_state(resume, saving.place[0] / "resumed")
     if folder is None and resume in {LATEST, LATEST_ONLY}:
         # one process searches, and also cleans up after a kill
         latest = states.find_latest(*saving.place) if is_main_process else None
@@ -103,7 +106,7 @@ def first_progress(
     """
     if isinstance(saved, states.SavedState):
         with states.one_error(saved.folder):
-            claim_progress(saved.progress)
+            _claim(options, saved.progress)
         return saved.progress
     seed, session_id, started_at = broadcast_object_list(
         [secrets.randbelow(1 << 32), secrets.randbelow(1 << 32), time.time()]
@@ -113,8 +116,17 @@ def first_progress(
     else:
         logger.info("Using a random seed: --seed %d.", seed)
     progress = Progress(seed=seed, session_id=session_id, started_at=started_at)
-    claim_progress(progress)
+    _claim(options, progress)
     return progress
+
+
+def _claim(options: TrainingOptions, progress: Progress) -> None:
+    """Give each feature that is on what it remembered. Raises TypeError for values of another type.
+
+    What a feature that is off remembered stays in the states of the run.
+    """
+    for kind in options.joined.remembers:
+        progress.of(kind)
 
 
 def recorded_values(options: Any, *kinds: str) -> dict[str, Any]:
@@ -154,12 +166,20 @@ def _habits_of(family: Family, options: TrainingOptions, config: Mapping[str, An
     habits |= {f"--{name}": value for name, value in recorded_values(family.options, "habit").items()}
     models = [value for name, value in family.metadata.items() if name.startswith("sd_model_name")]
     habits["the model's file"] = ", ".join(models) or None
-    return habits | own_habits(options)
+    return habits | _names_of_files(options)
 
 
 def _flagged(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
     """Return the values of the options that states record as identity or habit, by their flags."""
     return {f"--{name}": config.get(name) for name in options_with(TrainingOptions, "resume", kind)}
+
+
+def _names_of_files(options: TrainingOptions) -> dict[str, str | None]:
+    """Return the names of the files of options that states record by these, by the options' flags."""
+    files = {name: value for name, value in option_values(options).items() if name in NAMED_FILES}
+    return {
+        f"--{name}": ", ".join(path.name for path in value or ()) or None for name, value in files.items()
+    }
 
 
 def _adapter_with_content(options: TrainingOptions) -> str | None:
@@ -212,8 +232,9 @@ def check_resumable(
     identity = _resolve(settings.identity, settings.record)
     # likewise of before there were targets and features
     unsaid: dict[str, Any] = {}
-    for record in (NOTHING_FROZEN, *usual_habits()):
+    for record in (NOTHING_FROZEN, *(feature.options.usual() for feature in FEATURES)):
         unsaid |= {f"--{name}": value for name, value in public_config(record).items()}
+    unsaid |= {f"--{name}": None for name in NAMED_FILES}
     habits_before = {name: habits.get(name) and value for name, value in unsaid.items()} | dict(saved.habits)
     unknown = {*identity} - {*before} | {*habits} - {*habits_before}
     if unknown:

@@ -22,15 +22,8 @@ from running.options import SwapOptions
 from running.planning.device_memory import MemoryWatch, too_little
 from running.ways.composing import make_block_place
 from training.checks import check_before_loading
-from training.features.composing import (
-    act_at_end,
-    change_model,
-    end_of_run,
-    make_publisher,
-    prepare_features,
-    sampled_average,
-)
-from training.features.hooks import Hooks, RunEnd
+from training.features.composing import act_at_end, end_of_run
+from training.features.hooks import RunEnd
 from training.following import NO_COMMAND, TrainingCommand, plan_next_steps
 from training.learning import load_model, make_run
 from training.loop import train
@@ -64,7 +57,8 @@ def train_network(
     others: models besides the trained one. Returns the program's exit code. Raises UserError if the user has
     to change something.
     """
-    family = change_model(options, family)
+    for change in options.joined.on.family:
+        family = change(family)
     if os.environ.get(RUN_GOES_ON) == RUN_CHECKS:
         read_config(options, family)
         check_before_loading(family, options, others)
@@ -75,7 +69,7 @@ def train_network(
         commands = command.caching_commands(options.loop.dataset_config, family)
         return show_preview(family, options, commands, others)
     freeze_libraries()
-    with end_of_run(options) as end:
+    with end_of_run(options.joined) as end:
         try:
             with prepare_run(family, options, command, others=others, end=end) as run:
                 end.has_begun = True
@@ -101,7 +95,7 @@ def prepare_run(
 
     end: notes how far the run has come.
     """
-    end = end or RunEnd(options)
+    end = end or RunEnd(options.joined)
     config = read_config(options, family)  # faults in it are reported before anything is started
     with contextlib.ExitStack() as stack:
         accelerator, processes = stack.enter_context(join_processes(family, options, config))
@@ -119,7 +113,8 @@ def prepare_run(
         end.progress, end.total_steps = plan.progress, plan.steps.total_steps
         # texts and images are encoded while there is no DiT
         sampler = _make_sampler(plan)
-        hooks = prepare_features(plan)
+        for prepare in plan.joined.on.before_load:
+            prepare(plan)
         following = plan_next_steps(plan, sampler, command)
         if processes is not None:
             processes.advice = following.after_loss
@@ -128,13 +123,14 @@ def prepare_run(
             blocks = make_block_place(options.speed, accelerator.device)
             plan.texts.load(accelerator.device, blocks)
             stack.callback(plan.texts.free)
-        logs = _make_logs(plan, swap, hooks)
+        logs = _make_logs(plan, swap)
         reporter = make_reporter(plan, following, memory)
-        model = load_model(plan, swap, hooks)
+        model = load_model(plan, swap)
         # nothing can be missing any more
         _set_earlier_aside(plan, reporter.history.path)
         accelerator.wait_for_everyone()  # before any writes samples there
-        publisher = make_publisher(options)
+        storage = plan.joined.storage
+        publisher = None if storage is None else storage.make_publisher()
         prompts = () if sampler is None else sampler.prompts
         saver = make_saver(
             model,
@@ -164,7 +160,7 @@ def _plan_memory(plan: TrainingPlan) -> tuple[SwapOptions, MemoryWatch | None]:
     return prepare_memory(plan)
 
 
-def _make_logs(plan: TrainingPlan, swap: SwapOptions, hooks: Hooks) -> Logs:
+def _make_logs(plan: TrainingPlan, swap: SwapOptions) -> Logs:
     options, progress = plan.options, plan.progress
 
     def pauses_after(step: int) -> dict[str, int]:
@@ -181,7 +177,7 @@ def _make_logs(plan: TrainingPlan, swap: SwapOptions, hooks: Hooks) -> Logs:
         plan.accelerator,
         plan.steps.total_steps,
         first_step=progress.step,
-        recorders=[make(plan, (options, plan.saving, swap)) for make in hooks.recorders],
+        recorders=[make(plan, (options, plan.saving, swap)) for make in plan.joined.on.recorders],
         extras=partial(watch_run, plan),
         clock=StepClock(pauses_after),
     )
@@ -221,8 +217,9 @@ def _make_sampler(plan: TrainingPlan) -> "Sampler | None":
     from training.samples import prepare_samples  # only with prompts
 
     weights = "".join(f" + {path.name}:{multiplier:g}" for path, multiplier in options.samples.loras())
-    if average := sampled_average(options):
-        weights = f" ({average}){weights}"
+    average = plan.joined.average
+    if average is not None and average.is_sampled:
+        weights = f" ({average.name}){weights}"
     sampler = prepare_samples(
         plan.sampled,
         prompts,

@@ -10,15 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from contract.made_networks import made_network_of
-from contract.new_words import taught_word_of
 from modules.devices import DTYPES, dtype_of
 from modules.errors import OptionError
 from running.offload.block_swap import settle_all
 from running.offload.sharding import as_split
-from running.ways.composing import splitting_option
 from training.data.table_times import list_times
 from training.experts import expert_metadata
-from training.features.composing import file_values
 from training.metadata import continued_sizes, file_metadata, run_metadata
 from training.optimizers.optimizer import (
     finished_weights,
@@ -65,25 +62,29 @@ def make_saver(
         metadata[part] = of_run | of_part
     for part in trainable.writes_beside:
         metadata[part] = {key: text for key, text in of_run.items() if not key.startswith("ss_network_")}
-    writes = {**trainable.writes, **trainable.writes_beside}
+    writes_beside = {part: beside.write for part, beside in trainable.writes_beside.items()}
+    writes = {**trainable.writes, **writes_beside}
+    made = made_network_of(plan.family)
+    endings = dict.fromkeys(trainable.writes, "lora" if made is None else made.ending)
+    endings |= {part: beside.ending for part, beside in trainable.writes_beside.items()}
 
     def write_file(part: str, path: Path) -> None:
         settle_all(model.dits.networks)
         with finished_weights(model.optimizer, trainable.parameters):
-            writes[part](path, dtype, _metadata_now(plan, metadata[part], part))
+            writes[part](path, dtype, _metadata_now(plan, metadata[part], endings[part]))
 
     def write_average(part: str, path: Path) -> None:
         assert average is not None
         with average.in_place():
             of_average = {} if options.metadata.no_metadata else average.metadata
-            writes[part](path, dtype, _metadata_now(plan, metadata[part], part) | of_average)
+            writes[part](path, dtype, _metadata_now(plan, metadata[part], endings[part]) | of_average)
 
     if publisher is not None and is_first:
         published = PublishedRun(
             names=plan.names,
             is_lora=options.network is not None,
             release=plan.family.release,
-            metadata=_metadata_now(plan, next(iter(metadata.values()))),
+            metadata=_metadata_now(plan, next(iter(metadata.values())), next(iter(endings.values()))),
             prompts=[prompt for prompt in prompts if prompt],
         )
         publisher = publisher.about(published)
@@ -112,21 +113,18 @@ def make_saver(
     return saver
 
 
-def _metadata_now(plan: TrainingPlan, of_run: Mapping[str, str], part: str = "") -> dict[str, str]:
+def _metadata_now(plan: TrainingPlan, of_run: Mapping[str, str], ending: str) -> dict[str, str]:
     """Return the metadata of a file that is saved now. of_run: entries that stay the same over the run.
 
-    part: what ends the file's name.
+    ending: of the architecture of a network.
     """
     progress, family = plan.progress, plan.family
     epoch = progress.epoch + (progress.position > 0 or progress.step == 0)
     of_features: dict[str, str] = {}
     if not plan.options.metadata.no_metadata:
-        values = file_values(plan.options, progress)
-        of_features = {name: str(value) for name, value in values.items()}
-    taught = taught_word_of(family)
-    made = made_network_of(family)
-    if taught is not None and part == taught.word.text:
-        made = taught.network
+        of_features = {f"ss_{name}": str(value) for name, value in plan.joined.info.in_files.items()}
+        if plan.joined.on.before_step:  # steps may be left out
+            of_features["ss_skipped_steps"] = str(progress.skipped)
     return file_metadata(
         {**of_run, **of_features},
         plan.options,
@@ -136,7 +134,7 @@ def _metadata_now(plan: TrainingPlan, of_run: Mapping[str, str], part: str = "")
         now=datetime.now(),
         licence=family.release.licence if family.release.covers_all else None,
         tables=plan.config.datasets,
-        ending="lora" if made is None else made.ending,
+        ending=ending,
     )
 
 
@@ -195,7 +193,7 @@ def restore(model: TrainedModel) -> None:
         elif model.plan.splits_model:
             raise OptionError(
                 f"--resume {saved.folder}: the state of another program is not split over processes. Resume "
-                f"it without {splitting_option(model.plan.options.speed)} and save a state, which can be "
+                f"it without {model.plan.options.speed.joined.splits_weights} and save a state, which can be "
                 "split"
             )
         else:

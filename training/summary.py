@@ -22,14 +22,6 @@ from networks.options import NetworkOptions
 from running.planning.device_memory import MemoryWatch
 from training.checks import judge_rate
 from training.data.table_times import describe_times
-from training.features.composing import (
-    commands_at_end,
-    describe_targets,
-    kept_average,
-    parts_of_page,
-    result_rows,
-    start_rows,
-)
 from training.following import NextSteps, describe_elsewhere
 from training.metadata import continued_sizes
 from training.options import TrainingOptions
@@ -111,7 +103,7 @@ def _make_learning_rows(run: TrainingRun, parameters: Sequence[Tensor]) -> list[
         ("alpha", None if network is None or made is not None else judge_alpha(network, sizes)),
         ("data", _describe_data(plan)),
         ("timesteps", "\n".join(describe_times(options.timesteps, plan.config.datasets))),
-        ("targets", "\n".join(describe_targets(options)) or None),
+        ("targets", "\n".join(plan.joined.describe_targets()) or None),
         ("steps", _describe_length(plan)),
         ("learning rate", _describe_rates(options, run.model.trainable, made)),
         ("optimizer", f"{options.optimizer.optimizer_type or 'AdamW'}, seed {plan.progress.seed}"),
@@ -153,7 +145,7 @@ def _make_writing_rows(
         ("disk", _describe_disk(plan, parameters, dtype)),
         ("folder", str(plan.names.folder)),
         ("page", None if options.logs.no_page else str(page)),
-        *start_rows(options),
+        *plan.joined.info.at_start.items(),
     ]
 
 
@@ -177,7 +169,7 @@ def _describe_data(plan: TrainingPlan) -> str:
 def _describe_disk(plan: TrainingPlan, parameters: Sequence[Tensor], dtype: torch.dtype | None) -> str:
     """Return the room that the run's files need. parameters: the trained ones. dtype: see `show_start`."""
     counts = count_saves(plan.saving, plan.steps, plan.progress.step, plan.progress.epoch)
-    has_average = bool(kept_average(plan.options))
+    has_average = plan.joined.average is not None
     model, state = saved_bytes(parameters, dtype, has_average)
     family = plan.family
     if plan.options.network is None and trains_checkpoint(family):  # with what is frozen
@@ -259,7 +251,7 @@ def show_end(run: TrainingRun, story: history.Story, following: NextSteps) -> No
     rows += [
         ("best by validation", describe_best(story, names.folder, names.name) if story.validations else None),
         ("steps", _describe_speed(run.logs.clock)),
-        *result_rows(run.options, run.progress),
+        ("skipped steps", str(run.progress.skipped) if run.joined.on.before_step else None),
         ("average loss", f"{sum(losses) / len(losses):.4g}" if losses else None),
         ("samples", str(samples) if has_samples else None),
         ("page", None if logs.no_page else str(page_path(names.folder, names.name))),
@@ -300,7 +292,7 @@ def _list_commands(run: TrainingRun, story: history.Story, following: NextSteps)
     rows: list[Row] = [
         (command.heading, command.powershell if is_windows else command.bash) for command in commands
     ]
-    return rows + [(heading, as_typed(words)) for heading, words in commands_at_end(run.options)]
+    return rows + [(heading, as_typed(words)) for heading, words in run.joined.info.commands.items()]
 
 
 def describe_best(story: history.Story, folder: Path, name: str = "") -> str:
@@ -420,6 +412,8 @@ def make_reporter(plan: TrainingPlan, following: NextSteps, memory: MemoryWatch 
         process=history.describe_process(),
         written_in=str(real_path(names.folder)),
         working_folder=str(Path.cwd()),
+        charts=plan.joined.info.charts,
+        tiles=plan.joined.info.tiles,
     )
     return RunReporter(
         history=lines,
@@ -427,7 +421,6 @@ def make_reporter(plan: TrainingPlan, following: NextSteps, memory: MemoryWatch 
         step=progress.step,
         commands=following.commands,
         memory=lambda: list_memory(device, memory),
-        parts=parts_of_page(),
     )
 
 

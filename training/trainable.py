@@ -37,6 +37,14 @@ class Strength:
 
 
 @dataclass(frozen=True)
+class FileBeside:
+    """A file of a form of its own that a save writes next to the others."""
+
+    write: Write
+    ending: str  # of the architecture in its metadata, as "lora" is that of a LoRA
+
+
+@dataclass(frozen=True)
 class Trainable:
     """Hold the parameters for the optimizer, with functions on their modules for the loop."""
 
@@ -53,7 +61,7 @@ class Trainable:
     split: Mapping[Tensor, Tensor] = field(default_factory=dict)
     strength: Strength = field(default_factory=Strength)
     # what a save writes next to that, likewise: files of a form of their own
-    writes_beside: Mapping[str, Write] = field(default_factory=dict)
+    writes_beside: Mapping[str, FileBeside] = field(default_factory=dict)
     # how many steps a part of `modules` learns; those without an entry learn to the end
     until: Mapping[str, int] = field(default_factory=dict)
 

@@ -26,8 +26,7 @@ from modules.devices import dtype_of
 from running.planning.device_memory import MemoryWatch
 from training.data.feed import Feed
 from training.experts import AUTOCAST, ExpertNetworks
-from training.features.composing import join_streams
-from training.features.hooks import Average, Hooks, NetworkLoading
+from training.features.hooks import Average, JoinedRun, NetworkLoading
 from training.loss import Autocast, LossRule
 from training.optimizers.lr_schedule import LrSchedule
 from training.optimizers.stepping import FusedBackward, StepAfterBackward
@@ -170,7 +169,6 @@ class TrainedModel:
     schedule: LrSchedule
     scaler: torch.amp.GradScaler  # of fp16 gradients; off for others
     stepping: StepAfterBackward | FusedBackward
-    hooks: Hooks  # of the run's features
     average: Average | None = None  # of the trained weights; None: no feature keeps one
 
     @property
@@ -240,7 +238,7 @@ class TrainingRun:
         experts = self.family.experts
         if len(experts) > 1:
             return tuple(expert.name for expert in experts)
-        is_split = sound_of(self.family) is not None and not join_streams(self.options)
+        is_split = sound_of(self.family) is not None and not self.joined.joins_streams
         return (PICTURE_STREAM, SOUND_STREAM) if is_split else ()
 
     @functools.cached_property
@@ -248,7 +246,7 @@ class TrainingRun:
         """Return the names of the values with a sum and a count in the rows of steps: the parts, then those
         of features.
         """
-        further = [name for tally in self.model.hooks.tallies for name in tally.names]
+        further = [name for tally in self.joined.tallies for name in tally.names]
         return (*self.parts, *further)
 
     @property
@@ -258,6 +256,10 @@ class TrainingRun:
     @property
     def options(self) -> TrainingOptions:
         return self.model.plan.options
+
+    @property
+    def joined(self) -> JoinedRun:
+        return self.model.plan.joined
 
     @property
     def family(self) -> Family:

@@ -3,16 +3,16 @@
 import logging
 from collections.abc import Sequence
 
-from contract.made_networks import MadeNetwork
 from dataset.batches.items import TrainingItem
 from dataset.sources.captions import complete_caption, lines_of
 from dataset.sources.media_source import MediaSource
 from dataset.table import DatasetTable
+from training.made_networks import ReadCaptions
 
 logger = logging.getLogger(__name__)
 
 
-def check_captions(made: MadeNetwork, items: Sequence[TrainingItem]) -> None:
+def check_captions(read: ReadCaptions, items: Sequence[TrainingItem]) -> None:
     """Warn of captions that what learns in text encoders does not learn from. Raises DatasetError."""
     captions = [
         _complete(item.kind.caption(item.source_stem, number), item.table)
@@ -20,13 +20,13 @@ def check_captions(made: MadeNetwork, items: Sequence[TrainingItem]) -> None:
         if not item.table.is_reg  # which a LoRA next to it learns from
         for number in range(item.captions)
     ]
-    remark = made.check_captions(captions)
+    remark = read(captions)
     if remark:
         logger.warning("%s", remark)
 
 
 def check_source_captions(
-    made: MadeNetwork, listed: Sequence[tuple[DatasetTable, Sequence[MediaSource]]]
+    read: ReadCaptions, listed: Sequence[tuple[DatasetTable, Sequence[MediaSource]]]
 ) -> str:
     """Return a remark about the captions of the sources of tables, "" if there is none.
 
@@ -40,7 +40,7 @@ def check_source_captions(
         for caption in (source.caption, *source.more_captions)
         if caption is not None
     ]
-    return made.check_captions(captions) if captions else ""
+    return read(captions) if captions else ""
 
 
 def _complete(caption: str, table: DatasetTable) -> str:

@@ -26,7 +26,6 @@ from running.options import (
 )
 from running.planning import dry_run
 from running.planning.device_memory import CONTEXT, Room
-from running.ways.composing import splitting_option
 
 # cuBLAS needs a workspace for every thread that multiplies: the main one, and autograd's in training. torch
 # allocates it, so it is in `max_memory_allocated`. Source: CUDA semantics in torch's documentation,
@@ -129,7 +128,7 @@ GATHERED = 3  # blocks: one computes, one is gathered, and the buffer that it is
 
 def sharing_processes(speed: TrainingSpeedOptions | GenerationSpeedOptions) -> int:
     """Return the number of processes that share the transformer; --plan without a launcher: at least 2."""
-    if not splitting_option(speed):
+    if not speed.joined.splits_weights:
         return 1
     launched = launched_processes()
     if launched == 1 and speed.plan.is_planning:

@@ -3,11 +3,12 @@
 How they are divided is in `running/offload/passes.py`.
 """
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from modules.errors import OptionError
-from modules.options import Options, option
-from running.ways.contract import RunUses, WayToRun
+from modules.options import option
+from running.ways.contract import JoinedWays, RunUses, WayOptions, WayToRun
 
 if TYPE_CHECKING:
     import torch
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from running.offload.context import ProcessGrid
 
 
-class CfgParallelOptions(Options):
+class CfgParallelOptions(WayOptions, in_training=False):
     """Whether processes share the passes of a step."""
 
     cfg_parallel: bool = option(
@@ -26,7 +27,8 @@ class CfgParallelOptions(Options):
     )
 
 
-def _check(uses: RunUses, splitting: str) -> None:
+def _check(run: JoinedWays, uses: RunUses) -> None:
+    splitting = run.splits_weights
     if uses.calibrates:
         raise OptionError(
             "--cfg_parallel: a step cache is calibrated by one process, which sees all passes. Leave "
@@ -46,12 +48,16 @@ def _make_passes(grid: "ProcessGrid", in_lockstep: bool, device: "torch.device")
     return SharedPasses(grid, in_lockstep, device)
 
 
+def _join(run: JoinedWays, options: CfgParallelOptions) -> None:
+    run.typed.append("--cfg_parallel")
+    run.divides_passes = "--cfg_parallel"
+    run.on.check.append(partial(_check, run))
+    run.on.passes.append(_make_passes)
+
+
 CFG_PARALLEL = WayToRun(
     name="cfg_parallel",
     options=CfgParallelOptions,
-    typed=lambda options: "--cfg_parallel" if options.cfg_parallel else "",
-    in_training=False,
-    divides_passes=True,
-    check=_check,
-    make_passes=_make_passes,
+    is_on=lambda options: options.cfg_parallel,
+    join=_join,
 )

@@ -3,11 +3,12 @@
 How they are exchanged is in `running/offload/context.py`.
 """
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from modules.errors import OptionError
-from modules.options import SETTING, Options, option
-from running.ways.contract import RunUses, WayToRun
+from modules.options import OF_BLOCKS, SETTING, option
+from running.ways.contract import JoinedWays, RunUses, WayOptions, WayToRun, by_division
 
 if TYPE_CHECKING:
     import torch
@@ -16,7 +17,17 @@ if TYPE_CHECKING:
     from running.offload.context import ProcessGrid
 
 
-class ContextParallelOptions(Options):
+class ContextParallelOptions(
+    WayOptions,
+    keeps_pixels=True,
+    shares="tokens",
+    answer="--context_parallel N, which splits the tokens",
+    replaces={
+        "PARALLELISM_CONFIG_CP_SIZE": "accelerate's context parallelism (ring attention)",
+        "PARALLELISM_CONFIG_SP_SIZE": "DeepSpeed's sequence parallelism",
+        "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
+    },
+):
     """How many processes share the tokens of a clip."""
 
     context_parallel: int = option(
@@ -25,19 +36,16 @@ class ContextParallelOptions(Options):
         default=1,
         least=1,
         metavar="N",
-        facts=SETTING,
+        facts={**SETTING, **OF_BLOCKS, **by_division("context")},
     )
-
-
-def _typed(options: ContextParallelOptions) -> str:
-    return f"--context_parallel {options.context_parallel}" if options.context_parallel > 1 else ""
 
 
 def _check_launch(options: ContextParallelOptions, processes: int, times: int, uses: RunUses) -> None:
     if times > 1:
+        number = options.context_parallel
         raise OptionError(
-            f"{_typed(options)}: {processes} processes would make each prompt {times} times. Give "
-            f"--context_parallel {processes}, or start {options.context_parallel} processes"
+            f"--context_parallel {number}: {processes} processes would make each prompt {times} times. Give "
+            f"--context_parallel {processes}, or start {number} processes"
         )
     if uses.rewrites_prompts:
         raise OptionError(
@@ -52,22 +60,18 @@ def _finish(network: "nn.Module", grid: "ProcessGrid", device: "torch.device") -
     share_tokens(network, grid, device)
 
 
+def _join(run: JoinedWays, options: ContextParallelOptions) -> None:
+    typed = f"--context_parallel {options.context_parallel}"
+    run.typed.append(typed)
+    run.divides_tokens = typed
+    run.peers[typed] = options.context_parallel
+    run.on.launch.append(partial(_check_launch, options))
+    run.on.finish.append(_finish)
+
+
 CONTEXT_PARALLEL = WayToRun(
     name="context_parallel",
     options=ContextParallelOptions,
-    typed=_typed,
-    keeps_pixels=True,
-    of_blocks=True,
-    divides_tokens=True,
-    peers=lambda options: options.context_parallel,
-    replaces={
-        "PARALLELISM_CONFIG_CP_SIZE": "accelerate's context parallelism (ring attention)",
-        "PARALLELISM_CONFIG_SP_SIZE": "DeepSpeed's sequence parallelism",
-        "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
-    },
-    answer="--context_parallel N, which splits the tokens",
-    shares="tokens",
-    check_launch=_check_launch,
-    in_division=lambda division: division.context,
-    finish=_finish,
+    is_on=lambda options: options.context_parallel > 1,
+    join=_join,
 )

@@ -1,12 +1,14 @@
-"""What a way to run a transformer is: one record, of which options, checks, phases and plans read their part.
+"""What a way to run a transformer is.
 
 A way is one light file, and its line in `running/ways/__init__.py`. What it does to a network is in
-`running/offload/`. No phase names a way: what they ask all ways for is in `composing.py`.
+`running/offload/`. No phase names a way, or asks one: a way that is on joins the run (`JoinedWays`) and
+writes into it.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from math import prod
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from modules.options import Options
 
@@ -34,6 +36,9 @@ class SpeedOptions(Protocol):
 
     @property
     def swap(self) -> SwapsBlocks: ...
+
+    @property
+    def joined(self) -> "JoinedWays": ...
 
 
 class FurtherModel(NamedTuple):
@@ -68,38 +73,81 @@ class Division:
     context: int = 1  # cards that share the tokens of a clip
 
 
+def by_division(part: str) -> dict[str, str]:
+    """Return the fact of an option whose value a `Division` says, in this field."""
+    return {"division": part}
+
+
+class WayOptions(Options):
+    """Base of the options of a way.
+
+    in_training: trainings have them too. keeps_pixels: a generation makes the same pixels with it, to the
+    bit. shares: what processes share by it, in a word. answer: its option, and what it does, for somebody who
+    asks accelerate's launcher to split. replaces: variables that ask it so -> what that is called.
+    """
+
+    in_training: ClassVar[bool]
+    keeps_pixels: ClassVar[bool]
+    shares: ClassVar[str]
+    answer: ClassVar[str]
+    replaces: ClassVar[Mapping[str, str]]
+
+    def __init_subclass__(
+        cls,
+        in_training: bool = True,
+        keeps_pixels: bool = False,
+        shares: str = "",
+        answer: str = "",
+        replaces: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init_subclass__()
+        cls.in_training, cls.keeps_pixels, cls.shares = in_training, keeps_pixels, shares
+        cls.answer, cls.replaces = answer, replaces or {}
+
+
+@dataclass(frozen=True)
+class WayHooks:
+    """The points that a run comes to. At each, ways act in the order of their list."""
+
+    # given --mixed_precision of a whole model that learns: raises OptionError
+    whole: list[Callable[[str], None]] = field(default_factory=list)
+    check: list[Callable[[RunUses], None]] = field(default_factory=list)  # given the run: raises OptionError
+    # given the number of processes, how often they would make each prompt, and the run: raises OptionError
+    launch: list[Callable[[int, int, RunUses], None]] = field(default_factory=list)
+    # given the device: where blocks are put while loading; None: this process has them alone
+    place: "list[Callable[[torch.device], BlockPlace | None]]" = field(default_factory=list)
+    # given a network, the places of all processes and the device: acts on it after all other changes
+    finish: "list[Callable[[nn.Module, ProcessGrid, torch.device], None]]" = field(default_factory=list)
+    # given the places of all processes, whether weights are split, and the device: runs the passes of a step
+    passes: "list[Callable[[ProcessGrid, bool, torch.device], RunPasses]]" = field(default_factory=list)
+
+
+@dataclass
+class JoinedWays:
+    """How a transformer runs, as the ways that are on have joined it. Options are as a user types them."""
+
+    speed: SpeedOptions
+    typed: list[str] = field(default_factory=list)  # of all these ways
+    # that splits each block over processes: all run the same passes at the same time, and swap no block
+    splits_weights: str = ""
+    divides_tokens: str = ""  # each process has some of the tokens of a clip
+    divides_passes: str = ""  # the processes that are left over share the passes of a step
+    # option -> processes that share a micro-batch, or a pass of a step
+    peers: dict[str, int] = field(default_factory=dict)
+    alone: dict[str, str] = field(default_factory=dict)  # option -> what a single process does with it
+    for_generation: dict[str, bool] = field(default_factory=dict)  # that a LoRA needs in generation as well
+    on: WayHooks = field(default_factory=WayHooks)
+
+    @property
+    def num_peers(self) -> int:
+        return prod(self.peers.values())
+
+
 @dataclass(frozen=True, eq=False, repr=False)  # compared as objects, never printed
 class WayToRun:
-    """A way to run a transformer. The fields after `typed` may be left out."""
+    """A way to run a transformer."""
 
     name: str  # of its option
-    options: type[Options]  # declared in its file; parser and --help are composed of the list
-    typed: Callable[[Any], str]  # given its options: as they are typed; "": it is off
-    in_training: bool = True  # trainings have it too
-    keeps_pixels: bool = False  # a generation makes the same pixels with it, to the bit
-    of_blocks: bool = False  # it acts on the blocks of a transformer: models without such blocks refuse it
-    # each process has a part of every block: all run the same passes at the same time, and swap no block
-    splits_weights: bool = False
-    divides_tokens: bool = False  # each process has some of the tokens of a clip
-    divides_passes: bool = False  # the processes that are left over share the passes of a step
-    peers: Callable[[Any], int] | None = None  # given its options: processes that share a micro-batch or clip
-    alone: str = ""  # what a single process does with it, for a warning of trainings
-    # of accelerate's launcher: variables that ask for another way to split -> what that is called
-    replaces: Mapping[str, str] = field(default_factory=dict)
-    answer: str = ""  # to these: its option, and what it does
-    shares: str = ""  # what processes share by it, in a word
-    # the next four raise OptionError for what it does not go with, and are asked only if it is on
-    refuse: Callable[[SpeedOptions], None] | None = None  # other options of memory and speed
-    refuse_whole: Callable[[str], None] | None = None  # given --mixed_precision of a whole model that learns
-    check: Callable[[RunUses, str], None] | None = None  # given the run, and the option that splits weights
-    # given its options, the number of processes, how often they would make each prompt, and the run
-    check_launch: Callable[[Any, int, int, RunUses], None] | None = None
-    for_generation: bool = False  # a LoRA needs it in generation as well, in as many processes
-    # given a division of a step among cards: the value of its option
-    in_division: Callable[[Division], Any] | None = None
-    # given the device: where blocks are put while loading; None: this process has them alone
-    make_place: "Callable[[torch.device], BlockPlace | None] | None" = None
-    # given a network, the places of all processes and the device: acts on the network after all other changes
-    finish: "Callable[[nn.Module, ProcessGrid, torch.device], None] | None" = None
-    # given the places of all processes, whether weights are split, and the device: runs the passes of a step
-    make_passes: "Callable[[ProcessGrid, bool, torch.device], RunPasses] | None" = None
+    options: type[WayOptions]
+    is_on: Callable[[Any], bool]  # given its options
+    join: Callable[[JoinedWays, Any], None]  # given a run and its options, if it is on: raises OptionError

@@ -7,8 +7,8 @@ How they are split and gathered is in `running/offload/sharding.py`; a whole mod
 from typing import TYPE_CHECKING
 
 from modules.errors import OptionError
-from modules.options import Options, option
-from running.ways.contract import RunUses, SpeedOptions, WayToRun
+from modules.options import OF_BLOCKS, option
+from running.ways.contract import JoinedWays, RunUses, WayOptions, WayToRun, by_division
 
 if TYPE_CHECKING:
     import torch
@@ -16,23 +16,27 @@ if TYPE_CHECKING:
     from contract.loading import BlockPlace
 
 
-class ShardBaseOptions(Options):
+class ShardBaseOptions(
+    WayOptions,
+    keeps_pixels=True,
+    shares="weights",
+    answer="--shard_base, which splits the model",
+    replaces={
+        "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+        "ACCELERATE_USE_FSDP": "accelerate's FSDP",
+        "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM (tensor and pipeline parallelism)",
+        "PARALLELISM_CONFIG_TP_SIZE": "tensor parallelism",
+        "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
+    },
+):
     """Whether processes share the weights of the transformer."""
 
     shard_base: bool = option(
         "with several processes (accelerate launch --multi_gpu --num_processes N): each keeps a part of "
         "every block of the transformer, frozen or trained, and of large text encoders, and gathers a block "
         "when it runs. Embeddings, LoRAs and the VAE are in every process",
+        facts={**OF_BLOCKS, **by_division("shards")},
     )
-
-
-def _refuse(speed: SpeedOptions) -> None:
-    if speed.swap.typed:
-        raise OptionError(
-            f"--shard_base and {speed.swap.typed} both say where the weights wait: in the other processes, "
-            "or in host memory. Give one of them; fp8 and more processes save memory together with "
-            "--shard_base"
-        )
 
 
 def _refuse_whole(precision: str) -> None:
@@ -43,7 +47,7 @@ def _refuse_whole(precision: str) -> None:
         )
 
 
-def _check(uses: RunUses, _: str) -> None:
+def _check(uses: RunUses) -> None:
     for model in uses.further_models:
         raise OptionError(
             f"{model.option} with --shard_base: {model.name} would not be split over the processes. Leave "
@@ -77,27 +81,26 @@ def _make_place(device: "torch.device") -> "BlockPlace | None":
     return ShardedBlocks(device, "--shard_base")
 
 
+def _join(run: JoinedWays, options: ShardBaseOptions) -> None:
+    swapping = run.speed.swap.typed
+    if swapping:
+        raise OptionError(
+            f"--shard_base and {swapping} both say where the weights wait: in the other processes, "
+            "or in host memory. Give one of them; fp8 and more processes save memory together with "
+            "--shard_base"
+        )
+    run.typed.append("--shard_base")
+    run.splits_weights = "--shard_base"
+    run.alone["--shard_base"] = "holds the whole model"
+    run.for_generation["--shard_base"] = True
+    run.on.whole.append(_refuse_whole)
+    run.on.check.append(_check)
+    run.on.place.append(_make_place)
+
+
 SHARD_BASE = WayToRun(
     name="shard_base",
     options=ShardBaseOptions,
-    typed=lambda options: "--shard_base" if options.shard_base else "",
-    keeps_pixels=True,
-    of_blocks=True,
-    splits_weights=True,
-    alone="holds the whole model",
-    replaces={
-        "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-        "ACCELERATE_USE_FSDP": "accelerate's FSDP",
-        "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM (tensor and pipeline parallelism)",
-        "PARALLELISM_CONFIG_TP_SIZE": "tensor parallelism",
-        "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
-    },
-    answer="--shard_base, which splits the model",
-    shares="weights",
-    refuse=_refuse,
-    refuse_whole=_refuse_whole,
-    check=_check,
-    for_generation=True,
-    in_division=lambda division: division.shards,
-    make_place=_make_place,
+    is_on=lambda options: options.shard_base,
+    join=_join,
 )

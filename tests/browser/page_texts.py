@@ -69,11 +69,15 @@ def list_program_texts(path: Path) -> Iterator[str]:
 
 
 def list_chart_titles() -> Iterator[str]:
-    """Yield the titles of the charts that features draw."""
+    """Yield the titles of the charts of numbers that features record."""
     for path in (ROOT / "training/features").glob("*.py"):
         for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "Chart":
-                yield ast.literal_eval(call.args[3])
+            if (
+                isinstance(call, ast.Call)
+                and isinstance(call.func, ast.Name)
+                and call.func.id == "NumberChart"
+            ):
+                yield ast.literal_eval(call.args[0])
 
 
 def list_script_texts(path: Path) -> Iterator[str]:

@@ -207,7 +207,7 @@ def test_multipliers_without_a_file_are_told(tmp_path: Path, caplog: pytest.LogC
     lora("--lora_weight", str(file), "--lora_multiplier", "0.5")
     assert not caplog.text
     lora("--lora_weight", str(file), "--lora_multiplier", "1", "0.5", "2")
-    base("--base_weights", str(file), "--base_weights_multiplier", "1", "3")
+    base("--base_weights", str(file), "--base_weights_multiplier", "1", "3").multipliers(warns=True)
     assert "--lora_multiplier: 0.5 2 is ignored" in caplog.text
     assert "--base_weights_multiplier: 3 is ignored" in caplog.text
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from running.routes import Route, routed
 from running.run_blocks import runner_of, spec_of
 from tests.tiny.dits import DITS, TinyDit, dit_called
+from training.features.tread_runner import Route, routed
 from wan.model import WanModel
 
 SIZE = (1, 8, 8, 5)

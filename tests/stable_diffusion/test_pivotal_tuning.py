@@ -33,10 +33,10 @@ from tests.stable_diffusion.test_training_step import CPU, make_batch, make_fami
 from tests.tiny.stable_diffusion import write_sd1, write_sdxl
 from training.data.live import LiveTexts
 from training.features.embedding import EmbeddingOptions
+from training.features.embedding_rows import make_word_rows
 from training.saving.files import Names, find_results
 from training.targets.passes import training_loss
 from training.trainable import train_network
-from training.word_rows import make_word_rows
 
 __all__ = ("folder",)
 
@@ -62,8 +62,8 @@ def test_two_steps_are_those_of_plain_torch(kind: str, tmp_path: Path) -> None:
     texts = LiveTexts(encoders, taught=encoders)
     texts.load(CPU)
     assert texts.networks == {}
-    rows = make_word_rows(family, texts.taught_networks, seed=3)
-    assert rows is not None
+    assert family.taught_word is not None
+    rows = make_word_rows(family.taught_word, False, texts.taught_networks, seed=3, with_values=True)
     trainable = train_network(network, (1.0, None, None), max_norm=None, device=CPU)
     trainable = rows.add_to(trainable, learning_rate=1.0, total_steps=2, device=CPU)
     plain_rows = {name: Parameter(tensor.detach().clone()) for name, tensor in rows.module.named_parameters()}

@@ -7,7 +7,6 @@ import pytest
 from modules.errors import CheckpointError
 from tests import deleting
 from tests.training import toy
-from training.features.composing import claim_progress
 from training.features.skip import SkipProgress
 from training.resuming import first_progress
 from training.saving.states import SavedState, read_state
@@ -56,16 +55,24 @@ def test_what_a_feature_remembers_is_next_to_the_progress_of_the_run_in_a_state(
 def test_a_state_of_before_a_feature_begins_with_its_usual_values() -> None:
     progress = Progress.of_state({"seed": 1, "session_id": 2, "started_at": 3.0, "step": 7})
 
-    claim_progress(progress)
-
     assert progress.step == 7
     assert progress.of(SkipProgress) == SkipProgress()
 
 
-@pytest.mark.parametrize("values", [{"norms": 5}, {"bad_in_a_row": "1"}, {"letters": 1}])
-def test_values_of_another_type_or_of_nobody_are_an_error_of_the_state(
-    tmp_path: Path, values: dict[str, object]
-) -> None:
+def test_what_a_feature_that_is_off_remembered_stays_in_states(tmp_path: Path) -> None:
+    toy.write_caches(tmp_path)
+    toy.train_toy(tmp_path, "--max_train_steps", 2, "--save_state", "--skip_bad_steps", 3)
+    state = tmp_path / "output" / "x-state"
+    toy.train_toy(tmp_path, "--max_train_steps", 4, "--save_state", "--resume", state)
+
+    resumed = read_state(state)
+    assert isinstance(resumed, SavedState)
+    assert resumed.progress.step == 4
+    assert resumed.progress.unclaimed.keys() == {"bad_in_a_row", "spikes_in_a_row", "norms"}
+
+
+@pytest.mark.parametrize("values", [{"norms": 5}, {"bad_in_a_row": "1"}])
+def test_values_of_another_type_are_an_error_of_the_state(tmp_path: Path, values: dict[str, object]) -> None:
     toy.write_caches(tmp_path)
     toy.train_toy(tmp_path, "--max_train_steps", 2, "--save_state")
     state = read_state(tmp_path / "output" / "x-state")
@@ -73,4 +80,4 @@ def test_values_of_another_type_or_of_nobody_are_an_error_of_the_state(
     state.progress.unclaimed.update(values)
 
     with pytest.raises(CheckpointError, match=next(iter(values))):
-        first_progress(toy.toy_options(tmp_path), state)
+        first_progress(toy.toy_options(tmp_path, "--skip_bad_steps", 3), state)

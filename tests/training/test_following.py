@@ -53,6 +53,7 @@ def plan_of(options: TrainingOptions, folder: Path, family: str = "hunyuan_video
     """The facts of a plan that stand in commands."""
     return SimpleNamespace(
         options=options,
+        joined=options.joined,
         names=Names(folder, "x"),
         steps=SimpleNamespace(total_steps=40),
         accelerator=SimpleNamespace(num_processes=processes),

@@ -25,7 +25,7 @@ from modules.parser import add_options
 from tests.golden_cases import read_case
 from tests.training.toy import LATENT, ToyFamily, record_encoders, toy_options, train_toy, write_caches
 from training.features.contract import KEPT
-from training.features.output_preservation import preserve_output
+from training.features.output_preservation import preserve
 from training.features.teacher_passes import TeacherTarget, Teaching, teach_as_base
 from training.loss import PLAIN_LOSS, LossRule, NoisyBatch, compared, element_errors, find_thresholds
 from training.noise_options import PREDICTIONS, LossOptions
@@ -223,9 +223,8 @@ def test_preserved_samples_and_a_teachers_share_are_compared_with_the_base_model
     teaching = Teaching(TeacherTarget(teacher_weight), teach_as_base)
     rule = LossRule(
         as_base=lambda: saying(dit, 0.25),
-        revise_comparisons=[teaching.compare] if teacher_weight else (),
         kept_attributes=frozenset({KEPT}),
-        own_targets=[preserve_output],
+        targets=[preserve, *([teaching.compare] if teacher_weight else [])],
     )
     errors = errors_of(batch, dit, rule=rule)
 
@@ -249,7 +248,7 @@ def test_a_teacher_is_told_dropped_captions_and_the_first_frame() -> None:
     batch = noisy_batch().moved(lambda tensor: tensor.repeat(1, 1, 3, 1, 1) if tensor.ndim == 5 else tensor)
     batch = with_batch(batch, undropped={"letters": [torch.full((1, 1), 7.0), torch.ones(3, 1)]})
     teaching = Teaching(TeacherTarget(1.0), teach_as_base)
-    rule = LossRule(as_base=lambda: saying(dit, 0.75), revise_comparisons=[teaching.compare])
+    rule = LossRule(as_base=lambda: saying(dit, 0.75), targets=[teaching.compare])
 
     errors = errors_of(batch, dit, Watching(fuller=(CAPTION, FIRST_FRAME)), rule)
     assert errors.tolist() == [0.25**2, 0.25**2]

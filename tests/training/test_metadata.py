@@ -41,6 +41,7 @@ def make_plan(options: TrainingOptions, folder: str, name: str, **family: str) -
     table = SimpleNamespace(describe=lambda: {"resolution": [64, 64], "image_directory": folder})
     return SimpleNamespace(
         options=options,
+        joined=options.joined,
         family=SimpleNamespace(
             name=name,
             metadata={**FAMILY, **family},

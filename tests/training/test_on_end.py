@@ -138,7 +138,7 @@ def test_a_command_that_fails_or_does_not_end_is_a_warning(
 def test_it_starts_once_whoever_asks(tmp_path: Path) -> None:
     options = toy.toy_options(tmp_path, "--on_end", command(tmp_path), "--max_train_epochs", 2)
 
-    with end_of_run(options) as end:
+    with end_of_run(options.joined) as end:
         act_at_end(end, UserError("the processes have not joined yet"))
         end.is_due = True
         act_at_end(end, UserError("process 1 was lost"))
@@ -173,7 +173,7 @@ def test_what_cannot_be_started_is_refused_when_it_is_typed(
     (tmp_path / "plain").touch(mode=0o644)
 
     with pytest.raises(OptionError) as refusal:
-        EndOptions(on_end=typed)
+        _ = EndOptions(on_end=typed).words
 
     assert message in str(refusal.value)
     assert refusal.value.exit_code == 2

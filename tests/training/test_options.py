@@ -334,7 +334,7 @@ def test_every_option_of_training_says_whether_a_resumed_run_may_change_it(recor
     assert {
         name
         for name, facts in facts_of(record).items()
-        if facts.get("resume") not in {"identity", "habit", "free"}
+        if facts.get("resume") not in {"identity", "habit", "free", "names"}
     } == set()
 
 

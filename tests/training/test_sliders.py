@@ -11,7 +11,7 @@ from torch.nn.functional import mse_loss
 from modules.errors import DatasetError, OptionError
 from tests.training import toy
 from tests.training.test_targets import Step, write_project
-from training.features.slider_passes import read_sliders
+from training.features.slider_file import read_sliders
 from training.run import prepare_run
 from training.targets.passes import loss_passes
 

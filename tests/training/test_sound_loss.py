@@ -17,7 +17,7 @@ from contract.steps import NO_TWEAKS, Tweaks
 from tests.training.toy import LATENT, ToyFamily
 from training.data.feed import Randomness
 from training.data.timesteps import draw
-from training.features.guided import GuidedTarget, guide
+from training.features.guided import GuidedTarget, guide_clip
 from training.features.teacher_errors import Split
 from training.features.teacher_passes import TeacherTarget, Teaching, teach_as_base
 from training.loss import PLAIN_LOSS, LossRule, NoisyBatch
@@ -121,7 +121,7 @@ def test_a_guided_target_has_a_scale_for_each_stream_and_the_levels_of_each() ->
     assert noisy.sound is not None
     noisy = replace(noisy, batch=replace(noisy.batch, empty_text={"letters": [torch.zeros(1, 1)] * 2}))
     lowest = min(noisy.levels) + 1e-3  # one picture is below it
-    rule = LossRule(make_target=[partial(guide, GuidedTarget(3.0, 2.0, lowest))])
+    rule = LossRule(targets=[partial(guide_clip, GuidedTarget(3.0, 2.0, lowest))])
 
     streams = measure_streams(Hearing(), nn.Identity(), noisy, nullcontext, rule)
 
@@ -152,7 +152,7 @@ def test_the_colour_of_a_teacher_is_of_the_picture_alone() -> None:
 
     noisy = drawn(batch_of(True))
     teaching = Teaching(TeacherTarget(1.0, split=Split(1.0, 0.25)), teach_as_base)
-    rule = LossRule(as_base=as_base, revise_comparisons=[teaching.compare])
+    rule = LossRule(as_base=as_base, targets=[teaching.compare])
 
     picture, heard = measure_streams(Shifted(), nn.Identity(), noisy, nullcontext, rule)
 

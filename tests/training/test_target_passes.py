@@ -15,10 +15,11 @@ from contract.data import FIRST_FRAME, HAS_SOUND, Batch
 from tests.training import toy
 from training.features.blank_prior import blank_pass
 from training.features.contract import KEPT
-from training.features.guided import GuidedTarget, guide
-from training.features.output_preservation import preserve_output
+from training.features.guided import GuidedTarget, guide_clip
+from training.features.output_preservation import preserve
 from training.features.preference_pairs import add_streams, join_pairs
-from training.features.slider_passes import Slider, SliderFile, SliderTarget, slider_passes
+from training.features.slider_file import Slider, SliderFile
+from training.features.slider_passes import SliderTarget, slider_passes
 from training.features.teacher_errors import Split, split_errors
 from training.features.teacher_passes import (
     BALANCE,
@@ -104,7 +105,7 @@ def velocity_of(noisy_batch: NoisyBatch) -> Tensor:
 
 def test_a_sample_at_the_lowest_level_is_guided() -> None:
     guided = GuidedTarget(scale=3.0, sound_scale=2.0, lowest_level=0.5)
-    step = Step(make_target=[partial(guide, guided)])
+    step = Step(targets=[partial(guide_clip, guided)])
     noisy_batch = make_batch(0.5, 0.499)
 
     away = step.predict(replace(noisy_batch, batch=noisy_batch.batch.with_empty_text()))
@@ -117,7 +118,7 @@ def test_a_sample_at_the_lowest_level_is_guided() -> None:
 def test_an_anchor_has_its_weight_and_its_balance() -> None:
     band = Band(0.0, 0.5)
     teaching = Teaching(TeacherTarget(0.7, band=band, anchor_weight=0.5), teach_as_base)
-    step = Step(revise_comparisons=[teaching.compare])
+    step = Step(targets=[teaching.compare])
     noisy_batch = replace(make_batch(0.5, 0.6), notes={BALANCE: 2.0})
 
     output, base = step.predict(noisy_batch), step.predict_base(noisy_batch)
@@ -141,7 +142,7 @@ def test_processes_that_share_a_model_run_the_base_model_for_every_batch(
     attributes: tuple[frozenset[str], ...],
 ) -> None:
     """What no sample asks for is dropped."""
-    step = Step(always_as_base=True, kept_attributes=frozenset({KEPT}), own_targets=[preserve_output])
+    step = Step(always_as_base=True, kept_attributes=frozenset({KEPT}), targets=[preserve])
     noisy_batch = make_batch(0.5, 0.6)
     noisy_batch = replace(noisy_batch, batch=replace(noisy_batch.batch, attributes=attributes))
 
@@ -155,8 +156,8 @@ def test_processes_that_share_a_model_run_the_base_model_for_every_batch(
 
 
 def test_random_numbers_of_the_network_begin_anew_before_each_pass_that_learns() -> None:
-    guided = partial(guide, GuidedTarget(3.0, 3.0, 0.0))
-    step = Step(make_target=[guided], further_passes=[partial(blank_pass, 0.5)])
+    guided = partial(guide_clip, GuidedTarget(3.0, 3.0, 0.0))
+    step = Step(targets=[guided], passes=[partial(blank_pass, 0.5)])
     step.loss(make_batch(0.5))
     assert step.events == [BASE, RESTART, LEARNING, RESTART, RESTART, LEARNING]
 

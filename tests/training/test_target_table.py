@@ -18,24 +18,25 @@ from contract.family import Abilities
 from contract.steps import NO_TWEAKS, Tweaks
 from modules.errors import OptionError
 from modules.options import Options
-from running.routes import Route, routed
 from running.run_blocks import runner_of
 from tests.training import toy
 from tests.training.toy_images import train_image_toy, write_subset
 from training.features.blank_prior import BlankPriorOptions, blank_pass
 from training.features.contract import KEPT
-from training.features.guided import GuidedTarget, GuidedTargetOptions, guide
+from training.features.guided import GuidedTarget, GuidedTargetOptions, guide_clip
 from training.features.hooks import Tally
 from training.features.ip_noise import IpNoiseOptions
 from training.features.mask_prior import MaskPriorOptions, compare_outside_masks
-from training.features.output_preservation import preserve_output
+from training.features.output_preservation import preserve
 from training.features.preference import PreferenceOptions
 from training.features.preference_pairs import Preference, pair_passes
 from training.features.slider import SliderOptions
-from training.features.slider_passes import Slider, SliderFile, SliderTarget, slider_passes
+from training.features.slider_file import Slider, SliderFile
+from training.features.slider_passes import SliderTarget, slider_passes
 from training.features.teacher_options import TeacherOptions
 from training.features.teacher_passes import Band, TeacherTarget, Teaching, teach_as_base
 from training.features.tread import TreadOptions, check_tread
+from training.features.tread_runner import Route, routed
 from training.loss import MASK, LossRule, NoisyBatch, NoisySound
 from training.noise_options import L2, LossOptions
 from training.options import TrainedNetworkOptions, TrainingOptions
@@ -198,25 +199,28 @@ def losses_of(names: tuple[str, ...], noisy_batch: NoisyBatch) -> Tensor:
         dit.strength = before
 
     family = LinearFamily()
+    changes: dict[str, Any] = {
+        "guided": partial(guide_clip, GUIDED),
+        "mask_prior_weight": partial(compare_outside_masks, MASK_PRIOR),
+        "teacher": Teaching(TEACHER, teach_as_base).compare,
+    }
     rule = LossRule(
         LossOptions.usual(loss_type="l1") if "loss_type" in names else L2,
         as_base=lambda: at_strength(0.0),
         kept_attributes=frozenset({KEPT}),
-        own_targets=[preserve_output],
-        make_target=[partial(guide, GUIDED)] if "guided" in names else (),
-        compare=[partial(compare_outside_masks, MASK_PRIOR)] if "mask_prior_weight" in names else (),
-        further_passes=[partial(blank_pass, BLANK_PRIOR)] if "blank_prior_weight" in names else (),
-        revise_comparisons=[Teaching(TEACHER, teach_as_base).compare] if "teacher" in names else (),
+        targets=[preserve, *(change for name, change in changes.items() if name in names)],
+        passes=[partial(blank_pass, BLANK_PRIOR)] if "blank_prior_weight" in names else (),
+        has_own_pass="preference" in names or "slider" in names,
     )
     if "preference" in names:
-        rule = replace(rule, other_passes=[partial(pair_passes, PREFERENCE, Tally(("a", "b", "c")))])
+        rule = replace(rule, passes=[partial(pair_passes, PREFERENCE, Tally(("a", "b", "c")))])
     if "tread" in names:
         route = Route(0, -1, lambda grid: torch.zeros(1))
-        rule = replace(rule, learning_pass=[lambda dit, _: routed(dit, route)])
+        rule = replace(rule, learning_pass=[lambda dit, _, seed: routed(dit, route)])
     if "slider" in names:
         encoded = {text: {"letters": torch.full((1, 1), value)} for text, value in CAPTIONS.items()}
         target = SliderTarget(SliderFile(GUIDANCE, (SLIDER,)), encoded, frozenset({"letters"}))
-        rule = replace(rule, other_passes=[partial(slider_passes, target, at_strength)])
+        rule = replace(rule, passes=[partial(slider_passes, target, at_strength)])
     with at_strength(noisy_batch.batch.network_multiplier):
         passes = loss_passes(family, dit, noisy_batch, contextlib.nullcontext, rule)
         return sum((stream for streams in passes for stream in streams), torch.zeros(()))
@@ -410,15 +414,9 @@ WITHOUT_SAY = {
     # of pairs; in the weights of a `NoisyBatch`; the entry "preserved"
     | {"worse", "loss_weights", "attributes"},
     NoisyBatch: {"batch", "noise", "sigmas", "timesteps", "levels", "expert", "number", "notes"},
-    LossRule: {"options", "prediction", "as_base", "always_as_base", "kept_attributes", "other_passes"}
-    | {
-        "own_targets",
-        "make_target",
-        "compare",
-        "revise_comparisons",
-        "further_passes",
-    }  # functions of targets
-    | {"in_lockstep", "learning_pass", "seed_networks"},
+    LossRule: {"options", "prediction", "as_base", "always_as_base", "kept_attributes"}
+    | {"targets", "passes", "has_own_pass"}  # functions of targets
+    | {"in_lockstep", "learning_pass", "seed", "seed_networks"},
 }
 
 
@@ -461,7 +459,7 @@ OF_NO_TARGET = {
         "PlanOptions",
         "FrozenModelOptions",
     ),
-    *("FeatureOptions", "OutputPreservationOptions", "EmbeddingOptions", "ItemLossOptions"),
+    *("OptionsOfFeatures", "OutputPreservationOptions", "EmbeddingOptions", "ItemLossOptions"),
 }
 
 
@@ -492,5 +490,5 @@ def test_every_option_of_a_target_is_in_the_table(tmp_path: Path) -> None:
     options = toy.toy_options(tmp_path, *itertools.chain.from_iterable(usual.items()))
     entered = {str(words[0]) for name, words in WORDS.items() if name != "slider"}
 
-    assert {words.partition(" ")[0] for words in options.typed_targets} == set(usual)
+    assert {target.option.partition(" ")[0] for target in options.joined.targets} == set(usual)
     assert set(usual) | {"--teacher", "--preference"} == entered

@@ -4,5 +4,4 @@ feed: prepare micro-batches early, in workers if any
 live: texts that are encoded while training
 timesteps: draw timesteps, and weight losses
 table_times: timesteps of each dataset table
-focus: what makes up for a focus in a band
 """

@@ -2,11 +2,12 @@
 
 base_weights: merge LoRAs into the transformers before
 blank_prior: hold the network to the model for the empty prompt
-composing: what the phases of a run ask all features for
-contract: what a feature is, and where it acts
+composing: the options of all features, and the run that those which are on join
+contract: what a feature is, and how one is written
 ema: keep an average of the trained weights
 ema_weights: how this average is computed
 embedding: learn the vectors of a new word too
+embedding_rows: these vectors, next to the network
 guided: learn away from what is predicted for the empty prompt
 hooks: where features act in a run, and what they see
 ip_noise: mix in further noise, which is not to be predicted
@@ -21,14 +22,18 @@ show_timesteps: show which timesteps would be drawn
 show_timesteps_drawing: count and draw them
 skip: leave out steps that went wrong, and remember them
 slider: slide between the captions of a file
-slider_passes: a file of captions to slide between, and its passes
+slider_file: a file of captions to slide between
+slider_passes: the passes of a slider
+step_targets: targets besides the clip, and their passes
 teacher: learn from a frozen model
+teacher_balance: what makes up for a focus in the teacher's band
 teacher_errors: size and direction of two predictions, compared apart
 teacher_model: another frozen model as a teacher, with its LoRAs
 teacher_options: which model teaches, and how it is compared
 teacher_passes: the comparison with the teacher, in its band and outside
 tread: let tokens pass by the middle blocks
 tread_routes: which tokens pass by the middle blocks
+tread_runner: the runner of such a pass
 trackers: send numbers and samples to TensorBoard, wandb and others
 trackers_options: which trackers get numbers, and whether they can
 trackers_sending: what sends them through the trackers of accelerate

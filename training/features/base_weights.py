@@ -3,21 +3,23 @@
 They are merged while a transformer is loaded; how is in `networks/apply.py`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from contract.families import HIGH_NOISE
 from modules.errors import OptionError
-from modules.options import FREE, HABIT, Options, option
+from modules.options import FREE, HABIT, HABIT_OF_NAMES, Options, option
 from networks.use_options import AUTO, lora_rounding_option, multipliers_for, require_loras
-from training.features.contract import AT_NETWORK, Feature
+from training.features.contract import AT_NETWORK, Feature, FeatureOptions
+from training.features.hooks import MergedLoras
 from training.learning_options import MERGED_BEFORE
 
 if TYPE_CHECKING:
     from contract.family import Family
     from contract.rules import Expert
-    from training.features.hooks import MergedLoras
+    from training.features.hooks import JoinedRun
 
 
 class HighNoiseBaseOptions(Options, title="two transformers"):
@@ -27,19 +29,13 @@ class HighNoiseBaseOptions(Options, title="two transformers"):
         "LoRA files added to --dit_high_noise before training; default: those of --base_weights. If "
         "given, --base_weights is for --dit only",
         place="there",
-        facts=FREE,
+        facts=HABIT_OF_NAMES,
     )
     base_weights_multiplier_high_noise: tuple[float, ...] | None = option(
         "strength of each file of --base_weights_high_noise; missing ones are 1",
         needs="base_weights_high_noise",
         facts=FREE,
     )
-
-    def __post_init__(self) -> None:
-        if self.base_weights_high_noise is not None and not self.base_weights_high_noise:
-            raise OptionError("--base_weights_high_noise has no file behind it: give one, or leave it out")
-        if self.base_weights_multiplier_high_noise is not None:
-            self.multipliers()
 
     def multipliers(self) -> tuple[float, ...]:
         return multipliers_for(
@@ -49,12 +45,11 @@ class HighNoiseBaseOptions(Options, title="two transformers"):
         )
 
 
-class BaseWeightsOptions(Options, title="network"):
+class BaseWeightsOptions(FeatureOptions, title="network", at=AT_NETWORK, why_not_whole=MERGED_BEFORE):
     """Which LoRAs are merged before a training, and how."""
 
-    # resuming compares their names
     base_weights: tuple[Path, ...] | None = option(
-        "LoRA files added to the model before training", place="there", facts=FREE
+        "LoRA files added to the model before training", place="there", facts=HABIT_OF_NAMES
     )
     base_weights_multiplier: tuple[float, ...] | None = option(
         "strength of each file of --base_weights; missing ones are 1", needs="base_weights", facts=HABIT
@@ -62,17 +57,10 @@ class BaseWeightsOptions(Options, title="network"):
     lora_rounding: str = lora_rounding_option(facts=HABIT)
     high_noise: HighNoiseBaseOptions | None
 
-    def __post_init__(self) -> None:
-        self.multipliers(warns=True)
-
     def multipliers(self, warns: bool = False) -> tuple[float, ...]:
         """Return one multiplier for each file of --base_weights, as `multipliers_for`."""
         multipliers = self.base_weights_multiplier or ()
         return multipliers_for(self.base_weights or (), multipliers, "--base_weights_multiplier", warns)
-
-    @property
-    def is_given(self) -> bool:
-        return bool(self.base_weights or self.high_noise_files or self.lora_rounding != AUTO)
 
     @property
     def high_noise_files(self) -> tuple[Path, ...]:
@@ -81,6 +69,7 @@ class BaseWeightsOptions(Options, title="network"):
 
 
 def _check(options: BaseWeightsOptions, family: "Family", counts: Sequence[int]) -> None:
+    options.multipliers(warns=True)
     files = (options.base_weights, options.high_noise_files)
     require_loras(options.lora_rounding, files, "--base_weights")
     experts = family.experts
@@ -90,10 +79,9 @@ def _check(options: BaseWeightsOptions, family: "Family", counts: Sequence[int])
         )
 
 
-def _read_merged(options: BaseWeightsOptions, expert: "Expert") -> "MergedLoras":
+def _read_merged(options: BaseWeightsOptions, expert: "Expert") -> MergedLoras:
     """Read the files for a transformer."""
     from networks.loading import read_use  # torch: only with such files
-    from training.features.hooks import MergedLoras
 
     files, multipliers = options.base_weights or (), options.multipliers()
     if expert.name == HIGH_NOISE and options.high_noise is not None and options.high_noise_files:
@@ -104,23 +92,27 @@ def _read_merged(options: BaseWeightsOptions, expert: "Expert") -> "MergedLoras"
     return MergedLoras(uses, options.lora_rounding)
 
 
-def _name_files(options: BaseWeightsOptions) -> Mapping[str, Any]:
-    names = {"--base_weights": ", ".join(path.name for path in options.base_weights or ()) or None}
-    if options.high_noise_files:
-        names["--base_weights_high_noise"] = ", ".join(path.name for path in options.high_noise_files)
-    return names
+def _join(run: "JoinedRun", options: BaseWeightsOptions) -> None:
+    high_noise = options.high_noise
+    if high_noise is not None and high_noise.base_weights_high_noise == ():
+        raise OptionError("--base_weights_high_noise has no file behind it: give one, or leave it out")
+    options.multipliers()  # raises OptionError
+    if high_noise is not None:
+        high_noise.multipliers()
+    # a LoRA that undoes a distillation may be among them
+    run.keeps_steps = run.keeps_steps or bool(options.base_weights)
+    run.merge = partial(_read_merged, options)
+    run.on.check.append(partial(_check, options))
+
+
+def _is_given(options: BaseWeightsOptions) -> bool:
+    high_noise = None if options.high_noise is None else options.high_noise.base_weights_high_noise
+    return options.base_weights is not None or high_noise is not None or options.lora_rounding != AUTO
 
 
 BASE_WEIGHTS = Feature(
     name="base_weights",
     options=BaseWeightsOptions,
-    options_by_expert=HighNoiseBaseOptions,
-    place=AT_NETWORK,
-    is_on=lambda options: options.is_given,
-    why_not_whole=MERGED_BEFORE,
-    check=_check,
-    merged=_read_merged,
-    # a LoRA that undoes a distillation may be among them
-    undoes_distillation=lambda options: bool(options.base_weights),
-    habits=_name_files,
+    is_on=_is_given,
+    join=_join,
 )

@@ -6,17 +6,17 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from modules.errors import OptionError
-from modules.options import HABIT, Options, option
-from training.features.contract import AT_NETWORK, EMPTY_PROMPT, Feature, StepPasses
+from modules.options import HABIT, option
+from training.features.contract import AT_NETWORK, EMPTY_PROMPT, Feature, FeatureOptions
+from training.features.step_targets import StepPasses, Target
 
 if TYPE_CHECKING:
-    from training.features.hooks import Hooks, OptionsOfRun
+    from training.features.hooks import JoinedRun
     from training.loss import NoisyBatch
-    from training.steps import Progress
     from training.targets.passes import Streams, TrainingPasses
 
 
-class BlankPriorOptions(Options, title="what the model keeps"):
+class BlankPriorOptions(FeatureOptions, title="what the model keeps", at=AT_NETWORK, facts=HABIT):
     """How strongly the network is held to the predictions of the model without it, without a prompt."""
 
     blank_prior_weight: float | None = option(
@@ -26,20 +26,11 @@ class BlankPriorOptions(Options, title="what the model keeps"):
         most=100,
         hint="0.5 to 1 are usual",
         known_as=("blank_prompt_preservation", "blank_prompt_preservation_multiplier"),
-        facts=HABIT,
     )
 
     @property
     def weight(self) -> float:
         return self.blank_prior_weight or 0.0
-
-
-def _refuse(options: "OptionsOfRun") -> None:
-    if options.is_fused:
-        raise OptionError(
-            "--blank_prior_weight with --fused_backward_pass: the gradients of its two passes are added, "
-            "and fused gradients are freed at once. Leave out one of the two"
-        )
 
 
 def blank_pass(weight: float, passes: "TrainingPasses", noisy_batch: "NoisyBatch") -> "Iterator[Streams]":
@@ -57,23 +48,26 @@ def blank_pass(weight: float, passes: "TrainingPasses", noisy_batch: "NoisyBatch
     yield tuple(weight * error for error in errors)
 
 
-def _install(hooks: "Hooks", options: "OptionsOfRun", progress: "Progress") -> None:
-    hooks.further_passes.append(partial(blank_pass, options.of(BlankPriorOptions).weight))
+def _join(run: "JoinedRun", options: BlankPriorOptions) -> None:
+    if run.options.is_fused:
+        raise OptionError(
+            "--blank_prior_weight with --fused_backward_pass: the gradients of its two passes are added, "
+            "and fused gradients are freed at once. Leave out one of the two"
+        )
+    target = Target(
+        option=f"--blank_prior_weight {options.weight:g}",
+        words=f"for the empty prompt as the model without the network, weight {options.weight:g}",
+        passes=StepPasses(with_gradients=1, without=1),
+    )
+    run.targets.append(target)
+    run.needs.add(EMPTY_PROMPT)
+    run.info.in_files |= asdict(options)
+    run.on.passes.append(partial(blank_pass, options.weight))
 
 
 BLANK_PRIOR = Feature(
     name="blank_prior",
     options=BlankPriorOptions,
-    place=AT_NETWORK,
     is_on=lambda options: options.blank_prior_weight is not None,
-    facts=HABIT,
-    refuse=_refuse,
-    target=lambda options: f"--blank_prior_weight {options.weight:g}",
-    passes=lambda options: StepPasses(with_gradients=1, without=1),
-    needs=(EMPTY_PROMPT,),
-    describe=lambda options: (
-        f"for the empty prompt as the model without the network, weight {options.weight:g}"
-    ),
-    metadata=lambda options, progress: asdict(options),
-    install=_install,
+    join=_join,
 )

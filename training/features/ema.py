@@ -3,17 +3,19 @@
 How it is computed is in `ema_weights.py`. It is saved next to each file, and in states.
 """
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from modules.errors import OptionError
-from modules.options import FREE, OF_SAMPLES, Options, option
-from training.features.contract import AT_WEIGHTS, Feature
+from modules.options import FREE, OF_SAMPLES, option
+from training.features.contract import AT_WEIGHTS, Feature, FeatureOptions
+from training.features.hooks import KeptAverage
 
 if TYPE_CHECKING:
-    from training.features.hooks import HookedModel, OptionsOfRun
+    from training.features.hooks import HookedModel, JoinedRun
 
 
-class EmaOptions(Options, title="average of the weights (EMA)"):
+class EmaOptions(FeatureOptions, title="average of the weights (EMA)", at=AT_WEIGHTS, facts=FREE):
     """How the average that a run keeps next to its weights is computed, and whether samples show it."""
 
     ema_decay: float | None = option(
@@ -35,18 +37,9 @@ class EmaOptions(Options, title="average of the weights (EMA)"):
     )
 
 
-def _refuse(options: "OptionsOfRun") -> None:
-    if options.whole_dit is not None and options.of(EmaOptions).sample_ema:
-        raise OptionError(
-            "--sample_ema: the average of a whole model is in host memory. Leave it out, and generate "
-            "with the ...-ema.safetensors file"
-        )
-
-
-def _keep_average(model: "HookedModel") -> None:
+def _keep_average(run: "JoinedRun", options: EmaOptions, model: "HookedModel") -> None:
     from training.features.ema_weights import make_average  # torch: only with --ema_decay
 
-    options = model.options.of(EmaOptions)
     assert options.ema_decay is not None  # the feature is on
     average = make_average(
         options.ema_decay,
@@ -58,17 +51,22 @@ def _keep_average(model: "HookedModel") -> None:
     )
     if average is not None:
         model.average = average
-        model.hooks.after_step.append(average.after_step)
+        run.on.after_step.append(average.after_step)
+
+
+def _join(run: "JoinedRun", options: EmaOptions) -> None:
+    if run.options.whole_dit is not None and options.sample_ema:
+        raise OptionError(
+            "--sample_ema: the average of a whole model is in host memory. Leave it out, and generate "
+            "with the ...-ema.safetensors file"
+        )
+    run.average = KeptAverage("EMA", is_sampled=options.sample_ema)
+    run.on.after_load.append(partial(_keep_average, run, options))
 
 
 EMA = Feature(
     name="ema",
     options=EmaOptions,
-    place=AT_WEIGHTS,
     is_on=lambda options: options.ema_decay is not None,
-    facts=FREE,
-    refuse=_refuse,
-    average="EMA",
-    samples_average=lambda options: options.sample_ema,
-    install=lambda hooks, options, progress: hooks.after_load.append(_keep_average),
+    join=_join,
 )

@@ -1,22 +1,24 @@
 """Learn the vectors of a new word together with a LoRA (pivotal tuning): --train_embedding.
 
-The model gets text encoders with rows for the word; `training/word_rows.py` makes these rows and lets them
-learn. They are saved in the LoRA's file, as `networks/bundled_words.py` names them.
+The model gets text encoders with rows for the word; `embedding_rows.py` makes these rows and lets them learn.
+They are saved in the LoRA's file, as `networks/bundled_words.py` names them.
 """
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from contract.new_words import MOST_VECTORS, WordFlags, WordToLearn, find_fault, learns_words
+from contract.new_words import MOST_VECTORS, TaughtWord, WordFlags, WordToLearn, find_fault, learns_words
 from modules.console import count_of
 from modules.errors import OptionError
-from modules.options import CHANGEABLE, FREE, HABIT, IDENTITY, Options, option
-from training.features.contract import AT_NETWORK, Feature, given_values
+from modules.options import CHANGEABLE, FREE, HABIT, IDENTITY, option
+from training.features.contract import AT_NETWORK, LIVE_TEXTS, Feature, FeatureOptions, given_values
 from training.learning_options import LARGEST_RATE
 
 if TYPE_CHECKING:
-    from contract.family import Family
-    from training.features.hooks import OptionsOfRun
+    from contract.family import Described, Family
+    from training.features.hooks import JoinedRun, OptionsOfRun
 
 FLAGS = WordFlags(
     word="--train_embedding",
@@ -27,7 +29,12 @@ FLAGS = WordFlags(
 )
 
 
-class EmbeddingOptions(Options, title="a new word next to the network"):
+class EmbeddingOptions(
+    FeatureOptions,
+    title="a new word next to the network",
+    at=AT_NETWORK,
+    why_not_whole="its vectors are saved in a LoRA's file. Train a LoRA, or the word by itself",
+):
     """The word whose vectors a LoRA training learns too, how they begin, and how long they learn."""
 
     train_embedding: str | None = option(
@@ -86,11 +93,6 @@ class EmbeddingOptions(Options, title="a new word next to the network"):
         facts=FREE,
     )
 
-    def __post_init__(self) -> None:
-        fault = "" if self.train_embedding is None else find_fault(self.train_embedding)
-        if fault:
-            raise OptionError(f"--train_embedding {self.train_embedding!r} {fault}")
-
     def word(self, lora: Path | None = None) -> WordToLearn:
         """Return the word; call only with `train_embedding`. lora: that learning continues from."""
         assert self.train_embedding is not None
@@ -103,15 +105,6 @@ class EmbeddingOptions(Options, title="a new word next to the network"):
             lora=lora,
             rate=self.embedding_lr,
             until=self.embedding_until,
-            has_file=self.embedding_file,
-        )
-
-
-def _refuse(options: "OptionsOfRun") -> None:
-    if options.caching is not None and options.caching.caches_texts:
-        raise OptionError(
-            "--cache_text_encoder_outputs: with --train_embedding the outputs of the text encoders change as "
-            "the vectors of the word learn, so that they cannot be cached. Leave out one of the two"
         )
 
 
@@ -134,20 +127,59 @@ def _teach(options: "OptionsOfRun", family: "Family") -> "Family":
     return family.with_new_word(options.of(EmbeddingOptions).word(lora))
 
 
-def _describe(options: EmbeddingOptions) -> tuple[str, str]:
+def _taught_by(family: "Described") -> TaughtWord:
+    """Return the word of a model that `_teach` has returned."""
+    assert learns_words(family)
+    assert family.taught_word is not None
+    return family.taught_word
+
+
+def _check(family: "Family", counts: Sequence[int]) -> None:
+    """Raise UserError for a file that the word cannot begin with."""
+    _taught_by(family).network.check()
+
+
+def _start(options: EmbeddingOptions, run: "JoinedRun") -> None:
+    from training.features.embedding_rows import make_word_rows  # torch: only with a word
+
+    assert run.family is not None  # it is known here
+    taught = _taught_by(run.family)
+    if options.embedding_file:
+        run.files_beside.append(taught.word.text)
+    run.read_captions.append(taught.network.check_captions)
+    run.info.for_loading |= taught.network.values
+    run.on.beside.append(partial(make_word_rows, taught, options.embedding_file))
+
+
+def _describe(options: EmbeddingOptions) -> str:
     share = options.embedding_until
     length = "" if share == 1 else f", in the first {share:.0%} of the steps"
-    return "new word", f"{options.train_embedding}, {count_of(options.embedding_vectors, 'vector')}{length}"
+    return f"{options.train_embedding}, {count_of(options.embedding_vectors, 'vector')}{length}"
+
+
+def _join(run: "JoinedRun", options: EmbeddingOptions) -> None:
+    word = options.train_embedding
+    assert word is not None  # the feature is on
+    fault = find_fault(word)
+    if fault:
+        raise OptionError(f"--train_embedding {word!r} {fault}")
+    caching = run.options.caching
+    if caching is not None and caching.caches_texts:
+        raise OptionError(
+            "--cache_text_encoder_outputs: with --train_embedding the outputs of the text encoders change as "
+            "the vectors of the word learn, so that they cannot be cached. Leave out one of the two"
+        )
+    run.info.at_start["new word"] = _describe(options)
+    run.needs.add(LIVE_TEXTS)
+    run.info.in_files |= given_values(options)
+    run.on.family.append(partial(_teach, run.options))
+    run.on.check.append(_check)
+    run.on.start.append(partial(_start, options))
 
 
 EMBEDDING = Feature(
     name="embedding",
     options=EmbeddingOptions,
-    place=AT_NETWORK,
     is_on=lambda options: options.train_embedding is not None,
-    why_not_whole="its vectors are saved in a LoRA's file. Train a LoRA, or the word by itself",
-    refuse=_refuse,
-    model=_teach,
-    start_row=_describe,
-    metadata=lambda options, progress: given_values(options),
+    join=_join,
 )

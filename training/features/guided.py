@@ -6,23 +6,23 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from modules.errors import OptionError
-from modules.options import HABIT, Options, option
-from training.features.contract import AT_LOSS, EMPTY_PROMPT, Feature, StepPasses, given_values
+from modules.options import HABIT, option
+from training.features.contract import AT_LOSS, EMPTY_PROMPT, Feature, FeatureOptions, given_values
+from training.features.step_targets import StepPasses, Target
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from contract.family import Family
-    from training.features.hooks import Hooks, OptionsOfRun
+    from training.features.hooks import JoinedRun
     from training.loss import NoisyBatch
-    from training.steps import Progress
-    from training.targets.passes import TrainingPasses
+    from training.targets.passes import TargetComparison, TrainingPasses
 
 MOST_GUIDANCE = 20
 THOUSAND = 1000
 
 
-class GuidedTargetOptions(Options, title="guided target"):
+class GuidedTargetOptions(FeatureOptions, title="guided target", at=AT_LOSS, facts=HABIT):
     """How far the target is moved away from what the network predicts without a prompt."""
 
     guided_target: float | None = option(
@@ -34,7 +34,6 @@ class GuidedTargetOptions(Options, title="guided target"):
         metavar="SCALE",
         hint="3 to 4 are usual",
         known_as=("do_guidance_loss", "guidance_loss", "guidance_loss_target", "h3_guidance_loss_scale"),
-        facts=HABIT,
     )
     guided_target_min_timestep: int = option(
         "noise, in thousandths, below which --guided_target is not used",
@@ -44,7 +43,6 @@ class GuidedTargetOptions(Options, title="guided target"):
         needs="guided_target",
         hint="0 uses it everywhere",
         known_as=("h3_guidance_loss_sigma_min",),
-        facts=HABIT,
     )
     guided_target_sound: float | None = option(
         "SCALE of --guided_target for the sound of clips; default: that of the picture",
@@ -53,7 +51,6 @@ class GuidedTargetOptions(Options, title="guided target"):
         needs="guided_target",
         hint="3 to 4 are usual",
         known_as=("h3_guidance_loss_scale_audio",),
-        facts=HABIT,
     )
 
 
@@ -127,23 +124,35 @@ def _describe(options: GuidedTargetOptions) -> str:
     return f"away from the prediction for the empty prompt, {options.guided_target:g} times as far{above}"
 
 
-def _install(hooks: "Hooks", options: "OptionsOfRun", progress: "Progress") -> None:
-    hooks.make_target.append(partial(guide, make_guided(options.of(GuidedTargetOptions))))
+def guide_clip(
+    guided: GuidedTarget,
+    passes: "TrainingPasses",
+    noisy_batch: "NoisyBatch",
+    comparisons: "list[TargetComparison]",
+) -> "list[TargetComparison]":
+    """Return the comparisons, of which that with the clip, the first one, is with the guided target."""
+    clip, *others = comparisons
+    return [replace(clip, target=guide(guided, passes, noisy_batch, clip.target)), *others]
+
+
+def _join(run: "JoinedRun", options: GuidedTargetOptions) -> None:
+    target = Target(
+        option=f"--guided_target {options.guided_target:g}",
+        words=_describe(options),
+        passes=StepPasses(with_gradients=0, without=1),
+        replaces_clip=True,
+    )
+    run.targets.append(target)
+    run.keeps_steps = True
+    run.needs.add(EMPTY_PROMPT)
+    run.info.in_files |= given_values(options)
+    run.on.check.append(partial(_check, options))
+    run.on.target.append(partial(guide_clip, make_guided(options)))
 
 
 GUIDED = Feature(
     name="guided",
     options=GuidedTargetOptions,
-    place=AT_LOSS,
     is_on=lambda options: options.guided_target is not None,
-    facts=HABIT,
-    check=_check,
-    target=lambda options: f"--guided_target {options.guided_target:g}",
-    replaces_clip=True,
-    passes=lambda options: StepPasses(with_gradients=0, without=1),
-    needs=(EMPTY_PROMPT,),
-    keeps_steps=lambda options: True,
-    describe=_describe,
-    metadata=lambda options, progress: given_values(options),
-    install=_install,
+    join=_join,
 )

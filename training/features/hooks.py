@@ -1,13 +1,17 @@
-"""Where features act in a run, and what they see of it there.
+"""What features write into the run that they join, and what they see of it.
 
-`Hooks` has the points of a run, in the order in which it comes to them; the records before it say what a run
-and its networks are to a feature. Read by what acts in a run, not for --help.
+`JoinedRun` is what a feature gets; `Hooks` has the points that a run comes to, in order. The records before
+them say what a run and its networks are to a feature.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from training.features.step_targets import StepPasses, Target
+from training.reports.shown_numbers import NumberChart, NumberTile
 
 if TYPE_CHECKING:  # features are loaded one by one, and without torch
     import torch
@@ -15,21 +19,25 @@ if TYPE_CHECKING:  # features are loaded one by one, and without torch
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
-    from contract.family import Family
+    from contract.family import Described, Family
     from contract.rules import Expert
+    from dataset.batches.items import TrainingItem
     from dataset.options import CachingInRunOptions
-    from dataset.table import DatasetConfig
+    from dataset.table import DatasetConfig, DatasetTable
     from networks.added import AddedLoras
     from networks.loading import LoraUse
     from networks.options import NetworkOptions
     from running.options import TrainingSpeedOptions
-    from training.data.feed import Randomness
+    from running.ways.contract import FurtherModel
+    from training.data.feed import BatchSources, Randomness
+    from training.data.live import LiveTexts
     from training.learning_options import WholeDitOptions
     from training.loss import NoisyBatch
     from training.noise_options import LossOptions, TimestepOptions
     from training.other_families import OtherFamilies
     from training.reports.logs import Recorder
     from training.run_options import LogOptions, LoopOptions
+    from training.saving.files import Publisher
     from training.saving.options import SavingOptions
     from training.saving.states import SavedState
     from training.steps import Progress, StepPlan
@@ -76,9 +84,6 @@ class OptionsOfRun(Protocol):
 
     @property
     def loss(self) -> "LossOptions": ...
-
-    @property
-    def typed_targets(self) -> list[str]: ...
 
     @property
     def logs(self) -> "LogOptions": ...
@@ -148,6 +153,23 @@ class Average(Protocol):
     def restore(self, saved: "SavedState") -> None: ...
 
 
+class LearnerBeside(Protocol):
+    """What learns next to the network of a run, and is saved in its files and in states."""
+
+    @property
+    def module(self) -> "nn.Module": ...
+
+    def group(self, learning_rate: float) -> dict[str, Any]: ...  # of the optimizer
+
+    def tensors(self) -> "dict[str, Tensor]": ...  # in the file of a LoRA
+
+    def list_in_lora(self) -> "dict[str, Tensor]": ...  # likewise; logs what there is to say of them
+
+    def add_to(
+        self, trainable: "Trainable", learning_rate: float, total_steps: int, device: "torch.device"
+    ) -> "Trainable": ...
+
+
 class FrozenNetwork(Protocol):
     """A network that is loaded and frozen, before its blocks are compiled and swapped."""
 
@@ -187,9 +209,6 @@ class HookedModel(Protocol):
     def options(self) -> OptionsOfRun: ...
 
     @property
-    def hooks(self) -> "Hooks": ...
-
-    @property
     def networks(self) -> "Sequence[nn.Module]": ...  # that are trained
 
     @property
@@ -223,7 +242,7 @@ class GradientStep:
 class RunEnd:
     """Hold how far a run has come, for features that act when it is over, even if it failed while loading."""
 
-    options: OptionsOfRun
+    run: "JoinedRun"
     is_due: bool = False  # features act in this process: the first one, once all have joined
     progress: "Progress | None" = None  # None: there is no plan yet
     total_steps: int | None = None  # None: not known yet
@@ -244,48 +263,143 @@ class Tally:
         return taken
 
 
+@dataclass
+class RunInfo:
+    """What is told of a run: in its boxes, in its files and on its page."""
+
+    in_files: dict[str, Any] = field(default_factory=dict)  # entries of each saved file; `ss_` is put before
+    for_loading: dict[str, Any] = field(default_factory=dict)  # likewise as they are, with --no_metadata too
+    targets: list[str] = field(default_factory=list)  # lines behind those of `JoinedRun.targets`
+    at_start: dict[str, str] = field(default_factory=dict)  # lines that end the box at the start
+    commands: dict[str, Sequence[str]] = field(default_factory=dict)  # that may follow, in words, by heading
+    charts: list[NumberChart] = field(default_factory=list)
+    tiles: list[NumberTile] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class KeptAverage:
+    """An average of the weights that a run is to keep."""
+
+    name: str  # short
+    is_sampled: bool  # samples show it
+
+
+class Storage(Protocol):
+    """Where else saved files go, and where states may come from."""
+
+    def make_publisher(self) -> "Publisher | None": ...  # None: nothing is passed on
+
+    # what --resume says, and a folder to write into -> the state if it is there, else None
+    def fetch_state(self, name: str, folder: Path) -> Path | None: ...
+
+
 OnNoise = Callable[["torch.Size", int, int], "Tensor"]
 BeforeStep = Callable[[HookedRun, GradientStep, "Tensor"], str]
 OnBatch = Callable[["Randomness", "NoisyBatch"], "NoisyBatch"]
-LearningPass = Callable[["nn.Module", "NoisyBatch"], AbstractContextManager[None]]
-MakeTarget = Callable[["TrainingPasses", "NoisyBatch", "Tensor"], "Tensor"]
-Compare = Callable[["TrainingPasses", "NoisyBatch"], "Sequence[TargetComparison]"]
-Revise = Callable[["TrainingPasses", "NoisyBatch", "list[TargetComparison]"], "list[TargetComparison]"]
+LearningPass = Callable[["nn.Module", "NoisyBatch", int], AbstractContextManager[None]]
+Compare = Callable[["TrainingPasses", "NoisyBatch", "list[TargetComparison]"], "list[TargetComparison]"]
+# the seed of the run, and whether it begins with values
+MakeBeside = Callable[["Mapping[str, nn.Module]", int, bool], LearnerBeside]
 MorePasses = Callable[["TrainingPasses", "NoisyBatch"], "Iterator[Streams]"]
 
 
 @dataclass(frozen=True)
 class Hooks:
-    """The points of a run at which features act. At each, they act in the order of their list."""
+    """The points that a run comes to, in order. At each, features act in the order of their list."""
 
-    # given the shape of latents, the seed of the run and the number of the micro-batch: further noise of the
-    # input, which is not to be predicted
-    on_noise: list[OnNoise] = field(default_factory=list)
-    # given what draws a micro-batch, and the drawn one: the one in its place. Workers get these functions
-    on_batch: list[OnBatch] = field(default_factory=list)
+    # may load torch, and puts further functions into these lists; in measurements of memory too
+    start: "list[Callable[[JoinedRun], None]]" = field(default_factory=list)
+    # given the model of the run: the one in its place. Raises OptionError if it cannot be
+    family: "list[Callable[[Family], Family]]" = field(default_factory=list)
+    # given the model and the numbers of its blocks, which may be unknown: raises OptionError
+    check: "list[Callable[[Family, Sequence[int]], None]]" = field(default_factory=list)
+    # given the model and other models: raises UserError for files and packages. Loads no network
+    check_files: "list[Callable[[Family, OtherFamilies], None]]" = field(default_factory=list)
+    # given the text encoders that work while training: raises OptionError
+    texts: "list[Callable[[LiveTexts | None], None]]" = field(default_factory=list)
+    # given the items to learn and where they are read from: raises UserError
+    items: "list[Callable[[Sequence[TrainingItem], BatchSources], None]]" = field(default_factory=list)
     before_load: list[Callable[[PlannedRun], None]] = field(default_factory=list)  # texts are encoded here
     # given the records of all options, as they are resolved: entered before the first step
     recorders: list[Callable[[PlannedRun, Sequence[Any]], "Recorder"]] = field(default_factory=list)
+    # given the loaded text encoders that learn a new word, by the prefixes of their names in LoRA files
+    beside: list[MakeBeside] = field(default_factory=list)
     # given each network to train, once its trained part is in it
     before_dress: list[Callable[[FrozenNetwork], None]] = field(default_factory=list)
     after_load: list[Callable[[HookedModel], None]] = field(default_factory=list)
-    kept_attributes: set[str] = field(default_factory=set)  # see `kept_samples` in targets/passes.py
-    # given the passes of a step, its batch and the velocity: what samples are compared with in place of it,
-    # in validation too
-    own_targets: list[MakeTarget] = field(default_factory=list)
-    # likewise, in training only, once those have acted
-    make_target: list[MakeTarget] = field(default_factory=list)
-    # given the passes of a step and its batch: what the prediction is compared with besides the clip
-    compare: list[Compare] = field(default_factory=list)
-    # given all these comparisons too, that with the clip first: those in their place
-    revise_comparisons: list[Revise] = field(default_factory=list)
+    # given the shape of latents, the seed of the run and the number of the micro-batch: further noise of the
+    # input, which is not to be predicted
+    noise: list[OnNoise] = field(default_factory=list)
+    # given what draws a micro-batch, and the drawn one: the one in its place. Workers get these functions
+    batch: list[OnBatch] = field(default_factory=list)
+    # given the passes of a step, its batch and what the prediction is compared with, the clip first: the
+    # comparisons in their place
+    target: list[Compare] = field(default_factory=list)
+    validation: list[Compare] = field(default_factory=list)  # likewise, while the run validates
     # likewise: errors of each sample in passes with gradients that come before the usual one
-    further_passes: list[MorePasses] = field(default_factory=list)
-    other_passes: list[MorePasses] = field(default_factory=list)  # likewise, in place of the usual one
-    # given the DiT and its batch: what a pass with gradients runs in
+    passes: list[MorePasses] = field(default_factory=list)
+    # given the DiT, its batch and the seed of the run: what a pass with gradients runs in
     learning_pass: list[LearningPass] = field(default_factory=list)
     # given the norm of the gradients before clipping: why the step is not taken, as the history has it; ""
     # takes it. All processes answer alike. With such a hook each step waits for the device
     before_step: list[BeforeStep] = field(default_factory=list)
     after_step: list[Callable[[], None]] = field(default_factory=list)  # only of those that are taken
+    # the run is over, however that is; in the main process only
+    end: list[Callable[[RunEnd], None]] = field(default_factory=list)
+
+
+@dataclass
+class JoinedRun:
+    """A run as the features that are on have joined it. What is off has left nothing in it."""
+
+    options: OptionsOfRun
+    # of the dataset, and the model: empty and None while they are not known, before `on.start`
+    tables: "Sequence[DatasetTable]" = ()
+    family: "Described | None" = None
+    needs: set[str] = field(default_factory=set)  # what batches have: EMPTY_PROMPT, WORSE_ONES and the like
+    targets: list[Target] = field(default_factory=list)
+    # what is learned towards, or merged, keeps or undoes that a transformer was distilled for few steps
+    keeps_steps: bool = False
+    view: str = ""  # further conditions that passes see, as `Batch.view`
+    # given all captions: says from which of them nothing is learned, "" if there are none; raises
+    # DatasetError
+    read_captions: list[Callable[[Sequence[str]], str]] = field(default_factory=list)
+    files_beside: list[str] = field(default_factory=list)  # what ends the names of further saved files
+    kept_attributes: set[str] = field(default_factory=set)  # see `kept_samples` in targets/passes.py
+    further_models: "list[FurtherModel]" = field(default_factory=list)  # frozen, of the size of the trained
+    average: KeptAverage | None = None
+    # given a transformer: what is merged into this one, frozen or not, while it is loaded
+    merge: "Callable[[Expert], MergedLoras] | None" = None
+    # shows something in place of a training, which then needs no data; its last argument reads the tables of
+    # the dataset, none if there is no dataset
+    show: "Callable[[OptionsOfRun, Family, Callable[[], Sequence[DatasetTable]]], None] | None" = None
+    storage: Storage | None = None
+    remembers: list[type] = field(default_factory=list)  # dataclasses in `Progress`, and in states
     tallies: list[Tally] = field(default_factory=list)
+    info: RunInfo = field(default_factory=RunInfo)
+    on: Hooks = field(default_factory=Hooks)
+
+    @property
+    def has_own_pass(self) -> bool:
+        """Return whether `on.passes`, once there are any, are in place of the usual pass with gradients."""
+        return bool(self.on.passes) and any(target.alone for target in self.targets)
+
+    @property
+    def joins_streams(self) -> bool:
+        """Return whether passes have one loss of picture and sound."""
+        return any(target.joins_streams for target in self.targets)
+
+    def count_passes(self) -> StepPasses:
+        """Return the passes of a micro-batch."""
+        passes = StepPasses()
+        for target in self.targets:
+            passes = passes.plus(target.passes)
+        return passes
+
+    def describe_targets(self) -> list[str]:
+        """Return a line for each target and one on their passes, then those of `info`."""
+        lines = [target.words for target in self.targets]
+        passes = self.count_passes()
+        if passes != StepPasses():
+            lines.append(f"passes in a step: {passes.words}")
+        return [*lines, *self.info.targets]

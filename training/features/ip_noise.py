@@ -3,22 +3,20 @@
 Source: Ning et al. 2023, arXiv 2301.11706.
 """
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from modules.options import HABIT, Options, option
-from training.features.contract import AT_NOISE, Feature
+from modules.options import HABIT, IN_IMAGE_FILES, option
+from training.features.contract import AT_NOISE, Feature, FeatureOptions
 
 if TYPE_CHECKING:
     import torch
 
-    from training.features.hooks import Hooks, OptionsOfRun
-    from training.steps import Progress
+    from training.features.hooks import JoinedRun
 
 
-class IpNoiseOptions(Options, title="noise"):
+class IpNoiseOptions(FeatureOptions, title="noise", at=AT_NOISE, facts={**HABIT, **IN_IMAGE_FILES}):
     """How much further noise there is in the latents."""
 
     ip_noise_gamma: float | None = option(
@@ -47,21 +45,14 @@ def draw_perturbation(options: IpNoiseOptions, shape: "torch.Size", seed: int, n
     return perturbation
 
 
-def _install(hooks: "Hooks", options: "OptionsOfRun", progress: "Progress") -> None:
-    hooks.on_noise.append(partial(draw_perturbation, options.of(IpNoiseOptions)))
-
-
-def _metadata(options: IpNoiseOptions, _: "Progress") -> Mapping[str, Any]:
-    return asdict(options)
+def _join(run: "JoinedRun", options: IpNoiseOptions) -> None:
+    run.info.in_files |= asdict(options)
+    run.on.noise.append(partial(draw_perturbation, options))
 
 
 IP_NOISE = Feature(
     name="ip_noise",
     options=IpNoiseOptions,
-    place=AT_NOISE,
     is_on=lambda options: bool(options.ip_noise_gamma),
-    facts=HABIT,
-    metadata=_metadata,
-    images_record_it=True,
-    install=_install,
+    join=_join,
 )

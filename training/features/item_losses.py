@@ -5,15 +5,14 @@ How it is recorded is in `item_losses_recording.py`; `training/reports/item_loss
 
 from typing import TYPE_CHECKING
 
-from modules.options import FREE, Options, option
-from training.features.contract import AT_LOGS, Feature
+from modules.options import FREE, option
+from training.features.contract import AT_LOGS, Feature, FeatureOptions
 
 if TYPE_CHECKING:
-    from training.features.hooks import Hooks, OptionsOfRun
-    from training.steps import Progress
+    from training.features.hooks import JoinedRun
 
 
-class ItemLossOptions(Options, title="loss of each picture"):
+class ItemLossOptions(FeatureOptions, title="loss of each picture", at=AT_LOGS, facts=FREE):
     """Whether the loss of each picture and clip is recorded."""
 
     item_losses: bool = option(
@@ -22,20 +21,22 @@ class ItemLossOptions(Options, title="loss of each picture"):
     )
 
 
-def _install(hooks: "Hooks", options: "OptionsOfRun", progress: "Progress") -> None:
+def _start(run: "JoinedRun") -> None:
     from training.features.item_losses_recording import ItemLossRecorder  # torch: only in a training
 
-    folder, name = options.saving.place
-    recorder = ItemLossRecorder(folder, name, progress)
-    hooks.revise_comparisons.append(recorder.observe)
-    hooks.recorders.append(recorder.join_run)
+    folder, name = run.options.saving.place
+    recorder = ItemLossRecorder(folder, name)
+    run.on.target.append(recorder.observe)
+    run.on.recorders.append(recorder.join_run)
+
+
+def _join(run: "JoinedRun", options: ItemLossOptions) -> None:
+    run.on.start.append(_start)
 
 
 ITEM_LOSSES = Feature(
     name="item_losses",
     options=ItemLossOptions,
-    place=AT_LOGS,
     is_on=lambda options: options.item_losses,
-    facts=FREE,
-    install=_install,
+    join=_join,
 )

@@ -46,6 +46,11 @@ logger = logging.getLogger(__name__)
 WRITE_SECONDS = 3.0  # between two times that lines are written
 
 
+def _not_begun() -> Progress:
+    """Return the progress while memory is measured."""
+    return Progress(0, 0, 0.0)
+
+
 @dataclass(frozen=True)
 class ArrivingLosses:
     """Losses of a micro-batch on their way to the host."""
@@ -63,7 +68,7 @@ class ItemLossRecorder:
 
     folder: Path
     name: str
-    progress: Progress
+    progress: Progress = field(default_factory=_not_begun)
     now: Callable[[], float] = time.monotonic
     _process: int | None = None  # None: not in a run, as while memory is measured
     _tables: Sequence[DatasetTable] = ()
@@ -83,6 +88,7 @@ class ItemLossRecorder:
                 "--item_losses: processes that share the transformer or the tokens of a clip run passes for "
                 "each other, so that losses would count several times. Leave it out"
             )
+        self.progress = plan.progress
         self._tables = plan.config.datasets
         self._tag = plan.family.cache_tag
         self._total_steps = plan.steps.total_steps

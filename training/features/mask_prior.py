@@ -6,8 +6,9 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from modules.errors import OptionError
-from modules.options import HABIT, Options, option
-from training.features.contract import AT_NETWORK, Feature, StepPasses
+from modules.options import HABIT, option
+from training.features.contract import AT_NETWORK, Feature, FeatureOptions
+from training.features.step_targets import StepPasses, Target
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,13 +16,12 @@ if TYPE_CHECKING:
     from dataset.batches.items import TrainingItem
     from dataset.cache.store import Stores
     from training.data.feed import BatchSources
-    from training.features.hooks import Hooks, OptionsOfRun
+    from training.features.hooks import JoinedRun
     from training.loss import NoisyBatch
-    from training.steps import Progress
     from training.targets.passes import Streams, TargetComparison, TrainingPasses
 
 
-class MaskPriorOptions(Options, title="what the model keeps"):
+class MaskPriorOptions(FeatureOptions, title="what the model keeps", at=AT_NETWORK, facts=HABIT):
     """How strongly the network is held to the predictions of the model without it, outside masks."""
 
     mask_prior_weight: float | None = option(
@@ -35,7 +35,6 @@ class MaskPriorOptions(Options, title="what the model keeps"):
             "inverted_mask_prior",
             "inverted_mask_prior_multiplier",
         ),
-        facts=HABIT,
     )
 
     @property
@@ -67,17 +66,21 @@ def _has_masks(items: "Sequence[TrainingItem]", stores: "Stores") -> bool:
 
 
 def compare_outside_masks(
-    weight: float, passes: "TrainingPasses", noisy_batch: "NoisyBatch"
+    weight: float,
+    passes: "TrainingPasses",
+    noisy_batch: "NoisyBatch",
+    comparisons: "list[TargetComparison]",
 ) -> "list[TargetComparison]":
-    """Return the comparison with the base model where masks leave the picture out; none without masks."""
+    """Return the comparisons with that with the base model where masks leave the picture out, if any do."""
     from training.targets.passes import TargetComparison, has_mask  # torch: only with --mask_prior_weight
 
     if not (has_mask(noisy_batch) or passes.rule.in_lockstep):
-        return []
+        return comparisons
     target = passes.base(noisy_batch)
     if not has_mask(noisy_batch):
-        return []
-    return [TargetComparison(target, partial(_measure_outside, passes), noisy_batch, weight)]
+        return comparisons
+    outside = TargetComparison(target, partial(_measure_outside, passes), noisy_batch, weight)
+    return [*comparisons, outside]
 
 
 def _measure_outside(
@@ -88,20 +91,21 @@ def _measure_outside(
     return sample_errors_outside(passes.family.noise, output - target, noisy_batch, passes.rule)
 
 
-def _install(hooks: "Hooks", options: "OptionsOfRun", progress: "Progress") -> None:
-    hooks.compare.append(partial(compare_outside_masks, options.of(MaskPriorOptions).weight))
+def _join(run: "JoinedRun", options: MaskPriorOptions) -> None:
+    target = Target(
+        option=f"--mask_prior_weight {options.weight:g}",
+        words=f"outside masks as the model without the network, weight {options.weight:g}",
+        passes=StepPasses(with_gradients=0, without=1),
+    )
+    run.targets.append(target)
+    run.info.in_files |= asdict(options)
+    run.on.items.append(partial(_require_masks, options))
+    run.on.target.append(partial(compare_outside_masks, options.weight))
 
 
 MASK_PRIOR = Feature(
     name="mask_prior",
     options=MaskPriorOptions,
-    place=AT_NETWORK,
     is_on=lambda options: options.mask_prior_weight is not None,
-    facts=HABIT,
-    target=lambda options: f"--mask_prior_weight {options.weight:g}",
-    passes=lambda options: StepPasses(with_gradients=0, without=1),
-    check_items=_require_masks,
-    describe=lambda options: f"outside masks as the model without the network, weight {options.weight:g}",
-    metadata=lambda options, progress: asdict(options),
-    install=_install,
+    join=_join,
 )

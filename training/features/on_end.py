@@ -6,28 +6,26 @@ option too, for the whole of its commands.
 
 from typing import TYPE_CHECKING
 
-from modules.options import FREE, SECRET, STARTS, Options, option
+from modules.options import FREE, SECRET, STARTS, option
 from modules.typed_command import AT_END, read_command
-from training.features.contract import AT_ENDING, Feature
+from training.features.contract import AT_ENDING, Feature, FeatureOptions
 
 if TYPE_CHECKING:
-    from training.features.hooks import RunEnd
+    from training.features.hooks import JoinedRun, RunEnd
 
 FLAG = "--on_end"
 
 
-class EndOptions(Options, title="at the end"):
+class EndOptions(FeatureOptions, title="at the end", at=AT_ENDING, facts=FREE):
     """What is started when a training is over."""
 
     on_end: str | None = option(AT_END, metavar="COMMAND", facts={**STARTS, **SECRET})
 
-    def __post_init__(self) -> None:
-        _ = self.words  # raises OptionError
-
     @property
     def words(self) -> list[str]:
-        """Return the words of the command; none without --on_end."""
-        return [] if self.on_end is None else read_command(FLAG, self.on_end)
+        """Return the words of the command. Raises OptionError if it cannot be started."""
+        assert self.on_end is not None  # the feature is on
+        return read_command(FLAG, self.on_end)
 
 
 def start_at_end(end: "RunEnd") -> None:
@@ -35,7 +33,7 @@ def start_at_end(end: "RunEnd") -> None:
     from training.reports.page import page_path  # only with --on_end, as what starts programs
     from training.run_end import RunFacts, start_command
 
-    options, progress = end.options, end.progress
+    options, progress = end.run.options, end.progress
     folder, name = options.saving.place
     page = page_path(folder, name)
     step = 0 if progress is None else progress.step
@@ -50,12 +48,14 @@ def start_at_end(end: "RunEnd") -> None:
     start_command(FLAG, options.of(EndOptions).words, facts, end.error, has_begun=end.has_begun)
 
 
+def _join(run: "JoinedRun", options: EndOptions) -> None:
+    run.info.at_start["at the end"] = f"starts {options.words[0]}"
+    run.on.end.append(start_at_end)
+
+
 ON_END = Feature(
     name="on_end",
     options=EndOptions,
-    place=AT_ENDING,
     is_on=lambda options: options.on_end is not None,
-    facts=FREE,
-    start_row=lambda options: ("at the end", f"starts {options.words[0]}"),
-    at_end=start_at_end,
+    join=_join,
 )

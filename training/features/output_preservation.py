@@ -4,39 +4,22 @@ Samples of such a table are compared with the prediction of the model without th
 whatever other targets a run has: see `kept_samples` in `training/targets/passes.py`.
 """
 
-from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from modules.errors import OptionError
-from modules.options import Options
-from training.features.contract import AT_NETWORK, KEPT, Feature
+from training.features.contract import AT_NETWORK, BASE_MODEL, KEPT, Feature, FeatureOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dataset.table import DatasetTable
-    from training.features.hooks import Hooks, OptionsOfRun
+    from training.features.hooks import JoinedRun
     from training.loss import NoisyBatch
-    from training.steps import Progress
-    from training.targets.passes import TrainingPasses
+    from training.targets.passes import TargetComparison, TrainingPasses
 
 
-class OutputPreservationOptions(Options):
+class OutputPreservationOptions(FeatureOptions, at=AT_NETWORK, attribute=KEPT):
     """No options: tables ask for it."""
-
-
-def _are_preserved(tables: "Sequence[DatasetTable]") -> bool:
-    return any(KEPT in table.attributes for table in tables)
-
-
-def _check_tables(options: "OptionsOfRun", tables: "Sequence[DatasetTable]") -> None:
-    """Raise OptionError for a table with this key if there is no model without the network."""
-    name = next((table.name for table in tables if KEPT in table.attributes), None)
-    if name is not None and options.whole_dit is not None:
-        raise OptionError(
-            f"{name}: {KEPT} compares a LoRA with the model without it, and here the model "
-            "itself is trained. Leave it out"
-        )
 
 
 def preserve_output(passes: "TrainingPasses", noisy_batch: "NoisyBatch", velocity: "Tensor") -> "Tensor":
@@ -53,18 +36,30 @@ def preserve_output(passes: "TrainingPasses", noisy_batch: "NoisyBatch", velocit
     return choose(preserved, base_output, velocity) if any(preserved) else velocity
 
 
-def _install(hooks: "Hooks", options: "OptionsOfRun", progress: "Progress") -> None:
-    hooks.kept_attributes.add(KEPT)
-    hooks.own_targets.append(preserve_output)
+def preserve(
+    passes: "TrainingPasses", noisy_batch: "NoisyBatch", comparisons: "list[TargetComparison]"
+) -> "list[TargetComparison]":
+    """Return the comparisons, of which that with the clip, the first one, spares the preserved samples."""
+    clip, *others = comparisons
+    return [replace(clip, target=preserve_output(passes, noisy_batch, clip.target)), *others]
+
+
+def _join(run: "JoinedRun", options: OutputPreservationOptions) -> None:
+    if run.options.whole_dit is not None:
+        name = next(table.name for table in run.tables if KEPT in table.attributes)
+        raise OptionError(
+            f"{name}: {KEPT} compares a LoRA with the model without it, and here the model "
+            "itself is trained. Leave it out"
+        )
+    run.needs.add(BASE_MODEL)
+    run.kept_attributes.add(KEPT)
+    run.on.target.append(preserve)
+    run.on.validation.append(preserve)
 
 
 OUTPUT_PRESERVATION = Feature(
     name="output_preservation",
     options=OutputPreservationOptions,
-    place=AT_NETWORK,
-    is_on=lambda options: True,
-    check_tables=_check_tables,
-    needs_base=_are_preserved,
-    attributes=(KEPT,),
-    install=_install,
+    is_on=lambda options: False,  # tables alone ask for it
+    join=_join,
 )

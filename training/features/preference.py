@@ -3,34 +3,28 @@
 The worse ones stand in caches, by worse_directory of a table. The passes are in `preference_pairs.py`.
 """
 
-import logging
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from modules.console import count_of
 from modules.errors import OptionError
-from modules.options import HABIT, Options, option
-from training.features.contract import AT_NETWORK, KEPT, WORSE_ONES, Feature, StepPasses, given_values
+from modules.options import HABIT, option
+from training.features.contract import AT_NETWORK, KEPT, WORSE_ONES, Feature, FeatureOptions, given_values
+from training.features.hooks import Tally
+from training.features.step_targets import StepPasses, Target
+from training.reports.shown_numbers import NumberChart, NumberTile
 
 if TYPE_CHECKING:
     from contract.family import Family
     from dataset.batches.items import TrainingItem
-    from dataset.table import DatasetTable
-    from modules.pages.charts import Chart
     from training.data.feed import BatchSources
-    from training.features.hooks import Hooks, OptionsOfRun
-    from training.reports.history import Story
-    from training.reports.page import Tile
-    from training.steps import Progress
-
-logger = logging.getLogger(__name__)
+    from training.features.hooks import JoinedRun
 
 # numbers of each step, by their names in logs
 BETTER, WORSE, RIGHT = "preference/better", "preference/worse", "preference/right"
 
 
-class PreferenceOptions(Options, title="preferences"):
+class PreferenceOptions(FeatureOptions, title="preferences", at=AT_NETWORK, facts=HABIT):
     """How strongly the better one of each pair is preferred."""
 
     preference: float | None = option(
@@ -43,7 +37,6 @@ class PreferenceOptions(Options, title="preferences"):
         metavar="BETA",
         hint="2000 to 5000 are usual",
         known_as=("dpo", "flow_dpo", "dpo_beta", "beta_dpo"),
-        facts=HABIT,
     )
     preference_data_weight: float = option(
         "also add this weight times the usual loss of the better one",
@@ -52,22 +45,12 @@ class PreferenceOptions(Options, title="preferences"):
         most=1000,
         needs="preference",
         metavar="W",
-        facts=HABIT,
     )
 
     @property
     def beta(self) -> float:
         assert self.preference is not None  # the feature is on
         return self.preference
-
-
-def _refuse(options: "OptionsOfRun") -> None:
-    targets = options.typed_targets
-    if len(targets) > 1:
-        raise OptionError(
-            f"--preference {options.of(PreferenceOptions).beta:g} and {targets[0]}: the loss of a pair has "
-            "no place for another target. Leave out one of the two"
-        )
 
 
 def _check(options: PreferenceOptions, family: "Family", counts: Sequence[int]) -> None:
@@ -81,9 +64,9 @@ def _check(options: PreferenceOptions, family: "Family", counts: Sequence[int]) 
         )
 
 
-def _check_tables(options: "OptionsOfRun", tables: "Sequence[DatasetTable]") -> None:
+def _check_tables(run: "JoinedRun") -> None:
     """Raise OptionError for tables that ask for another target."""
-    preserving = next((table.name for table in tables if KEPT in table.attributes), None)
+    preserving = next((table.name for table in run.tables if KEPT in table.attributes), None)
     if preserving is not None:
         raise OptionError(
             f"{preserving}: {KEPT} cannot be had with --preference, whose loss has no "
@@ -99,72 +82,40 @@ def _require_pairs(
     require_pairs(items, sources.stores, sources.encoders.commands)
 
 
-def _note_unused(items: "Sequence[TrainingItem]") -> None:
-    """Log the tables whose worse ones a run without --preference does not use."""
-    tables = {item.table.index: item.table for item in items}.values()
-    names = [table.name for table in tables if table.worse_directory is not None]
-    if names:
-        logger.warning(
-            "%s: worse_directory has no effect in this run: it is for --preference. The better ones are "
-            "learned as ever",
-            ", ".join(names),
-        )
-
-
-def _draw_pairs(story: "Story", most: int) -> "list[Chart]":
-    """Return the diagrams of the page: the errors at both of a pair, and how many are right."""
-    from modules.pages.charts import Chart  # only for pages
-    from training.reports.page import SMOOTHING, make_curves
-
-    errors = {"better one": story.numbers.get(BETTER, {}), "worse one": story.numbers.get(WORSE, {})}
-    right = {"right": story.numbers.get(RIGHT, {})}
-    return [
-        Chart(make_curves(errors, most, SMOOTHING), "step", "error", "Error at both of a pair"),
-        Chart(make_curves(right, most, SMOOTHING), "step", "share", "Share of pairs that are right"),
-    ]
-
-
-def _show_right(story: "Story") -> "Tile | None":
-    """Return how many of the latest pairs are right."""
-    from training.reports.history import SHOWN  # only for pages
-
-    shares = [share for share in story.numbers.get(RIGHT, {}).values() if share is not None]
-    if not shares:
-        return None
-    last = shares[-SHOWN:]
-    note = f"the better one is learned more; mean of the last {count_of(len(last), 'step')}"
-    return "Pairs that are right", f"{sum(last) / len(last):.0%}", note
-
-
-def _install(hooks: "Hooks", options: "OptionsOfRun", progress: "Progress") -> None:
-    from training.features.hooks import Tally
+def _start(options: PreferenceOptions, run: "JoinedRun") -> None:
     from training.features.preference_pairs import Preference, pair_passes  # torch: only with --preference
 
-    values = options.of(PreferenceOptions)
     tally = Tally((BETTER, WORSE, RIGHT))
-    hooks.tallies.append(tally)
-    preference = Preference(values.beta, values.preference_data_weight)
-    hooks.other_passes.append(partial(pair_passes, preference, tally))
+    run.tallies.append(tally)
+    preference = Preference(options.beta, options.preference_data_weight)
+    run.on.passes.append(partial(pair_passes, preference, tally))
+
+
+def _join(run: "JoinedRun", options: PreferenceOptions) -> None:
+    _check_tables(run)
+    target = Target(
+        option=f"--preference {options.beta:g}",
+        words=f"the better one of each pair, beta {options.beta:g}",
+        passes=StepPasses(with_gradients=0, without=1, size=2),
+        alone="the loss of a pair has no place for another target",
+        joins_streams=True,
+    )
+    run.targets.append(target)
+    run.needs.add(WORSE_ONES)
+    run.info.in_files |= given_values(options)
+    run.info.charts += [
+        NumberChart("Error at both of a pair", "error", {"better one": BETTER, "worse one": WORSE}),
+        NumberChart("Share of pairs that are right", "share", {"right": RIGHT}),
+    ]
+    run.info.tiles.append(NumberTile("Pairs that are right", RIGHT, "the better one is learned more"))
+    run.on.check.append(partial(_check, options))
+    run.on.items.append(partial(_require_pairs, options))
+    run.on.start.append(partial(_start, options))
 
 
 PREFERENCE = Feature(
     name="preference",
     options=PreferenceOptions,
-    place=AT_NETWORK,
     is_on=lambda options: options.preference is not None,
-    facts=HABIT,
-    refuse=_refuse,
-    check=_check,
-    target=lambda options: f"--preference {options.beta:g}",
-    passes=lambda options: StepPasses(with_gradients=0, without=1, size=2),
-    check_tables=_check_tables,
-    needs=(WORSE_ONES,),
-    joins_streams=True,
-    check_items=_require_pairs,
-    describe=lambda options: f"the better one of each pair, beta {options.beta:g}",
-    note_unused=_note_unused,
-    charts=_draw_pairs,
-    tile=_show_right,
-    metadata=lambda options, progress: given_values(options),
-    install=_install,
+    join=_join,
 )

@@ -8,17 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from modules.options import FREE, Options, option
-from training.features.contract import AT_NOISE, Feature
+from modules.options import FREE, option
+from training.features.contract import AT_NOISE, Feature, FeatureOptions
 from training.noise_options import NOTHING, WEIGHTS_OF_LOSS
 
 if TYPE_CHECKING:
     from contract.family import Family
     from dataset.table import DatasetTable
-    from training.features.hooks import OptionsOfRun
+    from training.features.hooks import JoinedRun, OptionsOfRun
 
 
-class ShowTimestepsOptions(Options, title="timesteps and loss weights"):
+class ShowTimestepsOptions(FeatureOptions, title="timesteps and loss weights", at=AT_NOISE, facts=FREE):
     """Whether timesteps are shown, and where."""
 
     show_timesteps: str | None = option(
@@ -47,11 +47,13 @@ def _show(
     )
 
 
+def _join(run: "JoinedRun", options: ShowTimestepsOptions) -> None:
+    run.show = _show
+
+
 SHOW_TIMESTEPS = Feature(
     name="show_timesteps",
     options=ShowTimestepsOptions,
-    place=AT_NOISE,
     is_on=lambda options: options.show_timesteps is not None,
-    facts=FREE,
-    show=_show,
+    join=_join,
 )

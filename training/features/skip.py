@@ -6,21 +6,17 @@ each step waits for the device. A run without these options does not wait, and h
 
 import logging
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from modules.errors import OptionError
-from modules.options import HABIT, Options, option
-from training.features.contract import AT_WEIGHTS, Feature
+from modules.options import HABIT, option
+from training.features.contract import AGAINST_BAD_STEPS, AT_WEIGHTS, Feature, FeatureOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from training.features.hooks import GradientStep, HookedRun, OptionsOfRun
-    from training.reports.history import Story
-    from training.reports.page import Tile
-    from training.steps import Progress
+    from training.features.hooks import GradientStep, HookedRun, JoinedRun
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +29,7 @@ MOST_SPIKES = 20  # in a row; more of them are no spikes
 REMEDY = "--skip_bad_steps 3 leaves out up to three such steps in a row."  # of the error without it
 
 
-class SkipOptions(Options, title="steps that go wrong"):
+class SkipOptions(FeatureOptions, title="steps that go wrong", at=AT_WEIGHTS, facts=HABIT):
     """Which steps are left out."""
 
     skip_bad_steps: int | None = option(
@@ -43,6 +39,7 @@ class SkipOptions(Options, title="steps that go wrong"):
         most=1_000_000,
         metavar="N",
         hint="leave it out to end the run at the first one",
+        facts={AGAINST_BAD_STEPS: REMEDY},
     )
     skip_spikes: float | None = option(
         "leave out a step whose gradient norm is above FACTOR times the median of the last 100 taken "
@@ -176,37 +173,21 @@ def describe_skip(
     return f"{text}."
 
 
-def _refuse(options: "OptionsOfRun") -> None:
-    if options.is_fused:
-        flag = "--skip_spikes" if options.of(SkipOptions).skip_bad_steps is None else "--skip_bad_steps"
+def _join(run: "JoinedRun", options: SkipOptions) -> None:
+    if run.options.is_fused:
+        flag = "--skip_spikes" if options.skip_bad_steps is None else "--skip_bad_steps"
         raise OptionError(
             f"{flag} with --fused_backward_pass: weights are stepped inside the backward pass, before the "
             "norm of all gradients is known. Leave out one of the two"
         )
-
-
-def _show_skipped(story: "Story") -> "Tile | None":
-    if not story.skipped:
-        return None
-    last = [f"{step:,}" for step in sorted(story.skipped)[-3:]]
-    return "Skipped steps", f"{len(story.skipped):,}", f"not taken; the last: {', '.join(last)}"
-
-
-def _metadata(options: SkipOptions, progress: "Progress") -> Mapping[str, Any]:
-    return {**asdict(options), "skipped_steps": progress.skipped}
+    run.remembers.append(SkipProgress)
+    run.info.in_files |= asdict(options)
+    run.on.before_step.append(judge_step)
 
 
 SKIP = Feature(
     name="skip",
     options=SkipOptions,
-    place=AT_WEIGHTS,
-    is_on=lambda options: options != SkipOptions.usual(),
-    facts=HABIT,
-    refuse=_refuse,
-    progress=SkipProgress,
-    metadata=_metadata,
-    result=lambda progress: ("skipped steps", str(progress.skipped)),
-    tile=_show_skipped,
-    remedy_of_bad_step=REMEDY,
-    install=lambda hooks, options, progress: hooks.before_step.append(judge_step),
+    is_on=lambda options: options.skip_bad_steps is not None or options.skip_spikes is not None,
+    join=_join,
 )

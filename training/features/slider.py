@@ -1,29 +1,28 @@
 """Slide between captions: --slider.
 
 At strength 1 the network acts like the positive caption, at -1 like the negative one. The file of captions
-and the passes are in `slider_passes.py`.
+is read in `slider_file.py`, the passes are in `slider_passes.py`.
 """
 
 import logging
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modules.errors import OptionError
-from modules.options import HABIT, Options, option
-from training.features.contract import AT_NETWORK, KEPT, Feature, StepPasses, given_values
+from modules.options import HABIT, option
+from training.features.contract import AT_NETWORK, KEPT, Feature, FeatureOptions, given_values
+from training.features.slider_file import SliderFile, read_sliders
+from training.features.step_targets import StepPasses, Target
 
 if TYPE_CHECKING:
-    from dataset.table import DatasetTable
     from training.data.live import LiveTexts
-    from training.features.hooks import HookedModel, Hooks, OptionsOfRun, PlannedRun
-    from training.steps import Progress
+    from training.features.hooks import HookedModel, JoinedRun, PlannedRun
 
 logger = logging.getLogger(__name__)
 
 
-class SliderOptions(Options, title="slider"):
+class SliderOptions(FeatureOptions, title="slider", at=AT_NETWORK, facts=HABIT):
     """Which captions a slider moves between."""
 
     slider: Path | None = option(
@@ -33,7 +32,6 @@ class SliderOptions(Options, title="slider"):
         place="there",
         often=False,
         known_as=("slider_config", "leco", "concept_slider"),
-        facts=HABIT,
     )
 
     @property
@@ -42,31 +40,16 @@ class SliderOptions(Options, title="slider"):
         return self.slider
 
 
-def _refuse(options: "OptionsOfRun") -> None:
-    targets = options.typed_targets
-    if targets:
-        raise OptionError(
-            f"--slider {options.of(SliderOptions).slider} with {targets[0]}: a slider learns from its "
-            "captions alone. Leave out one of the two"
-        )
-    if options.is_fused:
-        raise OptionError(
-            "--slider with --fused_backward_pass: the gradients of its two strengths are added, and fused "
-            "gradients are freed at once. Leave out one of the two"
-        )
-
-
-def _check_tables(options: "OptionsOfRun", tables: "Sequence[DatasetTable]") -> None:
+def _check_tables(run: "JoinedRun", path: Path) -> None:
     """Raise OptionError for tables that ask for another target or strength."""
-    path = options.of(SliderOptions).slider
-    for table in tables:
+    for table in run.tables:
         if KEPT in table.attributes:
             raise OptionError(
                 f"{table.name}: {KEPT} cannot be had with --slider {path}, which learns "
                 "its own captions and not those of the table. Leave it out; an anchor in the slider's file "
                 "keeps what a caption makes"
             )
-    for table in tables:
+    for table in run.tables:
         if table.network_multiplier != 1:
             raise OptionError(
                 f"{table.name}: network_multiplier cannot be had with --slider {path}, which learns at the "
@@ -74,57 +57,54 @@ def _check_tables(options: "OptionsOfRun", tables: "Sequence[DatasetTable]") -> 
             )
 
 
-def _check_texts(options: SliderOptions, texts: "LiveTexts | None") -> None:
-    """Raise OptionError if the file of captions cannot be read, or if text encoders learn."""
-    from training.features.slider_passes import read_sliders  # torch: only with --slider
-
-    read_sliders(options.path)
+def _check_texts(path: Path, texts: "LiveTexts | None") -> None:
+    """Raise OptionError if text encoders learn."""
     if texts is not None and texts.changing:
         names = " and ".join(encoder.name for encoder in texts.changing)
         raise OptionError(
-            f"--slider {options.slider}: its captions are encoded before the training, and here {names} "
+            f"--slider {path}: its captions are encoded before the training, and here {names} "
             "learns. Train the transformer alone (--network_train_unet_only)"
         )
-    logger.info("The captions of the dataset are not used: --slider %s has its own.", options.slider)
+    logger.info("The captions of the dataset are not used: --slider %s has its own.", path)
 
 
-def _count_passes(options: SliderOptions) -> StepPasses:
-    """Return the passes besides the usual one. Raises OptionError for a file with faults."""
-    from training.features.slider_passes import read_sliders
-
-    has_anchors = read_sliders(options.path).has_anchors
-    return StepPasses(with_gradients=3, without=4) if has_anchors else StepPasses(1, without=3)
-
-
-def _encode(hooks: "Hooks", plan: "PlannedRun") -> None:
+def _encode(run: "JoinedRun", file: SliderFile, plan: "PlannedRun") -> None:
     """Encode the captions while there is no transformer, and have its passes replace the usual one."""
-    from training.features.slider_passes import encode_sliders, read_sliders, slider_passes
+    from training.features.slider_passes import encode_sliders, slider_passes  # torch: only with --slider
 
-    file = read_sliders(plan.options.of(SliderOptions).path)
     target = encode_sliders(plan.family, file, plan.accelerator.device)
 
     def learn(model: "HookedModel") -> None:
-        hooks.other_passes.append(partial(slider_passes, target, model.trainable.at_strength))
+        run.on.passes.append(partial(slider_passes, target, model.trainable.at_strength))
 
-    hooks.after_load.append(learn)
+    run.on.after_load.append(learn)
 
 
-def _install(hooks: "Hooks", options: "OptionsOfRun", progress: "Progress") -> None:
-    hooks.before_load.append(partial(_encode, hooks))
+def _join(run: "JoinedRun", options: SliderOptions) -> None:
+    path = options.path
+    if run.options.is_fused:
+        raise OptionError(
+            "--slider with --fused_backward_pass: the gradients of its two strengths are added, and fused "
+            "gradients are freed at once. Leave out one of the two"
+        )
+    _check_tables(run, path)
+    file = read_sliders(path)
+    target = Target(
+        option=f"--slider {path}",
+        words=f"captions of {path} at strength 1 and -1",
+        passes=StepPasses(with_gradients=3, without=4) if file.has_anchors else StepPasses(1, without=3),
+        alone="a slider learns from its captions alone",
+    )
+    run.targets.append(target)
+    run.keeps_steps = True
+    run.info.in_files |= given_values(options)
+    run.on.texts.append(partial(_check_texts, path))
+    run.on.before_load.append(partial(_encode, run, file))
 
 
 SLIDER = Feature(
     name="slider",
     options=SliderOptions,
-    place=AT_NETWORK,
     is_on=lambda options: options.slider is not None,
-    facts=HABIT,
-    refuse=_refuse,
-    check_tables=_check_tables,
-    check_texts=_check_texts,
-    passes=_count_passes,
-    keeps_steps=lambda options: True,
-    describe=lambda options: f"captions of {options.slider} at strength 1 and -1",
-    metadata=lambda options, progress: given_values(options),
-    install=_install,
+    join=_join,
 )

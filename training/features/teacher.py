@@ -4,31 +4,23 @@ The comparison with it is in `teacher_passes.py`, its errors of size and directi
 another model as a teacher is in `teacher_model.py`.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
 
 from contract.inputs import INPUTS
 from modules.console import count_of
 from modules.errors import OptionError
 from running.ways.contract import FurtherModel
-from training.features.contract import AT_NETWORK, DROPPED_CAPTIONS, Feature, StepPasses, given_values
+from training.features.contract import DROPPED_CAPTIONS, Feature, given_values
+from training.features.step_targets import StepPasses, Target
 from training.features.teacher_options import BASE, OTHER_DIT, TeacherOptions
 
 if TYPE_CHECKING:
     from contract.family import Family
     from training.data.live import LiveTexts
-    from training.features.hooks import Hooks, OptionsOfRun
+    from training.features.hooks import JoinedRun
     from training.other_families import OtherFamilies
-    from training.steps import Progress
-
-
-def _refuse(options: "OptionsOfRun") -> None:
-    loss_type = options.loss.loss_type
-    if options.of(TeacherOptions).teacher_split and loss_type != "l2":
-        raise OptionError(
-            f"--teacher_split with --loss_type {loss_type}: size and direction are those of squared "
-            "differences. Use --loss_type l2, or leave out --teacher_split"
-        )
 
 
 def _check(options: TeacherOptions, family: "Family", counts: Sequence[int]) -> None:
@@ -45,18 +37,10 @@ def _check(options: TeacherOptions, family: "Family", counts: Sequence[int]) -> 
         )
 
 
-def _check_files(options: "OptionsOfRun", family: "Family", others: "OtherFamilies") -> None:
-    values = options.of(TeacherOptions)
-    if values.teacher == OTHER_DIT:
-        from training.features.teacher_model import check_other_teacher  # torch: only with --teacher dit
+def _check_files(options: TeacherOptions, family: "Family", others: "OtherFamilies") -> None:
+    from training.features.teacher_model import check_other_teacher  # torch: only with --teacher dit
 
-        check_other_teacher(values, family, others)
-
-
-def _find_model(options: TeacherOptions) -> FurtherModel | None:
-    if options.teacher_dit is None:
-        return None
-    return FurtherModel("the teacher", f"--teacher_dit {options.teacher_dit}")
+    check_other_teacher(options, family, others)
 
 
 def _check_texts(options: TeacherOptions, texts: "LiveTexts | None") -> None:
@@ -86,40 +70,51 @@ def _describe(options: TeacherOptions) -> str:
     return f"{options.teacher_weight:g} of the loss from {name}{band}"
 
 
-def _metadata(options: TeacherOptions, progress: "Progress") -> Mapping[str, Any]:
-    return {**given_values(options), "teacher_weight": options.teacher_weight}
-
-
-def _install(hooks: "Hooks", options: "OptionsOfRun", progress: "Progress") -> None:
+def _start(options: TeacherOptions, run: "JoinedRun") -> None:
     from training.features.teacher_passes import install_teacher  # torch: only with --teacher
 
-    values = options.of(TeacherOptions)
-    teaching = install_teacher(hooks, values)
-    if values.teacher == OTHER_DIT:
+    teaching = install_teacher(run, options)
+    if options.teacher == OTHER_DIT:
         from training.features.teacher_model import OtherTeacher  # only with another one
 
-        other = OtherTeacher(values, teaching, options.speed.compilation.choice is not None)
-        hooks.before_dress.append(other.add_to_trained)
-        hooks.after_load.append(other.load)
+        other = OtherTeacher(options, teaching, run.options.speed.compilation.choice is not None)
+        run.on.before_dress.append(other.add_to_trained)
+        run.on.after_load.append(other.load)
+
+
+def _join(run: "JoinedRun", options: TeacherOptions) -> None:
+    options.check()
+    loss_type = run.options.loss.loss_type
+    if options.teacher_split and loss_type != "l2":
+        raise OptionError(
+            f"--teacher_split with --loss_type {loss_type}: size and direction are those of squared "
+            "differences. Use --loss_type l2, or leave out --teacher_split"
+        )
+    target = Target(
+        option=f"--teacher {options.teacher}",
+        words=_describe(options),
+        passes=StepPasses(with_gradients=0, without=3 if options.teacher_delta else 1),
+        replaces_clip=True,
+    )
+    run.targets.append(target)
+    if options.teacher == OTHER_DIT or options.teacher_weight == 1:
+        run.keeps_steps = True
+    run.needs.add(DROPPED_CAPTIONS)
+    run.view = options.view
+    run.info.in_files |= {**given_values(options), "teacher_weight": options.teacher_weight}
+    if options.teacher_dit is not None:
+        model = FurtherModel("the teacher", f"--teacher_dit {options.teacher_dit}")
+        run.further_models.append(model)
+    run.on.check.append(partial(_check, options))
+    run.on.texts.append(partial(_check_texts, options))
+    if options.teacher == OTHER_DIT:
+        run.on.check_files.append(partial(_check_files, options))
+    run.on.start.append(partial(_start, options))
 
 
 TEACHER = Feature(
     name="teacher",
     options=TeacherOptions,
-    place=AT_NETWORK,
     is_on=lambda options: options.teacher is not None,
-    refuse=_refuse,
-    check=_check,
-    check_files=_check_files,
-    target=lambda options: f"--teacher {options.teacher}",
-    replaces_clip=True,
-    passes=lambda options: StepPasses(with_gradients=0, without=3 if options.teacher_delta else 1),
-    keeps_steps=lambda options: options.teacher == OTHER_DIT or options.teacher_weight == 1,
-    needs=(DROPPED_CAPTIONS,),
-    view=lambda options: options.view,
-    check_texts=_check_texts,
-    further_model=_find_model,
-    describe=_describe,
-    metadata=_metadata,
-    install=_install,
+    join=_join,
 )

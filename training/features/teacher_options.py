@@ -4,14 +4,15 @@ from pathlib import Path
 
 from contract.inputs import CLIP, FIRST_LAST, INPUTS, SUBJECT
 from modules.errors import OptionError
-from modules.options import FREE, HABIT, Options, option
+from modules.options import FREE, HABIT, option
 from networks.multipliers import files_with_multipliers
+from training.features.contract import AT_NETWORK, FeatureOptions
 
 BASE, OTHER_DIT = "base", "dit"
 NUM_TIMESTEPS = 1000
 
 
-class TeacherOptions(Options, title="teacher"):
+class TeacherOptions(FeatureOptions, title="teacher", at=AT_NETWORK):
     """Which frozen model the network learns from, at which noise, and how it is compared with it."""
 
     teacher: str | None = option(
@@ -117,7 +118,8 @@ class TeacherOptions(Options, title="teacher"):
         facts=HABIT,
     )
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise OptionError for options that do not go with each other."""
         if self.teacher_min_timestep >= self.teacher_max_timestep:
             raise OptionError(
                 f"--teacher_min_timestep {self.teacher_min_timestep} --teacher_max_timestep "

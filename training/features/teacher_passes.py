@@ -11,9 +11,9 @@ from contract.data import FIRST_FRAME
 from contract.family import Trains
 from modules.devices import numbers_on
 from training.data.feed import Randomness
-from training.data.focus import find_balance
 from training.data.timesteps import find_shift
-from training.features.hooks import Hooks
+from training.features.hooks import JoinedRun
+from training.features.teacher_balance import find_balance
 from training.features.teacher_errors import EVEN_SPLIT, Split, split_errors
 from training.features.teacher_options import TeacherOptions
 from training.loss import NoisyBatch, split_streams
@@ -33,15 +33,15 @@ BALANCE = "anchor"  # in the notes of a batch: the factor on the anchor
 Teach = Callable[[TrainingPasses, NoisyBatch], Tensor]  # returns the teacher's prediction
 
 
-def install_teacher(hooks: Hooks, options: TeacherOptions) -> "Teaching":
-    """Put the comparison with the teacher into the hooks of a run.
+def install_teacher(run: JoinedRun, options: TeacherOptions) -> "Teaching":
+    """Put the comparison with the teacher into a run.
 
     Until another model is loaded, as while memory is measured, the trained one stands in for it.
     """
     teaching = Teaching(make_target(options), rehearse_change if options.teacher_delta else teach_as_base)
-    hooks.revise_comparisons.append(teaching.compare)
+    run.on.target.append(teaching.compare)
     if options.band is not None:
-        hooks.on_batch.append(functools.partial(balance_anchor, options.band))
+        run.on.batch.append(functools.partial(balance_anchor, options.band))
     return teaching
 
 

@@ -3,38 +3,42 @@
 Each is reached through the tracker of accelerate, in `trackers_sending.py`; only the main process sends.
 """
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from modules.options import FREE
-from training.features.contract import AT_LOGS, Feature
-from training.features.trackers_options import RunTrackerOptions, TrackerOptions, check_trackers
+from modules.errors import OptionError
+from training.features.contract import Feature
+from training.features.trackers_options import NEEDS_FOLDER, TrackerOptions, check_trackers
 
 if TYPE_CHECKING:
-    from training.features.hooks import Hooks, OptionsOfRun
-    from training.steps import Progress
+    from contract.family import Family
+    from training.features.hooks import JoinedRun
+    from training.other_families import OtherFamilies
 
 
-def _install(hooks: "Hooks", options: "OptionsOfRun", progress: "Progress") -> None:
+def _start(run: "JoinedRun") -> None:
     from training.features.trackers_sending import make_trackers  # torch: only in a training
 
-    hooks.recorders.append(make_trackers)
+    run.on.recorders.append(make_trackers)
 
 
-def _show_curves(options: TrackerOptions) -> tuple[str, Sequence[str]] | None:
-    if options.logging_dir is None:
-        return None
-    return "Look at the curves", ["tensorboard", "--logdir", str(options.logging_dir)]
+def _join(run: "JoinedRun", options: TrackerOptions) -> None:
+    def check(family: "Family", others: "OtherFamilies") -> None:
+        check_trackers(options)
+
+    writing = [name for name in options.trackers if name in NEEDS_FOLDER]
+    if writing and options.logging_dir is None:
+        raise OptionError(
+            f"--log_with {options.log_with} needs --logging_dir: the folder for {writing[0]}'s files"
+        )
+    if options.logging_dir is not None:
+        run.info.commands["Look at the curves"] = ["tensorboard", "--logdir", str(options.logging_dir)]
+    run.on.start.append(_start)
+    run.on.check_files.append(check)
 
 
 TRACKERS = Feature(
     name="trackers",
     options=TrackerOptions,
-    options_of_run=RunTrackerOptions,
-    place=AT_LOGS,
-    is_on=lambda options: bool(options.trackers),
-    facts=FREE,
-    check_start=check_trackers,
-    command_at_end=_show_curves,
-    install=_install,
+    is_on=lambda options: options.log_with is not None or options.logging_dir is not None,
+    join=_join,
 )

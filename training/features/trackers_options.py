@@ -4,13 +4,11 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from modules.errors import OptionError, UserError
-from modules.options import CONFIGURES, OF_RUN, SECRET, SENDS, Options, option
-
-if TYPE_CHECKING:
-    pass
+from modules.options import CONFIGURES, FREE, OF_RUN, SECRET, SENDS, Options, option
+from training.features.contract import AT_LOGS, FeatureOptions
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +30,23 @@ _IF_LOGGED = {"nothing is logged without --logging_dir or --log_with": lambda op
 _IF_WANDB = {"wandb is not used without --log_with wandb": lambda options: "wandb" in options.trackers}
 
 
-class TrackerOptions(Options, title="logs"):
+class RunTrackerOptions(Options):
+    """Options of `run` that it hands to its training."""
+
+    logging_dir: Path | None = option(
+        "folder for TensorBoard's files, anywhere; default: that of run.toml, in the folder",
+        place="new folder",
+    )
+    log_with: str | None = option(
+        "a tracker for the losses; in run.toml only tensorboard and aim are taken unasked",
+        choices=(*CHOICES, "all"),
+    )
+    log_tracker_config: Path | None = option(
+        "TOML file with arguments for the trackers; in run.toml it is refused", place="there"
+    )
+
+
+class TrackerOptions(FeatureOptions, title="logs", at=AT_LOGS, facts=FREE, of_run=RunTrackerOptions):
     """Which trackers get the numbers and samples of a run."""
 
     logging_dir: Path | None = option(
@@ -71,34 +85,11 @@ class TrackerOptions(Options, title="logs"):
     )
     log_config: bool = option("send the options, without keys and paths, to the trackers", acts_if=_IF_LOGGED)
 
-    def __post_init__(self) -> None:
-        writing = [name for name in self.trackers if name in NEEDS_FOLDER]
-        if writing and self.logging_dir is None:
-            raise OptionError(
-                f"--log_with {self.log_with} needs --logging_dir: the folder for {writing[0]}'s files"
-            )
-
     @property
     def trackers(self) -> tuple[str, ...]:
         if self.log_with is None:
             return () if self.logging_dir is None else ("tensorboard",)
         return ("tensorboard", "wandb") if self.log_with == "all" else (self.log_with,)
-
-
-class RunTrackerOptions(Options):
-    """Options of `run` that it hands to its training."""
-
-    logging_dir: Path | None = option(
-        "folder for TensorBoard's files, anywhere; default: that of run.toml, in the folder",
-        place="new folder",
-    )
-    log_with: str | None = option(
-        "a tracker for the losses; in run.toml only tensorboard and aim are taken unasked",
-        choices=(*CHOICES, "all"),
-    )
-    log_tracker_config: Path | None = option(
-        "TOML file with arguments for the trackers; in run.toml it is refused", place="there"
-    )
 
 
 def check_trackers(options: TrackerOptions) -> None:

@@ -1,30 +1,29 @@
 """Let tokens pass by the middle blocks in training: --tread. Standard library only.
 
-Which tokens these are is drawn in `tread_routes.py`; the runner of such a pass is `running/routes.py`.
+Which tokens these are is drawn in `tread_routes.py`; the runner of such a pass is `tread_runner.py`.
 Source: Krause et al. 2025, arXiv 2501.04765.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 from modules.errors import OptionError
-from modules.options import HABIT, Options, option
-from running.ways.composing import tokens_option
-from training.features.contract import AT_LOSS, Feature
+from modules.options import HABIT, OF_BLOCKS, option
+from training.features.contract import AT_LOSS, Feature, FeatureOptions, given_values
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from contract.family import Family
-    from training.features.hooks import Hooks, LearningPass, OptionsOfRun
+    from training.features.hooks import JoinedRun
     from training.loss import NoisyBatch
-    from training.steps import Progress
 
 MIDDLE = (2, -2)
 
 
-class TreadOptions(Options, title="fewer tokens"):
+class TreadOptions(FeatureOptions, title="fewer tokens", at=AT_LOSS, facts=HABIT):
     """How many tokens pass by the middle blocks in training."""
 
     tread: float | None = option(
@@ -35,36 +34,19 @@ class TreadOptions(Options, title="fewer tokens"):
         metavar="SHARE",
         hint="0.1 to 0.5 are usual",
         known_as=("tread_config", "tread_ratio", "selection_ratio"),
-        facts=HABIT,
+        facts=OF_BLOCKS,
     )
     tread_blocks: tuple[int, ...] = option(
         "first and last block that --tread spares tokens; both count, from 0, negative from the end",
         default=MIDDLE,
         needs="tread",
         metavar="BLOCK",
-        facts=HABIT,
     )
-
-    def __post_init__(self) -> None:
-        if len(self.tread_blocks) != 2:
-            raise OptionError(
-                f"--tread_blocks takes two numbers and has {len(self.tread_blocks)}: give the first and the "
-                "last block, such as 2 -2"
-            )
 
     @property
     def share(self) -> float:
         """Return the share of tokens, 0..1, that are left out."""
         return self.tread or 0.0
-
-
-def _refuse(options: "OptionsOfRun") -> None:
-    dividing = tokens_option(options.speed)
-    if dividing:
-        raise OptionError(
-            f"--tread {options.of(TreadOptions).tread:g} with {dividing}: each process has some of the "
-            "tokens, and --tread leaves out tokens of the whole clip. Leave out one of the two"
-        )
 
 
 def check_tread(options: TreadOptions, family: "Family", counts: Sequence[int]) -> None:
@@ -100,63 +82,39 @@ def _describe(options: TreadOptions) -> str:
     return f"{share} of the tokens pass by the blocks {first} to {last}, in passes with gradients"
 
 
-def _metadata(options: TreadOptions, _: "Progress") -> Mapping[str, Any]:
-    values: dict[str, Any] = {"tread": options.tread}
-    if options.tread_blocks != MIDDLE:
-        values["tread_blocks"] = " ".join(map(str, options.tread_blocks))
-    return values
-
-
-def _pass_by(
-    options: TreadOptions, choose: "Callable[[NoisyBatch, tuple[int, ...]], Tensor]"
-) -> "LearningPass":
-    """Return the context in which tokens pass by the middle blocks. choose: returns the places that take
-    part.
-    """
-    from functools import partial
-
-    from running.routes import Route, routed  # torch: only with --tread
+def pass_by(
+    options: TreadOptions, dit: "nn.Module", noisy_batch: "NoisyBatch", seed: int
+) -> AbstractContextManager[None]:
+    """Return the context in which tokens pass by the middle blocks. seed: of the run."""
+    from training.features.tread_routes import choose_places
+    from training.features.tread_runner import Route, routed  # torch: only with --tread
 
     first, last = options.tread_blocks
-
-    def enter(dit: "nn.Module", noisy_batch: "NoisyBatch") -> AbstractContextManager[None]:
-        return routed(dit, Route(first, last, partial(choose, noisy_batch)))
-
-    return enter
+    choose = partial(choose_places, noisy_batch, share=options.share, seed=seed)
+    return routed(dit, Route(first, last, choose))
 
 
-def _install(hooks: "Hooks", options: "OptionsOfRun", progress: "Progress") -> None:
-    from functools import partial
-
-    from training.features.tread_routes import choose_places  # torch: only with --tread
-
-    tread = options.of(TreadOptions)
-    hooks.learning_pass.append(_pass_by(tread, partial(choose_places, share=tread.share, seed=progress.seed)))
-
-
-def _rehearse(options: TreadOptions, noisy_batch: "NoisyBatch") -> "LearningPass":
-    """Return the pass of a batch without content: it has as many tokens as the batch itself."""
-    from modules.private_torch import disable_modes
-    from training.features.tread_routes import choose_places
-
-    def choose(_: "NoisyBatch", grid: tuple[int, ...]) -> "Tensor":
-        with disable_modes():
-            return choose_places(noisy_batch, grid, share=options.share, seed=0)
-
-    return _pass_by(options, choose)
+def _join(run: "JoinedRun", options: TreadOptions) -> None:
+    if len(options.tread_blocks) != 2:
+        raise OptionError(
+            f"--tread_blocks takes two numbers and has {len(options.tread_blocks)}: give the first and the "
+            "last block, such as 2 -2"
+        )
+    dividing = run.options.speed.joined.divides_tokens
+    if dividing:
+        raise OptionError(
+            f"--tread {options.tread:g} with {dividing}: each process has some of the "
+            "tokens, and --tread leaves out tokens of the whole clip. Leave out one of the two"
+        )
+    run.info.targets.append(_describe(options))
+    run.info.in_files |= given_values(options)
+    run.on.check.append(partial(check_tread, options))
+    run.on.learning_pass.append(partial(pass_by, options))
 
 
 TREAD = Feature(
     name="tread",
     options=TreadOptions,
-    place=AT_LOSS,
     is_on=lambda options: options.tread is not None,
-    facts=HABIT,
-    refuse=_refuse,
-    check=check_tread,
-    of_blocks=("tread",),
-    describe=_describe,
-    metadata=_metadata,
-    install=_install,
-    rehearse=_rehearse,
+    join=_join,
 )

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_max_pool3d
 
+from modules.private_torch import disable_modes
 from modules.seeds import derive_seed
 from training.loss import NoisyBatch, place_weights
 
@@ -15,7 +16,13 @@ def choose_places(noisy_batch: NoisyBatch, grid: tuple[int, ...], share: float, 
     They are drawn for each sample. Given frames always take part, and so do places that a mask counts, if it
     leaves out more than half of the sample; where that leaves too few, fewer tokens than `share` are left
     out, as many in each sample. grid: tokens along frames, rows, columns; pictures may have no frames.
+    The places have values in a measurement of memory too, where other tensors have none.
     """
+    with disable_modes():
+        return _choose(noisy_batch, grid, share, seed)
+
+
+def _choose(noisy_batch: NoisyBatch, grid: tuple[int, ...], share: float, seed: int) -> Tensor:
     sizes = (*(1,) * (3 - len(grid)), *grid)
     needed = _find_needed(noisy_batch, sizes)  # B L
     length = needed.shape[1]

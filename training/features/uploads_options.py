@@ -1,12 +1,23 @@
 """Options of what is uploaded to the Hugging Face hub."""
 
-from modules.options import OF_RUN, SECRET, SENDS, Options, option
+from modules.options import FREE, OF_RUN, SECRET, SENDS, Options, option
+from training.features.contract import AT_METADATA, FeatureOptions
 
 _NOT_UPLOADED = "nothing is uploaded without --huggingface_repo_id"
 _IF_UPLOADED = {_NOT_UPLOADED: lambda options: options.huggingface_repo_id is not None}
 
 
-class UploadOptions(Options, title="Hugging Face hub"):
+class RunUploadOptions(Options):
+    """Options of `run` that it hands to its training."""
+
+    huggingface_repo_id: str | None = option(
+        "upload the trained files to this repository (owner/name); in run.toml it is refused"
+    )
+
+
+class UploadOptions(
+    FeatureOptions, title="Hugging Face hub", at=AT_METADATA, facts=FREE, of_run=RunUploadOptions
+):
     """What is uploaded to the hub, and whether the state to continue from is there."""
 
     huggingface_repo_id: str | None = option(
@@ -36,12 +47,4 @@ class UploadOptions(Options, title="Hugging Face hub"):
     )
     async_upload: bool = option(
         "upload while training continues; only the final upload is waited for", needs="huggingface_repo_id"
-    )
-
-
-class RunUploadOptions(Options):
-    """Options of `run` that it hands to its training."""
-
-    huggingface_repo_id: str | None = option(
-        "upload the trained files to this repository (owner/name); in run.toml it is refused"
     )

@@ -20,6 +20,7 @@ from dataset.batches.finding import with_reference_sizes
 from dataset.batches.items import TrainingItem
 from dataset.batches.order import repeat_items
 from dataset.cache.records import CacheChecks
+from dataset.table import DatasetTable
 from modules.console import quiet
 from modules.devices import gib
 from modules.options import override_options
@@ -30,14 +31,12 @@ from running.planning.device_memory import MemoryWatch, Room, host_room, room_on
 from training.data.feed import BatchSources, Randomness
 from training.data.live import LiveTexts
 from training.experts import placement_of
-from training.features.composing import find_view, further_models, install_features, kept_average, need
 from training.features.contract import EMPTY_PROMPT, WORSE_ONES
 from training.loss import NoisyBatch
 from training.options import TrainingOptions
 from training.plan import TrainingPlan
 from training.planning.rehearsal import STEP, rehearse
 from training.processes import largest_of_processes
-from training.steps import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -87,14 +86,15 @@ class StepPrediction:
                 kinds.append(dry.GRADIENTS)
             learning = sum(moment.get(kind, 0) for kind in kinds)
             parts.append(memory_plan.MemoryPart("what learns in them", self.further * learning))
-        for model in further_models(self.options):
+        for model in self.options.joined.further_models:
             device = moment.get(dry.WEIGHTS, 0) - swap.saved
             parts.append(memory_plan.MemoryPart(f"{model.name}'s transformer", device, swap.host))
         if self.offloaded:
             note = "those of one weight at a time are on the device"
             parts.append(memory_plan.MemoryPart("all states of the optimizer", 0, self.offloaded, note))
-        if self.average:
-            name = f"average of the weights ({kept_average(self.options)})"
+        average = self.options.joined.average
+        if self.average and average is not None:
+            name = f"average of the weights ({average.name})"
             parts.append(memory_plan.MemoryPart(name, 0, self.average))
         return memory_plan.Phase(f"training step, {self.batch}", (*parts, self.workspace))
 
@@ -145,9 +145,10 @@ def predict(
     sampled: int = 0,
     texts: LiveTexts | None = None,
     watch: Callable[[nn.Module], dry.Extrapolate] = dry.plainly,
+    tables: Sequence[DatasetTable] = (),
 ) -> StepPrediction:
     """Rehearse a step. noisy_batch: on the CPU. device: of the run. sampled, texts: see `StepPrediction`.
-    watch: `TokenCounter.watch`, if cards are to share the step.
+    watch: `TokenCounter.watch`, if cards are to share the step. tables: of the dataset.
 
     8-bit products are rehearsed as 16-bit products of the same weights. Raises the errors of loading.
     """
@@ -167,7 +168,9 @@ def predict(
         with quiet():
             for encoder in () if texts is None else texts.encoders:
                 encoder.load(META)
-            moments, waiting = rehearse(family, options, dit, noisy_batch, texts=texts, watch=watch)
+            moments, waiting = rehearse(
+                family, options, dit, noisy_batch, texts=texts, watch=watch, tables=tables
+            )
             learning = [weight.numel() for weight in dit.parameters() if weight.requires_grad]
             for encoder in () if texts is None else texts.learning:
                 learning += [
@@ -177,7 +180,7 @@ def predict(
         if texts is not None:
             texts.free()
     offloaded = average = 0
-    if options.whole_dit is not None and kept_average(options):
+    if options.whole_dit is not None and options.joined.average is not None:
         average = 4 * sum(learning)  # float32; what has rate 0 is not averaged
     if options.whole_dit is not None and options.whole_dit.offloads_states:
         moments, offloaded = _offload_states(moments, max(learning) / sum(learning))
@@ -241,8 +244,8 @@ def read_largest(
         largest,
         checks=CacheChecks(),
         stream=("largest",),
-        reads_empty=need(options, EMPTY_PROMPT),
-        reads_worse=need(options, WORSE_ONES),
+        reads_empty=EMPTY_PROMPT in options.joined.needs,
+        reads_worse=WORSE_ONES in options.joined.needs,
     )
     # given frames take a little more memory than none: if they may come, the largest batch has some
     noise = replace(family.noise, first_frame_probability=math.ceil(family.noise.first_frame_probability))
@@ -250,9 +253,9 @@ def read_largest(
         options.timesteps,
         0,
         noise,
-        on_noise=install_features(options, Progress(0, 0, 0.0)).on_noise,
+        on_noise=options.joined.on.noise,
         sound=SoundLearning(),
-        view=find_view(options),
+        view=options.joined.view,
     )
     return drawn.add(batch, 0, 0)
 
@@ -266,12 +269,16 @@ def plan_one_card(
     room: Room | None,
     sampled: int,
     texts: LiveTexts | None,
+    tables: Sequence[DatasetTable],
 ) -> None:
     """Print the plan for one card. Nothing large is loaded, and no GPU is needed.
 
-    room: memory of the card; None: not known. sampled: transformers that only samples need.
+    room: memory of the card; None: not known. sampled: transformers that only samples need. tables: of the
+    dataset.
     """
-    prediction = predict(family, options, noisy_batch, device=device, sampled=sampled, texts=texts)
+    prediction = predict(
+        family, options, noisy_batch, device=device, sampled=sampled, texts=texts, tables=tables
+    )
     compiled = [] if options.speed.compilation.choice is None else [COMPILED]
 
     def plan(blocks: int, remarks: Sequence[str]) -> memory_plan.MemoryPlan:
@@ -308,7 +315,7 @@ def prepare_memory(plan: TrainingPlan) -> tuple[SwapOptions, MemoryWatch | None]
 
     def rehearse_largest() -> StepPrediction:
         noisy_batch = read_largest(family, options, plan.training, plan.sources)
-        return predict(family, options, noisy_batch, device, texts=plan.texts)
+        return predict(family, options, noisy_batch, device, texts=plan.texts, tables=plan.config.datasets)
 
     speed, prediction = memory_plan.resolve_swap(options.speed, room, rehearse_largest)
     swap = speed.swap

@@ -16,13 +16,14 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from contract.family import Trains
+from dataset.table import DatasetTable
 from modules.devices import dtype_of
 from modules.private_torch import disable_modes
 from networks.added import add_loras
 from running.planning import dry_run as dry
 from training.data.live import LiveTexts
 from training.experts import AUTOCAST, TRAINING_ADAPTER, dress, read_adapter
-from training.features.composing import install_features, kept_average, rehearsed_passes
+from training.features.composing import begin_run
 from training.features.hooks import LearningPass
 from training.loss import Autocast, LossRule, NoisyBatch
 from training.made_networks import make_trained_network
@@ -33,7 +34,6 @@ from training.processes import fill_missing_gradients
 from training.steps import Progress
 from training.targets.passes import training_loss
 from training.whole_checkpoint import train_whole
-from training.word_rows import make_word_rows
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +64,7 @@ class Rehearsal:
     texts: LiveTexts | None = None  # encoded in each step, without content
     # with --fused_backward_pass, once the optimizer has its states
     fused: FusedBackward | None = None
+    tables: Sequence[DatasetTable] = ()  # of the dataset
     # what passes with gradients run in, of features
     learning_pass: Sequence[LearningPass] = ()
 
@@ -94,18 +95,15 @@ class Rehearsal:
                 batch = self.texts.add_to(noisy_batch.batch)
             noisy_batch = replace(noisy_batch, batch=batch).to(self.ledger.device)
         self.ledger.enter("forward outside the blocks")
-        hooks = install_features(self.options, Progress(0, 0, 0.0))
+        joined = begin_run(self.options, self.family, self.tables)
         rule = LossRule(
             self.options.loss,
             self.options.predicted,
             as_base=contextlib.nullcontext,
-            kept_attributes=frozenset(hooks.kept_attributes),
-            own_targets=hooks.own_targets,
-            make_target=hooks.make_target,
-            compare=hooks.compare,
-            revise_comparisons=hooks.revise_comparisons,
-            further_passes=hooks.further_passes,
-            other_passes=hooks.other_passes,
+            kept_attributes=frozenset(joined.kept_attributes),
+            targets=joined.on.target,
+            passes=joined.on.passes,
+            has_own_pass=joined.has_own_pass,
             in_lockstep=True,  # so that no level and no mask leaves out a pass
             learning_pass=self.learning_pass,
         )
@@ -182,19 +180,23 @@ def rehearse(
     noisy_batch: NoisyBatch,
     texts: LiveTexts | None = None,
     watch: Callable[[nn.Module], dry.Extrapolate] = dry.plainly,
+    tables: Sequence[DatasetTable] = (),
 ) -> tuple[dict[str, dry.Moment], int]:
     """Return the largest moment at each place of a training step, and the bytes that wait on the host.
 
     The optimizer already has its states. dit: the network as loaded, on the meta device; do not use it
     afterwards. noisy_batch: on the CPU. texts: encoded in each step; loaded on the meta device too. watch:
-    see `running.planning.division`.
+    see `running.planning.division`. tables: of the dataset.
     """
     with dry.dry_run() as ledger:
         rehearsal = dress_trainable(family, options, dit, ledger=ledger, texts=texts)
+        rehearsal.tables = tables
         moments = rehearsal.measure_step()
         on_device = noisy_batch.moved(lambda tensor: stand_in_batch(tensor, ledger))
         measure = functools.partial(rehearsal.measure, on_device)
-        rehearsal.learning_pass = rehearsed_passes(options, noisy_batch)
+        rehearsal.learning_pass = [
+            functools.partial(_enter_with, enter, noisy_batch) for enter in options.joined.on.learning_pass
+        ]
         if rehearsal.learning_pass:
             # some blocks see fewer tokens than others, so that few of them do not stand for all
             everything = measure(rehearsal.counts)
@@ -202,6 +204,13 @@ def rehearse(
             return moments, rehearsal.waiting
         moments |= watch(dit)(measure, rehearsal.counts)
         return moments, rehearsal.waiting
+
+
+def _enter_with(
+    enter: LearningPass, noisy_batch: NoisyBatch, dit: nn.Module, _: NoisyBatch, seed: int
+) -> contextlib.AbstractContextManager[None]:
+    """Return the context of a pass with the batch on the CPU: that on the device has no content."""
+    return enter(dit, noisy_batch, seed)
 
 
 def _as_measured(moments: Mapping[str, dry.Moment], _: dry.Counts) -> Mapping[str, dry.Moment]:
@@ -258,7 +267,7 @@ def dress_trainable(
             lambda weight: None if weight.grad is None else ledger.see(weight.grad, dry.GRADIENTS)
         )
     average: list[Tensor] = []
-    if kept_average(options) and options.whole_dit is None:
+    if options.joined.average is not None and options.whole_dit is None:
         with ledger.allocating(dry.NETWORK):
             average = [parameter.new_empty(parameter.shape, dtype=torch.float32) for parameter in parameters]
     return Rehearsal(
@@ -317,10 +326,10 @@ def _make_learning_groups(
     _add_adapters(family, options, dit, ledger)
     groups, _ = network.parameter_groups(options.optimizer.learning_rate)
     word_encoders = {} if texts is None else texts.taught_networks
-    word = make_word_rows(family, word_encoders, seed=0, with_values=False)
-    if word is not None:
-        dry.place(word.module, ledger, dry.NETWORK)
-        groups.append(word.group(options.optimizer.learning_rate))
+    for make in begin_run(options, family).on.beside:
+        beside = make(word_encoders, 0, False)
+        dry.place(beside.module, ledger, dry.NETWORK)
+        groups.append(beside.group(options.optimizer.learning_rate))
     return groups
 
 

@@ -1,16 +1,16 @@
 """Compare the ways in which several cards can train: `--plan 2x24` of a training script."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
 
 from contract.family import Family
+from dataset.table import DatasetTable
 from running.planning.device_memory import Room
 from running.planning.division import TokenCounter, divide_tokens
 from running.planning.memory_plan import share_blocks
 from running.planning.several_cards import Rehearsed, print_ways, with_division
-from running.ways.composing import check_ways
 from running.ways.contract import Division
 from training.checks import uses_of
 from training.data.live import LiveTexts
@@ -29,6 +29,7 @@ def plan_ways(
     room: Room,
     sampled: int,
     texts: LiveTexts | None,
+    tables: Sequence[DatasetTable],
 ) -> None:
     """Print the ways to use `cards` cards, and the cheapest that fits. room: memory of each card."""
 
@@ -42,6 +43,7 @@ def plan_ways(
             sampled=sampled,
             texts=texts,
             watch=counter.watch,
+            tables=tables,
         )
 
         def divide(division: Division) -> StepPrediction:
@@ -49,7 +51,9 @@ def plan_ways(
             if options.is_fused:
                 check_fused_backward(options.optimizer.optimizer_type, cards)
             if division != Division(cards):
-                check_ways(with_division(options.speed, division), uses_of(family, options))
+                uses = uses_of(family, options)
+                for check in with_division(options.speed, division).joined.on.check:
+                    check(uses)
             if division.context > 1:
                 moments = divide_tokens(moments, division.context, counter)
             if division.shards:

@@ -18,6 +18,7 @@ from typing import Any
 from modules.atomic_write import append_text, atomic_path, identify_machine, make_storable
 from modules.limits import MAX_LINE_CHARACTERS
 from modules.text_files import require_regular_file
+from training.reports.shown_numbers import MAX_SHOWN, NumberChart, NumberTile
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +77,9 @@ class Start:
     process: Mapping[str, Any] = field(default_factory=dict)  # see `describe_process`
     written_in: str = ""  # folder of the history, with links resolved; "": an older version's
     working_folder: str = ""  # in which the command was typed; "": an older version's
+    # of further numbers on the page
+    charts: Sequence[NumberChart] = ()
+    tiles: Sequence[NumberTile] = ()
 
     @classmethod
     def of(cls, facts: Row) -> "Start":
@@ -95,6 +99,8 @@ class Start:
             process=dict(facts["process"]),
             written_in=str(facts.get("written_in", "")),
             working_folder=str(facts.get("working_folder", "")),
+            charts=[NumberChart.of(chart) for chart in facts.get("charts", ())[:MAX_SHOWN]],
+            tiles=[NumberTile.of(tile) for tile in facts.get("tiles", ())[:MAX_SHOWN]],
         )
 
 

@@ -5,19 +5,20 @@ import contextlib
 import functools
 import stat
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from contract.rules import PICTURE_STREAM, SOUND_STREAM
-from modules.console import as_size
+from modules.console import as_size, count_of
 from modules.pages.charts import Chart, Curve, draw_chart
 from modules.pages.language import counted, say, say_duration
 from modules.pages.page import link, write_page
 from modules.text_files import read_safetensors_texts
 from training.reports.history import SHOWN, Points, Start, Story, history_name
+from training.reports.shown_numbers import NumberChart, NumberTile, find_uncharted
 
 if TYPE_CHECKING:
     from training.reports.sample_files import LoadClip  # only with samples
@@ -28,19 +29,6 @@ MOST_COLUMNS = 10  # of the grid of samples
 MOST_PROMPTS = 20
 SMOOTHING = 0.9
 MOST_BINS = 600  # of a curve; more than a drawing has pixels to tell apart
-
-
-@dataclass(frozen=True)
-class PageParts:
-    """What features add to the pages of runs. Charts are given the largest number of
-    points of a curve, too; those without curves are left out.
-    """
-
-    charts: Sequence[Callable[[Story, int], list[Chart]]] = ()
-    tiles: Sequence[Callable[[Story], Tile | None]] = ()
-
-
-NO_PARTS = PageParts()
 
 
 def page_path(folder: Path, name: str) -> Path:
@@ -64,14 +52,13 @@ def write_training_page(
     story: Story,
     standing: Standing,
     load: "LoadClip | None" = None,
-    parts: PageParts = NO_PARTS,
 ) -> None:
-    """Write the page of a run: the content of its history. load, parts: see `page_values`.
+    """Write the page of a run: the content of its history. load: see `page_values`.
 
     Raises OutputError if that fails.
     """
     name = history_name(history)
-    values = page_values(history.parent, story, standing, load=load, parts=parts, name=name)
+    values = page_values(history.parent, story, standing, load=load, name=name)
     write_page(path, TEMPLATE, f"{name}: training", values)
 
 
@@ -81,14 +68,14 @@ def page_values(
     standing: Standing,
     load: "LoadClip | None" = None,
     most: tuple[int, int] = (MOST_COLUMNS, MOST_PROMPTS),
-    parts: PageParts = NO_PARTS,
     name: str = "",
     has_sections: bool = True,
 ) -> dict[str, Any]:
-    """Return the values of the template. folder: --output_dir. load: gives the clips, if the story has
-    samples. most: the largest number of columns and rows in the grid of samples. parts: of features. name:
-    --output_name, whose scores say which file is best. has_sections: show the other files next to the history
-    too, which name training pictures.
+    """Return the values of the template.
+
+    folder: --output_dir. load: gives the clips, if the story has samples. most: the largest number of columns
+    and rows in the grid of samples. name: --output_name, whose scores say which file is best. has_sections:
+    show the other files next to the history too, which name training pictures.
     """
     from downloads.catalogue import model_title  # only for pages
     from training.reports.item_losses import make_section as make_items
@@ -111,10 +98,10 @@ def page_values(
         "standing": standing,
         "model": model_title(standing.start.model),
         "written": f"{datetime.now():%Y-%m-%d %H:%M:%S}",
-        "tiles": list_tiles(standing, story, parts),
+        "tiles": list_tiles(standing, story),
         "grid": grid,
         "makes_samples": "sample_prompts" in dict(standing.start.changed),
-        "charts": [draw_chart(chart) for chart in list_charts(story, parts)],
+        "charts": [draw_chart(chart) for chart in list_charts(story)],
         "sections": [section for section in sections if section is not None],
         "files": _files(story, folder, best),
         "advice": describe_best(story, best) if scored is None else scored.text,
@@ -123,8 +110,8 @@ def page_values(
     }
 
 
-def list_charts(story: Story, parts: PageParts = NO_PARTS, most: int = MOST_BINS) -> list[Chart]:
-    """Return the diagrams of a run. parts: of features. most: about how many points a curve has."""
+def list_charts(story: Story, most: int = MOST_BINS) -> list[Chart]:
+    """Return the diagrams of a run. most: about how many points a curve has."""
     experts = {name.replace("_", " "): story.experts[name] for name in sorted(story.experts)}
     of_streams = experts.keys() <= {PICTURE_STREAM, SOUND_STREAM}
     expert_title = say("Loss of picture and sound") if of_streams else say("Loss of each transformer")
@@ -133,8 +120,10 @@ def list_charts(story: Story, parts: PageParts = NO_PARTS, most: int = MOST_BINS
         for name, points in story.rates.items()
     }
     bands = {f"timestep {name.rpartition('_')[2]}": points for name, points in story.bands.items()}
-    drawn = [chart for draw in parts.charts for chart in draw(story, most)]
-    further = [replace(chart, title=say(chart.title)) for chart in drawn]
+    stated = () if story.start is None else story.start.charts
+    further = [
+        _draw_numbers(story, chart, most) for chart in (*stated, *find_uncharted([*story.numbers], stated))
+    ]
     losses = make_curves({say("loss"): story.loss}, most, SMOOTHING)
     if story.validations:
         steps = sorted(story.validations)
@@ -150,6 +139,11 @@ def list_charts(story: Story, parts: PageParts = NO_PARTS, most: int = MOST_BINS
         Chart(make_curves(bands, most, has_dots=True), "step", "loss", say("Validation loss by noise")),
     )
     return [chart for chart in charts if chart.curves]
+
+
+def _draw_numbers(story: Story, chart: NumberChart, most: int) -> Chart:
+    points = {label: story.numbers.get(name, {}) for label, name in chart.curves.items()}
+    return Chart(make_curves(points, most, SMOOTHING), "step", chart.unit, say(chart.title))
 
 
 def make_curves(
@@ -192,16 +186,33 @@ def join_bins(points: Points, most: int = MOST_BINS) -> dict[float, list[float]]
     return bins
 
 
-def list_tiles(standing: Standing, story: Story, parts: PageParts = NO_PARTS) -> list[Tile]:
+def list_tiles(standing: Standing, story: Story) -> list[Tile]:
     """Return the numbers at the top of the page: label, value and a note."""
     tiles = [
         _step_tile(standing, story),
         _make_loss_tile(story),
         _validation_tile(story),
-        *[make_tile(story) for make_tile in parts.tiles],
+        *[_number_tile(story, tile) for tile in (() if story.start is None else story.start.tiles)],
+        _skip_tile(story),
         _make_seconds_tile(story),
     ]
     return [tile for tile in tiles if tile is not None]
+
+
+def _number_tile(story: Story, tile: NumberTile) -> Tile | None:
+    shares = [share for share in story.numbers.get(tile.number, {}).values() if share is not None]
+    if not shares:
+        return None
+    last = shares[-SHOWN:]
+    note = f"{tile.note}; mean of the last {count_of(len(last), 'step')}"
+    return tile.title, f"{sum(last) / len(last):.0%}", note
+
+
+def _skip_tile(story: Story) -> Tile | None:
+    if not story.skipped:
+        return None
+    last = [f"{step:,}" for step in sorted(story.skipped)[-3:]]
+    return "Skipped steps", f"{len(story.skipped):,}", f"not taken; the last: {', '.join(last)}"
 
 
 def _step_tile(standing: Standing, story: Story) -> Tile:

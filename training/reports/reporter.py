@@ -17,7 +17,7 @@ from modules.media.reading import Frame
 from training.reports import sample_files
 from training.reports.history import NUMBERS, History, PageCommand, Start, Story, history_name
 from training.reports.logs import Recorder, StepReport
-from training.reports.page import NO_PARTS, PageParts, Standing, page_path, write_training_page
+from training.reports.page import Standing, page_path, write_training_page
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,6 @@ class RunReporter:
     commands: Callable[[Path | None, bool], Sequence[PageCommand]]  # of the file to use; finished or not
     memory: Callable[[], Sequence[tuple[str, str]]]
     now: Callable[[], float] = time.monotonic
-    parts: PageParts = NO_PARTS  # of the page, by features
     clips: sample_files.ClipStore | None = field(default=None, init=False)  # None: there are no samples yet
     _messages: "_Messages" = field(init=False)
     _page_pace: RepeatedWork = field(init=False)  # of writing the page
@@ -243,7 +242,6 @@ class RunReporter:
                 story,
                 standing=Standing(self.start, self.step, standing, kind),
                 load=load,
-                parts=self.parts,
             )
         self._page_pace.note(started, self.now())
 

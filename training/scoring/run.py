@@ -15,7 +15,6 @@ from modules.control_codes import escape_control_codes
 from modules.errors import MediaError, NothingFoundError, OptionError, UserError
 from modules.media.reading import read_tags
 from modules.text_files import real_path
-from training.features.composing import parts_of_page
 from training.reports.history import END, History, SampleRow, Start, Story, history_name, read_session
 from training.reports.page import Standing, page_path, write_training_page
 from training.reports.sample_files import FOLDER as SAMPLES
@@ -319,5 +318,5 @@ def _write_page_again(run: ScoredRun) -> None:
     step = next(reversed(run.story.loss), 0)
     standing = Standing(run.story.start or Start("", step), step, text, kind)
     load = ClipStore(run.folder / SAMPLES).for_page() if run.story.samples else None
-    write_training_page(path, run.history, run.story, standing, load=load, parts=parts_of_page())
+    write_training_page(path, run.history, run.story, standing, load=load)
     logger.info("wrote %s", path)

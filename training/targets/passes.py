@@ -58,7 +58,7 @@ class TrainingPasses:
         """Return the prediction that is learned from."""
         with contextlib.ExitStack() as stack:
             for enter in self.rule.learning_pass:
-                stack.enter_context(enter(self.dit, noisy_batch))
+                stack.enter_context(enter(self.dit, noisy_batch, self.rule.seed))
             return self._predict(noisy_batch)
 
     def _predict(self, noisy_batch: NoisyBatch) -> Tensor:
@@ -106,10 +106,10 @@ def loss_passes(
     state between two.
     """
     passes = _make_passes(family, dit, noisy_batch, autocast=autocast, rule=rule)
-    for more_passes in rule.other_passes or rule.further_passes:
+    for more_passes in rule.passes:
         for errors in more_passes(passes, noisy_batch):
             yield _weigh_losses(errors, noisy_batch)
-    if rule.other_passes:
+    if rule.has_own_pass:
         return
     yield _weigh_losses(_measure(passes, noisy_batch), noisy_batch)
 
@@ -161,10 +161,8 @@ def measure_streams(
 
 def _measure(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Streams:
     comparisons = [_compare_with_clip(passes, noisy_batch)]
-    for compare in passes.rule.compare:
-        comparisons += compare(passes, noisy_batch)
-    for revise in passes.rule.revise_comparisons:
-        comparisons = revise(passes, noisy_batch, comparisons)
+    for compare in passes.rule.targets:
+        comparisons = compare(passes, noisy_batch, comparisons)
     output = passes.learning(noisy_batch)
     errors: Streams = ()
     for comparison in comparisons:
@@ -185,11 +183,8 @@ def _add_weighted(sums: Streams, errors: Streams, weight: "float | Tensor") -> S
 
 
 def _compare_with_clip(passes: TrainingPasses, noisy_batch: NoisyBatch) -> TargetComparison:
-    """Return the comparison with the velocity from the clip to its noise, or with what replaces it."""
-    rule = passes.rule
+    """Return the comparison with the velocity from the clip to its noise."""
     target = velocity_of(passes, noisy_batch)
-    for make_target in (*rule.own_targets, *rule.make_target):
-        target = make_target(passes, noisy_batch, target)
     return TargetComparison(target, functools.partial(measure_plainly, passes), noisy_batch, weight=1.0)
 
 

@@ -1,4 +1,4 @@
-"""Ways to run are asked together: what they refuse, and how they group processes."""
+"""Ways to run that join: what they refuse, and how they group processes."""
 
 import pytest
 
@@ -7,13 +7,10 @@ from modules.parser import parse_options
 from running.options import GenerationSpeedOptions, TrainingSpeedOptions
 from running.ways.composing import (
     check_launch,
-    check_ways,
     count_groups,
     count_shared_passes,
     divided_options,
     list_block_options,
-    needed_in_generation,
-    typed_ways,
 )
 from running.ways.contract import Division, FurtherModel, RunUses
 
@@ -24,6 +21,11 @@ def training(words: str) -> TrainingSpeedOptions:
 
 def generation(words: str) -> GenerationSpeedOptions:
     return parse_options(None, words.split(), GenerationSpeedOptions)[0]
+
+
+def check_ways(speed: TrainingSpeedOptions | GenerationSpeedOptions, uses: RunUses) -> None:
+    for check in speed.joined.on.check:
+        check(uses)
 
 
 USED = {
@@ -77,10 +79,10 @@ def test_processes_that_would_repeat_a_prompt_are_refused_unless_they_share_its_
 
 
 def test_ways_are_named_as_they_are_typed_and_those_of_blocks_are_known() -> None:
-    assert typed_ways(generation("--cfg_parallel --shard_base")) == ("--shard_base", "--cfg_parallel")
-    assert typed_ways(training("--context_parallel 1")) == ()
+    assert generation("--cfg_parallel --shard_base").joined.typed == ["--shard_base", "--cfg_parallel"]
+    assert training("--context_parallel 1").joined.typed == []
     assert list_block_options() == ["shard_base", "context_parallel"]
-    assert needed_in_generation(training("--shard_base --context_parallel 2")) == {"--shard_base": True}
+    assert training("--shard_base --context_parallel 2").joined.for_generation == {"--shard_base": True}
 
 
 def test_a_division_sets_the_options_that_divide() -> None:

@@ -5,6 +5,7 @@ import json
 import re
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
@@ -18,8 +19,15 @@ from modules.media.reading import read_image, video_frames
 from modules.media.tracks import write_wav
 from tests.chromium import open_page, wait_until
 from tests.training.test_resume import train_in_two_processes
-from tests.training.toy import Killed, killed_at, same, train_toy, write_caches, write_prompts
-from training.features.composing import parts_of_page
+from tests.training.toy import (
+    Killed,
+    killed_at,
+    same,
+    toy_options,
+    train_toy,
+    write_caches,
+    write_prompts,
+)
 from training.reports.history import History, PageCommand, SampleRow, Start, Story
 from training.reports.page import Standing, list_charts, list_tiles, write_training_page
 from training.reports.reporter import RunReporter
@@ -247,6 +255,8 @@ def test_of_two_processes_one_writes_the_page_with_the_samples_of_both(
 
 def test_the_numbers_of_pairs_are_curves_and_the_latest_ones_a_tile(tmp_path: Path) -> None:
     history = History(tmp_path / "h.jsonl", 1)
+    told = toy_options(tmp_path, "--preference", 2000).joined.info
+    history.add(0, started=asdict(Start("toy", 9, charts=told.charts, tiles=told.tiles)))
     for step in range(1, 5):
         pairs = {"preference/better": 0.5**step, "preference/worse": 2.0, "preference/right": step / 4}
         history.add(step, loss=0.7, rates={}, seconds=1.0, pairs=pairs)
@@ -254,7 +264,7 @@ def test_the_numbers_of_pairs_are_curves_and_the_latest_ones_a_tile(tmp_path: Pa
     history.flush()
 
     story = history.read()
-    drawn = list_charts(story, parts_of_page())
+    drawn = list_charts(story)
     charts = {chart.title: {curve.name: curve.y for curve in chart.curves} for chart in drawn}
 
     assert charts["Error at both of a pair"] == {
@@ -262,10 +272,25 @@ def test_the_numbers_of_pairs_are_curves_and_the_latest_ones_a_tile(tmp_path: Pa
         "worse one": [2, 2, 2, 2],
     }
     assert charts["Share of pairs that are right"] == {"right": [0.25, 0.5, 0.75, 1]}
-    listed = list_tiles(Standing(Start("toy", 9), 5), story, parts_of_page())
+    listed = list_tiles(Standing(Start("toy", 9), 5), story)
     tiles = {label: (value, note) for label, value, note in listed}
     assert tiles["Pairs that are right"][0] == "62%"
     assert tiles["Skipped steps"] == ("1", "not taken; the last: 5")
+
+
+def test_numbers_whose_run_does_not_say_how_they_are_shown_are_curves_by_their_names(tmp_path: Path) -> None:
+    history = History(tmp_path / "h.jsonl", 1)
+    history.add(0, started=asdict(Start("toy", 9)))
+    for step in (1, 2):
+        numbers = {"preference/better": 0.5, "preference/right": step, "alone": 3.0}
+        history.add(step, loss=0.7, rates={}, seconds=1.0, pairs=numbers)
+    history.flush()
+
+    drawn = list_charts(history.read())
+
+    charts = {chart.title: {curve.name: curve.y for curve in chart.curves} for chart in drawn}
+    assert charts["preference"] == {"better": [0.5, 0.5], "right": [1, 2]}
+    assert charts["alone"] == {"alone": [3, 3]}
 
 
 def page_with(folder: Path, saved: Mapping[str, int], validations: Mapping[int, float]) -> str:

@@ -12,9 +12,9 @@ from contract.rules import Expert
 from modules.errors import OptionError
 from tests.training import toy
 from tests.training.data.test_timesteps import IMAGE_NOISE, TWO, drawn, options
-from training.data.focus import FocusBalance, find_balance
 from training.data.timesteps import draw, shares_of_uniform
 from training.features.show_timesteps_drawing import timestep_statistics
+from training.features.teacher_balance import FocusBalance, find_balance
 from training.noise_options import SAMPLERS
 
 SHIFTED = "--timestep_sampling shift --discrete_flow_shift 5"

@@ -1,4 +1,4 @@
-"""The vectors of a word that text encoders learn next to the network of a training."""
+"""The vectors of a word that text encoders learn next to the network of a training: --train_embedding."""
 
 import logging
 import math
@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 from checkpoints.opening import open_checkpoint
 from checkpoints.writing import save_tensors
-from contract.family import Described
-from contract.new_words import TaughtWord, taught_word_of
+from contract.new_words import TaughtWord
 from modules.seeds import derive_seed
 from networks.bundled_words import bundle_word, word_of
-from training.trainable import Trainable
+from training.trainable import FileBeside, Trainable
 
 logger = logging.getLogger(__name__)
 
@@ -29,10 +28,14 @@ class WordRows:
 
     taught: TaughtWord
     module: nn.Module  # its state dict is what a file of the word alone holds
+    has_file: bool = False  # they are saved alone too
 
     def list_in_lora(self) -> dict[str, Tensor]:
         """Return the vectors by their names in a LoRA's file; log what there is to say of them."""
         self.taught.network.report(self.module)
+        return self.tensors()
+
+    def tensors(self) -> dict[str, Tensor]:
         return bundle_word(self.taught.word.text, self.module.state_dict())
 
     def write(self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
@@ -58,52 +61,45 @@ class WordRows:
 
         learning_rate, total_steps: of the run.
         """
-        word = self.taught.word
+        word, ending = self.taught.word, self.taught.network.ending
         self.module.to(device=device, dtype=torch.float32)
         return replace(
             trainable,
             modules={**trainable.modules, WORD: self.module},
             groups=[*trainable.groups, self.group(learning_rate)],
             group_names=(*trainable.group_names, f"the word {word.text}"),
-            writes_beside={word.text: self.write} if word.has_file else {},
+            writes_beside={word.text: FileBeside(self.write, ending)} if self.has_file else {},
             until={**trainable.until, WORD: math.ceil(word.until * total_steps)},
         )
 
 
-def note_brought_words(lora: Path | None, taught: TaughtWord | None) -> None:
-    """Log which words of a LoRA that a training continues from learn on; warn of those that are lost."""
-    if lora is None:
-        return
-    with open_checkpoint(lora) as checkpoint:
-        words = {word_of(name) for name in checkpoint.tensors} - {""}
-    for word in sorted(words):
-        if taught is None or taught.word.text != word:
-            logger.warning(
-                "%s brings the word %s, which is not trained on and will not be in the new file. Give "
-                "--train_embedding %s to train both",
-                lora,
-                word,
-                word,
-            )
-        elif taught.word.weights is None:
-            logger.info("The vectors of %s continue from %s.", word, lora)
-
-
 def make_word_rows(
-    family: Described,
-    encoders: Mapping[str, nn.Module],
-    seed: int,
-    with_values: bool = True,
-) -> WordRows | None:
-    """Make the vectors of the word that a family learns, and let its text encoders read them; None: no word.
+    taught: TaughtWord, has_file: bool, encoders: Mapping[str, nn.Module], seed: int, with_values: bool
+) -> WordRows:
+    """Make the vectors of a word, on the CPU, and let text encoders read them.
 
-    encoders: the loaded networks of those that learn it, by the prefixes of their names in LoRA files.
-    with_values: as in `make_trained_network`. They are on the CPU.
+    Args:
+        taught: The word, and the network of its vectors.
+        has_file: Whether they are saved alone too.
+        encoders: The loaded networks of the text encoders that learn it, by the prefixes of their names in
+            LoRA files.
+        seed: Of the run.
+        with_values: Whether they begin with the values of a file, as in `make_trained_network`.
     """
-    taught = taught_word_of(family)
-    if taught is None:
-        return None
+    if with_values:
+        _note_beginning(taught)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, WORD))
         module = taught.network.make(nn.ModuleDict(encoders), with_values)
-    return WordRows(taught, module.requires_grad_(True))
+    return WordRows(taught, module.requires_grad_(True), has_file)
+
+
+def _note_beginning(taught: TaughtWord) -> None:
+    """Log that the vectors continue from those in the LoRA that the training continues from."""
+    word = taught.word
+    if word.lora is None or word.weights is not None:
+        return
+    with open_checkpoint(word.lora) as checkpoint:
+        words = {word_of(name) for name in checkpoint.tensors}
+    if word.text in words:
+        logger.info("The vectors of %s continue from %s.", word.text, word.lora)

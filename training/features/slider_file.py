@@ -1,0 +1,108 @@
+"""A file of captions to slide between: --slider."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from modules.errors import OptionError
+from modules.text_files import parse_toml, read_text
+
+TEXTS = ("positive", "negative", "neutral")
+NUMBERS = {"weight": 1.0, "anchor_weight": 1.0}
+KEYS = (*TEXTS, "anchor", *NUMBERS)
+FILE_KEYS = ("guidance", "sliders")
+MOST = 100.0
+
+
+@dataclass(frozen=True)
+class Slider:
+    """Captions of one direction."""
+
+    positive: str
+    negative: str
+    neutral: str
+    anchor: str | None  # whose result stays as it is at both strengths
+    weight: float  # factor on the loss
+    anchor_weight: float
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        anchors = () if self.anchor is None else (self.anchor,)
+        return (self.positive, self.negative, self.neutral, *anchors)
+
+
+@dataclass(frozen=True)
+class SliderFile:
+    """The content of a file of --slider."""
+
+    guidance: float  # how far the result of the neutral caption moves
+    sliders: tuple[Slider, ...]
+
+    @property
+    def has_anchors(self) -> bool:
+        """Return whether any slider has an anchor."""
+        return any(slider.anchor is not None for slider in self.sliders)
+
+
+def read_sliders(path: Path) -> SliderFile:
+    """Read a file of --slider. Raises OptionError that names the file, the key and what to write."""
+    place = f"--slider {path}"
+    try:
+        content = parse_toml(read_text(path))
+    except (OSError, ValueError) as error:
+        raise OptionError(
+            f"{place}: it is not a TOML file ({error}). Give one with [[sliders]]: docs/targets.md shows it"
+        ) from None
+    _refuse_unknown(place, content, FILE_KEYS)
+    tables = content.get("sliders")
+    if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
+        raise OptionError(
+            f"{place}: it has no [[sliders]]. Write one table for each direction, with positive, negative "
+            "and neutral"
+        )
+    guidance = _read_number(place, content, "guidance", 3.0)
+    sliders = [
+        _read_slider(f"{place}, [[sliders]] {number}", table) for number, table in enumerate(tables, 1)
+    ]
+    return SliderFile(guidance, tuple(sliders))
+
+
+def _refuse_unknown(place: str, table: Mapping[str, Any], known: Sequence[str]) -> None:
+    unknown = [key for key in table if key not in known]
+    if unknown:
+        raise OptionError(f"{place}: unknown key {unknown[0]}. Use {', '.join(known)}")
+
+
+def _read_slider(place: str, table: Mapping[str, Any]) -> Slider:
+    _refuse_unknown(place, table, KEYS)
+    for key in (*TEXTS, "anchor"):
+        text = table.get(key)
+        if text is None and key in TEXTS:
+            raise OptionError(f'{place}: it has no {key}. Write {key} = "a caption"')
+        if text is not None and not isinstance(text, str):
+            raise OptionError(f'{place}: {key} = {text!r} is not a caption. Write {key} = "a caption"')
+    if table["positive"] == table["negative"]:
+        raise OptionError(
+            f"{place}: positive and negative are equal, so there is nothing to slide between. Write two ends"
+        )
+    if "anchor_weight" in table and "anchor" not in table:
+        raise OptionError(
+            f'{place}: anchor_weight needs an anchor. Write anchor = "a caption", or leave it out'
+        )
+    return Slider(
+        positive=table["positive"],
+        negative=table["negative"],
+        neutral=table["neutral"],
+        anchor=table.get("anchor"),
+        weight=_read_number(place, table, "weight", NUMBERS["weight"]),
+        anchor_weight=_read_number(place, table, "anchor_weight", NUMBERS["anchor_weight"]),
+    )
+
+
+def _read_number(place: str, table: Mapping[str, Any], key: str, usual: float) -> float:
+    value = table.get(key, usual)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not 0 < value <= MOST:
+        raise OptionError(f"{place}: {key} = {value!r}: give a number above 0 and of at most {MOST:g}")
+    return float(value)
