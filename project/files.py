@@ -14,7 +14,7 @@ from dataset.listing import find_sources
 from dataset.sources.media_source import LISTED, Fault, MediaSource, list_faults
 from downloads.catalogue import ModelSet
 from downloads.listing import describe_licences, excludes_many, gigabytes, print_lines, total_bytes
-from modules.atomic_write import write_text
+from modules.atomic_write import free_bytes, write_text
 from modules.console import count_of, quiet
 from modules.errors import DatasetError, OptionError, OutputError
 from modules.media.reading import first_frame
@@ -88,7 +88,7 @@ def write_project(options: NewOptions) -> None:
         model_choice = choose_model(options, memory)
     except OptionError as error:
         raise (error if foreign is None else explain_model(foreign, error)) from None
-    kind = _choose_kind(options, model_choice, memory, asked)
+    kind = _choose_kind(options, model_choice, memory, asked)  # before the family is made: it takes seconds
     choice = _gather_choice(options, model_choice, kind=kind, memory=memory, foreign=foreign)
     if foreign is not None:
         choice = _check_foreign(choice, foreign)
@@ -406,7 +406,9 @@ def _describe_model(choice: describing.Choice) -> str:
     makes = describe_makes(model, choice.facts)
     does = f"{choice.model_name} makes {makes}; {download}"
     if choice.kind is WHOLE:  # other lines say whether that fits
-        return does
+        free = gigabytes(free_bytes(choice.folder))
+        slow = "" if choice.memory else f". {describe_fit(model, choice.memory)}"
+        return f"{does}{slow}. {free} are free on the disk of {choice.folder}"
     subject = "Its transformer: " if choice.memory else ""
     return f"{does}. {subject}{describe_fit(model, choice.memory)}"
 
@@ -489,14 +491,20 @@ def _describe_tags(choice: describing.Choice) -> list[str]:
     elif "keep_tokens" in keys:
         kept = f", but for the first {keys['keep_tokens']} (keep_tokens)"
     drawn = "; one of {a|b} is drawn (enable_wildcard)" if "enable_wildcard" in keys else ""
+    # "": the model itself was trained on sentences, and many that were made from it on tags
+    knows_tags = bool(choice.model.data["tags"])
+    reader = (
+        f"{choice.model_name} reads" if knows_tags else f"Models made from {choice.model_name} on tags read"
+    )
     lines = [
-        f"{found}. {choice.model_name} reads such lists, so they are in another order each time "
+        f"{found}. {reader} such lists, so they are in another order each time "
         f"(shuffle_caption){kept}{drawn}. The training encodes them in each step"
     ]
     if tags.joined is None:
         return lines
     lines += [
-        f"{tags.joined}: the model's own tags have blanks ({as_words(tags.joined)}). To write yours so (the "
+        f"{tags.joined}: {'the model' if knows_tags else 'such a model'}'s own tags have blanks "
+        f"({as_words(tags.joined)}). To write yours so (the "
         f"old captions are kept as .bak), in the folder {choice.folder}:",
         f"  {typed_in(write_blanks(tags), choice.folder)}",
     ]
