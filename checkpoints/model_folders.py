@@ -56,9 +56,7 @@ def read_shapes(folder: Path, option: str) -> list[Shape]:
     shapes: list[Shape] = []
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:
-        raise CheckpointError(
-            f"{option} {folder}: there are no weights in it, as a file .safetensors", folder
-        )
+        raise CheckpointError(f"{option} {folder}: it has no weights, as a file .safetensors", folder)
     for path in paths[:MAX_SHARDS]:
         try:
             with path.open("rb") as file:
