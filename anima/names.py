@@ -88,6 +88,7 @@ ANIMA = FamilyNames(
     ),
     versions=("anima",),
     encoders=(("lora_te", layouts.OF_LANGUAGE_MODEL),),
+    texts_in_comfyui=(("lora_te_", "text_encoders.qwen3_06b.transformer.model."),),
     sides=(
         *((f".blocks.{{n}}.{attention}.q_proj", 1, 1) for attention in ("self_attn", "cross_attn")),
         *((f".blocks.{{n}}.{attention}.output_proj", 1, 1) for attention in ("self_attn", "cross_attn")),

@@ -48,6 +48,8 @@ def _in_time(steps: int, seconds: float, is_rough: bool = False) -> Words:
     hours = steps * seconds / 3600
     if hours >= 1:
         whole = say("%(hours)s hours", hours=f"{hours:.1f}")
+    elif round(hours * 60) <= 1:
+        whole = counted(max(1, round(steps * seconds)), "%(n)s second", "%(n)s seconds")
     else:
         whole = counted(max(1, round(hours * 60)), "%(n)s minute", "%(n)s minutes")
     if is_rough:

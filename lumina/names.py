@@ -75,6 +75,7 @@ LUMINA = FamilyNames(
     ),
     versions=("lumina2", "lumina-2", "lumina-image-2"),
     encoders=(("lora_te", layouts.OF_LANGUAGE_MODEL),),
+    texts_in_comfyui=(("lora_te_", "text_encoders.gemma2_2b.transformer.model."),),
     sides=((".qkv", 5 / 3, 1), (".out", 1, 1), *LUMINA_SIDES),
     released=((2304, (("layers", 26),)),),
     numbered=(

@@ -50,4 +50,5 @@ typed_command: commands that are values of options: their words
 user_files: small files for this user, outside of their folders
 varints: read whole numbers of varying length
 version: the version of Reelsmith
+yaml_files: YAML texts of somebody else, bounded
 """

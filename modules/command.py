@@ -195,6 +195,8 @@ def command_line(
         if isinstance(error, CheckpointError) and error.path is not None and explain is not None and has_room:
             hint = explain(error.path)
             both_say = "looks like" in str(error) and "looks like" in (hint or "")
+            # the command of a download, of which a message may say more
+            both_say = both_say or (hint or "-").removesuffix(" downloads it") in str(error)
             if hint and hint not in str(error) and not both_say:
                 print(plain_message(f"  {error.path.name}: {hint}.", sys.argv), file=sys.stderr)
         raise SystemExit(error.exit_code) from None

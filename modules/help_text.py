@@ -68,14 +68,27 @@ def full_help(parser: argparse.ArgumentParser) -> str:
 
 
 def help_as_json(parser: argparse.ArgumentParser) -> str:
-    """Return all options that can be given, in the order of the full help, as a JSON list of objects."""
-    import json  # here: few commands print it
+    """Return all options that can be given, in the order of the full help, as a JSON list of objects.
 
+    If the variable that asks for it is "all", those that are refused are there too, and each has its reach.
+    """
+    import json  # here, as below: few commands print it
+    import os
+
+    from modules.installation import HELP_AS_JSON
+
+    asks_for_all = os.environ.get(HELP_AS_JSON) == "all"
     options = []
     for group in sorted(parser._action_groups, key=_rank_group):
         for action in group._group_actions:
-            if action.option_strings and action.dest != "help" and not find_refusal(action):
-                options.append(_describe(action, group.title or ""))
+            refusal = find_refusal(action)
+            if not action.option_strings or action.dest == "help" or (refusal and not asks_for_all):
+                continue
+            row = _describe(action, group.title or "")
+            if asks_for_all:
+                row["refusal"] = None if refusal is None else (refusal.reason or refusal.instead)
+                row["reach"] = getattr(action, "reach", "")
+            options.append(row)
     return json.dumps(options)
 
 

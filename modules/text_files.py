@@ -189,9 +189,9 @@ def parse_json(text: str, no_repeats: bool = False) -> Any:
         hint = _explain_json(text[place : place + 200], text[max(0, place - 200) : place])
         raise ValueError(f"{error}{hint}") from None
     if text.count("[") + text.count("{") > MAX_DEPTH:
-        _check_depth(content)
+        check_depth(content)
     if _LONG_NUMBER.search(text):
-        _check_numbers(content)
+        check_numbers(content)
     return content
 
 
@@ -220,9 +220,9 @@ def parse_toml(text: str) -> dict[str, Any]:
         raise _too_deep() from None
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{error}{_explain_toml(text, str(error))}") from None
-    _check_depth(content)
+    check_depth(content)
     if _LONG_NUMBER.search(text):
-        _check_numbers(content)
+        check_numbers(content)
     return content
 
 
@@ -288,7 +288,7 @@ def bad_character(text: str) -> str | None:
     return None
 
 
-def _check_depth(content: Any) -> None:
+def check_depth(content: Any) -> None:
     """Raise ValueError if lists and tables stand in one another more than MAX_DEPTH deep."""
     level = [content]
     for _ in range(MAX_DEPTH + 1):
@@ -303,7 +303,7 @@ def _check_depth(content: Any) -> None:
     raise _too_deep()
 
 
-def _check_numbers(content: Any) -> None:
+def check_numbers(content: Any) -> None:
     """Raise ValueError if a whole number is too large for a float, which readers make of numbers."""
     waiting = [content]
     while waiting:

@@ -47,7 +47,14 @@ from networks.tool_options import (
     FluxConvertOptions,
     ZImageConvertOptions,
 )
-from networks.writing import in_own_form, in_target, rename_to_aliases, take_apart, texts_to_diffusers
+from networks.writing import (
+    in_own_form,
+    in_target,
+    rename_to_aliases,
+    take_apart,
+    texts_to_comfyui,
+    texts_to_diffusers,
+)
 
 logger = getLogger(__name__)
 FLUX, HUNYUAN_IMAGE, Z_IMAGE = map(module_names.family_named, ("flux", "hunyuan_image", "z_image"))
@@ -331,8 +338,10 @@ def converted(
     written = in_target(native, family, target, start)
     texts: Mapping[str, Tensor] = add_missing_alphas(lora.text_tensors)
     left_out_texts: Mapping[str, str] = {}
-    if target == "diffusers":  # only diffusers names text encoders otherwise
+    if target == "diffusers":
         texts, left_out_texts = texts_to_diffusers(lora.text_tensors)
+    elif target == "other":
+        texts = texts_to_comfyui(lora.text_tensors, family)
     remedy = ""
     if written.left_out:
         modules = group_by_module(native)

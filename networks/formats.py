@@ -93,7 +93,7 @@ class LoraFormat:
         """
         if self.name == KNOWN:
             return Formatted(self._under_known_names(tensors), {}, {})
-        from networks.writing import texts_to_diffusers  # most runs save the known names
+        from networks.writing import texts_to_comfyui, texts_to_diffusers  # most runs save the known names
 
         texts: dict[str, Factors] = {}
         in_dit: dict[str, Factors] = {}
@@ -108,8 +108,8 @@ class LoraFormat:
             written |= converted.tensors
             left_out |= converted.left_out
             _note_strength(strengths, converted.tensors, strength)
-        if self.name == COMFYUI:  # which reads text encoders under our names
-            written |= deltas.ungroup(texts)
+        if self.name == COMFYUI:
+            written |= texts_to_comfyui(deltas.ungroup(texts), self.family)
         if self.name == DIFFUSERS:
             for module, text_factors in texts.items():
                 text = texts_to_diffusers(deltas.ungroup({module: text_factors}))

@@ -18,7 +18,7 @@ from networks.kinds.factors import DOWN, UP, Factors
 from networks.lora_products import diagonal_blocks, fused_heights
 from networks.module_names import alias, module_path, parts_of, to_alias
 from networks.names.layouts import IN_COMFYUI, IN_DIFFUSERS, OURS, SWAPPED, UNET_IN_DIFFUSERS, FamilyNames
-from networks.names.texts import diffusers_path_of_text
+from networks.names.texts import comfyui_path_of_text, diffusers_path_of_text
 from networks.parts import fuse, settle_rows
 from networks.tensor_names import MAGNITUDES_END, PEFT_ENDS
 
@@ -93,6 +93,23 @@ def texts_to_diffusers(tensors: Mapping[str, Tensor]) -> TranslatedModules:
         lambda name, factors: alone(diffusers_path_of_text(name), factors, reason),
         _in_toolkit,
     )
+
+
+def texts_to_comfyui(tensors: Mapping[str, Tensor], family: FamilyNames | None) -> dict[str, Tensor]:
+    """`lora_te_layers_...` -> `text_encoders.NAME.transformer.model.layers. ...`, where ComfyUI needs it.
+
+    Encoders that it reads under our names keep them, with the missing alphas.
+    """
+    starts = () if family is None else family.texts_in_comfyui
+    kept: dict[str, Tensor] = {}
+    written: dict[str, Tensor] = {}
+    for name, factors in deltas.group_by_module(tensors).items():
+        path = comfyui_path_of_text(name, starts)
+        if path is None:
+            kept |= deltas.ungroup({name: factors})
+        else:
+            written |= {f"{path}.{part}": tensor for part, tensor in in_comfyui(factors).items()}
+    return {**written, **add_missing_alphas(kept)}
 
 
 def alone(path: str | None, factors: Factors, reason: str = _UNKNOWN) -> Pieces | str:

@@ -11,6 +11,7 @@ describing: the text of the three files
 kinds/: what runs train, as `new --train` names it
 files: writes them, and tells what was found
 file_check: checks one file of a model, for a page
+checked: remembers what a check has found good, for the run after it
 known: remembers which folders were described or read here
 options: shared parts of the options below, names and checks
 new_options: options of new_project.py alone
@@ -21,6 +22,7 @@ pack_options: options of tools/pack.py and tools/unpack.py
 packing: makes one file of a described folder
 relocating: replaces paths of this machine in a folder's texts
 unpacking: makes the folder of such a file again
+script_facts: options of a script that trains, asked from the script
 foreign/: projects of other trainers, which `new --from` reads
 tracing: keeps a trace of a run for the browser
 """

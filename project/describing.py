@@ -28,6 +28,7 @@ from modules.paths import path_from
 from modules.text_files import real_path
 from project.choosing import ModelFacts
 from project.fitting import FP8, is_small, weight_options
+from project.foreign.settling import VARYING_TEXTS, needs_subsets
 from project.kinds.contract import RunKind
 from project.kinds.whole_model import derive_times
 from project.media import CHECK_PAGE, FolderContent, Media, is_narrow, reference_of, why_unread
@@ -77,7 +78,9 @@ class Choice:
     trigger: str | None
     tags: TagLists | None  # of captions that are lists of tags, if the model was trained on such
     data: Mapping[str, Any]  # keys of all tables that another trainer's project has
+    places: Mapping[Path, Mapping[str, Any]]  # likewise, of the table of a folder
     training: Mapping[str, Any]  # its keys of the training
+    holds_back: bool  # files for validation, if there are enough
 
     @property
     def folder(self) -> Path:
@@ -94,6 +97,23 @@ class Choice:
     @property
     def is_of_sound(self) -> bool:
         return self.media[0].kind == "audio"
+
+    @property
+    def has_subsets(self) -> bool:
+        """Return whether dataset.toml is in the form of the image guides."""
+        asked = needs_subsets(self.data) or any(map(needs_subsets, self.places.values()))
+        return bool(self.content.regularising) or self.tags is not None or asked
+
+    @property
+    def varies_texts(self) -> bool:
+        """Return whether captions are encoded in each step: they vary, or what encodes them learns."""
+        varied = VARYING_TEXTS & self.data.keys() or any(
+            VARYING_TEXTS & keys.keys() for keys in self.places.values()
+        )
+        learns = (
+            self.training.get("network_train_unet_only") is False or "train_text_encoder" in self.training
+        )
+        return self.tags is not None or self.kind.learns_word or learns or bool(varied)
 
     @property
     def has_small_encoders(self) -> bool:
@@ -210,7 +230,7 @@ def describe_dataset(choice: Choice) -> str:
     data = choice.model.data
     from_image = data.get("from_image", False)
     lines = _format_toml_table("[general]", _make_general_keys(choice))
-    if choice.content.regularising or choice.tags is not None:
+    if choice.has_subsets:
         return "\n".join([*lines, *_describe_subsets(choice), ""])
     clip_keys = _clip_keys(choice)
     folders_and_kinds = dict.fromkeys((item.path.parent, item.kind) for item in choice.media)
@@ -239,10 +259,9 @@ def _describe_subsets(choice: Choice) -> list[str]:
     shortest = min(choice.size)
     smallest = min(USUAL_SIDE, shortest // SIDE_STEP * SIDE_STEP or shortest)
     largest = -(-2 * max(choice.size) // SIDE_STEP) * SIDE_STEP
-    lines = [
-        "",
-        *_format_toml_table("[[datasets]]", {"min_bucket_reso": smallest, "max_bucket_reso": largest}),
-    ]
+    sides = {"min_bucket_reso": smallest, "max_bucket_reso": largest}
+    of_dataset = {name: side for name, side in sides.items() if name not in choice.data}
+    lines = ["", *_format_toml_table("[[datasets]]", of_dataset)]
     for place in dict.fromkeys(item.path.parent for item in choice.media):
         keys = _make_folder_keys(choice, place, "image")
         keys = {SUBSET_KEYS.get(name, name): value for name, value in keys.items()}
@@ -311,7 +330,7 @@ def _make_folder_keys(choice: Choice, place: Path, kind: str) -> dict[str, Any]:
     words = choice.trigger if name is None else name.words
     if words and _lacks_captions(choice, place, kind):
         keys["class_tokens"] = words
-    return keys
+    return keys | dict(choice.places.get(place, {}))
 
 
 def _lacks_captions(choice: Choice, place: Path, kind: str) -> bool:
@@ -495,7 +514,7 @@ def list_commands(choice: Choice) -> list[list[str]]:
     download += ["--to", str(real_path(choice.options.models))]
     check = [*latents, "--check", "--html", CHECK_PAGE]
     train = ["python", choice.kind.find_words(model)[0], "--config_file", RUN_FILE]
-    if choice.tags is not None or choice.kind.learns_word:  # encodes captions in each step
+    if choice.varies_texts:
         return [download, check, latents, train]
     return [download, check, [*texts, "--check"], latents, texts, train]
 
@@ -518,6 +537,7 @@ def describe_run(choice: Choice, commands: list[list[str]]) -> str:
     values |= _read_options(choice.kind.find_words(choice.model)[1:], {})
     values |= _run_values(choice)
     values |= choice.training
+    values = {name: value for name, value in values.items() if value is not None}
     project = {"files": list(choice.files.values()), "commands": commands}
     lines = [
         "# Paths are relative to this folder, in which `run` works; it can be moved.",
@@ -611,7 +631,7 @@ def _run_values(choice: Choice) -> dict[str, Any]:
         "sample_at_first": True,
         "sample_now": True,
     }
-    if len(choice.media) >= ENOUGH:
+    if len(choice.media) >= ENOUGH and choice.holds_back:
         values["validation_split"] = 0.1
     folder_name = re.sub(r"[^\w.-]+", "_", choice.folder.name).strip("._")[:MOST_OF_SUBJECT]
     values["output_dir"] = "output"

@@ -1,6 +1,7 @@
 """Write dataset.toml, prompts.txt and run.toml into a folder, and report what was found and chosen."""
 
 import contextlib
+import dataclasses
 import difflib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from dataset.listing import find_sources
 from dataset.sources.media_source import LISTED, Fault, MediaSource, list_faults
 from downloads.catalogue import ModelSet
 from downloads.listing import describe_licences, excludes_many, gigabytes, print_lines, total_bytes
-from modules.atomic_write import write_text
+from modules.atomic_write import free_bytes, write_text
 from modules.console import count_of, quiet
 from modules.errors import DatasetError, OptionError, OutputError
 from modules.media.reading import first_frame
@@ -32,7 +33,10 @@ from project.choosing import (
     describe_makes,
 )
 from project.fitting import describe_fit, find_memory, needs_picture
+from project.foreign.checking import check_run
+from project.foreign.counting import count_steps_of_epoch, find_pixel_step
 from project.foreign.reading import ForeignProject, read_foreign
+from project.foreign.settling import Forms, choose_length, explain_model, fill_in, find_table_keys, settle
 from project.kinds.composing import BY_NAME, LORA, find_control_kind, list_kinds
 from project.kinds.contract import RunKind
 from project.kinds.whole_model import WHOLE
@@ -51,6 +55,7 @@ from project.options import (
     own_command,
 )
 from project.running import typed_in
+from project.script_facts import ask_script
 from project.tags import as_words, find_tags, write_blanks
 
 UNCHANGED = "Nothing is written: the three files would stay as they are."
@@ -74,11 +79,19 @@ def write_project(options: NewOptions) -> None:
             f"{existing[0]} is there already. Edit it, or give --overwrite to replace all three."
         )
     memory = find_memory() if options.memory is None else options.memory
-    foreign = None if options.from_file is None else read_foreign(options.from_file)
+    foreign = None if options.from_file is None else read_foreign(options.from_file, options.trains)
+    asked = ""  # what the project trains, if nothing else is typed
     if foreign is not None:
-        options = foreign.fill_in(options)
-    model_choice = choose_model(options, memory)
-    choice = _gather_choice(options, model_choice, memory, foreign)
+        asked = "" if options.trains else f"{foreign.path}: {foreign.run.said}"
+        options = fill_in(foreign, options)
+    try:
+        model_choice = choose_model(options, memory)
+    except OptionError as error:
+        raise (error if foreign is None else explain_model(foreign, error)) from None
+    kind = _choose_kind(options, model_choice, memory, asked)  # before the family is made: it takes seconds
+    choice = _gather_choice(options, model_choice, kind=kind, memory=memory, foreign=foreign)
+    if foreign is not None:
+        choice = _check_foreign(choice, foreign)
     if options.print_run:
         print_lines(describing.describe_run(choice, describing.list_commands(choice)).splitlines())
         return
@@ -130,9 +143,17 @@ def _describe_changes(texts: Mapping[Path, str]) -> list[str]:
 
 
 def _gather_choice(
-    options: NewOptions, model_choice: ModelChoice, memory: float, foreign: ForeignProject | None
+    options: NewOptions,
+    model_choice: ModelChoice,
+    *,
+    kind: RunKind,
+    memory: float,
+    foreign: ForeignProject | None,
 ) -> describing.Choice:
-    """Return all that the three files are made of: looks at the folder, and checks named model files."""
+    """Return all that the three files are made of: looks at the folder, and checks named model files.
+
+    kind: of the run.
+    """
     model = model_choice.model
     if 0 < memory < describing.SMALL:
         small = {(entry.family, entry.task): entry for entry in find_models(fp8_encoders=True)}
@@ -144,14 +165,23 @@ def _gather_choice(
     files = name_files(options, model)
     facts = ask_family(model, files)
     check_model_files(model, {name: files[name] for name in typed})
-    kind = _choose_kind(options, model_choice, memory)
     content = _collect_content(options, model, facts, kind)
+    tags = find_tags(_texts_of(content)) if "tags" in model.data else None
     data: Mapping[str, Any] = {}
     training: Mapping[str, Any] = {}
+    places: Mapping[Path, Mapping[str, Any]] = {}
     if foreign is not None:
-        options = foreign.count_steps(options, len(content.media))
-        data, training = foreign.data, foreign.training_values(memory, kind)
-    return describing.Choice(
+        script = ask_script(kind.find_words(model)[0])
+        forms = Forms(
+            step=find_pixel_step(facts.family),
+            takes_subsets="shuffle_caption" in script.known,
+            has_subsets=bool(content.regularising) or tags is not None,
+        )
+        settle(foreign, model, kind, script, memory, forms)
+        data, training = foreign.data, foreign.training
+        folders = dict.fromkeys(item.path.parent for item in content.media)
+        places = {place: find_table_keys(foreign, options.folder, place) for place in folders}
+    choice = describing.Choice(
         options=options,
         model=model,
         kind=kind,
@@ -164,17 +194,36 @@ def _gather_choice(
         held=inside,
         kept=[*typed, *inside],
         trigger=model_choice.trigger,
-        tags=find_tags(_texts_of(content)) if "tags" in model.data else None,
+        tags=tags,
         data=data,
+        places=places,
         training=training,
+        holds_back=foreign is None,
+    )
+    if foreign is None:
+        return choice
+    in_epoch = count_steps_of_epoch(choice)
+    return dataclasses.replace(
+        choice, options=choose_length(foreign, choice.options, in_epoch, len(content.media))
     )
 
 
-def _choose_kind(options: NewOptions, chosen: ModelChoice, memory: float) -> RunKind:
+def _check_foreign(choice: describing.Choice, foreign: ForeignProject) -> describing.Choice:
+    """Return the choice without the values of a project that the script of its training refuses."""
+
+    def write(training: Mapping[str, Any]) -> str:
+        changed = dataclasses.replace(choice, training=training)
+        return describing.describe_run(changed, describing.list_commands(changed))
+
+    check_run(foreign, ask_script(choice.kind.find_words(choice.model)[0]).name, choice.folder, write)
+    return dataclasses.replace(choice, training=foreign.training)
+
+
+def _choose_kind(options: NewOptions, chosen: ModelChoice, memory: float, asked: str) -> RunKind:
     """Return what is trained: what is typed, else a control network if the folder has pairs, else a LoRA.
 
-    chosen: the model and the trigger word. Raises OptionError if the model cannot have what is typed, or an
-    embedding no such word.
+    chosen: the model and the trigger word. asked: what of another trainer's project asks for it. Raises
+    OptionError if the model cannot have what is typed, or an embedding no such word.
     """
     model = chosen.model
     if options.trains is None:
@@ -187,8 +236,9 @@ def _choose_kind(options: NewOptions, chosen: ModelChoice, memory: float) -> Run
     typed = "--whole_model" if options.whole_model else f"--train {kind.name}"
     if reason is not None:
         possible = [other.name for other in list_kinds(model) if other.why_not(model, memory) is None]
+        remedy = "Give --train lora" if asked else "Leave it out"
         raise OptionError(
-            f"{typed}: {reason}. Leave it out to train a LoRA, or choose another --task. This one has "
+            f"{asked or typed}: {reason}. {remedy} to train a LoRA, or choose another --task. This one has "
             f"--train {', '.join(possible)}"
         )
     if kind.learns_word:
@@ -356,7 +406,9 @@ def _describe_model(choice: describing.Choice) -> str:
     makes = describe_makes(model, choice.facts)
     does = f"{choice.model_name} makes {makes}; {download}"
     if choice.kind is WHOLE:  # other lines say whether that fits
-        return does
+        free = gigabytes(free_bytes(choice.folder))
+        slow = "" if choice.memory else f". {describe_fit(model, choice.memory)}"
+        return f"{does}{slow}. {free} are free on the disk of {choice.folder}"
     subject = "Its transformer: " if choice.memory else ""
     return f"{does}. {subject}{describe_fit(model, choice.memory)}"
 
@@ -439,14 +491,20 @@ def _describe_tags(choice: describing.Choice) -> list[str]:
     elif "keep_tokens" in keys:
         kept = f", but for the first {keys['keep_tokens']} (keep_tokens)"
     drawn = "; one of {a|b} is drawn (enable_wildcard)" if "enable_wildcard" in keys else ""
+    # "": the model itself was trained on sentences, and many that were made from it on tags
+    knows_tags = bool(choice.model.data["tags"])
+    reader = (
+        f"{choice.model_name} reads" if knows_tags else f"Models made from {choice.model_name} on tags read"
+    )
     lines = [
-        f"{found}. {choice.model_name} reads such lists, so they are in another order each time "
+        f"{found}. {reader} such lists, so they are in another order each time "
         f"(shuffle_caption){kept}{drawn}. The training encodes them in each step"
     ]
     if tags.joined is None:
         return lines
     lines += [
-        f"{tags.joined}: the model's own tags have blanks ({as_words(tags.joined)}). To write yours so (the "
+        f"{tags.joined}: {'the model' if knows_tags else 'such a model'}'s own tags have blanks "
+        f"({as_words(tags.joined)}). To write yours so (the "
         f"old captions are kept as .bak), in the folder {choice.folder}:",
         f"  {typed_in(write_blanks(tags), choice.folder)}",
     ]

@@ -71,7 +71,7 @@ FLOORS = {
         | {"nvidia_driver", "private_torch"}
         | {"text_encodings", "varints", "version"},
         {"card_builds", "control_codes", "text_files", "zip_files"},
-        {"output_files", "paths", "run_limits", "typed_command", "user_files"},
+        {"output_files", "paths", "run_limits", "typed_command", "user_files", "yaml_files"},
         {"atomic_write", "devices", "file_locks", "installation", "option_values"},
         {"backups", "file_batches", "installed", "options"},
         {"compile_options", "help_text", "repeated_options"},

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from contract.families import FAMILIES, Script
 from modules.command import name_as_typed, print_loading
 from modules.errors import UserError
-from modules.installation import TELLS_UNUSED, import_own
+from modules.installation import ONLY_OPTIONS, TELLS_UNUSED, import_own
 from modules.options import Options, option_values
 from modules.speed_options import refuse_for_whole
 from training.features.composing import options_by_expert
@@ -78,6 +78,8 @@ def training_script(
             check(family_options)
             if os.environ.get(TELLS_UNUSED):
                 _warn_of_unused(options, family_options)
+            if os.environ.get(ONLY_OPTIONS):
+                return
 
             entry.say_notice()
             print_loading()

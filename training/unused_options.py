@@ -25,7 +25,11 @@ def list_without_effect(
     """
     reasons = dict(more_reasons or {})
     if _replaces_rate(options.parts):
-        reasons.setdefault("learning_rate", "--unet_lr and --text_encoder_lr replace it")
+        assert options.parts is not None
+        rates = {"--unet_lr": options.parts.unet_lr, "--text_encoder_lr": options.parts.text_encoder_lr}
+        given = [flag for flag, rate in rates.items() if rate is not None]
+        replacing = f"{' and '.join(given)} replace{'s' * (len(given) == 1)} it"
+        reasons.setdefault("learning_rate", replacing if given else "no part learns at it")
     reasons |= _without_samples(options, options)
     lines = [*_list_idle_weighting(options), *_list_idle(options, reasons, options.typed_options)]
     if is_dataclass(family_options):

@@ -13,9 +13,9 @@ import math
 import random
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from dataset.batches.items import OfSource, TrainingItem, tables_of
 from dataset.cache_files import EMPTY
@@ -45,10 +45,9 @@ class BatchOrder:
         self._pools = repeat_items(self._items)
         if any(item.table.is_reg for item in self._items):
             self._warn_of_unused()
-        sizes = [(len(pool), pool[0].table.batch_size) for pool in self._pools.values()]
         # in an epoch, repeats included
-        self.num_items = sum(count for count, _ in sizes)
-        self.num_batches = sum(-(-count // size) for count, size in sizes)
+        self.num_items = sum(map(len, self._pools.values()))
+        self.num_batches = _count_batches(self._pools)
         self._last = -1  # the epoch whose batches are held
         self._batches: list[tuple[TrainingItem, ...]] = []
         self._starts = array("q")  # how many items of the epoch stand before each batch
@@ -127,17 +126,39 @@ def repeat_regularisation(repeats: Sequence[int], learned: int) -> list[int]:
     return [count + rounds + (place < remainder) for place, count in enumerate(counts)]
 
 
-def repeat_items(items: Sequence[TrainingItem]) -> dict[tuple[int, ...], list[TrainingItem]]:
+class Grouped(Protocol):
+    """Protocol of what an epoch is made of: an item of a table, and those that it can share a batch with."""
+
+    @property
+    def table(self) -> DatasetTable: ...
+
+    @property
+    def group(self) -> tuple[int, ...]: ...
+
+
+G = TypeVar("G", bound=Grouped)
+
+
+def count_batches(items: Sequence[Grouped]) -> int:
+    """Return the number of batches of an epoch: of each group as many as its items, repeated, fill."""
+    return _count_batches(repeat_items(items))
+
+
+def _count_batches(pools: Mapping[tuple[int, ...], Sequence[Grouped]]) -> int:
+    return sum(-(-len(pool) // pool[0].table.batch_size) for pool in pools.values())
+
+
+def repeat_items(items: Sequence[G]) -> dict[tuple[int, ...], list[G]]:
     """Return the items that can share a batch, each as often as it is trained in an epoch; no empty groups.
 
     If all items of a group occur equally often, the whole list is repeated: this keeps the batches of a seed.
     """
-    groups: dict[tuple[int, ...], _Pool] = {}
+    groups: dict[tuple[int, ...], _Pool[G]] = {}
     for item, count in zip(items, _count_repeats(items), strict=True):
         group = groups.setdefault(item.group, _Pool([], []))
         group.items.append(item)
         group.counts.append(count)
-    pools: dict[tuple[int, ...], list[TrainingItem]] = {}
+    pools: dict[tuple[int, ...], list[G]] = {}
     for key, group in groups.items():
         if min(group.counts) == max(group.counts):
             pool = group.items * group.counts[0]
@@ -150,14 +171,15 @@ def repeat_items(items: Sequence[TrainingItem]) -> dict[tuple[int, ...], list[Tr
     return pools
 
 
-class _Pool(NamedTuple):
+@dataclass
+class _Pool(Generic[G]):
     """Items that can share a batch, and how often each is trained in an epoch."""
 
-    items: list[TrainingItem]
+    items: list[G]
     counts: list[int]
 
 
-def _count_repeats(items: Sequence[TrainingItem]) -> list[int]:
+def _count_repeats(items: Sequence[Grouped]) -> list[int]:
     """Return the number of times that each item is trained in an epoch."""
     counts = [item.table.num_repeats for item in items]
     for group in {item.table.batch_group for item in items if item.table.is_reg}:

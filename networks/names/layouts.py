@@ -159,6 +159,8 @@ class FamilyNames:
     not_in_diffusers: tuple[tuple[str, str], ...] = ()  # (kind of networks, why diffusers does not read it)
     # starts of the names of the text encoders that diffusers' pipelines take LoRAs for
     texts_in_diffusers: tuple[str, ...] = ()
+    # (start of our names for a text encoder, start of its paths in ComfyUI); others are read under our names
+    texts_in_comfyui: tuple[tuple[str, str], ...] = ()
     # whether ComfyUI reads LoRAs by underscored names, those of `aliases` among them: its paths differ from
     # ours in dots too
     underscored: bool = False

@@ -83,6 +83,26 @@ def diffusers_path_of_text(name: str) -> str | None:
     return _translate(_IN_DIFFUSERS, name)
 
 
+# names of a language model's modules in LoRA files, behind the text encoder's start -> their paths
+_IN_LANGUAGE_MODEL = (
+    (r"layers_(\d+)_(self_attn|mlp)_(\w+)", r"layers.\1.\2.\3"),
+    (r"layers_(\d+)_(\w+)", r"layers.\1.\2"),  # norms
+    (r"(embed_tokens|norm)", r"\1"),
+)
+
+
+def comfyui_path_of_text(name: str, starts: Pairs) -> str | None:
+    """Return the path of a text encoder's module in ComfyUI; None if it is read there under this name.
+
+    starts: as `FamilyNames.texts_in_comfyui`.
+    """
+    for ours, theirs in starts:
+        path = _translate(_IN_LANGUAGE_MODEL, name.removeprefix(ours)) if name.startswith(ours) else None
+        if path is not None:
+            return f"{theirs}{path}"
+    return None
+
+
 # order of the modules, which come before the transformer's: CLIP-L, T5, Gemma 2
 TEXTS_NUMBERED: Numbering = (
     (

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from torch import nn
 
 from checkpoints.dialects import LoadPlan, count, load_planned, other_kind, rename_sources, shapes_of
@@ -16,6 +15,7 @@ from modules.errors import CheckpointError
 from modules.limits import MAX_RAFT_ITERATIONS
 from modules.paths import explain_missing
 from modules.text_files import read_text
+from modules.yaml_files import parse_yaml
 from post.interpolation.flowformer import FlowFormer, read_flowformer
 from post.interpolation.layers import CHANNELS
 from post.interpolation.motion import GimmConfig, GimmVfi, MotionConfig
@@ -229,7 +229,7 @@ def read_settings(path: Path | None) -> ModeSettings:
         return ModeSettings()
     try:
         return _parse_settings(path)
-    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(
             f"{path} cannot be used: {reason}. Without it the released settings hold.", path
@@ -241,7 +241,7 @@ def _parse_settings(path: Path) -> ModeSettings:
 
     Raises CheckpointError for an unsupported computation, and any other error if the file cannot be read.
     """
-    arch = _require_mapping(_require_mapping(yaml.safe_load(read_text(path))).get("arch"))
+    arch = _require_mapping(_require_mapping(parse_yaml(read_text(path))).get("arch"))
     hyponet = _require_mapping(arch.get("hyponet"))
     activation = hyponet.get("activation", "siren")
     sine = _require_mapping(activation) or {"type": activation}

@@ -1,27 +1,88 @@
 """AI Toolkit's YAML files of a job."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from project.foreign import rules
 from project.foreign.contract import (
+    DATA,
     NEW,
-    TRAINING,
     KeyRule,
+    NoRun,
+    Parts,
     Program,
+    Run,
+    is_off,
+    is_on,
     left,
+    read_largest,
+    read_rate,
     read_trigger,
-    whole,
 )
 
-_OF_LOKR = "network_args and network_dim below [training] say it: docs/networks.md"
 _JOB = "config.process[]"
+_FIRST = "config.process[0]"
+_TRAINERS = ("sd_trainer", "ui_trainer", "diffusion_trainer")
+_WORDS = ("textual_inversion_trainer", "textual_inversion")
+_OF_LOKR = left("network_args and network_dim below [training] say it: docs/networks.md")
+_SLIDER = "--slider of a training script learns from two texts, without files: docs/sliders.md"
+
+
+def _find_run(values: Mapping[str, Any]) -> Run:
+    job = str(values.get("job"))
+    kind = str(values.get(f"{_FIRST}.type", ""))
+    if job in {"extract", "generate", "mod"}:
+        raise NoRun(f"job = {job} trains nothing")
+    if "slider" in kind.lower() or any(key.startswith(f"{_FIRST}.slider") for key in values):
+        raise NoRun(f"type = {kind}: a slider is trained, and `new` does not set one up. {_SLIDER}")
+    adapter = values.get(f"{_FIRST}.adapter.type")
+    if adapter is not None:
+        if str(adapter).lower().replace("_", "") == "controlnet":
+            return Run("controlnet", f"adapter.type = {adapter}")
+        raise NoRun(f"adapter.type = {adapter}: no adapter of this kind is trained here")
+    if kind.lower() in _WORDS or any(key.startswith(f"{_FIRST}.embedding.") for key in values):
+        return Run("embedding", f"type = {kind}, with embedding")
+    if kind not in _TRAINERS:
+        raise NoRun(f"type = {kind}: `new` sets up no such training")
+    network = [key for key in values if key.startswith(f"{_FIRST}.network.")]
+    return Run("lora", "network") if network else Run("whole", "a job without network")
+
+
+def _find_parts(values: Mapping[str, Any]) -> Parts:
+    names = ("train_unet", "train_text_encoder", "unet_lr", "text_encoder_lr")
+    keys = [f"{_FIRST}.train.{name}" for name in names]
+    unet, texts, unet_rate, text_rate = (values.get(key) for key in keys)
+    return Parts(
+        tuple(key for key in keys if key in values),
+        unet is not False,
+        read_rate(unet_rate),
+        (read_rate(text_rate),) if is_on(texts) else (),
+    )
+
+
+def _find_idle(values: Mapping[str, Any]) -> set[str]:
+    """Return keys of lists that are empty, and of averages that are not asked for."""
+    idle = set()
+    if not is_on(values.get(f"{_FIRST}.train.ema_config.use_ema")):
+        idle |= {f"{_FIRST}.train.ema_config.ema_decay"}
+    return {*idle, *(key for key, value in values.items() if key.endswith(".is_reg") and is_off(value))}
+
+
 _RULES = {
     "trigger_word": KeyRule(NEW, "trigger_word", read_trigger),
+    "embedding.trigger": rules.WORD,
+    "embedding.tokens": rules.VECTORS,
+    "embedding.init_words": rules.INIT_WORD,
     "network.type": rules.NETWORK_KIND,
-    "network.lokr_factor": left(_OF_LOKR),
-    "network.lokr_full_rank": left(_OF_LOKR),
+    "network.lokr_factor": _OF_LOKR,
+    "network.lokr_full_rank": _OF_LOKR,
     "network.linear": rules.RANK,
     "network.linear_alpha": rules.ALPHA,
     "network.rank": rules.RANK,
     "network.alpha": rules.ALPHA,
+    "network.dropout": rules.DROPOUT,
+    "network.conv": left("conv_dim in network_args below [training]: docs/networks.md"),
+    "network.conv_alpha": left("conv_alpha in network_args below [training]: docs/networks.md"),
     "train.steps": rules.STEPS,
     "train.lr": rules.LEARNING_RATE,
     "train.batch_size": rules.BATCH_SIZE,
@@ -29,48 +90,126 @@ _RULES = {
     "train.gradient_accumulation": rules.ACCUMULATED,
     "train.optimizer": rules.OPTIMIZER,
     "train.lr_scheduler": rules.SCHEDULER,
+    "train.lr_scheduler_params.warmup_steps": rules.WARMUP_STEPS,
+    "train.lr_scheduler_params.num_warmup_steps": rules.WARMUP_STEPS,
     "train.max_grad_norm": rules.GRADIENT_LIMIT,
     "train.seed": rules.SEED,
+    "train.ema_config.use_ema": left("ema_decay says it here"),
+    "train.ema_config.ema_decay": rules.EMA_DECAY,
+    "train.min_snr_gamma": rules.MIN_SNR,
+    "train.snr_gamma": rules.MIN_SNR,
+    "train.noise_offset": rules.NOISE_OFFSET,
+    **{
+        f"train.optimizer_params.{name}": rules.argument(name)
+        for name in (
+            "weight_decay",
+            "betas",
+            "eps",
+            "d_coef",
+            "relative_step",
+            "scale_parameter",
+            "warmup_init",
+        )
+    },
     "train.dtype": rules.OF_CARD,
     "train.gradient_checkpointing": rules.OF_CARD,
+    "train.unload_text_encoder": rules.OF_CARD,
+    "train.cache_text_embeddings": rules.CACHES,
     "train.noise_scheduler": left("the model's own noise is used"),
+    "train.timestep_type": left("timestep_sampling below [training] is that of the model's page"),
+    "train.content_or_style": left("timestep_sampling below [training] is that of the model's page"),
+    "train.loss_type": left("loss_type below [training] has l2, l1, huber and smooth_l1"),
+    "train.skip_first_sample": left("sample_at_first below [training] says it"),
+    "train.disable_sampling": left("without sample_prompts below [training] there are no samples"),
+    "train.diff_output_preservation": left("--output_preservation of the training: docs/targets.md"),
     "save.save_every": rules.SAVE_STEPS,
-    "save.max_step_saves_to_keep": left("each saved file is kept"),
+    "save.max_step_saves_to_keep": rules.KEPT_FILES,
     "save.dtype": rules.OF_CARD,
+    "save.save_format": left("files are safetensors"),
+    "save.push_to_hub": rules.UPLOADS,
+    "save.hf_repo_id": rules.UPLOADS,
+    "save.hf_private": rules.UPLOADS,
     "datasets[].folder_path": rules.MEDIA_FOLDER,
     "datasets[].caption_ext": rules.CAPTIONS,
     "datasets[].num_repeats": rules.NUM_REPEATS,
-    "datasets[].resolution": rules.RESOLUTION,
+    "datasets[].resolution": KeyRule(DATA, "resolution", read_largest),
+    "datasets[].caption_dropout_rate": rules.CAPTION_DROPOUT,
+    "datasets[].shuffle_tokens": rules.SHUFFLED,
+    "datasets[].flip_x": rules.MIRRORED,
+    "datasets[].is_reg": rules.REGULARISING,
+    "datasets[].mask_path": rules.MASKS,
+    "datasets[].control_path": rules.CONTROLS,
+    "datasets[].num_frames": left("`new` chooses the frames of clips"),
+    "datasets[].default_caption": left("class_tokens in dataset.toml is the caption of files without one"),
+    "datasets[].buckets": rules.BUCKETS,
     "datasets[].cache_latents_to_disk": rules.CACHES,
     "datasets[].cache_latents": rules.CACHES,
-    "model.name_or_path": rules.MODEL_NAME,
+    "model.name_or_path": rules.MODEL_FILE,
     "model.arch": rules.MODEL_NAME,
-    "model.quantize": rules.OF_CARD,
-    "model.quantize_te": rules.OF_CARD,
-    "model.low_vram": rules.OF_CARD,
-    "sample.sample_every": KeyRule(TRAINING, "sample_every_n_steps", whole(1)),
-    "sample.prompts": rules.SAMPLES,
-    "sample.seed": rules.SAMPLES,
+    **{f"model.{name}": rules.MODEL_NAME for name in ("is_flux", "is_xl", "is_v2", "is_lumina2")},
+    **{
+        f"model.{name}": rules.OF_CARD
+        for name in ("quantize", "quantize_te", "qtype", "qtype_te", "low_vram")
+    },
+    "model.dtype": rules.OF_CARD,
+    "model.assistant_lora_path": left("training_adapter below [training] takes such a file"),
+    "sample.sample_every": rules.SAMPLE_STEPS,
     "device": rules.OF_CARD,
-    "type": left("a LoRA or a whole model is trained, which network says"),
+    "type": left("it says what is trained"),
     "training_folder": rules.OUTPUT_FOLDER,
+    "performance_log_every": rules.LOGS,
+    "logging.use_wandb": rules.LOGS,
+    "sqlite_db_path": rules.LOGS,
 }
+_OF_SAMPLES = (
+    "prompts",
+    "seed",
+    "neg",
+    "width",
+    "height",
+    "guidance_scale",
+    "sample_steps",
+    "sampler",
+    "walk_seed",
+)
 
 PROGRAM = Program(
     title="AI Toolkit",
-    suffixes=(".yaml", ".yml"),
-    alpha=None,
+    suffixes=(".yaml", ".yml", ".json"),
+    alpha=1,
     marks=("config.process[].type",),
+    usual={
+        f"{_FIRST}.train.steps": 1000,
+        f"{_FIRST}.train.lr": 1e-6,
+        f"{_FIRST}.train.optimizer": "adamw",
+    },
+    find_run=_find_run,
+    find_parts=_find_parts,
+    find_idle=_find_idle,
+    arguments={"adafactor": {"scale_parameter": False, "relative_step": False, "warmup_init": False}},
     rules={
         "config.name": rules.OUTPUT_NAME,
         "job": left("it is a training"),
+        "meta.name": rules.NAMES,
+        "meta.version": rules.NAMES,
         **{f"{_JOB}.{key}": rule for key, rule in _RULES.items()},
+        **{f"{_JOB}.sample.{key}": rules.SAMPLES for key in _OF_SAMPLES},
+        **{
+            f"{_JOB}.sample.{key}": rules.SAMPLES
+            for key in ("num_frames", "fps", "sample_start_step", "samples")
+        },
     },
     models={
+        "is_flux=True": ("flux", "dev"),
+        "is_xl=True": ("stable_diffusion", "xl"),
+        "is_v2=True": ("stable_diffusion", "2.1"),
+        "is_lumina2=True": ("lumina", "2.0"),
         "flux": ("flux", "dev"),
         "flex1": ("flux", "dev"),
         "flux_kontext": ("flux_kontext", "dev"),
-        "flux2": ("flux_2", "dev"),
+        "flux2": ("flux_2", None),
+        "flux2_klein_4b": ("flux_2", "klein-base-4b"),
+        "flux2_klein_9b": ("flux_2", "klein-base-9b"),
         "chroma": ("chroma", "hd"),
         "lumina2": ("lumina", "2.0"),
         "qwen_image": ("qwen_image", "original"),
@@ -88,5 +227,9 @@ PROGRAM = Program(
         "wan22_5b": ("wan22", "ti2v-5B"),
         "sdxl": ("stable_diffusion", "xl"),
         "sd1": ("stable_diffusion", "1.5"),
+        "anima": ("anima", "base"),
+        "krea2": ("krea2", None),
+        "ltx2": ("ltx_2", None),
+        "runwayml/stable-diffusion-v1-5": ("stable_diffusion", "1.5"),
     },
 )

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,15 +11,22 @@ from downloads.naming import plain_name
 from modules.output_files import check_output_name
 from project.options import check_trigger
 
-# where a value goes: an option of `new`, a key of [training] in run.toml or of [general] in dataset.toml, or
+# where a value goes: an option of `new`, a key of [training] in run.toml or of the tables in dataset.toml, or
 NEW, TRAINING, DATA = "new", "training", "data"
 MODEL = "model"  # the name of a model: a task is looked for
+FILE = "file"  # of a model: its name may be that of a released one
 FOLDER = "folder"  # with pictures or clips
-EPOCHS = "epochs"  # they become steps
-WHOLE = "whole"  # whether the model itself is trained
-KIND = "kind"  # of a network: a LoRA, or another one
+EPOCHS = "epochs"  # they become steps; name: which of epochs and steps counts there
+PER_EPOCH = "per epoch"  # something is done after so many epochs; name: the option with steps
+SHARE = "share"  # of the run, for the warm-up
+NETWORK = "network"  # kind of it: a LoRA, or another one
+ARGUMENT = "argument"  # of the optimizer; name: its own
+ARGUMENTS = "arguments"  # several, as KEY=VALUE
+NETWORK_ARGUMENT = "network argument"  # name: its own
 LEFT = "left"  # it is not taken; the rule says why
 
+# of EPOCHS: they count before a number of steps, behind it, or the run ends with the first of the two
+FIRST, LAST, SOONEST = "first", "last", "soonest"
 MOST_STEPS = 10_000_000
 
 
@@ -31,11 +38,48 @@ class KeyRule(NamedTuple):
     read: Callable[[Any], Any] = lambda value: value
 
 
+class Run(NamedTuple):
+    """What a project trains."""
+
+    kind: str  # a name of `new --train`
+    said: str  # the key and the value that say it, for messages
+
+
+class NoRun(Exception):
+    """Raised for a project of something that `new` does not set up; the text says which, and why."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Which networks of a model learn, and how fast."""
+
+    keys: tuple[str, ...] = ()  # that say it
+    trains_dit: bool = True  # the transformer or U-Net
+    dit_rate: float | None = None  # None: the learning rate of the run
+    text_rates: tuple[float | None, ...] = ()  # of each text encoder; 0: it does not learn; (): none does
+
+    @property
+    def trains_texts(self) -> bool:
+        return any(rate != 0 for rate in self.text_rates)
+
+
+def train_lora(values: Mapping[str, Any]) -> Run:
+    return Run("lora", "")
+
+
+def say_no_parts(values: Mapping[str, Any]) -> Parts:
+    return Parts()
+
+
+def say_nothing_idle(values: Mapping[str, Any]) -> set[str]:
+    return set()
+
+
 @dataclass(frozen=True)
 class Program:
     """A trainer, and how its files are read.
 
-    Keys are written with dots, elements of lists as []. What has no rule is left, and told.
+    Keys are written with dots, elements of lists as []. What has no rule is left, with the reason.
     """
 
     title: str
@@ -43,12 +87,49 @@ class Program:
     marks: tuple[str, ...]  # keys of which each of its files has at least one
     rules: Mapping[str, KeyRule]
     models: Mapping[str, tuple[str, str | None]]  # its name of a model -> family and task
-    alpha: float | None  # --network_alpha of a LoRA for which none is said; None: its rank
+    alpha: float | None  # of a LoRA for which none is said; None: its rank
     companions: tuple[str, ...] = ()  # keys that name a further file, whose keys follow KEY:
+    # keys that its files may lack -> the value that counts there then, where `new` would choose another one
+    usual: Mapping[str, Any] = field(default_factory=dict)
+    units: Mapping[str, str] = field(default_factory=dict)  # key of a number -> key of its unit
+    knows_options: bool = False  # its other keys are options of the script that trains
+    find_run: Callable[[Mapping[str, Any]], Run] = train_lora  # raises NoRun
+    find_parts: Callable[[Mapping[str, Any]], Parts] = say_no_parts
+    # arguments of an optimizer that it gives by itself, by our name of the optimizer
+    arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    # keys with values that do nothing there
+    find_idle: Callable[[Mapping[str, Any]], set[str]] = say_nothing_idle
+    # keys of a dataset in a list that say that it is not learned: with one of these values
+    unused: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    # such a key, and its value if repeats are the number of files that are drawn in an epoch
+    counted: Mapping[str, Any] = field(default_factory=dict)
+    # the model of files that name none, and whether a file is one that would
+    otherwise: tuple[str, str] | None = None
+    is_old_model: Callable[[Mapping[str, Any]], bool] = lambda values: False
 
 
 def left(reason: str) -> KeyRule:
     return KeyRule(LEFT, reason)
+
+
+def is_on(value: Any) -> bool:
+    """Return whether a value of a file says yes: pages also write texts and numbers."""
+    return value is True or value == 1 or str(value).strip().lower() in {"true", "yes", "1"}
+
+
+def is_off(value: Any) -> bool:
+    """Return whether a value is what pages write for "nothing": an empty text or list, false or none."""
+    return (
+        value is None or value is False or value == [] or str(value).strip().lower() in {"", "false", "none"}
+    )
+
+
+def read_rate(value: Any) -> float | None:
+    """Return a learning rate; None if there is no number."""
+    try:
+        return number(0, 1000)(value)
+    except (ValueError, TypeError):
+        return None
 
 
 def number(least: float = 0, most: float = 1e9) -> Callable[[Any], float]:
@@ -79,6 +160,23 @@ def whole(least: int = 0, most: int = MOST_STEPS) -> Callable[[Any], int]:
     return read
 
 
+def read_repeats(value: Any) -> int:
+    """Return how often each file is seen in an epoch: a whole number, at least 1."""
+    return max(round(number(0, 100_000)(value)), 1)
+
+
+def read_warmup(value: Any) -> float:
+    """Return steps of a warm-up; below 1 a share of the run."""
+    found = number(0, MOST_STEPS)(value)
+    return found if found < 1 else int(found)
+
+
+def read_switch(value: Any) -> bool:
+    if not (isinstance(value, bool | int) or str(value).lower() in {"true", "false"}):
+        raise ValueError("it is neither true nor false")
+    return is_on(value)
+
+
 def text_of(table: Mapping[str, str], instead: str) -> Callable[[Any], str]:
     """Return a reader of names that are spelled in any way. instead: what to do with other names."""
 
@@ -91,15 +189,43 @@ def text_of(table: Mapping[str, str], instead: str) -> Callable[[Any], str]:
     return read
 
 
+_EIGHT_BITS = ("adamw8bit", "adamw8bitkahan", "bnbadamw8bit", "aoadamw8bit", "use8bitadam")
 _OPTIMIZERS = {
-    **dict.fromkeys(("adamw", "adamwoptimi", "adamwbf16", "adamwtorch"), "adamw"),
-    **dict.fromkeys(("adamw8bit", "adamw8bitkahan", "bnbadamw8bit"), "adamw8bit"),
-    **{name: name for name in ("adafactor", "lion", "prodigy")},
+    **dict.fromkeys(("adamw", "adamwoptimi", "optimiadamw", "adamwbf16", "adamwtorch", "bnbadamw"), "adamw"),
+    **dict.fromkeys(_EIGHT_BITS, "adamw8bit"),
+    **dict.fromkeys(("pagedadamw8bit", "bnbadamw8bitpaged"), "pagedadamw8bit"),
+    **dict.fromkeys(("lion8bit", "bnblion8bit"), "lion8bit"),
+    **dict.fromkeys(("lion", "bnblion", "optimilion"), "lion"),
+    **dict.fromkeys(("adamwschedulefree", "schedulefreeadamw"), "adamwschedulefree"),
+    **dict.fromkeys(("sgdschedulefree", "schedulefreesgd"), "sgdschedulefree"),
+    **{name: name for name in ("adafactor", "prodigy", "radamschedulefree", "sgd", "adam", "rmsprop")},
+    **{name: name for name in ("adagrad", "nadam", "radam")},
+}
+# arguments of optimizers that have them here, by our name of the optimizer
+_OF_ADAM = frozenset({"betas", "eps", "weight_decay", "amsgrad"})
+OPTIMIZER_ARGUMENTS: Mapping[str, frozenset[str]] = {
+    **dict.fromkeys(("adamw", "adam"), _OF_ADAM),
+    **dict.fromkeys(("adamw8bit", "pagedadamw8bit"), _OF_ADAM | {"min_8bit_size", "percentile_clipping"}),
+    **dict.fromkeys(("lion", "lion8bit"), frozenset({"betas", "weight_decay"})),
+    **dict.fromkeys(("nadam", "radam"), frozenset({"betas", "eps", "weight_decay"})),
+    "adafactor": frozenset(
+        {"eps", "clip_threshold", "decay_rate", "beta1", "weight_decay", "scale_parameter"}
+        | {"relative_step", "warmup_init"}
+    ),
+    "prodigy": frozenset(
+        {"betas", "beta3", "eps", "weight_decay", "decouple", "use_bias_correction", "safeguard_warmup"}
+        | {"d0", "d_coef", "growth_rate", "fsdp_in_use", "slice_p"}
+    ),
+    "sgd": frozenset({"momentum", "dampening", "weight_decay", "nesterov"}),
+    "rmsprop": frozenset({"alpha", "eps", "weight_decay", "momentum", "centered"}),
+    "adagrad": frozenset({"lr_decay", "weight_decay", "initial_accumulator_value", "eps"}),
+    **dict.fromkeys(("adamwschedulefree", "radamschedulefree"), _OF_ADAM - {"amsgrad"} | {"r"}),
+    "sgdschedulefree": frozenset({"momentum", "weight_decay", "r"}),
 }
 _SCHEDULERS = {
     plain_name(name): name
     for name in ("constant", "constant_with_warmup", "cosine", "cosine_with_restarts", "linear", "polynomial")
-}
+} | {"cosinewithhardrestarts": "cosine_with_restarts", "adafactor": "adafactor"}
 read_optimizer = text_of(_OPTIMIZERS, "choose one from docs/training.md: optimizer_type below [training]")
 read_scheduler = text_of(_SCHEDULERS, "choose one from docs/training.md: lr_scheduler below [training]")
 
@@ -114,24 +240,39 @@ def read_name(value: Any) -> str:
 
 
 def read_trigger(value: Any) -> str:
-    """Return a trigger word."""
-    word = str(value or "")
-    if not word.strip():
+    """Return a trigger word, without the signs in which placeholders of embeddings stand."""
+    word = str(value or "").strip()
+    if re.fullmatch(r"<[^<>]+>", word):
+        word = word[1:-1]
+    if not word:
         raise ValueError("it is empty")
     check_trigger(word)
     return word
 
 
 def read_side(value: Any) -> tuple[int, int]:
-    """Return width and height: of a number, `512,512`, `512x768`, or of the largest of several numbers."""
-    if isinstance(value, list):
-        value = max(map(whole(), value), default=0)
-    parts = re.split(r"[,x]", value) if isinstance(value, str) else [value]
+    """Return width and height: of a number, `512,512` or `512x768`."""
+    parts = re.split(r"[,x]", value.lower()) if isinstance(value, str) else [value]
     sides = [whole(64, 8192)(part) for part in parts]
     if len(sides) > 2:
         raise ValueError("it is no size: give resolution in dataset.toml")
     rounded = [side // 32 * 32 for side in sides]
     return rounded[0], rounded[-1]
+
+
+def read_largest(value: Any) -> tuple[int, int]:
+    """Return the largest of several sizes: each a number, `512x768`, or a list of width and height."""
+    texts = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]
+    sizes = []
+    for item in texts:
+        if isinstance(item, list):
+            if len(item) not in {2, 3}:  # width, height and perhaps frames
+                raise ValueError("it is no size: give resolution in dataset.toml")
+            item = f"{whole()(item[0])}x{whole()(item[1])}"
+        sizes.append(read_side(item))
+    if not sizes:
+        raise ValueError("it is empty")
+    return max(sizes, key=lambda size: size[0] * size[1])
 
 
 def read_text(value: Any) -> str:
@@ -141,4 +282,7 @@ def read_text(value: Any) -> str:
 
 
 def read_folder(value: Any) -> Path:
-    return Path(read_text(value))
+    text = read_text(value)
+    if "\0" in text:
+        raise ValueError("no folder has a name with NUL")
+    return Path(text)

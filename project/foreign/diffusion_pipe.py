@@ -1,58 +1,141 @@
 """diffusion-pipe's TOML, and its file of data."""
 
-from project.foreign import rules
-from project.foreign.contract import Program, left
+from collections.abc import Mapping
+from typing import Any
 
-_OWN_FILE = left("a file of your own is given as --model_file NAME=PATH")
-_PATHS = (
-    "diffusers_path",
-    "ckpt_path",
-    "transformer_path",
-    "diffusion_model",
-    "checkpoint_path",
-    "vae",
-    "vae_path",
-    "llm_path",
-    "clip_path",
-    "text_encoders",
-    "text_encoder_path",
+from project.foreign import rules
+from project.foreign.contract import (
+    DATA,
+    EPOCHS,
+    SOONEST,
+    KeyRule,
+    Parts,
+    Program,
+    Run,
+    left,
+    read_largest,
+    read_rate,
 )
+
+_TABLES = ("transformer_path", "diffusion_model", "checkpoint_path", "diffusers_path", "ckpt_path")
+_OTHER_FILES = ("vae", "vae_path", "llm_path", "clip_path", "text_encoders", "text_encoder_path", "byt5_path")
+_EVALUATION = (
+    *("eval_every_n_epochs", "eval_every_n_steps", "eval_before_first_step", "eval_micro_batch_size_per_gpu"),
+    *("eval_gradient_accumulation_steps", "disable_block_swap_for_eval"),
+)
+
+
+def _find_run(values: Mapping[str, Any]) -> Run:
+    if any(key.startswith("adapter.") for key in values):
+        return Run("lora", "[adapter]")
+    return Run("whole", "no [adapter]")
+
+
+def _find_parts(values: Mapping[str, Any]) -> Parts:
+    """Return what learns: of Stable Diffusion XL trained whole, text encoders have rates of their own."""
+    names = ("model.unet_lr", "model.text_encoder_1_lr", "model.text_encoder_2_lr")
+    keys = tuple(name for name in names if name in values)
+    texts = tuple(read_rate(values[name]) for name in keys if name != names[0])
+    return Parts(keys, True, read_rate(values.get(names[0])), texts)
+
+
+def _read_batch(value: Any) -> int:
+    if isinstance(value, list):
+        raise ValueError("each size has its own there; batch_size in dataset.toml is for all")
+    return rules.BATCH_SIZE.read(value)
+
 
 PROGRAM = Program(
     title="diffusion-pipe",
     suffixes=(".toml",),
     alpha=None,
-    marks=("micro_batch_size_per_gpu",),
+    marks=("micro_batch_size_per_gpu", "pipeline_stages", "save_every_n_epochs"),
     companions=("dataset",),
+    usual={"warmup_steps": 0},
+    find_run=_find_run,
+    find_parts=_find_parts,
     rules={
-        "epochs": rules.NUM_EPOCHS,
-        "micro_batch_size_per_gpu": rules.BATCH_SIZE,
+        "epochs": KeyRule(EPOCHS, SOONEST, rules.NUM_EPOCHS.read),
+        "max_steps": rules.STEPS,
+        "micro_batch_size_per_gpu": KeyRule(DATA, "batch_size", _read_batch),
+        "image_micro_batch_size_per_gpu": left("batch_size in a table of dataset.toml"),
         "gradient_accumulation_steps": rules.ACCUMULATED,
         "gradient_clipping": rules.GRADIENT_LIMIT,
         "warmup_steps": rules.WARMUP_STEPS,
         "lr_scheduler": rules.SCHEDULER,
+        "force_constant_lr": left("learning_rate below [training] may be changed before a run continues"),
+        "pseudo_huber_c": left("loss_type and huber_c below [training]"),
         "pipeline_stages": left("the model is on one card; docs/speed.md has several"),
-        "activation_checkpointing": rules.OF_CARD,
-        "blocks_to_swap": rules.OF_CARD,
-        "save_dtype": rules.OF_CARD,
-        "caching_batch_size": rules.OF_CARD,
+        **dict.fromkeys(("activation_checkpointing", "blocks_to_swap", "save_dtype"), rules.OF_CARD),
+        **dict.fromkeys(("caching_batch_size", "map_num_proc", "compile", "partition_method"), rules.OF_CARD),
+        **dict.fromkeys(("reentrant_activation_checkpointing", "partition_split"), rules.OF_CARD),
+        **dict.fromkeys(_EVALUATION, rules.VALIDATION),
+        "eval_datasets[].name": rules.VALIDATION,
+        "eval_datasets[].config": rules.VALIDATION,
+        "video_clip_mode": left("frame_extraction in dataset.toml says it"),
+        **dict.fromkeys(("steps_per_print", "logging_steps", "x_axis_examples"), rules.LOGS),
+        **{
+            f"monitoring.{name}": rules.LOGS
+            for name in ("enable_wandb", "wandb_api_key", "wandb_tracker_name", "wandb_run_name")
+        },
         "output_dir": rules.OUTPUT_FOLDER,
         "save_every_n_epochs": rules.SAVE_EPOCHS,
+        "save_every_n_steps": rules.SAVE_STEPS,
+        **dict.fromkeys(
+            ("checkpoint_every_n_epochs", "checkpoint_every_n_minutes"),
+            left("states are saved with each file"),
+        ),
         "model.type": rules.MODEL_NAME,
-        "model.dtype": rules.OF_CARD,
-        "model.transformer_dtype": rules.OF_CARD,
-        **{f"model.{name}": _OWN_FILE for name in _PATHS},
+        **{
+            f"model.{name}": rules.OF_CARD for name in ("dtype", "transformer_dtype", "diffusion_model_dtype")
+        },
+        "model.timestep_sample_method": left(
+            "timestep_sampling below [training] is that of the model's page"
+        ),
+        "model.shift": left("discrete_flow_shift below [training] is that of the model's page"),
+        "model.min_snr_gamma": rules.MIN_SNR,
+        "model.v_pred": left("the model says what it predicts"),
+        **{f"model.{name}": rules.MODEL_FILE for name in _TABLES},
+        **{
+            f"model.{name}": left("give a file of your own as --model_file NAME=PATH")
+            for name in _OTHER_FILES
+        },
         "adapter.type": rules.NETWORK_KIND,
         "adapter.rank": rules.RANK,
         "adapter.alpha": rules.ALPHA,
+        "adapter.dropout": rules.DROPOUT,
         "adapter.dtype": rules.OF_CARD,
+        "adapter.init_from_existing": left("give a LoRA to start from as network_weights below [training]"),
         "optimizer.type": rules.OPTIMIZER,
         "optimizer.lr": rules.LEARNING_RATE,
-        "dataset:resolutions": rules.RESOLUTION,
-        "dataset:enable_ar_bucket": rules.BUCKETS,
+        **{
+            f"optimizer.{name}": rules.argument(name)
+            for name in (
+                "betas",
+                "weight_decay",
+                "eps",
+                "momentum",
+                "d_coef",
+                "relative_step",
+                "scale_parameter",
+            )
+        },
+        "optimizer.warmup_init": rules.argument("warmup_init"),
+        "dataset:resolutions": KeyRule(DATA, "resolution", read_largest),
+        "dataset:num_repeats": rules.NUM_REPEATS,
+        **dict.fromkeys(
+            ("dataset:enable_ar_bucket", "dataset:min_ar", "dataset:max_ar", "dataset:num_ar_buckets"),
+            rules.BUCKETS,
+        ),
+        "dataset:ar_buckets": rules.BUCKETS,
         "dataset:frame_buckets": left("`new` chooses the frames of clips"),
         "dataset:directory[].path": rules.MEDIA_FOLDER,
+        "dataset:directory[].mask_path": rules.MASKS,
+        "dataset:directory[].control_path": rules.CONTROLS,
         "dataset:directory[].num_repeats": rules.NUM_REPEATS,
+        "dataset:directory[].resolutions": KeyRule(DATA, "resolution", read_largest),
+        "dataset:directory[].frame_buckets": left("`new` chooses the frames of clips"),
+        "dataset:directory[].ar_buckets": rules.BUCKETS,
     },
     models={
         "flux": ("flux", "dev"),
@@ -67,5 +150,7 @@ PROGRAM = Program(
         "qwen_image": ("qwen_image", "original"),
         "z_image": ("z_image", None),
         "anima": ("anima", "base"),
+        "minimax_h3": ("minimax_h3", None),
+        "krea2": ("krea2", None),
     },
 )

@@ -1,54 +1,222 @@
-"""The JSON that the GUI of kohya_ss saves."""
+"""The JSON that the GUI of kohya_ss saves. Its keys are options of the scripts that it starts."""
+
+from collections.abc import Mapping
+from typing import Any
 
 from project.foreign import rules
-from project.foreign.contract import TRAINING, KeyRule, Program, left, number, whole
+from project.foreign.contract import (
+    EPOCHS,
+    FIRST,
+    NETWORK_ARGUMENT,
+    NEW,
+    SHARE,
+    TRAINING,
+    KeyRule,
+    NoRun,
+    Parts,
+    Program,
+    Run,
+    is_off,
+    is_on,
+    left,
+    number,
+    read_rate,
+    read_text,
+    whole,
+)
 
-_OF_UI = "the form has it for its own use"
+_OF_UI = left("the form has it for its own use")
+_OF_NETWORK = left("network_args below [training] say it: docs/networks.md")
+_OF_LAUNCHER = left("`run` starts the training on one card")
+_NETWORK_ARGUMENTS = ("conv_dim", "conv_alpha", "rank_dropout", "module_dropout", "factor")
+_OF_LYCORIS = (
+    *("algo", "block_size", "bypass_mode", "constrain", "decompose_both", "rank_dropout_scale"),
+    *("rescaled", "train_norm", "train_on_input", "unit", "use_cp", "use_scalar", "use_tucker"),
+)
+_OF_BLOCKS = (
+    *("block_alphas", "block_dims", "block_lr_zero_threshold", "conv_block_alphas", "conv_block_dims"),
+    *("down_lr_weight", "mid_lr_weight", "up_lr_weight"),
+)
+_MULTIRES = ("multires_noise_discount", "multires_noise_iterations")
+_OFFSET = ("adaptive_noise_scale", "noise_offset", "noise_offset_random_strength")
+_FLUX_ALONE = ("guidance_scale", "discrete_flow_shift", "model_prediction_type", "timestep_sampling")
+_OF_FINE_TUNING = ("train_dir", "image_folder", "create_caption", "create_buckets", "dataset_repeats")
+_OF_EMBEDDING = ("token_string", "init_word", "num_vectors_per_token")
+
+
+def _find_run(values: Mapping[str, Any]) -> Run:
+    kind = values.get("LoRA_type")
+    if not is_off(kind):
+        if "fine" in str(kind).lower():
+            raise NoRun(
+                f"LoRA_type = {kind} trains differences of whole layers, which no network here does; "
+                "--train whole trains the model itself"
+            )
+        return Run("lora", f"LoRA_type = {kind}")
+    for key in _OF_EMBEDDING:
+        if not is_off(values.get(key)):
+            return Run("embedding", f"{key} = {values[key]}")
+    if not is_off(values.get("network_dim")):
+        return Run("lora", "network_dim")
+    mark = next((key for key in _OF_FINE_TUNING if key in values), None)
+    return Run("whole", f"no LoRA_type ({'DreamBooth' if mark is None else f'fine-tuning, by {mark}'})")
+
+
+def _find_parts(values: Mapping[str, Any]) -> Parts:
+    """Return what learns. Of a LoRA, rates of 0 for both mean that both learn at learning_rate."""
+    names = ("unet_lr", "text_encoder_lr", "train_text_encoder")
+    of_whole = ("learning_rate_te", "learning_rate_te1", "learning_rate_te2")
+    keys = tuple(key for key in (*names, *of_whole) if key in values)
+    if _find_run(values).kind == "lora":
+        dit, text = (read_rate(values.get(name)) or 0 for name in names[:2])
+        if not dit and not text:
+            both = "unet_lr" in values and "text_encoder_lr" in values
+            return Parts(keys, text_rates=(None,) if both else ())
+        return Parts(keys, dit > 0, dit or None, (text,) if text else ())
+    rates = [read_rate(values[name]) or 0 for name in of_whole if name in values]
+    if is_on(values.get("train_text_encoder")) and not any(rates):
+        return Parts(keys, text_rates=(None,))
+    if is_off(values.get("train_text_encoder", True)):
+        rates = []
+    return Parts(keys, text_rates=tuple(rates) if any(rates) else ())
+
+
+def _find_idle(values: Mapping[str, Any]) -> set[str]:
+    """Return the keys that do nothing there: those of other kinds of networks, noise and models."""
+    kind = str(values.get("LoRA_type", "")).lower()
+    idle = {key for key in values if key.startswith("sdxl_") and not is_on(values.get("sdxl"))}
+    if "lycoris" not in kind:
+        idle |= {*_OF_LYCORIS, "LyCORIS_preset", "dora_wd", "factor"}
+    if "lycoris" not in kind and "locon" not in kind:
+        idle |= {"conv_dim", "conv_alpha"}
+    if values.get("noise_offset_type", "Original") == "Original":
+        idle |= {*_MULTIRES}
+    else:
+        idle |= {*_OFFSET}
+    if not is_on(values.get("flux1_checkbox")):
+        idle |= {*_FLUX_ALONE, *(key for key in values if key.startswith(("flux1_", "t5xxl_")))}
+        idle.discard("flux1_checkbox")
+    if is_off(values.get("min_snr_gamma")) or values.get("min_snr_gamma") == 0:
+        idle.add("min_snr_gamma")
+    if str(values.get("max_token_length")) == "75":  # what the text encoder has
+        idle.add("max_token_length")
+    if str(values.get("clip_skip")) in {"0", "1"}:  # the last layer
+        idle.add("clip_skip")
+    if str(values.get("loss_type", "l2")) == "l2":
+        idle |= {"huber_c", "huber_schedule", "huber_scale"}
+    return idle
+
 
 PROGRAM = Program(
     title="the GUI of kohya_ss",
     suffixes=(".json",),
     alpha=1,
-    marks=("LoRA_type", "train_data_dir"),
+    marks=("LoRA_type", "train_data_dir", "train_dir", "image_folder", "create_buckets", "no_token_padding"),
+    knows_options=True,
+    find_run=_find_run,
+    find_parts=_find_parts,
+    find_idle=_find_idle,
+    is_old_model=lambda values: "v2" in values,
     rules={
         "output_name": rules.OUTPUT_NAME,
+        "model_output_name": rules.OUTPUT_NAME,
         "LoRA_type": rules.NETWORK_KIND,
         "network_dim": rules.RANK,
         "network_alpha": rules.ALPHA,
+        **{name: KeyRule(NETWORK_ARGUMENT, name, number(-1, 1e6)) for name in _NETWORK_ARGUMENTS},
+        **dict.fromkeys((*_OF_LYCORIS, *_OF_BLOCKS, "LyCORIS_preset"), _OF_NETWORK),
+        "dora_wd": rules.DORA,
+        "token_string": rules.WORD,
+        "init_word": rules.INIT_WORD,
+        "num_vectors_per_token": rules.VECTORS,
+        "template": left("captions are what a word learns from: docs/textual_inversion.md has templates"),
         "learning_rate": rules.LEARNING_RATE,
-        "unet_lr": KeyRule(TRAINING, "unet_lr", number(1e-12, 10)),
         "lr_scheduler": rules.SCHEDULER,
-        "lr_warmup": left("it is a share of the steps there: lr_warmup_steps in run.toml"),
+        "lr_scheduler_num_cycles": rules.CYCLES,
+        "lr_warmup": KeyRule(SHARE, "", number(0, 100)),
+        "lr_warmup_steps": rules.WARMUP_STEPS,
+        "lr_scheduler_type": left("it names code to import; type --lr_scheduler_type with the training"),
         "optimizer": rules.OPTIMIZER,
+        "optimizer_args": rules.OPTIMIZER_ARGUMENTS,
         "max_grad_norm": rules.GRADIENT_LIMIT,
         "gradient_accumulation_steps": rules.ACCUMULATED,
-        "seed": KeyRule(TRAINING, "seed", whole(1, 2**32 - 1)),
+        "seed": KeyRule(TRAINING, "seed", whole(0, 2**32 - 1)),
         "epoch": rules.NUM_EPOCHS,
-        "max_train_epochs": rules.NUM_EPOCHS,
+        "max_train_epochs": KeyRule(EPOCHS, FIRST, whole(0)),
         "max_train_steps": rules.STEPS,
         "train_batch_size": rules.BATCH_SIZE,
+        "batch_size": left(
+            "it is of making captions and caches there; train_batch_size is that of the steps"
+        ),
+        "dataset_repeats": rules.NUM_REPEATS,
         "max_resolution": rules.RESOLUTION,
         "train_data_dir": rules.MEDIA_FOLDER,
-        "pretrained_model_name_or_path": rules.MODEL_NAME,
+        "image_folder": rules.MEDIA_FOLDER,
+        "train_dir": left("`new` finds captions and sizes itself"),
+        "reg_data_dir": rules.REGULARISING,
+        "pretrained_model_name_or_path": rules.MODEL_FILE,
         "sdxl": rules.MODEL_NAME,
         "flux1_checkbox": rules.MODEL_NAME,
         "v2": rules.MODEL_NAME,
+        "v_parameterization": left("the model says what it predicts"),
+        **dict.fromkeys(
+            ("ae", "clip_l", "t5xxl", "vae"), left("give a file of your own as --model_file NAME=PATH")
+        ),
         "caption_extension": rules.CAPTIONS,
+        "enable_bucket": rules.BUCKETS,
+        "dataset_config": left("dataset.toml is written by `new`"),
         "save_every_n_steps": rules.SAVE_STEPS,
         "save_every_n_epochs": rules.SAVE_EPOCHS,
+        "sample_every_n_steps": rules.SAMPLE_STEPS,
+        "sample_every_n_epochs": rules.SAMPLE_EPOCHS,
+        **dict.fromkeys(("save_last_n_steps", "save_last_n_steps_state"), rules.KEPT_FILES),
+        **dict.fromkeys(("save_state", "save_state_on_train_end"), left("states are saved with each file")),
         "sample_prompts": rules.SAMPLES,
-        "cache_latents": rules.CACHES,
-        "cache_latents_to_disk": rules.CACHES,
-        "gradient_checkpointing": rules.OF_CARD,
-        "mixed_precision": rules.OF_CARD,
-        "save_precision": rules.OF_CARD,
-        "xformers": rules.OF_CARD,
-        "output_dir": rules.OUTPUT_FOLDER,
+        "sample_sampler": left("samples are made as the model's page says"),
+        **dict.fromkeys(("cache_latents", "cache_latents_to_disk"), rules.CACHES),
+        **dict.fromkeys(
+            ("flux1_cache_text_encoder_outputs", "flux1_cache_text_encoder_outputs_to_disk"), rules.CACHES
+        ),
+        "sdxl_cache_text_encoder_outputs": rules.CACHES,
+        **dict.fromkeys(("gradient_checkpointing", "mixed_precision", "save_precision"), rules.OF_CARD),
+        **dict.fromkeys(("xformers", "mem_eff_attn", "sdxl_no_half_vae", "no_half_vae"), rules.OF_CARD),
+        **dict.fromkeys(("full_bf16", "full_fp16", "fp8_base", "fp8_base_unet", "highvram"), rules.OF_CARD),
+        **dict.fromkeys(("lowvram", "lowram", "blocks_to_swap", "vae_batch_size"), rules.OF_CARD),
+        **dict.fromkeys(("max_data_loader_n_workers", "persistent_data_loader_workers"), rules.OF_CARD),
+        **dict.fromkeys(("split_mode", "mem_eff_save", "fused_backward_pass"), rules.OF_CARD),
+        **dict.fromkeys(("num_cpu_threads_per_process", "num_processes", "num_machines"), _OF_LAUNCHER),
+        **dict.fromkeys(("multi_gpu", "gpu_ids", "main_process_port", "dynamo_backend"), _OF_LAUNCHER),
+        **dict.fromkeys(("dynamo_mode", "dynamo_use_dynamic", "dynamo_use_fullgraph"), _OF_LAUNCHER),
+        "extra_accelerate_launch_args": _OF_LAUNCHER,
+        "additional_parameters": left("write each of these options below [training]"),
+        **dict.fromkeys(("output_dir", "resume"), rules.OUTPUT_FOLDER),
         "logging_dir": left("logging_dir below [training] says where logs go"),
-        "enable_bucket": rules.BUCKETS,
-        "model_list": left(_OF_UI),
-        "LyCORIS_preset": left(_OF_UI),
+        **dict.fromkeys(("log_with", "log_config", "log_tracker_name", "log_tracker_config"), rules.LOGS),
+        **dict.fromkeys(("wandb_api_key", "wandb_run_name", "use_wandb"), rules.LOGS),
+        **dict.fromkeys(
+            (
+                *("huggingface_path_in_repo", "huggingface_repo_id", "huggingface_repo_type", "async_upload"),
+                *("huggingface_repo_visibility", "huggingface_token", "save_state_to_huggingface"),
+                "resume_from_huggingface",
+            ),
+            rules.UPLOADS,
+        ),
+        **dict.fromkeys(("model_list", "stop_text_encoder_training_pct", "save_as_bool"), _OF_UI),
+        **dict.fromkeys(("create_caption", "create_buckets", "full_path", "use_latent_files"), _OF_UI),
+        "noise_offset_type": _OF_UI,
+        "stop_text_encoder_training": left("what learns, learns to the end"),
+        "use_8bit_adam": left("optimizer says it"),
         "save_model_as": left("files are safetensors"),
+        "network_weights": left("give a LoRA to start from as network_weights below [training]"),
+        "lora_network_weights": left("give a LoRA to start from as network_weights below [training]"),
+        "training_comment": KeyRule(TRAINING, "training_comment", read_text),
+        **{
+            name: KeyRule(TRAINING, name, read_text)
+            for name in ("metadata_author", "metadata_description", "metadata_license", "metadata_tags")
+        },
+        "metadata_title": KeyRule(TRAINING, "metadata_title", read_text),
+        "class_prompt": left("the folder's name has the class"),
+        "instance_prompt": KeyRule(NEW, "trigger_word", rules.WORD.read),
     },
     models={
         "sdxl=True": ("stable_diffusion", "xl"),
@@ -56,4 +224,5 @@ PROGRAM = Program(
         "v2=True": ("stable_diffusion", "2.1"),
         "runwayml/stable-diffusion-v1-5": ("stable_diffusion", "1.5"),
     },
+    otherwise=("stable_diffusion", "1.5"),
 )

@@ -1,57 +1,205 @@
 """OneTrainer's JSON, and its list of concepts."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from project.foreign import rules
-from project.foreign.contract import WHOLE, KeyRule, Program, left
+from project.foreign.contract import (
+    DATA,
+    TRAINING,
+    KeyRule,
+    NoRun,
+    Parts,
+    Program,
+    Run,
+    left,
+    number,
+    read_largest,
+    read_rate,
+    read_scheduler,
+    whole,
+)
+
+_RUNS = {"LORA": "lora", "FINE_TUNE": "whole", "EMBEDDING": "embedding"}
+_TEXTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
+_DITS = ("unet", "transformer", "prior")
+_UNIT = "it is counted in minutes or seconds there, and in steps here"
 
 
-def _read_method(value: Any) -> bool:
-    if value not in {"LORA", "FINE_TUNE"}:
-        raise ValueError("a LoRA or a whole model is trained")
-    return bool(value == "FINE_TUNE")
+def _find_run(values: Mapping[str, Any]) -> Run:
+    method = str(values.get("training_method", "FINE_TUNE"))
+    if method not in _RUNS:
+        raise NoRun(f"training_method = {method}: `new` sets up no such training")
+    return Run(_RUNS[method], f"training_method = {method}")
+
+
+def _find_parts(values: Mapping[str, Any]) -> Parts:
+    """Return what learns. Of a model with one text encoder, text_encoder is that one."""
+    keys = [key for key in values if key.split(".")[0] in {*_TEXTS, *_DITS}]
+    said = [key for key in keys if key.endswith((".train", ".learning_rate", ".include"))]
+    dit = next(
+        (
+            read_rate(values.get(f"{name}.learning_rate"))
+            for name in _DITS
+            if f"{name}.learning_rate" in values
+        ),
+        None,
+    )
+    trains_dit = not any(values.get(f"{name}.train") is False for name in _DITS)
+    rates: list[float | None] = []
+    for name in _TEXTS:
+        is_there = name == "text_encoder" or any(key.startswith(f"{name}.") for key in keys)
+        if is_there:
+            learns = values.get(f"{name}.train", True) is not False
+            rates.append(read_rate(values.get(f"{name}.learning_rate")) if learns else 0)
+    return Parts(tuple(said), trains_dit, dit, tuple(rates))
+
+
+def _read_scheduler(value: Any) -> str:
+    if value == "COSINE_WITH_RESTARTS":
+        raise ValueError("it rises as slowly as it falls there, and begins anew at once here")
+    return read_scheduler(value)
+
+
+def _read_every(value: Any) -> int:
+    """Return steps of `10 STEP`; 0 of what is never done."""
+    count, _, unit = str(value).partition(" ")
+    if unit == "NEVER":
+        return 0
+    if unit not in {"STEP", ""}:
+        raise ValueError(_UNIT)
+    return whole(0)(count)
 
 
 _OF_CONCEPTS = {
     "path": rules.MEDIA_FOLDER,
     "repeats": rules.NUM_REPEATS,
-    "balancing": left("what it means is in balancing_strategy: num_repeats in dataset.toml"),
+    "balancing": rules.NUM_REPEATS,
+    "balancing_strategy": left("num_repeats in dataset.toml says how often files are seen"),
+    "name": rules.NAMES,
+    "seed": left("the run's seed decides what is drawn"),
+    "enabled": left("each folder of dataset.toml is used"),
+    "type": left("a folder reg has regularisation pictures; validation_split holds files back"),
+    "validation_concept": rules.VALIDATION,
+    "include_subdirectories": left("`new` says which folders it takes"),
+    "image_variations": left("each file is encoded once"),
+    "text_variations": left("captions vary by shuffle_caption"),
+    "loss_weight": KeyRule(DATA, "prior_loss_weight", number(0, 1000)),
     "text.prompt_source": rules.CAPTIONS,
+    "text.prompt_path": rules.CAPTIONS,
+    "text.enable_tag_shuffling": rules.SHUFFLED,
+    "text.keep_tags_count": rules.KEPT_PARTS,
+    "text.tag_delimiter": KeyRule(DATA, "caption_separator", str),
+    "image.enable_random_flip": rules.MIRRORED,
+    "image.enable_crop_jitter": left(
+        "crops are of the middle; random_crop in a subset of dataset.toml moves them"
+    ),
+    "image.resolution_override": left("resolution in dataset.toml is for all folders"),
 }
+_OF_OPTIMIZERS = ("betas", "beta3", "eps", "weight_decay", "amsgrad", "clip_threshold", "decay_rate", "d0")
+_SWITCHES = ("scale_parameter", "relative_step", "warmup_init", "decouple", "use_bias_correction")
 
 PROGRAM = Program(
     title="OneTrainer",
     suffixes=(".json",),
     alpha=1,
-    marks=("training_method",),
+    marks=("training_method", "base_model_name", "concept_file_name"),
     companions=("concept_file_name",),
+    usual={
+        "learning_rate": 3e-6,
+        "learning_rate_scheduler": "CONSTANT",
+        "learning_rate_warmup_steps": 200,
+        "epochs": 100,
+        "batch_size": 1,
+        "resolution": "512",
+        "lora_rank": 16,
+        "lora_alpha": 1.0,
+        "optimizer.optimizer": "ADAMW",
+    },
+    units={
+        "save_every": "save_every_unit",
+        "sample_after": "sample_after_unit",
+        "backup_after": "backup_after_unit",
+    },
+    find_run=_find_run,
+    find_parts=_find_parts,
+    arguments={"adafactor": {"scale_parameter": False, "relative_step": False, "warmup_init": False}},
+    unused={"enabled": (False,)},
+    counted={"balancing_strategy": "SAMPLES"},
     rules={
-        "training_method": KeyRule(WHOLE, "", _read_method),
+        "training_method": left("it says what is trained"),
         "model_type": rules.MODEL_NAME,
-        "base_model_name": rules.MODEL_NAME,
+        "base_model_name": rules.MODEL_FILE,
         "peft_type": rules.NETWORK_KIND,
         "lora_rank": rules.RANK,
         "lora_alpha": rules.ALPHA,
+        "lora_decompose": rules.DORA,
+        "dropout_probability": rules.DROPOUT,
+        "embedding.placeholder": rules.WORD,
+        "embedding.token_count": rules.VECTORS,
+        "embedding.initial_embedding_text": rules.INIT_WORD,
         "learning_rate": rules.LEARNING_RATE,
-        "learning_rate_scheduler": rules.SCHEDULER,
+        "embedding_learning_rate": left("learning_rate is that of a word"),
+        "learning_rate_scheduler": KeyRule(TRAINING, "lr_scheduler", _read_scheduler),
         "learning_rate_warmup_steps": rules.WARMUP_STEPS,
+        "learning_rate_cycles": rules.CYCLES,
+        "learning_rate_min_factor": left(
+            "lr_scheduler = cosine_with_min_lr below [training] has such a factor"
+        ),
+        "learning_rate_scaler": left("it multiplies learning_rate: write the product below [training]"),
         "optimizer.optimizer": rules.OPTIMIZER,
+        "optimizer.beta1": rules.argument("beta1"),
+        "optimizer.beta2": rules.argument("beta2"),
+        "optimizer.eps2": rules.argument("eps2"),
+        **{f"optimizer.{name}": rules.argument(name) for name in (*_OF_OPTIMIZERS, *_SWITCHES)},
+        **{f"optimizer.{name}": rules.argument(name) for name in ("safeguard_warmup", "d_coef", "momentum")},
         "epochs": rules.NUM_EPOCHS,
         "batch_size": rules.BATCH_SIZE,
         "gradient_accumulation_steps": rules.ACCUMULATED,
         "clip_grad_norm": rules.GRADIENT_LIMIT,
-        "resolution": rules.RESOLUTION,
+        "resolution": KeyRule(DATA, "resolution", read_largest),
+        "frames": left("`new` chooses the frames of clips"),
+        "seed": rules.SEED,
+        "ema": left("ema_decay below [training] averages the weights"),
+        "ema_decay": left("it is that of ema; ema_decay below [training] averages the weights"),
+        "offset_noise_weight": rules.NOISE_OFFSET,
+        "loss_weight_fn": left("min_snr_gamma below [training] is one such weight"),
+        "loss_weight_strength": left("it is that of loss_weight_fn; min_snr_gamma below [training] is one"),
+        "timestep_distribution": left(
+            "timestep_sampling below [training] draws them as the model's page says"
+        ),
+        "timestep_shift": left("discrete_flow_shift below [training] is that of the model's page"),
+        "save_every": KeyRule(TRAINING, "save_every_n_steps", _read_every),
+        "sample_after": KeyRule(TRAINING, "sample_every_n_steps", _read_every),
+        "save_every (epochs)": rules.SAVE_EPOCHS,
+        "sample_after (epochs)": rules.SAMPLE_EPOCHS,
+        "backup_after (epochs)": left("states are saved with each file"),
+        "optimizer.stochastic_rounding": left(
+            "weights that learn are in float32 here, or round so by themselves"
+        ),
+        "backup_after": left("states are saved with each file"),
         "output_model_destination": rules.OUTPUT_NAME,
-        "masked_training": left("`new` names the masks that it sees, for mask_directory in dataset.toml"),
+        "output_model_format": left("files are safetensors"),
+        "lora_model_name": left("give a LoRA to start from as network_weights below [training]"),
+        "layer_filter": left("network_args below [training] choose layers: docs/networks.md"),
+        "layer_filter_preset": left("network_args below [training] choose layers: docs/networks.md"),
+        "sample_definition_file_name": rules.SAMPLES,
+        "masked_training": rules.MASKS,
         "latent_caching": rules.CACHES,
         "aspect_ratio_bucketing": rules.BUCKETS,
-        "train_dtype": rules.OF_CARD,
-        "train_device": rules.OF_CARD,
-        "temp_device": rules.OF_CARD,
-        "gradient_checkpointing": rules.OF_CARD,
-        "output_dtype": rules.OF_CARD,
-        "workspace_dir": rules.OUTPUT_FOLDER,
+        **dict.fromkeys(("train_dtype", "train_device", "temp_device", "weight_dtype"), rules.OF_CARD),
+        **dict.fromkeys(
+            ("gradient_checkpointing", "output_dtype", "compile", "dataloader_threads"), rules.OF_CARD
+        ),
+        **dict.fromkeys(("attention_mechanism", "layer_offload_fraction", "caching_threads"), rules.OF_CARD),
+        **dict.fromkeys(
+            ("fallback_train_dtype", "enable_autocast_cache", "lora_weight_dtype"), rules.OF_CARD
+        ),
+        **{f"{name}.weight_dtype": rules.OF_CARD for name in (*_TEXTS, *_DITS, "vae")},
+        **dict.fromkeys(("workspace_dir", "debug_dir"), rules.OUTPUT_FOLDER),
         "cache_dir": left("dataset.toml says where caches go"),
+        **dict.fromkeys(("tensorboard", "tensorboard_port", "tensorboard_expose"), rules.LOGS),
+        "__version": rules.NAMES,
         **{f"concepts[].{key}": rule for key, rule in _OF_CONCEPTS.items()},
         **{f"concept_file_name:[].{key}": rule for key, rule in _OF_CONCEPTS.items()},
     },
@@ -65,5 +213,10 @@ PROGRAM = Program(
         "HUNYUAN_VIDEO": ("hunyuan_video", "t2v"),
         "QWEN": ("qwen_image", "original"),
         "Z_IMAGE": ("z_image", None),
+        "ANIMA": ("anima", "base"),
+        "KREA_2": ("krea2", None),
+        "KREA2": ("krea2", None),
+        "LTX_2": ("ltx_2", None),
+        "circlestone-labs/Anima-Base-v1.0-Diffusers": ("anima", "base"),
     },
 )

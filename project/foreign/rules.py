@@ -1,12 +1,18 @@
 """What keys mean that several trainers have: a rule each. No torch."""
 
 from project.foreign.contract import (
+    ARGUMENT,
+    ARGUMENTS,
     DATA,
     EPOCHS,
+    FILE,
     FOLDER,
-    KIND,
+    LAST,
     MODEL,
+    NETWORK,
+    NETWORK_ARGUMENT,
     NEW,
+    PER_EPOCH,
     TRAINING,
     KeyRule,
     left,
@@ -14,37 +20,73 @@ from project.foreign.contract import (
     read_folder,
     read_name,
     read_optimizer,
+    read_repeats,
     read_scheduler,
     read_side,
+    read_switch,
+    read_trigger,
+    read_warmup,
     whole,
 )
 
 MODEL_NAME = KeyRule(MODEL)
-NETWORK_KIND = KeyRule(KIND)
-RANK = KeyRule(TRAINING, "network_dim", whole(1, 4096))
-ALPHA = KeyRule(TRAINING, "network_alpha", number(0, 4096))
+MODEL_FILE = KeyRule(FILE)
+NETWORK_KIND = KeyRule(NETWORK)
+RANK = KeyRule(TRAINING, "network_dim", whole(1, 2_000_000))  # of LoKr: whole matrices
+ALPHA = KeyRule(TRAINING, "network_alpha", number(0, 2_000_000))
+DROPOUT = KeyRule(TRAINING, "network_dropout", number(0, 0.999))
+DORA = KeyRule(NETWORK_ARGUMENT, "dora_wd", read_switch)
+WORD = KeyRule(NEW, "trigger_word", read_trigger)
+VECTORS = KeyRule(TRAINING, "num_vectors_per_token", whole(1, 1000))
+INIT_WORD = KeyRule(TRAINING, "init_word", str)
 
-LEARNING_RATE = KeyRule(TRAINING, "learning_rate", number(0, 10))
+LEARNING_RATE = KeyRule(TRAINING, "learning_rate", number(0, 1000))
 SCHEDULER = KeyRule(TRAINING, "lr_scheduler", read_scheduler)
-WARMUP_STEPS = KeyRule(TRAINING, "lr_warmup_steps", whole(0))
+CYCLES = KeyRule(TRAINING, "lr_scheduler_num_cycles", whole(1, 10_000))
+WARMUP_STEPS = KeyRule(TRAINING, "lr_warmup_steps", read_warmup)
 OPTIMIZER = KeyRule(TRAINING, "optimizer_type", read_optimizer)
+OPTIMIZER_ARGUMENTS = KeyRule(ARGUMENTS)
 GRADIENT_LIMIT = KeyRule(TRAINING, "max_grad_norm", number(0, 1e6))
 ACCUMULATED = KeyRule(TRAINING, "gradient_accumulation_steps", whole(1, 4096))
-STEPS = KeyRule(NEW, "max_train_steps", whole(1))
-NUM_EPOCHS = KeyRule(EPOCHS, "", whole(1))
+STEPS = KeyRule(NEW, "max_train_steps", whole(0))
+NUM_EPOCHS = KeyRule(EPOCHS, LAST, whole(0))
 SEED = KeyRule(TRAINING, "seed", whole(0, 2**32 - 1))
-SAVE_STEPS = KeyRule(TRAINING, "save_every_n_steps", whole(1))
-SAVE_EPOCHS = left("saves are counted in steps: save_every_n_steps in run.toml")
+EMA_DECAY = KeyRule(TRAINING, "ema_decay", number(0, 0.999999))
+MIN_SNR = KeyRule(TRAINING, "min_snr_gamma", number(0, 1000))
+NOISE_OFFSET = KeyRule(TRAINING, "noise_offset", number(-10, 10))
+SAVE_STEPS = KeyRule(TRAINING, "save_every_n_steps", whole(0))
+SAVE_EPOCHS = KeyRule(PER_EPOCH, "save_every_n_steps", whole(0))
+SAMPLE_STEPS = KeyRule(TRAINING, "sample_every_n_steps", whole(0))
+SAMPLE_EPOCHS = KeyRule(PER_EPOCH, "sample_every_n_steps", whole(0))
 OUTPUT_NAME = KeyRule(NEW, "output_name", read_name)
 OUTPUT_FOLDER = left("output_dir in run.toml says where files go")
 
 MEDIA_FOLDER = KeyRule(FOLDER, "", read_folder)
 BATCH_SIZE = KeyRule(DATA, "batch_size", whole(1, 1024))
-NUM_REPEATS = KeyRule(DATA, "num_repeats", whole(1, 100_000))
+NUM_REPEATS = KeyRule(DATA, "num_repeats", read_repeats)
 RESOLUTION = KeyRule(DATA, "resolution", read_side)
+CAPTION_DROPOUT = KeyRule(DATA, "caption_dropout_rate", number(0, 1))
+SHUFFLED = KeyRule(DATA, "shuffle_caption", read_switch)
+KEPT_PARTS = KeyRule(DATA, "keep_tokens", whole(0, 1000))
+MIRRORED = KeyRule(DATA, "flip_aug", read_switch)
+MASKS = left("`new` names the masks that it sees, for mask_directory in dataset.toml")
 BUCKETS = left("files always keep their shape")
 CAPTIONS = left("`new` finds the captions itself")
+REGULARISING = left(
+    "a folder of regularisation pictures is known by its name: call it reg, in the folder that is described"
+)
+CONTROLS = left("control pictures are looked for in a folder control or conditioning of the one described")
 
 OF_CARD = left("`new` chooses it for the card and the model")
-SAMPLES = left("prompts.txt has the prompts of samples")
+SAMPLES = left("prompts.txt has prompts of your captions: write others there")
 CACHES = left("what is encoded is always cached")
+KEPT_FILES = left("each saved file is kept; save_last_n_steps below [training] keeps the last ones")
+UPLOADS = left("nothing is sent anywhere unless you type it with `run`")
+LOGS = left("output/NAME.html has the curves; other logs are options of the training")
+NAMES = left("it names something and changes nothing")
+VALIDATION = left("validation_split below [training] holds files back")
+
+
+def argument(name: str) -> KeyRule:
+    """Return the rule of an argument of the optimizer."""
+    return KeyRule(ARGUMENT, name)

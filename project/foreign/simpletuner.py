@@ -1,15 +1,51 @@
 """SimpleTuner's config.json, and its data backends."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from project.foreign import rules
-from project.foreign.contract import DATA, WHOLE, KeyRule, Program, number, read_side, whole
+from project.foreign.contract import (
+    DATA,
+    NETWORK_ARGUMENT,
+    TRAINING,
+    KeyRule,
+    NoRun,
+    Parts,
+    Program,
+    Run,
+    is_on,
+    left,
+    number,
+    read_rate,
+    read_side,
+    whole,
+)
 
 
-def _read_type(value: Any) -> bool:
-    if value not in {"lora", "full"}:
-        raise ValueError("a LoRA or a whole model is trained")
-    return bool(value == "full")
+def _find_run(values: Mapping[str, Any]) -> Run:
+    kind = str(values.get("model_type", "lora"))
+    if is_on(values.get("controlnet")):
+        return Run("controlnet", "controlnet = true")
+    if is_on(values.get("control")):
+        raise NoRun(
+            "control = true: a LoRA that sees control pictures in further channels; none is trained so here"
+        )
+    if kind not in {"lora", "full"}:
+        raise NoRun(f"model_type = {kind}: `new` sets up no such training")
+    return Run("whole" if kind == "full" else "lora", f"model_type = {kind}")
+
+
+def _find_parts(values: Mapping[str, Any]) -> Parts:
+    keys = tuple(key for key in ("train_text_encoder", "text_encoder_lr") if key in values)
+    learns = is_on(values.get("train_text_encoder"))
+    return Parts(keys, text_rates=(read_rate(values.get("text_encoder_lr")),) if learns else ())
+
+
+def _find_idle(values: Mapping[str, Any]) -> set[str]:
+    """Return the keys that do nothing: rank and alpha of a LyCORIS, whose file has its own."""
+    if values.get("lora_type") == "lycoris" and "lycoris_config:algo" in values:
+        return {"lora_rank", "lora_alpha", "lora_type"}
+    return set()
 
 
 def _read_size(value: Any) -> tuple[int, int]:
@@ -17,7 +53,7 @@ def _read_size(value: Any) -> tuple[int, int]:
     if number()(value) <= 16:
         side = int((number()(value) * 1024 * 1024) ** 0.5)
         return read_side(side)
-    return read_side(value)
+    return read_side(whole(64, 8192)(value))
 
 
 def _read_repeats(value: Any) -> int:
@@ -25,32 +61,106 @@ def _read_repeats(value: Any) -> int:
     return whole(0, 100_000)(value) + 1
 
 
+_DATASETS = "data_backend_config:[]"
+_OF_CARD = (
+    *("mixed_precision", "gradient_checkpointing", "base_model_precision", "text_encoder_1_precision"),
+    *("attention_mechanism", "vae_batch_size", "offload_during_startup", "base_model_default_dtype"),
+    *("validation_torch_compile", "gradient_precision", "quantize_via"),
+)
 _RULES = {
-    "model_type": KeyRule(WHOLE, "", _read_type),
+    "model_type": left("it says what is trained"),
+    "controlnet": left("it says what is trained"),
     "model_family": rules.MODEL_NAME,
-    "pretrained_model_name_or_path": rules.MODEL_NAME,
+    "pretrained_model_name_or_path": rules.MODEL_FILE,
+    "pretrained_transformer_model_name_or_path": rules.MODEL_FILE,
+    "pretrained_vae_model_name_or_path": left("give a file of your own as --model_file NAME=PATH"),
+    "model_flavour": rules.MODEL_NAME,
     "lora_type": rules.NETWORK_KIND,
     "lora_rank": rules.RANK,
     "lora_alpha": rules.ALPHA,
+    "lora_dropout": rules.DROPOUT,
+    "use_dora": rules.DORA,
+    "lycoris_config:algo": rules.NETWORK_KIND,
+    "lycoris_config:linear_dim": KeyRule(TRAINING, "network_dim", whole(1, 100_000)),
+    "lycoris_config:linear_alpha": rules.ALPHA,
+    "lycoris_config:factor": KeyRule(NETWORK_ARGUMENT, "factor", whole(-1, 100_000)),
+    "init_lora": left("give a LoRA to start from as network_weights below [training]"),
+    "flux_lora_target": left("network_args below [training] choose layers: docs/networks.md"),
     "learning_rate": rules.LEARNING_RATE,
     "lr_scheduler": rules.SCHEDULER,
+    "lr_num_cycles": rules.CYCLES,
     "lr_warmup_steps": rules.WARMUP_STEPS,
+    "lr_scale": left("it multiplies learning_rate by the batch: write the product below [training]"),
     "optimizer": rules.OPTIMIZER,
+    "optimizer_config": rules.OPTIMIZER_ARGUMENTS,
+    "adam_beta1": rules.argument("beta1"),
+    "adam_beta2": rules.argument("beta2"),
+    "optimizer_beta1": rules.argument("beta1"),
+    "optimizer_beta2": rules.argument("beta2"),
+    "adam_weight_decay": rules.argument("weight_decay"),
+    "adam_epsilon": rules.argument("eps"),
     "max_train_steps": rules.STEPS,
     "num_train_epochs": rules.NUM_EPOCHS,
     "train_batch_size": rules.BATCH_SIZE,
     "gradient_accumulation_steps": rules.ACCUMULATED,
     "max_grad_norm": rules.GRADIENT_LIMIT,
     "resolution": KeyRule(DATA, "resolution", _read_size),
+    "resolution_type": left("resolution here is the side of a square of the area"),
+    "caption_dropout_probability": rules.CAPTION_DROPOUT,
+    "snr_gamma": rules.MIN_SNR,
+    "noise_offset": rules.NOISE_OFFSET,
+    "use_ema": left("ema_decay says it here"),
+    "ema_decay": rules.EMA_DECAY,
     "seed": rules.SEED,
     "checkpointing_steps": rules.SAVE_STEPS,
     "checkpoint_step_interval": rules.SAVE_STEPS,
+    "checkpoints_total_limit": rules.KEPT_FILES,
+    "resume_from_checkpoint": left("`run` continues from the last state by itself"),
     "tracker_run_name": rules.OUTPUT_NAME,
     "output_dir": rules.OUTPUT_FOLDER,
-    "validation_prompt": rules.SAMPLES,
-    "mixed_precision": rules.OF_CARD,
-    "gradient_checkpointing": rules.OF_CARD,
-    "base_model_precision": rules.OF_CARD,
+    "validation_steps": rules.SAMPLE_STEPS,
+    "validation_step_interval": rules.SAMPLE_STEPS,
+    **{
+        f"validation_{name}": rules.SAMPLES
+        for name in (
+            *("prompt", "seed", "resolution", "guidance", "guidance_rescale", "num_inference_steps"),
+            *("negative_prompt", "prompt_library"),
+        )
+    },
+    "user_prompt_library": rules.SAMPLES,
+    **dict.fromkeys(_OF_CARD, rules.OF_CARD),
+    **dict.fromkeys(("report_to", "logging_dir", "tracker_project_name", "disable_benchmark"), rules.LOGS),
+    **dict.fromkeys(
+        ("push_to_hub", "push_checkpoints_to_hub", "hub_model_id", "model_card_note"), rules.UPLOADS
+    ),
+    **dict.fromkeys(
+        ("aspect_bucket_rounding", "minimum_image_size", "aspect_bucket_alignment"), rules.BUCKETS
+    ),
+    **dict.fromkeys(
+        ("cache_dir", "cache_dir_vae", "cache_dir_text"), left("dataset.toml says where caches go")
+    ),
+    "caption_strategy": rules.CAPTIONS,
+    "instance_prompt": rules.CAPTIONS,
+}
+_OF_BACKENDS = {
+    "instance_data_dir": rules.MEDIA_FOLDER,
+    "repeats": KeyRule(DATA, "num_repeats", _read_repeats),
+    "resolution": KeyRule(DATA, "resolution", _read_size),
+    "resolution_type": left("resolution here is the side of a square of the area"),
+    **dict.fromkeys(("caption_strategy", "instance_prompt", "only_instance_prompt"), rules.CAPTIONS),
+    "prepend_instance_prompt": rules.CAPTIONS,
+    **dict.fromkeys(
+        ("crop", "crop_style", "crop_aspect", "minimum_image_size", "maximum_image_size"), rules.BUCKETS
+    ),
+    "target_downsample_size": rules.BUCKETS,
+    **dict.fromkeys(("cache_dir_vae", "cache_dir", "text_embeds", "image_embeds"), rules.CACHES),
+    **dict.fromkeys(("vae_cache_clear_each_epoch", "preserve_data_backend_cache"), rules.CACHES),
+    "skip_file_discovery": rules.CACHES,
+    "probability": left("num_repeats in dataset.toml says how often files are seen"),
+    "conditioning_data": rules.CONTROLS,
+    "conditioning_type": rules.CONTROLS,
+    "is_regularisation_data": rules.REGULARISING,
+    **dict.fromkeys(("id", "type", "dataset_type", "default", "disabled"), rules.NAMES),
 }
 
 PROGRAM = Program(
@@ -58,14 +168,16 @@ PROGRAM = Program(
     suffixes=(".json",),
     alpha=None,
     marks=("model_family", "data_backend_config"),
-    companions=("data_backend_config",),
-    rules={
-        **_RULES,
-        "data_backend_config:[].instance_data_dir": rules.MEDIA_FOLDER,
-        "data_backend_config:[].repeats": KeyRule(DATA, "num_repeats", _read_repeats),
-        "data_backend_config:[].caption_strategy": rules.CAPTIONS,
-        "data_backend_config:[].resolution": KeyRule(DATA, "resolution", _read_size),
+    companions=("data_backend_config", "lycoris_config"),
+    usual={"lora_rank": 16},
+    find_run=_find_run,
+    find_parts=_find_parts,
+    find_idle=_find_idle,
+    unused={
+        "dataset_type": ("text_embeds", "image_embeds", "conditioning", "eval"),
+        "disabled": (True, "true"),
     },
+    rules={**_RULES, **{f"{_DATASETS}.{key}": rule for key, rule in _OF_BACKENDS.items()}},
     models={
         "flux": ("flux", "dev"),
         "flux2": ("flux_2", None),
@@ -75,10 +187,13 @@ PROGRAM = Program(
         "chroma": ("chroma", "hd"),
         "lumina2": ("lumina", "2.0"),
         "wan": ("wan", None),
+        "t2v-480p-1.3b-2.1": ("wan", "t2v-1.3B"),
+        "t2v-480p-14b-2.1": ("wan", "t2v-14B"),
         "qwen_image": ("qwen_image", "original"),
         "z-image": ("z_image", "base"),
         "z-image-turbo": ("z_image", "turbo"),
         "hunyuanvideo": ("hunyuan_video", "t2v"),
         "ltxvideo2": ("ltx_2", None),
+        "anima": ("anima", "base"),
     },
 )

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 
 from browser.described_folder import read_described
-from browser.durations import describe_duration
+from browser.durations import _in_time, describe_duration
 from browser.runs import Runs
 from tests.browser.drafts import RUN, write_draft
 from tests.browser.serving import serve_runs, write_run
@@ -98,6 +98,19 @@ def test_the_run_of_the_name_counts_before_others(tmp_path: Path) -> None:
     write_run(folder / "output", "fluff", kind=None)
 
     assert shown(tmp_path, folder) == "2000 steps take 1.1 hours: 2 seconds each, as the run fluff measured."
+
+
+@pytest.mark.parametrize(
+    ("steps", "seconds", "said"),
+    [
+        (30, 0.51, "30 steps take 15 seconds: 0.51 seconds each"),
+        (1, 0.2, "1 step take 1 second: 0.2 seconds each"),
+        (30, 2.9, "30 steps take 87 seconds: 2.9 seconds each"),
+        (30, 4, "30 steps take 2 minutes: 4 seconds each"),
+    ],
+)
+def test_a_short_training_takes_seconds(steps: int, seconds: float, said: str) -> None:
+    assert str(_in_time(steps, seconds)) == said
 
 
 def test_the_page_new_says_it_beside_the_steps(tmp_path: Path) -> None:

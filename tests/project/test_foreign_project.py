@@ -7,15 +7,22 @@ from typing import Any
 import pytest
 
 from dataset.config import KEYS, load_dataset_config
+from dataset.subset_options import SUBSET_KEYS
 from modules.errors import OptionError
 from modules.options import facts_of
 from modules.parser import parse_options
 from modules.text_files import parse_toml
 from project.files import write_project
-from project.foreign.contract import DATA, NEW, TRAINING
-from project.foreign.reading import PROGRAMS, read_foreign
+from project.foreign.contract import ARGUMENT, DATA, NEW, OPTIMIZER_ARGUMENTS, PER_EPOCH, TRAINING
+from project.foreign.reading import PROGRAMS, ForeignProject, read_foreign
+from project.foreign.settling import Forms, choose_length, settle
+from project.kinds.composing import LORA
+from project.kinds.contract import RunKind
 from project.new_options import NewOptions
 from project.options import find_models
+from project.script_facts import ask_script
+from stable_diffusion.inversion_options import InversionOptions
+from stable_diffusion.training_options import StableDiffusionTrainingOptions
 from tests.project.test_new import write_photos
 from training.options import TrainingOptions
 
@@ -192,7 +199,12 @@ MEANT: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], int | Non
             "learning_rate": 1e-4,
             "sample_every_n_steps": 125,
         },
-        {"resolution": (1024, 1024), "batch_size": 1},
+        {
+            "resolution": (1024, 1024),
+            "batch_size": 1,
+            "caption_dropout_rate": 0.05,
+            "shuffle_caption": False,
+        },
         None,
     ),
     "OneTrainer": (
@@ -215,7 +227,6 @@ MEANT: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], int | Non
             "max_grad_norm": 1,
             "lr_warmup_steps": 100,
             "network_dim": 32,
-            "network_alpha": 32,
             "optimizer_type": "adamw",
             "learning_rate": 2e-5,
         },
@@ -226,7 +237,6 @@ MEANT: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], int | Non
         {"family": "stable_diffusion", "task": "xl", "max_train_steps": 900},
         {
             "network_dim": 64,
-            "network_alpha": 64,
             "optimizer_type": "adamw",
             "learning_rate": 8e-5,
             "lr_scheduler": "polynomial",
@@ -252,6 +262,19 @@ MEANT: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], int | Non
 }
 
 
+def settle_for(project: ForeignProject, kind: RunKind = LORA, memory: float = 24) -> None:
+    """Settle what a project says for its model, as `new` does."""
+    model = next(
+        model
+        for model in find_models()
+        if model.family == project.new["family"] and project.new.get("task", model.task) == model.task
+    )
+    script = ask_script(kind.find_words(model)[0])
+    settle(
+        project, model, kind, script, memory, Forms(8, "shuffle_caption" in script.known, has_subsets=False)
+    )
+
+
 def keys_of(content: Any) -> set[str]:
     """The last names of all keys of a file that hold a value."""
     keys: set[str] = set()
@@ -272,10 +295,13 @@ def test_a_project_says_what_its_authors_mean_and_every_key_is_told(title: str, 
     project = read_foreign(write_files(tmp_path, PROJECTS[title]))
 
     assert project.title == title
-    assert (project.new, project.training, project.data, project.epochs) == MEANT[title]
+    epochs = [said.number for said in project.epochs if said.number]
+    assert (project.new, project.training, project.data) == MEANT[title][:3]
+    assert epochs == [count for count in MEANT[title][3:] if count]
     assert [*project.folders.values()] == [Path("photos")]
-    assert not project.trains_whole
-    options = project.count_steps(NewOptions(folder=tmp_path), 7)
+    assert project.run.kind == "lora"
+    settle_for(project)
+    choose_length(project, NewOptions(folder=tmp_path), 7, 7)
     told = "\n".join(project.lines(tmp_path / "photos"))
     assert "is described" not in told
     for content in PROJECTS[title].values():
@@ -286,9 +312,6 @@ def test_a_project_says_what_its_authors_mean_and_every_key_is_told(title: str, 
         for item in content if isinstance(content, list) else [content]:
             for key in keys_of(item):
                 assert key in told, key
-    if project.epochs is not None:
-        repeats, batch = project.data.get("num_repeats", 1), project.data["batch_size"]
-        assert options.max_train_steps == project.epochs * -(-7 * repeats // batch)
 
 
 def describe(folder: Path, file: Path, *words: str) -> None:
@@ -326,8 +349,9 @@ def test_values_of_a_project_are_in_the_three_files(
         "is a project of AI Toolkit; nothing of it is run",
         "folder_path = /data/elsewhere: ",
         "trigger_word = p3r5on: --trigger_word says otherwise",
-        "nothing here reads them:",
+        "taken: ",
         "caption_dropout_rate",
+        "push_to_hub",
     ):
         assert part in told
 
@@ -355,7 +379,19 @@ def test_other_networks_of_a_project_are_those_that_are_trained(
 
 
 def test_what_is_taken_has_a_place_here() -> None:
-    places = {NEW: facts_of(NewOptions), TRAINING: facts_of(TrainingOptions), DATA: KEYS}
+    of_training = {
+        *facts_of(TrainingOptions),
+        *facts_of(StableDiffusionTrainingOptions),
+        *facts_of(InversionOptions),
+    }
+    arguments = {"beta1", "beta2", "eps2"}.union(*OPTIMIZER_ARGUMENTS.values())
+    places = {
+        NEW: facts_of(NewOptions),
+        TRAINING: of_training,
+        PER_EPOCH: of_training,
+        DATA: {*KEYS, *SUBSET_KEYS},
+        ARGUMENT: arguments,
+    }
     models = {(model.family, model.task) for model in find_models()}
     families = {family for family, _ in models}
     for program in PROGRAMS:
@@ -371,9 +407,16 @@ def test_what_is_taken_has_a_place_here() -> None:
         ("a.yaml", "!!python/object/apply:os.system ['echo x']", "cannot be read"),
         ("a.yaml", "config: {process: [{type: x, lora: &a [*a]}]}", "cannot be read|deep"),
         ("a.yaml", "a: &a [x, x]\nb: &b [*a, *a]\n" + "c: 1", "no project of AI Toolkit"),
+        ("a.yaml", 'a: !!int ""', "cannot be read: a value does not fit its tag"),
+        ("a.json", "[" * 5000 + "]" * 5000, "cannot be read"),
+        ("a.json", json.dumps({"training_method": [{} for _ in range(6000)]}), "more than 5000"),
+        ("a.json", '{"training_method": ' + "9" * 5000 + "}", "cannot be read"),
+        ("a.toml", "[" * 100_000, "cannot be read"),
         ("a.json", "[" * 100_000, "cannot be read"),
         ("a.json", json.dumps({"training_method": {f"k{i}": i for i in range(6000)}}), "more than 5000"),
         ("a.json", '{"a": 1}', "no project of AI Toolkit"),
+        ("a.json", '{"training_method": ["LORA"]}', "sets up no such training"),
+        ("a.yaml", "job: [x]\nconfig: {process: [{type: [y]}]}", "sets up no such training"),
         ("a.toml", "a = ", "cannot be read"),
         ("a.txt", "a", "give a .yaml, .toml or .json"),
     ],
@@ -386,7 +429,7 @@ def test_hostile_and_foreign_files_are_refused(tmp_path: Path, name: str, conten
 
 def test_values_that_cannot_be_meant_are_left_with_the_reason(tmp_path: Path) -> None:
     content = {
-        "LoRA_type": "LyCORIS/Native Fine-Tuning",
+        "LoRA_type": "LyCORIS/iA3",
         "optimizer": "evil.module.Class",
         "network_dim": 10**9,
         "learning_rate": "nan",
@@ -400,7 +443,7 @@ def test_values_that_cannot_be_meant_are_left_with_the_reason(tmp_path: Path) ->
     assert project.new == {"output_name": "up"}
     assert len(project.left) == 6
     assert "a LoRA is trained" in "\n".join(project.left)
-    assert project.unknown == ["\x1b[2Jkey"]  # escaped where lines are printed
+    assert [*project.others] == ["\x1b[2Jkey"]  # escaped where lines are printed
 
 
 def test_a_missing_further_file_is_told(tmp_path: Path) -> None:

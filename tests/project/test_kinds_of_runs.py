@@ -4,6 +4,8 @@ import io
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from modules.text_files import parse_toml
 from project.kinds.composing import BY_NAME, KINDS, find_control_kind, list_kinds
 from project.options import KIND_NAMES, RUN_FILE, find_models
 from project.running import _scripts_of_runs
+from tests.commands import ROOT
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.project.test_kinds_of_folders import write_photos
 from tests.tiny.new_models import write_new_model
@@ -187,6 +190,28 @@ SD_XL = ("--family", "sd", "--task", "xl")
 def test_a_mistake_gets_a_sentence(words: list[str], told: str, tmp_path: Path) -> None:
     write_photos(tmp_path / "p")
     assert_refused(tmp_path / "p", *words, told=told)
+
+
+@pytest.mark.parametrize("word", ["MrsFluff", "two words"])
+def test_a_word_that_cannot_be_is_refused_before_the_model_is_made(word: str, tmp_path: Path) -> None:
+    """Making the family loads torch and diffusers' networks, which takes seconds, and minutes under load."""
+    write_photos(tmp_path / "p")
+    words = [*SD_XL, "--train", "embedding", "--word", word, "--memory", "0"]
+    program = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import new_project
+try:
+    new_project.main(["p", *{words!r}])
+except Exception as error:
+    print(error)
+print("loaded", sorted(sys.modules.keys() & {{"stable_diffusion.family", "diffusers"}}))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, encoding="utf-8"
+    )
+    assert f"--trigger_word {word!r}" in done.stdout, done.stderr[-2000:]
+    assert "loaded []" in done.stdout
 
 
 def test_an_empty_folder_gets_a_sentence(tmp_path: Path) -> None:

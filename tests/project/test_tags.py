@@ -158,7 +158,7 @@ def test_tags_and_regularisation_pictures_together(tmp_path: Path) -> None:
     write_folder(folder / "reg", ["1girl, hat, smile"])
     sdxl = ["--family", "stable_diffusion", "--task", "xl", "--memory", "12"]
     said, dataset, _ = describe(folder, *sdxl)
-    assert "reads such lists" in said
+    assert "Models made from stable_diffusion xl on tags read such lists" in said
     subsets = dataset["datasets"][0]["subsets"]
     assert [subset.get("is_reg", False) for subset in subsets] == [False, True]
     assert dataset["general"]["shuffle_caption"]

@@ -1,6 +1,8 @@
 """`new --whole_model`, which is `--train whole`: a described folder trains the model itself."""
 
 import io
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,23 @@ def describe(
 
 def read_run(folder: Path) -> dict[str, Any]:
     return parse_toml((folder / RUN_FILE).read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(("memory", "is_slow"), [("0", True), ("24", False)])
+def test_lines_say_that_a_cpu_is_slow_and_what_the_disk_has(
+    memory: str, is_slow: bool, tmp_path: Path
+) -> None:
+    write_photos(tmp_path / "photos")
+    model = next(model for model in MODELS.values() if model.family == "stable_diffusion")
+    printed = io.StringIO()
+
+    assert describe(tmp_path / "photos", model, "--memory", memory, printed=printed)[0] == 0
+
+    said = printed.getvalue()
+    assert ("Slow on a CPU" in said) == is_slow
+    free = shutil.disk_usage(tmp_path).free / 1e9
+    (found,) = re.findall(r"([\d.]+) GB are free on the disk", said)
+    assert abs(float(found) - free) < 2
 
 
 @pytest.mark.parametrize("script", MODELS, ids=lambda script: script.stem)

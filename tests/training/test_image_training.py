@@ -348,6 +348,23 @@ def test_rates_that_others_replace_are_named(argv: str, expected: list[str]) -> 
 
 
 @pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ("--unet_lr 1 --text_encoder_lr 1", "--unet_lr and --text_encoder_lr replace it."),
+        ("--unet_lr 1 --network_train_unet_only", "no effect: --unet_lr replaces it."),
+        (
+            "--text_encoder_lr 1 --network_train_text_encoder_only",
+            "no effect: --text_encoder_lr replaces it.",
+        ),
+    ],
+)
+def test_only_rates_that_are_given_are_said_to_replace_one(argv: str, said: str) -> None:
+    options = read(*argv.split(), "--learning_rate", "1")
+    (line,) = list_unused_options(options, takes_guidance=True, shifts_table=True)
+    assert line.endswith(said)
+
+
+@pytest.mark.parametrize(
     "option", ["--lowram", "--full_bf16", "--skip_until_initial_step", "--persistent_data_loader_workers"]
 )
 def test_what_is_not_needed_is_answered_in_a_line(option: str, caplog: pytest.LogCaptureFixture) -> None:

@@ -27,6 +27,7 @@ from tests.data_tools.tags.making import (
     write_tagger,
 )
 from tests.dataset.making import make_image
+from tests.faults.messages import run_here
 
 pytest.importorskip("onnxruntime")
 
@@ -170,6 +171,13 @@ def test_words_of_the_command_line_choose_and_order_the_tags(tmp_path: Path, wor
     labels = read_labels(write_tagger(tmp_path / "tagger", BY_COLOUR))
     choice = read_choice(options_of(tmp_path, *words.split()), sorts=False)
     assert ", ".join(choice.choose(labels, PROBABILITIES)) == tags
+
+
+def test_the_command_of_a_download_is_said_once(folder: Path, tmp_path: Path) -> None:
+    code, said = run_here("tools/tag.py", folder, "--model_dir", "models/wd_tagger", folder=tmp_path)
+    assert code != 0
+    assert said.count("--task wd_tagger") == 1
+    assert "after its size and licence" in said
 
 
 FACES = "0_0 (o)_(o) +_+ +_- ._. <o>_<o> <|>_<|> =_= >_< 3_3 6_9 >_o @_@ ^_^ o_o u_u x_x |_| ||_||"

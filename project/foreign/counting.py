@@ -1,0 +1,83 @@
+"""Count the steps of an epoch of a folder that is being described, as its training will."""
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dataset.batches.order import count_batches
+from dataset.config import load_dataset_config, with_lengths
+from dataset.listing import find_sources
+from dataset.sources.frames import bucket_of
+from dataset.table import DatasetTable
+from modules.atomic_write import write_text
+from modules.console import quiet
+from modules.errors import UserError
+from modules.run_limits import temporary_folder
+from modules.text_files import real_path
+from project import describing
+from project.media import WRITTEN, Media
+
+USUAL_STEP = 8  # pixels: of autoencoders whose file would say it
+
+
+@dataclass(frozen=True)
+class CountedFile:
+    """A file as an epoch counts it."""
+
+    table: DatasetTable
+    bucket: tuple[int, ...]
+
+    @property
+    def group(self) -> tuple[int, ...]:
+        return (self.table.batch_group, *self.bucket)
+
+
+def find_pixel_step(family: Any) -> int:
+    """Return what sides are multiples of, of a family whose files may still have to be downloaded."""
+    with contextlib.suppress(UserError):
+        return int(family.latent.pixel_step)
+    return USUAL_STEP
+
+
+def count_steps_of_epoch(choice: describing.Choice) -> int:
+    """Return the optimizer steps of an epoch with dataset.toml as it would be written.
+
+    Sizes of files and lengths of clips decide which files share a batch, as in training.
+    """
+    files: list[CountedFile] = []
+    known = {real_path(item.path): item for item in choice.media}
+    with temporary_folder() as copies, contextlib.chdir(choice.options.folder), quiet():
+        copy = copies / WRITTEN[0]
+        write_text(copy, describing.describe_dataset(choice))
+        try:
+            config = with_lengths(load_dataset_config(copy), describing.lengths_of(choice.model))
+            for table in config.datasets:
+                for source in find_sources(table, faults=[]):
+                    item = known.get(real_path(source.path))
+                    lengths = [1] if item is None or not item.is_clip else _lengths(choice, table, item)
+                    bucket = _bucket(choice, table, source.path, None if item is None else item.size)
+                    files += [CountedFile(table, (*bucket, length)) for length in lengths]
+        except UserError:  # `new` reports what is wrong with the files
+            return max(len(choice.media), 1)
+    accumulated = choice.training.get("gradient_accumulation_steps", 1)
+    return -(-count_batches(files) // accumulated)
+
+
+def _lengths(choice: describing.Choice, table: DatasetTable, item: Media) -> list[int]:
+    """Return the lengths in which a clip is learned: each is an item of its own."""
+    frames = describing.count_frames(item, choice.model)
+    reached = [target for target in table.target_frames if target <= frames]
+    return reached or [1]
+
+
+def _bucket(
+    choice: describing.Choice, table: DatasetTable, path: Path, size: tuple[int, int] | None
+) -> tuple[int, ...]:
+    """Return the size that a file is learned at; (): it is not known."""
+    if size is None:
+        return ()
+    try:
+        return bucket_of(table, size, find_pixel_step(choice.facts.family), path)
+    except UserError:
+        return ()

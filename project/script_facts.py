@@ -1,0 +1,116 @@
+"""The options of a script that trains: asked from the script itself, which reads them before torch loads."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from modules import installation
+from modules.command import message_of
+from modules.errors import OptionError
+from project.foreign.contract import number, read_switch, whole
+
+SECONDS = 60  # that a script may take to read its options
+NUMBERS = {"whole": whole(-(2**40), 2**40), "number": number(-1e12, 1e12)}
+
+
+@dataclass(frozen=True)
+class ScriptOption:
+    """An option of a script."""
+
+    kind: str  # of its value: switch, whole, number, text or other
+    choices: tuple[str, ...]
+    default: Any  # None: nothing
+    reaches_out: bool  # it names code, or a place outside of the program
+
+    def read(self, value: Any) -> Any:
+        """Return a value of another program's file. Raises ValueError if the option cannot have it."""
+        if self.kind == "switch":
+            return read_switch(value)
+        if self.kind in NUMBERS:
+            return NUMBERS[self.kind](value)
+        text = str(value)
+        same = [choice for choice in self.choices if choice.lower() == text.lower()]
+        if same:
+            return same[0]
+        if self.choices:
+            raise ValueError(f"choose from {', '.join(self.choices)}")
+        raise ValueError("write it below [training]: values of this option are not read from other programs")
+
+
+@dataclass(frozen=True)
+class ScriptOptions:
+    """The options of a script, by name."""
+
+    name: str
+    known: Mapping[str, ScriptOption]
+    refused: Mapping[str, str]  # those of other programs -> why they are refused
+
+
+@cache
+def ask_script(name: str) -> ScriptOptions:
+    """Return the options of a script that trains. Raises OptionError if it cannot be asked."""
+    process = _run(name, ["--help"], Path.cwd(), {installation.HELP_AS_JSON: "all", "NO_COLOR": "1"})
+    try:
+        rows = json.loads(process.stdout)
+    except ValueError:
+        raise OptionError(f"{name} --help cannot be read: {message_of(process.stderr)}") from None
+    known: dict[str, ScriptOption] = {}
+    refused: dict[str, str] = {}
+    for row in rows:
+        if row["refusal"] is not None:
+            refused[row["name"]] = row["refusal"]
+            continue
+        known[row["name"]] = ScriptOption(
+            kind=row["kind"],
+            choices=tuple(row["choices"]),
+            default=_read_default(row),
+            reaches_out=bool(row["reach"]),
+        )
+    return ScriptOptions(name, known, refused)
+
+
+def _read_default(row: Mapping[str, Any]) -> Any:
+    """Return the default of an option, which its help has as a text."""
+    if row["kind"] == "switch":
+        return row["default"] == "true"
+    if row["kind"] in NUMBERS and row["default"] not in ("", None):
+        try:
+            return NUMBERS[row["kind"]](row["default"])
+        except ValueError:
+            return None
+    return row["default"] or None
+
+
+def check_options(name: str, words: Sequence[str], folder: Path) -> str | None:
+    """Return the message of a script that refuses its options; None if it takes them.
+
+    It reads them and ends, before torch loads. folder: in which it runs.
+    """
+    process = _run(name, words, folder, {installation.ONLY_OPTIONS: "1", installation.RUN_GOES_ON: "1"})
+    return message_of(process.stderr) if process.returncode else None
+
+
+def _run(
+    name: str, words: Sequence[str], folder: Path, variables: Mapping[str, str]
+) -> "subprocess.CompletedProcess[str]":
+    script = installation.find_script(name)
+    if script is None:
+        raise OptionError(f"{name}: there is no such script")
+    try:
+        return subprocess.run(
+            [sys.executable, *installation.program_words(script), *words],
+            cwd=folder,
+            env=installation.program_environment(**variables),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=SECONDS,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise OptionError(f"{name} cannot be asked for its options: {error}") from None

@@ -1,0 +1,101 @@
+"""Every place that parses files of others has its row in the table of docs/browser.md, with its limit."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from modules import limits
+from tests.commands import ROOT
+
+HEADING = "## What is read of files that others made"
+# functions of libraries that parse what may be anybody's, by the end of their dotted name
+PARSERS = frozenset(
+    {
+        "Image.open",
+        "av.open",
+        "zipfile.ZipFile",
+        "tarfile.open",
+        "torch.load",
+        "np.load",
+        "parquet.ParquetFile",
+    }
+    | {"yaml.safe_load", "yaml.load", "yaml.compose", "yaml.parse", "tomllib.loads", "tomlkit.parse"}
+    | {"onnxruntime.InferenceSession", "cv2.dnn.readNetFromONNX", "cv2.FaceDetectorYN.create"}
+    | {"sqlite3.connect", "Tokenizer.from_file", "Tokenizer.from_buffer"}
+)
+# files that call one of them for what this program has written or ships itself
+OWN = {
+    "downloads/catalogue.py": "the list of released files",
+    "modules/environment.py": "pyproject.toml",
+    "modules/version.py": "pyproject.toml",
+    "modules/media/companions.py": "a clip that it writes",
+    "modules/media/encoding.py": "a clip that it writes",
+    "modules/media/writing.py": "a clip that it writes",
+    "project/packing.py": "an archive that it writes",
+    "stable_diffusion/textual_inversion.py": "from_pretrained of torch.nn takes a tensor",
+}
+OUTSIDE = {"tests", "benchmarks", "pocket", "docs", "build", "dist"}
+
+
+def list_files() -> Iterator[Path]:
+    for path in ROOT.rglob("*.py"):
+        first = path.relative_to(ROOT).parts[0]
+        if first not in OUTSIDE and not first.startswith("."):
+            yield path
+
+
+def dotted_name(node: ast.expr) -> str:
+    if isinstance(node, ast.Attribute):
+        return f"{dotted_name(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def calls_parser(text: str) -> bool:
+    """Return whether a file calls one of the parsers."""
+    names = [dotted_name(node.func) for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
+    ends = tuple(f".{name}" for name in PARSERS)
+    return any(
+        name in PARSERS or name.endswith(ends) or name.rpartition(".")[2] == "from_pretrained"
+        for name in names
+    )
+
+
+def read_rows() -> list[list[str]]:
+    text = (ROOT / "docs" / "browser.md").read_text(encoding="utf-8")
+    table = text.partition(HEADING)[2].partition("\n\n| File")[2].partition("\n\n")[0]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.split("\n")[2:]]
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[list[str]]:
+    return read_rows()
+
+
+def test_every_file_that_parses_what_others_made_has_a_row(rows: list[list[str]]) -> None:
+    found = set()
+    for path in list_files():
+        text = path.read_text(encoding="utf-8")
+        if any(name.rpartition(".")[2] in text for name in (*PARSERS, "from_pretrained")) and calls_parser(
+            text
+        ):
+            found.add(path.relative_to(ROOT).as_posix())
+    named = {name for row in rows for name in re.findall(r"`([\w/]+\.py)`", row[1])}
+    assert found - OWN.keys() == named
+    assert OWN.keys() <= found  # no row of that list is left over
+
+
+def test_every_row_is_whole_and_its_limits_exist(rows: list[list[str]]) -> None:
+    assert len(rows) >= 15
+    assert all(len(row) == 5 and all(row) for row in rows)
+    for row in rows:
+        for name in re.findall(r"`([A-Z_]{5,})`", row[4]):
+            assert getattr(limits, name) > 0, row
+
+
+def test_a_new_reader_is_noticed() -> None:
+    assert calls_parser("import zipfile\nwith zipfile.ZipFile(x) as y: pass")
+    assert calls_parser("model = library.AutoModel.from_pretrained(x)")
+    assert not calls_parser("from PIL import Image\nImage.new('L', (1, 1))")
