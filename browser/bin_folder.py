@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from browser.names import number_names, short_digest
-from modules.atomic_write import explain_errors
+from modules.atomic_write import explain_errors, place_new
 from modules.errors import OptionError, OutputError
 from modules.pages.language import say
 
@@ -49,8 +49,7 @@ class BinFolder:
 
     def mark(self) -> str:
         """Return a checksum of what is in it."""
-        rows = [f"{entry.path}\0{entry.size_bytes}\0{entry.num_files}" for entry in self.list_entries()]
-        return short_digest("\n".join(rows))
+        return _mark_entries(self.list_entries())
 
     def take(self, title: str, base: Path, paths: Sequence[Path]) -> Path:
         """Move files or folders into a new folder of the bin, under their paths from `base`; return it.
@@ -102,10 +101,11 @@ class BinFolder:
         mark: of the content that was shown. Raises OptionError if it has changed since, OutputError if
         something cannot be deleted.
         """
-        if mark != self.mark():
+        entries = self.list_entries()  # once: what another page puts there meanwhile was not shown
+        if mark != _mark_entries(entries):
             raise OptionError(say("The bin has changed meanwhile. Look at it again."))
         size_bytes = 0
-        for entry in self.list_entries():
+        for entry in entries:
             with explain_errors(entry.path):
                 if entry.path.is_dir() and not entry.path.is_symlink():
                     shutil.rmtree(entry.path)
@@ -113,6 +113,11 @@ class BinFolder:
                     entry.path.unlink()
             size_bytes += entry.size_bytes
         return size_bytes
+
+
+def _mark_entries(entries: Sequence[BinEntry]) -> str:
+    rows = [f"{entry.path}\0{entry.size_bytes}\0{entry.num_files}" for entry in entries]
+    return short_digest("\n".join(rows))
 
 
 def rename_into(path: Path, target: Path, place: Path) -> None:
@@ -126,7 +131,10 @@ def rename_into(path: Path, target: Path, place: Path) -> None:
     is_new = not place.exists()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        path.rename(target)
+        if path.is_file() and not path.is_symlink():
+            place_new(path, target)  # another page may have taken the name since it was found free
+        else:
+            path.rename(target)
     except OSError:
         _remove_empty(target.parent, place.parent if is_new else place)
         raise

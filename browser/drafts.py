@@ -50,7 +50,8 @@ class Drafts:
         with explain_errors(self._path(name)):
             self.folder.mkdir(parents=True, exist_ok=True)
             write_text(self._path(name), json.dumps({key: list(texts) for key, texts in fields.items()}))
-            for old in self._names()[MOST_DRAFTS:]:
+            others = [other for other in self._names() if other != name]  # a set clock may date it oldest
+            for old in others[MOST_DRAFTS - 1 :]:
                 self._path(old).unlink(missing_ok=True)
 
     def _path(self, name: str) -> Path:
@@ -63,5 +64,6 @@ class Drafts:
             for entry in entries:
                 name = entry.name.removesuffix(".json")
                 if NAME.fullmatch(name) and entry.name != name:
-                    changed[name] = entry.stat().st_mtime_ns
+                    with contextlib.suppress(FileNotFoundError):  # another page has just removed it
+                        changed[name] = entry.stat().st_mtime_ns
         return sorted(changed, key=lambda name: -changed[name])

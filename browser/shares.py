@@ -25,7 +25,6 @@ from starlette.routing import Route
 from browser.new_form import parse_whole
 from browser.responses import (
     Form,
-    answer_file,
     answer_form,
     answer_message,
     answer_not_found,
@@ -34,6 +33,7 @@ from browser.responses import (
 )
 from browser.run_views import COMPARED, HERE, POLICY, LiveStanding, drop_private, find_run_file
 from browser.runs import RUNNING, RunSummary
+from browser.shared_files import answer_shared_file
 from browser.site import Site
 from browser.state_names import name_state
 from modules.errors import UserError
@@ -253,7 +253,7 @@ class SharePages:
             path = None if COMPARED.fullmatch(name) else find_run_file(self.site.runs, run, name)
             if path is not None and not _is_of_run(path, run):
                 path = None
-        return answer_not_found() if path is None else answer_file(path)
+        return answer_not_found() if path is None else answer_shared_file(path, request)
 
     # ---- for the user
 

@@ -122,11 +122,15 @@ def place_new(file: Path, path: Path) -> None:
         return
     try:
         os.link(file, path)  # noqa: PTH200
-    except FileExistsError:
-        raise
-    except OSError:  # a disk without second names: exFAT, some of the network
-        path.open("xb").close()
-        os.replace(file, path)
+    except OSError as error:
+        if error.errno in (errno.EEXIST, errno.EXDEV):
+            raise
+        path.open("xb").close()  # a disk without second names: exFAT, some of the network
+        try:
+            os.replace(file, path)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
         return
     file.unlink()
 

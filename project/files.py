@@ -88,7 +88,7 @@ def write_project(options: NewOptions) -> None:
         model_choice = choose_model(options, memory)
     except OptionError as error:
         raise (error if foreign is None else explain_model(foreign, error)) from None
-    kind = _choose_kind(options, model_choice, memory, asked)
+    kind = _choose_kind(options, model_choice, memory, asked)  # before the family is made: it takes seconds
     choice = _gather_choice(options, model_choice, kind=kind, memory=memory, foreign=foreign)
     if foreign is not None:
         choice = _check_foreign(choice, foreign)
@@ -163,7 +163,6 @@ def _gather_choice(
     if inside:
         model = without_files(model, inside)
     files = name_files(options, model)
-    kind = _choose_kind(options, model_choice, memory)  # before the family is made, which takes seconds
     facts = ask_family(model, files)
     check_model_files(model, {name: files[name] for name in typed})
     content = _collect_content(options, model, facts, kind)

@@ -29,6 +29,7 @@ from modules.output_files import check_output_name
 from modules.paths import expand_path, path_from
 from modules.run_limits import describe_outside, limit_run, refuse_outside
 from modules.text_files import parse_toml, read_safetensors_texts, read_text, real_path
+from project.checked import remember_checked, was_checked
 from project.choosing import script_family
 from project.ending import EndCommand, describe_run
 from project.fitting import transformers_of
@@ -174,7 +175,12 @@ def _run_until_one_fails(commands: Sequence[list[str]], project: Project, trace:
     the first command that fails.
     """
     left_out: list[str] = []
+    is_checked = was_checked(project.folder, project.commands, project.files)
+    if is_checked:
+        print_lines(["Checked already, and nothing has changed since: it is not checked again."])
     for words in commands:
+        if is_checked and "--check" in words:
+            continue
         _print_command(words, project.folder)
         trace.note(words)
         if _is_check_of_media(words):
@@ -201,6 +207,7 @@ def check_project(project: Project) -> None:
     else:
         _check_training(project)
     has_faults = False
+    left_out: list[str] = []
     for words in project.commands:
         if "--check" not in words:
             continue
@@ -210,10 +217,13 @@ def check_project(project: Project) -> None:
             if outcome.fault_kinds:
                 _explain(words, project.folder, outcome.fault_kinds)
             has_faults |= bool(outcome.fault_kinds)
+            left_out += outcome.left_out
         else:
             has_faults |= bool(run_command(words, project.folder))
     if has_faults:
         raise SystemExit(1)
+    if not left_out and not project.missing:
+        remember_checked(project.folder, project.commands, project.files)
     print_lines(["", f"The run can begin: {own_command('run', as_operand(project.folder))}"])
 
 

@@ -56,6 +56,15 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
     "addition_time_embed_dim": (int, type(None)),
     "block_out_channels": (list,),
 }
+# noise of all known models, as schedulers of diffusers call its numbers
+_NOISE: Mapping[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "trained_betas": None,
+}
+SAME_BETA = 1e-7
 MAX_SHOWN = 300  # characters of a setting in a message
 _COUNTED = ("layers_per_block", "transformer_layers_per_block", "reverse_transformer_layers_per_block")
 
@@ -73,12 +82,29 @@ def read_folder_marks(folder: Path) -> Marks:
         raise CheckpointError(
             f"{file}: the model predicts {prediction!r}; only epsilon and v_prediction can be used.", file
         )
+    _check_schedule(schedule, file)
     return Marks(
         kind,
         _PREDICTIONS[prediction],
         schedule.get("rescale_betas_zero_snr") is True,
         said_by="scheduler/scheduler_config.json",
     )
+
+
+def _check_schedule(schedule: Mapping[str, Any], file: Path) -> None:
+    """Raise CheckpointError for other noise than that of Stable Diffusion: no other is made here."""
+    for name, usual in _NOISE.items():
+        stated = schedule.get(name, usual)
+        is_same = stated == usual
+        if isinstance(usual, float) and isinstance(stated, (int, float)) and not isinstance(stated, bool):
+            is_same = abs(stated - usual) < SAME_BETA  # never for NaN
+        if not is_same:
+            raise CheckpointError(
+                f"{file}: {name} is {shorten(str(stated), MAX_SHOWN)}; Stable Diffusion was trained with "
+                f"{'none' if usual is None else usual}, and no other noise is made here. Give another model, "
+                "or the settings that it was trained with.",
+                file,
+            )
 
 
 def read_folder_unet(folder: Path, files: ExitStack) -> LoadPlan[UnetSizes]:

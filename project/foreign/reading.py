@@ -1,5 +1,6 @@
 """Recognise another trainer's file, and take its values or note why they are left. Nothing of it is run."""
 
+import contextlib
 import itertools
 import re
 from collections.abc import Iterator, Mapping
@@ -287,9 +288,9 @@ def find_beside(file: Path, name: str) -> Path | None:
         return None
     around = [file.parent, *list(real_path(file).parents)[1:MOST_AROUND], Path()]
     for place in around:
-        path = place / name
-        if path.exists():
-            return path
+        with contextlib.suppress(OSError, ValueError):  # a name that no file can have
+            if (place / name).exists():
+                return place / name
     return None
 
 

@@ -543,10 +543,10 @@ def choose_length(project: ForeignProject, options: NewOptions, in_epoch: int, n
 
 def _choose_epochs(epochs: list[EpochsSaid], steps: int | None, in_epoch: int) -> EpochsSaid | None:
     """Return the epochs that count; None if a number of steps does."""
-    first = next((said for said in epochs if said.numbers == contract.FIRST), None)
+    first = next((said for said in epochs if said.counts == contract.FIRST), None)
     if first is not None or steps is None:
         return first or next(iter(epochs), None)
-    soonest = [said for said in epochs if said.numbers == contract.SOONEST and said.number * in_epoch < steps]
+    soonest = [said for said in epochs if said.counts == contract.SOONEST and said.number * in_epoch < steps]
     return soonest[0] if soonest else None
 
 

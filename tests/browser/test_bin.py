@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from browser.bin_folder import FOLDER, BinFolder
+from browser.bin_folder import FOLDER, BinEntry, BinFolder
 from modules.errors import OptionError, OutputError
 
 SHM = Path("/dev/shm")  # of memory: another disk than that of the tests
@@ -89,3 +89,23 @@ def test_files_of_another_disk_go_into_the_bin_that_is_there(tmp_path: Path) -> 
             BinFolder(tmp_path / FOLDER).take("own", other, [file])
         assert file.is_file()
         assert not (tmp_path / FOLDER).exists()
+
+
+def test_what_is_put_into_the_bin_while_it_is_emptied_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was not shown to the one who agreed to delete what was."""
+    bin_folder = BinFolder(tmp_path / FOLDER)
+    bin_folder.take("old", tmp_path, make(tmp_path, "old.txt"))
+    mark, listed = bin_folder.mark(), BinFolder.list_entries
+
+    def list_then_put(self: BinFolder) -> list[BinEntry]:
+        entries = listed(self)
+        monkeypatch.setattr(BinFolder, "list_entries", listed)
+        self.take("new", tmp_path, make(tmp_path, "new.txt"))
+        return entries
+
+    monkeypatch.setattr(BinFolder, "list_entries", list_then_put)
+    bin_folder.empty(mark)
+    (kept,) = bin_folder.list_entries()
+    assert kept.path.name.endswith("_new")

@@ -1,16 +1,24 @@
 """A link to one run for a friend: what it shows, and that it opens nothing else."""
 
 import re
+import struct
 import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from browser import shares
 from browser.page_access import COOKIE
 from browser.run_views import COMPARED_FOLDER
 from browser.shares import DAY, Shares
+from modules.media.reading import video_frames
+from modules.media.writing import write_png, write_video
+from modules.text_files import read_safetensors_texts
 from tests.browser.entering import enter
 from tests.browser.serving import PNG, Served, serve_runs, write_run
 from tests.browser.test_safe_clicks import list_addresses
@@ -242,3 +250,48 @@ def test_files_of_another_run_in_the_folder_are_not_shared(tmp_path: Path) -> No
     history.flush()
     with serve_runs(tmp_path, token=TOKEN) as served:
         assert served.ask(f"{make_link(served)}y.safetensors").status == 404
+
+
+def test_files_and_samples_are_sent_without_what_their_metadata_tell(tmp_path: Path) -> None:
+    """The tensors, the frames and the length stay, and what is needed to load a file."""
+    write_run(tmp_path, "x", 10)
+    texts = {
+        **{"ss_network_dim": "4", "ss_network_module": "networks.lora", "modelspec.title": "x"},
+        **{"ss_dataset_dirs": '{"anna": 1}', "ss_tag_frequency": "anna", "ss_network_args": "/home/anna/x"},
+    }
+    tensors = {"a": torch.arange(600_000, dtype=torch.float32), "b": torch.ones(3)}
+    save_file(tensors, tmp_path / "x.safetensors", texts)
+    history = History(history_path(tmp_path, "x"), 1, 10)
+    samples = {"1": "x_1.png", "2": "x_2.mp4", "3": "x_3.wav"}
+    history.add(10, samples="000010", files=samples, prompts=dict.fromkeys(samples, "a"))
+    history.flush()
+    folder = tmp_path / "sample"
+    pixels = np.arange(64 * 64 * 3, dtype=np.uint8).reshape(64, 64, 3)
+    write_png(folder / "x_1.png", pixels, {"parameters": "anna, --dit /home/anna/x", "more": "anna" * 500})
+    write_video(folder / "x_2.mp4", iter([pixels] * 4), 8, tags={"comment": "anna", "prompt": "anna"})
+    wave = b"WAVEfmt " + struct.pack("<IHHIIHH", 16, 1, 1, 8000, 16000, 2, 16)
+    wave += (
+        b"LIST" + struct.pack("<I", 16) + b"INFOICMT\x04\0\0\0anna" + b"data" + struct.pack("<I", 4) + b"1234"
+    )
+    (folder / "x_3.wav").write_bytes(b"RIFF" + struct.pack("<I", len(wave)) + wave)
+
+    with serve_runs(tmp_path, token=TOKEN) as served:
+        link = make_link(served)
+        for name in ("x.safetensors", "sample/x_1.png", "sample/x_2.mp4", "sample/x_3.wav"):
+            own = (tmp_path / name).read_bytes()
+            assert b"anna" in own or name.endswith("png"), name
+            sent = served.ask(f"{link}{name}")
+            assert (sent.status, len(sent.body), b"anna" in sent.body) == (200, len(own), False), name
+            part = served.ask(f"{link}{name}", Range="bytes=7-60")
+            assert (part.status, part.body) == (206, sent.body[7:61])
+            assert part.headers["content-range"] == f"bytes 7-60/{len(own)}"
+            (tmp_path / f"sent{Path(name).suffix}").write_bytes(sent.body)
+    loaded = load_file(tmp_path / "sent.safetensors")
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+    kept = {"ss_network_dim": "4", "ss_network_module": "networks.lora", "modelspec.title": "x"}
+    assert read_safetensors_texts(tmp_path / "sent.safetensors") == kept
+    with Image.open(tmp_path / "sent.png") as image:
+        assert (np.asarray(image) == pixels).all()
+        assert image.info == {}
+    assert len(list(video_frames(tmp_path / "sent.mp4"))) == 4
+    assert (tmp_path / "sent.wav").read_bytes().endswith(b"data\x04\0\0\x001234")

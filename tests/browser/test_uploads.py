@@ -1,6 +1,7 @@
 """Files that are dropped on the page New: which are taken, and that nothing is left of the others."""
 
 import asyncio
+import errno
 import http.client
 import os
 import random
@@ -15,6 +16,7 @@ from urllib.parse import urlencode
 import pytest
 from PIL import Image
 
+from browser.drafts import MOST_DRAFTS, Drafts
 from browser.names import short_digest
 from browser.runs import Runs
 from browser.server import MOST_BYTES
@@ -27,7 +29,7 @@ from browser.uploads import (
     find_kind,
     name_upload_folder,
 )
-from modules.atomic_write import identify_machine
+from modules.atomic_write import identify_machine, place_new
 from modules.errors import OptionError, OutputError
 from modules.output_files import fold_name
 from tests.browser.serving import Answer, Served, serve_runs
@@ -365,3 +367,34 @@ def test_the_claim_of_a_killed_server_does_not_hold_for_ever(served: Served, tmp
     if os.name == "nt":
         os.utime(claim, (1e9, 1e9))  # no process can be asked for there
     assert send(served, "b.txt", b"mine").status == 200
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows renames without replacing")
+def test_a_disk_without_second_names_replaces_nothing_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    first, second, place = tmp_path / "1", tmp_path / "2", tmp_path / "place"
+    first.write_text("one", encoding="utf-8")
+    second.write_text("two", encoding="utf-8")
+    place_new(first, place)
+    with pytest.raises(FileExistsError):
+        place_new(second, place)
+    assert (place.read_text(encoding="utf-8"), second.read_text(encoding="utf-8")) == ("one", "two")
+    with pytest.raises(FileNotFoundError):
+        place_new(tmp_path / "none", tmp_path / "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "place"]
+
+
+def test_a_draft_that_a_set_clock_dates_oldest_is_kept(tmp_path: Path) -> None:
+    drafts = Drafts(tmp_path)
+    for number in range(MOST_DRAFTS):
+        drafts.write(f"{number:016x}", {"prompt": [str(number)]})
+        os.utime(tmp_path / "drafts" / f"{number:016x}.json", (4e9 + number, 4e9 + number))
+    drafts.write("f" * 16, {"prompt": ["mine"]})
+    assert drafts.read("f" * 16) == {"prompt": ["mine"]}
+    assert len(list((tmp_path / "drafts").iterdir())) == MOST_DRAFTS
+    assert drafts.read(f"{0:016x}") is None

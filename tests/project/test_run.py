@@ -644,3 +644,44 @@ def test_a_mode_in_another_spelling_is_no_other_model(typed: str, trained: str) 
     metadata = _model_metadata({"ltx_mode": typed}, commands)
 
     assert metadata == {"ss_ltx_mode": trained}
+
+
+def test_what_a_check_has_found_good_is_not_checked_again(
+    collected: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copy(collected, tmp_path / "clips")
+    done: list[str] = []
+    monkeypatch.setattr(running, "_check_training", lambda _: done.append("options"))
+    monkeypatch.setattr(running, "_check_media", lambda *_: (done.append("media"), MediaCheck([], []))[1])
+    monkeypatch.setattr(running, "run_command", lambda words, *_: 0)
+
+    def run(**options: bool) -> list[str]:
+        done.clear()
+        running.run_project(RunOptions(folder=folder, **options))
+        return list(done)
+
+    assert run() == ["options", "media"]  # nothing is remembered by a run itself
+    assert run(check=True) == ["options", "media"]
+    assert run() == []
+    assert "Checked already, and nothing has changed since" in capsys.readouterr().out
+    (folder / "b.txt").write_text("another caption", encoding="utf-8")
+    assert run() == ["options", "media"]
+    assert run(check=True) == ["options", "media"]  # a check is always made
+    assert run() == []
+    run_toml = folder / "run.toml"
+    run_toml.write_text(f"{run_toml.read_text(encoding='utf-8')}\n# mine\n", encoding="utf-8")
+    assert run() == ["options", "media"]
+    run(check=True)
+    (folder / "more").mkdir()
+    (folder / "more" / "c.jpg").write_bytes(b"x")
+    assert run() == ["options", "media"]
+
+
+def test_a_check_that_left_files_out_is_made_again(
+    collected: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copy(collected, tmp_path / "clips")
+    monkeypatch.setattr(running, "_check_training", lambda _: None)
+    monkeypatch.setattr(running, "_check_media", lambda *_: MediaCheck([], ["a.jpg is damaged"]))
+    running.run_project(RunOptions(folder=folder, check=True))
+    assert not (folder / "cache" / "checked.json").exists()

@@ -109,6 +109,11 @@ FOLDERS: list[tuple[str, dict[str, object], str]] = [
     ("vae/config.json", {"_class_name": "AutoencoderTiny"}, "Tiny"),
     ("vae/config.json", {"latents_mean": [1, 1, 1, 1]}, "latents_mean"),
     (SCHEDULER, {"prediction_type": "sample"}, "predicts 'sample'"),
+    (SCHEDULER, {"beta_start": float("nan")}, "beta_start is nan; .* trained with 0.00085"),
+    (SCHEDULER, {"beta_end": True}, "beta_end is True"),
+    (SCHEDULER, {"beta_schedule": "linear"}, "beta_schedule is linear"),
+    (SCHEDULER, {"trained_betas": [0.1, 0.2]}, "trained_betas is .* trained with none"),
+    (SCHEDULER, {"num_train_timesteps": 10**12}, "num_train_timesteps is 1000000000000"),
     ("text_encoder/config.json", {"model_type": "chatglm"}, "chatglm"),
     ("text_encoder/config.json", {"hidden_act": "relu"}, "relu"),
 ]

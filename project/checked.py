@@ -1,0 +1,99 @@
+"""Remember that a check of a folder has found nothing, so that the run that follows does not make it again.
+
+What is remembered is a fingerprint of all that the checks read: the three files, names, sizes and times of
+the media, and the files of the model. If anything differs, the checks are made.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from modules.atomic_write import write_text
+from modules.errors import OutputError
+from modules.text_files import parse_json, parse_toml, read_text
+from modules.version import VERSION
+from project.media import WRITTEN
+
+REMEMBERED = Path("cache", "checked.json")  # in the described folder
+LEFT_OUT = {"cache", "output", "check.html"}  # what runs and checks write themselves
+MOST_FILES = 100_000  # with more, the checks are made again
+MOST_BYTES = 1000  # of the remembered file
+
+
+def remember_checked(folder: Path, commands: Sequence[Sequence[str]], model_files: Sequence[str]) -> None:
+    """Remember that the checks of a folder have found nothing. A folder that cannot be written is left alone.
+
+    Args:
+        folder: The described folder.
+        commands: Of its run, with the options that were typed.
+        model_files: Paths of the model's files.
+    """
+    mark = _mark(folder, commands, model_files)
+    if mark is None:
+        return
+    try:
+        (folder / REMEMBERED).parent.mkdir(exist_ok=True)
+        write_text(folder / REMEMBERED, json.dumps({"checked": mark}))
+    except (OSError, OutputError):
+        return
+
+
+def was_checked(folder: Path, commands: Sequence[Sequence[str]], model_files: Sequence[str]) -> bool:
+    """Return whether the checks have found nothing since anything that they read has changed.
+
+    The arguments are those of `remember_checked`.
+    """
+    try:
+        content = parse_json(read_text(folder / REMEMBERED, MOST_BYTES))
+        remembered = content["checked"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+    return bool(remembered) and remembered == _mark(folder, commands, model_files)
+
+
+def _mark(folder: Path, commands: Sequence[Sequence[str]], model_files: Sequence[str]) -> str | None:
+    """Return a fingerprint of what the checks read; None if they read more than is looked at here."""
+    try:
+        texts = [read_text(folder / name) for name in WRITTEN]
+        if _reads_elsewhere(parse_toml(texts[0])):
+            return None
+        facts = [*texts, VERSION, *(" ".join(words) for words in commands)]
+        facts += sorted(_describe_file(Path(path)) for path in _walk(folder))
+        facts += [_describe_file(folder / path) for path in model_files]
+    except (OSError, ValueError):
+        return None
+    if len(facts) > MOST_FILES:
+        return None
+    return hashlib.sha256("\n".join(facts).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _reads_elsewhere(value: object) -> bool:
+    """Return whether a dataset names a folder or list outside of its own folder."""
+    if isinstance(value, dict):
+        return any(_is_outside(key, inner) or _reads_elsewhere(inner) for key, inner in value.items())
+    return isinstance(value, list) and any(map(_reads_elsewhere, value))
+
+
+def _is_outside(key: str, value: object) -> bool:
+    is_path = key.endswith(("_directory", "_dir", "_file", "_files"))
+    if not is_path or not isinstance(value, str):
+        return is_path and value is not None and not isinstance(value, bool)
+    return Path(value).is_absolute() or ".." in Path(value).parts
+
+
+def _walk(folder: Path) -> Iterator[str]:
+    """Yield the files of a folder, without hidden ones and those that runs write."""
+    for place, folders, names in os.walk(folder):
+        is_top = Path(place) == folder
+        folders[:] = [name for name in folders if name[0] != "." and not (is_top and name in LEFT_OUT)]
+        for name in names:
+            if name[0] != "." and not (is_top and name in LEFT_OUT):
+                yield f"{place}{os.sep}{name}"
+
+
+def _describe_file(path: Path) -> str:
+    """Return name, size and time of a file."""
+    status = path.stat()
+    return f"{path} {status.st_size} {status.st_mtime_ns}"
